@@ -1,0 +1,1 @@
+"""The processes: one package each, importing only itself and `shared`."""

@@ -1,0 +1,24 @@
+"""Takes the bus directory, binds both sides, and lets ZeroMQ pass messages until told to stop."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from services.broker.proxy import Proxy
+from shared.lifecycle import Lifecycle, announce_ready, run, service_parser
+from shared.settings import Settings
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the broker; return its exit code."""
+    return run(_serve, service_parser("broker", __doc__).parse_args(arguments))
+
+
+def _serve(_arguments: argparse.Namespace, settings: Settings, lifecycle: Lifecycle) -> None:
+    with Proxy(settings.bus.path, settings.bus.high_water_mark) as proxy:
+        announce_ready("broker", directory=str(settings.bus.path))
+        proxy.serve(lifecycle)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""Addresses as the bus carries them (16 bytes, IPv4 mapped into IPv6) and as people write them."""
+
+import ipaddress
+import socket
+from dataclasses import dataclass
+from typing import Final, cast
+
+V4_MAPPED: Final = bytes(10) + b"\xff\xff"
+"""The first 12 bytes of an IPv4 address mapped into IPv6 (RFC 4291, 2.5.5.2)."""
+
+LOCAL_SENDER: Final = V4_MAPPED + bytes((127, 0, 0, 1))
+"""Stands for a sender on an AF_UNIX socket, which has no address of its own; its port is 0."""
+
+
+def pack_address(text: str) -> bytes:
+    """Return the 16 bytes of an address; IPv4 is mapped. ValueError when `text` is not an address.
+
+    >>> pack_address("192.0.2.1").hex()
+    '00000000000000000000ffffc0000201'
+    """
+    address = ipaddress.ip_address(text)
+    return V4_MAPPED + address.packed if address.version == 4 else address.packed
+
+
+def unpack_address(packed: bytes) -> str:
+    """Return the text of 16 packed bytes; mapped addresses come back as IPv4.
+
+    >>> unpack_address(pack_address("192.0.2.1")), unpack_address(pack_address("2001:db8::1"))
+    ('192.0.2.1', '2001:db8::1')
+    """
+    if packed.startswith(V4_MAPPED):
+        return socket.inet_ntop(socket.AF_INET, packed[12:])
+    return socket.inet_ntop(socket.AF_INET6, packed)
+
+
+def pack_network(text: str) -> tuple[bytes, int]:
+    """Return a prefix as 16 packed bytes and its length in bits out of 128. ValueError when it is not one.
+
+    >>> pack_network("192.0.2.0/24")[1], pack_network("2001:db8::/32")[1]
+    (120, 32)
+    """
+    network = ipaddress.ip_network(text)
+    packed = network.network_address.packed
+    return (V4_MAPPED + packed, network.prefixlen + 96) if network.version == 4 else (packed, network.prefixlen)
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where a service listens: a scheme with a host and port, or a scheme with a path."""
+
+    scheme: str
+    host: str = ""
+    port: int = 0
+    path: str = ""
+
+    def __str__(self) -> str:
+        if self.path:
+            return f"{self.scheme}://{self.path}"
+        return f"{self.scheme}://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
+
+
+def parse_endpoint(text: str, schemes: tuple[str, ...]) -> Endpoint:
+    """Read an endpoint such as `udp://localhost:6667` or `unix:///run/x.sock`; `str()` is the way back.
+
+    ValueError says what was expected. `schemes` are those the caller serves; those beginning with `unix` take a path.
+
+    >>> parse_endpoint("udp://[::]:514", ("udp",))
+    Endpoint(scheme='udp', host='::', port=514, path='')
+    """
+    scheme, separator, rest = text.partition("://")
+    if not separator or scheme not in schemes:
+        raise ValueError(f"{text!r} does not begin with {' or '.join(f'{name}://' for name in schemes)}")
+    if scheme.startswith("unix"):
+        if not rest.startswith("/") or len(rest.encode()) > 107:  # sizeof sun_path, unix(7)
+            raise ValueError(f"{text!r}: expected an absolute path of at most 107 bytes after {scheme}://")
+        return Endpoint(scheme, path=rest)
+    host, separator, port = rest.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        raise ValueError(f"{text!r}: an IPv6 address goes in brackets, as in {scheme}://[::1]:{port}")
+    if not separator or not host or not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+        raise ValueError(f"{text!r}: expected {scheme}://HOST:PORT with a port from 1 to 65535")
+    return Endpoint(scheme, host, int(port))
+
+
+SocketAddress = tuple[str, int] | tuple[str, int, int, int]
+"""What bind(2) takes for an IP socket: host and port, for IPv6 with flow label and scope."""
+
+
+def resolve(host: str, port: int, kind: socket.SocketKind) -> list[tuple[socket.AddressFamily, SocketAddress]]:
+    """Every address of `host`, IPv4 and IPv6, each once. OSError when the name is not known."""
+    found = socket.getaddrinfo(host, port, type=kind, flags=socket.AI_PASSIVE)
+    return list(dict.fromkeys((family, cast(SocketAddress, at)) for family, _, _, _, at in found))

@@ -1,0 +1,257 @@
+"""The bus: the only place that makes ZeroMQ sockets.
+
+Everything connects to the broker: a `Publisher` (XPUB) to the broker's XSUB, a `Subscriber` (SUB) to its XPUB, over
+`ipc://` in one directory that only its owner may enter. A message lost on the way shows as a gap in the sender's
+sequence, since every message carries boot id, sequence and running datagram count (see `shared.continuity`).
+"""
+
+import errno
+import itertools
+import os
+import secrets
+import socket
+import stat
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import structlog
+import zmq
+
+from shared.batch import DatagramBatch
+from shared.wire import MAX_MESSAGE, Body, Message, Part, WireError, decode, encode
+
+HELLO_TOPIC: Final = "broker/"
+"""The broker subscribes to it itself, so a publisher that has seen this subscription is connected to a broker."""
+LINGER_MS: Final = 1000
+"""How long unsent messages may hold up an exit: drain must be over within 4 s, and the default is for ever."""
+SUBSCRIPTIONS_MAX: Final = 4096
+"""Bounds what a publisher remembers of a hostile subscriber."""
+
+log = structlog.get_logger()
+
+
+def publish_endpoint(directory: Path) -> str:
+    """Where publishers connect: the broker's XSUB."""
+    return f"ipc://{directory}/publish"
+
+
+def subscribe_endpoint(directory: Path) -> str:
+    """Where subscribers connect: the broker's XPUB."""
+    return f"ipc://{directory}/subscribe"
+
+
+def broker_is_up(directory: Path) -> bool:
+    """Whether something accepts connections where subscribers connect. ZeroMQ itself would wait without a word."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(f"{directory}/subscribe")
+        except OSError:
+            return False
+    return True
+
+
+def new_context() -> zmq.Context[zmq.Socket[bytes]]:
+    """A ZeroMQ context with one I/O thread; never shared across fork."""
+    return zmq.Context(io_threads=1)
+
+
+def configure(sock: zmq.Socket[bytes], high_water_mark: int) -> zmq.Socket[bytes]:
+    """Set the options that every socket of the bus has, the broker's included; return the socket."""
+    sock.set(zmq.LINGER, LINGER_MS)
+    sock.set(zmq.MAXMSGSIZE, MAX_MESSAGE)
+    sock.set(zmq.SNDHWM, high_water_mark)
+    sock.set(zmq.RCVHWM, high_water_mark)
+    sock.set(zmq.RECONNECT_IVL, 50)
+    sock.set(zmq.RECONNECT_IVL_MAX, 500)
+    return sock
+
+
+@dataclass(slots=True)
+class _Numbering:
+    sequence: int = 0
+    total: int = 0
+
+
+class Publisher:
+    """Publishes a service's messages, and sees who subscribes to them."""
+
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], directory: Path, sender: str, high_water_mark: int
+    ) -> None:
+        self.sender = sender
+        self.boot = secrets.randbits(62)
+        self._numbering: dict[str, _Numbering] = {}
+        self._subscriptions: set[bytes] = set()
+        self._wanted: dict[str, bool] = {}
+        self._socket = configure(context.socket(zmq.XPUB), high_water_mark)
+        # Verbose: told of every late subscriber, not of the first alone, so that each gets the last value. No drop:
+        # at the mark a send is refused, and counted, where the default loses it without a word.
+        self._socket.set(zmq.XPUB_VERBOSE, 1)
+        self._socket.set(zmq.XPUB_NODROP, 1)
+        self._socket.connect(publish_endpoint(directory))
+
+    def fileno(self) -> int:
+        """A descriptor that becomes readable when subscriptions may have come.
+
+        It is edge-triggered, and `publish` may swallow the edge: call `new_subscriptions` after publishing too.
+        """
+        return int(self._socket.get(zmq.FD))
+
+    @property
+    def ready(self) -> bool:
+        """Whether a broker has been observed."""
+        return HELLO_TOPIC.encode() in self._subscriptions
+
+    def new_subscriptions(self) -> list[str]:
+        """Take in what subscribers said since the last call; return the prefixes newly subscribed to, each once."""
+        fresh: dict[str, None] = {}
+        while int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
+            said = self._socket.recv(zmq.NOBLOCK)
+            self._wanted.clear()
+            prefix = said[1:]
+            if said[:1] == b"\x01" and len(self._subscriptions) < SUBSCRIPTIONS_MAX:
+                self._subscriptions.add(prefix)
+                fresh[prefix.decode("utf-8", "replace")] = None
+            elif said[:1] == b"\x00":
+                self._subscriptions.discard(prefix)
+        return list(fresh)
+
+    def wanted(self, topic: str) -> bool:
+        """Whether anyone subscribes to `topic`: what nobody wants need not be encoded."""
+        known = self._wanted.get(topic)
+        if known is None:
+            known = any(topic.encode().startswith(prefix) for prefix in self._subscriptions)
+            self._wanted[topic] = known
+        return known
+
+    def published(self, topic: str) -> int:
+        """Datagrams published on `topic` since the start: the running count its messages carry."""
+        numbering = self._numbering.get(topic)
+        return numbering.total if numbering else 0
+
+    def publish(self, topic: str, body: Body, batch: DatagramBatch | None = None) -> bool:
+        """Put a message on the bus; False when its queue is at the high-water mark, and then nothing was sent."""
+        numbering = self._numbering.setdefault(topic, _Numbering())
+        parts = encode(
+            topic,
+            body,
+            sender=self.sender,
+            boot=self.boot,
+            sequence=numbering.sequence,
+            total=numbering.total,
+            batch=batch,
+        )
+        try:
+            self._socket.send_multipart(parts, zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        numbering.sequence += 1
+        numbering.total += len(batch) if batch is not None else 0
+        return True
+
+    def close(self) -> None:
+        """Stop publishing; what is queued is still sent while the context lingers."""
+        self._socket.close()
+
+
+class Subscriber:
+    """Takes messages from the bus; what is malformed is counted in `rejected`, said at most once a second, dropped."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], directory: Path, high_water_mark: int) -> None:
+        self.rejected: Counter[str] = Counter()
+        self._said_at = -1.0
+        self._socket = configure(context.socket(zmq.SUB), high_water_mark)
+        self._socket.connect(subscribe_endpoint(directory))
+
+    @property
+    def socket(self) -> zmq.Socket[bytes]:
+        """For a `zmq.Poller`."""
+        return self._socket
+
+    def fileno(self) -> int:
+        """An edge-triggered descriptor: when it fires, call `receive` until it returns None."""
+        return int(self._socket.get(zmq.FD))
+
+    def subscribe(self, prefix: str) -> None:
+        """Ask for every topic that begins with `prefix`, which ends in `/`: `a.1` would also bring `a.10`."""
+        self._socket.subscribe(prefix)
+
+    def unsubscribe(self, prefix: str) -> None:
+        """Take `subscribe` back."""
+        self._socket.unsubscribe(prefix)
+
+    def receive(self) -> Message | None:
+        """The next message, or None when there is none now. A batch's arrays are views of the received parts."""
+        while True:
+            try:
+                frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return None
+            # Small parts as bytes; the arrays stay where ZeroMQ received them, kept alive by the views on them.
+            parts: list[Part] = [frame.bytes for frame in frames[:3]]
+            parts += [frame.buffer for frame in frames[3:6]]
+            try:
+                return decode(parts)
+            except WireError as error:
+                self._reject(error)
+
+    def _reject(self, error: WireError) -> None:
+        self.rejected[error.cause] += 1
+        now = time.monotonic()
+        if now - self._said_at >= 1.0:
+            self._said_at = now
+            count = sum(self.rejected.values())
+            log.warning("bus message dropped", cause=error.cause, reason=str(error)[:200], dropped_so_far=count)
+
+    def close(self) -> None:
+        """Stop receiving."""
+        self._socket.close()
+
+
+class Requests:
+    """Requests under way: each has an id, a deadline, and what to do with its answer or with none.
+
+    The request itself is a published message that carries the id and `topic`, on which the answer comes back.
+    """
+
+    def __init__(self, sender: str, boot: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.topic = f"reply/{sender}.{boot:x}/"
+        self._clock = clock
+        self._ids = itertools.count(1)
+        self._open: dict[int, tuple[float, Callable[[Message | None], None]]] = {}
+
+    def open(self, deadline_seconds: float, finished: Callable[[Message | None], None]) -> int:
+        """Begin a request; `finished` gets the answer, or None when there is none by the deadline."""
+        number = next(self._ids)
+        self._open[number] = (self._clock() + deadline_seconds, finished)
+        return number
+
+    def answer(self, number: int, message: Message) -> None:
+        """Hand an answer to who asked; one that comes after its deadline, or twice, is let go."""
+        _, finished = self._open.pop(number, (0.0, None))
+        if finished is not None:
+            finished(message)
+
+    def expire(self) -> None:
+        """End the requests whose deadline has passed."""
+        now = self._clock()
+        for number in [number for number, (deadline, _) in self._open.items() if deadline <= now]:
+            _, finished = self._open.pop(number)
+            finished(None)
+
+
+def prepare_directory(directory: Path) -> None:
+    """Make the bus directory, mode 0700, and see that it is ours alone. PermissionError when it is somebody else's.
+
+    An existing directory may have mode 0750, for an operator's group; anything wider is taken back.
+    """
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = directory.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+        raise PermissionError(errno.EPERM, "not a directory of this user; set [bus] directory to one", str(directory))
+    if found.st_mode & 0o027:
+        directory.chmod(found.st_mode & 0o750)

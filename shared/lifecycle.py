@@ -1,0 +1,151 @@
+"""How every process starts and ends: arguments, logging, signals, readiness, exit codes.
+
+A signal handler only sets a flag; the service's loop sees it and drains: stop input, flush, close, exit, all within
+`DRAIN_SECONDS`, because honcho kills after five. A second signal has the default action.
+"""
+
+import argparse
+import logging
+import os
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import FrameType
+from typing import Final, NoReturn
+
+import structlog
+
+from shared.settings import Settings, SettingsError, load
+
+OK: Final = 0
+FAILED: Final = 1
+USAGE: Final = 64
+"""Exit codes are those of sysexits.h where it has one."""
+UNAVAILABLE: Final = 69
+CANT_CREATE: Final = 73
+NOT_PERMITTED: Final = 77
+BAD_SETTINGS: Final = 78
+
+DRAIN_SECONDS: Final = 4.0
+
+log = structlog.get_logger()
+
+
+class OperatorError(Exception):
+    """Ends the process with one line and an exit code: something the operator can mend."""
+
+    def __init__(self, exit_code: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class Lifecycle:
+    """Signals as a flag and a descriptor: `draining` is set at the first SIGTERM or SIGINT, and `fileno` wakes."""
+
+    def __init__(self) -> None:
+        self.draining = False
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._drain)
+
+    def fileno(self) -> int:
+        """Readable from the first signal on, so that a loop blocked in poll wakes."""
+        return self._reader.fileno()
+
+    def _drain(self, number: int, _frame: FrameType | None) -> None:
+        self.draining = True
+        signal.signal(number, signal.SIG_DFL)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that exits with 64 on wrong usage and knows `--version`."""
+
+    def __init__(self, prog: str, description: str) -> None:
+        super().__init__(prog=prog, description=description)
+        self.add_argument("--version", action="version", version=f"fanwire {release()}")
+
+    def error(self, message: str) -> NoReturn:
+        """Print usage and the message to stderr, exit with 64."""
+        self.print_usage(sys.stderr)
+        self.exit(USAGE, f"{self.prog}: {message}\n")
+
+
+def release() -> str:
+    """The installed version, or a word for a checkout that is not installed."""
+    try:
+        return version("fanwire")
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def service_parser(name: str, description: str) -> Parser:
+    """The parser of a service: `--config` and whatever the service adds."""
+    parser = Parser(f"fanwire {name}", description)
+    add_config_argument(parser)
+    return parser
+
+
+def add_config_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--config FILE`."""
+    parser.add_argument("--config", type=Path, metavar="FILE", help="settings file; also FANWIRE_CONFIG")
+
+
+def worker_name(service: str) -> str:
+    """Return this process's name on the bus: `ingest.2` as honcho numbers it (HONCHO_PROCESS_NAME), else the first."""
+    name = os.environ.get("HONCHO_PROCESS_NAME", "")
+    prefix, _, number = name.rpartition(".")
+    return name if prefix == service and number.isascii() and number.isdigit() else f"{service}.1"
+
+
+def run(main: Callable[[argparse.Namespace, Settings, Lifecycle], None], arguments: argparse.Namespace) -> int:
+    """Run a service to its end and return its exit code; what the operator can mend ends in one line."""
+    configure_logging()
+    raise_descriptor_limit()
+    try:
+        main(arguments, load(arguments.config), Lifecycle())
+    except SettingsError as error:
+        print(error, file=sys.stderr)
+        return BAD_SETTINGS
+    except OperatorError as error:
+        log.error(str(error))
+        return error.exit_code
+    return OK
+
+
+def configure_logging() -> None:
+    """Log to stderr: for people on a terminal, else one JSON object a line."""
+    terminal = sys.stderr.isatty()
+    renderer: structlog.typing.Processor = (
+        structlog.dev.ConsoleRenderer() if terminal else structlog.processors.JSONRenderer()
+    )
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="%H:%M:%S" if terminal else "iso", utc=not terminal),
+            structlog.processors.format_exc_info,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+
+
+def raise_descriptor_limit() -> None:
+    """Raise the soft limit of open files to the hard one: every client and collector is a descriptor."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def announce_ready(service: str, **facts: object) -> None:
+    """Say that the service can serve now: on the log, and to systemd where it asked (sd_notify(3))."""
+    log.info("ready", service=service, pid=os.getpid(), **facts)
+    if address := os.environ.get("NOTIFY_SOCKET"):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+            notify.sendto(b"READY=1", address.replace("@", "\0", 1) if address.startswith("@") else address)

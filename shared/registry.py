@@ -1,0 +1,31 @@
+"""A registry entry as processes hand it to each other: who signed up, and what for."""
+
+from typing import Literal
+
+import msgspec
+
+Source = Literal["relay", "original"]
+ALL_STREAMS = "*"
+
+
+class Client(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One entry. With `streams` it is a collector and gets copies at `address`, `port`; without, a name on the list.
+
+    `generation` never repeats, so a late `renew` or `leave` can't touch a successor of the same name. `prefixes` are
+    CIDR texts (on the JSON side the field is called `from`); `sample` is the N of 1-in-N; members of one `group` share
+    a stream by hash of source address.
+    """
+
+    name: str
+    generation: int
+    address: str
+    port: int
+    streams: tuple[str, ...] = ()
+    source: Source = "relay"
+    prefixes: tuple[str, ...] = ()
+    sample: int = 1
+    group: str = ""
+
+    def wants(self, stream: str) -> bool:
+        """Whether copies of `stream` go to this client."""
+        return stream in self.streams or ALL_STREAMS in self.streams

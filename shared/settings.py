@@ -1,0 +1,259 @@
+"""Settings: one TOML file and the environment, read once into one frozen object; each setting is declared here once.
+
+Every scalar can be overridden from the environment: `FANWIRE_GATEWAY__MAX_CLIENTS=500`, and inside a list by the
+entry's name: `FANWIRE_STREAM__MESSAGES__RECEIVE_BUFFER=1048576`.
+"""
+
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, get_args, get_type_hints
+
+import msgspec
+from msgspec import Meta, Struct, field
+
+from shared.addresses import Endpoint, pack_address, pack_network, parse_endpoint
+from shared.registry import ALL_STREAMS, Source
+
+UDP_SCHEMES: Final = ("udp", "tcp", "unixgram")
+REGISTRY_SCHEMES: Final = ("tcp", "unix")
+NOT_SETTINGS: Final = frozenset({"FANWIRE_CONFIG"})
+
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Count = Annotated[int, Meta(ge=1, le=1_000_000)]
+Port = Annotated[int, Meta(ge=1, le=65_535)]
+Seconds = Annotated[float, Meta(gt=0, le=86_400)]
+Bytes = Annotated[int, Meta(ge=4096, le=1 << 30)]
+
+
+class SettingsError(ValueError):
+    """Settings that can't be used: one line with file, key and what was expected."""
+
+
+class Bus(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where the processes meet."""
+
+    directory: str = "$XDG_RUNTIME_DIR/fanwire"
+    """Holds the ipc sockets; without XDG_RUNTIME_DIR a directory of this user under /tmp."""
+    high_water_mark: Annotated[int, Meta(ge=1, le=65_536)] = 256
+    """Messages a queue of the bus holds before it drops, each up to 256 datagrams or 512 KiB."""
+
+    @property
+    def path(self) -> Path:
+        """The directory with variables filled in: systemd's RUNTIME_DIRECTORY, XDG_RUNTIME_DIR, or /tmp."""
+        if self.directory == Bus().directory and (runtime := os.environ.get("RUNTIME_DIRECTORY")):
+            return Path(runtime.partition(":")[0])
+        text = os.path.expandvars(self.directory)
+        return Path(f"/tmp/fanwire-{os.geteuid()}") if "$" in text else Path(text)
+
+
+class Gateway(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The client registry."""
+
+    listen: tuple[str, ...] = ("tcp://127.0.0.1:5000",)
+    """tcp://HOST:PORT or unix:///PATH."""
+    max_clients: Count = 10_000
+    max_connections: Count = 4096
+    """Open at once; one more is answered `unavailable` and closed."""
+    request_seconds: Seconds = 5.0
+    """From a request's first byte to its last, and for a client to take its answer."""
+    idle_seconds: Seconds = 120.0
+    """A connection that sends nothing is closed after this; one that holds a lease is not."""
+    lease_seconds: Annotated[float, Meta(ge=0, le=31_536_000)] = 0.0
+    """How long an entry made by the names protocol stays; 0: until it is replaced or removed."""
+    serve_seconds: Seconds = 0.5
+    """How long an answer to `register` waits for the forwarder to say that copies flow."""
+
+    def __post_init__(self) -> None:
+        for text in self.listen:
+            parse_endpoint(text, REGISTRY_SCHEMES)
+
+    @property
+    def endpoints(self) -> tuple[Endpoint, ...]:
+        """`listen`, parsed."""
+        return tuple(parse_endpoint(text, REGISTRY_SCHEMES) for text in self.listen)
+
+
+class Stream(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Datagrams under one name, from any number of listeners."""
+
+    name: Name
+    listen: Annotated[tuple[str, ...], Meta(min_length=1)]
+    """udp://HOST:PORT, tcp://HOST:PORT or unixgram:///PATH."""
+    reply: Annotated[str, Meta(max_length=1024)] | None = None
+    """Sent back to the sender of every UDP datagram; none by default."""
+    reply_beyond_loopback: bool = False
+    """Without it a reply is refused on a listener that is not loopback: forged sources would aim it at others."""
+    receive_buffer: Bytes = 33_554_432
+    """Bytes asked of the kernel for each UDP socket."""
+
+    def __post_init__(self) -> None:
+        for text in self.listen:
+            parse_endpoint(text, UDP_SCHEMES)
+
+    @property
+    def endpoints(self) -> tuple[Endpoint, ...]:
+        """`listen`, parsed."""
+        return tuple(parse_endpoint(text, UDP_SCHEMES) for text in self.listen)
+
+
+class Ingest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The workers that take datagrams in."""
+
+    fill_ms: Annotated[float, Meta(ge=0, le=1)] = 1.0
+    """How long a worker may wait for a batch to fill when small batches come back to back; 0: never."""
+    tcp_connections: Count = 1024
+    """Open TCP connections a worker; one more is closed at once."""
+    tcp_idle_seconds: Seconds = 600.0
+    """A TCP connection that sends nothing for this long is closed."""
+
+
+class Forwarder(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Sends copies from this host's own address."""
+
+    send_buffer: Bytes = 4_194_304
+    """Bytes asked of the kernel for each collector's socket."""
+    segmentation: bool = True
+    """Send runs of equal length by UDP_SEGMENT where the kernel can."""
+
+
+class Collector(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A collector that can't sign itself up; the fields of `register`."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=255)]
+    streams: Annotated[tuple[str, ...], Meta(min_length=1)]
+    address: str
+    port: Port
+    source: Source = "relay"
+    prefixes: tuple[str, ...] = field(default=(), name="from")
+    sample: Count = 1
+    group: Annotated[str, Meta(max_length=64)] = ""
+
+    def __post_init__(self) -> None:
+        pack_address(self.address)
+        for prefix in self.prefixes:
+            pack_network(prefix)
+
+
+DEFAULT_STREAM: Final = Stream(
+    name="messages", listen=("udp://localhost:6667", "tcp://localhost:6667"), reply="Got your message!"
+)
+
+
+class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything, as a service gets it."""
+
+    bus: Bus = Bus()
+    gateway: Gateway = Gateway()
+    ingest: Ingest = Ingest()
+    forwarder: Forwarder = Forwarder()
+    streams: tuple[Stream, ...] = field(default=(DEFAULT_STREAM,), name="stream")
+    collectors: tuple[Collector, ...] = field(default=(), name="collector")
+
+    def __post_init__(self) -> None:
+        names = [stream.name for stream in self.streams]
+        for kind, all_names in (("stream", names), ("collector", [entry.name for entry in self.collectors])):
+            if twice := {name for name in all_names if all_names.count(name) > 1}:
+                raise ValueError(f"{kind} name {twice.pop()!r} is there twice")
+        for collector in self.collectors:
+            if unknown := set(collector.streams) - {*names, ALL_STREAMS}:
+                raise ValueError(f"collector {collector.name!r} names a stream {unknown.pop()!r} that is not there")
+
+
+def load(path: Path | None, environment: Mapping[str, str] = os.environ) -> Settings:
+    """Read `path`, else the file FANWIRE_CONFIG names, else the defaults; then the environment. SettingsError."""
+    path = path or (Path(named) if (named := environment.get("FANWIRE_CONFIG")) else None)
+    where, found = "settings", {}
+    if path is not None:
+        where = str(path)
+        try:
+            found = tomllib.loads(path.read_text("utf-8"))
+        except OSError as error:
+            raise SettingsError(f"{where}: {error.strerror}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise SettingsError(f"{where}: not TOML: {error}") from None
+    overrides = {name: text for name, text in environment.items() if name.startswith("FANWIRE_")}
+    for name in sorted(overrides.keys() - NOT_SETTINGS):
+        found = _override(found, name, overrides[name])
+        where = f"{where} + {name}" if name not in where else where
+    try:
+        return msgspec.convert(found, Settings)
+    except msgspec.ValidationError as error:
+        raise SettingsError(f"{where}: {_explain(str(error))}") from None
+
+
+def render(settings: Settings) -> str:
+    """Settings as TOML that `load` reads back to the same."""
+    values: dict[str, Any] = msgspec.to_builtins(settings)
+    sections, lists = [], []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            sections.append(_table(f"[{name}]", value))
+        else:
+            lists += [_table(f"[[{name}]]", entry) for entry in value]
+    return "\n".join(sections + lists)
+
+
+def _table(title: str, values: Mapping[str, Any]) -> str:
+    lines = [f"{key} = {_toml(value)}" for key, value in values.items() if value is not None]
+    return "\n".join([title, *lines, ""])
+
+
+def _toml(value: Any) -> str:
+    # JSON's strings, numbers, booleans and arrays are TOML's too, but for DEL, which TOML wants escaped.
+    return msgspec.json.encode(value).decode().replace("\x7f", "\\u007f")
+
+
+def _override(found: dict[str, Any], variable: str, text: str) -> dict[str, Any]:
+    """Return `found` with the scalar that an environment variable names set to its text, read as its type."""
+    section, _, rest = variable.removeprefix("FANWIRE_").lower().partition("__")
+    entries: Any = found.get(section, {})
+    declared = _fields(Settings).get(section)
+    if declared is None or not rest:
+        raise SettingsError(f"{variable}: not a setting; expected FANWIRE_SECTION__KEY, sections {_known(Settings)}")
+    struct: type[Struct] = get_args(declared)[0] if get_args(declared) else declared
+    target, key = entries, rest
+    if get_args(declared):
+        name, _, key = rest.partition("__")
+        if section not in found:
+            entries = msgspec.to_builtins(getattr(Settings(), f"{section}s"))
+        target = next((entry for entry in entries if _as_variable(entry.get("name", "")) == name), None)
+        if target is None:
+            raise SettingsError(f"{variable}: there is no {section} called {name!r}")
+    field_type = _fields(struct).get(key)
+    if field_type is None:
+        raise SettingsError(f"{variable}: not a setting; [{section}] has {_known(struct)}")
+    try:
+        target[key] = msgspec.to_builtins(msgspec.convert(text, field_type, strict=False))
+    except msgspec.ValidationError as error:
+        raise SettingsError(f"{variable}: {error}") from None
+    return {**found, section: entries}
+
+
+def _as_variable(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "_", name.lower())
+
+
+def _fields(struct: type[Struct]) -> dict[str, Any]:
+    """The keys of a section as they are written in the file, each with its type."""
+    hints = get_type_hints(struct, include_extras=True)
+    return {entry.encode_name: hints[entry.name] for entry in msgspec.structs.fields(struct)}
+
+
+def _known(struct: type[Struct]) -> str:
+    return ", ".join(_fields(struct))
+
+
+def _explain(message: str) -> str:
+    """Turn msgspec's sentence into: key, what was expected."""
+    reason, _, at = message.partition(" - at `$")
+    key = at.rstrip("`").removeprefix(".").replace("[...]", "")
+    if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", reason):
+        section = re.sub(r"\[\d+\]", "", key)
+        declared = _fields(Settings).get(section, Settings)
+        struct = get_args(declared)[0] if get_args(declared) else declared
+        full = f"{key}.{unknown[1]}" if key else unknown[1]
+        return f"{full}: unknown key; expected one of {_known(struct)}"
+    return f"{key}: {reason}" if key else reason

@@ -1,0 +1,99 @@
+"""Status on the bus: a service reports its accounts each second and to every new subscriber; a reader collects them."""
+
+import itertools
+import os
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from shared.bus import Publisher
+from shared.ledger import Accounts
+from shared.wire import PIECE_SIZE, Envelope, Status, status_topic
+
+INTERVAL_SECONDS = 1.0
+_COUNTER_SIZE = 32
+"""Bytes a counter takes in a message at most, name included: for cutting reports into pieces."""
+
+
+class Reporter:
+    """Publishes a service's accounts, in pieces when they are many."""
+
+    def __init__(self, publisher: Publisher) -> None:
+        self._publisher = publisher
+        self._topic = status_topic(publisher.sender)
+        self._started_ns = time.time_ns()
+        self._reports = itertools.count(1)
+        self.due_at = 0.0
+
+    def asked_for(self, prefixes: Iterable[str]) -> bool:
+        """Whether one of these new subscriptions is for our status."""
+        return any(self._topic.startswith(prefix) for prefix in prefixes)
+
+    def report(self, accounts: Mapping[str, Mapping[str, int]]) -> None:
+        """Publish the accounts as they are now, if anybody listens."""
+        self.due_at = time.monotonic() + INTERVAL_SECONDS
+        if not self._publisher.wanted(self._topic):
+            return
+        pieces = list(_pieces(accounts))
+        report = next(self._reports)
+        for number, piece in enumerate(pieces):
+            body = Status(
+                service=self._publisher.sender,
+                pid=os.getpid(),
+                started_ns=self._started_ns,
+                report=report,
+                piece=number,
+                pieces=len(pieces),
+                accounts=piece,
+            )
+            self._publisher.publish(self._topic, body)
+
+
+def _pieces(accounts: Mapping[str, Mapping[str, int]]) -> Iterable[Accounts]:
+    piece: Accounts = {}
+    size = 0
+    for name, account in accounts.items():
+        cost = 4 * len(name) + 16 + _COUNTER_SIZE * len(account)
+        if piece and size + cost > PIECE_SIZE:
+            yield piece
+            piece, size = {}, 0
+        piece[name] = dict(account)
+        size += cost
+    yield piece
+
+
+@dataclass(slots=True)
+class Report:
+    """A service's whole report, put together."""
+
+    service: str
+    boot: int
+    pid: int
+    started_ns: int
+    number: int
+    received_at: float
+    accounts: Accounts = field(default_factory=dict)
+
+
+class Reports:
+    """The last whole report of every service that reports, by (name, boot id)."""
+
+    def __init__(self) -> None:
+        self.latest: dict[tuple[str, int], Report] = {}
+        self._partial: dict[tuple[str, int], Report] = {}
+
+    def take(self, envelope: Envelope, status: Status) -> Report | None:
+        """Take a piece; return the report it completes."""
+        key = (envelope.sender, envelope.boot)
+        report = self._partial.get(key)
+        if status.piece == 0:
+            report = self._partial[key] = Report(
+                status.service, envelope.boot, status.pid, status.started_ns, status.report, time.monotonic()
+            )
+        if report is None or report.number != status.report:
+            return None  # a piece was lost: wait for the next report
+        report.accounts.update(status.accounts)
+        if status.piece + 1 < status.pieces:
+            return None
+        self.latest[key] = self._partial.pop(key)
+        return self.latest[key]

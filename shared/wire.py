@@ -1,0 +1,191 @@
+"""Every message on the bus: its kind and version, encoded to parts and decoded from parts.
+
+A message is multipart: the topic, an envelope, a body, and for datagrams two arrays (rows, payload). Envelope and body
+are msgpack, each message kind one Struct below. The envelope decides: its first two fields are version and kind,
+and a receiver that knows neither counts the message and drops it without reading on.
+
+Decoding never raises anything but `WireError`, whatever the bytes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import msgspec
+import numpy as np
+
+from shared.batch import ROW, DatagramBatch
+from shared.registry import Client
+
+VERSION: Final = 1
+MAX_MESSAGE: Final = 1024 * 1024
+"""Bytes a part may have; libzmq disconnects a peer that sends more (ZMQ_MAXMSGSIZE)."""
+MAX_TOPIC: Final = 512
+MAX_ENVELOPE: Final = 512
+"""Bytes: names in topics and envelopes are short; anything longer is not ours."""
+PIECE_SIZE: Final = 256 * 1024
+"""Bytes of body at which a list is cut into pieces: far enough from `MAX_MESSAGE` that no entry can reach it."""
+
+Part = bytes | memoryview
+
+
+class WireError(ValueError):
+    """A message that can't be taken; `cause` is the word it is counted under."""
+
+    def __init__(self, cause: str, message: str) -> None:
+        super().__init__(message)
+        self.cause = cause
+
+
+class Envelope(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """What every message begins with.
+
+    `boot` is drawn at a sender's start, so a restart is not mistaken for a loss. `sequence` counts the sender's
+    messages on this topic and `total` the datagrams it has published there before this message.
+    """
+
+    version: int
+    kind: str
+    sender: str
+    boot: int
+    sequence: int
+    total: int
+
+
+class Datagrams(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """A `DatagramBatch`; rows and payload follow as arrays. Without rows it is a mark: the sequence starts here."""
+
+    stream: str
+    received_ns: int
+
+
+class RegistrySnapshot(msgspec.Struct, array_like=True, frozen=True):
+    """One of `pieces` pieces of the whole registry at `revision`."""
+
+    revision: int
+    piece: int
+    pieces: int
+    clients: list[Client]
+
+
+class RegistryChange(msgspec.Struct, array_like=True, frozen=True):
+    """What turned the registry at `revision - 1` into that at `revision`."""
+
+    revision: int
+    joined: list[Client]
+    left: list[str]
+
+
+class ServeRequest(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """Asks who sends copies to say on topic `reply` when it serves the registry as of `revision`."""
+
+    id: int
+    reply: str
+    revision: int
+
+
+class ServeReply(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """The answer to a `ServeRequest`: copies flow to every collector of `revision` that is for this sender."""
+
+    id: int
+    revision: int
+
+
+class Status(msgspec.Struct, array_like=True, frozen=True):
+    """One of `pieces` pieces of a service's accounts, numbered `report`; see `shared.ledger` for what is in them."""
+
+    service: str
+    pid: int
+    started_ns: int
+    report: int
+    piece: int
+    pieces: int
+    accounts: dict[str, dict[str, int]]
+
+
+Body = Datagrams | RegistrySnapshot | RegistryChange | ServeRequest | ServeReply | Status
+
+KINDS: Final[dict[str, type[Body]]] = {
+    "datagrams": Datagrams,
+    "registry.snapshot": RegistrySnapshot,
+    "registry.change": RegistryChange,
+    "serve.request": ServeRequest,
+    "serve.reply": ServeReply,
+    "status": Status,
+}
+_NAMES: Final = {struct: kind for kind, struct in KINDS.items()}
+_encoder: Final = msgspec.msgpack.Encoder()
+_envelopes: Final = msgspec.msgpack.Decoder(Envelope)
+_bodies: Final = {kind: msgspec.msgpack.Decoder(struct) for kind, struct in KINDS.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A message taken from the bus; `batch` is there when the body is `Datagrams`."""
+
+    topic: str
+    envelope: Envelope
+    body: Body
+    batch: DatagramBatch | None = None
+
+
+def datagrams_topic(stream: str) -> str:
+    """The topic of a stream's batches. Ends in `/`, since ZeroMQ matches by prefix."""
+    return f"datagrams/{stream}/"
+
+
+def status_topic(service: str) -> str:
+    """The topic of a service's status, as in `status/ingest.1/`."""
+    return f"status/{service}/"
+
+
+REGISTRY_TOPIC: Final = "registry/"
+SERVE_TOPIC: Final = "serve/"
+
+
+def encode(
+    topic: str, body: Body, *, sender: str, boot: int, sequence: int, total: int, batch: DatagramBatch | None = None
+) -> list[Part]:
+    """Return the parts of a message. The arrays are the batch's own buffers, not copies."""
+    envelope = Envelope(VERSION, _NAMES[type(body)], sender, boot, sequence, total)
+    parts: list[Part] = [topic.encode(), _encoder.encode(envelope), _encoder.encode(body)]
+    if batch is not None:
+        parts += [batch.rows.tobytes(), batch.payload]
+    return parts
+
+
+def decode(parts: Sequence[Part]) -> Message:
+    """Return the message in `parts`; a batch's columns are read-only views of them. WireError when it is not one."""
+    try:
+        return _decode(parts)
+    except WireError:
+        raise
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:  # RecursionError: nesting thousands deep
+        raise WireError("malformed", f"{type(error).__name__}: {error}") from None
+
+
+def _decode(parts: Sequence[Part]) -> Message:
+    if not 3 <= len(parts) <= 5:
+        raise WireError("malformed", f"{len(parts)} parts")
+    if len(parts[0]) > MAX_TOPIC or len(parts[1]) > MAX_ENVELOPE:
+        raise WireError("malformed", f"topic of {len(parts[0])} and envelope of {len(parts[1])} bytes")
+    topic = str(parts[0], "utf-8")
+    envelope = _envelopes.decode(parts[1])
+    if envelope.version != VERSION:
+        raise WireError("bad_version", f"version {envelope.version}, this is {VERSION}")
+    if envelope.kind not in KINDS:
+        raise WireError("unknown_kind", f"kind {envelope.kind[:40]!r}")
+    if min(envelope.sequence, envelope.total, envelope.boot) < 0:
+        raise WireError("malformed", "negative sequence, total or boot")
+    body = _bodies[envelope.kind].decode(parts[2])
+    if not isinstance(body, Datagrams):
+        if len(parts) != 3:
+            raise WireError("malformed", f"{envelope.kind} with {len(parts)} parts")
+        return Message(topic, envelope, body)
+    if topic != datagrams_topic(body.stream):
+        raise WireError("malformed", f"datagrams of stream {body.stream[:40]!r} on topic {topic[:40]!r}")
+    if len(parts) != 5:
+        raise WireError("malformed", f"datagrams with {len(parts)} parts")
+    batch = DatagramBatch(body.stream, body.received_ns, np.frombuffer(parts[3], ROW), parts[4])
+    batch.check()
+    return Message(topic, envelope, body, batch)
