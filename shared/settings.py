@@ -177,7 +177,6 @@ def load(path: Path | None, environment: Mapping[str, str] = os.environ) -> Sett
     overrides = {name: text for name, text in environment.items() if name.startswith("FANWIRE_")}
     for name in sorted(overrides.keys() - NOT_SETTINGS):
         found = _override(found, name, overrides[name])
-        where = f"{where} + {name}" if name not in where else where
     try:
         return msgspec.convert(found, Settings)
     except msgspec.ValidationError as error:
@@ -211,6 +210,8 @@ def _override(found: dict[str, Any], variable: str, text: str) -> dict[str, Any]
     section, _, rest = variable.removeprefix("FANWIRE_").lower().partition("__")
     entries: Any = found.get(section, {})
     declared = _fields(Settings).get(section)
+    if not rest and not section.startswith(tuple(_fields(Settings))):
+        return found  # somebody else's variable; a section with one underscore too few is a mistake
     if declared is None or not rest:
         raise SettingsError(f"{variable}: not a setting; expected FANWIRE_SECTION__KEY, sections {_known(Settings)}")
     struct: type[Struct] = get_args(declared)[0] if get_args(declared) else declared

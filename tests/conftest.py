@@ -1,0 +1,35 @@
+"""Moves the whole test run into a network namespace of its own before anything can send, and offers the fixtures."""
+
+from tests.lab import enter_lab
+
+LAB_REFUSED = enter_lab()  # before other imports: unshare(2) wants a process without threads
+
+from collections.abc import Iterator  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+
+from tests.stack import Stack  # noqa: E402
+
+
+@pytest.fixture
+def lab() -> None:
+    """For every test that sends: it runs in a namespace with loopback alone, or not at all."""
+    if LAB_REFUSED:
+        pytest.skip(f"needs a network namespace of its own, and {LAB_REFUSED}")
+
+
+@pytest.fixture
+def stack(lab: None, tmp_path: Path) -> Iterator[Stack]:
+    """Real processes on a bus directory of their own; whatever still runs at the end is ended."""
+    with Stack(tmp_path) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def no_leaks() -> Iterator[None]:
+    """A test leaves no descriptor of its own process open."""
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    yield
+    after = len(list(Path("/proc/self/fd").iterdir()))
+    assert after <= before, f"{after - before} descriptors left open"

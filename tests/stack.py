@@ -1,0 +1,160 @@
+"""Runs the product's real processes for a test, and ends them."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+CHECKOUT = Path(__file__).parent.parent
+
+
+def wait_until(condition: Callable[[], object], what: str, seconds: float = 20.0) -> None:
+    """Poll until `condition()` is true; AssertionError with `what` when it does not become so."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        time.sleep(0.01)
+
+
+@dataclass
+class Running:
+    """A process under test; its stdout and stderr go to one file."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    output: Path
+
+    @property
+    def text(self) -> str:
+        """Everything it has printed so far."""
+        return self.output.read_text()
+
+    def events(self, event: str) -> list[dict[str, Any]]:
+        """Its log entries of that event."""
+        lines = [json.loads(line) for line in self.text.splitlines() if line.startswith("{")]
+        return [line for line in lines if line.get("event") == event]
+
+    def wait_for(self, text: str, seconds: float = 20.0) -> None:
+        """Wait until it has printed `text`."""
+        wait_until(lambda: text in self.text, f"{self.name} prints {text!r}; it printed {self.text[-2000:]!r}", seconds)
+
+    def stop(self, number: signal.Signals = signal.SIGTERM, seconds: float = 6.0) -> int:
+        """Send a signal and return the exit code."""
+        self.process.send_signal(number)
+        return self.process.wait(seconds)
+
+    def resident_mb(self) -> float:
+        """Resident memory, MB."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(status.partition("VmRSS:")[2].split()[0]) / 1024
+
+    def cpu_seconds(self) -> float:
+        """User and system time so far."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+class Stack:
+    """Starts services by name, with settings from the test."""
+
+    def __init__(self, directory: Path, settings: str = "") -> None:
+        self.directory = directory
+        self.bus = directory / "bus"
+        self.running: list[Running] = []
+        self.configure(settings)
+
+    def configure(self, settings: str) -> None:
+        """Write the settings that processes started from now on read."""
+        (self.directory / "fanwire.toml").write_text(f'[bus]\ndirectory = "{self.bus}"\n{settings}')
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The environment of every process: these settings, this checkout, and nothing of honcho's."""
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("FANWIRE_", "HONCHO_"))}
+        return {
+            **kept,
+            "FANWIRE_CONFIG": str(self.directory / "fanwire.toml"),
+            "PYTHONPATH": str(CHECKOUT),
+            "PATH": f"{Path(sys.executable).parent}:{kept.get('PATH', '')}",
+        }
+
+    def spawn(self, name: str, command: list[str], **environment: str) -> Running:
+        """Start any command."""
+        output = self.directory / f"{name}.{len(self.running)}.log"
+        with output.open("wb") as file:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=self.environment | environment,
+                cwd=self.directory,
+            )
+        running = Running(name, process, output)
+        self.running.append(running)
+        return running
+
+    def start(self, name: str, *arguments: str, ready: bool = True) -> Running:
+        """Start a service, `ingest` or `ingest.2`, and wait until it says that it is ready."""
+        service, _, number = name.partition(".")
+        command = [sys.executable, "-m", f"services.{service}", *arguments]
+        running = self.spawn(name, command, HONCHO_PROCESS_NAME=f"{service}.{number or 1}")
+        if ready:
+            wait_until(
+                lambda: running.events("ready") or running.process.poll() is not None, f"{name} ready: {running.text}"
+            )
+            assert running.process.poll() is None, f"{name} ended: {running.text}"
+        return running
+
+    def start_all(self, ingest: int = 1) -> None:
+        """Start broker, gateway, forwarder and so many ingest workers."""
+        for name in ("broker", "gateway", "forwarder", *(f"ingest.{number + 1}" for number in range(ingest))):
+            self.start(name)
+
+    def operator(self, *arguments: str) -> Running:
+        """Start an operator command, such as `watch`."""
+        return self.spawn(arguments[0], [sys.executable, "-m", "services.operator", *arguments])
+
+    def __getitem__(self, name: str) -> Running:
+        return next(running for running in reversed(self.running) if running.name == name)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for running in reversed(self.running):
+            if running.process.poll() is None:
+                running.process.terminate()
+        for running in reversed(self.running):
+            try:
+                running.process.wait(6)
+            except subprocess.TimeoutExpired:
+                running.process.kill()
+                running.process.wait()
+        if error is not None:
+            for running in self.running:
+                print(f"--- {running.name} exited {running.process.returncode}\n{running.text[-4000:]}")
+
+
+def ask(request: bytes, port: int = 5000, host: str = "127.0.0.1", seconds: float = 20.0) -> bytes:
+    """Send `request` to the gateway, say that no more comes, and return all it answers."""
+    with socket.create_connection((host, port), timeout=seconds) as connection:
+        connection.sendall(request)
+        connection.shutdown(socket.SHUT_WR)
+        return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+def ask_json(request: dict[str, Any], port: int = 5000, host: str = "127.0.0.1") -> dict[str, Any]:
+    """Send one JSON line and return the answer to it."""
+    answer: dict[str, Any] = json.loads(ask(json.dumps(request).encode() + b"\n", port, host))
+    return answer
