@@ -94,8 +94,13 @@ class Publisher:
         self._socket.set(zmq.XPUB_NODROP, 1)
         self._socket.connect(publish_endpoint(directory))
 
+    @property
+    def socket(self) -> zmq.Socket[bytes]:
+        """For a `zmq.Poller`, which becomes ready when subscriptions have come."""
+        return self._socket
+
     def fileno(self) -> int:
-        """A descriptor that becomes readable when subscriptions may have come.
+        """A descriptor that becomes readable when subscriptions may have come, for other selectors.
 
         It is edge-triggered, and `publish` may swallow the edge: call `new_subscriptions` after publishing too.
         """

@@ -11,11 +11,12 @@ import resource
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn
 
 import structlog
 
@@ -31,6 +32,8 @@ NOT_PERMITTED: Final = 77
 BAD_SETTINGS: Final = 78
 
 DRAIN_SECONDS: Final = 4.0
+BROKER_PATIENCE_SECONDS: Final = 2.0
+"""How long a service waits for a broker without a word: started together, they find each other sooner."""
 
 log = structlog.get_logger()
 
@@ -66,8 +69,8 @@ class Lifecycle:
 class Parser(argparse.ArgumentParser):
     """An argument parser that exits with 64 on wrong usage and knows `--version`."""
 
-    def __init__(self, prog: str, description: str) -> None:
-        super().__init__(prog=prog, description=description)
+    def __init__(self, prog: str, description: str, **options: Any) -> None:
+        super().__init__(prog=prog, description=description, **options)
         self.add_argument("--version", action="version", version=f"fanwire {release()}")
 
     def error(self, message: str) -> NoReturn:
@@ -141,6 +144,32 @@ def raise_descriptor_limit() -> None:
     """Raise the soft limit of open files to the hard one: every client and collector is a descriptor."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+class Readiness:
+    """Says once that a service is ready, and once, when that takes long, what it is waiting for."""
+
+    def __init__(self, service: str, bus_directory: Path, broker_observed: Callable[[], bool]) -> None:
+        self._service = service
+        self._bus_directory = bus_directory
+        self._broker_observed = broker_observed
+        self._warn_at = time.monotonic() + BROKER_PATIENCE_SECONDS
+        self._ready = False
+
+    def check(self, **facts: object) -> None:
+        """Look whether the broker has been observed by now; cheap enough for every turn of a loop."""
+        if self._ready:
+            return
+        if self._broker_observed():
+            self._ready = True
+            announce_ready(self._service, **facts)
+        elif time.monotonic() >= self._warn_at:
+            self._warn_at = float("inf")
+            log.warning(
+                "waiting for the broker; start it with `python -m services.broker`",
+                service=self._service,
+                directory=str(self._bus_directory),
+            )
 
 
 def announce_ready(service: str, **facts: object) -> None:

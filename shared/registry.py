@@ -1,4 +1,4 @@
-"""A registry entry as processes hand it to each other: who signed up, and what for."""
+"""A registry entry as processes hand it to each other, and the copy of the registry that a subscriber keeps."""
 
 from typing import Literal
 

@@ -92,7 +92,7 @@ class Proxy:
         reporter = Reporter(self._publisher)
         poller = zmq.Poller()
         poller.register(lifecycle.fileno(), zmq.POLLIN)
-        poller.register(self._publisher.fileno(), zmq.POLLIN)
+        poller.register(self._publisher.socket, zmq.POLLIN)
         while not lifecycle.draining:
             poller.poll(int(INTERVAL_SECONDS * 1000))
             if reporter.asked_for(self._publisher.new_subscriptions()) or time.monotonic() >= reporter.due_at:

@@ -1,0 +1,23 @@
+"""Sends each collector its copies, from this host's own address."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from services.forwarder.relay import Relay
+from shared.lifecycle import Lifecycle, run, service_parser, worker_name
+from shared.settings import Settings
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the forwarder; return its exit code."""
+    return run(_serve, service_parser("forwarder", __doc__).parse_args(arguments))
+
+
+def _serve(_arguments: argparse.Namespace, settings: Settings, lifecycle: Lifecycle) -> None:
+    with Relay(worker_name("forwarder"), settings) as relay:
+        relay.serve(lifecycle)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""The streams that collectors want: subscribed to, followed by sequence, and known to flow."""
+
+import time
+from collections import Counter
+from collections.abc import Iterable
+from typing import Final
+
+from shared.bus import Subscriber
+from shared.continuity import Continuity
+from shared.ledger import BASELINE, MISSED, PUBLISHED, REACHED, TAKEN, Accounts, unparse_origin
+from shared.wire import Envelope, Status, datagrams_topic
+
+INGEST_STATUS: Final = "status/ingest."
+MARK_SECONDS: Final = 0.25
+"""How long a stream newly subscribed to is waited for: each worker answers a subscription with a mark."""
+WORKER_SECONDS: Final = 3.0
+"""A worker that has not reported for this long is not waited for."""
+
+
+class Streams:
+    """Subscribes to what is wanted, and counts what came and what should have."""
+
+    def __init__(self, subscriber: Subscriber) -> None:
+        self.published: Counter[str] = Counter()
+        """By stream: datagrams that workers published while it was subscribed to, whether they came or not."""
+        self._subscriber = subscriber
+        self._topics: dict[str, str] = {}
+        self._continuity = Continuity()
+        self._subscribed_at = 0.0
+        self._workers: dict[tuple[str, int], float] = {}
+        subscriber.subscribe(INGEST_STATUS)
+
+    def want(self, streams: Iterable[str]) -> None:
+        """Subscribe to these streams and no others."""
+        topics = {datagrams_topic(stream): stream for stream in streams}
+        for topic in topics.keys() - self._topics.keys():
+            self._subscriber.subscribe(topic)
+            self._subscribed_at = time.monotonic()
+        for topic in self._topics.keys() - topics.keys():
+            self._subscriber.unsubscribe(topic)
+            self._continuity.forget(topic)
+        self._topics = topics
+
+    @property
+    def flowing(self) -> bool:
+        """Whether every worker that reports is known to have seen every subscription, or has had time enough."""
+        now = time.monotonic()
+        if now - self._subscribed_at > MARK_SECONDS:
+            return True
+        heard = [worker for worker, at in self._workers.items() if now - at < WORKER_SECONDS]
+        return bool(heard) and all(
+            (*worker, topic) in self._continuity.positions for worker in heard for topic in self._topics
+        )
+
+    def follow(self, topic: str, envelope: Envelope, count: int) -> int | None:
+        """Take note of a batch; return datagrams missed before it, None when it is a repeat or no longer wanted."""
+        if topic not in self._topics:
+            return None
+        missed = self._continuity.observe(topic, envelope, count)
+        if missed is not None:
+            self.published[self._topics[topic]] += missed + count
+        return missed
+
+    def reconcile(self, envelope: Envelope, status: Status) -> dict[str, int]:
+        """Compare a worker's own count with what came of it; return datagrams missed at the end, by stream."""
+        self._workers[envelope.sender, envelope.boot] = time.monotonic()
+        missed = {}
+        for topic, stream in self._topics.items():
+            account = status.accounts.get(f"stream/{stream}", {})
+            lost = self._continuity.reconcile((envelope.sender, envelope.boot, topic), account.get(PUBLISHED, 0))
+            if lost:
+                missed[stream] = lost
+                self.published[stream] += lost
+        return missed
+
+    def forget_silent_workers(self) -> None:
+        """Drop workers that have not reported for long, so that the table stays small."""
+        before = time.monotonic() - WORKER_SECONDS
+        self._workers = {worker: at for worker, at in self._workers.items() if at > before}
+
+    def accounts(self) -> Accounts:
+        """One account an origin: where we began to follow it, what came, what was missed, how far it got."""
+        return {
+            unparse_origin(sender, boot, self._topics[topic]): {
+                BASELINE: position.baseline,
+                TAKEN: position.taken,
+                MISSED: position.missed,
+                REACHED: position.reached,
+            }
+            for (sender, boot, topic), position in self._continuity.positions.items()
+        }

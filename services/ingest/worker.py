@@ -1,0 +1,158 @@
+"""One ingest worker: its listeners, its publisher, and the loop that moves datagrams from one to the other."""
+
+import selectors
+import time
+from types import TracebackType
+from typing import Final, Self
+
+import structlog
+
+from services.ingest.connections import Connections
+from services.ingest.feed import StreamFeed
+from services.ingest.receiver import DatagramReceiver
+from services.ingest.sockets import enlarge_receive_buffer, open_sockets, warn_of_small_buffers
+from shared.batch import MAX_ROWS
+from shared.bus import Publisher, new_context
+from shared.ledger import new_accounts
+from shared.lifecycle import Lifecycle, Readiness
+from shared.mmsg import ReceiveArena
+from shared.settings import Settings, Stream
+from shared.status import Reporter
+
+DRAIN_SECONDS: Final = 1.0
+"""How long, after SIGTERM, what the kernel has queued is still taken: under load there is always more."""
+RECORD_SIZE: Final = 1024
+"""Bytes the kernel charges a datagram beyond its payload, about (struct sk_buff and rounding)."""
+
+log = structlog.get_logger()
+
+
+class Worker:
+    """Receives on every listener of every stream and publishes what comes."""
+
+    def __init__(self, name: str, settings: Settings) -> None:
+        self._settings = settings
+        self._name = name
+        self._accounts = new_accounts()
+        self._selector = selectors.DefaultSelector()
+        self._arena = ReceiveArena()
+        self._receivers: list[DatagramReceiver] = []
+        self._connections = Connections(self._selector, settings.ingest)
+        self._granted: dict[int, int] = {}
+        self._fill_seconds = settings.ingest.fill_ms / 1000
+        self._received_at = 0.0
+        self._count = self._size = 0
+
+    def __enter__(self) -> Self:
+        self._context = new_context()
+        bus = self._settings.bus
+        self._publisher = Publisher(self._context, bus.path, self._name, bus.high_water_mark)
+        self._reporter = Reporter(self._publisher)
+        self._feeds = [
+            StreamFeed(stream.name, self._publisher, self._accounts[f"stream/{stream.name}"])
+            for stream in self._settings.streams
+        ]
+        try:
+            for stream, feed in zip(self._settings.streams, self._feeds, strict=True):
+                self._listen(stream, feed)
+        except BaseException:
+            self._close()
+            raise
+        warn_of_small_buffers(self._granted)
+        self._smallest_buffer = min(self._granted.values(), default=0)
+        return self
+
+    def _listen(self, stream: Stream, feed: StreamFeed) -> None:
+        reply = stream.reply.encode() if stream.reply else None
+        for endpoint in stream.endpoints:
+            if endpoint.path and not self._name.endswith(".1"):
+                continue  # a path can't be shared
+            for sock in open_sockets(stream, endpoint):
+                if endpoint.scheme == "tcp":
+                    self._connections.listen(sock, feed)
+                    continue
+                self._granted[stream.receive_buffer] = enlarge_receive_buffer(sock, stream.receive_buffer)
+                receiver = DatagramReceiver(sock, feed, self._arena, reply)
+                self._receivers.append(receiver)
+                self._selector.register(receiver, selectors.EVENT_READ, lambda it=receiver: self._receive(it))
+
+    def _receive(self, receiver: DatagramReceiver) -> None:
+        count, size = receiver.receive()
+        self._count += count
+        self._size += size
+
+    def serve(self, lifecycle: Lifecycle) -> None:
+        """Move datagrams until told to drain; ready once bound and once a broker has been seen."""
+        listening = [text for stream in self._settings.streams for text in stream.listen]
+        readiness = Readiness(self._name, self._settings.bus.path, lambda: self._publisher.ready)
+        # Registered to wake the loop; each turn looks at both anyway.
+        self._selector.register(lifecycle, selectors.EVENT_READ, lambda: None)
+        self._selector.register(self._publisher, selectors.EVENT_READ, lambda: None)
+        while not lifecycle.draining:
+            self._turn()
+            readiness.check(listen=listening)
+        self._drain()
+
+    def _turn(self) -> None:
+        """Wait for something to do, and do it."""
+        ready = self._selector.select(max(0.0, self._reporter.due_at - time.monotonic()))
+        self._count = self._size = 0
+        for key, _ in ready:
+            key.data()
+        self._greet()
+        now = time.monotonic()
+        if now >= self._reporter.due_at:
+            self._report()
+        if self._count:
+            self._let_fill(now)
+
+    def _let_fill(self, now: float) -> None:
+        """Wait a moment when small batches come back to back: waking for each costs more than handling it.
+
+        A lone datagram never waits, nor does anything when what came meanwhile might not fit the receive buffer.
+        """
+        back_to_back = now - self._received_at < self._fill_seconds
+        load = self._size + self._count * RECORD_SIZE
+        if back_to_back and self._count < MAX_ROWS // 2 and load < self._smallest_buffer // 8:
+            time.sleep(self._fill_seconds)
+            now += self._fill_seconds
+        self._received_at = now
+
+    def _greet(self) -> None:
+        """Tell new subscribers of a stream where it stands, and those of our status what it is."""
+        prefixes = self._publisher.new_subscriptions()
+        if not prefixes:
+            return
+        for feed in self._feeds:
+            if any(feed.topic.startswith(prefix) for prefix in prefixes):
+                feed.mark(time.time_ns())
+        if self._reporter.asked_for(prefixes):
+            self._report()
+
+    def _report(self) -> None:
+        for receiver in self._receivers:
+            receiver.count_kernel_drops()
+        self._connections.expire()
+        self._reporter.report(self._accounts)
+
+    def _drain(self) -> None:
+        """Take what the kernel has queued, for a while; then close, and say the last word on the accounts."""
+        deadline = time.monotonic() + DRAIN_SECONDS
+        self._connections.close()
+        for receiver in self._receivers:
+            while receiver.receive()[0] and time.monotonic() < deadline:
+                pass
+        self._report()
+        log.info("drained", service=self._name, **{name: dict(each) for name, each in self._accounts.items()})
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        for receiver in self._receivers:
+            receiver.close()
+        self._selector.close()
+        self._publisher.close()
+        self._context.term()  # waits for what is queued, at most the linger time
