@@ -5,6 +5,7 @@ A signal handler only sets a flag; the service's loop sees it and drains: stop i
 """
 
 import argparse
+import gc
 import logging
 import os
 import resource
@@ -110,6 +111,7 @@ def run(main: Callable[[argparse.Namespace, Settings, Lifecycle], None], argumen
     """Run a service to its end and return its exit code; what the operator can mend ends in one line."""
     configure_logging()
     raise_descriptor_limit()
+    gc.freeze()  # what is there by now stays; the collector need not look at it again under load
     try:
         main(arguments, load(arguments.config), Lifecycle())
     except SettingsError as error:

@@ -4,7 +4,7 @@ A row goes to a collector when its stream is wanted, then when its source is in 
 when the collector is the one of its group that the source's hash picks, and last when 1-in-N sampling picks it.
 """
 
-import zlib
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
@@ -74,7 +74,7 @@ class Route:
 
     def __post_init__(self) -> None:
         self.prefixes = Prefixes(self.client.prefixes) if self.client.prefixes else None
-        self.seed = np.uint64(zlib.crc32(self.client.name.encode())) * _GOLDEN
+        self.seed = np.uint64(int.from_bytes(hashlib.blake2b(self.client.name.encode(), digest_size=8).digest()))
 
 
 ALL_ROWS: Final = Selection(None)

@@ -1,0 +1,90 @@
+"""Command-line arguments that more than one command has."""
+
+import argparse
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from shared.addresses import Endpoint, pack_address, pack_network, parse_endpoint
+from shared.lifecycle import Parser, add_config_argument
+from shared.settings import REGISTRY_SCHEMES, Settings
+
+if TYPE_CHECKING:  # not subscriptable when the program runs
+    Subparsers = argparse._SubParsersAction[Parser]
+else:
+    Subparsers = argparse._SubParsersAction
+
+T = TypeVar("T")
+Run = Callable[[argparse.Namespace, Settings], int]
+
+
+def add_command(subparsers: Subparsers, name: str, run: Run, description: str) -> Parser:
+    """Add a command that has `--config` and is run by `run`."""
+    parser = subparsers.add_parser(name, help=description, description=description)
+    add_config_argument(parser)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_gateway_argument(parser: Parser) -> None:
+    """Add `--gateway ENDPOINT`."""
+    parser.add_argument(
+        "--gateway", type=_gateway, metavar="ENDPOINT", help="tcp://HOST:PORT or unix:///PATH; default: as in settings"
+    )
+
+
+def _gateway(text: str) -> Endpoint:
+    return _or_usage(parse_endpoint, text, REGISTRY_SCHEMES)
+
+
+def prefix(text: str) -> str:
+    """A CIDR text, checked: the type of an argument."""
+    _or_usage(pack_network, text)
+    return text
+
+
+def address(text: str) -> str:
+    """An address, checked: the type of an argument."""
+    _or_usage(pack_address, text)
+    return text
+
+
+def positive(text: str) -> int:
+    """A count from 1: the type of an argument."""
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, not {text!r}")
+    return int(text)
+
+
+def _or_usage(parse: Callable[..., T], *arguments: Any) -> T:
+    try:
+        return parse(*arguments)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def add_wishes(parser: Parser) -> None:
+    """Add what a collector may ask of the registry; `wishes` makes the fields of a request of it."""
+    parser.add_argument("--port", type=int, metavar="PORT", help="UDP port the copies go to")
+    parser.add_argument(
+        "--address", type=address, metavar="ADDRESS", help="where the copies go; default: where we connect from"
+    )
+    parser.add_argument("--source", choices=("relay", "original"), help="source address of the copies; default: relay")
+    parser.add_argument(
+        "--from", dest="prefixes", type=prefix, action="append", metavar="CIDR", help="only of these exporters"
+    )
+    parser.add_argument("--sample", type=int, metavar="N", help="one datagram in N")
+    parser.add_argument("--group", metavar="GROUP", help="share the streams with the group, by hash of source address")
+
+
+def wishes(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a `register` request that were given; the registry knows the defaults."""
+    fields = {
+        "streams": arguments.streams,
+        "port": arguments.port,
+        "address": arguments.address,
+        "source": arguments.source,
+        "from": arguments.prefixes,
+        "sample": arguments.sample,
+        "group": arguments.group,
+    }
+    return {name: value for name, value in fields.items() if value is not None}

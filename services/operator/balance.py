@@ -1,0 +1,94 @@
+"""Whether the accounts of different processes agree. No I/O: reports go in as they come, sentences come out.
+
+A worker's datagrams and its reports pass the broker on one connection and reach every subscriber in that order. So
+what a worker says it has published by its first report must have reached each consumer soon after; and a consumer can't
+have reached more than the worker reports *later*. Both are checked by the worker's running count, which `reached`
+follows, so that nothing needs to stand still while it is checked.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from shared.ledger import PUBLISHED, REACHED, Accounts, discrepancies, parse_origin
+
+Origin = tuple[str, int, str]
+"""Worker, boot id, stream."""
+
+
+@dataclass(slots=True)
+class _Consumer:
+    """What a consumer, such as the forwarder, said last about the origins it follows."""
+
+    heard_at: float
+    reached: dict[Origin, int]
+
+
+@dataclass(slots=True)
+class Balance:
+    """The reports of one round, compared."""
+
+    accounts: dict[str, Accounts] = field(default_factory=dict)
+    """The last report of each service."""
+    _due: dict[Origin, int] = field(default_factory=dict)
+    _consumers: dict[str, _Consumer] = field(default_factory=dict)
+    _compared: set[tuple[str, Origin]] = field(default_factory=set)
+    _ahead: dict[tuple[str, Origin], str] = field(default_factory=dict)
+
+    def take(self, service: str, boot: int, heard_at: float, accounts: Accounts) -> None:
+        """Take a whole report; `heard_at` is when its first piece came, on a clock that only grows."""
+        self.accounts[service] = accounts
+        reached = {parse_origin(name): kept[REACHED] for name, kept in accounts.items() if name.startswith("origin/")}
+        if reached:
+            self._consumers[service] = _Consumer(heard_at, reached)
+        else:
+            self._consumers.pop(service, None)
+        for name, kept in accounts.items():
+            if name.startswith("stream/"):
+                origin = (service, boot, name.removeprefix("stream/"))
+                self._take_published(origin, heard_at, kept.get(PUBLISHED, 0))
+
+    def _take_published(self, origin: Origin, heard_at: float, published: int) -> None:
+        self._due.setdefault(origin, published)
+        for name, consumer in self._consumers.items():
+            if origin not in consumer.reached or heard_at <= consumer.heard_at:
+                continue
+            self._compared.add((name, origin))
+            if (surplus := consumer.reached[origin] - published) > 0:
+                self._ahead[name, origin] = f"{_kind(name)} counts {surplus} datagrams more than {_say(origin)}"
+
+    def reports(self, kind: str) -> bool:
+        """Whether any service of that kind has reported."""
+        return any(_kind(name) == kind for name in self.accounts)
+
+    @property
+    def settled(self) -> bool:
+        """Whether every consumer has caught up with every worker that reports, and was compared with it."""
+        return all(
+            consumer.reached[origin] >= self._due[origin] and (name, origin) in self._compared
+            for name, consumer in self._consumers.items()
+            for origin in consumer.reached.keys() & self._due.keys()
+        )
+
+    def discrepancies(self) -> Iterator[str]:
+        """Yield a sentence for everything that does not add up; what is only late is one too, so settle first."""
+        for service, accounts in sorted(self.accounts.items()):
+            yield from (f"{service}: {sentence}" for sentence in discrepancies(accounts))
+        yield from self._ahead.values()
+        for name, consumer in sorted(self._consumers.items()):
+            for origin, reached in sorted(consumer.reached.items()):
+                if (behind := self._due.get(origin, 0) - reached) > 0:
+                    yield f"{_kind(name)} is {behind} datagrams behind {_say(origin)}"
+
+    def gone(self) -> Iterator[str]:
+        """Yield the origins whose worker does not report any more: killed, or ended."""
+        followed = {origin for consumer in self._consumers.values() for origin in consumer.reached}
+        yield from (_say(origin) for origin in sorted(followed - self._due.keys()))
+
+
+def _kind(service: str) -> str:
+    return service.partition(".")[0]
+
+
+def _say(origin: Origin) -> str:
+    worker, boot, stream = origin
+    return f"{worker} (boot {boot:x}) on stream {stream}"

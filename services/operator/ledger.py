@@ -1,0 +1,135 @@
+"""`fanwire ledger`: the accounts of every service, once, and whether they add up."""
+
+import argparse
+import time
+from collections.abc import Iterator, Mapping
+from typing import Final
+
+import msgspec
+
+from services.operator.arguments import Subparsers, add_command
+from services.operator.balance import Balance
+from services.operator.bus_reader import subscribed
+from services.operator.tables import print_table
+from shared.ledger import (
+    BYTES,
+    DELIVERED,
+    DROPPED,
+    EXPECTED,
+    FILTERED,
+    KERNEL_DROPPED,
+    MISSED,
+    PUBLISHED,
+    RECEIVED,
+    SAMPLED_OUT,
+    SHARED_OUT,
+    TAKEN,
+    parse_origin,
+)
+from shared.lifecycle import FAILED, OK, UNAVAILABLE, OperatorError
+from shared.settings import Settings
+from shared.status import INTERVAL_SECONDS, Reports
+from shared.wire import Status
+
+ROUND_SECONDS: Final = 2 * INTERVAL_SECONDS + 0.1
+"""Everyone reports at once, and then each second: in this time at least twice."""
+NEEDED: Final = ("ingest", "forwarder")
+"""Without both there is nothing to compare."""
+
+Row = tuple[str | int | None, ...]
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add the command."""
+    parser = add_command(subparsers, "ledger", run, "the accounts, and whether they add up (exit 1 if not)")
+    parser.add_argument("--json", action="store_true", help="print them as JSON")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=3.5,
+        metavar="N",
+        help="how long services may take to catch up with each other; default: %(default)g",
+    )
+
+
+def run(arguments: argparse.Namespace, settings: Settings) -> int:
+    """Print the accounts; 0 when they add up."""
+    balance = _listen(settings, arguments.seconds)
+    if missing := [kind for kind in NEEDED if not balance.reports(kind)]:
+        raise OperatorError(
+            UNAVAILABLE, f"{' and '.join(missing)} did not report within {arguments.seconds:g} s; is it running?"
+        )
+    found = list(balance.discrepancies())
+    if arguments.json:
+        facts = {"balanced": not found, "discrepancies": found, "gone": list(balance.gone())}
+        print(msgspec.json.format(msgspec.json.encode({**facts, "services": balance.accounts}), indent=2).decode())
+    else:
+        _print(balance, found)
+    return FAILED if found else OK
+
+
+def _listen(settings: Settings, seconds: float) -> Balance:
+    """Take reports for a full round, and for as long as they do not agree, up to `seconds`."""
+    balance, reports = Balance(), Reports()
+    start = time.monotonic()
+    with subscribed(settings, "status/") as subscriber:
+        while (passed := time.monotonic() - start) < seconds:
+            if passed >= ROUND_SECONDS and balance.settled and all(map(balance.reports, NEEDED)):
+                break
+            subscriber.socket.poll(100)
+            while message := subscriber.receive():
+                if isinstance(message.body, Status) and (report := reports.take(message.envelope, message.body)):
+                    balance.take(report.service, report.boot, report.received_at, report.accounts)
+    return balance
+
+
+def _print(balance: Balance, found: list[str]) -> None:
+    for title, columns, rows in (
+        ("Workers", WORKER_COLUMNS, _worker_rows(balance)),
+        ("Origins", ORIGIN_COLUMNS, _origin_rows(balance)),
+        ("Collectors", COLLECTOR_COLUMNS, _collector_rows(balance)),
+    ):
+        print_table(title, columns, rows)
+    for origin in balance.gone():
+        print(f"gone: {origin}")
+    print("\n".join(found) if found else "balanced")
+
+
+WORKER_COLUMNS: Final = ("worker", "stream", "received", "bytes", "published", "dropped", "kernel dropped")
+
+
+def _worker_rows(balance: Balance) -> Iterator[Row]:
+    for service, name, account in _accounts(balance, "stream/"):
+        counts = (account.get(counter, 0) for counter in (RECEIVED, BYTES, PUBLISHED))
+        yield service, name, *counts, _drops(account), account.get(KERNEL_DROPPED, 0)
+
+
+ORIGIN_COLUMNS: Final = ("consumer", "worker", "boot", "stream", "taken", "missed")
+
+
+def _origin_rows(balance: Balance) -> Iterator[Row]:
+    for service, name, account in _accounts(balance, "origin/"):
+        worker, boot, stream = parse_origin(f"origin/{name}")
+        yield service, worker, f"{boot:x}", stream, account.get(TAKEN, 0), account.get(MISSED, 0)
+
+
+OUTCOMES: Final = (EXPECTED, DELIVERED, FILTERED, SAMPLED_OUT, SHARED_OUT, MISSED)
+COLLECTOR_COLUMNS: Final = ("collector", *(counter.replace("_", " ") for counter in OUTCOMES), "dropped")
+
+
+def _collector_rows(balance: Balance) -> Iterator[Row]:
+    for _, name, account in _accounts(balance, "collector/"):
+        yield name, *(account.get(counter, 0) for counter in OUTCOMES), _drops(account)
+
+
+def _accounts(balance: Balance, prefix: str) -> Iterator[tuple[str, str, Mapping[str, int]]]:
+    for service, accounts in sorted(balance.accounts.items()):
+        for name, account in sorted(accounts.items()):
+            if name.startswith(prefix):
+                yield service, name.removeprefix(prefix), account
+
+
+def _drops(account: Mapping[str, int]) -> str:
+    """Every cause with its count."""
+    drops = ((name.removeprefix(DROPPED), count) for name, count in account.items() if name.startswith(DROPPED))
+    return ", ".join(f"{cause} {count}" for cause, count in sorted(drops) if count)

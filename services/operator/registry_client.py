@@ -1,0 +1,147 @@
+"""The registry's JSON protocol from the client's side: one request a line, one answer a line, over TCP or AF_UNIX."""
+
+import socket
+from types import TracebackType
+from typing import Any, Final, Self, TypeVar
+
+import msgspec
+
+from shared.addresses import Endpoint, SocketAddress
+from shared.lifecycle import FAILED, NOT_PERMITTED, UNAVAILABLE, USAGE, OperatorError
+
+T = TypeVar("T")
+CONNECT_SECONDS: Final = 3.0
+"""Under the 4 s a drain may take: `collect` connects while it may be told to end."""
+READ_SIZE: Final = 1 << 18
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """A client as the registry lists it. What a newer registry adds is passed over."""
+
+    name: str
+    address: str
+    port: int
+    streams: tuple[str, ...] = ()
+    source: str = ""
+    prefixes: tuple[str, ...] = msgspec.field(default=(), name="from")
+    sample: int = 1
+    group: str = ""
+    generation: int = 0
+    expires_in: float | None = None
+    health: str | None = None
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """What may be in an answer. `client` and `clients` stay JSON, for `--json` to print whole."""
+
+    ok: bool
+    error: str = ""
+    message: str = ""
+    client: msgspec.Raw = msgspec.Raw(b"null")
+    clients: msgspec.Raw = msgspec.Raw(b"{}")
+
+    def entry(self) -> Entry:
+        """The client granted by `register`."""
+        return _decode(self.client, Entry)
+
+    def entries(self) -> dict[str, Entry]:
+        """The clients of `list`, by name."""
+        return _decode(self.clients, dict[str, Entry])
+
+
+class RefusedError(OperatorError):
+    """The registry's answer is no; `error` is its stable word."""
+
+    def __init__(self, answer: Answer) -> None:
+        code = NOT_PERMITTED if answer.error == "not_permitted" else FAILED
+        super().__init__(code, answer.message or answer.error)
+        self.error = answer.error
+
+
+class UnreachableError(OperatorError):
+    """No gateway there, or it went away."""
+
+    def __init__(self, endpoint: Endpoint, reason: str) -> None:
+        cure = "is fanwire running? start it with `make run` or `honcho start`, or name another by --gateway"
+        super().__init__(UNAVAILABLE, f"no gateway at {endpoint} ({reason}); {cure}")
+
+
+class Registry:
+    """A connection to the gateway. OperatorError tells what the operator can mend."""
+
+    def __init__(self, endpoint: Endpoint, answer_seconds: float) -> None:
+        self._endpoint = endpoint
+        self._received = bytearray()
+        try:
+            self._connection = _connect(endpoint)
+        except OSError as error:
+            raise UnreachableError(endpoint, error.strerror or str(error)) from None
+        self._connection.settimeout(answer_seconds)
+
+    @property
+    def local(self) -> SocketAddress | None:
+        """Our end of the connection; None on AF_UNIX, which has no address."""
+        return None if self._connection.family == socket.AF_UNIX else self._connection.getsockname()
+
+    def fileno(self) -> int:
+        """Readable between requests only when the gateway has closed."""
+        return self._connection.fileno()
+
+    def ask(self, op: str, **fields: Any) -> Answer:
+        """Send a request and wait for its answer. RefusedError when that is no, UnreachableError when none comes."""
+        try:
+            request = msgspec.json.encode({"op": op, **fields})
+        except UnicodeEncodeError:  # an argument that was not UTF-8, which Python keeps as surrogates
+            raise OperatorError(USAGE, "names are UTF-8") from None
+        try:
+            self._connection.sendall(request + b"\n")
+            line = self._line()
+        except OSError as error:
+            raise UnreachableError(self._endpoint, error.strerror or str(error)) from None
+        answer = _decode(line, Answer)
+        if not answer.ok:
+            raise RefusedError(answer)
+        return answer
+
+    def _line(self) -> bytes:
+        searched = 0
+        while (end := self._received.find(b"\n", searched)) < 0:
+            searched = len(self._received)
+            chunk = self._connection.recv(READ_SIZE)
+            if not chunk:
+                raise ConnectionResetError("it closed the connection")
+            self._received += chunk
+        line = bytes(self._received[:end])
+        del self._received[: end + 1]
+        return line
+
+    def close(self) -> None:
+        """Close the connection; what is held by it goes."""
+        self._connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _connect(endpoint: Endpoint) -> socket.socket:
+    if not endpoint.path:
+        return socket.create_connection((endpoint.host, endpoint.port), timeout=CONNECT_SECONDS)
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection.connect(endpoint.path)
+    except OSError:
+        connection.close()
+        raise
+    return connection
+
+
+def _decode(line: bytes | msgspec.Raw, kind: type[T]) -> T:
+    try:
+        return msgspec.json.decode(line, type=kind)
+    except msgspec.MsgspecError as error:
+        raise OperatorError(UNAVAILABLE, f"what answers is not fanwire's registry: {error}") from None

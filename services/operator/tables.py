@@ -1,0 +1,36 @@
+"""Tables on the terminal. rich is imported when the first one is printed, so that `watch` starts without it."""
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+WIDTH_ELSEWHERE: Final = 250
+"""Columns where there is no terminal to fit into: a pipe to grep wants whole lines."""
+PLAIN_ABOVE: Final = 1000
+"""Rows: rich takes half a millisecond for each, and nobody looks at more than so many in a box."""
+
+
+def print_table(title: str, columns: Sequence[str], table_rows: Iterable[Sequence[str | int | None]]) -> None:
+    """Print rows under a title; numbers are set flush right, None is left empty. Very many go out tab-separated."""
+    rows = [["" if cell is None else cell for cell in row] for row in table_rows]
+    if len(rows) > PLAIN_ABOVE:
+        sys.stdout.writelines("\t".join(map(str, row)) + "\n" for row in [columns, *rows])
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        # Text, since names come from the network and may look like markup.
+        table.add_row(*(
+            Text(str(cell), justify="right" if isinstance(cell, int) else "left") for cell in row
+        ))  # fmt: skip
+    console = Console(width=None if sys.stdout.isatty() else WIDTH_ELSEWHERE)
+    # rich would answer a closed pipe with exit code 1, so it only renders.
+    with console.capture() as capture:
+        console.print(table)
+    sys.stdout.write(capture.get())

@@ -1,0 +1,114 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.operator.balance import Balance
+from shared.ledger import Accounts, unparse_origin
+
+BOOT = 0xB0
+ORIGIN = unparse_origin("ingest.1", BOOT, "syslog")
+
+
+def worker(published: int) -> Accounts:
+    """What a worker reports that has published so many."""
+    return {"stream/syslog": {"received": published, "published": published}}
+
+
+def forwarder(reached: int, missed: int = 0) -> Accounts:
+    """What a forwarder reports that has followed the worker from its start."""
+    return {ORIGIN: {"baseline": 0, "taken": reached - missed, "missed": missed, "reached": reached}}
+
+
+def balance(*reports: tuple[str, Accounts]) -> Balance:
+    """A round of these reports, a second after each other."""
+    round_ = Balance()
+    for number, (service, accounts) in enumerate(reports):
+        round_.take(service, BOOT, float(number), accounts)
+    return round_
+
+
+def test_balanced_when_the_consumer_is_where_the_worker_was() -> None:
+    """A consumer between the worker's count before and after it is in balance, though both keep counting."""
+    round_ = balance(("ingest.1", worker(10)), ("forwarder.1", forwarder(15)), ("ingest.1", worker(20)))
+    assert list(round_.discrepancies()) == []
+    assert round_.settled
+
+
+def test_consumer_behind_is_a_discrepancy() -> None:
+    """A consumer that never reaches what the worker had published first is behind, and the round does not settle."""
+    round_ = balance(("ingest.1", worker(10)), ("forwarder.1", forwarder(7)), ("ingest.1", worker(20)))
+    assert list(round_.discrepancies()) == ["forwarder is 3 datagrams behind ingest.1 (boot b0) on stream syslog"]
+    assert not round_.settled
+
+
+def test_consumer_ahead_is_a_discrepancy() -> None:
+    """A consumer that counts more than the worker says afterwards is wrong, and stays so."""
+    reports = [("ingest.1", worker(10)), ("forwarder.1", forwarder(12)), ("ingest.1", worker(11))]
+    round_ = balance(*reports, ("ingest.1", worker(12)))
+    assert list(round_.discrepancies()) == [
+        "forwarder counts 1 datagrams more than ingest.1 (boot b0) on stream syslog"
+    ]
+
+
+def test_not_settled_before_the_worker_was_heard_after_the_consumer() -> None:
+    """An upper bound takes a report of the worker that is later than the consumer's."""
+    assert not balance(("ingest.1", worker(10)), ("forwarder.1", forwarder(10))).settled
+
+
+def test_a_worker_that_is_gone_is_listed() -> None:
+    """A killed worker that the consumer still knows is listed, and no discrepancy; its successor is another origin."""
+    round_ = balance(("forwarder.1", forwarder(10, missed=2)))
+    round_.take("ingest.1", BOOT + 1, 9.0, worker(0))
+    assert list(round_.discrepancies()) == []
+    assert list(round_.gone()) == ["ingest.1 (boot b0) on stream syslog"]
+    assert round_.settled
+
+
+@pytest.mark.parametrize(
+    "accounts",
+    [
+        {"stream/syslog": {"received": 3, "published": 1, "dropped_bus_full": 1}},
+        {"collector/siem": {"expected": 9, "offered": 8, "delivered": 8}},
+        {"collector/siem": {"expected": 8, "offered": 8, "delivered": 5, "filtered": 2}},
+    ],
+)
+def test_accounts_that_do_not_add_up_within_a_service(accounts: Accounts) -> None:
+    """What a service itself can't account for is a discrepancy that names the service."""
+    (sentence,) = balance(("some.1", accounts)).discrepancies()
+    assert sentence.startswith("some.1: ")
+
+
+@given(
+    st.lists(
+        st.one_of(
+            st.tuples(st.just("publish"), st.integers(1, 300)),
+            st.tuples(st.just("deliver"), st.booleans()),
+            st.tuples(st.sampled_from(("worker reports", "forwarder reports")), st.none()),
+        )
+    ),
+    st.integers(0, 3),
+)
+def test_no_history_of_a_right_forwarder_is_out_of_balance(
+    events: list[tuple[str, int | bool | None]], invented: int
+) -> None:
+    """Whatever happens in whatever order, batches lost too, a forwarder that counts right balances; one ahead does not.
+
+    Here the bus is a queue: the forwarder takes a batch any time after it was published, or learns that it is lost.
+    """
+    round_, queue = Balance(), list[int]()
+    published = reached = missed = 0
+    for at, (event, value) in enumerate([("worker reports", None), *events]):
+        if event == "publish":
+            queue.append(int(value or 0))
+            published += queue[-1]
+        elif event == "deliver" and queue:
+            size = queue.pop(0)
+            reached, missed = reached + size, missed + (size if value else 0)
+        elif event == "worker reports":
+            round_.take("ingest.1", BOOT, float(at), worker(published))
+        elif event == "forwarder reports":
+            round_.take("forwarder.1", 1, float(at), forwarder(reached, missed))
+    round_.take("forwarder.1", 1, len(events) + 1.0, forwarder(published + invented, missed))
+    round_.take("ingest.1", BOOT, len(events) + 2.0, worker(published))
+    assert [sentence.split()[2] for sentence in round_.discrepancies()] == ([str(invented)] if invented else [])
+    assert round_.settled

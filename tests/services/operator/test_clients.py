@@ -1,0 +1,85 @@
+import json
+
+import pytest
+
+from tests.services.operator.played import PlayedGateway, run
+from tests.stack import Stack
+
+SIEM = {"--stream": "messages", "--port": "9514", "--from": "10.0.0.0/8", "--sample": "4", "--group": "g"}
+
+
+def test_register_asks_for_what_was_given(stack: Stack) -> None:
+    """`register` sends the fields that were given and no others, and prints what was granted."""
+    with PlayedGateway() as gateway:
+        options = [word for pair in SIEM.items() for word in pair]
+        code, text = run(
+            stack, "register", "siem", *options, "--take-over", "--ttl", "60", "--gateway", gateway.endpoint
+        )
+        assert gateway.requests == [
+            {
+                "op": "register",
+                "name": "siem",
+                "streams": ["messages"],
+                "port": 9514,
+                "from": ["10.0.0.0/8"],
+                "sample": 4,
+                "group": "g",
+                "ttl": 60.0,
+                "take_over": True,
+            }
+        ]
+    assert code == 0
+    assert "siem: copies of messages go to 127.0.0.1 port 9514, source relay" in text
+    assert "generation 1, expires in 60 s" in text
+
+
+def test_a_plain_name(stack: Stack) -> None:
+    """Without a stream and a port it is a name on the list; `--json` prints the entry."""
+    with PlayedGateway() as gateway:
+        code, text = run(stack, "register", "me", "--json", "--gateway", gateway.endpoint)
+        assert gateway.requests == [{"op": "register", "name": "me"}]
+    assert code == 0
+    assert json.loads(text)["generation"] == 1
+
+
+def test_clients_as_a_table_and_as_json(stack: Stack) -> None:
+    """The table has a line a client, whatever the name looks like; `--json` prints the clients object whole."""
+    with PlayedGateway() as gateway:
+        gateway.clients = {
+            "[bold]me": {"name": "[bold]me", "address": "::1", "port": 4, "generation": 1, "newer": "field"},
+            "siem": {"name": "siem", "address": "192.0.2.1", "port": 9514, "streams": ["a", "b"], "sample": 10},
+        }
+        code, text = run(stack, "clients", "--gateway", gateway.endpoint)
+        assert code == 0
+        assert [line.split()[:3] for line in text.splitlines() if "[bold]me" in line] == [["[bold]me", "::1", "4"]]
+        assert "a, b" in text
+        code, text = run(stack, "clients", "--json", "--gateway", gateway.endpoint)
+        assert json.loads(text) == gateway.clients
+
+
+def test_leave_looks_the_generation_up(stack: Stack) -> None:
+    """`leave` asks for the generation unless it is given; who is not on the list can't leave."""
+    with PlayedGateway() as gateway:
+        gateway.clients = {"me": {"name": "me", "address": "::1", "port": 4, "generation": 77}}
+        assert run(stack, "leave", "me", "--gateway", gateway.endpoint) == (0, "me has left\n")
+        assert gateway.said("leave") == [{"op": "leave", "name": "me", "generation": 77}]
+        code, text = run(stack, "leave", "me", "--gateway", gateway.endpoint)
+        assert (code, "me is not on the list" in text) == (1, True)
+
+
+@pytest.mark.parametrize(("error", "exit_code"), [("name_taken", 1), ("not_permitted", 77)])
+def test_a_refusal_is_its_message_and_an_exit_code(stack: Stack, error: str, exit_code: int) -> None:
+    """What the registry refuses ends with its sentence and 1, or 77 where it is a matter of permission."""
+    refusal = {"ok": False, "error": error, "message": "choose another name"}
+    with PlayedGateway(register=lambda _: refusal) as gateway:
+        code, text = run(stack, "register", "me", "--gateway", gateway.endpoint)
+    assert (code, text) == (exit_code, "fanwire register: choose another name\n")
+
+
+@pytest.mark.parametrize("answer", ["not JSON", "{}", '{"ok": true, "clients": {"a": 1}}'])
+def test_an_answer_from_something_else_is_one_line(stack: Stack, answer: str) -> None:
+    """A server that speaks another protocol ends the command with 69 and one line."""
+    with PlayedGateway(list=lambda _: answer) as gateway:
+        code, text = run(stack, "clients", "--gateway", gateway.endpoint)
+    assert (code, text.count("\n")) == (69, 1)
+    assert "not fanwire's registry" in text

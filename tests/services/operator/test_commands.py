@@ -1,0 +1,105 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from services.operator.output import Output, as_hex, as_payload, as_text
+from shared.settings import Settings, load, render
+from tests.services.operator.played import run
+from tests.stack import Stack
+
+
+def test_help_lists_commands_and_services(stack: Stack) -> None:
+    """`fanwire --help` names every command, and the services that the same program runs."""
+    code, text = run(stack, "--help")
+    assert code == 0
+    for command in ("clients", "register", "leave", "watch", "collect", "config", "ledger", "ready"):
+        assert f"    {command} " in text
+    assert "fanwire broker|gateway|ingest|forwarder" in text
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("nosuch",),
+        ("watch", "--count", "0"),
+        ("watch", "--from", "10.0.0.0/33"),
+        ("watch", "nosuch"),
+        ("collect", "siem"),
+        ("clients", "--gateway", "udp://127.0.0.1:5000"),
+        ("register", "siem", "--address", "not an address"),
+    ],
+)
+def test_wrong_usage_is_64(stack: Stack, arguments: tuple[str, ...]) -> None:
+    """Wrong usage ends with 64 and says what was expected."""
+    finished = subprocess.run(
+        [sys.executable, "-m", "services.operator", *arguments],
+        env=stack.environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 64
+    assert finished.stderr
+    assert "Traceback" not in finished.stderr
+
+
+def test_unknown_stream_names_the_streams(stack: Stack) -> None:
+    """`watch` of a stream that is not in the settings says which are."""
+    assert run(stack, "watch", "nosuch")[1].endswith("the streams are: messages\n")
+
+
+@pytest.mark.parametrize("command", ["watch", "ledger"])
+def test_without_a_broker_is_69(stack: Stack, command: str) -> None:
+    """Without a broker the commands on the bus end with one line that says where they looked and what to do."""
+    code, text = run(stack, command)
+    assert (code, len(text.splitlines())) == (69, 1)
+    assert f"no broker at {stack.bus}" in text
+    assert "honcho start" in text
+
+
+@pytest.mark.parametrize(
+    "arguments", [("clients",), ("register", "siem"), ("leave", "siem"), ("collect", "siem", "--stream", "messages")]
+)
+def test_without_a_gateway_is_69(stack: Stack, arguments: tuple[str, ...]) -> None:
+    """Without a gateway the commands of the registry end with one line that says where they looked and what to do."""
+    code, text = run(stack, *arguments)
+    assert (code, len(text.splitlines())) == (69, 1)
+    assert "no gateway at tcp://127.0.0.1:5000 (Connection refused)" in text
+
+
+def test_bad_settings_are_78(stack: Stack) -> None:
+    """A settings file with an unknown key ends any command with one line that names the key."""
+    stack.configure("[gateway]\nlissen = []\n")
+    code, text = run(stack, "config")
+    assert (code, len(text.splitlines())) == (78, 1)
+    assert "gateway.lissen" in text
+
+
+def test_config_prints_what_load_reads(stack: Stack, tmp_path: Path) -> None:
+    """`config` prints the effective settings as a file that gives the same settings again."""
+    code, text = run(stack, "config")
+    again = tmp_path / "again.toml"
+    again.write_text(text)
+    assert code == 0
+    assert load(again, {}) == load(tmp_path / "fanwire.toml", {}) != Settings()
+    assert render(load(again, {})) == text
+
+
+def test_output_ends_at_its_count(tmp_path: Path) -> None:
+    """An output takes no more datagrams than it has room for, and leaves the rest where they are."""
+    datagrams = iter([("192.0.2.1", 514, b"one"), ("192.0.2.1", 514, b"two\0"), ("::1", 1, b"three")])
+    with (tmp_path / "out").open("wb") as file:
+        output = Output(file, as_payload, 2)
+        output.write(datagrams)
+        assert output.full
+    assert (tmp_path / "out").read_bytes() == b"one\ntwo\0\n"
+    assert next(datagrams)[2] == b"three"
+
+
+def test_lines_are_as_documented() -> None:
+    """The line has the address as Python shows it, and the payload as bytes or in hexadecimal."""
+    assert as_text("127.0.0.1", 53411, b"Hello\n") == b"Got message from ('127.0.0.1', 53411): b'Hello\\n'\n"
+    assert as_hex("::1", 1, b"\0\xff") == b"Got message from ('::1', 1): 00ff\n"

@@ -1,0 +1,58 @@
+import json
+import time
+
+from shared.ledger import Accounts, unparse_origin
+from tests.services.operator.played import PlayedService, finish, run
+from tests.stack import Running, Stack
+
+ORIGIN = unparse_origin("ingest.1", 1, "messages")
+WORKER: Accounts = {"stream/messages": {"received": 12, "bytes": 99, "published": 9, "dropped_no_subscriber": 3}}
+FORWARDER: Accounts = {
+    ORIGIN: {"baseline": 2, "taken": 6, "missed": 1, "reached": 9},
+    "collector/[siem]": {"expected": 7, "offered": 6, "missed": 1, "delivered": 2, "filtered": 3, "dropped_refused": 1},
+}
+
+
+def play(stack: Stack, ledger: Running, ingest: Accounts, forwarder: Accounts) -> tuple[int, str]:
+    """Report for both services until the ledger has ended."""
+    with PlayedService(stack.bus, "ingest.1") as worker, PlayedService(stack.bus, "forwarder.1") as consumer:
+        worker.wait_for_subscriber("status/")
+        consumer.wait_for_subscriber("status/")
+        while ledger.process.poll() is None:
+            worker.report(ingest)
+            consumer.report(forwarder)
+            time.sleep(0.2)
+    return finish(ledger)
+
+
+def test_balanced_accounts(stack: Stack) -> None:
+    """When everything adds up it prints the accounts and `balanced`, and ends with 0."""
+    stack.start("broker")
+    code, text = play(stack, stack.operator("ledger"), WORKER, FORWARDER)
+    assert (code, text.splitlines()[-1]) == (0, "balanced")
+    (collector,) = [line.split() for line in text.splitlines() if "[siem]" in line]
+    assert collector == ["[siem]", "7", "2", "3", "0", "0", "1", "refused", "1"]
+    assert "no_subscriber 3" in text
+
+
+def test_discrepancies_within_and_between_services(stack: Stack) -> None:
+    """A collector that does not add up and a forwarder that stays behind are each named, and it ends with 1."""
+    stack.start("broker")
+    forwarder = {ORIGIN: {"baseline": 2, "taken": 4, "reached": 6}, "collector/siem": {"expected": 1}}
+    code, text = play(stack, stack.operator("ledger", "--json", "--seconds", "2.5"), WORKER, forwarder)
+    answer = json.loads(text)
+    assert code == 1
+    assert not answer["balanced"]
+    assert answer["discrepancies"] == [
+        "forwarder.1: collector/siem: expected is 1, its parts add up to 0",
+        "forwarder is 3 datagrams behind ingest.1 (boot 1) on stream messages",
+    ]
+    assert answer["services"]["ingest.1"] == WORKER
+
+
+def test_names_the_service_that_does_not_report(stack: Stack) -> None:
+    """With a broker and nobody else it ends with 69 and says who was not heard."""
+    stack.start("broker")
+    code, text = run(stack, "ledger", "--seconds", "0.5")
+    assert (code, text.count("\n")) == (69, 1)
+    assert "ingest and forwarder did not report" in text

@@ -1,0 +1,82 @@
+import os
+import signal
+import subprocess
+import sys
+
+from tests.services.operator.played import PlayedService, finish
+from tests.stack import Stack
+
+TOPIC = "datagrams/messages/"
+
+
+def test_prints_each_datagram(stack: Stack) -> None:
+    """Every datagram is a documented line, at once; Ctrl-C ends it with 0."""
+    stack.start("broker")
+    with PlayedService(stack.bus, "ingest.1") as ingest:
+        watch = stack.operator("watch", "messages")
+        ingest.wait_for_subscriber(TOPIC)
+        ingest.publish([], 0)
+        watch.wait_for("watching messages")
+        ingest.publish([b"Hello you there!", b"\xff\n"], 0)
+        watch.wait_for("Got message from ('192.0.2.7', 514): b'Hello you there!'\n")
+        watch.wait_for("Got message from ('192.0.2.7', 514): b'\\xff\\n'\n")
+    assert watch.stop(signal.SIGINT) == 0
+
+
+def test_filters_and_ends_at_the_count(stack: Stack) -> None:
+    """Only datagrams of the prefix are printed and counted, IPv6 too, and the count ends it with 0."""
+    stack.start("broker")
+    with PlayedService(stack.bus, "ingest.1") as ingest:
+        watch = stack.operator("watch", "--hex", "--from", "2001:db8::/32", "--count", "2")
+        ingest.wait_for_subscriber("datagrams/")
+        ingest.publish([b"no"], 0)
+        ingest.publish([b"\x01", b"\x02", b"\x03"], 1, source="2001:db8::9")
+    code, text = finish(watch)
+    assert code == 0
+    assert [line for line in text.splitlines() if line.startswith("Got")] == [
+        "Got message from ('2001:db8::9', 514): 01",
+        "Got message from ('2001:db8::9', 514): 02",
+    ]
+
+
+def test_says_what_it_missed(stack: Stack) -> None:
+    """A gap in the sender's running count is said, in datagrams; what was sent before it watched is no gap."""
+    stack.start("broker")
+    with PlayedService(stack.bus, "ingest.1") as ingest:
+        watch = stack.operator("watch", "--count", "2")
+        ingest.wait_for_subscriber("datagrams/")
+        ingest.publish([b"first"], 1000)
+        ingest.publish([b"second"], 1008)
+    code, text = finish(watch)
+    assert code == 0
+    assert "7 datagrams missed so far" in text
+
+
+def test_says_that_it_waits_for_ingest(stack: Stack) -> None:
+    """With a broker and no ingest it says after a while what it waits for, and goes on as usual once that is there."""
+    stack.start("broker")
+    watch = stack.operator("watch")
+    watch.wait_for("waiting for ingest")
+    with PlayedService(stack.bus, "ingest.1") as ingest:
+        ingest.wait_for_subscriber("datagrams/")
+        ingest.publish([], 0)
+        ingest.publish([b"x"], 5)
+        watch.wait_for("5 datagrams missed so far")
+    assert watch.stop(signal.SIGTERM) == 0
+
+
+def test_ends_quietly_when_nobody_reads(stack: Stack) -> None:
+    """As in `fanwire watch | head -1`: ends with 0 and no complaint once its reader is gone, datagrams or not."""
+    stack.start("broker")
+    reader, writer = os.pipe()
+    command = [sys.executable, "-m", "services.operator", "watch"]
+    process = subprocess.Popen(command, stdout=writer, stderr=subprocess.PIPE, env=stack.environment)
+    os.close(writer)
+    with process, PlayedService(stack.bus, "ingest.1") as ingest:
+        ingest.wait_for_subscriber("datagrams/")
+        ingest.publish([b"one"], 0)
+        assert os.read(reader, 1000).startswith(b"Got message")
+        os.close(reader)
+        assert process.wait(20) == 0
+        assert process.stderr is not None
+        assert process.stderr.read() == b"watching all streams\n"

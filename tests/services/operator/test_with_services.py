@@ -1,0 +1,56 @@
+import json
+import signal
+import socket
+import threading
+
+from tests.services.operator.played import run
+from tests.stack import Stack, wait_until
+
+
+def test_the_commands_with_the_services_they_are_for(stack: Stack) -> None:
+    """Signed up, sent to, watched, collected, accounted for and taken off the list, by commands alone."""
+    ready = stack.operator("ready")
+    stack.start_all(ingest=2)
+    ready.wait_for("all ready: broker gateway ingest forwarder\n")
+    watch = stack.operator("watch", "messages")
+    watch.wait_for("watching messages")
+    collect = stack.operator("collect", "siem", "--stream", "*")
+    collect.wait_for("collecting * at 127.0.0.1")
+    assert run(stack, "register", "me")[0] == 0
+    assert json.loads(run(stack, "clients", "--json")[1]).keys() == {"siem", "me"}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as exporter:
+        exporter.sendto(b"Hello you there!", ("127.0.0.1", 6667))
+        port = exporter.getsockname()[1]
+    watch.wait_for(f"Got message from ('127.0.0.1', {port}): b'Hello you there!'\n")
+    collect.wait_for("b'Hello you there!'\n")
+    assert run(stack, "ledger")[1].endswith("balanced\n")
+    assert collect.stop(signal.SIGINT) == watch.stop(signal.SIGINT) == 0
+    assert run(stack, "leave", "me") == (0, "me has left\n")
+    wait_until(lambda: run(stack, "clients", "--json")[1] == "{}\n", "nobody is left")
+
+
+def test_ledger_balances_while_datagrams_flow(stack: Stack) -> None:
+    """The accounts add up with nothing standing still, and a killed worker is listed as gone, not held against them."""
+    stack.start_all(ingest=2)
+    collect = stack.operator("collect", "siem", "--stream", "messages", "--write", "/dev/null")
+    collect.wait_for("collecting")
+    ended = threading.Event()
+
+    def flow() -> None:
+        while not ended.wait(0.001):  # a new source each time, so that both workers get some
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as exporter:
+                exporter.sendto(b"x" * 200, ("127.0.0.1", 6667))
+
+    flowing = threading.Thread(target=flow)
+    flowing.start()
+    try:
+        code, text = run(stack, "ledger")
+        assert (code, text.splitlines()[-1]) == (0, "balanced")
+        stack["ingest.2"].stop(signal.SIGKILL)
+        code, text = run(stack, "ledger", "--json")
+    finally:
+        ended.set()
+        flowing.join()
+    answer = json.loads(text)
+    assert (code, answer["discrepancies"]) == (0, [])
+    assert [line.split()[0] for line in answer["gone"]] == ["ingest.2"]

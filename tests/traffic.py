@@ -1,0 +1,110 @@
+"""Datagrams that can be told apart and checked byte by byte, and a process that collects and checks them."""
+
+import random
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import get_context
+from multiprocessing.sharedctypes import Synchronized
+from typing import Any
+
+from shared.batch import MAX_DATAGRAM
+from shared.mmsg import ReceiveArena
+
+SO_RCVBUFFORCE = 33
+SPAWN = get_context("spawn")
+_block = random.Random(11).randbytes(2 * MAX_DATAGRAM)
+
+
+def payload(exporter: int, number: int, largest: int = MAX_DATAGRAM) -> bytes:
+    """The datagram `number` of an exporter: its size and bytes follow from both; sizes are spread over magnitudes."""
+    draw = random.Random(exporter << 32 | number)
+    size = max(1, min(largest, int(largest ** draw.random() * 1.2)))
+    head = exporter.to_bytes(1) + number.to_bytes(4)
+    return (head + _block[number % MAX_DATAGRAM :][:size])[:size]
+
+
+def open_receiver(address: str, port: int, wanted: int = 1 << 26) -> tuple[socket.socket, int]:
+    """A UDP socket with the largest buffer this user can have; return it and the buffer's bytes."""
+    sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, wanted)
+    except PermissionError:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, wanted)
+    sock.bind((address, port))
+    return sock, sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+
+
+def collect(
+    address: str, port: int, largest: int, ready: Any, received: "Synchronized[int]", wrong: "Synchronized[int]"
+) -> None:
+    """Receive for ever; count datagrams, and those that are not the next of their exporter, byte for byte."""
+    sock, _ = open_receiver(address, port)
+    arena = ReceiveArena()
+    following: dict[int, int] = {}
+    ready.set()
+    while True:
+        sock.setblocking(True)
+        sock.recv(1, socket.MSG_PEEK)
+        count = arena.receive(sock.fileno())
+        for index in range(count):
+            came = arena.payload(index, index + 1)
+            number = following.get(came[0], 0)
+            if came != payload(came[0], number, largest):
+                wrong.value += 1
+                number = int.from_bytes(came[1:5]) if len(came) >= 5 else number
+            following[came[0]] = number + 1
+        arena.restore(count)
+        received.value += count
+
+
+class CheckingCollector:
+    """A collector in a process of its own, which compares every byte."""
+
+    def __init__(self, address: str, port: int, largest: int = MAX_DATAGRAM) -> None:
+        ready = SPAWN.Event()
+        self._received = SPAWN.Value("q", 0)
+        self._wrong = SPAWN.Value("q", 0)
+        arguments = (address, port, largest, ready, self._received, self._wrong)
+        self._process = SPAWN.Process(target=collect, args=arguments, daemon=True)
+        self._process.start()
+        assert ready.wait(30)
+
+    @property
+    def received(self) -> int:
+        """Datagrams so far."""
+        return self._received.value
+
+    @property
+    def wrong(self) -> int:
+        """Datagrams that were not the next of their exporter."""
+        return self._wrong.value
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.join()
+        self._process.close()
+
+
+@contextmanager
+def exporters(count: int, port: int, address: str = "127.0.0.1") -> Iterator[list[socket.socket]]:
+    """So many sockets with an address and port of their own each, connected to a listener."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    sockets = []
+    for number in range(count):
+        sock = socket.socket(family, socket.SOCK_DGRAM)
+        sock.bind((f"127.0.1.{number + 1}" if family == socket.AF_INET else "::1", 0))
+        sock.connect((address, port))
+        sockets.append(sock)
+    try:
+        yield sockets
+    finally:
+        for sock in sockets:
+            sock.close()
+
+
+def pause(seconds: float = 0.0005) -> None:
+    """Let others run."""
+    time.sleep(seconds)
