@@ -2,18 +2,20 @@
 
 import random
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing import get_context
-from multiprocessing.sharedctypes import Synchronized
-from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from shared.batch import MAX_DATAGRAM
 from shared.mmsg import ReceiveArena
+from tests.stack import Stack, wait_until
 
 SO_RCVBUFFORCE = 33
-SPAWN = get_context("spawn")
+RECEIVED, WRONG, READY = range(3)
 _block = random.Random(11).randbytes(2 * MAX_DATAGRAM)
 
 
@@ -36,14 +38,12 @@ def open_receiver(address: str, port: int, wanted: int = 1 << 26) -> tuple[socke
     return sock, sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
 
 
-def collect(
-    address: str, port: int, largest: int, ready: Any, received: "Synchronized[int]", wrong: "Synchronized[int]"
-) -> None:
+def collect(address: str, port: int, largest: int, counters: npt.NDArray[np.int64]) -> None:
     """Receive for ever; count datagrams, and those that are not the next of their exporter, byte for byte."""
     sock, _ = open_receiver(address, port)
     arena = ReceiveArena()
     following: dict[int, int] = {}
-    ready.set()
+    counters[READY] = 1
     while True:
         sock.setblocking(True)
         sock.recv(1, socket.MSG_PEEK)
@@ -52,40 +52,32 @@ def collect(
             came = arena.payload(index, index + 1)
             number = following.get(came[0], 0)
             if came != payload(came[0], number, largest):
-                wrong.value += 1
+                counters[WRONG] += 1
                 number = int.from_bytes(came[1:5]) if len(came) >= 5 else number
             following[came[0]] = number + 1
         arena.restore(count)
-        received.value += count
+        counters[RECEIVED] += count
 
 
 class CheckingCollector:
-    """A collector in a process of its own, which compares every byte."""
+    """A collector in a process of its own, which compares every byte; its counters are in a file both have mapped."""
 
-    def __init__(self, address: str, port: int, largest: int = MAX_DATAGRAM) -> None:
-        ready = SPAWN.Event()
-        self._received = SPAWN.Value("q", 0)
-        self._wrong = SPAWN.Value("q", 0)
-        arguments = (address, port, largest, ready, self._received, self._wrong)
-        self._process = SPAWN.Process(target=collect, args=arguments, daemon=True)
-        self._process.start()
-        assert ready.wait(30)
+    def __init__(self, stack: Stack, address: str, port: int, largest: int = MAX_DATAGRAM) -> None:
+        path = stack.directory / f"counters.{port}"
+        self._counters = np.memmap(path, np.int64, "w+", shape=(3,))
+        command = [sys.executable, "-m", "tests.traffic", address, str(port), str(largest), str(path)]
+        stack.spawn(f"collector{port}", command)
+        wait_until(lambda: self._counters[READY], f"collector on {port} is ready")
 
     @property
     def received(self) -> int:
         """Datagrams so far."""
-        return self._received.value
+        return int(self._counters[RECEIVED])
 
     @property
     def wrong(self) -> int:
         """Datagrams that were not the next of their exporter."""
-        return self._wrong.value
-
-    def close(self) -> None:
-        """End the process."""
-        self._process.kill()
-        self._process.join()
-        self._process.close()
+        return int(self._counters[WRONG])
 
 
 @contextmanager
@@ -108,3 +100,8 @@ def exporters(count: int, port: int, address: str = "127.0.0.1") -> Iterator[lis
 def pause(seconds: float = 0.0005) -> None:
     """Let others run."""
     time.sleep(seconds)
+
+
+if __name__ == "__main__":
+    _address, _port, _largest, _path = sys.argv[1:]
+    collect(_address, int(_port), int(_largest), np.memmap(_path, np.int64, "r+", shape=(3,)))

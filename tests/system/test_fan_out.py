@@ -64,9 +64,7 @@ def test_every_byte_reaches_every_collector(stack: Stack, datagrams: int) -> Non
     with ExitStack() as cleanup:
         collectors = []
         for number, address in enumerate(("127.0.0.1", "127.0.0.1", "::1", "127.0.0.1")):
-            collector = CheckingCollector(address, 9100 + number)
-            cleanup.callback(collector.close)
-            collectors.append(collector)
+            collectors.append(CheckingCollector(stack, address, 9100 + number))
             request = {"op": "register", "name": f"c{number}", "streams": ["mixed"], "port": 9100 + number}
             answer = ask_json({**request, "address": address})
             assert answer["client"]["health"] == "ok", answer

@@ -1,0 +1,92 @@
+"""What nobody should send, to the whole: each has its clear answer, and the good goes on."""
+
+import os
+import random
+import socket
+from contextlib import closing
+
+import pytest
+import zmq
+
+from shared.bus import publish_endpoint
+from shared.wire import REGISTRY_TOPIC, SERVE_TOPIC, datagrams_topic, status_topic
+from tests.stack import Stack, ask_json
+from tests.traffic import open_receiver
+
+TOPICS = (datagrams_topic("messages"), REGISTRY_TOPIC, SERVE_TOPIC, status_topic("ingest.1"), "reply/", "nobody/")
+
+
+def garbage(draw: random.Random) -> list[bytes]:
+    """Parts of any number, size and content, behind a topic that somebody listens to."""
+    nested = b"\x91" * 100_000 + b"\x90"
+    pool = (b"", b"\xff" * 40, draw.randbytes(300), nested, b"\x96\x01\xa9datagrams\xa1x\x01\x00\x00", b"\x80" * 50_000)
+    return [draw.choice(TOPICS).encode(), *(draw.choice(pool) for _ in range(draw.randint(0, 6)))]
+
+
+def test_garbage_on_every_topic_disturbs_nobody(stack: Stack) -> None:
+    """Garbage on every bus topic is counted and dropped; every process runs on and copies still flow."""
+    stack.start_all()
+    draw = random.Random(3)
+    with zmq.Context() as context, context.socket(zmq.PUB) as stranger:
+        stranger.setsockopt(zmq.LINGER, 0)
+        stranger.connect(publish_endpoint(stack.bus))
+        sink, _ = open_receiver("127.0.0.1", 9100)
+        with closing(sink), closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as sender:
+            assert ask_json({"op": "register", "name": "c", "streams": ["messages"], "port": 9100})["ok"]
+            sink.settimeout(20)
+            for number in range(50):
+                for _ in range(20):
+                    stranger.send_multipart(garbage(draw))
+                sender.sendto(b"%d" % number, ("127.0.0.1", 6667))
+                assert sink.recv(100) == b"%d" % number
+    assert "bus message dropped" in stack["forwarder"].text
+    assert len(stack["forwarder"].text.splitlines()) < 100, "more than a line a second"
+    for running in stack.running:
+        assert running.process.poll() is None, running.text
+        assert "Traceback" not in running.text
+
+
+@pytest.mark.parametrize("name", ["gateway", "ingest", "forwarder"])
+def test_start_without_the_broker_says_so(stack: Stack, name: str) -> None:
+    """A service without a broker says what it waits for, and is ready when the broker comes."""
+    service = stack.start(name, ready=False)
+    service.wait_for("waiting for the broker")
+    assert service.process.poll() is None
+    stack.start("broker")
+    service.wait_for('"event": "ready"')
+
+
+@pytest.mark.parametrize("name", ["broker", "gateway", "ingest", "forwarder", "operator"])
+def test_unknown_setting_is_one_line_everywhere(stack: Stack, name: str) -> None:
+    """Settings with an unknown key end every program with 78 and one line: file, key, what was expected."""
+    stack.configure("[gateway]\nmax_client = 5\n")
+    arguments = ("clients",) if name == "operator" else ()
+    running = stack.start(name, *arguments, ready=False)
+    assert running.process.wait(20) == 78
+    lines = [line for line in running.text.splitlines() if line != "Starting server..."]
+    assert len(lines) == 1
+    assert all(word in lines[0] for word in ("fanwire.toml", "gateway.max_client", "max_clients"))
+
+
+def test_ports_in_use_are_named(stack: Stack) -> None:
+    """A listener on a port in use ends the service with 1 and a line that names the port and what to do."""
+    stack.start("broker")
+    with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as udp, closing(socket.socket()) as tcp:
+        udp.bind(("127.0.0.1", 6667))
+        tcp.bind(("127.0.0.1", 5000))
+        tcp.listen()
+        for name, endpoint in (("ingest", "udp://localhost:6667"), ("gateway", "127.0.0.1:5000")):
+            running = stack.start(name, ready=False)
+            assert running.process.wait(20) == 1
+            assert endpoint in running.text
+            assert "ss -" in running.text
+            assert "Traceback" not in running.text
+
+
+def test_operator_commands_without_a_broker_say_so(stack: Stack) -> None:
+    """An operator command with no broker to talk to exits with 69 and one line that says how to start one."""
+    for command in ("watch", "ledger", "clients"):
+        running = stack.operator(command)
+        assert running.process.wait(20) == os.EX_UNAVAILABLE
+        assert len(running.text.splitlines()) == 1
+        assert "make run" in running.text

@@ -1,0 +1,104 @@
+"""The structure holds: who may import whom, what the wheel contains, what idle processes cost."""
+
+import ast
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.stack import CHECKOUT, Stack
+
+SERVICES = sorted(path.name for path in (CHECKOUT / "services").iterdir() if path.is_dir() and path.name[0] != "_")
+PURE = (
+    "shared/batch.py",
+    "shared/continuity.py",
+    "shared/ledger.py",
+    "shared/mirror.py",
+    "shared/registry.py",
+    "shared/routing.py",
+    "shared/wire.py",
+    "services/forwarder/plan.py",
+    "services/gateway/protocol.py",
+    "services/gateway/registry.py",
+    "services/ingest/framing.py",
+    "services/operator/balance.py",
+)
+
+
+def imports(path: Path) -> set[str]:
+    """Modules that a file imports, dotted."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return found
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_a_service_imports_itself_and_shared_only(service: str) -> None:
+    """No service knows another one."""
+    for path in (CHECKOUT / "services" / service).rglob("*.py"):
+        for module in imports(path):
+            if module.startswith("services"):
+                assert module.startswith(f"services.{service}"), f"{path} imports {module}"
+
+
+def test_shared_knows_no_service() -> None:
+    """What is shared depends on no service."""
+    for path in (CHECKOUT / "shared").glob("*.py"):
+        assert not any(module.startswith("services") for module in imports(path)), path
+
+
+@pytest.mark.parametrize("path", PURE)
+def test_pure_modules_do_no_io(path: str) -> None:
+    """Modules that decide do not talk: no socket, ZeroMQ, asyncio or time in them."""
+    forbidden = {"socket", "zmq", "asyncio", "time", "selectors", "shared.bus", "shared.mmsg"}
+    if path == "services/forwarder/plan.py":
+        forbidden -= {"socket", "shared.mmsg"}  # the layouts and constants it plans for, no socket of its own
+    assert not imports(CHECKOUT / path) & forbidden
+
+
+def test_no_socket_of_the_bus_is_made_elsewhere() -> None:
+    """Only the bus module and the broker make ZeroMQ sockets."""
+    makers = {
+        str(path.relative_to(CHECKOUT))
+        for folder in ("services", "shared")
+        for path in (CHECKOUT / folder).rglob("*.py")
+        if "context.socket(" in path.read_text()
+    }
+    assert makers == {"shared/bus.py", "services/broker/proxy.py"}
+
+
+def test_the_wheel_holds_one_directory_and_runs(tmp_path: Path) -> None:
+    """The built wheel has `fanwire/` alone at its top, and `fanwire --help` runs from it without the checkout."""
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    build = ["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(CHECKOUT)]
+    subprocess.run([*pip, *build], check=True)
+    (wheel,) = tmp_path.glob("fanwire-*.whl")
+    top = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
+    assert {name for name in top if not name.endswith(".dist-info")} == {"fanwire"}
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    # The dependencies come from this environment; the checkout is kept off the path by -P and another directory.
+    script = "import sys; sys.path.insert(0, sys.argv.pop(1)); import fanwire.__main__ as m; sys.exit(m.main())"
+    for arguments in (["--help"], ["ingest", "--help"], ["config"]):
+        command = [sys.executable, "-P", "-c", script, str(tmp_path / "installed"), *arguments]
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        assert "usage: fanwire" in result.stdout or "[gateway]" in result.stdout
+
+
+def test_idle_processes_cost_little(stack: Stack) -> None:
+    """Idle, each process stays under 80 MB and near no CPU at all."""
+    stack.start_all()
+    time.sleep(1)
+    before = {running.name: running.cpu_seconds() for running in stack.running}
+    time.sleep(4)
+    for running in stack.running:
+        assert running.resident_mb() < 80, f"{running.name}: {running.resident_mb()} MB"
+        share = (running.cpu_seconds() - before[running.name]) / 4
+        assert share < 0.03, f"{running.name} uses {share:.1%} of a core doing nothing"
