@@ -79,7 +79,8 @@ def parse_endpoint(text: str, schemes: tuple[str, ...]) -> Endpoint:
         host = host[1:-1]
     elif ":" in host:
         raise ValueError(f"{text!r}: an IPv6 address goes in brackets, as in {scheme}://[::1]:{port}")
-    if not separator or not host or not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+    in_range = port.isascii() and port.isdigit() and len(port) <= 5 and 0 < int(port) < 65536
+    if not separator or not host or not in_range:
         raise ValueError(f"{text!r}: expected {scheme}://HOST:PORT with a port from 1 to 65535")
     return Endpoint(scheme, host, int(port))
 
@@ -90,5 +91,8 @@ SocketAddress = tuple[str, int] | tuple[str, int, int, int]
 
 def resolve(host: str, port: int, kind: socket.SocketKind) -> list[tuple[socket.AddressFamily, SocketAddress]]:
     """Every address of `host`, IPv4 and IPv6, each once. OSError when the name is not known."""
-    found = socket.getaddrinfo(host, port, type=kind, flags=socket.AI_PASSIVE)
+    try:
+        found = socket.getaddrinfo(host, port, type=kind, flags=socket.AI_PASSIVE)
+    except UnicodeError:  # a label that is empty or too long to be looked up
+        raise socket.gaierror(socket.EAI_NONAME, "not a host name") from None
     return list(dict.fromkeys((family, cast(SocketAddress, at)) for family, _, _, _, at in found))

@@ -5,27 +5,31 @@ from shared.wire import Envelope, RegistryChange, RegistrySnapshot
 
 
 class RegistryMirror:
-    """Follows the gateway; `stale` says that a change is missing and a new snapshot has to be asked for."""
+    """Follows the gateway; `stale` says that a change is missing and a new snapshot has to be asked for.
+
+    `version` grows with every change, whichever gateway it came from; `revision` is the present gateway's own.
+    """
 
     def __init__(self) -> None:
         self.clients: dict[str, Client] = {}
-        self.revision = -1
+        self.revision = self.version = -1
         self.stale = False
         self._boot = -1
         self._pieces: list[RegistrySnapshot] = []
+        self._pieces_of = (-1, -1)
 
     def take(self, envelope: Envelope, body: RegistrySnapshot | RegistryChange) -> bool:
         """Take a message in; return whether it changed the registry."""
-        if isinstance(body, RegistryChange):
-            return self._change(envelope, body)
-        return self._snapshot(envelope, body)
+        changed = self._change(envelope, body) if isinstance(body, RegistryChange) else self._snapshot(envelope, body)
+        self.version += changed
+        return changed
 
     def _snapshot(self, envelope: Envelope, body: RegistrySnapshot) -> bool:
         if envelope.boot == self._boot and not self.stale and body.revision <= self.revision:
             return False  # meant for another late subscriber
         if body.piece == 0:
-            self._pieces = []
-        if body.piece != len(self._pieces) or (self._pieces and self._pieces[0].revision != body.revision):
+            self._pieces, self._pieces_of = [], (envelope.boot, body.revision)
+        if body.piece != len(self._pieces) or self._pieces_of != (envelope.boot, body.revision):
             return False  # a piece was lost: still stale, and the next snapshot begins anew
         self._pieces.append(body)
         if len(self._pieces) < body.pieces:

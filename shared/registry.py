@@ -1,8 +1,11 @@
 """A registry entry as processes hand it to each other, and the copy of the registry that a subscriber keeps."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
+
+from shared.addresses import pack_address, pack_network
 
 Source = Literal["relay", "original"]
 ALL_STREAMS = "*"
@@ -19,12 +22,18 @@ class Client(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     name: str
     generation: int
     address: str
-    port: int
+    port: Annotated[int, Meta(ge=0, le=65_535)]
     streams: tuple[str, ...] = ()
     source: Source = "relay"
     prefixes: tuple[str, ...] = ()
-    sample: int = 1
+    sample: Annotated[int, Meta(ge=1)] = 1
     group: str = ""
+
+    def __post_init__(self) -> None:
+        if self.streams:  # who sends copies relies on it
+            pack_address(self.address)
+        for prefix in self.prefixes:
+            pack_network(prefix)
 
     def wants(self, stream: str) -> bool:
         """Whether copies of `stream` go to this client."""

@@ -73,6 +73,7 @@ class Report:
     number: int
     received_at: float
     accounts: Accounts = field(default_factory=dict)
+    pieces: int = 0
 
 
 class Reports:
@@ -90,9 +91,10 @@ class Reports:
             report = self._partial[key] = Report(
                 status.service, envelope.boot, status.pid, status.started_ns, status.report, time.monotonic()
             )
-        if report is None or report.number != status.report:
+        if report is None or (report.number, report.pieces) != (status.report, status.piece):
             return None  # a piece was lost: wait for the next report
         report.accounts.update(status.accounts)
+        report.pieces += 1
         if status.piece + 1 < status.pieces:
             return None
         self.latest[key] = self._partial.pop(key)

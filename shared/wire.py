@@ -9,10 +9,11 @@ Decoding never raises anything but `WireError`, whatever the bytes.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
 import numpy as np
+from msgspec import Meta
 
 from shared.batch import ROW, DatagramBatch
 from shared.registry import Client
@@ -27,6 +28,9 @@ PIECE_SIZE: Final = 256 * 1024
 """Bytes of body at which a list is cut into pieces: far enough from `MAX_MESSAGE` that no entry can reach it."""
 
 Part = bytes | memoryview
+MAX_NUMBER: Final = 1 << 62
+"""Far enough below 2**64, the end of msgpack's integers, that what a receiver adds to a number can be sent again."""
+Number = Annotated[int, Meta(ge=0, le=MAX_NUMBER)]
 
 
 class WireError(ValueError):
@@ -47,9 +51,9 @@ class Envelope(msgspec.Struct, array_like=True, frozen=True, gc=False):
     version: int
     kind: str
     sender: str
-    boot: int
-    sequence: int
-    total: int
+    boot: Number
+    sequence: Number
+    total: Number
 
 
 class Datagrams(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -62,7 +66,7 @@ class Datagrams(msgspec.Struct, array_like=True, frozen=True, gc=False):
 class RegistrySnapshot(msgspec.Struct, array_like=True, frozen=True):
     """One of `pieces` pieces of the whole registry at `revision`."""
 
-    revision: int
+    revision: Number
     piece: int
     pieces: int
     clients: list[Client]
@@ -71,7 +75,7 @@ class RegistrySnapshot(msgspec.Struct, array_like=True, frozen=True):
 class RegistryChange(msgspec.Struct, array_like=True, frozen=True):
     """What turned the registry at `revision - 1` into that at `revision`."""
 
-    revision: int
+    revision: Number
     joined: list[Client]
     left: list[str]
 
@@ -100,7 +104,7 @@ class Status(msgspec.Struct, array_like=True, frozen=True):
     report: int
     piece: int
     pieces: int
-    accounts: dict[str, dict[str, int]]
+    accounts: dict[str, dict[str, Annotated[int, Meta(le=MAX_NUMBER)]]]
 
 
 Body = Datagrams | RegistrySnapshot | RegistryChange | ServeRequest | ServeReply | Status
@@ -175,8 +179,6 @@ def _decode(parts: Sequence[Part]) -> Message:
         raise WireError("bad_version", f"version {envelope.version}, this is {VERSION}")
     if envelope.kind not in KINDS:
         raise WireError("unknown_kind", f"kind {envelope.kind[:40]!r}")
-    if min(envelope.sequence, envelope.total, envelope.boot) < 0:
-        raise WireError("malformed", "negative sequence, total or boot")
     body = _bodies[envelope.kind].decode(parts[2])
     if not isinstance(body, Datagrams):
         if len(parts) != 3:

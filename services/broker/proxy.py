@@ -47,9 +47,10 @@ class Proxy:
         self._context = new_context()
         publishers = configure(self._context.socket(zmq.XSUB), self._high_water_mark)
         subscribers = configure(self._context.socket(zmq.XPUB), self._high_water_mark)
-        # Every subscription goes on to the publishers, repeated ones too: it is how they see a late subscriber.
+        # Every subscription goes on to the publishers, repeated ones too: it is how they see a late subscriber. So
+        # does every unsubscription, since our XSUB counts both and would not know when the last one leaves.
         # No XPUB_NODROP here: one stalled subscriber would hold up the rest.
-        subscribers.set(zmq.XPUB_VERBOSE, 1)
+        subscribers.set(zmq.XPUB_VERBOSER, 1)
         publishers.bind(publish_endpoint(self._directory))
         subscribers.bind(subscribe_endpoint(self._directory))
         self._control = self._context.socket(zmq.PAIR)

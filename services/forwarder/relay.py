@@ -29,6 +29,8 @@ TURN_MESSAGES: Final = 64
 """Bus messages handled in a row before housekeeping gets its turn."""
 MAX_WAITING: Final = 1024
 """Requests kept until copies flow; the gateway gives up on one long before there are so many."""
+APPLY_SHARE: Final = 10
+"""Of the loop's time at most one part in so many goes into applying registry changes; they wait for each other."""
 REQUEST_SECONDS: Final = 5.0
 """A request whose revision has not come by then was asked by a gateway that is gone."""
 QUIET_SECONDS: Final = 0.25
@@ -57,6 +59,8 @@ class Relay:
         self._collectors = Collectors(names, self._streams.published, self._settings.forwarder)
         self._waiting: list[tuple[float, ServeRequest]] = []
         self._asked_at = 0.0
+        self._serving = -1
+        self._apply_at = 0.0
         self._subscriber.subscribe(REGISTRY_TOPIC)
         self._subscriber.subscribe(SERVE_TOPIC)
         return self
@@ -76,7 +80,8 @@ class Relay:
 
     def _patience_ms(self) -> int:
         due = max(0.0, self._reporter.due_at - time.monotonic())
-        return 10 if self._waiting else int(due * 1000) + 1
+        waiting = self._waiting or self._serving != self._mirror.version
+        return 5 if waiting else int(due * 1000) + 1
 
     def _turn(self) -> int:
         """Handle what has come, up to a bound; return how many messages."""
@@ -84,6 +89,7 @@ class Relay:
         while handled < TURN_MESSAGES and (message := self._subscriber.receive()):
             self._take(message)
             handled += 1
+        self._apply()
         self._answer()
         asked = self._reporter.asked_for(self._publisher.new_subscriptions())
         if asked or time.monotonic() >= self._reporter.due_at:
@@ -99,9 +105,7 @@ class Relay:
             if missed is not None and len(message.batch):
                 self._collectors.send(message.batch)
         elif isinstance(body, RegistrySnapshot | RegistryChange):
-            if self._mirror.take(envelope, body):
-                self._apply()
-            elif self._mirror.stale:
+            if not self._mirror.take(envelope, body) and self._mirror.stale:
                 self._ask_for_snapshot()
         elif isinstance(body, ServeRequest) and len(self._waiting) < MAX_WAITING:
             self._waiting.append((time.monotonic() + REQUEST_SECONDS, body))
@@ -110,9 +114,15 @@ class Relay:
                 self._collectors.miss(stream, missed)
 
     def _apply(self) -> None:
+        """Serve the registry as it is now, unless that was done a moment ago: then with the changes to come."""
+        began = time.monotonic()
+        if self._serving == self._mirror.version or began < self._apply_at:
+            return
+        self._serving = self._mirror.version
         clients = self._mirror.clients.values()
         self._collectors.replace(client for client in clients if client.streams and client.source == "relay")
         self._streams.want(self._collectors.streams_wanted())
+        self._apply_at = time.monotonic() + APPLY_SHARE * (time.monotonic() - began)
 
     def _ask_for_snapshot(self) -> None:
         """A change was lost: a new subscription makes the gateway send the whole registry. Once a second at most."""
@@ -124,7 +134,7 @@ class Relay:
 
     def _answer(self) -> None:
         """Answer who asked whether we serve a revision, once we do and its streams flow."""
-        if not self._waiting or not self._streams.flowing:
+        if not self._waiting or self._serving != self._mirror.version or not self._streams.flowing:
             return
         now, revision = time.monotonic(), self._mirror.revision
         for _, request in self._waiting:

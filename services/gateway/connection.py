@@ -1,0 +1,270 @@
+"""One client's connection, and all of them together: bytes to the decoder, answers back, and every limit kept.
+
+A connection is in one of four conditions: it waits for a request; its request waits for an answer; its answer waits for
+the client to take it; or all is said, and what still comes is thrown away for a moment so that a reset does not destroy
+the answer on its way (closing a TCP socket with unread bytes sends one, RFC 2525, 2.17).
+"""
+
+import asyncio
+import contextlib
+import ipaddress
+import itertools
+import math
+import socket
+from collections.abc import Iterator
+from typing import Final, cast
+
+from services.gateway.counters import CONNECTIONS_REFUSED, TOO_SLOW
+from services.gateway.desk import Answer, Desk
+from services.gateway.protocol import MAX_LINE, Decoder, Id, Name, Request, RequestError
+from services.gateway.registry import Visitor
+from shared.settings import Gateway
+
+READ_SIZE: Final = 64 * 1024
+WRITE_SIZE: Final = 64 * 1024
+"""Bytes handed to a transport at a time, and its high-water mark: what a client that does not read can hold here."""
+LINGER_BYTES: Final = 64 * 1024 * 1024
+REFUSING_MAX: Final = 32
+"""Connections over the limit that are told so at once; more are closed without a word."""
+
+
+class Connections:
+    """All open connections, and what they share."""
+
+    def __init__(self, desk: Desk, settings: Gateway, limit: int) -> None:
+        self.desk = desk
+        self.settings = settings
+        self.limit = limit
+        self.receive_buffer = memoryview(bytearray(READ_SIZE))  # the loop fills it and hands it over in one step
+        self.loop = asyncio.get_running_loop()
+        self.numbers = itertools.count(1)
+        self.open: set[Connection] = set()
+
+    def sweep(self) -> None:
+        """End what has waited too long."""
+        now = self.loop.time()
+        for connection in [connection for connection in self.open if connection.deadline <= now]:
+            connection.expire()
+
+    async def drain(self, seconds: float) -> None:
+        """Finish the answers under way, take no more requests, and close; what is not over by then is cut."""
+        for connection in list(self.open):
+            connection.drain()
+        deadline = self.loop.time() + seconds
+        while self.open and self.loop.time() < deadline:
+            await asyncio.sleep(0.01)
+        for connection in list(self.open):
+            connection.abort()
+        await asyncio.sleep(0)  # transports tell their protocols in the next turn
+
+
+class Connection(asyncio.BufferedProtocol):
+    """A client's connection."""
+
+    __slots__ = (
+        "_all",
+        "_answering",
+        "_decoder",
+        "_discarded",
+        "_ended",
+        "_last",
+        "_lingering",
+        "_outgoing",
+        "_receiving",
+        "_stalled",
+        "_transport",
+        "_visitor",
+        "deadline",
+    )
+
+    def __init__(self, connections: Connections) -> None:
+        self._all = connections
+        self._decoder = Decoder()
+        self._outgoing: Iterator[bytes] = iter(())
+        self._answering = False
+        self._ended = False  # the client sends no more
+        self._stalled = False  # the client does not take what is written
+        self._receiving = False  # part of a request has come
+        self._last = False  # nothing is taken after the answer under way
+        self._lingering = False
+        self._discarded = 0
+        self.deadline = math.inf
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Admit the connection, or say why not."""
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(WRITE_SIZE)
+        self._visitor = identify(self._transport, next(self._all.numbers))
+        self._all.open.add(self)
+        excess = len(self._all.open) - self._all.limit
+        if excess <= 0:
+            self._await_request()
+            return
+        self._all.desk.counters[CONNECTIONS_REFUSED] += 1
+        if excess > REFUSING_MAX:
+            self._transport.abort()
+        else:
+            self._refuse(RequestError("unavailable", "as many connections as allowed are open; try again", closes=True))
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
+        """Let go of what lasted as long as the connection."""
+        self._all.open.discard(self)
+        self._lingering = True
+        self._all.desk.depart(self._visitor)
+
+    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002
+        """Where the loop puts what it reads next."""
+        return self._all.receive_buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Take what was read."""
+        if self._lingering:
+            self._discarded += nbytes
+            if self._discarded > LINGER_BYTES:
+                self._transport.abort()
+            return
+        self._decoder.feed(bytes(self._all.receive_buffer[:nbytes]))
+        self._take_request()
+
+    def eof_received(self) -> bool:
+        """The client sends no more, but may still read: keep the connection until all is answered."""
+        self._ended = True
+        self._decoder.end()
+        self._take_request()
+        return not self._lingering
+
+    def pause_writing(self) -> None:
+        """The client is behind by `WRITE_SIZE`."""
+        self._stalled = True
+        self.deadline = self._all.loop.time() + self._all.settings.request_seconds
+
+    def resume_writing(self) -> None:
+        """The client has caught up."""
+        self._stalled = False
+        if not self._lingering:
+            self.deadline = math.inf
+            self._write()
+
+    def expire(self) -> None:
+        """The deadline has passed: say so if the client can be expected to read it."""
+        settings = self._all.settings
+        if self._lingering or self._stalled:
+            self._all.desk.counters[TOO_SLOW] += not self._lingering
+            self._transport.abort()
+        elif self._receiving:
+            self._refuse(RequestError("too_slow", f"a request has {settings.request_seconds:g} s to come", closes=True))
+        elif self._all.desk.holds_lease(self._visitor):
+            self.deadline = self._all.loop.time() + settings.idle_seconds
+        else:
+            self._refuse(RequestError("too_slow", f"nothing came for {settings.idle_seconds:g} s", closes=True))
+
+    def drain(self) -> None:
+        """Take no more requests; close once the answer under way, if any, is sent."""
+        self._last = True
+        if not (self._answering or self._lingering):
+            self._finish()
+
+    def abort(self) -> None:
+        """Cut the connection."""
+        self._transport.abort()
+
+    def _take_request(self) -> None:
+        """Begin the next request, if there is one and none is under way."""
+        if not (self._answering or self._lingering):
+            try:
+                request = self._decoder.next_request()
+            except RequestError as refused:
+                self._refuse(refused)
+            else:
+                self._begin(request)
+        self._throttle()
+
+    def _begin(self, request: Request | None) -> None:
+        if request is None:
+            if self._ended:
+                self._finish()
+            else:
+                self._await_request()
+            return
+        self._answering, self._receiving, self.deadline = True, False, math.inf
+        self._last |= isinstance(request, Name)
+        try:
+            self._all.desk.answer(request, self._visitor, self._reply)
+        except RequestError as refused:
+            self._refuse(refused, None if isinstance(request, Name) else request.id)
+
+    def _await_request(self) -> None:
+        now, settings = self._all.loop.time(), self._all.settings
+        if not self._decoder.buffered:
+            self._receiving, self.deadline = False, now + settings.idle_seconds
+        elif not self._receiving:  # from its first byte, whatever comes later
+            self._receiving, self.deadline = True, now + settings.request_seconds
+
+    def _throttle(self) -> None:
+        """Stop reading from a client that sends faster than it takes answers."""
+        if self._ended:
+            return
+        if self._decoder.buffered > MAX_LINE and not self._lingering:
+            self._transport.pause_reading()
+        else:
+            self._transport.resume_reading()
+
+    def _refuse(self, refused: RequestError, id: Id | None = None) -> None:
+        self._answering, self._receiving, self.deadline = True, False, math.inf
+        self._last |= refused.closes
+        self._reply(self._all.desk.refuse(refused, id))
+
+    def _reply(self, answer: Answer) -> None:
+        self._outgoing = pieces(answer)
+        self._write()
+
+    def _write(self) -> None:
+        """Write until the client is behind; after the last piece the next request has its turn behind the others'."""
+        while not (self._stalled or self._transport.is_closing()):
+            piece = next(self._outgoing, b"")
+            if not piece:
+                self._answered()
+                return
+            self._transport.write(piece)
+
+    def _answered(self) -> None:
+        self._answering = False
+        if self._last:
+            self._finish()
+        else:
+            self._all.loop.call_soon(self._take_request)
+
+    def _finish(self) -> None:
+        """All is said: half-close, and give the client a moment to read it and close as well."""
+        self._lingering = True
+        self.deadline = self._all.loop.time() + self._all.settings.request_seconds
+        if self._ended:
+            self._transport.close()
+            return
+        with contextlib.suppress(OSError):  # the client has reset the connection
+            self._transport.write_eof()
+
+
+def identify(transport: asyncio.Transport, number: int) -> Visitor:
+    """Return who is at the other end: IPv4 where it is mapped, without a scope, 127.0.0.1 for AF_UNIX."""
+    if transport.get_extra_info("socket").family == socket.AF_UNIX:
+        return Visitor(number, "127.0.0.1", 0)
+    host, port = transport.get_extra_info("peername")[:2]
+    address = ipaddress.ip_address(host.partition("%")[0])
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return Visitor(number, str(mapped or address), port)
+
+
+def pieces(answer: Answer) -> Iterator[bytes]:
+    """Yield an answer in pieces of about `WRITE_SIZE` bytes, holding on to its parts only."""
+    gathered: list[memoryview] = []
+    size = 0
+    for part in answer:
+        for at in range(0, len(part), WRITE_SIZE):
+            gathered.append(memoryview(part)[at : at + WRITE_SIZE])
+            size += len(gathered[-1])
+            if size >= WRITE_SIZE:
+                yield b"".join(gathered)
+                gathered, size = [], 0
+    if gathered:
+        yield b"".join(gathered)

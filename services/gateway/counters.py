@@ -1,0 +1,23 @@
+"""The names under which the gateway counts, all in its account `gateway`."""
+
+from typing import Final
+
+ACCOUNT: Final = "gateway"
+CLIENTS: Final = "clients"
+"""Entries in the registry now."""
+COLLECTORS: Final = "collectors"
+"""Those of them that get copies."""
+CONNECTIONS: Final = "connections"
+"""Connections open now."""
+CONNECTIONS_REFUSED: Final = "connections_refused"
+"""Connections answered `unavailable`, or closed without an answer, because as many as allowed were open."""
+REQUESTS: Final = "requests"
+"""Names and JSON lines that could be read, whether granted or refused."""
+REFUSED: Final = "refused_"
+"""Before an error word: requests answered with it."""
+TOO_SLOW: Final = "too_slow"
+"""Connections ended because a request, an answer or any byte at all took too long."""
+CROSS_PROTOCOL: Final = "cross_protocol"
+"""HTTP requests, as a browser sends them when a web page aims it at this port. Part of `refused_bad_request`."""
+BUS_REJECTED: Final = "bus_rejected"
+"""Messages on our reply topic that could not be decoded."""

@@ -1,0 +1,281 @@
+"""What clients say: bytes in, requests out. No I/O; nothing but `RequestError` is raised, whatever the bytes.
+
+The first byte decides: `{` begins JSON lines, anything else is a name, as the documented protocol has it.
+"""
+
+import re
+import unicodedata
+from dataclasses import dataclass
+from typing import Annotated, Any, Final, Literal
+
+import msgspec
+from msgspec import Meta, Struct, field
+
+from shared.registry import Source
+from shared.settings import Count, Port
+
+MAX_LINE: Final = 64 * 1024
+"""Bytes of a JSON line without its newline: the longest sensible `register` has under 10,000."""
+MAX_NAME: Final = 255
+"""Bytes of UTF-8."""
+MAX_ITEMS: Final = 64
+"""Streams or prefixes in one `register`: keeps an entry small enough that 64 of them fit a bus message."""
+YEAR_SECONDS: Final = 31_536_000
+
+ErrorWord = Literal[
+    "bad_request", "bad_name", "name_taken", "stale_generation", "unknown_stream", "unproven_address", "loop",
+    "not_permitted", "registry_full", "no_transmitter", "unavailable", "too_long", "too_slow",
+]  # fmt: skip
+Id = Annotated[str, Meta(max_length=128)] | Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+"""What a client may put in `id`; an answer must be able to carry it back."""
+
+
+class RequestError(Exception):
+    """The client's fault: answered with its stable word and a sentence, counted; `closes` ends the connection too."""
+
+    def __init__(
+        self,
+        error: ErrorWord,
+        message: str,
+        *,
+        id: Id | None = None,
+        closes: bool = False,
+        cross_protocol: bool = False,
+    ) -> None:
+        super().__init__(message)
+        self.error = error
+        self.id = id
+        self.closes = closes
+        self.cross_protocol = cross_protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Name:
+    """A client on the documented protocol says its name and wants the list."""
+
+    name: str
+
+
+class _Request(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="op"):
+    id: Id | None = None
+
+
+class Register(_Request, frozen=True, tag="register"):
+    """Signs up under a name; with `streams` as a collector."""
+
+    name: str
+    streams: Annotated[tuple[str, ...], Meta(max_length=MAX_ITEMS)] = ()
+    port: Port | None = None
+    address: Annotated[str, Meta(max_length=64)] | None = None
+    source: Source = "relay"
+    prefixes: Annotated[tuple[Annotated[str, Meta(max_length=64)], ...], Meta(max_length=MAX_ITEMS)] = field(
+        default=(), name="from"
+    )
+    sample: Count = 1
+    group: Annotated[str, Meta(max_length=64)] = ""
+    ttl: Annotated[float, Meta(ge=0, le=YEAR_SECONDS)] = 0.0
+    hold: bool = False
+    take_over: bool = False
+
+
+class Renew(_Request, frozen=True, tag="renew"):
+    """Begins the time of an entry's lease anew."""
+
+    name: str
+    generation: int
+
+
+class Leave(_Request, frozen=True, tag="leave"):
+    """Takes an entry away."""
+
+    name: str
+    generation: int
+
+
+class List(_Request, frozen=True, tag="list"):
+    """Asks for every entry in full."""
+
+
+class Streams(_Request, frozen=True, tag="streams"):
+    """Asks what there is to sign up for."""
+
+
+Operation = Register | Renew | Leave | List | Streams
+Request = Name | Operation
+
+OPERATIONS: Final = ("register", "renew", "leave", "list", "streams")
+UNSERVED: Final = ("watch", "confirm", "transmit")
+"""In the protocol, but not in this version."""
+EXPECTED: Final = {
+    "id": "a string of at most 128 characters or a whole number of 64 bits",
+    "name": "a string",
+    "generation": "the whole number that `register` answered",
+    "streams": f"a list of at most {MAX_ITEMS} stream names",
+    "port": "a whole number from 1 to 65535",
+    "address": "an IP address as a string",
+    "source": '"relay" or "original"',
+    "from": f'a list of at most {MAX_ITEMS} prefixes such as "192.0.2.0/24"',
+    "sample": "a whole number from 1 to 1000000",
+    "group": "a string of at most 64 characters",
+    "ttl": f"seconds from 0 to {YEAR_SECONDS}",
+    "hold": "true or false",
+    "take_over": "true or false",
+}
+
+
+class _Head(Struct, frozen=True):
+    """What can be had of a request that is not one of ours."""
+
+    op: Any = None
+    id: Any = None
+
+
+_operations: Final = msgspec.json.Decoder(Operation)
+_heads: Final = msgspec.json.Decoder(_Head)
+_HTTP: Final = re.compile(rb"[A-Z]{3,20} [^\r\n]* HTTP/\d")
+
+
+class Decoder:
+    """One connection's bytes to requests: `feed` what came, `end` at its end, `next_request` until it returns None.
+
+    After a `RequestError` that closes, nothing more is returned.
+    """
+
+    __slots__ = ("_buffer", "_deaf", "_ended", "_names", "_scanned")
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self._scanned = 0
+        self._names: bool | None = None  # until the first byte nobody knows
+        self._deaf = False
+        self._ended = False
+
+    @property
+    def buffered(self) -> int:
+        """Bytes held that belong to requests not yet returned."""
+        return len(self._buffer)
+
+    def feed(self, data: bytes) -> None:
+        """Take what one read brought, at least one byte. A name is what the first read brings, the rest is not read."""
+        if self._deaf:
+            return
+        self._buffer += data
+        if self._names is None:
+            self._names = self._deaf = not data.startswith(b"{")
+
+    def end(self) -> None:
+        """Nothing more comes: what is left counts as a line without its newline."""
+        self._ended = True
+
+    def next_request(self) -> Request | None:
+        """The next request, or None when more bytes are needed; `RequestError` when it can't be taken."""
+        try:
+            data = self._next_data()
+            if data is None:
+                return None
+            return Name(parse_name(data)) if self._names else parse_line(data)
+        except RequestError as refused:
+            if refused.closes:
+                self._buffer.clear()
+                self._deaf = True
+            raise
+
+    def _next_data(self) -> bytes | None:
+        if not self._buffer:
+            return None
+        size = len(self._buffer)
+        stop = size if self._names else self._buffer.find(b"\n", self._scanned)
+        if not self._names and (size if stop < 0 else stop) > MAX_LINE:
+            raise RequestError("too_long", f"a line has at most {MAX_LINE} bytes; send one request a line", closes=True)
+        if stop < 0:
+            self._scanned = size
+            if not self._ended:
+                return None
+            stop = size
+        data = bytes(self._buffer[:stop])
+        del self._buffer[: stop + 1]
+        self._scanned = 0
+        return data
+
+
+def parse_name(data: bytes) -> str:
+    r"""Return the name a client of the documented protocol sent. `RequestError` when it is none.
+
+    >>> parse_name(b"router-7\r\n")
+    'router-7'
+    """
+    try:
+        if _HTTP.match(data):
+            message = "this is not HTTP; send a name, or one JSON object a line"
+            raise RequestError("bad_request", message, cross_protocol=True)
+        return check_name(data[: MAX_NAME + 3].rstrip(b"\r\n"))
+    except RequestError as refused:
+        refused.closes = True
+        raise
+
+
+def check_name(data: bytes) -> str:
+    """Return the text of a name, from either protocol; `bad_name` when it breaks a rule."""
+    if not 1 <= len(data) <= MAX_NAME:
+        raise RequestError("bad_name", f"a name has from 1 to {MAX_NAME} bytes")
+    try:
+        name = data.decode()
+    except UnicodeDecodeError:
+        raise RequestError("bad_name", "a name is UTF-8; this is not") from None
+    if any(unicodedata.category(character) == "Cc" for character in name):
+        raise RequestError("bad_name", "a name has no control characters, and is all there is to send")
+    return name
+
+
+def parse_line(line: bytes) -> Operation:
+    """Return the request in one line. What is no JSON object closes the connection: it may be another protocol."""
+    try:
+        line.decode()
+        request: Operation = _operations.decode(line)
+    except msgspec.ValidationError as error:
+        raise _explain(line, str(error)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        raise _not_an_object() from None
+    if isinstance(request, Register):
+        try:
+            check_name(request.name.encode())
+        except RequestError as refused:
+            refused.id = request.id
+            raise
+    return request
+
+
+def _not_an_object() -> RequestError:
+    return RequestError("bad_request", "expected one JSON object a line, in UTF-8, not deeply nested", closes=True)
+
+
+def _explain(line: bytes, reason: str) -> RequestError:
+    """Say what is wrong with a JSON object that is not one of the requests, with its `id` if that can be had."""
+    try:
+        head = _heads.decode(line)
+    except (msgspec.DecodeError, RecursionError):
+        return _not_an_object()
+    try:
+        identity = msgspec.convert(head.id, Id | None)
+    except msgspec.ValidationError:
+        identity = None
+    if head.op in UNSERVED:
+        return RequestError("unavailable", f"{head.op} is not served by this version", id=identity)
+    if head.op not in OPERATIONS:
+        return RequestError("bad_request", f"unknown op; expected one of {', '.join(OPERATIONS)}", id=identity)
+    return RequestError("bad_request", _sentence(reason), id=identity)
+
+
+def _sentence(reason: str) -> str:
+    """Turn msgspec's reason into a sentence with the cure.
+
+    >>> _sentence("Expected `int` <= 65535 - at `$.port`")
+    'port: expected a whole number from 1 to 65535'
+    """
+    reason, _, at = reason.partition(" - at `$.")
+    key = re.match(r"\w*", at)[0]  # type: ignore[index]  # it matches anything
+    if key in EXPECTED:
+        return f"{key}: expected {EXPECTED[key]}"
+    if missing := re.fullmatch(r"Object missing required field `(.*)`", reason):
+        return f"{missing[1]} is missing: expected {EXPECTED[missing[1]]}"
+    return reason.replace("Object contains unknown field", "this op has no field")

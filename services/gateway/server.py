@@ -1,0 +1,148 @@
+"""The gateway's loop: listeners, connections and the bus in one thread."""
+
+import asyncio
+import contextlib
+import errno
+import resource
+import socket
+import time
+from dataclasses import dataclass
+from typing import Any, Final
+
+import structlog
+
+from services.gateway.admission import Admission
+from services.gateway.announcer import Announcer
+from services.gateway.connection import Connection, Connections
+from services.gateway.counters import ACCOUNT, BUS_REJECTED, CLIENTS, COLLECTORS, CONNECTIONS
+from services.gateway.desk import Desk
+from services.gateway.listeners import BACKLOG, is_local, listening, udp_listeners
+from services.gateway.protocol import RequestError
+from services.gateway.registry import Origin, Registry, Visitor
+from shared.bus import Publisher, Subscriber, new_context
+from shared.ledger import Accounts
+from shared.lifecycle import BAD_SETTINGS, Lifecycle, OperatorError, announce_ready, worker_name
+from shared.settings import Settings
+
+TICK_SECONDS: Final = 0.25
+"""How late a deadline may be noticed."""
+DRAIN_SECONDS: Final = 1.5
+"""For the answers under way at SIGTERM; the bus lingers for another second."""
+BROKER_PATIENCE_SECONDS: Final = 2.0
+SPARE_DESCRIPTORS: Final = 64
+"""Kept for listeners, the bus, and connections being refused."""
+
+log = structlog.get_logger()
+
+
+def serve(settings: Settings, lifecycle: Lifecycle) -> None:
+    """Serve until told to drain."""
+    print("Starting server...", flush=True)  # as the documented server does
+    admission = Admission([stream.name for stream in settings.streams], udp_listeners(settings), is_local)
+    # Leases count time asleep too. Microseconds since 1970 are beyond any generation of an earlier start, and below
+    # 2^53, where programs that read JSON numbers as doubles lose the last digits.
+    registry = Registry(settings.gateway.max_clients, _boot_time, time.time_ns() // 1000)
+    _enter_configured(settings, admission, registry)
+    bus = settings.bus
+    with (
+        listening(settings.gateway.endpoints) as sockets,
+        new_context() as context,
+        contextlib.closing(Publisher(context, bus.path, worker_name("gateway"), bus.high_water_mark)) as publisher,
+        contextlib.closing(Subscriber(context, bus.path, bus.high_water_mark)) as subscriber,
+    ):
+        asyncio.run(_Server(settings, lifecycle, registry, admission, publisher, subscriber).run(sockets))
+
+
+def _boot_time() -> float:
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def _enter_configured(settings: Settings, admission: Admission, registry: Registry) -> None:
+    for collector in settings.collectors:
+        try:
+            client = admission.admit_configured(collector)
+            registry.grant(client, Visitor(0, client.address, client.port), Origin.SETTINGS)
+        except RequestError as refused:
+            raise OperatorError(BAD_SETTINGS, f"[[collector]] {collector.name!r}: {refused}") from None
+
+
+@dataclass
+class _Server:
+    settings: Settings
+    lifecycle: Lifecycle
+    registry: Registry
+    admission: Admission
+    publisher: Publisher
+    subscriber: Subscriber
+    _troubled_at: float = -1.0
+
+    async def run(self, sockets: list[socket.socket]) -> None:
+        """Serve clients on these sockets until told to drain."""
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(self._report_trouble)
+        self._announcer = Announcer(
+            self.publisher, self.subscriber, self.registry, self.settings.gateway.serve_seconds, loop.call_later
+        )
+        self._desk = Desk(self.settings, self.registry, self.admission, self._announcer, _boot_time)
+        limit = min(self.settings.gateway.max_connections, _descriptors() - SPARE_DESCRIPTORS)
+        self._connections = Connections(self._desk, self.settings.gateway, limit)
+        stopped = asyncio.Event()
+        for source, act in (
+            (self.lifecycle, stopped.set),
+            (self.publisher, self._announcer.flush),
+            (self.subscriber, self._announcer.take_replies),
+        ):
+            loop.add_reader(source.fileno(), act)
+        servers = [
+            await loop.create_server(lambda: Connection(self._connections), sock=listener, backlog=BACKLOG)
+            for listener in sockets
+        ]
+        await self._tick_until(stopped)
+        loop.remove_reader(self.lifecycle.fileno())
+        for server in servers:
+            server.close()
+        await self._connections.drain(DRAIN_SECONDS)
+        self._announcer.flush()
+
+    async def _tick_until(self, stopped: asyncio.Event) -> None:
+        announced = warned = False
+        started_at = time.monotonic()
+        while not stopped.is_set():
+            self.registry.expire()
+            self._connections.sweep()
+            self._announcer.tick(self._accounts)
+            if not announced and self.publisher.ready:
+                announced = True
+                announce_ready("gateway", listen=list(self.settings.gateway.listen))
+            elif not announced and not warned and time.monotonic() - started_at >= BROKER_PATIENCE_SECONDS:
+                warned = True
+                log.warning(
+                    f"waiting for the broker in {self.settings.bus.path}; start it with `python -m services.broker`"
+                )
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stopped.wait(), TICK_SECONDS)
+
+    def _accounts(self) -> Accounts:
+        account = {
+            **self._desk.counters,
+            CLIENTS: len(self.registry),
+            COLLECTORS: self.registry.collectors,
+            CONNECTIONS: len(self._connections.open),
+            BUS_REJECTED: sum(self.subscriber.rejected.values()),
+        }
+        return {ACCOUNT: account}
+
+    def _report_trouble(self, _loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Say once a second at most what the loop can't do, such as accept without a descriptor to spare."""
+        error = context.get("exception")
+        if isinstance(error, OSError) and error.errno == errno.ENOTCONN:
+            return  # asyncio half-closes twice at times, and the client may have closed in between
+        now = time.monotonic()
+        if now - self._troubled_at >= 1.0:
+            self._troubled_at = now
+            log.error(context["message"], reason=repr(error), exc_info=None if isinstance(error, OSError) else error)
+
+
+def _descriptors() -> int:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return soft if soft != resource.RLIM_INFINITY else 1 << 20

@@ -1,0 +1,216 @@
+import itertools
+import json
+from collections.abc import Iterable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from services.gateway.protocol import (
+    MAX_LINE,
+    Decoder,
+    Leave,
+    List,
+    Name,
+    Register,
+    RequestError,
+    Streams,
+    parse_line,
+    parse_name,
+)
+
+Outcome = tuple[object, ...]
+
+
+def take(reads: Iterable[bytes]) -> list[Outcome]:
+    """Everything a decoder makes of these reads and the end after them."""
+    decoder = Decoder()
+    outcomes: list[Outcome] = []
+    for read in [*reads, b""]:
+        if read:
+            decoder.feed(read)
+        else:
+            decoder.end()
+        outcomes += drain(decoder)
+    return outcomes
+
+
+def drain(decoder: Decoder) -> list[Outcome]:
+    """Everything a decoder has now."""
+    outcomes: list[Outcome] = []
+    while True:
+        try:
+            request = decoder.next_request()
+        except RequestError as refused:
+            outcomes.append((refused.error, str(refused), refused.id, refused.closes))
+        else:
+            if request is None:
+                return outcomes
+            outcomes.append((request,))
+
+
+def refused(line: bytes) -> RequestError:
+    """The refusal that a line meets."""
+    with pytest.raises(RequestError) as caught:
+        parse_line(line)
+    return caught.value
+
+
+def cut(data: bytes, places: list[int]) -> list[bytes]:
+    """The bytes as reads that end at these places."""
+    edges = [0, *sorted(place % (len(data) + 1) for place in places), len(data)]
+    return [data[start:stop] for start, stop in itertools.pairwise(edges) if start < stop]
+
+
+lines = st.one_of(
+    st.binary(max_size=80),
+    st.sampled_from([b'{"op":"list"}', b'{"op":"streams","id":1}', b'{"op":"nope","id":"a"}', b"{", b'{"op":"list"']),
+    st.dictionaries(
+        st.sampled_from(["op", "name", "port", "id", "x"]), st.text("ab\0é{", max_size=5) | st.integers() | st.none()
+    ).map(lambda fields: json.dumps(fields).encode()),
+)
+
+
+@settings(deadline=None)
+@given(st.lists(lines, max_size=8), st.lists(st.integers(min_value=0), max_size=8))
+def test_splits_change_nothing(parts: list[bytes], places: list[int]) -> None:
+    """JSON lines decode to the same requests and refusals however they are cut into reads."""
+    data = b"\n".join([b'{"op":"list"}', *parts])
+    assert take(cut(data, places)) == take([data])
+
+
+@settings(deadline=None)
+@given(st.lists(st.binary(min_size=1)))
+def test_nothing_but_a_refusal_is_raised(reads: list[bytes]) -> None:
+    """Whatever the bytes and the reads, a decoder returns requests or refuses, and refuses in known words."""
+    for outcome in take(reads):
+        assert outcome[0] in ("bad_request", "bad_name", "too_long", "unavailable") or isinstance(outcome[0], Name)
+
+
+def test_first_byte_decides() -> None:
+    """`{` begins JSON lines; anything else is a name, which is what the first read brings and no more."""
+    assert take([b'{"op":"list"}\n{"op":"streams"}\n']) == [(List(),), (Streams(),)]
+    assert take([b"router", b"-7"]) == [(Name("router"),)]
+    assert take([b"router\r\n"]) == [(Name("router"),)]
+    assert take([]) == []
+
+
+def test_last_line_needs_no_newline() -> None:
+    """What is left when the client sends no more is a line."""
+    assert take([b'{"op":"list",', b'"id":7}']) == [(List(id=7),)]
+
+
+@pytest.mark.parametrize("size", [1, 255])
+def test_name_of_any_allowed_length(size: int) -> None:
+    """A name has 1 to 255 bytes."""
+    assert parse_name(b"n" * size) == "n" * size
+    assert parse_name("é".encode() + b"\r\n") == "é"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"\r\n", b"n" * 256, b"\xff\xfe", "a".encode("utf-16"), b"a\0b", b"a\x1b[31m", b"a\nb", "\x9b".encode(), b"\x7f"],
+)
+def test_bad_name_closes(data: bytes) -> None:
+    """Empty, too long, not UTF-8 or with control characters: `bad_name`, and the connection ends."""
+    with pytest.raises(RequestError) as caught:
+        parse_name(data)
+    assert (caught.value.error, caught.value.closes) == ("bad_name", True)
+
+
+@pytest.mark.parametrize("data", [b"POST / HTTP/1.1\r\nHost: x\r\n\r\n{}", b"GET /x HTTP/1.0\r\n", b"PRI * HTTP/2.0"])
+def test_http_is_no_name(data: bytes) -> None:
+    """A browser's request is refused, counted on its own, and what follows in it is not read."""
+    with pytest.raises(RequestError) as caught:
+        parse_name(data)
+    assert caught.value.cross_protocol
+    assert len(take([data, b'{"op":"list"}\n'])) == 1
+
+
+def test_too_long_a_line() -> None:
+    """A line of 64 KiB is read; a byte more is `too_long` and the end, with or without its newline."""
+    line = b'{"op":"list"' + b" " * (MAX_LINE - 13) + b"}"
+    assert len(line) == MAX_LINE
+    assert take([line + b"\n"]) == [(List(),)]
+    for data in (line + b" \n", line + b" ", line + b" \n" + b'{"op":"list"}\n'):
+        assert [outcome[0] for outcome in take([data])] == ["too_long"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"",
+        b"x",
+        b"[]",
+        b"{",
+        b'{"op":"list"} x',
+        b'{"op":"list","id":NaN}',
+        b'{"op":"list","id":%s}' % (b"9" * 5000),
+        b'\xef\xbb\xbf{"op":"list"}',
+        '{"op":"list"}'.encode("utf-16-le"),
+        b'{"op":"register","name":"\xff"}',
+        b'{"op":"register","name":"\\ud800"}',
+        b'{"op":"list","x":' + b"[" * 10_000 + b"]" * 10_000 + b"}",
+        b'{"op":"list","x":' + b'{"a":' * 10_000,
+        b'{"op":' + b"[" * 60_000,
+    ],
+)
+def test_what_is_no_object_closes(line: bytes) -> None:
+    """What is not one JSON object in UTF-8, or is nested thousands deep, is `bad_request` and the end."""
+    assert (refused(line).error, refused(line).closes) == ("bad_request", True)
+
+
+@pytest.mark.parametrize("port", ["0", "70000", "-1", "true", '"6667"', "6667.0", "6667e0", "[]"])
+def test_port_is_a_whole_number(port: str) -> None:
+    """What is no port is refused with a sentence, the `id` comes back and the connection stays."""
+    error = refused(b'{"op":"register","name":"a","id":"x","port":%s}' % port.encode())
+    assert (error.error, error.id, error.closes) == ("bad_request", "x", False)
+    assert str(error) == "port: expected a whole number from 1 to 65535"
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"op": "nope"}, "unknown op"),
+        ({}, "unknown op"),
+        ({"op": ["list"]}, "unknown op"),
+        ({"op": "list", "x": 1}, "no field `x`"),
+        ({"op": "register"}, "name is missing"),
+        ({"op": "register", "name": 1}, "name: expected a string"),
+        ({"op": "register", "name": "a", "sample": 0}, "sample: expected"),
+        ({"op": "register", "name": "a", "from": ["x"] * 65}, "from: expected"),
+        ({"op": "register", "name": "a", "streams": ["x"] * 65}, "streams: expected"),
+        ({"op": "register", "name": "a", "group": "x" * 65}, "group: expected"),
+        ({"op": "register", "name": "a", "source": "own"}, "source: expected"),
+        ({"op": "register", "name": "a", "ttl": -1}, "ttl: expected"),
+        ({"op": "leave", "name": "a", "generation": "1"}, "generation: expected"),
+        ({"op": "list", "id": True}, "id: expected"),
+        ({"op": "list", "id": 2**64}, "id: expected"),
+    ],
+)
+def test_refusal_says_what_was_expected(fields: dict[str, object], sentence: str) -> None:
+    """A JSON object that is no request of ours is `bad_request` with a sentence, and the connection stays."""
+    error = refused(json.dumps(fields).encode())
+    assert (error.error, error.closes) == ("bad_request", False)
+    assert sentence in str(error)
+
+
+def test_later_operations_are_unavailable() -> None:
+    """What the protocol has and this version has not is refused as such, whatever else is in the request."""
+    assert [refused(b'{"op":"%s","name":1}' % op).error for op in (b"watch", b"confirm", b"transmit")] == [
+        "unavailable"
+    ] * 3
+
+
+def test_bad_name_in_json_keeps_the_connection() -> None:
+    """A name is held to the same rules in JSON, but the next line may be better."""
+    for name in ("", "a\0b", "n" * 256, "é" * 128):
+        error = refused(json.dumps({"op": "register", "name": name, "id": 5}).encode())
+        assert (error.error, error.id, error.closes) == ("bad_name", 5, False)
+
+
+def test_requests_are_typed() -> None:
+    """Fields arrive as the protocol names them."""
+    register = parse_line(b'{"op":"register","name":"s","streams":["*"],"port":9,"from":["10.0.0.0/8"],"ttl":5}\r')
+    assert register == Register(name="s", streams=("*",), port=9, prefixes=("10.0.0.0/8",), ttl=5.0)
+    assert parse_line(b'{"op":"leave","name":"s","generation":3,"id":"q"}') == Leave(name="s", generation=3, id="q")

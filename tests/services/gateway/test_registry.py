@@ -1,0 +1,229 @@
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from services.gateway.names_list import BLOCK, NamesList
+from services.gateway.protocol import RequestError
+from services.gateway.registry import MAX_CHANGE, Entry, Origin, Registry, Visitor
+from shared.registry import Client
+from shared.wire import RegistryChange
+
+HERE, ELSEWHERE = Visitor(1, "127.0.0.1", 4000), Visitor(2, "192.0.2.7", 4001)
+
+
+class Table(Registry):
+    """A registry whose clock the test sets."""
+
+    def __init__(self, max_clients: int = 1000) -> None:
+        self.now = 0.0
+        super().__init__(max_clients, lambda: self.now, 1)
+
+    def join(self, name: str, visitor: Visitor = HERE, origin: Origin = Origin.JSON, **terms: object) -> Entry:
+        client = Client(name, 0, visitor.address, visitor.port)
+        return self.grant(client, visitor, origin, **terms)  # type: ignore[arg-type]
+
+    @property
+    def present(self) -> list[str]:
+        return [entry.client.name for entry in self.entries()]
+
+
+@pytest.fixture
+def registry() -> Table:
+    """An empty registry at time 0."""
+    return Table()
+
+
+def error_of(action: object, *arguments: object, **options: object) -> str:
+    """The error word that an action is refused with."""
+    with pytest.raises(RequestError) as caught:
+        action(*arguments, **options)  # type: ignore[operator]
+    return caught.value.error
+
+
+def test_generation_never_repeats(registry: Table) -> None:
+    """Each entry has a generation of its own, also one that takes another's place."""
+    generations = [registry.join(name).client.generation for name in ("a", "b", "a", "c")]
+    assert sorted(set(generations)) == generations
+
+
+def test_name_taken(registry: Table) -> None:
+    """A name belongs to the connection that signed it up; from the same address it may be taken over."""
+    registry.join("a")
+    neighbour = Visitor(3, HERE.address, 5000)
+    assert error_of(registry.join, "a", neighbour) == "name_taken"
+    assert error_of(registry.join, "a", ELSEWHERE, take_over=True) == "name_taken"
+    registry.join("a", HERE)
+    assert registry.join("a", neighbour, take_over=True).visitor == neighbour
+
+
+def test_names_protocol_replaces_only_its_own(registry: Table) -> None:
+    """On the names protocol a name replaces itself, from anywhere, but never an entry made otherwise."""
+    registry.join("a", HERE, Origin.NAMES)
+    registry.join("a", ELSEWHERE, Origin.NAMES)
+    assert json.loads(b"".join(registry.names.render()))["a"]["address"] == ELSEWHERE.address
+    assert error_of(registry.join, "a", HERE, Origin.JSON) == "name_taken"
+    registry.join("j", HERE, Origin.JSON)
+    registry.join("s", HERE, Origin.SETTINGS)
+    assert error_of(registry.join, "j", HERE, Origin.NAMES) == "name_taken"
+    assert error_of(registry.join, "s", HERE, Origin.NAMES) == "name_taken"
+
+
+def test_settings_are_not_changed_from_the_network(registry: Table) -> None:
+    """A collector of the settings can't be taken over, renewed or taken away."""
+    entry = registry.join("s", HERE, Origin.SETTINGS)
+    generation = entry.client.generation
+    assert error_of(registry.join, "s", HERE, take_over=True) == "not_permitted"
+    assert error_of(registry.release, "s", generation) == "not_permitted"
+    assert error_of(registry.renew, "s", generation) == "not_permitted"
+
+
+def test_registry_full() -> None:
+    """No more clients than allowed, but those that are in may change."""
+    registry = Table(max_clients=2)
+    registry.join("a")
+    registry.join("b")
+    assert error_of(registry.join, "c") == "registry_full"
+    registry.join("a")
+
+
+def test_release_wants_the_generation(registry: Table) -> None:
+    """A late `leave` or `renew` can't touch a successor of the same name."""
+    old = registry.join("a").client.generation
+    new = registry.join("a").client.generation
+    assert error_of(registry.release, "a", old) == error_of(registry.renew, "a", old) == "stale_generation"
+    registry.release("a", new)
+    assert error_of(registry.release, "a", new) == "stale_generation"
+    assert registry.present == []
+
+
+def test_lease_expires_unless_renewed(registry: Table) -> None:
+    """An entry with a time to live is there so long after its last renewal; one without stays."""
+    lasting, lease = registry.join("a"), registry.join("b", ttl=10)
+    registry.now = 9
+    assert registry.expires_in(lasting) is None
+    assert registry.expires_in(lease) == 1
+    registry.renew("b", lease.client.generation)
+    registry.now = 18.9
+    registry.expire()
+    assert registry.present == ["a", "b"]
+    registry.now = 19
+    registry.expire()
+    assert registry.present == ["a"]
+    assert not registry.leased
+
+
+def test_held_entries_go_with_their_connection(registry: Table) -> None:
+    """What a connection holds goes with it, unless somebody else has it by then."""
+    registry.join("a", hold=True)
+    registry.join("b", hold=True)
+    registry.join("c")
+    assert registry.holds_any(HERE)
+    registry.join("b", Visitor(3, HERE.address, 1), take_over=True)
+    registry.release_held(HERE)
+    assert registry.present == ["b", "c"]
+    assert not registry.holds_any(HERE)
+
+
+def test_changes_are_numbered(registry: Table) -> None:
+    """A commit puts all changes since the last one under the next revision; without changes there is none."""
+    a, b = registry.join("a").client, registry.join("b").client
+    assert registry.commit() == registry.commit() == 1
+    registry.release("a", a.generation)
+    again = registry.join("a").client
+    registry.release("b", b.generation)
+    registry.commit()
+    assert registry.take_changes() == [RegistryChange(1, [a, b], []), RegistryChange(2, [again], ["b"])]
+    assert registry.take_changes() == []
+
+
+def test_one_change_is_bounded(registry: Table) -> None:
+    """However many change at once, no change grows beyond what a bus message holds."""
+    for number in range(300):
+        registry.join(f"n{number}", ttl=1)
+    registry.now = 2
+    registry.expire()
+    registry.commit()
+    changes = registry.take_changes()
+    assert [change.revision for change in changes] == list(range(1, len(changes) + 1))
+    assert max(len(change.joined) + len(change.left) for change in changes) == MAX_CHANGE
+    assert follow(changes) == {}
+
+
+def test_health_follows_what_is_served(registry: Table) -> None:
+    """A collector is fresh, then waiting when nobody answered, then ok; a name is always ok."""
+    name = registry.join("n")
+    first = registry.grant(Client("c", 0, "127.0.0.1", 9, ("messages",)), HERE, Origin.JSON)
+    assert [registry.health(entry) for entry in (name, first)] == ["ok", "fresh"]
+    revision = registry.commit()
+    registry.note_unanswered(revision)
+    assert registry.health(first) == "waiting"
+    assert registry.unserved
+    registry.note_served(revision)
+    second = registry.grant(Client("d", 0, "127.0.0.1", 9, ("messages",)), HERE, Origin.JSON)
+    assert [registry.health(entry) for entry in (first, second)] == ["ok", "fresh"]
+    registry.forget_served()
+    assert registry.health(first) == "waiting"
+    assert registry.collectors == 2
+
+
+def follow(changes: list[RegistryChange]) -> dict[str, Client]:
+    """What a subscriber that applies every change ends up with."""
+    clients: dict[str, Client] = {}
+    for change in changes:
+        for name in change.left:
+            clients.pop(name, None)
+        clients |= {client.name: client for client in change.joined}
+    return clients
+
+
+steps = st.tuples(st.sampled_from(["join", "release", "expire", "commit"]), st.integers(0, 6), st.integers(0, 3))
+
+
+@settings(deadline=None)
+@given(st.lists(steps, max_size=60))
+def test_changes_lead_to_the_registry(actions: list[tuple[str, int, int]]) -> None:
+    """Whatever happens, all changes one after the other give exactly the registry, and so does the rendered list."""
+    registry = Table()
+    for action, number, ttl in actions:
+        name = f"n{number}"
+        present = {entry.client.name: entry.client for entry in registry.entries()}
+        if action == "join":
+            registry.join(name, ttl=ttl)
+        elif action == "release" and name in present:
+            registry.release(name, present[name].generation)
+        elif action == "expire":
+            registry.now += 1
+            registry.expire()
+        else:
+            registry.commit()
+    registry.commit()
+    present = {entry.client.name: entry.client for entry in registry.entries()}
+    assert follow(registry.take_changes()) == present
+    assert b"".join(registry.names.render()) == listed(present).encode()
+
+
+def listed(clients: dict[str, Client]) -> str:
+    """The list as the documented server prints it."""
+    return json.dumps(
+        {name: {"address": client.address, "port": client.port, "name": name} for name, client in clients.items()}
+    )
+
+
+@pytest.mark.parametrize("count", [0, 1, BLOCK, BLOCK + 1, 5 * BLOCK])
+def test_list_is_what_json_dumps_prints(count: int) -> None:
+    """The rendered list is `json.dumps` to the byte, in order of first registration, after changes and removals too."""
+    names, clients = NamesList(), {}
+    for number in range(count):
+        name = f'n{number} "é\u2028'
+        clients[name] = Client(name, 0, "127.0.0.1", number)
+        names.put(clients[name])
+        assert number % 50 or b"".join(names.render()) == listed(clients).encode()
+    for name in list(clients)[: count // 2]:
+        names.remove(name)
+        del clients[name]
+    for name in list(clients)[::3]:
+        clients[name] = Client(name, 0, "::1", 1)
+        names.put(clients[name])
+    assert b"".join(names.render()) == listed(clients).encode()

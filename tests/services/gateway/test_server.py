@@ -1,0 +1,445 @@
+import json
+import resource
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from services.gateway.protocol import MAX_LINE
+from shared.bus import Subscriber, new_context
+from shared.status import Reports
+from shared.wire import Status
+from tests.stack import Running, Stack, ask, ask_json, wait_until
+
+
+@pytest.fixture
+def gateway(stack: Stack) -> Running:
+    """A gateway and the broker it needs."""
+    stack.start("broker")
+    return stack.start("gateway")
+
+
+def connect(port: int = 5000) -> socket.socket:
+    """A connection to the gateway."""
+    return socket.create_connection(("127.0.0.1", port), timeout=30)
+
+
+def read_all(connection: socket.socket) -> bytes:
+    """What comes until the gateway closes."""
+    return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+def refusal(request: bytes) -> str:
+    """The error word that a request is answered with."""
+    answer = json.loads(ask(request))
+    assert answer["ok"] is False
+    assert answer["message"]
+    return str(answer["error"])
+
+
+def client(stack: Stack, *arguments: str) -> Running:
+    """The documented client, run to its end."""
+    running = stack.start("gateway", "-c", *arguments, ready=False)
+    running.process.wait(30)
+    return running
+
+
+def many(count: int) -> bytes:
+    """Lines that register so many names."""
+    return b"".join(b'{"op":"register","name":"n%d"}\n' % number for number in range(count))
+
+
+def counters(stack: Stack) -> dict[str, int]:
+    """The gateway's account, as it reports it to a new subscriber."""
+    context = new_context()
+    subscriber = Subscriber(context, stack.bus, 64)
+    subscriber.subscribe("status/gateway.1/")
+    reports, found = Reports(), list[dict[str, int]]()
+
+    def reported() -> bool:
+        while (message := subscriber.receive()) is not None:
+            assert isinstance(message.body, Status)
+            if report := reports.take(message.envelope, message.body):
+                found.append(report.accounts["gateway"])
+        return bool(found)
+
+    try:
+        wait_until(reported, "a status report")
+    finally:
+        subscriber.close()
+        context.term()
+    return found[-1]
+
+
+def test_documented_client_twice(stack: Stack, gateway: Running) -> None:
+    """Two clients on the list show both, with indent 4 and exactly address, port and name each."""
+    first, second = client(stack, "-n", "name1"), client(stack, "-n", "name2")
+    assert (first.process.returncode, second.process.returncode) == (0, 0)
+    assert list(json.loads(first.text)) == ["name1"]
+    shown = json.loads(second.text)
+    assert list(shown) == ["name1", "name2"]
+    assert list(shown["name1"]) == ["address", "port", "name"]
+    assert second.text == json.dumps(shown, indent=4) + "\n"
+    assert "Starting server...\n" in gateway.text
+
+
+def test_documented_client_says_what_is_wrong(stack: Stack) -> None:
+    """Without a server the client ends with 69, refused with 1, and one line says why."""
+    alone = client(stack)
+    assert (alone.process.returncode, len(alone.text.splitlines())) == (69, 1)
+    stack.start("broker")
+    stack.start("gateway")
+    refused = client(stack, "-n", "a\tb")
+    assert refused.process.returncode == 1
+    assert "bad_name" in refused.text
+
+
+def test_names_answer_is_to_the_byte(gateway: Running) -> None:
+    """The list is what `json.dumps` prints, nothing before or after, then the connection is closed."""
+    with connect() as connection:
+        connection.sendall("é".encode())
+        port = connection.getsockname()[1]
+        assert read_all(connection) == json.dumps({"é": {"address": "127.0.0.1", "port": port, "name": "é"}}).encode()
+
+
+def test_same_name_again_replaces(gateway: Running) -> None:
+    """On the names protocol the last one who says a name has it."""
+    ask(b"one")
+    with connect() as connection:
+        connection.sendall(b"one\r\n")
+        port = connection.getsockname()[1]
+        assert json.loads(read_all(connection)) == {"one": {"address": "127.0.0.1", "port": port, "name": "one"}}
+
+
+def test_twenty_thousand_clients(stack: Stack) -> None:
+    """A list of over 1 MB arrives whole on both protocols."""
+    stack.configure("[gateway]\nmax_clients = 30000\n")
+    stack.start("broker")
+    stack.start("gateway")
+    answers = ask(many(20_000), seconds=60).splitlines()
+    assert len(answers) == 20_000
+    assert all(answer.startswith(b'{"ok":true') for answer in answers)
+    text = ask(b"last")
+    assert len(text) > 1_000_000
+    names = [f"n{number}" for number in range(20_000)] + ["last"]
+    assert list(json.loads(text)) == names
+    answer = ask_json({"op": "list"})
+    assert list(answer["clients"]) == names
+    assert answer["clients"]["n7"]["health"] == "ok"
+
+
+def test_name_of_ten_megabytes(gateway: Running) -> None:
+    """It is refused, the client can read why although it is still sending, and memory stays flat."""
+    ask(b"warm")
+    before = gateway.resident_mb()
+    for _ in range(5):
+        assert refusal(b"n" * 10_000_000) == "bad_name"
+    assert gateway.resident_mb() - before < 10
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "error"),
+    [
+        (b"\xff\xfe", "bad_name"),
+        (b"POST / HTTP/1.1\r\nHost: localhost:5000\r\n\r\n" + b'{"op":"list"}\n', "bad_request"),
+        (b'{"op":"register","name":"' + b"n" * 70_000 + b'"}\n', "too_long"),
+        (b'{"op":"list"' + b" " * 10_000_000, "too_long"),
+        (b'{"op":"list","x":' + b"[" * 10_000 + b"]" * 10_000 + b"}\n", "bad_request"),
+        (b'{"op":"nonsense"}\n', "bad_request"),
+        (b'{"op":"watch"}\n', "unavailable"),
+        (b'{"op":"register","name":"c","streams":["nothing"],"port":9000}\n', "unknown_stream"),
+        (b'{"op":"register","name":"c","streams":["messages"],"port":0}\n', "bad_request"),
+        (b'{"op":"register","name":"c","streams":["messages"],"port":70000}\n', "bad_request"),
+        (b'{"op":"register","name":"c","streams":["messages"],"port":6667}\n', "loop"),
+        (b'{"op":"register","name":"c","streams":["messages"],"port":9,"source":"original"}\n', "no_transmitter"),
+        (b'{"op":"register","name":"c","streams":["messages"],"port":9,"address":"192.0.2.1"}\n', "unproven_address"),
+        (b'{"op":"leave","name":"c","generation":1}\n', "stale_generation"),
+    ],
+)
+def test_bad_input_has_its_answer(gateway: Running, request_bytes: bytes, error: str) -> None:
+    """Each kind of bad input is answered with its word and a sentence, and nothing is registered."""
+    assert refusal(request_bytes) == error
+    assert ask_json({"op": "list"})["clients"] == {}
+
+
+def test_refusals_are_counted(stack: Stack, gateway: Running) -> None:
+    """Each refusal is counted under its word, and HTTP on its own."""
+    refusal(b"GET / HTTP/1.1\r\n")
+    refusal(b'{"op":"nonsense"}\n')
+    refusal(b"\xff")
+    ask(b"fine")
+    account = counters(stack)
+    assert (account["refused_bad_request"], account["refused_bad_name"], account["cross_protocol"]) == (2, 1, 1)
+    assert (account["clients"], account["collectors"], account["requests"]) == (1, 0, 1)
+
+
+def test_registry_over_json(gateway: Running) -> None:
+    """A collector signs up, is listed, renews, and leaves; answers carry the request's id."""
+    fields = {"op": "register", "name": "siem", "streams": ["messages"], "port": 9514, "ttl": 60, "id": "r1"}
+    answer = ask_json({**fields, "from": ["10.0.0.0/8"], "sample": 10, "group": "g"})
+    entry = answer["client"]
+    generation = entry["generation"]
+    assert (answer["ok"], answer["id"], entry.pop("generation") > 0) == (True, "r1", True)
+    assert 50 < entry.pop("expires_in") <= 60
+    assert entry == {
+        "name": "siem",
+        "address": "127.0.0.1",
+        "port": 9514,
+        "streams": ["messages"],
+        "source": "relay",
+        "from": ["10.0.0.0/8"],
+        "sample": 10,
+        "group": "g",
+        "health": "waiting",
+    }
+    listed = ask_json({"op": "list"})
+    assert listed["clients"]["siem"]["generation"] == generation
+    assert 50 < ask_json({"op": "renew", "name": "siem", "generation": generation})["expires_in"] <= 60
+    assert ask_json({"op": "leave", "name": "siem", "generation": generation, "id": 0}) == {"ok": True, "id": 0}
+    after = ask_json({"op": "list"})
+    assert after["clients"] == {}
+    assert after["revision"] > listed["revision"]
+    assert ask_json({"op": "streams"})["streams"] == {
+        "messages": {"listen": ["udp://localhost:6667", "tcp://localhost:6667"]}
+    }
+
+
+def test_taken_name(gateway: Running) -> None:
+    """A second client with a taken name is refused on either protocol, and the first stays as it was."""
+    taken = ask_json({"op": "register", "name": "siem", "streams": ["*"], "port": 9514})["client"]
+    assert refusal(b'{"op":"register","name":"siem","streams":["*"],"port":9515}\n') == "name_taken"
+    assert refusal(b"siem") == "name_taken"
+    assert ask_json({"op": "list"})["clients"]["siem"]["generation"] == taken["generation"]
+    assert ask_json({"op": "register", "name": "siem", "streams": ["*"], "port": 9515, "take_over": True})["ok"]
+
+
+def test_bad_line_ends_the_connection(gateway: Running) -> None:
+    """After a line that is no JSON object nothing more is executed; after a bad request the next line is."""
+    answers = ask(b'{"op":"nonsense"}\n{"op":"list"}\nHost: x\n{"op":"register","name":"smuggled"}\n').splitlines()
+    assert [json.loads(answer)["ok"] for answer in answers] == [False, True, False]
+    assert ask_json({"op": "list"})["clients"] == {}
+
+
+def test_netcat_speaks_it(gateway: Running) -> None:
+    """`printf ... | nc -q1` gets its answers, also for a last line without newline."""
+    command = """printf '{"op":"register","name":"a"}\\n{"op":"list"}' | nc -q1 127.0.0.1 5000"""
+    lines = subprocess.run(["sh", "-c", command], capture_output=True, timeout=30, check=True).stdout.splitlines()
+    assert list(json.loads(lines[1])["clients"]) == ["a"]
+
+
+def test_held_entry_lasts_as_long_as_its_connection(stack: Stack) -> None:
+    """With `hold` the entry goes when the connection does, and idleness does not end the connection."""
+    stack.configure("[gateway]\nidle_seconds = 0.3\n")
+    stack.start("broker")
+    stack.start("gateway")
+    with connect() as connection:
+        connection.sendall(b'{"op":"register","name":"held","hold":true}\n')
+        assert json.loads(connection.recv(65536))["ok"]
+        time.sleep(1.5)
+        assert list(ask_json({"op": "list"})["clients"]) == ["held"]
+        connection.sendall(b'{"op":"list"}\n')
+        assert json.loads(connection.recv(65536))["ok"]
+    wait_until(lambda: ask_json({"op": "list"})["clients"] == {}, "the held entry leaves")
+
+
+def test_leases_expire(stack: Stack) -> None:
+    """An entry goes when its time is up; names on the documented protocol have what the settings say."""
+    stack.configure("[gateway]\nlease_seconds = 0.5\n")
+    stack.start("broker")
+    stack.start("gateway")
+    assert b"short" in ask(b"short")
+    assert ask_json({"op": "register", "name": "long", "ttl": 3600})["ok"]
+    wait_until(lambda: list(ask_json({"op": "list"})["clients"]) == ["long"], "the short lease expires")
+
+
+def test_connection_that_sends_nothing(stack: Stack) -> None:
+    """It is told so and closed after the idle time; one that closes by itself is nothing."""
+    stack.configure("[gateway]\nidle_seconds = 0.3\n")
+    stack.start("broker")
+    stack.start("gateway")
+    connect().close()
+    with connect() as connection:
+        assert json.loads(read_all(connection))["error"] == "too_slow"
+
+
+def test_request_byte_by_byte(stack: Stack) -> None:
+    """A request has so long from its first byte, however steadily the bytes come."""
+    stack.configure("[gateway]\nrequest_seconds = 0.5\n")
+    stack.start("broker")
+    stack.start("gateway")
+    with connect() as connection:
+        connection.settimeout(0.05)
+        answer = b""
+        for byte in b'{"op":"list"' + b" " * 600:
+            connection.send(bytes([byte]))
+            try:
+                answer = connection.recv(65536)
+            except TimeoutError:
+                continue
+            break
+        assert json.loads(answer)["error"] == "too_slow"
+
+
+def test_client_that_does_not_read(stack: Stack) -> None:
+    """It is dropped when it takes nothing for the time allowed; others are answered, and memory stays flat."""
+    stack.configure("[gateway]\nrequest_seconds = 0.5\nmax_clients = 30000\n")
+    stack.start("broker")
+    gateway = stack.start("gateway")
+    ask(many(20_000), seconds=60)
+    ask(b'{"op":"list"}\n')
+    before = gateway.resident_mb()
+    stalled = [connect() for _ in range(50)]
+    for connection in stalled:
+        connection.sendall(b'{"op":"list"}\n' * 1000)
+    assert b"other" in ask(b"other")
+    wait_until(lambda: counters(stack).get("too_slow") == 50, "stalled clients are dropped")
+    assert gateway.resident_mb() - before < 30
+    for connection in stalled:
+        connection.close()
+
+
+def test_two_thousand_connections(stack: Stack) -> None:
+    """Two thousand connections at once are all answered."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    stack.start("broker")
+    stack.start("gateway")
+    connections = [connect() for _ in range(2000)]
+    for number, connection in enumerate(connections):
+        connection.sendall(b"n%d" % number)
+    for number, connection in enumerate(connections):
+        assert f"n{number}" in json.loads(read_all(connection))
+        connection.close()
+
+
+def test_one_connection_too_many(stack: Stack) -> None:
+    """Beyond the limit a connection is told `unavailable` and closed; those that are open are served."""
+    stack.configure("[gateway]\nmax_connections = 3\n")
+    stack.start("broker")
+    stack.start("gateway")
+    connections = [connect() for _ in range(3)]
+    assert refusal(b"one too many") == "unavailable"
+    connections[0].sendall(b"one of us")
+    assert b"one of us" in read_all(connections[0])
+    for connection in connections:
+        connection.close()
+    wait_until(lambda: ask_json({"op": "list"})["ok"], "room again")
+    assert counters(stack)["connections_refused"] >= 1
+
+
+def test_no_descriptors_left(stack: Stack) -> None:
+    """With more connections than descriptors it says so at most once a second, and serves again afterwards."""
+    stack.start("broker")
+    command = "ulimit -n 90; exec python -m services.gateway"
+    gateway = stack.spawn("gateway", ["sh", "-c", command])
+    gateway.wait_for('"ready"')
+    connections = [connect() for _ in range(200)]
+    time.sleep(1)
+    assert len(gateway.text.splitlines()) < 10
+    assert "Traceback" not in gateway.text
+    for connection in connections:
+        connection.close()
+    wait_until(lambda: b"again" in ask(b"again"), "served again")
+
+
+def test_unix_listener(stack: Stack) -> None:
+    """An AF_UNIX listener is for its owner, counts as loopback, survives a kill, and its file goes at exit."""
+    path = stack.directory / "g.sock"
+    stack.configure(f'[gateway]\nlisten = ["unix://{path}"]\n')
+    stack.start("broker")
+    stack.start("gateway").stop(signal.SIGKILL)
+    assert path.is_socket()
+    gateway = stack.start("gateway")
+    assert path.stat().st_mode & 0o777 == 0o600
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(path))
+        connection.sendall(b'{"op":"register","name":"u","streams":["*"],"port":9000}\n')
+        assert json.loads(connection.recv(65536))["client"]["address"] == "127.0.0.1"
+    second = stack.start("gateway", ready=False)
+    assert second.process.wait(20) == 1
+    assert str(path) in second.text
+    assert gateway.stop() == 0
+    assert not path.exists()
+
+
+def test_ipv6_listener(stack: Stack) -> None:
+    """A client of either family shows as itself, also on a listener that serves both."""
+    stack.configure('[gateway]\nlisten = ["tcp://localhost:5000", "tcp://[::1]:5002", "tcp://[::]:5001"]\n')
+    stack.start("broker")
+    stack.start("gateway")
+    assert json.loads(ask(b"six", port=5002, host="::1"))["six"]["address"] == "::1"
+    assert json.loads(ask(b"four"))["four"]["address"] == "127.0.0.1"
+    assert json.loads(ask(b"mapped", port=5001))["mapped"]["address"] == "127.0.0.1"
+
+
+def test_port_in_use(stack: Stack, gateway: Running) -> None:
+    """A second gateway ends with 1 and one line that names the endpoint and how to find who has it."""
+    second = stack.start("gateway", ready=False)
+    assert second.process.wait(20) == 1
+    assert "tcp://127.0.0.1:5000" in second.text
+    assert "ss -ltnp" in second.text
+
+
+def test_configured_collectors(stack: Stack) -> None:
+    """A collector of the settings is listed and can't be taken away; one that would loop stops the start."""
+    collector = '[[collector]]\nname = "siem"\nstreams = ["messages"]\naddress = "127.0.0.1"\nport = {}\n'
+    stack.configure(collector.format(6667))
+    stack.start("broker")
+    refused = stack.start("gateway", ready=False)
+    assert refused.process.wait(20) == 78
+    assert "siem" in refused.text
+    stack.configure(collector.format(9514))
+    stack.start("gateway")
+    generation = ask_json({"op": "list"})["clients"]["siem"]["generation"]
+    assert ask_json({"op": "leave", "name": "siem", "generation": generation})["error"] == "not_permitted"
+
+
+def test_without_a_broker(stack: Stack) -> None:
+    """It says what it waits for, serves clients meanwhile, and is ready once there is a broker."""
+    gateway = stack.start("gateway", ready=False)
+    gateway.wait_for("waiting for the broker")
+    assert b"early" in ask(b"early")
+    assert not gateway.events("ready")
+    stack.start("broker")
+    gateway.wait_for('"ready"')
+
+
+@pytest.fixture
+def busy(gateway: Running) -> Iterator[list[socket.socket]]:
+    """Connections in every condition: silent, in the middle of a line, holding, with answers it does not read."""
+    beginnings = (b"", b'{"op":', b'{"op":"register","name":"h","hold":true}\n', b'{"op":"list"}\n' * 20_000)
+    connections = [connect() for _ in beginnings]
+    for connection, beginning in zip(connections, beginnings, strict=True):
+        connection.sendall(beginning[: 8 * MAX_LINE])
+    yield connections
+    for connection in connections:
+        connection.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_ends_it(gateway: Running, busy: list[socket.socket], number: signal.Signals) -> None:
+    """SIGTERM and SIGINT end it with 0 whatever its connections do, and the address is free again."""
+    assert gateway.stop(number) == 0
+    assert "Traceback" not in gateway.text
+
+
+def test_restart(stack: Stack, gateway: Running) -> None:
+    """A gateway that was killed starts again at once, and gives no generation twice."""
+    before = ask_json({"op": "register", "name": "a"})["client"]["generation"]
+    gateway.stop(signal.SIGKILL)
+    stack.start("gateway")
+    assert ask_json({"op": "list"})["clients"] == {}
+    assert ask_json({"op": "register", "name": "a"})["client"]["generation"] > before
+
+
+def test_leaves_nothing_behind(stack: Stack, gateway: Running) -> None:
+    """At the end no descriptor of a connection that has gone is left."""
+    ask(b"warm")
+    descriptors = Path(f"/proc/{gateway.process.pid}/fd")
+    before = len(list(descriptors.iterdir()))
+    for number in range(100):
+        ask(b"n%d" % number)
+    wait_until(lambda: len(list(descriptors.iterdir())) <= before, "descriptors are closed")

@@ -1,0 +1,63 @@
+"""README keeps its word: its tour works when pasted, its settings are those there are."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from shared.settings import Settings, render
+from tests.stack import CHECKOUT, Stack
+from tests.system.test_fan_out import need
+
+README = (CHECKOUT / "README.md").read_text()
+
+
+def test_the_tour_works_when_pasted(stack: Stack) -> None:
+    """Every line of the five-minute tour, pasted in order into one shell, does what the text says."""
+    need("nc")
+    need("logger")
+    if not (Path(sys.prefix) / "bin" / "fanwire").exists():
+        pytest.skip("fanwire is not installed in this environment")
+    stack.start_all()
+    (stack.directory / ".venv").symlink_to(sys.prefix)
+    tour = "\n".join(re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL))
+    script = stack.directory / "tour.sh"
+    script.write_text(f"set -eum\n{tour}")
+    result = subprocess.run(
+        ["bash", str(script)],
+        env=stack.environment,
+        cwd=stack.directory,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    said = result.stdout + result.stderr
+    assert result.returncode == 0, said
+    assert re.search(r"Got message from \('127\.0\.0\.1', \d+\): b'Hello you there!\\n'", said)
+    assert "Got your message!" in said
+    assert "the disk is full" in said
+    assert re.search(r"Got message from .*first", said)
+    assert re.search(r"Got message from .*second", said)
+    assert "siem" in said
+    assert "balanced" in said
+
+
+def test_settings_are_those_in_the_table() -> None:
+    """README's table names every setting with its default, and no other."""
+    table = dict(re.findall(r"^\| `(\[+\w+\]+ \w+)` \| (.*?) \|", README, re.MULTILINE))
+    declared: dict[str, str] = {}
+    for line in render(Settings()).splitlines():
+        if line.startswith("["):
+            section = line
+        elif line:
+            key, _, value = line.partition(" = ")
+            declared[f"{section} {key}"] = value
+    streams = {name for name in declared if name.startswith("[[stream]]")}
+    assert table.keys() == declared.keys()
+    for name in declared.keys() - streams:
+        assert table[name] == f"`{declared[name]}`", name
+    assert msgspec.json.decode(table["[[stream]] receive_buffer"].strip("`")) == Settings().streams[0].receive_buffer
