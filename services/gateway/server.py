@@ -21,14 +21,13 @@ from services.gateway.protocol import RequestError
 from services.gateway.registry import Origin, Registry, Visitor
 from shared.bus import Publisher, Subscriber, new_context
 from shared.ledger import Accounts
-from shared.lifecycle import BAD_SETTINGS, Lifecycle, OperatorError, announce_ready, worker_name
+from shared.lifecycle import BAD_SETTINGS, Lifecycle, OperatorError, Readiness, worker_name
 from shared.settings import Settings
 
 TICK_SECONDS: Final = 0.25
 """How late a deadline may be noticed."""
 DRAIN_SECONDS: Final = 1.5
 """For the answers under way at SIGTERM; the bus lingers for another second."""
-BROKER_PATIENCE_SECONDS: Final = 2.0
 SPARE_DESCRIPTORS: Final = 64
 """Kept for listeners, the bus, and connections being refused."""
 
@@ -105,20 +104,12 @@ class _Server:
         self._announcer.flush()
 
     async def _tick_until(self, stopped: asyncio.Event) -> None:
-        announced = warned = False
-        started_at = time.monotonic()
+        readiness = Readiness("gateway", self.settings.bus.path, lambda: self.publisher.ready)
         while not stopped.is_set():
             self.registry.expire()
             self._connections.sweep()
             self._announcer.tick(self._accounts)
-            if not announced and self.publisher.ready:
-                announced = True
-                announce_ready("gateway", listen=list(self.settings.gateway.listen))
-            elif not announced and not warned and time.monotonic() - started_at >= BROKER_PATIENCE_SECONDS:
-                warned = True
-                log.warning(
-                    f"waiting for the broker in {self.settings.bus.path}; start it with `python -m services.broker`"
-                )
+            readiness.check(listen=self.settings.gateway.listen)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stopped.wait(), TICK_SECONDS)
 
