@@ -51,10 +51,10 @@ class Running:
         self.process.send_signal(number)
         return self.process.wait(seconds)
 
-    def resident_mb(self) -> float:
-        """Resident memory, MB."""
+    def resident_mb(self, field: str = "VmRSS") -> float:
+        """Resident memory, MB; the most there ever was for the field VmHWM (proc(5), status)."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(status.partition("VmRSS:")[2].split()[0]) / 1024
+        return int(status.partition(f"{field}:")[2].split()[0]) / 1024
 
     def cpu_seconds(self) -> float:
         """User and system time so far."""

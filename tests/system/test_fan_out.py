@@ -82,6 +82,7 @@ def test_every_byte_reaches_every_collector(stack: Stack, datagrams: int) -> Non
         assert [each.wrong for each in collectors] == [0] * 4
         ledger = stack.operator("ledger", "--json")
         assert ledger.process.wait(30) == 0, ledger.text
+        assert max(stack[f"ingest.{number}"].resident_mb("VmHWM") for number in (1, 2)) < 300
     services = json.loads(ledger.text)["services"]
     received = [services[f"ingest.{number}"]["stream/mixed"]["received"] for number in (1, 2)]
     assert sum(received) == datagrams

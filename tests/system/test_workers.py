@@ -37,10 +37,7 @@ def four_workers(stack: Stack) -> Running:
     """`honcho start -c ingest=4`, ready."""
     honcho = shutil.which("honcho", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     assert honcho
-    concurrency = "broker=1,gateway=1,forwarder=1,ingest=4"
-    stack.configure("")
-    command = [honcho, "-d", str(CHECKOUT), "start", "-c", concurrency]
-    running = stack.spawn("honcho", command)
+    running = stack.spawn("honcho", [honcho, "-d", str(CHECKOUT), "start", "-c", "ingest=4"])
     for number in range(4):
         running.wait_for(f'"service": "ingest.{number + 1}"')
     ready = stack.operator("ready")
