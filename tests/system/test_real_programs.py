@@ -1,0 +1,64 @@
+"""Telemetry of programs nobody here wrote, collected by programs nobody here wrote, through fanwire."""
+
+import struct
+import subprocess
+from pathlib import Path
+
+from tests.stack import Running, Stack, ask_json, wait_until
+from tests.system.test_fan_out import need
+
+FLOWS = 200
+
+
+def write_capture(path: Path) -> None:
+    """Write a pcap of UDP packets from `FLOWS` sources, for an exporter to make flows of (libpcap's file format)."""
+    with path.open("wb") as file:
+        file.write(struct.pack("<IHHiIII", 0xA1B2C3D4, 2, 4, 0, 0, 65535, 1))
+        for number in range(FLOWS * 3):
+            flow = number % FLOWS
+            body = bytes(20 + flow)
+            udp = struct.pack(">HHHH", 10_000 + flow, 53, 8 + len(body), 0) + body
+            source, destination = bytes((10, 9, 0, flow + 1)), bytes((10, 9, 1, 1))
+            ip = struct.pack(">BBHHHBBH4s4s", 0x45, 0, 20 + len(udp), number, 0, 64, 17, 0, source, destination)
+            frame = bytes.fromhex("020000000001020000000002") + b"\x08\x00" + ip + udp
+            file.write(struct.pack("<IIII", 1_700_000_000 + number // 50, number, len(frame), len(frame)) + frame)
+
+
+def start_nfcapd(stack: Stack, port: int) -> tuple[Running, Path]:
+    """A flow collector on a port, and the directory it files flows in."""
+    directory = stack.directory / f"flows{port}"
+    directory.mkdir()
+    command = [need("nfcapd"), "-b", "127.0.0.1", "-p", str(port), "-l", str(directory), "-t", "3600"]
+    running = stack.spawn(f"nfcapd{port}", command)
+    wait_until(lambda: f":{port:04X} " in Path("/proc/self/net/udp").read_text(), f"nfcapd listens on {port}")
+    return running, directory
+
+
+def flows(directory: Path) -> list[str]:
+    """What was filed: source, source port, packets and bytes of each flow."""
+    command = [need("nfdump"), "-q", "-R", str(directory), "-o", "fmt:%sa %sp %pkt %byt"]
+    return sorted(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines())
+
+
+def test_flows_through_fanwire_are_those_without_it(stack: Stack) -> None:
+    """NetFlow v9 of `softflowd`, filed by `nfcapd`, is the same by way of fanwire as directly, at two collectors."""
+    softflowd = need("softflowd")
+    stack.configure('[[stream]]\nname = "netflow"\nlisten = ["udp://127.0.0.1:2055"]\n')
+    stack.start_all()
+    capture = stack.directory / "traffic.pcap"
+    write_capture(capture)
+    collectors = [start_nfcapd(stack, port) for port in (9991, 9992, 9993)]
+    for port in (9992, 9993):
+        request = {"op": "register", "name": f"nfcapd{port}", "streams": ["netflow"], "port": port}
+        assert ask_json(request)["client"]["health"] == "ok"
+    for port in (9991, 2055):
+        command = [softflowd, "-d", "-r", str(capture), "-v", "9", "-n", f"127.0.0.1:{port}"]
+        exporter = stack.spawn(f"softflowd{port}", command)
+        assert exporter.process.wait(30) == 0, exporter.text
+    ledger = stack.operator("ledger")
+    assert ledger.process.wait(30) == 0, ledger.text
+    for running, _ in collectors:
+        running.stop()
+    directly, *relayed = [flows(directory) for _, directory in collectors]
+    assert len(directly) == FLOWS
+    assert relayed == [directly, directly]
