@@ -22,7 +22,7 @@ import structlog
 import zmq
 
 from shared.batch import DatagramBatch
-from shared.wire import MAX_MESSAGE, Body, Message, Part, WireError, decode, encode
+from shared.wire import MAX_MESSAGE, REPLY_PREFIX, Body, Message, Part, WireError, decode, encode
 
 HELLO_TOPIC: Final = "broker/"
 """The broker subscribes to it itself, so a publisher that has seen this subscription is connected to a broker."""
@@ -87,6 +87,7 @@ class Publisher:
         self._numbering: dict[str, _Numbering] = {}
         self._subscriptions: set[bytes] = set()
         self._wanted: dict[str, bool] = {}
+        check_directory(directory)
         self._socket = configure(context.socket(zmq.XPUB), high_water_mark)
         # Verbose: told of every late subscriber, not of the first alone, so that each gets the last value. No drop:
         # at the mark a send is refused, and counted, where the default loses it without a word.
@@ -133,14 +134,10 @@ class Publisher:
             self._wanted[topic] = known
         return known
 
-    def published(self, topic: str) -> int:
-        """Datagrams published on `topic` since the start: the running count its messages carry."""
-        numbering = self._numbering.get(topic)
-        return numbering.total if numbering else 0
-
     def publish(self, topic: str, body: Body, batch: DatagramBatch | None = None) -> bool:
         """Put a message on the bus; False when its queue is at the high-water mark, and then nothing was sent."""
-        numbering = self._numbering.setdefault(topic, _Numbering())
+        # A reply's topic is its receiver's choice: nothing is kept for it.
+        numbering = _Numbering() if topic.startswith(REPLY_PREFIX) else self._numbering.setdefault(topic, _Numbering())
         parts = encode(
             topic,
             body,
@@ -167,6 +164,7 @@ class Subscriber:
     """Takes messages from the bus; what is malformed is counted in `rejected`, said at most once a second, dropped."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], directory: Path, high_water_mark: int) -> None:
+        check_directory(directory)
         self.rejected: Counter[str] = Counter()
         self._said_at = -1.0
         self._socket = configure(context.socket(zmq.SUB), high_water_mark)
@@ -224,7 +222,7 @@ class Requests:
     """
 
     def __init__(self, sender: str, boot: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self.topic = f"reply/{sender}.{boot:x}/"
+        self.topic = f"{REPLY_PREFIX}{sender}.{boot:x}/"
         self._clock = clock
         self._ids = itertools.count(1)
         self._open: dict[int, tuple[float, Callable[[Message | None], None]]] = {}
@@ -250,13 +248,33 @@ class Requests:
 
 
 def prepare_directory(directory: Path) -> None:
-    """Make the bus directory, mode 0700, and see that it is ours alone. PermissionError when it is somebody else's.
+    """Make the bus directory, mode 0700, for a broker of this user. PermissionError when it is somebody else's.
 
     An existing directory may have mode 0750, for an operator's group; anything wider is taken back.
     """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = directory.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-        raise PermissionError(errno.EPERM, "not a directory of this user; set [bus] directory to one", str(directory))
+        raise _not_ours(directory)
     if found.st_mode & 0o027:
         directory.chmod(found.st_mode & 0o750)
+
+
+def check_directory(directory: Path) -> None:
+    """See that the broker in a bus directory is one to trust. PermissionError when somebody else made the directory.
+
+    It may be ours, root's, or open to a group of ours. One that is not there yet is made: in a place that all may write
+    to, such as /tmp, it would be anybody's to make.
+    """
+    try:
+        found = directory.lstat()
+    except FileNotFoundError:
+        prepare_directory(directory)
+        return
+    trusted = found.st_uid in (0, os.geteuid()) or (found.st_mode & 0o050 and found.st_gid in os.getgroups())
+    if not stat.S_ISDIR(found.st_mode) or not trusted or found.st_mode & 0o002:
+        raise _not_ours(directory)
+
+
+def _not_ours(directory: Path) -> PermissionError:
+    return PermissionError(errno.EPERM, "somebody else's; set [bus] directory to one of this user's", str(directory))

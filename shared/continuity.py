@@ -8,6 +8,9 @@ from shared.wire import Envelope
 MAX_POSITIONS: Final = 4096
 """Bounds the table against a bus full of made-up senders; the longest known goes first."""
 
+MAX_GAP: Final = 1 << 40
+"""Datagrams: more than any worker publishes while nobody listens. A sender that claims it is followed anew."""
+
 Origin = tuple[str, int, str]
 """Sender, boot id, topic. A restarted sender is another origin, so its count from zero is no loss."""
 
@@ -38,7 +41,7 @@ class Continuity:
         """Take note of a message with `count` datagrams; return datagrams missed before it, None for a repeat."""
         origin = (envelope.sender, envelope.boot, topic)
         position = self.positions.get(origin)
-        if position is None:
+        if position is None or envelope.total - position.reached > MAX_GAP:
             if len(self.positions) >= MAX_POSITIONS:
                 del self.positions[next(iter(self.positions))]
             position = self.positions[origin] = Position(envelope.sequence, envelope.total, envelope.total)
@@ -57,7 +60,7 @@ class Continuity:
         gap at the end, which no later message shows, is found this way.
         """
         position = self.positions.get(origin)
-        if position is None or published <= position.reached:
+        if position is None or not 0 < published - position.reached <= MAX_GAP:
             return 0
         missed = published - position.reached
         position.missed += missed

@@ -4,6 +4,7 @@ A service keeps accounts: one a stream, an origin or a collector, each a table o
 counted per batch, never per datagram, and published with its status each second.
 """
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Final
@@ -24,7 +25,7 @@ REPLY_FAILED: Final = "reply_failed"
 CONNECTIONS_REFUSED: Final = "connections_refused"
 """TCP connections closed at once because as many as allowed were open."""
 CONNECTIONS_EXPIRED: Final = "connections_expired"
-"""TCP connections closed because they sent nothing for too long; what had come of a message was published."""
+"""TCP connections closed because they sent nothing for too long."""
 RECEIVE_ERRORS: Final = "receive_errors"
 """Receive calls that failed; nothing is known to be lost by one."""
 
@@ -61,9 +62,9 @@ NO_SUBSCRIBER: Final = DROPPED + "no_subscriber"
 BUS_FULL: Final = DROPPED + "bus_full"
 """The bus took no more: its queue was at the high-water mark (ingest)."""
 OVERSIZED: Final = DROPPED + "oversized"
-"""Longer than 65,507 bytes, so it fits no datagram (ingest: TCP, AF_UNIX)."""
+"""Longer than 65,507 bytes, which an IPv4 datagram can't carry (ingest: TCP, AF_UNIX, and UDP over IPv6)."""
 CUT_OFF: Final = DROPPED + "cut_off"
-"""A TCP message whose connection closed before its octet count was reached (ingest)."""
+"""A TCP message that was not finished when its connection was reset or ended by us, or before its octet count."""
 BUFFER_FULL: Final = DROPPED + "buffer_full"
 """The collector's send buffer was full (forwarder)."""
 REFUSED: Final = DROPPED + "refused"
@@ -71,6 +72,7 @@ REFUSED: Final = DROPPED + "refused"
 NOT_CONNECTED: Final = DROPPED + "not_connected"
 """There is no way to the collector's address: no route, or no such family here (forwarder)."""
 
+ORIGIN: Final = re.compile(r"origin/([^/]+)/([0-9a-f]{1,16})/([^/]+)")
 Accounts = dict[str, dict[str, int]]
 
 
@@ -105,9 +107,17 @@ def _equations(name: str, account: Mapping[str, int]) -> Iterator[tuple[int, str
         yield parts(OFFERED), OFFERED, parts(FILTERED, SAMPLED_OUT, SHARED_OUT, DELIVERED) + dropped(account)
 
 
+def is_origin(name: str) -> bool:
+    """Whether an account's name is one that `parse_origin` reads."""
+    return ORIGIN.fullmatch(name) is not None
+
+
 def parse_origin(name: str) -> tuple[str, int, str]:
     """Return worker, boot id and stream of an origin account's name; `unparse_origin` is the way back."""
-    _, worker, boot, stream = name.split("/", 3)
+    found = ORIGIN.fullmatch(name)
+    if found is None:
+        raise ValueError(f"{name!r} is not the name of an origin account")
+    worker, boot, stream = found.groups()
     return worker, int(boot, 16), stream
 
 

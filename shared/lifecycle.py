@@ -1,7 +1,8 @@
 """How every process starts and ends: arguments, logging, signals, readiness, exit codes.
 
 A signal handler only sets a flag; the service's loop sees it and drains: stop input, flush, close, exit, all within
-`DRAIN_SECONDS`, because honcho kills after five. A second signal has the default action.
+4 seconds, because honcho kills after five. A second signal has the default action. SIGHUP, which is to mean reload, is
+ignored: its default action would end a service without draining.
 """
 
 import argparse
@@ -32,7 +33,6 @@ CANT_CREATE: Final = 73
 NOT_PERMITTED: Final = 77
 BAD_SETTINGS: Final = 78
 
-DRAIN_SECONDS: Final = 4.0
 BROKER_PATIENCE_SECONDS: Final = 2.0
 """How long a service waits for a broker without a word: started together, they find each other sooner."""
 
@@ -57,6 +57,7 @@ class Lifecycle:
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._drain)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     def fileno(self) -> int:
         """Readable from the first signal on, so that a loop blocked in poll wakes."""
@@ -120,6 +121,9 @@ def run(main: Callable[[argparse.Namespace, Settings, Lifecycle], None], argumen
     except OperatorError as error:
         log.error(str(error))
         return error.exit_code
+    except PermissionError as error:
+        log.error(f"{error.filename}: {error.strerror}")
+        return NOT_PERMITTED
     return OK
 
 

@@ -24,6 +24,10 @@ class RegistryMirror:
         self.version += changed
         return changed
 
+    def holds(self, boot: int, revision: int) -> bool:
+        """Whether this is at least `revision` of the gateway that started as `boot`."""
+        return self._boot == boot and not self.stale and self.revision >= revision
+
     def _snapshot(self, envelope: Envelope, body: RegistrySnapshot) -> bool:
         if envelope.boot == self._boot and not self.stale and body.revision <= self.revision:
             return False  # meant for another late subscriber

@@ -12,12 +12,14 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from shared.addresses import pack_network
+from shared.addresses import V4_MAPPED, pack_network
 from shared.batch import DatagramBatch, Indices
 from shared.registry import Client
 
 Mask = npt.NDArray[np.bool_]
 Hashes = npt.NDArray[np.uint64]
+MAPPED_HALF: Final = np.uint64(0xFFFF)
+"""Of a mapped address (RFC 4291), bytes 8 to 11."""
 _GOLDEN: Final = np.uint64(0x9E3779B97F4A7C15)
 _MIX: Final = np.uint64(0xBF58476D1CE4E5B9)
 
@@ -41,13 +43,16 @@ class Prefixes:
     def __init__(self, texts: Iterable[str]) -> None:
         packed = [pack_network(text) for text in texts]
         masks = [((1 << bits) - 1) << (128 - bits) for _, bits in packed]
+        self._mapped = np.array([network.startswith(V4_MAPPED) and bits >= 96 for network, bits in packed])
         self._networks = np.array([np.frombuffer(network, ">u8") for network, _ in packed], np.uint64)
         self._masks = np.array([(mask >> 64, mask & (2**64 - 1)) for mask in masks], np.uint64)
 
     def match(self, halves: npt.NDArray[np.uint64]) -> Mask:
         """Which addresses, as pairs of uint64, shape (n, 2), are in any of the networks; bool, shape (n,)."""
-        inside = (halves[:, None, :] & self._masks) == self._networks
-        matched: Mask = inside.all(axis=2).any(axis=1)
+        inside = ((halves[:, None, :] & self._masks) == self._networks).all(axis=2)
+        # ::/0 and its like are IPv6 prefixes: the IPv4 addresses that we keep mapped into them are not meant.
+        mapped = (halves[:, 0] == 0) & (halves[:, 1] >> np.uint64(32) == MAPPED_HALF)
+        matched: Mask = (inside & (mapped[:, None] == self._mapped)).any(axis=1)
         return matched
 
 

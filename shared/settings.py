@@ -17,8 +17,10 @@ from msgspec import Meta, Struct, field
 from shared.addresses import Endpoint, pack_address, pack_network, parse_endpoint
 from shared.registry import ALL_STREAMS, Source
 
-UDP_SCHEMES: Final = ("udp", "tcp", "unixgram")
+STREAM_SCHEMES: Final = ("udp", "tcp", "unixgram")
 REGISTRY_SCHEMES: Final = ("tcp", "unix")
+MAX_DIRECTORY: Final = 107 - len("/subscribe")
+"""Bytes: what sun_path (unix(7)) leaves for the bus directory."""
 NOT_SETTINGS: Final = frozenset({"FANWIRE_CONFIG"})
 
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
@@ -30,6 +32,9 @@ Bytes = Annotated[int, Meta(ge=4096, le=1 << 30)]
 
 class SettingsError(ValueError):
     """Settings that can't be used: one line with file, key and what was expected."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(each if each.isprintable() else repr(each)[1:-1] for each in message))
 
 
 class Bus(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -52,7 +57,7 @@ class Bus(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class Gateway(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The client registry."""
 
-    listen: tuple[str, ...] = ("tcp://127.0.0.1:5000",)
+    listen: Annotated[tuple[str, ...], Meta(min_length=1)] = ("tcp://127.0.0.1:5000",)
     """tcp://HOST:PORT or unix:///PATH."""
     max_clients: Count = 10_000
     max_connections: Count = 4096
@@ -91,12 +96,12 @@ class Stream(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         for text in self.listen:
-            parse_endpoint(text, UDP_SCHEMES)
+            parse_endpoint(text, STREAM_SCHEMES)
 
     @property
     def endpoints(self) -> tuple[Endpoint, ...]:
         """`listen`, parsed."""
-        return tuple(parse_endpoint(text, UDP_SCHEMES) for text in self.listen)
+        return tuple(parse_endpoint(text, STREAM_SCHEMES) for text in self.listen)
 
 
 class Ingest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -172,21 +177,26 @@ def load(path: Path | None, environment: Mapping[str, str] = os.environ) -> Sett
             found = tomllib.loads(path.read_text("utf-8"))
         except OSError as error:
             raise SettingsError(f"{where}: {error.strerror}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, a number of thousands of digits
             raise SettingsError(f"{where}: not TOML: {error}") from None
     overrides = {name: text for name, text in environment.items() if name.startswith("FANWIRE_")}
     for name in sorted(overrides.keys() - NOT_SETTINGS):
         found = _override(found, name, overrides[name])
     try:
-        return msgspec.convert(found, Settings)
+        settings = msgspec.convert(found, Settings)
     except msgspec.ValidationError as error:
         raise SettingsError(f"{where}: {_explain(str(error))}") from None
+    if len(os.fsencode(settings.bus.path)) > MAX_DIRECTORY:
+        raise SettingsError(f"{where}: bus.directory: expected at most {MAX_DIRECTORY} bytes, for socket paths in it")
+    return settings
 
 
 def render(settings: Settings) -> str:
     """Settings as TOML that `load` reads back to the same."""
     values: dict[str, Any] = msgspec.to_builtins(settings)
     sections, lists = [], []
+    if not settings.streams:
+        sections.append("stream = []\n")  # there is one by default; a key of no table stands before all tables
     for name, value in values.items():
         if isinstance(value, dict):
             sections.append(_table(f"[{name}]", value))
@@ -208,19 +218,23 @@ def _toml(value: Any) -> str:
 def _override(found: dict[str, Any], variable: str, text: str) -> dict[str, Any]:
     """Return `found` with the scalar that an environment variable names set to its text, read as its type."""
     section, _, rest = variable.removeprefix("FANWIRE_").lower().partition("__")
-    entries: Any = found.get(section, {})
     declared = _fields(Settings).get(section)
     if not rest and not section.startswith(tuple(_fields(Settings))):
         return found  # somebody else's variable; a section with one underscore too few is a mistake
     if declared is None or not rest:
         raise SettingsError(f"{variable}: not a setting; expected FANWIRE_SECTION__KEY, sections {_known(Settings)}")
-    struct: type[Struct] = get_args(declared)[0] if get_args(declared) else declared
+    listed = bool(get_args(declared))
+    struct: type[Struct] = get_args(declared)[0] if listed else declared
+    shape: Any = list if listed else dict
+    default = msgspec.to_builtins(getattr(Settings(), f"{section}s")) if listed else {}
+    entries: Any = found.get(section, shape(default))
+    if not isinstance(entries, shape):
+        return found  # the file is wrong there, and is told so when it is converted
     target, key = entries, rest
-    if get_args(declared):
+    if listed:
         name, _, key = rest.partition("__")
-        if section not in found:
-            entries = msgspec.to_builtins(getattr(Settings(), f"{section}s"))
-        target = next((entry for entry in entries if _as_variable(entry.get("name", "")) == name), None)
+        named = (entry for entry in entries if isinstance(entry, dict))
+        target = next((entry for entry in named if _as_variable(str(entry.get("name", ""))) == name), None)
         if target is None:
             raise SettingsError(f"{variable}: there is no {section} called {name!r}")
     field_type = _fields(struct).get(key)
@@ -251,7 +265,7 @@ def _explain(message: str) -> str:
     """Turn msgspec's sentence into: key, what was expected."""
     reason, _, at = message.partition(" - at `$")
     key = at.rstrip("`").removeprefix(".").replace("[...]", "")
-    if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", reason):
+    if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", reason, re.DOTALL):
         section = re.sub(r"\[\d+\]", "", key)
         declared = _fields(Settings).get(section, Settings)
         struct = get_args(declared)[0] if get_args(declared) else declared

@@ -3,12 +3,12 @@
 import itertools
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from shared.bus import Publisher
 from shared.ledger import Accounts
-from shared.wire import PIECE_SIZE, Envelope, Status, status_topic
+from shared.wire import MAX_NUMBER, PIECE_SIZE, Envelope, Status, status_topic
 
 INTERVAL_SECONDS = 1.0
 _COUNTER_SIZE = 32
@@ -29,12 +29,12 @@ class Reporter:
         """Whether one of these new subscriptions is for our status."""
         return any(self._topic.startswith(prefix) for prefix in prefixes)
 
-    def report(self, accounts: Mapping[str, Mapping[str, int]]) -> None:
-        """Publish the accounts as they are now, if anybody listens."""
+    def report(self, accounts: Callable[[], Mapping[str, Mapping[str, int]]]) -> None:
+        """Publish the accounts as they are now, if anybody listens; they are asked for only then."""
         self.due_at = time.monotonic() + INTERVAL_SECONDS
         if not self._publisher.wanted(self._topic):
             return
-        pieces = list(_pieces(accounts))
+        pieces = list(_pieces(accounts()))
         report = next(self._reports)
         for number, piece in enumerate(pieces):
             body = Status(
@@ -57,7 +57,7 @@ def _pieces(accounts: Mapping[str, Mapping[str, int]]) -> Iterable[Accounts]:
         if piece and size + cost > PIECE_SIZE:
             yield piece
             piece, size = {}, 0
-        piece[name] = dict(account)
+        piece[name] = {counter: min(count, MAX_NUMBER) for counter, count in account.items()}
         size += cost
     yield piece
 

@@ -30,6 +30,9 @@ PIECE_SIZE: Final = 256 * 1024
 Part = bytes | memoryview
 MAX_NUMBER: Final = 1 << 62
 """Far enough below 2**64, the end of msgpack's integers, that what a receiver adds to a number can be sent again."""
+SENDER: Final = r"^[a-z]+\.[0-9]{1,9}$"
+"""A service and its number, as in `ingest.2`."""
+REPLY_PREFIX: Final = "reply/"
 Number = Annotated[int, Meta(ge=0, le=MAX_NUMBER)]
 
 
@@ -50,7 +53,7 @@ class Envelope(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
     version: int
     kind: str
-    sender: str
+    sender: Annotated[str, Meta(pattern=SENDER)]
     boot: Number
     sequence: Number
     total: Number
@@ -84,7 +87,7 @@ class ServeRequest(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """Asks who sends copies to say on topic `reply` when it serves the registry as of `revision`."""
 
     id: int
-    reply: str
+    reply: Annotated[str, Meta(max_length=128, pattern=f"^{REPLY_PREFIX}.*/$")]
     revision: int
 
 

@@ -14,6 +14,8 @@ from types import TracebackType
 from typing import Any, Self
 
 CHECKOUT = Path(__file__).parent.parent
+DRAIN_SECONDS = 4.0
+"""Within which every process has to end when told to: honcho kills after five."""
 
 
 def wait_until(condition: Callable[[], object], what: str, seconds: float = 20.0) -> None:

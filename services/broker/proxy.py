@@ -97,7 +97,7 @@ class Proxy:
         while not lifecycle.draining:
             poller.poll(int(INTERVAL_SECONDS * 1000))
             if reporter.asked_for(self._publisher.new_subscriptions()) or time.monotonic() >= reporter.due_at:
-                reporter.report({"broker": self.statistics()})
+                reporter.report(lambda: {"broker": self.statistics()})
         self._drain()
 
     def _drain(self) -> None:

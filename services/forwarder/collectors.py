@@ -75,6 +75,8 @@ class Collectors:
         for (number, largest_segment), group in shared.items():
             indices = selections[number].indices
             rows = len(batch) if indices is None else len(indices)
+            if not rows:
+                continue
             self._plan.build(batch, indices, largest_segment)
             behind = [(served, sent) for served in group if (sent := served.outlet.send(self._plan)) < rows]
             for served, sent in behind:

@@ -1,6 +1,7 @@
 """One collector's socket: connected, non-blocking, its own. What the kernel does not take is dropped and counted."""
 
 import errno
+import os
 import socket
 from collections import Counter
 from typing import Final
@@ -12,10 +13,10 @@ from shared.ledger import BUFFER_FULL, BYTES, DELIVERED, DROPPED, NOT_CONNECTED,
 from shared.mmsg import send
 from shared.registry import Client
 from shared.settings import Forwarder
+from shared.sockets import enlarge_send_buffer
 
 IP_MTU: Final = 14
 IPV6_MTU: Final = 24
-SO_SNDBUFFORCE: Final = 32
 IPV4_HEADERS: Final = 28
 IPV6_HEADERS: Final = 48
 NO_SEGMENTATION: Final = (errno.EIO, errno.EINVAL, errno.EMSGSIZE, errno.EOPNOTSUPP)
@@ -42,7 +43,7 @@ class Outlet:
         self.largest_segment = 0
         self._settings = settings
         self._socket: socket.socket | None = None
-        self._said_no_segmentation = False
+        self._said: set[str] = set()
         self.refresh()
 
     def refresh(self) -> None:
@@ -66,19 +67,14 @@ class Outlet:
         try:
             sock = socket.socket(family, socket.SOCK_DGRAM)
             sock.setblocking(False)
-            self._enlarge_send_buffer(sock)
+            enlarge_send_buffer(sock, self._settings.send_buffer)
             sock.connect((self.client.address, self.client.port))
-        except OSError:
+        except OSError as error:
             if sock is not None:
                 sock.close()
+            self._say_once("no way to a collector; trying again each second", error.errno or 0)
             return None
         return sock
-
-    def _enlarge_send_buffer(self, sock: socket.socket) -> None:
-        try:
-            sock.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, self._settings.send_buffer)
-        except PermissionError:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self._settings.send_buffer)
 
     def send(self, plan: SendPlan) -> int:
         """Send what is planned; return how many rows were dealt with, delivered or dropped.
@@ -89,30 +85,38 @@ class Outlet:
         if self._socket is None:
             self._drop(plan, 0, plan.sends, NOT_CONNECTED)
             return plan.rows
-        at, allowed_refusals, allowed_skips = 0, 1, MAX_SKIPS
+        at, skips, forgiven, probing = 0, 0, False, False
         while at < plan.sends:
-            taken, error = send(self._socket.fileno(), plan.headers, at, plan.sends)
+            taken, error = send(self._socket.fileno(), plan.headers, at, at + 1 if probing else plan.sends)
             self._deliver(plan, at, at + taken)
             at += taken
-            if not error:
-                continue
-            if error == errno.ECONNREFUSED:
-                # The answer to an earlier datagram, told to this one, which was not sent. One is forgiven: a
-                # collector that has just come back still hears of it.
+            if taken:
+                # When fewer were taken than could be, sendmmsg(2) keeps the reason to itself: send one and ask.
+                told = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) if probing else 0
+                probing = not probing
+                if told:
+                    return self._stop(plan, at, told)
+            elif error == errno.ECONNREFUSED and not forgiven:
+                # The answer to an earlier datagram: a collector that has just come back still hears of it.
                 self.account[REFUSALS] += 1
-                allowed_refusals -= 1
-                if allowed_refusals >= 0:
-                    continue
+                forgiven = probing = True
             elif error in NO_SEGMENTATION and plan.segmented(at):
                 self._give_up_segmentation(error)
                 return int(plan.rows_before[at])
-            if error in STOPS or not allowed_skips:
-                self._drop(plan, at, plan.sends, STOPS.get(error) or _cause(error))
-                if STOPS.get(error) == NOT_CONNECTED:
-                    self.close()
-                break
-            self._drop(plan, at, at + 1, _cause(error))
-            at, allowed_skips = at + 1, allowed_skips - 1
+            elif error in STOPS or skips == MAX_SKIPS:
+                return self._stop(plan, at, error)
+            else:
+                self._drop(plan, at, at + 1, _cause(error))
+                at, skips = at + 1, skips + 1
+        return plan.rows
+
+    def _stop(self, plan: SendPlan, at: int, error: int) -> int:
+        """Drop what is left of the plan under the cause that an error stands for."""
+        self.account[REFUSALS] += error == errno.ECONNREFUSED
+        cause = STOPS.get(error) or _cause(error)
+        self._drop(plan, at, plan.sends, cause)
+        if cause == NOT_CONNECTED:
+            self.close()
         return plan.rows
 
     def _deliver(self, plan: SendPlan, start: int, stop: int) -> None:
@@ -125,9 +129,12 @@ class Outlet:
     def _give_up_segmentation(self, error: int) -> None:
         """Send one by one until `refresh`: the path's MTU may have shrunk, or its device can't do it at all."""
         self.largest_segment = 0
-        if not self._said_no_segmentation:
-            self._said_no_segmentation = True
-            log.warning("UDP_SEGMENT refused, sending one by one", collector=self.client.name, error=_cause(error))
+        self._say_once("UDP_SEGMENT refused, sending one by one", error)
+
+    def _say_once(self, event: str, error: int) -> None:
+        if event not in self._said:
+            self._said.add(event)
+            log.warning(event, collector=self.client.name, error=os.strerror(error))
 
     def close(self) -> None:
         """Close the socket; `refresh` opens another."""

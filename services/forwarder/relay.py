@@ -10,6 +10,7 @@ import zmq
 from services.forwarder.collectors import Collectors
 from services.forwarder.streams import Streams
 from shared.bus import Publisher, Subscriber, new_context
+from shared.ledger import Accounts
 from shared.lifecycle import Lifecycle, Readiness
 from shared.mirror import RegistryMirror
 from shared.settings import Settings
@@ -57,7 +58,7 @@ class Relay:
         self._streams = Streams(self._subscriber)
         names = [stream.name for stream in self._settings.streams]
         self._collectors = Collectors(names, self._streams.published, self._settings.forwarder)
-        self._waiting: list[tuple[float, ServeRequest]] = []
+        self._waiting: list[tuple[float, int, ServeRequest]] = []
         self._asked_at = 0.0
         self._serving = -1
         self._apply_at = 0.0
@@ -108,7 +109,7 @@ class Relay:
             if not self._mirror.take(envelope, body) and self._mirror.stale:
                 self._ask_for_snapshot()
         elif isinstance(body, ServeRequest) and len(self._waiting) < MAX_WAITING:
-            self._waiting.append((time.monotonic() + REQUEST_SECONDS, body))
+            self._waiting.append((time.monotonic() + REQUEST_SECONDS, envelope.boot, body))
         elif isinstance(body, Status):
             for stream, missed in self._streams.reconcile(envelope, body).items():
                 self._collectors.miss(stream, missed)
@@ -136,19 +137,26 @@ class Relay:
         """Answer who asked whether we serve a revision, once we do and its streams flow."""
         if not self._waiting or self._serving != self._mirror.version or not self._streams.flowing:
             return
-        now, revision = time.monotonic(), self._mirror.revision
-        for _, request in self._waiting:
-            if request.revision <= revision:
-                self._publisher.publish(request.reply, ServeReply(request.id, revision))
-        self._waiting = [each for each in self._waiting if each[1].revision > revision and each[0] > now]
+        now, still_waiting = time.monotonic(), []
+        for expires_at, boot, request in self._waiting:
+            if self._mirror.holds(boot, request.revision):
+                self._publisher.publish(request.reply, ServeReply(request.id, self._mirror.revision))
+            elif expires_at > now:
+                still_waiting.append((expires_at, boot, request))
+        self._waiting = still_waiting
 
     def _report(self) -> None:
         self._collectors.refresh()
         self._streams.forget_silent_workers()
-        forwarder = {"revision": self._mirror.revision, "bus_rejected": sum(self._subscriber.rejected.values())}
-        self._reporter.report(
-            {"forwarder": forwarder, **self._streams.accounts(), **self._collectors.accounts()},
-        )
+        self._reporter.report(self._accounts)
+
+    def _accounts(self) -> Accounts:
+        forwarder = {
+            "revision": max(0, self._mirror.revision),
+            "bus_rejected": sum(self._subscriber.rejected.values()),
+            "bus_repeated": self._streams.repeated,
+        }
+        return {"forwarder": forwarder, **self._streams.accounts(), **self._collectors.accounts()}
 
     def _drain(self) -> None:
         deadline = time.monotonic() + DRAIN_SECONDS

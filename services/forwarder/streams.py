@@ -8,11 +8,10 @@ from typing import Final
 from shared.bus import Subscriber
 from shared.continuity import Continuity
 from shared.ledger import BASELINE, MISSED, PUBLISHED, REACHED, TAKEN, Accounts, unparse_origin
-from shared.wire import Envelope, Status, datagrams_topic
+from shared.wire import Envelope, Status, datagrams_topic, status_topic
 
-INGEST_STATUS: Final = "status/ingest."
-MARK_SECONDS: Final = 0.25
-"""How long a stream newly subscribed to is waited for: each worker answers a subscription with a mark."""
+WORKERS: Final = "ingest."
+INGEST_STATUS: Final = status_topic(WORKERS)[:-1]
 WORKER_SECONDS: Final = 3.0
 """A worker that has not reported for this long is not waited for."""
 
@@ -26,7 +25,6 @@ class Streams:
         self._subscriber = subscriber
         self._topics: dict[str, str] = {}
         self._continuity = Continuity()
-        self._subscribed_at = 0.0
         self._workers: dict[tuple[str, int], float] = {}
         subscriber.subscribe(INGEST_STATUS)
 
@@ -35,7 +33,6 @@ class Streams:
         topics = {datagrams_topic(stream): stream for stream in streams}
         for topic in topics.keys() - self._topics.keys():
             self._subscriber.subscribe(topic)
-            self._subscribed_at = time.monotonic()
         for topic in self._topics.keys() - topics.keys():
             self._subscriber.unsubscribe(topic)
             self._continuity.forget(topic)
@@ -43,18 +40,21 @@ class Streams:
 
     @property
     def flowing(self) -> bool:
-        """Whether every worker that reports is known to have seen every subscription, or has had time enough."""
+        """Whether there are workers, and each is known, by its mark, to have seen every subscription."""
         now = time.monotonic()
-        if now - self._subscribed_at > MARK_SECONDS:
-            return True
         heard = [worker for worker, at in self._workers.items() if now - at < WORKER_SECONDS]
         return bool(heard) and all(
             (*worker, topic) in self._continuity.positions for worker in heard for topic in self._topics
         )
 
+    @property
+    def repeated(self) -> int:
+        """Bus messages that came twice and were dropped."""
+        return self._continuity.repeated
+
     def follow(self, topic: str, envelope: Envelope, count: int) -> int | None:
         """Take note of a batch; return datagrams missed before it, None when it is a repeat or no longer wanted."""
-        if topic not in self._topics:
+        if topic not in self._topics or not envelope.sender.startswith(WORKERS):
             return None
         missed = self._continuity.observe(topic, envelope, count)
         if missed is not None:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 
 from services.gateway.protocol import Register, RequestError
 from services.gateway.registry import Visitor
-from shared.registry import ALL_STREAMS, Client
+from shared.registry import ALL_STREAMS, Client, Source
 from shared.settings import Collector
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -30,10 +30,7 @@ class Admission:
     def admit(self, request: Register, visitor: Visitor) -> Client:
         """Return the entry for a request; its generation is the registry's to give."""
         self._check_streams(request.streams)
-        if request.source == "original":
-            raise RequestError(
-                "no_transmitter", 'copies with the exporter\'s address need a transmitter; use source "relay"'
-            )
+        _check_source(request.source)
         if request.streams and request.port is None:
             raise RequestError("bad_request", "port is missing: expected the UDP port that the copies go to")
         address = parse_address(visitor.address if request.address is None else request.address)
@@ -58,6 +55,7 @@ class Admission:
     def admit_configured(self, collector: Collector) -> Client:
         """Return the entry for a collector of the settings, whose address is the operator's word."""
         address = parse_address(collector.address)
+        _check_source(collector.source)
         check_destination(address)
         self._check_loop(address, collector.port)
         return Client(
@@ -83,6 +81,13 @@ class Admission:
             covers = not int(listener) and listener.version in (address.version, 6)  # [::] is dual-stack
             if port == listener_port and (address == listener or (covers and self._is_local(str(address)))):
                 raise RequestError("loop", f"{address} port {port} is our own listener; receive on another port")
+
+
+def _check_source(source: Source) -> None:
+    if source == "original":
+        raise RequestError(
+            "no_transmitter", 'copies with the exporter\'s address need a transmitter; use source "relay"'
+        )
 
 
 def parse_address(text: str) -> Address:

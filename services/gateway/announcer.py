@@ -109,7 +109,7 @@ class Announcer:
             self._ask()
         self.flush()
         if now >= self._reporter.due_at:
-            self._reporter.report(accounts())
+            self._reporter.report(accounts)
 
     def take_replies(self) -> None:
         """Take every answer that has come."""

@@ -28,8 +28,8 @@ def sign_up(name: str, endpoints: Iterable[Endpoint]) -> str:
             UNAVAILABLE, f"{endpoint}: {reason}; start the gateway with `python -m services.gateway`"
         ) from None
     try:
-        answer = json.loads(text)
-    except ValueError:
+        answer = dict(json.loads(text))
+    except (TypeError, ValueError):
         raise OperatorError(FAILED, f"{endpoint}: the answer is not a list; is this the gateway?") from None
     if answer.get("ok") is False:
         raise OperatorError(FAILED, f"{answer['error']}: {answer['message']}")

@@ -2,15 +2,14 @@
 
 import contextlib
 import errno
-import os
 import socket
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Final
 
 from shared.addresses import Endpoint, resolve
 from shared.lifecycle import FAILED, OperatorError
 from shared.settings import Settings
+from shared.sockets import bind_endpoint, close_listener
 
 BACKLOG: Final = 1024
 SEND_BUFFER: Final = 128 * 1024
@@ -27,13 +26,11 @@ def listening(endpoints: Iterable[Endpoint]) -> Iterator[list[socket.socket]]:
         sockets: list[socket.socket] = []
         for endpoint in endpoints:
             try:
-                opened = [_bind_path(endpoint.path)] if endpoint.path else _bind_addresses(endpoint)
+                opened = bind_endpoint(endpoint, _prepare, path_mode=0o600)
             except OSError as error:
                 raise OperatorError(FAILED, f"{endpoint}: {_cure(error)}") from None
             for listener in opened:
-                stack.callback(listener.close)
-            if endpoint.path:
-                stack.callback(_remove, Path(endpoint.path), Path(endpoint.path).stat().st_ino)
+                stack.callback(close_listener, listener)
             sockets += opened
         yield sockets
 
@@ -44,68 +41,15 @@ def _cure(error: OSError) -> str:
     return f"{error.strerror}; set another [gateway] listen"
 
 
-def _bind_addresses(endpoint: Endpoint) -> list[socket.socket]:
-    """Bind every address of a host name. A family that this host lacks is passed over if another is there."""
-    bound: list[socket.socket] = []
-    lacking: OSError | None = None
-    for family, address in resolve(endpoint.host, endpoint.port, socket.SOCK_STREAM):
-        try:
-            bound.append(_bind(family, address))
-        except OSError as error:
-            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                for listener in bound:
-                    listener.close()
-                raise
-            lacking = error
-    if lacking is not None and not bound:
-        raise lacking
-    return bound
-
-
-def _bind(family: socket.AddressFamily, address: object) -> socket.socket:
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        # Accepted connections inherit these. SO_REUSEADDR: a restart does not wait for TIME_WAIT to pass.
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-        for option, value in KEEPALIVE:
-            listener.setsockopt(socket.IPPROTO_TCP, option, value)
-        if family == socket.AF_INET6:
-            # [::] serves IPv4 too; ::1 must not, or 127.0.0.1 of the same name could not be bound (ipv6(7)).
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, address[0] != "::")  # type: ignore[index]
-        listener.bind(address)  # type: ignore[arg-type]
-    except OSError:
-        listener.close()
-        raise
-    return listener
-
-
-def _bind_path(path: str) -> socket.socket:
-    """Bind an AF_UNIX path for our user alone. A file left by a process that is gone is removed, a live one is not."""
-    if Path(path).is_socket():
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe, contextlib.suppress(ConnectionRefusedError):
-            probe.connect(path)
-            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
-        Path(path).unlink()
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    before = os.umask(0o177)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-        listener.bind(path)
-    except OSError:
-        listener.close()
-        raise
-    finally:
-        os.umask(before)
-    return listener
-
-
-def _remove(path: Path, inode: int) -> None:
-    """Remove the file of an AF_UNIX listener, unless it is a successor's by now."""
-    with contextlib.suppress(OSError):
-        if path.stat().st_ino == inode:
-            path.unlink()
+def _prepare(listener: socket.socket) -> None:
+    """Set what accepted connections inherit, and SO_REUSEADDR: a restart does not wait for TIME_WAIT to pass."""
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+    if listener.family == socket.AF_UNIX:
+        return
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in KEEPALIVE:
+        listener.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def udp_listeners(settings: Settings) -> list[tuple[str, int]]:

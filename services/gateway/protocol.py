@@ -171,6 +171,8 @@ class Decoder:
         """The next request, or None when more bytes are needed; `RequestError` when it can't be taken."""
         try:
             data = self._next_data()
+            while data is not None and not self._names and not data.strip(b"\r"):
+                data = self._next_data()  # a blank line is no request
             if data is None:
                 return None
             return Name(parse_name(data)) if self._names else parse_line(data)

@@ -1,9 +1,13 @@
-"""TCP: connections that bring messages, bounded in number, size and idle time."""
+"""TCP: connections that bring messages, bounded in number, size, idle time, and in the time they may take of a turn."""
 
+import errno
+import resource
 import selectors
 import socket
 import time
 from typing import Final
+
+import structlog
 
 from services.ingest.feed import StreamFeed
 from services.ingest.framing import Framing
@@ -12,9 +16,15 @@ from shared.batch import MAX_PAYLOAD, MAX_ROWS, make_rows
 from shared.ledger import CONNECTIONS_EXPIRED, CONNECTIONS_REFUSED, CUT_OFF, RECEIVED
 from shared.settings import Ingest
 
-READ_SIZE: Final = 65_536
+READ_SIZE: Final = 16_384
+TURN_SECONDS: Final = 0.002
+"""What TCP may take of a turn before datagrams, which nobody sends again, are looked at."""
 ACCEPTS_AT_ONCE: Final = 64
-"""Connections taken in a row, so that a flood of them does not hold up datagrams."""
+SPARE_DESCRIPTORS: Final = 128
+"""Kept for listeners and the bus."""
+EXHAUSTED: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+log = structlog.get_logger()
 
 
 class Connection:
@@ -24,31 +34,33 @@ class Connection:
         self.socket = sock
         self.feed = feed
         self.heard_at = time.monotonic()
+        self.ended = False
         self._framing = Framing()
         self._source, self._port = pack_address(peer[0].partition("%")[0]), peer[1]
 
     def read(self) -> bool:
-        """Publish the messages that have come; return whether the connection goes on."""
+        """Publish the messages that have come; return whether there may be more. Sets `ended` when there will not."""
         try:
             data = self.socket.recv(READ_SIZE)
         except BlockingIOError:
-            return True
-        except OSError:  # reset: what came before it is whole all the same
+            return False
+        except OSError:  # reset: an unfinished message stays so
+            self.ended = True
             return False
         self.heard_at = time.monotonic()
         self._publish(self._framing.feed(data))
-        return bool(data) and not self._framing.overlong
+        if not data:  # the end of the connection is the end of its last message
+            self._publish(self._framing.finish())
+        self.ended = not data or self._framing.overlong
+        return not self.ended
 
-    def end(self) -> None:
-        """Close; the end of the connection ends its last message."""
-        message, cut = self._framing.close()
-        if message:
-            self._publish([message])
-        if cut and not self._framing.overlong:
-            self.feed.account[RECEIVED] += 1
-            self.feed.account[CUT_OFF] += 1
+    def close(self) -> None:
+        """Close; what is unfinished, or was too long, is counted as dropped."""
         if self._framing.overlong:
             self.feed.refuse_oversized(1)
+        elif self._framing.unfinished:
+            self.feed.account[RECEIVED] += 1
+            self.feed.account[CUT_OFF] += 1
         self.socket.close()
 
     def _publish(self, messages: list[bytes]) -> None:
@@ -73,51 +85,78 @@ class Connections:
 
     def __init__(self, selector: selectors.BaseSelector, limits: Ingest) -> None:
         self._selector = selector
-        self._limits = limits
-        self._listeners: list[socket.socket] = []
-        self._open: dict[int, Connection] = {}
+        self._idle_seconds = limits.tcp_idle_seconds
+        descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._limit = max(1, min(limits.tcp_connections, descriptors - SPARE_DESCRIPTORS))
+        self._listeners: list[tuple[socket.socket, StreamFeed]] = []
+        self._paused: list[tuple[socket.socket, StreamFeed]] = []
+        self._open: set[Connection] = set()
+        self._readable: dict[Connection, None] = {}
+        """In the order in which they are due."""
 
     def listen(self, sock: socket.socket, feed: StreamFeed) -> None:
         """Accept on a listening socket from now on."""
-        self._listeners.append(sock)
+        self._listeners.append((sock, feed))
         self._selector.register(sock, selectors.EVENT_READ, lambda: self._accept(sock, feed))
 
     def _accept(self, listener: socket.socket, feed: StreamFeed) -> None:
         for _ in range(ACCEPTS_AT_ONCE):
             try:
                 sock, peer = listener.accept()
-            except OSError:  # nobody waits, they gave up, or no descriptor is left: the next poll says
+            except OSError as error:  # nobody waits, or they gave up
+                if error.errno in EXHAUSTED:
+                    self._pause(listener, feed, error)
                 return
-            if len(self._open) >= self._limits.tcp_connections:
+            if len(self._open) >= self._limit:
                 feed.account[CONNECTIONS_REFUSED] += 1
                 sock.close()
                 continue
             sock.setblocking(False)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            connection = self._open[sock.fileno()] = Connection(sock, peer, feed)
-            self._selector.register(sock, selectors.EVENT_READ, lambda it=connection: self._read(it))
+            connection = Connection(sock, peer, feed)
+            self._open.add(connection)
+            self._selector.register(sock, selectors.EVENT_READ, lambda it=connection: self._readable.setdefault(it))
 
-    def _read(self, connection: Connection) -> None:
-        if not connection.read():
-            self._end(connection)
+    def _pause(self, listener: socket.socket, feed: StreamFeed, error: OSError) -> None:
+        """Accept again in a second: until then the listener would only wake us for nothing."""
+        self._listeners.remove((listener, feed))
+        self._paused.append((listener, feed))
+        self._selector.unregister(listener)
+        log.warning("can't accept connections", stream=feed.stream, error=error.strerror)
+
+    def serve(self) -> None:
+        """Read connections that have something to say, in turn, as long as a turn may take."""
+        deadline = time.monotonic() + TURN_SECONDS
+        while self._readable and time.monotonic() < deadline:
+            connection = next(iter(self._readable))
+            del self._readable[connection]
+            connection.read()
+            if connection.ended:
+                self._end(connection)
 
     def _end(self, connection: Connection) -> None:
         self._selector.unregister(connection.socket)
-        del self._open[connection.socket.fileno()]
-        connection.end()
+        self._open.discard(connection)
+        self._readable.pop(connection, None)
+        connection.close()
 
     def expire(self) -> None:
-        """End the connections that have sent nothing for too long."""
-        before = time.monotonic() - self._limits.tcp_idle_seconds
-        for connection in [each for each in self._open.values() if each.heard_at < before]:
+        """End the connections that have sent nothing for too long, and accept again where that was paused."""
+        before = time.monotonic() - self._idle_seconds
+        for connection in [each for each in self._open if each.heard_at < before]:
             connection.feed.account[CONNECTIONS_EXPIRED] += 1
             self._end(connection)
+        paused, self._paused = self._paused, []
+        for listener, feed in paused:
+            self.listen(listener, feed)
 
-    def close(self) -> None:
+    def close(self, deadline: float) -> None:
         """Stop accepting, take what has already come on each connection, and end it."""
-        for listener in self._listeners:
+        for listener, _ in self._listeners:
             self._selector.unregister(listener)
+        for listener, _ in self._listeners + self._paused:
             listener.close()
-        for connection in list(self._open.values()):
-            connection.read()
+        for connection in list(self._open):
+            while connection.read() and time.monotonic() < deadline:
+                pass
             self._end(connection)

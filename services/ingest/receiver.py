@@ -3,8 +3,6 @@
 import socket
 import time
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -15,10 +13,7 @@ from shared.addresses import LOCAL_SENDER
 from shared.batch import MAX_DATAGRAM, MAX_PAYLOAD
 from shared.ledger import KERNEL_DROPPED, RECEIVE_ERRORS
 from shared.mmsg import ReceiveArena
-
-SO_MEMINFO: Final = 55
-MEMINFO_DROPS: Final = 8
-"""Index of the drop count among the u32 of SO_MEMINFO (linux/sock_diag.h, SK_MEMINFO_DROPS)."""
+from shared.sockets import close_listener, kernel_drops, refuse_input
 
 
 class DatagramReceiver:
@@ -65,19 +60,17 @@ class DatagramReceiver:
 
     def count_kernel_drops(self) -> None:
         """Account for what the kernel dropped since the last call because the receive buffer was full."""
-        if self._socket.family == socket.AF_UNIX:
-            return  # a full AF_UNIX socket makes its sender wait instead
-        memory = np.frombuffer(self._socket.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, 64), np.uint32)
-        drops = int(memory[MEMINFO_DROPS])
+        drops = kernel_drops(self._socket)
         self._feed.account[KERNEL_DROPPED] += (drops - self._kernel_dropped) % (1 << 32)
         self._kernel_dropped = drops
 
+    def refuse_input(self) -> None:
+        """Take nothing new: what arrives from now on is dropped, and counted, by the kernel."""
+        refuse_input(self._socket)
+
     def close(self) -> None:
         """Close the socket, and take the path of an AF_UNIX one away."""
-        path = self._socket.getsockname() if self._socket.family == socket.AF_UNIX else ""
-        self._socket.close()
-        if path:
-            Path(path).unlink(missing_ok=True)
+        close_listener(self._socket)
 
 
 def cuts(lengths: npt.NDArray[np.uint32]) -> Iterator[tuple[int, int]]:

@@ -1,6 +1,7 @@
 """One ingest worker: its listeners, its publisher, and the loop that moves datagrams from one to the other."""
 
 import selectors
+import socket
 import time
 from types import TracebackType
 from typing import Final, Self
@@ -10,17 +11,19 @@ import structlog
 from services.ingest.connections import Connections
 from services.ingest.feed import StreamFeed
 from services.ingest.receiver import DatagramReceiver
-from services.ingest.sockets import enlarge_receive_buffer, open_sockets, warn_of_small_buffers
+from services.ingest.sockets import open_sockets, warn_of_small_buffers
+from shared.addresses import Endpoint
 from shared.batch import MAX_ROWS
 from shared.bus import Publisher, new_context
 from shared.ledger import new_accounts
-from shared.lifecycle import Lifecycle, Readiness
+from shared.lifecycle import BAD_SETTINGS, Lifecycle, OperatorError, Readiness
 from shared.mmsg import ReceiveArena
 from shared.settings import Settings, Stream
+from shared.sockets import enlarge_receive_buffer
 from shared.status import Reporter
 
-DRAIN_SECONDS: Final = 1.0
-"""How long, after SIGTERM, what the kernel has queued is still taken: under load there is always more."""
+DRAIN_SECONDS: Final = 2.0
+"""How long, after SIGTERM, what the kernel has queued may take."""
 RECORD_SIZE: Final = 1024
 """Bytes the kernel charges a datagram beyond its payload, about (struct sk_buff and rounding)."""
 
@@ -39,6 +42,7 @@ class Worker:
         self._receivers: list[DatagramReceiver] = []
         self._connections = Connections(self._selector, settings.ingest)
         self._granted: dict[int, int] = {}
+        self._bound: set[tuple[int, object]] = set()
         self._fill_seconds = settings.ingest.fill_ms / 1000
         self._received_at = 0.0
         self._count = self._size = 0
@@ -68,6 +72,7 @@ class Worker:
             if endpoint.path and not self._name.endswith(".1"):
                 continue  # a path can't be shared
             for sock in open_sockets(stream, endpoint):
+                self._refuse_doubles(sock, stream, endpoint)
                 if endpoint.scheme == "tcp":
                     self._connections.listen(sock, feed)
                     continue
@@ -75,6 +80,14 @@ class Worker:
                 receiver = DatagramReceiver(sock, feed, self._arena, reply)
                 self._receivers.append(receiver)
                 self._selector.register(receiver, selectors.EVENT_READ, lambda it=receiver: self._receive(it))
+
+    def _refuse_doubles(self, sock: socket.socket, stream: Stream, endpoint: Endpoint) -> None:
+        """SO_REUSEPORT would let two streams share an address, and the kernel deal datagrams out between them."""
+        bound = sock.type, sock.getsockname()
+        if bound in self._bound:
+            sock.close()
+            raise OperatorError(BAD_SETTINGS, f"stream {stream.name}: {endpoint} is listened on already")
+        self._bound.add(bound)
 
     def _receive(self, receiver: DatagramReceiver) -> None:
         count, size = receiver.receive()
@@ -97,12 +110,14 @@ class Worker:
         """Wait for something to do, and do it."""
         ready = self._selector.select(max(0.0, self._reporter.due_at - time.monotonic()))
         self._count = self._size = 0
+        self._greet()  # first, so that what comes now goes to who has just subscribed
         for key, _ in ready:
             key.data()
-        self._greet()
+        self._connections.serve()
         now = time.monotonic()
         if now >= self._reporter.due_at:
             self._report()
+        self._greet()
         if self._count:
             self._let_fill(now)
 
@@ -119,29 +134,32 @@ class Worker:
         self._received_at = now
 
     def _greet(self) -> None:
-        """Tell new subscribers of a stream where it stands, and those of our status what it is."""
-        prefixes = self._publisher.new_subscriptions()
-        if not prefixes:
-            return
-        for feed in self._feeds:
-            if any(feed.topic.startswith(prefix) for prefix in prefixes):
-                feed.mark(time.time_ns())
-        if self._reporter.asked_for(prefixes):
-            self._report()
+        """Tell new subscribers of a stream where it stands, and those of our status what it is.
+
+        Until there are none: what we publish may swallow the edge by which we would hear of the next one.
+        """
+        while prefixes := self._publisher.new_subscriptions():
+            for feed in self._feeds:
+                if any(feed.topic.startswith(prefix) for prefix in prefixes):
+                    feed.mark(time.time_ns())
+            if self._reporter.asked_for(prefixes):
+                self._report()
 
     def _report(self) -> None:
         for receiver in self._receivers:
             receiver.count_kernel_drops()
         self._connections.expire()
-        self._reporter.report(self._accounts)
+        self._reporter.report(lambda: self._accounts)
 
     def _drain(self) -> None:
-        """Take what the kernel has queued, for a while; then close, and say the last word on the accounts."""
+        """Take nothing new, but all that the kernel has queued; then say the last word on the accounts."""
+        for receiver in self._receivers:
+            receiver.refuse_input()
         deadline = time.monotonic() + DRAIN_SECONDS
-        self._connections.close()
         for receiver in self._receivers:
             while receiver.receive()[0] and time.monotonic() < deadline:
                 pass
+        self._connections.close(deadline)
         self._report()
         log.info("drained", service=self._name, **{name: dict(each) for name, each in self._accounts.items()})
 

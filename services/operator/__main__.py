@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from services.operator import clients, collect, config, ledger, ready, watch
-from shared.lifecycle import BAD_SETTINGS, OK, OperatorError, Parser, configure_logging
+from shared.lifecycle import BAD_SETTINGS, NOT_PERMITTED, OK, OperatorError, Parser, configure_logging
 from shared.settings import SettingsError, load
 
 INTERRUPTED: Final = 130
@@ -27,6 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OperatorError as error:
         print(f"fanwire {options.command}: {error}", file=sys.stderr)
         return error.exit_code
+    except PermissionError as error:
+        print(f"fanwire {options.command}: {error.filename}: {error.strerror}", file=sys.stderr)
+        return NOT_PERMITTED
     except BrokenPipeError:  # as in `fanwire watch | head -1`; what is still buffered has nowhere to go
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK

@@ -9,7 +9,7 @@ follows, so that nothing needs to stand still while it is checked.
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from shared.ledger import PUBLISHED, REACHED, Accounts, discrepancies, parse_origin
+from shared.ledger import PUBLISHED, REACHED, Accounts, discrepancies, is_origin, parse_origin
 
 Origin = tuple[str, int, str]
 """Worker, boot id, stream."""
@@ -37,7 +37,7 @@ class Balance:
     def take(self, service: str, boot: int, heard_at: float, accounts: Accounts) -> None:
         """Take a whole report; `heard_at` is when its first piece came, on a clock that only grows."""
         self.accounts[service] = accounts
-        reached = {parse_origin(name): kept[REACHED] for name, kept in accounts.items() if name.startswith("origin/")}
+        reached = {parse_origin(name): kept.get(REACHED, 0) for name, kept in accounts.items() if is_origin(name)}
         if reached:
             self._consumers[service] = _Consumer(heard_at, reached)
         else:

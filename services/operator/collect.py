@@ -3,7 +3,6 @@
 import argparse
 import select
 import socket
-import struct
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -17,16 +16,12 @@ from shared.addresses import SocketAddress
 from shared.batch import MAX_DATAGRAM
 from shared.lifecycle import CANT_CREATE, OK, Lifecycle, OperatorError
 from shared.settings import Settings
+from shared.sockets import enlarge_receive_buffer, kernel_drops
 
 ANSWER_SECONDS: Final = 3.0
 """How long the gateway may take, on top of what it waits for itself: nothing is read from the socket meanwhile."""
 RECEIVE_BUFFER: Final = 33_554_432
 """Bytes asked of the kernel: it fills while the gateway is asked, or while a terminal is slow."""
-SO_RCVBUFFORCE: Final = 33
-SO_MEMINFO: Final = 55
-"""socket(7), asm-generic/socket.h; the socket module has no names for them."""
-MEMINFO_DROPS: Final = 8
-"""Which of the nine numbers of SO_MEMINFO counts datagrams dropped (SK_MEMINFO_DROPS, linux/sock_diag.h)."""
 TAKE_AT_ONCE: Final = 256
 LOOPBACK: Final = "127.0.0.1"
 
@@ -62,7 +57,7 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
         entry = lease.register(port=port, **told)
         say(f"collecting {', '.join(entry.streams)} at {entry.address} port {port} as {entry.name}")
         _take_until_told(lifecycle, lease, receiver, output, printing=arguments.write is None)
-        if dropped := _dropped(receiver):
+        if dropped := kernel_drops(receiver):
             say(f"{dropped} datagrams dropped by the kernel: the receive buffer was full")
     return OK
 
@@ -89,10 +84,7 @@ def _open_receiver(asked: str | None, port: int, local: SocketAddress | None) ->
         raise OperatorError(
             CANT_CREATE, f"UDP {host} port {port}: {error}; without --port any free one is taken"
         ) from None
-    try:
-        receiver.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, RECEIVE_BUFFER)
-    except PermissionError:  # then as much of it as net.core.rmem_max lets us have
-        receiver.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
+    enlarge_receive_buffer(receiver, RECEIVE_BUFFER)
     return receiver
 
 
@@ -124,8 +116,3 @@ def _arrived(receiver: socket.socket) -> Iterator[tuple[str, int, bytes]]:
         except BlockingIOError:
             return
         yield source[0], source[1], payload
-
-
-def _dropped(receiver: socket.socket) -> int:
-    numbers = receiver.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, 36)
-    return int(struct.unpack("=9I", numbers)[MEMINFO_DROPS])

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.lifecycle import DRAIN_SECONDS
-from tests.stack import Stack, ask_json, wait_until
+from tests.stack import DRAIN_SECONDS, Stack, ask_json, wait_until
 from tests.traffic import exporters, open_receiver, pause
 
 

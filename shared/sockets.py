@@ -1,0 +1,126 @@
+"""Listening sockets, and what Linux offers on a socket beyond the stdlib's names: forced buffers, drop counts."""
+
+import ctypes
+import errno
+import os
+import socket
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from shared.addresses import Endpoint, SocketAddress, resolve
+
+KINDS: Final = {
+    "tcp": socket.SOCK_STREAM,
+    "unix": socket.SOCK_STREAM,
+    "udp": socket.SOCK_DGRAM,
+    "unixgram": socket.SOCK_DGRAM,
+}
+"""The kind of socket that serves a scheme."""
+NOT_HERE: Final = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+"""What a host without IPv6 says to one of several addresses of a name; the others serve."""
+
+SO_ATTACH_FILTER: Final = 26
+SO_SNDBUFFORCE: Final = 32
+SO_RCVBUFFORCE: Final = 33
+SO_MEMINFO: Final = 55
+MEMINFO: Final = struct.Struct("=9I")
+"""Nine u32, the last of them the drop count (linux/sock_diag.h, SK_MEMINFO_DROPS)."""
+ACCEPT_NOTHING: Final = ctypes.create_string_buffer(struct.pack("=HBBI", 0x06, 0, 0, 0))
+"""A socket filter of one instruction, `return 0` (struct sock_filter); the kernel copies it when it is attached."""
+
+
+Prepare = Callable[[socket.socket], None]
+"""Sets options before a socket is bound; accepted connections inherit most of them."""
+
+
+def bind_endpoint(endpoint: Endpoint, prepare: Prepare, path_mode: int = 0o777) -> list[socket.socket]:
+    """Bind every address of an endpoint, non-blocking; `path_mode` is less the umask. OSError when none can be had.
+
+    `[::]` takes IPv4 too, any other IPv6 address IPv6 alone, so that `localhost` can bind both of its addresses.
+    """
+    kind = KINDS[endpoint.scheme]
+    if endpoint.path:
+        return [_bind_path(endpoint.path, kind, prepare, path_mode)]
+    bound: list[socket.socket] = []
+    lacking: OSError | None = None
+    for family, address in resolve(endpoint.host, endpoint.port, kind):
+        try:
+            bound.append(_bind(socket.socket(family, kind), address, prepare))
+        except OSError as error:
+            if error.errno not in NOT_HERE:
+                for sock in bound:
+                    sock.close()
+                raise
+            lacking = error
+    if lacking is not None and not bound:
+        raise lacking
+    return bound
+
+
+def _bind(sock: socket.socket, address: SocketAddress | str, prepare: Prepare) -> socket.socket:
+    try:
+        sock.setblocking(False)
+        prepare(sock)
+        if sock.family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(address[0] != "::"))
+        sock.bind(address)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def _bind_path(path: str, kind: socket.SocketKind, prepare: Prepare, mode: int) -> socket.socket:
+    """Bind an AF_UNIX path. A file left by a process that is gone is removed, a live one is not."""
+    if Path(path).is_socket():
+        with socket.socket(socket.AF_UNIX, kind) as probe:
+            try:
+                probe.connect(path)
+            except ConnectionRefusedError:
+                Path(path).unlink()
+            else:
+                raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+    before = os.umask(0o777)
+    os.umask(before | (0o777 & ~mode))
+    try:
+        return _bind(socket.socket(socket.AF_UNIX, kind), path, prepare)
+    finally:
+        os.umask(before)
+
+
+def close_listener(sock: socket.socket) -> None:
+    """Close a listening socket; the file of an AF_UNIX one goes first, while no successor can have made it."""
+    if sock.family == socket.AF_UNIX:
+        Path(sock.getsockname()).unlink(missing_ok=True)
+    sock.close()
+
+
+def enlarge_receive_buffer(sock: socket.socket, wanted: int) -> int:
+    """Ask for a receive buffer, by force where allowed, else as much as net.core.rmem_max; return bytes granted."""
+    return _enlarge(sock, SO_RCVBUFFORCE, socket.SO_RCVBUF, wanted)
+
+
+def enlarge_send_buffer(sock: socket.socket, wanted: int) -> int:
+    """Ask for a send buffer, by force where allowed, else as much as net.core.wmem_max; return bytes granted."""
+    return _enlarge(sock, SO_SNDBUFFORCE, socket.SO_SNDBUF, wanted)
+
+
+def _enlarge(sock: socket.socket, by_force: int, by_leave: int, wanted: int) -> int:
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, by_force, wanted)
+    except PermissionError:
+        sock.setsockopt(socket.SOL_SOCKET, by_leave, wanted)
+    return sock.getsockopt(socket.SOL_SOCKET, by_leave) // 2  # the kernel doubles it for its own records
+
+
+def kernel_drops(sock: socket.socket) -> int:
+    """Datagrams the kernel has dropped at this socket since it was opened, modulo 2**32."""
+    return int(MEMINFO.unpack(sock.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, MEMINFO.size))[-1])
+
+
+def refuse_input(sock: socket.socket) -> None:
+    """Have the kernel drop, and count among its drops, whatever arrives from now on; what is queued stays."""
+    program = struct.pack("HP", 1, ctypes.addressof(ACCEPT_NOTHING))  # struct sock_fprog
+    sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)

@@ -1,0 +1,159 @@
+"""Builds what several tests need: batches, envelopes, clients, and the test's own ends of the bus."""
+
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import zmq
+
+from shared.addresses import pack_address
+from shared.batch import ROW, DatagramBatch, make_rows
+from shared.bus import Publisher, Subscriber, new_context
+from shared.ledger import Accounts, discrepancies
+from shared.registry import Client
+from shared.status import Reports
+from shared.wire import VERSION, Datagrams, Envelope, Message, Status, status_topic
+from tests.stack import Running, Stack, wait_until
+
+Datagram = tuple[str, int, bytes]
+
+
+def make_batch(
+    payloads: Sequence[bytes], sources: Sequence[str] = ("192.0.2.1",), stream: str = "messages", port: int = 514
+) -> DatagramBatch:
+    """A batch of these payloads, the sources taken in turn."""
+    addresses = [pack_address(sources[number % len(sources)]) for number in range(len(payloads))]
+    rows = make_rows([len(payload) for payload in payloads], addresses, port) if payloads else np.empty(0, ROW)
+    return DatagramBatch(stream, 1_700_000_000_000_000_000, rows, b"".join(payloads))
+
+
+def make_envelope(
+    sequence: int = 0, total: int = 0, *, boot: int = 1, sender: str = "ingest.1", kind: str = "datagrams"
+) -> Envelope:
+    """An envelope of this version."""
+    return Envelope(VERSION, kind, sender, boot, sequence, total)
+
+
+def make_client(name: str, port: int = 9, **fields: Any) -> Client:
+    """A collector of every stream on loopback, unless `fields` say otherwise."""
+    defaults: dict[str, Any] = {"generation": 1, "address": "127.0.0.1", "streams": ("*",)}
+    return Client(name=name, port=port, **(defaults | fields))
+
+
+class BusEnds:
+    """Publishers and subscribers of the test itself, closed with it; what they have not sent by then is let go."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.context = new_context()
+        self._sockets: list[zmq.Socket[bytes]] = []
+
+    def publisher(self, sender: str = "ingest.1", high_water_mark: int = 256) -> Publisher:
+        """A publisher connected to the broker's side for publishers."""
+        publisher = Publisher(self.context, self.directory, sender, high_water_mark)
+        self._sockets.append(publisher.socket)
+        return publisher
+
+    def subscriber(self, *prefixes: str, high_water_mark: int = 4096) -> Subscriber:
+        """A subscriber to these prefixes."""
+        subscriber = Subscriber(self.context, self.directory, high_water_mark)
+        self._sockets.append(subscriber.socket)
+        for prefix in prefixes:
+            subscriber.subscribe(prefix)
+        return subscriber
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for sock in self._sockets:
+            if not sock.closed:
+                sock.close(linger=0)
+        self.context.term()
+
+
+def wait_wanted(publisher: Publisher, topic: str) -> None:
+    """Wait until the publisher has seen a subscription that takes `topic`."""
+    wait_until(lambda: (publisher.new_subscriptions(), publisher.wanted(topic))[1], f"somebody wants {topic}")
+
+
+def wait_unwanted(publisher: Publisher, topic: str) -> None:
+    """Wait until the publisher has seen the last subscription to `topic` go."""
+    wait_until(lambda: (publisher.new_subscriptions(), not publisher.wanted(topic))[1], f"nobody wants {topic}")
+
+
+def take(subscriber: Subscriber) -> Message:
+    """The next message, waited for."""
+    found: list[Message] = []
+
+    def receive() -> bool:
+        message = subscriber.receive()
+        found.extend([message] if message else [])
+        return bool(found)
+
+    wait_until(receive, "a message comes")
+    return found[0]
+
+
+def take_datagrams(subscriber: Subscriber, count: int) -> list[Datagram]:
+    """The next `count` datagrams, waited for; marks are passed over."""
+    found: list[Datagram] = []
+    while len(found) < count:
+        batch = take(subscriber).batch
+        if batch is not None:
+            found += batch.datagrams()
+    return found
+
+
+def take_mark(subscriber: Subscriber, stream: str = "messages") -> None:
+    """Wait for the mark that says that the stream flows to this subscriber."""
+    message = take(subscriber)
+    assert isinstance(message.body, Datagrams)
+    assert message.body.stream == stream
+    assert message.batch is not None
+    assert not len(message.batch)
+
+
+def accounts_when(bus: BusEnds, service: str, condition: Callable[[Accounts], object]) -> Accounts:
+    """A service's accounts, which must add up, as soon as they meet a condition."""
+    subscriber, reports, last = bus.subscriber(status_topic(service)), Reports(), Accounts()
+
+    def met() -> bool:
+        message = take(subscriber)
+        assert isinstance(message.body, Status)
+        if report := reports.take(message.envelope, message.body):
+            assert list(discrepancies(report.accounts)) == []
+            last.update(report.accounts)
+            return bool(condition(report.accounts))
+        return False
+
+    try:
+        wait_until(met, "the accounts are as they should be")
+    except AssertionError as error:
+        error.add_note(f"they are {last}")
+        raise
+    subscriber.close()
+    return last
+
+
+def freeze(running: Running) -> None:
+    """Stop a process, and wait until none of its threads runs any more; SIGCONT lets it go on."""
+    running.process.send_signal(signal.SIGSTOP)
+    tasks = Path(f"/proc/{running.process.pid}/task")
+    wait_until(
+        lambda: all(stat.read_text().rpartition(")")[2].split()[0] == "T" for stat in tasks.glob("*/stat")),
+        f"{running.name} stands still",
+    )
+
+
+def kill_all(stack: Stack) -> None:
+    """End every process at once: how one ends is tested where that is the point, and takes its time."""
+    for running in stack.running:
+        running.process.kill()
+    for running in stack.running:
+        running.process.wait()

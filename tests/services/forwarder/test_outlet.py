@@ -1,0 +1,319 @@
+import errno
+import socket
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+import services.forwarder.outlet
+import shared.mmsg
+from services.forwarder.collectors import Collectors
+from services.forwarder.outlet import MAX_SKIPS, Outlet
+from services.forwarder.plan import SendPlan
+from shared.batch import DatagramBatch
+from shared.ledger import discrepancies
+from shared.settings import Forwarder
+from tests.builders import make_batch, make_client
+
+SIZES = [0, 1, 1464, 9000, 32_767, 65_507]
+Headers = npt.NDArray[np.void]
+
+
+@pytest.fixture
+def opened(lab: None) -> Iterator[ExitStack]:
+    """Closes what a test enters into it."""
+    with ExitStack() as stack:
+        yield stack
+
+
+def listen(opened: ExitStack, host: str = "127.0.0.1", port: int = 0) -> socket.socket:
+    """A collector's socket, with room for everything."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = opened.enter_context(socket.socket(family, socket.SOCK_DGRAM))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16 << 20)
+    sock.bind((host, port))
+    sock.settimeout(10)
+    return sock
+
+
+def closed_port(opened: ExitStack) -> int:
+    """A port of loopback that nobody listens on."""
+    with listen(opened) as sock:
+        port = sock.getsockname()[1]
+    return int(port)
+
+
+class Sent:
+    """Collectors as the forwarder has them, given batches by the test."""
+
+    def __init__(self, opened: ExitStack, *clients: Any, **settings: Any) -> None:
+        self.published: Counter[str] = Counter()
+        self.collectors = Collectors(["messages"], self.published, Forwarder(**settings))
+        opened.callback(self.collectors.close)
+        self.collectors.replace(clients)
+
+    def send(self, batch: DatagramBatch) -> dict[str, dict[str, int]]:
+        """Send a batch; return the accounts, which must add up."""
+        self.published[batch.stream] += len(batch)
+        self.collectors.send(batch)
+        accounts = self.collectors.accounts()
+        assert list(discrepancies(accounts)) == []
+        return accounts
+
+
+class Kernel:
+    """The kernel's sendmmsg, made to answer some calls with an error of the test's choice."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.errors: list[int] = []
+        self.segmented_errors: list[int] = []
+        self.late_error = 0
+        self.most = 1 << 30
+        self.calls = 0
+        monkeypatch.setattr(services.forwarder.outlet, "send", self.send)
+
+    def send(self, descriptor: int, headers: Headers, start: int, stop: int) -> tuple[int, int]:
+        """Fail as told, else take what may be taken. `segmented_errors`: of segmented sends, in turn."""
+        self.calls += 1
+        if self.errors:
+            return 0, self.errors.pop(0)
+        if start and self.late_error:
+            return 0, self.late_error
+        if self.segmented_errors:
+            segmented = np.flatnonzero(headers["controllen"][start:stop])
+            if len(segmented) and segmented[0] == 0:
+                if error := self.segmented_errors.pop(0):
+                    return 0, error
+                stop = start + 1
+            elif len(segmented):
+                stop = start + int(segmented[0])
+        return shared.mmsg.send(descriptor, headers, start, min(stop, start + self.most))
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    """The kernel between outlets and the wire."""
+    return Kernel(monkeypatch)
+
+
+def received(sock: socket.socket, count: int) -> list[bytes]:
+    """The next datagrams, and no more than those."""
+    found = [sock.recv(1 << 16) for _ in range(count)]
+    sock.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        sock.recv(1 << 16)
+    sock.settimeout(10)
+    return found
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+@pytest.mark.parametrize("segmentation", [True, False])
+@pytest.mark.parametrize(
+    "lengths", [SIZES, [1464] * 200, [1464] * 63 + [7], [65_507] * 8, [0] * 5, [40, 30, 20, 10, 0, 10], [32_500] * 9]
+)
+def test_every_size_arrives_as_it_was(opened: ExitStack, host: str, segmentation: bool, lengths: list[int]) -> None:
+    """Datagrams of 0 to 65,507 bytes, in runs and alone, by UDP_SEGMENT or not, arrive in order byte for byte."""
+    collector = listen(opened, host)
+    client = make_client("a", collector.getsockname()[1], address=host)
+    sent = Sent(opened, client, segmentation=segmentation)
+    payloads = [bytes([number]) * length for number, length in enumerate(lengths)]
+    account = sent.send(make_batch(payloads))["collector/a"]
+    assert received(collector, len(payloads)) == payloads
+    assert account["delivered"] == account["offered"] == len(payloads)
+    assert account["bytes"] == sum(lengths)
+
+
+def test_each_collector_gets_its_own_rows(opened: ExitStack) -> None:
+    """Several collectors of one batch get all of it, its half, or what their prefix says, each at its own socket."""
+    sockets = {name: listen(opened) for name in "abc"}
+    fields: dict[str, dict[str, Any]] = {"a": {}, "b": {"sample": 2}, "c": {"prefixes": ("2001:db8::/32",)}}
+    sent = Sent(opened, *(make_client(name, sockets[name].getsockname()[1], **fields[name]) for name in "abc"))
+    payloads = [b"%d" % number for number in range(8)]
+    accounts = sent.send(make_batch(payloads, ["192.0.2.1", "2001:db8::1"]))
+    assert received(sockets["a"], 8) == payloads
+    assert received(sockets["b"], 4) == payloads[::2]
+    assert received(sockets["c"], 4) == payloads[1::2]
+    assert accounts["collector/b"]["sampled_out"] == accounts["collector/c"]["filtered"] == 4
+
+
+def test_closed_port_is_refused_and_accounted_for(opened: ExitStack) -> None:
+    """Refusals of a closed port are seen and counted; every datagram is delivered or dropped; the living get theirs."""
+    live = listen(opened)
+    sent = Sent(opened, make_client("dead", closed_port(opened)), make_client("live", live.getsockname()[1]))
+    for _ in range(20):
+        accounts = sent.send(make_batch([b"one", b"three", b"seven"]))
+    assert received(live, 60) == [b"one", b"three", b"seven"] * 20
+    dead = accounts["collector/dead"]
+    assert dead["refusals"] > 0
+    assert dead["delivered"] + dead.get("dropped_refused", 0) == dead["offered"] == 60
+    assert "refusals" not in accounts["collector/live"]
+
+
+def test_one_refusal_is_forgiven_and_a_second_drops_the_rest(opened: ExitStack, kernel: Kernel) -> None:
+    """One refusal may be of an earlier batch; a second one in the same batch drops what is left of it."""
+    collector = listen(opened)
+    sent = Sent(opened, make_client("a", collector.getsockname()[1]), segmentation=False)
+    kernel.errors = [errno.ECONNREFUSED]
+    account = sent.send(make_batch([b"x"] * 3))["collector/a"]
+    assert (account["delivered"], account["refusals"]) == (3, 1)
+    kernel.errors = [errno.ECONNREFUSED] * 2
+    account = sent.send(make_batch([b"x"] * 3))["collector/a"]
+    assert (account["delivered"], account["refusals"], account["dropped_refused"]) == (3, 3, 3)
+
+
+def test_collector_that_comes_back_gets_its_next_batch_whole(opened: ExitStack) -> None:
+    """The answer to a datagram sent while the port was closed does not cost one that is sent after it opened."""
+    port = closed_port(opened)
+    sent = Sent(opened, make_client("a", port))
+    for _ in range(3):
+        sent.send(make_batch([b"to nobody"]))
+    collector = listen(opened, port=port)
+    sent.send(make_batch([b"back"]))
+    assert received(collector, 1) == [b"back"]
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.EINVAL, errno.EMSGSIZE, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("sample", [1, 2])
+def test_refused_segmentation_sends_the_rest_one_by_one(
+    opened: ExitStack, kernel: Kernel, error: int, sample: int
+) -> None:
+    """When segments are refused the rest goes one by one: in order, nothing doubled, and nothing counted as dropped."""
+    collector = listen(opened)
+    sent = Sent(opened, make_client("a", collector.getsockname()[1], sample=sample))
+    payloads = [b"alone", *[bytes([number]) * (500 + number // 70) for number in range(200)], b"end"]
+    kernel.segmented_errors = [0, error]
+    account = sent.send(make_batch(payloads))["collector/a"]
+    expected = payloads[::sample]
+    assert received(collector, len(expected)) == expected
+    assert account["delivered"] == len(expected)
+    assert kernel.segmented_errors == []
+    account = sent.send(make_batch([b"same"] * 4))["collector/a"]
+    assert received(collector, 4 // sample) == [b"same"] * (4 // sample)
+
+
+def test_segmentation_is_tried_again_after_refresh(opened: ExitStack, kernel: Kernel) -> None:
+    """A path that refused segments once, as after its MTU shrank, is given another chance with the next refresh."""
+    collector = listen(opened)
+    sent = Sent(opened, make_client("a", collector.getsockname()[1]))
+    kernel.segmented_errors = [errno.EMSGSIZE]
+    sent.send(make_batch([b"same"] * 4))
+    kernel.segmented_errors = [errno.EMSGSIZE]
+    sent.send(make_batch([b"same"] * 4))
+    assert kernel.segmented_errors == [errno.EMSGSIZE]
+    sent.collectors.refresh()
+    sent.send(make_batch([b"same"] * 4))
+    assert kernel.segmented_errors == []
+    assert received(collector, 12) == [b"same"] * 12
+
+
+def test_refused_segments_cost_only_the_collector_concerned(opened: ExitStack, kernel: Kernel) -> None:
+    """Of two collectors that share a plan, one whose segments are refused gets its rest, the other all at once."""
+    sockets = [listen(opened) for _ in range(2)]
+    sent = Sent(opened, *(make_client(f"c{n}", sock.getsockname()[1]) for n, sock in enumerate(sockets)))
+    payloads = [bytes([number]) * 300 for number in range(150)]
+    kernel.segmented_errors = [errno.EIO]
+    sent.send(make_batch(payloads))
+    for sock in sockets:
+        assert received(sock, 150) == payloads
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (errno.EAGAIN, "dropped_buffer_full"),
+        (errno.ENOBUFS, "dropped_buffer_full"),
+        (errno.ENETUNREACH, "dropped_not_connected"),
+        (errno.ENETDOWN, "dropped_not_connected"),
+    ],
+)
+def test_error_that_would_meet_the_rest_drops_the_rest(
+    opened: ExitStack, kernel: Kernel, error: int, cause: str
+) -> None:
+    """What the kernel took is delivered, the rest of the batch is dropped under its cause without another call."""
+    collector = listen(opened)
+    sent = Sent(opened, make_client("a", collector.getsockname()[1]), segmentation=False)
+    kernel.most, kernel.late_error = 3, error
+    account = sent.send(make_batch([b"%d" % number for number in range(10)]))["collector/a"]
+    assert received(collector, 3) == [b"0", b"1", b"2"]
+    assert (account["delivered"], account[cause]) == (3, 7)
+    assert kernel.calls == 2
+
+
+def test_unreachable_collector_is_connected_again(opened: ExitStack, kernel: Kernel) -> None:
+    """After its network was unreachable a collector is dropped as not connected until refresh, then served again."""
+    collector = listen(opened)
+    sent = Sent(opened, make_client("a", collector.getsockname()[1]))
+    kernel.errors = [errno.EHOSTUNREACH]
+    sent.send(make_batch([b"lost"]))
+    assert sent.send(make_batch([b"lost"] * 2))["collector/a"]["dropped_not_connected"] == 3
+    sent.collectors.refresh()
+    sent.send(make_batch([b"back"]))
+    assert received(collector, 1) == [b"back"]
+
+
+def test_collector_without_a_route_is_dropped_and_counted(opened: ExitStack) -> None:
+    """A collector that there is no way to costs its own copies, not those of the others, nor an error."""
+    live = listen(opened)
+    lost = [make_client(address, address=address) for address in ("192.0.2.1", "2001:db8::1")]
+    sent = Sent(opened, make_client("live", live.getsockname()[1]), *lost)
+    accounts = sent.send(make_batch([b"x", b"y"]))
+    sent.collectors.refresh()
+    assert received(live, 2) == [b"x", b"y"]
+    for address in ("192.0.2.1", "2001:db8::1"):
+        assert accounts[f"collector/{address}"]["dropped_not_connected"] == 2
+
+
+def test_datagrams_that_fail_one_by_one_are_skipped(opened: ExitStack, kernel: Kernel) -> None:
+    """An error that belongs to one datagram costs that one, under its own name; the ones behind it are sent."""
+    collector = listen(opened)
+    sent = Sent(opened, make_client("a", collector.getsockname()[1]), segmentation=False)
+    kernel.errors = [errno.EPERM, errno.EPERM]
+    account = sent.send(make_batch([b"0", b"1", b"2"]))["collector/a"]
+    assert received(collector, 1) == [b"2"]
+    assert account["dropped_eperm"] == 2
+
+
+def test_datagrams_that_all_fail_are_not_all_tried(opened: ExitStack, kernel: Kernel) -> None:
+    """After so many failures of one batch its rest is dropped with them, and all of it is accounted for."""
+    collector = listen(opened)
+    sent = Sent(opened, make_client("a", collector.getsockname()[1]), segmentation=False)
+    kernel.errors = [errno.EPERM] * 1000
+    account = sent.send(make_batch([b"x"] * 200))["collector/a"]
+    assert account["dropped_eperm"] == 200
+    assert kernel.calls == MAX_SKIPS + 1
+
+
+def test_full_buffer_drops_and_does_not_wait(opened: ExitStack) -> None:
+    """With the smallest send buffer and a collector that reads nothing, sending never waits, and all is counted."""
+    collector = listen(opened)
+    sent = Sent(opened, make_client("a", collector.getsockname()[1]), send_buffer=4096)
+    for _ in range(20):
+        account = sent.send(make_batch([bytes(65_507)] * 8))["collector/a"]
+    assert account["delivered"] + account.get("dropped_buffer_full", 0) == 160
+
+
+def test_changed_collector_begins_a_new_account(opened: ExitStack) -> None:
+    """One that did not change keeps its account; a new one expects only what is published from then on."""
+    first, second = listen(opened), listen(opened)
+    stays = make_client("stays", first.getsockname()[1])
+    sent = Sent(opened, stays, make_client("moves", second.getsockname()[1]))
+    sent.send(make_batch([b"x"] * 3))
+    sent.collectors.replace([stays, make_client("moves", first.getsockname()[1])])
+    accounts = sent.send(make_batch([b"y"]))
+    assert accounts["collector/stays"]["expected"] == 4
+    assert accounts["collector/moves"]["expected"] == 1
+
+
+def test_outlet_that_is_closed_counts_what_it_is_given(opened: ExitStack) -> None:
+    """Between close and refresh every row is dropped as not connected."""
+    account: Counter[str] = Counter()
+    outlet = Outlet(make_client("a", listen(opened).getsockname()[1]), Forwarder(), account)
+    outlet.close()
+    plan = SendPlan()
+    plan.build(make_batch([b"x"] * 5), None, outlet.largest_segment)
+    assert outlet.send(plan) == 5
+    assert account == {"dropped_not_connected": 5}

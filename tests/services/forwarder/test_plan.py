@@ -1,0 +1,116 @@
+import ctypes
+import socket
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from services.forwarder.plan import MAX_SEGMENTS, MAX_SEND, UDP_SEGMENT, SendPlan, group
+from shared.batch import MAX_DATAGRAM, MAX_ROWS, DatagramBatch
+from shared.mmsg import IOVEC
+from tests.builders import make_batch
+
+PLAN = SendPlan()
+"""One for all tests, as a forwarder has: what an earlier plan left in its memory must not show."""
+
+common = st.sampled_from([0, 1, 2, 99, 100, 1464, 1465, 9000, 32_500, 32_501])
+runs = st.lists(st.tuples(common | st.integers(0, 3000), st.integers(1, 140)), max_size=8)
+few_long = st.lists(st.sampled_from([MAX_DATAGRAM, MAX_SEND, MAX_SEND + 1, 0, 1]) | common, max_size=12)
+lengths_of_batches = few_long | runs.map(lambda found: [length for length, count in found for _ in range(count)])
+largest_segments = st.sampled_from([0, 1, 100, 1464, 65_508]) | st.integers(0, 70_000)
+
+
+def batch_of(lengths: list[int]) -> DatagramBatch:
+    """A batch whose payloads all differ where they can."""
+    return make_batch([np.full(length, number, np.uint8).tobytes() for number, length in enumerate(lengths)])
+
+
+def sends_of(plan: SendPlan) -> list[tuple[bytes, int]]:
+    """What the kernel would read: each send's bytes, and the length it is told to cut them at, 0 for none."""
+    found = []
+    for header in plan.headers[: plan.sends]:
+        assert (header["name"], header["namelen"], header["flags"]) == (0, 0, 0)
+        iovecs = np.frombuffer(ctypes.string_at(int(header["iov"]), int(header["iovlen"]) * IOVEC.itemsize), IOVEC)
+        data = b"".join(ctypes.string_at(int(base), int(size)) if size else b"" for base, size in iovecs)
+        found.append((data, segment_of(int(header["control"]), int(header["controllen"]))))
+    return found
+
+
+def segment_of(at: int, size: int) -> int:
+    """The uint16 of the one control message of a send, read as recvmsg(2) would give it."""
+    assert (at == 0) == (size == 0)
+    if not size:
+        return 0
+    control = ctypes.string_at(at, size)
+    length, level, kind = np.frombuffer(control, "u8", 1)[0], *np.frombuffer(control, "i4", 2, 8)
+    assert (size, length, level, kind) == (socket.CMSG_SPACE(2), socket.CMSG_LEN(2), socket.IPPROTO_UDP, UDP_SEGMENT)
+    return int(np.frombuffer(control, "u2", 1, 16)[0])
+
+
+def cut(data: bytes, segment: int) -> list[bytes]:
+    """The datagrams that the kernel makes of a send."""
+    return [data[at : at + segment] for at in range(0, len(data), segment)] if segment else [data]
+
+
+@settings(deadline=None, max_examples=150)
+@given(lengths_of_batches, largest_segments, st.data())
+def test_sends_are_exactly_the_selected_rows(lengths: list[int], largest_segment: int, data: st.DataObject) -> None:
+    """Read back from memory, the sends hold the selected rows in order, and obey every limit of a segmented send."""
+    batch = batch_of(lengths[:MAX_ROWS])
+    chosen = data.draw(st.none() | st.lists(st.booleans(), min_size=len(batch), max_size=len(batch)))
+    indices = None if chosen is None else np.flatnonzero(np.array(chosen, np.bool_))
+    PLAN.build(batch, indices, largest_segment)
+    payloads = [payload for _, _, payload in batch.datagrams()]
+    selected = payloads if indices is None else [payloads[index] for index in indices]
+    sends = sends_of(PLAN)
+    assert [datagram for send in sends for datagram in cut(*send)] == selected
+    assert (PLAN.rows, PLAN.sends) == (len(selected), len(sends))
+    rows = size = 0
+    for number, (sent, segment) in enumerate(sends):
+        assert (PLAN.rows_before[number], PLAN.bytes_before[number]) == (rows, size)
+        assert PLAN.segmented(number) == (segment > 0)
+        together = cut(sent, segment)
+        if segment:
+            assert 1 < len(together) <= MAX_SEGMENTS
+            assert len(sent) <= MAX_SEND
+            assert 0 < len(together[-1]) <= segment == len(together[0]) <= largest_segment
+        rows, size = rows + len(together), size + len(sent)
+    assert (PLAN.rows_before[len(sends)], PLAN.bytes_before[len(sends)]) == (rows, size)
+
+
+def grouped(lengths: list[int], largest_segment: int = 65_508) -> list[list[int]]:
+    """The lengths that each send holds."""
+    starts = group(np.array(lengths, np.int64), largest_segment).tolist()
+    return [lengths[start:stop] for start, stop in zip(starts, [*starts[1:], len(lengths)], strict=True)]
+
+
+def test_run_of_equal_lengths_is_one_send() -> None:
+    """Neighbours of one length go together, as many as a send may hold, with a shorter one behind them."""
+    assert grouped([100] * 5 + [40]) == [[100] * 5 + [40]]
+    assert grouped([100] * 130) == [[100] * 64, [100] * 64, [100] * 2]
+    assert grouped([30_000] * 5) == [[30_000] * 2, [30_000] * 2, [30_000]]
+    assert grouped([100] * 64 + [40]) == [[100] * 64, [40]]
+
+
+def test_only_what_can_end_a_send_is_taken_along() -> None:
+    """A longer one, one of a run of its own, an empty one and one that is already taken along begin sends."""
+    assert grouped([100, 200]) == [[100], [200]]
+    assert grouped([200, 200, 100, 100]) == [[200, 200], [100, 100]]
+    assert grouped([100, 0, 50]) == [[100], [0], [50]]
+    assert grouped([400, 300, 200, 100]) == [[400, 300], [200, 100]]
+    assert grouped([32_500, 32_499]) == [[32_500, 32_499]]
+    assert grouped([32_500, 32_500, 1]) == [[32_500, 32_500], [1]]
+
+
+def test_what_is_longer_than_a_segment_goes_alone() -> None:
+    """Beyond the path's MTU nothing is segmented, and 0 segments nothing at all."""
+    assert grouped([1465, 1465, 1464, 1464], 1464) == [[1465], [1465], [1464, 1464]]
+    assert grouped([1465, 1464], 1464) == [[1465], [1464]]
+    assert grouped([100, 100, 50], 0) == [[100], [100], [50]]
+
+
+def test_empty_batch_has_no_sends() -> None:
+    """Nothing selected is nothing sent."""
+    for indices in (None, np.empty(0, np.intp)):
+        PLAN.build(make_batch([]), indices, 1464)
+        assert (PLAN.sends, PLAN.rows) == (0, 0)

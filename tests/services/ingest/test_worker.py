@@ -1,0 +1,526 @@
+import signal
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from services.broker.proxy import Proxy
+from shared.addresses import LOCAL_SENDER, unpack_address
+from shared.batch import MAX_DATAGRAM
+from shared.bus import Subscriber
+from shared.continuity import Continuity
+from shared.ledger import Accounts, discrepancies
+from tests.builders import BusEnds, Datagram, accounts_when, freeze, kill_all, take, take_datagrams, take_mark
+from tests.stack import Stack, wait_until
+
+PORT = 6667
+REPLY = b"Got your message!"
+LISTEN = '"udp://127.0.0.1:6667", "udp://[::1]:6667", "tcp://127.0.0.1:6667", "tcp://[::1]:6667"'
+STREAM = f'[[stream]]\nname = "messages"\nlisten = [{LISTEN}]\nreply = "Got your message!"\n'
+UNIX = '[[stream]]\nname = "local"\nlisten = ["unixgram://{path}", "udp://127.0.0.1:6668"]\n'
+ALL = "datagrams/"
+
+
+@pytest.fixture
+def bus(stack: Stack) -> Iterator[BusEnds]:
+    """A broker, in this process, and the test's own ends of its bus."""
+    stack.configure(STREAM)
+    with Proxy(stack.bus, 256):
+        with BusEnds(stack.bus) as ends:
+            yield ends
+        kill_all(stack)
+
+
+def follow(bus: BusEnds, stream: str = "messages") -> Subscriber:
+    """A subscriber to a stream, once it flows."""
+    subscriber = bus.subscriber(f"datagrams/{stream}/")
+    take_mark(subscriber, stream)
+    return subscriber
+
+
+@contextmanager
+def sender(host: str = "127.0.0.1", port: int = PORT) -> Iterator[socket.socket]:
+    """A UDP socket connected to the worker."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.connect((host, port))
+        sock.settimeout(10)
+        yield sock
+
+
+def connect(host: str = "127.0.0.1") -> socket.socket:
+    """A TCP connection to the worker."""
+    return socket.create_connection((host, PORT), timeout=10)
+
+
+def is_closed(connection: socket.socket) -> bool:
+    """Whether the worker closes the connection, waited for."""
+    try:
+        return connection.recv(1) == b""
+    except ConnectionResetError:  # closed with some of what we sent unread
+        return True
+
+
+def forge(port_from: int, port_to: int, payload: bytes) -> None:
+    """Send a datagram from a port of 127.0.0.1 that need not be ours, or be any."""
+    with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_UDP) as sock:
+        sock.sendto(struct.pack(">4H", port_from, port_to, 8 + len(payload), 0) + payload, ("127.0.0.1", 0))
+
+
+def refusal(stack: Stack, settings: str) -> tuple[int, str]:
+    """The exit code and the one line of a worker that does not start with these settings."""
+    stack.configure(settings)
+    running = stack.start("ingest", ready=False)
+    code = running.process.wait(10)
+    (line,) = running.text.splitlines()
+    return code, line
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_datagrams_arrive_with_source_and_payload(stack: Stack, bus: BusEnds, host: str) -> None:
+    """Datagrams of every size, from none to 65,507 bytes, arrive whole and in order, from where they came."""
+    stack.start("ingest")
+    subscriber = follow(bus)
+    payloads = [b"", b"x", b"%s\0{[", bytes(range(256)) * 6, b"z" * MAX_DATAGRAM, b""]
+    with sender(host) as sock:
+        for payload in payloads:
+            sock.send(payload)
+        own = sock.getsockname()[:2]
+    assert take_datagrams(subscriber, len(payloads)) == [(*own, payload) for payload in payloads]
+
+
+def test_batch_longer_than_a_bus_message_is_cut(stack: Stack, bus: BusEnds) -> None:
+    """What one receive call brings beyond a message's limit goes as several, with nothing lost or turned around."""
+    worker = stack.start("ingest")
+    subscriber = follow(bus)
+    payloads = [bytes([number]) * MAX_DATAGRAM for number in range(30)]
+    freeze(worker)
+    with sender() as sock:
+        for payload in payloads:
+            sock.send(payload)
+    worker.process.send_signal(signal.SIGCONT)
+    assert [payload for _, _, payload in take_datagrams(subscriber, 30)] == payloads
+
+
+def test_new_subscriber_is_told_where_the_stream_stands(stack: Stack, bus: BusEnds) -> None:
+    """Each subscription is answered by a batch without rows that carries the running count."""
+    stack.start("ingest")
+    first = bus.subscriber(ALL)
+    mark = take(first)
+    assert mark.batch is not None
+    assert (len(mark.batch), mark.envelope.total) == (0, 0)
+    with sender() as sock:
+        for _ in range(3):
+            sock.send(b"x")
+    take_datagrams(first, 3)
+    late = take(bus.subscriber(ALL))
+    assert late.batch is not None
+    assert (len(late.batch), late.envelope.total, late.envelope.boot) == (0, 3, mark.envelope.boot)
+
+
+def test_sender_gets_its_reply(stack: Stack, bus: BusEnds) -> None:
+    """Every datagram is answered by the documented reply, over both families, whether or not anybody subscribes."""
+    stack.start("ingest")
+    for host in ("127.0.0.1", "::1"):
+        with sender(host) as sock:
+            for payload in (b"Hello", b""):
+                sock.send(payload)
+                assert sock.recv(100) == REPLY
+    messages = accounts_when(bus, "ingest.1", lambda accounts: accounts["stream/messages"]["replied"] == 4)[
+        "stream/messages"
+    ]
+    assert messages["reply_failed"] == 0
+
+
+def test_sender_without_a_port_gets_no_reply(stack: Stack, bus: BusEnds) -> None:
+    """A datagram from port 0 is taken like any other; its reply, which has nowhere to go, is counted as failed."""
+    stack.start("ingest")
+    subscriber = follow(bus)
+    forge(0, PORT, b"from nowhere")
+    assert take_datagrams(subscriber, 1) == [("127.0.0.1", 0, b"from nowhere")]
+    accounts_when(bus, "ingest.1", lambda accounts: accounts["stream/messages"].get("reply_failed") == 1)
+
+
+def test_senders_without_a_port_do_not_cost_others_their_reply(stack: Stack, bus: BusEnds) -> None:
+    """However many of a batch can't be answered, one that can be gets its reply."""
+    worker = stack.start("ingest")
+    freeze(worker)
+    for _ in range(100):
+        forge(0, PORT, b"from nowhere")
+    with sender() as sock:
+        sock.send(b"Hello")
+        worker.process.send_signal(signal.SIGCONT)
+        assert sock.recv(100) == REPLY
+
+
+def test_two_that_reply_do_not_answer_each_other(stack: Stack, bus: BusEnds) -> None:
+    """A reply is not answered, so a datagram forged from one listener to another comes to rest."""
+    other = STREAM.replace("messages", "others").replace("6667", "6668")
+    stack.configure(STREAM + other)
+    stack.start("ingest")
+    forge(6667, 6668, b"Hello")
+    found = accounts_when(bus, "ingest.1", lambda accounts: accounts["stream/messages"].get("reply_failed"))
+    assert found["stream/others"]["replied"] == 1
+    time.sleep(0.2)
+    found = accounts_when(bus, "ingest.1", lambda _: True)
+    assert found["stream/messages"]["received"] == found["stream/others"]["received"] == 1
+
+
+def test_reply_beyond_loopback_has_to_be_asked_for(stack: Stack, bus: BusEnds) -> None:
+    """A reply on an address that others reach is refused with 78 and the cures, unless the settings insist."""
+    stream = '[[stream]]\nname = "messages"\nlisten = ["udp://0.0.0.0:6667"]\nreply = "Got your message!"\n'
+    code, line = refusal(stack, stream)
+    assert code == 78
+    assert "a reply on udp://0.0.0.0:6667 would let forged sources aim it at others" in line
+    assert "set reply_beyond_loopback = true" in line
+    stack.configure(stream + "reply_beyond_loopback = true\n")
+    stack.start("ingest")
+    with sender() as sock:
+        sock.send(b"Hello")
+        assert sock.recv(100) == REPLY
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_connection_brings_messages(stack: Stack, bus: BusEnds, host: str) -> None:
+    """`Hello` and close is a message, lines and octet counts are several, each from where the connection came."""
+    stack.start("ingest")
+    subscriber = follow(bus)
+    with connect(host) as connection:
+        own = connection.getsockname()[:2]
+        connection.sendall(b"one\ntwo\r\n11 <34>counted")
+        assert take_datagrams(subscriber, 3) == [(*own, each) for each in (b"one", b"two", b"<34>counted")]
+        connection.sendall(b"Hello")
+    assert take_datagrams(subscriber, 1) == [(*own, b"Hello")]
+
+
+def test_connection_with_many_messages_at_once(stack: Stack, bus: BusEnds) -> None:
+    """More messages in a read than a batch has rows all arrive, in order."""
+    stack.start("ingest")
+    subscriber = follow(bus)
+    lines = [b"%d" % number for number in range(10_000)]
+    with connect() as connection:
+        connection.sendall(b"\n".join(lines))
+    assert [payload for _, _, payload in take_datagrams(subscriber, len(lines))] == lines
+
+
+def test_message_that_fits_no_datagram_ends_its_connection(stack: Stack, bus: BusEnds) -> None:
+    """One too long is counted as oversized and its connection closed; one cut off before its count is counted so."""
+    stack.start("ingest")
+    subscriber = follow(bus)
+    with connect() as connection:
+        connection.sendall(b"before\n" + bytes(MAX_DATAGRAM + 20))
+        assert is_closed(connection)
+    with connect() as connection:
+        connection.sendall(b"99 <34>cut off")
+    assert take_datagrams(subscriber, 1)[0][2] == b"before"
+    found = accounts_when(bus, "ingest.1", lambda accounts: accounts["stream/messages"].get("dropped_cut_off") == 1)
+    assert found["stream/messages"]["dropped_oversized"] == 1
+    assert found["stream/messages"]["received"] == 3
+
+
+def test_connections_are_bounded(stack: Stack, bus: BusEnds) -> None:
+    """One connection more than allowed is closed at once and counted; when another has gone there is room again."""
+    stack.configure(STREAM + "[ingest]\ntcp_connections = 2\n")
+    stack.start("ingest")
+    subscriber = follow(bus)
+    with connect() as first, connect() as second:
+        for connection in (first, second):
+            connection.sendall(b"served\n")
+        take_datagrams(subscriber, 2)
+        with connect() as third:
+            assert is_closed(third)
+        second.close()
+        accounts_when(bus, "ingest.1", lambda accounts: accounts["stream/messages"]["connections_refused"] == 1)
+
+        def served_again() -> bool:
+            with connect() as another:
+                another.sendall(b"again\n")
+                another.shutdown(socket.SHUT_WR)
+                assert is_closed(another)
+            return subscriber.receive() is not None
+
+        wait_until(served_again, "there is room for another")
+        first.sendall(b"still served\n")
+        while take_datagrams(subscriber, 1)[0][2] != b"still served":
+            pass
+
+
+def test_idle_connection_expires(stack: Stack, bus: BusEnds) -> None:
+    """A connection that sends nothing for too long is closed; a message it had not finished is counted as cut off."""
+    stack.configure(STREAM + "[ingest]\ntcp_idle_seconds = 0.2\n")
+    stack.start("ingest")
+    subscriber = follow(bus)
+    with connect() as connection:
+        connection.sendall(b"whole\nhalf a mess")
+        assert is_closed(connection)
+    assert take_datagrams(subscriber, 1)[0][2] == b"whole"
+    accounts = accounts_when(bus, "ingest.1", lambda found: found["stream/messages"].get("connections_expired") == 1)
+    assert (accounts["stream/messages"]["received"], accounts["stream/messages"]["dropped_cut_off"]) == (2, 1)
+
+
+def test_workers_share_the_port(stack: Stack, bus: BusEnds) -> None:
+    """Two workers on one port each get some of the senders, and every datagram arrives once."""
+    for name in ("ingest.1", "ingest.2"):
+        stack.start(name)
+    subscriber = bus.subscriber(ALL)
+    assert {take(subscriber).envelope.sender for _ in range(2)} == {"ingest.1", "ingest.2"}
+    expected = set()
+    for number in range(64):
+        with sender() as sock:
+            sock.send(b"%d" % number)
+            expected.add((*sock.getsockname(), b"%d" % number))
+    workers, found = set(), list[Datagram]()
+    while len(found) < 64:
+        message = take(subscriber)
+        assert message.batch is not None
+        workers.add(message.envelope.sender)
+        found += message.batch.datagrams()
+    assert set(found) == expected
+    assert workers == {"ingest.1", "ingest.2"}
+
+
+def test_path_takes_datagrams(stack: Stack, bus: BusEnds, tmp_path: Path) -> None:
+    """Datagrams on a path arrive as from loopback, port 0; one longer than UDP carries is counted and dropped."""
+    path = tmp_path / "in.sock"
+    stack.configure(UNIX.format(path=path))
+    worker = stack.start("ingest")
+    subscriber = follow(bus, "local")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.connect(str(path))
+        for payload in (b"one", bytes(100_000), b"", b"z" * MAX_DATAGRAM):
+            sock.send(payload)
+    source = unpack_address(LOCAL_SENDER)
+    assert take_datagrams(subscriber, 3) == [(source, 0, each) for each in (b"one", b"", b"z" * MAX_DATAGRAM)]
+    found = accounts_when(bus, "ingest.1", lambda accounts: accounts["stream/local"]["received"] == 4)
+    assert found["stream/local"]["dropped_oversized"] == 1
+    assert worker.stop(signal.SIGTERM) == 0
+    assert not path.exists()
+
+
+def test_path_belongs_to_the_first_worker(stack: Stack, bus: BusEnds, tmp_path: Path) -> None:
+    """A second worker leaves the path alone, when it starts and when it ends."""
+    path = tmp_path / "in.sock"
+    stack.configure(UNIX.format(path=path))
+    second = stack.start("ingest.2")
+    assert not path.exists()
+    stack.start("ingest.1")
+    assert second.stop(signal.SIGTERM) == 0
+    assert path.is_socket()
+
+
+def test_path_of_a_killed_worker_is_taken_over(stack: Stack, bus: BusEnds, tmp_path: Path) -> None:
+    """A path that nobody listens on any more is bound anew; one that is in use, or is something else, is not."""
+    path = tmp_path / "in.sock"
+    settings = UNIX.format(path=path)
+    stack.configure(settings)
+    stack.start("ingest").stop(signal.SIGKILL)
+    assert path.is_socket()
+    stack.start("ingest")
+    code, line = refusal(stack, settings.replace(":6668", ":6669"))
+    assert code == 1
+    assert f"unixgram://{path}: Address already in use" in line
+    assert "`ss -xlp`" in line
+    (tmp_path / "file").write_text("mine")
+    code, line = refusal(stack, settings.replace("in.sock", "file").replace(":6668", ":6669"))
+    assert (code, (tmp_path / "file").read_text()) == (1, "mine")
+
+
+@pytest.mark.parametrize("scheme", ["udp", "tcp"])
+def test_port_in_use_is_one_line(stack: Stack, lab: None, scheme: str) -> None:
+    """A port that somebody holds without sharing it ends the start with 1, naming the endpoint and how to find them."""
+    kind = socket.SOCK_DGRAM if scheme == "udp" else socket.SOCK_STREAM
+    with socket.socket(socket.AF_INET, kind) as holder:
+        holder.bind(("127.0.0.1", 0))
+        if scheme == "tcp":
+            holder.listen()
+        endpoint = f"{scheme}://127.0.0.1:{holder.getsockname()[1]}"
+        code, line = refusal(stack, f'[[stream]]\nname = "a"\nlisten = ["{endpoint}"]\n')
+    assert code == 1
+    assert f"{endpoint}: Address already in use" in line
+    assert f"`ss -{scheme[0]}lnp`" in line
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "code"),
+    [("udp://no-such-host.invalid:6667", 78), (f"udp://{'a' * 64}:6667", 78), ("udp://192.0.2.1:6667", 1)],
+)
+def test_address_that_cannot_be_had_is_one_line(stack: Stack, lab: None, endpoint: str, code: int) -> None:
+    """A host nobody knows, a name that is none, and an address that is not ours end the start with one line."""
+    exit_code, line = refusal(stack, f'[[stream]]\nname = "a"\nlisten = ["{endpoint}"]\n')
+    assert exit_code == code
+    assert f"stream a: {endpoint}: " in line
+
+
+def test_worker_waits_for_a_broker(stack: Stack, lab: None) -> None:
+    """Without a broker a worker says after a while what it waits for, and is ready when one comes."""
+    stack.configure(STREAM)
+    worker = stack.start("ingest", ready=False)
+    worker.wait_for("waiting for the broker; start it with")
+    assert not worker.events("ready")
+    stack.start("broker")
+    worker.wait_for('"ready"')
+    with BusEnds(stack.bus) as bus, sender() as sock:
+        subscriber = follow(bus)
+        sock.send(b"Hello")
+        assert take_datagrams(subscriber, 1)[0][2] == b"Hello"
+
+
+def test_stream_nobody_wants_is_counted(stack: Stack, bus: BusEnds) -> None:
+    """Without a subscriber nothing is published, and what is dropped for that is counted, datagrams and messages."""
+    stack.start("ingest")
+    with sender() as sock, connect() as connection:
+        for _ in range(5):
+            sock.send(b"xyz")
+            sock.recv(100)
+        connection.sendall(b"xyz\n" * 2)
+    found = accounts_when(bus, "ingest.1", lambda accounts: accounts["stream/messages"]["received"] == 7)[
+        "stream/messages"
+    ]
+    assert found["dropped_no_subscriber"] == 7
+    assert found["bytes"] == 21
+    assert found.get("published", 0) == 0
+
+
+def test_what_the_kernel_drops_is_counted(stack: Stack, bus: BusEnds) -> None:
+    """Beyond a receive buffer that is full the kernel drops, and its count completes ours."""
+    stack.configure(STREAM + "receive_buffer = 4096\n")
+    worker = stack.start("ingest")
+    freeze(worker)
+    with sender() as sock:
+        for _ in range(100):
+            sock.send(bytes(1000))
+    worker.process.send_signal(signal.SIGCONT)
+
+    def complete(accounts: Accounts) -> bool:
+        account = accounts["stream/messages"]
+        return account.get("received", 0) + account["kernel_dropped"] == 100
+
+    assert accounts_when(bus, "ingest.1", complete)["stream/messages"]["kernel_dropped"] > 0
+
+
+def test_full_bus_drops_and_counts(stack: Stack) -> None:
+    """While the broker does not read, datagrams beyond the high-water mark are dropped and counted; then it goes on."""
+    stack.configure("high_water_mark = 2\n" + STREAM)  # [bus] comes first in the file
+    for name in ("broker", "ingest"):
+        stack.start(name)
+    with BusEnds(stack.bus) as bus, sender() as sock:
+        subscriber = follow(bus)
+        freeze(stack["broker"])
+        for _ in range(60):
+            sock.send(bytes(60_000))
+            sock.recv(100)
+        stack["broker"].process.send_signal(signal.SIGCONT)
+        found = accounts_when(bus, "ingest.1", lambda accounts: accounts["stream/messages"]["received"] == 60)
+        published = found["stream/messages"]["published"]
+        assert found["stream/messages"]["dropped_bus_full"] == 60 - published > 0
+        assert len(take_datagrams(subscriber, published)) == published
+
+
+def test_worker_drains_under_load(stack: Stack, bus: BusEnds) -> None:
+    """SIGTERM under load: exit 0, all that was received is published or counted, and nothing of it is left open."""
+    stack.configure(STREAM)
+    worker = stack.start("ingest")
+    subscriber, continuity = follow(bus), Continuity()
+    taken = 0
+
+    def receive() -> int:
+        nonlocal taken
+        while message := subscriber.receive():
+            assert message.batch is not None
+            continuity.observe(message.topic, message.envelope, len(message.batch))
+            taken += len(message.batch)
+        return taken
+
+    with under_load():
+        wait_until(lambda: receive() > 2000, "load flows")
+        worker.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: (receive(), worker.process.poll() is not None)[1], "the worker ends")
+    assert worker.process.returncode == 0
+    (drained,) = worker.events("drained")
+    account = drained["stream/messages"]
+    assert list(discrepancies({"stream/messages": account})) == []
+    (position,) = continuity.positions.values()
+    wait_until(
+        lambda: (receive(), position.reached >= account["published"])[1], "everything published is accounted for"
+    )
+    assert position.reached == account["published"]
+    assert position.taken == taken
+    for kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM):
+        with socket.socket(socket.AF_INET, kind) as successor:
+            successor.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, kind == socket.SOCK_STREAM)
+            successor.bind(("127.0.0.1", PORT))
+
+
+@contextmanager
+def under_load() -> Iterator[None]:
+    """Datagrams keep coming, as fast as a thread can send them."""
+    ended = threading.Event()
+
+    def flood() -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            while not ended.is_set():
+                for _ in range(20):
+                    sock.sendto(b"x" * 100, ("127.0.0.1", PORT))
+                time.sleep(0.001)
+
+    thread = threading.Thread(target=flood)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def test_queue_of_the_kernel_is_drained(stack: Stack, bus: BusEnds) -> None:
+    """What the kernel has queued when SIGTERM comes is published, all of it, though it is several batches."""
+    worker = stack.start("ingest")
+    subscriber = follow(bus)
+    freeze(worker)
+    with sender() as sock:
+        for number in range(1000):
+            sock.send(b"%d" % number)
+    worker.process.send_signal(signal.SIGTERM)
+    worker.process.send_signal(signal.SIGCONT)
+    payloads = [payload for _, _, payload in take_datagrams(subscriber, 1000)]
+    assert payloads == [b"%d" % number for number in range(1000)]
+    assert worker.process.wait(6) == 0
+
+
+def test_open_connection_is_drained(stack: Stack, bus: BusEnds) -> None:
+    """On SIGTERM all that has come on an open connection is published, but a message that has no end is cut off."""
+    worker = stack.start("ingest")
+    subscriber = follow(bus)
+    with connect() as connection:
+        connection.sendall(b"first\n")
+        take_datagrams(subscriber, 1)
+        lines = [b"%d" % number * 20 for number in range(20_000)]
+        connection.sendall(b"\n".join([*lines, b"half a mess"]))
+        assert worker.stop(signal.SIGTERM) == 0
+        assert [payload for _, _, payload in take_datagrams(subscriber, len(lines))] == lines
+    assert worker.events("drained")[0]["stream/messages"]["dropped_cut_off"] == 1
+
+
+def test_restarted_worker_is_another_origin(stack: Stack, bus: BusEnds) -> None:
+    """After SIGKILL a worker begins its count again under a new boot id, and its senders are served again."""
+    worker = stack.start("ingest")
+    subscriber = bus.subscriber(ALL)
+    first = take(subscriber).envelope
+    with sender() as sock:
+        sock.send(b"x")
+    take_datagrams(subscriber, 1)
+    worker.stop(signal.SIGKILL)
+    restarted = stack.start("ingest")
+    with sender() as sock:
+        sock.send(b"y")
+        assert sock.recv(100) == REPLY
+    message = take(subscriber)
+    while message.batch is None or not len(message.batch):
+        message = take(subscriber)
+    assert message.envelope.total == 0
+    assert message.envelope.boot != first.boot
+    assert restarted.stop(signal.SIGTERM) == 0

@@ -1,0 +1,168 @@
+import json
+import signal
+import sys
+from importlib.metadata import version
+
+import pytest
+
+from shared.lifecycle import worker_name
+from tests.stack import Running, Stack, wait_until
+
+SERVICE = """
+import argparse, sys, time
+from shared.lifecycle import Lifecycle, OperatorError, log, run, service_parser
+from shared.settings import Settings
+
+def serve(arguments: argparse.Namespace, settings: Settings, lifecycle: Lifecycle) -> None:
+    if arguments.fail:
+        raise OperatorError(73, "the disk is full; delete something")
+    if arguments.bug:
+        raise RuntimeError("ours")
+    log.info("ready", woken=select(lifecycle, 0))
+    while not lifecycle.draining:
+        select(lifecycle, 60)
+    log.info("draining", woken=select(lifecycle, 0))
+    time.sleep(arguments.drain)
+
+def select(lifecycle: Lifecycle, seconds: float) -> bool:
+    import select
+    return bool(select.select([lifecycle], [], [], seconds)[0])
+
+parser = service_parser("tested", "A service for the tests.")
+parser.add_argument("--drain", type=float, default=0)
+parser.add_argument("--fail", action="store_true")
+parser.add_argument("--bug", action="store_true")
+sys.exit(run(serve, parser.parse_args()))
+"""
+
+
+def start(stack: Stack, *arguments: str, **environment: str) -> Running:
+    """Start a service that does nothing but live."""
+    return stack.spawn("tested", [sys.executable, "-c", SERVICE, *arguments], **environment)
+
+
+def ended(stack: Stack, *arguments: str, **environment: str) -> tuple[int, str]:
+    """Run it to its end; return its exit code and all it printed."""
+    running = start(stack, *arguments, **environment)
+    return running.process.wait(20), running.text
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_first_signal_drains(stack: Stack, number: signal.Signals) -> None:
+    """The first signal wakes a loop that is blocked in poll, which drains and exits with 0."""
+    running = start(stack)
+    running.wait_for("ready")
+    assert running.stop(number) == 0
+    assert not running.events("ready")[0]["woken"]
+    assert running.events("draining")[0]["woken"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_second_signal_has_its_default_action(stack: Stack, number: signal.Signals) -> None:
+    """The same signal again ends a drain at once."""
+    running = start(stack, "--drain", "60")
+    running.wait_for("ready")
+    running.process.send_signal(number)
+    running.wait_for("draining")
+    assert running.stop(number) == -number
+
+
+def test_other_signal_does_not_cut_a_drain_short(stack: Stack) -> None:
+    """Ctrl-C under honcho sends SIGINT and then SIGTERM: together they are still the first signal of each kind."""
+    running = start(stack, "--drain", "0.3")
+    running.wait_for("ready")
+    running.process.send_signal(signal.SIGINT)
+    running.wait_for("draining")
+    assert running.stop(signal.SIGTERM) == 0
+
+
+def test_version_is_the_releases(stack: Stack) -> None:
+    """`--version` prints one line and exits with 0."""
+    assert ended(stack, "--version") == (0, f"fanwire {version('fanwire')}\n")
+
+
+@pytest.mark.parametrize("arguments", [["--colour"], ["surplus"], ["--config"], ["--drain", "long"]])
+def test_wrong_usage_exits_64(stack: Stack, arguments: list[str]) -> None:
+    """Wrong arguments end with usage, what is wrong, and EX_USAGE."""
+    code, text = ended(stack, *arguments)
+    assert code == 64
+    assert text.startswith("usage: fanwire tested")
+    assert "\nfanwire tested: " in text
+
+
+def test_what_the_operator_can_mend_is_one_line(stack: Stack) -> None:
+    """An OperatorError ends with its exit code and one log line, without a traceback."""
+    code, text = ended(stack, "--fail")
+    assert code == 73
+    (line,) = text.splitlines()
+    assert json.loads(line)["event"] == "the disk is full; delete something"
+    assert json.loads(line)["level"] == "error"
+
+
+def test_bug_shows(stack: Stack) -> None:
+    """Any other exception is ours: its traceback is shown and the process fails."""
+    code, text = ended(stack, "--bug")
+    assert code == 1
+    assert "RuntimeError: ours" in text
+    assert "Traceback" in text
+
+
+def test_bad_settings_exit_78(stack: Stack) -> None:
+    """Settings that can't be used end with EX_CONFIG and one line that names file and key."""
+    stack.configure("[ingest]\nfill_ms = true\n")
+    code, text = ended(stack)
+    assert code == 78
+    assert text.startswith(f"{stack.directory}/fanwire.toml: ingest.fill_ms: Expected `float`")
+    assert len(text.splitlines()) == 1
+
+
+def test_config_argument_names_the_file(stack: Stack) -> None:
+    """`--config` goes before FANWIRE_CONFIG, and the environment before both."""
+    other = stack.directory / "other.toml"
+    other.write_text("colour = 1\n")
+    assert ended(stack, "--config", str(other))[0] == 78
+    code, text = ended(stack, FANWIRE_BUS__HIGH_WATER_MARK="0")
+    assert (code, text.partition(":")[0]) == (78, "FANWIRE_BUS__HIGH_WATER_MARK")
+
+
+@pytest.mark.parametrize("service", ["ingest", "forwarder", "broker"])
+def test_every_service_knows_version_and_usage(stack: Stack, service: str) -> None:
+    """Each service answers `--version`, and wrong usage with 64."""
+    running = stack.spawn(service, [sys.executable, "-m", f"services.{service}", "--version"])
+    wrong = stack.spawn(service, [sys.executable, "-m", f"services.{service}", "--colour"])
+    assert running.process.wait(20) == 0
+    assert running.text.startswith("fanwire ")
+    assert wrong.process.wait(20) == 64
+    assert wrong.text.startswith(f"usage: fanwire {service}")
+
+
+def test_service_manager_is_told_when_ready(stack: Stack) -> None:
+    """A service started with NOTIFY_SOCKET says READY=1 there, once it can serve."""
+    import socket
+
+    path = str(stack.directory / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(path)
+        manager.settimeout(20)
+        stack.spawn("broker", [sys.executable, "-m", "services.broker"], NOTIFY_SOCKET=path)
+        assert manager.recv(100) == b"READY=1"
+        wait_until(lambda: stack["broker"].events("ready"), "the broker logs that it is ready")
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ("ingest.2", "ingest.2"),
+        ("ingest.12", "ingest.12"),
+        ("", "ingest.1"),
+        ("web.2", "ingest.1"),
+        ("ingest", "ingest.1"),
+        ("ingest.", "ingest.1"),
+        ("ingest.x", "ingest.1"),
+        ("my.ingest.2", "ingest.1"),
+    ],
+)
+def test_worker_is_named_as_honcho_numbers_it(monkeypatch: pytest.MonkeyPatch, given: str, name: str) -> None:
+    """HONCHO_PROCESS_NAME names the worker when it is one of this service, else it is the first."""
+    monkeypatch.setenv("HONCHO_PROCESS_NAME", given)
+    assert worker_name("ingest") == name
