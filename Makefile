@@ -7,7 +7,8 @@ export PATH := $(BIN):$(PATH)
 .PHONY: run test lint soak bench clean
 
 run: $(VENV)/installed
-	@fanwire ready --hint & exec honcho start
+	@trap : INT TERM; fanwire ready --hint & hint=$$!; honcho start; code=$$?; \
+	  kill $$hint 2>/dev/null; wait $$hint 2>/dev/null; exit $$code
 
 test: lint
 	pytest -m 'not soak'

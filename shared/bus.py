@@ -271,7 +271,8 @@ def check_directory(directory: Path) -> None:
     except FileNotFoundError:
         prepare_directory(directory)
         return
-    trusted = found.st_uid in (0, os.geteuid()) or (found.st_mode & 0o050 and found.st_gid in os.getgroups())
+    our_group = found.st_gid in (os.getegid(), *os.getgroups())  # the first need not be among the others
+    trusted = found.st_uid in (0, os.geteuid()) or (found.st_mode & 0o050 and our_group)
     if not stat.S_ISDIR(found.st_mode) or not trusted or found.st_mode & 0o002:
         raise _not_ours(directory)
 

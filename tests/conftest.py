@@ -8,8 +8,13 @@ from collections.abc import Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
 
 from tests.stack import Stack  # noqa: E402
+
+# A busy machine is no reason to fail: examples may take as long as they take.
+settings.register_profile("fanwire", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("fanwire")
 
 
 @pytest.fixture

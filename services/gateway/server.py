@@ -92,8 +92,8 @@ class _Server:
             (self.subscriber, self._announcer.take_replies),
         ):
             loop.add_reader(source.fileno(), act)
-        servers = [
-            await loop.create_server(lambda: Connection(self._connections), sock=listener, backlog=BACKLOG)
+        servers = [  # on duplicates, which the loop closes: ours tell their paths until they are removed
+            await loop.create_server(lambda: Connection(self._connections), sock=listener.dup(), backlog=BACKLOG)
             for listener in sockets
         ]
         await self._tick_until(stopped)

@@ -3,7 +3,7 @@ import ipaddress
 import socket
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import shared.addresses
@@ -26,7 +26,6 @@ def test_examples_in_the_docstrings_hold() -> None:
     assert failed == 0
 
 
-@settings(deadline=None)
 @given(st.ip_addresses())
 def test_packed_address_comes_back(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> None:
     """An address is 16 bytes on the bus and comes back as it was; a mapped one comes back as IPv4."""
@@ -106,7 +105,6 @@ def test_wrong_endpoint_says_what_was_expected(text: str, expected: str) -> None
         parse_endpoint(text, SCHEMES)
 
 
-@settings(deadline=None)
 @given(st.text() | st.tuples(st.sampled_from(SCHEMES), st.text()).map("://".join))
 def test_any_endpoint_comes_back_or_is_refused(text: str) -> None:
     """Whatever the text, it is refused by ValueError, or read and then written as something that reads the same."""

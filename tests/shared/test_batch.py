@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.batch import MAX_DATAGRAM, MAX_ROWS, ROW, DatagramBatch, make_rows
@@ -15,7 +15,6 @@ def batch_of(lengths: list[int], size: int) -> DatagramBatch:
     return DatagramBatch("messages", 0, rows, bytes(size))
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.ip_addresses(v=4) | st.ip_addresses(v=6), st.integers(0, 65535), st.binary(max_size=40))),
     st.booleans(),

@@ -15,6 +15,7 @@ from shared.bus import (
     Requests,
     Subscriber,
     broker_is_up,
+    check_directory,
     prepare_directory,
     publish_endpoint,
 )
@@ -417,3 +418,41 @@ def test_something_else_in_the_way_is_refused(tmp_path: Path) -> None:
         for name in ("file", "socket"):
             with pytest.raises(FileExistsError):
                 prepare_directory(tmp_path / name)
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o750, 0o755])
+def test_own_directory_is_trusted(tmp_path: Path, mode: int) -> None:
+    """A bus directory of this user is used as it is found, and one that is missing is made."""
+    directory = tmp_path / "bus"
+    directory.mkdir()
+    directory.chmod(mode)
+    check_directory(directory)
+    assert directory.stat().st_mode & 0o777 == mode
+    check_directory(tmp_path / "new")
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o700
+
+
+def test_directory_anybody_may_write_to_is_not_trusted(tmp_path: Path) -> None:
+    """Where anybody could put a socket of theirs, behind a link, or where no directory is, no broker is trusted."""
+    (tmp_path / "wide").mkdir()
+    (tmp_path / "wide").chmod(0o777)
+    (tmp_path / "link").symlink_to(tmp_path)
+    (tmp_path / "file").write_text("")
+    for name in ("wide", "link", "file"):
+        with pytest.raises(PermissionError, match="somebody else's"):
+            check_directory(tmp_path / name)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory away")
+def test_somebody_elses_directory_is_trusted_by_its_group_alone(tmp_path: Path) -> None:
+    """A directory that another user made is trusted when it is open to a group of ours, else not."""
+    directory = tmp_path / "bus"
+    directory.mkdir()
+    for group, mode, trusted in ((os.getgid(), 0o750, True), (os.getgid(), 0o700, False), (4711, 0o750, False)):
+        os.chown(directory, 4711, group)
+        directory.chmod(mode)
+        if trusted:
+            check_directory(directory)
+        else:
+            with pytest.raises(PermissionError, match="somebody else's"):
+                check_directory(directory)

@@ -1,7 +1,7 @@
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.continuity import MAX_POSITIONS, Continuity
+from shared.continuity import MAX_GAP, MAX_POSITIONS, Continuity
 from tests.builders import make_envelope
 
 TOPIC = "datagrams/messages/"
@@ -101,7 +101,6 @@ def test_made_up_senders_do_not_fill_memory() -> None:
     assert ("ingest.1", 10, TOPIC) in continuity.positions
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 256), st.sampled_from(["comes", "lost", "twice", "reports"]))))
 def test_taken_and_missed_are_all_that_was_published(history: list[tuple[int, str]]) -> None:
     """Whatever is lost or doubled of a sequence, taken and missed add up to published after reconcile."""
@@ -120,3 +119,14 @@ def test_taken_and_missed_are_all_that_was_published(history: list[tuple[int, st
     position = continuity.positions[ORIGIN]
     assert position.taken == came
     assert position.taken + position.missed == total == position.reached
+
+
+def test_gap_beyond_belief_begins_anew() -> None:
+    """A sender that claims more than anybody could have published is followed anew, and is owed nothing for it."""
+    continuity = Continuity()
+    continuity.observe(TOPIC, make_envelope(0, 0), 10)
+    assert continuity.reconcile(ORIGIN, 10 + MAX_GAP + 1) == 0
+    assert continuity.observe(TOPIC, make_envelope(1, 10 + MAX_GAP), 0) == MAX_GAP
+    assert continuity.observe(TOPIC, make_envelope(2, 11 + 2 * MAX_GAP), 5) == 0
+    assert continuity.positions[ORIGIN].baseline == 11 + 2 * MAX_GAP
+    assert continuity.positions[ORIGIN].missed == 0

@@ -1,11 +1,12 @@
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.ledger import (
     Accounts,
     discrepancies,
     dropped,
+    is_origin,
     new_accounts,
     parse_origin,
     unparse_origin,
@@ -93,10 +94,20 @@ def test_new_accounts_begin_at_zero() -> None:
 names = st.text("abcdefghijklmnopqrstuvwxyz0123456789._-", min_size=1)
 
 
-@settings(deadline=None)
 @given(names, st.integers(0, 2**62), names)
 def test_origin_name_comes_back(worker: str, boot: int, stream: str) -> None:
     """Worker, boot id and stream are read from the name that is written for them."""
     name = unparse_origin(worker, boot, stream)
     assert name.startswith("origin/")
     assert parse_origin(name) == (worker, boot, stream)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "origin/", "origin/ingest.1/2a", "origin/ingest.1/2A/x", "origin/a/b/c/d", "collector/a/1/x", "origin//1/x"],
+)
+def test_name_of_another_account_is_no_origin(name: str) -> None:
+    """A name that was not written for an origin is told apart, and ValueError names it."""
+    assert not is_origin(name)
+    with pytest.raises(ValueError, match="is not the name of an origin account"):
+        parse_origin(name)

@@ -166,3 +166,13 @@ def test_worker_is_named_as_honcho_numbers_it(monkeypatch: pytest.MonkeyPatch, g
     """HONCHO_PROCESS_NAME names the worker when it is one of this service, else it is the first."""
     monkeypatch.setenv("HONCHO_PROCESS_NAME", given)
     assert worker_name("ingest") == name
+
+
+def test_hangup_is_ignored(stack: Stack) -> None:
+    """SIGHUP, which is to mean reload one day, neither ends a service nor drains it."""
+    running = start(stack)
+    running.wait_for("ready")
+    for _ in range(2):
+        running.process.send_signal(signal.SIGHUP)
+    assert running.stop(signal.SIGTERM) == 0
+    assert len(running.events("draining")) == 1

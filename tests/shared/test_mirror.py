@@ -1,6 +1,6 @@
 from dataclasses import dataclass, field
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.mirror import RegistryMirror
@@ -158,7 +158,6 @@ class Played:
 steps = st.tuples(st.sampled_from(["change", "change", "snapshot", "restart"]), st.sampled_from("abcd"))
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(steps, st.integers(0, 3), st.sampled_from([True, True, True, False]))))
 def test_mirror_is_the_registry_or_knows_that_it_is_not(history: list[tuple[tuple[str, str], int, bool]]) -> None:
     """Whatever is lost, the mirror holds the registry of its revision, and one more snapshot makes it that of now."""
@@ -181,3 +180,16 @@ def test_mirror_is_the_registry_or_knows_that_it_is_not(history: list[tuple[tupl
     assert mirror.clients == gateway.clients
     assert mirror.revision == gateway.revision
     assert not mirror.stale
+
+
+def test_mirror_says_what_it_holds() -> None:
+    """A revision is held from the snapshot or change that brings it, of the gateway it belongs to, unless stale."""
+    mirror = RegistryMirror()
+    assert not mirror.holds(1, 0)
+    take(mirror, *snapshot(3, A))
+    assert [mirror.holds(1, revision) for revision in (2, 3, 4)] == [True, True, False]
+    assert not mirror.holds(2, 1)
+    take(mirror, RegistryChange(5, [B], []))
+    assert not mirror.holds(1, 3)
+    take(mirror, *snapshot(5, A, B))
+    assert mirror.holds(1, 5)

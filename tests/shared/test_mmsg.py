@@ -86,7 +86,7 @@ def test_rows_and_payload_are_what_was_sent(
     assert list(batch.datagrams()) == [(address, port, payload) for payload in payloads]
 
 
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.sampled_from([0, 1, 2, 1464, 9000]) | st.integers(0, 65507), min_size=1, max_size=20))
 def test_arena_is_good_for_any_sequence_of_sizes(lab: None, lengths: list[int]) -> None:
     """What an earlier call left in the arena never shows in a later one."""

@@ -72,7 +72,7 @@ def wants(client: Client, source: str) -> bool:
     return not client.prefixes or any(address in network for network in map(unmapped, client.prefixes))
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(registries, st.lists(batches, min_size=1, max_size=3))
 def test_rows_are_those_of_a_model_that_looks_at_each_datagram(
     registry: list[Client], several: list[DatagramBatch]
@@ -110,7 +110,7 @@ def check_counts(selection: Selection, size: int, wanted: int) -> None:
     assert min(selection.filtered, selection.shared_out, selection.sampled_out) >= 0
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(registries, st.lists(sources, min_size=1, max_size=20))
 def test_row_of_a_group_goes_to_one_member_that_wants_it(registry: list[Client], found: list[str]) -> None:
     """Each row goes to exactly one of the members that want it, every row of a source to the same, always."""
@@ -147,7 +147,7 @@ def shares(names: Iterable[str], found: list[str]) -> dict[str, str]:
 MANY = [f"192.0.{number // 256}.{number % 256}" for number in range(128)] + [f"2001:db8::{n:x}" for n in range(128)]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.sets(st.text("abcdef0123456789-", min_size=1, max_size=12), min_size=2, max_size=8), st.data())
 def test_member_that_leaves_moves_only_its_own_share(names: set[str], data: st.DataObject) -> None:
     """A source changes its member only when that member leaves; in the other direction, only to the one that joins."""
@@ -168,7 +168,7 @@ def test_group_shares_sources_about_evenly() -> None:
         assert all(even / 2 < taken[f"c{number}"] < even * 2 for number in range(count)), taken
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(1, 1000), st.lists(st.integers(0, 256), max_size=20))
 def test_one_in_n_over_many_batches(sample: int, sizes: list[int]) -> None:
     """However datagrams fall into batches, 1-in-N delivers exactly the first of every N, rounded up."""

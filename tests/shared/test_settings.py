@@ -260,7 +260,7 @@ collectors = st.builds(
 )
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.floats(0, 1),
     st.lists(streams, max_size=3, unique_by=lambda stream: stream.name),
@@ -299,7 +299,7 @@ lines = st.sampled_from(
 )
 
 
-@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.text() | st.lists(lines | st.text(max_size=12), max_size=12).map("\n".join))
 def test_arbitrary_text_raises_nothing_else(tmp_path: Path, text: str) -> None:
     """Whatever stands in the file, it is settings or refused in one line that names the file."""
@@ -310,7 +310,7 @@ def test_arbitrary_text_raises_nothing_else(tmp_path: Path, text: str) -> None:
     assert len(line.splitlines()) <= 1
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.sampled_from(["BUS__", "STREAM__SYSLOG__", "COLLECTOR__SIEM__", "", "STREAM", "INGEST__FILL_MS"]),
     st.text(st.characters(codec="utf-8", exclude_characters="\0=")),

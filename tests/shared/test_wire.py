@@ -257,7 +257,7 @@ def test_ten_megabytes_of_empty_maps_take_no_memory(kind: str) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.lists(st.binary(max_size=100), max_size=7))
 def test_arbitrary_parts_raise_nothing_else(parts: list[bytes]) -> None:
     """Arbitrary bytes in any number of parts are refused by WireError, with a cause that is counted."""
@@ -271,7 +271,7 @@ values = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.sampled_from(sorted(KINDS)), st.lists(values, max_size=7) | values, st.binary(max_size=60), st.binary())
 def test_arbitrary_bodies_raise_nothing_else(kind: str, body: object, rows: bytes, payload: bytes) -> None:
     """Any msgpack value as the body of any kind is taken or refused by WireError."""
@@ -280,7 +280,7 @@ def test_arbitrary_bodies_raise_nothing_else(kind: str, body: object, rows: byte
     assert cause_of([b"registry/", envelope, msgpack.packb(body), *arrays]) in {*CAUSES, ""}
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.sampled_from(sorted(KINDS)), st.data())
 def test_damaged_messages_raise_nothing_else(kind: str, data: st.DataObject) -> None:
     """A sound message with bytes flipped, parts lost, doubled or cut is taken or refused by WireError."""

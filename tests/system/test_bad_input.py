@@ -73,6 +73,7 @@ def test_ports_in_use_are_named(stack: Stack) -> None:
     stack.start("broker")
     with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as udp, closing(socket.socket()) as tcp:
         udp.bind(("127.0.0.1", 6667))
+        tcp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # others of this run have used it
         tcp.bind(("127.0.0.1", 5000))
         tcp.listen()
         for name, endpoint in (("ingest", "udp://localhost:6667"), ("gateway", "127.0.0.1:5000")):

@@ -153,6 +153,17 @@ def test_closed_port_is_refused_and_accounted_for(opened: ExitStack) -> None:
     assert "refusals" not in accounts["collector/live"]
 
 
+def test_closed_port_costs_two_sends_a_batch(opened: ExitStack) -> None:
+    """The kernel tells of a closed port by taking fewer messages, without an error: the rest is dropped."""
+    payloads = [b"x" * (number + 1) for number in range(100)]  # ascending, so that no two go together
+    for segmentation in (True, False):
+        sent = Sent(opened, make_client("dead", closed_port(opened)), segmentation=segmentation)
+        dead = sent.send(make_batch(payloads))["collector/dead"]
+        assert dead["dropped_refused"] >= 97
+        assert dead["delivered"] + dead["dropped_refused"] == 100
+        assert dead["refusals"] >= 1
+
+
 def test_one_refusal_is_forgiven_and_a_second_drops_the_rest(opened: ExitStack, kernel: Kernel) -> None:
     """One refusal may be of an earlier batch; a second one in the same batch drops what is left of it."""
     collector = listen(opened)

@@ -52,7 +52,7 @@ def cut(data: bytes, segment: int) -> list[bytes]:
     return [data[at : at + segment] for at in range(0, len(data), segment)] if segment else [data]
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(lengths_of_batches, largest_segments, st.data())
 def test_sends_are_exactly_the_selected_rows(lengths: list[int], largest_segment: int, data: st.DataObject) -> None:
     """Read back from memory, the sends hold the selected rows in order, and obey every limit of a segmented send."""

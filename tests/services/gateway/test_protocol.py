@@ -3,7 +3,7 @@ import json
 from collections.abc import Iterable
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from services.gateway.protocol import (
@@ -71,7 +71,6 @@ lines = st.one_of(
 )
 
 
-@settings(deadline=None)
 @given(st.lists(lines, max_size=8), st.lists(st.integers(min_value=0), max_size=8))
 def test_splits_change_nothing(parts: list[bytes], places: list[int]) -> None:
     """JSON lines decode to the same requests and refusals however they are cut into reads."""
@@ -79,7 +78,6 @@ def test_splits_change_nothing(parts: list[bytes], places: list[int]) -> None:
     assert take(cut(data, places)) == take([data])
 
 
-@settings(deadline=None)
 @given(st.lists(st.binary(min_size=1)))
 def test_nothing_but_a_refusal_is_raised(reads: list[bytes]) -> None:
     """Whatever the bytes and the reads, a decoder returns requests or refuses, and refuses in known words."""

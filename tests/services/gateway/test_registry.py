@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from services.gateway.names_list import BLOCK, NamesList
@@ -181,7 +181,6 @@ def follow(changes: list[RegistryChange]) -> dict[str, Client]:
 steps = st.tuples(st.sampled_from(["join", "release", "expire", "commit"]), st.integers(0, 6), st.integers(0, 3))
 
 
-@settings(deadline=None)
 @given(st.lists(steps, max_size=60))
 def test_changes_lead_to_the_registry(actions: list[tuple[str, int, int]]) -> None:
     """Whatever happens, all changes one after the other give exactly the registry, and so does the rendered list."""

@@ -128,7 +128,7 @@ def split(stream: bytes, at: list[int]) -> list[bytes]:
     return [stream[start:stop] for start, stop in pairwise(edges)]
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.lists(frames, max_size=8), st.lists(st.integers(0, 300), max_size=12))
 def test_messages_are_those_that_were_framed(framed: list[tuple[bytes, bytes]], at: list[int]) -> None:
     """Messages under any mix of framings, split anywhere, come out as they were."""
@@ -141,7 +141,7 @@ fragments = st.sampled_from(
 )
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.lists(fragments | st.binary(max_size=5), max_size=20).map(b"".join), st.lists(st.integers(0, 100)))
 def test_however_it_is_split_it_is_the_same(stream: bytes, at: list[int]) -> None:
     """Arbitrary bytes never raise, and how they are split into reads changes nothing."""
@@ -150,7 +150,7 @@ def test_however_it_is_split_it_is_the_same(stream: bytes, at: list[int]) -> Non
     assert all(0 < len(message) <= MAX_DATAGRAM for message in outcome[0])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.lists(st.tuples(st.sampled_from([0, 1, 65500, 65506, 65507, 65508, 65520]), st.booleans()), max_size=4),
     st.lists(st.integers(0, 200_000), max_size=6),

@@ -9,7 +9,7 @@ from shared.mmsg import SLOT
 sizes = st.sampled_from([0, 0, 1, 1464, 32_768, MAX_DATAGRAM - 1, MAX_DATAGRAM, MAX_DATAGRAM + 1, SLOT])
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.lists(st.tuples(sizes | st.integers(0, SLOT), st.integers(1, 20)), min_size=1, max_size=20))
 def test_cuts_cover_every_datagram_once(runs: list[tuple[int, int]]) -> None:
     """The stretches hold all datagrams that fit one, in order, once; each fits a message, and none could be longer."""

@@ -1,15 +1,17 @@
 import signal
 import socket
 import struct
+import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
 from services.broker.proxy import Proxy
+from services.ingest.connections import SPARE_DESCRIPTORS
 from shared.addresses import LOCAL_SENDER, unpack_address
 from shared.batch import MAX_DATAGRAM
 from shared.bus import Subscriber
@@ -524,3 +526,64 @@ def test_restarted_worker_is_another_origin(stack: Stack, bus: BusEnds) -> None:
     assert message.envelope.total == 0
     assert message.envelope.boot != first.boot
     assert restarted.stop(signal.SIGTERM) == 0
+
+
+def test_two_streams_cannot_share_an_address(stack: Stack, lab: None) -> None:
+    """The kernel would deal datagrams out between two streams on one address: the start is refused in one line."""
+    both = "".join(f'[[stream]]\nname = "{name}"\nlisten = ["udp://127.0.0.1:6667"]\n' for name in "ab")
+    code, said = refusal(stack, both)
+    assert code == 78
+    assert "stream b: udp://127.0.0.1:6667 is listened on already" in said
+
+
+def test_running_out_of_descriptors_costs_nobody_else(stack: Stack, bus: BusEnds) -> None:
+    """With few descriptors to be had, connections beyond them are refused and counted; datagrams go on."""
+    command = ["prlimit", "--nofile=160:160", sys.executable, "-m", "services.ingest"]
+    stack.spawn("few", command, HONCHO_PROCESS_NAME="ingest.1").wait_for('"event": "ready"')
+    subscriber = follow(bus)
+    with ExitStack() as opened:
+        for _ in range(80):
+            opened.enter_context(connect())
+        with sender() as sock:
+            sock.send(b"still here")
+            assert sock.recv(100) == REPLY
+        assert take_datagrams(subscriber, 1)[0][2] == b"still here"
+        accounts = accounts_when(bus, "ingest.1", lambda found: "connections_refused" in found["stream/messages"])
+        assert accounts["stream/messages"]["connections_refused"] == 80 - (160 - SPARE_DESCRIPTORS)
+
+
+def test_what_comes_while_draining_is_counted(stack: Stack, bus: BusEnds) -> None:
+    """From SIGTERM on the kernel refuses, and counts, what arrives: a light stream loses nothing beside a flood."""
+    light = '[[stream]]\nname = "light"\nlisten = ["udp://127.0.0.1:6668"]\n'
+    stack.configure(STREAM + light)
+    worker = stack.start("ingest")
+    follow(bus, "light")
+    follow(bus)
+    sent = 0
+    with under_load(), sender(port=6668) as sock:
+        for number in range(10_000):
+            if number == 200:
+                worker.process.send_signal(signal.SIGTERM)
+            try:
+                sock.send(b"light")
+            except ConnectionRefusedError:  # the answer to the one before, which found nobody
+                sent -= 1
+                break
+            sent += 1
+            time.sleep(0.0005)
+    assert worker.process.wait(10) == 0
+    account = worker.events("drained")[0]["stream/light"]
+    assert account["received"] + account["kernel_dropped"] == sent
+    assert account["received"] == account["published"] >= 200
+
+
+def test_datagram_longer_than_ipv4_carries_is_oversized(stack: Stack, bus: BusEnds) -> None:
+    """UDP over IPv6 can bring 20 bytes more than a copy over IPv4 could carry: such are counted and dropped."""
+    stack.start("ingest")
+    subscriber = follow(bus)
+    with sender("::1") as sock:
+        for payload in (b"before", bytes(MAX_DATAGRAM + 1), bytes(MAX_DATAGRAM + 20), b"after"):
+            sock.send(payload)
+    assert [payload for _, _, payload in take_datagrams(subscriber, 2)] == [b"before", b"after"]
+    found = accounts_when(bus, "ingest.1", lambda accounts: accounts["stream/messages"]["received"] == 4)
+    assert found["stream/messages"]["dropped_oversized"] == 2
