@@ -63,8 +63,10 @@ def configure(sock: zmq.Socket[bytes], high_water_mark: int) -> zmq.Socket[bytes
     """Set the options that every socket of the bus has, the broker's included; return the socket."""
     sock.set(zmq.LINGER, LINGER_MS)
     sock.set(zmq.MAXMSGSIZE, MAX_MESSAGE)
-    sock.set(zmq.SNDHWM, high_water_mark)
-    sock.set(zmq.RCVHWM, high_water_mark)
+    # The mark is for messages; what goes the other way are subscriptions, which must not be lost: nobody repeats them.
+    messages, subscriptions = (zmq.SNDHWM, zmq.RCVHWM) if sock.type == zmq.XPUB else (zmq.RCVHWM, zmq.SNDHWM)
+    sock.set(messages, high_water_mark)
+    sock.set(subscriptions, SUBSCRIPTIONS_MAX)
     sock.set(zmq.RECONNECT_IVL, 50)
     sock.set(zmq.RECONNECT_IVL_MAX, 500)
     return sock

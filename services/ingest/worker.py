@@ -159,6 +159,9 @@ class Worker:
         for receiver in self._receivers:
             while receiver.receive()[0] and time.monotonic() < deadline:
                 pass
+            receiver.count_kernel_drops()
+            receiver.close()  # at once: what comes between the count and here is in no account
+        self._receivers = []
         self._connections.close(deadline)
         self._report()
         log.info("drained", service=self._name, **{name: dict(each) for name, each in self._accounts.items()})

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import msgpack  # type: ignore[import-untyped]
+import msgpack
 import pytest
 import zmq
 
@@ -456,3 +456,13 @@ def test_somebody_elses_directory_is_trusted_by_its_group_alone(tmp_path: Path) 
         else:
             with pytest.raises(PermissionError, match="somebody else's"):
                 check_directory(directory)
+
+
+def test_burst_of_subscriptions_arrives_whole(stack: Stack) -> None:
+    """Far more subscriptions at once than the mark for messages all reach a publisher: nobody repeats them."""
+    stack.start("broker")
+    topics = [f"datagrams/s{number}/" for number in range(2000)]
+    with BusEnds(stack.bus) as bus:
+        publisher = bus.publisher()
+        bus.subscriber(*topics)
+        wait_until(lambda: (publisher.new_subscriptions(), all(map(publisher.wanted, topics)))[1], "all are wanted")

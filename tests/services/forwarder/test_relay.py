@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any, Self
 
-import msgpack  # type: ignore[import-untyped]
+import msgpack
 import pytest
 
 from services.broker.proxy import Proxy
