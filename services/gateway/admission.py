@@ -86,7 +86,8 @@ class Admission:
 def _check_source(source: Source) -> None:
     if source == "original":
         raise RequestError(
-            "no_transmitter", 'copies with the exporter\'s address need a transmitter; use source "relay"'
+            "no_transmitter",
+            'this version has no transmitter for copies with the exporter\'s address; use source "relay"',
         )
 
 

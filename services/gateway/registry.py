@@ -245,5 +245,6 @@ def _check_replaceable(present: Entry, visitor: Visitor, origin: Origin, take_ov
     if take_over and present.visitor.address == visitor.address:
         return
     raise RequestError(
-        "name_taken", f"{name!r} is signed up; choose another name, or take_over from the address it came from"
+        "name_taken",
+        f"{name!r} is signed up; choose another name, or register with take_over from the address it came from",
     )

@@ -4,17 +4,21 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-WIDTH_ELSEWHERE: Final = 250
-"""Columns where there is no terminal to fit into: a pipe to grep wants whole lines."""
+WIDTH: Final = 250
+"""Columns a table may take. A narrower terminal wraps lines, which can still be searched; folded cells can't."""
 PLAIN_ABOVE: Final = 1000
 """Rows: rich takes half a millisecond for each, and nobody looks at more than so many in a box."""
 
 
 def print_table(title: str, columns: Sequence[str], table_rows: Iterable[Sequence[str | int | None]]) -> None:
-    """Print rows under a title; numbers are set flush right, None is left empty. Very many go out tab-separated."""
-    rows = [["" if cell is None else cell for cell in row] for row in table_rows]
+    """Print rows under a title, numbers flush right, empty columns left out. Very many rows go out tab-separated."""
+    cells = [["" if cell is None else cell for cell in row] for row in table_rows]
+    told = [number for number in range(len(columns)) if not cells or any(row[number] != "" for row in cells)]
+    columns = [columns[number] for number in told]
+    rows = [[row[number] for number in told] for row in cells]
     if len(rows) > PLAIN_ABOVE:
-        sys.stdout.writelines("\t".join(map(str, row)) + "\n" for row in [columns, *rows])
+        lines: list[list[str]] = [columns, *([str(cell) for cell in row] for row in rows)]
+        sys.stdout.writelines("\t".join(line) + "\n" for line in lines)
         return
     from rich import box
     from rich.console import Console
@@ -29,7 +33,7 @@ def print_table(title: str, columns: Sequence[str], table_rows: Iterable[Sequenc
         table.add_row(*(
             Text(str(cell), justify="right" if isinstance(cell, int) else "left") for cell in row
         ))  # fmt: skip
-    console = Console(width=None if sys.stdout.isatty() else WIDTH_ELSEWHERE)
+    console = Console(width=WIDTH)
     # rich would answer a closed pipe with exit code 1, so it only renders.
     with console.capture() as capture:
         console.print(table)
