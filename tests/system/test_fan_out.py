@@ -16,7 +16,7 @@ IN_FLIGHT_SHARE = 3
 
 def need(program: str) -> str:
     """Path of a program, or skip by name."""
-    path = shutil.which(program)
+    path = shutil.which(program) or shutil.which(program, path="/usr/sbin:/sbin")
     if path is None:
         pytest.skip(f"{program} is not installed")
     return path
