@@ -12,9 +12,9 @@ import numpy.typing as npt
 
 from shared.batch import MAX_DATAGRAM
 from shared.mmsg import ReceiveArena
+from shared.sockets import enlarge_receive_buffer
 from tests.stack import Stack, wait_until
 
-SO_RCVBUFFORCE = 33
 RECEIVED, WRONG, READY = range(3)
 _block = random.Random(11).randbytes(2 * MAX_DATAGRAM)
 
@@ -30,10 +30,7 @@ def payload(exporter: int, number: int, largest: int = MAX_DATAGRAM) -> bytes:
 def open_receiver(address: str, port: int, wanted: int = 1 << 26) -> tuple[socket.socket, int]:
     """A UDP socket with the largest buffer this user can have; return it and the buffer's bytes."""
     sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, wanted)
-    except PermissionError:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, wanted)
+    enlarge_receive_buffer(sock, wanted)
     sock.bind((address, port))
     return sock, sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
 

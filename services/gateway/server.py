@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import errno
-import resource
 import socket
 import time
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from services.gateway.protocol import RequestError
 from services.gateway.registry import Origin, Registry, Visitor
 from shared.bus import Publisher, Subscriber, new_context
 from shared.ledger import Accounts
-from shared.lifecycle import BAD_SETTINGS, Lifecycle, OperatorError, Readiness, worker_name
+from shared.lifecycle import BAD_SETTINGS, Lifecycle, OperatorError, Readiness, descriptor_limit, worker_name
 from shared.settings import Settings
 
 TICK_SECONDS: Final = 0.25
@@ -83,7 +82,7 @@ class _Server:
             self.publisher, self.subscriber, self.registry, self.settings.gateway.serve_seconds, loop.call_later
         )
         self._desk = Desk(self.settings, self.registry, self.admission, self._announcer, _boot_time)
-        limit = min(self.settings.gateway.max_connections, _descriptors() - SPARE_DESCRIPTORS)
+        limit = min(self.settings.gateway.max_connections, descriptor_limit() - SPARE_DESCRIPTORS)
         self._connections = Connections(self._desk, self.settings.gateway, limit)
         stopped = asyncio.Event()
         for source, act in (
@@ -132,8 +131,3 @@ class _Server:
         if now - self._troubled_at >= 1.0:
             self._troubled_at = now
             log.error(context["message"], reason=repr(error), exc_info=None if isinstance(error, OSError) else error)
-
-
-def _descriptors() -> int:
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return soft if soft != resource.RLIM_INFINITY else 1 << 20

@@ -1,7 +1,6 @@
 """TCP: connections that bring messages, bounded in number, size, idle time, and in the time they may take of a turn."""
 
 import errno
-import resource
 import selectors
 import socket
 import time
@@ -14,6 +13,7 @@ from services.ingest.framing import Framing
 from shared.addresses import pack_address
 from shared.batch import MAX_PAYLOAD, MAX_ROWS, make_rows
 from shared.ledger import CONNECTIONS_EXPIRED, CONNECTIONS_REFUSED, CUT_OFF, RECEIVED
+from shared.lifecycle import descriptor_limit
 from shared.settings import Ingest
 
 READ_SIZE: Final = 16_384
@@ -86,8 +86,7 @@ class Connections:
     def __init__(self, selector: selectors.BaseSelector, limits: Ingest) -> None:
         self._selector = selector
         self._idle_seconds = limits.tcp_idle_seconds
-        descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self._limit = max(1, min(limits.tcp_connections, descriptors - SPARE_DESCRIPTORS))
+        self._limit = max(1, min(limits.tcp_connections, descriptor_limit() - SPARE_DESCRIPTORS))
         self._listeners: list[tuple[socket.socket, StreamFeed]] = []
         self._paused: list[tuple[socket.socket, StreamFeed]] = []
         self._open: set[Connection] = set()

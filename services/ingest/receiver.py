@@ -43,11 +43,11 @@ class DatagramReceiver:
         received_ns = time.time_ns()
         lengths = arena.lengths(count)
         size = int(lengths.sum())
-        oversized = lengths > MAX_DATAGRAM
-        refused = int(np.count_nonzero(oversized))
+        oversized = lengths[lengths > MAX_DATAGRAM]
+        refused = len(oversized)
         if refused:
             self._feed.refuse_oversized(refused)
-        if refused < count and self._feed.receive(count - refused, int(lengths[~oversized].sum())):
+        if refused < count and self._feed.receive(count - refused, size - int(oversized.sum()) if refused else size):
             rows = arena.rows(count, self._socket.family)
             if self._socket.family == socket.AF_UNIX:
                 rows["address"] = np.frombuffer(LOCAL_SENDER, np.uint8)

@@ -12,7 +12,6 @@ Everything runs in a network namespace of its own, with loopback and nothing els
 """
 
 import argparse
-import ctypes
 import json
 import os
 import random
@@ -20,7 +19,6 @@ import shutil
 import signal
 import socket
 import statistics
-import struct
 import sys
 import tempfile
 import time
@@ -29,17 +27,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
+from shared.sockets import MEMINFO, SO_MEMINFO, enlarge_receive_buffer, refuse_input
 from tests.lab import enter_lab
 from tests.stack import Running, Stack, ask_json
 
 PORT = 7000
 COLLECTOR_PORT = 9100
 BUFFER = 1 << 27
-SO_RCVBUFFORCE = 33
-SO_MEMINFO = 55
-SO_ATTACH_FILTER = 26
 QUIET_SECONDS = 0.15
 
 
@@ -86,20 +80,19 @@ class Sink:
 
     def __init__(self, port: int) -> None:
         self.socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self.socket.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER)
+        enlarge_receive_buffer(self.socket, BUFFER)
         self.socket.bind(("127.0.0.1", port))
         self.socket.setblocking(False)
 
     def discard(self) -> None:
-        """Attach the filter that accepts nothing (bpf(4): one instruction, return 0)."""
-        program = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))
-        self.socket.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HP", 1, ctypes.addressof(program)))
+        """Count from now on, and queue nothing."""
+        refuse_input(self.socket)
 
     @property
     def arrived(self) -> int:
         """Datagrams discarded, or bytes queued: grows with every one that arrives."""
-        memory = np.frombuffer(self.socket.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, 64), np.uint32)
-        return int(memory[0]) + int(memory[8])
+        queued, *_, dropped = MEMINFO.unpack(self.socket.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, MEMINFO.size))
+        return int(queued + dropped)
 
 
 def drain(sock: socket.socket) -> tuple[int, bool]:

@@ -406,9 +406,9 @@ def test_what_the_kernel_drops_is_counted(stack: Stack, bus: BusEnds) -> None:
 
 def test_full_bus_drops_and_counts(stack: Stack) -> None:
     """While the broker does not read, datagrams beyond the high-water mark are dropped and counted; then it goes on."""
+    stack.start("broker")  # at its own mark, or it would drop what it took when it goes on
     stack.configure("high_water_mark = 2\n" + STREAM)  # [bus] comes first in the file
-    for name in ("broker", "ingest"):
-        stack.start(name)
+    stack.start("ingest")
     with BusEnds(stack.bus) as bus, sender() as sock:
         subscriber = follow(bus)
         freeze(stack["broker"])
