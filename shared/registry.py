@@ -8,6 +8,8 @@ from msgspec import Meta
 from shared.addresses import pack_address, pack_network
 
 Source = Literal["relay", "original"]
+HopLimit = Annotated[int, Meta(ge=1, le=255)]
+Dscp = Annotated[int, Meta(ge=0, le=63)]
 ALL_STREAMS = "*"
 
 
@@ -16,7 +18,7 @@ class Client(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
 
     `generation` never repeats, so a late `renew` or `leave` can't touch a successor of the same name. `prefixes` are
     CIDR texts (on the JSON side the field is called `from`); `sample` is the N of 1-in-N; members of one `group` share
-    a stream by hash of source address.
+    a stream by hash of source address. `hop_limit` (IPv4: time to live) and `dscp` are those of every copy.
     """
 
     name: str
@@ -28,6 +30,8 @@ class Client(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     prefixes: tuple[str, ...] = ()
     sample: Annotated[int, Meta(ge=1)] = 1
     group: str = ""
+    hop_limit: HopLimit = 64
+    dscp: Dscp = 0
 
     def __post_init__(self) -> None:
         if self.streams:  # who sends copies relies on it

@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Meta, Struct, field
 
 from shared.addresses import Endpoint, pack_address, pack_network, parse_endpoint
-from shared.registry import ALL_STREAMS, Source
+from shared.registry import ALL_STREAMS, Dscp, HopLimit, Source
 
 STREAM_SCHEMES: Final = ("udp", "tcp", "unixgram")
 REGISTRY_SCHEMES: Final = ("tcp", "unix")
@@ -28,6 +28,8 @@ Count = Annotated[int, Meta(ge=1, le=1_000_000)]
 Port = Annotated[int, Meta(ge=1, le=65_535)]
 Seconds = Annotated[float, Meta(gt=0, le=86_400)]
 Bytes = Annotated[int, Meta(ge=4096, le=1 << 30)]
+Ethertype = int | str
+"""A number, or its text as in `"0x0801"`."""
 
 
 class SettingsError(ValueError):
@@ -69,7 +71,9 @@ class Gateway(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     lease_seconds: Annotated[float, Meta(ge=0, le=31_536_000)] = 0.0
     """How long an entry made by the names protocol stays; 0: until it is replaced or removed."""
     serve_seconds: Seconds = 0.5
-    """How long an answer to `register` waits for the forwarder to say that copies flow."""
+    """How long an answer to `register` waits for forwarder or transmitter to say that copies flow."""
+    allow_transmit: bool = False
+    """Whether clients may have the transmitter send raw frames, by `transmit`; its own policy applies besides."""
 
     def __post_init__(self) -> None:
         for text in self.listen:
@@ -124,6 +128,40 @@ class Forwarder(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Send runs of equal length by UDP_SEGMENT where the kernel can."""
 
 
+class Transmitter(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Copies from the exporter's own address, and raw frames: what it may do is said here, not by who asks."""
+
+    user: Annotated[str, Meta(min_length=1, max_length=64)] = "nobody"
+    """Who it becomes once its sockets are open, when it was started as root."""
+    interfaces: tuple[Annotated[str, Meta(min_length=1, max_length=15)], ...] = ()
+    """Raw frames leave by these only; empty: by none."""
+    ethertypes: tuple[Ethertype, ...] = ()
+    """Raw frames carry these only, as numbers such as 0x0801; empty: none."""
+    destinations: tuple[str, ...] = (
+        "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "127.0.0.0/8", "fc00::/7", "::1/128",
+    )  # fmt: skip
+    """Source-preserving copies go nowhere else."""
+    sources: tuple[str, ...] = ()
+    """Copies claim sources of these prefixes only; empty: whatever address a datagram came from."""
+    frames_per_second: Annotated[int, Meta(ge=0, le=1_000_000_000)] = 0
+    """Of copies and raw frames together; 0: no limit."""
+    send_buffer: Bytes = 4_194_304
+    """Bytes asked of the kernel for each raw socket."""
+    segmentation: bool = True
+    """Hand the kernel runs of equal length as one frame (UDP_L4 GSO) where it can."""
+
+    def __post_init__(self) -> None:
+        for prefix in (*self.destinations, *self.sources):
+            pack_network(prefix)
+        for ethertype in self.ethertypes:
+            parse_ethertype(ethertype)
+
+    @property
+    def ethertype_numbers(self) -> frozenset[int]:
+        """`ethertypes` as numbers."""
+        return frozenset(map(parse_ethertype, self.ethertypes))
+
+
 class Collector(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A collector that can't sign itself up; the fields of `register`."""
 
@@ -135,6 +173,8 @@ class Collector(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     prefixes: tuple[str, ...] = field(default=(), name="from")
     sample: Count = 1
     group: Annotated[str, Meta(max_length=64)] = ""
+    hop_limit: HopLimit = 64
+    dscp: Dscp = 0
 
     def __post_init__(self) -> None:
         pack_address(self.address)
@@ -147,6 +187,21 @@ DEFAULT_STREAM: Final = Stream(
 )
 
 
+def parse_ethertype(value: Ethertype) -> int:
+    """Return the number of an ethertype. ValueError when it is none.
+
+    >>> parse_ethertype("0x0801"), parse_ethertype(2049)
+    (2049, 2049)
+    """
+    try:
+        number = int(value, 0) if isinstance(value, str) else value
+    except ValueError:
+        number = -1
+    if not 0 <= number <= 0xFFFF:
+        raise ValueError(f"{value!r} is not an ethertype; expected a number such as 0x0801")
+    return number
+
+
 class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything, as a service gets it."""
 
@@ -154,6 +209,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     gateway: Gateway = Gateway()
     ingest: Ingest = Ingest()
     forwarder: Forwarder = Forwarder()
+    transmitter: Transmitter = Transmitter()
     streams: tuple[Stream, ...] = field(default=(DEFAULT_STREAM,), name="stream")
     collectors: tuple[Collector, ...] = field(default=(), name="collector")
 

@@ -16,7 +16,7 @@ import numpy as np
 from msgspec import Meta
 
 from shared.batch import ROW, DatagramBatch
-from shared.registry import Client
+from shared.registry import Client, Source
 
 VERSION: Final = 1
 MAX_MESSAGE: Final = 1024 * 1024
@@ -33,6 +33,12 @@ MAX_NUMBER: Final = 1 << 62
 SENDER: Final = r"^[a-z]+\.[0-9]{1,9}$"
 """A service and its number, as in `ingest.2`."""
 REPLY_PREFIX: Final = "reply/"
+ReplyTopic = Annotated[str, Meta(max_length=128, pattern=f"^{REPLY_PREFIX}.*/$")]
+MAX_INTERFACE: Final = 15
+"""IFNAMSIZ less its final zero (netdevice(7))."""
+MAX_FRAME: Final = 65_536 + 18
+"""Bytes: the largest MTU there is (loopback's), an Ethernet header with a VLAN tag."""
+MAX_FRAMES: Final = 1_000_000
 Number = Annotated[int, Meta(ge=0, le=MAX_NUMBER)]
 
 
@@ -87,7 +93,7 @@ class ServeRequest(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """Asks who sends copies to say on topic `reply` when it serves the registry as of `revision`."""
 
     id: int
-    reply: Annotated[str, Meta(max_length=128, pattern=f"^{REPLY_PREFIX}.*/$")]
+    reply: ReplyTopic
     revision: int
 
 
@@ -96,6 +102,35 @@ class ServeReply(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
     id: int
     revision: int
+
+
+class TransmitRequest(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """Asks the transmitter to put `frame` on an interface byte for byte, and to answer on topic `reply`.
+
+    `frame` is all of it: destination, source, ethertype, payload and whatever checksum of its own it carries. With
+    `own_fcs` its last four bytes are the frame check sequence, which the driver then leaves out (SO_NOFCS, socket(7)).
+    It goes out `count` times, `per_second` times a second; 0: one after the other.
+    """
+
+    id: int
+    reply: ReplyTopic
+    interface: Annotated[str, Meta(min_length=1, max_length=MAX_INTERFACE)]
+    frame: Annotated[bytes, Meta(max_length=MAX_FRAME)]
+    count: Annotated[int, Meta(ge=1, le=MAX_FRAMES)] = 1
+    per_second: Annotated[float, Meta(ge=0, le=1_000_000)] = 0.0
+    own_fcs: bool = False
+
+
+class TransmitReply(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """How many frames of a `TransmitRequest` have left, and when that is not all, why.
+
+    `error` is a word of the JSON protocol: `bad_request`, `not_permitted` or `unavailable`; empty when all have left.
+    """
+
+    id: int
+    sent: Number
+    error: str = ""
+    message: str = ""
 
 
 class Status(msgspec.Struct, array_like=True, frozen=True):
@@ -110,7 +145,9 @@ class Status(msgspec.Struct, array_like=True, frozen=True):
     accounts: dict[str, dict[str, Annotated[int, Meta(le=MAX_NUMBER)]]]
 
 
-Body = Datagrams | RegistrySnapshot | RegistryChange | ServeRequest | ServeReply | Status
+Body = (
+    Datagrams | RegistrySnapshot | RegistryChange | ServeRequest | ServeReply | TransmitRequest | TransmitReply | Status
+)
 
 KINDS: Final[dict[str, type[Body]]] = {
     "datagrams": Datagrams,
@@ -118,6 +155,8 @@ KINDS: Final[dict[str, type[Body]]] = {
     "registry.change": RegistryChange,
     "serve.request": ServeRequest,
     "serve.reply": ServeReply,
+    "transmit.request": TransmitRequest,
+    "transmit.reply": TransmitReply,
     "status": Status,
 }
 _NAMES: Final = {struct: kind for kind, struct in KINDS.items()}
@@ -146,8 +185,13 @@ def status_topic(service: str) -> str:
     return f"status/{service}/"
 
 
+def serve_topic(source: Source) -> str:
+    """The topic on which those who send a kind of copies are asked whether they do; none subscribes who could not."""
+    return f"serve/{source}/"
+
+
 REGISTRY_TOPIC: Final = "registry/"
-SERVE_TOPIC: Final = "serve/"
+TRANSMIT_TOPIC: Final = "transmit/"
 
 
 def encode(
