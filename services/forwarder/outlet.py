@@ -19,6 +19,14 @@ IP_MTU: Final = 14
 IPV6_MTU: Final = 24
 IPV4_HEADERS: Final = 28
 IPV6_HEADERS: Final = 48
+HEADER_OPTIONS: Final = {
+    socket.AF_INET: ((socket.IPPROTO_IP, socket.IP_TTL), (socket.IPPROTO_IP, socket.IP_TOS)),
+    socket.AF_INET6: (
+        (socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS),
+        (socket.IPPROTO_IPV6, socket.IPV6_TCLASS),
+    ),
+}
+"""What sets hop limit, and DSCP with the two bits below it that are not ours."""
 NO_SEGMENTATION: Final = (errno.EIO, errno.EINVAL, errno.EMSGSIZE, errno.EOPNOTSUPP)
 """What a kernel or a route that can't cut a UDP_SEGMENT send says to one (linux/net/ipv4/udp.c, udp_send_skb)."""
 STOPS: Final = {
@@ -68,6 +76,10 @@ class Outlet:
             sock = socket.socket(family, socket.SOCK_DGRAM)
             sock.setblocking(False)
             enlarge_send_buffer(sock, self._settings.send_buffer)
+            for option, value in zip(
+                HEADER_OPTIONS[family], (self.client.hop_limit, self.client.dscp << 2), strict=True
+            ):
+                sock.setsockopt(*option, value)
             sock.connect((self.client.address, self.client.port))
         except OSError as error:
             if sock is not None:

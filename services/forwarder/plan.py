@@ -1,60 +1,21 @@
-"""How the rows of a batch leave: which go together in one UDP_SEGMENT send and which alone. No I/O.
+"""How the rows of a batch leave by UDP: a vector for sendmmsg(2), with UDP_SEGMENT (udp(7)) where rows go together.
 
-A send with UDP_SEGMENT (udp(7)) hands the kernel one stretch of bytes and the length to cut it at: up to 64 datagrams
-for the price of one, all of equal length but the last, which may be shorter.
+No I/O.
 """
 
 import socket
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
 from shared.batch import MAX_ROWS, DatagramBatch, Indices
 from shared.mmsg import IOVEC, MMSGHDR, addresses_of
+from shared.segments import group
 
 UDP_SEGMENT: Final = 103
-MAX_SEGMENTS: Final = 64
-"""UDP_MAX_SEGMENTS of kernels before 6.8, which allow 128 since."""
-MAX_SEND: Final = 65_000
-"""Bytes of one send: what UDP allows, less a margin for headers."""
-
 CONTROL: Final = np.dtype([("len", "u8"), ("level", "i4"), ("type", "i4"), ("size", "u2"), ("_pad", "u1", 6)])
 """struct cmsghdr with the uint16 that UDP_SEGMENT takes, padded as CMSG_SPACE does."""
 assert CONTROL.itemsize == 24
-
-Lengths = npt.NDArray[np.int64]
-
-
-def group(lengths: Lengths, largest_segment: int) -> npt.NDArray[np.intp]:
-    """Return the rows at which a send begins, int64, shape (sends,); each send goes on to the next one's row.
-
-    Rows of equal length that follow each other go together, as far as a send may; then a send takes the row behind it
-    along when that one stands alone and is shorter. Rows longer than `largest_segment` go alone.
-    """
-    count = len(lengths)
-    row = np.arange(count)
-    begins = np.ones(count, np.bool_)
-    begins[1:] = lengths[1:] != lengths[:-1]
-    position = row - np.maximum.accumulate(np.where(begins, row, 0))
-    most = np.minimum(MAX_SEGMENTS, MAX_SEND // np.maximum(lengths, 1))
-    most[(lengths > largest_segment) | (lengths == 0)] = 1
-    starts = np.flatnonzero(position % np.maximum(most, 1) == 0)
-    return starts[~_tails(lengths, starts, most)]
-
-
-def _tails(lengths: Lengths, starts: npt.NDArray[np.intp], most: Lengths) -> npt.NDArray[np.bool_]:
-    """Which sends can be joined to the one before them as its shorter last datagram."""
-    sizes = np.diff(starts, append=len(lengths))
-    own, before = lengths[starts[1:]], lengths[starts[:-1]]
-    room = (sizes[:-1] < most[starts[:-1]]) & (sizes[:-1] * before + own <= MAX_SEND)
-    joins = np.zeros(len(starts), np.bool_)
-    joins[1:] = (sizes[1:] == 1) & (own < before) & (own > 0) & room
-    # A send that is itself joined can't take another along: of neighbours that could be joined, every second is.
-    number = np.arange(len(starts))
-    first = np.maximum.accumulate(np.where(joins, -1, number))
-    joins &= (number - first) % 2 == 1
-    return joins
 
 
 class SendPlan:

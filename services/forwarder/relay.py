@@ -1,178 +1,49 @@
-"""The forwarder's loop: registry and batches in from the bus, copies out, accounts and answers back."""
+"""Sends copies by plain UDP, from our own address: batches to plans, plans to outlets."""
 
-import time
-from types import TracebackType
-from typing import Final, Self
+from collections import Counter
+from typing import ClassVar
 
-import structlog
-import zmq
+import numpy as np
 
-from services.forwarder.collectors import Collectors
-from services.forwarder.streams import Streams
-from shared.bus import Publisher, Subscriber, new_context
-from shared.ledger import Accounts
-from shared.lifecycle import Lifecycle, Readiness
-from shared.mirror import RegistryMirror
+from services.forwarder.outlet import Outlet
+from services.forwarder.plan import SendPlan
+from shared.batch import DatagramBatch, Indices
+from shared.copying import CopyService
+from shared.registry import Client, Source
+from shared.routing import Selection
 from shared.settings import Settings
-from shared.status import Reporter
-from shared.wire import (
-    REGISTRY_TOPIC,
-    SERVE_TOPIC,
-    Message,
-    RegistryChange,
-    RegistrySnapshot,
-    ServeReply,
-    ServeRequest,
-    Status,
-)
-
-TURN_MESSAGES: Final = 64
-"""Bus messages handled in a row before housekeeping gets its turn."""
-MAX_WAITING: Final = 1024
-"""Requests kept until copies flow; the gateway gives up on one long before there are so many."""
-APPLY_SHARE: Final = 10
-"""Of the loop's time at most one part in so many goes into applying registry changes; they wait for each other."""
-REQUEST_SECONDS: Final = 5.0
-"""A request whose revision has not come by then was asked by a gateway that is gone."""
-QUIET_SECONDS: Final = 0.25
-DRAIN_SECONDS: Final = 1.5
-"""After SIGTERM the workers may still flush: goes on until nothing came for a while, this long at most."""
-
-log = structlog.get_logger()
 
 
-class Relay:
-    """Sends copies, from our own address, to the collectors that the registry names."""
+class Relay(CopyService[Outlet]):
+    """Serves the collectors whose `source` is `relay`."""
+
+    source: ClassVar[Source] = "relay"
 
     def __init__(self, name: str, settings: Settings) -> None:
-        self._name = name
-        self._settings = settings
+        super().__init__(name, settings)
+        self._plan = SendPlan()
 
-    def __enter__(self) -> Self:
-        bus = self._settings.bus
-        self._context = new_context()
-        self._publisher = Publisher(self._context, bus.path, self._name, bus.high_water_mark)
-        self._subscriber = Subscriber(self._context, bus.path, bus.high_water_mark)
-        self._reporter = Reporter(self._publisher)
-        self._mirror = RegistryMirror()
-        self._streams = Streams(self._subscriber)
-        names = [stream.name for stream in self._settings.streams]
-        self._collectors = Collectors(names, self._streams.published, self._settings.forwarder)
-        self._waiting: list[tuple[float, int, ServeRequest]] = []
-        self._asked_at = 0.0
-        self._serving = -1
-        self._apply_at = 0.0
-        self._subscriber.subscribe(REGISTRY_TOPIC)
-        self._subscriber.subscribe(SERVE_TOPIC)
-        return self
+    def reach(self, client: Client, account: Counter[str]) -> Outlet:
+        """Give a collector a socket of its own."""
+        return Outlet(client, self.settings.forwarder, account)
 
-    def serve(self, lifecycle: Lifecycle) -> None:
-        """Serve until told to drain, then until the workers have fallen silent."""
-        readiness = Readiness(self._name, self._settings.bus.path, lambda: self._publisher.ready)
-        poller = zmq.Poller()
-        poller.register(self._subscriber.socket, zmq.POLLIN)
-        poller.register(self._publisher.socket, zmq.POLLIN)
-        poller.register(lifecycle.fileno(), zmq.POLLIN)
-        while not lifecycle.draining:
-            poller.poll(self._patience_ms())
-            self._turn()
-            readiness.check()
-        self._drain()
+    def send(self, batch: DatagramBatch, routed: list[tuple[Outlet, Selection]]) -> None:
+        """Give each collector its rows. Collectors that get the same rows by the same segments share the plan."""
+        shared: dict[tuple[int, int], tuple[Selection, list[Outlet]]] = {}
+        for outlet, selection in routed:
+            key = id(selection), outlet.largest_segment
+            shared.setdefault(key, (selection, []))[1].append(outlet)
+        for (_, largest_segment), (selection, outlets) in shared.items():
+            rows = len(batch) if selection.indices is None else len(selection.indices)
+            if not rows:
+                continue
+            self._plan.build(batch, selection.indices, largest_segment)
+            behind = [(outlet, sent) for outlet in outlets if (sent := outlet.send(self._plan)) < rows]
+            for outlet, sent in behind:
+                self._send_rest(batch, selection.indices, sent, outlet)
 
-    def _patience_ms(self) -> int:
-        due = max(0.0, self._reporter.due_at - time.monotonic())
-        waiting = self._waiting or self._serving != self._mirror.version
-        return 5 if waiting else int(due * 1000) + 1
-
-    def _turn(self) -> int:
-        """Handle what has come, up to a bound; return how many messages."""
-        handled = 0
-        while handled < TURN_MESSAGES and (message := self._subscriber.receive()):
-            self._take(message)
-            handled += 1
-        self._apply()
-        self._answer()
-        asked = self._reporter.asked_for(self._publisher.new_subscriptions())
-        if asked or time.monotonic() >= self._reporter.due_at:
-            self._report()
-        return handled
-
-    def _take(self, message: Message) -> None:
-        body, envelope = message.body, message.envelope
-        if message.batch is not None:
-            missed = self._streams.follow(message.topic, envelope, len(message.batch))
-            if missed:
-                self._collectors.miss(message.batch.stream, missed)
-            if missed is not None and len(message.batch):
-                self._collectors.send(message.batch)
-        elif isinstance(body, RegistrySnapshot | RegistryChange):
-            if not self._mirror.take(envelope, body) and self._mirror.stale:
-                self._ask_for_snapshot()
-        elif isinstance(body, ServeRequest) and len(self._waiting) < MAX_WAITING:
-            self._waiting.append((time.monotonic() + REQUEST_SECONDS, envelope.boot, body))
-        elif isinstance(body, Status):
-            for stream, missed in self._streams.reconcile(envelope, body).items():
-                self._collectors.miss(stream, missed)
-
-    def _apply(self) -> None:
-        """Serve the registry as it is now, unless that was done a moment ago: then with the changes to come."""
-        began = time.monotonic()
-        if self._serving == self._mirror.version or began < self._apply_at:
-            return
-        self._serving = self._mirror.version
-        clients = self._mirror.clients.values()
-        self._collectors.replace(client for client in clients if client.streams and client.source == "relay")
-        self._streams.want(self._collectors.streams_wanted())
-        self._apply_at = time.monotonic() + APPLY_SHARE * (time.monotonic() - began)
-
-    def _ask_for_snapshot(self) -> None:
-        """A change was lost: a new subscription makes the gateway send the whole registry. Once a second at most."""
-        if time.monotonic() - self._asked_at < 1.0:
-            return
-        self._asked_at = time.monotonic()
-        self._subscriber.unsubscribe(REGISTRY_TOPIC)
-        self._subscriber.subscribe(REGISTRY_TOPIC)
-
-    def _answer(self) -> None:
-        """Answer who asked whether we serve a revision, once we do and its streams flow."""
-        if not self._waiting or self._serving != self._mirror.version or not self._streams.flowing:
-            return
-        now, still_waiting = time.monotonic(), []
-        for expires_at, boot, request in self._waiting:
-            if self._mirror.holds(boot, request.revision):
-                self._publisher.publish(request.reply, ServeReply(request.id, self._mirror.revision))
-            elif expires_at > now:
-                still_waiting.append((expires_at, boot, request))
-        self._waiting = still_waiting
-
-    def _report(self) -> None:
-        self._collectors.refresh()
-        self._streams.forget_silent_workers()
-        self._reporter.report(self._accounts)
-
-    def _accounts(self) -> Accounts:
-        forwarder = {
-            "revision": max(0, self._mirror.revision),
-            "bus_rejected": sum(self._subscriber.rejected.values()),
-            "bus_repeated": self._streams.repeated,
-        }
-        return {"forwarder": forwarder, **self._streams.accounts(), **self._collectors.accounts()}
-
-    def _drain(self) -> None:
-        deadline = time.monotonic() + DRAIN_SECONDS
-        quiet_at = time.monotonic() + QUIET_SECONDS
-        while time.monotonic() < min(deadline, quiet_at):
-            if self._turn():
-                quiet_at = time.monotonic() + QUIET_SECONDS
-            else:
-                self._subscriber.socket.poll(50)
-        self._report()
-        log.info("drained", service=self._name, accounts=self._collectors.accounts())
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._collectors.close()
-        self._subscriber.close()
-        self._publisher.close()
-        self._context.term()
+    def _send_rest(self, batch: DatagramBatch, indices: Indices | None, sent: int, outlet: Outlet) -> None:
+        """Send what is left after segments were refused."""
+        rest = range(len(batch))[sent:] if indices is None else indices[sent:]
+        self._plan.build(batch, np.asarray(rest, np.intp), outlet.largest_segment)
+        outlet.send(self._plan)

@@ -109,7 +109,10 @@ def test_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
         ("a = " + "[" * 100_000, "not TOML: "),
         ("a = " + "9" * 5000, "not TOML: "),
         ("[bus]\ncolour = 1\n", "bus.colour: unknown key; expected one of directory, high_water_mark"),
-        ("[busses]\n", "busses: unknown key; expected one of bus, gateway, ingest, forwarder, stream, collector"),
+        (
+            "[busses]\n",
+            "busses: unknown key; expected one of bus, gateway, ingest, forwarder, transmitter, stream, collector",
+        ),
         (STREAM + "port = 1\n", "stream[0].port: unknown key; expected one of name, listen, reply"),
         (COLLECTOR + "prefixes = []\n", "collector[0].prefixes: unknown key; expected one of"),
         ('[bus]\n"a\\nb" = 1\n', "unknown key; expected one of directory, high_water_mark"),

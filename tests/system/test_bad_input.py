@@ -9,11 +9,19 @@ import pytest
 import zmq
 
 from shared.bus import publish_endpoint
-from shared.wire import REGISTRY_TOPIC, SERVE_TOPIC, datagrams_topic, status_topic
+from shared.wire import REGISTRY_TOPIC, TRANSMIT_TOPIC, datagrams_topic, serve_topic, status_topic
 from tests.stack import Stack, ask_json
 from tests.traffic import open_receiver
 
-TOPICS = (datagrams_topic("messages"), REGISTRY_TOPIC, SERVE_TOPIC, status_topic("ingest.1"), "reply/", "nobody/")
+TOPICS = (
+    datagrams_topic("messages"),
+    REGISTRY_TOPIC,
+    TRANSMIT_TOPIC,
+    serve_topic("relay"),
+    status_topic("ingest.1"),
+    "reply/",
+    "nobody/",
+)
 
 
 def garbage(draw: random.Random) -> list[bytes]:

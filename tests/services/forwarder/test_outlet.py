@@ -11,14 +11,17 @@ import pytest
 
 import services.forwarder.outlet
 import shared.mmsg
-from services.forwarder.collectors import Collectors
 from services.forwarder.outlet import MAX_SKIPS, Outlet
 from services.forwarder.plan import SendPlan
+from services.forwarder.relay import Relay
 from shared.batch import DatagramBatch
+from shared.collectors import Collectors
 from shared.ledger import discrepancies
-from shared.settings import Forwarder
+from shared.settings import Forwarder, Settings
 from tests.builders import make_batch, make_client
 
+IP_RECVTTL = 12
+"""linux/in.h; the stdlib has no name for it."""
 SIZES = [0, 1, 1464, 9000, 32_767, 65_507]
 Headers = npt.NDArray[np.void]
 
@@ -52,14 +55,15 @@ class Sent:
 
     def __init__(self, opened: ExitStack, *clients: Any, **settings: Any) -> None:
         self.published: Counter[str] = Counter()
-        self.collectors = Collectors(["messages"], self.published, Forwarder(**settings))
+        self._relay = Relay("forwarder.1", Settings(forwarder=Forwarder(**settings)))
+        self.collectors = Collectors(["messages"], self.published, self._relay.reach)
         opened.callback(self.collectors.close)
         self.collectors.replace(clients)
 
     def send(self, batch: DatagramBatch) -> dict[str, dict[str, int]]:
         """Send a batch; return the accounts, which must add up."""
         self.published[batch.stream] += len(batch)
-        self.collectors.send(batch)
+        self._relay.send(batch, self.collectors.route(batch))
         accounts = self.collectors.accounts()
         assert list(discrepancies(accounts)) == []
         return accounts
@@ -98,6 +102,26 @@ class Kernel:
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     """The kernel between outlets and the wire."""
     return Kernel(monkeypatch)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_copies_have_the_hop_limit_and_dscp_asked_for(lab: None, address: str) -> None:
+    """Each copy carries the collector's hop limit and DSCP, over IPv4 and IPv6."""
+    with ExitStack() as opened:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        sink = opened.enter_context(socket.socket(family, socket.SOCK_DGRAM))
+        sink.settimeout(10)
+        sink.bind((address, 0))
+        if family == socket.AF_INET6:
+            sink.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVHOPLIMIT, 1)
+            sink.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVTCLASS, 1)
+        else:
+            sink.setsockopt(socket.IPPROTO_IP, IP_RECVTTL, 1)
+            sink.setsockopt(socket.IPPROTO_IP, socket.IP_RECVTOS, 1)
+        client = make_client("c", sink.getsockname()[1], address=address, hop_limit=17, dscp=46)
+        Sent(opened, client).send(make_batch([b"one"]))
+        _, controls, _, _ = sink.recvmsg(100, 200)
+        assert sorted(data[0] for _, _, data in controls) == [17, 46 << 2]
 
 
 def received(sock: socket.socket, count: int) -> list[bytes]:

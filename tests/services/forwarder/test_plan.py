@@ -5,9 +5,10 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.forwarder.plan import MAX_SEGMENTS, MAX_SEND, UDP_SEGMENT, SendPlan, group
+from services.forwarder.plan import UDP_SEGMENT, SendPlan
 from shared.batch import MAX_DATAGRAM, MAX_ROWS, DatagramBatch
 from shared.mmsg import IOVEC
+from shared.segments import MAX_SEGMENTS, MAX_SEND
 from tests.builders import make_batch
 
 PLAN = SendPlan()
@@ -76,37 +77,6 @@ def test_sends_are_exactly_the_selected_rows(lengths: list[int], largest_segment
             assert 0 < len(together[-1]) <= segment == len(together[0]) <= largest_segment
         rows, size = rows + len(together), size + len(sent)
     assert (PLAN.rows_before[len(sends)], PLAN.bytes_before[len(sends)]) == (rows, size)
-
-
-def grouped(lengths: list[int], largest_segment: int = 65_508) -> list[list[int]]:
-    """The lengths that each send holds."""
-    starts = group(np.array(lengths, np.int64), largest_segment).tolist()
-    return [lengths[start:stop] for start, stop in zip(starts, [*starts[1:], len(lengths)], strict=True)]
-
-
-def test_run_of_equal_lengths_is_one_send() -> None:
-    """Neighbours of one length go together, as many as a send may hold, with a shorter one behind them."""
-    assert grouped([100] * 5 + [40]) == [[100] * 5 + [40]]
-    assert grouped([100] * 130) == [[100] * 64, [100] * 64, [100] * 2]
-    assert grouped([30_000] * 5) == [[30_000] * 2, [30_000] * 2, [30_000]]
-    assert grouped([100] * 64 + [40]) == [[100] * 64, [40]]
-
-
-def test_only_what_can_end_a_send_is_taken_along() -> None:
-    """A longer one, one of a run of its own, an empty one and one that is already taken along begin sends."""
-    assert grouped([100, 200]) == [[100], [200]]
-    assert grouped([200, 200, 100, 100]) == [[200, 200], [100, 100]]
-    assert grouped([100, 0, 50]) == [[100], [0], [50]]
-    assert grouped([400, 300, 200, 100]) == [[400, 300], [200, 100]]
-    assert grouped([32_500, 32_499]) == [[32_500, 32_499]]
-    assert grouped([32_500, 32_500, 1]) == [[32_500, 32_500], [1]]
-
-
-def test_what_is_longer_than_a_segment_goes_alone() -> None:
-    """Beyond the path's MTU nothing is segmented, and 0 segments nothing at all."""
-    assert grouped([1465, 1465, 1464, 1464], 1464) == [[1465], [1465], [1464, 1464]]
-    assert grouped([1465, 1464], 1464) == [[1465], [1464]]
-    assert grouped([100, 100, 50], 0) == [[100], [100], [50]]
 
 
 def test_empty_batch_has_no_sends() -> None:

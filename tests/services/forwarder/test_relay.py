@@ -15,7 +15,6 @@ from shared.registry import Client
 from shared.routing import Router
 from shared.wire import (
     REGISTRY_TOPIC,
-    SERVE_TOPIC,
     VERSION,
     Datagrams,
     RegistryChange,
@@ -25,6 +24,7 @@ from shared.wire import (
     Status,
     datagrams_topic,
     encode,
+    serve_topic,
     status_topic,
 )
 from tests.builders import (
@@ -104,9 +104,9 @@ class PlayedGateway:
 
     def ask(self, revision: int) -> int:
         """Ask whether a revision is served; return the id under which the answer comes."""
-        wait_wanted(self.publisher, SERVE_TOPIC)
+        wait_wanted(self.publisher, serve_topic("relay"))
         number = self._requests.open(60, lambda _: None)
-        self.publisher.publish(SERVE_TOPIC, ServeRequest(number, self._requests.topic, revision))
+        self.publisher.publish(serve_topic("relay"), ServeRequest(number, self._requests.topic, revision))
         return number
 
     def wait_served(self, revision: int) -> None:

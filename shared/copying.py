@@ -1,0 +1,228 @@
+"""The loop of a service that sends copies: registry and batches in from the bus, copies out, accounts and answers back.
+
+The forwarder and the transmitter are two of them: they differ in how a collector is reached, and serve those
+collectors of the registry whose `source` is theirs.
+"""
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable
+from types import TracebackType
+from typing import ClassVar, Final, Generic, Self
+
+import structlog
+import zmq
+
+from shared.batch import DatagramBatch
+from shared.bus import Publisher, Subscriber, new_context
+from shared.collectors import Collectors, D
+from shared.ledger import Accounts
+from shared.lifecycle import Lifecycle, Readiness
+from shared.mirror import RegistryMirror
+from shared.registry import Client, Source
+from shared.routing import Selection
+from shared.settings import Settings
+from shared.status import Reporter
+from shared.streams import Streams
+from shared.wire import (
+    REGISTRY_TOPIC,
+    Body,
+    Message,
+    RegistryChange,
+    RegistrySnapshot,
+    ServeReply,
+    ServeRequest,
+    Status,
+    serve_topic,
+)
+
+TURN_MESSAGES: Final = 64
+"""Bus messages handled in a row before housekeeping gets its turn."""
+MAX_WAITING: Final = 1024
+"""Requests kept until copies flow; the gateway gives up on one long before there are so many."""
+APPLY_SHARE: Final = 10
+"""Of the loop's time at most one part in so many goes into applying registry changes; they wait for each other."""
+REQUEST_SECONDS: Final = 5.0
+"""A request whose revision has not come by then was asked by a gateway that is gone."""
+QUIET_SECONDS: Final = 0.25
+DRAIN_SECONDS: Final = 1.5
+"""After SIGTERM the workers may still flush: goes on until nothing came for a while, this long at most."""
+
+log = structlog.get_logger()
+
+
+class CopyService(ABC, Generic[D]):
+    """Sends copies to the collectors of one `source`; `reach` and `send` are what its kinds differ in."""
+
+    source: ClassVar[Source]
+
+    def __init__(self, name: str, settings: Settings) -> None:
+        self.name = name
+        self.settings = settings
+
+    @abstractmethod
+    def reach(self, client: Client, account: Counter[str]) -> D:
+        """Return how a collector is reached; what is sent to it and dropped is counted in `account`."""
+
+    @abstractmethod
+    def send(self, batch: DatagramBatch, routed: list[tuple[D, Selection]]) -> None:
+        """Give each collector its rows of a batch."""
+
+    def topics(self) -> Iterable[str]:
+        """What to subscribe to besides streams; who asks sees by it what this service can do."""
+        return (REGISTRY_TOPIC, serve_topic(self.source))
+
+    def descriptors(self) -> Iterable[int]:
+        """What else wakes the loop when it becomes readable."""
+        return ()
+
+    def take(self, message: Message) -> None:
+        """Take a message of a kind that is this service's alone."""
+
+    def work(self) -> float:
+        """Do what a descriptor or the time has brought; return the seconds after which there is more, at the latest."""
+        return math.inf
+
+    def own_account(self) -> dict[str, int]:
+        """Counters of the service itself."""
+        return {}
+
+    def __enter__(self) -> Self:
+        bus = self.settings.bus
+        self._context = new_context()
+        self._publisher = Publisher(self._context, bus.path, self.name, bus.high_water_mark)
+        self._subscriber = Subscriber(self._context, bus.path, bus.high_water_mark)
+        self._reporter = Reporter(self._publisher)
+        self._mirror = RegistryMirror()
+        self._streams = Streams(self._subscriber)
+        names = [stream.name for stream in self.settings.streams]
+        self._collectors = Collectors(names, self._streams.published, self.reach)
+        self._waiting: list[tuple[float, int, ServeRequest]] = []
+        self._asked_at = 0.0
+        self._serving = -1
+        self._apply_at = self._work_at = 0.0
+        for topic in self.topics():
+            self._subscriber.subscribe(topic)
+        return self
+
+    def publish(self, topic: str, body: Body) -> None:
+        """Put a message of a kind that is this service's alone on the bus."""
+        self._publisher.publish(topic, body)
+
+    def serve(self, lifecycle: Lifecycle) -> None:
+        """Serve until told to drain, then until the workers have fallen silent."""
+        readiness = Readiness(self.name, self.settings.bus.path, lambda: self._publisher.ready)
+        poller = zmq.Poller()
+        poller.register(self._subscriber.socket, zmq.POLLIN)
+        poller.register(self._publisher.socket, zmq.POLLIN)
+        for descriptor in (lifecycle.fileno(), *self.descriptors()):
+            poller.register(descriptor, zmq.POLLIN)
+        while not lifecycle.draining:
+            poller.poll(self._patience_ms())
+            self._turn()
+            readiness.check()
+        self._drain()
+
+    def _patience_ms(self) -> int:
+        if self._waiting or self._serving != self._mirror.version:
+            return 5
+        return int(max(0.0, min(self._reporter.due_at, self._work_at) - time.monotonic()) * 1000) + 1
+
+    def _turn(self) -> int:
+        """Handle what has come, up to a bound; return how many messages."""
+        handled = 0
+        while handled < TURN_MESSAGES and (message := self._subscriber.receive()):
+            self._take(message)
+            handled += 1
+        self._work_at = time.monotonic() + self.work()
+        self._apply()
+        self._answer()
+        asked = self._reporter.asked_for(self._publisher.new_subscriptions())
+        if asked or time.monotonic() >= self._reporter.due_at:
+            self._report()
+        return handled
+
+    def _take(self, message: Message) -> None:
+        body, envelope = message.body, message.envelope
+        if message.batch is not None:
+            missed = self._streams.follow(message.topic, envelope, len(message.batch))
+            if missed:
+                self._collectors.miss(message.batch.stream, missed)
+            if missed is not None and len(message.batch):
+                self.send(message.batch, self._collectors.route(message.batch))
+        elif isinstance(body, RegistrySnapshot | RegistryChange):
+            if not self._mirror.take(envelope, body) and self._mirror.stale:
+                self._ask_for_snapshot()
+        elif isinstance(body, ServeRequest) and len(self._waiting) < MAX_WAITING:
+            self._waiting.append((time.monotonic() + REQUEST_SECONDS, envelope.boot, body))
+        elif isinstance(body, Status):
+            for stream, missed in self._streams.reconcile(envelope, body).items():
+                self._collectors.miss(stream, missed)
+        else:
+            self.take(message)
+
+    def _apply(self) -> None:
+        """Serve the registry as it is now, unless that was done a moment ago: then with the changes to come."""
+        began = time.monotonic()
+        if self._serving == self._mirror.version or began < self._apply_at:
+            return
+        self._serving = self._mirror.version
+        clients = self._mirror.clients.values()
+        self._collectors.replace(client for client in clients if client.streams and client.source == self.source)
+        self._streams.want(self._collectors.streams_wanted())
+        self._apply_at = time.monotonic() + APPLY_SHARE * (time.monotonic() - began)
+
+    def _ask_for_snapshot(self) -> None:
+        """A change was lost: a new subscription makes the gateway send the whole registry. Once a second at most."""
+        if time.monotonic() - self._asked_at < 1.0:
+            return
+        self._asked_at = time.monotonic()
+        self._subscriber.unsubscribe(REGISTRY_TOPIC)
+        self._subscriber.subscribe(REGISTRY_TOPIC)
+
+    def _answer(self) -> None:
+        """Answer who asked whether we serve a revision, once we do and its streams flow."""
+        if not self._waiting or self._serving != self._mirror.version or not self._streams.flowing:
+            return
+        now, still_waiting = time.monotonic(), []
+        for expires_at, boot, request in self._waiting:
+            if self._mirror.holds(boot, request.revision):
+                self._publisher.publish(request.reply, ServeReply(request.id, self._mirror.revision))
+            elif expires_at > now:
+                still_waiting.append((expires_at, boot, request))
+        self._waiting = still_waiting
+
+    def _report(self) -> None:
+        self._collectors.refresh()
+        self._streams.forget_silent_workers()
+        self._reporter.report(self._accounts)
+
+    def _accounts(self) -> Accounts:
+        service = {
+            "revision": max(0, self._mirror.revision),
+            "bus_rejected": sum(self._subscriber.rejected.values()),
+            "bus_repeated": self._streams.repeated,
+            **self.own_account(),
+        }
+        return {self.name.partition(".")[0]: service, **self._streams.accounts(), **self._collectors.accounts()}
+
+    def _drain(self) -> None:
+        deadline = time.monotonic() + DRAIN_SECONDS
+        quiet_at = time.monotonic() + QUIET_SECONDS
+        while time.monotonic() < min(deadline, quiet_at):
+            if self._turn():
+                quiet_at = time.monotonic() + QUIET_SECONDS
+            else:
+                self._subscriber.socket.poll(50)
+        self._report()
+        log.info("drained", service=self.name, accounts=self._collectors.accounts())
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._collectors.close()
+        self._subscriber.close()
+        self._publisher.close()
+        self._context.term()
