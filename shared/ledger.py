@@ -52,6 +52,8 @@ SHARED_OUT: Final = "shared_out"
 """Went to another member of its group."""
 DELIVERED: Final = "delivered"
 """Datagrams the kernel took for it."""
+HELD: Final = "held"
+"""Datagrams that wait for the next hop to tell its link address (transmitter): the one counter that also falls."""
 REFUSALS: Final = "refusals"
 """Port-unreachable answers seen: each means that at least one delivered datagram reached nobody."""
 
@@ -66,11 +68,28 @@ OVERSIZED: Final = DROPPED + "oversized"
 CUT_OFF: Final = DROPPED + "cut_off"
 """A TCP message that was not finished when its connection was reset or ended by us, or before its octet count."""
 BUFFER_FULL: Final = DROPPED + "buffer_full"
-"""The collector's send buffer was full (forwarder)."""
+"""The send buffer was full: the collector's own (forwarder), or that of its interface (transmitter)."""
 REFUSED: Final = DROPPED + "refused"
 """The collector's port is closed (forwarder)."""
 NOT_CONNECTED: Final = DROPPED + "not_connected"
 """There is no way to the collector's address: no route, or no such family here (forwarder)."""
+
+QUEUE_FULL: Final = DROPPED + "queue_full"
+"""The interface's own queue took no more, ENOBUFS (transmitter)."""
+NO_ROUTE: Final = DROPPED + "no_route"
+"""There is no route to the collector (transmitter)."""
+NO_NEIGHBOUR: Final = DROPPED + "no_neighbour"
+"""The next hop did not tell its link address in time: no ARP or neighbour discovery answer (transmitter)."""
+INTERFACE_DOWN: Final = DROPPED + "interface_down"
+"""The interface to the collector is down, without carrier, or gone (transmitter)."""
+OTHER_FAMILY: Final = DROPPED + "other_family"
+"""An IPv4 source can't be claimed towards an IPv6 collector, nor the other way round (transmitter)."""
+DESTINATION_REFUSED: Final = DROPPED + "destination_refused"
+"""The policy lets no copies go to the collector's address (transmitter)."""
+SOURCE_REFUSED: Final = DROPPED + "source_refused"
+"""The policy, or what the address is, does not allow to claim this source (transmitter)."""
+RATE_LIMITED: Final = DROPPED + "rate_limited"
+"""More than `frames_per_second` (transmitter)."""
 
 ORIGIN: Final = re.compile(r"origin/([^/]+)/([0-9a-f]{1,16})/([^/]+)")
 Accounts = dict[str, dict[str, int]]
@@ -104,7 +123,7 @@ def _equations(name: str, account: Mapping[str, int]) -> Iterator[tuple[int, str
         yield parts(REACHED), REACHED, parts(BASELINE, TAKEN, MISSED)
     elif name.startswith("collector/"):
         yield parts(EXPECTED), EXPECTED, parts(OFFERED, MISSED)
-        yield parts(OFFERED), OFFERED, parts(FILTERED, SAMPLED_OUT, SHARED_OUT, DELIVERED) + dropped(account)
+        yield parts(OFFERED), OFFERED, parts(FILTERED, SAMPLED_OUT, SHARED_OUT, DELIVERED, HELD) + dropped(account)
 
 
 def is_origin(name: str) -> bool:

@@ -26,24 +26,35 @@ def group(lengths: Lengths, largest_segment: int, apart: Mask | None = None) -> 
     along when that one stands alone and is shorter. Rows longer than `largest_segment` go alone, and a row that
     is `apart`, shape (n,), never goes with the one before it.
     """
-    count = len(lengths)
-    row = np.arange(count)
-    begins = np.ones(count, np.bool_)
-    begins[1:] = lengths[1:] != lengths[:-1]
+    begins = np.ones(len(lengths), np.bool_)
+    np.not_equal(lengths[1:], lengths[:-1], out=begins[1:])
     if apart is not None:
         begins |= apart
-    position = row - np.maximum.accumulate(np.where(begins, row, 0))
-    most = np.minimum(MAX_SEGMENTS, MAX_SEND // np.maximum(lengths, 1))
-    most[(lengths > largest_segment) | (lengths == 0)] = 1
-    starts = np.flatnonzero(position % np.maximum(most, 1) == 0)
-    return starts[~_tails(lengths, starts, most, apart)]
-
-
-def _tails(lengths: Lengths, starts: Starts, most: Lengths, apart: Mask | None) -> Mask:
-    """Which sends can be joined to the one before them as its shorter last datagram."""
+    starts = np.flatnonzero(begins)
     sizes = np.diff(starts, append=len(lengths))
+    length = lengths[starts]
+    most = np.clip(MAX_SEND // np.maximum(length, 1), 1, MAX_SEGMENTS)
+    most[(length > largest_segment) | (length == 0)] = 1
+    if (sizes > most).any():
+        starts, sizes, most = _split(starts, sizes, most)
+    if len(starts) == 1 or (apart is not None and apart[starts].all()):
+        return starts
+    return starts[~_tails(lengths, starts, sizes, most, apart)]
+
+
+def _split(starts: Starts, sizes: Starts, most: Lengths) -> tuple[Starts, Starts, Lengths]:
+    """Cut runs that are longer than a send may be."""
+    sends = -(-sizes // most)
+    run = np.repeat(np.arange(len(starts)), sends)
+    number = np.arange(len(run)) - (np.cumsum(sends) - sends)[run]
+    most = most[run]
+    return starts[run] + number * most, np.minimum(most, sizes[run] - number * most), most
+
+
+def _tails(lengths: Lengths, starts: Starts, sizes: Starts, most: Lengths, apart: Mask | None) -> Mask:
+    """Which sends can be joined to the one before them as its shorter last datagram."""
     own, before = lengths[starts[1:]], lengths[starts[:-1]]
-    room = (sizes[:-1] < most[starts[:-1]]) & (sizes[:-1] * before + own <= MAX_SEND)
+    room = (sizes[:-1] < most[:-1]) & (sizes[:-1] * before + own <= MAX_SEND)
     joins = np.zeros(len(starts), np.bool_)
     joins[1:] = (sizes[1:] == 1) & (own < before) & (own > 0) & room
     if apart is not None:

@@ -145,8 +145,6 @@ class Transmitter(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """Copies claim sources of these prefixes only; empty: whatever address a datagram came from."""
     frames_per_second: Annotated[int, Meta(ge=0, le=1_000_000_000)] = 0
     """Of copies and raw frames together; 0: no limit."""
-    send_buffer: Bytes = 4_194_304
-    """Bytes asked of the kernel for each raw socket."""
     segmentation: bool = True
     """Hand the kernel runs of equal length as one frame (UDP_L4 GSO) where it can."""
 

@@ -1,0 +1,259 @@
+"""What the kernel knows of routes, neighbours and links, asked and followed by rtnetlink(7); no privilege is needed.
+
+The sockets are plain ones, to be polled with the rest; pyroute2 knows the format of what goes over them.
+"""
+
+import errno
+import socket
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+from pyroute2.netlink import NLM_F_DUMP, NLM_F_REQUEST, nlmsg
+from pyroute2.netlink.rtnl import (
+    RTM_DELLINK,
+    RTM_DELNEIGH,
+    RTM_GETLINK,
+    RTM_GETNEIGH,
+    RTM_GETROUTE,
+    RTM_NEWLINK,
+    RTM_NEWNEIGH,
+    RTNLGRP_IPV4_IFADDR,
+    RTNLGRP_IPV4_ROUTE,
+    RTNLGRP_IPV4_RULE,
+    RTNLGRP_IPV6_IFADDR,
+    RTNLGRP_IPV6_ROUTE,
+    RTNLGRP_IPV6_RULE,
+    RTNLGRP_LINK,
+    RTNLGRP_NEIGH,
+)
+from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
+from pyroute2.netlink.rtnl.marshal import MarshalRtnl
+from pyroute2.netlink.rtnl.ndmsg import ndmsg
+from pyroute2.netlink.rtnl.rtmsg import rtmsg
+
+SOL_NETLINK: Final = 270
+NETLINK_ADD_MEMBERSHIP: Final = 1
+NETLINK_GET_STRICT_CHK: Final = 12
+"""Lets a dump be limited to one link (netlink(7))."""
+RECEIVE_SIZE: Final = 1 << 17
+"""Bytes: more than the kernel puts into one message."""
+ANSWER_SECONDS: Final = 2.0
+EVENT_BUFFER: Final = 1 << 20
+EVENTS_AT_ONCE: Final = 64
+GROUPS: Final = (
+    RTNLGRP_LINK, RTNLGRP_NEIGH, RTNLGRP_IPV4_IFADDR, RTNLGRP_IPV4_ROUTE, RTNLGRP_IPV4_RULE,
+    RTNLGRP_IPV6_IFADDR, RTNLGRP_IPV6_ROUTE, RTNLGRP_IPV6_RULE,
+)  # fmt: skip
+HEADER: Final = struct.Struct("=IHHII")
+"""struct nlmsghdr: length, type, flags, sequence, port."""
+
+ARPHRD_ETHER: Final = 1
+IFF_UP: Final = 1
+IFF_RUNNING: Final = 0x40
+"""There is carrier, as far as the driver knows; without it the kernel drops what is sent, in silence."""
+RTN_UNICAST: Final = 1
+RTN_LOCAL: Final = 2
+NUD_FAILED: Final = 0x20
+NUD_STALE: Final = 0x04
+NUD_USABLE: Final = 0x02 | NUD_STALE | 0x08 | 0x10 | 0x40 | 0x80
+"""REACHABLE, STALE, DELAY, PROBE, NOARP, PERMANENT (linux/neighbour.h): the link address is one to send to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A network interface. `ethernet` says whether its frames are; `address` is then its 6 bytes."""
+
+    index: int
+    name: str
+    ethernet: bool
+    address: bytes
+    mtu: int
+    up: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Where packets to an address go: RTN_ type, link, next hop's address, and the MTU of the way where one is set."""
+
+    kind: int
+    link_index: int
+    next_hop: str
+    mtu: int
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbour:
+    """A next hop on a link: its state, NUD_ bits, and its 6 bytes of link address where it has one."""
+
+    link_index: int
+    address: str
+    state: int
+    link_address: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class RoutesChanged:
+    """Routes, rules or addresses are not what they were."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkGone:
+    """A link has been taken away."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class EventsLost:
+    """There were more events than the socket could hold: nothing that is remembered may be relied on."""
+
+
+Event = Link | LinkGone | Neighbour | RoutesChanged | EventsLost
+
+
+class Netlink:
+    """Questions to the kernel, and its events."""
+
+    def __init__(self) -> None:
+        self._marshal = MarshalRtnl()
+        self._sequence = 0
+        self._events = _open()
+        self._events.setblocking(False)
+        self._events.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, EVENT_BUFFER)
+        for group in GROUPS:
+            self._events.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, group)
+        self._questions = _open()
+        self._questions.settimeout(ANSWER_SECONDS)
+        self._questions.setsockopt(SOL_NETLINK, NETLINK_GET_STRICT_CHK, 1)
+
+    def fileno(self) -> int:
+        """Readable when there are events."""
+        return self._events.fileno()
+
+    def links(self) -> list[Link]:
+        """Every link there is."""
+        return [_link(answer) for answer in self._ask(ifinfmsg(), RTM_GETLINK, NLM_F_DUMP)]
+
+    def route(self, address: str) -> Route | None:
+        """The route to an address, as the kernel would choose it; None when there is none."""
+        question = rtmsg()
+        question["family"], question["dst_len"] = _family(address), 128 if ":" in address else 32
+        question["attrs"] = [("RTA_DST", address)]
+        answers = self._ask(question, RTM_GETROUTE)
+        return _route(answers[0], address) if answers else None
+
+    def neighbour(self, link_index: int, address: str) -> Neighbour:
+        """What is known of a next hop; state 0 when nothing is."""
+        question = ndmsg()
+        question["family"], question["ifindex"] = _family(address), link_index
+        question["attrs"] = [("NDA_DST", address)]
+        answers = self._ask(question, RTM_GETNEIGH)
+        return _neighbour(answers[0]) if answers else Neighbour(link_index, address, 0, b"")
+
+    def _ask(self, question: nlmsg, kind: int, flags: int = 0) -> list[nlmsg]:
+        """Return the answers; none where the kernel answers with an error, such as ENETUNREACH or ENOENT."""
+        self._sequence += 1
+        question["header"].update(type=kind, flags=NLM_F_REQUEST | flags, sequence_number=self._sequence)
+        question.encode()
+        self._questions.send(question.data)
+        answers: list[nlmsg] = []
+        while True:
+            for answer in self._parse(self._questions.recv(RECEIVE_SIZE)):
+                if answer["header"]["sequence_number"] != self._sequence:
+                    continue  # to a question that was given up
+                if answer["header"]["type"] in (NLMSG_ERROR, NLMSG_DONE):
+                    return answers
+                answers.append(answer)
+                if not flags & NLM_F_DUMP:
+                    return answers
+
+    def _parse(self, data: bytes) -> list[nlmsg]:
+        return list(self._marshal.parse(data))
+
+    def events(self) -> Iterator[Event]:
+        """Yield what has changed since the last call, up to a bound; `fileno` stays readable when there is more."""
+        for _ in range(EVENTS_AT_ONCE):
+            try:
+                data = self._events.recv(RECEIVE_SIZE)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
+                yield EventsLost()
+                continue
+            yield from self._event(data)
+
+    def _event(self, data: bytes) -> Iterator[Event]:
+        kind = HEADER.unpack_from(data)[1]
+        if kind not in (RTM_NEWLINK, RTM_DELLINK, RTM_NEWNEIGH, RTM_DELNEIGH):
+            yield RoutesChanged()  # a router's table may change often: what it is now is asked when it is needed
+            return
+        for message in self._parse(data):
+            if kind == RTM_NEWLINK:
+                yield _link(message)
+            elif kind == RTM_DELLINK:
+                yield LinkGone(message["index"])
+            elif kind == RTM_NEWNEIGH:
+                yield _neighbour(message)
+            else:
+                yield Neighbour(message["ifindex"], message.get_attr("NDA_DST") or "", 0, b"")
+
+    def close(self) -> None:
+        """Close both sockets."""
+        self._events.close()
+        self._questions.close()
+
+
+NLMSG_ERROR: Final = 2
+NLMSG_DONE: Final = 3
+
+
+def _open() -> socket.socket:
+    sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
+    sock.bind((0, 0))
+    return sock
+
+
+def _family(address: str) -> int:
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
+
+
+def _link(message: Any) -> Link:
+    address = message.get_attr("IFLA_ADDRESS") or ""
+    return Link(
+        message["index"],
+        message.get_attr("IFLA_IFNAME") or "",
+        message["ifi_type"] == ARPHRD_ETHER,
+        _link_address(address),
+        message.get_attr("IFLA_MTU") or 0,
+        message["flags"] & IFF_UP != 0 and message["flags"] & IFF_RUNNING != 0,
+    )
+
+
+def _route(message: Any, address: str) -> Route | None:
+    via = message.get_attr("RTA_VIA") or {}
+    metrics = message.get_attr("RTA_METRICS")
+    mtu = metrics.get_attr("RTAX_MTU") if metrics is not None else None
+    link_index = message.get_attr("RTA_OIF")
+    if link_index is None:  # blackhole, unreachable, prohibit
+        return None
+    next_hop = message.get_attr("RTA_GATEWAY") or via.get("addr") or address
+    return Route(message["type"], link_index, next_hop, mtu or 0)
+
+
+def _neighbour(message: Any) -> Neighbour:
+    return Neighbour(
+        message["ifindex"],
+        message.get_attr("NDA_DST") or "",
+        message["state"],
+        _link_address(message.get_attr("NDA_LLADDR") or ""),
+    )
+
+
+def _link_address(text: str) -> bytes:
+    """The 6 bytes of an Ethernet address, nothing for any other kind."""
+    parts = text.split(":")
+    return bytes.fromhex("".join(parts)) if len(parts) == 6 else b""

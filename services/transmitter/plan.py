@@ -1,0 +1,299 @@
+"""How rows of a batch leave with their own source address: which go in one frame, and the headers of each. No I/O.
+
+Rows are put in order by source, without changing the order within a source; neighbours of one source and of equal
+length become one frame that the kernel or the device cuts up (`shared.segments`); what is longer than the path's MTU
+becomes fragments. Where there is no Ethernet, the same headers without their link part go out as raw IP packets.
+"""
+
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from services.transmitter.headers import (
+    FRAGMENT,
+    FRAGMENT_HEADER,
+    FRAGMENT_SIZE,
+    GSO_NONE,
+    GSO_UDP_L4,
+    HEADERS4,
+    HEADERS6,
+    LINK_SIZE,
+    MORE_FRAGMENTS,
+    NEEDS_CSUM,
+    UDP,
+    UDP_SIZE,
+    VNET_SIZE,
+    Headers,
+    Sums,
+    complete,
+    fold,
+    sum_addresses,
+    sum_payloads,
+    sum_words,
+)
+from services.transmitter.sources import by_source, hash_sources
+from services.transmitter.target import Identification, Target
+from shared.batch import MAX_ROWS, DatagramBatch, Indices
+from shared.mmsg import IOVEC, MMSGHDR, addresses_of
+from shared.routing import mix
+from shared.segments import Mask, group
+
+IP_SIZE: Final = {4: 20, 6: 40}
+SMALLEST_MTU: Final = {4: 68, 6: 1280}
+"""What every link carries (RFC 791, 3.2; RFC 8200, 5): less is a mistake, and would cost endless fragments."""
+FLOW_LABEL: Final = 0xFFFFF
+
+
+class FramePlan:
+    """Messages for sendmmsg(2), built for some rows of a batch and addressed to one collector after the other.
+
+    A *unit* is what leaves or is dropped together: a run of rows that go as one frame, or one row and its fragments.
+    Memory is reused: a plan is good until the next `build`, and as long as the batch lives.
+    """
+
+    def __init__(self) -> None:
+        self._name = np.zeros(32, np.uint8)
+        self._vectors = {
+            (version, link): _Vector(MAX_ROWS, version, self._name, link=link)
+            for version in IP_SIZE
+            for link in (True, False)
+        }
+        self.rows = self.frames = 0
+
+    def build(
+        self, batch: DatagramBatch, rows: Indices | None, version: int, mtu: int, *, link: bool, segmentation: bool
+    ) -> None:
+        """Plan frames for these rows (None: all; at least one), whose sources must be of IP `version`.
+
+        `link`: they go through AF_PACKET, where checksums are left to the kernel, and with `segmentation` runs too.
+        """
+        self._batch, self._version, self._link = batch, version, link
+        self._mtu = max(mtu, SMALLEST_MTU[version])
+        chosen = batch.rows if rows is None else batch.rows[rows]
+        order, begins = by_source(chosen)
+        if order is not None:
+            chosen, rows = chosen[order], order if rows is None else rows[order]
+        self._rows_of_batch = rows
+        self.rows = len(chosen)
+        lengths = batch.lengths if rows is None else batch.lengths[rows]
+        largest = self._mtu - IP_SIZE[version] - UDP_SIZE
+        starts = group(lengths, largest, begins) if link and segmentation else np.arange(len(lengths))
+        self.rows_before = np.append(starts, len(lengths))
+        self.bytes_before = np.append(0, np.cumsum(lengths))[self.rows_before]
+        self._heads = chosen[starts]
+        self._totals = np.diff(self.bytes_before) + UDP_SIZE
+        length = lengths[starts]
+        large = length > largest
+        self._pieces = _Fragments(self._totals, large, self._mtu, version) if large.any() else None
+        self._take_vector()
+        self._fill(length)
+        self._gather(lengths)
+
+    @property
+    def units(self) -> int:
+        """How many units there are; `rows_before[i]` and `bytes_before[i]` are what the first i of them hold."""
+        return len(self._totals)
+
+    def first_frame(self, unit: int) -> int:
+        """The number of a unit's first frame; of the one after the last unit, how many frames there are."""
+        return unit if self._pieces is None else int(self._pieces.first_frame[unit])
+
+    def unit_of(self, frame: int) -> int:
+        """The unit that a frame belongs to."""
+        return frame if self._pieces is None else int(self._pieces.unit_of[frame])
+
+    def rest(self, dealt: int) -> Indices:
+        """The rows of the batch that are left when the plan's first `dealt` rows are not."""
+        return np.arange(dealt, self.rows) if self._rows_of_batch is None else self._rows_of_batch[dealt:]
+
+    def segmented(self, unit: int) -> bool:
+        """Whether a unit is a run that kernel or device has to cut."""
+        return bool(self.rows_before[unit + 1] - self.rows_before[unit] > 1)
+
+    def _take_vector(self) -> None:
+        if self._pieces is None:
+            self.frames, self._vector = self.units, self._vectors[self._version, self._link]
+        else:  # longer than a batch has rows, and its headers differ in length
+            self.frames = len(self._pieces.unit_of)
+            self._vector = _Vector(self.frames, self._version, self._name, link=self._link)
+        self._headers = self._vector.headers[: self.frames]
+
+    def _per_frame(self, of_units: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+        return of_units if self._pieces is None else of_units[self._pieces.unit_of]
+
+    def _fill(self, length: npt.NDArray[np.int64]) -> None:
+        """Fill in what does not depend on the collector; `length` is that of each unit's first row."""
+        headers, heads, per_frame = self._headers, self._heads, self._per_frame
+        packed = np.ascontiguousarray(heads["address"][:, 12:] if self._version == 4 else heads["address"])
+        headers["source"] = per_frame(packed.view(f"V{packed.shape[1]}")[:, 0])
+        headers["source_port"], headers["udp_length"] = per_frame(heads["port"]), per_frame(self._totals)
+        sizes = self._totals if self._pieces is None else self._pieces.sizes
+        headers["length"] = sizes + (IP_SIZE[4] if self._version == 4 else 0)
+        sources, totals = sum_addresses(packed), self._totals.astype(np.uint32)
+        self._source_sums, self._udp_sums = sources, sources + totals + UDP
+        if self._link:
+            runs = np.diff(self.rows_before) > 1
+            headers["flags"] = NEEDS_CSUM
+            headers["gso_type"] = per_frame(np.where(runs, GSO_UDP_L4, GSO_NONE))
+            headers["gso_size"] = per_frame(np.where(runs, length, 0))
+            self._completed: Indices | slice | None = None
+            if self._pieces is not None:
+                self._completed = np.flatnonzero(self._pieces.large_units)
+                headers["flags"][self._pieces.large] = 0
+        else:
+            self._completed = slice(None)
+        if self._completed is not None:
+            self._sum_payloads(self._completed, totals)
+
+    def _sum_payloads(self, units: Indices | slice, totals: Sums) -> None:
+        """Let the sums of these units, which nobody completes after us, cover all but the destination."""
+        rows = self.rows_before[:-1][units]
+        numbers = rows if self._rows_of_batch is None else self._rows_of_batch[rows]
+        self._udp_sums[units] += sum_payloads(self._batch, numbers) + self._heads["port"][units] + totals[units]
+
+    def _gather(self, lengths: npt.NDArray[np.int64]) -> None:
+        """Point each message at its headers and at its payload."""
+        payload = np.frombuffer(self._batch.payload, np.uint8).ctypes.data if self.bytes_before[-1] else 0
+        offsets = self._batch.offsets[:-1] if self._rows_of_batch is None else self._batch.offsets[self._rows_of_batch]
+        starts = self.rows_before[:-1]
+        if self._rows_of_batch is not None and self.units < self.rows:
+            self._gather_rows(offsets + payload, lengths)
+            return
+        self.messages = self._vector.messages
+        pieces = self._vector.pieces[: self.frames, 1]
+        if self._pieces is None:
+            pieces["base"], pieces["len"] = offsets[starts] + payload, self._totals - UDP_SIZE
+        else:
+            fragments = self._pieces
+            pieces["base"] = offsets[starts][fragments.unit_of] + fragments.payload_offsets + payload
+            pieces["len"] = fragments.payload_sizes
+            self._vector.pieces[: self.frames, 0]["len"] = self._vector.header_size + fragments.extra
+
+    def _gather_rows(self, base: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> None:
+        """Gather frames of rows that are not neighbours in memory, one piece a row."""
+        fragments = self._pieces
+        counts = self._per_frame(np.diff(self.rows_before))
+        first_row = self._per_frame(self.rows_before[:-1])
+        before = np.cumsum(counts) - counts
+        frame_of = np.repeat(np.arange(self.frames), counts)
+        row = np.arange(len(frame_of)) + (first_row - before)[frame_of]
+        heads, at = before + np.arange(self.frames), np.arange(len(frame_of)) + frame_of + 1
+        self._iovecs = iovecs = np.empty(self.frames + len(frame_of), IOVEC)
+        iovecs["base"][at], iovecs["len"][at] = base[row], lengths[row]
+        iovecs[heads] = self._vector.pieces[: self.frames, 0]
+        if fragments is not None:
+            large = np.flatnonzero(fragments.large)
+            iovecs["base"][at[before[large]]] += fragments.payload_offsets[large].astype(np.uint64)
+            iovecs["len"][at[before[large]]] = fragments.payload_sizes[large]
+            iovecs["len"][heads] = self._vector.header_size + fragments.extra
+        self.messages = messages = self._vector.messages.copy()
+        messages["iov"][: self.frames] = addresses_of(iovecs, IOVEC.itemsize, len(iovecs))[heads]
+        messages["iovlen"][: self.frames] = counts + 1
+
+    def address(self, target: Target, name: bytes, numbers: Identification) -> None:
+        """Address every frame to a collector; `name` is the socket address that its messages are sent to."""
+        self._name[: len(name)] = np.frombuffer(name, np.uint8)
+        self.messages["namelen"][: self.frames] = len(name)
+        headers = self._headers
+        if target.ethernet:
+            headers["ethernet"] = np.frombuffer(target.ethernet, "V14")
+        headers["destination"] = np.frombuffer(target.address, f"V{len(target.address)}")
+        headers["hop_limit"], headers["port"] = target.hop_limit, target.port
+        destination = sum_words(target.address)
+        sums = fold(self._udp_sums + destination)
+        if self._completed is not None:
+            sums[self._completed] = complete(fold(sums[self._completed] + target.port))
+        headers["udp_checksum"] = self._per_frame(sums)
+        if self._version == 4:
+            self._address4(target, destination, numbers)
+        else:
+            self._address6(target, numbers)
+
+    def _address4(self, target: Target, destination: int, numbers: Identification) -> None:
+        headers = self._headers
+        idents = numbers.take(self.rows_before) & 0xFFFF
+        sums = self._source_sums
+        headers["traffic_class"] = target.dscp << 2
+        if self._pieces is not None:
+            large = self._pieces.large_units
+            idents[large] = numbers.take_for_fragments(hash_sources(self._heads[large])) & 0xFFFF
+            words = self._pieces.words(MORE_FRAGMENTS, 8)
+            headers["fragment"] = words
+            idents, sums = idents[self._pieces.unit_of], sums[self._pieces.unit_of] + words
+        headers["identification"] = idents
+        fixed = (0x45 << 8) + (target.dscp << 2) + (target.hop_limit << 8) + UDP + destination
+        headers["checksum"] = fold(sums + headers["length"] + idents + fixed) ^ 0xFFFF
+
+    def _address6(self, target: Target, numbers: Identification) -> None:
+        headers = self._headers
+        # One label a flow (RFC 6437): the same source to the same collector's port has the same, and it is never 0.
+        labels = (mix(hash_sources(self._heads) ^ np.uint64(target.port)) & np.uint64(FLOW_LABEL)).astype(np.uint32) | 1
+        headers["flow"] = self._per_frame(labels | (6 << 28 | target.dscp << 22))
+        headers["protocol"] = UDP
+        if self._pieces is not None:
+            self._insert_fragment_headers(self._pieces, numbers)
+
+    def _insert_fragment_headers(self, fragments: "_Fragments", numbers: Identification) -> None:
+        headers, which = self._headers, np.flatnonzero(fragments.large)
+        rows = headers.view(np.uint8).reshape(self.frames, -1)
+        after_ip = LINK_SIZE + IP_SIZE[6]
+        headers["source_port"], headers["udp_length"] = (
+            self._per_frame(self._heads["port"]),
+            self._per_frame(self._totals),
+        )
+        rows[which, after_ip + FRAGMENT_SIZE :] = rows[which, after_ip : after_ip + UDP_SIZE]
+        extension = np.zeros(len(which), FRAGMENT_HEADER)
+        extension["next"], extension["offset"] = UDP, fragments.words(1, 1)[which]
+        extension["identification"] = numbers.take(np.arange(self.units + 1))[fragments.unit_of[which]]
+        rows[which, after_ip : after_ip + FRAGMENT_SIZE] = extension.view(np.uint8).reshape(len(which), -1)
+        headers["length"][which] = fragments.sizes[which] + FRAGMENT_SIZE
+        headers["protocol"][which] = FRAGMENT
+
+
+class _Fragments:
+    """The frames of a plan in which some units are longer than the MTU: those are cut at multiples of 8 bytes."""
+
+    def __init__(self, totals: npt.NDArray[np.int64], large: Mask, mtu: int, version: int) -> None:
+        extension = FRAGMENT_SIZE if version == 6 else 0
+        piece = mtu - IP_SIZE[version] - extension & ~7
+        counts = np.where(large, -(-totals // piece), 1)
+        self.first_frame = np.append(0, np.cumsum(counts))
+        self.large_units = large
+        self.unit_of = np.repeat(np.arange(len(large)), counts)
+        self.large = large[self.unit_of]
+        number = np.arange(len(self.unit_of)) - self.first_frame[self.unit_of]
+        whole = totals[self.unit_of]
+        self._offsets = number * piece
+        self.sizes = np.where(self.large, np.minimum(piece, whole - self._offsets), whole)
+        self._more = self._offsets + self.sizes < whole
+        # The UDP header is the first 8 bytes of what is cut, and stands in the headers of the first frame.
+        first = number == 0
+        self.payload_offsets = np.where(first, 0, self._offsets - UDP_SIZE)
+        self.payload_sizes = self.sizes - np.where(first, UDP_SIZE, 0)
+        self.extra = np.where(self.large, extension - np.where(first, 0, UDP_SIZE), 0)
+
+    def words(self, more: int, unit: int) -> Sums:
+        """Each frame's offset, in units of so many bytes, with the flag `more` unless it is the last."""
+        words: Sums = (self._offsets // unit + np.where(self._more, more, 0)).astype(np.uint32)
+        return words
+
+
+class _Vector:
+    """Room for frames of one kind: headers, and messages of two pieces each, headers and payload."""
+
+    def __init__(self, size: int, version: int, name: npt.NDArray[np.uint8], *, link: bool) -> None:
+        dtype, before_udp = HEADERS4 if version == 4 else HEADERS6, LINK_SIZE + IP_SIZE[version]
+        skip = 0 if link else LINK_SIZE
+        self.headers: Headers = np.zeros(size, dtype)
+        start = before_udp - VNET_SIZE
+        fixed = {"header_length": start + UDP_SIZE, "csum_start": start, "csum_offset": 6, "protocol": UDP}
+        for field, value in ({**fixed, "version": 0x45} if version == 4 else fixed).items():
+            self.headers[field] = value
+        self.header_size = before_udp + UDP_SIZE - skip
+        self.pieces = np.zeros((size, 2), IOVEC)
+        self.pieces["base"][:, 0] = addresses_of(self.headers, dtype.itemsize, size) + np.uint64(skip)
+        self.pieces["len"][:, 0] = self.header_size
+        self.messages = np.zeros(size, MMSGHDR)
+        self.messages["iov"], self.messages["iovlen"] = addresses_of(self.pieces, 2 * IOVEC.itemsize, size), 2
+        self.messages["name"] = name.ctypes.data

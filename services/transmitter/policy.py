@@ -1,0 +1,142 @@
+"""The leash: what may leave, whoever asks for it; and the audit of what was refused. No I/O; the clock is handed in."""
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from shared.addresses import pack_address
+from shared.batch import DatagramBatch, Indices
+from shared.routing import Prefixes, halves_of
+from shared.segments import Mask
+from shared.settings import Transmitter
+
+AUDIT_SECONDS: Final = 60.0
+NOBODYS: Final = Prefixes(["0.0.0.0/8", "224.0.0.0/3", "::/128", "ff00::/8"])
+"""What no datagram can have come from: this network, multicast, reserved (RFC 6890), unspecified."""
+LOOPBACK: Final = Prefixes(["127.0.0.0/8", "::1/128"])
+"""Sources that are true only for a collector on this host."""
+BURST_SECONDS: Final = 0.1
+"""How much of a second's allowance may leave at once."""
+
+
+class Policy:
+    """What the settings allow."""
+
+    def __init__(self, settings: Transmitter, clock: Callable[[], float]) -> None:
+        self.interfaces = frozenset(settings.interfaces)
+        self.ethertypes = settings.ethertype_numbers
+        self._destinations = Prefixes(settings.destinations) if settings.destinations else None
+        self._sources = Prefixes(settings.sources) if settings.sources else None
+        self._rate = settings.frames_per_second
+        self._clock = clock
+        self._allowance = self._rate * BURST_SECONDS
+        self._filled_at = clock()
+
+    def allows_destination(self, address: str) -> bool:
+        """Whether copies may go to an address."""
+        halves = np.frombuffer(pack_address(address), ">u8").astype(np.uint64).reshape(1, 2)
+        return self._destinations is not None and bool(self._destinations.match(halves)[0])
+
+    def refused_sources(self, batch: DatagramBatch, *, local: bool) -> Mask | None:
+        """Which rows may not be copied to a collector, on this host or not, as bool, shape (n,); None: all may."""
+        first = batch.rows["address"][:, 12]
+        if self._sources is None and is_ipv4(batch).all() and not _suspicious(first).any():
+            return None
+        halves = halves_of(batch)
+        refused = NOBODYS.match(halves)
+        if not local:
+            refused |= LOOPBACK.match(halves)
+        if self._sources is not None:
+            refused |= ~self._sources.match(halves)
+        return refused if refused.any() else None
+
+    def grant(self, wanted: int) -> int:
+        """How many of so many frames may leave now, under the limit of frames a second."""
+        if not self._rate:
+            return wanted
+        now = self._clock()
+        most = max(1.0, self._rate * BURST_SECONDS)
+        self._allowance = min(most, self._allowance + (now - self._filled_at) * self._rate)
+        self._filled_at = now
+        granted = min(wanted, math.floor(self._allowance))
+        self._allowance -= granted
+        return granted
+
+
+def is_ipv4(batch: DatagramBatch) -> Mask:
+    """Which rows have an IPv4 source, bool, shape (n,)."""
+    packed = np.ascontiguousarray(batch.rows["address"][:, :12]).view("<u4")
+    mapped: Mask = (packed == MAPPED).all(axis=1)
+    return mapped
+
+
+MAPPED: Final = np.frombuffer(bytes(10) + b"\xff\xff", "<u4")
+
+
+def _suspicious(first: npt.NDArray[np.uint8]) -> Mask:
+    return (first == 0) | (first == 127) | (first >= 224)
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """The rows (None: all) that may be copied to a collector, and how many may not, why."""
+
+    rows: Indices | None
+    other_family: int = 0
+    refused: int = 0
+
+
+class Verdicts:
+    """What is allowed of one batch, found out once for all collectors that the question is the same for."""
+
+    def __init__(self, policy: Policy, batch: DatagramBatch) -> None:
+        self._policy = policy
+        self._batch = batch
+        self._ipv4 = is_ipv4(batch)
+        self._all_ipv4 = bool(self._ipv4.all())
+        self._found: dict[tuple[int, int, bool], Admitted] = {}
+
+    def admit(self, rows: Indices | None, version: int, *, local: bool) -> Admitted:
+        """Which of these rows may be copied to a collector of an IP version, on this host or not."""
+        key = id(rows), version, local
+        if key not in self._found:
+            self._found[key] = self._admit(rows, version, local=local)
+        return self._found[key]
+
+    def _admit(self, rows: Indices | None, version: int, *, local: bool) -> Admitted:
+        refused = self._policy.refused_sources(self._batch, local=local)
+        if refused is None and self._all_ipv4 and version == 4:
+            return Admitted(rows)
+        wanted = np.arange(len(self._batch)) if rows is None else rows
+        mine = self._ipv4[wanted] == (version == 4)
+        allowed = mine if refused is None else mine & ~refused[wanted]
+        counts = np.count_nonzero(mine), np.count_nonzero(allowed)
+        if counts[1] == len(wanted):
+            return Admitted(rows)
+        return Admitted(wanted[allowed], len(wanted) - int(counts[0]), int(counts[0] - counts[1]))
+
+
+class Audit:
+    """Counts what was refused, and has `say(event, **facts)` tell of each cause once a minute at most."""
+
+    def __init__(self, say: Callable[..., object], clock: Callable[[], float]) -> None:
+        self.counters: Counter[str] = Counter()
+        self._say = say
+        self._clock = clock
+        self._said_at: dict[str, float] = {}
+        self._said: Counter[str] = Counter()
+
+    def refuse(self, cause: str, count: int, **facts: Any) -> None:
+        """Count a refusal; `facts` are those of the one that is told of."""
+        self.counters[cause] += count
+        now = self._clock()
+        if now - self._said_at.get(cause, -math.inf) < AUDIT_SECONDS:
+            return
+        self._said_at[cause] = now
+        self._say("refused by the policy", cause=cause, count=self.counters[cause] - self._said[cause], **facts)
+        self._said[cause] = self.counters[cause]
