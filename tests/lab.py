@@ -13,9 +13,12 @@ CLONE_NEWNET: Final = 0x40000000
 SIOCSIFFLAGS: Final = 0x8914
 IFF_UP: Final = 1
 
+_entered = False
+
 
 def enter_lab() -> str:
     """Enter the namespace and assert that it has no way out; return why it can't be had, or an empty string."""
+    global _entered
     libc = ctypes.CDLL(None, use_errno=True)
     uid, gid = os.geteuid(), os.getegid()
     if libc.unshare(CLONE_NEWNET | (CLONE_NEWUSER if uid else 0)):
@@ -27,12 +30,18 @@ def enter_lab() -> str:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
         fcntl.ioctl(control, SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", IFF_UP))
     assert_no_way_out()
+    _entered = True
     return ""
+
+
+def assert_entered() -> None:
+    """Refuse to make any device outside of the run's own namespace."""
+    assert _entered, "not in a network namespace of our own: enter_lab() first"
 
 
 def assert_no_way_out() -> None:
     """Every route must be on loopback."""
-    tables = (Path("/proc/self/net/route"), Path("/proc/self/net/ipv6_route"))
+    tables = (Path("/proc/thread-self/net/route"), Path("/proc/thread-self/net/ipv6_route"))
     routes = [line.split() for table in tables if table.exists() for line in table.read_text().splitlines()]
     devices = {route[0] if len(route) == 11 else route[-1] for route in routes if route and route[0] != "Iface"}
     assert devices <= {"lo"}, f"routes on {devices - {'lo'}}: refusing to send anything"

@@ -1,0 +1,299 @@
+"""Other hosts for the tests: network namespaces with links between them, none of them with a way out.
+
+A host is held by a descriptor alone, so nothing of it outlives its `with` block or this process. A program that is to
+run in it is started while it is entered, since a child inherits the network namespace of the thread that starts it:
+
+    with Host() as relay, Host() as siem, veth(End(relay, "up", "10.1.0.1/24"), End(siem, "eth", "10.1.0.2/24")):
+        relay.route("10.9.0.0/16", via="10.1.0.2")
+        with relay.entered(), ambient(NET_RAW):
+            stack.start("transmitter")
+"""
+
+import ctypes
+import fcntl
+import ipaddress
+import json
+import os
+import shutil
+import socket
+import struct
+import subprocess
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, Self
+from zlib import crc32
+
+import pytest
+
+from tests.lab import CLONE_NEWNET, assert_entered, assert_no_way_out
+from tests.stack import wait_until
+
+EVERYTHING: Final = (1 << 64) - 1  # sets of capabilities, see linux/capability.h
+NET_RAW: Final = 1 << 13
+CAPABILITY_VERSION_3: Final = 0x20080522
+PR_SET_SECUREBITS, PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, SECBIT_NOROOT = 28, 47, 2, 1  # linux/prctl.h
+SIOCETHTOOL, ETHTOOL_GTXCSUM, ETHTOOL_STXCSUM = 0x8946, 0x16, 0x17
+IFREQ: Final = struct.Struct("16sQ16x")
+OUTER, OUTER_HEADERS = ("192.0.2.1", "192.0.2.2"), 36  # of a tunnel: IPv4, UDP, VXLAN
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _check(result: int) -> int:
+    if result < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return result
+
+
+def raise_ambient(kept: int = EVERYTHING) -> int:
+    """Let programs keep those of this thread's capabilities that are in `kept`; return what they kept before.
+
+    A user who is not root loses them at exec(2) unless they are inheritable and ambient, see capabilities(7); root gets
+    all of them, unless SECBIT_NOROOT says that root is a user like others. Also for preexec_fn.
+    """
+    header, sets = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0), (ctypes.c_uint32 * 6)()
+    _check(_libc.capget(header, sets))  # effective, permitted, inheritable: the low words, then the high ones
+    permitted, before = (sets[number] | sets[number + 3] << 32 for number in (1, 2))
+    sets[2], sets[5] = permitted & kept & 0xFFFFFFFF, (permitted & kept) >> 32
+    _check(_libc.capset(header, sets))  # what is no longer inheritable is no longer ambient
+    for number in range(64):
+        if permitted & kept & 1 << number:
+            _check(_libc.prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, number, 0, 0))
+    if os.geteuid() == 0 and NET_RAW in (kept, before):
+        _check(_libc.prctl(PR_SET_SECUREBITS, SECBIT_NOROOT if kept == NET_RAW else 0, 0, 0, 0))
+    return before
+
+
+with_net_raw = partial(raise_ambient, NET_RAW)
+"""For preexec_fn: the program has CAP_NET_RAW and no other capability, as under systemd's AmbientCapabilities."""
+
+
+@contextmanager
+def ambient(kept: int = EVERYTHING) -> Iterator[None]:
+    """Programs that this thread starts meanwhile have those of its capabilities."""
+    before = raise_ambient(kept)
+    try:
+        yield
+    finally:
+        raise_ambient(before)
+
+
+def run_privileged(command: list[str], text: str = "") -> str:
+    """Run a command that has this process's capabilities; return its output, or raise with its stderr."""
+    with ambient():
+        done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{' '.join(command)}: {done.stderr or done.stdout}"
+    return done.stdout
+
+
+def _own_namespace() -> int:
+    return os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+
+
+@contextmanager
+def _coming_back() -> Iterator[None]:
+    """Whatever happens inside, this thread ends in the network namespace where it began."""
+    before = _own_namespace()
+    try:
+        yield
+    finally:
+        try:
+            _check(_libc.setns(before, CLONE_NEWNET))
+        finally:
+            os.close(before)
+
+
+class Host:
+    """Another host: a network namespace of its own, with loopback up, no reverse-path filter and no way out."""
+
+    def __init__(self, descriptor: int | None = None) -> None:
+        self.descriptor = descriptor
+
+    def __enter__(self) -> Self:
+        assert_entered()
+        if shutil.which("nstat") is None:
+            pytest.skip("ip and nstat, of iproute2, are not installed")
+        with _coming_back():
+            _check(_libc.unshare(CLONE_NEWNET))
+            self.descriptor = _own_namespace()
+            self.run("ip", "link", "set", "lo", "up")
+            assert_no_way_out()
+        for name in ("all", "default"):
+            self.sysctl(f"net.ipv4.conf.{name}.rp_filter", 0)  # the larger of `all` and the interface's counts
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self.descriptor is not None
+        try:
+            self.assert_no_default_route()
+        finally:
+            os.close(self.descriptor)
+            self.descriptor = None
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """What this thread opens and starts meanwhile belongs to this host."""
+        assert_entered()
+        assert self.descriptor is not None, "this host is gone, or was never entered by `with`"
+        with _coming_back():
+            _check(_libc.setns(self.descriptor, CLONE_NEWNET))
+            yield
+
+    def run(self, *command: str, text: str = "") -> str:
+        """Run a command in this host, with capabilities, and return its output."""
+        with self.entered():
+            return run_privileged(list(command), text)
+
+    def socket(self, family: int, kind: int, protocol: int = 0) -> socket.socket:
+        """A socket of this host, usable from anywhere."""
+        with self.entered():
+            return socket.socket(family, kind, protocol)
+
+    def link(self, interface: str) -> dict[str, Any]:
+        """What `ip -json` says of an interface: mtu, address, link_type, stats64 and more."""
+        answer: list[dict[str, Any]] = json.loads(self.run("ip", "-json", "-stats", "link", "show", "dev", interface))
+        return answer[0]
+
+    def counters(self) -> dict[str, int]:
+        """The kernel's counters for this host, such as UdpInErrors, Udp6InErrors, IpInHdrErrors."""
+        answer: dict[str, dict[str, int]] = json.loads(self.run("nstat", "-asjz"))
+        return answer["kernel"]
+
+    def udp_errors(self) -> int:
+        """How many UDP datagrams this host has dropped, for a full buffer or a wrong checksum."""
+        counters = self.counters()
+        return counters["UdpInErrors"] + counters["Udp6InErrors"]
+
+    def sysctl(self, name: str, value: int) -> None:
+        """Set one such as net.ipv4.ip_forward; a dot in an interface's name is written as `/`, as with sysctl."""
+        with self.entered():
+            Path("/proc/sys", name.translate(str.maketrans("./", "/."))).write_text(str(value))
+
+    def forward(self) -> None:
+        """Be a router."""
+        self.sysctl("net.ipv4.ip_forward", 1)
+        self.sysctl("net.ipv6.conf.all.forwarding", 1)
+
+    def route(self, network: str, via: str) -> None:
+        """Reach a network by a router."""
+        self.run("ip", "route", "add", network, "via", via)
+        self.assert_no_default_route()
+
+    def neighbour(self, address: str, mac: str, interface: str) -> None:
+        """Know a neighbour's MAC address for ever, whether it is there or not."""
+        self.run("ip", "neigh", "replace", address, "lladdr", mac, "dev", interface, "nud", "permanent")
+
+    def assert_no_default_route(self) -> None:
+        """No route may cover everything; the kernel's own rejecting one for IPv6 is not shown."""
+        for family in ("-4", "-6"):
+            routes = self.run("ip", family, "route", "show", "table", "all", "default")
+            assert not routes, f"a way out of the lab: {routes}"
+
+
+HERE: Final = Host(_own_namespace())
+"""The run's own namespace, which is there already: not for `with`, and what is set in it stays for later tests."""
+
+
+@dataclass(frozen=True)
+class End:
+    """One end of a link; addresses with their prefix lengths, parted by spaces; the MAC address follows from both."""
+
+    host: Host
+    name: str
+    addresses: str = ""
+    mac: str = ""
+
+    @property
+    def link_address(self) -> str:
+        """A locally administered MAC address, the same in every run."""
+        return self.mac or "02:00:" + crc32(f"{self.name} {self.addresses}".encode()).to_bytes(4).hex(":")
+
+    def ethtool(self, command: int, value: int = 0) -> int:
+        """Do one of linux/ethtool.h's commands that get or set one value, and return the value."""
+        request = array("I", [command, value])
+        with self.host.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+            fcntl.ioctl(control, SIOCETHTOOL, IFREQ.pack(self.name.encode(), request.buffer_info()[0]))
+        return request[1]
+
+    def works(self) -> bool:
+        """Whether it and its other end are up."""
+        return bool(self.host.link(self.name)["operstate"] == "UP")
+
+    def make(self, kind: str, more: str = "") -> None:
+        """Make the interface; skip the test if this kernel has none of the kind, fail it for any other reason."""
+        try:
+            self.host.run(*f"ip link add name {self.name} address {self.link_address} type {kind} {more}".split())
+        except AssertionError as error:
+            if "Unknown device type" in str(error) or "Operation not supported" in str(error):
+                pytest.skip(f"this kernel has no {kind} interfaces")
+            raise
+
+    def remove(self) -> None:
+        """Take the interface away, if it is still there."""
+        with self.host.entered():
+            present = self.name in dict(socket.if_nameindex()).values()
+        if present:
+            self.host.run("ip", "link", "del", "dev", self.name)
+
+    def bring_up(self, mtu: int, checksum_offload: bool, *more: str, flags: str = "") -> None:
+        """Up, with its addresses usable at once; without offload the kernel computes checksums and cuts GSO itself."""
+        self.ethtool(ETHTOOL_STXCSUM, checksum_offload)
+        self.host.sysctl(f"net.ipv6.conf.{self.name.replace('.', '/')}.accept_dad", 0)
+        lines = [f"link set dev {self.name} mtu {mtu} up"]
+        lines += [f"addr add {address} dev {self.name} {flags}" for address in self.addresses.split()]
+        self.host.run("ip", "-batch", "-", text="\n".join([*lines, *more]))
+        self.host.assert_no_default_route()
+
+
+@contextmanager
+def veth(a: End, b: End, mtu: int = 1500, checksum_offload: bool = False) -> Iterator[None]:
+    """A cable between two hosts, working when this returns; without checksum offload unless the test is about it."""
+    assert a.link_address != b.link_address, "two ends with one MAC address"
+    target = f"/proc/{os.getpid()}/fd/{b.host.descriptor}"
+    a.make("veth", f"peer name {b.name} address {b.link_address} netns {target}")
+    try:
+        for end in (a, b):
+            end.bring_up(mtu, checksum_offload)
+        for end in (a, b):
+            wait_until(end.works, f"{end.name} is up")
+        yield
+    finally:
+        a.remove()
+
+
+@contextmanager
+def tunnel(a: End, b: End, mtu: int = 1400) -> Iterator[None]:
+    """A link without Ethernet (its type is ARPHRD_NONE), for IPv4 and IPv6; at most one to a host.
+
+    It is VXLAN with bare packets (GPE) over a veth of its own, which a plain user may make too: /dev/net/tun often is
+    root's alone. Only what the kernel routes gets through: what a packet socket sends to it is lost and not counted.
+    """
+    below = [End(end.host, f"{end.name}-below", f"{outer}/30") for end, outer in zip((a, b), OUTER, strict=True)]
+    with veth(below[0], below[1], mtu=mtu + OUTER_HEADERS):
+        try:
+            for end, far in zip((a, b), reversed(OUTER), strict=True):
+                end.make("vxlan", "gpe external dstport 4790")
+                networks = [ipaddress.ip_interface(address).network for address in end.addresses.split()]
+                routes = [f"route add {network} encap ip id 1 dst {far} dev {end.name}" for network in networks]
+                end.bring_up(mtu, False, *routes, flags="noprefixroute")
+            yield
+        finally:
+            for end in (a, b):
+                end.remove()
+
+
+@contextmanager
+def sink(end: End, *neighbours: str) -> Iterator[None]:
+    """An interface that swallows every frame at once, for figures of a sender alone, and neighbours to send them to."""
+    end.make("ifb")
+    try:
+        end.bring_up(1500, True, f"link set dev {end.name} arp off")
+        for address in neighbours:
+            end.host.neighbour(address, "02:00:00:00:00:02", end.name)
+        yield
+    finally:
+        end.remove()
