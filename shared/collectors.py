@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from shared.batch import DatagramBatch
+from shared.gathering import Gathered
 from shared.ledger import EXPECTED, FILTERED, MISSED, OFFERED, SAMPLED_OUT, SHARED_OUT, Accounts
 from shared.registry import Client
 from shared.routing import Router, Selection
@@ -81,8 +81,8 @@ class Collectors(Generic[D]):
         for route in self._router.routes(stream):
             self._served[route.client.name].account[MISSED] += missed
 
-    def route(self, batch: DatagramBatch) -> list[tuple[D, Selection]]:
-        """Return each collector's rows of a batch, and count those that it does not get."""
+    def route(self, batch: Gathered) -> list[tuple[D, Selection]]:
+        """Return each collector's rows of what came, and count those that it does not get."""
         routed = []
         for client, selection in self._router.route(batch):
             served = self._served[client.name]

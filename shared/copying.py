@@ -18,6 +18,7 @@ import zmq
 from shared.batch import DatagramBatch
 from shared.bus import Publisher, Subscriber, new_context
 from shared.collectors import Collectors, D
+from shared.gathering import MAX_GATHERED, MAX_GATHERED_PAYLOAD, Gathered
 from shared.ledger import Accounts
 from shared.lifecycle import Lifecycle, Readiness
 from shared.mirror import RegistryMirror
@@ -67,8 +68,8 @@ class CopyService(ABC, Generic[D]):
         """Return how a collector is reached; what is sent to it and dropped is counted in `account`."""
 
     @abstractmethod
-    def send(self, batch: DatagramBatch, routed: list[tuple[D, Selection]]) -> None:
-        """Give each collector its rows of a batch."""
+    def send(self, batch: Gathered, routed: list[tuple[D, Selection]]) -> None:
+        """Give each collector its rows."""
 
     def topics(self) -> Iterable[str]:
         """What to subscribe to besides streams; who asks sees by it what this service can do."""
@@ -103,6 +104,8 @@ class CopyService(ABC, Generic[D]):
         self._asked_at = 0.0
         self._serving = -1
         self._apply_at = self._work_at = 0.0
+        self._gathered: list[DatagramBatch] = []
+        self._send_gathered()
         for topic in self.topics():
             self._subscriber.subscribe(topic)
         return self
@@ -136,6 +139,7 @@ class CopyService(ABC, Generic[D]):
         while handled < TURN_MESSAGES and (message := self._subscriber.receive()):
             self._take(message)
             handled += 1
+        self._send_gathered()
         self._work_at = time.monotonic() + self.work()
         self._apply()
         self._answer()
@@ -151,7 +155,7 @@ class CopyService(ABC, Generic[D]):
             if missed:
                 self._collectors.miss(message.batch.stream, missed)
             if missed is not None and len(message.batch):
-                self.send(message.batch, self._collectors.route(message.batch))
+                self._gather(message.batch)
         elif isinstance(body, RegistrySnapshot | RegistryChange):
             if not self._mirror.take(envelope, body) and self._mirror.stale:
                 self._ask_for_snapshot()
@@ -162,6 +166,24 @@ class CopyService(ABC, Generic[D]):
                 self._collectors.miss(stream, missed)
         else:
             self.take(message)
+
+    def _gather(self, batch: DatagramBatch) -> None:
+        """Let a batch wait for those that have come too, as long as they are of its stream and not too many."""
+        waiting = self._gathered
+        if waiting and (waiting[0].stream != batch.stream or self._room < len(batch)):
+            self._send_gathered()
+        waiting.append(batch)
+        self._room -= len(batch)
+        self._payload_room -= len(batch.payload)
+        if self._payload_room <= 0:
+            self._send_gathered()
+
+    def _send_gathered(self) -> None:
+        if self._gathered:
+            gathered = Gathered(self._gathered)
+            self.send(gathered, self._collectors.route(gathered))
+        self._gathered.clear()
+        self._room, self._payload_room = MAX_GATHERED, MAX_GATHERED_PAYLOAD
 
     def _apply(self) -> None:
         """Serve the registry as it is now, unless that was done a moment ago: then with the changes to come."""

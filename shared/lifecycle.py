@@ -6,6 +6,7 @@ ignored: its default action would end a service without draining.
 """
 
 import argparse
+import contextlib
 import gc
 import logging
 import os
@@ -158,18 +159,37 @@ def descriptor_limit() -> int:
     return soft if soft != resource.RLIM_INFINITY else 1 << 20
 
 
+class Watchdog:
+    """Tells systemd, where it asked (sd_watchdog_enabled(3)), that a service gets on: a loop that is stuck does not."""
+
+    def __init__(self) -> None:
+        ours = os.environ.get("WATCHDOG_PID") in (None, str(os.getpid()))
+        seconds = int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6 if ours else 0.0
+        self._interval = seconds / 4
+        self._due_at = 0.0 if seconds else float("inf")
+
+    def feed(self) -> None:
+        """To be called after each turn of a loop that did what it is there for, and from nowhere else."""
+        now = time.monotonic()
+        if now >= self._due_at:
+            self._due_at = now + self._interval
+            notify("WATCHDOG=1", socket.MSG_DONTWAIT)  # a manager that is busy must not hold up the loop
+
+
 class Readiness:
-    """Says once that a service is ready, and once, when that takes long, what it is waiting for."""
+    """Says once that a service is ready, and once, when that takes long, what it is waiting for; feeds the watchdog."""
 
     def __init__(self, service: str, bus_directory: Path, broker_observed: Callable[[], bool]) -> None:
         self._service = service
         self._bus_directory = bus_directory
         self._broker_observed = broker_observed
         self._warn_at = time.monotonic() + BROKER_PATIENCE_SECONDS
+        self._watchdog = Watchdog()
         self._ready = False
 
     def check(self, **facts: object) -> None:
-        """Look whether the broker has been observed by now; cheap enough for every turn of a loop."""
+        """Look whether the broker has been observed by now: after every turn of the loop, which feeds the watchdog."""
+        self._watchdog.feed()
         if self._ready:
             return
         if self._broker_observed():
@@ -185,8 +205,13 @@ class Readiness:
 
 
 def announce_ready(service: str, **facts: object) -> None:
-    """Say that the service can serve now: on the log, and to systemd where it asked (sd_notify(3))."""
+    """Say that the service can serve now: on the log, and to systemd."""
     log.info("ready", service=service, pid=os.getpid(), **facts)
+    notify("READY=1")
+
+
+def notify(state: str, flags: int = 0) -> None:
+    """Tell systemd, where it asked (sd_notify(3)); that it does not listen is no reason to fail."""
     if address := os.environ.get("NOTIFY_SOCKET"):
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
-            notify.sendto(b"READY=1", address.replace("@", "\0", 1) if address.startswith("@") else address)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock, contextlib.suppress(OSError):
+            sock.sendto(state.encode(), flags, "\0" + address[1:] if address.startswith("@") else address)

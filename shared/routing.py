@@ -14,8 +14,11 @@ import numpy.typing as npt
 
 from shared.addresses import V4_MAPPED, pack_network
 from shared.batch import DatagramBatch, Indices
+from shared.gathering import Gathered
 from shared.registry import Client
 
+Datagrams = DatagramBatch | Gathered
+"""What can be routed: datagrams of one stream."""
 Mask = npt.NDArray[np.bool_]
 Hashes = npt.NDArray[np.uint64]
 MAPPED_HALF: Final = np.uint64(0xFFFF)
@@ -56,7 +59,7 @@ class Prefixes:
         return matched
 
 
-def halves_of(batch: DatagramBatch) -> npt.NDArray[np.uint64]:
+def halves_of(batch: Datagrams) -> npt.NDArray[np.uint64]:
     """Source addresses as pairs of uint64 in network order, shape (n, 2): what prefixes and hashes work on."""
     packed = np.ascontiguousarray(batch.rows["address"])
     return packed.view(">u8").astype(np.uint64)
@@ -109,7 +112,7 @@ class Router:
             self._by_stream[stream] = found
         return found
 
-    def route(self, batch: DatagramBatch) -> list[tuple[Client, Selection]]:
+    def route(self, batch: Datagrams) -> list[tuple[Client, Selection]]:
         """Return the selection of each collector that wants the batch's stream."""
         routes = self.routes(batch.stream)
         plain = [(route.client, ALL_ROWS) for route in routes if _takes_all(route)]
@@ -122,7 +125,7 @@ def _takes_all(route: Route) -> bool:
     return route.prefixes is None and route.client.sample == 1 and not route.client.group
 
 
-def _select(batch: DatagramBatch, routes: list[Route]) -> list[tuple[Client, Selection]]:
+def _select(batch: Datagrams, routes: list[Route]) -> list[tuple[Client, Selection]]:
     halves = halves_of(batch)
     everything = np.ones(len(batch), np.bool_)
     wanted = {route.client.name: route.prefixes.match(halves) if route.prefixes else everything for route in routes}

@@ -64,3 +64,17 @@ def _tails(lengths: Lengths, starts: Starts, sizes: Starts, most: Lengths, apart
     first = np.maximum.accumulate(np.where(joins, -1, number))
     joins &= (number - first) % 2 == 1
     return joins
+
+
+def pieces(pointers: Starts, lengths: Lengths, starts: Starts) -> tuple[Starts, Starts]:
+    """Return the rows at which a piece of memory begins, and how many pieces each send has.
+
+    A send gathers its payloads from as many pieces as it must: neighbours in memory are one.
+    """
+    begins = np.ones(len(lengths), np.bool_)
+    np.not_equal(pointers[1:], pointers[:-1] + lengths[:-1], out=begins[1:])
+    begins[starts] = True
+    rows = np.flatnonzero(begins)
+    if len(rows) == len(starts):
+        return rows, np.ones(len(starts), np.intp)
+    return rows, np.diff(np.searchsorted(rows, starts), append=len(rows))

@@ -1,11 +1,11 @@
-"""Listening sockets, and what Linux offers on a socket beyond the stdlib's names: forced buffers, drop counts."""
+"""Listening sockets, bound or inherited, and what Linux offers beyond the stdlib: forced buffers, drop counts."""
 
 import ctypes
 import errno
 import os
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from pathlib import Path
 from typing import Final
 
@@ -21,6 +21,9 @@ KINDS: Final = {
 NOT_HERE: Final = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 """What a host without IPv6 says to one of several addresses of a name; the others serve."""
 
+LISTEN_FDS_START: Final = 3
+"""The first descriptor that a service manager passes (sd_listen_fds(3))."""
+
 SO_ATTACH_FILTER: Final = 26
 SO_SNDBUFFORCE: Final = 32
 SO_RCVBUFFORCE: Final = 33
@@ -35,19 +38,41 @@ Prepare = Callable[[socket.socket], None]
 """Sets options before a socket is bound; accepted connections inherit most of them."""
 
 
-def bind_endpoint(endpoint: Endpoint, prepare: Prepare, path_mode: int = 0o777) -> list[socket.socket]:
+class InheritedSocket(socket.socket):
+    """A listening socket that the service manager holds too: what is queued in it, and its path, outlive us."""
+
+
+def inherited(environment: MutableMapping[str, str] = os.environ) -> list[InheritedSocket]:
+    """Take the sockets that a service manager passed to this process, non-blocking (sd_listen_fds(3)); often none.
+
+    OSError when one is not a socket. Their variables are removed, so that nobody takes them twice.
+    """
+    process, count, _ = (environment.pop(name, "") for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"))
+    if process != str(os.getpid()):
+        return []
+    taken = [InheritedSocket(fileno=LISTEN_FDS_START + number) for number in range(int(count))]
+    for sock in taken:
+        sock.setblocking(False)
+        sock.set_inheritable(False)
+    return taken
+
+
+def bind_endpoint(
+    endpoint: Endpoint, prepare: Prepare, path_mode: int = 0o777, held: list[InheritedSocket] | None = None
+) -> list[socket.socket]:
     """Bind every address of an endpoint, non-blocking; `path_mode` is less the umask. OSError when none can be had.
 
-    `[::]` takes IPv4 too, any other IPv6 address IPv6 alone, so that `localhost` can bind both of its addresses.
+    `[::]` takes IPv4 too, any other IPv6 address IPv6 alone, so that `localhost` can bind both of its addresses. An
+    address that one of `held` is bound to is served by that one, which leaves the list.
     """
-    kind = KINDS[endpoint.scheme]
+    kind, held = KINDS[endpoint.scheme], held or []
     if endpoint.path:
-        return [_bind_path(endpoint.path, kind, prepare, path_mode)]
+        return [_take(held, kind, endpoint.path) or _bind_path(endpoint.path, kind, prepare, path_mode)]
     bound: list[socket.socket] = []
     lacking: OSError | None = None
     for family, address in resolve(endpoint.host, endpoint.port, kind):
         try:
-            bound.append(_bind(socket.socket(family, kind), address, prepare))
+            bound.append(_take(held, kind, address) or _bind(socket.socket(family, kind), address, prepare))
         except OSError as error:
             if error.errno not in NOT_HERE:
                 for sock in bound:
@@ -57,6 +82,14 @@ def bind_endpoint(endpoint: Endpoint, prepare: Prepare, path_mode: int = 0o777) 
     if lacking is not None and not bound:
         raise lacking
     return bound
+
+
+def _take(held: list[InheritedSocket], kind: socket.SocketKind, address: SocketAddress | str) -> InheritedSocket | None:
+    for sock in held:
+        if (sock.type, sock.getsockname()) == (kind, address):
+            held.remove(sock)
+            return sock
+    return None
 
 
 def _bind(sock: socket.socket, address: SocketAddress | str, prepare: Prepare) -> socket.socket:
@@ -91,14 +124,23 @@ def _bind_path(path: str, kind: socket.SocketKind, prepare: Prepare, mode: int) 
 
 
 def close_listener(sock: socket.socket) -> None:
-    """Close a listening socket; the file of an AF_UNIX one goes first, while no successor can have made it."""
-    if sock.family == socket.AF_UNIX:
+    """Close a listening socket; the file of an AF_UNIX one goes first, while no successor can have made it.
+
+    The file of an inherited one stays: the service manager listens on it for our successor.
+    """
+    if sock.family == socket.AF_UNIX and not isinstance(sock, InheritedSocket):
         Path(sock.getsockname()).unlink(missing_ok=True)
     sock.close()
 
 
 def enlarge_receive_buffer(sock: socket.socket, wanted: int) -> int:
-    """Ask for a receive buffer, by force where allowed, else as much as net.core.rmem_max; return bytes granted."""
+    """Ask for a receive buffer, by force where allowed, else as much as net.core.rmem_max; return bytes granted.
+
+    An inherited socket that has as much already keeps it: the service manager may have given more than we could have.
+    """
+    has = sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
+    if isinstance(sock, InheritedSocket) and has >= wanted:
+        return has
     return _enlarge(sock, SO_RCVBUFFORCE, socket.SO_RCVBUF, wanted)
 
 

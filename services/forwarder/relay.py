@@ -7,8 +7,9 @@ import numpy as np
 
 from services.forwarder.outlet import Outlet
 from services.forwarder.plan import SendPlan
-from shared.batch import DatagramBatch, Indices
+from shared.batch import Indices
 from shared.copying import CopyService
+from shared.gathering import Gathered
 from shared.registry import Client, Source
 from shared.routing import Selection
 from shared.settings import Settings
@@ -27,7 +28,7 @@ class Relay(CopyService[Outlet]):
         """Give a collector a socket of its own."""
         return Outlet(client, self.settings.forwarder, account)
 
-    def send(self, batch: DatagramBatch, routed: list[tuple[Outlet, Selection]]) -> None:
+    def send(self, batch: Gathered, routed: list[tuple[Outlet, Selection]]) -> None:
         """Give each collector its rows. Collectors that get the same rows by the same segments share the plan."""
         shared: dict[tuple[int, int], tuple[Selection, list[Outlet]]] = {}
         for outlet, selection in routed:
@@ -42,7 +43,7 @@ class Relay(CopyService[Outlet]):
             for outlet, sent in behind:
                 self._send_rest(batch, selection.indices, sent, outlet)
 
-    def _send_rest(self, batch: DatagramBatch, indices: Indices | None, sent: int, outlet: Outlet) -> None:
+    def _send_rest(self, batch: Gathered, indices: Indices | None, sent: int, outlet: Outlet) -> None:
         """Send what is left after segments were refused."""
         rest = range(len(batch))[sent:] if indices is None else indices[sent:]
         self._plan.build(batch, np.asarray(rest, np.intp), outlet.largest_segment)

@@ -10,7 +10,8 @@ from typing import Final
 from services.transmitter.headers import ETHERTYPE_IPV4, ETHERTYPE_IPV6
 from services.transmitter.neighbourhood import Neighbourhood, Way, WayKind
 from services.transmitter.target import Identification, Target
-from shared.batch import DatagramBatch, Indices
+from shared.batch import Indices
+from shared.gathering import Gathered
 from shared.ledger import HELD, NO_NEIGHBOUR
 from shared.registry import Client
 
@@ -25,7 +26,7 @@ HELD_BYTES: Final = 4 << 20
 class Held:
     """Rows of a batch (None: all) that wait, until when."""
 
-    batch: DatagramBatch
+    batch: Gathered
     rows: Indices | None
     expires_at: float
 
@@ -91,12 +92,12 @@ class Copies:
         self._neighbourhood.resolve(way.hop)
         return True
 
-    def hold(self, batch: DatagramBatch, rows: Indices | None) -> None:
+    def hold(self, batch: Gathered, rows: Indices | None) -> None:
         """Keep rows until the next hop is known; beyond the bounds the oldest are dropped for them."""
         held = Held(batch, rows, time.monotonic() + HELD_SECONDS)
         self._held.append(held)
         self.account[HELD] += held.count
-        self._held_bytes += len(batch.payload)
+        self._held_bytes += batch.payload_bytes
         while self.account[HELD] > HELD_ROWS or self._held_bytes > HELD_BYTES:
             self._drop_oldest()
 
@@ -126,7 +127,7 @@ class Copies:
     def _take_oldest(self) -> Held:
         held = self._held.popleft()
         self.account[HELD] -= held.count
-        self._held_bytes -= len(held.batch.payload)
+        self._held_bytes -= held.batch.payload_bytes
         return held
 
     def refresh(self) -> None:

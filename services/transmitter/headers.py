@@ -10,7 +10,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from shared.batch import DatagramBatch, Indices
+from shared.batch import Indices
+from shared.gathering import Gathered
 
 ETHERTYPE_IPV4: Final = 0x0800
 ETHERTYPE_IPV6: Final = 0x86DD
@@ -92,19 +93,16 @@ def sum_words(packed: bytes) -> int:
     return sum(packed[0::2]) * 256 + sum(packed[1::2])
 
 
-def sum_payloads(batch: DatagramBatch, rows: Indices) -> Sums:
+def sum_payloads(batch: Gathered, rows: Indices) -> Sums:
     """Return for each row a number that is the sum of its payload's 16-bit words modulo 65535, uint32, shape (n,)."""
-    size = int(batch.lengths[0]) if len(batch) else 0
+    size = int(batch.lengths[0])
     if size and size % 2 == 0 and (batch.lengths == size).all():
-        words = np.frombuffer(batch.payload, ">u2").reshape(len(batch), size // 2)
-        return fold(words.sum(axis=1, dtype=np.uint32))[rows]
+        payloads = [np.frombuffer(each.payload, ">u2").reshape(len(each), size // 2) for each in batch.batches]
+        equal: Sums = np.concatenate([words.sum(axis=1, dtype=np.uint32) for words in payloads])[rows]
+        return fold(equal)
     # Modulo 65535 a string of bytes read as one number is the sum of its words, since 65536 is 1: what CPython does in
     # one go, faster than numpy can gather rows of different lengths.
-    payload, offsets = memoryview(batch.payload), batch.offsets.tolist()
-    sums = [
-        (int.from_bytes(payload[offsets[row] : offsets[row + 1]]) << 8 * (offsets[row + 1] - offsets[row] & 1)) % 0xFFFF
-        for row in rows.tolist()
-    ]
+    sums = [(int.from_bytes(payload) << 8 * (len(payload) & 1)) % 0xFFFF for payload in batch.payloads(rows)]
     return np.array(sums, np.uint32)
 
 

@@ -34,10 +34,11 @@ from services.transmitter.headers import (
 )
 from services.transmitter.sources import by_source, hash_sources
 from services.transmitter.target import Identification, Target
-from shared.batch import MAX_ROWS, DatagramBatch, Indices
+from shared.batch import Indices
+from shared.gathering import MAX_GATHERED, Gathered
 from shared.mmsg import IOVEC, MMSGHDR, addresses_of
 from shared.routing import mix
-from shared.segments import Mask, group
+from shared.segments import Mask, group, pieces
 
 IP_SIZE: Final = {4: 20, 6: 40}
 SMALLEST_MTU: Final = {4: 68, 6: 1280}
@@ -55,14 +56,14 @@ class FramePlan:
     def __init__(self) -> None:
         self._name = np.zeros(32, np.uint8)
         self._vectors = {
-            (version, link): _Vector(MAX_ROWS, version, self._name, link=link)
+            (version, link): _Vector(MAX_GATHERED, version, self._name, link=link)
             for version in IP_SIZE
             for link in (True, False)
         }
         self.rows = self.frames = 0
 
     def build(
-        self, batch: DatagramBatch, rows: Indices | None, version: int, mtu: int, *, link: bool, segmentation: bool
+        self, batch: Gathered, rows: Indices | None, version: int, mtu: int, *, link: bool, segmentation: bool
     ) -> None:
         """Plan frames for these rows (None: all; at least one), whose sources must be of IP `version`.
 
@@ -80,12 +81,13 @@ class FramePlan:
         largest = self._mtu - IP_SIZE[version] - UDP_SIZE
         starts = group(lengths, largest, begins) if link and segmentation else np.arange(len(lengths))
         self.rows_before = np.append(starts, len(lengths))
-        self.bytes_before = np.append(0, np.cumsum(lengths))[self.rows_before]
+        self.bytes_before_row = np.append(0, np.cumsum(lengths))
+        self.bytes_before = self.bytes_before_row[self.rows_before]
         self._heads = chosen[starts]
         self._totals = np.diff(self.bytes_before) + UDP_SIZE
         length = lengths[starts]
         large = length > largest
-        self._pieces = _Fragments(self._totals, large, self._mtu, version) if large.any() else None
+        self._fragments = _Fragments(self._totals, large, self._mtu, version) if large.any() else None
         self._take_vector()
         self._fill(length)
         self._gather(lengths)
@@ -97,11 +99,11 @@ class FramePlan:
 
     def first_frame(self, unit: int) -> int:
         """The number of a unit's first frame; of the one after the last unit, how many frames there are."""
-        return unit if self._pieces is None else int(self._pieces.first_frame[unit])
+        return unit if self._fragments is None else int(self._fragments.first_frame[unit])
 
     def unit_of(self, frame: int) -> int:
         """The unit that a frame belongs to."""
-        return frame if self._pieces is None else int(self._pieces.unit_of[frame])
+        return frame if self._fragments is None else int(self._fragments.unit_of[frame])
 
     def rest(self, dealt: int) -> Indices:
         """The rows of the batch that are left when the plan's first `dealt` rows are not."""
@@ -112,15 +114,15 @@ class FramePlan:
         return bool(self.rows_before[unit + 1] - self.rows_before[unit] > 1)
 
     def _take_vector(self) -> None:
-        if self._pieces is None:
+        if self._fragments is None:
             self.frames, self._vector = self.units, self._vectors[self._version, self._link]
         else:  # longer than a batch has rows, and its headers differ in length
-            self.frames = len(self._pieces.unit_of)
+            self.frames = len(self._fragments.unit_of)
             self._vector = _Vector(self.frames, self._version, self._name, link=self._link)
         self._headers = self._vector.headers[: self.frames]
 
     def _per_frame(self, of_units: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
-        return of_units if self._pieces is None else of_units[self._pieces.unit_of]
+        return of_units if self._fragments is None else of_units[self._fragments.unit_of]
 
     def _fill(self, length: npt.NDArray[np.int64]) -> None:
         """Fill in what does not depend on the collector; `length` is that of each unit's first row."""
@@ -128,7 +130,7 @@ class FramePlan:
         packed = np.ascontiguousarray(heads["address"][:, 12:] if self._version == 4 else heads["address"])
         headers["source"] = per_frame(packed.view(f"V{packed.shape[1]}")[:, 0])
         headers["source_port"], headers["udp_length"] = per_frame(heads["port"]), per_frame(self._totals)
-        sizes = self._totals if self._pieces is None else self._pieces.sizes
+        sizes = self._totals if self._fragments is None else self._fragments.sizes
         headers["length"] = sizes + (IP_SIZE[4] if self._version == 4 else 0)
         sources, totals = sum_addresses(packed), self._totals.astype(np.uint32)
         self._source_sums, self._udp_sums = sources, sources + totals + UDP
@@ -138,9 +140,9 @@ class FramePlan:
             headers["gso_type"] = per_frame(np.where(runs, GSO_UDP_L4, GSO_NONE))
             headers["gso_size"] = per_frame(np.where(runs, length, 0))
             self._completed: Indices | slice | None = None
-            if self._pieces is not None:
-                self._completed = np.flatnonzero(self._pieces.large_units)
-                headers["flags"][self._pieces.large] = 0
+            if self._fragments is not None:
+                self._completed = np.flatnonzero(self._fragments.large_units)
+                headers["flags"][self._fragments.large] = 0
         else:
             self._completed = slice(None)
         if self._completed is not None:
@@ -154,42 +156,37 @@ class FramePlan:
 
     def _gather(self, lengths: npt.NDArray[np.int64]) -> None:
         """Point each message at its headers and at its payload."""
-        payload = np.frombuffer(self._batch.payload, np.uint8).ctypes.data if self.bytes_before[-1] else 0
-        offsets = self._batch.offsets[:-1] if self._rows_of_batch is None else self._batch.offsets[self._rows_of_batch]
-        starts = self.rows_before[:-1]
-        if self._rows_of_batch is not None and self.units < self.rows:
-            self._gather_rows(offsets + payload, lengths)
+        pointers, starts = self._batch.pointers, self.rows_before[:-1]
+        if self._rows_of_batch is not None:
+            pointers = pointers[self._rows_of_batch]
+        begins, counts = pieces(pointers, lengths, starts)
+        sizes = np.diff(self.bytes_before_row[begins], append=self.bytes_before_row[-1])
+        at, counts = pointers[begins], self._per_frame(counts)
+        vector, fragments = self._vector, self._fragments
+        if fragments is not None:  # what is cut is one piece, but as many frames
+            first_piece = self._per_frame(np.searchsorted(begins, starts))
+            frame_of = np.repeat(np.arange(self.frames), counts)
+            before = np.cumsum(counts) - counts
+            piece = np.arange(len(frame_of)) + (first_piece - before)[frame_of]
+            at, sizes = at[piece], sizes[piece]
+            large = before[fragments.large]
+            at[large] += fragments.payload_offsets[fragments.large]
+            sizes[large] = fragments.payload_sizes[fragments.large]
+            vector.pieces["len"][: self.frames, 0] = vector.header_size + fragments.extra
+        self.messages = vector.messages
+        if len(at) == self.frames:
+            own = vector.pieces[: self.frames, 1]
+            own["base"], own["len"] = at, sizes
             return
-        self.messages = self._vector.messages
-        pieces = self._vector.pieces[: self.frames, 1]
-        if self._pieces is None:
-            pieces["base"], pieces["len"] = offsets[starts] + payload, self._totals - UDP_SIZE
-        else:
-            fragments = self._pieces
-            pieces["base"] = offsets[starts][fragments.unit_of] + fragments.payload_offsets + payload
-            pieces["len"] = fragments.payload_sizes
-            self._vector.pieces[: self.frames, 0]["len"] = self._vector.header_size + fragments.extra
-
-    def _gather_rows(self, base: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> None:
-        """Gather frames of rows that are not neighbours in memory, one piece a row."""
-        fragments = self._pieces
-        counts = self._per_frame(np.diff(self.rows_before))
-        first_row = self._per_frame(self.rows_before[:-1])
-        before = np.cumsum(counts) - counts
-        frame_of = np.repeat(np.arange(self.frames), counts)
-        row = np.arange(len(frame_of)) + (first_row - before)[frame_of]
-        heads, at = before + np.arange(self.frames), np.arange(len(frame_of)) + frame_of + 1
-        self._iovecs = iovecs = np.empty(self.frames + len(frame_of), IOVEC)
-        iovecs["base"][at], iovecs["len"][at] = base[row], lengths[row]
-        iovecs[heads] = self._vector.pieces[: self.frames, 0]
-        if fragments is not None:
-            large = np.flatnonzero(fragments.large)
-            iovecs["base"][at[before[large]]] += fragments.payload_offsets[large].astype(np.uint64)
-            iovecs["len"][at[before[large]]] = fragments.payload_sizes[large]
-            iovecs["len"][heads] = self._vector.header_size + fragments.extra
-        self.messages = messages = self._vector.messages.copy()
-        messages["iov"][: self.frames] = addresses_of(iovecs, IOVEC.itemsize, len(iovecs))[heads]
-        messages["iovlen"][: self.frames] = counts + 1
+        self.messages = vector.messages.copy()
+        heads = np.cumsum(counts) - counts + np.arange(self.frames)
+        self._iovecs = iovecs = np.empty(self.frames + len(at), IOVEC)
+        payload = np.ones(len(iovecs), np.bool_)
+        payload[heads] = False
+        iovecs["base"][payload], iovecs["len"][payload] = at, sizes
+        iovecs[heads] = vector.pieces[: self.frames, 0]
+        self.messages["iov"][: self.frames] = addresses_of(iovecs, IOVEC.itemsize, len(iovecs))[heads]
+        self.messages["iovlen"][: self.frames] = counts + 1
 
     def address(self, target: Target, name: bytes, numbers: Identification) -> None:
         """Address every frame to a collector; `name` is the socket address that its messages are sent to."""
@@ -215,12 +212,12 @@ class FramePlan:
         idents = numbers.take(self.rows_before) & 0xFFFF
         sums = self._source_sums
         headers["traffic_class"] = target.dscp << 2
-        if self._pieces is not None:
-            large = self._pieces.large_units
+        if self._fragments is not None:
+            large = self._fragments.large_units
             idents[large] = numbers.take_for_fragments(hash_sources(self._heads[large])) & 0xFFFF
-            words = self._pieces.words(MORE_FRAGMENTS, 8)
+            words = self._fragments.words(MORE_FRAGMENTS, 8)
             headers["fragment"] = words
-            idents, sums = idents[self._pieces.unit_of], sums[self._pieces.unit_of] + words
+            idents, sums = idents[self._fragments.unit_of], sums[self._fragments.unit_of] + words
         headers["identification"] = idents
         fixed = (0x45 << 8) + (target.dscp << 2) + (target.hop_limit << 8) + UDP + destination
         headers["checksum"] = fold(sums + headers["length"] + idents + fixed) ^ 0xFFFF
@@ -231,8 +228,8 @@ class FramePlan:
         labels = (mix(hash_sources(self._heads) ^ np.uint64(target.port)) & np.uint64(FLOW_LABEL)).astype(np.uint32) | 1
         headers["flow"] = self._per_frame(labels | (6 << 28 | target.dscp << 22))
         headers["protocol"] = UDP
-        if self._pieces is not None:
-            self._insert_fragment_headers(self._pieces, numbers)
+        if self._fragments is not None:
+            self._insert_fragment_headers(self._fragments, numbers)
 
     def _insert_fragment_headers(self, fragments: "_Fragments", numbers: Identification) -> None:
         headers, which = self._headers, np.flatnonzero(fragments.large)

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from shared.addresses import pack_address
-from shared.batch import DatagramBatch, Indices
+from shared.batch import Indices
+from shared.gathering import Gathered
 from shared.routing import Prefixes, halves_of
 from shared.segments import Mask
 from shared.settings import Transmitter
@@ -42,7 +43,7 @@ class Policy:
         halves = np.frombuffer(pack_address(address), ">u8").astype(np.uint64).reshape(1, 2)
         return self._destinations is not None and bool(self._destinations.match(halves)[0])
 
-    def refused_sources(self, batch: DatagramBatch, *, local: bool) -> Mask | None:
+    def refused_sources(self, batch: Gathered, *, local: bool) -> Mask | None:
         """Which rows may not be copied to a collector, on this host or not, as bool, shape (n,); None: all may."""
         first = batch.rows["address"][:, 12]
         if self._sources is None and is_ipv4(batch).all() and not _suspicious(first).any():
@@ -68,7 +69,7 @@ class Policy:
         return granted
 
 
-def is_ipv4(batch: DatagramBatch) -> Mask:
+def is_ipv4(batch: Gathered) -> Mask:
     """Which rows have an IPv4 source, bool, shape (n,)."""
     packed = np.ascontiguousarray(batch.rows["address"][:, :12]).view("<u4")
     mapped: Mask = (packed == MAPPED).all(axis=1)
@@ -94,7 +95,7 @@ class Admitted:
 class Verdicts:
     """What is allowed of one batch, found out once for all collectors that the question is the same for."""
 
-    def __init__(self, policy: Policy, batch: DatagramBatch) -> None:
+    def __init__(self, policy: Policy, batch: Gathered) -> None:
         self._policy = policy
         self._batch = batch
         self._ipv4 = is_ipv4(batch)

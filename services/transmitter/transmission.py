@@ -17,8 +17,9 @@ from services.transmitter.packet_socket import Exits
 from services.transmitter.plan import FramePlan
 from services.transmitter.policy import Admitted, Audit, Policy, Verdicts
 from services.transmitter.privileges import RawSockets
-from shared.batch import DatagramBatch, Indices
+from shared.batch import Indices
 from shared.copying import CopyService
+from shared.gathering import Gathered
 from shared.ledger import DESTINATION_REFUSED, OTHER_FAMILY, RATE_LIMITED, SOURCE_REFUSED
 from shared.loops import OwnListeners
 from shared.registry import Client, Source
@@ -79,7 +80,7 @@ class Transmission(CopyService[Copies]):
         permitted = self._policy.allows_destination(client.address)
         return Copies(client, account, self._neighbourhood, permitted=permitted)
 
-    def send(self, batch: DatagramBatch, routed: list[tuple[Copies, Selection]]) -> None:
+    def send(self, batch: Gathered, routed: list[tuple[Copies, Selection]]) -> None:
         """Give each collector its rows. Collectors that get the same rows in the same way share the plan."""
         verdicts = Verdicts(self._policy, batch)
         shared: dict[Key, tuple[Indices | None, list[tuple[Copies, Way]]]] = {}
@@ -131,7 +132,7 @@ class Transmission(CopyService[Copies]):
         self._audit.refuse(RATE_LIMITED, left - granted, collector=copies.client.name)
         return np.arange(granted) if rows is None else rows[:granted]
 
-    def _transmit(self, batch: DatagramBatch, rows: Indices | None, members: list[tuple[Copies, Way]]) -> None:
+    def _transmit(self, batch: Gathered, rows: Indices | None, members: list[tuple[Copies, Way]]) -> None:
         """Send the same rows to collectors that are reached in the same way."""
         plan, (first, way) = self._plan, members[0]
         segmentation = self.settings.transmitter.segmentation and self._exits.of(way, first.version).segmentation

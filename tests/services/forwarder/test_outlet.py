@@ -16,6 +16,7 @@ from services.forwarder.plan import SendPlan
 from services.forwarder.relay import Relay
 from shared.batch import DatagramBatch
 from shared.collectors import Collectors
+from shared.gathering import Gathered
 from shared.ledger import discrepancies
 from shared.settings import Forwarder, Settings
 from tests.builders import make_batch, make_client
@@ -63,7 +64,8 @@ class Sent:
     def send(self, batch: DatagramBatch) -> dict[str, dict[str, int]]:
         """Send a batch; return the accounts, which must add up."""
         self.published[batch.stream] += len(batch)
-        self._relay.send(batch, self.collectors.route(batch))
+        gathered = Gathered([batch])
+        self._relay.send(gathered, self.collectors.route(gathered))
         accounts = self.collectors.accounts()
         assert list(discrepancies(accounts)) == []
         return accounts
@@ -349,6 +351,6 @@ def test_outlet_that_is_closed_counts_what_it_is_given(opened: ExitStack) -> Non
     outlet = Outlet(make_client("a", listen(opened).getsockname()[1]), Forwarder(), account)
     outlet.close()
     plan = SendPlan()
-    plan.build(make_batch([b"x"] * 5), None, outlet.largest_segment)
+    plan.build(Gathered([make_batch([b"x"] * 5)]), None, outlet.largest_segment)
     assert outlet.send(plan) == 5
     assert account == {"dropped_not_connected": 5}

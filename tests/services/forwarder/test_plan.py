@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from services.forwarder.plan import UDP_SEGMENT, SendPlan
 from shared.batch import MAX_DATAGRAM, MAX_ROWS, DatagramBatch
+from shared.gathering import Gathered
 from shared.mmsg import IOVEC
 from shared.segments import MAX_SEGMENTS, MAX_SEND
 from tests.builders import make_batch
@@ -60,7 +61,7 @@ def test_sends_are_exactly_the_selected_rows(lengths: list[int], largest_segment
     batch = batch_of(lengths[:MAX_ROWS])
     chosen = data.draw(st.none() | st.lists(st.booleans(), min_size=len(batch), max_size=len(batch)))
     indices = None if chosen is None else np.flatnonzero(np.array(chosen, np.bool_))
-    PLAN.build(batch, indices, largest_segment)
+    PLAN.build(Gathered([batch]), indices, largest_segment)
     payloads = [payload for _, _, payload in batch.datagrams()]
     selected = payloads if indices is None else [payloads[index] for index in indices]
     sends = sends_of(PLAN)
@@ -82,5 +83,5 @@ def test_sends_are_exactly_the_selected_rows(lengths: list[int], largest_segment
 def test_empty_batch_has_no_sends() -> None:
     """Nothing selected is nothing sent."""
     for indices in (None, np.empty(0, np.intp)):
-        PLAN.build(make_batch([]), indices, 1464)
+        PLAN.build(Gathered([make_batch([])]), indices, 1464)
         assert (PLAN.sends, PLAN.rows) == (0, 0)
