@@ -78,12 +78,13 @@ Sums = npt.NDArray[np.uint32]
 def fold(sums: Sums) -> Sums:
     """Return one's complement sums of up to 32 bits in 16 bits each (RFC 1071)."""
     sums = (sums & 0xFFFF) + (sums >> 16)
-    return (sums & 0xFFFF) + (sums >> 16)
+    folded: Sums = (sums & 0xFFFF) + (sums >> 16)
+    return folded
 
 
 def complete(sums: Sums) -> Sums:
     """Return the UDP checksums for folded sums: inverted, and never 0, which would say that there is none (RFC 768)."""
-    inverted = sums ^ 0xFFFF
+    inverted = sums ^ np.uint32(0xFFFF)
     inverted[inverted == 0] = 0xFFFF
     return inverted
 

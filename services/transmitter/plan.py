@@ -5,7 +5,7 @@ length become one frame that the kernel or the device cuts up (`shared.segments`
 becomes fragments. Where there is no Ethernet, the same headers without their link part go out as raw IP packets.
 """
 
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +44,7 @@ IP_SIZE: Final = {4: 20, 6: 40}
 SMALLEST_MTU: Final = {4: 68, 6: 1280}
 """What every link carries (RFC 791, 3.2; RFC 8200, 5): less is a mistake, and would cost endless fragments."""
 FLOW_LABEL: Final = 0xFFFFF
+S = TypeVar("S", bound=np.generic)
 
 
 class FramePlan:
@@ -121,7 +122,7 @@ class FramePlan:
             self._vector = _Vector(self.frames, self._version, self._name, link=self._link)
         self._headers = self._vector.headers[: self.frames]
 
-    def _per_frame(self, of_units: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+    def _per_frame(self, of_units: npt.NDArray[S]) -> npt.NDArray[S]:
         return of_units if self._fragments is None else of_units[self._fragments.unit_of]
 
     def _fill(self, length: npt.NDArray[np.int64]) -> None:

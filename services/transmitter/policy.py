@@ -80,7 +80,8 @@ MAPPED: Final = np.frombuffer(bytes(10) + b"\xff\xff", "<u4")
 
 
 def _suspicious(first: npt.NDArray[np.uint8]) -> Mask:
-    return (first == 0) | (first == 127) | (first >= 224)
+    suspicious: Mask = (first == 0) | (first == 127) | (first >= 224)
+    return suspicious
 
 
 @dataclass(frozen=True, slots=True)
