@@ -3,9 +3,9 @@
 import ipaddress
 from collections.abc import Callable, Iterable
 
-from services.gateway.protocol import Register, RequestError
 from services.gateway.registry import Visitor
-from shared.registry import ALL_STREAMS, Client, Source
+from services.gateway.requests import Register, RequestError
+from shared.registry import ALL_STREAMS, Client
 from shared.settings import Collector
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -30,7 +30,6 @@ class Admission:
     def admit(self, request: Register, visitor: Visitor) -> Client:
         """Return the entry for a request; its generation is the registry's to give."""
         self._check_streams(request.streams)
-        _check_source(request.source)
         if request.streams and request.port is None:
             raise RequestError("bad_request", "port is missing: expected the UDP port that the copies go to")
         address = parse_address(visitor.address if request.address is None else request.address)
@@ -50,12 +49,13 @@ class Admission:
             prefixes=tuple(_parse_prefix(prefix) for prefix in request.prefixes),
             sample=request.sample,
             group=request.group,
+            hop_limit=request.hop_limit,
+            dscp=request.dscp,
         )
 
     def admit_configured(self, collector: Collector) -> Client:
         """Return the entry for a collector of the settings, whose address is the operator's word."""
         address = parse_address(collector.address)
-        _check_source(collector.source)
         check_destination(address)
         self._check_loop(address, collector.port)
         return Client(
@@ -68,6 +68,8 @@ class Admission:
             prefixes=collector.prefixes,
             sample=collector.sample,
             group=collector.group,
+            hop_limit=collector.hop_limit,
+            dscp=collector.dscp,
         )
 
     def _check_streams(self, streams: Iterable[str]) -> None:
@@ -81,14 +83,6 @@ class Admission:
             covers = not int(listener) and listener.version in (address.version, 6)  # [::] is dual-stack
             if port == listener_port and (address == listener or (covers and self._is_local(str(address)))):
                 raise RequestError("loop", f"{address} port {port} is our own listener; receive on another port")
-
-
-def _check_source(source: Source) -> None:
-    if source == "original":
-        raise RequestError(
-            "no_transmitter",
-            'this version has no transmitter for copies with the exporter\'s address; use source "relay"',
-        )
 
 
 def parse_address(text: str) -> Address:

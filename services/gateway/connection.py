@@ -16,8 +16,9 @@ from typing import Final, cast
 
 from services.gateway.counters import CONNECTIONS_REFUSED, TOO_SLOW
 from services.gateway.desk import Answer, Desk
-from services.gateway.protocol import MAX_LINE, Decoder, Id, Name, Request, RequestError
+from services.gateway.protocol import MAX_LINE, Decoder
 from services.gateway.registry import Visitor
+from services.gateway.requests import Id, Name, Request, RequestError
 from shared.settings import Gateway
 
 READ_SIZE: Final = 64 * 1024

@@ -8,13 +8,27 @@ import msgspec
 
 from services.gateway.admission import Admission
 from services.gateway.counters import CROSS_PROTOCOL, REFUSED, REQUESTS, TOO_SLOW
-from services.gateway.protocol import Id, Leave, List, Name, Register, Renew, Request, RequestError, Streams
 from services.gateway.registry import Entry, Health, Origin, Registry, Visitor
-from shared.registry import Client, Source
+from services.gateway.requests import (
+    Id,
+    Leave,
+    List,
+    Name,
+    Register,
+    Renew,
+    Request,
+    RequestError,
+    Streams,
+    Transmit,
+    no_transmitter,
+)
+from shared.registry import Client, Dscp, HopLimit, Source
 from shared.settings import Settings
 
 Answer = Sequence[bytes]
 """Parts to be sent one after the other; they may be shared with other answers."""
+HaveSent = Callable[[Transmit, Callable[[int | RequestError], None]], None]
+"""Has the transmitter send; what is called in the end gets how many frames have left, or why not."""
 LISTING_SECONDS: Final = 1.0
 """How old `expires_in` in a list may be: so long one rendering serves all who ask."""
 
@@ -32,6 +46,8 @@ class View(msgspec.Struct, frozen=True, rename={"prefixes": "from"}):
     prefixes: tuple[str, ...]
     sample: int
     group: str
+    hop_limit: HopLimit
+    dscp: Dscp
     generation: int
     expires_in: float | None
     health: Health
@@ -43,8 +59,11 @@ class Announces(Protocol):
     def wake(self) -> None:
         """The registry has changed: tell the bus soon."""
 
-    def ask_served(self, finished: Callable[[], None]) -> None:
-        """Call `finished` once copies flow to all collectors there are now, or nobody said so in time."""
+    def sends(self, source: Source) -> bool:
+        """Whether anybody is there who sends copies of this source."""
+
+    def ask_served(self, source: Source, finished: Callable[[], None]) -> None:
+        """Call `finished` once copies flow to all collectors of `source`, or nobody said so in time."""
 
 
 class Desk:
@@ -56,6 +75,7 @@ class Desk:
         registry: Registry,
         admission: Admission,
         announcer: Announces,
+        have_sent: HaveSent,
         clock: Callable[[], float],
     ) -> None:
         self.counters: Counter[str] = Counter()
@@ -64,9 +84,10 @@ class Desk:
         self._registry = registry
         self._admission = admission
         self._announcer = announcer
+        self._have_sent = have_sent
         self._clock = clock
         self._listing = b""
-        self._listing_version = (-1, -1, -1)
+        self._listing_version: tuple[int, ...] = ()
         self._listing_until = 0.0
 
     def answer(self, request: Request, visitor: Visitor, reply: Callable[[Answer], None]) -> None:
@@ -76,6 +97,8 @@ class Desk:
             reply(self._sign_up(request, visitor))
         elif isinstance(request, Register):
             self._register(request, visitor, reply)
+        elif isinstance(request, Transmit):
+            self._transmit(request, reply)
         else:
             reply(self._operate(request))
         self._announcer.wake()
@@ -103,6 +126,8 @@ class Desk:
 
     def _register(self, request: Register, visitor: Visitor, reply: Callable[[Answer], None]) -> None:
         client = self._admission.admit(request, visitor)
+        if client.source == "original" and not self._announcer.sends("original"):
+            raise no_transmitter()
         entry = self._registry.grant(
             client, visitor, Origin.JSON, ttl=request.ttl, hold=request.hold, take_over=request.take_over
         )
@@ -111,9 +136,18 @@ class Desk:
             reply(_succeed(request.id, client=self._view(entry)))
 
         if entry.client.streams:
-            self._announcer.ask_served(finished)
+            self._announcer.ask_served(client.source, finished)
         else:
             finished()
+
+    def _transmit(self, request: Transmit, reply: Callable[[Answer], None]) -> None:
+        def finished(outcome: int | RequestError) -> None:
+            if isinstance(outcome, RequestError):
+                reply(self.refuse(outcome, request.id))
+            else:
+                reply(_succeed(request.id, sent=outcome))
+
+        self._have_sent(request, finished)
 
     def _operate(self, request: Renew | Leave | List | Streams) -> Answer:
         match request:
@@ -147,6 +181,8 @@ class Desk:
             client.prefixes,
             client.sample,
             client.group,
+            client.hop_limit,
+            client.dscp,
             client.generation,
             self._registry.expires_in(entry),
             self._registry.health(entry),

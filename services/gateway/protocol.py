@@ -5,122 +5,30 @@ The first byte decides: `{` begins JSON lines, anything else is a name, as the d
 
 import re
 import unicodedata
-from dataclasses import dataclass
-from typing import Annotated, Any, Final, Literal
+from collections.abc import Mapping
+from typing import Any, Final
 
 import msgspec
-from msgspec import Meta, Struct, field
+from msgspec import Struct
 
-from shared.registry import Source
-from shared.settings import Count, Port
+from services.gateway.requests import (
+    EXPECTED,
+    FRAME_EXPECTED,
+    OPERATIONS,
+    UNSERVED,
+    Id,
+    Name,
+    Operation,
+    Register,
+    Request,
+    RequestError,
+    parse_octets,
+)
 
 MAX_LINE: Final = 64 * 1024
 """Bytes of a JSON line without its newline: the longest sensible `register` has under 10,000."""
 MAX_NAME: Final = 255
 """Bytes of UTF-8."""
-MAX_ITEMS: Final = 64
-"""Streams or prefixes in one `register`: keeps an entry small enough that 64 of them fit a bus message."""
-YEAR_SECONDS: Final = 31_536_000
-
-ErrorWord = Literal[
-    "bad_request", "bad_name", "name_taken", "stale_generation", "unknown_stream", "unproven_address", "loop",
-    "not_permitted", "registry_full", "no_transmitter", "unavailable", "too_long", "too_slow",
-]  # fmt: skip
-Id = Annotated[str, Meta(max_length=128)] | Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
-"""What a client may put in `id`; an answer must be able to carry it back."""
-
-
-class RequestError(Exception):
-    """The client's fault: answered with its stable word and a sentence, counted; `closes` ends the connection too."""
-
-    def __init__(
-        self,
-        error: ErrorWord,
-        message: str,
-        *,
-        id: Id | None = None,
-        closes: bool = False,
-        cross_protocol: bool = False,
-    ) -> None:
-        super().__init__(message)
-        self.error = error
-        self.id = id
-        self.closes = closes
-        self.cross_protocol = cross_protocol
-
-
-@dataclass(frozen=True, slots=True)
-class Name:
-    """A client on the documented protocol says its name and wants the list."""
-
-    name: str
-
-
-class _Request(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="op"):
-    id: Id | None = None
-
-
-class Register(_Request, frozen=True, tag="register"):
-    """Signs up under a name; with `streams` as a collector."""
-
-    name: str
-    streams: Annotated[tuple[str, ...], Meta(max_length=MAX_ITEMS)] = ()
-    port: Port | None = None
-    address: Annotated[str, Meta(max_length=64)] | None = None
-    source: Source = "relay"
-    prefixes: Annotated[tuple[Annotated[str, Meta(max_length=64)], ...], Meta(max_length=MAX_ITEMS)] = field(
-        default=(), name="from"
-    )
-    sample: Count = 1
-    group: Annotated[str, Meta(max_length=64)] = ""
-    ttl: Annotated[float, Meta(ge=0, le=YEAR_SECONDS)] = 0.0
-    hold: bool = False
-    take_over: bool = False
-
-
-class Renew(_Request, frozen=True, tag="renew"):
-    """Begins the time of an entry's lease anew."""
-
-    name: str
-    generation: int
-
-
-class Leave(_Request, frozen=True, tag="leave"):
-    """Takes an entry away."""
-
-    name: str
-    generation: int
-
-
-class List(_Request, frozen=True, tag="list"):
-    """Asks for every entry in full."""
-
-
-class Streams(_Request, frozen=True, tag="streams"):
-    """Asks what there is to sign up for."""
-
-
-Operation = Register | Renew | Leave | List | Streams
-Request = Name | Operation
-
-OPERATIONS: Final = ("register", "renew", "leave", "list", "streams")
-UNSERVED: Final = ("watch", "confirm", "transmit")
-"""In the protocol, but not in this version."""
-EXPECTED: Final = {
-    "id": "a string of at most 128 characters or a whole number of 64 bits",
-    "name": "a string",
-    "generation": "the whole number that `register` answered",
-    "streams": f"a list of at most {MAX_ITEMS} stream names",
-    "port": "a whole number from 1 to 65535",
-    "address": "an IP address as a string",
-    "source": '"relay" or "original"',
-    "from": f'a list of at most {MAX_ITEMS} prefixes such as "192.0.2.0/24"',
-    "sample": "a whole number from 1 to 1000000",
-    "group": "a string of at most 64 characters",
-    "ttl": f"seconds from 0 to {YEAR_SECONDS}",
-    "hold": "true or false",
-    "take_over": "true or false",
-}
 
 
 class _Head(Struct, frozen=True):
@@ -130,7 +38,7 @@ class _Head(Struct, frozen=True):
     id: Any = None
 
 
-_operations: Final = msgspec.json.Decoder(Operation)
+_operations: Final = msgspec.json.Decoder(Operation, dec_hook=parse_octets)
 _heads: Final = msgspec.json.Decoder(_Head)
 _HTTP: Final = re.compile(rb"[A-Z]{3,20} [^\r\n]* HTTP/\d")
 
@@ -265,19 +173,20 @@ def _explain(line: bytes, reason: str) -> RequestError:
         return RequestError("unavailable", f"{head.op} is not served by this version", id=identity)
     if head.op not in OPERATIONS:
         return RequestError("bad_request", f"unknown op; expected one of {', '.join(OPERATIONS)}", id=identity)
-    return RequestError("bad_request", _sentence(reason), id=identity)
+    expected = EXPECTED | FRAME_EXPECTED if head.op == "transmit" else EXPECTED
+    return RequestError("bad_request", _sentence(reason, expected), id=identity)
 
 
-def _sentence(reason: str) -> str:
+def _sentence(reason: str, expected: Mapping[str, str]) -> str:
     """Turn msgspec's reason into a sentence with the cure.
 
-    >>> _sentence("Expected `int` <= 65535 - at `$.port`")
+    >>> _sentence("Expected `int` <= 65535 - at `$.port`", EXPECTED)
     'port: expected a whole number from 1 to 65535'
     """
     reason, _, at = reason.partition(" - at `$.")
     key = re.match(r"\w*", at)[0]  # type: ignore[index]  # it matches anything
-    if key in EXPECTED:
-        return f"{key}: expected {EXPECTED[key]}"
+    if key in expected:
+        return f"{key}: expected {expected[key]}"
     if missing := re.fullmatch(r"Object missing required field `(.*)`", reason):
-        return f"{missing[1]} is missing: expected {EXPECTED[missing[1]]}"
+        return f"{missing[1]} is missing: expected {expected[missing[1]]}"
     return reason.replace("Object contains unknown field", "this op has no field")

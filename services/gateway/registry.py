@@ -9,13 +9,13 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 import msgspec
 
 from services.gateway.names_list import NamesList
-from services.gateway.protocol import RequestError
-from shared.registry import Client
+from services.gateway.requests import RequestError
+from shared.registry import Client, Source
 from shared.wire import RegistryChange
 
 MAX_CHANGE: Final = 64
@@ -59,12 +59,49 @@ class Entry:
     held: bool
 
 
+@dataclass(slots=True)
+class Serving:
+    """What is known of the copies of one source, as revisions of the registry; -1: of none."""
+
+    newest: int = -1
+    """The last in which a collector joined."""
+    served: int = -1
+    """Copies flow to every collector of this one."""
+    unanswered: int = -1
+    """Nobody said in time that copies flow to those of this one."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether copies flow to every collector there is."""
+        return self.newest <= self.served
+
+    def note_served(self, revision: int) -> None:
+        """Copies flow to every collector of `revision`."""
+        self.served = max(self.served, revision)
+
+    def note_unanswered(self, revision: int) -> None:
+        """Nobody said in time that copies flow to the collectors of `revision`."""
+        self.unanswered = max(self.unanswered, revision)
+
+    def forget(self) -> None:
+        """Who sent the copies has gone: nothing is known to be served until somebody says so again."""
+        self.note_unanswered(self.served)
+        self.served = -1
+
+    def health(self, revision: int) -> Health:
+        """How the copies of a collector do that joined in `revision`."""
+        if revision <= self.served:
+            return "ok"
+        return "waiting" if revision <= self.unanswered else "fresh"
+
+
 class Registry:
     """All entries, by name. What it refuses it raises as `RequestError`."""
 
     def __init__(self, max_clients: int, clock: Callable[[], float], first_generation: int) -> None:
         self.names = NamesList()
         self.collectors = 0
+        self.serving: dict[Source, Serving] = {source: Serving() for source in get_args(Source)}
         self._entries: dict[str, Entry] = {}
         self._held: dict[int, set[str]] = {}
         self._max_clients = max_clients
@@ -75,7 +112,6 @@ class Registry:
         self._joined: dict[str, Client] = {}
         self._left: set[str] = set()
         self._changes: list[RegistryChange] = []
-        self._newest_collector = self._served = self._unanswered = -1
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -162,33 +198,14 @@ class Registry:
         changes, self._changes = self._changes, []
         return changes
 
-    @property
-    def unserved(self) -> bool:
-        """Whether a collector signed up since the last revision known to be served."""
-        return self._newest_collector > self._served
-
-    def note_served(self, revision: int) -> None:
-        """Copies flow to every collector of `revision`."""
-        self._served = max(self._served, revision)
-
-    def note_unanswered(self, revision: int) -> None:
-        """Nobody said in time that copies flow to the collectors of `revision`."""
-        self._unanswered = max(self._unanswered, revision)
-
-    def forget_served(self) -> None:
-        """Who sent copies has gone: nothing is known to be served until somebody says so again."""
-        self.note_unanswered(self._served)
-        self._served = -1
-
     def health(self, entry: Entry) -> Health:
         """How the entry's copies do."""
-        if not entry.client.streams or entry.revision <= self._served:
-            return "ok"
-        return "waiting" if entry.revision <= self._unanswered else "fresh"
+        return self.serving[entry.client.source].health(entry.revision) if entry.client.streams else "ok"
 
-    def version(self) -> tuple[int, int, int]:
-        """Differs whenever an entry or its health does."""
-        return self.commit(), self._served, self._unanswered
+    def version(self) -> tuple[int, ...]:
+        """Differs whenever an entry or its health does; begins with the revision."""
+        told = [(serving.served, serving.unanswered) for serving in self.serving.values()]
+        return self.commit(), *itertools.chain.from_iterable(told)
 
     def _entry(self, name: str, generation: int) -> Entry:
         entry = self._entries.get(name)
@@ -211,7 +228,7 @@ class Registry:
         self._left.discard(client.name)
         if client.streams:
             self.collectors += 1
-            self._newest_collector = entry.revision
+            self.serving[client.source].newest = entry.revision
         if entry.held:
             self._held.setdefault(entry.visitor.id, set()).add(client.name)
 

@@ -16,9 +16,10 @@ from services.gateway.connection import Connection, Connections
 from services.gateway.counters import ACCOUNT, BUS_REJECTED, CLIENTS, COLLECTORS, CONNECTIONS
 from services.gateway.desk import Desk
 from services.gateway.listeners import BACKLOG, is_local, listening, udp_listeners
-from services.gateway.protocol import RequestError
 from services.gateway.registry import Origin, Registry, Visitor
-from shared.bus import Publisher, Subscriber, new_context
+from services.gateway.requests import RequestError
+from services.gateway.transmissions import Transmissions
+from shared.bus import Publisher, Requests, Subscriber, new_context
 from shared.ledger import Accounts
 from shared.lifecycle import BAD_SETTINGS, Lifecycle, OperatorError, Readiness, descriptor_limit, worker_name
 from shared.settings import Settings
@@ -78,12 +79,17 @@ class _Server:
         """Serve clients on these sockets until told to drain."""
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(self._report_trouble)
+        settings = self.settings.gateway
+        requests = Requests(self.publisher.sender, self.publisher.boot)
+        transmissions = Transmissions(self.publisher, requests, allowed=settings.allow_transmit)
         self._announcer = Announcer(
-            self.publisher, self.subscriber, self.registry, self.settings.gateway.serve_seconds, loop.call_later
+            self.publisher, self.subscriber, requests, self.registry, settings.serve_seconds, loop.call_later
         )
-        self._desk = Desk(self.settings, self.registry, self.admission, self._announcer, _boot_time)
-        limit = min(self.settings.gateway.max_connections, descriptor_limit() - SPARE_DESCRIPTORS)
-        self._connections = Connections(self._desk, self.settings.gateway, limit)
+        self._desk = Desk(
+            self.settings, self.registry, self.admission, self._announcer, transmissions.begin, _boot_time
+        )
+        limit = min(settings.max_connections, descriptor_limit() - SPARE_DESCRIPTORS)
+        self._connections = Connections(self._desk, settings, limit)
         stopped = asyncio.Event()
         for source, act in (
             (self.lifecycle, stopped.set),

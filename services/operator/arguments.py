@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from shared.addresses import Endpoint, pack_address, pack_network, parse_endpoint
 from shared.lifecycle import Parser, add_config_argument
 from shared.settings import REGISTRY_SCHEMES, Settings
+from shared.wire import MAX_INTERFACE
 
 if TYPE_CHECKING:  # not subscriptable when the program runs
     Subparsers = argparse._SubParsersAction[Parser]
@@ -33,18 +34,18 @@ def add_gateway_argument(parser: Parser) -> None:
 
 
 def _gateway(text: str) -> Endpoint:
-    return _or_usage(parse_endpoint, text, REGISTRY_SCHEMES)
+    return or_usage(parse_endpoint, text, REGISTRY_SCHEMES)
 
 
 def prefix(text: str) -> str:
     """A CIDR text, checked: the type of an argument."""
-    _or_usage(pack_network, text)
+    or_usage(pack_network, text)
     return text
 
 
 def address(text: str) -> str:
     """An address, checked: the type of an argument."""
-    _or_usage(pack_address, text)
+    or_usage(pack_address, text)
     return text
 
 
@@ -55,7 +56,26 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def _or_usage(parse: Callable[..., T], *arguments: Any) -> T:
+def whole(smallest: int, largest: int) -> Callable[[str], int]:
+    """A whole number from one to the other: the type of an argument."""
+
+    def parse(text: str) -> int:
+        if not (text.isascii() and text.isdigit() and smallest <= int(text[:20]) <= largest):
+            raise argparse.ArgumentTypeError(f"expected a whole number from {smallest} to {largest}, not {text!r}")
+        return int(text)
+
+    return parse
+
+
+def interface_name(text: str) -> str:
+    """What can be the name of a network interface: the type of an argument."""
+    if not 1 <= len(or_usage(str.encode, text)) <= MAX_INTERFACE:
+        raise argparse.ArgumentTypeError(f"expected an interface's name of at most {MAX_INTERFACE} bytes, not {text!r}")
+    return text
+
+
+def or_usage(parse: Callable[..., T], *arguments: Any) -> T:
+    """What `parse` makes of the arguments; its ValueError is the user's to read."""
     try:
         return parse(*arguments)
     except ValueError as error:
@@ -74,6 +94,8 @@ def add_wishes(parser: Parser) -> None:
     )
     parser.add_argument("--sample", type=int, metavar="N", help="one datagram in N")
     parser.add_argument("--group", metavar="GROUP", help="share the streams with the group, by hash of source address")
+    parser.add_argument("--hop-limit", type=whole(1, 255), metavar="N", help="of the copies (IPv4: TTL); default: 64")
+    parser.add_argument("--dscp", type=whole(0, 63), metavar="N", help="of the copies; default: 0")
 
 
 def wishes(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -86,5 +108,7 @@ def wishes(arguments: argparse.Namespace) -> dict[str, Any]:
         "from": arguments.prefixes,
         "sample": arguments.sample,
         "group": arguments.group,
+        "hop_limit": arguments.hop_limit,
+        "dscp": arguments.dscp,
     }
     return {name: value for name, value in fields.items() if value is not None}

@@ -11,12 +11,15 @@ from services.operator.arguments import (
     add_wishes,
     wishes,
 )
-from services.operator.registry_client import Entry, Registry
+from services.operator.registry_client import DEFAULT_HOP_LIMIT, Entry, Registry
 from services.operator.tables import print_table
 from shared.lifecycle import FAILED, OK, OperatorError
 from shared.settings import Settings
 
-COLUMNS = ("name", "address", "port", "streams", "source", "from", "sample", "group", "expires", "health")
+COLUMNS = (
+    *("name", "address", "port", "streams", "source", "from", "sample", "group", "hop limit", "dscp"),
+    *("expires", "health"),
+)
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -63,6 +66,8 @@ def _row(entry: Entry) -> tuple[str | int | None, ...]:
         ", ".join(entry.prefixes),
         entry.sample if entry.sample > 1 else None,
         entry.group,
+        entry.hop_limit if entry.hop_limit != DEFAULT_HOP_LIMIT else None,
+        entry.dscp or None,
     )
     ends = (_expires(entry), entry.health)
     return (entry.name, entry.address, entry.port, *(wishes if entry.streams else [None] * len(wishes)), *ends)
@@ -97,6 +102,8 @@ def describe(entry: Entry) -> str:
         line += f", from {', '.join(entry.prefixes)}" if entry.prefixes else ""
         line += f", 1 in {entry.sample}" if entry.sample > 1 else ""
         line += f", shared by group {entry.group}" if entry.group else ""
+        line += f", hop limit {entry.hop_limit}" if entry.hop_limit != DEFAULT_HOP_LIMIT else ""
+        line += f", DSCP {entry.dscp}" if entry.dscp else ""
     return f"{line}; generation {entry.generation}, expires {_expires(entry) or 'never'}, health {entry.health}"
 
 

@@ -13,8 +13,9 @@ RENEW_SECONDS: Final = 10.0
 """Two renewals may be lost before the lease is."""
 RETRY_SECONDS: Final = (0.2, 0.5, 1.0, 2.0, 5.0)
 """Between attempts to sign up again; the last goes on for ever."""
-PASSING: Final = frozenset({"name_taken", "registry_full", "too_slow", "unavailable"})
-"""Refusals that pass: a gateway may hold the entry of the connection that was lost until its lease expires."""
+PASSING: Final = frozenset({"name_taken", "no_transmitter", "registry_full", "too_slow", "unavailable"})
+"""Refusals that pass: a gateway may hold the entry of the connection that was lost until its lease expires, and one
+that has just started may not have seen the transmitter yet."""
 
 
 class Lease:

@@ -114,12 +114,12 @@ def _origin_rows(balance: Balance) -> Iterator[Row]:
 
 
 OUTCOMES: Final = (EXPECTED, DELIVERED, FILTERED, SAMPLED_OUT, SHARED_OUT, MISSED)
-COLLECTOR_COLUMNS: Final = ("collector", *(counter.replace("_", " ") for counter in OUTCOMES), "dropped")
+COLLECTOR_COLUMNS: Final = ("consumer", "collector", *(counter.replace("_", " ") for counter in OUTCOMES), "dropped")
 
 
 def _collector_rows(balance: Balance) -> Iterator[Row]:
-    for _, name, account in _accounts(balance, "collector/"):
-        yield name, *(account.get(counter, 0) for counter in OUTCOMES), _drops(account)
+    for service, name, account in _accounts(balance, "collector/"):
+        yield service, name, *(account.get(counter, 0) for counter in OUTCOMES), _drops(account)
 
 
 def _accounts(balance: Balance, prefix: str) -> Iterator[tuple[str, str, Mapping[str, int]]]:

@@ -16,7 +16,7 @@ from shared.lifecycle import OK, UNAVAILABLE, OperatorError
 from shared.settings import Settings
 from shared.wire import Status
 
-SERVICES: Final = ("broker", "gateway", "ingest", "forwarder")
+SERVICES: Final = ("broker", "gateway", "ingest", "forwarder", "transmitter")
 LOOK_SECONDS: Final = 0.05
 HINT_PORT: Final = 9514
 ANY_ADDRESS: Final = {"localhost": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}

@@ -13,6 +13,7 @@ T = TypeVar("T")
 CONNECT_SECONDS: Final = 3.0
 """Under the 4 s a drain may take: `collect` connects while it may be told to end."""
 READ_SIZE: Final = 1 << 18
+DEFAULT_HOP_LIMIT: Final = 64
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -26,6 +27,8 @@ class Entry(msgspec.Struct, frozen=True):
     prefixes: tuple[str, ...] = msgspec.field(default=(), name="from")
     sample: int = 1
     group: str = ""
+    hop_limit: int = DEFAULT_HOP_LIMIT
+    dscp: int = 0
     generation: int = 0
     expires_in: float | None = None
     health: str | None = None

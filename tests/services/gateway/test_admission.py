@@ -1,8 +1,8 @@
 import pytest
 
 from services.gateway.admission import Admission
-from services.gateway.protocol import Register, RequestError
 from services.gateway.registry import Visitor
+from services.gateway.requests import Register, RequestError
 from shared.settings import Collector
 
 LOCAL = {"127.0.0.1", "127.9.9.9", "::1", "192.0.2.1"}
@@ -91,11 +91,20 @@ def test_streams_must_be_there() -> None:
     assert error_of(port=None) == "bad_request"
 
 
-def test_original_source_needs_a_transmitter() -> None:
-    """Source-preserving copies are refused while there is nobody to send them."""
-    with pytest.raises(RequestError) as caught:
-        admission.admit(Register(name="c", streams=("*",), port=9, source="original"), Visitor(1, "127.0.0.1", 1))
-    assert caught.value.error == "no_transmitter"
+def test_what_was_asked_of_the_copies_is_entered() -> None:
+    """Source, hop limit and DSCP are the entry's, from a request and from the settings; else those of most copies."""
+    register = Register(name="c", streams=("*",), port=9, source="original", hop_limit=3, dscp=46)
+    collector = Collector(
+        name="c", streams=("*",), address="127.0.0.1", port=9, source="original", hop_limit=3, dscp=46
+    )
+    plain = Register(name="c", streams=("*",), port=9)
+    here = Visitor(1, "127.0.0.1", 1)
+    admitted = [admission.admit(register, here), admission.admit_configured(collector), admission.admit(plain, here)]
+    assert admitted[0] == admitted[1]
+    assert [(each.source, each.hop_limit, each.dscp) for each in admitted[1:]] == [
+        ("original", 3, 46),
+        ("relay", 64, 0),
+    ]
 
 
 @pytest.mark.parametrize("prefix", ["x", "10.0.0.1/8", "10.0.0.0/33", ""])

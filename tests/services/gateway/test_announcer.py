@@ -1,6 +1,8 @@
 import itertools
+import json
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import zmq
@@ -10,29 +12,31 @@ from shared.bus import Publisher, Subscriber, new_context
 from shared.registry import Client
 from shared.wire import (
     REGISTRY_TOPIC,
-    SERVE_TOPIC,
     Message,
     RegistryChange,
     RegistrySnapshot,
     ServeReply,
     ServeRequest,
+    serve_topic,
 )
 from tests.stack import Running, Stack, ask, ask_json, wait_until
 
+RELAY, ORIGINAL = serve_topic("relay"), serve_topic("original")
 COLLECTOR = {"op": "register", "name": "siem", "streams": ["messages"], "port": 9514}
+PRESERVING = COLLECTOR | {"name": "preserving", "source": "original"}
 
 
 class Follower:
     """A subscriber that keeps the registry as it is announced, and answers serve requests if told to."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], stack: Stack) -> None:
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], stack: Stack, sender: str = "test.1") -> None:
         self.clients: dict[str, Client] = {}
         self.revision = -1
         self.pieces = 0
         self.requests: list[ServeRequest] = []
         self.replies = False
         self._subscriber = Subscriber(context, stack.bus, 10_000)
-        self._publisher = Publisher(context, stack.bus, "test.1", 100)
+        self._publisher = Publisher(context, stack.bus, sender, 100)
 
     def subscribe(self, prefix: str) -> None:
         self._subscriber.subscribe(prefix)
@@ -71,6 +75,11 @@ class Follower:
         """Whether a reply of ours would reach the gateway."""
         self.follow()
         return any(self._publisher.wanted(request.reply) for request in self.requests)
+
+    def asked(self) -> bool:
+        """Whether a question has come."""
+        self.follow()
+        return bool(self.requests)
 
     def close(self) -> None:
         self._subscriber.close()
@@ -140,11 +149,12 @@ def test_two_subscribers_one_after_the_other(stack: Stack, follower: Follower) -
     context.term()
 
 
-def answer_to(connection: socket.socket, follower: Follower) -> bytes:
-    """The answer on a connection, with the follower at work meanwhile."""
+def answer_to(connection: socket.socket, *followers: Follower) -> bytes:
+    """The answer on a connection, with the followers at work meanwhile."""
     connection.settimeout(0.01)
     for _ in itertools.count():
-        follower.follow()
+        for follower in followers:
+            follower.follow()
         try:
             return connection.recv(65536)
         except TimeoutError:
@@ -152,10 +162,21 @@ def answer_to(connection: socket.socket, follower: Follower) -> bytes:
     raise AssertionError
 
 
+def wait_for_health(name: str, expected: str, *followers: Follower) -> None:
+    """Wait until an entry's copies do as expected, with the followers at work meanwhile."""
+
+    def reached() -> bool:
+        for follower in followers:
+            follower.follow()
+        return str(ask_json({"op": "list"})["clients"][name]["health"]) == expected
+
+    wait_until(reached, f"health of {name} becomes {expected}")
+
+
 def test_answer_waits_for_the_forwarder(follower: Follower) -> None:
     """A collector's answer comes once the forwarder says that it serves it, later lines behind it, and health is ok."""
     follower.subscribe(REGISTRY_TOPIC)
-    follower.subscribe(SERVE_TOPIC)
+    follower.subscribe(RELAY)
     ask_json(COLLECTOR | {"name": "first"})
     wait_until(follower.ready, "a serve request, and our reply topic known")
     follower.replies = True
@@ -172,25 +193,100 @@ def test_answer_waits_for_the_forwarder(follower: Follower) -> None:
 def test_forwarder_that_does_not_answer(follower: Follower) -> None:
     """When nobody answers in time the collector is told so; once somebody serves it, its health becomes ok."""
     follower.subscribe(REGISTRY_TOPIC)
-    follower.subscribe(SERVE_TOPIC)
+    follower.subscribe(RELAY)
     wait_for(follower, 0)
     assert ask_json(COLLECTOR)["client"]["health"] == "waiting"
     follower.replies = True
-
-    def served() -> bool:
-        follower.follow()
-        return bool(ask_json({"op": "list"})["clients"]["siem"]["health"] == "ok")
-
-    wait_until(served, "health becomes ok")
-    follower.unsubscribe(SERVE_TOPIC)
-    wait_until(
-        lambda: ask_json({"op": "list"})["clients"]["siem"]["health"] == "waiting", "health when the forwarder is gone"
-    )
+    wait_for_health("siem", "ok", follower)
+    follower.unsubscribe(RELAY)
+    wait_for_health("siem", "waiting")
 
 
 def test_without_a_forwarder_nobody_waits(follower: Follower) -> None:
     """With nobody to ask the answer comes at once and says that copies are waited for."""
     assert ask_json(COLLECTOR)["client"]["health"] == "waiting"
+
+
+def register(followers: list[Follower], request: dict[str, object]) -> dict[str, Any]:
+    """The answer to a `register`, with the followers at work meanwhile."""
+    with socket.create_connection(("127.0.0.1", 5000)) as connection:
+        connection.sendall(json.dumps(request).encode() + b"\n")
+        answer: dict[str, Any] = json.loads(answer_to(connection, *followers))
+        return answer
+
+
+def test_transmitter_that_comes_and_goes(follower: Follower) -> None:
+    """Copies with the exporter's address are refused while nobody sends them; who does is asked, again if it returns.
+
+    Its going shows at once, and nothing is restarted for it.
+    """
+    refusal = ask_json(PRESERVING)
+    assert (refusal["error"], "`fanwire transmitter`" in refusal["message"]) == ("no_transmitter", True)
+    follower.replies = True
+    follower.subscribe(REGISTRY_TOPIC)
+    follower.subscribe(ORIGINAL)
+    wait_until(lambda: register([follower], PRESERVING)["ok"], "a transmitter is noticed")
+    wait_for_health("preserving", "ok", follower)
+    follower.unsubscribe(ORIGINAL)
+    wait_for_health("preserving", "waiting")
+    assert ask_json(PRESERVING | {"name": "late"})["error"] == "no_transmitter"
+    follower.subscribe(ORIGINAL)
+    wait_for_health("preserving", "ok", follower)
+
+
+def test_each_source_is_asked_on_its_own(stack: Stack, follower: Follower) -> None:
+    """The question about one kind of copies waits for who sends those, and the other's silence shows on its own."""
+    context = new_context()
+    transmitter = Follower(context, stack, "test.2")
+    for each, topic in ((follower, RELAY), (transmitter, ORIGINAL)):
+        each.subscribe(REGISTRY_TOPIC)
+        each.subscribe(topic)
+        wait_for(each, 0)
+    register([transmitter], PRESERVING | {"name": "first"})
+    wait_until(transmitter.ready, "our reply topic known")
+    transmitter.replies = True
+    assert register([transmitter], PRESERVING)["client"]["health"] == "ok"
+    assert register([follower, transmitter], COLLECTOR)["client"]["health"] == "waiting"
+    wait_for_health("first", "ok")
+    wait_for_health("preserving", "ok")
+    (asked,) = {request.revision for request in follower.requests}
+    assert asked > max(request.revision for request in transmitter.requests)
+    transmitter.close()
+    context.term()
+
+
+def test_whoever_begins_to_send_copies_is_asked(stack: Stack, follower: Follower) -> None:
+    """A second process that sends the same copies is asked too, though all is served as far as the first one said."""
+    follower.replies = True
+    follower.subscribe(REGISTRY_TOPIC)
+    follower.subscribe(RELAY)
+    wait_for(follower, 0)
+    register([follower], COLLECTOR)
+    wait_for_health("siem", "ok", follower)
+    context = new_context()
+    second = Follower(context, stack, "test.2")
+    second.subscribe(RELAY)
+    wait_until(second.asked, "the second one is asked")
+    second.close()
+    context.term()
+
+
+def test_configured_collector_waits_for_a_transmitter(stack: Stack) -> None:
+    """A collector of the settings is entered whoever is there, waits until somebody serves it, and then is well."""
+    collector = 'name = "c"\nstreams = ["*"]\naddress = "10.0.0.1"\nport = 9\nsource = "original"\nhop_limit = 3\n'
+    stack.configure(f"[[collector]]\n{collector}")
+    stack.start("broker")
+    stack.start("gateway")
+    wait_for_health("c", "waiting")
+    context = new_context()
+    transmitter = Follower(context, stack)
+    transmitter.replies = True
+    transmitter.subscribe(REGISTRY_TOPIC)
+    transmitter.subscribe(ORIGINAL)
+    wait_for_health("c", "ok", transmitter)
+    assert transmitter.clients["c"].hop_limit == 3
+    transmitter.close()
+    context.term()
 
 
 def test_broker_restarted(stack: Stack, follower: Follower) -> None:

@@ -6,18 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.gateway.protocol import (
-    MAX_LINE,
-    Decoder,
-    Leave,
-    List,
-    Name,
-    Register,
-    RequestError,
-    Streams,
-    parse_line,
-    parse_name,
-)
+from services.gateway.protocol import MAX_LINE, Decoder, parse_line, parse_name
+from services.gateway.requests import Leave, List, Mac, Name, Octets, Register, RequestError, Streams, Transmit
 
 Outcome = tuple[object, ...]
 
@@ -180,6 +170,9 @@ def test_port_is_a_whole_number(port: str) -> None:
         ({"op": "register", "name": "a", "streams": ["x"] * 65}, "streams: expected"),
         ({"op": "register", "name": "a", "group": "x" * 65}, "group: expected"),
         ({"op": "register", "name": "a", "source": "own"}, "source: expected"),
+        ({"op": "register", "name": "a", "hop_limit": 0}, "hop_limit: expected a whole number from 1 to 255"),
+        ({"op": "register", "name": "a", "hop_limit": 256}, "hop_limit: expected a whole number from 1 to 255"),
+        ({"op": "register", "name": "a", "dscp": 64}, "dscp: expected a whole number from 0 to 63"),
         ({"op": "register", "name": "a", "ttl": -1}, "ttl: expected"),
         ({"op": "leave", "name": "a", "generation": "1"}, "generation: expected"),
         ({"op": "list", "id": True}, "id: expected"),
@@ -195,9 +188,7 @@ def test_refusal_says_what_was_expected(fields: dict[str, object], sentence: str
 
 def test_later_operations_are_unavailable() -> None:
     """What the protocol has and this version has not is refused as such, whatever else is in the request."""
-    assert [refused(b'{"op":"%s","name":1}' % op).error for op in (b"watch", b"confirm", b"transmit")] == [
-        "unavailable"
-    ] * 3
+    assert [refused(b'{"op":"%s","name":1}' % op).error for op in (b"watch", b"confirm")] == ["unavailable"] * 2
 
 
 def test_bad_name_in_json_keeps_the_connection() -> None:
@@ -212,3 +203,101 @@ def test_requests_are_typed() -> None:
     register = parse_line(b'{"op":"register","name":"s","streams":["*"],"port":9,"from":["10.0.0.0/8"],"ttl":5}\r')
     assert register == Register(name="s", streams=("*",), port=9, prefixes=("10.0.0.0/8",), ttl=5.0)
     assert parse_line(b'{"op":"leave","name":"s","generation":3,"id":"q"}') == Leave(name="s", generation=3, id="q")
+
+
+DOCUMENTED = bytes.fromhex("010203040506 010203040506 0801") + b"[" * 30 + b"PAYLOAD" + b"]" * 30
+PARTS = {
+    "destination": "01:02:03:04:05:06",
+    "source": "01-02-03-04-05-06",
+    "ethertype": "0x0801",
+    "payload": DOCUMENTED[14:].hex(),
+    "checksum": "0x1a2b3c4d",
+}
+
+
+def transmit(**fields: object) -> Transmit:
+    """The request in a line with these fields."""
+    request = parse_line(json.dumps({"op": "transmit", "interface": "eth1", **fields}).encode())
+    assert isinstance(request, Transmit)
+    return request
+
+
+def test_frame_whole_or_in_parts() -> None:
+    """A frame is given whole, or as what it is made of, and either way is the same bytes."""
+    frame = DOCUMENTED + b"\x1a\x2b\x3c\x4d"
+    assert transmit(frame=frame.hex()).whole == transmit(frame=frame.hex(":")).whole == frame
+    assert transmit(**PARTS).whole == transmit(**PARTS | {"ethertype": 2049}).whole == frame
+    assert transmit(**PARTS | {"checksum": None}).whole == DOCUMENTED
+    assert transmit(**PARTS, own_fcs=True).whole == frame
+    assert transmit(**PARTS | {"payload": "", "checksum": ""}).whole == DOCUMENTED[:14]
+
+
+def test_transmit_is_typed() -> None:
+    """Fields arrive as what they stand for, and the frames take as long as their pace says."""
+    request = transmit(frame="00" * 14, count=21, per_second=10)
+    assert request == Transmit(interface="eth1", frame=Octets(14), count=21, per_second=10.0)
+    assert request.seconds == 2.0
+    assert transmit(**PARTS).source == Mac(range(1, 7))
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({}, "destination is missing: expected a MAC address such as 01:02:03:04:05:06"),
+        (PARTS | {"payload": None}, "payload is missing: expected hexadecimal digits, two a byte"),
+        (PARTS | {"interface": None}, "interface: expected the name of an interface"),
+        (PARTS | {"interface": ""}, "interface: expected the name of an interface"),
+        (PARTS | {"interface": "x" * 16}, "interface: expected the name of an interface, at most 15 characters"),
+        (PARTS | {"source": "relay"}, "source: expected a MAC address such as 01:02:03:04:05:06"),
+        (PARTS | {"destination": "01:02:03:04:05"}, "destination: expected a MAC address"),
+        (PARTS | {"payload": "0g"}, "payload: expected hexadecimal digits, two a byte"),
+        (PARTS | {"payload": 10}, "payload: expected hexadecimal digits, two a byte"),
+        (PARTS | {"checksum": "123"}, "checksum: expected hexadecimal digits, two a byte"),
+        (PARTS | {"ethertype": True}, 'ethertype: expected a number or its text, such as "0x0801"'),
+        (PARTS | {"ethertype": 65536}, "65536 is not an ethertype; expected a number such as 0x0801"),
+        (PARTS | {"ethertype": "IPv4"}, "'IPv4' is not an ethertype"),
+        (PARTS | {"frame": "00" * 14}, "frame: expected either all of it, or what it is made of"),
+        ({"frame": "00" * 14, "checksum": ""}, "frame: expected either all of it, or what it is made of"),
+        ({"frame": "00" * 13}, "a frame of 13 bytes; expected from 14 to"),
+        ({"frame": "00" * 17, "own_fcs": True}, "a frame of 17 bytes; expected from 18 to"),
+        (PARTS | {"checksum": "00", "own_fcs": True}, "a checksum of 1 bytes; expected 4"),
+        (PARTS | {"count": 0}, "count: expected a whole number from 1 to 1000000"),
+        (PARTS | {"count": 1_000_001}, "count: expected a whole number from 1 to 1000000"),
+        (PARTS | {"per_second": -1}, "per_second: expected frames a second up to 1000000, or 0"),
+        (PARTS | {"per_second": 1_000_001}, "per_second: expected frames a second up to 1000000, or 0"),
+        (PARTS | {"count": 62, "per_second": 1}, "count: they take 61 s at that pace; expected at most 60 s"),
+        (PARTS | {"own_fcs": 1}, "own_fcs: expected true or false"),
+        (PARTS | {"name": "a"}, "no field `name`"),
+    ],
+)
+def test_transmit_that_makes_no_frame(fields: dict[str, object], sentence: str) -> None:
+    """What can't be a frame is `bad_request`, and the sentence says which field and what was expected."""
+    error = refused(json.dumps({"op": "transmit", "interface": "eth1", "id": 4} | fields).encode())
+    assert (error.error, error.id, error.closes) == ("bad_request", 4, False)
+    assert sentence in str(error)
+
+
+texts = st.text("0123456789abcdefxX:- g\n\u0664", max_size=40)
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["frame", *PARTS, "count", "per_second", "own_fcs"]),
+        st.one_of(texts, st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.booleans(), st.none()),
+    )
+)
+def test_any_fields_make_a_frame_or_are_refused(fields: dict[str, object]) -> None:
+    """Whatever the fields hold, they make a frame that can be sent, or are `bad_request`."""
+    (outcome,) = take([json.dumps({"op": "transmit", "interface": "eth1"} | PARTS | fields).encode()])
+    if isinstance(outcome[0], Transmit):
+        assert 14 <= len(outcome[0].whole) <= 65_554
+        assert outcome[0].seconds <= 60
+    else:
+        error, _, _, closes = outcome
+        assert (error, closes) == ("bad_request", False)
+
+
+@given(st.binary(min_size=14, max_size=200), st.sampled_from(["", "0x"]), st.sampled_from(["", " ", ":"]))
+def test_any_frame_goes_through_hexadecimal(frame: bytes, before: str, between: str) -> None:
+    """Every frame can be written, and is read back to the byte."""
+    assert transmit(frame=before + (frame.hex(between) if between else frame.hex())).whole == frame

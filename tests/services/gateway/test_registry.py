@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.gateway.names_list import BLOCK, NamesList
-from services.gateway.protocol import RequestError
 from services.gateway.registry import MAX_CHANGE, Entry, Origin, Registry, Visitor
-from shared.registry import Client
+from services.gateway.requests import RequestError
+from shared.registry import Client, Source
 from shared.wire import RegistryChange
 
 HERE, ELSEWHERE = Visitor(1, "127.0.0.1", 4000), Visitor(2, "192.0.2.7", 4001)
@@ -151,21 +151,41 @@ def test_one_change_is_bounded(registry: Table) -> None:
     assert follow(changes) == {}
 
 
+def collect(registry: Table, name: str, source: Source = "relay") -> Entry:
+    """Enter a collector."""
+    return registry.grant(Client(name, 0, "127.0.0.1", 9, ("messages",), source), HERE, Origin.JSON)
+
+
 def test_health_follows_what_is_served(registry: Table) -> None:
     """A collector is fresh, then waiting when nobody answered, then ok; a name is always ok."""
-    name = registry.join("n")
-    first = registry.grant(Client("c", 0, "127.0.0.1", 9, ("messages",)), HERE, Origin.JSON)
+    name, first = registry.join("n"), collect(registry, "c")
+    serving = registry.serving["relay"]
     assert [registry.health(entry) for entry in (name, first)] == ["ok", "fresh"]
     revision = registry.commit()
-    registry.note_unanswered(revision)
+    serving.note_unanswered(revision)
     assert registry.health(first) == "waiting"
-    assert registry.unserved
-    registry.note_served(revision)
-    second = registry.grant(Client("d", 0, "127.0.0.1", 9, ("messages",)), HERE, Origin.JSON)
+    complete = [serving.complete]
+    serving.note_served(revision)
+    assert [*complete, serving.complete] == [False, True]
+    second = collect(registry, "d")
     assert [registry.health(entry) for entry in (first, second)] == ["ok", "fresh"]
-    registry.forget_served()
+    serving.forget()
     assert registry.health(first) == "waiting"
     assert registry.collectors == 2
+
+
+def test_health_is_that_of_the_entrys_source(registry: Table) -> None:
+    """What is known of the copies of one source says nothing of the other's, and either shows in the version."""
+    relay, original = collect(registry, "r"), collect(registry, "o", "original")
+    versions = [registry.version()]
+    registry.serving["original"].note_served(registry.commit())
+    versions.append(registry.version())
+    assert [registry.health(entry) for entry in (relay, original)] == ["fresh", "ok"]
+    assert [serving.complete for serving in registry.serving.values()] == [False, True]
+    registry.serving["relay"].note_unanswered(registry.commit())
+    versions.append(registry.version())
+    assert [registry.health(entry) for entry in (relay, original)] == ["waiting", "ok"]
+    assert len(set(versions)) == 3
 
 
 def follow(changes: list[RegistryChange]) -> dict[str, Client]:

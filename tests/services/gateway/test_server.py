@@ -159,6 +159,8 @@ def test_name_of_ten_megabytes(gateway: Running) -> None:
         (b'{"op":"register","name":"c","streams":["messages"],"port":9,"source":"original"}\n', "no_transmitter"),
         (b'{"op":"register","name":"c","streams":["messages"],"port":9,"address":"192.0.2.1"}\n', "unproven_address"),
         (b'{"op":"leave","name":"c","generation":1}\n', "stale_generation"),
+        (b'{"op":"transmit","interface":"eth1","frame":"0"}\n', "bad_request"),
+        (b'{"op":"transmit","interface":"eth1","frame":"0000000000000000000000000000"}\n', "not_permitted"),
     ],
 )
 def test_bad_input_has_its_answer(gateway: Running, request_bytes: bytes, error: str) -> None:
@@ -181,7 +183,7 @@ def test_refusals_are_counted(stack: Stack, gateway: Running) -> None:
 def test_registry_over_json(gateway: Running) -> None:
     """A collector signs up, is listed, renews, and leaves; answers carry the request's id."""
     fields = {"op": "register", "name": "siem", "streams": ["messages"], "port": 9514, "ttl": 60, "id": "r1"}
-    answer = ask_json({**fields, "from": ["10.0.0.0/8"], "sample": 10, "group": "g"})
+    answer = ask_json({**fields, "from": ["10.0.0.0/8"], "sample": 10, "group": "g", "dscp": 46})
     entry = answer["client"]
     generation = entry["generation"]
     assert (answer["ok"], answer["id"], entry.pop("generation") > 0) == (True, "r1", True)
@@ -195,6 +197,8 @@ def test_registry_over_json(gateway: Running) -> None:
         "from": ["10.0.0.0/8"],
         "sample": 10,
         "group": "g",
+        "hop_limit": 64,
+        "dscp": 46,
         "health": "waiting",
     }
     listed = ask_json({"op": "list"})

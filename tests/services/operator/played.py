@@ -15,7 +15,18 @@ import zmq
 from shared.addresses import pack_address
 from shared.batch import DatagramBatch, make_rows
 from shared.bus import configure, new_context, publish_endpoint
-from shared.wire import Body, Datagrams, Status, datagrams_topic, encode, status_topic
+from shared.wire import (
+    TRANSMIT_TOPIC,
+    Body,
+    Datagrams,
+    Status,
+    TransmitReply,
+    TransmitRequest,
+    datagrams_topic,
+    encode,
+    status_topic,
+)
+from tests.builders import BusEnds, take
 from tests.stack import Running, Stack, wait_until
 
 Request = dict[str, Any]
@@ -127,6 +138,27 @@ class PlayedService:
     ) -> None:
         self._socket.close()
         self._context.term()
+
+
+class PlayedTransmitter:
+    """Takes requests for raw frames, and answers them as the test wants."""
+
+    def __init__(self, bus: BusEnds) -> None:
+        self.publisher = bus.publisher("transmitter.1")
+        self.subscriber = bus.subscriber(TRANSMIT_TOPIC)
+        wait_until(lambda: (self.publisher.new_subscriptions(), self.publisher.ready)[1], "the broker is there")
+
+    def take(self) -> TransmitRequest:
+        """The next request, waited for."""
+        body = take(self.subscriber).body
+        assert isinstance(body, TransmitRequest)
+        return body
+
+    def answer(self, request: TransmitRequest, sent: int, error: str = "", message: str = "") -> None:
+        """Answer at once, as the transmitter does: who asked has to be listening by then."""
+        self.publisher.new_subscriptions()
+        assert self.publisher.wanted(request.reply)
+        self.publisher.publish(request.reply, TransmitReply(request.id, sent, error, message))
 
 
 def finish(running: Running) -> tuple[int, str]:

@@ -50,6 +50,21 @@ def test_consumer_ahead_is_a_discrepancy() -> None:
     ]
 
 
+def test_each_consumer_is_compared_on_its_own() -> None:
+    """One consumer's account says nothing of another's: each has to be where the worker was, and is named if not."""
+    reports = [("ingest.1", worker(10)), ("forwarder.1", forwarder(10)), ("transmitter.1", forwarder(12))]
+    round_ = balance(*reports, ("ingest.1", worker(10)))
+    assert list(round_.discrepancies()) == [
+        "transmitter counts 2 datagrams more than ingest.1 (boot b0) on stream syslog"
+    ]
+    behind = balance(*reports[:2], ("transmitter.1", forwarder(9)), ("ingest.1", worker(10)))
+    assert list(behind.discrepancies()) == ["transmitter is 1 datagrams behind ingest.1 (boot b0) on stream syslog"]
+    assert not behind.settled
+    behind.take("transmitter.1", BOOT, 9.0, forwarder(10))
+    behind.take("ingest.1", BOOT, 10.0, worker(10))
+    assert behind.settled
+
+
 def test_not_settled_before_the_worker_was_heard_after_the_consumer() -> None:
     """An upper bound takes a report of the worker that is later than the consumer's."""
     assert not balance(("ingest.1", worker(10)), ("forwarder.1", forwarder(10))).settled

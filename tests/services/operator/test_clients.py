@@ -6,12 +6,13 @@ from tests.services.operator.played import PlayedGateway, run
 from tests.stack import Stack
 
 SIEM = {"--stream": "messages", "--port": "9514", "--from": "10.0.0.0/8", "--sample": "4", "--group": "g"}
+COPIES = {"--source": "original", "--hop-limit": "3", "--dscp": "46"}
 
 
 def test_register_asks_for_what_was_given(stack: Stack) -> None:
     """`register` sends the fields that were given and no others, and prints what was granted."""
     with PlayedGateway() as gateway:
-        options = [word for pair in SIEM.items() for word in pair]
+        options = [word for pair in (SIEM | COPIES).items() for word in pair]
         code, text = run(
             stack, "register", "siem", *options, "--take-over", "--ttl", "60", "--gateway", gateway.endpoint
         )
@@ -24,12 +25,16 @@ def test_register_asks_for_what_was_given(stack: Stack) -> None:
                 "from": ["10.0.0.0/8"],
                 "sample": 4,
                 "group": "g",
+                "source": "original",
+                "hop_limit": 3,
+                "dscp": 46,
                 "ttl": 60.0,
                 "take_over": True,
             }
         ]
     assert code == 0
-    assert "siem: copies of messages go to 127.0.0.1 port 9514, source relay" in text
+    assert "siem: copies of messages go to 127.0.0.1 port 9514, source original" in text
+    assert "hop limit 3, DSCP 46" in text
     assert "generation 1, expires in 60 s" in text
 
 
@@ -53,8 +58,12 @@ def test_clients_as_a_table_and_as_json(stack: Stack) -> None:
         assert code == 0
         assert [line.split()[:3] for line in text.splitlines() if "[bold]me" in line] == [["[bold]me", "::1", "4"]]
         assert "a, b" in text
+        assert "hop limit" not in text
         code, text = run(stack, "clients", "--json", "--gateway", gateway.endpoint)
         assert json.loads(text) == gateway.clients
+        gateway.clients["siem"] |= {"hop_limit": 3, "dscp": 46}
+        code, text = run(stack, "clients", "--gateway", gateway.endpoint)
+        assert [line.split()[-2:] for line in text.splitlines() if "siem" in line] == [["3", "46"]]
 
 
 def test_leave_looks_the_generation_up(stack: Stack) -> None:

@@ -50,9 +50,10 @@ def test_writes_payloads_and_ends_at_the_count(stack: Stack, tmp_path: Path) -> 
     assert file.read_bytes() == b"before\none\n\0two\n" + b"x" * 65_507 + b"\n"
 
 
-def test_signs_up_again_when_the_gateway_was_away(stack: Stack) -> None:
-    """A lost connection is said, and the same port signed up again, also when the name is still taken at first."""
-    refusals = [{"ok": False, "error": "name_taken", "message": "wait"}]
+@pytest.mark.parametrize("error", ["name_taken", "no_transmitter"])
+def test_signs_up_again_when_the_gateway_was_away(stack: Stack, error: str) -> None:
+    """A lost connection is said, and the same port signed up again, also when that is refused for a moment at first."""
+    refusals = [{"ok": False, "error": error, "message": "wait"}]
 
     def register(request: Request) -> Request:
         if len(gateway.said("register")) == 2:

@@ -14,9 +14,9 @@ def test_help_lists_commands_and_services(stack: Stack) -> None:
     """`fanwire --help` names every command, and the services that the same program runs."""
     code, text = run(stack, "--help")
     assert code == 0
-    for command in ("clients", "register", "leave", "watch", "collect", "config", "ledger", "ready"):
+    for command in ("clients", "register", "leave", "watch", "collect", "frame", "wake", "config", "ledger", "ready"):
         assert f"    {command} " in text
-    assert "fanwire broker|gateway|ingest|forwarder" in text
+    assert "fanwire broker|gateway|ingest|forwarder|transmitter" in text
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,8 @@ def test_help_lists_commands_and_services(stack: Stack) -> None:
         ("collect", "siem"),
         ("clients", "--gateway", "udp://127.0.0.1:5000"),
         ("register", "siem", "--address", "not an address"),
+        ("register", "siem", "--hop-limit", "0"),
+        ("collect", "siem", "--stream", "*", "--dscp", "64"),
     ],
 )
 def test_wrong_usage_is_64(stack: Stack, arguments: tuple[str, ...]) -> None:
@@ -51,10 +53,14 @@ def test_unknown_stream_names_the_streams(stack: Stack) -> None:
     assert run(stack, "watch", "nosuch")[1].endswith("the streams are: messages\n")
 
 
-@pytest.mark.parametrize("command", ["watch", "ledger"])
-def test_without_a_broker_is_69(stack: Stack, command: str) -> None:
+MAC = "01:02:03:04:05:06"
+FRAME = ("frame", "lo", "--destination", MAC, "--source", MAC, "--ethertype", "0x0801", "--payload", "x")
+
+
+@pytest.mark.parametrize("command", [("watch",), ("ledger",), FRAME])
+def test_without_a_broker_is_69(stack: Stack, command: tuple[str, ...]) -> None:
     """Without a broker the commands on the bus end with one line that says where they looked and what to do."""
-    code, text = run(stack, command)
+    code, text = run(stack, *command)
     assert (code, len(text.splitlines())) == (69, 1)
     assert f"no broker at {stack.bus}" in text
     assert "honcho start" in text

@@ -1,5 +1,6 @@
 import json
 import time
+from contextlib import ExitStack
 
 from shared.ledger import Accounts, unparse_origin
 from tests.services.operator.played import PlayedService, finish, run
@@ -13,14 +14,15 @@ FORWARDER: Accounts = {
 }
 
 
-def play(stack: Stack, ledger: Running, ingest: Accounts, forwarder: Accounts) -> tuple[int, str]:
-    """Report for both services until the ledger has ended."""
-    with PlayedService(stack.bus, "ingest.1") as worker, PlayedService(stack.bus, "forwarder.1") as consumer:
-        worker.wait_for_subscriber("status/")
-        consumer.wait_for_subscriber("status/")
+def play(stack: Stack, ledger: Running, **accounts: Accounts) -> tuple[int, str]:
+    """Report for these services until the ledger has ended."""
+    with ExitStack() as closing:
+        services = [closing.enter_context(PlayedService(stack.bus, f"{name}.1")) for name in accounts]
+        for service in services:
+            service.wait_for_subscriber("status/")
         while ledger.process.poll() is None:
-            worker.report(ingest)
-            consumer.report(forwarder)
+            for service, account in zip(services, accounts.values(), strict=True):
+                service.report(account)
             time.sleep(0.2)
     return finish(ledger)
 
@@ -28,10 +30,10 @@ def play(stack: Stack, ledger: Running, ingest: Accounts, forwarder: Accounts) -
 def test_balanced_accounts(stack: Stack) -> None:
     """When everything adds up it prints the accounts and `balanced`, and ends with 0."""
     stack.start("broker")
-    code, text = play(stack, stack.operator("ledger"), WORKER, FORWARDER)
+    code, text = play(stack, stack.operator("ledger"), ingest=WORKER, forwarder=FORWARDER)
     assert (code, text.splitlines()[-1]) == (0, "balanced")
     (collector,) = [line.split() for line in text.splitlines() if "[siem]" in line]
-    assert collector == ["[siem]", "7", "2", "3", "0", "0", "1", "refused", "1"]
+    assert collector == ["forwarder.1", "[siem]", "7", "2", "3", "0", "0", "1", "refused", "1"]
     assert "no_subscriber 3" in text
 
 
@@ -39,7 +41,8 @@ def test_discrepancies_within_and_between_services(stack: Stack) -> None:
     """A collector that does not add up and a forwarder that stays behind are each named, and it ends with 1."""
     stack.start("broker")
     forwarder = {ORIGIN: {"baseline": 2, "taken": 4, "reached": 6}, "collector/siem": {"expected": 1}}
-    code, text = play(stack, stack.operator("ledger", "--json", "--seconds", "2.5"), WORKER, forwarder)
+    ledger = stack.operator("ledger", "--json", "--seconds", "2.5")
+    code, text = play(stack, ledger, ingest=WORKER, forwarder=forwarder)
     answer = json.loads(text)
     assert code == 1
     assert not answer["balanced"]
@@ -48,6 +51,23 @@ def test_discrepancies_within_and_between_services(stack: Stack) -> None:
         "forwarder is 3 datagrams behind ingest.1 (boot 1) on stream messages",
     ]
     assert answer["services"]["ingest.1"] == WORKER
+
+
+def test_two_consumers(stack: Stack) -> None:
+    """The accounts of forwarder and transmitter are told apart, and only the one that is behind is named."""
+    stack.start("broker")
+    transmitter = {
+        ORIGIN: {"baseline": 4, "taken": 1, "reached": 5},
+        "collector/siem": {"expected": 1, "offered": 1, "delivered": 1},
+    }
+    ledger = stack.operator("ledger", "--seconds", "2.5")
+    code, text = play(stack, ledger, ingest=WORKER, forwarder=FORWARDER, transmitter=transmitter)
+    assert code == 1
+    assert text.splitlines()[-1] == "transmitter is 4 datagrams behind ingest.1 (boot 1) on stream messages"
+    rows = [line.split() for line in text.splitlines()]
+    assert ["forwarder.1", "ingest.1", "1", "messages", "6", "1"] in rows
+    assert ["transmitter.1", "ingest.1", "1", "messages", "1", "0"] in rows
+    assert [row[:4] for row in rows if "siem" in row] == [["transmitter.1", "siem", "1", "1"]]
 
 
 def test_names_the_service_that_does_not_report(stack: Stack) -> None:

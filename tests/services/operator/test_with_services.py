@@ -9,7 +9,7 @@ from tests.stack import Stack, wait_until
 
 def test_the_commands_with_the_services_they_are_for(stack: Stack) -> None:
     """Signed up, sent to, watched, collected, accounted for and taken off the list, by commands alone."""
-    ready = stack.operator("ready")
+    ready = stack.operator("ready", "broker", "gateway", "ingest", "forwarder")
     stack.start_all(ingest=2)
     ready.wait_for("all ready: broker gateway ingest forwarder\n")
     watch = stack.operator("watch", "messages")
