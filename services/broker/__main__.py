@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from services.broker.access import transmitters_group
 from services.broker.proxy import Proxy
 from shared.lifecycle import Lifecycle, announce_ready, run, service_parser
 from shared.settings import Settings
@@ -15,7 +16,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _serve(_arguments: argparse.Namespace, settings: Settings, lifecycle: Lifecycle) -> None:
-    with Proxy(settings.bus.path, settings.bus.high_water_mark) as proxy:
+    group = transmitters_group(settings.transmitter.user)
+    with Proxy(settings.bus.path, settings.bus.high_water_mark, group) as proxy:
         announce_ready("broker", directory=str(settings.bus.path))
         proxy.serve(lifecycle)
 

@@ -11,6 +11,7 @@ from typing import Final, Self
 
 import zmq
 
+from services.broker.access import let_in
 from shared.bus import (
     HELLO_TOPIC,
     Publisher,
@@ -20,7 +21,7 @@ from shared.bus import (
     publish_endpoint,
     subscribe_endpoint,
 )
-from shared.lifecycle import CANT_CREATE, Lifecycle, OperatorError
+from shared.lifecycle import CANT_CREATE, Lifecycle, OperatorError, Watchdog
 from shared.status import INTERVAL_SECONDS, Reporter
 
 STATISTICS: Final = tuple(
@@ -30,17 +31,23 @@ STATISTICS: Final = tuple(
     for unit in ("", "_bytes")
 )
 """What the proxy counts, in the order it answers (zmq_proxy_steerable(3)); it counts parts, not messages."""
+ENDPOINTS: Final = ("publish", "subscribe")
+"""The socket files."""
 QUIET_SECONDS: Final = 0.3
 DRAIN_SECONDS: Final = 2.0
 """After SIGTERM the rest of the stack still flushes: messages are passed until none came for a while, or so long."""
 
 
 class Proxy:
-    """Owns the bus directory and both endpoints; a second broker on the same directory is refused."""
+    """Owns the bus directory and both endpoints; a second broker on the same directory is refused.
 
-    def __init__(self, directory: Path, high_water_mark: int) -> None:
+    A group, if given, may enter the directory and connect.
+    """
+
+    def __init__(self, directory: Path, high_water_mark: int, group: int | None = None) -> None:
         self._directory = directory
         self._high_water_mark = high_water_mark
+        self._group = group
 
     def __enter__(self) -> Self:
         self._take_directory()
@@ -53,6 +60,8 @@ class Proxy:
         subscribers.set(zmq.XPUB_VERBOSER, 1)
         publishers.bind(publish_endpoint(self._directory))
         subscribers.bind(subscribe_endpoint(self._directory))
+        if self._group is not None:
+            let_in(self._group, self._directory, *(self._directory / endpoint for endpoint in ENDPOINTS))
         self._control = self._context.socket(zmq.PAIR)
         self._control.bind("inproc://control")
         steering = self._context.socket(zmq.PAIR)
@@ -90,6 +99,7 @@ class Proxy:
 
     def serve(self, lifecycle: Lifecycle) -> None:
         """Report until told to drain, then wait for the rest of the stack to fall silent."""
+        watchdog = Watchdog()
         reporter = Reporter(self._publisher)
         poller = zmq.Poller()
         poller.register(lifecycle.fileno(), zmq.POLLIN)
@@ -97,8 +107,13 @@ class Proxy:
         while not lifecycle.draining:
             poller.poll(int(INTERVAL_SECONDS * 1000))
             if reporter.asked_for(self._publisher.new_subscriptions()) or time.monotonic() >= reporter.due_at:
-                reporter.report(lambda: {"broker": self.statistics()})
+                self._report(reporter)
+                watchdog.feed()
         self._drain()
+
+    def _report(self, reporter: Reporter) -> None:
+        statistics = self.statistics()  # whether or not anybody listens: an answer shows that messages are passed
+        reporter.report(lambda: {"broker": statistics})
 
     def _drain(self) -> None:
         deadline = time.monotonic() + DRAIN_SECONDS
@@ -116,7 +131,7 @@ class Proxy:
             closable.close()
         self._context.term()
         # libzmq leaves the socket files; unlinked while we hold the lock, they can't be a successor's.
-        for endpoint in ("publish", "subscribe"):
+        for endpoint in ENDPOINTS:
             (self._directory / endpoint).unlink(missing_ok=True)
         self._lock.close()
 

@@ -13,7 +13,7 @@ from shared.addresses import LOCAL_SENDER
 from shared.batch import MAX_DATAGRAM, MAX_PAYLOAD
 from shared.ledger import KERNEL_DROPPED, RECEIVE_ERRORS
 from shared.mmsg import ReceiveArena
-from shared.sockets import close_listener, kernel_drops, refuse_input
+from shared.sockets import InheritedSocket, close_listener, kernel_drops, refuse_input
 
 
 class DatagramReceiver:
@@ -24,7 +24,8 @@ class DatagramReceiver:
         self._feed = feed
         self._arena = arena
         self._replier = Replier(sock, reply, feed.account) if reply and sock.family != socket.AF_UNIX else None
-        self._kernel_dropped = 0
+        self.inherited = isinstance(sock, InheritedSocket)
+        self._kernel_dropped = kernel_drops(sock) if self.inherited else 0  # not what our predecessors accounted for
 
     def fileno(self) -> int:
         """The socket's descriptor."""
@@ -69,7 +70,7 @@ class DatagramReceiver:
         refuse_input(self._socket)
 
     def close(self) -> None:
-        """Close the socket, and take the path of an AF_UNIX one away."""
+        """Close the socket, and take the path of an AF_UNIX one away unless it was inherited."""
         close_listener(self._socket)
 
 

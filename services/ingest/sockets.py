@@ -10,19 +10,40 @@ import structlog
 from shared.addresses import Endpoint, resolve
 from shared.lifecycle import BAD_SETTINGS, FAILED, OperatorError
 from shared.settings import Stream
-from shared.sockets import bind_endpoint
+from shared.sockets import InheritedSocket, bind_endpoint, inherited
 
 TCP_BACKLOG: Final = 1024
 
 log = structlog.get_logger()
 
 
-def open_sockets(stream: Stream, endpoint: Endpoint) -> list[socket.socket]:
-    """Bind every address of an endpoint; OperatorError when none can be had, one is in use, or a reply is unsafe."""
+def take_inherited() -> list[InheritedSocket]:
+    """The sockets that the service manager passed; OperatorError when one of them is something else."""
+    try:
+        return inherited()
+    except OSError as error:
+        raise OperatorError(BAD_SETTINGS, f"inherited descriptors: {error.strerror}; pass sockets alone") from None
+
+
+def refuse_left_over(held: list[InheritedSocket]) -> None:
+    """OperatorError when a socket that was passed is no listener's: what comes there would never be read."""
+    for sock in held:
+        raise OperatorError(
+            BAD_SETTINGS,
+            f"the inherited socket {sock.type.name} {sock.getsockname()} is no listener of this worker; "
+            "make [[stream]] listen and the socket unit agree",
+        )
+
+
+def open_sockets(stream: Stream, endpoint: Endpoint, held: list[InheritedSocket]) -> list[socket.socket]:
+    """The sockets of every address of an endpoint, each taken from `held` where it is there, else bound.
+
+    OperatorError when none can be had, one is in use, or a reply is unsafe.
+    """
     try:
         if stream.reply and endpoint.scheme == "udp" and not stream.reply_beyond_loopback:
             _refuse_reply(stream, endpoint)
-        sockets = bind_endpoint(endpoint, _share)
+        sockets = bind_endpoint(endpoint, _share, held=held)
     except socket.gaierror as error:
         raise OperatorError(BAD_SETTINGS, f"stream {stream.name}: {endpoint}: {error.strerror}") from None
     except OSError as error:
@@ -30,7 +51,7 @@ def open_sockets(stream: Stream, endpoint: Endpoint) -> list[socket.socket]:
             FAILED, f"stream {stream.name}: {endpoint}: {error.strerror}{_cure(endpoint, error)}"
         ) from None
     for sock in sockets:
-        if sock.type == socket.SOCK_STREAM:
+        if sock.type == socket.SOCK_STREAM and not isinstance(sock, InheritedSocket):
             sock.listen(TCP_BACKLOG)
     return sockets
 

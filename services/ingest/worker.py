@@ -3,6 +3,8 @@
 import selectors
 import socket
 import time
+from collections.abc import Callable
+from functools import partial
 from types import TracebackType
 from typing import Final, Self
 
@@ -11,7 +13,7 @@ import structlog
 from services.ingest.connections import Connections
 from services.ingest.feed import StreamFeed
 from services.ingest.receiver import DatagramReceiver
-from services.ingest.sockets import open_sockets, warn_of_small_buffers
+from services.ingest.sockets import open_sockets, refuse_left_over, take_inherited, warn_of_small_buffers
 from shared.addresses import Endpoint
 from shared.batch import MAX_ROWS
 from shared.bus import Publisher, new_context
@@ -19,7 +21,7 @@ from shared.ledger import new_accounts
 from shared.lifecycle import BAD_SETTINGS, Lifecycle, OperatorError, Readiness
 from shared.mmsg import ReceiveArena
 from shared.settings import Settings, Stream
-from shared.sockets import enlarge_receive_buffer
+from shared.sockets import InheritedSocket, enlarge_receive_buffer
 from shared.status import Reporter
 
 DRAIN_SECONDS: Final = 2.0
@@ -41,6 +43,8 @@ class Worker:
         self._arena = ReceiveArena()
         self._receivers: list[DatagramReceiver] = []
         self._connections = Connections(self._selector, settings.ingest)
+        self._held_back: list[Callable[[], object]] = []
+        """Begins to read an inherited socket each."""
         self._granted: dict[int, int] = {}
         self._bound: set[tuple[int, object]] = set()
         self._fill_seconds = settings.ingest.fill_ms / 1000
@@ -57,8 +61,10 @@ class Worker:
             for stream in self._settings.streams
         ]
         try:
+            held = take_inherited()
             for stream, feed in zip(self._settings.streams, self._feeds, strict=True):
-                self._listen(stream, feed)
+                self._listen(stream, feed, held)
+            refuse_left_over(held)
         except BaseException:
             self._close()
             raise
@@ -66,20 +72,27 @@ class Worker:
         self._smallest_buffer = min(self._granted.values(), default=0)
         return self
 
-    def _listen(self, stream: Stream, feed: StreamFeed) -> None:
+    def _listen(self, stream: Stream, feed: StreamFeed, held: list[InheritedSocket]) -> None:
         reply = stream.reply.encode() if stream.reply else None
         for endpoint in stream.endpoints:
             if endpoint.path and not self._name.endswith(".1"):
                 continue  # a path can't be shared
-            for sock in open_sockets(stream, endpoint):
+            for sock in open_sockets(stream, endpoint, held):
                 self._refuse_doubles(sock, stream, endpoint)
                 if endpoint.scheme == "tcp":
-                    self._connections.listen(sock, feed)
-                    continue
-                self._granted[stream.receive_buffer] = enlarge_receive_buffer(sock, stream.receive_buffer)
-                receiver = DatagramReceiver(sock, feed, self._arena, reply)
-                self._receivers.append(receiver)
-                self._selector.register(receiver, selectors.EVENT_READ, lambda it=receiver: self._receive(it))
+                    begin = partial(self._connections.listen, sock, feed)
+                else:
+                    self._granted[stream.receive_buffer] = enlarge_receive_buffer(sock, stream.receive_buffer)
+                    receiver = DatagramReceiver(sock, feed, self._arena, reply)
+                    self._receivers.append(receiver)
+                    begin = partial(self._read, receiver)
+                if isinstance(sock, InheritedSocket):
+                    self._held_back.append(begin)
+                else:
+                    begin()
+
+    def _read(self, receiver: DatagramReceiver) -> None:
+        self._selector.register(receiver, selectors.EVENT_READ, lambda: self._receive(receiver))
 
     def _refuse_doubles(self, sock: socket.socket, stream: Stream, endpoint: Endpoint) -> None:
         """SO_REUSEPORT would let two streams share an address, and the kernel deal datagrams out between them."""
@@ -103,8 +116,16 @@ class Worker:
         self._selector.register(self._publisher, selectors.EVENT_READ, lambda: None)
         while not lifecycle.draining:
             self._turn()
+            if self._held_back and self._publisher.ready:
+                self._begin()
             readiness.check(listen=listening)
         self._drain()
+
+    def _begin(self) -> None:
+        """Read inherited sockets from now on: before the broker had said who wants what, it would all be dropped."""
+        for begin in self._held_back:
+            begin()
+        self._held_back = []
 
     def _turn(self) -> None:
         """Wait for something to do, and do it."""
@@ -152,12 +173,16 @@ class Worker:
         self._reporter.report(lambda: self._accounts)
 
     def _drain(self) -> None:
-        """Take nothing new, but all that the kernel has queued; then say the last word on the accounts."""
-        for receiver in self._receivers:
+        """Take nothing new, but all that the kernel has queued; then say the last word on the accounts.
+
+        An inherited socket is left as it is: it goes on taking, and what it holds is our successor's.
+        """
+        ours = [receiver for receiver in self._receivers if not receiver.inherited]
+        for receiver in ours:
             receiver.refuse_input()
         deadline = time.monotonic() + DRAIN_SECONDS
         for receiver in self._receivers:
-            while receiver.receive()[0] and time.monotonic() < deadline:
+            while receiver in ours and receiver.receive()[0] and time.monotonic() < deadline:
                 pass
             receiver.count_kernel_drops()
             receiver.close()  # at once: what comes between the count and here is in no account

@@ -1,11 +1,14 @@
 import json
+import os
 import signal
+import socket
 import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 
 import pytest
 
-from shared.lifecycle import worker_name
+from shared.lifecycle import Watchdog, worker_name
 from tests.stack import Running, Stack, wait_until
 
 SERVICE = """
@@ -136,17 +139,62 @@ def test_every_service_knows_version_and_usage(stack: Stack, service: str) -> No
     assert wrong.text.startswith(f"usage: fanwire {service}")
 
 
-def test_service_manager_is_told_when_ready(stack: Stack) -> None:
-    """A service started with NOTIFY_SOCKET says READY=1 there, once it can serve."""
-    import socket
+@pytest.fixture
+def manager(stack: Stack) -> Iterator[socket.socket]:
+    """A service manager's end of sd_notify(3)."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(str(stack.directory / "notify"))
+        sock.settimeout(20)
+        yield sock
 
-    path = str(stack.directory / "notify")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        manager.bind(path)
-        manager.settimeout(20)
-        stack.spawn("broker", [sys.executable, "-m", "services.broker"], NOTIFY_SOCKET=path)
-        assert manager.recv(100) == b"READY=1"
-        wait_until(lambda: stack["broker"].events("ready"), "the broker logs that it is ready")
+
+def test_service_manager_is_told_when_ready(stack: Stack, manager: socket.socket) -> None:
+    """A service started with NOTIFY_SOCKET says READY=1 there, once it can serve."""
+    stack.spawn("broker", [sys.executable, "-m", "services.broker"], NOTIFY_SOCKET=manager.getsockname())
+    assert manager.recv(100) == b"READY=1"
+    wait_until(lambda: stack["broker"].events("ready"), "the broker logs that it is ready")
+
+
+def test_watchdog_is_fed_as_often_as_turns_come(manager: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each turn feeds it, but no more often than every quarter of the interval."""
+    now = 1000.0
+    monkeypatch.setattr("shared.lifecycle.time.monotonic", lambda: now)
+    monkeypatch.setenv("NOTIFY_SOCKET", manager.getsockname())
+    monkeypatch.setenv("WATCHDOG_USEC", "8000000")
+    monkeypatch.setenv("WATCHDOG_PID", str(os.getpid()))
+    watchdog = Watchdog()
+    manager.setblocking(False)
+    for turn, fed in ((0.0, True), (0.1, False), (1.8, False), (0.1, True), (60.0, True), (0.0, False)):
+        now += turn
+        watchdog.feed()
+        if fed:
+            assert manager.recv(100) == b"WATCHDOG=1"
+        with pytest.raises(BlockingIOError):
+            manager.recv(100)
+
+
+@pytest.mark.parametrize("asked", [{}, {"WATCHDOG_USEC": "1", "WATCHDOG_PID": "1"}])
+def test_watchdog_nobody_asked_for_is_not_fed(
+    manager: socket.socket, monkeypatch: pytest.MonkeyPatch, asked: dict[str, str]
+) -> None:
+    """Without WATCHDOG_USEC, or when it is meant for another process, nothing is sent."""
+    for name, value in {"NOTIFY_SOCKET": manager.getsockname(), **asked}.items():
+        monkeypatch.setenv(name, value)
+    Watchdog().feed()
+    manager.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        manager.recv(100)
+
+
+def test_manager_that_does_not_listen_holds_nobody_up(manager: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the manager's queue full, or the manager gone, feeding neither waits nor fails."""
+    monkeypatch.setenv("NOTIFY_SOCKET", manager.getsockname())
+    monkeypatch.setenv("WATCHDOG_USEC", "4")
+    watchdog = Watchdog()
+    for _ in range(2000):  # more than net.unix.max_dgram_qlen lets wait
+        watchdog.feed()
+    manager.close()
+    watchdog.feed()
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 
 from shared.addresses import Endpoint
-from shared.sockets import bind_endpoint, close_listener, enlarge_receive_buffer, kernel_drops, refuse_input
+from shared.sockets import (
+    InheritedSocket,
+    bind_endpoint,
+    close_listener,
+    enlarge_receive_buffer,
+    inherited,
+    kernel_drops,
+    refuse_input,
+)
 
 
 def leave(_: socket.socket) -> None:
@@ -109,3 +117,44 @@ def test_kernel_drops_are_counted(lab: None, host: str) -> None:
         assert [sock.recv(10) for _ in range(10)] == [b"fits"] * 10
         with pytest.raises(BlockingIOError):
             sock.recv(10)
+
+
+def test_sockets_passed_to_another_process_are_left_alone() -> None:
+    """Sockets are taken when LISTEN_PID is ours alone, and nobody after us is told of them."""
+    environment = {"LISTEN_PID": "1", "LISTEN_FDS": "2", "LISTEN_FDNAMES": "a:b", "HOME": "/"}
+    assert inherited(environment) == []
+    assert environment == {"HOME": "/"}
+    assert inherited(environment) == []
+
+
+def test_inherited_socket_serves_its_address_once(lab: None) -> None:
+    """An inherited socket is used for the address and kind it is bound to, and for nothing else."""
+    with ExitStack() as opened:
+        sock = opened.enter_context(InheritedSocket(socket.AF_INET, socket.SOCK_DGRAM))
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+        held = [sock]
+        for scheme, host in (("tcp", "127.0.0.1"), ("udp", "::1")):
+            (other,) = bind_endpoint(Endpoint(scheme, host, port), leave, held=held)
+            opened.enter_context(other)
+        assert held == [sock]
+        assert bind_endpoint(Endpoint("udp", "127.0.0.1", port), leave, held=held) == [sock]
+        assert held == []
+
+
+def test_buffer_of_an_inherited_socket_is_never_taken_back(lab: None) -> None:
+    """A receive buffer that the service manager made larger than asked for stays; one that is smaller is enlarged."""
+    with InheritedSocket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
+        assert enlarge_receive_buffer(sock, 8192) == 65_536
+        assert enlarge_receive_buffer(sock, 131_072) == 131_072
+
+
+def test_path_of_an_inherited_socket_stays(tmp_path: Path) -> None:
+    """Closing an inherited AF_UNIX socket leaves its file, on which the service manager still listens."""
+    path = tmp_path / "x.sock"
+    sock = InheritedSocket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    sock.bind(str(path))
+    assert bind_endpoint(Endpoint("unixgram", path=str(path)), leave, held=[sock]) == [sock]
+    close_listener(sock)
+    assert path.is_socket()

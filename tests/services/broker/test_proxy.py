@@ -1,6 +1,22 @@
+import grp
+import os
+import pwd
 import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
+import pytest
+
+from services.broker.access import let_in, transmitters_group
+from shared.bus import broker_is_up
+from tests.builders import kill_all
 from tests.stack import Stack
+
+AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can start a service that becomes another user")
 
 
 def test_second_broker_on_the_same_directory_is_refused(stack: Stack) -> None:
@@ -14,9 +30,9 @@ def test_second_broker_on_the_same_directory_is_refused(stack: Stack) -> None:
 
 
 def test_broker_leaves_nothing_behind(stack: Stack) -> None:
-    """SIGTERM ends it with 0 and takes its socket files away; its directory is for its owner alone."""
+    """SIGTERM ends it with 0 and takes its socket files away; its directory is closed to others."""
     broker = stack.start("broker")
-    assert stack.bus.stat().st_mode & 0o777 == 0o700
+    assert not stack.bus.stat().st_mode & 0o027
     assert broker.stop(signal.SIGTERM) == 0
     assert [path.name for path in stack.bus.iterdir()] == ["lock"]
 
@@ -35,3 +51,103 @@ def test_directory_that_cannot_be_made_is_one_line(stack: Stack) -> None:
     assert broker.process.wait(10) == 73
     assert len(broker.text.splitlines()) == 1
     assert str(stack.bus) in broker.text
+
+
+@contextmanager
+def acting_as(user: str) -> Iterator[None]:
+    """Have what this user may do, and no more."""
+    entry = pwd.getpwnam(user)
+    groups, group = os.getgroups(), os.getegid()
+    os.setgroups([])
+    os.setegid(entry.pw_gid)
+    os.seteuid(entry.pw_uid)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(group)
+        os.setgroups(groups)
+
+
+@pytest.fixture
+def public(stack: Stack) -> Iterator[Path]:
+    """A bus directory in a place that every user can get to."""
+    with tempfile.TemporaryDirectory() as directory:
+        Path(directory).chmod(0o755)
+        stack.bus = Path(directory) / "bus"
+        yield stack.bus
+        kill_all(stack)
+
+
+@AS_ROOT
+def test_user_of_the_transmitter_reaches_the_bus_of_root(stack: Stack, public: Path) -> None:
+    """With a broker that root started, the user that the transmitter becomes can connect, and no other can."""
+    stack.configure('[transmitter]\nuser = "nobody"\n')
+    stack.start("broker")
+    group = grp.getgrgid(pwd.getpwnam("nobody").pw_gid).gr_name
+    assert (public.stat().st_mode & 0o777, public.group()) == (0o750, group)
+    for name in ("publish", "subscribe"):
+        assert ((public / name).stat().st_mode & 0o777, (public / name).group()) == (0o770, group)
+    with acting_as("nobody"):
+        assert broker_is_up(public)
+    with acting_as("daemon"):
+        assert not broker_is_up(public)
+
+
+@AS_ROOT
+def test_user_of_the_transmitter_that_does_not_exist_is_said(stack: Stack) -> None:
+    """When that user does not exist, one line names the setting, and the bus is root's alone."""
+    stack.configure('[transmitter]\nuser = "no-such-user"\n')
+    broker = stack.start("broker")
+    (warning,) = [line for line in broker.text.splitlines() if '"warning"' in line]
+    assert "set [transmitter] user" in warning
+    assert "no-such-user" in warning
+    assert stack.bus.stat().st_mode & 0o777 == 0o700
+
+
+@AS_ROOT
+def test_broker_that_is_not_root_lets_nobody_in() -> None:
+    """Only root's broker has a transmitter that becomes another user."""
+    assert transmitters_group("nobody") == pwd.getpwnam("nobody").pw_gid
+    with acting_as("nobody"):
+        assert transmitters_group("nobody") is None
+
+
+def test_group_that_a_user_namespace_lacks_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the kernel knows no such group, everything stays as it is, and nothing is said."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(os, "chown", refuse)
+    tmp_path.chmod(0o700)
+    (tmp_path / "publish").touch(0o600)
+    let_in(65534, tmp_path, tmp_path / "publish")
+    assert [path.stat().st_mode & 0o777 for path in (tmp_path, tmp_path / "publish")] == [0o700, 0o600]
+
+
+STUCK = """
+import sys, time
+from services.broker import proxy, __main__
+passing = proxy._pass_messages
+proxy._pass_messages = lambda *sockets: (time.sleep({stuck}), passing(*sockets))
+sys.exit(__main__.main([]))
+"""
+
+
+@pytest.mark.parametrize("stuck", [0, 1000])
+def test_watchdog_is_fed_while_messages_are_passed(stack: Stack, stuck: int) -> None:
+    """The broker feeds the watchdog while the loop that passes messages answers; when that is stuck it does not."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(stack.directory / "notify"))
+        manager.settimeout(20)
+        asked = {"NOTIFY_SOCKET": manager.getsockname(), "WATCHDOG_USEC": "1000000"}
+        stack.spawn("broker", [sys.executable, "-c", STUCK.format(stuck=stuck)], **asked)
+        assert manager.recv(100) == b"READY=1"
+        if stuck:
+            manager.settimeout(1.5)  # it asks each second
+            with pytest.raises(TimeoutError):
+                manager.recv(100)
+        else:
+            assert [manager.recv(100) for _ in range(3)] == [b"WATCHDOG=1"] * 3
+    kill_all(stack)

@@ -588,3 +588,32 @@ def test_datagram_longer_than_ipv4_carries_is_oversized(stack: Stack, bus: BusEn
     assert [payload for _, _, payload in take_datagrams(subscriber, 2)] == [b"before", b"after"]
     found = accounts_when(bus, "ingest.1", lambda accounts: accounts["stream/messages"]["received"] == 4)
     assert found["stream/messages"]["dropped_oversized"] == 2
+
+
+STUCK = """
+import sys, time
+from services.ingest import receiver, __main__
+receiver.DatagramReceiver.receive = lambda self: time.sleep(1000)
+sys.exit(__main__.main([]))
+"""
+
+
+@pytest.mark.parametrize("broker", [True, False])
+def test_watchdog_is_fed_by_turns(stack: Stack, lab: None, broker: bool) -> None:
+    """A worker feeds the watchdog while its loop turns, idle or waiting for the broker; one that is stuck does not."""
+    stack.configure(STREAM)
+    if broker:
+        stack.start("broker")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager, sender() as sock:
+        manager.bind(str(stack.directory / "notify"))
+        manager.settimeout(20)
+        asked = {"NOTIFY_SOCKET": manager.getsockname(), "WATCHDOG_USEC": "1000000"}
+        stack.spawn("ingest", [sys.executable, "-c", STUCK], **asked)
+        for _ in range(3):
+            while manager.recv(100) != b"WATCHDOG=1":
+                pass
+        sock.send(b"it gets stuck on this")
+        manager.settimeout(1.5)  # a turn comes at least each second
+        with pytest.raises(TimeoutError):
+            wait_until(lambda: not manager.recv(100), "it is fed no more")
+    kill_all(stack)

@@ -1,0 +1,135 @@
+"""The unit files: what systemd itself says of them, and that they say what the rest of the project says."""
+
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from shared.addresses import resolve
+from shared.settings import DEFAULT_STREAM, Forwarder, Stream
+from shared.sockets import KINDS
+from tests.stack import CHECKOUT
+
+UNITS = CHECKOUT / "deploy" / "systemd"
+SERVICES = sorted(UNITS.glob("*.service"))
+COMMON = "# From here on the same in every unit of fanwire"
+INSTALLED = "/opt/fanwire/bin/python"
+MAX_EXPOSURE = 2.0
+
+
+def need(program: str) -> str:
+    """The path of a program, or the test is skipped."""
+    path = shutil.which(program)
+    if path is None:
+        pytest.skip(f"{program} is not here")
+    return path
+
+
+def service_of(unit: Path) -> str:
+    """The service that a unit starts."""
+    return unit.stem.removeprefix("fanwire-").removesuffix("@")
+
+
+def lines(unit: Path, key: str) -> list[str]:
+    """What a unit gives a setting, line by line."""
+    return re.findall(rf"^{key}=(.*)$", unit.read_text(), re.MULTILINE)
+
+
+def test_units_are_clean(tmp_path: Path) -> None:
+    """`systemd-analyze verify` has nothing to say of any unit, once the program is where they look for it."""
+    need("systemd-analyze")
+    for unit in UNITS.iterdir():
+        # Not installed here: an interpreter that is takes its place, and systemd checks that it can be run.
+        (tmp_path / unit.name).write_text(unit.read_text().replace(INSTALLED, sys.executable))
+    command = ["systemd-analyze", "verify", *map(str, tmp_path.iterdir())]
+    said = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (said.returncode, said.stdout + said.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("unit", SERVICES, ids=service_of)
+def test_exposure_is_low(unit: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`systemd-analyze security` rates each service at most 2.0, on its scale from 0 to 10."""
+    need("systemd-analyze")
+    limit = f"--threshold={int(MAX_EXPOSURE * 10)}"
+    command = ["systemd-analyze", "security", "--no-pager", "--offline=true", limit, str(unit)]
+    said = subprocess.run(command, capture_output=True, text=True, check=False)
+    (rated,) = re.findall(r"Overall exposure level for .*: (\d+\.\d)", said.stdout)
+    with capsys.disabled():
+        print(f"\n{unit.name}: exposure {rated} of 10")
+    assert said.returncode == 0, said.stdout
+    assert float(rated) <= MAX_EXPOSURE
+
+
+def test_every_service_has_a_unit() -> None:
+    """Whatever runs as a process of its own, and is no command that people type, has one unit."""
+    found = {path.parent.name for path in (CHECKOUT / "services").glob("*/__main__.py")} - {"operator"}
+    units = [service_of(unit) for unit in SERVICES]
+    assert sorted(units) == sorted(found)
+    also = " ".join(lines(UNITS / "fanwire.target", "Also")).split()
+    assert sorted(also) == sorted(unit.name.replace("@", "@1") for unit in SERVICES)
+
+
+@pytest.mark.parametrize("unit", SERVICES, ids=service_of)
+def test_the_installed_program_runs(unit: Path) -> None:
+    """Each unit starts the installed program in isolated mode: no checkout, directory or variable gets code in."""
+    (command,) = lines(unit, "ExecStart")
+    assert command.removesuffix(" --require-privilege") == f"{INSTALLED} -I -m fanwire {service_of(unit)}"
+    assert not lines(unit, "WorkingDirectory")
+    assert "PYTHON" not in unit.read_text()
+
+
+def test_what_is_common_is_the_same() -> None:
+    """Each unit ends in the same settings, so what is said of one holds for all."""
+    assert len({unit.read_text().partition(COMMON)[2] for unit in SERVICES}) == 1
+
+
+def test_only_the_transmitter_has_a_capability() -> None:
+    """CAP_NET_RAW is in the transmitter's unit, ambient and bounded; the others have an empty bounding set."""
+    for unit in SERVICES:
+        transmitting = service_of(unit) == "transmitter"
+        assert lines(unit, "CapabilityBoundingSet") == (["CAP_NET_RAW"] if transmitting else [""])
+        assert lines(unit, "AmbientCapabilities") == (["CAP_NET_RAW"] if transmitting else [])
+        assert lines(unit, "ExecStart")[0].endswith(" --require-privilege") == transmitting
+        settings = "\n".join(line for line in unit.read_text().splitlines() if not line.startswith("#"))
+        assert settings.count("CAP_") == 2 * transmitting
+
+
+def test_sockets_are_those_of_the_built_in_stream() -> None:
+    """The socket unit holds every address on which the built-in stream listens, and no other."""
+    unit = UNITS / "fanwire-ingest@.socket"
+    listed = {(kind, at) for kind in ("Datagram", "Stream") for at in lines(unit, f"Listen{kind}")}
+    expected = set()
+    for endpoint in DEFAULT_STREAM.endpoints:
+        kind = KINDS[endpoint.scheme]
+        assert endpoint.host == "localhost"
+        for host in ("127.0.0.1", "::1"):
+            ((family, at),) = resolve(host, endpoint.port, kind)
+            text = f"[{at[0]}]:{at[1]}" if family == socket.AF_INET6 else f"{at[0]}:{at[1]}"
+            expected.add(("Datagram" if kind == socket.SOCK_DGRAM else "Stream", text))
+    assert listed == expected
+    assert lines(unit, "ReusePort") == ["yes"]
+
+
+def test_kernel_grants_what_the_services_ask_for() -> None:
+    """The sysctl file allows the buffers that the settings ask for by default."""
+    text = (CHECKOUT / "deploy" / "sysctl" / "60-fanwire.conf").read_text()
+    granted = {name: int(value) for name, value in re.findall(r"^net\.core\.(\w+) = (\d+)$", text, re.MULTILINE)}
+    assert granted["rmem_max"] == Stream(name="x", listen=("udp://localhost:1",)).receive_buffer
+    assert granted["wmem_max"] == Forwarder().send_buffer
+    assert granted["netdev_max_backlog"] > 1000
+
+
+def test_enabling_the_target_enables_everything(tmp_path: Path) -> None:
+    """`systemctl enable fanwire.target` has every service started with it; another worker is one more instance."""
+    need("systemctl")
+    units = tmp_path / "etc" / "systemd" / "system"
+    shutil.copytree(UNITS, units)
+    enable = ["systemctl", f"--root={tmp_path}", "enable", "fanwire.target", "fanwire-ingest@2.service"]
+    subprocess.run(enable, capture_output=True, check=True)
+    wanted = {path.name for path in (units / "fanwire.target.wants").iterdir()}
+    assert wanted == {unit.name.replace("@", "@1") for unit in SERVICES} | {"fanwire-ingest@2.service"}
+    assert (units / "multi-user.target.wants" / "fanwire.target").is_symlink()
