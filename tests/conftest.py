@@ -10,6 +10,8 @@ from pathlib import Path  # noqa: E402
 import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
+from tests import openly  # noqa: E402
+from tests.openly import OpenStack  # noqa: E402
 from tests.stack import Stack  # noqa: E402
 
 # A busy machine is no reason to fail: examples may take as long as they take.
@@ -29,6 +31,20 @@ def stack(lab: None, tmp_path: Path) -> Iterator[Stack]:
     """Real processes on a bus directory of their own; whatever still runs at the end is ended."""
     with Stack(tmp_path) as running:
         yield running
+
+
+@pytest.fixture
+def open_stack(lab: None) -> Iterator[OpenStack]:
+    """Real processes, a transmitter with its raw sockets among them."""
+    with openly.open_stack() as running:
+        yield running
+
+
+@pytest.fixture(scope="session", autouse=True)
+def program_for_others() -> Iterator[None]:
+    """What was copied for other users to run goes with the run."""
+    yield
+    openly.remove_program()
 
 
 @pytest.fixture(autouse=True)

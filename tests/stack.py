@@ -39,10 +39,14 @@ class Running:
         """Everything it has printed so far."""
         return self.output.read_text()
 
+    @property
+    def log(self) -> list[dict[str, Any]]:
+        """Its log entries."""
+        return [json.loads(line) for line in self.text.splitlines() if line.startswith("{")]
+
     def events(self, event: str) -> list[dict[str, Any]]:
         """Its log entries of that event."""
-        lines = [json.loads(line) for line in self.text.splitlines() if line.startswith("{")]
-        return [line for line in lines if line.get("event") == event]
+        return [line for line in self.log if line.get("event") == event]
 
     def wait_for(self, text: str, seconds: float = 20.0) -> None:
         """Wait until it has printed `text`."""
@@ -71,6 +75,7 @@ class Stack:
         self.directory = directory
         self.bus = directory / "bus"
         self.running: list[Running] = []
+        self.interpreter, self.program = [sys.executable], CHECKOUT
         self.configure(settings)
 
     def configure(self, settings: str) -> None:
@@ -84,7 +89,7 @@ class Stack:
         return {
             **kept,
             "FANWIRE_CONFIG": str(self.directory / "fanwire.toml"),
-            "PYTHONPATH": str(CHECKOUT),
+            "PYTHONPATH": str(self.program),
             "PATH": f"{Path(sys.executable).parent}:{kept.get('PATH', '')}",
         }
 
@@ -107,7 +112,7 @@ class Stack:
     def start(self, name: str, *arguments: str, ready: bool = True) -> Running:
         """Start a service, `ingest` or `ingest.2`, and wait until it says that it is ready."""
         service, _, number = name.partition(".")
-        command = [sys.executable, "-m", f"services.{service}", *arguments]
+        command = [*self.interpreter, "-m", f"services.{service}", *arguments]
         running = self.spawn(name, command, HONCHO_PROCESS_NAME=f"{service}.{number or 1}")
         if ready:
             wait_until(

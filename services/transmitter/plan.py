@@ -144,6 +144,7 @@ class FramePlan:
             if self._fragments is not None:
                 self._completed = np.flatnonzero(self._fragments.large_units)
                 headers["flags"][self._fragments.large] = 0
+                headers["header_length"][self._fragments.large] = 0  # the last may be shorter than whole headers
         else:
             self._completed = slice(None)
         if self._completed is not None:

@@ -1,0 +1,106 @@
+"""A stack whose transmitter can give up root: what runs it must be readable by the user that it becomes."""
+
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from tests.network import NET_RAW, ambient
+from tests.stack import CHECKOUT, Running, Stack
+
+NOBODY: Final = 65534
+PACKAGES: Final = ("msgspec", "numpy", "pyroute2", "structlog", "zmq")
+"""What the transmitter imports; copied where the interpreter that has them is closed to other users."""
+BUNDLED: Final = ("numpy.libs", "pyzmq.libs")
+"""Shared libraries that wheels bring along."""
+
+
+def _nobody_runs(*command: str) -> bool:
+    """Whether a command succeeds for a user who owns nothing."""
+
+    def become_nobody() -> None:
+        os.setgroups([])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+
+    try:
+        result = subprocess.run(command, cwd="/", preexec_fn=become_nobody, capture_output=True, check=False)
+    except PermissionError:
+        return False
+    return result.returncode == 0
+
+
+@cache
+def _program() -> tuple[str, Path]:
+    """An interpreter, and a directory with services/ and shared/, for the transmitter; kept until the run ends."""
+    if os.geteuid() or _nobody_runs(sys.executable, "-I", str(CHECKOUT / "shared" / "launch.py"), "--version"):
+        return sys.executable, CHECKOUT
+    version = f"import sys, struct; sys.exit(sys.version_info[:2] != {sys.version_info[:2]})"
+    interpreter = "/usr/bin/python3"
+    if not _nobody_runs(interpreter, "-c", version):
+        wanted = ".".join(map(str, sys.version_info[:2]))
+        pytest.skip(f"needs a Python {wanted} that user nobody can read, and neither {sys.executable} nor Debian's is")
+    directory = Path(tempfile.mkdtemp(prefix="fanwire-program-"))
+    directory.chmod(0o755)
+    skipped = shutil.ignore_patterns("tests", "__pycache__", "*.pyi")
+    for folder in ("services", "shared"):
+        shutil.copytree(CHECKOUT / folder, directory / folder, ignore=skipped)
+    for name in PACKAGES:
+        package = Path(importlib.import_module(name).__file__ or "").parent
+        shutil.copytree(package, directory / name, ignore=skipped)
+    site = Path(importlib.import_module("numpy").__file__ or "").parent.parent
+    for name in BUNDLED:
+        if (site / name).exists():
+            shutil.copytree(site / name, directory / name)
+    return interpreter, directory
+
+
+def remove_program() -> None:
+    """Remove what was copied, at the end of the run."""
+    if _program.cache_info().currsize and (directory := _program()[1]) != CHECKOUT:
+        shutil.rmtree(directory)
+
+
+class OpenStack(Stack):
+    """A stack with a transmitter: it becomes nobody when root starts it, and has CAP_NET_RAW alone otherwise."""
+
+    def start(self, name: str, *arguments: str, ready: bool = True) -> Running:
+        """Start a service; a transmitter so that it gets its raw sockets."""
+        if not name.startswith("transmitter"):
+            return super().start(name, *arguments, ready=ready)
+        with self._program(), ambient(NET_RAW) if os.geteuid() else nullcontext():
+            return super().start(name, *arguments, ready=ready)
+
+    def start_without_privilege(self) -> Running:
+        """Start a transmitter as somebody who may not open raw sockets."""
+        become = f"--reuid={NOBODY} --regid={NOBODY} --clear-groups" if os.geteuid() == 0 else "--no-new-privs"
+        with self._program("setpriv", *become.split()):
+            return super().start("transmitter")
+
+    @contextmanager
+    def _program(self, *prefix: str) -> Iterator[None]:
+        before = self.interpreter, self.program
+        (interpreter, self.program) = _program()
+        self.interpreter = [*prefix, interpreter]
+        try:
+            yield
+        finally:
+            self.interpreter, self.program = before
+
+
+@contextmanager
+def open_stack() -> Iterator[OpenStack]:
+    """A stack in a directory that everybody can enter, unlike pytest's own."""
+    with tempfile.TemporaryDirectory(prefix="fanwire-stack-") as name:
+        Path(name).chmod(0o755)
+        with OpenStack(Path(name)) as running:
+            yield running

@@ -1,0 +1,289 @@
+"""Copies that keep the exporter's address, from exporters on other hosts to collectors on other hosts."""
+
+import random
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.capture import Capture, Collector, Receiver, assert_complete
+from tests.network import End, Host, tunnel, veth
+from tests.openly import OpenStack
+from tests.stack import ask_json, wait_until
+from tests.system.test_workers import reports
+
+SETTINGS = """
+[gateway]
+listen = ["tcp://[::]:5000"]
+[[stream]]
+name = "messages"
+listen = ["udp://[::]:6667"]
+"""
+Source = tuple[str, int]
+Sent = dict[Source, list[bytes]]
+SIZES = (1, 2, 99, 100, 100, 100, 100, 1200, 1232, 1233, 1452, 1453, 1472, 1473, 1464, 1464, 1464, 4000, 9001)
+
+
+class Exporters:
+    """Sockets on a host, each with an address and port of its own, sending to the relay; `sent` is what each has."""
+
+    def __init__(self, host: Host, sources: Sequence[Source], relay: str) -> None:
+        self.sent: Sent = {source: [] for source in sources}
+        self._sockets: dict[Source, socket.socket] = {}
+        for source in sources:
+            family = socket.AF_INET6 if ":" in source[0] else socket.AF_INET
+            sock = self._sockets[source] = host.socket(family, socket.SOCK_DGRAM)
+            sock.bind(source)
+            sock.connect((relay, 6667))
+
+    def send(self, source: Source, payload: bytes) -> None:
+        """Send a datagram."""
+        self._sockets[source].send(payload)
+        self.sent[source].append(payload)
+
+    def send_sizes(self, sizes: Sequence[int], seed: int = 1) -> None:
+        """Send a datagram of each size from each exporter, in bursts, the exporters in random turns."""
+        draw = random.Random(seed)
+        left = {source: list(sizes) for source in self._sockets}
+        while left:
+            source = draw.choice(list(left))
+            for _ in range(draw.randint(1, 6)):
+                if left[source]:
+                    self.send(source, draw.randbytes(left[source].pop(0)))
+                    time.sleep(0.0002)  # buffers of a plain user are small
+            if not left[source]:
+                del left[source]
+
+    def __enter__(self) -> "Exporters":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for sock in self._sockets.values():
+            sock.close()
+
+
+def register(host: Host, relay: str, name: str, port: int, **fields: Any) -> dict[str, Any]:
+    """Sign up a collector from its own host, for copies with the exporter's address; return the answer."""
+    request = {"op": "register", "name": name, "streams": ["messages"], "port": port, "source": "original", **fields}
+    with host.entered():
+        return ask_json(request, host=relay)
+
+
+@contextmanager
+def small_site(open_stack: OpenStack) -> Iterator[tuple[Host, Host, Host]]:
+    """A field with exporters, a relay, and a collectors' host, in that order: 10.1.0.0/24 and 10.2.0.0/24."""
+    open_stack.configure(SETTINGS)
+    with (
+        Host() as field,
+        Host() as relay,
+        Host() as siem,
+        veth(End(field, "eth", "10.1.0.2/24"), End(relay, "field", "10.1.0.1/24")),
+        veth(End(relay, "siem", "10.2.0.1/24"), End(siem, "eth", "10.2.0.2/24")),
+    ):
+        field.run("ip", "address", "add", "10.1.0.3/24", "dev", "eth")
+        with relay.entered():
+            open_stack.start_all()
+        yield field, relay, siem
+
+
+EXPORTERS = [("10.1.0.2", 5000), ("10.1.0.3", 5001), ("10.1.0.3", 5002)]
+
+
+def account(open_stack: OpenStack, relay: Host, name: str) -> dict[str, int]:
+    """The transmitter's account of that name."""
+    with relay.entered():
+        return reports(open_stack)["transmitter.1"].get(name, {})
+
+
+def number_of(payload: bytes) -> int:
+    """The number that a datagram of the flood carries."""
+    return int.from_bytes(payload[:4])
+
+
+class Flood(threading.Thread):
+    """Exporters sending numbered datagrams in turns, at about a rate, until told to stop."""
+
+    def __init__(self, exporters: Exporters, per_second: float) -> None:
+        super().__init__(daemon=True)
+        self._exporters = exporters
+        self._pause = 1 / per_second
+        self._stopping = threading.Event()
+        self.sent = 0
+
+    def run(self) -> None:
+        """Send, catching up where this thread did not get its turn in time."""
+        began = time.monotonic()
+        while not self._stopping.is_set():
+            while self.sent * self._pause < time.monotonic() - began:
+                self._exporters.send(EXPORTERS[self.sent % len(EXPORTERS)], self.sent.to_bytes(4) + bytes(96))
+                self.sent += 1
+            time.sleep(0.001)
+
+    def stop(self) -> int:
+        """Stop, and return how many were sent."""
+        self._stopping.set()
+        self.join()
+        return self.sent
+
+
+@pytest.mark.parametrize("mtu", [1500, 1280])
+@pytest.mark.parametrize("version", [4, 6])
+def test_each_collector_gets_every_datagram_from_its_exporter(open_stack: OpenStack, version: int, mtu: int) -> None:
+    """On a link, behind a router, on a link without Ethernet and on this host: all datagrams, sources, order, sums."""
+    four = version == 4
+
+    def at(number: int, host: int) -> str:
+        return f"10.{number}.0.{host}" if four else f"fd00:{number}::{host}"
+
+    def end(number: int, host: int, name: str, where: Host) -> End:
+        return End(where, name, f"{at(number, host)}/{24 if four else 64}")
+
+    open_stack.configure(SETTINGS)
+    with ExitStack() as opened:
+        field, relay, near, router, far, over = (opened.enter_context(Host()) for _ in range(6))
+        for link in (
+            veth(end(1, 2, "eth", field), end(1, 1, "field", relay), mtu),
+            veth(end(2, 1, "near", relay), end(2, 2, "eth", near), mtu),
+            veth(end(3, 1, "up", relay), end(3, 9, "down", router), mtu),
+            veth(end(4, 9, "far", router), end(4, 2, "eth", far), mtu),
+            tunnel(end(5, 1, "tun", relay), end(5, 2, "tun", over), mtu),
+        ):
+            opened.enter_context(link)
+        router.forward()
+        relay.route(f"{at(4, 0)}/{24 if four else 64}", via=at(3, 9))
+        far.route(f"{at(3, 0)}/{24 if four else 64}", via=at(4, 9))
+        sources = [(at(1, 100 + number), 1000 + number % 3) for number in range(6)]
+        for address in sorted({address for address, _ in sources}):
+            field.run(
+                "ip", "address", "add", f"{address}/{24 if four else 64}", "dev", "eth", *(() if four else ("nodad",))
+            )
+        with relay.entered():
+            open_stack.start_all()
+            open_stack.start("transmitter")
+        receivers: list[Receiver[Any]] = []
+        for host, number, interface in ((near, 2, "eth"), (far, 4, "eth"), (over, 5, "tun")):
+            receivers.append(opened.enter_context(Capture(host, interface)))
+            receivers.append(opened.enter_context(Collector(host, at(number, 2), 9514)))
+            gateway = at(3 if host is far else number, 1)
+            assert register(host, gateway, f"on{number}", 9514)["client"]["health"] == "ok"
+        receivers.append(opened.enter_context(Collector(relay, at(2, 1), 9515)))
+        assert register(relay, at(2, 1), "here", 9515)["client"]["health"] == "ok"
+        with opened.enter_context(Exporters(field, sources, at(1, 1))) as exporters:
+            exporters.send_sizes(SIZES)
+            count = len(SIZES) * len(sources)
+            arrived: list[list[Any]] = [[] for _ in receivers]
+            for number, receiver in enumerate(receivers):
+                arrived[number] += receiver.read(count)
+            for size in (65_507, 40_000):
+                exporters.send(sources[0], random.Random(size).randbytes(size))
+                for number, receiver in enumerate(receivers):
+                    arrived[number] += receiver.read(1)
+            for number, receiver in enumerate(receivers):
+                assert_complete(arrived[number], exporters.sent)
+                receiver.assert_quiet(0.1)
+
+
+def test_dead_collectors_cost_a_live_one_nothing(open_stack: OpenStack) -> None:
+    """Beside four collectors that no ARP finds a live one gets all of 10,000 datagrams/s; theirs are counted."""
+    with small_site(open_stack) as (field, relay, siem), Collector(siem, "10.2.0.2", 9514) as live:
+        dead = "\n".join(
+            f'[[collector]]\nname = "dead{number}"\nstreams = ["*"]\naddress = "10.2.0.{60 + number}"\nport = 9\n'
+            'source = "original"'
+            for number in range(4)
+        )
+        open_stack.configure(SETTINGS + dead)
+        with relay.entered():
+            open_stack["gateway"].stop()
+            open_stack.start("gateway")
+            open_stack.start("transmitter")
+        wait_until(lambda: register(siem, "10.2.0.1", "live", 9514)["ok"], "the transmitter is seen")
+        with Exporters(field, EXPORTERS, "10.1.0.1") as exporters:
+            flood = Flood(exporters, 10_000)
+            flood.start()
+            wait_until(lambda: flood.sent > 30_000, "three seconds of flood")
+            count = flood.stop()
+            assert_complete(live.read(count), exporters.sent)
+        for number in range(4):
+            wait_until(
+                lambda name=f"collector/dead{number}": (
+                    (counts := account(open_stack, relay, name)).get("dropped_no_neighbour", 0) + counts.get("held", 0)
+                    >= count - 1
+                ),
+                "every datagram for the dead is counted",
+            )
+
+
+def test_transmitter_holds_no_privilege(open_stack: OpenStack) -> None:
+    """The process that reads the bus has no capability in any set, can gain none, is not root, and says so."""
+    with small_site(open_stack) as (_, relay, _), relay.entered():
+        running = open_stack.start("transmitter")
+        status = dict(
+            line.split(":\t") for line in Path(f"/proc/{running.process.pid}/status").read_text().splitlines()
+        )
+        for name in ("CapInh", "CapPrm", "CapEff", "CapAmb"):
+            assert int(status[name], 16) == 0, name
+        assert status["NoNewPrivs"] == "1"
+        assert "0" not in status["Uid"].split()
+        facts = reports(open_stack)["transmitter.1"]["transmitter"]
+        assert (facts["capabilities"], facts["no_new_privs"]) == (0, 1)
+        assert facts["raw_sockets"] > 0
+        assert facts["uid"] == int(status["Uid"].split()[0])
+
+
+def test_killed_transmitter_resumes_and_the_gap_is_counted(open_stack: OpenStack) -> None:
+    """SIGKILL under load: once it is back copies go on with nothing registered anew, and what it missed is known."""
+    with small_site(open_stack) as (field, relay, siem), Collector(siem, "10.2.0.2", 9514) as collector:
+        with relay.entered():
+            open_stack.start("transmitter")
+        assert register(siem, "10.2.0.1", "c", 9514)["ok"]
+        with Exporters(field, EXPORTERS, "10.1.0.1") as exporters:
+            flood = Flood(exporters, 3000)
+            flood.start()
+            before = collector.read(3000)
+            with relay.entered():
+                open_stack["transmitter"].stop(signal.SIGKILL)
+                stopped_at = flood.sent
+                open_stack.start("transmitter")
+            after = collector.read(6000)
+            flood.stop()
+            time.sleep(0.3)
+            after += collector.take()
+        by_source: dict[tuple[str, int], list[int]] = {}
+        for arrival in (*before, *after):
+            by_source.setdefault((arrival.source, arrival.source_port), []).append(number_of(arrival.payload))
+        for came in by_source.values():
+            assert came == sorted(set(came)), "out of order, or twice"
+            assert sum(later - number != 3 for number, later in pairwise(came)) <= 1, "more than one gap"
+            assert came[-1] > stopped_at
+        counts = account(open_stack, relay, "collector/c")
+        assert counts["expected"] == counts["offered"] + counts.get("missed", 0)
+
+
+def test_without_privilege_it_stays_and_says_so(open_stack: OpenStack) -> None:
+    """Without raw sockets `original` gets `no_transmitter`, all else works; once there are some, so does that."""
+    with small_site(open_stack) as (field, relay, siem), Collector(siem, "10.2.0.2", 9514) as collector:
+        with relay.entered():
+            without = open_stack.start_without_privilege()
+        (said,) = (entry["event"] for entry in without.log if entry["level"] == "warning")
+        assert all(cure in said for cure in ("CAP_NET_RAW", "systemd", "setpriv", "unshare -Urn"))
+        refused = register(siem, "10.2.0.1", "c", 9514)
+        assert (refused["ok"], refused["error"]) == (False, "no_transmitter")
+        assert "transmitter" in refused["message"]
+        assert register(siem, "10.2.0.1", "r", 9514, source="relay")["ok"]
+        with Exporters(field, EXPORTERS[:1], "10.1.0.1") as exporters:
+            exporters.send(EXPORTERS[0], b"relayed")
+            assert [arrival.payload for arrival in collector.read(1)] == [b"relayed"]
+            assert without.process.poll() is None
+            with relay.entered():
+                assert without.stop() == 0
+                open_stack.start("transmitter")
+            wait_until(lambda: register(siem, "10.2.0.1", "c", 9514)["ok"], "the gateway sees the transmitter")
+            exporters.send(EXPORTERS[0], b"both ways")
+            assert {arrival.source for arrival in collector.read(2)} == {"10.1.0.2", "10.2.0.1"}
