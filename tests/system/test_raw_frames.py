@@ -9,7 +9,7 @@ from shared.bus import Publisher, Requests, Subscriber
 from shared.wire import TRANSMIT_TOPIC, TransmitReply, TransmitRequest
 from tests.builders import BusEnds, take, wait_wanted
 from tests.capture import Capture
-from tests.network import End, Host, veth
+from tests.network import End, Host, ambient, veth
 from tests.openly import OpenStack
 from tests.stack import Running, ask_json, wait_until
 from tests.system.test_fan_out import need
@@ -35,20 +35,8 @@ def wired(open_stack: OpenStack, settings: str = SETTINGS) -> Iterator[tuple[Hos
 @contextmanager
 def tcpdump(open_stack: OpenStack, host: Host, ethertype: int) -> Iterator[Running]:
     """What comes in at a host's `far`, printed with every byte."""
-    with host.entered():
-        command = [
-            need("tcpdump"),
-            "-Z",
-            "root",
-            "-U",
-            "-nn",
-            "-xx",
-            "-i",
-            "far",
-            "ether",
-            "proto",
-            f"{ethertype:#06x}",
-        ]
+    with host.entered(), ambient():
+        command = f"{need('tcpdump')} -Z root -l -nn -xx -i far ether proto {ethertype:#06x}".split()
         running = open_stack.spawn("tcpdump", command)
     running.wait_for("listening on")
     yield running
@@ -148,7 +136,7 @@ def test_what_the_policy_or_the_link_does_not_allow_is_refused(
 ) -> None:
     """Asked straight over the bus, the transmitter itself refuses, says why, counts it, and nothing leaves."""
     settings = SETTINGS.replace('["wire"]', '["wire", "gone"]')
-    with wired(open_stack, settings) as (relay, peer), Capture(peer, "far") as wire, BusEnds(open_stack.bus) as bus:
+    with wired(open_stack, settings) as (_, peer), Capture(peer, "far") as wire, BusEnds(open_stack.bus) as bus:
         stranger = Stranger(bus)
         answer = stranger.ask(interface, frame, **fields)
         assert (answer.sent, answer.error) == (0, error)
