@@ -2,15 +2,18 @@
 
 import struct
 import subprocess
+from contextlib import ExitStack
 from pathlib import Path
 
+from tests.network import End, Host, veth
+from tests.openly import OpenStack
 from tests.stack import Running, Stack, ask_json, wait_until
 from tests.system.test_fan_out import need
 
 FLOWS = 200
 
 
-def write_capture(path: Path) -> None:
+def write_capture(path: Path, network: int = 9) -> None:
     """Write a pcap of UDP packets from `FLOWS` sources, for an exporter to make flows of (libpcap's file format)."""
     with path.open("wb") as file:
         file.write(struct.pack("<IHHiIII", 0xA1B2C3D4, 2, 4, 0, 0, 65535, 1))
@@ -18,7 +21,7 @@ def write_capture(path: Path) -> None:
             flow = number % FLOWS
             body = bytes(20 + flow)
             udp = struct.pack(">HHHH", 10_000 + flow, 53, 8 + len(body), 0) + body
-            source, destination = bytes((10, 9, 0, flow + 1)), bytes((10, 9, 1, 1))
+            source, destination = bytes((10, network, 0, flow + 1)), bytes((10, 9, 1, 1))
             ip = struct.pack(">BBHHHBBH4s4s", 0x45, 0, 20 + len(udp), number, 0, 64, 17, 0, source, destination)
             frame = bytes.fromhex("020000000001020000000002") + b"\x08\x00" + ip + udp
             file.write(struct.pack("<IIII", 1_700_000_000 + number // 50, number, len(frame), len(frame)) + frame)
@@ -31,6 +34,17 @@ def start_nfcapd(stack: Stack, port: int) -> tuple[Running, Path]:
     command = [need("nfcapd"), "-b", "127.0.0.1", "-p", str(port), "-l", str(directory), "-t", "3600"]
     running = stack.spawn(f"nfcapd{port}", command)
     wait_until(lambda: f":{port:04X} " in Path("/proc/self/net/udp").read_text(), f"nfcapd listens on {port}")
+    return running, directory
+
+
+def start_sorting_nfcapd(open_stack: OpenStack, host: Host, port: int) -> tuple[Running, Path]:
+    """A flow collector on another host that files each exporter's flows in a directory of its own."""
+    directory = open_stack.directory / f"flows{port}"
+    directory.mkdir()
+    with host.entered():
+        command = [need("nfcapd"), "-p", str(port), "-M", str(directory), "-t", "3600", "-B", "4000000"]
+        running = open_stack.spawn(f"nfcapd{port}", command)
+        wait_until(lambda: f":{port:04X} " in Path("/proc/thread-self/net/udp").read_text(), "nfcapd listens")
     return running, directory
 
 
@@ -62,3 +76,44 @@ def test_flows_through_fanwire_are_those_without_it(stack: Stack) -> None:
     directly, *relayed = [flows(directory) for _, directory in collectors]
     assert len(directly) == FLOWS
     assert relayed == [directly, directly]
+
+
+def test_flow_collector_tells_exporters_apart(open_stack: OpenStack) -> None:
+    """`nfcapd`, which files by exporter's address, files the flows of three exporters apart, as without fanwire."""
+    softflowd = need("softflowd")
+    open_stack.configure(
+        '[gateway]\nlisten = ["tcp://0.0.0.0:5000"]\n[[stream]]\nname = "netflow"\nlisten = ["udp://0.0.0.0:2055"]\n'
+    )
+    with ExitStack() as opened:
+        relay, siem = opened.enter_context(Host()), opened.enter_context(Host())
+        opened.enter_context(veth(End(relay, "siem", "10.2.0.1/24"), End(siem, "eth", "10.2.0.2/24")))
+        routers = [opened.enter_context(Host()) for _ in range(3)]
+        for number, router in enumerate(routers):
+            near, far = f"10.1.{number}.1/24", f"10.1.{number}.2/24"
+            opened.enter_context(veth(End(relay, f"port{number}", near), End(router, "eth", far)))
+            router.route("10.2.0.0/24", via=f"10.1.{number}.1")
+            siem.route(f"10.1.{number}.0/24", via="10.2.0.1")
+        relay.forward()  # what is exported directly passes the same host
+        with relay.entered():
+            open_stack.start_all()
+            open_stack.start("transmitter")
+        collectors = [start_sorting_nfcapd(open_stack, siem, port) for port in (9995, 9996)]
+        with siem.entered():
+            request = {"op": "register", "name": "n", "streams": ["netflow"], "port": 9996, "source": "original"}
+            assert ask_json(request, host="10.2.0.1")["client"]["health"] == "ok"
+        for number, router in enumerate(routers):
+            capture = open_stack.directory / f"traffic{number}.pcap"
+            write_capture(capture, network=20 + number)
+            for to in ("10.2.0.2:9995", f"10.1.{number}.1:2055"):
+                with router.entered():
+                    exporter = open_stack.spawn("softflowd", [softflowd, "-d", "-r", str(capture), "-v", "9", "-n", to])
+                assert exporter.process.wait(30) == 0, exporter.text
+        with relay.entered():
+            ledger = open_stack.operator("ledger")
+        assert ledger.process.wait(30) == 0, ledger.text
+        for running, _ in collectors:
+            running.stop()
+    directly, relayed = ({path.name: flows(path) for path in directory.iterdir()} for _, directory in collectors)
+    assert len(directly) == 3
+    assert {len(found) for found in directly.values()} == {FLOWS}
+    assert relayed == directly
