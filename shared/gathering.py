@@ -12,12 +12,17 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from shared.batch import MAX_ROWS, DatagramBatch, Indices, Rows
+from shared.addresses import V4_MAPPED
+from shared.batch import MAX_ROWS, ROW, DatagramBatch, Indices, Rows
 
 MAX_GATHERED: Final = 8 * MAX_ROWS
 """Rows; more saves nothing that can be measured, and delays the first of them."""
 MAX_GATHERED_PAYLOAD: Final = 4 << 20
 """Bytes after which no further batch is taken along."""
+MAPPED: Final = int.from_bytes(V4_MAPPED[8:], "little")
+"""The third word of an IPv4 address mapped into IPv6; the two before it are 0."""
+Mask = npt.NDArray[np.bool_]
+Words = npt.NDArray[np.uint32]
 
 
 class Gathered:
@@ -26,7 +31,9 @@ class Gathered:
     def __init__(self, batches: Sequence[DatagramBatch]) -> None:
         self.stream = batches[0].stream
         self.batches = tuple(batches)
-        self.rows: Rows = batches[0].rows if len(batches) == 1 else np.concatenate([each.rows for each in batches])
+        # Joined as bytes: numpy would look at every field.
+        rows = [each.rows for each in batches]
+        self.rows: Rows = rows[0] if len(rows) == 1 else np.frombuffer(b"".join(each.data for each in rows), ROW)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -41,6 +48,23 @@ class Gathered:
         """Payload lengths, int64, shape (n,)."""
         lengths = [batch.lengths for batch in self.batches]
         return lengths[0] if len(lengths) == 1 else np.concatenate(lengths)
+
+    @cached_property
+    def words(self) -> Words:
+        """Rows as five numbers each, uint32, shape (n, 5): length and, above it, port; then the address. A view."""
+        return np.ascontiguousarray(self.rows).view("<u4").reshape(len(self), -1)
+
+    @cached_property
+    def ipv4(self) -> Mask:
+        """Rows whose source is an IPv4 address, bool, shape (n,)."""
+        mapped: Mask = self.words[:, 3] == MAPPED
+        mapped &= (self.words[:, 1] | self.words[:, 2]) == 0
+        return mapped
+
+    @cached_property
+    def all_ipv4(self) -> bool:
+        """Whether every source is an IPv4 address."""
+        return bool(self.ipv4.all())
 
     @cached_property
     def pointers(self) -> npt.NDArray[np.int64]:

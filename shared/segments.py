@@ -31,7 +31,7 @@ def group(lengths: Lengths, largest_segment: int, apart: Mask | None = None) -> 
     if apart is not None:
         begins |= apart
     starts = np.flatnonzero(begins)
-    sizes = np.diff(starts, append=len(lengths))
+    sizes = np.append(starts[1:], len(lengths)) - starts
     length = lengths[starts]
     most = np.clip(MAX_SEND // np.maximum(length, 1), 1, MAX_SEGMENTS)
     most[(length > largest_segment) | (length == 0)] = 1
@@ -77,4 +77,4 @@ def pieces(pointers: Starts, lengths: Lengths, starts: Starts) -> tuple[Starts, 
     rows = np.flatnonzero(begins)
     if len(rows) == len(starts):
         return rows, np.ones(len(starts), np.intp)
-    return rows, np.diff(np.searchsorted(rows, starts), append=len(rows))
+    return rows, np.diff(np.append(np.searchsorted(rows, starts), len(rows)))

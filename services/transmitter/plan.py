@@ -72,19 +72,19 @@ class FramePlan:
         """
         self._batch, self._version, self._link = batch, version, link
         self._mtu = max(mtu, SMALLEST_MTU[version])
-        chosen = batch.rows if rows is None else batch.rows[rows]
-        order, begins = by_source(chosen)
+        order, begins = by_source(batch.words if rows is None else batch.words[rows])
         if order is not None:
-            chosen, rows = chosen[order], order if rows is None else rows[order]
+            rows = order if rows is None else rows[order]
         self._rows_of_batch = rows
-        self.rows = len(chosen)
+        self.rows = len(begins)
         lengths = batch.lengths if rows is None else batch.lengths[rows]
         largest = self._mtu - IP_SIZE[version] - UDP_SIZE
         starts = group(lengths, largest, begins) if link and segmentation else np.arange(len(lengths))
         self.rows_before = np.append(starts, len(lengths))
         self.bytes_before_row = np.append(0, np.cumsum(lengths))
         self.bytes_before = self.bytes_before_row[self.rows_before]
-        self._heads = chosen[starts]
+        self._first_rows = starts if rows is None else rows[starts]
+        self._heads = batch.rows[self._first_rows]
         self._totals = np.diff(self.bytes_before) + UDP_SIZE
         length = lengths[starts]
         large = length > largest
@@ -152,9 +152,8 @@ class FramePlan:
 
     def _sum_payloads(self, units: Indices | slice, totals: Sums) -> None:
         """Let the sums of these units, which nobody completes after us, cover all but the destination."""
-        rows = self.rows_before[:-1][units]
-        numbers = rows if self._rows_of_batch is None else self._rows_of_batch[rows]
-        self._udp_sums[units] += sum_payloads(self._batch, numbers) + self._heads["port"][units] + totals[units]
+        payloads = sum_payloads(self._batch, self._first_rows[units])
+        self._udp_sums[units] += payloads + self._heads["port"][units] + totals[units]
 
     def _gather(self, lengths: npt.NDArray[np.int64]) -> None:
         """Point each message at its headers and at its payload."""
@@ -216,7 +215,9 @@ class FramePlan:
         headers["traffic_class"] = target.dscp << 2
         if self._fragments is not None:
             large = self._fragments.large_units
-            idents[large] = numbers.take_for_fragments(hash_sources(self._heads[large])) & 0xFFFF
+            idents[large] = (
+                numbers.take_for_fragments(hash_sources(self._batch.words[self._first_rows[large]])) & 0xFFFF
+            )
             words = self._fragments.words(MORE_FRAGMENTS, 8)
             headers["fragment"] = words
             idents, sums = idents[self._fragments.unit_of], sums[self._fragments.unit_of] + words
@@ -227,7 +228,9 @@ class FramePlan:
     def _address6(self, target: Target, numbers: Identification) -> None:
         headers = self._headers
         # One label a flow (RFC 6437): the same source to the same collector's port has the same, and it is never 0.
-        labels = (mix(hash_sources(self._heads) ^ np.uint64(target.port)) & np.uint64(FLOW_LABEL)).astype(np.uint32) | 1
+        labels = (
+            mix(hash_sources(self._batch.words[self._first_rows]) ^ np.uint64(target.port)) & np.uint64(FLOW_LABEL)
+        ).astype(np.uint32) | 1
         headers["flow"] = self._per_frame(labels | (6 << 28 | target.dscp << 22))
         headers["protocol"] = UDP
         if self._fragments is not None:

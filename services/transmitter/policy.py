@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 
 from shared.addresses import pack_address
 from shared.batch import Indices
@@ -45,9 +44,10 @@ class Policy:
 
     def refused_sources(self, batch: Gathered, *, local: bool) -> Mask | None:
         """Which rows may not be copied to a collector, on this host or not, as bool, shape (n,); None: all may."""
-        first = batch.rows["address"][:, 12]
-        if self._sources is None and is_ipv4(batch).all() and not _suspicious(first).any():
-            return None
+        if self._sources is None and batch.all_ipv4:
+            first = batch.rows["address"][:, 12]
+            if not ((first - np.uint8(1) >= 223) | (first == 127)).any():  # none from 0 or 224 on, nor loopback
+                return None
         halves = halves_of(batch)
         refused = NOBODYS.match(halves)
         if not local:
@@ -69,21 +69,6 @@ class Policy:
         return granted
 
 
-def is_ipv4(batch: Gathered) -> Mask:
-    """Which rows have an IPv4 source, bool, shape (n,)."""
-    packed = np.ascontiguousarray(batch.rows["address"][:, :12]).view("<u4")
-    mapped: Mask = (packed == MAPPED).all(axis=1)
-    return mapped
-
-
-MAPPED: Final = np.frombuffer(bytes(10) + b"\xff\xff", "<u4")
-
-
-def _suspicious(first: npt.NDArray[np.uint8]) -> Mask:
-    suspicious: Mask = (first == 0) | (first == 127) | (first >= 224)
-    return suspicious
-
-
 @dataclass(frozen=True, slots=True)
 class Admitted:
     """The rows (None: all) that may be copied to a collector, and how many may not, why."""
@@ -99,8 +84,6 @@ class Verdicts:
     def __init__(self, policy: Policy, batch: Gathered) -> None:
         self._policy = policy
         self._batch = batch
-        self._ipv4 = is_ipv4(batch)
-        self._all_ipv4 = bool(self._ipv4.all())
         self._found: dict[tuple[int, int, bool], Admitted] = {}
 
     def admit(self, rows: Indices | None, version: int, *, local: bool) -> Admitted:
@@ -112,10 +95,10 @@ class Verdicts:
 
     def _admit(self, rows: Indices | None, version: int, *, local: bool) -> Admitted:
         refused = self._policy.refused_sources(self._batch, local=local)
-        if refused is None and self._all_ipv4 and version == 4:
+        if refused is None and self._batch.all_ipv4 and version == 4:
             return Admitted(rows)
         wanted = np.arange(len(self._batch)) if rows is None else rows
-        mine = self._ipv4[wanted] == (version == 4)
+        mine = self._batch.ipv4[wanted] == (version == 4)
         allowed = mine if refused is None else mine & ~refused[wanted]
         counts = np.count_nonzero(mine), np.count_nonzero(allowed)
         if counts[1] == len(wanted):
