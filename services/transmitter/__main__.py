@@ -1,0 +1,31 @@
+"""Starts the transmitter in two steps: first the opener, with privilege; then, with its sockets and none, the service.
+
+The opener runs this file as a script, in Python's isolated mode: that has only the installed packages on its path.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the transmitter, by way of the opener; return its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    # Imported here, each in its step: no third-party code runs before the privileges are gone.
+    if given[:1] != ["--inherited"]:
+        from services.transmitter.opener import open_and_exec
+
+        return open_and_exec(given)
+    from services.transmitter.privileges import harden
+
+    harden()  # an exec made this process dumpable again: one of the same user could take the sockets from it
+    from services.transmitter.serving import main as serve
+
+    return serve(given)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,215 @@
+"""Opens the raw sockets, gives up every privilege for good, and becomes the transmitter, which inherits the sockets.
+
+Standard library alone, since all it imports runs with privilege. capabilities(7), credentials(7), user_namespaces(7).
+"""
+
+import argparse
+import ctypes
+import errno
+import os
+import pwd
+import socket
+import struct
+import sys
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from services.transmitter.privileges import KINDS, SO_LOCK_FILTER, Opened, outside_uid, relinquish, unparse
+
+PROGRAM: Final = Path(__file__).resolve().with_name("__main__.py")
+NOT_PERMITTED: Final = 77
+DEFAULT_USER: Final = "nobody"
+DEFAULT_DIRECTORY: Final = "$XDG_RUNTIME_DIR/fanwire"
+"""As in `shared.settings`, which needs more than the standard library."""
+SOCKETS: Final = 8
+"""Of each kind: an interface that is stuck fills the send buffer of one, and what leaves by others goes on."""
+SEND_BUFFER: Final = 4 << 20
+"""Bytes. Only CAP_NET_ADMIN gets more than net.core.wmem_max, and the transmitter won't have it."""
+SO_ATTACH_FILTER: Final = 26
+SO_SNDBUFFORCE: Final = 32
+RECEIVE_NOTHING: Final = ctypes.create_string_buffer(struct.pack("=HBBI", 0x06, 0, 0, 0))
+"""A filter of one instruction, `return 0` (struct sock_filter, linux/filter.h)."""
+
+WITHOUT: Final = 'no raw sockets: copies with source = "original" and raw frames are refused, everything else works; '
+CURES: Final = {
+    errno.EPERM: "CAP_NET_RAW is missing: let root start it, or its systemd unit, or `setpriv --reuid USER --regid "
+    "GROUP --clear-groups --inh-caps +net_raw --ambient-caps +net_raw fanwire transmitter`; to try it out, `unshare "
+    "-Urn sh -c 'ip link set lo up; honcho start'`; in a container NET_RAW must be effective for its user; a setcap on "
+    "python counts for nothing under no_new_privs",
+    errno.EACCES: "a security module forbids it: see `aa-status` (AppArmor) or `ausearch -m avc` (SELinux)",
+    errno.EAFNOSUPPORT: "the kernel has no AF_PACKET, or RestrictAddressFamilies= of a systemd unit leaves it out",
+}
+
+
+class User(NamedTuple):
+    """Who to become."""
+
+    name: str
+    uid: int
+    gid: int
+
+
+def open_and_exec(arguments: Sequence[str]) -> int:
+    """Become the transmitter, with its sockets or with the reason why there are none; 77 when it must not run."""
+    while os.open(os.devnull, os.O_RDWR) < 3:
+        pass  # a raw socket must not become what was closed on us: stderr would leave by it as frames
+    options, settings = _read(arguments)
+    user, opened, reason = None, {}, ""
+    try:
+        user = find_user(_setting(settings, "transmitter", "user", DEFAULT_USER))
+        if user:
+            _check_readable(user, options.config)
+        opened = open_sockets()
+    except OSError as error:
+        user, reason = None, f"{WITHOUT}{error.strerror}"
+        if options.require_privilege:
+            return _refuse(reason)
+    kept = {0, 1, 2, *(sock.fileno() for sockets in opened.values() for sock in sockets)}
+    environment = {name: text for name, text in os.environ.items() if not name.startswith(("LD_", "PYTHON"))}
+    try:
+        if user and (directory := _bus_directory(settings)):
+            environment["FANWIRE_BUS__DIRECTORY"] = _hand_on(directory, user, kept)
+        relinquish(user)
+        # Nor does it get a descriptor that this process was started with, or that a name service left open.
+        for entry in list(Path("/proc/self/fd").iterdir()):
+            with suppress(OSError):  # the listing's own is closed by now
+                os.set_inheritable(int(entry.name), int(entry.name) in kept)
+        inherited = f"none:{reason}" if reason else unparse(opened)
+        command = [sys.executable, "-I", str(PROGRAM), "--inherited", inherited, *arguments]
+        os.execve(sys.executable, command, environment)
+    except OSError as error:
+        return _refuse(f"{reason or 'no way on without privileges'}: {error}")
+
+
+def _refuse(reason: str) -> int:
+    print(f"fanwire transmitter: {reason}", file=sys.stderr)
+    return NOT_PERMITTED
+
+
+def _read(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """Return the options and settings that matter here; what is wrong with any, the transmitter will say."""
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    parser.add_argument("--config")
+    parser.add_argument("--require-privilege", action="store_true")
+    options = parser.parse_args([])
+    with suppress(argparse.ArgumentError):
+        options, _ = parser.parse_known_args(arguments)
+    options.config = options.config or os.environ.get("FANWIRE_CONFIG")
+    if not options.config or not Path(options.config).is_file():
+        options.config = None  # nor a pipe: what is read from it here would be missing from the settings
+        return options, {}
+    try:
+        return options, tomllib.loads(Path(options.config).read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return options, {}
+
+
+def _setting(settings: Mapping[str, Any], section: str, key: str, default: str) -> str:
+    found = settings.get(section)
+    value = found.get(key) if isinstance(found, dict) else None
+    return os.environ.get(f"FANWIRE_{section}__{key}".upper()) or (value if isinstance(value, str) else default)
+
+
+def find_user(name: str) -> User | None:
+    """Return who to become, or None to stay who we are; PermissionError when that is root, whom nobody may stay."""
+    if 0 not in os.getresuid():
+        return None
+    uid = int(name) if name.isascii() and name.isdigit() and len(name) <= 10 else None
+    try:
+        entry = pwd.getpwnam(name) if uid is None else pwd.getpwuid(uid)
+        user = User(name, entry.pw_uid, entry.pw_gid)
+    except (KeyError, ValueError):
+        if uid is None:
+            raise _unfit(name, "there is no such user") from None
+        user = User(name, uid, uid)
+    if user.uid == 0:
+        raise _unfit(name, "that is root again")
+    if outside_uid(user.uid) is not None:
+        return user
+    if outside_uid(0) == 0:
+        raise _unfit(name, "it is not in this user namespace, whose root is root outside too")
+    return None  # root of a namespace like that of `unshare -Ur`, who is nobody special outside
+
+
+def _unfit(name: str, why: str) -> PermissionError:
+    return PermissionError(errno.EPERM, f"root would become [transmitter] user {name!r}, but {why}")
+
+
+@contextmanager
+def _acting_as(user: User) -> Iterator[None]:
+    """Have the user's ids in effect, and no capabilities, which go and come with root's (capabilities(7))."""
+    group = os.getegid()
+    try:
+        os.setgroups([])
+        os.setegid(user.gid)
+        os.seteuid(user.uid)
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(group)
+
+
+def _check_readable(user: User, config: str | None) -> None:
+    try:
+        with _acting_as(user):
+            for path in (sys.executable, os.__file__, str(PROGRAM), config or os.__file__):
+                os.close(os.open(path, os.O_RDONLY))
+    except OSError as error:
+        why = "it takes CAP_SETUID and CAP_SETGID to become it"
+        if error.filename:
+            why = f"it can't read {error.filename}: have that where all can (Debian's python3), or name another user"
+        raise _unfit(user.name, why) from None
+
+
+def open_sockets() -> Opened:
+    """Open the sockets of each kind, IPv6 where there is any; or none at all: OSError, with the cures."""
+    opened: Opened = {}
+    try:
+        for kind in KINDS:
+            opened[kind] = []
+            for _ in range(SOCKETS):
+                opened[kind].append(_open(kind))
+    except OSError as error:
+        if kind == "ip6" and error.errno == errno.EAFNOSUPPORT:
+            return opened
+        for sock in (sock for sockets in opened.values() for sock in sockets):
+            sock.close()
+        raise OSError(error.errno, f"{error.strerror}; {CURES.get(error.errno or 0, 'see raw(7)')}") from None
+    return opened
+
+
+def _open(kind: str) -> socket.socket:
+    sock = socket.socket(*KINDS[kind])
+    # Who holds a packet socket can bind it to a protocol and listen, with no capability at all; but not to this one.
+    program = struct.pack("HP", 1, ctypes.addressof(RECEIVE_NOTHING))
+    sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
+    sock.setsockopt(socket.SOL_SOCKET, SO_LOCK_FILTER, 1)
+    with suppress(PermissionError):
+        sock.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, SEND_BUFFER)
+    return sock
+
+
+def _bus_directory(settings: Mapping[str, Any]) -> Path | None:
+    """Return the bus directory by the name it has for root; None where systemd names it for whoever we are."""
+    text = _setting(settings, "bus", "directory", DEFAULT_DIRECTORY)
+    if text == DEFAULT_DIRECTORY and os.environ.get("RUNTIME_DIRECTORY"):
+        return None
+    expanded = os.path.expandvars(text)
+    return Path("/tmp/fanwire-0" if "$" in expanded else expanded)
+
+
+def _hand_on(directory: Path, user: User, kept: set[int]) -> str:
+    """Return a path by which the user will reach the directory: by a descriptor where a parent is closed to it."""
+    with suppress(OSError):  # what is wrong with it the transmitter will say
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)  # the broker, which may come later, lets the user in
+        descriptor = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            with _acting_as(user):
+                directory.stat()
+        except PermissionError:
+            kept.add(descriptor)
+            return f"/proc/self/fd/{descriptor}"
+    return str(directory)
