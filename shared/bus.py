@@ -28,6 +28,8 @@ HELLO_TOPIC: Final = "broker/"
 """The broker subscribes to it itself, so a publisher that has seen this subscription is connected to a broker."""
 LINGER_MS: Final = 1000
 """How long unsent messages may hold up an exit: drain must be over within 4 s, and the default is for ever."""
+HANDED_ON: Final = Path("/proc/self/fd")
+"""Where a bus directory is found that was opened by a process which may go there, for one which may not."""
 SUBSCRIPTIONS_MAX: Final = 4096
 """Bounds what a publisher remembers of a hostile subscriber."""
 
@@ -268,8 +270,10 @@ def check_directory(directory: Path) -> None:
     It may be ours, root's, or open to a group of ours. One that is not there yet is made: in a place that all may write
     to, such as /tmp, it would be anybody's to make.
     """
+    # The transmitter's opener may hand it on as a descriptor: what such a link names is what was opened.
+    look = directory.stat if directory.parent == HANDED_ON else directory.lstat
     try:
-        found = directory.lstat()
+        found = look()
     except FileNotFoundError:
         prepare_directory(directory)
         return

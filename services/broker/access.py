@@ -14,9 +14,12 @@ def transmitters_group(user: str) -> int | None:
     """The group by which a transmitter that root started reaches the bus once it is `user`; None unless we are root."""
     if os.geteuid():
         return None
+    number = int(user) if user.isascii() and user.isdigit() else None
     try:
-        return pwd.getpwnam(user).pw_gid
+        return (pwd.getpwnam(user) if number is None else pwd.getpwuid(number)).pw_gid
     except KeyError:
+        if number is not None:
+            return number  # as the transmitter takes a number that has no name
         log.warning(
             "no such user: a transmitter started as root can't reach the bus; set [transmitter] user", user=user
         )

@@ -9,27 +9,29 @@ import msgspec
 import pytest
 
 from shared.settings import Settings, render
-from tests.stack import CHECKOUT, Stack
+from tests.openly import OpenStack
+from tests.stack import CHECKOUT
 from tests.system.test_fan_out import need
 
 README = (CHECKOUT / "README.md").read_text()
 
 
-def test_the_tour_works_when_pasted(stack: Stack) -> None:
+def test_the_tour_works_when_pasted(open_stack: OpenStack) -> None:
     """Every line of the five-minute tour, pasted in order into one shell, does what the text says."""
     need("nc")
     need("logger")
     if not (Path(sys.prefix) / "bin" / "fanwire").exists():
         pytest.skip("fanwire is not installed in this environment")
-    stack.start_all()
-    (stack.directory / ".venv").symlink_to(sys.prefix)
+    open_stack.start_all()
+    open_stack.start("transmitter")
+    (open_stack.directory / ".venv").symlink_to(sys.prefix)
     tour = "\n".join(re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL))
-    script = stack.directory / "tour.sh"
+    script = open_stack.directory / "tour.sh"
     script.write_text(f"set -eum\n{tour}")
     result = subprocess.run(
         ["bash", str(script)],
-        env=stack.environment,
-        cwd=stack.directory,
+        env=open_stack.environment,
+        cwd=open_stack.directory,
         capture_output=True,
         text=True,
         timeout=60,
@@ -42,6 +44,7 @@ def test_the_tour_works_when_pasted(stack: Stack) -> None:
     assert "the disk is full" in said
     assert re.search(r"Got message from .*first", said)
     assert re.search(r"Got message from .*second", said)
+    assert re.search(r"Got message from \('127\.0\.0\.1', \d+\): .*third", said)
     assert "siem" in said
     assert "balanced" in said
 
