@@ -25,6 +25,7 @@ soak: $(VENV)/installed-for-tests
 	pytest -m soak --timeout 3600
 
 bench: $(VENV)/installed-for-tests
+	python -m tests.benchmarks.transmit
 	python -m tests.benchmarks.relay $(BENCH)
 
 clean:
