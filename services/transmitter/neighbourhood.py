@@ -24,7 +24,9 @@ from shared.ledger import INTERFACE_DOWN, NO_ROUTE
 DISCARD_PORT: Final = 9
 """RFC 863: what comes there is thrown away."""
 LOOK_AGAIN_SECONDS: Final = 0.1
-"""At most so often a changed route makes all ways be asked for anew: a router's table may change all the time."""
+LOOK_AGAIN_SHARE: Final = 10
+"""A router's table may change all the time: a change makes all ways be asked for anew at most so often, for one part in
+so many of the time."""
 IDLE_ROUNDS: Final = 60
 """Seconds after which a next hop that nothing was sent to is forgotten."""
 
@@ -72,7 +74,7 @@ class Neighbourhood:
     def __init__(self) -> None:
         self.version = 0
         self._routes_changed = False
-        self._look_again_at = 0.0
+        self._look_again_at = self._asked_seconds = 0.0
         self._netlink = Netlink()
         self._probes = {family: _open_probe(family) for family in (socket.AF_INET, socket.AF_INET6)}
         self._hops: dict[tuple[int, str], Hop] = {}
@@ -112,11 +114,18 @@ class Neighbourhood:
         now = time.monotonic()
         if self._routes_changed and now >= self._look_again_at:
             changed, self._routes_changed = True, False
-            self._look_again_at = now + LOOK_AGAIN_SECONDS
+            self._look_again_at = now + max(LOOK_AGAIN_SECONDS, LOOK_AGAIN_SHARE * self._asked_seconds)
+            self._asked_seconds = 0.0
         self.version += changed
 
     def way(self, address: str) -> Way:
         """The way to an address. Costs a question or two to the kernel: keep it until `version` grows."""
+        began = time.monotonic()
+        way = self._find(address)
+        self._asked_seconds += time.monotonic() - began
+        return way
+
+    def _find(self, address: str) -> Way:
         route = self._netlink.route(address)
         if route is None or route.kind not in (RTN_UNICAST, RTN_LOCAL):
             return Way(WayKind.NONE, NO_ROUTE)
