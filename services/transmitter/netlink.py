@@ -49,6 +49,10 @@ GROUPS: Final = (
 HEADER: Final = struct.Struct("=IHHII")
 """struct nlmsghdr: length, type, flags, sequence, port."""
 
+KERNEL: Final = 0
+"""The kernel's netlink port."""
+NLMSG_ERROR: Final = 2
+NLMSG_DONE: Final = 3
 ARPHRD_ETHER: Final = 1
 IFF_UP: Final = 1
 IFF_RUNNING: Final = 0x40
@@ -153,30 +157,41 @@ class Netlink:
         return _neighbour(answers[0]) if answers else Neighbour(link_index, address, 0, b"")
 
     def _ask(self, question: nlmsg, kind: int, flags: int = 0) -> list[nlmsg]:
-        """Return the answers; none where the kernel answers with an error, such as ENETUNREACH or ENOENT."""
+        """Return the answers; none where the kernel answers with an error, such as ENETUNREACH, or not at all."""
         self._sequence += 1
         question["header"].update(type=kind, flags=NLM_F_REQUEST | flags, sequence_number=self._sequence)
         question.encode()
-        self._questions.send(question.data)
         answers: list[nlmsg] = []
+        self._questions.sendto(question.data, (KERNEL, 0))
         while True:
-            for answer in self._parse(self._questions.recv(RECEIVE_SIZE)):
+            try:
+                data = self._receive(self._questions)
+            except OSError:  # too late, or ENOBUFS: the next question is answered by its own number
+                return answers
+            for answer in self._parse(data):
                 if answer["header"]["sequence_number"] != self._sequence:
                     continue  # to a question that was given up
-                if answer["header"]["type"] in (NLMSG_ERROR, NLMSG_DONE):
+                if _ends(answer):
                     return answers
                 answers.append(answer)
                 if not flags & NLM_F_DUMP:
                     return answers
 
+    def _receive(self, sock: socket.socket) -> bytes:
+        """Return what the kernel says next: any process may send to our sockets, and is not listened to."""
+        while True:
+            data, (sender, _) = sock.recvfrom(RECEIVE_SIZE)
+            if sender == KERNEL:
+                return data
+
     def _parse(self, data: bytes) -> list[nlmsg]:
-        return list(self._marshal.parse(data))
+        return [each for each in self._marshal.parse(data) if not each["header"].get("error") or _ends(each)]
 
     def events(self) -> Iterator[Event]:
         """Yield what has changed since the last call, up to a bound; `fileno` stays readable when there is more."""
         for _ in range(EVENTS_AT_ONCE):
             try:
-                data = self._events.recv(RECEIVE_SIZE)
+                data = self._receive(self._events)
             except BlockingIOError:
                 return
             except OSError as error:
@@ -207,8 +222,9 @@ class Netlink:
         self._questions.close()
 
 
-NLMSG_ERROR: Final = 2
-NLMSG_DONE: Final = 3
+def _ends(answer: Any) -> bool:
+    """Whether it is the kernel's word that there is no answer, or no more of it."""
+    return answer["header"]["type"] in (NLMSG_ERROR, NLMSG_DONE)
 
 
 def _open() -> socket.socket:
