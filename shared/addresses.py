@@ -19,6 +19,8 @@ def pack_address(text: str) -> bytes:
     '00000000000000000000ffffc0000201'
     """
     address = ipaddress.ip_address(text)
+    if isinstance(address, ipaddress.IPv6Address) and address.scope_id:
+        raise ValueError(f"{text!r} has a scope (%), which nothing here can be sent to")
     return V4_MAPPED + address.packed if address.version == 4 else address.packed
 
 

@@ -126,3 +126,10 @@ def test_host_that_is_not_known_is_an_os_error(lab: None, host: str) -> None:
     """OSError for a name that nobody knows, and for one that can't be a name at all."""
     with pytest.raises(OSError, match=r"."):
         resolve(host, 9, socket.SOCK_DGRAM)
+
+
+@pytest.mark.parametrize("text", ["fe80::1%eth0", "fe80::1%1"])
+def test_an_address_with_a_scope_is_refused(text: str) -> None:
+    """Sixteen bytes have no room for a scope, so an address that needs one is not taken."""
+    with pytest.raises(ValueError, match="scope"):
+        pack_address(text)
