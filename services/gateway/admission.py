@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 
 from services.gateway.registry import Visitor
 from services.gateway.requests import Register, RequestError
+from shared.loops import OwnListeners
 from shared.registry import ALL_STREAMS, Client
 from shared.settings import Collector
 
@@ -24,7 +25,7 @@ class Admission:
         self, streams: Iterable[str], listeners: Iterable[tuple[str, int]], is_local: Callable[[str], bool]
     ) -> None:
         self._streams = frozenset(streams)
-        self._listeners = tuple((ipaddress.ip_address(address), port) for address, port in listeners)
+        self._own_listeners = OwnListeners(listeners)
         self._is_local = is_local
 
     def admit(self, request: Register, visitor: Visitor) -> Client:
@@ -79,10 +80,8 @@ class Admission:
                 raise RequestError("unknown_stream", f"there is no stream {stream[:64]!r}; there are: {known}")
 
     def _check_loop(self, address: Address, port: int) -> None:
-        for listener, listener_port in self._listeners:
-            covers = not int(listener) and listener.version in (address.version, 6)  # [::] is dual-stack
-            if port == listener_port and (address == listener or (covers and self._is_local(str(address)))):
-                raise RequestError("loop", f"{address} port {port} is our own listener; receive on another port")
+        if self._own_listeners.receive(str(address), port, self._is_local):
+            raise RequestError("loop", f"{address} port {port} is our own listener; receive on another port")
 
 
 def parse_address(text: str) -> Address:

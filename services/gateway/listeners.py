@@ -6,9 +6,8 @@ import socket
 from collections.abc import Iterable, Iterator
 from typing import Final
 
-from shared.addresses import Endpoint, resolve
+from shared.addresses import Endpoint
 from shared.lifecycle import FAILED, OperatorError
-from shared.settings import Settings
 from shared.sockets import bind_endpoint, close_listener
 
 BACKLOG: Final = 1024
@@ -50,18 +49,6 @@ def _prepare(listener: socket.socket) -> None:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in KEEPALIVE:
         listener.setsockopt(socket.IPPROTO_TCP, option, value)
-
-
-def udp_listeners(settings: Settings) -> list[tuple[str, int]]:
-    """Address and port of every UDP listener of every stream; a host name that is not known has none."""
-    found: list[tuple[str, int]] = []
-    for endpoint in (endpoint for stream in settings.streams for endpoint in stream.endpoints):
-        if endpoint.scheme == "udp":
-            with contextlib.suppress(OSError):
-                found += [
-                    (str(at[0]), endpoint.port) for _, at in resolve(endpoint.host, endpoint.port, socket.SOCK_DGRAM)
-                ]
-    return found
 
 
 def is_local(address: str) -> bool:

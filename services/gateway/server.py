@@ -15,13 +15,14 @@ from services.gateway.announcer import Announcer
 from services.gateway.connection import Connection, Connections
 from services.gateway.counters import ACCOUNT, BUS_REJECTED, CLIENTS, COLLECTORS, CONNECTIONS
 from services.gateway.desk import Desk
-from services.gateway.listeners import BACKLOG, is_local, listening, udp_listeners
+from services.gateway.listeners import BACKLOG, is_local, listening
 from services.gateway.registry import Origin, Registry, Visitor
 from services.gateway.requests import RequestError
 from services.gateway.transmissions import Transmissions
 from shared.bus import Publisher, Requests, Subscriber, new_context
 from shared.ledger import Accounts
 from shared.lifecycle import BAD_SETTINGS, Lifecycle, OperatorError, Readiness, descriptor_limit, worker_name
+from shared.loops import udp_listeners
 from shared.settings import Settings
 
 TICK_SECONDS: Final = 0.25

@@ -16,7 +16,7 @@ from services.transmitter.privileges import RawSockets
 from shared.batch import Indices
 from shared.gathering import Gathered
 from shared.ledger import DESTINATION_REFUSED, OTHER_FAMILY, RATE_LIMITED, SOURCE_REFUSED
-from shared.loops import OwnListeners
+from shared.loops import OwnListeners, udp_listeners
 from shared.registry import Client
 from shared.routing import Selection
 from shared.settings import Settings
@@ -39,7 +39,7 @@ class Sender:
         self.policy = Policy(settings.transmitter, time.monotonic)
         self.audit = Audit(log.warning, time.monotonic)
         self._segmentation = settings.transmitter.segmentation
-        self._own_listeners = OwnListeners(settings)
+        self._own_listeners = OwnListeners(udp_listeners(settings))
         self._exits = Exits(sockets.packet, sockets.ip4, sockets.ip6)
         self._plan = FramePlan()
         self._holding: set[Copies] = set()
@@ -78,7 +78,7 @@ class Sender:
         """Whether anything may go to a collector; what does not is dropped under the cause."""
         client = copies.client
         cause = way.cause
-        loops = way.local and self._own_listeners.take(client.address, client.port, local=True)
+        loops = self._own_listeners.receive(client.address, client.port, lambda _: way.local)
         if not copies.permitted or loops:
             cause = DESTINATION_REFUSED
             self.audit.refuse(cause, wanted, collector=client.name, address=client.address, port=client.port)
