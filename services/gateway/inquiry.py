@@ -73,9 +73,10 @@ class Inquiry:
     def note_subscriptions(self, fresh: Iterable[str]) -> bool:
         """Take note of who is there to be asked; return whether a question is due, to who has just subscribed."""
         was_possible, self._was_possible = self._was_possible, self.possible
-        if was_possible and not self.possible:
-            self._serving.forget()
-        if self._serving.newest < 0 or not any(self._topic.startswith(prefix) for prefix in fresh):
+        subscribed = any(self._topic.startswith(prefix) for prefix in fresh)
+        if was_possible and (subscribed or not self.possible):
+            self._serving.forget()  # one that is started anew may have gone and come since we looked
+        if self._serving.newest < 0 or not subscribed:
             return False
         self.ask()
         return True

@@ -13,7 +13,7 @@ from shared.wire import MAX_FRAMES, MAX_INTERFACE
 MAX_ITEMS: Final = 64
 """Streams or prefixes in one `register`: keeps an entry small enough that 64 of them fit a bus message."""
 YEAR_SECONDS: Final = 31_536_000
-MAX_SENDING_SECONDS: Final = 60.0
+MAX_WAITING_SECONDS: Final = 60.0
 """How long frames may take at the pace a client asked for: its connection waits so long for the answer."""
 
 ErrorWord = Literal[
@@ -127,9 +127,9 @@ class Transmit(_Request, frozen=True, tag="transmit"):
     own_fcs: bool = False
 
     def __post_init__(self) -> None:
-        if self.seconds > MAX_SENDING_SECONDS:
+        if self.seconds > MAX_WAITING_SECONDS:
             raise ValueError(
-                f"count: they take {self.seconds:.0f} s at that pace; expected at most {MAX_SENDING_SECONDS:g} s"
+                f"count: they take {self.seconds:.0f} s at that pace; expected at most {MAX_WAITING_SECONDS:g} s"
             )
         _ = self.whole  # refuses what makes no frame
 

@@ -37,7 +37,6 @@ class Transmissions:
             self._open -= 1
             finished(_outcome(message, request.count))
 
-        self._open += 1
         number = self._requests.open(request.seconds + ANSWER_SECONDS, answered)
         body = TransmitRequest(
             number,
@@ -48,7 +47,10 @@ class Transmissions:
             request.per_second,
             request.own_fcs,
         )
-        self._publisher.publish(TRANSMIT_TOPIC, body)  # what the bus does not take is not answered
+        if not self._publisher.publish(TRANSMIT_TOPIC, body):
+            self._requests.withdraw(number)
+            raise RequestError("unavailable", "the bus takes nothing just now; no frame has left, try again")
+        self._open += 1
 
 
 def _outcome(message: Message | None, count: int) -> int | RequestError:

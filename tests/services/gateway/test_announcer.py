@@ -242,7 +242,7 @@ def test_each_source_is_asked_on_its_own(stack: Stack, follower: Follower) -> No
         each.subscribe(REGISTRY_TOPIC)
         each.subscribe(topic)
         wait_for(each, 0)
-    register([transmitter], PRESERVING | {"name": "first"})
+    wait_until(lambda: register([transmitter], PRESERVING | {"name": "first"})["ok"], "a transmitter is noticed")
     wait_until(transmitter.ready, "our reply topic known")
     transmitter.replies = True
     assert register([transmitter], PRESERVING)["client"]["health"] == "ok"

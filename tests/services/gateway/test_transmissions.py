@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
-from services.gateway.transmissions import MAX_OPEN
-from shared.wire import TRANSMIT_TOPIC, TransmitRequest
+from services.gateway.requests import Octets, RequestError, Transmit
+from services.gateway.transmissions import MAX_OPEN, Transmissions
+from shared.bus import Requests
+from shared.wire import TRANSMIT_TOPIC, Body, TransmitRequest
 from tests.builders import BusEnds
 from tests.services.operator.played import PlayedTransmitter
 from tests.stack import Stack, ask_json, wait_until
@@ -50,7 +52,10 @@ def send(request: dict[str, Any]) -> socket.socket:
 
 def answer(connection: socket.socket) -> dict[str, Any]:
     """The answer that comes on a connection."""
-    answered: dict[str, Any] = json.loads(connection.recv(65536))
+    line = b""
+    while not line.endswith(b"\n"):  # the next answer may be there already
+        line += connection.recv(1)
+    answered: dict[str, Any] = json.loads(line)
     return answered
 
 
@@ -126,6 +131,29 @@ def test_one_request_too_many(transmitter: PlayedTransmitter) -> None:
     with send(REQUEST) as connection:
         transmitter.answer(transmitter.take(), 1)
         assert answer(connection)["ok"]
+
+
+def test_a_request_that_the_bus_refuses_is_answered_at_once() -> None:
+    """When the bus is full the client hears so, without waiting, and nothing of its request is left behind."""
+
+    class FullBus:
+        def wanted(self, _topic: str) -> bool:
+            return True
+
+        def publish(self, _topic: str, _body: Body) -> bool:
+            return False
+
+    outcomes: list[int | RequestError] = []
+    clock = 0.0
+    requests = Requests("gateway", 1, lambda: clock)
+    transmissions = Transmissions(FullBus(), requests, allowed=True)  # type: ignore[arg-type]
+    for _ in range(2 * MAX_OPEN):
+        with pytest.raises(RequestError, match="the bus") as refused:
+            transmissions.begin(Transmit(interface="eth1", frame=Octets(FRAME)), outcomes.append)
+        assert refused.value.error == "unavailable"
+    clock = 1e6
+    requests.expire()
+    assert outcomes == []
 
 
 def test_frames_are_not_for_clients_by_default(stack: Stack) -> None:
