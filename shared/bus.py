@@ -22,7 +22,21 @@ import structlog
 import zmq
 
 from shared.batch import DatagramBatch
-from shared.wire import MAX_MESSAGE, REPLY_PREFIX, Body, Message, Part, WireError, decode, encode
+from shared.pool import Borrowed, pool_path
+from shared.wire import (
+    MAX_MESSAGE,
+    REPLY_PREFIX,
+    Body,
+    Datagrams,
+    Envelope,
+    Message,
+    Part,
+    WireError,
+    datagrams_topic,
+    decode,
+    encode,
+    inline_topic,
+)
 
 HELLO_TOPIC: Final = "broker/"
 """The broker subscribes to it itself, so a publisher that has seen this subscription is connected to a broker."""
@@ -171,6 +185,11 @@ class Subscriber:
         check_directory(directory)
         self.rejected: Counter[str] = Counter()
         self._said_at = -1.0
+        self._directory = directory
+        self._lenders: dict[tuple[str, str], tuple[int, Borrowed]] = {}
+        """By worker and stream: the worker's boot id, and what it lends."""
+        self._inline: set[str] = set()
+        self._prefixes: Counter[str] = Counter()
         self._socket = configure(context.socket(zmq.SUB), high_water_mark)
         self._socket.connect(subscribe_endpoint(directory))
 
@@ -185,11 +204,17 @@ class Subscriber:
 
     def subscribe(self, prefix: str) -> None:
         """Ask for every topic that begins with `prefix`, which ends in `/`: `a.1` would also bring `a.10`."""
+        self._prefixes[prefix] += 1
         self._socket.subscribe(prefix)
 
     def unsubscribe(self, prefix: str) -> None:
         """Take `subscribe` back."""
         self._socket.unsubscribe(prefix)
+        self._prefixes -= Counter([prefix])
+        # Who hears of no loan gives none back, and would hold up the worker: borrow nothing more.
+        for key in list(self._lenders):
+            if not datagrams_topic(key[1]).startswith(tuple(self._prefixes)):
+                self._lenders.pop(key)[1].close()
 
     def receive(self) -> Message | None:
         """The next message, or None when there is none now. A batch's arrays are views of the received parts."""
@@ -202,9 +227,52 @@ class Subscriber:
             parts: list[Part] = [frame.bytes for frame in frames[:3]]
             parts += [frame.buffer for frame in frames[3:6]]
             try:
-                return decode(parts)
+                message = decode(parts, self._borrow)
             except WireError as error:
                 self._reject(error)
+            else:
+                if isinstance(message.body, Datagrams) and message.body.chunk is None:
+                    self._heed(message.envelope, message.body, mark=not message.batch)
+                return message
+
+    def _heed(self, envelope: Envelope, body: Datagrams, *, mark: bool) -> None:
+        """Take in what a message that lends nothing says of lending."""
+        if mark:
+            self._meet(envelope, body.stream)
+        boot, borrowed = self._lenders.get((envelope.sender, body.stream), (None, None))
+        if borrowed is not None and boot == envelope.boot:
+            borrowed.passed(body.loan)
+
+    def _meet(self, envelope: Envelope, stream: str) -> None:
+        """Ask a worker whose mark has come to lend us what it lends others; say so when that can't be."""
+        boot, known = self._lenders.get((envelope.sender, stream), (None, None))
+        if boot == envelope.boot:
+            return
+        if known is not None:
+            known.close()
+            del self._lenders[envelope.sender, stream]
+        try:
+            borrowed = Borrowed(pool_path(self._directory, envelope.sender), stream)
+        except OSError:  # perhaps it lends nothing
+            self._want_inline(stream)
+        else:
+            self._lenders[envelope.sender, stream] = envelope.boot, borrowed
+
+    def _borrow(self, envelope: Envelope, body: Datagrams, size: int) -> Part:
+        boot, borrowed = self._lenders.get((envelope.sender, body.stream), (None, None))
+        payload = None
+        if borrowed is not None and boot == envelope.boot and body.chunk is not None:
+            payload = borrowed.payload(body.loan, body.chunk, size)
+        if payload is None:
+            self._want_inline(body.stream)
+            raise WireError("not_borrowed", f"{envelope.sender} lends a payload that can't be read here")
+        return payload
+
+    def _want_inline(self, stream: str) -> None:
+        """Have payloads of a stream sent in messages: what is lent can't be read here."""
+        if stream not in self._inline:
+            self._inline.add(stream)
+            self.subscribe(inline_topic(stream))
 
     def _reject(self, error: WireError) -> None:
         self.rejected[error.cause] += 1
@@ -216,6 +284,9 @@ class Subscriber:
 
     def close(self) -> None:
         """Stop receiving."""
+        for _, borrowed in self._lenders.values():
+            borrowed.close()
+        self._lenders.clear()
         self._socket.close()
 
 
@@ -242,6 +313,10 @@ class Requests:
         _, finished = self._open.pop(number, (0.0, None))
         if finished is not None:
             finished(message)
+
+    def withdraw(self, number: int) -> None:
+        """Let go of a request that never got on the bus: `finished` is not called."""
+        self._open.pop(number, None)
 
     def expire(self) -> None:
         """End the requests whose deadline has passed."""

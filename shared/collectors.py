@@ -8,7 +8,7 @@ from typing import Generic, Protocol, TypeVar
 from shared.gathering import Gathered
 from shared.ledger import EXPECTED, FILTERED, MISSED, OFFERED, SAMPLED_OUT, SHARED_OUT, Accounts
 from shared.registry import Client
-from shared.routing import Router, Selection
+from shared.routing import ALL_ROWS, Router, Selection, takes_all
 
 
 class Destination(Protocol):
@@ -28,11 +28,17 @@ D = TypeVar("D", bound=Destination)
 
 @dataclass(slots=True)
 class Served(Generic[D]):
-    """A collector being served. `baseline`: datagrams that its streams had carried when it signed up."""
+    """A collector being served.
+
+    `baseline` and `unseen` are how many datagrams its streams had carried, and brought us, when it signed up; `passed`
+    is how many of those since then its prefixes let pass, where it has any or takes only some of them.
+    """
 
     destination: D
     account: Counter[str]
     baseline: int
+    unseen: int
+    passed: int = 0
 
 
 class Collectors(Generic[D]):
@@ -50,6 +56,8 @@ class Collectors(Generic[D]):
     ) -> None:
         self._streams = tuple(streams)
         self._published = published
+        self._routed: Counter[str] = Counter()
+        """By stream: datagrams that came, whoever got them."""
         self._reach = reach
         self._served: dict[str, Served[D]] = {}
         self._router = Router()
@@ -63,7 +71,8 @@ class Collectors(Generic[D]):
                 kept[client.name] = self._served.pop(client.name)
             else:
                 account: Counter[str] = Counter()
-                kept[client.name] = Served(self._reach(client, account), account, self._published_to(client))
+                baseline, unseen = self._of_streams(self._published, client), self._of_streams(self._routed, client)
+                kept[client.name] = Served(self._reach(client, account), account, baseline, unseen)
         self.close()
         self._served = kept
         self._router.replace(served.destination.client for served in kept.values())
@@ -73,20 +82,24 @@ class Collectors(Generic[D]):
         clients = [served.destination.client for served in self._served.values()]
         return {name for name in self._streams for client in clients if client.wants(name)}
 
-    def _published_to(self, client: Client) -> int:
-        return sum(count for stream, count in self._published.items() if client.wants(stream))
+    def _of_streams(self, counts: Mapping[str, int], client: Client) -> int:
+        return sum(count for stream, count in counts.items() if client.wants(stream))
 
     def miss(self, stream: str, missed: int) -> None:
         """Count datagrams of a stream that the bus lost for each collector that would have been offered them."""
-        for route in self._router.routes(stream):
-            self._served[route.client.name].account[MISSED] += missed
+        for client in self._router.clients(stream):
+            self._served[client.name].account[MISSED] += missed
 
     def route(self, batch: Gathered) -> list[tuple[D, Selection]]:
-        """Return each collector's rows of what came, and count those that it does not get."""
+        """Return the rows of what came for each collector that gets any, and count those that it does not get."""
+        self._routed[batch.stream] += len(batch)
         routed = []
         for client, selection in self._router.route(batch):
             served = self._served[client.name]
-            _count(served.account, selection, len(batch))
+            if selection is not ALL_ROWS:
+                served.passed += len(batch) - selection.filtered
+                served.account[SHARED_OUT] += selection.shared_out
+                served.account[SAMPLED_OUT] += selection.sampled_out
             routed.append((served.destination, selection))
         return routed
 
@@ -97,24 +110,19 @@ class Collectors(Generic[D]):
 
     def accounts(self) -> Accounts:
         """One account a collector."""
-        return {
-            f"collector/{name}": {
-                **served.account,
-                EXPECTED: self._published_to(served.destination.client) - served.baseline,
-            }
-            for name, served in self._served.items()
-        }
+        return {f"collector/{name}": self._account(served) for name, served in self._served.items()}
+
+    def _account(self, served: Served[D]) -> dict[str, int]:
+        # What was offered is the same for all who want a stream, so nothing is counted for who gets nothing of a batch.
+        client = served.destination.client
+        offered = self._of_streams(self._routed, client) - served.unseen
+        account = {**served.account, OFFERED: offered}
+        if not takes_all(client):
+            account[FILTERED] = offered - served.passed
+        return {**account, EXPECTED: self._of_streams(self._published, client) - served.baseline}
 
     def close(self) -> None:
         """Let go of all of them."""
         for served in self._served.values():
             served.destination.close()
         self._served = {}
-
-
-def _count(account: Counter[str], selection: Selection, rows: int) -> None:
-    account[OFFERED] += rows
-    if selection.indices is not None:
-        account[FILTERED] += selection.filtered
-        account[SHARED_OUT] += selection.shared_out
-        account[SAMPLED_OUT] += selection.sampled_out

@@ -7,8 +7,9 @@ collectors of the registry whose `source` is theirs.
 import math
 import time
 from abc import ABC, abstractmethod
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import ClassVar, Final, Generic, Self
 
@@ -39,7 +40,7 @@ from shared.wire import (
     serve_topic,
 )
 
-TURN_MESSAGES: Final = 64
+TURN_MESSAGES: Final = 256
 """Bus messages handled in a row before housekeeping gets its turn."""
 MAX_WAITING: Final = 1024
 """Requests kept until copies flow; the gateway gives up on one long before there are so many."""
@@ -52,6 +53,15 @@ DRAIN_SECONDS: Final = 1.5
 """After SIGTERM the workers may still flush: goes on until nothing came for a while, this long at most."""
 
 log = structlog.get_logger()
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """Batches of a stream that wait for more, how many rows they have together, and how many bytes of payload."""
+
+    batches: list[DatagramBatch] = field(default_factory=list)
+    rows: int = 0
+    payload: int = 0
 
 
 class CopyService(ABC, Generic[D]):
@@ -104,8 +114,8 @@ class CopyService(ABC, Generic[D]):
         self._asked_at = 0.0
         self._serving = -1
         self._apply_at = self._work_at = 0.0
-        self._gathered: list[DatagramBatch] = []
-        self._send_gathered()
+        self._gathered: defaultdict[str, _Waiting] = defaultdict(_Waiting)
+        """By stream."""
         for topic in self.topics():
             self._subscriber.subscribe(topic)
         return self
@@ -139,7 +149,8 @@ class CopyService(ABC, Generic[D]):
         while handled < TURN_MESSAGES and (message := self._subscriber.receive()):
             self._take(message)
             handled += 1
-        self._send_gathered()
+        for stream in list(self._gathered):
+            self._send_gathered(stream)
         self._work_at = time.monotonic() + self.work()
         self._apply()
         self._answer()
@@ -168,22 +179,19 @@ class CopyService(ABC, Generic[D]):
             self.take(message)
 
     def _gather(self, batch: DatagramBatch) -> None:
-        """Let a batch wait for those that have come too, as long as they are of its stream and not too many."""
-        waiting = self._gathered
-        if waiting and (waiting[0].stream != batch.stream or self._room < len(batch)):
-            self._send_gathered()
-        waiting.append(batch)
-        self._room -= len(batch)
-        self._payload_room -= len(batch.payload)
-        if self._payload_room <= 0:
-            self._send_gathered()
+        """Let a batch wait for those of its stream that have come too, as long as they are not too many."""
+        if self._gathered[batch.stream].rows + len(batch) > MAX_GATHERED:
+            self._send_gathered(batch.stream)
+        waiting = self._gathered[batch.stream]
+        waiting.batches.append(batch)
+        waiting.rows += len(batch)
+        waiting.payload += len(batch.payload)
+        if waiting.payload >= MAX_GATHERED_PAYLOAD:
+            self._send_gathered(batch.stream)
 
-    def _send_gathered(self) -> None:
-        if self._gathered:
-            gathered = Gathered(self._gathered)
-            self.send(gathered, self._collectors.route(gathered))
-        self._gathered.clear()
-        self._room, self._payload_room = MAX_GATHERED, MAX_GATHERED_PAYLOAD
+    def _send_gathered(self, stream: str) -> None:
+        gathered = Gathered(self._gathered.pop(stream).batches)
+        self.send(gathered, self._collectors.route(gathered))
 
     def _apply(self) -> None:
         """Serve the registry as it is now, unless that was done a moment ago: then with the changes to come."""

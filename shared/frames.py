@@ -13,6 +13,9 @@ UNPACED_PER_SECOND: Final = 50_000
 ANSWER_SECONDS: Final = 2.0
 """How long the transmitter may take to answer, on top of the time that the frames take."""
 
+MAX_SENDING_SECONDS: Final = 3600.0
+"""How long the frames of one request may take at their pace: it is one of few that may be under way."""
+
 
 def parse_hex(text: str) -> bytes:
     """Return the bytes that hexadecimal digits stand for. ValueError when they are none.

@@ -5,9 +5,9 @@ Nothing is copied but the 20 bytes a row: payloads stay where ZeroMQ received th
 """
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,14 +15,32 @@ import numpy.typing as npt
 from shared.addresses import V4_MAPPED
 from shared.batch import MAX_ROWS, ROW, DatagramBatch, Indices, Rows
 
-MAX_GATHERED: Final = 8 * MAX_ROWS
-"""Rows; more saves nothing that can be measured, and delays the first of them."""
-MAX_GATHERED_PAYLOAD: Final = 4 << 20
+MAX_GATHERED: Final = 4 * MAX_ROWS
+"""Rows; more saves little, and delays the first of them."""
+MAX_GATHERED_PAYLOAD: Final = 8 << 20
 """Bytes after which no further batch is taken along."""
 MAPPED: Final = int.from_bytes(V4_MAPPED[8:], "little")
 """The third word of an IPv4 address mapped into IPv6; the two before it are 0."""
 Mask = npt.NDArray[np.bool_]
 Words = npt.NDArray[np.uint32]
+
+
+T = TypeVar("T")
+
+
+def portions(items: Iterable[T], rows_of: Callable[[T], int]) -> Iterator[list[T]]:
+    """Yield items, in order, as many at a time as have `MAX_GATHERED` rows together, but at least one."""
+    portion: list[T] = []
+    room = MAX_GATHERED
+    for item in items:
+        rows = rows_of(item)
+        if portion and room < rows:
+            yield portion
+            portion, room = [], MAX_GATHERED
+        portion.append(item)
+        room -= rows
+    if portion:
+        yield portion
 
 
 class Gathered:
@@ -48,6 +66,11 @@ class Gathered:
         """Payload lengths, int64, shape (n,)."""
         lengths = [batch.lengths for batch in self.batches]
         return lengths[0] if len(lengths) == 1 else np.concatenate(lengths)
+
+    @cached_property
+    def longest(self) -> int:
+        """The length of the longest payload."""
+        return int(self.lengths.max(initial=0))
 
     @cached_property
     def words(self) -> Words:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from shared.addresses import V4_MAPPED, pack_network
 from shared.batch import DatagramBatch, Indices
 from shared.gathering import Gathered
+from shared.prefix_index import Network, PrefixIndex, disjoint
 from shared.registry import Client
 
 Datagrams = DatagramBatch | Gathered
@@ -76,12 +77,12 @@ class Route:
     """A collector as the router sees it. `matched` counts the rows that reached its sampling, for 1-in-N."""
 
     client: Client
-    prefixes: Prefixes | None = field(init=False)
+    networks: tuple[Network, ...] = field(init=False)
     seed: np.uint64 = field(init=False)
     matched: int = 0
 
     def __post_init__(self) -> None:
-        self.prefixes = Prefixes(self.client.prefixes) if self.client.prefixes else None
+        self.networks = disjoint(self.client.prefixes)
         self.seed = np.uint64(int.from_bytes(hashlib.blake2b(self.client.name.encode(), digest_size=8).digest()))
 
 
@@ -93,7 +94,7 @@ class Router:
 
     def __init__(self) -> None:
         self._routes: dict[str, Route] = {}
-        self._by_stream: dict[str, list[Route]] = {}
+        self._by_stream: dict[str, _StreamRoutes] = {}
 
     def replace(self, clients: Iterable[Client]) -> None:
         """Route to these collectors from now on; one that did not change keeps its place in its sampling."""
@@ -104,32 +105,77 @@ class Router:
             for client in clients
         }
 
-    def routes(self, stream: str) -> list[Route]:
+    def clients(self, stream: str) -> list[Client]:
         """The collectors that want a stream."""
+        return [route.client for route in self._routes_of(stream).all]
+
+    def _routes_of(self, stream: str) -> "_StreamRoutes":
         found = self._by_stream.get(stream)
         if found is None:
-            found = [route for route in self._routes.values() if route.client.wants(stream)]
+            found = _StreamRoutes([route for route in self._routes.values() if route.client.wants(stream)])
             self._by_stream[stream] = found
         return found
 
     def route(self, batch: Datagrams) -> list[tuple[Client, Selection]]:
-        """Return the selection of each collector that wants the batch's stream."""
-        routes = self.routes(batch.stream)
-        plain = [(route.client, ALL_ROWS) for route in routes if _takes_all(route)]
-        if len(plain) == len(routes) or not len(batch):
-            return plain
-        return plain + _select(batch, [route for route in routes if not _takes_all(route)])
+        """Return the selection of each collector that wants the batch's stream, and of whose prefixes it has a source.
+
+        Collectors with the same prefixes share a selection.
+        """
+        return self._routes_of(batch.stream).route(batch)
 
 
-def _takes_all(route: Route) -> bool:
-    return route.prefixes is None and route.client.sample == 1 and not route.client.group
+class _StreamRoutes:
+    """The routes of one stream, sorted by what it takes to find their rows."""
+
+    def __init__(self, routes: list[Route]) -> None:
+        self.all = routes
+        self._everything = [(each.client, ALL_ROWS) for each in routes if takes_all(each.client)]
+        self._sets: dict[tuple[Network, ...], list[Route]] = {}
+        for route in routes:
+            if route.client.prefixes:
+                self._sets.setdefault(route.networks, []).append(route)
+        self._index = PrefixIndex(list(self._sets))
+        self._filtered = [
+            [route.client for route in sharing if not _picks(route.client)] for sharing in self._sets.values()
+        ]
+        self._picking = [route for route in routes if _picks(route.client)]
+
+    def route(self, batch: Datagrams) -> list[tuple[Client, Selection]]:
+        """As `Router.route`."""
+        if not len(batch) or not (self._sets or self._picking):
+            return self._everything
+        matched = self._index.match(batch.rows) if self._sets else []
+        routed = list(self._everything)
+        for number, rows in matched:
+            selection = Selection(rows, len(batch) - len(rows))
+            routed += [(client, selection) for client in self._filtered[number]]
+        if self._picking:
+            sets = list(self._sets)
+            routed += _pick(batch, self._picking, {sets[number]: rows for number, rows in matched})
+        return routed
 
 
-def _select(batch: Datagrams, routes: list[Route]) -> list[tuple[Client, Selection]]:
-    halves = halves_of(batch)
-    everything = np.ones(len(batch), np.bool_)
-    wanted = {route.client.name: route.prefixes.match(halves) if route.prefixes else everything for route in routes}
-    picked = _pick_members(halves, routes, wanted)
+def takes_all(client: Client) -> bool:
+    """Whether it takes every row of its streams."""
+    return not client.prefixes and not _picks(client)
+
+
+def _picks(client: Client) -> bool:
+    """Whether it takes only some of the rows that its prefixes let pass."""
+    return client.sample > 1 or bool(client.group)
+
+
+def _pick(
+    batch: Datagrams, routes: list[Route], rows_of: dict[tuple[Network, ...], Indices]
+) -> list[tuple[Client, Selection]]:
+    """Selections of collectors that sample or share; `rows_of` has, by set of networks, the rows that pass."""
+    wanted = {}
+    for route in routes:
+        passing = np.full(len(batch), not route.client.prefixes)
+        if route.client.prefixes and route.networks in rows_of:
+            passing[rows_of[route.networks]] = True
+        wanted[route.client.name] = passing
+    picked = _pick_members(halves_of(batch), routes, wanted)
     return [
         (route.client, _sample(route, wanted[route.client.name], picked.get(route.client.name))) for route in routes
     ]

@@ -9,7 +9,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, get_args, get_type_hints
+from typing import Annotated, Any, Final, Literal, get_args, get_type_hints
 
 import msgspec
 from msgspec import Meta, Struct, field
@@ -19,7 +19,7 @@ from shared.registry import ALL_STREAMS, Dscp, HopLimit, Source
 
 STREAM_SCHEMES: Final = ("udp", "tcp", "unixgram")
 REGISTRY_SCHEMES: Final = ("tcp", "unix")
-MAX_DIRECTORY: Final = 107 - len("/subscribe")
+MAX_DIRECTORY: Final = 107 - len("/pool.999999999")
 """Bytes: what sun_path (unix(7)) leaves for the bus directory."""
 NOT_SETTINGS: Final = frozenset({"FANWIRE_CONFIG"})
 
@@ -46,6 +46,8 @@ class Bus(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Holds the ipc sockets; without XDG_RUNTIME_DIR a directory of this user under /tmp."""
     high_water_mark: Annotated[int, Meta(ge=1, le=65_536)] = 256
     """Messages a queue of the bus holds before it drops, each up to 256 datagrams or 512 KiB."""
+    pool: Annotated[int, Meta(ge=0, le=1 << 30)] = 67_108_864
+    """Bytes of memory that a worker may lend a stream's payloads in; 0: all go through the bus."""
 
     @property
     def path(self) -> Path:
@@ -108,11 +110,17 @@ class Stream(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return tuple(parse_endpoint(text, STREAM_SCHEMES) for text in self.listen)
 
 
+Spread = Literal["flow", "source", "datagram"]
+"""Addresses and ports, the source address alone, or nothing: any worker may take any datagram."""
+
+
 class Ingest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The workers that take datagrams in."""
 
-    fill_ms: Annotated[float, Meta(ge=0, le=1)] = 1.0
+    fill_ms: Annotated[float, Meta(ge=0, le=1)] = 0.4
     """How long a worker may wait for a batch to fill when small batches come back to back; 0: never."""
+    spread: Spread = "flow"
+    """What decides which worker takes a datagram; by `datagram` an exporter's may overtake each other."""
     tcp_connections: Count = 1024
     """Open TCP connections a worker; one more is closed at once."""
     tcp_idle_seconds: Seconds = 600.0

@@ -7,7 +7,7 @@ and a receiver that knows neither counts the message and drops it without readin
 Decoding never raises anything but `WireError`, whatever the bytes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Final
 
@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
-from shared.batch import ROW, DatagramBatch
+from shared.batch import MAX_DATAGRAM, ROW, DatagramBatch
 from shared.registry import Client, Source
 
 VERSION: Final = 1
@@ -66,10 +66,17 @@ class Envelope(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
 
 class Datagrams(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """A `DatagramBatch`; rows and payload follow as arrays. Without rows it is a mark: the sequence starts here."""
+    """A `DatagramBatch`; rows and payload follow as arrays. Without rows it is a mark: the sequence starts here.
+
+    With a `chunk` the payload is not in the message, but lent by the sender there (`shared.pool`). `loan` is the number
+    of that loan, otherwise of the last one before. Each datagram is at a multiple of `stride` if there is one.
+    """
 
     stream: str
     received_ns: int
+    loan: Number = 0
+    chunk: Number | None = None
+    stride: Annotated[int, Meta(ge=0, le=MAX_DATAGRAM)] = 0
 
 
 class RegistrySnapshot(msgspec.Struct, array_like=True, frozen=True):
@@ -180,6 +187,11 @@ def datagrams_topic(stream: str) -> str:
     return f"datagrams/{stream}/"
 
 
+def inline_topic(stream: str) -> str:
+    """Who subscribes to it can't borrow, and needs the stream's payloads in the messages themselves."""
+    return f"inline/{stream}/"
+
+
 def status_topic(service: str) -> str:
     """The topic of a service's status, as in `status/ingest.1/`."""
     return f"status/{service}/"
@@ -197,25 +209,36 @@ TRANSMIT_TOPIC: Final = "transmit/"
 def encode(
     topic: str, body: Body, *, sender: str, boot: int, sequence: int, total: int, batch: DatagramBatch | None = None
 ) -> list[Part]:
-    """Return the parts of a message. The arrays are the batch's own buffers, not copies."""
+    """Return the parts of a message. The arrays are the batch's own buffers, not copies; a lent payload is left out."""
     envelope = Envelope(VERSION, _NAMES[type(body)], sender, boot, sequence, total)
     parts: list[Part] = [topic.encode(), _encoder.encode(envelope), _encoder.encode(body)]
     if batch is not None:
-        parts += [batch.rows.tobytes(), batch.payload]
+        parts.append(batch.rows.tobytes())
+    if batch is not None and not (isinstance(body, Datagrams) and body.chunk is not None):
+        parts.append(batch.payload)
     return parts
 
 
-def decode(parts: Sequence[Part]) -> Message:
+Borrow = Callable[[Envelope, Datagrams, int], Part]
+"""Finds a lent payload of so many bytes; WireError when it can't be had."""
+
+
+def borrow_nothing(_envelope: Envelope, _body: Datagrams, _size: int) -> Part:
+    """For who reads only what is in the messages."""
+    raise WireError("not_borrowed", "the payload is lent, and this reader does not borrow")
+
+
+def decode(parts: Sequence[Part], borrow: Borrow = borrow_nothing) -> Message:
     """Return the message in `parts`; a batch's columns are read-only views of them. WireError when it is not one."""
     try:
-        return _decode(parts)
+        return _decode(parts, borrow)
     except WireError:
         raise
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:  # RecursionError: nesting thousands deep
         raise WireError("malformed", f"{type(error).__name__}: {error}") from None
 
 
-def _decode(parts: Sequence[Part]) -> Message:
+def _decode(parts: Sequence[Part], borrow: Borrow) -> Message:
     if not 3 <= len(parts) <= 5:
         raise WireError("malformed", f"{len(parts)} parts")
     if len(parts[0]) > MAX_TOPIC or len(parts[1]) > MAX_ENVELOPE:
@@ -233,8 +256,12 @@ def _decode(parts: Sequence[Part]) -> Message:
         return Message(topic, envelope, body)
     if topic != datagrams_topic(body.stream):
         raise WireError("malformed", f"datagrams of stream {body.stream[:40]!r} on topic {topic[:40]!r}")
-    if len(parts) != 5:
+    lent = body.chunk is not None
+    if len(parts) != (4 if lent else 5):
         raise WireError("malformed", f"datagrams with {len(parts)} parts")
-    batch = DatagramBatch(body.stream, body.received_ns, np.frombuffer(parts[3], ROW), parts[4])
+    rows = np.frombuffer(parts[3], ROW)
+    size = body.stride * len(rows) or int(rows["length"].sum())
+    payload = borrow(envelope, body, size) if lent else parts[4]
+    batch = DatagramBatch(body.stream, body.received_ns, rows, payload, body.stride)
     batch.check()
     return Message(topic, envelope, body, batch)

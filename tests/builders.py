@@ -1,6 +1,7 @@
 """Builds what several tests need: batches, envelopes, clients, and the test's own ends of the bus."""
 
 import signal
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -11,14 +12,30 @@ import zmq
 
 from shared.addresses import pack_address
 from shared.batch import ROW, DatagramBatch, make_rows
-from shared.bus import Publisher, Subscriber, new_context
+from shared.bus import Publisher, Requests, Subscriber, new_context
 from shared.ledger import Accounts, discrepancies
-from shared.registry import Client
+from shared.registry import Client, Source
 from shared.status import Reports
-from shared.wire import VERSION, Datagrams, Envelope, Message, Status, status_topic
+from shared.wire import (
+    REGISTRY_TOPIC,
+    VERSION,
+    Datagrams,
+    Envelope,
+    Message,
+    RegistryChange,
+    RegistrySnapshot,
+    ServeReply,
+    ServeRequest,
+    Status,
+    datagrams_topic,
+    encode,
+    serve_topic,
+    status_topic,
+)
 from tests.stack import Running, Stack, wait_until
 
 Datagram = tuple[str, int, bytes]
+SOURCES = [f"192.0.2.{number}" for number in range(6)] + [f"2001:db8::{number}" for number in range(6)]
 
 
 def make_batch(
@@ -50,6 +67,7 @@ class BusEnds:
         self.directory = directory
         self.context = new_context()
         self._sockets: list[zmq.Socket[bytes]] = []
+        self._subscribers: list[Subscriber] = []
 
     def publisher(self, sender: str = "ingest.1", high_water_mark: int = 256) -> Publisher:
         """A publisher connected to the broker's side for publishers."""
@@ -60,7 +78,7 @@ class BusEnds:
     def subscriber(self, *prefixes: str, high_water_mark: int = 4096) -> Subscriber:
         """A subscriber to these prefixes."""
         subscriber = Subscriber(self.context, self.directory, high_water_mark)
-        self._sockets.append(subscriber.socket)
+        self._subscribers.append(subscriber)
         for prefix in prefixes:
             subscriber.subscribe(prefix)
         return subscriber
@@ -71,6 +89,8 @@ class BusEnds:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        for subscriber in self._subscribers:
+            subscriber.close()
         for sock in self._sockets:
             if not sock.closed:
                 sock.close(linger=0)
@@ -139,6 +159,88 @@ def accounts_when(bus: BusEnds, service: str, condition: Callable[[Accounts], ob
         raise
     subscriber.close()
     return last
+
+
+class PlayedWorker:
+    """An ingest worker played by the test, whose batches can be lost."""
+
+    def __init__(self, bus: BusEnds, name: str = "ingest.1") -> None:
+        self.publisher = bus.publisher(name)
+        self.published = self._sequence = 0
+
+    def publish(self, payloads: Sequence[bytes], sources: Sequence[str] = SOURCES) -> None:
+        """Publish a batch."""
+        self._send(payloads, sources, self._sequence, self.published)
+        self.lose(len(payloads))
+
+    def repeat(self, payloads: Sequence[bytes]) -> None:
+        """Publish a batch under the numbers of the last one."""
+        self._send(payloads, SOURCES, self._sequence - 1, self.published - len(payloads))
+
+    def lose(self, count: int) -> None:
+        """Publish a batch of so many datagrams that the bus loses."""
+        self._sequence += 1
+        self.published += count
+
+    def _send(self, payloads: Sequence[bytes], sources: Sequence[str], sequence: int, total: int) -> None:
+        parts = encode(
+            datagrams_topic("messages"),
+            Datagrams("messages", 0),
+            sender=self.publisher.sender,
+            boot=self.publisher.boot,
+            sequence=sequence,
+            total=total,
+            batch=make_batch(payloads, sources),
+        )
+        self.publisher.socket.send_multipart(parts)
+
+    def report(self) -> None:
+        """Publish the worker's own count."""
+        name = self.publisher.sender
+        wait_wanted(self.publisher, status_topic(name))
+        accounts = {"stream/messages": {"published": self.published}}
+        self.publisher.publish(status_topic(name), Status(name, 1, 0, 1, 0, 1, accounts))
+
+
+class PlayedGateway:
+    """A gateway played by the test: a registry, and the question whether those of one `source` are served."""
+
+    def __init__(self, bus: BusEnds, source: Source = "relay") -> None:
+        self._serve = serve_topic(source)
+        self.publisher = bus.publisher("gateway.1")
+        self._requests = Requests("gateway.1", self.publisher.boot)
+        self.replies = bus.subscriber(self._requests.topic)
+        time.sleep(0.2)  # the subscription has to reach who answers, which can't be seen from here
+
+    def announce(self, revision: int, *clients: Client) -> None:
+        """Publish the whole registry, to somebody who has subscribed to it."""
+        wait_wanted(self.publisher, REGISTRY_TOPIC)
+        self.publisher.publish(REGISTRY_TOPIC, RegistrySnapshot(revision, 0, 1, list(clients)))
+
+    def change(self, revision: int, joined: Sequence[Client] = (), left: Sequence[str] = ()) -> None:
+        """Publish a change."""
+        self.publisher.publish(REGISTRY_TOPIC, RegistryChange(revision, list(joined), list(left)))
+
+    def ask(self, revision: int) -> int:
+        """Ask whether a revision is served; return the id under which the answer comes."""
+        wait_wanted(self.publisher, self._serve)
+        number = self._requests.open(60, lambda _: None)
+        self.publisher.publish(self._serve, ServeRequest(number, self._requests.topic, revision))
+        return number
+
+    def wait_served(self, revision: int) -> None:
+        """Wait until it is said that a revision is served."""
+        number = self.ask(revision)
+        assert take(self.replies).body == ServeReply(number, revision)
+
+
+def flow(gateway: PlayedGateway, worker: PlayedWorker, revision: int, *clients: Client) -> None:
+    """Announce a registry, and wait until copies flow to it."""
+    gateway.announce(revision, *clients)
+    wait_wanted(worker.publisher, datagrams_topic("messages"))
+    worker.report()
+    worker.publish([])
+    gateway.wait_served(revision)
 
 
 def freeze(running: Running) -> None:

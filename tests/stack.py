@@ -18,6 +18,10 @@ DRAIN_SECONDS = 4.0
 """Within which every process has to end when told to: honcho kills after five."""
 
 
+PATIENT = "[gateway]\nserve_seconds = 10\n"
+"""For who signs up and expects that copies flow with the answer, however busy the machine."""
+
+
 def wait_until(condition: Callable[[], object], what: str, seconds: float = 20.0) -> None:
     """Poll until `condition()` is true; AssertionError with `what` when it does not become so."""
     deadline = time.monotonic() + seconds

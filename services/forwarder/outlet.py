@@ -88,18 +88,23 @@ class Outlet:
             return None
         return sock
 
-    def send(self, plan: SendPlan) -> int:
-        """Send what is planned; return how many rows were dealt with, delivered or dropped.
+    def send(self, plan: SendPlan, part: int = 0) -> int:
+        """Send a part of what is planned; return how many rows of it were dealt with, delivered or dropped.
 
         Fewer than all means that segments were refused from there on: plan the rest again, with `largest_segment` as
         it is now.
         """
+        first, stop = plan.sends_of(part)
+        return int(plan.rows_before[self._send(plan, first, stop)] - plan.rows_before[first])
+
+    def _send(self, plan: SendPlan, at: int, stop: int) -> int:
+        """Send or drop sends `at` to `stop`; return the number of the one whose segments were refused, else `stop`."""
         if self._socket is None:
-            self._drop(plan, 0, plan.sends, NOT_CONNECTED)
-            return plan.rows
-        at, skips, forgiven, probing = 0, 0, False, False
-        while at < plan.sends:
-            taken, error = send(self._socket.fileno(), plan.headers, at, at + 1 if probing else plan.sends)
+            self._drop(plan, at, stop, NOT_CONNECTED)
+            return stop
+        skips, forgiven, probing = 0, False, False
+        while at < stop:
+            taken, error = send(self._socket.fileno(), plan.headers, at, at + 1 if probing else stop)
             self._deliver(plan, at, at + taken)
             at += taken
             if taken:
@@ -107,29 +112,29 @@ class Outlet:
                 told = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) if probing else 0
                 probing = not probing
                 if told:
-                    return self._stop(plan, at, told)
+                    return self._stop(plan, at, stop, told)
             elif error == errno.ECONNREFUSED and not forgiven:
                 # The answer to an earlier datagram: a collector that has just come back still hears of it.
                 self.account[REFUSALS] += 1
                 forgiven = probing = True
             elif error in NO_SEGMENTATION and plan.segmented(at):
                 self._give_up_segmentation(error)
-                return int(plan.rows_before[at])
+                return at
             elif error in STOPS or skips == MAX_SKIPS:
-                return self._stop(plan, at, error)
+                return self._stop(plan, at, stop, error)
             else:
                 self._drop(plan, at, at + 1, _cause(error))
                 at, skips = at + 1, skips + 1
-        return plan.rows
+        return stop
 
-    def _stop(self, plan: SendPlan, at: int, error: int) -> int:
-        """Drop what is left of the plan under the cause that an error stands for."""
+    def _stop(self, plan: SendPlan, at: int, stop: int, error: int) -> int:
+        """Drop what is left under the cause that an error stands for."""
         self.account[REFUSALS] += error == errno.ECONNREFUSED
         cause = STOPS.get(error) or _cause(error)
-        self._drop(plan, at, plan.sends, cause)
+        self._drop(plan, at, stop, cause)
         if cause == NOT_CONNECTED:
             self.close()
-        return plan.rows
+        return stop
 
     def _deliver(self, plan: SendPlan, start: int, stop: int) -> None:
         self.account[DELIVERED] += int(plan.rows_before[stop] - plan.rows_before[start])

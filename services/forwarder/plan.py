@@ -4,10 +4,12 @@ No I/O.
 """
 
 import socket
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
 
+from services.forwarder.order import by_length
 from shared.batch import Indices
 from shared.gathering import MAX_GATHERED, Gathered
 from shared.mmsg import IOVEC, MMSGHDR, addresses_of
@@ -17,6 +19,10 @@ UDP_SEGMENT: Final = 103
 CONTROL: Final = np.dtype([("len", "u8"), ("level", "i4"), ("type", "i4"), ("size", "u2"), ("_pad", "u1", 6)])
 """struct cmsghdr with the uint16 that UDP_SEGMENT takes, padded as CMSG_SPACE does."""
 assert CONTROL.itemsize == 24
+WORTH_ORDERING: Final = 32
+"""Rows; fewer gain less than it costs."""
+ROWS_A_SEND: Final = 4
+"""Where so many leave together as they came, another order saves little."""
 
 
 class SendPlan:
@@ -35,20 +41,40 @@ class SendPlan:
         self._iovec_at = addresses_of(self._iovecs, IOVEC.itemsize, MAX_GATHERED)
         self._control_at = addresses_of(self._controls, CONTROL.itemsize, MAX_GATHERED)
         self.sends = self.rows = 0
+        self._rows_of_batch: Indices | None = None
+        self._first_sends = [0, 0]
         self.rows_before = np.zeros(1, np.int64)
         self.bytes_before = np.zeros(1, np.int64)
 
-    def build(self, batch: Gathered, indices: Indices | None, largest_segment: int) -> None:
+    def build(
+        self, batch: Gathered, indices: Indices | None, largest_segment: int, parts: Sequence[int] = (0,)
+    ) -> None:
         """Plan the sends of these rows (None: all). `largest_segment` 0 sends every datagram by itself.
 
-        `rows_before[i]` and `bytes_before[i]` are how many rows and bytes the first i sends hold.
+        `parts` are the numbers of rows, of those planned, with which another collector's begin. `rows_before[i]` and
+        `bytes_before[i]` are how many rows and bytes the first i sends hold.
         """
         lengths = batch.lengths if indices is None else batch.lengths[indices]
+        apart = None
+        if len(parts) > 1:
+            apart = np.zeros(len(lengths), np.bool_)
+            apart[list(parts)] = True
+        starts = group(lengths, largest_segment, apart)
+        if (
+            apart is None
+            and largest_segment
+            and len(lengths) >= WORTH_ORDERING
+            and len(starts) * ROWS_A_SEND > len(lengths)
+        ):
+            order = by_length(batch.words if indices is None else batch.words[indices], lengths)
+            indices, lengths = order if indices is None else indices[order], lengths[order]
+            starts = group(lengths, largest_segment)
+        self._rows_of_batch = indices
         pointers = batch.pointers if indices is None else batch.pointers[indices]
-        starts = group(lengths, largest_segment)
         begins, counts = pieces(pointers, lengths, starts)
         self.sends = sends = len(starts)
         self.rows = len(lengths)
+        self._first_sends = [*np.searchsorted(starts, parts).tolist(), sends]
         self.rows_before = np.append(starts, len(lengths))
         bytes_before = np.append(0, np.cumsum(lengths))
         self.bytes_before = bytes_before[self.rows_before]
@@ -60,6 +86,22 @@ class SendPlan:
         self._controls["size"][:sends] = lengths[starts]
         headers["control"] = np.where(several, self._control_at[:sends], 0)
         headers["controllen"] = np.where(several, CONTROL.itemsize, 0)
+
+    def sends_of(self, part: int) -> tuple[int, int]:
+        """The first send of a part, and that of the next."""
+        return self._first_sends[part], self._first_sends[part + 1]
+
+    def rows_of(self, part: int) -> int:
+        """How many rows a part has."""
+        first, stop = self.sends_of(part)
+        return int(self.rows_before[stop] - self.rows_before[first])
+
+    def rest(self, sent: int, part: int = 0) -> Indices:
+        """The rows of the batch that are left of a part when its first `sent` are not."""
+        first, last = (int(self.rows_before[send]) for send in self.sends_of(part))
+        return (
+            np.arange(first + sent, last) if self._rows_of_batch is None else self._rows_of_batch[first + sent : last]
+        )
 
     def segmented(self, number: int) -> bool:
         """Whether a send holds more than one datagram."""

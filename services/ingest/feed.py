@@ -7,17 +7,23 @@ import numpy as np
 from shared.batch import ROW, DatagramBatch, Rows
 from shared.bus import Publisher
 from shared.ledger import BUS_FULL, BYTES, NO_SUBSCRIBER, OVERSIZED, PUBLISHED, RECEIVED
-from shared.wire import Datagrams, datagrams_topic
+from shared.pool import LENT_SIZE, Loan, Pool
+from shared.wire import Datagrams, datagrams_topic, inline_topic
 
 
 class StreamFeed:
-    """Counts and publishes the datagrams of one stream, whichever listener they came by."""
+    """Counts and publishes the datagrams of one stream, whichever listener they came by.
 
-    def __init__(self, stream: str, publisher: Publisher, account: Counter[str]) -> None:
+    Without a pool no payload is lent: all go through the bus.
+    """
+
+    def __init__(self, stream: str, publisher: Publisher, account: Counter[str], pool: Pool | None = None) -> None:
         self.stream = stream
         self.topic = datagrams_topic(stream)
         self.account = account
         self._publisher = publisher
+        self._pool = pool
+        self._inline = inline_topic(stream)
 
     def receive(self, count: int, size: int) -> bool:
         """Count datagrams received, `size` bytes together; return whether anybody wants them, else they are dropped."""
@@ -33,13 +39,32 @@ class StreamFeed:
         self.account[RECEIVED] += count
         self.account[OVERSIZED] += count
 
-    def publish(self, received_ns: int, rows: Rows, payload: bytes) -> None:
-        """Put datagrams that were counted by `receive` on the bus."""
-        batch = DatagramBatch(self.stream, received_ns, rows, payload)
-        sent = self._publisher.publish(self.topic, Datagrams(self.stream, received_ns), batch)
+    def lend(self, size: int) -> Loan | None:
+        """Return where to put a payload of so many bytes that is to be lent; None when it is to go through the bus."""
+        if self._pool is None or size < LENT_SIZE or self._publisher.wanted(self._inline):
+            return None
+        return self._pool.lend()
+
+    def publish(
+        self, received_ns: int, rows: Rows, payload: bytes | memoryview, loan: Loan | None = None, stride: int = 0
+    ) -> None:
+        """Put datagrams that were counted by `receive` on the bus; with a loan `payload` is in its memory."""
+        batch = DatagramBatch(self.stream, received_ns, rows, payload, stride)
+        number, chunk = (loan.number, loan.chunk) if loan else (self._lent, None)
+        body = Datagrams(self.stream, received_ns, number, chunk, stride)
+        sent = self._publisher.publish(self.topic, body, batch)
         self.account[PUBLISHED if sent else BUS_FULL] += len(rows)
+        if sent and loan and self._pool:
+            self._pool.lent(loan)
 
     def mark(self, now_ns: int) -> None:
         """Tell a new subscriber where the sequence stands, by a batch without rows."""
+        if self._pool:
+            self._pool.hold_back()
         empty = DatagramBatch(self.stream, now_ns, np.empty(0, ROW), b"")
-        self._publisher.publish(self.topic, Datagrams(self.stream, now_ns), empty)
+        self._publisher.publish(self.topic, Datagrams(self.stream, now_ns, self._lent), empty)
+
+    @property
+    def _lent(self) -> int:
+        """The number of the last loan."""
+        return self._pool.number if self._pool else 0

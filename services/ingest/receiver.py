@@ -2,7 +2,7 @@
 
 import socket
 import time
-from collections.abc import Iterator
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -10,10 +10,15 @@ import numpy.typing as npt
 from services.ingest.feed import StreamFeed
 from services.ingest.replies import Replier
 from shared.addresses import LOCAL_SENDER
-from shared.batch import MAX_DATAGRAM, MAX_PAYLOAD
+from shared.batch import MAX_DATAGRAM, MAX_PAYLOAD, Rows
 from shared.ledger import KERNEL_DROPPED, RECEIVE_ERRORS
 from shared.mmsg import ReceiveArena
+from shared.pool import CHUNK, LENT_SIZE
 from shared.sockets import InheritedSocket, close_listener, kernel_drops, refuse_input
+
+SMALLEST_STRIDE: Final = 256
+"""Bytes, for datagrams of different lengths: a power of two that the longest is not above."""
+Lengths = npt.NDArray[np.uint32]
 
 
 class DatagramReceiver:
@@ -24,18 +29,22 @@ class DatagramReceiver:
         self._feed = feed
         self._arena = arena
         self._replier = Replier(sock, reply, feed.account) if reply and sock.family != socket.AF_UNIX else None
+        self._family = sock.family
         self.inherited = isinstance(sock, InheritedSocket)
         self._kernel_dropped = kernel_drops(sock) if self.inherited else 0  # not what our predecessors accounted for
+        self._stride = 0
+        """How far apart the next datagrams are to stand in lent memory; 0: what comes may be too little to be lent."""
 
     def fileno(self) -> int:
         """The socket's descriptor."""
         return self._socket.fileno()
 
     def receive(self) -> tuple[int, int]:
-        """Take what has come, at most 256 datagrams, onto the bus; return how many, and their bytes."""
+        """Take what has come, at most `MAX_ROWS` datagrams, onto the bus; return how many, and their bytes."""
         arena = self._arena
+        loan = self._feed.lend(LENT_SIZE) if self._stride else None
         try:
-            count = arena.receive(self._socket.fileno())
+            count = arena.receive(self._socket.fileno(), loan.memory if loan else None, self._stride)
         except OSError:  # an ICMP error to a reply of ours, or the kernel short of memory: the next call goes on
             self._feed.account[RECEIVE_ERRORS] += 1
             return 0, 0
@@ -43,21 +52,36 @@ class DatagramReceiver:
             return 0, 0
         received_ns = time.time_ns()
         lengths = arena.lengths(count)
-        size = int(lengths.sum())
-        oversized = lengths[lengths > MAX_DATAGRAM]
-        refused = len(oversized)
-        if refused:
-            self._feed.refuse_oversized(refused)
-        if refused < count and self._feed.receive(count - refused, size - int(oversized.sum()) if refused else size):
-            rows = arena.rows(count, self._socket.family)
-            if self._socket.family == socket.AF_UNIX:
+        size, longest = int(np.add.reduce(lengths)), int(np.maximum.reduce(lengths))
+        wanted, wanted_size = count, size
+        if longest > MAX_DATAGRAM:
+            oversized = lengths[lengths > MAX_DATAGRAM]
+            wanted, wanted_size = count - len(oversized), size - int(oversized.sum())
+            self._feed.refuse_oversized(len(oversized))
+        if wanted and self._feed.receive(wanted, wanted_size):
+            rows = arena.rows(count, self._family)
+            if self._family == socket.AF_UNIX:
                 rows["address"] = np.frombuffer(LOCAL_SENDER, np.uint8)
-            for start, stop in cuts(lengths):
-                self._feed.publish(received_ns, rows[start:stop], arena.payload(start, stop))
+            if loan and size >= LENT_SIZE and longest <= self._stride:
+                self._feed.publish(received_ns, rows, loan.memory[: count * self._stride], loan, self._stride)
+            else:
+                self._compact(received_ns, rows, lengths, size)
         if self._replier:
             self._replier.reply(arena, count)
         arena.restore(count)
+        self._stride = stride_for(longest, equal=size == longest * count) if size >= LENT_SIZE else 0
         return count, size
+
+    def _compact(self, received_ns: int, rows: Rows, lengths: Lengths, size: int) -> None:
+        """Put what did not come to its place on the bus, end to end and as many batches as it takes."""
+        start = 0
+        while start < len(lengths):
+            loan = self._feed.lend(size)
+            start, stop = cut(lengths, start, CHUNK if loan else MAX_PAYLOAD)
+            if start < stop:
+                payload = self._arena.payload(start, stop, loan.memory if loan else None)
+                self._feed.publish(received_ns, rows[start:stop], payload, loan)
+            start = stop
 
     def count_kernel_drops(self) -> None:
         """Account for what the kernel dropped since the last call because the receive buffer was full."""
@@ -74,17 +98,22 @@ class DatagramReceiver:
         close_listener(self._socket)
 
 
-def cuts(lengths: npt.NDArray[np.uint32]) -> Iterator[tuple[int, int]]:
-    """Yield (start, stop) of stretches that fit a bus message: at most `MAX_PAYLOAD` bytes, no datagram oversized."""
-    ends = np.cumsum(lengths, dtype=np.int64)
-    if ends[-1] <= MAX_PAYLOAD and lengths.max() <= MAX_DATAGRAM:
-        yield 0, len(lengths)
-        return
-    start, before = 0, 0
-    for oversized in [*np.flatnonzero(lengths > MAX_DATAGRAM).tolist(), len(lengths)]:
-        while start < oversized:
-            stop = min(int(np.searchsorted(ends, before + MAX_PAYLOAD, "right")), oversized)
-            yield start, stop
-            start, before = stop, int(ends[stop - 1])
-        start = oversized + 1
-        before = int(ends[oversized]) if oversized < len(ends) else before
+def stride_for(longest: int, *, equal: bool) -> int:
+    """How far apart datagrams should stand that are like those before: at most `longest` bytes, or all `equal`.
+
+    Equal ones stand end to end, so that they can leave as one piece.
+    """
+    return min(MAX_DATAGRAM, longest if equal else max(SMALLEST_STRIDE, 1 << (longest - 1).bit_length()))
+
+
+def cut(lengths: Lengths, start: int, most: int) -> tuple[int, int]:
+    """Return (start, stop) of the next stretch of at most `most` bytes that has no oversized datagram in it.
+
+    `most` is at least what one datagram may have. The stretch is empty where only oversized ones are left.
+    """
+    ends = np.cumsum(lengths[start:], dtype=np.int64)
+    oversized = np.append(lengths[start:] > MAX_DATAGRAM, True)
+    skipped = int(np.append(~oversized[:-1], True).argmax())
+    before = int(ends[skipped - 1]) if skipped else 0
+    full = int(np.searchsorted(ends, before + most, "right"))
+    return start + skipped, start + min(full, skipped + int(oversized[skipped:].argmax()))

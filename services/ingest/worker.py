@@ -14,12 +14,14 @@ from services.ingest.connections import Connections
 from services.ingest.feed import StreamFeed
 from services.ingest.receiver import DatagramReceiver
 from services.ingest.sockets import open_sockets, refuse_left_over, take_inherited, warn_of_small_buffers
+from services.ingest.spread import Spreader
 from shared.addresses import Endpoint
 from shared.batch import MAX_ROWS
 from shared.bus import Publisher, new_context
 from shared.ledger import new_accounts
 from shared.lifecycle import BAD_SETTINGS, Lifecycle, OperatorError, Readiness
 from shared.mmsg import ReceiveArena
+from shared.pool import CHUNK, Lender, Pool, pool_path
 from shared.settings import Settings, Stream
 from shared.sockets import InheritedSocket, enlarge_receive_buffer
 from shared.status import Reporter
@@ -30,6 +32,17 @@ RECORD_SIZE: Final = 1024
 """Bytes the kernel charges a datagram beyond its payload, about (struct sk_buff and rounding)."""
 
 log = structlog.get_logger()
+
+
+def new_pools(streams: list[str], size: int) -> dict[str, Pool]:
+    """Memory to lend payloads in; none when it is switched off, or when the kernel gives none."""
+    if size < CHUNK:
+        return {}
+    try:
+        return {stream: Pool(stream, size) for stream in streams}
+    except OSError as error:
+        log.warning("payloads go through the bus: no memory to lend them in", error=str(error), needs="Linux 5.1")
+        return {}
 
 
 class Worker:
@@ -47,6 +60,7 @@ class Worker:
         """Begins to read an inherited socket each."""
         self._granted: dict[int, int] = {}
         self._bound: set[tuple[int, object]] = set()
+        self._spreader = Spreader(settings.ingest.spread)
         self._fill_seconds = settings.ingest.fill_ms / 1000
         self._received_at = 0.0
         self._count = self._size = 0
@@ -56,10 +70,12 @@ class Worker:
         bus = self._settings.bus
         self._publisher = Publisher(self._context, bus.path, self._name, bus.high_water_mark)
         self._reporter = Reporter(self._publisher)
+        names = [stream.name for stream in self._settings.streams]
+        self._pools = new_pools(names, bus.pool)
         self._feeds = [
-            StreamFeed(stream.name, self._publisher, self._accounts[f"stream/{stream.name}"])
-            for stream in self._settings.streams
+            StreamFeed(name, self._publisher, self._accounts[f"stream/{name}"], self._pools.get(name)) for name in names
         ]
+        self._lender = Lender(pool_path(bus.path, self._name), self._pools, self._watch, self._selector.unregister)
         try:
             held = take_inherited()
             for stream, feed in zip(self._settings.streams, self._feeds, strict=True):
@@ -69,6 +85,7 @@ class Worker:
             self._close()
             raise
         warn_of_small_buffers(self._granted)
+        self._spreader.renew()
         self._smallest_buffer = min(self._granted.values(), default=0)
         return self
 
@@ -85,11 +102,15 @@ class Worker:
                     self._granted[stream.receive_buffer] = enlarge_receive_buffer(sock, stream.receive_buffer)
                     receiver = DatagramReceiver(sock, feed, self._arena, reply)
                     self._receivers.append(receiver)
+                    self._spreader.add(sock)
                     begin = partial(self._read, receiver)
                 if isinstance(sock, InheritedSocket):
                     self._held_back.append(begin)
                 else:
                     begin()
+
+    def _watch(self, sock: socket.socket, handle: Callable[[], object]) -> None:
+        self._selector.register(sock, selectors.EVENT_READ, handle)
 
     def _read(self, receiver: DatagramReceiver) -> None:
         self._selector.register(receiver, selectors.EVENT_READ, lambda: self._receive(receiver))
@@ -137,6 +158,7 @@ class Worker:
         self._connections.serve()
         now = time.monotonic()
         if now >= self._reporter.due_at:
+            self._spreader.renew()
             self._report()
         self._greet()
         if self._count:
@@ -199,6 +221,9 @@ class Worker:
     def _close(self) -> None:
         for receiver in self._receivers:
             receiver.close()
+        self._lender.close()
+        for pool in self._pools.values():
+            pool.close()
         self._selector.close()
         self._publisher.close()
         self._context.term()  # waits for what is queued, at most the linger time

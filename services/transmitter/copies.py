@@ -11,14 +11,14 @@ from services.transmitter.headers import ETHERTYPE_IPV4, ETHERTYPE_IPV6
 from services.transmitter.neighbourhood import Neighbourhood, Way, WayKind
 from services.transmitter.target import Identification, Target
 from shared.batch import Indices
-from shared.gathering import Gathered
+from shared.gathering import MAX_GATHERED_PAYLOAD, Gathered
 from shared.ledger import HELD, NO_NEIGHBOUR
 from shared.registry import Client
 
 HELD_SECONDS: Final = 1.0
 """How long datagrams wait for the next hop to tell its link address."""
 HELD_ROWS: Final = 4096
-HELD_BYTES: Final = 4 << 20
+HELD_BYTES: Final = 2 * MAX_GATHERED_PAYLOAD
 """How many datagrams, and bytes of the batches that they are in, one collector may have waiting."""
 
 
@@ -37,13 +37,21 @@ class Held:
 
 
 class Copies:
-    """How a collector is reached. `permitted` is the policy's word on its address."""
+    """How a collector is reached. `numbers` are those of its address, `permitted` is the policy's word on that."""
 
-    def __init__(self, client: Client, account: Counter[str], neighbourhood: Neighbourhood, *, permitted: bool) -> None:
+    def __init__(
+        self,
+        client: Client,
+        account: Counter[str],
+        neighbourhood: Neighbourhood,
+        numbers: Identification,
+        *,
+        permitted: bool,
+    ) -> None:
         self.client = client
         self.account = account
         self.permitted = permitted
-        self.numbers = Identification()
+        self.numbers = numbers
         self.version = 6 if ":" in client.address else 4
         self._packed = socket.inet_pton(socket.AF_INET6 if self.version == 6 else socket.AF_INET, client.address)
         self._neighbourhood = neighbourhood
@@ -59,7 +67,6 @@ class Copies:
         """The way there as of now."""
         if self._found_at != self._neighbourhood.version:
             self._way = self._neighbourhood.way(self.client.address)
-            # Finding the way may itself have forgotten others; what was found is as new as can be.
             self._found_at = self._neighbourhood.version
             self._target = None
         return self._way
@@ -86,7 +93,7 @@ class Copies:
         """Whether the next hop's link address has to be found out first; has it found out."""
         if way.hop is None:
             return False
-        way.hop.idle = 0
+        way.hop.used = True
         if way.hop.usable:
             return False
         self._neighbourhood.resolve(way.hop)

@@ -13,6 +13,7 @@ from typing import Final
 from services.transmitter.neighbourhood import Neighbourhood
 from services.transmitter.netlink import Link
 from services.transmitter.policy import Audit, Policy
+from shared.frames import ANSWER_SECONDS, MAX_SENDING_SECONDS, sending_seconds
 from shared.wire import TransmitReply, TransmitRequest
 
 SO_NOFCS: Final = 43
@@ -23,8 +24,10 @@ VLAN: Final = 0x8100
 FCS_SIZE: Final = 4
 MAX_JOBS: Final = 64
 """Requests under way at once."""
+OVERTIME_SECONDS: Final = ANSWER_SECONDS / 2
+"""How long a request may take on top of its pace: who asked still hears how far it came, and then gives up."""
 FRAMES_AT_ONCE: Final = 128
-"""Frames of one request sent before copies get their turn."""
+"""Frames of all requests sent before copies get their turn."""
 RETRY_SECONDS: Final = 0.002
 SENT: Final = "frames_sent"
 FAILED: Final = "frames_failed"
@@ -45,8 +48,9 @@ class FrameError(Exception):
 @dataclass(slots=True)
 class _Job:
     request: TransmitRequest
+    due_at: float
+    ends_at: float
     sent: int = 0
-    due_at: float = 0.0
 
 
 class Frames:
@@ -78,40 +82,51 @@ class Frames:
         try:
             if len(self._jobs) >= MAX_JOBS:
                 raise FrameError("unavailable", f"{MAX_JOBS} requests are under way; try again")
+            seconds = sending_seconds(request.count, request.per_second)
+            if seconds > MAX_SENDING_SECONDS:
+                message = f"the frames take {seconds:.0f} s at that pace; expected at most {MAX_SENDING_SECONDS:.0f} s"
+                raise FrameError("bad_request", message)
             self._check(request)
         except FrameError as error:
             self._refuse(request, error)
         else:
-            self._jobs.append(_Job(request, due_at=time.monotonic()))
+            now = time.monotonic()
+            self._jobs.append(_Job(request, now, now + seconds + OVERTIME_SECONDS))
 
     def work(self) -> float:
         """Send what is due; return the seconds until there is more, infinity when there is nothing."""
+        now = time.monotonic()
+        due = sum(job.due_at <= now for job in self._jobs)
         for _ in range(len(self._jobs)):
             job = self._jobs.popleft()
             try:
-                self._advance(job)
+                if job.due_at <= now:
+                    self._advance(job, now, FRAMES_AT_ONCE // due)
             except FrameError as error:
                 self._refuse(job.request, error, job.sent)
                 continue
-            if job.sent < job.request.count:
+            if job.sent == job.request.count:
+                self._answer(job.request.reply, TransmitReply(job.request.id, job.sent))
+            elif time.monotonic() < job.ends_at:
                 self._jobs.append(job)
             else:
-                self._answer(job.request.reply, TransmitReply(job.request.id, job.sent))
+                message = f"{job.request.interface}, or the limit of frames a second, did not let them leave in time"
+                self._refuse(job.request, FrameError("unavailable", message), job.sent)
         return max(0.0, min((job.due_at for job in self._jobs), default=math.inf) - time.monotonic())
 
-    def _advance(self, job: _Job) -> None:
-        now, request = time.monotonic(), job.request
-        if job.due_at > now:
-            return
-        due = FRAMES_AT_ONCE
+    def _advance(self, job: _Job, now: float, most: int) -> None:
+        """Send what is due of a request, and at most so many frames."""
+        request, before = job.request, job.sent
         if request.per_second:
-            due = min(due, 1 + int((now - job.due_at) * request.per_second))
-        wanted = min(due, request.count - job.sent)
-        granted = self._policy.grant(wanted)
-        sent = 0
-        while sent < granted and self._send(request):
-            sent += 1
-        job.sent += sent
+            most = min(most, 1 + int((now - job.due_at) * request.per_second))
+        wanted = min(most, request.count - before)
+        last = before + self._policy.grant(wanted)
+        try:
+            while job.sent < last and self._send(request):
+                job.sent += 1
+        finally:
+            self._policy.give_back(last - job.sent)
+        sent = job.sent - before
         if sent < wanted:
             job.due_at = now + RETRY_SECONDS  # the interface, or the limit of frames a second, lets more leave later
         elif request.per_second:

@@ -65,7 +65,8 @@ HEADERS6: Final = np.dtype([
 ])  # fmt: skip
 """`flow` is version, traffic class and flow label; `room` takes what a fragment header pushes back."""
 VNET_SIZE: Final = 10
-LINK_SIZE: Final = VNET_SIZE + 14
+LINK_HEADER: Final = 14
+LINK_SIZE: Final = VNET_SIZE + LINK_HEADER
 assert (HEADERS4.itemsize, HEADERS6.itemsize) == (LINK_SIZE + 28, LINK_SIZE + 48 + FRAGMENT_SIZE)
 
 FRAGMENT_HEADER: Final = np.dtype([("next", "u1"), ("reserved", "u1"), ("offset", ">u2"), ("identification", ">u4")])
@@ -89,16 +90,11 @@ def complete(sums: Sums) -> Sums:
     return inverted
 
 
-def sum_words(packed: bytes) -> int:
-    """The sum of the 16-bit words in an even number of bytes."""
-    return sum(packed[0::2]) * 256 + sum(packed[1::2])
-
-
 def sum_payloads(batch: Gathered, rows: Indices) -> Sums:
     """Return for each row a number that is the sum of its payload's 16-bit words modulo 65535, uint32, shape (n,)."""
     size = int(batch.lengths[0])
-    if size and size % 2 == 0 and (batch.lengths == size).all():
-        payloads = [np.frombuffer(each.payload, ">u2").reshape(len(each), size // 2) for each in batch.batches]
+    if size and size % 2 == 0 and (batch.lengths == size).all() and not any(each.stride % 2 for each in batch.batches):
+        payloads = [np.frombuffer(each.payload, ">u2").reshape(len(each), -1)[:, : size // 2] for each in batch.batches]
         equal: Sums = np.concatenate([words.sum(axis=1, dtype=np.uint32) for words in payloads])[rows]
         return fold(equal)
     # Modulo 65535 a string of bytes read as one number is the sum of its words, since 65536 is 1: what CPython does in

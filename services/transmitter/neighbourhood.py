@@ -1,11 +1,12 @@
 """The ways to collectors: route, link and next hop, remembered and kept true by netlink events."""
 
-import contextlib
 import socket
+import struct
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 from typing import Final
+from weakref import WeakValueDictionary
 
 from services.transmitter.netlink import (
     NUD_STALE,
@@ -23,23 +24,25 @@ from shared.ledger import INTERFACE_DOWN, NO_ROUTE
 
 DISCARD_PORT: Final = 9
 """RFC 863: what comes there is thrown away."""
+IP_PKTINFO: Final = 8
+"""linux/in.h: with a link's number, the link that a datagram leaves by, whatever the routes say (ip(7), ipv6(7))."""
+PKTINFO4: Final = struct.Struct("=i8x")
+PKTINFO6: Final = struct.Struct("=16xi")
 LOOK_AGAIN_SECONDS: Final = 0.1
 LOOK_AGAIN_SHARE: Final = 10
-"""A router's table may change all the time: a change makes all ways be asked for anew at most so often, for one part in
-so many of the time."""
-IDLE_ROUNDS: Final = 60
-"""Seconds after which a next hop that nothing was sent to is forgotten."""
+"""A router's table, or a link, may change all the time: a change makes all ways be asked for anew at most so often, for
+one part in so many of the time."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True)
 class Hop:
-    """A next hop as the kernel knows it now. `idle`: seconds since it was used; `probed`: asked for within this one."""
+    """A next hop as the kernel knows it now, within this second `used`, and `probed`: asked for."""
 
     link_index: int
     address: str
-    state: int
-    link_address: bytes
-    idle: int = 0
+    state: int = 0
+    link_address: bytes = b""
+    used: bool = False
     probed: bool = False
 
     @property
@@ -73,22 +76,21 @@ class Neighbourhood:
 
     def __init__(self) -> None:
         self.version = 0
-        self._routes_changed = False
+        self.stale = False
+        """Whether something has changed that makes `version` grow soon."""
+        self._events_lost = False
         self._look_again_at = self._asked_seconds = 0.0
         self._netlink = Netlink()
         self._probes = {family: _open_probe(family) for family in (socket.AF_INET, socket.AF_INET6)}
-        self._hops: dict[tuple[int, str], Hop] = {}
-        self._links: dict[int, Link] = {}
-        self._reload()
+        self._hops: WeakValueDictionary[tuple[int, str], Hop] = WeakValueDictionary()  # a hop lives as long as its ways
+        self._links = self._ask_links()
 
     def fileno(self) -> int:
         """Readable when something has changed."""
         return self._netlink.fileno()
 
-    def _reload(self) -> None:
-        self._links = {link.index: link for link in self._netlink.links()}
-        self._hops.clear()
-        self.version += 1
+    def _ask_links(self) -> dict[int, Link]:
+        return {link.index: link for link in self._netlink.links()}
 
     def link(self, name: str) -> Link | None:
         """The link of a name."""
@@ -96,27 +98,36 @@ class Neighbourhood:
 
     def follow(self) -> None:
         """Take in what has changed."""
-        changed = False
         for event in self._netlink.events():
             match event:
                 case Neighbour():
                     if hop := self._hops.get((event.link_index, event.address)):
                         hop.state, hop.link_address = event.state, event.link_address
                 case Link():
-                    changed |= self._links.get(event.index) != event
+                    known = self._links.get(event.index, event)  # ways by a new link come with their routes
+                    self.stale |= replace(event, name=known.name) != known
                     self._links[event.index] = event
                 case LinkGone():
-                    changed |= self._links.pop(event.index, None) is not None
+                    self.stale |= self._links.pop(event.index, None) is not None
                 case RoutesChanged():
-                    self._routes_changed = True
+                    self.stale = True
                 case EventsLost():
-                    self._reload()
-        now = time.monotonic()
-        if self._routes_changed and now >= self._look_again_at:
-            changed, self._routes_changed = True, False
-            self._look_again_at = now + max(LOOK_AGAIN_SECONDS, LOOK_AGAIN_SHARE * self._asked_seconds)
-            self._asked_seconds = 0.0
-        self.version += changed
+                    self.stale = self._events_lost = True
+        if self.stale and time.monotonic() >= self._look_again_at:
+            self._look_again()
+
+    def _look_again(self) -> None:
+        """Have ways asked for anew; after lost events all else that is remembered too."""
+        began = time.monotonic()
+        self._look_again_at = began + max(LOOK_AGAIN_SECONDS, LOOK_AGAIN_SHARE * self._asked_seconds)
+        self.stale, self._asked_seconds = False, 0.0
+        self.version += 1
+        if self._events_lost:
+            self._events_lost = False
+            self._links = self._ask_links()
+            for hop in list(self._hops.values()):
+                self._ask(hop)
+            self._asked_seconds += time.monotonic() - began
 
     def way(self, address: str) -> Way:
         """The way to an address. Costs a question or two to the kernel: keep it until `version` grows."""
@@ -138,11 +149,15 @@ class Neighbourhood:
         return Way(WayKind.FRAMES, link=link, hop=self._hop(link.index, route.next_hop), mtu=mtu)
 
     def _hop(self, link_index: int, address: str) -> Hop:
-        key = link_index, address
-        if key not in self._hops:
-            known = self._netlink.neighbour(*key)
-            self._hops[key] = Hop(*key, known.state, known.link_address)
-        return self._hops[key]
+        hop = self._hops.get((link_index, address))
+        if hop is None:
+            hop = self._hops[link_index, address] = Hop(link_index, address)
+            self._ask(hop)
+        return hop
+
+    def _ask(self, hop: Hop) -> None:
+        known = self._netlink.neighbour(hop.link_index, hop.address)
+        hop.state, hop.link_address = known.state, known.link_address
 
     def resolve(self, hop: Hop) -> None:
         """Have the kernel find out a next hop's link address, unless that was asked for a moment ago.
@@ -153,27 +168,34 @@ class Neighbourhood:
         if hop.probed:
             return
         hop.probed = True
-        family = socket.AF_INET6 if ":" in hop.address else socket.AF_INET
-        scope = (0, hop.link_index) if family == socket.AF_INET6 else ()
-        probe = self._probes[family]
+        if ":" in hop.address:
+            probe, by_link = self._probes[socket.AF_INET6], PKTINFO6.pack(hop.link_index)
+            control = (socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, by_link)
+        else:
+            probe, by_link = self._probes[socket.AF_INET], PKTINFO4.pack(hop.link_index)
+            control = (socket.IPPROTO_IP, IP_PKTINFO, by_link)
         if probe is not None:
-            with contextlib.suppress(OSError):  # what is wrong shows in the hop's state; this was only a question
-                probe.sendto(b"", (hop.address, DISCARD_PORT, *scope))
+            try:
+                probe.sendmsg([], [control], socket.MSG_DONTROUTE, (hop.address, DISCARD_PORT))
+            except BlockingIOError:
+                hop.probed = False  # the probes of hops that do not answer fill the socket: asked for as soon as may be
+                return
+            except OSError:
+                pass  # what is wrong shows in the hop's state; this was only a question
+        if not hop.state:  # where a link has no ARP the kernel knows at once, and tells nobody
+            self._ask(hop)
 
     def refresh(self) -> None:
-        """Have hops that are in use confirmed, as the kernel does for its own traffic, and forget idle ones.
+        """Have hops that are in use confirmed, as the kernel does for its own traffic. Due every second.
 
         We send past the kernel, which therefore never notices by itself that a link address has changed: an entry in
-        state STALE is probed, and becomes REACHABLE or FAILED. Due every second.
+        state STALE is probed, and becomes REACHABLE or FAILED.
         """
-        for key, hop in list(self._hops.items()):
+        for hop in list(self._hops.values()):
             hop.probed = False
-            hop.idle += 1
-            if hop.idle > IDLE_ROUNDS:
-                del self._hops[key]
-                self.version += 1
-            elif hop.idle == 1 and (hop.state & NUD_STALE or not hop.usable):
+            if hop.used and (hop.state & NUD_STALE or not hop.usable):
                 self.resolve(hop)
+            hop.used = False
 
     def close(self) -> None:
         """Close all sockets."""

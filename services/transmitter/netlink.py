@@ -6,11 +6,13 @@ The sockets are plain ones, to be polled with the rest; pyroute2 knows the forma
 import errno
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from pyroute2.netlink import NLM_F_DUMP, NLM_F_REQUEST, nlmsg
+from pyroute2.netlink.exceptions import NetlinkDecodeError
 from pyroute2.netlink.rtnl import (
     RTM_DELLINK,
     RTM_DELNEIGH,
@@ -48,6 +50,12 @@ GROUPS: Final = (
 )  # fmt: skip
 HEADER: Final = struct.Struct("=IHHII")
 """struct nlmsghdr: length, type, flags, sequence, port."""
+NEIGHBOUR: Final = struct.Struct("=B3xiHBB")
+"""struct ndmsg: family, link, state, flags, type (linux/neighbour.h)."""
+ATTRIBUTE: Final = struct.Struct("=HH")
+"""struct rtattr: length with this header, type; the next one begins at a multiple of 4 bytes (rtnetlink(7))."""
+NDA_DST: Final = 1
+NDA_LLADDR: Final = 2
 
 KERNEL: Final = 0
 """The kernel's netlink port."""
@@ -63,6 +71,9 @@ NUD_FAILED: Final = 0x20
 NUD_STALE: Final = 0x04
 NUD_USABLE: Final = 0x02 | NUD_STALE | 0x08 | 0x10 | 0x40 | 0x80
 """REACHABLE, STALE, DELAY, PROBE, NOARP, PERMANENT (linux/neighbour.h): the link address is one to send to."""
+UNREADABLE: Final = (LookupError, TypeError, ValueError, AttributeError, struct.error, NetlinkDecodeError)
+"""What pyroute2 makes of a message in a format that it does not know; a newer kernel may have one."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +122,7 @@ class LinkGone:
 
 @dataclass(frozen=True, slots=True)
 class EventsLost:
-    """There were more events than the socket could hold: nothing that is remembered may be relied on."""
+    """More events than the socket could hold, or one that can't be read: what is remembered can't be relied on."""
 
 
 Event = Link | LinkGone | Neighbour | RoutesChanged | EventsLost
@@ -138,54 +149,51 @@ class Netlink:
 
     def links(self) -> list[Link]:
         """Every link there is."""
-        return [_link(answer) for answer in self._ask(ifinfmsg(), RTM_GETLINK, NLM_F_DUMP)]
+        return self._ask(ifinfmsg(), RTM_GETLINK, _link, NLM_F_DUMP)
 
     def route(self, address: str) -> Route | None:
         """The route to an address, as the kernel would choose it; None when there is none."""
         question = rtmsg()
         question["family"], question["dst_len"] = _family(address), 128 if ":" in address else 32
         question["attrs"] = [("RTA_DST", address)]
-        answers = self._ask(question, RTM_GETROUTE)
-        return _route(answers[0], address) if answers else None
+        answers = self._ask(question, RTM_GETROUTE, lambda answer: _route(answer, address))
+        return answers[0] if answers else None
 
     def neighbour(self, link_index: int, address: str) -> Neighbour:
         """What is known of a next hop; state 0 when nothing is."""
         question = ndmsg()
         question["family"], question["ifindex"] = _family(address), link_index
         question["attrs"] = [("NDA_DST", address)]
-        answers = self._ask(question, RTM_GETNEIGH)
-        return _neighbour(answers[0]) if answers else Neighbour(link_index, address, 0, b"")
+        answers = self._ask(question, RTM_GETNEIGH, _neighbour)
+        return answers[0] if answers else Neighbour(link_index, address, 0, b"")
 
-    def _ask(self, question: nlmsg, kind: int, flags: int = 0) -> list[nlmsg]:
+    def _ask(self, question: nlmsg, kind: int, read: Callable[[Any], T], flags: int = 0) -> list[T]:
         """Return the answers; none where the kernel answers with an error, such as ENETUNREACH, or not at all."""
         self._sequence += 1
         question["header"].update(type=kind, flags=NLM_F_REQUEST | flags, sequence_number=self._sequence)
         question.encode()
-        answers: list[nlmsg] = []
-        self._questions.sendto(question.data, (KERNEL, 0))
-        while True:
-            try:
-                data = self._receive(self._questions)
-            except OSError:  # too late, or ENOBUFS: the next question is answered by its own number
-                return answers
-            for answer in self._parse(data):
-                if answer["header"]["sequence_number"] != self._sequence:
-                    continue  # to a question that was given up
-                if _ends(answer):
-                    return answers
-                answers.append(answer)
-                if not flags & NLM_F_DUMP:
-                    return answers
+        answers: list[T] = []
+        try:
+            self._questions.sendto(question.data, (KERNEL, 0))
+            while True:
+                for answer in self._marshal.parse(self._receive(self._questions)):
+                    if answer["header"]["sequence_number"] != self._sequence:
+                        continue  # to a question that was given up
+                    if _ends(answer):
+                        return answers
+                    with suppress(*UNREADABLE):
+                        answers.append(read(answer))
+                    if not flags & NLM_F_DUMP:
+                        return answers
+        except (OSError, *UNREADABLE):  # too late, or ENOBUFS: the next question is answered by its own number
+            return answers
 
     def _receive(self, sock: socket.socket) -> bytes:
-        """Return what the kernel says next: any process may send to our sockets, and is not listened to."""
+        """Return what the kernel says next. A process with CAP_NET_ADMIN may send to us too, and is not listened to."""
         while True:
             data, (sender, _) = sock.recvfrom(RECEIVE_SIZE)
             if sender == KERNEL:
                 return data
-
-    def _parse(self, data: bytes) -> list[nlmsg]:
-        return [each for each in self._marshal.parse(data) if not each["header"].get("error") or _ends(each)]
 
     def events(self) -> Iterator[Event]:
         """Yield what has changed since the last call, up to a bound; `fileno` stays readable when there is more."""
@@ -197,24 +205,38 @@ class Netlink:
             except OSError as error:
                 if error.errno != errno.ENOBUFS:
                     raise
+                self._discard_events()
                 yield EventsLost()
-                continue
-            yield from self._event(data)
+                return
+            try:
+                found = list(self._event(data))
+            except UNREADABLE:
+                found = [EventsLost()]
+            yield from found
+
+    def _discard_events(self) -> None:
+        """Let pass what is still queued: it is older than what was lost, and would undo what is asked for anew."""
+        while True:
+            try:
+                self._events.recv(1)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
 
     def _event(self, data: bytes) -> Iterator[Event]:
         kind = HEADER.unpack_from(data)[1]
         if kind not in (RTM_NEWLINK, RTM_DELLINK, RTM_NEWNEIGH, RTM_DELNEIGH):
             yield RoutesChanged()  # a router's table may change often: what it is now is asked when it is needed
             return
-        for message in self._parse(data):
-            if kind == RTM_NEWLINK:
-                yield _link(message)
-            elif kind == RTM_DELLINK:
-                yield LinkGone(message["index"])
-            elif kind == RTM_NEWNEIGH:
-                yield _neighbour(message)
-            else:
-                yield Neighbour(message["ifindex"], message.get_attr("NDA_DST") or "", 0, b"")
+        if data[HEADER.size] == socket.AF_BRIDGE:
+            return  # a bridge's word on its ports and its table: a port that leaves is no link that goes
+        if kind in (RTM_NEWNEIGH, RTM_DELNEIGH):
+            yield _neighbour_event(data, gone=kind == RTM_DELNEIGH)
+            return
+        for message in self._marshal.parse(data):
+            yield _link(message) if kind == RTM_NEWLINK else LinkGone(message["index"])
 
     def close(self) -> None:
         """Close both sockets."""
@@ -267,6 +289,21 @@ def _neighbour(message: Any) -> Neighbour:
         message["state"],
         _link_address(message.get_attr("NDA_LLADDR") or ""),
     )
+
+
+def _neighbour_event(data: bytes, *, gone: bool) -> Neighbour:
+    """Read a neighbour without pyroute2, which takes long, since a link's hosts come and go all the time."""
+    family, link_index, state, _, _ = NEIGHBOUR.unpack_from(data, HEADER.size)
+    attributes, at = {}, HEADER.size + NEIGHBOUR.size
+    while at < len(data):
+        size, kind = ATTRIBUTE.unpack_from(data, at)
+        attributes[kind] = data[at + ATTRIBUTE.size : at + size]
+        at += max(size, ATTRIBUTE.size) + 3 & ~3
+    address = socket.inet_ntop(family, attributes[NDA_DST])
+    link_address = attributes.get(NDA_LLADDR, b"")
+    if gone:
+        return Neighbour(link_index, address, 0, b"")
+    return Neighbour(link_index, address, state, link_address if len(link_address) == 6 else b"")
 
 
 def _link_address(text: str) -> bytes:

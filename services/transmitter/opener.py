@@ -25,11 +25,17 @@ DEFAULT_USER: Final = "nobody"
 DEFAULT_DIRECTORY: Final = "$XDG_RUNTIME_DIR/fanwire"
 """As in `shared.settings`, which needs more than the standard library."""
 SOCKETS: Final = 8
-"""Of each kind: an interface that is stuck fills the send buffer of one, and what leaves by others goes on."""
+"""Of each kind: an interface that is stuck fills the send buffer of one, and what leaves by others goes on. Two of
+AF_PACKET are for frames that are asked for (`transmission`)."""
 SEND_BUFFER: Final = 4 << 20
-"""Bytes. Only CAP_NET_ADMIN gets more than net.core.wmem_max, and the transmitter won't have it."""
+"""Bytes. Only CAP_NET_ADMIN gets more than net.core.wmem_max: asked for here, since the transmitter won't have it."""
 SO_ATTACH_FILTER: Final = 26
 SO_SNDBUFFORCE: Final = 32
+RECVERR: Final = {
+    "ip4": (socket.IPPROTO_IP, 11),
+    "ip6": (socket.IPPROTO_IPV6, 25),
+}
+"""IP_RECVERR, IPV6_RECVERR: without it raw IP hides from its sender that a queue was full (raw(7))."""
 RECEIVE_NOTHING: Final = ctypes.create_string_buffer(struct.pack("=HBBI", 0x06, 0, 0, 0))
 """A filter of one instruction, `return 0` (struct sock_filter, linux/filter.h)."""
 
@@ -171,7 +177,7 @@ def open_sockets() -> Opened:
         for kind in KINDS:
             opened[kind] = []
             for _ in range(SOCKETS):
-                opened[kind].append(_open(kind))
+                opened[kind].append(open_socket(kind))
     except OSError as error:
         if kind == "ip6" and error.errno == errno.EAFNOSUPPORT:
             return opened
@@ -181,14 +187,19 @@ def open_sockets() -> Opened:
     return opened
 
 
-def _open(kind: str) -> socket.socket:
+def open_socket(kind: str) -> socket.socket:
+    """Open a raw socket that can only send. OSError when that is not permitted, or not known here."""
     sock = socket.socket(*KINDS[kind])
     # Who holds a packet socket can bind it to a protocol and listen, with no capability at all; but not to this one.
     program = struct.pack("HP", 1, ctypes.addressof(RECEIVE_NOTHING))
     sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
     sock.setsockopt(socket.SOL_SOCKET, SO_LOCK_FILTER, 1)
-    with suppress(PermissionError):
+    if kind in RECVERR:
+        sock.setsockopt(*RECVERR[kind], 1)
+    try:
         sock.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, SEND_BUFFER)
+    except PermissionError:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
     return sock
 
 

@@ -1,13 +1,14 @@
 """A raw socket that plans are sent through: what the kernel does not take is waited for, dropped and counted."""
 
 import errno
-import select
 import socket
 import struct
 import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import Final
+
+import numpy as np
 
 from services.transmitter.headers import ETHERTYPE_IPV4, ETHERTYPE_IPV6
 from services.transmitter.neighbourhood import Way, WayKind
@@ -33,19 +34,23 @@ SOCKADDR_IN6: Final = struct.Struct("=HHI16sI")
 
 NO_SEGMENTATION: Final = (errno.EINVAL, errno.EMSGSIZE, errno.EIO, errno.EOPNOTSUPP)
 """What a kernel before 6.2, or a link that has become smaller, says to a run that is to be cut."""
+FULL: Final = {errno.EAGAIN: BUFFER_FULL, errno.ENOBUFS: QUEUE_FULL}
+"""What may be different a moment later."""
 STOPS: Final = {
-    errno.EAGAIN: BUFFER_FULL,
-    errno.ENOBUFS: QUEUE_FULL,
+    **FULL,
     **dict.fromkeys((errno.ENETDOWN, errno.ENXIO, errno.ENODEV), INTERFACE_DOWN),
     **dict.fromkeys((errno.ENETUNREACH, errno.EHOSTUNREACH), NO_ROUTE),
 }
-"""Errors that the next frame would meet too: the rest of the plan is dropped under this cause."""
+"""Errors that the collector's next frame would meet too: the rest of its part is dropped under this cause."""
 MAX_SKIPS: Final = 16
-"""Units of a plan that may fail one by one before the rest is dropped with them."""
+"""Units of a part that may fail one by one before the rest is dropped with them."""
 PATIENCE_SECONDS: Final = 0.02
-"""How long a plan may wait for its interface; once that was in vain, nothing waits there until a send succeeds."""
-QUEUE_PAUSE_SECONDS: Final = 0.0005
-"""Between tries at a queue that is full: it tells nobody when it has room again."""
+PATIENCE_SHARE: Final = 10
+"""An interface that is full is waited for: so long in a row, and for one part in so many of the time. All other copies
+wait with it."""
+PAUSE_SECONDS: Final = 0.0005
+"""Between tries at what is full: a queue tells nobody when it has room again, and poll(2) does not wait where raw IP
+has an error that nobody reads."""
 
 
 class PacketSocket:
@@ -56,7 +61,8 @@ class PacketSocket:
         self.segmentation = sock.family == socket.AF_PACKET
         if sock.family == socket.AF_PACKET:
             sock.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
-        self._stuck = False
+        self._patience = PATIENCE_SECONDS
+        self._patience_at = time.monotonic()
 
     def name(self, target: Target) -> bytes:
         """The socket address that messages to a collector carry."""
@@ -68,53 +74,71 @@ class PacketSocket:
             return SOCKADDR_IN.pack(socket.AF_INET, 0, target.address)
         return SOCKADDR_IN6.pack(socket.AF_INET6, 0, 0, target.address, 0)
 
-    def send(self, plan: FramePlan, account: Counter[str]) -> int:
-        """Send what is planned and addressed; return how many rows were dealt with, delivered or dropped.
+    def send(self, plan: FramePlan, accounts: Sequence[Counter[str]]) -> int:
+        """Send what is planned and addressed, each part on its account; return how many rows were dealt with.
 
-        Fewer than all means that runs were refused from there on: plan the rest again without segmentation.
+        They were delivered or dropped. Fewer than all means that runs were refused from there on: plan the rest again
+        without segmentation.
         """
-        deadline = 0.0
         at, skips, stop = 0, 0, plan.units
-        dropped: Counter[str] = Counter()
-        lost_bytes = 0
+        forgiven = self._socket.family == socket.AF_PACKET
+        dropped: list[tuple[int, int, str]] = []
         while at < plan.frames:
             taken, error = send(self._socket.fileno(), plan.messages, at, plan.frames)
             at += taken
             if taken:
-                self._stuck = False
                 continue
-            if error in (errno.EAGAIN, errno.ENOBUFS) and not self._stuck:
-                now = time.monotonic()
-                deadline = deadline or now + PATIENCE_SECONDS
-                if now < deadline:
-                    self._wait(error, deadline - now)
+            if error in FULL:
+                if self._wait():
                     continue
-                self._stuck = True
+            elif not forgiven:
+                # With IP_RECVERR an ICMP error, to whatever packet, is what the next send ends with: it says nothing
+                # of this one. One that does will come again.
+                forgiven = True
+                continue
             unit = plan.unit_of(at)
             if error in NO_SEGMENTATION and plan.segmented(unit):
                 self.segmentation, stop = False, unit
                 break
-            last = plan.units if error in STOPS or skips == MAX_SKIPS else unit + 1
-            dropped[STOPS.get(error) or cause_of(error)] += int(plan.rows_before[last] - plan.rows_before[unit])
-            lost_bytes += int(plan.bytes_before[last] - plan.bytes_before[unit])
-            at, skips = plan.first_frame(last), skips + 1
-        dealt = int(plan.rows_before[stop])
-        account.update(dropped)
-        account[DELIVERED] += dealt - dropped.total()
-        account[BYTES] += int(plan.bytes_before[stop]) - lost_bytes
-        return dealt
+            last, skips = unit + 1, skips + 1
+            if error in STOPS or skips > MAX_SKIPS:  # the next collector's may leave all the same
+                last, skips = int(plan.first_units[plan.part_of(unit) + 1]), 0
+            dropped.append((unit, last, STOPS.get(error) or cause_of(error)))
+            at = plan.first_frame(last)
+        _account(plan, stop, dropped, accounts)
+        return int(plan.rows_before[stop])
 
-    def _wait(self, error: int, seconds: float) -> None:
-        if error == errno.ENOBUFS:
-            time.sleep(min(seconds, QUEUE_PAUSE_SECONDS))
-            return
-        poller = select.poll()
-        poller.register(self._socket, select.POLLOUT)
-        poller.poll(int(seconds * 1000) + 1)
+    def _wait(self) -> bool:
+        """Give the interface a moment, unless it has had its part of the time; return whether it was given one."""
+        began = time.monotonic()
+        self._patience = min(PATIENCE_SECONDS, self._patience + (began - self._patience_at) / PATIENCE_SHARE)
+        self._patience_at = began
+        if self._patience < PAUSE_SECONDS:
+            return False
+        time.sleep(PAUSE_SECONDS)
+        self._patience -= time.monotonic() - began
+        return True
 
     def refresh(self) -> None:
         """Try segmentation again: the link that refused it may have changed."""
         self.segmentation = self._socket.family == socket.AF_PACKET
+
+
+def _account(
+    plan: FramePlan, stop: int, dropped: Sequence[tuple[int, int, str]], accounts: Sequence[Counter[str]]
+) -> None:
+    """Count units before `stop` as delivered, but those from one to another, all of one part, that were dropped."""
+    bounds = np.minimum(plan.first_units, stop)
+    rows, sizes = np.diff(plan.rows_before[bounds]).tolist(), np.diff(plan.bytes_before[bounds]).tolist()
+    for first, last, cause in dropped:
+        part = plan.part_of(first)
+        lost = int(plan.rows_before[last] - plan.rows_before[first])
+        accounts[part][cause] += lost
+        rows[part] -= lost
+        sizes[part] -= int(plan.bytes_before[last] - plan.bytes_before[first])
+    for account, delivered, size in zip(accounts, rows, sizes, strict=True):
+        account[DELIVERED] += delivered
+        account[BYTES] += size
 
 
 def cause_of(error: int) -> str:
@@ -128,21 +152,37 @@ class Exits:
     def __init__(
         self, packet: Sequence[socket.socket], ip4: Sequence[socket.socket], ip6: Sequence[socket.socket]
     ) -> None:
-        frames = [PacketSocket(sock) for sock in packet]
+        frames = _Pool(packet)
         self._pools = {
             (4, WayKind.FRAMES): frames,
             (6, WayKind.FRAMES): frames,
-            (4, WayKind.PACKETS): [PacketSocket(sock) for sock in ip4],
-            (6, WayKind.PACKETS): [PacketSocket(sock) for sock in ip6],
+            (4, WayKind.PACKETS): _Pool(ip4),
+            (6, WayKind.PACKETS): _Pool(ip6),
         }
+
+    def lead(self, way: Way, version: int) -> bool:
+        """Whether there is a socket for a way; a host without IPv6 has none for its packets."""
+        return bool(self._pools[version, way.kind].exits)
 
     def of(self, way: Way, version: int) -> PacketSocket:
         """The socket for a way."""
-        pool = self._pools[version, way.kind]
-        return pool[(way.link.index if way.link else 0) % len(pool)]
+        return self._pools[version, way.kind].of(way.link.index if way.link else 0)
 
     def refresh(self) -> None:
         """Try segmentation again. Due every second."""
         for pool in self._pools.values():
-            for exit_ in pool:
+            for exit_ in pool.exits:
                 exit_.refresh()
+
+
+class _Pool:
+    """Sockets of one kind, given to interfaces as they are first used; in turn again when there are no more."""
+
+    def __init__(self, sockets: Sequence[socket.socket]) -> None:
+        self.exits = [PacketSocket(sock) for sock in sockets]
+        self._of_link: dict[int, PacketSocket] = {}
+
+    def of(self, link_index: int) -> PacketSocket:
+        if link_index not in self._of_link:
+            self._of_link[link_index] = self.exits[len(self._of_link) % len(self.exits)]
+        return self._of_link[link_index]

@@ -5,6 +5,7 @@ length become one frame that the kernel or the device cuts up (`shared.segments`
 becomes fragments. Where there is no Ethernet, the same headers without their link part go out as raw IP packets.
 """
 
+from collections.abc import Sequence
 from typing import Final, TypeVar
 
 import numpy as np
@@ -30,10 +31,9 @@ from services.transmitter.headers import (
     fold,
     sum_addresses,
     sum_payloads,
-    sum_words,
 )
-from services.transmitter.sources import by_source, hash_sources
-from services.transmitter.target import Identification, Target
+from services.transmitter.sources import by_source, hash_addresses, hash_sources
+from services.transmitter.target import Columns, Identification, Target
 from shared.batch import Indices
 from shared.gathering import MAX_GATHERED, Gathered
 from shared.mmsg import IOVEC, MMSGHDR, addresses_of
@@ -44,42 +44,58 @@ IP_SIZE: Final = {4: 20, 6: 40}
 SMALLEST_MTU: Final = {4: 68, 6: 1280}
 """What every link carries (RFC 791, 3.2; RFC 8200, 5): less is a mistake, and would cost endless fragments."""
 FLOW_LABEL: Final = 0xFFFFF
+NAME_SIZE: Final = 32
+"""Bytes kept for a socket address, more than any that frames or packets are sent to."""
 S = TypeVar("S", bound=np.generic)
+
+
+def largest_payload(version: int, mtu: int) -> int:
+    """Bytes of payload that go in one packet."""
+    return max(mtu, SMALLEST_MTU[version]) - IP_SIZE[version] - UDP_SIZE
 
 
 class FramePlan:
     """Messages for sendmmsg(2), built for some rows of a batch and addressed to one collector after the other.
 
-    A *unit* is what leaves or is dropped together: a run of rows that go as one frame, or one row and its fragments.
-    Memory is reused: a plan is good until the next `build`, and as long as the batch lives.
+    Or built for several collectors at once, each of which has its own *part* of the rows: nothing is cut then. A *unit*
+    is what leaves or is dropped together: a run of rows that go as one frame, or one row and its fragments. Memory is
+    reused: a plan is good until the next `build`, and as long as the batch lives.
     """
 
     def __init__(self) -> None:
-        self._name = np.zeros(32, np.uint8)
         self._vectors = {
-            (version, link): _Vector(MAX_GATHERED, version, self._name, link=link)
-            for version in IP_SIZE
-            for link in (True, False)
+            (version, link): _Vector(MAX_GATHERED, version, link=link) for version in IP_SIZE for link in (True, False)
         }
         self.rows = self.frames = 0
 
     def build(
-        self, batch: Gathered, rows: Indices | None, version: int, mtu: int, *, link: bool, segmentation: bool
+        self,
+        batch: Gathered,
+        rows: Indices | None,
+        version: int,
+        mtu: int,
+        *,
+        link: bool,
+        segmentation: bool,
+        parts: Sequence[int] = (0,),
     ) -> None:
         """Plan frames for these rows (None: all; at least one), whose sources must be of IP `version`.
 
         `link`: they go through AF_PACKET, where checksums are left to the kernel, and with `segmentation` runs too.
+        `parts` are the numbers of rows, of those planned, with which another collector's begin: in several parts no row
+        may be longer than `largest_payload`.
         """
         self._batch, self._version, self._link = batch, version, link
         self._mtu = max(mtu, SMALLEST_MTU[version])
-        order, begins = by_source(batch.words if rows is None else batch.words[rows])
+        order, begins = by_source(batch.words if rows is None else batch.words[rows], parts)
         if order is not None:
             rows = order if rows is None else rows[order]
         self._rows_of_batch = rows
         self.rows = len(begins)
         lengths = batch.lengths if rows is None else batch.lengths[rows]
-        largest = self._mtu - IP_SIZE[version] - UDP_SIZE
+        largest = largest_payload(version, mtu)
         starts = group(lengths, largest, begins) if link and segmentation else np.arange(len(lengths))
+        self.first_units = np.append(np.searchsorted(starts, parts), len(starts))
         self.rows_before = np.append(starts, len(lengths))
         self.bytes_before_row = np.append(0, np.cumsum(lengths))
         self.bytes_before = self.bytes_before_row[self.rows_before]
@@ -106,9 +122,15 @@ class FramePlan:
         """The unit that a frame belongs to."""
         return frame if self._fragments is None else int(self._fragments.unit_of[frame])
 
-    def rest(self, dealt: int) -> Indices:
-        """The rows of the batch that are left when the plan's first `dealt` rows are not."""
-        return np.arange(dealt, self.rows) if self._rows_of_batch is None else self._rows_of_batch[dealt:]
+    def part_of(self, unit: int) -> int:
+        """The number of the part that a unit belongs to."""
+        return int(np.searchsorted(self.first_units, unit, "right")) - 1
+
+    def rest(self, dealt: int, part: int = 0) -> Indices:
+        """The rows of the batch that are left of a part when the plan's first `dealt` rows are not."""
+        first, last = (int(self.rows_before[unit]) for unit in self.first_units[part : part + 2])
+        first = max(first, dealt)
+        return np.arange(first, last) if self._rows_of_batch is None else self._rows_of_batch[first:last]
 
     def segmented(self, unit: int) -> bool:
         """Whether a unit is a run that kernel or device has to cut."""
@@ -119,7 +141,7 @@ class FramePlan:
             self.frames, self._vector = self.units, self._vectors[self._version, self._link]
         else:  # longer than a batch has rows, and its headers differ in length
             self.frames = len(self._fragments.unit_of)
-            self._vector = _Vector(self.frames, self._version, self._name, link=self._link)
+            self._vector = _Vector(self.frames, self._version, link=self._link)
         self._headers = self._vector.headers[: self.frames]
 
     def _per_frame(self, of_units: npt.NDArray[S]) -> npt.NDArray[S]:
@@ -179,7 +201,7 @@ class FramePlan:
             own = vector.pieces[: self.frames, 1]
             own["base"], own["len"] = at, sizes
             return
-        self.messages = vector.messages.copy()
+        self.messages = vector.messages[: self.frames].copy()
         heads = np.cumsum(counts) - counts + np.arange(self.frames)
         self._iovecs = iovecs = np.empty(self.frames + len(at), IOVEC)
         payload = np.ones(len(iovecs), np.bool_)
@@ -189,49 +211,66 @@ class FramePlan:
         self.messages["iov"][: self.frames] = addresses_of(iovecs, IOVEC.itemsize, len(iovecs))[heads]
         self.messages["iovlen"][: self.frames] = counts + 1
 
-    def address(self, target: Target, name: bytes, numbers: Identification) -> None:
-        """Address every frame to a collector; `name` is the socket address that its messages are sent to."""
-        self._name[: len(name)] = np.frombuffer(name, np.uint8)
-        self.messages["namelen"][: self.frames] = len(name)
+    def address(self, targets: Sequence[Target], names: Sequence[bytes], numbers: Sequence[Identification]) -> None:
+        """Address each part's frames to a collector, or all to the same: one in place of another is one part's.
+
+        `names` are the socket addresses that messages are sent to, `numbers` what tells apart the packets to a target.
+        """
+        to = Columns(targets, np.diff(self.first_units))
+        self._name_messages(names)
         headers = self._headers
-        if target.ethernet:
-            headers["ethernet"] = np.frombuffer(target.ethernet, "V14")
-        headers["destination"] = np.frombuffer(target.address, f"V{len(target.address)}")
-        headers["hop_limit"], headers["port"] = target.hop_limit, target.port
-        destination = sum_words(target.address)
-        sums = fold(self._udp_sums + destination)
+        if to.ethernet is not None:
+            headers["ethernet"] = to.ethernet
+        headers["destination"] = to.address
+        headers["hop_limit"], headers["port"] = to.hop_limit, to.port
+        sums = fold(self._udp_sums + to.address_sum)
         if self._completed is not None:
-            sums[self._completed] = complete(fold(sums[self._completed] + target.port))
+            sums[self._completed] = complete(fold(sums[self._completed] + to.port))
         headers["udp_checksum"] = self._per_frame(sums)
         if self._version == 4:
-            self._address4(target, destination, numbers)
+            self._address4(to, numbers)
         else:
-            self._address6(target, numbers)
+            self._address6(to, numbers[0])
 
-    def _address4(self, target: Target, destination: int, numbers: Identification) -> None:
+    def _name_messages(self, names: Sequence[bytes]) -> None:
+        self._names = np.frombuffer(b"".join(name.ljust(NAME_SIZE, b"\0") for name in names), np.uint8)
+        messages = self.messages[: self.frames]
+        messages["namelen"] = len(names[0])
+        at = addresses_of(self._names, NAME_SIZE, len(names))
+        messages["name"] = at if len(names) == 1 else np.repeat(at, np.diff(self.first_units))
+
+    def _address4(self, to: Columns, numbers: Sequence[Identification]) -> None:
         headers = self._headers
-        idents = numbers.take(self.rows_before) & 0xFFFF
+        idents = self._take_numbers(numbers) & 0xFFFF
         sums = self._source_sums
-        headers["traffic_class"] = target.dscp << 2
+        headers["traffic_class"] = to.dscp << 2
         if self._fragments is not None:
             large = self._fragments.large_units
-            idents[large] = (
-                numbers.take_for_fragments(hash_sources(self._batch.words[self._first_rows[large]])) & 0xFFFF
-            )
+            hashes = hash_addresses(self._batch.words[self._first_rows[large]])
+            idents[large] = numbers[0].take_for_fragments(hashes)
             words = self._fragments.words(MORE_FRAGMENTS, 8)
             headers["fragment"] = words
             idents, sums = idents[self._fragments.unit_of], sums[self._fragments.unit_of] + words
         headers["identification"] = idents
-        fixed = (0x45 << 8) + (target.dscp << 2) + (target.hop_limit << 8) + UDP + destination
+        fixed = (0x45 << 8) + (to.dscp << 2) + (to.hop_limit << 8) + UDP + to.address_sum
         headers["checksum"] = fold(sums + headers["length"] + idents + fixed) ^ 0xFFFF
 
-    def _address6(self, target: Target, numbers: Identification) -> None:
+    def _take_numbers(self, numbers: Sequence[Identification]) -> Sums:
+        """The first number of each unit, which takes one for each of its rows."""
+        before = self.rows_before[self.first_units]
+        starts = [each.take(count) for each, count in zip(numbers, np.diff(before).tolist(), strict=True)]
+        shifts = np.array(starts, np.int64) - before[:-1]
+        first: Sums = self.rows_before[:-1] + (
+            shifts if len(starts) == 1 else np.repeat(shifts, np.diff(self.first_units))
+        )
+        return first.astype(np.uint32)
+
+    def _address6(self, to: Columns, numbers: Identification) -> None:
         headers = self._headers
         # One label a flow (RFC 6437): the same source to the same collector's port has the same, and it is never 0.
-        labels = (
-            mix(hash_sources(self._batch.words[self._first_rows]) ^ np.uint64(target.port)) & np.uint64(FLOW_LABEL)
-        ).astype(np.uint32) | 1
-        headers["flow"] = self._per_frame(labels | (6 << 28 | target.dscp << 22))
+        hashes = hash_sources(self._batch.words[self._first_rows]) ^ to.port.astype(np.uint64)
+        labels = (mix(hashes) & np.uint64(FLOW_LABEL)).astype(np.uint32) | 1
+        headers["flow"] = self._per_frame(labels | (6 << 28 | to.dscp << 22))
         headers["protocol"] = UDP
         if self._fragments is not None:
             self._insert_fragment_headers(self._fragments, numbers)
@@ -247,7 +286,7 @@ class FramePlan:
         rows[which, after_ip + FRAGMENT_SIZE :] = rows[which, after_ip : after_ip + UDP_SIZE]
         extension = np.zeros(len(which), FRAGMENT_HEADER)
         extension["next"], extension["offset"] = UDP, fragments.words(1, 1)[which]
-        extension["identification"] = numbers.take(np.arange(self.units + 1))[fragments.unit_of[which]]
+        extension["identification"] = (numbers.take(self.units) + fragments.unit_of[which]) & 0xFFFFFFFF
         rows[which, after_ip : after_ip + FRAGMENT_SIZE] = extension.view(np.uint8).reshape(len(which), -1)
         headers["length"][which] = fragments.sizes[which] + FRAGMENT_SIZE
         headers["protocol"][which] = FRAGMENT
@@ -284,7 +323,7 @@ class _Fragments:
 class _Vector:
     """Room for frames of one kind: headers, and messages of two pieces each, headers and payload."""
 
-    def __init__(self, size: int, version: int, name: npt.NDArray[np.uint8], *, link: bool) -> None:
+    def __init__(self, size: int, version: int, *, link: bool) -> None:
         dtype, before_udp = HEADERS4 if version == 4 else HEADERS6, LINK_SIZE + IP_SIZE[version]
         skip = 0 if link else LINK_SIZE
         self.headers: Headers = np.zeros(size, dtype)
@@ -298,4 +337,3 @@ class _Vector:
         self.pieces["len"][:, 0] = self.header_size
         self.messages = np.zeros(size, MMSGHDR)
         self.messages["iov"], self.messages["iovlen"] = addresses_of(self.pieces, 2 * IOVEC.itemsize, size), 2
-        self.messages["name"] = name.ctypes.data

@@ -56,6 +56,11 @@ class Policy:
             refused |= ~self._sources.match(halves)
         return refused if refused.any() else None
 
+    @property
+    def limited(self) -> bool:
+        """Whether there is a limit of frames a second."""
+        return self._rate > 0
+
     def grant(self, wanted: int) -> int:
         """How many of so many frames may leave now, under the limit of frames a second."""
         if not self._rate:
@@ -67,6 +72,10 @@ class Policy:
         granted = min(wanted, math.floor(self._allowance))
         self._allowance -= granted
         return granted
+
+    def give_back(self, unused: int) -> None:
+        """Have so many of the frames that were granted leave later: they could not leave now."""
+        self._allowance += unused
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +94,7 @@ class Verdicts:
         self._policy = policy
         self._batch = batch
         self._found: dict[tuple[int, int, bool], Admitted] = {}
+        self._refused: dict[bool, Mask | None] = {}
 
     def admit(self, rows: Indices | None, version: int, *, local: bool) -> Admitted:
         """Which of these rows may be copied to a collector of an IP version, on this host or not."""
@@ -94,7 +104,9 @@ class Verdicts:
         return self._found[key]
 
     def _admit(self, rows: Indices | None, version: int, *, local: bool) -> Admitted:
-        refused = self._policy.refused_sources(self._batch, local=local)
+        if local not in self._refused:
+            self._refused[local] = self._policy.refused_sources(self._batch, local=local)
+        refused = self._refused[local]
         if refused is None and self._batch.all_ipv4 and version == 4:
             return Admitted(rows)
         wanted = np.arange(len(self._batch)) if rows is None else rows

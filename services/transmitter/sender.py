@@ -1,21 +1,28 @@
 """Batches to plans to raw sockets: what each collector may have, how it is reached, and what waits for that."""
 
+import random
 import time
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Final
+from weakref import WeakValueDictionary
 
 import numpy as np
 import structlog
 
 from services.transmitter.copies import Copies
 from services.transmitter.neighbourhood import Neighbourhood, Way, WayKind
-from services.transmitter.packet_socket import Exits
-from services.transmitter.plan import FramePlan
+from services.transmitter.packet_socket import Exits, PacketSocket
+from services.transmitter.plan import FramePlan, largest_payload
 from services.transmitter.policy import Admitted, Audit, Policy, Verdicts
 from services.transmitter.privileges import RawSockets
+from services.transmitter.target import Identification
 from shared.batch import Indices
-from shared.gathering import Gathered
-from shared.ledger import DESTINATION_REFUSED, OTHER_FAMILY, RATE_LIMITED, SOURCE_REFUSED
+from shared.crew import MEMBERS, Crew
+from shared.gathering import Gathered, portions
+from shared.ledger import DESTINATION_REFUSED, NO_ROUTE, OTHER_FAMILY, RATE_LIMITED, SOURCE_REFUSED
 from shared.loops import OwnListeners, udp_listeners
 from shared.registry import Client
 from shared.routing import Selection
@@ -27,8 +34,17 @@ HOLDING_SECONDS: Final = 0.05
 
 log = structlog.get_logger()
 
-Key = tuple[int, int, int, WayKind, bool]
-"""Copies that share a plan: identity of their rows, IP version, MTU, how they leave, whether runs go together."""
+Key = tuple[int, int, WayKind, PacketSocket]
+"""Copies that can share a plan: IP version, MTU, how they leave, and through which socket."""
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A collector, the way there, and its rows of a batch (None: all)."""
+
+    copies: Copies
+    way: Way
+    rows: Indices | None
 
 
 class Sender:
@@ -41,20 +57,25 @@ class Sender:
         self._segmentation = settings.transmitter.segmentation
         self._own_listeners = OwnListeners(udp_listeners(settings))
         self._exits = Exits(sockets.packet, sockets.ip4, sockets.ip6)
-        self._plan = FramePlan()
+        self._crew = Crew()
+        self._plans = [FramePlan() for _ in range(MEMBERS)]
+        self._numbers: WeakValueDictionary[str, Identification] = WeakValueDictionary()
         self._holding: set[Copies] = set()
         self._refresh_at = 0.0
 
     def reach(self, client: Client, account: Counter[str]) -> Copies:
         """Find out whether a collector may be sent copies; the way there is found with the first of them."""
         permitted = self.policy.allows_destination(client.address)
-        return Copies(client, account, self.neighbourhood, permitted=permitted)
+        numbers = self._numbers.setdefault(client.address, Identification())
+        return Copies(client, account, self.neighbourhood, numbers, permitted=permitted)
 
     def send(self, batch: Gathered, routed: list[tuple[Copies, Selection]]) -> None:
-        """Give each collector its rows. Collectors that get the same rows in the same way share the plan."""
+        """Give each collector its rows. Collectors that are reached in the same way share a plan."""
         verdicts = Verdicts(self.policy, batch)
-        shared: dict[Key, tuple[Indices | None, list[tuple[Copies, Way]]]] = {}
-        for copies, selection in routed:
+        by_key: dict[Key, list[Share]] = {}
+        # Where frames a second are limited the first get what there is: in the long run everybody is first as often.
+        first = random.randrange(len(routed)) if routed and self.policy.limited else 0
+        for copies, selection in routed[first:] + routed[:first]:
             wanted = len(batch) if selection.indices is None else len(selection.indices)
             way = copies.way
             if not wanted or not self._may_go(copies, way, wanted):
@@ -68,16 +89,32 @@ class Sender:
                 self._holding.add(copies)
                 continue
             self._release(copies, way)
-            exit_ = self._exits.of(way, copies.version)
-            key = id(rows), copies.version, way.mtu, way.kind, exit_.segmentation
-            shared.setdefault(key, (rows, []))[1].append((copies, way))
-        for rows, members in shared.values():
-            self._transmit(batch, rows, members)
+            key = copies.version, way.mtu, way.kind, self._exits.of(way, copies.version)
+            by_key.setdefault(key, []).append(Share(copies, way, rows))
+        for key, shares in by_key.items():
+            self._send_all(batch, key, shares)
+
+    def _send_all(self, batch: Gathered, key: Key, shares: list[Share]) -> None:
+        """Send to collectors that are reached in the same way: those with the same rows, then all that are left."""
+        by_rows: dict[int, list[Share]] = {}
+        for share in shares:
+            by_rows.setdefault(id(share.rows), []).append(share)
+        alone: list[Share] = []
+        for same in by_rows.values():
+            if len(same) > 1 or same[0].rows is None or batch.longest > largest_payload(*key[:2]):
+                rows = _rows_of(same[0]) or len(batch)
+                self._crew.share(lambda member, part: self._send_same(member, batch, key, part), same, rows)
+            else:
+                alone += same
+        for portion in portions(alone, _rows_of):
+            rows = sum(map(_rows_of, portion))
+            self._crew.share(lambda member, part: self._send_each(member, batch, key, part), portion, rows)
 
     def _may_go(self, copies: Copies, way: Way, wanted: int) -> bool:
         """Whether anything may go to a collector; what does not is dropped under the cause."""
-        client = copies.client
-        cause = way.cause
+        client, cause = copies.client, way.cause
+        if not cause and not self._exits.lead(way, copies.version):
+            cause = NO_ROUTE
         loops = self._own_listeners.receive(client.address, client.port, lambda _: way.local)
         if not copies.permitted or loops:
             cause = DESTINATION_REFUSED
@@ -102,25 +139,46 @@ class Sender:
         self.audit.refuse(RATE_LIMITED, left - granted, collector=copies.client.name)
         return np.arange(granted) if rows is None else rows[:granted]
 
-    def _transmit(self, batch: Gathered, rows: Indices | None, members: list[tuple[Copies, Way]]) -> None:
-        """Send the same rows to collectors that are reached in the same way."""
-        plan, (first, way) = self._plan, members[0]
-        segmentation = self._segmentation and self._exits.of(way, first.version).segmentation
-        plan.build(batch, rows, first.version, way.mtu, link=way.kind is WayKind.FRAMES, segmentation=segmentation)
-        behind: list[tuple[Copies, Way, Indices]] = []
-        for copies, way in members:
-            exit_, target = self._exits.of(way, copies.version), copies.target(way)
-            plan.address(target, exit_.name(target), copies.numbers)
-            dealt = exit_.send(plan, copies.account)
+    def _build(self, member: int, batch: Gathered, key: Key, rows: Indices | None, parts: Sequence[int]) -> FramePlan:
+        plan, (version, mtu, kind, exit_) = self._plans[member], key
+        segmentation = self._segmentation and exit_.segmentation
+        plan.build(batch, rows, version, mtu, link=kind is WayKind.FRAMES, segmentation=segmentation, parts=parts)
+        return plan
+
+    def _send_same(self, member: int, batch: Gathered, key: Key, shares: Sequence[Share]) -> None:
+        """Send the same rows to each, by a plan of this member's own: a collector's address goes into its headers."""
+        plan = self._build(member, batch, key, shares[0].rows, (0,))
+        behind = []
+        for share in shares:
+            dealt = self._send_plan(plan, key, [share])
             if dealt < plan.rows:  # runs were refused: the rest goes one by one
-                behind.append((copies, way, plan.rest(dealt)))
-        for copies, way, rest in behind:
-            self._transmit(batch, rest, [(copies, way)])
+                behind.append(replace(share, rows=plan.rest(dealt)))
+        for share in behind:
+            self._send_same(member, batch, key, [share])
+
+    def _send_each(self, member: int, batch: Gathered, key: Key, shares: Sequence[Share]) -> None:
+        """Send rows of its own to each, by one plan for all of them."""
+        every = [share.rows for share in shares if share.rows is not None]
+        firsts = [0, *accumulate(len(rows) for rows in every[:-1])]
+        plan = self._build(member, batch, key, np.concatenate(every), firsts)
+        dealt = self._send_plan(plan, key, shares)
+        if dealt < plan.rows:
+            left = [replace(share, rows=plan.rest(dealt, part)) for part, share in enumerate(shares)]
+            self._send_each(member, batch, key, [share for share in left if _rows_of(share)])
+
+    def _send_plan(self, plan: FramePlan, key: Key, shares: Sequence[Share]) -> int:
+        """Address a plan's parts to a collector each, and send it; return how many rows were dealt with."""
+        exit_ = key[-1]
+        targets = [share.copies.target(share.way) for share in shares]
+        names = [exit_.name(target) for target in targets]
+        plan.address(targets, names, [share.copies.numbers for share in shares])
+        return exit_.send(plan, [share.copies.account for share in shares])
 
     def _release(self, copies: Copies, way: Way) -> None:
         """Send what a collector had waiting, before anything newer."""
+        key = copies.version, way.mtu, way.kind, self._exits.of(way, copies.version)
         for held in copies.release():
-            self._transmit(held.batch, held.rows, [(copies, way)])
+            self._send_same(0, held.batch, key, [Share(copies, way, held.rows)])
 
     def work(self) -> float:
         """Follow what changes on the network, send what can be sent now, drop what has waited too long.
@@ -142,8 +200,12 @@ class Sender:
             else:
                 self._release(copies, way)
         self._holding = {copies for copies in self._holding if copies.holds}
-        return HOLDING_SECONDS if self._holding else REFRESH_SECONDS
+        return HOLDING_SECONDS if self._holding or self.neighbourhood.stale else REFRESH_SECONDS
 
     def close(self) -> None:
         """Close what is ours; the raw sockets are whose they were."""
         self.neighbourhood.close()
+
+
+def _rows_of(share: Share) -> int:
+    return 0 if share.rows is None else len(share.rows)

@@ -1,5 +1,6 @@
 """Rows of one source brought together, without changing their order. No I/O."""
 
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
@@ -9,24 +10,30 @@ from shared.gathering import Mask, Words
 from shared.routing import Hashes, mix
 
 MAX_LENGTH: Final = 0xFFFF
+PART_BITS: Final = np.uint64(16)
+"""Of a hash, where rows are in parts: more of these than a plan has room for rows."""
 _SPREAD: Final = np.array(
     [0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xD6E8FEB86659FD93, 0xFF51AFD7ED558CCD], np.uint64
 )
 """Odd numbers without pattern, one for each 32 bits of a row: their products spread sources over 64 bits."""
 
 
-def by_source(words: Words) -> tuple[Indices | None, Mask]:
+def by_source(words: Words, parts: Sequence[int] = (0,)) -> tuple[Indices | None, Mask]:
     """Return the order that brings rows of one source together, and which rows begin another source, in that order.
 
-    `words` are rows as in `Gathered`. The order is None where they are together already. Two sources of one hash may
-    stand mixed: that only costs frames, since where one ends is seen by the address itself.
+    `words` are rows as in `Gathered`. The order is None where they are together already. Rows stay in their part, and
+    a part, whose first rows `parts` are, begins another source. Two sources of one hash may stand mixed: that only
+    costs frames, since where one ends is seen by the address itself.
     """
     begins = np.ones(len(words), np.bool_)
     begins[1:] = _differ(words[1:], words[:-1])
+    begins[list(parts)] = True
     heads = np.flatnonzero(begins)
     if len(heads) < 3:  # not even two stretches of one source with another in between
         return None, begins
     hashes = hash_sources(words[heads])
+    if len(parts) > 1:  # the part counts first
+        hashes = hashes >> PART_BITS | np.searchsorted(parts, heads, "right").astype(np.uint64) << (64 - PART_BITS)
     ordered = np.sort(hashes)
     if (ordered[1:] != ordered[:-1]).all():
         return None, begins
@@ -39,6 +46,7 @@ def by_source(words: Words) -> tuple[Indices | None, Mask]:
     begins = np.zeros(len(words), np.bool_)
     begins[0] = True
     begins[starts[1:]] = _differ(words[heads[1:]], words[heads[:-1]])
+    begins[list(parts)] = True
     return order, begins
 
 
@@ -46,6 +54,14 @@ def hash_sources(words: Words) -> Hashes:
     """A hash of each row's address and port, uint64, shape (n,)."""
     wide = words.astype(np.uint64)
     wide[:, 0] >>= np.uint64(16)  # the port alone
+    hashes: Hashes = mix(wide @ _SPREAD)
+    return hashes
+
+
+def hash_addresses(words: Words) -> Hashes:
+    """A hash of each row's address alone, uint64, shape (n,)."""
+    wide = words.astype(np.uint64)
+    wide[:, 0] = 0
     hashes: Hashes = mix(wide @ _SPREAD)
     return hashes
 

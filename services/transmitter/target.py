@@ -1,12 +1,14 @@
 """Where a collector's copies go, and the numbers that its packets carry. No I/O."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-from services.transmitter.headers import Sums
+from services.transmitter.headers import LINK_HEADER, Headers, Sums, sum_addresses
 from shared.routing import Hashes
 
 
@@ -26,32 +28,55 @@ class Target:
     ethernet: bytes = b""
 
 
-class Identification:
-    """The numbers that tell a collector's packets apart, so that fragments of different datagrams never mix.
+class Columns:
+    """What of a target is filled in: for one a value, for several a column with one for each of their units."""
 
-    IPv4 has 16 bits only, so fragmented datagrams count by source, in buckets (as Linux does, net/ipv4/route.c):
-    a number comes again after 65,536 fragmented datagrams of a source or of those that share its bucket.
+    def __init__(self, targets: Sequence[Target], counts: npt.NDArray[np.int64]) -> None:
+        first = targets[0]
+        addresses, ethernets = b"".join(each.address for each in targets), b"".join(each.ethernet for each in targets)
+        self.address: Headers = np.frombuffer(addresses, f"V{len(first.address)}")
+        self.ethernet: Headers | None = np.frombuffer(ethernets, f"V{LINK_HEADER}") if first.ethernet else None
+        numbers = np.array([(each.port, each.hop_limit, each.dscp) for each in targets], np.uint32)
+        sums = sum_addresses(np.frombuffer(addresses, np.uint8).reshape(len(targets), -1))
+        if len(targets) > 1:
+            target_of = np.repeat(np.arange(len(targets)), counts)
+            self.address, numbers, sums = self.address[target_of], numbers[target_of], sums[target_of]
+            self.ethernet = None if self.ethernet is None else self.ethernet[target_of]
+        self.port, self.hop_limit, self.dscp = numbers.T
+        self.address_sum = sums
+
+
+class Identification:
+    """The numbers that tell the packets to an address apart, so that fragments of different datagrams never mix.
+
+    Who puts fragments together goes by addresses, not ports (RFC 791, 3.2): all collectors at an address share one.
+    IPv4 has 16 bits only, so fragmented datagrams count by source address, in buckets (as in Linux, net/ipv4/route.c):
+    a number comes again after 65,535 fragmented datagrams of an address or of those that share its bucket. It is never
+    0, which raw IP replaces, in each fragment by another.
     """
 
     BUCKETS: Final = 1024
 
     def __init__(self) -> None:
+        self._turn = Lock()  # collectors at one address may be served by different threads
         self._draw = np.random.default_rng()
         self._next = int(self._draw.integers(1 << 32))
         self._by_bucket: npt.NDArray[np.uint32] | None = None
 
-    def take(self, before: npt.NDArray[np.int64]) -> Sums:
-        """Return the first number of each of several units, the first n of which take `before[n]` numbers."""
-        first: Sums = (before[:-1] + self._next).astype(np.uint32)
-        self._next = (self._next + int(before[-1])) & 0xFFFFFFFF
-        return first
+    def take(self, count: int) -> int:
+        """Take so many numbers in a row; return the first of them."""
+        with self._turn:
+            start = self._next
+            self._next = (start + count) & 0xFFFFFFFF
+        return start
 
     def take_for_fragments(self, sources: Hashes) -> Sums:
-        """Return a number for each fragmented datagram, given the hashes of their sources."""
-        if self._by_bucket is None:
-            self._by_bucket = self._draw.integers(1 << 32, size=self.BUCKETS, dtype=np.uint32)
+        """Return a number from 1 to 65,535 for each fragmented datagram, given the hashes of their source addresses."""
         taken = np.empty(len(sources), np.uint32)
-        for number, bucket in enumerate((sources % np.uint64(self.BUCKETS)).tolist()):
-            taken[number] = self._by_bucket[bucket]
-            self._by_bucket[bucket] += np.uint32(1)
+        with self._turn:
+            if self._by_bucket is None:
+                self._by_bucket = self._draw.integers(1, 1 << 16, size=self.BUCKETS, dtype=np.uint32)
+            for number, bucket in enumerate((sources % np.uint64(self.BUCKETS)).tolist()):
+                taken[number] = last = self._by_bucket[bucket]
+                self._by_bucket[bucket] = last % 0xFFFF + 1
         return taken

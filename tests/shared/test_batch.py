@@ -9,10 +9,10 @@ from tests.builders import make_batch
 ADDRESS = bytes(16)
 
 
-def batch_of(lengths: list[int], size: int) -> DatagramBatch:
+def batch_of(lengths: list[int], size: int, stride: int = 0) -> DatagramBatch:
     """Zeros, in a batch whose rows say these lengths."""
     rows = make_rows(lengths, [ADDRESS] * len(lengths), 514) if lengths else np.empty(0, ROW)
-    return DatagramBatch("messages", 0, rows, bytes(size))
+    return DatagramBatch("messages", 0, rows, bytes(size), stride)
 
 
 @given(
@@ -42,7 +42,7 @@ def test_offsets_are_where_payloads_begin() -> None:
 @pytest.mark.parametrize(
     ("lengths", "size", "reason"),
     [
-        ([0] * (MAX_ROWS + 1), 0, "257 rows, more than 256"),
+        ([0] * (MAX_ROWS + 1), 0, "1025 rows, more than 1024"),
         ([MAX_DATAGRAM + 1], MAX_DATAGRAM + 1, "a datagram of 65508 bytes, more than 65507"),
         ([1, 2], 2, "lengths add up to 3, the payload has 2 bytes"),
         ([1, 2], 4, "lengths add up to 3, the payload has 4 bytes"),
@@ -59,6 +59,43 @@ def test_check_refuses_each_broken_invariant(lengths: list[int], size: int, reas
 def test_check_lets_the_limits_pass(lengths: list[int]) -> None:
     """A batch at its limits, or without rows, is sound."""
     batch_of(lengths, sum(lengths)).check()
+
+
+@given(st.lists(st.binary(max_size=40), max_size=20), st.integers(1, 60), st.binary(min_size=1, max_size=3))
+def test_datagrams_come_out_of_their_strides(payloads: list[bytes], stride: int, between: bytes) -> None:
+    """Payloads that stand at multiples of a stride come out without what is between them."""
+    payloads = [payload[:stride] for payload in payloads]
+    whole = b"".join(payload + (between * stride)[: stride - len(payload)] for payload in payloads)
+    together = make_batch(payloads, ["192.0.2.1", "::1"])
+    for payload in (whole, memoryview(bytearray(whole))):
+        batch = DatagramBatch("messages", 0, together.rows, payload, stride)
+        batch.check()
+        assert batch.offsets.tolist() == [number * stride for number in range(len(payloads) + 1)]
+        assert list(batch.datagrams()) == list(together.datagrams())
+
+
+@pytest.mark.parametrize(
+    ("lengths", "size", "stride", "reason"),
+    [
+        ([1, 2], 8, 5, "lengths add up to 10, the payload has 8 bytes"),
+        ([1, 2], 3, 5, "lengths add up to 10, the payload has 3 bytes"),
+        ([1, 2], 11, 5, "lengths add up to 10, the payload has 11 bytes"),
+        ([5, 6, 0], 15, 5, "a datagram of 6 bytes, they begin every 5"),
+        ([MAX_DATAGRAM], 1, 1, "a datagram of 65507 bytes, they begin every 1"),
+        ([], 5, 5, "lengths add up to 0, the payload has 5 bytes"),
+        ([1], 5, -5, "lengths add up to -5, the payload has 5 bytes"),
+    ],
+)
+def test_check_refuses_what_does_not_fit_its_stride(lengths: list[int], size: int, stride: int, reason: str) -> None:
+    """ValueError says when the buffer is not one stride a row, or a datagram would reach into the next."""
+    with pytest.raises(ValueError, match=reason):
+        batch_of(lengths, size, stride).check()
+
+
+@pytest.mark.parametrize(("lengths", "stride"), [([], 7), ([7, 0, 7], 7), ([MAX_DATAGRAM] * 2, MAX_DATAGRAM)])
+def test_check_lets_full_strides_pass(lengths: list[int], stride: int) -> None:
+    """A datagram may fill its stride."""
+    batch_of(lengths, len(lengths) * stride, stride).check()
 
 
 def test_addresses_may_be_a_column() -> None:

@@ -102,8 +102,125 @@ def test_arena_is_good_for_any_sequence_of_sizes(lab: None, lengths: list[int]) 
             lengths.reverse()
 
 
+GUARD = 0xA5
+"""What stands in a place where nothing was received."""
+
+
+def fitting(lengths: list[int], most: int) -> list[int]:
+    """As many of these lengths as a socket's buffer holds, and as one call takes."""
+    room, found = 8 << 20, list[int]()
+    for length in lengths[:most]:
+        room -= length + 2048
+        if room < 0:
+            break
+        found.append(length)
+    return found
+
+
+strides = st.sampled_from([1, 256, 1464, 1500, 2048, 65507]) | st.integers(1, 65507)
+around_stride = st.sampled_from(["less", "equal", "more", "any", "none", "longest", "one"])
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    strides,
+    st.lists(st.tuples(around_stride, st.integers(0, 1 << 20)), min_size=1, max_size=30),
+    st.integers(0, 4096),
+    st.integers(0, 2000),
+    st.booleans(),
+)
+def test_place_gets_what_was_sent_and_nothing_else(
+    lab: None, stride: int, kinds: list[tuple[str, int]], spare: int, shift: int, again: bool
+) -> None:
+    """Datagrams no longer than the stride are in place, all are by `payload`, and no byte beside them is written."""
+    sizes = {"equal": stride, "none": 0, "longest": 65507, "one": 1}
+    ranges = {"less": (0, stride), "more": (stride, 65507), "any": (0, 65507)}
+    lengths = [
+        sizes[kind] if kind in sizes else ranges[kind][0] + draw % (ranges[kind][1] - ranges[kind][0] + 1)
+        for kind, draw in kinds
+    ]
+    room = len(lengths) * stride + spare % stride
+    arena = ReceiveArena()
+    with ExitStack() as opened:
+        receiver, other = bound(opened, socket.AF_INET), bound(opened, socket.AF_INET6)
+        source = connected(opened, receiver, socket.AF_INET)
+        if again:  # what an earlier call left must not show
+            second = connected(opened, other, socket.AF_INET6)
+            for length in reversed(fitting(lengths, len(lengths))):
+                second.send(b"z" * length)
+            received(arena, other)
+        lengths = fitting(lengths, len(lengths))
+        payloads = [(b"%d," % number * (length // 2 + 1))[:length] for number, length in enumerate(lengths)]
+        for payload in payloads:
+            source.send(payload)
+        memory = memoryview(bytearray([GUARD]) * (shift + room + sum(lengths)))
+        count = arena.receive(receiver.fileno(), memory[shift : shift + room], stride)
+        assert count == len(payloads)
+        assert arena.lengths(count).tolist() == lengths
+        expected = bytearray([GUARD]) * len(memory)
+        for number, payload in enumerate(payloads):
+            at = shift + number * stride
+            expected[at : at + min(len(payload), stride)] = payload[:stride]
+        assert memory == expected
+        rows = arena.rows(count, socket.AF_INET)
+        if max(lengths) <= stride:
+            batch = DatagramBatch("messages", 0, rows, memory[shift : shift + count * stride], stride)
+            batch.check()
+            assert list(batch.datagrams()) == [(*source.getsockname()[:2], payload) for payload in payloads]
+        middle = count // 2
+        joined = b"".join(payloads)
+        before = sum(lengths[:middle])
+        into = memoryview(bytearray([GUARD]) * (len(joined) + 100))
+        assert arena.payload(0, count) == joined
+        if middle:
+            assert arena.payload(0, middle) == joined[:before]
+        assert arena.payload(middle, count, into) == joined[before:]
+        assert into[len(joined) - before :] == bytes([GUARD]) * (before + 100)
+        place = memory[shift : shift + len(joined)]  # where it was received: what is put there was read before
+        assert arena.payload(0, count, place) == joined
+        assert arena.payload(middle, count, place) == joined[before:]
+        arena.restore(count)
+        source.send(b"next")
+        assert [payload for _, _, payload in received(arena, receiver).datagrams()] == [b"next"]
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 3000), st.integers(1, 20), st.data())
+def test_equal_payloads_are_copied_where_they_belong(lab: None, length: int, count: int, data: st.DataObject) -> None:
+    """Without a place equal datagrams are put into the memory that is given, end to end, and nothing behind them."""
+    arena = ReceiveArena()
+    with ExitStack() as opened:
+        receiver = bound(opened, socket.AF_INET)
+        source = connected(opened, receiver, socket.AF_INET)
+        payloads = [bytes([number]) * length for number in range(count)]
+        for payload in payloads:
+            source.send(payload)
+        assert arena.receive(receiver.fileno()) == count
+        start = data.draw(st.integers(0, count - 1))
+        stop = data.draw(st.integers(start + 1, count))
+        into = memoryview(bytearray([GUARD]) * (count * length + 1))
+        expected = b"".join(payloads[start:stop])
+        assert arena.payload(start, stop, into) == expected
+        assert arena.payload(start, stop) == expected
+        assert into == expected + bytes([GUARD]) * (len(into) - len(expected))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_place_takes_as_many_as_it_has_room_for(sockets: ExitStack, rows: int) -> None:
+    """A call takes no more datagrams than there are whole strides in the place; the rest is there for the next."""
+    receiver = bound(sockets, socket.AF_INET)
+    source = connected(sockets, receiver, socket.AF_INET)
+    for number in range(5):
+        source.send(b"%d" % number)
+    arena, place = ReceiveArena(), memoryview(bytearray(rows * 100 + 99))
+    assert arena.receive(receiver.fileno(), place, 100) == rows
+    assert bytes(place[::100][:rows]) == b"01234"[:rows]
+    arena.restore(rows)
+    assert arena.receive(receiver.fileno()) == 5 - rows
+
+
 def test_call_takes_at_most_a_batch(sockets: ExitStack) -> None:
-    """One call brings 256 datagrams, the next one the rest, and with nothing there it brings none."""
+    """One call brings as many as a batch has, the next one the rest, and with nothing there it brings none."""
     receiver = bound(sockets, socket.AF_INET)
     source = connected(sockets, receiver, socket.AF_INET)
     for number in range(MAX_ROWS + 1):

@@ -51,7 +51,9 @@ def route(router: Router, batch: DatagramBatch) -> dict[str, tuple[Client, Selec
     """What a router says, by the collector's name."""
     found = router.route(batch)
     assert len({client.name for client, _ in found}) == len(found)
-    return {client.name: (client, selection) for client, selection in found}
+    nothing = Selection(np.empty(0, np.intp), filtered=len(batch))
+    routed = {client.name: (client, nothing) for client in router.clients(batch.stream)}
+    return routed | {client.name: (client, selection) for client, selection in found}
 
 
 MAPPED = ipaddress.IPv6Network("::ffff:0:0/96")

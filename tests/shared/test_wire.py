@@ -9,14 +9,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shared.batch import MAX_DATAGRAM, MAX_ROWS, DatagramBatch
 from shared.registry import Client
 from shared.wire import (
     KINDS,
     MAX_ENVELOPE,
+    MAX_NUMBER,
     MAX_TOPIC,
     VERSION,
     Body,
+    Borrow,
     Datagrams,
+    Envelope,
     Part,
     RegistryChange,
     RegistrySnapshot,
@@ -26,13 +30,14 @@ from shared.wire import (
     TransmitReply,
     TransmitRequest,
     WireError,
+    borrow_nothing,
     datagrams_topic,
     decode,
     encode,
 )
 from tests.builders import make_batch
 
-CAUSES = {"malformed", "bad_version", "unknown_kind"}
+CAUSES = {"malformed", "bad_version", "unknown_kind", "not_borrowed"}
 CLIENT = Client("a", 7, "192.0.2.9", 2055, ("messages",), prefixes=("192.0.2.0/24",), sample=3, group="g")
 BODIES: dict[str, Body] = {
     "datagrams": Datagrams("messages", 1_700_000_000_000_000_000),
@@ -55,10 +60,10 @@ def encoded(kind: str) -> list[Part]:
     return encode(topic, BODIES[kind], sender="ingest.1", boot=9, sequence=4, total=12, batch=batch)
 
 
-def cause_of(parts: Sequence[Part]) -> str:
+def cause_of(parts: Sequence[Part], borrow: Borrow = borrow_nothing) -> str:
     """The cause for which the parts are refused, "" when they are taken."""
     try:
-        decode(parts)
+        decode(parts, borrow)
     except WireError as error:
         return error.cause if str(error) else "no reason given"
     return ""
@@ -164,7 +169,8 @@ def packed(**changes: Any) -> list[Part]:
         ({"rows": b""}, "malformed"),
         ({"rows": bytes(59)}, "malformed"),
         ({"rows": bytes(80)}, "malformed"),
-        ({"rows": bytes(20 * 257), "payload": b""}, "malformed"),
+        ({"rows": bytes(20 * (MAX_ROWS + 1)), "payload": b""}, "malformed"),
+        ({"rows": bytes(20 * MAX_ROWS), "payload": b""}, ""),
         ({"rows": b"\xff" * 20, "payload": bytes(65535)}, "malformed"),
         ({"payload": b""}, "malformed"),
         ({"payload": b"ninebytes"}, "malformed"),
@@ -309,3 +315,123 @@ def test_damaged_messages_raise_nothing_else(kind: str, data: st.DataObject) -> 
         if decoded.batch is not None:
             decoded.batch.check()
     assert cause in {*CAUSES, ""}
+
+
+def lent(payloads: Sequence[bytes], loan: int, chunk: int | None, stride: int) -> tuple[list[Part], DatagramBatch]:
+    """A message whose payload is lent, and the batch that it is of."""
+    batch = make_batch(payloads, ["192.0.2.1", "::1"])
+    if stride:
+        whole = b"".join(payload.ljust(stride, b"?") for payload in payloads)
+        batch = DatagramBatch(batch.stream, batch.received_ns, batch.rows, whole, stride)
+    body = Datagrams("messages", 5, loan, chunk, stride)
+    return encode(
+        datagrams_topic("messages"), body, sender="ingest.1", boot=9, sequence=4, total=12, batch=batch
+    ), batch
+
+
+@given(
+    st.lists(st.binary(max_size=40), max_size=9),
+    st.integers(1, MAX_NUMBER),
+    st.integers(0, MAX_NUMBER),
+    st.sampled_from([0, 40, 41, 1000]),
+)
+def test_lent_payload_comes_back(payloads: list[bytes], loan: int, chunk: int, stride: int) -> None:
+    """A message with a loan has no payload part; who borrows is asked once, for as many bytes, and they are taken."""
+    parts, batch = lent(payloads, loan, chunk, stride)
+    asked = []
+
+    def borrow(envelope: Envelope, body: Datagrams, size: int) -> memoryview:
+        asked.append((envelope.sender, envelope.boot, body, size))
+        return memoryview(batch.payload)
+
+    taken = decode(parts, borrow).batch
+    assert len(parts) == 4
+    assert asked == [("ingest.1", 9, Datagrams("messages", 5, loan, chunk, stride), len(batch.payload))]
+    assert taken is not None
+    assert list(taken.datagrams()) == list(batch.datagrams())
+    assert taken.stride == stride
+    assert cause_of(parts) == "not_borrowed"
+
+
+@given(st.lists(st.binary(max_size=40), max_size=9), st.sampled_from([0, 40, 41, 1000]))
+def test_payload_with_a_stride_may_be_in_the_message(payloads: list[bytes], stride: int) -> None:
+    """Without a chunk the payload is a part of the message, whatever the stride, and nobody is asked for it."""
+    parts, batch = lent(payloads, 7, None, stride)
+    taken = decode(parts).batch
+    assert len(parts) == 5
+    assert taken is not None
+    assert list(taken.datagrams()) == list(batch.datagrams())
+
+
+def borrow_zeros(_envelope: Envelope, _body: Datagrams, size: int) -> bytes:
+    """Lends as much as is asked for; it must be what a chunk could hold, or be refused without."""
+    if not 0 <= size <= 1 << 21:
+        raise WireError("not_borrowed", "more than a chunk")
+    return bytes(size)
+
+
+ROWS = make_batch([b"one", b"three"]).rows.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("body", "arrays", "cause"),
+    [
+        (["messages", 0, 1, 0, 0], [ROWS], ""),
+        (["messages", 0, 1], [ROWS], "malformed"),
+        (["messages", 0, 1], [ROWS, b"onethree"], ""),
+        (["messages", 0, 1, 0, 5], [ROWS], ""),
+        (["messages", 0, 1, 0, 5], [b""], ""),
+        (["messages", 0, MAX_NUMBER, MAX_NUMBER, MAX_DATAGRAM], [ROWS], ""),
+        (["messages", 0, 1, 0, 0], [ROWS, b"onethree"], "malformed"),
+        (["messages", 0, 1, 0, 0], [ROWS, b""], "malformed"),
+        (["messages", 0, 1, 0, 0], [], "malformed"),
+        (["messages", 0, 1, None, 0], [ROWS, b"onethree"], ""),
+        (["messages", 0], [ROWS], "malformed"),
+        (["messages", 0, 1, 0, 4], [ROWS], "malformed"),
+        (["messages", 0, 1, 0, 5], [ROWS[:-1]], "malformed"),
+        (["messages", 0, 1, 0, 5], [bytes(20 * (MAX_ROWS + 1))], "malformed"),
+        (["messages", 0, 1, 0, 0], [b"\xff" * 20], "malformed"),
+        (["messages", 0, 1, 0, MAX_DATAGRAM], [bytes(20 * MAX_ROWS)], "not_borrowed"),
+        (["messages", 0, 1, 0, 0], [ROWS * 1000], "malformed"),
+        (["messages", 0, 0, None, 5], [ROWS, b"onethree"], "malformed"),
+        (["messages", 0, 0, None, 5], [ROWS, b"one..three"], ""),
+        (["messages", 0, 1, 0, MAX_DATAGRAM + 1], [ROWS], "malformed"),
+        (["messages", 0, 1, 0, -1], [ROWS], "malformed"),
+        (["messages", 0, -1, 0, 0], [ROWS], "malformed"),
+        (["messages", 0, 1, -1, 0], [ROWS], "malformed"),
+        (["messages", 0, MAX_NUMBER + 1, 0, 0], [ROWS], "malformed"),
+        (["messages", 0, 1, MAX_NUMBER + 1, 0], [ROWS], "malformed"),
+        (["messages", 0, 2**64 - 1, 2**64 - 1, 2**64 - 1], [ROWS], "malformed"),
+        (["messages", 0, True, 0, 0], [ROWS], "malformed"),
+        (["messages", 0, 1.0, 0, 0], [ROWS], "malformed"),
+        (["messages", 0, 1, None, 0], [ROWS], "malformed"),
+        (["messages", 0, "1", 0, 0], [ROWS], "malformed"),
+    ],
+)
+def test_loan_and_payload_exclude_each_other(body: list[object], arrays: list[bytes], cause: str) -> None:
+    """A chunk with a payload part, neither of both, a stride too small and numbers out of bounds are refused."""
+    envelope = msgpack.packb(ENVELOPE)
+    found = cause_of([b"datagrams/messages/", envelope, msgpack.packb(body), *arrays], borrow_zeros)
+    assert found == cause
+
+
+numbers = st.integers(0, 70_000) | st.integers(-1, 2**64 - 1) | st.sampled_from([0, 1, MAX_NUMBER, MAX_NUMBER + 1])
+
+
+@settings(max_examples=300)
+@given(
+    numbers, numbers, numbers | st.just(5), st.binary(max_size=100) | st.just(ROWS), st.lists(st.binary(), max_size=2)
+)
+def test_arbitrary_loans_raise_nothing_else(
+    loan: int, chunk: int, stride: int, rows: bytes, payload: list[bytes]
+) -> None:
+    """Any numbers in a loan with any rows are taken, and then sound, or refused by WireError, whoever borrows."""
+    body = msgpack.packb(["messages", 0, loan, chunk, stride])
+    parts = [b"datagrams/messages/", msgpack.packb(ENVELOPE), body, rows, *payload]
+    if cause_of(parts, borrow_zeros) == "":
+        batch = decode(parts, borrow_zeros).batch
+        assert batch is not None
+        batch.check()
+        list(batch.datagrams())
+    for borrow in (borrow_nothing, borrow_zeros, lambda *_: b"", lambda *_: bytes(7)):
+        assert cause_of(parts, borrow) in {*CAUSES, ""}

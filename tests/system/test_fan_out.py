@@ -7,7 +7,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from tests.stack import Stack, ask_json, wait_until
+from tests.stack import PATIENT, Stack, ask_json, wait_until
 from tests.traffic import CheckingCollector, exporters, open_receiver, pause, payload
 
 IN_FLIGHT_SHARE = 3
@@ -25,6 +25,7 @@ def need(program: str) -> str:
 def test_logger_reaches_collectors_signed_up_with_nc(stack: Stack) -> None:
     """Messages of `logger` reach two collectors signed up with `nc`; a third that does not run disturbs nobody."""
     logger, netcat = need("logger"), need("nc")
+    stack.configure(PATIENT)
     stack.start_all()
     for number, name in enumerate(("siem", "archive", "absent")):
         request = json.dumps({"op": "register", "name": name, "streams": ["messages"], "port": 9514 + number})
@@ -57,7 +58,7 @@ def await_all(collectors: list[CheckingCollector], count: int) -> None:
 @pytest.mark.parametrize("datagrams", [30_000, pytest.param(1_000_000, marks=pytest.mark.soak)])
 def test_every_byte_reaches_every_collector(stack: Stack, datagrams: int) -> None:
     """Mixed sizes from many exporters, IPv4 and IPv6, two workers, four collectors: every copy equal and in order."""
-    stack.configure('[[stream]]\nname = "mixed"\nlisten = ["udp://127.0.0.1:7000", "udp://[::1]:7000"]\n')
+    stack.configure(f'{PATIENT}[[stream]]\nname = "mixed"\nlisten = ["udp://127.0.0.1:7000", "udp://[::1]:7000"]\n')
     stack.start_all(ingest=2)
     probe, buffer = open_receiver("127.0.0.1", 0, 1 << 25)
     probe.close()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tests.network import End, Host, veth
 from tests.openly import OpenStack
-from tests.stack import Running, Stack, ask_json, wait_until
+from tests.stack import PATIENT, Running, Stack, ask_json, wait_until
 from tests.system.test_fan_out import need
 
 FLOWS = 200
@@ -57,7 +57,7 @@ def flows(directory: Path) -> list[str]:
 def test_flows_through_fanwire_are_those_without_it(stack: Stack) -> None:
     """NetFlow v9 of `softflowd`, filed by `nfcapd`, is the same by way of fanwire as directly, at two collectors."""
     softflowd = need("softflowd")
-    stack.configure('[[stream]]\nname = "netflow"\nlisten = ["udp://127.0.0.1:2055"]\n')
+    stack.configure(f'{PATIENT}[[stream]]\nname = "netflow"\nlisten = ["udp://127.0.0.1:2055"]\n')
     stack.start_all()
     capture = stack.directory / "traffic.pcap"
     write_capture(capture)
@@ -82,7 +82,7 @@ def test_flow_collector_tells_exporters_apart(open_stack: OpenStack) -> None:
     """`nfcapd`, which files by exporter's address, files the flows of three exporters apart, as without fanwire."""
     softflowd = need("softflowd")
     open_stack.configure(
-        '[gateway]\nlisten = ["tcp://0.0.0.0:5000"]\n[[stream]]\nname = "netflow"\nlisten = ["udp://0.0.0.0:2055"]\n'
+        f'{PATIENT}listen = ["tcp://0.0.0.0:5000"]\n[[stream]]\nname = "netflow"\nlisten = ["udp://0.0.0.0:2055"]\n'
     )
     with ExitStack() as opened:
         relay, siem = opened.enter_context(Host()), opened.enter_context(Host())

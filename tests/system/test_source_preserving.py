@@ -22,6 +22,7 @@ from tests.system.test_workers import reports
 SETTINGS = """
 [gateway]
 listen = ["tcp://[::]:5000"]
+serve_seconds = 10
 [[stream]]
 name = "messages"
 listen = ["udp://[::]:6667"]

@@ -1,5 +1,7 @@
 import ctypes
 import socket
+from collections import defaultdict
+from collections.abc import Iterable
 
 import numpy as np
 from hypothesis import given, settings
@@ -10,7 +12,7 @@ from shared.batch import MAX_DATAGRAM, MAX_ROWS, DatagramBatch
 from shared.gathering import Gathered
 from shared.mmsg import IOVEC
 from shared.segments import MAX_SEGMENTS, MAX_SEND
-from tests.builders import make_batch
+from tests.builders import SOURCES, make_batch
 
 PLAN = SendPlan()
 """One for all tests, as a forwarder has: what an earlier plan left in its memory must not show."""
@@ -22,9 +24,10 @@ lengths_of_batches = few_long | runs.map(lambda found: [length for length, count
 largest_segments = st.sampled_from([0, 1, 100, 1464, 65_508]) | st.integers(0, 70_000)
 
 
-def batch_of(lengths: list[int]) -> DatagramBatch:
-    """A batch whose payloads all differ where they can."""
-    return make_batch([np.full(length, number, np.uint8).tobytes() for number, length in enumerate(lengths)])
+def batch_of(lengths: list[int], sources: int = 1) -> DatagramBatch:
+    """A batch of so many sources whose payloads all differ where they can."""
+    payloads = [(b"%d." % number * (length // 2 + 1))[:length] for number, length in enumerate(lengths)]
+    return make_batch(payloads, SOURCES[:sources])
 
 
 def sends_of(plan: SendPlan) -> list[tuple[bytes, int]]:
@@ -54,18 +57,35 @@ def cut(data: bytes, segment: int) -> list[bytes]:
     return [data[at : at + segment] for at in range(0, len(data), segment)] if segment else [data]
 
 
+def by_source(datagrams: Iterable[tuple[str, bytes]]) -> dict[str, list[bytes]]:
+    """What each exporter sent, in order."""
+    found = defaultdict(list)
+    for source, payload in datagrams:
+        found[source].append(payload)
+    return found
+
+
 @settings(max_examples=150)
-@given(lengths_of_batches, largest_segments, st.data())
-def test_sends_are_exactly_the_selected_rows(lengths: list[int], largest_segment: int, data: st.DataObject) -> None:
-    """Read back from memory, the sends hold the selected rows in order, and obey every limit of a segmented send."""
-    batch = batch_of(lengths[:MAX_ROWS])
+@given(lengths_of_batches, largest_segments, st.integers(1, len(SOURCES)), st.data())
+def test_sends_are_exactly_the_selected_rows(
+    lengths: list[int], largest_segment: int, sources: int, data: st.DataObject
+) -> None:
+    """The sends hold the selected rows, each exporter's in order, and obey every limit of a segmented send."""
+    batch = batch_of(lengths[:MAX_ROWS], sources)
     chosen = data.draw(st.none() | st.lists(st.booleans(), min_size=len(batch), max_size=len(batch)))
     indices = None if chosen is None else np.flatnonzero(np.array(chosen, np.bool_))
     PLAN.build(Gathered([batch]), indices, largest_segment)
-    payloads = [payload for _, _, payload in batch.datagrams()]
-    selected = payloads if indices is None else [payloads[index] for index in indices]
-    sends = sends_of(PLAN)
-    assert [datagram for send in sends for datagram in cut(*send)] == selected
+    datagrams = [(source, payload) for source, _, payload in batch.datagrams()]
+    selected = np.arange(len(batch)) if indices is None else indices
+    order, sends = PLAN.rest(0), sends_of(PLAN)
+    assert sorted(order.tolist()) == selected.tolist()
+    assert [datagram for send in sends for datagram in cut(*send)] == [datagrams[row][1] for row in order]
+    assert by_source(datagrams[row] for row in order) == by_source(datagrams[row] for row in selected)
+    assert [PLAN.rest(sent).tolist() for sent in range(len(order) + 1)] == [
+        order[sent:].tolist() for sent in range(len(order) + 1)
+    ]
+    if sources == 1 or not largest_segment:
+        assert order.tolist() == selected.tolist()
     assert (PLAN.rows, PLAN.sends) == (len(selected), len(sends))
     rows = size = 0
     for number, (sent, segment) in enumerate(sends):

@@ -1,35 +1,34 @@
+import random
 import signal
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import pairwise
 from typing import Any, Self
 
 import msgpack
 import pytest
 
 from services.broker.proxy import Proxy
-from shared.bus import Requests
+from shared.batch import MAX_ROWS
 from shared.ledger import discrepancies
-from shared.registry import Client
 from shared.routing import Router
 from shared.wire import (
     REGISTRY_TOPIC,
     VERSION,
     Datagrams,
-    RegistryChange,
-    RegistrySnapshot,
     ServeReply,
-    ServeRequest,
-    Status,
     datagrams_topic,
-    encode,
-    serve_topic,
-    status_topic,
 )
 from tests.builders import (
+    SOURCES,
     BusEnds,
+    PlayedGateway,
+    PlayedWorker,
     accounts_when,
+    flow,
+    freeze,
     kill_all,
     make_batch,
     make_client,
@@ -40,79 +39,6 @@ from tests.builders import (
 from tests.stack import DRAIN_SECONDS, Stack, wait_until
 
 TOPIC = datagrams_topic("messages")
-SOURCES = [f"192.0.2.{number}" for number in range(6)] + [f"2001:db8::{number}" for number in range(6)]
-
-
-class PlayedWorker:
-    """An ingest worker played by the test, whose batches can be lost."""
-
-    def __init__(self, bus: BusEnds, name: str = "ingest.1") -> None:
-        self.publisher = bus.publisher(name)
-        self.published = self._sequence = 0
-
-    def publish(self, payloads: Sequence[bytes], sources: Sequence[str] = SOURCES) -> None:
-        """Publish a batch."""
-        self._send(payloads, sources, self._sequence, self.published)
-        self.lose(len(payloads))
-
-    def repeat(self, payloads: Sequence[bytes]) -> None:
-        """Publish a batch under the numbers of the last one."""
-        self._send(payloads, SOURCES, self._sequence - 1, self.published - len(payloads))
-
-    def lose(self, count: int) -> None:
-        """Publish a batch of so many datagrams that the bus loses."""
-        self._sequence += 1
-        self.published += count
-
-    def _send(self, payloads: Sequence[bytes], sources: Sequence[str], sequence: int, total: int) -> None:
-        parts = encode(
-            TOPIC,
-            Datagrams("messages", 0),
-            sender=self.publisher.sender,
-            boot=self.publisher.boot,
-            sequence=sequence,
-            total=total,
-            batch=make_batch(payloads, sources),
-        )
-        self.publisher.socket.send_multipart(parts)
-
-    def report(self) -> None:
-        """Publish the worker's own count."""
-        name = self.publisher.sender
-        wait_wanted(self.publisher, status_topic(name))
-        accounts = {"stream/messages": {"published": self.published}}
-        self.publisher.publish(status_topic(name), Status(name, 1, 0, 1, 0, 1, accounts))
-
-
-class PlayedGateway:
-    """A gateway played by the test: a registry, and the question whether it is served."""
-
-    def __init__(self, bus: BusEnds) -> None:
-        self.publisher = bus.publisher("gateway.1")
-        self._requests = Requests("gateway.1", self.publisher.boot)
-        self.replies = bus.subscriber(self._requests.topic)
-        time.sleep(0.2)  # the subscription has to reach the forwarder, which can't be seen from here
-
-    def announce(self, revision: int, *clients: Client) -> None:
-        """Publish the whole registry, to somebody who has subscribed to it."""
-        wait_wanted(self.publisher, REGISTRY_TOPIC)
-        self.publisher.publish(REGISTRY_TOPIC, RegistrySnapshot(revision, 0, 1, list(clients)))
-
-    def change(self, revision: int, joined: Sequence[Client] = (), left: Sequence[str] = ()) -> None:
-        """Publish a change."""
-        self.publisher.publish(REGISTRY_TOPIC, RegistryChange(revision, list(joined), list(left)))
-
-    def ask(self, revision: int) -> int:
-        """Ask whether a revision is served; return the id under which the answer comes."""
-        wait_wanted(self.publisher, serve_topic("relay"))
-        number = self._requests.open(60, lambda _: None)
-        self.publisher.publish(serve_topic("relay"), ServeRequest(number, self._requests.topic, revision))
-        return number
-
-    def wait_served(self, revision: int) -> None:
-        """Wait until the forwarder says that it serves a revision."""
-        number = self.ask(revision)
-        assert take(self.replies).body == ServeReply(number, revision)
 
 
 class Collector:
@@ -177,19 +103,18 @@ def opened(lab: None) -> Iterator[ExitStack]:
         yield everything
 
 
-def flow(gateway: PlayedGateway, worker: PlayedWorker, revision: int, *clients: Client) -> None:
-    """Announce a registry, and wait until copies flow to it."""
-    gateway.announce(revision, *clients)
-    wait_wanted(worker.publisher, TOPIC)
-    worker.report()
-    worker.publish([])
-    gateway.wait_served(revision)
+def by_exporter(payloads: list[bytes]) -> dict[bytes, list[bytes]]:
+    """Payloads that begin with their exporter's number and a dot, in the order they came, by exporter."""
+    found: dict[bytes, list[bytes]] = {}
+    for payload in payloads:
+        found.setdefault(payload.partition(b".")[0], []).append(payload)
+    return found
 
 
 def test_collectors_get_what_routing_says(
     bus: BusEnds, gateway: PlayedGateway, worker: PlayedWorker, opened: ExitStack
 ) -> None:
-    """Each collector of the registry gets exactly its rows, in order: all, by prefix, by sampling, by group."""
+    """Each collector gets exactly its rows, each exporter's in order: all, by prefix, by sampling, by group."""
     fields: dict[str, dict[str, Any]] = {
         "all": {},
         "stream": {"streams": ("messages",)},
@@ -204,13 +129,15 @@ def test_collectors_get_what_routing_says(
     router, expected = Router(), {name: list[bytes]() for name in collectors}
     router.replace(collector.client for collector in collectors.values())
     for number in range(20):
-        payloads = [b"%d.%d" % (number, row) * (1 + row % 3) for row in range(number * 3)]
+        payloads = [b"%d.%d.%d." % (row % len(SOURCES), number, row) * (1 + row % 3) for row in range(number * 3)]
         worker.publish(payloads)
         for client, selection in router.route(make_batch(payloads, SOURCES)):
             rows = range(len(payloads)) if selection.indices is None else selection.indices.tolist()
             expected[client.name] += [payloads[row] for row in rows]
     got = {name: collector.take(len(expected[name])) for name, collector in collectors.items()}
-    assert got == expected
+    assert {name: by_exporter(each) for name, each in got.items()} == {
+        name: by_exporter(each) for name, each in expected.items()
+    }
     assert expected["one"]
     assert expected["two"]
     accounts = accounts_when(bus, "forwarder.1", lambda found: found["collector/all"]["delivered"] == 570)
@@ -218,6 +145,71 @@ def test_collectors_get_what_routing_says(
         name: len(payloads) for name, payloads in expected.items()
     }
     assert not any(collector.waiting() for collector in collectors.values())
+
+
+def test_many_collectors_are_served_side_by_side(
+    bus: BusEnds, gateway: PlayedGateway, worker: PlayedWorker, opened: ExitStack
+) -> None:
+    """Of large batches each of eight collectors gets all rows, each exporter's in order, whatever one of them does."""
+    collectors = [opened.enter_context(Collector(f"c{number}")) for number in range(8)]
+    gone = Collector("gone")
+    gone.socket.close()
+    half = opened.enter_context(Collector("half", sample=2))
+    flow(gateway, worker, 1, *(collector.client for collector in (*collectors[:4], gone, half, *collectors[4:])))
+    draw, sent = random.Random(1), list[bytes]()
+    for _ in range(6):
+        exporters = [draw.randrange(len(SOURCES)) for _ in range(MAX_ROWS)]
+        payloads = [
+            b"%d.%d" % (each, len(sent) + row) + b"." * draw.randrange(200) for row, each in enumerate(exporters)
+        ]
+        worker.publish(payloads, [SOURCES[each] for each in exporters])
+        sent += payloads
+        for collector in collectors:
+            assert by_exporter(collector.take(MAX_ROWS)) == by_exporter(payloads)
+    half_sent = by_exporter(half.take(len(sent) // 2))
+    assert {
+        name: [each for each in came if each in set(half_sent[name])] for name, came in by_exporter(sent).items()
+    } == half_sent
+    accounts = accounts_when(bus, "forwarder.1", lambda found: found["collector/c7"]["delivered"] == len(sent))
+    for number in range(8):
+        account = accounts[f"collector/c{number}"]
+        assert account["delivered"] == account["offered"] == account["expected"] == len(sent)
+        assert account["bytes"] == sum(map(len, sent))
+    account = accounts["collector/gone"]
+    assert account["offered"] == len(sent) == account["delivered"] + account["dropped_refused"]
+    assert account["dropped_refused"] > len(sent) // 2
+    assert accounts["collector/half"]["delivered"] == len(sent) // 2
+    assert not any(collector.waiting() for collector in (*collectors, half))
+
+
+def test_streams_that_take_turns_each_keep_their_order(stack: Stack, opened: ExitStack) -> None:
+    """What waits of streams that take turns leaves stream by stream, complete, each in its order."""
+    streams = [f'[[stream]]\nname = "{name}"\nlisten = ["udp://127.0.0.1:6666"]\n' for name in ("messages", "traps")]
+    stack.configure("".join(streams))
+    opened.enter_context(Proxy(stack.bus, 256))
+    forwarder = stack.start("forwarder")
+    bus = opened.enter_context(BusEnds(stack.bus))
+    opened.callback(kill_all, stack)
+    gateway, worker = PlayedGateway(bus), PlayedWorker(bus)
+    both = opened.enter_context(Collector("both"))
+    traps = opened.enter_context(Collector("traps", streams=("traps",)))
+    gateway.announce(1, both.client, traps.client)
+    for name in ("messages", "traps"):
+        wait_wanted(worker.publisher, datagrams_topic(name))
+    freeze(forwarder)
+    wanted: dict[bytes, list[bytes]] = {b"messages": [], b"traps": []}
+    for number in range(100):
+        for stream, payloads in wanted.items():
+            payloads.append(b"%s.%d" % (stream, number))
+        worker.publish(wanted[b"messages"][-1:])
+        batch = make_batch(wanted[b"traps"][-1:], stream="traps")
+        assert worker.publisher.publish(datagrams_topic("traps"), Datagrams("traps", 0), batch)
+    forwarder.process.send_signal(signal.SIGCONT)
+    arrived = both.take(200)
+    assert by_exporter(arrived) == wanted
+    turns = sum(one.partition(b".")[0] != other.partition(b".")[0] for one, other in pairwise(arrived))
+    assert turns < 50, "each batch was sent by itself"
+    assert traps.take(100) == wanted[b"traps"]
 
 
 def test_only_relayed_collectors_are_served(gateway: PlayedGateway, worker: PlayedWorker, opened: ExitStack) -> None:

@@ -1,30 +1,61 @@
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.ingest.receiver import cuts
+from services.ingest.receiver import SMALLEST_STRIDE, cut, stride_for
 from shared.batch import MAX_DATAGRAM, MAX_PAYLOAD, MAX_ROWS
 from shared.mmsg import SLOT
+from shared.pool import CHUNK
 
 sizes = st.sampled_from([0, 0, 1, 1464, 32_768, MAX_DATAGRAM - 1, MAX_DATAGRAM, MAX_DATAGRAM + 1, SLOT])
 
 
+def cuts(lengths: list[int], most: int) -> list[tuple[int, int]]:
+    """All stretches, one after the other; the last may be empty where nothing that fits is left."""
+    found, start, column = [], 0, np.array(lengths, np.uint32)
+    while start < len(lengths):
+        stretch = cut(column, start, most)
+        assert start <= stretch[0] <= stretch[1] <= len(lengths)
+        assert stretch[0] < stretch[1] or stretch == (len(lengths), len(lengths))
+        found.append(stretch)
+        start = stretch[1]
+    return found
+
+
 @settings(max_examples=300)
-@given(st.lists(st.tuples(sizes | st.integers(0, SLOT), st.integers(1, 20)), min_size=1, max_size=20))
-def test_cuts_cover_every_datagram_once(runs: list[tuple[int, int]]) -> None:
-    """The stretches hold all datagrams that fit one, in order, once; each fits a message, and none could be longer."""
+@given(
+    st.lists(st.tuples(sizes | st.integers(0, SLOT), st.integers(1, 60)), min_size=1, max_size=20),
+    st.sampled_from([MAX_DATAGRAM, MAX_PAYLOAD, CHUNK]),
+)
+def test_stretches_cover_every_datagram_once(runs: list[tuple[int, int]], most: int) -> None:
+    """The stretches hold all datagrams that fit one, in order, once; each fits its place, and none could be longer."""
     lengths = [length for length, count in runs for _ in range(count)][:MAX_ROWS]
-    stretches = list(cuts(np.array(lengths, np.uint32)))
+    stretches = cuts(lengths, most)
     covered = [row for start, stop in stretches for row in range(start, stop)]
     assert covered == [row for row, length in enumerate(lengths) if length <= MAX_DATAGRAM]
     for start, stop in stretches:
-        assert start < stop
-        assert sum(lengths[start:stop]) <= MAX_PAYLOAD
+        assert sum(lengths[start:stop]) <= most
         at_its_end = stop == len(lengths) or lengths[stop] > MAX_DATAGRAM
-        assert at_its_end or sum(lengths[start : stop + 1]) > MAX_PAYLOAD
+        assert at_its_end or sum(lengths[start : stop + 1]) > most
 
 
-def test_ordinary_batch_is_not_cut() -> None:
-    """A batch that fits a message is one stretch."""
-    assert list(cuts(np.full(MAX_ROWS, 2048, np.uint32))) == [(0, MAX_ROWS)]
-    assert list(cuts(np.full(MAX_ROWS, 2049, np.uint32))) == [(0, 255), (255, 256)]
+@pytest.mark.parametrize("most", [MAX_PAYLOAD, CHUNK])
+def test_ordinary_batch_is_not_cut(most: int) -> None:
+    """A batch that fits a message, or a chunk, is one stretch; what is a byte too much begins the next."""
+    each = most // MAX_ROWS
+    assert cuts([each] * MAX_ROWS, most) == [(0, MAX_ROWS)]
+    assert cuts([each] * (MAX_ROWS - 1) + [each + 1], most) == [(0, MAX_ROWS - 1), (MAX_ROWS - 1, MAX_ROWS)]
+    assert cuts([SLOT] * 3, most) == [(3, 3)]
+
+
+@given(sizes.filter(bool) | st.integers(1, SLOT), st.booleans())
+def test_stride_holds_datagrams_like_those_before(longest: int, equal: bool) -> None:
+    """Equal datagrams stand end to end, others at a power of two less than twice the longest; none is beyond UDP's."""
+    stride = stride_for(longest, equal=equal)
+    assert min(longest, MAX_DATAGRAM) <= stride <= MAX_DATAGRAM
+    if equal:
+        assert stride == min(longest, MAX_DATAGRAM)
+    elif stride < MAX_DATAGRAM:
+        assert stride.bit_count() == 1
+        assert stride == SMALLEST_STRIDE or stride < 2 * longest

@@ -1,9 +1,13 @@
+import errno
+import gc
+import random
 import signal
 import socket
 import struct
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -12,11 +16,14 @@ import pytest
 
 from services.broker.proxy import Proxy
 from services.ingest.connections import SPARE_DESCRIPTORS
+from services.ingest.worker import new_pools
 from shared.addresses import LOCAL_SENDER, unpack_address
 from shared.batch import MAX_DATAGRAM
 from shared.bus import Subscriber
 from shared.continuity import Continuity
 from shared.ledger import Accounts, discrepancies
+from shared.pool import CHUNK, GRACE_SECONDS
+from shared.wire import Datagrams
 from tests.builders import BusEnds, Datagram, accounts_when, freeze, kill_all, take, take_datagrams, take_mark
 from tests.stack import Stack, wait_until
 
@@ -106,6 +113,49 @@ def test_batch_longer_than_a_bus_message_is_cut(stack: Stack, bus: BusEnds) -> N
             sock.send(payload)
     worker.process.send_signal(signal.SIGCONT)
     assert [payload for _, _, payload in take_datagrams(subscriber, 30)] == payloads
+
+
+def take_shaped(subscriber: Subscriber, count: int, shapes: Counter[str]) -> list[bytes]:
+    """The next `count` payloads, waited for; in `shapes` it is counted how those of each batch came."""
+    found: list[bytes] = []
+    while len(found) < count:
+        message = take(subscriber)
+        assert isinstance(message.body, Datagrams)
+        assert message.batch is not None
+        found += [payload for _, _, payload in message.batch.datagrams()]
+        lent = "in place" if message.body.stride else "end to end"
+        shapes["in the message" if message.body.chunk is None else lent] += 1
+    return found
+
+
+@pytest.mark.parametrize("way", ["udp", "unixgram"])
+def test_what_is_received_is_lent_whatever_its_sizes(stack: Stack, bus: BusEnds, tmp_path: Path, way: str) -> None:
+    """Equal, growing, ragged, small and oversized datagrams, one batch after the other, arrive whole, lent or not."""
+    stack.configure(UNIX.format(path=tmp_path / "s"))
+    worker = stack.start("ingest")
+    subscriber = follow(bus, "local")
+    draw, shapes = random.Random(9), Counter[str]()
+    time.sleep(GRACE_SECONDS)
+    longest = MAX_DATAGRAM if way == "udp" else 100_000
+    rounds = [[1400] * 60, [1400] * 60, [1400] * 59 + [1401], [1400] * 30, [9000] * 100, [9000] * 100, [1] * 40]
+    rounds += [[draw.choice([0, 1, draw.randrange(3000), 1464]) for _ in range(90)] for _ in range(3)]
+    rounds += [[*[20_000] * 20, longest], [*[20_000] * 20, longest, 20_000, longest, longest], [longest] * 40, [5]] * 2
+    with socket.socket(socket.AF_INET if way == "udp" else socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.connect(("127.0.0.1", 6668) if way == "udp" else str(tmp_path / "s"))
+        sock.settimeout(10)
+        for number, lengths in enumerate(rounds):
+            payloads = [(b"%d.%d," % (number, row) * (size // 4 + 1))[:size] for row, size in enumerate(lengths)]
+            if way == "udp":  # a path's queue holds ten
+                freeze(worker)
+            for payload in payloads:
+                sock.send(payload)
+            worker.process.send_signal(signal.SIGCONT)
+            wanted = [payload for payload in payloads if len(payload) <= MAX_DATAGRAM]
+            assert take_shaped(subscriber, len(wanted), shapes) == wanted
+    assert subscriber.rejected == {}
+    assert shapes["in place"]
+    assert shapes["end to end"]
+    assert shapes["in the message"]
 
 
 def test_new_subscriber_is_told_where_the_stream_stands(stack: Stack, bus: BusEnds) -> None:
@@ -617,3 +667,20 @@ def test_watchdog_is_fed_by_turns(stack: Stack, lab: None, broker: bool) -> None
         with pytest.raises(TimeoutError):
             wait_until(lambda: not manager.recv(100), "it is fed no more")
     kill_all(stack)
+
+
+def test_without_memory_to_lend_payloads_go_through_the_bus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that can't seal memory, as before Linux 5.1, costs the lending, and the worker starts."""
+
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    pools = new_pools(["a", "b"], 2 * CHUNK)
+    assert set(pools) == {"a", "b"}
+    for pool in pools.values():
+        pool.close()
+    del pools, pool
+    gc.collect()
+    assert new_pools(["a"], CHUNK - 1) == {}
+    monkeypatch.setattr("fcntl.fcntl", refuse)
+    assert new_pools(["a"], CHUNK) == {}

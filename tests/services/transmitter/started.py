@@ -34,6 +34,7 @@ def main(arguments):
     print(json.dumps({
         "facts": prove(sockets),
         "reason": sockets.reason,
+        "buffers": [sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) for sock in sockets.packet],
         "kinds": [len(sockets.packet), len(sockets.ip4), len(sockets.ip6)],
         "descriptors": len(os.listdir("/proc/self/fd")) - 1 - len(sockets),
         "bus": reached(),

@@ -80,6 +80,14 @@ def test_a_plain_user_with_the_capability_loses_it(lab: None, copy: Started) -> 
     assert found["facts"]["capabilities"] == 0
 
 
+def test_without_cap_net_admin_buffers_are_what_anybody_may_have(lab: None, copy: Started) -> None:
+    """With CAP_NET_RAW alone the send buffers are as large as net.core.wmem_max lets them be."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as plain:
+        plain.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, opener.SEND_BUFFER)
+        most = plain.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+    assert copy.said(preexec_fn=as_nobody_with_net_raw)["buffers"] == [most] * opener.SOCKETS
+
+
 def test_root_of_a_user_namespace_keeps_its_uid_and_nothing_else(lab: None, copy: Started) -> None:
     """In `unshare -Urn` there is nobody else to become, and its root is nobody special outside."""
     found = copy.said(**in_own_namespace())
@@ -365,7 +373,7 @@ def test_sockets_are_all_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
         opened.append(socket.socket())
         return opened[-1]
 
-    monkeypatch.setattr(opener, "_open", refuse)
+    monkeypatch.setattr(opener, "open_socket", refuse)
     with pytest.raises(PermissionError, match="aa-status") as caught:
         opener.open_sockets()
     assert caught.value.errno == errno.EACCES
@@ -380,7 +388,7 @@ def test_without_ipv6_there_are_the_others(monkeypatch: pytest.MonkeyPatch) -> N
             raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
         return socket.socket()
 
-    monkeypatch.setattr(opener, "_open", refuse)
+    monkeypatch.setattr(opener, "open_socket", refuse)
     opened = opener.open_sockets()
     assert [part.partition(":")[0] for part in unparse(opened).split(";")] == ["packet", "ip4"]
     for sock in chain(*opened.values()):

@@ -3,7 +3,8 @@ import socket
 import struct
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import numpy as np
 import pytest
@@ -135,7 +136,7 @@ def test_frames_hold_exactly_the_selected_rows(
     wanted = by_source(everything if rows is None else [everything[row] for row in rows])
     numbers = Identification()
     for port in (2055, 9):  # a second collector gets the same plan
-        PLAN.address(target(version, link=link, port=port), b"name", numbers)
+        PLAN.address([target(version, link=link, port=port)], [b"name"], [numbers])
         came = sent(PLAN, version, link=link)
         datagrams = [each.datagram for each in came]
         assert by_source([(each.source, each.source_port, each.payload) for each in datagrams]) == wanted
@@ -146,6 +147,56 @@ def test_frames_hold_exactly_the_selected_rows(
     assert PLAN.bytes_before[-1] == sum(len(each.payload) for each in datagrams)
     longest = max(mtu, 65_535 if segmentation and link else 0) + (LINK_SIZE if link else 0)
     assert max(map(len, memory_of(PLAN))) <= longest
+
+
+@settings(max_examples=200)
+@given(
+    st.sampled_from([4, 6]),
+    runs,
+    st.booleans(),
+    st.booleans(),
+    st.lists(st.lists(st.integers(0, 60), min_size=1, unique=True), min_size=2, max_size=5),
+)
+def test_each_part_is_addressed_to_its_own_collector(
+    version: int, found: list[tuple[int, int, int]], link: bool, segmentation: bool, chosen: list[list[int]]
+) -> None:
+    """In a plan of several parts each collector gets its rows, each source's in order, marked as it wants them."""
+    batch = gathered(version, [(source, min(size, 1400), count) for source, size, count in found])
+    everything = [datagram for each in batch.batches for datagram in each.datagrams()]
+    parts = [sorted({row % len(batch) for row in rows}) for rows in chosen]
+    firsts = [0, *accumulate(len(rows) for rows in parts[:-1])]
+    rows = np.array([row for part in parts for row in part])
+    PLAN.build(batch, rows, version, 1500, link=link, segmentation=segmentation, parts=firsts)
+    targets = [
+        replace(target(version, link=link, port=9 + part), hop_limit=1 + part, dscp=part) for part in range(len(parts))
+    ]
+    names = [b"to%d" % part for part in range(len(parts))]
+    PLAN.address(targets, names, [Identification() for _ in parts])
+    came = [each.datagram for each in sent(PLAN, version, link=link)]
+    for part, wanted in enumerate(parts):
+        mine = [each for each in came if each.port == 9 + part]
+        assert by_source([(each.source, each.source_port, each.payload) for each in mine]) == by_source(
+            [everything[row] for row in wanted]
+        )
+        assert {(each.header.hop_limit, each.header.traffic_class) for each in mine} == {(1 + part, part << 2)}
+        first, stop = PLAN.first_units[part], PLAN.first_units[part + 1]
+        assert {PLAN.part_of(unit) for unit in range(first, stop)} == {part}
+        assert {
+            ctypes.string_at(int(message["name"]), int(message["namelen"])) for message in PLAN.messages[first:stop]
+        } == {names[part]}
+        rest = PLAN.rest(int(PLAN.rows_before[first]) + 1, part)
+        assert sorted([*rest.tolist(), *set(wanted) - set(rest.tolist())]) == wanted
+        assert len(rest) == len(wanted) - 1
+    assert len(came) == PLAN.rows == len(rows)
+
+
+def test_collectors_at_one_address_share_identifications() -> None:
+    """Parts whose collectors have one address never carry the same identification."""
+    batch, numbers = gathered(4, [(0, 100, 50)]), Identification()
+    rows = np.tile(np.arange(50), 3)
+    PLAN.build(batch, rows, 4, 1500, link=True, segmentation=False, parts=[0, 50, 100])
+    PLAN.address([target(4, port=port) for port in (1, 2, 3)], [b"name"] * 3, [numbers] * 3)
+    assert len({each.datagram.header.identification for each in sent(PLAN, 4, link=True)}) == 150
 
 
 @given(st.sampled_from([4, 6]), runs, st.sampled_from([1280, 1500]))
@@ -168,7 +219,7 @@ def test_interleaved_sources_are_brought_together() -> None:
     """Datagrams of two sources that take turns leave as one frame each."""
     PLAN.build(gathered(4, [(0, 100, 1), (1, 100, 1)] * 20), None, 4, 1500, link=True, segmentation=True)
     assert PLAN.frames == 2
-    PLAN.address(target(4), b"name", Identification())
+    PLAN.address([target(4)], [b"name"], [Identification()])
     assert len(sent(PLAN, 4, link=True)) == 40
 
 
@@ -176,29 +227,38 @@ def test_rows_left_can_be_planned_again() -> None:
     """What is left after some rows were dealt with is the others, in the plan's order."""
     batch = gathered(4, [(0, 100, 1), (1, 100, 1)] * 4)
     PLAN.build(batch, None, 4, 1500, link=True, segmentation=True)
-    PLAN.address(target(4), b"name", Identification())
+    PLAN.address([target(4)], [b"name"], [Identification()])
     order = [(each.datagram.source_port, each.datagram.payload) for each in sent(PLAN, 4, link=True)]
     PLAN.build(batch, PLAN.rest(4), 4, 1500, link=True, segmentation=False)
-    PLAN.address(target(4), b"name", Identification())
+    PLAN.address([target(4)], [b"name"], [Identification()])
     assert [(each.datagram.source_port, each.datagram.payload) for each in sent(PLAN, 4, link=True)] == order[4:]
 
 
 @pytest.mark.parametrize("version", [4, 6])
-def test_fragmented_datagrams_of_a_source_never_share_an_identification(version: int) -> None:
-    """Of a thousand fragmented datagrams of one source no two carry the same identification."""
+def test_fragmented_datagrams_of_an_address_never_share_an_identification(version: int) -> None:
+    """Of a thousand fragmented datagrams of one address, whatever its ports, no two carry the same identification."""
     numbers = Identification()
     seen: list[int | None] = []
     for _ in range(10):
-        PLAN.build(gathered(version, [(0, 2000, 100)]), None, version, 1500, link=True, segmentation=True)
-        PLAN.address(target(version), b"name", numbers)
+        PLAN.build(gathered(version, [(0, 2000, 50), (1, 2000, 50)]), None, version, 1500, link=True, segmentation=True)
+        PLAN.address([target(version)], [b"name"], [numbers])
         seen += [each.datagram.header.identification for each in sent(PLAN, version, link=True)]
     assert len(set(seen)) == 1000
+
+
+def test_an_identification_comes_again_after_all_others_and_is_never_0() -> None:
+    """Raw IP would give each fragment that is numbered 0 another number; all others are used in turn."""
+    numbers = Identification()
+    of_one_source = np.zeros(0xFFFF, np.uint64)
+    first, second = (numbers.take_for_fragments(of_one_source) for _ in range(2))
+    assert sorted(first) == list(range(1, 0x10000))
+    assert (first == second).all()
 
 
 def test_runs_leave_identifications_for_their_segments() -> None:
     """The kernel counts up from a run's identification for each segment, so the next frame begins behind them."""
     PLAN.build(gathered(4, [(0, 100, 10), (1, 100, 1), (2, 100, 3)]), None, 4, 1500, link=True, segmentation=True)
-    PLAN.address(target(4), b"name", Identification())
+    PLAN.address([target(4)], [b"name"], [Identification()])
     first, *others = (parse_ipv4(frame[LINK_SIZE:]).header.identification or 0 for frame in memory_of(PLAN))
     assert [(number - first) % 65_536 for number in others] == [10, 11]
 
@@ -206,7 +266,7 @@ def test_runs_leave_identifications_for_their_segments() -> None:
 def test_flow_labels_tell_flows_apart() -> None:
     """Over IPv6 a source has one flow label towards a collector, never 0, and another source has another."""
     PLAN.build(gathered(6, [(0, 100, 3), (1, 100, 3), (4, 100, 3)]), None, 6, 1500, link=True, segmentation=True)
-    PLAN.address(target(6), b"name", Identification())
+    PLAN.address([target(6)], [b"name"], [Identification()])
     labels = {
         (each.datagram.source, each.datagram.source_port): each.datagram.header.flow_label
         for each in sent(PLAN, 6, link=True)
@@ -224,7 +284,7 @@ def test_checksum_that_comes_out_as_zero_is_sent_as_all_ones(link: bool) -> None
     payload = (0xFFFF - fixed % 0xFFFF).to_bytes(2) + bytes(size - 2)
     batch = DatagramBatch("messages", 0, make_rows([size], [pack_address("192.0.2.1")], [514]), payload)
     PLAN.build(Gathered([batch]), None, 4, 1500, link=link, segmentation=True)
-    PLAN.address(target(4, link=link), b"name", Identification())
+    PLAN.address([target(4, link=link)], [b"name"], [Identification()])
     (only,) = sent(PLAN, 4, link=link)
     assert only.datagram.payload == payload
     at = (LINK_SIZE if link else 0) + 26

@@ -99,7 +99,7 @@ def test_what_the_opener_does_not_say_is_refused(text: str) -> None:
 def test_sockets_of_other_kinds_are_refused(lab: None, kinds: tuple[str, ...]) -> None:
     """Descriptors of another kind than they are said to be are refused, and closed."""
     made = {"udp": (socket.AF_INET, socket.SOCK_DGRAM), "tcp": (socket.AF_INET, socket.SOCK_STREAM)}
-    opened = [opener._open(kind) if kind in KINDS else socket.socket(*made[kind]) for kind in kinds]
+    opened = [opener.open_socket(kind) if kind in KINDS else socket.socket(*made[kind]) for kind in kinds]
     text = ";".join(f"{kind}:{sock.detach()}" for kind, sock in zip(KINDS, opened, strict=False))
     with pytest.raises(PermissionError, match="opener"):
         adopt(text)
@@ -107,7 +107,7 @@ def test_sockets_of_other_kinds_are_refused(lab: None, kinds: tuple[str, ...]) -
 
 def test_sockets_that_could_receive_are_refused(lab: None) -> None:
     """Without the opener's filter a packet socket could listen to everything."""
-    text = f"ip4:{opener._open('ip4').detach()};packet:{socket.socket(*KINDS['packet']).detach()}"
+    text = f"ip4:{opener.open_socket('ip4').detach()};packet:{socket.socket(*KINDS['packet']).detach()}"
     with pytest.raises(PermissionError, match="opener"):
         adopt(text)
 

@@ -5,92 +5,25 @@ import errno
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 import services.transmitter.packet_socket
 import shared.mmsg
-from services.transmitter.copies import Copies
-from services.transmitter.privileges import KINDS, RawSockets
+from services.transmitter.policy import Policy
 from services.transmitter.sender import Sender
 from shared.gathering import Gathered
-from shared.ledger import EXPECTED, discrepancies
 from shared.routing import ALL_ROWS
 from shared.settings import Settings, Transmitter
 from tests.builders import make_batch, make_client
-from tests.capture import Arrival, Collector
-from tests.network import End, Host, veth
-from tests.stack import wait_until
+from tests.capture import Collector
+from tests.services.transmitter.site import EXPORTERS, Copied, Site, numbered, open_raw, payloads
 
 pytestmark = pytest.mark.usefixtures("lab")
-EXPORTERS = ("192.0.2.1", "192.0.2.2")
-
-
-class Site:
-    """A relay with a sender, and a collector's host at the other end of a link."""
-
-    def __init__(self, opened: ExitStack, **settings: Any) -> None:
-        self._opened = opened
-        self.relay, self.siem = opened.enter_context(Host()), opened.enter_context(Host())
-        self.up, self.eth = End(self.relay, "up", "10.2.0.1/24"), End(self.siem, "eth", "10.2.0.2/24")
-        opened.enter_context(veth(self.up, self.eth))
-        kept = [[opened.enter_context(self.relay.socket(*KINDS[kind])) for _ in range(3)] for kind in KINDS]
-        for sock in (sock for several in kept for sock in several):
-            sock.setblocking(False)
-        with self.relay.entered():
-            raw = RawSockets(*(tuple(several) for several in kept))  # type: ignore[arg-type]
-            self.sender = opened.enter_context(closing(Sender(Settings(transmitter=Transmitter(**settings)), raw)))
-        self.account: Counter[str] = Counter()
-        self.sent = 0
-        self.copies: Copies = self.reach()
-
-    def reach(self, address: str = "10.2.0.2", **fields: Any) -> Copies:
-        """How a collector is reached."""
-        return self.sender.reach(make_client("c", 9514, address=address, **fields), self.account)
-
-    def send(self, *payloads: bytes, sources: tuple[str, ...] = EXPORTERS, port: int = 514) -> None:
-        """Send copies of a batch; the account adds up afterwards."""
-        batch = Gathered([make_batch(payloads, sources, port=port)])
-        self.account["offered"] += len(payloads)
-        self.sender.send(batch, [(self.copies, ALL_ROWS)])
-        self.check()
-
-    def check(self) -> None:
-        """The account must add up at any time."""
-        account = {**self.account, EXPECTED: self.account["offered"]}
-        assert list(discrepancies({"collector/c": account})) == []
-
-    def turn(self) -> None:
-        """What the loop does all the time."""
-        self.sender.work()
-        self.check()
-
-    def turn_until(self, counter: str, count: int) -> None:
-        """Turn until so many are counted."""
-
-        def counted() -> bool:
-            self.turn()
-            return self.account[counter] >= count
-
-        wait_until(counted, f"{count} are {counter}: {dict(self.account)}")
-
-    def until_delivered(self) -> None:
-        """Send until the way is known and nothing waits."""
-        self.send(b"first")
-        self.turn_until("delivered", self.account["offered"])
-
-    def send_until(self, condition: Callable[[], object], what: str) -> None:
-        """Send a datagram at a time, and turn, until a condition is met."""
-
-        def met() -> object:
-            self.send(b"again")
-            self.turn()
-            return condition()
-
-        wait_until(met, what)
 
 
 @pytest.fixture
@@ -98,16 +31,6 @@ def opened() -> Iterator[ExitStack]:
     """Closed at the end of the test."""
     with ExitStack() as stack:
         yield stack
-
-
-def payloads(arrivals: list[Arrival]) -> list[bytes]:
-    """What arrived."""
-    return [arrival.payload for arrival in arrivals]
-
-
-def numbered(start: int, count: int) -> list[bytes]:
-    """Payloads that can be told apart."""
-    return [b"%06d" % number for number in range(start, start + count)]
 
 
 def test_datagrams_wait_for_the_next_hop_and_arrive_in_order(opened: ExitStack) -> None:
@@ -258,6 +181,20 @@ def test_one_that_fails_costs_itself_alone(opened: ExitStack, monkeypatch: pytes
     assert (site.account["delivered"], site.account["dropped_eperm"]) == (3, 1)
 
 
+def test_a_host_without_sockets_for_ipv6_counts_what_it_cannot_send(opened: ExitStack) -> None:
+    """Where no raw IP socket of IPv6 could be had, its packets are dropped as `no_route`, and all else goes on."""
+    site = Site(opened)
+    raw = replace(open_raw(opened, site.relay), ip6=())
+    with site.relay.entered():
+        site.sender = opened.enter_context(closing(Sender(Settings(), raw)))
+    site.copies = site.reach("fd00:2::1")
+    site.send(b"x", sources=("2001:db8::1",))
+    assert site.account["dropped_no_route"] == 1
+    site.copies = site.reach()
+    site.send(b"x")
+    site.turn_until("delivered", 1)
+
+
 def test_policy_is_kept_whoever_is_in_the_registry(opened: ExitStack) -> None:
     """Outside the allowed destinations, from refused sources, and to our own listener nothing goes; each is counted."""
     site = Site(opened, destinations=("10.2.0.2/32", "127.0.0.0/8"), sources=("192.0.2.0/24",))
@@ -281,6 +218,37 @@ def test_frames_per_second_holds(opened: ExitStack) -> None:
     time.sleep(0.15)
     site.send(*numbered(0, 250))
     assert site.account["dropped_rate_limited"] >= 140
+
+
+def test_collectors_share_the_frames_per_second(opened: ExitStack) -> None:
+    """However few frames may leave, in the long run each collector gets its part of them."""
+    site = Site(opened)
+    site.until_delivered()
+    now = 1000.0
+    site.sender.policy = Policy(Transmitter(frames_per_second=100), lambda: now)
+    accounts = [Counter[str]() for _ in range(3)]
+    reached = [site.sender.reach(make_client("c", 9600 + n, address="10.2.0.2"), a) for n, a in enumerate(accounts)]
+    batch = Gathered([make_batch(numbered(0, 10), EXPORTERS[:1])])
+    for _ in range(300):
+        site.sender.send(batch, [(copies, ALL_ROWS) for copies in reached])
+        now += 0.11
+    assert sum(account["delivered"] for account in accounts) == 3000
+    assert all(account["delivered"] > 500 for account in accounts)
+
+
+@pytest.mark.parametrize(("address", "source"), [("10.2.0.2", "192.0.2.1"), ("fd00:2::2", "2001:db8::1")])
+def test_fragments_to_one_address_are_numbered_for_all_its_collectors(
+    opened: ExitStack, address: str, source: str
+) -> None:
+    """Collectors on one host get fragments that can't be mixed up there, also when one signs up again."""
+    site = Site(opened)
+    copied = opened.enter_context(Copied(site.siem, "eth"))
+    site.relay.neighbour(address, site.eth.link_address, "up")
+    reached = [site.reach(address, port=9600 + number) for number in range(3)]
+    reached[0] = site.reach(address, port=9600)
+    batch = Gathered([make_batch([bytes(2000)] * 30, (source,))])
+    site.sender.send(batch, [(copies, ALL_ROWS) for copies in reached])
+    assert len({datagram.header.identification for datagram in copied.read(90)}) == 90
 
 
 def test_a_message_of_another_process_is_not_taken_for_the_kernels(opened: ExitStack) -> None:
