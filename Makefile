@@ -1,10 +1,12 @@
 # `make run` starts everything, `make test` checks everything; both set up what they need in .venv first.
 PYTHON ?= python3
 VENV := .venv
+# Tests wait more than they work: a few at a time take half as long.
+TEST_WORKERS ?= 2
 BIN := $(CURDIR)/$(VENV)/bin
 export PATH := $(BIN):$(PATH)
 
-.PHONY: run test lint soak bench clean
+.PHONY: run test lint soak bench bench-check clean
 
 run: $(VENV)/installed
 	@! fanwire ready broker --timeout 0.2 >/dev/null 2>&1 || { \
@@ -13,7 +15,7 @@ run: $(VENV)/installed
 	  kill $$hint 2>/dev/null; wait $$hint 2>/dev/null; exit $$code
 
 test: lint
-	pytest -m 'not soak'
+	pytest -m 'not soak' -n $(TEST_WORKERS)
 
 lint: $(VENV)/installed-for-tests
 	ruff format --check .
@@ -24,9 +26,13 @@ lint: $(VENV)/installed-for-tests
 soak: $(VENV)/installed-for-tests
 	pytest -m soak --timeout 3600
 
-bench: $(VENV)/installed-for-tests
-	python -m tests.benchmarks.transmit
-	python -m tests.benchmarks.relay $(BENCH)
+# Side by side with the relays found on PATH; as root. BENCH="--workload netflow --fan-out 1" narrows it.
+bench: $(VENV)/installed-for-benchmarks
+	python -m tests.benchmarks $(BENCH)
+
+# What has become slower beside the same relays than in tests/benchmarks/recorded.json.
+bench-check: $(VENV)/installed-for-benchmarks
+	python -m tests.benchmarks --check $(BENCH)
 
 clean:
 	rm -rf $(VENV)
@@ -45,3 +51,7 @@ $(VENV)/installed: pyproject.toml $(VENV)/bin/pip
 $(VENV)/installed-for-tests: pyproject.toml $(VENV)/bin/pip
 	pip install --quiet --disable-pip-version-check --editable '.[test]'
 	@touch $@ $(VENV)/installed
+
+$(VENV)/installed-for-benchmarks: pyproject.toml $(VENV)/bin/pip
+	pip install --quiet --disable-pip-version-check --editable '.[test,bench]'
+	@touch $@ $(VENV)/installed $(VENV)/installed-for-tests
