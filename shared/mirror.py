@@ -46,7 +46,7 @@ class RegistryMirror:
     def _change(self, envelope: Envelope, body: RegistryChange) -> bool:
         if envelope.boot == self._boot and body.revision <= self.revision:
             return False
-        if envelope.boot != self._boot or body.revision != self.revision + 1 or self.stale:
+        if envelope.boot != self._boot or body.after != self.revision or self.stale:
             self.stale = True
             return False
         for name in body.left:

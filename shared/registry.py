@@ -1,6 +1,6 @@
 """A registry entry as processes hand it to each other, and the copy of the registry that a subscriber keeps."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 from msgspec import Meta
@@ -11,6 +11,8 @@ Source = Literal["relay", "original"]
 HopLimit = Annotated[int, Meta(ge=1, le=255)]
 Dscp = Annotated[int, Meta(ge=0, le=63)]
 ALL_STREAMS = "*"
+CHALLENGE_PREFIX: Final = b"fanwire-challenge "
+"""Begins the datagram that asks whoever is at an address to prove it; the nonce follows."""
 
 
 class Client(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

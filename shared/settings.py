@@ -72,6 +72,12 @@ class Gateway(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A connection that sends nothing is closed after this; one that holds a lease is not."""
     lease_seconds: Annotated[float, Meta(ge=0, le=31_536_000)] = 0.0
     """How long an entry made by the names protocol stays; 0: until it is replaced or removed."""
+    output_buffer: Bytes = 1_048_576
+    """Bytes that may wait for a client that watches; one that reads more slowly than the list changes is cut off."""
+    database: str = "$STATE_DIRECTORY/registry.sqlite"
+    """Keeps the registry over a restart; without STATE_DIRECTORY, systemd's, in the bus directory; "": nowhere."""
+    preserve_seconds: Annotated[float, Meta(ge=0, le=86_400)] = 900.0
+    """How long at most nothing expires when over 15 % of the renewals due within a minute are missing; 0: never."""
     serve_seconds: Seconds = 0.5
     """How long an answer to `register` waits for forwarder or transmitter to say that copies flow."""
     allow_transmit: bool = False
@@ -218,6 +224,14 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     transmitter: Transmitter = Transmitter()
     streams: tuple[Stream, ...] = field(default=(DEFAULT_STREAM,), name="stream")
     collectors: tuple[Collector, ...] = field(default=(), name="collector")
+
+    @property
+    def database(self) -> Path | None:
+        """The registry's file with variables filled in; None: it is not kept."""
+        if not self.gateway.database:
+            return None
+        text = os.path.expandvars(self.gateway.database)
+        return self.bus.path / Path(text).name if "$" in text else Path(text)
 
     def __post_init__(self) -> None:
         names = [stream.name for stream in self.streams]

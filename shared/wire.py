@@ -89,8 +89,9 @@ class RegistrySnapshot(msgspec.Struct, array_like=True, frozen=True):
 
 
 class RegistryChange(msgspec.Struct, array_like=True, frozen=True):
-    """What turned the registry at `revision - 1` into that at `revision`."""
+    """What turned the registry at revision `after` into that at `revision`."""
 
+    after: Number
     revision: Number
     joined: list[Client]
     left: list[str]

@@ -219,7 +219,7 @@ class PlayedGateway:
 
     def change(self, revision: int, joined: Sequence[Client] = (), left: Sequence[str] = ()) -> None:
         """Publish a change."""
-        self.publisher.publish(REGISTRY_TOPIC, RegistryChange(revision, list(joined), list(left)))
+        self.publisher.publish(REGISTRY_TOPIC, RegistryChange(revision - 1, revision, list(joined), list(left)))
 
     def ask(self, revision: int) -> int:
         """Ask whether a revision is served; return the id under which the answer comes."""

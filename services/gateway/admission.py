@@ -1,4 +1,4 @@
-"""What may sign up to receive: streams that are there, a destination that is the visitor's own, no loops. No I/O."""
+"""What may sign up to receive: streams that are there, a destination that is one host, no loops. No I/O."""
 
 import ipaddress
 from collections.abc import Callable, Iterable
@@ -18,15 +18,20 @@ class Admission:
     """Turns a `register`, or a collector of the settings, into the `Client` that may be entered, or refuses it.
 
     `listeners` are the address and port of each of our UDP listeners; `is_local` says whether an address is
-    this host's.
+    this host's, `is_broadcast` whether it is that of a whole network.
     """
 
     def __init__(
-        self, streams: Iterable[str], listeners: Iterable[tuple[str, int]], is_local: Callable[[str], bool]
+        self,
+        streams: Iterable[str],
+        listeners: Iterable[tuple[str, int]],
+        is_local: Callable[[str], bool],
+        is_broadcast: Callable[[str], bool],
     ) -> None:
         self._streams = frozenset(streams)
         self._own_listeners = OwnListeners(listeners)
         self._is_local = is_local
+        self._is_broadcast = is_broadcast
 
     def admit(self, request: Register, visitor: Visitor) -> Client:
         """Return the entry for a request; its generation is the registry's to give."""
@@ -36,8 +41,7 @@ class Admission:
         address = parse_address(visitor.address if request.address is None else request.address)
         port = visitor.port if request.port is None else request.port
         if request.address is not None or request.streams:
-            check_destination(address)
-            _check_proven(address, visitor)
+            self._check_destination(address)
         if request.streams:
             self._check_loop(address, port)
         return Client(
@@ -54,10 +58,17 @@ class Admission:
             dscp=request.dscp,
         )
 
+    def proven(self, request: Register, visitor: Visitor) -> bool:
+        """Whether the visitor may have copies sent where it says, or has to show first that they arrive there."""
+        if request.address is None:
+            return True
+        address, own = parse_address(request.address), parse_address(visitor.address)
+        return address == own or (address.is_loopback and own.is_loopback)
+
     def admit_configured(self, collector: Collector) -> Client:
         """Return the entry for a collector of the settings, whose address is the operator's word."""
         address = parse_address(collector.address)
-        check_destination(address)
+        self._check_destination(address)
         self._check_loop(address, collector.port)
         return Client(
             name=collector.name,
@@ -72,6 +83,11 @@ class Admission:
             hop_limit=collector.hop_limit,
             dscp=collector.dscp,
         )
+
+    def _check_destination(self, address: Address) -> None:
+        check_destination(address)
+        if self._is_broadcast(str(address)):
+            raise RequestError("bad_request", f"address: {address} is a network's; expected that of one host")
 
     def _check_streams(self, streams: Iterable[str]) -> None:
         for stream in streams:
@@ -102,16 +118,6 @@ def check_destination(address: Address) -> None:
     nobodys = address.version == 4 and any(address in network for network in NOBODYS_V4)
     if nobodys or address.is_unspecified or address.is_multicast or address.is_link_local:
         raise RequestError("bad_request", f"address: {address} is not one host's; expected a unicast address")
-
-
-def _check_proven(address: Address, visitor: Visitor) -> None:
-    own = parse_address(visitor.address)
-    if address == own or (address.is_loopback and own.is_loopback):
-        return
-    raise RequestError(
-        "unproven_address",
-        f"{address} is not where you come from; register from there, or add a [[collector]] to the settings",
-    )
 
 
 def _parse_prefix(text: str) -> str:

@@ -11,6 +11,7 @@ from typing import Final
 
 import msgspec
 
+from services.gateway.feed import Feed
 from services.gateway.inquiry import CallLater, Inquiry
 from services.gateway.registry import Registry
 from shared.bus import Publisher, Requests, Subscriber
@@ -36,9 +37,11 @@ class Announcer:
         subscriber: Subscriber,
         requests: Requests,
         registry: Registry,
+        feed: Feed,
         serve_seconds: float,
         call_later: CallLater,
     ) -> None:
+        self._feed = feed
         self._publisher = publisher
         self._subscriber = subscriber
         self._requests = requests
@@ -71,9 +74,10 @@ class Announcer:
         self.wake()
 
     def flush(self) -> None:
-        """Publish what has changed, and what the bus did not take before; see who has subscribed."""
+        """Publish what has changed, to watchers and the bus, and what that did not take before; see who subscribed."""
         self._woken = False
         self._flushed_at = time.monotonic()
+        self._feed.flush()
         self._note_subscriptions()
         while True:
             self._registry.commit()

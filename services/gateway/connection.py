@@ -2,7 +2,8 @@
 
 A connection is in one of four conditions: it waits for a request; its request waits for an answer; its answer waits for
 the client to take it; or all is said, and what still comes is thrown away for a moment so that a reset does not destroy
-the answer on its way (closing a TCP socket with unread bytes sends one, RFC 2525, 2.17).
+the answer on its way (closing a TCP socket with unread bytes sends one, RFC 2525, 2.17). What it is told without having
+asked, such as the events of `watch`, goes between answers.
 """
 
 import asyncio
@@ -11,6 +12,7 @@ import ipaddress
 import itertools
 import math
 import socket
+from collections import deque
 from collections.abc import Iterator
 from typing import Final, cast
 
@@ -65,12 +67,15 @@ class Connection(asyncio.BufferedProtocol):
     __slots__ = (
         "_all",
         "_answering",
+        "_by_us",
         "_decoder",
         "_discarded",
         "_ended",
         "_last",
         "_lingering",
         "_outgoing",
+        "_pushed",
+        "_pushed_bytes",
         "_receiving",
         "_stalled",
         "_transport",
@@ -87,6 +92,9 @@ class Connection(asyncio.BufferedProtocol):
         self._stalled = False  # the client does not take what is written
         self._receiving = False  # part of a request has come
         self._last = False  # nothing is taken after the answer under way
+        self._by_us = False  # it ends because the gateway does
+        self._pushed: deque[bytes] = deque()
+        self._pushed_bytes = 0
         self._lingering = False
         self._discarded = 0
         self.deadline = math.inf
@@ -97,6 +105,7 @@ class Connection(asyncio.BufferedProtocol):
         self._transport.set_write_buffer_limits(WRITE_SIZE)
         self._visitor = identify(self._transport, next(self._all.numbers))
         self._all.open.add(self)
+        self._all.desk.arrive(self._visitor, self._push)
         excess = len(self._all.open) - self._all.limit
         if excess <= 0:
             self._await_request()
@@ -111,7 +120,7 @@ class Connection(asyncio.BufferedProtocol):
         """Let go of what lasted as long as the connection."""
         self._all.open.discard(self)
         self._lingering = True
-        self._all.desk.depart(self._visitor)
+        self._all.desk.depart(self._visitor, by_us=self._by_us)
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002
         """Where the loop puts what it reads next."""
@@ -144,29 +153,32 @@ class Connection(asyncio.BufferedProtocol):
         self._stalled = False
         if not self._lingering:
             self.deadline = math.inf
-            self._write()
+            self._write() if self._answering else self._write_pushed()
 
     def expire(self) -> None:
         """The deadline has passed: say so if the client can be expected to read it."""
         settings = self._all.settings
-        if self._lingering or self._stalled:
+        if self._stalled and not self._lingering and self._all.desk.stays(self._visitor) and not self._answering:
+            self._cut_off()
+        elif self._lingering or self._stalled:
             self._all.desk.counters[TOO_SLOW] += not self._lingering
             self._transport.abort()
         elif self._receiving:
             self._refuse(RequestError("too_slow", f"a request has {settings.request_seconds:g} s to come", closes=True))
-        elif self._all.desk.holds_lease(self._visitor):
+        elif self._all.desk.stays(self._visitor):
             self.deadline = self._all.loop.time() + settings.idle_seconds
         else:
             self._refuse(RequestError("too_slow", f"nothing came for {settings.idle_seconds:g} s", closes=True))
 
     def drain(self) -> None:
         """Take no more requests; close once the answer under way, if any, is sent."""
-        self._last = True
+        self._last = self._by_us = True
         if not (self._answering or self._lingering):
             self._finish()
 
     def abort(self) -> None:
-        """Cut the connection."""
+        """Cut the connection, because the gateway ends."""
+        self._by_us = True
         self._transport.abort()
 
     def _take_request(self) -> None:
@@ -228,8 +240,33 @@ class Connection(asyncio.BufferedProtocol):
                 return
             self._transport.write(piece)
 
+    def _push(self, lines: bytes) -> None:
+        """Send whole lines that answer no request, behind the answer under way; not without end."""
+        if self._lingering:
+            return
+        self._pushed.append(lines)
+        self._pushed_bytes += len(lines)
+        if self._pushed_bytes > self._all.settings.output_buffer and (self._stalled or self._answering):
+            self._cut_off()
+        elif not self._answering:
+            self._write_pushed()
+
+    def _write_pushed(self) -> None:
+        while self._pushed and not (self._stalled or self._transport.is_closing()):
+            lines = self._pushed.popleft()
+            self._pushed_bytes -= len(lines)
+            self._transport.write(lines)
+
+    def _cut_off(self) -> None:
+        """Let go of a client that does not read what it watches; told so behind what it has not read yet."""
+        self._pushed.clear()
+        self._outgoing = iter(())
+        self._transport.write(self._all.desk.refuse_slow())
+        self._finish()
+
     def _answered(self) -> None:
         self._answering = False
+        self._write_pushed()
         if self._last:
             self._finish()
         else:

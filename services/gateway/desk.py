@@ -7,9 +7,12 @@ from typing import Final, Protocol
 import msgspec
 
 from services.gateway.admission import Admission
+from services.gateway.challenges import Challenges
 from services.gateway.counters import CROSS_PROTOCOL, REFUSED, REQUESTS, TOO_SLOW
-from services.gateway.registry import Entry, Health, Origin, Registry, Visitor
+from services.gateway.feed import Feed, Push
+from services.gateway.registry import Entry, Origin, Registry, Visitor
 from services.gateway.requests import (
+    Confirm,
     Id,
     Leave,
     List,
@@ -20,9 +23,11 @@ from services.gateway.requests import (
     RequestError,
     Streams,
     Transmit,
+    Watch,
     no_transmitter,
 )
-from shared.registry import Client, Dscp, HopLimit, Source
+from services.gateway.views import json_line, view
+from shared.registry import Client, Source
 from shared.settings import Settings
 
 Answer = Sequence[bytes]
@@ -33,24 +38,6 @@ LISTING_SECONDS: Final = 1.0
 """How old `expires_in` in a list may be: so long one rendering serves all who ask."""
 
 _encode: Final = msgspec.json.Encoder().encode
-
-
-class View(msgspec.Struct, frozen=True, rename={"prefixes": "from"}):
-    """An entry in full, as clients see it."""
-
-    name: str
-    address: str
-    port: int
-    streams: tuple[str, ...]
-    source: Source
-    prefixes: tuple[str, ...]
-    sample: int
-    group: str
-    hop_limit: HopLimit
-    dscp: Dscp
-    generation: int
-    expires_in: float | None
-    health: Health
 
 
 class Announces(Protocol):
@@ -74,13 +61,18 @@ class Desk:
         settings: Settings,
         registry: Registry,
         admission: Admission,
+        challenges: Challenges,
         announcer: Announces,
+        feed: Feed,
         have_sent: HaveSent,
         clock: Callable[[], float],
     ) -> None:
         self.counters: Counter[str] = Counter()
         self._lease_seconds = settings.gateway.lease_seconds
         self._streams = {stream.name: {"listen": stream.listen} for stream in settings.streams}
+        self._feed = feed
+        self._present: dict[int, Push] = {}
+        self._challenges = challenges
         self._registry = registry
         self._admission = admission
         self._announcer = announcer
@@ -99,6 +91,10 @@ class Desk:
             self._register(request, visitor, reply)
         elif isinstance(request, Transmit):
             self._transmit(request, reply)
+        elif isinstance(request, Watch):
+            self._watch(request, visitor, reply)
+        elif isinstance(request, Confirm):
+            self._confirm(request, visitor, reply)
         else:
             reply(self._operate(request))
         self._announcer.wake()
@@ -110,13 +106,29 @@ class Desk:
         said = {"error": refused.error, "message": str(refused)}
         return [_encode({"ok": False} | _identity(refused.id if id is None else id) | said) + b"\n"]
 
-    def holds_lease(self, visitor: Visitor) -> bool:
-        """Whether an entry lasts as long as this visitor's connection."""
-        return self._registry.holds_any(visitor)
+    def refuse_slow(self) -> bytes:
+        """Count who reads too slowly what it watches, and return what it is told: where to go on from."""
+        self.counters[TOO_SLOW] += 1
+        return json_line(
+            ok=False,
+            error="too_slow",
+            message="you read more slowly than the list changes; watch again from the last revision that you have",
+        )
 
-    def depart(self, visitor: Visitor) -> None:
-        """The visitor's connection is gone, and with it the entries it held."""
-        self._registry.release_held(visitor)
+    def stays(self, visitor: Visitor) -> bool:
+        """Whether the visitor's connection is of use though nothing comes by it: it holds an entry, or watches."""
+        return self._registry.holds_any(visitor) or self._feed.watches(visitor.id)
+
+    def arrive(self, visitor: Visitor, push: Push) -> None:
+        """A visitor is there, and may be told what it did not ask for."""
+        self._present[visitor.id] = push
+
+    def depart(self, visitor: Visitor, *, by_us: bool) -> None:
+        """The visitor's connection is gone, and with it the entries it held, unless it is we who go."""
+        self._present.pop(visitor.id, None)
+        self._feed.leave(visitor.id)
+        if not by_us:
+            self._registry.release_held(visitor)
         self._announcer.wake()
 
     def _sign_up(self, request: Name, visitor: Visitor) -> Answer:
@@ -126,19 +138,57 @@ class Desk:
 
     def _register(self, request: Register, visitor: Visitor, reply: Callable[[Answer], None]) -> None:
         client = self._admission.admit(request, visitor)
+        if not (self._admission.proven(request, visitor) or self._proven_before(client, visitor)):
+            raise self._challenges.challenge(request, client.address)
+        self._enter(request, client, visitor, reply)
+
+    def _proven_before(self, client: Client, visitor: Visitor) -> bool:
+        """Whether the entry that this one replaces goes to the same place, on behalf of the same host."""
+        present = self._registry.find(client.name)
+        return (
+            present is not None
+            and present.origin is Origin.JSON
+            and present.visitor.address == visitor.address
+            and (present.client.address, present.client.port) == (client.address, client.port)
+        )
+
+    def _confirm(self, request: Confirm, visitor: Visitor, reply: Callable[[Answer], None]) -> None:
+        wish = self._challenges.confirm(request.name, request.nonce)
+        self._enter(msgspec.structs.replace(wish, id=request.id), self._admission.admit(wish, visitor), visitor, reply)
+
+    def _enter(self, request: Register, client: Client, visitor: Visitor, reply: Callable[[Answer], None]) -> None:
         if client.source == "original" and not self._announcer.sends("original"):
             raise no_transmitter()
+        loser = self._registry.find(client.name)
         entry = self._registry.grant(
             client, visitor, Origin.JSON, ttl=request.ttl, hold=request.hold, take_over=request.take_over
         )
 
+        if loser is not None and loser.visitor.id != visitor.id:
+            self._tell_loser(loser, visitor)
+
         def finished() -> None:
-            reply(_succeed(request.id, client=self._view(entry)))
+            reply(_succeed(request.id, client=view(self._registry, entry)))
 
         if entry.client.streams:
             self._announcer.ask_served(client.source, finished)
         else:
             finished()
+
+    def _tell_loser(self, loser: Entry, visitor: Visitor) -> None:
+        push = self._present.get(loser.visitor.id)
+        if push is not None and loser.origin is Origin.JSON:
+            client = loser.client
+            why = f"{client.name!r} was taken over from {visitor.address} port {visitor.port}"
+            push(json_line(event="taken_over", name=client.name, generation=client.generation, message=why))
+
+    def _watch(self, request: Watch, visitor: Visitor, reply: Callable[[Answer], None]) -> None:
+        missed = None if request.revision is None else self._feed.since(request.revision)
+        self._feed.watch(visitor.id, self._present[visitor.id])
+        if missed is None:
+            reply([_head(request.id), b',"clients":', *self._list()])
+        else:
+            reply([*_succeed(request.id, revision=request.revision), missed])
 
     def _transmit(self, request: Transmit, reply: Callable[[Answer], None]) -> None:
         def finished(outcome: int | RequestError) -> None:
@@ -165,28 +215,10 @@ class Desk:
     def _list(self) -> Answer:
         version, now = self._registry.version(), self._clock()
         if version != self._listing_version or (self._registry.leased and now >= self._listing_until):
-            clients = {entry.client.name: self._view(entry) for entry in self._registry.entries()}
+            clients = {entry.client.name: view(self._registry, entry) for entry in self._registry.entries()}
             self._listing = _encode(clients)
             self._listing_version, self._listing_until = version, now + LISTING_SECONDS
         return [self._listing, b',"revision":%d}\n' % version[0]]
-
-    def _view(self, entry: Entry) -> View:
-        client = entry.client
-        return View(
-            client.name,
-            client.address,
-            client.port,
-            client.streams,
-            client.source,
-            client.prefixes,
-            client.sample,
-            client.group,
-            client.hop_limit,
-            client.dscp,
-            client.generation,
-            self._registry.expires_in(entry),
-            self._registry.health(entry),
-        )
 
 
 def _identity(id: Id | None) -> dict[str, object]:
@@ -199,4 +231,4 @@ def _head(id: Id | None) -> bytes:
 
 
 def _succeed(id: Id | None, **facts: object) -> Answer:
-    return [_encode({"ok": True} | _identity(id) | facts) + b"\n"]
+    return [json_line(ok=True, **_identity(id), **facts)]

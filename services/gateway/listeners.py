@@ -51,6 +51,27 @@ def _prepare(listener: socket.socket) -> None:
         listener.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
+def is_broadcast(address: str) -> bool:
+    """Whether `address` reaches every host of a network that this one is on: the kernel wants SO_BROADCAST for it."""
+    if ":" in address:
+        return False
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((address, 9))
+        except PermissionError:
+            return True
+        except OSError:  # no way there now
+            return False
+    return False
+
+
+def send_datagram(payload: bytes, address: str, port: int) -> None:
+    """Send one datagram, or raise OSError rather than wait."""
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        sender.setblocking(False)
+        sender.sendto(payload, (address, port))
+
+
 def is_local(address: str) -> bool:
     """Whether `address` is one of this host's: the kernel lets us bind it."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET

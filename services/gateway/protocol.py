@@ -15,7 +15,6 @@ from services.gateway.requests import (
     EXPECTED,
     FRAME_EXPECTED,
     OPERATIONS,
-    UNSERVED,
     Id,
     Name,
     Operation,
@@ -169,8 +168,6 @@ def _explain(line: bytes, reason: str) -> RequestError:
         identity = msgspec.convert(head.id, Id | None)
     except msgspec.ValidationError:
         identity = None
-    if head.op in UNSERVED:
-        return RequestError("unavailable", f"{head.op} is not served by this version", id=identity)
     if head.op not in OPERATIONS:
         return RequestError("bad_request", f"unknown op; expected one of {', '.join(OPERATIONS)}", id=identity)
     expected = EXPECTED | FRAME_EXPECTED if head.op == "transmit" else EXPECTED

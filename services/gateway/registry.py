@@ -1,17 +1,19 @@
-"""The table of clients and their leases. No I/O; the clock is handed in.
+"""The table of clients and their leases. No I/O; the clock is handed in, and so is what keeps each change for good.
 
-Changes gather until `commit` puts them under one revision; whoever shows a revision to anybody commits first, so a
-revision always means the same content.
+Every change is an event with a revision of its own. For the bus they gather until `commit` puts them into one message;
+whoever shows a revision to the bus commits first, so a revision always means the same content.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from enum import Enum, auto
-from typing import Final, Literal, get_args
+from enum import StrEnum
+from typing import Final, Literal, Protocol, get_args
 
 import msgspec
+import structlog
 
 from services.gateway.names_list import NamesList
 from services.gateway.requests import RequestError
@@ -21,21 +23,35 @@ from shared.wire import RegistryChange
 MAX_CHANGE: Final = 64
 """Clients in one change: the largest entry has under 8 KB, and a bus message at most 1 MiB."""
 
+RETURN_SECONDS: Final = 30.0
+"""After a restart of ours, for who held an entry by its connection."""
+PRESERVE_BELOW: Final = 0.85
+"""Of the renewals that were due; with fewer, expiring stops."""
+PRESERVE_WINDOW_SECONDS: Final = 60.0
+"""Renewals that were due longer ago say nothing of what is wrong now."""
+PRESERVE_CLIENTS: Final = 10
+"""Leases that were due in the window at least: of fewer, losing one or two means nothing."""
+
+log = structlog.get_logger()
+
 Health = Literal["fresh", "ok", "waiting"]
 """Of a collector's copies: not asked for yet, flowing, or nobody said so in time."""
 
 
-class Origin(Enum):
+EventKind = Literal["joined", "changed", "left", "expired"]
+
+
+class Origin(StrEnum):
     """How an entry was made."""
 
-    SETTINGS = auto()
-    NAMES = auto()
-    JSON = auto()
+    SETTINGS = "settings"
+    NAMES = "names"
+    JSON = "json"
 
 
 @dataclass(frozen=True, slots=True)
 class Visitor:
-    """Who asks: a connection by its number, and the address and port it comes from."""
+    """Who asks: a connection by its number (0: one of an earlier start), the address and port it comes from."""
 
     id: int
     address: str
@@ -47,7 +63,7 @@ class Entry:
     """A client and its lease.
 
     `revision` is that in which the client joined; `expires_at` is infinite without `ttl`; one that is `held` lasts no
-    longer than its visitor's connection.
+    longer than its visitor's connection. Of what was kept from an earlier start, the connection is gone.
     """
 
     client: Client
@@ -57,6 +73,27 @@ class Entry:
     expires_at: float
     revision: int
     held: bool
+    renewed_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One change: `entry` is the new one, or that which has gone."""
+
+    kind: EventKind
+    revision: int
+    entry: Entry
+
+
+class Keep(Protocol):
+    """Keeps changes for good before they are made, all or none; `RequestError` when that can't be done."""
+
+    def __call__(self, events: Sequence[Event], generation: int) -> None:
+        """`generation` is the last one given."""
+
+
+def keep_nothing(events: Sequence[Event], generation: int) -> None:
+    """For a registry that ends with its process."""
 
 
 @dataclass(slots=True)
@@ -98,7 +135,14 @@ class Serving:
 class Registry:
     """All entries, by name. What it refuses it raises as `RequestError`."""
 
-    def __init__(self, max_clients: int, clock: Callable[[], float], first_generation: int) -> None:
+    def __init__(
+        self,
+        max_clients: int,
+        clock: Callable[[], float],
+        first_generation: int,
+        keep: Keep = keep_nothing,
+        preserve_seconds: float = 0.0,
+    ) -> None:
         self.names = NamesList()
         self.collectors = 0
         self.serving: dict[Source, Serving] = {source: Serving() for source in get_args(Source)}
@@ -106,12 +150,17 @@ class Registry:
         self._held: dict[int, set[str]] = {}
         self._max_clients = max_clients
         self._clock = clock
-        self._generations = itertools.count(first_generation)
+        self._keep = keep
+        self._preserve_seconds = preserve_seconds
+        self._preserving_since = math.inf
+        self._generation = first_generation - 1
         self._next_expiry = math.inf
-        self._revision = 0
+        self._expired_at: deque[float] = deque()
+        self._revision = self._committed = 0
         self._joined: dict[str, Client] = {}
         self._left: set[str] = set()
         self._changes: list[RegistryChange] = []
+        self._events: list[Event] = []
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -119,6 +168,10 @@ class Registry:
     def entries(self) -> Iterable[Entry]:
         """Every entry, in order of first registration."""
         return self._entries.values()
+
+    def find(self, name: str) -> Entry | None:
+        """The entry of that name, if there is one."""
+        return self._entries.get(name)
 
     def grant(
         self,
@@ -138,14 +191,39 @@ class Registry:
             raise RequestError(
                 "registry_full", f"{self._max_clients} clients are signed up; raise [gateway] max_clients, or retry"
             )
+        return self._put(client, visitor, origin, ttl, hold)
+
+    def _put(self, client: Client, visitor: Visitor, origin: Origin, ttl: float = 0.0, hold: bool = False) -> Entry:
+        present = self._entries.get(client.name)
+        client = msgspec.structs.replace(client, generation=self._generation + 1)
+        entry = Entry(client, origin, visitor, ttl, math.inf, self._revision + 1, hold, self._clock())
+        self._record([Event("joined" if present is None else "changed", entry.revision, entry)])
         if present is not None:
             self._forget(present)
-        client = msgspec.structs.replace(client, generation=next(self._generations))
-        entry = Entry(client, origin, visitor, ttl, math.inf, self._revision + 1, hold)
         self._enter(entry)
-        self._prolong(entry)
-        self._commit_if_many()
         return entry
+
+    def restore(self, entries: Iterable[Entry], revision: int) -> None:
+        """Enter what an earlier start kept, as it was at `revision`; each lease begins anew."""
+        self._revision = self._committed = revision
+        for entry in entries:
+            if entry.held and not entry.ttl:
+                entry.ttl = RETURN_SECONDS  # its connection has gone with us, and may come back
+            self._enter(entry)
+
+    def configure(self, clients: Iterable[Client]) -> None:
+        """Have exactly these as collectors of the settings; one that is there already stays as it is.
+
+        The operator's word goes before that of who has signed up under such a name.
+        """
+        wanted = {client.name: client for client in clients}
+        present = [entry for entry in self._entries.values() if entry.origin is Origin.SETTINGS]
+        self._remove([entry for entry in present if entry.client.name not in wanted], "left")
+        for client in wanted.values():
+            entry = self._entries.get(client.name)
+            same = entry and entry.client == msgspec.structs.replace(client, generation=entry.client.generation)
+            if entry is None or entry.origin is not Origin.SETTINGS or not same:
+                self._put(client, Visitor(0, client.address, client.port), Origin.SETTINGS)
 
     def renew(self, name: str, generation: int) -> Entry:
         """Let the entry's time begin anew."""
@@ -155,8 +233,7 @@ class Registry:
 
     def release(self, name: str, generation: int) -> None:
         """Take the entry away because who made it says so."""
-        self._entry(name, generation)
-        self._remove(name)
+        self._remove([self._entry(name, generation)], "left")
 
     def holds_any(self, visitor: Visitor) -> bool:
         """Whether an entry lasts as long as this visitor's connection."""
@@ -164,21 +241,53 @@ class Registry:
 
     def release_held(self, visitor: Visitor) -> None:
         """Take away what lasted as long as this visitor's connection."""
-        for name in list(self._held.get(visitor.id, ())):
-            self._remove(name)
+        self._take_away([self._entries[name] for name in self._held.get(visitor.id, ())], "left")
 
     def expire(self) -> None:
         """Take away the entries whose time is up."""
         now = self._clock()
         if now < self._next_expiry:
             return
-        for name in [name for name, entry in self._entries.items() if entry.expires_at <= now]:
-            self._remove(name)
+        overdue = [entry for entry in self._entries.values() if entry.expires_at <= now]
+        self._judge(len(overdue), now)
+        if overdue and not self.preserving and self._take_away(overdue, "expired"):
+            self._expired_at.extend([now] * len(overdue))
         self._next_expiry = min((entry.expires_at for entry in self._entries.values()), default=math.inf)
+
+    def _judge(self, overdue: int, now: float) -> None:
+        """Stop expiring when too many of the renewals that were due in the window are missing; not for ever.
+
+        After Eureka's self-preservation: https://github.com/Netflix/eureka/wiki/Server-Self-Preservation-Mode
+        """
+        begin = now - PRESERVE_WINDOW_SECONDS
+        while self._expired_at and self._expired_at[0] <= begin:
+            self._expired_at.popleft()
+        renewed = sum(
+            begin < entry.renewed_at and now < entry.expires_at < math.inf for entry in self._entries.values()
+        )
+        missing = overdue + len(self._expired_at)
+        due = renewed + missing
+        too_many = overdue > 0 and due >= PRESERVE_CLIENTS and renewed < PRESERVE_BELOW * due
+        if too_many and not self.preserving and self._preserve_seconds:
+            self._preserving_since = now
+            log.warning(
+                "too many renewals are missing at once: nothing expires",
+                missing=missing,
+                due=due,
+                for_seconds=self._preserve_seconds,
+            )
+        elif self.preserving and not (too_many and now < self._preserving_since + self._preserve_seconds):
+            self._preserving_since = math.inf
+            log.warning("leases expire again", missing=missing, due=due)
 
     def expires_in(self, entry: Entry) -> float | None:
         """Seconds until the entry expires; None: it does not."""
         return None if entry.expires_at == math.inf else round(max(0.0, entry.expires_at - self._clock()), 3)
+
+    @property
+    def preserving(self) -> bool:
+        """Whether so many renewals are missing at once that the fault is hardly theirs: nothing expires meanwhile."""
+        return self._preserving_since < math.inf
 
     @property
     def leased(self) -> bool:
@@ -186,12 +295,18 @@ class Registry:
         return self._next_expiry < math.inf
 
     def commit(self) -> int:
-        """Put the changes so far under one revision, and return the revision that the registry is at."""
+        """Put the changes so far into one for the bus, and return the revision that the registry is at."""
         if self._joined or self._left:
-            self._revision += 1
-            self._changes.append(RegistryChange(self._revision, list(self._joined.values()), sorted(self._left)))
+            change = RegistryChange(self._committed, self._revision, list(self._joined.values()), sorted(self._left))
+            self._changes.append(change)
+            self._committed = self._revision
             self._joined, self._left = {}, set()
         return self._revision
+
+    def take_events(self) -> list[Event]:
+        """Every change since the last call, in order."""
+        events, self._events = self._events, []
+        return events
 
     def take_changes(self) -> list[RegistryChange]:
         """The committed changes since the last call."""
@@ -217,20 +332,20 @@ class Registry:
 
     def _prolong(self, entry: Entry) -> None:
         if entry.ttl:
-            entry.expires_at = self._clock() + entry.ttl
+            entry.renewed_at = self._clock()
+            entry.expires_at = entry.renewed_at + entry.ttl
             self._next_expiry = min(self._next_expiry, entry.expires_at)
 
     def _enter(self, entry: Entry) -> None:
         client = entry.client
         self._entries[client.name] = entry
         self.names.put(client)
-        self._joined[client.name] = client
-        self._left.discard(client.name)
         if client.streams:
             self.collectors += 1
             self.serving[client.source].newest = entry.revision
         if entry.held:
             self._held.setdefault(entry.visitor.id, set()).add(client.name)
+        self._prolong(entry)
 
     def _forget(self, entry: Entry) -> None:
         self.collectors -= bool(entry.client.streams)
@@ -240,16 +355,41 @@ class Registry:
             if not held:
                 del self._held[entry.visitor.id]
 
-    def _remove(self, name: str) -> None:
-        self._forget(self._entries.pop(name))
-        self.names.remove(name)
-        self._joined.pop(name, None)
-        self._left.add(name)
-        self._commit_if_many()
+    def _remove(self, entries: Sequence[Entry], kind: EventKind) -> None:
+        if not entries:
+            return
+        self._record([Event(kind, self._revision + number, entry) for number, entry in enumerate(entries, 1)])
+        for entry in entries:
+            self._forget(self._entries.pop(entry.client.name))
+            self.names.remove(entry.client.name)
 
-    def _commit_if_many(self) -> None:
-        if len(self._joined) + len(self._left) >= MAX_CHANGE:
-            self.commit()
+    def _take_away(self, entries: Sequence[Entry], kind: EventKind) -> bool:
+        """Remove entries that nobody asked to have removed: what can't be kept now is tried again by `expire`."""
+        try:
+            self._remove(entries, kind)
+        except RequestError:
+            for entry in entries:
+                entry.expires_at = self._next_expiry = min(entry.expires_at, self._clock())
+            return False
+        return True
+
+    def _record(self, events: Sequence[Event]) -> None:
+        """Keep changes, and let the bus and whoever watches know of them."""
+        generation = max(self._generation, *(event.entry.client.generation for event in events))
+        self._keep(events, generation)
+        self._generation = generation
+        for event in events:
+            client = event.entry.client
+            self._revision = event.revision
+            self._events.append(event)
+            if event.kind in ("joined", "changed"):
+                self._joined[client.name] = client
+                self._left.discard(client.name)
+            else:
+                self._joined.pop(client.name, None)
+                self._left.add(client.name)
+            if len(self._joined) + len(self._left) >= MAX_CHANGE:
+                self.commit()
 
 
 def _check_replaceable(present: Entry, visitor: Visitor, origin: Origin, take_over: bool) -> None:
@@ -259,7 +399,9 @@ def _check_replaceable(present: Entry, visitor: Visitor, origin: Origin, take_ov
         return
     if take_over and present.origin is Origin.SETTINGS:
         raise RequestError("not_permitted", f"{name!r} is a [[collector]] of the settings; change it there")
-    if take_over and present.visitor.address == visitor.address:
+    # Who held it has lost the connection in a restart of ours, and may be back: it need not know of that.
+    orphaned = present.held and not present.visitor.id
+    if (take_over or orphaned) and present.visitor.address == visitor.address:
         return
     raise RequestError(
         "name_taken",

@@ -8,7 +8,7 @@ from msgspec import Meta, Struct, field
 from shared.frames import check_frame, make_frame, parse_hex, parse_mac, sending_seconds
 from shared.registry import Dscp, HopLimit, Source
 from shared.settings import Count, Ethertype, Port, parse_ethertype
-from shared.wire import MAX_FRAMES, MAX_INTERFACE
+from shared.wire import MAX_FRAMES, MAX_INTERFACE, MAX_NUMBER
 
 MAX_ITEMS: Final = 64
 """Streams or prefixes in one `register`: keeps an entry small enough that 64 of them fit a bus message."""
@@ -100,6 +100,19 @@ class List(_Request, frozen=True, tag="list"):
     """Asks for every entry in full."""
 
 
+class Watch(_Request, frozen=True, tag="watch"):
+    """Asks for every entry, then for each change; with `revision` for the changes since then instead, if known."""
+
+    revision: Annotated[int, Meta(ge=0, le=MAX_NUMBER)] | None = None
+
+
+class Confirm(_Request, frozen=True, tag="confirm"):
+    """Shows that what is sent to an address arrives: `nonce` came there as a datagram, on behalf of `name`."""
+
+    name: str
+    nonce: Annotated[str, Meta(max_length=64)]
+
+
 class Streams(_Request, frozen=True, tag="streams"):
     """Asks what there is to sign up for."""
 
@@ -160,16 +173,16 @@ def parse_octets(kind: type, value: object) -> Octets:
     return Mac(parse_mac(value)) if kind is Mac else Octets(parse_hex(value))
 
 
-Operation = Register | Renew | Leave | List | Streams | Transmit
+Operation = Register | Renew | Leave | List | Watch | Confirm | Streams | Transmit
 Request = Name | Operation
 
-OPERATIONS: Final = ("register", "renew", "leave", "list", "streams", "transmit")
-UNSERVED: Final = ("watch", "confirm")
-"""In the protocol, but not in this version."""
+OPERATIONS: Final = ("register", "renew", "leave", "list", "watch", "confirm", "streams", "transmit")
 EXPECTED: Final = {
     "id": "a string of at most 128 characters or a whole number of 64 bits",
     "name": "a string",
     "generation": "the whole number that `register` answered",
+    "revision": "the whole number that `list`, `watch` or an event showed",
+    "nonce": "what came in the datagram after `fanwire-challenge `",
     "streams": f"a list of at most {MAX_ITEMS} stream names",
     "port": "a whole number from 1 to 65535",
     "address": "an IP address as a string",

@@ -6,20 +6,25 @@ import errno
 import socket
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import structlog
 
 from services.gateway.admission import Admission
 from services.gateway.announcer import Announcer
+from services.gateway.challenges import Challenges
 from services.gateway.connection import Connection, Connections
-from services.gateway.counters import ACCOUNT, BUS_REJECTED, CLIENTS, COLLECTORS, CONNECTIONS
+from services.gateway.counters import ACCOUNT, BUS_REJECTED, CLIENTS, COLLECTORS, CONNECTIONS, PRESERVING, WATCHERS
 from services.gateway.desk import Desk
-from services.gateway.listeners import BACKLOG, is_local, listening
-from services.gateway.registry import Origin, Registry, Visitor
+from services.gateway.feed import Feed
+from services.gateway.listeners import BACKLOG, is_broadcast, is_local, listening, send_datagram
+from services.gateway.registry import Registry
 from services.gateway.requests import RequestError
+from services.gateway.store import Store
 from services.gateway.transmissions import Transmissions
-from shared.bus import Publisher, Requests, Subscriber, new_context
+from services.gateway.views import event_line
+from shared.bus import Publisher, Requests, Subscriber, new_context, prepare_directory
 from shared.ledger import Accounts
 from shared.lifecycle import BAD_SETTINGS, Lifecycle, OperatorError, Readiness, descriptor_limit, worker_name
 from shared.loops import udp_listeners
@@ -38,18 +43,24 @@ log = structlog.get_logger()
 def serve(settings: Settings, lifecycle: Lifecycle) -> None:
     """Serve until told to drain."""
     print("Starting server...", flush=True)  # as the documented server does
-    admission = Admission([stream.name for stream in settings.streams], udp_listeners(settings), is_local)
-    # Leases count time asleep too. Microseconds since 1970 are beyond any generation of an earlier start, and below
-    # 2^53, where programs that read JSON numbers as doubles lose the last digits.
-    registry = Registry(settings.gateway.max_clients, _boot_time, time.time_ns() // 1000)
-    _enter_configured(settings, admission, registry)
+    admission = Admission([stream.name for stream in settings.streams], udp_listeners(settings), is_local, is_broadcast)
     bus = settings.bus
     with (
         listening(settings.gateway.endpoints) as sockets,
+        _opened(settings) as store,
         new_context() as context,
         contextlib.closing(Publisher(context, bus.path, worker_name("gateway"), bus.high_water_mark)) as publisher,
         contextlib.closing(Subscriber(context, bus.path, bus.high_water_mark)) as subscriber,
     ):
+        registry = Registry(
+            settings.gateway.max_clients,
+            _boot_time,
+            max(store.generation + 1, time.time_ns() // 1000),
+            store.keep,
+            settings.gateway.preserve_seconds,
+        )
+        registry.restore(store.entries, store.revision)
+        _enter_configured(settings, admission, registry)
         asyncio.run(_Server(settings, lifecycle, registry, admission, publisher, subscriber).run(sockets))
 
 
@@ -57,13 +68,21 @@ def _boot_time() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
+def _opened(settings: Settings) -> Store:
+    path = settings.database
+    if path is not None and path.parent == settings.bus.path:
+        prepare_directory(path.parent)  # the broker may not have come yet
+    return Store(path, _boot_time)
+
+
 def _enter_configured(settings: Settings, admission: Admission, registry: Registry) -> None:
+    clients = []
     for collector in settings.collectors:
         try:
-            client = admission.admit_configured(collector)
-            registry.grant(client, Visitor(0, client.address, client.port), Origin.SETTINGS)
+            clients.append(admission.admit_configured(collector))
         except RequestError as refused:
             raise OperatorError(BAD_SETTINGS, f"[[collector]] {collector.name!r}: {refused}") from None
+    registry.configure(clients)
 
 
 @dataclass
@@ -83,11 +102,20 @@ class _Server:
         settings = self.settings.gateway
         requests = Requests(self.publisher.sender, self.publisher.boot)
         transmissions = Transmissions(self.publisher, requests, allowed=settings.allow_transmit)
+        self._feed = feed = Feed(self.registry, partial(event_line, self.registry))
         self._announcer = Announcer(
-            self.publisher, self.subscriber, requests, self.registry, settings.serve_seconds, loop.call_later
+            self.publisher, self.subscriber, requests, self.registry, feed, settings.serve_seconds, loop.call_later
         )
+        challenges = Challenges(send_datagram, _boot_time)
         self._desk = Desk(
-            self.settings, self.registry, self.admission, self._announcer, transmissions.begin, _boot_time
+            self.settings,
+            self.registry,
+            self.admission,
+            challenges,
+            self._announcer,
+            feed,
+            transmissions.begin,
+            _boot_time,
         )
         limit = min(settings.max_connections, descriptor_limit() - SPARE_DESCRIPTORS)
         self._connections = Connections(self._desk, settings, limit)
@@ -124,6 +152,8 @@ class _Server:
             **self._desk.counters,
             CLIENTS: len(self.registry),
             COLLECTORS: self.registry.collectors,
+            WATCHERS: len(self._feed),
+            PRESERVING: int(self.registry.preserving),
             CONNECTIONS: len(self._connections.open),
             BUS_REJECTED: sum(self.subscriber.rejected.values()),
         }

@@ -4,8 +4,10 @@ import argparse
 import select
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -15,6 +17,7 @@ from services.operator.output import Output, add_output_arguments, as_hex, as_pa
 from shared.addresses import SocketAddress
 from shared.batch import MAX_DATAGRAM
 from shared.lifecycle import CANT_CREATE, OK, Lifecycle, OperatorError
+from shared.registry import CHALLENGE_PREFIX
 from shared.settings import Settings
 from shared.sockets import enlarge_receive_buffer, kernel_drops
 
@@ -23,6 +26,8 @@ ANSWER_SECONDS: Final = 3.0
 RECEIVE_BUFFER: Final = 33_554_432
 """Bytes asked of the kernel: it fills while the gateway is asked, or while a terminal is slow."""
 TAKE_AT_ONCE: Final = 256
+PROOF_SECONDS: Final = 1.0
+"""How long the datagram may take that asks for proof of an address."""
 LOOPBACK: Final = "127.0.0.1"
 
 
@@ -51,6 +56,7 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
         lease = Lease(endpoint, answer_seconds, arguments.name, wishes(arguments))
         receiver = closing.enter_context(_open_receiver(arguments.address, arguments.port or 0, lease.local))
         closing.callback(lease.leave)  # before the port is closed: copies to a closed one would count as refused
+        lease.prove = partial(_await_nonce, receiver)
         port = receiver.getsockname()[1]
         # On AF_UNIX the gateway sees no address of ours, so it is told one.
         told = {} if arguments.address or lease.local else {"address": LOOPBACK}
@@ -88,6 +94,17 @@ def _open_receiver(asked: str | None, port: int, local: SocketAddress | None) ->
     return receiver
 
 
+def _await_nonce(receiver: socket.socket) -> str | None:
+    """The nonce by which the gateway asks for proof of our address; other datagrams on the way to it are let go."""
+    deadline = time.monotonic() + PROOF_SECONDS
+    while (left := deadline - time.monotonic()) > 0:
+        if select.select([receiver], [], [], left)[0]:
+            payload = receiver.recv(MAX_DATAGRAM)
+            if payload.startswith(CHALLENGE_PREFIX):
+                return payload.removeprefix(CHALLENGE_PREFIX).decode(errors="replace")
+    return None
+
+
 def _take_until_told(
     lifecycle: Lifecycle, lease: Lease, receiver: socket.socket, output: Output, *, printing: bool
 ) -> None:
@@ -105,7 +122,7 @@ def _take_until_told(
         if receiver.fileno() in ready:
             output.write(_arrived(receiver))
         if lease.fileno() in ready:
-            lease.lose("the gateway closed the connection")
+            lease.heed()
         lease.keep()
 
 

@@ -1,7 +1,7 @@
 """Keeps one client signed up: registers, renews, and starts over when the gateway went away."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from services.operator.output import say
@@ -31,6 +31,8 @@ class Lease:
         self._generation: int | None = None
         self._attempts = 0
         self._due_at = 0.0
+        self.prove: Callable[[], str | None] = lambda: None
+        """Returns the nonce that has come to our address, where the registry wants proof of it; None: none came."""
 
     @property
     def local(self) -> SocketAddress | None:
@@ -38,7 +40,7 @@ class Lease:
         return self._registry.local if self._registry else None
 
     def fileno(self) -> int:
-        """The connection, for poll(2); readable when the gateway has closed it. -1 while there is none."""
+        """The connection, for poll(2); `heed` what makes it readable. -1 while there is none."""
         return self._registry.fileno() if self._registry else -1
 
     @property
@@ -51,10 +53,24 @@ class Lease:
         self._wishes |= wishes
         if self._registry is None:
             self._registry = Registry(self._endpoint, self._answer_seconds)
-        entry = self._registry.ask("register", **self._wishes).entry()
+        entry = self._ask_for_entry(self._registry)
         self._generation, self._attempts = entry.generation, 0
         self._due_at = time.monotonic() + RENEW_SECONDS
         return entry
+
+    def _ask_for_entry(self, registry: Registry) -> Entry:
+        try:
+            return registry.ask("register", **self._wishes).entry()
+        except RefusedError as refused:
+            nonce = self.prove() if refused.error == "unproven_address" else None
+            if nonce is None:
+                raise
+            return registry.ask("confirm", name=self._name, nonce=nonce).entry()
+
+    def heed(self) -> None:
+        """The connection is readable: say why, and sign up again."""
+        assert self._registry
+        self.lose(self._registry.told())
 
     def keep(self) -> None:
         """Renew or sign up again, whichever is due. RefusedError when the registry will not have us any more."""

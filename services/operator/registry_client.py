@@ -52,6 +52,13 @@ class Answer(msgspec.Struct, frozen=True):
         return _decode(self.clients, dict[str, Entry])
 
 
+class _Told(msgspec.Struct, frozen=True):
+    """What the registry says unasked: an event, or why it closes."""
+
+    event: str = ""
+    message: str = ""
+
+
 class RefusedError(OperatorError):
     """The registry's answer is no; `error` is its stable word."""
 
@@ -87,8 +94,15 @@ class Registry:
         return None if self._connection.family == socket.AF_UNIX else self._connection.getsockname()
 
     def fileno(self) -> int:
-        """Readable between requests only when the gateway has closed."""
+        """Readable between requests only when the gateway has something to say unasked, or has closed."""
         return self._connection.fileno()
+
+    def told(self) -> str:
+        """What the gateway says unasked; to be called when the connection is readable between requests."""
+        try:
+            return _decode(self._line(), _Told).message
+        except OSError:
+            return "the gateway closed the connection"
 
     def ask(self, op: str, **fields: Any) -> Answer:
         """Send a request and wait for its answer. RefusedError when that is no, UnreachableError when none comes."""
@@ -98,7 +112,8 @@ class Registry:
             raise OperatorError(USAGE, "names are UTF-8") from None
         try:
             self._connection.sendall(request + b"\n")
-            line = self._line()
+            while _decode(line := self._line(), _Told).event:
+                pass  # said unasked, before the answer
         except OSError as error:
             raise UnreachableError(self._endpoint, error.strerror or str(error)) from None
         answer = _decode(line, Answer)

@@ -163,5 +163,6 @@ def _lateness(offer: Offer, probes: list[tuple[int, int]], stamps: npt.NDArray[n
     for number, arrived in probes:
         sent = number + offer.count * times[number]
         times[number] += 1
-        late.append(arrived - int(stamps[sent]))
+        if sent < len(stamps) - 1:  # else a relay sent a copy twice, as pmacct's do when they are overrun
+            late.append(arrived - int(stamps[sent]))
     return np.array(late, np.int64)

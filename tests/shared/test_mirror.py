@@ -58,7 +58,7 @@ def test_changes_are_applied_in_order() -> None:
     mirror = RegistryMirror()
     take(mirror, *snapshot(1, A, B))
     changed = make_client("a", 10)
-    assert take(mirror, RegistryChange(2, [C], ["b"]), RegistryChange(3, [changed], ["a"])) == [True, True]
+    assert take(mirror, RegistryChange(1, 2, [C], ["b"]), RegistryChange(2, 3, [changed], ["a"])) == [True, True]
     assert mirror.clients == {"a": changed, "c": C}
     assert mirror.revision == 3
 
@@ -67,7 +67,7 @@ def test_repeated_change_is_nothing_new() -> None:
     """A change up to the revision we have changes nothing and makes nothing stale."""
     mirror = RegistryMirror()
     take(mirror, *snapshot(3, A))
-    assert take(mirror, RegistryChange(3, [B], []), RegistryChange(1, [C], [])) == [False, False]
+    assert take(mirror, RegistryChange(2, 3, [B], []), RegistryChange(0, 1, [C], [])) == [False, False]
     assert mirror.clients == {"a": A}
     assert not mirror.stale
 
@@ -76,20 +76,20 @@ def test_lost_change_makes_it_stale_until_a_snapshot_heals_it() -> None:
     """After a hole nothing is applied, not even the next change in order, until the whole registry comes."""
     mirror = RegistryMirror()
     take(mirror, *snapshot(1, A))
-    assert take(mirror, RegistryChange(3, [C], [])) == [False]
+    assert take(mirror, RegistryChange(2, 3, [C], [])) == [False]
     assert (mirror.stale, mirror.revision) == (True, 1)
-    assert take(mirror, RegistryChange(2, [B], [])) == [False]
+    assert take(mirror, RegistryChange(1, 2, [B], [])) == [False]
     assert mirror.clients == {"a": A}
     assert take(mirror, *snapshot(3, A, B, C)) == [True]
     assert (mirror.stale, mirror.revision) == (False, 3)
-    assert take(mirror, RegistryChange(4, [], ["b"])) == [True]
+    assert take(mirror, RegistryChange(3, 4, [], ["b"])) == [True]
     assert mirror.clients == {"a": A, "c": C}
 
 
 def test_change_before_any_snapshot_asks_for_one() -> None:
     """A change to a registry that is not known yet makes the mirror stale."""
     mirror = RegistryMirror()
-    assert take(mirror, RegistryChange(0, [A], [])) == [False]
+    assert take(mirror, RegistryChange(0, 0, [A], [])) == [False]
     assert mirror.stale
 
 
@@ -99,14 +99,14 @@ def test_restarted_gateway_replaces_the_registry() -> None:
     take(mirror, *snapshot(50, A, B))
     assert take(mirror, *snapshot(1, C), boot=2) == [True]
     assert (mirror.clients, mirror.revision) == ({"c": C}, 1)
-    assert take(mirror, RegistryChange(2, [A], []), boot=2) == [True]
+    assert take(mirror, RegistryChange(1, 2, [A], []), boot=2) == [True]
 
 
 def test_change_of_a_restarted_gateway_is_not_mixed_in() -> None:
     """A change of a gateway whose snapshot we have not seen makes the mirror stale, though its number would fit."""
     mirror = RegistryMirror()
     take(mirror, *snapshot(1, A))
-    assert take(mirror, RegistryChange(2, [B], []), boot=2) == [False]
+    assert take(mirror, RegistryChange(1, 2, [B], []), boot=2) == [False]
     assert mirror.stale
     assert mirror.clients == {"a": A}
 
@@ -124,7 +124,7 @@ def test_snapshot_for_another_subscriber_changes_nothing() -> None:
     mirror = RegistryMirror()
     take(mirror, *snapshot(3, A))
     assert take(mirror, *snapshot(3, A, pieces=2)) == [False, False]
-    assert take(mirror, RegistryChange(4, [B], [])) == [True]
+    assert take(mirror, RegistryChange(3, 4, [B], [])) == [True]
 
 
 def test_snapshot_ahead_of_us_is_taken() -> None:
@@ -132,7 +132,7 @@ def test_snapshot_ahead_of_us_is_taken() -> None:
     mirror = RegistryMirror()
     take(mirror, *snapshot(3, A))
     assert take(mirror, *snapshot(5, A, B)) == [True]
-    assert take(mirror, RegistryChange(5, [C], [])) == [False]
+    assert take(mirror, RegistryChange(4, 5, [C], [])) == [False]
     assert set(mirror.clients) == {"a", "b"}
 
 
@@ -147,9 +147,11 @@ class Played:
     def change(self, name: str, port: int) -> list[RegistrySnapshot | RegistryChange]:
         self.revision += 1
         if port == 0:
-            return [RegistryChange(self.revision, [], [name] if self.clients.pop(name, None) else [])]
+            return [
+                RegistryChange(self.revision - 1, self.revision, [], [name] if self.clients.pop(name, None) else [])
+            ]
         self.clients[name] = make_client(name, port)
-        return [RegistryChange(self.revision, [self.clients[name]], [])]
+        return [RegistryChange(self.revision - 1, self.revision, [self.clients[name]], [])]
 
     def snapshot(self, pieces: int) -> list[RegistrySnapshot | RegistryChange]:
         return [*snapshot(self.revision, *self.clients.values(), pieces=pieces)]
@@ -189,7 +191,7 @@ def test_mirror_says_what_it_holds() -> None:
     take(mirror, *snapshot(3, A))
     assert [mirror.holds(1, revision) for revision in (2, 3, 4)] == [True, True, False]
     assert not mirror.holds(2, 1)
-    take(mirror, RegistryChange(5, [B], []))
+    take(mirror, RegistryChange(4, 5, [B], []))
     assert not mirror.holds(1, 3)
     take(mirror, *snapshot(5, A, B))
     assert mirror.holds(1, 5)

@@ -42,7 +42,7 @@ CLIENT = Client("a", 7, "192.0.2.9", 2055, ("messages",), prefixes=("192.0.2.0/2
 BODIES: dict[str, Body] = {
     "datagrams": Datagrams("messages", 1_700_000_000_000_000_000),
     "registry.snapshot": RegistrySnapshot(5, 0, 1, [CLIENT, Client("b", 8, "::1", 1)]),
-    "registry.change": RegistryChange(6, [CLIENT], ["b"]),
+    "registry.change": RegistryChange(5, 6, [CLIENT], ["b"]),
     "serve.request": ServeRequest(1, "reply/gateway.1.a/", 6),
     "serve.reply": ServeReply(1, 6),
     "transmit.request": TransmitRequest(7, "reply/operator.1.a/", "eth1", bytes(range(60)), 3, 0.5, True),

@@ -7,7 +7,7 @@ from shared.settings import Collector
 
 LOCAL = {"127.0.0.1", "127.9.9.9", "::1", "192.0.2.1"}
 LISTENERS = [("127.0.0.1", 6667), ("::1", 6667), ("0.0.0.0", 514), ("::", 2055)]
-admission = Admission(["messages", "netflow"], LISTENERS, LOCAL.__contains__)
+admission = Admission(["messages", "netflow"], LISTENERS, LOCAL.__contains__, {"192.0.2.255"}.__contains__)
 
 
 def destination(
@@ -44,17 +44,30 @@ def test_loopback_may_name_any_loopback_address() -> None:
     assert destination("::1") == ("::1", 9000)
 
 
-@pytest.mark.parametrize(("address", "visitor"), [("192.0.2.8", "192.0.2.9"), ("10.0.0.1", "127.0.0.1")])
-def test_address_of_somebody_else(address: str, visitor: str) -> None:
-    """An address that the request does not come from is refused: copies would be aimed at others."""
-    assert error_of(address, visitor=visitor) == "unproven_address"
-    assert error_of("127.0.0.1", visitor="192.0.2.9") == "unproven_address"
+@pytest.mark.parametrize(
+    ("address", "visitor", "proven"),
+    [
+        (None, "192.0.2.9", True),
+        ("192.0.2.9", "192.0.2.9", True),
+        ("::ffff:192.0.2.9", "192.0.2.9", True),
+        ("127.0.0.7", "127.0.0.1", True),
+        ("::1", "127.0.0.1", True),
+        ("192.0.2.8", "192.0.2.9", False),
+        ("10.0.0.1", "127.0.0.1", False),
+        ("127.0.0.1", "192.0.2.9", False),
+    ],
+)
+def test_address_of_somebody_else(address: str | None, visitor: str, proven: bool) -> None:
+    """An address that the request does not come from has to be proven: copies would be aimed at others."""
+    request = Register(name="c", streams=("*",), address=address, port=9000)
+    assert admission.proven(request, Visitor(1, visitor, 40_000)) is proven
 
 
 @pytest.mark.parametrize(
     "address",
     [
         *("0.0.0.0", "0.1.2.3", "224.0.0.1", "240.0.0.1", "255.255.255.255", "169.254.1.1"),
+        "192.0.2.255",
         *("::", "ff02::1", "fe80::1", "fe80::1%lo", "localhost", "127.1", ""),
     ],
 )

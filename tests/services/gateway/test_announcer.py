@@ -57,8 +57,8 @@ class Follower:
                 assert (revision, piece) == (self.revision, self.pieces)
                 self.pieces += 1
                 self.clients |= {client.name: client for client in clients}
-            case RegistryChange(revision, joined, left) if self.revision >= 0:
-                assert revision == self.revision + 1
+            case RegistryChange(after, revision, joined, left) if self.revision >= 0:
+                assert after == self.revision
                 self.revision = revision
                 for name in left:
                     del self.clients[name]
@@ -307,8 +307,11 @@ def test_gateway_restarted(stack: Stack, follower: Follower) -> None:
     wait_for(follower, 1)
     gateway: Running = stack["gateway"]
     gateway.stop()
+    follower.clients = {}
     stack.start("gateway")
-    wait_for(follower, 0)
+    wait_for(follower, 1)
+    ask(b"after")
+    wait_for(follower, 2)
 
 
 def test_pieces_stay_small() -> None:

@@ -7,7 +7,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.gateway.protocol import MAX_LINE, Decoder, parse_line, parse_name
-from services.gateway.requests import Leave, List, Mac, Name, Octets, Register, RequestError, Streams, Transmit
+from services.gateway.requests import (
+    Confirm,
+    Leave,
+    List,
+    Mac,
+    Name,
+    Octets,
+    Register,
+    RequestError,
+    Streams,
+    Transmit,
+    Watch,
+)
 
 Outcome = tuple[object, ...]
 
@@ -72,7 +84,7 @@ def test_splits_change_nothing(parts: list[bytes], places: list[int]) -> None:
 def test_nothing_but_a_refusal_is_raised(reads: list[bytes]) -> None:
     """Whatever the bytes and the reads, a decoder returns requests or refuses, and refuses in known words."""
     for outcome in take(reads):
-        assert outcome[0] in ("bad_request", "bad_name", "too_long", "unavailable") or isinstance(outcome[0], Name)
+        assert outcome[0] in ("bad_request", "bad_name", "too_long") or isinstance(outcome[0], Name)
 
 
 def test_first_byte_decides() -> None:
@@ -175,6 +187,8 @@ def test_port_is_a_whole_number(port: str) -> None:
         ({"op": "register", "name": "a", "dscp": 64}, "dscp: expected a whole number from 0 to 63"),
         ({"op": "register", "name": "a", "ttl": -1}, "ttl: expected"),
         ({"op": "leave", "name": "a", "generation": "1"}, "generation: expected"),
+        ({"op": "watch", "revision": -1}, "revision: expected"),
+        ({"op": "confirm", "name": "a"}, "nonce is missing"),
         ({"op": "list", "id": True}, "id: expected"),
         ({"op": "list", "id": 2**64}, "id: expected"),
     ],
@@ -184,11 +198,6 @@ def test_refusal_says_what_was_expected(fields: dict[str, object], sentence: str
     error = refused(json.dumps(fields).encode())
     assert (error.error, error.closes) == ("bad_request", False)
     assert sentence in str(error)
-
-
-def test_later_operations_are_unavailable() -> None:
-    """What the protocol has and this version has not is refused as such, whatever else is in the request."""
-    assert [refused(b'{"op":"%s","name":1}' % op).error for op in (b"watch", b"confirm")] == ["unavailable"] * 2
 
 
 def test_bad_name_in_json_keeps_the_connection() -> None:
@@ -203,6 +212,8 @@ def test_requests_are_typed() -> None:
     register = parse_line(b'{"op":"register","name":"s","streams":["*"],"port":9,"from":["10.0.0.0/8"],"ttl":5}\r')
     assert register == Register(name="s", streams=("*",), port=9, prefixes=("10.0.0.0/8",), ttl=5.0)
     assert parse_line(b'{"op":"leave","name":"s","generation":3,"id":"q"}') == Leave(name="s", generation=3, id="q")
+    assert parse_line(b'{"op":"watch","revision":7}') == Watch(revision=7)
+    assert parse_line(b'{"op":"confirm","name":"s","nonce":"n"}') == Confirm(name="s", nonce="n")
 
 
 DOCUMENTED = bytes.fromhex("010203040506 010203040506 0801") + b"[" * 30 + b"PAYLOAD" + b"]" * 30

@@ -1,11 +1,25 @@
 import json
+import math
+from collections.abc import Sequence
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from services.gateway.names_list import BLOCK, NamesList
-from services.gateway.registry import MAX_CHANGE, Entry, Origin, Registry, Visitor
+from services.gateway.registry import (
+    MAX_CHANGE,
+    PRESERVE_WINDOW_SECONDS,
+    RETURN_SECONDS,
+    Entry,
+    Event,
+    Keep,
+    Origin,
+    Registry,
+    Visitor,
+    keep_nothing,
+)
 from services.gateway.requests import RequestError
 from shared.registry import Client, Source
 from shared.wire import RegistryChange
@@ -16,9 +30,9 @@ HERE, ELSEWHERE = Visitor(1, "127.0.0.1", 4000), Visitor(2, "192.0.2.7", 4001)
 class Table(Registry):
     """A registry whose clock the test sets."""
 
-    def __init__(self, max_clients: int = 1000) -> None:
+    def __init__(self, max_clients: int = 1000, keep: Keep = keep_nothing, preserve_seconds: float = 0.0) -> None:
         self.now = 0.0
-        super().__init__(max_clients, lambda: self.now, 1)
+        super().__init__(max_clients, lambda: self.now, 1, keep, preserve_seconds)
 
     def join(self, name: str, visitor: Visitor = HERE, origin: Origin = Origin.JSON, **terms: object) -> Entry:
         client = Client(name, 0, visitor.address, visitor.port)
@@ -129,12 +143,12 @@ def test_held_entries_go_with_their_connection(registry: Table) -> None:
 def test_changes_are_numbered(registry: Table) -> None:
     """A commit puts all changes since the last one under the next revision; without changes there is none."""
     a, b = registry.join("a").client, registry.join("b").client
-    assert registry.commit() == registry.commit() == 1
+    assert registry.commit() == registry.commit() == 2
     registry.release("a", a.generation)
     again = registry.join("a").client
     registry.release("b", b.generation)
     registry.commit()
-    assert registry.take_changes() == [RegistryChange(1, [a, b], []), RegistryChange(2, [again], ["b"])]
+    assert registry.take_changes() == [RegistryChange(0, 2, [a, b], []), RegistryChange(2, 5, [again], ["b"])]
     assert registry.take_changes() == []
 
 
@@ -146,9 +160,133 @@ def test_one_change_is_bounded(registry: Table) -> None:
     registry.expire()
     registry.commit()
     changes = registry.take_changes()
-    assert [change.revision for change in changes] == list(range(1, len(changes) + 1))
+    assert [change.after for change in changes[1:]] == [change.revision for change in changes[:-1]]
+    assert (changes[0].after, changes[-1].revision) == (0, 600)
     assert max(len(change.joined) + len(change.left) for change in changes) == MAX_CHANGE
     assert follow(changes) == {}
+
+
+def test_every_change_is_an_event(registry: Table) -> None:
+    """Joining, changing, leaving and expiring each have a revision of their own, in order."""
+    a = registry.join("a", ttl=5)
+    again = registry.join("a")
+    registry.join("b", ttl=5)
+    registry.release("a", again.client.generation)
+    registry.now = 5
+    registry.expire()
+    told = [(event.kind, event.revision, event.entry.client.name) for event in registry.take_events()]
+    assert told == [("joined", 1, "a"), ("changed", 2, "a"), ("joined", 3, "b"), ("left", 4, "a"), ("expired", 5, "b")]
+    assert a.client.generation < again.client.generation
+    assert registry.take_events() == []
+
+
+def test_change_that_is_not_kept_is_not_made() -> None:
+    """When a change can't be written it is refused, and everything is as before."""
+
+    def fail(events: Sequence[Event], generation: int) -> None:
+        if broken:
+            raise RequestError("unavailable", "no space")
+
+    registry, broken = Table(keep=fail), False
+    entry = registry.join("a", ttl=1)
+    broken = True
+    assert error_of(registry.join, "b") == error_of(registry.join, "a") == "unavailable"
+    assert error_of(registry.release, "a", entry.client.generation) == "unavailable"
+    assert registry.present == ["a"]
+    assert registry.commit() == 1
+    broken = False
+    assert registry.join("b").revision == 2
+
+
+def test_expiry_that_is_not_kept_comes_later() -> None:
+    """An entry whose time is up, or whose connection is gone, stays while that can't be written; then it goes."""
+
+    def fail(events: Sequence[Event], generation: int) -> None:
+        if broken:
+            raise RequestError("unavailable", "no space")
+
+    registry, broken = Table(keep=fail), False
+    registry.join("a", ttl=1)
+    registry.join("b", hold=True)
+    broken, registry.now = True, 2
+    registry.expire()
+    registry.release_held(HERE)
+    assert registry.present == ["a", "b"]
+    broken, registry.now = False, 3
+    registry.expire()
+    assert registry.present == []
+
+
+def lease(registry: Table, count: int, ttl: float = 10) -> list[Entry]:
+    """So many entries with a lease."""
+    return [registry.join(f"n{number}", ttl=ttl) for number in range(count)]
+
+
+def test_many_missing_renewals_stop_expiry() -> None:
+    """When over 15 % of the renewals due are missing nothing expires, until they come or the time for that is over."""
+    registry = Table(preserve_seconds=100)
+    entries = lease(registry, 20)
+    registry.now = 9
+    for entry in entries[:16]:
+        registry.renew(entry.client.name, entry.client.generation)
+    registry.now = 10
+    registry.expire()
+    assert (registry.preserving, len(registry)) == (True, 20)
+    for entry in entries:
+        registry.renew(entry.client.name, entry.client.generation)
+    registry.now = 11
+    registry.expire()
+    assert (registry.preserving, len(registry)) == (False, 20)
+    registry.now = 11 + PRESERVE_WINDOW_SECONDS
+    registry.expire()
+    assert registry.preserving
+    registry.now += 99
+    registry.expire()
+    assert registry.preserving
+    registry.now += 1
+    registry.expire()
+    assert (registry.preserving, len(registry)) == (False, 0)
+
+
+@pytest.mark.parametrize(("count", "renewing"), [(20, 17), (9, 0), (1, 0)])
+def test_few_missing_renewals_expire(count: int, renewing: int) -> None:
+    """Losing 15 % of the leases or less, or of only a few leases however many, is no reason to stop expiring."""
+    registry = Table(preserve_seconds=100)
+    entries = lease(registry, count)
+    registry.now = 9
+    for entry in entries[:renewing]:
+        registry.renew(entry.client.name, entry.client.generation)
+    registry.now = 10
+    registry.expire()
+    assert (registry.preserving, len(registry)) == (False, renewing)
+
+
+def test_configured_collectors_are_those_of_the_settings(registry: Table) -> None:
+    """New settings add, change and take away their own collectors; one that is the same is not touched."""
+    registry.join("own")
+    registry.join("b", ELSEWHERE)
+    a, b, c = (Client(name, 0, "10.0.0.1", 9, ("messages",)) for name in "abc")
+    registry.configure([a, b])
+    assert [event.kind for event in registry.take_events()] == ["joined", "joined", "joined", "changed"]
+    revision = registry.commit()
+    registry.configure([a, b])
+    assert registry.commit() == revision
+    registry.configure([msgspec.structs.replace(a, port=10), c])
+    told = [(event.kind, event.entry.client.name) for event in registry.take_events()]
+    assert told == [("left", "b"), ("changed", "a"), ("joined", "c")]
+    assert registry.present == ["own", "a", "c"]
+
+
+def test_held_entry_outlives_a_restart_for_a_while(registry: Table) -> None:
+    """What a connection held may be signed up again from the same address after a restart, or it goes."""
+    earlier = Visitor(0, HERE.address, 4000)
+    kept = [Entry(Client(name, 1, HERE.address, 9), Origin.JSON, earlier, 0.0, math.inf, 0, True, 0.0) for name in "ab"]
+    registry.restore(kept, 7)
+    assert error_of(registry.join, "a", ELSEWHERE) == "name_taken"
+    assert registry.join("a", HERE, hold=True).revision == 8
+    registry.now = RETURN_SECONDS
+    registry.expire()
+    assert registry.present == ["a"]
 
 
 def collect(registry: Table, name: str, source: Source = "relay") -> Entry:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from shared.registry import CHALLENGE_PREFIX
 from tests.services.operator.played import PlayedGateway, Request, finish, run
 from tests.stack import Running, Stack, wait_until
 
@@ -90,6 +91,31 @@ def test_a_refusal_ends_it(stack: Stack) -> None:
     with PlayedGateway(register=lambda _: refusal) as gateway:
         arguments = ("collect", "siem", "--stream", "messages", "--gateway", gateway.endpoint)
         assert run(stack, *arguments) == (1, "fanwire collect: siem is signed up\n")
+
+
+def test_proves_its_address(stack: Stack) -> None:
+    """Where the registry wants proof of the address, it brings back the nonce that comes there."""
+
+    def challenge(request: Request) -> Request:
+        send(request, b"not that", CHALLENGE_PREFIX + b"nonce")
+        return {"ok": False, "error": "unproven_address", "message": "prove it"}
+
+    def grant(request: Request) -> Request:
+        return {"ok": True, "client": {**gateway.said("register")[0], "address": "127.0.0.1", "generation": 7}}
+
+    with PlayedGateway(register=challenge, confirm=grant) as gateway:
+        command = collect(stack, gateway)
+        assert gateway.said("confirm") == [{"op": "confirm", "name": "siem", "nonce": "nonce"}]
+        assert command.stop(signal.SIGTERM) == 0
+        assert gateway.said("leave")[0]["generation"] == 7
+
+
+def test_proof_that_does_not_come(stack: Stack) -> None:
+    """When no nonce comes to the address it ends with the registry's sentence."""
+    refusal = {"ok": False, "error": "unproven_address", "message": "prove it"}
+    with PlayedGateway(register=lambda _: refusal) as gateway:
+        arguments = ("collect", "siem", "--stream", "messages", "--gateway", gateway.endpoint)
+        assert run(stack, *arguments) == (1, "fanwire collect: prove it\n")
 
 
 @pytest.mark.parametrize("port", ["taken", "70000"])

@@ -1,0 +1,68 @@
+"""What watchers get: every change of the registry as a line, in order, none left out and none twice. No I/O."""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from services.gateway.registry import Event, Registry
+
+KEPT_BYTES: Final = 4 * 1024 * 1024
+"""Of past events, for who comes back: some 10,000 of them."""
+
+Push = Callable[[bytes], None]
+"""Takes whole lines that answer no request."""
+
+
+class Feed:
+    """The registry's events to everybody who watches, each rendered once."""
+
+    def __init__(self, registry: Registry, render: Callable[[Event], bytes]) -> None:
+        self._registry = registry
+        self._render = render
+        self._watchers: dict[int, Push] = {}
+        self._past: deque[tuple[int, bytes]] = deque()
+        self._past_bytes = 0
+        self._begin = registry.commit()
+        """The revision before the first of the past events."""
+
+    def __len__(self) -> int:
+        return len(self._watchers)
+
+    def watch(self, visitor: int, push: Push) -> None:
+        """Push what happens from now on to this visitor."""
+        self.flush()
+        self._watchers[visitor] = push
+
+    def watches(self, visitor: int) -> bool:
+        """Whether this visitor watches."""
+        return visitor in self._watchers
+
+    def leave(self, visitor: int) -> None:
+        """Push nothing more to this visitor."""
+        self._watchers.pop(visitor, None)
+
+    def since(self, revision: int) -> bytes | None:
+        """The lines of all events after `revision`; None when they are not known any more, or not yet."""
+        self.flush()
+        if not self._begin <= revision <= self._registry.commit():
+            return None
+        return b"".join(line for number, line in self._past if number > revision)
+
+    def flush(self) -> None:
+        """Push what has happened since the last time."""
+        events = self._registry.take_events()
+        if not events:
+            return
+        lines = [self._render(event) for event in events]
+        self._remember(events, lines)
+        together = b"".join(lines)
+        for push in list(self._watchers.values()):
+            push(together)
+
+    def _remember(self, events: Sequence[Event], lines: Sequence[bytes]) -> None:
+        for event, line in zip(events, lines, strict=True):
+            self._past.append((event.revision, line))
+            self._past_bytes += len(line)
+        while self._past_bytes > KEPT_BYTES:
+            self._begin, line = self._past.popleft()
+            self._past_bytes -= len(line)

@@ -1,0 +1,250 @@
+import json
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.stack import Running, Stack, ask, ask_json, wait_until
+
+
+class Conversation:
+    """A connection to the gateway that says a JSON line at a time and reads what comes."""
+
+    def __init__(self, port: int = 5000) -> None:
+        self.connection = socket.create_connection(("127.0.0.1", port), timeout=20)
+        self._lines = self.connection.makefile("rb")
+
+    def ask(self, op: str, **fields: Any) -> dict[str, Any]:
+        """Send a request and return the next line."""
+        self.connection.sendall(json.dumps({"op": op, **fields}).encode() + b"\n")
+        return self.read()
+
+    def read(self) -> dict[str, Any]:
+        """The next line."""
+        line: dict[str, Any] = json.loads(self._lines.readline())
+        return line
+
+    def follow(self, until: int) -> list[dict[str, Any]]:
+        """Every event up to this revision."""
+        events = [self.read()]
+        while events[-1]["revision"] < until:
+            events.append(self.read())
+        return events
+
+    def close(self) -> None:
+        """Go away."""
+        self._lines.close()
+        self.connection.close()
+
+
+@pytest.fixture
+def talk() -> Iterator[Any]:
+    """Begins conversations, which end with the test."""
+    begun: list[Conversation] = []
+
+    def begin() -> Conversation:
+        begun.append(Conversation())
+        return begun[-1]
+
+    yield begin
+    for conversation in begun:
+        conversation.close()
+
+
+@pytest.fixture
+def gateway(stack: Stack) -> Running:
+    """A gateway and the broker it needs."""
+    stack.start("broker")
+    return stack.start("gateway")
+
+
+def apply(clients: dict[str, Any], event: dict[str, Any]) -> None:
+    """Follow one event."""
+    if event["event"] in ("joined", "changed"):
+        assert (event["client"]["name"] in clients) == (event["event"] == "changed")
+        clients[event["client"]["name"]] = event["client"]["generation"]
+    else:
+        assert clients.pop(event["name"]) == event["generation"]
+
+
+def generations(listed: dict[str, Any]) -> dict[str, int]:
+    """The generation of each client on a list."""
+    return {name: client["generation"] for name, client in listed["clients"].items()}
+
+
+def test_list_then_every_event(talk: Any, gateway: Running) -> None:
+    """A watcher gets the list, then each change with the next revision, and ends up with what is listed."""
+    ask(b"before")
+    watcher, actor = talk(), talk()
+    snapshot = watcher.ask("watch", id="w")
+    assert (snapshot["ok"], snapshot["id"], list(snapshot["clients"])) == (True, "w", ["before"])
+    generation = actor.ask("register", name="a", ttl=60)["client"]["generation"]
+    again = actor.ask("register", name="a")["client"]["generation"]
+    actor.ask("leave", name="a", generation=again)
+    actor.ask("register", name="b", ttl=0.3)
+    events = watcher.follow(snapshot["revision"] + 5)
+    assert [event["event"] for event in events] == ["joined", "changed", "left", "joined", "expired"]
+    assert [event["revision"] for event in events] == [snapshot["revision"] + number for number in range(1, 6)]
+    assert events[0]["client"]["generation"] == generation
+    clients = generations(snapshot)
+    for event in events:
+        apply(clients, event)
+    listed = ask_json({"op": "list"})
+    assert (clients, events[-1]["revision"]) == (generations(listed), listed["revision"])
+
+
+def test_watcher_may_ask_on(talk: Any, gateway: Running) -> None:
+    """The connection that watches takes requests as before; idleness does not end it."""
+    watcher = talk()
+    watcher.ask("watch")
+    assert watcher.ask("streams")["ok"]
+    watcher.connection.sendall(b'{"op":"register","name":"own"}\n')
+    lines = [watcher.read(), watcher.read()]
+    assert {line.get("event", "answer") for line in lines} == {"answer", "joined"}
+
+
+def test_resume_from_a_revision(talk: Any, gateway: Running) -> None:
+    """With the last revision seen a watcher gets what it missed instead of the list; one too old gets the list."""
+    snapshot = talk().ask("watch")
+    for number in range(5):
+        ask(b"n%d" % number)
+    resumed = talk()
+    answer = resumed.ask("watch", revision=snapshot["revision"] + 2)
+    assert "clients" not in answer
+    assert [resumed.read()["client"]["name"] for _ in range(3)] == ["n2", "n3", "n4"]
+    ask(b"n5")
+    assert resumed.read()["client"]["name"] == "n5"
+    assert list(talk().ask("watch", revision=10**6)["clients"]) == [f"n{number}" for number in range(6)]
+
+
+def test_resume_over_a_restart(stack: Stack, talk: Any, gateway: Running) -> None:
+    """A watcher that knows all goes on after the gateway was killed; one that missed something gets the list."""
+    ask(b"a")
+    revision = talk().ask("watch")["revision"]
+    gateway.stop(signal.SIGKILL)
+    stack.start("gateway")
+    resumed = talk()
+    assert "clients" not in resumed.ask("watch", revision=revision)
+    ask(b"b")
+    assert resumed.read()["revision"] == revision + 1
+    assert list(talk().ask("watch", revision=revision - 1)["clients"]) == ["a", "b"]
+
+
+def test_who_does_not_read_is_cut_off(stack: Stack, talk: Any) -> None:
+    """A watcher that never reads is told `too_slow` and closed; others miss nothing, and memory stays bounded."""
+    stack.configure("[gateway]\noutput_buffer = 65536\nrequest_seconds = 60\n")
+    stack.start("broker")
+    gateway = stack.start("gateway")
+    slow = socket.socket()
+    slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    slow.settimeout(20)
+    slow.connect(("127.0.0.1", 5000))
+    slow.sendall(b'{"op":"watch"}\n')
+    watcher, actor = talk(), talk()
+    begin = watcher.ask("watch")["revision"]
+    before = gateway.resident_mb()
+    for _ in range(5000):
+        actor.connection.sendall(b'{"op":"register","name":"n"}\n')
+        assert actor.read()["ok"]
+        assert watcher.read()["revision"] == (begin := begin + 1)
+    assert gateway.resident_mb() - before < 20
+    with slow:
+        received = b"".join(iter(lambda: slow.recv(65536), b""))
+    last = json.loads(received.splitlines()[-1])
+    assert (last["ok"], last["error"]) == (False, "too_slow")
+    missed = talk()
+    seen = json.loads(received.splitlines()[-2])["revision"]
+    answer = missed.ask("watch", revision=seen)
+    assert ("clients" in answer) or missed.read()["revision"] == seen + 1
+
+
+def test_idle_watcher_stays(stack: Stack, talk: Any) -> None:
+    """A watcher has nothing to say, and is not closed for it."""
+    stack.configure("[gateway]\nidle_seconds = 0.3\n")
+    stack.start("broker")
+    stack.start("gateway")
+    watcher = talk()
+    watcher.ask("watch")
+    time.sleep(1.2)
+    ask(b"late")
+    assert watcher.read()["client"]["name"] == "late"
+
+
+def test_loser_of_a_name_is_told(talk: Any, gateway: Running) -> None:
+    """Whose entry is taken over reads on its connection who did it, and its renewals are refused."""
+    first, second = talk(), talk()
+    generation = first.ask("register", name="siem", streams=["*"], port=9514, ttl=30)["client"]["generation"]
+    assert second.ask("register", name="siem", streams=["*"], port=9515)["error"] == "name_taken"
+    assert second.ask("register", name="siem", streams=["*"], port=9515, take_over=True)["ok"]
+    told = first.read()
+    assert (told["event"], told["name"], told["generation"]) == ("taken_over", "siem", generation)
+    assert "127.0.0.1" in told["message"]
+    assert first.ask("renew", name="siem", generation=generation)["error"] == "stale_generation"
+
+
+def test_held_entry_over_a_restart(stack: Stack, talk: Any, gateway: Running) -> None:
+    """Who holds an entry may sign up again after the gateway was killed, without take_over."""
+    before = talk().ask("register", name="held", streams=["*"], port=9514, hold=True)["client"]
+    gateway.stop(signal.SIGKILL)
+    stack.start("gateway")
+    assert list(ask_json({"op": "list"})["clients"]) == ["held"]
+    holder = talk()
+    after = holder.ask("register", name="held", streams=["*"], port=9514, hold=True)["client"]
+    assert after["generation"] > before["generation"]
+    holder.close()
+    wait_until(lambda: ask_json({"op": "list"})["clients"] == {}, "the held entry leaves")
+
+
+def test_held_entry_stays_while_the_gateway_is_replaced(stack: Stack, talk: Any, gateway: Running) -> None:
+    """A gateway that is told to end closes the connections, which is not the fault of who holds entries by them."""
+    talk().ask("register", name="held", streams=["*"], port=9514, hold=True)
+    assert gateway.stop() == 0
+    stack.start("gateway")
+    assert list(ask_json({"op": "list"})["clients"]) == ["held"]
+
+
+def test_second_gateway_on_the_same_file(stack: Stack, gateway: Running) -> None:
+    """A gateway on other addresses but with the same database is refused, and the first goes on."""
+    stack.configure('[gateway]\nlisten = ["tcp://127.0.0.1:5005"]\n')
+    second = stack.start("gateway", ready=False)
+    assert second.process.wait(20) == 1
+    assert "another gateway has this [gateway] database" in second.text
+    assert ask_json({"op": "list"})["ok"]
+
+
+def test_damaged_file(stack: Stack, gateway: Running) -> None:
+    """A damaged database is set aside and reported, and the gateway starts with an empty list."""
+    ask(b"a")
+    gateway.stop()
+    file = stack.bus / "registry.sqlite"
+    file.write_bytes(b"\xa5" * file.stat().st_size)
+    again = stack.start("gateway")
+    assert ask_json({"op": "list"})["clients"] == {}
+    assert len(again.events("the registry's file was damaged: set aside, starting empty")) == 1
+    assert len(list(stack.bus.glob("registry.sqlite.damaged-*"))) >= 1
+
+
+def test_registry_that_is_not_kept(stack: Stack) -> None:
+    """With an empty `database` a restart begins with nothing, and no file is written."""
+    stack.configure('[gateway]\ndatabase = ""\n')
+    stack.start("broker")
+    gateway = stack.start("gateway")
+    ask(b"a")
+    gateway.stop(signal.SIGKILL)
+    stack.start("gateway")
+    assert ask_json({"op": "list"})["clients"] == {}
+    assert list(stack.bus.glob("registry*")) == []
+
+
+def test_missing_renewals_are_said(stack: Stack, talk: Any) -> None:
+    """When most renewals fail to come nothing expires, the log says so, and so does the account."""
+    stack.start("broker")
+    gateway = stack.start("gateway")
+    actor = talk()
+    for number in range(12):
+        actor.ask("register", name=f"n{number}", ttl=0.2)
+    gateway.wait_for("too many renewals are missing at once")
+    assert len(ask_json({"op": "list"})["clients"]) == 12

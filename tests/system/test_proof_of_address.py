@@ -1,0 +1,79 @@
+"""Nobody aims copies at a host that did not ask for them."""
+
+import json
+import socket
+
+import pytest
+
+from shared.registry import CHALLENGE_PREFIX
+from tests.network import End, Host, veth
+from tests.openly import OpenStack
+from tests.stack import PATIENT, ask_json
+from tests.system.test_source_preserving import Exporters
+from tests.traffic import pause
+
+
+def drain(receiver: socket.socket) -> list[bytes]:
+    """All that has come."""
+    received = []
+    receiver.setblocking(False)
+    while True:
+        try:
+            received.append(receiver.recv(65_536))
+        except BlockingIOError:
+            return received
+
+
+@pytest.mark.parametrize("source", ["relay", "original"])
+def test_nothing_but_challenges_until_it_is_proven(open_stack: OpenStack, source: str) -> None:
+    """Who registers another host's address gets that host three short datagrams, and copies once it proves to be it."""
+    open_stack.configure(PATIENT + '[[stream]]\nname = "messages"\nlisten = ["udp://10.2.0.1:6667"]\n')
+    request = {"op": "register", "name": "c", "streams": ["*"], "port": 9000, "address": "10.2.0.2", "source": source}
+    with (
+        Host() as relay,
+        Host() as victim,
+        veth(End(relay, "eth", "10.2.0.1/24"), End(victim, "eth", "10.2.0.2/24")),
+        victim.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver,
+        relay.entered(),
+        Exporters(relay, [("10.2.0.1", 4000)], "10.2.0.1") as exporters,
+    ):
+        receiver.bind(("10.2.0.2", 9000))
+        open_stack.start_all()
+        open_stack.start("transmitter")
+        for number in range(10):
+            refused = ask_json(request | {"name": f"c{number}"})
+            assert refused["error"] == "unproven_address"
+            exporters.send(("10.2.0.1", 4000), b"not yet")
+        pause(0.3)
+        challenges = drain(receiver)
+        assert len(challenges) == 3
+        assert all(each.startswith(CHALLENGE_PREFIX) and len(each) < 64 for each in challenges)
+        assert ask_json({"op": "list"})["clients"] == {}
+        nonce = challenges[0].removeprefix(CHALLENGE_PREFIX).decode()
+        assert ask_json({"op": "confirm", "name": "c1", "nonce": nonce})["error"] == "unproven_address"
+        granted = ask_json({"op": "confirm", "name": "c0", "nonce": nonce, "id": 5})
+        assert (granted["ok"], granted["id"], granted["client"]["health"]) == (True, 5, "ok"), json.dumps(granted)
+        exporters.send(("10.2.0.1", 4000), b"a copy")
+        receiver.settimeout(20)
+        assert receiver.recv(100) == b"a copy"
+        # The same place for the same client needs no second proof.
+        again = ask_json(request | {"name": "c0", "take_over": True})
+        assert again["ok"], again
+        assert drain(receiver) == []
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "127.0.0.9", "::1", "10.2.0.1"])
+def test_own_listener_is_a_loop(open_stack: OpenStack, address: str) -> None:
+    """Our own listener is refused as a destination under every address of this host."""
+    open_stack.configure('[[stream]]\nname = "messages"\nlisten = ["udp://[::]:6667"]\n')
+    with (
+        Host() as relay,
+        Host() as other,
+        veth(End(relay, "eth", "10.2.0.1/24"), End(other, "eth", "10.2.0.2/24")),
+        relay.entered(),
+    ):
+        open_stack.start_all()
+        request = {"op": "register", "name": "c", "streams": ["*"], "port": 6667, "address": address}
+        assert ask_json(request)["error"] == "loop"
+        broadcast = ask_json(request | {"address": "10.2.0.255", "port": 9})
+        assert (broadcast["error"], "that of one host" in broadcast["message"]) == ("bad_request", True)
