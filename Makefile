@@ -6,7 +6,7 @@ TEST_WORKERS ?= 2
 BIN := $(CURDIR)/$(VENV)/bin
 export PATH := $(BIN):$(PATH)
 
-.PHONY: run test lint soak bench bench-check clean
+.PHONY: run test lint soak fuzz bench bench-check clean
 
 run: $(VENV)/installed
 	@! fanwire ready broker --timeout 0.2 >/dev/null 2>&1 || { \
@@ -25,6 +25,10 @@ lint: $(VENV)/installed-for-tests
 # A million datagrams of mixed sizes, every byte of every copy compared; some minutes.
 soak: $(VENV)/installed-for-tests
 	pytest -m soak --timeout 3600
+
+# What reads bytes from outside, fuzzed for ten minutes. FUZZ="--seconds 60 settings" is shorter, and one target alone.
+fuzz: $(VENV)/installed-for-fuzzing
+	python -m tests.fuzz $(FUZZ)
 
 # Side by side with the relays found on PATH; as root. BENCH="--workload netflow --fan-out 1" narrows it.
 bench: $(VENV)/installed-for-benchmarks
@@ -51,6 +55,10 @@ $(VENV)/installed: pyproject.toml $(VENV)/bin/pip
 $(VENV)/installed-for-tests: pyproject.toml $(VENV)/bin/pip
 	pip install --quiet --disable-pip-version-check --editable '.[test]'
 	@touch $@ $(VENV)/installed
+
+$(VENV)/installed-for-fuzzing: pyproject.toml $(VENV)/bin/pip
+	pip install --quiet --disable-pip-version-check --editable '.[test,fuzz]'
+	@touch $@ $(VENV)/installed $(VENV)/installed-for-tests
 
 $(VENV)/installed-for-benchmarks: pyproject.toml $(VENV)/bin/pip
 	pip install --quiet --disable-pip-version-check --editable '.[test,bench]'

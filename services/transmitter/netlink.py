@@ -71,7 +71,15 @@ NUD_FAILED: Final = 0x20
 NUD_STALE: Final = 0x04
 NUD_USABLE: Final = 0x02 | NUD_STALE | 0x08 | 0x10 | 0x40 | 0x80
 """REACHABLE, STALE, DELAY, PROBE, NOARP, PERMANENT (linux/neighbour.h): the link address is one to send to."""
-UNREADABLE: Final = (LookupError, TypeError, ValueError, AttributeError, struct.error, NetlinkDecodeError)
+UNREADABLE: Final = (
+    LookupError,
+    TypeError,
+    ValueError,
+    OverflowError,
+    AttributeError,
+    struct.error,
+    NetlinkDecodeError,
+)
 """What pyroute2 makes of a message in a format that it does not know; a newer kernel may have one."""
 T = TypeVar("T")
 

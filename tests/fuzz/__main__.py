@@ -1,0 +1,69 @@
+"""Fuzzes every target, guided by coverage (atheris), for as long as told; run by `make fuzz`.
+
+Each target gets its share of the time, in a process of its own. What is found is printed as a line for its corpus.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Final
+
+from tests.fuzz.targets import TARGETS, read_corpus, write_corpus
+
+INPUT_SECONDS: Final = 10
+"""One input that takes longer is a finding."""
+MEMORY_MB: Final = 1024
+"""So is one that makes the process larger."""
+LARGEST: Final = 2048
+KEPT_BYTES: Final = 300
+KEPT: Final = 60
+"""Of the inputs found that reach something new, so many of at most that size are kept."""
+
+
+def fuzz(name: str, seconds: int, keep: bool) -> bool:
+    """Fuzz one target; whether nothing was found."""
+    with tempfile.TemporaryDirectory(prefix="fanwire-fuzz-") as directory:
+        inputs = Path(directory, "inputs")
+        inputs.mkdir()
+        for number, data in enumerate(read_corpus(name)):
+            (inputs / f"kept{number}").write_bytes(data)
+        options = [f"-max_total_time={seconds}", f"-timeout={INPUT_SECONDS}", f"-rss_limit_mb={MEMORY_MB}"]
+        options += [f"-max_len={LARGEST}", f"-artifact_prefix={directory}/found-", "-print_final_stats=1"]
+        command = [sys.executable, "-m", "tests.fuzz.guided", name, *options, str(inputs)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        found = [path.read_bytes() for path in Path(directory).glob("found-*")]
+        said = done.stdout + done.stderr
+        counts = [line.split()[-1] for line in said.splitlines() if "number_of_executed_units" in line]
+        print(f"{name:14} {int(counts[0]) if counts else 0:10,} inputs  {'FOUND' if done.returncode else 'nothing'}")
+        for data in found:
+            print(f"  corpus/{name}.hex: {data.hex()}")
+        if done.returncode:
+            print(said[-3000:])
+        if keep:
+            _keep(name, inputs, found)
+        return done.returncode == 0
+
+
+def _keep(name: str, inputs: Path, found: list[bytes]) -> None:
+    """Add what reached something new to the corpus, the smallest of it."""
+    reaching = sorted((path.read_bytes() for path in inputs.iterdir()), key=len)
+    small = [data for data in reaching if 0 < len(data) <= KEPT_BYTES]
+    write_corpus(name, [*read_corpus(name), *small[:KEPT], *found])
+
+
+def main() -> int:
+    """Fuzz all targets, or those named."""
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
+    parser.add_argument("targets", nargs="*", choices=[*TARGETS, []], metavar="TARGET", help=", ".join(TARGETS))
+    parser.add_argument("--seconds", type=int, default=600, help="for all together (default: %(default)s)")
+    parser.add_argument("--keep", action="store_true", help="keep the inputs that reach something new")
+    options = parser.parse_args()
+    targets = options.targets or list(TARGETS)
+    sound = [fuzz(name, max(1, options.seconds // len(targets)), options.keep) for name in targets]
+    return int(not all(sound))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
