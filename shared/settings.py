@@ -136,8 +136,15 @@ class Ingest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class Forwarder(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Sends copies from this host's own address."""
 
-    send_buffer: Bytes = 4_194_304
-    """Bytes asked of the kernel for each collector's socket."""
+    send_buffer: Bytes = 65_536
+    """Bytes asked of the kernel for each collector's socket, which takes twice that: so little that the kernel does not
+    drop what waits in it for a next hop that does not answer, in silence (unres_qlen_bytes, arp(7))."""
+    queue_seconds: Annotated[float, Meta(ge=0, le=60)] = 1.0
+    """How long datagrams wait for room in a collector's send buffer; 0: they are dropped at once."""
+    queue_bytes: Bytes = 16_777_216
+    """How many bytes of the batches they are in may wait so for one collector."""
+    held_memory: Bytes = 268_435_456
+    """Bytes of batches that may wait for all collectors together."""
     segmentation: bool = True
     """Send runs of equal length by UDP_SEGMENT where the kernel can."""
 
@@ -159,6 +166,8 @@ class Transmitter(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """Copies claim sources of these prefixes only; empty: whatever address a datagram came from."""
     frames_per_second: Annotated[int, Meta(ge=0, le=1_000_000_000)] = 0
     """Of copies and raw frames together; 0: no limit."""
+    held_memory: Bytes = 268_435_456
+    """Bytes of batches that may wait for next hops to tell their link addresses, for all collectors together."""
     segmentation: bool = True
     """Hand the kernel runs of equal length as one frame (UDP_L4 GSO) where it can."""
 

@@ -9,7 +9,8 @@ from typing import Final
 import structlog
 
 from services.forwarder.plan import SendPlan
-from shared.ledger import BUFFER_FULL, BYTES, DELIVERED, DROPPED, NOT_CONNECTED, REFUSALS, REFUSED
+from shared.holding import HeldMemory, Holding
+from shared.ledger import BUFFER_FULL, BYTES, DELIVERED, DROPPED, NOT_CONNECTED, REFUSALS, REFUSED, UNREACHABLES
 from shared.mmsg import send
 from shared.registry import Client
 from shared.settings import Forwarder
@@ -27,11 +28,13 @@ HEADER_OPTIONS: Final = {
     ),
 }
 """What sets hop limit, and DSCP with the two bits below it that are not ours."""
+RECVERR: Final = {socket.AF_INET: (socket.IPPROTO_IP, 11), socket.AF_INET6: (socket.IPPROTO_IPV6, 25)}
+"""IP_RECVERR, IPV6_RECVERR: without it the kernel hides that an interface's queue was full, or that no host answers."""
 NO_SEGMENTATION: Final = (errno.EIO, errno.EINVAL, errno.EMSGSIZE, errno.EOPNOTSUPP)
 """What a kernel or a route that can't cut a UDP_SEGMENT send says to one (linux/net/ipv4/udp.c, udp_send_skb)."""
+FULL: Final = (errno.EAGAIN, errno.ENOBUFS)
+"""There is no room just now: in the socket's buffer, or in the interface's queue."""
 STOPS: Final = {
-    errno.EAGAIN: BUFFER_FULL,
-    errno.ENOBUFS: BUFFER_FULL,
     errno.ECONNREFUSED: REFUSED,
     **dict.fromkeys((errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EADDRNOTAVAIL), NOT_CONNECTED),
 }
@@ -39,16 +42,24 @@ STOPS: Final = {
 MAX_SKIPS: Final = 16
 """Datagrams of a batch that may fail one by one before the rest is dropped with them."""
 
+HELD_ROWS: Final = 65_536
+"""How many datagrams one collector may have waiting, however small."""
+
 log = structlog.get_logger()
 
 
 class Outlet:
-    """Sends copies to one collector; an error costs that collector, nobody else."""
+    """Sends copies to one collector; an error costs that collector, nobody else.
 
-    def __init__(self, client: Client, settings: Forwarder, account: Counter[str]) -> None:
+    `full` says that the last `send` ended because there was no room; in `held` is what waits for it.
+    """
+
+    def __init__(self, client: Client, settings: Forwarder, account: Counter[str], memory: HeldMemory) -> None:
         self.client = client
         self.account = account
         self.largest_segment = 0
+        self.full = False
+        self.held = Holding(account, BUFFER_FULL, settings.queue_seconds, HELD_ROWS, settings.queue_bytes, memory)
         self._settings = settings
         self._socket: socket.socket | None = None
         self._said: set[str] = set()
@@ -65,7 +76,7 @@ class Outlet:
         try:
             mtu = self._socket.getsockopt(level, option)
         except OSError:  # its route is gone
-            self.close()
+            self._disconnect()
             return
         self.largest_segment = mtu - (IPV4_HEADERS if version_4 else IPV6_HEADERS)
 
@@ -76,6 +87,8 @@ class Outlet:
             sock = socket.socket(family, socket.SOCK_DGRAM)
             sock.setblocking(False)
             enlarge_send_buffer(sock, self._settings.send_buffer)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 0)  # nobody reads: neither answers nor errors pile up
+            sock.setsockopt(*RECVERR[family], 1)
             for option, value in zip(
                 HEADER_OPTIONS[family], (self.client.hop_limit, self.client.dscp << 2), strict=True
             ):
@@ -91,14 +104,15 @@ class Outlet:
     def send(self, plan: SendPlan, part: int = 0) -> int:
         """Send a part of what is planned; return how many rows of it were dealt with, delivered or dropped.
 
-        Fewer than all means that segments were refused from there on: plan the rest again, with `largest_segment` as
-        it is now.
+        Fewer than all means that there is no room for the rest, if it is `full` now; else that segments were refused
+        from there on: plan the rest again, with `largest_segment` as it is now.
         """
+        self.full = False
         first, stop = plan.sends_of(part)
         return int(plan.rows_before[self._send(plan, first, stop)] - plan.rows_before[first])
 
     def _send(self, plan: SendPlan, at: int, stop: int) -> int:
-        """Send or drop sends `at` to `stop`; return the number of the one whose segments were refused, else `stop`."""
+        """Send or drop sends `at` to `stop`; return the number of the first that was neither, else `stop`."""
         if self._socket is None:
             self._drop(plan, at, stop, NOT_CONNECTED)
             return stop
@@ -113,9 +127,12 @@ class Outlet:
                 probing = not probing
                 if told:
                     return self._stop(plan, at, stop, told)
-            elif error == errno.ECONNREFUSED and not forgiven:
-                # The answer to an earlier datagram: a collector that has just come back still hears of it.
-                self.account[REFUSALS] += 1
+            elif error in FULL:
+                self.full = True
+                return at
+            elif error in STOPS and not forgiven:
+                # Perhaps the answer to an earlier datagram: a collector that has just come back still hears of it.
+                self._note(error)
                 forgiven = probing = True
             elif error in NO_SEGMENTATION and plan.segmented(at):
                 self._give_up_segmentation(error)
@@ -129,12 +146,16 @@ class Outlet:
 
     def _stop(self, plan: SendPlan, at: int, stop: int, error: int) -> int:
         """Drop what is left under the cause that an error stands for."""
-        self.account[REFUSALS] += error == errno.ECONNREFUSED
+        self._note(error)
         cause = STOPS.get(error) or _cause(error)
         self._drop(plan, at, stop, cause)
         if cause == NOT_CONNECTED:
-            self.close()
+            self._disconnect()
         return stop
+
+    def _note(self, error: int) -> None:
+        if error in STOPS:
+            self.account[REFUSALS if error == errno.ECONNREFUSED else UNREACHABLES] += 1
 
     def _deliver(self, plan: SendPlan, start: int, stop: int) -> None:
         self.account[DELIVERED] += int(plan.rows_before[stop] - plan.rows_before[start])
@@ -153,11 +174,17 @@ class Outlet:
             self._said.add(event)
             log.warning(event, collector=self.client.name, error=os.strerror(error))
 
-    def close(self) -> None:
+    def _disconnect(self) -> None:
         """Close the socket; `refresh` opens another."""
+        self.held.drop(NOT_CONNECTED)
         if self._socket is not None:
             self._socket.close()
             self._socket = None
+
+    def close(self) -> None:
+        """Close the socket, and drop what waits."""
+        self.held.drop()
+        self._disconnect()
 
 
 def _cause(error: int) -> str:

@@ -22,6 +22,7 @@ from services.transmitter.target import Identification
 from shared.batch import Indices
 from shared.crew import MEMBERS, Crew
 from shared.gathering import Gathered, portions
+from shared.holding import HeldMemory
 from shared.ledger import DESTINATION_REFUSED, NO_ROUTE, OTHER_FAMILY, RATE_LIMITED, SOURCE_REFUSED
 from shared.loops import OwnListeners, udp_listeners
 from shared.registry import Client
@@ -60,6 +61,7 @@ class Sender:
         self._crew = Crew()
         self._plans = [FramePlan() for _ in range(MEMBERS)]
         self._numbers: WeakValueDictionary[str, Identification] = WeakValueDictionary()
+        self._memory = HeldMemory(settings.transmitter.held_memory)
         self._holding: set[Copies] = set()
         self._refresh_at = 0.0
 
@@ -67,7 +69,7 @@ class Sender:
         """Find out whether a collector may be sent copies; the way there is found with the first of them."""
         permitted = self.policy.allows_destination(client.address)
         numbers = self._numbers.setdefault(client.address, Identification())
-        return Copies(client, account, self.neighbourhood, numbers, permitted=permitted)
+        return Copies(client, account, self.neighbourhood, numbers, self._memory, permitted=permitted)
 
     def send(self, batch: Gathered, routed: list[tuple[Copies, Selection]]) -> None:
         """Give each collector its rows. Collectors that are reached in the same way share a plan."""
@@ -85,7 +87,7 @@ class Sender:
             if rows is not None and not len(rows):
                 continue
             if copies.must_wait(way):
-                copies.hold(batch, rows)
+                copies.held.hold(batch, rows)
                 self._holding.add(copies)
                 continue
             self._release(copies, way)
@@ -177,7 +179,8 @@ class Sender:
     def _release(self, copies: Copies, way: Way) -> None:
         """Send what a collector had waiting, before anything newer."""
         key = copies.version, way.mtu, way.kind, self._exits.of(way, copies.version)
-        for held in copies.release():
+        while copies.held:
+            held = copies.held.take()
             self._send_same(0, held.batch, key, [Share(copies, way, held.rows)])
 
     def work(self) -> float:
@@ -191,15 +194,15 @@ class Sender:
             self._refresh_at = now + REFRESH_SECONDS
             self.neighbourhood.refresh()
             self._exits.refresh()
-        for copies in [copies for copies in self._holding if copies.holds]:
+        for copies in [copies for copies in self._holding if copies.held]:
             way = copies.way
             if way.kind is WayKind.NONE:
-                copies.drop_held(way.cause)
+                copies.held.drop(way.cause)
             elif copies.must_wait(way):
-                copies.expire(now)
+                copies.held.expire(now)
             else:
                 self._release(copies, way)
-        self._holding = {copies for copies in self._holding if copies.holds}
+        self._holding = {copies for copies in self._holding if copies.held}
         return HOLDING_SECONDS if self._holding or self.neighbourhood.stale else REFRESH_SECONDS
 
     def close(self) -> None:

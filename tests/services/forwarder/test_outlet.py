@@ -1,6 +1,7 @@
 import errno
 import random
 import socket
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -18,9 +19,11 @@ from services.forwarder.relay import Relay
 from shared.batch import DatagramBatch
 from shared.collectors import Collectors
 from shared.gathering import Gathered
+from shared.holding import HeldMemory
 from shared.ledger import discrepancies
 from shared.settings import Forwarder, Settings
 from tests.builders import SOURCES, make_batch, make_client
+from tests.stack import wait_until
 
 IP_RECVTTL = 12
 """linux/in.h; the stdlib has no name for it."""
@@ -67,6 +70,21 @@ class Sent:
         self.published[batch.stream] += len(batch)
         gathered = Gathered([batch])
         self._relay.send(gathered, self.collectors.route(gathered))
+        return self.accounts()
+
+    def work(self) -> dict[str, dict[str, int]]:
+        """Do what the loop does in time; return the accounts."""
+        time.sleep(min(0.02, self._relay.work()))
+        self._relay.work()
+        return self.accounts()
+
+    @property
+    def memory_used(self) -> int:
+        """Bytes of what waits."""
+        return self._relay._memory.used
+
+    def accounts(self) -> dict[str, dict[str, int]]:
+        """The accounts, which must add up."""
         accounts = self.collectors.accounts()
         assert list(discrepancies(accounts)) == []
         return accounts
@@ -277,8 +295,7 @@ def test_refused_segments_cost_nobody_else_in_another_thread(opened: ExitStack, 
 @pytest.mark.parametrize(
     ("error", "cause"),
     [
-        (errno.EAGAIN, "dropped_buffer_full"),
-        (errno.ENOBUFS, "dropped_buffer_full"),
+        (errno.EHOSTUNREACH, "dropped_not_connected"),
         (errno.ENETUNREACH, "dropped_not_connected"),
         (errno.ENETDOWN, "dropped_not_connected"),
     ],
@@ -286,21 +303,21 @@ def test_refused_segments_cost_nobody_else_in_another_thread(opened: ExitStack, 
 def test_error_that_would_meet_the_rest_drops_the_rest(
     opened: ExitStack, kernel: Kernel, error: int, cause: str
 ) -> None:
-    """What the kernel took is delivered, the rest of the batch is dropped under its cause without another call."""
+    """What the kernel took is delivered; one that comes twice drops the rest under its cause without more calls."""
     collector = listen(opened)
     sent = Sent(opened, make_client("a", collector.getsockname()[1]), segmentation=False)
     kernel.most, kernel.late_error = 3, error
     account = sent.send(make_batch([b"%d" % number for number in range(10)]))["collector/a"]
     assert received(collector, 3) == [b"0", b"1", b"2"]
-    assert (account["delivered"], account[cause]) == (3, 7)
-    assert kernel.calls == 2
+    assert (account["delivered"], account[cause], account["unreachables"]) == (3, 7, 2)
+    assert kernel.calls == 3
 
 
 def test_unreachable_collector_is_connected_again(opened: ExitStack, kernel: Kernel) -> None:
-    """After its network was unreachable a collector is dropped as not connected until refresh, then served again."""
+    """One whose network was unreachable twice is dropped as not connected until refresh, then served again."""
     collector = listen(opened)
     sent = Sent(opened, make_client("a", collector.getsockname()[1]))
-    kernel.errors = [errno.EHOSTUNREACH]
+    kernel.errors = [errno.EHOSTUNREACH] * 2
     sent.send(make_batch([b"lost"]))
     assert sent.send(make_batch([b"lost"] * 2))["collector/a"]["dropped_not_connected"] == 3
     sent.collectors.refresh()
@@ -346,7 +363,7 @@ def test_full_buffer_drops_and_does_not_wait(opened: ExitStack) -> None:
     sent = Sent(opened, make_client("a", collector.getsockname()[1]), send_buffer=4096)
     for _ in range(20):
         account = sent.send(make_batch([bytes(65_507)] * 8))["collector/a"]
-    assert account["delivered"] + account.get("dropped_buffer_full", 0) == 160
+    assert account["delivered"] + account.get("held", 0) + account.get("dropped_buffer_full", 0) == 160
 
 
 def test_changed_collector_begins_a_new_account(opened: ExitStack) -> None:
@@ -364,9 +381,75 @@ def test_changed_collector_begins_a_new_account(opened: ExitStack) -> None:
 def test_outlet_that_is_closed_counts_what_it_is_given(opened: ExitStack) -> None:
     """Between close and refresh every row is dropped as not connected."""
     account: Counter[str] = Counter()
-    outlet = Outlet(make_client("a", listen(opened).getsockname()[1]), Forwarder(), account)
+    outlet = Outlet(make_client("a", listen(opened).getsockname()[1]), Forwarder(), account, HeldMemory(1))
     outlet.close()
     plan = SendPlan()
     plan.build(Gathered([make_batch([b"x"] * 5)]), None, outlet.largest_segment)
     assert outlet.send(plan) == 5
     assert account == {"dropped_not_connected": 5}
+
+
+def numbered(start: int, count: int) -> list[bytes]:
+    """Payloads that can be told apart."""
+    return [b"%06d" % number for number in range(start, start + count)]
+
+
+@pytest.mark.parametrize("error", [errno.EAGAIN, errno.ENOBUFS])
+@pytest.mark.parametrize("segmentation", [True, False])
+def test_what_finds_no_room_waits(opened: ExitStack, kernel: Kernel, error: int, segmentation: bool) -> None:
+    """What the kernel has no room for waits, and leaves in order when there is; nothing newer overtakes it."""
+    collector = listen(opened)
+    sent = Sent(opened, make_client("a", collector.getsockname()[1]), segmentation=segmentation)
+    kernel.most, kernel.late_error = 1, error
+    before = sent.send(make_batch(numbered(0, 100)))["collector/a"]
+    assert 0 < before["delivered"] < 100
+    assert before["held"] == 100 - before["delivered"]
+    kernel.errors = [error]
+    assert sent.send(make_batch(numbered(100, 50)))["collector/a"]["held"] == before["held"] + 50
+    kernel.errors = [error]
+    assert sent.work()["collector/a"]["held"] == before["held"] + 50
+    kernel.most, kernel.late_error = 1 << 30, 0
+    account = sent.work()["collector/a"]
+    assert (account["delivered"], account["held"]) == (150, 0)
+    sent.send(make_batch(numbered(150, 10)))
+    assert received(collector, 160) == numbered(0, 160)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.2])
+def test_nothing_waits_for_ever(opened: ExitStack, kernel: Kernel, seconds: float) -> None:
+    """What has waited `queue_seconds` is dropped as `buffer_full`; without any it is dropped at once."""
+    sent = Sent(opened, make_client("a", listen(opened).getsockname()[1]), queue_seconds=seconds)
+    kernel.errors = [errno.EAGAIN] * 1_000_000
+    account = sent.send(make_batch(numbered(0, 10)))["collector/a"]
+    assert account["held"] == (10 if seconds else 0)
+    wait_until(lambda: sent.work()["collector/a"].get("dropped_buffer_full") == 10, "all is dropped")
+    assert sent.accounts()["collector/a"]["held"] == 0
+
+
+def test_too_many_bytes_push_out_the_oldest(opened: ExitStack, kernel: Kernel) -> None:
+    """Beyond `queue_bytes` a collector's oldest are dropped, and beyond `held_memory` of all, each its own."""
+    collectors = [listen(opened) for _ in range(2)]
+    clients = [make_client(f"c{n}", each.getsockname()[1]) for n, each in enumerate(collectors)]
+    for settings, kept in (({"queue_bytes": 8192}, 8), ({"held_memory": 4096}, 4)):
+        sent = Sent(opened, *clients, queue_seconds=60, **settings)
+        kernel.errors = [errno.EAGAIN] * 100_000
+        for number in range(20):
+            accounts = sent.send(make_batch([bytes([number]) * 1024]))
+        for name in ("collector/c0", "collector/c1"):
+            assert (accounts[name]["held"], accounts[name]["dropped_buffer_full"]) == (kept, 20 - kept)
+        kernel.errors = []
+        sent.work()
+        for each in collectors:
+            assert [payload[0] for payload in received(each, kept)] == list(range(20 - kept, 20))
+
+
+def test_collector_that_leaves_takes_what_waits_along(opened: ExitStack, kernel: Kernel) -> None:
+    """What waited for a collector that has left is not sent, and its memory is given back."""
+    collector = listen(opened)
+    sent = Sent(opened, make_client("a", collector.getsockname()[1]))
+    kernel.errors = [errno.EAGAIN]
+    sent.send(make_batch(numbered(0, 10)))
+    sent.collectors.replace([])
+    sent.work()
+    assert sent.memory_used == 0
+    assert received(collector, 0) == []

@@ -7,8 +7,8 @@ from contextlib import ExitStack
 
 import pytest
 
-import services.transmitter.copies
 import services.transmitter.sender
+import shared.holding
 from services.transmitter.copies import HELD_BYTES, HELD_ROWS, HELD_SECONDS
 from shared.batch import MAX_DATAGRAM
 from shared.gathering import MAX_GATHERED_PAYLOAD, Gathered
@@ -39,7 +39,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The clock of what waits and of who lets it wait."""
     clock = Clock()
-    for module in (services.transmitter.copies, services.transmitter.sender):
+    for module in (shared.holding, services.transmitter.sender):
         monkeypatch.setattr(module, "time", clock)
     return clock
 
@@ -109,7 +109,7 @@ def test_nothing_waits_longer_than_a_second(site: Site, clock: Clock) -> None:
     clock.now += HELD_SECONDS / 2
     site.turn()
     assert (site.account["held"], site.account["dropped_no_neighbour"]) == (0, 30)
-    assert not site.copies.holds
+    assert not site.copies.held
 
 
 def test_too_many_that_wait_push_out_the_oldest(site: Site, opened: ExitStack) -> None:

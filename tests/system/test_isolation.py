@@ -1,0 +1,132 @@
+"""One collector's trouble costs the others nothing, and is counted to the datagram."""
+
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+
+import pytest
+
+from shared.ledger import discrepancies
+from shared.registry import Source
+from tests.capture import Arrival, Collector
+from tests.network import Host
+from tests.openly import OpenStack
+from tests.stack import ask_json, wait_until
+from tests.system.test_source_preserving import EXPORTERS, SETTINGS, Exporters, Flood, number_of, small_site
+from tests.system.test_workers import reports
+
+LIVE, REFUSING, DEAF = 9514, 9, 9515
+RATE = 10_000
+
+
+def troubled(source: Source) -> str:
+    """Settings: a live collector, four that no ARP finds, one whose port is closed, one that never reads."""
+    places = {"live": ("10.2.0.2", LIVE), "refusing": ("10.2.0.2", REFUSING), "deaf": ("10.2.0.2", DEAF)}
+    places |= {f"dead{number}": (f"10.2.0.{60 + number}", 9) for number in range(4)}
+    return SETTINGS + "".join(
+        f'[[collector]]\nname = "{name}"\nstreams = ["*"]\naddress = "{address}"\nport = {port}\nsource = "{source}"\n'
+        for name, (address, port) in places.items()
+    )
+
+
+@contextmanager
+def deaf(host: Host) -> Iterator[None]:
+    """A collector that is there and never reads."""
+    with closing(host.socket(socket.AF_INET, socket.SOCK_DGRAM)) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.bind(("10.2.0.2", DEAF))
+        yield
+
+
+def flood(exporters: Exporters, live: Collector, seconds: float) -> tuple[list[Arrival], int]:
+    """Send at 10,000/s for some seconds; return what came to the live collector, and how many were sent."""
+    running = Flood(exporters, RATE)
+    running.start()
+    arrived: list[Arrival] = []
+    while running.sent < RATE * seconds:  # read at once: a plain user's buffer is small
+        arrived += live.take()
+        time.sleep(0.001)
+    count = running.stop()
+    quiet_at = time.monotonic() + 1
+    while len(arrived) < count and time.monotonic() < quiet_at:
+        if came := list(live.take()):
+            arrived += came
+            quiet_at = time.monotonic() + 1
+        time.sleep(0.01)
+    return arrived, count
+
+
+def by_exporter(numbers: list[int]) -> list[list[int]]:
+    """Numbers of the flood, in the order they came, exporter by exporter."""
+    return [[number for number in numbers if number % len(EXPORTERS) == each] for each in range(len(EXPORTERS))]
+
+
+@pytest.mark.parametrize("source", ["relay", "original"])
+@pytest.mark.parametrize("seconds", [2, pytest.param(8, marks=pytest.mark.soak)])
+def test_trouble_of_others_costs_a_live_collector_nothing(open_stack: OpenStack, source: Source, seconds: int) -> None:
+    """Beside dead, refusing and deaf collectors a live one gets all of 10,000/s in order; theirs are all counted."""
+    with small_site(open_stack) as (field, relay, siem), Collector(siem, "10.2.0.2", LIVE) as live, deaf(siem):
+        open_stack.configure(troubled(source))
+        with relay.entered():
+            open_stack["gateway"].stop()
+            open_stack.start("gateway")
+            open_stack.start("transmitter")
+            wait_until(
+                lambda: {each["health"] for each in ask_json({"op": "list"})["clients"].values()} != {"fresh"},
+                "copies flow",
+            )
+        name = "forwarder" if source == "relay" else "transmitter"
+
+        def accounts() -> dict[str, dict[str, int]]:
+            with relay.entered():
+                found = reports(open_stack)[f"{name}.1"]
+            return {each.removeprefix("collector/"): found[each] for each in found if each.startswith("collector/")}
+
+        wait_until(lambda: len(accounts()) == 7, "all are served")
+        with Exporters(field, EXPORTERS, "10.1.0.1") as exporters:
+            arrived, count = flood(exporters, live, seconds)
+        assert by_exporter([number_of(each.payload) for each in arrived]) == by_exporter(list(range(count)))
+
+        def all_counted() -> bool:
+            found = accounts()
+            assert list(discrepancies({f"collector/{each}": account for each, account in found.items()})) == []
+            return all(account["offered"] == count and not account.get("held") for account in found.values())
+
+        wait_until(all_counted, "every datagram is counted")
+        found = accounts()
+        print(f"{source}: live {len(arrived) / count:.2%} of {count}; {found}")
+        assert found["live"]["delivered"] == found["deaf"]["delivered"] == count
+        if source == "relay":  # its kernel tells once a second (icmp_ratelimit, icmp(7))
+            assert found["refusing"]["refusals"] > 0
+        for number in range(4):
+            assert found[f"dead{number}"].get("delivered", 0) < count / 5
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("source", ["relay", "original"])
+def test_samplicator_in_the_same_place(open_stack: OpenStack, source: Source) -> None:
+    """What samplicator's live collector gets beside the same others is printed, for README."""
+    if not shutil.which("samplicate"):
+        pytest.skip("samplicate is not on PATH")
+    with ExitStack() as opened:
+        field, relay, siem = opened.enter_context(small_site(open_stack))
+        live = opened.enter_context(Collector(siem, "10.2.0.2", LIVE))
+        opened.enter_context(deaf(siem))
+        receivers = [f"10.2.0.{60 + number}/9" for number in range(4)]
+        receivers += [f"10.2.0.2/{port}" for port in (LIVE, REFUSING, DEAF)]
+        with relay.entered():
+            open_stack["ingest.1"].stop()
+            command = ["samplicate", *(["-S"] if source == "original" else []), "-s", "10.1.0.1", "-p", "6667"]
+            opened.callback(_end, subprocess.Popen([*command, "-b", "33554432", *receivers], stderr=subprocess.DEVNULL))
+        time.sleep(0.5)
+        exporters = opened.enter_context(Exporters(field, EXPORTERS, "10.1.0.1"))
+        arrived, count = flood(exporters, live, 8)
+        print(f"samplicator {source}: live {len(arrived) / count:.2%} of {count}")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    process.wait()
