@@ -20,6 +20,8 @@ from tests.system.test_workers import reports
 
 LIVE, REFUSING, DEAF = 9514, 9, 9515
 RATE = 10_000
+TBF = ("tbf", "rate", "2mbit", "burst", "70000", "limit", "90000")
+"""An interface's queue for less than is sent: see tc-tbf(8)."""
 
 
 def troubled(source: Source) -> str:
@@ -103,6 +105,38 @@ def test_trouble_of_others_costs_a_live_collector_nothing(open_stack: OpenStack,
             assert found["refusing"]["refusals"] > 0
         for number in range(4):
             assert found[f"dead{number}"].get("delivered", 0) < count / 5
+
+
+@pytest.mark.parametrize("source", ["relay", "original"])
+def test_full_interface_queue_is_counted(open_stack: OpenStack, source: Source) -> None:
+    """What an interface's queue throws away is never counted as delivered; what is left leaves when there is room."""
+    with small_site(open_stack) as (field, relay, siem), Collector(siem, "10.2.0.2", LIVE) as live:
+        collector = f'name = "live"\nstreams = ["*"]\naddress = "10.2.0.2"\nport = {LIVE}\nsource = "{source}"\n'
+        open_stack.configure(f"{SETTINGS}[[collector]]\n{collector}")
+        relay.run(
+            *["tc", "qdisc", "add", "dev", "siem", "root", "tbf", "rate", "2mbit", "burst", "70000", "limit", "90000"]
+        )
+        with relay.entered():
+            open_stack["gateway"].stop()
+            open_stack.start("gateway")
+            open_stack.start("transmitter")
+            wait_until(lambda: ask_json({"op": "list"})["clients"]["live"]["health"] != "fresh", "copies flow")
+        name = "forwarder.1" if source == "relay" else "transmitter.1"
+
+        def account() -> dict[str, int]:
+            with relay.entered():
+                return reports(open_stack)[name].get("collector/live", {})
+
+        wait_until(account, "it is served")
+        with Exporters(field, EXPORTERS, "10.1.0.1") as exporters:
+            arrived, count = flood(exporters, live, 1.5)
+        wait_until(lambda: account().get("offered") == count and not account().get("held"), "every datagram is counted")
+        found = account()
+        wait_until(
+            lambda: (arrived.extend(live.take()), len(arrived) >= found["delivered"])[1], f"{len(arrived)}: {found}"
+        )
+        assert list(discrepancies({"collector/live": found})) == []
+        assert len(arrived) == found["delivered"] < count
 
 
 @pytest.mark.soak
