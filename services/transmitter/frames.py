@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from services.transmitter.neighbourhood import Neighbourhood
-from services.transmitter.netlink import Link
 from services.transmitter.policy import Audit, Policy
 from shared.frames import ANSWER_SECONDS, MAX_SENDING_SECONDS, sending_seconds
+from shared.netlink import Link
 from shared.wire import TransmitReply, TransmitRequest
 
 SO_NOFCS: Final = 43

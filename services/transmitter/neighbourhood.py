@@ -8,7 +8,8 @@ from enum import Enum, auto
 from typing import Final
 from weakref import WeakValueDictionary
 
-from services.transmitter.netlink import (
+from shared.ledger import INTERFACE_DOWN, NO_ROUTE
+from shared.netlink import (
     NUD_STALE,
     NUD_USABLE,
     RTN_LOCAL,
@@ -20,7 +21,6 @@ from services.transmitter.netlink import (
     Netlink,
     RoutesChanged,
 )
-from shared.ledger import INTERFACE_DOWN, NO_ROUTE
 
 DISCARD_PORT: Final = 9
 """RFC 863: what comes there is thrown away."""

@@ -12,19 +12,19 @@ from pathlib import Path
 from typing import Final
 from unittest import mock
 
-import services.transmitter.netlink
+import shared.netlink
 from services.gateway.admission import Admission
 from services.gateway.protocol import Decoder
 from services.gateway.registry import Visitor
 from services.gateway.requests import Name, Register, RequestError
 from services.ingest.framing import Framing
-from services.transmitter.netlink import Netlink
 from shared.batch import MAX_DATAGRAM
 from shared.gathering import Gathered
+from shared.netlink import Netlink
 from shared.segments import group
 from shared.settings import SettingsError, load, render
 from shared.wire import WireError, decode
-from tests.services.transmitter.test_netlink import PlayedKernel
+from tests.shared.test_netlink import PlayedKernel
 
 CORPUS: Final = Path(__file__).with_name("corpus")
 MAX_PARTS: Final = 7
@@ -128,7 +128,7 @@ def tcp_messages(data: bytes) -> None:
 def netlink(data: bytes) -> None:
     """Whatever the kernel says for an answer or an event, the answer is one or none, and nothing is raised."""
     kernel = PlayedKernel()
-    with mock.patch.object(services.transmitter.netlink, "_open", return_value=kernel):
+    with mock.patch.object(shared.netlink, "_open", return_value=kernel):
         asks: tuple[Callable[[Netlink], object], ...] = (
             Netlink.links,
             lambda netlink: netlink.route("10.2.0.2"),

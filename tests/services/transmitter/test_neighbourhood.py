@@ -18,8 +18,8 @@ from services.transmitter.neighbourhood import (
     Neighbourhood,
     WayKind,
 )
-from services.transmitter.netlink import EventsLost
 from shared.ledger import INTERFACE_DOWN, NO_ROUTE
+from shared.netlink import EventsLost
 from tests.capture import Capture, Datagram
 from tests.network import End, Host, tunnel, veth
 from tests.services.transmitter.site import SIEM4, SIEM6, ask_quickly

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import services.transmitter.netlink
-from services.transmitter.netlink import (
+import shared.netlink
+from shared.netlink import (
     KERNEL,
     NUD_USABLE,
     RTN_LOCAL,
@@ -350,7 +350,7 @@ def nearly_genuine(draw: st.DrawFn) -> bytes:
 def played() -> Iterator[PlayedKernel]:
     """A kernel that says what the test has it say, to each `Netlink` that is made."""
     kernel = PlayedKernel()
-    with mock.patch.object(services.transmitter.netlink, "_open", return_value=kernel):
+    with mock.patch.object(shared.netlink, "_open", return_value=kernel):
         yield kernel
 
 
@@ -374,7 +374,7 @@ def test_an_event_that_nobody_can_read_counts_as_lost(played: PlayedKernel) -> N
 def test_what_nobody_can_read_ends_nothing(said: bytes) -> None:
     """Whatever bytes come for an answer or an event: the answer is an answer or none, and the event an event."""
     kernel = PlayedKernel()
-    with mock.patch.object(services.transmitter.netlink, "_open", return_value=kernel):
+    with mock.patch.object(shared.netlink, "_open", return_value=kernel):
         asks: list[Callable[[Netlink], object]] = [
             Netlink.links,
             lambda netlink: netlink.route("10.2.0.2"),
