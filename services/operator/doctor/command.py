@@ -1,0 +1,88 @@
+"""`fanwire doctor`: checks this host before production; prints what it found, with what cures it."""
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from typing import Final
+
+import msgspec
+
+from services.operator.arguments import Subparsers, add_command, add_gateway_argument
+from services.operator.doctor.finding import Finding
+from services.operator.doctor.gathering import host_facts, listen, service_facts, way_facts
+from services.operator.doctor.host import check_host
+from services.operator.doctor.probe import Ledger, probe
+from services.operator.doctor.services import check_services, senders_of_original
+from services.operator.doctor.ways import check_ways
+from services.operator.registry_client import Entry, Registry
+from services.operator.tables import print_table
+from shared.addresses import Endpoint
+from shared.lifecycle import FAILED, OK, USAGE, OperatorError
+from shared.netlink import Netlink
+from shared.settings import Settings, Stream
+
+COLUMNS: Final = ("check", "level", "of", "why", "cure")
+LEVELS: Final = ("error", "warning", "ok")
+ANSWER_SECONDS: Final = 5.0
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add the command."""
+    parser = add_command(subparsers, "doctor", run, "check this host before production (exit 1 on errors)")
+    add_gateway_argument(parser)
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    parser.add_argument(
+        "--probe",
+        metavar="STREAM",
+        help="send a marked datagram to the stream and wait for its copy; its other collectors get one too",
+    )
+
+
+def run(arguments: argparse.Namespace, settings: Settings) -> int:
+    """Check everything; 1 when there are errors."""
+    streams = {stream.name: stream for stream in settings.streams}
+    if arguments.probe is not None and arguments.probe not in streams:
+        raise OperatorError(USAGE, f"no stream {arguments.probe!r}; the streams are: {', '.join(streams)}")
+    findings = list(
+        _examine(settings, arguments.gateway or settings.gateway.endpoints[0], streams.get(arguments.probe))
+    )
+    counts = {level: sum(finding.level == level for finding in findings) for level in LEVELS}
+    if arguments.json:
+        print(msgspec.json.format(msgspec.json.encode({**counts, "findings": findings}), indent=2).decode())
+    else:
+        findings.sort(key=lambda finding: LEVELS.index(finding.level))
+        rows = ((each.name.replace("_", " "), each.level, each.subject, each.why, each.cure) for each in findings)
+        print_table("doctor", COLUMNS, rows)
+        print(f"{counts['error']} errors, {counts['warning']} warnings")
+    return FAILED if counts["error"] else OK
+
+
+def _examine(settings: Settings, endpoint: Endpoint, probed: Stream | None) -> Iterator[Finding]:
+    def open_registry() -> Registry:
+        return Registry(endpoint, ANSWER_SECONDS + settings.gateway.serve_seconds)
+
+    def read_ledger() -> Ledger:
+        return {report.service: report.accounts for report in listen(settings)}
+
+    collectors, silent = _collectors(settings, open_registry)
+    facts = service_facts(settings, listen(settings), silent)
+    yield from check_services(facts, settings, collectors)
+    with closing(Netlink()) as netlink:
+        links = netlink.links()
+        yield from check_host(host_facts(settings, links), settings)
+        ways = way_facts(settings, netlink, links, [collector.address for collector in collectors])
+    yield from check_ways(ways, collectors, settings.transmitter.destinations)
+    if probed is not None:
+        yield probe(open_registry, probed, "relay", read_ledger)
+        if senders_of_original(facts.accounts):
+            yield probe(open_registry, probed, "original", read_ledger)
+
+
+def _collectors(settings: Settings, open_registry: Callable[[], Registry]) -> tuple[list[Entry], str]:
+    """Whom copies go to, by the registry, or where that does not answer by the settings; and why it does not."""
+    try:
+        with open_registry() as registry:
+            entries = registry.ask("list").entries().values()
+    except OperatorError as silent:
+        return [msgspec.convert(msgspec.to_builtins(each), Entry) for each in settings.collectors], str(silent)
+    return [entry for entry in entries if entry.streams], ""

@@ -1,0 +1,147 @@
+"""A marked datagram, from a loopback address to a stream of this host, and the copy that a collector of ours gets.
+
+It goes through the real listener, so other collectors of the stream get a copy too: that is why it is sent only when
+asked for, and says in plain text what it is. Nothing is sent to any other host by us.
+"""
+
+import os
+import random
+import secrets
+import select
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from typing import Final
+
+from services.operator.doctor.finding import Finding, error, ok, warning
+from services.operator.registry_client import Registry
+from shared.addresses import resolve
+from shared.batch import MAX_DATAGRAM
+from shared.ledger import DELIVERED, DROPPED, EXPECTED, MISSED, PUBLISHED, RECEIVED, Accounts, dropped
+from shared.lifecycle import OperatorError
+from shared.registry import Source
+from shared.settings import Stream
+
+Ledger = Mapping[str, Accounts]
+"""Accounts by service."""
+COPY_SECONDS: Final = 2.0
+TTL_SECONDS: Final = 30.0
+"""Our entry goes with our connection; this is for a gateway that does not see it go."""
+EVERYWHERE: Final = {"0.0.0.0": "127.0.0.1", "::": "127.0.0.1"}
+
+
+def probe(
+    open_registry: Callable[[], Registry], stream: Stream, source: Source, read_ledger: Callable[[], Ledger]
+) -> Finding:
+    """Send one datagram to the stream and wait for a copy with `source`."""
+    name, subject = f"probe_{source}", stream.name
+    target = _target(stream)
+    if target is None:
+        return warning(name, "the stream has no udp:// listener to send to", "try another by --probe", subject)
+    nonce, collector = secrets.token_hex(8), f"doctor-{os.getpid()}"
+    payload = f"fanwire doctor: a probe of stream {stream.name}, to be ignored by others; {nonce}".encode()
+    try:
+        with ExitStack() as closing:
+            exporter = closing.enter_context(_bind(_claimed(target[0])))
+            registry = closing.enter_context(open_registry())
+            receiver = closing.enter_context(_bind(_our_end(registry, target[0])))
+            host, port, *_ = receiver.getsockname()
+            own, own_port, *_ = exporter.getsockname()
+            before = read_ledger()
+            wishes = {"streams": [stream.name], "port": port, "source": source, "from": [own]}
+            told = {"address": host} if host in EVERYWHERE.values() or host == "::1" else {}
+            entry = registry.ask("register", name=collector, ttl=TTL_SECONDS, hold=True, **wishes, **told).entry()
+            exporter.sendto(payload, target)
+            came_from = _await(receiver, payload)
+            lost = "" if came_from else where_lost(before, read_ledger(), stream.name, collector)
+            with suppress(OperatorError):  # else it goes with the connection
+                registry.ask("leave", name=collector, generation=entry.generation)
+    except OperatorError as refused:
+        return error(name, f"no collector could sign up for it: {refused}", "see services and raw_sockets", subject)
+    except OSError as failed:
+        return error(
+            name, f"it could not be sent to {target[0]} port {target[1]}: {failed.strerror}", "ip addr", subject
+        )
+    if came_from is None:
+        return error(name, f"no copy came within {COPY_SECONDS:g} s: {lost}", "fanwire ledger", subject)
+    if source == "original" and came_from != (own, own_port):
+        why = f"sent from {own} port {own_port}, its copy came from {came_from[0]} port {came_from[1]}"
+        return error(name, why, "look for NAT on loopback: nft list ruleset", subject)
+    why = f"sent from {own} to {target[0]} port {target[1]}, its copy came from {came_from[0]}"
+    return ok(name, why, subject)
+
+
+def _target(stream: Stream) -> tuple[str, int] | None:
+    """Where to send so that the stream's first UDP listener gets it, by IPv4 if that may be."""
+    for endpoint in stream.endpoints:
+        if endpoint.scheme == "udp":
+            with suppress(OSError):
+                found = sorted(str(at[0]) for _, at in resolve(endpoint.host, endpoint.port, socket.SOCK_DGRAM))
+                host = min(found, key=lambda address: ":" in address)
+                return EVERYWHERE.get(host, host), endpoint.port
+    return None
+
+
+def _claimed(target: str) -> str:
+    """The made-up exporter's address: one of loopback's many, or where there is one alone, that."""
+    if target.startswith("127."):
+        return ".".join(["127", *(str(random.randint(1, 254)) for _ in range(3))])
+    return target
+
+
+def _our_end(registry: Registry, target: str) -> str:
+    """Where our copies go: loopback, of the target's family, or this end of a connection that is not by loopback."""
+    local = str(registry.local[0]) if registry.local else "127.0.0.1"
+    if local.startswith("127.") or local == "::1":
+        return "::1" if ":" in target else "127.0.0.1"
+    return local
+
+
+def _bind(host: str) -> socket.socket:
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
+    try:
+        sock.bind((host, 0))
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def _await(receiver: socket.socket, payload: bytes) -> tuple[str, int] | None:
+    """Whom the copy came from; None when it did not come."""
+    deadline = time.monotonic() + COPY_SECONDS
+    while (left := deadline - time.monotonic()) > 0:
+        if select.select([receiver], [], [], left)[0]:
+            copy, source = receiver.recvfrom(MAX_DATAGRAM)
+            if copy == payload:
+                return str(source[0]), int(source[1])
+    return None
+
+
+def where_lost(before: Ledger, after: Ledger, stream: str, collector: str) -> str:
+    """By the accounts, how far the datagram got, nearest to the end first: other exporters' are in the streams' too."""
+    for service, accounts in after.items():
+        account = accounts.get(f"collector/{collector}", {})
+        if account.get(DELIVERED):
+            return f"{service} sent it, and this host's kernel did not bring it: rp_filter or a firewall on lo"
+        if dropped(account):
+            return f"{service} counts it as {', '.join(name for name in account if name.startswith(DROPPED))}"
+        if account.get(MISSED):
+            return f"the bus lost it on the way to {service}"
+        if account.get(EXPECTED):
+            return f"{service} had it, and found it not to be for this collector"
+    received, published = (_grown(before, after, stream, counter) for counter in (RECEIVED, PUBLISHED))
+    if not received:
+        return "ingest did not receive it: does it run, and listen there? a firewall on lo?"
+    if not published:
+        return "ingest received it and nobody was known to want it"
+    return "ingest published it, and no sender serves this collector"
+
+
+def _grown(before: Ledger, after: Ledger, stream: str, counter: str) -> int:
+    def total(ledger: Ledger) -> int:
+        workers: Sequence[Accounts] = list(ledger.values())
+        return sum(accounts.get(f"stream/{stream}", {}).get(counter, 0) for accounts in workers)
+
+    return total(after) - total(before)

@@ -1,0 +1,149 @@
+"""The services: whether they run, report, and may do what they are for. No I/O."""
+
+import errno
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from services.operator.doctor.finding import Finding, error, ok, some, warning
+from services.operator.registry_client import Entry
+from shared.ledger import Accounts
+from shared.settings import Settings
+
+SPARE_DESCRIPTORS: Final = 64
+"""What a service has open besides connections or collectors, rounded up."""
+NEEDED: Final = ("broker", "gateway", "ingest", "forwarder")
+ONE_ONLY: Final = ("forwarder", "transmitter")
+START: Final = "`systemctl start fanwire.target`, or `honcho start`"
+
+
+@dataclass(frozen=True)
+class RawSockets:
+    """What came of trying to open one as this user, and why that may be."""
+
+    failed: int = 0
+    """An errno; 0: it went."""
+    in_bounds: bool = True
+    """Whether CAP_NET_RAW is in the bounding set: without, nobody started from here can have it."""
+    no_new_privileges: bool = False
+    unfit: str = ""
+    """Why the transmitter can't become [transmitter] user, for root."""
+
+
+@dataclass(frozen=True)
+class ServiceFacts:
+    """What was seen and heard of the services."""
+
+    bus: str = ""
+    """What is wrong with the bus directory, if anything."""
+    broker: bool | None = None
+    """None: it can't be seen."""
+    gateway: str = ""
+    """Why it does not answer, if it does not."""
+    accounts: Mapping[str, Accounts] = field(default_factory=dict)
+    """Of each service that reported."""
+    descriptors: Mapping[str, int] = field(default_factory=dict)
+    """How many files it may open, by service; "": what this process may hand on."""
+    raw: RawSockets = RawSockets()
+
+
+def check_services(facts: ServiceFacts, settings: Settings, collectors: Sequence[Entry]) -> Iterator[Finding]:
+    """Everything about the services."""
+    directory = settings.bus.path
+    if facts.bus:
+        yield warning("bus", f"{directory}: {facts.bus}", "ask as the services' user, `sudo -u fanwire fanwire doctor`")
+    else:
+        yield ok("bus", f"{directory} is as it should be")
+    yield _services(facts)
+    yield from _alone(facts)
+    yield _gateway(facts)
+    yield _raw_sockets(facts, [each.name for each in collectors if each.source == "original"])
+    yield _descriptors(facts, "gateway", settings.gateway.max_connections, "[gateway] max_connections")
+    yield _descriptors(facts, "forwarder", len(collectors), "the collectors that are signed up")
+
+
+def senders_of_original(accounts: Mapping[str, Accounts]) -> list[str]:
+    """The transmitters that have raw sockets."""
+    return [name for name, kept in accounts.items() if kept.get("transmitter", {}).get("raw_sockets")]
+
+
+def _services(facts: ServiceFacts) -> Finding:
+    if facts.broker is None:
+        return warning("services", "the bus can't be seen, so nobody is heard on it", "see bus")
+    if not facts.broker:
+        why, cure = "no broker runs in the bus directory", START
+        if facts.gateway:
+            return warning("services", f"{why}, nor does the gateway answer: only the host could be checked", cure)
+        return error("services", f"{why}, but a gateway answers: nothing is copied", f"{cure}; with the same settings?")
+    heard = {name.partition(".")[0] for name in facts.accounts}
+    if missing := [name for name in NEEDED if name not in heard]:
+        return error("services", f"not heard on the bus: {', '.join(missing)}", START)
+    return ok("services", f"heard on the bus: {', '.join(sorted(facts.accounts))}")
+
+
+def _alone(facts: ServiceFacts) -> Iterator[Finding]:
+    able = senders_of_original(facts.accounts)
+    senders = [name for name in facts.accounts if not name.startswith("transmitter.") or name in able]
+    several = Counter(name.partition(".")[0] for name in senders)
+    for kind in ONE_ONLY:
+        if several[kind] > 1:
+            why = (
+                f"{several[kind]} of them run: each sends every copy, so collectors get all of it {several[kind]} times"
+            )
+            yield error("one_sender", why, f"stop all but one: honcho start -c {kind}=1", kind)
+
+
+def _gateway(facts: ServiceFacts) -> Finding:
+    if not facts.gateway:
+        return ok("gateway", "it answers")
+    why = f"{facts.gateway}; only collectors of the settings are checked"
+    return (error if facts.broker else warning)("gateway", why, START)
+
+
+def _raw_sockets(facts: ServiceFacts, originals: list[str]) -> Finding:
+    name, subject = "raw_sockets", some(originals)
+    if able := senders_of_original(facts.accounts):
+        return ok(name, f"{', '.join(able)} has raw sockets, and no capability", subject)
+    lacking = [service for service in facts.accounts if service.startswith("transmitter.")]
+    why, cure = why_not_raw(facts.raw)
+    if originals and facts.broker:
+        without = "the transmitter runs without raw sockets" if lacking else "no transmitter reports"
+        start = "let its unit start it: systemctl restart fanwire-transmitter; from here, " + (
+            cure or "fanwire transmitter"
+        )
+        return error(name, f"{without}: they get no copies", start, subject)
+    if why:
+        return warning(name, f'{why}: no `source = "original"`, no raw frames', cure, subject)
+    return ok(name, "this user may open raw sockets", subject)
+
+
+def why_not_raw(raw: RawSockets) -> tuple[str, str]:
+    """Why a transmitter started from here would have no raw sockets, and the cure; nothing when it would."""
+    if raw.failed == errno.EACCES:
+        return "a security module forbids raw sockets", "aa-status (AppArmor); ausearch -m avc (SELinux)"
+    if raw.failed == errno.EAFNOSUPPORT:
+        return "the kernel has no AF_PACKET, or a unit's RestrictAddressFamilies= leaves it out", "systemctl cat UNIT"
+    if raw.failed and not raw.in_bounds:
+        cure = "docker run --cap-add NET_RAW; Kubernetes: capabilities.add, and runAsUser 0, as others get it not effective"
+        return "CAP_NET_RAW is out of bounds for all that is started from here", cure
+    if raw.failed:
+        cure = "as root: setpriv --reuid USER --init-groups --inh-caps +net_raw --ambient-caps +net_raw fanwire transmitter"
+        if raw.no_new_privileges:
+            return (
+                "this user lacks CAP_NET_RAW, and no_new_privs keeps sudo and setcap from giving it",
+                f"allowPrivilegeEscalation: true, or NoNewPrivileges=no; {cure}",
+            )
+        return "this user lacks CAP_NET_RAW", cure
+    if raw.unfit:
+        return raw.unfit, "[transmitter] user: one who can read the interpreter, Debian's python3 for example"
+    return "", ""
+
+
+def _descriptors(facts: ServiceFacts, service: str, wanted: int, by: str) -> Finding:
+    limits = [limit for name, limit in facts.descriptors.items() if name.partition(".")[0] == service]
+    limit = min(limits, default=facts.descriptors.get("", 0))
+    if limit < wanted + SPARE_DESCRIPTORS:
+        cure = f"ulimit -Hn {wanted + SPARE_DESCRIPTORS}, or LimitNOFILE={wanted + SPARE_DESCRIPTORS} in its unit"
+        return warning("descriptors", f"it may open {limit} files; {by} takes {wanted}, and some more", cure, service)
+    return ok("descriptors", f"it may open {limit} files, {by} takes {wanted}", service)

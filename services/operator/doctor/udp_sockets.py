@@ -1,0 +1,76 @@
+"""UDP sockets of this network namespace as the kernel lists them, whoever has them open: sock_diag(7)."""
+
+import socket
+import struct
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Final
+
+NETLINK_SOCK_DIAG: Final = 4
+SOCK_DIAG_BY_FAMILY: Final = 20
+NLM_F_REQUEST_DUMP: Final = 0x301
+NLMSG_ERROR: Final = 2
+NLMSG_DONE: Final = 3
+HEADER: Final = struct.Struct("=IHHII")
+"""struct nlmsghdr: length, type, flags, sequence, port."""
+REQUEST: Final = struct.Struct("=BBBxI48x")
+"""struct inet_diag_req_v2 (linux/inet_diag.h): family, protocol, extensions, states; and no filter."""
+ANSWER: Final = struct.Struct("=4xH2x16s48x")
+"""struct inet_diag_msg: the port, in network order, and the address a socket is bound to; the rest is not read."""
+ATTRIBUTE: Final = struct.Struct("=HH")
+INET_DIAG_SKMEMINFO: Final = 7
+MEMINFO: Final = struct.Struct("=4xI24xI")
+"""Of nine u32: bytes of receive buffer, and datagrams dropped (linux/sock_diag.h)."""
+ALL_STATES: Final = 0xFFFFFFFF
+RECEIVE_SIZE: Final = 1 << 17
+ANSWER_SECONDS: Final = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class UdpSocket:
+    """Where a socket is bound, bytes of receive buffer as they were asked for, and datagrams dropped there."""
+
+    address: str
+    port: int
+    receive_buffer: int
+    dropped: int
+
+
+def udp_sockets() -> list[UdpSocket]:
+    """Every one there is; none where the kernel does not tell."""
+    found: list[UdpSocket] = []
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with suppress(OSError, struct.error):
+            found += _ask(family)
+    return found
+
+
+def _ask(family: int) -> Iterator[UdpSocket]:
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_SOCK_DIAG) as questions:
+        questions.settimeout(ANSWER_SECONDS)
+        body = REQUEST.pack(family, socket.IPPROTO_UDP, 1 << INET_DIAG_SKMEMINFO - 1, ALL_STATES)
+        header = HEADER.pack(HEADER.size + len(body), SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST_DUMP, 1, 0)
+        questions.sendto(header + body, (0, 0))
+        while True:
+            data, at = questions.recv(RECEIVE_SIZE), 0
+            while at < len(data):
+                size, kind, *_ = HEADER.unpack_from(data, at)
+                if kind in (NLMSG_ERROR, NLMSG_DONE):
+                    return
+                yield from parse_answer(family, data[at + HEADER.size : at + size])
+                at += max(size, HEADER.size) + 3 & ~3
+
+
+def parse_answer(family: int, data: bytes) -> Iterator[UdpSocket]:
+    """Yield the socket that a struct inet_diag_msg is about, unless it says nothing of memory. struct.error."""
+    port, packed = ANSWER.unpack_from(data)
+    address = socket.inet_ntop(family, packed[: 4 if family == socket.AF_INET else 16])
+    at = ANSWER.size
+    while at < len(data):
+        size, kind = ATTRIBUTE.unpack_from(data, at)
+        if kind == INET_DIAG_SKMEMINFO:
+            buffer, dropped = MEMINFO.unpack_from(data, at + ATTRIBUTE.size)
+            # The kernel doubles what is asked for, for its own records.
+            yield UdpSocket(address, socket.ntohs(port), buffer // 2, dropped)
+        at += max(size, ATTRIBUTE.size) + 3 & ~3

@@ -1,0 +1,183 @@
+"""The way to each collector, and whether copies should go there at all. No I/O."""
+
+import ipaddress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from shlex import quote
+from typing import Final
+
+from services.operator.doctor.finding import Finding, error, ok, some, warning
+from services.operator.registry_client import Entry
+from shared.loops import OwnListeners
+from shared.registry import ALL_STREAMS
+
+ETHERNET_MTU: Final = 1500
+IPV4_AND_UDP: Final = 28
+IPV6_AND_UDP: Final = 48
+NUD_INCOMPLETE: Final = 0x01
+NUD_FAILED: Final = 0x20
+"""linux/neighbour.h"""
+CLOUDS: Final = {
+    "Amazon EC2": "aws ec2 modify-instance-attribute --instance-id ID --no-source-dest-check",
+    "Google": "gcloud compute instances export NAME, set canIpForward: true, gcloud compute instances update-from-file",
+    "Microsoft": "az network nic update --resource-group GROUP --name NIC --ip-forwarding true",
+    "OpenStack": "openstack port set --allowed-address ip-address=EXPORTERS/LENGTH PORT",
+}
+"""By /sys/class/dmi/id/sys_vendor: what lets a machine send with addresses that are not its own."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How packets to an address leave; `neighbour` is the next hop's NUD_ state, 0 where the kernel has none."""
+
+    local: bool
+    interface: str
+    up: bool = True
+    mtu: int = ETHERNET_MTU
+    link_mtu: int = ETHERNET_MTU
+    next_hop: str = ""
+    neighbour: int = 0
+
+
+@dataclass(frozen=True)
+class WayFacts:
+    """What was seen of the network. `ways` is by address; None: there is no route."""
+
+    ways: Mapping[str, Way | None] = field(default_factory=dict)
+    longest_mtu: int = ETHERNET_MTU
+    """Of the interfaces that are up: exporters' datagrams may be as long."""
+    listeners: Sequence[tuple[str, int]] = ()
+    vendor: str = ""
+
+
+def check_ways(facts: WayFacts, collectors: Sequence[Entry], destinations: Iterable[str]) -> Iterator[Finding]:
+    """Everything about where copies go; `destinations` is what the transmitter's policy allows."""
+    count = f"{len(collectors)} collectors" if len(collectors) != 1 else f"the collector {collectors[0].name}"
+    own, allowed = OwnListeners(facts.listeners), [ipaddress.ip_network(prefix) for prefix in destinations]
+    originals = [each for each in collectors if each.source == "original"]
+
+    def each(
+        name: str, whom: Sequence[Entry], judge: Callable[[Entry], Finding | None], fine: str
+    ) -> Iterator[Finding]:
+        found = [finding for collector in whom if (finding := judge(collector))]
+        yield from found or [ok(name, fine if whom else "no collector that it concerns")]
+
+    def way(collector: Entry) -> Way | None:
+        return facts.ways.get(collector.address)
+
+    def loop(collector: Entry) -> Finding | None:
+        def is_local(address: str) -> bool:
+            way = facts.ways.get(address)
+            return way is not None and way.local
+
+        if not own.receive(collector.address, collector.port, is_local):
+            return None
+        why = f"{_at(collector)} is a listener of our own: each copy would come back and be copied again"
+        return error(
+            "loops", why, f"fanwire leave {quote(collector.name)}, and receive on another port", collector.name
+        )
+
+    def destination(collector: Entry) -> Finding | None:
+        address = ipaddress.ip_address(collector.address)
+        if any(address in prefix for prefix in allowed):
+            return None
+        why = f"[transmitter] destinations does not cover {address}: it gets nothing, and looks as if it did"
+        return error("destinations", why, f'add "{address}/{address.max_prefixlen}" to it', collector.name)
+
+    def route(collector: Entry) -> Finding | None:
+        if way(collector) is not None:
+            return None
+        cure = f"ip route get {collector.address}; add one by `ip route add`"
+        return error("route", f"there is no route to {collector.address}", cure, collector.name)
+
+    def interface(collector: Entry) -> Finding | None:
+        found = way(collector)
+        if found is None or found.up:
+            return None
+        why = f"{found.interface}, by which {collector.address} is reached, is down or has no carrier"
+        return error("interface", why, f"ip link set {found.interface} up; look at the cable", collector.name)
+
+    def next_hop(collector: Entry) -> Finding | None:
+        found = way(collector)
+        if found is None or found.local or not found.neighbour & (NUD_INCOMPLETE | NUD_FAILED):
+            return None
+        why = f"{found.next_hop} on {found.interface} does not tell its link address (ARP, neighbour discovery)"
+        cure = f"is it up, and on this network? ip neigh show {found.next_hop} dev {found.interface}"
+        return error("next_hop", why, cure, collector.name)
+
+    def mtu(collector: Entry) -> Finding | None:
+        found = way(collector)
+        return None if found is None or found.local else _mtu(collector, found, facts.longest_mtu)
+
+    yield from each("loops", collectors, loop, f"{count}, and none is a listener of our own")
+    yield from _doubles(collectors)
+    yield from each("destinations", originals, destination, "[transmitter] destinations covers whom it is for")
+    yield from each("route", collectors, route, f"there is a route to {count}")
+    yield from each("interface", collectors, interface, "the interfaces that copies leave by are up")
+    yield from each("next_hop", collectors, next_hop, "no next hop is known to be silent")
+    yield from each("mtu", collectors, mtu, f"packets of {facts.longest_mtu} bytes pass uncut, as far as known here")
+    abroad = [each.name for each in originals if not ((found := way(each)) and found.local)]
+    yield _reverse_path_there(abroad)
+    yield _cloud(facts.vendor, abroad)
+
+
+def _at(collector: Entry) -> str:
+    return f"{collector.address} port {collector.port}"
+
+
+def _doubles(collectors: Sequence[Entry]) -> Iterator[Finding]:
+    """Who is signed up twice at one place, for the same stream, and not to share it."""
+    clean, known = True, dict[tuple[str, int], list[Entry]]()
+    for collector in collectors:
+        others = known.setdefault((collector.address, collector.port), [])
+        for other in others:
+            if _share_a_stream(collector, other) and not (collector.group and collector.group == other.group):
+                clean = False
+                why = f"{other.name} is at {_at(collector)} too: it gets each datagram twice"
+                yield warning(
+                    "doubles", why, f"fanwire leave {quote(collector.name)}, or give both one group", collector.name
+                )
+        others.append(collector)
+    if clean:
+        yield ok("doubles", "no two collectors are at one address and port for the same datagrams")
+
+
+def _share_a_stream(one: Entry, other: Entry) -> bool:
+    return bool({*one.streams} & {*other.streams}) or ALL_STREAMS in (*one.streams, *other.streams)
+
+
+def _mtu(collector: Entry, way: Way, longest: int) -> Finding | None:
+    six = ":" in collector.address
+    room = way.mtu - (IPV6_AND_UDP if six else IPV4_AND_UDP)
+    cure = f"raise the MTU on the way, or keep datagrams under {room} bytes; see `ip route get {collector.address}`"
+    if way.mtu < way.link_mtu:
+        late = "; a router can't cut IPv6, so what is longer is lost where we don't know of it" if six else ""
+        why = f"behind {way.interface} (MTU {way.link_mtu}) the way takes {way.mtu} bytes: longer ones are cut{late}"
+        return warning("mtu", why, cure, collector.name)
+    if way.mtu < longest:
+        why = f"{way.interface} takes {way.mtu} bytes, exporters' packets may have {longest}: those leave in fragments"
+        return warning("mtu", why, cure, collector.name)
+    return None
+
+
+def _reverse_path_there(abroad: list[str]) -> Finding:
+    """What can't be seen here: whether who gets copies with others' addresses takes them."""
+    name = "reverse_path_there"
+    if not abroad:
+        return ok(name, "no collector on another host asks for the exporter's address")
+    why = "whether their hosts take packets with the exporters' addresses can't be seen from here, and nobody tells"
+    cure = (
+        "there: sysctl net.ipv4.conf.all.rp_filter net.ipv4.conf.IFACE.rp_filter; the larger must be 0, or 2 with a route"
+        " to the exporters; `nstat -az TcpExtIPReversePathFilter` counts drops; switches on the way: no uRPF"
+    )
+    return warning(name, why, cure, some(abroad))
+
+
+def _cloud(vendor: str, abroad: list[str]) -> Finding:
+    cloud = next((known for known in CLOUDS if vendor.startswith(known)), "")
+    if not cloud:
+        return ok("cloud", f"no cloud known for a source/destination check: {vendor or 'it does not say who made it'}")
+    if not abroad:
+        return ok("cloud", f"{cloud}: its source/destination check does not matter to relayed copies")
+    why = f"{cloud} drops packets with addresses that are not this machine's, unless told not to"
+    return warning("cloud", why, CLOUDS[cloud], some(abroad))
