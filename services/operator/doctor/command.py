@@ -9,7 +9,7 @@ import msgspec
 
 from services.operator.arguments import Subparsers, add_command, add_gateway_argument
 from services.operator.doctor.finding import Finding
-from services.operator.doctor.gathering import host_facts, listen, service_facts, way_facts
+from services.operator.doctor.gathering import by_service, host_facts, listen, service_facts, way_facts
 from services.operator.doctor.host import check_host
 from services.operator.doctor.probe import Ledger, probe
 from services.operator.doctor.services import check_services, senders_of_original
@@ -43,9 +43,8 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
     streams = {stream.name: stream for stream in settings.streams}
     if arguments.probe is not None and arguments.probe not in streams:
         raise OperatorError(USAGE, f"no stream {arguments.probe!r}; the streams are: {', '.join(streams)}")
-    findings = list(
-        _examine(settings, arguments.gateway or settings.gateway.endpoints[0], streams.get(arguments.probe))
-    )
+    endpoint = arguments.gateway or settings.gateway.endpoints[0]
+    findings = list(_examine(settings, endpoint, streams.get(arguments.probe)))
     counts = {level: sum(finding.level == level for finding in findings) for level in LEVELS}
     if arguments.json:
         print(msgspec.json.format(msgspec.json.encode({**counts, "findings": findings}), indent=2).decode())
@@ -62,7 +61,7 @@ def _examine(settings: Settings, endpoint: Endpoint, probed: Stream | None) -> I
         return Registry(endpoint, ANSWER_SECONDS + settings.gateway.serve_seconds)
 
     def read_ledger() -> Ledger:
-        return {report.service: report.accounts for report in listen(settings)}
+        return by_service(listen(settings))
 
     collectors, silent = _collectors(settings, open_registry)
     facts = service_facts(settings, listen(settings), silent)
@@ -84,5 +83,7 @@ def _collectors(settings: Settings, open_registry: Callable[[], Registry]) -> tu
         with open_registry() as registry:
             entries = registry.ask("list").entries().values()
     except OperatorError as silent:
-        return [msgspec.convert(msgspec.to_builtins(each), Entry) for each in settings.collectors], str(silent)
+        return [msgspec.convert(msgspec.to_builtins(each), Entry) for each in settings.collectors], str(
+            silent
+        ).partition(";")[0]
     return [entry for entry in entries if entry.streams], ""

@@ -36,9 +36,7 @@ def error(name: str, why: str, cure: str, subject: str = "") -> Finding:
 
 def unseen(name: str, what: str, subject: str = "") -> Finding:
     """A fact that this process can't have."""
-    return warning(
-        name, f"{what} can't be seen from here", "run it as root on the host, outside of a container", subject
-    )
+    return warning(name, f"{what} can't be seen from here", "run it as root, outside of any container", subject)
 
 
 def some(names: Iterable[str]) -> str:

@@ -20,6 +20,7 @@ from services.operator.doctor.udp_sockets import udp_sockets
 from services.operator.doctor.ways import Way, WayFacts
 from shared.addresses import resolve
 from shared.bus import broker_is_up, check_directory
+from shared.ledger import Accounts
 from shared.loops import udp_listeners
 from shared.netlink import RTN_LOCAL, Link, Netlink
 from shared.settings import Settings, Stream
@@ -144,7 +145,7 @@ def service_facts(settings: Settings, reports: list[Report], gateway: str) -> Se
         bus=bus,
         broker=None if bus else broker_is_up(directory),
         gateway=gateway,
-        accounts={report.service: report.accounts for report in reports},
+        accounts=by_service(reports),
         descriptors={**limits, "": _hard_limit(resource.getrlimit(resource.RLIMIT_NOFILE)[1])},
         raw=_raw_sockets(settings.transmitter.user),
     )
@@ -162,6 +163,15 @@ def listen(settings: Settings, seconds: float = LISTEN_SECONDS) -> list[Report]:
                 if isinstance(message.body, Status):
                     reports.take(message.envelope, message.body)
     return list(reports.latest.values())
+
+
+def by_service(reports: Iterable[Report]) -> dict[str, Accounts]:
+    """The accounts by name; two processes of one name, which should not be, are told apart by process id."""
+    accounts: dict[str, Accounts] = {}
+    for report in reports:
+        taken = report.service in accounts
+        accounts[f"{report.service} (process {report.pid})" if taken else report.service] = report.accounts
+    return accounts
 
 
 def _bus_trouble(directory: Path) -> str:
@@ -209,7 +219,9 @@ def _try_raw_socket() -> int:
 
 
 def _unfit(name: str) -> str:
-    """Why root's transmitter could not become this user."""
+    """Why root's transmitter could not become this user, as it must where root is root outside too."""
+    if _read("/proc/self/uid_map").split()[:2] != ["0", "0"]:
+        return ""
     try:
         entry = pwd.getpwuid(int(name)) if name.isdigit() else pwd.getpwnam(name)
     except (KeyError, OverflowError):

@@ -43,7 +43,7 @@ class HostFacts:
 
     sysctls: Mapping[str, int] = field(default_factory=dict)
     counters: Mapping[str, int] = field(default_factory=dict)
-    """UDP's of /proc/net/snmp and snmp6, IPReversePathFilter of netstat; since boot, or since the namespace was made."""
+    """UDP's of /proc/net/snmp and snmp6, and IPReversePathFilter of netstat; since boot."""
     softnet: Softnet | None = None
     reverse_path: Mapping[str, int] = field(default_factory=dict)
     """rp_filter in effect, by interface that is up, loopback apart."""
@@ -151,7 +151,10 @@ def _reverse_path(facts: HostFacts) -> Iterator[Finding]:
     said = f"; {dropped} packets were dropped by it since boot" if dropped else ""
     # With one interface every exporter that can be answered at all is answered by it.
     if not strict or (len(facts.reverse_path) == 1 and not dropped):
-        yield ok("reverse_path", f"exporters may come by another interface than their answers would take{said}")
+        yield ok(
+            "reverse_path",
+            f"rp_filter is nowhere strict where an exporter could come another way than its answers{said}",
+        )
         return
     for interface in strict:
         why = f"rp_filter is strict: exporters whose answers would leave by another interface are dropped{said}"

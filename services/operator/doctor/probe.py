@@ -60,9 +60,7 @@ def probe(
     except OperatorError as refused:
         return error(name, f"no collector could sign up for it: {refused}", "see services and raw_sockets", subject)
     except OSError as failed:
-        return error(
-            name, f"it could not be sent to {target[0]} port {target[1]}: {failed.strerror}", "ip addr", subject
-        )
+        return error(name, f"it could not be sent to {target[0]}: {failed.strerror}", "see `ip address`", subject)
     if came_from is None:
         return error(name, f"no copy came within {COPY_SECONDS:g} s: {lost}", "fanwire ledger", subject)
     if source == "original" and came_from != (own, own_port):

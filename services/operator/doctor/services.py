@@ -8,7 +8,7 @@ from typing import Final
 
 from services.operator.doctor.finding import Finding, error, ok, some, warning
 from services.operator.registry_client import Entry
-from shared.ledger import Accounts
+from shared.ledger import DROPPED, Accounts, dropped
 from shared.settings import Settings
 
 SPARE_DESCRIPTORS: Final = 64
@@ -54,10 +54,11 @@ def check_services(facts: ServiceFacts, settings: Settings, collectors: Sequence
     if facts.bus:
         yield warning("bus", f"{directory}: {facts.bus}", "ask as the services' user, `sudo -u fanwire fanwire doctor`")
     else:
-        yield ok("bus", f"{directory} is as it should be")
+        yield ok("bus", f"{directory} is open to this user, or not there yet")
     yield _services(facts)
     yield from _alone(facts)
     yield _gateway(facts)
+    yield from _flowing(facts.accounts, collectors)
     yield _raw_sockets(facts, [each.name for each in collectors if each.source == "original"])
     yield _descriptors(facts, "gateway", settings.gateway.max_connections, "[gateway] max_connections")
     yield _descriptors(facts, "forwarder", len(collectors), "the collectors that are signed up")
@@ -74,7 +75,7 @@ def _services(facts: ServiceFacts) -> Finding:
     if not facts.broker:
         why, cure = "no broker runs in the bus directory", START
         if facts.gateway:
-            return warning("services", f"{why}, nor does the gateway answer: only the host could be checked", cure)
+            return warning("services", f"{why}, nor does the gateway answer", cure)
         return error("services", f"{why}, but a gateway answers: nothing is copied", f"{cure}; with the same settings?")
     heard = {name.partition(".")[0] for name in facts.accounts}
     if missing := [name for name in NEEDED if name not in heard]:
@@ -88,17 +89,34 @@ def _alone(facts: ServiceFacts) -> Iterator[Finding]:
     several = Counter(name.partition(".")[0] for name in senders)
     for kind in ONE_ONLY:
         if several[kind] > 1:
-            why = (
-                f"{several[kind]} of them run: each sends every copy, so collectors get all of it {several[kind]} times"
-            )
+            why = f"{several[kind]} of them run, and collectors get every copy from each"
             yield error("one_sender", why, f"stop all but one: honcho start -c {kind}=1", kind)
 
 
 def _gateway(facts: ServiceFacts) -> Finding:
     if not facts.gateway:
         return ok("gateway", "it answers")
-    why = f"{facts.gateway}; only collectors of the settings are checked"
+    why = f"{facts.gateway}; of collectors only those of the settings are checked"
     return (error if facts.broker else warning)("gateway", why, START)
+
+
+def _flowing(accounts: Mapping[str, Accounts], collectors: Sequence[Entry]) -> Iterator[Finding]:
+    """Who gets nothing, or less than what is theirs, by what the senders say."""
+    fine = True
+    for collector in collectors:
+        if collector.health == "waiting":
+            fine = False
+            why = "who sends its copies has not said that they flow"
+            yield error("copies", why, f"see services and raw_sockets; {START}", collector.name)
+    for service, kept in accounts.items():
+        for name, account in kept.items():
+            if name.startswith("collector/") and dropped(account):
+                fine = False
+                causes = (f"{cause} {count}" for cause, count in account.items() if cause.startswith(DROPPED) and count)
+                why = f"{service} counts {', '.join(causes)} since it signed up"
+                yield warning("copies", why, "see Limits in README for each cause", name.removeprefix("collector/"))
+    if fine:
+        yield ok("copies", "copies flow, and none was dropped since its collector signed up")
 
 
 def _raw_sockets(facts: ServiceFacts, originals: list[str]) -> Finding:
@@ -109,9 +127,7 @@ def _raw_sockets(facts: ServiceFacts, originals: list[str]) -> Finding:
     why, cure = why_not_raw(facts.raw)
     if originals and facts.broker:
         without = "the transmitter runs without raw sockets" if lacking else "no transmitter reports"
-        start = "let its unit start it: systemctl restart fanwire-transmitter; from here, " + (
-            cure or "fanwire transmitter"
-        )
+        start = f"systemctl restart fanwire-transmitter; or {cure or '`fanwire transmitter`'}"
         return error(name, f"{without}: they get no copies", start, subject)
     if why:
         return warning(name, f'{why}: no `source = "original"`, no raw frames', cure, subject)
@@ -125,10 +141,11 @@ def why_not_raw(raw: RawSockets) -> tuple[str, str]:
     if raw.failed == errno.EAFNOSUPPORT:
         return "the kernel has no AF_PACKET, or a unit's RestrictAddressFamilies= leaves it out", "systemctl cat UNIT"
     if raw.failed and not raw.in_bounds:
-        cure = "docker run --cap-add NET_RAW; Kubernetes: capabilities.add, and runAsUser 0, as others get it not effective"
+        cure = "docker run --cap-add NET_RAW; Kubernetes: capabilities.add, and runAsUser: 0, as others lack it still"
         return "CAP_NET_RAW is out of bounds for all that is started from here", cure
     if raw.failed:
-        cure = "as root: setpriv --reuid USER --init-groups --inh-caps +net_raw --ambient-caps +net_raw fanwire transmitter"
+        cure = "as root: setpriv --reuid USER --init-groups --inh-caps +net_raw --ambient-caps +net_raw "
+        cure += "fanwire transmitter"
         if raw.no_new_privileges:
             return (
                 "this user lacks CAP_NET_RAW, and no_new_privs keeps sudo and setcap from giving it",

@@ -25,6 +25,9 @@ CLOUDS: Final = {
 }
 """By /sys/class/dmi/id/sys_vendor: what lets a machine send with addresses that are not its own."""
 
+Judge = Callable[[Entry], Finding | None]
+"""What there is to say of a collector, if anything."""
+
 
 @dataclass(frozen=True)
 class Way:
@@ -56,9 +59,7 @@ def check_ways(facts: WayFacts, collectors: Sequence[Entry], destinations: Itera
     own, allowed = OwnListeners(facts.listeners), [ipaddress.ip_network(prefix) for prefix in destinations]
     originals = [each for each in collectors if each.source == "original"]
 
-    def each(
-        name: str, whom: Sequence[Entry], judge: Callable[[Entry], Finding | None], fine: str
-    ) -> Iterator[Finding]:
+    def each(name: str, whom: Sequence[Entry], judge: Judge, fine: str) -> Iterator[Finding]:
         found = [finding for collector in whom if (finding := judge(collector))]
         yield from found or [ok(name, fine if whom else "no collector that it concerns")]
 
@@ -73,9 +74,7 @@ def check_ways(facts: WayFacts, collectors: Sequence[Entry], destinations: Itera
         if not own.receive(collector.address, collector.port, is_local):
             return None
         why = f"{_at(collector)} is a listener of our own: each copy would come back and be copied again"
-        return error(
-            "loops", why, f"fanwire leave {quote(collector.name)}, and receive on another port", collector.name
-        )
+        return error("loops", why, f"{_leave(collector)}, and receive on another port", collector.name)
 
     def destination(collector: Entry) -> Finding | None:
         address = ipaddress.ip_address(collector.address)
@@ -121,6 +120,10 @@ def check_ways(facts: WayFacts, collectors: Sequence[Entry], destinations: Itera
     yield _cloud(facts.vendor, abroad)
 
 
+def _leave(collector: Entry) -> str:
+    return f"fanwire leave {quote(collector.name)}"
+
+
 def _at(collector: Entry) -> str:
     return f"{collector.address} port {collector.port}"
 
@@ -134,9 +137,7 @@ def _doubles(collectors: Sequence[Entry]) -> Iterator[Finding]:
             if _share_a_stream(collector, other) and not (collector.group and collector.group == other.group):
                 clean = False
                 why = f"{other.name} is at {_at(collector)} too: it gets each datagram twice"
-                yield warning(
-                    "doubles", why, f"fanwire leave {quote(collector.name)}, or give both one group", collector.name
-                )
+                yield warning("doubles", why, f"{_leave(collector)}, or give both one group", collector.name)
         others.append(collector)
     if clean:
         yield ok("doubles", "no two collectors are at one address and port for the same datagrams")
@@ -167,8 +168,8 @@ def _reverse_path_there(abroad: list[str]) -> Finding:
         return ok(name, "no collector on another host asks for the exporter's address")
     why = "whether their hosts take packets with the exporters' addresses can't be seen from here, and nobody tells"
     cure = (
-        "there: sysctl net.ipv4.conf.all.rp_filter net.ipv4.conf.IFACE.rp_filter; the larger must be 0, or 2 with a route"
-        " to the exporters; `nstat -az TcpExtIPReversePathFilter` counts drops; switches on the way: no uRPF"
+        "there: `sysctl net.ipv4.conf.all.rp_filter net.ipv4.conf.IFACE.rp_filter`, the larger must be 0, or 2 with a"
+        " route to the exporters; `nstat -az TcpExtIPReversePathFilter` counts drops; on switches: no uRPF"
     )
     return warning(name, why, cure, some(abroad))
 
@@ -176,7 +177,7 @@ def _reverse_path_there(abroad: list[str]) -> Finding:
 def _cloud(vendor: str, abroad: list[str]) -> Finding:
     cloud = next((known for known in CLOUDS if vendor.startswith(known)), "")
     if not cloud:
-        return ok("cloud", f"no cloud known for a source/destination check: {vendor or 'it does not say who made it'}")
+        return ok("cloud", f"not a cloud known for a source/destination check: {vendor or 'no vendor told'}")
     if not abroad:
         return ok("cloud", f"{cloud}: its source/destination check does not matter to relayed copies")
     why = f"{cloud} drops packets with addresses that are not this machine's, unless told not to"
