@@ -130,9 +130,9 @@ def where_lost(before: Ledger, after: Ledger, stream: str, collector: str) -> st
         if account.get(EXPECTED):
             return f"{service} had it, and found it not to be for this collector"
     received, published = (_grown(before, after, stream, counter) for counter in (RECEIVED, PUBLISHED))
-    if not received:
+    if received <= 0:  # less, where a worker is gone
         return "ingest did not receive it: does it run, and listen there? a firewall on lo?"
-    if not published:
+    if published <= 0:
         return "ingest received it and nobody was known to want it"
     return "ingest published it, and no sender serves this collector"
 

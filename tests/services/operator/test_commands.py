@@ -14,7 +14,19 @@ def test_help_lists_commands_and_services(stack: Stack) -> None:
     """`fanwire --help` names every command, and the services that the same program runs."""
     code, text = run(stack, "--help")
     assert code == 0
-    for command in ("clients", "register", "leave", "watch", "collect", "frame", "wake", "config", "ledger", "ready"):
+    for command in (
+        "clients",
+        "register",
+        "leave",
+        "watch",
+        "collect",
+        "frame",
+        "wake",
+        "config",
+        "ledger",
+        "doctor",
+        "ready",
+    ):
         assert f"    {command} " in text
     assert "fanwire broker|gateway|ingest|forwarder|transmitter" in text
 
