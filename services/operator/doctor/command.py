@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
         findings.sort(key=lambda finding: LEVELS.index(finding.level))
         rows = ((each.name.replace("_", " "), each.level, each.subject, each.why, each.cure) for each in findings)
         print_table("doctor", COLUMNS, rows)
-        print(f"{counts['error']} errors, {counts['warning']} warnings")
+        print(f"errors: {counts['error']}, warnings: {counts['warning']}")
     return FAILED if counts["error"] else OK
 
 

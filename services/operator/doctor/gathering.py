@@ -16,7 +16,7 @@ from typing import Final
 from services.operator.bus_reader import subscribed
 from services.operator.doctor.host import BACKLOG_NAME, BUDGET_NAME, HostFacts, Listener, Softnet
 from services.operator.doctor.services import RawSockets, ServiceFacts
-from services.operator.doctor.udp_sockets import udp_sockets
+from services.operator.doctor.udp_sockets import UdpSocket, udp_sockets
 from services.operator.doctor.ways import Way, WayFacts
 from shared.addresses import resolve
 from shared.bus import broker_is_up, check_directory
@@ -48,6 +48,7 @@ def host_facts(settings: Settings, links: Iterable[Link]) -> HostFacts:
     conf = "net/ipv4/conf"
     everywhere = _number(f"{conf}/all/rp_filter") or 0
     filters = {link.name: _number(f"{conf}/{link.name}/rp_filter") for link in links if link.up}
+    sockets = udp_sockets()
     return HostFacts(
         sysctls={name: value for name in SYSCTLS if (value := _number(name.replace(".", "/"))) is not None},
         counters=dict(_counters()),
@@ -55,7 +56,7 @@ def host_facts(settings: Settings, links: Iterable[Link]) -> HostFacts:
         reverse_path={
             name: max(everywhere, mode) for name, mode in filters.items() if mode is not None and name != LOOPBACK
         },
-        listeners={stream.name: _listeners(stream) for stream in settings.streams},
+        listeners={stream.name: _listeners(stream, sockets) for stream in settings.streams},
         time=time.time(),
         synchronised=_synchronised(),
     )
@@ -92,14 +93,14 @@ def _softnet() -> Softnet | None:
     return Softnet(*(sum(int(row[column], 16) for row in rows) for column in range(3)))
 
 
-def _listeners(stream: Stream) -> list[Listener]:
+def _listeners(stream: Stream, sockets: Iterable[UdpSocket]) -> list[Listener]:
     where = {
         (str(at[0]), endpoint.port)
         for endpoint in stream.endpoints
         if endpoint.scheme == "udp"
         for at in _resolved(endpoint.host, endpoint.port)
     }
-    return [Listener(each.receive_buffer, each.dropped) for each in udp_sockets() if (each.address, each.port) in where]
+    return [Listener(each.receive_buffer, each.dropped) for each in sockets if (each.address, each.port) in where]
 
 
 def _resolved(host: str, port: int) -> list[tuple[str, int] | tuple[str, int, int, int]]:

@@ -56,6 +56,8 @@ class HostFacts:
 def check_host(facts: HostFacts, settings: Settings) -> Iterator[Finding]:
     """Everything about the host."""
     for stream in settings.streams:
+        if not any(endpoint.scheme == "udp" for endpoint in stream.endpoints):
+            continue
         listeners = facts.listeners.get(stream.name, [])
         yield _receive_buffer(facts, stream.name, stream.receive_buffer, listeners)
         yield _kernel_drops(stream.name, listeners)
@@ -86,7 +88,7 @@ def _receive_buffer(facts: HostFacts, stream: str, asked: int, listeners: list[L
 
 def _kernel_drops(stream: str, listeners: list[Listener]) -> Finding:
     if not listeners:
-        return ok("kernel_drops", "nobody listens yet", stream)
+        return ok("kernel_drops", "no listener of it is to be seen", stream)
     if dropped := sum(listener.dropped for listener in listeners):
         cure = "a larger [[stream]] receive_buffer, or a further ingest worker"
         return warning("kernel_drops", f"the kernel dropped {dropped} datagrams at its listeners", cure, stream)

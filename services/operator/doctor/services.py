@@ -116,7 +116,8 @@ def _flowing(accounts: Mapping[str, Accounts], collectors: Sequence[Entry]) -> I
                 why = f"{service} counts {', '.join(causes)} since it signed up"
                 yield warning("copies", why, "see Limits in README for each cause", name.removeprefix("collector/"))
     if fine:
-        yield ok("copies", "copies flow, and none was dropped since its collector signed up")
+        why = "copies flow, and none was dropped since its collector signed up" if accounts else "nobody sends any yet"
+        yield ok("copies", why)
 
 
 def _raw_sockets(facts: ServiceFacts, originals: list[str]) -> Finding:

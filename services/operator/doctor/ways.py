@@ -3,6 +3,7 @@
 import ipaddress
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from shlex import quote
 from typing import Final
 
@@ -129,22 +130,28 @@ def _at(collector: Entry) -> str:
 
 
 def _doubles(collectors: Sequence[Entry]) -> Iterator[Finding]:
-    """Who is signed up twice at one place, for the same stream, and not to share it."""
+    """Who gets datagrams that another one at the same place gets too."""
     clean, known = True, dict[tuple[str, int], list[Entry]]()
     for collector in collectors:
         others = known.setdefault((collector.address, collector.port), [])
-        for other in others:
-            if _share_a_stream(collector, other) and not (collector.group and collector.group == other.group):
-                clean = False
-                why = f"{other.name} is at {_at(collector)} too: it gets each datagram twice"
-                yield warning("doubles", why, f"{_leave(collector)}, or give both one group", collector.name)
+        if other := next((other for other in others if _get_the_same(collector, other)), None):
+            clean = False
+            why = f"{other.name} is at {_at(collector)} too: datagrams come there twice"
+            yield warning("doubles", why, f"{_leave(collector)}, or give both one group", collector.name)
         others.append(collector)
     if clean:
         yield ok("doubles", "no two collectors are at one address and port for the same datagrams")
 
 
-def _share_a_stream(one: Entry, other: Entry) -> bool:
-    return bool({*one.streams} & {*other.streams}) or ALL_STREAMS in (*one.streams, *other.streams)
+def _get_the_same(one: Entry, other: Entry) -> bool:
+    if one.group and one.group == other.group:
+        return False
+    streams = {*one.streams} & {*other.streams} or ALL_STREAMS in (*one.streams, *other.streams)
+    prefixes = [[ipaddress.ip_network(prefix) for prefix in each.prefixes] for each in (one, other)]
+    apart = all(prefixes) and not any(
+        mine.version == theirs.version and mine.overlaps(theirs) for mine, theirs in product(*prefixes)
+    )
+    return bool(streams) and not apart
 
 
 def _mtu(collector: Entry, way: Way, longest: int) -> Finding | None:

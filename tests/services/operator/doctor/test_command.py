@@ -69,6 +69,18 @@ def test_a_stack_that_runs(open_stack: OpenStack) -> None:
     assert json.loads(run(open_stack, "clients", "--json")[1]) == {}
 
 
+def test_the_probe_by_ipv6_and_a_path(stack: Stack) -> None:
+    """A stream on IPv6 alone and a gateway on AF_UNIX, which tells no address, are probed as well."""
+    path = stack.directory / "gateway.sock"
+    stream = '[[stream]]\nname = "six"\nlisten = ["udp://[::1]:7000"]\n'
+    stack.configure(f'{PATIENT}listen = ["unix://{path}"]\n{stream}')
+    stack.start_all()
+    code, found = doctor(stack, "--probe", "six")
+    assert (code, errors(found)) == (0, [])
+    (relay,) = [finding["why"] for finding in found if finding["name"] == "probe_relay"]
+    assert relay == "sent from ::1 to ::1 port 7000, its copy came from ::1"
+
+
 def test_what_is_missing(stack: Stack) -> None:
     """A service that is not there is named, as is who gets nothing by that, and the probe tells where it was lost."""
     stack.configure(collector("flows", "127.0.0.1", source="original"))
@@ -100,7 +112,7 @@ def test_without_services(stack: Stack) -> None:
     assert "no gateway at tcp://127.0.0.1:5000 (Connection refused)" in gateway["why"]
     assert not stack.bus.exists()
     code, text = run(stack, "doctor")
-    assert (code, text.splitlines()[-1].split(",")[0]) == (1, "2 errors")
+    assert (code, text.splitlines()[-1].split(",")[0]) == (1, "errors: 2")
     rows = [line.split()[:3] for line in text.splitlines() if " error " in line]
     assert rows == [["loops", "error", "me"], ["route", "error", "siem"]]
 

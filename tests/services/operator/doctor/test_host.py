@@ -5,7 +5,7 @@ import pytest
 
 from services.operator.doctor.finding import Finding
 from services.operator.doctor.host import BACKLOG_NAME, BUDGET_NAME, RELEASED, HostFacts, Listener, Softnet, check_host
-from shared.settings import Settings
+from shared.settings import Settings, Stream
 
 ASKED = Settings().streams[0].receive_buffer
 FINE = HostFacts(
@@ -79,6 +79,12 @@ def test_what_needs_a_cure(name: str, changes: dict[str, Any], why: str, cure: s
 def test_strict_filter_on_the_only_interface_is_fine() -> None:
     """Where there is one way in and out, strict mode drops nobody who could be answered."""
     assert findings(replace(FINE, reverse_path={"eth0": 1}))["reverse_path"].level == "ok"
+
+
+def test_streams_without_udp_have_no_receive_buffer() -> None:
+    """Of a stream by TCP alone nothing is asked that UDP sockets have."""
+    settings = Settings(streams=(Stream(name="tcp", listen=("tcp://127.0.0.1:514",)),))
+    assert not [each for each in check_host(FINE, settings) if each.subject]
 
 
 def test_what_cannot_be_seen_is_told_as_that() -> None:

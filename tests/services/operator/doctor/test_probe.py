@@ -1,7 +1,9 @@
 import pytest
 
-from services.operator.doctor.probe import where_lost
+from services.operator.doctor.probe import probe, where_lost
+from services.operator.registry_client import Registry
 from shared.ledger import Accounts
+from shared.settings import Stream
 
 BEFORE: dict[str, Accounts] = {"ingest.1": {"stream/s": {"received": 5, "published": 5}}}
 
@@ -31,3 +33,22 @@ def after(received: int = 6, published: int = 6, **account: int) -> dict[str, Ac
 def test_where_it_was_lost(told: dict[str, Accounts], where: str) -> None:
     """Each stage at which the datagram can be lost is told from what the services count."""
     assert where_lost(BEFORE, told, "s", "doctor").startswith(where)
+
+
+def nobody() -> Registry:
+    """A registry that must not be asked."""
+    raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("listen", "level", "why"),
+    [
+        ("udp://192.0.2.9:7000", "error", "could not be sent to 192.0.2.9: Cannot assign requested address"),
+        ("tcp://127.0.0.1:7000", "warning", "no udp:// listener"),
+    ],
+)
+def test_nothing_is_sent_to_what_is_not_here(lab: None, listen: str, level: str, why: str) -> None:
+    """A listener's address that is not this host's, or is not for UDP, is told before anybody is asked or sent to."""
+    found = probe(nobody, Stream(name="s", listen=(listen,)), "relay", dict)
+    assert (found.level, found.subject) == (level, "s")
+    assert why in found.why

@@ -99,6 +99,15 @@ def test_two_at_one_place() -> None:
     assert complaints(facts, one, collector("two", streams=("other",)), collector("three", port=9)) == []
     assert complaints(facts, collector("one", group="g"), collector("two", group="g")) == []
     assert complaints(facts, collector("one", group="g"), collector("two")) == [("doubles", "warning", "two")]
+    assert complaints(facts, one, *(collector(f"{number}") for number in range(3000)))[-1][2] == "2999"
+
+
+def test_two_at_one_place_for_different_exporters() -> None:
+    """Entries that part the exporters by prefixes are no doubles, unless their prefixes overlap."""
+    facts, ten = WayFacts({AT: FINE}), collector("ten", prefixes=("10.0.0.0/8", "fd00::/8"))
+    assert complaints(facts, ten, collector("other", prefixes=("192.0.2.0/24", "2001:db8::/32"))) == []
+    assert complaints(facts, ten, collector("part", prefixes=("10.3.0.0/16",))) == [("doubles", "warning", "part")]
+    assert complaints(facts, ten, collector("all")) == [("doubles", "warning", "all")]
 
 
 def test_copies_with_the_exporters_address() -> None:
