@@ -37,10 +37,11 @@ LOOPBACK: Final = "lo"
 CAP_NET_RAW: Final = 13
 STA_UNSYNC: Final = 0x40
 TIMEX_SIZE: Final = 208
-"""struct timex of adjtimex(2); `status` is an int behind an int and three longs, of which the first is aligned."""
+"""Bytes: struct timex of adjtimex(2), as large as it is anywhere."""
+STATUS_AT: Final = 5 * ctypes.sizeof(ctypes.c_long)
+"""Its `status`, behind an int, padded, and four longs."""
 NO_LIMIT: Final = 1 << 20
 """The kernel's own, fs.nr_open, where there is no other."""
-STATUS_AT: Final = 5 * ctypes.sizeof(ctypes.c_long)
 
 
 def host_facts(settings: Settings, links: Iterable[Link]) -> HostFacts:

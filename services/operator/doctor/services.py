@@ -86,11 +86,13 @@ def _services(facts: ServiceFacts) -> Finding:
 def _alone(facts: ServiceFacts) -> Iterator[Finding]:
     able = senders_of_original(facts.accounts)
     senders = [name for name in facts.accounts if not name.startswith("transmitter.") or name in able]
-    several = Counter(name.partition(".")[0] for name in senders)
-    for kind in ONE_ONLY:
-        if several[kind] > 1:
-            why = f"{several[kind]} of them run, and collectors get every copy from each"
-            yield error("one_sender", why, f"stop all but one: honcho start -c {kind}=1", kind)
+    running = Counter(name.partition(".")[0] for name in senders)
+    several = [kind for kind in ONE_ONLY if running[kind] > 1]
+    for kind in several:
+        why = f"{running[kind]} of them run, and collectors get every copy from each"
+        yield error("one_sender", why, f"stop all but one: honcho start -c {kind}=1", kind)
+    if not several:
+        yield ok("one_sender", "nobody sends copies that another one sends too")
 
 
 def _gateway(facts: ServiceFacts) -> Finding:

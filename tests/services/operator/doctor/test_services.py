@@ -34,7 +34,7 @@ def test_services_that_are_fine() -> None:
     found = check(replace(FINE, raw=DENIED), ORIGINAL, RELAY)
     assert {finding.level for finding in found} == {"ok"}
     assert {finding.name for finding in found} == {
-        "bus", "services", "gateway", "copies", "raw_sockets", "descriptors",
+        "bus", "services", "one_sender", "gateway", "copies", "raw_sockets", "descriptors",
     }  # fmt: skip
 
 
