@@ -276,9 +276,9 @@ def load(path: Path | None, environment: Mapping[str, str] = os.environ) -> Sett
     return settings
 
 
-def render(settings: Settings) -> str:
-    """Settings as TOML that `load` reads back to the same."""
-    values: dict[str, Any] = msgspec.to_builtins(settings)
+def render(settings: Settings, *, defaults: bool = True) -> str:
+    """Settings as TOML that `load` reads back to the same; `defaults`: also those that are as they are by default."""
+    values: dict[str, Any] = msgspec.to_builtins(settings) if defaults else _changed(settings)
     sections, lists = [], []
     if not settings.streams:
         sections.append("stream = []\n")  # there is one by default; a key of no table stands before all tables
@@ -288,6 +288,21 @@ def render(settings: Settings) -> str:
         else:
             lists += [_table(f"[[{name}]]", entry) for entry in value]
     return "\n".join(sections + lists)
+
+
+def _changed(struct: Struct) -> dict[str, Any]:
+    """The fields, as `to_builtins` has them, that differ from their defaults."""
+    changed = {}
+    for entry in msgspec.structs.fields(struct):
+        value = getattr(struct, entry.name)
+        if value == entry.default:
+            continue
+        if isinstance(value, Struct):
+            value = _changed(value)
+        elif isinstance(value, tuple):
+            value = [_changed(each) if isinstance(each, Struct) else each for each in value]
+        changed[entry.encode_name] = value
+    return changed
 
 
 def _table(title: str, values: Mapping[str, Any]) -> str:

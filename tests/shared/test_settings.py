@@ -242,6 +242,14 @@ def test_rendered_settings_read_the_same(tmp_path: Path, text: str) -> None:
     """What `render` writes is read back to the same settings."""
     found = read(tmp_path, text)
     assert read(tmp_path, render(found)) == found
+    assert read(tmp_path, render(found, defaults=False)) == found
+
+
+def test_what_is_as_by_default_can_be_left_out(tmp_path: Path) -> None:
+    """Without defaults only what differs is rendered: of nothing but defaults, nothing."""
+    assert render(Settings(), defaults=False) == ""
+    found = read(tmp_path, COLLECTOR + "sample = 2\n")
+    assert render(found, defaults=False) == COLLECTOR + "sample = 2\n"
 
 
 replies = st.none() | st.text(max_size=40)
@@ -279,6 +287,7 @@ def test_any_settings_are_rendered_so_that_they_read_the_same(
     builtins["bus"]["directory"] = directory
     found = msgspec.convert(builtins, Settings)
     assert read(tmp_path, render(found)) == found
+    assert read(tmp_path, render(found, defaults=False)) == found
 
 
 def test_nan_is_no_number_of_seconds() -> None:

@@ -23,6 +23,7 @@ def test_help_lists_commands_and_services(stack: Stack) -> None:
         "frame",
         "wake",
         "config",
+        "import",
         "ledger",
         "doctor",
         "ready",
@@ -43,6 +44,9 @@ def test_help_lists_commands_and_services(stack: Stack) -> None:
         ("clients", "--gateway", "udp://127.0.0.1:5000"),
         ("register", "siem", "--address", "not an address"),
         ("register", "siem", "--hop-limit", "0"),
+        ("import", "socat", "file"),
+        ("import", "pmacct", "file", "--listen", "tcp:1"),
+        ("import", "pmacct", "file", "--stream", "a/b"),
         ("collect", "siem", "--stream", "*", "--dscp", "64"),
     ],
 )
