@@ -7,7 +7,7 @@ entry's name: `FANWIRE_STREAM__MESSAGES__RECEIVE_BUFFER=1048576`.
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_args, get_type_hints
 
@@ -18,7 +18,7 @@ from shared.addresses import Endpoint, pack_address, pack_network, parse_endpoin
 from shared.registry import ALL_STREAMS, Dscp, HopLimit, Source
 
 STREAM_SCHEMES: Final = ("udp", "tcp", "unixgram")
-REGISTRY_SCHEMES: Final = ("tcp", "unix")
+REGISTRY_SCHEMES: Final = ("tcp", "unix", "tls")
 MAX_DIRECTORY: Final = 107 - len("/pool.999999999")
 """Bytes: what sun_path (unix(7)) leaves for the bus directory."""
 NOT_SETTINGS: Final = frozenset({"FANWIRE_CONFIG"})
@@ -28,6 +28,8 @@ Count = Annotated[int, Meta(ge=1, le=1_000_000)]
 Port = Annotated[int, Meta(ge=1, le=65_535)]
 Seconds = Annotated[float, Meta(gt=0, le=86_400)]
 Bytes = Annotated[int, Meta(ge=4096, le=1 << 30)]
+Scope = Literal["list", "collect", "transmit", "admin"]
+SCOPES: Final[tuple[Scope, ...]] = get_args(Scope)
 Ethertype = int | str
 """A number, or its text as in `"0x0801"`."""
 
@@ -62,7 +64,19 @@ class Gateway(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The client registry."""
 
     listen: Annotated[tuple[str, ...], Meta(min_length=1)] = ("tcp://127.0.0.1:5000",)
-    """tcp://HOST:PORT or unix:///PATH."""
+    """tcp://HOST:PORT on loopback, unix:///PATH, or tls://HOST:PORT."""
+    certificate: str = ""
+    """A PEM file: what tls:// listeners show, and the certificates of its issuers. Variables as in `database`."""
+    key: str = ""
+    """A PEM file: the certificate's private key."""
+    client_authorities: str = ""
+    """A PEM file: clients may show a certificate that one of these has signed; "": none is asked for."""
+    tokens: str = ""
+    """A file with more [[token]], readable by its owner only; "": none."""
+    names_beyond_loopback: bool = False
+    """Whether a client with a certificate may use the names protocol on a listener that is not loopback."""
+    destinations: tuple[str, ...] = ()
+    """Networks that anybody who may sign up may have copies sent to without proof."""
     max_clients: Count = 10_000
     max_connections: Count = 4096
     """Open at once; one more is answered `unavailable` and closed."""
@@ -86,6 +100,8 @@ class Gateway(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def __post_init__(self) -> None:
         for text in self.listen:
             parse_endpoint(text, REGISTRY_SCHEMES)
+        for prefix in self.destinations:
+            pack_network(prefix)
 
     @property
     def endpoints(self) -> tuple[Endpoint, ...]:
@@ -203,6 +219,28 @@ class Collector(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             pack_network(prefix)
 
 
+class Token(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Who may use the gateway from elsewhere: known by the token it sends, or by the certificate it shows."""
+
+    name: Name
+    """The holder: entries belong to it, whichever connection made them."""
+    hash: Annotated[str, Meta(pattern=r"^sha256:[0-9a-f]{64}$")] | None = None
+    """SHA-256 of its token, as `fanwire token` prints it."""
+    certificate: Annotated[str, Meta(min_length=1, max_length=64)] | None = None
+    """The subject's common name in its certificate, which stays when the certificate is renewed."""
+    scopes: Annotated[tuple[Scope, ...], Meta(min_length=1)]
+    streams: Annotated[tuple[str, ...], Meta(min_length=1)] = (ALL_STREAMS,)
+    """Those it may sign up for."""
+    destinations: tuple[str, ...] = ()
+    """Networks that it may have copies sent to without proof."""
+
+    def __post_init__(self) -> None:
+        if (self.hash is None) == (self.certificate is None):
+            raise ValueError(f"token {self.name!r}: expected either hash or certificate")
+        for prefix in self.destinations:
+            pack_network(prefix)
+
+
 DEFAULT_STREAM: Final = Stream(
     name="messages", listen=("udp://localhost:6667", "tcp://localhost:6667"), reply="Got your message!"
 )
@@ -233,6 +271,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     transmitter: Transmitter = Transmitter()
     streams: tuple[Stream, ...] = field(default=(DEFAULT_STREAM,), name="stream")
     collectors: tuple[Collector, ...] = field(default=(), name="collector")
+    tokens: tuple[Token, ...] = field(default=(), name="token")
 
     @property
     def database(self) -> Path | None:
@@ -250,6 +289,18 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         for collector in self.collectors:
             if unknown := set(collector.streams) - {*names, ALL_STREAMS}:
                 raise ValueError(f"collector {collector.name!r} names a stream {unknown.pop()!r} that is not there")
+        self.check_tokens(self.tokens)
+
+    def check_tokens(self, tokens: Sequence[Token]) -> None:
+        """Raise ValueError unless these can be told apart, and name streams that are there."""
+        known = {ALL_STREAMS, *(stream.name for stream in self.streams)}
+        for key in ("name", "hash", "certificate"):
+            values = [value for token in tokens if (value := getattr(token, key)) is not None]
+            if twice := {value for value in values if values.count(value) > 1}:
+                raise ValueError(f"token {key} {twice.pop()!r} is there twice")
+        for token in tokens:
+            if unknown := set(token.streams) - known:
+                raise ValueError(f"token {token.name!r} names a stream {unknown.pop()!r} that is not there")
 
 
 def load(path: Path | None, environment: Mapping[str, str] = os.environ) -> Settings:

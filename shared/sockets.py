@@ -13,6 +13,7 @@ from shared.addresses import Endpoint, SocketAddress, resolve
 
 KINDS: Final = {
     "tcp": socket.SOCK_STREAM,
+    "tls": socket.SOCK_STREAM,
     "unix": socket.SOCK_STREAM,
     "udp": socket.SOCK_DGRAM,
     "unixgram": socket.SOCK_DGRAM,

@@ -18,7 +18,7 @@ class Admission:
     """Turns a `register`, or a collector of the settings, into the `Client` that may be entered, or refuses it.
 
     `listeners` are the address and port of each of our UDP listeners; `is_local` says whether an address is
-    this host's, `is_broadcast` whether it is that of a whole network.
+    this host's, `is_broadcast` whether it is that of a whole network. Copies may go to `destinations` without proof.
     """
 
     def __init__(
@@ -27,15 +27,18 @@ class Admission:
         listeners: Iterable[tuple[str, int]],
         is_local: Callable[[str], bool],
         is_broadcast: Callable[[str], bool],
+        destinations: Iterable[str] = (),
     ) -> None:
         self._streams = frozenset(streams)
         self._own_listeners = OwnListeners(listeners)
         self._is_local = is_local
         self._is_broadcast = is_broadcast
+        self._destinations = tuple(map(ipaddress.ip_network, destinations))
 
     def admit(self, request: Register, visitor: Visitor) -> Client:
         """Return the entry for a request; its generation is the registry's to give."""
         self._check_streams(request.streams)
+        visitor.rights.check_streams(request.streams)
         if request.streams and request.port is None:
             raise RequestError("bad_request", "port is missing: expected the UDP port that the copies go to")
         address = parse_address(visitor.address if request.address is None else request.address)
@@ -63,7 +66,9 @@ class Admission:
         if request.address is None:
             return True
         address, own = parse_address(request.address), parse_address(visitor.address)
-        return address == own or (address.is_loopback and own.is_loopback)
+        if address == own or (address.is_loopback and own.is_loopback):
+            return True
+        return visitor.rights.may_send_to(address) or any(address in network for network in self._destinations)
 
     def admit_configured(self, collector: Collector) -> Client:
         """Return the entry for a collector of the settings, whose address is the operator's word."""

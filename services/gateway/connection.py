@@ -4,6 +4,9 @@ A connection is in one of four conditions: it waits for a request; its request w
 the client to take it; or all is said, and what still comes is thrown away for a moment so that a reset does not destroy
 the answer on its way (closing a TCP socket with unread bytes sends one, RFC 2525, 2.17). What it is told without having
 asked, such as the events of `watch`, goes between answers.
+
+TLS has no half-closed connections here: asyncio ends both directions at once. A client that closes its own ends the
+conversation, and what ours has to say last is closed as soon as the client has been silent for a moment.
 """
 
 import asyncio
@@ -12,21 +15,27 @@ import ipaddress
 import itertools
 import math
 import socket
+import struct
 from collections import deque
 from collections.abc import Iterator
 from typing import Final, cast
 
 from services.gateway.counters import CONNECTIONS_REFUSED, TOO_SLOW
 from services.gateway.desk import Answer, Desk
+from services.gateway.permission import HERE, Rights, common_name
 from services.gateway.protocol import MAX_LINE, Decoder
 from services.gateway.registry import Visitor
-from services.gateway.requests import Id, Name, Request, RequestError
+from services.gateway.requests import Auth, Id, Name, Request, RequestError
 from shared.settings import Gateway
 
 READ_SIZE: Final = 64 * 1024
 WRITE_SIZE: Final = 64 * 1024
 """Bytes handed to a transport at a time, and its high-water mark: what a client that does not read can hold here."""
+UCRED: Final = struct.Struct("=iII")
+"""struct ucred: process, user and group of who connected (unix(7), SO_PEERCRED)."""
 LINGER_BYTES: Final = 64 * 1024 * 1024
+SILENT_SECONDS: Final = 0.2
+"""A TLS connection on which all is said is closed when nothing came for so long."""
 REFUSING_MAX: Final = 32
 """Connections over the limit that are told so at once; more are closed without a word."""
 
@@ -71,20 +80,24 @@ class Connection(asyncio.BufferedProtocol):
         "_decoder",
         "_discarded",
         "_ended",
+        "_half_closes",
         "_last",
         "_lingering",
         "_outgoing",
         "_pushed",
         "_pushed_bytes",
         "_receiving",
+        "_remote",
+        "_silent",
         "_stalled",
         "_transport",
         "_visitor",
         "deadline",
     )
 
-    def __init__(self, connections: Connections) -> None:
+    def __init__(self, connections: Connections, *, remote: bool = False) -> None:
         self._all = connections
+        self._remote = remote  # its listener is not for this host alone
         self._decoder = Decoder()
         self._outgoing: Iterator[bytes] = iter(())
         self._answering = False
@@ -96,6 +109,7 @@ class Connection(asyncio.BufferedProtocol):
         self._pushed: deque[bytes] = deque()
         self._pushed_bytes = 0
         self._lingering = False
+        self._silent = False  # over TLS: all is said, and the client is waited for to say no more
         self._discarded = 0
         self.deadline = math.inf
 
@@ -103,7 +117,8 @@ class Connection(asyncio.BufferedProtocol):
         """Admit the connection, or say why not."""
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(WRITE_SIZE)
-        self._visitor = identify(self._transport, next(self._all.numbers))
+        self._half_closes = self._transport.can_write_eof()
+        self._visitor = identify(self._transport, next(self._all.numbers), self._rights())
         self._all.open.add(self)
         self._all.desk.arrive(self._visitor, self._push)
         excess = len(self._all.open) - self._all.limit
@@ -130,6 +145,7 @@ class Connection(asyncio.BufferedProtocol):
         """Take what was read."""
         if self._lingering:
             self._discarded += nbytes
+            self._wait_for_silence()
             if self._discarded > LINGER_BYTES:
                 self._transport.abort()
             return
@@ -139,6 +155,9 @@ class Connection(asyncio.BufferedProtocol):
     def eof_received(self) -> bool:
         """The client sends no more, but may still read: keep the connection until all is answered."""
         self._ended = True
+        if not self._half_closes:
+            self._lingering = True  # asyncio closes it now: nothing that is written gets there any more
+            return False
         self._decoder.end()
         self._take_request()
         return not self._lingering
@@ -160,6 +179,9 @@ class Connection(asyncio.BufferedProtocol):
         settings = self._all.settings
         if self._stalled and not self._lingering and self._all.desk.stays(self._visitor) and not self._answering:
             self._cut_off()
+        elif self._silent and not self._transport.is_closing():
+            self._transport.close()
+            self.deadline = math.inf  # asyncio gives it ssl_shutdown_timeout
         elif self._lingering or self._stalled:
             self._all.desk.counters[TOO_SLOW] += not self._lingering
             self._transport.abort()
@@ -168,7 +190,7 @@ class Connection(asyncio.BufferedProtocol):
         elif self._all.desk.stays(self._visitor):
             self.deadline = self._all.loop.time() + settings.idle_seconds
         else:
-            self._refuse(RequestError("too_slow", f"nothing came for {settings.idle_seconds:g} s", closes=True))
+            self._refuse(RequestError("too_slow", f"nothing came for {self._idle_seconds:g} s", closes=True))
 
     def drain(self) -> None:
         """Take no more requests; close once the answer under way, if any, is sent."""
@@ -202,6 +224,8 @@ class Connection(asyncio.BufferedProtocol):
         self._answering, self._receiving, self.deadline = True, False, math.inf
         self._last |= isinstance(request, Name)
         try:
+            if isinstance(request, Auth):
+                self._visitor = self._all.desk.authenticate(request, self._visitor)
             self._all.desk.answer(request, self._visitor, self._reply)
         except RequestError as refused:
             self._refuse(refused, None if isinstance(request, Name) else request.id)
@@ -209,7 +233,7 @@ class Connection(asyncio.BufferedProtocol):
     def _await_request(self) -> None:
         now, settings = self._all.loop.time(), self._all.settings
         if not self._decoder.buffered:
-            self._receiving, self.deadline = False, now + settings.idle_seconds
+            self._receiving, self.deadline = False, now + self._idle_seconds
         elif not self._receiving:  # from its first byte, whatever comes later
             self._receiving, self.deadline = True, now + settings.request_seconds
 
@@ -233,7 +257,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _write(self) -> None:
         """Write until the client is behind; after the last piece the next request has its turn behind the others'."""
-        while not (self._stalled or self._transport.is_closing()):
+        while not (self._stalled or self._lingering or self._transport.is_closing()):
             piece = next(self._outgoing, b"")
             if not piece:
                 self._answered()
@@ -279,18 +303,40 @@ class Connection(asyncio.BufferedProtocol):
         if self._ended:
             self._transport.close()
             return
-        with contextlib.suppress(OSError):  # the client has reset the connection
-            self._transport.write_eof()
+        if self._half_closes:
+            with contextlib.suppress(OSError):  # the client has reset the connection
+                self._transport.write_eof()
+        else:
+            self._silent = True
+            self._wait_for_silence()
+
+    def _wait_for_silence(self) -> None:
+        """Over TLS: put off closing while bytes come, which closing now would answer with a reset."""
+        if self._silent:
+            self.deadline = self._all.loop.time() + SILENT_SECONDS
+
+    def _rights(self) -> Rights:
+        if not self._remote:
+            return HERE
+        return self._all.desk.permissions.of_certificate(common_name(self._transport.get_extra_info("peercert")))
+
+    @property
+    def _idle_seconds(self) -> float:
+        """Who may do nothing yet has to say soon who it is."""
+        settings = self._all.settings
+        return settings.idle_seconds if self._visitor.rights.scopes else settings.request_seconds
 
 
-def identify(transport: asyncio.Transport, number: int) -> Visitor:
+def identify(transport: asyncio.Transport, number: int, rights: Rights) -> Visitor:
     """Return who is at the other end: IPv4 where it is mapped, without a scope, 127.0.0.1 for AF_UNIX."""
-    if transport.get_extra_info("socket").family == socket.AF_UNIX:
-        return Visitor(number, "127.0.0.1", 0)
+    sock = transport.get_extra_info("socket")
+    if sock.family == socket.AF_UNIX:
+        _, uid, _ = UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size))
+        return Visitor(number, "127.0.0.1", 0, rights, uid)
     host, port = transport.get_extra_info("peername")[:2]
     address = ipaddress.ip_address(host.partition("%")[0])
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-    return Visitor(number, str(mapped or address), port)
+    return Visitor(number, str(mapped or address), port, rights)
 
 
 def pieces(answer: Answer) -> Iterator[bytes]:

@@ -2,16 +2,19 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Final, Protocol
 
 import msgspec
 
 from services.gateway.admission import Admission
 from services.gateway.challenges import Challenges
-from services.gateway.counters import CROSS_PROTOCOL, REFUSED, REQUESTS, TOO_SLOW
+from services.gateway.counters import CROSS_PROTOCOL, REFUSED, REQUESTS, TOO_SLOW, WRONG_TOKENS
 from services.gateway.feed import Feed, Push
+from services.gateway.permission import Permissions
 from services.gateway.registry import Entry, Origin, Registry, Visitor
 from services.gateway.requests import (
+    Auth,
     Confirm,
     Id,
     Leave,
@@ -36,6 +39,8 @@ HaveSent = Callable[[Transmit, Callable[[int | RequestError], None]], None]
 """Has the transmitter send; what is called in the end gets how many frames have left, or why not."""
 LISTING_SECONDS: Final = 1.0
 """How old `expires_in` in a list may be: so long one rendering serves all who ask."""
+MAX_WRONG_TOKENS: Final = 3
+"""Of one connection; then it is closed, and trying costs a handshake again."""
 
 _encode: Final = msgspec.json.Encoder().encode
 
@@ -66,12 +71,15 @@ class Desk:
         feed: Feed,
         have_sent: HaveSent,
         clock: Callable[[], float],
+        permissions: Permissions,
     ) -> None:
+        self.permissions = permissions
         self.counters: Counter[str] = Counter()
         self._lease_seconds = settings.gateway.lease_seconds
         self._streams = {stream.name: {"listen": stream.listen} for stream in settings.streams}
         self._feed = feed
         self._present: dict[int, Push] = {}
+        self._wrong_tokens: Counter[int] = Counter()
         self._challenges = challenges
         self._registry = registry
         self._admission = admission
@@ -85,6 +93,7 @@ class Desk:
     def answer(self, request: Request, visitor: Visitor, reply: Callable[[Answer], None]) -> None:
         """Do what `request` says; `RequestError` when it can't be granted."""
         self.counters[REQUESTS] += 1
+        visitor.rights.check(request)
         if isinstance(request, Name):
             reply(self._sign_up(request, visitor))
         elif isinstance(request, Register):
@@ -95,9 +104,23 @@ class Desk:
             self._watch(request, visitor, reply)
         elif isinstance(request, Confirm):
             self._confirm(request, visitor, reply)
+        elif isinstance(request, Auth):
+            reply(self._show_rights(request, visitor))
         else:
-            reply(self._operate(request))
+            reply(self._operate(request, visitor))
         self._announcer.wake()
+
+    def authenticate(self, request: Auth, visitor: Visitor) -> Visitor:
+        """Return the visitor with the rights that its token gives; `RequestError` when it gives none."""
+        if visitor.rights.holder:
+            raise RequestError("not_permitted", f"this connection is {visitor.rights.holder!r} already; open another")
+        try:
+            return replace(visitor, rights=self.permissions.of_token(request.token))
+        except RequestError as refused:
+            self.counters[WRONG_TOKENS] += 1
+            self._wrong_tokens[visitor.id] += 1
+            refused.closes = self._wrong_tokens[visitor.id] >= MAX_WRONG_TOKENS
+            raise
 
     def refuse(self, refused: RequestError, id: Id | None = None) -> Answer:
         """Count a refusal and return its answer."""
@@ -126,6 +149,7 @@ class Desk:
     def depart(self, visitor: Visitor, *, by_us: bool) -> None:
         """The visitor's connection is gone, and with it the entries it held, unless it is we who go."""
         self._present.pop(visitor.id, None)
+        self._wrong_tokens.pop(visitor.id, None)
         self._feed.leave(visitor.id)
         if not by_us:
             self._registry.release_held(visitor)
@@ -179,7 +203,7 @@ class Desk:
         push = self._present.get(loser.visitor.id)
         if push is not None and loser.origin is Origin.JSON:
             client = loser.client
-            why = f"{client.name!r} was taken over from {visitor.address} port {visitor.port}"
+            why = f"{client.name!r} was taken over from {visitor}"
             push(json_line(event="taken_over", name=client.name, generation=client.generation, message=why))
 
     def _watch(self, request: Watch, visitor: Visitor, reply: Callable[[Answer], None]) -> None:
@@ -199,13 +223,17 @@ class Desk:
 
         self._have_sent(request, finished)
 
-    def _operate(self, request: Renew | Leave | List | Streams) -> Answer:
+    def _show_rights(self, request: Auth, visitor: Visitor) -> Answer:
+        rights = visitor.rights
+        return _succeed(request.id, holder=rights.holder, scopes=sorted(rights.scopes), streams=rights.streams)
+
+    def _operate(self, request: Renew | Leave | List | Streams, visitor: Visitor) -> Answer:
         match request:
             case Renew():
-                entry = self._registry.renew(request.name, request.generation)
+                entry = self._registry.renew(request.name, request.generation, visitor)
                 return _succeed(request.id, expires_in=self._registry.expires_in(entry))
             case Leave():
-                self._registry.release(request.name, request.generation)
+                self._registry.release(request.name, request.generation, visitor)
                 return _succeed(request.id)
             case List():
                 return [_head(request.id), b',"clients":', *self._list()]

@@ -2,8 +2,10 @@
 
 import contextlib
 import errno
+import ipaddress
 import socket
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Final
 
 from shared.addresses import Endpoint
@@ -18,20 +20,40 @@ KEEPALIVE: Final = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (sock
 """A peer that has vanished is noticed after a minute."""
 
 
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """A bound socket, and the endpoint that it is one address of."""
+
+    endpoint: Endpoint
+    sock: socket.socket
+
+    @property
+    def secure(self) -> bool:
+        """Whether its connections are TLS."""
+        return self.endpoint.scheme == "tls"
+
+    @property
+    def remote(self) -> bool:
+        """Whether others than this host's processes can come by it."""
+        if self.sock.family == socket.AF_UNIX:
+            return False
+        return not ipaddress.ip_address(self.sock.getsockname()[0].partition("%")[0]).is_loopback
+
+
 @contextlib.contextmanager
-def listening(endpoints: Iterable[Endpoint]) -> Iterator[list[socket.socket]]:
-    """Yield sockets bound to every address of every endpoint; close them and remove their files in the end."""
+def listening(endpoints: Iterable[Endpoint]) -> Iterator[list[Listener]]:
+    """Yield listeners bound to every address of every endpoint; close them and remove their files in the end."""
     with contextlib.ExitStack() as stack:
-        sockets: list[socket.socket] = []
+        listeners: list[Listener] = []
         for endpoint in endpoints:
             try:
                 opened = bind_endpoint(endpoint, _prepare, path_mode=0o600)
             except OSError as error:
                 raise OperatorError(FAILED, f"{endpoint}: {_cure(error)}") from None
-            for listener in opened:
-                stack.callback(close_listener, listener)
-            sockets += opened
-        yield sockets
+            for sock in opened:
+                stack.callback(close_listener, sock)
+            listeners += (Listener(endpoint, sock) for sock in opened)
+        yield listeners
 
 
 def _cure(error: OSError) -> str:

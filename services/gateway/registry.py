@@ -16,6 +16,7 @@ import msgspec
 import structlog
 
 from services.gateway.names_list import NamesList
+from services.gateway.permission import HERE, Rights
 from services.gateway.requests import RequestError
 from shared.registry import Client, Source
 from shared.wire import RegistryChange
@@ -51,11 +52,25 @@ class Origin(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Visitor:
-    """Who asks: a connection by its number (0: one of an earlier start), the address and port it comes from."""
+    """Who asks: a connection by its number (0: one of an earlier start), the address and port it comes from.
+
+    `uid` is the user at the other end of an AF_UNIX connection. Of an earlier start, the rights say the holder alone.
+    """
 
     id: int
     address: str
     port: int
+    rights: Rights = HERE
+    uid: int | None = None
+
+    def __str__(self) -> str:
+        where = f"{self.address} port {self.port}" if self.uid is None else f"this host, user {self.uid}"
+        return f"{where}, by {self.rights.holder!r}" if self.rights.holder else where
+
+    def controls(self, other: "Visitor") -> bool:
+        """Whether it may change what the other has signed up: it has the same holder, or every right."""
+        own = self.rights.holder != "" and self.rights.holder == other.rights.holder
+        return own or self.rights.everything
 
 
 @dataclass(slots=True)
@@ -225,15 +240,15 @@ class Registry:
             if entry is None or entry.origin is not Origin.SETTINGS or not same:
                 self._put(client, Visitor(0, client.address, client.port), Origin.SETTINGS)
 
-    def renew(self, name: str, generation: int) -> Entry:
+    def renew(self, name: str, generation: int, visitor: Visitor) -> Entry:
         """Let the entry's time begin anew."""
-        entry = self._entry(name, generation)
+        entry = self._entry(name, generation, visitor)
         self._prolong(entry)
         return entry
 
-    def release(self, name: str, generation: int) -> None:
-        """Take the entry away because who made it says so."""
-        self._remove([self._entry(name, generation)], "left")
+    def release(self, name: str, generation: int, visitor: Visitor) -> None:
+        """Take the entry away because who controls it says so."""
+        self._remove([self._entry(name, generation, visitor)], "left")
 
     def holds_any(self, visitor: Visitor) -> bool:
         """Whether an entry lasts as long as this visitor's connection."""
@@ -322,12 +337,14 @@ class Registry:
         told = [(serving.served, serving.unanswered) for serving in self.serving.values()]
         return self.commit(), *itertools.chain.from_iterable(told)
 
-    def _entry(self, name: str, generation: int) -> Entry:
+    def _entry(self, name: str, generation: int, visitor: Visitor) -> Entry:
         entry = self._entries.get(name)
         if entry is not None and entry.origin is Origin.SETTINGS:
             raise RequestError("not_permitted", f"{name!r} is a [[collector]] of the settings; change it there")
         if entry is None or entry.client.generation != generation:
             raise RequestError("stale_generation", f"that entry of {name!r} is there no longer; register again")
+        if not visitor.controls(entry.visitor):
+            raise RequestError("not_permitted", f"{name!r} is not yours; who signed it up may do that, or scope admin")
         return entry
 
     def _prolong(self, entry: Entry) -> None:
@@ -395,15 +412,19 @@ class Registry:
 def _check_replaceable(present: Entry, visitor: Visitor, origin: Origin, take_over: bool) -> None:
     """Raise `RequestError` unless this visitor may put another entry in the place of `present`."""
     name = present.client.name
-    if present.origin is origin is Origin.NAMES or (present.origin is origin and present.visitor.id == visitor.id):
+    own = present.visitor.id == visitor.id or (origin is Origin.NAMES and visitor.controls(present.visitor))
+    if present.origin is origin and own:
         return
     if take_over and present.origin is Origin.SETTINGS:
         raise RequestError("not_permitted", f"{name!r} is a [[collector]] of the settings; change it there")
+    holder = present.visitor.rights.holder
+    same = holder == visitor.rights.holder if holder else present.visitor.address == visitor.address
     # Who held it has lost the connection in a restart of ours, and may be back: it need not know of that.
     orphaned = present.held and not present.visitor.id
-    if (take_over or orphaned) and present.visitor.address == visitor.address:
+    if (take_over and (same or visitor.rights.everything)) or (orphaned and same):
         return
     raise RequestError(
         "name_taken",
-        f"{name!r} is signed up; choose another name, or register with take_over from the address it came from",
+        f"{name!r} is signed up; choose another name, or register with take_over "
+        + (f"as {holder!r}, whose it is" if holder else "from the address it came from"),
     )

@@ -113,6 +113,12 @@ class Confirm(_Request, frozen=True, tag="confirm"):
     nonce: Annotated[str, Meta(max_length=64)]
 
 
+class Auth(_Request, frozen=True, tag="auth"):
+    """Says who asks, by a secret."""
+
+    token: str
+
+
 class Streams(_Request, frozen=True, tag="streams"):
     """Asks what there is to sign up for."""
 
@@ -173,13 +179,14 @@ def parse_octets(kind: type, value: object) -> Octets:
     return Mac(parse_mac(value)) if kind is Mac else Octets(parse_hex(value))
 
 
-Operation = Register | Renew | Leave | List | Watch | Confirm | Streams | Transmit
+Operation = Auth | Register | Renew | Leave | List | Watch | Confirm | Streams | Transmit
 Request = Name | Operation
 
-OPERATIONS: Final = ("register", "renew", "leave", "list", "watch", "confirm", "streams", "transmit")
+OPERATIONS: Final = ("auth", "register", "renew", "leave", "list", "watch", "confirm", "streams", "transmit")
 EXPECTED: Final = {
     "id": "a string of at most 128 characters or a whole number of 64 bits",
     "name": "a string",
+    "token": "what `fanwire token` printed, as a string",
     "generation": "the whole number that `register` answered",
     "revision": "the whole number that `list`, `watch` or an event showed",
     "nonce": "what came in the datagram after `fanwire-challenge `",

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import errno
-import socket
+import ssl
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import structlog
 
+from services.gateway.access import check_listener, make_context, read_tokens
 from services.gateway.admission import Admission
 from services.gateway.announcer import Announcer
 from services.gateway.challenges import Challenges
@@ -18,7 +19,9 @@ from services.gateway.connection import Connection, Connections
 from services.gateway.counters import ACCOUNT, BUS_REJECTED, CLIENTS, COLLECTORS, CONNECTIONS, PRESERVING, WATCHERS
 from services.gateway.desk import Desk
 from services.gateway.feed import Feed
-from services.gateway.listeners import BACKLOG, is_broadcast, is_local, listening, send_datagram
+from services.gateway.handshakes import Handshakes
+from services.gateway.listeners import BACKLOG, Listener, is_broadcast, is_local, listening, send_datagram
+from services.gateway.permission import Permissions
 from services.gateway.registry import Registry
 from services.gateway.requests import RequestError
 from services.gateway.store import Store
@@ -43,15 +46,27 @@ log = structlog.get_logger()
 def serve(settings: Settings, lifecycle: Lifecycle) -> None:
     """Serve until told to drain."""
     print("Starting server...", flush=True)  # as the documented server does
-    admission = Admission([stream.name for stream in settings.streams], udp_listeners(settings), is_local, is_broadcast)
+    admission = Admission(
+        [stream.name for stream in settings.streams],
+        udp_listeners(settings),
+        is_local,
+        is_broadcast,
+        settings.gateway.destinations,
+    )
     bus = settings.bus
+    tokens = read_tokens(settings)
+    secure = any(endpoint.scheme == "tls" for endpoint in settings.gateway.endpoints)
+    tls = make_context(settings.gateway, tokens) if secure else None
     with (
-        listening(settings.gateway.endpoints) as sockets,
+        listening(settings.gateway.endpoints) as listeners,
         _opened(settings) as store,
         new_context() as context,
         contextlib.closing(Publisher(context, bus.path, worker_name("gateway"), bus.high_water_mark)) as publisher,
         contextlib.closing(Subscriber(context, bus.path, bus.high_water_mark)) as subscriber,
     ):
+        for listener in listeners:
+            check_listener(listener, tokens)
+        permissions = Permissions(tokens, names_beyond_loopback=settings.gateway.names_beyond_loopback)
         registry = Registry(
             settings.gateway.max_clients,
             _boot_time,
@@ -61,7 +76,8 @@ def serve(settings: Settings, lifecycle: Lifecycle) -> None:
         )
         registry.restore(store.entries, store.revision)
         _enter_configured(settings, admission, registry)
-        asyncio.run(_Server(settings, lifecycle, registry, admission, publisher, subscriber).run(sockets))
+        server = _Server(settings, lifecycle, registry, admission, permissions, publisher, subscriber)
+        asyncio.run(server.run(listeners, tls))
 
 
 def _boot_time() -> float:
@@ -91,12 +107,13 @@ class _Server:
     lifecycle: Lifecycle
     registry: Registry
     admission: Admission
+    permissions: Permissions
     publisher: Publisher
     subscriber: Subscriber
     _troubled_at: float = -1.0
 
-    async def run(self, sockets: list[socket.socket]) -> None:
-        """Serve clients on these sockets until told to drain."""
+    async def run(self, listeners: list[Listener], tls: ssl.SSLContext | None) -> None:
+        """Serve clients on these listeners until told to drain; `tls` is for those that are secure."""
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(self._report_trouble)
         settings = self.settings.gateway
@@ -116,6 +133,7 @@ class _Server:
             feed,
             transmissions.begin,
             _boot_time,
+            self.permissions,
         )
         limit = min(settings.max_connections, descriptor_limit() - SPARE_DESCRIPTORS)
         self._connections = Connections(self._desk, settings, limit)
@@ -127,13 +145,20 @@ class _Server:
         ):
             loop.add_reader(source.fileno(), act)
         servers = [  # on duplicates, which the loop closes: ours tell their paths until they are removed
-            await loop.create_server(lambda: Connection(self._connections), sock=listener.dup(), backlog=BACKLOG)
-            for listener in sockets
+            await loop.create_server(lambda: Connection(self._connections), sock=listener.sock.dup(), backlog=BACKLOG)
+            for listener in listeners
+            if not listener.secure
         ]
+        handshakes = Handshakes(self._connections, tls) if tls else None
+        for listener in listeners:
+            if handshakes and listener.secure:
+                handshakes.serve(listener)
         await self._tick_until(stopped)
         loop.remove_reader(self.lifecycle.fileno())
         for server in servers:
             server.close()
+        if handshakes:
+            await handshakes.stop()
         await self._connections.drain(DRAIN_SECONDS)
         self._announcer.flush()
 

@@ -14,6 +14,7 @@ from typing import Final, Self
 import msgspec
 import structlog
 
+from services.gateway.permission import Rights
 from services.gateway.registry import Entry, Event, Origin, Visitor
 from services.gateway.requests import RequestError
 from shared.lifecycle import FAILED, OperatorError
@@ -44,6 +45,7 @@ class _Kept(msgspec.Struct, frozen=True):
     port: int
     ttl: float
     held: bool
+    holder: str = ""
 
 
 class Store:
@@ -127,7 +129,8 @@ class Store:
             self._database.execute("DELETE FROM client WHERE name = ?", (entry.client.name,))
             return
         visitor = entry.visitor
-        kept = _Kept(entry.client, entry.origin, visitor.address, visitor.port, entry.ttl, entry.held)
+        holder = visitor.rights.holder
+        kept = _Kept(entry.client, entry.origin, visitor.address, visitor.port, entry.ttl, entry.held, holder)
         self._database.execute(PUT, (entry.client.name, msgspec.json.encode(kept).decode()))
 
     @contextlib.contextmanager
@@ -154,7 +157,7 @@ class _DamagedError(Exception):
 
 def _parse(text: str, now: float) -> Entry:
     kept = msgspec.json.decode(text, type=_Kept)
-    visitor = Visitor(0, kept.address, kept.port)
+    visitor = Visitor(0, kept.address, kept.port, Rights(kept.holder))
     return Entry(kept.client, kept.origin, visitor, kept.ttl, float("inf"), 0, kept.held, now)
 
 

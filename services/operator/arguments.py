@@ -4,9 +4,9 @@ import argparse
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from shared.addresses import Endpoint, pack_address, pack_network, parse_endpoint
+from shared.addresses import pack_address, pack_network
 from shared.lifecycle import Parser, add_config_argument
-from shared.settings import REGISTRY_SCHEMES, Settings
+from shared.settings import Settings
 from shared.wire import MAX_INTERFACE
 
 if TYPE_CHECKING:  # not subscriptable when the program runs
@@ -24,17 +24,6 @@ def add_command(subparsers: Subparsers, name: str, run: Run, description: str) -
     add_config_argument(parser)
     parser.set_defaults(run=run)
     return parser
-
-
-def add_gateway_argument(parser: Parser) -> None:
-    """Add `--gateway ENDPOINT`."""
-    parser.add_argument(
-        "--gateway", type=_gateway, metavar="ENDPOINT", help="tcp://HOST:PORT or unix:///PATH; default: as in settings"
-    )
-
-
-def _gateway(text: str) -> Endpoint:
-    return or_usage(parse_endpoint, text, REGISTRY_SCHEMES)
 
 
 def prefix(text: str) -> str:

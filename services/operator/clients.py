@@ -7,10 +7,10 @@ import msgspec
 from services.operator.arguments import (
     Subparsers,
     add_command,
-    add_gateway_argument,
     add_wishes,
     wishes,
 )
+from services.operator.gateway import access, add_gateway_arguments
 from services.operator.registry_client import DEFAULT_HOP_LIMIT, Entry, Registry
 from services.operator.tables import print_table
 from shared.lifecycle import FAILED, OK, OperatorError
@@ -28,7 +28,7 @@ def add_parser(subparsers: Subparsers) -> None:
     register = add_command(subparsers, "register", run_register, "sign up a client, or a collector for streams")
     leave = add_command(subparsers, "leave", run_leave, "take a client off the list")
     for parser in (listing, register, leave):
-        add_gateway_argument(parser)
+        add_gateway_arguments(parser)
     for parser in (listing, register):
         parser.add_argument("--json", action="store_true", help="print what the registry answers, as JSON")
     for parser in (register, leave):
@@ -44,7 +44,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def open_registry(arguments: argparse.Namespace, settings: Settings) -> Registry:
     """Connect to the gateway of `--gateway`, else of the settings."""
-    return Registry(arguments.gateway or settings.gateway.endpoints[0], 10.0 + settings.gateway.serve_seconds)
+    return Registry(access(arguments, settings), 10.0 + settings.gateway.serve_seconds)
 
 
 def run_clients(arguments: argparse.Namespace, settings: Settings) -> int:

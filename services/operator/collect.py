@@ -11,7 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from services.operator.arguments import Subparsers, add_command, add_gateway_argument, add_wishes, wishes
+from services.operator.arguments import Subparsers, add_command, add_wishes, wishes
+from services.operator.gateway import access, add_gateway_arguments
 from services.operator.lease import Lease
 from services.operator.output import Output, add_output_arguments, as_hex, as_payload, as_text, say
 from shared.addresses import SocketAddress
@@ -39,7 +40,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "--stream", dest="streams", action="append", required=True, metavar="STREAM", help="or *; may be repeated"
     )
     add_wishes(parser)
-    add_gateway_argument(parser)
+    add_gateway_arguments(parser)
     add_output_arguments(parser)
     parser.add_argument(
         "--write", type=Path, metavar="FILE", help="append payloads to FILE, a line each; print nothing"
@@ -51,9 +52,8 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
     lifecycle = Lifecycle()
     with ExitStack() as closing:
         output = _open_output(arguments, closing)
-        endpoint = arguments.gateway or settings.gateway.endpoints[0]
         answer_seconds = ANSWER_SECONDS + settings.gateway.serve_seconds
-        lease = Lease(endpoint, answer_seconds, arguments.name, wishes(arguments))
+        lease = Lease(access(arguments, settings), answer_seconds, arguments.name, wishes(arguments))
         receiver = closing.enter_context(_open_receiver(arguments.address, arguments.port or 0, lease.local))
         closing.callback(lease.leave)  # before the port is closed: copies to a closed one would count as refused
         lease.prove = partial(_await_nonce, receiver)

@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from services.operator.output import say
-from services.operator.registry_client import Entry, RefusedError, Registry, UnreachableError
-from shared.addresses import Endpoint, SocketAddress
+from services.operator.registry_client import Access, Entry, RefusedError, Registry, UnreachableError
+from shared.addresses import SocketAddress
 
 TTL_SECONDS: Final = 30.0
 RENEW_SECONDS: Final = 10.0
@@ -21,13 +21,13 @@ that has just started may not have seen the transmitter yet."""
 class Lease:
     """An entry in the registry for as long as this object is kept going by `keep`."""
 
-    def __init__(self, endpoint: Endpoint, answer_seconds: float, name: str, wishes: Mapping[str, Any]) -> None:
+    def __init__(self, access: Access, answer_seconds: float, name: str, wishes: Mapping[str, Any]) -> None:
         """Connect, so that the family and address of the connection are known; `register` does the rest."""
-        self._endpoint = endpoint
+        self._access = access
         self._answer_seconds = answer_seconds
         self._name = name
         self._wishes = {**wishes, "name": name, "ttl": TTL_SECONDS, "hold": True}
-        self._registry: Registry | None = Registry(endpoint, answer_seconds)
+        self._registry: Registry | None = Registry(access, answer_seconds)
         self._generation: int | None = None
         self._attempts = 0
         self._due_at = 0.0
@@ -52,7 +52,7 @@ class Lease:
         """Sign up, with what `wishes` adds; OperatorError when that is refused."""
         self._wishes |= wishes
         if self._registry is None:
-            self._registry = Registry(self._endpoint, self._answer_seconds)
+            self._registry = Registry(self._access, self._answer_seconds)
         entry = self._ask_for_entry(self._registry)
         self._generation, self._attempts = entry.generation, 0
         self._due_at = time.monotonic() + RENEW_SECONDS

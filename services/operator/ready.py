@@ -65,8 +65,10 @@ def hints(settings: Settings) -> Iterator[str]:
     listeners = [(stream, at) for stream in settings.streams for at in stream.endpoints if at.scheme == "udp"]
     for stream, listener in listeners[:1]:
         yield f"echo 'Hello you there!' | nc -u -w1 {_for_nc(listener)}"
+        near = [endpoint for endpoint in settings.gateway.endpoints if endpoint.scheme != "tls"]
         request = f'{{"op":"register","name":"siem","streams":["{stream.name}"],"port":{HINT_PORT}}}'
-        yield f"printf '{request}\\n' | nc -q1 {_for_nc(settings.gateway.endpoints[0])}"
+        for endpoint in near[:1]:
+            yield f"printf '{request}\\n' | nc -q1 {_for_nc(endpoint)}"
 
 
 def _program() -> str:

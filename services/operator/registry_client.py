@@ -1,6 +1,8 @@
-"""The registry's JSON protocol from the client's side: one request a line, one answer a line, over TCP or AF_UNIX."""
+"""The registry's JSON protocol from the client's side: a line a request, a line an answer, by TCP, TLS or AF_UNIX."""
 
 import socket
+import ssl
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
@@ -68,25 +70,50 @@ class RefusedError(OperatorError):
         self.error = answer.error
 
 
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Where the gateway is, and what to show there: a certificate by `tls`, and a token."""
+
+    endpoint: Endpoint
+    tls: ssl.SSLContext | None = None
+    token: str | None = None
+
+
 class UnreachableError(OperatorError):
     """No gateway there, or it went away."""
 
     def __init__(self, endpoint: Endpoint, reason: str) -> None:
         cure = "is fanwire running? start it with `make run` or `honcho start`, or name another by --gateway"
+        if endpoint.scheme == "tls":
+            cure = "is it running, and does it take this certificate? its log says why a handshake failed"
         super().__init__(UNAVAILABLE, f"no gateway at {endpoint} ({reason}); {cure}")
 
 
 class Registry:
     """A connection to the gateway. OperatorError tells what the operator can mend."""
 
-    def __init__(self, endpoint: Endpoint, answer_seconds: float) -> None:
-        self._endpoint = endpoint
+    def __init__(self, access: Access, answer_seconds: float) -> None:
+        self._endpoint = access.endpoint
         self._received = bytearray()
         try:
-            self._connection = _connect(endpoint)
+            self._connection = _connect(access)
+        except ssl.SSLCertVerificationError as error:
+            raise OperatorError(
+                NOT_PERMITTED,
+                f"{access.endpoint}: {error.verify_message}; --authority names who signed its certificate",
+            ) from None
         except OSError as error:
-            raise UnreachableError(endpoint, error.strerror or str(error)) from None
+            raise UnreachableError(access.endpoint, error.strerror or str(error)) from None
         self._connection.settimeout(answer_seconds)
+        if access.token is not None:
+            self._present(access.token)
+
+    def _present(self, token: str) -> None:
+        try:
+            self.ask("auth", token=token)
+        except OperatorError:
+            self.close()
+            raise
 
     @property
     def local(self) -> SocketAddress | None:
@@ -146,16 +173,20 @@ class Registry:
         self.close()
 
 
-def _connect(endpoint: Endpoint) -> socket.socket:
+def _connect(access: Access) -> socket.socket:
+    endpoint = access.endpoint
     if not endpoint.path:
-        return socket.create_connection((endpoint.host, endpoint.port), timeout=CONNECT_SECONDS)
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection = socket.create_connection((endpoint.host, endpoint.port), timeout=CONNECT_SECONDS)
+    else:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        connection.connect(endpoint.path)
+        if endpoint.path:
+            connection.connect(endpoint.path)
+        # It takes the socket over, and closes it when the handshake fails.
+        return access.tls.wrap_socket(connection, server_hostname=endpoint.host) if access.tls else connection
     except OSError:
         connection.close()
         raise
-    return connection
 
 
 def _decode(line: bytes | msgspec.Raw, kind: type[T]) -> T:

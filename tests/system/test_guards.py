@@ -24,6 +24,7 @@ PURE = (
     "shared/segments.py",
     "shared/wire.py",
     "services/forwarder/plan.py",
+    "services/gateway/permission.py",
     "services/gateway/protocol.py",
     "services/gateway/registry.py",
     "services/gateway/requests.py",

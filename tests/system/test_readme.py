@@ -10,7 +10,7 @@ import pytest
 
 from shared.settings import Settings, render
 from tests.openly import OpenStack
-from tests.stack import CHECKOUT
+from tests.stack import CHECKOUT, Stack
 from tests.system.test_fan_out import need
 
 README = (CHECKOUT / "README.md").read_text()
@@ -47,6 +47,36 @@ def test_the_tour_works_when_pasted(open_stack: OpenStack) -> None:
     assert re.search(r"Got message from \('127\.0\.0\.1', \d+\): .*third", said)
     assert "siem" in said
     assert "balanced" in said
+
+
+def test_who_may_works_when_pasted(stack: Stack) -> None:
+    """The certificate and token that README has one make let a client in by TLS, with either program."""
+    need("openssl")
+    section = README.partition("## Who may")[2].partition("\n## ")[0]
+    make, lines, use = re.findall(r"^```(?:bash|toml)\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    if not (Path(sys.prefix) / "bin" / "fanwire").exists():
+        pytest.skip("fanwire is not installed in this environment")
+
+    def paste(commands: str) -> str:
+        result = subprocess.run(
+            ["bash", "-euc", commands],
+            env=stack.environment,
+            cwd=stack.directory,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    paste(make)
+    stack.configure(lines)
+    stack.start("broker")
+    stack.start("gateway")
+    said = paste(use)
+    assert "copies of messages go to 127.0.0.1 port 9514" in said
+    assert '{"ok":true,"holder":"siem","scopes":["collect","list"],"streams":["*"]}\n' in said
+    assert '"clients":{"siem":' in said
 
 
 def test_settings_are_those_in_the_table() -> None:

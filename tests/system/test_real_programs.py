@@ -82,7 +82,7 @@ def test_flow_collector_tells_exporters_apart(open_stack: OpenStack) -> None:
     """`nfcapd`, which files by exporter's address, files the flows of three exporters apart, as without fanwire."""
     softflowd = need("softflowd")
     open_stack.configure(
-        f'{PATIENT}listen = ["tcp://0.0.0.0:5000"]\n[[stream]]\nname = "netflow"\nlisten = ["udp://0.0.0.0:2055"]\n'
+        f'{PATIENT}destinations = ["10.2.0.0/24"]\n[[stream]]\nname = "netflow"\nlisten = ["udp://0.0.0.0:2055"]\n'
     )
     with ExitStack() as opened:
         relay, siem = opened.enter_context(Host()), opened.enter_context(Host())
@@ -98,9 +98,9 @@ def test_flow_collector_tells_exporters_apart(open_stack: OpenStack) -> None:
             open_stack.start_all()
             open_stack.start("transmitter")
         collectors = [start_sorting_nfcapd(open_stack, siem, port) for port in (9995, 9996)]
-        with siem.entered():
+        with relay.entered():
             request = {"op": "register", "name": "n", "streams": ["netflow"], "port": 9996, "source": "original"}
-            assert ask_json(request, host="10.2.0.1")["client"]["health"] == "ok"
+            assert ask_json(request | {"address": "10.2.0.2"})["client"]["health"] == "ok"
         for number, router in enumerate(routers):
             capture = open_stack.directory / f"traffic{number}.pcap"
             write_capture(capture, network=20 + number)

@@ -1,6 +1,9 @@
+from ipaddress import ip_network
+
 import pytest
 
 from services.gateway.admission import Admission
+from services.gateway.permission import Rights
 from services.gateway.registry import Visitor
 from services.gateway.requests import Register, RequestError
 from shared.settings import Collector
@@ -61,6 +64,19 @@ def test_address_of_somebody_else(address: str | None, visitor: str, proven: boo
     """An address that the request does not come from has to be proven: copies would be aimed at others."""
     request = Register(name="c", streams=("*",), address=address, port=9000)
     assert admission.proven(request, Visitor(1, visitor, 40_000)) is proven
+
+
+@pytest.mark.parametrize(
+    ("address", "proven"),
+    [("10.2.0.9", True), ("::ffff:10.2.0.9", True), ("10.9.0.9", True), ("fd00::9", True), ("10.3.0.9", False)],
+)
+def test_address_that_the_operator_allows(address: str, proven: bool) -> None:
+    """To networks of the settings and of the visitor's token copies go without proof."""
+    destinations = ["10.2.0.0/24", "fd00::/8"]
+    listed = Admission(["messages"], LISTENERS, LOCAL.__contains__, LOCAL.__contains__, destinations)
+    rights = Rights("siem", frozenset({"collect"}), destinations=(ip_network("10.9.0.0/16"),))
+    request = Register(name="c", streams=("*",), address=address, port=9000)
+    assert listed.proven(request, Visitor(1, "192.0.2.9", 40_000, rights)) is proven
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import msgspec
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.gateway.names_list import BLOCK, NamesList
+from services.gateway.permission import Rights
 from services.gateway.registry import (
     MAX_CHANGE,
     PRESERVE_WINDOW_SECONDS,
@@ -24,7 +26,7 @@ from services.gateway.requests import RequestError
 from shared.registry import Client, Source
 from shared.wire import RegistryChange
 
-HERE, ELSEWHERE = Visitor(1, "127.0.0.1", 4000), Visitor(2, "192.0.2.7", 4001)
+HERE, ELSEWHERE = Visitor(1, "127.0.0.1", 4000), Visitor(2, "192.0.2.7", 4001, Rights("siem", frozenset({"collect"})))
 
 
 class Table(Registry):
@@ -72,11 +74,31 @@ def test_name_taken(registry: Table) -> None:
     assert registry.join("a", neighbour, take_over=True).visitor == neighbour
 
 
+def test_entry_is_its_holders(registry: Table) -> None:
+    """Who has the same holder renews, replaces and removes it, from anywhere; another at the same address does not."""
+    entry = registry.join("a", ELSEWHERE, ttl=5)
+    again = Visitor(4, "192.0.2.8", 4002, ELSEWHERE.rights)
+    other = Visitor(5, ELSEWHERE.address, 4003, Rights("other", frozenset({"collect"})))
+    for act in (registry.renew, registry.release):
+        assert error_of(act, "a", entry.client.generation, other) == "not_permitted"
+    assert error_of(registry.join, "a", other, take_over=True) == "name_taken"
+    registry.renew("a", entry.client.generation, again)
+    assert error_of(registry.join, "a", again) == "name_taken"
+    taken = registry.join("a", again, take_over=True)
+    registry.release("a", taken.client.generation, ELSEWHERE)
+    registry.join("a", ELSEWHERE)
+    boss = Visitor(6, "192.0.2.9", 4004, Rights("boss", frozenset({"admin"})))
+    registry.release("a", registry.join("a", boss, take_over=True).client.generation, boss)
+
+
 def test_names_protocol_replaces_only_its_own(registry: Table) -> None:
-    """On the names protocol a name replaces itself, from anywhere, but never an entry made otherwise."""
+    """On the names protocol a name replaces itself, by this host's and its holder's, never an entry made otherwise."""
     registry.join("a", HERE, Origin.NAMES)
-    registry.join("a", ELSEWHERE, Origin.NAMES)
-    assert json.loads(b"".join(registry.names.render()))["a"]["address"] == ELSEWHERE.address
+    assert error_of(registry.join, "a", ELSEWHERE, Origin.NAMES) == "name_taken"
+    registry.join("a", replace(HERE, id=3, address="127.0.0.2"), Origin.NAMES)
+    assert json.loads(b"".join(registry.names.render()))["a"]["address"] == "127.0.0.2"
+    registry.join("b", ELSEWHERE, Origin.NAMES)
+    registry.join("b", replace(ELSEWHERE, id=4), Origin.NAMES)
     assert error_of(registry.join, "a", HERE, Origin.JSON) == "name_taken"
     registry.join("j", HERE, Origin.JSON)
     registry.join("s", HERE, Origin.SETTINGS)
@@ -89,8 +111,8 @@ def test_settings_are_not_changed_from_the_network(registry: Table) -> None:
     entry = registry.join("s", HERE, Origin.SETTINGS)
     generation = entry.client.generation
     assert error_of(registry.join, "s", HERE, take_over=True) == "not_permitted"
-    assert error_of(registry.release, "s", generation) == "not_permitted"
-    assert error_of(registry.renew, "s", generation) == "not_permitted"
+    assert error_of(registry.release, "s", generation, HERE) == "not_permitted"
+    assert error_of(registry.renew, "s", generation, HERE) == "not_permitted"
 
 
 def test_registry_full() -> None:
@@ -106,9 +128,9 @@ def test_release_wants_the_generation(registry: Table) -> None:
     """A late `leave` or `renew` can't touch a successor of the same name."""
     old = registry.join("a").client.generation
     new = registry.join("a").client.generation
-    assert error_of(registry.release, "a", old) == error_of(registry.renew, "a", old) == "stale_generation"
-    registry.release("a", new)
-    assert error_of(registry.release, "a", new) == "stale_generation"
+    assert error_of(registry.release, "a", old, HERE) == error_of(registry.renew, "a", old, HERE) == "stale_generation"
+    registry.release("a", new, HERE)
+    assert error_of(registry.release, "a", new, HERE) == "stale_generation"
     assert registry.present == []
 
 
@@ -118,7 +140,7 @@ def test_lease_expires_unless_renewed(registry: Table) -> None:
     registry.now = 9
     assert registry.expires_in(lasting) is None
     assert registry.expires_in(lease) == 1
-    registry.renew("b", lease.client.generation)
+    registry.renew("b", lease.client.generation, HERE)
     registry.now = 18.9
     registry.expire()
     assert registry.present == ["a", "b"]
@@ -144,9 +166,9 @@ def test_changes_are_numbered(registry: Table) -> None:
     """A commit puts all changes since the last one under the next revision; without changes there is none."""
     a, b = registry.join("a").client, registry.join("b").client
     assert registry.commit() == registry.commit() == 2
-    registry.release("a", a.generation)
+    registry.release("a", a.generation, HERE)
     again = registry.join("a").client
-    registry.release("b", b.generation)
+    registry.release("b", b.generation, HERE)
     registry.commit()
     assert registry.take_changes() == [RegistryChange(0, 2, [a, b], []), RegistryChange(2, 5, [again], ["b"])]
     assert registry.take_changes() == []
@@ -171,7 +193,7 @@ def test_every_change_is_an_event(registry: Table) -> None:
     a = registry.join("a", ttl=5)
     again = registry.join("a")
     registry.join("b", ttl=5)
-    registry.release("a", again.client.generation)
+    registry.release("a", again.client.generation, HERE)
     registry.now = 5
     registry.expire()
     told = [(event.kind, event.revision, event.entry.client.name) for event in registry.take_events()]
@@ -191,7 +213,7 @@ def test_change_that_is_not_kept_is_not_made() -> None:
     entry = registry.join("a", ttl=1)
     broken = True
     assert error_of(registry.join, "b") == error_of(registry.join, "a") == "unavailable"
-    assert error_of(registry.release, "a", entry.client.generation) == "unavailable"
+    assert error_of(registry.release, "a", entry.client.generation, HERE) == "unavailable"
     assert registry.present == ["a"]
     assert registry.commit() == 1
     broken = False
@@ -228,12 +250,12 @@ def test_many_missing_renewals_stop_expiry() -> None:
     entries = lease(registry, 20)
     registry.now = 9
     for entry in entries[:16]:
-        registry.renew(entry.client.name, entry.client.generation)
+        registry.renew(entry.client.name, entry.client.generation, HERE)
     registry.now = 10
     registry.expire()
     assert (registry.preserving, len(registry)) == (True, 20)
     for entry in entries:
-        registry.renew(entry.client.name, entry.client.generation)
+        registry.renew(entry.client.name, entry.client.generation, HERE)
     registry.now = 11
     registry.expire()
     assert (registry.preserving, len(registry)) == (False, 20)
@@ -255,7 +277,7 @@ def test_few_missing_renewals_expire(count: int, renewing: int) -> None:
     entries = lease(registry, count)
     registry.now = 9
     for entry in entries[:renewing]:
-        registry.renew(entry.client.name, entry.client.generation)
+        registry.renew(entry.client.name, entry.client.generation, HERE)
     registry.now = 10
     registry.expire()
     assert (registry.preserving, len(registry)) == (False, renewing)
@@ -349,7 +371,7 @@ def test_changes_lead_to_the_registry(actions: list[tuple[str, int, int]]) -> No
         if action == "join":
             registry.join(name, ttl=ttl)
         elif action == "release" and name in present:
-            registry.release(name, present[name].generation)
+            registry.release(name, present[name].generation, HERE)
         elif action == "expire":
             registry.now += 1
             registry.expire()

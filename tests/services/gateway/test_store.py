@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 
 from services.gateway import store as store_module
+from services.gateway.permission import Rights
 from services.gateway.registry import Entry, Event, Origin, Registry, Visitor
 from services.gateway.requests import RequestError
 from services.gateway.store import SKIPPED, Store
 from shared.lifecycle import OperatorError
 from shared.registry import Client
 
-HERE = Visitor(7, "127.0.0.1", 4000)
+HERE = Visitor(7, "127.0.0.1", 4000, Rights("holder"))
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def test_everything_is_there_again(path: Path) -> None:
     with opened(path) as store:
         registry = registry_on(store)
         first, second, third = (join(registry, name) for name in ("one", "two", "three"))
-        registry.release("two", second.client.generation)
+        registry.release("two", second.client.generation, HERE)
         join(registry, "one", hold=True)
         before, revision = shown(registry), registry.commit()
     assert (first.client.generation, third.client.name) == (1, "three")
@@ -57,8 +58,18 @@ def test_everything_is_there_again(path: Path) -> None:
         again = registry_on(store)
         assert (shown(again), again.commit(), store.generation) == (before, revision, 4)
         assert [entry.client.name for entry in again.entries()] == ["one", "three"]
-        assert {entry.visitor for entry in again.entries()} == {Visitor(0, "127.0.0.1", 4000)}
+        assert {entry.visitor for entry in again.entries()} == {Visitor(0, "127.0.0.1", 4000, Rights("holder"))}
         assert join(again, "two").client.generation == 5
+
+
+def test_entry_of_an_earlier_version(path: Path) -> None:
+    """What was written before entries had holders is read, and has none."""
+    with opened(path) as store:
+        join(registry_on(store), "one")
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
+        database.execute("UPDATE client SET entry = json_remove(entry, '$.holder')")
+    with opened(path) as store:
+        assert [entry.visitor.rights.holder for entry in store.entries] == [""]
 
 
 def test_without_a_file_nothing_is_kept(tmp_path: Path) -> None:
