@@ -80,7 +80,9 @@ class Connection(asyncio.BufferedProtocol):
         "_decoder",
         "_discarded",
         "_ended",
+        "_gone_by",
         "_half_closes",
+        "_introduced_by",
         "_last",
         "_lingering",
         "_outgoing",
@@ -119,6 +121,7 @@ class Connection(asyncio.BufferedProtocol):
         self._transport.set_write_buffer_limits(WRITE_SIZE)
         self._half_closes = self._transport.can_write_eof()
         self._visitor = identify(self._transport, next(self._all.numbers), self._rights())
+        self._introduced_by = self._all.loop.time() + self._all.settings.request_seconds
         self._all.open.add(self)
         self._all.desk.arrive(self._visitor, self._push)
         excess = len(self._all.open) - self._all.limit
@@ -185,12 +188,14 @@ class Connection(asyncio.BufferedProtocol):
         elif self._lingering or self._stalled:
             self._all.desk.counters[TOO_SLOW] += not self._lingering
             self._transport.abort()
+        elif not self._visitor.rights.scopes:
+            self._refuse(RequestError("too_slow", f"op auth has {settings.request_seconds:g} s to come", closes=True))
         elif self._receiving:
             self._refuse(RequestError("too_slow", f"a request has {settings.request_seconds:g} s to come", closes=True))
         elif self._all.desk.stays(self._visitor):
             self.deadline = self._all.loop.time() + settings.idle_seconds
         else:
-            self._refuse(RequestError("too_slow", f"nothing came for {self._idle_seconds:g} s", closes=True))
+            self._refuse(RequestError("too_slow", f"nothing came for {settings.idle_seconds:g} s", closes=True))
 
     def drain(self) -> None:
         """Take no more requests; close once the answer under way, if any, is sent."""
@@ -233,9 +238,11 @@ class Connection(asyncio.BufferedProtocol):
     def _await_request(self) -> None:
         now, settings = self._all.loop.time(), self._all.settings
         if not self._decoder.buffered:
-            self._receiving, self.deadline = False, now + self._idle_seconds
+            self._receiving, self.deadline = False, now + settings.idle_seconds
         elif not self._receiving:  # from its first byte, whatever comes later
             self._receiving, self.deadline = True, now + settings.request_seconds
+        if not self._visitor.rights.scopes:  # whatever it says meanwhile
+            self.deadline = min(self.deadline, self._introduced_by)
 
     def _throttle(self) -> None:
         """Stop reading from a client that sends faster than it takes answers."""
@@ -299,7 +306,7 @@ class Connection(asyncio.BufferedProtocol):
     def _finish(self) -> None:
         """All is said: half-close, and give the client a moment to read it and close as well."""
         self._lingering = True
-        self.deadline = self._all.loop.time() + self._all.settings.request_seconds
+        self._gone_by = self.deadline = self._all.loop.time() + self._all.settings.request_seconds
         if self._ended:
             self._transport.close()
             return
@@ -313,18 +320,12 @@ class Connection(asyncio.BufferedProtocol):
     def _wait_for_silence(self) -> None:
         """Over TLS: put off closing while bytes come, which closing now would answer with a reset."""
         if self._silent:
-            self.deadline = self._all.loop.time() + SILENT_SECONDS
+            self.deadline = min(self._gone_by, self._all.loop.time() + SILENT_SECONDS)
 
     def _rights(self) -> Rights:
         if not self._remote:
             return HERE
         return self._all.desk.permissions.of_certificate(common_name(self._transport.get_extra_info("peercert")))
-
-    @property
-    def _idle_seconds(self) -> float:
-        """Who may do nothing yet has to say soon who it is."""
-        settings = self._all.settings
-        return settings.idle_seconds if self._visitor.rights.scopes else settings.request_seconds
 
 
 def identify(transport: asyncio.Transport, number: int, rights: Rights) -> Visitor:

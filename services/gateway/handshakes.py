@@ -4,6 +4,7 @@ asyncio's own server has no bound on handshakes under way, and says nothing of t
 """
 
 import asyncio
+import asyncio.sslproto
 import socket
 import ssl
 import time
@@ -16,6 +17,8 @@ from services.gateway.connection import REFUSING_MAX, Connection, Connections
 from services.gateway.counters import CONNECTIONS_REFUSED, HANDSHAKES_FAILED
 from services.gateway.listeners import BACKLOG, Listener
 
+TLS_READ_SIZE: Final = 16 * 1024
+"""Bytes, a record's: asyncio keeps so many for each connection, and takes 256 KiB by itself."""
 RETRY_SECONDS: Final = 1.0
 """After a failed accept, as without a descriptor to spare; asyncio waits so long too."""
 
@@ -26,6 +29,7 @@ class Handshakes:
     """Accepts on TLS listeners, and makes a `Connection` of each handshake that succeeds."""
 
     def __init__(self, connections: Connections, context: ssl.SSLContext) -> None:
+        asyncio.sslproto.SSLProtocol.max_size = TLS_READ_SIZE
         self._all = connections
         self._context = context
         self._tasks: set[asyncio.Task[None]] = set()

@@ -177,6 +177,8 @@ def _connect(access: Access) -> socket.socket:
     endpoint = access.endpoint
     if not endpoint.path:
         connection = socket.create_connection((endpoint.host, endpoint.port), timeout=CONNECT_SECONDS)
+        # TLS ends its handshake with a message that is not answered: what is asked next would wait for the delayed ACK.
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     else:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
