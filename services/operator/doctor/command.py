@@ -7,16 +7,16 @@ from typing import Final
 
 import msgspec
 
-from services.operator.arguments import Subparsers, add_command, add_gateway_argument
+from services.operator.arguments import Subparsers, add_command
 from services.operator.doctor.finding import Finding
 from services.operator.doctor.gathering import by_service, host_facts, listen, service_facts, way_facts
 from services.operator.doctor.host import check_host
 from services.operator.doctor.probe import Ledger, probe
 from services.operator.doctor.services import check_services, senders_of_original
 from services.operator.doctor.ways import check_ways
-from services.operator.registry_client import Entry, Registry
+from services.operator.gateway import access, add_gateway_arguments
+from services.operator.registry_client import Access, Entry, Registry
 from services.operator.tables import print_table
-from shared.addresses import Endpoint
 from shared.lifecycle import FAILED, OK, USAGE, OperatorError
 from shared.netlink import Netlink
 from shared.settings import Settings, Stream
@@ -29,7 +29,7 @@ ANSWER_SECONDS: Final = 5.0
 def add_parser(subparsers: Subparsers) -> None:
     """Add the command."""
     parser = add_command(subparsers, "doctor", run, "check this host before production (exit 1 on errors)")
-    add_gateway_argument(parser)
+    add_gateway_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     parser.add_argument(
         "--probe",
@@ -43,8 +43,7 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
     streams = {stream.name: stream for stream in settings.streams}
     if arguments.probe is not None and arguments.probe not in streams:
         raise OperatorError(USAGE, f"no stream {arguments.probe!r}; the streams are: {', '.join(streams)}")
-    endpoint = arguments.gateway or settings.gateway.endpoints[0]
-    findings = list(_examine(settings, endpoint, streams.get(arguments.probe)))
+    findings = list(_examine(settings, access(arguments, settings), streams.get(arguments.probe)))
     counts = {level: sum(finding.level == level for finding in findings) for level in LEVELS}
     if arguments.json:
         print(msgspec.json.format(msgspec.json.encode({**counts, "findings": findings}), indent=2).decode())
@@ -56,9 +55,9 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
     return FAILED if counts["error"] else OK
 
 
-def _examine(settings: Settings, endpoint: Endpoint, probed: Stream | None) -> Iterator[Finding]:
+def _examine(settings: Settings, gateway: Access, probed: Stream | None) -> Iterator[Finding]:
     def open_registry() -> Registry:
-        return Registry(endpoint, ANSWER_SECONDS + settings.gateway.serve_seconds)
+        return Registry(gateway, ANSWER_SECONDS + settings.gateway.serve_seconds)
 
     def read_ledger() -> Ledger:
         return by_service(listen(settings))

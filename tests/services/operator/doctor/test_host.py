@@ -50,7 +50,7 @@ def sysctl(name: str, value: int) -> dict[str, Any]:
         ("receive_buffer", sysctl("net.core.rmem_max", ASKED - 1), "33554431 of", f"net.core.rmem_max={ASKED}"),
         ("receive_buffer", {"listeners": {"messages": [Listener(ASKED, 0), Listener(9, 0)]}}, "9 of", "rmem_max"),
         ("kernel_drops", {"listeners": {"messages": [Listener(ASKED, 3), Listener(ASKED, 4)]}}, "7 data", "worker"),
-        ("send_buffer", sysctl("net.core.wmem_max", 1000), "1000 of 4194304", "net.core.wmem_max=4194304"),
+        ("send_buffer", sysctl("net.core.wmem_max", 1000), "1000 of 65536", "net.core.wmem_max=65536"),
         ("backlog", sysctl(BACKLOG_NAME, 1000), "is 1000, and 0", f"{BACKLOG_NAME}=10000"),
         ("backlog", {"softnet": Softnet(9, 5, 0)}, "5 packets were dropped", f"{BACKLOG_NAME}=20000"),
         ("budget", {"softnet": Softnet(9999, 0, 10)}, "10 times in 9999", f"{BUDGET_NAME}=600"),
