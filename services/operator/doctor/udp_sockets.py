@@ -47,7 +47,7 @@ def udp_sockets() -> list[UdpSocket]:
 
 
 def _ask(family: int) -> Iterator[UdpSocket]:
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_SOCK_DIAG) as questions:
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC, NETLINK_SOCK_DIAG) as questions:
         questions.settimeout(ANSWER_SECONDS)
         body = REQUEST.pack(family, socket.IPPROTO_UDP, 1 << INET_DIAG_SKMEMINFO - 1, ALL_STATES)
         header = HEADER.pack(HEADER.size + len(body), SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST_DUMP, 1, 0)
