@@ -80,6 +80,10 @@ class Gateway(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     max_clients: Count = 10_000
     max_connections: Count = 4096
     """Open at once; one more is answered `unavailable` and closed."""
+    max_connections_per_address: Count = 2048
+    """Likewise from one address, /64 prefix of IPv6, or by AF_UNIX; many may share one behind NAT or on this host."""
+    requests_per_second: Count = 2000
+    """From one such address; what comes faster, after 10 s worth of it, is read and answered no faster than that."""
     request_seconds: Seconds = 5.0
     """From a request's first byte to its last, and for a client to take its answer."""
     idle_seconds: Seconds = 120.0

@@ -16,16 +16,18 @@ import itertools
 import math
 import socket
 import struct
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from typing import Final, cast
 
-from services.gateway.counters import CONNECTIONS_REFUSED, TOO_SLOW
+from services.gateway.counters import CONNECTIONS_REFUSED, REQUESTS_DELAYED, TOO_SLOW
 from services.gateway.desk import Answer, Desk
+from services.gateway.pace import Pace
 from services.gateway.permission import HERE, Rights, common_name
 from services.gateway.protocol import MAX_LINE, Decoder
 from services.gateway.registry import Visitor
 from services.gateway.requests import Auth, Id, Name, Request, RequestError
+from services.gateway.views import json_line
 from shared.settings import Gateway
 
 READ_SIZE: Final = 64 * 1024
@@ -51,9 +53,12 @@ class Connections:
         self.loop = asyncio.get_running_loop()
         self.numbers = itertools.count(1)
         self.open: set[Connection] = set()
+        self.by_origin: Counter[str] = Counter()
+        self.pace = Pace(settings.requests_per_second, self.loop.time)
 
     def sweep(self) -> None:
         """End what has waited too long."""
+        self.pace.forget()
         now = self.loop.time()
         for connection in [connection for connection in self.open if connection.deadline <= now]:
             connection.expire()
@@ -77,6 +82,7 @@ class Connection(asyncio.BufferedProtocol):
         "_all",
         "_answering",
         "_by_us",
+        "_cutting",
         "_decoder",
         "_discarded",
         "_ended",
@@ -85,12 +91,14 @@ class Connection(asyncio.BufferedProtocol):
         "_introduced_by",
         "_last",
         "_lingering",
+        "_origin",
         "_outgoing",
         "_pushed",
         "_pushed_bytes",
         "_receiving",
         "_remote",
         "_silent",
+        "_slowed",
         "_stalled",
         "_transport",
         "_visitor",
@@ -110,6 +118,8 @@ class Connection(asyncio.BufferedProtocol):
         self._by_us = False  # it ends because the gateway does
         self._pushed: deque[bytes] = deque()
         self._pushed_bytes = 0
+        self._cutting = False  # it does not read what it watches, and ends after the answer under way
+        self._slowed = False  # it has been told that its requests wait
         self._lingering = False
         self._silent = False  # over TLS: all is said, and the client is waited for to say no more
         self._discarded = 0
@@ -122,9 +132,11 @@ class Connection(asyncio.BufferedProtocol):
         self._half_closes = self._transport.can_write_eof()
         self._visitor = identify(self._transport, next(self._all.numbers), self._rights())
         self._introduced_by = self._all.loop.time() + self._all.settings.request_seconds
+        self._origin = origin(self._visitor)
         self._all.open.add(self)
+        self._all.by_origin[self._origin] += 1
         self._all.desk.arrive(self._visitor, self._push)
-        excess = len(self._all.open) - self._all.limit
+        excess, why = self._excess()
         if excess <= 0:
             self._await_request()
             return
@@ -132,11 +144,22 @@ class Connection(asyncio.BufferedProtocol):
         if excess > REFUSING_MAX:
             self._transport.abort()
         else:
-            self._refuse(RequestError("unavailable", "as many connections as allowed are open; try again", closes=True))
+            self._refuse(RequestError("unavailable", why, closes=True))
+
+    def _excess(self) -> tuple[int, str]:
+        """By how many there are too many connections, and which are."""
+        most = self._all.settings.max_connections_per_address
+        excess = self._all.by_origin[self._origin] - most
+        if excess > 0:
+            return excess, f"{self._origin} has {most} connections open, as many as an address may; close some"
+        return len(self._all.open) - self._all.limit, "as many connections as allowed are open; try again"
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
         """Let go of what lasted as long as the connection."""
         self._all.open.discard(self)
+        self._all.by_origin[self._origin] -= 1
+        if not self._all.by_origin[self._origin]:
+            del self._all.by_origin[self._origin]
         self._lingering = True
         self._all.desk.depart(self._visitor, by_us=self._by_us)
 
@@ -173,9 +196,15 @@ class Connection(asyncio.BufferedProtocol):
     def resume_writing(self) -> None:
         """The client has caught up."""
         self._stalled = False
-        if not self._lingering:
-            self.deadline = math.inf
-            self._write() if self._answering else self._write_pushed()
+        if self._lingering:
+            return
+        self.deadline = math.inf
+        if self._answering:
+            self._write()
+            return
+        self._write_pushed()
+        self._receiving = False  # being behind has taken the place of its deadline
+        self._take_request()
 
     def expire(self) -> None:
         """The deadline has passed: say so if the client can be expected to read it."""
@@ -210,7 +239,8 @@ class Connection(asyncio.BufferedProtocol):
 
     def _take_request(self) -> None:
         """Begin the next request, if there is one and none is under way."""
-        if not (self._answering or self._lingering):
+        # What was pushed before goes before the answer too: a list must not be followed by what is on it already.
+        if not (self._answering or self._lingering or self._pushed):
             try:
                 request = self._decoder.next_request()
             except RequestError as refused:
@@ -226,8 +256,29 @@ class Connection(asyncio.BufferedProtocol):
             else:
                 self._await_request()
             return
+        wait = self._all.pace.take(self._origin)
+        if wait:
+            self._slow_down(request)
         self._answering, self._receiving, self.deadline = True, False, math.inf
         self._last |= isinstance(request, Name)
+        if wait:
+            self._all.loop.call_later(wait, self._answer, request)
+        else:
+            self._answer(request)
+
+    def _slow_down(self, request: Request) -> None:
+        """Count a request that has to wait, and say once why; a name has one answer, and nothing may go before it."""
+        self._all.desk.counters[REQUESTS_DELAYED] += 1
+        if self._slowed or isinstance(request, Name):
+            return
+        self._slowed = True
+        most = self._all.settings.requests_per_second
+        why = f"over {most} requests a second come from {self._origin}: yours wait, and are answered late"
+        self._push(json_line(event="slowed", message=why))
+
+    def _answer(self, request: Request) -> None:
+        if self._lingering or self._transport.is_closing():
+            return  # it has gone while its request waited
         try:
             if isinstance(request, Auth):
                 self._visitor = self._all.desk.authenticate(request, self._visitor)
@@ -273,7 +324,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _push(self, lines: bytes) -> None:
         """Send whole lines that answer no request, behind the answer under way; not without end."""
-        if self._lingering:
+        if self._lingering or self._cutting:
             return
         self._pushed.append(lines)
         self._pushed_bytes += len(lines)
@@ -291,12 +342,18 @@ class Connection(asyncio.BufferedProtocol):
     def _cut_off(self) -> None:
         """Let go of a client that does not read what it watches; told so behind what it has not read yet."""
         self._pushed.clear()
-        self._outgoing = iter(())
+        self._pushed_bytes = 0
+        self._cutting = True
+        if self._answering:
+            return  # a part of the answer may be written already: all of it, or an abort, comes first
         self._transport.write(self._all.desk.refuse_slow())
         self._finish()
 
     def _answered(self) -> None:
         self._answering = False
+        if self._cutting:
+            self._cut_off()
+            return
         self._write_pushed()
         if self._last:
             self._finish()
@@ -338,6 +395,19 @@ def identify(transport: asyncio.Transport, number: int, rights: Rights) -> Visit
     address = ipaddress.ip_address(host.partition("%")[0])
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
     return Visitor(number, str(mapped or address), port, rights)
+
+
+def origin(visitor: Visitor) -> str:
+    """Return what shares the limits of an address: all of AF_UNIX, an IPv4 address, 64 bits of an IPv6 one.
+
+    >>> origin(Visitor(1, "2001:db8::1:2", 40000))
+    '2001:db8::/64'
+    """
+    if not visitor.port:
+        return "AF_UNIX"
+    if ":" not in visitor.address:
+        return visitor.address
+    return str(ipaddress.ip_network((visitor.address, 64), strict=False))  # a host has them all to itself (RFC 8981)
 
 
 def pieces(answer: Answer) -> Iterator[bytes]:

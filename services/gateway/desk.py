@@ -207,6 +207,7 @@ class Desk:
             push(json_line(event="taken_over", name=client.name, generation=client.generation, message=why))
 
     def _watch(self, request: Watch, visitor: Visitor, reply: Callable[[Answer], None]) -> None:
+        self._feed.leave(visitor.id)  # who watches already gets what is not pushed yet with the answer, and not twice
         missed = None if request.revision is None else self._feed.since(request.revision)
         self._feed.watch(visitor.id, self._present[visitor.id])
         if missed is None:

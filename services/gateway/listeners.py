@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
+from services.gateway.requests import RequestError
 from shared.addresses import Endpoint
 from shared.lifecycle import FAILED, OperatorError
 from shared.sockets import bind_endpoint, close_listener
@@ -77,7 +78,7 @@ def is_broadcast(address: str) -> bool:
     """Whether `address` reaches every host of a network that this one is on: the kernel wants SO_BROADCAST for it."""
     if ":" in address:
         return False
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    with _probe(socket.AF_INET) as probe:
         try:
             probe.connect((address, 9))
         except PermissionError:
@@ -97,9 +98,16 @@ def send_datagram(payload: bytes, address: str, port: int) -> None:
 def is_local(address: str) -> bool:
     """Whether `address` is one of this host's: the kernel lets us bind it."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+    with _probe(family) as probe:
         try:
             probe.bind((address, 0))
         except OSError:
             return False
     return True
+
+
+def _probe(family: socket.AddressFamily) -> socket.socket:
+    try:
+        return socket.socket(family, socket.SOCK_DGRAM)
+    except OSError as error:  # no descriptor to spare, for one
+        raise RequestError("unavailable", f"the address can't be checked just now: {error.strerror}") from None

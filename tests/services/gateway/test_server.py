@@ -335,6 +335,99 @@ def test_one_connection_too_many(stack: Stack) -> None:
     assert counters(stack)["connections_refused"] >= 1
 
 
+def test_one_address_has_not_all_connections(stack: Stack) -> None:
+    """Beyond its limit an address is told so by name and closed; another one, and AF_UNIX, are served meanwhile."""
+    path = stack.directory / "g.sock"
+    stack.configure(f'[gateway]\nlisten = ["tcp://127.0.0.1:5000", "unix://{path}"]\nmax_connections_per_address = 2\n')
+    stack.start("broker")
+    stack.start("gateway")
+    connections = [connect() for _ in range(2)]
+    for connection in connections:
+        connection.sendall(b'{"op":"list"}\n')
+        assert json.loads(connection.recv(65536))["ok"]
+    answer = json.loads(ask(b"one too many"))
+    assert answer["error"] == "unavailable"
+    assert "127.0.0.1 has 2 connections open" in answer["message"]
+    with socket.create_connection(("127.0.0.1", 5000), 30, ("127.0.0.2", 0)) as other:
+        other.sendall(b"other")
+        assert json.loads(read_all(other))["other"]["address"] == "127.0.0.2"
+    with socket.socket(socket.AF_UNIX) as local:
+        local.connect(str(path))
+        local.sendall(b"local")
+        assert "local" in json.loads(read_all(local))
+    connections.pop().close()
+    wait_until(lambda: ask_json({"op": "list"})["ok"], "room again")
+    connections.pop().close()
+
+
+def test_requests_over_the_rate_wait(stack: Stack) -> None:
+    """Who sends faster than its address may is told once, loses no answer, gets them late, and is not read on."""
+    stack.configure("[gateway]\nrequests_per_second = 20\n")
+    stack.start("broker")
+    gateway = stack.start("gateway")
+    begin = time.monotonic()
+    lines = [json.loads(line) for line in ask(b'{"op":"streams"}\n' * 220).splitlines()]
+    assert time.monotonic() - begin > 0.9  # 200 at once, and 20 more at their pace
+    told = [line for line in lines if "event" in line]
+    assert [line["event"] for line in told] == ["slowed"]
+    assert "over 20 requests a second come from 127.0.0.1" in told[0]["message"]
+    assert sum(line.get("ok", False) for line in lines) == 220
+    with connect() as connection, contextlib.suppress(TimeoutError):
+        connection.settimeout(0.5)
+        before = gateway.resident_mb()
+        for _ in range(200):
+            connection.send(b'{"op":"streams"}\n' * 4000)
+        raise AssertionError("it reads what it does not answer")
+    assert gateway.resident_mb() - before < 20
+    with socket.create_connection(("127.0.0.1", 5000), 30, ("127.0.0.2", 0)) as other:
+        other.sendall(b"other")
+        assert "other" in json.loads(read_all(other))
+    assert counters(stack)["requests_delayed"] >= 19
+
+
+def test_waiting_request_goes_with_its_connection(stack: Stack) -> None:
+    """A request whose client has gone before its turn came is not executed."""
+    stack.configure("[gateway]\nrequests_per_second = 2\n")
+    stack.start("broker")
+    gateway = stack.start("gateway")
+    with connect() as connection:
+        connection.sendall(b'{"op":"streams"}\n' * 20 + b'{"op":"register","name":"gone"}\n')
+        received = b""
+        while b"slowed" not in received:
+            received += connection.recv(65536)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # a reset at once
+    with socket.create_connection(("127.0.0.1", 5000), 30, ("127.0.0.2", 0)) as other:
+        time.sleep(1)
+        other.sendall(b'{"op":"list"}\n')
+        assert json.loads(other.recv(65536))["clients"] == {}
+    assert "Traceback" not in gateway.text
+
+
+def test_descriptors_run_out_and_come_back(stack: Stack, gateway: Running) -> None:
+    """Without a descriptor to be had, who is connected is served, others wait, nothing spins, and it recovers."""
+    with connect() as known, socket.socket() as waiting:
+        known.sendall(b'{"op":"list"}\n')
+        assert json.loads(known.recv(65536))["ok"]
+        limits = resource.prlimit(gateway.process.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(gateway.process.pid, resource.RLIMIT_NOFILE, (1, limits[1]))
+        waiting.settimeout(30)
+        waiting.connect(("127.0.0.1", 5000))
+        waiting.sendall(b"waiting")
+        gateway.wait_for("out of system resource")
+        begin, worked, said = time.monotonic(), gateway.cpu_seconds(), len(gateway.text.splitlines())
+        known.sendall(b'{"op":"register","name":"a","streams":["*"],"port":9514,"address":"192.0.2.1"}\n')
+        assert json.loads(known.recv(65536))["error"] == "unavailable"
+        known.sendall(b'{"op":"register","name":"b"}\n')
+        assert json.loads(known.recv(65536))["ok"]
+        time.sleep(3)
+        passed = time.monotonic() - begin
+        assert gateway.cpu_seconds() - worked < passed / 2
+        assert len(gateway.text.splitlines()) - said <= passed + 1
+        resource.prlimit(gateway.process.pid, resource.RLIMIT_NOFILE, limits)
+        assert list(json.loads(read_all(waiting))) == ["b", "waiting"]
+    assert "Traceback" not in gateway.text
+
+
 def test_no_descriptors_left(stack: Stack) -> None:
     """With more connections than descriptors it says so at most once a second, and serves again afterwards."""
     stack.start("broker")

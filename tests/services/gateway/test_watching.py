@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from shared.bus import Subscriber, new_context
 from tests.stack import Running, Stack, ask, ask_json, wait_until
 
 
@@ -104,6 +105,91 @@ def test_watcher_may_ask_on(talk: Any, gateway: Running) -> None:
     watcher.connection.sendall(b'{"op":"register","name":"own"}\n')
     lines = [watcher.read(), watcher.read()]
     assert {line.get("event", "answer") for line in lines} == {"answer", "joined"}
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_watching_anew_repeats_nothing(talk: Any, gateway: Running, resume: bool) -> None:
+    """Who watches a second time reads nothing after that answer that is in it, however close the change was."""
+    watcher = talk()
+    revision = watcher.ask("watch")["revision"]
+    again = {"op": "watch", "id": "again"} | ({"revision": revision} if resume else {})
+    watcher.connection.sendall(b'{"op":"register","name":"a"}\n' + json.dumps(again).encode() + b"\n")
+    lines = [watcher.read()]
+    while lines[-1].get("id") != "again":
+        lines.append(watcher.read())
+    ask(b"b")
+    names = [watcher.read()["client"]["name"]]
+    while names[-1] != "b":
+        names.append(watcher.read()["client"]["name"])
+    assert names == (["a", "b"] if resume else ["b"])
+
+
+def test_list_behind_what_a_watcher_has_not_read(stack: Stack, talk: Any) -> None:
+    """The events that wait for a watcher come before the answer to what it asks then, not after."""
+    stack.configure("[gateway]\nrequest_seconds = 60\noutput_buffer = 100000000\n")
+    stack.start("broker")
+    stack.start("gateway")
+    slow, actor = talk(), talk()
+    slow.ask("watch")
+    for _ in range(60):
+        actor.connection.sendall(b'{"op":"register","name":"n"}\n' * 200)
+        for _ in range(200):
+            assert actor.read()["ok"]
+    slow.connection.sendall(b'{"op":"list"}\n')
+    time.sleep(0.3)
+    line = slow.read()
+    while "event" in line:
+        seen = line["revision"]
+        line = slow.read()
+    assert line["revision"] == seen
+
+
+def test_answer_is_whole_before_too_slow(stack: Stack, talk: Any) -> None:
+    """A watcher that is cut off while it reads a long answer gets all of that answer, then `too_slow` as a line."""
+    stack.configure("[gateway]\noutput_buffer = 65536\nrequest_seconds = 60\n")
+    stack.start("broker")
+    stack.start("gateway")
+    actor = talk()
+    for number in range(9000):
+        actor.connection.sendall(b'{"op":"register","name":"%s-%d"}\n' % (b"n" * 200, number))
+        actor.read()
+    with socket.socket() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.settimeout(20)
+        slow.connect(("127.0.0.1", 5000))
+        slow.sendall(b'{"op":"watch"}\n')
+        wait_until(lambda: ask_json({"op": "list"})["ok"], "the list is on its way")
+        for _ in range(300):
+            assert actor.ask("register", name="a")["ok"]
+        lines = b"".join(iter(lambda: slow.recv(65536), b"")).splitlines()
+    assert len(json.loads(lines[0])["clients"]) == 9000
+    assert json.loads(lines[-1])["error"] == "too_slow"
+
+
+def test_cut_off_while_its_answer_waits(stack: Stack, talk: Any) -> None:
+    """One that is cut off while `register` waits for the forwarder harms nobody else's answer, and gets its own."""
+    stack.configure("[gateway]\noutput_buffer = 4096\nserve_seconds = 1\n")
+    stack.start("broker")
+    gateway = stack.start("gateway")
+    context = new_context()
+    silent = Subscriber(context, stack.bus, 64)
+    silent.subscribe("serve/relay/")  # who would send copies, and never says that they flow
+    try:
+        first, second, actor = talk(), talk(), talk()
+        first.ask("watch")
+        for conversation, name in ((first, "first"), (second, "second")):
+            conversation.connection.sendall(
+                b'{"op":"register","name":"%s","streams":["*"],"port":9514}\n' % name.encode()
+            )
+        for _ in range(40):
+            actor.ask("register", name="third")
+        assert second.read()["client"]["name"] == "second"
+        assert first.read()["client"]["name"] == "first"
+        assert first.read()["error"] == "too_slow"
+    finally:
+        silent.close()
+        context.term()
+    assert "Traceback" not in gateway.text
 
 
 def test_resume_from_a_revision(talk: Any, gateway: Running) -> None:
