@@ -168,7 +168,7 @@ def test_answer_is_whole_before_too_slow(stack: Stack, talk: Any) -> None:
 
 def test_cut_off_while_its_answer_waits(stack: Stack, talk: Any) -> None:
     """One that is cut off while `register` waits for the forwarder harms nobody else's answer, and gets its own."""
-    stack.configure("[gateway]\noutput_buffer = 4096\nserve_seconds = 1\n")
+    stack.configure("[gateway]\noutput_buffer = 4096\nserve_seconds = 4\n")
     stack.start("broker")
     gateway = stack.start("gateway")
     context = new_context()
