@@ -7,9 +7,9 @@ counted per batch, never per datagram, and published with its status each second
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
-from typing import Final
+from typing import Final, NamedTuple
 
-# ingest, account `stream/NAME`
+# ingest, accounts `stream/NAME`, and as far as a socket can tell `listener/NAME/ENDPOINT`
 RECEIVED: Final = "received"
 """Datagrams taken from sockets."""
 BYTES: Final = "bytes"
@@ -18,6 +18,8 @@ PUBLISHED: Final = "published"
 """Datagrams handed to the bus."""
 KERNEL_DROPPED: Final = "kernel_dropped"
 """Datagrams the kernel dropped before we saw them: full receive buffer (SO_MEMINFO). Not part of `received`."""
+TRUNCATED: Final = "truncated"
+"""Datagrams of a listener that were cut on receipt (MSG_TRUNC) though UDP can carry them: none, as all have room."""
 REPLIED: Final = "replied"
 """Replies sent to senders."""
 REPLY_FAILED: Final = "reply_failed"
@@ -28,6 +30,35 @@ CONNECTIONS_EXPIRED: Final = "connections_expired"
 """TCP connections closed because they sent nothing for too long."""
 RECEIVE_ERRORS: Final = "receive_errors"
 """Receive calls that failed; nothing is known to be lost by one."""
+
+# ingest, account `stream/NAME` of a stream with a `protocol`
+EXPORTER_MISSED: Final = "exporter_missed"
+"""Datagrams of NetFlow v9 and sFlow that were numbered by their exporter and never came to us; what the kernel dropped
+is among them."""
+EXPORTER_MISSED_FLOWS: Final = "exporter_missed_flows"
+"""Likewise of NetFlow v5, which numbers flows."""
+EXPORTER_MISSED_RECORDS: Final = "exporter_missed_records"
+"""Likewise of IPFIX, which numbers data records."""
+EXPORTER_RESTARTS: Final = "exporter_restarts"
+"""Exporters that began their numbers anew, or skipped more than anybody loses."""
+EXPORTER_REORDERED: Final = "exporter_reordered"
+"""Datagrams that came after later ones of their exporter, or twice."""
+EXPORTER_UNSURE: Final = "exporter_unsure"
+"""IPFIX datagrams whose records could not be counted: what is missing right behind one is not known."""
+EXPORTER_EVICTIONS: Final = "exporter_evictions"
+"""Exporters no longer followed, because there were too many."""
+EXPORTERS: Final = "exporters"
+"""Exporters that are followed now: a gauge."""
+NOT_FLOW: Final = "not_flow"
+"""Datagrams that are none of the stream's protocol; they go on like all others."""
+
+# ingest, account `host`
+CHECKSUM_ERRORS: Final = "checksum_errors"
+"""UDP datagrams that this host's kernel has dropped for a wrong checksum, whoever they were for (InCsumErrors)."""
+
+# every service, account named like its kind
+DISCREPANCIES: Final = "discrepancies"
+"""Equations that did not hold when they were checked, each second; one that stays broken as it is counts once."""
 
 # forwarder, account `origin/WORKER/BOOT/STREAM`
 BASELINE: Final = "baseline"
@@ -54,7 +85,7 @@ DELIVERED: Final = "delivered"
 """Datagrams the kernel took for it."""
 HELD: Final = "held"
 """Datagrams that wait, for room in the send buffer (forwarder) or for the next hop to tell its link address
-(transmitter): the one counter that also falls."""
+(transmitter): with `exporters` all that ever falls."""
 REFUSALS: Final = "refusals"
 """Port-unreachable answers seen: each means that at least one delivered datagram reached nobody (forwarder)."""
 UNREACHABLES: Final = "unreachables"
@@ -95,6 +126,8 @@ SOURCE_REFUSED: Final = DROPPED + "source_refused"
 RATE_LIMITED: Final = DROPPED + "rate_limited"
 """More than `frames_per_second` (transmitter)."""
 
+SUMMED: Final = (RECEIVED, BYTES, KERNEL_DROPPED)
+"""What a stream has counted is the sum over its listeners."""
 ORIGIN: Final = re.compile(r"origin/([^/]+)/([0-9a-f]{1,16})/([^/]+)")
 Accounts = dict[str, dict[str, int]]
 
@@ -109,12 +142,32 @@ def dropped(account: Mapping[str, int]) -> int:
     return sum(count for name, count in account.items() if name.startswith(DROPPED))
 
 
-def discrepancies(accounts: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
-    """Yield a sentence for every equation that does not hold within one service's accounts."""
+class Discrepancy(NamedTuple):
+    """An equation that does not hold: a total, and what its parts add up to."""
+
+    account: str
+    counter: str
+    total: int
+    parts: int
+
+    def __str__(self) -> str:
+        return f"{self.account}: {self.counter} is {self.total}, its parts add up to {self.parts}"
+
+
+def discrepancies(accounts: Mapping[str, Mapping[str, int]]) -> Iterator[Discrepancy]:
+    """Yield every equation that does not hold within one service's accounts; as text it is a sentence."""
+    listeners: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for name, account in accounts.items():
-        for left, total, right in _equations(name, account):
-            if left != right:
-                yield f"{name}: {total} is {left}, its parts add up to {right}"
+        for total, counter, parts in _equations(name, account):
+            if total != parts:
+                yield Discrepancy(name, counter, total, parts)
+        if name.startswith("listener/"):
+            listeners[name.split("/")[1]].update({counter: account.get(counter, 0) for counter in SUMMED})
+    for stream, sums in listeners.items():
+        account = accounts.get(f"stream/{stream}", {})
+        for counter in SUMMED:
+            if account.get(counter, 0) != sums[counter]:
+                yield Discrepancy(f"stream/{stream}", counter, account.get(counter, 0), sums[counter])
 
 
 def _equations(name: str, account: Mapping[str, int]) -> Iterator[tuple[int, str, int]]:
@@ -123,11 +176,23 @@ def _equations(name: str, account: Mapping[str, int]) -> Iterator[tuple[int, str
 
     if name.startswith("stream/"):
         yield parts(RECEIVED), RECEIVED, parts(PUBLISHED) + dropped(account)
+    elif name.startswith("listener/"):
+        yield parts(TRUNCATED), TRUNCATED, 0
     elif name.startswith("origin/"):
         yield parts(REACHED), REACHED, parts(BASELINE, TAKEN, MISSED)
     elif name.startswith("collector/"):
         yield parts(EXPECTED), EXPECTED, parts(OFFERED, MISSED)
         yield parts(OFFERED), OFFERED, parts(FILTERED, SAMPLED_OUT, SHARED_OUT, DELIVERED, HELD) + dropped(account)
+    elif name == "broker":
+        # It hands on what it takes; what a queue behind it has no room for, only the subscriber can tell.
+        for unit in ("", "_bytes"):
+            for one, other in (("publishers", "subscribers"), ("subscribers", "publishers")):
+                yield parts(f"from_{one}{unit}"), f"from_{one}{unit}", parts(f"to_{other}{unit}")
+
+
+def listener_account(stream: str, endpoint: str) -> str:
+    """Return the name of the account of one listener of a stream."""
+    return f"listener/{stream}/{endpoint}"
 
 
 def is_origin(name: str) -> bool:

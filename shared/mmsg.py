@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shared.addresses import V4_MAPPED
-from shared.batch import MAX_ROWS, ROW, Rows
+from shared.batch import MAX_DATAGRAM, MAX_ROWS, ROW, Rows
 
 IOVEC: Final = np.dtype([("base", "u8"), ("len", "u8")])
 MMSGHDR: Final = np.dtype(
@@ -117,6 +117,13 @@ class ReceiveArena:
         """Sizes of the received datagrams, uint32, shape (count,): a view. One of `SLOT` bytes may have been cut."""
         return self.headers["len"][:count]
 
+    def truncated(self, count: int) -> int:
+        """How many of the received datagrams were cut (MSG_TRUNC) though UDP can carry them: none that a slot holds."""
+        flags = self.headers["flags"][:count]
+        if not np.bitwise_or.reduce(flags) & socket.MSG_TRUNC:
+            return 0
+        return int(np.count_nonzero((flags & socket.MSG_TRUNC).astype(bool) & (self.lengths(count) <= MAX_DATAGRAM)))
+
     def rows(self, count: int, family: int) -> Rows:
         """The columns of the received datagrams, dtype `ROW`, shape (count,): a copy. Sources are zero for AF_UNIX."""
         rows = np.zeros(count, ROW)
@@ -148,6 +155,19 @@ class ReceiveArena:
             return payload
         into[: len(payload)] = payload
         return into[: len(payload)]
+
+    def located(self, count: int) -> tuple[bytes | memoryview, int]:
+        """Where the payloads of all `count` datagrams are: a buffer, and how far apart there, 0 for end to end.
+
+        Nothing is copied unless some did not come to their place. The buffer is good until the next `receive`.
+        """
+        if self._place is None:
+            return self._bytes[: count * SLOT], SLOT
+        if int(self.lengths(count).max()) <= self._stride:
+            return self._place[: count * self._stride], self._stride
+        if self._joined is None:
+            self._joined = b"".join(self._parts())
+        return self._joined, 0
 
     def _parts(self) -> list[memoryview]:
         """The pieces of memory that the payloads of all datagrams are in, in their order."""

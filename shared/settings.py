@@ -113,6 +113,10 @@ class Gateway(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return tuple(parse_endpoint(text, REGISTRY_SCHEMES) for text in self.listen)
 
 
+Protocol = Literal["netflow", "ipfix", "sflow"]
+"""NetFlow v5 and v9, IPFIX, or sFlow v5: whose numbers tell what was lost before it came."""
+
+
 class Stream(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Datagrams under one name, from any number of listeners."""
 
@@ -125,6 +129,8 @@ class Stream(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Without it a reply is refused on a listener that is not loopback: forged sources would aim it at others."""
     receive_buffer: Bytes = 33_554_432
     """Bytes asked of the kernel for each UDP socket."""
+    protocol: Protocol | None = None
+    """What its UDP listeners take, to count what is missing from the exporters' own numbers; none: nobody looks."""
 
     def __post_init__(self) -> None:
         for text in self.listen:
@@ -290,6 +296,12 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         for kind, all_names in (("stream", names), ("collector", [entry.name for entry in self.collectors])):
             if twice := {name for name in all_names if all_names.count(name) > 1}:
                 raise ValueError(f"{kind} name {twice.pop()!r} is there twice")
+        numbered = [stream.name for stream in self.streams if stream.protocol]
+        if numbered and self.ingest.spread == "datagram":
+            raise ValueError(
+                f'stream {numbered[0]!r} has a protocol, and [ingest] spread is "datagram": no worker sees all that an '
+                'exporter sends; take "source" or "flow", or the protocol away'
+            )
         for collector in self.collectors:
             if unknown := set(collector.streams) - {*names, ALL_STREAMS}:
                 raise ValueError(f"collector {collector.name!r} names a stream {unknown.pop()!r} that is not there")

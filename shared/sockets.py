@@ -163,6 +163,24 @@ def kernel_drops(sock: socket.socket) -> int:
     return int(MEMINFO.unpack(sock.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, MEMINFO.size))[-1])
 
 
+def checksum_errors() -> int:
+    """UDP datagrams that the kernel of this network namespace has dropped for a wrong checksum, IPv4 and IPv6."""
+    lines = Path("/proc/self/net/snmp").read_text().splitlines()
+    names, values = (line.split() for line in lines if line.startswith("Udp:"))
+    errors = int(dict(zip(names, values, strict=True)).get("InCsumErrors", 0))
+    of_ipv6 = Path("/proc/self/net/snmp6")
+    if of_ipv6.exists():  # not where IPv6 is switched off
+        pairs = (line.split() for line in of_ipv6.read_text().splitlines())
+        errors += sum(int(value) for name, value in pairs if name == "Udp6InCsumErrors")
+    return errors
+
+
+def bound_endpoint(scheme: str, sock: socket.socket) -> Endpoint:
+    """The endpoint that a listening socket is bound to, where the settings may have named several addresses by one."""
+    name = sock.getsockname()
+    return Endpoint(scheme, path=name) if sock.family == socket.AF_UNIX else Endpoint(scheme, *name[:2])
+
+
 def refuse_input(sock: socket.socket) -> None:
     """Have the kernel drop, and count among its drops, whatever arrives from now on; what is queued stays."""
     program = struct.pack("HP", 1, ctypes.addressof(ACCEPT_NOTHING))  # struct sock_fprog

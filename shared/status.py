@@ -6,23 +6,32 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
+import structlog
+
 from shared.bus import Publisher
-from shared.ledger import Accounts
+from shared.ledger import DISCREPANCIES, Accounts, discrepancies
 from shared.wire import MAX_NUMBER, PIECE_SIZE, Envelope, Status, status_topic
 
 INTERVAL_SECONDS = 1.0
+CHECK_SHARE = 20
+"""Of a service's time at most one part in so many goes into making and checking accounts that nobody asked for."""
 _COUNTER_SIZE = 32
 """Bytes a counter takes in a message at most, name included: for cutting reports into pieces."""
 
+log = structlog.get_logger()
+
 
 class Reporter:
-    """Publishes a service's accounts, in pieces when they are many."""
+    """Publishes a service's accounts, in pieces when they are many, and checks each second whether they add up."""
 
     def __init__(self, publisher: Publisher) -> None:
         self._publisher = publisher
         self._topic = status_topic(publisher.sender)
         self._started_ns = time.time_ns()
         self._reports = itertools.count(1)
+        self._broken: dict[tuple[str, str], int] = {}
+        self._discrepancies = 0
+        self._check_at = 0.0
         self.due_at = 0.0
 
     def asked_for(self, prefixes: Iterable[str]) -> bool:
@@ -30,11 +39,33 @@ class Reporter:
         return any(self._topic.startswith(prefix) for prefix in prefixes)
 
     def report(self, accounts: Callable[[], Mapping[str, Mapping[str, int]]]) -> None:
-        """Publish the accounts as they are now, if anybody listens; they are asked for only then."""
-        self.due_at = time.monotonic() + INTERVAL_SECONDS
-        if not self._publisher.wanted(self._topic):
+        """Check the accounts as they are now, and publish them if anybody listens."""
+        now = time.monotonic()
+        self.due_at = now + INTERVAL_SECONDS
+        wanted = self._publisher.wanted(self._topic)
+        if not wanted and now < self._check_at:
             return
-        pieces = list(_pieces(accounts()))
+        kept = accounts()
+        if now >= self._check_at:
+            self._check(kept)
+            took = time.monotonic() - now
+            self._check_at = now + max(INTERVAL_SECONDS, CHECK_SHARE * took)
+        if wanted:
+            own = self._publisher.sender.partition(".")[0]
+            self._publish({**kept, own: {**kept.get(own, {}), DISCREPANCIES: self._discrepancies}})
+
+    def _check(self, accounts: Mapping[str, Mapping[str, int]]) -> None:
+        """Count the equations that do not hold, and say so when that has changed."""
+        found = {(each.account, each.counter): each for each in discrepancies(accounts)}
+        broken = {key: each.total - each.parts for key, each in found.items()}
+        news = [each for key, each in found.items() if self._broken.get(key) != broken[key]]
+        self._broken = broken
+        self._discrepancies += len(news)
+        if news:
+            log.error("the accounts do not add up", first=str(news[0]), discrepancies=self._discrepancies)
+
+    def _publish(self, accounts: Mapping[str, Mapping[str, int]]) -> None:
+        pieces = list(_pieces(accounts))
         report = next(self._reports)
         for number, piece in enumerate(pieces):
             body = Status(

@@ -4,6 +4,7 @@ import errno
 import selectors
 import socket
 import time
+from collections import Counter
 from typing import Final
 
 import structlog
@@ -12,7 +13,7 @@ from services.ingest.feed import StreamFeed
 from services.ingest.framing import Framing
 from shared.addresses import pack_address
 from shared.batch import MAX_PAYLOAD, MAX_ROWS, make_rows
-from shared.ledger import CONNECTIONS_EXPIRED, CONNECTIONS_REFUSED, CUT_OFF, RECEIVED
+from shared.ledger import BYTES, CONNECTIONS_EXPIRED, CONNECTIONS_REFUSED, CUT_OFF, RECEIVED
 from shared.lifecycle import descriptor_limit
 from shared.settings import Ingest
 
@@ -24,14 +25,18 @@ SPARE_DESCRIPTORS: Final = 128
 """Kept for listeners and the bus."""
 EXHAUSTED: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
+Listener = tuple[socket.socket, StreamFeed, Counter[str]]
+"""A listening socket, where its messages go, and its own account."""
+
 log = structlog.get_logger()
 
 
 class Connection:
     """One sender's connection, from which each message becomes a datagram of the stream."""
 
-    def __init__(self, sock: socket.socket, peer: tuple[str, int], feed: StreamFeed) -> None:
+    def __init__(self, sock: socket.socket, peer: tuple[str, int], feed: StreamFeed, account: Counter[str]) -> None:
         self.socket = sock
+        self._account = account
         self.feed = feed
         self.heard_at = time.monotonic()
         self.ended = False
@@ -56,6 +61,7 @@ class Connection:
 
     def close(self) -> None:
         """Close; what is unfinished, or was too long, is counted as dropped."""
+        self._account[RECEIVED] += self._framing.overlong or self._framing.unfinished
         if self._framing.overlong:
             self.feed.refuse_oversized(1)
         elif self._framing.unfinished:
@@ -64,7 +70,12 @@ class Connection:
         self.socket.close()
 
     def _publish(self, messages: list[bytes]) -> None:
-        if not messages or not self.feed.receive(len(messages), sum(map(len, messages))):
+        if not messages:
+            return
+        whole = sum(map(len, messages))
+        self._account[RECEIVED] += len(messages)
+        self._account[BYTES] += whole
+        if not self.feed.receive(len(messages), whole):
             return
         now_ns = time.time_ns()
         start = size = 0
@@ -87,24 +98,26 @@ class Connections:
         self._selector = selector
         self._idle_seconds = limits.tcp_idle_seconds
         self._limit = max(1, min(limits.tcp_connections, descriptor_limit() - SPARE_DESCRIPTORS))
-        self._listeners: list[tuple[socket.socket, StreamFeed]] = []
-        self._paused: list[tuple[socket.socket, StreamFeed]] = []
+        self._listeners: list[Listener] = []
+        self._paused: list[Listener] = []
         self._open: set[Connection] = set()
         self._readable: dict[Connection, None] = {}
         """In the order in which they are due."""
 
-    def listen(self, sock: socket.socket, feed: StreamFeed) -> None:
-        """Accept on a listening socket from now on."""
-        self._listeners.append((sock, feed))
-        self._selector.register(sock, selectors.EVENT_READ, lambda: self._accept(sock, feed))
+    def listen(self, sock: socket.socket, feed: StreamFeed, account: Counter[str]) -> None:
+        """Accept on a listening socket from now on; `account` is the listener's own."""
+        listener = sock, feed, account
+        self._listeners.append(listener)
+        self._selector.register(sock, selectors.EVENT_READ, lambda: self._accept(listener))
 
-    def _accept(self, listener: socket.socket, feed: StreamFeed) -> None:
+    def _accept(self, listener: Listener) -> None:
+        listening, feed, account = listener
         for _ in range(ACCEPTS_AT_ONCE):
             try:
-                sock, peer = listener.accept()
+                sock, peer = listening.accept()
             except OSError as error:  # nobody waits, or they gave up
                 if error.errno in EXHAUSTED:
-                    self._pause(listener, feed, error)
+                    self._pause(listener, error)
                 return
             if len(self._open) >= self._limit:
                 feed.account[CONNECTIONS_REFUSED] += 1
@@ -112,16 +125,16 @@ class Connections:
                 continue
             sock.setblocking(False)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            connection = Connection(sock, peer, feed)
+            connection = Connection(sock, peer, feed, account)
             self._open.add(connection)
             self._selector.register(sock, selectors.EVENT_READ, lambda it=connection: self._readable.setdefault(it))
 
-    def _pause(self, listener: socket.socket, feed: StreamFeed, error: OSError) -> None:
+    def _pause(self, listener: Listener, error: OSError) -> None:
         """Accept again in a second: until then the listener would only wake us for nothing."""
-        self._listeners.remove((listener, feed))
-        self._paused.append((listener, feed))
-        self._selector.unregister(listener)
-        log.warning("can't accept connections", stream=feed.stream, error=error.strerror)
+        self._listeners.remove(listener)
+        self._paused.append(listener)
+        self._selector.unregister(listener[0])
+        log.warning("can't accept connections", stream=listener[1].stream, error=error.strerror)
 
     def serve(self) -> None:
         """Read connections that have something to say, in turn, as long as a turn may take."""
@@ -146,15 +159,15 @@ class Connections:
             connection.feed.account[CONNECTIONS_EXPIRED] += 1
             self._end(connection)
         paused, self._paused = self._paused, []
-        for listener, feed in paused:
-            self.listen(listener, feed)
+        for listener in paused:
+            self.listen(*listener)
 
     def close(self, deadline: float) -> None:
         """Stop accepting, take what has already come on each connection, and end it."""
-        for listener, _ in self._listeners:
-            self._selector.unregister(listener)
-        for listener, _ in self._listeners + self._paused:
-            listener.close()
+        for listening, *_ in self._listeners:
+            self._selector.unregister(listening)
+        for listening, *_ in self._listeners + self._paused:
+            listening.close()
         for connection in list(self._open):
             while connection.read() and time.monotonic() < deadline:
                 pass

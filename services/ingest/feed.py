@@ -4,23 +4,33 @@ from collections import Counter
 
 import numpy as np
 
+from services.ingest.exporters import Exporters
 from shared.batch import ROW, DatagramBatch, Rows
 from shared.bus import Publisher
 from shared.ledger import BUS_FULL, BYTES, NO_SUBSCRIBER, OVERSIZED, PUBLISHED, RECEIVED
 from shared.pool import LENT_SIZE, Loan, Pool
+from shared.settings import Protocol
 from shared.wire import Datagrams, datagrams_topic, inline_topic
 
 
 class StreamFeed:
     """Counts and publishes the datagrams of one stream, whichever listener they came by.
 
-    Without a pool no payload is lent: all go through the bus.
+    Without a pool no payload is lent: all go through the bus. Without a protocol exporters' numbers are not looked at.
     """
 
-    def __init__(self, stream: str, publisher: Publisher, account: Counter[str], pool: Pool | None = None) -> None:
+    def __init__(
+        self,
+        stream: str,
+        publisher: Publisher,
+        account: Counter[str],
+        pool: Pool | None = None,
+        protocol: Protocol | None = None,
+    ) -> None:
         self.stream = stream
         self.topic = datagrams_topic(stream)
         self.account = account
+        self.exporters = Exporters(protocol, account) if protocol else None
         self._publisher = publisher
         self._pool = pool
         self._inline = inline_topic(stream)

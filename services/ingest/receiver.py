@@ -2,6 +2,7 @@
 
 import socket
 import time
+from collections import Counter
 from typing import Final
 
 import numpy as np
@@ -10,26 +11,35 @@ import numpy.typing as npt
 from services.ingest.feed import StreamFeed
 from services.ingest.replies import Replier
 from shared.addresses import LOCAL_SENDER
-from shared.batch import MAX_DATAGRAM, MAX_PAYLOAD, Rows
-from shared.ledger import KERNEL_DROPPED, RECEIVE_ERRORS
+from shared.batch import MAX_DATAGRAM, MAX_PAYLOAD, DatagramBatch, Rows
+from shared.ledger import BYTES, KERNEL_DROPPED, RECEIVE_ERRORS, RECEIVED, TRUNCATED
 from shared.mmsg import ReceiveArena
 from shared.pool import CHUNK, LENT_SIZE
 from shared.sockets import InheritedSocket, close_listener, kernel_drops, refuse_input
 
 SMALLEST_STRIDE: Final = 256
 """Bytes, for datagrams of different lengths: a power of two that the longest is not above."""
+MAX_FAILURES: Final = 100
+"""Receive calls that may fail in a row before each further one waits."""
+BACK_OFF_SECONDS: Final = 0.01
 Lengths = npt.NDArray[np.uint32]
 
 
 class DatagramReceiver:
-    """Receives from one UDP or AF_UNIX datagram socket."""
+    """Receives from one UDP or AF_UNIX datagram socket; `account` is the listener's own."""
 
-    def __init__(self, sock: socket.socket, feed: StreamFeed, arena: ReceiveArena, reply: bytes | None) -> None:
+    def __init__(
+        self, sock: socket.socket, feed: StreamFeed, account: Counter[str], arena: ReceiveArena, reply: bytes | None
+    ) -> None:
         self._socket = sock
         self._feed = feed
+        self._account = account
+        self._failures = 0
+        """Calls in a row that failed."""
         self._arena = arena
         self._replier = Replier(sock, reply, feed.account) if reply and sock.family != socket.AF_UNIX else None
         self._family = sock.family
+        self._numbered = feed.exporters if sock.family != socket.AF_UNIX else None
         self.inherited = isinstance(sock, InheritedSocket)
         self._kernel_dropped = kernel_drops(sock) if self.inherited else 0  # not what our predecessors accounted for
         self._stride = 0
@@ -46,8 +56,9 @@ class DatagramReceiver:
         try:
             count = arena.receive(self._socket.fileno(), loan.memory if loan else None, self._stride)
         except OSError:  # an ICMP error to a reply of ours, or the kernel short of memory: the next call goes on
-            self._feed.account[RECEIVE_ERRORS] += 1
+            self._fail()
             return 0, 0
+        self._failures = 0
         if count == 0:
             return 0, 0
         received_ns = time.time_ns()
@@ -58,8 +69,15 @@ class DatagramReceiver:
             oversized = lengths[lengths > MAX_DATAGRAM]
             wanted, wanted_size = count - len(oversized), size - int(oversized.sum())
             self._feed.refuse_oversized(len(oversized))
-        if wanted and self._feed.receive(wanted, wanted_size):
-            rows = arena.rows(count, self._family)
+        self._account[RECEIVED] += count
+        self._account[BYTES] += wanted_size
+        self._account[TRUNCATED] += arena.truncated(count)
+        is_wanted = bool(wanted) and self._feed.receive(wanted, wanted_size)
+        rows = arena.rows(count, self._family) if is_wanted or self._numbered else None
+        if rows is not None and self._numbered:
+            payload, stride = arena.located(count)
+            self._numbered.observe(DatagramBatch(self._feed.stream, received_ns, rows, payload, stride))
+        if rows is not None and is_wanted:
             if self._family == socket.AF_UNIX:
                 rows["address"] = np.frombuffer(LOCAL_SENDER, np.uint8)
             if loan and size >= LENT_SIZE and longest <= self._stride:
@@ -83,11 +101,20 @@ class DatagramReceiver:
                 self._feed.publish(received_ns, rows[start:stop], payload, loan)
             start = stop
 
+    def _fail(self) -> None:
+        """Count a call that failed; where none succeeds any more the loop must not spin."""
+        self._feed.account[RECEIVE_ERRORS] += 1
+        self._account[RECEIVE_ERRORS] += 1
+        self._failures += 1
+        if self._failures >= MAX_FAILURES:
+            time.sleep(BACK_OFF_SECONDS)
+
     def count_kernel_drops(self) -> None:
         """Account for what the kernel dropped since the last call because the receive buffer was full."""
         drops = kernel_drops(self._socket)
-        self._feed.account[KERNEL_DROPPED] += (drops - self._kernel_dropped) % (1 << 32)
-        self._kernel_dropped = drops
+        fresh, self._kernel_dropped = (drops - self._kernel_dropped) % (1 << 32), drops
+        self._feed.account[KERNEL_DROPPED] += fresh
+        self._account[KERNEL_DROPPED] += fresh
 
     def refuse_input(self) -> None:
         """Take nothing new: what arrives from now on is dropped, and counted, by the kernel."""

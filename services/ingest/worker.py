@@ -18,12 +18,12 @@ from services.ingest.spread import Spreader
 from shared.addresses import Endpoint
 from shared.batch import MAX_ROWS
 from shared.bus import Publisher, new_context
-from shared.ledger import new_accounts
+from shared.ledger import CHECKSUM_ERRORS, listener_account, new_accounts
 from shared.lifecycle import BAD_SETTINGS, Lifecycle, OperatorError, Readiness
 from shared.mmsg import ReceiveArena
 from shared.pool import CHUNK, Lender, Pool, pool_path
 from shared.settings import Settings, Stream
-from shared.sockets import InheritedSocket, enlarge_receive_buffer
+from shared.sockets import InheritedSocket, bound_endpoint, checksum_errors, enlarge_receive_buffer
 from shared.status import Reporter
 
 DRAIN_SECONDS: Final = 2.0
@@ -70,10 +70,17 @@ class Worker:
         bus = self._settings.bus
         self._publisher = Publisher(self._context, bus.path, self._name, bus.high_water_mark)
         self._reporter = Reporter(self._publisher)
-        names = [stream.name for stream in self._settings.streams]
-        self._pools = new_pools(names, bus.pool)
+        streams = self._settings.streams
+        self._pools = new_pools([stream.name for stream in streams], bus.pool)
         self._feeds = [
-            StreamFeed(name, self._publisher, self._accounts[f"stream/{name}"], self._pools.get(name)) for name in names
+            StreamFeed(
+                name := stream.name,
+                self._publisher,
+                self._accounts[f"stream/{name}"],
+                self._pools.get(name),
+                stream.protocol,
+            )
+            for stream in streams
         ]
         self._lender = Lender(pool_path(bus.path, self._name), self._pools, self._watch, self._selector.unregister)
         try:
@@ -96,11 +103,12 @@ class Worker:
                 continue  # a path can't be shared
             for sock in open_sockets(stream, endpoint, held):
                 self._refuse_doubles(sock, stream, endpoint)
+                account = self._accounts[listener_account(stream.name, str(bound_endpoint(endpoint.scheme, sock)))]
                 if endpoint.scheme == "tcp":
-                    begin = partial(self._connections.listen, sock, feed)
+                    begin = partial(self._connections.listen, sock, feed, account)
                 else:
                     self._granted[stream.receive_buffer] = enlarge_receive_buffer(sock, stream.receive_buffer)
-                    receiver = DatagramReceiver(sock, feed, self._arena, reply)
+                    receiver = DatagramReceiver(sock, feed, account, self._arena, reply)
                     self._receivers.append(receiver)
                     self._spreader.add(sock)
                     begin = partial(self._read, receiver)
@@ -159,6 +167,7 @@ class Worker:
         now = time.monotonic()
         if now >= self._reporter.due_at:
             self._spreader.renew()
+            self._settle()
             self._report()
         self._greet()
         if self._count:
@@ -188,10 +197,16 @@ class Worker:
             if self._reporter.asked_for(prefixes):
                 self._report()
 
+    def _settle(self, *, at_once: bool = False) -> None:
+        for feed in self._feeds:
+            if feed.exporters:
+                feed.exporters.settle(at_once=at_once)
+
     def _report(self) -> None:
         for receiver in self._receivers:
             receiver.count_kernel_drops()
         self._connections.expire()
+        self._accounts["host"][CHECKSUM_ERRORS] = checksum_errors()
         self._reporter.report(lambda: self._accounts)
 
     def _drain(self) -> None:
@@ -210,6 +225,7 @@ class Worker:
             receiver.close()  # at once: what comes between the count and here is in no account
         self._receivers = []
         self._connections.close(deadline)
+        self._settle(at_once=True)
         self._report()
         log.info("drained", service=self._name, **{name: dict(each) for name, each in self._accounts.items()})
 

@@ -62,7 +62,7 @@ def test_each_broken_equation_is_found(name: str, counter: str, error: int) -> N
     broken = {**SOUND, name: {**SOUND[name], counter: SOUND[name][counter] + error}}
     found = list(discrepancies(broken))
     assert found
-    assert all(sentence.startswith(f"{name}: ") for sentence in found)
+    assert all(str(sentence).startswith(f"{name}: ") for sentence in found)
 
 
 def test_counters_outside_every_equation_may_be_anything() -> None:
@@ -75,7 +75,7 @@ def test_counters_outside_every_equation_may_be_anything() -> None:
 def test_sentence_says_both_sides() -> None:
     """A discrepancy names the total and both figures."""
     (sentence,) = discrepancies({"stream/x": {"received": 5, "published": 3, "dropped_bus_full": 1}})
-    assert sentence == "stream/x: received is 5, its parts add up to 4"
+    assert str(sentence) == "stream/x: received is 5, its parts add up to 4"
 
 
 def test_dropped_is_the_sum_of_all_causes() -> None:

@@ -34,7 +34,7 @@ def test_a_turn_reads_some_and_the_next_the_others(opened: ExitStack, tmp_path: 
     for feed in feeds:  # a stream and a listener for each connection, so that its messages are counted by themselves
         listener = socket.create_server(("127.0.0.1", 0))
         listener.setblocking(False)
-        connections.listen(listener, feed)
+        connections.listen(listener, feed, Counter())
         sender = opened.enter_context(socket.create_connection(listener.getsockname()))
         for key, _ in selector.select(10):
             key.data()
