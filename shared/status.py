@@ -30,7 +30,8 @@ class Reporter:
         self._started_ns = time.time_ns()
         self._reports = itertools.count(1)
         self._broken: dict[tuple[str, str], int] = {}
-        self._discrepancies = 0
+        self.found = 0
+        """Discrepancies so far."""
         self._check_at = 0.0
         self.due_at = 0.0
 
@@ -52,7 +53,7 @@ class Reporter:
             self._check_at = now + max(INTERVAL_SECONDS, CHECK_SHARE * took)
         if wanted:
             own = self._publisher.sender.partition(".")[0]
-            self._publish({**kept, own: {**kept.get(own, {}), DISCREPANCIES: self._discrepancies}})
+            self._publish({**kept, own: {**kept.get(own, {}), DISCREPANCIES: self.found}})
 
     def _check(self, accounts: Mapping[str, Mapping[str, int]]) -> None:
         """Count the equations that do not hold, and say so when that has changed."""
@@ -60,9 +61,9 @@ class Reporter:
         broken = {key: each.total - each.parts for key, each in found.items()}
         news = [each for key, each in found.items() if self._broken.get(key) != broken[key]]
         self._broken = broken
-        self._discrepancies += len(news)
+        self.found += len(news)
         if news:
-            log.error("the accounts do not add up", first=str(news[0]), discrepancies=self._discrepancies)
+            log.error("the accounts do not add up", first=str(news[0]), discrepancies=self.found)
 
     def _publish(self, accounts: Mapping[str, Mapping[str, int]]) -> None:
         pieces = list(_pieces(accounts))

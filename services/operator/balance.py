@@ -6,13 +6,42 @@ have reached more than the worker reports *later*. Both are checked by the worke
 follows, so that nothing needs to stand still while it is checked.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from shared.ledger import PUBLISHED, REACHED, Accounts, discrepancies, is_origin, parse_origin
+from shared.ledger import (
+    BUS_FULL,
+    DISCREPANCIES,
+    DROPPED,
+    EXPORTER_MISSED,
+    EXPORTER_MISSED_FLOWS,
+    EXPORTER_MISSED_RECORDS,
+    KERNEL_DROPPED,
+    MISSED,
+    NO_SUBSCRIBER,
+    PUBLISHED,
+    REACHED,
+    Accounts,
+    discrepancies,
+    is_origin,
+    parse_origin,
+)
 
+PLACES = ("upstream", "kernel", "ingest", "bus", "way out")
+"""Where on its way a datagram may be lost."""
 Origin = tuple[str, int, str]
 """Worker, boot id, stream."""
+
+
+class Loss(NamedTuple):
+    """Something that was lost: where on the way, who says so, of which stream or collector, and how much of what."""
+
+    place: str
+    service: str
+    of: str
+    lost: int
+    what: str
 
 
 @dataclass(slots=True)
@@ -72,7 +101,9 @@ class Balance:
     def discrepancies(self) -> Iterator[str]:
         """Yield a sentence for everything that does not add up; what is only late is one too, so settle first."""
         for service, accounts in sorted(self.accounts.items()):
-            yield from (f"{service}: {sentence}" for sentence in discrepancies(accounts))
+            yield from (f"{service}: {each}" for each in discrepancies(accounts))
+            if found := accounts.get(_kind(service), {}).get(DISCREPANCIES, 0):
+                yield f"{service}: has found {found} discrepancies in its accounts since it was started; see its log"
         yield from self._ahead.values()
         for name, consumer in sorted(self._consumers.items()):
             for origin, reached in sorted(consumer.reached.items()):
@@ -83,6 +114,38 @@ class Balance:
         """Yield the origins whose worker does not report any more: killed, or ended."""
         followed = {origin for consumer in self._consumers.values() for origin in consumer.reached}
         yield from (_say(origin) for origin in sorted(followed - self._due.keys()))
+
+    def losses(self) -> list[Loss]:
+        """What was lost, in the order of the way: upstream, kernel, ingest, bus, way out."""
+        found = [
+            loss
+            for service, accounts in sorted(self.accounts.items())
+            for name, account in sorted(accounts.items())
+            for loss in _losses(service, name, account)
+        ]
+        return sorted(found, key=lambda loss: PLACES.index(loss.place))
+
+
+def _losses(service: str, name: str, account: Mapping[str, int]) -> Iterator[Loss]:
+    kind, _, of = name.partition("/")
+    by_kernel = account.get(KERNEL_DROPPED, 0)
+    if kind == "stream":
+        # What the kernel dropped is missing from the exporters' numbers too, which need not count datagrams.
+        upstream = {"datagrams": max(0, account.get(EXPORTER_MISSED, 0) - by_kernel)}
+        upstream |= {"flows": account.get(EXPORTER_MISSED_FLOWS, 0), "records": account.get(EXPORTER_MISSED_RECORDS, 0)}
+        for unit, lost in upstream.items():
+            if lost:
+                among = ", the kernel's among them" if by_kernel and unit != "datagrams" else ""
+                yield Loss("upstream", service, of, lost, unit + among)
+        if by_kernel:
+            yield Loss("kernel", service, of, by_kernel, "datagrams")
+    elif kind == "origin" and (missed := account.get(MISSED, 0)):
+        worker, _, stream = parse_origin(name)
+        yield Loss("bus", service, stream, missed, f"datagrams of {worker}")
+    for counter, lost in sorted(account.items()):
+        if kind in ("stream", "collector") and counter.startswith(DROPPED) and counter != NO_SUBSCRIBER and lost:
+            place = "way out" if kind == "collector" else "bus" if counter == BUS_FULL else "ingest"
+            yield Loss(place, service, of, lost, counter.removeprefix(DROPPED))
 
 
 def _kind(service: str) -> str:

@@ -8,7 +8,7 @@ from typing import Final
 import msgspec
 
 from services.operator.arguments import Subparsers, add_command
-from services.operator.balance import Balance
+from services.operator.balance import Balance, Loss
 from services.operator.bus_reader import subscribed
 from services.operator.tables import print_table
 from shared.ledger import (
@@ -61,8 +61,14 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
         )
     found = list(balance.discrepancies())
     if arguments.json:
-        facts = {"balanced": not found, "discrepancies": found, "gone": list(balance.gone())}
-        print(msgspec.json.format(msgspec.json.encode({**facts, "services": balance.accounts}), indent=2).decode())
+        facts = {
+            "balanced": not found,
+            "discrepancies": found,
+            "gone": list(balance.gone()),
+            "losses": [loss._asdict() for loss in balance.losses()],
+            "services": balance.accounts,
+        }
+        print(msgspec.json.format(msgspec.json.encode(facts), indent=2).decode())
     else:
         _print(balance, found)
     return FAILED if found else OK
@@ -86,8 +92,10 @@ def _listen(settings: Settings, seconds: float) -> Balance:
 def _print(balance: Balance, found: list[str]) -> None:
     for title, columns, rows in (
         ("Workers", WORKER_COLUMNS, _worker_rows(balance)),
+        ("Listeners", LISTENER_COLUMNS, _listener_rows(balance)),
         ("Origins", ORIGIN_COLUMNS, _origin_rows(balance)),
         ("Collectors", COLLECTOR_COLUMNS, _collector_rows(balance)),
+        ("Losses", Loss._fields, balance.losses()),
     ):
         print_table(title, columns, rows)
     for origin in balance.gone():
@@ -102,6 +110,15 @@ def _worker_rows(balance: Balance) -> Iterator[Row]:
     for service, name, account in _accounts(balance, "stream/"):
         counts = (account.get(counter, 0) for counter in (RECEIVED, BYTES, PUBLISHED))
         yield service, name, *counts, _drops(account), account.get(KERNEL_DROPPED, 0)
+
+
+LISTENER_COLUMNS: Final = ("worker", "stream", "listener", "received", "bytes", "kernel dropped")
+
+
+def _listener_rows(balance: Balance) -> Iterator[Row]:
+    for service, name, account in _accounts(balance, "listener/"):
+        counts = (account.get(counter, 0) for counter in (RECEIVED, BYTES, KERNEL_DROPPED))
+        yield service, *name.split("/", 1), *counts
 
 
 ORIGIN_COLUMNS: Final = ("consumer", "worker", "boot", "stream", "taken", "missed")

@@ -102,6 +102,21 @@ def test_arena_is_good_for_any_sequence_of_sizes(lab: None, lengths: list[int]) 
             lengths.reverse()
 
 
+def test_datagram_that_was_cut_is_counted(sockets: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None is cut, whatever its size; in an arena whose slots are too small the kernel's flag tells which were."""
+    receiver = bound(sockets, socket.AF_INET)
+    source = connected(sockets, receiver, socket.AF_INET)
+    for slot, cut in ((SLOT, 0), (2048, 2)):
+        monkeypatch.setattr("shared.mmsg.SLOT", slot)
+        arena = ReceiveArena()
+        for size in (0, 2048, 2049, 65507, 5):
+            source.send(bytes(size))
+        receiver.recv(0, socket.MSG_PEEK)
+        assert arena.receive(receiver.fileno()) == 5
+        assert arena.truncated(5) == cut
+        arena.restore(5)
+
+
 GUARD = 0xA5
 """What stands in a place where nothing was received."""
 

@@ -138,6 +138,11 @@ def test_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
         (STREAM + 'reply = "' + "x" * 1025 + '"\n', "stream[0].reply: Expected `str` of length <= 1024"),
         (STREAM + STREAM, "stream name 'a' is there twice"),
         (STREAM.replace(":1", ""), "stream[0]: 'udp://localhost': expected udp://HOST:PORT"),
+        (STREAM + 'protocol = "netflow9"\n', "stream[0].protocol: Invalid enum value 'netflow9'"),
+        (
+            '[ingest]\nspread = "datagram"\n' + STREAM + 'protocol = "sflow"\n',
+            "stream 'a' has a protocol, and [ingest] spread is \"datagram\": no worker sees all",
+        ),
         (COLLECTOR + COLLECTOR, "collector name 'a' is there twice"),
         (COLLECTOR.replace("messages", "traps"), "collector 'a' names a stream 'traps' that is not there"),
         (COLLECTOR.replace("192.0.2.9", "siem.example"), "collector[0]: 'siem.example' does not appear to be an IP"),
@@ -259,6 +264,7 @@ streams = st.builds(
     listen=st.just(("udp://localhost:1",)),
     reply=replies,
     receive_buffer=st.integers(4096, 1 << 30),
+    protocol=st.sampled_from([None, "netflow", "ipfix", "sflow"]),
 )
 collectors = st.builds(
     Collector,

@@ -82,7 +82,35 @@ def test_many_accounts_are_reported_in_pieces_under_the_limit(stack: Stack) -> N
         assert len(sizes) > 1
         assert max(sizes) <= PIECE_SIZE
         (report,) = reports.latest.values()
-        assert report.accounts == accounts
+        assert report.accounts == {**accounts, "ingest": {"discrepancies": 0}}
+
+
+def test_discrepancy_is_counted_and_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Accounts are checked each second, whoever listens; what is broken counts, and is said, when that has changed."""
+    clock = [1000.0]
+    monkeypatch.setattr("shared.status.time.monotonic", lambda: clock[0])
+    account = {"received": 5, "published": 3}
+    with BusEnds(tmp_path) as bus:
+        reporter = Reporter(bus.publisher("ingest.1"))
+
+        def said() -> int:
+            reporter.report(lambda: {"stream/x": account})
+            return capsys.readouterr().out.count("stream/x: received is")
+
+        assert said() == 1
+        account["published"] = 4  # within the second nobody looks
+        assert said() == 0
+        clock[0] += INTERVAL_SECONDS
+        assert said() == 1
+        clock[0] += INTERVAL_SECONDS
+        account |= {"received": 9, "published": 8}
+        assert said() == 0
+        clock[0] += INTERVAL_SECONDS
+        account["published"] = 9
+        assert said() == 0
+        assert reporter.found == 2
 
 
 def test_reporter_is_asked_by_a_subscription_that_takes_its_topic(tmp_path: Path) -> None:

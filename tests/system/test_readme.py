@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from shared.settings import Settings, render
+from shared.settings import DEFAULT_STREAM, Settings, render
 from tests.openly import OpenStack
 from tests.stack import CHECKOUT, Stack
 from tests.system.test_fan_out import need
@@ -83,7 +83,8 @@ def test_settings_are_those_in_the_table() -> None:
     """README's table names every setting with its default, and no other."""
     table = dict(re.findall(r"^\| `(\[+\w+\]+ \w+)` \| (.*?) \|", README, re.MULTILINE))
     declared: dict[str, str] = {}
-    for line in render(Settings()).splitlines():
+    numbered = msgspec.structs.replace(DEFAULT_STREAM, protocol="netflow")  # what is not set is not rendered
+    for line in render(Settings(streams=(numbered,))).splitlines():
         if line.startswith("["):
             section = line
         elif line:

@@ -1,9 +1,15 @@
 """Telemetry of programs nobody here wrote, collected by programs nobody here wrote, through fanwire."""
 
+import json
+import socket
 import struct
 import subprocess
+import threading
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from tests.network import End, Host, veth
 from tests.openly import OpenStack
@@ -76,6 +82,69 @@ def test_flows_through_fanwire_are_those_without_it(stack: Stack) -> None:
     directly, *relayed = [flows(directory) for _, directory in collectors]
     assert len(directly) == FLOWS
     assert relayed == [directly, directly]
+
+
+class Loser(threading.Thread):
+    """A network that loses the datagrams of given numbers, on the way from one port of loopback to another."""
+
+    def __init__(self, port: int, to: int, lost: set[int]) -> None:
+        super().__init__()
+        self.passed: list[bytes] = []
+        self.dropped: list[bytes] = []
+        self._to, self._lost = to, lost
+        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self._socket.bind(("127.0.0.1", port))
+
+    def run(self) -> None:
+        """Pass on until an empty datagram comes."""
+        with self._socket:
+            while datagram := self._socket.recv(65535):
+                lost = len(self.passed) + len(self.dropped) in self._lost
+                (self.dropped if lost else self.passed).append(datagram)
+                if not lost:
+                    self._socket.sendto(datagram, ("127.0.0.1", self._to))
+
+    def stop(self) -> None:
+        """End, once all that was sent before has been passed on."""
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.sendto(b"", self._socket.getsockname())
+        self.join()
+
+
+@pytest.mark.parametrize(("version", "unit"), [(5, "flows"), (9, "datagrams")])
+def test_loss_before_fanwire_is_pinned_upstream(stack: Stack, version: int, unit: str) -> None:
+    """Of a real exporter whose third datagram is lost on its way `fanwire ledger` tells: upstream, how much of what."""
+    softflowd = need("softflowd")
+    protocol = "ipfix" if version == 10 else "netflow"
+    stream = f'[[stream]]\nname = "flows"\nlisten = ["udp://127.0.0.1:2055"]\nprotocol = "{protocol}"\n'
+    stack.configure(PATIENT + stream)
+    stack.start_all()
+    capture = stack.directory / "traffic.pcap"
+    write_capture(capture)
+    network = Loser(2056, 2055, lost={2})
+    network.start()
+    try:
+        command = [softflowd, "-d", "-r", str(capture), "-v", str(version), "-n", "127.0.0.1:2056"]
+        exporter = stack.spawn("softflowd", command)
+        assert exporter.process.wait(30) == 0, exporter.text
+    finally:
+        network.stop()
+    assert len(network.passed) > 4
+    (lost,) = network.dropped
+
+    def losses() -> list[dict[str, Any]]:
+        ledger = stack.operator("ledger", "--json")
+        assert ledger.process.wait(30) == 0, ledger.text
+        told: list[dict[str, Any]] = json.loads(ledger.text)["losses"]
+        return [loss for loss in told if loss["place"] == "upstream"]
+
+    wait_until(losses, "the loss is told")
+    count = {5: int.from_bytes(lost[2:4]), 9: 1, 10: 0}[version]
+    if version == 10:  # how many records it had follows from the numbers of its neighbours
+        before, after = network.passed[1:3]
+        whole = int.from_bytes(after[8:12]) - int.from_bytes(before[8:12])
+        count = whole - (int.from_bytes(lost[8:12]) - int.from_bytes(before[8:12]))
+    assert losses() == [{"place": "upstream", "service": "ingest.1", "of": "flows", "lost": count, "what": unit}]
 
 
 def test_flow_collector_tells_exporters_apart(open_stack: OpenStack) -> None:

@@ -23,8 +23,10 @@ from shared.bus import Subscriber
 from shared.continuity import Continuity
 from shared.ledger import Accounts, discrepancies
 from shared.pool import CHUNK, GRACE_SECONDS
+from shared.sockets import checksum_errors
 from shared.wire import Datagrams
 from tests.builders import BusEnds, Datagram, accounts_when, freeze, kill_all, take, take_datagrams, take_mark
+from tests.services.ingest.flows import netflow_v9
 from tests.stack import Stack, wait_until
 
 PORT = 6667
@@ -451,7 +453,70 @@ def test_what_the_kernel_drops_is_counted(stack: Stack, bus: BusEnds) -> None:
         account = accounts["stream/messages"]
         return account.get("received", 0) + account["kernel_dropped"] == 100
 
-    assert accounts_when(bus, "ingest.1", complete)["stream/messages"]["kernel_dropped"] > 0
+    accounts = accounts_when(bus, "ingest.1", complete)
+    listener = accounts[f"listener/messages/udp://127.0.0.1:{PORT}"]
+    assert accounts["stream/messages"]["kernel_dropped"] == listener["kernel_dropped"] == drops_of("0100007F", PORT) > 0
+
+
+def drops_of(address: str, port: int) -> int:
+    """What /proc/net/udp says that the kernel has dropped at a socket: its last column."""
+    lines = Path("/proc/self/net/udp").read_text().splitlines()[1:]
+    return sum(int(line.split()[-1]) for line in lines if line.split()[1] == f"{address}:{port:04X}")
+
+
+def test_each_listener_has_its_account(stack: Stack, bus: BusEnds, tmp_path: Path) -> None:
+    """What came by which listener of a stream is told apart, whoever wants it: UDP, TCP, a path."""
+    path = tmp_path / "in.sock"
+    stack.configure(STREAM.replace("listen = [", f'listen = ["unixgram://{path}", '))
+    stack.start("ingest")
+    with sender() as one, sender("::1") as other, connect() as connection:
+        for _ in range(3):
+            one.send(b"xyz")
+        other.send(b"xy")
+        connection.sendall(b"a\nbc\n")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.sendto(b"1234", str(path))
+        sock.sendto(bytes(70_000), str(path))  # longer than a slot: cut, and dropped
+    accounts = accounts_when(bus, "ingest.1", lambda found: found["stream/messages"].get("received") == 8)
+    came = {name.split("/", 2)[2]: (each.get("received", 0), each.get("bytes", 0)) for name, each in accounts.items()
+            if name.startswith("listener/messages/")}  # fmt: skip
+    assert came == {
+        f"unixgram://{path}": (2, 4),
+        "udp://127.0.0.1:6667": (3, 9),
+        "udp://[::1]:6667": (1, 2),
+        "tcp://127.0.0.1:6667": (2, 3),
+        "tcp://[::1]:6667": (0, 0),
+    }
+    assert accounts["ingest"] == {"discrepancies": 0}
+
+
+def test_wrong_checksum_is_counted_for_the_host(stack: Stack, bus: BusEnds) -> None:
+    """What the kernel drops for its checksum never comes to a worker, and is counted as what the kernel says."""
+    before = checksum_errors()
+    stack.start("ingest")
+    with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_UDP) as sock:
+        sock.sendto(struct.pack(">4H", 999, PORT, 12, 0xBAD) + b"oops", ("127.0.0.1", 0))
+    accounts = accounts_when(bus, "ingest.1", lambda found: found["host"]["checksum_errors"] > before)
+    assert accounts["host"]["checksum_errors"] == before + 1
+    assert "received" not in accounts["stream/messages"]
+
+
+def test_what_is_missing_upstream_is_counted_whoever_wants_it(stack: Stack, bus: BusEnds) -> None:
+    """A stream with a protocol counts what is missing from its exporters' numbers, and passes every byte on."""
+    stack.configure('[[stream]]\nname = "flows"\nlisten = ["udp://127.0.0.1:6668"]\nprotocol = "netflow"\n')
+    worker = stack.start("ingest")
+    payloads = [netflow_v9(number, rest=bytes(number * 300)) for number in (1, 2, 4, 5, 9)]
+    with sender(port=6668) as sock:
+        for payload in payloads:
+            sock.send(payload)
+        accounts_when(bus, "ingest.1", lambda found: found["stream/flows"].get("exporter_missed") == 4)
+        subscriber = follow(bus, "flows")
+        for payload in (netflow_v9(10), b"none of it", netflow_v9(12)):
+            sock.send(payload)
+    assert [payload for *_, payload in take_datagrams(subscriber, 3)] == [netflow_v9(10), b"none of it", netflow_v9(12)]
+    assert worker.stop(signal.SIGTERM) == 0
+    account = worker.events("drained")[0]["stream/flows"]
+    assert (account["exporter_missed"], account["not_flow"], account["exporters"]) == (5, 1, 1)
 
 
 def test_full_bus_drops_and_counts(stack: Stack) -> None:

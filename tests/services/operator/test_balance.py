@@ -93,6 +93,25 @@ def test_accounts_that_do_not_add_up_within_a_service(accounts: Accounts) -> Non
     assert sentence.startswith("some.1: ")
 
 
+def test_losses_are_told_by_place() -> None:
+    """Each loss is pinned to a place; what the kernel dropped is not upstream, where both count datagrams."""
+    ingest: Accounts = {
+        "stream/sflow": {"exporter_missed": 9, "kernel_dropped": 5, "dropped_no_subscriber": 3},
+        "stream/v5": {"exporter_missed_flows": 60, "kernel_dropped": 1, "dropped_bus_full": 2, "dropped_oversized": 4},
+    }
+    consumer = forwarder(reached=8, missed=6) | {"collector/siem": {"missed": 6, "dropped_refused": 7}}
+    assert [tuple(loss) for loss in balance(("forwarder.1", consumer), ("ingest.1", ingest)).losses()] == [
+        ("upstream", "ingest.1", "sflow", 4, "datagrams"),
+        ("upstream", "ingest.1", "v5", 60, "flows, the kernel's among them"),
+        ("kernel", "ingest.1", "sflow", 5, "datagrams"),
+        ("kernel", "ingest.1", "v5", 1, "datagrams"),
+        ("ingest", "ingest.1", "v5", 4, "oversized"),
+        ("bus", "forwarder.1", "syslog", 6, "datagrams of ingest.1"),
+        ("bus", "ingest.1", "v5", 2, "bus_full"),
+        ("way out", "forwarder.1", "siem", 7, "refused"),
+    ]
+
+
 @given(
     st.lists(
         st.one_of(

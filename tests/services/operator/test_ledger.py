@@ -32,7 +32,8 @@ def test_balanced_accounts(stack: Stack) -> None:
     stack.start("broker")
     code, text = play(stack, stack.operator("ledger"), ingest=WORKER, forwarder=FORWARDER)
     assert (code, text.splitlines()[-1]) == (0, "balanced")
-    (collector,) = [line.split() for line in text.splitlines() if "[siem]" in line]
+    collector, loss = [line.split() for line in text.splitlines() if "[siem]" in line]
+    assert loss == ["way", "out", "forwarder.1", "[siem]", "1", "refused"]
     assert collector == ["forwarder.1", "[siem]", "7", "2", "3", "0", "0", "1", "refused", "1"]
     assert "no_subscriber 3" in text
 
@@ -68,6 +69,25 @@ def test_two_consumers(stack: Stack) -> None:
     assert ["forwarder.1", "ingest.1", "1", "messages", "6", "1"] in rows
     assert ["transmitter.1", "ingest.1", "1", "messages", "1", "0"] in rows
     assert [row[:4] for row in rows if "siem" in row] == [["transmitter.1", "siem", "1", "1"]]
+
+
+def test_falsified_account_is_found(stack: Stack) -> None:
+    """A worker whose listeners brought more than its stream says is named, and so is what it found by itself before."""
+    stack.start("broker")
+    worker = {
+        **WORKER,
+        "listener/messages/udp://127.0.0.1:6667": {"received": 13, "bytes": 99},
+        "ingest": {"discrepancies": 2},
+    }
+    code, text = play(stack, stack.operator("ledger"), ingest=worker, forwarder=FORWARDER)
+    assert code == 1
+    assert text.splitlines()[-2:] == [
+        "ingest.1: stream/messages: received is 12, its parts add up to 13",
+        "ingest.1: has found 2 discrepancies in its accounts since it was started; see its log",
+    ]
+    assert ["ingest.1", "messages", "udp://127.0.0.1:6667", "13", "99", "0"] in [
+        line.split() for line in text.splitlines()
+    ]
 
 
 def test_names_the_service_that_does_not_report(stack: Stack) -> None:
