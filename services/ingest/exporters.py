@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from services.ingest.flow_headers import KINDS, Headers, Integers, Words, read_heads
+from services.ingest.flow_numbering import Numbering
 from services.ingest.flow_templates import Templates
 from shared.batch import DatagramBatch
 from shared.ledger import (
@@ -118,7 +119,8 @@ class Numbers:
             self._fill(slot, start, stop if sure else due)
             late = np.count_nonzero(((numbers - numbers[0]) & 0xFFFFFFFF) < -ahead)
             self._account[EXPORTER_REORDERED] += int(late)
-        if known == NEW or stop > due or ahead >= 0:
+        last = start + int((numbers[-1] - numbers[0]) & 0xFFFFFFFF)
+        if known == NEW or stop > due or last >= due:
             self._next[slot], self._known[slot] = stop, EXACT if sure else AT_LEAST
             self._uptime[slot] = uptime[-1]
 
@@ -176,6 +178,7 @@ class Exporters:
         self._capacity = capacity
         self._slots: OrderedDict[bytes, int] = OrderedDict()
         self._templates = Templates() if protocol == "ipfix" else None
+        self._numbering = Numbering(capacity) if protocol == "ipfix" else None
         self._factors = np.frombuffer(secrets.token_bytes(48), np.uint64) | np.uint64(1)
 
     def observe(self, batch: DatagramBatch) -> None:
@@ -199,7 +202,12 @@ class Exporters:
             of_rows[order] = slots[np.cumsum(first) - 1]
             counts, sure = self._templates.count(batch, headers.rows, of_rows)
             self._account[EXPORTER_UNSURE] += int(np.count_nonzero(~sure))
-        numbers.follow(slots, first, headers.number[order], counts[order], headers.uptime[order], sure[order])
+        number, counts, sure = headers.number[order], counts[order], sure[order]
+        if self._numbering is not None:
+            number, counts, sure, anew = self._numbering.unify(slots, first, number, counts, sure)
+            for slot in anew:
+                numbers.forget(slot)
+        numbers.follow(slots, first, number, counts, headers.uptime[order], sure)
 
     def _arrange(self, keys: Words) -> tuple[Integers, Mask]:
         """Bring rows of one exporter together, in the order they have; return it, and where each exporter begins."""
@@ -227,6 +235,8 @@ class Exporters:
                 numbers.forget(slot)
             if self._templates is not None:
                 self._templates.forget(slot)
+            if self._numbering is not None:
+                self._numbering.forget(slot)
         self._slots[key] = slot
         return slot
 

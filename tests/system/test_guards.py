@@ -30,6 +30,7 @@ PURE = (
     "services/gateway/requests.py",
     "services/ingest/exporters.py",
     "services/ingest/flow_headers.py",
+    "services/ingest/flow_numbering.py",
     "services/ingest/flow_templates.py",
     "services/ingest/framing.py",
     "services/operator/balance.py",

@@ -111,7 +111,7 @@ class Loser(threading.Thread):
         self.join()
 
 
-@pytest.mark.parametrize(("version", "unit"), [(5, "flows"), (9, "datagrams")])
+@pytest.mark.parametrize(("version", "unit"), [(5, "flows"), (9, "datagrams"), (10, "records")])
 def test_loss_before_fanwire_is_pinned_upstream(stack: Stack, version: int, unit: str) -> None:
     """Of a real exporter whose third datagram is lost on its way `fanwire ledger` tells: upstream, how much of what."""
     softflowd = need("softflowd")

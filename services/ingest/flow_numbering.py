@@ -1,0 +1,55 @@
+"""Where an IPFIX exporter's number stands: before the records of its datagram or behind them. No I/O.
+
+RFC 7011, 3.1 is mostly read as *before*; some count a datagram's own records in, softflowd among them. Two datagrams
+with nothing lost between them show it, unless they have equally many records, and then it does not matter.
+"""
+
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from services.ingest.flow_headers import Integers
+
+CERTAIN: Final = 8
+"""Datagrams by which what was shown counts at most: so many in a row have to show otherwise."""
+Mask = npt.NDArray[np.bool_]
+
+
+class Numbering:
+    """What the exporters have shown, by slot: more than 0 for *before*, less for *behind*, 0 for nothing."""
+
+    def __init__(self, capacity: int) -> None:
+        self._shown = np.zeros(capacity, np.int8)
+        self._number = np.zeros(capacity, np.int64)
+        self._count = np.full(capacity, -1, np.int64)
+        """Of the last datagram; -1: not known."""
+
+    def forget(self, slot: int) -> None:
+        """Let a slot be another exporter's from now on."""
+        self._shown[slot], self._count[slot] = 0, -1
+
+    def unify(
+        self, slots: Integers, first: Mask, numbers: Integers, counts: Integers, sure: Mask
+    ) -> tuple[Integers, Integers, Mask, list[int]]:
+        """Return numbers that stand before their records, counts, whether those are all, and slots to follow anew.
+
+        Arguments are as for `Numbers.follow`. Of an exporter that has shown nothing, no count is sure.
+        """
+        groups, last = np.cumsum(first) - 1, np.append(first[1:], True)
+        told = np.where(sure, counts, -1)
+        number_before, count_before = np.roll(numbers, 1), np.roll(told, 1)
+        number_before[first], count_before[first] = self._number[slots], self._count[slots]
+        apart = (numbers - number_before) & 0xFFFFFFFF
+        pairs = (told >= 0) & (count_before >= 0)
+        before, behind = pairs & (apart == count_before), pairs & (apart == told)
+        was = self._shown[slots]
+        now = was.astype(np.int64)
+        np.add.at(now, groups, before.astype(np.int64) - behind)
+        equal = np.zeros(len(slots), bool)
+        equal[groups[before & behind]] = True
+        now = np.clip(np.where((now == 0) & equal, np.where(was < 0, -1, 1), now), -CERTAIN, CERTAIN)
+        self._shown[slots], self._number[slots], self._count[slots] = now, numbers[last], told[last]
+        shown = now[groups]
+        numbers = np.where(shown < 0, (numbers - counts) & 0xFFFFFFFF, numbers)
+        return numbers, np.where(shown == 0, 0, counts), sure & (shown != 0), slots[(now < 0) != (was < 0)].tolist()
