@@ -1,12 +1,19 @@
+import socket
+from collections import Counter
+from contextlib import closing
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.ingest.receiver import SMALLEST_STRIDE, cut, stride_for
+from services.ingest.feed import StreamFeed
+from services.ingest.receiver import BACK_OFF_SECONDS, MAX_FAILURES, SMALLEST_STRIDE, DatagramReceiver, cut, stride_for
 from shared.batch import MAX_DATAGRAM, MAX_PAYLOAD, MAX_ROWS
-from shared.mmsg import SLOT
+from shared.mmsg import SLOT, ReceiveArena
 from shared.pool import CHUNK
+from tests.builders import BusEnds
 
 sizes = st.sampled_from([0, 0, 1, 1464, 32_768, MAX_DATAGRAM - 1, MAX_DATAGRAM, MAX_DATAGRAM + 1, SLOT])
 
@@ -59,3 +66,25 @@ def test_stride_holds_datagrams_like_those_before(longest: int, equal: bool) -> 
     elif stride < MAX_DATAGRAM:
         assert stride.bit_count() == 1
         assert stride == SMALLEST_STRIDE or stride < 2 * longest
+
+
+def test_receive_that_only_fails_does_not_spin(lab: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Failures are counted and the next call goes on; when all fail, each waits a moment, until one succeeds."""
+    naps: list[float] = []
+    monkeypatch.setattr("services.ingest.receiver.time.sleep", naps.append)
+    outcomes = ["fails"] * (MAX_FAILURES + 1) + ["nothing"] + ["fails"] * (MAX_FAILURES - 1)
+
+    def receive(*_: object) -> int:
+        if outcomes.pop(0) == "fails":
+            raise OSError(105, "No buffer space available")
+        return 0
+
+    monkeypatch.setattr(ReceiveArena, "receive", receive)
+    listener: Counter[str] = Counter()
+    with BusEnds(tmp_path) as bus, closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as sock:
+        feed = StreamFeed("a", bus.publisher(), Counter())
+        receiver = DatagramReceiver(sock, feed, listener, ReceiveArena(), None)
+        while outcomes:
+            assert receiver.receive() == (0, 0)
+    assert naps == [BACK_OFF_SECONDS] * 2
+    assert listener["receive_errors"] == feed.account["receive_errors"] == 2 * MAX_FAILURES

@@ -643,6 +643,27 @@ def test_restarted_worker_is_another_origin(stack: Stack, bus: BusEnds) -> None:
     assert restarted.stop(signal.SIGTERM) == 0
 
 
+def test_killed_worker_counts_as_gone_and_not_as_lost(stack: Stack, bus: BusEnds) -> None:
+    """A killed worker is followed to its last message; that its successor counts from zero is no loss."""
+    stack.configure(STREAM)
+    worker = stack.start("ingest")
+    subscriber, continuity = follow(bus), Continuity()
+    for number in (5, 3):
+        with sender() as sock:
+            for _ in range(number):
+                sock.send(b"x")
+        taken = 0
+        while taken < number:
+            message = take(subscriber)
+            assert message.batch is not None
+            assert not continuity.observe(message.topic, message.envelope, len(message.batch))
+            taken += len(message.batch)
+        worker.stop(signal.SIGKILL)
+        worker = stack.start("ingest")
+    assert [position.reached for position in continuity.positions.values()] == [5, 3]
+    assert not any(position.missed for position in continuity.positions.values())
+
+
 def test_two_streams_cannot_share_an_address(stack: Stack, lab: None) -> None:
     """The kernel would deal datagrams out between two streams on one address: the start is refused in one line."""
     both = "".join(f'[[stream]]\nname = "{name}"\nlisten = ["udp://127.0.0.1:6667"]\n' for name in "ab")
