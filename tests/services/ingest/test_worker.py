@@ -664,6 +664,35 @@ def test_killed_worker_counts_as_gone_and_not_as_lost(stack: Stack, bus: BusEnds
     assert not any(position.missed for position in continuity.positions.values())
 
 
+def test_numbers_are_read_wherever_datagrams_were_received(stack: Stack, bus: BusEnds) -> None:
+    """In the arena, in lent memory or partly in both: exporters' numbers are found, and nothing else is missed."""
+    stack.configure('[[stream]]\nname = "flows"\nlisten = ["udp://127.0.0.1:6668"]\nprotocol = "netflow"\n')
+    worker = stack.start("ingest")
+    subscriber, shapes, number = follow(bus, "flows"), Counter[str](), 0
+    time.sleep(GRACE_SECONDS)
+    with sender(port=6668) as sock:
+        for sizes in (
+            [1400] * 60,
+            [1400] * 60,
+            [900] * 59 + [5000],
+            [700] * 60,
+            [*range(40, 1000, 16)],
+            [3000, 40] * 30,
+        ):
+            payloads = [netflow_v9(number + at, rest=bytes(size)) for at, size in enumerate(sizes)]
+            freeze(worker)
+            for payload in payloads:
+                sock.send(payload)
+            worker.process.send_signal(signal.SIGCONT)
+            assert take_shaped(subscriber, len(payloads), shapes) == payloads
+            number += len(payloads) + 1  # one is lost between rounds
+    assert worker.stop(signal.SIGTERM) == 0
+    account = worker.events("drained")[0]["stream/flows"]
+    assert (account["exporter_missed"], account.get("not_flow", 0), account.get("exporter_reordered", 0)) == (5, 0, 0)
+    assert shapes["in place"]
+    assert shapes["end to end"]
+
+
 def test_two_streams_cannot_share_an_address(stack: Stack, lab: None) -> None:
     """The kernel would deal datagrams out between two streams on one address: the start is refused in one line."""
     both = "".join(f'[[stream]]\nname = "{name}"\nlisten = ["udp://127.0.0.1:6667"]\n' for name in "ab")
