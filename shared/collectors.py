@@ -7,7 +7,7 @@ from typing import Generic, Protocol, TypeVar
 
 from shared.gathering import Gathered
 from shared.ledger import EXPECTED, FILTERED, MISSED, OFFERED, SAMPLED_OUT, SHARED_OUT, Accounts
-from shared.registry import Client
+from shared.registry import ALL_STREAMS, Client
 from shared.routing import ALL_ROWS, Router, Selection, takes_all
 
 
@@ -54,13 +54,17 @@ class Collectors(Generic[D]):
         published: Mapping[str, int],
         reach: Callable[[Client, Counter[str]], D],
     ) -> None:
-        self._streams = tuple(streams)
+        self.know(streams)
         self._published = published
         self._routed: Counter[str] = Counter()
         """By stream: datagrams that came, whoever got them."""
         self._reach = reach
         self._served: dict[str, Served[D]] = {}
         self._router = Router()
+
+    def know(self, streams: Iterable[str]) -> None:
+        """Have these as the streams that there are, for who wants all of them."""
+        self._streams = tuple(streams)
 
     def replace(self, clients: Iterable[Client]) -> None:
         """Serve these from now on; one that did not change keeps its destination and its account."""
@@ -78,9 +82,12 @@ class Collectors(Generic[D]):
         self._router.replace(served.destination.client for served in kept.values())
 
     def streams_wanted(self) -> set[str]:
-        """The streams that any of them wants."""
-        clients = [served.destination.client for served in self._served.values()]
-        return {name for name in self._streams for client in clients if client.wants(name)}
+        """The streams that any of them wants.
+
+        Those that it names need not be known here: another service may have read of them before us.
+        """
+        named = {stream for served in self._served.values() for stream in served.destination.client.streams}
+        return named.union(self._streams) - {ALL_STREAMS} if ALL_STREAMS in named else named
 
     def _of_streams(self, counts: Mapping[str, int], client: Client) -> int:
         return sum(count for stream, count in counts.items() if client.wants(stream))

@@ -24,6 +24,7 @@ from shared.ledger import Accounts
 from shared.lifecycle import Lifecycle, Readiness
 from shared.mirror import RegistryMirror
 from shared.registry import Client, Source
+from shared.reload import Reload
 from shared.routing import Selection
 from shared.settings import Settings
 from shared.status import Reporter
@@ -108,8 +109,7 @@ class CopyService(ABC, Generic[D]):
         self._reporter = Reporter(self._publisher)
         self._mirror = RegistryMirror()
         self._streams = Streams(self._subscriber)
-        names = [stream.name for stream in self.settings.streams]
-        self._collectors = Collectors(names, self._streams.published, self.reach)
+        self._collectors = Collectors(_names(self.settings), self._streams.published, self.reach)
         self._waiting: list[tuple[float, int, ServeRequest]] = []
         self._asked_at = 0.0
         self._serving = -1
@@ -124,17 +124,25 @@ class CopyService(ABC, Generic[D]):
         """Put a message of a kind that is this service's alone on the bus."""
         self._publisher.publish(topic, body)
 
+    def follow(self, settings: Settings) -> None:
+        """Have the streams of these settings."""
+        self._collectors.know(_names(settings))
+        self._streams.want(self._collectors.streams_wanted())
+
     def serve(self, lifecycle: Lifecycle) -> None:
         """Serve until told to drain, then until the workers have fallen silent."""
         readiness = Readiness(self.name, self.settings.bus.path, lambda: self._publisher.ready)
+        reload = Reload(self.name, lifecycle, self.settings, self.follow)
         poller = zmq.Poller()
         poller.register(self._subscriber.socket, zmq.POLLIN)
         poller.register(self._publisher.socket, zmq.POLLIN)
         for descriptor in (lifecycle.fileno(), *self.descriptors()):
             poller.register(descriptor, zmq.POLLIN)
         while not lifecycle.draining:
-            poller.poll(self._patience_ms())
+            if (lifecycle.fileno(), zmq.POLLIN) in poller.poll(self._patience_ms()):
+                lifecycle.heed()
             self._turn()
+            reload.check()
             readiness.check()
         self._drain()
 
@@ -256,3 +264,7 @@ class CopyService(ABC, Generic[D]):
         self._subscriber.close()
         self._publisher.close()
         self._context.term()
+
+
+def _names(settings: Settings) -> list[str]:
+    return [stream.name for stream in settings.streams]

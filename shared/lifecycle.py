@@ -1,8 +1,8 @@
 """How every process starts and ends: arguments, logging, signals, readiness, exit codes.
 
 A signal handler only sets a flag; the service's loop sees it and drains: stop input, flush, close, exit, all within
-4 seconds, because honcho kills after five. A second signal has the default action. SIGHUP, which is to mean reload, is
-ignored: its default action would end a service without draining.
+4 seconds, because honcho kills after five. A second signal has the default action. SIGHUP has the settings read again
+(`shared.reload`); what drains, or has no settings to read again, ignores it.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
@@ -23,7 +24,7 @@ from typing import Any, Final, NoReturn
 
 import structlog
 
-from shared.settings import Settings, SettingsError, load
+from shared.settings import Settings, SettingsError, load, load_again
 
 OK: Final = 0
 FAILED: Final = 1
@@ -49,24 +50,39 @@ class OperatorError(Exception):
 
 
 class Lifecycle:
-    """Signals as a flag and a descriptor: `draining` is set at the first SIGTERM or SIGINT, and `fileno` wakes."""
+    """Signals as flags and a descriptor: `draining` is set at the first SIGTERM or SIGINT, `reload_wanted` by SIGHUP.
 
-    def __init__(self) -> None:
-        self.draining = False
+    `read` reads the settings again, from where they were read at the start; without it SIGHUP is ignored.
+    """
+
+    def __init__(self, read: Callable[[], Settings] | None = None) -> None:
+        self.draining = self.reload_wanted = False
+        self.read = read
         self._reader, self._writer = socket.socketpair()
-        self._writer.setblocking(False)
+        for end in (self._reader, self._writer):
+            end.setblocking(False)
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._drain)
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.signal(signal.SIGHUP, self._reload if read else signal.SIG_IGN)
 
     def fileno(self) -> int:
-        """Readable from the first signal on, so that a loop blocked in poll wakes."""
+        """Readable once a signal has come, so that a loop blocked in poll wakes; `heed` when it is."""
         return self._reader.fileno()
+
+    def heed(self) -> None:
+        """Let `fileno` wake nobody until the next signal; a drain goes on waking."""
+        with contextlib.suppress(BlockingIOError):
+            while not self.draining and self._reader.recv(4096):
+                pass
 
     def _drain(self, number: int, _frame: FrameType | None) -> None:
         self.draining = True
         signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    def _reload(self, _number: int, _frame: FrameType | None) -> None:
+        self.reload_wanted = True
 
 
 class Parser(argparse.ArgumentParser):
@@ -115,7 +131,8 @@ def run(main: Callable[[argparse.Namespace, Settings, Lifecycle], None], argumen
     raise_descriptor_limit()
     gc.freeze()  # what is there by now stays; the collector need not look at it again under load
     try:
-        main(arguments, load(arguments.config), Lifecycle())
+        lifecycle = Lifecycle(partial(load_again, arguments.config))  # before reading: no SIGHUP after it is missed
+        main(arguments, load(arguments.config), lifecycle)
     except SettingsError as error:
         print(error, file=sys.stderr)
         return BAD_SETTINGS

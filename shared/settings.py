@@ -7,7 +7,7 @@ entry's name: `FANWIRE_STREAM__MESSAGES__RECEIVE_BUFFER=1048576`.
 import os
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_args, get_type_hints
 
@@ -321,7 +321,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 def load(path: Path | None, environment: Mapping[str, str] = os.environ) -> Settings:
     """Read `path`, else the file FANWIRE_CONFIG names, else the defaults; then the environment. SettingsError."""
-    path = path or (Path(named) if (named := environment.get("FANWIRE_CONFIG")) else None)
+    path = _named_file(path, environment)
     where, found = "settings", {}
     if path is not None:
         where = str(path)
@@ -341,6 +341,28 @@ def load(path: Path | None, environment: Mapping[str, str] = os.environ) -> Sett
     if len(os.fsencode(settings.bus.path)) > MAX_DIRECTORY:
         raise SettingsError(f"{where}: bus.directory: expected at most {MAX_DIRECTORY} bytes, for socket paths in it")
     return settings
+
+
+def load_again(path: Path | None, environment: Mapping[str, str] = os.environ) -> Settings:
+    """Read the settings as `load` did before, SettingsError too when they came by what can be read only once."""
+    named = _named_file(path, environment)
+    if named is not None and named.exists() and not named.is_file():
+        raise SettingsError(f"{named}: no file, and can't be read a second time; restart instead")
+    return load(path, environment)
+
+
+def _named_file(path: Path | None, environment: Mapping[str, str]) -> Path | None:
+    return path or (Path(named) if (named := environment.get("FANWIRE_CONFIG")) else None)
+
+
+def differing(one: Struct, other: Struct, prefix: str = "") -> Iterator[str]:
+    """Yield the keys, as in `gateway.listen`, in which two settings of one kind differ; of a list, the list's."""
+    for entry in msgspec.structs.fields(one):
+        mine, theirs, key = getattr(one, entry.name), getattr(other, entry.name), f"{prefix}{entry.encode_name}"
+        if isinstance(mine, Struct):
+            yield from differing(mine, theirs, f"{key}.")
+        elif mine != theirs:
+            yield key
 
 
 def render(settings: Settings, *, defaults: bool = True) -> str:

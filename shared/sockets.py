@@ -59,14 +59,15 @@ def inherited(environment: MutableMapping[str, str] = os.environ) -> list[Inheri
 
 
 def bind_endpoint(
-    endpoint: Endpoint, prepare: Prepare, path_mode: int = 0o777, held: list[InheritedSocket] | None = None
+    endpoint: Endpoint, prepare: Prepare, path_mode: int = 0o777, held: list[socket.socket] | None = None
 ) -> list[socket.socket]:
     """Bind every address of an endpoint, non-blocking; `path_mode` is less the umask. OSError when none can be had.
 
     `[::]` takes IPv4 too, any other IPv6 address IPv6 alone, so that `localhost` can bind both of its addresses. An
-    address that one of `held` is bound to is served by that one, which leaves the list.
+    address that one of `held` is bound to is served by that one, which leaves the list, and is not closed on an error.
     """
-    kind, held = KINDS[endpoint.scheme], held or []
+    kind, held = KINDS[endpoint.scheme], [] if held is None else held
+    before = list(held)
     if endpoint.path:
         return [_take(held, kind, endpoint.path) or _bind_path(endpoint.path, kind, prepare, path_mode)]
     bound: list[socket.socket] = []
@@ -77,7 +78,8 @@ def bind_endpoint(
         except OSError as error:
             if error.errno not in NOT_HERE:
                 for sock in bound:
-                    sock.close()
+                    if sock not in before:
+                        sock.close()
                 raise
             lacking = error
     if lacking is not None and not bound:
@@ -85,7 +87,7 @@ def bind_endpoint(
     return bound
 
 
-def _take(held: list[InheritedSocket], kind: socket.SocketKind, address: SocketAddress | str) -> InheritedSocket | None:
+def _take(held: list[socket.socket], kind: socket.SocketKind, address: SocketAddress | str) -> socket.socket | None:
     for sock in held:
         if (sock.type, sock.getsockname()) == (kind, address):
             held.remove(sock)
@@ -139,10 +141,15 @@ def enlarge_receive_buffer(sock: socket.socket, wanted: int) -> int:
 
     An inherited socket that has as much already keeps it: the service manager may have given more than we could have.
     """
-    has = sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
+    has = receive_buffer(sock)
     if isinstance(sock, InheritedSocket) and has >= wanted:
         return has
     return _enlarge(sock, SO_RCVBUFFORCE, socket.SO_RCVBUF, wanted)
+
+
+def receive_buffer(sock: socket.socket) -> int:
+    """Bytes of the receive buffer, as they are asked for: the kernel doubles them for its own records."""
+    return sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
 
 
 def enlarge_send_buffer(sock: socket.socket, wanted: int) -> int:

@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Final
 
 from shared.bus import Subscriber
@@ -12,8 +13,18 @@ from shared.wire import Envelope, Status, datagrams_topic, status_topic
 
 WORKERS: Final = "ingest."
 INGEST_STATUS: Final = status_topic(WORKERS)[:-1]
+STREAM: Final = "stream/"
 WORKER_SECONDS: Final = 3.0
 """A worker that has not reported for this long is not waited for."""
+
+
+@dataclass(slots=True)
+class _Worker:
+    """When a worker reported last, the streams it has accounts of, and whether those are all."""
+
+    heard_at: float = 0.0
+    streams: set[str] = field(default_factory=set)
+    whole: bool = False
 
 
 class Streams:
@@ -25,7 +36,7 @@ class Streams:
         self._subscriber = subscriber
         self._topics: dict[str, str] = {}
         self._continuity = Continuity()
-        self._workers: dict[tuple[str, int], float] = {}
+        self._workers: dict[tuple[str, int], _Worker] = {}
         subscriber.subscribe(INGEST_STATUS)
 
     def want(self, streams: Iterable[str]) -> None:
@@ -40,11 +51,17 @@ class Streams:
 
     @property
     def flowing(self) -> bool:
-        """Whether there are workers, and each is known, by its mark, to have seen every subscription."""
-        now = time.monotonic()
-        heard = [worker for worker, at in self._workers.items() if now - at < WORKER_SECONDS]
+        """Whether there are workers, and each is known, by its mark, to have seen every subscription.
+
+        To streams that it has, that is: it may not have read of a new one yet.
+        """
+        after = time.monotonic() - WORKER_SECONDS
+        heard = [(origin, worker) for origin, worker in self._workers.items() if worker.heard_at > after]
         return bool(heard) and all(
-            (*worker, topic) in self._continuity.positions for worker in heard for topic in self._topics
+            worker.whole and (*origin, topic) in self._continuity.positions
+            for origin, worker in heard
+            for topic, stream in self._topics.items()
+            if stream in worker.streams or not worker.whole
         )
 
     @property
@@ -63,7 +80,10 @@ class Streams:
 
     def reconcile(self, envelope: Envelope, status: Status) -> dict[str, int]:
         """Compare a worker's own count with what came of it; return datagrams missed at the end, by stream."""
-        self._workers[envelope.sender, envelope.boot] = time.monotonic()
+        worker = self._workers.setdefault((envelope.sender, envelope.boot), _Worker())
+        worker.streams.update(name.removeprefix(STREAM) for name in status.accounts if name.startswith(STREAM))
+        worker.heard_at = time.monotonic()
+        worker.whole |= status.piece + 1 == status.pieces
         missed = {}
         for topic, stream in self._topics.items():
             account = status.accounts.get(f"stream/{stream}", {})
@@ -75,8 +95,8 @@ class Streams:
 
     def forget_silent_workers(self) -> None:
         """Drop workers that have not reported for long, so that the table stays small."""
-        before = time.monotonic() - WORKER_SECONDS
-        self._workers = {worker: at for worker, at in self._workers.items() if at > before}
+        after = time.monotonic() - WORKER_SECONDS
+        self._workers = {origin: worker for origin, worker in self._workers.items() if worker.heard_at > after}
 
     def accounts(self) -> Accounts:
         """One account an origin: where we began to follow it, what came, what was missed, how far it got."""

@@ -56,6 +56,19 @@ class Running:
         """Wait until it has printed `text`."""
         wait_until(lambda: text in self.text, f"{self.name} prints {text!r}; it printed {self.text[-2000:]!r}", seconds)
 
+    @property
+    def reloads(self) -> list[dict[str, Any]]:
+        """What it has said of each SIGHUP, last of all."""
+        said = ("reloaded", "not reloaded", "nothing to reload")
+        return [line for line in self.log if line.get("event", "").startswith(said)]
+
+    def reload(self) -> dict[str, Any]:
+        """Send SIGHUP and return what it says of that."""
+        before = len(self.reloads)
+        self.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: len(self.reloads) > before, f"{self.name} heeds SIGHUP: {self.text[-2000:]}")
+        return self.reloads[before]
+
     def stop(self, number: signal.Signals = signal.SIGTERM, seconds: float = 6.0) -> int:
         """Send a signal and return the exit code."""
         self.process.send_signal(number)

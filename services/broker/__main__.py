@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from services.broker.access import transmitters_group
 from services.broker.proxy import Proxy
 from shared.lifecycle import Lifecycle, announce_ready, run, service_parser
+from shared.reload import Reload
 from shared.settings import Settings
 
 
@@ -19,7 +20,7 @@ def _serve(_arguments: argparse.Namespace, settings: Settings, lifecycle: Lifecy
     group = transmitters_group(settings.transmitter.user)
     with Proxy(settings.bus.path, settings.bus.high_water_mark, group) as proxy:
         announce_ready("broker", directory=str(settings.bus.path))
-        proxy.serve(lifecycle)
+        proxy.serve(lifecycle, Reload("broker.1", lifecycle, settings))
 
 
 if __name__ == "__main__":

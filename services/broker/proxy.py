@@ -22,6 +22,7 @@ from shared.bus import (
     subscribe_endpoint,
 )
 from shared.lifecycle import CANT_CREATE, Lifecycle, OperatorError, Watchdog
+from shared.reload import Reload
 from shared.status import INTERVAL_SECONDS, Reporter
 
 STATISTICS: Final = tuple(
@@ -97,7 +98,7 @@ class Proxy:
             for name, part in zip(STATISTICS, self._control.recv_multipart(), strict=True)
         })  # fmt: skip
 
-    def serve(self, lifecycle: Lifecycle) -> None:
+    def serve(self, lifecycle: Lifecycle, reload: Reload) -> None:
         """Report until told to drain, then wait for the rest of the stack to fall silent."""
         watchdog = Watchdog()
         reporter = Reporter(self._publisher)
@@ -105,7 +106,9 @@ class Proxy:
         poller.register(lifecycle.fileno(), zmq.POLLIN)
         poller.register(self._publisher.socket, zmq.POLLIN)
         while not lifecycle.draining:
-            poller.poll(int(INTERVAL_SECONDS * 1000))
+            if (lifecycle.fileno(), zmq.POLLIN) in poller.poll(int(INTERVAL_SECONDS * 1000)):
+                lifecycle.heed()
+                reload.check()
             if reporter.asked_for(self._publisher.new_subscriptions()) or time.monotonic() >= reporter.due_at:
                 self._report(reporter)
                 watchdog.feed()

@@ -100,8 +100,15 @@ class Admission:
                 known = ", ".join(sorted(self._streams))
                 raise RequestError("unknown_stream", f"there is no stream {stream[:64]!r}; there are: {known}")
 
+    def loops(self, client: Client) -> bool:
+        """Whether an entry's copies would come back: a listener may be newer than the entry."""
+        return bool(client.streams) and self._loops(client.address, client.port)
+
+    def _loops(self, address: str, port: int) -> bool:
+        return self._own_listeners.receive(address, port, self._is_local)
+
     def _check_loop(self, address: Address, port: int) -> None:
-        if self._own_listeners.receive(str(address), port, self._is_local):
+        if self._loops(str(address), port):
             raise RequestError("loop", f"{address} port {port} is our own listener; receive on another port")
 
 

@@ -76,19 +76,23 @@ class Desk:
         self.permissions = permissions
         self.counters: Counter[str] = Counter()
         self._lease_seconds = settings.gateway.lease_seconds
-        self._streams = {stream.name: {"listen": stream.listen} for stream in settings.streams}
+        self.follow(settings, admission)
         self._feed = feed
         self._present: dict[int, Push] = {}
         self._wrong_tokens: Counter[int] = Counter()
         self._challenges = challenges
         self._registry = registry
-        self._admission = admission
         self._announcer = announcer
         self._have_sent = have_sent
         self._clock = clock
         self._listing = b""
         self._listing_version: tuple[int, ...] = ()
         self._listing_until = 0.0
+
+    def follow(self, settings: Settings, admission: Admission) -> None:
+        """Know these streams from now on, and admit by them."""
+        self._streams = {stream.name: {"listen": stream.listen} for stream in settings.streams}
+        self._admission = admission
 
     def answer(self, request: Request, visitor: Visitor, reply: Callable[[Answer], None]) -> None:
         """Do what `request` says; `RequestError` when it can't be granted."""

@@ -209,14 +209,31 @@ class Registry:
         return self._put(client, visitor, origin, ttl, hold)
 
     def _put(self, client: Client, visitor: Visitor, origin: Origin, ttl: float = 0.0, hold: bool = False) -> Entry:
-        present = self._entries.get(client.name)
-        client = msgspec.structs.replace(client, generation=self._generation + 1)
-        entry = Entry(client, origin, visitor, ttl, math.inf, self._revision + 1, hold, self._clock())
-        self._record([Event("joined" if present is None else "changed", entry.revision, entry)])
+        event = self._entering(client, visitor, origin, 1, self._revision + 1, ttl, hold)
+        self._record([event])
+        self._replace(event.entry)
+        return event.entry
+
+    def _entering(
+        self,
+        client: Client,
+        visitor: Visitor,
+        origin: Origin,
+        number: int,
+        revision: int,
+        ttl: float = 0.0,
+        hold: bool = False,
+    ) -> Event:
+        """Return what enters a client, as the `number`th of those that are entered together."""
+        kind: EventKind = "changed" if client.name in self._entries else "joined"
+        client = msgspec.structs.replace(client, generation=self._generation + number)
+        return Event(kind, revision, Entry(client, origin, visitor, ttl, math.inf, revision, hold, self._clock()))
+
+    def _replace(self, entry: Entry) -> None:
+        present = self._entries.get(entry.client.name)
         if present is not None:
             self._forget(present)
         self._enter(entry)
-        return entry
 
     def restore(self, entries: Iterable[Entry], revision: int) -> None:
         """Enter what an earlier start kept, as it was at `revision`; each lease begins anew."""
@@ -227,18 +244,28 @@ class Registry:
             self._enter(entry)
 
     def configure(self, clients: Iterable[Client]) -> None:
-        """Have exactly these as collectors of the settings; one that is there already stays as it is.
+        """Have exactly these as collectors of the settings, or change nothing; one that is there stays as it is.
 
         The operator's word goes before that of who has signed up under such a name.
         """
         wanted = {client.name: client for client in clients}
         present = [entry for entry in self._entries.values() if entry.origin is Origin.SETTINGS]
-        self._remove([entry for entry in present if entry.client.name not in wanted], "left")
-        for client in wanted.values():
-            entry = self._entries.get(client.name)
-            same = entry and entry.client == msgspec.structs.replace(client, generation=entry.client.generation)
-            if entry is None or entry.origin is not Origin.SETTINGS or not same:
-                self._put(client, Visitor(0, client.address, client.port), Origin.SETTINGS)
+        gone = [entry for entry in present if entry.client.name not in wanted]
+        events = [Event("left", self._revision + number, entry) for number, entry in enumerate(gone, 1)]
+        fresh = [client for client in wanted.values() if not self._is_configured(client)]
+        for number, client in enumerate(fresh, 1):
+            visitor = Visitor(0, client.address, client.port)
+            events.append(self._entering(client, visitor, Origin.SETTINGS, number, self._revision + len(gone) + number))
+        if events:
+            self._record(events)
+        self._drop(gone)
+        for event in events[len(gone) :]:
+            self._replace(event.entry)
+
+    def _is_configured(self, client: Client) -> bool:
+        entry = self._entries.get(client.name)
+        same = entry and entry.client == msgspec.structs.replace(client, generation=entry.client.generation)
+        return entry is not None and entry.origin is Origin.SETTINGS and bool(same)
 
     def renew(self, name: str, generation: int, visitor: Visitor) -> Entry:
         """Let the entry's time begin anew."""
@@ -249,6 +276,10 @@ class Registry:
     def release(self, name: str, generation: int, visitor: Visitor) -> None:
         """Take the entry away because who controls it says so."""
         self._remove([self._entry(name, generation, visitor)], "left")
+
+    def expel(self, names: Sequence[str]) -> None:
+        """Take entries away whatever who made them says."""
+        self._take_away([self._entries[name] for name in names], "left")
 
     def holds_any(self, visitor: Visitor) -> bool:
         """Whether an entry lasts as long as this visitor's connection."""
@@ -376,6 +407,9 @@ class Registry:
         if not entries:
             return
         self._record([Event(kind, self._revision + number, entry) for number, entry in enumerate(entries, 1)])
+        self._drop(entries)
+
+    def _drop(self, entries: Iterable[Entry]) -> None:
         for entry in entries:
             self._forget(self._entries.pop(entry.client.name))
             self.names.remove(entry.client.name)

@@ -29,8 +29,9 @@ from services.gateway.transmissions import Transmissions
 from services.gateway.views import event_line
 from shared.bus import Publisher, Requests, Subscriber, new_context, prepare_directory
 from shared.ledger import Accounts
-from shared.lifecycle import BAD_SETTINGS, Lifecycle, OperatorError, Readiness, descriptor_limit, worker_name
+from shared.lifecycle import BAD_SETTINGS, FAILED, Lifecycle, OperatorError, Readiness, descriptor_limit, worker_name
 from shared.loops import udp_listeners
+from shared.reload import Reload
 from shared.settings import Settings
 
 TICK_SECONDS: Final = 0.25
@@ -46,13 +47,6 @@ log = structlog.get_logger()
 def serve(settings: Settings, lifecycle: Lifecycle) -> None:
     """Serve until told to drain."""
     print("Starting server...", flush=True)  # as the documented server does
-    admission = Admission(
-        [stream.name for stream in settings.streams],
-        udp_listeners(settings),
-        is_local,
-        is_broadcast,
-        settings.gateway.destinations,
-    )
     bus = settings.bus
     tokens = read_tokens(settings)
     secure = any(endpoint.scheme == "tls" for endpoint in settings.gateway.endpoints)
@@ -75,6 +69,7 @@ def serve(settings: Settings, lifecycle: Lifecycle) -> None:
             settings.gateway.preserve_seconds,
         )
         registry.restore(store.entries, store.revision)
+        admission = _admission(settings)
         _enter_configured(settings, admission, registry)
         server = _Server(settings, lifecycle, registry, admission, permissions, publisher, subscriber)
         asyncio.run(server.run(listeners, tls))
@@ -91,7 +86,21 @@ def _opened(settings: Settings) -> Store:
     return Store(path, _boot_time)
 
 
+def _admission(settings: Settings) -> Admission:
+    return Admission(
+        [stream.name for stream in settings.streams],
+        udp_listeners(settings),
+        is_local,
+        is_broadcast,
+        settings.gateway.destinations,
+    )
+
+
 def _enter_configured(settings: Settings, admission: Admission, registry: Registry) -> None:
+    """Have the collectors of the settings, and nobody whose copies would come back by a listener of theirs.
+
+    OperatorError, with nothing changed, when one of them can't be admitted.
+    """
     clients = []
     for collector in settings.collectors:
         try:
@@ -99,6 +108,9 @@ def _enter_configured(settings: Settings, admission: Admission, registry: Regist
         except RequestError as refused:
             raise OperatorError(BAD_SETTINGS, f"[[collector]] {collector.name!r}: {refused}") from None
     registry.configure(clients)
+    if loops := [entry.client.name for entry in registry.entries() if admission.loops(entry.client)]:
+        log.warning("taken off the list: their copies would come back by a listener of ours", clients=loops)
+        registry.expel(loops)
 
 
 @dataclass
@@ -137,9 +149,10 @@ class _Server:
         )
         limit = min(settings.max_connections, descriptor_limit() - SPARE_DESCRIPTORS)
         self._connections = Connections(self._desk, settings, limit)
-        stopped = asyncio.Event()
+        self._reload = Reload(self.publisher.sender, self.lifecycle, self.settings, self._follow)
+        self._stopped = asyncio.Event()
         for source, act in (
-            (self.lifecycle, stopped.set),
+            (self.lifecycle, self._heed),
             (self.publisher, self._announcer.flush),
             (self.subscriber, self._announcer.take_replies),
         ):
@@ -153,7 +166,7 @@ class _Server:
         for listener in listeners:
             if handshakes and listener.secure:
                 handshakes.serve(listener)
-        await self._tick_until(stopped)
+        await self._tick_until_stopped()
         loop.remove_reader(self.lifecycle.fileno())
         for server in servers:
             server.close()
@@ -162,15 +175,32 @@ class _Server:
         await self._connections.drain(DRAIN_SECONDS)
         self._announcer.flush()
 
-    async def _tick_until(self, stopped: asyncio.Event) -> None:
+    def _heed(self) -> None:
+        """Do what a signal says."""
+        self.lifecycle.heed()
+        self._reload.check()
+        if self.lifecycle.draining:
+            self._stopped.set()
+
+    def _follow(self, settings: Settings) -> None:
+        """Have the streams and collectors of these settings; OperatorError when that can't be."""
+        admission = _admission(settings)
+        try:
+            _enter_configured(settings, admission, self.registry)
+        except RequestError as error:
+            raise OperatorError(FAILED, str(error)) from None
+        self._desk.follow(settings, admission)
+        self._announcer.wake()
+
+    async def _tick_until_stopped(self) -> None:
         readiness = Readiness("gateway", self.settings.bus.path, lambda: self.publisher.ready)
-        while not stopped.is_set():
+        while not self._stopped.is_set():
             self.registry.expire()
             self._connections.sweep()
             self._announcer.tick(self._accounts)
             readiness.check(listen=self.settings.gateway.listen)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(stopped.wait(), TICK_SECONDS)
+                await asyncio.wait_for(self._stopped.wait(), TICK_SECONDS)
 
     def _accounts(self) -> Accounts:
         account = {

@@ -1,6 +1,7 @@
 """TCP: connections that bring messages, bounded in number, size, idle time, and in the time they may take of a turn."""
 
 import errno
+import math
 import selectors
 import socket
 import time
@@ -20,13 +21,15 @@ from shared.settings import Ingest
 READ_SIZE: Final = 16_384
 TURN_SECONDS: Final = 0.002
 """What TCP may take of a turn before datagrams, which nobody sends again, are looked at."""
+LEAVE_SECONDS: Final = 1.0
+"""How long what has come by a listener that is gone may go on."""
 ACCEPTS_AT_ONCE: Final = 64
 SPARE_DESCRIPTORS: Final = 128
 """Kept for listeners and the bus."""
 EXHAUSTED: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
-Listener = tuple[socket.socket, StreamFeed, Counter[str]]
-"""A listening socket, where its messages go, and its own account."""
+Target = tuple[StreamFeed, Counter[str]]
+"""Where a listening socket's messages go, and its own account."""
 
 log = structlog.get_logger()
 
@@ -34,10 +37,21 @@ log = structlog.get_logger()
 class Connection:
     """One sender's connection, from which each message becomes a datagram of the stream."""
 
-    def __init__(self, sock: socket.socket, peer: tuple[str, int], feed: StreamFeed, account: Counter[str]) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        peer: tuple[str, int],
+        feed: StreamFeed,
+        account: Counter[str],
+        listener: socket.socket,
+    ) -> None:
         self.socket = sock
         self._account = account
         self.feed = feed
+        self.listener = listener
+        """By which it came."""
+        self.ends_at = math.inf
+        """When it is ended at the latest, and before that as soon as it has nothing to say; infinite: by its sender."""
         self.heard_at = time.monotonic()
         self.ended = False
         self._framing = Framing()
@@ -98,23 +112,38 @@ class Connections:
         self._selector = selector
         self._idle_seconds = limits.tcp_idle_seconds
         self._limit = max(1, min(limits.tcp_connections, descriptor_limit() - SPARE_DESCRIPTORS))
-        self._listeners: list[Listener] = []
-        self._paused: list[Listener] = []
+        self._listeners: dict[socket.socket, Target] = {}
+        self._paused: dict[socket.socket, Target] = {}
         self._open: set[Connection] = set()
         self._readable: dict[Connection, None] = {}
         """In the order in which they are due."""
 
     def listen(self, sock: socket.socket, feed: StreamFeed, account: Counter[str]) -> None:
         """Accept on a listening socket from now on; `account` is the listener's own."""
-        listener = sock, feed, account
-        self._listeners.append(listener)
-        self._selector.register(sock, selectors.EVENT_READ, lambda: self._accept(listener))
+        self._listeners[sock] = feed, account
+        self._selector.register(sock, selectors.EVENT_READ, lambda: self._accept(sock))
 
-    def _accept(self, listener: Listener) -> None:
-        listening, feed, account = listener
+    def feed(self, listener: socket.socket) -> StreamFeed | None:
+        """The stream that a listening socket is of."""
+        target = self._listeners.get(listener) or self._paused.get(listener)
+        return target[0] if target else None
+
+    def leave(self, listener: socket.socket) -> None:
+        """Accept no more on a listening socket, which stays open, and end what came by it once it has been read."""
+        if listener in self._listeners:
+            self._accept(listener)  # who waits may have sent messages already
+        if self._listeners.pop(listener, None):
+            self._selector.unregister(listener)
+        self._paused.pop(listener, None)
+        for connection in [connection for connection in self._open if connection.listener is listener]:
+            connection.ends_at = time.monotonic() + LEAVE_SECONDS
+            self._readable.setdefault(connection)
+
+    def _accept(self, listener: socket.socket) -> None:
+        feed, account = self._listeners[listener]
         for _ in range(ACCEPTS_AT_ONCE):
             try:
-                sock, peer = listening.accept()
+                sock, peer = listener.accept()
             except OSError as error:  # nobody waits, or they gave up
                 if error.errno in EXHAUSTED:
                     self._pause(listener, error)
@@ -125,16 +154,15 @@ class Connections:
                 continue
             sock.setblocking(False)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            connection = Connection(sock, peer, feed, account)
+            connection = Connection(sock, peer, feed, account, listener)
             self._open.add(connection)
             self._selector.register(sock, selectors.EVENT_READ, lambda it=connection: self._readable.setdefault(it))
 
-    def _pause(self, listener: Listener, error: OSError) -> None:
+    def _pause(self, listener: socket.socket, error: OSError) -> None:
         """Accept again in a second: until then the listener would only wake us for nothing."""
-        self._listeners.remove(listener)
-        self._paused.append(listener)
-        self._selector.unregister(listener[0])
-        log.warning("can't accept connections", stream=listener[1].stream, error=error.strerror)
+        self._paused[listener] = self._listeners.pop(listener)
+        self._selector.unregister(listener)
+        log.warning("can't accept connections", stream=self._paused[listener][0].stream, error=error.strerror)
 
     def serve(self) -> None:
         """Read connections that have something to say, in turn, as long as a turn may take."""
@@ -142,9 +170,12 @@ class Connections:
         while self._readable and time.monotonic() < deadline:
             connection = next(iter(self._readable))
             del self._readable[connection]
-            connection.read()
-            if connection.ended:
+            more = connection.read()
+            leaving = connection.ends_at < math.inf
+            if connection.ended or (leaving and not more) or time.monotonic() >= connection.ends_at:
                 self._end(connection)
+            elif leaving:
+                self._readable[connection] = None
 
     def _end(self, connection: Connection) -> None:
         self._selector.unregister(connection.socket)
@@ -158,16 +189,16 @@ class Connections:
         for connection in [each for each in self._open if each.heard_at < before]:
             connection.feed.account[CONNECTIONS_EXPIRED] += 1
             self._end(connection)
-        paused, self._paused = self._paused, []
-        for listener in paused:
-            self.listen(*listener)
+        paused, self._paused = self._paused, {}
+        for listener, (feed, account) in paused.items():
+            self.listen(listener, feed, account)
 
     def close(self, deadline: float) -> None:
         """Stop accepting, take what has already come on each connection, and end it."""
-        for listening, *_ in self._listeners:
-            self._selector.unregister(listening)
-        for listening, *_ in self._listeners + self._paused:
-            listening.close()
+        for listener in self._listeners:
+            self._selector.unregister(listener)
+        for listener in (*self._listeners, *self._paused):
+            listener.close()
         for connection in list(self._open):
             while connection.read() and time.monotonic() < deadline:
                 pass

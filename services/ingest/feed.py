@@ -16,24 +16,27 @@ from shared.wire import Datagrams, datagrams_topic, inline_topic
 class StreamFeed:
     """Counts and publishes the datagrams of one stream, whichever listener they came by.
 
-    Without a pool no payload is lent: all go through the bus. Without a protocol exporters' numbers are not looked at.
+    Without a pool no payload is lent: all go through the bus.
     """
 
-    def __init__(
-        self,
-        stream: str,
-        publisher: Publisher,
-        account: Counter[str],
-        pool: Pool | None = None,
-        protocol: Protocol | None = None,
-    ) -> None:
+    def __init__(self, stream: str, publisher: Publisher, account: Counter[str], pool: Pool | None = None) -> None:
         self.stream = stream
         self.topic = datagrams_topic(stream)
         self.account = account
-        self.exporters = Exporters(protocol, account) if protocol else None
+        self.exporters: Exporters | None = None
+        """Who sends, by their own numbers; None: these are not looked at."""
+        self._protocol: Protocol | None = None
         self._publisher = publisher
         self._pool = pool
         self._inline = inline_topic(stream)
+
+    def look_for(self, protocol: Protocol | None) -> None:
+        """Look at exporters' numbers of a protocol from now on; if it is still the same one, go on with those known."""
+        if protocol != self._protocol:
+            if self.exporters:
+                self.exporters.settle(at_once=True)
+            self.exporters = Exporters(protocol, self.account) if protocol else None
+            self._protocol = protocol
 
     def receive(self, count: int, size: int) -> bool:
         """Count datagrams received, `size` bytes together; return whether anybody wants them, else they are dropped."""

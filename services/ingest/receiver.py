@@ -37,13 +37,20 @@ class DatagramReceiver:
         self._failures = 0
         """Calls in a row that failed."""
         self._arena = arena
-        self._replier = Replier(sock, reply, feed.account) if reply and sock.family != socket.AF_UNIX else None
         self._family = sock.family
-        self._numbered = feed.exporters if sock.family != socket.AF_UNIX else None
         self.inherited = isinstance(sock, InheritedSocket)
         self._kernel_dropped = kernel_drops(sock) if self.inherited else 0  # not what our predecessors accounted for
         self._stride = 0
         """How far apart the next datagrams are to stand in lent memory; 0: what comes may be too little to be lent."""
+        self.serve(feed, account, reply)
+
+    def serve(self, feed: StreamFeed, account: Counter[str], reply: bytes | None) -> None:
+        """Be a listener of this stream from the next datagram on, and answer so."""
+        if self._feed is not feed:
+            self.count_kernel_drops()  # up to now they are the other stream's
+            self._feed, self._account = feed, account
+        self._numbered = feed.exporters if self._family != socket.AF_UNIX else None
+        self._replier = Replier(self._socket, reply, feed.account) if reply and self._family != socket.AF_UNIX else None
 
     def fileno(self) -> int:
         """The socket's descriptor."""
@@ -119,6 +126,11 @@ class DatagramReceiver:
     def refuse_input(self) -> None:
         """Take nothing new: what arrives from now on is dropped, and counted, by the kernel."""
         refuse_input(self._socket)
+
+    def finish(self) -> None:
+        """Close the socket, at once after the last count of drops: what comes in between is in no account."""
+        self.count_kernel_drops()
+        self.close()
 
     def close(self) -> None:
         """Close the socket, and take the path of an AF_UNIX one away unless it was inherited."""

@@ -3,6 +3,8 @@
 import errno
 import ipaddress
 import socket
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Final
 
 import structlog
@@ -10,9 +12,12 @@ import structlog
 from shared.addresses import Endpoint, resolve
 from shared.lifecycle import BAD_SETTINGS, FAILED, OperatorError
 from shared.settings import Stream
-from shared.sockets import InheritedSocket, bind_endpoint, inherited
+from shared.sockets import InheritedSocket, bind_endpoint, close_listener, inherited
 
 TCP_BACKLOG: Final = 1024
+
+Listener = tuple[str, Endpoint]
+"""A stream's name, and one of its endpoints."""
 
 log = structlog.get_logger()
 
@@ -25,9 +30,9 @@ def take_inherited() -> list[InheritedSocket]:
         raise OperatorError(BAD_SETTINGS, f"inherited descriptors: {error.strerror}; pass sockets alone") from None
 
 
-def refuse_left_over(held: list[InheritedSocket]) -> None:
+def refuse_left_over(held: Iterable[socket.socket]) -> None:
     """OperatorError when a socket that was passed is no listener's: what comes there would never be read."""
-    for sock in held:
+    for sock in (sock for sock in held if isinstance(sock, InheritedSocket)):
         raise OperatorError(
             BAD_SETTINGS,
             f"the inherited socket {sock.type.name} {sock.getsockname()} is no listener of this worker; "
@@ -35,25 +40,72 @@ def refuse_left_over(held: list[InheritedSocket]) -> None:
         )
 
 
-def open_sockets(stream: Stream, endpoint: Endpoint, held: list[InheritedSocket]) -> list[socket.socket]:
+def reopen(
+    wanted: Mapping[Listener, Stream], before: Mapping[Listener, list[socket.socket]], held: Iterable[socket.socket]
+) -> tuple[dict[Listener, list[socket.socket]], list[socket.socket]]:
+    """Return the sockets of the listeners that are wanted, and those left over that nobody wants any more.
+
+    A listener that was there before keeps its sockets. A new one is served by sockets that are left of others, or that
+    are `held`, as far as they have its addresses. OperatorError when one can't be had, with everything as it was.
+    """
+    spare = [*held, *(sock for listener in before.keys() - wanted.keys() for sock in before[listener])]
+    had = frozenset(spare)
+    listening: dict[Listener, list[socket.socket]] = {}
+    try:
+        for listener, stream in wanted.items():
+            check_reply(stream, listener[1])
+            listening[listener] = before.get(listener) or open_sockets(stream, listener[1], spare)
+        refuse_doubles(listening)
+        refuse_left_over(spare)
+    except OperatorError:
+        for listener in listening.keys() - before.keys():
+            for sock in listening[listener]:
+                if sock not in had:
+                    close_listener(sock)
+        raise
+    return listening, spare
+
+
+def refuse_doubles(listening: Mapping[Listener, Iterable[socket.socket]]) -> None:
+    """SO_REUSEPORT would let two streams share an address, and the kernel deal datagrams out between them."""
+    bound = set()
+    for (stream, endpoint), sock in ((listener, sock) for listener, sockets in listening.items() for sock in sockets):
+        address = sock.type, sock.getsockname()
+        if address in bound:
+            raise OperatorError(BAD_SETTINGS, f"stream {stream}: {endpoint} is listened on already")
+        bound.add(address)
+
+
+def open_sockets(stream: Stream, endpoint: Endpoint, held: list[socket.socket]) -> list[socket.socket]:
     """The sockets of every address of an endpoint, each taken from `held` where it is there, else bound.
 
-    OperatorError when none can be had, one is in use, or a reply is unsafe.
+    OperatorError when none can be had, or one is in use.
     """
-    try:
-        if stream.reply and endpoint.scheme == "udp" and not stream.reply_beyond_loopback:
-            _refuse_reply(stream, endpoint)
+    with _explained(stream, endpoint):
         sockets = bind_endpoint(endpoint, _share, held=held)
+        for sock in sockets:
+            if sock.type == socket.SOCK_STREAM and not isinstance(sock, InheritedSocket):
+                sock.listen(TCP_BACKLOG)
+    return sockets
+
+
+def check_reply(stream: Stream, endpoint: Endpoint) -> None:
+    """OperatorError when a listener may not have the stream's reply."""
+    if stream.reply and endpoint.scheme == "udp" and not stream.reply_beyond_loopback:
+        with _explained(stream, endpoint):
+            _refuse_reply(stream, endpoint)
+
+
+@contextmanager
+def _explained(stream: Stream, endpoint: Endpoint) -> Iterator[None]:
+    try:
+        yield
     except socket.gaierror as error:
         raise OperatorError(BAD_SETTINGS, f"stream {stream.name}: {endpoint}: {error.strerror}") from None
     except OSError as error:
         raise OperatorError(
             FAILED, f"stream {stream.name}: {endpoint}: {error.strerror}{_cure(endpoint, error)}"
         ) from None
-    for sock in sockets:
-        if sock.type == socket.SOCK_STREAM and not isinstance(sock, InheritedSocket):
-            sock.listen(TCP_BACKLOG)
-    return sockets
 
 
 def _share(sock: socket.socket) -> None:

@@ -91,6 +91,11 @@ class Spreader:
         if shared and self._spread != "flow":
             self._sockets.append((sock, _local_address(sock)))
 
+    def remove(self, sock: socket.socket) -> None:
+        """Let go of a socket that will be closed."""
+        self._sockets = [(each, address) for each, address in self._sockets if each is not sock]
+        self._workers.pop(sock, None)
+
     def renew(self) -> None:
         """Count the workers at each address, and say so to the kernel where they have become more or fewer."""
         if not self._sockets:

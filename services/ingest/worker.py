@@ -3,7 +3,8 @@
 import selectors
 import socket
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Final, Self
@@ -13,17 +14,23 @@ import structlog
 from services.ingest.connections import Connections
 from services.ingest.feed import StreamFeed
 from services.ingest.receiver import DatagramReceiver
-from services.ingest.sockets import open_sockets, refuse_left_over, take_inherited, warn_of_small_buffers
+from services.ingest.sockets import Listener, reopen, take_inherited, warn_of_small_buffers
 from services.ingest.spread import Spreader
-from shared.addresses import Endpoint
 from shared.batch import MAX_ROWS
 from shared.bus import Publisher, new_context
 from shared.ledger import CHECKSUM_ERRORS, listener_account, new_accounts
-from shared.lifecycle import BAD_SETTINGS, Lifecycle, OperatorError, Readiness
+from shared.lifecycle import Lifecycle, Readiness
 from shared.mmsg import ReceiveArena
 from shared.pool import CHUNK, Lender, Pool, pool_path
+from shared.reload import Reload
 from shared.settings import Settings, Stream
-from shared.sockets import InheritedSocket, bound_endpoint, checksum_errors, enlarge_receive_buffer
+from shared.sockets import (
+    InheritedSocket,
+    bound_endpoint,
+    checksum_errors,
+    enlarge_receive_buffer,
+    receive_buffer,
+)
 from shared.status import Reporter
 
 DRAIN_SECONDS: Final = 2.0
@@ -54,12 +61,17 @@ class Worker:
         self._accounts = new_accounts()
         self._selector = selectors.DefaultSelector()
         self._arena = ReceiveArena()
-        self._receivers: list[DatagramReceiver] = []
+        self._receivers: dict[socket.socket, DatagramReceiver] = {}
+        self._leaving: list[DatagramReceiver] = []
+        """Those whose listener is gone, until what the kernel has queued is taken."""
+        self._listening: dict[Listener, list[socket.socket]] = {}
+        self._streams: dict[str, Stream] = {}
+        self._feeds: dict[str, StreamFeed] = {}
+        """By stream. One that is gone keeps its feed, its account and its pool, and goes on with them if it is back."""
+        self._pools: dict[str, Pool] = {}
         self._connections = Connections(self._selector, settings.ingest)
-        self._held_back: list[Callable[[], object]] = []
+        self._held_back: dict[socket.socket, Callable[[], object]] = {}
         """Begins to read an inherited socket each."""
-        self._granted: dict[int, int] = {}
-        self._bound: set[tuple[int, object]] = set()
         self._spreader = Spreader(settings.ingest.spread)
         self._fill_seconds = settings.ingest.fill_ms / 1000
         self._received_at = 0.0
@@ -70,66 +82,104 @@ class Worker:
         bus = self._settings.bus
         self._publisher = Publisher(self._context, bus.path, self._name, bus.high_water_mark)
         self._reporter = Reporter(self._publisher)
-        streams = self._settings.streams
-        self._pools = new_pools([stream.name for stream in streams], bus.pool)
-        self._feeds = [
-            StreamFeed(
-                name := stream.name,
-                self._publisher,
-                self._accounts[f"stream/{name}"],
-                self._pools.get(name),
-                stream.protocol,
-            )
-            for stream in streams
-        ]
         self._lender = Lender(pool_path(bus.path, self._name), self._pools, self._watch, self._selector.unregister)
         try:
-            held = take_inherited()
-            for stream, feed in zip(self._settings.streams, self._feeds, strict=True):
-                self._listen(stream, feed, held)
-            refuse_left_over(held)
+            self._listen(self._settings.streams, take_inherited())
         except BaseException:
             self._close()
             raise
-        warn_of_small_buffers(self._granted)
-        self._spreader.renew()
-        self._smallest_buffer = min(self._granted.values(), default=0)
         return self
 
-    def _listen(self, stream: Stream, feed: StreamFeed, held: list[InheritedSocket]) -> None:
-        reply = stream.reply.encode() if stream.reply else None
-        for endpoint in stream.endpoints:
-            if endpoint.path and not self._name.endswith(".1"):
-                continue  # a path can't be shared
-            for sock in open_sockets(stream, endpoint, held):
-                self._refuse_doubles(sock, stream, endpoint)
-                account = self._accounts[listener_account(stream.name, str(bound_endpoint(endpoint.scheme, sock)))]
+    def follow(self, settings: Settings) -> None:
+        """Have the streams of these settings; OperatorError, with nothing changed, when a listener can't be had."""
+        self._listen(settings.streams, [])
+        self._report()  # at once: who waits for streams to flow learns by it which there are
+
+    def _listen(self, streams: Sequence[Stream], held: Sequence[socket.socket]) -> None:
+        """Have exactly the listeners of these streams. A listener that is there already is not touched."""
+        wanted = {
+            (stream.name, endpoint): stream
+            for stream in streams
+            for endpoint in stream.endpoints
+            if not endpoint.path or self._name.endswith(".1")  # a path can't be shared
+        }
+        listening, gone = reopen(wanted, self._listening, held)
+        for sock in gone:
+            self._see_off(sock)
+        self._feed(streams)
+        changed = {stream.name for stream in streams if self._streams.get(stream.name) != stream}
+        granted: dict[int, int] = {}
+        for (name, endpoint), sockets in listening.items():
+            stream = wanted[name, endpoint]
+            for sock in sockets if name in changed else ():
+                account = self._accounts[listener_account(name, str(bound_endpoint(endpoint.scheme, sock)))]
                 if endpoint.scheme == "tcp":
-                    begin = partial(self._connections.listen, sock, feed, account)
+                    self._accept(sock, self._feeds[name], account)
                 else:
-                    self._granted[stream.receive_buffer] = enlarge_receive_buffer(sock, stream.receive_buffer)
-                    receiver = DatagramReceiver(sock, feed, account, self._arena, reply)
-                    self._receivers.append(receiver)
-                    self._spreader.add(sock)
-                    begin = partial(self._read, receiver)
-                if isinstance(sock, InheritedSocket):
-                    self._held_back.append(begin)
-                else:
-                    begin()
+                    granted[stream.receive_buffer] = enlarge_receive_buffer(sock, stream.receive_buffer)
+                    self._receive_from(sock, self._feeds[name], account, stream.reply)
+        self._listening, self._streams = listening, {stream.name: stream for stream in streams}
+        warn_of_small_buffers(granted)
+        self._spreader.renew()
+        self._smallest_buffer = min(map(receive_buffer, self._receivers), default=0)
+
+    def _feed(self, streams: Sequence[Stream]) -> None:
+        """Have feeds for new streams; whoever wants one of them already is told that it flows."""
+        fresh = [stream.name for stream in streams if stream.name not in self._feeds]
+        self._pools.update(new_pools(fresh, self._settings.bus.pool))
+        for name in fresh:
+            feed = StreamFeed(name, self._publisher, self._accounts[f"stream/{name}"], self._pools.get(name))
+            self._feeds[name] = feed
+            if self._publisher.wanted(feed.topic):
+                feed.mark(time.time_ns())
+        for stream in streams:
+            self._feeds[stream.name].look_for(stream.protocol)
+
+    def _accept(self, sock: socket.socket, feed: StreamFeed, account: Counter[str]) -> None:
+        if self._connections.feed(sock) is not feed:
+            self._connections.leave(sock)
+            self._begin_with(sock, partial(self._connections.listen, sock, feed, account))
+
+    def _receive_from(self, sock: socket.socket, feed: StreamFeed, account: Counter[str], reply: str | None) -> None:
+        answer = reply.encode() if reply else None
+        if receiver := self._receivers.get(sock):
+            receiver.serve(feed, account, answer)
+            return
+        receiver = self._receivers[sock] = DatagramReceiver(sock, feed, account, self._arena, answer)
+        self._spreader.add(sock)
+        self._begin_with(sock, partial(self._read, receiver))
+
+    def _begin_with(self, sock: socket.socket, begin: Callable[[], object]) -> None:
+        """Read a socket from now on; an inherited one not before the broker was seen: it would all be dropped."""
+        if isinstance(sock, InheritedSocket) and not self._publisher.ready:
+            self._held_back[sock] = begin
+        else:
+            begin()
+
+    def _see_off(self, sock: socket.socket) -> None:
+        """Take nothing new on a socket, and close it once what it has is taken."""
+        receiver = self._receivers.pop(sock, None)
+        if receiver is None:
+            self._connections.leave(sock)
+            sock.close()
+            return
+        self._selector.unregister(receiver)
+        self._spreader.remove(sock)
+        receiver.refuse_input()
+        self._leaving.append(receiver)
+
+    def _take_rest(self) -> None:
+        """Take one turn's worth of what sockets that are being seen off have; close those that have nothing more."""
+        for receiver in list(self._leaving):
+            if not receiver.receive()[0]:
+                receiver.finish()
+                self._leaving.remove(receiver)
 
     def _watch(self, sock: socket.socket, handle: Callable[[], object]) -> None:
         self._selector.register(sock, selectors.EVENT_READ, handle)
 
     def _read(self, receiver: DatagramReceiver) -> None:
         self._selector.register(receiver, selectors.EVENT_READ, lambda: self._receive(receiver))
-
-    def _refuse_doubles(self, sock: socket.socket, stream: Stream, endpoint: Endpoint) -> None:
-        """SO_REUSEPORT would let two streams share an address, and the kernel deal datagrams out between them."""
-        bound = sock.type, sock.getsockname()
-        if bound in self._bound:
-            sock.close()
-            raise OperatorError(BAD_SETTINGS, f"stream {stream.name}: {endpoint} is listened on already")
-        self._bound.add(bound)
 
     def _receive(self, receiver: DatagramReceiver) -> None:
         count, size = receiver.receive()
@@ -140,25 +190,30 @@ class Worker:
         """Move datagrams until told to drain; ready once bound and once a broker has been seen."""
         listening = [text for stream in self._settings.streams for text in stream.listen]
         readiness = Readiness(self._name, self._settings.bus.path, lambda: self._publisher.ready)
+        reload = Reload(self._name, lifecycle, self._settings, self.follow)
         # Registered to wake the loop; each turn looks at both anyway.
-        self._selector.register(lifecycle, selectors.EVENT_READ, lambda: None)
+        self._selector.register(lifecycle, selectors.EVENT_READ, lifecycle.heed)
         self._selector.register(self._publisher, selectors.EVENT_READ, lambda: None)
         while not lifecycle.draining:
             self._turn()
             if self._held_back and self._publisher.ready:
                 self._begin()
+            if self._leaving:
+                self._take_rest()
+            reload.check()
             readiness.check(listen=listening)
         self._drain()
 
     def _begin(self) -> None:
-        """Read inherited sockets from now on: before the broker had said who wants what, it would all be dropped."""
-        for begin in self._held_back:
+        """Read inherited sockets from now on."""
+        for begin in self._held_back.values():
             begin()
-        self._held_back = []
+        self._held_back = {}
 
     def _turn(self) -> None:
         """Wait for something to do, and do it."""
-        ready = self._selector.select(max(0.0, self._reporter.due_at - time.monotonic()))
+        patience = 0.0 if self._leaving else max(0.0, self._reporter.due_at - time.monotonic())
+        ready = self._selector.select(patience)
         self._count = self._size = 0
         self._greet()  # first, so that what comes now goes to who has just subscribed
         for key, _ in ready:
@@ -191,19 +246,19 @@ class Worker:
         Until there are none: what we publish may swallow the edge by which we would hear of the next one.
         """
         while prefixes := self._publisher.new_subscriptions():
-            for feed in self._feeds:
+            for feed in self._feeds.values():
                 if any(feed.topic.startswith(prefix) for prefix in prefixes):
                     feed.mark(time.time_ns())
             if self._reporter.asked_for(prefixes):
                 self._report()
 
     def _settle(self, *, at_once: bool = False) -> None:
-        for feed in self._feeds:
+        for feed in self._feeds.values():
             if feed.exporters:
                 feed.exporters.settle(at_once=at_once)
 
     def _report(self) -> None:
-        for receiver in self._receivers:
+        for receiver in self._receivers.values():
             receiver.count_kernel_drops()
         self._connections.expire()
         self._accounts["host"][CHECKSUM_ERRORS] = checksum_errors()
@@ -214,16 +269,16 @@ class Worker:
 
         An inherited socket is left as it is: it goes on taking, and what it holds is our successor's.
         """
-        ours = [receiver for receiver in self._receivers if not receiver.inherited]
+        everyone = [*self._receivers.values(), *self._leaving]
+        ours = [receiver for receiver in everyone if not receiver.inherited]
         for receiver in ours:
             receiver.refuse_input()
         deadline = time.monotonic() + DRAIN_SECONDS
-        for receiver in self._receivers:
+        for receiver in everyone:
             while receiver in ours and receiver.receive()[0] and time.monotonic() < deadline:
                 pass
-            receiver.count_kernel_drops()
-            receiver.close()  # at once: what comes between the count and here is in no account
-        self._receivers = []
+            receiver.finish()
+        self._receivers, self._leaving = {}, []
         self._connections.close(deadline)
         self._settle(at_once=True)
         self._report()
@@ -235,7 +290,7 @@ class Worker:
         self._close()
 
     def _close(self) -> None:
-        for receiver in self._receivers:
+        for receiver in (*self._receivers.values(), *self._leaving):
             receiver.close()
         self._lender.close()
         for pool in self._pools.values():

@@ -8,6 +8,7 @@ import ctypes
 import errno
 import os
 import pwd
+import signal
 import socket
 import struct
 import sys
@@ -62,6 +63,7 @@ def open_and_exec(arguments: Sequence[str]) -> int:
     """Become the transmitter, with its sockets or with the reason why there are none; 77 when it must not run."""
     while os.open(os.devnull, os.O_RDWR) < 3:
         pass  # a raw socket must not become what was closed on us: stderr would leave by it as frames
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the transmitter heeds it; an exec keeps what is ignored
     options, settings = _read(arguments)
     user, opened, reason = None, {}, ""
     try:

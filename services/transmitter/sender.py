@@ -56,7 +56,7 @@ class Sender:
         self.policy = Policy(settings.transmitter, time.monotonic)
         self.audit = Audit(log.warning, time.monotonic)
         self._segmentation = settings.transmitter.segmentation
-        self._own_listeners = OwnListeners(udp_listeners(settings))
+        self.follow(settings)
         self._exits = Exits(sockets.packet, sockets.ip4, sockets.ip6)
         self._crew = Crew()
         self._plans = [FramePlan() for _ in range(MEMBERS)]
@@ -64,6 +64,10 @@ class Sender:
         self._memory = HeldMemory(settings.transmitter.held_memory)
         self._holding: set[Copies] = set()
         self._refresh_at = 0.0
+
+    def follow(self, settings: Settings) -> None:
+        """Know our own listeners by these settings."""
+        self._own_listeners = OwnListeners(udp_listeners(settings))
 
     def reach(self, client: Client, account: Counter[str]) -> Copies:
         """Find out whether a collector may be sent copies; the way there is found with the first of them."""

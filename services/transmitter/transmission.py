@@ -48,6 +48,11 @@ class Transmission(CopyService[Copies]):
         """What tells that a route, a link or a neighbour has changed."""
         return (self._sender.neighbourhood.fileno(),)
 
+    def follow(self, settings: Settings) -> None:
+        """Have the streams of these settings, and send nothing to their listeners."""
+        super().follow(settings)
+        self._sender.follow(settings)
+
     def reach(self, client: Client, account: Counter[str]) -> Copies:
         """Find out whether a collector may be sent copies."""
         return self._sender.reach(client, account)

@@ -88,6 +88,12 @@ def test_what_is_common_is_the_same() -> None:
     assert len({unit.read_text().partition(COMMON)[2] for unit in SERVICES}) == 1
 
 
+@pytest.mark.parametrize("unit", SERVICES, ids=service_of)
+def test_reload_is_a_hangup(unit: Path) -> None:
+    """`systemctl reload` of each unit sends SIGHUP to its process."""
+    assert lines(unit, "ExecReload") == ["kill -HUP $MAINPID"]
+
+
 def test_only_the_transmitter_has_a_capability() -> None:
     """CAP_NET_RAW is in the transmitter's unit, ambient and bounded; the others have an empty bounding set."""
     for unit in SERVICES:

@@ -14,6 +14,7 @@ from tests.stack import Running, Stack, wait_until
 SERVICE = """
 import argparse, sys, time
 from shared.lifecycle import Lifecycle, OperatorError, log, run, service_parser
+from shared.reload import Reload
 from shared.settings import Settings
 
 def serve(arguments: argparse.Namespace, settings: Settings, lifecycle: Lifecycle) -> None:
@@ -21,10 +22,17 @@ def serve(arguments: argparse.Namespace, settings: Settings, lifecycle: Lifecycl
         raise OperatorError(73, "the disk is full; delete something")
     if arguments.bug:
         raise RuntimeError("ours")
-    log.info("ready", woken=select(lifecycle, 0))
+    log.info("starting")
+    time.sleep(arguments.start)
+    log.info("ready", woken=arguments.start or select(lifecycle, 0))
+    reload = Reload("tested", lifecycle, settings, lambda settings: None)
+    turns = 0
     while not lifecycle.draining:
-        select(lifecycle, 60)
-    log.info("draining", woken=select(lifecycle, 0))
+        turns += 1
+        if select(lifecycle, 60):
+            lifecycle.heed()
+        reload.check()
+    log.info("draining", woken=select(lifecycle, 0), turns=turns)
     time.sleep(arguments.drain)
 
 def select(lifecycle: Lifecycle, seconds: float) -> bool:
@@ -32,6 +40,7 @@ def select(lifecycle: Lifecycle, seconds: float) -> bool:
     return bool(select.select([lifecycle], [], [], seconds)[0])
 
 parser = service_parser("tested", "A service for the tests.")
+parser.add_argument("--start", type=float, default=0)
 parser.add_argument("--drain", type=float, default=0)
 parser.add_argument("--fail", action="store_true")
 parser.add_argument("--bug", action="store_true")
@@ -216,11 +225,41 @@ def test_worker_is_named_as_honcho_numbers_it(monkeypatch: pytest.MonkeyPatch, g
     assert worker_name("ingest") == name
 
 
-def test_hangup_is_ignored(stack: Stack) -> None:
-    """SIGHUP, which is to mean reload one day, neither ends a service nor drains it."""
-    running = start(stack)
+def test_hangup_reloads(stack: Stack) -> None:
+    """SIGHUP wakes a loop that is blocked in poll, once, and has the settings read again from the same file."""
+    running = start(stack, "--config", str(stack.directory / "fanwire.toml"), FANWIRE_CONFIG="/nowhere")
     running.wait_for("ready")
-    for _ in range(2):
-        running.process.send_signal(signal.SIGHUP)
-    assert running.stop(signal.SIGTERM) == 0
-    assert len(running.events("draining")) == 1
+    for name in ("one", "two"):
+        stack.configure(f'[[stream]]\nname = "{name}"\nlisten = ["udp://127.0.0.1:1"]\n')
+        assert f"stream {name}" in running.reload()["changed"]
+    assert running.stop() == 0
+    assert running.events("draining")[0]["turns"] == 3
+
+
+def test_hangup_during_the_start_is_heeded_after_it(stack: Stack) -> None:
+    """SIGHUP before a service has come to its loop has the settings read again by the first turn."""
+    running = start(stack, "--start", "0.3")
+    running.wait_for("starting")
+    running.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: running.reloads, "it reloads")
+    assert running.stop() == 0
+
+
+def test_hangup_does_no_harm_to_a_drain(stack: Stack) -> None:
+    """SIGHUP while a service drains neither ends it nor has anything read."""
+    running = start(stack, "--drain", "0.3")
+    running.wait_for("ready")
+    running.process.send_signal(signal.SIGTERM)
+    running.wait_for("draining")
+    assert running.stop(signal.SIGHUP) == 0
+    assert running.reloads == []
+
+
+def test_settings_from_a_pipe_are_not_read_again(stack: Stack) -> None:
+    """What can be read only once keeps the old settings, rather than those of an empty file."""
+    path = stack.directory / "pipe"
+    os.mkfifo(path)
+    running = start(stack, "--config", str(path))
+    path.write_text('[[stream]]\nname = "one"\nlisten = ["udp://127.0.0.1:1"]\n')
+    running.wait_for("ready")
+    assert "can't be read a second time" in running.reload()["event"]

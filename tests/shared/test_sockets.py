@@ -133,7 +133,7 @@ def test_inherited_socket_serves_its_address_once(lab: None) -> None:
         sock = opened.enter_context(InheritedSocket(socket.AF_INET, socket.SOCK_DGRAM))
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
-        held = [sock]
+        held: list[socket.socket] = [sock]
         for scheme, host in (("tcp", "127.0.0.1"), ("udp", "::1")):
             (other,) = bind_endpoint(Endpoint(scheme, host, port), leave, held=held)
             opened.enter_context(other)

@@ -220,6 +220,31 @@ def test_change_that_is_not_kept_is_not_made() -> None:
     assert registry.join("b").revision == 2
 
 
+def test_settings_that_can_not_be_kept_change_nothing() -> None:
+    """Where one of their collectors could not be written, none comes, goes or changes."""
+    kept: list[list[str]] = []
+
+    def keep(events: Sequence[Event], generation: int) -> None:
+        kept.append([event.kind for event in events])
+        if broken:
+            raise RequestError("unavailable", "no space")
+
+    registry, broken = Table(keep=keep), False
+    a, b, c = (Client(name, 0, "10.0.0.1", 9, ("messages",)) for name in "abc")
+    registry.configure([a, b])
+    before, broken = registry.commit(), True
+    with pytest.raises(RequestError):
+        registry.configure([msgspec.structs.replace(a, port=10), c])
+    assert (registry.present, registry.commit()) == (["a", "b"], before)
+    assert kept == [["joined", "joined"], ["left", "changed", "joined"]]
+    broken = False
+    registry.configure([msgspec.structs.replace(a, port=10), c])
+    assert registry.present == ["a", "c"]
+    generations = [entry.client.generation for entry in registry.entries()]
+    assert len(set(generations)) == 2
+    assert min(generations) > 2
+
+
 def test_expiry_that_is_not_kept_comes_later() -> None:
     """An entry whose time is up, or whose connection is gone, stays while that can't be written; then it goes."""
 
