@@ -1,11 +1,12 @@
 """The collectors that one service sends copies to: their destinations, the routes to them, and the account of each."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 from shared.gathering import Gathered
+from shared.health import Checkup, Symptom
 from shared.ledger import EXPECTED, FILTERED, MISSED, OFFERED, SAMPLED_OUT, SHARED_OUT, Accounts
 from shared.registry import ALL_STREAMS, Client
 from shared.routing import ALL_ROWS, Router, Selection, takes_all
@@ -16,8 +17,12 @@ class Destination(Protocol):
 
     client: Client
 
+    @property
+    def unreachable(self) -> bool:
+        """Whether it is known that there is no way to it now."""
+
     def refresh(self) -> None:
-        """Learn anew, each second, what may have changed on the way there."""
+        """Learn anew, with every look, what may have changed on the way there."""
 
     def close(self) -> None:
         """Let go of what is held for it."""
@@ -39,6 +44,7 @@ class Served(Generic[D]):
     baseline: int
     unseen: int
     passed: int = 0
+    checkup: Checkup = field(default_factory=Checkup)
 
 
 class Collectors(Generic[D]):
@@ -111,9 +117,17 @@ class Collectors(Generic[D]):
         return routed
 
     def refresh(self) -> None:
-        """Let each destination learn anew. Due every second."""
+        """Let each destination learn anew."""
         for served in self._served.values():
             served.destination.refresh()
+
+    def troubled(self, now: float) -> Iterator[tuple[Client, Symptom]]:
+        """Look at each collector, and yield those that have a trouble."""
+        for served in self._served.values():
+            destination = served.destination
+            symptom = served.checkup.look(served.account, now, unreachable=destination.unreachable)
+            if symptom is not None:
+                yield destination.client, symptom
 
     def accounts(self) -> Accounts:
         """One account a collector."""

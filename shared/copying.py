@@ -20,6 +20,7 @@ from shared.batch import DatagramBatch
 from shared.bus import Publisher, Subscriber, new_context
 from shared.collectors import Collectors, D
 from shared.gathering import MAX_GATHERED, MAX_GATHERED_PAYLOAD, Gathered
+from shared.health_report import HealthReporter
 from shared.ledger import Accounts
 from shared.lifecycle import Lifecycle, Readiness
 from shared.mirror import RegistryMirror
@@ -107,6 +108,7 @@ class CopyService(ABC, Generic[D]):
         self._publisher = Publisher(self._context, bus.path, self.name, bus.high_water_mark)
         self._subscriber = Subscriber(self._context, bus.path, bus.high_water_mark)
         self._reporter = Reporter(self._publisher)
+        self._health = HealthReporter(self._publisher, self.source)
         self._mirror = RegistryMirror()
         self._streams = Streams(self._subscriber)
         self._collectors = Collectors(_names(self.settings), self._streams.published, self.reach)
@@ -149,7 +151,9 @@ class CopyService(ABC, Generic[D]):
     def _patience_ms(self) -> int:
         if self._waiting or self._serving != self._mirror.version:
             return 5
-        return int(max(0.0, min(self._reporter.due_at, self._work_at) - time.monotonic()) * 1000) + 1
+        return (
+            int(max(0.0, min(self._reporter.due_at, self._health.due_at, self._work_at) - time.monotonic()) * 1000) + 1
+        )
 
     def _turn(self) -> int:
         """Handle what has come, up to a bound; return how many messages."""
@@ -162,8 +166,11 @@ class CopyService(ABC, Generic[D]):
         self._work_at = time.monotonic() + self.work()
         self._apply()
         self._answer()
-        asked = self._reporter.asked_for(self._publisher.new_subscriptions())
-        if asked or time.monotonic() >= self._reporter.due_at:
+        fresh = self._publisher.new_subscriptions()
+        if self._health.asked_for(fresh) or time.monotonic() >= self._health.due_at:
+            self._collectors.refresh()
+            self._health.report(self._collectors.troubled)
+        if self._reporter.asked_for(fresh) or time.monotonic() >= self._reporter.due_at:
             self._report()
         return handled
 
@@ -233,7 +240,6 @@ class CopyService(ABC, Generic[D]):
         self._waiting = still_waiting
 
     def _report(self) -> None:
-        self._collectors.refresh()
         self._streams.forget_silent_workers()
         self._reporter.report(self._accounts)
 

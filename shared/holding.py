@@ -48,6 +48,11 @@ class Holding:
         """Whether anything waits."""
         return bool(self._queue)
 
+    @property
+    def waited_seconds(self) -> float:
+        """How long the oldest has waited; 0 when nothing does."""
+        return time.monotonic() - self._queue[0].expires_at + self.seconds if self._queue else 0.0
+
     def hold(self, batch: Gathered, rows: Indices | None) -> None:
         """Keep rows, behind what waits already; beyond the bounds the oldest are dropped for them."""
         now = time.monotonic()

@@ -86,6 +86,8 @@ DELIVERED: Final = "delivered"
 HELD: Final = "held"
 """Datagrams that wait, for room in the send buffer (forwarder) or for the next hop to tell its link address
 (transmitter): with `exporters` all that ever falls."""
+WITHHELD: Final = "withheld"
+"""Datagrams not sent because its port is closed, `[forwarder] withhold` (forwarder)."""
 REFUSALS: Final = "refusals"
 """Port-unreachable answers seen: each means that at least one delivered datagram reached nobody (forwarder)."""
 UNREACHABLES: Final = "unreachables"
@@ -182,7 +184,8 @@ def _equations(name: str, account: Mapping[str, int]) -> Iterator[tuple[int, str
         yield parts(REACHED), REACHED, parts(BASELINE, TAKEN, MISSED)
     elif name.startswith("collector/"):
         yield parts(EXPECTED), EXPECTED, parts(OFFERED, MISSED)
-        yield parts(OFFERED), OFFERED, parts(FILTERED, SAMPLED_OUT, SHARED_OUT, DELIVERED, HELD) + dropped(account)
+        kept_back = parts(FILTERED, SAMPLED_OUT, SHARED_OUT, HELD, WITHHELD)
+        yield parts(OFFERED), OFFERED, kept_back + parts(DELIVERED) + dropped(account)
     elif name == "broker":
         # It hands on what it takes; what a queue behind it has no room for, only the subscriber can tell.
         for unit in ("", "_bytes"):

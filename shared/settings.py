@@ -173,6 +173,8 @@ class Forwarder(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Bytes of batches that may wait for all collectors together."""
     segmentation: bool = True
     """Send runs of equal length by UDP_SEGMENT where the kernel can."""
+    withhold: bool = False
+    """Give a collector whose port is closed one datagram a second, until one is not refused."""
 
 
 class Transmitter(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

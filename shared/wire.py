@@ -16,6 +16,7 @@ import numpy as np
 from msgspec import Meta
 
 from shared.batch import MAX_DATAGRAM, ROW, DatagramBatch
+from shared.health import Trouble
 from shared.registry import Client, Source
 
 VERSION: Final = 1
@@ -39,6 +40,10 @@ MAX_INTERFACE: Final = 15
 MAX_FRAME: Final = 65_536 + 18
 """Bytes: the largest MTU there is (loopback's), an Ethernet header with a VLAN tag."""
 MAX_FRAMES: Final = 1_000_000
+MAX_NAME: Final = 255
+"""Characters of a client's name, which has as many bytes at most."""
+MAX_PIECES: Final = 4096
+"""Of a list of collectors: as many as there may be, each with the longest name, fit into fewer."""
 Number = Annotated[int, Meta(ge=0, le=MAX_NUMBER)]
 
 
@@ -153,8 +158,36 @@ class Status(msgspec.Struct, array_like=True, frozen=True):
     accounts: dict[str, dict[str, Annotated[int, Meta(le=MAX_NUMBER)]]]
 
 
+class Troubled(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """A collector that has a trouble, since `age_ms` before the message was made, and datagrams lost by it so far."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=MAX_NAME)]
+    generation: Number
+    trouble: Trouble
+    age_ms: Number
+    count: Number
+
+
+class Health(msgspec.Struct, array_like=True, frozen=True):
+    """One of `pieces` pieces of a list, numbered `report`: of all collectors of `source`, those that have a trouble."""
+
+    source: Source
+    report: Number
+    piece: Annotated[int, Meta(ge=0, lt=MAX_PIECES)]
+    pieces: Annotated[int, Meta(ge=1, le=MAX_PIECES)]
+    troubled: list[Troubled]
+
+
 Body = (
-    Datagrams | RegistrySnapshot | RegistryChange | ServeRequest | ServeReply | TransmitRequest | TransmitReply | Status
+    Datagrams
+    | RegistrySnapshot
+    | RegistryChange
+    | ServeRequest
+    | ServeReply
+    | TransmitRequest
+    | TransmitReply
+    | Status
+    | Health
 )
 
 KINDS: Final[dict[str, type[Body]]] = {
@@ -166,6 +199,7 @@ KINDS: Final[dict[str, type[Body]]] = {
     "transmit.request": TransmitRequest,
     "transmit.reply": TransmitReply,
     "status": Status,
+    "health": Health,
 }
 _NAMES: Final = {struct: kind for kind, struct in KINDS.items()}
 _encoder: Final = msgspec.msgpack.Encoder()
@@ -203,6 +237,12 @@ def serve_topic(source: Source) -> str:
     return f"serve/{source}/"
 
 
+def health_topic(source: Source) -> str:
+    """The topic on which it is told how collectors of a source do; each begins with `HEALTH_PREFIX`."""
+    return f"{HEALTH_PREFIX}{source}/"
+
+
+HEALTH_PREFIX: Final = "health/"
 REGISTRY_TOPIC: Final = "registry/"
 TRANSMIT_TOPIC: Final = "transmit/"
 

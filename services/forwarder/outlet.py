@@ -3,6 +3,7 @@
 import errno
 import os
 import socket
+import time
 from collections import Counter
 from typing import Final
 
@@ -10,7 +11,17 @@ import structlog
 
 from services.forwarder.plan import SendPlan
 from shared.holding import HeldMemory, Holding
-from shared.ledger import BUFFER_FULL, BYTES, DELIVERED, DROPPED, NOT_CONNECTED, REFUSALS, REFUSED, UNREACHABLES
+from shared.ledger import (
+    BUFFER_FULL,
+    BYTES,
+    DELIVERED,
+    DROPPED,
+    NOT_CONNECTED,
+    REFUSALS,
+    REFUSED,
+    UNREACHABLES,
+    WITHHELD,
+)
 from shared.mmsg import send
 from shared.registry import Client
 from shared.settings import Forwarder
@@ -44,6 +55,11 @@ MAX_SKIPS: Final = 16
 
 HELD_ROWS: Final = 65_536
 """How many datagrams one collector may have waiting, however small."""
+PROBE_SECONDS: Final = 1.0
+ANSWER_SECONDS: Final = 0.5
+"""A probe that was not refused for so long has arrived."""
+UNANSWERED_SECONDS: Final = 3.5
+"""A host that the kernel could not find is not there for so long: it asks three times, once a second (arp(7))."""
 
 log = structlog.get_logger()
 
@@ -63,12 +79,25 @@ class Outlet:
         self._settings = settings
         self._socket: socket.socket | None = None
         self._said: set[str] = set()
+        self._withholding = False
+        self._probed_at: float | None = None
+        self._probe_at = 0.0
+        self._unanswered_until = 0.0
         self.refresh()
 
+    @property
+    def unreachable(self) -> bool:
+        """Whether there is no route, no such family here, or nobody who answers for the address."""
+        return self._socket is None or time.monotonic() < self._unanswered_until
+
     def refresh(self) -> None:
-        """Connect if not connected, and learn the path's MTU, which bounds segments. Due every second."""
+        """Connect if not connected; learn of ICMP errors, and of the path's MTU, which bounds segments. Due with every look."""
         if self._socket is None:
             self._socket = self._open()
+        else:  # who is sent little would else hear of it with the next datagram, whenever that is
+            self._note(self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+        if self._probed_at is not None and time.monotonic() >= self._probed_at + ANSWER_SECONDS:
+            self._withholding, self._probed_at = False, None
         if self._socket is None or not self._settings.segmentation:
             return
         version_4 = self._socket.family == socket.AF_INET
@@ -97,7 +126,7 @@ class Outlet:
         except OSError as error:
             if sock is not None:
                 sock.close()
-            self._say_once("no way to a collector; trying again each second", error.errno or 0)
+            self._say_once("no way to a collector; trying again all the time", error.errno or 0)
             return None
         return sock
 
@@ -109,6 +138,9 @@ class Outlet:
         """
         self.full = False
         first, stop = plan.sends_of(part)
+        if self._withholding and first < stop:
+            self._withhold(plan, first, stop)
+            return plan.rows_of(part)
         return int(plan.rows_before[self._send(plan, first, stop)] - plan.rows_before[first])
 
     def _send(self, plan: SendPlan, at: int, stop: int) -> int:
@@ -147,15 +179,40 @@ class Outlet:
     def _stop(self, plan: SendPlan, at: int, stop: int, error: int) -> int:
         """Drop what is left under the cause that an error stands for."""
         self._note(error)
-        cause = STOPS.get(error) or _cause(error)
+        cause = BUFFER_FULL if error in FULL else STOPS.get(error) or _cause(error)
         self._drop(plan, at, stop, cause)
         if cause == NOT_CONNECTED:
             self._disconnect()
         return stop
 
     def _note(self, error: int) -> None:
-        if error in STOPS:
-            self.account[REFUSALS if error == errno.ECONNREFUSED else UNREACHABLES] += 1
+        """Take note of what an ICMP error says, whichever datagram it is the answer to."""
+        if error == errno.ECONNREFUSED:
+            self.account[REFUSALS] += 1
+            self._withholding, self._probed_at = self._settings.withhold, None
+        elif error in STOPS:
+            self.account[UNREACHABLES] += 1
+            self._unanswered_until = time.monotonic() + UNANSWERED_SECONDS
+
+    def _withhold(self, plan: SendPlan, at: int, stop: int) -> None:
+        """Send one datagram, unless it is not known yet what became of the last one; keep back the rest."""
+        rows = int(plan.rows_before[stop] - plan.rows_before[at])
+        now = time.monotonic()
+        if self._probed_at is None and now >= self._probe_at and self._socket is not None:
+            payload = plan.first_datagram(at)
+            try:
+                self._socket.send(payload)
+            except ConnectionRefusedError:  # the answer to an earlier one
+                self._note(errno.ECONNREFUSED)
+            except OSError as error:
+                self._stop(plan, at, stop, error.errno or 0)
+                return
+            else:
+                self._probed_at, self._probe_at = now, now + PROBE_SECONDS
+                self.account[DELIVERED] += 1
+                self.account[BYTES] += len(payload)
+                rows -= 1
+        self.account[WITHHELD] += rows
 
     def _deliver(self, plan: SendPlan, start: int, stop: int) -> None:
         self.account[DELIVERED] += int(plan.rows_before[stop] - plan.rows_before[start])
@@ -180,6 +237,7 @@ class Outlet:
         if self._socket is not None:
             self._socket.close()
             self._socket = None
+        self._withholding, self._probed_at = False, None
 
     def close(self) -> None:
         """Close the socket, and drop what waits."""

@@ -5,6 +5,7 @@ No I/O.
 
 import socket
 from collections.abc import Sequence
+from ctypes import string_at
 from typing import Final
 
 import numpy as np
@@ -43,6 +44,7 @@ class SendPlan:
         self.sends = self.rows = 0
         self._rows_of_batch: Indices | None = None
         self._first_sends = [0, 0]
+        self._first_vectors = np.zeros(0, np.int64)
         self.rows_before = np.zeros(1, np.int64)
         self.bytes_before = np.zeros(1, np.int64)
 
@@ -81,7 +83,8 @@ class SendPlan:
         iovecs = self._iovecs[: len(begins)]
         iovecs["base"], iovecs["len"] = pointers[begins], np.diff(bytes_before[begins], append=bytes_before[-1])
         headers = self.headers[:sends]
-        headers["iov"], headers["iovlen"] = self._iovec_at[np.cumsum(counts) - counts], counts
+        self._first_vectors = np.cumsum(counts) - counts
+        headers["iov"], headers["iovlen"] = self._iovec_at[self._first_vectors], counts
         several = np.diff(self.rows_before) > 1
         self._controls["size"][:sends] = lengths[starts]
         headers["control"] = np.where(several, self._control_at[:sends], 0)
@@ -102,6 +105,14 @@ class SendPlan:
         return (
             np.arange(first + sent, last) if self._rows_of_batch is None else self._rows_of_batch[first + sent : last]
         )
+
+    def first_datagram(self, number: int) -> bytes:
+        """A copy of the payload of a send's first datagram."""
+        size = int(self.bytes_before[number + 1] - self.bytes_before[number])
+        if self.segmented(number):
+            size = int(self._controls["size"][number])
+        # A datagram is never in two pieces: its first one begins at the send's first vector.
+        return string_at(int(self._iovecs["base"][self._first_vectors[number]]), size)
 
     def segmented(self, number: int) -> bool:
         """Whether a send holds more than one datagram."""

@@ -18,7 +18,16 @@ from shared.bus import Publisher, Requests, Subscriber
 from shared.ledger import Accounts
 from shared.registry import Client, Source
 from shared.status import Reporter
-from shared.wire import PIECE_SIZE, REGISTRY_TOPIC, RegistryChange, RegistrySnapshot, ServeReply, TransmitReply
+from shared.wire import (
+    HEALTH_PREFIX,
+    PIECE_SIZE,
+    REGISTRY_TOPIC,
+    Health,
+    RegistryChange,
+    RegistrySnapshot,
+    ServeReply,
+    TransmitReply,
+)
 
 GATHER_SECONDS: Final = 0.002
 """Changes that follow one another faster are published together."""
@@ -52,6 +61,7 @@ class Announcer:
             for source in registry.serving
         }
         self._subscriber.subscribe(requests.topic)
+        self._subscriber.subscribe(HEALTH_PREFIX)
         self._reporter = Reporter(publisher)
         self._waiting: deque[RegistrySnapshot | RegistryChange] = deque()
         self._owes_snapshot = False
@@ -89,19 +99,23 @@ class Announcer:
 
     def tick(self, accounts: Callable[[], Accounts]) -> None:
         """Do what time brings: deadlines, what waits for the bus, a question that nobody answered, the status."""
-        self.take_replies()
+        self.take_messages()
         self._requests.expire()
         for inquiry in self._inquiries.values():
             inquiry.ask_again()
         self.flush()
+        self._feed.tell_health()
         if time.monotonic() >= self._reporter.due_at:
             self._reporter.report(accounts)
 
-    def take_replies(self) -> None:
-        """Take every answer that has come."""
+    def take_messages(self) -> None:
+        """Take every answer that has come, and how collectors do."""
         while (message := self._subscriber.receive()) is not None:
-            if isinstance(message.body, ServeReply | TransmitReply):
-                self._requests.answer(message.body.id, message)
+            body = message.body
+            if isinstance(body, ServeReply | TransmitReply):
+                self._requests.answer(body.id, message)
+            elif isinstance(body, Health):
+                self._registry.note_health(message.envelope.boot, body)
 
     def _note_subscriptions(self) -> bool:
         """Whether a new subscription wants something of us now."""

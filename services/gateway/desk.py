@@ -38,7 +38,7 @@ Answer = Sequence[bytes]
 HaveSent = Callable[[Transmit, Callable[[int | RequestError], None]], None]
 """Has the transmitter send; what is called in the end gets how many frames have left, or why not."""
 LISTING_SECONDS: Final = 1.0
-"""How old `expires_in` in a list may be: so long one rendering serves all who ask."""
+"""How old `expires_in` and `health_since` in a list may be: so long one rendering serves all who ask."""
 MAX_WRONG_TOKENS: Final = 3
 """Of one connection; then it is closed, and trying costs a handshake again."""
 
@@ -196,6 +196,7 @@ class Desk:
             self._tell_loser(loser, visitor)
 
         def finished() -> None:
+            self._registry.look(entry)
             reply(_succeed(request.id, client=view(self._registry, entry)))
 
         if entry.client.streams:
@@ -212,12 +213,13 @@ class Desk:
 
     def _watch(self, request: Watch, visitor: Visitor, reply: Callable[[Answer], None]) -> None:
         self._feed.leave(visitor.id)  # who watches already gets what is not pushed yet with the answer, and not twice
+        self._registry.look_at_all()
         missed = None if request.revision is None else self._feed.since(request.revision)
         self._feed.watch(visitor.id, self._present[visitor.id])
         if missed is None:
             reply([_head(request.id), b',"clients":', *self._list()])
         else:
-            reply([*_succeed(request.id, revision=request.revision), missed])
+            reply([*_succeed(request.id, revision=request.revision), missed, self._feed.health()])
 
     def _transmit(self, request: Transmit, reply: Callable[[Answer], None]) -> None:
         def finished(outcome: int | RequestError) -> None:
@@ -247,7 +249,9 @@ class Desk:
 
     def _list(self) -> Answer:
         version, now = self._registry.version(), self._clock()
-        if version != self._listing_version or (self._registry.leased and now >= self._listing_until):
+        ages = self._registry.leased or self._registry.collectors
+        if version != self._listing_version or (ages and now >= self._listing_until):
+            self._registry.look_at_all()
             clients = {entry.client.name: view(self._registry, entry) for entry in self._registry.entries()}
             self._listing = _encode(clients)
             self._listing_version, self._listing_until = version, now + LISTING_SECONDS

@@ -4,10 +4,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from services.gateway.registry import Event, Registry
+from services.gateway.registry import Entry, Event, Registry
 
 KEPT_BYTES: Final = 4 * 1024 * 1024
 """Of past events, for who comes back: some 10,000 of them."""
+
+TOLD_AT_ONCE: Final = 2000
+"""Collectors whose health is told together: with all of them what waits for a watcher would exceed its bound."""
 
 Push = Callable[[bytes], None]
 """Takes whole lines that answer no request."""
@@ -16,9 +19,12 @@ Push = Callable[[bytes], None]
 class Feed:
     """The registry's events to everybody who watches, each rendered once."""
 
-    def __init__(self, registry: Registry, render: Callable[[Event], bytes]) -> None:
+    def __init__(
+        self, registry: Registry, render: Callable[[Event], bytes], render_health: Callable[[Entry], bytes]
+    ) -> None:
         self._registry = registry
         self._render = render
+        self._render_health = render_health
         self._watchers: dict[int, Push] = {}
         self._past: deque[tuple[int, bytes]] = deque()
         self._past_bytes = 0
@@ -55,9 +61,24 @@ class Feed:
             return
         lines = [self._render(event) for event in events]
         self._remember(events, lines)
-        together = b"".join(lines)
+        self._push(b"".join(lines))
+
+    def tell_health(self) -> None:
+        """Push what has become of collectors since the last time; it is no change of the list, and not kept."""
+        self._registry.look_at_all()
+        self.flush()  # that a collector has joined comes first
+        changed = self._registry.take_word_changed(TOLD_AT_ONCE)
+        if changed and self._watchers:
+            self._push(b"".join(map(self._render_health, changed)))
+
+    def health(self) -> bytes:
+        """A line for every collector that is not well now."""
+        entries = self._registry.entries()
+        return b"".join(self._render_health(entry) for entry in entries if entry.condition.word != "ok")
+
+    def _push(self, lines: bytes) -> None:
         for push in list(self._watchers.values()):
-            push(together)
+            push(lines)
 
     def _remember(self, events: Sequence[Event], lines: Sequence[bytes]) -> None:
         for event, line in zip(events, lines, strict=True):

@@ -15,11 +15,12 @@ from typing import Final, Literal, Protocol, get_args
 import msgspec
 import structlog
 
+from services.gateway.health import Condition, Serving
 from services.gateway.names_list import NamesList
 from services.gateway.permission import HERE, Rights
 from services.gateway.requests import RequestError
 from shared.registry import Client, Source
-from shared.wire import RegistryChange
+from shared.wire import Health, RegistryChange
 
 MAX_CHANGE: Final = 64
 """Clients in one change: the largest entry has under 8 KB, and a bus message at most 1 MiB."""
@@ -33,11 +34,9 @@ PRESERVE_WINDOW_SECONDS: Final = 60.0
 PRESERVE_CLIENTS: Final = 10
 """Leases that were due in the window at least: of fewer, losing one or two means nothing."""
 
+NOT_LOOKED_AT: Final = Condition("fresh", 0.0)
+
 log = structlog.get_logger()
-
-Health = Literal["fresh", "ok", "waiting"]
-"""Of a collector's copies: not asked for yet, flowing, or nobody said so in time."""
-
 
 EventKind = Literal["joined", "changed", "left", "expired"]
 
@@ -79,6 +78,7 @@ class Entry:
 
     `revision` is that in which the client joined; `expires_at` is infinite without `ttl`; one that is `held` lasts no
     longer than its visitor's connection. Of what was kept from an earlier start, the connection is gone.
+    `condition` is how it did when somebody last looked.
     """
 
     client: Client
@@ -89,6 +89,7 @@ class Entry:
     revision: int
     held: bool
     renewed_at: float
+    condition: Condition = NOT_LOOKED_AT
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,42 +110,6 @@ class Keep(Protocol):
 
 def keep_nothing(events: Sequence[Event], generation: int) -> None:
     """For a registry that ends with its process."""
-
-
-@dataclass(slots=True)
-class Serving:
-    """What is known of the copies of one source, as revisions of the registry; -1: of none."""
-
-    newest: int = -1
-    """The last in which a collector joined."""
-    served: int = -1
-    """Copies flow to every collector of this one."""
-    unanswered: int = -1
-    """Nobody said in time that copies flow to those of this one."""
-
-    @property
-    def complete(self) -> bool:
-        """Whether copies flow to every collector there is."""
-        return self.newest <= self.served
-
-    def note_served(self, revision: int) -> None:
-        """Copies flow to every collector of `revision`."""
-        self.served = max(self.served, revision)
-
-    def note_unanswered(self, revision: int) -> None:
-        """Nobody said in time that copies flow to the collectors of `revision`."""
-        self.unanswered = max(self.unanswered, revision)
-
-    def forget(self) -> None:
-        """Who sent the copies has gone: nothing is known to be served until somebody says so again."""
-        self.note_unanswered(self.served)
-        self.served = -1
-
-    def health(self, revision: int) -> Health:
-        """How the copies of a collector do that joined in `revision`."""
-        if revision <= self.served:
-            return "ok"
-        return "waiting" if revision <= self.unanswered else "fresh"
 
 
 class Registry:
@@ -176,6 +141,9 @@ class Registry:
         self._left: set[str] = set()
         self._changes: list[RegistryChange] = []
         self._events: list[Event] = []
+        self._taken_revision = 0
+        self._looked_at: tuple[int, ...] = ()
+        self._word_changed: dict[str, Entry] = {}
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -352,6 +320,7 @@ class Registry:
     def take_events(self) -> list[Event]:
         """Every change since the last call, in order."""
         events, self._events = self._events, []
+        self._taken_revision = self._revision
         return events
 
     def take_changes(self) -> list[RegistryChange]:
@@ -359,13 +328,44 @@ class Registry:
         changes, self._changes = self._changes, []
         return changes
 
-    def health(self, entry: Entry) -> Health:
-        """How the entry's copies do."""
-        return self.serving[entry.client.source].health(entry.revision) if entry.client.streams else "ok"
+    def note_health(self, boot: int, body: Health) -> None:
+        """Take in what one who sends copies, started as `boot`, says of collectors."""
+        self.serving[body.source].note_health(boot, body, self._clock())
+
+    def look(self, entry: Entry) -> None:
+        """Bring an entry's condition up to date. A word that has changed is to be told, unless its event still is."""
+        client, told = entry.client, entry.condition
+        serving = self.serving[client.source]
+        word = serving.word(entry.revision) if client.streams else "ok"
+        condition = serving.trouble(client.name, client.generation) if word == "ok" else None
+        if condition is None:
+            condition = told if told.word == word else Condition(word, self._clock())
+        entry.condition = condition
+        present = self._entries.get(client.name) is entry
+        if present and condition.word != told.word and entry.revision <= self._taken_revision:
+            self._word_changed[client.name] = entry
+
+    def look_at_all(self) -> None:
+        """Bring every entry's condition up to date, if anything was said since the last time."""
+        version = self.version()
+        if version != self._looked_at:
+            self._looked_at = version
+            for entry in self._entries.values():
+                self.look(entry)
+
+    def take_word_changed(self, most: int) -> list[Entry]:
+        """Up to so many of the entries whose word has changed since they were last taken."""
+        names = list(itertools.islice(self._word_changed, most))
+        taken = [self._word_changed.pop(name) for name in names]
+        return [entry for entry in taken if self._entries.get(entry.client.name) is entry]
+
+    def lasted(self, condition: Condition) -> float:
+        """Seconds for which it has been so."""
+        return round(max(0.0, self._clock() - condition.since), 3)
 
     def version(self) -> tuple[int, ...]:
         """Differs whenever an entry or its health does; begins with the revision."""
-        told = [(serving.served, serving.unanswered) for serving in self.serving.values()]
+        told = [(serving.served, serving.unanswered, serving.reported) for serving in self.serving.values()]
         return self.commit(), *itertools.chain.from_iterable(told)
 
     def _entry(self, name: str, generation: int, visitor: Visitor) -> Entry:
@@ -386,6 +386,7 @@ class Registry:
 
     def _enter(self, entry: Entry) -> None:
         client = entry.client
+        entry.condition = Condition("fresh" if client.streams else "ok", self._clock())
         self._entries[client.name] = entry
         self.names.put(client)
         if client.streams:

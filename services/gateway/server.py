@@ -26,7 +26,7 @@ from services.gateway.registry import Registry
 from services.gateway.requests import RequestError
 from services.gateway.store import Store
 from services.gateway.transmissions import Transmissions
-from services.gateway.views import event_line
+from services.gateway.views import event_line, health_line
 from shared.bus import Publisher, Requests, Subscriber, new_context, prepare_directory
 from shared.ledger import Accounts
 from shared.lifecycle import BAD_SETTINGS, FAILED, Lifecycle, OperatorError, Readiness, descriptor_limit, worker_name
@@ -131,7 +131,7 @@ class _Server:
         settings = self.settings.gateway
         requests = Requests(self.publisher.sender, self.publisher.boot)
         transmissions = Transmissions(self.publisher, requests, allowed=settings.allow_transmit)
-        self._feed = feed = Feed(self.registry, partial(event_line, self.registry))
+        self._feed = feed = Feed(self.registry, partial(event_line, self.registry), partial(health_line, self.registry))
         self._announcer = Announcer(
             self.publisher, self.subscriber, requests, self.registry, feed, settings.serve_seconds, loop.call_later
         )
@@ -154,7 +154,7 @@ class _Server:
         for source, act in (
             (self.lifecycle, self._heed),
             (self.publisher, self._announcer.flush),
-            (self.subscriber, self._announcer.take_replies),
+            (self.subscriber, self._announcer.take_messages),
         ):
             loop.add_reader(source.fileno(), act)
         servers = [  # on duplicates, which the loop closes: ours tell their paths until they are removed

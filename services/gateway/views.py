@@ -4,7 +4,8 @@ from typing import Final
 
 import msgspec
 
-from services.gateway.registry import Entry, Event, Health, Registry
+from services.gateway.health import Word
+from services.gateway.registry import Entry, Event, Registry
 from shared.registry import Dscp, HopLimit, Source
 
 _encode: Final = msgspec.json.Encoder().encode
@@ -25,12 +26,14 @@ class View(msgspec.Struct, frozen=True, rename={"prefixes": "from"}):
     dscp: Dscp
     generation: int
     expires_in: float | None
-    health: Health
+    health: Word
+    health_since: float | None
+    health_count: int
 
 
 def view(registry: Registry, entry: Entry) -> View:
-    """An entry as it is shown now."""
-    client = entry.client
+    """An entry as it is shown now, in the condition that it was last looked at."""
+    client, condition = entry.client, entry.condition
     return View(
         client.name,
         client.address,
@@ -44,7 +47,9 @@ def view(registry: Registry, entry: Entry) -> View:
         client.dscp,
         client.generation,
         registry.expires_in(entry),
-        registry.health(entry),
+        condition.word,
+        registry.lasted(condition) if client.streams else None,
+        condition.count,
     )
 
 
@@ -54,6 +59,20 @@ def event_line(registry: Registry, event: Event) -> bytes:
     if event.kind in ("joined", "changed"):
         return json_line(event=event.kind, revision=event.revision, client=view(registry, event.entry))
     return json_line(event=event.kind, revision=event.revision, name=client.name, generation=client.generation)
+
+
+def health_line(registry: Registry, entry: Entry) -> bytes:
+    """A collector's word, as watchers get it."""
+    client, condition = entry.client, entry.condition
+    return json_line(
+        event="health",
+        revision=registry.commit(),
+        name=client.name,
+        generation=client.generation,
+        health=condition.word,
+        health_since=registry.lasted(condition),
+        health_count=condition.count,
+    )
 
 
 def json_line(**facts: object) -> bytes:

@@ -21,6 +21,8 @@ COLUMNS = (
     *("expires", "health"),
 )
 
+UNITS = (("d", 86_400), ("h", 3_600), ("min", 60))
+
 
 def add_parser(subparsers: Subparsers) -> None:
     """Add the three commands."""
@@ -69,12 +71,26 @@ def _row(entry: Entry) -> tuple[str | int | None, ...]:
         entry.hop_limit if entry.hop_limit != DEFAULT_HOP_LIMIT else None,
         entry.dscp or None,
     )
-    ends = (_expires(entry), entry.health)
+    ends = (_expires(entry), _health(entry))
     return (entry.name, entry.address, entry.port, *(wishes if entry.streams else [None] * len(wishes)), *ends)
 
 
 def _expires(entry: Entry) -> str | None:
     return f"in {entry.expires_in:.0f} s" if entry.expires_in else None
+
+
+def _health(entry: Entry) -> str | None:
+    """The word, for how long, and what it has cost."""
+    lasts = f" for {_duration(entry.health_since)}" if entry.health and entry.health_since is not None else ""
+    return (
+        f"{entry.health}{lasts}{f', {entry.health_count} lost' if entry.health_count else ''}" if entry.health else None
+    )
+
+
+def _duration(seconds: float) -> str:
+    """As in `5 s`, `12 min`, `3 h`, `2 d`: the largest unit that there is at least two of."""
+    unit, size = next(((unit, size) for unit, size in UNITS if seconds >= 2 * size), ("s", 1))
+    return f"{int(seconds // size)} {unit}"
 
 
 def run_register(arguments: argparse.Namespace, settings: Settings) -> int:

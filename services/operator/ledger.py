@@ -24,6 +24,7 @@ from shared.ledger import (
     SAMPLED_OUT,
     SHARED_OUT,
     TAKEN,
+    WITHHELD,
     parse_origin,
 )
 from shared.lifecycle import FAILED, OK, UNAVAILABLE, OperatorError
@@ -130,7 +131,7 @@ def _origin_rows(balance: Balance) -> Iterator[Row]:
         yield service, worker, f"{boot:x}", stream, account.get(TAKEN, 0), account.get(MISSED, 0)
 
 
-OUTCOMES: Final = (EXPECTED, DELIVERED, FILTERED, SAMPLED_OUT, SHARED_OUT, MISSED)
+OUTCOMES: Final = (EXPECTED, DELIVERED, FILTERED, SAMPLED_OUT, SHARED_OUT, MISSED, WITHHELD)
 COLLECTOR_COLUMNS: Final = ("consumer", "collector", *(counter.replace("_", " ") for counter in OUTCOMES), "dropped")
 
 

@@ -34,6 +34,8 @@ class Entry(msgspec.Struct, frozen=True):
     generation: int = 0
     expires_in: float | None = None
     health: str | None = None
+    health_since: float | None = None
+    health_count: int = 0
 
 
 class Answer(msgspec.Struct, frozen=True):

@@ -10,10 +10,13 @@ from services.transmitter.target import Identification, Target
 from shared.gathering import MAX_GATHERED_PAYLOAD
 from shared.holding import HeldMemory, Holding
 from shared.ledger import NO_NEIGHBOUR
+from shared.netlink import NUD_FAILED
 from shared.registry import Client
 
 HELD_SECONDS: Final = 1.0
 """How long datagrams wait for the next hop to tell its link address."""
+LONG_SECONDS: Final = 0.5
+"""A next hop that has not answered for so long is not there."""
 HELD_ROWS: Final = 4096
 HELD_BYTES: Final = 2 * MAX_GATHERED_PAYLOAD
 """How many datagrams, and bytes of the batches that they are in, one collector may have waiting."""
@@ -38,6 +41,8 @@ class Copies:
         self.client = client
         self.account = account
         self.permitted = permitted
+        self.unreachable = False
+        """Whether there is no way, or the next hop does not answer, as far as datagrams have tried."""
         self.numbers = numbers
         self.version = 6 if ":" in client.address else 4
         self._packed = socket.inet_pton(socket.AF_INET6 if self.version == 6 else socket.AF_INET, client.address)
@@ -86,7 +91,14 @@ class Copies:
         return True
 
     def refresh(self) -> None:
-        """Nothing to learn each second: the neighbourhood follows what changes."""
+        """See whether the collector can be reached. Due with every look."""
+        if self._found_at < 0:
+            return  # nothing was ever sent to it
+        way = self.way if self.unreachable else self._way  # who is well and idle costs the kernel no question
+        lost = way.kind is WayKind.NONE
+        if way.hop is not None and not way.hop.usable:
+            lost = self.unreachable or bool(way.hop.state & NUD_FAILED) or self.held.waited_seconds >= LONG_SECONDS
+        self.unreachable = lost
 
     def close(self) -> None:
         """Drop what still waits: the collector has gone, or has changed."""

@@ -21,6 +21,7 @@ from shared.wire import (
     Borrow,
     Datagrams,
     Envelope,
+    Health,
     Part,
     RegistryChange,
     RegistrySnapshot,
@@ -29,6 +30,7 @@ from shared.wire import (
     Status,
     TransmitReply,
     TransmitRequest,
+    Troubled,
     WireError,
     borrow_nothing,
     datagrams_topic,
@@ -48,6 +50,7 @@ BODIES: dict[str, Body] = {
     "transmit.request": TransmitRequest(7, "reply/operator.1.a/", "eth1", bytes(range(60)), 3, 0.5, True),
     "transmit.reply": TransmitReply(7, 2, "unavailable", "eth1 is down"),
     "status": Status("ingest.1", 42, 0, 3, 0, 1, {"stream/messages": {"received": 2**62}}),
+    "health": Health("relay", 3, 0, 1, [Troubled("a", 7, "refusing", 1500, 2**62), Troubled("b", 8, "slow", 0, 0)]),
 }
 ENVELOPE = [VERSION, "datagrams", "ingest.1", 9, 4, 12]
 
@@ -215,6 +218,34 @@ def test_account_beyond_what_can_be_added_to_is_refused() -> None:
     """A counter near the end of msgpack's integers is refused: no receiver could add to it and report the sum."""
     body = Status("ingest.1", 1, 0, 1, 0, 1, {"stream/messages": {"published": 2**64 - 1}})
     assert cause_of(encode("status/i/", body, sender="ingest.1", boot=1, sequence=0, total=0)) == "malformed"
+
+
+SICK = ["a", 7, "refusing", 1500, 3]
+
+
+@pytest.mark.parametrize(
+    ("body", "cause"),
+    [
+        (["relay", 1, 0, 1, [SICK]], ""),
+        (["original", 0, 0, 1, []], ""),
+        (["forged", 1, 0, 1, []], "malformed"),
+        (["relay", -1, 0, 1, []], "malformed"),
+        (["relay", 1, -1, 1, []], "malformed"),
+        (["relay", 1, 0, 0, []], "malformed"),
+        (["relay", 1, 0, 1 << 20, []], "malformed"),
+        (["relay", 1, 0, 1, None], "malformed"),
+        (["relay", 1, 0, 1, [["", *SICK[1:]]]], "malformed"),
+        (["relay", 1, 0, 1, [["n" * 256, *SICK[1:]]]], "malformed"),
+        (["relay", 1, 0, 1, [["a", -7, *SICK[2:]]]], "malformed"),
+        (["relay", 1, 0, 1, [["a", 7, "ok", 0, 0]]], "malformed"),
+        (["relay", 1, 0, 1, [["a", 7, "slow", -1, 0]]], "malformed"),
+        (["relay", 1, 0, 1, [["a", 7, "slow", 1.5, 0]]], "malformed"),
+        (["relay", 1, 0, 1, [["a", 7, "slow", 0, MAX_NUMBER + 1]]], "malformed"),
+    ],
+)
+def test_health_that_nobody_could_mean_is_refused(body: list[object], cause: str) -> None:
+    """A list with an unknown source or word, a number out of bounds or a name too long is refused whole."""
+    assert cause_of([b"health/relay/", msgpack.packb([VERSION, "health", *ENVELOPE[2:]]), msgpack.packb(body)]) == cause
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "datagrams"])

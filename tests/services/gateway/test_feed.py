@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from services.gateway import feed as feed_module
 from services.gateway.feed import Feed
 from services.gateway.registry import Origin, Registry, Visitor
-from services.gateway.views import event_line
+from services.gateway.views import event_line, health_line
 from shared.registry import Client
 
 HERE = Visitor(1, "127.0.0.1", 4000)
@@ -32,7 +32,7 @@ class Reader:
 def make() -> tuple[Registry, Feed]:
     """A registry and its feed."""
     registry = Registry(1000, lambda: 0.0, 1)
-    return registry, Feed(registry, partial(event_line, registry))
+    return registry, Feed(registry, partial(event_line, registry), partial(health_line, registry))
 
 
 def join(registry: Registry, name: str) -> None:

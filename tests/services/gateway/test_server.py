@@ -188,6 +188,7 @@ def test_registry_over_json(gateway: Running) -> None:
     generation = entry["generation"]
     assert (answer["ok"], answer["id"], entry.pop("generation") > 0) == (True, "r1", True)
     assert 50 < entry.pop("expires_in") <= 60
+    assert 0 <= entry.pop("health_since") < 20
     assert entry == {
         "name": "siem",
         "address": "127.0.0.1",
@@ -200,6 +201,7 @@ def test_registry_over_json(gateway: Running) -> None:
         "hop_limit": 64,
         "dscp": 46,
         "health": "waiting",
+        "health_count": 0,
     }
     listed = ask_json({"op": "list"})
     assert listed["clients"]["siem"]["generation"] == generation
