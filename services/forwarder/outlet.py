@@ -91,7 +91,7 @@ class Outlet:
         return self._socket is None or time.monotonic() < self._unanswered_until
 
     def refresh(self) -> None:
-        """Connect if not connected; learn of ICMP errors, and of the path's MTU, which bounds segments. Due with every look."""
+        """Connect if not connected; learn of ICMP errors, and of the path's MTU, which bounds segments."""
         if self._socket is None:
             self._socket = self._open()
         else:  # who is sent little would else hear of it with the next datagram, whenever that is

@@ -213,7 +213,7 @@ class Desk:
 
     def _watch(self, request: Watch, visitor: Visitor, reply: Callable[[Answer], None]) -> None:
         self._feed.leave(visitor.id)  # who watches already gets what is not pushed yet with the answer, and not twice
-        self._registry.look_at_all()
+        self._feed.tell_health()  # to those who were there before: what it is now is in the answer
         missed = None if request.revision is None else self._feed.since(request.revision)
         self._feed.watch(visitor.id, self._present[visitor.id])
         if missed is None:

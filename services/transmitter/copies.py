@@ -91,7 +91,7 @@ class Copies:
         return True
 
     def refresh(self) -> None:
-        """See whether the collector can be reached. Due with every look."""
+        """See whether the collector can be reached."""
         if self._found_at < 0:
             return  # nothing was ever sent to it
         way = self.way if self.unreachable else self._way  # who is well and idle costs the kernel no question

@@ -19,11 +19,11 @@ class Looked:
         self.since, self.count = 0.0, 0
         self._checkup = Checkup()
 
-    def look(self, unreachable: bool = False, **grown: int) -> str:
+    def look(self, *, unreachable: int = False, **grown: int) -> str:
         """The word after counters have grown; "" when there is none."""
         self.account.update(grown)
         self.now += LOOK_SECONDS
-        symptom = self._checkup.look(self.account, self.now, unreachable=unreachable)
+        symptom = self._checkup.look(self.account, self.now, unreachable=bool(unreachable))
         if symptom is None:
             return ""
         self.since, self.count = symptom.since, symptom.count
@@ -74,14 +74,14 @@ def test_the_gravest_trouble_is_told() -> None:
     looked = Looked()
     assert looked.look(dropped_buffer_full=1) == "slow"
     assert looked.look(dropped_buffer_full=1, dropped_refused=1) == "refusing"
-    assert looked.look(dropped_buffer_full=1, unreachable=True) == "unreachable"
+    assert looked.look(unreachable=True, dropped_buffer_full=1) == "unreachable"
     for _ in range(3):
         last = looked.look(dropped_buffer_full=1, delivered=1)
     assert last == "slow"
     assert looked.count == 6
 
 
-def test_a_trouble_that_comes_and_goes_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trouble_that_comes_and_goes_is_one() -> None:
     """What happens at every other look does not flap."""
     looked = Looked()
     words = [looked.look(delivered=1, dropped_buffer_full=number % 2) for number in range(1, 40)]
@@ -97,7 +97,7 @@ def test_never_a_word_without_its_cause_and_always_an_end(history: list[tuple[bo
     looked = Looked()
     grown: Counter[tuple[float, str]] = Counter()
     for unreachable, counters in history:
-        word = looked.look(unreachable, **counters)
+        word = looked.look(unreachable=unreachable, **counters)
         for name, count in counters.items():
             if name in CAUSES:
                 grown[looked.now, CAUSES[name]] += count

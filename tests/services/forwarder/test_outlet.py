@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 
 import services.forwarder.outlet
 import shared.mmsg
-from services.forwarder.outlet import MAX_SKIPS, Outlet
+from services.forwarder.outlet import ANSWER_SECONDS, MAX_SKIPS, Outlet
 from services.forwarder.plan import SendPlan
 from services.forwarder.relay import Relay
 from shared.batch import DatagramBatch
@@ -231,6 +232,54 @@ def test_collector_that_comes_back_gets_its_next_batch_whole(opened: ExitStack) 
     collector = listen(opened, port=port)
     sent.send(make_batch([b"back"]))
     assert received(collector, 1) == [b"back"]
+
+
+def test_refusal_is_heard_of_without_another_datagram(opened: ExitStack) -> None:
+    """The answer to the last datagram is counted at the next refresh, and costs the next datagram nothing."""
+    sent = Sent(opened, make_client("a", closed_port(opened)))
+    sent.send(make_batch([b"one"]))
+    sent.collectors.refresh()
+    assert sent.collectors.accounts()["collector/a"]["refusals"] == 1
+    assert sent.send(make_batch([b"two"]))["collector/a"] == {
+        "delivered": 2,
+        "bytes": 6,
+        "refusals": 1,
+        "offered": 2,
+        "expected": 2,
+    }
+
+
+@pytest.mark.parametrize("segmentation", [True, False])
+@pytest.mark.parametrize("size", [0, 1, 20_000])
+def test_who_refuses_gets_a_datagram_a_second(
+    opened: ExitStack, monkeypatch: pytest.MonkeyPatch, segmentation: bool, size: int
+) -> None:
+    """With `withhold` one datagram goes at a time, the rest is withheld; when it was not refused all go again."""
+    now = 1000.0
+    monkeypatch.setattr(services.forwarder.outlet, "time", SimpleNamespace(monotonic=lambda: now))
+    port = closed_port(opened)
+    sent = Sent(opened, make_client("a", port), segmentation=segmentation, withhold=True)
+    payloads = [b"%d" % number + bytes(size) for number in range(9)]
+    sent.send(make_batch(payloads[:1]))
+    sent.collectors.refresh()
+    for second in range(1, 4):
+        now += 1.0
+        for _ in range(3):
+            account = sent.send(make_batch(payloads))["collector/a"]
+        assert (account["delivered"], account["withheld"]) == (1 + second, 26 * second)
+        sent.collectors.refresh()
+        assert account["offered"] == 1 + 27 * second
+    collector = listen(opened, port=port)
+    now += 1.0
+    sent.send(make_batch(payloads))
+    now += 0.1  # too soon for an answer to have come
+    sent.collectors.refresh()
+    sent.send(make_batch(payloads))
+    now += ANSWER_SECONDS
+    sent.collectors.refresh()
+    account = sent.send(make_batch(payloads))["collector/a"]
+    assert received(collector, 10) == [payloads[0], *payloads]
+    assert "dropped_refused" not in account
 
 
 @pytest.mark.parametrize("error", [errno.EIO, errno.EINVAL, errno.EMSGSIZE, errno.EOPNOTSUPP])

@@ -79,6 +79,36 @@ def test_resuming_leaves_no_gap(actions: list[str], at: int) -> None:
         assert reader.events == [("joined", revision) for revision in range(at + 1, last + 1)]
 
 
+def words(reader: Reader) -> list[str]:
+    """Each event with its word, or its kind where it has none."""
+    events = [json.loads(line) for line in reader.received.splitlines()]
+    return [f"{event['name']} {event['health']}" if event["event"] == "health" else event["event"] for event in events]
+
+
+def test_a_word_that_changes_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each change of a word is one event, behind the one by which the collector joined, so many at a time."""
+    monkeypatch.setattr(feed_module, "TOLD_AT_ONCE", 2)
+    registry, feed = make()
+    reader = Reader()
+    feed.watch(1, reader.push)
+    for name in "abc":
+        registry.grant(Client(name, 0, "127.0.0.1", 9, ("messages",)), HERE, Origin.JSON)
+    join(registry, "name")
+    registry.serving["relay"].note_unanswered(registry.commit())
+    feed.tell_health()
+    feed.tell_health()
+    assert words(reader) == ["joined"] * 4
+    registry.serving["relay"].note_served(registry.commit())
+    feed.tell_health()
+    assert words(reader)[4:] == ["a ok", "b ok"]
+    registry.release_held(HERE)
+    feed.tell_health()
+    feed.tell_health()
+    assert words(reader)[6:] == ["c ok"]
+    assert reader.events[4][1] == registry.commit()
+    assert feed.health() == b""
+
+
 def test_past_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is too long ago is not known any more, and said so rather than left out."""
     monkeypatch.setattr(feed_module, "KEPT_BYTES", 1000)

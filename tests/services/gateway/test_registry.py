@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.gateway.health import Condition
 from services.gateway.names_list import BLOCK, NamesList
 from services.gateway.permission import Rights
 from services.gateway.registry import (
@@ -24,7 +25,7 @@ from services.gateway.registry import (
 )
 from services.gateway.requests import RequestError
 from shared.registry import Client, Source
-from shared.wire import RegistryChange
+from shared.wire import Health, RegistryChange, Troubled
 
 HERE, ELSEWHERE = Visitor(1, "127.0.0.1", 4000), Visitor(2, "192.0.2.7", 4001, Rights("siem", frozenset({"collect"})))
 
@@ -377,6 +378,57 @@ def test_health_is_that_of_the_entrys_source(registry: Table) -> None:
     versions.append(registry.version())
     assert [word(registry, entry) for entry in (relay, original)] == ["waiting", "ok"]
     assert len(set(versions)) == 3
+
+
+def report(number: int, *troubled: Troubled, piece: int = 0, pieces: int = 1) -> Health:
+    """What who sends relay copies says."""
+    return Health("relay", number, piece, pieces, list(troubled))
+
+
+def test_trouble_shows_with_since_when_and_its_cost(registry: Table) -> None:
+    """What is said of a collector's present generation is its condition, and the next list replaces all of it."""
+    entry, other = collect(registry, "c"), collect(registry, "d")
+    registry.serving["relay"].note_served(registry.commit())
+    generation = entry.client.generation
+    registry.now = 100.0
+    before = registry.version()
+    registry.note_health(1, report(1, Troubled("c", generation, "slow", 2500, 7), Troubled("d", 1 << 40, "slow", 0, 1)))
+    assert registry.version() != before
+    registry.look_at_all()
+    assert (entry.condition, registry.lasted(entry.condition)) == (Condition("slow", 97.5, 7), 2.5)
+    assert other.condition.word == "ok"
+    registry.now = 101.0
+    registry.note_health(1, report(2))
+    registry.look_at_all()
+    assert entry.condition == Condition("ok", 101.0)
+
+
+def test_trouble_counts_only_while_copies_flow(registry: Table) -> None:
+    """A collector that is not served waits, whatever was said of it; with its sender the word is forgotten."""
+    entry = collect(registry, "c")
+    serving = registry.serving["relay"]
+    registry.note_health(1, report(1, Troubled("c", entry.client.generation, "refusing", 0, 1)))
+    assert word(registry, entry) == "fresh"
+    serving.note_served(registry.commit())
+    assert word(registry, entry) == "refusing"
+    serving.forget()
+    assert word(registry, entry) == "waiting"
+    serving.note_served(registry.commit())
+    assert word(registry, entry) == "ok"
+
+
+def test_only_whole_lists_count(registry: Table) -> None:
+    """Of a list that lost a piece, or is mixed with another sender's, nothing is taken; the next one is."""
+    entry = collect(registry, "c")
+    registry.serving["relay"].note_served(registry.commit())
+    sick = Troubled("c", entry.client.generation, "slow", 0, 1)
+    registry.note_health(1, report(1, sick, pieces=2))
+    registry.note_health(2, report(1, piece=1, pieces=2))
+    registry.note_health(1, report(2, sick, piece=1, pieces=2))
+    assert word(registry, entry) == "ok"
+    registry.note_health(1, report(3, pieces=2))
+    registry.note_health(1, report(3, sick, piece=1, pieces=2))
+    assert word(registry, entry) == "slow"
 
 
 def follow(changes: list[RegistryChange]) -> dict[str, Client]:

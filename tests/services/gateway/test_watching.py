@@ -174,7 +174,9 @@ def test_cut_off_while_its_answer_waits(stack: Stack, talk: Any) -> None:
     context = new_context()
     silent = Subscriber(context, stack.bus, 64)
     silent.subscribe("serve/relay/")  # who would send copies, and never says that they flow
+    silent.subscribe("status/gateway.1/")  # what comes of it shows that the gateway has seen both
     try:
+        wait_until(silent.receive, "the gateway knows of who would send copies")
         first, second, actor = talk(), talk(), talk()
         first.ask("watch")
         for conversation, name in ((first, "first"), (second, "second")):
