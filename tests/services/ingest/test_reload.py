@@ -1,5 +1,6 @@
 """SIGHUP to a worker: its listeners follow the settings, and those that did not change are not touched."""
 
+import contextlib
 import signal
 import socket
 import time
@@ -44,7 +45,10 @@ def reload(stack: Stack, worker: Running, settings: str) -> str:
 
 def listeners(worker: Running) -> dict[str, str]:
     """The inode of each of a worker's UDP and TCP listeners, by kind and local address."""
-    ours = {str(path.readlink()) for path in Path(f"/proc/{worker.process.pid}/fd").iterdir()}
+    ours = set()
+    for path in Path(f"/proc/{worker.process.pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed since it was listed
+            ours.add(str(path.readlink()))
     found = {}
     for kind in ("udp", "tcp"):
         for line in Path(f"/proc/self/net/{kind}").read_text().splitlines()[1:]:
