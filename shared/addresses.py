@@ -55,6 +55,14 @@ class Endpoint:
     port: int = 0
     path: str = ""
 
+    @property
+    def is_loopback(self) -> bool:
+        """Whether nobody on another host can get there; a name other than `localhost` may lead anywhere."""
+        try:
+            return self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
     def __str__(self) -> str:
         if self.path:
             return f"{self.scheme}://{self.path}"

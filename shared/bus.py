@@ -1,15 +1,15 @@
 """The bus: the only place that makes ZeroMQ sockets.
 
 Everything connects to the broker: a `Publisher` (XPUB) to the broker's XSUB, a `Subscriber` (SUB) to its XPUB, over
-`ipc://` in one directory that only its owner may enter. A message lost on the way shows as a gap in the sender's
-sequence, since every message carries boot id, sequence and running datagram count (see `shared.continuity`).
+`ipc://` in one directory that only its owner may enter, or over `tcp://` (see `shared.link`). A message lost on the way
+shows as a gap in the sender's sequence, since every message carries boot id, sequence and running datagram count (see
+`shared.continuity`).
 """
 
 import errno
 import itertools
 import os
 import secrets
-import socket
 import stat
 import time
 from collections import Counter
@@ -22,6 +22,7 @@ import structlog
 import zmq
 
 from shared.batch import DatagramBatch
+from shared.link import DIRECT, Link, ipc_endpoint
 from shared.pool import Borrowed, pool_path
 from shared.wire import (
     MAX_MESSAGE,
@@ -52,22 +53,17 @@ log = structlog.get_logger()
 
 def publish_endpoint(directory: Path) -> str:
     """Where publishers connect: the broker's XSUB."""
-    return f"ipc://{directory}/publish"
+    return ipc_endpoint(directory, "publish")
 
 
 def subscribe_endpoint(directory: Path) -> str:
     """Where subscribers connect: the broker's XPUB."""
-    return f"ipc://{directory}/subscribe"
+    return ipc_endpoint(directory, "subscribe")
 
 
-def broker_is_up(directory: Path) -> bool:
-    """Whether something accepts connections where subscribers connect. ZeroMQ itself would wait without a word."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            probe.connect(f"{directory}/subscribe")
-        except OSError:
-            return False
-    return True
+def broker_is_up(directory: Path, link: Link = DIRECT) -> bool:
+    """Whether something accepts connections where subscribers connect."""
+    return link.is_up(directory)
 
 
 def new_context() -> zmq.Context[zmq.Socket[bytes]]:
@@ -98,7 +94,12 @@ class Publisher:
     """Publishes a service's messages, and sees who subscribes to them."""
 
     def __init__(
-        self, context: zmq.Context[zmq.Socket[bytes]], directory: Path, sender: str, high_water_mark: int
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        directory: Path,
+        sender: str,
+        high_water_mark: int,
+        link: Link = DIRECT,
     ) -> None:
         self.sender = sender
         self.boot = secrets.randbits(62)
@@ -111,7 +112,7 @@ class Publisher:
         # at the mark a send is refused, and counted, where the default loses it without a word.
         self._socket.set(zmq.XPUB_VERBOSE, 1)
         self._socket.set(zmq.XPUB_NODROP, 1)
-        self._socket.connect(publish_endpoint(directory))
+        link.connect(self._socket, directory, "publish")
 
     @property
     def socket(self) -> zmq.Socket[bytes]:
@@ -181,17 +182,19 @@ class Publisher:
 class Subscriber:
     """Takes messages from the bus; what is malformed is counted in `rejected`, said at most once a second, dropped."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], directory: Path, high_water_mark: int) -> None:
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], directory: Path, high_water_mark: int, link: Link = DIRECT
+    ) -> None:
         check_directory(directory)
         self.rejected: Counter[str] = Counter()
         self._said_at = -1.0
-        self._directory = directory
+        self._directory = None if link.broker else directory  # the workers that lend there are not those of its broker
         self._lenders: dict[tuple[str, str], tuple[int, Borrowed]] = {}
         """By worker and stream: the worker's boot id, and what it lends."""
         self._inline: set[str] = set()
         self._prefixes: Counter[str] = Counter()
         self._socket = configure(context.socket(zmq.SUB), high_water_mark)
-        self._socket.connect(subscribe_endpoint(directory))
+        link.connect(self._socket, directory, "subscribe")
 
     @property
     def socket(self) -> zmq.Socket[bytes]:
@@ -252,6 +255,8 @@ class Subscriber:
             known.close()
             del self._lenders[envelope.sender, stream]
         try:
+            if self._directory is None:
+                raise OSError
             borrowed = Borrowed(pool_path(self._directory, envelope.sender), stream)
         except OSError:  # perhaps it lends nothing
             self._want_inline(stream)

@@ -23,6 +23,7 @@ from shared.gathering import MAX_GATHERED, MAX_GATHERED_PAYLOAD, Gathered
 from shared.health_report import HealthReporter
 from shared.ledger import Accounts
 from shared.lifecycle import Lifecycle, Readiness
+from shared.link import open_link
 from shared.mirror import RegistryMirror
 from shared.registry import Client, Source
 from shared.reload import Reload
@@ -104,9 +105,10 @@ class CopyService(ABC, Generic[D]):
 
     def __enter__(self) -> Self:
         bus = self.settings.bus
+        link = open_link(bus, self.name.partition(".")[0])
         self._context = new_context()
-        self._publisher = Publisher(self._context, bus.path, self.name, bus.high_water_mark)
-        self._subscriber = Subscriber(self._context, bus.path, bus.high_water_mark)
+        self._publisher = Publisher(self._context, bus.path, self.name, bus.high_water_mark, link)
+        self._subscriber = Subscriber(self._context, bus.path, bus.high_water_mark, link)
         self._reporter = Reporter(self._publisher)
         self._health = HealthReporter(self._publisher, self.source)
         self._mirror = RegistryMirror()
@@ -133,7 +135,7 @@ class CopyService(ABC, Generic[D]):
 
     def serve(self, lifecycle: Lifecycle) -> None:
         """Serve until told to drain, then until the workers have fallen silent."""
-        readiness = Readiness(self.name, self.settings.bus.path, lambda: self._publisher.ready)
+        readiness = Readiness(self.name, self.settings.bus, lambda: self._publisher.ready)
         reload = Reload(self.name, lifecycle, self.settings, self.follow)
         poller = zmq.Poller()
         poller.register(self._subscriber.socket, zmq.POLLIN)

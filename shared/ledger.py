@@ -128,8 +128,19 @@ SOURCE_REFUSED: Final = DROPPED + "source_refused"
 RATE_LIMITED: Final = DROPPED + "rate_limited"
 """More than `frames_per_second` (transmitter)."""
 
+# broker, account `broker`
+BUS_REFUSED: Final = "bus_refused"
+"""Connections to the bus that were refused: without a key, or with one that is not on the list."""
+REFUSED_TOPIC: Final = "refused_topic"
+"""Messages on a topic, or of a kind, that is not their sender's to publish."""
+REFUSED_SENDER: Final = "refused_sender"
+"""Messages in another service's name."""
+REFUSED_MALFORMED: Final = "refused_malformed"
+"""Messages without topic and envelope."""
+
 SUMMED: Final = (RECEIVED, BYTES, KERNEL_DROPPED)
 """What a stream has counted is the sum over its listeners."""
+
 ORIGIN: Final = re.compile(r"origin/([^/]+)/([0-9a-f]{1,16})/([^/]+)")
 Accounts = dict[str, dict[str, int]]
 
@@ -187,10 +198,11 @@ def _equations(name: str, account: Mapping[str, int]) -> Iterator[tuple[int, str
         kept_back = parts(FILTERED, SAMPLED_OUT, SHARED_OUT, HELD, WITHHELD)
         yield parts(OFFERED), OFFERED, kept_back + parts(DELIVERED) + dropped(account)
     elif name == "broker":
-        # It hands on what it takes; what a queue behind it has no room for, only the subscriber can tell.
+        # It hands on what it takes and may pass; what a queue behind it has no room for, only the subscriber can tell.
         for unit in ("", "_bytes"):
             for one, other in (("publishers", "subscribers"), ("subscribers", "publishers")):
-                yield parts(f"from_{one}{unit}"), f"from_{one}{unit}", parts(f"to_{other}{unit}")
+                passed = parts(f"to_{other}{unit}", f"refused_from_{one}{unit}")
+                yield parts(f"from_{one}{unit}"), f"from_{one}{unit}", passed
 
 
 def listener_account(stream: str, endpoint: str) -> str:

@@ -24,7 +24,7 @@ from typing import Any, Final, NoReturn
 
 import structlog
 
-from shared.settings import Settings, SettingsError, load, load_again
+from shared.settings import Bus, Settings, SettingsError, load, load_again
 
 OK: Final = 0
 FAILED: Final = 1
@@ -196,9 +196,9 @@ class Watchdog:
 class Readiness:
     """Says once that a service is ready, and once, when that takes long, what it is waiting for; feeds the watchdog."""
 
-    def __init__(self, service: str, bus_directory: Path, broker_observed: Callable[[], bool]) -> None:
+    def __init__(self, service: str, bus: Bus, broker_observed: Callable[[], bool]) -> None:
         self._service = service
-        self._bus_directory = bus_directory
+        self._bus = bus
         self._broker_observed = broker_observed
         self._warn_at = time.monotonic() + BROKER_PATIENCE_SECONDS
         self._watchdog = Watchdog()
@@ -214,11 +214,10 @@ class Readiness:
             announce_ready(self._service, **facts)
         elif time.monotonic() >= self._warn_at:
             self._warn_at = float("inf")
-            log.warning(
-                "waiting for the broker; start it with `python -m services.broker`",
-                service=self._service,
-                directory=str(self._bus_directory),
-            )
+            where = {"connect": self._bus.connect} if self._bus.connect else {"directory": str(self._bus.path)}
+            hint = "; its log says so when it is there and refuses this key" if self._bus.keys else ""
+            event = f"waiting for the broker; start it with `python -m services.broker`{hint}"
+            log.warning(event, service=self._service, **where)
 
 
 def announce_ready(service: str, **facts: object) -> None:

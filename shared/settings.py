@@ -17,15 +17,17 @@ from msgspec import Meta, Struct, field
 from shared.addresses import Endpoint, pack_address, pack_network, parse_endpoint
 from shared.registry import ALL_STREAMS, Dscp, HopLimit, Source
 
+BUS_SCHEMES: Final = ("tcp",)
 STREAM_SCHEMES: Final = ("udp", "tcp", "unixgram")
 REGISTRY_SCHEMES: Final = ("tcp", "unix", "tls")
 MAX_DIRECTORY: Final = 107 - len("/pool.999999999")
 """Bytes: what sun_path (unix(7)) leaves for the bus directory."""
+MAX_PORT: Final = 65_535
 NOT_SETTINGS: Final = frozenset({"FANWIRE_CONFIG"})
 
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Count = Annotated[int, Meta(ge=1, le=1_000_000)]
-Port = Annotated[int, Meta(ge=1, le=65_535)]
+Port = Annotated[int, Meta(ge=1, le=MAX_PORT)]
 Seconds = Annotated[float, Meta(gt=0, le=86_400)]
 Bytes = Annotated[int, Meta(ge=4096, le=1 << 30)]
 Scope = Literal["list", "collect", "transmit", "admin"]
@@ -50,6 +52,43 @@ class Bus(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Messages a queue of the bus holds before it drops, each up to 256 datagrams or 512 KiB."""
     pool: Annotated[int, Meta(ge=0, le=1 << 30)] = 67_108_864
     """Bytes of memory that a worker may lend a stream's payloads in; 0: all go through the bus."""
+    listen: tuple[str, ...] = ()
+    """tcp://HOST:PORT where the broker takes connections besides ipc, publishers at PORT, subscribers at PORT + 1."""
+    connect: str = ""
+    """tcp://HOST:PORT of a broker on another host; "": the one in the directory."""
+    keys: str = ""
+    """Directory of the services' keys, made by `fanwire keys`; "": who may enter the bus directory is trusted."""
+
+    def __post_init__(self) -> None:
+        for text in (*self.listen, *((self.connect,) if self.connect else ())):
+            endpoint = parse_endpoint(text, BUS_SCHEMES)
+            if endpoint.port == MAX_PORT:
+                raise ValueError(f"{text!r}: expected a port up to {MAX_PORT - 1}: subscribers have the next one")
+            if not self.keys and not endpoint.is_loopback:
+                raise ValueError(
+                    f"{text!r} is beyond loopback, where the bus takes keys; set [bus] keys = DIRECTORY, and make them "
+                    "with `fanwire keys DIRECTORY`"
+                )
+
+    @property
+    def endpoints(self) -> tuple[Endpoint, ...]:
+        """`listen`, parsed."""
+        return tuple(parse_endpoint(text, BUS_SCHEMES) for text in self.listen)
+
+    @property
+    def broker(self) -> Endpoint | None:
+        """`connect`, parsed."""
+        return parse_endpoint(self.connect, BUS_SCHEMES) if self.connect else None
+
+    @property
+    def key_directory(self) -> Path | None:
+        """`keys` with variables filled in."""
+        return Path(os.path.expandvars(self.keys)) if self.keys else None
+
+    @property
+    def lent(self) -> int:
+        """Bytes that a worker may lend: memory can't be lent to another host."""
+        return 0 if self.connect else self.pool
 
     @property
     def path(self) -> Path:

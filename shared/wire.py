@@ -242,6 +242,28 @@ def health_topic(source: Source) -> str:
     return f"{HEALTH_PREFIX}{source}/"
 
 
+def home(kind: str) -> str:
+    """What the topics of a kind begin with: what may be published on a topic must not pass for another kind there.
+
+    >>> home("registry.change"), home("serve.reply")
+    ('registry/', 'reply/')
+    """
+    family, _, rest = kind.partition(".")
+    return REPLY_PREFIX if rest == "reply" else f"{family}/"
+
+
+def peek(parts: Sequence[Part]) -> tuple[str, Envelope]:
+    """Return topic and envelope of a message, of any version, without reading on. WireError when it has none."""
+    try:
+        if not 3 <= len(parts) <= 5:
+            raise WireError("malformed", f"{len(parts)} parts")
+        if len(parts[0]) > MAX_TOPIC or len(parts[1]) > MAX_ENVELOPE:
+            raise WireError("malformed", f"topic of {len(parts[0])} and envelope of {len(parts[1])} bytes")
+        return str(parts[0], "utf-8"), _envelopes.decode(parts[1])
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise WireError("malformed", f"{type(error).__name__}: {error}") from None
+
+
 HEALTH_PREFIX: Final = "health/"
 REGISTRY_TOPIC: Final = "registry/"
 TRANSMIT_TOPIC: Final = "transmit/"
@@ -280,18 +302,15 @@ def decode(parts: Sequence[Part], borrow: Borrow = borrow_nothing) -> Message:
 
 
 def _decode(parts: Sequence[Part], borrow: Borrow) -> Message:
-    if not 3 <= len(parts) <= 5:
-        raise WireError("malformed", f"{len(parts)} parts")
-    if len(parts[0]) > MAX_TOPIC or len(parts[1]) > MAX_ENVELOPE:
-        raise WireError("malformed", f"topic of {len(parts[0])} and envelope of {len(parts[1])} bytes")
-    topic = str(parts[0], "utf-8")
-    envelope = _envelopes.decode(parts[1])
+    topic, envelope = peek(parts)
     if envelope.version != VERSION:
         raise WireError("bad_version", f"version {envelope.version}, this is {VERSION}")
     if envelope.kind not in KINDS:
         raise WireError("unknown_kind", f"kind {envelope.kind[:40]!r}")
     body = _bodies[envelope.kind].decode(parts[2])
     if not isinstance(body, Datagrams):
+        if isinstance(body, Status) and body.service != envelope.sender:
+            raise WireError("malformed", f"status of {body.service[:40]!r} from {envelope.sender}")
         if len(parts) != 3:
             raise WireError("malformed", f"{envelope.kind} with {len(parts)} parts")
         return Message(topic, envelope, body)

@@ -14,6 +14,7 @@ from shared.addresses import pack_address
 from shared.batch import ROW, DatagramBatch, make_rows
 from shared.bus import Publisher, Requests, Subscriber, new_context
 from shared.ledger import Accounts, discrepancies
+from shared.link import DIRECT, Link
 from shared.registry import Client, Source
 from shared.status import Reports
 from shared.wire import (
@@ -63,21 +64,22 @@ def make_client(name: str, port: int = 9, **fields: Any) -> Client:
 class BusEnds:
     """Publishers and subscribers of the test itself, closed with it; what they have not sent by then is let go."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, link: Link = DIRECT) -> None:
         self.directory = directory
+        self._link = link
         self.context = new_context()
         self._sockets: list[zmq.Socket[bytes]] = []
         self._subscribers: list[Subscriber] = []
 
     def publisher(self, sender: str = "ingest.1", high_water_mark: int = 256) -> Publisher:
         """A publisher connected to the broker's side for publishers."""
-        publisher = Publisher(self.context, self.directory, sender, high_water_mark)
+        publisher = Publisher(self.context, self.directory, sender, high_water_mark, self._link)
         self._sockets.append(publisher.socket)
         return publisher
 
     def subscriber(self, *prefixes: str, high_water_mark: int = 4096) -> Subscriber:
         """A subscriber to these prefixes."""
-        subscriber = Subscriber(self.context, self.directory, high_water_mark)
+        subscriber = Subscriber(self.context, self.directory, high_water_mark, self._link)
         self._subscribers.append(subscriber)
         for prefix in prefixes:
             subscriber.subscribe(prefix)

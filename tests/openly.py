@@ -40,7 +40,7 @@ def _nobody_runs(*command: str) -> bool:
 
 
 @cache
-def _program() -> tuple[str, Path]:
+def program_for_all() -> tuple[str, Path]:
     """An interpreter, and a directory with services/ and shared/, for the transmitter; kept until the run ends."""
     if os.geteuid() or _nobody_runs(sys.executable, "-I", str(CHECKOUT / "shared" / "launch.py"), "--version"):
         return sys.executable, CHECKOUT
@@ -66,7 +66,7 @@ def _program() -> tuple[str, Path]:
 
 def remove_program() -> None:
     """Remove what was copied, at the end of the run."""
-    if _program.cache_info().currsize and (directory := _program()[1]) != CHECKOUT:
+    if program_for_all.cache_info().currsize and (directory := program_for_all()[1]) != CHECKOUT:
         shutil.rmtree(directory)
 
 
@@ -89,7 +89,7 @@ class OpenStack(Stack):
     @contextmanager
     def _program(self, *prefix: str) -> Iterator[None]:
         before = self.interpreter, self.program
-        (interpreter, self.program) = _program()
+        (interpreter, self.program) = program_for_all()
         self.interpreter = [*prefix, interpreter]
         try:
             yield

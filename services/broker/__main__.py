@@ -18,8 +18,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _serve(_arguments: argparse.Namespace, settings: Settings, lifecycle: Lifecycle) -> None:
     group = transmitters_group(settings.transmitter.user)
-    with Proxy(settings.bus.path, settings.bus.high_water_mark, group) as proxy:
-        announce_ready("broker", directory=str(settings.bus.path))
+    bus = settings.bus
+    with Proxy(bus.path, bus.high_water_mark, group, bus.endpoints, bus.key_directory) as proxy:
+        announce_ready("broker", directory=str(bus.path), listen=bus.listen)
         proxy.serve(lifecycle, Reload("broker.1", lifecycle, settings))
 
 

@@ -30,6 +30,7 @@ from services.gateway.views import event_line, health_line
 from shared.bus import Publisher, Requests, Subscriber, new_context, prepare_directory
 from shared.ledger import Accounts
 from shared.lifecycle import BAD_SETTINGS, FAILED, Lifecycle, OperatorError, Readiness, descriptor_limit, worker_name
+from shared.link import open_link
 from shared.loops import udp_listeners
 from shared.reload import Reload
 from shared.settings import Settings
@@ -51,12 +52,13 @@ def serve(settings: Settings, lifecycle: Lifecycle) -> None:
     tokens = read_tokens(settings)
     secure = any(endpoint.scheme == "tls" for endpoint in settings.gateway.endpoints)
     tls = make_context(settings.gateway, tokens) if secure else None
+    link, name = open_link(bus, "gateway"), worker_name("gateway")
     with (
         listening(settings.gateway.endpoints) as listeners,
         _opened(settings) as store,
         new_context() as context,
-        contextlib.closing(Publisher(context, bus.path, worker_name("gateway"), bus.high_water_mark)) as publisher,
-        contextlib.closing(Subscriber(context, bus.path, bus.high_water_mark)) as subscriber,
+        contextlib.closing(Publisher(context, bus.path, name, bus.high_water_mark, link)) as publisher,
+        contextlib.closing(Subscriber(context, bus.path, bus.high_water_mark, link)) as subscriber,
     ):
         for listener in listeners:
             check_listener(listener, tokens)
@@ -193,7 +195,7 @@ class _Server:
         self._announcer.wake()
 
     async def _tick_until_stopped(self) -> None:
-        readiness = Readiness("gateway", self.settings.bus.path, lambda: self.publisher.ready)
+        readiness = Readiness("gateway", self.settings.bus, lambda: self.publisher.ready)
         while not self._stopped.is_set():
             self.registry.expire()
             self._connections.sweep()

@@ -20,6 +20,7 @@ from shared.batch import MAX_ROWS
 from shared.bus import Publisher, new_context
 from shared.ledger import CHECKSUM_ERRORS, listener_account, new_accounts
 from shared.lifecycle import Lifecycle, Readiness
+from shared.link import open_link
 from shared.mmsg import ReceiveArena
 from shared.pool import CHUNK, Lender, Pool, pool_path
 from shared.reload import Reload
@@ -78,9 +79,10 @@ class Worker:
         self._count = self._size = 0
 
     def __enter__(self) -> Self:
-        self._context = new_context()
         bus = self._settings.bus
-        self._publisher = Publisher(self._context, bus.path, self._name, bus.high_water_mark)
+        link = open_link(bus, "ingest")
+        self._context = new_context()
+        self._publisher = Publisher(self._context, bus.path, self._name, bus.high_water_mark, link)
         self._reporter = Reporter(self._publisher)
         self._lender = Lender(pool_path(bus.path, self._name), self._pools, self._watch, self._selector.unregister)
         try:
@@ -126,7 +128,7 @@ class Worker:
     def _feed(self, streams: Sequence[Stream]) -> None:
         """Have feeds for new streams; whoever wants one of them already is told that it flows."""
         fresh = [stream.name for stream in streams if stream.name not in self._feeds]
-        self._pools.update(new_pools(fresh, self._settings.bus.pool))
+        self._pools.update(new_pools(fresh, self._settings.bus.lent))
         for name in fresh:
             feed = StreamFeed(name, self._publisher, self._accounts[f"stream/{name}"], self._pools.get(name))
             self._feeds[name] = feed
@@ -189,7 +191,7 @@ class Worker:
     def serve(self, lifecycle: Lifecycle) -> None:
         """Move datagrams until told to drain; ready once bound and once a broker has been seen."""
         listening = [text for stream in self._settings.streams for text in stream.listen]
-        readiness = Readiness(self._name, self._settings.bus.path, lambda: self._publisher.ready)
+        readiness = Readiness(self._name, self._settings.bus, lambda: self._publisher.ready)
         reload = Reload(self._name, lifecycle, self._settings, self.follow)
         # Registered to wake the loop; each turn looks at both anyway.
         self._selector.register(lifecycle, selectors.EVENT_READ, lifecycle.heed)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
-from services.operator import clients, collect, config, frame, imports, ledger, ready, token, wake, watch
+from services.operator import clients, collect, config, frame, imports, keys, ledger, ready, token, wake, watch
 from services.operator.doctor import command as doctor
 from shared.lifecycle import BAD_SETTINGS, NOT_PERMITTED, OK, OperatorError, Parser, configure_logging
 from shared.settings import SettingsError, load
@@ -48,7 +48,7 @@ def make_parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
-    for module in (clients, watch, collect, frame, wake, config, imports, token, ledger, doctor, ready):
+    for module in (clients, watch, collect, frame, wake, config, imports, keys, token, ledger, doctor, ready):
         module.add_parser(subparsers)
     return parser
 

@@ -7,20 +7,22 @@ import zmq
 
 from shared.bus import Subscriber, broker_is_up, new_context
 from shared.lifecycle import UNAVAILABLE, OperatorError
+from shared.link import Link, open_link
 from shared.settings import Settings
 
 
 @contextmanager
-def connected(settings: Settings) -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
-    """A context to make sockets of the bus in. OperatorError (69) when there is no broker."""
-    if not broker_is_up(settings.bus.path):
+def connected(settings: Settings) -> Iterator[tuple[zmq.Context[zmq.Socket[bytes]], Link]]:
+    """A context to make sockets of the bus in, and how they connect. OperatorError (69) when there is no broker."""
+    link = open_link(settings.bus, "operator")
+    if not broker_is_up(settings.bus.path, link):
+        where = settings.bus.connect or settings.bus.path
         raise OperatorError(
-            UNAVAILABLE,
-            f"no broker at {settings.bus.path}; is fanwire running? start it with `make run` or `honcho start`",
+            UNAVAILABLE, f"no broker at {where}; is fanwire running? start it with `make run` or `honcho start`"
         )
     context = new_context()
     try:
-        yield context
+        yield context, link
     finally:
         context.term()
 
@@ -29,6 +31,9 @@ def connected(settings: Settings) -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
 def subscribed(settings: Settings, prefix: str) -> Iterator[Subscriber]:
     """Subscribe to the topics that begin with `prefix`. OperatorError (69) when there is no broker."""
     bus = settings.bus
-    with connected(settings) as context, closing(Subscriber(context, bus.path, bus.high_water_mark)) as subscriber:
+    with (
+        connected(settings) as (context, link),
+        closing(Subscriber(context, bus.path, bus.high_water_mark, link)) as subscriber,
+    ):
         subscriber.subscribe(prefix)
         yield subscriber

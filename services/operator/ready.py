@@ -13,6 +13,7 @@ from services.operator.bus_reader import subscribed
 from shared.addresses import Endpoint
 from shared.bus import broker_is_up
 from shared.lifecycle import OK, UNAVAILABLE, OperatorError
+from shared.link import open_link
 from shared.settings import Settings
 from shared.wire import Status
 
@@ -46,7 +47,8 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
 def _heard(settings: Settings, wanted: set[str], deadline: float) -> set[str]:
     """Return the services that report, as soon as all that are wanted do."""
     heard: set[str] = set()
-    while not broker_is_up(settings.bus.path):
+    link = open_link(settings.bus, "operator")
+    while not broker_is_up(settings.bus.path, link):
         if time.monotonic() >= deadline:
             return heard
         time.sleep(LOOK_SECONDS)

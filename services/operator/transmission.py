@@ -36,9 +36,9 @@ def transmit(
     bus = settings.bus
     sender = f"operator.{os.getpid()}"
     with (
-        connected(settings) as context,
-        closing(Publisher(context, bus.path, sender, bus.high_water_mark)) as publisher,
-        closing(Subscriber(context, bus.path, bus.high_water_mark)) as subscriber,
+        connected(settings) as (context, link),
+        closing(Publisher(context, bus.path, sender, bus.high_water_mark, link)) as publisher,
+        closing(Subscriber(context, bus.path, bus.high_water_mark, link)) as subscriber,
     ):
         requests = Requests(sender, publisher.boot)
         subscriber.subscribe(requests.topic)

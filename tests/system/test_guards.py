@@ -23,6 +23,7 @@ PURE = (
     "shared/routing.py",
     "shared/segments.py",
     "shared/wire.py",
+    "services/broker/rights.py",
     "services/forwarder/plan.py",
     "services/gateway/permission.py",
     "services/gateway/protocol.py",

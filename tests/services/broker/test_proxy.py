@@ -3,6 +3,7 @@ import os
 import pwd
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import pytest
 from services.broker.access import let_in, transmitters_group
 from shared.bus import broker_is_up
 from tests.builders import kill_all
+from tests.openly import program_for_all
 from tests.stack import Stack
 
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can start a service that becomes another user")
@@ -92,6 +94,46 @@ def test_user_of_the_transmitter_reaches_the_bus_of_root(stack: Stack, public: P
         assert broker_is_up(public)
     with acting_as("daemon"):
         assert not broker_is_up(public)
+
+
+STRANGER = """
+import sys, zmq
+context = zmq.Context()
+ears, mouth = context.socket(zmq.SUB), context.socket(zmq.XPUB)
+ears.subscribe("")
+ears.connect(f"ipc://{sys.argv[1]}/subscribe")
+mouth.connect(f"ipc://{sys.argv[1]}/publish")
+print("subscribed to" if mouth.poll(2000) else "nothing", flush=True)
+context.destroy(linger=0)
+"""
+"""Connects to both sides, and hears that somebody subscribes: the broker itself does."""
+
+
+@AS_ROOT
+@pytest.mark.parametrize(
+    ("user", "open_to_all", "outcome"),
+    [("daemon", False, "nothing"), ("daemon", True, "nothing"), ("nobody", False, "subscribed to")],
+)
+def test_other_users_cannot_connect(stack: Stack, public: Path, user: str, open_to_all: bool, outcome: str) -> None:
+    """A process of another user can't connect, not even where the modes would let it; the transmitter's can."""
+    interpreter, program = program_for_all()
+    stack.configure('[transmitter]\nuser = "nobody"\n')
+    broker = stack.start("broker")
+    for path in (public, public / "publish", public / "subscribe"):
+        path.chmod(0o777 if open_to_all else path.stat().st_mode & 0o777)
+    entry = pwd.getpwnam(user)
+    become = ["setpriv", f"--reuid={entry.pw_uid}", f"--regid={entry.pw_gid}", "--clear-groups", "--", interpreter]
+    stranger = subprocess.run(
+        [*become, "-c", STRANGER, str(public)],
+        env={"PYTHONPATH": str(program)},
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (stranger.stdout.strip(), stranger.stderr) == (outcome, "")
+    assert broker.process.poll() is None
 
 
 @AS_ROOT
