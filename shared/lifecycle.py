@@ -24,7 +24,8 @@ from typing import Any, Final, NoReturn
 
 import structlog
 
-from shared.settings import Bus, Settings, SettingsError, load, load_again
+from shared.settings import Bus, Settings, SettingsError
+from shared.settings_file import load, load_again
 
 OK: Final = 0
 FAILED: Final = 1

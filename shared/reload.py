@@ -10,7 +10,8 @@ import msgspec
 import structlog
 
 from shared.lifecycle import Lifecycle, OperatorError
-from shared.settings import Collector, Settings, SettingsError, Stream, differing
+from shared.settings import Collector, Settings, SettingsError, Stream
+from shared.settings_file import differing
 
 RELOADED: Final = frozenset({"stream", "collector"})
 """The keys that are read again."""

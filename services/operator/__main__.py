@@ -9,7 +9,8 @@ from typing import Final
 from services.operator import clients, collect, config, frame, imports, keys, ledger, ready, token, wake, watch
 from services.operator.doctor import command as doctor
 from shared.lifecycle import BAD_SETTINGS, NOT_PERMITTED, OK, OperatorError, Parser, configure_logging
-from shared.settings import SettingsError, load
+from shared.settings import SettingsError
+from shared.settings_file import load
 
 INTERRUPTED: Final = 130
 """What a shell expects of a command that Ctrl-C cut short; those that run until Ctrl-C end with 0."""

@@ -4,7 +4,8 @@ import argparse
 
 from services.operator.arguments import Subparsers, add_command
 from shared.lifecycle import OK
-from shared.settings import Settings, render
+from shared.settings import Settings
+from shared.settings_file import render
 
 
 def add_parser(subparsers: Subparsers) -> None:

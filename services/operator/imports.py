@@ -15,7 +15,8 @@ from services.operator.foreign import Line, parse, to_settings, whole
 from services.operator.output import say
 from shared.addresses import parse_endpoint, resolve
 from shared.lifecycle import FAILED, OK
-from shared.settings import STREAM_SCHEMES, Name, Settings, SettingsError, Stream, render
+from shared.settings import STREAM_SCHEMES, Name, Settings, SettingsError, Stream
+from shared.settings_file import render
 
 TOOLS: Final = {
     "samplicator": (samplicator.parse_line, samplicator.DEFAULT_LISTEN),

@@ -22,7 +22,8 @@ from shared.batch import MAX_DATAGRAM
 from shared.gathering import Gathered
 from shared.netlink import Netlink
 from shared.segments import group
-from shared.settings import SettingsError, load, render
+from shared.settings import SettingsError
+from shared.settings_file import load, render
 from shared.wire import WireError, decode
 from tests.shared.test_netlink import PlayedKernel
 

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shared.settings import Bus, Collector, Settings, SettingsError, Stream, load, render
+from shared.settings import Bus, Collector, Settings, SettingsError, Stream
+from shared.settings_file import load, render
 
 FULL = """
 [bus]

@@ -8,7 +8,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from shared.settings import DEFAULT_STREAM, Settings, render
+from shared.settings import DEFAULT_STREAM, Settings
+from shared.settings_file import render
 from tests.openly import OpenStack
 from tests.stack import CHECKOUT, Stack
 from tests.system.test_fan_out import need

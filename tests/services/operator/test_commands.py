@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from services.operator.output import Output, as_hex, as_payload, as_text
-from shared.settings import Settings, load, render
+from shared.settings import Settings
+from shared.settings_file import load, render
 from tests.services.operator.played import run
 from tests.stack import Stack
 

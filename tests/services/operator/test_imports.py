@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from services.operator import pmacct, samplicator
 from services.operator.foreign import Line, ParseLine, Receiver, parse, to_settings, whole
-from shared.settings import DEFAULT_STREAM, load, render
+from shared.settings import DEFAULT_STREAM
+from shared.settings_file import load, render
 from tests.stack import Stack
 
 PARSERS = (samplicator.parse_line, pmacct.parse_line)
