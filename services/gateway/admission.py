@@ -3,7 +3,7 @@
 import ipaddress
 from collections.abc import Callable, Iterable
 
-from services.gateway.registry import Visitor
+from services.gateway.entry import Visitor
 from services.gateway.requests import Register, RequestError
 from shared.loops import OwnListeners
 from shared.registry import ALL_STREAMS, Client

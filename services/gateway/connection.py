@@ -22,10 +22,10 @@ from typing import Final, cast
 
 from services.gateway.counters import CONNECTIONS_REFUSED, REQUESTS_DELAYED, TOO_SLOW
 from services.gateway.desk import Answer, Desk
+from services.gateway.entry import Visitor
 from services.gateway.pace import Pace
 from services.gateway.permission import HERE, Rights, common_name
 from services.gateway.protocol import MAX_LINE, Decoder
-from services.gateway.registry import Visitor
 from services.gateway.requests import Auth, Id, Name, Request, RequestError
 from services.gateway.views import json_line
 from shared.settings import Gateway

@@ -10,9 +10,10 @@ import msgspec
 from services.gateway.admission import Admission
 from services.gateway.challenges import Challenges
 from services.gateway.counters import CROSS_PROTOCOL, REFUSED, REQUESTS, TOO_SLOW, WRONG_TOKENS
+from services.gateway.entry import Entry, Origin, Visitor
 from services.gateway.feed import Feed, Push
 from services.gateway.permission import Permissions
-from services.gateway.registry import Entry, Origin, Registry, Visitor
+from services.gateway.registry import Registry
 from services.gateway.requests import (
     Auth,
     Confirm,

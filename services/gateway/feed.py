@@ -4,7 +4,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from services.gateway.registry import Entry, Event, Registry
+from services.gateway.entry import Entry, Event
+from services.gateway.registry import Registry
 
 KEPT_BYTES: Final = 4 * 1024 * 1024
 """Of past events, for who comes back: some 10,000 of them."""

@@ -6,18 +6,15 @@ whoever shows a revision to the bus commits first, so a revision always means th
 
 import itertools
 import math
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
-from typing import Final, Literal, Protocol, get_args
+from typing import Final, Protocol, get_args
 
 import msgspec
-import structlog
 
+from services.gateway.entry import Entry, Event, EventKind, Origin, Visitor
 from services.gateway.health import Condition, Serving
 from services.gateway.names_list import NamesList
-from services.gateway.permission import HERE, Rights
+from services.gateway.preservation import Preservation
 from services.gateway.requests import RequestError
 from shared.registry import Client, Source
 from shared.wire import Health, RegistryChange
@@ -27,78 +24,6 @@ MAX_CHANGE: Final = 64
 
 RETURN_SECONDS: Final = 30.0
 """After a restart of ours, for who held an entry by its connection."""
-PRESERVE_BELOW: Final = 0.85
-"""Of the renewals that were due; with fewer, expiring stops."""
-PRESERVE_WINDOW_SECONDS: Final = 60.0
-"""Renewals that were due longer ago say nothing of what is wrong now."""
-PRESERVE_CLIENTS: Final = 10
-"""Leases that were due in the window at least: of fewer, losing one or two means nothing."""
-
-NOT_LOOKED_AT: Final = Condition("fresh", 0.0)
-
-log = structlog.get_logger()
-
-EventKind = Literal["joined", "changed", "left", "expired"]
-
-
-class Origin(StrEnum):
-    """How an entry was made."""
-
-    SETTINGS = "settings"
-    NAMES = "names"
-    JSON = "json"
-
-
-@dataclass(frozen=True, slots=True)
-class Visitor:
-    """Who asks: a connection by its number (0: one of an earlier start), the address and port it comes from.
-
-    `uid` is the user at the other end of an AF_UNIX connection. Of an earlier start, the rights say the holder alone.
-    """
-
-    id: int
-    address: str
-    port: int
-    rights: Rights = HERE
-    uid: int | None = None
-
-    def __str__(self) -> str:
-        where = f"{self.address} port {self.port}" if self.uid is None else f"this host, user {self.uid}"
-        return f"{where}, by {self.rights.holder!r}" if self.rights.holder else where
-
-    def controls(self, other: "Visitor") -> bool:
-        """Whether it may change what the other has signed up: it has the same holder, or every right."""
-        own = self.rights.holder != "" and self.rights.holder == other.rights.holder
-        return own or self.rights.everything
-
-
-@dataclass(slots=True)
-class Entry:
-    """A client and its lease.
-
-    `revision` is that in which the client joined; `expires_at` is infinite without `ttl`; one that is `held` lasts no
-    longer than its visitor's connection. Of what was kept from an earlier start, the connection is gone.
-    `condition` is how it did when somebody last looked.
-    """
-
-    client: Client
-    origin: Origin
-    visitor: Visitor
-    ttl: float
-    expires_at: float
-    revision: int
-    held: bool
-    renewed_at: float
-    condition: Condition = NOT_LOOKED_AT
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """One change: `entry` is the new one, or that which has gone."""
-
-    kind: EventKind
-    revision: int
-    entry: Entry
 
 
 class Keep(Protocol):
@@ -131,11 +56,9 @@ class Registry:
         self._max_clients = max_clients
         self._clock = clock
         self._keep = keep
-        self._preserve_seconds = preserve_seconds
-        self._preserving_since = math.inf
+        self._preservation = Preservation(preserve_seconds)
         self._generation = first_generation - 1
         self._next_expiry = math.inf
-        self._expired_at: deque[float] = deque()
         self._revision = self._committed = 0
         self._joined: dict[str, Client] = {}
         self._left: set[str] = set()
@@ -263,36 +186,10 @@ class Registry:
         if now < self._next_expiry:
             return
         overdue = [entry for entry in self._entries.values() if entry.expires_at <= now]
-        self._judge(len(overdue), now)
+        self._preservation.judge(self._entries.values(), len(overdue), now)
         if overdue and not self.preserving and self._take_away(overdue, "expired"):
-            self._expired_at.extend([now] * len(overdue))
+            self._preservation.note_expired(len(overdue), now)
         self._next_expiry = min((entry.expires_at for entry in self._entries.values()), default=math.inf)
-
-    def _judge(self, overdue: int, now: float) -> None:
-        """Stop expiring when too many of the renewals that were due in the window are missing; not for ever.
-
-        After Eureka's self-preservation: https://github.com/Netflix/eureka/wiki/Server-Self-Preservation-Mode
-        """
-        begin = now - PRESERVE_WINDOW_SECONDS
-        while self._expired_at and self._expired_at[0] <= begin:
-            self._expired_at.popleft()
-        renewed = sum(
-            begin < entry.renewed_at and now < entry.expires_at < math.inf for entry in self._entries.values()
-        )
-        missing = overdue + len(self._expired_at)
-        due = renewed + missing
-        too_many = overdue > 0 and due >= PRESERVE_CLIENTS and renewed < PRESERVE_BELOW * due
-        if too_many and not self.preserving and self._preserve_seconds:
-            self._preserving_since = now
-            log.warning(
-                "too many renewals are missing at once: nothing expires",
-                missing=missing,
-                due=due,
-                for_seconds=self._preserve_seconds,
-            )
-        elif self.preserving and not (too_many and now < self._preserving_since + self._preserve_seconds):
-            self._preserving_since = math.inf
-            log.warning("leases expire again", missing=missing, due=due)
 
     def expires_in(self, entry: Entry) -> float | None:
         """Seconds until the entry expires; None: it does not."""
@@ -301,7 +198,7 @@ class Registry:
     @property
     def preserving(self) -> bool:
         """Whether so many renewals are missing at once that the fault is hardly theirs: nothing expires meanwhile."""
-        return self._preserving_since < math.inf
+        return self._preservation.holds
 
     @property
     def leased(self) -> bool:

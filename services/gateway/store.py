@@ -14,8 +14,8 @@ from typing import Final, Self
 import msgspec
 import structlog
 
+from services.gateway.entry import Entry, Event, Origin, Visitor
 from services.gateway.permission import Rights
-from services.gateway.registry import Entry, Event, Origin, Visitor
 from services.gateway.requests import RequestError
 from shared.lifecycle import FAILED, OperatorError
 from shared.registry import Client

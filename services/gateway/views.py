@@ -4,8 +4,9 @@ from typing import Final
 
 import msgspec
 
+from services.gateway.entry import Entry, Event
 from services.gateway.health import Word
-from services.gateway.registry import Entry, Event, Registry
+from services.gateway.registry import Registry
 from shared.registry import Dscp, HopLimit, Source
 
 _encode: Final = msgspec.json.Encoder().encode

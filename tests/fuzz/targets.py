@@ -14,8 +14,8 @@ from unittest import mock
 
 import shared.netlink
 from services.gateway.admission import Admission
+from services.gateway.entry import Visitor
 from services.gateway.protocol import Decoder
-from services.gateway.registry import Visitor
 from services.gateway.requests import Name, Register, RequestError
 from services.ingest.framing import Framing
 from shared.batch import MAX_DATAGRAM

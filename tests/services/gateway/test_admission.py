@@ -3,8 +3,8 @@ from ipaddress import ip_network
 import pytest
 
 from services.gateway.admission import Admission
+from services.gateway.entry import Visitor
 from services.gateway.permission import Rights
-from services.gateway.registry import Visitor
 from services.gateway.requests import Register, RequestError
 from shared.settings import Collector
 

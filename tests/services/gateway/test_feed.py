@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.gateway import feed as feed_module
+from services.gateway.entry import Origin, Visitor
 from services.gateway.feed import Feed
-from services.gateway.registry import Origin, Registry, Visitor
+from services.gateway.registry import Registry
 from services.gateway.views import event_line, health_line
 from shared.registry import Client
 

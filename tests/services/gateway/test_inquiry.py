@@ -1,5 +1,6 @@
+from services.gateway.entry import Origin, Visitor
 from services.gateway.inquiry import Inquiry
-from services.gateway.registry import Origin, Registry, Visitor
+from services.gateway.registry import Registry
 from shared.bus import Requests
 from shared.wire import Body, Message, ServeReply, ServeRequest, serve_topic
 from tests.builders import make_client, make_envelope

@@ -8,21 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.gateway.entry import Entry, Event, Origin, Visitor
 from services.gateway.health import Condition
 from services.gateway.names_list import BLOCK, NamesList
 from services.gateway.permission import Rights
-from services.gateway.registry import (
-    MAX_CHANGE,
-    PRESERVE_WINDOW_SECONDS,
-    RETURN_SECONDS,
-    Entry,
-    Event,
-    Keep,
-    Origin,
-    Registry,
-    Visitor,
-    keep_nothing,
-)
+from services.gateway.preservation import WINDOW_SECONDS
+from services.gateway.registry import MAX_CHANGE, RETURN_SECONDS, Keep, Registry, keep_nothing
 from services.gateway.requests import RequestError
 from shared.registry import Client, Source
 from shared.wire import Health, RegistryChange, Troubled
@@ -291,7 +282,7 @@ def test_many_missing_renewals_stop_expiry() -> None:
     registry.now = 11
     registry.expire()
     assert (registry.preserving, len(registry)) == (False, 20)
-    registry.now = 11 + PRESERVE_WINDOW_SECONDS
+    registry.now = 11 + WINDOW_SECONDS
     registry.expire()
     assert registry.preserving
     registry.now += 99

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from services.gateway import store as store_module
+from services.gateway.entry import Entry, Event, Origin, Visitor
 from services.gateway.permission import Rights
-from services.gateway.registry import Entry, Event, Origin, Registry, Visitor
+from services.gateway.registry import Registry
 from services.gateway.requests import RequestError
 from services.gateway.store import SKIPPED, Store
 from shared.lifecycle import OperatorError
