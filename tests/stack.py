@@ -46,7 +46,8 @@ class Running:
     @property
     def log(self) -> list[dict[str, Any]]:
         """Its log entries."""
-        return [json.loads(line) for line in self.text.splitlines() if line.startswith("{")]
+        lines = self.text.splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("\n")]
 
     def events(self, event: str) -> list[dict[str, Any]]:
         """Its log entries of that event."""
