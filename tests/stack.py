@@ -80,6 +80,11 @@ class Running:
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(status.partition(f"{field}:")[2].split()[0]) / 1024
 
+    def forget_peak(self) -> float:
+        """Begin the most resident memory anew (proc(5), clear_refs); return what it is now, MB."""
+        Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
+        return self.resident_mb()
+
     def cpu_seconds(self) -> float:
         """User and system time so far."""
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()

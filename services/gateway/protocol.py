@@ -3,9 +3,10 @@
 The first byte decides: `{` begins JSON lines, anything else is a name, as the documented protocol has it.
 """
 
+import json
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -141,9 +142,10 @@ def parse_line(line: bytes) -> Operation:
     try:
         line.decode()
         request: Operation = _operations.decode(line)
+        json.loads(line, object_pairs_hook=_check_names)
     except msgspec.ValidationError as error:
         raise _explain(line, str(error)) from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except (msgspec.DecodeError, ValueError, RecursionError):
         raise _not_an_object() from None
     if isinstance(request, Register):
         try:
@@ -152,6 +154,12 @@ def parse_line(line: bytes) -> Operation:
             refused.id = request.id
             raise
     return request
+
+
+def _check_names(fields: Sequence[tuple[str, object]]) -> None:
+    """Refuse a field that is there twice: one reader takes the first, another the last (RFC 8259, 4)."""
+    if len(dict(fields)) < len(fields):
+        raise RequestError("bad_request", "a field is there twice; expected each at most once", closes=True)
 
 
 def _not_an_object() -> RequestError:

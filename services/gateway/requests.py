@@ -8,7 +8,7 @@ from msgspec import Meta, Struct, field
 from shared.frames import check_frame, make_frame, parse_hex, parse_mac, sending_seconds
 from shared.registry import Dscp, HopLimit, Source
 from shared.settings import Count, Ethertype, Port, parse_ethertype
-from shared.wire import MAX_FRAMES, MAX_INTERFACE, MAX_NUMBER
+from shared.wire import MAX_FRAMES, MAX_INTERFACE, Number
 
 MAX_ITEMS: Final = 64
 """Streams or prefixes in one `register`: keeps an entry small enough that 64 of them fit a bus message."""
@@ -86,14 +86,14 @@ class Renew(_Request, frozen=True, tag="renew"):
     """Begins the time of an entry's lease anew."""
 
     name: str
-    generation: int
+    generation: Number
 
 
 class Leave(_Request, frozen=True, tag="leave"):
     """Takes an entry away."""
 
     name: str
-    generation: int
+    generation: Number
 
 
 class List(_Request, frozen=True, tag="list"):
@@ -103,7 +103,7 @@ class List(_Request, frozen=True, tag="list"):
 class Watch(_Request, frozen=True, tag="watch"):
     """Asks for every entry, then for each change; with `revision` for the changes since then instead, if known."""
 
-    revision: Annotated[int, Meta(ge=0, le=MAX_NUMBER)] | None = None
+    revision: Number | None = None
 
 
 class Confirm(_Request, frozen=True, tag="confirm"):

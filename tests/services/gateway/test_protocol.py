@@ -145,6 +145,7 @@ def test_too_long_a_line() -> None:
         b"{",
         b'{"op":"list"} x',
         b'{"op":"list","id":NaN}',
+        b'{"op":"register","name":"a","ttl":Infinity}',
         b'{"op":"list","id":%s}' % (b"9" * 5000),
         b'\xef\xbb\xbf{"op":"list"}',
         '{"op":"list"}'.encode("utf-16-le"),
@@ -153,14 +154,16 @@ def test_too_long_a_line() -> None:
         b'{"op":"list","x":' + b"[" * 10_000 + b"]" * 10_000 + b"}",
         b'{"op":"list","x":' + b'{"a":' * 10_000,
         b'{"op":' + b"[" * 60_000,
+        b'{"op":"leave","name":"a","name":"b","generation":1}',
+        b'{"op":"list","id":1,"\\u0069d":1}',
     ],
 )
 def test_what_is_no_object_closes(line: bytes) -> None:
-    """What is not one JSON object in UTF-8, or is nested thousands deep, is `bad_request` and the end."""
+    """What is not one JSON object in UTF-8, each field once, or is nested thousands deep, is `bad_request` and the end."""
     assert (refused(line).error, refused(line).closes) == ("bad_request", True)
 
 
-@pytest.mark.parametrize("port", ["0", "70000", "-1", "true", '"6667"', "6667.0", "6667e0", "[]"])
+@pytest.mark.parametrize("port", ["0", "65536", "-1", "true", '"6667"', "6667.0", "6667e0", "[]", "9" * 5000])
 def test_port_is_a_whole_number(port: str) -> None:
     """What is no port is refused with a sentence, the `id` comes back and the connection stays."""
     error = refused(b'{"op":"register","name":"a","id":"x","port":%s}' % port.encode())
@@ -186,7 +189,12 @@ def test_port_is_a_whole_number(port: str) -> None:
         ({"op": "register", "name": "a", "hop_limit": 256}, "hop_limit: expected a whole number from 1 to 255"),
         ({"op": "register", "name": "a", "dscp": 64}, "dscp: expected a whole number from 0 to 63"),
         ({"op": "register", "name": "a", "ttl": -1}, "ttl: expected"),
+        ({"op": "register", "name": "a", "ttl": 1e308}, "ttl: expected"),
         ({"op": "leave", "name": "a", "generation": "1"}, "generation: expected"),
+        ({"op": "renew", "name": "a", "generation": 1.0}, "generation: expected"),
+        ({"op": "renew", "name": "a", "generation": True}, "generation: expected"),
+        ({"op": "renew", "name": "a", "generation": 10**4000}, "generation: expected"),
+        ({"op": "list", "version": 2}, "no field `version`"),
         ({"op": "watch", "revision": -1}, "revision: expected"),
         ({"op": "confirm", "name": "a"}, "nonce is missing"),
         ({"op": "list", "id": True}, "id: expected"),

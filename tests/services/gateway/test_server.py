@@ -134,13 +134,16 @@ def test_twenty_thousand_clients(stack: Stack) -> None:
     assert answer["clients"]["n7"]["health"] == "ok"
 
 
-def test_name_of_ten_megabytes(gateway: Running) -> None:
-    """It is refused, the client can read why although it is still sending, and memory stays flat."""
+@pytest.mark.parametrize(
+    ("beginning", "error"), [(b"", "bad_name"), (b'{"op":', "too_long"), (b'{"op":"register","name":"', "too_long")]
+)
+def test_ten_megabytes_without_an_end(gateway: Running, beginning: bytes, error: str) -> None:
+    """A name or line is refused, the client can read why although it is still sending, and memory stays flat."""
     ask(b"warm")
-    before = gateway.resident_mb()
+    before = gateway.forget_peak()
     for _ in range(5):
-        assert refusal(b"n" * 10_000_000) == "bad_name"
-    assert gateway.resident_mb() - before < 10
+        assert refusal(beginning + b"n" * 10_000_000) == error
+    assert gateway.resident_mb("VmHWM") - before < 10
 
 
 @pytest.mark.parametrize(
@@ -224,10 +227,25 @@ def test_taken_name(gateway: Running) -> None:
     assert ask_json({"op": "register", "name": "siem", "streams": ["*"], "port": 9515, "take_over": True})["ok"]
 
 
-def test_bad_line_ends_the_connection(gateway: Running) -> None:
-    """After a line that is no JSON object nothing more is executed; after a bad request the next line is."""
-    answers = ask(b'{"op":"nonsense"}\n{"op":"list"}\nHost: x\n{"op":"register","name":"smuggled"}\n').splitlines()
-    assert [json.loads(answer)["ok"] for answer in answers] == [False, True, False]
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        (b"POST / HTTP/1.1\r\nHost: localhost:5000\r\nContent-Length: 99\r\n\r", "bad_request"),
+        (b'{"op":"nonsense"}\n{"op":"list"}\nHost: localhost:5000', "bad_request"),
+        (b'{"op":"list","op":', "bad_request"),
+        (b'{"op":"leave","name":"a","name":"b","generation":1}', "bad_request"),
+        (b'{"op":' + b"[" * 60_000, "bad_request"),
+        (b'{"op":"list"' + b" " * 70_000 + b"}", "too_long"),
+        (b"\xff\xfe", "bad_name"),
+    ],
+)
+def test_first_line_that_is_none_ends_the_connection(gateway: Running, line: bytes, error: str) -> None:
+    """After what is no JSON object, HTTP first of all, nothing more is executed, and it is the gateway that closes."""
+    with connect() as connection:
+        connection.sendall(line + b'\n{"op":"register","name":"smuggled"}\n')
+        answers = [json.loads(answer) for answer in read_all(connection).splitlines()]
+    assert answers[-1]["error"] == error
+    assert [answer["ok"] for answer in answers[:-1]] == ([False, True] if b"nonsense" in line else [])
     assert ask_json({"op": "list"})["clients"] == {}
 
 
