@@ -107,6 +107,8 @@ class Gateway(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     destinations: tuple[str, ...] = ()
     """Networks that anybody who may sign up may have copies sent to without proof."""
     max_clients: Count = 10_000
+    max_clients_per_holder: Count = 1000
+    """Of them, signed up with one token or certificate."""
     max_connections: Count = 4096
     """Open at once; one more is answered `unavailable` and closed."""
     max_connections_per_address: Count = 2048

@@ -17,8 +17,14 @@ BACKLOG: Final = 1024
 SEND_BUFFER: Final = 128 * 1024
 """Bytes asked of the kernel for each connection (it takes twice that): bounds what a client that does not read holds
 there, and lets us see progress of one that reads slowly."""
-KEEPALIVE: Final = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))
-"""A peer that has vanished is noticed after a minute."""
+KEEPALIVE: Final = (
+    (socket.TCP_KEEPIDLE, 30),
+    (socket.TCP_KEEPINTVL, 10),
+    (socket.TCP_KEEPCNT, 3),
+    (socket.TCP_USER_TIMEOUT, 60_000),
+)
+"""A peer that has vanished is noticed after a minute: seconds, and for what was sent and not acknowledged, during which
+there are no probes, milliseconds (tcp(7))."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ whoever shows a revision to the bus commits first, so a revision always means th
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final, Protocol, get_args
 
@@ -47,13 +48,16 @@ class Registry:
         first_generation: int,
         keep: Keep = keep_nothing,
         preserve_seconds: float = 0.0,
+        max_clients_per_holder: float = math.inf,
     ) -> None:
         self.names = NamesList()
         self.collectors = 0
         self.serving: dict[Source, Serving] = {source: Serving() for source in get_args(Source)}
         self._entries: dict[str, Entry] = {}
         self._held: dict[int, set[str]] = {}
+        self._by_holder: Counter[str] = Counter()
         self._max_clients = max_clients
+        self._max_clients_per_holder = max_clients_per_holder
         self._clock = clock
         self._keep = keep
         self._preservation = Preservation(preserve_seconds)
@@ -93,11 +97,21 @@ class Registry:
         present = self._entries.get(client.name)
         if present is not None:
             _check_replaceable(present, visitor, origin, take_over)
-        elif len(self._entries) >= self._max_clients:
+        else:
+            self._check_room(visitor.rights.holder)
+        return self._put(client, visitor, origin, ttl, hold)
+
+    def _check_room(self, holder: str) -> None:
+        """Raise `RequestError` when there are as many entries as there may be, in all or of this holder."""
+        if len(self._entries) >= self._max_clients:
             raise RequestError(
                 "registry_full", f"{self._max_clients} clients are signed up; raise [gateway] max_clients, or retry"
             )
-        return self._put(client, visitor, origin, ttl, hold)
+        if holder and self._by_holder[holder] >= self._max_clients_per_holder:
+            most = self._max_clients_per_holder
+            raise RequestError(
+                "registry_full", f"{holder!r} has {most} clients signed up, as many as it may; let some go"
+            )
 
     def _put(self, client: Client, visitor: Visitor, origin: Origin, ttl: float = 0.0, hold: bool = False) -> Entry:
         event = self._entering(client, visitor, origin, 1, self._revision + 1, ttl, hold)
@@ -285,6 +299,7 @@ class Registry:
         client = entry.client
         entry.condition = Condition("fresh" if client.streams else "ok", self._clock())
         self._entries[client.name] = entry
+        self._by_holder[entry.visitor.rights.holder] += 1
         self.names.put(client)
         if client.streams:
             self.collectors += 1
@@ -294,6 +309,7 @@ class Registry:
         self._prolong(entry)
 
     def _forget(self, entry: Entry) -> None:
+        self._by_holder[entry.visitor.rights.holder] -= 1
         self.collectors -= bool(entry.client.streams)
         if entry.held:
             held = self._held[entry.visitor.id]

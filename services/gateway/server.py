@@ -69,6 +69,7 @@ def serve(settings: Settings, lifecycle: Lifecycle) -> None:
             max(store.generation + 1, time.time_ns() // 1000),
             store.keep,
             settings.gateway.preserve_seconds,
+            settings.gateway.max_clients_per_holder,
         )
         registry.restore(store.entries, store.revision)
         admission = _admission(settings)

@@ -159,7 +159,7 @@ def test_too_long_a_line() -> None:
     ],
 )
 def test_what_is_no_object_closes(line: bytes) -> None:
-    """What is not one JSON object in UTF-8, each field once, or is nested thousands deep, is `bad_request` and the end."""
+    """What is not one JSON object in UTF-8, with each field once and not too deep, is `bad_request` and the end."""
     assert (refused(line).error, refused(line).closes) == ("bad_request", True)
 
 

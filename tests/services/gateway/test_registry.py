@@ -24,9 +24,15 @@ HERE, ELSEWHERE = Visitor(1, "127.0.0.1", 4000), Visitor(2, "192.0.2.7", 4001, R
 class Table(Registry):
     """A registry whose clock the test sets."""
 
-    def __init__(self, max_clients: int = 1000, keep: Keep = keep_nothing, preserve_seconds: float = 0.0) -> None:
+    def __init__(
+        self,
+        max_clients: int = 1000,
+        keep: Keep = keep_nothing,
+        preserve_seconds: float = 0.0,
+        max_clients_per_holder: float = math.inf,
+    ) -> None:
         self.now = 0.0
-        super().__init__(max_clients, lambda: self.now, 1, keep, preserve_seconds)
+        super().__init__(max_clients, lambda: self.now, 1, keep, preserve_seconds, max_clients_per_holder)
 
     def join(self, name: str, visitor: Visitor = HERE, origin: Origin = Origin.JSON, **terms: object) -> Entry:
         client = Client(name, 0, visitor.address, visitor.port)
@@ -120,6 +126,23 @@ def test_registry_full() -> None:
     registry.join("b")
     assert error_of(registry.join, "c") == "registry_full"
     registry.join("a")
+
+
+def test_one_holder_has_not_all_the_room() -> None:
+    """Who signs up with a token fills its own share of the registry, not the others'; who is on this host has none."""
+    registry = Table(max_clients_per_holder=2)
+    for number in range(5):
+        registry.join(f"here{number}")
+    for name in ("a", "b", "a"):
+        registry.join(name, ELSEWHERE, ttl=5)
+    assert error_of(registry.join, "c", ELSEWHERE) == "registry_full"
+    registry.join("c", Visitor(3, ELSEWHERE.address, 1, Rights("other", frozenset({"collect"}))))
+    registry.release("b", registry.join("b", HERE, take_over=True).client.generation, HERE)
+    registry.join("b", ELSEWHERE)
+    assert error_of(registry.join, "d", ELSEWHERE) == "registry_full"
+    registry.now = 6.0
+    registry.expire()
+    registry.join("d", ELSEWHERE)
 
 
 def test_release_wants_the_generation(registry: Table) -> None:

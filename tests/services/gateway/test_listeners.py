@@ -1,0 +1,36 @@
+import errno
+import socket
+
+import pytest
+
+from services.gateway import listeners
+from services.gateway.listeners import KEEPALIVE, listening
+from shared.addresses import parse_endpoint
+from tests.network import End, Host, veth
+
+NOBODY = "02:00:00:00:00:99"
+
+
+@pytest.mark.parametrize("unacknowledged", [False, True])
+def test_peer_that_has_vanished(lab: None, monkeypatch: pytest.MonkeyPatch, unacknowledged: bool) -> None:
+    """A connection ends when its peer has gone without a word, be it idle or with something still on its way there."""
+    quick = {socket.TCP_USER_TIMEOUT: 2000}
+    monkeypatch.setattr(listeners, "KEEPALIVE", [(option, quick.get(option, 1)) for option, _ in KEEPALIVE])
+    with (
+        Host() as relay,
+        Host() as siem,
+        veth(End(relay, "eth", "10.2.0.1/24"), End(siem, "eth", "10.2.0.2/24")),
+        siem.socket(socket.AF_INET, socket.SOCK_STREAM) as client,
+        relay.entered(),
+        listening([parse_endpoint("tcp://10.2.0.1:5000", ("tcp",))]) as [listener],
+    ):
+        listener.sock.listen()
+        client.connect(("10.2.0.1", 5000))
+        with listener.sock.accept()[0] as connection:
+            connection.settimeout(20)
+            relay.neighbour("10.2.0.2", NOBODY, "eth")
+            if unacknowledged:
+                connection.send(b"an event")
+            with pytest.raises(OSError, match="timed out") as caught:
+                connection.recv(100)
+            assert caught.value.errno == errno.ETIMEDOUT
