@@ -37,6 +37,8 @@ from shared.settings import Settings
 
 TICK_SECONDS: Final = 0.25
 """How late a deadline may be noticed."""
+LOOPS_SECONDS: Final = 1.0
+"""How long copies may come back to us when this host gets an address that they go to."""
 DRAIN_SECONDS: Final = 1.5
 """For the answers under way at SIGTERM; the bus lingers for another second."""
 SPARE_DESCRIPTORS: Final = 64
@@ -111,6 +113,11 @@ def _enter_configured(settings: Settings, admission: Admission, registry: Regist
         except RequestError as refused:
             raise OperatorError(BAD_SETTINGS, f"[[collector]] {collector.name!r}: {refused}") from None
     registry.configure(clients)
+    _expel_loops(admission, registry)
+
+
+def _expel_loops(admission: Admission, registry: Registry) -> None:
+    """Take off the list whose copies would come back: listeners and our addresses may be newer than entries."""
     if loops := [entry.client.name for entry in registry.entries() if admission.loops(entry.client)]:
         log.warning("taken off the list: their copies would come back by a listener of ours", clients=loops)
         registry.expel(loops)
@@ -126,6 +133,7 @@ class _Server:
     publisher: Publisher
     subscriber: Subscriber
     _troubled_at: float = -1.0
+    _loops_at: float = 0.0
 
     async def run(self, listeners: list[Listener], tls: ssl.SSLContext | None) -> None:
         """Serve clients on these listeners until told to drain; `tls` is for those that are secure."""
@@ -192,6 +200,7 @@ class _Server:
             _enter_configured(settings, admission, self.registry)
         except RequestError as error:
             raise OperatorError(FAILED, str(error)) from None
+        self.admission = admission
         self._desk.follow(settings, admission)
         self._announcer.wake()
 
@@ -199,11 +208,20 @@ class _Server:
         readiness = Readiness("gateway", self.settings.bus, lambda: self.publisher.ready)
         while not self._stopped.is_set():
             self.registry.expire()
+            self._look_for_loops()
             self._connections.sweep()
             self._announcer.tick(self._accounts)
             readiness.check(listen=self.settings.gateway.listen)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopped.wait(), TICK_SECONDS)
+
+    def _look_for_loops(self) -> None:
+        """Once a second: whoever was signed up elsewhere may be at an address that is ours by now."""
+        now = time.monotonic()
+        if now >= self._loops_at:
+            self._loops_at = now + LOOPS_SECONDS
+            with contextlib.suppress(RequestError):  # it can't be told just now
+                _expel_loops(self.admission, self.registry)
 
     def _accounts(self) -> Accounts:
         account = {

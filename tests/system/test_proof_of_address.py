@@ -8,8 +8,9 @@ import pytest
 from shared.registry import CHALLENGE_PREFIX
 from tests.network import End, Host, veth
 from tests.openly import OpenStack
-from tests.stack import PATIENT, ask_json
+from tests.stack import PATIENT, ask_json, wait_until
 from tests.system.test_source_preserving import Exporters
+from tests.system.test_workers import reports
 from tests.traffic import pause
 
 
@@ -77,3 +78,32 @@ def test_own_listener_is_a_loop(open_stack: OpenStack, address: str) -> None:
         assert ask_json(request)["error"] == "loop"
         broadcast = ask_json(request | {"address": "10.2.0.255", "port": 9})
         assert (broadcast["error"], "that of one host" in broadcast["message"]) == ("bad_request", True)
+
+
+def test_address_that_becomes_ours_is_a_loop(open_stack: OpenStack) -> None:
+    """Who is signed up at what becomes an address of this host is taken off the list, and copies stop going round."""
+    listening = '[[stream]]\nname = "messages"\nlisten = ["udp://[::]:6667"]\n'
+    open_stack.configure(f'[gateway]\ndestinations = ["10.2.0.0/24"]\n{listening}')
+    with (
+        Host() as relay,
+        Host() as other,
+        veth(End(relay, "eth", "10.2.0.1/24"), End(other, "eth", "10.2.0.2/24")),
+        relay.entered(),
+        Exporters(relay, [("10.2.0.1", 4000)], "10.2.0.1") as exporters,
+    ):
+        open_stack.start_all()
+        request = {"op": "register", "streams": ["*"], "port": 6667}
+        for name, address in (("backup", "10.2.0.77"), ("siem", "10.2.0.2")):
+            assert ask_json(request | {"name": name, "address": address})["ok"]
+        relay.run("ip", "address", "add", "10.2.0.77/24", "dev", "eth")
+        exporters.send(("10.2.0.1", 4000), b"round and round")
+        wait_until(lambda: list(ask_json({"op": "list"})["clients"]) == ["siem"], "the loop is off the list")
+        (said,) = open_stack["gateway"].events("taken off the list: their copies would come back by a listener of ours")
+        assert said["clients"] == ["backup"]
+        assert ask_json(request | {"name": "backup", "address": "10.2.0.77"})["error"] == "loop"
+        assert received(open_stack) == received(open_stack), "it goes round still"
+
+
+def received(stack: OpenStack) -> int:
+    """How many datagrams ingest has received."""
+    return reports(stack)["ingest.1"]["stream/messages"]["received"]
