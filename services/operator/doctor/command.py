@@ -19,6 +19,7 @@ from services.operator.registry_client import Access, Entry, Registry
 from services.operator.tables import print_table
 from shared.lifecycle import FAILED, OK, USAGE, OperatorError
 from shared.netlink import Netlink
+from shared.registry import ALL_STREAMS
 from shared.settings import Settings, Stream
 
 COLUMNS: Final = ("check", "level", "of", "why", "cure")
@@ -71,9 +72,11 @@ def _examine(settings: Settings, gateway: Access, probed: Stream | None) -> Iter
         ways = way_facts(settings, netlink, links, [collector.address for collector in collectors])
     yield from check_ways(ways, collectors, settings.transmitter.destinations)
     if probed is not None:
-        yield probe(open_registry, probed, "relay", read_ledger)
+        wanting = (each for each in collectors if {probed.name, ALL_STREAMS} & {*each.streams})
+        neighbours = list(dict.fromkeys(each.address for each in wanting))
+        yield probe(open_registry, probed, "relay", read_ledger, neighbours)
         if senders_of_original(facts.accounts):
-            yield probe(open_registry, probed, "original", read_ledger)
+            yield probe(open_registry, probed, "original", read_ledger, neighbours)
 
 
 def _collectors(settings: Settings, open_registry: Callable[[], Registry]) -> tuple[list[Entry], str]:

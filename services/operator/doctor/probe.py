@@ -1,7 +1,8 @@
 """A marked datagram, from a loopback address to a stream of this host, and the copy that a collector of ours gets.
 
 It goes through the real listener, so other collectors of the stream get a copy too: that is why it is sent only when
-asked for, and says in plain text what it is. Nothing is sent to any other host by us.
+asked for, and says in plain text what it is. Nothing is sent to any other host by us. When one of those collectors, or
+one of theirs, sends what it gets to us, the datagram comes round again: nothing in it would ever end that.
 """
 
 import os
@@ -15,7 +16,7 @@ from contextlib import ExitStack, suppress
 from typing import Final
 
 from services.operator.doctor.finding import Finding, error, ok, warning
-from services.operator.registry_client import Registry
+from services.operator.registry_client import Entry, Registry
 from shared.addresses import resolve
 from shared.batch import MAX_DATAGRAM
 from shared.ledger import DELIVERED, DROPPED, EXPECTED, MISSED, PUBLISHED, RECEIVED, Accounts, dropped
@@ -26,15 +27,26 @@ from shared.settings import Stream
 Ledger = Mapping[str, Accounts]
 """Accounts by service."""
 COPY_SECONDS: Final = 2.0
+ROUND_SECONDS: Final = 1.0
+"""For the datagram to come round again."""
+MAX_NEIGHBOURS: Final = 64
+"""Prefixes that one `register` may have."""
 TTL_SECONDS: Final = 30.0
 """Our entry goes with our connection; this is for a gateway that does not see it go."""
 EVERYWHERE: Final = {"0.0.0.0": "127.0.0.1", "::": "127.0.0.1"}
 
 
 def probe(
-    open_registry: Callable[[], Registry], stream: Stream, source: Source, read_ledger: Callable[[], Ledger]
+    open_registry: Callable[[], Registry],
+    stream: Stream,
+    source: Source,
+    read_ledger: Callable[[], Ledger],
+    neighbours: Sequence[str] = (),
 ) -> Finding:
-    """Send one datagram to the stream and wait for a copy with `source`."""
+    """Send one datagram to the stream, wait for a copy with `source`, then for another one, which has gone round.
+
+    `neighbours` are the addresses of the stream's other collectors: by the forwarder it would come back from there.
+    """
     name, subject = f"probe_{source}", stream.name
     target = _target(stream)
     if target is None:
@@ -45,24 +57,30 @@ def probe(
         with ExitStack() as closing:
             exporter = closing.enter_context(_bind(_claimed(target[0])))
             registry = closing.enter_context(open_registry())
-            receiver = closing.enter_context(_bind(_our_end(registry, target[0])))
-            host, port, *_ = receiver.getsockname()
+            receiver, late = (closing.enter_context(_bind(_our_end(registry, target[0]))) for _ in range(2))
             own, own_port, *_ = exporter.getsockname()
             before = read_ledger()
-            wishes = {"streams": [stream.name], "port": port, "source": source, "from": [own]}
-            told = {"address": host} if host in EVERYWHERE.values() or host == "::1" else {}
-            entry = registry.ask("register", name=collector, ttl=TTL_SECONDS, hold=True, **wishes, **told).entry()
+            entries = [_sign_up(registry, collector, stream, source, receiver, [own])]
+            if others := [address for address in neighbours if address != own]:
+                entries.append(_sign_up(registry, f"{collector}-again", stream, source, late, others))
             exporter.sendto(payload, target)
-            came_from = _await(receiver, payload)
+            came_from = _await([receiver], payload, COPY_SECONDS)
             lost = "" if came_from else where_lost(before, read_ledger(), stream.name, collector)
-            with suppress(OperatorError):  # else it goes with the connection
-                registry.ask("leave", name=collector, generation=entry.generation)
+            again = came_from and _await([receiver, late], payload, ROUND_SECONDS)
+            for entry in entries:
+                with suppress(OperatorError):  # else it goes with the connection
+                    registry.ask("leave", name=entry.name, generation=entry.generation)
     except OperatorError as refused:
         return error(name, f"no collector could sign up for it: {refused}", "see services and raw_sockets", subject)
     except OSError as failed:
         return error(name, f"it could not be sent to {target[0]}: {failed.strerror}", "see `ip address`", subject)
     if came_from is None:
         return error(name, f"no copy came within {COPY_SECONDS:g} s: {lost}", "fanwire ledger", subject)
+    if again:
+        why = (
+            "it came round again: a collector of the stream sends to it what it gets, and all of it goes round for ever"
+        )
+        return error(name, why, "let one of them go: fanwire leave NAME, see fanwire clients", subject)
     if source == "original" and came_from != (own, own_port):
         why = f"sent from {own} port {own_port}, its copy came from {came_from[0]} port {came_from[1]}"
         return error(name, why, "look for NAT on loopback: nft list ruleset", subject)
@@ -106,11 +124,21 @@ def _bind(host: str) -> socket.socket:
     return sock
 
 
-def _await(receiver: socket.socket, payload: bytes) -> tuple[str, int] | None:
-    """Whom the copy came from; None when it did not come."""
-    deadline = time.monotonic() + COPY_SECONDS
+def _sign_up(
+    registry: Registry, name: str, stream: Stream, source: Source, receiver: socket.socket, senders: Sequence[str]
+) -> Entry:
+    """Have a collector of ours get what these addresses send to the stream."""
+    host, port, *_ = receiver.getsockname()
+    told = {"address": host} if host in EVERYWHERE.values() or host == "::1" else {}
+    wishes = {"streams": [stream.name], "port": port, "source": source, "from": senders[:MAX_NEIGHBOURS]}
+    return registry.ask("register", name=name, ttl=TTL_SECONDS, hold=True, **wishes, **told).entry()
+
+
+def _await(receivers: Sequence[socket.socket], payload: bytes, seconds: float) -> tuple[str, int] | None:
+    """Whom the first copy came from; None when none came."""
+    deadline = time.monotonic() + seconds
     while (left := deadline - time.monotonic()) > 0:
-        if select.select([receiver], [], [], left)[0]:
+        for receiver in select.select(receivers, [], [], left)[0]:
             copy, source = receiver.recvfrom(MAX_DATAGRAM)
             if copy == payload:
                 return str(source[0]), int(source[1])

@@ -1,6 +1,8 @@
 import json
 import os
 import socket
+import threading
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -67,6 +69,44 @@ def test_a_stack_that_runs(open_stack: OpenStack) -> None:
     said = finish(collect)[1]
     assert said.count("fanwire doctor: a probe of stream messages, to be ignored by others") == 2
     assert json.loads(run(open_stack, "clients", "--json")[1]) == {}
+
+
+class Returning(threading.Thread):
+    """A collector that sends all it gets to our listener: each payload a few times, where another relay never ends."""
+
+    def __init__(self, address: str, listener: str) -> None:
+        super().__init__(daemon=True)
+        self.socket = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM)
+        self.socket.bind((address, 9514))
+        self._listener = listener
+
+    def run(self) -> None:
+        """Send back what comes, until nothing is in it."""
+        came: Counter[bytes] = Counter()
+        while payload := self.socket.recv(65_536):
+            came[payload] += 1
+            if came[payload] <= 3:
+                self.socket.sendto(payload, (self._listener, 6667))
+
+
+@pytest.mark.parametrize("address", ["127.0.0.2", "::1"])
+def test_the_probe_finds_who_sends_back_what_it_gets(open_stack: OpenStack, address: str) -> None:
+    """A loop by way of a collector, which no check of addresses can see, shows in a probe that comes round again."""
+    listener = "::1" if ":" in address else "127.0.0.1"
+    host = f"[{listener}]" if ":" in listener else listener
+    open_stack.configure(
+        f'{PATIENT}[[stream]]\nname = "messages"\nlisten = ["udp://{host}:6667"]\n' + collector("other", address)
+    )
+    open_stack.start_all()
+    open_stack.start("transmitter")
+    returning = Returning(address, listener)
+    with returning.socket:
+        returning.start()
+        code, found = doctor(open_stack, "--probe", "messages")
+        assert (code, errors(found)) == (1, [("probe_relay", "messages"), ("probe_original", "messages")])
+        assert all("came round again" in each["why"] for each in found if each["level"] == "error")
+        returning.socket.sendto(b"", (address, 9514))
+        returning.join(20)
 
 
 def test_the_probe_by_ipv6_and_a_path(stack: Stack) -> None:
