@@ -26,6 +26,7 @@ from shared.link import DIRECT, Link, ipc_endpoint
 from shared.pool import Borrowed, pool_path
 from shared.wire import (
     MAX_MESSAGE,
+    MAX_TOPIC,
     REPLY_PREFIX,
     Body,
     Datagrams,
@@ -45,6 +46,9 @@ LINGER_MS: Final = 1000
 """How long unsent messages may hold up an exit: drain must be over within 4 s, and the default is for ever."""
 HANDED_ON: Final = Path("/proc/self/fd")
 """Where a bus directory is found that was opened by a process which may go there, for one which may not."""
+MAX_SUBSCRIPTION: Final = 2 * MAX_TOPIC
+"""Bytes that an XPUB takes in one piece: a subscription to the longest topic, or a part of the handshake. libzmq keeps
+each byte of a subscription in a node of its own: one of 1 MB would take over 100 MB of the broker."""
 SUBSCRIPTIONS_MAX: Final = 4096
 """Bounds what a publisher remembers of a hostile subscriber."""
 
@@ -74,7 +78,7 @@ def new_context() -> zmq.Context[zmq.Socket[bytes]]:
 def configure(sock: zmq.Socket[bytes], high_water_mark: int) -> zmq.Socket[bytes]:
     """Set the options that every socket of the bus has, the broker's included; return the socket."""
     sock.set(zmq.LINGER, LINGER_MS)
-    sock.set(zmq.MAXMSGSIZE, MAX_MESSAGE)
+    sock.set(zmq.MAXMSGSIZE, MAX_SUBSCRIPTION if sock.type == zmq.XPUB else MAX_MESSAGE)
     # The mark is for messages; what goes the other way are subscriptions, which must not be lost: nobody repeats them.
     messages, subscriptions = (zmq.SNDHWM, zmq.RCVHWM) if sock.type == zmq.XPUB else (zmq.RCVHWM, zmq.SNDHWM)
     sock.set(messages, high_water_mark)

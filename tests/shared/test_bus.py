@@ -2,6 +2,7 @@ import gc
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import zmq
 
 from shared.bus import (
+    MAX_SUBSCRIPTION,
     SUBSCRIPTIONS_MAX,
     Publisher,
     Requests,
@@ -19,9 +21,19 @@ from shared.bus import (
     check_directory,
     prepare_directory,
     publish_endpoint,
+    subscribe_endpoint,
 )
 from shared.continuity import Continuity
-from shared.wire import MAX_MESSAGE, Datagrams, Message, ServeReply, ServeRequest, datagrams_topic, inline_topic
+from shared.wire import (
+    MAX_MESSAGE,
+    MAX_TOPIC,
+    Datagrams,
+    Message,
+    ServeReply,
+    ServeRequest,
+    datagrams_topic,
+    inline_topic,
+)
 from tests.builders import (
     BusEnds,
     freeze,
@@ -284,6 +296,46 @@ def test_hostile_subscriptions_are_bounded(tmp_path: Path) -> None:
         assert len(seen) == SUBSCRIPTIONS_MAX - 1
         assert publisher.wanted(TOPIC)
         assert not publisher.wanted(f"x{SUBSCRIPTIONS_MAX}/")
+
+
+HOSTILE = """
+import sys, zmq
+context = zmq.Context()
+vandal = context.socket(zmq.SUB)
+monitor = vandal.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+vandal.connect(sys.argv[1])
+vandal.subscribe(b"x" * int(sys.argv[2]))
+monitor.recv_multipart()
+print("cut off", flush=True)
+monitor.poll()
+"""
+"""In a process of its own, as libzmq's own end of it crashes when such a subscription is taken back."""
+
+
+@pytest.mark.parametrize("size", [MAX_SUBSCRIPTION + 1, 1_000_000])
+def test_endless_subscription_costs_its_sender_alone(stack: Stack, size: int) -> None:
+    """A subscription longer than any topic disconnects who sent it; the broker stays as it was."""
+    broker = stack.start("broker")
+    with BusEnds(stack.bus) as bus:
+        publisher, subscriber = bus.publisher(), bus.subscriber(TOPIC)
+        wait_wanted(publisher, TOPIC)
+        before = broker.forget_peak()
+        vandal = stack.spawn("vandal", [sys.executable, "-c", HOSTILE, subscribe_endpoint(stack.bus), str(size)])
+        vandal.wait_for("cut off")
+        vandal.stop(signal.SIGKILL)
+        assert publish(publisher, b"good")
+        assert payloads_of([take(subscriber)]) == [b"good"]
+        assert publisher.new_subscriptions() == []
+        assert broker.resident_mb("VmHWM") - before < 20
+
+
+def test_longest_topic_may_be_subscribed_to(stack: Stack) -> None:
+    """A subscription to the longest topic there may be passes."""
+    stack.start("broker")
+    with BusEnds(stack.bus) as bus:
+        publisher, topic = bus.publisher(), "x" * (MAX_TOPIC - 1) + "/"
+        bus.subscriber(topic)
+        wait_wanted(publisher, topic)
 
 
 def test_subscription_that_is_no_text_is_taken_all_the_same(stack: Stack) -> None:
