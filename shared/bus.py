@@ -184,14 +184,13 @@ class Publisher:
 
 
 class Subscriber:
-    """Takes messages from the bus; what is malformed is counted in `rejected`, said at most once a second, dropped."""
+    """Takes messages from the bus; what is malformed is counted in `rejected`, said, and dropped."""
 
     def __init__(
         self, context: zmq.Context[zmq.Socket[bytes]], directory: Path, high_water_mark: int, link: Link = DIRECT
     ) -> None:
         check_directory(directory)
         self.rejected: Counter[str] = Counter()
-        self._said_at = -1.0
         self._directory = None if link.broker else directory  # the workers that lend there are not those of its broker
         self._lenders: dict[tuple[str, str], tuple[int, Borrowed]] = {}
         """By worker and stream: the worker's boot id, and what it lends."""
@@ -285,11 +284,8 @@ class Subscriber:
 
     def _reject(self, error: WireError) -> None:
         self.rejected[error.cause] += 1
-        now = time.monotonic()
-        if now - self._said_at >= 1.0:
-            self._said_at = now
-            count = sum(self.rejected.values())
-            log.warning("bus message dropped", cause=error.cause, reason=str(error)[:200], dropped_so_far=count)
+        count = sum(self.rejected.values())
+        log.warning("bus message dropped", cause=error.cause, reason=str(error)[:200], dropped_so_far=count)
 
     def close(self) -> None:
         """Stop receiving."""

@@ -24,6 +24,7 @@ from typing import Any, Final, NoReturn
 
 import structlog
 
+from shared.restraint import Restraint
 from shared.settings import Bus, Settings, SettingsError
 from shared.settings_file import load, load_again
 
@@ -147,13 +148,14 @@ def run(main: Callable[[argparse.Namespace, Settings, Lifecycle], None], argumen
 
 
 def configure_logging() -> None:
-    """Log to stderr: for people on a terminal, else one JSON object a line."""
+    """Log to stderr: for people on a terminal, else one JSON object a line; warnings and errors with restraint."""
     terminal = sys.stderr.isatty()
     renderer: structlog.typing.Processor = (
         structlog.dev.ConsoleRenderer() if terminal else structlog.processors.JSONRenderer()
     )
     structlog.configure(
         processors=[
+            partial(_restrain, Restraint()),
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="%H:%M:%S" if terminal else "iso", utc=not terminal),
             structlog.processors.format_exc_info,
@@ -163,6 +165,26 @@ def configure_logging() -> None:
         logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
         cache_logger_on_first_use=True,
     )
+    logging.basicConfig(handlers=[_Hand()], force=True)
+
+
+def _restrain(
+    restraint: Restraint, _logger: object, level: str, event: structlog.typing.EventDict
+) -> structlog.typing.EventDict:
+    """Drop what has just been said, and say how often that was; an event and its `cause` tell what is the same."""
+    if level in ("debug", "info"):  # answers to the operator: nobody else provokes them
+        return event
+    count = restraint.admit(f"{event['event']} {event.get('cause', '')}")
+    if not count:
+        raise structlog.DropEvent
+    return event if count == 1 else {**event, "suppressed": count - 1}
+
+
+class _Hand(logging.Handler):
+    """Puts what libraries log, such as asyncio, on our log."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        log.log(record.levelno, record.getMessage(), logger=record.name, exc_info=record.exc_info or None)
 
 
 def raise_descriptor_limit() -> None:

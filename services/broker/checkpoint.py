@@ -7,9 +7,9 @@ import struct
 from collections import Counter
 from typing import Final
 
+import structlog
 import zmq
 
-from services.broker.guard import Complaints
 from services.broker.rights import refusal
 from shared.ledger import REFUSED_MALFORMED, REFUSED_SENDER, REFUSED_TOPIC
 from shared.wire import WireError, peek
@@ -29,18 +29,16 @@ KEPT_BACK: Final = ("refused_from_publishers", "refused_from_publishers_bytes")
 
 Socket = zmq.Socket[bytes]
 
+log = structlog.get_logger()
+
 
 class Checkpoint:
     """Passes messages from publishers that may send them; the others are counted, said, and dropped."""
 
     def __init__(self) -> None:
-        self._complaints = Complaints()
-        self._statistics = Counter[str]()
-
-    @property
-    def counters(self) -> Counter[str]:
+        self.counters = Counter[str]()
         """How many messages were refused, by cause."""
-        return self._complaints.counters
+        self._statistics = Counter[str]()
 
     def pass_messages(self, publishers: Socket, subscribers: Socket, steering: Socket) -> None:
         """Pass until told to end, then close the sockets."""
@@ -85,12 +83,13 @@ class Checkpoint:
         try:
             topic, envelope = peek([frame.buffer for frame in frames])
         except WireError as error:
-            self._complaints.refuse(REFUSED_MALFORMED, "message refused: malformed", role=role, reason=str(error)[:200])
+            self.counters[REFUSED_MALFORMED] += 1
+            log.warning("message refused: malformed", role=role, reason=str(error)[:200])
             return False
         cause = refusal(role, topic, envelope)
         if cause:
-            self._complaints.refuse(
-                COUNTERS[cause],
+            self.counters[COUNTERS[cause]] += 1
+            log.warning(
                 "message refused: not this role's to publish",
                 role=role,
                 sender=envelope.sender,

@@ -4,7 +4,6 @@ ZeroMQ asks (ZAP, RFC 27), pyzmq's authenticator answers in a thread of its own,
 comes with every message of the connection, as its User-Id.
 """
 
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Final
@@ -20,25 +19,8 @@ from shared.ledger import BUS_REFUSED
 from shared.settings import SettingsError
 
 DOMAIN: Final = "fanwire"
-QUIET_SECONDS: Final = 1.0
 
 log = structlog.get_logger()
-
-
-class Complaints:
-    """Counts what is refused, and says it, once a second at most."""
-
-    def __init__(self) -> None:
-        self.counters: Counter[str] = Counter()
-        self._said_at = float("-inf")
-
-    def refuse(self, counter: str, event: str, **facts: object) -> None:
-        """Count one more."""
-        self.counters[counter] += 1
-        now = time.monotonic()
-        if now - self._said_at >= QUIET_SECONDS:
-            self._said_at = now
-            log.warning(event, **facts, so_far=self.counters[counter])
 
 
 class Guard:
@@ -50,14 +32,14 @@ class Guard:
             raise SettingsError(f"{directory / BROKER}.public: not the public key that goes with {BROKER}.secret")
         self._directory = directory
         self._roles = load_roles(directory)
-        self._unknown, self._unproven = Complaints(), Complaints()  # each thread has its own
+        self._unknown = self._unproven = 0  # each thread has its own
         self.monitors: list[zmq.Socket[bytes]] = []
         """Readable when there is something to `observe`."""
 
     @property
     def counters(self) -> Counter[str]:
         """How many connections were refused."""
-        return self._unknown.counters + self._unproven.counters
+        return +Counter({BUS_REFUSED: self._unknown + self._unproven})
 
     def protect(self, *sockets: zmq.Socket[bytes]) -> None:
         """Have sockets, not bound yet, take connections with a known key only; none while nobody answers for it."""
@@ -85,17 +67,15 @@ class Guard:
         for monitor in self.monitors:
             while monitor.poll(0):
                 if recv_monitor_message(monitor)["event"] == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
-                    self._unproven.refuse(
-                        BUS_REFUSED,
-                        "connection refused: it came without a key; where it is ours, set [bus] keys",
-                    )
+                    self._unproven += 1
+                    log.warning("connection refused: it came without a key; where it is ours, set [bus] keys")
 
     def callback(self, _domain: str, key: bytes) -> bool:
         """Whether a public key is on the list: what pyzmq asks."""
         if key in self._roles:
             return True
-        self._unknown.refuse(
-            BUS_REFUSED,
+        self._unknown += 1
+        log.warning(
             "connection refused: unknown key; if it is one of ours, put it in a file there and restart the broker",
             key=key.decode(),
             file=str(self._directory / "ROLE.NAME.public"),

@@ -7,7 +7,6 @@ import asyncio
 import asyncio.sslproto
 import socket
 import ssl
-import time
 from collections.abc import Coroutine
 from typing import Any, Final
 
@@ -34,7 +33,6 @@ class Handshakes:
         self._context = context
         self._tasks: set[asyncio.Task[None]] = set()
         self._under_way = 0
-        self._said_at = -1.0
 
     def serve(self, listener: Listener) -> None:
         """Accept from now on."""
@@ -59,7 +57,7 @@ class Handshakes:
             except ConnectionAbortedError:  # the client has gone before we came
                 continue
             except OSError as error:
-                self._say("no connection can be accepted", reason=error.strerror)
+                log.warning("no connection can be accepted", reason=error.strerror)
                 await asyncio.sleep(RETRY_SECONDS)
                 continue
             if len(self._all.open) + self._under_way < self._all.limit + REFUSING_MAX:
@@ -82,13 +80,6 @@ class Handshakes:
             )
         except OSError as error:  # those of ssl are, too
             self._all.desk.counters[HANDSHAKES_FAILED] += 1
-            self._say("a TLS handshake failed", reason=error.strerror or str(error) or type(error).__name__)
+            log.warning("a TLS handshake failed", reason=error.strerror or str(error) or type(error).__name__)
         finally:
             self._under_way -= 1
-
-    def _say(self, event: str, **facts: object) -> None:
-        """Log once a second at most: who connects decides how often there is something to say."""
-        now = time.monotonic()
-        if now - self._said_at >= 1.0:
-            self._said_at = now
-            log.warning(event, **facts)

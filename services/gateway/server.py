@@ -132,7 +132,6 @@ class _Server:
     permissions: Permissions
     publisher: Publisher
     subscriber: Subscriber
-    _troubled_at: float = -1.0
     _loops_at: float = 0.0
 
     async def run(self, listeners: list[Listener], tls: ssl.SSLContext | None) -> None:
@@ -236,11 +235,9 @@ class _Server:
         return {ACCOUNT: account}
 
     def _report_trouble(self, _loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """Say once a second at most what the loop can't do, such as accept without a descriptor to spare."""
+        """Say what the loop can't do, such as accept without a descriptor to spare."""
         error = context.get("exception")
         if isinstance(error, OSError) and error.errno == errno.ENOTCONN:
             return  # asyncio half-closes twice at times, and the client may have closed in between
-        now = time.monotonic()
-        if now - self._troubled_at >= 1.0:
-            self._troubled_at = now
-            log.error(context["message"], reason=repr(error), exc_info=None if isinstance(error, OSError) else error)
+        what, trace = context["message"], None if isinstance(error, OSError) else error
+        log.error("trouble in the loop", what=what, reason=repr(error), exc_info=trace)

@@ -11,6 +11,7 @@ import numpy as np
 from shared.addresses import pack_address
 from shared.batch import Indices
 from shared.gathering import Gathered
+from shared.restraint import Restraint
 from shared.routing import Prefixes, halves_of
 from shared.segments import Mask
 from shared.settings import Transmitter
@@ -124,16 +125,10 @@ class Audit:
     def __init__(self, say: Callable[..., object], clock: Callable[[], float]) -> None:
         self.counters: Counter[str] = Counter()
         self._say = say
-        self._clock = clock
-        self._said_at: dict[str, float] = {}
-        self._said: Counter[str] = Counter()
+        self._restraint = Restraint(AUDIT_SECONDS, clock)
 
     def refuse(self, cause: str, count: int, **facts: Any) -> None:
         """Count a refusal; `facts` are those of the one that is told of."""
         self.counters[cause] += count
-        now = self._clock()
-        if now - self._said_at.get(cause, -math.inf) < AUDIT_SECONDS:
-            return
-        self._said_at[cause] = now
-        self._say("refused by the policy", cause=cause, count=self.counters[cause] - self._said[cause], **facts)
-        self._said[cause] = self.counters[cause]
+        if unsaid := self._restraint.admit(cause, count):
+            self._say("refused by the policy", cause=cause, count=unsaid, **facts)

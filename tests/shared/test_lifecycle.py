@@ -111,6 +111,37 @@ def test_what_the_operator_can_mend_is_one_line(stack: Stack) -> None:
     assert json.loads(line)["level"] == "error"
 
 
+PROVOKED = """
+import asyncio, logging, time
+from shared.lifecycle import configure_logging, log
+configure_logging()
+began = time.monotonic()
+for number in range(10_000):
+    log.warning("dropped", cause=("old", "new")[number % 2], number=number)
+    log.error("refused", reason="x" * 100)
+    asyncio.log.logger.warning("socket.send() raised %s", "exception")
+    log.info("reloaded")
+passed = time.monotonic() - began
+time.sleep(1)
+log.error("refused", reason="y")
+log.info("counted", passed=passed)
+"""
+
+
+def test_log_stays_short_whatever_is_provoked(stack: Stack) -> None:
+    """Each warning or error, libraries' too, is a line a second by event and cause, which then tells how many."""
+    running = stack.spawn("tested", [sys.executable, "-c", PROVOKED])
+    assert running.process.wait(30) == 0
+    seconds = running.events("counted")[0]["passed"] + 2
+    assert len(running.events("reloaded")) == 10_000
+    for cause in ("old", "new"):
+        assert 1 <= sum(line["cause"] == cause for line in running.events("dropped")) <= seconds
+    assert 1 <= len(running.events("socket.send() raised exception")) <= seconds
+    *_, last = refused = running.events("refused")
+    assert (len(refused) <= seconds, last["reason"]) == (True, "y")
+    assert sum(1 + line.get("suppressed", 0) for line in refused) == 10_001
+
+
 def test_bug_shows(stack: Stack) -> None:
     """Any other exception is ours: its traceback is shown and the process fails."""
     code, text = ended(stack, "--bug")
