@@ -77,8 +77,14 @@ class OpenStack(Stack):
         """Start a service; a transmitter so that it gets its raw sockets."""
         if not name.startswith("transmitter"):
             return super().start(name, *arguments, ready=ready)
-        with self._program(), ambient(NET_RAW) if os.geteuid() else nullcontext():
+        with self.opening():
             return super().start(name, *arguments, ready=ready)
+
+    @contextmanager
+    def opening(self) -> Iterator[None]:
+        """What is started meanwhile may open raw sockets; `interpreter` and `program` are readable by everybody."""
+        with self._program(), ambient(NET_RAW) if os.geteuid() else nullcontext():
+            yield
 
     def start_without_privilege(self) -> Running:
         """Start a transmitter as somebody who may not open raw sockets."""

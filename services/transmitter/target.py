@@ -1,5 +1,6 @@
 """Where a collector's copies go, and the numbers that its packets carry. No I/O."""
 
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import Lock
@@ -59,8 +60,7 @@ class Identification:
 
     def __init__(self) -> None:
         self._turn = Lock()  # collectors at one address may be served by different threads
-        self._draw = np.random.default_rng()
-        self._next = int(self._draw.integers(1 << 32))
+        self._next = secrets.randbits(32)
         self._by_bucket: npt.NDArray[np.uint32] | None = None
 
     def take(self, count: int) -> int:
@@ -75,7 +75,8 @@ class Identification:
         taken = np.empty(len(sources), np.uint32)
         with self._turn:
             if self._by_bucket is None:
-                self._by_bucket = self._draw.integers(1, 1 << 16, size=self.BUCKETS, dtype=np.uint32)
+                drawn = np.frombuffer(secrets.token_bytes(2 * self.BUCKETS), np.uint16)
+                self._by_bucket = drawn.astype(np.uint32) % 0xFFFF + 1
             for number, bucket in enumerate((sources % np.uint64(self.BUCKETS)).tolist()):
                 taken[number] = last = self._by_bucket[bucket]
                 self._by_bucket[bucket] = last % 0xFFFF + 1

@@ -15,6 +15,7 @@ from typing import Final
 
 SCMP_ACT_ALLOW: Final = 0x7FFF0000
 SCMP_ACT_ERRNO: Final = 0x00050000
+SCMP_FLTATR_CTL_TSYNC: Final = 4
 SCMP_CMP_EQ: Final = 4
 SCMP_CMP_MASKED_EQ: Final = 7
 AF_MAX: Final = 46
@@ -29,15 +30,16 @@ class Comparison(ctypes.Structure):
 
 
 class Filter:
-    """A seccomp filter: a default, and rules with another action."""
+    """A seccomp filter: a default, and rules with another action; for this thread, and those it will start, or all."""
 
-    def __init__(self, default: int) -> None:
+    def __init__(self, default: int, *, every_thread: bool = False) -> None:
         self._lib = ctypes.CDLL("libseccomp.so.2")
         self._lib.seccomp_init.restype = ctypes.c_void_p
         self._lib.seccomp_rule_add_array.argtypes = (
             ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int, ctypes.c_uint, ctypes.c_void_p,
         )  # fmt: skip
         self._context = ctypes.c_void_p(self._lib.seccomp_init(default))
+        assert self._lib.seccomp_attr_set(self._context, SCMP_FLTATR_CTL_TSYNC, int(every_thread)) == 0
 
     def add(self, action: int, name: str, *comparisons: Comparison) -> None:
         """Give a call, with these arguments, another action; one that this machine does not have is passed over."""

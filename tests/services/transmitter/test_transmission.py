@@ -1,10 +1,13 @@
 """The transmitter as a process on the bus, its raw sockets real, between a played gateway and a played worker."""
 
+import ctypes.util
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -35,11 +38,14 @@ from tests.builders import (
     wait_unwanted,
     wait_wanted,
 )
-from tests.capture import Arrival, Datagram, assert_complete
+from tests.capture import Arrival, Collector, Datagram, assert_complete
+from tests.deploy import confined
 from tests.network import End, Host, veth
 from tests.openly import OpenStack
+from tests.services.transmitter import sealed
 from tests.services.transmitter.site import SIEM4, SIEM6, Copied, ask_quickly, numbered, payloads
-from tests.stack import DRAIN_SECONDS, Running
+from tests.services.transmitter.test_opener import BROUGHT_ALONG, STDLIB, THIRD_PARTY
+from tests.stack import DRAIN_SECONDS, Running, wait_until
 
 TOPIC = datagrams_topic("messages")
 STREAM = '[[stream]]\nname = "messages"\nlisten = ["udp://[::]:6667"]\n'
@@ -439,6 +445,87 @@ def test_who_waits_for_frames_at_the_end_is_told(start: Start) -> None:
     reply = take(replies).body
     assert isinstance(reply, TransmitReply)
     assert (reply.id, reply.sent, reply.error) == (7, 1, "unavailable")
+
+
+OPENER = """
+import sys
+from pathlib import Path
+from services.transmitter import opener
+opener.PROGRAM = Path(sys.argv.pop(1))
+sys.exit(opener.open_and_exec(sys.argv[1:]))
+"""
+
+
+def start_sealed(bus: Bus) -> Running:
+    """Start a transmitter, in place of the one that runs, that may open nothing more once it is ready."""
+    if ctypes.util.find_library("seccomp") is None:
+        pytest.skip("libseccomp is not here")
+    assert bus.transmitter.stop() == 0
+    copies = bus.stack.directory / "tests" / "deploy"  # nobody may not be able to read ours
+    copies.mkdir(parents=True)
+    shutil.copy(confined.__file__, copies)
+    program = shutil.copy(sealed.__file__, bus.stack.directory)
+    with bus.relay.entered(), bus.stack.opening():
+        command = [*bus.stack.interpreter, "-c", OPENER, str(program)]
+        bus.transmitter = bus.stack.spawn("transmitter", command, PROGRAM=str(bus.stack.program))
+    tasks = Path(f"/proc/{bus.transmitter.process.pid}/task")
+    wait_until(
+        lambda: all("Seccomp:\t2" in path.read_text() for path in tasks.glob("*/status")),
+        f"it is sealed: {bus.transmitter.text}",
+    )
+    return bus.transmitter
+
+
+def test_nothing_is_opened_once_it_is_ready(start: Start) -> None:
+    """Sealed by seccomp it does all it is for: no file, import or socket is opened, or it would be killed.
+
+    Copies of every kind, by every way, through changes of the network and of the registry, frames, refusals, garbage.
+    """
+    bus = start(
+        '[transmitter]\ninterfaces = ["up"]\nethertypes = [0x0801]\nsources = ["192.0.2.0/24", "2001:db8::/32"]\n'
+    )
+    transmitter = start_sealed(bus)
+    asker, replies = bus.ends.publisher("fanwire.1"), bus.ends.subscriber("reply/fanwire.1/")
+    many = [original(f"many {port}", port=port) for port in range(9600, 9616)]
+    with Collector(bus.relay, "127.0.0.1", 9514) as here, Collector(bus.relay, "::1", 9514) as here6:
+        bus.serve(
+            *(original(address, address) for address in (SIEM4, SIEM6, "127.0.0.1", "::1", "10.2.0.77", "10.9.0.1")),
+            original("loop", "127.0.0.1", 6667),
+        )
+        sent = [bytes([size % 251]) * size for size in (0, 100, 100, 100, 1473, 65_507, 7)]
+        bus.worker.publish(sent, (ONE,))
+        bus.worker.publish(sent, (ONE6,))
+        bus.worker.publish([b"refused"], ("198.51.100.1",))
+        for receiver in (here, here6, bus.wire):
+            expected = sent * (2 if receiver is bus.wire else 1)
+            assert sorted(payloads(receiver.read(len(expected)))) == sorted(expected)
+    bus.account_when("10.2.0.77", dropped_no_neighbour=7)
+    bus.change(joined=many, left=["127.0.0.1", "::1", SIEM6])
+    bus.worker.publish(numbered(0, 200), (ONE, "192.0.2.2"))
+    assert len(bus.wire.read(200 * 17)) == 200 * 17
+    wait_wanted(asker, TRANSMIT_TOPIC)
+    wait_wanted(asker, "reply/fanwire.1/")
+    frame = bytes.fromhex("020000000001 020000000002 0801")
+    for number, interface in enumerate(("up", "lo")):
+        asker.publish(TRANSMIT_TOPIC, TransmitRequest(number, "reply/fanwire.1/", interface, frame, 3))
+    answers = [take(replies).body for _ in range(2)]
+    assert {each.sent for each in answers if isinstance(each, TransmitReply)} == {0, 3}
+    bus.siem.run("ip", "link", "set", "dev", "eth", "down")
+
+    def dropped(accounts: Accounts) -> bool:
+        bus.worker.publish([b"x"], (ONE,))
+        return bool(accounts["collector/many 9600"].get("dropped_interface_down"))
+
+    bus.accounts_when(dropped)
+    bus.siem.run("ip", "link", "set", "dev", "eth", "up")
+    for parts in GARBAGE:
+        bus.worker.publisher.socket.send_multipart(parts)
+    bus.accounts_when(lambda found: found["transmitter"]["bus_rejected"] >= len(GARBAGE))
+    assert transmitter.stop() == 0
+    (modules,) = transmitter.events("modules")
+    own = {"services", "shared", "tests"}
+    loaded = {name for name in modules["names"] if not name.startswith("_")}
+    assert loaded - STDLIB - own <= THIRD_PARTY | BROUGHT_ALONG
 
 
 def test_it_drains(start: Start) -> None:
