@@ -10,6 +10,8 @@ from shared.addresses import pack_address, pack_network
 Source = Literal["relay", "original"]
 HopLimit = Annotated[int, Meta(ge=1, le=255)]
 Dscp = Annotated[int, Meta(ge=0, le=63)]
+Generation = Annotated[int, Meta(ge=0, le=1 << 62)]
+"""As far as numbers on the bus go, see `shared.wire.MAX_NUMBER`."""
 ALL_STREAMS = "*"
 CHALLENGE_PREFIX: Final = b"fanwire-challenge "
 """Begins the datagram that asks whoever is at an address to prove it; the nonce follows."""
@@ -24,13 +26,13 @@ class Client(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     """
 
     name: str
-    generation: int
+    generation: Generation
     address: str
     port: Annotated[int, Meta(ge=0, le=65_535)]
     streams: tuple[str, ...] = ()
     source: Source = "relay"
     prefixes: tuple[str, ...] = ()
-    sample: Annotated[int, Meta(ge=1)] = 1
+    sample: Annotated[int, Meta(ge=1, le=1_000_000)] = 1
     group: str = ""
     hop_limit: HopLimit = 64
     dscp: Dscp = 0

@@ -5,6 +5,7 @@ killed process loses nothing. After a power failure the last changes may be miss
 """
 
 import contextlib
+import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,7 @@ from services.gateway.permission import Rights
 from services.gateway.requests import RequestError
 from shared.lifecycle import FAILED, OperatorError
 from shared.registry import Client
+from shared.wire import Number
 
 SCHEMA_VERSION: Final = 1
 SCHEMA: Final = """
@@ -28,7 +30,13 @@ INSERT INTO state VALUES (0, 0, '');
 """
 PUT: Final = "INSERT INTO client VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET entry = excluded.entry"
 """Keeps the row, and with it the order of first registration."""
-DAMAGE: Final = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+NO_DAMAGE: Final = frozenset({
+    sqlite3.SQLITE_PERM, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_INTERRUPT, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_AUTH,
+})  # fmt: skip
+"""Errors that the operator can mend, and the file may be whole; any other means that what is in it is not ours."""
+PRIMARY: Final = 0xFF
+"""Of an error's code, what it extends."""
 BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 SKIPPED: Final = 1 << 20
 """Revisions passed over when the host has started anew: more than can have been lost with it."""
@@ -46,6 +54,10 @@ class _Kept(msgspec.Struct, frozen=True):
     ttl: float
     held: bool
     holder: str = ""
+
+
+_State = tuple[Number, Number, str]
+"""Revision, generation, the host's boot."""
 
 
 class Store:
@@ -78,7 +90,7 @@ class Store:
                 self._database.close()
                 raise
         except (sqlite3.DatabaseError, msgspec.MsgspecError, ValueError) as error:
-            if isinstance(error, sqlite3.DatabaseError) and error.sqlite_errorcode not in DAMAGE:
+            if isinstance(error, sqlite3.DatabaseError) and not self._is_damage(error):
                 raise OperatorError(FAILED, f"{self._path}: {_cure(error)}") from None
             raise _DamagedError(str(error)) from None
 
@@ -92,18 +104,22 @@ class Store:
                 for statement in filter(None, map(str.strip, SCHEMA.split(";"))):
                     database.execute(statement)
                 database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-        if (found := database.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+        if (found := database.execute("PRAGMA integrity_check(1)").fetchone()[0]) != "ok":
             raise ValueError(found)
-        rows = database.execute("SELECT entry FROM client ORDER BY rowid").fetchall()
-        self.entries = [_parse(text, clock()) for (text,) in rows]
+        rows = database.execute("SELECT name, entry FROM client ORDER BY rowid").fetchall()
+        self.entries = [_parse(name, text, clock()) for name, text in msgspec.convert(rows, list[tuple[str, str]])]
         state = database.execute("SELECT revision, generation, boot_id FROM state").fetchall()
-        if len(state) != 1:
-            raise ValueError(f"{len(state)} states instead of one")
-        self.revision, self.generation, former = state[0]
-        if former != boot_id:
-            self.revision += SKIPPED if former else 0
-            with self._transaction():
-                database.execute("UPDATE state SET revision = ?, boot_id = ?", (self.revision, boot_id))
+        ((self.revision, self.generation, former),) = msgspec.convert(state, tuple[_State])
+        if former not in ("", boot_id):
+            self.revision += SKIPPED
+        with self._transaction():  # also where nothing has changed: what can't be written is to be known now
+            database.execute("UPDATE state SET revision = ?, boot_id = ?", (self.revision, boot_id))
+
+    def _is_damage(self, error: sqlite3.DatabaseError) -> bool:
+        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)  # text that is no UTF-8 comes without one
+        if code == sqlite3.SQLITE_READONLY and self._path is not None:
+            return os.access(self._path, os.W_OK)  # then the file itself says so, in its header
+        return code & PRIMARY not in NO_DAMAGE
 
     def keep(self, events: Sequence[Event], generation: int) -> None:
         """Write changes; `RequestError` when they can't be written, and nothing is."""
@@ -155,8 +171,10 @@ class _DamagedError(Exception):
     """What is in the file can't be read."""
 
 
-def _parse(text: str, now: float) -> Entry:
+def _parse(name: str, text: str, now: float) -> Entry:
     kept = msgspec.json.decode(text, type=_Kept)
+    if kept.client.name != name:
+        raise ValueError(f"{kept.client.name!r} is kept as {name!r}")
     visitor = Visitor(0, kept.address, kept.port, Rights(kept.holder))
     return Entry(kept.client, kept.origin, visitor, kept.ttl, float("inf"), 0, kept.held, now)
 

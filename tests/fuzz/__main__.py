@@ -4,13 +4,15 @@ Each target gets its share of the time, in a process of its own. What is found i
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Final
 
-from tests.fuzz.targets import TARGETS, read_corpus, write_corpus
+from tests.fuzz.corpus import read_corpus, write_corpus
+from tests.fuzz.targets import TARGETS
 
 INPUT_SECONDS: Final = 10
 """One input that takes longer is a finding."""
@@ -32,7 +34,8 @@ def fuzz(name: str, seconds: int, keep: bool) -> bool:
         options = [f"-max_total_time={seconds}", f"-timeout={INPUT_SECONDS}", f"-rss_limit_mb={MEMORY_MB}"]
         options += [f"-max_len={LARGEST}", f"-artifact_prefix={directory}/found-", "-print_final_stats=1"]
         command = [sys.executable, "-m", "tests.fuzz.guided", name, *options, str(inputs)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        environment = {**os.environ, "TMPDIR": directory}  # what the target leaves goes with it
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", check=False)
         found = [path.read_bytes() for path in Path(directory).glob("found-*")]
         said = done.stdout + done.stderr
         counts = [line.split()[-1] for line in said.splitlines() if "number_of_executed_units" in line]

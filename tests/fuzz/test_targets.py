@@ -2,7 +2,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.fuzz.targets import CORPUS, TARGETS, join_parts, read_corpus, split_parts
+from tests.fuzz.arriving import join_arrivals, split_arrivals
+from tests.fuzz.corpus import CORPUS, join_parts, read_corpus, split_parts
+from tests.fuzz.targets import TARGETS
 
 
 @st.composite
@@ -42,4 +44,4 @@ def test_mutations_are_taken_or_refused(name: str) -> None:
 @given(st.lists(st.binary(min_size=1, max_size=300), max_size=7))
 def test_parts_come_back(parts: list[bytes]) -> None:
     """A bus message made one input is the same parts again."""
-    assert split_parts(join_parts(parts)) == parts
+    assert split_parts(join_parts(parts), len(parts)) == parts

@@ -1,0 +1,187 @@
+"""What exporters send: streams of TCP, and the datagrams by whose numbers it is told what was lost."""
+
+from collections import Counter
+from collections.abc import Callable
+from itertools import groupby
+from typing import Final, NamedTuple
+
+import numpy as np
+
+from services.ingest.exporters import MAX_GAP, Exporters
+from services.ingest.flow_headers import AGENT_WORDS, IPFIX_HEADER
+from services.ingest.flow_templates import FIRST_DATA, MAX_SETS, MAX_TEMPLATES, SET_HEADER, Templates, read_templates
+from services.ingest.framing import Framing
+from shared.batch import MAX_DATAGRAM
+from shared.settings import Protocol
+from tests.services.ingest.test_exporters import Reference, batch_of
+
+MAX_ARRIVALS: Final = 64
+SOURCES: Final = ("192.0.2.1", "192.0.2.2", "2001:db8::1", "::ffff:0:0")
+NEW_CALL, SETTLED = 4, 8
+"""Bits of what stands before a datagram: it came by another receive call, a second had passed. Two more: its source."""
+MISSED: Final = ("exporter_missed", "exporter_missed_flows", "exporter_missed_records")
+
+
+def tcp_messages(data: bytes) -> None:
+    """A TCP stream, in two reads, is cut into messages that a datagram can hold, none of them made up."""
+    framing, at = Framing(), data[0] if data else 0
+    messages = [*framing.feed(data[:at]), *framing.feed(data[at:]), *framing.finish()]
+    assert all(1 <= len(message) <= MAX_DATAGRAM and message in data for message in messages)
+
+
+class Arrival(NamedTuple):
+    """A datagram, and how it came."""
+
+    source: str
+    payload: bytes
+    call: int
+    """Of which receive call."""
+    settled: bool
+
+
+def join_arrivals(arrivals: list[tuple[int, bytes]]) -> bytes:
+    """Datagrams, each with its bits, as one input; `split_arrivals` is the way back."""
+    return b"".join(bytes([bits]) + len(payload).to_bytes(2) + payload for bits, payload in arrivals)
+
+
+def split_arrivals(data: bytes) -> list[Arrival]:
+    """A byte of bits, two of length, and the datagram; the last takes what is left."""
+    arrivals: list[Arrival] = []
+    call = 0
+    while data and len(arrivals) < MAX_ARRIVALS:
+        bits, size = data[0], int.from_bytes(data[1:3])
+        call += bool(bits & NEW_CALL)
+        arrivals.append(Arrival(SOURCES[bits & 3], data[3 : 3 + size], call, bool(bits & SETTLED)))
+        data = data[3 + size :]
+    return arrivals
+
+
+def _observe(protocol: Protocol, arrivals: list[Arrival], beyond: int = 0) -> Counter[str]:
+    """What is counted; with `beyond`, each call's datagrams stand so far apart that the longest leaves such a gap."""
+    account: Counter[str] = Counter()
+    exporters = Exporters(protocol, account, MAX_ARRIVALS)
+    for (_, settled), call in groupby(arrivals, lambda arrival: (arrival.call, arrival.settled)):
+        if settled:
+            exporters.settle()
+        sent = [(arrival.source, arrival.payload) for arrival in call]
+        exporters.observe(batch_of(sent, beyond and max(len(payload) for _, payload in sent) + beyond))
+    exporters.settle(at_once=True)
+    return account
+
+
+def _account(protocol: Protocol, arrivals: list[Arrival]) -> Counter[str]:
+    """What is counted: the same however the datagrams stand in memory, and never more than there can be."""
+    with np.errstate(all="raise"):
+        account = _observe(protocol, arrivals)
+        assert account == _observe(protocol, arrivals, beyond=7)
+    followed = len(arrivals) - account["not_flow"]
+    assert 0 <= followed <= len(arrivals)
+    assert bool(account["exporters"]) == bool(followed)
+    assert all(0 <= count <= followed for name, count in account.items() if name not in (*MISSED, "not_flow"))
+    assert all(0 <= account[name] <= followed * MAX_GAP for name in MISSED)
+    assert account["exporter_reordered"] + account["exporter_restarts"] <= max(0, followed - account["exporters"])
+    return account
+
+
+class Flow(NamedTuple):
+    """What a datagram says of itself: whose it is, its number, how many it takes, the uptime, and what is counted."""
+
+    key: object
+    number: int
+    count: int
+    uptime: int
+    unit: str = "exporter_missed"
+
+
+def _read_netflow(source: str, payload: bytes) -> Flow | None:
+    version, count = int.from_bytes(payload[:2]), int.from_bytes(payload[2:4])
+    uptime = int.from_bytes(payload[4:8])
+    if version == 5 and count and len(payload) == 24 + 48 * count:
+        key = (source, version, payload[20:22])
+        return Flow(key, int.from_bytes(payload[16:20]), count, uptime, "exporter_missed_flows")
+    if version == 9 and len(payload) >= 20:
+        return Flow((source, version, payload[16:20]), int.from_bytes(payload[12:16]), 1, uptime)
+    return None
+
+
+def _read_sflow(_source: str, payload: bytes) -> Flow | None:
+    version, kind = int.from_bytes(payload[:4]), int.from_bytes(payload[4:8])
+    end = 8 + 4 * AGENT_WORDS.get(kind, 0)
+    if version != 5 or kind not in AGENT_WORDS or len(payload) < end + 16:
+        return None
+    number, uptime = int.from_bytes(payload[end + 4 : end + 8]), int.from_bytes(payload[end + 8 : end + 12])
+    return Flow((kind, payload[8 : end + 4]), number, 1, uptime)
+
+
+def _as_one_by_one(protocol: Protocol, data: bytes, read: Callable[[str, bytes], Flow | None]) -> None:
+    """Where nothing is settled before the end, a plain loop over the datagrams counts the same."""
+    arrivals = split_arrivals(data)
+    account = _account(protocol, arrivals)
+    flows = [flow for arrival in arrivals if (flow := read(arrival.source, arrival.payload))]
+    references: dict[object, Reference] = {flow.key: Reference(flow.unit) for flow in flows}
+    assert (account["exporters"], account["not_flow"]) == (len(references), len(arrivals) - len(flows))
+    if any(arrival.settled for arrival in arrivals):
+        return
+    for flow in flows:
+        references[flow.key].take(flow.number, flow.count, flow.uptime, sure=True)
+    for reference in references.values():
+        reference.miss(reference.open)
+    expected = sum((reference.counts for reference in references.values()), Counter())
+    for counter in (*MISSED, "exporter_reordered", "exporter_restarts"):
+        assert account[counter] == expected[counter], counter
+
+
+def netflow(data: bytes) -> None:
+    """Datagrams of NetFlow exporters count as a plain loop counts them."""
+    _as_one_by_one("netflow", data, _read_netflow)
+
+
+def sflow(data: bytes) -> None:
+    """Datagrams of sFlow agents count as a plain loop counts them."""
+    _as_one_by_one("sflow", data, _read_sflow)
+
+
+def ipfix(data: bytes) -> None:
+    """Datagrams of IPFIX exporters: one a call, the records of each are counted as a plain loop counts them."""
+    arrivals = split_arrivals(data)
+    _account("ipfix", arrivals)
+    templates: dict[int, int] = {}
+    counted = Templates()
+    for arrival in arrivals:
+        batch = batch_of([(arrival.source, arrival.payload)])
+        counts, sure = counted.count(batch, np.array([0]), np.array([0]))
+        assert (int(counts[0]), bool(sure[0])) == _count_records(arrival.payload, templates)
+        assert 0 <= counts[0] <= len(arrival.payload)
+
+
+def _count_records(payload: bytes, templates: dict[int, int]) -> tuple[int, bool]:
+    """As `Templates.count` of one datagram; `templates` are what was learned, and learn."""
+    sets, whole = _sets(payload)
+    changed = set()
+    for number, content in sets:
+        if number in (2, 3):
+            for template, length in read_templates(content, options=number == 3):
+                if templates.get(template, length) != length:
+                    changed.add(template)
+                if template in templates or len(templates) < MAX_TEMPLATES:
+                    templates[template] = length
+    counts = 0
+    for number, content in sets:
+        if number >= FIRST_DATA:
+            length = 0 if number in changed else templates.get(number, 0)
+            counts += len(content) // length if length else 0
+            whole &= length > 0
+    return counts, whole
+
+
+def _sets(payload: bytes) -> tuple[list[tuple[int, bytes]], bool]:
+    """Number and content of each set, and whether that is all there is."""
+    sets: list[tuple[int, bytes]] = []
+    at = IPFIX_HEADER
+    while at < len(payload):
+        number, size = int.from_bytes(payload[at : at + 2]), int.from_bytes(payload[at + 2 : at + 4])
+        if len(sets) == MAX_SETS or at + SET_HEADER > len(payload) or not SET_HEADER <= size <= len(payload) - at:
+            return sets, False
+        sets.append((number, payload[at + SET_HEADER : at + size]))
+        at += size
+    return sets, True

@@ -1,0 +1,82 @@
+"""What processes tell each other on the bus, and what the kernel tells."""
+
+import argparse
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+from unittest import mock
+
+import msgspec
+
+import shared.netlink
+from services.operator import ledger
+from services.operator.balance import Balance
+from shared.gathering import Gathered
+from shared.lifecycle import UNAVAILABLE, OperatorError
+from shared.netlink import Netlink
+from shared.segments import group
+from shared.settings import Settings
+from shared.status import Reports
+from shared.wire import Status, WireError, decode
+from tests.fuzz.corpus import split_parts
+from tests.fuzz.printing import printed
+from tests.shared.test_netlink import PlayedKernel
+
+MAX_PARTS: Final = 7
+MAX_REPORTS: Final = 16
+STATUS_PARTS: Final = 3
+
+
+def bus_message(data: bytes) -> None:
+    """A message is decoded, and a batch holds what its rows say, or it is a WireError."""
+    try:
+        message = decode(split_parts(data, MAX_PARTS))
+    except WireError as error:
+        assert error.cause
+        return
+    if message.batch is not None and len(message.batch):
+        batch = Gathered([message.batch])
+        assert sum(len(payload) for _, _, payload in message.batch.datagrams()) == int(batch.lengths.sum())
+        assert group(batch.lengths, 1472)[0] == 0
+
+
+def reports(data: bytes) -> None:
+    """Of what services report, one message after the other, `fanwire ledger` prints the same in both forms."""
+    balance, taken = Balance(), Reports()
+    parts = split_parts(data, MAX_REPORTS * STATUS_PARTS)
+    for at in range(0, len(parts), STATUS_PARTS):
+        try:
+            message = decode(parts[at : at + STATUS_PARTS])
+        except WireError:
+            continue
+        if isinstance(message.body, Status) and (report := taken.take(message.envelope, message.body)):
+            balance.take(report.service, report.boot, float(at), report.accounts)
+    found = list(balance.discrepancies())
+    assert not (balance.settled and any(" datagrams behind " in sentence for sentence in found))
+    assert all(loss.lost > 0 for loss in balance.losses())
+    with mock.patch.object(ledger, "_listen", return_value=balance):
+        try:
+            with printed():
+                code = ledger.run(argparse.Namespace(json=False, seconds=0.0), Settings())
+            with printed(escaped=False) as (as_json, _):
+                ledger.run(argparse.Namespace(json=True, seconds=0.0), Settings())
+        except OperatorError as error:
+            assert error.exit_code == UNAVAILABLE
+            return
+    assert code == int(bool(found))
+    assert msgspec.json.decode(as_json.getvalue())["services"] == balance.accounts
+
+
+def netlink(data: bytes) -> None:
+    """Whatever the kernel says for an answer or an event, the answer is one or none, and nothing is raised."""
+    kernel = PlayedKernel()
+    with mock.patch.object(shared.netlink, "_open", return_value=kernel):
+        asks: tuple[Callable[[Netlink], object], ...] = (
+            Netlink.links,
+            lambda netlink: netlink.route("10.2.0.2"),
+            lambda netlink: netlink.neighbour(2, "10.2.0.2"),
+            lambda netlink: list(netlink.events()),
+        )
+        for ask in asks:
+            kernel.says = deque([data])
+            ask(Netlink())

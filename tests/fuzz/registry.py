@@ -1,0 +1,194 @@
+"""The registry: what its clients say, what it answers them, and the file that it is kept in."""
+
+import errno
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Final
+from unittest import mock
+
+from services.gateway import store
+from services.gateway.admission import Admission
+from services.gateway.protocol import Decoder
+from services.gateway.registry import Origin, Registry, Visitor
+from services.gateway.requests import Name, Register, RequestError
+from services.gateway.store import Store
+from services.operator import collect, registry_client
+from services.operator.__main__ import make_parser
+from services.operator.lease import Lease
+from services.operator.registry_client import Access
+from shared.addresses import Endpoint
+from shared.lifecycle import OperatorError
+from shared.registry import Client
+from shared.settings import Settings
+from shared.wire import REGISTRY_TOPIC, RegistrySnapshot, decode, encode
+from tests.fuzz.corpus import split_parts
+from tests.fuzz.printing import check_line, printed
+
+_admission: Final = Admission(["messages"], [("127.0.0.1", 6667)], lambda _: False, lambda _: False)
+_visitor: Final = Visitor(1, "192.0.2.1", 40_000)
+_commands: Final = [
+    make_parser().parse_args(command.split())
+    for command in ("clients", "clients --json", "register siem --stream messages", "leave siem", "leave a")
+]
+_access: Final = Access(Endpoint("tcp", "127.0.0.1", 5000))
+
+
+def json_lines(data: bytes) -> None:
+    """What a client says, in two reads, makes requests or refusals; what is asked for is admitted or refused."""
+    decoder, at = Decoder(), data[0] if data else 0
+    for read in (b"{" + data[1:at], data[at:]):
+        if read:
+            decoder.feed(read)
+    decoder.end()
+    refusals = 0
+    while refusals <= len(data):
+        try:
+            request = decoder.next_request()
+            if request is None:
+                break
+            if isinstance(request, Register):
+                _admission.admit(request, _visitor)
+        except RequestError as refused:
+            assert refused.error
+            assert str(refused)
+            refusals += 1
+
+
+def names(data: bytes) -> None:
+    """A first read that is no JSON is one name or one refusal."""
+    decoder = Decoder()
+    decoder.feed(b"n" + data)
+    try:
+        request = decoder.next_request()
+    except RequestError as refused:
+        assert refused.closes
+        return
+    assert isinstance(request, Name)
+    assert 1 <= len(request.name.encode()) <= 255
+    assert request.name.isprintable() or not request.name.isascii()
+
+
+def answers(data: bytes) -> None:
+    """What a gateway says, behind a challenge, keeps a lease or not and is printed, or each command ends in a line."""
+    challenge, said = (*split_parts(data, 2), b"", b"")[:2]
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with near, far:
+        far.send(challenge)
+        with _ended_in_a_line(said):
+            _keep_lease(near)
+    for command in _commands:
+        with _ended_in_a_line(said, as_json="json" in command and command.json):
+            command.run(command, Settings())
+
+
+@contextmanager
+def _ended_in_a_line(said: bytes, *, as_json: bool = False) -> Iterator[None]:
+    """Let the gateway say this to whoever connects first, and be gone; OperatorError is one line."""
+    near, far = socket.socketpair()
+    far.sendall(said)
+    far.shutdown(socket.SHUT_WR)
+    connections = [near, ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")]
+    with near, far, mock.patch.object(registry_client, "_connect", side_effect=connections):
+        try:
+            with printed(escaped=not as_json):
+                yield
+        except OperatorError as error:
+            check_line(error)
+
+
+def _keep_lease(receiver: socket.socket) -> None:
+    """As `fanwire collect` does, some seconds in none."""
+    lease = Lease(_access, 1.0, "siem", {"streams": ["messages"], "port": 9})
+    lease.prove = lambda: collect._await_nonce(receiver)
+    try:
+        with mock.patch.object(collect, "PROOF_SECONDS", 0.01):
+            lease.register()
+        for _ in range(3):
+            assert lease.seconds_left > 0
+            if lease.fileno() >= 0:
+                lease.heed()
+            lease._due_at = 0.0
+            lease.keep()
+    finally:
+        lease.leave()
+        assert lease.fileno() == -1
+
+
+def registry_file(data: bytes) -> None:
+    """A registry's file, and what SQLite keeps beside it, with bytes of it changed: a registry goes on from it.
+
+    Either from entries that others can rely on, or from none, with the file set aside.
+    """
+    directory = Path(tempfile.mkdtemp(prefix="fanwire-fuzz-"))
+    try:
+        _go_on(directory / "registry.sqlite", data)
+    finally:
+        shutil.rmtree(directory)
+
+
+def _go_on(path: Path, data: bytes) -> None:
+    for ending, content in zip(("", "-wal"), _changed(data), strict=True):
+        if content:
+            path.with_name(path.name + ending).write_bytes(content)
+    try:
+        with mock.patch.object(store, "log"), Store(path, lambda: 0.0) as kept:
+            aside = list(path.parent.glob(f"{path.name}.damaged-*"))
+            registry = Registry(1000, lambda: 0.0, kept.generation + 1, kept.keep)
+            registry.restore(kept.entries, kept.revision)
+            assert not (aside and kept.entries)
+            _check_told(registry)
+            joined = registry.grant(_client("new"), _visitor, Origin.JSON, take_over=True)
+            revision = registry.commit()
+        with Store(path, lambda: 0.0) as kept:
+            assert joined.client in [entry.client for entry in kept.entries]
+            assert kept.revision == revision
+            assert len(kept.entries) == len(registry)
+    except OperatorError as error:
+        assert str(error).endswith("written by a later fanwire; name another [gateway] database")
+
+
+def _check_told(registry: Registry) -> None:
+    """What goes to those who send copies is taken by them."""
+    told = RegistrySnapshot(registry.commit(), 0, 1, [entry.client for entry in registry.entries()])
+    assert decode(encode(REGISTRY_TOPIC, told, sender="gateway.1", boot=1, sequence=0, total=0)).body == told
+
+
+def _changed(data: bytes) -> tuple[bytes, bytes]:
+    """The two files after changes: whether the second is there, then for each offset (3 bytes), length (1), and what stands there.
+
+    Length 0 cuts a file off. Offsets go on from the first file to the second.
+    """
+    files = [bytearray(content) for content in _genuine(beside=bool(data[:1] > b"\x7f"))]
+    at = 1
+    while at + 4 <= len(data):
+        offset, size = int.from_bytes(data[at : at + 3]), data[at + 3]
+        content = data[at + 4 : at + 4 + size]
+        at += 4 + size
+        file = files[offset >= len(files[0])]
+        offset -= len(files[0]) if file is files[1] else 0
+        file[offset : offset + size if size else None] = content
+    return bytes(files[0]), bytes(files[1])
+
+
+@cache
+def _genuine(*, beside: bool) -> tuple[bytes, bytes]:
+    """A registry's file and what is beside it while it is open; else the file that is left when it is closed."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "registry.sqlite")
+        with Store(path, lambda: 0.0) as kept:
+            registry = Registry(1000, lambda: 0.0, 1, kept.keep)
+            for name in ("a", "b", "c"):
+                registry.grant(_client(name), _visitor, Origin.JSON, ttl=5)
+            registry.release("b", 2, _visitor)
+            if beside:
+                return path.read_bytes(), path.with_name(f"{path.name}-wal").read_bytes()
+        return path.read_bytes(), b""
+
+
+def _client(name: str) -> Client:
+    return Client(name, 0, "192.0.2.1", 9, ("messages",), "original", ("10.0.0.0/8",), 10, "g", 3, 46)
