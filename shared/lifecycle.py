@@ -24,6 +24,7 @@ from typing import Any, Final, NoReturn
 
 import structlog
 
+from shared.printable import printable
 from shared.restraint import Restraint
 from shared.settings import Bus, Settings, SettingsError
 from shared.settings_file import load, load_again
@@ -47,7 +48,7 @@ class OperatorError(Exception):
     """Ends the process with one line and an exit code: something the operator can mend."""
 
     def __init__(self, exit_code: int, message: str) -> None:
-        super().__init__(message)
+        super().__init__(printable(message))
         self.exit_code = exit_code
 
 

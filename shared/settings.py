@@ -8,6 +8,7 @@ from typing import Annotated, Final, Literal, get_args
 from msgspec import Meta, Struct, field
 
 from shared.addresses import Endpoint, pack_address, pack_network, parse_endpoint
+from shared.printable import printable
 from shared.registry import ALL_STREAMS, Dscp, HopLimit, Source
 
 BUS_SCHEMES: Final = ("tcp",)
@@ -30,7 +31,7 @@ class SettingsError(ValueError):
     """Settings that can't be used: one line with file, key and what was expected."""
 
     def __init__(self, message: str) -> None:
-        super().__init__("".join(each if each.isprintable() else repr(each)[1:-1] for each in message))
+        super().__init__(printable(message))
 
 
 class Bus(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

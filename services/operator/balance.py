@@ -139,7 +139,7 @@ def _losses(service: str, name: str, account: Mapping[str, int]) -> Iterator[Los
                 yield Loss("upstream", service, of, lost, unit + among)
         if by_kernel:
             yield Loss("kernel", service, of, by_kernel, "datagrams")
-    elif kind == "origin" and (missed := account.get(MISSED, 0)):
+    elif is_origin(name) and (missed := account.get(MISSED, 0)):
         worker, _, stream = parse_origin(name)
         yield Loss("bus", service, stream, missed, f"datagrams of {worker}")
     for counter, lost in sorted(account.items()):

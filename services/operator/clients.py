@@ -14,6 +14,7 @@ from services.operator.gateway import access, add_gateway_arguments
 from services.operator.registry_client import DEFAULT_HOP_LIMIT, Entry, Registry
 from services.operator.tables import print_table
 from shared.lifecycle import FAILED, OK, OperatorError
+from shared.printable import printable
 from shared.settings import Settings
 
 COLUMNS = (
@@ -105,7 +106,7 @@ def run_register(arguments: argparse.Namespace, settings: Settings) -> int:
     if arguments.json:
         _print_json(answer.client)
     else:
-        print(describe(answer.entry()))
+        print(printable(describe(answer.entry())))
     return OK
 
 
@@ -133,7 +134,7 @@ def run_leave(arguments: argparse.Namespace, settings: Settings) -> int:
                 raise OperatorError(FAILED, f"{arguments.name} is not on the list; `fanwire clients` shows who is")
             generation = entry.generation
         registry.ask("leave", name=arguments.name, generation=generation)
-    print(f"{arguments.name} has left")
+    print(printable(f"{arguments.name} has left"))
     return OK
 
 

@@ -25,9 +25,11 @@ from shared.ledger import (
     SHARED_OUT,
     TAKEN,
     WITHHELD,
+    is_origin,
     parse_origin,
 )
 from shared.lifecycle import FAILED, OK, UNAVAILABLE, OperatorError
+from shared.printable import printable
 from shared.settings import Settings
 from shared.status import INTERVAL_SECONDS, Reports
 from shared.wire import Status
@@ -99,9 +101,8 @@ def _print(balance: Balance, found: list[str]) -> None:
         ("Losses", Loss._fields, balance.losses()),
     ):
         print_table(title, columns, rows)
-    for origin in balance.gone():
-        print(f"gone: {origin}")
-    print("\n".join(found) if found else "balanced")
+    said = [*(f"gone: {origin}" for origin in balance.gone()), *(found or ["balanced"])]
+    print("\n".join(map(printable, said)))
 
 
 WORKER_COLUMNS: Final = ("worker", "stream", "received", "bytes", "published", "dropped", "kernel dropped")
@@ -119,7 +120,8 @@ LISTENER_COLUMNS: Final = ("worker", "stream", "listener", "received", "bytes", 
 def _listener_rows(balance: Balance) -> Iterator[Row]:
     for service, name, account in _accounts(balance, "listener/"):
         counts = (account.get(counter, 0) for counter in (RECEIVED, BYTES, KERNEL_DROPPED))
-        yield service, *name.split("/", 1), *counts
+        stream, _, endpoint = name.partition("/")
+        yield service, stream, endpoint, *counts
 
 
 ORIGIN_COLUMNS: Final = ("consumer", "worker", "boot", "stream", "taken", "missed")
@@ -127,8 +129,9 @@ ORIGIN_COLUMNS: Final = ("consumer", "worker", "boot", "stream", "taken", "misse
 
 def _origin_rows(balance: Balance) -> Iterator[Row]:
     for service, name, account in _accounts(balance, "origin/"):
-        worker, boot, stream = parse_origin(f"origin/{name}")
-        yield service, worker, f"{boot:x}", stream, account.get(TAKEN, 0), account.get(MISSED, 0)
+        if is_origin(origin := f"origin/{name}"):
+            worker, boot, stream = parse_origin(origin)
+            yield service, worker, f"{boot:x}", stream, account.get(TAKEN, 0), account.get(MISSED, 0)
 
 
 OUTCOMES: Final = (EXPECTED, DELIVERED, FILTERED, SAMPLED_OUT, SHARED_OUT, MISSED, WITHHELD)

@@ -7,6 +7,7 @@ from typing import BinaryIO
 
 from services.operator.arguments import positive
 from shared.lifecycle import Parser
+from shared.printable import printable
 
 Form = Callable[[str, int, bytes], bytes]
 """Makes of a datagram's source address, source port and payload what is written."""
@@ -61,4 +62,4 @@ def add_output_arguments(parser: Parser) -> None:
 
 def say(text: str) -> None:
     """Tell the operator on standard error; standard output is for datagrams."""
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)

@@ -195,6 +195,7 @@ def _connect(access: Access) -> socket.socket:
 
 def _decode(line: bytes | msgspec.Raw, kind: type[T]) -> T:
     try:
+        str(line, "utf-8")  # also of what stays JSON, and is printed
         return msgspec.json.decode(line, type=kind)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:  # the last: nesting thousands deep
         raise OperatorError(UNAVAILABLE, f"what answers is not fanwire's registry: {error}") from None

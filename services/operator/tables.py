@@ -4,15 +4,20 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Final
 
+from shared.printable import printable
+
 WIDTH: Final = 250
 """Columns a table may take. A narrower terminal wraps lines, which can still be searched; folded cells can't."""
 PLAIN_ABOVE: Final = 1000
 """Rows: rich takes half a millisecond for each, and nobody looks at more than so many in a box."""
 
 
-def print_table(title: str, columns: Sequence[str], table_rows: Iterable[Sequence[str | int | None]]) -> None:
+Cell = str | int | None
+
+
+def print_table(title: str, columns: Sequence[str], table_rows: Iterable[Sequence[Cell]]) -> None:
     """Print rows under a title, numbers flush right, empty columns left out. Very many rows go out tab-separated."""
-    cells = [["" if cell is None else cell for cell in row] for row in table_rows]
+    cells = [[_shown(cell) for cell in row] for row in table_rows]
     told = [number for number in range(len(columns)) if not cells or any(row[number] != "" for row in cells)]
     columns = [columns[number] for number in told]
     rows = [[row[number] for number in told] for row in cells]
@@ -38,3 +43,7 @@ def print_table(title: str, columns: Sequence[str], table_rows: Iterable[Sequenc
     with console.capture() as capture:
         console.print(table)
     sys.stdout.write(capture.get())
+
+
+def _shown(cell: Cell) -> str | int:
+    return printable(cell) if isinstance(cell, str) else "" if cell is None else cell

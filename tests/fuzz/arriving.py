@@ -88,7 +88,7 @@ class Flow(NamedTuple):
 
     key: object
     number: int
-    count: int
+    takes: int
     uptime: int
     unit: str = "exporter_missed"
 
@@ -123,7 +123,7 @@ def _as_one_by_one(protocol: Protocol, data: bytes, read: Callable[[str, bytes],
     if any(arrival.settled for arrival in arrivals):
         return
     for flow in flows:
-        references[flow.key].take(flow.number, flow.count, flow.uptime, sure=True)
+        references[flow.key].take(flow.number, flow.takes, flow.uptime, sure=True)
     for reference in references.values():
         reference.miss(reference.open)
     expected = sum((reference.counts for reference in references.values()), Counter())

@@ -18,7 +18,8 @@ from services.gateway.requests import RequestError
 from services.operator import imports
 from shared.keys import ROLES, load_keys, load_roles
 from shared.lifecycle import BAD_SETTINGS, FAILED, OK, OperatorError
-from shared.settings import Gateway, Settings, SettingsError, load, render
+from shared.settings import Gateway, Settings, SettingsError
+from shared.settings_file import load, render
 from tests.fuzz.corpus import split_parts
 from tests.fuzz.printing import check_line, printed
 

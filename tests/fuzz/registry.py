@@ -7,14 +7,16 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Final
 from unittest import mock
 
 from services.gateway import store
 from services.gateway.admission import Admission
+from services.gateway.entry import Origin, Visitor
 from services.gateway.protocol import Decoder
-from services.gateway.registry import Origin, Registry, Visitor
+from services.gateway.registry import Registry
 from services.gateway.requests import Name, Register, RequestError
 from services.gateway.store import Store
 from services.operator import collect, registry_client
@@ -92,7 +94,7 @@ def _ended_in_a_line(said: bytes, *, as_json: bool = False) -> Iterator[None]:
     near, far = socket.socketpair()
     far.sendall(said)
     far.shutdown(socket.SHUT_WR)
-    connections = [near, ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")]
+    connections = chain([near], repeat(ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")))
     with near, far, mock.patch.object(registry_client, "_connect", side_effect=connections):
         try:
             with printed(escaped=not as_json):
@@ -159,9 +161,9 @@ def _check_told(registry: Registry) -> None:
 
 
 def _changed(data: bytes) -> tuple[bytes, bytes]:
-    """The two files after changes: whether the second is there, then for each offset (3 bytes), length (1), and what stands there.
+    """The two files after changes: one byte for whether the second is there, then offset, length and bytes of each.
 
-    Length 0 cuts a file off. Offsets go on from the first file to the second.
+    Offsets have three bytes, and go on from the first file to the second; length has one, and 0 cuts the file off.
     """
     files = [bytearray(content) for content in _genuine(beside=bool(data[:1] > b"\x7f"))]
     at = 1

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.fuzz.arriving import join_arrivals, split_arrivals
+from tests.fuzz.arriving import SOURCES, join_arrivals, split_arrivals
 from tests.fuzz.corpus import CORPUS, join_parts, read_corpus, split_parts
 from tests.fuzz.targets import TARGETS
 
@@ -45,3 +45,12 @@ def test_mutations_are_taken_or_refused(name: str) -> None:
 def test_parts_come_back(parts: list[bytes]) -> None:
     """A bus message made one input is the same parts again."""
     assert split_parts(join_parts(parts), len(parts)) == parts
+
+
+@given(st.lists(st.tuples(st.integers(0, 15), st.binary(max_size=300)), max_size=20))
+def test_arrivals_come_back(sent: list[tuple[int, bytes]]) -> None:
+    """Datagrams made one input are the same datagrams again, of the same sources."""
+    arrivals = split_arrivals(join_arrivals(sent))
+    assert [(each.source, each.payload) for each in arrivals] == [
+        (SOURCES[bits & 3], payload) for bits, payload in sent
+    ]
