@@ -21,14 +21,16 @@ from shared.bus import Publisher, Subscriber, new_context
 from shared.collectors import Collectors, D
 from shared.gathering import MAX_GATHERED, MAX_GATHERED_PAYLOAD, Gathered
 from shared.health_report import HealthReporter
+from shared.holding import HeldMemory
 from shared.ledger import Accounts
 from shared.lifecycle import Lifecycle, Readiness
 from shared.link import open_link
+from shared.memory import Memory
 from shared.mirror import RegistryMirror
 from shared.registry import Client, Source
 from shared.reload import Reload
 from shared.routing import Selection
-from shared.settings import Settings
+from shared.settings import Forwarder, Settings, Transmitter
 from shared.status import Reporter
 from shared.streams import Streams
 from shared.wire import (
@@ -72,9 +74,12 @@ class CopyService(ABC, Generic[D]):
 
     source: ClassVar[Source]
 
-    def __init__(self, name: str, settings: Settings) -> None:
+    def __init__(self, name: str, settings: Settings, own: Forwarder | Transmitter) -> None:
         self.name = name
         self.settings = settings
+        self.held = HeldMemory(own.held_memory)
+        """What waits for any collector."""
+        self._memory = Memory(own.memory, f"[{name.partition('.')[0]}] memory", borrows=True)
 
     @abstractmethod
     def reach(self, client: Client, account: Counter[str]) -> D:
@@ -107,9 +112,10 @@ class CopyService(ABC, Generic[D]):
         bus = self.settings.bus
         link = open_link(bus, self.name.partition(".")[0])
         self._context = new_context()
-        self._publisher = Publisher(self._context, bus.path, self.name, bus.high_water_mark, link)
-        self._subscriber = Subscriber(self._context, bus.path, bus.high_water_mark, link)
-        self._reporter = Reporter(self._publisher)
+        mark = self._memory.mark(bus.high_water_mark)
+        self._publisher = Publisher(self._context, bus.path, self.name, mark, link)
+        self._subscriber = Subscriber(self._context, bus.path, mark, link)
+        self._reporter = Reporter(self._publisher, self._memory)
         self._health = HealthReporter(self._publisher, self.source)
         self._mirror = RegistryMirror()
         self._streams = Streams(self._subscriber)
@@ -165,6 +171,8 @@ class CopyService(ABC, Generic[D]):
             handled += 1
         for stream in list(self._gathered):
             self._send_gathered(stream)
+        if self._memory.look():
+            self.held.halve()
         self._work_at = time.monotonic() + self.work()
         self._apply()
         self._answer()

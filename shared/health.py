@@ -8,6 +8,7 @@ from shared.ledger import (
     BUFFER_FULL,
     DELIVERED,
     INTERFACE_DOWN,
+    NO_MEMORY,
     NO_NEIGHBOUR,
     NO_ROUTE,
     NOT_CONNECTED,
@@ -23,7 +24,7 @@ Trouble = Literal["unreachable", "refusing", "slow"]
 CAUSES: Final[Mapping[str, Trouble]] = {
     **dict.fromkeys((UNREACHABLES, NOT_CONNECTED, NO_ROUTE, NO_NEIGHBOUR, INTERFACE_DOWN), "unreachable"),
     **dict.fromkeys((REFUSALS, REFUSED, WITHHELD), "refusing"),
-    **dict.fromkeys((BUFFER_FULL, QUEUE_FULL), "slow"),
+    **dict.fromkeys((BUFFER_FULL, QUEUE_FULL, NO_MEMORY), "slow"),
 }
 """What each counter speaks for. What the policy, a filter or a datagram's own size stops says nothing of this."""
 LOOK_SECONDS: Final = 0.5

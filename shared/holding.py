@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from shared.batch import Indices
 from shared.gathering import Gathered
-from shared.ledger import HELD
+from shared.ledger import HELD, NO_MEMORY
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +125,13 @@ class HeldMemory:
 
     def make_room(self) -> None:
         """Drop the oldest batches until what is left fits."""
-        while self.used > self.limit:
+        self._shrink(self.limit)
+
+    def halve(self) -> None:
+        """Drop the oldest half: the process has no memory for it."""
+        self._shrink(self.used // 2, NO_MEMORY)
+
+    def _shrink(self, most: int, cause: str = "") -> None:
+        while self.used > most:
             for holding in list(next(iter(self._holders.values())).values()):
-                holding.drop_oldest()
+                holding.drop_oldest(cause)

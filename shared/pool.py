@@ -84,12 +84,30 @@ class Loan:
         self.memory = memory
 
 
-class Pool:
-    """A worker's memory for the payloads of one stream, `size` bytes of it; costs nothing until it is used."""
+class Room:
+    """How many bytes the pools of a worker may take together."""
 
-    def __init__(self, stream: str, size: int) -> None:
+    def __init__(self, size: int) -> None:
+        self._left = size
+
+    def take(self, size: int) -> bool:
+        """Whether there is room for so many more, which then is taken."""
+        fits = size <= self._left
+        self._left -= size * fits
+        return fits
+
+
+class Pool:
+    """A worker's memory for the payloads of one stream, `size` bytes of it; costs nothing until it is used.
+
+    What it has used it keeps; further chunks are taken out of the `room` that it shares with other pools, if it does.
+    """
+
+    def __init__(self, stream: str, size: int, room: Room | None = None) -> None:
         self.stream = stream
         self.number = 0
+        self._room = room or Room(size)
+        self._used = 0
         self._size = size // CHUNK * CHUNK
         self._descriptor, memory = _memory(f"fanwire-{stream}", self._size, ours_alone=True)
         self._memory = memoryview(memory)
@@ -110,6 +128,10 @@ class Pool:
         chunk = int(free.argmax())  # the first is the likeliest to be in the processor's cache
         if not free[chunk]:
             return None
+        if chunk >= self._used:
+            if not self._room.take(CHUNK):
+                return None
+            self._used += 1
         return Loan(self.number + 1, chunk, self._memory[chunk * CHUNK : (chunk + 1) * CHUNK])
 
     def lent(self, loan: Loan) -> None:

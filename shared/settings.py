@@ -15,12 +15,18 @@ BUS_SCHEMES: Final = ("tcp",)
 STREAM_SCHEMES: Final = ("udp", "tcp", "unixgram")
 REGISTRY_SCHEMES: Final = ("tcp", "unix", "tls")
 MAX_PORT: Final = 65_535
+CLIENT_BYTES: Final = 4096
+"""What an entry of the registry takes in the gateway."""
+CONNECTION_BYTES: Final = 98_304
+"""What a TCP connection to ingest may take: the longest message, unfinished, and one read more."""
 
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Count = Annotated[int, Meta(ge=1, le=1_000_000)]
 Port = Annotated[int, Meta(ge=1, le=MAX_PORT)]
 Seconds = Annotated[float, Meta(gt=0, le=86_400)]
 Bytes = Annotated[int, Meta(ge=4096, le=1 << 30)]
+Ceiling = Annotated[int, Meta(ge=67_108_864, le=1 << 40)]
+"""Bytes of memory that a process may take; one that has nothing to do takes some 50 MB."""
 Scope = Literal["list", "collect", "transmit", "admin"]
 SCOPES: Final[tuple[Scope, ...]] = get_args(Scope)
 Ethertype = int | str
@@ -90,6 +96,21 @@ class Bus(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return Path(f"/tmp/fanwire-{os.geteuid()}") if "$" in text else Path(text)
 
 
+def leave_room(key: str, most: int, memory: int) -> None:
+    """Raise ValueError when what a setting allows may take over half of the memory that a process has."""
+    if most > memory // 2:
+        raise ValueError(
+            f"{key} may take {most} bytes, over half of memory, {memory}; lower the one or raise the other"
+        )
+
+
+class Broker(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Passes what the others say to each other."""
+
+    memory: Ceiling = 805_306_368
+    """Bytes that the process may take; near it queues get shorter, and subscribers that read nothing are cut off."""
+
+
 class Gateway(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The client registry."""
 
@@ -132,8 +153,11 @@ class Gateway(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How long an answer to `register` waits for forwarder or transmitter to say that copies flow."""
     allow_transmit: bool = False
     """Whether clients may have the transmitter send raw frames, by `transmit`; its own policy applies besides."""
+    memory: Ceiling = 402_653_184
+    """Bytes that the process may take; near it connections for which most waits are cut off."""
 
     def __post_init__(self) -> None:
+        leave_room("max_clients", self.max_clients * CLIENT_BYTES, self.memory)
         for text in self.listen:
             parse_endpoint(text, REGISTRY_SCHEMES)
         for prefix in self.destinations:
@@ -189,6 +213,11 @@ class Ingest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Open TCP connections a worker; one more is closed at once."""
     tcp_idle_seconds: Seconds = 600.0
     """A TCP connection that sends nothing for this long is closed."""
+    memory: Ceiling = 805_306_368
+    """Bytes that a worker may take; near it what comes is dropped. Half of it may be lent."""
+
+    def __post_init__(self) -> None:
+        leave_room("tcp_connections", self.tcp_connections * CONNECTION_BYTES, self.memory)
 
 
 class Forwarder(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -207,6 +236,11 @@ class Forwarder(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Send runs of equal length by UDP_SEGMENT where the kernel can."""
     withhold: bool = False
     """Give a collector whose port is closed one datagram a second, until one is not refused."""
+    memory: Ceiling = 1_073_741_824
+    """Bytes that the process may take; near it the oldest of what waits is dropped."""
+
+    def __post_init__(self) -> None:
+        leave_room("held_memory", self.held_memory, self.memory)
 
 
 class Transmitter(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -230,8 +264,11 @@ class Transmitter(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """Bytes of batches that may wait for next hops to tell their link addresses, for all collectors together."""
     segmentation: bool = True
     """Hand the kernel runs of equal length as one frame (UDP_L4 GSO) where it can."""
+    memory: Ceiling = 805_306_368
+    """Bytes that the process may take; near it the oldest of what waits is dropped."""
 
     def __post_init__(self) -> None:
+        leave_room("held_memory", self.held_memory, self.memory)
         for prefix in (*self.destinations, *self.sources):
             pack_network(prefix)
         for ethertype in self.ethertypes:
@@ -309,6 +346,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything, as a service gets it."""
 
     bus: Bus = Bus()
+    broker: Broker = Broker()
     gateway: Gateway = Gateway()
     ingest: Ingest = Ingest()
     forwarder: Forwarder = Forwarder()

@@ -10,6 +10,7 @@ import structlog
 
 from shared.bus import Publisher
 from shared.ledger import DISCREPANCIES, Accounts, discrepancies
+from shared.memory import Memory
 from shared.wire import MAX_NUMBER, PIECE_SIZE, Envelope, Status, status_topic
 
 INTERVAL_SECONDS = 1.0
@@ -24,8 +25,9 @@ log = structlog.get_logger()
 class Reporter:
     """Publishes a service's accounts, in pieces when they are many, and checks each second whether they add up."""
 
-    def __init__(self, publisher: Publisher) -> None:
+    def __init__(self, publisher: Publisher, memory: Memory | None = None) -> None:
         self._publisher = publisher
+        self._memory = memory or Memory()
         self._topic = status_topic(publisher.sender)
         self._started_ns = time.time_ns()
         self._reports = itertools.count(1)
@@ -53,7 +55,8 @@ class Reporter:
             self._check_at = now + max(INTERVAL_SECONDS, CHECK_SHARE * took)
         if wanted:
             own = self._publisher.sender.partition(".")[0]
-            self._publish({**kept, own: {**kept.get(own, {}), DISCREPANCIES: self.found}})
+            process = {DISCREPANCIES: self.found, **self._memory.account()}
+            self._publish({**kept, own: {**kept.get(own, {}), **process}})
 
     def _check(self, accounts: Mapping[str, Mapping[str, int]]) -> None:
         """Count the equations that do not hold, and say so when that has changed."""

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 from services.broker.access import transmitters_group
 from services.broker.proxy import Proxy
+from services.broker.relief import RELIEF_RESERVE
 from shared.lifecycle import Lifecycle, announce_ready, run, service_parser
+from shared.memory import Memory
 from shared.reload import Reload
 from shared.settings import Settings
 
@@ -19,7 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _serve(_arguments: argparse.Namespace, settings: Settings, lifecycle: Lifecycle) -> None:
     group = transmitters_group(settings.transmitter.user)
     bus = settings.bus
-    with Proxy(bus.path, bus.high_water_mark, group, bus.endpoints, bus.key_directory) as proxy:
+    memory = Memory(settings.broker.memory, "[broker] memory", reserve=RELIEF_RESERVE)
+    with Proxy(bus.path, bus.high_water_mark, group, bus.endpoints, bus.key_directory, memory) as proxy:
         announce_ready("broker", directory=str(bus.path), listen=bus.listen)
         proxy.serve(lifecycle, Reload("broker.1", lifecycle, settings))
 

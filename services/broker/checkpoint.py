@@ -41,22 +41,31 @@ class Checkpoint:
         self._statistics = Counter[str]()
 
     def pass_messages(self, publishers: Socket, subscribers: Socket, steering: Socket) -> None:
-        """Pass until told to end, then close the sockets."""
+        """Pass until told to end."""
+        self._statistics = Counter()
         poller = zmq.Poller()
         for sock in (publishers, subscribers, steering):
             poller.register(sock, zmq.POLLIN)
         while True:
             ready = dict(poller.poll())
-            if steering in ready:
-                if steering.recv() == b"TERMINATE":
-                    break
-                steering.send_multipart([struct.pack("=Q", self._statistics[name]) for name in STATISTICS + KEPT_BACK])
+            if steering in ready and not self._goes_on(steering):
+                break
             if publishers in ready:
                 self._pass("publishers", publishers, "subscribers", subscribers)
             if subscribers in ready:
                 self._pass("subscribers", subscribers, "publishers", publishers)
-        for sock in (publishers, subscribers, steering):
-            sock.close()
+
+    def _goes_on(self, steering: Socket) -> bool:
+        """Do as told, and return whether to go on; after `PAUSE` only `TERMINATE` leads on."""
+        order, paused = steering.recv(), False
+        while order != b"TERMINATE":
+            if order == b"STATISTICS":
+                steering.send_multipart([struct.pack("=Q", self._statistics[name]) for name in STATISTICS + KEPT_BACK])
+            paused |= order == b"PAUSE"
+            if not paused:
+                return True
+            order = steering.recv()
+        return False
 
     def _pass(self, source: str, receiving: Socket, destination: str, sending: Socket) -> None:
         for _ in range(BURST):

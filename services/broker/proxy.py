@@ -5,7 +5,7 @@ import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -13,8 +13,9 @@ from typing import Final, Self
 import zmq
 
 from services.broker.access import bind_tcp, let_in, refuse_strangers
-from services.broker.checkpoint import KEPT_BACK, STATISTICS, Checkpoint
+from services.broker.checkpoint import KEPT_BACK, STATISTICS, Checkpoint, Socket
 from services.broker.guard import Guard
+from services.broker.relief import Relief
 from shared.addresses import Endpoint
 from shared.bus import (
     HELLO_TOPIC,
@@ -23,13 +24,23 @@ from shared.bus import (
     new_context,
     prepare_directory,
 )
+from shared.ledger import SUBSCRIBERS_CUT
 from shared.lifecycle import CANT_CREATE, Lifecycle, OperatorError, Watchdog
 from shared.link import DIRECT, Link, ipc_endpoint
+from shared.memory import Memory
 from shared.reload import Reload
-from shared.status import INTERVAL_SECONDS, Reporter
+from shared.status import Reporter
 
 ENDPOINTS: Final = ("publish", "subscribe")
 """The socket files."""
+HELD_SECONDS: Final = 0.005
+INCOMING_SHARE: Final = 8
+"""A publisher's queue is one part in so many of a subscriber's: messages wait at the publisher, who can count them."""
+CUT_OFF_MS: Final = 250
+"""How long what waits for a subscriber outlives its connection."""
+
+Passing = Callable[[Socket, Socket, Socket], None]
+"""Passes messages between publishers and subscribers until the third socket says `TERMINATE`; it counts from zero."""
 QUIET_SECONDS: Final = 0.3
 DRAIN_SECONDS: Final = 2.0
 """After SIGTERM the rest of the stack still flushes: messages are passed until none came for a while, or so long."""
@@ -48,9 +59,17 @@ class Proxy:
         group: int | None = None,
         listen: Sequence[Endpoint] = (),
         keys: Path | None = None,
+        memory: Memory | None = None,
     ) -> None:
         self._directory = directory
-        self._high_water_mark = high_water_mark
+        self._memory = memory or Memory()
+        self._mark = self._memory.mark(high_water_mark)
+        """Messages that each queue may hold."""
+        ports = frozenset(endpoint.port + 1 for endpoint in listen)
+        self._relief = Relief(self._memory, directory / "subscribe", ports, self._hold)
+        self._held = self._ending = False
+        self._passed = Counter[str]()
+        """What had passed when the loop was left last."""
         self._group = group
         self._listen = listen
         self._guard = Guard(keys) if keys else None
@@ -59,8 +78,9 @@ class Proxy:
     def __enter__(self) -> Self:
         self._take_directory()
         self._context = new_context()
-        publishers = configure(self._context.socket(zmq.XSUB), self._high_water_mark)
-        subscribers = configure(self._context.socket(zmq.XPUB), self._high_water_mark)
+        publishers = configure(self._context.socket(zmq.XSUB), max(1, self._mark // INCOMING_SHARE))
+        subscribers = configure(self._context.socket(zmq.XPUB), self._mark)
+        subscribers.set(zmq.LINGER, CUT_OFF_MS)
         # Every subscription goes on to the publishers, repeated ones too: it is how they see a late subscriber. So
         # does every unsubscription, since our XSUB counts both and would not know when the last one leaves.
         # No XPUB_NODROP here: one stalled subscriber would hold up the rest.
@@ -86,13 +106,34 @@ class Proxy:
         self._control.bind("inproc://control")
         steering = self._context.socket(zmq.PAIR)
         steering.connect("inproc://control")
-        self._thread = threading.Thread(target=passing, args=(publishers, subscribers, steering))
+        self._thread = threading.Thread(target=self._pass, args=(passing, publishers, subscribers, steering))
         self._thread.start()
         self._hello = configure(self._context.socket(zmq.SUB), 1)
         link.connect(self._hello, self._directory, "subscribe")
         self._hello.subscribe(HELLO_TOPIC)
-        self._publisher = Publisher(self._context, self._directory, "broker.1", self._high_water_mark, link)
+        self._publisher = Publisher(self._context, self._directory, "broker.1", self._mark, link)
         return self
+
+    def _pass(self, passing: Passing, publishers: Socket, subscribers: Socket, steering: Socket) -> None:
+        """Have messages passed until the end, but for when they are held."""
+        while not self._ending:
+            passing(publishers, subscribers, steering)
+            while self._held and not self._ending:
+                for sock in (publishers, subscribers):
+                    sock.get(zmq.EVENTS)  # libzmq lets go of ended connections in calls like this
+                time.sleep(HELD_SECONDS)
+        for sock in (publishers, subscribers, steering):
+            sock.close()
+
+    def _hold(self, held: bool) -> None:
+        """Have nothing pass, or pass again: what comes meanwhile waits at its publisher."""
+        if held:
+            self._control.send(b"PAUSE")
+            self._passed = self.statistics()  # what will be true as long as it is held
+            self._held = True
+            self._control.send(b"TERMINATE")
+        else:
+            self._held = False
 
     def _take_directory(self) -> None:
         # A second bind on an ipc path would succeed and take the endpoint away from the first: flock decides.
@@ -111,23 +152,27 @@ class Proxy:
 
     def statistics(self) -> Counter[str]:
         """What has passed so far, by direction, in parts and bytes."""
-        self._control.send(b"STATISTICS")
-        return Counter({
-            name: struct.unpack("=Q", part)[0]
-            for name, part in zip(STATISTICS + KEPT_BACK, self._control.recv_multipart(), strict=False)
-        })  # fmt: skip
+        statistics = Counter(self._passed)
+        if not self._held:
+            self._control.send(b"STATISTICS")
+            answer: list[bytes] = []
+            while len(answer) < len(STATISTICS):  # libzmq answers other orders too, by nothing
+                answer = self._control.recv_multipart()
+            named = zip(STATISTICS + KEPT_BACK, answer, strict=False)
+            statistics.update({name: struct.unpack("=Q", part)[0] for name, part in named})
+        return statistics
 
     def serve(self, lifecycle: Lifecycle, reload: Reload) -> None:
         """Report until told to drain, then wait for the rest of the stack to fall silent."""
         watchdog = Watchdog()
-        reporter = Reporter(self._publisher)
+        reporter = Reporter(self._publisher, self._memory)
         poller = zmq.Poller()
         poller.register(lifecycle.fileno(), zmq.POLLIN)
         poller.register(self._publisher.socket, zmq.POLLIN)
         for monitor in self._guard.monitors if self._guard else ():
             poller.register(monitor, zmq.POLLIN)
         while not lifecycle.draining:
-            if (lifecycle.fileno(), zmq.POLLIN) in poller.poll(int(INTERVAL_SECONDS * 1000)):
+            if (lifecycle.fileno(), zmq.POLLIN) in poller.poll(self._relief.look()):
                 lifecycle.heed()
                 reload.check()
             if self._guard is not None:
@@ -139,6 +184,7 @@ class Proxy:
 
     def _report(self, reporter: Reporter) -> None:
         statistics = self.statistics()  # whether or not anybody listens: an answer shows that messages are passed
+        statistics[SUBSCRIBERS_CUT] = self._relief.cut
         if self._guard is not None:
             statistics += self._guard.counters + self._checkpoint.counters
         reporter.report(lambda: {"broker": statistics})
@@ -153,6 +199,7 @@ class Proxy:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._ending = True
         self._control.send(b"TERMINATE")
         self._thread.join()
         for closable in (self._publisher, self._hello, self._control):
@@ -169,7 +216,5 @@ class Proxy:
         self._lock.close()
 
 
-def _pass_messages(publishers: zmq.Socket[bytes], subscribers: zmq.Socket[bytes], steering: zmq.Socket[bytes]) -> None:
+def _pass_messages(publishers: Socket, subscribers: Socket, steering: Socket) -> None:
     zmq.proxy_steerable(publishers, subscribers, None, steering)
-    for sock in (publishers, subscribers, steering):
-        sock.close()

@@ -15,7 +15,6 @@ from shared.batch import Indices
 from shared.copying import CopyService
 from shared.crew import Crew
 from shared.gathering import Gathered, portions
-from shared.holding import HeldMemory
 from shared.registry import Client, Source
 from shared.routing import Selection
 from shared.settings import Settings
@@ -32,16 +31,15 @@ class Relay(CopyService[Outlet]):
     source: ClassVar[Source] = "relay"
 
     def __init__(self, name: str, settings: Settings) -> None:
-        super().__init__(name, settings)
+        super().__init__(name, settings, settings.forwarder)
         self._plan = SendPlan()
         self._crew = Crew()
-        self._memory = HeldMemory(settings.forwarder.held_memory)
         self._stalled: dict[Outlet, tuple[float, float]] = {}
         """Those for which something waits: seconds between tries, and when the next one is due."""
 
     def reach(self, client: Client, account: Counter[str]) -> Outlet:
         """Give a collector a socket of its own."""
-        return Outlet(client, self.settings.forwarder, account, self._memory)
+        return Outlet(client, self.settings.forwarder, account, self.held)
 
     def send(self, batch: Gathered, routed: list[tuple[Outlet, Selection]]) -> None:
         """Give each collector its rows. Who gets the same ones shares a part of a plan; parts share the planning."""

@@ -7,7 +7,8 @@ import numpy as np
 from services.ingest.exporters import Exporters
 from shared.batch import ROW, DatagramBatch, Rows
 from shared.bus import Publisher
-from shared.ledger import BUS_FULL, BYTES, NO_SUBSCRIBER, OVERSIZED, PUBLISHED, RECEIVED
+from shared.ledger import BUS_FULL, BYTES, NO_MEMORY, NO_SUBSCRIBER, OVERSIZED, PUBLISHED, RECEIVED
+from shared.memory import Memory
 from shared.pool import LENT_SIZE, Loan, Pool
 from shared.settings import Protocol
 from shared.wire import Datagrams, datagrams_topic, inline_topic
@@ -19,7 +20,14 @@ class StreamFeed:
     Without a pool no payload is lent: all go through the bus.
     """
 
-    def __init__(self, stream: str, publisher: Publisher, account: Counter[str], pool: Pool | None = None) -> None:
+    def __init__(
+        self,
+        stream: str,
+        publisher: Publisher,
+        account: Counter[str],
+        pool: Pool | None = None,
+        memory: Memory | None = None,
+    ) -> None:
         self.stream = stream
         self.topic = datagrams_topic(stream)
         self.account = account
@@ -28,6 +36,7 @@ class StreamFeed:
         self._protocol: Protocol | None = None
         self._publisher = publisher
         self._pool = pool
+        self._memory = memory or Memory()
         self._inline = inline_topic(stream)
 
     def look_for(self, protocol: Protocol | None) -> None:
@@ -42,9 +51,10 @@ class StreamFeed:
         """Count datagrams received, `size` bytes together; return whether anybody wants them, else they are dropped."""
         self.account[RECEIVED] += count
         self.account[BYTES] += size
-        if self._publisher.wanted(self.topic):
+        wanted = self._publisher.wanted(self.topic)
+        if wanted and not self._memory.short:
             return True
-        self.account[NO_SUBSCRIBER] += count
+        self.account[NO_MEMORY if wanted else NO_SUBSCRIBER] += count
         return False
 
     def refuse_oversized(self, count: int) -> None:

@@ -21,8 +21,9 @@ from shared.bus import Publisher, new_context
 from shared.ledger import CHECKSUM_ERRORS, listener_account, new_accounts
 from shared.lifecycle import Lifecycle, Readiness
 from shared.link import open_link
+from shared.memory import Memory
 from shared.mmsg import ReceiveArena
-from shared.pool import CHUNK, Lender, Pool, pool_path
+from shared.pool import CHUNK, Lender, Pool, Room, pool_path
 from shared.reload import Reload
 from shared.settings import Settings, Stream
 from shared.sockets import (
@@ -42,12 +43,12 @@ RECORD_SIZE: Final = 1024
 log = structlog.get_logger()
 
 
-def new_pools(streams: list[str], size: int) -> dict[str, Pool]:
+def new_pools(streams: list[str], size: int, room: Room) -> dict[str, Pool]:
     """Memory to lend payloads in; none when it is switched off, or when the kernel gives none."""
     if size < CHUNK:
         return {}
     try:
-        return {stream: Pool(stream, size) for stream in streams}
+        return {stream: Pool(stream, size, room) for stream in streams}
     except OSError as error:
         log.warning("payloads go through the bus: no memory to lend them in", error=str(error), needs="Linux 5.1")
         return {}
@@ -70,6 +71,8 @@ class Worker:
         self._feeds: dict[str, StreamFeed] = {}
         """By stream. One that is gone keeps its feed, its account and its pool, and goes on with them if it is back."""
         self._pools: dict[str, Pool] = {}
+        self._memory = Memory(settings.ingest.memory, "[ingest] memory")
+        self._room = Room(settings.ingest.memory // 2)
         self._connections = Connections(self._selector, settings.ingest)
         self._held_back: dict[socket.socket, Callable[[], object]] = {}
         """Begins to read an inherited socket each."""
@@ -82,8 +85,8 @@ class Worker:
         bus = self._settings.bus
         link = open_link(bus, "ingest")
         self._context = new_context()
-        self._publisher = Publisher(self._context, bus.path, self._name, bus.high_water_mark, link)
-        self._reporter = Reporter(self._publisher)
+        self._publisher = Publisher(self._context, bus.path, self._name, self._memory.mark(bus.high_water_mark), link)
+        self._reporter = Reporter(self._publisher, self._memory)
         self._lender = Lender(pool_path(bus.path, self._name), self._pools, self._watch, self._selector.unregister)
         try:
             self._listen(self._settings.streams, take_inherited())
@@ -128,9 +131,10 @@ class Worker:
     def _feed(self, streams: Sequence[Stream]) -> None:
         """Have feeds for new streams; whoever wants one of them already is told that it flows."""
         fresh = [stream.name for stream in streams if stream.name not in self._feeds]
-        self._pools.update(new_pools(fresh, self._settings.bus.lent))
+        self._pools.update(new_pools(fresh, self._settings.bus.lent, self._room))
         for name in fresh:
-            feed = StreamFeed(name, self._publisher, self._accounts[f"stream/{name}"], self._pools.get(name))
+            account = self._accounts[f"stream/{name}"]
+            feed = StreamFeed(name, self._publisher, account, self._pools.get(name), self._memory)
             self._feeds[name] = feed
             if self._publisher.wanted(feed.topic):
                 feed.mark(time.time_ns())
@@ -218,6 +222,7 @@ class Worker:
         ready = self._selector.select(patience)
         self._count = self._size = 0
         self._greet()  # first, so that what comes now goes to who has just subscribed
+        self._memory.look()
         for key, _ in ready:
             key.data()
         self._connections.serve()

@@ -49,9 +49,12 @@ class Share:
 
 
 class Sender:
-    """Sends copies through raw sockets; of `sockets` those that are not kept for frames. Knows nothing of the bus."""
+    """Sends copies through raw sockets; of `sockets` those that are not kept for frames. Knows nothing of the bus.
 
-    def __init__(self, settings: Settings, sockets: RawSockets) -> None:
+    What waits for next hops is in `held`.
+    """
+
+    def __init__(self, settings: Settings, sockets: RawSockets, held: HeldMemory) -> None:
         self.neighbourhood = Neighbourhood()
         self.policy = Policy(settings.transmitter, time.monotonic)
         self.audit = Audit(log.warning, time.monotonic)
@@ -61,7 +64,7 @@ class Sender:
         self._crew = Crew()
         self._plans = [FramePlan() for _ in range(MEMBERS)]
         self._numbers: WeakValueDictionary[str, Identification] = WeakValueDictionary()
-        self._memory = HeldMemory(settings.transmitter.held_memory)
+        self._held = held
         self._holding: set[Copies] = set()
         self._refresh_at = 0.0
 
@@ -73,7 +76,7 @@ class Sender:
         """Find out whether a collector may be sent copies; the way there is found with the first of them."""
         permitted = self.policy.allows_destination(client.address)
         numbers = self._numbers.setdefault(client.address, Identification())
-        return Copies(client, account, self.neighbourhood, numbers, self._memory, permitted=permitted)
+        return Copies(client, account, self.neighbourhood, numbers, self._held, permitted=permitted)
 
     def send(self, batch: Gathered, routed: list[tuple[Copies, Selection]]) -> None:
         """Give each collector its rows. Collectors that are reached in the same way share a plan."""

@@ -30,13 +30,13 @@ class Transmission(CopyService[Copies]):
     source: ClassVar[Source] = "original"
 
     def __init__(self, name: str, settings: Settings, sockets: RawSockets, facts: dict[str, int]) -> None:
-        super().__init__(name, settings)
+        super().__init__(name, settings, settings.transmitter)
         self._sockets = sockets
         self._facts = facts
 
     def __enter__(self) -> Self:
         for_frames, for_copies = self._sockets.packet[:FRAME_SOCKETS], self._sockets.packet[FRAME_SOCKETS:]
-        self._sender = sender = Sender(self.settings, replace(self._sockets, packet=for_copies))
+        self._sender = sender = Sender(self.settings, replace(self._sockets, packet=for_copies), self.held)
         self._frames = Frames(for_frames, sender.neighbourhood, sender.policy, sender.audit, self.publish)
         return super().__enter__()
 

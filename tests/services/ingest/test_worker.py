@@ -22,7 +22,7 @@ from shared.batch import MAX_DATAGRAM
 from shared.bus import Subscriber
 from shared.continuity import Continuity
 from shared.ledger import Accounts, discrepancies
-from shared.pool import CHUNK, GRACE_SECONDS
+from shared.pool import CHUNK, GRACE_SECONDS, Room
 from shared.sockets import checksum_errors
 from shared.wire import Datagrams
 from tests.builders import BusEnds, Datagram, accounts_when, freeze, kill_all, take, take_datagrams, take_mark
@@ -790,12 +790,12 @@ def test_without_memory_to_lend_payloads_go_through_the_bus(monkeypatch: pytest.
     def refuse(*_: object) -> int:
         raise OSError(errno.EINVAL, "Invalid argument")
 
-    pools = new_pools(["a", "b"], 2 * CHUNK)
+    pools = new_pools(["a", "b"], 2 * CHUNK, Room(4 * CHUNK))
     assert set(pools) == {"a", "b"}
     for pool in pools.values():
         pool.close()
     del pools, pool
     gc.collect()
-    assert new_pools(["a"], CHUNK - 1) == {}
+    assert new_pools(["a"], CHUNK - 1, Room(CHUNK)) == {}
     monkeypatch.setattr("fcntl.fcntl", refuse)
-    assert new_pools(["a"], CHUNK) == {}
+    assert new_pools(["a"], CHUNK, Room(CHUNK)) == {}

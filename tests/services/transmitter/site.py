@@ -12,6 +12,7 @@ from services.transmitter.opener import open_socket
 from services.transmitter.privileges import KINDS, RawSockets
 from services.transmitter.sender import Sender
 from shared.gathering import Gathered
+from shared.holding import HeldMemory
 from shared.ledger import EXPECTED, discrepancies
 from shared.routing import ALL_ROWS
 from shared.settings import Settings, Transmitter
@@ -53,8 +54,10 @@ class Site:
         opened.enter_context(veth(self.up, self.eth))
         ask_quickly(self.relay, "up")
         raw = open_raw(opened, self.relay)
+        own = Transmitter(**settings)
+        held = HeldMemory(own.held_memory)
         with self.relay.entered():
-            self.sender = opened.enter_context(closing(Sender(Settings(transmitter=Transmitter(**settings)), raw)))
+            self.sender = opened.enter_context(closing(Sender(Settings(transmitter=own), raw, held)))
         self.account: Counter[str] = Counter()
         self.copies: Copies = self.reach()
 

@@ -17,6 +17,7 @@ import shared.mmsg
 from services.transmitter.policy import Policy
 from services.transmitter.sender import Sender
 from shared.gathering import Gathered
+from shared.holding import HeldMemory
 from shared.routing import ALL_ROWS
 from shared.settings import Settings, Transmitter
 from tests.builders import make_batch, make_client
@@ -186,7 +187,7 @@ def test_a_host_without_sockets_for_ipv6_counts_what_it_cannot_send(opened: Exit
     site = Site(opened)
     raw = replace(open_raw(opened, site.relay), ip6=())
     with site.relay.entered():
-        site.sender = opened.enter_context(closing(Sender(Settings(), raw)))
+        site.sender = opened.enter_context(closing(Sender(Settings(), raw, HeldMemory(1 << 20))))
     site.copies = site.reach("fd00:2::1")
     site.send(b"x", sources=("2001:db8::1",))
     assert site.account["dropped_no_route"] == 1
