@@ -81,7 +81,7 @@ class Relief:
 
 
 def _connections(addresses: set[str | int]) -> Iterator[tuple[int, socket.socket]]:
-    """Yield the connections that came in at one of these paths or ports, with their inodes: duplicates, for a moment."""
+    """Yield the connections that came in at these paths or ports, each with its inode: a duplicate, for a moment."""
     for entry in list(Path("/proc/self/fd").iterdir()):
         with suppress(OSError):  # it is closed by now
             if not entry.is_socket():

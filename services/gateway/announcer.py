@@ -16,6 +16,7 @@ from services.gateway.inquiry import CallLater, Inquiry
 from services.gateway.registry import Registry
 from shared.bus import Publisher, Requests, Subscriber
 from shared.ledger import Accounts
+from shared.memory import Memory
 from shared.registry import Client, Source
 from shared.status import Reporter
 from shared.wire import (
@@ -49,6 +50,7 @@ class Announcer:
         feed: Feed,
         serve_seconds: float,
         call_later: CallLater,
+        memory: Memory | None = None,
     ) -> None:
         self._feed = feed
         self._publisher = publisher
@@ -62,7 +64,7 @@ class Announcer:
         }
         self._subscriber.subscribe(requests.topic)
         self._subscriber.subscribe(HEALTH_PREFIX)
-        self._reporter = Reporter(publisher)
+        self._reporter = Reporter(publisher, memory)
         self._waiting: deque[RegistrySnapshot | RegistryChange] = deque()
         self._owes_snapshot = False
         self._woken = False

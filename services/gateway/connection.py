@@ -20,7 +20,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from typing import Final, cast
 
-from services.gateway.counters import CONNECTIONS_REFUSED, REQUESTS_DELAYED, TOO_SLOW
+from services.gateway.counters import CONNECTIONS_REFUSED, CUT_FOR_MEMORY, REQUESTS_DELAYED, TOO_SLOW
 from services.gateway.desk import Answer, Desk
 from services.gateway.entry import Visitor
 from services.gateway.pace import Pace
@@ -28,6 +28,7 @@ from services.gateway.permission import HERE, Rights, common_name
 from services.gateway.protocol import MAX_LINE, Decoder
 from services.gateway.requests import Auth, Id, Name, Request, RequestError
 from services.gateway.views import json_line
+from shared.memory import Memory
 from shared.settings import Gateway
 
 READ_SIZE: Final = 64 * 1024
@@ -45,8 +46,9 @@ REFUSING_MAX: Final = 32
 class Connections:
     """All open connections, and what they share."""
 
-    def __init__(self, desk: Desk, settings: Gateway, limit: int) -> None:
+    def __init__(self, desk: Desk, settings: Gateway, limit: int, memory: Memory) -> None:
         self.desk = desk
+        self.memory = memory
         self.settings = settings
         self.limit = limit
         self.receive_buffer = memoryview(bytearray(READ_SIZE))  # the loop fills it and hands it over in one step
@@ -59,9 +61,18 @@ class Connections:
     def sweep(self) -> None:
         """End what has waited too long."""
         self.pace.forget()
+        self.save_memory()
         now = self.loop.time()
         for connection in [connection for connection in self.open if connection.deadline <= now]:
             connection.expire()
+
+    def save_memory(self) -> None:
+        """When memory is short, cut half of those for which anything waits, most first."""
+        if self.memory.look():
+            waiting = sorted((each for each in self.open if each.waiting), key=lambda each: each.waiting, reverse=True)
+            for connection in waiting[: (len(waiting) + 1) // 2]:
+                self.desk.counters[CUT_FOR_MEMORY] += 1
+                connection.cut()
 
     async def drain(self, seconds: float) -> None:
         """Finish the answers under way, take no more requests, and close; what is not over by then is cut."""
@@ -175,6 +186,7 @@ class Connection(asyncio.BufferedProtocol):
             if self._discarded > LINGER_BYTES:
                 self._transport.abort()
             return
+        self._all.save_memory()
         self._decoder.feed(bytes(self._all.receive_buffer[:nbytes]))
         self._take_request()
 
@@ -225,6 +237,20 @@ class Connection(asyncio.BufferedProtocol):
             self.deadline = self._all.loop.time() + settings.idle_seconds
         else:
             self._refuse(RequestError("too_slow", f"nothing came for {settings.idle_seconds:g} s", closes=True))
+
+    @property
+    def waiting(self) -> int:
+        """Bytes that wait here, to be understood or to be taken."""
+        return self._decoder.buffered + self._pushed_bytes + self._transport.get_write_buffer_size()
+
+    def cut(self) -> None:
+        """Cut the connection and let go of all that waits, because others need the memory."""
+        self._lingering = True
+        self._decoder = Decoder()
+        self._outgoing = iter(())
+        self._pushed.clear()
+        self._pushed_bytes = 0
+        self._transport.abort()
 
     def drain(self) -> None:
         """Take no more requests; close once the answer under way, if any, is sent."""
@@ -324,6 +350,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _push(self, lines: bytes) -> None:
         """Send whole lines that answer no request, behind the answer under way; not without end."""
+        self._all.save_memory()
         if self._lingering or self._cutting:
             return
         self._pushed.append(lines)

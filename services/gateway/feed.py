@@ -1,7 +1,7 @@
 """What watchers get: every change of the registry as a line, in order, none left out and none twice. No I/O."""
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from services.gateway.entry import Entry, Event
@@ -12,6 +12,9 @@ KEPT_BYTES: Final = 4 * 1024 * 1024
 
 TOLD_AT_ONCE: Final = 2000
 """Collectors whose health is told together: with all of them what waits for a watcher would exceed its bound."""
+
+PUSHED_AT_ONCE: Final = 32 * 1024
+"""Bytes: what is handed over is copied for each watcher that does not take it at once."""
 
 Push = Callable[[bytes], None]
 """Takes whole lines that answer no request."""
@@ -62,7 +65,7 @@ class Feed:
             return
         lines = [self._render(event) for event in events]
         self._remember(events, lines)
-        self._push(b"".join(lines))
+        self._push(lines)
 
     def tell_health(self) -> None:
         """Push what has become of collectors since the last time; it is no change of the list, and not kept."""
@@ -70,16 +73,17 @@ class Feed:
         self.flush()  # that a collector has joined comes first
         changed = self._registry.take_word_changed(TOLD_AT_ONCE)
         if changed and self._watchers:
-            self._push(b"".join(map(self._render_health, changed)))
+            self._push([self._render_health(entry) for entry in changed])
 
     def health(self) -> bytes:
         """A line for every collector that is not well now."""
         entries = self._registry.entries()
         return b"".join(self._render_health(entry) for entry in entries if entry.condition.word != "ok")
 
-    def _push(self, lines: bytes) -> None:
-        for push in list(self._watchers.values()):
-            push(lines)
+    def _push(self, lines: Sequence[bytes]) -> None:
+        for piece in _pieces(lines):
+            for push in list(self._watchers.values()):
+                push(piece)
 
     def _remember(self, events: Sequence[Event], lines: Sequence[bytes]) -> None:
         for event, line in zip(events, lines, strict=True):
@@ -88,3 +92,17 @@ class Feed:
         while self._past_bytes > KEPT_BYTES:
             self._begin, line = self._past.popleft()
             self._past_bytes -= len(line)
+
+
+def _pieces(lines: Sequence[bytes]) -> Iterator[bytes]:
+    """Join lines to pieces of about `PUSHED_AT_ONCE` bytes."""
+    piece: list[bytes] = []
+    size = 0
+    for line in lines:
+        piece.append(line)
+        size += len(line)
+        if size >= PUSHED_AT_ONCE:
+            yield b"".join(piece)
+            piece, size = [], 0
+    if piece:
+        yield b"".join(piece)

@@ -32,6 +32,7 @@ from shared.ledger import Accounts
 from shared.lifecycle import BAD_SETTINGS, FAILED, Lifecycle, OperatorError, Readiness, descriptor_limit, worker_name
 from shared.link import open_link
 from shared.loops import udp_listeners
+from shared.memory import Memory
 from shared.reload import Reload
 from shared.settings import Settings
 
@@ -55,12 +56,14 @@ def serve(settings: Settings, lifecycle: Lifecycle) -> None:
     secure = any(endpoint.scheme == "tls" for endpoint in settings.gateway.endpoints)
     tls = make_context(settings.gateway, tokens) if secure else None
     link, name = open_link(bus, "gateway"), worker_name("gateway")
+    memory = Memory(settings.gateway.memory, "[gateway] memory")
+    mark = memory.mark(bus.high_water_mark)
     with (
         listening(settings.gateway.endpoints) as listeners,
         _opened(settings) as store,
         new_context() as context,
-        contextlib.closing(Publisher(context, bus.path, name, bus.high_water_mark, link)) as publisher,
-        contextlib.closing(Subscriber(context, bus.path, bus.high_water_mark, link)) as subscriber,
+        contextlib.closing(Publisher(context, bus.path, name, mark, link)) as publisher,
+        contextlib.closing(Subscriber(context, bus.path, mark, link)) as subscriber,
     ):
         for listener in listeners:
             check_listener(listener, tokens)
@@ -76,7 +79,7 @@ def serve(settings: Settings, lifecycle: Lifecycle) -> None:
         registry.restore(store.entries, store.revision)
         admission = _admission(settings)
         _enter_configured(settings, admission, registry)
-        server = _Server(settings, lifecycle, registry, admission, permissions, publisher, subscriber)
+        server = _Server(settings, lifecycle, registry, admission, permissions, publisher, subscriber, memory)
         asyncio.run(server.run(listeners, tls))
 
 
@@ -132,6 +135,7 @@ class _Server:
     permissions: Permissions
     publisher: Publisher
     subscriber: Subscriber
+    memory: Memory
     _loops_at: float = 0.0
 
     async def run(self, listeners: list[Listener], tls: ssl.SSLContext | None) -> None:
@@ -143,7 +147,14 @@ class _Server:
         transmissions = Transmissions(self.publisher, requests, allowed=settings.allow_transmit)
         self._feed = feed = Feed(self.registry, partial(event_line, self.registry), partial(health_line, self.registry))
         self._announcer = Announcer(
-            self.publisher, self.subscriber, requests, self.registry, feed, settings.serve_seconds, loop.call_later
+            self.publisher,
+            self.subscriber,
+            requests,
+            self.registry,
+            feed,
+            settings.serve_seconds,
+            loop.call_later,
+            self.memory,
         )
         challenges = Challenges(send_datagram, _boot_time)
         self._desk = Desk(
@@ -158,7 +169,7 @@ class _Server:
             self.permissions,
         )
         limit = min(settings.max_connections, descriptor_limit() - SPARE_DESCRIPTORS)
-        self._connections = Connections(self._desk, settings, limit)
+        self._connections = Connections(self._desk, settings, limit, self.memory)
         self._reload = Reload(self.publisher.sender, self.lifecycle, self.settings, self._follow)
         self._stopped = asyncio.Event()
         for source, act in (

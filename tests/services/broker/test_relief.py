@@ -1,4 +1,4 @@
-"""The broker under its ceiling: subscribers that stand still cost neither more memory than that, nor others anything."""
+"""The broker under its ceiling: subscribers that stand still cost no more memory than that, and others nothing."""
 
 import time
 
