@@ -12,6 +12,9 @@ HopLimit = Annotated[int, Meta(ge=1, le=255)]
 Dscp = Annotated[int, Meta(ge=0, le=63)]
 Generation = Annotated[int, Meta(ge=0, le=1 << 62)]
 """As far as numbers on the bus go, see `shared.wire.MAX_NUMBER`."""
+MAX_LIST: Final = 256
+"""Streams, or prefixes, of one client: a bus message full of prefixes would take its readers seconds to check."""
+Prefixes = Annotated[tuple[str, ...], Meta(max_length=MAX_LIST)]
 ALL_STREAMS = "*"
 CHALLENGE_PREFIX: Final = b"fanwire-challenge "
 """Begins the datagram that asks whoever is at an address to prove it; the nonce follows."""
@@ -29,9 +32,9 @@ class Client(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     generation: Generation
     address: str
     port: Annotated[int, Meta(ge=0, le=65_535)]
-    streams: tuple[str, ...] = ()
+    streams: Annotated[tuple[str, ...], Meta(max_length=MAX_LIST)] = ()
     source: Source = "relay"
-    prefixes: tuple[str, ...] = ()
+    prefixes: Prefixes = ()
     sample: Annotated[int, Meta(ge=1, le=1_000_000)] = 1
     group: str = ""
     hop_limit: HopLimit = 64

@@ -9,7 +9,7 @@ from msgspec import Meta, Struct, field
 
 from shared.addresses import Endpoint, pack_address, pack_network, parse_endpoint
 from shared.printable import printable
-from shared.registry import ALL_STREAMS, Dscp, HopLimit, Source
+from shared.registry import ALL_STREAMS, MAX_LIST, Dscp, HopLimit, Prefixes, Source
 
 BUS_SCHEMES: Final = ("tcp",)
 STREAM_SCHEMES: Final = ("udp", "tcp", "unixgram")
@@ -284,11 +284,11 @@ class Collector(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A collector that can't sign itself up; the fields of `register`."""
 
     name: Annotated[str, Meta(min_length=1, max_length=255)]
-    streams: Annotated[tuple[str, ...], Meta(min_length=1)]
+    streams: Annotated[tuple[str, ...], Meta(min_length=1, max_length=MAX_LIST)]
     address: str
     port: Port
     source: Source = "relay"
-    prefixes: tuple[str, ...] = field(default=(), name="from")
+    prefixes: Prefixes = field(default=(), name="from")
     sample: Count = 1
     group: Annotated[str, Meta(max_length=64)] = ""
     hop_limit: HopLimit = 64

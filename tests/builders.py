@@ -7,6 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import msgpack
 import numpy as np
 import zmq
 
@@ -59,6 +60,22 @@ def make_client(name: str, port: int = 9, **fields: Any) -> Client:
     """A collector of every stream on loopback, unless `fields` say otherwise."""
     defaults: dict[str, Any] = {"generation": 1, "address": "127.0.0.1", "streams": ("*",)}
     return Client(name=name, port=port, **(defaults | fields))
+
+
+def heavy_bodies() -> list[tuple[str, bytes]]:
+    """Kinds and bodies of under 1 MiB that take as much memory as any when decoded, most of them sound."""
+    accounts = {f"{number:05x}": {"": 1} for number in range(115_000)}
+    client = {"name": "", "generation": 1, "address": "::", "port": 1}
+    clients = [client | {"prefixes": ["::/0"] * 190_000}]
+    return [
+        ("status", msgpack.packb(["ingest.9", 1, 0, 1, 0, 1, accounts])),
+        ("status", msgpack.packb(["ingest.9", 1, 0, 1, 0, 1, {"a": dict.fromkeys(accounts, 1)}])),
+        ("registry.change", msgpack.packb([1, 2, [], ["ab"] * 340_000])),
+        ("registry.snapshot", msgpack.packb([1, 0, 1, clients])),
+        ("registry.snapshot", msgpack.packb([1, 0, 1, [client] * 25_000])),
+        ("registry.snapshot", msgpack.packb([1, 0, 1, [{}] * 1_000_000])),
+        ("health", msgpack.packb(["relay", 1, 0, 1, [["a", 1, "slow", 0, 0]] * 90_000])),
+    ]
 
 
 class BusEnds:

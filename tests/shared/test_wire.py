@@ -1,6 +1,6 @@
 import gc
-import resource
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -14,6 +14,7 @@ from shared.registry import Client
 from shared.wire import (
     KINDS,
     MAX_ENVELOPE,
+    MAX_MESSAGE,
     MAX_NUMBER,
     MAX_TOPIC,
     VERSION,
@@ -37,7 +38,7 @@ from shared.wire import (
     decode,
     encode,
 )
-from tests.builders import make_batch
+from tests.builders import heavy_bodies, make_batch
 
 CAUSES = {"malformed", "bad_version", "unknown_kind", "not_borrowed"}
 CLIENT = Client("a", 7, "192.0.2.9", 2055, ("messages",), prefixes=("192.0.2.0/24",), sample=3, group="g")
@@ -197,6 +198,8 @@ def test_each_wrong_part_is_refused_under_its_cause(changes: dict[str, Any], cau
         {"address": ""},
         {"prefixes": ["192.0.2.1/24"]},
         {"prefixes": "::/0"},
+        {"prefixes": ["::/0"] * 257},
+        {"streams": ["a"] * 257},
         {"source": "forged"},
         {"colour": "red"},
     ],
@@ -285,6 +288,16 @@ def test_header_that_announces_gigabytes_takes_none(header: bytes) -> None:
         assert cause_of([topic, envelope, b"\x94\x01\x00\x01" + header, *arrays]) == "malformed"
 
 
+def peak_mb(parts: Sequence[Part]) -> float:
+    """By how much the resident memory of this process grows at most while it decodes a message, sound or not."""
+    gc.collect()
+    status = Path("/proc/self/status")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew (proc(5))
+    before = int(status.read_text().partition("VmRSS:")[2].split()[0])
+    cause_of(parts)
+    return (int(status.read_text().partition("VmHWM:")[2].split()[0]) - before) / 1024
+
+
 @pytest.mark.parametrize("kind", ["registry.snapshot", "status"])
 def test_ten_megabytes_of_empty_maps_take_no_memory(kind: str) -> None:
     """10 MB of empty maps are refused at the first of them, which is no client and no account."""
@@ -292,10 +305,15 @@ def test_ten_megabytes_of_empty_maps_take_no_memory(kind: str) -> None:
     count = 10_000_000
     maps = b"\xdd" + count.to_bytes(4, "big") + b"\x80" * count
     parts[2] = (b"\x94\x01\x00\x01" if kind == "registry.snapshot" else b"\x97\xa1i\x01\x00\x01\x00\x01") + maps
-    gc.collect()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert cause_of(parts) == "malformed"
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
+    assert peak_mb(parts) < 10
+
+
+@pytest.mark.parametrize(("kind", "body"), heavy_bodies())
+def test_longest_messages_take_bounded_memory(kind: str, body: bytes) -> None:
+    """Whatever fills a part of the longest size takes well under 100 MB to decode, however small its items."""
+    assert MAX_MESSAGE * 0.6 < len(body) <= MAX_MESSAGE
+    assert peak_mb([b"t/", msgpack.packb([VERSION, kind, "ingest.9", *ENVELOPE[3:]]), body]) < 60
 
 
 @settings(max_examples=200)

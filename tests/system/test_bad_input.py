@@ -4,12 +4,15 @@ import os
 import random
 import socket
 from contextlib import closing
+from itertools import product
 
+import msgpack
 import pytest
 import zmq
 
 from shared.bus import publish_endpoint
-from shared.wire import REGISTRY_TOPIC, TRANSMIT_TOPIC, datagrams_topic, serve_topic, status_topic
+from shared.wire import REGISTRY_TOPIC, TRANSMIT_TOPIC, VERSION, datagrams_topic, serve_topic, status_topic
+from tests.builders import heavy_bodies
 from tests.openly import OpenStack
 from tests.stack import Stack, ask_json, wait_until
 from tests.traffic import open_receiver
@@ -39,6 +42,7 @@ def test_garbage_on_every_topic_disturbs_nobody(open_stack: OpenStack) -> None:
     stack.start_all()
     stack.start("transmitter")
     draw = random.Random(3)
+    before = {running.name: running.forget_peak() for running in stack.running}
     with zmq.Context() as context, context.socket(zmq.PUB) as stranger:
         stranger.setsockopt(zmq.LINGER, 0)
         stranger.connect(publish_endpoint(stack.bus))
@@ -53,6 +57,11 @@ def test_garbage_on_every_topic_disturbs_nobody(open_stack: OpenStack) -> None:
                     stranger.send_multipart(garbage(draw))
                 sender.sendto(b"%d" % number, ("127.0.0.1", 6667))
                 assert [sink.recv(100), sink.recv(100)] == [b"%d" % number] * 2
+            for topic, (kind, body) in product(TOPICS, heavy_bodies()):
+                envelope = msgpack.packb([VERSION, kind, "ingest.9", 1, 0, 0])
+                stranger.send_multipart([topic.encode(), envelope, body + b"\0"])  # wrong after all of it was read
+                sender.sendto(b"on", ("127.0.0.1", 6667))
+                assert [sink.recv(100), sink.recv(100)] == [b"on"] * 2
             sink.settimeout(0.3)
             with pytest.raises(TimeoutError):
                 sink.recv(100)
@@ -61,6 +70,7 @@ def test_garbage_on_every_topic_disturbs_nobody(open_stack: OpenStack) -> None:
         assert len(stack[name].text.splitlines()) < 100, "more than a line a second"
     for running in stack.running:
         assert running.process.poll() is None, running.text
+        assert running.resident_mb("VmHWM") - before[running.name] < 100, running.name
         assert "Traceback" not in running.text
 
 
