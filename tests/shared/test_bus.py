@@ -298,6 +298,29 @@ def test_hostile_subscriptions_are_bounded(tmp_path: Path) -> None:
         assert not publisher.wanted(f"x{SUBSCRIPTIONS_MAX}/")
 
 
+def test_slow_subscriber_costs_itself_alone(stack: Stack) -> None:
+    """A subscriber that does not read loses what has no room, and sees exactly how much; another one misses nothing."""
+    stack.configure("high_water_mark = 20\n")
+    stack.start("broker")
+    with BusEnds(stack.bus) as bus:
+        publisher, subscribers = bus.publisher(), list[Subscriber]()
+        for _ in range(2):
+            subscribers.append(bus.subscriber(TOPIC, high_water_mark=20))
+            wait_until(lambda: TOPIC in publisher.new_subscriptions(), "the subscription is seen")
+        quick, slow = subscribers
+        for number in range(300):
+            assert publish(publisher, b"%d" % number, bytes(60_000))
+            assert payloads_of([take(quick)])[0] == b"%d" % number
+        late, continuity = drain(slow), Continuity()
+        assert publish(publisher, b"300", b"last")
+        late.append(take(slow))
+        for message in late:
+            assert continuity.observe(TOPIC, message.envelope, 2) is not None
+        (position,) = continuity.positions.values()
+        assert 0 < position.missed == 2 * (301 - len(late))
+        assert position.taken == 2 * len(late)
+
+
 HOSTILE = """
 import sys, zmq
 context = zmq.Context()

@@ -1,6 +1,7 @@
 """The structure holds: who may import whom, what the wheel contains, what idle processes cost."""
 
 import ast
+import re
 import subprocess
 import sys
 import time
@@ -96,6 +97,14 @@ def test_no_socket_of_the_bus_is_made_elsewhere() -> None:
         if "context.socket(" in path.read_text()
     }
     assert makers == {"shared/bus.py", "services/broker/proxy.py"}
+
+
+def test_no_process_forks() -> None:
+    """Nothing starts a process that would share a ZeroMQ context with it: workers are started, and have their own."""
+    for folder in ("services", "shared"):
+        for path in (CHECKOUT / folder).rglob("*.py"):
+            assert not imports(path) & {"multiprocessing", "subprocess", "pty"}, path
+            assert not re.search(r"\bfork(pty)?\(|ProcessPool", path.read_text()), path
 
 
 def test_the_wheel_holds_one_directory_and_runs(tmp_path: Path) -> None:

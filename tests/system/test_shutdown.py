@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.builders import freeze, kill_all
 from tests.stack import DRAIN_SECONDS, Stack, ask_json, wait_until
 from tests.traffic import exporters, open_receiver, pause
 
@@ -58,6 +59,25 @@ def test_each_process_drains_under_load(stack: Stack, name: str, number: signal.
             assert stack[other].stop(seconds=DRAIN_SECONDS) == 0
     assert not (stack.directory / "s").exists()
     assert {path.name for path in stack.bus.iterdir()} == {"lock", "registry.sqlite"}
+
+
+@pytest.mark.parametrize("name", ["ingest.1", "forwarder", "gateway"])
+def test_each_process_ends_beside_a_broker_that_stands_still(stack: Stack, name: str) -> None:
+    """With messages that nobody takes any more a process still ends with 0 before the supervisor would kill."""
+    stack.configure('[[stream]]\nname = "s"\nlisten = ["udp://127.0.0.1:7000"]\n')
+    stack.start_all()
+    with exporters(4, 7000) as sources:
+        assert ask_json({"op": "register", "name": "c", "streams": ["s"], "port": 9100})["ok"]
+        freeze(stack["broker"])
+        load = Load(sources)
+        load.start()
+        for number in range(100):
+            ask_json({"op": "register", "name": f"n{number}"})
+        pause(1)  # for the status that each publishes every second
+        assert stack[name].stop(seconds=DRAIN_SECONDS) == 0
+        load.stopping.set()
+        load.join()
+    kill_all(stack)
 
 
 def test_stopping_everything_loses_nothing_that_was_taken(stack: Stack) -> None:
