@@ -86,11 +86,11 @@ class OpenStack(Stack):
         with self._program(), ambient(NET_RAW) if os.geteuid() else nullcontext():
             yield
 
-    def start_without_privilege(self) -> Running:
-        """Start a transmitter as somebody who may not open raw sockets."""
+    def start_without_privilege(self, name: str = "transmitter") -> Running:
+        """Start a service as a plain user, a transmitter as one who may not open raw sockets."""
         become = f"--reuid={NOBODY} --regid={NOBODY} --clear-groups" if os.geteuid() == 0 else "--no-new-privs"
         with self._program("setpriv", *become.split()):
-            return super().start("transmitter")
+            return super().start(name)
 
     @contextmanager
     def _program(self, *prefix: str) -> Iterator[None]:

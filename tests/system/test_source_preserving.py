@@ -1,6 +1,8 @@
 """Copies that keep the exporter's address, from exporters on other hosts to collectors on other hosts."""
 
+import os
 import random
+import re
 import signal
 import socket
 import threading
@@ -14,8 +16,8 @@ from typing import Any
 import pytest
 
 from tests.capture import Capture, Collector, Receiver, assert_complete
-from tests.network import End, Host, tunnel, veth
-from tests.openly import OpenStack
+from tests.network import HERE, End, Host, tunnel, veth
+from tests.openly import NOBODY, OpenStack
 from tests.stack import ask_json, wait_until
 from tests.system.test_workers import reports
 
@@ -209,8 +211,28 @@ def test_transmitter_holds_no_privilege(open_stack: OpenStack) -> None:
         assert facts["uid"] == int(status["Uid"].split()[0])
 
 
+def test_nobody_but_the_opener_ever_has_a_capability(open_stack: OpenStack) -> None:
+    """Of services that a plain user runs no thread has a capability in any set, while copies of both kinds flow."""
+    if os.geteuid() == 0:
+        os.chown(open_stack.directory, NOBODY, NOBODY)  # where the bus directory is made
+    for name in ("broker", "gateway", "forwarder", "ingest"):
+        open_stack.start_without_privilege(name)
+    open_stack.start("transmitter")
+    with Collector(HERE, "127.0.0.1", 9514) as collector, Exporters(HERE, [("127.0.0.2", 0)], "127.0.0.1") as exporters:
+        for source in ("relay", "original"):
+            request = {"op": "register", "name": source, "streams": ["messages"], "port": 9514, "source": source}
+            wait_until(lambda request=request: ask_json(request)["ok"], "it is signed up")  # type: ignore[misc]
+        exporters.send(("127.0.0.2", 0), b"both ways")
+        assert {arrival.source for arrival in collector.read(2)} == {"127.0.0.1", "127.0.0.2"}
+    for running in open_stack.running:
+        for status in Path(f"/proc/{running.process.pid}/task").glob("*/status"):
+            sets = re.findall(r"^(Cap(?:Inh|Prm|Eff|Amb)):\s*(\w+)$", status.read_text(), re.MULTILINE)
+            assert [(name, int(held, 16)) for name, held in sets] == [(name, 0) for name, _ in sets], running.name
+            assert len(sets) == 4
+
+
 def test_killed_transmitter_resumes_and_the_gap_is_counted(open_stack: OpenStack) -> None:
-    """SIGKILL under load: once it is back copies go on with nothing registered anew, and what it missed is known."""
+    """SIGKILL under load: no copy from another address; once it is back copies go on, and what it missed is known."""
     with small_site(open_stack) as (field, relay, siem), Collector(siem, "10.2.0.2", 9514) as collector:
         with relay.entered():
             open_stack.start("transmitter")
@@ -230,6 +252,7 @@ def test_killed_transmitter_resumes_and_the_gap_is_counted(open_stack: OpenStack
         by_source: dict[tuple[str, int], list[int]] = {}
         for arrival in (*before, *after):
             by_source.setdefault((arrival.source, arrival.source_port), []).append(number_of(arrival.payload))
+        assert set(by_source) == set(EXPORTERS), "a copy came from somebody else"
         for came in by_source.values():
             assert came == sorted(set(came)), "out of order, or twice"
             assert sum(later - number != 3 for number, later in pairwise(came)) <= 1, "more than one gap"
