@@ -1,13 +1,18 @@
-"""README keeps its word: its tour works when pasted, its settings are those there are."""
+"""README keeps its word: its tour works when pasted, its tables have what there is and nothing else."""
 
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, get_args
 
 import msgspec
 import pytest
 
+from services.gateway.health import Word
+from services.gateway.requests import OPERATIONS, ErrorWord, Operation
+from services.gateway.views import View
+from services.operator.lease import PASSING
 from shared.settings import DEFAULT_STREAM, Settings
 from shared.settings_file import render
 from tests.openly import OpenStack
@@ -15,6 +20,19 @@ from tests.stack import CHECKOUT, Stack
 from tests.system.test_fan_out import need
 
 README = (CHECKOUT / "README.md").read_text()
+
+
+def blocks(heading: str, *languages: str) -> list[str]:
+    """The blocks in these languages under a heading of README, up to the next one of the second level."""
+    section = README.partition(f"\n{heading}\n")[2].partition("\n## ")[0]
+    return re.findall(rf"^```(?:{'|'.join(languages)})\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+
+
+def table(heading: str) -> dict[str, list[str]]:
+    """The table whose first column has this heading: the cells of each row by the word in its first one."""
+    rows = re.search(rf"^\| {heading} \|.*\n((?:\|.*\n)*)", README, re.MULTILINE)
+    assert rows, heading
+    return {word: rest.split("|") for word, rest in re.findall(r"^\| `(\w+)` \|(.*)\|$", rows[1], re.MULTILINE)}
 
 
 def test_the_tour_works_when_pasted(open_stack: OpenStack) -> None:
@@ -53,8 +71,7 @@ def test_the_tour_works_when_pasted(open_stack: OpenStack) -> None:
 def test_who_may_works_when_pasted(stack: Stack) -> None:
     """The certificate and token that README has one make let a client in by TLS, with either program."""
     need("openssl")
-    section = README.partition("## Who may")[2].partition("\n## ")[0]
-    make, lines, use = re.findall(r"^```(?:bash|toml)\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    make, lines, use = blocks("## Who may", "bash", "toml")
     if not (Path(sys.prefix) / "bin" / "fanwire").exists():
         pytest.skip("fanwire is not installed in this environment")
 
@@ -82,7 +99,7 @@ def test_who_may_works_when_pasted(stack: Stack) -> None:
 
 def test_settings_are_those_in_the_table() -> None:
     """README's table names every setting with its default, and no other."""
-    table = dict(re.findall(r"^\| `(\[+\w+\]+ \w+)` \| (.*?) \|", README, re.MULTILINE))
+    shown = dict(re.findall(r"^\| `(\[+\w+\]+ \w+)` \| (.*?) \|", README, re.MULTILINE))
     declared: dict[str, str] = {}
     numbered = msgspec.structs.replace(DEFAULT_STREAM, protocol="netflow")  # what is not set is not rendered
     for line in render(Settings(streams=(numbered,))).splitlines():
@@ -92,7 +109,35 @@ def test_settings_are_those_in_the_table() -> None:
             key, _, value = line.partition(" = ")
             declared[f"{section} {key}"] = value
     streams = {name for name in declared if name.startswith("[[stream]]")}
-    assert table.keys() == declared.keys()
+    assert shown.keys() == declared.keys()
     for name in declared.keys() - streams:
-        assert table[name] == f"`{declared[name]}`", name
-    assert msgspec.json.decode(table["[[stream]] receive_buffer"].strip("`")) == Settings().streams[0].receive_buffer
+        assert shown[name] == f"`{declared[name]}`", name
+    assert msgspec.json.decode(shown["[[stream]] receive_buffer"].strip("`")) == Settings().streams[0].receive_buffer
+
+
+def test_requests_are_those_in_the_table() -> None:
+    """README's table has every op with all of its fields and no other, and of an entry only what it has."""
+    kinds = {str(kind.__struct_config__.tag): kind for kind in get_args(Operation)}
+    requests = table("op")
+    assert tuple(requests) == OPERATIONS
+    for op, (asked, _) in requests.items():
+        fields = set(kinds[op].__struct_encode_fields__) - {"id"}
+        assert _in_backticks(asked) - {"leave"} == fields, op
+    assert _in_backticks(requests["register"][1]) <= {"client", *View.__struct_encode_fields__}
+
+
+def test_words_are_those_in_the_tables() -> None:
+    """README's tables have every error word and every word of health; what they say to retry, `collect` retries."""
+    errors = table("`error`")
+    assert tuple(errors) == get_args(ErrorWord)
+    assert {word for word, (_, then) in errors.items() if then.strip() == "retry"} == PASSING
+    assert table("`health`").keys() == _words(Word)
+
+
+def _in_backticks(text: str) -> set[str]:
+    return set(re.findall(r"`(\w+)`", text))
+
+
+def _words(kind: Any) -> set[str]:
+    """What a Literal, or a union of them, allows."""
+    return {kind} if isinstance(kind, str) else {word for part in get_args(kind) for word in _words(part)}
