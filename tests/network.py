@@ -223,10 +223,13 @@ class End:
         """Whether it and its other end are up."""
         return bool(self.host.link(self.name)["operstate"] == "UP")
 
-    def make(self, kind: str, more: str = "") -> None:
-        """Make the interface; skip the test if this kernel has none of the kind, fail it for any other reason."""
+    def make(self, kind: str, more: str = "", over: str = "") -> None:
+        """Make the interface, `over` another; skip the test if this kernel has none of the kind, else fail it."""
+        lower = f"link {over} " if over else ""
         try:
-            self.host.run(*f"ip link add name {self.name} address {self.link_address} type {kind} {more}".split())
+            self.host.run(
+                *f"ip link add {lower}name {self.name} address {self.link_address} type {kind} {more}".split()
+            )
         except AssertionError as error:
             if "Unknown device type" in str(error) or "Operation not supported" in str(error):
                 pytest.skip(f"this kernel has no {kind} interfaces")
