@@ -22,6 +22,7 @@ import structlog
 import zmq
 
 from shared.batch import DatagramBatch
+from shared.lifecycle import CANT_CREATE, OperatorError
 from shared.link import DIRECT, Link, ipc_endpoint
 from shared.pool import Borrowed, pool_path
 from shared.wire import (
@@ -334,9 +335,14 @@ class Requests:
 def prepare_directory(directory: Path) -> None:
     """Make the bus directory, mode 0700, for a broker of this user. PermissionError when it is somebody else's.
 
-    An existing directory may have mode 0750, for an operator's group; anything wider is taken back.
+    An existing directory may have mode 0750, for an operator's group; anything wider is taken back. OperatorError when
+    there can be none.
     """
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        cure = "set [bus] directory to one that this user can make"
+        raise OperatorError(CANT_CREATE, f"bus directory {directory}: {error.strerror}; {cure}") from None
     found = directory.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
         raise _not_ours(directory)

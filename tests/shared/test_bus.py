@@ -24,6 +24,7 @@ from shared.bus import (
     subscribe_endpoint,
 )
 from shared.continuity import Continuity
+from shared.lifecycle import OperatorError
 from shared.wire import (
     MAX_MESSAGE,
     MAX_TOPIC,
@@ -704,12 +705,12 @@ def test_directory_behind_a_link_is_refused(tmp_path: Path) -> None:
 
 
 def test_something_else_in_the_way_is_refused(tmp_path: Path) -> None:
-    """A file or a socket where the directory should be is an OSError."""
+    """A file or a socket where the directory should be ends the start with a line that names it."""
     (tmp_path / "file").write_text("")
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(str(tmp_path / "socket"))
         for name in ("file", "socket"):
-            with pytest.raises(FileExistsError):
+            with pytest.raises(OperatorError, match=f"bus directory {tmp_path / name}: File exists; set "):
                 prepare_directory(tmp_path / name)
 
 

@@ -3,6 +3,8 @@
 import os
 import random
 import socket
+import subprocess
+import sys
 from contextlib import closing
 from itertools import product
 
@@ -82,6 +84,25 @@ def test_start_without_the_broker_says_so(stack: Stack, name: str) -> None:
     assert service.process.poll() is None
     stack.start("broker")
     service.wait_for('"event": "ready"')
+
+
+SERVICES = ("broker", "gateway", "ingest", "forwarder", "transmitter")
+READ_ONLY = "mkdir -p {at} && mount -t tmpfs -o ro fanwire {at} && exec {python} -m services.{name}"
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_read_only_file_system_is_one_line_everywhere(stack: Stack, name: str) -> None:
+    """Where no bus directory can be made a service ends with 73, and one line: what, why, and which setting."""
+    command = READ_ONLY.format(at=stack.directory / "ro", python=sys.executable, name=name)
+    new = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--mount", "--map-root-user"]
+    if subprocess.run([*new, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("needs a mount namespace of its own")
+    running = stack.spawn(name, [*new, "sh", "-c", command], FANWIRE_BUS__DIRECTORY=str(stack.directory / "ro" / "bus"))
+    assert running.process.wait(20) == 73
+    lines = [line for line in running.text.splitlines() if "no raw sockets" not in line and line[0] == "{"]
+    assert len(lines) == 1
+    assert f"bus directory {stack.directory}/ro/bus: Read-only file system; set [bus] directory" in lines[0]
+    assert "Traceback" not in running.text
 
 
 @pytest.mark.parametrize("name", ["broker", "gateway", "ingest", "forwarder", "operator"])
