@@ -121,12 +121,14 @@ class Balance:
             loss
             for service, accounts in sorted(self.accounts.items())
             for name, account in sorted(accounts.items())
-            for loss in _losses(service, name, account)
+            for loss in _places(service, name, account)
+            if loss.lost > 0
         ]
         return sorted(found, key=lambda loss: PLACES.index(loss.place))
 
 
-def _losses(service: str, name: str, account: Mapping[str, int]) -> Iterator[Loss]:
+def _places(service: str, name: str, account: Mapping[str, int]) -> Iterator[Loss]:
+    """Wherever something may be lost, with what was: mostly nothing."""
     kind, _, of = name.partition("/")
     by_kernel = account.get(KERNEL_DROPPED, 0)
     if kind == "stream":
@@ -134,16 +136,14 @@ def _losses(service: str, name: str, account: Mapping[str, int]) -> Iterator[Los
         upstream = {"datagrams": max(0, account.get(EXPORTER_MISSED, 0) - by_kernel)}
         upstream |= {"flows": account.get(EXPORTER_MISSED_FLOWS, 0), "records": account.get(EXPORTER_MISSED_RECORDS, 0)}
         for unit, lost in upstream.items():
-            if lost:
-                among = ", the kernel's among them" if by_kernel and unit != "datagrams" else ""
-                yield Loss("upstream", service, of, lost, unit + among)
-        if by_kernel:
-            yield Loss("kernel", service, of, by_kernel, "datagrams")
-    elif is_origin(name) and (missed := account.get(MISSED, 0)):
+            among = ", the kernel's among them" if by_kernel and unit != "datagrams" else ""
+            yield Loss("upstream", service, of, lost, unit + among)
+        yield Loss("kernel", service, of, by_kernel, "datagrams")
+    elif is_origin(name):
         worker, _, stream = parse_origin(name)
-        yield Loss("bus", service, stream, missed, f"datagrams of {worker}")
+        yield Loss("bus", service, stream, account.get(MISSED, 0), f"datagrams of {worker}")
     for counter, lost in sorted(account.items()):
-        if kind in ("stream", "collector") and counter.startswith(DROPPED) and counter != NO_SUBSCRIBER and lost:
+        if kind in ("stream", "collector") and counter.startswith(DROPPED) and counter != NO_SUBSCRIBER:
             place = "way out" if kind == "collector" else "bus" if counter == BUS_FULL else "ingest"
             yield Loss(place, service, of, lost, counter.removeprefix(DROPPED))
 

@@ -68,7 +68,7 @@ class RefusedError(OperatorError):
 
     def __init__(self, answer: Answer) -> None:
         code = NOT_PERMITTED if answer.error == "not_permitted" else FAILED
-        super().__init__(code, answer.message or answer.error)
+        super().__init__(code, answer.message or answer.error or "refused, without a reason")
         self.error = answer.error
 
 

@@ -5,6 +5,7 @@ Each target gets its share of the time, in a process of its own. What is found i
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -38,12 +39,14 @@ def fuzz(name: str, seconds: int, keep: bool) -> bool:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", check=False)
         found = [path.read_bytes() for path in Path(directory).glob("found-*")]
         said = done.stdout + done.stderr
-        counts = [line.split()[-1] for line in said.splitlines() if "number_of_executed_units" in line]
-        print(f"{name:14} {int(counts[0]) if counts else 0:10,} inputs  {'FOUND' if done.returncode else 'nothing'}")
+        counts = re.findall(r"number_of_executed_units: (\d+)", said)[-1:] or ["0"]
+        reached = re.findall(r"cov: (\d+)", said)[-1:] or ["0"]
+        found_any = "FOUND" if done.returncode else "nothing"
+        print(f"{name:14} {int(counts[0]):10,} inputs {int(reached[0]):6,} places reached  {found_any}", flush=True)
         for data in found:
             print(f"  corpus/{name}.hex: {data.hex()}")
         if done.returncode:
-            print(said[-3000:])
+            print(said.partition("Uncaught Python exception: ===")[2].partition("\n\n")[0] or said[-3000:])
         if keep:
             _keep(name, inputs, found)
         return done.returncode == 0
