@@ -27,6 +27,8 @@ LARGEST_MESSAGE: Final = MAX_PAYLOAD + MAX_ROWS * ROW.itemsize
 TRIM_SECONDS: Final = 0.5
 SAID_SECONDS: Final = 10.0
 _PAGE: Final = os.sysconf("SC_PAGESIZE")
+_statm: Final = os.open("/proc/self/statm", os.O_RDONLY)
+"""From the start: when it matters there may be no descriptor to spare."""
 _trim: Final[Callable[[int], int] | None] = getattr(ctypes.CDLL(None), "malloc_trim", None)
 """malloc_trim(3): what was freed goes back to the kernel. glibc has it, others give it back by themselves."""
 
@@ -80,11 +82,7 @@ class Memory:
 
     def _measure(self) -> None:
         """Read how much is resident: private pages, and unless it `borrows` shared and mapped ones (proc(5), statm)."""
-        descriptor = os.open("/proc/self/statm", os.O_RDONLY)
-        try:
-            _, resident, shared, *_ = map(int, os.read(descriptor, 256).split())
-        finally:
-            os.close(descriptor)
+        _, resident, shared, *_ = map(int, os.pread(_statm, 256, 0).split())
         self.used = (resident - shared * self._borrows) * _PAGE
         self.most = max(self.most, self.used)
 

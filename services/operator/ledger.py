@@ -18,6 +18,9 @@ from shared.ledger import (
     EXPECTED,
     FILTERED,
     KERNEL_DROPPED,
+    MEMORY,
+    MEMORY_CEILING,
+    MEMORY_MOST,
     MISSED,
     PUBLISHED,
     RECEIVED,
@@ -99,6 +102,7 @@ def _print(balance: Balance, found: list[str]) -> None:
         ("Origins", ORIGIN_COLUMNS, _origin_rows(balance)),
         ("Collectors", COLLECTOR_COLUMNS, _collector_rows(balance)),
         ("Losses", Loss._fields, balance.losses()),
+        ("Memory", MEMORY_COLUMNS, _memory_rows(balance)),
     ):
         print_table(title, columns, rows)
     said = [*(f"gone: {origin}" for origin in balance.gone()), *(found or ["balanced"])]
@@ -141,6 +145,16 @@ COLLECTOR_COLUMNS: Final = ("consumer", "collector", *(counter.replace("_", " ")
 def _collector_rows(balance: Balance) -> Iterator[Row]:
     for service, name, account in _accounts(balance, "collector/"):
         yield service, name, *(account.get(counter, 0) for counter in OUTCOMES), _drops(account)
+
+
+MEMORY_COLUMNS: Final = ("service", "MB", "at most", "ceiling")
+
+
+def _memory_rows(balance: Balance) -> Iterator[Row]:
+    for service, accounts in sorted(balance.accounts.items()):
+        account = accounts.get(service.partition(".")[0], {})
+        if MEMORY in account:
+            yield service, *(account.get(gauge, 0) >> 20 for gauge in (MEMORY, MEMORY_MOST, MEMORY_CEILING))
 
 
 def _accounts(balance: Balance, prefix: str) -> Iterator[tuple[str, str, Mapping[str, int]]]:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from services.transmitter.opener import SEND_BUFFER
+from services.transmitter.opener import SEND_BUFFER, SOCKETS
 from shared.addresses import resolve
-from shared.settings import DEFAULT_STREAM, Forwarder, Stream
+from shared.settings import DEFAULT_STREAM, Forwarder, Settings, Stream
 from shared.sockets import KINDS
 from tests.stack import CHECKOUT
 
@@ -119,6 +119,17 @@ def test_sockets_are_those_of_the_built_in_stream() -> None:
             expected.add(("Datagram" if kind == socket.SOCK_DGRAM else "Stream", text))
     assert listed == expected
     assert lines(unit, "ReusePort") == ["yes"]
+
+
+@pytest.mark.parametrize("unit", SERVICES, ids=service_of)
+def test_ceiling_leaves_room_for_the_kernel(unit: Path) -> None:
+    """A process is at its own ceiling well before systemd's, which also counts what the kernel holds for it."""
+    (most,) = lines(unit, "MemoryMax")
+    most_bytes = int(most[:-1]) << {"M": 20, "G": 30}[most[-1]]
+    held_by_kernel = {"ingest": 4 * Stream(name="x", listen=("udp://localhost:1",)).receive_buffer}
+    held_by_kernel["transmitter"] = 3 * SOCKETS * 2 * SEND_BUFFER
+    ceiling = getattr(Settings(), service_of(unit)).memory
+    assert ceiling + held_by_kernel.get(service_of(unit), most_bytes // 8) <= most_bytes
 
 
 def test_kernel_grants_what_the_services_ask_for() -> None:

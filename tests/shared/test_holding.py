@@ -64,3 +64,18 @@ def test_every_row_is_held_sent_or_dropped(
                 assert offered[each] == len(sent[each]) + accounts[each]["held"] + accounts[each]["dropped_x"]
                 assert sent[each] == sorted(set(sent[each]))
                 assert all(held.expires_at > clock.now for held in holding._queue)
+
+
+def test_half_goes_when_memory_is_short() -> None:
+    """The oldest half of what waits is dropped, under a cause of its own, for all who wait for it."""
+    memory = HeldMemory(1 << 20)
+    accounts = [Counter[str]() for _ in range(2)]
+    queues = [Holding(account, "dropped_x", 3.0, 1000, 1 << 20, memory) for account in accounts]
+    batches = [Gathered([make_batch([bytes([number]) * 100] * ROWS)]) for number in range(6)]
+    for batch in batches:
+        for queue in queues:
+            queue.hold(batch, None)
+    memory.halve()
+    for queue, account in zip(queues, accounts, strict=True):
+        assert (account["dropped_memory"], account["held"], account["dropped_x"]) == (3 * ROWS, 3 * ROWS, 0)
+        assert queue.take().batch is batches[3]

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.pool import ANSWER, CHUNK, GRACE_SECONDS, MAX_BORROWERS, MAX_REQUEST, PAGE, Borrowed, pool_path
+from shared.pool import ANSWER, CHUNK, GRACE_SECONDS, MAX_BORROWERS, MAX_REQUEST, PAGE, Borrowed, Pool, Room, pool_path
 from tests.shared.lending import Lending, PoolClock
 from tests.stack import CHECKOUT, wait_until
 
@@ -757,3 +757,35 @@ def test_stopped_borrower_keeps_what_it_holds(lending: Lending, opened: ExitStac
     assert process.tell("look") == digests
     assert process.tell("drop") == []
     assert chunks_lent(lending) == {0, 1, 2}
+
+
+def test_pools_share_the_room_there_is(tmp_path: Path) -> None:
+    """Several streams lend no more memory together than there is room for; what one has used it keeps."""
+    room = Room(3 * CHUNK)
+    pools = [Pool(name, 2 * CHUNK, room) for name in ("a", "b")]
+    borrowers = []
+    try:
+        for pool in pools:
+            borrower, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            borrowers += [borrower, ours]
+            pool.admit(ours)
+
+        def lend(pool: Pool) -> bool:
+            loan = pool.lend()
+            if loan:
+                pool.lent(loan)
+            return loan is not None
+
+        assert [lend(pools[0]), lend(pools[0]), lend(pools[0])] == [True, True, False]
+        assert [lend(pools[1]), lend(pools[1])] == [True, False], "the second has one chunk left, not two"
+        for pool in pools:
+            pool.dismiss(borrowers[2 * pools.index(pool) + 1])
+            pool.admit(borrowers[2 * pools.index(pool) + 1])  # has given back all that was lent before
+        assert [lend(pools[0]), lend(pools[0]), lend(pools[1]), lend(pools[1])] == [True, True, True, False]
+    finally:
+        for pool in pools:
+            pool.close()
+        for sock in borrowers:
+            for descriptor in socket.recv_fds(sock, 64, 4)[1] if sock in borrowers[::2] else ():
+                os.close(descriptor)
+            sock.close()

@@ -83,7 +83,7 @@ class Sent:
     @property
     def memory_used(self) -> int:
         """Bytes of what waits."""
-        return self._relay._memory.used
+        return self._relay.held.used
 
     def accounts(self) -> dict[str, dict[str, int]]:
         """The accounts, which must add up."""
