@@ -53,7 +53,7 @@ def test_the_tour_works_when_pasted(open_stack: OpenStack) -> None:
         cwd=open_stack.directory,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=110,
         check=False,
     )
     said = result.stdout + result.stderr

@@ -18,6 +18,7 @@ from services.transmitter.sender import Sender
 from shared.addresses import pack_address
 from shared.batch import DatagramBatch, make_rows
 from shared.gathering import Gathered
+from shared.holding import HeldMemory
 from shared.routing import ALL_ROWS
 from shared.settings import Settings
 from tests.builders import make_client
@@ -68,7 +69,7 @@ class Ends:
         """Have a sender on the relay, once links are as they are to be."""
         raw = open_raw(self.opened, self.relay)
         with self.relay.entered():
-            self.sender = self.opened.enter_context(closing(Sender(Settings(), raw)))
+            self.sender = self.opened.enter_context(closing(Sender(Settings(), raw, HeldMemory(1 << 20))))
 
     def deliver(self, collector: Collector, datagrams: Sequence[Datagram], address: str) -> None:
         """Send copies, and check that the kernel of the collector's host takes every one, and complains of none."""
