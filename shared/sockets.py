@@ -1,6 +1,5 @@
 """Listening sockets, bound or inherited, and what Linux offers beyond the stdlib: forced buffers, drop counts."""
 
-import ctypes
 import errno
 import os
 import socket
@@ -25,15 +24,11 @@ NOT_HERE: Final = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 LISTEN_FDS_START: Final = 3
 """The first descriptor that a service manager passes (sd_listen_fds(3))."""
 
-SO_ATTACH_FILTER: Final = 26
 SO_SNDBUFFORCE: Final = 32
 SO_RCVBUFFORCE: Final = 33
 SO_MEMINFO: Final = 55
 MEMINFO: Final = struct.Struct("=9I")
 """Nine u32, the last of them the drop count (linux/sock_diag.h, SK_MEMINFO_DROPS)."""
-ACCEPT_NOTHING: Final = ctypes.create_string_buffer(struct.pack("=HBBI", 0x06, 0, 0, 0))
-"""A socket filter of one instruction, `return 0` (struct sock_filter); the kernel copies it when it is attached."""
-
 
 Prepare = Callable[[socket.socket], None]
 """Sets options before a socket is bound; accepted connections inherit most of them."""
@@ -186,9 +181,3 @@ def bound_endpoint(scheme: str, sock: socket.socket) -> Endpoint:
     """The endpoint that a listening socket is bound to, where the settings may have named several addresses by one."""
     name = sock.getsockname()
     return Endpoint(scheme, path=name) if sock.family == socket.AF_UNIX else Endpoint(scheme, *name[:2])
-
-
-def refuse_input(sock: socket.socket) -> None:
-    """Have the kernel drop, and count among its drops, whatever arrives from now on; what is queued stays."""
-    program = struct.pack("HP", 1, ctypes.addressof(ACCEPT_NOTHING))  # struct sock_fprog
-    sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)

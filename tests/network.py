@@ -247,7 +247,8 @@ class End:
         self.ethtool(ETHTOOL_STXCSUM, checksum_offload)
         self.host.sysctl(f"net.ipv6.conf.{self.name.replace('.', '/')}.accept_dad", 0)
         lines = [f"link set dev {self.name} mtu {mtu} up"]
-        lines += [f"addr add {address} dev {self.name} {flags}" for address in self.addresses.split()]
+        for address in self.addresses.split():
+            lines += [f"addr add {address} dev {self.name} {flags} {'nodad' if ':' in address else ''}"]
         self.host.run("ip", "-batch", "-", text="\n".join([*lines, *more]))
         self.host.assert_no_default_route()
 

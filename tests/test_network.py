@@ -2,7 +2,6 @@
 
 import os
 import socket
-import struct
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
@@ -19,11 +18,11 @@ from tests.capture import (
     Header,
     Packet,
     assert_complete,
-    ones_sum,
     parse_ipv4,
     parse_udp,
     reassemble,
 )
+from tests.forging import forging
 from tests.network import (
     ETHTOOL_GTXCSUM,
     HERE,
@@ -42,7 +41,6 @@ from tests.stack import wait_until
 pytestmark = pytest.mark.usefixtures("lab")
 
 UDP_SEGMENT = 103
-IPV6_HDRINCL = 36
 NEAR, FAR = {4: "10.1.0.1", 6: "fd01::1"}, {4: "10.1.0.2", 6: "fd01::2"}
 FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
 Link = Callable[..., AbstractContextManager[None]]
@@ -81,26 +79,6 @@ def send(host: Host, address: str, port: int, *payloads: bytes, segment: int = 0
         for payload in payloads:
             sock.sendto(payload, (address, port))
         return int(sock.getsockname()[1])
-
-
-def forged(version: int, payload: bytes, port: int, wrong: int = 0) -> bytes:
-    """A packet to `FAR` from a source that is nobody here; its checksum is off by `wrong`."""
-    source = socket.inet_pton(FAMILY[version], {4: "192.168.7.7", 6: "fd77::7"}[version])
-    target = socket.inet_pton(FAMILY[version], FAR[version])
-    length = 8 + len(payload)
-    checksum = 0xFFFF - ones_sum(source + target + struct.pack("!IIHHH", length, 17, 514, port, length) + payload)
-    datagram = struct.pack("!HHHH", 514, port, length, checksum ^ wrong) + payload
-    if version == 4:  # the kernel fills in the header's checksum and identification: raw(7)
-        return struct.pack("!BBHHHBBH", 0x45, 0, 20 + length, 0, 0, 64, 17, 0) + source + target + datagram
-    return struct.pack("!IHBB", 6 << 28, length, 17, 64) + source + target + datagram
-
-
-def send_raw(host: Host, version: int, packet: bytes) -> None:
-    """Let the kernel route a packet with a header of its own."""
-    with host.socket(FAMILY[version], socket.SOCK_RAW, socket.IPPROTO_RAW) as sock:
-        if version == 6:
-            sock.setsockopt(socket.IPPROTO_IPV6, IPV6_HDRINCL, 1)
-        sock.sendto(packet, (FAR[version], 0))
 
 
 @both_versions
@@ -187,12 +165,17 @@ def test_routers_route(relay: Host, siem: Host, version: int) -> None:
 @pytest.mark.parametrize("link", [veth, tunnel])
 def test_foreign_sources_arrive_and_wrong_checksums_do_not(relay: Host, siem: Host, link: Link, version: int) -> None:
     """A collector takes datagrams from an address that is nobody's here, and its kernel checks their checksum."""
-    with link(near(relay), far(siem)), Collector(siem, FAR[version]) as collector, Capture(siem, "far") as capture:
-        send_raw(relay, version, forged(version, b"right", collector.port))
-        foreign = ("192.168.7.7" if version == 4 else "fd77::7", 514)
+    with (
+        link(near(relay), far(siem)),
+        Collector(siem, FAR[version]) as collector,
+        Capture(siem, "far") as capture,
+        forging(relay) as forger,
+    ):
+        foreign, there = ("192.168.7.7" if version == 4 else "fd77::7", 514), (FAR[version], collector.port)
+        forger.send(foreign, there, b"right")
         assert_complete(collector.read(1), {foreign: [b"right"]})
         assert_complete(capture.read(1), {foreign: [b"right"]})
-        send_raw(relay, version, forged(version, b"wrong", collector.port, wrong=0x0100))
+        forger.send(foreign, there, b"wrong", wrong=0x0100)
         with pytest.raises(AssertionError, match="wrong UDP checksum"):
             capture.read(1)
         with pytest.raises(AssertionError, match="dropped by the kernel"):

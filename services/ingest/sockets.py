@@ -10,6 +10,7 @@ from typing import Final
 import structlog
 
 from shared.addresses import Endpoint, resolve
+from shared.filters import refuse_mapped_sources
 from shared.lifecycle import BAD_SETTINGS, FAILED, OperatorError
 from shared.settings import Stream
 from shared.sockets import InheritedSocket, bind_endpoint, close_listener, inherited
@@ -86,6 +87,8 @@ def open_sockets(stream: Stream, endpoint: Endpoint, held: list[socket.socket]) 
         for sock in sockets:
             if sock.type == socket.SOCK_STREAM and not isinstance(sock, InheritedSocket):
                 sock.listen(TCP_BACKLOG)
+            if (sock.family, sock.type) == (socket.AF_INET6, socket.SOCK_DGRAM):
+                refuse_mapped_sources(sock)
     return sockets
 
 

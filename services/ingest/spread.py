@@ -5,33 +5,31 @@ The kernel asks one small program for all sockets that share an address by SO_RE
 them once a second. Until it has, what is meant for one that is gone the kernel spreads by addresses and ports.
 """
 
-import ctypes
 import socket
-import struct
 import sys
 from pathlib import Path
 from typing import Final
 
 import structlog
 
+from shared.filters import (
+    JUMP_IF_EQUAL,
+    LOAD_BYTE,
+    LOAD_WORD,
+    NETWORK_HEADER,
+    SHIFT_RIGHT,
+    SO_ATTACH_REUSEPORT_CBPF,
+    Instruction,
+    attach,
+)
 from shared.settings import Spread
 
-SO_ATTACH_REUSEPORT_CBPF: Final = 51
-"""asm-generic/socket.h; the module has no name for it."""
-INSTRUCTION: Final = struct.Struct("=HBBI")
-"""struct sock_filter: code, two jumps, operand (linux/filter.h)."""
-NETWORK_HEADER: Final = 0x1_0000_0000 - 0x10_0000
-"""SKF_NET_OFF: from here on the operand of a load counts from the start of the IP header."""
 RANDOM: Final = 0x1_0000_0000 - 0x1000 + 56
 """SKF_AD_OFF + SKF_AD_RANDOM: loading it gives a random number."""
 MULTIPLIER: Final = 0x9E37_79B1
 """2**32 divided by the golden ratio: neighbouring addresses end far apart (Knuth, multiplicative hashing)."""
 
-LOAD_WORD, LOAD_BYTE, STORE_IN_X = 0x20, 0x30, 0x07
-SHIFT_RIGHT, MULTIPLY, MODULO, XOR_WITH_X = 0x74, 0x24, 0x94, 0xAC
-JUMP, JUMP_IF_EQUAL, RETURN = 0x05, 0x15, 0x16
-
-Instruction = tuple[int, int, int, int]
+STORE_IN_X, MULTIPLY, MODULO, XOR_WITH_X, JUMP, RETURN = 0x07, 0x24, 0x94, 0xAC, 0x05, 0x16
 
 log = structlog.get_logger()
 
@@ -59,14 +57,6 @@ def program(spread: Spread, workers: int) -> list[Instruction]:
             (SHIFT_RIGHT, 0, 0, 16),
         ]
     return [*choice, (MODULO, 0, 0, workers), (RETURN, 0, 0, 0)]
-
-
-def attach(sock: socket.socket, instructions: list[Instruction]) -> None:
-    """Have the kernel ask this program for all sockets that share the address of one. OSError when it does not."""
-    code = ctypes.create_string_buffer(b"".join(INSTRUCTION.pack(*each) for each in instructions))
-    sock.setsockopt(
-        socket.SOL_SOCKET, SO_ATTACH_REUSEPORT_CBPF, struct.pack("@HP", len(instructions), ctypes.addressof(code))
-    )
 
 
 def _local_address(sock: socket.socket) -> str:
@@ -106,7 +96,7 @@ class Spreader:
             if workers and workers != self._workers.get(sock):
                 self._workers[sock] = workers
                 try:
-                    attach(sock, program(self._spread, workers))
+                    attach(sock, program(self._spread, workers), SO_ATTACH_REUSEPORT_CBPF)
                 except OSError as error:
                     log.warning("the kernel spreads by addresses and ports", asked=self._spread, error=error.strerror)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from shared.addresses import Endpoint
+from shared.filters import refuse_input
 from shared.sockets import (
     InheritedSocket,
     bind_endpoint,
@@ -13,7 +14,6 @@ from shared.sockets import (
     enlarge_receive_buffer,
     inherited,
     kernel_drops,
-    refuse_input,
 )
 
 

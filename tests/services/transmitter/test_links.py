@@ -60,7 +60,8 @@ class Ends:
         for end in (self.near, self.far):
             lines = [f"link set dev {end.name} up"]
             lines += [
-                f"addr add {address} dev {end.name} {'nodad' * (':' in address)}" for address in end.addresses.split()
+                f"addr add {address} dev {end.name} {'nodad' if ':' in address else ''}"
+                for address in end.addresses.split()
             ]
             end.host.run("ip", "-batch", "-", text="\n".join(lines))
             end.host.assert_no_default_route()
