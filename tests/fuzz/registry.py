@@ -7,10 +7,11 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from itertools import chain, repeat
 from pathlib import Path
 from typing import Final
 from unittest import mock
+
+import structlog
 
 from services.gateway import store
 from services.gateway.admission import Admission
@@ -37,6 +38,7 @@ _commands: Final = [
     make_parser().parse_args(command.split())
     for command in ("clients", "clients --json", "register siem --stream messages", "leave siem", "leave a")
 ]
+_silent: Final = structlog.wrap_logger(structlog.ReturnLogger(), processors=[])
 _access: Final = Access(Endpoint("tcp", "127.0.0.1", 5000))
 
 
@@ -94,8 +96,14 @@ def _ended_in_a_line(said: bytes, *, as_json: bool = False) -> Iterator[None]:
     near, far = socket.socketpair()
     far.sendall(said)
     far.shutdown(socket.SHUT_WR)
-    connections = chain([near], repeat(ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")))
-    with near, far, mock.patch.object(registry_client, "_connect", side_effect=connections):
+    connections = [near]
+
+    def connect(_access: Access) -> socket.socket:
+        if connections:
+            return connections.pop()
+        raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
+
+    with near, far, mock.patch.object(registry_client, "_connect", connect):
         try:
             with printed(escaped=not as_json):
                 yield
@@ -138,7 +146,7 @@ def _go_on(path: Path, data: bytes) -> None:
         if content:
             path.with_name(path.name + ending).write_bytes(content)
     try:
-        with mock.patch.object(store, "log"), Store(path, lambda: 0.0) as kept:
+        with mock.patch.object(store, "log", _silent), Store(path, lambda: 0.0) as kept:
             aside = list(path.parent.glob(f"{path.name}.damaged-*"))
             registry = Registry(1000, lambda: 0.0, kept.generation + 1, kept.keep)
             registry.restore(kept.entries, kept.revision)
