@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from shared.addresses import pack_address, pack_network
 from shared.lifecycle import Parser, add_config_argument
@@ -14,6 +14,8 @@ if TYPE_CHECKING:  # not subscriptable when the program runs
 else:
     Subparsers = argparse._SubParsersAction
 
+MAX_DIGITS: Final = 20
+"""Of a number: more than any has that is taken."""
 T = TypeVar("T")
 Run = Callable[[argparse.Namespace, Settings], int]
 
@@ -49,7 +51,7 @@ def whole(smallest: int, largest: int) -> Callable[[str], int]:
     """A whole number from one to the other: the type of an argument."""
 
     def parse(text: str) -> int:
-        if not (text.isascii() and text.isdigit() and smallest <= int(text[:20]) <= largest):
+        if not (text.isascii() and text.isdigit() and len(text) <= MAX_DIGITS and smallest <= int(text) <= largest):
             raise argparse.ArgumentTypeError(f"expected a whole number from {smallest} to {largest}, not {text!r}")
         return int(text)
 

@@ -20,7 +20,7 @@ INPUT_SECONDS: Final = 10
 MEMORY_MB: Final = 1024
 """So is one that makes the process larger."""
 LARGEST: Final = 2048
-MEMORY: Final = "/dev/shm"
+MEMORY: Final = Path("/dev/shm")
 """Files that a target writes are written thousands of times."""
 KEPT_BYTES: Final = 300
 KEPT: Final = 60
@@ -29,9 +29,7 @@ KEPT: Final = 60
 
 def fuzz(name: str, seconds: int, keep: bool) -> bool:
     """Fuzz one target; whether nothing was found."""
-    with tempfile.TemporaryDirectory(
-        prefix="fanwire-fuzz-", dir=MEMORY if os.path.isdir(MEMORY) else None
-    ) as directory:
+    with tempfile.TemporaryDirectory(prefix="fanwire-fuzz-", dir=MEMORY if MEMORY.is_dir() else None) as directory:
         inputs = Path(directory, "inputs")
         inputs.mkdir()
         for number, data in enumerate(read_corpus(name)):

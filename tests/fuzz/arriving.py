@@ -56,30 +56,37 @@ def split_arrivals(data: bytes) -> list[Arrival]:
     return arrivals
 
 
-def _observe(protocol: Protocol, arrivals: list[Arrival], beyond: int = 0) -> Counter[str]:
-    """What is counted; with `beyond`, each call's datagrams stand so far apart that the longest leaves such a gap."""
+def _calls(arrivals: list[Arrival]) -> list[list[Arrival]]:
+    return [list(call) for _, call in groupby(arrivals, lambda arrival: (arrival.call, arrival.settled))]
+
+
+def _observe(protocol: Protocol, arrivals: list[Arrival], *, apart: int = 0, capacity: int) -> Counter[str]:
+    """What is counted, which is never more than there can be; in memory datagrams may stand this far apart."""
     account: Counter[str] = Counter()
-    exporters = Exporters(protocol, account, MAX_ARRIVALS)
-    for (_, settled), call in groupby(arrivals, lambda arrival: (arrival.call, arrival.settled)):
-        if settled:
-            exporters.settle()
-        sent = [(arrival.source, arrival.payload) for arrival in call]
-        exporters.observe(batch_of(sent, beyond and max(len(payload) for _, payload in sent) + beyond))
-    exporters.settle(at_once=True)
+    exporters = Exporters(protocol, account, capacity)
+    with np.errstate(all="raise"):
+        for call in _calls(arrivals):
+            if call[0].settled:
+                exporters.settle()
+            exporters.observe(batch_of([(arrival.source, arrival.payload) for arrival in call], apart))
+        exporters.settle(at_once=True)
+    followed = len(arrivals) - account["not_flow"]
+    assert 0 <= followed <= len(arrivals)
+    assert min(1, followed) <= account["exporters"] <= min(capacity, followed)
+    assert all(0 <= count <= followed for name, count in account.items() if name not in (*MISSED, "not_flow"))
+    assert all(0 <= account[name] <= followed * MAX_GAP for name in MISSED)
+    begun = account["exporters"] + account["exporter_evictions"]
+    assert account["exporter_reordered"] + account["exporter_restarts"] <= followed - begun
     return account
 
 
 def _account(protocol: Protocol, arrivals: list[Arrival]) -> Counter[str]:
-    """What is counted: the same however the datagrams stand in memory, and never more than there can be."""
-    with np.errstate(all="raise"):
-        account = _observe(protocol, arrivals)
-        assert account == _observe(protocol, arrivals, beyond=7)
-    followed = len(arrivals) - account["not_flow"]
-    assert 0 <= followed <= len(arrivals)
-    assert bool(account["exporters"]) == bool(followed)
-    assert all(0 <= count <= followed for name, count in account.items() if name not in (*MISSED, "not_flow"))
-    assert all(0 <= account[name] <= followed * MAX_GAP for name in MISSED)
-    assert account["exporter_reordered"] + account["exporter_restarts"] <= max(0, followed - account["exporters"])
+    """What is counted where all exporters can be followed: the same however the datagrams stand in memory."""
+    account = _observe(protocol, arrivals, capacity=MAX_ARRIVALS)
+    longest = max((len(arrival.payload) for arrival in arrivals), default=0)
+    assert account == _observe(protocol, arrivals, apart=longest + 7, capacity=MAX_ARRIVALS)
+    most = max(map(len, _calls(arrivals)), default=1)
+    assert account["not_flow"] == _observe(protocol, arrivals, capacity=most)["not_flow"]
     return account
 
 

@@ -1,11 +1,10 @@
 """The registry: what its clients say, what it answers them, and the file that it is kept in."""
 
-import errno
 import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Final
@@ -92,18 +91,16 @@ def answers(data: bytes) -> None:
 
 @contextmanager
 def _ended_in_a_line(said: bytes, *, as_json: bool = False) -> Iterator[None]:
-    """Let the gateway say this to whoever connects first, and be gone; OperatorError is one line."""
-    near, far = socket.socketpair()
-    far.sendall(said)
-    far.shutdown(socket.SHUT_WR)
-    connections = [near]
+    """Let the gateway say this to whoever connects, and no more; OperatorError is one line."""
+    with ExitStack() as closing:
 
-    def connect(_access: Access) -> socket.socket:
-        if connections:
-            return connections.pop()
-        raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
+        def connect(_access: Access) -> socket.socket:
+            near, far = map(closing.enter_context, socket.socketpair())
+            far.sendall(said)
+            far.shutdown(socket.SHUT_WR)
+            return near
 
-    with near, far, mock.patch.object(registry_client, "_connect", connect):
+        closing.enter_context(mock.patch.object(registry_client, "_connect", connect))
         try:
             with printed(escaped=not as_json):
                 yield
@@ -112,18 +109,18 @@ def _ended_in_a_line(said: bytes, *, as_json: bool = False) -> Iterator[None]:
 
 
 def _keep_lease(receiver: socket.socket) -> None:
-    """As `fanwire collect` does, some seconds in none."""
+    """As `fanwire collect` does, some minutes in none: it renews, is told something, and signs up again."""
     lease = Lease(_access, 1.0, "siem", {"streams": ["messages"], "port": 9})
     lease.prove = lambda: collect._await_nonce(receiver)
     try:
         with mock.patch.object(collect, "PROOF_SECONDS", 0.01):
             lease.register()
-        for _ in range(3):
-            assert lease.seconds_left > 0
-            if lease.fileno() >= 0:
-                lease.heed()
-            lease._due_at = 0.0
-            lease.keep()
+            for _ in range(3):
+                assert lease.seconds_left > 0
+                lease._due_at = 0.0
+                lease.keep()
+                if lease.fileno() >= 0:
+                    lease.heed()
     finally:
         lease.leave()
         assert lease.fileno() == -1

@@ -140,6 +140,7 @@ def test_pmacct_key(keys: str, shared: bool, receivers: int, said: str) -> None:
         (samplicator.parse_line, "10.0.0.0/8: 192.0.2.1/9-8", "port range: expected a whole number from 9"),
         (samplicator.parse_line, "10.0.0.0/8: 192.0.2.1/65535+2", "port range: expected a whole number from 1 to 1"),
         (samplicator.parse_line, "10.0.0.0/8: 192.0.2.1/9+99999999999", "port range: "),
+        (samplicator.parse_line, f"10.0.0.0/8: 192.0.2.1/7-{99999:025}", "port range: "),
         (samplicator.parse_line, "10.0.0.0/8: nobody.example", "host 'nobody.example': not known"),
         (pmacct.parse_line, "ip=192.0.2.1:9", "id: expected a whole number from 1"),
         (pmacct.parse_line, "id=0 ip=192.0.2.1:9", "id: expected a whole number from 1"),
