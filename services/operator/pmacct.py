@@ -1,5 +1,6 @@
 """pmacct's `tee_receivers` file: a pool of receivers a line, as keys and values. No I/O."""
 
+import re
 from typing import Final
 
 from services.operator.foreign import Line, Names, Receiver, whole
@@ -7,12 +8,14 @@ from services.operator.foreign import Line, Names, Receiver, whole
 DEFAULT_LISTEN: Final = "udp://[::]:2100"
 KEYS: Final = ("id", "ip", "tag", "balance-alg", "src_port", "kafka_broker", "kafka_topic", "zmq_address")
 ELSEWHERE: Final = ("kafka_broker", "kafka_topic", "zmq_address")
+WORD: Final = re.compile(r"(?:'[^']*'|\S)+")
+"""What stands in single quotes may have spaces in it; the quotes go."""
 HASHES: Final = ("hash-agent", "hash-crc32")
 
 
 def parse_line(text: str, line: Line, names: Names) -> None:
     """Add a pool's receivers."""
-    text = text.strip().replace("'", "")
+    text = text.strip()
     if not text or text.startswith(("!", "#")):
         return
     keys = _parse_keys(text)
@@ -22,7 +25,7 @@ def parse_line(text: str, line: Line, names: Names) -> None:
         return
     if "ip" not in keys:
         raise ValueError("expected ip=HOST:PORT,...")
-    line.receivers += [_parse_receiver(each, names) for each in keys["ip"].split(",") if each]
+    line.receivers += [_parse_receiver(each, names) for each in map(str.strip, keys["ip"].split(",")) if each]
     if not line.receivers:
         raise ValueError("ip: there is no receiver")
     if balance := keys.get("balance-alg"):
@@ -34,8 +37,8 @@ def parse_line(text: str, line: Line, names: Names) -> None:
 
 def _parse_keys(text: str) -> dict[str, str]:
     keys = {}
-    for word in text.split():
-        key, equals, value = word.partition("=")
+    for word in WORD.findall(text):
+        key, equals, value = word.replace("'", "").partition("=")
         if not equals or not value:
             raise ValueError(f"expected KEY=VALUE without spaces, not {word!r}")
         if key in keys:

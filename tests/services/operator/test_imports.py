@@ -93,6 +93,7 @@ def test_surprise_of_samplicator_is_told(text: str, expected: str) -> None:
         ("! id=1\n\n", []),
         ("id=1\tip=192.0.2.1:2100", [Receiver("192.0.2.1", 2100)]),
         ("ip='collector.example:syslog' id=1", [Receiver("192.0.2.7", 514)]),
+        ("id=1 ip='192.0.2.1:9, 192.0.2.2:9'", [Receiver("192.0.2.1", 9), Receiver("192.0.2.2", 9)]),
         ("id=3 ip=[2001:db8::1]:9,192.0.2.1:9", [Receiver("2001:db8::1", 9), Receiver("192.0.2.1", 9)]),
     ],
 )
