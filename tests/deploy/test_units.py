@@ -89,6 +89,15 @@ def test_what_is_common_is_the_same() -> None:
 
 
 @pytest.mark.parametrize("unit", SERVICES, ids=service_of)
+def test_whoever_ends_is_started_again(unit: Path) -> None:
+    """Each service is started again, whyever and however often it has ended, also when its loop is stuck."""
+    assert lines(unit, "Restart") == ["always"]
+    assert lines(unit, "RestartSec") == ["100ms"]
+    assert lines(unit, "StartLimitIntervalSec") == ["0"]
+    assert lines(unit, "WatchdogSec") == ["30s"]
+
+
+@pytest.mark.parametrize("unit", SERVICES, ids=service_of)
 def test_reload_is_a_hangup(unit: Path) -> None:
     """`systemctl reload` of each unit sends SIGHUP to its process."""
     assert lines(unit, "ExecReload") == ["kill -HUP $MAINPID"]

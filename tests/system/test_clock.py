@@ -2,6 +2,8 @@
 
 import socket
 import struct
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -9,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.stack import PATIENT, Stack, ask_json, wait_until
+from tests.stack import CHECKOUT, PATIENT, Stack, ask_json, wait_until
 from tests.traffic import open_receiver
 
 YEAR = 365 * 86_400.0
@@ -88,3 +90,15 @@ def test_leases_and_copies_do_not_go_by_the_time_of_day(jumping: JumpingStack) -
         )
     ledger = jumping.operator("ledger")
     assert ledger.process.wait(30) == 0, ledger.text
+
+
+def test_leases_run_while_the_host_sleeps() -> None:
+    """The clock of leases counts time asleep (CLOCK_BOOTTIME): shown where that is far ahead of the other."""
+    script = "import time; from services.gateway.server import _boot_time; print(_boot_time() - time.monotonic())"
+    apart = ["unshare", "--user", "--map-root-user", "--time", "--fork", "--boottime", "1000000"]
+    done = subprocess.run(
+        [*apart, sys.executable, "-c", script], cwd=CHECKOUT, capture_output=True, text=True, check=False
+    )
+    if done.returncode and "unshare:" in done.stderr:
+        pytest.skip(f"needs a time namespace: {done.stderr}")
+    assert float(done.stdout) == pytest.approx(1_000_000, abs=1)

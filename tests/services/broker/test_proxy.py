@@ -14,7 +14,8 @@ import pytest
 
 from services.broker.access import let_in, transmitters_group
 from shared.bus import broker_is_up
-from tests.builders import kill_all
+from shared.wire import Datagrams, datagrams_topic
+from tests.builders import BusEnds, kill_all, make_batch, take, wait_wanted
 from tests.openly import program_for_all
 from tests.stack import Stack
 
@@ -22,13 +23,19 @@ AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can start a se
 
 
 def test_second_broker_on_the_same_directory_is_refused(stack: Stack) -> None:
-    """A second broker exits with 73 and says what to do, and the first one keeps its endpoints."""
+    """A second broker exits with 73 and says what to do; whoever comes still finds the first one, and each other."""
     first = stack.start("broker")
-    second = stack.start("broker", ready=False)
-    assert second.process.wait(10) == 73
-    assert "another broker runs on" in second.text
-    assert first.process.poll() is None
-    assert (stack.bus / "publish").is_socket()
+    with BusEnds(stack.bus) as bus:
+        early = bus.publisher("ingest.1")
+        second = stack.start("broker", ready=False)
+        assert second.process.wait(10) == 73
+        assert "another broker runs on" in second.text
+        assert first.process.poll() is None
+        late, subscriber = bus.publisher("ingest.2"), bus.subscriber("datagrams/")
+        for publisher in (early, late):
+            wait_wanted(publisher, datagrams_topic("messages"))
+            publisher.publish(datagrams_topic("messages"), Datagrams("messages", 0), make_batch([b"x"]))
+        assert {take(subscriber).envelope.sender for _ in range(2)} == {"ingest.1", "ingest.2"}
 
 
 def test_broker_leaves_nothing_behind(stack: Stack) -> None:

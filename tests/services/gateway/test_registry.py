@@ -345,6 +345,20 @@ def test_configured_collectors_are_those_of_the_settings(registry: Table) -> Non
     assert registry.present == ["own", "a", "c"]
 
 
+def test_leases_begin_anew_after_a_restart(registry: Table) -> None:
+    """What an earlier start kept has all of its time again, however little was left of it."""
+    earlier = Visitor(0, HERE.address, 4000)
+    kept = Entry(Client("a", 1, HERE.address, 9), Origin.JSON, earlier, 5.0, math.inf, 0, False, 0.0)
+    registry.now = 100.0
+    registry.restore([kept], 7)
+    registry.now = 104.9
+    registry.expire()
+    assert registry.present == ["a"]
+    registry.now = 105.0
+    registry.expire()
+    assert registry.present == []
+
+
 def test_held_entry_outlives_a_restart_for_a_while(registry: Table) -> None:
     """What a connection held may be signed up again from the same address after a restart, or it goes."""
     earlier = Visitor(0, HERE.address, 4000)

@@ -4,6 +4,7 @@ import ctypes.util
 import random
 import shutil
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -13,6 +14,7 @@ from typing import Any
 import msgpack
 import pytest
 
+from services.transmitter.neighbourhood import DISCARD_PORT
 from shared.batch import MAX_DATAGRAM
 from shared.ledger import Accounts, discrepancies
 from shared.registry import Client
@@ -38,7 +40,7 @@ from tests.builders import (
     wait_unwanted,
     wait_wanted,
 )
-from tests.capture import Arrival, Collector, Datagram, assert_complete
+from tests.capture import ETH_P_IP, ETH_P_IPV6, Arrival, Capture, Collector, Datagram, assert_complete, parse_ipv4
 from tests.deploy import confined
 from tests.network import End, Host, veth
 from tests.openly import OpenStack
@@ -52,6 +54,7 @@ STREAM = '[[stream]]\nname = "messages"\nlisten = ["udp://[::]:6667"]\n'
 ONE, TWO = "192.0.2.1", "198.51.100.1"
 ONE6, TWO6 = "2001:db8::1", "2001:db8::2"
 REFUSED = "refused by the policy"
+ETH_P_ARP = 0x0806
 
 
 class Bus:
@@ -108,10 +111,16 @@ Start = Callable[..., Bus]
 
 
 @pytest.fixture
-def start(open_stack: OpenStack) -> Iterator[Start]:
-    """Starts a transmitter with these settings on a bus; closed at the end of the test."""
+def opened() -> Iterator[ExitStack]:
+    """What is closed at the end of the test."""
     with ExitStack() as opened:
-        yield lambda settings="": Bus(open_stack, opened, settings)
+        yield opened
+
+
+@pytest.fixture
+def start(open_stack: OpenStack, opened: ExitStack) -> Start:
+    """Starts a transmitter with these settings on a bus; closed at the end of the test."""
+    return lambda settings="": Bus(open_stack, opened, settings)
 
 
 def of_port(found: Sequence[Datagram], port: int) -> list[Datagram]:
@@ -387,9 +396,28 @@ GARBAGE: list[Sequence[Part]] = [
 ]
 
 
-def test_garbage_is_counted_and_nothing_of_it_is_sent(start: Start) -> None:
-    """Wrong versions, types, lengths and random bytes on every topic: each is counted, and all goes on as before."""
+def strangers(capture: Capture) -> list[tuple[int, bytes]]:
+    """Frames that are neither datagrams to the one collector, or asking for its link address, nor the kernel's own."""
+    found = []
+    for protocol, data, *_ in capture.frames():
+        if protocol == ETH_P_IP:
+            packet = parse_ipv4(data)
+            port = int.from_bytes(packet.body[2:4])
+            known = (packet.header.destination, packet.header.protocol) == (SIEM4, socket.IPPROTO_UDP)
+            known &= port in (9514, DISCARD_PORT)
+        else:
+            known = protocol == ETH_P_ARP or (protocol == ETH_P_IPV6 and data[6] in (0, socket.IPPROTO_ICMPV6))
+        found += [] if known else [(protocol, data)]
+    return found
+
+
+def test_garbage_is_counted_and_nothing_of_it_is_sent(start: Start, opened: ExitStack) -> None:
+    """Wrong versions, types, lengths and random bytes on every topic: each is counted, and all goes on as before.
+
+    Nothing ever leaves but UDP to the collector that the registry names.
+    """
     bus = start('[transmitter]\ninterfaces = ["up"]\nethertypes = [0]\n')
+    everything = opened.enter_context(Capture(bus.siem, "eth"))
     bus.until_known(SIEM4)
     bus.serve(original("c"))
     draw = random.Random(5)
@@ -407,6 +435,7 @@ def test_garbage_is_counted_and_nothing_of_it_is_sent(start: Start) -> None:
     bus.wire.assert_quiet()
     bus.worker.publish(numbered(0, 5), (ONE,))
     assert payloads(bus.wire.read(5)) == numbered(0, 5)
+    assert strangers(everything) == []
     assert "Traceback" not in bus.transmitter.text
     assert len(bus.transmitter.text.splitlines()) < 30, "more than a line a second"
 
