@@ -12,9 +12,9 @@ HopLimit = Annotated[int, Meta(ge=1, le=255)]
 Dscp = Annotated[int, Meta(ge=0, le=63)]
 Generation = Annotated[int, Meta(ge=0, le=1 << 62)]
 """As far as numbers on the bus go, see `shared.wire.MAX_NUMBER`."""
-MAX_LIST: Final = 256
-"""Streams, or prefixes, of one client: a bus message full of prefixes would take its readers seconds to check."""
-Prefixes = Annotated[tuple[str, ...], Meta(max_length=MAX_LIST)]
+Streams = Annotated[tuple[str, ...], Meta(max_length=64)]
+Prefixes = Annotated[tuple[str, ...], Meta(max_length=256)]
+"""Of one client. Bounded, since readers check each: 64 of the largest clients fit a bus message, and take no time."""
 ALL_STREAMS = "*"
 CHALLENGE_PREFIX: Final = b"fanwire-challenge "
 """Begins the datagram that asks whoever is at an address to prove it; the nonce follows."""
@@ -32,7 +32,7 @@ class Client(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     generation: Generation
     address: str
     port: Annotated[int, Meta(ge=0, le=65_535)]
-    streams: Annotated[tuple[str, ...], Meta(max_length=MAX_LIST)] = ()
+    streams: Streams = ()
     source: Source = "relay"
     prefixes: Prefixes = ()
     sample: Annotated[int, Meta(ge=1, le=1_000_000)] = 1

@@ -9,7 +9,7 @@ from msgspec import Meta, Struct, field
 
 from shared.addresses import Endpoint, pack_address, pack_network, parse_endpoint
 from shared.printable import printable
-from shared.registry import ALL_STREAMS, MAX_LIST, Dscp, HopLimit, Prefixes, Source
+from shared.registry import ALL_STREAMS, Dscp, HopLimit, Prefixes, Source
 
 BUS_SCHEMES: Final = ("tcp",)
 STREAM_SCHEMES: Final = ("udp", "tcp", "unixgram")
@@ -284,7 +284,7 @@ class Collector(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A collector that can't sign itself up; the fields of `register`."""
 
     name: Annotated[str, Meta(min_length=1, max_length=255)]
-    streams: Annotated[tuple[str, ...], Meta(min_length=1, max_length=MAX_LIST)]
+    streams: Annotated[tuple[str, ...], Meta(min_length=1, max_length=64)]
     address: str
     port: Port
     source: Source = "relay"

@@ -17,6 +17,8 @@ BACKLOG: Final = 1024
 SEND_BUFFER: Final = 128 * 1024
 """Bytes asked of the kernel for each connection (it takes twice that): bounds what a client that does not read holds
 there, and lets us see progress of one that reads slowly."""
+DISCARD_PORT: Final = 9
+"""For asking the kernel of a way: nothing is sent."""
 KEEPALIVE: Final = (
     (socket.TCP_KEEPIDLE, 30),
     (socket.TCP_KEEPINTVL, 10),
@@ -86,7 +88,7 @@ def is_broadcast(address: str) -> bool:
         return False
     with _probe(socket.AF_INET) as probe:
         try:
-            probe.connect((address, 9))
+            probe.connect((address, DISCARD_PORT))
         except PermissionError:
             return True
         except OSError:  # no way there now
@@ -102,14 +104,17 @@ def send_datagram(payload: bytes, address: str, port: int) -> None:
 
 
 def is_local(address: str) -> bool:
-    """Whether `address` is one of this host's: the kernel lets us bind it."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with _probe(family) as probe:
+    """Whether `address` is one of this host's. Binding it would not tell, where net.ipv4.ip_nonlocal_bind is set."""
+    with _probe(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
         try:
-            probe.bind((address, 0))
+            if probe.family == socket.AF_INET:  # the kernel wants an address that one of its interfaces has
+                probe.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton(address))
+                return True
+            probe.connect((address, DISCARD_PORT))
         except OSError:
             return False
-    return True
+        own = ipaddress.ip_address(probe.getsockname()[0].partition("%")[0])
+        return own == ipaddress.ip_address(address)  # to itself a host speaks from the same address (RFC 6724, 5)
 
 
 def _probe(family: socket.AddressFamily) -> socket.socket:

@@ -21,7 +21,7 @@ from shared.registry import Client, Source
 from shared.wire import Health, RegistryChange
 
 MAX_CHANGE: Final = 64
-"""Clients in one change: the largest entry has under 8 KB, and a bus message at most 1 MiB."""
+"""Clients in one change: the largest entry has under 16 KB, and a bus message at most 1 MiB."""
 
 RETURN_SECONDS: Final = 30.0
 """After a restart of ours, for who held an entry by its connection."""

@@ -122,7 +122,11 @@ def _enter_configured(settings: Settings, admission: Admission, registry: Regist
 def _expel_loops(admission: Admission, registry: Registry) -> None:
     """Take off the list whose copies would come back: listeners and our addresses may be newer than entries."""
     if loops := [entry.client.name for entry in registry.entries() if admission.loops(entry.client)]:
-        log.warning("taken off the list: their copies would come back by a listener of ours", clients=loops)
+        log.warning(
+            "taken off the list: their copies would come back by a listener of ours",
+            clients=loops[:10],
+            count=len(loops),
+        )
         registry.expel(loops)
 
 

@@ -199,7 +199,7 @@ def test_each_wrong_part_is_refused_under_its_cause(changes: dict[str, Any], cau
         {"prefixes": ["192.0.2.1/24"]},
         {"prefixes": "::/0"},
         {"prefixes": ["::/0"] * 257},
-        {"streams": ["a"] * 257},
+        {"streams": ["a"] * 65},
         {"source": "forged"},
         {"colour": "red"},
     ],

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.gateway.admission import Admission
 from services.gateway.entry import Entry, Event, Origin, Visitor
 from services.gateway.health import Condition
 from services.gateway.names_list import BLOCK, NamesList
@@ -16,7 +17,8 @@ from services.gateway.preservation import WINDOW_SECONDS
 from services.gateway.registry import MAX_CHANGE, RETURN_SECONDS, Keep, Registry, keep_nothing
 from services.gateway.requests import RequestError
 from shared.registry import Client, Source
-from shared.wire import Health, RegistryChange, Troubled
+from shared.settings import Collector
+from shared.wire import MAX_MESSAGE, Health, RegistryChange, Troubled
 
 HERE, ELSEWHERE = Visitor(1, "127.0.0.1", 4000), Visitor(2, "192.0.2.7", 4001, Rights("siem", frozenset({"collect"})))
 
@@ -207,6 +209,21 @@ def test_one_change_is_bounded(registry: Table) -> None:
     assert (changes[0].after, changes[-1].revision) == (0, 600)
     assert max(len(change.joined) + len(change.left) for change in changes) == MAX_CHANGE
     assert follow(changes) == {}
+
+
+def test_largest_change_fits_a_message() -> None:
+    """A change of as many collectors as one may have, each as large as settings allow, is under the bus's limit."""
+    largest = Collector(
+        name="\U0001f4e6" * 63,
+        streams=tuple(f"{number:064}" for number in range(64)),
+        address="2001:db8:ffff:ffff:ffff:ffff:ffff:ffff",
+        port=65_535,
+        prefixes=tuple(f"2001:db8:ffff:ffff:ffff:ffff:ffff:{number:x}/128" for number in range(0xF000, 0xF100)),
+        group="g" * 64,
+    )
+    everywhere = Admission(largest.streams, (), lambda _: False, lambda _: False)
+    change = RegistryChange(1, 2, [everywhere.admit_configured(largest)] * MAX_CHANGE, [])
+    assert len(msgspec.msgpack.encode(change)) <= MAX_MESSAGE
 
 
 def test_every_change_is_an_event(registry: Table) -> None:
