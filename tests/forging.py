@@ -19,9 +19,11 @@ def forged(source: Source, destination: Source, payload: bytes, *, checksum: boo
     family = family_of(destination)
     ends = socket.inet_pton(family, source[0]) + socket.inet_pton(family, destination[0])
     length = 8 + len(payload)
-    pseudo = ends + struct.pack("!6H", socket.IPPROTO_UDP, length, source[1], destination[1], length, 0)
-    right = 0xFFFF - ones_sum(pseudo + payload)
-    udp = struct.pack("!4H", source[1], destination[1], length, right ^ wrong if checksum else 0) + payload
+    ports = struct.pack("!3H", source[1], destination[1], length)
+    right = (
+        0xFFFF - ones_sum(ends + struct.pack("!2H", socket.IPPROTO_UDP, length) + ports + payload) if checksum else 0
+    )
+    udp = ports + (right ^ wrong).to_bytes(2) + payload
     if family == socket.AF_INET6:
         return struct.pack("!IHBB", 6 << 28, length, socket.IPPROTO_UDP, 64) + ends + udp
     return struct.pack("!BBHHHBBH", 0x45, 0, 20 + length, 0, 0, 64, socket.IPPROTO_UDP, 0) + ends + udp

@@ -11,6 +11,7 @@ import pytest
 
 from services.transmitter.opener import SEND_BUFFER, SOCKETS
 from shared.addresses import resolve
+from shared.lifecycle import BAD_SETTINGS, NOT_PERMITTED, USAGE
 from shared.settings import DEFAULT_STREAM, Forwarder, Settings, Stream
 from shared.sockets import KINDS
 from tests.stack import CHECKOUT
@@ -88,13 +89,32 @@ def test_what_is_common_is_the_same() -> None:
     assert len({unit.read_text().partition(COMMON)[2] for unit in SERVICES}) == 1
 
 
-@pytest.mark.parametrize("unit", SERVICES, ids=service_of)
-def test_whoever_ends_is_started_again(unit: Path) -> None:
-    """Each service is started again, whyever and however often it has ended, also when its loop is stuck."""
-    assert lines(unit, "Restart") == ["always"]
-    assert lines(unit, "RestartSec") == ["100ms"]
-    assert lines(unit, "StartLimitIntervalSec") == ["0"]
-    assert lines(unit, "WatchdogSec") == ["30s"]
+def test_killed_is_started_again_without_a_limit() -> None:
+    """Each service is back a moment after it was killed, however often; not where only an operator can mend it."""
+    for unit in SERVICES:
+        assert lines(unit, "Restart") == ["always"]
+        assert lines(unit, "RestartSec") == ["100ms"]
+        assert lines(unit, "StartLimitIntervalSec") == ["0"]
+        assert lines(unit, "WatchdogSec") == ["30s"]
+        ends = set(" ".join(lines(unit, "RestartPreventExitStatus")).split())
+        assert ends <= {str(USAGE), str(NOT_PERMITTED), str(BAD_SETTINGS)}
+        assert "sleep" not in unit.read_text()
+
+
+def test_ingest_goes_first_when_memory_is_short() -> None:
+    """Each service has a limit of its own; of all, what queued datagrams survive goes first, the registry last."""
+    first = {service_of(unit): int(lines(unit, "OOMScoreAdjust")[0]) for unit in SERVICES}
+    assert first["ingest"] > 0 > max(first["transmitter"], first["forwarder"]) >= first["broker"] > first["gateway"]
+    assert all(re.fullmatch(r"\d+[MG]", "".join(lines(unit, "MemoryMax"))) for unit in SERVICES)
+
+
+def test_no_unit_holds_a_secret() -> None:
+    """What a unit sets is said to everybody who may ask systemd: no key, token or password is among it."""
+    for unit in SERVICES:
+        names = {line.partition("=")[0] for line in lines(unit, "Environment")}
+        assert names <= {"FANWIRE_CONFIG", "OPENBLAS_NUM_THREADS", "HONCHO_PROCESS_NAME"}
+        assert not lines(unit, "EnvironmentFile") + lines(unit, "PassEnvironment")
+    assert "LoadCredential=" in (CHECKOUT / "deploy" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("unit", SERVICES, ids=service_of)

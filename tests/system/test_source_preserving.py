@@ -5,6 +5,7 @@ import random
 import re
 import signal
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ import pytest
 from tests.capture import Capture, Collector, Receiver, assert_complete
 from tests.network import HERE, End, Host, tunnel, veth
 from tests.openly import NOBODY, OpenStack
+from tests.services.transmitter.started import as_nobody
 from tests.stack import ask_json, wait_until
 from tests.system.test_workers import reports
 
@@ -195,7 +197,10 @@ def test_each_collector_gets_every_datagram_from_its_exporter(open_stack: OpenSt
 
 
 def test_transmitter_holds_no_privilege(open_stack: OpenStack) -> None:
-    """The process that reads the bus has no capability in any set, can gain none, is not root, and says so."""
+    """The process that reads the bus has no capability in any set, can gain none, is not root, and says so.
+
+    It leaves no core dump, and nobody of its own user can look into it.
+    """
     with small_site(open_stack) as (_, relay, _), relay.entered():
         running = open_stack.start("transmitter")
         status = dict(
@@ -205,6 +210,12 @@ def test_transmitter_holds_no_privilege(open_stack: OpenStack) -> None:
             assert int(status[name], 16) == 0, name
         assert status["NoNewPrivs"] == "1"
         assert "0" not in status["Uid"].split()
+        assert re.search(
+            r"^Max core file size +0 +0 ", Path(f"/proc/{running.process.pid}/limits").read_text(), re.MULTILINE
+        )
+        looking = ["cat", f"/proc/{running.process.pid}/environ"]  # takes what ptrace(2) and pidfd_getfd(2) take, too
+        same_user = subprocess.run(looking, preexec_fn=as_nobody, capture_output=True, text=True, check=False)
+        assert "Permission denied" in same_user.stderr
         facts = reports(open_stack)["transmitter.1"]["transmitter"]
         assert (facts["capabilities"], facts["no_new_privs"]) == (0, 1)
         assert facts["raw_sockets"] > 0
@@ -229,6 +240,35 @@ def test_nobody_but_the_opener_ever_has_a_capability(open_stack: OpenStack) -> N
             sets = re.findall(r"^(Cap(?:Inh|Prm|Eff|Amb)):\s*(\w+)$", status.read_text(), re.MULTILINE)
             assert [(name, int(held, 16)) for name, held in sets] == [(name, 0) for name, _ in sets], running.name
             assert len(sets) == 4
+
+
+@pytest.mark.parametrize("source", ["relay", "original"])
+def test_copies_end_with_the_lease(open_stack: OpenStack, source: str) -> None:
+    """Nobody tells us of a dead collector: once it renews its lease no more it gets nothing; another one gets all."""
+    with (
+        small_site(open_stack) as (field, relay, siem),
+        Collector(siem, "10.2.0.2", 9601) as dead,
+        Collector(siem, "10.2.0.2", 9602) as alive,
+        Exporters(field, EXPORTERS[:1], "10.1.0.1") as exporters,
+    ):
+        with relay.entered():
+            open_stack.start("transmitter")
+        assert register(relay, "10.2.0.2", 9601, "dead", source=source, ttl=2)["ok"]
+        generation = register(relay, "10.2.0.2", 9602, "alive", source=source, ttl=2)["client"]["generation"]
+
+        def copied_to_the_dead() -> int:
+            with relay.entered():
+                assert ask_json({"op": "renew", "name": "alive", "generation": generation})["ok"]
+            exporters.send(EXPORTERS[0], b"going on")
+            assert len(alive.read(1)) == 1
+            time.sleep(0.05)
+            return len(list(dead.take()))
+
+        assert copied_to_the_dead()
+        wait_until(lambda: not copied_to_the_dead(), "copies to the dead collector end")
+        assert not any(copied_to_the_dead() for _ in range(10))
+        with relay.entered():
+            assert list(ask_json({"op": "list"})["clients"]) == ["alive"]
 
 
 def test_killed_transmitter_resumes_and_the_gap_is_counted(open_stack: OpenStack) -> None:
