@@ -1,9 +1,11 @@
 import errno
 import gc
+import os
 import random
 import signal
 import socket
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -23,10 +25,12 @@ from shared.bus import Subscriber
 from shared.continuity import Continuity
 from shared.ledger import Accounts, discrepancies
 from shared.pool import CHUNK, GRACE_SECONDS, Room
-from shared.sockets import checksum_errors
+from shared.sockets import checksum_errors, receive_buffer
 from shared.wire import Datagrams
 from tests.builders import BusEnds, Datagram, accounts_when, freeze, kill_all, take, take_datagrams, take_mark
+from tests.forging import forging
 from tests.services.ingest.flows import netflow_v9
+from tests.services.transmitter.started import IS_ROOT, as_nobody, readable_interpreter
 from tests.stack import Stack, wait_until
 
 PORT = 6667
@@ -464,6 +468,47 @@ def drops_of(address: str, port: int) -> int:
     return sum(int(line.split()[-1]) for line in lines if line.split()[1] == f"{address}:{port:04X}")
 
 
+def test_small_buffer_is_said_with_its_cure(stack: Stack, bus: BusEnds) -> None:
+    """Without CAP_NET_ADMIN a buffer may be smaller than asked for: one line has both sizes and the sysctl to set."""
+    stack.configure(STREAM + f"receive_buffer = {1 << 30}\n")
+    unprivileged = ["setpriv", "--bounding-set=-net_admin"] if os.geteuid() == 0 else []
+    worker = stack.spawn("ingest", [*unprivileged, sys.executable, "-m", "services.ingest"])
+    worker.wait_for('"ready"')
+    (said,) = [line for line in worker.log if "receive buffers are smaller" in line["event"]]
+    assert (said["level"], said["asked"]) == ("warning", 1 << 30)
+    assert 0 < said["granted"] < 1 << 30
+    assert f"sysctl -w net.core.rmem_max={1 << 30}" in said["cure"]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as plain:
+        plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 30)
+        assert said["granted"] == receive_buffer(plain)
+
+
+JOIN = """
+import errno, socket
+for address in ("127.0.0.1", "0.0.0.0", "::1", "::"):
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        try:
+            sock.bind((address, 6667))
+        except OSError as error:
+            print(address, errno.errorcode[error.errno])
+        else:
+            print(address, "bound")
+"""
+
+
+@pytest.mark.skipif(not IS_ROOT, reason="needs root, who can become another user")
+@pytest.mark.parametrize("listen", ['"udp://127.0.0.1:6667", "udp://[::1]:6667"', '"udp://[::]:6667"'])
+def test_no_other_user_gets_a_share(stack: Stack, bus: BusEnds, listen: str) -> None:
+    """Another user can neither join the workers at an address, nor take a more or less special one before them."""
+    stack.configure(f'[[stream]]\nname = "messages"\nlisten = [{listen}]\n')
+    stack.start("ingest")
+    command = [readable_interpreter(), "-I", "-c", JOIN]
+    said = subprocess.run(command, preexec_fn=as_nobody, capture_output=True, text=True, check=True, cwd="/").stdout
+    assert said.splitlines() == [f"{address} EADDRINUSE" for address in ("127.0.0.1", "0.0.0.0", "::1", "::")]
+    stack.start("ingest.2")  # the same user may
+
+
 def test_each_listener_has_its_account(stack: Stack, bus: BusEnds, tmp_path: Path) -> None:
     """What came by which listener of a stream is told apart, whoever wants it: UDP, TCP, a path."""
     path = tmp_path / "in.sock"
@@ -491,14 +536,21 @@ def test_each_listener_has_its_account(stack: Stack, bus: BusEnds, tmp_path: Pat
 
 
 def test_wrong_checksum_is_counted_for_the_host(stack: Stack, bus: BusEnds) -> None:
-    """What the kernel drops for its checksum never comes to a worker, and is counted as what the kernel says."""
+    """What the kernel drops for its checksum never comes to a worker, and is counted as what the kernel says.
+
+    Over IPv4 a datagram may do without one, and is taken; over IPv6 that is wrong.
+    """
     before = checksum_errors()
     stack.start("ingest")
-    with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_UDP) as sock:
-        sock.sendto(struct.pack(">4H", 999, PORT, 12, 0xBAD) + b"oops", ("127.0.0.1", 0))
-    accounts = accounts_when(bus, "ingest.1", lambda found: found["host"]["checksum_errors"] > before)
-    assert accounts["host"]["checksum_errors"] == before + 1
-    assert "received" not in accounts["stream/messages"]
+    subscriber = follow(bus)
+    with forging() as forger:
+        for host in ("127.0.0.1", "::1"):
+            forger.send((host, 999), (host, PORT), b"oops", wrong=0x100)
+            forger.send((host, 999), (host, PORT), b"without", checksum=False)
+    accounts = accounts_when(bus, "ingest.1", lambda found: found["host"]["checksum_errors"] >= before + 3)
+    assert accounts["host"]["checksum_errors"] == before + 3
+    assert take_datagrams(subscriber, 1) == [("127.0.0.1", 999, b"without")]
+    assert accounts["stream/messages"]["received"] == 1
 
 
 def test_what_is_missing_upstream_is_counted_whoever_wants_it(stack: Stack, bus: BusEnds) -> None:
@@ -535,6 +587,45 @@ def test_full_bus_drops_and_counts(stack: Stack) -> None:
         published = found["stream/messages"]["published"]
         assert found["stream/messages"]["dropped_bus_full"] == 60 - published > 0
         assert len(take_datagrams(subscriber, published)) == published
+
+
+def test_what_comes_without_a_broker_is_counted(stack: Stack) -> None:
+    """While there is no broker the worker goes on: what its queue holds comes later, the rest is dropped and counted.
+
+    What the new broker took before the subscriber was back is missed; everything is taken, missed or dropped.
+    """
+    broker = stack.start("broker")
+    stack.configure("high_water_mark = 8\n" + STREAM)
+    worker = stack.start("ingest")
+    with BusEnds(stack.bus) as bus, sender() as sock:
+        subscriber, continuity = follow(bus), Continuity()
+        broker.stop(signal.SIGKILL)
+        for _ in range(60):
+            sock.send(b"for whom")
+            assert sock.recv(100) == REPLY  # nothing holds it up
+        stack.start("broker")
+
+        def receive() -> list[bytes]:
+            found = []
+            while message := subscriber.receive():
+                assert message.batch is not None
+                continuity.observe(message.topic, message.envelope, len(message.batch))
+                found += [payload for *_, payload in message.batch.datagrams()]
+            return found
+
+        def flows() -> bool:
+            sock.send(b"again")
+            assert sock.recv(100) == REPLY
+            return b"again" in receive()
+
+        wait_until(flows, "it flows again")
+        assert worker.stop(signal.SIGTERM) == 0
+        account = worker.events("drained")[0]["stream/messages"]
+        (position,) = continuity.positions.values()
+        wait_until(lambda: (receive(), position.reached == account["published"])[1], "all has come")
+        assert account["dropped_bus_full"] > 0
+        assert account["received"] == account["published"] + account["dropped_bus_full"] > 60
+        assert account["published"] == position.baseline + position.taken + position.missed
 
 
 def test_worker_drains_under_load(stack: Stack, bus: BusEnds) -> None:
