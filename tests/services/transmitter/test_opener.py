@@ -1,9 +1,12 @@
 import ast
+import ctypes.util
 import errno
 import json
 import os
+import shutil
 import socket
 import stat
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,10 +20,14 @@ from services.transmitter import opener
 from services.transmitter.privileges import Opened, unparse
 from shared import lifecycle
 from shared.settings import Bus, Transmitter
+from tests.deploy.confined import SCMP_ACT_ALLOW, SCMP_ACT_ERRNO, SCMP_CMP_EQ, Comparison, Filter
+from tests.network import NET_RAW
 from tests.services.transmitter.started import IS_ROOT, NOBODY, Started, as_nobody, as_nobody_with_net_raw, started
 from tests.stack import CHECKOUT, Stack
 
 ETH_P_ALL = 3
+VFS_CAP_REVISION_2 = 0x02000000
+"""And 1 for effective: struct vfs_cap_data, linux/capability.h."""
 SO_DETACH_FILTER = 27
 STDLIB = sys.stdlib_module_names
 ALL = [opener.SOCKETS] * 3
@@ -114,6 +121,58 @@ def test_where_privilege_is_required_its_lack_ends_it(lab: None, copy: Started) 
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (77, "", 1)
         assert "CAP_NET_RAW is missing" in done.stderr
     assert not (copy.directory / "untouched").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "cure"),
+    [
+        (errno.EPERM, "CAP_NET_RAW is missing"),
+        (errno.EACCES, "aa-status"),
+        (errno.EAFNOSUPPORT, "RestrictAddressFamilies="),
+    ],
+)
+def test_who_forbids_raw_sockets_is_named(lab: None, copy: Started, error: int, cure: str) -> None:
+    """With the capability and all, a sandbox may forbid them: by its error the line tells where to look."""
+    if ctypes.util.find_library("seccomp") is None:
+        pytest.skip("libseccomp is not here")
+
+    def confine() -> None:
+        as_nobody_with_net_raw()
+        denied = Filter(SCMP_ACT_ALLOW)
+        denied.add(SCMP_ACT_ERRNO | error, "socket", Comparison(0, SCMP_CMP_EQ, socket.AF_PACKET, 0))
+        denied.load()
+
+    found = copy.said(preexec_fn=confine)
+    assert_relinquished(found)
+    assert found["kinds"] == [0, 0, 0]
+    assert cure in found["reason"]
+    done = copy.run("--require-privilege", preexec_fn=confine)
+    assert (done.returncode, cure in done.stderr) == (77, True)
+
+
+@as_root
+def test_capability_that_only_could_be_had_is_told_from_one(lab: None, copy: Started) -> None:
+    """As in a container with cap_add and a user who is not root: one in the bounding set alone is held by nobody."""
+    as_container = ("setpriv", "--bounding-set=-all,+net_raw,+setuid,+setgid", f"--reuid={NOBODY}", "--clear-groups")
+    found = copy.said(prefix=as_container)
+    assert int(found["status"]["CapBnd"], 16) & NET_RAW
+    assert found["kinds"] == [0, 0, 0]
+    assert "in a container NET_RAW must be effective for its user" in found["reason"]
+
+
+@as_root
+def test_setcap_under_no_new_privs_is_told_to_be_in_vain(lab: None, copy: Started) -> None:
+    """A Python with the file capability has its sockets, and under no_new_privs has none, and the line says why."""
+    python = copy.directory / "python-with-capability"
+    shutil.copy(Path(copy.interpreter).resolve(), python)
+    try:
+        os.setxattr(python, "security.capability", struct.pack("<5I", VFS_CAP_REVISION_2 | 1, NET_RAW, 0, 0, 0))
+    except OSError as error:
+        pytest.skip(f"no file capabilities here: {error.strerror}")
+    assert copy.said(interpreter=str(python), preexec_fn=as_nobody)["kinds"] == ALL
+    found = copy.said(interpreter=str(python), preexec_fn=as_nobody, prefix=("setpriv", "--no-new-privs"))
+    assert found["kinds"] == [0, 0, 0]
+    assert "a setcap on python counts for nothing under no_new_privs" in found["reason"]
 
 
 @as_root

@@ -63,8 +63,9 @@ class Bus:
     def __init__(self, open_stack: OpenStack, opened: ExitStack, settings: str = "") -> None:
         self.stack = open_stack
         self.relay, self.siem = opened.enter_context(Host()), opened.enter_context(Host())
+        self.up = End(self.relay, "up", "10.2.0.1/24 fd00:2::1/64")
         self.eth = End(self.siem, "eth", f"{SIEM4}/24 {SIEM6}/64")
-        opened.enter_context(veth(End(self.relay, "up", "10.2.0.1/24 fd00:2::1/64"), self.eth))
+        opened.enter_context(veth(self.up, self.eth))
         ask_quickly(self.relay, "up")
         open_stack.configure(STREAM + settings)
         with self.relay.entered():
@@ -474,6 +475,46 @@ def test_who_waits_for_frames_at_the_end_is_told(start: Start) -> None:
     reply = take(replies).body
     assert isinstance(reply, TransmitReply)
     assert (reply.id, reply.sent, reply.error) == (7, 1, "unavailable")
+
+
+def test_a_link_that_goes_costs_its_copies_and_nothing_else(start: Start) -> None:
+    """Taken down, deleted and made anew: meanwhile copies are dropped and counted, nothing spins, and then they flow.
+
+    The sockets are those from the start: the process has no privilege to open others.
+    """
+    bus = start()
+    bus.serve(original("c"))
+    account: dict[str, int] = {}
+
+    def dropped() -> int:
+        bus.worker.publish([b"x"], (ONE,))
+        account.update(bus.accounts_when(lambda _: True)["collector/c"])
+        return account.get("dropped_interface_down", 0) + account.get("dropped_no_route", 0)
+
+    def arrives() -> bool:
+        bus.worker.publish([b"x"], (ONE,))
+        time.sleep(0.02)
+        return bool(payloads(wire.take()))
+
+    with Copied(bus.siem, "eth") as wire:
+        wait_until(arrives, "copies flow")
+        bus.relay.run("ip", "link", "set", "dev", "up", "down")
+        wait_until(dropped, "they are dropped")
+        before = dropped()
+        began, worked = time.monotonic(), bus.transmitter.cpu_seconds()
+        for _ in range(40):
+            bus.worker.publish([b"x"], (ONE,))
+            time.sleep(0.02)
+        assert bus.transmitter.cpu_seconds() - worked < (time.monotonic() - began) / 2
+        assert dropped() >= before + 40
+        bus.relay.run("ip", "link", "set", "dev", "up", "up")
+        wait_until(arrives, "copies flow again")
+    before = dropped()
+    bus.relay.run("ip", "link", "del", "dev", "up")
+    wait_until(lambda: dropped() > before + 5, "they are dropped again")
+    with veth(bus.up, bus.eth), Copied(bus.siem, "eth") as wire:
+        wait_until(arrives, "copies flow by the new one")
+    assert bus.transmitter.process.poll() is None
 
 
 OPENER = """
