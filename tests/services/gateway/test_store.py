@@ -128,7 +128,55 @@ def drop_state(path: Path) -> None:
         database.execute("DELETE FROM state")
 
 
-@pytest.mark.parametrize("damage", [garble_middle, write_rubbish, write_bad_row, drop_state])
+def change(path: Path, old: bytes, new: bytes) -> None:
+    """Have other bytes in a place, as a disk that errs does."""
+    data = path.read_bytes()
+    assert old in data
+    path.write_bytes(data.replace(old, new, 1))
+
+
+def write_no_utf8(path: Path) -> None:
+    """Have an entry that is no text."""
+    change(path, b'"original"', b'"origina\xff"')
+
+
+def write_another_name(path: Path) -> None:
+    """Have an entry whose name is not the one it is kept by."""
+    change(path, b'{"name":"n7"', b'{"name":"m7"')
+
+
+def write_huge_generation(path: Path) -> None:
+    """Have a number that no message on the bus can carry."""
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        database.execute(
+            """UPDATE client SET entry = replace(entry, '"generation":', '"generation":99999999999999999')"""
+        )
+
+
+def write_wrong_state(path: Path) -> None:
+    """Have a revision that is no number."""
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        database.execute("UPDATE state SET revision = 'x'")
+
+
+def rename_column(path: Path) -> None:
+    """Have a schema that is another one's."""
+    change(path, b"boot_id TEXT", b"boot_iT TEXT")
+
+
+def claim_a_later_format(path: Path) -> None:
+    """Have a header by which SQLite reads, and writes nothing."""
+    data = path.read_bytes()
+    path.write_bytes(data[:18] + b"\x28" + data[19:])
+
+
+DAMAGES = (
+    *(garble_middle, write_rubbish, write_bad_row, drop_state, write_no_utf8, write_another_name),
+    *(write_huge_generation, write_wrong_state, rename_column, claim_a_later_format),
+)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_file_is_set_aside(path: Path, damage: object) -> None:
     """What can't be read is kept under another name, and a new file takes its place."""
     with opened(path) as store:

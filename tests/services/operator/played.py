@@ -48,7 +48,8 @@ class PlayedGateway:
                 played.connections.append(self.connection)
                 for line in self.rfile:
                     answer = played._answer(json.loads(line))
-                    self.wfile.write((answer if isinstance(answer, str) else json.dumps(answer)).encode() + b"\n")
+                    text = answer if isinstance(answer, str) else json.dumps(answer)
+                    self.wfile.write(text.encode(errors="surrogateescape") + b"\n")
 
         self._server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
         self.endpoint = f"tcp://127.0.0.1:{self._server.server_address[1]}"

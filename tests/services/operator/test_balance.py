@@ -112,6 +112,12 @@ def test_losses_are_told_by_place() -> None:
     ]
 
 
+def test_accounts_that_nobody_writes() -> None:
+    """Negative counts are no losses, and an origin that is none is passed over."""
+    strange: Accounts = {"collector/siem": {"dropped_refused": -7}, "origin/x": {"missed": 3}, ORIGIN: {"missed": -1}}
+    assert balance(("forwarder.1", strange)).losses() == []
+
+
 @given(
     st.lists(
         st.one_of(

@@ -47,6 +47,30 @@ def test_a_plain_name(stack: Stack) -> None:
     assert json.loads(text)["generation"] == 1
 
 
+def test_what_clients_say_of_themselves_is_seen_and_not_obeyed(stack: Stack) -> None:
+    """Control characters in an entry or in a refusal reach the terminal as what they are, each line staying one."""
+    with PlayedGateway(leave=lambda _: {"ok": False, "error": "not_permitted", "message": "no\n\x1b[2J"}) as gateway:
+        entry = {"name": "siem", "address": "192.0.2.1", "port": 9, "streams": ["a"], "group": "\x1b]0;mine\x07\u2028"}
+        gateway.clients = {"siem": entry}
+        _, table = run(stack, "clients", "--gateway", gateway.endpoint)
+        code, refusal = run(stack, "leave", "siem", "--gateway", gateway.endpoint)
+    assert r"\x1b]0;mine\x07\u2028" in table
+    assert (code, refusal) == (77, "fanwire leave: no\\n\\x1b[2J\n")
+
+
+def test_gateway_that_is_none(stack: Stack) -> None:
+    """What answers in no UTF-8, in nesting without end, or refuses without a word, ends in one line."""
+    answers = {
+        '{"ok": true, "clients": {"\udcff": 1}}': 69,
+        '{"ok": true, "clients": ' + "[" * 100_000: 69,
+        '{"ok": false}': 1,
+    }
+    for answer, expected in answers.items():
+        with PlayedGateway(list=lambda _, answer=answer: answer) as gateway:  # type: ignore[misc]
+            code, text = run(stack, "clients", "--json", "--gateway", gateway.endpoint)
+        assert (code, len(text.splitlines())) == (expected, 1), text
+
+
 def test_clients_as_a_table_and_as_json(stack: Stack) -> None:
     """The table has a line a client, whatever the name looks like; `--json` prints the clients object whole."""
     with PlayedGateway() as gateway:
