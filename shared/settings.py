@@ -213,8 +213,8 @@ class Ingest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Open TCP connections a worker; one more is closed at once."""
     tcp_idle_seconds: Seconds = 600.0
     """A TCP connection that sends nothing for this long is closed."""
-    memory: Ceiling = 805_306_368
-    """Bytes that a worker may take; near it what comes is dropped. Half of it may be lent."""
+    memory: Annotated[int, Meta(ge=268_435_456, le=1 << 40)] = 805_306_368
+    """Bytes that a worker may take; near it what comes is dropped. What is beyond 128 MiB may be lent, by half."""
 
     def __post_init__(self) -> None:
         leave_room("tcp_connections", self.tcp_connections * CONNECTION_BYTES, self.memory)

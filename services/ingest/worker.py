@@ -37,6 +37,8 @@ from shared.status import Reporter
 
 DRAIN_SECONDS: Final = 2.0
 """How long, after SIGTERM, what the kernel has queued may take."""
+OWN_MEMORY: Final = 128 << 20
+"""Bytes that a worker takes for itself: its code, and what the largest datagrams are received into."""
 RECORD_SIZE: Final = 1024
 """Bytes the kernel charges a datagram beyond its payload, about (struct sk_buff and rounding)."""
 
@@ -72,7 +74,7 @@ class Worker:
         """By stream. One that is gone keeps its feed, its account and its pool, and goes on with them if it is back."""
         self._pools: dict[str, Pool] = {}
         self._memory = Memory(settings.ingest.memory, "[ingest] memory")
-        self._room = Room(settings.ingest.memory // 2)
+        self._room = Room((settings.ingest.memory - OWN_MEMORY) // 2)
         self._connections = Connections(self._selector, settings.ingest)
         self._held_back: dict[socket.socket, Callable[[], object]] = {}
         """Begins to read an inherited socket each."""

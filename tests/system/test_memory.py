@@ -1,0 +1,78 @@
+"""Processes near their ceilings drop by the policy, count it, and go on."""
+
+import time
+from collections import Counter
+
+from services.ingest.feed import StreamFeed
+from shared.ledger import discrepancies
+from shared.memory import Memory
+from tests.builders import BusEnds, wait_wanted
+from tests.capture import Collector
+from tests.openly import OpenStack
+from tests.stack import Stack, ask_json, wait_until
+from tests.system.test_isolation import LIVE
+from tests.system.test_source_preserving import EXPORTERS, SETTINGS, Exporters, small_site
+from tests.system.test_workers import reports
+
+CEILING = 64 << 20
+SENT = 40_000
+CROWDED = f"""
+[forwarder]
+memory = {CEILING}
+held_memory = {CEILING // 2}
+queue_bytes = {CEILING // 2}
+queue_seconds = 60
+[ingest]
+fill_ms = 0
+"""
+"""Datagrams wait a minute, and come in batches of one, which take far more memory than their bytes."""
+
+
+def test_crowd_of_tiny_batches(open_stack: OpenStack) -> None:
+    """A slow collector for which very many tiny batches wait: the oldest half goes each time that memory is short."""
+    with small_site(open_stack) as (field, relay, siem), Collector(siem, "10.2.0.2", LIVE):
+        open_stack.configure(
+            f'{SETTINGS}{CROWDED}[[collector]]\nname = "slow"\nstreams = ["*"]\naddress = "10.2.0.2"\nport = {LIVE}\n'
+        )
+        queue = ["tbf", "rate", "100kbit", "burst", "5000", "limit", "5000"]
+        relay.run("tc", "qdisc", "add", "dev", "siem", "root", *queue)
+        with relay.entered():
+            for name in ("gateway", "forwarder", "ingest.1"):
+                open_stack[name].stop()
+                open_stack.start(name)
+            wait_until(lambda: ask_json({"op": "list"})["clients"]["slow"]["health"] != "fresh", "copies flow")
+        forwarder, most = open_stack["forwarder"], 0.0
+        with Exporters(field, EXPORTERS, "10.1.0.1") as exporters:
+            for number in range(SENT):
+                exporters.send(EXPORTERS[0], bytes(60))
+                if number % 4 == 0:
+                    time.sleep(0.0003)
+                if number % 100 == 0:
+                    most = max(most, forwarder.resident_mb("RssAnon"))
+        found: dict[str, int] = {}
+
+        def all_counted() -> bool:
+            with relay.entered():
+                found.update(reports(open_stack)["forwarder.1"]["collector/slow"])
+            return found["expected"] == SENT
+
+        wait_until(all_counted, "every datagram is counted")
+        assert list(discrepancies({"collector/slow": found})) == []
+        assert found["dropped_memory"] > 0
+        assert most * 2**20 < CEILING
+
+
+def test_worker_without_memory_drops_what_comes(stack: Stack) -> None:
+    """Near its ceiling ingest puts nothing on the bus, which is counted, and goes on as soon as there is room."""
+    stack.start("broker")
+    account: Counter[str] = Counter()
+    with BusEnds(stack.bus) as bus:
+        publisher, memory = bus.publisher(), Memory()
+        bus.subscriber("datagrams/messages/")
+        feed = StreamFeed("messages", publisher, account, memory=memory)
+        wait_wanted(publisher, feed.topic)
+        memory.short = True
+        assert not feed.receive(3, 300)
+        memory.short = False
+        assert feed.receive(2, 200)
+    assert account == {"received": 5, "bytes": 500, "dropped_memory": 3}
