@@ -39,6 +39,8 @@ UCRED: Final = struct.Struct("=iII")
 LINGER_BYTES: Final = 64 * 1024 * 1024
 SILENT_SECONDS: Final = 0.2
 """A TLS connection on which all is said is closed when nothing came for so long."""
+AT_ONCE: Final = 32
+"""Connections that begin, or end for being late, before those that are open have their turn."""
 REFUSING_MAX: Final = 32
 """Connections over the limit that are told so at once; more are closed without a word."""
 
@@ -58,13 +60,17 @@ class Connections:
         self.by_origin: Counter[str] = Counter()
         self.pace = Pace(settings.requests_per_second, self.loop.time)
 
-    def sweep(self) -> None:
-        """End what has waited too long."""
+    async def sweep(self) -> None:
+        """End what has waited too long; of many that do, a few at a time, and others have their turn in between."""
         self.pace.forget()
         self.save_memory()
         now = self.loop.time()
-        for connection in [connection for connection in self.open if connection.deadline <= now]:
-            connection.expire()
+        late = [connection for connection in self.open if connection.deadline <= now]
+        for some in (late[at : at + AT_ONCE] for at in range(0, len(late), AT_ONCE)):
+            for connection in some:
+                if connection in self.open and connection.deadline <= now:
+                    connection.expire()
+            await asyncio.sleep(0)
 
     def save_memory(self) -> None:
         """When memory is short, cut half of those for which anything waits, most first."""
@@ -384,8 +390,10 @@ class Connection(asyncio.BufferedProtocol):
         self._write_pushed()
         if self._last:
             self._finish()
-        else:
+        elif self._decoder.buffered or self._ended:
             self._all.loop.call_soon(self._take_request)
+        else:
+            self._await_request()
 
     def _finish(self) -> None:
         """All is said: half-close, and give the client a moment to read it and close as well."""

@@ -15,7 +15,7 @@ from services.gateway.access import check_listener, make_context, read_tokens
 from services.gateway.admission import Admission
 from services.gateway.announcer import Announcer
 from services.gateway.challenges import Challenges
-from services.gateway.connection import Connection, Connections
+from services.gateway.connection import AT_ONCE, Connection, Connections
 from services.gateway.counters import ACCOUNT, BUS_REJECTED, CLIENTS, COLLECTORS, CONNECTIONS, PRESERVING, WATCHERS
 from services.gateway.desk import Desk
 from services.gateway.feed import Feed
@@ -183,10 +183,12 @@ class _Server:
         ):
             loop.add_reader(source.fileno(), act)
         servers = [  # on duplicates, which the loop closes: ours tell their paths until they are removed
-            await loop.create_server(lambda: Connection(self._connections), sock=listener.sock.dup(), backlog=BACKLOG)
+            await loop.create_server(lambda: Connection(self._connections), sock=listener.sock.dup(), backlog=AT_ONCE)
             for listener in listeners
             if not listener.secure
         ]
+        for listener in listeners:
+            listener.sock.listen(BACKLOG)  # asyncio knows one number for what waits and what it accepts in one go
         handshakes = Handshakes(self._connections, tls) if tls else None
         for listener in listeners:
             if handshakes and listener.secure:
@@ -223,7 +225,7 @@ class _Server:
         while not self._stopped.is_set():
             self.registry.expire()
             self._look_for_loops()
-            self._connections.sweep()
+            await self._connections.sweep()
             self._announcer.tick(self._accounts)
             readiness.check(listen=self.settings.gateway.listen)
             with contextlib.suppress(TimeoutError):
