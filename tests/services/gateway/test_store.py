@@ -148,9 +148,7 @@ def write_another_name(path: Path) -> None:
 def write_huge_generation(path: Path) -> None:
     """Have a number that no message on the bus can carry."""
     with contextlib.closing(sqlite3.connect(path)) as database, database:
-        database.execute(
-            """UPDATE client SET entry = replace(entry, '"generation":', '"generation":99999999999999999')"""
-        )
+        database.execute("UPDATE client SET entry = json_set(entry, '$.client.generation', ?)", (1 << 62 | 1,))
 
 
 def write_wrong_state(path: Path) -> None:
