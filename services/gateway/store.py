@@ -33,6 +33,7 @@ PUT: Final = "INSERT INTO client VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET 
 NO_DAMAGE: Final = frozenset({
     sqlite3.SQLITE_PERM, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_READONLY,
     sqlite3.SQLITE_INTERRUPT, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_AUTH,
+    sqlite3.SQLITE_PROTOCOL,
 })  # fmt: skip
 """Errors that the operator can mend, and the file may be whole; any other means that what is in it is not ours."""
 PRIMARY: Final = 0xFF
@@ -89,6 +90,8 @@ class Store:
             except BaseException:
                 self._database.close()
                 raise
+        except sqlite3.ProgrammingError:
+            raise  # a bug of ours, and no damage
         except (sqlite3.DatabaseError, msgspec.MsgspecError, ValueError) as error:
             if isinstance(error, sqlite3.DatabaseError) and not self._is_damage(error):
                 raise OperatorError(FAILED, f"{self._path}: {_cure(error)}") from None
@@ -112,8 +115,8 @@ class Store:
         ((self.revision, self.generation, former),) = msgspec.convert(state, tuple[_State])
         if former not in ("", boot_id):
             self.revision += SKIPPED
-        with self._transaction():  # also where nothing has changed: what can't be written is to be known now
-            database.execute("UPDATE state SET revision = ?, boot_id = ?", (self.revision, boot_id))
+        # In any case: that a file can't be written is to be known now, also where there is nothing to write.
+        database.execute("UPDATE state SET revision = ?1, boot_id = ?2 WHERE boot_id <> ?2", (self.revision, boot_id))
 
     def _is_damage(self, error: sqlite3.DatabaseError) -> bool:
         code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)  # text that is no UTF-8 comes without one

@@ -2,8 +2,9 @@
 
 import argparse
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from services.operator.numbers import parse_whole
 from shared.addresses import pack_address, pack_network
 from shared.lifecycle import Parser, add_config_argument
 from shared.settings import Settings
@@ -14,8 +15,6 @@ if TYPE_CHECKING:  # not subscriptable when the program runs
 else:
     Subparsers = argparse._SubParsersAction
 
-MAX_DIGITS: Final = 20
-"""Of a number: more than any has that is taken."""
 T = TypeVar("T")
 Run = Callable[[argparse.Namespace, Settings], int]
 
@@ -49,13 +48,7 @@ def positive(text: str) -> int:
 
 def whole(smallest: int, largest: int) -> Callable[[str], int]:
     """A whole number from one to the other: the type of an argument."""
-
-    def parse(text: str) -> int:
-        if not (text.isascii() and text.isdigit() and len(text) <= MAX_DIGITS and smallest <= int(text) <= largest):
-            raise argparse.ArgumentTypeError(f"expected a whole number from {smallest} to {largest}, not {text!r}")
-        return int(text)
-
-    return parse
+    return lambda text: or_usage(parse_whole, text, smallest, largest)
 
 
 def interface_name(text: str) -> str:

@@ -121,14 +121,14 @@ class Balance:
             loss
             for service, accounts in sorted(self.accounts.items())
             for name, account in sorted(accounts.items())
-            for loss in _places(service, name, account)
+            for loss in _losses(service, name, account)
             if loss.lost > 0
         ]
         return sorted(found, key=lambda loss: PLACES.index(loss.place))
 
 
-def _places(service: str, name: str, account: Mapping[str, int]) -> Iterator[Loss]:
-    """Wherever something may be lost, with what was: mostly nothing."""
+def _losses(service: str, name: str, account: Mapping[str, int]) -> Iterator[Loss]:
+    """What was lost at each place where something may be: mostly 0."""
     kind, _, of = name.partition("/")
     by_kernel = account.get(KERNEL_DROPPED, 0)
     if kind == "stream":

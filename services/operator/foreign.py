@@ -6,15 +6,13 @@ Each tool has a module with a `parse_line`; what it can't express is said in `le
 import ipaddress
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Protocol
 
 import msgspec
 
+from services.operator.numbers import parse_whole
 from shared.registry import Source
 from shared.settings import Collector, Settings, Stream, Transmitter
-
-MAX_DIGITS: Final = 20
-"""Of a number: more than any has that is taken, leading zeros among them."""
 
 
 class Names(Protocol):
@@ -104,6 +102,7 @@ def _collectors(line: Line, stream: str, source: Source) -> list[Collector]:
 
 def whole(text: str, smallest: int, largest: int, what: str) -> int:
     """A number between both. ValueError says what it was to be."""
-    if not (text.isascii() and text.isdigit() and len(text) <= MAX_DIGITS and smallest <= int(text) <= largest):
-        raise ValueError(f"{what}: expected a whole number from {smallest} to {largest}, not {text!r}")
-    return int(text)
+    try:
+        return parse_whole(text, smallest, largest)
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from None

@@ -10,8 +10,6 @@ WIDTH: Final = 250
 """Columns a table may take. A narrower terminal wraps lines, which can still be searched; folded cells can't."""
 PLAIN_ABOVE: Final = 1000
 """Rows: rich takes half a millisecond for each, and nobody looks at more than so many in a box."""
-
-
 Cell = str | int | None
 
 
