@@ -116,7 +116,8 @@ class Store:
         if former not in ("", boot_id):
             self.revision += SKIPPED
         # In any case: that a file can't be written is to be known now, also where there is nothing to write.
-        database.execute("UPDATE state SET revision = ?1, boot_id = ?2 WHERE boot_id <> ?2", (self.revision, boot_id))
+        now = (self.revision, boot_id, boot_id)
+        database.execute("UPDATE state SET revision = ?, boot_id = ? WHERE boot_id <> ?", now)
 
     def _is_damage(self, error: sqlite3.DatabaseError) -> bool:
         code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)  # text that is no UTF-8 comes without one
