@@ -2,15 +2,16 @@
 
 import argparse
 import os
-import shutil
+import re
 import socket
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 from unittest import mock
 
 import zmq.utils.z85
-from msgspec import structs
 
 from services.gateway.access import read_tokens
 from services.gateway.permission import Permissions
@@ -23,26 +24,35 @@ from shared.settings_file import load, render
 from tests.fuzz.corpus import split_parts
 from tests.fuzz.printing import check_line, printed
 
-_directory: Final = Path(tempfile.gettempdir(), f"fanwire-fuzz-{os.getpid()}")
 MAX_KEYS: Final = 4
+COMMENT: Final = {"samplicator": re.compile(r"\s*(#|$)"), "pmacct": re.compile(r"\s*([!#]|$)")}
+"""How a line begins that says nothing."""
 
 
-def _written(data: bytes) -> Path:
-    """A file of ours with this in it, which nobody else can read."""
-    _directory.mkdir(mode=0o700, exist_ok=True)
-    path = _directory / "file.toml"
-    path.write_bytes(data)
-    path.chmod(0o600)
-    return path
+@contextmanager
+def _directory() -> Iterator[Path]:
+    """A directory of ours that nobody else can enter."""
+    with tempfile.TemporaryDirectory(prefix="fanwire-fuzz-") as directory:
+        yield Path(directory)
+
+
+def _load(directory: Path, text: str) -> Settings:
+    path = directory / "settings.toml"
+    path.write_text(text, "utf-8")
+    return load(path, {})
 
 
 def settings(data: bytes) -> None:
     """A settings file is read, and prints as one that is read to the same, or it is one line of SettingsError."""
-    try:
-        found = load(_written(data), {})
-        assert load(_written(render(found).encode()), {}) == found
-    except SettingsError as error:
-        check_line(error)
+    with _directory() as directory:
+        path = directory / "fanwire.toml"
+        path.write_bytes(data)
+        try:
+            found = load(path, {})
+        except SettingsError as error:
+            check_line(error)
+            return
+        assert _load(directory, render(found)) == found
 
 
 def environment(data: bytes) -> None:
@@ -56,14 +66,17 @@ def environment(data: bytes) -> None:
 
 def tokens(data: bytes) -> None:
     """A file of tokens gives those that it would give as settings, each to its holder, or it is one line."""
-    path = _written(data)
-    try:
-        found = read_tokens(Settings(gateway=Gateway(tokens=str(path))))
-    except OperatorError as error:
-        assert error.exit_code == BAD_SETTINGS
-        check_line(error)
-        return
-    assert load(path, {}).tokens == found
+    with _directory() as directory:
+        path = directory / "tokens.toml"
+        path.write_bytes(data)
+        path.chmod(0o600)
+        try:
+            found = read_tokens(Settings(gateway=Gateway(tokens=str(path))))
+        except OperatorError as error:
+            assert error.exit_code == BAD_SETTINGS
+            check_line(error)
+            return
+        assert load(path, {}).tokens == found
     permissions = Permissions(found)
     for token in found:
         if token.certificate is not None:
@@ -78,50 +91,55 @@ def tokens(data: bytes) -> None:
 
 def keys(data: bytes) -> None:
     """A directory of key files, each a name and its content, gives keys that are 32 bytes each, or it is one line."""
-    shutil.rmtree(_directory, ignore_errors=True)
-    _directory.mkdir(mode=0o700)
-    parts = split_parts(data, 2 * MAX_KEYS)
-    for name, content in zip(parts[::2], parts[1::2], strict=False):
-        path = _directory / os.fsdecode(name.translate(None, b"/\0")[:200])
-        if path.parent == _directory and path != _directory and not path.exists():
-            path.write_bytes(content)
-            path.chmod(0o600)
     found: list[bytes] = []
-    for role in ROLES:
-        try:
-            loaded = load_keys(_directory, role)
+    with _directory() as directory:
+        parts = split_parts(data, 2 * MAX_KEYS)
+        for name, content in zip(parts[::2], parts[1::2], strict=False):
+            path = directory / os.fsdecode(name.translate(None, b"/\0")[:200])
+            if path.name not in ("", "..") and path != directory:
+                path.write_bytes(content)
+                path.chmod(0o600)
+        for role in ROLES:
+            try:
+                loaded = load_keys(directory, role)
+            except SettingsError as error:
+                check_line(error)
+                continue
             found += [loaded.secret, loaded.public, loaded.broker]
             assert loaded.secret.decode() not in f"{loaded!r} {loaded}"
+        try:
+            roles = load_roles(directory)
+            assert set(roles.values()) <= set(ROLES)
+            found += roles
         except SettingsError as error:
             check_line(error)
-    try:
-        roles = load_roles(_directory)
-        assert set(roles.values()) <= set(ROLES)
-        found += roles
-    except SettingsError as error:
-        check_line(error)
     for key in found:
         assert zmq.utils.z85.encode(zmq.utils.z85.decode(key)) == key
 
 
 def _import(tool: str, data: bytes) -> None:
-    """Import a receiver file whose first byte says how: settings that load, and a word for each line that has none."""
-    path = _written(data[1:])
+    """Import a receiver file whose first byte says how: settings that load, and of each line a receiver or a word."""
     source = "original" if data[:1] > b"\x7f" else "relay"
-    arguments = argparse.Namespace(tool=tool, file=path, stream="s", listen=["udp://[::]:2000"], source=source)
-    try:
-        with mock.patch("shared.addresses.socket.getaddrinfo", _numeric), printed(escaped=False) as (out, err):
-            code = imports.run(arguments, Settings())
-    except SettingsError as error:
-        check_line(error)
-        assert ": line " in str(error)
-        return
-    made = load(_written(out.getvalue().encode()), {})
+    with _directory() as directory:
+        path = directory / "receivers"
+        path.write_bytes(data[1:])
+        arguments = argparse.Namespace(tool=tool, file=path, stream="s", listen=["udp://[::]:2000"], source=source)
+        try:
+            with mock.patch("shared.addresses.socket.getaddrinfo", _numeric), printed(escaped=False) as (out, err):
+                code = imports.run(arguments, Settings())
+        except SettingsError as error:
+            check_line(error)
+            assert ": line " in str(error)
+            return
+        made = _load(directory, out.getvalue())
+        assert _load(directory, render(made)) == made
     assert [stream.name for stream in made.streams] == ["s"]
     assert {collector.source for collector in made.collectors} <= {source}
-    left_out = any(": left out: " in line for line in err.getvalue().splitlines())
-    assert code == (FAILED if left_out or not made.collectors else OK)
-    assert load(_written(render(made).encode()), {}) == structs.replace(made)
+    said = [line.split(": ", 2) for line in err.getvalue().splitlines() if line.startswith("line ")]
+    assert code == (FAILED if any(line[1] == "left out" for line in said) or not made.collectors else OK)
+    told = {line[0].removeprefix("line ") for line in said} | {each.name.split("-")[1] for each in made.collectors}
+    lines = data[1:].decode(errors="backslashreplace").split("\n")
+    assert told == {str(number) for number, line in enumerate(lines, 1) if not COMMENT[tool].match(line)}
 
 
 def _numeric(host: str, port: int, **options: Any) -> Any:

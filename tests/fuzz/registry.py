@@ -1,6 +1,5 @@
 """The registry: what its clients say, what it answers them, and the file that it is kept in."""
 
-import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -131,11 +130,8 @@ def registry_file(data: bytes) -> None:
 
     Either from entries that others can rely on, or from none, with the file set aside.
     """
-    directory = Path(tempfile.mkdtemp(prefix="fanwire-fuzz-"))
-    try:
-        _go_on(directory / "registry.sqlite", data)
-    finally:
-        shutil.rmtree(directory)
+    with tempfile.TemporaryDirectory(prefix="fanwire-fuzz-") as directory:
+        _go_on(Path(directory, "registry.sqlite"), data)
 
 
 def _go_on(path: Path, data: bytes) -> None:
