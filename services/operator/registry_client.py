@@ -8,7 +8,7 @@ from typing import Any, Final, Self, TypeVar
 
 import msgspec
 
-from shared.addresses import Endpoint, SocketAddress
+from shared.addresses import Endpoint, SocketAddress, pack_address
 from shared.lifecycle import FAILED, NOT_PERMITTED, UNAVAILABLE, USAGE, OperatorError
 
 T = TypeVar("T")
@@ -36,6 +36,10 @@ class Entry(msgspec.Struct, frozen=True):
     health: str | None = None
     health_since: float | None = None
     health_count: int = 0
+
+    def __post_init__(self) -> None:
+        if self.streams:  # doctor asks the kernel for the way there
+            pack_address(self.address)
 
 
 class Answer(msgspec.Struct, frozen=True):

@@ -11,6 +11,8 @@ import msgspec
 import shared.netlink
 from services.operator import ledger
 from services.operator.balance import Balance
+from services.operator.doctor.gathering import by_service
+from services.operator.doctor.services import ServiceFacts, check_services
 from shared.gathering import Gathered
 from shared.lifecycle import UNAVAILABLE, OperatorError
 from shared.netlink import Netlink
@@ -51,6 +53,8 @@ def reports(data: bytes) -> None:
             continue
         if isinstance(message.body, Status) and (report := taken.take(message.envelope, message.body)):
             balance.take(report.service, report.boot, float(at), report.accounts)
+    facts = ServiceFacts(broker=True, accounts=by_service(taken.latest.values()))
+    assert list(check_services(facts, Settings(), []))
     found = list(balance.discrepancies())
     assert not (balance.settled and any(" datagrams behind " in sentence for sentence in found))
     assert all(loss.lost > 0 for loss in balance.losses())

@@ -11,21 +11,21 @@ from unittest import mock
 
 import structlog
 
-from services.gateway import store
+from services.gateway import registry, store
 from services.gateway.admission import Admission
 from services.gateway.entry import Origin, Visitor
 from services.gateway.protocol import Decoder
-from services.gateway.registry import Registry
 from services.gateway.requests import Name, Register, RequestError
 from services.gateway.store import Store
 from services.operator import collect, registry_client
 from services.operator.__main__ import make_parser
+from services.operator.doctor.ways import WayFacts, check_ways
 from services.operator.lease import Lease
-from services.operator.registry_client import Access
+from services.operator.registry_client import Access, Registry
 from shared.addresses import Endpoint
 from shared.lifecycle import OperatorError
 from shared.registry import Client
-from shared.settings import Settings
+from shared.settings import Settings, Transmitter
 from shared.wire import REGISTRY_TOPIC, RegistrySnapshot, decode, encode
 from tests.fuzz.corpus import split_parts
 from tests.fuzz.printing import check_line, printed
@@ -83,6 +83,9 @@ def answers(data: bytes) -> None:
         far.send(challenge)
         with _ended_in_a_line(said):
             _keep_lease(near)
+    with _ended_in_a_line(said), Registry(_access, 1.0) as asked:
+        collectors = [entry for entry in asked.ask("list").entries().values() if entry.streams]
+        assert list(check_ways(WayFacts(listeners=[("0.0.0.0", 9)]), collectors, Transmitter().destinations))
     for command in _commands:
         with _ended_in_a_line(said, as_json="json" in command and command.json):
             command.run(command, Settings())
@@ -141,23 +144,23 @@ def _go_on(path: Path, data: bytes) -> None:
     try:
         with mock.patch.object(store, "log", _silent), Store(path, lambda: 0.0) as kept:
             aside = list(path.parent.glob(f"{path.name}.damaged-*"))
-            registry = Registry(1000, lambda: 0.0, kept.generation + 1, kept.keep)
-            registry.restore(kept.entries, kept.revision)
+            entries = registry.Registry(1000, lambda: 0.0, kept.generation + 1, kept.keep)
+            entries.restore(kept.entries, kept.revision)
             assert not (aside and kept.entries)
-            _check_told(registry)
-            joined = registry.grant(_client("new"), _visitor, Origin.JSON, take_over=True)
-            revision = registry.commit()
+            _check_told(entries)
+            joined = entries.grant(_client("new"), _visitor, Origin.JSON, take_over=True)
+            revision = entries.commit()
         with Store(path, lambda: 0.0) as kept:
             assert joined.client in [entry.client for entry in kept.entries]
             assert kept.revision == revision
-            assert len(kept.entries) == len(registry)
+            assert len(kept.entries) == len(entries)
     except OperatorError as error:
         assert str(error).endswith("written by a later fanwire; name another [gateway] database")
 
 
-def _check_told(registry: Registry) -> None:
+def _check_told(entries: registry.Registry) -> None:
     """What goes to those who send copies is taken by them."""
-    told = RegistrySnapshot(registry.commit(), 0, 1, [entry.client for entry in registry.entries()])
+    told = RegistrySnapshot(entries.commit(), 0, 1, [entry.client for entry in entries.entries()])
     assert decode(encode(REGISTRY_TOPIC, told, sender="gateway.1", boot=1, sequence=0, total=0)).body == told
 
 
@@ -184,10 +187,10 @@ def _genuine(*, beside: bool) -> tuple[bytes, bytes]:
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "registry.sqlite")
         with Store(path, lambda: 0.0) as kept:
-            registry = Registry(1000, lambda: 0.0, 1, kept.keep)
+            entries = registry.Registry(1000, lambda: 0.0, 1, kept.keep)
             for name in ("a", "b", "c"):
-                registry.grant(_client(name), _visitor, Origin.JSON, ttl=5)
-            registry.release("b", 2, _visitor)
+                entries.grant(_client(name), _visitor, Origin.JSON, ttl=5)
+            entries.release("b", 2, _visitor)
             if beside:
                 return path.read_bytes(), path.with_name(f"{path.name}-wal").read_bytes()
         return path.read_bytes(), b""
