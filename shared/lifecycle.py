@@ -172,8 +172,11 @@ def configure_logging() -> None:
 def _restrain(
     restraint: Restraint, _logger: object, level: str, event: structlog.typing.EventDict
 ) -> structlog.typing.EventDict:
-    """Drop what has just been said, and say how often that was; an event and its `cause` tell what is the same."""
-    if level in ("debug", "info"):  # answers to the operator: nobody else provokes them
+    """Drop what has just been said, and say how often that was; an event and its `cause` tell what is the same.
+
+    What nobody but the operator provokes is always said: whatever is no trouble, and an `answer` that is.
+    """
+    if event.pop("answer", False) or level in ("debug", "info"):
         return event
     count = restraint.admit(f"{event['event']} {event.get('cause', '')}")
     if not count:

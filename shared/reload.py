@@ -45,7 +45,7 @@ class Reload:
         try:
             self._adopt(self._lifecycle.read())
         except (SettingsError, OperatorError) as error:
-            log.error(f"not reloaded, the old settings stay: {error}", service=self._service)
+            log.error(f"not reloaded, the old settings stay: {error}", service=self._service, answer=True)
 
     def _adopt(self, fresh: Settings) -> None:
         before = self._settings
@@ -54,7 +54,8 @@ class Reload:
             self._follow(settings)
             self._settings = settings
         if restart := [key for key in differing(before, fresh) if key not in RELOADED]:
-            log.warning("these settings have changed too, but take a restart", service=self._service, settings=restart)
+            event = "these settings have changed too, but take a restart"
+            log.warning(event, service=self._service, settings=restart, answer=True)
         if self._follow:
             changed = [*_changed("stream", before.streams, settings.streams)]
             changed += _changed("collector", before.collectors, settings.collectors)

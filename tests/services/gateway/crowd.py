@@ -113,7 +113,7 @@ def drip(count: int, seconds: float) -> dict[str, Any]:
 
 
 class Told:
-    """What every watcher is told, as it came to whoever was first; of each event its end, and when it was caused, ns."""
+    """What every watcher is told, as it came to who was first; of each event its end, and when it was caused, ns."""
 
     def __init__(self) -> None:
         self.text = bytearray()

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.stack import Running, Stack, ask_json, wait_until
+from tests.stack import Running, Stack, ask_json
 
 COLLECTORS, SLOW, WATCHERS = 10_000, 1000, 2000
 EVENTS, EVENTS_PER_SECOND = 400, 10
