@@ -18,7 +18,8 @@ from tests.services.ingest.test_exporters import Reference, batch_of
 MAX_ARRIVALS: Final = 64
 SOURCES: Final = ("192.0.2.1", "192.0.2.2", "2001:db8::1", "::ffff:0:0")
 NEW_CALL, SETTLED = 4, 8
-"""Bits of what stands before a datagram: it came by another receive call, a second had passed. Two more: its source."""
+"""Bits of the byte before a datagram: it came by another receive call; a second had passed. The lowest two: its source.
+"""
 MISSED: Final = ("exporter_missed", "exporter_missed_flows", "exporter_missed_records")
 
 

@@ -43,7 +43,7 @@ def bus_message(data: bytes) -> None:
 
 
 def reports(data: bytes) -> None:
-    """Of what services report, one message after the other, `fanwire ledger` prints the same in both forms."""
+    """What services report, one message after the other, adds up or not, and is printed as a table and as JSON."""
     balance, taken = Balance(), Reports()
     parts = split_parts(data, MAX_REPORTS * STATUS_PARTS)
     for at in range(0, len(parts), STATUS_PARTS):

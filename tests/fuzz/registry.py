@@ -87,7 +87,7 @@ def answers(data: bytes) -> None:
         collectors = [entry for entry in asked.ask("list").entries().values() if entry.streams]
         assert list(check_ways(WayFacts(listeners=[("0.0.0.0", 9)]), collectors, Transmitter().destinations))
     for command in _commands:
-        with _ended_in_a_line(said, as_json="json" in command and command.json):
+        with _ended_in_a_line(said, as_json=getattr(command, "json", False)):
             command.run(command, Settings())
 
 
