@@ -4,6 +4,7 @@ from tests.lab import enter_lab
 
 LAB_REFUSED = enter_lab()  # before other imports: unshare(2) wants a process without threads
 
+import os  # noqa: E402
 from collections.abc import Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -11,12 +12,24 @@ import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
 from tests import openly  # noqa: E402
+from tests.network import raise_ambient  # noqa: E402
 from tests.openly import OpenStack  # noqa: E402
 from tests.stack import Stack  # noqa: E402
 
 # A busy machine is no reason to fail: examples may take as long as they take.
 settings.register_profile("fanwire", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("fanwire")
+
+
+if os.environ.get("PYTEST_XDIST_WORKER") and os.geteuid():
+    raise_ambient(0)  # what it was given to enter the lab is not for programs under test
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes() -> None:
+    """Have workers of a plain user enter labs of their own: they have threads, and can't make a user namespace."""
+    if os.geteuid():
+        raise_ambient()
 
 
 @pytest.fixture

@@ -21,9 +21,10 @@ def enter_lab() -> str:
     global _entered
     libc = ctypes.CDLL(None, use_errno=True)
     uid, gid = os.geteuid(), os.getegid()
-    if libc.unshare(CLONE_NEWNET | (CLONE_NEWUSER if uid else 0)):
+    allowed = libc.unshare(CLONE_NEWNET) == 0  # root, or started by who has entered a user namespace already
+    if not allowed and libc.unshare(CLONE_NEWNET | CLONE_NEWUSER):
         return f"unshare(2) says: {os.strerror(ctypes.get_errno())} (are user namespaces switched off?)"
-    if uid:
+    if not allowed:
         Path("/proc/self/setgroups").write_text("deny")
         Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1")
         Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1")
