@@ -44,6 +44,8 @@ MAX_NAME: Final = 255
 """Characters of a client's name, which has as many bytes at most."""
 MAX_PIECES: Final = 4096
 """Of a list of collectors: as many as there may be, each with the longest name, fit into fewer."""
+StreamName = Annotated[str, Meta(pattern="^[^/]{1,64}$")]
+"""Without a `/`: who subscribes to a stream gets no other, such as `messages/more`, of which there is no end."""
 Number = Annotated[int, Meta(ge=0, le=MAX_NUMBER)]
 
 
@@ -77,7 +79,7 @@ class Datagrams(msgspec.Struct, array_like=True, frozen=True, gc=False):
     of that loan, otherwise of the last one before. Each datagram is at a multiple of `stride` if there is one.
     """
 
-    stream: str
+    stream: StreamName
     received_ns: int
     loan: Number = 0
     chunk: Number | None = None
