@@ -18,7 +18,7 @@ from shared.settings import Transmitter
 
 AUDIT_SECONDS: Final = 60.0
 NOBODYS: Final = Prefixes(["0.0.0.0/8", "224.0.0.0/3", "::/128", "ff00::/8"])
-"""What no datagram can have come from: this network, multicast, reserved (RFC 6890), unspecified."""
+"""What no datagram can have come from, nor may go to: this network, multicast, reserved (RFC 6890), unspecified."""
 LOOPBACK: Final = Prefixes(["127.0.0.0/8", "::1/128"])
 """Sources that are true only for a collector on this host."""
 BURST_SECONDS: Final = 0.1
@@ -41,7 +41,8 @@ class Policy:
     def allows_destination(self, address: str) -> bool:
         """Whether copies may go to an address."""
         halves = np.frombuffer(pack_address(address), ">u8").astype(np.uint64).reshape(1, 2)
-        return self._destinations is not None and bool(self._destinations.match(halves)[0])
+        covered = self._destinations is not None and bool(self._destinations.match(halves)[0])
+        return covered and not NOBODYS.match(halves)[0]
 
     def refused_sources(self, batch: Gathered, *, local: bool) -> Mask | None:
         """Which rows may not be copied to a collector, on this host or not, as bool, shape (n,); None: all may."""

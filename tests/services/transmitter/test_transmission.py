@@ -226,6 +226,34 @@ def test_nothing_leaves_to_a_destination_that_is_not_allowed(start: Start) -> No
     assert told["collector"] in ("outside", "six", "far")
 
 
+def test_many_are_never_sent_to_at_once(start: Start) -> None:
+    """Groups, broadcasts and nobody's addresses get nothing, though the settings allow all there are; it is told."""
+    bus = start('[transmitter]\ndestinations = ["0.0.0.0/0", "::/0"]\n')
+    bus.until_known(SIEM4, SIEM6)
+    many = ("224.0.0.1", "239.1.2.3", "255.255.255.255", "0.0.0.0", "0.1.2.3", "240.0.0.1", "ff02::1", "ff0e::7", "::")
+    nobodys = [original(f"nobody {address}", address) for address in many]
+    bus.serve(original("one"), original("one6", SIEM6), original("directed", "10.2.0.255"), *nobodys)
+    bus.worker.publish(numbered(0, 20), (ONE, ONE6))
+    assert {each.header.destination for each in bus.wire.read(20)} == {SIEM4, SIEM6}
+    bus.wire.assert_quiet()
+    accounts = bus.accounts_when(lambda found: found["collector/nobody ::"].get("offered") == 20)
+    for client in nobodys:
+        assert accounts[f"collector/{client.name}"]["dropped_destination_refused"] == 20
+    assert accounts["collector/directed"]["dropped_no_route"] == 20
+    (told,) = bus.transmitter.events(REFUSED)
+    assert told["cause"] == "dropped_destination_refused"
+
+
+def test_own_address_is_an_exporters_like_any(start: Start) -> None:
+    """What this host's own programs sent to us is copied from their address, unless `sources` leaves that out."""
+    bus = start()
+    bus.until_known(SIEM4)
+    bus.serve(original("c"))
+    bus.worker.publish([b"of our own"], ("10.2.0.1",))
+    (copy,) = bus.wire.read(1)
+    assert (copy.source, copy.source_port, copy.payload) == ("10.2.0.1", 514, b"of our own")
+
+
 def test_nothing_leaves_from_a_source_that_is_not_allowed(start: Start) -> None:
     """Sources outside `sources`, loopback ones to another host, groups, another family: counted, each by its cause."""
     bus = start('[transmitter]\nsources = ["192.0.2.0/24", "127.0.0.0/8", "224.0.0.0/4", "2001:db8::/32"]\n')
