@@ -68,7 +68,7 @@ def test_leases_and_copies_do_not_go_by_the_time_of_day(jumping: JumpingStack) -
         kept = ask_json(collector | {"name": "kept", "ttl": 60})
         assert kept["ok"]
         renewal = {"op": "renew", "name": "kept", "generation": kept["client"]["generation"]}
-        for seconds in (YEAR, -YEAR, 0.0, 86_400.0):
+        for seconds in (YEAR, -YEAR):
             jumping.jump(seconds)
             for number in range(5):
                 sender.sendto(b"%d" % number, ("127.0.0.1", 6667))

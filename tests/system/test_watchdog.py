@@ -19,7 +19,7 @@ sys.exit(main({arguments}))
 SECOND_STEP = "transmitter.serving", ["--inherited", "none:it takes none for this"]
 
 
-@pytest.mark.parametrize("name", ["gateway", "ingest", "forwarder", "transmitter"])
+@pytest.mark.parametrize("name", ["gateway", "forwarder", "transmitter"])
 def test_a_loop_that_is_stuck_is_not_fed(stack: Stack, name: str) -> None:
     """While its loop turns a service feeds the watchdog, idle or not; once that is stuck it does not."""
     stack.start("broker")
