@@ -1,6 +1,7 @@
 """Copies that keep the exporter's address, from exporters on other hosts to collectors on other hosts."""
 
 import os
+import json
 import random
 import re
 import signal
@@ -240,6 +241,28 @@ def test_nobody_but_the_opener_ever_has_a_capability(open_stack: OpenStack) -> N
             sets = re.findall(r"^(Cap(?:Inh|Prm|Eff|Amb)):\s*(\w+)$", status.read_text(), re.MULTILINE)
             assert [(name, int(held, 16)) for name, held in sets] == [(name, 0) for name, _ in sets], running.name
             assert len(sets) == 4
+
+
+def test_a_filter_at_the_collector_is_told_of_beforehand(open_stack: OpenStack) -> None:
+    """A collector's host that checks reverse paths drops copies, and it alone knows: doctor says where to look."""
+    with small_site(open_stack) as (field, relay, siem), Collector(siem, "10.2.0.2", 9514) as collector:
+        with relay.entered():
+            open_stack.start("transmitter")
+        assert register(relay, "10.2.0.2", 9514, "siem")["client"]["health"] == "ok"
+        siem.sysctl("net.ipv4.conf.eth.rp_filter", 1)
+        with Exporters(field, EXPORTERS[:1], "10.1.0.1") as exporters:
+            exporters.send(EXPORTERS[0], b"filtered")
+            wait_until(lambda: siem.counters()["TcpExtIPReversePathFilter"], "its kernel has dropped it")
+            assert account(open_stack, relay, "collector/siem")["delivered"] == 1
+            with relay.entered():
+                doctor = open_stack.operator("doctor", "--json")
+            doctor.process.wait(60)
+            (found,) = [each for each in json.loads(doctor.text)["findings"] if each["name"] == "reverse_path_there"]
+            assert (found["level"], found["subject"]) == ("warning", "siem")
+            assert "rp_filter" in found["cure"]
+            siem.sysctl("net.ipv4.conf.eth.rp_filter", 0)
+            exporters.send(EXPORTERS[0], b"let in")
+            assert [each.payload for each in collector.read(1)] == [b"let in"]
 
 
 @pytest.mark.parametrize("source", ["relay", "original"])
