@@ -1,7 +1,7 @@
 """Copies that keep the exporter's address, from exporters on other hosts to collectors on other hosts."""
 
-import os
 import json
+import os
 import random
 import re
 import signal
