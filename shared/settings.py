@@ -108,7 +108,7 @@ class Broker(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Passes what the others say to each other."""
 
     memory: Ceiling = 805_306_368
-    """Bytes that the process may take; near it queues get shorter, and subscribers that read nothing are cut off."""
+    """Bytes that the process may take; from half of it on subscribers that read nothing are cut off."""
 
 
 class Gateway(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

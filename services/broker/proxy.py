@@ -33,6 +33,9 @@ from shared.status import Reporter
 
 ENDPOINTS: Final = ("publish", "subscribe")
 """The socket files."""
+QUIET_SECONDS: Final = 0.3
+DRAIN_SECONDS: Final = 2.0
+"""After SIGTERM the rest of the stack still flushes: messages are passed until none came for a while, or so long."""
 HELD_SECONDS: Final = 0.005
 INCOMING_SHARE: Final = 8
 """A publisher's queue is one part in so many of a subscriber's: messages wait at the publisher, who can count them."""
@@ -41,9 +44,6 @@ CUT_OFF_MS: Final = 250
 
 Passing = Callable[[Socket, Socket, Socket], None]
 """Passes messages between publishers and subscribers until the third socket says `TERMINATE`; it counts from zero."""
-QUIET_SECONDS: Final = 0.3
-DRAIN_SECONDS: Final = 2.0
-"""After SIGTERM the rest of the stack still flushes: messages are passed until none came for a while, or so long."""
 
 
 class Proxy:
@@ -190,6 +190,7 @@ class Proxy:
         reporter.report(lambda: {"broker": statistics})
 
     def _drain(self) -> None:
+        self._held = False
         deadline = time.monotonic() + DRAIN_SECONDS
         before = -1
         while (now := self.statistics()["from_publishers"]) != before and time.monotonic() < deadline:

@@ -15,7 +15,7 @@ from tests.system.test_source_preserving import EXPORTERS, SETTINGS, Exporters, 
 from tests.system.test_workers import reports
 
 CEILING = 64 << 20
-SENT = 40_000
+SENT = 20_000
 CROWDED = f"""
 [forwarder]
 memory = {CEILING}

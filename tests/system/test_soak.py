@@ -37,6 +37,8 @@ BURST = 64
 RESTART_SECONDS = 0.1
 """As systemd's RestartSec= in deploy/."""
 CHURNING = 10
+QUIET_SECONDS = 1.2
+"""More than a second: services report once in each."""
 CALM = 2_000
 """Datagrams a second that any machine takes."""
 SLACK_MB = 32.0
@@ -191,7 +193,7 @@ class World:
     def settle(self, seconds: float = 60.0) -> None:
         """Wait until nothing moves any more."""
         seen, changed_at, deadline = [-1], time.monotonic(), time.monotonic() + seconds
-        while time.monotonic() - changed_at < 1.5:
+        while time.monotonic() - changed_at < QUIET_SECONDS:
             assert time.monotonic() < deadline, "it never comes to rest"
             self.tend()
             now = [*self.arrived(), self.kernel_dropped()]
@@ -424,7 +426,7 @@ def whole_run(world: World, killed: Counter[str], rate: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "rate", "pause"), [(8, 5_000, 0.5), pytest.param(600, 50_000, 3.0, marks=pytest.mark.soak)]
+    ("seconds", "rate", "pause"), [(5, 5_000, 0.4), pytest.param(600, 50_000, 3.0, marks=pytest.mark.soak)]
 )
 @pytest.mark.timeout(1200)
 def test_everything_is_killed_again_and_again(
@@ -437,7 +439,8 @@ def test_everything_is_killed_again_and_again(
     spared, once = Spared(world, seconds), Once()
     world.traffic.go(rate)
     time.sleep(10 if long else 1)
-    first = world.account()
+    world.traffic.pause()
+    world.settle()
     memory, files = world.all_own_mb(), world.all_descriptors()
     churn = Churn(world, random.Random(draw.random()))
     churn.start()
@@ -457,7 +460,6 @@ def test_everything_is_killed_again_and_again(
     assert grown["sent"] > 0
     assert all(grown[f"{number} missed"] == 0 for number in range(len(world.sinks)))
     print(f"MB: {memory} then, {world.all_own_mb()} now; descriptors: {files} then, {world.all_descriptors()} now")
-    assert first.values["sent"] > 0
     for name, most in world.all_own_mb().items():
         assert most < memory[name] + SLACK_MB, name
     wait_until(lambda: world.all_descriptors() == files, f"descriptors are {files} again, as {world.all_descriptors()}")
