@@ -368,7 +368,7 @@ def _check_replaceable(present: Entry, visitor: Visitor, origin: Origin, take_ov
     holder = present.visitor.rights.holder
     same = holder == visitor.rights.holder if holder else present.visitor.address == visitor.address
     # Who held it has lost the connection in a restart of ours, and may be back: it need not know of that.
-    orphaned = present.held and not present.visitor.id
+    orphaned = present.held and not present.visitor.id and present.origin is origin
     if (take_over and (same or visitor.rights.everything)) or (orphaned and same):
         return
     raise RequestError(

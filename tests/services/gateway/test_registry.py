@@ -382,6 +382,7 @@ def test_held_entry_outlives_a_restart_for_a_while(registry: Table) -> None:
     kept = [Entry(Client(name, 1, HERE.address, 9), Origin.JSON, earlier, 0.0, math.inf, 0, True, 0.0) for name in "ab"]
     registry.restore(kept, 7)
     assert error_of(registry.join, "a", ELSEWHERE) == "name_taken"
+    assert error_of(registry.join, "a", HERE, Origin.NAMES) == "name_taken"
     assert registry.join("a", HERE, hold=True).revision == 8
     registry.now = RETURN_SECONDS
     registry.expire()
