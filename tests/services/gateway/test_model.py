@@ -203,21 +203,8 @@ class Clients(RuleBasedStateMachine):
     @rule(place=places, abruptly=st.booleans())
     def go(self, place: int, abruptly: bool) -> None:
         """Somebody closes its connection, and with it what it holds by it."""
-        client = self._there.pop(place, None)
-        if client is None:
-            return
-        if abruptly:
-            client.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-            client.close()
-        else:
-            client.connection.shutdown(socket.SHUT_WR)
-            self._part(place, client)
-        held = self._model.held_by(client.caller.connection)
-        left = [self._auditor.event() for _ in held]  # in any order, which is everybody's then
-        assert sorted(line["name"] for line in left) == sorted(held)
-        self._model.remove([line["name"] for line in left])
-        self._foretell()
-        assert all(map(self._auditor.heed, left))
+        if place in self._there:
+            self._go(place, abruptly)
 
     @rule(seconds=st.sampled_from([1.0, 2.0, 5.0, 19.0, 20.0, 30.0, 61.0]))
     def pass_by(self, seconds: float) -> None:
@@ -261,14 +248,14 @@ class Clients(RuleBasedStateMachine):
         """In the end nobody has been told more or less than was foretold."""
         if not hasattr(self, "_auditor"):
             return
-        everybody = [*self._there.values(), self._auditor]
         try:
-            for client in everybody:
-                client.connection.shutdown(socket.SHUT_WR)
-            self._part_all()
+            for place in list(self._there):
+                self._go(place)
+            self._auditor.connection.shutdown(socket.SHUT_WR)
+            self._part(AUDITOR, self._auditor)
             assert "Traceback" not in self._gateway.text
         finally:
-            for client in everybody:
+            for client in [*self._there.values(), self._auditor]:
                 client.close()
             self._gateway.stop(signal.SIGKILL)
 
@@ -299,8 +286,23 @@ class Clients(RuleBasedStateMachine):
             self._there[place] = self._connect(*PLACES[place])
         return self._there[place]
 
+    def _go(self, place: int, abruptly: bool = False) -> None:
+        client = self._there.pop(place)
+        if abruptly:
+            client.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            client.close()
+        else:
+            client.connection.shutdown(socket.SHUT_WR)
+            self._part(place, client)
+        held = self._model.held_by(client.caller.connection)
+        left = [self._auditor.event() for _ in held]  # in any order, which is everybody's then
+        assert sorted(line["name"] for line in left) == sorted(held)
+        self._model.remove([line["name"] for line in left])
+        self._foretell()
+        assert all(map(self._auditor.heed, left))
+
     def _part(self, place: int, client: Conversation, whole: bool = True) -> None:
-        """Have a connection end; when it is not `whole`, what was foretold may be missing at the end."""
+        """Read a connection to its end; unless all that was foretold is there it is not `whole`."""
         assert client.end() == []
         assert not (whole and (client.events or client.lost))
         self._seen[place] = client.revision

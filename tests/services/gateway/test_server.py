@@ -441,7 +441,7 @@ def test_descriptors_run_out_and_come_back(stack: Stack, gateway: Running) -> No
         assert json.loads(known.recv(65536))["ok"]
         time.sleep(3)
         passed = time.monotonic() - begin
-        assert gateway.cpu_seconds() - worked < passed / 2
+        assert gateway.cpu_seconds() - worked < passed / 10
         assert len(gateway.text.splitlines()) - said <= passed + 1
         resource.prlimit(gateway.process.pid, resource.RLIMIT_NOFILE, limits)
         assert list(json.loads(read_all(waiting))) == ["b", "waiting"]

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import resource
 import signal
 import socket
 import ssl
@@ -286,6 +287,25 @@ def test_handshakes_count_as_connections(site: Site) -> None:
         connection.close()
     with site.connect_as("siem") as talk:
         assert talk.ask("list")["ok"]
+
+
+def test_descriptors_run_out_and_come_back(site: Site) -> None:
+    """Without a descriptor to be had who is connected by TLS is served, another waits, nothing spins, it recovers."""
+    gateway = site.start(entry("siem", "list"))
+    with site.connect_as("siem") as talk:
+        limits = resource.prlimit(gateway.process.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(gateway.process.pid, resource.RLIMIT_NOFILE, (1, limits[1]))
+        with raw_connection():
+            gateway.wait_for("no connection can be accepted")
+            begin, worked = time.monotonic(), gateway.cpu_seconds()
+            for _ in range(20):
+                assert talk.ask("list")["ok"]
+                time.sleep(0.1)
+            assert gateway.cpu_seconds() - worked < (time.monotonic() - begin) / 10
+        resource.prlimit(gateway.process.pid, resource.RLIMIT_NOFILE, limits)
+    with site.connect_as("siem") as talk:
+        assert talk.ask("list")["ok"]
+    assert "Traceback" not in gateway.text
 
 
 def test_line_of_ten_megabytes(site: Site) -> None:
