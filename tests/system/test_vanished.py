@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from services.gateway.registry import PRESERVE_CLIENTS
+from services.gateway.preservation import MIN_CLIENTS
 from tests.network import End, Host, veth
 from tests.openly import OpenStack
 from tests.services.gateway.test_server import counters
@@ -17,7 +17,7 @@ from tests.services.gateway.test_watching import Conversation
 from tests.stack import Running, ask_json, wait_until
 
 TTL = 4
-MANY = PRESERVE_CLIENTS + 2
+MANY = MIN_CLIENTS + 2
 
 
 class Field:
