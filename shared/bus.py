@@ -52,6 +52,8 @@ MAX_SUBSCRIPTION: Final = 2 * MAX_TOPIC
 each byte of a subscription in a node of its own: one of 1 MB would take over 100 MB of the broker."""
 SUBSCRIPTIONS_MAX: Final = 4096
 """Bounds what a publisher remembers of a hostile subscriber."""
+MAX_UNREADABLE: Final = 256
+"""Likewise what a subscriber remembers of made-up workers."""
 
 log = structlog.get_logger()
 
@@ -195,7 +197,8 @@ class Subscriber:
         self._directory = None if link.broker else directory  # the workers that lend there are not those of its broker
         self._lenders: dict[tuple[str, str], tuple[int, Borrowed]] = {}
         """By worker and stream: the worker's boot id, and what it lends."""
-        self._inline: set[str] = set()
+        self._inline: dict[str, set[str]] = {}
+        """By stream: the workers that lend what can't be read here now."""
         self._prefixes: Counter[str] = Counter()
         self._socket = configure(context.socket(zmq.SUB), high_water_mark)
         link.connect(self._socket, directory, "subscribe")
@@ -249,6 +252,11 @@ class Subscriber:
         boot, borrowed = self._lenders.get((envelope.sender, body.stream), (None, None))
         if borrowed is not None and boot == envelope.boot:
             borrowed.passed(body.loan)
+            unreadable = self._inline.get(body.stream, ())
+            if envelope.sender in unreadable and borrowed.admitted:
+                self._inline[body.stream].discard(envelope.sender)
+                if not self._inline[body.stream]:
+                    self.unsubscribe(inline_topic(body.stream))
 
     def _meet(self, envelope: Envelope, stream: str) -> None:
         """Ask a worker whose mark has come to lend us what it lends others; say so when that can't be."""
@@ -263,7 +271,7 @@ class Subscriber:
                 raise OSError
             borrowed = Borrowed(pool_path(self._directory, envelope.sender), stream)
         except OSError:  # perhaps it lends nothing
-            self._want_inline(stream)
+            self._want_inline(stream, envelope.sender)
         else:
             self._lenders[envelope.sender, stream] = envelope.boot, borrowed
 
@@ -273,15 +281,17 @@ class Subscriber:
         if borrowed is not None and boot == envelope.boot and body.chunk is not None:
             payload = borrowed.payload(body.loan, body.chunk, size)
         if payload is None:
-            self._want_inline(body.stream)
+            self._want_inline(body.stream, envelope.sender)
             raise WireError("not_borrowed", f"{envelope.sender} lends a payload that can't be read here")
         return payload
 
-    def _want_inline(self, stream: str) -> None:
-        """Have payloads of a stream sent in messages: what is lent can't be read here."""
-        if stream not in self._inline:
-            self._inline.add(stream)
+    def _want_inline(self, stream: str, worker: str) -> None:
+        """Have payloads of a stream sent in messages, until what a worker lends can be read here."""
+        unreadable = self._inline.setdefault(stream, set())
+        if not unreadable:
             self.subscribe(inline_topic(stream))
+        if len(unreadable) < MAX_UNREADABLE:
+            unreadable.add(worker)
 
     def _reject(self, error: WireError) -> None:
         self.rejected[error.cause] += 1

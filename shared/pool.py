@@ -277,6 +277,11 @@ class Borrowed:
         self._start = self._memory.ctypes.data
         return True
 
+    @property
+    def admitted(self) -> bool:
+        """Whether the worker waits for us: what it lends from now on can be read."""
+        return self._take_answer()
+
     def payload(self, number: int, chunk: int, size: int) -> memoryview | None:
         """The payload of a loan, a view; None when it is none that waits for us to give it back."""
         if not self._take_answer() or self._memory is None or number <= self._seen:

@@ -33,6 +33,7 @@ class StreamFeed:
         self.account = account
         self.exporters: Exporters | None = None
         """Who sends, by their own numbers; None: these are not looked at."""
+        self.owes_mark = False
         self._protocol: Protocol | None = None
         self._publisher = publisher
         self._pool = pool
@@ -81,11 +82,11 @@ class StreamFeed:
             self._pool.lent(loan)
 
     def mark(self, now_ns: int) -> None:
-        """Tell a new subscriber where the sequence stands, by a batch without rows."""
+        """Tell a new subscriber where the sequence stands, by a batch without rows; owed while the bus takes none."""
         if self._pool:
             self._pool.hold_back()
         empty = DatagramBatch(self.stream, now_ns, np.empty(0, ROW), b"")
-        self._publisher.publish(self.topic, Datagrams(self.stream, now_ns, self._lent), empty)
+        self.owes_mark = not self._publisher.publish(self.topic, Datagrams(self.stream, now_ns, self._lent), empty)
 
     @property
     def _lent(self) -> int:

@@ -254,6 +254,9 @@ class Worker:
 
         Until there are none: what we publish may swallow the edge by which we would hear of the next one.
         """
+        for feed in self._feeds.values():
+            if feed.owes_mark:
+                feed.mark(time.time_ns())
         while prefixes := self._publisher.new_subscriptions():
             for feed in self._feeds.values():
                 if any(feed.topic.startswith(prefix) for prefix in prefixes):

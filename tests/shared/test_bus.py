@@ -505,7 +505,10 @@ def test_nothing_is_lent_while_somebody_new_may_not_have_borrowed(stack: Stack, 
 
 
 def test_loan_that_can_not_be_read_is_missed(stack: Stack, pool_clock: PoolClock) -> None:
-    """A loan from before a subscriber borrowed is rejected as `not_borrowed`, shows as missed, and is the last one."""
+    """A loan from before a subscriber borrowed is rejected as `not_borrowed`, shows as missed, and is the last one.
+
+    Until it can borrow payloads come in messages, and then they are lent again.
+    """
     stack.start("broker")
     with BusEnds(stack.bus) as bus, LendingWorker(bus, pool_clock) as worker:
         first = bus.subscriber(TOPIC)
@@ -530,6 +533,10 @@ def test_loan_that_can_not_be_read_is_missed(stack: Stack, pool_clock: PoolClock
         message = take(late)
         assert continuity.observe(TOPIC, message.envelope, 10) == 20
         assert payloads_of([message]) == large(2)
+        wait_unwanted(worker.publisher, inline_topic("messages"))
+        assert payloads_of([take(first)]) == large(2)
+        assert worker.publish(large(3))
+        assert [payloads_of([take(each)]) for each in (first, late)] == [large(3)] * 2
         assert late.rejected == {"not_borrowed": 2}
         assert first.rejected == {}
 

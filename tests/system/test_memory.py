@@ -1,15 +1,11 @@
 """Processes near their ceilings drop by the policy, count it, and go on."""
 
 import time
-from collections import Counter
 
-from services.ingest.feed import StreamFeed
 from shared.ledger import discrepancies
-from shared.memory import Memory
-from tests.builders import BusEnds, wait_wanted
 from tests.capture import Collector
 from tests.openly import OpenStack
-from tests.stack import Stack, ask_json, wait_until
+from tests.stack import ask_json, wait_until
 from tests.system.test_isolation import LIVE
 from tests.system.test_source_preserving import EXPORTERS, SETTINGS, Exporters, small_site
 from tests.system.test_workers import reports
@@ -60,19 +56,3 @@ def test_crowd_of_tiny_batches(open_stack: OpenStack) -> None:
         assert list(discrepancies({"collector/slow": found})) == []
         assert found["dropped_memory"] > 0
         assert most * 2**20 < CEILING
-
-
-def test_worker_without_memory_drops_what_comes(stack: Stack) -> None:
-    """Near its ceiling ingest puts nothing on the bus, which is counted, and goes on as soon as there is room."""
-    stack.start("broker")
-    account: Counter[str] = Counter()
-    with BusEnds(stack.bus) as bus:
-        publisher, memory = bus.publisher(), Memory()
-        bus.subscriber("datagrams/messages/")
-        feed = StreamFeed("messages", publisher, account, memory=memory)
-        wait_wanted(publisher, feed.topic)
-        memory.short = True
-        assert not feed.receive(3, 300)
-        memory.short = False
-        assert feed.receive(2, 200)
-    assert account == {"received": 5, "bytes": 500, "dropped_memory": 3}
