@@ -22,7 +22,7 @@ lint: $(VENV)/installed-for-tests
 	ruff check .
 	mypy
 
-# A million datagrams of mixed sizes, every byte of every copy compared; some minutes.
+# A million datagrams of mixed sizes, every byte of every copy compared; ten minutes of kills under load; floods.
 soak: $(VENV)/installed-for-tests
 	pytest -m soak --timeout 3600
 

@@ -159,13 +159,14 @@ class World:
         self.restart_at[name] = time.monotonic() + RESTART_SECONDS
 
     def tend(self) -> None:
-        """Start again what was killed, and hear what services report."""
+        """Start again what was killed, hear what services report, and look at what collectors have got."""
         for name in [name for name, due_at in self.restart_at.items() if due_at <= time.monotonic()]:
             del self.restart_at[name]
             self.start(name)
         while message := self._subscriber.receive():
             if isinstance(message.body, Status):
                 self.reports.take(message.envelope, message.body)
+        self.arrived()
 
     def arrived(self) -> list[int]:
         """How many datagrams each collector has got; those that can be read are from whom they say."""
@@ -180,7 +181,9 @@ class World:
 
     def kernel_dropped(self) -> int:
         """What the kernel dropped at the workers' sockets, as /proc/net/udp of the relay's host says."""
-        lines = [line.split() for line in self.relay.run("cat", "/proc/net/udp").splitlines()[1:]]
+        with self.relay.entered():
+            text = Path("/proc/thread-self/net/udp").read_text()
+        lines = [line.split() for line in text.splitlines()[1:]]
         return sum(int(line[-1]) for line in lines if int(line[1].partition(":")[2], 16) == PORT)
 
     def ledger(self) -> dict[str, Any]:
