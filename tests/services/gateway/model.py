@@ -84,16 +84,13 @@ class Model:
     """The registry. `told` are lines that nobody asked for, each with the connection that gets it."""
 
     now: float
-    generation: int = 0
+    generation: int
     revision: int = 0
     clients: dict[str, Entry] = field(default_factory=dict)
     events: list[Line] = field(default_factory=list)
     told: list[tuple[int, Line]] = field(default_factory=list)
     _expired_at: list[float] = field(default_factory=list)
     _preserving_since: float | None = None
-
-    def __post_init__(self) -> None:
-        self.restart()
 
     def answer(self, request: Line, caller: Caller) -> Line:
         """Do what a request says, and return its answer."""
@@ -158,7 +155,6 @@ class Model:
     def restart(self) -> None:
         """Go on as another gateway: events are known from now on, leases begin anew, connections are gone."""
         self.events, self._expired_at, self._preserving_since = [], [], None
-        self.generation = max(self.generation + 1, int(self.now * 1_000_000)) - 1
         for entry in self.clients.values():
             entry.caller = replace(entry.caller, connection=0)
             entry.ttl = entry.ttl or RETURN_SECONDS * entry.hold

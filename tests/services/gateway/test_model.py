@@ -15,7 +15,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
-from tests.services.gateway.clocked import Clock
+from tests.services.gateway.clocked import START, Clock
 from tests.services.gateway.model import MAX_CLIENTS, SETTINGS, Caller, Line, Model
 from tests.services.gateway.test_server import read_all
 from tests.services.gateway.test_tls import entry
@@ -157,7 +157,7 @@ class Clients(RuleBasedStateMachine):
         self._restarts = 0
         self._seen: dict[int, int | None] = {}
         self._there: dict[int, Conversation] = {}
-        self._model = Model(self.site.clock.now)
+        self._model = Model(self.site.clock.now, int(START * 1_000_000) - 1)
         self._start([self._model])
 
     @rule(place=places, request=registers)
