@@ -272,7 +272,8 @@ class Connection(asyncio.BufferedProtocol):
     def _take_request(self) -> None:
         """Begin the next request, if there is one and none is under way."""
         # What was pushed before goes before the answer too: a list must not be followed by what is on it already.
-        if not (self._answering or self._lingering or self._pushed):
+        # Nor is more said to who does not take what was said: its deadline is for that.
+        if not (self._answering or self._lingering or self._pushed or self._stalled):
             try:
                 request = self._decoder.next_request()
             except RequestError as refused:
@@ -392,7 +393,7 @@ class Connection(asyncio.BufferedProtocol):
             self._finish()
         elif self._decoder.buffered or self._ended:
             self._all.loop.call_soon(self._take_request)
-        else:
+        elif not self._stalled:
             self._await_request()
 
     def _finish(self) -> None:

@@ -113,6 +113,8 @@ class Desk:
             reply(self._show_rights(request, visitor))
         else:
             reply(self._operate(request, visitor))
+        if not isinstance(request, Renew):  # which is most of what is asked, and nothing that others are told
+            self._announcer.wake()
 
     def authenticate(self, request: Auth, visitor: Visitor) -> Visitor:
         """Return the visitor with the rights that its token gives; `RequestError` when it gives none."""
@@ -162,7 +164,6 @@ class Desk:
     def _sign_up(self, request: Name, visitor: Visitor) -> Answer:
         client = Client(request.name, 0, visitor.address, visitor.port)
         self._registry.grant(client, visitor, Origin.NAMES, ttl=self._lease_seconds)
-        self._announcer.wake()
         return self._registry.names.render()
 
     def _register(self, request: Register, visitor: Visitor, reply: Callable[[Answer], None]) -> None:
@@ -192,7 +193,7 @@ class Desk:
         entry = self._registry.grant(
             client, visitor, Origin.JSON, ttl=request.ttl, hold=request.hold, take_over=request.take_over
         )
-        self._announcer.wake()
+
         if loser is not None and loser.visitor.id != visitor.id:
             self._tell_loser(loser, visitor)
 
@@ -242,7 +243,6 @@ class Desk:
                 return _succeed(request.id, expires_in=self._registry.expires_in(entry))
             case Leave():
                 self._registry.release(request.name, request.generation, visitor)
-                self._announcer.wake()
                 return _succeed(request.id)
             case List():
                 return [_head(request.id), b',"clients":', *self._list()]

@@ -353,6 +353,7 @@ class Clients(RuleBasedStateMachine):
         self._model.told = []
 
 
+@pytest.mark.timeout(3600)  # what fails is made small before it is shown, which takes minutes
 @pytest.mark.parametrize(
     ("examples", "steps", "restarts"), [(8, 50, 2), pytest.param(60, 100, 5, marks=pytest.mark.soak)]
 )

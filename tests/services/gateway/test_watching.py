@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from shared.bus import Subscriber, new_context
+from tests.services.gateway.test_server import counters
 from tests.stack import Running, Stack, ask, ask_json, wait_until
 
 
@@ -247,6 +248,22 @@ def test_who_does_not_read_is_cut_off(stack: Stack, talk: Any) -> None:
     seen = json.loads(received.splitlines()[-2])["revision"]
     answer = missed.ask("watch", revision=seen)
     assert ("clients" in answer) or missed.read()["revision"] == seen + 1
+
+
+def test_who_asks_on_but_does_not_read(stack: Stack, talk: Any) -> None:
+    """A watcher that reads nothing is cut off in time, whatever it goes on asking."""
+    stack.configure("[gateway]\noutput_buffer = 100000000\nrequest_seconds = 1\n")
+    stack.start("broker")
+    stack.start("gateway")
+    actor, prefixes = talk(), [f"10.0.{number}.0/24" for number in range(64)]
+    with socket.socket() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.connect(("127.0.0.1", 5000))
+        slow.sendall(b'{"op":"watch"}\n')
+        for _ in range(600):
+            assert actor.ask("register", name="n", **{"from": prefixes})["ok"]
+            slow.sendall(b'{"op":"streams"}\n')
+        wait_until(lambda: counters(stack).get("too_slow") == 1, "it is cut off")
 
 
 def test_idle_watcher_stays(stack: Stack, talk: Any) -> None:
