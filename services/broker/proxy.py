@@ -37,8 +37,8 @@ QUIET_SECONDS: Final = 0.3
 DRAIN_SECONDS: Final = 2.0
 """After SIGTERM the rest of the stack still flushes: messages are passed until none came for a while, or so long."""
 HELD_SECONDS: Final = 0.005
-INCOMING_SHARE: Final = 8
-"""A publisher's queue is one part in so many of a subscriber's: messages wait at the publisher, who can count them."""
+INCOMING_SHARE: Final = 2
+"""A publisher's queue is one part in so many of a subscriber's: the rest waits at the publisher, who can count it."""
 CUT_OFF_MS: Final = 250
 """How long what waits for a subscriber outlives its connection."""
 

@@ -28,8 +28,8 @@ STANDSTILL_SECONDS: Final = 0.5
 but hardly to the same byte at every look."""
 RELIEF_RESERVE: Final = 2
 """Subscribers are cut off when less than one part in so many of the memory is left, as that takes a while to help."""
-LAST_RESERVE: Final = 8
-"""Nothing passes when it is one part in so many."""
+LAST_RESERVE: Final = 4
+"""Nothing passes when it is one part in so many, into which the queues of publishers have to fit."""
 NEAR_MS: Final = 20
 FAR_MS: Final = 100
 """Between two looks, also while little is taken: the bus brings up to a GB a second."""
