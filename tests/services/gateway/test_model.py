@@ -355,7 +355,7 @@ class Clients(RuleBasedStateMachine):
 
 @pytest.mark.timeout(3600)  # what fails is made small before it is shown, which takes minutes
 @pytest.mark.parametrize(
-    ("examples", "steps", "restarts"), [(8, 50, 2), pytest.param(60, 100, 5, marks=pytest.mark.soak)]
+    ("examples", "steps", "restarts"), [(6, 50, 2), pytest.param(60, 100, 5, marks=pytest.mark.soak)]
 )
 def test_every_line_is_foretold(stack: Stack, examples: int, steps: int, restarts: int) -> None:
     """Whatever clients and time do and however often it is killed, answers and events are those of the model."""
