@@ -1,8 +1,8 @@
 # `make run` starts everything, `make test` checks everything; both set up what they need in .venv first.
 PYTHON ?= python3
 VENV := .venv
-# Tests wait more than they work: a few at a time take half as long.
-TEST_WORKERS ?= 2
+# Tests wait about as much as they work.
+TEST_WORKERS ?= 3
 BIN := $(CURDIR)/$(VENV)/bin
 export PATH := $(BIN):$(PATH)
 

@@ -61,8 +61,8 @@ def test_whole_stack_delivers_over_tcp(stack: Stack, with_keys: bool, local: tup
     receiver, _ = open_receiver("127.0.0.1", 9514)
     with closing(receiver):
         receiver.settimeout(20)
-        answer = ask_json({"op": "register", "name": "siem", "streams": ["messages"], "port": 9514})
-        assert answer["client"]["health"] == "ok"
+        assert ask_json({"op": "register", "name": "siem", "streams": ["messages"], "port": 9514})["ok"]
+        wait_until(lambda: ask_json({"op": "list"})["clients"]["siem"]["health"] == "ok", "copies flow")
         for _ in range(3):
             send(*PAYLOADS)
             assert [receiver.recv(65_536) for _ in PAYLOADS] == PAYLOADS

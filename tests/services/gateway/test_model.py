@@ -318,8 +318,8 @@ class Clients(RuleBasedStateMachine):
         for request in requests:
             present = self._model.clients.get(request.get("name", ""))
             more = {"id": next(self._numbers)}
-            if "generation" in request and present:
-                more["generation"] = request["generation"] + present.client["generation"]
+            if "generation" in request:
+                more["generation"] = request["generation"] + (present.client["generation"] if present else 1)
             completed.append(request | more)
         return completed
 
