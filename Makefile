@@ -12,7 +12,7 @@ run: $(VENV)/installed
 	@! fanwire ready broker --timeout 0.2 >/dev/null 2>&1 || { \
 	  echo "fanwire is running already; a second copy needs a [bus] directory and ports of its own"; exit 1; }
 	@trap : INT TERM; fanwire ready --hint & hint=$$!; honcho start; code=$$?; \
-	  kill $$hint 2>/dev/null; wait $$hint 2>/dev/null; exit $$code
+	  kill $$hint 2>/dev/null; wait $$hint 2>/dev/null; [ $$code = 130 ] || exit $$code  # 130: Ctrl-C
 
 test: lint
 	pytest -m 'not soak' -n $(TEST_WORKERS)

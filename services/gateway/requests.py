@@ -47,7 +47,7 @@ def no_transmitter() -> RequestError:
     """The refusal of what takes raw sockets, while nobody has them."""
     return RequestError(
         "no_transmitter",
-        "no transmitter has raw sockets; start one with the privilege, `fanwire transmitter` says what it lacks",
+        "no transmitter has raw sockets; its log and `fanwire doctor` say what the running one lacks",
     )
 
 

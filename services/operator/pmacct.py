@@ -60,7 +60,9 @@ def _beyond_us(keys: dict[str, str]) -> str:
 
 def _tell_balance(balance: str, pool: int, line: Line) -> None:
     if balance.startswith(HASHES):
-        line.notes.append(f"pool {pool}: each exporter goes to one receiver, but hardly to the one of pmacct's choice")
+        line.notes.append(
+            f"pool {pool}: each exporter goes to one receiver, but probably not the one pmacct would choose"
+        )
     elif balance.startswith(("rr", "hash-tag")):
         line.left_out.append(f"pool {pool}: balance-alg={balance}; receivers share by hash of source address instead")
     else:

@@ -70,7 +70,7 @@ def hints(settings: Settings) -> Iterator[str]:
         near = [endpoint for endpoint in settings.gateway.endpoints if endpoint.scheme != "tls"]
         request = f'{{"op":"register","name":"siem","streams":["{stream.name}"],"port":{HINT_PORT}}}'
         for endpoint in near[:1]:
-            yield f"printf '{request}\\n' | nc -q1 {_for_nc(endpoint)}"
+            yield f"printf '{request}\\n' | nc -N {_for_nc(endpoint)}"
 
 
 def _program() -> str:

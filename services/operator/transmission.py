@@ -66,7 +66,7 @@ def wait_for_transmitter(publisher: Publisher, reply_topic: str) -> None:
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not (publisher.wanted(TRANSMIT_TOPIC) and publisher.wanted(reply_topic)):
         if time.monotonic() >= deadline:
-            cure = "start one with the privilege, `fanwire transmitter` says what it lacks"
+            cure = "its log and `fanwire doctor` say what the running one lacks"
             raise OperatorError(UNAVAILABLE, f"no transmitter has raw sockets; {cure}")
         publisher.socket.poll(LOOK_MS)
         publisher.new_subscriptions()

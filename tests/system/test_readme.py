@@ -14,7 +14,7 @@ from services.gateway.requests import OPERATIONS, ErrorWord, Operation
 from services.gateway.views import View
 from services.operator.lease import PASSING
 from shared.settings import DEFAULT_STREAM, Settings
-from shared.settings_file import render
+from shared.settings_file import load, render
 from tests.openly import OpenStack
 from tests.stack import CHECKOUT, Stack
 from tests.system.test_fan_out import need
@@ -96,6 +96,16 @@ def test_who_may_works_when_pasted(stack: Stack) -> None:
     assert "copies of messages go to 127.0.0.1 port 9514" in said
     assert '{"ok":true,"holder":"siem","scopes":["collect","list"],"streams":["*"]}\n' in said
     assert '"clients":{"siem":' in said
+
+
+def test_example_of_settings_is_read(tmp_path: Path) -> None:
+    """The settings that README shows are read as what they say."""
+    (example,) = blocks("## Settings", "toml")
+    path = tmp_path / "site.toml"
+    path.write_text(example)
+    settings = load(path, {})
+    assert [stream.name for stream in settings.streams] == ["syslog", "netflow"]
+    assert [(each.name, each.address, each.port) for each in settings.collectors] == [("siem", "192.0.2.20", 514)]
 
 
 def test_settings_are_those_in_the_table() -> None:

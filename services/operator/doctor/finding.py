@@ -36,7 +36,9 @@ def error(name: str, why: str, cure: str, subject: str = "") -> Finding:
 
 def unseen(name: str, what: str, subject: str = "") -> Finding:
     """A fact that this process can't have."""
-    return warning(name, f"{what} can't be seen from here", "run it as root, outside of any container", subject)
+    return warning(
+        name, f"{what} can't be seen from here", "run it as root, in the host's own network namespace", subject
+    )
 
 
 def some(names: Iterable[str]) -> str:

@@ -30,9 +30,9 @@ def test_hints_follow_the_settings() -> None:
     assert watch.split()[:2][-1] == "watch"
     assert send == "echo 'Hello you there!' | nc -u -w1 127.0.0.1 6667"
     request = '{"op":"register","name":"siem","streams":["messages"],"port":9514}'
-    assert sign_up == f"printf '{request}\\n' | nc -q1 127.0.0.1 5000"
+    assert sign_up == f"printf '{request}\\n' | nc -N 127.0.0.1 5000"
     stream = Stream(name="syslog", listen=("tcp://[::1]:601", "udp://[::]:514"))
     _, send, sign_up = hints(Settings(streams=(stream,), gateway=Gateway(listen=("unix:///run/gateway.sock",))))
     assert send.endswith("nc -u -w1 ::1 514")
     assert '["syslog"]' in sign_up
-    assert sign_up.endswith("nc -q1 -U /run/gateway.sock")
+    assert sign_up.endswith("nc -N -U /run/gateway.sock")
