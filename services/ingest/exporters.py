@@ -107,6 +107,11 @@ class Numbers:
         """Take note of a stretch of an exporter's datagrams, contiguous in number. Not `sure`: the last takes more."""
         due, known = int(self._next[slot]), int(self._known[slot])
         ahead = int(_signed(numbers[0] - due))
+        if known != NEW and ahead < -WINDOW and len(numbers) > 1:  # each is late on its own, or begins anew
+            for at in range(len(numbers)):
+                one = slice(at, at + 1)
+                self._take(slot, numbers[one], counts[one], uptime[one], sure=sure or at < len(numbers) - 1)
+            return
         start = due + ahead
         stop = start + int((numbers[-1] + counts[-1] - numbers[0]) & 0xFFFFFFFF)
         if known != NEW and self._begins_anew(slot, ahead, start + int(counts[0]), int(uptime[0])):

@@ -221,7 +221,7 @@ def test_transmitter_that_comes_and_goes(follower: Follower) -> None:
     Its going shows at once, and nothing is restarted for it.
     """
     refusal = ask_json(PRESERVING)
-    assert (refusal["error"], "`fanwire transmitter`" in refusal["message"]) == ("no_transmitter", True)
+    assert (refusal["error"], "`fanwire doctor`" in refusal["message"]) == ("no_transmitter", True)
     follower.replies = True
     follower.subscribe(REGISTRY_TOPIC)
     follower.subscribe(ORIGINAL)
