@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from services.ingest.exporters import MAX_GAP, MAX_HOLES, UPTIME_SLACK_MS, WINDOW, Exporters, Numbers
@@ -197,6 +197,11 @@ steps = st.tuples(
 
 
 @settings(max_examples=300)
+@example(
+    [(0, jump, count, 1_000_000, True) for jump, count in ((0, 4), (1, 4), (WINDOW, 0), (-WINDOW - 5, 1), (0, 1))],
+    [],
+    0,
+)  # a run that begins in a gap, and goes on where only a restart leads
 @given(st.lists(steps, max_size=60), st.lists(st.integers(0, 60), max_size=4), st.sampled_from([0, 5, WRAP - 20]))
 def test_any_sequence_is_followed_as_one_by_one(
     walk: list[tuple[int, int, int, int, bool]], cuts: list[int], origin: int
