@@ -10,6 +10,8 @@ from typing import Final
 
 from shared.addresses import Endpoint, SocketAddress, resolve
 
+UCRED: Final = struct.Struct("=iII")
+"""struct ucred."""
 KINDS: Final = {
     "tcp": socket.SOCK_STREAM,
     "tls": socket.SOCK_STREAM,
@@ -181,3 +183,9 @@ def bound_endpoint(scheme: str, sock: socket.socket) -> Endpoint:
     """The endpoint that a listening socket is bound to, where the settings may have named several addresses by one."""
     name = sock.getsockname()
     return Endpoint(scheme, path=name) if sock.family == socket.AF_UNIX else Endpoint(scheme, *name[:2])
+
+
+def peer_credentials(sock: socket.socket) -> tuple[int, int, int]:
+    """Process, user and group at the other end of an AF_UNIX connection, when it was made (unix(7), SO_PEERCRED)."""
+    pid, uid, gid = UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size))
+    return pid, uid, gid

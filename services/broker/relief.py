@@ -22,6 +22,7 @@ from typing import Final
 import structlog
 
 from shared.memory import Memory
+from shared.sockets import peer_credentials
 
 STANDSTILL_SECONDS: Final = 0.5
 """A socket with as many unread bytes at every look for so long has no reader. One that is read is filled again at once,
@@ -100,6 +101,5 @@ def _unread(sock: socket.socket) -> int:
 
 def _peer(sock: socket.socket) -> str:
     if sock.family == socket.AF_UNIX:
-        pid, _, _ = struct.unpack("=iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-        return f"process {pid}"
+        return f"process {peer_credentials(sock)[0]}"
     return "{}:{}".format(*sock.getpeername()[:2])

@@ -11,18 +11,15 @@ conversation, and what ours has to say last is closed as soon as the client has 
 
 import asyncio
 import contextlib
-import ipaddress
 import itertools
 import math
-import socket
-import struct
 from collections import Counter, deque
 from collections.abc import Iterator
 from typing import Final, cast
 
+from services.gateway.caller import identify, origin
 from services.gateway.counters import CONNECTIONS_REFUSED, CUT_FOR_MEMORY, REQUESTS_DELAYED, TOO_SLOW
 from services.gateway.desk import Answer, Desk
-from services.gateway.entry import Visitor
 from services.gateway.pace import Pace
 from services.gateway.permission import HERE, Rights, common_name
 from services.gateway.protocol import MAX_LINE, Decoder
@@ -34,8 +31,6 @@ from shared.settings import Gateway
 READ_SIZE: Final = 64 * 1024
 WRITE_SIZE: Final = 64 * 1024
 """Bytes handed to a transport at a time, and its high-water mark: what a client that does not read can hold here."""
-UCRED: Final = struct.Struct("=iII")
-"""struct ucred: process, user and group of who connected (unix(7), SO_PEERCRED)."""
 LINGER_BYTES: Final = 64 * 1024 * 1024
 SILENT_SECONDS: Final = 0.2
 """A TLS connection on which all is said is closed when nothing came for so long."""
@@ -419,31 +414,6 @@ class Connection(asyncio.BufferedProtocol):
         if not self._remote:
             return HERE
         return self._all.desk.permissions.of_certificate(common_name(self._transport.get_extra_info("peercert")))
-
-
-def identify(transport: asyncio.Transport, number: int, rights: Rights) -> Visitor:
-    """Return who is at the other end: IPv4 where it is mapped, without a scope, 127.0.0.1 for AF_UNIX."""
-    sock = transport.get_extra_info("socket")
-    if sock.family == socket.AF_UNIX:
-        _, uid, _ = UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size))
-        return Visitor(number, "127.0.0.1", 0, rights, uid)
-    host, port = transport.get_extra_info("peername")[:2]
-    address = ipaddress.ip_address(host.partition("%")[0])
-    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-    return Visitor(number, str(mapped or address), port, rights)
-
-
-def origin(visitor: Visitor) -> str:
-    """Return what shares the limits of an address: all of AF_UNIX, an IPv4 address, 64 bits of an IPv6 one.
-
-    >>> origin(Visitor(1, "2001:db8::1:2", 40000))
-    '2001:db8::/64'
-    """
-    if not visitor.port:
-        return "AF_UNIX"
-    if ":" not in visitor.address:
-        return visitor.address
-    return str(ipaddress.ip_network((visitor.address, 64), strict=False))  # a host has them all to itself (RFC 8981)
 
 
 def pieces(answer: Answer) -> Iterator[bytes]:
