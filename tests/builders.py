@@ -11,14 +11,8 @@ import msgpack
 import numpy as np
 import zmq
 
-from shared.addresses import pack_address
-from shared.batch import ROW, DatagramBatch, make_rows
-from shared.bus import Publisher, Requests, Subscriber, new_context
-from shared.ledger import Accounts, discrepancies
-from shared.link import DIRECT, Link
-from shared.registry import Client, Source
-from shared.status import Reports
-from shared.wire import (
+from shared.bus.endpoint import DIRECT, Link
+from shared.bus.messages import (
     REGISTRY_TOPIC,
     VERSION,
     Datagrams,
@@ -34,6 +28,12 @@ from shared.wire import (
     serve_topic,
     status_topic,
 )
+from shared.bus.status import Reports
+from shared.bus.zmq_sockets import Publisher, Requests, Subscriber, new_context
+from shared.client import Client, Source
+from shared.datagrams.batch import ROW, DatagramBatch, make_rows
+from shared.ledger import Accounts, discrepancies
+from shared.net.addresses import pack_address
 from tests.stack import Running, Stack, wait_until
 
 Datagram = tuple[str, int, bytes]

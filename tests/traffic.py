@@ -10,9 +10,9 @@ from contextlib import contextmanager
 import numpy as np
 import numpy.typing as npt
 
-from shared.batch import MAX_DATAGRAM
-from shared.mmsg import ReceiveArena
-from shared.sockets import enlarge_receive_buffer
+from shared.datagrams.batch import MAX_DATAGRAM
+from shared.datagrams.mmsg import ReceiveArena
+from shared.net.sockets import enlarge_receive_buffer
 from tests.stack import Stack, wait_until
 
 RECEIVED, WRONG, READY = range(3)

@@ -4,13 +4,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from services.broker.access import transmitters_group
+from services.broker.ipc_peers import transmitters_group
 from services.broker.proxy import Proxy
-from services.broker.relief import RELIEF_RESERVE
-from shared.lifecycle import Lifecycle, announce_ready, run, service_parser
-from shared.memory import Memory
-from shared.reload import Reload
-from shared.settings import Settings
+from services.broker.stalled_subscribers import RELIEF_RESERVE
+from shared.process.lifecycle import Lifecycle, announce_ready, run, service_parser
+from shared.process.memory import Memory
+from shared.process.reload import Reload
+from shared.settings.model import Settings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

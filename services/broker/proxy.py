@@ -12,12 +12,13 @@ from typing import Final, Self
 
 import zmq
 
-from services.broker.access import bind_tcp, let_in, refuse_strangers
-from services.broker.checkpoint import KEPT_BACK, STATISTICS, Checkpoint, Socket
-from services.broker.guard import Guard
-from services.broker.relief import Relief
-from shared.addresses import Endpoint
-from shared.bus import (
+from services.broker.curve_auth import Guard
+from services.broker.filtering_proxy import KEPT_BACK, STATISTICS, Checkpoint, Socket
+from services.broker.ipc_peers import bind_tcp, let_in, refuse_strangers
+from services.broker.stalled_subscribers import Relief
+from shared.bus.endpoint import DIRECT, Link, ipc_endpoint, queue_limit
+from shared.bus.status import Reporter
+from shared.bus.zmq_sockets import (
     HELLO_TOPIC,
     Publisher,
     configure,
@@ -25,11 +26,10 @@ from shared.bus import (
     prepare_directory,
 )
 from shared.ledger import SUBSCRIBERS_CUT
-from shared.lifecycle import CANT_CREATE, Lifecycle, OperatorError, Watchdog
-from shared.link import DIRECT, Link, ipc_endpoint
-from shared.memory import Memory
-from shared.reload import Reload
-from shared.status import Reporter
+from shared.net.addresses import Endpoint
+from shared.process.lifecycle import CANT_CREATE, Lifecycle, OperatorError, Watchdog
+from shared.process.memory import Memory
+from shared.process.reload import Reload
 
 ENDPOINTS: Final = ("publish", "subscribe")
 """The socket files."""
@@ -63,7 +63,7 @@ class Proxy:
     ) -> None:
         self._directory = directory
         self._memory = memory or Memory()
-        self._mark = self._memory.mark(high_water_mark)
+        self._mark = queue_limit(high_water_mark, self._memory.ceiling)
         """Messages that each queue may hold."""
         ports = frozenset(endpoint.port + 1 for endpoint in listen)
         self._relief = Relief(self._memory, directory / "subscribe", ports, self._hold)

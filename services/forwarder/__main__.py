@@ -4,9 +4,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from services.forwarder.relay import Relay
-from shared.lifecycle import Lifecycle, run, service_parser, worker_name
-from shared.settings import Settings
+from services.forwarder.service import Relay
+from shared.process.lifecycle import Lifecycle, run, service_parser, worker_name
+from shared.settings.model import Settings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

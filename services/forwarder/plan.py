@@ -11,10 +11,10 @@ from typing import Final
 import numpy as np
 
 from services.forwarder.order import by_length
-from shared.batch import Indices
-from shared.gathering import MAX_GATHERED, Gathered
-from shared.mmsg import IOVEC, MMSGHDR, addresses_of
-from shared.segments import group, pieces
+from shared.datagrams.batch import Indices
+from shared.datagrams.gathered import MAX_GATHERED, Gathered
+from shared.datagrams.mmsg import IOVEC, MMSGHDR, addresses_of
+from shared.datagrams.segments import group, pieces
 
 UDP_SEGMENT: Final = 103
 CONTROL: Final = np.dtype([("len", "u8"), ("level", "i4"), ("type", "i4"), ("size", "u2"), ("_pad", "u1", 6)])

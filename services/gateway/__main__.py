@@ -5,10 +5,10 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from services.gateway.client import sign_up
+from services.gateway.documented_client import sign_up
 from services.gateway.server import serve
-from shared.lifecycle import Lifecycle, run, service_parser
-from shared.settings import Settings
+from shared.process.lifecycle import Lifecycle, run, service_parser
+from shared.settings.model import Settings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

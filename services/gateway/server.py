@@ -11,30 +11,38 @@ from typing import Any, Final
 
 import structlog
 
-from services.gateway.access import check_listener, make_context, read_tokens
-from services.gateway.admission import Admission
-from services.gateway.announcer import Announcer
-from services.gateway.challenges import Challenges
-from services.gateway.connection import AT_ONCE, Connection, Connections
+from services.gateway.admission.address_proof import Challenges
+from services.gateway.admission.destinations import Admission
+from services.gateway.admission.rights import Permissions
+from services.gateway.admission.tokens import read_tokens
+from services.gateway.bus.announcer import Announcer
+from services.gateway.bus.transmissions import Transmissions
 from services.gateway.counters import ACCOUNT, BUS_REJECTED, CLIENTS, COLLECTORS, CONNECTIONS, PRESERVING, WATCHERS
-from services.gateway.desk import Desk
-from services.gateway.feed import Feed
-from services.gateway.handshakes import Handshakes
-from services.gateway.listeners import BACKLOG, Listener, is_broadcast, is_local, listening, send_datagram
-from services.gateway.permission import Permissions
-from services.gateway.registry import Registry
-from services.gateway.requests import RequestError
-from services.gateway.store import Store
-from services.gateway.transmissions import Transmissions
-from services.gateway.views import event_line, health_line
-from shared.bus import Publisher, Requests, Subscriber, new_context, prepare_directory
+from services.gateway.events import Feed
+from services.gateway.handler import Desk
+from services.gateway.protocol.requests import RequestError
+from services.gateway.registry.registry import Registry
+from services.gateway.registry.store import Store
+from services.gateway.render import event_line, health_line
+from services.gateway.transport.connection import AT_ONCE, Connection, Connections
+from services.gateway.transport.listeners import BACKLOG, Listener, is_broadcast, is_local, listening, send_datagram
+from services.gateway.transport.tls import Handshakes, check_listener, make_context
+from shared.bus.endpoint import open_link, queue_limit
+from shared.bus.zmq_sockets import Publisher, Requests, Subscriber, new_context, prepare_directory
 from shared.ledger import Accounts
-from shared.lifecycle import BAD_SETTINGS, FAILED, Lifecycle, OperatorError, Readiness, descriptor_limit, worker_name
-from shared.link import open_link
-from shared.loops import udp_listeners
-from shared.memory import Memory
-from shared.reload import Reload
-from shared.settings import Settings
+from shared.process.lifecycle import (
+    BAD_SETTINGS,
+    FAILED,
+    Lifecycle,
+    OperatorError,
+    Readiness,
+    descriptor_limit,
+    worker_name,
+)
+from shared.process.memory import Memory
+from shared.process.reload import Reload
+from shared.settings.model import Settings
+from shared.settings.own_listeners import udp_listeners
 
 TICK_SECONDS: Final = 0.25
 """How late a deadline may be noticed."""
@@ -57,7 +65,7 @@ def serve(settings: Settings, lifecycle: Lifecycle) -> None:
     tls = make_context(settings.gateway, tokens) if secure else None
     link, name = open_link(bus, "gateway"), worker_name("gateway")
     memory = Memory(settings.gateway.memory, "[gateway] memory")
-    mark = memory.mark(bus.high_water_mark)
+    mark = queue_limit(bus.high_water_mark, memory.ceiling)
     with (
         listening(settings.gateway.endpoints) as listeners,
         _opened(settings) as store,

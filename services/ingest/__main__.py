@@ -5,8 +5,8 @@ import sys
 from collections.abc import Sequence
 
 from services.ingest.worker import Worker
-from shared.lifecycle import Lifecycle, run, service_parser, worker_name
-from shared.settings import Settings
+from shared.process.lifecycle import Lifecycle, run, service_parser, worker_name
+from shared.settings.model import Settings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,9 +11,9 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from shared.batch import DatagramBatch
+from shared.datagrams.batch import DatagramBatch
 from shared.ledger import EXPORTER_MISSED, EXPORTER_MISSED_FLOWS, EXPORTER_MISSED_RECORDS
-from shared.settings import Protocol
+from shared.settings.model import Protocol
 
 Integers = npt.NDArray[np.int64]
 Bytes = npt.NDArray[np.uint8]

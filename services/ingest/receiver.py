@@ -8,15 +8,15 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from services.ingest.feed import StreamFeed
 from services.ingest.replies import Replier
-from shared.addresses import LOCAL_SENDER
-from shared.batch import MAX_DATAGRAM, MAX_PAYLOAD, DatagramBatch, Rows
-from shared.filters import refuse_input
+from services.ingest.stream_publisher import StreamFeed
+from shared.bus.loans import CHUNK, LENT_SIZE
+from shared.datagrams.batch import MAX_DATAGRAM, MAX_PAYLOAD, DatagramBatch, Rows
+from shared.datagrams.mmsg import ReceiveArena
 from shared.ledger import BYTES, KERNEL_DROPPED, RECEIVE_ERRORS, RECEIVED, TRUNCATED
-from shared.mmsg import ReceiveArena
-from shared.pool import CHUNK, LENT_SIZE
-from shared.sockets import InheritedSocket, close_listener, kernel_drops
+from shared.net.addresses import LOCAL_SENDER
+from shared.net.bpf import refuse_input
+from shared.net.sockets import InheritedSocket, close_listener, kernel_drops
 
 SMALLEST_STRIDE: Final = 256
 """Bytes, for datagrams of different lengths: a power of two that the longest is not above."""

@@ -11,29 +11,29 @@ from typing import Final, Self
 
 import structlog
 
-from services.ingest.connections import Connections
-from services.ingest.feed import StreamFeed
+from services.ingest.listeners import Listener, reopen, take_inherited, warn_of_small_buffers
 from services.ingest.receiver import DatagramReceiver
-from services.ingest.sockets import Listener, reopen, take_inherited, warn_of_small_buffers
-from services.ingest.spread import Spreader
-from shared.batch import MAX_ROWS
-from shared.bus import Publisher, new_context
+from services.ingest.reuseport import Spreader
+from services.ingest.stream_publisher import StreamFeed
+from services.ingest.tcp_connections import Connections
+from shared.bus.endpoint import open_link, queue_limit
+from shared.bus.loans import CHUNK, Lender, Pool, Room, pool_path
+from shared.bus.status import Reporter
+from shared.bus.zmq_sockets import Publisher, new_context
+from shared.datagrams.batch import MAX_ROWS
+from shared.datagrams.mmsg import ReceiveArena
 from shared.ledger import CHECKSUM_ERRORS, listener_account, new_accounts
-from shared.lifecycle import Lifecycle, Readiness
-from shared.link import open_link
-from shared.memory import Memory
-from shared.mmsg import ReceiveArena
-from shared.pool import CHUNK, Lender, Pool, Room, pool_path
-from shared.reload import Reload
-from shared.settings import Settings, Stream
-from shared.sockets import (
+from shared.net.sockets import (
     InheritedSocket,
     bound_endpoint,
     checksum_errors,
     enlarge_receive_buffer,
     receive_buffer,
 )
-from shared.status import Reporter
+from shared.process.lifecycle import Lifecycle, Readiness
+from shared.process.memory import Memory
+from shared.process.reload import Reload
+from shared.settings.model import Settings, Stream
 
 DRAIN_SECONDS: Final = 2.0
 """How long, after SIGTERM, what the kernel has queued may take."""
@@ -87,7 +87,8 @@ class Worker:
         bus = self._settings.bus
         link = open_link(bus, "ingest")
         self._context = new_context()
-        self._publisher = Publisher(self._context, bus.path, self._name, self._memory.mark(bus.high_water_mark), link)
+        limit = queue_limit(bus.high_water_mark, self._memory.ceiling)
+        self._publisher = Publisher(self._context, bus.path, self._name, limit, link)
         self._reporter = Reporter(self._publisher, self._memory)
         self._lender = Lender(pool_path(bus.path, self._name), self._pools, self._watch, self._selector.unregister)
         try:

@@ -6,11 +6,12 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
-from services.operator import clients, collect, config, frame, imports, keys, ledger, ready, token, wake, watch
+from services.operator.commands import clients, collect, config, frame, keys, ledger, ready, token, wake, watch
 from services.operator.doctor import command as doctor
-from shared.lifecycle import BAD_SETTINGS, NOT_PERMITTED, OK, OperatorError, Parser, configure_logging
-from shared.settings import SettingsError
-from shared.settings_file import load
+from services.operator.importing import command as importing
+from shared.process.lifecycle import BAD_SETTINGS, NOT_PERMITTED, OK, OperatorError, Parser, configure_logging
+from shared.settings.file import load
+from shared.settings.model import SettingsError
 
 INTERRUPTED: Final = 130
 """What a shell expects of a command that Ctrl-C cut short; those that run until Ctrl-C end with 0."""
@@ -49,7 +50,7 @@ def make_parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
-    for module in (clients, watch, collect, frame, wake, config, imports, keys, token, ledger, doctor, ready):
+    for module in (clients, watch, collect, frame, wake, config, importing, keys, token, ledger, doctor, ready):
         module.add_parser(subparsers)
     return parser
 

@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from services.transmitter.privileges import harden
 
     harden()  # an exec made this process dumpable again: one of the same user could take the sockets from it
-    from services.transmitter.serving import main as serve
+    from services.transmitter.unprivileged import main as serve
 
     return serve(given)
 

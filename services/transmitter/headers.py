@@ -10,8 +10,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from shared.batch import Indices
-from shared.gathering import Gathered
+from shared.datagrams.batch import Indices
+from shared.datagrams.gathered import Gathered
 
 ETHERTYPE_IPV4: Final = 0x0800
 ETHERTYPE_IPV6: Final = 0x86DD

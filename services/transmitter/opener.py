@@ -24,7 +24,7 @@ PROGRAM: Final = Path(__file__).resolve().with_name("__main__.py")
 NOT_PERMITTED: Final = 77
 DEFAULT_USER: Final = "nobody"
 DEFAULT_DIRECTORY: Final = "$XDG_RUNTIME_DIR/fanwire"
-"""As in `shared.settings`, which needs more than the standard library."""
+"""As in `shared.settings.model`, which needs more than the standard library."""
 SOCKETS: Final = 8
 """Of each kind: an interface that is stuck fills the send buffer of one, and what leaves by others goes on. Two of
 AF_PACKET are for frames that are asked for (`transmission`)."""

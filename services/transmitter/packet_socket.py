@@ -10,10 +10,11 @@ from typing import Final
 
 import numpy as np
 
+from services.transmitter.addressing import Target
 from services.transmitter.headers import ETHERTYPE_IPV4, ETHERTYPE_IPV6
-from services.transmitter.neighbourhood import Way, WayKind
+from services.transmitter.next_hops import Way, WayKind
 from services.transmitter.plan import FramePlan
-from services.transmitter.target import Target
+from shared.datagrams.mmsg import send
 from shared.ledger import (
     BUFFER_FULL,
     BYTES,
@@ -23,7 +24,6 @@ from shared.ledger import (
     NO_ROUTE,
     QUEUE_FULL,
 )
-from shared.mmsg import send
 
 SOL_PACKET: Final = 263
 PACKET_VNET_HDR: Final = 15

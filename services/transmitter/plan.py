@@ -1,8 +1,9 @@
 """How rows of a batch leave with their own source address: which go in one frame, and the headers of each. No I/O.
 
 Rows are put in order by source, without changing the order within a source; neighbours of one source and of equal
-length become one frame that the kernel or the device cuts up (`shared.segments`); what is longer than the path's MTU
-becomes fragments. Where there is no Ethernet, the same headers without their link part go out as raw IP packets.
+length become one frame that the kernel or the device cuts up (`shared.datagrams.segments`); what is longer than
+the path's MTU becomes fragments. Where there is no Ethernet, the same headers without their link part go out as raw
+IP packets.
 """
 
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import Final, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from services.transmitter.addressing import Columns, Identification, Target
 from services.transmitter.headers import (
     FRAGMENT,
     FRAGMENT_HEADER,
@@ -33,12 +35,11 @@ from services.transmitter.headers import (
     sum_payloads,
 )
 from services.transmitter.sources import by_source, hash_addresses, hash_sources
-from services.transmitter.target import Columns, Identification, Target
-from shared.batch import Indices
-from shared.gathering import MAX_GATHERED, Gathered
-from shared.mmsg import IOVEC, MMSGHDR, addresses_of
-from shared.routing import mix
-from shared.segments import Mask, group, pieces
+from shared.datagrams.batch import Indices
+from shared.datagrams.gathered import MAX_GATHERED, Gathered
+from shared.datagrams.mmsg import IOVEC, MMSGHDR, addresses_of
+from shared.datagrams.routing import mix
+from shared.datagrams.segments import Mask, group, pieces
 
 IP_SIZE: Final = {4: 20, 6: 40}
 SMALLEST_MTU: Final = {4: 68, 6: 1280}

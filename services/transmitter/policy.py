@@ -8,13 +8,13 @@ from typing import Any, Final
 
 import numpy as np
 
-from shared.addresses import pack_address
-from shared.batch import Indices
-from shared.gathering import Gathered
-from shared.restraint import Restraint
-from shared.routing import Prefixes, halves_of
-from shared.segments import Mask
-from shared.settings import Transmitter
+from shared.datagrams.batch import Indices
+from shared.datagrams.gathered import Gathered
+from shared.datagrams.routing import Prefixes, halves_of
+from shared.datagrams.segments import Mask
+from shared.net.addresses import pack_address
+from shared.process.log_limit import Restraint
+from shared.settings.model import Transmitter
 
 AUDIT_SECONDS: Final = 60.0
 NOBODYS: Final = Prefixes(["0.0.0.0/8", "224.0.0.0/3", "::/128", "ff00::/8"])

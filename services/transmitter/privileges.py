@@ -192,5 +192,5 @@ def _prctl(option: int, value: int) -> None:
 
 
 def _refusal(reason: str) -> PermissionError:
-    # `shared.lifecycle.run` makes it one line and exit code 77.
+    # `shared.process.lifecycle.run` makes it one line and exit code 77.
     return PermissionError(errno.EPERM, reason, "transmitter refuses to run")

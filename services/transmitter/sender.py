@@ -12,22 +12,22 @@ from weakref import WeakValueDictionary
 import numpy as np
 import structlog
 
-from services.transmitter.copies import Copies
-from services.transmitter.neighbourhood import Neighbourhood, Way, WayKind
+from services.transmitter.addressing import Identification
+from services.transmitter.destination import Copies
+from services.transmitter.next_hops import Neighbourhood, Way, WayKind
 from services.transmitter.packet_socket import Exits, PacketSocket
 from services.transmitter.plan import FramePlan, largest_payload
 from services.transmitter.policy import Admitted, Audit, Policy, Verdicts
 from services.transmitter.privileges import RawSockets
-from services.transmitter.target import Identification
-from shared.batch import Indices
-from shared.crew import MEMBERS, Crew
-from shared.gathering import Gathered, portions
-from shared.holding import HeldMemory
+from shared.client import Client
+from shared.datagrams.batch import Indices
+from shared.datagrams.gathered import Gathered, portions
+from shared.datagrams.routing import Selection
+from shared.fanout.backlog import HeldMemory
+from shared.fanout.send_threads import MEMBERS, Crew
 from shared.ledger import DESTINATION_REFUSED, NO_ROUTE, OTHER_FAMILY, RATE_LIMITED, SOURCE_REFUSED
-from shared.loops import OwnListeners, udp_listeners
-from shared.registry import Client
-from shared.routing import Selection
-from shared.settings import Settings
+from shared.settings.model import Settings
+from shared.settings.own_listeners import OwnListeners, udp_listeners
 
 REFRESH_SECONDS: Final = 1.0
 HOLDING_SECONDS: Final = 0.05

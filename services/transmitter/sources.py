@@ -5,9 +5,9 @@ from typing import Final
 
 import numpy as np
 
-from shared.batch import Indices
-from shared.gathering import Mask, Words
-from shared.routing import Hashes, mix
+from shared.datagrams.batch import Indices
+from shared.datagrams.gathered import Mask, Words
+from shared.datagrams.routing import Hashes, mix
 
 MAX_LENGTH: Final = 0xFFFF
 PART_BITS: Final = np.uint64(16)

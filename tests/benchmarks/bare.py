@@ -22,15 +22,15 @@ from typing import Final
 import numpy as np
 
 from services.forwarder.plan import SendPlan
+from services.transmitter.addressing import Identification, Target
 from services.transmitter.headers import ETHERTYPE_IPV4
 from services.transmitter.packet_socket import PACKET_VNET_HDR, SOCKADDR_LL, SOL_PACKET
 from services.transmitter.plan import FramePlan
-from services.transmitter.target import Identification, Target
-from shared.addresses import pack_address
-from shared.batch import MAX_ROWS, DatagramBatch, make_rows
-from shared.gathering import MAX_GATHERED, Gathered
-from shared.mmsg import IOVEC
-from shared.sockets import enlarge_receive_buffer, enlarge_send_buffer
+from shared.datagrams.batch import MAX_ROWS, DatagramBatch, make_rows
+from shared.datagrams.gathered import MAX_GATHERED, Gathered
+from shared.datagrams.mmsg import IOVEC
+from shared.net.addresses import pack_address
+from shared.net.sockets import enlarge_receive_buffer, enlarge_send_buffer
 from tests.benchmarks.backlog import settle
 from tests.benchmarks.programs import Program, Task, running
 from tests.benchmarks.site import COLLECTOR_PORT, PORT, RELAY, Offer, Site, collector_address, exporter_address

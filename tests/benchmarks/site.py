@@ -17,8 +17,8 @@ import numpy as np
 
 from services.transmitter.headers import ETHERTYPE_IPV4, HEADERS4, LINK_SIZE, NEEDS_CSUM, UDP, fold
 from services.transmitter.packet_socket import PACKET_VNET_HDR, SOCKADDR_LL, SOL_PACKET
-from shared.mmsg import IOVEC, MMSGHDR, addresses_of, send
-from shared.sockets import MEMINFO, SO_MEMINFO, enlarge_receive_buffer, enlarge_send_buffer
+from shared.datagrams.mmsg import IOVEC, MMSGHDR, addresses_of, send
+from shared.net.sockets import MEMINFO, SO_MEMINFO, enlarge_receive_buffer, enlarge_send_buffer
 from tests.benchmarks.workloads import MARK_SIZE, PROBE, Workload
 from tests.network import End, Host, veth
 

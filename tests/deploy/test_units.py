@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from services.transmitter.opener import SEND_BUFFER, SOCKETS
-from shared.addresses import resolve
-from shared.lifecycle import BAD_SETTINGS, NOT_PERMITTED, USAGE
-from shared.settings import DEFAULT_STREAM, Forwarder, Settings, Stream
-from shared.sockets import KINDS
+from shared.net.addresses import resolve
+from shared.net.sockets import KINDS
+from shared.process.lifecycle import BAD_SETTINGS, NOT_PERMITTED, USAGE
+from shared.settings.model import DEFAULT_STREAM, Forwarder, Settings, Stream
 from tests.stack import CHECKOUT
 
 UNITS = CHECKOUT / "deploy" / "systemd"

@@ -7,13 +7,13 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from services.ingest.exporters import MAX_GAP, Exporters
 from services.ingest.flow_headers import AGENT_WORDS, IPFIX_HEADER
-from services.ingest.flow_templates import FIRST_DATA, MAX_SETS, MAX_TEMPLATES, SET_HEADER, Templates, read_templates
+from services.ingest.flow_sequence import MAX_GAP, Exporters
 from services.ingest.framing import Framing
-from shared.batch import MAX_DATAGRAM
-from shared.settings import Protocol
-from tests.services.ingest.test_exporters import Reference, batch_of
+from services.ingest.ipfix_templates import FIRST_DATA, MAX_SETS, MAX_TEMPLATES, SET_HEADER, Templates, read_templates
+from shared.datagrams.batch import MAX_DATAGRAM
+from shared.settings.model import Protocol
+from tests.services.ingest.test_flow_sequence import Reference, batch_of
 
 MAX_ARRIVALS: Final = 64
 SOURCES: Final = ("192.0.2.1", "192.0.2.2", "2001:db8::1", "::ffff:0:0")

@@ -13,14 +13,14 @@ from unittest import mock
 
 import zmq.utils.z85
 
-from services.gateway.access import read_tokens
-from services.gateway.permission import Permissions
-from services.gateway.requests import RequestError
-from services.operator import imports
-from shared.keys import ROLES, load_keys, load_roles
-from shared.lifecycle import BAD_SETTINGS, FAILED, OK, OperatorError
-from shared.settings import Gateway, Settings, SettingsError
-from shared.settings_file import load, render
+from services.gateway.admission.rights import Permissions
+from services.gateway.admission.tokens import read_tokens
+from services.gateway.protocol.requests import RequestError
+from services.operator.importing import command as importing
+from shared.bus.curve_keys import ROLES, load_keys, load_roles
+from shared.process.lifecycle import BAD_SETTINGS, FAILED, OK, OperatorError
+from shared.settings.file import load, render
+from shared.settings.model import Gateway, Settings, SettingsError
 from tests.fuzz.corpus import split_parts
 from tests.fuzz.printing import check_line, printed
 
@@ -125,8 +125,8 @@ def _import(tool: str, data: bytes) -> None:
         path.write_bytes(data[1:])
         arguments = argparse.Namespace(tool=tool, file=path, stream="s", listen=["udp://[::]:2000"], source=source)
         try:
-            with mock.patch("shared.addresses.socket.getaddrinfo", _numeric), printed(escaped=False) as (out, err):
-                code = imports.run(arguments, Settings())
+            with mock.patch("shared.net.addresses.socket.getaddrinfo", _numeric), printed(escaped=False) as (out, err):
+                code = importing.run(arguments, Settings())
         except SettingsError as error:
             check_line(error)
             assert ": line " in str(error)

@@ -8,21 +8,21 @@ from unittest import mock
 
 import msgspec
 
-import shared.netlink
-from services.operator import ledger
+import shared.net.netlink
 from services.operator.balance import Balance
-from services.operator.doctor.gathering import by_service
+from services.operator.commands import ledger
+from services.operator.doctor.facts import by_service
 from services.operator.doctor.services import ServiceFacts, check_services
-from shared.gathering import Gathered
-from shared.lifecycle import UNAVAILABLE, OperatorError
-from shared.netlink import Netlink
-from shared.segments import group
-from shared.settings import Settings
-from shared.status import Reports
-from shared.wire import Status, WireError, decode
+from shared.bus.messages import Status, WireError, decode
+from shared.bus.status import Reports
+from shared.datagrams.gathered import Gathered
+from shared.datagrams.segments import group
+from shared.net.netlink import Netlink
+from shared.process.lifecycle import UNAVAILABLE, OperatorError
+from shared.settings.model import Settings
 from tests.fuzz.corpus import split_parts
 from tests.fuzz.printing import printed
-from tests.shared.test_netlink import PlayedKernel
+from tests.shared.net.test_netlink import PlayedKernel
 
 MAX_PARTS: Final = 7
 MAX_REPORTS: Final = 16
@@ -74,7 +74,7 @@ def reports(data: bytes) -> None:
 def netlink(data: bytes) -> None:
     """Whatever the kernel says for an answer or an event, the answer is one or none, and nothing is raised."""
     kernel = PlayedKernel()
-    with mock.patch.object(shared.netlink, "_open", return_value=kernel):
+    with mock.patch.object(shared.net.netlink, "_open", return_value=kernel):
         asks: tuple[Callable[[Netlink], object], ...] = (
             Netlink.links,
             lambda netlink: netlink.route("10.2.0.2"),

@@ -11,22 +11,24 @@ from unittest import mock
 
 import structlog
 
-from services.gateway import registry, store
-from services.gateway.admission import Admission
-from services.gateway.entry import Origin, Visitor
-from services.gateway.protocol import Decoder
-from services.gateway.requests import Name, Register, RequestError
-from services.gateway.store import Store
-from services.operator import collect, registry_client
+from services.gateway.admission.destinations import Admission
+from services.gateway.admission.peer import Visitor
+from services.gateway.protocol.decoder import Decoder
+from services.gateway.protocol.requests import Name, Register, RequestError
+from services.gateway.registry import registry, store
+from services.gateway.registry.entry import Origin
+from services.gateway.registry.store import Store
 from services.operator.__main__ import make_parser
+from services.operator.client import registry_client
+from services.operator.client.lease import Lease
+from services.operator.client.registry_client import Access, Registry
+from services.operator.commands import collect
 from services.operator.doctor.ways import WayFacts, check_ways
-from services.operator.lease import Lease
-from services.operator.registry_client import Access, Registry
-from shared.addresses import Endpoint
-from shared.lifecycle import OperatorError
-from shared.registry import Client
-from shared.settings import Settings, Transmitter
-from shared.wire import REGISTRY_TOPIC, RegistrySnapshot, decode, encode
+from shared.bus.messages import REGISTRY_TOPIC, RegistrySnapshot, decode, encode
+from shared.client import Client
+from shared.net.addresses import Endpoint
+from shared.process.lifecycle import OperatorError
+from shared.settings.model import Settings, Transmitter
 from tests.fuzz.corpus import split_parts
 from tests.fuzz.printing import check_line, printed
 

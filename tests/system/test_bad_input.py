@@ -12,8 +12,8 @@ import msgpack
 import pytest
 import zmq
 
-from shared.bus import publish_endpoint
-from shared.wire import REGISTRY_TOPIC, TRANSMIT_TOPIC, VERSION, datagrams_topic, serve_topic, status_topic
+from shared.bus.messages import REGISTRY_TOPIC, TRANSMIT_TOPIC, VERSION, datagrams_topic, serve_topic, status_topic
+from shared.bus.zmq_sockets import publish_endpoint
 from tests.builders import heavy_bodies
 from tests.openly import OpenStack
 from tests.stack import Stack, ask_json, wait_until

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from shared.keys import ROLES, write_keys
-from shared.link import open_link
-from shared.settings import Bus
+from shared.bus.curve_keys import ROLES, write_keys
+from shared.bus.endpoint import open_link
+from shared.settings.model import Bus
 from tests.builders import BusEnds, accounts_when, kill_all
 from tests.openly import NOBODY, OpenStack
 from tests.services.operator.played import run

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import zmq
 
-from shared.bus import publish_endpoint, subscribe_endpoint
+from shared.bus.zmq_sockets import publish_endpoint, subscribe_endpoint
 from tests.stack import Stack, ask, ask_json, wait_until
 from tests.system.test_bad_input import garbage
 

@@ -13,45 +13,49 @@ import pytest
 from tests.stack import CHECKOUT, Stack
 
 SERVICES = sorted(path.name for path in (CHECKOUT / "services").iterdir() if path.is_dir() and path.name[0] != "_")
+SHARED = CHECKOUT / "shared"
+LAYERS = (("ledger", "net"), ("client",), ("settings", "datagrams"), ("process",), ("bus",), ("fanout",))
+"""From the bottom; what stands side by side does not import each other."""
+RANKS = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 PURE = (
-    "shared/batch.py",
-    "shared/continuity.py",
-    "shared/frames.py",
-    "shared/gathering.py",
-    "shared/ledger.py",
-    "shared/mirror.py",
-    "shared/printable.py",
-    "shared/registry.py",
-    "shared/routing.py",
-    "shared/segments.py",
-    "shared/wire.py",
-    "services/broker/rights.py",
+    "services/broker/publish_rights.py",
     "services/forwarder/plan.py",
-    "services/gateway/entry.py",
-    "services/gateway/permission.py",
-    "services/gateway/preservation.py",
-    "services/gateway/protocol.py",
-    "services/gateway/registry.py",
-    "services/gateway/requests.py",
-    "services/ingest/exporters.py",
+    "services/gateway/admission/rights.py",
+    "services/gateway/protocol/decoder.py",
+    "services/gateway/protocol/requests.py",
+    "services/gateway/registry/entry.py",
+    "services/gateway/registry/preservation.py",
+    "services/gateway/registry/registry.py",
     "services/ingest/flow_headers.py",
-    "services/ingest/flow_numbering.py",
-    "services/ingest/flow_templates.py",
+    "services/ingest/flow_sequence.py",
     "services/ingest/framing.py",
+    "services/ingest/ipfix_numbering.py",
+    "services/ingest/ipfix_templates.py",
     "services/operator/balance.py",
+    "services/operator/cli/numbers.py",
     "services/operator/doctor/finding.py",
     "services/operator/doctor/host.py",
     "services/operator/doctor/services.py",
     "services/operator/doctor/ways.py",
-    "services/operator/foreign.py",
-    "services/operator/numbers.py",
-    "services/operator/pmacct.py",
-    "services/operator/samplicator.py",
+    "services/operator/importing/pmacct.py",
+    "services/operator/importing/receivers.py",
+    "services/operator/importing/samplicator.py",
+    "services/transmitter/addressing.py",
     "services/transmitter/headers.py",
     "services/transmitter/plan.py",
     "services/transmitter/policy.py",
     "services/transmitter/sources.py",
-    "services/transmitter/target.py",
+    "shared/bus/continuity.py",
+    "shared/bus/frame_requests.py",
+    "shared/bus/messages.py",
+    "shared/client.py",
+    "shared/datagrams/batch.py",
+    "shared/datagrams/gathered.py",
+    "shared/datagrams/routing.py",
+    "shared/datagrams/segments.py",
+    "shared/fanout/registry_replica.py",
+    "shared/ledger.py",
+    "shared/net/printable.py",
 )
 
 
@@ -75,18 +79,32 @@ def test_a_service_imports_itself_and_shared_only(service: str) -> None:
                 assert module.startswith(f"services.{service}"), f"{path} imports {module}"
 
 
-def test_shared_knows_no_service() -> None:
-    """What is shared depends on no service."""
-    for path in (CHECKOUT / "shared").glob("*.py"):
-        assert not any(module.startswith("services") for module in imports(path)), path
+@pytest.mark.parametrize("path", sorted(SHARED.rglob("*.py")), ids=lambda path: str(path.relative_to(SHARED)))
+def test_shared_imports_its_own_and_lower_layers_only(path: Path) -> None:
+    """A module of `shared/` imports its own layer and those below it, and no service."""
+    own = path.relative_to(SHARED).with_suffix("").parts[0]
+    for module in imports(path):
+        assert not module.startswith("services"), f"{path} imports {module}"
+        if module.startswith("shared."):
+            used = module.split(".")[1]
+            assert used == own or RANKS[used] < RANKS[own], f"{path} imports {module}"
+
+
+def test_every_module_of_shared_has_a_layer() -> None:
+    """What lies in `shared/` is one of the layers, so that no folder grows beside them."""
+    found = {path.stem for path in SHARED.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert found - {"__init__"} == set(RANKS)
 
 
 @pytest.mark.parametrize("path", PURE)
 def test_pure_modules_do_no_io(path: str) -> None:
     """Modules that decide do not talk: no socket, ZeroMQ, asyncio or time in them."""
-    forbidden = {"socket", "zmq", "asyncio", "time", "selectors", "shared.bus", "shared.mmsg"}
+    forbidden = {"socket", "zmq", "asyncio", "time", "selectors", "shared.bus.zmq_sockets", "shared.datagrams.mmsg"}
     if path.endswith("/plan.py"):
-        forbidden -= {"socket", "shared.mmsg"}  # the layouts and constants they plan for, no socket of their own
+        forbidden -= {
+            "socket",
+            "shared.datagrams.mmsg",
+        }  # the layouts and constants they plan for, no socket of their own
     assert not imports(CHECKOUT / path) & forbidden
 
 
@@ -98,7 +116,7 @@ def test_no_socket_of_the_bus_is_made_elsewhere() -> None:
         for path in (CHECKOUT / folder).rglob("*.py")
         if "context.socket(" in path.read_text()
     }
-    assert makers == {"shared/bus.py", "services/broker/proxy.py"}
+    assert makers == {"shared/bus/zmq_sockets.py", "services/broker/proxy.py"}
 
 
 def test_no_process_forks() -> None:

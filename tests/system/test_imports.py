@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.services.operator.test_imports import imported
+from tests.services.operator.importing.test_command import imported
 from tests.stack import Stack, ask_json, wait_until
 from tests.system.test_fan_out import need
 from tests.traffic import exporters, pause

@@ -9,8 +9,8 @@ from contextlib import ExitStack, closing, contextmanager
 
 import pytest
 
+from shared.client import Source
 from shared.ledger import discrepancies
-from shared.registry import Source
 from tests.capture import Arrival, Collector
 from tests.network import Host
 from tests.openly import OpenStack

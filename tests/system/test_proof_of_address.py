@@ -5,7 +5,7 @@ import socket
 
 import pytest
 
-from shared.registry import CHALLENGE_PREFIX
+from shared.client import CHALLENGE_PREFIX
 from tests.network import End, Host, veth
 from tests.openly import OpenStack
 from tests.stack import PATIENT, ask_json, wait_until

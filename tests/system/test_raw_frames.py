@@ -5,8 +5,8 @@ from contextlib import closing, contextmanager
 
 import pytest
 
-from shared.bus import Publisher, Requests, Subscriber
-from shared.wire import TRANSMIT_TOPIC, TransmitReply, TransmitRequest
+from shared.bus.messages import TRANSMIT_TOPIC, TransmitReply, TransmitRequest
+from shared.bus.zmq_sockets import Publisher, Requests, Subscriber
 from tests.builders import BusEnds, take, wait_wanted
 from tests.capture import Capture
 from tests.network import End, Host, ambient, veth

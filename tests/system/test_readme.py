@@ -9,12 +9,12 @@ from typing import Any, get_args
 import msgspec
 import pytest
 
-from services.gateway.health import Word
-from services.gateway.requests import OPERATIONS, ErrorWord, Operation
-from services.gateway.views import View
-from services.operator.lease import PASSING
-from shared.settings import DEFAULT_STREAM, Settings
-from shared.settings_file import load, render
+from services.gateway.protocol.requests import OPERATIONS, ErrorWord, Operation
+from services.gateway.registry.condition import Word
+from services.gateway.render import View
+from services.operator.client.lease import PASSING
+from shared.settings.file import load, render
+from shared.settings.model import DEFAULT_STREAM, Settings
 from tests.openly import OpenStack
 from tests.stack import CHECKOUT, Stack
 from tests.system.test_fan_out import need

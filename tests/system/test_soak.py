@@ -18,11 +18,11 @@ from typing import Any
 
 import pytest
 
+from shared.bus.messages import Status
+from shared.bus.status import Reports
 from shared.ledger import REACHED, dropped, is_origin, parse_origin
-from shared.settings import Bus, Settings
-from shared.sockets import kernel_drops
-from shared.status import Reports
-from shared.wire import Status
+from shared.net.sockets import kernel_drops
+from shared.settings.model import Bus, Settings
 from tests.benchmarks.site import PORT, RELAY, Site, collector_address, collector_port, exporter_address, site
 from tests.benchmarks.workloads import SYSLOG, Workload, read_mark
 from tests.builders import BusEnds

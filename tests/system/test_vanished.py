@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from services.gateway.preservation import MIN_CLIENTS
+from services.gateway.registry.preservation import MIN_CLIENTS
 from tests.network import End, Host, veth
 from tests.openly import OpenStack
 from tests.services.gateway.test_server import counters
-from tests.services.gateway.test_tls import PORT, Site, Talk, entry
 from tests.services.gateway.test_watching import Conversation
+from tests.services.gateway.transport.test_tls import PORT, Site, Talk, entry
 from tests.stack import Running, ask_json, wait_until
 
 TTL = 4

@@ -7,20 +7,20 @@ from typing import Final
 
 import msgspec
 
-from services.operator.arguments import Subparsers, add_command
+from services.operator.cli.arguments import Subparsers, add_command
+from services.operator.cli.tables import print_table
+from services.operator.client.gateway_options import access, add_gateway_arguments
+from services.operator.client.registry_client import Access, Entry, Registry
+from services.operator.doctor.facts import by_service, host_facts, listen, service_facts, way_facts
 from services.operator.doctor.finding import Finding
-from services.operator.doctor.gathering import by_service, host_facts, listen, service_facts, way_facts
 from services.operator.doctor.host import check_host
 from services.operator.doctor.probe import Ledger, probe
 from services.operator.doctor.services import check_services, senders_of_original
 from services.operator.doctor.ways import check_ways
-from services.operator.gateway import access, add_gateway_arguments
-from services.operator.registry_client import Access, Entry, Registry
-from services.operator.tables import print_table
-from shared.lifecycle import FAILED, OK, USAGE, OperatorError
-from shared.netlink import Netlink
-from shared.registry import ALL_STREAMS
-from shared.settings import Settings, Stream
+from shared.client import ALL_STREAMS
+from shared.net.netlink import Netlink
+from shared.process.lifecycle import FAILED, OK, USAGE, OperatorError
+from shared.settings.model import Settings, Stream
 
 COLUMNS: Final = ("check", "level", "of", "why", "cure")
 LEVELS: Final = ("error", "warning", "ok")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from services.operator.doctor.finding import Finding, ok, unseen, warning
-from shared.settings import Settings
+from shared.settings.model import Settings
 
 BACKLOG: Final = 10_000
 """As in deploy/sysctl; the kernel's default, 1000, is one burst of an exporter."""

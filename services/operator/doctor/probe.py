@@ -15,14 +15,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import Final
 
+from services.operator.client.registry_client import Entry, Registry
 from services.operator.doctor.finding import Finding, error, ok, warning
-from services.operator.registry_client import Entry, Registry
-from shared.addresses import resolve
-from shared.batch import MAX_DATAGRAM
+from shared.client import Source
+from shared.datagrams.batch import MAX_DATAGRAM
 from shared.ledger import DELIVERED, DROPPED, EXPECTED, MISSED, PUBLISHED, RECEIVED, Accounts, dropped
-from shared.lifecycle import OperatorError
-from shared.registry import Source
-from shared.settings import Stream
+from shared.net.addresses import resolve
+from shared.process.lifecycle import OperatorError
+from shared.settings.model import Stream
 
 Ledger = Mapping[str, Accounts]
 """Accounts by service."""

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from services.operator.client.registry_client import Entry
 from services.operator.doctor.finding import Finding, error, ok, some, warning
-from services.operator.registry_client import Entry
 from shared.ledger import DROPPED, Accounts, dropped
-from shared.settings import Settings
+from shared.settings.model import Settings
 
 SPARE_DESCRIPTORS: Final = 64
 """What a service has open besides connections or collectors, rounded up."""

@@ -7,10 +7,10 @@ from itertools import product
 from shlex import quote
 from typing import Final
 
+from services.operator.client.registry_client import Entry
 from services.operator.doctor.finding import Finding, error, ok, some, warning
-from services.operator.registry_client import Entry
-from shared.loops import OwnListeners
-from shared.registry import ALL_STREAMS
+from shared.client import ALL_STREAMS
+from shared.settings.own_listeners import OwnListeners
 
 ETHERNET_MTU: Final = 1500
 IPV4_AND_UDP: Final = 28

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from services.broker.access import let_in, transmitters_group
-from shared.bus import broker_is_up
-from shared.wire import Datagrams, datagrams_topic
+from services.broker.ipc_peers import let_in, transmitters_group
+from shared.bus.messages import Datagrams, datagrams_topic
+from shared.bus.zmq_sockets import broker_is_up
 from tests.builders import BusEnds, kill_all, make_batch, take, wait_wanted
 from tests.openly import program_for_all
 from tests.stack import Stack

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.forwarder.plan import UDP_SEGMENT, SendPlan
-from shared.batch import MAX_DATAGRAM, MAX_ROWS, DatagramBatch
-from shared.gathering import Gathered
-from shared.mmsg import IOVEC
-from shared.segments import MAX_SEGMENTS, MAX_SEND
+from shared.datagrams.batch import MAX_DATAGRAM, MAX_ROWS, DatagramBatch
+from shared.datagrams.gathered import Gathered
+from shared.datagrams.mmsg import IOVEC
+from shared.datagrams.segments import MAX_SEGMENTS, MAX_SEND
 from tests.builders import SOURCES, make_batch
 
 PLAN = SendPlan()

@@ -15,7 +15,7 @@ from unittest import mock
 
 from services.gateway import server
 from services.gateway.__main__ import main
-from services.gateway.registry import Registry
+from services.gateway.registry.registry import Registry
 from tests.stack import wait_until
 
 NOW, ASKED, DONE = range(3)

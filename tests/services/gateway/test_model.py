@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from tests.services.gateway.clocked import START, Clock
 from tests.services.gateway.model import MAX_CLIENTS, SETTINGS, Caller, Line, Model
 from tests.services.gateway.test_server import read_all
-from tests.services.gateway.test_tls import entry
+from tests.services.gateway.transport.test_tls import entry
 from tests.stack import Running, Stack
 
 PLACES = (("127.0.0.1", ""), ("127.0.0.1", ""), ("127.0.0.2", "red"), ("127.0.0.1", "red"), ("127.0.0.2", "blue"))

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from services.gateway.protocol import MAX_LINE
-from shared.bus import Subscriber, new_context
-from shared.status import Reports
-from shared.wire import Status
+from services.gateway.protocol.decoder import MAX_LINE
+from shared.bus.messages import Status
+from shared.bus.status import Reports
+from shared.bus.zmq_sockets import Subscriber, new_context
 from tests.stack import Running, Stack, ask, ask_json, wait_until
 
 

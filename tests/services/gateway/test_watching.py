@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from shared.bus import Subscriber, new_context
+from shared.bus.zmq_sockets import Subscriber, new_context
 from tests.services.gateway.test_server import counters
 from tests.stack import Running, Stack, ask, ask_json, wait_until
 

@@ -3,7 +3,7 @@
 import struct
 from collections.abc import Sequence
 
-from shared.addresses import pack_address
+from shared.net.addresses import pack_address
 
 
 def netflow_v5(number: int, flows: int = 1, uptime: int = 0, engine: tuple[int, int] = (0, 0)) -> bytes:

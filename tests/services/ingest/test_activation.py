@@ -13,7 +13,7 @@ import pytest
 
 from services.broker.proxy import Proxy
 from shared.ledger import Accounts
-from shared.sockets import kernel_drops
+from shared.net.sockets import kernel_drops
 from tests.builders import BusEnds, accounts_when, freeze, kill_all, take_datagrams, take_mark, wait_wanted
 from tests.stack import Running, Stack
 

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.ingest.feed import StreamFeed
 from services.ingest.receiver import BACK_OFF_SECONDS, MAX_FAILURES, SMALLEST_STRIDE, DatagramReceiver, cut, stride_for
-from shared.batch import MAX_DATAGRAM, MAX_PAYLOAD, MAX_ROWS
-from shared.mmsg import SLOT, ReceiveArena
-from shared.pool import CHUNK
+from services.ingest.stream_publisher import StreamFeed
+from shared.bus.loans import CHUNK
+from shared.datagrams.batch import MAX_DATAGRAM, MAX_PAYLOAD, MAX_ROWS
+from shared.datagrams.mmsg import SLOT, ReceiveArena
 from tests.builders import BusEnds
 
 sizes = st.sampled_from([0, 0, 1, 1464, 32_768, MAX_DATAGRAM - 1, MAX_DATAGRAM, MAX_DATAGRAM + 1, SLOT])

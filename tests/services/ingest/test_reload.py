@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from services.broker.proxy import Proxy
-from shared.bus import Subscriber
+from shared.bus.loans import GRACE_SECONDS
+from shared.bus.zmq_sockets import Subscriber
 from shared.ledger import Accounts, discrepancies
-from shared.pool import GRACE_SECONDS
 from tests.builders import BusEnds, accounts_when, freeze, kill_all, take_datagrams, take_mark
 from tests.services.ingest.test_activation import activate_ready, held, listen
 from tests.services.ingest.test_worker import follow, is_closed, sender, take_shaped

@@ -17,16 +17,16 @@ from pathlib import Path
 import pytest
 
 from services.broker.proxy import Proxy
-from services.ingest.connections import SPARE_DESCRIPTORS
+from services.ingest.tcp_connections import SPARE_DESCRIPTORS
 from services.ingest.worker import new_pools
-from shared.addresses import LOCAL_SENDER, unpack_address
-from shared.batch import MAX_DATAGRAM
-from shared.bus import Subscriber
-from shared.continuity import Continuity
+from shared.bus.continuity import Continuity
+from shared.bus.loans import CHUNK, GRACE_SECONDS, Room
+from shared.bus.messages import Datagrams
+from shared.bus.zmq_sockets import Subscriber
+from shared.datagrams.batch import MAX_DATAGRAM
 from shared.ledger import Accounts, discrepancies
-from shared.pool import CHUNK, GRACE_SECONDS, Room
-from shared.sockets import checksum_errors, receive_buffer
-from shared.wire import Datagrams
+from shared.net.addresses import LOCAL_SENDER, unpack_address
+from shared.net.sockets import checksum_errors, receive_buffer
 from tests.builders import BusEnds, Datagram, accounts_when, freeze, kill_all, take, take_datagrams, take_mark
 from tests.forging import forging
 from tests.services.ingest.flows import netflow_v9

@@ -12,10 +12,7 @@ from typing import Any, Self
 import numpy as np
 import zmq
 
-from shared.addresses import pack_address
-from shared.batch import DatagramBatch, make_rows
-from shared.bus import configure, new_context, publish_endpoint
-from shared.wire import (
+from shared.bus.messages import (
     TRANSMIT_TOPIC,
     Body,
     Datagrams,
@@ -26,6 +23,9 @@ from shared.wire import (
     encode,
     status_topic,
 )
+from shared.bus.zmq_sockets import configure, new_context, publish_endpoint
+from shared.datagrams.batch import DatagramBatch, make_rows
+from shared.net.addresses import pack_address
 from tests.builders import BusEnds, take
 from tests.stack import Running, Stack, wait_until
 

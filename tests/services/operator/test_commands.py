@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from services.operator.output import Output, as_hex, as_payload, as_text
-from shared.settings import Settings
-from shared.settings_file import load, render
+from services.operator.cli.output import Output, as_hex, as_payload, as_text
+from shared.settings.file import load, render
+from shared.settings.model import Settings
 from tests.services.operator.played import run
 from tests.stack import Stack
 

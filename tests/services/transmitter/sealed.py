@@ -23,16 +23,16 @@ def main() -> int:
     from services.transmitter.privileges import harden
 
     harden()
-    import shared.lifecycle
-    from services.transmitter.serving import main as serve
+    import shared.process.lifecycle
+    from services.transmitter.unprivileged import main as serve
 
-    announce_ready = shared.lifecycle.announce_ready
+    announce_ready = shared.process.lifecycle.announce_ready
 
     def announce_and_seal(service: str, **facts: object) -> None:
         announce_ready(service, **facts)
         seal()
 
-    shared.lifecycle.announce_ready = announce_and_seal
+    shared.process.lifecycle.announce_ready = announce_and_seal
     code = serve(sys.argv[1:])
     names = sorted({name.partition(".")[0] for name in set(sys.modules) - before})
     print(json.dumps({"event": "modules", "names": names}))

@@ -6,16 +6,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from typing import Any
 
-from services.transmitter.copies import Copies
-from services.transmitter.neighbourhood import DISCARD_PORT
+from services.transmitter.destination import Copies
+from services.transmitter.next_hops import DISCARD_PORT
 from services.transmitter.opener import open_socket
 from services.transmitter.privileges import KINDS, RawSockets
 from services.transmitter.sender import Sender
-from shared.gathering import Gathered
-from shared.holding import HeldMemory
+from shared.datagrams.gathered import Gathered
+from shared.datagrams.routing import ALL_ROWS
+from shared.fanout.backlog import HeldMemory
 from shared.ledger import EXPECTED, discrepancies
-from shared.routing import ALL_ROWS
-from shared.settings import Settings, Transmitter
+from shared.settings.model import Settings, Transmitter
 from tests.builders import make_batch, make_client
 from tests.capture import Arrival, Capture, Datagram
 from tests.network import End, Host, veth

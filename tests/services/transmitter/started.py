@@ -48,7 +48,7 @@ def main(arguments):
     }))
     return 0
 """
-"""In the place of services.transmitter.serving, which needs more than a bare interpreter."""
+"""In the place of services.transmitter.unprivileged, which needs more than a bare interpreter."""
 IS_ROOT: Final = os.geteuid() == 0 and outside_uid(NOBODY) is not None
 
 

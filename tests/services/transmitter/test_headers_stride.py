@@ -3,8 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.transmitter.headers import sum_payloads
-from shared.batch import DatagramBatch
-from shared.gathering import Gathered
+from shared.datagrams.batch import DatagramBatch
+from shared.datagrams.gathered import Gathered
 from tests.builders import make_batch
 
 equal = st.integers(1, 40).flatmap(lambda size: st.lists(st.binary(min_size=size, max_size=size), min_size=1))

@@ -15,12 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from services.transmitter.sender import Sender
-from shared.addresses import pack_address
-from shared.batch import DatagramBatch, make_rows
-from shared.gathering import Gathered
-from shared.holding import HeldMemory
-from shared.routing import ALL_ROWS
-from shared.settings import Settings
+from shared.datagrams.batch import DatagramBatch, make_rows
+from shared.datagrams.gathered import Gathered
+from shared.datagrams.routing import ALL_ROWS
+from shared.fanout.backlog import HeldMemory
+from shared.net.addresses import pack_address
+from shared.settings.model import Settings
 from tests.builders import make_client
 from tests.capture import Collector, assert_complete, ones_sum
 from tests.network import End, Host, tunnel, veth

@@ -18,8 +18,8 @@ import pytest
 
 from services.transmitter import opener
 from services.transmitter.privileges import Opened, unparse
-from shared import lifecycle
-from shared.settings import Bus, Transmitter
+from shared.process import lifecycle
+from shared.settings.model import Bus, Transmitter
 from tests.deploy.confined import SCMP_ACT_ALLOW, SCMP_ACT_ERRNO, SCMP_CMP_EQ, Comparison, Filter
 from tests.network import NET_RAW
 from tests.services.transmitter.started import IS_ROOT, NOBODY, Started, as_nobody, as_nobody_with_net_raw, started
@@ -467,7 +467,7 @@ def test_what_runs_with_privilege_imports_the_standard_library_alone(module: str
     ours = {f"services.transmitter.{name}" for name in ("opener", "privileges", "serving")}
     others = {name for name in imported(PACKAGE / f"{module}.py") if name.partition(".")[0] not in STDLIB} - ours
     assert not others
-    assert (module == "__main__") == ("services.transmitter.serving" in imported(PACKAGE / f"{module}.py"))
+    assert (module == "__main__") == ("services.transmitter.unprivileged" in imported(PACKAGE / f"{module}.py"))
 
 
 def modules_loaded_by(module: str) -> set[str]:
@@ -487,7 +487,7 @@ def test_the_transmitter_imports_what_is_allowed_alone() -> None:
     """A new dependency of the process that holds the raw sockets has to be written down here."""
     direct = {name.partition(".")[0] for path in PACKAGE.glob("*.py") for name in imported(path)}
     assert direct - STDLIB == {"services", "shared"} | (direct & THIRD_PARTY)
-    loaded = {name for name in modules_loaded_by("services.transmitter.serving") if not name.startswith("_")}
+    loaded = {name for name in modules_loaded_by("services.transmitter.unprivileged") if not name.startswith("_")}
     assert loaded - STDLIB - {"services", "shared"} <= THIRD_PARTY | BROUGHT_ALONG
 
 

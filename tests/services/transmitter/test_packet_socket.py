@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 
 import services.transmitter.packet_socket
 import services.transmitter.sender
-import shared.mmsg
-from services.transmitter.neighbourhood import Way, WayKind
+import shared.datagrams.mmsg
+from services.transmitter.next_hops import Way, WayKind
 from services.transmitter.packet_socket import MAX_SKIPS, PATIENCE_SECONDS, PATIENCE_SHARE, Exits
-from shared.gathering import Gathered
-from shared.routing import ALL_ROWS, Selection
+from shared.datagrams.gathered import Gathered
+from shared.datagrams.routing import ALL_ROWS, Selection
 from tests.builders import make_batch
 from tests.capture import Collector, Datagram
 from tests.network import End, Host, tunnel, veth
@@ -56,7 +56,9 @@ class Kernel:
         """Do as told, then as `afterwards`."""
         self.calls += 1
         word = self.says.popleft() if self.says else self.afterwards
-        return shared.mmsg.send(descriptor, messages, start, min(stop, start + word)) if word > 0 else (0, -word)
+        return (
+            shared.datagrams.mmsg.send(descriptor, messages, start, min(stop, start + word)) if word > 0 else (0, -word)
+        )
 
 
 @pytest.fixture

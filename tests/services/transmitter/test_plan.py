@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from services.transmitter.addressing import Identification, Target
 from services.transmitter.headers import GSO_UDP_L4, LINK_SIZE, NEEDS_CSUM
 from services.transmitter.plan import FramePlan
-from services.transmitter.target import Identification, Target
-from shared.addresses import pack_address
-from shared.batch import MAX_DATAGRAM, DatagramBatch, make_rows
-from shared.gathering import Gathered
-from shared.mmsg import IOVEC
-from shared.segments import MAX_SEGMENTS
+from shared.datagrams.batch import MAX_DATAGRAM, DatagramBatch, make_rows
+from shared.datagrams.gathered import Gathered
+from shared.datagrams.mmsg import IOVEC
+from shared.datagrams.segments import MAX_SEGMENTS
+from shared.net.addresses import pack_address
 from tests.capture import Datagram, Header, Packet, parse_ipv4, parse_ipv6, parse_udp, reassemble
 
 PLAN = FramePlan()

@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.transmitter.policy import AUDIT_SECONDS, Audit, Policy, Verdicts
-from shared.gathering import Gathered
-from shared.settings import Transmitter
+from shared.datagrams.gathered import Gathered
+from shared.settings.model import Transmitter
 from tests.builders import make_batch
 
 V4, V6 = "192.0.2.1", "2001:db8::1"

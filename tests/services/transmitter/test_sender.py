@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 
 import services.transmitter.packet_socket
-import shared.mmsg
+import shared.datagrams.mmsg
 from services.transmitter.policy import Policy
 from services.transmitter.sender import Sender
-from shared.gathering import Gathered
-from shared.holding import HeldMemory
-from shared.routing import ALL_ROWS
-from shared.settings import Settings, Transmitter
+from shared.datagrams.gathered import Gathered
+from shared.datagrams.routing import ALL_ROWS
+from shared.fanout.backlog import HeldMemory
+from shared.settings.model import Settings, Transmitter
 from tests.builders import make_batch, make_client
 from tests.capture import Collector
 from tests.services.transmitter.site import EXPORTERS, Copied, Site, numbered, open_raw, payloads
@@ -115,7 +115,7 @@ def test_runs_that_a_kernel_refuses_leave_one_by_one(opened: ExitStack, monkeypa
         if segmented(int(messages["iov"][start])):
             refused += 1
             return 0, errno.EINVAL
-        return shared.mmsg.send(descriptor, messages, start, start + 1)
+        return shared.datagrams.mmsg.send(descriptor, messages, start, start + 1)
 
     with Collector(site.siem, "10.2.0.2", 9514) as collector:
         site.until_delivered()
@@ -171,8 +171,10 @@ def test_one_that_fails_costs_itself_alone(opened: ExitStack, monkeypatch: pytes
         nonlocal calls
         calls += 1
         if calls == 1:
-            return shared.mmsg.send(descriptor, messages, start, start + 2)  # the small one, and a first fragment
-        return (0, errno.EPERM) if calls == 2 else shared.mmsg.send(descriptor, messages, start, stop)
+            return shared.datagrams.mmsg.send(
+                descriptor, messages, start, start + 2
+            )  # the small one, and a first fragment
+        return (0, errno.EPERM) if calls == 2 else shared.datagrams.mmsg.send(descriptor, messages, start, stop)
 
     with Collector(site.siem, "10.2.0.2", 9514) as collector:
         site.until_delivered()

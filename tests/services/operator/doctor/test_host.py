@@ -5,7 +5,7 @@ import pytest
 
 from services.operator.doctor.finding import Finding
 from services.operator.doctor.host import BACKLOG_NAME, BUDGET_NAME, RELEASED, HostFacts, Listener, Softnet, check_host
-from shared.settings import Settings, Stream
+from shared.settings.model import Settings, Stream
 
 ASKED = Settings().streams[0].receive_buffer
 FINE = HostFacts(

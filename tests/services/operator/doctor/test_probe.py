@@ -1,9 +1,9 @@
 import pytest
 
+from services.operator.client.registry_client import Registry
 from services.operator.doctor.probe import probe, where_lost
-from services.operator.registry_client import Registry
 from shared.ledger import Accounts
-from shared.settings import Stream
+from shared.settings.model import Stream
 
 BEFORE: dict[str, Accounts] = {"ingest.1": {"stream/s": {"received": 5, "published": 5}}}
 

@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 
+from services.operator.client.registry_client import Entry
 from services.operator.doctor.finding import Finding, some
 from services.operator.doctor.services import RawSockets, ServiceFacts, check_services, why_not_raw
-from services.operator.registry_client import Entry
 from shared.ledger import Accounts
-from shared.settings import Settings
+from shared.settings.model import Settings
 
 RAW: Accounts = {"transmitter": {"raw_sockets": 24}}
 HEARD: dict[str, Accounts] = {"broker.1": {}, "gateway.1": {}, "ingest.1": {}, "forwarder.1": {}, "transmitter.1": RAW}

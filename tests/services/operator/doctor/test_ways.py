@@ -2,10 +2,10 @@ from typing import Any
 
 import pytest
 
+from services.operator.client.registry_client import Entry
 from services.operator.doctor.finding import Finding
 from services.operator.doctor.ways import NUD_FAILED, NUD_INCOMPLETE, Way, WayFacts, check_ways
-from services.operator.registry_client import Entry
-from shared.settings import Transmitter
+from shared.settings.model import Transmitter
 
 STALE, REACHABLE = 0x04, 0x02
 AT = "10.2.0.2"

@@ -1,0 +1,93 @@
+"""Who may connect, when there are keys: each connection proves a public key, and that of a stranger is refused.
+
+ZeroMQ asks (ZAP, RFC 27), pyzmq's authenticator answers in a thread of its own, and the role that a key stands for
+comes with every message of the connection, as its User-Id.
+"""
+
+from collections import Counter
+from pathlib import Path
+from typing import Final
+
+import structlog
+import zmq
+from zmq.auth.thread import ThreadAuthenticator
+from zmq.utils import z85
+from zmq.utils.monitor import recv_monitor_message
+
+from shared.bus.curve_keys import BROKER, load_keys, load_roles
+from shared.ledger import BUS_REFUSED
+from shared.settings.model import SettingsError
+
+DOMAIN: Final = "fanwire"
+
+log = structlog.get_logger()
+
+
+class Guard:
+    """The broker's key and its list of those who may connect. SettingsError when a key is not as it should be."""
+
+    def __init__(self, directory: Path) -> None:
+        self.keys = load_keys(directory, BROKER)
+        if self.keys.public != self.keys.broker:
+            raise SettingsError(f"{directory / BROKER}.public: not the public key that goes with {BROKER}.secret")
+        self._directory = directory
+        self._roles = load_roles(directory)
+        self._unknown = self._unproven = 0  # each thread has its own
+        self.monitors: list[zmq.Socket[bytes]] = []
+        """Readable when there is something to `observe`."""
+
+    @property
+    def counters(self) -> Counter[str]:
+        """How many connections were refused."""
+        return +Counter({BUS_REFUSED: self._unknown + self._unproven})
+
+    def protect(self, *sockets: zmq.Socket[bytes]) -> None:
+        """Have sockets, not bound yet, take connections with a known key only; none while nobody answers for it."""
+        for sock in sockets:
+            sock.set(zmq.CURVE_SERVER, 1)
+            sock.set(zmq.CURVE_SECRETKEY, self.keys.secret)
+            sock.set(zmq.ZAP_DOMAIN, DOMAIN.encode())
+            sock.set(zmq.ZAP_ENFORCE_DOMAIN, 1)
+            self.monitors.append(sock.get_monitor_socket(zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL))
+
+    def start(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+        """Begin to answer for the sockets of a context."""
+        self._authenticator = _Authenticator(context, self._roles)
+        self._authenticator.configure_curve_callback(DOMAIN, self)
+        self._authenticator.start()
+
+    def stop(self) -> None:
+        """Answer no more."""
+        for monitor in self.monitors:
+            monitor.close()
+        self._authenticator.stop()
+
+    def observe(self) -> None:
+        """Take note of connections that ended before they had proven a key: nobody is asked about those."""
+        for monitor in self.monitors:
+            while monitor.poll(0):
+                if recv_monitor_message(monitor)["event"] == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+                    self._unproven += 1
+                    log.warning("connection refused: it came without a key; where it is ours, set [bus] keys")
+
+    def callback(self, _domain: str, key: bytes) -> bool:
+        """Whether a public key is on the list: what pyzmq asks."""
+        if key in self._roles:
+            return True
+        self._unknown += 1
+        log.warning(
+            "connection refused: unknown key; if it is one of ours, put it in a file there and restart the broker",
+            key=key.decode(),
+            file=str(self._directory / "ROLE.NAME.public"),
+        )
+        return False
+
+
+class _Authenticator(ThreadAuthenticator):
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], roles: dict[bytes, str]) -> None:
+        super().__init__(context)
+        self._roles = roles
+
+    def curve_user_id(self, client_public_key: bytes) -> str:
+        """Return the role, which ZeroMQ puts on each message of the connection."""
+        return self._roles[z85.encode(client_public_key)]

@@ -1,0 +1,52 @@
+"""Who may publish what: each role its own topics, under its own name. Pure.
+
+A subscriber takes a message for what its kind says, so a kind that is not at home on its topic is refused here too.
+"""
+
+from typing import Final
+
+from shared.bus.messages import (
+    REGISTRY_TOPIC,
+    REPLY_PREFIX,
+    TRANSMIT_TOPIC,
+    Envelope,
+    health_topic,
+    home,
+    serve_topic,
+    status_topic,
+)
+
+TOPICS: Final[dict[str, frozenset[str]]] = {
+    "broker": frozenset(),
+    "gateway": frozenset({REGISTRY_TOPIC, TRANSMIT_TOPIC, serve_topic("relay"), serve_topic("original")}),
+    "ingest": frozenset(),
+    "forwarder": frozenset({health_topic("relay")}),
+    "transmitter": frozenset({health_topic("original")}),
+    "operator": frozenset({TRANSMIT_TOPIC}),
+}
+"""Whole topics; everybody but an operator has that of its own status besides."""
+FAMILIES: Final[dict[str, tuple[str, ...]]] = {
+    "ingest": ("datagrams/",),
+    "forwarder": (REPLY_PREFIX,),
+    "transmitter": (REPLY_PREFIX,),
+}
+"""What topics begin with that have one name more: a stream's, or one that the asker of a question chose."""
+
+
+def refusal(role: str, topic: str, envelope: Envelope) -> str:
+    """The cause under which a message of this role is refused; empty when the role may publish it."""
+    if envelope.sender.partition(".")[0] != role:
+        return "sender"
+    if not _may_publish(role, topic, envelope.sender) or not topic.startswith(home(envelope.kind)):
+        return "topic"
+    return ""
+
+
+def _may_publish(role: str, topic: str, sender: str) -> bool:
+    if topic in TOPICS.get(role, ()) or (topic == status_topic(sender) and role != "operator"):
+        return True
+    for prefix in FAMILIES.get(role, ()):
+        name, slash, rest = topic.removeprefix(prefix).partition("/")
+        if topic.startswith(prefix) and name and slash and not rest:
+            return True
+    return False

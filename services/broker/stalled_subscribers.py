@@ -1,0 +1,105 @@
+"""What the broker does when its memory is short: who reads nothing is cut off, and as a last resort nothing passes.
+
+libzmq tells neither how long a queue is nor whose; but where a subscriber reads nothing, its connection's socket stands
+still, and that the kernel tells. A subscriber that is cut off connects anew by itself, and what it missed shows in the
+running counts. While nothing passes, messages wait at their publishers, who count what they drop.
+
+Lowering the marks of queues instead would not do: libzmq acknowledges messages in steps of half a mark, and a queue
+whose mark falls below what is not acknowledged yet takes nothing ever again.
+"""
+
+import fcntl
+import os
+import socket
+import struct
+import termios
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+from shared.net.sockets import peer_credentials
+from shared.process.memory import Memory
+
+STANDSTILL_SECONDS: Final = 0.5
+"""A socket with as many unread bytes at every look for so long has no reader. One that is read is filled again at once,
+but hardly to the same byte at every look."""
+RELIEF_RESERVE: Final = 2
+"""Subscribers are cut off when less than one part in so many of the memory is left, as that takes a while to help."""
+LAST_RESERVE: Final = 4
+"""Nothing passes when it is one part in so many, into which the queues of publishers have to fit."""
+NEAR_MS: Final = 20
+FAR_MS: Final = 100
+"""Between two looks, also while little is taken: the bus brings up to a GB a second."""
+
+log = structlog.get_logger()
+
+
+class Relief:
+    """Keeps the broker below its ceiling. `hold` has nothing pass, or pass again.
+
+    `endpoint` is the path of the socket that subscribers connect to, `ports` are those of TCP.
+    """
+
+    def __init__(self, memory: Memory, endpoint: Path, ports: frozenset[int], hold: Callable[[bool], object]) -> None:
+        self.cut = 0
+        """Connections ended so far."""
+        self._memory = memory
+        self._hold = hold
+        self._held = False
+        self._addresses: set[str | int] = {str(endpoint), *ports}
+        self._standing: dict[int, tuple[int, float]] = {}
+        """By a socket's inode: its unread bytes, and since when they have been so many."""
+
+    def look(self) -> int:
+        """See how much memory is taken, and do what that asks for; return after how many ms that is due again."""
+        ceiling = self._memory.ceiling
+        if self._memory.look():
+            self._cut_off()
+        if self._held != (self._memory.used > ceiling - ceiling // LAST_RESERVE > 0):
+            self._held = not self._held
+            self._hold(self._held)
+        return NEAR_MS if self._memory.used > ceiling // 4 else FAR_MS
+
+    def _cut_off(self) -> None:
+        """End the connections of subscribers that have read nothing for a while."""
+        now, standing = time.monotonic(), {}
+        for inode, sock in _connections(self._addresses):
+            unread = _unread(sock)
+            before, since = self._standing.get(inode, (0, now))
+            if not unread or unread != before:
+                since = now
+            standing[inode] = unread, since
+            if now - since >= STANDSTILL_SECONDS:
+                log.warning("subscriber cut off: it reads nothing, and memory is short", peer=_peer(sock))
+                sock.shutdown(socket.SHUT_RDWR)
+                self.cut += 1
+                del standing[inode]
+        self._standing = standing
+
+
+def _connections(addresses: set[str | int]) -> Iterator[tuple[int, socket.socket]]:
+    """Yield the connections that came in at these paths or ports, each with its inode: a duplicate, for a moment."""
+    for entry in list(Path("/proc/self/fd").iterdir()):
+        with suppress(OSError):  # it is closed by now
+            if not entry.is_socket():
+                continue
+            with socket.socket(fileno=os.dup(int(entry.name))) as sock:
+                own = sock.getsockname()
+                at = own if isinstance(own, str | bytes) else own[1]
+                if at in addresses and not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                    yield os.fstat(sock.fileno()).st_ino, sock
+
+
+def _unread(sock: socket.socket) -> int:
+    """How many bytes the other end has not taken yet (SIOCOUTQ, unix(7) and tcp(7))."""
+    return int(struct.unpack("i", fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)))[0])
+
+
+def _peer(sock: socket.socket) -> str:
+    if sock.family == socket.AF_UNIX:
+        return f"process {peer_credentials(sock)[0]}"
+    return "{}:{}".format(*sock.getpeername()[:2])

@@ -1,0 +1,139 @@
+"""What may sign up to receive: streams that are there, a destination that is one host, no loops. No I/O."""
+
+import ipaddress
+from collections.abc import Callable, Iterable
+
+from services.gateway.admission.peer import Visitor
+from services.gateway.protocol.requests import Register, RequestError
+from shared.client import ALL_STREAMS, Client
+from shared.settings.model import Collector
+from shared.settings.own_listeners import OwnListeners
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+NOBODYS_V4 = (ipaddress.IPv4Network("0.0.0.0/8"), ipaddress.IPv4Network("240.0.0.0/4"))
+"""This network, and reserved with limited broadcast (RFC 6890)."""
+
+
+class Admission:
+    """Turns a `register`, or a collector of the settings, into the `Client` that may be entered, or refuses it.
+
+    `listeners` are the address and port of each of our UDP listeners; `is_local` says whether an address is
+    this host's, `is_broadcast` whether it is that of a whole network. Copies may go to `destinations` without proof.
+    """
+
+    def __init__(
+        self,
+        streams: Iterable[str],
+        listeners: Iterable[tuple[str, int]],
+        is_local: Callable[[str], bool],
+        is_broadcast: Callable[[str], bool],
+        destinations: Iterable[str] = (),
+    ) -> None:
+        self._streams = frozenset(streams)
+        self._own_listeners = OwnListeners(listeners)
+        self._is_local = is_local
+        self._is_broadcast = is_broadcast
+        self._destinations = tuple(map(ipaddress.ip_network, destinations))
+
+    def admit(self, request: Register, visitor: Visitor) -> Client:
+        """Return the entry for a request; its generation is the registry's to give."""
+        self._check_streams(request.streams)
+        visitor.rights.check_streams(request.streams)
+        if request.streams and request.port is None:
+            raise RequestError("bad_request", "port is missing: expected the UDP port that the copies go to")
+        address = parse_address(visitor.address if request.address is None else request.address)
+        port = visitor.port if request.port is None else request.port
+        if request.address is not None or request.streams:
+            self._check_destination(address)
+        if request.streams:
+            self._check_loop(address, port)
+        return Client(
+            name=request.name,
+            generation=0,
+            address=str(address),
+            port=port,
+            streams=tuple(dict.fromkeys(request.streams)),
+            source=request.source,
+            prefixes=tuple(_parse_prefix(prefix) for prefix in request.prefixes),
+            sample=request.sample,
+            group=request.group,
+            hop_limit=request.hop_limit,
+            dscp=request.dscp,
+        )
+
+    def proven(self, request: Register, visitor: Visitor) -> bool:
+        """Whether the visitor may have copies sent where it says, or has to show first that they arrive there."""
+        if request.address is None:
+            return True
+        address, own = parse_address(request.address), parse_address(visitor.address)
+        if address == own or (address.is_loopback and own.is_loopback):
+            return True
+        return visitor.rights.may_send_to(address) or any(address in network for network in self._destinations)
+
+    def admit_configured(self, collector: Collector) -> Client:
+        """Return the entry for a collector of the settings, whose address is the operator's word."""
+        address = parse_address(collector.address)
+        self._check_destination(address)
+        self._check_loop(address, collector.port)
+        return Client(
+            name=collector.name,
+            generation=0,
+            address=str(address),
+            port=collector.port,
+            streams=collector.streams,
+            source=collector.source,
+            prefixes=collector.prefixes,
+            sample=collector.sample,
+            group=collector.group,
+            hop_limit=collector.hop_limit,
+            dscp=collector.dscp,
+        )
+
+    def _check_destination(self, address: Address) -> None:
+        check_destination(address)
+        if self._is_broadcast(str(address)):
+            raise RequestError("bad_request", f"address: {address} is a network's; expected that of one host")
+
+    def _check_streams(self, streams: Iterable[str]) -> None:
+        for stream in streams:
+            if stream != ALL_STREAMS and stream not in self._streams:
+                known = ", ".join(sorted(self._streams))
+                raise RequestError("unknown_stream", f"there is no stream {stream[:64]!r}; there are: {known}")
+
+    def loops(self, client: Client) -> bool:
+        """Whether an entry's copies would come back: a listener may be newer than the entry."""
+        return bool(client.streams) and self._loops(client.address, client.port)
+
+    def _loops(self, address: str, port: int) -> bool:
+        return self._own_listeners.receive(address, port, self._is_local)
+
+    def _check_loop(self, address: Address, port: int) -> None:
+        if self._loops(str(address), port):
+            raise RequestError("loop", f"{address} port {port} is our own listener; receive on another port")
+
+
+def parse_address(text: str) -> Address:
+    """Return the address, IPv4 where it is mapped into IPv6; `bad_request` when it is none."""
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        raise RequestError("bad_request", "address: expected an IP address, not a name") from None
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.scope_id:
+            raise RequestError("bad_request", "address: one with a scope (%) can't be a destination")
+        return address.ipv4_mapped or address
+    return address
+
+
+def check_destination(address: Address) -> None:
+    """Refuse what is not the address of one host that a copy can be routed to."""
+    nobodys = address.version == 4 and any(address in network for network in NOBODYS_V4)
+    if nobodys or address.is_unspecified or address.is_multicast or address.is_link_local:
+        raise RequestError("bad_request", f"address: {address} is not one host's; expected a unicast address")
+
+
+def _parse_prefix(text: str) -> str:
+    try:
+        return str(ipaddress.ip_network(text))
+    except ValueError as error:
+        raise RequestError("bad_request", f"from: {error}") from None

@@ -1,0 +1,1 @@
+"""The gateway on the bus: announces the registry, asks senders what they serve, passes frame requests on."""

@@ -1,0 +1,173 @@
+"""The registry on the bus: whole to every late subscriber, numbered changes after that, and who serves it asked back.
+
+Nothing is left out for a subscriber that keeps up: what the bus does not take now waits in order, and when too much
+waits, it is thrown away and the whole registry is sent instead.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Final
+
+import msgspec
+
+from services.gateway.bus.serving import CallLater, Inquiry
+from services.gateway.events import Feed
+from services.gateway.registry.registry import Registry
+from shared.bus.messages import (
+    HEALTH_PREFIX,
+    PIECE_SIZE,
+    REGISTRY_TOPIC,
+    Health,
+    RegistryChange,
+    RegistrySnapshot,
+    ServeReply,
+    TransmitReply,
+)
+from shared.bus.status import Reporter
+from shared.bus.zmq_sockets import Publisher, Requests, Subscriber
+from shared.client import Client, Source
+from shared.ledger import Accounts
+from shared.process.memory import Memory
+
+GATHER_SECONDS: Final = 0.002
+"""Changes that follow one another faster are published together."""
+WAITING_MAX: Final = 4096
+"""Messages that may wait for the bus, before the whole registry is cheaper."""
+
+_encode: Final = msgspec.msgpack.Encoder().encode
+
+
+class Announcer:
+    """Publishes the registry; `requests` are whoever's that go out by the same publisher and are answered here."""
+
+    def __init__(
+        self,
+        publisher: Publisher,
+        subscriber: Subscriber,
+        requests: Requests,
+        registry: Registry,
+        feed: Feed,
+        serve_seconds: float,
+        call_later: CallLater,
+        memory: Memory | None = None,
+    ) -> None:
+        self._feed = feed
+        self._publisher = publisher
+        self._subscriber = subscriber
+        self._requests = requests
+        self._registry = registry
+        self._call_later = call_later
+        self._inquiries = {
+            source: Inquiry(source, publisher, requests, registry, serve_seconds, call_later)
+            for source in registry.serving
+        }
+        self._subscriber.subscribe(requests.topic)
+        self._subscriber.subscribe(HEALTH_PREFIX)
+        self._reporter = Reporter(publisher, memory)
+        self._waiting: deque[RegistrySnapshot | RegistryChange] = deque()
+        self._owes_snapshot = False
+        self._woken = False
+        self._flushed_at = 0.0
+
+    def wake(self) -> None:
+        """Have `flush` called soon, and once for all changes that come close together."""
+        if not self._woken:
+            self._woken = True
+            self._call_later(max(0.0, self._flushed_at + GATHER_SECONDS - time.monotonic()), self.flush)
+
+    def sends(self, source: Source) -> bool:
+        """Whether anybody is there who sends copies of this source."""
+        return self._inquiries[source].possible
+
+    def ask_served(self, source: Source, finished: Callable[[], None]) -> None:
+        """Call `finished` once copies flow to every collector of `source`, or when nobody said so in time."""
+        self._inquiries[source].ask(finished)
+        self.wake()
+
+    def flush(self) -> None:
+        """Publish what has changed, to watchers and the bus, and what that did not take before; see who subscribed."""
+        self._woken = False
+        self._flushed_at = time.monotonic()
+        self._feed.flush()
+        self._note_subscriptions()
+        while True:
+            self._registry.commit()
+            self._gather()
+            self._publish()
+            # Publishing may swallow the edge by which we would hear of a subscription.
+            if not self._note_subscriptions():
+                return
+
+    def tick(self, accounts: Callable[[], Accounts]) -> None:
+        """Do what time brings: deadlines, what waits for the bus, a question that nobody answered, the status."""
+        self.take_messages()
+        self._requests.expire()
+        for inquiry in self._inquiries.values():
+            inquiry.ask_again()
+        self.flush()
+        self._feed.tell_health()
+        if time.monotonic() >= self._reporter.due_at:
+            self._reporter.report(accounts)
+
+    def take_messages(self) -> None:
+        """Take every answer that has come, and how collectors do."""
+        while (message := self._subscriber.receive()) is not None:
+            body = message.body
+            if isinstance(body, ServeReply | TransmitReply):
+                self._requests.answer(body.id, message)
+            elif isinstance(body, Health):
+                self._registry.note_health(message.envelope.boot, body)
+
+    def _note_subscriptions(self) -> bool:
+        """Whether a new subscription wants something of us now."""
+        fresh = self._publisher.new_subscriptions()
+        if self._reporter.asked_for(fresh):
+            self._reporter.due_at = 0.0
+        for_registry = any(REGISTRY_TOPIC.startswith(prefix) for prefix in fresh)
+        if for_registry:
+            self._waiting.clear()  # the snapshot takes its place
+            self._owes_snapshot = True
+        asked = [inquiry.note_subscriptions(fresh) for inquiry in self._inquiries.values()]
+        return for_registry or any(asked)
+
+    def _gather(self) -> None:
+        changes = self._registry.take_changes()
+        if not self._publisher.wanted(REGISTRY_TOPIC):
+            self._waiting.clear()
+            self._owes_snapshot = False
+        elif not self._owes_snapshot:
+            self._waiting.extend(changes)
+            if len(self._waiting) > WAITING_MAX:
+                self._waiting.clear()
+                self._owes_snapshot = True
+
+    def _publish(self) -> None:
+        if self._owes_snapshot:
+            self._waiting.extend(self._snapshot())
+            self._owes_snapshot = False
+        while self._waiting:
+            if not self._publisher.publish(REGISTRY_TOPIC, self._waiting[0]):
+                return
+            self._waiting.popleft()
+        for inquiry in self._inquiries.values():
+            inquiry.publish()
+
+    def _snapshot(self) -> list[RegistrySnapshot]:
+        revision = self._registry.commit()
+        pieces = list(cut(entry.client for entry in self._registry.entries()))
+        return [RegistrySnapshot(revision, number, len(pieces), piece) for number, piece in enumerate(pieces)]
+
+
+def cut(clients: Iterator[Client]) -> Iterator[list[Client]]:
+    """Yield the clients in pieces of about `PIECE_SIZE` encoded bytes, at least one."""
+    piece: list[Client] = []
+    size = 0
+    for client in clients:
+        cost = len(_encode(client))
+        if piece and size + cost > PIECE_SIZE:
+            yield piece
+            piece, size = [], 0
+        piece.append(client)
+        size += cost
+    yield piece

@@ -1,0 +1,108 @@
+"""Whether copies flow: asked of whoever sends those of one source, on behalf of the collectors that wait to know."""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Final
+
+from services.gateway.registry.registry import Registry
+from shared.bus.messages import Message, ServeReply, ServeRequest, serve_topic
+from shared.bus.zmq_sockets import Publisher, Requests
+from shared.client import Source
+
+ASK_AGAIN_SECONDS: Final = 1.0
+EXPIRE_LATE_SECONDS: Final = 0.002
+"""After a deadline, so that it has passed."""
+
+CallLater = Callable[[float, Callable[[], None]], object]
+"""The loop's: seconds, and what to call then."""
+
+
+@dataclass(slots=True)
+class _Question:
+    """A `ServeRequest`, and what waits for its answer."""
+
+    finished: list[Callable[[], None]] = field(default_factory=list)
+    id: int = 0
+    revision: int = 0
+
+
+class Inquiry:
+    """Asks who sends the copies of `source` which revision it serves, and notes it in the registry."""
+
+    def __init__(
+        self,
+        source: Source,
+        publisher: Publisher,
+        requests: Requests,
+        registry: Registry,
+        serve_seconds: float,
+        call_later: CallLater,
+    ) -> None:
+        self._topic = serve_topic(source)
+        self._publisher = publisher
+        self._requests = requests
+        self._registry = registry
+        self._serving = registry.serving[source]
+        self._serve_seconds = serve_seconds
+        self._call_later = call_later
+        self._question: _Question | None = None
+        self._was_possible = False
+        self._asked_at = 0.0
+
+    @property
+    def possible(self) -> bool:
+        """Whether anybody is there to be asked."""
+        return self._publisher.wanted(self._topic)
+
+    def ask(self, finished: Callable[[], None] = lambda: None) -> None:
+        """Call `finished` once copies flow to every collector there is now, or when nobody said so in time."""
+        if not self.possible:
+            self._serving.note_unanswered(self._registry.commit())
+            finished()
+            return
+        if self._question is None:
+            self._question = self._open()
+        self._question.finished.append(finished)
+
+    def ask_again(self) -> None:
+        """Ask where nobody has said so far that copies flow."""
+        if not self._serving.complete and time.monotonic() >= self._asked_at + ASK_AGAIN_SECONDS:
+            self.ask()
+
+    def note_subscriptions(self, fresh: Iterable[str]) -> bool:
+        """Take note of who is there to be asked; return whether a question is due, to who has just subscribed."""
+        was_possible, self._was_possible = self._was_possible, self.possible
+        subscribed = any(self._topic.startswith(prefix) for prefix in fresh)
+        if was_possible and (subscribed or not self.possible):
+            self._serving.forget()  # one that is started anew may have gone and come since we looked
+        if self._serving.newest < 0 or not subscribed:
+            return False
+        self.ask()
+        return True
+
+    def publish(self) -> None:
+        """Put the question on the bus, behind the changes it asks about; what the bus does not take waits."""
+        if self._question is not None:
+            self._question.revision = self._registry.commit()
+            body = ServeRequest(self._question.id, self._requests.topic, self._question.revision)
+            if self._publisher.publish(self._topic, body):
+                self._question = None
+
+    def _open(self) -> _Question:
+        """A question that goes out with the next `publish`."""
+        question = _Question()
+        question.id = self._requests.open(self._serve_seconds, lambda message: self._answered(question, message))
+        self._asked_at = time.monotonic()
+        self._call_later(self._serve_seconds + EXPIRE_LATE_SECONDS, self._requests.expire)
+        return question
+
+    def _answered(self, question: _Question, message: Message | None) -> None:
+        if self._question is question:
+            self._question = None  # it never got on the bus
+        if self.possible and message is not None and isinstance(message.body, ServeReply):
+            self._serving.note_served(min(question.revision, message.body.revision))
+        else:
+            self._serving.note_unanswered(question.revision or self._registry.commit())
+        for finished in question.finished:
+            finished()

@@ -1,0 +1,1 @@
+"""The client protocol: bytes to requests (`decoder`, `requests`), and the documented list of names. No I/O."""

@@ -1,0 +1,197 @@
+"""What clients say: bytes in, requests out. No I/O; nothing but `RequestError` is raised, whatever the bytes.
+
+The first byte decides: `{` begins JSON lines, anything else is a name, as the documented protocol has it.
+"""
+
+import json
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import msgspec
+from msgspec import Struct
+
+from services.gateway.protocol.requests import (
+    EXPECTED,
+    FRAME_EXPECTED,
+    OPERATIONS,
+    Id,
+    Name,
+    Operation,
+    Register,
+    Request,
+    RequestError,
+    parse_octets,
+)
+
+MAX_LINE: Final = 64 * 1024
+"""Bytes of a JSON line without its newline: the longest sensible `register` has under 10,000."""
+MAX_NAME: Final = 255
+"""Bytes of UTF-8."""
+
+
+class _Head(Struct, frozen=True):
+    """What can be had of a request that is not one of ours."""
+
+    op: Any = None
+    id: Any = None
+
+
+_operations: Final = msgspec.json.Decoder(Operation, dec_hook=parse_octets)
+_heads: Final = msgspec.json.Decoder(_Head)
+_HTTP: Final = re.compile(rb"[A-Z]{3,20} [^\r\n]* HTTP/\d")
+
+
+class Decoder:
+    """One connection's bytes to requests: `feed` what came, `end` at its end, `next_request` until it returns None.
+
+    After a `RequestError` that closes, nothing more is returned.
+    """
+
+    __slots__ = ("_buffer", "_deaf", "_ended", "_names", "_scanned")
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self._scanned = 0
+        self._names: bool | None = None  # until the first byte nobody knows
+        self._deaf = False
+        self._ended = False
+
+    @property
+    def buffered(self) -> int:
+        """Bytes held that belong to requests not yet returned."""
+        return len(self._buffer)
+
+    def feed(self, data: bytes) -> None:
+        """Take what one read brought, at least one byte. A name is what the first read brings, the rest is not read."""
+        if self._deaf:
+            return
+        self._buffer += data
+        if self._names is None:
+            self._names = self._deaf = not data.startswith(b"{")
+
+    def end(self) -> None:
+        """Nothing more comes: what is left counts as a line without its newline."""
+        self._ended = True
+
+    def next_request(self) -> Request | None:
+        """The next request, or None when more bytes are needed; `RequestError` when it can't be taken."""
+        try:
+            data = self._next_data()
+            while data is not None and not self._names and not data.strip(b"\r"):
+                data = self._next_data()  # a blank line is no request
+            if data is None:
+                return None
+            return Name(parse_name(data)) if self._names else parse_line(data)
+        except RequestError as refused:
+            if refused.closes:
+                self._buffer.clear()
+                self._deaf = True
+            raise
+
+    def _next_data(self) -> bytes | None:
+        if not self._buffer:
+            return None
+        size = len(self._buffer)
+        stop = size if self._names else self._buffer.find(b"\n", self._scanned)
+        if not self._names and (size if stop < 0 else stop) > MAX_LINE:
+            raise RequestError("too_long", f"a line has at most {MAX_LINE} bytes; send one request a line", closes=True)
+        if stop < 0:
+            self._scanned = size
+            if not self._ended:
+                return None
+            stop = size
+        data = bytes(self._buffer[:stop])
+        del self._buffer[: stop + 1]
+        self._scanned = 0
+        return data
+
+
+def parse_name(data: bytes) -> str:
+    r"""Return the name a client of the documented protocol sent. `RequestError` when it is none.
+
+    >>> parse_name(b"router-7\r\n")
+    'router-7'
+    """
+    try:
+        if _HTTP.match(data):
+            message = "this is not HTTP; send a name, or one JSON object a line"
+            raise RequestError("bad_request", message, cross_protocol=True)
+        return check_name(data[: MAX_NAME + 3].rstrip(b"\r\n"))
+    except RequestError as refused:
+        refused.closes = True
+        raise
+
+
+def check_name(data: bytes) -> str:
+    """Return the text of a name, from either protocol; `bad_name` when it breaks a rule."""
+    if not 1 <= len(data) <= MAX_NAME:
+        raise RequestError("bad_name", f"a name has from 1 to {MAX_NAME} bytes")
+    try:
+        name = data.decode()
+    except UnicodeDecodeError:
+        raise RequestError("bad_name", "a name is UTF-8; this is not") from None
+    if any(unicodedata.category(character) == "Cc" for character in name):
+        raise RequestError("bad_name", "a name has no control characters, and is all there is to send")
+    return name
+
+
+def parse_line(line: bytes) -> Operation:
+    """Return the request in one line. What is no JSON object closes the connection: it may be another protocol."""
+    try:
+        line.decode()
+        request: Operation = _operations.decode(line)
+        json.loads(line, object_pairs_hook=_check_names)
+    except msgspec.ValidationError as error:
+        raise _explain(line, str(error)) from None
+    except (msgspec.DecodeError, ValueError, RecursionError):
+        raise _not_an_object() from None
+    if isinstance(request, Register):
+        try:
+            check_name(request.name.encode())
+        except RequestError as refused:
+            refused.id = request.id
+            raise
+    return request
+
+
+def _check_names(fields: Sequence[tuple[str, object]]) -> None:
+    """Refuse a field that is there twice: one reader takes the first, another the last (RFC 8259, 4)."""
+    if len(dict(fields)) < len(fields):
+        raise RequestError("bad_request", "a field is there twice; expected each at most once", closes=True)
+
+
+def _not_an_object() -> RequestError:
+    return RequestError("bad_request", "expected one JSON object a line, in UTF-8, not deeply nested", closes=True)
+
+
+def _explain(line: bytes, reason: str) -> RequestError:
+    """Say what is wrong with a JSON object that is not one of the requests, with its `id` if that can be had."""
+    try:
+        head = _heads.decode(line)
+    except (msgspec.DecodeError, RecursionError):
+        return _not_an_object()
+    try:
+        identity = msgspec.convert(head.id, Id | None)
+    except msgspec.ValidationError:
+        identity = None
+    if head.op not in OPERATIONS:
+        return RequestError("bad_request", f"unknown op; expected one of {', '.join(OPERATIONS)}", id=identity)
+    expected = EXPECTED | FRAME_EXPECTED if head.op == "transmit" else EXPECTED
+    return RequestError("bad_request", _sentence(reason, expected), id=identity)
+
+
+def _sentence(reason: str, expected: Mapping[str, str]) -> str:
+    """Turn msgspec's reason into a sentence with the cure.
+
+    >>> _sentence("Expected `int` <= 65535 - at `$.port`", EXPECTED)
+    'port: expected a whole number from 1 to 65535'
+    """
+    reason, _, at = reason.partition(" - at `$.")
+    key = re.match(r"\w*", at)[0]  # type: ignore[index]  # it matches anything
+    if key in expected:
+        return f"{key}: expected {expected[key]}"
+    if missing := re.fullmatch(r"Object missing required field `(.*)`", reason):
+        return f"{missing[1]} is missing: expected {expected[missing[1]]}"
+    return reason.replace("Object contains unknown field", "this op has no field")

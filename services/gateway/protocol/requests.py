@@ -1,0 +1,220 @@
+"""What a client may ask for, and the refusal it may meet. No I/O."""
+
+from dataclasses import dataclass
+from typing import Annotated, Final, Literal
+
+from msgspec import Meta, Struct, field
+
+from shared.bus.frame_requests import check_frame, make_frame, parse_hex, parse_mac, sending_seconds
+from shared.bus.messages import MAX_FRAMES, MAX_INTERFACE, Number
+from shared.client import Dscp, HopLimit, Source
+from shared.settings.model import Count, Ethertype, Port, parse_ethertype
+
+MAX_ITEMS: Final = 64
+"""Streams or prefixes in one `register`: keeps an entry small enough that 64 of them fit a bus message."""
+YEAR_SECONDS: Final = 31_536_000
+MAX_WAITING_SECONDS: Final = 60.0
+"""How long frames may take at the pace a client asked for: its connection waits so long for the answer."""
+
+ErrorWord = Literal[
+    "bad_request", "bad_name", "name_taken", "stale_generation", "unknown_stream", "unproven_address", "loop",
+    "not_permitted", "registry_full", "no_transmitter", "unavailable", "too_long", "too_slow",
+]  # fmt: skip
+Id = Annotated[str, Meta(max_length=128)] | Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+"""What a client may put in `id`; an answer must be able to carry it back."""
+
+
+class RequestError(Exception):
+    """The client's fault: answered with its stable word and a sentence, counted; `closes` ends the connection too."""
+
+    def __init__(
+        self,
+        error: ErrorWord,
+        message: str,
+        *,
+        id: Id | None = None,
+        closes: bool = False,
+        cross_protocol: bool = False,
+    ) -> None:
+        super().__init__(message)
+        self.error = error
+        self.id = id
+        self.closes = closes
+        self.cross_protocol = cross_protocol
+
+
+def no_transmitter() -> RequestError:
+    """The refusal of what takes raw sockets, while nobody has them."""
+    return RequestError(
+        "no_transmitter",
+        "no transmitter has raw sockets; its log and `fanwire doctor` say what the running one lacks",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Name:
+    """A client on the documented protocol says its name and wants the list."""
+
+    name: str
+
+
+class _Request(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="op"):
+    id: Id | None = None
+
+
+class Register(_Request, frozen=True, tag="register"):
+    """Signs up under a name; with `streams` as a collector."""
+
+    name: str
+    streams: Annotated[tuple[str, ...], Meta(max_length=MAX_ITEMS)] = ()
+    port: Port | None = None
+    address: Annotated[str, Meta(max_length=64)] | None = None
+    source: Source = "relay"
+    prefixes: Annotated[tuple[Annotated[str, Meta(max_length=64)], ...], Meta(max_length=MAX_ITEMS)] = field(
+        default=(), name="from"
+    )
+    sample: Count = 1
+    group: Annotated[str, Meta(max_length=64)] = ""
+    hop_limit: HopLimit = 64
+    dscp: Dscp = 0
+    ttl: Annotated[float, Meta(ge=0, le=YEAR_SECONDS)] = 0.0
+    hold: bool = False
+    take_over: bool = False
+
+
+class Renew(_Request, frozen=True, tag="renew"):
+    """Begins the time of an entry's lease anew."""
+
+    name: str
+    generation: Number
+
+
+class Leave(_Request, frozen=True, tag="leave"):
+    """Takes an entry away."""
+
+    name: str
+    generation: Number
+
+
+class List(_Request, frozen=True, tag="list"):
+    """Asks for every entry in full."""
+
+
+class Watch(_Request, frozen=True, tag="watch"):
+    """Asks for every entry, then for each change; with `revision` for the changes since then instead, if known."""
+
+    revision: Number | None = None
+
+
+class Confirm(_Request, frozen=True, tag="confirm"):
+    """Shows that what is sent to an address arrives: `nonce` came there as a datagram, on behalf of `name`."""
+
+    name: str
+    nonce: Annotated[str, Meta(max_length=64)]
+
+
+class Auth(_Request, frozen=True, tag="auth"):
+    """Says who asks, by a secret."""
+
+    token: str
+
+
+class Streams(_Request, frozen=True, tag="streams"):
+    """Asks what there is to sign up for."""
+
+
+class Octets(bytes):
+    """Bytes; in JSON hexadecimal digits."""
+
+
+class Mac(Octets):
+    """Six of them."""
+
+
+class Transmit(_Request, frozen=True, tag="transmit"):
+    """Puts a frame on an interface: `frame` is all of it, or `destination` to `checksum` are what it is made of."""
+
+    interface: Annotated[str, Meta(min_length=1, max_length=MAX_INTERFACE)]
+    frame: Octets | None = None
+    destination: Mac | None = None
+    source: Mac | None = None
+    ethertype: Ethertype | None = None
+    payload: Octets | None = None
+    checksum: Octets | None = None
+    count: Annotated[int, Meta(ge=1, le=MAX_FRAMES)] = 1
+    per_second: Annotated[float, Meta(ge=0, le=1_000_000)] = 0.0
+    own_fcs: bool = False
+
+    def __post_init__(self) -> None:
+        if self.seconds > MAX_WAITING_SECONDS:
+            raise ValueError(
+                f"count: they take {self.seconds:.0f} s at that pace; expected at most {MAX_WAITING_SECONDS:g} s"
+            )
+        _ = self.whole  # refuses what makes no frame
+
+    @property
+    def seconds(self) -> float:
+        """How long the frames take at their pace."""
+        return sending_seconds(self.count, self.per_second)
+
+    @property
+    def whole(self) -> bytes:
+        """The frame byte for byte."""
+        parts = {name: getattr(self, name) for name in ("destination", "source", "ethertype", "payload")}
+        if self.frame is not None:
+            if any(part is not None for part in (*parts.values(), self.checksum)):
+                raise ValueError("frame: expected either all of it, or what it is made of")
+            return bytes(check_frame(self.frame, own_fcs=self.own_fcs))
+        for name, part in parts.items():
+            if part is None:
+                raise ValueError(f"{name} is missing: expected {FRAME_EXPECTED[name]}")
+        parts["ethertype"] = parse_ethertype(parts["ethertype"])
+        return make_frame(**parts, checksum=self.checksum or b"", own_fcs=self.own_fcs)
+
+
+def parse_octets(kind: type, value: object) -> Octets:
+    """Read what JSON says for a field of one of the kinds above: msgspec's `dec_hook`. ValueError when it is none."""
+    if not isinstance(value, str):
+        raise ValueError("not a string")
+    return Mac(parse_mac(value)) if kind is Mac else Octets(parse_hex(value))
+
+
+Operation = Auth | Register | Renew | Leave | List | Watch | Confirm | Streams | Transmit
+Request = Name | Operation
+
+OPERATIONS: Final = ("auth", "register", "renew", "leave", "list", "watch", "confirm", "streams", "transmit")
+EXPECTED: Final = {
+    "id": "a string of at most 128 characters or a whole number of 64 bits",
+    "name": "a string",
+    "token": "what `fanwire token` printed, as a string",
+    "generation": "the whole number that `register` answered",
+    "revision": "the whole number that `list`, `watch` or an event showed",
+    "nonce": "what came in the datagram after `fanwire-challenge `",
+    "streams": f"a list of at most {MAX_ITEMS} stream names",
+    "port": "a whole number from 1 to 65535",
+    "address": "an IP address as a string",
+    "source": '"relay" or "original"',
+    "from": f'a list of at most {MAX_ITEMS} prefixes such as "192.0.2.0/24"',
+    "sample": "a whole number from 1 to 1000000",
+    "group": "a string of at most 64 characters",
+    "hop_limit": "a whole number from 1 to 255",
+    "dscp": "a whole number from 0 to 63",
+    "ttl": f"seconds from 0 to {YEAR_SECONDS}",
+    "hold": "true or false",
+    "take_over": "true or false",
+}
+_HEX: Final = "hexadecimal digits, two a byte"
+_MAC: Final = "a MAC address such as 01:02:03:04:05:06"
+FRAME_EXPECTED: Final = {
+    "interface": f"the name of an interface, at most {MAX_INTERFACE} characters",
+    "frame": _HEX,
+    "destination": _MAC,
+    "source": _MAC,
+    "ethertype": 'a number or its text, such as "0x0801"',
+    "payload": _HEX,
+    "checksum": _HEX,
+    "count": f"a whole number from 1 to {MAX_FRAMES}",
+    "per_second": "frames a second up to 1000000, or 0: at once",
+    "own_fcs": "true or false",
+}
+"""Of `transmit`, whose `source` is another than that of `register`."""

@@ -1,0 +1,50 @@
+"""A client's entry in the registry: who made it and how, its lease, and the event of a change."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final, Literal
+
+from services.gateway.admission.peer import Visitor
+from services.gateway.registry.condition import Condition
+from shared.client import Client
+
+NOT_LOOKED_AT: Final = Condition("fresh", 0.0)
+
+EventKind = Literal["joined", "changed", "left", "expired"]
+
+
+class Origin(StrEnum):
+    """How an entry was made."""
+
+    SETTINGS = "settings"
+    NAMES = "names"
+    JSON = "json"
+
+
+@dataclass(slots=True)
+class Entry:
+    """A client and its lease.
+
+    `revision` is that in which the client joined; `expires_at` is infinite without `ttl`; one that is `held` lasts no
+    longer than its visitor's connection. Of what was kept from an earlier start, the connection is gone.
+    `condition` is how it did when somebody last looked.
+    """
+
+    client: Client
+    origin: Origin
+    visitor: Visitor
+    ttl: float
+    expires_at: float
+    revision: int
+    held: bool
+    renewed_at: float
+    condition: Condition = NOT_LOOKED_AT
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One change: `entry` is the new one, or that which has gone."""
+
+    kind: EventKind
+    revision: int
+    entry: Entry

@@ -1,0 +1,57 @@
+"""Stops expiry when too many renewals are missing at once: the fault is hardly that of so many clients. No I/O.
+
+After Eureka's self-preservation: https://github.com/Netflix/eureka/wiki/Server-Self-Preservation-Mode
+"""
+
+import math
+from collections import deque
+from collections.abc import Iterable
+from typing import Final
+
+import structlog
+
+from services.gateway.registry.entry import Entry
+
+BELOW: Final = 0.85
+"""Of the renewals that were due; with fewer, expiring stops."""
+WINDOW_SECONDS: Final = 60.0
+"""Renewals that were due longer ago say nothing of what is wrong now."""
+MIN_CLIENTS: Final = 10
+"""Leases that were due in the window at least: of fewer, losing one or two means nothing."""
+
+log = structlog.get_logger()
+
+
+class Preservation:
+    """Judges by the leases that were due lately; it holds for `seconds` at most, 0: never."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._since = math.inf
+        self._expired_at: deque[float] = deque()
+
+    @property
+    def holds(self) -> bool:
+        """Whether nothing expires now."""
+        return self._since < math.inf
+
+    def note_expired(self, count: int, now: float) -> None:
+        """Remember so many clients that have expired: their renewals are missing for the rest of the window."""
+        self._expired_at.extend([now] * count)
+
+    def judge(self, entries: Iterable[Entry], overdue: int, now: float) -> None:
+        """Begin or end, by all entries and how many of them should expire now."""
+        begin = now - WINDOW_SECONDS
+        while self._expired_at and self._expired_at[0] <= begin:
+            self._expired_at.popleft()
+        renewed = sum(begin < entry.renewed_at and now < entry.expires_at < math.inf for entry in entries)
+        missing = overdue + len(self._expired_at)
+        due = renewed + missing
+        too_many = overdue > 0 and due >= MIN_CLIENTS and renewed < BELOW * due
+        if too_many and not self.holds and self._seconds:
+            self._since = now
+            event = "too many renewals are missing at once: nothing expires"
+            log.warning(event, missing=missing, due=due, for_seconds=self._seconds)
+        elif self.holds and not (too_many and now < self._since + self._seconds):
+            self._since = math.inf
+            log.warning("leases expire again", missing=missing, due=due)

@@ -1,0 +1,199 @@
+"""The registry on disk: SQLite, one transaction a change, so that a restart goes on with the list and its revision.
+
+Renewals are not kept: after a restart each lease begins anew. An answer is given only after its change is written; a
+killed process loses nothing. After a power failure the last changes may be missing, so that the revision skips then.
+"""
+
+import contextlib
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Final, Self
+
+import msgspec
+import structlog
+
+from services.gateway.admission.peer import Visitor
+from services.gateway.admission.rights import Rights
+from services.gateway.protocol.requests import RequestError
+from services.gateway.registry.entry import Entry, Event, Origin
+from shared.bus.messages import Number
+from shared.client import Client
+from shared.process.lifecycle import FAILED, OperatorError
+
+SCHEMA_VERSION: Final = 1
+SCHEMA: Final = """
+CREATE TABLE client (name TEXT PRIMARY KEY, entry TEXT NOT NULL);
+CREATE TABLE state (revision INTEGER NOT NULL, generation INTEGER NOT NULL, boot_id TEXT NOT NULL);
+INSERT INTO state VALUES (0, 0, '');
+"""
+PUT: Final = "INSERT INTO client VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET entry = excluded.entry"
+"""Keeps the row, and with it the order of first registration."""
+NO_DAMAGE: Final = frozenset({
+    sqlite3.SQLITE_PERM, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_INTERRUPT, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_AUTH,
+    sqlite3.SQLITE_PROTOCOL,
+})  # fmt: skip
+"""Errors that the operator can mend, and the file may be whole; any other means that what is in it is not ours."""
+PRIMARY: Final = 0xFF
+"""Of an error's code, what it extends."""
+BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
+SKIPPED: Final = 1 << 20
+"""Revisions passed over when the host has started anew: more than can have been lost with it."""
+
+log = structlog.get_logger()
+
+
+class _Kept(msgspec.Struct, frozen=True):
+    """An entry as it is written."""
+
+    client: Client
+    origin: Origin
+    address: str
+    port: int
+    ttl: float
+    held: bool
+    holder: str = ""
+
+
+_State = tuple[Number, Number, str]
+"""Revision, generation, the host's boot."""
+
+
+class Store:
+    """The database file, ours alone while it is open; without a path it lasts as long as the process.
+
+    `entries`, `revision` and `generation`, the last one given, are what an earlier start kept.
+    """
+
+    def __init__(self, path: Path | None, clock: Callable[[], float]) -> None:
+        self._path = path
+        self._failed = False
+        try:
+            self._open(clock)
+        except _DamagedError as damage:
+            assert path is not None
+            aside = _set_aside(path)
+            log.error("the registry's file was damaged: set aside, starting empty", file=str(aside), reason=str(damage))
+            self._open(clock)
+
+    def _open(self, clock: Callable[[], float]) -> None:
+        try:
+            # One process at a time: a second gateway on the same file is refused, and no shared memory is needed.
+            self._database = sqlite3.connect(self._path or ":memory:", timeout=0.5, isolation_level=None)
+            try:
+                self._database.execute("PRAGMA locking_mode = EXCLUSIVE")
+                self._database.execute("PRAGMA journal_mode = WAL")
+                self._database.execute("PRAGMA synchronous = NORMAL")
+                self._load(clock)
+            except BaseException:
+                self._database.close()
+                raise
+        except sqlite3.ProgrammingError:
+            raise  # a bug of ours, and no damage
+        except (sqlite3.DatabaseError, msgspec.MsgspecError, ValueError) as error:
+            if isinstance(error, sqlite3.DatabaseError) and not self._is_damage(error):
+                raise OperatorError(FAILED, f"{self._path}: {_cure(error)}") from None
+            raise _DamagedError(str(error)) from None
+
+    def _load(self, clock: Callable[[], float]) -> None:
+        database, boot_id = self._database, BOOT_ID.read_text().strip()
+        version = database.execute("PRAGMA user_version").fetchone()[0]
+        if version > SCHEMA_VERSION:
+            raise OperatorError(FAILED, f"{self._path}: written by a later fanwire; name another [gateway] database")
+        if version == 0:
+            with self._transaction():
+                for statement in filter(None, map(str.strip, SCHEMA.split(";"))):
+                    database.execute(statement)
+                database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        if (found := database.execute("PRAGMA integrity_check(1)").fetchone()[0]) != "ok":
+            raise ValueError(found)
+        rows = database.execute("SELECT name, entry FROM client ORDER BY rowid").fetchall()
+        self.entries = [_parse(name, text, clock()) for name, text in msgspec.convert(rows, list[tuple[str, str]])]
+        state = database.execute("SELECT revision, generation, boot_id FROM state").fetchall()
+        ((self.revision, self.generation, former),) = msgspec.convert(state, tuple[_State])
+        if former not in ("", boot_id):
+            self.revision += SKIPPED
+        # In any case: that a file can't be written is to be known now, also where there is nothing to write.
+        now = (self.revision, boot_id, boot_id)
+        database.execute("UPDATE state SET revision = ?, boot_id = ? WHERE boot_id <> ?", now)
+
+    def _is_damage(self, error: sqlite3.DatabaseError) -> bool:
+        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)  # text that is no UTF-8 comes without one
+        if code == sqlite3.SQLITE_READONLY and self._path is not None:
+            return os.access(self._path, os.W_OK)  # then the file itself says so, in its header
+        return code & PRIMARY not in NO_DAMAGE
+
+    def keep(self, events: Sequence[Event], generation: int) -> None:
+        """Write changes; `RequestError` when they can't be written, and nothing is."""
+        try:
+            with self._transaction():
+                for event in events:
+                    self._write(event)
+                self._database.execute(
+                    "UPDATE state SET revision = ?, generation = ?", (events[-1].revision, generation)
+                )
+        except sqlite3.Error as error:
+            if not self._failed:
+                log.error(
+                    "changes of the registry can't be kept, and are refused", file=str(self._path), reason=str(error)
+                )
+            self._failed = True
+            raise RequestError("unavailable", "the registry can't be written to disk just now; try again") from None
+        self._failed = False
+
+    def _write(self, event: Event) -> None:
+        entry = event.entry
+        if event.kind in ("left", "expired"):
+            self._database.execute("DELETE FROM client WHERE name = ?", (entry.client.name,))
+            return
+        visitor = entry.visitor
+        holder = visitor.rights.holder
+        kept = _Kept(entry.client, entry.origin, visitor.address, visitor.port, entry.ttl, entry.held, holder)
+        self._database.execute(PUT, (entry.client.name, msgspec.json.encode(kept).decode()))
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._database.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._database.execute("COMMIT")
+        except BaseException:
+            with contextlib.suppress(sqlite3.Error):  # a full disk may have ended it already
+                self._database.execute("ROLLBACK")
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._database.close()
+
+
+class _DamagedError(Exception):
+    """What is in the file can't be read."""
+
+
+def _parse(name: str, text: str, now: float) -> Entry:
+    kept = msgspec.json.decode(text, type=_Kept)
+    if kept.client.name != name:
+        raise ValueError(f"{kept.client.name!r} is kept as {name!r}")
+    visitor = Visitor(0, kept.address, kept.port, Rights(kept.holder))
+    return Entry(kept.client, kept.origin, visitor, kept.ttl, float("inf"), 0, kept.held, now)
+
+
+def _set_aside(path: Path) -> Path:
+    aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
+    path.rename(aside)
+    for ending in ("-wal", "-shm"):
+        with contextlib.suppress(FileNotFoundError):
+            path.with_name(path.name + ending).rename(aside.with_name(aside.name + ending))
+    return aside
+
+
+def _cure(error: sqlite3.Error) -> str:
+    if error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
+        return "in use; another gateway has this [gateway] database"
+    return f"{error}; name another [gateway] database"

@@ -1,0 +1,1 @@
+"""Connections: listeners, TLS, the limits of each connection and of each address."""

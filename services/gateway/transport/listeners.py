@@ -1,0 +1,124 @@
+"""The listening sockets for clients, and what this host says of its own addresses."""
+
+import contextlib
+import errno
+import ipaddress
+import socket
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from services.gateway.protocol.requests import RequestError
+from shared.net.addresses import Endpoint
+from shared.net.sockets import bind_endpoint, close_listener
+from shared.process.lifecycle import FAILED, OperatorError
+
+BACKLOG: Final = 1024
+SEND_BUFFER: Final = 128 * 1024
+"""Bytes asked of the kernel for each connection (it takes twice that): bounds what a client that does not read holds
+there, and lets us see progress of one that reads slowly."""
+DISCARD_PORT: Final = 9
+"""For asking the kernel of a way: nothing is sent."""
+KEEPALIVE: Final = (
+    (socket.TCP_KEEPIDLE, 30),
+    (socket.TCP_KEEPINTVL, 10),
+    (socket.TCP_KEEPCNT, 3),
+    (socket.TCP_USER_TIMEOUT, 60_000),
+)
+"""A peer that has vanished is noticed after a minute: seconds, and for what was sent and not acknowledged, during which
+there are no probes, milliseconds (tcp(7))."""
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """A bound socket, and the endpoint that it is one address of."""
+
+    endpoint: Endpoint
+    sock: socket.socket
+
+    @property
+    def secure(self) -> bool:
+        """Whether its connections are TLS."""
+        return self.endpoint.scheme == "tls"
+
+    @property
+    def remote(self) -> bool:
+        """Whether others than this host's processes can come by it."""
+        if self.sock.family == socket.AF_UNIX:
+            return False
+        return not ipaddress.ip_address(self.sock.getsockname()[0].partition("%")[0]).is_loopback
+
+
+@contextlib.contextmanager
+def listening(endpoints: Iterable[Endpoint]) -> Iterator[list[Listener]]:
+    """Yield listeners bound to every address of every endpoint; close them and remove their files in the end."""
+    with contextlib.ExitStack() as stack:
+        listeners: list[Listener] = []
+        for endpoint in endpoints:
+            try:
+                opened = bind_endpoint(endpoint, _prepare, path_mode=0o600)
+            except OSError as error:
+                raise OperatorError(FAILED, f"{endpoint}: {_cure(error)}") from None
+            for sock in opened:
+                stack.callback(close_listener, sock)
+            listeners += (Listener(endpoint, sock) for sock in opened)
+        yield listeners
+
+
+def _cure(error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return "in use; see by whom with `ss -ltnp` (`ss -lxp` for a path), or set another [gateway] listen"
+    return f"{error.strerror}; set another [gateway] listen"
+
+
+def _prepare(listener: socket.socket) -> None:
+    """Set what accepted connections inherit, and SO_REUSEADDR: a restart does not wait for TIME_WAIT to pass."""
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+    if listener.family == socket.AF_UNIX:
+        return
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in KEEPALIVE:
+        listener.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+def is_broadcast(address: str) -> bool:
+    """Whether `address` reaches every host of a network that this one is on: the kernel wants SO_BROADCAST for it."""
+    if ":" in address:
+        return False
+    with _probe(socket.AF_INET) as probe:
+        try:
+            probe.connect((address, DISCARD_PORT))
+        except PermissionError:
+            return True
+        except OSError:  # no way there now
+            return False
+    return False
+
+
+def send_datagram(payload: bytes, address: str, port: int) -> None:
+    """Send one datagram, or raise OSError rather than wait."""
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        sender.setblocking(False)
+        sender.sendto(payload, (address, port))
+
+
+def is_local(address: str) -> bool:
+    """Whether `address` is one of this host's. Binding it would not tell, where net.ipv4.ip_nonlocal_bind is set."""
+    with _probe(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
+        try:
+            if probe.family == socket.AF_INET:  # the kernel wants an address that one of its interfaces has
+                probe.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton(address))
+                return True
+            probe.connect((address, DISCARD_PORT))
+        except OSError:
+            return False
+        own = ipaddress.ip_address(probe.getsockname()[0].partition("%")[0])
+        return own == ipaddress.ip_address(address)  # to itself a host speaks from the same address (RFC 6724, 5)
+
+
+def _probe(family: socket.AddressFamily) -> socket.socket:
+    try:
+        return socket.socket(family, socket.SOCK_DGRAM)
+    except OSError as error:  # no descriptor to spare, for one
+        raise RequestError("unavailable", f"the address can't be checked just now: {error.strerror}") from None

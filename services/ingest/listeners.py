@@ -1,0 +1,152 @@
+"""Opens the sockets of a stream's listeners; what can't be had ends the start with one line that says the cure."""
+
+import errno
+import ipaddress
+import socket
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Final
+
+import structlog
+
+from shared.net.addresses import Endpoint, resolve
+from shared.net.bpf import refuse_mapped_sources
+from shared.net.sockets import InheritedSocket, bind_endpoint, close_listener, inherited
+from shared.process.lifecycle import BAD_SETTINGS, FAILED, OperatorError
+from shared.settings.model import Stream
+
+TCP_BACKLOG: Final = 1024
+
+Listener = tuple[str, Endpoint]
+"""A stream's name, and one of its endpoints."""
+
+log = structlog.get_logger()
+
+
+def take_inherited() -> list[InheritedSocket]:
+    """The sockets that the service manager passed; OperatorError when one of them is something else."""
+    try:
+        return inherited()
+    except OSError as error:
+        raise OperatorError(BAD_SETTINGS, f"inherited descriptors: {error.strerror}; pass sockets alone") from None
+
+
+def refuse_left_over(held: Iterable[socket.socket]) -> None:
+    """OperatorError when a socket that was passed is no listener's: what comes there would never be read."""
+    for sock in (sock for sock in held if isinstance(sock, InheritedSocket)):
+        raise OperatorError(
+            BAD_SETTINGS,
+            f"the inherited socket {sock.type.name} {sock.getsockname()} is no listener of this worker; "
+            "make [[stream]] listen and the socket unit agree",
+        )
+
+
+def reopen(
+    wanted: Mapping[Listener, Stream], before: Mapping[Listener, list[socket.socket]], held: Iterable[socket.socket]
+) -> tuple[dict[Listener, list[socket.socket]], list[socket.socket]]:
+    """Return the sockets of the listeners that are wanted, and those left over that nobody wants any more.
+
+    A listener that was there before keeps its sockets. A new one is served by sockets that are left of others, or that
+    are `held`, as far as they have its addresses. OperatorError when one can't be had, with everything as it was.
+    """
+    spare = [*held, *(sock for listener in before.keys() - wanted.keys() for sock in before[listener])]
+    had = frozenset(spare)
+    listening: dict[Listener, list[socket.socket]] = {}
+    try:
+        for listener, stream in wanted.items():
+            check_reply(stream, listener[1])
+            listening[listener] = before.get(listener) or open_sockets(stream, listener[1], spare)
+        refuse_doubles(listening)
+        refuse_left_over(spare)
+    except OperatorError:
+        for listener in listening.keys() - before.keys():
+            for sock in listening[listener]:
+                if sock not in had:
+                    close_listener(sock)
+        raise
+    return listening, spare
+
+
+def refuse_doubles(listening: Mapping[Listener, Iterable[socket.socket]]) -> None:
+    """SO_REUSEPORT would let two streams share an address, and the kernel deal datagrams out between them."""
+    bound = set()
+    for (stream, endpoint), sock in ((listener, sock) for listener, sockets in listening.items() for sock in sockets):
+        address = sock.type, sock.getsockname()
+        if address in bound:
+            raise OperatorError(BAD_SETTINGS, f"stream {stream}: {endpoint} is listened on already")
+        bound.add(address)
+
+
+def open_sockets(stream: Stream, endpoint: Endpoint, held: list[socket.socket]) -> list[socket.socket]:
+    """The sockets of every address of an endpoint, each taken from `held` where it is there, else bound.
+
+    OperatorError when none can be had, or one is in use.
+    """
+    with _explained(stream, endpoint):
+        sockets = bind_endpoint(endpoint, _share, held=held)
+        for sock in sockets:
+            if sock.type == socket.SOCK_STREAM and not isinstance(sock, InheritedSocket):
+                sock.listen(TCP_BACKLOG)
+            if (sock.family, sock.type) == (socket.AF_INET6, socket.SOCK_DGRAM):
+                refuse_mapped_sources(sock)
+    return sockets
+
+
+def check_reply(stream: Stream, endpoint: Endpoint) -> None:
+    """OperatorError when a listener may not have the stream's reply."""
+    if stream.reply and endpoint.scheme == "udp" and not stream.reply_beyond_loopback:
+        with _explained(stream, endpoint):
+            _refuse_reply(stream, endpoint)
+
+
+@contextmanager
+def _explained(stream: Stream, endpoint: Endpoint) -> Iterator[None]:
+    try:
+        yield
+    except socket.gaierror as error:
+        raise OperatorError(BAD_SETTINGS, f"stream {stream.name}: {endpoint}: {error.strerror}") from None
+    except OSError as error:
+        raise OperatorError(
+            FAILED, f"stream {stream.name}: {endpoint}: {error.strerror}{_cure(endpoint, error)}"
+        ) from None
+
+
+def _share(sock: socket.socket) -> None:
+    """Let other workers bind the same address; of a TCP one, let a successor bind it at once."""
+    if sock.family != socket.AF_UNIX:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(sock.type == socket.SOCK_STREAM))
+
+
+def _refuse_reply(stream: Stream, endpoint: Endpoint) -> None:
+    addresses = resolve(endpoint.host, endpoint.port, socket.SOCK_DGRAM)
+    if not all(ipaddress.ip_address(address[0].partition("%")[0]).is_loopback for _, address in addresses):
+        raise OperatorError(
+            BAD_SETTINGS,
+            f"stream {stream.name}: a reply on {endpoint} would let forged sources aim it at others; "
+            "remove reply, listen on loopback, or set reply_beyond_loopback = true",
+        )
+
+
+def _cure(endpoint: Endpoint, error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        tool = "ss -xlp" if endpoint.path else f"ss -{endpoint.scheme[0]}lnp"
+        return f"; see what holds it with `{tool}`, stop that or listen elsewhere"
+    if error.errno in (errno.EACCES, errno.EPERM) and endpoint.path:
+        return "; choose a path this user may write to"
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return "; ports below 1024 need `sysctl net.ipv4.ip_unprivileged_port_start` lowered or CAP_NET_BIND_SERVICE"
+    return ""
+
+
+def warn_of_small_buffers(granted: dict[int, int]) -> None:
+    """Say once which receive buffers are smaller than asked for, {asked: granted} in bytes, and what to do."""
+    small = {wanted: had for wanted, had in granted.items() if had < wanted}
+    if small:
+        wanted, had = max(small.items())
+        log.warning(
+            "receive buffers are smaller than asked for: bursts may be dropped by the kernel",
+            asked=wanted,
+            granted=had,
+            cure=f"sysctl -w net.core.rmem_max={wanted}, or run with CAP_NET_ADMIN",
+        )

@@ -1,0 +1,106 @@
+"""Spreads what comes to one address over the workers that listen there, otherwise than the kernel would by itself.
+
+The kernel asks one small program for all sockets that share an address by SO_REUSEPORT which of them a datagram is for
+(SO_ATTACH_REUSEPORT_CBPF, socket(7)). The program has to know how many they are, and workers come and go: each counts
+them once a second. Until it has, what is meant for one that is gone the kernel spreads by addresses and ports.
+"""
+
+import socket
+import sys
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+from shared.net.bpf import (
+    JUMP_IF_EQUAL,
+    LOAD_BYTE,
+    LOAD_WORD,
+    NETWORK_HEADER,
+    SHIFT_RIGHT,
+    SO_ATTACH_REUSEPORT_CBPF,
+    Instruction,
+    attach,
+)
+from shared.settings.model import Spread
+
+RANDOM: Final = 0x1_0000_0000 - 0x1000 + 56
+"""SKF_AD_OFF + SKF_AD_RANDOM: loading it gives a random number."""
+MULTIPLIER: Final = 0x9E37_79B1
+"""2**32 divided by the golden ratio: neighbouring addresses end far apart (Knuth, multiplicative hashing)."""
+
+STORE_IN_X, MULTIPLY, MODULO, XOR_WITH_X, JUMP, RETURN = 0x07, 0x24, 0x94, 0xAC, 0x05, 0x16
+
+log = structlog.get_logger()
+
+
+def _load(offset: int) -> Instruction:
+    return LOAD_WORD, 0, 0, NETWORK_HEADER + offset
+
+
+def program(spread: Spread, workers: int) -> list[Instruction]:
+    """Choose one of so many workers for a datagram; its place among those that share the address."""
+    if spread == "datagram":
+        choice = [(LOAD_WORD, 0, 0, RANDOM)]
+    else:
+        ipv6 = [_load(8)]
+        for offset in (12, 16, 20):
+            ipv6 += [(STORE_IN_X, 0, 0, 0), _load(offset), (XOR_WITH_X, 0, 0, 0)]
+        choice = [
+            (LOAD_BYTE, 0, 0, NETWORK_HEADER),
+            (SHIFT_RIGHT, 0, 0, 4),
+            (JUMP_IF_EQUAL, 2, 0, 6),
+            _load(12),
+            (JUMP, 0, 0, len(ipv6)),
+            *ipv6,
+            (MULTIPLY, 0, 0, MULTIPLIER),
+            (SHIFT_RIGHT, 0, 0, 16),
+        ]
+    return [*choice, (MODULO, 0, 0, workers), (RETURN, 0, 0, 0)]
+
+
+def _local_address(sock: socket.socket) -> str:
+    """A socket's address as /proc/net/udp and udp6 write it: words of 32 bits in the host's order, then the port."""
+    host, port = sock.getsockname()[:2]
+    packed = socket.inet_pton(sock.family, host.partition("%")[0])
+    words = (int.from_bytes(packed[at : at + 4], sys.byteorder) for at in range(0, len(packed), 4))
+    return "".join(f"{word:08X}" for word in words) + f":{port:04X}"
+
+
+class Spreader:
+    """Keeps the programs of a worker's UDP sockets as they should be; `renew` once a second."""
+
+    def __init__(self, spread: Spread) -> None:
+        self._spread = spread
+        self._sockets: list[tuple[socket.socket, str]] = []
+        self._workers: dict[socket.socket, int] = {}
+
+    def add(self, sock: socket.socket) -> None:
+        """Take a bound socket in, if others may share its address and the kernel is not to choose by itself."""
+        shared = sock.family != socket.AF_UNIX and sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT)
+        if shared and self._spread != "flow":
+            self._sockets.append((sock, _local_address(sock)))
+
+    def remove(self, sock: socket.socket) -> None:
+        """Let go of a socket that will be closed."""
+        self._sockets = [(each, address) for each, address in self._sockets if each is not sock]
+        self._workers.pop(sock, None)
+
+    def renew(self) -> None:
+        """Count the workers at each address, and say so to the kernel where they have become more or fewer."""
+        if not self._sockets:
+            return
+        found = [line.split(None, 2)[1] for name in ("udp", "udp6") for line in _lines(name)]
+        for sock, address in self._sockets:
+            workers = found.count(address)
+            if workers and workers != self._workers.get(sock):
+                self._workers[sock] = workers
+                try:
+                    attach(sock, program(self._spread, workers), SO_ATTACH_REUSEPORT_CBPF)
+                except OSError as error:
+                    log.warning("the kernel spreads by addresses and ports", asked=self._spread, error=error.strerror)
+
+
+def _lines(name: str) -> list[str]:
+    path = Path("/proc/self/net", name)
+    return path.read_text().splitlines()[1:] if path.exists() else []  # no udp6 where IPv6 is switched off

@@ -1,0 +1,94 @@
+"""A stream's way onto the bus: every datagram that was received is published, or dropped under a cause."""
+
+from collections import Counter
+
+import numpy as np
+
+from services.ingest.flow_sequence import Exporters
+from shared.bus.loans import LENT_SIZE, Loan, Pool
+from shared.bus.messages import Datagrams, datagrams_topic, inline_topic
+from shared.bus.zmq_sockets import Publisher
+from shared.datagrams.batch import ROW, DatagramBatch, Rows
+from shared.ledger import BUS_FULL, BYTES, NO_MEMORY, NO_SUBSCRIBER, OVERSIZED, PUBLISHED, RECEIVED
+from shared.process.memory import Memory
+from shared.settings.model import Protocol
+
+
+class StreamFeed:
+    """Counts and publishes the datagrams of one stream, whichever listener they came by.
+
+    Without a pool no payload is lent: all go through the bus.
+    """
+
+    def __init__(
+        self,
+        stream: str,
+        publisher: Publisher,
+        account: Counter[str],
+        pool: Pool | None = None,
+        memory: Memory | None = None,
+    ) -> None:
+        self.stream = stream
+        self.topic = datagrams_topic(stream)
+        self.account = account
+        self.exporters: Exporters | None = None
+        """Who sends, by their own numbers; None: these are not looked at."""
+        self.owes_mark = False
+        self._protocol: Protocol | None = None
+        self._publisher = publisher
+        self._pool = pool
+        self._memory = memory or Memory()
+        self._inline = inline_topic(stream)
+
+    def look_for(self, protocol: Protocol | None) -> None:
+        """Look at exporters' numbers of a protocol from now on; if it is still the same one, go on with those known."""
+        if protocol != self._protocol:
+            if self.exporters:
+                self.exporters.settle(at_once=True)
+            self.exporters = Exporters(protocol, self.account) if protocol else None
+            self._protocol = protocol
+
+    def receive(self, count: int, size: int) -> bool:
+        """Count datagrams received, `size` bytes together; return whether anybody wants them, else they are dropped."""
+        self.account[RECEIVED] += count
+        self.account[BYTES] += size
+        wanted = self._publisher.wanted(self.topic)
+        if wanted and not self._memory.short:
+            return True
+        self.account[NO_MEMORY if wanted else NO_SUBSCRIBER] += count
+        return False
+
+    def refuse_oversized(self, count: int) -> None:
+        """Count messages that fit no datagram and so were never one of ours."""
+        self.account[RECEIVED] += count
+        self.account[OVERSIZED] += count
+
+    def lend(self, size: int) -> Loan | None:
+        """Return where to put a payload of so many bytes that is to be lent; None when it is to go through the bus."""
+        if self._pool is None or size < LENT_SIZE or self._publisher.wanted(self._inline):
+            return None
+        return self._pool.lend()
+
+    def publish(
+        self, received_ns: int, rows: Rows, payload: bytes | memoryview, loan: Loan | None = None, stride: int = 0
+    ) -> None:
+        """Put datagrams that were counted by `receive` on the bus; with a loan `payload` is in its memory."""
+        batch = DatagramBatch(self.stream, received_ns, rows, payload, stride)
+        number, chunk = (loan.number, loan.chunk) if loan else (self._lent, None)
+        body = Datagrams(self.stream, received_ns, number, chunk, stride)
+        sent = self._publisher.publish(self.topic, body, batch)
+        self.account[PUBLISHED if sent else BUS_FULL] += len(rows)
+        if sent and loan and self._pool:
+            self._pool.lent(loan)
+
+    def mark(self, now_ns: int) -> None:
+        """Tell a new subscriber where the sequence stands, by a batch without rows; owed while the bus takes none."""
+        if self._pool:
+            self._pool.hold_back()
+        empty = DatagramBatch(self.stream, now_ns, np.empty(0, ROW), b"")
+        self.owes_mark = not self._publisher.publish(self.topic, Datagrams(self.stream, now_ns, self._lent), empty)
+
+    @property
+    def _lent(self) -> int:
+        """The number of the last loan."""
+        return self._pool.number if self._pool else 0

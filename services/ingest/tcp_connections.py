@@ -1,0 +1,205 @@
+"""TCP: connections that bring messages, bounded in number, size, idle time, and in the time they may take of a turn."""
+
+import errno
+import math
+import selectors
+import socket
+import time
+from collections import Counter
+from typing import Final
+
+import structlog
+
+from services.ingest.framing import Framing
+from services.ingest.stream_publisher import StreamFeed
+from shared.datagrams.batch import MAX_PAYLOAD, MAX_ROWS, make_rows
+from shared.ledger import BYTES, CONNECTIONS_EXPIRED, CONNECTIONS_REFUSED, CUT_OFF, RECEIVED
+from shared.net.addresses import pack_address
+from shared.process.lifecycle import descriptor_limit
+from shared.settings.model import Ingest
+
+READ_SIZE: Final = 16_384
+TURN_SECONDS: Final = 0.002
+"""What TCP may take of a turn before datagrams, which nobody sends again, are looked at."""
+LEAVE_SECONDS: Final = 1.0
+"""How long what has come by a listener that is gone may go on."""
+ACCEPTS_AT_ONCE: Final = 64
+SPARE_DESCRIPTORS: Final = 128
+"""Kept for listeners and the bus."""
+EXHAUSTED: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+Target = tuple[StreamFeed, Counter[str]]
+"""Where a listening socket's messages go, and its own account."""
+
+log = structlog.get_logger()
+
+
+class Connection:
+    """One sender's connection, from which each message becomes a datagram of the stream."""
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        peer: tuple[str, int],
+        feed: StreamFeed,
+        account: Counter[str],
+        listener: socket.socket,
+    ) -> None:
+        self.socket = sock
+        self._account = account
+        self.feed = feed
+        self.listener = listener
+        """By which it came."""
+        self.ends_at = math.inf
+        """When it is ended at the latest, and before that as soon as it has nothing to say; infinite: by its sender."""
+        self.heard_at = time.monotonic()
+        self.ended = False
+        self._framing = Framing()
+        self._source, self._port = pack_address(peer[0].partition("%")[0]), peer[1]
+
+    def read(self) -> bool:
+        """Publish the messages that have come; return whether there may be more. Sets `ended` when there will not."""
+        try:
+            data = self.socket.recv(READ_SIZE)
+        except BlockingIOError:
+            return False
+        except OSError:  # reset: an unfinished message stays so
+            self.ended = True
+            return False
+        self.heard_at = time.monotonic()
+        self._publish(self._framing.feed(data))
+        if not data:  # the end of the connection is the end of its last message
+            self._publish(self._framing.finish())
+        self.ended = not data or self._framing.overlong
+        return not self.ended
+
+    def close(self) -> None:
+        """Close; what is unfinished, or was too long, is counted as dropped."""
+        self._account[RECEIVED] += self._framing.overlong or self._framing.unfinished
+        if self._framing.overlong:
+            self.feed.refuse_oversized(1)
+        elif self._framing.unfinished:
+            self.feed.account[RECEIVED] += 1
+            self.feed.account[CUT_OFF] += 1
+        self.socket.close()
+
+    def _publish(self, messages: list[bytes]) -> None:
+        if not messages:
+            return
+        whole = sum(map(len, messages))
+        self._account[RECEIVED] += len(messages)
+        self._account[BYTES] += whole
+        if not self.feed.receive(len(messages), whole):
+            return
+        now_ns = time.time_ns()
+        start = size = 0
+        for stop, message in enumerate(messages):
+            if stop - start == MAX_ROWS or size + len(message) > MAX_PAYLOAD:
+                self._publish_batch(now_ns, messages[start:stop])
+                start, size = stop, 0
+            size += len(message)
+        self._publish_batch(now_ns, messages[start:])
+
+    def _publish_batch(self, now_ns: int, messages: list[bytes]) -> None:
+        rows = make_rows([len(message) for message in messages], [self._source] * len(messages), self._port)
+        self.feed.publish(now_ns, rows, b"".join(messages))
+
+
+class Connections:
+    """Every listener and open connection of this worker."""
+
+    def __init__(self, selector: selectors.BaseSelector, limits: Ingest) -> None:
+        self._selector = selector
+        self._idle_seconds = limits.tcp_idle_seconds
+        self._limit = max(1, min(limits.tcp_connections, descriptor_limit() - SPARE_DESCRIPTORS))
+        self._listeners: dict[socket.socket, Target] = {}
+        self._paused: dict[socket.socket, Target] = {}
+        self._open: set[Connection] = set()
+        self._readable: dict[Connection, None] = {}
+        """In the order in which they are due."""
+
+    def listen(self, sock: socket.socket, feed: StreamFeed, account: Counter[str]) -> None:
+        """Accept on a listening socket from now on; `account` is the listener's own."""
+        self._listeners[sock] = feed, account
+        self._selector.register(sock, selectors.EVENT_READ, lambda: self._accept(sock))
+
+    def feed(self, listener: socket.socket) -> StreamFeed | None:
+        """The stream that a listening socket is of."""
+        target = self._listeners.get(listener) or self._paused.get(listener)
+        return target[0] if target else None
+
+    def leave(self, listener: socket.socket) -> None:
+        """Accept no more on a listening socket, which stays open, and end what came by it once it has been read."""
+        if listener in self._listeners:
+            self._accept(listener)  # who waits may have sent messages already
+        if self._listeners.pop(listener, None):
+            self._selector.unregister(listener)
+        self._paused.pop(listener, None)
+        for connection in [connection for connection in self._open if connection.listener is listener]:
+            connection.ends_at = time.monotonic() + LEAVE_SECONDS
+            self._readable.setdefault(connection)
+
+    def _accept(self, listener: socket.socket) -> None:
+        feed, account = self._listeners[listener]
+        for _ in range(ACCEPTS_AT_ONCE):
+            try:
+                sock, peer = listener.accept()
+            except OSError as error:  # nobody waits, or they gave up
+                if error.errno in EXHAUSTED:
+                    self._pause(listener, error)
+                return
+            if len(self._open) >= self._limit:
+                feed.account[CONNECTIONS_REFUSED] += 1
+                sock.close()
+                continue
+            sock.setblocking(False)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            connection = Connection(sock, peer, feed, account, listener)
+            self._open.add(connection)
+            self._selector.register(sock, selectors.EVENT_READ, lambda it=connection: self._readable.setdefault(it))
+
+    def _pause(self, listener: socket.socket, error: OSError) -> None:
+        """Accept again in a second: until then the listener would only wake us for nothing."""
+        self._paused[listener] = self._listeners.pop(listener)
+        self._selector.unregister(listener)
+        log.warning("can't accept connections", stream=self._paused[listener][0].stream, error=error.strerror)
+
+    def serve(self) -> None:
+        """Read connections that have something to say, in turn, as long as a turn may take."""
+        deadline = time.monotonic() + TURN_SECONDS
+        while self._readable and time.monotonic() < deadline:
+            connection = next(iter(self._readable))
+            del self._readable[connection]
+            more = connection.read()
+            leaving = connection.ends_at < math.inf
+            if connection.ended or (leaving and not more) or time.monotonic() >= connection.ends_at:
+                self._end(connection)
+            elif leaving:
+                self._readable[connection] = None
+
+    def _end(self, connection: Connection) -> None:
+        self._selector.unregister(connection.socket)
+        self._open.discard(connection)
+        self._readable.pop(connection, None)
+        connection.close()
+
+    def expire(self) -> None:
+        """End the connections that have sent nothing for too long, and accept again where that was paused."""
+        before = time.monotonic() - self._idle_seconds
+        for connection in [each for each in self._open if each.heard_at < before]:
+            connection.feed.account[CONNECTIONS_EXPIRED] += 1
+            self._end(connection)
+        paused, self._paused = self._paused, {}
+        for listener, (feed, account) in paused.items():
+            self.listen(listener, feed, account)
+
+    def close(self, deadline: float) -> None:
+        """Stop accepting, take what has already come on each connection, and end it."""
+        for listener in self._listeners:
+            self._selector.unregister(listener)
+        for listener in (*self._listeners, *self._paused):
+            listener.close()
+        for connection in list(self._open):
+            while connection.read() and time.monotonic() < deadline:
+                pass
+            self._end(connection)

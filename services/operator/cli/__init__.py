@@ -1,0 +1,1 @@
+"""The command line: arguments, numbers as people type them, output and tables."""

@@ -1,0 +1,98 @@
+"""Command-line arguments that more than one command has."""
+
+import argparse
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from services.operator.cli.numbers import parse_whole
+from shared.bus.messages import MAX_INTERFACE
+from shared.net.addresses import pack_address, pack_network
+from shared.process.lifecycle import Parser, add_config_argument
+from shared.settings.model import Settings
+
+if TYPE_CHECKING:  # not subscriptable when the program runs
+    Subparsers = argparse._SubParsersAction[Parser]
+else:
+    Subparsers = argparse._SubParsersAction
+
+T = TypeVar("T")
+Run = Callable[[argparse.Namespace, Settings], int]
+
+
+def add_command(subparsers: Subparsers, name: str, run: Run, description: str) -> Parser:
+    """Add a command that has `--config` and is run by `run`."""
+    parser = subparsers.add_parser(name, help=description, description=description)
+    add_config_argument(parser)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def prefix(text: str) -> str:
+    """A CIDR text, checked: the type of an argument."""
+    or_usage(pack_network, text)
+    return text
+
+
+def address(text: str) -> str:
+    """An address, checked: the type of an argument."""
+    or_usage(pack_address, text)
+    return text
+
+
+def positive(text: str) -> int:
+    """A count from 1: the type of an argument."""
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, not {text!r}")
+    return int(text)
+
+
+def whole(smallest: int, largest: int) -> Callable[[str], int]:
+    """A whole number from one to the other: the type of an argument."""
+    return lambda text: or_usage(parse_whole, text, smallest, largest)
+
+
+def interface_name(text: str) -> str:
+    """What can be the name of a network interface: the type of an argument."""
+    if not 1 <= len(or_usage(str.encode, text)) <= MAX_INTERFACE:
+        raise argparse.ArgumentTypeError(f"expected an interface's name of at most {MAX_INTERFACE} bytes, not {text!r}")
+    return text
+
+
+def or_usage(parse: Callable[..., T], *arguments: Any) -> T:
+    """What `parse` makes of the arguments; its ValueError is the user's to read."""
+    try:
+        return parse(*arguments)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def add_wishes(parser: Parser) -> None:
+    """Add what a collector may ask of the registry; `wishes` makes the fields of a request of it."""
+    parser.add_argument("--port", type=int, metavar="PORT", help="UDP port the copies go to")
+    parser.add_argument(
+        "--address", type=address, metavar="ADDRESS", help="where the copies go; default: where we connect from"
+    )
+    parser.add_argument("--source", choices=("relay", "original"), help="source address of the copies; default: relay")
+    parser.add_argument(
+        "--from", dest="prefixes", type=prefix, action="append", metavar="CIDR", help="only of these exporters"
+    )
+    parser.add_argument("--sample", type=int, metavar="N", help="one datagram in N")
+    parser.add_argument("--group", metavar="GROUP", help="share the streams with the group, by hash of source address")
+    parser.add_argument("--hop-limit", type=whole(1, 255), metavar="N", help="of the copies (IPv4: TTL); default: 64")
+    parser.add_argument("--dscp", type=whole(0, 63), metavar="N", help="of the copies; default: 0")
+
+
+def wishes(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a `register` request that were given; the registry knows the defaults."""
+    fields = {
+        "streams": arguments.streams,
+        "port": arguments.port,
+        "address": arguments.address,
+        "source": arguments.source,
+        "from": arguments.prefixes,
+        "sample": arguments.sample,
+        "group": arguments.group,
+        "hop_limit": arguments.hop_limit,
+        "dscp": arguments.dscp,
+    }
+    return {name: value for name, value in fields.items() if value is not None}

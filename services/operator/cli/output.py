@@ -1,0 +1,65 @@
+"""Where watched and collected datagrams go: lines on standard output, or payloads in a file."""
+
+import sys
+from collections.abc import Callable, Iterable
+from itertools import islice
+from typing import BinaryIO
+
+from services.operator.cli.arguments import positive
+from shared.net.printable import printable
+from shared.process.lifecycle import Parser
+
+Form = Callable[[str, int, bytes], bytes]
+"""Makes of a datagram's source address, source port and payload what is written."""
+
+
+def as_text(address: str, port: int, payload: bytes) -> bytes:
+    r"""The documented line.
+
+    >>> as_text("127.0.0.1", 53411, b"Hello you there!").decode()
+    "Got message from ('127.0.0.1', 53411): b'Hello you there!'\n"
+    """
+    return f"Got message from {(address, port)!r}: {payload!r}\n".encode()
+
+
+def as_hex(address: str, port: int, payload: bytes) -> bytes:
+    """The documented line with the payload in hexadecimal."""
+    return f"Got message from {(address, port)!r}: {payload.hex()}\n".encode()
+
+
+def as_payload(_address: str, _port: int, payload: bytes) -> bytes:
+    """The payload alone, as a line."""
+    return payload + b"\n"
+
+
+class Output:
+    """Writes datagrams, at most `count` when that is given. BrokenPipeError when nobody reads any more."""
+
+    def __init__(self, file: BinaryIO, form: Form, count: int | None) -> None:
+        self._file = file
+        self._form = form
+        self._left = count
+
+    @property
+    def full(self) -> bool:
+        """Whether as many as wanted were written."""
+        return self._left == 0
+
+    def write(self, datagrams: Iterable[tuple[str, int, bytes]]) -> None:
+        """Write and flush them: whoever reads along is to see them now."""
+        lines = [self._form(*datagram) for datagram in islice(datagrams, self._left)]
+        if self._left is not None:
+            self._left -= len(lines)
+        self._file.write(b"".join(lines))
+        self._file.flush()
+
+
+def add_output_arguments(parser: Parser) -> None:
+    """Add `--hex` and `--count`."""
+    parser.add_argument("--hex", action="store_true", help="print payloads in hexadecimal")
+    parser.add_argument("--count", type=positive, metavar="N", help="end after N datagrams")
+
+
+def say(text: str) -> None:
+    """Tell the operator on standard error; standard output is for datagrams."""
+    print(printable(text), file=sys.stderr, flush=True)

@@ -1,0 +1,39 @@
+"""The bus for the length of a command; without a broker it ends in one line."""
+
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+
+import zmq
+
+from shared.bus.endpoint import Link, open_link
+from shared.bus.zmq_sockets import Subscriber, broker_is_up, new_context
+from shared.process.lifecycle import UNAVAILABLE, OperatorError
+from shared.settings.model import Settings
+
+
+@contextmanager
+def connected(settings: Settings) -> Iterator[tuple[zmq.Context[zmq.Socket[bytes]], Link]]:
+    """A context to make sockets of the bus in, and how they connect. OperatorError (69) when there is no broker."""
+    link = open_link(settings.bus, "operator")
+    if not broker_is_up(settings.bus.path, link):
+        where = settings.bus.connect or settings.bus.path
+        raise OperatorError(
+            UNAVAILABLE, f"no broker at {where}; is fanwire running? start it with `make run` or `honcho start`"
+        )
+    context = new_context()
+    try:
+        yield context, link
+    finally:
+        context.term()
+
+
+@contextmanager
+def subscribed(settings: Settings, prefix: str) -> Iterator[Subscriber]:
+    """Subscribe to the topics that begin with `prefix`. OperatorError (69) when there is no broker."""
+    bus = settings.bus
+    with (
+        connected(settings) as (context, link),
+        closing(Subscriber(context, bus.path, bus.high_water_mark, link)) as subscriber,
+    ):
+        subscriber.subscribe(prefix)
+        yield subscriber

@@ -1,0 +1,131 @@
+"""Keeps one client signed up: registers, renews, and starts over when the gateway went away."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from services.operator.cli.output import say
+from services.operator.client.registry_client import Access, Entry, RefusedError, Registry, UnreachableError
+from shared.net.addresses import SocketAddress
+
+TTL_SECONDS: Final = 30.0
+RENEW_SECONDS: Final = 10.0
+"""Two renewals may be lost before the lease is."""
+RETRY_SECONDS: Final = (0.2, 0.5, 1.0, 2.0, 5.0)
+"""Between attempts to sign up again; the last goes on for ever."""
+PASSING: Final = frozenset({"name_taken", "no_transmitter", "registry_full", "too_slow", "unavailable"})
+"""Refusals that pass: a gateway may hold the entry of the connection that was lost until its lease expires, and one
+that has just started may not have seen the transmitter yet."""
+
+
+class Lease:
+    """An entry in the registry for as long as this object is kept going by `keep`."""
+
+    def __init__(self, access: Access, answer_seconds: float, name: str, wishes: Mapping[str, Any]) -> None:
+        """Connect, so that the family and address of the connection are known; `register` does the rest."""
+        self._access = access
+        self._answer_seconds = answer_seconds
+        self._name = name
+        self._wishes = {**wishes, "name": name, "ttl": TTL_SECONDS, "hold": True}
+        self._registry: Registry | None = Registry(access, answer_seconds)
+        self._generation: int | None = None
+        self._attempts = 0
+        self._due_at = 0.0
+        self.prove: Callable[[], str | None] = lambda: None
+        """Returns the nonce that has come to our address, where the registry wants proof of it; None: none came."""
+
+    @property
+    def local(self) -> SocketAddress | None:
+        """Our end of the connection; None on AF_UNIX, which has no address."""
+        return self._registry.local if self._registry else None
+
+    def fileno(self) -> int:
+        """The connection, for poll(2); `heed` what makes it readable. -1 while there is none."""
+        return self._registry.fileno() if self._registry else -1
+
+    @property
+    def seconds_left(self) -> float:
+        """Until `keep` has something to do."""
+        return max(0.0, self._due_at - time.monotonic())
+
+    def register(self, **wishes: Any) -> Entry:
+        """Sign up, with what `wishes` adds; OperatorError when that is refused."""
+        self._wishes |= wishes
+        if self._registry is None:
+            self._registry = Registry(self._access, self._answer_seconds)
+        entry = self._ask_for_entry(self._registry)
+        self._generation, self._attempts = entry.generation, 0
+        self._due_at = time.monotonic() + RENEW_SECONDS
+        return entry
+
+    def _ask_for_entry(self, registry: Registry) -> Entry:
+        try:
+            return registry.ask("register", **self._wishes).entry()
+        except RefusedError as refused:
+            nonce = self.prove() if refused.error == "unproven_address" else None
+            if nonce is None:
+                raise
+            return registry.ask("confirm", name=self._name, nonce=nonce).entry()
+
+    def heed(self) -> None:
+        """The connection is readable: say why, and sign up again."""
+        assert self._registry
+        self.lose(self._registry.told())
+
+    def keep(self) -> None:
+        """Renew or sign up again, whichever is due. RefusedError when the registry will not have us any more."""
+        if self.seconds_left:
+            return
+        if self._generation is not None:
+            self._renew()
+        else:
+            self._register_again()
+
+    def _renew(self) -> None:
+        assert self._registry
+        try:
+            self._registry.ask("renew", name=self._name, generation=self._generation)
+        except UnreachableError as error:
+            self.lose(str(error))
+        except RefusedError as error:
+            self.lose(f"the lease was not renewed: {error}")
+        else:
+            self._due_at = time.monotonic() + RENEW_SECONDS
+
+    def _register_again(self) -> None:
+        try:
+            entry = self.register()
+        except UnreachableError:
+            self._wait()
+        except RefusedError as error:
+            if error.error not in PASSING:
+                raise
+            self._wait()
+        else:
+            say(f"signed up again as {self._name}, generation {entry.generation}")
+
+    def lose(self, reason: str) -> None:
+        """Take note that the entry is gone; `keep` will sign up again."""
+        say(f"{reason}; signing up again")
+        self._generation = None
+        self._wait()
+
+    def _wait(self) -> None:
+        self._close()
+        self._due_at = time.monotonic() + RETRY_SECONDS[min(self._attempts, len(RETRY_SECONDS) - 1)]
+        self._attempts += 1
+
+    def leave(self) -> None:
+        """Take our entry off the list; where that can't be done any more, it goes with the connection."""
+        try:
+            if self._registry and self._generation is not None:
+                self._registry.ask("leave", name=self._name, generation=self._generation)
+        except (UnreachableError, RefusedError) as error:
+            say(f"left without saying so: {error}")
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        if self._registry:
+            self._registry.close()
+        self._registry = None

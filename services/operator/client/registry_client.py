@@ -1,0 +1,205 @@
+"""The registry's JSON protocol from the client's side: a line a request, a line an answer, by TCP, TLS or AF_UNIX."""
+
+import socket
+import ssl
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Final, Self, TypeVar
+
+import msgspec
+
+from shared.net.addresses import Endpoint, SocketAddress, pack_address
+from shared.process.lifecycle import FAILED, NOT_PERMITTED, UNAVAILABLE, USAGE, OperatorError
+
+T = TypeVar("T")
+CONNECT_SECONDS: Final = 3.0
+"""Under the 4 s a drain may take: `collect` connects while it may be told to end."""
+READ_SIZE: Final = 1 << 18
+DEFAULT_HOP_LIMIT: Final = 64
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """A client as the registry lists it. What a newer registry adds is passed over."""
+
+    name: str
+    address: str
+    port: int
+    streams: tuple[str, ...] = ()
+    source: str = ""
+    prefixes: tuple[str, ...] = msgspec.field(default=(), name="from")
+    sample: int = 1
+    group: str = ""
+    hop_limit: int = DEFAULT_HOP_LIMIT
+    dscp: int = 0
+    generation: int = 0
+    expires_in: float | None = None
+    health: str | None = None
+    health_since: float | None = None
+    health_count: int = 0
+
+    def __post_init__(self) -> None:
+        if self.streams:  # doctor asks the kernel for the way there
+            pack_address(self.address)
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """What may be in an answer. `client` and `clients` stay JSON, for `--json` to print whole."""
+
+    ok: bool
+    error: str = ""
+    message: str = ""
+    client: msgspec.Raw = msgspec.Raw(b"null")
+    clients: msgspec.Raw = msgspec.Raw(b"{}")
+
+    def entry(self) -> Entry:
+        """The client granted by `register`."""
+        return _decode(self.client, Entry)
+
+    def entries(self) -> dict[str, Entry]:
+        """The clients of `list`, by name."""
+        return _decode(self.clients, dict[str, Entry])
+
+
+class _Told(msgspec.Struct, frozen=True):
+    """What the registry says unasked: an event, or why it closes."""
+
+    event: str = ""
+    message: str = ""
+
+
+class RefusedError(OperatorError):
+    """The registry's answer is no; `error` is its stable word."""
+
+    def __init__(self, answer: Answer) -> None:
+        code = NOT_PERMITTED if answer.error == "not_permitted" else FAILED
+        super().__init__(code, answer.message or answer.error or "refused, without a reason")
+        self.error = answer.error
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Where the gateway is, and what to show there: a certificate by `tls`, and a token."""
+
+    endpoint: Endpoint
+    tls: ssl.SSLContext | None = None
+    token: str | None = None
+
+
+class UnreachableError(OperatorError):
+    """No gateway there, or it went away."""
+
+    def __init__(self, endpoint: Endpoint, reason: str) -> None:
+        cure = "is fanwire running? start it with `make run` or `honcho start`, or name another by --gateway"
+        if endpoint.scheme == "tls":
+            cure = "is it running, and does it take this certificate? its log says why a handshake failed"
+        super().__init__(UNAVAILABLE, f"no gateway at {endpoint} ({reason}); {cure}")
+
+
+class Registry:
+    """A connection to the gateway. OperatorError tells what the operator can mend."""
+
+    def __init__(self, access: Access, answer_seconds: float) -> None:
+        self._endpoint = access.endpoint
+        self._received = bytearray()
+        try:
+            self._connection = _connect(access)
+        except ssl.SSLCertVerificationError as error:
+            raise OperatorError(
+                NOT_PERMITTED,
+                f"{access.endpoint}: {error.verify_message}; --authority names who signed its certificate",
+            ) from None
+        except OSError as error:
+            raise UnreachableError(access.endpoint, error.strerror or str(error)) from None
+        self._connection.settimeout(answer_seconds)
+        if access.token is not None:
+            self._present(access.token)
+
+    def _present(self, token: str) -> None:
+        try:
+            self.ask("auth", token=token)
+        except OperatorError:
+            self.close()
+            raise
+
+    @property
+    def local(self) -> SocketAddress | None:
+        """Our end of the connection; None on AF_UNIX, which has no address."""
+        return None if self._connection.family == socket.AF_UNIX else self._connection.getsockname()
+
+    def fileno(self) -> int:
+        """Readable between requests only when the gateway has something to say unasked, or has closed."""
+        return self._connection.fileno()
+
+    def told(self) -> str:
+        """What the gateway says unasked; to be called when the connection is readable between requests."""
+        try:
+            return _decode(self._line(), _Told).message
+        except OSError:
+            return "the gateway closed the connection"
+
+    def ask(self, op: str, **fields: Any) -> Answer:
+        """Send a request and wait for its answer. RefusedError when that is no, UnreachableError when none comes."""
+        try:
+            request = msgspec.json.encode({"op": op, **fields})
+        except UnicodeEncodeError:  # an argument that was not UTF-8, which Python keeps as surrogates
+            raise OperatorError(USAGE, "names are UTF-8") from None
+        try:
+            self._connection.sendall(request + b"\n")
+            while _decode(line := self._line(), _Told).event:
+                pass  # said unasked, before the answer
+        except OSError as error:
+            raise UnreachableError(self._endpoint, error.strerror or str(error)) from None
+        answer = _decode(line, Answer)
+        if not answer.ok:
+            raise RefusedError(answer)
+        return answer
+
+    def _line(self) -> bytes:
+        searched = 0
+        while (end := self._received.find(b"\n", searched)) < 0:
+            searched = len(self._received)
+            chunk = self._connection.recv(READ_SIZE)
+            if not chunk:
+                raise ConnectionResetError("it closed the connection")
+            self._received += chunk
+        line = bytes(self._received[:end])
+        del self._received[: end + 1]
+        return line
+
+    def close(self) -> None:
+        """Close the connection; what is held by it goes."""
+        self._connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _connect(access: Access) -> socket.socket:
+    endpoint = access.endpoint
+    if not endpoint.path:
+        connection = socket.create_connection((endpoint.host, endpoint.port), timeout=CONNECT_SECONDS)
+        # TLS ends its handshake with a message that is not answered: what is asked next would wait for the delayed ACK.
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    else:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if endpoint.path:
+            connection.connect(endpoint.path)
+        # It takes the socket over, and closes it when the handshake fails.
+        return access.tls.wrap_socket(connection, server_hostname=endpoint.host) if access.tls else connection
+    except OSError:
+        connection.close()
+        raise
+
+
+def _decode(line: bytes | msgspec.Raw, kind: type[T]) -> T:
+    try:
+        str(line, "utf-8")  # also of what stays JSON, and is printed
+        return msgspec.json.decode(line, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:  # the last: nesting thousands deep
+        raise OperatorError(UNAVAILABLE, f"what answers is not fanwire's registry: {error}") from None

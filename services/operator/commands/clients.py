@@ -1,0 +1,142 @@
+"""`fanwire clients`, `register` and `leave`: the registry, from a terminal."""
+
+import argparse
+
+import msgspec
+
+from services.operator.cli.arguments import (
+    Subparsers,
+    add_command,
+    add_wishes,
+    wishes,
+)
+from services.operator.cli.tables import print_table
+from services.operator.client.gateway_options import access, add_gateway_arguments
+from services.operator.client.registry_client import DEFAULT_HOP_LIMIT, Entry, Registry
+from shared.net.printable import printable
+from shared.process.lifecycle import FAILED, OK, OperatorError
+from shared.settings.model import Settings
+
+COLUMNS = (
+    *("name", "address", "port", "streams", "source", "from", "sample", "group", "hop limit", "dscp"),
+    *("expires", "health"),
+)
+
+UNITS = (("d", 86_400), ("h", 3_600), ("min", 60))
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add the three commands."""
+    listing = add_command(subparsers, "clients", run_clients, "list who has signed up")
+    register = add_command(subparsers, "register", run_register, "sign up a client, or a collector for streams")
+    leave = add_command(subparsers, "leave", run_leave, "take a client off the list")
+    for parser in (listing, register, leave):
+        add_gateway_arguments(parser)
+    for parser in (listing, register):
+        parser.add_argument("--json", action="store_true", help="print what the registry answers, as JSON")
+    for parser in (register, leave):
+        parser.add_argument("name", metavar="NAME")
+    register.add_argument(
+        "--stream", dest="streams", action="append", metavar="STREAM", help="a stream to receive, or *; may be repeated"
+    )
+    add_wishes(register)
+    register.add_argument("--ttl", type=float, metavar="SECONDS", help="leave by itself after this; default: never")
+    register.add_argument("--take-over", action="store_true", help="replace a client of the same name")
+    leave.add_argument("--generation", type=int, metavar="N", help="leave only as this generation")
+
+
+def open_registry(arguments: argparse.Namespace, settings: Settings) -> Registry:
+    """Connect to the gateway of `--gateway`, else of the settings."""
+    return Registry(access(arguments, settings), 10.0 + settings.gateway.serve_seconds)
+
+
+def run_clients(arguments: argparse.Namespace, settings: Settings) -> int:
+    """Print the registry."""
+    with open_registry(arguments, settings) as registry:
+        answer = registry.ask("list")
+    if arguments.json:
+        _print_json(answer.clients)
+    else:
+        entries = answer.entries()
+        print_table(f"{len(entries)} clients", COLUMNS, map(_row, entries.values()))
+    return OK
+
+
+def _row(entry: Entry) -> tuple[str | int | None, ...]:
+    wishes = (
+        ", ".join(entry.streams),
+        entry.source,
+        ", ".join(entry.prefixes),
+        entry.sample if entry.sample > 1 else None,
+        entry.group,
+        entry.hop_limit if entry.hop_limit != DEFAULT_HOP_LIMIT else None,
+        entry.dscp or None,
+    )
+    ends = (_expires(entry), _health(entry))
+    return (entry.name, entry.address, entry.port, *(wishes if entry.streams else [None] * len(wishes)), *ends)
+
+
+def _expires(entry: Entry) -> str | None:
+    return f"in {entry.expires_in:.0f} s" if entry.expires_in else None
+
+
+def _health(entry: Entry) -> str | None:
+    """The word, for how long, and what it has cost."""
+    lasts = f" for {_duration(entry.health_since)}" if entry.health and entry.health_since is not None else ""
+    return (
+        f"{entry.health}{lasts}{f', {entry.health_count} lost' if entry.health_count else ''}" if entry.health else None
+    )
+
+
+def _duration(seconds: float) -> str:
+    """As in `5 s`, `12 min`, `3 h`, `2 d`: the largest unit that there is at least two of."""
+    unit, size = next(((unit, size) for unit, size in UNITS if seconds >= 2 * size), ("s", 1))
+    return f"{int(seconds // size)} {unit}"
+
+
+def run_register(arguments: argparse.Namespace, settings: Settings) -> int:
+    """Sign up a client; print what was granted."""
+    request = {"name": arguments.name, **wishes(arguments)}
+    if arguments.ttl is not None:
+        request["ttl"] = arguments.ttl
+    if arguments.take_over:
+        request["take_over"] = True
+    with open_registry(arguments, settings) as registry:
+        answer = registry.ask("register", **request)
+    if arguments.json:
+        _print_json(answer.client)
+    else:
+        print(printable(describe(answer.entry())))
+    return OK
+
+
+def describe(entry: Entry) -> str:
+    """One line for what was granted."""
+    line = f"{entry.name}: on the list as {entry.address} port {entry.port}"
+    if entry.streams:
+        line = f"{entry.name}: copies of {', '.join(entry.streams)} go to {entry.address} port {entry.port}"
+        line += f", source {entry.source}"
+        line += f", from {', '.join(entry.prefixes)}" if entry.prefixes else ""
+        line += f", 1 in {entry.sample}" if entry.sample > 1 else ""
+        line += f", shared by group {entry.group}" if entry.group else ""
+        line += f", hop limit {entry.hop_limit}" if entry.hop_limit != DEFAULT_HOP_LIMIT else ""
+        line += f", DSCP {entry.dscp}" if entry.dscp else ""
+    return f"{line}; generation {entry.generation}, expires {_expires(entry) or 'never'}, health {entry.health}"
+
+
+def run_leave(arguments: argparse.Namespace, settings: Settings) -> int:
+    """Take a client off the list, whatever its generation unless one is given."""
+    with open_registry(arguments, settings) as registry:
+        generation = arguments.generation
+        if generation is None:
+            entry = registry.ask("list").entries().get(arguments.name)
+            if entry is None:
+                raise OperatorError(FAILED, f"{arguments.name} is not on the list; `fanwire clients` shows who is")
+            generation = entry.generation
+        registry.ask("leave", name=arguments.name, generation=generation)
+    print(printable(f"{arguments.name} has left"))
+    return OK
+
+
+def _print_json(value: msgspec.Raw) -> None:
+    print(msgspec.json.format(bytes(value), indent=4).decode())

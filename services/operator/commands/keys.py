@@ -1,0 +1,42 @@
+"""`fanwire keys`: makes the keys that processes prove by who they are on the bus."""
+
+import argparse
+from pathlib import Path
+from typing import Final
+
+from services.operator.cli.arguments import Subparsers, add_command
+from shared.bus.curve_keys import ROLES, write_keys
+from shared.process.lifecycle import CANT_CREATE, OK, OperatorError
+from shared.settings.model import Settings
+
+DIRECTORY_MODE: Final = 0o755
+"""Public keys are for everybody; a secret is closed by its own mode."""
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add the command."""
+    parser = add_command(subparsers, "keys", run, "make the keys of [bus] keys")
+    parser.add_argument("directory", type=Path, metavar="DIRECTORY", help="made if it is not there")
+    parser.add_argument("roles", nargs="*", type=_role, metavar="ROLE", help=f"default: {' '.join(ROLES)}")
+
+
+def _role(text: str) -> str:
+    if text not in ROLES:
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(ROLES)}, not {text!r}")
+    return text
+
+
+def run(arguments: argparse.Namespace, _settings: Settings) -> int:
+    """Make a pair a role, and say which files; OperatorError (73) when one is there, or can't be made."""
+    try:
+        arguments.directory.mkdir(DIRECTORY_MODE, parents=True, exist_ok=True)
+        for secret, public in write_keys(arguments.directory, dict.fromkeys(arguments.roles or ROLES)):
+            print(f"{secret}  {public}")
+    except FileExistsError as error:
+        raise OperatorError(
+            CANT_CREATE, f"{error.filename} is there already, and no key is replaced: move it away, or name other roles"
+        ) from None
+    except OSError as error:
+        raise OperatorError(CANT_CREATE, f"{error.filename}: {error.strerror}") from None
+    print("each service needs its own .secret and broker.public; the broker every .public")
+    return OK

@@ -1,0 +1,170 @@
+"""`fanwire ledger`: the accounts of every service, once, and whether they add up."""
+
+import argparse
+import time
+from collections.abc import Iterator, Mapping
+from typing import Final
+
+import msgspec
+
+from services.operator.balance import Balance, Loss
+from services.operator.cli.arguments import Subparsers, add_command
+from services.operator.cli.tables import print_table
+from services.operator.client.bus_reader import subscribed
+from shared.bus.messages import Status
+from shared.bus.status import INTERVAL_SECONDS, Reports
+from shared.ledger import (
+    BYTES,
+    DELIVERED,
+    DROPPED,
+    EXPECTED,
+    FILTERED,
+    KERNEL_DROPPED,
+    MEMORY,
+    MEMORY_CEILING,
+    MEMORY_MOST,
+    MISSED,
+    PUBLISHED,
+    RECEIVED,
+    SAMPLED_OUT,
+    SHARED_OUT,
+    TAKEN,
+    WITHHELD,
+    is_origin,
+    parse_origin,
+)
+from shared.net.printable import printable
+from shared.process.lifecycle import FAILED, OK, UNAVAILABLE, OperatorError
+from shared.settings.model import Settings
+
+ROUND_SECONDS: Final = 2 * INTERVAL_SECONDS + 0.1
+"""Everyone reports at once, and then each second: in this time at least twice."""
+NEEDED: Final = ("ingest", "forwarder")
+"""Without both there is nothing to compare."""
+
+Row = tuple[str | int | None, ...]
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add the command."""
+    parser = add_command(subparsers, "ledger", run, "the accounts, and whether they add up (exit 1 if not)")
+    parser.add_argument("--json", action="store_true", help="print them as JSON")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=3.5,
+        metavar="N",
+        help="how long services may take to catch up with each other; default: %(default)g",
+    )
+
+
+def run(arguments: argparse.Namespace, settings: Settings) -> int:
+    """Print the accounts; 0 when they add up."""
+    balance = _listen(settings, arguments.seconds)
+    if missing := [kind for kind in NEEDED if not balance.reports(kind)]:
+        raise OperatorError(
+            UNAVAILABLE, f"{' and '.join(missing)} did not report within {arguments.seconds:g} s; is it running?"
+        )
+    found = list(balance.discrepancies())
+    if arguments.json:
+        facts = {
+            "balanced": not found,
+            "discrepancies": found,
+            "gone": list(balance.gone()),
+            "losses": [loss._asdict() for loss in balance.losses()],
+            "services": balance.accounts,
+        }
+        print(msgspec.json.format(msgspec.json.encode(facts), indent=2).decode())
+    else:
+        _print(balance, found)
+    return FAILED if found else OK
+
+
+def _listen(settings: Settings, seconds: float) -> Balance:
+    """Take reports for a full round, and for as long as they do not agree, up to `seconds`."""
+    balance, reports = Balance(), Reports()
+    start = time.monotonic()
+    with subscribed(settings, "status/") as subscriber:
+        while (passed := time.monotonic() - start) < seconds:
+            if passed >= ROUND_SECONDS and balance.settled and all(map(balance.reports, NEEDED)):
+                break
+            subscriber.socket.poll(100)
+            while message := subscriber.receive():
+                if isinstance(message.body, Status) and (report := reports.take(message.envelope, message.body)):
+                    balance.take(report.service, report.boot, report.received_at, report.accounts)
+    return balance
+
+
+def _print(balance: Balance, found: list[str]) -> None:
+    for title, columns, rows in (
+        ("Workers", WORKER_COLUMNS, _worker_rows(balance)),
+        ("Listeners", LISTENER_COLUMNS, _listener_rows(balance)),
+        ("Origins", ORIGIN_COLUMNS, _origin_rows(balance)),
+        ("Collectors", COLLECTOR_COLUMNS, _collector_rows(balance)),
+        ("Losses", Loss._fields, balance.losses()),
+        ("Memory", MEMORY_COLUMNS, _memory_rows(balance)),
+    ):
+        print_table(title, columns, rows)
+    said = [*(f"gone: {origin}" for origin in balance.gone()), *(found or ["balanced"])]
+    print("\n".join(map(printable, said)))
+
+
+WORKER_COLUMNS: Final = ("worker", "stream", "received", "bytes", "published", "dropped", "kernel dropped")
+
+
+def _worker_rows(balance: Balance) -> Iterator[Row]:
+    for service, name, account in _accounts(balance, "stream/"):
+        counts = (account.get(counter, 0) for counter in (RECEIVED, BYTES, PUBLISHED))
+        yield service, name, *counts, _drops(account), account.get(KERNEL_DROPPED, 0)
+
+
+LISTENER_COLUMNS: Final = ("worker", "stream", "listener", "received", "bytes", "kernel dropped")
+
+
+def _listener_rows(balance: Balance) -> Iterator[Row]:
+    for service, name, account in _accounts(balance, "listener/"):
+        counts = (account.get(counter, 0) for counter in (RECEIVED, BYTES, KERNEL_DROPPED))
+        stream, _, endpoint = name.partition("/")
+        yield service, stream, endpoint, *counts
+
+
+ORIGIN_COLUMNS: Final = ("consumer", "worker", "boot", "stream", "taken", "missed")
+
+
+def _origin_rows(balance: Balance) -> Iterator[Row]:
+    for service, name, account in _accounts(balance, "origin/"):
+        if is_origin(origin := f"origin/{name}"):
+            worker, boot, stream = parse_origin(origin)
+            yield service, worker, f"{boot:x}", stream, account.get(TAKEN, 0), account.get(MISSED, 0)
+
+
+OUTCOMES: Final = (EXPECTED, DELIVERED, FILTERED, SAMPLED_OUT, SHARED_OUT, MISSED, WITHHELD)
+COLLECTOR_COLUMNS: Final = ("consumer", "collector", *(counter.replace("_", " ") for counter in OUTCOMES), "dropped")
+
+
+def _collector_rows(balance: Balance) -> Iterator[Row]:
+    for service, name, account in _accounts(balance, "collector/"):
+        yield service, name, *(account.get(counter, 0) for counter in OUTCOMES), _drops(account)
+
+
+MEMORY_COLUMNS: Final = ("service", "MB", "at most", "ceiling")
+
+
+def _memory_rows(balance: Balance) -> Iterator[Row]:
+    for service, accounts in sorted(balance.accounts.items()):
+        account = accounts.get(service.partition(".")[0], {})
+        if MEMORY in account:
+            yield service, *(account.get(gauge, 0) >> 20 for gauge in (MEMORY, MEMORY_MOST, MEMORY_CEILING))
+
+
+def _accounts(balance: Balance, prefix: str) -> Iterator[tuple[str, str, Mapping[str, int]]]:
+    for service, accounts in sorted(balance.accounts.items()):
+        for name, account in sorted(accounts.items()):
+            if name.startswith(prefix):
+                yield service, name.removeprefix(prefix), account
+
+
+def _drops(account: Mapping[str, int]) -> str:
+    """Every cause with its count."""
+    drops = ((name.removeprefix(DROPPED), count) for name, count in account.items() if name.startswith(DROPPED))
+    return ", ".join(f"{cause} {count}" for cause, count in sorted(drops) if count)

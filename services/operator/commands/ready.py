@@ -1,0 +1,85 @@
+"""`fanwire ready`: waits until every service has been heard on the bus."""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from services.operator.cli.arguments import Subparsers, add_command
+from services.operator.client.bus_reader import subscribed
+from shared.bus.endpoint import open_link
+from shared.bus.messages import Status
+from shared.bus.zmq_sockets import broker_is_up
+from shared.net.addresses import Endpoint
+from shared.process.lifecycle import OK, UNAVAILABLE, OperatorError
+from shared.settings.model import Settings
+
+SERVICES: Final = ("broker", "gateway", "ingest", "forwarder", "transmitter")
+LOOK_SECONDS: Final = 0.05
+HINT_PORT: Final = 9514
+ANY_ADDRESS: Final = {"localhost": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
+"""What to send to where a listener takes every address of a host."""
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add the command."""
+    parser = add_command(subparsers, "ready", run, "wait until services are ready")
+    parser.add_argument("services", nargs="*", metavar="SERVICE", help=f"default: {' '.join(SERVICES)}")
+    parser.add_argument("--timeout", type=float, default=30.0, metavar="SECONDS", help="default: %(default)g")
+    parser.add_argument("--hint", action="store_true", help="print what to try next")
+
+
+def run(arguments: argparse.Namespace, settings: Settings) -> int:
+    """Wait for the services; OperatorError (69) names those that were not heard in time."""
+    wanted = arguments.services or SERVICES
+    if missing := set(wanted) - _heard(settings, set(wanted), time.monotonic() + arguments.timeout):
+        names = " ".join(name for name in wanted if name in missing)
+        raise OperatorError(UNAVAILABLE, f"not ready after {arguments.timeout:g} s: {names}")
+    print(f"all ready: {' '.join(wanted)}")
+    if arguments.hint:
+        print(*(f"    {line}" for line in hints(settings)), sep="\n")
+    return OK
+
+
+def _heard(settings: Settings, wanted: set[str], deadline: float) -> set[str]:
+    """Return the services that report, as soon as all that are wanted do."""
+    heard: set[str] = set()
+    link = open_link(settings.bus, "operator")
+    while not broker_is_up(settings.bus.path, link):
+        if time.monotonic() >= deadline:
+            return heard
+        time.sleep(LOOK_SECONDS)
+    with subscribed(settings, "status/") as subscriber:
+        while not wanted <= heard and (left := deadline - time.monotonic()) > 0:
+            subscriber.socket.poll(int(left * 1000) + 1)
+            while message := subscriber.receive():
+                if isinstance(message.body, Status):
+                    heard.add(message.body.service.partition(".")[0])
+    return heard
+
+
+def hints(settings: Settings) -> Iterator[str]:
+    """Lines that can be pasted into another terminal."""
+    yield f"{_program()} watch  # from another terminal, as what follows"
+    listeners = [(stream, at) for stream in settings.streams for at in stream.endpoints if at.scheme == "udp"]
+    for stream, listener in listeners[:1]:
+        yield f"echo 'Hello you there!' | nc -u -w1 {_for_nc(listener)}"
+        near = [endpoint for endpoint in settings.gateway.endpoints if endpoint.scheme != "tls"]
+        request = f'{{"op":"register","name":"siem","streams":["{stream.name}"],"port":{HINT_PORT}}}'
+        for endpoint in near[:1]:
+            yield f"printf '{request}\\n' | nc -N {_for_nc(endpoint)}"
+
+
+def _program() -> str:
+    """How to call fanwire from here: a checkout's own environment is not on PATH."""
+    installed = Path(sys.prefix) / "bin" / "fanwire"
+    return os.path.relpath(installed) if Path(sys.prefix).name == ".venv" else "fanwire"
+
+
+def _for_nc(endpoint: Endpoint) -> str:
+    if endpoint.path:
+        return f"-U {endpoint.path}"
+    return f"{ANY_ADDRESS.get(endpoint.host, endpoint.host)} {endpoint.port}"

@@ -1,0 +1,75 @@
+"""`fanwire token`: draws a token for a client from elsewhere, and prints what the settings have to say of it."""
+
+import argparse
+import hashlib
+import json
+import os
+import secrets
+import sys
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from services.operator.cli.arguments import Subparsers, add_command, prefix
+from services.operator.cli.output import say
+from shared.process.lifecycle import CANT_CREATE, OK, USAGE, OperatorError
+from shared.settings.model import SCOPES, Settings, Token
+
+TOKEN_BYTES: Final = 32
+"""256 bits: a plain hash of it tells nothing, see services/gateway/admission/rights.py."""
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add the command."""
+    parser = add_command(subparsers, "token", run, "draw a token by which a client from elsewhere may use the gateway")
+    parser.add_argument("name", metavar="NAME", help="of its holder")
+    parser.add_argument(
+        "--scope", dest="scopes", choices=SCOPES, action="append", required=True, help="may be repeated"
+    )
+    parser.add_argument(
+        "--stream", dest="streams", action="append", metavar="STREAM", help="it may sign up for; default: every stream"
+    )
+    parser.add_argument(
+        "--destination",
+        dest="destinations",
+        type=prefix,
+        action="append",
+        metavar="CIDR",
+        help="where its copies may go without proof; may be repeated; default: none",
+    )
+    parser.add_argument("--write", type=Path, metavar="FILE", help="write the token to a new FILE; print the rest")
+
+
+def run(arguments: argparse.Namespace, settings: Settings) -> int:
+    """Print the token, which is kept nowhere, and the lines for the settings; or these alone."""
+    token = secrets.token_urlsafe(TOKEN_BYTES)
+    entry = {
+        "name": arguments.name,
+        "hash": f"sha256:{hashlib.sha256(token.encode()).hexdigest()}",
+        "scopes": list(dict.fromkeys(arguments.scopes)),
+        "streams": arguments.streams,
+        "destinations": arguments.destinations,
+    }
+    entry = {key: value for key, value in entry.items() if value is not None}
+    try:
+        settings.check_tokens([msgspec.convert(entry, Token)])
+    except ValueError as error:
+        raise OperatorError(USAGE, str(error)) from None
+    if arguments.write is None:
+        say("the token, for a file that only its holder can read; it is shown this once:")
+        print(f"{token}\n")
+        sys.stdout.flush()
+        say("for the settings of the gateway:")
+    else:
+        _write(arguments.write, token)
+    print("[[token]]", *(f"{key} = {json.dumps(value)}" for key, value in entry.items()), sep="\n")
+    return OK
+
+
+def _write(path: Path, token: str) -> None:
+    try:
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:  # noqa: PTH123
+            file.write(f"{token}\n")
+    except OSError as error:
+        raise OperatorError(CANT_CREATE, f"{path}: {error.strerror}") from None

@@ -1,0 +1,102 @@
+"""`fanwire watch`: prints the datagrams of a stream as they pass the bus, without signing up for anything."""
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from itertools import compress
+from typing import Final
+
+import zmq
+
+from services.operator.cli.arguments import Subparsers, add_command, prefix
+from services.operator.cli.output import Output, add_output_arguments, as_hex, as_text, say
+from services.operator.client.bus_reader import subscribed
+from shared.bus.continuity import Continuity
+from shared.bus.messages import Message, datagrams_topic
+from shared.bus.zmq_sockets import Subscriber
+from shared.datagrams.routing import Prefixes, halves_of
+from shared.process.lifecycle import OK, USAGE, Lifecycle, OperatorError
+from shared.settings.model import Settings
+
+TICK_MS: Final = 500
+PATIENCE_SECONDS: Final = 2.0
+"""Ingest answers a new subscription at once; after this it is not there."""
+ALL_DATAGRAMS: Final = "datagrams/"
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add the command."""
+    parser = add_command(subparsers, "watch", run, "print datagrams as they come in")
+    parser.add_argument("stream", nargs="?", metavar="STREAM", help="default: every stream")
+    parser.add_argument("--from", dest="prefix", type=prefix, metavar="CIDR", help="only of these exporters")
+    add_output_arguments(parser)
+
+
+def run(arguments: argparse.Namespace, settings: Settings) -> int:
+    """Print until Ctrl-C, or as many as asked for."""
+    names = [stream.name for stream in settings.streams]
+    if arguments.stream is not None and arguments.stream not in names:
+        raise OperatorError(USAGE, f"no stream {arguments.stream!r}; the streams are: {', '.join(names)}")
+    output = Output(sys.stdout.buffer, as_hex if arguments.hex else as_text, arguments.count)
+    watch = Watch(output, arguments.stream or "all streams", arguments.prefix)
+    lifecycle = Lifecycle()
+    with subscribed(settings, datagrams_topic(arguments.stream) if arguments.stream else ALL_DATAGRAMS) as subscriber:
+        _print_until_told(lifecycle, subscriber, watch, output)
+    watch.remark(last=True)
+    return OK
+
+
+def _print_until_told(lifecycle: Lifecycle, subscriber: Subscriber, watch: "Watch", output: Output) -> None:
+    poller = zmq.Poller()
+    poller.register(subscriber.socket, zmq.POLLIN)
+    poller.register(lifecycle.fileno(), zmq.POLLIN)
+    poller.register(sys.stdout.fileno(), zmq.POLLERR)  # nobody reads any more: noticed without having to write
+    while not (lifecycle.draining or output.full):
+        if (sys.stdout.fileno(), zmq.POLLERR) in poller.poll(TICK_MS):
+            return
+        while not (lifecycle.draining or output.full) and (message := subscriber.receive()):
+            watch.take(message)
+            watch.remark()
+        watch.remark()
+
+
+class Watch:
+    """Writes the datagrams that are wanted, and says on standard error how it stands with the rest."""
+
+    def __init__(self, output: Output, what: str, wanted_prefix: str | None) -> None:
+        self._output = output
+        self._what = what
+        self._wanted = Prefixes([wanted_prefix]) if wanted_prefix else None
+        self._continuity = Continuity()
+        self._connected = False
+        self._missed = self._missed_said = 0
+        self._speak_at = time.monotonic() + PATIENCE_SECONDS
+
+    def take(self, message: Message) -> None:
+        """Write a message's datagrams, unless it is a repeat. A message without any says that ingest is there."""
+        if message.batch is None:
+            return
+        missed = self._continuity.observe(message.topic, message.envelope, len(message.batch))
+        if missed is None:
+            return
+        self._missed += missed
+        if not self._connected:
+            self._connected, self._speak_at = True, 0.0
+            say(f"watching {self._what}")
+        datagrams: Iterator[tuple[str, int, bytes]] = message.batch.datagrams()
+        if self._wanted:
+            datagrams = compress(datagrams, self._wanted.match(halves_of(message.batch)))
+        self._output.write(datagrams)
+
+    def remark(self, *, last: bool = False) -> None:
+        """Say what there is to say: datagrams missed, at most once a second, or that ingest is not there."""
+        now = time.monotonic()
+        if now < self._speak_at and not last:
+            return
+        if self._missed > self._missed_said:
+            self._missed_said, self._speak_at = self._missed, now + 1.0
+            say(f"{self._missed} datagrams missed so far: they come faster than they are printed")
+        elif not self._connected and not last:
+            self._speak_at = float("inf")
+            say(f"waiting for ingest: nobody publishes {self._what} yet")

@@ -1,0 +1,239 @@
+"""The facts, gathered from /proc, /sys, netlink and the bus; what can't be had is left out, and nothing is changed."""
+
+import ctypes
+import errno
+import os
+import pwd
+import resource
+import socket
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+from services.operator.client.bus_reader import subscribed
+from services.operator.doctor.host import BACKLOG_NAME, BUDGET_NAME, HostFacts, Listener, Softnet
+from services.operator.doctor.services import RawSockets, ServiceFacts
+from services.operator.doctor.udp_sockets import UdpSocket, udp_sockets
+from services.operator.doctor.ways import Way, WayFacts
+from shared.bus.messages import Status
+from shared.bus.status import INTERVAL_SECONDS, Report, Reports
+from shared.bus.zmq_sockets import broker_is_up, check_directory
+from shared.ledger import Accounts
+from shared.net.addresses import resolve
+from shared.net.netlink import RTN_LOCAL, Link, Netlink
+from shared.settings.model import Settings, Stream
+from shared.settings.own_listeners import udp_listeners
+
+SYSCTLS: Final = (
+    *("net.core.rmem_max", "net.core.wmem_max", BACKLOG_NAME, BUDGET_NAME),
+    *("net.netfilter.nf_conntrack_count", "net.netfilter.nf_conntrack_max"),
+)
+LISTEN_SECONDS: Final = INTERVAL_SECONDS + 0.2
+"""Everyone reports to a new subscriber at once, and then each second."""
+LOOPBACK: Final = "lo"
+CAP_NET_RAW: Final = 13
+STA_UNSYNC: Final = 0x40
+TIMEX_SIZE: Final = 208
+"""Bytes: struct timex of adjtimex(2), as large as it is anywhere."""
+STATUS_AT: Final = 5 * ctypes.sizeof(ctypes.c_long)
+"""Its `status`, behind an int, padded, and four longs."""
+NO_LIMIT: Final = 1 << 20
+"""The kernel's own, fs.nr_open, where there is no other."""
+
+
+def host_facts(settings: Settings, links: Iterable[Link]) -> HostFacts:
+    """What the kernel says of this host."""
+    conf = "net/ipv4/conf"
+    everywhere = _number(f"{conf}/all/rp_filter") or 0
+    filters = {link.name: _number(f"{conf}/{link.name}/rp_filter") for link in links if link.up}
+    sockets = udp_sockets()
+    return HostFacts(
+        sysctls={name: value for name in SYSCTLS if (value := _number(name.replace(".", "/"))) is not None},
+        counters=dict(_counters()),
+        softnet=_softnet(),
+        reverse_path={
+            name: max(everywhere, mode) for name, mode in filters.items() if mode is not None and name != LOOPBACK
+        },
+        listeners={stream.name: _listeners(stream, sockets) for stream in settings.streams},
+        time=time.time(),
+        synchronised=_synchronised(),
+    )
+
+
+def _read(path: str) -> str:
+    """A file's text; nothing where there is no such file, or it is not for us."""
+    try:
+        return Path(path).read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def _number(name: str) -> int | None:
+    words = _read(f"/proc/sys/{name}").split()
+    return int(words[0]) if words and words[0].isdigit() else None
+
+
+def _counters() -> Iterator[tuple[str, int]]:
+    for line in _read("/proc/thread-self/net/snmp6").splitlines():
+        name, _, value = line.partition(" ")
+        if name.startswith("Udp6"):
+            yield name, int(value)
+    for file, table, prefix in (("snmp", "Udp:", "Udp"), ("netstat", "TcpExt:", "")):
+        rows = [line.split() for line in _read(f"/proc/thread-self/net/{file}").splitlines() if line.startswith(table)]
+        for names, values in zip(rows[::2], rows[1::2], strict=False):
+            yield from ((prefix + name, int(value)) for name, value in zip(names[1:], values[1:], strict=False))
+
+
+def _softnet() -> Softnet | None:
+    rows = [line.split() for line in _read("/proc/thread-self/net/softnet_stat").splitlines()]
+    if not rows:
+        return None
+    return Softnet(*(sum(int(row[column], 16) for row in rows) for column in range(3)))
+
+
+def _listeners(stream: Stream, sockets: Iterable[UdpSocket]) -> list[Listener]:
+    where = {
+        (str(at[0]), endpoint.port)
+        for endpoint in stream.endpoints
+        if endpoint.scheme == "udp"
+        for at in _resolved(endpoint.host, endpoint.port)
+    }
+    return [Listener(each.receive_buffer, each.dropped) for each in sockets if (each.address, each.port) in where]
+
+
+def _resolved(host: str, port: int) -> list[tuple[str, int] | tuple[str, int, int, int]]:
+    try:
+        return [at for _, at in resolve(host, port, socket.SOCK_DGRAM)]
+    except OSError:
+        return []
+
+
+def _synchronised() -> bool | None:
+    timex = ctypes.create_string_buffer(TIMEX_SIZE)  # modes 0: only read
+    if ctypes.CDLL(None).adjtimex(timex) < 0:
+        return None
+    return not ctypes.c_int.from_buffer(timex, STATUS_AT).value & STA_UNSYNC
+
+
+def way_facts(settings: Settings, netlink: Netlink, links: Iterable[Link], addresses: Iterable[str]) -> WayFacts:
+    """How the kernel would send to these addresses; it is only asked."""
+    by_index = {link.index: link for link in links}
+    mtus = [link.mtu for link in by_index.values() if link.up and link.name != LOOPBACK]
+    return WayFacts(
+        ways={address: _way(netlink, by_index, address) for address in set(addresses)},
+        longest_mtu=max([WayFacts().longest_mtu, *mtus]),
+        listeners=udp_listeners(settings),
+        vendor=_read("/sys/class/dmi/id/sys_vendor").strip(),
+    )
+
+
+def _way(netlink: Netlink, links: dict[int, Link], address: str) -> Way | None:
+    route = netlink.route(address)
+    if route is None or (link := links.get(route.link_index)) is None:
+        return None
+    state = netlink.neighbour(link.index, route.next_hop).state if link.ethernet else 0
+    return Way(route.kind == RTN_LOCAL, link.name, link.up, route.mtu or link.mtu, link.mtu, route.next_hop, state)
+
+
+def service_facts(settings: Settings, reports: list[Report], gateway: str) -> ServiceFacts:
+    """What is to be seen of the services; `reports` is what they said, `gateway` why it did not answer."""
+    directory = settings.bus.path
+    bus = _bus_trouble(directory)
+    limits = {report.service: limit for report in reports if (limit := _descriptors_of(report.pid))}
+    return ServiceFacts(
+        bus=bus,
+        broker=None if bus else broker_is_up(directory),
+        gateway=gateway,
+        accounts=by_service(reports),
+        descriptors={**limits, "": _hard_limit(resource.getrlimit(resource.RLIMIT_NOFILE)[1])},
+        raw=_raw_sockets(settings.transmitter.user),
+    )
+
+
+def listen(settings: Settings, seconds: float = LISTEN_SECONDS) -> list[Report]:
+    """The last report of every service that reports; none where there is no bus for us."""
+    if _bus_trouble(settings.bus.path) or not broker_is_up(settings.bus.path):
+        return []
+    reports, deadline = Reports(), time.monotonic() + seconds
+    with subscribed(settings, "status/") as subscriber:
+        while (left := deadline - time.monotonic()) > 0:
+            subscriber.socket.poll(int(left * 1000) + 1)
+            while message := subscriber.receive():
+                if isinstance(message.body, Status):
+                    reports.take(message.envelope, message.body)
+    return list(reports.latest.values())
+
+
+def by_service(reports: Iterable[Report]) -> dict[str, Accounts]:
+    """The accounts by name; two processes of one name, which should not be, are told apart by process id."""
+    accounts: dict[str, Accounts] = {}
+    for report in reports:
+        taken = report.service in accounts
+        accounts[f"{report.service} (process {report.pid})" if taken else report.service] = report.accounts
+    return accounts
+
+
+def _bus_trouble(directory: Path) -> str:
+    """What is wrong with the bus directory; nothing where it is not there yet, which the broker changes."""
+    try:
+        if directory.exists():  # else it would be made
+            check_directory(directory)
+            if not os.access(directory, os.X_OK):
+                return "this user may not enter it"
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
+
+
+def _descriptors_of(pid: int) -> int:
+    """The limit that a service raises its own to."""
+    for line in _read(f"/proc/{pid}/limits").splitlines():
+        if line.startswith("Max open files"):
+            hard = line.split()[4]
+            return _hard_limit(int(hard) if hard.isdigit() else resource.RLIM_INFINITY)
+    return 0
+
+
+def _hard_limit(limit: int) -> int:
+    return NO_LIMIT if limit == resource.RLIM_INFINITY else limit
+
+
+def _raw_sockets(user: str) -> RawSockets:
+    lines = dict(line.split(":", 1) for line in _read("/proc/thread-self/status").splitlines())
+    return RawSockets(
+        failed=_try_raw_socket(),
+        in_bounds=bool(int(lines.get("CapBnd", "-1"), 16) >> CAP_NET_RAW & 1),
+        no_new_privileges=lines.get("NoNewPrivs", "").strip() == "1",
+        unfit=_unfit(user) if os.geteuid() == 0 else "",
+    )
+
+
+def _try_raw_socket() -> int:
+    """The errno of opening a packet socket; with protocol 0 it receives nothing, and nothing is sent."""
+    try:
+        socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0).close()
+    except OSError as error:
+        return error.errno or errno.EPERM
+    return 0
+
+
+def _unfit(name: str) -> str:
+    """Why root's transmitter could not become this user, as it must where root is root outside too."""
+    if _read("/proc/self/uid_map").split()[:2] != ["0", "0"]:
+        return ""
+    try:
+        entry = pwd.getpwuid(int(name)) if name.isdigit() else pwd.getpwnam(name)
+    except (KeyError, OverflowError):
+        return "" if name.isdigit() else f"there is no [transmitter] user {name!r}"
+    groups = set(os.getgrouplist(entry.pw_name, entry.pw_gid))
+    for path in (Path(sys.executable).resolve(), Path(__file__).resolve()):
+        for part in (path, *path.parents):
+            with suppress(OSError):
+                found = part.stat()
+                shift = 6 if found.st_uid == entry.pw_uid else 3 if found.st_gid in groups else 0
+                if not found.st_mode >> shift & (4 if part is path else 1):
+                    return f"[transmitter] user {name!r} can't read {path}: closed at {part}"
+    return ""

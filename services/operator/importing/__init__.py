@@ -1,0 +1,1 @@
+"""`fanwire import`: receiver files of other replicators become settings."""

@@ -1,0 +1,114 @@
+"""`fanwire import`: settings out of the receiver file of samplicator or pmacct, and what they can't express."""
+
+import argparse
+import ipaddress
+import socket
+import sys
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from services.operator.cli.arguments import Subparsers, add_command, or_usage
+from services.operator.cli.output import say
+from services.operator.importing import pmacct, samplicator
+from services.operator.importing.receivers import Line, parse, to_settings, whole
+from shared.net.addresses import parse_endpoint, resolve
+from shared.process.lifecycle import FAILED, OK
+from shared.settings.file import render
+from shared.settings.model import STREAM_SCHEMES, Name, Settings, SettingsError, Stream
+
+TOOLS: Final = {
+    "samplicator": (samplicator.parse_line, samplicator.DEFAULT_LISTEN),
+    "pmacct": (pmacct.parse_line, pmacct.DEFAULT_LISTEN),
+}
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add the command."""
+    parser = add_command(subparsers, "import", run, "print settings made of another replicator's receiver file")
+    parser.add_argument("tool", choices=TOOLS, help="whose: samplicator's -c FILE, or pmacct's tee_receivers")
+    parser.add_argument("file", type=Path, metavar="FILE")
+    parser.add_argument("--stream", type=_stream_name, default="imported", metavar="NAME", help="default: imported")
+    parser.add_argument(
+        "--listen",
+        type=_endpoint,
+        action="append",
+        metavar="ENDPOINT",
+        help="where exporters send to, as udp://HOST:PORT; default: every address, and the port that the tool has",
+    )
+    parser.add_argument(
+        "--source",
+        choices=("relay", "original"),
+        default="relay",
+        help="original: samplicator's -S, pmacct's tee_transparent; default: relay",
+    )
+
+
+def _stream_name(text: str) -> str:
+    try:
+        return msgspec.convert(text, Name)
+    except msgspec.ValidationError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _endpoint(text: str) -> str:
+    return str(or_usage(parse_endpoint, text, STREAM_SCHEMES))
+
+
+class Lookup:
+    """Looks up hosts and services, and remembers what hosts came to."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, str] = {}
+
+    def address(self, host: str) -> str:
+        """As `foreign.Names`."""
+        try:
+            return str(ipaddress.ip_address(host))
+        except ValueError:
+            pass
+        if not (host and host.isprintable()):
+            raise ValueError(f"{host!r} is not a host")
+        if host not in self.found:
+            try:
+                self.found[host] = str(resolve(host, 0, socket.SOCK_DGRAM)[0][1][0])
+            except OSError as error:
+                raise ValueError(f"host {host!r}: {error.strerror}") from None
+        return self.found[host]
+
+    def port(self, service: str) -> int:
+        """As `foreign.Names`."""
+        try:
+            return socket.getservbyname(service, "udp")
+        except (OSError, ValueError):
+            return whole(service, 1, 65_535, "port")
+
+
+def run(arguments: argparse.Namespace, _settings: Settings) -> int:
+    """Print the settings; say on stderr what they lack. 1 when anything was left out."""
+    parse_line, listen = TOOLS[arguments.tool]
+    stream = Stream(name=arguments.stream, listen=tuple(arguments.listen or [listen]))
+    lookup = Lookup()
+    try:
+        lines = parse(arguments.file.read_bytes().decode("utf-8", "backslashreplace"), parse_line, lookup)
+        settings = to_settings(lines, stream, arguments.source)
+    except OSError as error:
+        raise SettingsError(f"{arguments.file}: {error.strerror}") from None
+    except ValueError as error:
+        raise SettingsError(f"{arguments.file}: {error}") from None
+    sys.stdout.writelines(f"# {host!r} was {address} at the import\n" for host, address in lookup.found.items())
+    print(render(settings, defaults=False), end="")
+    return _tell(lines, settings)
+
+
+def _tell(lines: list[Line], settings: Settings) -> int:
+    """Say what a person should know; the exit code."""
+    for line in lines:
+        for text in line.notes:
+            say(f"line {line.number}: {text}")
+        for text in line.left_out:
+            say(f"line {line.number}: left out: {text}")
+    if not settings.collectors:
+        say("there is no receiver in what was taken over")
+    return FAILED if any(line.left_out for line in lines) or not settings.collectors else OK

@@ -1,0 +1,218 @@
+"""The ways to collectors: route, link and next hop, remembered and kept true by netlink events."""
+
+import socket
+import struct
+import time
+from dataclasses import dataclass, replace
+from enum import Enum, auto
+from typing import Final
+from weakref import WeakValueDictionary
+
+from shared.ledger import INTERFACE_DOWN, NO_ROUTE
+from shared.net.netlink import (
+    NUD_STALE,
+    NUD_USABLE,
+    RTN_LOCAL,
+    RTN_UNICAST,
+    EventsLost,
+    Link,
+    LinkGone,
+    Neighbour,
+    Netlink,
+    RoutesChanged,
+)
+
+DISCARD_PORT: Final = 9
+"""RFC 863: what comes there is thrown away."""
+IP_PKTINFO: Final = 8
+"""linux/in.h: with a link's number, the link that a datagram leaves by, whatever the routes say (ip(7), ipv6(7))."""
+PKTINFO4: Final = struct.Struct("=i8x")
+PKTINFO6: Final = struct.Struct("=16xi")
+LOOK_AGAIN_SECONDS: Final = 0.1
+LOOK_AGAIN_SHARE: Final = 10
+"""A router's table, or a link, may change all the time: a change makes all ways be asked for anew at most so often, for
+one part in so many of the time."""
+
+
+@dataclass(slots=True, weakref_slot=True)
+class Hop:
+    """A next hop as the kernel knows it now, within this second `used`, and `probed`: asked for."""
+
+    link_index: int
+    address: str
+    state: int = 0
+    link_address: bytes = b""
+    used: bool = False
+    probed: bool = False
+
+    @property
+    def usable(self) -> bool:
+        """Whether frames can be sent to it."""
+        return bool(self.state & NUD_USABLE) and bool(self.link_address)
+
+
+class WayKind(Enum):
+    """How a collector is reached: frames to a next hop, raw IP that the kernel routes, or not at all."""
+
+    FRAMES = auto()
+    PACKETS = auto()
+    NONE = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """The way to a collector. `cause`: why there is none. `local`: it is on this host."""
+
+    kind: WayKind
+    cause: str = ""
+    link: Link | None = None
+    hop: Hop | None = None
+    mtu: int = 0
+    local: bool = False
+
+
+class Neighbourhood:
+    """Finds ways. `version` grows when those found earlier may be wrong; a hop's state is always that of now."""
+
+    def __init__(self) -> None:
+        self.version = 0
+        self.stale = False
+        """Whether something has changed that makes `version` grow soon."""
+        self._events_lost = False
+        self._look_again_at = self._asked_seconds = 0.0
+        self._netlink = Netlink()
+        self._probes = {family: _open_probe(family) for family in (socket.AF_INET, socket.AF_INET6)}
+        self._hops: WeakValueDictionary[tuple[int, str], Hop] = WeakValueDictionary()  # a hop lives as long as its ways
+        self._links = self._ask_links()
+
+    def fileno(self) -> int:
+        """Readable when something has changed."""
+        return self._netlink.fileno()
+
+    def _ask_links(self) -> dict[int, Link]:
+        return {link.index: link for link in self._netlink.links()}
+
+    def link(self, name: str) -> Link | None:
+        """The link of a name."""
+        return next((link for link in self._links.values() if link.name == name), None)
+
+    def follow(self) -> None:
+        """Take in what has changed."""
+        for event in self._netlink.events():
+            match event:
+                case Neighbour():
+                    if hop := self._hops.get((event.link_index, event.address)):
+                        hop.state, hop.link_address = event.state, event.link_address
+                case Link():
+                    known = self._links.get(event.index, event)  # ways by a new link come with their routes
+                    self.stale |= replace(event, name=known.name) != known
+                    self._links[event.index] = event
+                case LinkGone():
+                    self.stale |= self._links.pop(event.index, None) is not None
+                case RoutesChanged():
+                    self.stale = True
+                case EventsLost():
+                    self.stale = self._events_lost = True
+        if self.stale and time.monotonic() >= self._look_again_at:
+            self._look_again()
+
+    def _look_again(self) -> None:
+        """Have ways asked for anew; after lost events all else that is remembered too."""
+        began = time.monotonic()
+        self._look_again_at = began + max(LOOK_AGAIN_SECONDS, LOOK_AGAIN_SHARE * self._asked_seconds)
+        self.stale, self._asked_seconds = False, 0.0
+        self.version += 1
+        if self._events_lost:
+            self._events_lost = False
+            self._links = self._ask_links()
+            for hop in list(self._hops.values()):
+                self._ask(hop)
+            self._asked_seconds += time.monotonic() - began
+
+    def way(self, address: str) -> Way:
+        """The way to an address. Costs a question or two to the kernel: keep it until `version` grows."""
+        began = time.monotonic()
+        way = self._find(address)
+        self._asked_seconds += time.monotonic() - began
+        return way
+
+    def _find(self, address: str) -> Way:
+        route = self._netlink.route(address)
+        if route is None or route.kind not in (RTN_UNICAST, RTN_LOCAL):
+            return Way(WayKind.NONE, NO_ROUTE)
+        link = self._links.get(route.link_index)
+        if link is None or not link.up:
+            return Way(WayKind.NONE, INTERFACE_DOWN)
+        mtu = min(route.mtu or link.mtu, link.mtu)
+        if not link.ethernet or route.kind == RTN_LOCAL:
+            return Way(WayKind.PACKETS, link=link, mtu=mtu, local=route.kind == RTN_LOCAL)
+        return Way(WayKind.FRAMES, link=link, hop=self._hop(link.index, route.next_hop), mtu=mtu)
+
+    def _hop(self, link_index: int, address: str) -> Hop:
+        hop = self._hops.get((link_index, address))
+        if hop is None:
+            hop = self._hops[link_index, address] = Hop(link_index, address)
+            self._ask(hop)
+        return hop
+
+    def _ask(self, hop: Hop) -> None:
+        known = self._netlink.neighbour(hop.link_index, hop.address)
+        hop.state, hop.link_address = known.state, known.link_address
+
+    def resolve(self, hop: Hop) -> None:
+        """Have the kernel find out a next hop's link address, unless that was asked for a moment ago.
+
+        An empty datagram to the discard port, which goes no further than the next hop, is what makes it ask without a
+        privilege. It leaves by a plain socket, so a hop that never answers fills no buffer that copies need.
+        """
+        if hop.probed:
+            return
+        hop.probed = True
+        if ":" in hop.address:
+            probe, by_link = self._probes[socket.AF_INET6], PKTINFO6.pack(hop.link_index)
+            control = (socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, by_link)
+        else:
+            probe, by_link = self._probes[socket.AF_INET], PKTINFO4.pack(hop.link_index)
+            control = (socket.IPPROTO_IP, IP_PKTINFO, by_link)
+        if probe is not None:
+            try:
+                probe.sendmsg([], [control], socket.MSG_DONTROUTE, (hop.address, DISCARD_PORT))
+            except BlockingIOError:
+                hop.probed = False  # the probes of hops that do not answer fill the socket: asked for as soon as may be
+                return
+            except OSError:
+                pass  # what is wrong shows in the hop's state; this was only a question
+        if not hop.state:  # where a link has no ARP the kernel knows at once, and tells nobody
+            self._ask(hop)
+
+    def refresh(self) -> None:
+        """Have hops that are in use confirmed, as the kernel does for its own traffic. Due every second.
+
+        We send past the kernel, which therefore never notices by itself that a link address has changed: an entry in
+        state STALE is probed, and becomes REACHABLE or FAILED.
+        """
+        for hop in list(self._hops.values()):
+            hop.probed = False
+            if hop.used and (hop.state & NUD_STALE or not hop.usable):
+                self.resolve(hop)
+            hop.used = False
+
+    def close(self) -> None:
+        """Close all sockets."""
+        self._netlink.close()
+        for probe in self._probes.values():
+            if probe is not None:
+                probe.close()
+
+
+def _open_probe(family: socket.AddressFamily) -> socket.socket | None:
+    try:
+        probe = socket.socket(family, socket.SOCK_DGRAM)
+    except OSError:  # a host without IPv6
+        return None
+    probe.setblocking(False)
+    if family == socket.AF_INET:
+        probe.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, 1)
+    else:
+        probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS, 1)
+    return probe

@@ -1,0 +1,83 @@
+"""The transmitter on the bus: the shared loop with a sender of copies, and the frames that are asked for."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
+from types import TracebackType
+from typing import ClassVar, Final, Self
+
+from services.transmitter.destination import Copies
+from services.transmitter.privileges import RawSockets
+from services.transmitter.raw_frames import Frames
+from services.transmitter.sender import Sender
+from shared.bus.messages import TRANSMIT_TOPIC, Message, TransmitRequest
+from shared.client import Client, Source
+from shared.datagrams.gathered import Gathered
+from shared.datagrams.routing import Selection
+from shared.fanout.service import CopyService
+from shared.settings.model import Settings
+
+FRAME_SOCKETS: Final = 2
+"""AF_PACKET sockets kept for frames that were asked for: as they are, and with a check sequence of their own."""
+
+
+class Transmission(CopyService[Copies]):
+    """Serves the collectors whose `source` is `original`, and whoever may ask for frames.
+
+    `facts` are what the status says of privilege.
+    """
+
+    source: ClassVar[Source] = "original"
+
+    def __init__(self, name: str, settings: Settings, sockets: RawSockets, facts: dict[str, int]) -> None:
+        super().__init__(name, settings, settings.transmitter)
+        self._sockets = sockets
+        self._facts = facts
+
+    def __enter__(self) -> Self:
+        for_frames, for_copies = self._sockets.packet[:FRAME_SOCKETS], self._sockets.packet[FRAME_SOCKETS:]
+        self._sender = sender = Sender(self.settings, replace(self._sockets, packet=for_copies), self.held)
+        self._frames = Frames(for_frames, sender.neighbourhood, sender.policy, sender.audit, self.publish)
+        return super().__enter__()
+
+    def topics(self) -> Iterable[str]:
+        """Without sockets none, by which others see that there is nobody to serve them."""
+        return (*super().topics(), TRANSMIT_TOPIC) if self._sockets else ()
+
+    def descriptors(self) -> Iterable[int]:
+        """What tells that a route, a link or a neighbour has changed."""
+        return (self._sender.neighbourhood.fileno(),)
+
+    def follow(self, settings: Settings) -> None:
+        """Have the streams of these settings, and send nothing to their listeners."""
+        super().follow(settings)
+        self._sender.follow(settings)
+
+    def reach(self, client: Client, account: Counter[str]) -> Copies:
+        """Find out whether a collector may be sent copies."""
+        return self._sender.reach(client, account)
+
+    def send(self, batch: Gathered, routed: list[tuple[Copies, Selection]]) -> None:
+        """Give each collector its rows."""
+        self._sender.send(batch, routed)
+
+    def take(self, message: Message) -> None:
+        """Begin sending frames that are asked for."""
+        if isinstance(message.body, TransmitRequest) and message.topic == TRANSMIT_TOPIC:
+            self._frames.take(message.body)
+
+    def work(self) -> float:
+        """Do what the network or the time has brought, and send frames that are due."""
+        return min(self._sender.work(), self._frames.work())
+
+    def own_account(self) -> dict[str, int]:
+        """What the process may do, and what became of frames and requests."""
+        return {**self._facts, **self._frames.counters, **self._sender.audit.counters}
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._frames.close()
+        super().__exit__(kind, error, trace)
+        self._sender.close()
+        self._sockets.close()

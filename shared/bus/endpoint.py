@@ -1,0 +1,91 @@
+"""How a process reaches the broker: by the bus directory, or by TCP; with a key, or by the directory's mode alone."""
+
+import socket
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+import zmq
+
+from shared.bus.curve_keys import Keys, load_keys
+from shared.datagrams.batch import MAX_PAYLOAD, MAX_ROWS, ROW
+from shared.net.addresses import Endpoint
+from shared.settings.model import Bus
+
+HEARTBEAT_MS: Final = 5000
+"""Between questions over TCP whether the other end is there; a host that is gone without a word tells nobody."""
+HEARTBEAT_TIMEOUT_MS: Final = 15_000
+PROBE_SECONDS: Final = 2.0
+QUEUE_SHARE: Final = 4
+"""A queue may take one part in this many of a process's memory ceiling."""
+LARGEST_MESSAGE: Final = MAX_PAYLOAD + MAX_ROWS * ROW.itemsize
+"""Bytes of the largest bus message, apart from names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """Where the broker is, None: in the bus directory; and the keys, None: there is nothing to prove."""
+
+    broker: Endpoint | None = None
+    keys: Keys | None = None
+
+    def connect(self, sock: zmq.Socket[bytes], directory: Path, side: str) -> None:
+        """Connect a socket to a side of the broker, `publish` or `subscribe`."""
+        if self.keys is not None:
+            sock.set(zmq.CURVE_PUBLICKEY, self.keys.public)
+            sock.set(zmq.CURVE_SECRETKEY, self.keys.secret)
+            sock.set(zmq.CURVE_SERVERKEY, self.keys.broker)
+        if self.broker is None:
+            sock.connect(ipc_endpoint(directory, side))
+        else:
+            keep_alive(sock)
+            sock.connect(str(tcp_endpoint(self.broker, side)))
+
+    def is_up(self, directory: Path) -> bool:
+        """Whether something accepts connections where subscribers connect. ZeroMQ itself would wait without a word."""
+        try:
+            if self.broker is not None:
+                at = tcp_endpoint(self.broker, "subscribe")
+                socket.create_connection((at.host, at.port), PROBE_SECONDS).close()
+                return True
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                probe.connect(f"{directory}/subscribe")
+        except OSError:
+            return False
+        return True
+
+
+DIRECT: Final = Link()
+"""By the bus directory, which is closed to strangers, and without keys."""
+
+
+def open_link(bus: Bus, role: str) -> Link:
+    """The link that the settings name for a role. SettingsError when it lacks a key."""
+    return Link(bus.broker, load_keys(bus.key_directory, role) if bus.key_directory else None)
+
+
+def queue_limit(high_water_mark: int, memory_ceiling: int) -> int:
+    """Messages that a queue may hold: the high-water mark, or fewer where the largest messages would not fit.
+
+    `memory_ceiling` is the process's, in bytes; 0: there is none.
+    """
+    if not memory_ceiling:
+        return high_water_mark
+    return min(high_water_mark, max(1, memory_ceiling // QUEUE_SHARE // LARGEST_MESSAGE))
+
+
+def ipc_endpoint(directory: Path, side: str) -> str:
+    """Where a side of the broker is found in the bus directory."""
+    return f"ipc://{directory}/{side}"
+
+
+def tcp_endpoint(broker: Endpoint, side: str) -> Endpoint:
+    """Where a side of a broker is found: publishers have the port that is named, subscribers the next."""
+    return replace(broker, port=broker.port + (side == "subscribe"))
+
+
+def keep_alive(sock: zmq.Socket[bytes]) -> None:
+    """Prepare a socket for TCP: either family, and an end to connections whose other end is gone."""
+    sock.set(zmq.IPV6, 1)
+    sock.set(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+    sock.set(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)

@@ -1,0 +1,94 @@
+"""The datagrams of one receive call as columns: the unit that everything between processes works on.
+
+Invariants, checked by `check` where a batch comes from outside:
+- at most `MAX_ROWS` rows, each at most `MAX_DATAGRAM` bytes;
+- the payloads stand in one buffer in the order received: end to end, with nothing else in it, or, where there is a
+  `stride`, each at a multiple of that, with whatever in between;
+- a row keeps the address and port that the kernel reported: nothing downstream may change them.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from shared.net.addresses import unpack_address
+
+MAX_DATAGRAM: Final = 65_507
+"""Bytes: the largest UDP payload over IPv4 (65,535 less 20 and 8 bytes of header)."""
+MAX_ROWS: Final = 1024
+"""As many as one call of recvmmsg takes (UIO_MAXIOV). Only a full queue makes a batch so large; then what a batch
+costs, some 100 µs in each process that it passes, is shared by four times as many datagrams as with 256."""
+MAX_PAYLOAD: Final = 512 * 1024
+"""Bytes in a bus message: keeps it under its limit of 1 MiB with room for one more datagram and the headers."""
+
+ROW: Final = np.dtype([("length", "<u2"), ("port", "<u2"), ("address", "u1", (16,))])
+"""One datagram's columns, 20 bytes: payload length, source port, source address (IPv4 mapped into IPv6)."""
+assert ROW.itemsize == 20
+
+Rows = npt.NDArray[np.void]
+Indices = npt.NDArray[np.intp]
+
+
+@dataclass(frozen=True, slots=False, eq=False)
+class DatagramBatch:
+    """Datagrams of one stream, received together by one worker.
+
+    `rows` has dtype `ROW`, shape (n,), and may be a read-only view of a received part. `payload` is any C-contiguous
+    buffer; the batch keeps it alive. `received_ns` is the wall clock at the receive call, in nanoseconds.
+    """
+
+    stream: str
+    received_ns: int
+    rows: Rows
+    payload: bytes | memoryview
+    stride: int = 0
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @cached_property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Payload lengths, int64, shape (n,): wide enough to sum."""
+        return self.rows["length"].astype(np.int64)
+
+    @cached_property
+    def offsets(self) -> npt.NDArray[np.int64]:
+        """Where each payload begins, int64, shape (n + 1,); the last is where the buffer ends."""
+        if self.stride:
+            return np.arange(len(self.rows) + 1) * self.stride
+        offsets = np.zeros(len(self.rows) + 1, np.int64)
+        np.cumsum(self.lengths, out=offsets[1:])
+        return offsets
+
+    def check(self) -> None:
+        """Raise ValueError when an invariant does not hold."""
+        if len(self) > MAX_ROWS:
+            raise ValueError(f"{len(self)} rows, more than {MAX_ROWS}")
+        if len(self) and int(self.lengths.max()) > MAX_DATAGRAM:
+            raise ValueError(f"a datagram of {int(self.lengths.max())} bytes, more than {MAX_DATAGRAM}")
+        size = memoryview(self.payload).nbytes
+        if int(self.offsets[-1]) != size:
+            raise ValueError(f"lengths add up to {int(self.offsets[-1])}, the payload has {size} bytes")
+        if self.stride and len(self) and int(self.lengths.max()) > self.stride:
+            raise ValueError(f"a datagram of {int(self.lengths.max())} bytes, they begin every {self.stride}")
+
+    def datagrams(self) -> Iterator[tuple[str, int, bytes]]:
+        """Yield (source address, source port, payload) a row: for people and files, not for the hot path."""
+        payload, offsets = memoryview(self.payload), self.offsets.tolist()
+        for index, row in enumerate(self.rows):
+            source = unpack_address(row["address"].tobytes())
+            yield source, int(row["port"]), bytes(payload[offsets[index] : offsets[index] + int(row["length"])])
+
+
+def make_rows(lengths: npt.ArrayLike, addresses: npt.NDArray[np.uint8] | list[bytes], ports: npt.ArrayLike) -> Rows:
+    """Build the `ROW` array of n datagrams from lengths (n,), 16-byte addresses (n, 16) or n packed, and ports (n,)."""
+    lengths = np.asarray(lengths)
+    rows = np.empty(len(lengths), ROW)
+    rows["length"], rows["port"] = lengths, ports
+    packed = addresses if isinstance(addresses, np.ndarray) else np.frombuffer(b"".join(addresses), np.uint8)
+    rows["address"] = packed.reshape(-1, 16)
+    return rows

@@ -1,0 +1,137 @@
+"""Rows that wait for a collector, in order: a bounded queue, from which the oldest are dropped first and counted.
+
+The transmitter holds what waits for a next hop to tell its link address, the forwarder what waits for room in a
+collector's send buffer.
+"""
+
+import time
+from collections import Counter, OrderedDict, deque
+from dataclasses import dataclass, field
+
+from shared.datagrams.batch import Indices
+from shared.datagrams.gathered import Gathered
+from shared.ledger import HELD, NO_MEMORY
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Rows of a batch (None: all) that wait, until when."""
+
+    batch: Gathered
+    rows: Indices | None
+    expires_at: float
+
+    @property
+    def count(self) -> int:
+        """How many rows."""
+        return len(self.batch) if self.rows is None else len(self.rows)
+
+
+@dataclass(slots=True)
+class Holding:
+    """What one collector waits for: at most so many rows, so many bytes of the batches they are in, so many seconds.
+
+    `cause` is what those are dropped under that are too many or have waited too long; `memory` is shared with the
+    other collectors.
+    """
+
+    account: Counter[str]
+    cause: str
+    seconds: float
+    most_rows: int
+    most_bytes: int
+    memory: "HeldMemory"
+    _queue: deque[Held] = field(default_factory=deque)
+    _bytes: int = 0
+
+    def __bool__(self) -> bool:
+        """Whether anything waits."""
+        return bool(self._queue)
+
+    @property
+    def waited_seconds(self) -> float:
+        """How long the oldest has waited; 0 when nothing does."""
+        return time.monotonic() - self._queue[0].expires_at + self.seconds if self._queue else 0.0
+
+    def hold(self, batch: Gathered, rows: Indices | None) -> None:
+        """Keep rows, behind what waits already; beyond the bounds the oldest are dropped for them."""
+        now = time.monotonic()
+        self._put(Held(batch, rows, now + self.seconds))
+        self.expire(now)
+        while self.account[HELD] > self.most_rows or self._bytes > self.most_bytes:
+            self.drop_oldest()
+        self.memory.make_room()
+
+    def _put(self, held: Held, *, first: bool = False) -> None:
+        (self._queue.appendleft if first else self._queue.append)(held)
+        self.account[HELD] += held.count
+        self._bytes += held.batch.payload_bytes
+        self.memory.take(held.batch, self, first=first)
+
+    def take(self) -> Held:
+        """Return the oldest, which is held no longer."""
+        held = self._queue.popleft()
+        self.account[HELD] -= held.count
+        self._bytes -= held.batch.payload_bytes
+        self.memory.give_back(held.batch, self)
+        return held
+
+    def put_back(self, held: Held, rows: Indices) -> None:
+        """Hold what is left of the oldest, in its place and no longer than it."""
+        self._put(Held(held.batch, rows, held.expires_at), first=True)
+
+    def expire(self, now: float) -> None:
+        """Drop what has waited too long."""
+        while self._queue and self._queue[0].expires_at <= now:
+            self.drop_oldest()
+
+    def drop(self, cause: str = "") -> None:
+        """Drop all of it."""
+        while self._queue:
+            self.drop_oldest(cause)
+
+    def drop_oldest(self, cause: str = "") -> None:
+        """Drop the rows of the oldest batch that are held."""
+        self.account[cause or self.cause] += self.take().count
+
+
+class HeldMemory:
+    """How much memory the batches take that any collector of a process waits for; each counts once.
+
+    Beyond `limit` bytes the oldest batch is dropped, by all who wait for rows of it.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.used = 0
+        self._holders: OrderedDict[int, dict[int, Holding]] = OrderedDict()
+        """Who holds rows of a batch, by its id and theirs; the batch that came first is the first."""
+
+    def take(self, batch: Gathered, holding: Holding, *, first: bool) -> None:
+        """Somebody holds rows of a batch, which is the newest, or with `first` the oldest."""
+        if id(batch) not in self._holders:
+            self._holders[id(batch)] = {}
+            self._holders.move_to_end(id(batch), last=not first)
+            self.used += batch.payload_bytes
+        self._holders[id(batch)][id(holding)] = holding
+
+    def give_back(self, batch: Gathered, holding: Holding) -> None:
+        """Somebody holds none of it any longer."""
+        holders = self._holders[id(batch)]
+        del holders[id(holding)]
+        if not holders:
+            del self._holders[id(batch)]
+            self.used -= batch.payload_bytes
+
+    def make_room(self) -> None:
+        """Drop the oldest batches until what is left fits."""
+        self._shrink(self.limit)
+
+    def halve(self) -> None:
+        """Drop the oldest half: the process has no memory for it."""
+        self._shrink(self.used // 2, NO_MEMORY)
+
+    def _shrink(self, most: int, cause: str = "") -> None:
+        while self.used > most:
+            for holding in list(next(iter(self._holders.values())).values()):
+                holding.drop_oldest(cause)

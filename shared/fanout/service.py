@@ -1,0 +1,286 @@
+"""The loop of a service that sends copies: registry and batches in from the bus, copies out, accounts and answers back.
+
+The forwarder and the transmitter are two of them: they differ in how a collector is reached, and serve those
+collectors of the registry whose `source` is theirs.
+"""
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import ClassVar, Final, Generic, Self
+
+import structlog
+import zmq
+
+from shared.bus.endpoint import open_link, queue_limit
+from shared.bus.messages import (
+    REGISTRY_TOPIC,
+    Body,
+    Message,
+    RegistryChange,
+    RegistrySnapshot,
+    ServeReply,
+    ServeRequest,
+    Status,
+    serve_topic,
+)
+from shared.bus.status import Reporter
+from shared.bus.zmq_sockets import Publisher, Subscriber, new_context
+from shared.client import Client, Source
+from shared.datagrams.batch import DatagramBatch
+from shared.datagrams.gathered import MAX_GATHERED, MAX_GATHERED_PAYLOAD, Gathered
+from shared.datagrams.routing import Selection
+from shared.fanout.backlog import HeldMemory
+from shared.fanout.collectors import Collectors, D
+from shared.fanout.health_report import HealthReporter
+from shared.fanout.registry_replica import RegistryMirror
+from shared.fanout.streams import Streams
+from shared.ledger import Accounts
+from shared.process.lifecycle import Lifecycle, Readiness
+from shared.process.memory import Memory
+from shared.process.reload import Reload
+from shared.settings.model import Forwarder, Settings, Transmitter
+
+TURN_MESSAGES: Final = 256
+"""Bus messages handled in a row before housekeeping gets its turn."""
+MAX_WAITING: Final = 1024
+"""Requests kept until copies flow; the gateway gives up on one long before there are so many."""
+APPLY_SHARE: Final = 10
+"""Of the loop's time at most one part in so many goes into applying registry changes; they wait for each other."""
+REQUEST_SECONDS: Final = 5.0
+"""A request whose revision has not come by then was asked by a gateway that is gone."""
+QUIET_SECONDS: Final = 0.25
+DRAIN_SECONDS: Final = 1.5
+"""After SIGTERM the workers may still flush: goes on until nothing came for a while, this long at most."""
+
+log = structlog.get_logger()
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """Batches of a stream that wait for more, how many rows they have together, and how many bytes of payload."""
+
+    batches: list[DatagramBatch] = field(default_factory=list)
+    rows: int = 0
+    payload: int = 0
+
+
+class CopyService(ABC, Generic[D]):
+    """Sends copies to the collectors of one `source`; `reach` and `send` are what its kinds differ in."""
+
+    source: ClassVar[Source]
+
+    def __init__(self, name: str, settings: Settings, own: Forwarder | Transmitter) -> None:
+        self.name = name
+        self.settings = settings
+        self.held = HeldMemory(own.held_memory)
+        """What waits for any collector."""
+        self._memory = Memory(own.memory, f"[{name.partition('.')[0]}] memory", borrows=True)
+
+    @abstractmethod
+    def reach(self, client: Client, account: Counter[str]) -> D:
+        """Return how a collector is reached; what is sent to it and dropped is counted in `account`."""
+
+    @abstractmethod
+    def send(self, batch: Gathered, routed: list[tuple[D, Selection]]) -> None:
+        """Give each collector its rows."""
+
+    def topics(self) -> Iterable[str]:
+        """What to subscribe to besides streams; who asks sees by it what this service can do."""
+        return (REGISTRY_TOPIC, serve_topic(self.source))
+
+    def descriptors(self) -> Iterable[int]:
+        """What else wakes the loop when it becomes readable."""
+        return ()
+
+    def take(self, message: Message) -> None:
+        """Take a message of a kind that is this service's alone."""
+
+    def work(self) -> float:
+        """Do what a descriptor or the time has brought; return the seconds after which there is more, at the latest."""
+        return math.inf
+
+    def own_account(self) -> dict[str, int]:
+        """Counters of the service itself."""
+        return {}
+
+    def __enter__(self) -> Self:
+        bus = self.settings.bus
+        link = open_link(bus, self.name.partition(".")[0])
+        self._context = new_context()
+        mark = queue_limit(bus.high_water_mark, self._memory.ceiling)
+        self._publisher = Publisher(self._context, bus.path, self.name, mark, link)
+        self._subscriber = Subscriber(self._context, bus.path, mark, link)
+        self._reporter = Reporter(self._publisher, self._memory)
+        self._health = HealthReporter(self._publisher, self.source)
+        self._mirror = RegistryMirror()
+        self._streams = Streams(self._subscriber)
+        self._collectors = Collectors(_names(self.settings), self._streams.published, self.reach)
+        self._waiting: list[tuple[float, int, ServeRequest]] = []
+        self._asked_at = 0.0
+        self._serving = -1
+        self._apply_at = self._work_at = 0.0
+        self._gathered: defaultdict[str, _Waiting] = defaultdict(_Waiting)
+        """By stream."""
+        for topic in self.topics():
+            self._subscriber.subscribe(topic)
+        return self
+
+    def publish(self, topic: str, body: Body) -> None:
+        """Put a message of a kind that is this service's alone on the bus."""
+        self._publisher.publish(topic, body)
+
+    def follow(self, settings: Settings) -> None:
+        """Have the streams of these settings."""
+        self._collectors.know(_names(settings))
+        self._streams.want(self._collectors.streams_wanted())
+
+    def serve(self, lifecycle: Lifecycle) -> None:
+        """Serve until told to drain, then until the workers have fallen silent."""
+        readiness = Readiness(self.name, self.settings.bus, lambda: self._publisher.ready)
+        reload = Reload(self.name, lifecycle, self.settings, self.follow)
+        poller = zmq.Poller()
+        poller.register(self._subscriber.socket, zmq.POLLIN)
+        poller.register(self._publisher.socket, zmq.POLLIN)
+        for descriptor in (lifecycle.fileno(), *self.descriptors()):
+            poller.register(descriptor, zmq.POLLIN)
+        while not lifecycle.draining:
+            if (lifecycle.fileno(), zmq.POLLIN) in poller.poll(self._patience_ms()):
+                lifecycle.heed()
+            self._turn()
+            reload.check()
+            readiness.check()
+        self._drain()
+
+    def _patience_ms(self) -> int:
+        if self._waiting or self._serving != self._mirror.version:
+            return 5
+        return (
+            int(max(0.0, min(self._reporter.due_at, self._health.due_at, self._work_at) - time.monotonic()) * 1000) + 1
+        )
+
+    def _turn(self) -> int:
+        """Handle what has come, up to a bound; return how many messages."""
+        handled = 0
+        while handled < TURN_MESSAGES and (message := self._subscriber.receive()):
+            self._take(message)
+            handled += 1
+        for stream in list(self._gathered):
+            self._send_gathered(stream)
+        if self._memory.look():
+            self.held.halve()
+        self._work_at = time.monotonic() + self.work()
+        self._apply()
+        self._answer()
+        fresh = self._publisher.new_subscriptions()
+        if self._health.asked_for(fresh) or time.monotonic() >= self._health.due_at:
+            self._collectors.refresh()
+            self._health.report(self._collectors.troubled)
+        if self._reporter.asked_for(fresh) or time.monotonic() >= self._reporter.due_at:
+            self._report()
+        return handled
+
+    def _take(self, message: Message) -> None:
+        body, envelope = message.body, message.envelope
+        if message.batch is not None:
+            missed = self._streams.follow(message.topic, envelope, len(message.batch))
+            if missed:
+                self._collectors.miss(message.batch.stream, missed)
+            if missed is not None and len(message.batch):
+                self._gather(message.batch)
+        elif isinstance(body, RegistrySnapshot | RegistryChange):
+            if not self._mirror.take(envelope, body) and self._mirror.stale:
+                self._ask_for_snapshot()
+        elif isinstance(body, ServeRequest) and len(self._waiting) < MAX_WAITING:
+            self._waiting.append((time.monotonic() + REQUEST_SECONDS, envelope.boot, body))
+        elif isinstance(body, Status):
+            for stream, missed in self._streams.reconcile(envelope, body).items():
+                self._collectors.miss(stream, missed)
+        else:
+            self.take(message)
+
+    def _gather(self, batch: DatagramBatch) -> None:
+        """Let a batch wait for those of its stream that have come too, as long as they are not too many."""
+        if self._gathered[batch.stream].rows + len(batch) > MAX_GATHERED:
+            self._send_gathered(batch.stream)
+        waiting = self._gathered[batch.stream]
+        waiting.batches.append(batch)
+        waiting.rows += len(batch)
+        waiting.payload += len(batch.payload)
+        if waiting.payload >= MAX_GATHERED_PAYLOAD:
+            self._send_gathered(batch.stream)
+
+    def _send_gathered(self, stream: str) -> None:
+        gathered = Gathered(self._gathered.pop(stream).batches)
+        self.send(gathered, self._collectors.route(gathered))
+
+    def _apply(self) -> None:
+        """Serve the registry as it is now, unless that was done a moment ago: then with the changes to come."""
+        began = time.monotonic()
+        if self._serving == self._mirror.version or began < self._apply_at:
+            return
+        self._serving = self._mirror.version
+        clients = self._mirror.clients.values()
+        self._collectors.replace(client for client in clients if client.streams and client.source == self.source)
+        self._streams.want(self._collectors.streams_wanted())
+        self._apply_at = time.monotonic() + APPLY_SHARE * (time.monotonic() - began)
+
+    def _ask_for_snapshot(self) -> None:
+        """A change was lost: a new subscription makes the gateway send the whole registry. Once a second at most."""
+        if time.monotonic() - self._asked_at < 1.0:
+            return
+        self._asked_at = time.monotonic()
+        self._subscriber.unsubscribe(REGISTRY_TOPIC)
+        self._subscriber.subscribe(REGISTRY_TOPIC)
+
+    def _answer(self) -> None:
+        """Answer who asked whether we serve a revision, once we do and its streams flow."""
+        if not self._waiting or self._serving != self._mirror.version or not self._streams.flowing:
+            return
+        now, still_waiting = time.monotonic(), []
+        for expires_at, boot, request in self._waiting:
+            if self._mirror.holds(boot, request.revision):
+                self._publisher.publish(request.reply, ServeReply(request.id, self._mirror.revision))
+            elif expires_at > now:
+                still_waiting.append((expires_at, boot, request))
+        self._waiting = still_waiting
+
+    def _report(self) -> None:
+        self._streams.forget_silent_workers()
+        self._reporter.report(self._accounts)
+
+    def _accounts(self) -> Accounts:
+        service = {
+            "revision": max(0, self._mirror.revision),
+            "bus_rejected": sum(self._subscriber.rejected.values()),
+            "bus_repeated": self._streams.repeated,
+            **self.own_account(),
+        }
+        return {self.name.partition(".")[0]: service, **self._streams.accounts(), **self._collectors.accounts()}
+
+    def _drain(self) -> None:
+        deadline = time.monotonic() + DRAIN_SECONDS
+        quiet_at = time.monotonic() + QUIET_SECONDS
+        while time.monotonic() < min(deadline, quiet_at):
+            if self._turn():
+                quiet_at = time.monotonic() + QUIET_SECONDS
+            else:
+                self._subscriber.socket.poll(50)
+        self._report()
+        log.info("drained", service=self.name, accounts=self._collectors.accounts())
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._collectors.close()
+        self._subscriber.close()
+        self._publisher.close()
+        self._context.term()
+
+
+def _names(settings: Settings) -> list[str]:
+    return [stream.name for stream in settings.streams]

@@ -1,0 +1,1 @@
+"""The network as the kernel shows it: addresses, sockets, socket filters, netlink."""

@@ -1,0 +1,191 @@
+"""Listening sockets, bound or inherited, and what Linux offers beyond the stdlib: forced buffers, drop counts."""
+
+import errno
+import os
+import socket
+import struct
+from collections.abc import Callable, MutableMapping
+from pathlib import Path
+from typing import Final
+
+from shared.net.addresses import Endpoint, SocketAddress, resolve
+
+UCRED: Final = struct.Struct("=iII")
+"""struct ucred."""
+KINDS: Final = {
+    "tcp": socket.SOCK_STREAM,
+    "tls": socket.SOCK_STREAM,
+    "unix": socket.SOCK_STREAM,
+    "udp": socket.SOCK_DGRAM,
+    "unixgram": socket.SOCK_DGRAM,
+}
+"""The kind of socket that serves a scheme."""
+NOT_HERE: Final = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+"""What a host without IPv6 says to one of several addresses of a name; the others serve."""
+
+LISTEN_FDS_START: Final = 3
+"""The first descriptor that a service manager passes (sd_listen_fds(3))."""
+
+SO_SNDBUFFORCE: Final = 32
+SO_RCVBUFFORCE: Final = 33
+SO_MEMINFO: Final = 55
+MEMINFO: Final = struct.Struct("=9I")
+"""Nine u32, the last of them the drop count (linux/sock_diag.h, SK_MEMINFO_DROPS)."""
+
+Prepare = Callable[[socket.socket], None]
+"""Sets options before a socket is bound; accepted connections inherit most of them."""
+
+
+class InheritedSocket(socket.socket):
+    """A listening socket that the service manager holds too: what is queued in it, and its path, outlive us."""
+
+
+def inherited(environment: MutableMapping[str, str] = os.environ) -> list[InheritedSocket]:
+    """Take the sockets that a service manager passed to this process, non-blocking (sd_listen_fds(3)); often none.
+
+    OSError when one is not a socket. Their variables are removed, so that nobody takes them twice.
+    """
+    process, count, _ = (environment.pop(name, "") for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"))
+    if process != str(os.getpid()):
+        return []
+    taken = [InheritedSocket(fileno=LISTEN_FDS_START + number) for number in range(int(count))]
+    for sock in taken:
+        sock.setblocking(False)
+        sock.set_inheritable(False)
+    return taken
+
+
+def bind_endpoint(
+    endpoint: Endpoint, prepare: Prepare, path_mode: int = 0o777, held: list[socket.socket] | None = None
+) -> list[socket.socket]:
+    """Bind every address of an endpoint, non-blocking; `path_mode` is less the umask. OSError when none can be had.
+
+    `[::]` takes IPv4 too, any other IPv6 address IPv6 alone, so that `localhost` can bind both of its addresses. An
+    address that one of `held` is bound to is served by that one, which leaves the list, and is not closed on an error.
+    """
+    kind, held = KINDS[endpoint.scheme], [] if held is None else held
+    before = list(held)
+    if endpoint.path:
+        return [_take(held, kind, endpoint.path) or _bind_path(endpoint.path, kind, prepare, path_mode)]
+    bound: list[socket.socket] = []
+    lacking: OSError | None = None
+    for family, address in resolve(endpoint.host, endpoint.port, kind):
+        try:
+            bound.append(_take(held, kind, address) or _bind(socket.socket(family, kind), address, prepare))
+        except OSError as error:
+            if error.errno not in NOT_HERE:
+                for sock in bound:
+                    if sock not in before:
+                        sock.close()
+                raise
+            lacking = error
+    if lacking is not None and not bound:
+        raise lacking
+    return bound
+
+
+def _take(held: list[socket.socket], kind: socket.SocketKind, address: SocketAddress | str) -> socket.socket | None:
+    for sock in held:
+        if (sock.type, sock.getsockname()) == (kind, address):
+            held.remove(sock)
+            return sock
+    return None
+
+
+def _bind(sock: socket.socket, address: SocketAddress | str, prepare: Prepare) -> socket.socket:
+    try:
+        sock.setblocking(False)
+        prepare(sock)
+        if sock.family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(address[0] != "::"))
+        sock.bind(address)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def _bind_path(path: str, kind: socket.SocketKind, prepare: Prepare, mode: int) -> socket.socket:
+    """Bind an AF_UNIX path. A file left by a process that is gone is removed, a live one is not."""
+    if Path(path).is_socket():
+        with socket.socket(socket.AF_UNIX, kind) as probe:
+            try:
+                probe.connect(path)
+            except ConnectionRefusedError:
+                Path(path).unlink()
+            else:
+                raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+    before = os.umask(0o777)
+    os.umask(before | (0o777 & ~mode))
+    try:
+        return _bind(socket.socket(socket.AF_UNIX, kind), path, prepare)
+    finally:
+        os.umask(before)
+
+
+def close_listener(sock: socket.socket) -> None:
+    """Close a listening socket; the file of an AF_UNIX one goes first, while no successor can have made it.
+
+    The file of an inherited one stays: the service manager listens on it for our successor.
+    """
+    if sock.family == socket.AF_UNIX and not isinstance(sock, InheritedSocket):
+        Path(sock.getsockname()).unlink(missing_ok=True)
+    sock.close()
+
+
+def enlarge_receive_buffer(sock: socket.socket, wanted: int) -> int:
+    """Ask for a receive buffer, by force where allowed, else as much as net.core.rmem_max; return bytes granted.
+
+    An inherited socket that has as much already keeps it: the service manager may have given more than we could have.
+    """
+    has = receive_buffer(sock)
+    if isinstance(sock, InheritedSocket) and has >= wanted:
+        return has
+    return _enlarge(sock, SO_RCVBUFFORCE, socket.SO_RCVBUF, wanted)
+
+
+def receive_buffer(sock: socket.socket) -> int:
+    """Bytes of the receive buffer, as they are asked for: the kernel doubles them for its own records."""
+    return sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
+
+
+def enlarge_send_buffer(sock: socket.socket, wanted: int) -> int:
+    """Ask for a send buffer, by force where allowed, else as much as net.core.wmem_max; return bytes granted."""
+    return _enlarge(sock, SO_SNDBUFFORCE, socket.SO_SNDBUF, wanted)
+
+
+def _enlarge(sock: socket.socket, by_force: int, by_leave: int, wanted: int) -> int:
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, by_force, wanted)
+    except PermissionError:
+        sock.setsockopt(socket.SOL_SOCKET, by_leave, wanted)
+    return sock.getsockopt(socket.SOL_SOCKET, by_leave) // 2  # the kernel doubles it for its own records
+
+
+def kernel_drops(sock: socket.socket) -> int:
+    """Datagrams the kernel has dropped at this socket since it was opened, modulo 2**32."""
+    return int(MEMINFO.unpack(sock.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, MEMINFO.size))[-1])
+
+
+def checksum_errors() -> int:
+    """UDP datagrams that the kernel of this network namespace has dropped for a wrong checksum, IPv4 and IPv6."""
+    lines = Path("/proc/self/net/snmp").read_text().splitlines()
+    names, values = (line.split() for line in lines if line.startswith("Udp:"))
+    errors = int(dict(zip(names, values, strict=True)).get("InCsumErrors", 0))
+    of_ipv6 = Path("/proc/self/net/snmp6")
+    if of_ipv6.exists():  # not where IPv6 is switched off
+        pairs = (line.split() for line in of_ipv6.read_text().splitlines())
+        errors += sum(int(value) for name, value in pairs if name == "Udp6InCsumErrors")
+    return errors
+
+
+def bound_endpoint(scheme: str, sock: socket.socket) -> Endpoint:
+    """The endpoint that a listening socket is bound to, where the settings may have named several addresses by one."""
+    name = sock.getsockname()
+    return Endpoint(scheme, path=name) if sock.family == socket.AF_UNIX else Endpoint(scheme, *name[:2])
+
+
+def peer_credentials(sock: socket.socket) -> tuple[int, int, int]:
+    """Process, user and group at the other end of an AF_UNIX connection, when it was made (unix(7), SO_PEERCRED)."""
+    pid, uid, gid = UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size))
+    return pid, uid, gid

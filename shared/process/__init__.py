@@ -1,0 +1,1 @@
+"""A service's process: start, signals, reload, memory ceiling, log limit."""

@@ -1,0 +1,260 @@
+"""How every process starts and ends: arguments, logging, signals, readiness, exit codes.
+
+A signal handler only sets a flag; the service's loop sees it and drains: stop input, flush, close, exit, all within
+4 seconds, because honcho kills after five. A second signal has the default action. SIGHUP has the settings read again
+(`shared.process.reload`); what drains, or has no settings to read again, ignores it.
+"""
+
+import argparse
+import contextlib
+import gc
+import logging
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final, NoReturn
+
+import structlog
+
+from shared.net.printable import printable
+from shared.process.log_limit import Restraint
+from shared.settings.file import load, load_again
+from shared.settings.model import Bus, Settings, SettingsError
+
+OK: Final = 0
+FAILED: Final = 1
+USAGE: Final = 64
+"""Exit codes are those of sysexits.h where it has one."""
+UNAVAILABLE: Final = 69
+CANT_CREATE: Final = 73
+NOT_PERMITTED: Final = 77
+BAD_SETTINGS: Final = 78
+
+BROKER_PATIENCE_SECONDS: Final = 2.0
+"""How long a service waits for a broker without a word: started together, they find each other sooner."""
+
+log = structlog.get_logger()
+
+
+class OperatorError(Exception):
+    """Ends the process with one line and an exit code: something the operator can mend."""
+
+    def __init__(self, exit_code: int, message: str) -> None:
+        super().__init__(printable(message))
+        self.exit_code = exit_code
+
+
+class Lifecycle:
+    """Signals as flags and a descriptor: `draining` is set at the first SIGTERM or SIGINT, `reload_wanted` by SIGHUP.
+
+    `read` reads the settings again, from where they were read at the start; without it SIGHUP is ignored.
+    """
+
+    def __init__(self, read: Callable[[], Settings] | None = None) -> None:
+        self.draining = self.reload_wanted = False
+        self.read = read
+        self._reader, self._writer = socket.socketpair()
+        for end in (self._reader, self._writer):
+            end.setblocking(False)
+        signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._drain)
+        signal.signal(signal.SIGHUP, self._reload if read else signal.SIG_IGN)
+
+    def fileno(self) -> int:
+        """Readable once a signal has come, so that a loop blocked in poll wakes; `heed` when it is."""
+        return self._reader.fileno()
+
+    def heed(self) -> None:
+        """Let `fileno` wake nobody until the next signal; a drain goes on waking."""
+        with contextlib.suppress(BlockingIOError):
+            while not self.draining and self._reader.recv(4096):
+                pass
+
+    def _drain(self, number: int, _frame: FrameType | None) -> None:
+        self.draining = True
+        signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    def _reload(self, _number: int, _frame: FrameType | None) -> None:
+        self.reload_wanted = True
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that exits with 64 on wrong usage and knows `--version`."""
+
+    def __init__(self, prog: str, description: str, **options: Any) -> None:
+        super().__init__(prog=prog, description=description, **options)
+        self.add_argument("--version", action="version", version=f"fanwire {release()}")
+
+    def error(self, message: str) -> NoReturn:
+        """Print usage and the message to stderr, exit with 64."""
+        self.print_usage(sys.stderr)
+        self.exit(USAGE, f"{self.prog}: {message}\n")
+
+
+def release() -> str:
+    """The installed version, or a word for a checkout that is not installed."""
+    try:
+        return version("fanwire")
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def service_parser(name: str, description: str) -> Parser:
+    """The parser of a service: `--config` and whatever the service adds."""
+    parser = Parser(f"fanwire {name}", description)
+    add_config_argument(parser)
+    return parser
+
+
+def add_config_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--config FILE`."""
+    parser.add_argument("--config", type=Path, metavar="FILE", help="settings file; also FANWIRE_CONFIG")
+
+
+def worker_name(service: str) -> str:
+    """Return this process's name on the bus: `ingest.2` as honcho numbers it (HONCHO_PROCESS_NAME), else the first."""
+    name = os.environ.get("HONCHO_PROCESS_NAME", "")
+    prefix, _, number = name.rpartition(".")
+    return name if prefix == service and number.isascii() and number.isdigit() else f"{service}.1"
+
+
+def run(main: Callable[[argparse.Namespace, Settings, Lifecycle], None], arguments: argparse.Namespace) -> int:
+    """Run a service to its end and return its exit code; what the operator can mend ends in one line."""
+    configure_logging()
+    raise_descriptor_limit()
+    gc.freeze()  # what is there by now stays; the collector need not look at it again under load
+    try:
+        lifecycle = Lifecycle(partial(load_again, arguments.config))  # before reading: no SIGHUP after it is missed
+        main(arguments, load(arguments.config), lifecycle)
+    except SettingsError as error:
+        print(error, file=sys.stderr)
+        return BAD_SETTINGS
+    except OperatorError as error:
+        log.error(str(error))
+        return error.exit_code
+    except PermissionError as error:
+        log.error(f"{error.filename}: {error.strerror}")
+        return NOT_PERMITTED
+    return OK
+
+
+def configure_logging() -> None:
+    """Log to stderr: for people on a terminal, else one JSON object a line; warnings and errors with restraint."""
+    terminal = sys.stderr.isatty()
+    renderer: structlog.typing.Processor = (
+        structlog.dev.ConsoleRenderer() if terminal else structlog.processors.JSONRenderer()
+    )
+    structlog.configure(
+        processors=[
+            partial(_restrain, Restraint()),
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="%H:%M:%S" if terminal else "iso", utc=not terminal),
+            structlog.processors.format_exc_info,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+    logging.basicConfig(handlers=[_Hand()], force=True)
+
+
+def _restrain(
+    restraint: Restraint, _logger: object, level: str, event: structlog.typing.EventDict
+) -> structlog.typing.EventDict:
+    """Drop what has just been said, and say how often that was; an event and its `cause` tell what is the same.
+
+    What nobody but the operator provokes is always said: whatever is no trouble, and an `answer` that is.
+    """
+    if event.pop("answer", False) or level in ("debug", "info"):
+        return event
+    count = restraint.admit(f"{event['event']} {event.get('cause', '')}")
+    if not count:
+        raise structlog.DropEvent
+    return event if count == 1 else {**event, "suppressed": count - 1}
+
+
+class _Hand(logging.Handler):
+    """Puts what libraries log, such as asyncio, on our log."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        log.log(record.levelno, record.getMessage(), logger=record.name, exc_info=record.exc_info or None)
+
+
+def raise_descriptor_limit() -> None:
+    """Raise the soft limit of open files to the hard one: every client and collector is a descriptor."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def descriptor_limit() -> int:
+    """How many files this process may have open."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return soft if soft != resource.RLIM_INFINITY else 1 << 20
+
+
+class Watchdog:
+    """Tells systemd, where it asked (sd_watchdog_enabled(3)), that a service gets on: a loop that is stuck does not."""
+
+    def __init__(self) -> None:
+        ours = os.environ.get("WATCHDOG_PID") in (None, str(os.getpid()))
+        seconds = int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6 if ours else 0.0
+        self._interval = seconds / 4
+        self._due_at = 0.0 if seconds else float("inf")
+
+    def feed(self) -> None:
+        """To be called after each turn of a loop that did what it is there for, and from nowhere else."""
+        now = time.monotonic()
+        if now >= self._due_at:
+            self._due_at = now + self._interval
+            notify("WATCHDOG=1", socket.MSG_DONTWAIT)  # a manager that is busy must not hold up the loop
+
+
+class Readiness:
+    """Says once that a service is ready, and once, when that takes long, what it is waiting for; feeds the watchdog."""
+
+    def __init__(self, service: str, bus: Bus, broker_observed: Callable[[], bool]) -> None:
+        self._service = service
+        self._bus = bus
+        self._broker_observed = broker_observed
+        self._warn_at = time.monotonic() + BROKER_PATIENCE_SECONDS
+        self._watchdog = Watchdog()
+        self._ready = False
+
+    def check(self, **facts: object) -> None:
+        """Look whether the broker has been observed by now: after every turn of the loop, which feeds the watchdog."""
+        self._watchdog.feed()
+        if self._ready:
+            return
+        if self._broker_observed():
+            self._ready = True
+            announce_ready(self._service, **facts)
+        elif time.monotonic() >= self._warn_at:
+            self._warn_at = float("inf")
+            where = {"connect": self._bus.connect} if self._bus.connect else {"directory": str(self._bus.path)}
+            hint = "; its log says so when it is there and refuses this key" if self._bus.keys else ""
+            event = f"waiting for the broker; start it with `fanwire broker`{hint}"
+            log.warning(event, service=self._service, **where)
+
+
+def announce_ready(service: str, **facts: object) -> None:
+    """Say that the service can serve now: on the log, and to systemd."""
+    log.info("ready", service=service, pid=os.getpid(), **facts)
+    notify("READY=1")
+
+
+def notify(state: str, flags: int = 0) -> None:
+    """Tell systemd, where it asked (sd_notify(3)); that it does not listen is no reason to fail."""
+    if address := os.environ.get("NOTIFY_SOCKET"):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock, contextlib.suppress(OSError):
+            sock.sendto(state.encode(), flags, "\0" + address[1:] if address.startswith("@") else address)

@@ -1,0 +1,71 @@
+"""Reload by SIGHUP: streams and collectors are read again, the rest of the settings stays as it was at the start.
+
+Settings that can't be used, or that the service can't follow, keep the old ones: one line says so.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final
+
+import msgspec
+import structlog
+
+from shared.process.lifecycle import Lifecycle, OperatorError
+from shared.settings.file import differing
+from shared.settings.model import Collector, Settings, SettingsError, Stream
+
+RELOADED: Final = frozenset({"stream", "collector"})
+"""The keys that are read again."""
+
+log = structlog.get_logger()
+
+
+class Reload:
+    """Hands a service the settings that it is to follow from now on.
+
+    `follow` raises OperatorError when it can't, and then has changed nothing; None: nothing of them is used here.
+    """
+
+    def __init__(
+        self,
+        service: str,
+        lifecycle: Lifecycle,
+        settings: Settings,
+        follow: Callable[[Settings], None] | None = None,
+    ) -> None:
+        self._service = service
+        self._lifecycle = lifecycle
+        self._settings = settings
+        self._follow = follow
+
+    def check(self) -> None:
+        """Reload if SIGHUP has come: to be called after each turn of the service's loop."""
+        if not self._lifecycle.reload_wanted or self._lifecycle.read is None:
+            return
+        self._lifecycle.reload_wanted = False  # before reading: another SIGHUP means what the file says then
+        try:
+            self._adopt(self._lifecycle.read())
+        except (SettingsError, OperatorError) as error:
+            log.error(f"not reloaded, the old settings stay: {error}", service=self._service, answer=True)
+
+    def _adopt(self, fresh: Settings) -> None:
+        before = self._settings
+        settings = msgspec.structs.replace(before, streams=fresh.streams, collectors=fresh.collectors)
+        if self._follow:
+            self._follow(settings)
+            self._settings = settings
+        if restart := [key for key in differing(before, fresh) if key not in RELOADED]:
+            event = "these settings have changed too, but take a restart"
+            log.warning(event, service=self._service, settings=restart, answer=True)
+        if self._follow:
+            changed = [*_changed("stream", before.streams, settings.streams)]
+            changed += _changed("collector", before.collectors, settings.collectors)
+            log.info("reloaded", service=self._service, changed=changed)
+        else:
+            log.info("nothing to reload: streams and collectors are the other services'", service=self._service)
+
+
+def _changed(kind: str, before: Sequence[Stream | Collector], now: Sequence[Stream | Collector]) -> Iterator[str]:
+    """Name what is new, gone, or different."""
+    was, became = ({entry.name: entry for entry in entries} for entries in (before, now))
+    names = dict.fromkeys([*was, *became])
+    return (f"{kind} {name}" for name in names if was.get(name) != became.get(name))

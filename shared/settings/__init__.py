@@ -1,0 +1,1 @@
+"""The settings: each declared once (`model`), read from file and environment (`file`)."""

@@ -1,0 +1,165 @@
+"""Settings read, from one TOML file and the environment, into one frozen object; and written as such a file.
+
+Every scalar can be overridden from the environment: `FANWIRE_GATEWAY__MAX_CLIENTS=500`, and inside a list by the
+entry's name: `FANWIRE_STREAM__MESSAGES__RECEIVE_BUFFER=1048576`.
+"""
+
+import os
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final, get_args, get_type_hints
+
+import msgspec
+from msgspec import Struct
+
+from shared.settings.model import Settings, SettingsError
+
+MAX_DIRECTORY: Final = 107 - len("/pool.999999999")
+"""Bytes: what sun_path (unix(7)) leaves for the bus directory."""
+NOT_SETTINGS: Final = frozenset({"FANWIRE_CONFIG"})
+
+
+def load(path: Path | None, environment: Mapping[str, str] = os.environ) -> Settings:
+    """Read `path`, else the file FANWIRE_CONFIG names, else the defaults; then the environment. SettingsError."""
+    path = _named_file(path, environment)
+    where, found = "settings", {}
+    if path is not None:
+        where = str(path)
+        try:
+            found = tomllib.loads(path.read_text("utf-8"))
+        except OSError as error:
+            raise SettingsError(f"{where}: {error.strerror}") from None
+        except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, a number of thousands of digits
+            raise SettingsError(f"{where}: not TOML: {error}") from None
+    overrides = {name: text for name, text in environment.items() if name.startswith("FANWIRE_")}
+    for name in sorted(overrides.keys() - NOT_SETTINGS):
+        found = _override(found, name, overrides[name])
+    try:
+        settings = msgspec.convert(found, Settings)
+    except msgspec.ValidationError as error:
+        raise SettingsError(f"{where}: {_explain(str(error))}") from None
+    if len(os.fsencode(settings.bus.path)) > MAX_DIRECTORY:
+        raise SettingsError(f"{where}: bus.directory: expected at most {MAX_DIRECTORY} bytes, for socket paths in it")
+    return settings
+
+
+def load_again(path: Path | None, environment: Mapping[str, str] = os.environ) -> Settings:
+    """Read the settings as `load` did before, SettingsError too when they came by what can be read only once."""
+    named = _named_file(path, environment)
+    if named is not None and named.exists() and not named.is_file():
+        raise SettingsError(f"{named}: no file, and can't be read a second time; restart instead")
+    return load(path, environment)
+
+
+def _named_file(path: Path | None, environment: Mapping[str, str]) -> Path | None:
+    return path or (Path(named) if (named := environment.get("FANWIRE_CONFIG")) else None)
+
+
+def differing(one: Struct, other: Struct, prefix: str = "") -> Iterator[str]:
+    """Yield the keys, as in `gateway.listen`, in which two settings of one kind differ; of a list, the list's."""
+    for entry in msgspec.structs.fields(one):
+        mine, theirs, key = getattr(one, entry.name), getattr(other, entry.name), f"{prefix}{entry.encode_name}"
+        if isinstance(mine, Struct):
+            yield from differing(mine, theirs, f"{key}.")
+        elif mine != theirs:
+            yield key
+
+
+def render(settings: Settings, *, defaults: bool = True) -> str:
+    """Settings as TOML that `load` reads back to the same; `defaults`: also those that are as they are by default."""
+    values: dict[str, Any] = msgspec.to_builtins(settings) if defaults else _changed(settings)
+    sections, lists = [], []
+    if not settings.streams:
+        sections.append("stream = []\n")  # there is one by default; a key of no table stands before all tables
+    for name, value in values.items():
+        if isinstance(value, dict):
+            sections.append(_table(f"[{name}]", value))
+        else:
+            lists += [_table(f"[[{name}]]", entry) for entry in value]
+    return "\n".join(sections + lists)
+
+
+def _changed(struct: Struct) -> dict[str, Any]:
+    """The fields, as `to_builtins` has them, that differ from their defaults."""
+    changed = {}
+    for entry in msgspec.structs.fields(struct):
+        value = getattr(struct, entry.name)
+        if value == entry.default:
+            continue
+        if isinstance(value, Struct):
+            value = _changed(value)
+        elif isinstance(value, tuple):
+            value = [_changed(each) if isinstance(each, Struct) else each for each in value]
+        changed[entry.encode_name] = value
+    return changed
+
+
+def _table(title: str, values: Mapping[str, Any]) -> str:
+    lines = [f"{key} = {_toml(value)}" for key, value in values.items() if value is not None]
+    return "\n".join([title, *lines, ""])
+
+
+def _toml(value: Any) -> str:
+    # JSON's strings, numbers, booleans and arrays are TOML's too, but for DEL, which TOML wants escaped.
+    return msgspec.json.encode(value).decode().replace("\x7f", "\\u007f")
+
+
+def _override(found: dict[str, Any], variable: str, text: str) -> dict[str, Any]:
+    """Return `found` with the scalar that an environment variable names set to its text, read as its type."""
+    section, _, rest = variable.removeprefix("FANWIRE_").lower().partition("__")
+    declared = _fields(Settings).get(section)
+    if not rest and not section.startswith(tuple(_fields(Settings))):
+        return found  # somebody else's variable; a section with one underscore too few is a mistake
+    if declared is None or not rest:
+        raise SettingsError(f"{variable}: not a setting; expected FANWIRE_SECTION__KEY, sections {_known(Settings)}")
+    listed = bool(get_args(declared))
+    struct: type[Struct] = get_args(declared)[0] if listed else declared
+    shape: Any = list if listed else dict
+    default = msgspec.to_builtins(getattr(Settings(), f"{section}s")) if listed else {}
+    entries: Any = found.get(section, shape(default))
+    if not isinstance(entries, shape):
+        return found  # the file is wrong there, and is told so when it is converted
+    target, key = entries, rest
+    if listed:
+        name, _, key = rest.partition("__")
+        named = (entry for entry in entries if isinstance(entry, dict))
+        target = next((entry for entry in named if _as_variable(str(entry.get("name", ""))) == name), None)
+        if target is None:
+            raise SettingsError(f"{variable}: there is no {section} called {name!r}")
+    field_type = _fields(struct).get(key)
+    if field_type is None:
+        raise SettingsError(f"{variable}: not a setting; [{section}] has {_known(struct)}")
+    try:
+        target[key] = msgspec.to_builtins(msgspec.convert(text, field_type, strict=False))
+    except msgspec.ValidationError as error:
+        raise SettingsError(f"{variable}: {error}") from None
+    return {**found, section: entries}
+
+
+def _as_variable(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "_", name.lower())
+
+
+def _fields(struct: type[Struct]) -> dict[str, Any]:
+    """The keys of a section as they are written in the file, each with its type."""
+    hints = get_type_hints(struct, include_extras=True)
+    return {entry.encode_name: hints[entry.name] for entry in msgspec.structs.fields(struct)}
+
+
+def _known(struct: type[Struct]) -> str:
+    return ", ".join(_fields(struct))
+
+
+def _explain(message: str) -> str:
+    """Turn msgspec's sentence into: key, what was expected."""
+    reason, _, at = message.partition(" - at `$")
+    key = at.rstrip("`").removeprefix(".").replace("[...]", "")
+    if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", reason, re.DOTALL):
+        section = re.sub(r"\[\d+\]", "", key)
+        declared = _fields(Settings).get(section, Settings)
+        struct = get_args(declared)[0] if get_args(declared) else declared
+        full = f"{key}.{unknown[1]}" if key else unknown[1]
+        return f"{full}: unknown key; expected one of {_known(struct)}"
+    return f"{key}: {reason}" if key else reason

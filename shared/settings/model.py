@@ -1,0 +1,391 @@
+"""Each setting, declared once: its type, its default, what it must agree with. `shared/settings/file` reads them."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Final, Literal, get_args
+
+from msgspec import Meta, Struct, field
+
+from shared.client import ALL_STREAMS, Dscp, HopLimit, Prefixes, Source
+from shared.net.addresses import Endpoint, pack_address, pack_network, parse_endpoint
+from shared.net.printable import printable
+
+BUS_SCHEMES: Final = ("tcp",)
+STREAM_SCHEMES: Final = ("udp", "tcp", "unixgram")
+REGISTRY_SCHEMES: Final = ("tcp", "unix", "tls")
+MAX_PORT: Final = 65_535
+CLIENT_BYTES: Final = 4096
+"""What an entry of the registry takes in the gateway."""
+CONNECTION_BYTES: Final = 98_304
+"""What a TCP connection to ingest may take: the longest message, unfinished, and one read more."""
+
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Count = Annotated[int, Meta(ge=1, le=1_000_000)]
+Port = Annotated[int, Meta(ge=1, le=MAX_PORT)]
+Seconds = Annotated[float, Meta(gt=0, le=86_400)]
+Bytes = Annotated[int, Meta(ge=4096, le=1 << 30)]
+Ceiling = Annotated[int, Meta(ge=67_108_864, le=1 << 40)]
+"""Bytes of memory that a process may take; one that has nothing to do takes some 50 MB."""
+Scope = Literal["list", "collect", "transmit", "admin"]
+SCOPES: Final[tuple[Scope, ...]] = get_args(Scope)
+Ethertype = int | str
+"""A number, or its text as in `"0x0801"`."""
+
+
+class SettingsError(ValueError):
+    """Settings that can't be used: one line with file, key and what was expected."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
+
+
+class Bus(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where the processes meet."""
+
+    directory: str = "$XDG_RUNTIME_DIR/fanwire"
+    """Holds the ipc sockets; without XDG_RUNTIME_DIR a directory of this user under /tmp."""
+    high_water_mark: Annotated[int, Meta(ge=1, le=65_536)] = 256
+    """Messages a queue of the bus holds before it drops, each up to 256 datagrams or 512 KiB."""
+    pool: Annotated[int, Meta(ge=0, le=1 << 30)] = 67_108_864
+    """Bytes of memory that a worker may lend a stream's payloads in; 0: all go through the bus."""
+    listen: tuple[str, ...] = ()
+    """tcp://HOST:PORT where the broker takes connections besides ipc, publishers at PORT, subscribers at PORT + 1."""
+    connect: str = ""
+    """tcp://HOST:PORT of a broker on another host; "": the one in the directory."""
+    keys: str = ""
+    """Directory of the services' keys, made by `fanwire keys`; "": who may enter the bus directory is trusted."""
+
+    def __post_init__(self) -> None:
+        for text in (*self.listen, *((self.connect,) if self.connect else ())):
+            endpoint = parse_endpoint(text, BUS_SCHEMES)
+            if endpoint.port == MAX_PORT:
+                raise ValueError(f"{text!r}: expected a port up to {MAX_PORT - 1}: subscribers have the next one")
+            if not self.keys and not endpoint.is_loopback:
+                raise ValueError(
+                    f"{text!r} is beyond loopback, where the bus takes keys; set [bus] keys = DIRECTORY, and make them "
+                    "with `fanwire keys DIRECTORY`"
+                )
+
+    @property
+    def endpoints(self) -> tuple[Endpoint, ...]:
+        """`listen`, parsed."""
+        return tuple(parse_endpoint(text, BUS_SCHEMES) for text in self.listen)
+
+    @property
+    def broker(self) -> Endpoint | None:
+        """`connect`, parsed."""
+        return parse_endpoint(self.connect, BUS_SCHEMES) if self.connect else None
+
+    @property
+    def key_directory(self) -> Path | None:
+        """`keys` with variables filled in."""
+        return Path(os.path.expandvars(self.keys)) if self.keys else None
+
+    @property
+    def lent(self) -> int:
+        """Bytes that a worker may lend: memory can't be lent to another host."""
+        return 0 if self.connect else self.pool
+
+    @property
+    def path(self) -> Path:
+        """The directory with variables filled in: systemd's RUNTIME_DIRECTORY, XDG_RUNTIME_DIR, or /tmp."""
+        if self.directory == Bus().directory and (runtime := os.environ.get("RUNTIME_DIRECTORY")):
+            return Path(runtime.partition(":")[0])
+        text = os.path.expandvars(self.directory)
+        return Path(f"/tmp/fanwire-{os.geteuid()}") if "$" in text else Path(text)
+
+
+def leave_room(key: str, most: int, memory: int) -> None:
+    """Raise ValueError when what a setting allows may take over half of the memory that a process has."""
+    if most > memory // 2:
+        raise ValueError(
+            f"{key} may take {most} bytes, over half of memory, {memory}; lower the one or raise the other"
+        )
+
+
+class Broker(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Passes what the others say to each other."""
+
+    memory: Ceiling = 805_306_368
+    """Bytes that the process may take; from half of it on subscribers that read nothing are cut off."""
+
+
+class Gateway(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The client registry."""
+
+    listen: Annotated[tuple[str, ...], Meta(min_length=1)] = ("tcp://127.0.0.1:5000",)
+    """tcp://HOST:PORT on loopback, unix:///PATH, or tls://HOST:PORT."""
+    certificate: str = ""
+    """A PEM file: what tls:// listeners show, and the certificates of its issuers. Variables as in `database`."""
+    key: str = ""
+    """A PEM file: the certificate's private key."""
+    client_authorities: str = ""
+    """A PEM file: clients may show a certificate that one of these has signed; "": none is asked for."""
+    tokens: str = ""
+    """A file with more [[token]], readable by its owner only; "": none."""
+    names_beyond_loopback: bool = False
+    """Whether a client with a certificate may use the names protocol on a listener that is not loopback."""
+    destinations: tuple[str, ...] = ()
+    """Networks that anybody who may sign up may have copies sent to without proof."""
+    max_clients: Count = 10_000
+    max_clients_per_holder: Count = 1000
+    """Of them, signed up with one token or certificate."""
+    max_connections: Count = 4096
+    """Open at once; one more is answered `unavailable` and closed."""
+    max_connections_per_address: Count = 2048
+    """Likewise from one address, /64 prefix of IPv6, or by AF_UNIX; many may share one behind NAT or on this host."""
+    requests_per_second: Count = 2000
+    """From one such address; what comes faster, after 10 s worth of it, is read and answered no faster than that."""
+    request_seconds: Seconds = 5.0
+    """From a request's first byte to its last, and for a client to take its answer."""
+    idle_seconds: Seconds = 120.0
+    """A connection that sends nothing is closed after this; one that holds a lease is not."""
+    lease_seconds: Annotated[float, Meta(ge=0, le=31_536_000)] = 0.0
+    """How long an entry made by the names protocol stays; 0: until it is replaced or removed."""
+    output_buffer: Bytes = 1_048_576
+    """Bytes that may wait for a client that watches; one that reads more slowly than the list changes is cut off."""
+    database: str = "$STATE_DIRECTORY/registry.sqlite"
+    """Keeps the registry over a restart; without STATE_DIRECTORY, systemd's, in the bus directory; "": nowhere."""
+    preserve_seconds: Annotated[float, Meta(ge=0, le=86_400)] = 900.0
+    """How long at most nothing expires when over 15 % of the renewals due within a minute are missing; 0: never."""
+    serve_seconds: Seconds = 0.5
+    """How long an answer to `register` waits for forwarder or transmitter to say that copies flow."""
+    allow_transmit: bool = False
+    """Whether clients may have the transmitter send raw frames, by `transmit`; its own policy applies besides."""
+    memory: Ceiling = 402_653_184
+    """Bytes that the process may take; near it connections for which most waits are cut off."""
+
+    def __post_init__(self) -> None:
+        leave_room("max_clients", self.max_clients * CLIENT_BYTES, self.memory)
+        for text in self.listen:
+            parse_endpoint(text, REGISTRY_SCHEMES)
+        for prefix in self.destinations:
+            pack_network(prefix)
+
+    @property
+    def endpoints(self) -> tuple[Endpoint, ...]:
+        """`listen`, parsed."""
+        return tuple(parse_endpoint(text, REGISTRY_SCHEMES) for text in self.listen)
+
+
+Protocol = Literal["netflow", "ipfix", "sflow"]
+"""NetFlow v5 and v9, IPFIX, or sFlow v5: whose numbers tell what was lost before it came."""
+
+
+class Stream(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Datagrams under one name, from any number of listeners."""
+
+    name: Name
+    listen: Annotated[tuple[str, ...], Meta(min_length=1)]
+    """udp://HOST:PORT, tcp://HOST:PORT or unixgram:///PATH."""
+    reply: Annotated[str, Meta(max_length=1024)] | None = None
+    """Sent back to the sender of every UDP datagram; none by default."""
+    reply_beyond_loopback: bool = False
+    """Without it a reply is refused on a listener that is not loopback: forged sources would aim it at others."""
+    receive_buffer: Bytes = 33_554_432
+    """Bytes asked of the kernel for each UDP socket."""
+    protocol: Protocol | None = None
+    """What its UDP listeners take, to count what is missing from the exporters' own numbers; none: nobody looks."""
+
+    def __post_init__(self) -> None:
+        for text in self.listen:
+            parse_endpoint(text, STREAM_SCHEMES)
+
+    @property
+    def endpoints(self) -> tuple[Endpoint, ...]:
+        """`listen`, parsed."""
+        return tuple(parse_endpoint(text, STREAM_SCHEMES) for text in self.listen)
+
+
+Spread = Literal["flow", "source", "datagram"]
+"""Addresses and ports, the source address alone, or nothing: any worker may take any datagram."""
+
+
+class Ingest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The workers that take datagrams in."""
+
+    fill_ms: Annotated[float, Meta(ge=0, le=1)] = 0.4
+    """How long a worker may wait for a batch to fill when small batches come back to back; 0: never."""
+    spread: Spread = "flow"
+    """What decides which worker takes a datagram; by `datagram` an exporter's may overtake each other."""
+    tcp_connections: Count = 1024
+    """Open TCP connections a worker; one more is closed at once."""
+    tcp_idle_seconds: Seconds = 600.0
+    """A TCP connection that sends nothing for this long is closed."""
+    memory: Annotated[int, Meta(ge=268_435_456, le=1 << 40)] = 805_306_368
+    """Bytes that a worker may take; near it what comes is dropped. What is beyond 128 MiB may be lent, by half."""
+
+    def __post_init__(self) -> None:
+        leave_room("tcp_connections", self.tcp_connections * CONNECTION_BYTES, self.memory)
+
+
+class Forwarder(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Sends copies from this host's own address."""
+
+    send_buffer: Bytes = 65_536
+    """Bytes asked of the kernel for each collector's socket, which takes twice that: so little that the kernel does not
+    drop what waits in it for a next hop that does not answer, in silence (unres_qlen_bytes, arp(7))."""
+    queue_seconds: Annotated[float, Meta(ge=0, le=60)] = 1.0
+    """How long datagrams wait for room in a collector's send buffer; 0: they are dropped at once."""
+    queue_bytes: Bytes = 16_777_216
+    """How many bytes of the batches they are in may wait so for one collector."""
+    held_memory: Bytes = 268_435_456
+    """Bytes of batches that may wait for all collectors together."""
+    segmentation: bool = True
+    """Send runs of equal length by UDP_SEGMENT where the kernel can."""
+    withhold: bool = False
+    """Give a collector whose port is closed one datagram a second, until one is not refused."""
+    memory: Ceiling = 1_073_741_824
+    """Bytes that the process may take; near it the oldest of what waits is dropped."""
+
+    def __post_init__(self) -> None:
+        leave_room("held_memory", self.held_memory, self.memory)
+
+
+class Transmitter(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Copies from the exporter's own address, and raw frames: what it may do is said here, not by who asks."""
+
+    user: Annotated[str, Meta(min_length=1, max_length=64)] = "nobody"
+    """Who it becomes once its sockets are open, when it was started as root."""
+    interfaces: tuple[Annotated[str, Meta(min_length=1, max_length=15)], ...] = ()
+    """Raw frames leave by these only; empty: by none."""
+    ethertypes: tuple[Ethertype, ...] = ()
+    """Raw frames carry these only, as numbers such as 0x0801; empty: none."""
+    destinations: tuple[str, ...] = (
+        "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "127.0.0.0/8", "fc00::/7", "::1/128",
+    )  # fmt: skip
+    """Source-preserving copies go nowhere else."""
+    sources: tuple[str, ...] = ()
+    """Copies claim sources of these prefixes only; empty: whatever address a datagram came from."""
+    frames_per_second: Annotated[int, Meta(ge=0, le=1_000_000_000)] = 0
+    """Of copies and raw frames together; 0: no limit."""
+    held_memory: Bytes = 268_435_456
+    """Bytes of batches that may wait for next hops to tell their link addresses, for all collectors together."""
+    segmentation: bool = True
+    """Hand the kernel runs of equal length as one frame (UDP_L4 GSO) where it can."""
+    memory: Ceiling = 805_306_368
+    """Bytes that the process may take; near it the oldest of what waits is dropped."""
+
+    def __post_init__(self) -> None:
+        leave_room("held_memory", self.held_memory, self.memory)
+        for prefix in (*self.destinations, *self.sources):
+            pack_network(prefix)
+        for ethertype in self.ethertypes:
+            parse_ethertype(ethertype)
+
+    @property
+    def ethertype_numbers(self) -> frozenset[int]:
+        """`ethertypes` as numbers."""
+        return frozenset(map(parse_ethertype, self.ethertypes))
+
+
+class Collector(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A collector that can't sign itself up; the fields of `register`."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=255)]
+    streams: Annotated[tuple[str, ...], Meta(min_length=1, max_length=64)]
+    address: str
+    port: Port
+    source: Source = "relay"
+    prefixes: Prefixes = field(default=(), name="from")
+    sample: Count = 1
+    group: Annotated[str, Meta(max_length=64)] = ""
+    hop_limit: HopLimit = 64
+    dscp: Dscp = 0
+
+    def __post_init__(self) -> None:
+        pack_address(self.address)
+        for prefix in self.prefixes:
+            pack_network(prefix)
+
+
+class Token(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Who may use the gateway from elsewhere: known by the token it sends, or by the certificate it shows."""
+
+    name: Name
+    """The holder: entries belong to it, whichever connection made them."""
+    hash: Annotated[str, Meta(pattern=r"^sha256:[0-9a-f]{64}$")] | None = None
+    """SHA-256 of its token, as `fanwire token` prints it."""
+    certificate: Annotated[str, Meta(min_length=1, max_length=64)] | None = None
+    """The subject's common name in its certificate, which stays when the certificate is renewed."""
+    scopes: Annotated[tuple[Scope, ...], Meta(min_length=1)]
+    streams: Annotated[tuple[str, ...], Meta(min_length=1)] = (ALL_STREAMS,)
+    """Those it may sign up for."""
+    destinations: tuple[str, ...] = ()
+    """Networks that it may have copies sent to without proof."""
+
+    def __post_init__(self) -> None:
+        if (self.hash is None) == (self.certificate is None):
+            raise ValueError(f"token {self.name!r}: expected either hash or certificate")
+        for prefix in self.destinations:
+            pack_network(prefix)
+
+
+DEFAULT_STREAM: Final = Stream(
+    name="messages", listen=("udp://localhost:6667", "tcp://localhost:6667"), reply="Got your message!"
+)
+
+
+def parse_ethertype(value: Ethertype) -> int:
+    """Return the number of an ethertype. ValueError when it is none.
+
+    >>> parse_ethertype("0x0801"), parse_ethertype(2049)
+    (2049, 2049)
+    """
+    try:
+        number = int(value, 0) if isinstance(value, str) else value
+    except ValueError:
+        number = -1
+    if not 0 <= number <= 0xFFFF:
+        raise ValueError(f"{value!r} is not an ethertype; expected a number such as 0x0801")
+    return number
+
+
+class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything, as a service gets it."""
+
+    bus: Bus = Bus()
+    broker: Broker = Broker()
+    gateway: Gateway = Gateway()
+    ingest: Ingest = Ingest()
+    forwarder: Forwarder = Forwarder()
+    transmitter: Transmitter = Transmitter()
+    streams: tuple[Stream, ...] = field(default=(DEFAULT_STREAM,), name="stream")
+    collectors: tuple[Collector, ...] = field(default=(), name="collector")
+    tokens: tuple[Token, ...] = field(default=(), name="token")
+
+    @property
+    def database(self) -> Path | None:
+        """The registry's file with variables filled in; None: it is not kept."""
+        if not self.gateway.database:
+            return None
+        text = os.path.expandvars(self.gateway.database)
+        return self.bus.path / Path(text).name if "$" in text else Path(text)
+
+    def __post_init__(self) -> None:
+        names = [stream.name for stream in self.streams]
+        for kind, all_names in (("stream", names), ("collector", [entry.name for entry in self.collectors])):
+            if twice := {name for name in all_names if all_names.count(name) > 1}:
+                raise ValueError(f"{kind} name {twice.pop()!r} is there twice")
+        numbered = [stream.name for stream in self.streams if stream.protocol]
+        if numbered and self.ingest.spread == "datagram":
+            raise ValueError(
+                f'stream {numbered[0]!r} has a protocol, and [ingest] spread is "datagram": no worker sees all that an '
+                'exporter sends; take "source" or "flow", or the protocol away'
+            )
+        for collector in self.collectors:
+            if unknown := set(collector.streams) - {*names, ALL_STREAMS}:
+                raise ValueError(f"collector {collector.name!r} names a stream {unknown.pop()!r} that is not there")
+        self.check_tokens(self.tokens)
+
+    def check_tokens(self, tokens: Sequence[Token]) -> None:
+        """Raise ValueError unless these can be told apart, and name streams that are there."""
+        known = {ALL_STREAMS, *(stream.name for stream in self.streams)}
+        for key in ("name", "hash", "certificate"):
+            values = [value for token in tokens if (value := getattr(token, key)) is not None]
+            if twice := {value for value in values if values.count(value) > 1}:
+                raise ValueError(f"token {key} {twice.pop()!r} is there twice")
+        for token in tokens:
+            if unknown := set(token.streams) - known:
+                raise ValueError(f"token {token.name!r} names a stream {unknown.pop()!r} that is not there")

@@ -1,0 +1,510 @@
+import errno
+import random
+import socket
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+import services.forwarder.destination
+import shared.datagrams.mmsg
+from services.forwarder.destination import ANSWER_SECONDS, MAX_SKIPS, Outlet
+from services.forwarder.plan import SendPlan
+from services.forwarder.service import Relay
+from shared.datagrams.batch import DatagramBatch
+from shared.datagrams.gathered import Gathered
+from shared.fanout.backlog import HeldMemory
+from shared.fanout.collectors import Collectors
+from shared.ledger import discrepancies
+from shared.settings.model import Forwarder, Settings
+from tests.builders import SOURCES, make_batch, make_client
+from tests.stack import wait_until
+
+IP_RECVTTL = 12
+"""linux/in.h; the stdlib has no name for it."""
+SIZES = [0, 1, 1464, 9000, 32_767, 65_507]
+Headers = npt.NDArray[np.void]
+
+
+@pytest.fixture
+def opened(lab: None) -> Iterator[ExitStack]:
+    """Closes what a test enters into it."""
+    with ExitStack() as stack:
+        yield stack
+
+
+def listen(opened: ExitStack, host: str = "127.0.0.1", port: int = 0) -> socket.socket:
+    """A collector's socket, with room for everything."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = opened.enter_context(socket.socket(family, socket.SOCK_DGRAM))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16 << 20)
+    sock.bind((host, port))
+    sock.settimeout(10)
+    return sock
+
+
+def closed_port(opened: ExitStack) -> int:
+    """A port of loopback that nobody listens on."""
+    with listen(opened) as sock:
+        port = sock.getsockname()[1]
+    return int(port)
+
+
+class Sent:
+    """Collectors as the forwarder has them, given batches by the test."""
+
+    def __init__(self, opened: ExitStack, *clients: Any, **settings: Any) -> None:
+        self.published: Counter[str] = Counter()
+        self._relay = Relay("forwarder.1", Settings(forwarder=Forwarder(**settings)))
+        self.collectors = Collectors(["messages"], self.published, self._relay.reach)
+        opened.callback(self.collectors.close)
+        self.collectors.replace(clients)
+
+    def send(self, batch: DatagramBatch) -> dict[str, dict[str, int]]:
+        """Send a batch; return the accounts, which must add up."""
+        self.published[batch.stream] += len(batch)
+        gathered = Gathered([batch])
+        self._relay.send(gathered, self.collectors.route(gathered))
+        return self.accounts()
+
+    def work(self) -> dict[str, dict[str, int]]:
+        """Do what the loop does in time; return the accounts."""
+        time.sleep(min(0.02, self._relay.work()))
+        self._relay.work()
+        return self.accounts()
+
+    @property
+    def memory_used(self) -> int:
+        """Bytes of what waits."""
+        return self._relay.held.used
+
+    def accounts(self) -> dict[str, dict[str, int]]:
+        """The accounts, which must add up."""
+        accounts = self.collectors.accounts()
+        assert list(discrepancies(accounts)) == []
+        return accounts
+
+
+class Kernel:
+    """The kernel's sendmmsg, made to answer some calls with an error of the test's choice."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.errors: list[int] = []
+        self.segmented_errors: list[int] = []
+        self.late_error = 0
+        self.most = 1 << 30
+        self.calls = 0
+        monkeypatch.setattr(services.forwarder.destination, "send", self.send)
+
+    def send(self, descriptor: int, headers: Headers, start: int, stop: int) -> tuple[int, int]:
+        """Fail as told, else take what may be taken. `segmented_errors`: of segmented sends, in turn."""
+        self.calls += 1
+        if self.errors:
+            return 0, self.errors.pop(0)
+        if start and self.late_error:
+            return 0, self.late_error
+        if self.segmented_errors:
+            segmented = np.flatnonzero(headers["controllen"][start:stop])
+            if len(segmented) and segmented[0] == 0:
+                if error := self.segmented_errors.pop(0):
+                    return 0, error
+                stop = start + 1
+            elif len(segmented):
+                stop = start + int(segmented[0])
+        return shared.datagrams.mmsg.send(descriptor, headers, start, min(stop, start + self.most))
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    """The kernel between outlets and the wire."""
+    return Kernel(monkeypatch)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_copies_have_the_hop_limit_and_dscp_asked_for(lab: None, address: str) -> None:
+    """Each copy carries the collector's hop limit and DSCP, over IPv4 and IPv6."""
+    with ExitStack() as opened:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        sink = opened.enter_context(socket.socket(family, socket.SOCK_DGRAM))
+        sink.settimeout(10)
+        sink.bind((address, 0))
+        if family == socket.AF_INET6:
+            sink.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVHOPLIMIT, 1)
+            sink.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVTCLASS, 1)
+        else:
+            sink.setsockopt(socket.IPPROTO_IP, IP_RECVTTL, 1)
+            sink.setsockopt(socket.IPPROTO_IP, socket.IP_RECVTOS, 1)
+        client = make_client("c", sink.getsockname()[1], address=address, hop_limit=17, dscp=46)
+        Sent(opened, client).send(make_batch([b"one"]))
+        _, controls, _, _ = sink.recvmsg(100, 200)
+        assert sorted(data[0] for _, _, data in controls) == [17, 46 << 2]
+
+
+def received(sock: socket.socket, count: int) -> list[bytes]:
+    """The next datagrams, and no more than those."""
+    found = [sock.recv(1 << 16) for _ in range(count)]
+    sock.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        sock.recv(1 << 16)
+    sock.settimeout(10)
+    return found
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+@pytest.mark.parametrize("segmentation", [True, False])
+@pytest.mark.parametrize(
+    "lengths", [SIZES, [1464] * 200, [1464] * 63 + [7], [65_507] * 8, [0] * 5, [40, 30, 20, 10, 0, 10], [32_500] * 9]
+)
+def test_every_size_arrives_as_it_was(opened: ExitStack, host: str, segmentation: bool, lengths: list[int]) -> None:
+    """Datagrams of 0 to 65,507 bytes, in runs and alone, by UDP_SEGMENT or not, arrive in order byte for byte."""
+    collector = listen(opened, host)
+    client = make_client("a", collector.getsockname()[1], address=host)
+    sent = Sent(opened, client, segmentation=segmentation)
+    payloads = [bytes([number]) * length for number, length in enumerate(lengths)]
+    account = sent.send(make_batch(payloads))["collector/a"]
+    assert received(collector, len(payloads)) == payloads
+    assert account["delivered"] == account["offered"] == len(payloads)
+    assert account["bytes"] == sum(lengths)
+
+
+def test_each_collector_gets_its_own_rows(opened: ExitStack) -> None:
+    """Several collectors of one batch get all of it, its half, or what their prefix says, each at its own socket."""
+    sockets = {name: listen(opened) for name in "abc"}
+    fields: dict[str, dict[str, Any]] = {"a": {}, "b": {"sample": 2}, "c": {"prefixes": ("2001:db8::/32",)}}
+    sent = Sent(opened, *(make_client(name, sockets[name].getsockname()[1], **fields[name]) for name in "abc"))
+    payloads = [b"%d" % number for number in range(8)]
+    accounts = sent.send(make_batch(payloads, ["192.0.2.1", "2001:db8::1"]))
+    assert received(sockets["a"], 8) == payloads
+    assert received(sockets["b"], 4) == payloads[::2]
+    assert received(sockets["c"], 4) == payloads[1::2]
+    assert accounts["collector/b"]["sampled_out"] == accounts["collector/c"]["filtered"] == 4
+
+
+def test_closed_port_is_refused_and_accounted_for(opened: ExitStack) -> None:
+    """Refusals of a closed port are seen and counted; every datagram is delivered or dropped; the living get theirs."""
+    live = listen(opened)
+    sent = Sent(opened, make_client("dead", closed_port(opened)), make_client("live", live.getsockname()[1]))
+    for _ in range(20):
+        accounts = sent.send(make_batch([b"one", b"three", b"seven"]))
+    assert received(live, 60) == [b"one", b"three", b"seven"] * 20
+    dead = accounts["collector/dead"]
+    assert dead["refusals"] > 0
+    assert dead["delivered"] + dead.get("dropped_refused", 0) == dead["offered"] == 60
+    assert "refusals" not in accounts["collector/live"]
+
+
+def test_closed_port_costs_two_sends_a_batch(opened: ExitStack) -> None:
+    """The kernel tells of a closed port by taking fewer messages, without an error: the rest is dropped."""
+    payloads = [b"x" * (number + 1) for number in range(100)]  # ascending, so that no two go together
+    for segmentation in (True, False):
+        sent = Sent(opened, make_client("dead", closed_port(opened)), segmentation=segmentation)
+        dead = sent.send(make_batch(payloads))["collector/dead"]
+        assert dead["dropped_refused"] >= 97
+        assert dead["delivered"] + dead["dropped_refused"] == 100
+        assert dead["refusals"] >= 1
+
+
+def test_one_refusal_is_forgiven_and_a_second_drops_the_rest(opened: ExitStack, kernel: Kernel) -> None:
+    """One refusal may be of an earlier batch; a second one in the same batch drops what is left of it."""
+    collector = listen(opened)
+    sent = Sent(opened, make_client("a", collector.getsockname()[1]), segmentation=False)
+    kernel.errors = [errno.ECONNREFUSED]
+    account = sent.send(make_batch([b"x"] * 3))["collector/a"]
+    assert (account["delivered"], account["refusals"]) == (3, 1)
+    kernel.errors = [errno.ECONNREFUSED] * 2
+    account = sent.send(make_batch([b"x"] * 3))["collector/a"]
+    assert (account["delivered"], account["refusals"], account["dropped_refused"]) == (3, 3, 3)
+
+
+def test_collector_that_comes_back_gets_its_next_batch_whole(opened: ExitStack) -> None:
+    """The answer to a datagram sent while the port was closed does not cost one that is sent after it opened."""
+    port = closed_port(opened)
+    sent = Sent(opened, make_client("a", port))
+    for _ in range(3):
+        sent.send(make_batch([b"to nobody"]))
+    collector = listen(opened, port=port)
+    sent.send(make_batch([b"back"]))
+    assert received(collector, 1) == [b"back"]
+
+
+def test_refusal_is_heard_of_without_another_datagram(opened: ExitStack) -> None:
+    """The answer to the last datagram is counted at the next refresh, and costs the next datagram nothing."""
+    sent = Sent(opened, make_client("a", closed_port(opened)))
+    sent.send(make_batch([b"one"]))
+    sent.collectors.refresh()
+    assert sent.collectors.accounts()["collector/a"]["refusals"] == 1
+    assert sent.send(make_batch([b"two"]))["collector/a"] == {
+        "delivered": 2,
+        "bytes": 6,
+        "refusals": 1,
+        "offered": 2,
+        "expected": 2,
+    }
+
+
+@pytest.mark.parametrize("segmentation", [True, False])
+@pytest.mark.parametrize("size", [0, 1, 20_000])
+def test_who_refuses_gets_a_datagram_a_second(
+    opened: ExitStack, monkeypatch: pytest.MonkeyPatch, segmentation: bool, size: int
+) -> None:
+    """With `withhold` one datagram goes at a time, the rest is withheld; when it was not refused all go again."""
+    now = 1000.0
+    monkeypatch.setattr(services.forwarder.destination, "time", SimpleNamespace(monotonic=lambda: now))
+    port = closed_port(opened)
+    sent = Sent(opened, make_client("a", port), segmentation=segmentation, withhold=True)
+    payloads = [b"%d" % number + bytes(size) for number in range(9)]
+    sent.send(make_batch(payloads[:1]))
+    sent.collectors.refresh()
+    for second in range(1, 4):
+        now += 1.0
+        for _ in range(3):
+            account = sent.send(make_batch(payloads))["collector/a"]
+        assert (account["delivered"], account["withheld"]) == (1 + second, 26 * second)
+        sent.collectors.refresh()
+        assert account["offered"] == 1 + 27 * second
+    collector = listen(opened, port=port)
+    now += 1.0
+    sent.send(make_batch(payloads))
+    now += 0.1  # too soon for an answer to have come
+    sent.collectors.refresh()
+    sent.send(make_batch(payloads))
+    now += ANSWER_SECONDS
+    sent.collectors.refresh()
+    account = sent.send(make_batch(payloads))["collector/a"]
+    assert received(collector, 10) == [payloads[0], *payloads]
+    assert "dropped_refused" not in account
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.EINVAL, errno.EMSGSIZE, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("sample", [1, 2])
+def test_refused_segmentation_sends_the_rest_one_by_one(
+    opened: ExitStack, kernel: Kernel, error: int, sample: int
+) -> None:
+    """When segments are refused the rest goes one by one: in order, nothing doubled, and nothing counted as dropped."""
+    collector = listen(opened)
+    sent = Sent(opened, make_client("a", collector.getsockname()[1], sample=sample))
+    payloads = [b"alone", *[bytes([number]) * (500 + number // 70) for number in range(200)], b"end"]
+    kernel.segmented_errors = [0, error]
+    account = sent.send(make_batch(payloads))["collector/a"]
+    expected = payloads[::sample]
+    assert received(collector, len(expected)) == expected
+    assert account["delivered"] == len(expected)
+    assert kernel.segmented_errors == []
+    account = sent.send(make_batch([b"same"] * 4))["collector/a"]
+    assert received(collector, 4 // sample) == [b"same"] * (4 // sample)
+
+
+def test_segmentation_is_tried_again_after_refresh(opened: ExitStack, kernel: Kernel) -> None:
+    """A path that refused segments once, as after its MTU shrank, is given another chance with the next refresh."""
+    collector = listen(opened)
+    sent = Sent(opened, make_client("a", collector.getsockname()[1]))
+    kernel.segmented_errors = [errno.EMSGSIZE]
+    sent.send(make_batch([b"same"] * 4))
+    kernel.segmented_errors = [errno.EMSGSIZE]
+    sent.send(make_batch([b"same"] * 4))
+    assert kernel.segmented_errors == [errno.EMSGSIZE]
+    sent.collectors.refresh()
+    sent.send(make_batch([b"same"] * 4))
+    assert kernel.segmented_errors == []
+    assert received(collector, 12) == [b"same"] * 12
+
+
+def test_refused_segments_cost_only_the_collector_concerned(opened: ExitStack, kernel: Kernel) -> None:
+    """Of two collectors that share a plan, one whose segments are refused gets its rest, the other all at once."""
+    sockets = [listen(opened) for _ in range(2)]
+    sent = Sent(opened, *(make_client(f"c{n}", sock.getsockname()[1]) for n, sock in enumerate(sockets)))
+    payloads = [bytes([number]) * 300 for number in range(150)]
+    kernel.segmented_errors = [errno.EIO]
+    sent.send(make_batch(payloads))
+    for sock in sockets:
+        assert received(sock, 150) == payloads
+
+
+def test_refused_segments_cost_nobody_else_in_another_thread(opened: ExitStack, kernel: Kernel) -> None:
+    """Of eight collectors served side by side each gets all rows once, each exporter's in order, when some refuse."""
+    sockets = [listen(opened) for _ in range(8)]
+    sent = Sent(opened, *(make_client(f"c{n}", sock.getsockname()[1]) for n, sock in enumerate(sockets)))
+    draw = random.Random(2)
+    exporters = [draw.randrange(len(SOURCES)) for _ in range(900)]
+    payloads = [b"%02d.%d" % (each, n) + b"." * draw.randrange(100) for n, each in enumerate(exporters)]
+    kernel.segmented_errors = [errno.EIO, 0, errno.EIO, 0, 0, errno.EMSGSIZE]
+    accounts = sent.send(make_batch(payloads, [SOURCES[each] for each in exporters]))
+    for number, sock in enumerate(sockets):
+        assert sorted(received(sock, 900), key=lambda each: each[:2]) == sorted(payloads, key=lambda each: each[:2])
+        assert accounts[f"collector/c{number}"]["delivered"] == 900
+        assert accounts[f"collector/c{number}"]["bytes"] == sum(map(len, payloads))
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (errno.EHOSTUNREACH, "dropped_not_connected"),
+        (errno.ENETUNREACH, "dropped_not_connected"),
+        (errno.ENETDOWN, "dropped_not_connected"),
+    ],
+)
+def test_error_that_would_meet_the_rest_drops_the_rest(
+    opened: ExitStack, kernel: Kernel, error: int, cause: str
+) -> None:
+    """What the kernel took is delivered; one that comes twice drops the rest under its cause without more calls."""
+    collector = listen(opened)
+    sent = Sent(opened, make_client("a", collector.getsockname()[1]), segmentation=False)
+    kernel.most, kernel.late_error = 3, error
+    account = sent.send(make_batch([b"%d" % number for number in range(10)]))["collector/a"]
+    assert received(collector, 3) == [b"0", b"1", b"2"]
+    assert (account["delivered"], account[cause], account["unreachables"]) == (3, 7, 2)
+    assert kernel.calls == 3
+
+
+def test_unreachable_collector_is_connected_again(opened: ExitStack, kernel: Kernel) -> None:
+    """One whose network was unreachable twice is dropped as not connected until refresh, then served again."""
+    collector = listen(opened)
+    sent = Sent(opened, make_client("a", collector.getsockname()[1]))
+    kernel.errors = [errno.EHOSTUNREACH] * 2
+    sent.send(make_batch([b"lost"]))
+    assert sent.send(make_batch([b"lost"] * 2))["collector/a"]["dropped_not_connected"] == 3
+    sent.collectors.refresh()
+    sent.send(make_batch([b"back"]))
+    assert received(collector, 1) == [b"back"]
+
+
+def test_collector_without_a_route_is_dropped_and_counted(opened: ExitStack) -> None:
+    """A collector that there is no way to costs its own copies, not those of the others, nor an error."""
+    live = listen(opened)
+    lost = [make_client(address, address=address) for address in ("192.0.2.1", "2001:db8::1")]
+    sent = Sent(opened, make_client("live", live.getsockname()[1]), *lost)
+    accounts = sent.send(make_batch([b"x", b"y"]))
+    sent.collectors.refresh()
+    assert received(live, 2) == [b"x", b"y"]
+    for address in ("192.0.2.1", "2001:db8::1"):
+        assert accounts[f"collector/{address}"]["dropped_not_connected"] == 2
+
+
+def test_datagrams_that_fail_one_by_one_are_skipped(opened: ExitStack, kernel: Kernel) -> None:
+    """An error that belongs to one datagram costs that one, under its own name; the ones behind it are sent."""
+    collector = listen(opened)
+    sent = Sent(opened, make_client("a", collector.getsockname()[1]), segmentation=False)
+    kernel.errors = [errno.EPERM, errno.EPERM]
+    account = sent.send(make_batch([b"0", b"1", b"2"]))["collector/a"]
+    assert received(collector, 1) == [b"2"]
+    assert account["dropped_eperm"] == 2
+
+
+def test_datagrams_that_all_fail_are_not_all_tried(opened: ExitStack, kernel: Kernel) -> None:
+    """After so many failures of one batch its rest is dropped with them, and all of it is accounted for."""
+    collector = listen(opened)
+    sent = Sent(opened, make_client("a", collector.getsockname()[1]), segmentation=False)
+    kernel.errors = [errno.EPERM] * 1000
+    account = sent.send(make_batch([b"x"] * 200))["collector/a"]
+    assert account["dropped_eperm"] == 200
+    assert kernel.calls == MAX_SKIPS + 1
+
+
+def test_full_buffer_drops_and_does_not_wait(opened: ExitStack) -> None:
+    """With the smallest send buffer and a collector that reads nothing, sending never waits, and all is counted."""
+    collector = listen(opened)
+    sent = Sent(opened, make_client("a", collector.getsockname()[1]), send_buffer=4096)
+    for _ in range(20):
+        account = sent.send(make_batch([bytes(65_507)] * 8))["collector/a"]
+    assert account["delivered"] + account.get("held", 0) + account.get("dropped_buffer_full", 0) == 160
+
+
+def test_changed_collector_begins_a_new_account(opened: ExitStack) -> None:
+    """One that did not change keeps its account; a new one expects only what is published from then on."""
+    first, second = listen(opened), listen(opened)
+    stays = make_client("stays", first.getsockname()[1])
+    sent = Sent(opened, stays, make_client("moves", second.getsockname()[1]))
+    sent.send(make_batch([b"x"] * 3))
+    sent.collectors.replace([stays, make_client("moves", first.getsockname()[1])])
+    accounts = sent.send(make_batch([b"y"]))
+    assert accounts["collector/stays"]["expected"] == 4
+    assert accounts["collector/moves"]["expected"] == 1
+
+
+def test_outlet_that_is_closed_counts_what_it_is_given(opened: ExitStack) -> None:
+    """Between close and refresh every row is dropped as not connected."""
+    account: Counter[str] = Counter()
+    outlet = Outlet(make_client("a", listen(opened).getsockname()[1]), Forwarder(), account, HeldMemory(1))
+    outlet.close()
+    plan = SendPlan()
+    plan.build(Gathered([make_batch([b"x"] * 5)]), None, outlet.largest_segment)
+    assert outlet.send(plan) == 5
+    assert account == {"dropped_not_connected": 5}
+
+
+def numbered(start: int, count: int) -> list[bytes]:
+    """Payloads that can be told apart."""
+    return [b"%06d" % number for number in range(start, start + count)]
+
+
+@pytest.mark.parametrize("error", [errno.EAGAIN, errno.ENOBUFS])
+@pytest.mark.parametrize("segmentation", [True, False])
+def test_what_finds_no_room_waits(opened: ExitStack, kernel: Kernel, error: int, segmentation: bool) -> None:
+    """What the kernel has no room for waits, and leaves in order when there is; nothing newer overtakes it."""
+    collector = listen(opened)
+    sent = Sent(opened, make_client("a", collector.getsockname()[1]), segmentation=segmentation)
+    kernel.most, kernel.late_error = 1, error
+    before = sent.send(make_batch(numbered(0, 100)))["collector/a"]
+    assert 0 < before["delivered"] < 100
+    assert before["held"] == 100 - before["delivered"]
+    kernel.errors = [error]
+    assert sent.send(make_batch(numbered(100, 50)))["collector/a"]["held"] == before["held"] + 50
+    kernel.errors = [error]
+    assert sent.work()["collector/a"]["held"] == before["held"] + 50
+    kernel.most, kernel.late_error = 1 << 30, 0
+    account = sent.work()["collector/a"]
+    assert (account["delivered"], account["held"]) == (150, 0)
+    sent.send(make_batch(numbered(150, 10)))
+    assert received(collector, 160) == numbered(0, 160)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.2])
+def test_nothing_waits_for_ever(opened: ExitStack, kernel: Kernel, seconds: float) -> None:
+    """What has waited `queue_seconds` is dropped as `buffer_full`; without any it is dropped at once."""
+    sent = Sent(opened, make_client("a", listen(opened).getsockname()[1]), queue_seconds=seconds)
+    kernel.errors = [errno.EAGAIN] * 1_000_000
+    account = sent.send(make_batch(numbered(0, 10)))["collector/a"]
+    assert account["held"] == (10 if seconds else 0)
+    wait_until(lambda: sent.work()["collector/a"].get("dropped_buffer_full") == 10, "all is dropped")
+    assert sent.accounts()["collector/a"]["held"] == 0
+
+
+def nothing_waits(sent: Sent) -> bool:
+    """Let all try that wait; whether nobody waits any longer."""
+    return not any(account["held"] for account in sent.work().values())
+
+
+def test_too_many_bytes_push_out_the_oldest(opened: ExitStack, kernel: Kernel) -> None:
+    """Beyond `queue_bytes` a collector's oldest are dropped, and beyond `held_memory` of all, each its own."""
+    collectors = [listen(opened) for _ in range(2)]
+    clients = [make_client(f"c{n}", each.getsockname()[1]) for n, each in enumerate(collectors)]
+    for settings, kept in (({"queue_bytes": 8192}, 8), ({"held_memory": 4096}, 4)):
+        sent = Sent(opened, *clients, queue_seconds=60, **settings)
+        kernel.errors = [errno.EAGAIN] * 100_000
+        for number in range(20):
+            accounts = sent.send(make_batch([bytes([number]) * 1024]))
+        for name in ("collector/c0", "collector/c1"):
+            assert (accounts[name]["held"], accounts[name]["dropped_buffer_full"]) == (kept, 20 - kept)
+        kernel.errors = []
+        wait_until(partial(nothing_waits, sent), "all has left")
+        for each in collectors:
+            assert [payload[0] for payload in received(each, kept)] == list(range(20 - kept, 20))
+
+
+def test_collector_that_leaves_takes_what_waits_along(opened: ExitStack, kernel: Kernel) -> None:
+    """What waited for a collector that has left is not sent, and its memory is given back."""
+    collector = listen(opened)
+    sent = Sent(opened, make_client("a", collector.getsockname()[1]))
+    kernel.errors = [errno.EAGAIN]
+    sent.send(make_batch(numbered(0, 10)))
+    sent.collectors.replace([])
+    sent.work()
+    assert sent.memory_used == 0
+    assert received(collector, 0) == []

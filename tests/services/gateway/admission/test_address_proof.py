@@ -1,0 +1,92 @@
+import pytest
+
+from services.gateway.admission.address_proof import MOST, MOST_IN_ALL, PERIOD_SECONDS, VALID_SECONDS, Challenges
+from services.gateway.protocol.requests import Register, RequestError
+from shared.client import CHALLENGE_PREFIX
+
+
+class Post:
+    """Takes what is sent; the clock is the test's."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.sent: list[tuple[bytes, str, int]] = []
+        self.challenges = Challenges(lambda *datagram: self.sent.append(datagram), lambda: self.now)
+
+    def challenge(self, address: str = "192.0.2.9", name: str = "c") -> str:
+        """Have a register challenged; return what its client reads."""
+        wish = Register(name=name, streams=("*",), address=address, port=9000)
+        refused = self.challenges.challenge(wish, address)
+        assert refused.error == "unproven_address"
+        return str(refused)
+
+    def nonce(self, number: int = -1) -> str:
+        """What a datagram brought."""
+        return self.sent[number][0].removeprefix(CHALLENGE_PREFIX).decode()
+
+
+@pytest.fixture
+def post() -> Post:
+    """Nothing sent yet, at time 0."""
+    return Post()
+
+
+def refused(post: Post, name: str, nonce: str) -> bool:
+    """Whether a confirm is refused."""
+    with pytest.raises(RequestError) as caught:
+        post.challenges.confirm(name, nonce)
+    return caught.value.error == "unproven_address"
+
+
+def test_nonce_proves_the_address_once(post: Post) -> None:
+    """The nonce that came to the address gets the register it was for, one time."""
+    assert "fanwire-challenge NONCE" in post.challenge()
+    assert post.sent[0][1:] == ("192.0.2.9", 9000)
+    assert refused(post, "c", "x")
+    assert refused(post, "d", post.nonce())
+    assert post.challenges.confirm("c", post.nonce()).address == "192.0.2.9"
+    assert refused(post, "c", post.nonce())
+
+
+def test_nonce_is_valid_for_a_while(post: Post) -> None:
+    """A nonce that comes back too late proves nothing."""
+    post.challenge()
+    post.now = VALID_SECONDS
+    assert refused(post, "c", post.nonce())
+
+
+def test_other_registers_do_not_void_a_challenge(post: Post) -> None:
+    """Somebody who registers the same name meanwhile can't keep the true owner of an address from proving it."""
+    post.challenge()
+    post.challenge("192.0.2.66")
+    assert post.challenges.confirm("c", post.nonce(0)).address == "192.0.2.9"
+
+
+def test_an_address_gets_few_challenges(post: Post) -> None:
+    """Whatever the names, so many datagrams go to one address in a minute, and so many in all."""
+    for number in range(MOST):
+        post.challenge(name=f"n{number}")
+    assert "no more challenges" in post.challenge(name="other")
+    for number in range(MOST_IN_ALL):
+        post.challenge(f"10.0.{number // 256}.{number % 256}")
+    assert len(post.sent) == MOST_IN_ALL
+    post.now = PERIOD_SECONDS
+    post.challenge()
+    assert len(post.sent) == MOST_IN_ALL + 1
+
+
+def test_address_that_cannot_be_asked() -> None:
+    """Where no datagram can go, the client is told why."""
+
+    def send(payload: bytes, address: str, port: int) -> None:
+        raise OSError(101, "Network is unreachable")
+
+    challenges = Challenges(send, lambda: 0.0)
+    told = challenges.challenge(Register(name="c", streams=("*",), address="192.0.2.9", port=9), "192.0.2.9")
+    assert "Network is unreachable" in str(told)
+
+
+def test_proof_needs_a_port(post: Post) -> None:
+    """A register without port has no place that a datagram could go to."""
+    assert post.challenges.challenge(Register(name="c", address="192.0.2.9"), "192.0.2.9").error == "bad_request"
+    assert post.sent == []

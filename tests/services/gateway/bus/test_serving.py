@@ -1,0 +1,54 @@
+from services.gateway.admission.peer import Visitor
+from services.gateway.bus.serving import Inquiry
+from services.gateway.registry.entry import Origin
+from services.gateway.registry.registry import Registry
+from shared.bus.messages import Body, Message, ServeReply, ServeRequest, serve_topic
+from shared.bus.zmq_sockets import Requests
+from tests.builders import make_client, make_envelope
+
+TOPIC = serve_topic("original")
+
+
+class Bus:
+    """A publisher to whom somebody listens all the time."""
+
+    def __init__(self) -> None:
+        self.published: list[Body] = []
+
+    def wanted(self, _topic: str) -> bool:
+        """Somebody wants everything."""
+        return True
+
+    def publish(self, _topic: str, body: Body) -> bool:
+        """Take what is published."""
+        self.published.append(body)
+        return True
+
+
+def test_a_transmitter_that_went_and_came_at_once_has_said_nothing_yet() -> None:
+    """One that is seen to subscribe again serves nobody until it says so, though it was never seen to be gone."""
+    registry = Registry(10, lambda: 0.0, 1)
+    requests, bus = Requests("gateway", 1), Bus()
+    inquiry = Inquiry("original", bus, requests, registry, 0.5, lambda _seconds, _call: None)  # type: ignore[arg-type]
+    client = make_client("siem", streams=("messages",), source="original")
+    entry = registry.grant(client, Visitor(1, "127.0.0.1", 4000), Origin.JSON)
+
+    def asked() -> ServeRequest:
+        inquiry.publish()
+        body = bus.published.pop()
+        assert isinstance(body, ServeRequest)
+        return body
+
+    def word() -> str:
+        registry.look(entry)
+        return entry.condition.word
+
+    for _ in range(2):
+        assert inquiry.note_subscriptions([TOPIC])
+        assert word() != "ok"
+        question = asked()
+        reply = ServeReply(question.id, question.revision)
+        requests.answer(question.id, Message(question.reply, make_envelope(kind="serve.reply"), reply))
+        assert word() == "ok"
+        assert not inquiry.note_subscriptions(["status/"])
+        assert word() == "ok"

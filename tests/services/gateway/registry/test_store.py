@@ -1,0 +1,243 @@
+import contextlib
+import sqlite3
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from services.gateway.admission.peer import Visitor
+from services.gateway.admission.rights import Rights
+from services.gateway.protocol.requests import RequestError
+from services.gateway.registry import store as store_module
+from services.gateway.registry.entry import Entry, Event, Origin
+from services.gateway.registry.registry import Registry
+from services.gateway.registry.store import SKIPPED, Store
+from shared.client import Client
+from shared.process.lifecycle import OperatorError
+
+HERE = Visitor(7, "127.0.0.1", 4000, Rights("holder"))
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Where the database goes."""
+    return tmp_path / "registry.sqlite"
+
+
+def opened(path: Path | None) -> Store:
+    """The store at time 0."""
+    return Store(path, lambda: 0.0)
+
+
+def registry_on(store: Store) -> Registry:
+    """A registry that goes on from what is kept."""
+    registry = Registry(1000, lambda: 0.0, store.generation + 1, store.keep)
+    registry.restore(store.entries, store.revision)
+    return registry
+
+
+def join(registry: Registry, name: str, *, hold: bool = False) -> Entry:
+    """Enter a collector with everything that one may have."""
+    client = Client(name, 0, "192.0.2.1", 9, ("a", "b"), "original", ("10.0.0.0/8",), 10, "é", 3, 46)
+    return registry.grant(client, HERE, Origin.JSON, ttl=5, hold=hold)
+
+
+def shown(registry: Registry) -> list[tuple[object, ...]]:
+    """What a restart has to keep of each entry, in order."""
+    return [(entry.client, entry.origin, entry.ttl, entry.held) for entry in registry.entries()]
+
+
+def test_everything_is_there_again(path: Path) -> None:
+    """After a restart the entries, their order, the revision and the last generation are what they were."""
+    with opened(path) as store:
+        registry = registry_on(store)
+        first, second, third = (join(registry, name) for name in ("one", "two", "three"))
+        registry.release("two", second.client.generation, HERE)
+        join(registry, "one", hold=True)
+        before, revision = shown(registry), registry.commit()
+    assert (first.client.generation, third.client.name) == (1, "three")
+    with opened(path) as store:
+        again = registry_on(store)
+        assert (shown(again), again.commit(), store.generation) == (before, revision, 4)
+        assert [entry.client.name for entry in again.entries()] == ["one", "three"]
+        assert {entry.visitor for entry in again.entries()} == {Visitor(0, "127.0.0.1", 4000, Rights("holder"))}
+        assert join(again, "two").client.generation == 5
+
+
+def test_entry_of_an_earlier_version(path: Path) -> None:
+    """What was written before entries had holders is read, and has none."""
+    with opened(path) as store:
+        join(registry_on(store), "one")
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
+        database.execute("UPDATE client SET entry = json_remove(entry, '$.holder')")
+    with opened(path) as store:
+        assert [entry.visitor.rights.holder for entry in store.entries] == [""]
+
+
+def test_without_a_file_nothing_is_kept(tmp_path: Path) -> None:
+    """A registry that is not kept works all the same."""
+    with opened(None) as store:
+        join(registry_on(store), "one")
+    with opened(None) as store:
+        assert (store.entries, store.revision) == ([], 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_process_at_a_time(path: Path) -> None:
+    """A file that another gateway has open is refused, by name."""
+    with opened(path) as store:
+        join(registry_on(store), "one")
+        with pytest.raises(OperatorError, match="in use; another gateway"):
+            opened(path)
+
+
+def test_file_that_cannot_be_opened(tmp_path: Path) -> None:
+    """Where no file can be made the reason and the cure are one sentence."""
+    with pytest.raises(OperatorError, match=r"nowhere/registry.sqlite: .*name another \[gateway\] database"):
+        opened(tmp_path / "nowhere" / "registry.sqlite")
+
+
+def test_file_of_a_later_version(path: Path) -> None:
+    """What a later version wrote is left alone."""
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.execute("PRAGMA user_version = 99")
+    with pytest.raises(OperatorError, match="later fanwire"):
+        opened(path)
+
+
+def garble_middle(path: Path) -> None:
+    """Damage a page."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 4096] = b"\xa5" * 4096
+    path.write_bytes(data)
+
+
+def write_rubbish(path: Path) -> None:
+    """Put in its place what is no database."""
+    path.write_bytes(b"no database at all" * 1000)
+
+
+def write_bad_row(path: Path) -> None:
+    """Have a row that is no entry."""
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        database.execute("UPDATE client SET entry = '{}'")
+
+
+def drop_state(path: Path) -> None:
+    """Lose the revision."""
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        database.execute("DELETE FROM state")
+
+
+def change(path: Path, old: bytes, new: bytes) -> None:
+    """Have other bytes in a place, as a disk that errs does."""
+    data = path.read_bytes()
+    assert old in data
+    path.write_bytes(data.replace(old, new, 1))
+
+
+def write_no_utf8(path: Path) -> None:
+    """Have an entry that is no text."""
+    change(path, b'"original"', b'"origina\xff"')
+
+
+def write_another_name(path: Path) -> None:
+    """Have an entry whose name is not the one it is kept by."""
+    change(path, b'{"name":"n7"', b'{"name":"m7"')
+
+
+def write_huge_generation(path: Path) -> None:
+    """Have a number that no message on the bus can carry."""
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        database.execute("UPDATE client SET entry = json_set(entry, '$.client.generation', ?)", (1 << 62 | 1,))
+
+
+def write_wrong_state(path: Path) -> None:
+    """Have a revision that is no number."""
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        database.execute("UPDATE state SET revision = 'x'")
+
+
+def rename_column(path: Path) -> None:
+    """Have a schema that is another one's."""
+    change(path, b"boot_id TEXT", b"boot_iT TEXT")
+
+
+def claim_a_later_format(path: Path) -> None:
+    """Have a header by which SQLite reads, and writes nothing."""
+    data = path.read_bytes()
+    path.write_bytes(data[:18] + b"\x28" + data[19:])
+
+
+DAMAGES = (
+    *(garble_middle, write_rubbish, write_bad_row, drop_state, write_no_utf8, write_another_name),
+    *(write_huge_generation, write_wrong_state, rename_column, claim_a_later_format),
+)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_file_is_set_aside(path: Path, damage: object) -> None:
+    """What can't be read is kept under another name, and a new file takes its place."""
+    with opened(path) as store:
+        registry = registry_on(store)
+        for number in range(200):
+            join(registry, f"n{number}")
+    damage(path)  # type: ignore[operator]
+    with opened(path) as store:
+        assert (store.entries, store.revision) == ([], 0)
+        join(registry_on(store), "one")
+    assert [each.name for each in path.parent.glob("registry.sqlite.damaged-*")]
+    with opened(path) as store:
+        assert [entry.client.name for entry in store.entries] == ["one"]
+
+
+def fill(registry: Registry) -> None:
+    """Enter more than one page holds."""
+    for number in range(1000):
+        join(registry, f"n{number}")
+
+
+def test_change_that_cannot_be_written(path: Path) -> None:
+    """It is refused whole, and the next one is taken when there is room again."""
+    with opened(path) as store:
+        registry = registry_on(store)
+        join(registry, "one")
+        store._database.execute("PRAGMA max_page_count = 1")
+        with pytest.raises(RequestError) as caught:
+            fill(registry)
+        assert caught.value.error == "unavailable"
+        before = shown(registry)
+        store._database.execute("PRAGMA max_page_count = 100000")
+        join(registry, "last")
+    with opened(path) as store:
+        again = registry_on(store)
+        assert shown(again)[:-1] == before
+        assert shown(again)[-1][0].name == "last"  # type: ignore[attr-defined]
+
+
+def test_revision_skips_when_the_host_has_started_anew(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power failure may lose the last changes: no revision that was shown is given again for another content."""
+    with opened(path) as store:
+        join(registry_on(store), "one")
+    with opened(path) as store:
+        assert store.revision == 1
+    (tmp_path / "boot_id").write_text("another\n")
+    monkeypatch.setattr(store_module, "BOOT_ID", tmp_path / "boot_id")
+    for _ in range(2):
+        with opened(path) as store:
+            assert store.revision == 1 + SKIPPED
+
+
+def test_keep_is_all_or_nothing(path: Path) -> None:
+    """Of several changes at once either all are written or none."""
+    with opened(path) as store:
+        entries = [join(registry_on(opened(None)), name) for name in ("one", "two")]
+        events: Sequence[Event] = [Event("joined", number, entry) for number, entry in enumerate(entries, 1)]
+        broken = Event("joined", 3, Entry(Client("x", 1, "::1", object()), Origin.JSON, HERE, 0, 0, 0, False, 0))  # type: ignore[arg-type]
+        with pytest.raises(TypeError):
+            store.keep([*events, broken], 2)
+        store.keep(events, 2)
+    with opened(path) as store:
+        assert [entry.client.name for entry in store.entries] == ["one", "two"]

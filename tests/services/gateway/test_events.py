@@ -1,0 +1,124 @@
+import json
+from functools import partial
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.gateway import events as feed_module
+from services.gateway.admission.peer import Visitor
+from services.gateway.events import Feed
+from services.gateway.registry.entry import Origin
+from services.gateway.registry.registry import Registry
+from services.gateway.render import event_line, health_line
+from shared.client import Client
+
+HERE = Visitor(1, "127.0.0.1", 4000)
+
+
+class Reader:
+    """Somebody who watches."""
+
+    def __init__(self) -> None:
+        self.received = b""
+
+    def push(self, lines: bytes) -> None:
+        self.received += lines
+
+    @property
+    def events(self) -> list[tuple[str, int]]:
+        """Kind and revision of each event so far."""
+        return [(event["event"], event["revision"]) for event in map(json.loads, self.received.splitlines())]
+
+
+def make() -> tuple[Registry, Feed]:
+    """A registry and its feed."""
+    registry = Registry(1000, lambda: 0.0, 1)
+    return registry, Feed(registry, partial(event_line, registry), partial(health_line, registry))
+
+
+def join(registry: Registry, name: str) -> None:
+    """Enter a client."""
+    registry.grant(Client(name, 0, "127.0.0.1", 9), HERE, Origin.JSON)
+
+
+def test_watcher_gets_what_happens_from_then_on() -> None:
+    """Events begin after what was there at `watch`, and end with `leave`."""
+    registry, feed = make()
+    reader, other = Reader(), Reader()
+    join(registry, "before")
+    feed.watch(1, reader.push)
+    feed.watch(2, other.push)
+    join(registry, "a")
+    registry.release_held(HERE)
+    feed.flush()
+    assert reader.events == other.events == [("joined", 2)]
+    assert (len(feed), feed.watches(1)) == (2, True)
+    feed.leave(1)
+    join(registry, "b")
+    feed.flush()
+    assert (reader.events, other.events) == ([("joined", 2)], [("joined", 2), ("joined", 3)])
+    assert (len(feed), feed.watches(1)) == (1, False)
+
+
+@given(st.lists(st.sampled_from(["join", "flush"]), max_size=30), st.integers(0, 30))
+def test_resuming_leaves_no_gap(actions: list[str], at: int) -> None:
+    """Whoever was there until some revision gets every event after it, once, whenever it comes back."""
+    registry, feed = make()
+    for number, action in enumerate(actions):
+        if action == "join":
+            join(registry, f"n{number}")
+        else:
+            feed.flush()
+    last = registry.commit()
+    missed = feed.since(at)
+    if at > last:
+        assert missed is None
+    else:
+        assert missed is not None
+        reader = Reader()
+        reader.push(missed)
+        assert reader.events == [("joined", revision) for revision in range(at + 1, last + 1)]
+
+
+def words(reader: Reader) -> list[str]:
+    """Each event with its word, or its kind where it has none."""
+    events = [json.loads(line) for line in reader.received.splitlines()]
+    return [f"{event['name']} {event['health']}" if event["event"] == "health" else event["event"] for event in events]
+
+
+def test_a_word_that_changes_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each change of a word is one event, behind the one by which the collector joined, so many at a time."""
+    monkeypatch.setattr(feed_module, "TOLD_AT_ONCE", 2)
+    registry, feed = make()
+    reader = Reader()
+    feed.watch(1, reader.push)
+    for name in "abc":
+        registry.grant(Client(name, 0, "127.0.0.1", 9, ("messages",)), HERE, Origin.JSON)
+    join(registry, "name")
+    registry.serving["relay"].note_unanswered(registry.commit())
+    feed.tell_health()
+    feed.tell_health()
+    assert words(reader) == ["joined"] * 4
+    registry.serving["relay"].note_served(registry.commit())
+    feed.tell_health()
+    assert words(reader)[4:] == ["a ok", "b ok"]
+    registry.release_held(HERE)
+    feed.tell_health()
+    feed.tell_health()
+    assert words(reader)[6:] == ["c ok"]
+    assert reader.events[4][1] == registry.commit()
+    assert feed.health() == b""
+
+
+def test_past_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is too long ago is not known any more, and said so rather than left out."""
+    monkeypatch.setattr(feed_module, "KEPT_BYTES", 1000)
+    registry, feed = make()
+    for number in range(100):
+        join(registry, f"n{number}")
+    missed = [feed.since(revision) for revision in range(101)]
+    first = next(revision for revision, lines in enumerate(missed) if lines is not None)
+    assert 90 < first < 99
+    assert missed[100] == b""
+    assert all(lines is None for lines in missed[:first])

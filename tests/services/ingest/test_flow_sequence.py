@@ -1,0 +1,398 @@
+import random
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from services.ingest.flow_sequence import MAX_GAP, MAX_HOLES, UPTIME_SLACK_MS, WINDOW, Exporters, Numbers
+from shared.datagrams.batch import DatagramBatch, make_rows
+from shared.net.addresses import pack_address
+from shared.settings.model import Protocol
+from tests.services.ingest import flows
+
+WRAP = 1 << 32
+TEMPLATE = flows.a_set(2, flows.template(256, [4, 4, 2]))
+Sent = tuple[str, bytes]
+"""Source and payload."""
+
+
+def batch_of(sent: Sequence[Sent], stride: int = 0) -> DatagramBatch:
+    """Datagrams as one receive call brings them."""
+    rows = make_rows([len(payload) for _, payload in sent], [pack_address(source) for source, _ in sent], 2055)
+    payload = b"".join(each.ljust(stride, b"\xff") for _, each in sent)
+    return DatagramBatch("flows", 0, rows, payload, stride)
+
+
+def observed(protocol: Protocol, sent: Sequence[Sent], cuts: Sequence[int] = (), stride: int = 0) -> Counter[str]:
+    """What is counted when these come in batches that begin at `cuts`, and nothing follows."""
+    account: Counter[str] = Counter()
+    exporters = Exporters(protocol, account)
+    edges = [0, *sorted({cut % (len(sent) + 1) for cut in cuts}), len(sent)]
+    for start, stop in pairwise(edges):
+        if start < stop:
+            exporters.observe(batch_of(sent[start:stop], stride))
+    exporters.settle(at_once=True)
+    return +account
+
+
+def from_one(*payloads: bytes) -> list[Sent]:
+    """Datagrams of one source."""
+    return [("192.0.2.1", payload) for payload in payloads]
+
+
+KINDS = ("v5", "v9", "ipfix", "sflow4", "sflow6")
+PROTOCOLS: dict[str, Protocol] = {
+    "v5": "netflow", "v9": "netflow", "ipfix": "ipfix", "sflow4": "sflow", "sflow6": "sflow",
+}  # fmt: skip
+UNITS = {"v5": "exporter_missed_flows", "ipfix": "exporter_missed_records"}
+
+
+def datagram(kind: str, number: int, count: int, part: int, uptime: int = 1000) -> bytes:
+    """A datagram of a kind; those that number flows or records take `count`, the others one."""
+    number %= WRAP
+    if kind == "v5":
+        return flows.netflow_v5(number, count, uptime, engine=(part, 7))
+    if kind == "v9":
+        return flows.netflow_v9(number, uptime, source_id=part, rest=bytes(count))
+    if kind == "ipfix":
+        return flows.ipfix(number, TEMPLATE, flows.a_set(256, bytes(10 * count + count % 4)), domain=part)
+    return flows.sflow(number, uptime, "2001:db8::5" if kind == "sflow6" else "192.0.2.5", part, bytes(count))
+
+
+@settings(max_examples=150)
+@given(
+    kind=st.sampled_from(KINDS),
+    seed=st.integers(0, 1 << 32),
+    parts=st.integers(1, 4),
+    loss=st.sampled_from([0.0, 0.05, 0.5]),
+    delay=st.integers(0, 3),
+    near_wrap=st.booleans(),
+    cuts=st.lists(st.integers(0, 1000), max_size=6),
+    spread=st.booleans(),
+    behind=st.booleans(),
+)
+def test_what_was_lost_is_what_is_missed(
+    kind: str,
+    seed: int,
+    parts: int,
+    loss: float,
+    delay: int,
+    near_wrap: bool,
+    cuts: list[int],
+    spread: bool,
+    behind: bool,
+) -> None:
+    """Of interleaved exporters whose datagrams get lost and overtaken, over the wrap too, just what was lost is missed.
+
+    Only before an exporter's first datagram and after its last nobody can know of a loss.
+    """
+    draw = random.Random(seed)
+    number = {part: draw.randrange(WRAP - 200, WRAP) if near_wrap else draw.randrange(WRAP) for part in range(parts)}
+    arrivals: list[tuple[float, int, int, int]] = []
+    for at in range(20 * parts if kind == "ipfix" else 0):  # what shows where the number stands
+        arrivals.append((at - 1000.0, at % parts, number[at % parts], 1 + at // parts % 2))
+        number[at % parts] += 1 + at // parts % 2
+    lost: list[tuple[int, int, int]] = []
+    for at in range(draw.randrange(1, 120)):
+        part, count = draw.randrange(parts), draw.randrange(1, 30)
+        takes = count if kind in UNITS else 1
+        if draw.random() < loss:
+            lost.append((part, number[part], takes))
+        else:
+            # each exporter's own datagrams are what may overtake each other, by up to `delay` places
+            arrivals.append((at + draw.random() * delay, part, number[part], count))
+        number[part] += takes
+    arrivals.sort()
+    came = [(part, first) for _, part, first, _ in arrivals]
+    begun, ended = dict(reversed(came)), {part: max(each for it, each in came if it == part) for part, _ in came}
+    missed = sum(takes for part, first, takes in lost if part in begun and begun[part] < first < ended[part])
+    address = "192.0.2.%d" if spread else "192.0.2.9%.0s"
+    own = behind and kind == "ipfix"
+    sent = [(address % part, datagram(kind, first + own * count, count, part)) for _, part, first, count in arrivals]
+    account = observed(PROTOCOLS[kind], sent, cuts, stride=2000 if seed % 2 else 0)
+    assert account[UNITS.get(kind, "exporter_missed")] == missed
+    assert account["exporters"] == len(begun)
+    assert account.keys() <= {UNITS.get(kind, "exporter_missed"), "exporters", "exporter_reordered"}
+    overtaken = sum(
+        first < max(each for it, each in came[: at + 1] if it == part) for at, (part, first) in enumerate(came)
+    )
+    assert account["exporter_reordered"] == overtaken
+
+
+class Reference:
+    """One exporter, followed datagram by datagram and number by number; what it misses is counted under `unit`."""
+
+    def __init__(self, unit: str = "missed") -> None:
+        self.unit = unit
+        self.due: int | None = None
+        self.exact = True
+        self.up = 0
+        self.open: list[range] = []
+        """Numbers of each gap, oldest first."""
+        self.counts: Counter[str] = Counter()
+
+    def take(self, number: int, count: int, up: int, sure: bool) -> None:
+        """Take note of a datagram, as the module's docstring says."""
+        ahead = 0 if self.due is None else (number - self.due + WRAP // 2) % WRAP - WRAP // 2
+        start = number if self.due is None else self.due + ahead
+        in_gap = any(each in gap for gap in self.open for each in range(start, start + count))
+        shorter = (up - self.up + WRAP // 2) % WRAP - WRAP // 2 < -UPTIME_SLACK_MS
+        if self.due is not None and (shorter or ahead > MAX_GAP or (ahead < -WINDOW and not in_gap)):
+            self.counts["exporter_restarts"] += 1
+            self.miss(self.open)
+            self.due, self.open, ahead = None, [], 0
+        if self.due is None:
+            self.due = start
+        elif ahead > 0 and self.exact:
+            self.keep([*self.open, range(self.due, start)])
+        elif ahead < 0:
+            self.counts["exporter_reordered"] += 1
+            stop = start + count if sure else self.due
+            pieces: list[range] = []
+            for gap in self.open:
+                apart = gap.stop <= start or stop <= gap.start or start == stop
+                pieces += [gap] if apart else [range(gap.start, start), range(stop, gap.stop)]
+            self.keep([piece for piece in pieces if piece])
+            if start + count <= self.due:
+                return
+        self.due, self.exact, self.up = start + count, sure, up
+
+    def keep(self, gaps: list[range]) -> None:
+        """Keep the last of these."""
+        self.miss(gaps[: max(0, len(gaps) - MAX_HOLES)])
+        self.open = gaps[max(0, len(gaps) - MAX_HOLES) :]
+
+    def miss(self, gaps: list[range]) -> None:
+        """Count these as missed."""
+        self.counts[self.unit] += sum(map(len, gaps))
+
+
+def followed(taken: Sequence[tuple[int, int, int, int, bool]], cuts: Sequence[int]) -> Counter[str]:
+    """What `Numbers` counts of (exporter, number, count, uptime, sure) each, in batches that begin at `cuts`."""
+    account: Counter[str] = Counter()
+    numbers = Numbers(3, account, "missed")
+    for start, stop in pairwise([0, *sorted({cut % (len(taken) + 1) for cut in cuts}), len(taken)]):
+        batch = sorted(taken[start:stop], key=lambda each: each[0])
+        if batch:
+            slot, *columns = (np.array(column, np.int64) for column in zip(*batch, strict=True))
+            first = np.append(True, slot[1:] != slot[:-1])
+            numbers.follow(slot[first], first, columns[0], columns[1], columns[2], columns[3].astype(bool))
+    numbers.settle(at_once=True)
+    return account
+
+
+steps = st.tuples(
+    st.integers(0, 2),
+    st.sampled_from(
+        [0, 0, 0, 0, 0, 1, 2, 7, -1, -2, -5, -9, 30, -30, WINDOW, -WINDOW, -WINDOW - 40, MAX_GAP + 1, 1 << 31]
+    ),
+    st.integers(0, 4),
+    st.sampled_from([1_000_000] * 12 + [5]),
+    st.sampled_from([True] * 6 + [False]),
+)
+
+
+@settings(max_examples=300)
+@example(
+    [(0, jump, count, 1_000_000, True) for jump, count in ((0, 4), (1, 4), (WINDOW, 0), (-WINDOW - 5, 1), (0, 1))],
+    [],
+    0,
+)  # a run that begins in a gap, and goes on where only a restart leads
+@given(st.lists(steps, max_size=60), st.lists(st.integers(0, 60), max_size=4), st.sampled_from([0, 5, WRAP - 20]))
+def test_any_sequence_is_followed_as_one_by_one(
+    walk: list[tuple[int, int, int, int, bool]], cuts: list[int], origin: int
+) -> None:
+    """Jumps both ways, repeats, restarts and datagrams of unknown count: columns count what a plain loop counts."""
+    references = [Reference() for _ in range(3)]
+    at, sent = [origin] * 3, list[Sent]()
+    taken = []
+    for part, jump, count, _, sure in walk:
+        number = (at[part] + jump) % WRAP
+        taken.append((part, number, count, 0, sure))
+        references[part].take(number, count, 0, sure)
+        at[part] = number + count
+    account = followed(taken, cuts)
+    for each in references:
+        each.miss(each.open)
+    assert account["missed"] == sum(each.counts["missed"] for each in references)
+    assert account["exporter_reordered"] == sum(each.counts["exporter_reordered"] for each in references)
+    assert account["exporter_restarts"] == sum(each.counts["exporter_restarts"] for each in references)
+    by_uptime = [Reference() for _ in range(3)]
+    sent.clear()
+    at = [origin] * 3
+    for part, jump, count, uptime, _ in walk:
+        number = (at[part] + jump) % WRAP
+        sent.append(("192.0.2.1", flows.netflow_v5(number, count + 1, uptime, engine=(part, 0))))
+        by_uptime[part].take(number, count + 1, uptime, sure=True)
+        at[part] = number + count + 1
+    account = observed("netflow", sent, cuts)
+    for each in by_uptime:
+        each.miss(each.open)
+    assert account["exporter_missed_flows"] == sum(each.counts["missed"] for each in by_uptime)
+    assert account["exporter_restarts"] == sum(each.counts["exporter_restarts"] for each in by_uptime)
+
+
+fragments = st.sampled_from([
+    flows.netflow_v5(1, 2), flows.netflow_v9(3), flows.sflow(4), flows.sflow(4, agent="2001:db8::1"), TEMPLATE,
+    flows.ipfix(9, TEMPLATE, flows.a_set(256, bytes(20))), flows.ipfix(9, TEMPLATE * 20), flows.a_set(3, b"\0"),
+    flows.ipfix(9, flows.a_set(2, b"\x01\x00\xff\xff" + bytes(60))), b"\0\x0a\0\x10", b"\0\x0a\0\x14" + bytes(16),
+])  # fmt: skip
+
+
+@settings(max_examples=300)
+@given(
+    st.lists(st.lists(st.binary(max_size=60) | fragments, max_size=4).map(b"".join), max_size=30),
+    st.sampled_from(["netflow", "ipfix", "sflow"]),
+    st.sampled_from([0, 3000]),
+)
+def test_arbitrary_bytes_are_counted(payloads: list[bytes], protocol: Protocol, stride: int) -> None:
+    """Whatever comes, nothing is raised; what is none of the protocol is counted, and changes no byte."""
+    payloads = [payload[:3000] for payload in payloads]
+    batch = batch_of(from_one(*payloads), stride)
+    before = bytes(batch.payload)
+    account: Counter[str] = Counter()
+    exporters = Exporters(protocol, account)
+    for _ in range(2):
+        exporters.observe(batch)
+    exporters.settle(at_once=True)
+    assert bytes(batch.payload) == before
+    assert account["not_flow"] % 2 == 0
+    assert account["not_flow"] <= 2 * len(payloads)
+    assert all(count >= 0 for count in account.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_datagrams_of_the_protocol_are_no_strangers(kind: str) -> None:
+    """What an exporter of the protocol sends is taken for it, and what one of another sends is `not_flow`."""
+    other = flows.netflow_v9(1) if PROTOCOLS[kind] != "netflow" else flows.sflow(1)
+    sent = from_one(datagram(kind, 7, 3, 0), other, b"", datagram(kind, 7 + (3 if kind in UNITS else 1), 3, 0))
+    assert observed(PROTOCOLS[kind], sent) == {"not_flow": 2, "exporters": 1}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        flows.netflow_v5(1, 2)[:-1], flows.netflow_v5(1, 2) + b"\0", flows.netflow_v5(1, 0), flows.netflow_v9(1)[:19],
+    ],
+)  # fmt: skip
+def test_header_that_does_not_fit_its_datagram_is_none(wrong: bytes) -> None:
+    """A datagram cut short, or longer than its header says, is not followed."""
+    assert observed("netflow", from_one(wrong)) == {"not_flow": 1}
+
+
+def test_gap_is_missed_a_moment_later() -> None:
+    """What is missing counts when it has not come for a second; what fills the gap before is not missed."""
+    account: Counter[str] = Counter()
+    exporters = Exporters("netflow", account)
+    exporters.observe(batch_of(from_one(*map(flows.netflow_v9, (1, 4)))))
+    exporters.settle()
+    assert account["exporter_missed"] == 0
+    exporters.observe(batch_of(from_one(flows.netflow_v9(3))))
+    exporters.settle()
+    assert (account["exporter_missed"], account["exporter_reordered"]) == (1, 1)
+    exporters.observe(batch_of(from_one(flows.netflow_v9(2))))  # too late
+    exporters.settle()
+    assert (account["exporter_missed"], account["exporter_reordered"]) == (1, 2)
+
+
+def test_restart_is_no_loss() -> None:
+    """An exporter that has been up for less long, or falls back far, begins anew; what it loses then is missed."""
+    later = flows.netflow_v9(500, uptime=90_000)
+    by_uptime = [later, flows.netflow_v9(0, uptime=10), flows.netflow_v9(2, uptime=20)]
+    assert observed("netflow", from_one(*by_uptime)) == {"exporters": 1, "exporter_restarts": 1, "exporter_missed": 1}
+    by_number = [flows.sflow(1_000_000), flows.sflow(0), flows.sflow(2)]
+    assert observed("sflow", from_one(*by_number)) == {"exporters": 1, "exporter_restarts": 1, "exporter_missed": 1}
+    wrapped = [flows.netflow_v9(1, uptime=WRAP - 5), flows.netflow_v9(2, uptime=100_000)]
+    assert observed("netflow", from_one(*wrapped)) == {"exporters": 1}
+
+
+def test_exporters_are_told_apart_by_what_they_say() -> None:
+    """One address may have several engines, source ids or domains; an sFlow agent may have several addresses."""
+    engines = [flows.netflow_v5(number, engine=engine) for number, engine in ((5, (0, 1)), (90, (0, 2)), (700, (1, 1)))]
+    ids = [flows.netflow_v9(number, source_id=number) for number in (5, 90)]
+    assert observed("netflow", from_one(*engines, *ids)) == {"exporters": 5}
+    agent = [("192.0.2.1", flows.sflow(5)), ("192.0.2.2", flows.sflow(6)), ("2001:db8::1", flows.sflow(8))]
+    assert observed("sflow", agent) == {"exporters": 1, "exporter_missed": 1}
+
+
+def test_number_of_exporters_is_bounded() -> None:
+    """The exporter that was silent for longest is forgotten for a new one, with what it misses counted."""
+    account: Counter[str] = Counter()
+    exporters = Exporters("netflow", account, capacity=2)
+    for source_id, number in ((1, 1), (1, 4), (2, 1), (3, 1), (2, 3), (1, 900)):
+        exporters.observe(batch_of(from_one(flows.netflow_v9(number, source_id=source_id))))
+    exporters.settle(at_once=True)
+    assert +account == {"exporter_evictions": 2, "exporter_missed": 3, "exporters": 2}
+
+
+class TestTemplates:
+    def test_records_are_counted_by_templates(self) -> None:
+        """Data of several templates, options too, of any order of sets, with padding: its records are counted."""
+        learned = flows.ipfix(
+            0,
+            flows.a_set(2, flows.template(256, [4, 4]) + flows.template(257, [1, 8], enterprise=True)),
+            flows.a_set(3, flows.options_template(300, [4, 2])),
+        )
+        data = flows.ipfix(
+            0, flows.a_set(300, bytes(6)), flows.a_set(256, bytes(8 * 3 + 2)), flows.a_set(257, bytes(9 * 2))
+        )
+        assert observed("ipfix", from_one(learned, data, flows.ipfix(6))) == {"exporters": 1}
+        assert observed("ipfix", from_one(learned, data, flows.ipfix(8)))["exporter_missed_records"] == 2
+
+    @pytest.mark.parametrize(
+        "unsure",
+        [
+            flows.a_set(258, bytes(20)),
+            flows.a_set(256, bytes(20))[:-2],
+            b"\x01\x00\x00\x00",
+            flows.a_set(256, b"") * 17,
+        ],
+    )
+    def test_only_what_is_certain_is_missed(self, unsure: bytes) -> None:
+        """Behind a datagram whose records can't be counted nothing is missed, however far the next one is."""
+        begin = [flows.ipfix(0, TEMPLATE), flows.ipfix(0)]
+        sent = from_one(*begin, flows.ipfix(0, unsure), flows.ipfix(50), flows.ipfix(53))
+        assert observed("ipfix", sent) == {"exporters": 1, "exporter_unsure": 1, "exporter_missed_records": 3}
+
+    def test_records_that_vary_in_length_are_not_counted(self) -> None:
+        """Of a template with a field that says its own length, a datagram's records are not known."""
+        varying = flows.a_set(2, flows.template(256, [4, 0xFFFF]))
+        sent = from_one(flows.ipfix(0, varying), flows.ipfix(0, flows.a_set(256, bytes(30))), flows.ipfix(9))
+        assert observed("ipfix", sent) == {"exporters": 1, "exporter_unsure": 1}
+
+    def test_template_that_changes_counts_from_then_on(self) -> None:
+        """The receive call in which a template becomes another is unsure; afterwards records are counted by the new."""
+        new = flows.a_set(2, flows.template(256, [20]))
+        before = from_one(flows.ipfix(0, TEMPLATE, flows.a_set(256, bytes(20))), flows.ipfix(2))
+        change = from_one(flows.ipfix(2, new, flows.a_set(256, bytes(20))))
+        after = from_one(flows.ipfix(3, flows.a_set(256, bytes(20))), flows.ipfix(5))
+        account = observed("ipfix", [*before, *change, *after], cuts=[2, 3])
+        assert account == {"exporters": 1, "exporter_unsure": 1, "exporter_missed_records": 1}
+
+    def test_more_templates_than_are_read_at_once_are_forgotten(self) -> None:
+        """A flood of templates costs bounded work: who sends it is followed again when its templates come again."""
+        flood = [
+            ("192.0.2.1", flows.ipfix(0, *(flows.a_set(2, flows.template(256 + at, [1] * 300)),), domain=at))
+            for at in range(30)
+        ]
+        data = [("192.0.2.1", flows.ipfix(0, flows.a_set(256 + at, bytes(300)), domain=at)) for at in range(30)]
+        account = observed("ipfix", [*flood, *data], cuts=[30])
+        assert 0 < account["exporter_unsure"] < 30
+        assert observed("ipfix", [*flood, *flood, *data], cuts=[30, 60])["exporter_unsure"] < account["exporter_unsure"]
+
+
+def test_large_batch_with_a_hostile_sender_among_others() -> None:
+    """Numbers drawn at random by one sender change nothing of what is counted for the others."""
+    draw = np.random.default_rng(5)
+    sent = []
+    for number in range(200):
+        sent.append(("192.0.2.1", flows.netflow_v9(number)))
+        sent.append(("192.0.2.66", flows.netflow_v9(int(draw.integers(WRAP)))))
+    account = observed("netflow", [*sent, ("192.0.2.1", flows.netflow_v9(203))])
+    alone = observed("netflow", [each for each in sent if each[0] == "192.0.2.66"])
+    assert account["exporter_missed"] - alone["exporter_missed"] == 3
+    assert alone["exporter_restarts"] > 100

@@ -1,0 +1,56 @@
+import selectors
+import socket
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from services.ingest.stream_publisher import StreamFeed
+from services.ingest.tcp_connections import Connections
+from shared.ledger import RECEIVED
+from shared.settings.model import Ingest
+from tests.builders import BusEnds
+
+SENDERS = 20
+LINES = b"x\n" * 32_768
+
+
+@pytest.fixture
+def opened(lab: None) -> Iterator[ExitStack]:
+    """Closes what a test enters into it."""
+    with ExitStack() as everything:
+        yield everything
+
+
+def test_a_turn_reads_some_and_the_next_the_others(opened: ExitStack, tmp_path: Path) -> None:
+    """Connections with more to say than a turn has time for are read in turn, none before all others had theirs."""
+    publisher = opened.enter_context(BusEnds(tmp_path)).publisher("ingest.1")
+    selector = opened.enter_context(selectors.DefaultSelector())
+    connections = Connections(selector, Ingest())
+    opened.callback(lambda: connections.close(0))
+    feeds = [StreamFeed(f"s{number}", publisher, Counter()) for number in range(SENDERS)]
+    for feed in feeds:  # a stream and a listener for each connection, so that its messages are counted by themselves
+        listener = socket.create_server(("127.0.0.1", 0))
+        listener.setblocking(False)
+        connections.listen(listener, feed, Counter())
+        sender = opened.enter_context(socket.create_connection(listener.getsockname()))
+        for key, _ in selector.select(10):
+            key.data()
+        sender.sendall(LINES)
+
+    def turn() -> list[int]:
+        for key, _ in selector.select(0):
+            key.data()
+        connections.serve()
+        return [feed.account[RECEIVED] for feed in feeds]
+
+    counts = turn()
+    assert 0 < sum(map(bool, counts)) < SENDERS, "one turn read from all of them, or from none"
+    while not all(counts):
+        before, counts = counts, turn()
+        again = [late - early for early, late in zip(before, counts, strict=True) if early and late > early]
+        assert not again or all(counts), "one was read again before another was read at all"
+    while min(counts) < len(LINES) // 2:
+        counts = turn()

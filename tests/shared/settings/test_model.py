@@ -1,0 +1,397 @@
+import math
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from shared.settings.file import load, render
+from shared.settings.model import Bus, Collector, Settings, SettingsError, Stream
+
+FULL = """
+[bus]
+directory = "/run/x"
+high_water_mark = 7
+[ingest]
+fill_ms = 0
+tcp_idle_seconds = 5
+[[stream]]
+name = "syslog"
+listen = ["udp://[::]:514", "tcp://localhost:601", "unixgram:///run/log.sock"]
+[[stream]]
+name = "net-flow.v9"
+listen = ["udp://0.0.0.0:2055"]
+reply = "thanks"
+reply_beyond_loopback = true
+[[collector]]
+name = "siem"
+streams = ["syslog", "net-flow.v9"]
+address = "192.0.2.9"
+port = 514
+from = ["10.0.0.0/8", "2001:db8::/32"]
+sample = 3
+group = "pair"
+[[collector]]
+name = "all"
+streams = ["*"]
+address = "2001:db8::9"
+port = 9995
+source = "original"
+"""
+STREAM = '[[stream]]\nname = "a"\nlisten = ["udp://localhost:1"]\n'
+COLLECTOR = '[[collector]]\nname = "a"\nstreams = ["messages"]\naddress = "192.0.2.9"\nport = 9\n'
+
+
+def written(directory: Path, text: str) -> Path:
+    """A settings file."""
+    path = directory / "fanwire.toml"
+    path.write_text(text)
+    return path
+
+
+def read(directory: Path, text: str, **environment: str) -> Settings:
+    """The settings of a file and an environment."""
+    return load(written(directory, text), environment)
+
+
+def refusal(directory: Path, text: str, **environment: str) -> str:
+    """The one line by which these settings are refused."""
+    with pytest.raises(SettingsError) as refused:
+        read(directory, text, **environment)
+    line = str(refused.value)
+    assert len(line.splitlines()) == 1
+    return line
+
+
+def test_defaults_are_the_documented_ports() -> None:
+    """Without file and environment the documented endpoints are served, and answered."""
+    found = load(None, {})
+    assert found == Settings()
+    assert found.gateway.listen == ("tcp://127.0.0.1:5000",)
+    assert [str(endpoint) for endpoint in found.streams[0].endpoints] == [
+        "udp://localhost:6667",
+        "tcp://localhost:6667",
+    ]
+    assert found.streams[0].reply == "Got your message!"
+
+
+def test_file_is_read(tmp_path: Path) -> None:
+    """Every kind of entry of a file comes through; what it leaves out keeps its default."""
+    found = read(tmp_path, FULL)
+    assert found.bus == Bus(directory="/run/x", high_water_mark=7)
+    assert [stream.name for stream in found.streams] == ["syslog", "net-flow.v9"]
+    assert found.collectors[0].prefixes == ("10.0.0.0/8", "2001:db8::/32")
+    assert found.collectors[1].source == "original"
+    assert found.gateway == Settings().gateway
+
+
+def test_file_named_by_the_environment_is_read(tmp_path: Path) -> None:
+    """FANWIRE_CONFIG names the file, unless one is given."""
+    named, given_path = tmp_path / "named.toml", tmp_path / "given.toml"
+    named.write_text("[bus]\nhigh_water_mark = 1\n")
+    given_path.write_text("[bus]\nhigh_water_mark = 2\n")
+    environment = {"FANWIRE_CONFIG": str(named)}
+    assert load(None, environment).bus.high_water_mark == 1
+    assert load(given_path, environment).bus.high_water_mark == 2
+
+
+def test_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+    """A file that is missing, or a directory, is named with the reason."""
+    for path, reason in ((tmp_path / "missing.toml", "No such file"), (tmp_path, "Is a directory")):
+        with pytest.raises(SettingsError, match=f"^{path}: {reason}"):
+            load(path, {})
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[bus\n", "not TOML: "),
+        ("a = " + "[" * 100_000, "not TOML: "),
+        ("a = " + "9" * 5000, "not TOML: "),
+        ("[bus]\ncolour = 1\n", "bus.colour: unknown key; expected one of directory, high_water_mark"),
+        (
+            "[busses]\n",
+            "busses: unknown key; expected one of bus, broker, gateway, ingest, forwarder, transmitter, stream, ",
+        ),
+        (STREAM + "port = 1\n", "stream[0].port: unknown key; expected one of name, listen, reply"),
+        (COLLECTOR + "prefixes = []\n", "collector[0].prefixes: unknown key; expected one of"),
+        ('[bus]\n"a\\nb" = 1\n', "unknown key; expected one of directory, high_water_mark"),
+        ('[bus]\nhigh_water_mark = "many"\n', "bus.high_water_mark: Expected `int`, got `str`"),
+        ("[bus]\nhigh_water_mark = true\n", "bus.high_water_mark: Expected `int`, got `bool`"),
+        ("[bus]\nhigh_water_mark = 1.5\n", "bus.high_water_mark: Expected `int`, got `float`"),
+        ("[bus]\nhigh_water_mark = 0\n", "bus.high_water_mark: Expected `int` >= 1"),
+        ("[bus]\nhigh_water_mark = 1e400\n", "bus.high_water_mark: Expected `int`"),
+        (f"[bus]\nhigh_water_mark = {2**70}\n", "bus.high_water_mark: "),
+        ("[ingest]\ntcp_idle_seconds = nan\n", "ingest.tcp_idle_seconds: Expected `float`"),
+        ("[ingest]\ntcp_idle_seconds = inf\n", "ingest.tcp_idle_seconds: Expected `float` <= 86400"),
+        ("[ingest]\nfill_ms = 2\n", "ingest.fill_ms: Expected `float` <= 1.0"),
+        ("[gateway]\nlisten = [1]\n", "gateway.listen[0]: Expected `str`, got `int`"),
+        ("[gateway]\nlease_seconds = 1979-05-27\n", "gateway.lease_seconds: Expected `float`"),
+        ("[gateway]\nserve_seconds = 1\nlisten = 'tcp://localhost:1'\n", "gateway.listen: Expected `array`, got `str`"),
+        ("[gateway]\nlisten = ['udp://localhost:1']\n", "gateway: 'udp://localhost:1' does not begin with tcp://"),
+        ("[gateway]\nlisten = ['tcp://localhost:0']\n", "expected tcp://HOST:PORT with a port from 1 to 65535"),
+        ("bus = 3\n", "bus: Expected `object`, got `int`"),
+        ("stream = 3\n", "stream: Expected `array`, got `int`"),
+        ('[[stream]]\nname = "a"\nlisten = []\n', "stream[0].listen: Expected `array` of length >= 1"),
+        ('[[stream]]\nname = "a"\n', "stream[0]: Object missing required field `listen`"),
+        (STREAM.replace('"a"', '"a/b"'), "stream[0].name: Expected `str` matching regex"),
+        (STREAM + 'reply = "' + "x" * 1025 + '"\n', "stream[0].reply: Expected `str` of length <= 1024"),
+        (STREAM + STREAM, "stream name 'a' is there twice"),
+        (STREAM.replace(":1", ""), "stream[0]: 'udp://localhost': expected udp://HOST:PORT"),
+        (STREAM + 'protocol = "netflow9"\n', "stream[0].protocol: Invalid enum value 'netflow9'"),
+        (
+            '[ingest]\nspread = "datagram"\n' + STREAM + 'protocol = "sflow"\n',
+            "stream 'a' has a protocol, and [ingest] spread is \"datagram\": no worker sees all",
+        ),
+        ("[broker]\nmemory = 1000\n", "broker.memory: Expected `int` >= 67108864"),
+        ("[forwarder]\nmemory = 268435456\n", "forwarder: held_memory may take 268435456 bytes, over half of memory"),
+        ("[transmitter]\nmemory = 268435456\n", "transmitter: held_memory may take 268435456 bytes, over half"),
+        ("[gateway]\nmax_clients = 100000\n", "gateway: max_clients may take 409600000 bytes, over half of memory"),
+        ("[ingest]\ntcp_connections = 5000\n", "ingest: tcp_connections may take 491520000 bytes, over half of memory"),
+        (COLLECTOR + COLLECTOR, "collector name 'a' is there twice"),
+        (COLLECTOR.replace("messages", "traps"), "collector 'a' names a stream 'traps' that is not there"),
+        (COLLECTOR.replace("192.0.2.9", "siem.example"), "collector[0]: 'siem.example' does not appear to be an IP"),
+        (COLLECTOR + 'from = ["10.0.0.1/8"]\n', "collector[0]: 10.0.0.1/8 has host bits set"),
+        (COLLECTOR + 'from = ["ten"]\n', "collector[0]: 'ten' does not appear to be an IPv4 or IPv6 network"),
+        (COLLECTOR.replace("= 9", "= 0"), "collector[0].port: Expected `int` >= 1"),
+        (COLLECTOR.replace("= 9", "= 65536"), "collector[0].port: Expected `int` <= 65535"),
+        (COLLECTOR + "sample = 0\n", "collector[0].sample: Expected `int` >= 1"),
+        (COLLECTOR + 'source = "forged"\n', "collector[0].source: Invalid enum value 'forged'"),
+    ],
+)
+def test_bad_setting_is_one_line_with_file_key_and_what_was_expected(tmp_path: Path, text: str, expected: str) -> None:
+    """SettingsError is one line that begins with the file, names the key, and says what was expected there."""
+    line = refusal(tmp_path, text)
+    assert line.startswith(f"{tmp_path}/fanwire.toml: ")
+    assert expected in line
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    """A file that is not UTF-8 is not TOML."""
+    path = tmp_path / "fanwire.toml"
+    path.write_bytes(b"\xff\xfe[\0b\0")
+    with pytest.raises(SettingsError, match="not TOML: "):
+        load(path, {})
+
+
+def test_environment_overrides_the_file(tmp_path: Path) -> None:
+    """A scalar of any section is read from its variable as the type it has; lists by the name of their entry."""
+    found = read(
+        tmp_path,
+        FULL,
+        FANWIRE_BUS__HIGH_WATER_MARK="9",
+        FANWIRE_INGEST__FILL_MS="0.5",
+        FANWIRE_FORWARDER__SEGMENTATION="false",
+        FANWIRE_GATEWAY__MAX_CLIENTS="500",
+        FANWIRE_STREAM__NET_FLOW_V9__RECEIVE_BUFFER="1048576",
+        FANWIRE_STREAM__SYSLOG__REPLY="42",
+        FANWIRE_COLLECTOR__SIEM__PORT="1514",
+        OTHER_VARIABLE="x",
+        FANWIRE="x",
+        FANWIRE_RUNTIME_DIR="somebody else's",
+    )
+    assert found.bus == Bus(directory="/run/x", high_water_mark=9)
+    assert found.ingest.fill_ms == 0.5
+    assert found.ingest.tcp_idle_seconds == 5
+    assert found.forwarder.segmentation is False
+    assert found.gateway.max_clients == 500
+    assert [stream.receive_buffer for stream in found.streams] == [33_554_432, 1_048_576]
+    assert found.streams[0].reply == "42"
+    assert [collector.port for collector in found.collectors] == [1514, 9995]
+
+
+def test_environment_overrides_the_default_stream() -> None:
+    """Without a file an entry of the defaults can be overridden by its name."""
+    found = load(None, {"FANWIRE_STREAM__MESSAGES__RECEIVE_BUFFER": "1048576"})
+    assert found.streams[0].receive_buffer == 1_048_576
+    assert found.streams[0].listen == Settings().streams[0].listen
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "expected"),
+    [
+        ("FANWIRE_BUS__HIGH_WATER_MARK", "many", "Expected `int`"),
+        ("FANWIRE_BUS__HIGH_WATER_MARK", "0", "Expected `int` >= 1"),
+        ("FANWIRE_BUS__HIGH_WATER_MARK", "", "Expected `int`"),
+        ("FANWIRE_FORWARDER__SEGMENTATION", "perhaps", "Expected `bool`"),
+        ("FANWIRE_INGEST__TCP_IDLE_SECONDS", "nan", "Expected `float`"),
+        ("FANWIRE_GATEWAY__LISTEN", "tcp://localhost:1", "Expected `array`"),
+        ("FANWIRE_BUS__COLOUR", "1", "not a setting; [bus] has directory, high_water_mark"),
+        ("FANWIRE_BUS_HIGH_WATER_MARK", "1", "not a setting; expected FANWIRE_SECTION__KEY"),
+        ("FANWIRE_BUS", "1", "not a setting; expected FANWIRE_SECTION__KEY"),
+        ("FANWIRE_RADIO__COLOUR", "1", "not a setting; expected FANWIRE_SECTION__KEY"),
+        ("FANWIRE_STREAM__SYSLOG", "1", "not a setting; [stream] has name, listen"),
+        ("FANWIRE_STREAM__SYSLOG__COLOUR", "1", "not a setting; [stream] has name, listen"),
+        ("FANWIRE_STREAM__TRAPS__REPLY", "1", "there is no stream called 'traps'"),
+        ("FANWIRE_COLLECTOR__NOBODY__PORT", "1", "there is no collector called 'nobody'"),
+    ],
+)
+def test_bad_variable_is_one_line_that_names_it(tmp_path: Path, variable: str, value: str, expected: str) -> None:
+    """A variable that is no setting, or has the wrong type, is refused in one line that begins with it."""
+    line = refusal(tmp_path, FULL, **{variable: value})
+    assert line.startswith(f"{variable}: ")
+    assert expected in line
+
+
+def test_combination_made_by_a_variable_is_checked(tmp_path: Path) -> None:
+    """A value that is right by itself and wrong together with the rest is refused."""
+    assert "is there twice" in refusal(tmp_path, FULL, FANWIRE_STREAM__SYSLOG__NAME="net-flow.v9")
+
+
+@pytest.mark.parametrize(
+    "text", ["bus = 3\n", "stream = 3\n", "stream = [3]\n", "[stream]\n", "[[stream]]\nname = 3\n"]
+)
+@pytest.mark.parametrize("variable", ["FANWIRE_BUS__DIRECTORY", "FANWIRE_STREAM__X__REPLY"])
+def test_variable_over_a_section_of_the_wrong_shape_is_refused(tmp_path: Path, text: str, variable: str) -> None:
+    """A file whose sections are no tables is refused in one line, whatever the environment adds to it."""
+    refusal(tmp_path, text, **{variable: "/x"})
+
+
+@pytest.mark.parametrize("text", ["", FULL, "stream = []\n", STREAM + 'reply = "\\u0000\\"\\\\ \\u007f é\\n"\n'])
+def test_rendered_settings_read_the_same(tmp_path: Path, text: str) -> None:
+    """What `render` writes is read back to the same settings."""
+    found = read(tmp_path, text)
+    assert read(tmp_path, render(found)) == found
+    assert read(tmp_path, render(found, defaults=False)) == found
+
+
+def test_what_is_as_by_default_can_be_left_out(tmp_path: Path) -> None:
+    """Without defaults only what differs is rendered: of nothing but defaults, nothing."""
+    assert render(Settings(), defaults=False) == ""
+    found = read(tmp_path, COLLECTOR + "sample = 2\n")
+    assert render(found, defaults=False) == COLLECTOR + "sample = 2\n"
+
+
+replies = st.none() | st.text(max_size=40)
+streams = st.builds(
+    Stream,
+    name=st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,9}", fullmatch=True),
+    listen=st.just(("udp://localhost:1",)),
+    reply=replies,
+    receive_buffer=st.integers(4096, 1 << 30),
+    protocol=st.sampled_from([None, "netflow", "ipfix", "sflow"]),
+)
+collectors = st.builds(
+    Collector,
+    name=st.text(min_size=1, max_size=20),
+    streams=st.just(("*",)),
+    address=st.ip_addresses().map(str),
+    port=st.integers(1, 65535),
+    sample=st.integers(1, 1_000_000),
+    group=st.text(max_size=20),
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.floats(0, 1),
+    st.lists(streams, max_size=3, unique_by=lambda stream: stream.name),
+    st.lists(collectors, max_size=3, unique_by=lambda collector: collector.name),
+    st.text(max_size=20),
+)
+def test_any_settings_are_rendered_so_that_they_read_the_same(
+    tmp_path: Path, fill_ms: float, some: list[Stream], others: list[Collector], directory: str
+) -> None:
+    """Settings with any text and number in them are read back to the same."""
+    builtins = msgspec.to_builtins(Settings(streams=tuple(some), collectors=tuple(others)))
+    builtins["ingest"]["fill_ms"] = fill_ms
+    builtins["bus"]["directory"] = directory
+    found = msgspec.convert(builtins, Settings)
+    assert read(tmp_path, render(found)) == found
+    assert read(tmp_path, render(found, defaults=False)) == found
+
+
+def test_nan_is_no_number_of_seconds() -> None:
+    """A setting that would make every comparison false is refused from the environment too."""
+    assert not math.isnan(load(None, {"FANWIRE_INGEST__FILL_MS": "0.25"}).ingest.fill_ms)
+    with pytest.raises(SettingsError, match="FANWIRE_INGEST__FILL_MS"):
+        load(None, {"FANWIRE_INGEST__FILL_MS": "nan"})
+
+
+def outcome(path: Path, environment: dict[str, str]) -> str:
+    """Why the settings are refused, "" when they are not."""
+    try:
+        load(path, environment)
+    except SettingsError as refused:
+        return str(refused)
+    return ""
+
+
+lines = st.sampled_from(
+    [*FULL.splitlines(), *STREAM.splitlines(), *COLLECTOR.splitlines(), "a = [", "[[bus]]", "[stream]"]
+)
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.text() | st.lists(lines | st.text(max_size=12), max_size=12).map("\n".join))
+def test_arbitrary_text_raises_nothing_else(tmp_path: Path, text: str) -> None:
+    """Whatever stands in the file, it is settings or refused in one line that names the file."""
+    path = tmp_path / "fanwire.toml"
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    line = outcome(path, {})
+    assert not line or line.startswith(f"{path}: ")
+    assert len(line.splitlines()) <= 1
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.sampled_from(["BUS__", "STREAM__SYSLOG__", "COLLECTOR__SIEM__", "", "STREAM", "INGEST__FILL_MS"]),
+    st.text(st.characters(codec="utf-8", exclude_characters="\0=")),
+    st.text(st.characters(codec="utf-8", exclude_characters="\0")),
+)
+def test_arbitrary_variable_raises_nothing_else(tmp_path: Path, prefix: str, name: str, value: str) -> None:
+    """Whatever variable is set to whatever value, it is a setting, somebody else's, or refused by SettingsError."""
+    line = outcome(written(tmp_path, FULL), {f"FANWIRE_{prefix}{name}": value})
+    assert not line or line.startswith(("FANWIRE_", str(tmp_path)))
+    assert len(line.splitlines()) <= 1
+
+
+@pytest.mark.parametrize(
+    ("directory", "environment", "expected"),
+    [
+        ("$XDG_RUNTIME_DIR/fanwire", {"XDG_RUNTIME_DIR": "/run/user/7"}, "/run/user/7/fanwire"),
+        ("$XDG_RUNTIME_DIR/fanwire", {"RUNTIME_DIRECTORY": "/run/fanwire:/run/other"}, "/run/fanwire"),
+        ("/srv/bus", {"RUNTIME_DIRECTORY": "/run/fanwire"}, "/srv/bus"),
+    ],
+)
+def test_bus_directory_follows_its_environment(
+    monkeypatch: pytest.MonkeyPatch, directory: str, environment: dict[str, str], expected: str
+) -> None:
+    """The default directory is systemd's, else the user's runtime directory; one that was set is that one."""
+    for name in ("RUNTIME_DIRECTORY", "XDG_RUNTIME_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert str(Bus(directory=directory).path) == expected
+
+
+def test_bus_directory_without_a_runtime_directory_is_this_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing names a runtime directory, it is one under /tmp that bears the user's id."""
+    for name in ("RUNTIME_DIRECTORY", "XDG_RUNTIME_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    assert str(Bus().path).startswith("/tmp/fanwire-")
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"listen": ("tcp://127.0.0.1:5800", "tcp://[::1]:5800", "tcp://localhost:5800")}, ""),
+        ({"listen": ("tcp://0.0.0.0:5800",), "keys": "/keys"}, ""),
+        ({"connect": "tcp://127.9.9.9:5800"}, ""),
+        ({"connect": "tcp://bus.example:65534", "keys": "/keys"}, ""),
+        ({"listen": ("tcp://0.0.0.0:5800",)}, "beyond loopback"),
+        ({"listen": ("tcp://127.0.0.1:5800", "tcp://[::]:5800")}, "beyond loopback"),
+        ({"connect": "tcp://127.0.0.1.example:5800"}, "beyond loopback"),
+        ({"connect": "tcp://localhost:65535"}, "subscribers have the next one"),
+        ({"connect": "ipc:///run/bus"}, "does not begin with tcp://"),
+        ({"listen": ("tcp://localhost",)}, "expected tcp://HOST:PORT"),
+    ],
+)
+def test_bus_over_tcp(fields: dict[str, Any], said: str) -> None:
+    """Endpoints of the bus are checked, and those beyond loopback take keys."""
+    with pytest.raises(ValueError, match=said) if said else nullcontext():
+        found = Bus(**fields)
+        assert [*map(str, found.endpoints), str(found.broker or "")] == [*found.listen, found.connect]
