@@ -11,7 +11,7 @@ import msgpack
 import numpy as np
 import zmq
 
-from shared.bus.endpoint import DIRECT, Link
+from shared.bus.endpoint import DIRECT, BusLink
 from shared.bus.messages import (
     REGISTRY_TOPIC,
     VERSION,
@@ -81,7 +81,7 @@ def heavy_bodies() -> list[tuple[str, bytes]]:
 class BusEnds:
     """Publishers and subscribers of the test itself, closed with it; what they have not sent by then is let go."""
 
-    def __init__(self, directory: Path, link: Link = DIRECT) -> None:
+    def __init__(self, directory: Path, link: BusLink = DIRECT) -> None:
         self.directory = directory
         self._link = link
         self.context = new_context()

@@ -11,7 +11,7 @@ import structlog
 import zmq
 
 from services.broker.publish_rights import refusal
-from shared.bus.messages import WireError, peek
+from shared.bus.messages import MessageError, peek
 from shared.ledger import REFUSED_MALFORMED, REFUSED_SENDER, REFUSED_TOPIC
 
 BURST: Final = 1000
@@ -91,7 +91,7 @@ class Checkpoint:
             role = ""
         try:
             topic, envelope = peek([frame.buffer for frame in frames])
-        except WireError as error:
+        except MessageError as error:
             self.counters[REFUSED_MALFORMED] += 1
             log.warning("message refused: malformed", role=role, reason=str(error)[:200])
             return False

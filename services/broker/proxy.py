@@ -16,7 +16,7 @@ from services.broker.curve_auth import Guard
 from services.broker.filtering_proxy import KEPT_BACK, STATISTICS, Checkpoint, Socket
 from services.broker.ipc_peers import bind_tcp, let_in, refuse_strangers
 from services.broker.stalled_subscribers import Relief
-from shared.bus.endpoint import DIRECT, Link, ipc_endpoint, queue_limit
+from shared.bus.endpoint import DIRECT, BusLink, ipc_endpoint, queue_limit
 from shared.bus.status import Reporter
 from shared.bus.zmq_sockets import (
     HELLO_TOPIC,
@@ -89,7 +89,7 @@ class Proxy:
         if self._guard is not None:
             self._guard.start(self._context)
             self._guard.protect(publishers, subscribers)
-            link, passing = Link(keys=self._guard.keys), self._checkpoint.pass_messages
+            link, passing = BusLink(keys=self._guard.keys), self._checkpoint.pass_messages
         try:
             for sock, side in ((publishers, "publish"), (subscribers, "subscribe")):
                 refuse_strangers(sock, self._directory, self._group)

@@ -12,7 +12,7 @@ import structlog
 from services.forwarder.plan import SendPlan
 from shared.client import Client
 from shared.datagrams.mmsg import send
-from shared.fanout.backlog import HeldMemory, Holding
+from shared.fanout.backlog import Backlog, BacklogMemory
 from shared.ledger import (
     BUFFER_FULL,
     BYTES,
@@ -70,12 +70,12 @@ class Outlet:
     `full` says that the last `send` ended because there was no room; in `held` is what waits for it.
     """
 
-    def __init__(self, client: Client, settings: Forwarder, account: Counter[str], memory: HeldMemory) -> None:
+    def __init__(self, client: Client, settings: Forwarder, account: Counter[str], memory: BacklogMemory) -> None:
         self.client = client
         self.account = account
         self.largest_segment = 0
         self.full = False
-        self.held = Holding(account, BUFFER_FULL, settings.queue_seconds, HELD_ROWS, settings.queue_bytes, memory)
+        self.held = Backlog(account, BUFFER_FULL, settings.queue_seconds, HELD_ROWS, settings.queue_bytes, memory)
         self._settings = settings
         self._socket: socket.socket | None = None
         self._said: set[str] = set()

@@ -15,7 +15,7 @@ from shared.client import Client, Source
 from shared.datagrams.batch import Indices
 from shared.datagrams.gathered import Gathered, portions
 from shared.datagrams.routing import Selection
-from shared.fanout.send_threads import Crew
+from shared.fanout.send_threads import SendThreads
 from shared.fanout.service import CopyService
 from shared.settings.model import Settings
 
@@ -33,7 +33,7 @@ class Relay(CopyService[Outlet]):
     def __init__(self, name: str, settings: Settings) -> None:
         super().__init__(name, settings, settings.forwarder)
         self._plan = SendPlan()
-        self._crew = Crew()
+        self._crew = SendThreads()
         self._stalled: dict[Outlet, tuple[float, float]] = {}
         """Those for which something waits: seconds between tries, and when the next one is due."""
 

@@ -9,7 +9,7 @@ from services.transmitter.headers import ETHERTYPE_IPV4, ETHERTYPE_IPV6
 from services.transmitter.next_hops import Neighbourhood, Way, WayKind
 from shared.client import Client
 from shared.datagrams.gathered import MAX_GATHERED_PAYLOAD
-from shared.fanout.backlog import HeldMemory, Holding
+from shared.fanout.backlog import Backlog, BacklogMemory
 from shared.ledger import NO_NEIGHBOUR
 from shared.net.netlink import NUD_FAILED
 
@@ -34,7 +34,7 @@ class Copies:
         account: Counter[str],
         neighbourhood: Neighbourhood,
         numbers: Identification,
-        memory: HeldMemory,
+        memory: BacklogMemory,
         *,
         permitted: bool,
     ) -> None:
@@ -51,7 +51,7 @@ class Copies:
         self._way = Way(WayKind.NONE)
         self._target: Target | None = None
         self._target_of: bytes | None = None
-        self.held = Holding(account, NO_NEIGHBOUR, HELD_SECONDS, HELD_ROWS, HELD_BYTES, memory)
+        self.held = Backlog(account, NO_NEIGHBOUR, HELD_SECONDS, HELD_ROWS, HELD_BYTES, memory)
 
     @property
     def way(self) -> Way:

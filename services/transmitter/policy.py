@@ -13,7 +13,7 @@ from shared.datagrams.gathered import Gathered
 from shared.datagrams.routing import Prefixes, halves_of
 from shared.datagrams.segments import Mask
 from shared.net.addresses import pack_address
-from shared.process.log_limit import Restraint
+from shared.process.log_limit import LogLimit
 from shared.settings.model import Transmitter
 
 AUDIT_SECONDS: Final = 60.0
@@ -126,7 +126,7 @@ class Audit:
     def __init__(self, say: Callable[..., object], clock: Callable[[], float]) -> None:
         self.counters: Counter[str] = Counter()
         self._say = say
-        self._restraint = Restraint(AUDIT_SECONDS, clock)
+        self._restraint = LogLimit(AUDIT_SECONDS, clock)
 
     def refuse(self, cause: str, count: int, **facts: Any) -> None:
         """Count a refusal; `facts` are those of the one that is told of."""

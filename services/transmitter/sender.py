@@ -23,8 +23,8 @@ from shared.client import Client
 from shared.datagrams.batch import Indices
 from shared.datagrams.gathered import Gathered, portions
 from shared.datagrams.routing import Selection
-from shared.fanout.backlog import HeldMemory
-from shared.fanout.send_threads import MEMBERS, Crew
+from shared.fanout.backlog import BacklogMemory
+from shared.fanout.send_threads import MEMBERS, SendThreads
 from shared.ledger import DESTINATION_REFUSED, NO_ROUTE, OTHER_FAMILY, RATE_LIMITED, SOURCE_REFUSED
 from shared.settings.model import Settings
 from shared.settings.own_listeners import OwnListeners, udp_listeners
@@ -54,14 +54,14 @@ class Sender:
     What waits for next hops is in `held`.
     """
 
-    def __init__(self, settings: Settings, sockets: RawSockets, held: HeldMemory) -> None:
+    def __init__(self, settings: Settings, sockets: RawSockets, held: BacklogMemory) -> None:
         self.neighbourhood = Neighbourhood()
         self.policy = Policy(settings.transmitter, time.monotonic)
         self.audit = Audit(log.warning, time.monotonic)
         self._segmentation = settings.transmitter.segmentation
         self.follow(settings)
         self._exits = Exits(sockets.packet, sockets.ip4, sockets.ip6)
-        self._crew = Crew()
+        self._crew = SendThreads()
         self._plans = [FramePlan() for _ in range(MEMBERS)]
         self._numbers: WeakValueDictionary[str, Identification] = WeakValueDictionary()
         self._held = held

@@ -23,7 +23,7 @@ LARGEST_MESSAGE: Final = MAX_PAYLOAD + MAX_ROWS * ROW.itemsize
 
 
 @dataclass(frozen=True, slots=True)
-class Link:
+class BusLink:
     """Where the broker is, None: in the bus directory; and the keys, None: there is nothing to prove."""
 
     broker: Endpoint | None = None
@@ -55,13 +55,13 @@ class Link:
         return True
 
 
-DIRECT: Final = Link()
+DIRECT: Final = BusLink()
 """By the bus directory, which is closed to strangers, and without keys."""
 
 
-def open_link(bus: Bus, role: str) -> Link:
+def open_link(bus: Bus, role: str) -> BusLink:
     """The link that the settings name for a role. SettingsError when it lacks a key."""
-    return Link(bus.broker, load_keys(bus.key_directory, role) if bus.key_directory else None)
+    return BusLink(bus.broker, load_keys(bus.key_directory, role) if bus.key_directory else None)
 
 
 def queue_limit(high_water_mark: int, memory_ceiling: int) -> int:

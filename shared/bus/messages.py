@@ -4,7 +4,7 @@ A message is multipart: the topic, an envelope, a body, and for datagrams two ar
 are msgpack, each message kind one Struct below. The envelope decides: its first two fields are version and kind,
 and a receiver that knows neither counts the message and drops it without reading on.
 
-Decoding never raises anything but `WireError`, whatever the bytes.
+Decoding never raises anything but `MessageError`, whatever the bytes.
 """
 
 from collections.abc import Callable, Sequence
@@ -48,7 +48,7 @@ StreamName = Annotated[str, Meta(pattern="^[^/]{1,64}$")]
 Number = Annotated[int, Meta(ge=0, le=MAX_NUMBER)]
 
 
-class WireError(ValueError):
+class MessageError(ValueError):
     """A message that can't be taken; `cause` is the word it is counted under."""
 
     def __init__(self, cause: str, message: str) -> None:
@@ -254,15 +254,15 @@ def home(kind: str) -> str:
 
 
 def peek(parts: Sequence[Part]) -> tuple[str, Envelope]:
-    """Return topic and envelope of a message, of any version, without reading on. WireError when it has none."""
+    """Return topic and envelope of a message, of any version, without reading on. MessageError when it has none."""
     try:
         if not 3 <= len(parts) <= 5:
-            raise WireError("malformed", f"{len(parts)} parts")
+            raise MessageError("malformed", f"{len(parts)} parts")
         if len(parts[0]) > MAX_TOPIC or len(parts[1]) > MAX_ENVELOPE:
-            raise WireError("malformed", f"topic of {len(parts[0])} and envelope of {len(parts[1])} bytes")
+            raise MessageError("malformed", f"topic of {len(parts[0])} and envelope of {len(parts[1])} bytes")
         return str(parts[0], "utf-8"), _envelopes.decode(parts[1])
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise WireError("malformed", f"{type(error).__name__}: {error}") from None
+        raise MessageError("malformed", f"{type(error).__name__}: {error}") from None
 
 
 HEALTH_PREFIX: Final = "health/"
@@ -284,42 +284,42 @@ def encode(
 
 
 Borrow = Callable[[Envelope, Datagrams, int], Part]
-"""Finds a lent payload of so many bytes; WireError when it can't be had."""
+"""Finds a lent payload of so many bytes; MessageError when it can't be had."""
 
 
 def borrow_nothing(_envelope: Envelope, _body: Datagrams, _size: int) -> Part:
     """For who reads only what is in the messages."""
-    raise WireError("not_borrowed", "the payload is lent, and this reader does not borrow")
+    raise MessageError("not_borrowed", "the payload is lent, and this reader does not borrow")
 
 
 def decode(parts: Sequence[Part], borrow: Borrow = borrow_nothing) -> Message:
-    """Return the message in `parts`; a batch's columns are read-only views of them. WireError when it is not one."""
+    """Return the message in `parts`; a batch's columns are read-only views of them. MessageError when it is not one."""
     try:
         return _decode(parts, borrow)
-    except WireError:
+    except MessageError:
         raise
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:  # RecursionError: nesting thousands deep
-        raise WireError("malformed", f"{type(error).__name__}: {error}") from None
+        raise MessageError("malformed", f"{type(error).__name__}: {error}") from None
 
 
 def _decode(parts: Sequence[Part], borrow: Borrow) -> Message:
     topic, envelope = peek(parts)
     if envelope.version != VERSION:
-        raise WireError("bad_version", f"version {envelope.version}, this is {VERSION}")
+        raise MessageError("bad_version", f"version {envelope.version}, this is {VERSION}")
     if envelope.kind not in KINDS:
-        raise WireError("unknown_kind", f"kind {envelope.kind[:40]!r}")
+        raise MessageError("unknown_kind", f"kind {envelope.kind[:40]!r}")
     body = _bodies[envelope.kind].decode(parts[2])
     if not isinstance(body, Datagrams):
         if isinstance(body, Status) and body.service != envelope.sender:
-            raise WireError("malformed", f"status of {body.service[:40]!r} from {envelope.sender}")
+            raise MessageError("malformed", f"status of {body.service[:40]!r} from {envelope.sender}")
         if len(parts) != 3:
-            raise WireError("malformed", f"{envelope.kind} with {len(parts)} parts")
+            raise MessageError("malformed", f"{envelope.kind} with {len(parts)} parts")
         return Message(topic, envelope, body)
     if topic != datagrams_topic(body.stream):
-        raise WireError("malformed", f"datagrams of stream {body.stream[:40]!r} on topic {topic[:40]!r}")
+        raise MessageError("malformed", f"datagrams of stream {body.stream[:40]!r} on topic {topic[:40]!r}")
     lent = body.chunk is not None
     if len(parts) != (4 if lent else 5):
-        raise WireError("malformed", f"datagrams with {len(parts)} parts")
+        raise MessageError("malformed", f"datagrams with {len(parts)} parts")
     rows = np.frombuffer(parts[3], ROW)
     size = body.stride * len(rows) or int(rows["length"].sum())
     payload = borrow(envelope, body, size) if lent else parts[4]

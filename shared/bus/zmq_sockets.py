@@ -21,7 +21,7 @@ from typing import Final
 import structlog
 import zmq
 
-from shared.bus.endpoint import DIRECT, Link, ipc_endpoint
+from shared.bus.endpoint import DIRECT, BusLink, ipc_endpoint
 from shared.bus.loans import Borrowed, pool_path
 from shared.bus.messages import (
     MAX_MESSAGE,
@@ -31,8 +31,8 @@ from shared.bus.messages import (
     Datagrams,
     Envelope,
     Message,
+    MessageError,
     Part,
-    WireError,
     datagrams_topic,
     decode,
     encode,
@@ -68,7 +68,7 @@ def subscribe_endpoint(directory: Path) -> str:
     return ipc_endpoint(directory, "subscribe")
 
 
-def broker_is_up(directory: Path, link: Link = DIRECT) -> bool:
+def broker_is_up(directory: Path, link: BusLink = DIRECT) -> bool:
     """Whether something accepts connections where subscribers connect."""
     return link.is_up(directory)
 
@@ -106,7 +106,7 @@ class Publisher:
         directory: Path,
         sender: str,
         high_water_mark: int,
-        link: Link = DIRECT,
+        link: BusLink = DIRECT,
     ) -> None:
         self.sender = sender
         self.boot = secrets.randbits(62)
@@ -190,7 +190,7 @@ class Subscriber:
     """Takes messages from the bus; what is malformed is counted in `rejected`, said, and dropped."""
 
     def __init__(
-        self, context: zmq.Context[zmq.Socket[bytes]], directory: Path, high_water_mark: int, link: Link = DIRECT
+        self, context: zmq.Context[zmq.Socket[bytes]], directory: Path, high_water_mark: int, link: BusLink = DIRECT
     ) -> None:
         check_directory(directory)
         self.rejected: Counter[str] = Counter()
@@ -238,7 +238,7 @@ class Subscriber:
             parts += [frame.buffer for frame in frames[3:6]]
             try:
                 message = decode(parts, self._borrow)
-            except WireError as error:
+            except MessageError as error:
                 self._reject(error)
             else:
                 if isinstance(message.body, Datagrams) and message.body.chunk is None:
@@ -282,7 +282,7 @@ class Subscriber:
             payload = borrowed.payload(body.loan, body.chunk, size)
         if payload is None:
             self._want_inline(body.stream, envelope.sender)
-            raise WireError("not_borrowed", f"{envelope.sender} lends a payload that can't be read here")
+            raise MessageError("not_borrowed", f"{envelope.sender} lends a payload that can't be read here")
         return payload
 
     def _want_inline(self, stream: str, worker: str) -> None:
@@ -293,7 +293,7 @@ class Subscriber:
         if len(unreadable) < MAX_UNREADABLE:
             unreadable.add(worker)
 
-    def _reject(self, error: WireError) -> None:
+    def _reject(self, error: MessageError) -> None:
         self.rejected[error.cause] += 1
         count = sum(self.rejected.values())
         log.warning("bus message dropped", cause=error.cause, reason=str(error)[:200], dropped_so_far=count)

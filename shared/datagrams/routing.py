@@ -73,7 +73,7 @@ def mix(values: Hashes) -> Hashes:
 
 
 @dataclass(slots=True)
-class Route:
+class CollectorRoute:
     """A collector as the router sees it. `matched` counts the rows that reached its sampling, for 1-in-N."""
 
     client: Client
@@ -93,7 +93,7 @@ class Router:
     """Routes for a set of collectors, kept by name so that sampling goes on when others come and go."""
 
     def __init__(self) -> None:
-        self._routes: dict[str, Route] = {}
+        self._routes: dict[str, CollectorRoute] = {}
         self._by_stream: dict[str, _StreamRoutes] = {}
 
     def replace(self, clients: Iterable[Client]) -> None:
@@ -101,7 +101,9 @@ class Router:
         before = self._routes
         self._by_stream.clear()
         self._routes = {
-            client.name: known if (known := before.get(client.name)) and known.client == client else Route(client)
+            client.name: known
+            if (known := before.get(client.name)) and known.client == client
+            else CollectorRoute(client)
             for client in clients
         }
 
@@ -127,10 +129,10 @@ class Router:
 class _StreamRoutes:
     """The routes of one stream, sorted by what it takes to find their rows."""
 
-    def __init__(self, routes: list[Route]) -> None:
+    def __init__(self, routes: list[CollectorRoute]) -> None:
         self.all = routes
         self._everything = [(each.client, ALL_ROWS) for each in routes if takes_all(each.client)]
-        self._sets: dict[tuple[Network, ...], list[Route]] = {}
+        self._sets: dict[tuple[Network, ...], list[CollectorRoute]] = {}
         for route in routes:
             if route.client.prefixes:
                 self._sets.setdefault(route.networks, []).append(route)
@@ -166,7 +168,7 @@ def _picks(client: Client) -> bool:
 
 
 def _pick(
-    batch: Datagrams, routes: list[Route], rows_of: dict[tuple[Network, ...], Indices]
+    batch: Datagrams, routes: list[CollectorRoute], rows_of: dict[tuple[Network, ...], Indices]
 ) -> list[tuple[Client, Selection]]:
     """Selections of collectors that sample or share; `rows_of` has, by set of networks, the rows that pass."""
     wanted = {}
@@ -181,12 +183,14 @@ def _pick(
     ]
 
 
-def _pick_members(halves: npt.NDArray[np.uint64], routes: list[Route], wanted: dict[str, Mask]) -> dict[str, Mask]:
+def _pick_members(
+    halves: npt.NDArray[np.uint64], routes: list[CollectorRoute], wanted: dict[str, Mask]
+) -> dict[str, Mask]:
     """For each member of a group, the rows it takes: of those members that want a row, the one of highest weight.
 
     Rendezvous hashing (Thaler and Ravishankar 1998): a member that joins or leaves moves only its own share.
     """
-    groups: dict[str, list[Route]] = {}
+    groups: dict[str, list[CollectorRoute]] = {}
     for route in routes:
         if route.client.group:
             groups.setdefault(route.client.group, []).append(route)
@@ -205,7 +209,7 @@ def _pick_members(halves: npt.NDArray[np.uint64], routes: list[Route], wanted: d
     return picked
 
 
-def _sample(route: Route, wanted: Mask, picked: Mask | None) -> Selection:
+def _sample(route: CollectorRoute, wanted: Mask, picked: Mask | None) -> Selection:
     mine = wanted if picked is None else picked
     matching = np.flatnonzero(mine)
     first = -route.matched % route.client.sample

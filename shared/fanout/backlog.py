@@ -28,7 +28,7 @@ class Held:
 
 
 @dataclass(slots=True)
-class Holding:
+class Backlog:
     """What one collector waits for: at most so many rows, so many bytes of the batches they are in, so many seconds.
 
     `cause` is what those are dropped under that are too many or have waited too long; `memory` is shared with the
@@ -40,7 +40,7 @@ class Holding:
     seconds: float
     most_rows: int
     most_bytes: int
-    memory: "HeldMemory"
+    memory: "BacklogMemory"
     _queue: deque[Held] = field(default_factory=deque)
     _bytes: int = 0
 
@@ -95,7 +95,7 @@ class Holding:
         self.account[cause or self.cause] += self.take().count
 
 
-class HeldMemory:
+class BacklogMemory:
     """How much memory the batches take that any collector of a process waits for; each counts once.
 
     Beyond `limit` bytes the oldest batch is dropped, by all who wait for rows of it.
@@ -104,10 +104,10 @@ class HeldMemory:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.used = 0
-        self._holders: OrderedDict[int, dict[int, Holding]] = OrderedDict()
+        self._holders: OrderedDict[int, dict[int, Backlog]] = OrderedDict()
         """Who holds rows of a batch, by its id and theirs; the batch that came first is the first."""
 
-    def take(self, batch: Gathered, holding: Holding, *, first: bool) -> None:
+    def take(self, batch: Gathered, holding: Backlog, *, first: bool) -> None:
         """Somebody holds rows of a batch, which is the newest, or with `first` the oldest."""
         if id(batch) not in self._holders:
             self._holders[id(batch)] = {}
@@ -115,7 +115,7 @@ class HeldMemory:
             self.used += batch.payload_bytes
         self._holders[id(batch)][id(holding)] = holding
 
-    def give_back(self, batch: Gathered, holding: Holding) -> None:
+    def give_back(self, batch: Gathered, holding: Backlog) -> None:
         """Somebody holds none of it any longer."""
         holders = self._holders[id(batch)]
         del holders[id(holding)]

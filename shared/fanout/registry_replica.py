@@ -4,7 +4,7 @@ from shared.bus.messages import Envelope, RegistryChange, RegistrySnapshot
 from shared.client import Client
 
 
-class RegistryMirror:
+class RegistryReplica:
     """Follows the gateway; `stale` says that a change is missing and a new snapshot has to be asked for.
 
     `version` grows with every change, whichever gateway it came from; `revision` is the present gateway's own.

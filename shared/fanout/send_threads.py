@@ -14,7 +14,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-class Crew:
+class SendThreads:
     """Threads that live as long as the process, begun when they are first needed."""
 
     def __init__(self) -> None:

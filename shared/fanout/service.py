@@ -34,11 +34,11 @@ from shared.client import Client, Source
 from shared.datagrams.batch import DatagramBatch
 from shared.datagrams.gathered import MAX_GATHERED, MAX_GATHERED_PAYLOAD, Gathered
 from shared.datagrams.routing import Selection
-from shared.fanout.backlog import HeldMemory
+from shared.fanout.backlog import BacklogMemory
 from shared.fanout.collectors import Collectors, D
 from shared.fanout.health_report import HealthReporter
-from shared.fanout.registry_replica import RegistryMirror
-from shared.fanout.streams import Streams
+from shared.fanout.registry_replica import RegistryReplica
+from shared.fanout.streams import FollowedStreams
 from shared.ledger import Accounts
 from shared.process.lifecycle import Lifecycle, Readiness
 from shared.process.memory import Memory
@@ -77,7 +77,7 @@ class CopyService(ABC, Generic[D]):
     def __init__(self, name: str, settings: Settings, own: Forwarder | Transmitter) -> None:
         self.name = name
         self.settings = settings
-        self.held = HeldMemory(own.held_memory)
+        self.held = BacklogMemory(own.held_memory)
         """What waits for any collector."""
         self._memory = Memory(own.memory, f"[{name.partition('.')[0]}] memory", borrows=True)
 
@@ -117,8 +117,8 @@ class CopyService(ABC, Generic[D]):
         self._subscriber = Subscriber(self._context, bus.path, mark, link)
         self._reporter = Reporter(self._publisher, self._memory)
         self._health = HealthReporter(self._publisher, self.source)
-        self._mirror = RegistryMirror()
-        self._streams = Streams(self._subscriber)
+        self._mirror = RegistryReplica()
+        self._streams = FollowedStreams(self._subscriber)
         self._collectors = Collectors(_names(self.settings), self._streams.published, self.reach)
         self._waiting: list[tuple[float, int, ServeRequest]] = []
         self._asked_at = 0.0

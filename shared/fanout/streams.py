@@ -27,7 +27,7 @@ class _Worker:
     whole: bool = False
 
 
-class Streams:
+class FollowedStreams:
     """Subscribes to what is wanted, and counts what came and what should have."""
 
     def __init__(self, subscriber: Subscriber) -> None:

@@ -25,7 +25,7 @@ from typing import Any, Final, NoReturn
 import structlog
 
 from shared.net.printable import printable
-from shared.process.log_limit import Restraint
+from shared.process.log_limit import LogLimit
 from shared.settings.file import load, load_again
 from shared.settings.model import Bus, Settings, SettingsError
 
@@ -156,7 +156,7 @@ def configure_logging() -> None:
     )
     structlog.configure(
         processors=[
-            partial(_restrain, Restraint()),
+            partial(_restrain, LogLimit()),
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="%H:%M:%S" if terminal else "iso", utc=not terminal),
             structlog.processors.format_exc_info,
@@ -170,7 +170,7 @@ def configure_logging() -> None:
 
 
 def _restrain(
-    restraint: Restraint, _logger: object, level: str, event: structlog.typing.EventDict
+    restraint: LogLimit, _logger: object, level: str, event: structlog.typing.EventDict
 ) -> structlog.typing.EventDict:
     """Drop what has just been said, and say how often that was; an event and its `cause` tell what is the same.
 

@@ -11,7 +11,7 @@ MAX_EVENTS: Final = 256
 """Kept in mind at a time. More different ones in `SECONDS` are not said: whoever provokes them chooses their text."""
 
 
-class Restraint:
+class LogLimit:
     """Has each event said once in `seconds` at most, and then how many of them there were meanwhile."""
 
     def __init__(self, seconds: float = SECONDS, clock: Callable[[], float] = time.monotonic) -> None:

@@ -13,7 +13,7 @@ from services.operator.balance import Balance
 from services.operator.commands import ledger
 from services.operator.doctor.facts import by_service
 from services.operator.doctor.services import ServiceFacts, check_services
-from shared.bus.messages import Status, WireError, decode
+from shared.bus.messages import MessageError, Status, decode
 from shared.bus.status import Reports
 from shared.datagrams.gathered import Gathered
 from shared.datagrams.segments import group
@@ -30,10 +30,10 @@ STATUS_PARTS: Final = 3
 
 
 def bus_message(data: bytes) -> None:
-    """A message is decoded, and a batch holds what its rows say, or it is a WireError."""
+    """A message is decoded, and a batch holds what its rows say, or it is a MessageError."""
     try:
         message = decode(split_parts(data, MAX_PARTS))
-    except WireError as error:
+    except MessageError as error:
         assert error.cause
         return
     if message.batch is not None and len(message.batch):
@@ -49,7 +49,7 @@ def reports(data: bytes) -> None:
     for at in range(0, len(parts), STATUS_PARTS):
         try:
             message = decode(parts[at : at + STATUS_PARTS])
-        except WireError:
+        except MessageError:
             continue
         if isinstance(message.body, Status) and (report := taken.take(message.envelope, message.body)):
             balance.take(report.service, report.boot, float(at), report.accounts)

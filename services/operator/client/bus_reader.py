@@ -5,14 +5,14 @@ from contextlib import closing, contextmanager
 
 import zmq
 
-from shared.bus.endpoint import Link, open_link
+from shared.bus.endpoint import BusLink, open_link
 from shared.bus.zmq_sockets import Subscriber, broker_is_up, new_context
 from shared.process.lifecycle import UNAVAILABLE, OperatorError
 from shared.settings.model import Settings
 
 
 @contextmanager
-def connected(settings: Settings) -> Iterator[tuple[zmq.Context[zmq.Socket[bytes]], Link]]:
+def connected(settings: Settings) -> Iterator[tuple[zmq.Context[zmq.Socket[bytes]], BusLink]]:
     """A context to make sockets of the bus in, and how they connect. OperatorError (69) when there is no broker."""
     link = open_link(settings.bus, "operator")
     if not broker_is_up(settings.bus.path, link):

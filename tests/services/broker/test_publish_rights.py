@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from services.broker.publish_rights import refusal
 from shared.bus.curve_keys import ROLES
-from shared.bus.messages import KINDS, Envelope, WireError, home, peek
+from shared.bus.messages import KINDS, Envelope, MessageError, home, peek
 from tests.builders import make_envelope
 
 OWN = {
@@ -99,6 +99,6 @@ def test_unknown_role_has_no_rights(role: str) -> None:
 @example([b"a/", b"\x91" * 500, b""])
 def test_arbitrary_parts_raise_nothing_else(parts: list[bytes]) -> None:
     """Whatever the parts, they have a topic and an envelope, or are refused as malformed."""
-    with suppress(WireError):
+    with suppress(MessageError):
         topic, envelope = peek(parts)
         assert refusal("ingest", topic, envelope) in ("", "topic", "sender")

@@ -20,7 +20,7 @@ from services.forwarder.plan import SendPlan
 from services.forwarder.service import Relay
 from shared.datagrams.batch import DatagramBatch
 from shared.datagrams.gathered import Gathered
-from shared.fanout.backlog import HeldMemory
+from shared.fanout.backlog import BacklogMemory
 from shared.fanout.collectors import Collectors
 from shared.ledger import discrepancies
 from shared.settings.model import Forwarder, Settings
@@ -431,7 +431,7 @@ def test_changed_collector_begins_a_new_account(opened: ExitStack) -> None:
 def test_outlet_that_is_closed_counts_what_it_is_given(opened: ExitStack) -> None:
     """Between close and refresh every row is dropped as not connected."""
     account: Counter[str] = Counter()
-    outlet = Outlet(make_client("a", listen(opened).getsockname()[1]), Forwarder(), account, HeldMemory(1))
+    outlet = Outlet(make_client("a", listen(opened).getsockname()[1]), Forwarder(), account, BacklogMemory(1))
     outlet.close()
     plan = SendPlan()
     plan.build(Gathered([make_batch([b"x"] * 5)]), None, outlet.largest_segment)

@@ -13,7 +13,7 @@ from services.transmitter.privileges import KINDS, RawSockets
 from services.transmitter.sender import Sender
 from shared.datagrams.gathered import Gathered
 from shared.datagrams.routing import ALL_ROWS
-from shared.fanout.backlog import HeldMemory
+from shared.fanout.backlog import BacklogMemory
 from shared.ledger import EXPECTED, discrepancies
 from shared.settings.model import Settings, Transmitter
 from tests.builders import make_batch, make_client
@@ -55,7 +55,7 @@ class Site:
         ask_quickly(self.relay, "up")
         raw = open_raw(opened, self.relay)
         own = Transmitter(**settings)
-        held = HeldMemory(own.held_memory)
+        held = BacklogMemory(own.held_memory)
         with self.relay.entered():
             self.sender = opened.enter_context(closing(Sender(Settings(transmitter=own), raw, held)))
         self.account: Counter[str] = Counter()

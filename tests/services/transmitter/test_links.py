@@ -18,7 +18,7 @@ from services.transmitter.sender import Sender
 from shared.datagrams.batch import DatagramBatch, make_rows
 from shared.datagrams.gathered import Gathered
 from shared.datagrams.routing import ALL_ROWS
-from shared.fanout.backlog import HeldMemory
+from shared.fanout.backlog import BacklogMemory
 from shared.net.addresses import pack_address
 from shared.settings.model import Settings
 from tests.builders import make_client
@@ -70,7 +70,7 @@ class Ends:
         """Have a sender on the relay, once links are as they are to be."""
         raw = open_raw(self.opened, self.relay)
         with self.relay.entered():
-            self.sender = self.opened.enter_context(closing(Sender(Settings(), raw, HeldMemory(1 << 20))))
+            self.sender = self.opened.enter_context(closing(Sender(Settings(), raw, BacklogMemory(1 << 20))))
 
     def deliver(self, collector: Collector, datagrams: Sequence[Datagram], address: str) -> None:
         """Send copies, and check that the kernel of the collector's host takes every one, and complains of none."""

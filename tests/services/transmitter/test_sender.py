@@ -18,7 +18,7 @@ from services.transmitter.policy import Policy
 from services.transmitter.sender import Sender
 from shared.datagrams.gathered import Gathered
 from shared.datagrams.routing import ALL_ROWS
-from shared.fanout.backlog import HeldMemory
+from shared.fanout.backlog import BacklogMemory
 from shared.settings.model import Settings, Transmitter
 from tests.builders import make_batch, make_client
 from tests.capture import Collector
@@ -189,7 +189,7 @@ def test_a_host_without_sockets_for_ipv6_counts_what_it_cannot_send(opened: Exit
     site = Site(opened)
     raw = replace(open_raw(opened, site.relay), ip6=())
     with site.relay.entered():
-        site.sender = opened.enter_context(closing(Sender(Settings(), raw, HeldMemory(1 << 20))))
+        site.sender = opened.enter_context(closing(Sender(Settings(), raw, BacklogMemory(1 << 20))))
     site.copies = site.reach("fd00:2::1")
     site.send(b"x", sources=("2001:db8::1",))
     assert site.account["dropped_no_route"] == 1

@@ -21,6 +21,7 @@ from shared.bus.messages import (
     Datagrams,
     Envelope,
     Health,
+    MessageError,
     Part,
     RegistryChange,
     RegistrySnapshot,
@@ -30,7 +31,6 @@ from shared.bus.messages import (
     TransmitReply,
     TransmitRequest,
     Troubled,
-    WireError,
     borrow_nothing,
     datagrams_topic,
     decode,
@@ -68,7 +68,7 @@ def cause_of(parts: Sequence[Part], borrow: Borrow = borrow_nothing) -> str:
     """The cause for which the parts are refused, "" when they are taken."""
     try:
         decode(parts, borrow)
-    except WireError as error:
+    except MessageError as error:
         return error.cause if str(error) else "no reason given"
     return ""
 
@@ -322,7 +322,7 @@ def test_longest_messages_take_bounded_memory(kind: str, body: bytes) -> None:
 @settings(max_examples=200)
 @given(st.lists(st.binary(max_size=100), max_size=7))
 def test_arbitrary_parts_raise_nothing_else(parts: list[bytes]) -> None:
-    """Arbitrary bytes in any number of parts are refused by WireError, with a cause that is counted."""
+    """Arbitrary bytes in any number of parts are refused by MessageError, with a cause that is counted."""
     assert cause_of(parts) in CAUSES
 
 
@@ -336,7 +336,7 @@ values = st.recursive(
 @settings(max_examples=200)
 @given(st.sampled_from(sorted(KINDS)), st.lists(values, max_size=7) | values, st.binary(max_size=60), st.binary())
 def test_arbitrary_bodies_raise_nothing_else(kind: str, body: object, rows: bytes, payload: bytes) -> None:
-    """Any msgpack value as the body of any kind is taken or refused by WireError."""
+    """Any msgpack value as the body of any kind is taken or refused by MessageError."""
     envelope = msgpack.packb([VERSION, kind, *ENVELOPE[2:]])
     arrays = [rows, payload] if kind == "datagrams" else []
     assert cause_of([b"registry/", envelope, msgpack.packb(body), *arrays]) in {*CAUSES, ""}
@@ -345,7 +345,7 @@ def test_arbitrary_bodies_raise_nothing_else(kind: str, body: object, rows: byte
 @settings(max_examples=200)
 @given(st.sampled_from(sorted(KINDS)), st.data())
 def test_damaged_messages_raise_nothing_else(kind: str, data: st.DataObject) -> None:
-    """A sound message with bytes flipped, parts lost, doubled or cut is taken or refused by WireError."""
+    """A sound message with bytes flipped, parts lost, doubled or cut is taken or refused by MessageError."""
     parts = [bytes(part) for part in encoded(kind)]
     for _ in range(data.draw(st.integers(1, 4))):
         at = data.draw(st.integers(0, max(0, len(parts) - 1)))
@@ -418,7 +418,7 @@ def test_payload_with_a_stride_may_be_in_the_message(payloads: list[bytes], stri
 def borrow_zeros(_envelope: Envelope, _body: Datagrams, size: int) -> bytes:
     """Lends as much as is asked for; it must be what a chunk could hold, or be refused without."""
     if not 0 <= size <= 1 << 21:
-        raise WireError("not_borrowed", "more than a chunk")
+        raise MessageError("not_borrowed", "more than a chunk")
     return bytes(size)
 
 
@@ -477,7 +477,7 @@ numbers = st.integers(0, 70_000) | st.integers(-1, 2**64 - 1) | st.sampled_from(
 def test_arbitrary_loans_raise_nothing_else(
     loan: int, chunk: int, stride: int, rows: bytes, payload: list[bytes]
 ) -> None:
-    """Any numbers in a loan with any rows are taken, and then sound, or refused by WireError, whoever borrows."""
+    """Any numbers in a loan with any rows are taken, and then sound, or refused by MessageError, whoever borrows."""
     body = msgpack.packb(["messages", 0, loan, chunk, stride])
     parts = [b"datagrams/messages/", msgpack.packb(ENVELOPE), body, rows, *payload]
     if cause_of(parts, borrow_zeros) == "":

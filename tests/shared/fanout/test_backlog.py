@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import shared.fanout.backlog
 from shared.datagrams.gathered import Gathered
-from shared.fanout.backlog import HeldMemory, Holding
+from shared.fanout.backlog import Backlog, BacklogMemory
 from tests.builders import make_batch
 
 ROWS = 4
@@ -32,9 +32,9 @@ def test_every_row_is_held_sent_or_dropped(
     with pytest.MonkeyPatch.context() as patch:
         clock = Clock()
         patch.setattr(shared.fanout.backlog, "time", clock)
-        memory = HeldMemory(limit)
+        memory = BacklogMemory(limit)
         accounts = [Counter[str]() for _ in range(3)]
-        queues = [Holding(account, "dropped_x", 3.0, most_rows, most_bytes, memory) for account in accounts]
+        queues = [Backlog(account, "dropped_x", 3.0, most_rows, most_bytes, memory) for account in accounts]
         batches: list[Gathered] = []
         offered, sent = [0] * 3, [list[int]() for _ in range(3)]
         for action, number in actions:
@@ -68,9 +68,9 @@ def test_every_row_is_held_sent_or_dropped(
 
 def test_half_goes_when_memory_is_short() -> None:
     """The oldest half of what waits is dropped, under a cause of its own, for all who wait for it."""
-    memory = HeldMemory(1 << 20)
+    memory = BacklogMemory(1 << 20)
     accounts = [Counter[str]() for _ in range(2)]
-    queues = [Holding(account, "dropped_x", 3.0, 1000, 1 << 20, memory) for account in accounts]
+    queues = [Backlog(account, "dropped_x", 3.0, 1000, 1 << 20, memory) for account in accounts]
     batches = [Gathered([make_batch([bytes([number]) * 100] * ROWS)]) for number in range(6)]
     for batch in batches:
         for queue in queues:

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from shared.bus.messages import RegistryChange, RegistrySnapshot
 from shared.client import Client
-from shared.fanout.registry_replica import RegistryMirror
+from shared.fanout.registry_replica import RegistryReplica
 from tests.builders import make_client, make_envelope
 
 A, B, C = (make_client(name) for name in "abc")
@@ -16,14 +16,14 @@ def snapshot(revision: int, *clients: Client, pieces: int = 1) -> list[RegistryS
     return [RegistrySnapshot(revision, piece, pieces, list(clients[piece::pieces])) for piece in range(pieces)]
 
 
-def take(mirror: RegistryMirror, *bodies: RegistrySnapshot | RegistryChange, boot: int = 1) -> list[bool]:
+def take(mirror: RegistryReplica, *bodies: RegistrySnapshot | RegistryChange, boot: int = 1) -> list[bool]:
     """Have the mirror take messages of one gateway; return what it said to each."""
     return [mirror.take(make_envelope(boot=boot), body) for body in bodies]
 
 
 def test_empty_snapshot_is_a_registry() -> None:
     """A gateway without clients is known to have none, which is not the same as not being known."""
-    mirror = RegistryMirror()
+    mirror = RegistryReplica()
     assert mirror.revision == -1
     assert take(mirror, *snapshot(0)) == [True]
     assert (mirror.revision, mirror.clients, mirror.stale) == (0, {}, False)
@@ -31,7 +31,7 @@ def test_empty_snapshot_is_a_registry() -> None:
 
 def test_snapshot_comes_together_from_pieces() -> None:
     """Nothing changes before the last piece has come."""
-    mirror = RegistryMirror()
+    mirror = RegistryReplica()
     assert take(mirror, *snapshot(4, A, B, C, pieces=3)) == [False, False, True]
     assert mirror.clients == {"a": A, "b": B, "c": C}
     assert mirror.revision == 4
@@ -39,7 +39,7 @@ def test_snapshot_comes_together_from_pieces() -> None:
 
 def test_snapshot_with_a_piece_lost_is_not_taken() -> None:
     """Pieces of a snapshot of which one was lost are let go, and the next snapshot is whole."""
-    mirror = RegistryMirror()
+    mirror = RegistryReplica()
     first, _, last = snapshot(4, A, B, C, pieces=3)
     assert take(mirror, first, last) == [False, False]
     assert mirror.revision == -1
@@ -48,14 +48,14 @@ def test_snapshot_with_a_piece_lost_is_not_taken() -> None:
 
 def test_pieces_of_two_revisions_are_not_mixed() -> None:
     """The rest of one snapshot does not complete another."""
-    mirror = RegistryMirror()
+    mirror = RegistryReplica()
     assert take(mirror, snapshot(4, A, B, pieces=2)[0], snapshot(5, A, C, pieces=2)[1]) == [False, False]
     assert mirror.clients == {}
 
 
 def test_changes_are_applied_in_order() -> None:
     """A change removes who left, then adds who joined, so a name may do both at once."""
-    mirror = RegistryMirror()
+    mirror = RegistryReplica()
     take(mirror, *snapshot(1, A, B))
     changed = make_client("a", 10)
     assert take(mirror, RegistryChange(1, 2, [C], ["b"]), RegistryChange(2, 3, [changed], ["a"])) == [True, True]
@@ -65,7 +65,7 @@ def test_changes_are_applied_in_order() -> None:
 
 def test_repeated_change_is_nothing_new() -> None:
     """A change up to the revision we have changes nothing and makes nothing stale."""
-    mirror = RegistryMirror()
+    mirror = RegistryReplica()
     take(mirror, *snapshot(3, A))
     assert take(mirror, RegistryChange(2, 3, [B], []), RegistryChange(0, 1, [C], [])) == [False, False]
     assert mirror.clients == {"a": A}
@@ -74,7 +74,7 @@ def test_repeated_change_is_nothing_new() -> None:
 
 def test_lost_change_makes_it_stale_until_a_snapshot_heals_it() -> None:
     """After a hole nothing is applied, not even the next change in order, until the whole registry comes."""
-    mirror = RegistryMirror()
+    mirror = RegistryReplica()
     take(mirror, *snapshot(1, A))
     assert take(mirror, RegistryChange(2, 3, [C], [])) == [False]
     assert (mirror.stale, mirror.revision) == (True, 1)
@@ -88,14 +88,14 @@ def test_lost_change_makes_it_stale_until_a_snapshot_heals_it() -> None:
 
 def test_change_before_any_snapshot_asks_for_one() -> None:
     """A change to a registry that is not known yet makes the mirror stale."""
-    mirror = RegistryMirror()
+    mirror = RegistryReplica()
     assert take(mirror, RegistryChange(0, 0, [A], [])) == [False]
     assert mirror.stale
 
 
 def test_restarted_gateway_replaces_the_registry() -> None:
     """A gateway that begins again counts revisions from the start, and its snapshot is taken all the same."""
-    mirror = RegistryMirror()
+    mirror = RegistryReplica()
     take(mirror, *snapshot(50, A, B))
     assert take(mirror, *snapshot(1, C), boot=2) == [True]
     assert (mirror.clients, mirror.revision) == ({"c": C}, 1)
@@ -104,7 +104,7 @@ def test_restarted_gateway_replaces_the_registry() -> None:
 
 def test_change_of_a_restarted_gateway_is_not_mixed_in() -> None:
     """A change of a gateway whose snapshot we have not seen makes the mirror stale, though its number would fit."""
-    mirror = RegistryMirror()
+    mirror = RegistryReplica()
     take(mirror, *snapshot(1, A))
     assert take(mirror, RegistryChange(1, 2, [B], []), boot=2) == [False]
     assert mirror.stale
@@ -113,7 +113,7 @@ def test_change_of_a_restarted_gateway_is_not_mixed_in() -> None:
 
 def test_pieces_of_two_gateways_are_not_mixed() -> None:
     """A piece of a gateway that was killed is not completed by a piece of its successor."""
-    mirror = RegistryMirror()
+    mirror = RegistryReplica()
     take(mirror, snapshot(4, A, B, pieces=2)[0])
     assert take(mirror, snapshot(4, A, C, pieces=2)[1], boot=2) == [False]
     assert mirror.clients == {}
@@ -121,7 +121,7 @@ def test_pieces_of_two_gateways_are_not_mixed() -> None:
 
 def test_snapshot_for_another_subscriber_changes_nothing() -> None:
     """A snapshot of the revision we have, sent for a late subscriber, is not taken as a change."""
-    mirror = RegistryMirror()
+    mirror = RegistryReplica()
     take(mirror, *snapshot(3, A))
     assert take(mirror, *snapshot(3, A, pieces=2)) == [False, False]
     assert take(mirror, RegistryChange(3, 4, [B], [])) == [True]
@@ -129,7 +129,7 @@ def test_snapshot_for_another_subscriber_changes_nothing() -> None:
 
 def test_snapshot_ahead_of_us_is_taken() -> None:
     """A snapshot beyond our revision is as good as the changes in between."""
-    mirror = RegistryMirror()
+    mirror = RegistryReplica()
     take(mirror, *snapshot(3, A))
     assert take(mirror, *snapshot(5, A, B)) == [True]
     assert take(mirror, RegistryChange(4, 5, [C], [])) == [False]
@@ -163,7 +163,7 @@ steps = st.tuples(st.sampled_from(["change", "change", "snapshot", "restart"]), 
 @given(st.lists(st.tuples(steps, st.integers(0, 3), st.sampled_from([True, True, True, False]))))
 def test_mirror_is_the_registry_or_knows_that_it_is_not(history: list[tuple[tuple[str, str], int, bool]]) -> None:
     """Whatever is lost, the mirror holds the registry of its revision, and one more snapshot makes it that of now."""
-    gateway, mirror = Played(), RegistryMirror()
+    gateway, mirror = Played(), RegistryReplica()
     past = {(1, 0): dict(gateway.clients)}
     known = (0, -1)
     for (step, name), number, arrives in history:
@@ -186,7 +186,7 @@ def test_mirror_is_the_registry_or_knows_that_it_is_not(history: list[tuple[tupl
 
 def test_mirror_says_what_it_holds() -> None:
     """A revision is held from the snapshot or change that brings it, of the gateway it belongs to, unless stale."""
-    mirror = RegistryMirror()
+    mirror = RegistryReplica()
     assert not mirror.holds(1, 0)
     take(mirror, *snapshot(3, A))
     assert [mirror.holds(1, revision) for revision in (2, 3, 4)] == [True, True, False]

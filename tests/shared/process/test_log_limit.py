@@ -3,7 +3,7 @@ from concurrent.futures import ThreadPoolExecutor
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.process.log_limit import MAX_EVENTS, Restraint
+from shared.process.log_limit import MAX_EVENTS, LogLimit
 
 
 class Clock:
@@ -19,7 +19,7 @@ class Clock:
 def test_each_event_is_said_once_in_its_time_with_how_many_there_were() -> None:
     """The first is said at once, then one a second with the number of all since, whatever else is said meanwhile."""
     clock = Clock()
-    restraint = Restraint(1.0, clock)
+    restraint = LogLimit(1.0, clock)
     assert [restraint.admit("a") for _ in range(10_000)] == [1] + [0] * 9_999
     assert restraint.admit("b", 5) == 5
     clock.now += 0.9
@@ -34,7 +34,7 @@ def test_each_event_is_said_once_in_its_time_with_how_many_there_were() -> None:
 def test_no_number_of_different_events_makes_more_lines(events: list[tuple[int, float]]) -> None:
     """However many texts there are, no more than a bounded number is said in any second, or kept in mind."""
     clock, said = Clock(), list[float]()
-    restraint = Restraint(1.0, clock)
+    restraint = LogLimit(1.0, clock)
     for number, seconds in [*((number, 0.0) for number in range(2 * MAX_EVENTS)), *events]:
         clock.now += seconds
         if restraint.admit(f"event {number}"):
@@ -48,7 +48,7 @@ def test_no_number_of_different_events_makes_more_lines(events: list[tuple[int, 
 def test_threads_share_it() -> None:
     """Of what several threads provoke at once one is said, and none is forgotten in the number."""
     clock = Clock()
-    restraint = Restraint(1.0, clock)
+    restraint = LogLimit(1.0, clock)
     with ThreadPoolExecutor(8) as threads:
         assert sum(threads.map(lambda _: restraint.admit("a"), range(8000))) == 1
     clock.now += 1.0
