@@ -92,7 +92,7 @@ class Started:
         shutil.copy(CHECKOUT / "services/__init__.py", package.parent)
         for module in MODULES:
             shutil.copy(CHECKOUT / f"services/transmitter/{module}.py", package)
-        (package / "serving.py").write_text(STAND_IN)
+        (package / "unprivileged.py").write_text(STAND_IN)
 
     def run(
         self,

@@ -464,7 +464,7 @@ def imported(path: Path) -> set[str]:
 @pytest.mark.parametrize("module", ["__init__", "__main__", "opener", "privileges"])
 def test_what_runs_with_privilege_imports_the_standard_library_alone(module: str) -> None:
     """No third-party code, and no other code of ours, runs before the privileges are gone."""
-    ours = {f"services.transmitter.{name}" for name in ("opener", "privileges", "serving")}
+    ours = {f"services.transmitter.{name}" for name in ("opener", "privileges", "unprivileged")}
     others = {name for name in imported(PACKAGE / f"{module}.py") if name.partition(".")[0] not in STDLIB} - ours
     assert not others
     assert (module == "__main__") == ("services.transmitter.unprivileged" in imported(PACKAGE / f"{module}.py"))
@@ -493,7 +493,7 @@ def test_the_transmitter_imports_what_is_allowed_alone() -> None:
 
 def test_nobody_else_touches_raw_sockets() -> None:
     """AF_PACKET and SOCK_RAW are named by the transmitter alone, and where the doctor sees if they may be had."""
-    doctor = CHECKOUT / "services" / "operator" / "doctor" / "gathering.py"
+    doctor = CHECKOUT / "services" / "operator" / "doctor" / "facts.py"
     raw = {"AF_PACKET", "PF_PACKET", "SOCK_RAW", "IPPROTO_RAW", "IP_HDRINCL", "IPV6_HDRINCL"}
     for folder in ("services", "shared"):
         for path in (CHECKOUT / folder).rglob("*.py"):
