@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from services.forwarder.service import Relay
+from services.forwarder.service import ForwarderService
 from shared.process.lifecycle import Lifecycle, run, service_parser, worker_name
 from shared.settings.model import Settings
 
@@ -15,8 +15,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _serve(_arguments: argparse.Namespace, settings: Settings, lifecycle: Lifecycle) -> None:
-    with Relay(worker_name("forwarder"), settings) as relay:
-        relay.serve(lifecycle)
+    with ForwarderService(worker_name("forwarder"), settings) as service:
+        service.run(lifecycle)
 
 
 if __name__ == "__main__":

@@ -13,14 +13,13 @@ from services.forwarder.plan import SendPlan
 from shared.client import Client
 from shared.datagrams.mmsg import send
 from shared.fanout.backlog import Backlog, BacklogMemory
+from shared.fanout.send_errors import MAX_SKIPS, NO_ROOM, NO_SEGMENTATION, RELAY_CAUSES, cause_of
 from shared.ledger import (
     BUFFER_FULL,
     BYTES,
     DELIVERED,
-    DROPPED,
     NOT_CONNECTED,
     REFUSALS,
-    REFUSED,
     UNREACHABLES,
     WITHHELD,
 )
@@ -41,17 +40,6 @@ HEADER_OPTIONS: Final = {
 """What sets hop limit, and DSCP with the two bits below it that are not ours."""
 RECVERR: Final = {socket.AF_INET: (socket.IPPROTO_IP, 11), socket.AF_INET6: (socket.IPPROTO_IPV6, 25)}
 """IP_RECVERR, IPV6_RECVERR: without it the kernel hides that an interface's queue was full, or that no host answers."""
-NO_SEGMENTATION: Final = (errno.EIO, errno.EINVAL, errno.EMSGSIZE, errno.EOPNOTSUPP)
-"""What a kernel or a route that can't cut a UDP_SEGMENT send says to one (linux/net/ipv4/udp.c, udp_send_skb)."""
-FULL: Final = (errno.EAGAIN, errno.ENOBUFS)
-"""There is no room just now: in the socket's buffer, or in the interface's queue."""
-STOPS: Final = {
-    errno.ECONNREFUSED: REFUSED,
-    **dict.fromkeys((errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EADDRNOTAVAIL), NOT_CONNECTED),
-}
-"""Errors that the next datagram would meet too: the rest of the batch is dropped under this cause."""
-MAX_SKIPS: Final = 16
-"""Datagrams of a batch that may fail one by one before the rest is dropped with them."""
 
 HELD_ROWS: Final = 65_536
 """How many datagrams one collector may have waiting, however small."""
@@ -64,7 +52,7 @@ UNANSWERED_SECONDS: Final = 3.5
 log = structlog.get_logger()
 
 
-class Outlet:
+class Destination:
     """Sends copies to one collector; an error costs that collector, nobody else.
 
     `full` says that the last `send` ended because there was no room; in `held` is what waits for it.
@@ -159,27 +147,27 @@ class Outlet:
                 probing = not probing
                 if told:
                     return self._stop(plan, at, stop, told)
-            elif error in FULL:
+            elif error in NO_ROOM:
                 self.full = True
                 return at
-            elif error in STOPS and not forgiven:
+            elif error in RELAY_CAUSES and not forgiven:
                 # Perhaps the answer to an earlier datagram: a collector that has just come back still hears of it.
                 self._note(error)
                 forgiven = probing = True
             elif error in NO_SEGMENTATION and plan.segmented(at):
                 self._give_up_segmentation(error)
                 return at
-            elif error in STOPS or skips == MAX_SKIPS:
+            elif error in RELAY_CAUSES or skips == MAX_SKIPS:
                 return self._stop(plan, at, stop, error)
             else:
-                self._drop(plan, at, at + 1, _cause(error))
+                self._drop(plan, at, at + 1, cause_of(error, RELAY_CAUSES))
                 at, skips = at + 1, skips + 1
         return stop
 
     def _stop(self, plan: SendPlan, at: int, stop: int, error: int) -> int:
         """Drop what is left under the cause that an error stands for."""
         self._note(error)
-        cause = BUFFER_FULL if error in FULL else STOPS.get(error) or _cause(error)
+        cause = cause_of(error, RELAY_CAUSES)
         self._drop(plan, at, stop, cause)
         if cause == NOT_CONNECTED:
             self._disconnect()
@@ -190,7 +178,7 @@ class Outlet:
         if error == errno.ECONNREFUSED:
             self.account[REFUSALS] += 1
             self._withholding, self._probed_at = self._settings.withhold, None
-        elif error in STOPS:
+        elif RELAY_CAUSES.get(error) == NOT_CONNECTED:
             self.account[UNREACHABLES] += 1
             self._unanswered_until = time.monotonic() + UNANSWERED_SECONDS
 
@@ -243,7 +231,3 @@ class Outlet:
         """Close the socket, and drop what waits."""
         self.held.drop()
         self._disconnect()
-
-
-def _cause(error: int) -> str:
-    return DROPPED + errno.errorcode.get(error, str(error)).lower()

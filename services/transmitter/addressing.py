@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from services.transmitter.headers import LINK_HEADER, Headers, Sums, sum_addresses
-from shared.datagrams.routing import Hashes
+from shared.datagrams.sampling import Hashes
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class Addressing:
     """Where copies go: a collector's address (4 or 16 bytes) and port, and how its packets are marked.
 
     `ethernet` is the 14 bytes of link header; empty where raw IP packets are sent.
@@ -29,20 +29,23 @@ class Target:
     ethernet: bytes = b""
 
 
-class Columns:
+class AddressingColumns:
     """What of a target is filled in: for one a value, for several a column with one for each of their units."""
 
-    def __init__(self, targets: Sequence[Target], counts: npt.NDArray[np.int64]) -> None:
-        first = targets[0]
-        addresses, ethernets = b"".join(each.address for each in targets), b"".join(each.ethernet for each in targets)
+    def __init__(self, addressings: Sequence[Addressing], counts: npt.NDArray[np.int64]) -> None:
+        first = addressings[0]
+        addresses, ethernets = (
+            b"".join(each.address for each in addressings),
+            b"".join(each.ethernet for each in addressings),
+        )
         self.address: Headers = np.frombuffer(addresses, f"V{len(first.address)}")
         self.ethernet: Headers | None = np.frombuffer(ethernets, f"V{LINK_HEADER}") if first.ethernet else None
-        numbers = np.array([(each.port, each.hop_limit, each.dscp) for each in targets], np.uint32)
-        sums = sum_addresses(np.frombuffer(addresses, np.uint8).reshape(len(targets), -1))
-        if len(targets) > 1:
-            target_of = np.repeat(np.arange(len(targets)), counts)
-            self.address, numbers, sums = self.address[target_of], numbers[target_of], sums[target_of]
-            self.ethernet = None if self.ethernet is None else self.ethernet[target_of]
+        numbers = np.array([(each.port, each.hop_limit, each.dscp) for each in addressings], np.uint32)
+        sums = sum_addresses(np.frombuffer(addresses, np.uint8).reshape(len(addressings), -1))
+        if len(addressings) > 1:
+            index = np.repeat(np.arange(len(addressings)), counts)
+            self.address, numbers, sums = self.address[index], numbers[index], sums[index]
+            self.ethernet = None if self.ethernet is None else self.ethernet[index]
         self.port, self.hop_limit, self.dscp = numbers.T
         self.address_sum = sums
 
@@ -63,14 +66,14 @@ class Identification:
         self._next = secrets.randbits(32)
         self._by_bucket: npt.NDArray[np.uint32] | None = None
 
-    def take(self, count: int) -> int:
+    def draw(self, count: int) -> int:
         """Take so many numbers in a row; return the first of them."""
         with self._turn:
             start = self._next
             self._next = (start + count) & 0xFFFFFFFF
         return start
 
-    def take_for_fragments(self, sources: Hashes) -> Sums:
+    def draw_for_fragments(self, sources: Hashes) -> Sums:
         """Return a number from 1 to 65,535 for each fragmented datagram, given the hashes of their source addresses."""
         taken = np.empty(len(sources), np.uint32)
         with self._turn:

@@ -4,9 +4,9 @@ import socket
 from collections import Counter
 from typing import Final
 
-from services.transmitter.addressing import Identification, Target
+from services.transmitter.addressing import Addressing, Identification
 from services.transmitter.headers import ETHERTYPE_IPV4, ETHERTYPE_IPV6
-from services.transmitter.next_hops import Neighbourhood, Way, WayKind
+from services.transmitter.next_hops import Egress, EgressKind, NextHops
 from shared.client import Client
 from shared.datagrams.gathered import MAX_GATHERED_PAYLOAD
 from shared.fanout.backlog import Backlog, BacklogMemory
@@ -22,7 +22,7 @@ HELD_BYTES: Final = 2 * MAX_GATHERED_PAYLOAD
 """How many datagrams, and bytes of the batches that they are in, one collector may have waiting."""
 
 
-class Copies:
+class Destination:
     """How a collector is reached. `numbers` are those of its address, `permitted` is the policy's word on that.
 
     In `held` is what waits for the next hop.
@@ -32,7 +32,7 @@ class Copies:
         self,
         client: Client,
         account: Counter[str],
-        neighbourhood: Neighbourhood,
+        next_hops: NextHops,
         numbers: Identification,
         memory: BacklogMemory,
         *,
@@ -46,58 +46,58 @@ class Copies:
         self.numbers = numbers
         self.version = 6 if ":" in client.address else 4
         self._packed = socket.inet_pton(socket.AF_INET6 if self.version == 6 else socket.AF_INET, client.address)
-        self._neighbourhood = neighbourhood
+        self._next_hops = next_hops
         self._found_at = -1
-        self._way = Way(WayKind.NONE)
-        self._target: Target | None = None
-        self._target_of: bytes | None = None
+        self._egress = Egress(EgressKind.NONE)
+        self._addressing: Addressing | None = None
+        self._addressing_of: bytes | None = None
         self.held = Backlog(account, NO_NEIGHBOUR, HELD_SECONDS, HELD_ROWS, HELD_BYTES, memory)
 
     @property
-    def way(self) -> Way:
+    def egress(self) -> Egress:
         """The way there as of now."""
-        if self._found_at != self._neighbourhood.version:
-            self._way = self._neighbourhood.way(self.client.address)
-            self._found_at = self._neighbourhood.version
-            self._target = None
-        return self._way
+        if self._found_at != self._next_hops.version:
+            self._egress = self._next_hops.egress_to(self.client.address)
+            self._found_at = self._next_hops.version
+            self._addressing = None
+        return self._egress
 
-    def target(self, way: Way) -> Target:
+    def addressing(self, egress: Egress) -> Addressing:
         """What frames or packets that go that way are addressed with."""
-        hop_address = way.hop.link_address if way.hop else b""
-        if self._target is None or self._target_of != hop_address:
+        hop_address = egress.hop.link_address if egress.hop else b""
+        if self._addressing is None or self._addressing_of != hop_address:
             ethertype = ETHERTYPE_IPV4 if self.version == 4 else ETHERTYPE_IPV6
-            framed = way.hop is not None and way.link is not None
-            self._target = Target(
+            framed = egress.hop is not None and egress.link is not None
+            self._addressing = Addressing(
                 self.version,
                 self._packed,
                 self.client.port,
                 self.client.hop_limit,
                 self.client.dscp,
-                way.link.index if way.link else 0,
-                hop_address + way.link.address + ethertype.to_bytes(2) if framed and way.link else b"",
+                egress.link.index if egress.link else 0,
+                hop_address + egress.link.address + ethertype.to_bytes(2) if framed and egress.link else b"",
             )
-            self._target_of = hop_address
-        return self._target
+            self._addressing_of = hop_address
+        return self._addressing
 
-    def must_wait(self, way: Way) -> bool:
+    def must_wait(self, egress: Egress) -> bool:
         """Whether the next hop's link address has to be found out first; has it found out."""
-        if way.hop is None:
+        if egress.hop is None:
             return False
-        way.hop.used = True
-        if way.hop.usable:
+        egress.hop.used = True
+        if egress.hop.usable:
             return False
-        self._neighbourhood.resolve(way.hop)
+        self._next_hops.resolve(egress.hop)
         return True
 
     def refresh(self) -> None:
         """See whether the collector can be reached."""
         if self._found_at < 0:
             return  # nothing was ever sent to it
-        way = self.way if self.unreachable else self._way  # who is well and idle costs the kernel no question
-        lost = way.kind is WayKind.NONE
-        if way.hop is not None and not way.hop.usable:
-            lost = self.unreachable or bool(way.hop.state & NUD_FAILED) or self.held.waited_seconds >= LONG_SECONDS
+        egress = self.egress if self.unreachable else self._egress  # who is well and idle costs the kernel no question
+        lost = egress.kind is EgressKind.NONE
+        if egress.hop is not None and not egress.hop.usable:
+            lost = self.unreachable or bool(egress.hop.state & NUD_FAILED) or self.held.waited_seconds >= LONG_SECONDS
         self.unreachable = lost
 
     def close(self) -> None:

@@ -17,6 +17,7 @@ ETHERTYPE_IPV4: Final = 0x0800
 ETHERTYPE_IPV6: Final = 0x86DD
 UDP: Final = 17
 UDP_SIZE: Final = 8
+IP_SIZE: Final = {4: 20, 6: 40}
 FRAGMENT: Final = 44
 """Next-header number of IPv6's fragment header (RFC 8200, 4.5), which has 8 bytes."""
 FRAGMENT_SIZE: Final = 8

@@ -28,8 +28,8 @@ IP_PKTINFO: Final = 8
 """linux/in.h: with a link's number, the link that a datagram leaves by, whatever the routes say (ip(7), ipv6(7))."""
 PKTINFO4: Final = struct.Struct("=i8x")
 PKTINFO6: Final = struct.Struct("=16xi")
-LOOK_AGAIN_SECONDS: Final = 0.1
-LOOK_AGAIN_SHARE: Final = 10
+ASK_AGAIN_SECONDS: Final = 0.1
+ASK_AGAIN_SHARE: Final = 10
 """A router's table, or a link, may change all the time: a change makes all ways be asked for anew at most so often, for
 one part in so many of the time."""
 
@@ -51,7 +51,7 @@ class Hop:
         return bool(self.state & NUD_USABLE) and bool(self.link_address)
 
 
-class WayKind(Enum):
+class EgressKind(Enum):
     """How a collector is reached: frames to a next hop, raw IP that the kernel routes, or not at all."""
 
     FRAMES = auto()
@@ -60,10 +60,10 @@ class WayKind(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
+class Egress:
     """The way to a collector. `cause`: why there is none. `local`: it is on this host."""
 
-    kind: WayKind
+    kind: EgressKind
     cause: str = ""
     link: Link | None = None
     hop: Hop | None = None
@@ -71,7 +71,7 @@ class Way:
     local: bool = False
 
 
-class Neighbourhood:
+class NextHops:
     """Finds ways. `version` grows when those found earlier may be wrong; a hop's state is always that of now."""
 
     def __init__(self) -> None:
@@ -79,7 +79,7 @@ class Neighbourhood:
         self.stale = False
         """Whether something has changed that makes `version` grow soon."""
         self._events_lost = False
-        self._look_again_at = self._asked_seconds = 0.0
+        self._ask_again_at = self._asked_seconds = 0.0
         self._netlink = Netlink()
         self._probes = {family: _open_probe(family) for family in (socket.AF_INET, socket.AF_INET6)}
         self._hops: WeakValueDictionary[tuple[int, str], Hop] = WeakValueDictionary()  # a hop lives as long as its ways
@@ -96,7 +96,7 @@ class Neighbourhood:
         """The link of a name."""
         return next((link for link in self._links.values() if link.name == name), None)
 
-    def follow(self) -> None:
+    def apply_events(self) -> None:
         """Take in what has changed."""
         for event in self._netlink.events():
             match event:
@@ -113,13 +113,13 @@ class Neighbourhood:
                     self.stale = True
                 case EventsLost():
                     self.stale = self._events_lost = True
-        if self.stale and time.monotonic() >= self._look_again_at:
-            self._look_again()
+        if self.stale and time.monotonic() >= self._ask_again_at:
+            self._ask_anew()
 
-    def _look_again(self) -> None:
+    def _ask_anew(self) -> None:
         """Have ways asked for anew; after lost events all else that is remembered too."""
         began = time.monotonic()
-        self._look_again_at = began + max(LOOK_AGAIN_SECONDS, LOOK_AGAIN_SHARE * self._asked_seconds)
+        self._ask_again_at = began + max(ASK_AGAIN_SECONDS, ASK_AGAIN_SHARE * self._asked_seconds)
         self.stale, self._asked_seconds = False, 0.0
         self.version += 1
         if self._events_lost:
@@ -129,24 +129,24 @@ class Neighbourhood:
                 self._ask(hop)
             self._asked_seconds += time.monotonic() - began
 
-    def way(self, address: str) -> Way:
+    def egress_to(self, address: str) -> Egress:
         """The way to an address. Costs a question or two to the kernel: keep it until `version` grows."""
         began = time.monotonic()
-        way = self._find(address)
+        egress = self._find(address)
         self._asked_seconds += time.monotonic() - began
-        return way
+        return egress
 
-    def _find(self, address: str) -> Way:
+    def _find(self, address: str) -> Egress:
         route = self._netlink.route(address)
         if route is None or route.kind not in (RTN_UNICAST, RTN_LOCAL):
-            return Way(WayKind.NONE, NO_ROUTE)
+            return Egress(EgressKind.NONE, NO_ROUTE)
         link = self._links.get(route.link_index)
         if link is None or not link.up:
-            return Way(WayKind.NONE, INTERFACE_DOWN)
+            return Egress(EgressKind.NONE, INTERFACE_DOWN)
         mtu = min(route.mtu or link.mtu, link.mtu)
         if not link.ethernet or route.kind == RTN_LOCAL:
-            return Way(WayKind.PACKETS, link=link, mtu=mtu, local=route.kind == RTN_LOCAL)
-        return Way(WayKind.FRAMES, link=link, hop=self._hop(link.index, route.next_hop), mtu=mtu)
+            return Egress(EgressKind.PACKETS, link=link, mtu=mtu, local=route.kind == RTN_LOCAL)
+        return Egress(EgressKind.FRAMES, link=link, hop=self._hop(link.index, route.next_hop), mtu=mtu)
 
     def _hop(self, link_index: int, address: str) -> Hop:
         hop = self._hops.get((link_index, address))

@@ -1,6 +1,5 @@
 """A raw socket that plans are sent through: what the kernel does not take is waited for, dropped and counted."""
 
-import errno
 import socket
 import struct
 import time
@@ -10,20 +9,13 @@ from typing import Final
 
 import numpy as np
 
-from services.transmitter.addressing import Target
+from services.transmitter.addressing import Addressing
 from services.transmitter.headers import ETHERTYPE_IPV4, ETHERTYPE_IPV6
-from services.transmitter.next_hops import Way, WayKind
+from services.transmitter.next_hops import Egress, EgressKind
 from services.transmitter.plan import FramePlan
 from shared.datagrams.mmsg import send
-from shared.ledger import (
-    BUFFER_FULL,
-    BYTES,
-    DELIVERED,
-    DROPPED,
-    INTERFACE_DOWN,
-    NO_ROUTE,
-    QUEUE_FULL,
-)
+from shared.fanout.send_errors import MAX_SKIPS, NO_ROOM, NO_SEGMENTATION, RAW_CAUSES, cause_of
+from shared.ledger import BYTES, DELIVERED
 
 SOL_PACKET: Final = 263
 PACKET_VNET_HDR: Final = 15
@@ -32,18 +24,6 @@ SOCKADDR_LL: Final = struct.Struct("=HHiHBB8s")
 SOCKADDR_IN: Final = struct.Struct("=HH4s8x")
 SOCKADDR_IN6: Final = struct.Struct("=HHI16sI")
 
-NO_SEGMENTATION: Final = (errno.EINVAL, errno.EMSGSIZE, errno.EIO, errno.EOPNOTSUPP)
-"""What a kernel before 6.2, or a link that has become smaller, says to a run that is to be cut."""
-FULL: Final = {errno.EAGAIN: BUFFER_FULL, errno.ENOBUFS: QUEUE_FULL}
-"""What may be different a moment later."""
-STOPS: Final = {
-    **FULL,
-    **dict.fromkeys((errno.ENETDOWN, errno.ENXIO, errno.ENODEV), INTERFACE_DOWN),
-    **dict.fromkeys((errno.ENETUNREACH, errno.EHOSTUNREACH), NO_ROUTE),
-}
-"""Errors that the collector's next frame would meet too: the rest of its part is dropped under this cause."""
-MAX_SKIPS: Final = 16
-"""Units of a part that may fail one by one before the rest is dropped with them."""
 PATIENCE_SECONDS: Final = 0.02
 PATIENCE_SHARE: Final = 10
 """An interface that is full is waited for: so long in a row, and for one part in so many of the time. All other copies
@@ -64,15 +44,15 @@ class PacketSocket:
         self._patience = PATIENCE_SECONDS
         self._patience_at = time.monotonic()
 
-    def name(self, target: Target) -> bytes:
+    def name(self, addressing: Addressing) -> bytes:
         """The socket address that messages to a collector carry."""
         if self._socket.family == socket.AF_PACKET:
-            ethertype = ETHERTYPE_IPV4 if target.version == 4 else ETHERTYPE_IPV6
+            ethertype = ETHERTYPE_IPV4 if addressing.version == 4 else ETHERTYPE_IPV6
             protocol = socket.htons(ethertype)
-            return SOCKADDR_LL.pack(socket.AF_PACKET, protocol, target.link_index, 0, 0, 6, target.ethernet[:6])
-        if target.version == 4:
-            return SOCKADDR_IN.pack(socket.AF_INET, 0, target.address)
-        return SOCKADDR_IN6.pack(socket.AF_INET6, 0, 0, target.address, 0)
+            return SOCKADDR_LL.pack(socket.AF_PACKET, protocol, addressing.link_index, 0, 0, 6, addressing.ethernet[:6])
+        if addressing.version == 4:
+            return SOCKADDR_IN.pack(socket.AF_INET, 0, addressing.address)
+        return SOCKADDR_IN6.pack(socket.AF_INET6, 0, 0, addressing.address, 0)
 
     def send(self, plan: FramePlan, accounts: Sequence[Counter[str]]) -> int:
         """Send what is planned and addressed, each part on its account; return how many rows were dealt with.
@@ -88,7 +68,7 @@ class PacketSocket:
             at += taken
             if taken:
                 continue
-            if error in FULL:
+            if error in NO_ROOM:
                 if self._wait():
                     continue
             elif not forgiven:
@@ -101,9 +81,9 @@ class PacketSocket:
                 self.segmentation, stop = False, unit
                 break
             last, skips = unit + 1, skips + 1
-            if error in STOPS or skips > MAX_SKIPS:  # the next collector's may leave all the same
+            if error in RAW_CAUSES or skips > MAX_SKIPS:  # the next collector's may leave all the same
                 last, skips = int(plan.first_units[plan.part_of(unit) + 1]), 0
-            dropped.append((unit, last, STOPS.get(error) or cause_of(error)))
+            dropped.append((unit, last, cause_of(error, RAW_CAUSES)))
             at = plan.first_frame(last)
         _account(plan, stop, dropped, accounts)
         return int(plan.rows_before[stop])
@@ -141,48 +121,43 @@ def _account(
         account[BYTES] += size
 
 
-def cause_of(error: int) -> str:
-    """The name under which what failed with an errno is counted."""
-    return DROPPED + errno.errorcode.get(error, str(error)).lower()
-
-
-class Exits:
+class PacketSockets:
     """All raw sockets: an interface has one for its copies, to itself as long as there are enough."""
 
     def __init__(
         self, packet: Sequence[socket.socket], ip4: Sequence[socket.socket], ip6: Sequence[socket.socket]
     ) -> None:
-        frames = _Pool(packet)
+        frames = _SocketsOfKind(packet)
         self._pools = {
-            (4, WayKind.FRAMES): frames,
-            (6, WayKind.FRAMES): frames,
-            (4, WayKind.PACKETS): _Pool(ip4),
-            (6, WayKind.PACKETS): _Pool(ip6),
+            (4, EgressKind.FRAMES): frames,
+            (6, EgressKind.FRAMES): frames,
+            (4, EgressKind.PACKETS): _SocketsOfKind(ip4),
+            (6, EgressKind.PACKETS): _SocketsOfKind(ip6),
         }
 
-    def lead(self, way: Way, version: int) -> bool:
+    def have_one_for(self, egress: Egress, version: int) -> bool:
         """Whether there is a socket for a way; a host without IPv6 has none for its packets."""
-        return bool(self._pools[version, way.kind].exits)
+        return bool(self._pools[version, egress.kind].sockets)
 
-    def of(self, way: Way, version: int) -> PacketSocket:
+    def for_egress(self, egress: Egress, version: int) -> PacketSocket:
         """The socket for a way."""
-        return self._pools[version, way.kind].of(way.link.index if way.link else 0)
+        return self._pools[version, egress.kind].for_link(egress.link.index if egress.link else 0)
 
     def refresh(self) -> None:
         """Try segmentation again. Due every second."""
         for pool in self._pools.values():
-            for exit_ in pool.exits:
+            for exit_ in pool.sockets:
                 exit_.refresh()
 
 
-class _Pool:
+class _SocketsOfKind:
     """Sockets of one kind, given to interfaces as they are first used; in turn again when there are no more."""
 
     def __init__(self, sockets: Sequence[socket.socket]) -> None:
-        self.exits = [PacketSocket(sock) for sock in sockets]
+        self.sockets = [PacketSocket(sock) for sock in sockets]
         self._of_link: dict[int, PacketSocket] = {}
 
-    def of(self, link_index: int) -> PacketSocket:
+    def for_link(self, link_index: int) -> PacketSocket:
         if link_index not in self._of_link:
-            self._of_link[link_index] = self.exits[len(self._of_link) % len(self.exits)]
+            self._of_link[link_index] = self.sockets[len(self._of_link) % len(self.sockets)]
         return self._of_link[link_index]

@@ -12,7 +12,8 @@ from typing import Final, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from services.transmitter.addressing import Columns, Identification, Target
+from services.transmitter.addressing import Addressing, AddressingColumns, Identification
+from services.transmitter.fragments import Fragments
 from services.transmitter.headers import (
     FRAGMENT,
     FRAGMENT_HEADER,
@@ -21,6 +22,7 @@ from services.transmitter.headers import (
     GSO_UDP_L4,
     HEADERS4,
     HEADERS6,
+    IP_SIZE,
     LINK_SIZE,
     MORE_FRAGMENTS,
     NEEDS_CSUM,
@@ -38,10 +40,9 @@ from services.transmitter.sources import by_source, hash_addresses, hash_sources
 from shared.datagrams.batch import Indices
 from shared.datagrams.gathered import MAX_GATHERED, Gathered
 from shared.datagrams.mmsg import IOVEC, MMSGHDR, addresses_of
-from shared.datagrams.routing import mix
-from shared.datagrams.segments import Mask, group, pieces
+from shared.datagrams.sampling import mix
+from shared.datagrams.segments import group, pieces
 
-IP_SIZE: Final = {4: 20, 6: 40}
 SMALLEST_MTU: Final = {4: 68, 6: 1280}
 """What every link carries (RFC 791, 3.2; RFC 8200, 5): less is a mistake, and would cost endless fragments."""
 FLOW_LABEL: Final = 0xFFFFF
@@ -105,7 +106,7 @@ class FramePlan:
         self._totals = np.diff(self.bytes_before) + UDP_SIZE
         length = lengths[starts]
         large = length > largest
-        self._fragments = _Fragments(self._totals, large, self._mtu, version) if large.any() else None
+        self._fragments = Fragments(self._totals, large, self._mtu, version) if large.any() else None
         self._take_vector()
         self._fill(length)
         self._gather(lengths)
@@ -212,12 +213,14 @@ class FramePlan:
         self.messages["iov"][: self.frames] = addresses_of(iovecs, IOVEC.itemsize, len(iovecs))[heads]
         self.messages["iovlen"][: self.frames] = counts + 1
 
-    def address(self, targets: Sequence[Target], names: Sequence[bytes], numbers: Sequence[Identification]) -> None:
+    def address(
+        self, addressings: Sequence[Addressing], names: Sequence[bytes], numbers: Sequence[Identification]
+    ) -> None:
         """Address each part's frames to a collector, or all to the same: one in place of another is one part's.
 
         `names` are the socket addresses that messages are sent to, `numbers` what tells apart the packets to a target.
         """
-        to = Columns(targets, np.diff(self.first_units))
+        to = AddressingColumns(addressings, np.diff(self.first_units))
         self._name_messages(names)
         headers = self._headers
         if to.ethernet is not None:
@@ -240,7 +243,7 @@ class FramePlan:
         at = addresses_of(self._names, NAME_SIZE, len(names))
         messages["name"] = at if len(names) == 1 else np.repeat(at, np.diff(self.first_units))
 
-    def _address4(self, to: Columns, numbers: Sequence[Identification]) -> None:
+    def _address4(self, to: AddressingColumns, numbers: Sequence[Identification]) -> None:
         headers = self._headers
         idents = self._take_numbers(numbers) & 0xFFFF
         sums = self._source_sums
@@ -248,7 +251,7 @@ class FramePlan:
         if self._fragments is not None:
             large = self._fragments.large_units
             hashes = hash_addresses(self._batch.words[self._first_rows[large]])
-            idents[large] = numbers[0].take_for_fragments(hashes)
+            idents[large] = numbers[0].draw_for_fragments(hashes)
             words = self._fragments.words(MORE_FRAGMENTS, 8)
             headers["fragment"] = words
             idents, sums = idents[self._fragments.unit_of], sums[self._fragments.unit_of] + words
@@ -259,14 +262,14 @@ class FramePlan:
     def _take_numbers(self, numbers: Sequence[Identification]) -> Sums:
         """The first number of each unit, which takes one for each of its rows."""
         before = self.rows_before[self.first_units]
-        starts = [each.take(count) for each, count in zip(numbers, np.diff(before).tolist(), strict=True)]
+        starts = [each.draw(count) for each, count in zip(numbers, np.diff(before).tolist(), strict=True)]
         shifts = np.array(starts, np.int64) - before[:-1]
         first: Sums = self.rows_before[:-1] + (
             shifts if len(starts) == 1 else np.repeat(shifts, np.diff(self.first_units))
         )
         return first.astype(np.uint32)
 
-    def _address6(self, to: Columns, numbers: Identification) -> None:
+    def _address6(self, to: AddressingColumns, numbers: Identification) -> None:
         headers = self._headers
         # One label a flow (RFC 6437): the same source to the same collector's port has the same, and it is never 0.
         hashes = hash_sources(self._batch.words[self._first_rows]) ^ to.port.astype(np.uint64)
@@ -276,7 +279,7 @@ class FramePlan:
         if self._fragments is not None:
             self._insert_fragment_headers(self._fragments, numbers)
 
-    def _insert_fragment_headers(self, fragments: "_Fragments", numbers: Identification) -> None:
+    def _insert_fragment_headers(self, fragments: Fragments, numbers: Identification) -> None:
         headers, which = self._headers, np.flatnonzero(fragments.large)
         rows = headers.view(np.uint8).reshape(self.frames, -1)
         after_ip = LINK_SIZE + IP_SIZE[6]
@@ -287,38 +290,10 @@ class FramePlan:
         rows[which, after_ip + FRAGMENT_SIZE :] = rows[which, after_ip : after_ip + UDP_SIZE]
         extension = np.zeros(len(which), FRAGMENT_HEADER)
         extension["next"], extension["offset"] = UDP, fragments.words(1, 1)[which]
-        extension["identification"] = (numbers.take(self.units) + fragments.unit_of[which]) & 0xFFFFFFFF
+        extension["identification"] = (numbers.draw(self.units) + fragments.unit_of[which]) & 0xFFFFFFFF
         rows[which, after_ip : after_ip + FRAGMENT_SIZE] = extension.view(np.uint8).reshape(len(which), -1)
         headers["length"][which] = fragments.sizes[which] + FRAGMENT_SIZE
         headers["protocol"][which] = FRAGMENT
-
-
-class _Fragments:
-    """The frames of a plan in which some units are longer than the MTU: those are cut at multiples of 8 bytes."""
-
-    def __init__(self, totals: npt.NDArray[np.int64], large: Mask, mtu: int, version: int) -> None:
-        extension = FRAGMENT_SIZE if version == 6 else 0
-        piece = mtu - IP_SIZE[version] - extension & ~7
-        counts = np.where(large, -(-totals // piece), 1)
-        self.first_frame = np.append(0, np.cumsum(counts))
-        self.large_units = large
-        self.unit_of = np.repeat(np.arange(len(large)), counts)
-        self.large = large[self.unit_of]
-        number = np.arange(len(self.unit_of)) - self.first_frame[self.unit_of]
-        whole = totals[self.unit_of]
-        self._offsets = number * piece
-        self.sizes = np.where(self.large, np.minimum(piece, whole - self._offsets), whole)
-        self._more = self._offsets + self.sizes < whole
-        # The UDP header is the first 8 bytes of what is cut, and stands in the headers of the first frame.
-        first = number == 0
-        self.payload_offsets = np.where(first, 0, self._offsets - UDP_SIZE)
-        self.payload_sizes = self.sizes - np.where(first, UDP_SIZE, 0)
-        self.extra = np.where(self.large, extension - np.where(first, 0, UDP_SIZE), 0)
-
-    def words(self, more: int, unit: int) -> Sums:
-        """Each frame's offset, in units of so many bytes, with the flag `more` unless it is the last."""
-        words: Sums = (self._offsets // unit + np.where(self._more, more, 0)).astype(np.uint32)
-        return words
 
 
 class _Vector:

@@ -10,7 +10,7 @@ import numpy as np
 
 from shared.datagrams.batch import Indices
 from shared.datagrams.gathered import Gathered
-from shared.datagrams.routing import Prefixes, halves_of
+from shared.datagrams.prefixes import Prefixes, halves_of
 from shared.datagrams.segments import Mask
 from shared.net.addresses import pack_address
 from shared.process.log_limit import LogLimit

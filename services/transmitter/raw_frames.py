@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from services.transmitter.next_hops import Neighbourhood
+from services.transmitter.next_hops import NextHops
 from services.transmitter.policy import Audit, Policy
 from shared.bus.frame_requests import ANSWER_SECONDS, MAX_SENDING_SECONDS, sending_seconds
 from shared.bus.messages import TransmitReply, TransmitRequest
+from shared.fanout.send_errors import NO_INTERFACE
 from shared.net.netlink import Link
 
 SO_NOFCS: Final = 43
@@ -53,7 +54,7 @@ class _Job:
     sent: int = 0
 
 
-class Frames:
+class RawFrames:
     """The requests under way.
 
     Of the two sockets the first sends frames as they are, the second those that end with their own check sequence.
@@ -62,7 +63,7 @@ class Frames:
     def __init__(
         self,
         sockets: Sequence[socket.socket],
-        neighbourhood: Neighbourhood,
+        next_hops: NextHops,
         policy: Policy,
         audit: Audit,
         answer: Answer,
@@ -71,13 +72,13 @@ class Frames:
         self._sockets = sockets
         for own_fcs, sock in enumerate(sockets):
             sock.setsockopt(socket.SOL_SOCKET, SO_NOFCS, own_fcs)
-        self._neighbourhood = neighbourhood
+        self._next_hops = next_hops
         self._policy = policy
         self._audit = audit
         self._answer = answer
         self._jobs: deque[_Job] = deque()
 
-    def take(self, request: TransmitRequest) -> None:
+    def accept_request(self, request: TransmitRequest) -> None:
         """Begin a request, or answer why not."""
         try:
             if len(self._jobs) >= MAX_JOBS:
@@ -149,7 +150,7 @@ class Frames:
         name = request.interface
         if name not in self._policy.interfaces:
             raise FrameError("not_permitted", f"{name}: not in [transmitter] interfaces", "interface")
-        link = self._neighbourhood.link(name)
+        link = self._next_hops.link(name)
         if link is None:
             raise FrameError("bad_request", f"{name}: there is no such interface")
         if not link.up:
@@ -186,7 +187,7 @@ def check_frame(request: TransmitRequest, link: Link) -> None:
 
 
 def _explain(error: OSError, request: TransmitRequest) -> FrameError:
-    if error.errno in (errno.ENETDOWN, errno.ENXIO, errno.ENODEV):
+    if error.errno in NO_INTERFACE:
         return FrameError("unavailable", f"{request.interface}: {os.strerror(error.errno)}")
     if error.errno == errno.EPROTONOSUPPORT:
         return FrameError("bad_request", f"the driver of {request.interface} can't leave its own check sequence out")

@@ -13,9 +13,9 @@ import numpy as np
 import structlog
 
 from services.transmitter.addressing import Identification
-from services.transmitter.destination import Copies
-from services.transmitter.next_hops import Neighbourhood, Way, WayKind
-from services.transmitter.packet_socket import Exits, PacketSocket
+from services.transmitter.destination import Destination
+from services.transmitter.next_hops import Egress, EgressKind, NextHops
+from services.transmitter.packet_socket import PacketSocket, PacketSockets
 from services.transmitter.plan import FramePlan, largest_payload
 from services.transmitter.policy import Admitted, Audit, Policy, Verdicts
 from services.transmitter.privileges import RawSockets
@@ -35,7 +35,7 @@ HOLDING_SECONDS: Final = 0.05
 
 log = structlog.get_logger()
 
-Key = tuple[int, int, WayKind, PacketSocket]
+Key = tuple[int, int, EgressKind, PacketSocket]
 """Copies that can share a plan: IP version, MTU, how they leave, and through which socket."""
 
 
@@ -43,8 +43,8 @@ Key = tuple[int, int, WayKind, PacketSocket]
 class Share:
     """A collector, the way there, and its rows of a batch (None: all)."""
 
-    copies: Copies
-    way: Way
+    destination: Destination
+    egress: Egress
     rows: Indices | None
 
 
@@ -55,51 +55,56 @@ class Sender:
     """
 
     def __init__(self, settings: Settings, sockets: RawSockets, held: BacklogMemory) -> None:
-        self.neighbourhood = Neighbourhood()
+        self.next_hops = NextHops()
         self.policy = Policy(settings.transmitter, time.monotonic)
         self.audit = Audit(log.warning, time.monotonic)
         self._segmentation = settings.transmitter.segmentation
-        self.follow(settings)
-        self._exits = Exits(sockets.packet, sockets.ip4, sockets.ip6)
-        self._crew = SendThreads()
+        self.apply_settings(settings)
+        self._packet_sockets = PacketSockets(sockets.packet, sockets.ip4, sockets.ip6)
+        self._threads = SendThreads()
         self._plans = [FramePlan() for _ in range(MEMBERS)]
         self._numbers: WeakValueDictionary[str, Identification] = WeakValueDictionary()
         self._held = held
-        self._holding: set[Copies] = set()
+        self._holding: set[Destination] = set()
         self._refresh_at = 0.0
 
-    def follow(self, settings: Settings) -> None:
+    def apply_settings(self, settings: Settings) -> None:
         """Know our own listeners by these settings."""
         self._own_listeners = OwnListeners(udp_listeners(settings))
 
-    def reach(self, client: Client, account: Counter[str]) -> Copies:
+    def reach(self, client: Client, account: Counter[str]) -> Destination:
         """Find out whether a collector may be sent copies; the way there is found with the first of them."""
         permitted = self.policy.allows_destination(client.address)
         numbers = self._numbers.setdefault(client.address, Identification())
-        return Copies(client, account, self.neighbourhood, numbers, self._held, permitted=permitted)
+        return Destination(client, account, self.next_hops, numbers, self._held, permitted=permitted)
 
-    def send(self, batch: Gathered, routed: list[tuple[Copies, Selection]]) -> None:
+    def send(self, batch: Gathered, routed: list[tuple[Destination, Selection]]) -> None:
         """Give each collector its rows. Collectors that are reached in the same way share a plan."""
         verdicts = Verdicts(self.policy, batch)
         by_key: dict[Key, list[Share]] = {}
         # Where frames a second are limited the first get what there is: in the long run everybody is first as often.
         first = random.randrange(len(routed)) if routed and self.policy.limited else 0
-        for copies, selection in routed[first:] + routed[:first]:
+        for destination, selection in routed[first:] + routed[:first]:
             wanted = len(batch) if selection.indices is None else len(selection.indices)
-            way = copies.way
-            if not wanted or not self._may_go(copies, way, wanted):
+            egress = destination.egress
+            if not wanted or not self._may_go(destination, egress, wanted):
                 continue
-            admitted = verdicts.admit(selection.indices, copies.version, local=way.local)
-            rows = self._admit(copies, admitted, wanted)
+            admitted = verdicts.admit(selection.indices, destination.version, local=egress.local)
+            rows = self._admit(destination, admitted, wanted)
             if rows is not None and not len(rows):
                 continue
-            if copies.must_wait(way):
-                copies.held.hold(batch, rows)
-                self._holding.add(copies)
+            if destination.must_wait(egress):
+                destination.held.hold(batch, rows)
+                self._holding.add(destination)
                 continue
-            self._release(copies, way)
-            key = copies.version, way.mtu, way.kind, self._exits.of(way, copies.version)
-            by_key.setdefault(key, []).append(Share(copies, way, rows))
+            self._release(destination, egress)
+            key = (
+                destination.version,
+                egress.mtu,
+                egress.kind,
+                self._packet_sockets.for_egress(egress, destination.version),
+            )
+            by_key.setdefault(key, []).append(Share(destination, egress, rows))
         for key, shares in by_key.items():
             self._send_all(batch, key, shares)
 
@@ -112,46 +117,46 @@ class Sender:
         for same in by_rows.values():
             if len(same) > 1 or same[0].rows is None or batch.longest > largest_payload(*key[:2]):
                 rows = _rows_of(same[0]) or len(batch)
-                self._crew.share(lambda member, part: self._send_same(member, batch, key, part), same, rows)
+                self._threads.share(lambda member, part: self._send_same(member, batch, key, part), same, rows)
             else:
                 alone += same
         for portion in portions(alone, _rows_of):
             rows = sum(map(_rows_of, portion))
-            self._crew.share(lambda member, part: self._send_each(member, batch, key, part), portion, rows)
+            self._threads.share(lambda member, part: self._send_each(member, batch, key, part), portion, rows)
 
-    def _may_go(self, copies: Copies, way: Way, wanted: int) -> bool:
+    def _may_go(self, destination: Destination, egress: Egress, wanted: int) -> bool:
         """Whether anything may go to a collector; what does not is dropped under the cause."""
-        client, cause = copies.client, way.cause
-        if not cause and not self._exits.lead(way, copies.version):
+        client, cause = destination.client, egress.cause
+        if not cause and not self._packet_sockets.have_one_for(egress, destination.version):
             cause = NO_ROUTE
-        loops = self._own_listeners.receive(client.address, client.port, lambda _: way.local)
-        if not copies.permitted or loops:
+        loops = self._own_listeners.receive(client.address, client.port, lambda _: egress.local)
+        if not destination.permitted or loops:
             cause = DESTINATION_REFUSED
             self.audit.refuse(cause, wanted, collector=client.name, address=client.address, port=client.port)
         if cause:
-            copies.account[cause] += wanted
+            destination.account[cause] += wanted
         return not cause
 
-    def _admit(self, copies: Copies, admitted: Admitted, wanted: int) -> Indices | None:
+    def _admit(self, destination: Destination, admitted: Admitted, wanted: int) -> Indices | None:
         """Return the rows that go to a collector (None: all); the others are dropped, each under its cause."""
-        account, rows = copies.account, admitted.rows
+        account, rows = destination.account, admitted.rows
         if admitted.other_family:
             account[OTHER_FAMILY] += admitted.other_family
         if admitted.refused:
             account[SOURCE_REFUSED] += admitted.refused
-            self.audit.refuse(SOURCE_REFUSED, admitted.refused, collector=copies.client.name)
+            self.audit.refuse(SOURCE_REFUSED, admitted.refused, collector=destination.client.name)
         left = wanted - admitted.other_family - admitted.refused
         granted = self.policy.grant(left)
         if granted == left:
             return rows
         account[RATE_LIMITED] += left - granted
-        self.audit.refuse(RATE_LIMITED, left - granted, collector=copies.client.name)
+        self.audit.refuse(RATE_LIMITED, left - granted, collector=destination.client.name)
         return np.arange(granted) if rows is None else rows[:granted]
 
     def _build(self, member: int, batch: Gathered, key: Key, rows: Indices | None, parts: Sequence[int]) -> FramePlan:
         plan, (version, mtu, kind, exit_) = self._plans[member], key
         segmentation = self._segmentation and exit_.segmentation
-        plan.build(batch, rows, version, mtu, link=kind is WayKind.FRAMES, segmentation=segmentation, parts=parts)
+        plan.build(batch, rows, version, mtu, link=kind is EgressKind.FRAMES, segmentation=segmentation, parts=parts)
         return plan
 
     def _send_same(self, member: int, batch: Gathered, key: Key, shares: Sequence[Share]) -> None:
@@ -178,43 +183,43 @@ class Sender:
     def _send_plan(self, plan: FramePlan, key: Key, shares: Sequence[Share]) -> int:
         """Address a plan's parts to a collector each, and send it; return how many rows were dealt with."""
         exit_ = key[-1]
-        targets = [share.copies.target(share.way) for share in shares]
-        names = [exit_.name(target) for target in targets]
-        plan.address(targets, names, [share.copies.numbers for share in shares])
-        return exit_.send(plan, [share.copies.account for share in shares])
+        addressings = [share.destination.addressing(share.egress) for share in shares]
+        names = [exit_.name(each) for each in addressings]
+        plan.address(addressings, names, [share.destination.numbers for share in shares])
+        return exit_.send(plan, [share.destination.account for share in shares])
 
-    def _release(self, copies: Copies, way: Way) -> None:
+    def _release(self, destination: Destination, egress: Egress) -> None:
         """Send what a collector had waiting, before anything newer."""
-        key = copies.version, way.mtu, way.kind, self._exits.of(way, copies.version)
-        while copies.held:
-            held = copies.held.take()
-            self._send_same(0, held.batch, key, [Share(copies, way, held.rows)])
+        key = destination.version, egress.mtu, egress.kind, self._packet_sockets.for_egress(egress, destination.version)
+        while destination.held:
+            held = destination.held.pop_oldest()
+            self._send_same(0, held.batch, key, [Share(destination, egress, held.rows)])
 
     def work(self) -> float:
         """Follow what changes on the network, send what can be sent now, drop what has waited too long.
 
         Return after how many seconds that is due again, at the latest.
         """
-        self.neighbourhood.follow()
+        self.next_hops.apply_events()
         now = time.monotonic()
         if now >= self._refresh_at:
             self._refresh_at = now + REFRESH_SECONDS
-            self.neighbourhood.refresh()
-            self._exits.refresh()
-        for copies in [copies for copies in self._holding if copies.held]:
-            way = copies.way
-            if way.kind is WayKind.NONE:
-                copies.held.drop(way.cause)
-            elif copies.must_wait(way):
-                copies.held.expire(now)
+            self.next_hops.refresh()
+            self._packet_sockets.refresh()
+        for destination in [destination for destination in self._holding if destination.held]:
+            egress = destination.egress
+            if egress.kind is EgressKind.NONE:
+                destination.held.drop(egress.cause)
+            elif destination.must_wait(egress):
+                destination.held.expire(now)
             else:
-                self._release(copies, way)
-        self._holding = {copies for copies in self._holding if copies.held}
-        return HOLDING_SECONDS if self._holding or self.neighbourhood.stale else REFRESH_SECONDS
+                self._release(destination, egress)
+        self._holding = {destination for destination in self._holding if destination.held}
+        return HOLDING_SECONDS if self._holding or self.next_hops.stale else REFRESH_SECONDS
 
     def close(self) -> None:
         """Close what is ours; the raw sockets are whose they were."""
-        self.neighbourhood.close()
+        self.next_hops.close()
 
 
 def _rows_of(share: Share) -> int:

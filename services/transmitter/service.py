@@ -6,9 +6,9 @@ from dataclasses import replace
 from types import TracebackType
 from typing import ClassVar, Final, Self
 
-from services.transmitter.destination import Copies
+from services.transmitter.destination import Destination
 from services.transmitter.privileges import RawSockets
-from services.transmitter.raw_frames import Frames
+from services.transmitter.raw_frames import RawFrames
 from services.transmitter.sender import Sender
 from shared.bus.messages import TRANSMIT_TOPIC, Message, TransmitRequest
 from shared.client import Client, Source
@@ -21,7 +21,7 @@ FRAME_SOCKETS: Final = 2
 """AF_PACKET sockets kept for frames that were asked for: as they are, and with a check sequence of their own."""
 
 
-class Transmission(CopyService[Copies]):
+class TransmitterService(CopyService[Destination]):
     """Serves the collectors whose `source` is `original`, and whoever may ask for frames.
 
     `facts` are what the status says of privilege.
@@ -37,7 +37,7 @@ class Transmission(CopyService[Copies]):
     def __enter__(self) -> Self:
         for_frames, for_copies = self._sockets.packet[:FRAME_SOCKETS], self._sockets.packet[FRAME_SOCKETS:]
         self._sender = sender = Sender(self.settings, replace(self._sockets, packet=for_copies), self.held)
-        self._frames = Frames(for_frames, sender.neighbourhood, sender.policy, sender.audit, self.publish)
+        self._frames = RawFrames(for_frames, sender.next_hops, sender.policy, sender.audit, self.publish)
         return super().__enter__()
 
     def topics(self) -> Iterable[str]:
@@ -46,25 +46,25 @@ class Transmission(CopyService[Copies]):
 
     def descriptors(self) -> Iterable[int]:
         """What tells that a route, a link or a neighbour has changed."""
-        return (self._sender.neighbourhood.fileno(),)
+        return (self._sender.next_hops.fileno(),)
 
-    def follow(self, settings: Settings) -> None:
+    def apply_settings(self, settings: Settings) -> None:
         """Have the streams of these settings, and send nothing to their listeners."""
-        super().follow(settings)
-        self._sender.follow(settings)
+        super().apply_settings(settings)
+        self._sender.apply_settings(settings)
 
-    def reach(self, client: Client, account: Counter[str]) -> Copies:
+    def reach(self, client: Client, account: Counter[str]) -> Destination:
         """Find out whether a collector may be sent copies."""
         return self._sender.reach(client, account)
 
-    def send(self, batch: Gathered, routed: list[tuple[Copies, Selection]]) -> None:
+    def send(self, batch: Gathered, routed: list[tuple[Destination, Selection]]) -> None:
         """Give each collector its rows."""
         self._sender.send(batch, routed)
 
-    def take(self, message: Message) -> None:
+    def handle_message(self, message: Message) -> None:
         """Begin sending frames that are asked for."""
         if isinstance(message.body, TransmitRequest) and message.topic == TRANSMIT_TOPIC:
-            self._frames.take(message.body)
+            self._frames.accept_request(message.body)
 
     def work(self) -> float:
         """Do what the network or the time has brought, and send frames that are due."""

@@ -7,7 +7,7 @@ import numpy as np
 
 from shared.datagrams.batch import Indices
 from shared.datagrams.gathered import Mask, Words
-from shared.datagrams.routing import Hashes, mix
+from shared.datagrams.sampling import Hashes, mix
 
 MAX_LENGTH: Final = 0xFFFF
 PART_BITS: Final = np.uint64(16)

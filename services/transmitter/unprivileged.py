@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import structlog
 
 from services.transmitter.privileges import adopt, prove
-from services.transmitter.service import Transmission
+from services.transmitter.service import TransmitterService
 from shared.process.lifecycle import Lifecycle, run, service_parser, worker_name
 from shared.settings.model import Settings
 
@@ -28,5 +28,5 @@ def _serve(arguments: argparse.Namespace, settings: Settings, lifecycle: Lifecyc
     facts = prove(sockets)
     if sockets.reason:
         log.warning(sockets.reason)
-    with Transmission(worker_name("transmitter"), settings, sockets, facts) as transmission:
-        transmission.serve(lifecycle)
+    with TransmitterService(worker_name("transmitter"), settings, sockets, facts) as service:
+        service.run(lifecycle)

@@ -10,22 +10,13 @@ from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
 from shared.client import Client
-from shared.datagrams.batch import DatagramBatch, Indices
-from shared.datagrams.gathered import Gathered
+from shared.datagrams.batch import Indices
+from shared.datagrams.gathered import Mask
 from shared.datagrams.prefix_index import Network, PrefixIndex, disjoint
-from shared.net.addresses import V4_MAPPED, pack_network
-
-Datagrams = DatagramBatch | Gathered
-"""What can be routed: datagrams of one stream."""
-Mask = npt.NDArray[np.bool_]
-Hashes = npt.NDArray[np.uint64]
-MAPPED_HALF: Final = np.uint64(0xFFFF)
-"""Of a mapped address (RFC 4291), bytes 8 to 11."""
-_GOLDEN: Final = np.uint64(0x9E3779B97F4A7C15)
-_MIX: Final = np.uint64(0xBF58476D1CE4E5B9)
+from shared.datagrams.prefixes import Datagrams
+from shared.datagrams.sampling import hash_sources, sample_rows, share_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,37 +30,6 @@ class Selection:
     filtered: int = 0
     shared_out: int = 0
     sampled_out: int = 0
-
-
-class Prefixes:
-    """A set of networks, to be matched against a column of addresses."""
-
-    def __init__(self, texts: Iterable[str]) -> None:
-        packed = [pack_network(text) for text in texts]
-        masks = [((1 << bits) - 1) << (128 - bits) for _, bits in packed]
-        self._mapped = np.array([network.startswith(V4_MAPPED) and bits >= 96 for network, bits in packed])
-        self._networks = np.array([np.frombuffer(network, ">u8") for network, _ in packed], np.uint64)
-        self._masks = np.array([(mask >> 64, mask & (2**64 - 1)) for mask in masks], np.uint64)
-
-    def match(self, halves: npt.NDArray[np.uint64]) -> Mask:
-        """Which addresses, as pairs of uint64, shape (n, 2), are in any of the networks; bool, shape (n,)."""
-        inside = ((halves[:, None, :] & self._masks) == self._networks).all(axis=2)
-        # ::/0 and its like are IPv6 prefixes: the IPv4 addresses that we keep mapped into them are not meant.
-        mapped = (halves[:, 0] == 0) & (halves[:, 1] >> np.uint64(32) == MAPPED_HALF)
-        matched: Mask = (inside & (mapped[:, None] == self._mapped)).any(axis=1)
-        return matched
-
-
-def halves_of(batch: Datagrams) -> npt.NDArray[np.uint64]:
-    """Source addresses as pairs of uint64 in network order, shape (n, 2): what prefixes and hashes work on."""
-    packed = np.ascontiguousarray(batch.rows["address"])
-    return packed.view(">u8").astype(np.uint64)
-
-
-def mix(values: Hashes) -> Hashes:
-    """A well-spread hash of uint64 values (the finalizer of splitmix64, Steele et al. 2014)."""
-    values = (values ^ (values >> np.uint64(30))) * _MIX
-    return values ^ (values >> np.uint64(31))
 
 
 @dataclass(slots=True)
@@ -177,47 +137,37 @@ def _pick(
         if route.client.prefixes and route.networks in rows_of:
             passing[rows_of[route.networks]] = True
         wanted[route.client.name] = passing
-    picked = _pick_members(halves_of(batch), routes, wanted)
+    picked = _pick_members(batch, routes, wanted)
     return [
-        (route.client, _sample(route, wanted[route.client.name], picked.get(route.client.name))) for route in routes
+        (route.client, _select(route, wanted[route.client.name], picked.get(route.client.name))) for route in routes
     ]
 
 
-def _pick_members(
-    halves: npt.NDArray[np.uint64], routes: list[CollectorRoute], wanted: dict[str, Mask]
-) -> dict[str, Mask]:
-    """For each member of a group, the rows it takes: of those members that want a row, the one of highest weight.
-
-    Rendezvous hashing (Thaler and Ravishankar 1998): a member that joins or leaves moves only its own share.
-    """
+def _pick_members(batch: Datagrams, routes: list[CollectorRoute], wanted: dict[str, Mask]) -> dict[str, Mask]:
+    """For each member of a group, the rows it takes."""
     groups: dict[str, list[CollectorRoute]] = {}
     for route in routes:
         if route.client.group:
             groups.setdefault(route.client.group, []).append(route)
     if not groups:
         return {}
-    sources = mix(halves[:, 0] * _GOLDEN ^ halves[:, 1])
-    picked = {}
+    sources = hash_sources(batch)
+    picked: dict[str, Mask] = {}
     for members in groups.values():
-        weights = np.stack([
-            np.where(wanted[route.client.name], mix(sources ^ route.seed) | np.uint64(1), np.uint64(0))
-            for route in members
-        ])  # fmt: skip
-        winner = weights.argmax(axis=0)
-        for number, route in enumerate(members):
-            picked[route.client.name] = wanted[route.client.name] & (winner == number)
+        names = [route.client.name for route in members]
+        shares = share_rows(sources, [route.seed for route in members], [wanted[name] for name in names])
+        picked.update(zip(names, shares, strict=True))
     return picked
 
 
-def _sample(route: CollectorRoute, wanted: Mask, picked: Mask | None) -> Selection:
-    mine = wanted if picked is None else picked
-    matching = np.flatnonzero(mine)
-    first = -route.matched % route.client.sample
-    taken = matching[first :: route.client.sample]
+def _select(route: CollectorRoute, wanted: Mask, picked: Mask | None) -> Selection:
+    matching = np.flatnonzero(wanted if picked is None else picked)
+    sampled = sample_rows(matching, route.client.sample, route.matched)
     route.matched += len(matching)
+    passed = int(np.count_nonzero(wanted))
     return Selection(
-        taken,
-        filtered=len(wanted) - int(np.count_nonzero(wanted)),
-        shared_out=int(np.count_nonzero(wanted)) - len(matching),
-        sampled_out=len(matching) - len(taken),
+        sampled,
+        filtered=len(wanted) - passed,
+        shared_out=passed - len(matching),
+        sampled_out=len(matching) - len(sampled),
     )

@@ -66,14 +66,14 @@ class Backlog:
         (self._queue.appendleft if first else self._queue.append)(held)
         self.account[HELD] += held.count
         self._bytes += held.batch.payload_bytes
-        self.memory.take(held.batch, self, first=first)
+        self.memory.add_holder(held.batch, self, first=first)
 
-    def take(self) -> Held:
+    def pop_oldest(self) -> Held:
         """Return the oldest, which is held no longer."""
         held = self._queue.popleft()
         self.account[HELD] -= held.count
         self._bytes -= held.batch.payload_bytes
-        self.memory.give_back(held.batch, self)
+        self.memory.remove_holder(held.batch, self)
         return held
 
     def put_back(self, held: Held, rows: Indices) -> None:
@@ -92,7 +92,7 @@ class Backlog:
 
     def drop_oldest(self, cause: str = "") -> None:
         """Drop the rows of the oldest batch that are held."""
-        self.account[cause or self.cause] += self.take().count
+        self.account[cause or self.cause] += self.pop_oldest().count
 
 
 class BacklogMemory:
@@ -107,7 +107,7 @@ class BacklogMemory:
         self._holders: OrderedDict[int, dict[int, Backlog]] = OrderedDict()
         """Who holds rows of a batch, by its id and theirs; the batch that came first is the first."""
 
-    def take(self, batch: Gathered, holding: Backlog, *, first: bool) -> None:
+    def add_holder(self, batch: Gathered, holding: Backlog, *, first: bool) -> None:
         """Somebody holds rows of a batch, which is the newest, or with `first` the oldest."""
         if id(batch) not in self._holders:
             self._holders[id(batch)] = {}
@@ -115,7 +115,7 @@ class BacklogMemory:
             self.used += batch.payload_bytes
         self._holders[id(batch)][id(holding)] = holding
 
-    def give_back(self, batch: Gathered, holding: Backlog) -> None:
+    def remove_holder(self, batch: Gathered, holding: Backlog) -> None:
         """Somebody holds none of it any longer."""
         holders = self._holders[id(batch)]
         del holders[id(holding)]

@@ -60,7 +60,7 @@ class Collectors(Generic[D]):
         published: Mapping[str, int],
         reach: Callable[[Client, Counter[str]], D],
     ) -> None:
-        self.know(streams)
+        self.set_streams(streams)
         self._published = published
         self._routed: Counter[str] = Counter()
         """By stream: datagrams that came, whoever got them."""
@@ -68,7 +68,7 @@ class Collectors(Generic[D]):
         self._served: dict[str, Served[D]] = {}
         self._router = Router()
 
-    def know(self, streams: Iterable[str]) -> None:
+    def set_streams(self, streams: Iterable[str]) -> None:
         """Have these as the streams that there are, for who wants all of them."""
         self._streams = tuple(streams)
 
@@ -98,7 +98,7 @@ class Collectors(Generic[D]):
     def _of_streams(self, counts: Mapping[str, int], client: Client) -> int:
         return sum(count for stream, count in counts.items() if client.wants(stream))
 
-    def miss(self, stream: str, missed: int) -> None:
+    def count_missed(self, stream: str, missed: int) -> None:
         """Count datagrams of a stream that the bus lost for each collector that would have been offered them."""
         for client in self._router.clients(stream):
             self._served[client.name].account[MISSED] += missed
@@ -125,7 +125,7 @@ class Collectors(Generic[D]):
         """Look at each collector, and yield those that have a trouble."""
         for served in self._served.values():
             destination = served.destination
-            symptom = served.checkup.look(served.account, now, unreachable=destination.unreachable)
+            symptom = served.checkup.examine(served.account, now, unreachable=destination.unreachable)
             if symptom is not None:
                 yield destination.client, symptom
 

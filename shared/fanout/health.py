@@ -26,7 +26,7 @@ CAUSES: Final[Mapping[str, Trouble]] = {
     **dict.fromkeys((BUFFER_FULL, QUEUE_FULL, NO_MEMORY), "slow"),
 }
 """What each counter speaks for. What the policy, a filter or a datagram's own size stops says nothing of this."""
-LOOK_SECONDS: Final = 0.5
+EXAMINE_SECONDS: Final = 0.5
 QUIET_SECONDS: Final = 0.4
 """A trouble has to be gone for so long, which is two looks, before it is over."""
 
@@ -42,7 +42,7 @@ class Symptom:
     _delivered: int = 0
     _gone_since: float | None = None
 
-    def look(self, counted: int, delivered: int, *, known: bool, now: float) -> bool:
+    def observe(self, counted: int, delivered: int, *, known: bool, now: float) -> bool:
         """Take in what the counters are now and whether the trouble is `known` to be there; return whether it lasts."""
         if counted > self._counted or known:
             self.count += counted - self._counted
@@ -55,13 +55,13 @@ class Symptom:
 
 
 class Checkup:
-    """Looks at one collector, every `LOOK_SECONDS`."""
+    """Looks at one collector, every `EXAMINE_SECONDS`."""
 
     def __init__(self) -> None:
         self._before: dict[Trouble, int] = {}
         self._symptoms: dict[Trouble, Symptom] = {}
 
-    def look(self, account: Mapping[str, int], now: float, *, unreachable: bool) -> Symptom | None:
+    def examine(self, account: Mapping[str, int], now: float, *, unreachable: bool) -> Symptom | None:
         """Return what troubles the collector, None if nothing does; `unreachable`: there is no way to it now."""
         if not unreachable and not self._symptoms and CAUSES.keys().isdisjoint(account):
             return None
@@ -75,7 +75,7 @@ class Checkup:
             if trouble not in self._symptoms and (known or count > before):
                 self._symptoms[trouble] = Symptom(trouble, now, 0, before)
             symptom = self._symptoms.get(trouble)
-            if symptom is not None and not symptom.look(count, delivered, known=known, now=now):
+            if symptom is not None and not symptom.observe(count, delivered, known=known, now=now):
                 del self._symptoms[trouble]
         self._before = counted
         return next((self._symptoms[trouble] for trouble in counted if trouble in self._symptoms), None)

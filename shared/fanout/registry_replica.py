@@ -18,7 +18,7 @@ class RegistryReplica:
         self._pieces: list[RegistrySnapshot] = []
         self._pieces_of = (-1, -1)
 
-    def take(self, envelope: Envelope, body: RegistrySnapshot | RegistryChange) -> bool:
+    def apply_message(self, envelope: Envelope, body: RegistrySnapshot | RegistryChange) -> bool:
         """Take a message in; return whether it changed the registry."""
         changed = self._change(envelope, body) if isinstance(body, RegistryChange) else self._snapshot(envelope, body)
         self.version += changed

@@ -97,7 +97,7 @@ class CopyService(ABC, Generic[D]):
         """What else wakes the loop when it becomes readable."""
         return ()
 
-    def take(self, message: Message) -> None:
+    def handle_message(self, message: Message) -> None:
         """Take a message of a kind that is this service's alone."""
 
     def work(self) -> float:
@@ -117,7 +117,7 @@ class CopyService(ABC, Generic[D]):
         self._subscriber = Subscriber(self._context, bus.path, mark, link)
         self._reporter = Reporter(self._publisher, self._memory)
         self._health = HealthReporter(self._publisher, self.source)
-        self._mirror = RegistryReplica()
+        self._replica = RegistryReplica()
         self._streams = FollowedStreams(self._subscriber)
         self._collectors = Collectors(_names(self.settings), self._streams.published, self.reach)
         self._waiting: list[tuple[float, int, ServeRequest]] = []
@@ -134,15 +134,15 @@ class CopyService(ABC, Generic[D]):
         """Put a message of a kind that is this service's alone on the bus."""
         self._publisher.publish(topic, body)
 
-    def follow(self, settings: Settings) -> None:
+    def apply_settings(self, settings: Settings) -> None:
         """Have the streams of these settings."""
-        self._collectors.know(_names(settings))
-        self._streams.want(self._collectors.streams_wanted())
+        self._collectors.set_streams(_names(settings))
+        self._streams.subscribe_to(self._collectors.streams_wanted())
 
-    def serve(self, lifecycle: Lifecycle) -> None:
+    def run(self, lifecycle: Lifecycle) -> None:
         """Serve until told to drain, then until the workers have fallen silent."""
         readiness = Readiness(self.name, self.settings.bus, lambda: self._publisher.ready)
-        reload = Reload(self.name, lifecycle, self.settings, self.follow)
+        reload = Reload(self.name, lifecycle, self.settings, self.apply_settings)
         poller = zmq.Poller()
         poller.register(self._subscriber.socket, zmq.POLLIN)
         poller.register(self._publisher.socket, zmq.POLLIN)
@@ -157,7 +157,7 @@ class CopyService(ABC, Generic[D]):
         self._drain()
 
     def _patience_ms(self) -> int:
-        if self._waiting or self._serving != self._mirror.version:
+        if self._waiting or self._serving != self._replica.version:
             return 5
         return (
             int(max(0.0, min(self._reporter.due_at, self._health.due_at, self._work_at) - time.monotonic()) * 1000) + 1
@@ -187,21 +187,21 @@ class CopyService(ABC, Generic[D]):
     def _take(self, message: Message) -> None:
         body, envelope = message.body, message.envelope
         if message.batch is not None:
-            missed = self._streams.follow(message.topic, envelope, len(message.batch))
+            missed = self._streams.note_batch(message.topic, envelope, len(message.batch))
             if missed:
-                self._collectors.miss(message.batch.stream, missed)
+                self._collectors.count_missed(message.batch.stream, missed)
             if missed is not None and len(message.batch):
                 self._gather(message.batch)
         elif isinstance(body, RegistrySnapshot | RegistryChange):
-            if not self._mirror.take(envelope, body) and self._mirror.stale:
+            if not self._replica.apply_message(envelope, body) and self._replica.stale:
                 self._ask_for_snapshot()
         elif isinstance(body, ServeRequest) and len(self._waiting) < MAX_WAITING:
             self._waiting.append((time.monotonic() + REQUEST_SECONDS, envelope.boot, body))
         elif isinstance(body, Status):
             for stream, missed in self._streams.reconcile(envelope, body).items():
-                self._collectors.miss(stream, missed)
+                self._collectors.count_missed(stream, missed)
         else:
-            self.take(message)
+            self.handle_message(message)
 
     def _gather(self, batch: DatagramBatch) -> None:
         """Let a batch wait for those of its stream that have come too, as long as they are not too many."""
@@ -221,12 +221,12 @@ class CopyService(ABC, Generic[D]):
     def _apply(self) -> None:
         """Serve the registry as it is now, unless that was done a moment ago: then with the changes to come."""
         began = time.monotonic()
-        if self._serving == self._mirror.version or began < self._apply_at:
+        if self._serving == self._replica.version or began < self._apply_at:
             return
-        self._serving = self._mirror.version
-        clients = self._mirror.clients.values()
+        self._serving = self._replica.version
+        clients = self._replica.clients.values()
         self._collectors.replace(client for client in clients if client.streams and client.source == self.source)
-        self._streams.want(self._collectors.streams_wanted())
+        self._streams.subscribe_to(self._collectors.streams_wanted())
         self._apply_at = time.monotonic() + APPLY_SHARE * (time.monotonic() - began)
 
     def _ask_for_snapshot(self) -> None:
@@ -239,12 +239,12 @@ class CopyService(ABC, Generic[D]):
 
     def _answer(self) -> None:
         """Answer who asked whether we serve a revision, once we do and its streams flow."""
-        if not self._waiting or self._serving != self._mirror.version or not self._streams.flowing:
+        if not self._waiting or self._serving != self._replica.version or not self._streams.flowing:
             return
         now, still_waiting = time.monotonic(), []
         for expires_at, boot, request in self._waiting:
-            if self._mirror.holds(boot, request.revision):
-                self._publisher.publish(request.reply, ServeReply(request.id, self._mirror.revision))
+            if self._replica.holds(boot, request.revision):
+                self._publisher.publish(request.reply, ServeReply(request.id, self._replica.revision))
             elif expires_at > now:
                 still_waiting.append((expires_at, boot, request))
         self._waiting = still_waiting
@@ -255,7 +255,7 @@ class CopyService(ABC, Generic[D]):
 
     def _accounts(self) -> Accounts:
         service = {
-            "revision": max(0, self._mirror.revision),
+            "revision": max(0, self._replica.revision),
             "bus_rejected": sum(self._subscriber.rejected.values()),
             "bus_repeated": self._streams.repeated,
             **self.own_account(),

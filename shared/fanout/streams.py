@@ -39,7 +39,7 @@ class FollowedStreams:
         self._workers: dict[tuple[str, int], _Worker] = {}
         subscriber.subscribe(INGEST_STATUS)
 
-    def want(self, streams: Iterable[str]) -> None:
+    def subscribe_to(self, streams: Iterable[str]) -> None:
         """Subscribe to these streams and no others."""
         topics = {datagrams_topic(stream): stream for stream in streams}
         for topic in topics.keys() - self._topics.keys():
@@ -69,7 +69,7 @@ class FollowedStreams:
         """Bus messages that came twice and were dropped."""
         return self._continuity.repeated
 
-    def follow(self, topic: str, envelope: Envelope, count: int) -> int | None:
+    def note_batch(self, topic: str, envelope: Envelope, count: int) -> int | None:
         """Take note of a batch; return datagrams missed before it, None when it is a repeat or no longer wanted."""
         if topic not in self._topics or not envelope.sender.startswith(WORKERS):
             return None

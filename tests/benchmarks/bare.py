@@ -22,7 +22,7 @@ from typing import Final
 import numpy as np
 
 from services.forwarder.plan import SendPlan
-from services.transmitter.addressing import Identification, Target
+from services.transmitter.addressing import Addressing, Identification
 from services.transmitter.headers import ETHERTYPE_IPV4
 from services.transmitter.packet_socket import PACKET_VNET_HDR, SOCKADDR_LL, SOL_PACKET
 from services.transmitter.plan import FramePlan
@@ -137,7 +137,7 @@ def send_us(program: Path, site: Site, workload: Workload, rounds: int) -> dict[
         files = {sock: opened.enter_context(tempfile.NamedTemporaryFile()) for sock in (udp, packet)}
         plan, frames, numbers = SendPlan(), FramePlan(), Identification()
         ethernet = site.ethernet_to_collectors + ETHERTYPE_IPV4.to_bytes(2)
-        target = Target(4, socket.inet_aton(collector), COLLECTOR_PORT, 64, 0, site.up_index, ethernet)
+        target = Addressing(4, socket.inet_aton(collector), COLLECTOR_PORT, 64, 0, site.up_index, ethernet)
         name = SOCKADDR_LL.pack(socket.AF_PACKET, socket.htons(ETHERTYPE_IPV4), site.up_index, 0, 0, 6, ethernet[:6])
         for batch in batches_of(workload):
             plan.build(batch, None, workload.mtu - 28)

@@ -15,7 +15,7 @@ from services.operator.client.bus_reader import subscribed
 from shared.bus.continuity import Continuity
 from shared.bus.messages import Message, datagrams_topic
 from shared.bus.zmq_sockets import Subscriber
-from shared.datagrams.routing import Prefixes, halves_of
+from shared.datagrams.prefixes import Prefixes, halves_of
 from shared.process.lifecycle import OK, USAGE, Lifecycle, OperatorError
 from shared.settings.model import Settings
 

@@ -15,13 +15,14 @@ import pytest
 
 import services.forwarder.destination
 import shared.datagrams.mmsg
-from services.forwarder.destination import ANSWER_SECONDS, MAX_SKIPS, Outlet
+from services.forwarder.destination import ANSWER_SECONDS, Destination
 from services.forwarder.plan import SendPlan
-from services.forwarder.service import Relay
+from services.forwarder.service import ForwarderService
 from shared.datagrams.batch import DatagramBatch
 from shared.datagrams.gathered import Gathered
 from shared.fanout.backlog import BacklogMemory
 from shared.fanout.collectors import Collectors
+from shared.fanout.send_errors import MAX_SKIPS
 from shared.ledger import discrepancies
 from shared.settings.model import Forwarder, Settings
 from tests.builders import SOURCES, make_batch, make_client
@@ -62,7 +63,7 @@ class Sent:
 
     def __init__(self, opened: ExitStack, *clients: Any, **settings: Any) -> None:
         self.published: Counter[str] = Counter()
-        self._relay = Relay("forwarder.1", Settings(forwarder=Forwarder(**settings)))
+        self._relay = ForwarderService("forwarder.1", Settings(forwarder=Forwarder(**settings)))
         self.collectors = Collectors(["messages"], self.published, self._relay.reach)
         opened.callback(self.collectors.close)
         self.collectors.replace(clients)
@@ -123,7 +124,7 @@ class Kernel:
 
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
-    """The kernel between outlets and the wire."""
+    """The kernel between destinations and the wire."""
     return Kernel(monkeypatch)
 
 
@@ -431,11 +432,11 @@ def test_changed_collector_begins_a_new_account(opened: ExitStack) -> None:
 def test_outlet_that_is_closed_counts_what_it_is_given(opened: ExitStack) -> None:
     """Between close and refresh every row is dropped as not connected."""
     account: Counter[str] = Counter()
-    outlet = Outlet(make_client("a", listen(opened).getsockname()[1]), Forwarder(), account, BacklogMemory(1))
-    outlet.close()
+    destination = Destination(make_client("a", listen(opened).getsockname()[1]), Forwarder(), account, BacklogMemory(1))
+    destination.close()
     plan = SendPlan()
-    plan.build(Gathered([make_batch([b"x"] * 5)]), None, outlet.largest_segment)
-    assert outlet.send(plan) == 5
+    plan.build(Gathered([make_batch([b"x"] * 5)]), None, destination.largest_segment)
+    assert destination.send(plan) == 5
     assert account == {"dropped_not_connected": 5}
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from typing import Any
 
-from services.transmitter.destination import Copies
+from services.transmitter.destination import Destination
 from services.transmitter.next_hops import DISCARD_PORT
 from services.transmitter.opener import open_socket
 from services.transmitter.privileges import KINDS, RawSockets
@@ -59,9 +59,9 @@ class Site:
         with self.relay.entered():
             self.sender = opened.enter_context(closing(Sender(Settings(transmitter=own), raw, held)))
         self.account: Counter[str] = Counter()
-        self.copies: Copies = self.reach()
+        self.destination: Destination = self.reach()
 
-    def reach(self, address: str = SIEM4, port: int = 9514, **fields: Any) -> Copies:
+    def reach(self, address: str = SIEM4, port: int = 9514, **fields: Any) -> Destination:
         """How a collector is reached."""
         return self.sender.reach(make_client("c", port, address=address, **fields), self.account)
 
@@ -69,7 +69,7 @@ class Site:
         """Send copies of a batch; the account adds up afterwards."""
         batch = Gathered([make_batch(payloads, sources, port=port)])
         self.account["offered"] += len(payloads)
-        self.sender.send(batch, [(self.copies, ALL_ROWS)])
+        self.sender.send(batch, [(self.destination, ALL_ROWS)])
         self.check()
 
     def check(self) -> None:

@@ -67,7 +67,7 @@ def answer(site: Site, answers: bool) -> None:
 @pytest.mark.parametrize("address", [SIEM4, SIEM6])
 def test_what_comes_before_the_answer_arrives_in_order(site: Site, opened: ExitStack, address: str) -> None:
     """While the next hop is asked for datagrams wait; when it has answered all leave in order, newer ones behind."""
-    site.copies = site.reach(address)
+    site.destination = site.reach(address)
     copied = opened.enter_context(Copied(site.siem, "eth"))
     count = 0
     while site.account["delivered"] == 0:
@@ -109,7 +109,7 @@ def test_nothing_waits_longer_than_a_second(site: Site, clock: Clock) -> None:
     clock.now += HELD_SECONDS / 2
     site.turn()
     assert (site.account["held"], site.account["dropped_no_neighbour"]) == (0, 30)
-    assert not site.copies.held
+    assert not site.destination.held
 
 
 def test_too_many_that_wait_push_out_the_oldest(site: Site, opened: ExitStack) -> None:
@@ -143,7 +143,7 @@ def test_what_came_together_may_wait_together(site: Site) -> None:
     count = MAX_GATHERED_PAYLOAD // (each * MAX_DATAGRAM) + 1
     batch = Gathered([make_batch([bytes(MAX_DATAGRAM)] * each) for _ in range(count)])
     site.account["offered"] += len(batch)
-    site.sender.send(batch, [(site.copies, ALL_ROWS)])
+    site.sender.send(batch, [(site.destination, ALL_ROWS)])
     site.check()
     assert site.account["held"] == count * each
 
@@ -190,7 +190,7 @@ def test_what_waits_when_the_collector_leaves_is_dropped(site: Site, opened: Exi
     """One that leaves, or changes, gets nothing of what waited; it is counted, and never sent later."""
     copied = opened.enter_context(Copied(site.siem, "eth"))
     site.send(*numbered(0, 10))
-    site.copies.close()
+    site.destination.close()
     site.check()
     assert (site.account["held"], site.account["dropped_no_neighbour"]) == (0, 10)
     answer(site, True)

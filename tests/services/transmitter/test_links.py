@@ -75,12 +75,12 @@ class Ends:
     def deliver(self, collector: Collector, datagrams: Sequence[Datagram], address: str) -> None:
         """Send copies, and check that the kernel of the collector's host takes every one, and complains of none."""
         account = Counter[str]()
-        copies = self.sender.reach(make_client("c", PORT, address=address), account)
+        destination = self.sender.reach(make_client("c", PORT, address=address), account)
         addresses, payloads = [pack_address(source) for source, *_ in datagrams], [payload for *_, payload in datagrams]
         rows = make_rows([len(payload) for payload in payloads], addresses, [port for _, port, _ in datagrams])
         batch = Gathered([DatagramBatch("messages", 0, rows, b"".join(payloads))])
-        self.sender.send(batch, [(copies, ALL_ROWS)])
-        wait_until(lambda: self.sender.work() and not copies.held, "the next hop is known")
+        self.sender.send(batch, [(destination, ALL_ROWS)])
+        wait_until(lambda: self.sender.work() and not destination.held, "the next hop is known")
         sent: dict[tuple[str, int], list[bytes]] = {}
         for source, port, payload in datagrams:
             sent.setdefault((source, port), []).append(payload)

@@ -12,11 +12,11 @@ import pytest
 
 import services.transmitter.next_hops
 from services.transmitter.next_hops import (
+    ASK_AGAIN_SECONDS,
     DISCARD_PORT,
-    LOOK_AGAIN_SECONDS,
+    EgressKind,
     Hop,
-    Neighbourhood,
-    WayKind,
+    NextHops,
 )
 from shared.ledger import INTERFACE_DOWN, NO_ROUTE
 from shared.net.netlink import EventsLost
@@ -31,7 +31,7 @@ BEYOND4, BEYOND6 = "10.3.0.9", "fd00:3::9"
 
 
 class Area:
-    """A relay and its neighbourhood; at the other end of its interface `up` a host that is a gateway to others."""
+    """A relay and its next_hops; at the other end of its interface `up` a host that is a gateway to others."""
 
     def __init__(self, opened: ExitStack) -> None:
         self.opened = opened
@@ -43,7 +43,7 @@ class Area:
         self.relay.route("10.3.0.0/24", via=SIEM4)
         self.relay.route("fd00:3::/64", via=SIEM6)
         with self.relay.entered():
-            self.neighbourhood = opened.enter_context(closing(Neighbourhood()))
+            self.next_hops = opened.enter_context(closing(NextHops()))
 
     def ip(self, command: str) -> None:
         """Change something on the relay."""
@@ -51,7 +51,7 @@ class Area:
 
     def hop(self, address: str) -> Hop:
         """The next hop on the way to an address."""
-        hop = self.neighbourhood.way(address).hop
+        hop = self.next_hops.egress_to(address).hop
         assert hop is not None
         return hop
 
@@ -59,9 +59,9 @@ class Area:
         """Take in what has changed until a condition is met; with `refresh`, seconds pass for next hops in use."""
 
         def met() -> object:
-            self.neighbourhood.follow()
+            self.next_hops.apply_events()
             if refresh:
-                self.neighbourhood.refresh()
+                self.next_hops.refresh()
             return condition()
 
         wait_until(met, what, 8)
@@ -78,7 +78,7 @@ class Area:
     def find(self, address: str) -> Hop:
         """Have a next hop's link address found; return it, usable."""
         hop = self.hop(address)
-        self.neighbourhood.resolve(hop)
+        self.next_hops.resolve(hop)
         self.follow_until(lambda: hop.usable, "the next hop has answered")
         return hop
 
@@ -100,14 +100,14 @@ def test_a_way_has_its_kind_link_next_hop_and_mtu(area: Area) -> None:
     area.ip("route add 10.6.0.0/24 via 10.2.0.2 mtu 9000")
     over = area.opened.enter_context(Host())
     area.opened.enter_context(tunnel(End(area.relay, "tun", "10.5.0.1/24"), End(over, "tun", "10.5.0.2/24")))
-    area.follow_until(lambda: area.neighbourhood.link("tun"), "the tunnel is known")
+    area.follow_until(lambda: area.next_hops.link("tun"), "the tunnel is known")
     frames = {SIEM4: (SIEM4, 1500), SIEM6: (SIEM6, 1500), BEYOND4: (SIEM4, 1500), BEYOND6: (SIEM6, 1500)}
     for address, expected in (frames | {"10.4.0.1": (SIEM4, 1000), "10.6.0.1": (SIEM4, 1500)}).items():
-        way = area.neighbourhood.way(address)
-        assert way.link is not None
-        assert way.hop is not None
-        assert (way.kind, way.link.name, way.cause, way.local) == (WayKind.FRAMES, "up", "", False)
-        assert (way.hop.address, way.mtu) == expected
+        egress = area.next_hops.egress_to(address)
+        assert egress.link is not None
+        assert egress.hop is not None
+        assert (egress.kind, egress.link.name, egress.cause, egress.local) == (EgressKind.FRAMES, "up", "", False)
+        assert (egress.hop.address, egress.mtu) == expected
     packets = {
         "10.5.0.2": (False, 1400),
         "10.2.0.1": (True, 65_536),
@@ -115,11 +115,17 @@ def test_a_way_has_its_kind_link_next_hop_and_mtu(area: Area) -> None:
         "::1": (True, 65_536),
     }
     for address, (local, mtu) in packets.items():
-        way = area.neighbourhood.way(address)
-        assert (way.kind, way.hop, way.cause, way.local, way.mtu) == (WayKind.PACKETS, None, "", local, mtu)
+        egress = area.next_hops.egress_to(address)
+        assert (egress.kind, egress.hop, egress.cause, egress.local, egress.mtu) == (
+            EgressKind.PACKETS,
+            None,
+            "",
+            local,
+            mtu,
+        )
     for address in ("10.9.0.1", "fd00:9::1", "10.2.0.255", "224.0.0.1", "ff02::1", "255.255.255.255"):
-        way = area.neighbourhood.way(address)
-        assert (way.kind, way.cause) == (WayKind.NONE, NO_ROUTE), address
+        egress = area.next_hops.egress_to(address)
+        assert (egress.kind, egress.cause) == (EgressKind.NONE, NO_ROUTE), address
 
 
 def test_collectors_behind_one_gateway_share_its_next_hop(area: Area) -> None:
@@ -134,7 +140,7 @@ def test_the_probe_goes_to_the_next_hop_once_a_second(area: Area, address: str) 
         hop = area.find(address)
         assert hop.link_address.hex(":") == area.eth.link_address
         for _ in range(100):
-            area.neighbourhood.resolve(hop)
+            area.next_hops.resolve(hop)
         (probe,) = capture.read(1)
         expected = SIEM6 if ":" in address else SIEM4
         assert (probe.payload, probe.port, probe.header.hop_limit) == (b"", DISCARD_PORT, 1)
@@ -142,27 +148,27 @@ def test_the_probe_goes_to_the_next_hop_once_a_second(area: Area, address: str) 
         capture.assert_quiet(0.1)
         for _ in range(3):
             hop.used = True
-            area.neighbourhood.refresh()
+            area.next_hops.refresh()
             for _ in range(100):
-                area.neighbourhood.resolve(hop)
+                area.next_hops.resolve(hop)
         assert len(capture.read(3)) == 3
         capture.assert_quiet(0.1)
 
 
 def test_next_hops_that_do_not_answer_delay_others_only(area: Area) -> None:
     """A next hop that could not be asked for, since too many others wait for their answer, is asked for after them."""
-    probe = area.neighbourhood._probes[socket.AF_INET]
+    probe = area.next_hops._probes[socket.AF_INET]
     assert probe is not None
     probe.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 5000)
     dead = [area.hop(f"10.2.0.{number}") for number in range(100, 200)]
     for hop in dead:
-        area.neighbourhood.resolve(hop)
+        area.next_hops.resolve(hop)
     live = area.hop(SIEM4)
-    area.neighbourhood.resolve(live)
+    area.next_hops.resolve(live)
     assert not live.probed
 
     def found() -> bool:
-        area.neighbourhood.resolve(live)
+        area.next_hops.resolve(live)
         return live.usable
 
     area.follow_until(found, "it is asked for, and answers")
@@ -191,8 +197,8 @@ def test_a_next_hop_that_is_known_and_idle_is_not_asked(area: Area) -> None:
         capture.read(1)
         for _ in range(10):
             used.used = True
-            area.neighbourhood.follow()
-            area.neighbourhood.refresh()
+            area.next_hops.apply_events()
+            area.next_hops.refresh()
         assert used.usable
         capture.assert_quiet(0.1)
 
@@ -216,7 +222,7 @@ def test_the_probe_leaves_by_the_link_of_the_way(area: Area, gateway: str) -> No
     area.near.run("ip", "address", "add", "10.98.0.1/32", "dev", "eth")
     area.ip(f"route add 10.0.0.0/8 via {gateway}")
     area.ip("route add 10.7.0.0/24 via 10.98.0.1 dev up onlink")
-    area.follow_until(lambda: area.neighbourhood.link("other"), "the other link is known")
+    area.follow_until(lambda: area.next_hops.link("other"), "the other link is known")
     with Capture(elsewhere, "eth") as capture:
         assert area.hop("10.7.0.1").address == "10.98.0.1"
         area.find("10.7.0.1")
@@ -254,58 +260,58 @@ def test_a_next_hop_that_is_gone_is_asked_for_until_it_answers(area: Area) -> No
 def test_a_next_hop_is_followed_as_long_as_a_way_leads_by_it(area: Area) -> None:
     """One that no way holds is forgotten, whoever has used it; none of that makes anybody look for ways again."""
     kept, gone = area.find(SIEM4), ref(area.find(SIEM6))
-    version = area.neighbourhood.version
+    version = area.next_hops.version
     for _ in range(100):
-        area.neighbourhood.refresh()
+        area.next_hops.refresh()
     gc.collect()
     assert gone() is None
     assert area.hop(SIEM4) is kept
-    assert area.neighbourhood.version == version
+    assert area.next_hops.version == version
 
 
 def changed(area: Area, address: str, condition: Callable[[], object], what: str) -> None:
     """Follow until the version grows and a condition is met: only then is anybody to look for the way again."""
-    version = area.neighbourhood.version
-    area.follow_until(lambda: area.neighbourhood.version > version and condition(), f"{what}, to {address}")
+    version = area.next_hops.version
+    area.follow_until(lambda: area.next_hops.version > version and condition(), f"{what}, to {address}")
 
 
 @pytest.mark.parametrize("address", [SIEM4, SIEM6, BEYOND4, BEYOND6])
 def test_a_link_without_carrier_is_no_way(area: Area, address: str) -> None:
     """Without carrier there is no way, since what the kernel would take then is lost without a word; with it, again."""
-    way = area.neighbourhood.way
+    egress = area.next_hops.egress_to
     area.near.run("ip", "link", "set", "dev", "eth", "down")
-    changed(area, address, lambda: way(address).cause == INTERFACE_DOWN, "the carrier is gone")
-    assert way(address).kind is WayKind.NONE
+    changed(area, address, lambda: egress(address).cause == INTERFACE_DOWN, "the carrier is gone")
+    assert egress(address).kind is EgressKind.NONE
     area.near.run("ip", "link", "set", "dev", "eth", "up")
-    changed(area, address, lambda: way(address).kind is WayKind.FRAMES, "the carrier is back")
+    changed(area, address, lambda: egress(address).kind is EgressKind.FRAMES, "the carrier is back")
 
 
 def test_a_link_that_is_down_is_no_way(area: Area) -> None:
     """The kernel takes a link's routes away when it is taken down: whichever is seen first, there is no way."""
-    way = area.neighbourhood.way
+    egress = area.next_hops.egress_to
     area.ip("link set dev up down")
-    changed(area, SIEM4, lambda: way(SIEM4).cause in (NO_ROUTE, INTERFACE_DOWN), "it is down")
+    changed(area, SIEM4, lambda: egress(SIEM4).cause in (NO_ROUTE, INTERFACE_DOWN), "it is down")
     area.ip("link set dev up up")
-    changed(area, SIEM4, lambda: way(SIEM4).kind is WayKind.FRAMES, "it is up")
+    changed(area, SIEM4, lambda: egress(SIEM4).kind is EgressKind.FRAMES, "it is up")
 
 
 def test_changes_of_routes_and_mtu_are_followed(area: Area) -> None:
     """A route that goes, comes back, gets an MTU, or leads elsewhere; an MTU of the link; an address that is ours."""
-    way = area.neighbourhood.way
+    egress = area.next_hops.egress_to
     elsewhere = area.opened.enter_context(Host())
     other = End(area.relay, "other", "10.4.0.1/24")
     area.opened.enter_context(veth(other, End(elsewhere, "eth", "10.4.0.2/24")))
-    area.follow_until(lambda: area.neighbourhood.link("other"), "the other link is known")
+    area.follow_until(lambda: area.next_hops.link("other"), "the other link is known")
     steps: list[tuple[str, Callable[[], object]]] = [
-        ("route del 10.3.0.0/24", lambda: way(BEYOND4).cause == NO_ROUTE),
-        ("route add 10.3.0.0/24 via 10.2.0.2 mtu 1000", lambda: way(BEYOND4).mtu == 1000),
-        ("link set dev up mtu 900", lambda: way(BEYOND4).mtu == 900),
+        ("route del 10.3.0.0/24", lambda: egress(BEYOND4).cause == NO_ROUTE),
+        ("route add 10.3.0.0/24 via 10.2.0.2 mtu 1000", lambda: egress(BEYOND4).mtu == 1000),
+        ("link set dev up mtu 900", lambda: egress(BEYOND4).mtu == 900),
         ("route replace 10.3.0.0/24 via 10.4.0.2", lambda: area.hop(BEYOND4).address == "10.4.0.2"),
-        ("route replace blackhole 10.3.0.9/32", lambda: way(BEYOND4).cause == NO_ROUTE),
-        ("route del blackhole 10.3.0.9/32", lambda: way(BEYOND4).link == area.neighbourhood.link("other")),
-        (f"address add {BEYOND4}/32 dev up", lambda: way(BEYOND4).local),
-        (f"address del {BEYOND4}/32 dev up", lambda: not way(BEYOND4).local),
-        (f"link set dev other address {NEW_MAC}", lambda: way(BEYOND4).link.address.hex(":") == NEW_MAC),  # type: ignore[union-attr]
+        ("route replace blackhole 10.3.0.9/32", lambda: egress(BEYOND4).cause == NO_ROUTE),
+        ("route del blackhole 10.3.0.9/32", lambda: egress(BEYOND4).link == area.next_hops.link("other")),
+        (f"address add {BEYOND4}/32 dev up", lambda: egress(BEYOND4).local),
+        (f"address del {BEYOND4}/32 dev up", lambda: not egress(BEYOND4).local),
+        (f"link set dev other address {NEW_MAC}", lambda: egress(BEYOND4).link.address.hex(":") == NEW_MAC),  # type: ignore[union-attr]
     ]
     for command, expected in steps:
         area.ip(command)
@@ -314,14 +320,14 @@ def test_changes_of_routes_and_mtu_are_followed(area: Area) -> None:
 
 def test_an_interface_that_was_deleted_and_made_anew_is_used(area: Area) -> None:
     """Deleted there is no way; under the same name, with another number, it is the way again."""
-    way = area.neighbourhood.way
-    before = way(SIEM4).link
+    egress = area.next_hops.egress_to
+    before = egress(SIEM4).link
     area.ip("link del dev up")
-    changed(area, SIEM4, lambda: way(SIEM4).kind is WayKind.NONE, "it is gone")
-    assert area.neighbourhood.link("up") is None
+    changed(area, SIEM4, lambda: egress(SIEM4).kind is EgressKind.NONE, "it is gone")
+    assert area.next_hops.link("up") is None
     area.opened.enter_context(veth(area.up, area.eth))
-    changed(area, SIEM4, lambda: way(SIEM4).kind is WayKind.FRAMES, "it is there again")
-    after = way(SIEM4).link
+    changed(area, SIEM4, lambda: egress(SIEM4).kind is EgressKind.FRAMES, "it is there again")
+    after = egress(SIEM4).link
     assert before is not None
     assert after is not None
     assert (after.name, after.index > before.index) == ("up", True)
@@ -335,7 +341,7 @@ def test_after_lost_events_everything_is_looked_at_again(area: Area) -> None:
     lines = [f"neigh replace 10.2.{n >> 8}.{n & 255} lladdr {NEW_MAC} dev up nud permanent" for n in hosts]
     lines += ["link set dev up mtu 1234", f"neigh replace {SIEM4} lladdr {NEW_MAC} dev up nud permanent"]
     area.relay.run("ip", "-batch", "-", text="\n".join(lines))
-    changed(area, SIEM4, lambda: area.neighbourhood.way(SIEM4).mtu == 1234, "the MTU is known")
+    changed(area, SIEM4, lambda: area.next_hops.egress_to(SIEM4).mtu == 1234, "the MTU is known")
     assert hop.link_address.hex(":") == NEW_MAC
     assert area.hop(SIEM4) is hop
 
@@ -344,15 +350,15 @@ def test_events_older_than_the_lost_ones_undo_nothing(area: Area) -> None:
     """Of more changes of a link than can be kept the last one holds, not one that was still queued."""
     area.relay.run("ip", "-batch", "-", text="\n".join(f"link set dev up mtu {600 + n % 800}" for n in range(4000)))
     area.ip("link set dev up mtu 1333")
-    area.follow_until(lambda: not select([area.neighbourhood], [], [], 0.2)[0], "nothing is queued")
-    area.follow_until(lambda: not area.neighbourhood.stale, "all is known")
-    link = area.neighbourhood.link("up")
+    area.follow_until(lambda: not select([area.next_hops], [], [], 0.2)[0], "nothing is queued")
+    area.follow_until(lambda: not area.next_hops.stale, "all is known")
+    link = area.next_hops.link("up")
     assert link is not None
     assert link.mtu == area.relay.link("up")["mtu"] == 1333
 
 
 class Clock:
-    """What `time` is for a neighbourhood: it stands still unless moved."""
+    """What `time` is for a next_hops: it stands still unless moved."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -371,44 +377,44 @@ def test_busy_changes_cost_a_part_of_the_time(area: Area, monkeypatch: pytest.Mo
     """However often routes or links change, ways are asked for ten times a second at most; the last change counts."""
     clock = Clock()
     monkeypatch.setattr(services.transmitter.next_hops, "time", clock)
-    area.neighbourhood.follow()
+    area.next_hops.apply_events()
     clock.now += 1
-    area.neighbourhood.follow()
-    start = area.neighbourhood.version
+    area.next_hops.apply_events()
+    start = area.next_hops.version
     for command in commands:
         area.ip(command)
-        area.neighbourhood.follow()
-        clock.now += LOOK_AGAIN_SECONDS / 25
-    assert 3 <= area.neighbourhood.version - start <= 5
-    clock.now += LOOK_AGAIN_SECONDS
-    version = area.neighbourhood.version
-    assert area.neighbourhood.stale
-    area.neighbourhood.follow()
-    assert area.neighbourhood.version == version + 1
-    assert (area.hop(BEYOND4).address, area.neighbourhood.way(SIEM4).mtu) in (("10.2.0.101", 1500), (SIEM4, 1399))
+        area.next_hops.apply_events()
+        clock.now += ASK_AGAIN_SECONDS / 25
+    assert 3 <= area.next_hops.version - start <= 5
+    clock.now += ASK_AGAIN_SECONDS
+    version = area.next_hops.version
+    assert area.next_hops.stale
+    area.next_hops.apply_events()
+    assert area.next_hops.version == version + 1
+    assert (area.hop(BEYOND4).address, area.next_hops.egress_to(SIEM4).mtu) in (("10.2.0.101", 1500), (SIEM4, 1399))
 
 
 def test_lost_events_cost_a_part_of_the_time(area: Area, monkeypatch: pytest.MonkeyPatch) -> None:
     """However often events are lost, the kernel is asked for everything ten times a second at most."""
     clock = Clock()
     monkeypatch.setattr(services.transmitter.next_hops, "time", clock)
-    monkeypatch.setattr(area.neighbourhood._netlink, "events", lambda: iter([EventsLost()]))
-    area.neighbourhood.follow()
-    start = area.neighbourhood.version
+    monkeypatch.setattr(area.next_hops._netlink, "events", lambda: iter([EventsLost()]))
+    area.next_hops.apply_events()
+    start = area.next_hops.version
     for _ in range(100):
-        clock.now += LOOK_AGAIN_SECONDS / 25
-        area.neighbourhood.follow()
-    assert 3 <= area.neighbourhood.version - start <= 5
+        clock.now += ASK_AGAIN_SECONDS / 25
+        area.next_hops.apply_events()
+    assert 3 <= area.next_hops.version - start <= 5
 
 
 def test_links_that_no_way_leads_by_may_change(area: Area) -> None:
     """A link that comes, another's name or alias, next hops that nobody uses: nothing that makes anybody look again."""
-    area.follow_until(lambda: not select([area.neighbourhood], [], [], 0.2)[0], "nothing is queued")
-    area.follow_until(lambda: not area.neighbourhood.stale, "all is known")
-    version = area.neighbourhood.version
+    area.follow_until(lambda: not select([area.next_hops], [], [], 0.2)[0], "nothing is queued")
+    area.follow_until(lambda: not area.next_hops.stale, "all is known")
+    version = area.next_hops.version
     End(area.relay, "idle").make("ifb")
     for command in ("link set dev idle alias unused", "link set dev idle name other"):
         area.ip(command)
     area.relay.neighbour("10.2.0.7", NEW_MAC, "up")
-    area.follow_until(lambda: area.neighbourhood.link("other"), "the new name is known")
-    assert (area.neighbourhood.version, area.neighbourhood.stale) == (version, False)
+    area.follow_until(lambda: area.next_hops.link("other"), "the new name is known")
+    assert (area.next_hops.version, area.next_hops.stale) == (version, False)

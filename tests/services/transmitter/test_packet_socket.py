@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 import services.transmitter.packet_socket
 import services.transmitter.sender
 import shared.datagrams.mmsg
-from services.transmitter.next_hops import Way, WayKind
-from services.transmitter.packet_socket import MAX_SKIPS, PATIENCE_SECONDS, PATIENCE_SHARE, Exits
+from services.transmitter.next_hops import Egress, EgressKind
+from services.transmitter.packet_socket import PATIENCE_SECONDS, PATIENCE_SHARE, PacketSockets
 from shared.datagrams.gathered import Gathered
 from shared.datagrams.routing import ALL_ROWS, Selection
+from shared.fanout.send_errors import MAX_SKIPS
 from tests.builders import make_batch
 from tests.capture import Collector, Datagram
 from tests.network import End, Host, tunnel, veth
@@ -154,7 +155,7 @@ def test_a_slow_interface_costs_only_those_behind_it(
     site.relay.neighbour("10.4.0.2", End(other, "eth", "10.4.0.2/24").link_address, "other")
     site.turn()
     accounts = [site.account, Counter[str]()]
-    slow = site.copies
+    slow = site.destination
     site.account = accounts[1]
     reached = [slow, site.reach("10.4.0.2")]
     sent = [bytes([number % 256]) * (1000 + number % 300) for number in range(200)]
@@ -206,7 +207,7 @@ def test_a_full_queue_is_seen_without_ethernet_too(
     opened.enter_context(tunnel(near, far))
     shaped(site, "tbf rate 5mbit burst 5000 limit 20000", "tun")
     site.turn()
-    site.copies = site.reach(address)
+    site.destination = site.reach(address)
     collector = opened.enter_context(Collector(site.siem, address, 9514))
     for start in range(0, 2000, 200):
         site.send(*[payload * 100 for payload in numbered(start, 200)], sources=sources)
@@ -222,7 +223,7 @@ def test_an_icmp_error_to_an_earlier_packet_costs_nothing(
     site: Site, opened: ExitStack, kernel: Kernel, error: int
 ) -> None:
     """What raw IP ends the next send with, once, is no word on what was to be sent: all of it leaves."""
-    site.copies = site.reach("10.2.0.1")
+    site.destination = site.reach("10.2.0.1")
     collector = opened.enter_context(Collector(site.relay, "10.2.0.1", 9514))
     kernel.says.extend([3, -error])
     site.send(*numbered(0, 20), sources=ONE)
@@ -273,7 +274,7 @@ def test_a_fragment_that_fails_costs_its_datagram(
     site: Site, copied: Copied, kernel: Kernel, fragment: int, address: str
 ) -> None:
     """Whichever fragment is refused: its datagram counts as dropped, once, and all others arrive."""
-    site.copies = site.reach(address)
+    site.destination = site.reach(address)
     sources = ONE if address == SIEM4 else SOURCES6[:1]
     kernel.says.append(1)
     kernel.says.extend([1] * fragment)
@@ -379,7 +380,7 @@ def test_whatever_the_kernel_says_the_account_tells_what_arrived(site: Site, cop
     @given(st.lists(sizes, min_size=1, max_size=8), st.lists(words, max_size=12), st.sampled_from([SIEM4, SIEM6]))
     def holds(runs: list[tuple[int, int, int]], says: list[int], address: str) -> None:
         site.account.clear()
-        site.copies = reached[address]
+        site.destination = reached[address]
         sources = EXPORTERS if address == SIEM4 else SOURCES6
         wanted = [(sources[source], size) for source, size, count in runs for _ in range(count)]
         sent = [(source, np.random.default_rng(number).bytes(size)) for number, (source, size) in enumerate(wanted)]
@@ -445,7 +446,7 @@ def test_other_interfaces_need_no_patience(site: Site, opened: ExitStack, kernel
     kernel.afterwards = -errno.EAGAIN
     site.send(b"lost")
     kernel.calls = 0
-    site.copies = site.reach("10.4.0.2")
+    site.destination = site.reach("10.4.0.2")
     kernel.says.extend([-errno.EAGAIN, -errno.EAGAIN, 1])
     site.send(b"waited for")
     assert (site.account["delivered"], site.account["dropped_buffer_full"]) == (1, 1)
@@ -454,15 +455,15 @@ def test_other_interfaces_need_no_patience(site: Site, opened: ExitStack, kernel
 def test_interfaces_share_a_socket_only_when_none_is_free(site: Site, opened: ExitStack) -> None:
     """Whatever their numbers, as many interfaces as there are sockets have one each, and keep it; then they share."""
     raw = open_raw(opened, site.relay, 3)
-    exits = Exits(raw.packet, raw.ip4, raw.ip6)
-    link = site.sender.neighbourhood.link("up")
+    sockets = PacketSockets(raw.packet, raw.ip4, raw.ip6)
+    link = site.sender.next_hops.link("up")
     assert link is not None
-    for kind, version in ((WayKind.FRAMES, 4), (WayKind.PACKETS, 4), (WayKind.PACKETS, 6)):
-        ways = [Way(kind, link=replace(link, index=number)) for number in (2, 5, 8, 11, 14, 17, 20)]
-        given = [exits.of(way, version) for way in ways]
+    for kind, version in ((EgressKind.FRAMES, 4), (EgressKind.PACKETS, 4), (EgressKind.PACKETS, 6)):
+        egresses = [Egress(kind, link=replace(link, index=number)) for number in (2, 5, 8, 11, 14, 17, 20)]
+        given = [sockets.for_egress(egress, version) for egress in egresses]
         assert len(set(given[:3])) == 3
         assert given[3:] == given[:3] + given[:1]
-        assert [exits.of(way, version) for way in reversed(ways)] == given[::-1]
+        assert [sockets.for_egress(egress, version) for egress in reversed(egresses)] == given[::-1]
 
 
 def test_an_interface_made_anew_is_sent_by_with_the_same_sockets(site: Site, opened: ExitStack) -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.transmitter.addressing import Identification, Target
+from services.transmitter.addressing import Addressing, Identification
 from services.transmitter.headers import GSO_UDP_L4, LINK_SIZE, NEEDS_CSUM
 from services.transmitter.plan import FramePlan
 from shared.datagrams.batch import MAX_DATAGRAM, DatagramBatch, make_rows
@@ -40,10 +40,10 @@ class Sent:
     frame: int
 
 
-def target(version: int, *, link: bool = True, port: int = 2055) -> Target:
+def target(version: int, *, link: bool = True, port: int = 2055) -> Addressing:
     """A collector's address and port."""
     family, address = (socket.AF_INET, "198.51.100.7") if version == 4 else (socket.AF_INET6, "2001:db8:7::7")
-    return Target(version, socket.inet_pton(family, address), port, 61, 46, 3, ETHERNET[version] if link else b"")
+    return Addressing(version, socket.inet_pton(family, address), port, 61, 46, 3, ETHERNET[version] if link else b"")
 
 
 def gathered(version: int, found: list[tuple[int, int, int]], cuts: int = 1) -> Gathered:
@@ -167,11 +167,11 @@ def test_each_part_is_addressed_to_its_own_collector(
     firsts = [0, *accumulate(len(rows) for rows in parts[:-1])]
     rows = np.array([row for part in parts for row in part])
     PLAN.build(batch, rows, version, 1500, link=link, segmentation=segmentation, parts=firsts)
-    targets = [
+    addressings = [
         replace(target(version, link=link, port=9 + part), hop_limit=1 + part, dscp=part) for part in range(len(parts))
     ]
     names = [b"to%d" % part for part in range(len(parts))]
-    PLAN.address(targets, names, [Identification() for _ in parts])
+    PLAN.address(addressings, names, [Identification() for _ in parts])
     came = [each.datagram for each in sent(PLAN, version, link=link)]
     for part, wanted in enumerate(parts):
         mine = [each for each in came if each.port == 9 + part]
@@ -250,7 +250,7 @@ def test_an_identification_comes_again_after_all_others_and_is_never_0() -> None
     """Raw IP would give each fragment that is numbered 0 another number; all others are used in turn."""
     numbers = Identification()
     of_one_source = np.zeros(0xFFFF, np.uint64)
-    first, second = (numbers.take_for_fragments(of_one_source) for _ in range(2))
+    first, second = (numbers.draw_for_fragments(of_one_source) for _ in range(2))
     assert sorted(first) == list(range(1, 0x10000))
     assert (first == second).all()
 

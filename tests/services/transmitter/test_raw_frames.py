@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 import services.transmitter.raw_frames
-from services.transmitter.next_hops import Neighbourhood
+from services.transmitter.next_hops import NextHops
 from services.transmitter.policy import Audit, Policy
-from services.transmitter.raw_frames import FRAMES_AT_ONCE, MAX_JOBS, Frames
+from services.transmitter.raw_frames import FRAMES_AT_ONCE, MAX_JOBS, RawFrames
 from shared.bus.frame_requests import ANSWER_SECONDS, sending_seconds
 from shared.bus.messages import TransmitReply, TransmitRequest
 from shared.settings.model import Transmitter
@@ -69,10 +69,10 @@ class Desk:
         self.audit = Audit(lambda _event, **facts: self.told.append(facts), clock)
         self.answers: list[TransmitReply] = []
         with self.host.entered():
-            self.neighbourhood = opened.enter_context(closing(Neighbourhood()))
-        self.frames = Frames(
+            self.next_hops = opened.enter_context(closing(NextHops()))
+        self.frames = RawFrames(
             self.sockets,  # type: ignore[arg-type]
-            self.neighbourhood,
+            self.next_hops,
             policy,
             self.audit,
             lambda topic, reply: self.answers.append(reply) if topic == REPLY else None,
@@ -83,7 +83,7 @@ class Desk:
     def ask(self, frame: bytes = HEADER, interface: str = "wire", **fields: Any) -> int:
         """Ask for a frame; return the number of the request."""
         self._number += 1
-        self.frames.take(TransmitRequest(self._number, REPLY, interface, frame, **fields))
+        self.frames.accept_request(TransmitRequest(self._number, REPLY, interface, frame, **fields))
         return self._number
 
     def work(self) -> float:
@@ -339,8 +339,8 @@ def test_a_link_that_goes_down_ends_the_request(desk: Desk) -> None:
     desk.peer.run("ip", "link", "set", "dev", "far", "down")
 
     def down() -> bool:
-        desk.neighbourhood.follow()
-        link = desk.neighbourhood.link("wire")
+        desk.next_hops.apply_events()
+        link = desk.next_hops.link("wire")
         return link is not None and not link.up
 
     wait_until(down, "the link is down")

@@ -45,10 +45,10 @@ def test_datagrams_wait_for_the_next_hop_and_arrive_in_order(opened: ExitStack) 
         assert site.account["held"] == 300
         site.siem.run("ip", "link", "set", "dev", "eth", "arp", "on")
         site.relay.neighbour("10.2.0.2", site.eth.link_address, "up")
-        hop = site.copies.way.hop
+        hop = site.destination.egress.hop
         assert hop is not None
         while not hop.usable:
-            site.sender.neighbourhood.follow()
+            site.sender.next_hops.apply_events()
         site.send(*numbered(300, 30), sources=EXPORTERS[:1])
         assert payloads(collector.read(330)) == numbered(0, 330)
     assert (site.account["delivered"], site.account["held"]) == (330, 0)
@@ -57,7 +57,7 @@ def test_datagrams_wait_for_the_next_hop_and_arrive_in_order(opened: ExitStack) 
 def test_what_waits_too_long_is_dropped_and_counted(opened: ExitStack) -> None:
     """A next hop that never answers costs what was sent to it, after a second, and bounds hold before that."""
     site = Site(opened)
-    site.copies = site.reach("10.2.0.77")
+    site.destination = site.reach("10.2.0.77")
     site.send(*numbered(0, 100))
     assert site.account["held"] == 100
     site.turn_until("dropped_no_neighbour", 100)
@@ -96,7 +96,7 @@ def test_route_that_goes_and_a_smaller_mtu_are_followed(opened: ExitStack) -> No
         site.until_delivered()
         for end, host in ((site.up, site.relay), (site.eth, site.siem)):
             host.run("ip", "link", "set", "dev", end.name, "mtu", "600")
-        site.send_until(lambda: site.copies.way.mtu == 600, "the MTU is known")
+        site.send_until(lambda: site.destination.egress.mtu == 600, "the MTU is known")
         before = site.account["delivered"]
         site.send(*(bytes([number]) * 1400 for number in range(20)))
         found = payloads(collector.read(before + 20))
@@ -190,10 +190,10 @@ def test_a_host_without_sockets_for_ipv6_counts_what_it_cannot_send(opened: Exit
     raw = replace(open_raw(opened, site.relay), ip6=())
     with site.relay.entered():
         site.sender = opened.enter_context(closing(Sender(Settings(), raw, BacklogMemory(1 << 20))))
-    site.copies = site.reach("fd00:2::1")
+    site.destination = site.reach("fd00:2::1")
     site.send(b"x", sources=("2001:db8::1",))
     assert site.account["dropped_no_route"] == 1
-    site.copies = site.reach()
+    site.destination = site.reach()
     site.send(b"x")
     site.turn_until("delivered", 1)
 
@@ -205,10 +205,10 @@ def test_policy_is_kept_whoever_is_in_the_registry(opened: ExitStack) -> None:
     site.send(b"x", sources=("198.51.100.1",))
     site.send(b"x", sources=("2001:db8::1",))
     assert (site.account["dropped_source_refused"], site.account["dropped_other_family"]) == (1, 1)
-    site.copies = site.reach("10.2.0.3")
+    site.destination = site.reach("10.2.0.3")
     site.send(b"x")
     assert site.account["dropped_destination_refused"] == 1
-    site.copies = site.sender.reach(make_client("loop", 6667, address="127.0.0.1"), site.account)
+    site.destination = site.sender.reach(make_client("loop", 6667, address="127.0.0.1"), site.account)
     site.send(b"x")
     assert site.account["dropped_destination_refused"] == 2
     assert site.account["delivered"] == 1
@@ -258,7 +258,7 @@ def test_a_message_of_another_process_is_not_taken_for_the_kernels(opened: ExitS
     """What somebody else sends to the netlink socket changes nothing and breaks nothing."""
     site = Site(opened)
     site.until_delivered()
-    netlink = site.sender.neighbourhood._netlink
+    netlink = site.sender.next_hops._netlink
     with closing(site.relay.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)) as stranger:
         for sock in (netlink._events, netlink._questions):
             for message in (b"", bytes(16), b"\xff" * 64):
@@ -266,7 +266,7 @@ def test_a_message_of_another_process_is_not_taken_for_the_kernels(opened: ExitS
                     stranger.sendto(message, (sock.getsockname()[0], 0))
                 except OSError:  # the kernel may refuse it for us
                     break
-    version = site.sender.neighbourhood.version
+    version = site.sender.next_hops.version
     site.turn()
-    assert site.sender.neighbourhood.version == version
-    assert site.sender.neighbourhood.way("10.2.0.2").link is not None
+    assert site.sender.next_hops.version == version
+    assert site.sender.next_hops.egress_to("10.2.0.2").link is not None

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from shared.client import Client
 from shared.datagrams.batch import DatagramBatch
-from shared.datagrams.routing import Prefixes, Router, Selection, halves_of
+from shared.datagrams.prefixes import Prefixes, halves_of
+from shared.datagrams.routing import Router, Selection
 from tests.builders import make_batch, make_client
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address

@@ -52,7 +52,7 @@ def test_every_row_is_held_sent_or_dropped(
             elif action == "drop":
                 queue.drop()
             elif queue:
-                held = queue.take()
+                held = queue.pop_oldest()
                 held_rows = np.arange(ROWS) if held.rows is None else held.rows
                 if held.count > 1:
                     queue.put_back(held, held_rows[1:])
@@ -78,4 +78,4 @@ def test_half_goes_when_memory_is_short() -> None:
     memory.halve()
     for queue, account in zip(queues, accounts, strict=True):
         assert (account["dropped_memory"], account["held"], account["dropped_x"]) == (3 * ROWS, 3 * ROWS, 0)
-        assert queue.take().batch is batches[3]
+        assert queue.pop_oldest().batch is batches[3]

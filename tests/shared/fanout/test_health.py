@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.fanout.health import CAUSES, LOOK_SECONDS, Checkup
+from shared.fanout.health import CAUSES, EXAMINE_SECONDS, Checkup
 from shared.ledger import DELIVERED
 
 OTHERS = ("delivered", "bytes", "filtered", "dropped_rate_limited", "dropped_source_refused", "dropped_other_family")
@@ -22,8 +22,8 @@ class Looked:
     def look(self, *, unreachable: int = False, **grown: int) -> str:
         """The word after counters have grown; "" when there is none."""
         self.account.update(grown)
-        self.now += LOOK_SECONDS
-        symptom = self._checkup.look(self.account, self.now, unreachable=bool(unreachable))
+        self.now += EXAMINE_SECONDS
+        symptom = self._checkup.examine(self.account, self.now, unreachable=bool(unreachable))
         if symptom is None:
             return ""
         self.since, self.count = symptom.since, symptom.count
@@ -38,7 +38,7 @@ def test_each_cause_has_its_word_and_then_is_over(cause: str, word: str) -> None
     assert looked.look(delivered=1, **{cause: 3}) == word
     assert (looked.since, looked.count) == (looked.now, 3)
     assert looked.look(delivered=1, **{cause: 4}) == word
-    assert (looked.since, looked.count) == (looked.now - LOOK_SECONDS, 7)
+    assert (looked.since, looked.count) == (looked.now - EXAMINE_SECONDS, 7)
     assert looked.look(delivered=1) == word
     assert looked.look(delivered=1) == ""
     assert looked.look(delivered=1, **{cause: 1}) == word

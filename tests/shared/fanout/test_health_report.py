@@ -70,7 +70,7 @@ def test_told_when_it_changes_and_each_second_and_to_who_asks() -> None:
     sick.troubled = []
     reporter.report(sick.look)
     assert (len(bus.published), bus.published[-1].troubled) == (3, [])
-    reporter._tell_at -= health_report.TELL_SECONDS
+    reporter._tell_at -= health_report.REPEAT_SECONDS
     reporter.report(sick.look)
     assert len(bus.published) == 4
 

@@ -16,124 +16,124 @@ def snapshot(revision: int, *clients: Client, pieces: int = 1) -> list[RegistryS
     return [RegistrySnapshot(revision, piece, pieces, list(clients[piece::pieces])) for piece in range(pieces)]
 
 
-def take(mirror: RegistryReplica, *bodies: RegistrySnapshot | RegistryChange, boot: int = 1) -> list[bool]:
-    """Have the mirror take messages of one gateway; return what it said to each."""
-    return [mirror.take(make_envelope(boot=boot), body) for body in bodies]
+def take(replica: RegistryReplica, *bodies: RegistrySnapshot | RegistryChange, boot: int = 1) -> list[bool]:
+    """Have the replica take messages of one gateway; return what it said to each."""
+    return [replica.apply_message(make_envelope(boot=boot), body) for body in bodies]
 
 
 def test_empty_snapshot_is_a_registry() -> None:
     """A gateway without clients is known to have none, which is not the same as not being known."""
-    mirror = RegistryReplica()
-    assert mirror.revision == -1
-    assert take(mirror, *snapshot(0)) == [True]
-    assert (mirror.revision, mirror.clients, mirror.stale) == (0, {}, False)
+    replica = RegistryReplica()
+    assert replica.revision == -1
+    assert take(replica, *snapshot(0)) == [True]
+    assert (replica.revision, replica.clients, replica.stale) == (0, {}, False)
 
 
 def test_snapshot_comes_together_from_pieces() -> None:
     """Nothing changes before the last piece has come."""
-    mirror = RegistryReplica()
-    assert take(mirror, *snapshot(4, A, B, C, pieces=3)) == [False, False, True]
-    assert mirror.clients == {"a": A, "b": B, "c": C}
-    assert mirror.revision == 4
+    replica = RegistryReplica()
+    assert take(replica, *snapshot(4, A, B, C, pieces=3)) == [False, False, True]
+    assert replica.clients == {"a": A, "b": B, "c": C}
+    assert replica.revision == 4
 
 
 def test_snapshot_with_a_piece_lost_is_not_taken() -> None:
     """Pieces of a snapshot of which one was lost are let go, and the next snapshot is whole."""
-    mirror = RegistryReplica()
+    replica = RegistryReplica()
     first, _, last = snapshot(4, A, B, C, pieces=3)
-    assert take(mirror, first, last) == [False, False]
-    assert mirror.revision == -1
-    assert take(mirror, *snapshot(4, A, B, C, pieces=3)) == [False, False, True]
+    assert take(replica, first, last) == [False, False]
+    assert replica.revision == -1
+    assert take(replica, *snapshot(4, A, B, C, pieces=3)) == [False, False, True]
 
 
 def test_pieces_of_two_revisions_are_not_mixed() -> None:
     """The rest of one snapshot does not complete another."""
-    mirror = RegistryReplica()
-    assert take(mirror, snapshot(4, A, B, pieces=2)[0], snapshot(5, A, C, pieces=2)[1]) == [False, False]
-    assert mirror.clients == {}
+    replica = RegistryReplica()
+    assert take(replica, snapshot(4, A, B, pieces=2)[0], snapshot(5, A, C, pieces=2)[1]) == [False, False]
+    assert replica.clients == {}
 
 
 def test_changes_are_applied_in_order() -> None:
     """A change removes who left, then adds who joined, so a name may do both at once."""
-    mirror = RegistryReplica()
-    take(mirror, *snapshot(1, A, B))
+    replica = RegistryReplica()
+    take(replica, *snapshot(1, A, B))
     changed = make_client("a", 10)
-    assert take(mirror, RegistryChange(1, 2, [C], ["b"]), RegistryChange(2, 3, [changed], ["a"])) == [True, True]
-    assert mirror.clients == {"a": changed, "c": C}
-    assert mirror.revision == 3
+    assert take(replica, RegistryChange(1, 2, [C], ["b"]), RegistryChange(2, 3, [changed], ["a"])) == [True, True]
+    assert replica.clients == {"a": changed, "c": C}
+    assert replica.revision == 3
 
 
 def test_repeated_change_is_nothing_new() -> None:
     """A change up to the revision we have changes nothing and makes nothing stale."""
-    mirror = RegistryReplica()
-    take(mirror, *snapshot(3, A))
-    assert take(mirror, RegistryChange(2, 3, [B], []), RegistryChange(0, 1, [C], [])) == [False, False]
-    assert mirror.clients == {"a": A}
-    assert not mirror.stale
+    replica = RegistryReplica()
+    take(replica, *snapshot(3, A))
+    assert take(replica, RegistryChange(2, 3, [B], []), RegistryChange(0, 1, [C], [])) == [False, False]
+    assert replica.clients == {"a": A}
+    assert not replica.stale
 
 
 def test_lost_change_makes_it_stale_until_a_snapshot_heals_it() -> None:
     """After a hole nothing is applied, not even the next change in order, until the whole registry comes."""
-    mirror = RegistryReplica()
-    take(mirror, *snapshot(1, A))
-    assert take(mirror, RegistryChange(2, 3, [C], [])) == [False]
-    assert (mirror.stale, mirror.revision) == (True, 1)
-    assert take(mirror, RegistryChange(1, 2, [B], [])) == [False]
-    assert mirror.clients == {"a": A}
-    assert take(mirror, *snapshot(3, A, B, C)) == [True]
-    assert (mirror.stale, mirror.revision) == (False, 3)
-    assert take(mirror, RegistryChange(3, 4, [], ["b"])) == [True]
-    assert mirror.clients == {"a": A, "c": C}
+    replica = RegistryReplica()
+    take(replica, *snapshot(1, A))
+    assert take(replica, RegistryChange(2, 3, [C], [])) == [False]
+    assert (replica.stale, replica.revision) == (True, 1)
+    assert take(replica, RegistryChange(1, 2, [B], [])) == [False]
+    assert replica.clients == {"a": A}
+    assert take(replica, *snapshot(3, A, B, C)) == [True]
+    assert (replica.stale, replica.revision) == (False, 3)
+    assert take(replica, RegistryChange(3, 4, [], ["b"])) == [True]
+    assert replica.clients == {"a": A, "c": C}
 
 
 def test_change_before_any_snapshot_asks_for_one() -> None:
-    """A change to a registry that is not known yet makes the mirror stale."""
-    mirror = RegistryReplica()
-    assert take(mirror, RegistryChange(0, 0, [A], [])) == [False]
-    assert mirror.stale
+    """A change to a registry that is not known yet makes the replica stale."""
+    replica = RegistryReplica()
+    assert take(replica, RegistryChange(0, 0, [A], [])) == [False]
+    assert replica.stale
 
 
 def test_restarted_gateway_replaces_the_registry() -> None:
     """A gateway that begins again counts revisions from the start, and its snapshot is taken all the same."""
-    mirror = RegistryReplica()
-    take(mirror, *snapshot(50, A, B))
-    assert take(mirror, *snapshot(1, C), boot=2) == [True]
-    assert (mirror.clients, mirror.revision) == ({"c": C}, 1)
-    assert take(mirror, RegistryChange(1, 2, [A], []), boot=2) == [True]
+    replica = RegistryReplica()
+    take(replica, *snapshot(50, A, B))
+    assert take(replica, *snapshot(1, C), boot=2) == [True]
+    assert (replica.clients, replica.revision) == ({"c": C}, 1)
+    assert take(replica, RegistryChange(1, 2, [A], []), boot=2) == [True]
 
 
 def test_change_of_a_restarted_gateway_is_not_mixed_in() -> None:
-    """A change of a gateway whose snapshot we have not seen makes the mirror stale, though its number would fit."""
-    mirror = RegistryReplica()
-    take(mirror, *snapshot(1, A))
-    assert take(mirror, RegistryChange(1, 2, [B], []), boot=2) == [False]
-    assert mirror.stale
-    assert mirror.clients == {"a": A}
+    """A change of a gateway whose snapshot we have not seen makes the replica stale, though its number would fit."""
+    replica = RegistryReplica()
+    take(replica, *snapshot(1, A))
+    assert take(replica, RegistryChange(1, 2, [B], []), boot=2) == [False]
+    assert replica.stale
+    assert replica.clients == {"a": A}
 
 
 def test_pieces_of_two_gateways_are_not_mixed() -> None:
     """A piece of a gateway that was killed is not completed by a piece of its successor."""
-    mirror = RegistryReplica()
-    take(mirror, snapshot(4, A, B, pieces=2)[0])
-    assert take(mirror, snapshot(4, A, C, pieces=2)[1], boot=2) == [False]
-    assert mirror.clients == {}
+    replica = RegistryReplica()
+    take(replica, snapshot(4, A, B, pieces=2)[0])
+    assert take(replica, snapshot(4, A, C, pieces=2)[1], boot=2) == [False]
+    assert replica.clients == {}
 
 
 def test_snapshot_for_another_subscriber_changes_nothing() -> None:
     """A snapshot of the revision we have, sent for a late subscriber, is not taken as a change."""
-    mirror = RegistryReplica()
-    take(mirror, *snapshot(3, A))
-    assert take(mirror, *snapshot(3, A, pieces=2)) == [False, False]
-    assert take(mirror, RegistryChange(3, 4, [B], [])) == [True]
+    replica = RegistryReplica()
+    take(replica, *snapshot(3, A))
+    assert take(replica, *snapshot(3, A, pieces=2)) == [False, False]
+    assert take(replica, RegistryChange(3, 4, [B], [])) == [True]
 
 
 def test_snapshot_ahead_of_us_is_taken() -> None:
     """A snapshot beyond our revision is as good as the changes in between."""
-    mirror = RegistryReplica()
-    take(mirror, *snapshot(3, A))
-    assert take(mirror, *snapshot(5, A, B)) == [True]
-    assert take(mirror, RegistryChange(4, 5, [C], [])) == [False]
-    assert set(mirror.clients) == {"a", "b"}
+    replica = RegistryReplica()
+    take(replica, *snapshot(3, A))
+    assert take(replica, *snapshot(5, A, B)) == [True]
+    assert take(replica, RegistryChange(4, 5, [C], [])) == [False]
+    assert set(replica.clients) == {"a", "b"}
 
 
 @dataclass
@@ -162,8 +162,8 @@ steps = st.tuples(st.sampled_from(["change", "change", "snapshot", "restart"]), 
 
 @given(st.lists(st.tuples(steps, st.integers(0, 3), st.sampled_from([True, True, True, False]))))
 def test_mirror_is_the_registry_or_knows_that_it_is_not(history: list[tuple[tuple[str, str], int, bool]]) -> None:
-    """Whatever is lost, the mirror holds the registry of its revision, and one more snapshot makes it that of now."""
-    gateway, mirror = Played(), RegistryReplica()
+    """Whatever is lost, the replica holds the registry of its revision, and one more snapshot makes it that of now."""
+    gateway, replica = Played(), RegistryReplica()
     past = {(1, 0): dict(gateway.clients)}
     known = (0, -1)
     for (step, name), number, arrives in history:
@@ -172,26 +172,26 @@ def test_mirror_is_the_registry_or_knows_that_it_is_not(history: list[tuple[tupl
         bodies = gateway.change(name, number) if step == "change" else gateway.snapshot(max(1, number))
         past[gateway.boot, gateway.revision] = dict(gateway.clients)
         for body in bodies[0 if arrives else 1 :]:
-            if mirror.take(make_envelope(boot=gateway.boot), body):
-                known = (gateway.boot, mirror.revision)
+            if replica.apply_message(make_envelope(boot=gateway.boot), body):
+                known = (gateway.boot, replica.revision)
         if known[1] >= 0:
-            assert mirror.revision == known[1]
-            assert mirror.clients == past[known]
+            assert replica.revision == known[1]
+            assert replica.clients == past[known]
     for body in gateway.snapshot(2):
-        mirror.take(make_envelope(boot=gateway.boot), body)
-    assert mirror.clients == gateway.clients
-    assert mirror.revision == gateway.revision
-    assert not mirror.stale
+        replica.apply_message(make_envelope(boot=gateway.boot), body)
+    assert replica.clients == gateway.clients
+    assert replica.revision == gateway.revision
+    assert not replica.stale
 
 
 def test_mirror_says_what_it_holds() -> None:
     """A revision is held from the snapshot or change that brings it, of the gateway it belongs to, unless stale."""
-    mirror = RegistryReplica()
-    assert not mirror.holds(1, 0)
-    take(mirror, *snapshot(3, A))
-    assert [mirror.holds(1, revision) for revision in (2, 3, 4)] == [True, True, False]
-    assert not mirror.holds(2, 1)
-    take(mirror, RegistryChange(4, 5, [B], []))
-    assert not mirror.holds(1, 3)
-    take(mirror, *snapshot(5, A, B))
-    assert mirror.holds(1, 5)
+    replica = RegistryReplica()
+    assert not replica.holds(1, 0)
+    take(replica, *snapshot(3, A))
+    assert [replica.holds(1, revision) for revision in (2, 3, 4)] == [True, True, False]
+    assert not replica.holds(2, 1)
+    take(replica, RegistryChange(4, 5, [B], []))
+    assert not replica.holds(1, 3)
+    take(replica, *snapshot(5, A, B))
+    assert replica.holds(1, 5)
