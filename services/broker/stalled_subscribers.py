@@ -57,7 +57,7 @@ class Relief:
     def look(self) -> int:
         """See how much memory is taken, and do what that asks for; return after how many ms that is due again."""
         ceiling = self._memory.ceiling
-        if self._memory.look():
+        if self._memory.measure():
             self._cut_off()
         if self._held != (self._memory.used > ceiling - ceiling // LAST_RESERVE > 0):
             self._held = not self._held

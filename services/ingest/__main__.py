@@ -16,7 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _serve(_arguments: argparse.Namespace, settings: Settings, lifecycle: Lifecycle) -> None:
     with Worker(worker_name("ingest"), settings) as worker:
-        worker.serve(lifecycle)
+        worker.run(lifecycle)
 
 
 if __name__ == "__main__":

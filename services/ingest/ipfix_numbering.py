@@ -34,7 +34,7 @@ class Numbering:
     ) -> tuple[Integers, Integers, Mask, list[int]]:
         """Return numbers that stand before their records, counts, whether those are all, and slots to follow anew.
 
-        Arguments are as for `Numbers.follow`. Of an exporter that has shown nothing, no count is sure.
+        Arguments are as for `SequenceTracker.track`. Of an exporter that has shown nothing, no count is sure.
         """
         groups, last = np.cumsum(first) - 1, np.append(first[1:], True)
         told = np.where(sure, counts, -1)

@@ -9,6 +9,7 @@ from typing import Final
 
 import structlog
 
+from services.ingest.reuseport_sharing import share_port
 from shared.net.addresses import Endpoint, resolve
 from shared.net.bpf import refuse_mapped_sources
 from shared.net.sockets import InheritedSocket, bind_endpoint, close_listener, inherited
@@ -17,7 +18,7 @@ from shared.settings.model import Stream
 
 TCP_BACKLOG: Final = 1024
 
-Listener = tuple[str, Endpoint]
+StreamEndpoint = tuple[str, Endpoint]
 """A stream's name, and one of its endpoints."""
 
 log = structlog.get_logger()
@@ -42,8 +43,10 @@ def refuse_left_over(held: Iterable[socket.socket]) -> None:
 
 
 def reopen(
-    wanted: Mapping[Listener, Stream], before: Mapping[Listener, list[socket.socket]], held: Iterable[socket.socket]
-) -> tuple[dict[Listener, list[socket.socket]], list[socket.socket]]:
+    wanted: Mapping[StreamEndpoint, Stream],
+    before: Mapping[StreamEndpoint, list[socket.socket]],
+    held: Iterable[socket.socket],
+) -> tuple[dict[StreamEndpoint, list[socket.socket]], list[socket.socket]]:
     """Return the sockets of the listeners that are wanted, and those left over that nobody wants any more.
 
     A listener that was there before keeps its sockets. A new one is served by sockets that are left of others, or that
@@ -51,11 +54,11 @@ def reopen(
     """
     spare = [*held, *(sock for listener in before.keys() - wanted.keys() for sock in before[listener])]
     had = frozenset(spare)
-    listening: dict[Listener, list[socket.socket]] = {}
+    listening: dict[StreamEndpoint, list[socket.socket]] = {}
     try:
         for listener, stream in wanted.items():
             check_reply(stream, listener[1])
-            listening[listener] = before.get(listener) or open_sockets(stream, listener[1], spare)
+            listening[listener] = before.get(listener) or bind_listener(stream, listener[1], spare)
         refuse_doubles(listening)
         refuse_left_over(spare)
     except OperatorError:
@@ -67,7 +70,7 @@ def reopen(
     return listening, spare
 
 
-def refuse_doubles(listening: Mapping[Listener, Iterable[socket.socket]]) -> None:
+def refuse_doubles(listening: Mapping[StreamEndpoint, Iterable[socket.socket]]) -> None:
     """SO_REUSEPORT would let two streams share an address, and the kernel deal datagrams out between them."""
     bound = set()
     for (stream, endpoint), sock in ((listener, sock) for listener, sockets in listening.items() for sock in sockets):
@@ -77,13 +80,13 @@ def refuse_doubles(listening: Mapping[Listener, Iterable[socket.socket]]) -> Non
         bound.add(address)
 
 
-def open_sockets(stream: Stream, endpoint: Endpoint, held: list[socket.socket]) -> list[socket.socket]:
+def bind_listener(stream: Stream, endpoint: Endpoint, held: list[socket.socket]) -> list[socket.socket]:
     """The sockets of every address of an endpoint, each taken from `held` where it is there, else bound.
 
     OperatorError when none can be had, or one is in use.
     """
     with _explained(stream, endpoint):
-        sockets = bind_endpoint(endpoint, _share, held=held)
+        sockets = bind_endpoint(endpoint, share_port, held=held)
         for sock in sockets:
             if sock.type == socket.SOCK_STREAM and not isinstance(sock, InheritedSocket):
                 sock.listen(TCP_BACKLOG)
@@ -109,13 +112,6 @@ def _explained(stream: Stream, endpoint: Endpoint) -> Iterator[None]:
         raise OperatorError(
             FAILED, f"stream {stream.name}: {endpoint}: {error.strerror}{_cure(endpoint, error)}"
         ) from None
-
-
-def _share(sock: socket.socket) -> None:
-    """Let other workers bind the same address; of a TCP one, let a successor bind it at once."""
-    if sock.family != socket.AF_UNIX:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(sock.type == socket.SOCK_STREAM))
 
 
 def _refuse_reply(stream: Stream, endpoint: Endpoint) -> None:

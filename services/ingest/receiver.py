@@ -8,8 +8,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from services.ingest.batch_publisher import StreamFeed
 from services.ingest.replies import Replier
-from services.ingest.stream_publisher import StreamFeed
 from shared.bus.loans import CHUNK, LENT_SIZE
 from shared.datagrams.batch import MAX_DATAGRAM, MAX_PAYLOAD, DatagramBatch, Rows
 from shared.datagrams.mmsg import ReceiveArena
@@ -43,10 +43,10 @@ class DatagramReceiver:
         self._kernel_dropped = kernel_drops(sock) if self.inherited else 0  # not what our predecessors accounted for
         self._stride = 0
         """How far apart the next datagrams are to stand in lent memory; 0: what comes may be too little to be lent."""
-        self.serve(feed, account, reply)
+        self.assign_stream(feed, account, reply)
 
-    def serve(self, feed: StreamFeed, account: Counter[str], reply: bytes | None) -> None:
-        """Be a listener of this stream from the next datagram on, and answer so."""
+    def assign_stream(self, feed: StreamFeed, account: Counter[str], reply: bytes | None) -> None:
+        """Count and publish for this stream from the next datagram on, and send this reply."""
         if self._feed is not feed:
             self.count_kernel_drops()  # up to now they are the other stream's
             self._feed, self._account = feed, account
@@ -103,7 +103,7 @@ class DatagramReceiver:
         start = 0
         while start < len(lengths):
             loan = self._feed.lend(size)
-            start, stop = cut(lengths, start, CHUNK if loan else MAX_PAYLOAD)
+            start, stop = next_stretch(lengths, start, CHUNK if loan else MAX_PAYLOAD)
             if start < stop:
                 payload = self._arena.payload(start, stop, loan.memory if loan else None)
                 self._feed.publish(received_ns, rows[start:stop], payload, loan)
@@ -146,7 +146,7 @@ def stride_for(longest: int, *, equal: bool) -> int:
     return min(MAX_DATAGRAM, longest if equal else max(SMALLEST_STRIDE, 1 << (longest - 1).bit_length()))
 
 
-def cut(lengths: Lengths, start: int, most: int) -> tuple[int, int]:
+def next_stretch(lengths: Lengths, start: int, most: int) -> tuple[int, int]:
     """Return (start, stop) of the next stretch of at most `most` bytes that has no oversized datagram in it.
 
     `most` is at least what one datagram may have. The stretch is empty where only oversized ones are left.

@@ -10,8 +10,8 @@ from typing import Final
 
 import structlog
 
-from services.ingest.framing import Framing
-from services.ingest.stream_publisher import StreamFeed
+from services.ingest.batch_publisher import StreamFeed
+from services.ingest.octet_count_framing import Framing
 from shared.datagrams.batch import MAX_PAYLOAD, MAX_ROWS, make_rows
 from shared.ledger import BYTES, CONNECTIONS_EXPIRED, CONNECTIONS_REFUSED, CUT_OFF, RECEIVED
 from shared.net.addresses import pack_address
@@ -34,7 +34,7 @@ Target = tuple[StreamFeed, Counter[str]]
 log = structlog.get_logger()
 
 
-class Connection:
+class ExporterConnection:
     """One sender's connection, from which each message becomes a datagram of the stream."""
 
     def __init__(
@@ -105,7 +105,7 @@ class Connection:
         self.feed.publish(now_ns, rows, b"".join(messages))
 
 
-class Connections:
+class ExporterConnections:
     """Every listener and open connection of this worker."""
 
     def __init__(self, selector: selectors.BaseSelector, limits: Ingest) -> None:
@@ -114,8 +114,8 @@ class Connections:
         self._limit = max(1, min(limits.tcp_connections, descriptor_limit() - SPARE_DESCRIPTORS))
         self._listeners: dict[socket.socket, Target] = {}
         self._paused: dict[socket.socket, Target] = {}
-        self._open: set[Connection] = set()
-        self._readable: dict[Connection, None] = {}
+        self._open: set[ExporterConnection] = set()
+        self._readable: dict[ExporterConnection, None] = {}
         """In the order in which they are due."""
 
     def listen(self, sock: socket.socket, feed: StreamFeed, account: Counter[str]) -> None:
@@ -154,7 +154,7 @@ class Connections:
                 continue
             sock.setblocking(False)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            connection = Connection(sock, peer, feed, account, listener)
+            connection = ExporterConnection(sock, peer, feed, account, listener)
             self._open.add(connection)
             self._selector.register(sock, selectors.EVENT_READ, lambda it=connection: self._readable.setdefault(it))
 
@@ -164,7 +164,7 @@ class Connections:
         self._selector.unregister(listener)
         log.warning("can't accept connections", stream=self._paused[listener][0].stream, error=error.strerror)
 
-    def serve(self) -> None:
+    def read_due(self) -> None:
         """Read connections that have something to say, in turn, as long as a turn may take."""
         deadline = time.monotonic() + TURN_SECONDS
         while self._readable and time.monotonic() < deadline:
@@ -177,7 +177,7 @@ class Connections:
             elif leaving:
                 self._readable[connection] = None
 
-    def _end(self, connection: Connection) -> None:
+    def _end(self, connection: ExporterConnection) -> None:
         self._selector.unregister(connection.socket)
         self._open.discard(connection)
         self._readable.pop(connection, None)

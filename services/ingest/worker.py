@@ -11,11 +11,11 @@ from typing import Final, Self
 
 import structlog
 
-from services.ingest.listeners import Listener, reopen, take_inherited, warn_of_small_buffers
+from services.ingest.batch_publisher import StreamFeed
+from services.ingest.listeners import StreamEndpoint, reopen, take_inherited, warn_of_small_buffers
 from services.ingest.receiver import DatagramReceiver
-from services.ingest.reuseport import Spreader
-from services.ingest.stream_publisher import StreamFeed
-from services.ingest.tcp_connections import Connections
+from services.ingest.reuseport_sharing import Spreader
+from services.ingest.tcp_connections import ExporterConnections
 from shared.bus.endpoint import open_link, queue_limit
 from shared.bus.loans import CHUNK, Lender, Pool, Room, pool_path
 from shared.bus.status import Reporter
@@ -68,14 +68,14 @@ class Worker:
         self._receivers: dict[socket.socket, DatagramReceiver] = {}
         self._leaving: list[DatagramReceiver] = []
         """Those whose listener is gone, until what the kernel has queued is taken."""
-        self._listening: dict[Listener, list[socket.socket]] = {}
+        self._listening: dict[StreamEndpoint, list[socket.socket]] = {}
         self._streams: dict[str, Stream] = {}
         self._feeds: dict[str, StreamFeed] = {}
         """By stream. One that is gone keeps its feed, its account and its pool, and goes on with them if it is back."""
         self._pools: dict[str, Pool] = {}
         self._memory = Memory(settings.ingest.memory, "[ingest] memory")
         self._room = Room((settings.ingest.memory - OWN_MEMORY) // 2)
-        self._connections = Connections(self._selector, settings.ingest)
+        self._connections = ExporterConnections(self._selector, settings.ingest)
         self._held_back: dict[socket.socket, Callable[[], object]] = {}
         """Begins to read an inherited socket each."""
         self._spreader = Spreader(settings.ingest.spread)
@@ -98,8 +98,8 @@ class Worker:
             raise
         return self
 
-    def follow(self, settings: Settings) -> None:
-        """Have the streams of these settings; OperatorError, with nothing changed, when a listener can't be had."""
+    def apply_settings(self, settings: Settings) -> None:
+        """Listen as these settings say. OperatorError, with nothing changed, when a listener can't be had."""
         self._listen(settings.streams, [])
         self._report()  # at once: who waits for streams to flow learns by it which there are
 
@@ -152,7 +152,7 @@ class Worker:
     def _receive_from(self, sock: socket.socket, feed: StreamFeed, account: Counter[str], reply: str | None) -> None:
         answer = reply.encode() if reply else None
         if receiver := self._receivers.get(sock):
-            receiver.serve(feed, account, answer)
+            receiver.assign_stream(feed, account, answer)
             return
         receiver = self._receivers[sock] = DatagramReceiver(sock, feed, account, self._arena, answer)
         self._spreader.add(sock)
@@ -195,11 +195,11 @@ class Worker:
         self._count += count
         self._size += size
 
-    def serve(self, lifecycle: Lifecycle) -> None:
+    def run(self, lifecycle: Lifecycle) -> None:
         """Move datagrams until told to drain; ready once bound and once a broker has been seen."""
         listening = [text for stream in self._settings.streams for text in stream.listen]
         readiness = Readiness(self._name, self._settings.bus, lambda: self._publisher.ready)
-        reload = Reload(self._name, lifecycle, self._settings, self.follow)
+        reload = Reload(self._name, lifecycle, self._settings, self.apply_settings)
         # Registered to wake the loop; each turn looks at both anyway.
         self._selector.register(lifecycle, selectors.EVENT_READ, lifecycle.heed)
         self._selector.register(self._publisher, selectors.EVENT_READ, lambda: None)
@@ -225,10 +225,10 @@ class Worker:
         ready = self._selector.select(patience)
         self._count = self._size = 0
         self._greet()  # first, so that what comes now goes to who has just subscribed
-        self._memory.look()
+        self._memory.measure()
         for key, _ in ready:
             key.data()
-        self._connections.serve()
+        self._connections.read_due()
         now = time.monotonic()
         if now >= self._reporter.due_at:
             self._spreader.renew()

@@ -63,8 +63,8 @@ class Balance:
     _compared: set[tuple[str, Origin]] = field(default_factory=set)
     _ahead: dict[tuple[str, Origin], str] = field(default_factory=dict)
 
-    def take(self, service: str, boot: int, heard_at: float, accounts: Accounts) -> None:
-        """Take a whole report; `heard_at` is when its first piece came, on a clock that only grows."""
+    def add_report(self, service: str, boot: int, heard_at: float, accounts: Accounts) -> None:
+        """Add a whole report; `heard_at` is when its first piece came, on a clock that only grows."""
         self.accounts[service] = accounts
         reached = {parse_origin(name): kept.get(REACHED, 0) for name, kept in accounts.items() if is_origin(name)}
         if reached:

@@ -171,7 +171,7 @@ class CopyService(ABC, Generic[D]):
             handled += 1
         for stream in list(self._gathered):
             self._send_gathered(stream)
-        if self._memory.look():
+        if self._memory.measure():
             self.held.halve()
         self._work_at = time.monotonic() + self.work()
         self._apply()

@@ -48,7 +48,7 @@ class Memory:
         self._borrows = borrows
         self._look_at = self._trim_at = self._say_at = 0.0
 
-    def look(self) -> bool:
+    def measure(self) -> bool:
         """Whether something has to go now; to be asked in each turn of a loop, and looks only when it is time."""
         now = time.monotonic()
         if now < self._look_at:

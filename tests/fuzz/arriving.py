@@ -8,12 +8,12 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from services.ingest.flow_headers import AGENT_WORDS, IPFIX_HEADER
-from services.ingest.flow_sequence import MAX_GAP, Exporters
-from services.ingest.framing import Framing
+from services.ingest.flow_sequence_gaps import MAX_GAP, ExporterTracker
 from services.ingest.ipfix_templates import FIRST_DATA, MAX_SETS, MAX_TEMPLATES, SET_HEADER, Templates, read_templates
+from services.ingest.octet_count_framing import Framing
 from shared.datagrams.batch import MAX_DATAGRAM
 from shared.settings.model import Protocol
-from tests.services.ingest.test_flow_sequence import Reference, batch_of
+from tests.services.ingest.test_flow_sequence_gaps import Reference, batch_of
 
 MAX_ARRIVALS: Final = 64
 SOURCES: Final = ("192.0.2.1", "192.0.2.2", "2001:db8::1", "::ffff:0:0")
@@ -64,7 +64,7 @@ def _calls(arrivals: list[Arrival]) -> list[list[Arrival]]:
 def _observe(protocol: Protocol, arrivals: list[Arrival], *, apart: int = 0, capacity: int) -> Counter[str]:
     """What is counted, which is never more than there can be; in memory datagrams may stand this far apart."""
     account: Counter[str] = Counter()
-    exporters = Exporters(protocol, account, capacity)
+    exporters = ExporterTracker(protocol, account, capacity)
     with np.errstate(all="raise"):
         for call in _calls(arrivals):
             if call[0].settled:

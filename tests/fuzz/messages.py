@@ -52,7 +52,7 @@ def reports(data: bytes) -> None:
         except MessageError:
             continue
         if isinstance(message.body, Status) and (report := taken.take(message.envelope, message.body)):
-            balance.take(report.service, report.boot, float(at), report.accounts)
+            balance.add_report(report.service, report.boot, float(at), report.accounts)
     facts = ServiceFacts(broker=True, accounts=by_service(taken.latest.values()))
     assert list(check_services(facts, Settings(), []))
     found = list(balance.discrepancies())

@@ -23,7 +23,7 @@ from services.operator.client import registry_client
 from services.operator.client.lease import Lease
 from services.operator.client.registry_client import Access, Registry
 from services.operator.commands import collect
-from services.operator.doctor.ways import WayFacts, check_ways
+from services.operator.doctor.network_paths import NetworkFacts, check_network_paths
 from shared.bus.messages import REGISTRY_TOPIC, RegistrySnapshot, decode, encode
 from shared.client import Client
 from shared.net.addresses import Endpoint
@@ -87,7 +87,9 @@ def answers(data: bytes) -> None:
             _keep_lease(near)
     with _ended_in_a_line(said), Registry(_access, 1.0) as asked:
         collectors = [entry for entry in asked.ask("list").entries().values() if entry.streams]
-        assert list(check_ways(WayFacts(listeners=[("0.0.0.0", 9)]), collectors, Transmitter().destinations))
+        assert list(
+            check_network_paths(NetworkFacts(listeners=[("0.0.0.0", 9)]), collectors, Transmitter().destinations)
+        )
     for command in _commands:
         with _ended_in_a_line(said, as_json=getattr(command, "json", False)):
             command.run(command, Settings())

@@ -1,6 +1,7 @@
 """The programs that fanwire started from, written as they are documented, against it unchanged."""
 
 import json
+import re
 import socket
 import sys
 
@@ -82,6 +83,25 @@ def test_messages_by_tcp_and_udp_are_watched_and_answered(stack: Stack) -> None:
     watch.wait_for("): b'Hello'\n")
     watch.wait_for("): b'Hello you there!'\n")
     assert "Got message from ('127.0.0.1', " in watch.text
+
+
+def test_the_answering_server_prints_two_lines(stack: Stack) -> None:
+    """`watch --answering` prints a datagram as the documented server that answers, byte for byte."""
+    stack.start_all()
+    watch = stack.operator("watch", "messages", "--answering", "--count", "2")
+    watch.wait_for("watching messages")
+    sender = stack.spawn("sender", [sys.executable, "-c", SENDER])
+    assert sender.process.wait(20) == 0
+    assert sender.text == "Got your message!\n"
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.sendto(b"it's \xff\n", ("127.0.0.1", 6667))
+        port = sock.getsockname()[1]
+        assert watch.process.wait(20) == 0
+    said, first, second, *rest = watch.text.split("Got connection from: ")
+    assert said == "watching messages\n"
+    assert re.fullmatch(r"\('127\.0\.0\.1', \d+\)\nIt said: b'Hello you there!'\n", first)
+    assert second == f"""('127.0.0.1', {port})\nIt said: b"it's \\xff\\n"\n"""
+    assert not rest
 
 
 @pytest.mark.parametrize("clients", [20_000])

@@ -69,7 +69,7 @@ class Connections:
 
     def save_memory(self) -> None:
         """When memory is short, cut half of those for which anything waits, most first."""
-        if self.memory.look():
+        if self.memory.measure():
             waiting = sorted((each for each in self.open if each.waiting), key=lambda each: each.waiting, reverse=True)
             for connection in waiting[: (len(waiting) + 1) // 2]:
                 self.desk.counters[CUT_FOR_MEMORY] += 1

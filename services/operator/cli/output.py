@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import BinaryIO
 
+import msgspec
+
 from services.operator.cli.arguments import positive
 from shared.net.printable import printable
 from shared.process.lifecycle import Parser
@@ -25,6 +27,24 @@ def as_text(address: str, port: int, payload: bytes) -> bytes:
 def as_hex(address: str, port: int, payload: bytes) -> bytes:
     """The documented line with the payload in hexadecimal."""
     return f"Got message from {(address, port)!r}: {payload.hex()}\n".encode()
+
+
+def as_documented_answerer(address: str, port: int, payload: bytes) -> bytes:
+    r"""The two lines that the documented server prints which answers.
+
+    >>> as_documented_answerer("127.0.0.1", 53411, b"Hello").decode()
+    "Got connection from: ('127.0.0.1', 53411)\nIt said: b'Hello'\n"
+    """
+    return f"Got connection from: {(address, port)!r}\nIt said: {payload!r}\n".encode()
+
+
+def as_json(address: str, port: int, payload: bytes) -> bytes:
+    r"""A JSON object on a line, the payload in hexadecimal as in `transmit`.
+
+    >>> as_json("127.0.0.1", 53411, b"Hello").decode()
+    '{"address":"127.0.0.1","port":53411,"payload":"48656c6c6f"}\n'
+    """
+    return msgspec.json.encode({"address": address, "port": port, "payload": payload.hex()}) + b"\n"
 
 
 def as_payload(_address: str, _port: int, payload: bytes) -> bytes:
@@ -57,6 +77,11 @@ class Output:
 def add_output_arguments(parser: Parser) -> None:
     """Add `--hex` and `--count`."""
     parser.add_argument("--hex", action="store_true", help="print payloads in hexadecimal")
+    add_count_argument(parser)
+
+
+def add_count_argument(parser: Parser) -> None:
+    """Add `--count`."""
     parser.add_argument("--count", type=positive, metavar="N", help="end after N datagrams")
 
 

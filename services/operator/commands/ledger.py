@@ -91,7 +91,7 @@ def _listen(settings: Settings, seconds: float) -> Balance:
             subscriber.socket.poll(100)
             while message := subscriber.receive():
                 if isinstance(message.body, Status) and (report := reports.take(message.envelope, message.body)):
-                    balance.take(report.service, report.boot, report.received_at, report.accounts)
+                    balance.add_report(report.service, report.boot, report.received_at, report.accounts)
     return balance
 
 

@@ -10,7 +10,15 @@ from typing import Final
 import zmq
 
 from services.operator.cli.arguments import Subparsers, add_command, prefix
-from services.operator.cli.output import Output, add_output_arguments, as_hex, as_text, say
+from services.operator.cli.output import (
+    Output,
+    add_count_argument,
+    as_documented_answerer,
+    as_hex,
+    as_json,
+    as_text,
+    say,
+)
 from services.operator.client.bus_reader import subscribed
 from shared.bus.continuity import Continuity
 from shared.bus.messages import Message, datagrams_topic
@@ -23,6 +31,7 @@ TICK_MS: Final = 500
 PATIENCE_SECONDS: Final = 2.0
 """Ingest answers a new subscription at once; after this it is not there."""
 ALL_DATAGRAMS: Final = "datagrams/"
+FORMS: Final = {"hex": as_hex, "answering": as_documented_answerer, "json": as_json}
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -30,7 +39,14 @@ def add_parser(subparsers: Subparsers) -> None:
     parser = add_command(subparsers, "watch", run, "print datagrams as they come in")
     parser.add_argument("stream", nargs="?", metavar="STREAM", help="default: every stream")
     parser.add_argument("--from", dest="prefix", type=prefix, metavar="CIDR", help="only of these exporters")
-    add_output_arguments(parser)
+    add_count_argument(parser)
+    forms = parser.add_mutually_exclusive_group()
+    for name, help_text in (
+        ("hex", "print payloads in hexadecimal"),
+        ("answering", "print two lines a datagram, as the documented server that answers does"),
+        ("json", "print one JSON object a datagram and line: address, port, and the payload in hexadecimal"),
+    ):
+        forms.add_argument(f"--{name}", dest="form", action="store_const", const=name, help=help_text)
 
 
 def run(arguments: argparse.Namespace, settings: Settings) -> int:
@@ -38,16 +54,16 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
     names = [stream.name for stream in settings.streams]
     if arguments.stream is not None and arguments.stream not in names:
         raise OperatorError(USAGE, f"no stream {arguments.stream!r}; the streams are: {', '.join(names)}")
-    output = Output(sys.stdout.buffer, as_hex if arguments.hex else as_text, arguments.count)
-    watch = Watch(output, arguments.stream or "all streams", arguments.prefix)
+    output = Output(sys.stdout.buffer, FORMS.get(arguments.form, as_text), arguments.count)
+    printer = DatagramPrinter(output, arguments.stream or "all streams", arguments.prefix)
     lifecycle = Lifecycle()
     with subscribed(settings, datagrams_topic(arguments.stream) if arguments.stream else ALL_DATAGRAMS) as subscriber:
-        _print_until_told(lifecycle, subscriber, watch, output)
-    watch.remark(last=True)
+        _print_until_told(lifecycle, subscriber, printer, output)
+    printer.report_progress(last=True)
     return OK
 
 
-def _print_until_told(lifecycle: Lifecycle, subscriber: Subscriber, watch: "Watch", output: Output) -> None:
+def _print_until_told(lifecycle: Lifecycle, subscriber: Subscriber, printer: "DatagramPrinter", output: Output) -> None:
     poller = zmq.Poller()
     poller.register(subscriber.socket, zmq.POLLIN)
     poller.register(lifecycle.fileno(), zmq.POLLIN)
@@ -56,13 +72,13 @@ def _print_until_told(lifecycle: Lifecycle, subscriber: Subscriber, watch: "Watc
         if (sys.stdout.fileno(), zmq.POLLERR) in poller.poll(TICK_MS):
             return
         while not (lifecycle.draining or output.full) and (message := subscriber.receive()):
-            watch.take(message)
-            watch.remark()
-        watch.remark()
+            printer.print_message(message)
+            printer.report_progress()
+        printer.report_progress()
 
 
-class Watch:
-    """Writes the datagrams that are wanted, and says on standard error how it stands with the rest."""
+class DatagramPrinter:
+    """Prints the datagrams that are wanted, and reports on standard error what was missed."""
 
     def __init__(self, output: Output, what: str, wanted_prefix: str | None) -> None:
         self._output = output
@@ -73,8 +89,8 @@ class Watch:
         self._missed = self._missed_said = 0
         self._speak_at = time.monotonic() + PATIENCE_SECONDS
 
-    def take(self, message: Message) -> None:
-        """Write a message's datagrams, unless it is a repeat. A message without any says that ingest is there."""
+    def print_message(self, message: Message) -> None:
+        """Print a message's datagrams, unless it is a repeat. A message without any shows that ingest is there."""
         if message.batch is None:
             return
         missed = self._continuity.observe(message.topic, message.envelope, len(message.batch))
@@ -89,8 +105,8 @@ class Watch:
             datagrams = compress(datagrams, self._wanted.match(halves_of(message.batch)))
         self._output.write(datagrams)
 
-    def remark(self, *, last: bool = False) -> None:
-        """Say what there is to say: datagrams missed, at most once a second, or that ingest is not there."""
+    def report_progress(self, *, last: bool = False) -> None:
+        """Report datagrams missed, at most once a second, or that no ingest answers."""
         now = time.monotonic()
         if now < self._speak_at and not last:
             return

@@ -1,5 +1,5 @@
-"""`fanwire doctor`: is this host fit for production? Facts are gathered, judged, and told with what cures them.
+"""`fanwire doctor`: is this host fit for production? It gathers facts, judges them, and names a cure for each.
 
-`host`, `ways` and `services` judge (facts in, findings out, no I/O); `gathering` and `udp_sockets` gather the facts;
-`probe` sends a datagram through it all when asked to. Privilege: none; what can't be seen is told as that.
+`host`, `network_paths` and `services` judge (facts in, findings out, no I/O); `facts` and `udp_sockets` gather facts;
+`probe` sends a datagram through it all when asked to. Privilege: none; a finding says what could not be seen.
 """

@@ -11,12 +11,12 @@ from services.operator.cli.arguments import Subparsers, add_command
 from services.operator.cli.tables import print_table
 from services.operator.client.gateway_options import access, add_gateway_arguments
 from services.operator.client.registry_client import Access, Entry, Registry
-from services.operator.doctor.facts import by_service, host_facts, listen, service_facts, way_facts
+from services.operator.doctor.facts import by_service, host_facts, listen, network_facts, service_facts
 from services.operator.doctor.finding import Finding
 from services.operator.doctor.host import check_host
+from services.operator.doctor.network_paths import check_network_paths
 from services.operator.doctor.probe import Ledger, probe
 from services.operator.doctor.services import check_services, senders_of_original
-from services.operator.doctor.ways import check_ways
 from shared.client import ALL_STREAMS
 from shared.net.netlink import Netlink
 from shared.process.lifecycle import FAILED, OK, USAGE, OperatorError
@@ -69,8 +69,8 @@ def _examine(settings: Settings, gateway: Access, probed: Stream | None) -> Iter
     with closing(Netlink()) as netlink:
         links = netlink.links()
         yield from check_host(host_facts(settings, links), settings)
-        ways = way_facts(settings, netlink, links, [collector.address for collector in collectors])
-    yield from check_ways(ways, collectors, settings.transmitter.destinations)
+        seen = network_facts(settings, netlink, links, [collector.address for collector in collectors])
+    yield from check_network_paths(seen, collectors, settings.transmitter.destinations)
     if probed is not None:
         wanting = (each for each in collectors if {probed.name, ALL_STREAMS} & {*each.streams})
         neighbours = list(dict.fromkeys(each.address for each in wanting))

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Final
 
 from services.operator.client.bus_reader import subscribed
-from services.operator.doctor.host import BACKLOG_NAME, BUDGET_NAME, HostFacts, Listener, Softnet
-from services.operator.doctor.services import RawSockets, ServiceFacts
+from services.operator.doctor.host import BACKLOG_NAME, BUDGET_NAME, HostFacts, ListeningSocket, Softnet
+from services.operator.doctor.network_paths import NetworkFacts, NetworkPath
+from services.operator.doctor.services import RawSocketFacts, ServiceFacts
 from services.operator.doctor.udp_sockets import UdpSocket, udp_sockets
-from services.operator.doctor.ways import Way, WayFacts
 from shared.bus.messages import Status
 from shared.bus.status import INTERVAL_SECONDS, Report, Reports
 from shared.bus.zmq_sockets import broker_is_up, check_directory
@@ -94,14 +94,16 @@ def _softnet() -> Softnet | None:
     return Softnet(*(sum(int(row[column], 16) for row in rows) for column in range(3)))
 
 
-def _listeners(stream: Stream, sockets: Iterable[UdpSocket]) -> list[Listener]:
+def _listeners(stream: Stream, sockets: Iterable[UdpSocket]) -> list[ListeningSocket]:
     where = {
         (str(at[0]), endpoint.port)
         for endpoint in stream.endpoints
         if endpoint.scheme == "udp"
         for at in _resolved(endpoint.host, endpoint.port)
     }
-    return [Listener(each.receive_buffer, each.dropped) for each in sockets if (each.address, each.port) in where]
+    return [
+        ListeningSocket(each.receive_buffer, each.dropped) for each in sockets if (each.address, each.port) in where
+    ]
 
 
 def _resolved(host: str, port: int) -> list[tuple[str, int] | tuple[str, int, int, int]]:
@@ -118,24 +120,28 @@ def _synchronised() -> bool | None:
     return not ctypes.c_int.from_buffer(timex, STATUS_AT).value & STA_UNSYNC
 
 
-def way_facts(settings: Settings, netlink: Netlink, links: Iterable[Link], addresses: Iterable[str]) -> WayFacts:
+def network_facts(
+    settings: Settings, netlink: Netlink, links: Iterable[Link], addresses: Iterable[str]
+) -> NetworkFacts:
     """How the kernel would send to these addresses; it is only asked."""
     by_index = {link.index: link for link in links}
     mtus = [link.mtu for link in by_index.values() if link.up and link.name != LOOPBACK]
-    return WayFacts(
-        ways={address: _way(netlink, by_index, address) for address in set(addresses)},
-        longest_mtu=max([WayFacts().longest_mtu, *mtus]),
+    return NetworkFacts(
+        paths={address: _network_path(netlink, by_index, address) for address in set(addresses)},
+        longest_mtu=max([NetworkFacts().longest_mtu, *mtus]),
         listeners=udp_listeners(settings),
         vendor=_read("/sys/class/dmi/id/sys_vendor").strip(),
     )
 
 
-def _way(netlink: Netlink, links: dict[int, Link], address: str) -> Way | None:
+def _network_path(netlink: Netlink, links: dict[int, Link], address: str) -> NetworkPath | None:
     route = netlink.route(address)
     if route is None or (link := links.get(route.link_index)) is None:
         return None
     state = netlink.neighbour(link.index, route.next_hop).state if link.ethernet else 0
-    return Way(route.kind == RTN_LOCAL, link.name, link.up, route.mtu or link.mtu, link.mtu, route.next_hop, state)
+    return NetworkPath(
+        route.kind == RTN_LOCAL, link.name, link.up, route.mtu or link.mtu, link.mtu, route.next_hop, state
+    )
 
 
 def service_facts(settings: Settings, reports: list[Report], gateway: str) -> ServiceFacts:
@@ -201,9 +207,9 @@ def _hard_limit(limit: int) -> int:
     return NO_LIMIT if limit == resource.RLIM_INFINITY else limit
 
 
-def _raw_sockets(user: str) -> RawSockets:
+def _raw_sockets(user: str) -> RawSocketFacts:
     lines = dict(line.split(":", 1) for line in _read("/proc/thread-self/status").splitlines())
-    return RawSockets(
+    return RawSocketFacts(
         failed=_try_raw_socket(),
         in_bounds=bool(int(lines.get("CapBnd", "-1"), 16) >> CAP_NET_RAW & 1),
         no_new_privileges=lines.get("NoNewPrivs", "").strip() == "1",

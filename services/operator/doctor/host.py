@@ -30,7 +30,7 @@ class Softnet:
 
 
 @dataclass(frozen=True)
-class Listener:
+class ListeningSocket:
     """A UDP socket on a stream's port: bytes of receive buffer, and datagrams the kernel has dropped there."""
 
     receive_buffer: int
@@ -47,7 +47,7 @@ class HostFacts:
     softnet: Softnet | None = None
     reverse_path: Mapping[str, int] = field(default_factory=dict)
     """rp_filter in effect, by interface that is up, loopback apart."""
-    listeners: Mapping[str, list[Listener]] = field(default_factory=dict)
+    listeners: Mapping[str, list[ListeningSocket]] = field(default_factory=dict)
     """By stream."""
     time: float = RELEASED
     synchronised: bool | None = None
@@ -70,7 +70,7 @@ def check_host(facts: HostFacts, settings: Settings) -> Iterator[Finding]:
     yield _clock(facts)
 
 
-def _receive_buffer(facts: HostFacts, stream: str, asked: int, listeners: list[Listener]) -> Finding:
+def _receive_buffer(facts: HostFacts, stream: str, asked: int, listeners: list[ListeningSocket]) -> Finding:
     name, cure = "receive_buffer", f"sysctl -w net.core.rmem_max={asked}, and restart ingest"
     if listeners:
         has = min(listener.receive_buffer for listener in listeners)
@@ -86,7 +86,7 @@ def _receive_buffer(facts: HostFacts, stream: str, asked: int, listeners: list[L
     return ok(name, f"net.core.rmem_max allows the {asked} bytes it will ask for", stream)
 
 
-def _kernel_drops(stream: str, listeners: list[Listener]) -> Finding:
+def _kernel_drops(stream: str, listeners: list[ListeningSocket]) -> Finding:
     if not listeners:
         return ok("kernel_drops", "no listener of it is to be seen", stream)
     if dropped := sum(listener.dropped for listener in listeners):

@@ -19,7 +19,7 @@ START: Final = "`systemctl start fanwire.target`, or `honcho start`"
 
 
 @dataclass(frozen=True)
-class RawSockets:
+class RawSocketFacts:
     """What came of trying to open one as this user, and why that may be."""
 
     failed: int = 0
@@ -45,7 +45,7 @@ class ServiceFacts:
     """Of each service that reported."""
     descriptors: Mapping[str, int] = field(default_factory=dict)
     """How many files it may open, by service; "": what this process may hand on."""
-    raw: RawSockets = RawSockets()
+    raw: RawSocketFacts = RawSocketFacts()
 
 
 def check_services(facts: ServiceFacts, settings: Settings, collectors: Sequence[Entry]) -> Iterator[Finding]:
@@ -137,7 +137,7 @@ def _raw_sockets(facts: ServiceFacts, originals: list[str]) -> Finding:
     return ok(name, "this user may open raw sockets", subject)
 
 
-def why_not_raw(raw: RawSockets) -> tuple[str, str]:
+def why_not_raw(raw: RawSocketFacts) -> tuple[str, str]:
     """Why a transmitter started from here would have no raw sockets, and the cure; nothing when it would."""
     if raw.failed == errno.EACCES:
         return "a security module forbids raw sockets", "aa-status (AppArmor); ausearch -m avc (SELinux)"

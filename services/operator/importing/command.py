@@ -12,7 +12,7 @@ import msgspec
 from services.operator.cli.arguments import Subparsers, add_command, or_usage
 from services.operator.cli.output import say
 from services.operator.importing import pmacct, samplicator
-from services.operator.importing.receivers import Line, parse, to_settings, whole
+from services.operator.importing.receivers import Line, parse, parse_number, to_settings
 from shared.net.addresses import parse_endpoint, resolve
 from shared.process.lifecycle import FAILED, OK
 from shared.settings.file import render
@@ -82,7 +82,7 @@ class Lookup:
         try:
             return socket.getservbyname(service, "udp")
         except (OSError, ValueError):
-            return whole(service, 1, 65_535, "port")
+            return parse_number(service, 1, 65_535, "port")
 
 
 def run(arguments: argparse.Namespace, _settings: Settings) -> int:

@@ -3,7 +3,7 @@
 import re
 from typing import Final
 
-from services.operator.importing.receivers import Line, Names, Receiver, whole
+from services.operator.importing.receivers import Line, Names, Receiver, parse_number
 
 DEFAULT_LISTEN: Final = "udp://[::]:2100"
 KEYS: Final = ("id", "ip", "tag", "balance-alg", "src_port", "kafka_broker", "kafka_topic", "zmq_address")
@@ -19,7 +19,7 @@ def parse_line(text: str, line: Line, names: Names) -> None:
     if not text or text.startswith(("!", "#")):
         return
     keys = _parse_keys(text)
-    pool = whole(keys.get("id", ""), 1, 4_294_967_295, "id")
+    pool = parse_number(keys.get("id", ""), 1, 4_294_967_295, "id")
     if reason := _beyond_us(keys):
         line.left_out.append(f"pool {pool}: {reason}")
         return

@@ -100,7 +100,7 @@ def _collectors(line: Line, stream: str, source: Source) -> list[Collector]:
     return list(collectors.values())
 
 
-def whole(text: str, smallest: int, largest: int, what: str) -> int:
+def parse_number(text: str, smallest: int, largest: int, what: str) -> int:
     """A number between both. ValueError says what it was to be."""
     try:
         return parse_whole(text, smallest, largest)

@@ -6,7 +6,7 @@ Every line that matches a datagram's source applies, not the first alone; a sour
 import ipaddress
 from typing import Final
 
-from services.operator.importing.receivers import Line, Names, Receiver, whole
+from services.operator.importing.receivers import Line, Names, Receiver, parse_number
 
 DEFAULT_PORT: Final = "2000"
 DEFAULT_LISTEN: Final = "udp://[::]:2000"
@@ -48,7 +48,7 @@ def _parse_source(text: str, line: Line, names: Names) -> tuple[str, ...] | None
             return None
         bits -= wildcard.bit_length()
     elif slash:
-        bits = whole(mask, 0, bits, "prefix length")
+        bits = parse_number(mask, 0, bits, "prefix length")
     if not int(address) if address.version == 4 else not bits:
         return ()
     if address.version == 6:
@@ -75,8 +75,8 @@ def _parse_receivers(word: str, line: Line, names: Names) -> list[tuple[str, int
         rest = rest if slash else DEFAULT_PORT
     ports, _, rest = rest.partition("/")
     interval, comma, ttl = rest.partition(",")
-    sample = whole(interval, 1, 1_000_000, f"{word}: interval") if interval else 1
-    hop_limit = whole(ttl, 1, 255, f"{word}: TTL") if comma else DEFAULT_TTL
+    sample = parse_number(interval, 1, 1_000_000, f"{word}: interval") if interval else 1
+    hop_limit = parse_number(ttl, 1, 255, f"{word}: TTL") if comma else DEFAULT_TTL
     address = names.address(host)
     return [(address, port, sample, hop_limit) for port in _parse_ports(ports, names)]
 
@@ -86,9 +86,9 @@ def _parse_ports(text: str, names: Names) -> range:
     for sign in "-+":
         first, found, last = text.partition(sign)
         if found and first.isdigit():
-            begin = whole(first, 1, MAX_PORT, "port")
+            begin = parse_number(first, 1, MAX_PORT, "port")
             largest = MAX_PORT if sign == "-" else MAX_PORT + 1 - begin
-            end = whole(last, begin if sign == "-" else 1, largest, "port range")
+            end = parse_number(last, begin if sign == "-" else 1, largest, "port range")
             return range(begin, end + 1 if sign == "-" else begin + end)
     number = names.port(text)
     return range(number, number + 1)

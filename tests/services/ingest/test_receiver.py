@@ -8,8 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.ingest.receiver import BACK_OFF_SECONDS, MAX_FAILURES, SMALLEST_STRIDE, DatagramReceiver, cut, stride_for
-from services.ingest.stream_publisher import StreamFeed
+from services.ingest.batch_publisher import StreamFeed
+from services.ingest.receiver import (
+    BACK_OFF_SECONDS,
+    MAX_FAILURES,
+    SMALLEST_STRIDE,
+    DatagramReceiver,
+    next_stretch,
+    stride_for,
+)
 from shared.bus.loans import CHUNK
 from shared.datagrams.batch import MAX_DATAGRAM, MAX_PAYLOAD, MAX_ROWS
 from shared.datagrams.mmsg import SLOT, ReceiveArena
@@ -22,7 +29,7 @@ def cuts(lengths: list[int], most: int) -> list[tuple[int, int]]:
     """All stretches, one after the other; the last may be empty where nothing that fits is left."""
     found, start, column = [], 0, np.array(lengths, np.uint32)
     while start < len(lengths):
-        stretch = cut(column, start, most)
+        stretch = next_stretch(column, start, most)
         assert start <= stretch[0] <= stretch[1] <= len(lengths)
         assert stretch[0] < stretch[1] or stretch == (len(lengths), len(lengths))
         found.append(stretch)

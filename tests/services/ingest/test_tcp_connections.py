@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from services.ingest.stream_publisher import StreamFeed
-from services.ingest.tcp_connections import Connections
+from services.ingest.batch_publisher import StreamFeed
+from services.ingest.tcp_connections import ExporterConnections
 from shared.ledger import RECEIVED
 from shared.settings.model import Ingest
 from tests.builders import BusEnds
@@ -28,7 +28,7 @@ def test_a_turn_reads_some_and_the_next_the_others(opened: ExitStack, tmp_path: 
     """Connections with more to say than a turn has time for are read in turn, none before all others had theirs."""
     publisher = opened.enter_context(BusEnds(tmp_path)).publisher("ingest.1")
     selector = opened.enter_context(selectors.DefaultSelector())
-    connections = Connections(selector, Ingest())
+    connections = ExporterConnections(selector, Ingest())
     opened.callback(lambda: connections.close(0))
     feeds = [StreamFeed(f"s{number}", publisher, Counter()) for number in range(SENDERS)]
     for feed in feeds:  # a stream and a listener for each connection, so that its messages are counted by themselves
@@ -43,7 +43,7 @@ def test_a_turn_reads_some_and_the_next_the_others(opened: ExitStack, tmp_path: 
     def turn() -> list[int]:
         for key, _ in selector.select(0):
             key.data()
-        connections.serve()
+        connections.read_due()
         return [feed.account[RECEIVED] for feed in feeds]
 
     counts = turn()

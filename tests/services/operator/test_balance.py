@@ -23,7 +23,7 @@ def balance(*reports: tuple[str, Accounts]) -> Balance:
     """A round of these reports, a second after each other."""
     round_ = Balance()
     for number, (service, accounts) in enumerate(reports):
-        round_.take(service, BOOT, float(number), accounts)
+        round_.add_report(service, BOOT, float(number), accounts)
     return round_
 
 
@@ -60,8 +60,8 @@ def test_each_consumer_is_compared_on_its_own() -> None:
     behind = balance(*reports[:2], ("transmitter.1", forwarder(9)), ("ingest.1", worker(10)))
     assert list(behind.discrepancies()) == ["transmitter is 1 datagrams behind ingest.1 (boot b0) on stream syslog"]
     assert not behind.settled
-    behind.take("transmitter.1", BOOT, 9.0, forwarder(10))
-    behind.take("ingest.1", BOOT, 10.0, worker(10))
+    behind.add_report("transmitter.1", BOOT, 9.0, forwarder(10))
+    behind.add_report("ingest.1", BOOT, 10.0, worker(10))
     assert behind.settled
 
 
@@ -73,7 +73,7 @@ def test_not_settled_before_the_worker_was_heard_after_the_consumer() -> None:
 def test_a_worker_that_is_gone_is_listed() -> None:
     """A killed worker that the consumer still knows is listed, and no discrepancy; its successor is another origin."""
     round_ = balance(("forwarder.1", forwarder(10, missed=2)))
-    round_.take("ingest.1", BOOT + 1, 9.0, worker(0))
+    round_.add_report("ingest.1", BOOT + 1, 9.0, worker(0))
     assert list(round_.discrepancies()) == []
     assert list(round_.gone()) == ["ingest.1 (boot b0) on stream syslog"]
     assert round_.settled
@@ -145,10 +145,10 @@ def test_no_history_of_a_right_forwarder_is_out_of_balance(
             size = queue.pop(0)
             reached, missed = reached + size, missed + (size if value else 0)
         elif event == "worker reports":
-            round_.take("ingest.1", BOOT, float(at), worker(published))
+            round_.add_report("ingest.1", BOOT, float(at), worker(published))
         elif event == "forwarder reports":
-            round_.take("forwarder.1", 1, float(at), forwarder(reached, missed))
-    round_.take("forwarder.1", 1, len(events) + 1.0, forwarder(published + invented, missed))
-    round_.take("ingest.1", BOOT, len(events) + 2.0, worker(published))
+            round_.add_report("forwarder.1", 1, float(at), forwarder(reached, missed))
+    round_.add_report("forwarder.1", 1, len(events) + 1.0, forwarder(published + invented, missed))
+    round_.add_report("ingest.1", BOOT, len(events) + 2.0, worker(published))
     assert [sentence.split()[2] for sentence in round_.discrepancies()] == ([str(invented)] if invented else [])
     assert round_.settled

@@ -11,7 +11,7 @@ from typing import Self
 import pytest
 
 import shared.bus.loans
-from services.ingest.stream_publisher import StreamFeed
+from services.ingest.batch_publisher import StreamFeed
 from shared.bus.loans import CHUNK, GRACE_SECONDS, Lender, Pool, pool_path
 from shared.datagrams.batch import DatagramBatch
 from tests.builders import BusEnds, make_batch

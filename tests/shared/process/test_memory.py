@@ -41,18 +41,18 @@ def test_short_once_the_reserve_is_touched(clock: Clock) -> None:
     )  # what other tests have left would be given back in the middle of it
     memory = Memory(resident() + 64 * MB, reserve=8)
     free = memory.ceiling - memory.ceiling // 8 - resident()
-    assert not memory.look()
+    assert not memory.measure()
     with mmap.mmap(-1, free + 16 * MB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as taken:
         for page in range(0, len(taken), mmap.PAGESIZE):
             taken[page] = 1
-        assert not memory.look(), "it is not time to look yet"
+        assert not memory.measure(), "it is not time to look yet"
         clock.now += LOOK_SECONDS
-        assert memory.look()
+        assert memory.measure()
         assert memory.short
         clock.now += LOOK_SECONDS
-        assert memory.look()
+        assert memory.measure()
     clock.now += LOOK_SECONDS
-    assert not memory.look()
+    assert not memory.measure()
     account = memory.account()
     assert account["memory_most"] >= account["memory"] + free
     assert account["memory_ceiling"] == memory.ceiling
@@ -65,7 +65,7 @@ def test_what_was_freed_is_not_counted(clock: Clock) -> None:
     peak = resident()
     del pieces
     memory = Memory(peak - 50 * MB, reserve=1 << 20)
-    assert not memory.look()
+    assert not memory.measure()
     assert memory.used < peak - 50 * MB
     assert kept
 
@@ -83,4 +83,4 @@ def test_borrowed_memory_is_the_lenders(clock: Clock) -> None:
 
 def test_without_a_ceiling_it_is_never_short(clock: Clock) -> None:
     """Where nothing is set nothing is dropped."""
-    assert not Memory().look()
+    assert not Memory().measure()

@@ -1,9 +1,10 @@
+import json
 import os
 import signal
 import subprocess
 import sys
 
-from tests.services.operator.played import PlayedService, finish
+from tests.services.operator.played import PlayedService, finish, run
 from tests.stack import Stack
 
 TOPIC = "datagrams/messages/"
@@ -37,6 +38,32 @@ def test_filters_and_ends_at_the_count(stack: Stack) -> None:
         "Got message from ('2001:db8::9', 514): 01",
         "Got message from ('2001:db8::9', 514): 02",
     ]
+
+
+def test_prints_json(stack: Stack) -> None:
+    """`--json` prints one object a line with address, port and the payload in hexadecimal, whatever is in it."""
+    stack.start("broker")
+    with PlayedService(stack.bus, "ingest.1") as ingest:
+        watch = stack.operator("watch", "--json", "--count", "3")
+        ingest.wait_for_subscriber("datagrams/")
+        ingest.publish([b"Hello", b"a\nb\xff"], 0)
+        ingest.publish([b""], 2, source="2001:db8::9")
+    code, text = finish(watch)
+    assert code == 0
+    said, *lines = text.splitlines()
+    assert said == "watching all streams"
+    assert [json.loads(line) for line in lines] == [
+        {"address": "192.0.2.7", "port": 514, "payload": "48656c6c6f"},
+        {"address": "192.0.2.7", "port": 514, "payload": "610a62ff"},
+        {"address": "2001:db8::9", "port": 514, "payload": ""},
+    ]
+
+
+def test_one_form_at_a_time(stack: Stack) -> None:
+    """Two forms of output at once are wrong usage."""
+    code, text = run(stack, "watch", "--json", "--answering")
+    assert code == 64
+    assert "not allowed with" in text
 
 
 def test_says_what_it_missed(stack: Stack) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from services.operator.doctor.facts import by_service, host_facts, listen, service_facts, way_facts
-from services.operator.doctor.host import HostFacts, Listener
-from services.operator.doctor.ways import NUD_FAILED, NUD_INCOMPLETE, WayFacts
+from services.operator.doctor.facts import by_service, host_facts, listen, network_facts, service_facts
+from services.operator.doctor.host import HostFacts, ListeningSocket
+from services.operator.doctor.network_paths import NUD_FAILED, NUD_INCOMPLETE, NetworkFacts
 from shared.bus.status import Report
 from shared.net.netlink import Netlink
 from shared.settings.model import Bus, Settings, Stream
@@ -19,10 +19,10 @@ from tests.stack import Stack, wait_until
 SETTINGS = Settings()
 
 
-def ways(host: Host, addresses: Iterable[str], settings: Settings = SETTINGS) -> WayFacts:
+def paths(host: Host, addresses: Iterable[str], settings: Settings = SETTINGS) -> NetworkFacts:
     """How this host would send to these."""
     with host.entered(), closing(Netlink()) as netlink:
-        return way_facts(settings, netlink, netlink.links(), addresses)
+        return network_facts(settings, netlink, netlink.links(), addresses)
 
 
 def host_of(host: Host, settings: Settings = SETTINGS) -> HostFacts:
@@ -38,16 +38,16 @@ def test_ways_as_the_kernel_has_them(lab: None) -> None:
         with veth(up, eth, mtu=9000):
             relay.run(*["ip", "route", "add", "10.8.0.0/16", "via", "10.2.0.2", "mtu", "1400"])
             relay.neighbour("10.2.0.2", eth.link_address, "up")
-            found = ways(relay, ["10.2.0.2", "10.8.0.1", "10.9.0.1", "10.2.0.1", "fd00:2::2", "127.0.0.1"])
+            found = paths(relay, ["10.2.0.2", "10.8.0.1", "10.9.0.1", "10.2.0.1", "fd00:2::2", "127.0.0.1"])
             assert found.longest_mtu == 9000
-            near, far = found.ways["10.2.0.2"], found.ways["10.8.0.1"]
+            near, far = found.paths["10.2.0.2"], found.paths["10.8.0.1"]
             assert near is not None
             assert far is not None
             assert (near.interface, near.up, near.mtu, near.local) == ("up", True, 9000, False)
             assert near.neighbour not in (0, NUD_FAILED, NUD_INCOMPLETE)
             assert (far.mtu, far.link_mtu, far.next_hop) == (1400, 9000, "10.2.0.2")
-            assert found.ways["10.9.0.1"] is None
-            assert [way is not None and way.local for way in map(found.ways.get, ("10.2.0.1", "127.0.0.1"))] == [
+            assert found.paths["10.9.0.1"] is None
+            assert [way is not None and way.local for way in map(found.paths.get, ("10.2.0.1", "127.0.0.1"))] == [
                 True
             ] * 2
 
@@ -55,21 +55,21 @@ def test_ways_as_the_kernel_has_them(lab: None) -> None:
                 asking.sendto(b"", ("10.2.0.99", 9))
             wait_until(
                 lambda: (
-                    (way := ways(relay, ["10.2.0.99"]).ways["10.2.0.99"])
+                    (way := paths(relay, ["10.2.0.99"]).paths["10.2.0.99"])
                     and way.neighbour & (NUD_FAILED | NUD_INCOMPLETE)
                 ),
                 "who does not answer is known to be silent",
             )
             siem.run("ip", "link", "set", "eth", "down")
             wait_until(
-                lambda: (way := ways(relay, ["10.2.0.2"]).ways["10.2.0.2"]) and not way.up, "there is no carrier"
+                lambda: (way := paths(relay, ["10.2.0.2"]).paths["10.2.0.2"]) and not way.up, "there is no carrier"
             )
 
 
 def test_a_way_without_ethernet_asks_nobody(lab: None) -> None:
     """On a link without link addresses no next hop is looked for."""
     with Host() as relay, Host() as over, tunnel(End(relay, "tun", "10.5.0.1/24"), End(over, "tun", "10.5.0.2/24")):
-        way = ways(relay, ["10.5.0.2"]).ways["10.5.0.2"]
+        way = paths(relay, ["10.5.0.2"]).paths["10.5.0.2"]
         assert way is not None
         assert (way.interface, way.mtu, way.neighbour) == ("tun", 1400, 0)
 
@@ -90,7 +90,7 @@ def test_the_host_as_the_kernel_has_it(lab: None) -> None:
             wait_until(lambda: host_of(relay).counters["UdpRcvbufErrors"] > 0, "the buffer is full")
             found = host_of(relay, settings)
             lost = found.counters["UdpRcvbufErrors"]
-            assert found.listeners == {"flows": [Listener(5000, lost)]}
+            assert found.listeners == {"flows": [ListeningSocket(5000, lost)]}
         assert found.reverse_path == {"up": 2}
         assert "IPReversePathFilter" in found.counters
         assert "Udp6InCsumErrors" in found.counters

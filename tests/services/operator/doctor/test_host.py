@@ -4,7 +4,15 @@ from typing import Any
 import pytest
 
 from services.operator.doctor.finding import Finding
-from services.operator.doctor.host import BACKLOG_NAME, BUDGET_NAME, RELEASED, HostFacts, Listener, Softnet, check_host
+from services.operator.doctor.host import (
+    BACKLOG_NAME,
+    BUDGET_NAME,
+    RELEASED,
+    HostFacts,
+    ListeningSocket,
+    Softnet,
+    check_host,
+)
 from shared.settings.model import Settings, Stream
 
 ASKED = Settings().streams[0].receive_buffer
@@ -20,7 +28,7 @@ FINE = HostFacts(
     counters={"UdpRcvbufErrors": 0, "IPReversePathFilter": 0},
     softnet=Softnet(1_000_000, 0, 1000),
     reverse_path={"eth0": 2, "eth1": 0},
-    listeners={"messages": [Listener(ASKED, 0)]},
+    listeners={"messages": [ListeningSocket(ASKED, 0)]},
     time=RELEASED,
     synchronised=True,
 )
@@ -48,8 +56,18 @@ def sysctl(name: str, value: int) -> dict[str, Any]:
     ("name", "changes", "why", "cure"),
     [
         ("receive_buffer", sysctl("net.core.rmem_max", ASKED - 1), "33554431 of", f"net.core.rmem_max={ASKED}"),
-        ("receive_buffer", {"listeners": {"messages": [Listener(ASKED, 0), Listener(9, 0)]}}, "9 of", "rmem_max"),
-        ("kernel_drops", {"listeners": {"messages": [Listener(ASKED, 3), Listener(ASKED, 4)]}}, "7 data", "worker"),
+        (
+            "receive_buffer",
+            {"listeners": {"messages": [ListeningSocket(ASKED, 0), ListeningSocket(9, 0)]}},
+            "9 of",
+            "rmem_max",
+        ),
+        (
+            "kernel_drops",
+            {"listeners": {"messages": [ListeningSocket(ASKED, 3), ListeningSocket(ASKED, 4)]}},
+            "7 data",
+            "worker",
+        ),
         ("send_buffer", sysctl("net.core.wmem_max", 1000), "1000 of 65536", "net.core.wmem_max=65536"),
         ("backlog", sysctl(BACKLOG_NAME, 1000), "is 1000, and 0", f"{BACKLOG_NAME}=10000"),
         ("backlog", {"softnet": Softnet(9, 5, 0)}, "5 packets were dropped", f"{BACKLOG_NAME}=20000"),

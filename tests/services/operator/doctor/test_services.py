@@ -6,7 +6,7 @@ import pytest
 
 from services.operator.client.registry_client import Entry
 from services.operator.doctor.finding import Finding, some
-from services.operator.doctor.services import RawSockets, ServiceFacts, check_services, why_not_raw
+from services.operator.doctor.services import RawSocketFacts, ServiceFacts, check_services, why_not_raw
 from shared.ledger import Accounts
 from shared.settings.model import Settings
 
@@ -15,7 +15,7 @@ HEARD: dict[str, Accounts] = {"broker.1": {}, "gateway.1": {}, "ingest.1": {}, "
 FINE = ServiceFacts(broker=True, accounts=HEARD, descriptors={"": 64, "gateway.1": 4160, "forwarder.1": 66})
 ORIGINAL = Entry("flows", "10.2.0.2", 9995, ("messages",), "original", health="ok")
 RELAY = Entry("siem", "10.2.0.2", 9514, ("messages",), "relay", health="ok")
-DENIED = RawSockets(errno.EPERM)
+DENIED = RawSocketFacts(errno.EPERM)
 
 
 def check(facts: ServiceFacts, *collectors: Entry) -> list[Finding]:
@@ -88,16 +88,16 @@ def test_a_collector_whose_copies_nobody_vouches_for() -> None:
 @pytest.mark.parametrize(
     ("raw", "why", "cure"),
     [
-        (RawSockets(), "", ""),
+        (RawSocketFacts(), "", ""),
         (DENIED, "this user lacks", "setpriv"),
-        (RawSockets(errno.EPERM, no_new_privileges=True), "no_new_privs", "allowPrivilegeEscalation"),
-        (RawSockets(errno.EPERM, in_bounds=False), "out of bounds", "--cap-add NET_RAW"),
-        (RawSockets(errno.EACCES), "security module", "aa-status"),
-        (RawSockets(errno.EAFNOSUPPORT), "AF_PACKET", "systemctl cat"),
-        (RawSockets(unfit="nobody can't read python"), "can't read python", "[transmitter] user"),
+        (RawSocketFacts(errno.EPERM, no_new_privileges=True), "no_new_privs", "allowPrivilegeEscalation"),
+        (RawSocketFacts(errno.EPERM, in_bounds=False), "out of bounds", "--cap-add NET_RAW"),
+        (RawSocketFacts(errno.EACCES), "security module", "aa-status"),
+        (RawSocketFacts(errno.EAFNOSUPPORT), "AF_PACKET", "systemctl cat"),
+        (RawSocketFacts(unfit="nobody can't read python"), "can't read python", "[transmitter] user"),
     ],
 )
-def test_why_there_are_no_raw_sockets(raw: RawSockets, why: str, cure: str) -> None:
+def test_why_there_are_no_raw_sockets(raw: RawSocketFacts, why: str, cure: str) -> None:
     """Each reason for which the kernel refuses them has a sentence and a cure of its own."""
     found = why_not_raw(raw)
     assert (why in found[0], cure in found[1], bool(found[0])) == (True, True, bool(why))

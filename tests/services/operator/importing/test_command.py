@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from services.operator.importing import pmacct, samplicator
-from services.operator.importing.receivers import Line, ParseLine, Receiver, parse, to_settings, whole
+from services.operator.importing.receivers import Line, ParseLine, Receiver, parse, parse_number, to_settings
 from shared.settings.file import load, render
 from shared.settings.model import DEFAULT_STREAM
 from tests.stack import Stack
@@ -26,7 +26,7 @@ class Known:
         return known.get(host, host)
 
     def port(self, service: str) -> int:
-        return 514 if service == "syslog" else whole(service, 1, 65_535, "port")
+        return 514 if service == "syslog" else parse_number(service, 1, 65_535, "port")
 
 
 def lines_of(text: str, parse_line: ParseLine) -> list[Line]:

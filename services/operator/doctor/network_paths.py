@@ -31,7 +31,7 @@ Judge = Callable[[Entry], Finding | None]
 
 
 @dataclass(frozen=True)
-class Way:
+class NetworkPath:
     """How packets to an address leave; `neighbour` is the next hop's NUD_ state, 0 where the kernel has none."""
 
     local: bool
@@ -44,17 +44,19 @@ class Way:
 
 
 @dataclass(frozen=True)
-class WayFacts:
-    """What was seen of the network. `ways` is by address; None: there is no route."""
+class NetworkFacts:
+    """What was seen of the network. `paths` is by address; None: there is no route."""
 
-    ways: Mapping[str, Way | None] = field(default_factory=dict)
+    paths: Mapping[str, NetworkPath | None] = field(default_factory=dict)
     longest_mtu: int = ETHERNET_MTU
     """Of the interfaces that are up: exporters' datagrams may be as long."""
     listeners: Sequence[tuple[str, int]] = ()
     vendor: str = ""
 
 
-def check_ways(facts: WayFacts, collectors: Sequence[Entry], destinations: Iterable[str]) -> Iterator[Finding]:
+def check_network_paths(
+    facts: NetworkFacts, collectors: Sequence[Entry], destinations: Iterable[str]
+) -> Iterator[Finding]:
     """Everything about where copies go; `destinations` is what the transmitter's policy allows."""
     count = f"{len(collectors)} collectors" if len(collectors) != 1 else f"the collector {collectors[0].name}"
     own, allowed = OwnListeners(facts.listeners), [ipaddress.ip_network(prefix) for prefix in destinations]
@@ -64,12 +66,12 @@ def check_ways(facts: WayFacts, collectors: Sequence[Entry], destinations: Itera
         found = [finding for collector in whom if (finding := judge(collector))]
         yield from found or [ok(name, fine if whom else "no collector that it concerns")]
 
-    def way(collector: Entry) -> Way | None:
-        return facts.ways.get(collector.address)
+    def way(collector: Entry) -> NetworkPath | None:
+        return facts.paths.get(collector.address)
 
     def loop(collector: Entry) -> Finding | None:
         def is_local(address: str) -> bool:
-            way = facts.ways.get(address)
+            way = facts.paths.get(address)
             return way is not None and way.local
 
         if not own.receive(collector.address, collector.port, is_local):
@@ -154,7 +156,7 @@ def _get_the_same(one: Entry, other: Entry) -> bool:
     return bool(streams) and not apart
 
 
-def _mtu(collector: Entry, way: Way, longest: int) -> Finding | None:
+def _mtu(collector: Entry, way: NetworkPath, longest: int) -> Finding | None:
     six = ":" in collector.address
     room = way.mtu - (IPV6_AND_UDP if six else IPV4_AND_UDP)
     cure = f"raise the MTU on the way, or keep datagrams under {room} bytes; see `ip route get {collector.address}`"

@@ -1,4 +1,4 @@
-"""Spreads what comes to one address over the workers that listen there, otherwise than the kernel would by itself.
+"""Shares a worker's sockets: several workers bind one address, and a program says which of them a datagram is for.
 
 The kernel asks one small program for all sockets that share an address by SO_REUSEPORT which of them a datagram is for
 (SO_ATTACH_REUSEPORT_CBPF, socket(7)). The program has to know how many they are, and workers come and go: each counts
@@ -36,6 +36,13 @@ log = structlog.get_logger()
 
 def _load(offset: int) -> Instruction:
     return LOAD_WORD, 0, 0, NETWORK_HEADER + offset
+
+
+def share_port(sock: socket.socket) -> None:
+    """Let other workers bind the same address; of a TCP one, let a successor bind it at once."""
+    if sock.family != socket.AF_UNIX:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(sock.type == socket.SOCK_STREAM))
 
 
 def program(spread: Spread, workers: int) -> list[Instruction]:

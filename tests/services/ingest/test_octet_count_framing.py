@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.ingest.framing import MAX_PENDING, Framing
+from services.ingest.octet_count_framing import MAX_PENDING, Framing
 from shared.datagrams.batch import MAX_DATAGRAM
 
 Outcome = tuple[list[bytes], bool, bool]

@@ -8,7 +8,14 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from services.ingest.flow_sequence import MAX_GAP, MAX_HOLES, UPTIME_SLACK_MS, WINDOW, Exporters, Numbers
+from services.ingest.flow_sequence_gaps import (
+    MAX_GAP,
+    MAX_HOLES,
+    UPTIME_SLACK_MS,
+    WINDOW,
+    ExporterTracker,
+    SequenceTracker,
+)
 from shared.datagrams.batch import DatagramBatch, make_rows
 from shared.net.addresses import pack_address
 from shared.settings.model import Protocol
@@ -30,7 +37,7 @@ def batch_of(sent: Sequence[Sent], stride: int = 0) -> DatagramBatch:
 def observed(protocol: Protocol, sent: Sequence[Sent], cuts: Sequence[int] = (), stride: int = 0) -> Counter[str]:
     """What is counted when these come in batches that begin at `cuts`, and nothing follows."""
     account: Counter[str] = Counter()
-    exporters = Exporters(protocol, account)
+    exporters = ExporterTracker(protocol, account)
     edges = [0, *sorted({cut % (len(sent) + 1) for cut in cuts}), len(sent)]
     for start, stop in pairwise(edges):
         if start < stop:
@@ -172,15 +179,15 @@ class Reference:
 
 
 def followed(taken: Sequence[tuple[int, int, int, int, bool]], cuts: Sequence[int]) -> Counter[str]:
-    """What `Numbers` counts of (exporter, number, count, uptime, sure) each, in batches that begin at `cuts`."""
+    """What it counts of (exporter, number, count, uptime, sure) each, in batches that begin at `cuts`."""
     account: Counter[str] = Counter()
-    numbers = Numbers(3, account, "missed")
+    numbers = SequenceTracker(3, account, "missed")
     for start, stop in pairwise([0, *sorted({cut % (len(taken) + 1) for cut in cuts}), len(taken)]):
         batch = sorted(taken[start:stop], key=lambda each: each[0])
         if batch:
             slot, *columns = (np.array(column, np.int64) for column in zip(*batch, strict=True))
             first = np.append(True, slot[1:] != slot[:-1])
-            numbers.follow(slot[first], first, columns[0], columns[1], columns[2], columns[3].astype(bool))
+            numbers.track(slot[first], first, columns[0], columns[1], columns[2], columns[3].astype(bool))
     numbers.settle(at_once=True)
     return account
 
@@ -255,7 +262,7 @@ def test_arbitrary_bytes_are_counted(payloads: list[bytes], protocol: Protocol, 
     batch = batch_of(from_one(*payloads), stride)
     before = bytes(batch.payload)
     account: Counter[str] = Counter()
-    exporters = Exporters(protocol, account)
+    exporters = ExporterTracker(protocol, account)
     for _ in range(2):
         exporters.observe(batch)
     exporters.settle(at_once=True)
@@ -287,7 +294,7 @@ def test_header_that_does_not_fit_its_datagram_is_none(wrong: bytes) -> None:
 def test_gap_is_missed_a_moment_later() -> None:
     """What is missing counts when it has not come for a second; what fills the gap before is not missed."""
     account: Counter[str] = Counter()
-    exporters = Exporters("netflow", account)
+    exporters = ExporterTracker("netflow", account)
     exporters.observe(batch_of(from_one(*map(flows.netflow_v9, (1, 4)))))
     exporters.settle()
     assert account["exporter_missed"] == 0
@@ -322,7 +329,7 @@ def test_exporters_are_told_apart_by_what_they_say() -> None:
 def test_number_of_exporters_is_bounded() -> None:
     """The exporter that was silent for longest is forgotten for a new one, with what it misses counted."""
     account: Counter[str] = Counter()
-    exporters = Exporters("netflow", account, capacity=2)
+    exporters = ExporterTracker("netflow", account, capacity=2)
     for source_id, number in ((1, 1), (1, 4), (2, 1), (3, 1), (2, 3), (1, 900)):
         exporters.observe(batch_of(from_one(flows.netflow_v9(number, source_id=source_id))))
     exporters.settle(at_once=True)

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import pytest
 
 from services.broker.proxy import Proxy
-from services.ingest.reuseport import Spreader, program
+from services.ingest.reuseport_sharing import Spreader, program
 from tests.builders import BusEnds, kill_all, take
 from tests.stack import Stack, wait_until
 

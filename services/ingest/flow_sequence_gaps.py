@@ -1,7 +1,7 @@
 """What was lost before it came to us: exporters number what they send, and a gap in that is missing. No I/O.
 
-Columns of a receive call go in, counters come out; no datagram is changed, dropped or delayed. `Numbers` holds what
-every exporter gave last as arrays, and looks at one exporter by itself only where something is out of order.
+Columns of a receive call go in, counters come out; no datagram is changed, dropped or delayed. `SequenceTracker` holds
+what every exporter gave last as arrays, and looks at one exporter by itself only where something is out of order.
 
 Gaps count as missed a second or two later: what was only overtaken fills them until then. An exporter that falls back
 far, or says it has been up for less long than before, begins anew. Exporters are told apart by source address and what
@@ -55,7 +55,7 @@ class Hole:
     old: bool = False
 
 
-class Numbers:
+class SequenceTracker:
     """The numbers of up to `capacity` exporters, which are known by their slot: an array a fact, a row an exporter.
 
     `account` gets what was missed under `unit`. Numbers are counted on beyond 32 bits, so they never wrap here.
@@ -69,7 +69,7 @@ class Numbers:
         self._account = account
         self._unit = unit
 
-    def follow(
+    def track(
         self, slots: Integers, first: Mask, numbers: Integers, counts: Integers, uptime: Integers, sure: Mask
     ) -> None:
         """Take note of datagrams: of `slots` one after the other, each exporter's `first` one marked, in order.
@@ -171,14 +171,14 @@ class Numbers:
         self._known[slot] = NEW
 
 
-class Exporters:
+class ExporterTracker:
     """Follows the exporters of one stream of a protocol, and counts in the stream's account.
 
     `capacity` is at least the number of rows of a batch.
     """
 
     def __init__(self, protocol: Protocol, account: Counter[str], capacity: int = MAX_EXPORTERS) -> None:
-        self._kinds = [(kind.read, Numbers(capacity, account, kind.unit)) for kind in KINDS[protocol]]
+        self._kinds = [(kind.read, SequenceTracker(capacity, account, kind.unit)) for kind in KINDS[protocol]]
         self._account = account
         self._capacity = capacity
         self._slots: OrderedDict[bytes, int] = OrderedDict()
@@ -198,7 +198,7 @@ class Exporters:
         if strangers:
             self._account[NOT_FLOW] += strangers
 
-    def _follow(self, batch: DatagramBatch, headers: Headers, numbers: Numbers) -> None:
+    def _follow(self, batch: DatagramBatch, headers: Headers, numbers: SequenceTracker) -> None:
         order, first = self._arrange(headers.keys)
         slots = np.array(self._slots_of(headers.keys[order[first]]))
         counts, sure = headers.count, np.ones(len(order), bool)
@@ -212,7 +212,7 @@ class Exporters:
             number, counts, sure, anew = self._numbering.unify(slots, first, number, counts, sure)
             for slot in anew:
                 numbers.forget(slot)
-        numbers.follow(slots, first, number, counts, headers.uptime[order], sure)
+        numbers.track(slots, first, number, counts, headers.uptime[order], sure)
 
     def _arrange(self, keys: Words) -> tuple[Integers, Mask]:
         """Bring rows of one exporter together, in the order they have; return it, and where each exporter begins."""

@@ -4,7 +4,7 @@ from collections import Counter
 
 import numpy as np
 
-from services.ingest.flow_sequence import Exporters
+from services.ingest.flow_sequence_gaps import ExporterTracker
 from shared.bus.loans import LENT_SIZE, Loan, Pool
 from shared.bus.messages import Datagrams, datagrams_topic, inline_topic
 from shared.bus.zmq_sockets import Publisher
@@ -31,7 +31,7 @@ class StreamFeed:
         self.stream = stream
         self.topic = datagrams_topic(stream)
         self.account = account
-        self.exporters: Exporters | None = None
+        self.exporters: ExporterTracker | None = None
         """Who sends, by their own numbers; None: these are not looked at."""
         self.owes_mark = False
         self._protocol: Protocol | None = None
@@ -45,7 +45,7 @@ class StreamFeed:
         if protocol != self._protocol:
             if self.exporters:
                 self.exporters.settle(at_once=True)
-            self.exporters = Exporters(protocol, self.account) if protocol else None
+            self.exporters = ExporterTracker(protocol, self.account) if protocol else None
             self._protocol = protocol
 
     def receive(self, count: int, size: int) -> bool:

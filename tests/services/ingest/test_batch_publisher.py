@@ -1,7 +1,7 @@
 import signal
 from collections import Counter
 
-from services.ingest.stream_publisher import StreamFeed
+from services.ingest.batch_publisher import StreamFeed
 from shared.process.memory import Memory
 from tests.builders import BusEnds, freeze, take_mark, wait_wanted
 from tests.stack import Stack, wait_until
