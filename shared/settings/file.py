@@ -1,7 +1,6 @@
 """Settings read, from one TOML file and the environment, into one frozen object; and written as such a file.
 
-Every scalar can be overridden from the environment: `FANWIRE_GATEWAY__MAX_CLIENTS=500`, and inside a list by the
-entry's name: `FANWIRE_STREAM__MESSAGES__RECEIVE_BUFFER=1048576`.
+The environment overrides every scalar of a section: `FANWIRE_GATEWAY__MAX_CLIENTS=500`. Lists are for the file.
 """
 
 import os
@@ -109,37 +108,25 @@ def _toml(value: Any) -> str:
 def _override(found: dict[str, Any], variable: str, text: str) -> dict[str, Any]:
     """Return `found` with the scalar that an environment variable names set to its text, read as its type."""
     section, _, rest = variable.removeprefix("FANWIRE_").lower().partition("__")
-    declared = _fields(Settings).get(section)
-    if not rest and not section.startswith(tuple(_fields(Settings))):
+    sections = _fields(Settings)
+    if not rest and not section.startswith(tuple(sections)):
         return found  # somebody else's variable; a section with one underscore too few is a mistake
-    if declared is None or not rest:
-        raise SettingsError(f"{variable}: not a setting; expected FANWIRE_SECTION__KEY, sections {_known(Settings)}")
-    listed = bool(get_args(declared))
-    struct: type[Struct] = get_args(declared)[0] if listed else declared
-    shape: Any = list if listed else dict
-    default = msgspec.to_builtins(getattr(Settings(), f"{section}s")) if listed else {}
-    entries: Any = found.get(section, shape(default))
-    if not isinstance(entries, shape):
-        return found  # the file is wrong there, and is told so when it is converted
-    target, key = entries, rest
-    if listed:
-        name, _, key = rest.partition("__")
-        named = (entry for entry in entries if isinstance(entry, dict))
-        target = next((entry for entry in named if _as_variable(str(entry.get("name", ""))) == name), None)
-        if target is None:
-            raise SettingsError(f"{variable}: there is no {section} called {name!r}")
-    field_type = _fields(struct).get(key)
+    if section not in sections or not rest:
+        known = ", ".join(name for name, declared in sections.items() if not get_args(declared))
+        raise SettingsError(f"{variable}: not a setting; expected FANWIRE_SECTION__KEY, sections {known}")
+    if get_args(sections[section]):
+        raise SettingsError(f"{variable}: [[{section}]] is a list; set it in the settings file")
+    values = found.get(section, {})
+    if not isinstance(values, dict):
+        return found  # the file is wrong there, and is refused when it is converted
+    field_type = _fields(sections[section]).get(rest)
     if field_type is None:
-        raise SettingsError(f"{variable}: not a setting; [{section}] has {_known(struct)}")
+        raise SettingsError(f"{variable}: not a setting; [{section}] has {_known(sections[section])}")
     try:
-        target[key] = msgspec.to_builtins(msgspec.convert(text, field_type, strict=False))
+        value = msgspec.to_builtins(msgspec.convert(text, field_type, strict=False))
     except msgspec.ValidationError as error:
         raise SettingsError(f"{variable}: {error}") from None
-    return {**found, section: entries}
-
-
-def _as_variable(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "_", name.lower())
+    return {**found, section: {**values, rest: value}}
 
 
 def _fields(struct: type[Struct]) -> dict[str, Any]:

@@ -178,7 +178,7 @@ def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
 
 
 def test_environment_overrides_the_file(tmp_path: Path) -> None:
-    """A scalar of any section is read from its variable as the type it has; lists by the name of their entry."""
+    """A scalar of any section is read from its variable as the type it has."""
     found = read(
         tmp_path,
         FULL,
@@ -186,9 +186,6 @@ def test_environment_overrides_the_file(tmp_path: Path) -> None:
         FANWIRE_INGEST__FILL_MS="0.5",
         FANWIRE_FORWARDER__SEGMENTATION="false",
         FANWIRE_GATEWAY__MAX_CLIENTS="500",
-        FANWIRE_STREAM__NET_FLOW_V9__RECEIVE_BUFFER="1048576",
-        FANWIRE_STREAM__SYSLOG__REPLY="42",
-        FANWIRE_COLLECTOR__SIEM__PORT="1514",
         OTHER_VARIABLE="x",
         FANWIRE="x",
         FANWIRE_RUNTIME_DIR="somebody else's",
@@ -198,16 +195,12 @@ def test_environment_overrides_the_file(tmp_path: Path) -> None:
     assert found.ingest.tcp_idle_seconds == 5
     assert found.forwarder.segmentation is False
     assert found.gateway.max_clients == 500
-    assert [stream.receive_buffer for stream in found.streams] == [33_554_432, 1_048_576]
-    assert found.streams[0].reply == "42"
-    assert [collector.port for collector in found.collectors] == [1514, 9995]
 
 
-def test_environment_overrides_the_default_stream() -> None:
-    """Without a file an entry of the defaults can be overridden by its name."""
-    found = load(None, {"FANWIRE_STREAM__MESSAGES__RECEIVE_BUFFER": "1048576"})
-    assert found.streams[0].receive_buffer == 1_048_576
-    assert found.streams[0].listen == Settings().streams[0].listen
+def test_lists_are_for_the_file() -> None:
+    """A variable for an entry of a list is refused, the built-in stream's too: it would be left out in silence."""
+    variable = "FANWIRE_STREAM__MESSAGES__RECEIVE_BUFFER"
+    assert outcome(None, {variable: "1048576"}) == f"{variable}: [[stream]] is a list; set it in the settings file"
 
 
 @pytest.mark.parametrize(
@@ -223,10 +216,11 @@ def test_environment_overrides_the_default_stream() -> None:
         ("FANWIRE_BUS_HIGH_WATER_MARK", "1", "not a setting; expected FANWIRE_SECTION__KEY"),
         ("FANWIRE_BUS", "1", "not a setting; expected FANWIRE_SECTION__KEY"),
         ("FANWIRE_RADIO__COLOUR", "1", "not a setting; expected FANWIRE_SECTION__KEY"),
-        ("FANWIRE_STREAM__SYSLOG", "1", "not a setting; [stream] has name, listen"),
-        ("FANWIRE_STREAM__SYSLOG__COLOUR", "1", "not a setting; [stream] has name, listen"),
-        ("FANWIRE_STREAM__TRAPS__REPLY", "1", "there is no stream called 'traps'"),
-        ("FANWIRE_COLLECTOR__NOBODY__PORT", "1", "there is no collector called 'nobody'"),
+        ("FANWIRE_STREAM", "1", "not a setting; expected FANWIRE_SECTION__KEY"),
+        ("FANWIRE_STREAM__SYSLOG", "1", "[[stream]] is a list; set it in the settings file"),
+        ("FANWIRE_STREAM__SYSLOG__REPLY", "1", "[[stream]] is a list; set it in the settings file"),
+        ("FANWIRE_COLLECTOR__NOBODY__PORT", "1", "[[collector]] is a list; set it in the settings file"),
+        ("FANWIRE_TOKEN__ADMIN__HASH", "1", "[[token]] is a list; set it in the settings file"),
     ],
 )
 def test_bad_variable_is_one_line_that_names_it(tmp_path: Path, variable: str, value: str, expected: str) -> None:
@@ -238,7 +232,8 @@ def test_bad_variable_is_one_line_that_names_it(tmp_path: Path, variable: str, v
 
 def test_combination_made_by_a_variable_is_checked(tmp_path: Path) -> None:
     """A value that is right by itself and wrong together with the rest is refused."""
-    assert "is there twice" in refusal(tmp_path, FULL, FANWIRE_STREAM__SYSLOG__NAME="net-flow.v9")
+    text = STREAM + 'protocol = "netflow"\n'
+    assert '[ingest] spread is "datagram"' in refusal(tmp_path, text, FANWIRE_INGEST__SPREAD="datagram")
 
 
 @pytest.mark.parametrize(
@@ -311,7 +306,7 @@ def test_nan_is_no_number_of_seconds() -> None:
         load(None, {"FANWIRE_INGEST__FILL_MS": "nan"})
 
 
-def outcome(path: Path, environment: dict[str, str]) -> str:
+def outcome(path: Path | None, environment: dict[str, str]) -> str:
     """Why the settings are refused, "" when they are not."""
     try:
         load(path, environment)
