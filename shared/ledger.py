@@ -111,7 +111,7 @@ NO_MEMORY: Final = DROPPED + "memory"
 OVERSIZED: Final = DROPPED + "oversized"
 """Longer than 65,507 bytes, which an IPv4 datagram can't carry (ingest: TCP, AF_UNIX, and UDP over IPv6)."""
 CUT_OFF: Final = DROPPED + "cut_off"
-"""A TCP message that was not finished when its connection was reset or ended by us, or before its octet count."""
+"""A TCP message that was not finished when its connection ended, or stands behind one that is oversized."""
 BUFFER_FULL: Final = DROPPED + "buffer_full"
 """The send buffer was full: the collector's own, for longer or by more than may wait (forwarder), or that of its
 interface (transmitter)."""

@@ -1,4 +1,7 @@
-"""Where a message ends in a TCP stream: at a newline, at its octet count (RFC 6587, 3.4.1), or at close. No I/O."""
+"""Where a message ends in a TCP stream: by its octet count (RFC 6587, 3.4.1), at a newline or NUL (3.4.2), or at close.
+
+No I/O.
+"""
 
 import re
 from typing import Final
@@ -8,8 +11,9 @@ from shared.datagrams.batch import MAX_DATAGRAM
 OCTET_COUNT: Final = re.compile(rb"([1-9][0-9]{0,8}) <")
 """A count is one only before `<`, where a syslog message begins: a line of text may well begin with a number."""
 PERHAPS_COUNT: Final = re.compile(rb"[1-9][0-9]{0,8} ?")
-ANY_COUNT: Final = re.compile(rb"(?:\A|\n)[1-9][0-9]{0,8}(?: <| ?\Z)")
-"""Without a match every message in the buffer ends at a newline."""
+ANY_COUNT: Final = re.compile(rb"(?:\A|[\n\0])[1-9][0-9]{0,8}(?: <| ?\Z)")
+"""Without a match every message in the buffer ends at a newline or NUL."""
+END: Final = re.compile(rb"[\n\0]")
 MAX_PENDING: Final = MAX_DATAGRAM + len("999999999 \r")
 """Bytes that may wait for their end."""
 
@@ -17,12 +21,16 @@ MAX_PENDING: Final = MAX_DATAGRAM + len("999999999 \r")
 class Framing:
     """One connection's bytes, cut into messages of 1 to 65,507 bytes.
 
-    After a longer one `overlong` is set and nothing more is taken: what follows it can't be told apart from it.
+    After a longer one `overlong` is set and nothing more is cut: what follows it can't be told apart from it.
     """
 
     def __init__(self) -> None:
         self._buffer = bytearray()
         self.overlong = False
+        self.lost_bytes = 0
+        """Bytes of the overlong message, and of what was read behind it."""
+        self.lost_behind = 0
+        """Messages that were read behind it, as far as they can be told apart."""
 
     @property
     def unfinished(self) -> bool:
@@ -34,23 +42,26 @@ class Framing:
         if self.overlong:
             return []
         self._buffer += data
-        if b"\n" not in data and not self._buffer[:1].isdigit():
+        if not END.search(data) and not self._buffer[:1].isdigit():
             messages = []
         elif ANY_COUNT.search(self._buffer):
             messages = self._cut_counted()
         else:
             messages = self._cut_lines()
         self.overlong = self.overlong or len(self._buffer) > MAX_PENDING
+        self.lost_bytes += len(self._buffer) * self.overlong
         return messages
 
     def _cut_lines(self) -> list[bytes]:
-        """Cut at newlines alone: six times as fast as looking for a count before each message."""
-        *lines, rest = bytes(self._buffer).split(b"\n")
+        """Cut at newlines and NULs alone: six times as fast as looking for a count before each message."""
+        *lines, rest = bytes(self._buffer).replace(b"\0", b"\n").split(b"\n")
         self._buffer[:] = rest
         messages = [message for line in lines if (message := line.removesuffix(b"\r"))]
         for number, message in enumerate(messages):
             if len(message) > MAX_DATAGRAM:
                 self.overlong = True
+                self.lost_bytes = sum(map(len, messages[number:]))
+                self.lost_behind = len(messages) - number - 1 + bool(rest)
                 return messages[:number]
         return messages
 
@@ -59,6 +70,7 @@ class Framing:
         while not self.overlong and (found := self._next(at)) is not None:
             begin, end, at = found
             self.overlong = end - begin > MAX_DATAGRAM
+            at = begin if self.overlong else at
             if begin < end and not self.overlong:
                 messages.append(bytes(self._buffer[begin:end]))
         del self._buffer[:at]
@@ -72,16 +84,18 @@ class Framing:
             return (begin, begin + size, begin + size) if here else None
         if PERHAPS_COUNT.fullmatch(self._buffer, at):
             return None
-        newline = self._buffer.find(b"\n", at)
-        if newline < 0:
+        ending = END.search(self._buffer, at)
+        if ending is None:
             return None
-        end = newline - 1 if newline > at and self._buffer[newline - 1] == 0x0D else newline
-        return at, end, newline + 1
+        stop = ending.start()
+        end = stop - 1 if stop > at and self._buffer[stop - 1] == 0x0D else stop
+        return at, end, ending.end()
 
     def finish(self) -> list[bytes]:
-        """The sender has closed: return the message that ends with the stream, unless its octet count says more."""
+        """Return the message that ends with the stream, now that its sender has closed, unless its count says more."""
         if self.overlong or OCTET_COUNT.match(self._buffer):
             return []
         rest, self._buffer = bytes(self._buffer), bytearray()
         self.overlong = len(rest) > MAX_DATAGRAM
+        self.lost_bytes = len(rest) * self.overlong
         return [rest] if rest and not self.overlong else []

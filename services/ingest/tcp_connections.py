@@ -12,7 +12,7 @@ import structlog
 
 from services.ingest.batch_publisher import StreamFeed
 from services.ingest.octet_count_framing import Framing
-from shared.datagrams.batch import MAX_PAYLOAD, MAX_ROWS, make_rows
+from shared.datagrams.batch import MAX_DATAGRAM, MAX_PAYLOAD, MAX_ROWS, make_rows
 from shared.ledger import BYTES, CONNECTIONS_EXPIRED, CONNECTIONS_REFUSED, CUT_OFF, RECEIVED
 from shared.net.addresses import pack_address
 from shared.process.lifecycle import descriptor_limit
@@ -26,7 +26,12 @@ LEAVE_SECONDS: Final = 1.0
 ACCEPTS_AT_ONCE: Final = 64
 SPARE_DESCRIPTORS: Final = 128
 """Kept for listeners and the bus."""
-EXHAUSTED: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+NOBODY_WAITS: Final = (errno.EAGAIN, errno.EINTR, errno.ECONNABORTED, errno.EPROTO, errno.ENOPROTOOPT)
+"""What accept(2) says when there is no connection, or one was given up; anything else it would say again at once."""
+ENDED_BY_PEER: Final = (
+    *(errno.ECONNRESET, errno.ECONNREFUSED, errno.ETIMEDOUT, errno.EPIPE),
+    *(errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN),
+)
 
 Target = tuple[StreamFeed, Counter[str]]
 """Where a listening socket's messages go, and its own account."""
@@ -56,6 +61,7 @@ class ExporterConnection:
         self.ended = False
         self._framing = Framing()
         self._source, self._port = pack_address(peer[0].partition("%")[0]), peer[1]
+        self._peer = f"{peer[0]} port {peer[1]}"
 
     def read(self) -> bool:
         """Publish the messages that have come; return whether there may be more. Sets `ended` when there will not."""
@@ -63,8 +69,10 @@ class ExporterConnection:
             data = self.socket.recv(READ_SIZE)
         except BlockingIOError:
             return False
-        except OSError:  # reset: an unfinished message stays so
+        except OSError as error:  # reset: an unfinished message stays so
             self.ended = True
+            if error.errno not in ENDED_BY_PEER:
+                log.error("can't read a connection", stream=self.feed.stream, error=error.strerror, cause=error.errno)
             return False
         self.heard_at = time.monotonic()
         self._publish(self._framing.feed(data))
@@ -74,13 +82,22 @@ class ExporterConnection:
         return not self.ended
 
     def close(self) -> None:
-        """Close; what is unfinished, or was too long, is counted as dropped."""
-        self._account[RECEIVED] += self._framing.overlong or self._framing.unfinished
-        if self._framing.overlong:
-            self.feed.refuse_oversized(1)
-        elif self._framing.unfinished:
-            self.feed.account[RECEIVED] += 1
-            self.feed.account[CUT_OFF] += 1
+        """Close; what is unfinished, or too long, or stands behind that, is counted as dropped."""
+        overlong = self._framing.overlong
+        cut_off = self._framing.lost_behind if overlong else int(self._framing.unfinished)
+        self.feed.refuse_oversized(int(overlong))
+        self.feed.account[RECEIVED] += cut_off
+        self.feed.account[CUT_OFF] += cut_off
+        self._account[RECEIVED] += overlong + cut_off
+        if overlong:
+            log.warning(
+                f"connection closed: a message is longer than {MAX_DATAGRAM} bytes; "
+                "end messages with a newline or NUL, or send their octet counts (RFC 6587)",
+                stream=self.feed.stream,
+                peer=self._peer,
+                messages_lost=1 + cut_off,
+                bytes_lost=self._framing.lost_bytes,
+            )
         self.socket.close()
 
     def _publish(self, messages: list[bytes]) -> None:
@@ -144,12 +161,17 @@ class ExporterConnections:
         for _ in range(ACCEPTS_AT_ONCE):
             try:
                 sock, peer = listener.accept()
-            except OSError as error:  # nobody waits, or they gave up
-                if error.errno in EXHAUSTED:
+            except OSError as error:
+                if error.errno not in NOBODY_WAITS:
                     self._pause(listener, error)
                 return
             if len(self._open) >= self._limit:
                 feed.account[CONNECTIONS_REFUSED] += 1
+                log.warning(
+                    "connection refused: as many as allowed are open; raise [ingest] tcp_connections",
+                    stream=feed.stream,
+                    limit=self._limit,
+                )
                 sock.close()
                 continue
             sock.setblocking(False)
@@ -162,7 +184,8 @@ class ExporterConnections:
         """Accept again in a second: until then the listener would only wake us for nothing."""
         self._paused[listener] = self._listeners.pop(listener)
         self._selector.unregister(listener)
-        log.warning("can't accept connections", stream=self._paused[listener][0].stream, error=error.strerror)
+        stream = self._paused[listener][0].stream
+        log.warning("can't accept connections", stream=stream, error=error.strerror, cause=error.errno)
 
     def read_due(self) -> None:
         """Read connections that have something to say, in turn, as long as a turn may take."""

@@ -37,7 +37,16 @@ def counted(message: bytes) -> bytes:
         (b"\n\r\n\n", []),
         (b"\r\r\n", [b"\r"]),
         (b"a\rb\n", [b"a\rb"]),
-        (b"a\0b\n", [b"a\0b"]),
+        (b"a\0b\n", [b"a", b"b"]),
+        (b"<34>one\0<34>two\0", [b"<34>one", b"<34>two"]),
+        (
+            b'{"short_message":"one"}\0{"short_message":"two"}\0',
+            [b'{"short_message":"one"}', b'{"short_message":"two"}'],
+        ),
+        (b"one\n\0two\r\n\0\0", [b"one", b"two"]),
+        (b"one\0two", [b"one", b"two"]),
+        (b"7 <34>one\0<34>two\08 <34>four", [b"<34>one", b"<34>two", b"<34>four"]),
+        (counted(b"<34>one\0two\0") + b"three\0", [b"<34>one\0two\0", b"three"]),
         (counted(b"<34>one\ntwo") + counted(b"<13>\r\n"), [b"<34>one\ntwo", b"<13>\r\n"]),
         (counted(b"<34>one") + b"two\n" + counted(b"<35>three"), [b"<34>one", b"two", b"<35>three"]),
         (b"7 <34>one\n8 <34>four", [b"<34>one", b"<34>four"]),
@@ -56,7 +65,7 @@ def counted(message: bytes) -> bytes:
     ],
 )
 def test_messages_end_where_they_should(stream: bytes, messages: list[bytes]) -> None:
-    """A message ends at a newline, at its octet count, or at close; a number before anything but `<` is text."""
+    """A message ends at a newline or NUL, at its octet count, or at close; a number before anything but `<` is text."""
     assert messages_of(stream) == (messages, False, False)
 
 
@@ -69,9 +78,10 @@ def test_message_that_ends_before_its_count_is_cut_off(stream: bytes) -> None:
 @pytest.mark.parametrize(
     "stream",
     [
-        bytes(MAX_DATAGRAM) + b"\n",
-        bytes(MAX_DATAGRAM) + b"\r\n",
-        bytes(MAX_DATAGRAM),
+        b"x" * MAX_DATAGRAM + b"\n",
+        b"x" * MAX_DATAGRAM + b"\r\n",
+        b"x" * MAX_DATAGRAM + b"\0",
+        b"x" * MAX_DATAGRAM,
         counted(b"<" + bytes(MAX_DATAGRAM - 1)),
     ],
 )
@@ -81,18 +91,19 @@ def test_longest_message_is_whole(stream: bytes) -> None:
     assert len(message) == MAX_DATAGRAM
     assert not overlong
     assert not cut
-    ended = stream if stream[-1:] == b"\n" or stream[:1] == b"6" else stream + b"\n"
+    ended = stream if stream[-1:] in (b"\n", b"\0") or stream[:1] == b"6" else stream + b"\n"
     assert messages_of(ended, b"next")[0][1:] == [b"next"]
 
 
 @pytest.mark.parametrize(
     "stream",
     [
-        bytes(MAX_DATAGRAM + 1) + b"\n",
-        bytes(MAX_DATAGRAM + 1) + b"\r\n",
-        bytes(MAX_DATAGRAM + 1),
-        bytes(MAX_PENDING + 1),
-        bytes(1_000_000),
+        b"x" * (MAX_DATAGRAM + 1) + b"\n",
+        b"x" * (MAX_DATAGRAM + 1) + b"\r\n",
+        b"x" * (MAX_DATAGRAM + 1) + b"\0",
+        b"x" * (MAX_DATAGRAM + 1),
+        b"x" * (MAX_PENDING + 1),
+        b"x" * 1_000_000,
         b"65508 <",
         b"999999999 <34>one",
         b"65508 <" + bytes(65507),
@@ -103,21 +114,40 @@ def test_longer_message_ends_the_connection(stream: bytes) -> None:
     assert messages_of(b"one\n" + stream, b"\nnext\n") == ([b"one"], True, False)
 
 
+@pytest.mark.parametrize(
+    ("pieces", "lost_bytes", "lost_behind"),
+    [
+        ([b"one\n", b"x" * (MAX_DATAGRAM + 1), b"\n"], MAX_DATAGRAM + 1, 0),
+        ([b"x" * (MAX_DATAGRAM + 1) + b"\ntwo\nthree\0fo"], MAX_DATAGRAM + 1 + 8 + 2, 3),
+        ([b"x" * MAX_PENDING, b"x" * 100], MAX_PENDING + 100, 0),
+        ([b"65508 <34>one"], 7, 0),
+    ],
+)
+def test_what_an_overlong_message_costs_is_known(pieces: list[bytes], lost_bytes: int, lost_behind: int) -> None:
+    """Bytes and messages that are lost with an overlong message are counted, as far as they were read."""
+    framing = Framing()
+    for piece in pieces:
+        framing.feed(piece)
+    framing.finish()
+    assert (framing.overlong, framing.lost_bytes, framing.lost_behind) == (True, lost_bytes, lost_behind)
+
+
 def test_what_waits_for_its_end_is_bounded() -> None:
     """A connection that never ends a message is found overlong as soon as no message can come of it."""
     framing, fed = Framing(), 0
     while not framing.overlong:
-        assert framing.feed(bytes(1000)) == []
+        assert framing.feed(b"x" * 1000) == []
         fed += 1000
     assert fed <= MAX_PENDING + 1000
 
 
-lines = st.binary(min_size=1, max_size=30).filter(lambda line: b"\n" not in line and line[-1:] != b"\r")
+lines = st.binary(min_size=1, max_size=30).filter(lambda line: not {10, 0} & {*line} and line[-1:] != b"\r")
 texts = lines.filter(lambda line: not line[:1].isdigit())
 syslogs = st.binary(max_size=30).map(lambda rest: b"<34>" + rest)
 frames = st.one_of(
     texts.map(lambda text: (text + b"\n", text)),
     texts.map(lambda text: (text + b"\r\n", text)),
+    texts.map(lambda text: (text + b"\0", text)),
     syslogs.map(lambda text: (counted(text), text)),
 )
 
@@ -137,7 +167,7 @@ def test_messages_are_those_that_were_framed(framed: list[tuple[bytes, bytes]], 
 
 
 fragments = st.sampled_from(
-    [b"\n", b"\r", b"\r\n", b"1", b"12", b"7 ", b"3 <", b"<", b" ", b"0", b"99999999", b"Hello"]
+    [b"\n", b"\0", b"\r", b"\r\n", b"1", b"12", b"7 ", b"3 <", b"<", b" ", b"0", b"99999999", b"Hello"]
 )
 
 
@@ -160,6 +190,6 @@ def test_long_messages_are_the_same_however_they_are_split(
     sizes: list[tuple[int, bool]], at: list[int], ended: bool
 ) -> None:
     """Around the longest size too, what is taken does not depend on where a read ended."""
-    stream = b"".join(counted(b"<" + bytes(size)) if count else bytes(size) + b"\n" for size, count in sizes)
+    stream = b"".join(counted(b"<" + bytes(size)) if count else b"x" * size + b"\n" for size, count in sizes)
     stream = stream if ended else stream[:-1]
     assert messages_of(*split(stream, at)) == messages_of(stream)

@@ -265,12 +265,23 @@ def test_connection_with_many_messages_at_once(stack: Stack, bus: BusEnds) -> No
     assert [payload for _, _, payload in take_datagrams(subscriber, len(lines))] == lines
 
 
+@pytest.mark.parametrize("text", [b"<34>message %d", b'{"short_message":"%d"}', b"%d"])
+def test_messages_that_end_with_nul(stack: Stack, bus: BusEnds, text: bytes) -> None:
+    """Messages that end with NUL (RFC 6587, 3.4.2) all arrive, syslog, GELF or anything, however many a connection."""
+    stack.start("ingest")
+    subscriber = follow(bus)
+    sent = [text % number for number in range(3000)]
+    with connect() as connection:
+        connection.sendall(b"".join(message + b"\0" for message in sent))
+        assert [payload for _, _, payload in take_datagrams(subscriber, len(sent))] == sent
+
+
 def test_message_that_fits_no_datagram_ends_its_connection(stack: Stack, bus: BusEnds) -> None:
     """One too long is counted as oversized and its connection closed; one cut off before its count is counted so."""
     stack.start("ingest")
     subscriber = follow(bus)
     with connect() as connection:
-        connection.sendall(b"before\n" + bytes(MAX_DATAGRAM + 20))
+        connection.sendall(b"before\n" + b"x" * (MAX_DATAGRAM + 20))
         assert is_closed(connection)
     with connect() as connection:
         connection.sendall(b"99 <34>cut off")
@@ -278,6 +289,11 @@ def test_message_that_fits_no_datagram_ends_its_connection(stack: Stack, bus: Bu
     found = accounts_when(bus, "ingest.1", lambda accounts: accounts["stream/messages"].get("dropped_cut_off") == 1)
     assert found["stream/messages"]["dropped_oversized"] == 1
     assert found["stream/messages"]["received"] == 3
+    (line,) = [
+        line for line in stack["ingest"].log if line["event"].startswith("connection closed: a message is longer")
+    ]
+    assert (line["stream"], line["messages_lost"]) == ("messages", 1)
+    assert MAX_DATAGRAM < line["bytes_lost"] <= MAX_DATAGRAM + 20
 
 
 def test_connections_are_bounded(stack: Stack, bus: BusEnds) -> None:
