@@ -1,6 +1,6 @@
-"""A registry entry as processes hand it to each other, and the copy of the registry that a subscriber keeps."""
+"""A client of the registry: the copies it asked for, declared once, and its entry on the bus and in JSON."""
 
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from msgspec import Meta
@@ -9,31 +9,32 @@ from shared.net.addresses import pack_address, pack_network
 
 Source = Literal["relay", "original"]
 Trouble = Literal["unreachable", "refusing", "slow"]
-"""What can be wrong with a collector, gravest first: of several, the first is told."""
+"""Troubles of a collector, gravest first: of several, the first is reported."""
 HopLimit = Annotated[int, Meta(ge=1, le=255)]
 Dscp = Annotated[int, Meta(ge=0, le=63)]
 Generation = Annotated[int, Meta(ge=0, le=1 << 62)]
 """As far as numbers on the bus go, see `shared.bus.messages.MAX_NUMBER`."""
 Streams = Annotated[tuple[str, ...], Meta(max_length=64)]
+"""Of one client; with 64 prefixes beside them, 64 of the largest clients that sign up fit a bus message."""
 Prefixes = Annotated[tuple[str, ...], Meta(max_length=256)]
 """Of one client. Bounded, since readers check each: 64 of the largest clients fit a bus message, and take no time."""
+Group = Annotated[str, Meta(max_length=64)]
 ALL_STREAMS = "*"
 CHALLENGE_PREFIX: Final = b"fanwire-challenge "
 """Begins the datagram that asks whoever is at an address to prove it; the nonce follows."""
 
 
-class Client(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """One entry. With `streams` it is a collector and gets copies at `address`, `port`; without, a name on the list.
+class _Named(msgspec.Struct, frozen=True):
+    name: str
 
-    `generation` never repeats, so a late `renew` or `leave` can't touch a successor of the same name. `prefixes` are
-    CIDR texts (on the JSON side the field is called `from`); `sample` is the N of 1-in-N; members of one `group` share
-    a stream by hash of source address. `hop_limit` (IPv4: time to live) and `dscp` are those of every copy.
+
+class CopyTerms(_Named, frozen=True, kw_only=True):
+    """A client's name and the copies it asks for: the fields that the bus, JSON and settings have in common.
+
+    `prefixes` are CIDR texts; `sample` is the N of 1-in-N; members of one `group` share a stream by hash of source
+    address. `hop_limit` (IPv4: time to live) and `dscp` are those of every copy.
     """
 
-    name: str
-    generation: Generation
-    address: str
-    port: Annotated[int, Meta(ge=0, le=65_535)]
     streams: Streams = ()
     source: Source = "relay"
     prefixes: Prefixes = ()
@@ -41,6 +42,33 @@ class Client(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     group: str = ""
     hop_limit: HopLimit = 64
     dscp: Dscp = 0
+
+    @property
+    def terms(self) -> dict[str, Any]:
+        """The fields above by name, to make another of the structs that have them."""
+        return {field: getattr(self, field) for field in CopyTerms.__struct_fields__}
+
+
+class WrittenTerms(CopyTerms, frozen=True, kw_only=True):
+    """The same, as JSON and settings spell them: there `prefixes` is called `from`."""
+
+    prefixes: Prefixes = msgspec.field(default=(), name="from")
+    group: Group = ""
+
+
+DEFAULT_TERMS: Final = WrittenTerms("")
+"""The terms of a client that asks for nothing in particular."""
+
+
+class Client(CopyTerms, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One entry on the bus. With `streams` it is a collector and gets copies at `address`, `port`; else it is a name.
+
+    `generation` never repeats, so a late `renew` or `leave` can't touch a successor of the same name.
+    """
+
+    generation: Generation
+    address: str
+    port: Annotated[int, Meta(ge=0, le=65_535)]
 
     def __post_init__(self) -> None:
         if self.streams:  # who sends copies relies on it
@@ -51,3 +79,10 @@ class Client(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     def wants(self, stream: str) -> bool:
         """Whether copies of `stream` go to this client."""
         return stream in self.streams or ALL_STREAMS in self.streams
+
+
+class ListedClient(WrittenTerms, frozen=True):
+    """One entry in JSON, as the gateway shows it and its clients read it."""
+
+    address: str
+    port: int

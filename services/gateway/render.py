@@ -7,24 +7,14 @@ import msgspec
 from services.gateway.registry.condition import Word
 from services.gateway.registry.entry import Entry, Event
 from services.gateway.registry.registry import Registry
-from shared.client import Dscp, HopLimit, Source
+from shared.client import ListedClient
 
 _encode: Final = msgspec.json.Encoder().encode
 
 
-class View(msgspec.Struct, frozen=True, rename={"prefixes": "from"}):
+class View(ListedClient, frozen=True, kw_only=True):
     """An entry in full, as clients see it."""
 
-    name: str
-    address: str
-    port: int
-    streams: tuple[str, ...]
-    source: Source
-    prefixes: tuple[str, ...]
-    sample: int
-    group: str
-    hop_limit: HopLimit
-    dscp: Dscp
     generation: int
     expires_in: float | None
     health: Word
@@ -36,21 +26,14 @@ def view(registry: Registry, entry: Entry) -> View:
     """An entry as it is shown now, in the condition that it was last looked at."""
     client, condition = entry.client, entry.condition
     return View(
-        client.name,
-        client.address,
-        client.port,
-        client.streams,
-        client.source,
-        client.prefixes,
-        client.sample,
-        client.group,
-        client.hop_limit,
-        client.dscp,
-        client.generation,
-        registry.expires_in(entry),
-        condition.word,
-        registry.lasted(condition) if client.streams else None,
-        condition.count,
+        **client.terms,
+        address=client.address,
+        port=client.port,
+        generation=client.generation,
+        expires_in=registry.expires_in(entry),
+        health=condition.word,
+        health_since=registry.lasted(condition) if client.streams else None,
+        health_count=condition.count,
     )
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Final, Literal, get_args
 
 from msgspec import Meta, Struct, field
 
-from shared.client import ALL_STREAMS, Dscp, HopLimit, Prefixes, Source
+from shared.client import ALL_STREAMS, WrittenTerms
 from shared.net.addresses import Endpoint, pack_address, pack_network, parse_endpoint
 from shared.net.printable import printable
 
@@ -280,19 +280,13 @@ class Transmitter(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         return frozenset(map(parse_ethertype, self.ethertypes))
 
 
-class Collector(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Collector(WrittenTerms, frozen=True, forbid_unknown_fields=True):
     """A collector that can't sign itself up; the fields of `register`."""
 
     name: Annotated[str, Meta(min_length=1, max_length=255)]
     streams: Annotated[tuple[str, ...], Meta(min_length=1, max_length=64)]
     address: str
     port: Port
-    source: Source = "relay"
-    prefixes: Prefixes = field(default=(), name="from")
-    sample: Count = 1
-    group: Annotated[str, Meta(max_length=64)] = ""
-    hop_limit: HopLimit = 64
-    dscp: Dscp = 0
 
     def __post_init__(self) -> None:
         pack_address(self.address)

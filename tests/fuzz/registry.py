@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 from unittest import mock
 
 import structlog
@@ -201,4 +201,5 @@ def _genuine(*, beside: bool) -> tuple[bytes, bytes]:
 
 
 def _client(name: str) -> Client:
-    return Client(name, 0, "192.0.2.1", 9, ("messages",), "original", ("10.0.0.0/8",), 10, "g", 3, 46)
+    asked: dict[str, Any] = {"streams": ("messages",), "source": "original", "prefixes": ("10.0.0.0/8",), "sample": 10}
+    return Client(name, 0, "192.0.2.1", 9, **asked, group="g", hop_limit=3, dscp=46)

@@ -47,19 +47,11 @@ class Admission:
             self._check_destination(address)
         if request.streams:
             self._check_loop(address, port)
-        return Client(
-            name=request.name,
-            generation=0,
-            address=str(address),
-            port=port,
-            streams=tuple(dict.fromkeys(request.streams)),
-            source=request.source,
-            prefixes=tuple(_parse_prefix(prefix) for prefix in request.prefixes),
-            sample=request.sample,
-            group=request.group,
-            hop_limit=request.hop_limit,
-            dscp=request.dscp,
-        )
+        terms = request.terms | {
+            "streams": tuple(dict.fromkeys(request.streams)),
+            "prefixes": tuple(_parse_prefix(prefix) for prefix in request.prefixes),
+        }
+        return Client(**terms, generation=0, address=str(address), port=port)
 
     def proven(self, request: Register, visitor: Visitor) -> bool:
         """Whether the visitor may have copies sent where it says, or has to show first that they arrive there."""
@@ -75,19 +67,7 @@ class Admission:
         address = parse_address(collector.address)
         self._check_destination(address)
         self._check_loop(address, collector.port)
-        return Client(
-            name=collector.name,
-            generation=0,
-            address=str(address),
-            port=collector.port,
-            streams=collector.streams,
-            source=collector.source,
-            prefixes=collector.prefixes,
-            sample=collector.sample,
-            group=collector.group,
-            hop_limit=collector.hop_limit,
-            dscp=collector.dscp,
-        )
+        return Client(**collector.terms, generation=0, address=str(address), port=collector.port)
 
     def _check_destination(self, address: Address) -> None:
         check_destination(address)

@@ -7,8 +7,8 @@ from msgspec import Meta, Struct, field
 
 from shared.bus.frame_requests import check_frame, make_frame, parse_hex, parse_mac, sending_seconds
 from shared.bus.messages import MAX_FRAMES, MAX_INTERFACE, Number
-from shared.client import Dscp, HopLimit, Source
-from shared.settings.model import Count, Ethertype, Port, parse_ethertype
+from shared.client import WrittenTerms
+from shared.settings.model import Ethertype, Port, parse_ethertype
 
 MAX_ITEMS: Final = 64
 """Streams or prefixes in one `register`: keeps an entry small enough that 64 of them fit a bus message."""
@@ -62,21 +62,15 @@ class _Request(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, ta
     id: Id | None = None
 
 
-class Register(_Request, frozen=True, tag="register"):
-    """Signs up under a name; with `streams` as a collector."""
+class Register(WrittenTerms, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="op", tag="register"):
+    """Signs up under a name; with `streams` as a collector. Without `address`, copies go to the client's own."""
 
-    name: str
-    streams: Annotated[tuple[str, ...], Meta(max_length=MAX_ITEMS)] = ()
-    port: Port | None = None
-    address: Annotated[str, Meta(max_length=64)] | None = None
-    source: Source = "relay"
     prefixes: Annotated[tuple[Annotated[str, Meta(max_length=64)], ...], Meta(max_length=MAX_ITEMS)] = field(
         default=(), name="from"
     )
-    sample: Count = 1
-    group: Annotated[str, Meta(max_length=64)] = ""
-    hop_limit: HopLimit = 64
-    dscp: Dscp = 0
+    id: Id | None = None
+    address: Annotated[str, Meta(max_length=64)] | None = None
+    port: Port | None = None
     ttl: Annotated[float, Meta(ge=0, le=YEAR_SECONDS)] = 0.0
     hold: bool = False
     take_over: bool = False

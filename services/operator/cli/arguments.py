@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from services.operator.cli.numbers import parse_whole
 from shared.bus.messages import MAX_INTERFACE
+from shared.client import DEFAULT_TERMS, ListedClient
 from shared.net.addresses import pack_address, pack_network
 from shared.process.lifecycle import Parser, add_config_argument
 from shared.settings.model import Settings
@@ -72,27 +73,20 @@ def add_wishes(parser: Parser) -> None:
     parser.add_argument(
         "--address", type=address, metavar="ADDRESS", help="where the copies go; default: where we connect from"
     )
-    parser.add_argument("--source", choices=("relay", "original"), help="source address of the copies; default: relay")
+    parser.add_argument(
+        "--source", choices=("relay", "original"), help=f"source address of the copies; default: {DEFAULT_TERMS.source}"
+    )
     parser.add_argument(
         "--from", dest="prefixes", type=prefix, action="append", metavar="CIDR", help="only of these exporters"
     )
     parser.add_argument("--sample", type=int, metavar="N", help="one datagram in N")
     parser.add_argument("--group", metavar="GROUP", help="share the streams with the group, by hash of source address")
-    parser.add_argument("--hop-limit", type=whole(1, 255), metavar="N", help="of the copies (IPv4: TTL); default: 64")
-    parser.add_argument("--dscp", type=whole(0, 63), metavar="N", help="of the copies; default: 0")
+    hop_limit, dscp = (f"default: {default}" for default in (DEFAULT_TERMS.hop_limit, DEFAULT_TERMS.dscp))
+    parser.add_argument("--hop-limit", type=whole(1, 255), metavar="N", help=f"of the copies (IPv4: TTL); {hop_limit}")
+    parser.add_argument("--dscp", type=whole(0, 63), metavar="N", help=f"of the copies; {dscp}")
 
 
 def wishes(arguments: argparse.Namespace) -> dict[str, Any]:
     """The fields of a `register` request that were given; the registry knows the defaults."""
-    fields = {
-        "streams": arguments.streams,
-        "port": arguments.port,
-        "address": arguments.address,
-        "source": arguments.source,
-        "from": arguments.prefixes,
-        "sample": arguments.sample,
-        "group": arguments.group,
-        "hop_limit": arguments.hop_limit,
-        "dscp": arguments.dscp,
-    }
-    return {name: value for name, value in fields.items() if value is not None}
+    fields = zip(ListedClient.__struct_encode_fields__, ListedClient.__struct_fields__, strict=True)
+    return {key: value for key, field in fields if field != "name" and (value := getattr(arguments, field)) is not None}

@@ -8,6 +8,7 @@ from typing import Any, Final, Self, TypeVar
 
 import msgspec
 
+from shared.client import ListedClient
 from shared.net.addresses import Endpoint, SocketAddress, pack_address
 from shared.process.lifecycle import FAILED, NOT_PERMITTED, UNAVAILABLE, USAGE, OperatorError
 
@@ -15,22 +16,11 @@ T = TypeVar("T")
 CONNECT_SECONDS: Final = 3.0
 """Under the 4 s a drain may take: `collect` connects while it may be told to end."""
 READ_SIZE: Final = 1 << 18
-DEFAULT_HOP_LIMIT: Final = 64
 
 
-class Entry(msgspec.Struct, frozen=True):
-    """A client as the registry lists it. What a newer registry adds is passed over."""
+class Entry(ListedClient, frozen=True, kw_only=True):
+    """A client as the registry lists it. Fields that a newer registry adds are ignored."""
 
-    name: str
-    address: str
-    port: int
-    streams: tuple[str, ...] = ()
-    source: str = ""
-    prefixes: tuple[str, ...] = msgspec.field(default=(), name="from")
-    sample: int = 1
-    group: str = ""
-    hop_limit: int = DEFAULT_HOP_LIMIT
-    dscp: int = 0
     generation: int = 0
     expires_in: float | None = None
     health: str | None = None

@@ -12,7 +12,8 @@ from services.operator.cli.arguments import (
 )
 from services.operator.cli.tables import print_table
 from services.operator.client.gateway_options import access, add_gateway_arguments
-from services.operator.client.registry_client import DEFAULT_HOP_LIMIT, Entry, Registry
+from services.operator.client.registry_client import Entry, Registry
+from shared.client import DEFAULT_TERMS
 from shared.net.printable import printable
 from shared.process.lifecycle import FAILED, OK, OperatorError
 from shared.settings.model import Settings
@@ -69,7 +70,7 @@ def _row(entry: Entry) -> tuple[str | int | None, ...]:
         ", ".join(entry.prefixes),
         entry.sample if entry.sample > 1 else None,
         entry.group,
-        entry.hop_limit if entry.hop_limit != DEFAULT_HOP_LIMIT else None,
+        entry.hop_limit if entry.hop_limit != DEFAULT_TERMS.hop_limit else None,
         entry.dscp or None,
     )
     ends = (_expires(entry), _health(entry))
@@ -119,7 +120,7 @@ def describe(entry: Entry) -> str:
         line += f", from {', '.join(entry.prefixes)}" if entry.prefixes else ""
         line += f", 1 in {entry.sample}" if entry.sample > 1 else ""
         line += f", shared by group {entry.group}" if entry.group else ""
-        line += f", hop limit {entry.hop_limit}" if entry.hop_limit != DEFAULT_HOP_LIMIT else ""
+        line += f", hop limit {entry.hop_limit}" if entry.hop_limit != DEFAULT_TERMS.hop_limit else ""
         line += f", DSCP {entry.dscp}" if entry.dscp else ""
     return f"{line}; generation {entry.generation}, expires {_expires(entry) or 'never'}, health {entry.health}"
 

@@ -94,7 +94,7 @@ def test_a_word_that_changes_is_told_once(monkeypatch: pytest.MonkeyPatch) -> No
     reader = Reader()
     feed.watch(1, reader.push)
     for name in "abc":
-        registry.grant(Client(name, 0, "127.0.0.1", 9, ("messages",)), HERE, Origin.JSON)
+        registry.grant(Client(name, 0, "127.0.0.1", 9, streams=("messages",)), HERE, Origin.JSON)
     join(registry, "name")
     registry.serving["relay"].note_unanswered(registry.commit())
     feed.tell_health()

@@ -41,7 +41,7 @@ from shared.datagrams.batch import MAX_DATAGRAM, MAX_ROWS, DatagramBatch
 from tests.builders import heavy_bodies, make_batch
 
 CAUSES = {"malformed", "bad_version", "unknown_kind", "not_borrowed"}
-CLIENT = Client("a", 7, "192.0.2.9", 2055, ("messages",), prefixes=("192.0.2.0/24",), sample=3, group="g")
+CLIENT = Client("a", 7, "192.0.2.9", 2055, streams=("messages",), prefixes=("192.0.2.0/24",), sample=3, group="g")
 BODIES: dict[str, Body] = {
     "datagrams": Datagrams("messages", 1_700_000_000_000_000_000),
     "registry.snapshot": RegistrySnapshot(5, 0, 1, [CLIENT, Client("b", 8, "::1", 1)]),

@@ -269,7 +269,7 @@ def test_settings_that_can_not_be_kept_change_nothing() -> None:
             raise RequestError("unavailable", "no space")
 
     registry, broken = Table(keep=keep), False
-    a, b, c = (Client(name, 0, "10.0.0.1", 9, ("messages",)) for name in "abc")
+    a, b, c = (Client(name, 0, "10.0.0.1", 9, streams=("messages",)) for name in "abc")
     registry.configure([a, b])
     before, broken = registry.commit(), True
     with pytest.raises(RequestError):
@@ -351,7 +351,7 @@ def test_configured_collectors_are_those_of_the_settings(registry: Table) -> Non
     """New settings add, change and take away their own collectors; one that is the same is not touched."""
     registry.join("own")
     registry.join("b", ELSEWHERE)
-    a, b, c = (Client(name, 0, "10.0.0.1", 9, ("messages",)) for name in "abc")
+    a, b, c = (Client(name, 0, "10.0.0.1", 9, streams=("messages",)) for name in "abc")
     registry.configure([a, b])
     assert [event.kind for event in registry.take_events()] == ["joined", "joined", "joined", "changed"]
     revision = registry.commit()
@@ -392,7 +392,7 @@ def test_held_entry_outlives_a_restart_for_a_while(registry: Table) -> None:
 
 def collect(registry: Table, name: str, source: Source = "relay") -> Entry:
     """Enter a collector."""
-    return registry.grant(Client(name, 0, "127.0.0.1", 9, ("messages",), source), HERE, Origin.JSON)
+    return registry.grant(Client(name, 0, "127.0.0.1", 9, streams=("messages",), source=source), HERE, Origin.JSON)
 
 
 def test_health_follows_what_is_served(registry: Table) -> None:

@@ -2,6 +2,7 @@ import contextlib
 import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,7 +39,8 @@ def registry_on(store: Store) -> Registry:
 
 def join(registry: Registry, name: str, *, hold: bool = False) -> Entry:
     """Enter a collector with everything that one may have."""
-    client = Client(name, 0, "192.0.2.1", 9, ("a", "b"), "original", ("10.0.0.0/8",), 10, "é", 3, 46)
+    asked: dict[str, Any] = {"streams": ("a", "b"), "source": "original", "prefixes": ("10.0.0.0/8",), "sample": 10}
+    client = Client(name, 0, "192.0.2.1", 9, **asked, group="é", hop_limit=3, dscp=46)
     return registry.grant(client, HERE, Origin.JSON, ttl=5, hold=hold)
 
 

@@ -13,8 +13,8 @@ from shared.settings.model import Settings
 RAW: Accounts = {"transmitter": {"raw_sockets": 24}}
 HEARD: dict[str, Accounts] = {"broker.1": {}, "gateway.1": {}, "ingest.1": {}, "forwarder.1": {}, "transmitter.1": RAW}
 FINE = ServiceFacts(broker=True, accounts=HEARD, descriptors={"": 64, "gateway.1": 4160, "forwarder.1": 66})
-ORIGINAL = Entry("flows", "10.2.0.2", 9995, ("messages",), "original", health="ok")
-RELAY = Entry("siem", "10.2.0.2", 9514, ("messages",), "relay", health="ok")
+ORIGINAL = Entry("flows", "10.2.0.2", 9995, streams=("messages",), source="original", health="ok")
+RELAY = Entry("siem", "10.2.0.2", 9514, streams=("messages",), source="relay", health="ok")
 DENIED = RawSocketFacts(errno.EPERM)
 
 
@@ -80,7 +80,7 @@ def test_without_anybody_who_asks_for_it_raw_sockets_are_no_error() -> None:
 
 def test_a_collector_whose_copies_nobody_vouches_for() -> None:
     """One whose health is `waiting` is named."""
-    waiting = Entry("late", "10.2.0.2", 9, ("messages",), "relay", health="waiting")
+    waiting = Entry("late", "10.2.0.2", 9, streams=("messages",), source="relay", health="waiting")
     (found,) = [each for each in check(FINE, waiting) if each.level == "error"]
     assert (found.name, found.subject) == ("copies", "late")
 
