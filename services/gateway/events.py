@@ -20,7 +20,7 @@ Push = Callable[[bytes], None]
 """Takes whole lines that answer no request."""
 
 
-class Feed:
+class EventFeed:
     """The registry's events to everybody who watches, each rendered once."""
 
     def __init__(
@@ -38,18 +38,18 @@ class Feed:
     def __len__(self) -> int:
         return len(self._watchers)
 
-    def watch(self, visitor: int, push: Push) -> None:
-        """Push what happens from now on to this visitor."""
+    def watch(self, peer: int, push: Push) -> None:
+        """Push what happens from now on to this peer."""
         self.flush()
-        self._watchers[visitor] = push
+        self._watchers[peer] = push
 
-    def watches(self, visitor: int) -> bool:
-        """Whether this visitor watches."""
-        return visitor in self._watchers
+    def watches(self, peer: int) -> bool:
+        """Whether this peer watches."""
+        return peer in self._watchers
 
-    def leave(self, visitor: int) -> None:
-        """Push nothing more to this visitor."""
-        self._watchers.pop(visitor, None)
+    def leave(self, peer: int) -> None:
+        """Push nothing more to this peer."""
+        self._watchers.pop(peer, None)
 
     def since(self, revision: int) -> bytes | None:
         """The lines of all events after `revision`; None when they are not known any more, or not yet."""
@@ -60,18 +60,18 @@ class Feed:
 
     def flush(self) -> None:
         """Push what has happened since the last time."""
-        events = self._registry.take_events()
+        events = self._registry.pop_events()
         if not events:
             return
         lines = [self._render(event) for event in events]
         self._remember(events, lines)
         self._push(lines)
 
-    def tell_health(self) -> None:
+    def push_health(self) -> None:
         """Push what has become of collectors since the last time; it is no change of the list, and not kept."""
-        self._registry.look_at_all()
+        self._registry.refresh_conditions()
         self.flush()  # that a collector has joined comes first
-        changed = self._registry.take_word_changed(TOLD_AT_ONCE)
+        changed = self._registry.pop_changed_words(TOLD_AT_ONCE)
         if changed and self._watchers:
             self._push([self._render_health(entry) for entry in changed])
 

@@ -7,31 +7,31 @@ from typing import Final, Protocol
 
 import msgspec
 
-from services.gateway.admission.address_proof import Challenges
+from services.gateway.admission.address_proof import AddressProofs
 from services.gateway.admission.destinations import Admission
-from services.gateway.admission.peer import Visitor
-from services.gateway.admission.rights import Permissions
+from services.gateway.admission.peer import Peer
+from services.gateway.admission.rights import Tokens
 from services.gateway.counters import CROSS_PROTOCOL, REFUSED, REQUESTS, TOO_SLOW, WRONG_TOKENS
-from services.gateway.events import Feed, Push
+from services.gateway.events import EventFeed, Push
 from services.gateway.protocol.requests import (
     Auth,
     Confirm,
     Id,
     Leave,
-    List,
-    Name,
+    ListClients,
+    ListStreams,
     Register,
     Renew,
     Request,
     RequestError,
-    Streams,
+    SignUp,
     Transmit,
-    Watch,
+    WatchClients,
     no_transmitter,
 )
 from services.gateway.registry.entry import Entry, Origin
 from services.gateway.registry.registry import Registry
-from services.gateway.render import json_line, view
+from services.gateway.render import json_line, show_client
 from shared.client import Client, Source
 from shared.settings.model import Settings
 
@@ -48,7 +48,7 @@ _encode: Final = msgspec.json.Encoder().encode
 
 
 class Announces(Protocol):
-    """What the desk needs of the bus."""
+    """What the handler needs of the bus."""
 
     def wake(self) -> None:
         """The registry has changed: tell the bus soon."""
@@ -60,7 +60,7 @@ class Announces(Protocol):
         """Call `finished` once copies flow to all collectors of `source`, or nobody said so in time."""
 
 
-class Desk:
+class Handler:
     """Takes one request at a time from each connection and hands its answer to `reply`, now or later."""
 
     def __init__(
@@ -68,14 +68,14 @@ class Desk:
         settings: Settings,
         registry: Registry,
         admission: Admission,
-        challenges: Challenges,
+        challenges: AddressProofs,
         announcer: Announces,
-        feed: Feed,
+        feed: EventFeed,
         have_sent: HaveSent,
         clock: Callable[[], float],
-        permissions: Permissions,
+        tokens: Tokens,
     ) -> None:
-        self.permissions = permissions
+        self.tokens = tokens
         self.counters: Counter[str] = Counter()
         self._lease_seconds = settings.gateway.lease_seconds
         self.follow(settings, admission)
@@ -96,37 +96,37 @@ class Desk:
         self._streams = {stream.name: {"listen": stream.listen} for stream in settings.streams}
         self._admission = admission
 
-    def answer(self, request: Request, visitor: Visitor, reply: Callable[[Answer], None]) -> None:
+    def answer(self, request: Request, peer: Peer, reply: Callable[[Answer], None]) -> None:
         """Do what `request` says; `RequestError` when it can't be granted."""
         self.counters[REQUESTS] += 1
-        visitor.rights.check(request)
-        if isinstance(request, Name):
-            reply(self._sign_up(request, visitor))
+        peer.rights.check(request)
+        if isinstance(request, SignUp):
+            reply(self._sign_up(request, peer))
         elif isinstance(request, Register):
-            self._register(request, visitor, reply)
+            self._register(request, peer, reply)
         elif isinstance(request, Transmit):
             self._transmit(request, reply)
-        elif isinstance(request, Watch):
-            self._watch(request, visitor, reply)
+        elif isinstance(request, WatchClients):
+            self._watch(request, peer, reply)
         elif isinstance(request, Confirm):
-            self._confirm(request, visitor, reply)
+            self._confirm(request, peer, reply)
         elif isinstance(request, Auth):
-            reply(self._show_rights(request, visitor))
+            reply(self._show_rights(request, peer))
         else:
-            reply(self._operate(request, visitor))
+            reply(self._operate(request, peer))
         if not isinstance(request, Renew):  # which is most of what is asked, and nothing that others are told
             self._announcer.wake()
 
-    def authenticate(self, request: Auth, visitor: Visitor) -> Visitor:
-        """Return the visitor with the rights that its token gives; `RequestError` when it gives none."""
-        if visitor.rights.holder:
-            raise RequestError("not_permitted", f"this connection is {visitor.rights.holder!r} already; open another")
+    def authenticate(self, request: Auth, peer: Peer) -> Peer:
+        """Return the peer with the rights that its token gives; `RequestError` when it gives none."""
+        if peer.rights.holder:
+            raise RequestError("not_permitted", f"this connection is {peer.rights.holder!r} already; open another")
         try:
-            return replace(visitor, rights=self.permissions.of_token(request.token))
+            return replace(peer, rights=self.tokens.of_token(request.token))
         except RequestError as refused:
             self.counters[WRONG_TOKENS] += 1
-            self._wrong_tokens[visitor.id] += 1
-            refused.closes = self._wrong_tokens[visitor.id] >= MAX_WRONG_TOKENS
+            self._wrong_tokens[peer.id] += 1
+            refused.closes = self._wrong_tokens[peer.id] >= MAX_WRONG_TOKENS
             raise
 
     def refuse(self, refused: RequestError, id: Id | None = None) -> Answer:
@@ -145,80 +145,80 @@ class Desk:
             message="you read more slowly than the list changes; watch again from the last revision that you have",
         )
 
-    def stays(self, visitor: Visitor) -> bool:
-        """Whether the visitor's connection is of use though nothing comes by it: it holds an entry, or watches."""
-        return self._registry.holds_any(visitor) or self._feed.watches(visitor.id)
+    def stays(self, peer: Peer) -> bool:
+        """Whether the peer's connection is of use though nothing comes by it: it holds an entry, or watches."""
+        return self._registry.holds_any(peer) or self._feed.watches(peer.id)
 
-    def arrive(self, visitor: Visitor, push: Push) -> None:
-        """A visitor is there, and may be told what it did not ask for."""
-        self._present[visitor.id] = push
+    def arrive(self, peer: Peer, push: Push) -> None:
+        """A peer is there, and may be told what it did not ask for."""
+        self._present[peer.id] = push
 
-    def depart(self, visitor: Visitor, *, by_us: bool) -> None:
-        """The visitor's connection is gone, and with it the entries it held, unless it is we who go."""
-        self._present.pop(visitor.id, None)
-        self._wrong_tokens.pop(visitor.id, None)
-        self._feed.leave(visitor.id)
+    def depart(self, peer: Peer, *, by_us: bool) -> None:
+        """The peer's connection is gone, and with it the entries it held, unless it is we who go."""
+        self._present.pop(peer.id, None)
+        self._wrong_tokens.pop(peer.id, None)
+        self._feed.leave(peer.id)
         if not by_us:
-            self._registry.release_held(visitor)
+            self._registry.release_held(peer)
         self._announcer.wake()
 
-    def _sign_up(self, request: Name, visitor: Visitor) -> Answer:
-        client = Client(request.name, 0, visitor.address, visitor.port)
-        self._registry.grant(client, visitor, Origin.NAMES, ttl=self._lease_seconds)
+    def _sign_up(self, request: SignUp, peer: Peer) -> Answer:
+        client = Client(request.name, 0, peer.address, peer.port)
+        self._registry.grant(client, peer, Origin.NAMES, ttl=self._lease_seconds)
         return self._registry.names.render()
 
-    def _register(self, request: Register, visitor: Visitor, reply: Callable[[Answer], None]) -> None:
-        client = self._admission.admit(request, visitor)
-        if not (self._admission.proven(request, visitor) or self._proven_before(client, visitor)):
+    def _register(self, request: Register, peer: Peer, reply: Callable[[Answer], None]) -> None:
+        client = self._admission.admit(request, peer)
+        if not (self._admission.proven(request, peer) or self._proven_before(client, peer)):
             raise self._challenges.challenge(request, client.address)
-        self._enter(request, client, visitor, reply)
+        self._enter(request, client, peer, reply)
 
-    def _proven_before(self, client: Client, visitor: Visitor) -> bool:
+    def _proven_before(self, client: Client, peer: Peer) -> bool:
         """Whether the entry that this one replaces goes to the same place, on behalf of the same host."""
         present = self._registry.find(client.name)
         return (
             present is not None
             and present.origin is Origin.JSON
-            and present.visitor.address == visitor.address
+            and present.peer.address == peer.address
             and (present.client.address, present.client.port) == (client.address, client.port)
         )
 
-    def _confirm(self, request: Confirm, visitor: Visitor, reply: Callable[[Answer], None]) -> None:
+    def _confirm(self, request: Confirm, peer: Peer, reply: Callable[[Answer], None]) -> None:
         wish = self._challenges.confirm(request.name, request.nonce)
-        self._enter(msgspec.structs.replace(wish, id=request.id), self._admission.admit(wish, visitor), visitor, reply)
+        self._enter(msgspec.structs.replace(wish, id=request.id), self._admission.admit(wish, peer), peer, reply)
 
-    def _enter(self, request: Register, client: Client, visitor: Visitor, reply: Callable[[Answer], None]) -> None:
+    def _enter(self, request: Register, client: Client, peer: Peer, reply: Callable[[Answer], None]) -> None:
         if client.source == "original" and not self._announcer.sends("original"):
             raise no_transmitter()
         loser = self._registry.find(client.name)
         entry = self._registry.grant(
-            client, visitor, Origin.JSON, ttl=request.ttl, hold=request.hold, take_over=request.take_over
+            client, peer, Origin.JSON, ttl=request.ttl, hold=request.hold, take_over=request.take_over
         )
 
-        if loser is not None and loser.visitor.id != visitor.id:
-            self._tell_loser(loser, visitor)
+        if loser is not None and loser.peer.id != peer.id:
+            self._tell_loser(loser, peer)
 
         def finished() -> None:
-            self._registry.look(entry)
-            reply(_succeed(request.id, client=view(self._registry, entry)))
+            self._registry.refresh_condition(entry)
+            reply(_succeed(request.id, client=show_client(self._registry, entry)))
 
         if entry.client.streams:
             self._announcer.ask_served(client.source, finished)
         else:
             finished()
 
-    def _tell_loser(self, loser: Entry, visitor: Visitor) -> None:
-        push = self._present.get(loser.visitor.id)
+    def _tell_loser(self, loser: Entry, peer: Peer) -> None:
+        push = self._present.get(loser.peer.id)
         if push is not None and loser.origin is Origin.JSON:
             client = loser.client
-            why = f"{client.name!r} was taken over from {visitor}"
+            why = f"{client.name!r} was taken over from {peer}"
             push(json_line(event="taken_over", name=client.name, generation=client.generation, message=why))
 
-    def _watch(self, request: Watch, visitor: Visitor, reply: Callable[[Answer], None]) -> None:
-        self._feed.leave(visitor.id)  # who watches already gets what is not pushed yet with the answer, and not twice
-        self._feed.tell_health()  # to those who were there before: what it is now is in the answer
+    def _watch(self, request: WatchClients, peer: Peer, reply: Callable[[Answer], None]) -> None:
+        self._feed.leave(peer.id)  # who watches already gets what is not pushed yet with the answer, and not twice
+        self._feed.push_health()  # to those who were there before: what it is now is in the answer
         missed = None if request.revision is None else self._feed.since(request.revision)
-        self._feed.watch(visitor.id, self._present[visitor.id])
+        self._feed.watch(peer.id, self._present[peer.id])
         if missed is None:
             reply([_head(request.id), b',"clients":', *self._list()])
         else:
@@ -233,29 +233,29 @@ class Desk:
 
         self._have_sent(request, finished)
 
-    def _show_rights(self, request: Auth, visitor: Visitor) -> Answer:
-        rights = visitor.rights
+    def _show_rights(self, request: Auth, peer: Peer) -> Answer:
+        rights = peer.rights
         return _succeed(request.id, holder=rights.holder, scopes=sorted(rights.scopes), streams=rights.streams)
 
-    def _operate(self, request: Renew | Leave | List | Streams, visitor: Visitor) -> Answer:
+    def _operate(self, request: Renew | Leave | ListClients | ListStreams, peer: Peer) -> Answer:
         match request:
             case Renew():
-                entry = self._registry.renew(request.name, request.generation, visitor)
+                entry = self._registry.renew(request.name, request.generation, peer)
                 return _succeed(request.id, expires_in=self._registry.expires_in(entry))
             case Leave():
-                self._registry.release(request.name, request.generation, visitor)
+                self._registry.release(request.name, request.generation, peer)
                 return _succeed(request.id)
-            case List():
+            case ListClients():
                 return [_head(request.id), b',"clients":', *self._list()]
-            case Streams():
+            case ListStreams():
                 return _succeed(request.id, streams=self._streams)
 
     def _list(self) -> Answer:
         version, now = self._registry.version(), self._clock()
         ages = self._registry.leased or self._registry.collectors
         if version != self._listing_version or (ages and now >= self._listing_until):
-            self._registry.look_at_all()
-            clients = {entry.client.name: view(self._registry, entry) for entry in self._registry.entries()}
+            self._registry.refresh_conditions()
+            clients = {entry.client.name: show_client(self._registry, entry) for entry in self._registry.entries()}
             self._listing = _encode(clients)
             self._listing_version, self._listing_until = version, now + LISTING_SECONDS
         return [self._listing, b',"revision":%d}\n' % version[0]]

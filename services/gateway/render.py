@@ -22,7 +22,7 @@ class View(ListedClient, frozen=True, kw_only=True):
     health_count: int
 
 
-def view(registry: Registry, entry: Entry) -> View:
+def show_client(registry: Registry, entry: Entry) -> View:
     """An entry as it is shown now, in the condition that it was last looked at."""
     client, condition = entry.client, entry.condition
     return View(
@@ -41,7 +41,7 @@ def event_line(registry: Registry, event: Event) -> bytes:
     """A change of the registry, as watchers get it."""
     client = event.entry.client
     if event.kind in ("joined", "changed"):
-        return json_line(event=event.kind, revision=event.revision, client=view(registry, event.entry))
+        return json_line(event=event.kind, revision=event.revision, client=show_client(registry, event.entry))
     return json_line(event=event.kind, revision=event.revision, name=client.name, generation=client.generation)
 
 

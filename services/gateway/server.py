@@ -11,22 +11,22 @@ from typing import Any, Final
 
 import structlog
 
-from services.gateway.admission.address_proof import Challenges
+from services.gateway.admission.address_proof import AddressProofs
 from services.gateway.admission.destinations import Admission
-from services.gateway.admission.rights import Permissions
-from services.gateway.admission.tokens import read_tokens
+from services.gateway.admission.rights import Tokens
+from services.gateway.admission.tokens_file import read_tokens
 from services.gateway.bus.announcer import Announcer
 from services.gateway.bus.transmissions import Transmissions
 from services.gateway.counters import ACCOUNT, BUS_REJECTED, CLIENTS, COLLECTORS, CONNECTIONS, PRESERVING, WATCHERS
-from services.gateway.events import Feed
-from services.gateway.handler import Desk
+from services.gateway.events import EventFeed
+from services.gateway.handler import Handler
 from services.gateway.protocol.requests import RequestError
 from services.gateway.registry.registry import Registry
 from services.gateway.registry.store import Store
 from services.gateway.render import event_line, health_line
 from services.gateway.transport.connection import AT_ONCE, Connection, Connections
 from services.gateway.transport.listeners import BACKLOG, Listener, is_broadcast, is_local, listening, send_datagram
-from services.gateway.transport.tls import Handshakes, check_listener, make_context
+from services.gateway.transport.tls import TlsAcceptor, check_listener, make_context
 from shared.bus.endpoint import open_link, queue_limit
 from shared.bus.zmq_sockets import Publisher, Requests, Subscriber, new_context, prepare_directory
 from shared.ledger import Accounts
@@ -60,9 +60,9 @@ def serve(settings: Settings, lifecycle: Lifecycle) -> None:
     """Serve until told to drain."""
     print("Starting server...", flush=True)  # as the documented server does
     bus = settings.bus
-    tokens = read_tokens(settings)
+    declared = read_tokens(settings)
     secure = any(endpoint.scheme == "tls" for endpoint in settings.gateway.endpoints)
-    tls = make_context(settings.gateway, tokens) if secure else None
+    tls = make_context(settings.gateway, declared) if secure else None
     link, name = open_link(bus, "gateway"), worker_name("gateway")
     memory = Memory(settings.gateway.memory, "[gateway] memory")
     mark = queue_limit(bus.high_water_mark, memory.ceiling)
@@ -74,8 +74,8 @@ def serve(settings: Settings, lifecycle: Lifecycle) -> None:
         contextlib.closing(Subscriber(context, bus.path, mark, link)) as subscriber,
     ):
         for listener in listeners:
-            check_listener(listener, tokens)
-        permissions = Permissions(tokens, names_beyond_loopback=settings.gateway.names_beyond_loopback)
+            check_listener(listener, declared)
+        tokens = Tokens(declared, names_beyond_loopback=settings.gateway.names_beyond_loopback)
         registry = Registry(
             settings.gateway.max_clients,
             _boot_time,
@@ -87,7 +87,7 @@ def serve(settings: Settings, lifecycle: Lifecycle) -> None:
         registry.restore(store.entries, store.revision)
         admission = _admission(settings)
         _enter_configured(settings, admission, registry)
-        server = _Server(settings, lifecycle, registry, admission, permissions, publisher, subscriber, memory)
+        server = _Server(settings, lifecycle, registry, admission, tokens, publisher, subscriber, memory)
         asyncio.run(server.run(listeners, tls))
 
 
@@ -144,7 +144,7 @@ class _Server:
     lifecycle: Lifecycle
     registry: Registry
     admission: Admission
-    permissions: Permissions
+    tokens: Tokens
     publisher: Publisher
     subscriber: Subscriber
     memory: Memory
@@ -157,7 +157,9 @@ class _Server:
         settings = self.settings.gateway
         requests = Requests(self.publisher.sender, self.publisher.boot)
         transmissions = Transmissions(self.publisher, requests, allowed=settings.allow_transmit)
-        self._feed = feed = Feed(self.registry, partial(event_line, self.registry), partial(health_line, self.registry))
+        self._feed = feed = EventFeed(
+            self.registry, partial(event_line, self.registry), partial(health_line, self.registry)
+        )
         self._announcer = Announcer(
             self.publisher,
             self.subscriber,
@@ -168,8 +170,8 @@ class _Server:
             loop.call_later,
             self.memory,
         )
-        challenges = Challenges(send_datagram, _boot_time)
-        self._desk = Desk(
+        challenges = AddressProofs(send_datagram, _boot_time)
+        self._handler = Handler(
             self.settings,
             self.registry,
             self.admission,
@@ -178,16 +180,16 @@ class _Server:
             feed,
             transmissions.begin,
             _boot_time,
-            self.permissions,
+            self.tokens,
         )
         limit = min(settings.max_connections, descriptor_limit() - SPARE_DESCRIPTORS)
-        self._connections = Connections(self._desk, settings, limit, self.memory)
+        self._connections = Connections(self._handler, settings, limit, self.memory)
         self._reload = Reload(self.publisher.sender, self.lifecycle, self.settings, self._follow)
         self._stopped = asyncio.Event()
         for source, act in (
             (self.lifecycle, self._heed),
             (self.publisher, self._announcer.flush),
-            (self.subscriber, self._announcer.take_messages),
+            (self.subscriber, self._announcer.receive_messages),
         ):
             loop.add_reader(source.fileno(), act)
         servers = [  # on duplicates, which the loop closes: ours tell their paths until they are removed
@@ -197,7 +199,7 @@ class _Server:
         ]
         for listener in listeners:
             listener.sock.listen(BACKLOG)  # asyncio knows one number for what waits and what it accepts in one go
-        handshakes = Handshakes(self._connections, tls) if tls else None
+        handshakes = TlsAcceptor(self._connections, tls) if tls else None
         for listener in listeners:
             if handshakes and listener.secure:
                 handshakes.serve(listener)
@@ -225,7 +227,7 @@ class _Server:
         except RequestError as error:
             raise OperatorError(FAILED, str(error)) from None
         self.admission = admission
-        self._desk.follow(settings, admission)
+        self._handler.follow(settings, admission)
         self._announcer.wake()
 
     async def _tick_until_stopped(self) -> None:
@@ -249,7 +251,7 @@ class _Server:
 
     def _accounts(self) -> Accounts:
         account = {
-            **self._desk.counters,
+            **self._handler.counters,
             CLIENTS: len(self.registry),
             COLLECTORS: self.registry.collectors,
             WATCHERS: len(self._feed),

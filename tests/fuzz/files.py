@@ -13,8 +13,8 @@ from unittest import mock
 
 import zmq.utils.z85
 
-from services.gateway.admission.rights import Permissions
-from services.gateway.admission.tokens import read_tokens
+from services.gateway.admission.rights import Tokens
+from services.gateway.admission.tokens_file import read_tokens
 from services.gateway.protocol.requests import RequestError
 from services.operator.importing import command as importing
 from shared.bus.curve_keys import ROLES, load_keys, load_roles
@@ -77,12 +77,12 @@ def tokens(data: bytes) -> None:
             check_line(error)
             return
         assert load(path, {}).tokens == found
-    permissions = Permissions(found)
+    tokens = Tokens(found)
     for token in found:
         if token.certificate is not None:
-            assert permissions.of_certificate(token.certificate).holder == token.name
+            assert tokens.of_certificate(token.certificate).holder == token.name
     try:
-        permissions.of_token(data.decode())
+        tokens.of_token(data.decode())
     except RequestError as refused:
         assert refused.error == "not_permitted"
     else:

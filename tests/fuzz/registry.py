@@ -12,9 +12,9 @@ from unittest import mock
 import structlog
 
 from services.gateway.admission.destinations import Admission
-from services.gateway.admission.peer import Visitor
+from services.gateway.admission.peer import Peer
 from services.gateway.protocol.decoder import Decoder
-from services.gateway.protocol.requests import Name, Register, RequestError
+from services.gateway.protocol.requests import Register, RequestError, SignUp
 from services.gateway.registry import registry, store
 from services.gateway.registry.entry import Origin
 from services.gateway.registry.store import Store
@@ -33,7 +33,7 @@ from tests.fuzz.corpus import split_parts
 from tests.fuzz.printing import check_line, printed
 
 _admission: Final = Admission(["messages"], [("127.0.0.1", 6667)], lambda _: False, lambda _: False)
-_visitor: Final = Visitor(1, "192.0.2.1", 40_000)
+_visitor: Final = Peer(1, "192.0.2.1", 40_000)
 _commands: Final = [
     make_parser().parse_args(command.split())
     for command in ("clients", "clients --json", "register siem --stream messages", "leave siem", "leave a")
@@ -72,7 +72,7 @@ def names(data: bytes) -> None:
     except RequestError as refused:
         assert refused.closes
         return
-    assert isinstance(request, Name)
+    assert isinstance(request, SignUp)
     assert 1 <= len(request.name.encode()) <= 255
     assert request.name.isprintable() or not request.name.isascii()
 

@@ -16,9 +16,9 @@ from shared.client import CHALLENGE_PREFIX
 
 PERIOD_SECONDS: Final = 60.0
 MOST: Final = 3
-"""Challenges to one address in a period."""
+"""AddressProofs to one address in a period."""
 MOST_IN_ALL: Final = 600
-"""Challenges to all addresses in a period, which bounds what is remembered too."""
+"""AddressProofs to all addresses in a period, which bounds what is remembered too."""
 VALID_SECONDS: Final = 60.0
 
 Send = Callable[[bytes, str, int], None]
@@ -33,7 +33,7 @@ class _Challenge:
 
 
 @dataclass(slots=True)
-class Challenges:
+class AddressProofs:
     """The challenges that are out; `clock` gives seconds."""
 
     send: Send

@@ -3,7 +3,7 @@
 import ipaddress
 from collections.abc import Callable, Iterable
 
-from services.gateway.admission.peer import Visitor
+from services.gateway.admission.peer import Peer
 from services.gateway.protocol.requests import Register, RequestError
 from shared.client import ALL_STREAMS, Client
 from shared.settings.model import Collector
@@ -35,14 +35,14 @@ class Admission:
         self._is_broadcast = is_broadcast
         self._destinations = tuple(map(ipaddress.ip_network, destinations))
 
-    def admit(self, request: Register, visitor: Visitor) -> Client:
+    def admit(self, request: Register, peer: Peer) -> Client:
         """Return the entry for a request; its generation is the registry's to give."""
         self._check_streams(request.streams)
-        visitor.rights.check_streams(request.streams)
+        peer.rights.check_streams(request.streams)
         if request.streams and request.port is None:
             raise RequestError("bad_request", "port is missing: expected the UDP port that the copies go to")
-        address = parse_address(visitor.address if request.address is None else request.address)
-        port = visitor.port if request.port is None else request.port
+        address = parse_address(peer.address if request.address is None else request.address)
+        port = peer.port if request.port is None else request.port
         if request.address is not None or request.streams:
             self._check_destination(address)
         if request.streams:
@@ -53,14 +53,14 @@ class Admission:
         }
         return Client(**terms, generation=0, address=str(address), port=port)
 
-    def proven(self, request: Register, visitor: Visitor) -> bool:
-        """Whether the visitor may have copies sent where it says, or has to show first that they arrive there."""
+    def proven(self, request: Register, peer: Peer) -> bool:
+        """Whether the peer may have copies sent where it says, or has to show first that they arrive there."""
         if request.address is None:
             return True
-        address, own = parse_address(request.address), parse_address(visitor.address)
+        address, own = parse_address(request.address), parse_address(peer.address)
         if address == own or (address.is_loopback and own.is_loopback):
             return True
-        return visitor.rights.may_send_to(address) or any(address in network for network in self._destinations)
+        return peer.rights.may_send_to(address) or any(address in network for network in self._destinations)
 
     def admit_configured(self, collector: Collector) -> Client:
         """Return the entry for a collector of the settings, whose address is the operator's word."""

@@ -10,7 +10,7 @@ from shared.net.sockets import peer_credentials
 
 
 @dataclass(frozen=True, slots=True)
-class Visitor:
+class Peer:
     """Who asks: a connection by its number (0: one of an earlier start), the address and port it comes from.
 
     `uid` is the user at the other end of an AF_UNIX connection. Of an earlier start, the rights say the holder alone.
@@ -26,32 +26,32 @@ class Visitor:
         where = f"{self.address} port {self.port}" if self.uid is None else f"this host, user {self.uid}"
         return f"{where}, by {self.rights.holder!r}" if self.rights.holder else where
 
-    def controls(self, other: "Visitor") -> bool:
+    def controls(self, other: "Peer") -> bool:
         """Whether it may change what the other has signed up: it has the same holder, or every right."""
         own = self.rights.holder != "" and self.rights.holder == other.rights.holder
         return own or self.rights.everything
 
 
-def identify(transport: asyncio.Transport, number: int, rights: Rights) -> Visitor:
+def identify(transport: asyncio.Transport, number: int, rights: Rights) -> Peer:
     """Return who is at the other end: IPv4 where it is mapped, without a scope, 127.0.0.1 for AF_UNIX."""
     sock = transport.get_extra_info("socket")
     if sock.family == socket.AF_UNIX:
         _, uid, _ = peer_credentials(sock)
-        return Visitor(number, "127.0.0.1", 0, rights, uid)
+        return Peer(number, "127.0.0.1", 0, rights, uid)
     host, port = transport.get_extra_info("peername")[:2]
     address = ipaddress.ip_address(host.partition("%")[0])
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-    return Visitor(number, str(mapped or address), port, rights)
+    return Peer(number, str(mapped or address), port, rights)
 
 
-def origin(visitor: Visitor) -> str:
+def origin(peer: Peer) -> str:
     """Return what shares the limits of an address: all of AF_UNIX, an IPv4 address, 64 bits of an IPv6 one.
 
-    >>> origin(Visitor(1, "2001:db8::1:2", 40000))
+    >>> origin(Peer(1, "2001:db8::1:2", 40000))
     '2001:db8::/64'
     """
-    if not visitor.port:
+    if not peer.port:
         return "AF_UNIX"
-    if ":" not in visitor.address:
-        return visitor.address
-    return str(ipaddress.ip_network((visitor.address, 64), strict=False))  # a host has them all to itself (RFC 8981)
+    if ":" not in peer.address:
+        return peer.address
+    return str(ipaddress.ip_network((peer.address, 64), strict=False))  # a host has them all to itself (RFC 8981)

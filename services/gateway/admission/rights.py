@@ -15,30 +15,30 @@ from services.gateway.protocol.requests import (
     Auth,
     Confirm,
     Leave,
-    List,
-    Name,
+    ListClients,
+    ListStreams,
     Register,
     Renew,
     Request,
     RequestError,
-    Streams,
+    SignUp,
     Transmit,
-    Watch,
+    WatchClients,
 )
 from shared.client import ALL_STREAMS
 from shared.settings.model import SCOPES, Scope, Token
 
 TAKES: Final[dict[type[Request], frozenset[Scope]]] = {
     Auth: frozenset(),
-    List: frozenset({"list"}),
-    Watch: frozenset({"list"}),
-    Streams: frozenset({"list"}),
+    ListClients: frozenset({"list"}),
+    WatchClients: frozenset({"list"}),
+    ListStreams: frozenset({"list"}),
     Register: frozenset({"collect"}),
     Renew: frozenset({"collect"}),
     Leave: frozenset({"collect"}),
     Confirm: frozenset({"collect"}),
     Transmit: frozenset({"transmit"}),
-    Name: frozenset({"collect", "list"}),
+    SignUp: frozenset({"collect", "list"}),
 }
 """The scopes that each request takes. A name signs up and shows the list."""
 
@@ -63,7 +63,7 @@ class Rights:
 
     def check(self, request: Request) -> None:
         """Raise `RequestError` unless it may make such a request."""
-        if isinstance(request, Name) and not self.names:
+        if isinstance(request, SignUp) and not self.names:
             raise _refused(
                 "names are taken on loopback; with [gateway] names_beyond_loopback from clients with a certificate too"
             )
@@ -90,7 +90,7 @@ NOBODY: Final = Rights()
 """Of who comes from elsewhere and has not said who it is."""
 
 
-class Permissions:
+class Tokens:
     """The rights that tokens and certificates give."""
 
     def __init__(self, tokens: Iterable[Token], *, names_beyond_loopback: bool = False) -> None:

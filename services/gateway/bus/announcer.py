@@ -11,8 +11,8 @@ from typing import Final
 
 import msgspec
 
-from services.gateway.bus.serving import CallLater, Inquiry
-from services.gateway.events import Feed
+from services.gateway.bus.serving import CallLater, ServingQuery
+from services.gateway.events import EventFeed
 from services.gateway.registry.registry import Registry
 from shared.bus.messages import (
     HEALTH_PREFIX,
@@ -47,7 +47,7 @@ class Announcer:
         subscriber: Subscriber,
         requests: Requests,
         registry: Registry,
-        feed: Feed,
+        feed: EventFeed,
         serve_seconds: float,
         call_later: CallLater,
         memory: Memory | None = None,
@@ -58,8 +58,8 @@ class Announcer:
         self._requests = requests
         self._registry = registry
         self._call_later = call_later
-        self._inquiries = {
-            source: Inquiry(source, publisher, requests, registry, serve_seconds, call_later)
+        self._queries = {
+            source: ServingQuery(source, publisher, requests, registry, serve_seconds, call_later)
             for source in registry.serving
         }
         self._subscriber.subscribe(requests.topic)
@@ -78,11 +78,11 @@ class Announcer:
 
     def sends(self, source: Source) -> bool:
         """Whether anybody is there who sends copies of this source."""
-        return self._inquiries[source].possible
+        return self._queries[source].possible
 
     def ask_served(self, source: Source, finished: Callable[[], None]) -> None:
         """Call `finished` once copies flow to every collector of `source`, or when nobody said so in time."""
-        self._inquiries[source].ask(finished)
+        self._queries[source].ask(finished)
         self.wake()
 
     def flush(self) -> None:
@@ -101,16 +101,16 @@ class Announcer:
 
     def tick(self, accounts: Callable[[], Accounts]) -> None:
         """Do what time brings: deadlines, what waits for the bus, a question that nobody answered, the status."""
-        self.take_messages()
+        self.receive_messages()
         self._requests.expire()
-        for inquiry in self._inquiries.values():
-            inquiry.ask_again()
+        for query in self._queries.values():
+            query.ask_again()
         self.flush()
-        self._feed.tell_health()
+        self._feed.push_health()
         if time.monotonic() >= self._reporter.due_at:
             self._reporter.report(accounts)
 
-    def take_messages(self) -> None:
+    def receive_messages(self) -> None:
         """Take every answer that has come, and how collectors do."""
         while (message := self._subscriber.receive()) is not None:
             body = message.body
@@ -128,11 +128,11 @@ class Announcer:
         if for_registry:
             self._waiting.clear()  # the snapshot takes its place
             self._owes_snapshot = True
-        asked = [inquiry.note_subscriptions(fresh) for inquiry in self._inquiries.values()]
+        asked = [query.note_subscriptions(fresh) for query in self._queries.values()]
         return for_registry or any(asked)
 
     def _gather(self) -> None:
-        changes = self._registry.take_changes()
+        changes = self._registry.pop_changes()
         if not self._publisher.wanted(REGISTRY_TOPIC):
             self._waiting.clear()
             self._owes_snapshot = False
@@ -150,8 +150,8 @@ class Announcer:
             if not self._publisher.publish(REGISTRY_TOPIC, self._waiting[0]):
                 return
             self._waiting.popleft()
-        for inquiry in self._inquiries.values():
-            inquiry.publish()
+        for query in self._queries.values():
+            query.publish()
 
     def _snapshot(self) -> list[RegistrySnapshot]:
         revision = self._registry.commit()

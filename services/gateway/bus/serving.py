@@ -27,7 +27,7 @@ class _Question:
     revision: int = 0
 
 
-class Inquiry:
+class ServingQuery:
     """Asks who sends the copies of `source` which revision it serves, and notes it in the registry."""
 
     def __init__(

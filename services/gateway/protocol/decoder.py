@@ -17,11 +17,11 @@ from services.gateway.protocol.requests import (
     FRAME_EXPECTED,
     OPERATIONS,
     Id,
-    Name,
     Operation,
     Register,
     Request,
     RequestError,
+    SignUp,
     parse_octets,
 )
 
@@ -83,7 +83,7 @@ class Decoder:
                 data = self._next_data()  # a blank line is no request
             if data is None:
                 return None
-            return Name(parse_name(data)) if self._names else parse_line(data)
+            return SignUp(parse_name(data)) if self._names else parse_request(data)
         except RequestError as refused:
             if refused.closes:
                 self._buffer.clear()
@@ -137,7 +137,7 @@ def check_name(data: bytes) -> str:
     return name
 
 
-def parse_line(line: bytes) -> Operation:
+def parse_request(line: bytes) -> Operation:
     """Return the request in one line. What is no JSON object closes the connection: it may be another protocol."""
     try:
         line.decode()

@@ -11,7 +11,7 @@ from shared.client import WrittenTerms
 from shared.settings.model import Ethertype, Port, parse_ethertype
 
 MAX_ITEMS: Final = 64
-"""Streams or prefixes in one `register`: keeps an entry small enough that 64 of them fit a bus message."""
+"""ListStreams or prefixes in one `register`: keeps an entry small enough that 64 of them fit a bus message."""
 YEAR_SECONDS: Final = 31_536_000
 MAX_WAITING_SECONDS: Final = 60.0
 """How long frames may take at the pace a client asked for: its connection waits so long for the answer."""
@@ -52,7 +52,7 @@ def no_transmitter() -> RequestError:
 
 
 @dataclass(frozen=True, slots=True)
-class Name:
+class SignUp:
     """A client on the documented protocol says its name and wants the list."""
 
     name: str
@@ -90,11 +90,11 @@ class Leave(_Request, frozen=True, tag="leave"):
     generation: Number
 
 
-class List(_Request, frozen=True, tag="list"):
+class ListClients(_Request, frozen=True, tag="list"):
     """Asks for every entry in full."""
 
 
-class Watch(_Request, frozen=True, tag="watch"):
+class WatchClients(_Request, frozen=True, tag="watch"):
     """Asks for every entry, then for each change; with `revision` for the changes since then instead, if known."""
 
     revision: Number | None = None
@@ -113,7 +113,7 @@ class Auth(_Request, frozen=True, tag="auth"):
     token: str
 
 
-class Streams(_Request, frozen=True, tag="streams"):
+class ListStreams(_Request, frozen=True, tag="streams"):
     """Asks what there is to sign up for."""
 
 
@@ -173,8 +173,8 @@ def parse_octets(kind: type, value: object) -> Octets:
     return Mac(parse_mac(value)) if kind is Mac else Octets(parse_hex(value))
 
 
-Operation = Auth | Register | Renew | Leave | List | Watch | Confirm | Streams | Transmit
-Request = Name | Operation
+Operation = Auth | Register | Renew | Leave | ListClients | WatchClients | Confirm | ListStreams | Transmit
+Request = SignUp | Operation
 
 OPERATIONS: Final = ("auth", "register", "renew", "leave", "list", "watch", "confirm", "streams", "transmit")
 EXPECTED: Final = {

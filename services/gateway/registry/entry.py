@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, Literal
 
-from services.gateway.admission.peer import Visitor
+from services.gateway.admission.peer import Peer
 from services.gateway.registry.condition import Condition
 from shared.client import Client
 
@@ -26,13 +26,13 @@ class Entry:
     """A client and its lease.
 
     `revision` is that in which the client joined; `expires_at` is infinite without `ttl`; one that is `held` lasts no
-    longer than its visitor's connection. Of what was kept from an earlier start, the connection is gone.
+    longer than its peer's connection. Of what was kept from an earlier start, the connection is gone.
     `condition` is how it did when somebody last looked.
     """
 
     client: Client
     origin: Origin
-    visitor: Visitor
+    peer: Peer
     ttl: float
     expires_at: float
     revision: int

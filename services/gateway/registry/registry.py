@@ -12,7 +12,7 @@ from typing import Final, Protocol, get_args
 
 import msgspec
 
-from services.gateway.admission.peer import Visitor
+from services.gateway.admission.peer import Peer
 from services.gateway.protocol.names_list import NamesList
 from services.gateway.protocol.requests import RequestError
 from services.gateway.registry.condition import Condition, Serving
@@ -87,7 +87,7 @@ class Registry:
     def grant(
         self,
         client: Client,
-        visitor: Visitor,
+        peer: Peer,
         origin: Origin,
         *,
         ttl: float = 0.0,
@@ -97,10 +97,10 @@ class Registry:
         """Enter `client`, under a generation of its own, for `ttl` seconds; 0: until it leaves."""
         present = self._entries.get(client.name)
         if present is not None:
-            _check_replaceable(present, visitor, origin, take_over)
+            _check_replaceable(present, peer, origin, take_over)
         else:
-            self._check_room(visitor.rights.holder)
-        return self._put(client, visitor, origin, ttl, hold)
+            self._check_room(peer.rights.holder)
+        return self._put(client, peer, origin, ttl, hold)
 
     def _check_room(self, holder: str) -> None:
         """Raise `RequestError` when there are as many entries as there may be, in all or of this holder."""
@@ -114,8 +114,8 @@ class Registry:
                 "registry_full", f"{holder!r} has {most} clients signed up, as many as it may; let some go"
             )
 
-    def _put(self, client: Client, visitor: Visitor, origin: Origin, ttl: float = 0.0, hold: bool = False) -> Entry:
-        event = self._entering(client, visitor, origin, 1, self._revision + 1, ttl, hold)
+    def _put(self, client: Client, peer: Peer, origin: Origin, ttl: float = 0.0, hold: bool = False) -> Entry:
+        event = self._entering(client, peer, origin, 1, self._revision + 1, ttl, hold)
         self._record([event])
         self._replace(event.entry)
         return event.entry
@@ -123,7 +123,7 @@ class Registry:
     def _entering(
         self,
         client: Client,
-        visitor: Visitor,
+        peer: Peer,
         origin: Origin,
         number: int,
         revision: int,
@@ -133,7 +133,7 @@ class Registry:
         """Return what enters a client, as the `number`th of those that are entered together."""
         kind: EventKind = "changed" if client.name in self._entries else "joined"
         client = msgspec.structs.replace(client, generation=self._generation + number)
-        return Event(kind, revision, Entry(client, origin, visitor, ttl, math.inf, revision, hold, self._clock()))
+        return Event(kind, revision, Entry(client, origin, peer, ttl, math.inf, revision, hold, self._clock()))
 
     def _replace(self, entry: Entry) -> None:
         present = self._entries.get(entry.client.name)
@@ -160,8 +160,8 @@ class Registry:
         events = [Event("left", self._revision + number, entry) for number, entry in enumerate(gone, 1)]
         fresh = [client for client in wanted.values() if not self._is_configured(client)]
         for number, client in enumerate(fresh, 1):
-            visitor = Visitor(0, client.address, client.port)
-            events.append(self._entering(client, visitor, Origin.SETTINGS, number, self._revision + len(gone) + number))
+            peer = Peer(0, client.address, client.port)
+            events.append(self._entering(client, peer, Origin.SETTINGS, number, self._revision + len(gone) + number))
         if events:
             self._record(events)
         self._drop(gone)
@@ -173,27 +173,27 @@ class Registry:
         same = entry and entry.client == msgspec.structs.replace(client, generation=entry.client.generation)
         return entry is not None and entry.origin is Origin.SETTINGS and bool(same)
 
-    def renew(self, name: str, generation: int, visitor: Visitor) -> Entry:
+    def renew(self, name: str, generation: int, peer: Peer) -> Entry:
         """Let the entry's time begin anew."""
-        entry = self._entry(name, generation, visitor)
+        entry = self._entry(name, generation, peer)
         self._prolong(entry)
         return entry
 
-    def release(self, name: str, generation: int, visitor: Visitor) -> None:
+    def release(self, name: str, generation: int, peer: Peer) -> None:
         """Take the entry away because who controls it says so."""
-        self._remove([self._entry(name, generation, visitor)], "left")
+        self._remove([self._entry(name, generation, peer)], "left")
 
     def expel(self, names: Sequence[str]) -> None:
         """Take entries away whatever who made them says."""
         self._take_away([self._entries[name] for name in names], "left")
 
-    def holds_any(self, visitor: Visitor) -> bool:
-        """Whether an entry lasts as long as this visitor's connection."""
-        return visitor.id in self._held
+    def holds_any(self, peer: Peer) -> bool:
+        """Whether an entry lasts as long as this peer's connection."""
+        return peer.id in self._held
 
-    def release_held(self, visitor: Visitor) -> None:
-        """Take away what lasted as long as this visitor's connection."""
-        self._take_away([self._entries[name] for name in self._held.get(visitor.id, ())], "left")
+    def release_held(self, peer: Peer) -> None:
+        """Take away what lasted as long as this peer's connection."""
+        self._take_away([self._entries[name] for name in self._held.get(peer.id, ())], "left")
 
     def expire(self) -> None:
         """Take away the entries whose time is up."""
@@ -229,13 +229,13 @@ class Registry:
             self._joined, self._left = {}, set()
         return self._revision
 
-    def take_events(self) -> list[Event]:
+    def pop_events(self) -> list[Event]:
         """Every change since the last call, in order."""
         events, self._events = self._events, []
         self._taken_revision = self._revision
         return events
 
-    def take_changes(self) -> list[RegistryChange]:
+    def pop_changes(self) -> list[RegistryChange]:
         """The committed changes since the last call."""
         changes, self._changes = self._changes, []
         return changes
@@ -244,7 +244,7 @@ class Registry:
         """Take in what one who sends copies, started as `boot`, says of collectors."""
         self.serving[body.source].note_health(boot, body, self._clock())
 
-    def look(self, entry: Entry) -> None:
+    def refresh_condition(self, entry: Entry) -> None:
         """Bring an entry's condition up to date. A word that has changed is to be told, unless its event still is."""
         client, told = entry.client, entry.condition
         serving = self.serving[client.source]
@@ -257,15 +257,15 @@ class Registry:
         if present and condition.word != told.word and entry.revision <= self._taken_revision:
             self._word_changed[client.name] = entry
 
-    def look_at_all(self) -> None:
+    def refresh_conditions(self) -> None:
         """Bring every entry's condition up to date, if anything was said since the last time."""
         version = self.version()
         if version != self._looked_at:
             self._looked_at = version
             for entry in self._entries.values():
-                self.look(entry)
+                self.refresh_condition(entry)
 
-    def take_word_changed(self, most: int) -> list[Entry]:
+    def pop_changed_words(self, most: int) -> list[Entry]:
         """Up to so many of the entries whose word has changed since they were last taken."""
         names = list(itertools.islice(self._word_changed, most))
         taken = [self._word_changed.pop(name) for name in names]
@@ -280,13 +280,13 @@ class Registry:
         told = [(serving.served, serving.unanswered, serving.reported) for serving in self.serving.values()]
         return self.commit(), *itertools.chain.from_iterable(told)
 
-    def _entry(self, name: str, generation: int, visitor: Visitor) -> Entry:
+    def _entry(self, name: str, generation: int, peer: Peer) -> Entry:
         entry = self._entries.get(name)
         if entry is not None and entry.origin is Origin.SETTINGS:
             raise RequestError("not_permitted", f"{name!r} is a [[collector]] of the settings; change it there")
         if entry is None or entry.client.generation != generation:
             raise RequestError("stale_generation", f"that entry of {name!r} is there no longer; register again")
-        if not visitor.controls(entry.visitor):
+        if not peer.controls(entry.peer):
             raise RequestError("not_permitted", f"{name!r} is not yours; who signed it up may do that, or scope admin")
         return entry
 
@@ -300,23 +300,23 @@ class Registry:
         client = entry.client
         entry.condition = Condition("fresh" if client.streams else "ok", self._clock())
         self._entries[client.name] = entry
-        self._by_holder[entry.visitor.rights.holder] += 1
+        self._by_holder[entry.peer.rights.holder] += 1
         self.names.put(client)
         if client.streams:
             self.collectors += 1
             self.serving[client.source].newest = entry.revision
         if entry.held:
-            self._held.setdefault(entry.visitor.id, set()).add(client.name)
+            self._held.setdefault(entry.peer.id, set()).add(client.name)
         self._prolong(entry)
 
     def _forget(self, entry: Entry) -> None:
-        self._by_holder[entry.visitor.rights.holder] -= 1
+        self._by_holder[entry.peer.rights.holder] -= 1
         self.collectors -= bool(entry.client.streams)
         if entry.held:
-            held = self._held[entry.visitor.id]
+            held = self._held[entry.peer.id]
             held.discard(entry.client.name)
             if not held:
-                del self._held[entry.visitor.id]
+                del self._held[entry.peer.id]
 
     def _remove(self, entries: Sequence[Entry], kind: EventKind) -> None:
         if not entries:
@@ -358,19 +358,19 @@ class Registry:
                 self.commit()
 
 
-def _check_replaceable(present: Entry, visitor: Visitor, origin: Origin, take_over: bool) -> None:
-    """Raise `RequestError` unless this visitor may put another entry in the place of `present`."""
+def _check_replaceable(present: Entry, peer: Peer, origin: Origin, take_over: bool) -> None:
+    """Raise `RequestError` unless this peer may put another entry in the place of `present`."""
     name = present.client.name
-    own = present.visitor.id == visitor.id or (origin is Origin.NAMES and visitor.controls(present.visitor))
+    own = present.peer.id == peer.id or (origin is Origin.NAMES and peer.controls(present.peer))
     if present.origin is origin and own:
         return
     if take_over and present.origin is Origin.SETTINGS:
         raise RequestError("not_permitted", f"{name!r} is a [[collector]] of the settings; change it there")
-    holder = present.visitor.rights.holder
-    same = holder == visitor.rights.holder if holder else present.visitor.address == visitor.address
+    holder = present.peer.rights.holder
+    same = holder == peer.rights.holder if holder else present.peer.address == peer.address
     # Who held it has lost the connection in a restart of ours, and may be back: it need not know of that.
-    orphaned = present.held and not present.visitor.id and present.origin is origin
-    if (take_over and (same or visitor.rights.everything)) or (orphaned and same):
+    orphaned = present.held and not present.peer.id and present.origin is origin
+    if (take_over and (same or peer.rights.everything)) or (orphaned and same):
         return
     raise RequestError(
         "name_taken",

@@ -15,7 +15,7 @@ from typing import Final, Self
 import msgspec
 import structlog
 
-from services.gateway.admission.peer import Visitor
+from services.gateway.admission.peer import Peer
 from services.gateway.admission.rights import Rights
 from services.gateway.protocol.requests import RequestError
 from services.gateway.registry.entry import Entry, Event, Origin
@@ -149,9 +149,9 @@ class Store:
         if event.kind in ("left", "expired"):
             self._database.execute("DELETE FROM client WHERE name = ?", (entry.client.name,))
             return
-        visitor = entry.visitor
-        holder = visitor.rights.holder
-        kept = _Kept(entry.client, entry.origin, visitor.address, visitor.port, entry.ttl, entry.held, holder)
+        peer = entry.peer
+        holder = peer.rights.holder
+        kept = _Kept(entry.client, entry.origin, peer.address, peer.port, entry.ttl, entry.held, holder)
         self._database.execute(PUT, (entry.client.name, msgspec.json.encode(kept).decode()))
 
     @contextlib.contextmanager
@@ -180,8 +180,8 @@ def _parse(name: str, text: str, now: float) -> Entry:
     kept = msgspec.json.decode(text, type=_Kept)
     if kept.client.name != name:
         raise ValueError(f"{kept.client.name!r} is kept as {name!r}")
-    visitor = Visitor(0, kept.address, kept.port, Rights(kept.holder))
-    return Entry(kept.client, kept.origin, visitor, kept.ttl, float("inf"), 0, kept.held, now)
+    peer = Peer(0, kept.address, kept.port, Rights(kept.holder))
+    return Entry(kept.client, kept.origin, peer, kept.ttl, float("inf"), 0, kept.held, now)
 
 
 def _set_aside(path: Path) -> Path:

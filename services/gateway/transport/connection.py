@@ -20,11 +20,11 @@ from typing import Final, cast
 from services.gateway.admission.peer import identify, origin
 from services.gateway.admission.rights import HERE, Rights, common_name
 from services.gateway.counters import CONNECTIONS_REFUSED, CUT_FOR_MEMORY, REQUESTS_DELAYED, TOO_SLOW
-from services.gateway.handler import Answer, Desk
+from services.gateway.handler import Answer, Handler
 from services.gateway.protocol.decoder import MAX_LINE, Decoder
-from services.gateway.protocol.requests import Auth, Id, Name, Request, RequestError
+from services.gateway.protocol.requests import Auth, Id, Request, RequestError, SignUp
 from services.gateway.render import json_line
-from services.gateway.transport.rate_limit import Pace
+from services.gateway.transport.rate_limit import RateLimit
 from shared.process.memory import Memory
 from shared.settings.model import Gateway
 
@@ -43,8 +43,8 @@ REFUSING_MAX: Final = 32
 class Connections:
     """All open connections, and what they share."""
 
-    def __init__(self, desk: Desk, settings: Gateway, limit: int, memory: Memory) -> None:
-        self.desk = desk
+    def __init__(self, handler: Handler, settings: Gateway, limit: int, memory: Memory) -> None:
+        self.handler = handler
         self.memory = memory
         self.settings = settings
         self.limit = limit
@@ -53,7 +53,7 @@ class Connections:
         self.numbers = itertools.count(1)
         self.open: set[Connection] = set()
         self.by_origin: Counter[str] = Counter()
-        self.pace = Pace(settings.requests_per_second, self.loop.time)
+        self.pace = RateLimit(settings.requests_per_second, self.loop.time)
 
     async def sweep(self) -> None:
         """End what has waited too long; of many that do, a few at a time, and others have their turn in between."""
@@ -72,7 +72,7 @@ class Connections:
         if self.memory.measure():
             waiting = sorted((each for each in self.open if each.waiting), key=lambda each: each.waiting, reverse=True)
             for connection in waiting[: (len(waiting) + 1) // 2]:
-                self.desk.counters[CUT_FOR_MEMORY] += 1
+                self.handler.counters[CUT_FOR_MEMORY] += 1
                 connection.cut()
 
     async def drain(self, seconds: float) -> None:
@@ -147,12 +147,12 @@ class Connection(asyncio.BufferedProtocol):
         self._origin = origin(self._visitor)
         self._all.open.add(self)
         self._all.by_origin[self._origin] += 1
-        self._all.desk.arrive(self._visitor, self._push)
+        self._all.handler.arrive(self._visitor, self._push)
         excess, why = self._excess()
         if excess <= 0:
             self._await_request()
             return
-        self._all.desk.counters[CONNECTIONS_REFUSED] += 1
+        self._all.handler.counters[CONNECTIONS_REFUSED] += 1
         if excess > REFUSING_MAX:
             self._transport.abort()
         else:
@@ -173,7 +173,7 @@ class Connection(asyncio.BufferedProtocol):
         if not self._all.by_origin[self._origin]:
             del self._all.by_origin[self._origin]
         self._lingering = True
-        self._all.desk.depart(self._visitor, by_us=self._by_us)
+        self._all.handler.depart(self._visitor, by_us=self._by_us)
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002
         """Where the loop puts what it reads next."""
@@ -222,19 +222,19 @@ class Connection(asyncio.BufferedProtocol):
     def expire(self) -> None:
         """The deadline has passed: say so if the client can be expected to read it."""
         settings = self._all.settings
-        if self._stalled and not self._lingering and self._all.desk.stays(self._visitor) and not self._answering:
+        if self._stalled and not self._lingering and self._all.handler.stays(self._visitor) and not self._answering:
             self._cut_off()
         elif self._silent and not self._transport.is_closing():
             self._transport.close()
             self.deadline = math.inf  # asyncio gives it ssl_shutdown_timeout
         elif self._lingering or self._stalled:
-            self._all.desk.counters[TOO_SLOW] += not self._lingering
+            self._all.handler.counters[TOO_SLOW] += not self._lingering
             self._transport.abort()
         elif not self._visitor.rights.scopes:
             self._refuse(RequestError("too_slow", f"op auth has {settings.request_seconds:g} s to come", closes=True))
         elif self._receiving:
             self._refuse(RequestError("too_slow", f"a request has {settings.request_seconds:g} s to come", closes=True))
-        elif self._all.desk.stays(self._visitor):
+        elif self._all.handler.stays(self._visitor):
             self.deadline = self._all.loop.time() + settings.idle_seconds
         else:
             self._refuse(RequestError("too_slow", f"nothing came for {settings.idle_seconds:g} s", closes=True))
@@ -288,7 +288,7 @@ class Connection(asyncio.BufferedProtocol):
         if wait:
             self._slow_down(request)
         self._answering, self._receiving, self.deadline = True, False, math.inf
-        self._last |= isinstance(request, Name)
+        self._last |= isinstance(request, SignUp)
         if wait:
             self._all.loop.call_later(wait, self._answer, request)
         else:
@@ -296,8 +296,8 @@ class Connection(asyncio.BufferedProtocol):
 
     def _slow_down(self, request: Request) -> None:
         """Count a request that has to wait, and say once why; a name has one answer, and nothing may go before it."""
-        self._all.desk.counters[REQUESTS_DELAYED] += 1
-        if self._slowed or isinstance(request, Name):
+        self._all.handler.counters[REQUESTS_DELAYED] += 1
+        if self._slowed or isinstance(request, SignUp):
             return
         self._slowed = True
         most = self._all.settings.requests_per_second
@@ -309,10 +309,10 @@ class Connection(asyncio.BufferedProtocol):
             return  # it has gone while its request waited
         try:
             if isinstance(request, Auth):
-                self._visitor = self._all.desk.authenticate(request, self._visitor)
-            self._all.desk.answer(request, self._visitor, self._reply)
+                self._visitor = self._all.handler.authenticate(request, self._visitor)
+            self._all.handler.answer(request, self._visitor, self._reply)
         except RequestError as refused:
-            self._refuse(refused, None if isinstance(request, Name) else request.id)
+            self._refuse(refused, None if isinstance(request, SignUp) else request.id)
 
     def _await_request(self) -> None:
         now, settings = self._all.loop.time(), self._all.settings
@@ -335,7 +335,7 @@ class Connection(asyncio.BufferedProtocol):
     def _refuse(self, refused: RequestError, id: Id | None = None) -> None:
         self._answering, self._receiving, self.deadline = True, False, math.inf
         self._last |= refused.closes
-        self._reply(self._all.desk.refuse(refused, id))
+        self._reply(self._all.handler.refuse(refused, id))
 
     def _reply(self, answer: Answer) -> None:
         self._outgoing = pieces(answer)
@@ -375,7 +375,7 @@ class Connection(asyncio.BufferedProtocol):
         self._cutting = True
         if self._answering:
             return  # a part of the answer may be written already: all of it, or an abort, comes first
-        self._transport.write(self._all.desk.refuse_slow())
+        self._transport.write(self._all.handler.refuse_slow())
         self._finish()
 
     def _answered(self) -> None:
@@ -413,7 +413,7 @@ class Connection(asyncio.BufferedProtocol):
     def _rights(self) -> Rights:
         if not self._remote:
             return HERE
-        return self._all.desk.permissions.of_certificate(common_name(self._transport.get_extra_info("peercert")))
+        return self._all.handler.tokens.of_certificate(common_name(self._transport.get_extra_info("peercert")))
 
 
 def pieces(answer: Answer) -> Iterator[bytes]:

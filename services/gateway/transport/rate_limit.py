@@ -7,7 +7,7 @@ BURST_SECONDS: Final = 10.0
 """So many seconds' requests may come at once: all collectors behind one address sign up again after a restart."""
 
 
-class Pace:
+class RateLimit:
     """Lets `per_second` requests of each address pass; remembers an address only as long as it has come faster.
 
     The generic cell rate algorithm: of each address it keeps when its requests so far would be over at that rate.

@@ -29,7 +29,7 @@ RETRY_SECONDS: Final = 1.0
 log = structlog.get_logger()
 
 
-class Handshakes:
+class TlsAcceptor:
     """Accepts on TLS listeners, and makes a `Connection` of each handshake that succeeds."""
 
     def __init__(self, connections: Connections, context: ssl.SSLContext) -> None:
@@ -69,7 +69,7 @@ class Handshakes:
                 self._under_way += 1
                 self._start(self._shake_hands(sock, remote=listener.remote))
             else:
-                self._all.desk.counters[CONNECTIONS_REFUSED] += 1
+                self._all.handler.counters[CONNECTIONS_REFUSED] += 1
                 sock.close()
             await asyncio.sleep(0)  # the others' turn, however many connect
 
@@ -84,7 +84,7 @@ class Handshakes:
                 ssl_shutdown_timeout=seconds,
             )
         except OSError as error:  # those of ssl are, too
-            self._all.desk.counters[HANDSHAKES_FAILED] += 1
+            self._all.handler.counters[HANDSHAKES_FAILED] += 1
             log.warning("a TLS handshake failed", reason=error.strerror or str(error) or type(error).__name__)
         finally:
             self._under_way -= 1

@@ -6,14 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.gateway import events as feed_module
-from services.gateway.admission.peer import Visitor
-from services.gateway.events import Feed
+from services.gateway.admission.peer import Peer
+from services.gateway.events import EventFeed
 from services.gateway.registry.entry import Origin
 from services.gateway.registry.registry import Registry
 from services.gateway.render import event_line, health_line
 from shared.client import Client
 
-HERE = Visitor(1, "127.0.0.1", 4000)
+HERE = Peer(1, "127.0.0.1", 4000)
 
 
 class Reader:
@@ -31,10 +31,10 @@ class Reader:
         return [(event["event"], event["revision"]) for event in map(json.loads, self.received.splitlines())]
 
 
-def make() -> tuple[Registry, Feed]:
+def make() -> tuple[Registry, EventFeed]:
     """A registry and its feed."""
     registry = Registry(1000, lambda: 0.0, 1)
-    return registry, Feed(registry, partial(event_line, registry), partial(health_line, registry))
+    return registry, EventFeed(registry, partial(event_line, registry), partial(health_line, registry))
 
 
 def join(registry: Registry, name: str) -> None:
@@ -97,15 +97,15 @@ def test_a_word_that_changes_is_told_once(monkeypatch: pytest.MonkeyPatch) -> No
         registry.grant(Client(name, 0, "127.0.0.1", 9, streams=("messages",)), HERE, Origin.JSON)
     join(registry, "name")
     registry.serving["relay"].note_unanswered(registry.commit())
-    feed.tell_health()
-    feed.tell_health()
+    feed.push_health()
+    feed.push_health()
     assert words(reader) == ["joined"] * 4
     registry.serving["relay"].note_served(registry.commit())
-    feed.tell_health()
+    feed.push_health()
     assert words(reader)[4:] == ["a ok", "b ok"]
     registry.release_held(HERE)
-    feed.tell_health()
-    feed.tell_health()
+    feed.push_health()
+    feed.push_health()
     assert words(reader)[6:] == ["c ok"]
     assert reader.events[4][1] == registry.commit()
     assert feed.health() == b""

@@ -1,6 +1,6 @@
 import pytest
 
-from services.gateway.admission.address_proof import MOST, MOST_IN_ALL, PERIOD_SECONDS, VALID_SECONDS, Challenges
+from services.gateway.admission.address_proof import MOST, MOST_IN_ALL, PERIOD_SECONDS, VALID_SECONDS, AddressProofs
 from services.gateway.protocol.requests import Register, RequestError
 from shared.client import CHALLENGE_PREFIX
 
@@ -11,7 +11,7 @@ class Post:
     def __init__(self) -> None:
         self.now = 0.0
         self.sent: list[tuple[bytes, str, int]] = []
-        self.challenges = Challenges(lambda *datagram: self.sent.append(datagram), lambda: self.now)
+        self.challenges = AddressProofs(lambda *datagram: self.sent.append(datagram), lambda: self.now)
 
     def challenge(self, address: str = "192.0.2.9", name: str = "c") -> str:
         """Have a register challenged; return what its client reads."""
@@ -81,7 +81,7 @@ def test_address_that_cannot_be_asked() -> None:
     def send(payload: bytes, address: str, port: int) -> None:
         raise OSError(101, "Network is unreachable")
 
-    challenges = Challenges(send, lambda: 0.0)
+    challenges = AddressProofs(send, lambda: 0.0)
     told = challenges.challenge(Register(name="c", streams=("*",), address="192.0.2.9", port=9), "192.0.2.9")
     assert "Network is unreachable" in str(told)
 

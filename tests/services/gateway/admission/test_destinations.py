@@ -3,7 +3,7 @@ from ipaddress import ip_network
 import pytest
 
 from services.gateway.admission.destinations import Admission
-from services.gateway.admission.peer import Visitor
+from services.gateway.admission.peer import Peer
 from services.gateway.admission.rights import Rights
 from services.gateway.protocol.requests import Register, RequestError
 from shared.settings.model import Collector
@@ -14,11 +14,11 @@ admission = Admission(["messages", "netflow"], LISTENERS, LOCAL.__contains__, {"
 
 
 def destination(
-    address: str | None = None, port: int | None = 9000, visitor: str = "127.0.0.1", streams: tuple[str, ...] = ("*",)
+    address: str | None = None, port: int | None = 9000, peer: str = "127.0.0.1", streams: tuple[str, ...] = ("*",)
 ) -> tuple[str, int]:
     """Where copies for this request go."""
     request = Register(name="c", streams=streams, address=address, port=port)
-    client = admission.admit(request, Visitor(1, visitor, 40_000))
+    client = admission.admit(request, Peer(1, peer, 40_000))
     return client.address, client.port
 
 
@@ -31,13 +31,13 @@ def error_of(*arguments: object, **options: object) -> str:
 
 def test_address_is_the_visitors_own_by_default() -> None:
     """Copies go to where the request came from unless it says otherwise; a name alone keeps its TCP port."""
-    assert destination(visitor="192.0.2.9") == ("192.0.2.9", 9000)
+    assert destination(peer="192.0.2.9") == ("192.0.2.9", 9000)
     assert destination(port=None, streams=()) == ("127.0.0.1", 40_000)
 
 
 def test_address_is_written_one_way() -> None:
     """An address is normalised, and IPv4 mapped into IPv6 is IPv4."""
-    assert destination("2001:DB8:0:0::9", visitor="2001:db8::9") == ("2001:db8::9", 9000)
+    assert destination("2001:DB8:0:0::9", peer="2001:db8::9") == ("2001:db8::9", 9000)
     assert destination("::ffff:127.0.0.1") == ("127.0.0.1", 9000)
 
 
@@ -48,7 +48,7 @@ def test_loopback_may_name_any_loopback_address() -> None:
 
 
 @pytest.mark.parametrize(
-    ("address", "visitor", "proven"),
+    ("address", "peer", "proven"),
     [
         (None, "192.0.2.9", True),
         ("192.0.2.9", "192.0.2.9", True),
@@ -60,10 +60,10 @@ def test_loopback_may_name_any_loopback_address() -> None:
         ("127.0.0.1", "192.0.2.9", False),
     ],
 )
-def test_address_of_somebody_else(address: str | None, visitor: str, proven: bool) -> None:
+def test_address_of_somebody_else(address: str | None, peer: str, proven: bool) -> None:
     """An address that the request does not come from has to be proven: copies would be aimed at others."""
     request = Register(name="c", streams=("*",), address=address, port=9000)
-    assert admission.proven(request, Visitor(1, visitor, 40_000)) is proven
+    assert admission.proven(request, Peer(1, peer, 40_000)) is proven
 
 
 @pytest.mark.parametrize(
@@ -71,12 +71,12 @@ def test_address_of_somebody_else(address: str | None, visitor: str, proven: boo
     [("10.2.0.9", True), ("::ffff:10.2.0.9", True), ("10.9.0.9", True), ("fd00::9", True), ("10.3.0.9", False)],
 )
 def test_address_that_the_operator_allows(address: str, proven: bool) -> None:
-    """To networks of the settings and of the visitor's token copies go without proof."""
+    """To networks of the settings and of the peer's token copies go without proof."""
     destinations = ["10.2.0.0/24", "fd00::/8"]
     listed = Admission(["messages"], LISTENERS, LOCAL.__contains__, LOCAL.__contains__, destinations)
     rights = Rights("siem", frozenset({"collect"}), destinations=(ip_network("10.9.0.0/16"),))
     request = Register(name="c", streams=("*",), address=address, port=9000)
-    assert listed.proven(request, Visitor(1, "192.0.2.9", 40_000, rights)) is proven
+    assert listed.proven(request, Peer(1, "192.0.2.9", 40_000, rights)) is proven
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_address_that_is_no_hosts(address: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("address", "port", "visitor"),
+    ("address", "port", "peer"),
     [
         (None, 6667, "127.0.0.1"),
         ("::1", 6667, "127.0.0.1"),
@@ -102,16 +102,16 @@ def test_address_that_is_no_hosts(address: str) -> None:
         (None, 2055, "::1"),
     ],
 )
-def test_own_listener_is_a_loop(address: str | None, port: int, visitor: str) -> None:
+def test_own_listener_is_a_loop(address: str | None, port: int, peer: str) -> None:
     """Copies never go to a listener of our own; one on every address covers all of this host's."""
-    assert error_of(address, port, visitor) == "loop"
+    assert error_of(address, port, peer) == "loop"
 
 
 def test_same_port_elsewhere_is_no_loop() -> None:
     """The port alone is no loop."""
     assert destination("127.0.0.2", 6667) == ("127.0.0.2", 6667)
-    assert destination(port=514, visitor="192.0.2.9") == ("192.0.2.9", 514)
-    assert destination(port=514, visitor="::1") == ("::1", 514)
+    assert destination(port=514, peer="192.0.2.9") == ("192.0.2.9", 514)
+    assert destination(port=514, peer="::1") == ("::1", 514)
 
 
 def test_streams_must_be_there() -> None:
@@ -127,7 +127,7 @@ def test_what_was_asked_of_the_copies_is_entered() -> None:
         name="c", streams=("*",), address="127.0.0.1", port=9, source="original", hop_limit=3, dscp=46
     )
     plain = Register(name="c", streams=("*",), port=9)
-    here = Visitor(1, "127.0.0.1", 1)
+    here = Peer(1, "127.0.0.1", 1)
     admitted = [admission.admit(register, here), admission.admit_configured(collector), admission.admit(plain, here)]
     assert admitted[0] == admitted[1]
     assert [(each.source, each.hop_limit, each.dscp) for each in admitted[1:]] == [
@@ -140,7 +140,7 @@ def test_what_was_asked_of_the_copies_is_entered() -> None:
 def test_prefixes_are_networks(prefix: str) -> None:
     """`from` takes networks in CIDR notation only."""
     with pytest.raises(RequestError, match="from: "):
-        admission.admit(Register(name="c", prefixes=(prefix,)), Visitor(1, "127.0.0.1", 1))
+        admission.admit(Register(name="c", prefixes=(prefix,)), Peer(1, "127.0.0.1", 1))
 
 
 def test_configured_collector_needs_no_proof_but_no_loop() -> None:

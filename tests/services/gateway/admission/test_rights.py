@@ -8,35 +8,35 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.gateway.admission.rights import HERE, NOBODY, Permissions, Rights, common_name
+from services.gateway.admission.rights import HERE, NOBODY, Rights, Tokens, common_name
 from services.gateway.protocol.requests import (
     Auth,
     Confirm,
     Leave,
-    List,
-    Name,
+    ListClients,
+    ListStreams,
     Octets,
     Register,
     Renew,
     Request,
     RequestError,
-    Streams,
+    SignUp,
     Transmit,
-    Watch,
+    WatchClients,
 )
 from shared.settings.model import Scope, Token
 
 REQUESTS: dict[str, Request] = {
     "auth": Auth(token="x"),
-    "list": List(),
-    "watch": Watch(),
-    "streams": Streams(),
+    "list": ListClients(),
+    "watch": WatchClients(),
+    "streams": ListStreams(),
     "register": Register(name="c"),
     "renew": Renew(name="c", generation=1),
     "leave": Leave(name="c", generation=1),
     "confirm": Confirm(name="c", nonce="n"),
     "transmit": Transmit(interface="eth0", frame=Octets(bytes(14))),
-    "name": Name("c"),
+    "name": SignUp("c"),
 }
 ENTRIES = {"register", "renew", "leave", "confirm"}
 LISTS = {"list", "watch", "streams"}
@@ -85,7 +85,7 @@ def token(name: str, secret: str, *scopes: Scope, **fields: Any) -> Token:
     return Token(name=name, hash=f"sha256:{hashlib.sha256(secret.encode()).hexdigest()}", scopes=scopes, **fields)
 
 
-PERMISSIONS = Permissions(
+PERMISSIONS = Tokens(
     [
         token("first", "secret 1", "list"),
         Token(name="router", certificate="router 7", scopes=("collect", "list")),

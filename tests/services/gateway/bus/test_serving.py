@@ -1,5 +1,5 @@
-from services.gateway.admission.peer import Visitor
-from services.gateway.bus.serving import Inquiry
+from services.gateway.admission.peer import Peer
+from services.gateway.bus.serving import ServingQuery
 from services.gateway.registry.entry import Origin
 from services.gateway.registry.registry import Registry
 from shared.bus.messages import Body, Message, ServeReply, ServeRequest, serve_topic
@@ -29,26 +29,26 @@ def test_a_transmitter_that_went_and_came_at_once_has_said_nothing_yet() -> None
     """One that is seen to subscribe again serves nobody until it says so, though it was never seen to be gone."""
     registry = Registry(10, lambda: 0.0, 1)
     requests, bus = Requests("gateway", 1), Bus()
-    inquiry = Inquiry("original", bus, requests, registry, 0.5, lambda _seconds, _call: None)  # type: ignore[arg-type]
+    query = ServingQuery("original", bus, requests, registry, 0.5, lambda _seconds, _call: None)  # type: ignore[arg-type]
     client = make_client("siem", streams=("messages",), source="original")
-    entry = registry.grant(client, Visitor(1, "127.0.0.1", 4000), Origin.JSON)
+    entry = registry.grant(client, Peer(1, "127.0.0.1", 4000), Origin.JSON)
 
     def asked() -> ServeRequest:
-        inquiry.publish()
+        query.publish()
         body = bus.published.pop()
         assert isinstance(body, ServeRequest)
         return body
 
     def word() -> str:
-        registry.look(entry)
+        registry.refresh_condition(entry)
         return entry.condition.word
 
     for _ in range(2):
-        assert inquiry.note_subscriptions([TOPIC])
+        assert query.note_subscriptions([TOPIC])
         assert word() != "ok"
         question = asked()
         reply = ServeReply(question.id, question.revision)
         requests.answer(question.id, Message(question.reply, make_envelope(kind="serve.reply"), reply))
         assert word() == "ok"
-        assert not inquiry.note_subscriptions(["status/"])
+        assert not query.note_subscriptions(["status/"])
         assert word() == "ok"

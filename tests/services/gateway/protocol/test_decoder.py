@@ -6,19 +6,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.gateway.protocol.decoder import MAX_LINE, Decoder, parse_line, parse_name
+from services.gateway.protocol.decoder import MAX_LINE, Decoder, parse_name, parse_request
 from services.gateway.protocol.requests import (
     Confirm,
     Leave,
-    List,
+    ListClients,
+    ListStreams,
     Mac,
-    Name,
     Octets,
     Register,
     RequestError,
-    Streams,
+    SignUp,
     Transmit,
-    Watch,
+    WatchClients,
 )
 
 Outcome = tuple[object, ...]
@@ -54,7 +54,7 @@ def drain(decoder: Decoder) -> list[Outcome]:
 def refused(line: bytes) -> RequestError:
     """The refusal that a line meets."""
     with pytest.raises(RequestError) as caught:
-        parse_line(line)
+        parse_request(line)
     return caught.value
 
 
@@ -84,20 +84,20 @@ def test_splits_change_nothing(parts: list[bytes], places: list[int]) -> None:
 def test_nothing_but_a_refusal_is_raised(reads: list[bytes]) -> None:
     """Whatever the bytes and the reads, a decoder returns requests or refuses, and refuses in known words."""
     for outcome in take(reads):
-        assert outcome[0] in ("bad_request", "bad_name", "too_long") or isinstance(outcome[0], Name)
+        assert outcome[0] in ("bad_request", "bad_name", "too_long") or isinstance(outcome[0], SignUp)
 
 
 def test_first_byte_decides() -> None:
     """`{` begins JSON lines; anything else is a name, which is what the first read brings and no more."""
-    assert take([b'{"op":"list"}\n{"op":"streams"}\n']) == [(List(),), (Streams(),)]
-    assert take([b"router", b"-7"]) == [(Name("router"),)]
-    assert take([b"router\r\n"]) == [(Name("router"),)]
+    assert take([b'{"op":"list"}\n{"op":"streams"}\n']) == [(ListClients(),), (ListStreams(),)]
+    assert take([b"router", b"-7"]) == [(SignUp("router"),)]
+    assert take([b"router\r\n"]) == [(SignUp("router"),)]
     assert take([]) == []
 
 
 def test_last_line_needs_no_newline() -> None:
     """What is left when the client sends no more is a line."""
-    assert take([b'{"op":"list",', b'"id":7}']) == [(List(id=7),)]
+    assert take([b'{"op":"list",', b'"id":7}']) == [(ListClients(id=7),)]
 
 
 @pytest.mark.parametrize("size", [1, 255])
@@ -131,7 +131,7 @@ def test_too_long_a_line() -> None:
     """A line of 64 KiB is read; a byte more is `too_long` and the end, with or without its newline."""
     line = b'{"op":"list"' + b" " * (MAX_LINE - 13) + b"}"
     assert len(line) == MAX_LINE
-    assert take([line + b"\n"]) == [(List(),)]
+    assert take([line + b"\n"]) == [(ListClients(),)]
     for data in (line + b" \n", line + b" ", line + b" \n" + b'{"op":"list"}\n'):
         assert [outcome[0] for outcome in take([data])] == ["too_long"]
 
@@ -217,11 +217,11 @@ def test_bad_name_in_json_keeps_the_connection() -> None:
 
 def test_requests_are_typed() -> None:
     """Fields arrive as the protocol names them."""
-    register = parse_line(b'{"op":"register","name":"s","streams":["*"],"port":9,"from":["10.0.0.0/8"],"ttl":5}\r')
+    register = parse_request(b'{"op":"register","name":"s","streams":["*"],"port":9,"from":["10.0.0.0/8"],"ttl":5}\r')
     assert register == Register(name="s", streams=("*",), port=9, prefixes=("10.0.0.0/8",), ttl=5.0)
-    assert parse_line(b'{"op":"leave","name":"s","generation":3,"id":"q"}') == Leave(name="s", generation=3, id="q")
-    assert parse_line(b'{"op":"watch","revision":7}') == Watch(revision=7)
-    assert parse_line(b'{"op":"confirm","name":"s","nonce":"n"}') == Confirm(name="s", nonce="n")
+    assert parse_request(b'{"op":"leave","name":"s","generation":3,"id":"q"}') == Leave(name="s", generation=3, id="q")
+    assert parse_request(b'{"op":"watch","revision":7}') == WatchClients(revision=7)
+    assert parse_request(b'{"op":"confirm","name":"s","nonce":"n"}') == Confirm(name="s", nonce="n")
 
 
 DOCUMENTED = bytes.fromhex("010203040506 010203040506 0801") + b"[" * 30 + b"PAYLOAD" + b"]" * 30
@@ -236,7 +236,7 @@ PARTS = {
 
 def transmit(**fields: object) -> Transmit:
     """The request in a line with these fields."""
-    request = parse_line(json.dumps({"op": "transmit", "interface": "eth1", **fields}).encode())
+    request = parse_request(json.dumps({"op": "transmit", "interface": "eth1", **fields}).encode())
     assert isinstance(request, Transmit)
     return request
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.gateway.admission.destinations import Admission
-from services.gateway.admission.peer import Visitor
+from services.gateway.admission.peer import Peer
 from services.gateway.admission.rights import Rights
 from services.gateway.protocol.names_list import BLOCK, NamesList
 from services.gateway.protocol.requests import RequestError
@@ -21,7 +21,7 @@ from shared.bus.messages import MAX_MESSAGE, Health, RegistryChange, Troubled
 from shared.client import Client, Source
 from shared.settings.model import Collector
 
-HERE, ELSEWHERE = Visitor(1, "127.0.0.1", 4000), Visitor(2, "192.0.2.7", 4001, Rights("siem", frozenset({"collect"})))
+HERE, ELSEWHERE = Peer(1, "127.0.0.1", 4000), Peer(2, "192.0.2.7", 4001, Rights("siem", frozenset({"collect"})))
 
 
 class Table(Registry):
@@ -37,9 +37,9 @@ class Table(Registry):
         self.now = 0.0
         super().__init__(max_clients, lambda: self.now, 1, keep, preserve_seconds, max_clients_per_holder)
 
-    def join(self, name: str, visitor: Visitor = HERE, origin: Origin = Origin.JSON, **terms: object) -> Entry:
-        client = Client(name, 0, visitor.address, visitor.port)
-        return self.grant(client, visitor, origin, **terms)  # type: ignore[arg-type]
+    def join(self, name: str, peer: Peer = HERE, origin: Origin = Origin.JSON, **terms: object) -> Entry:
+        client = Client(name, 0, peer.address, peer.port)
+        return self.grant(client, peer, origin, **terms)  # type: ignore[arg-type]
 
     @property
     def present(self) -> list[str]:
@@ -61,7 +61,7 @@ def error_of(action: object, *arguments: object, **options: object) -> str:
 
 def word(registry: Registry, entry: Entry) -> str:
     """The entry's word when it is looked at."""
-    registry.look(entry)
+    registry.refresh_condition(entry)
     return entry.condition.word
 
 
@@ -74,18 +74,18 @@ def test_generation_never_repeats(registry: Table) -> None:
 def test_name_taken(registry: Table) -> None:
     """A name belongs to the connection that signed it up; from the same address it may be taken over."""
     registry.join("a")
-    neighbour = Visitor(3, HERE.address, 5000)
+    neighbour = Peer(3, HERE.address, 5000)
     assert error_of(registry.join, "a", neighbour) == "name_taken"
     assert error_of(registry.join, "a", ELSEWHERE, take_over=True) == "name_taken"
     registry.join("a", HERE)
-    assert registry.join("a", neighbour, take_over=True).visitor == neighbour
+    assert registry.join("a", neighbour, take_over=True).peer == neighbour
 
 
 def test_entry_is_its_holders(registry: Table) -> None:
     """Who has the same holder renews, replaces and removes it, from anywhere; another at the same address does not."""
     entry = registry.join("a", ELSEWHERE, ttl=5)
-    again = Visitor(4, "192.0.2.8", 4002, ELSEWHERE.rights)
-    other = Visitor(5, ELSEWHERE.address, 4003, Rights("other", frozenset({"collect"})))
+    again = Peer(4, "192.0.2.8", 4002, ELSEWHERE.rights)
+    other = Peer(5, ELSEWHERE.address, 4003, Rights("other", frozenset({"collect"})))
     for act in (registry.renew, registry.release):
         assert error_of(act, "a", entry.client.generation, other) == "not_permitted"
     assert error_of(registry.join, "a", other, take_over=True) == "name_taken"
@@ -94,7 +94,7 @@ def test_entry_is_its_holders(registry: Table) -> None:
     taken = registry.join("a", again, take_over=True)
     registry.release("a", taken.client.generation, ELSEWHERE)
     registry.join("a", ELSEWHERE)
-    boss = Visitor(6, "192.0.2.9", 4004, Rights("boss", frozenset({"admin"})))
+    boss = Peer(6, "192.0.2.9", 4004, Rights("boss", frozenset({"admin"})))
     registry.release("a", registry.join("a", boss, take_over=True).client.generation, boss)
 
 
@@ -139,7 +139,7 @@ def test_one_holder_has_not_all_the_room() -> None:
     for name in ("a", "b", "a"):
         registry.join(name, ELSEWHERE, ttl=5)
     assert error_of(registry.join, "c", ELSEWHERE) == "registry_full"
-    registry.join("c", Visitor(3, ELSEWHERE.address, 1, Rights("other", frozenset({"collect"}))))
+    registry.join("c", Peer(3, ELSEWHERE.address, 1, Rights("other", frozenset({"collect"}))))
     registry.release("b", registry.join("b", HERE, take_over=True).client.generation, HERE)
     registry.join("b", ELSEWHERE)
     assert error_of(registry.join, "d", ELSEWHERE) == "registry_full"
@@ -180,7 +180,7 @@ def test_held_entries_go_with_their_connection(registry: Table) -> None:
     registry.join("b", hold=True)
     registry.join("c")
     assert registry.holds_any(HERE)
-    registry.join("b", Visitor(3, HERE.address, 1), take_over=True)
+    registry.join("b", Peer(3, HERE.address, 1), take_over=True)
     registry.release_held(HERE)
     assert registry.present == ["b", "c"]
     assert not registry.holds_any(HERE)
@@ -194,8 +194,8 @@ def test_changes_are_numbered(registry: Table) -> None:
     again = registry.join("a").client
     registry.release("b", b.generation, HERE)
     registry.commit()
-    assert registry.take_changes() == [RegistryChange(0, 2, [a, b], []), RegistryChange(2, 5, [again], ["b"])]
-    assert registry.take_changes() == []
+    assert registry.pop_changes() == [RegistryChange(0, 2, [a, b], []), RegistryChange(2, 5, [again], ["b"])]
+    assert registry.pop_changes() == []
 
 
 def test_one_change_is_bounded(registry: Table) -> None:
@@ -205,7 +205,7 @@ def test_one_change_is_bounded(registry: Table) -> None:
     registry.now = 2
     registry.expire()
     registry.commit()
-    changes = registry.take_changes()
+    changes = registry.pop_changes()
     assert [change.after for change in changes[1:]] == [change.revision for change in changes[:-1]]
     assert (changes[0].after, changes[-1].revision) == (0, 600)
     assert max(len(change.joined) + len(change.left) for change in changes) == MAX_CHANGE
@@ -235,10 +235,10 @@ def test_every_change_is_an_event(registry: Table) -> None:
     registry.release("a", again.client.generation, HERE)
     registry.now = 5
     registry.expire()
-    told = [(event.kind, event.revision, event.entry.client.name) for event in registry.take_events()]
+    told = [(event.kind, event.revision, event.entry.client.name) for event in registry.pop_events()]
     assert told == [("joined", 1, "a"), ("changed", 2, "a"), ("joined", 3, "b"), ("left", 4, "a"), ("expired", 5, "b")]
     assert a.client.generation < again.client.generation
-    assert registry.take_events() == []
+    assert registry.pop_events() == []
 
 
 def test_change_that_is_not_kept_is_not_made() -> None:
@@ -353,19 +353,19 @@ def test_configured_collectors_are_those_of_the_settings(registry: Table) -> Non
     registry.join("b", ELSEWHERE)
     a, b, c = (Client(name, 0, "10.0.0.1", 9, streams=("messages",)) for name in "abc")
     registry.configure([a, b])
-    assert [event.kind for event in registry.take_events()] == ["joined", "joined", "joined", "changed"]
+    assert [event.kind for event in registry.pop_events()] == ["joined", "joined", "joined", "changed"]
     revision = registry.commit()
     registry.configure([a, b])
     assert registry.commit() == revision
     registry.configure([msgspec.structs.replace(a, port=10), c])
-    told = [(event.kind, event.entry.client.name) for event in registry.take_events()]
+    told = [(event.kind, event.entry.client.name) for event in registry.pop_events()]
     assert told == [("left", "b"), ("changed", "a"), ("joined", "c")]
     assert registry.present == ["own", "a", "c"]
 
 
 def test_leases_begin_anew_after_a_restart(registry: Table) -> None:
     """What an earlier start kept has all of its time again, however little was left of it."""
-    earlier = Visitor(0, HERE.address, 4000)
+    earlier = Peer(0, HERE.address, 4000)
     kept = Entry(Client("a", 1, HERE.address, 9), Origin.JSON, earlier, 5.0, math.inf, 0, False, 0.0)
     registry.now = 100.0
     registry.restore([kept], 7)
@@ -379,7 +379,7 @@ def test_leases_begin_anew_after_a_restart(registry: Table) -> None:
 
 def test_held_entry_outlives_a_restart_for_a_while(registry: Table) -> None:
     """What a connection held may be signed up again from the same address after a restart, or it goes."""
-    earlier = Visitor(0, HERE.address, 4000)
+    earlier = Peer(0, HERE.address, 4000)
     kept = [Entry(Client(name, 1, HERE.address, 9), Origin.JSON, earlier, 0.0, math.inf, 0, True, 0.0) for name in "ab"]
     registry.restore(kept, 7)
     assert error_of(registry.join, "a", ELSEWHERE) == "name_taken"
@@ -441,12 +441,12 @@ def test_trouble_shows_with_since_when_and_its_cost(registry: Table) -> None:
     before = registry.version()
     registry.note_health(1, report(1, Troubled("c", generation, "slow", 2500, 7), Troubled("d", 1 << 40, "slow", 0, 1)))
     assert registry.version() != before
-    registry.look_at_all()
+    registry.refresh_conditions()
     assert (entry.condition, registry.lasted(entry.condition)) == (Condition("slow", 97.5, 7), 2.5)
     assert other.condition.word == "ok"
     registry.now = 101.0
     registry.note_health(1, report(2))
-    registry.look_at_all()
+    registry.refresh_conditions()
     assert entry.condition == Condition("ok", 101.0)
 
 
@@ -509,7 +509,7 @@ def test_changes_lead_to_the_registry(actions: list[tuple[str, int, int]]) -> No
             registry.commit()
     registry.commit()
     present = {entry.client.name: entry.client for entry in registry.entries()}
-    assert follow(registry.take_changes()) == present
+    assert follow(registry.pop_changes()) == present
     assert b"".join(registry.names.render()) == listed(present).encode()
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from services.gateway.admission.peer import Visitor
+from services.gateway.admission.peer import Peer
 from services.gateway.admission.rights import Rights
 from services.gateway.protocol.requests import RequestError
 from services.gateway.registry import store as store_module
@@ -16,7 +16,7 @@ from services.gateway.registry.store import SKIPPED, Store
 from shared.client import Client
 from shared.process.lifecycle import OperatorError
 
-HERE = Visitor(7, "127.0.0.1", 4000, Rights("holder"))
+HERE = Peer(7, "127.0.0.1", 4000, Rights("holder"))
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_everything_is_there_again(path: Path) -> None:
         again = registry_on(store)
         assert (shown(again), again.commit(), store.generation) == (before, revision, 4)
         assert [entry.client.name for entry in again.entries()] == ["one", "three"]
-        assert {entry.visitor for entry in again.entries()} == {Visitor(0, "127.0.0.1", 4000, Rights("holder"))}
+        assert {entry.peer for entry in again.entries()} == {Peer(0, "127.0.0.1", 4000, Rights("holder"))}
         assert join(again, "two").client.generation == 5
 
 
@@ -73,7 +73,7 @@ def test_entry_of_an_earlier_version(path: Path) -> None:
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
         database.execute("UPDATE client SET entry = json_remove(entry, '$.holder')")
     with opened(path) as store:
-        assert [entry.visitor.rights.holder for entry in store.entries] == [""]
+        assert [entry.peer.rights.holder for entry in store.entries] == [""]
 
 
 def test_without_a_file_nothing_is_kept(tmp_path: Path) -> None:

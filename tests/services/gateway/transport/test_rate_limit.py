@@ -1,4 +1,4 @@
-from services.gateway.transport.rate_limit import BURST_SECONDS, Pace
+from services.gateway.transport.rate_limit import BURST_SECONDS, RateLimit
 
 
 class Clock:
@@ -11,7 +11,7 @@ class Clock:
 def test_as_many_at_once_then_at_the_rate() -> None:
     """A burst passes; after it each request waits one interval longer than the last, and time gives it back."""
     clock = Clock()
-    pace = Pace(2, clock)
+    pace = RateLimit(2, clock)
     burst = int(2 * BURST_SECONDS)
     assert [pace.take("a") for _ in range(burst)] == [0.0] * burst
     assert [pace.take("a") for _ in range(3)] == [0.5, 1.0, 1.5]
@@ -23,7 +23,7 @@ def test_as_many_at_once_then_at_the_rate() -> None:
 def test_no_slower_than_the_rate_never_waits() -> None:
     """At exactly its rate an address never waits, however long it goes on."""
     clock = Clock()
-    pace = Pace(4, clock)
+    pace = RateLimit(4, clock)
     for _ in range(10_000):
         assert pace.take("a") == 0.0
         clock.now += 0.25
@@ -32,7 +32,7 @@ def test_no_slower_than_the_rate_never_waits() -> None:
 def test_addresses_are_forgotten() -> None:
     """However many addresses come, only those are remembered that have come faster than the rate."""
     clock = Clock()
-    pace = Pace(10, clock)
+    pace = RateLimit(10, clock)
     for number in range(1000):
         pace.take(str(number))
     for _ in range(100):
