@@ -1,8 +1,8 @@
 """What a process takes of the host's memory, against the ceiling that its settings give it.
 
 Each queue has a bound of its own, but many may be full at once. So a service looks at all that it takes together, a
-hundred times a second at most, and when that comes near the ceiling it lets go of something, by the policy that README
-gives in "Limits, and what is dropped first", before the kernel would end it.
+hundred times a second at most, and when that comes near the ceiling it lets go of something before the kernel would end
+it, by the policy that deploy/README.md gives under "Memory".
 """
 
 import ctypes

@@ -1,4 +1,4 @@
-"""What a run gave: a line each for people, rows for the JSON, and the figures of the README."""
+"""What a run gave: a line each for people, rows for the JSON, and the figures of README.md."""
 
 import json
 import os
@@ -103,7 +103,7 @@ def summarize(task: Task, found: Mapping[str, Sequence[Round]]) -> list[Cell]:
 
 
 def table(cells: Iterable[Cell]) -> str:
-    """The README's table: a line a task."""
+    """The table of README.md beside: a line a task."""
     by_task: dict[tuple[str, int, str], list[Cell]] = {}
     for cell in cells:
         by_task.setdefault(cell.task, []).append(cell)

@@ -1,5 +1,6 @@
 """The unit files: what systemd itself says of them, and that they say what the rest of the project says."""
 
+import os
 import re
 import shutil
 import socket
@@ -14,6 +15,7 @@ from shared.net.addresses import resolve
 from shared.net.sockets import KINDS
 from shared.process.lifecycle import BAD_SETTINGS, NOT_PERMITTED, USAGE
 from shared.settings.model import DEFAULT_STREAM, Forwarder, Settings, Stream
+from tests.documents import block
 from tests.stack import CHECKOUT
 
 UNITS = CHECKOUT / "deploy" / "systemd"
@@ -41,15 +43,45 @@ def lines(unit: Path, key: str) -> list[str]:
     return re.findall(rf"^{key}=(.*)$", unit.read_text(), re.MULTILINE)
 
 
+def verify(directory: Path, drop_in: str = "", unit: str = "") -> None:
+    """Assert that `systemd-analyze verify` has nothing to say of the units, with a drop-in for one of them."""
+    need("systemd-analyze")
+    for path in UNITS.iterdir():
+        # Not installed here: an interpreter that is takes its place, and systemd checks that it can be run.
+        (directory / path.name).write_text(path.read_text().replace(INSTALLED, sys.executable))
+    if unit:
+        (directory / f"{unit}.d").mkdir()
+        (directory / f"{unit}.d" / "override.conf").write_text(drop_in)
+    command = ["systemd-analyze", "verify", *(str(path) for path in directory.iterdir() if path.is_file())]
+    environment = os.environ | {"SYSTEMD_UNIT_PATH": f"{directory}:"}
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (said.returncode, said.stdout + said.stderr) == (0, "")
+
+
 def test_units_are_clean(tmp_path: Path) -> None:
     """`systemd-analyze verify` has nothing to say of any unit, once the program is where they look for it."""
-    need("systemd-analyze")
-    for unit in UNITS.iterdir():
-        # Not installed here: an interpreter that is takes its place, and systemd checks that it can be run.
-        (tmp_path / unit.name).write_text(unit.read_text().replace(INSTALLED, sys.executable))
-    command = ["systemd-analyze", "verify", *map(str, tmp_path.iterdir())]
-    said = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (said.returncode, said.stdout + said.stderr) == (0, "")
+    verify(tmp_path)
+
+
+SHOWN_DROP_INS = {
+    "fanwire-gateway.service": block("deploy/README.md", "credentials"),
+    "fanwire-broker.service": block("deploy/README.md", "broker-network"),
+    "fanwire-ingest@.socket": block("README.md", "site-sockets"),
+}
+
+
+@pytest.mark.parametrize("unit", SHOWN_DROP_INS)
+def test_drop_ins_shown_are_clean(tmp_path: Path, unit: str) -> None:
+    """`systemd-analyze verify` has nothing to say of a unit with the drop-in that a README shows for it."""
+    lines = "\n".join(line.strip() for line in SHOWN_DROP_INS[unit].splitlines())
+    verify(tmp_path, lines, unit)
+    assert lines.count("[") == 1  # a section of its own, so that it can be pasted
+
+
+def test_drop_in_with_a_mistake_is_found(tmp_path: Path) -> None:
+    """The check above reads drop-ins: an unknown setting in one fails it."""
+    with pytest.raises(AssertionError, match="Unknown key"):
+        verify(tmp_path, "[Service]\nLoadCredentials=key.pem\n", "fanwire-gateway.service")
 
 
 @pytest.mark.parametrize("unit", SERVICES, ids=service_of)

@@ -1,4 +1,4 @@
-"""The programs that README shows to who writes a collector, taken from there and run."""
+"""The programs that the gateway's README shows as examples of a collector, taken from there and run."""
 
 import json
 import re
@@ -10,13 +10,17 @@ from typing import Final
 
 import pytest
 
+from tests.documents import block
 from tests.stack import PATIENT, Running, Stack, ask, ask_json, wait_until
 from tests.system.test_fan_out import need
-from tests.system.test_readme import blocks
 
-HEADING: Final = "### A collector of your own"
+PROGRAMS: Final = {
+    "bash": block("services/gateway/README.md", "collector-in-bash"),
+    "python": block("services/gateway/README.md", "collector-in-python"),
+    "go": block("services/gateway/README.md", "collector-in-go"),
+}
 TTL_SECONDS: Final = 3
-"""Instead of the 30 in README; the programs renew at a third of it."""
+"""Instead of the 30 shown; the programs renew at a third of it."""
 
 
 def start(stack: Stack, language: str, program: str) -> Running:
@@ -40,10 +44,10 @@ def changes() -> list[str]:
     return [line["event"] for line in lines if line.get("event", "health") != "health"]
 
 
-@pytest.mark.parametrize("language", ["bash", "python", "go"])
+@pytest.mark.parametrize("language", PROGRAMS)
 def test_collector_does_what_it_has_to(stack: Stack, language: str) -> None:
     """Each says why it is refused, gets copies, renews, so also after its first ttl, and leaves when told to end."""
-    program, count = re.subn(r"(?i)\b(ttl *= *)30\b", rf"\g<1>{TTL_SECONDS}", blocks(HEADING, language)[0])
+    program, count = re.subn(r"(?i)\b(ttl *= *)30\b", rf"\g<1>{TTL_SECONDS}", PROGRAMS[language])
     assert count == 1
     stack.configure(PATIENT)
     stack.start_all()
@@ -76,7 +80,7 @@ def test_watcher_goes_on_where_it_was(stack: Stack) -> None:
     """A watcher gets the list once, then each change once and in order, also over a restart of the gateway."""
     stack.start("broker")
     stack.start("gateway")
-    watcher = start(stack, "python", blocks(HEADING, "python")[1])
+    watcher = start(stack, "python", block("services/gateway/README.md", "watcher"))
     watcher.wait_for("'clients': {}")
     ask_json({"op": "register", "name": "before"})
     watcher.wait_for("'name': 'before'")

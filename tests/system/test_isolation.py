@@ -140,7 +140,7 @@ def test_full_interface_queue_is_counted(open_stack: OpenStack, source: Source) 
 @pytest.mark.soak
 @pytest.mark.parametrize("source", ["relay", "original"])
 def test_samplicator_in_the_same_place(open_stack: OpenStack, source: Source) -> None:
-    """What samplicator's live collector gets beside the same others is printed, for README."""
+    """What samplicator's live collector gets beside the same others is printed, for services/forwarder/README.md."""
     if not shutil.which("samplicate"):
         pytest.skip("samplicate is not on PATH")
     with ExitStack() as opened:

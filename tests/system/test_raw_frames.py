@@ -1,5 +1,6 @@
 """Raw frames: byte for byte on the wire, and nothing that the settings do not allow, whoever asks."""
 
+import shlex
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 
@@ -9,6 +10,7 @@ from shared.bus.messages import TRANSMIT_TOPIC, TransmitReply, TransmitRequest
 from shared.bus.zmq_sockets import Publisher, Requests, Subscriber
 from tests.builders import BusEnds, take, wait_wanted
 from tests.capture import Capture
+from tests.documents import block
 from tests.network import End, Host, ambient, veth
 from tests.openly import OpenStack
 from tests.stack import Running, ask_json, wait_until
@@ -55,10 +57,8 @@ def fanwire(open_stack: OpenStack, host: Host, *arguments: str) -> tuple[int, st
     return running.process.wait(30), running.text
 
 
-DOCUMENTED_ARGUMENTS = (
-    "frame", "wire", "--destination", ADDRESS, "--source", ADDRESS, "--ethertype", "0x0801",
-    "--payload", PAYLOAD, "--checksum", "1a2b3c4d",
-)  # fmt: skip
+SHOWN = block("services/transmitter/README.md", "frame").replace("\\\n", "")
+DOCUMENTED_ARGUMENTS = shlex.split(SHOWN.replace("eth1", "wire"))[1:]
 
 
 def test_documented_frame_is_on_the_wire_byte_for_byte(open_stack: OpenStack) -> None:

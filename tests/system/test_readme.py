@@ -1,154 +1,207 @@
-"""README keeps its word: its tour works when pasted, its tables have what there is and nothing else."""
+"""The code in the READMEs does what the text around it says when it is pasted, block by block."""
 
+import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Final
 
-import msgspec
 import pytest
 
-from services.gateway.protocol.requests import OPERATIONS, ErrorWord, Operation
-from services.gateway.registry.condition import Word
-from services.gateway.render import View
-from services.operator.client.lease import PASSING
-from shared.settings.file import load, render
-from shared.settings.model import DEFAULT_STREAM, Settings
-from tests.openly import OpenStack
-from tests.stack import CHECKOUT, Stack
+from shared.settings.file import load
+from shared.settings.model import Settings
+from tests.capture import Collector
+from tests.documents import block
+from tests.network import End, Host, veth
+from tests.openly import NOBODY, OpenStack, program_for_all
+from tests.services.transmitter.started import IS_ROOT
+from tests.stack import PATIENT, Stack, ask_json, wait_until
 from tests.system.test_fan_out import need
 
-README = (CHECKOUT / "README.md").read_text()
+TOUR: Final = (
+    block("README.md", "tour-watch"),
+    block("README.md", "tour-siem"),
+    block("README.md", "tour-archive"),
+    block("README.md", "tour-original"),
+    block("README.md", "tour-end"),
+)
 
 
-def blocks(heading: str, *languages: str) -> list[str]:
-    """The blocks in these languages under a heading of README, up to the next one of the second level."""
-    section = README.partition(f"\n{heading}\n")[2].partition("\n## ")[0]
-    return re.findall(rf"^```(?:{'|'.join(languages)})\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
-
-
-def table(heading: str) -> dict[str, list[str]]:
-    """The table whose first column has this heading: the cells of each row by the word in its first one."""
-    rows = re.search(rf"^\| {heading} \|.*\n((?:\|.*\n)*)", README, re.MULTILINE)
-    assert rows, heading
-    return {word: rest.split("|") for word, rest in re.findall(r"^\| `(\w+)` \|(.*)\|$", rows[1], re.MULTILINE)}
-
-
-def test_the_tour_works_when_pasted(open_stack: OpenStack) -> None:
-    """Every line of the five-minute tour, pasted in order into one shell, does what the text says."""
-    need("nc")
-    need("logger")
+def paste(stack: Stack, commands: str, *, code: int = 0, seconds: float = 60, **environment: str) -> str:
+    """Have bash run the commands, where `fanwire` is on PATH; return all that they print."""
     if not (Path(sys.prefix) / "bin" / "fanwire").exists():
         pytest.skip("fanwire is not installed in this environment")
+    script = stack.directory / "pasted.sh"
+    script.write_text(f"set -eum\n{commands}")
+    result = subprocess.run(
+        ["bash", str(script)],
+        env=stack.environment | environment,
+        cwd=stack.directory,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=seconds,
+        check=False,
+    )
+    assert result.returncode == code, result.stdout
+    return result.stdout
+
+
+@pytest.mark.timeout(240)
+def test_tour_works_when_pasted_twice(open_stack: OpenStack) -> None:
+    """Every line of the tour, pasted in order into one shell, does what the text says; the second time as well."""
+    need("nc")
+    need("logger")
     open_stack.start_all()
     open_stack.start("transmitter")
     (open_stack.directory / ".venv").symlink_to(sys.prefix)
-    tour = "\n".join(re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL))
-    script = open_stack.directory / "tour.sh"
     patience = "sleep() { command sleep $((3 * $1)); }"  # other tests keep the machine busy, nobody the reader's
-    script.write_text(f"set -eum\n{patience}\n{tour}")
-    result = subprocess.run(
-        ["bash", str(script)],
-        env=open_stack.environment,
-        cwd=open_stack.directory,
-        capture_output=True,
-        text=True,
-        timeout=110,
-        check=False,
-    )
-    said = result.stdout + result.stderr
-    assert result.returncode == 0, said
-    assert re.search(r"Got message from \('127\.0\.0\.1', \d+\): b'Hello you there!\\n'", said)
-    assert "Got your message!" in said
-    assert "the disk is full" in said
-    assert re.search(r"Got message from .*first", said)
-    assert re.search(r"Got message from .*second", said)
-    assert re.search(r"Got message from \('127\.0\.0\.1', \d+\): .*third", said)
-    assert "siem" in said
-    assert "balanced" in said
+    again = "echo 'the second time'"
+    said = paste(open_stack, "\n".join((patience, *TOUR, again, *TOUR)), seconds=220)
+    for time_round in said.split("the second time\n"):
+        assert re.search(r"Got message from \('127\.0\.0\.1', \d+\): b'Hello you there!\\n'", time_round), said
+        assert "Got your message!" in time_round
+        assert '{"ok":true,"client":{"name":"siem"' in time_round
+        assert "the disk is full" in time_round
+        assert re.search(r"Got message from .*first", time_round)
+        assert re.search(r"Got message from .*second", time_round)
+        assert re.search(r"Got message from \('127\.0\.0\.1', \d+\): .*third", time_round)
+        assert "balanced" in time_round
+    assert ask_json({"op": "list"})["clients"] == {}
 
 
-def test_who_may_works_when_pasted(stack: Stack) -> None:
-    """The certificate and token that README has one make let a client in by TLS, with either program."""
-    need("openssl")
-    make, lines, use = blocks("## Who may", "bash", "toml")
-    if not (Path(sys.prefix) / "bin" / "fanwire").exists():
-        pytest.skip("fanwire is not installed in this environment")
-
-    def paste(commands: str) -> str:
-        result = subprocess.run(
-            ["bash", "-euc", commands],
-            env=stack.environment,
-            cwd=stack.directory,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        assert result.returncode == 0, result.stderr
-        return result.stdout
-
-    paste(make)
-    stack.configure(lines)
-    stack.start("broker")
-    stack.start("gateway")
-    said = paste(use)
-    assert "copies of messages go to 127.0.0.1 port 9514" in said
-    assert '{"ok":true,"holder":"siem","scopes":["collect","list"],"streams":["*"]}\n' in said
-    assert '"clients":{"siem":' in said
+def read(tmp_path: Path, text: str) -> Settings:
+    """Settings as the services read them, from a file with this text."""
+    path = tmp_path / "shown.toml"
+    path.write_text(text)
+    return load(path, {})
 
 
 def test_example_of_settings_is_read(tmp_path: Path) -> None:
-    """The settings that README shows are read as what they say."""
-    (example,) = blocks("## Settings", "toml")
-    path = tmp_path / "site.toml"
-    path.write_text(example)
-    settings = load(path, {})
+    """The settings that are shown as an example are read as what they say."""
+    settings = read(tmp_path, block("shared/settings/README.md", "example"))
     assert [stream.name for stream in settings.streams] == ["syslog", "netflow"]
     assert [(each.name, each.address, each.port) for each in settings.collectors] == [("siem", "192.0.2.20", 514)]
 
 
-def test_settings_are_those_in_the_table() -> None:
-    """README's table names every setting with its default, and no other."""
-    shown = dict(re.findall(r"^\| `(\[+\w+\]+ \w+)` \| (.*?) \|", README, re.MULTILINE))
-    declared: dict[str, str] = {}
-    numbered = msgspec.structs.replace(DEFAULT_STREAM, protocol="netflow")  # what is not set is not rendered
-    for line in render(Settings(streams=(numbered,))).splitlines():
-        if line.startswith("["):
-            section = line
-        elif line:
-            key, _, value = line.partition(" = ")
-            declared[f"{section} {key}"] = value
-    streams = {name for name in declared if name.startswith("[[stream]]")}
-    assert shown.keys() == declared.keys()
-    for name in declared.keys() - streams:
-        assert shown[name] == f"`{declared[name]}`", name
-    assert msgspec.json.decode(shown["[[stream]] receive_buffer"].strip("`")) == Settings().streams[0].receive_buffer
+def test_imported_file_is_what_was_there(stack: Stack) -> None:
+    """The command that imports samplicator's file writes settings that are read, with its receivers as collectors."""
+    (stack.directory / "samplicator.conf").write_text("10.0.0.0/255.0.0.0: 192.0.2.7/2055 192.0.2.8/2055\n")
+    paste(stack, block("services/operator/README.md", "import"))
+    settings = load(stack.directory / "site.toml", {})
+    assert [stream.listen for stream in settings.streams] == [("udp://0.0.0.0:2000",)]
+    assert {(each.address, each.port, each.source) for each in settings.collectors} == {
+        ("192.0.2.7", 2055, "original"),
+        ("192.0.2.8", 2055, "original"),
+    }
 
 
-def test_requests_are_those_in_the_table() -> None:
-    """README's table has every op with all of its fields and no other, and of an entry only what it has."""
-    kinds = {str(kind.__struct_config__.tag): kind for kind in get_args(Operation)}
-    requests = table("op")
-    assert tuple(requests) == OPERATIONS
-    for op, (asked, _) in requests.items():
-        fields = set(kinds[op].__struct_encode_fields__) - {"id"}
-        assert _in_backticks(asked) - {"leave"} == fields, op
-    assert _in_backticks(requests["register"][1]) <= {"client", *View.__struct_encode_fields__}
+def test_worker_takes_the_number_it_is_given(stack: Stack) -> None:
+    """The command for another worker starts one that has the number shown."""
+    stack.start("broker")
+    command = block("services/ingest/README.md", "third-worker").replace("fanwire ingest", "exec fanwire ingest")
+    worker = stack.spawn("third", ["bash", "-euc", command])
+    wait_until(lambda: worker.events("ready"), f"it is ready: {worker.text}")
+    assert {each["service"] for each in worker.events("ready")} == {"ingest.3"}
 
 
-def test_words_are_those_in_the_tables() -> None:
-    """README's tables have every error word and every word of health; what they say to retry, `collect` retries."""
-    errors = table("`error`")
-    assert tuple(errors) == get_args(ErrorWord)
-    assert {word for word, (_, then) in errors.items() if then.strip() == "retry"} == PASSING
-    assert table("`health`").keys() == _words(Word)
+def test_reload_reaches_every_service_that_reads_again(stack: Stack) -> None:
+    """The command for honcho's services has each of them read the settings again, and the broker go on."""
+    need("pkill")
+    stack.start_all()
+    ours = f'pkill() {{ command pkill -P {os.getpid()} "$@"; }}\n'  # there may be other services on this machine
+    paste(stack, ours + block("deploy/README.md", "reload"))
+    for name in ("gateway", "ingest.1", "forwarder"):
+        wait_until(lambda name=name: stack[name].reloads, f"{name} heeds SIGHUP")  # type: ignore[misc]
+    assert stack["broker"].process.poll() is None
+    assert not stack["broker"].reloads
 
 
-def _in_backticks(text: str) -> set[str]:
-    return set(re.findall(r"`(\w+)`", text))
+def test_capability_is_given_by_hand(open_stack: OpenStack) -> None:
+    """The command by which root gives another user's transmitter its one capability starts one with raw sockets."""
+    if not IS_ROOT:
+        pytest.skip("only root can give a capability to another user")
+    need("setpriv")
+    interpreter, program = program_for_all()
+    command = block("services/transmitter/README.md", "with-capability").replace("USER", "nobody")
+    command = command.replace("fanwire transmitter", f"{interpreter} -m services.transmitter")
+    open_stack.bus.mkdir(mode=0o700)
+    os.chown(open_stack.bus, NOBODY, -1)  # the bus is that of the user who gets the capability
+    as_user = ["setpriv", "--reuid", "nobody", "--init-groups", interpreter, "-m", "services.broker"]
+    open_stack.spawn("broker", as_user, PYTHONPATH=str(program)).wait_for('"ready"')
+    running = open_stack.spawn("transmitter", shlex.split(command), PYTHONPATH=str(program))
+    running.wait_for('"ready"')
+    process = Path(f"/proc/{running.process.pid}")
+    status = (process / "status").read_text()
+    assert re.search(rf"^Uid:\t{NOBODY}\t", status, re.MULTILINE)
+    assert re.search(r"^CapPrm:\t0+$", status, re.MULTILINE)
+    opened = {str(each.readlink()) for each in (process / "fd").iterdir()}
+    packet = {f"socket:[{line.split()[-1]}]" for line in (process / "net" / "packet").read_text().splitlines()}
+    assert opened & packet
 
 
-def _words(kind: Any) -> set[str]:
-    """What a Literal, or a union of them, allows."""
-    return {kind} if isinstance(kind, str) else {word for part in get_args(kind) for word in _words(part)}
+def test_terminal_follows_entry_and_events(stack: Stack) -> None:
+    """The two lines for a terminal sign up and watch; the entry ends with its connection, as the watcher reads."""
+    need("nc")
+    stack.configure(PATIENT)
+    stack.start_all()
+    register, watch = block("services/gateway/README.md", "by-hand").splitlines()
+    watcher = stack.spawn("watcher", ["bash", "-c", watch])
+    watcher.wait_for('"clients":{}')
+    holder = stack.spawn("holder", ["bash", "-c", register])
+    holder.wait_for('"client":{"name":"siem"')
+    watcher.wait_for('"event":"joined"')
+    subprocess.run(["pkill", "-P", str(holder.process.pid)], check=True)  # as Ctrl-C does
+    watcher.wait_for('"event":"left"')
+    subprocess.run(["pkill", "-P", str(watcher.process.pid)], check=True)
+
+
+def test_second_host_takes_datagrams_in(stack: Stack) -> None:
+    """With the keys and settings shown, ingest on a second host feeds the collectors of the broker's host."""
+
+    def here(text: str, keys: Path) -> str:
+        return text.replace("/etc/fanwire/keys", str(keys)).replace("[bus]\n", "")
+
+    keys, branch_keys = stack.directory / "keys", stack.directory / "branch"
+    paste(stack, block("services/broker/README.md", "make-keys").replace("/etc/fanwire/keys", str(keys)))
+    paste(stack, f"fanwire keys {branch_keys} ingest")
+    (keys / "ingest.branch.public").write_bytes((branch_keys / "ingest.public").read_bytes())
+    (branch_keys / "broker.public").write_bytes((keys / "broker.public").read_bytes())
+    with Host() as relay, Host() as branch, veth(
+        End(relay, "lan", "192.0.2.10/24"), End(branch, "lan", "192.0.2.11/24")
+    ):  # fmt: skip
+        stack.configure(here(block("services/broker/README.md", "broker-host"), keys) + PATIENT)
+        with relay.entered():
+            stack.start("broker")
+        stack.configure(here(block("services/broker/README.md", "with-keys"), keys) + PATIENT)
+        with relay.entered(), Collector(relay, "127.0.0.1", 9514) as siem:
+            stack.start("gateway")
+            stack.start("forwarder")
+            stack.bus = stack.directory / "other"
+            stack.configure(here(block("services/broker/README.md", "second-host"), branch_keys))
+            with branch.entered():
+                stack.start("ingest.11")
+            assert ask_json({"op": "register", "name": "siem", "streams": ["messages"], "port": 9514})["ok"]
+            with branch.entered():
+                paste(stack, "echo 'from afar' | nc -u -w1 127.0.0.1 6667")
+            siem.read(1)
+
+
+def test_gateway_reads_its_credentials(stack: Stack) -> None:
+    """With the settings shown for systemd's credentials the gateway listens by TLS."""
+    need("openssl")
+    lines = block("deploy/README.md", "with-credentials").replace("/etc/fanwire", str(stack.directory))
+    subject = "-x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=relay"
+    token = "fanwire token siem --scope list --write siem.token > tokens.toml"
+    paste(stack, f"openssl req {subject} -keyout key.pem -out gateway.pem; {token}")
+    for name in ("key.pem", "tokens.toml"):
+        (stack.directory / name).chmod(0o600)
+    stack.configure(lines)
+    stack.start("broker")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CREDENTIALS_DIRECTORY", str(stack.directory))
+        stack.start("gateway")
+    said = paste(stack, "openssl s_client -connect 127.0.0.1:5001 </dev/null")
+    assert "CN = relay" in said or "CN=relay" in said

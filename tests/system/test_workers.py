@@ -67,7 +67,7 @@ def test_honcho_runs_four_workers_that_all_receive(stack: Stack, four_workers: R
 
 
 def test_one_that_ends_ends_all_under_honcho(stack: Stack, four_workers: Running) -> None:
-    """Under honcho a worker killed takes the stack with it, as README says."""
+    """Under honcho a worker killed takes the stack with it, as deploy/README.md says."""
     announced = next(line for line in four_workers.text.splitlines() if '"service": "ingest.2"' in line)
     os.kill(json.loads(announced[announced.index("{") :])["pid"], signal.SIGKILL)
     assert four_workers.process.wait(20) != 0

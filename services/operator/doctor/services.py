@@ -116,7 +116,12 @@ def _flowing(accounts: Mapping[str, Accounts], collectors: Sequence[Entry]) -> I
                 fine = False
                 causes = (f"{cause} {count}" for cause, count in account.items() if cause.startswith(DROPPED) and count)
                 why = f"{service} counts {', '.join(causes)} since it signed up"
-                yield warning("copies", why, "see Limits in README for each cause", name.removeprefix("collector/"))
+                yield warning(
+                    "copies",
+                    why,
+                    "services/operator/README.md has the cure of each cause",
+                    name.removeprefix("collector/"),
+                )
     if fine:
         why = "copies flow, and none was dropped since its collector signed up" if accounts else "nobody sends any yet"
         yield ok("copies", why)

@@ -1,4 +1,4 @@
-"""What the gateway should answer: the registry as README has it, in the plainest way, by a clock that a test moves."""
+"""What the gateway should answer: the registry as its README has it, in the plainest way, by a test's clock."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
