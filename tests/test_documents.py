@@ -18,10 +18,10 @@ from services.transmitter import raw_frames
 from shared import ledger
 from shared.settings.file import render
 from shared.settings.model import DEFAULT_STREAM, SCOPES, Collector, Settings, Token
-from tests.documents import FRONT, SHOWN, blocks, defined, exists, pages, prose, sentences, text, words
+from tests.documents import FRONT, SHOWN, blocks, defined, exists, pages, prose, sentences, tables, text, words
 from tests.stack import CHECKOUT
 
-FRONT_LINES = 200
+FRONT_LINES, ARCHITECTURE_LINES = 200, 130
 SENTENCE_WORDS = 30
 BLOCKS_SHOWN = 1
 """Transcripts, and what takes a machine of its own: grows only by something that no test can run."""
@@ -32,6 +32,19 @@ def test_front_page_is_short() -> None:
     lines = text(FRONT).splitlines()
     assert len(lines) <= FRONT_LINES
     assert [line for line in lines if len(line) > 120 and not line.startswith("|")] == []
+
+
+def test_architecture_is_short_and_names_what_there_is() -> None:
+    """ARCHITECTURE.md has at most 130 lines, no long sentence, and no path or module that the tree does not have."""
+    page = "ARCHITECTURE.md"
+    assert len(text(page).splitlines()) <= ARCHITECTURE_LINES
+    assert [sentence for sentence in sentences(page) if words(sentence) > SENTENCE_WORDS] == []
+    paths = re.findall(r"`((?:services|shared|deploy|tests)/[\w./]+)`", text(page))
+    assert [path for path in paths if not _is_there(path)] == []
+    for (first, *_), *rows in tables(page):
+        for folder, _, *cells in rows if first == "folder" else ():
+            modules = [f"{folder.strip('`')}/{name}" for cell in cells for name in re.findall(r"`([\w/]+)`", cell)]
+            assert [module for module in modules if not _is_there(module)] == []
 
 
 @pytest.mark.parametrize("page", pages())
@@ -130,6 +143,10 @@ def test_counters_are_defined_once() -> None:
     unnamed = {word for word in glossary if word.startswith(("from_", "to_", "refused_from_"))}  # ZeroMQ's own
     assert glossary.keys() - unnamed - {"revision", "bus_repeated", "refused_ERROR"} == named - prefixes
     assert [word for word, cells in glossary.items() if len(cells) != 2 or not all(cells)] == []
+
+
+def _is_there(path: str) -> bool:
+    return (CHECKOUT / path).exists() or (CHECKOUT / f"{path}.py").exists()
 
 
 def _in_backticks(text: str) -> set[str]:
