@@ -11,7 +11,7 @@ from pathlib import Path  # noqa: E402
 import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
-from tests import openly  # noqa: E402
+from tests import once, openly  # noqa: E402
 from tests.network import raise_ambient  # noqa: E402
 from tests.openly import OpenStack  # noqa: E402
 from tests.stack import Stack  # noqa: E402
@@ -30,6 +30,12 @@ def pytest_xdist_setupnodes() -> None:
     """Have workers of a plain user enter labs of their own: they have threads, and can't make a user namespace."""
     if os.geteuid():
         raise_ambient()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make room for what is made once for the run; workers find what the process that started them has made."""
+    if not hasattr(config, "workerinput"):
+        once.begin()
 
 
 @pytest.fixture
@@ -51,13 +57,6 @@ def open_stack(lab: None) -> Iterator[OpenStack]:
     """Real processes, a transmitter with its raw sockets among them."""
     with openly.open_stack() as running:
         yield running
-
-
-@pytest.fixture(scope="session", autouse=True)
-def program_for_others() -> Iterator[None]:
-    """What was copied for other users to run goes with the run."""
-    yield
-    openly.remove_program()
 
 
 @pytest.fixture(autouse=True)

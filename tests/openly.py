@@ -8,13 +8,14 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Final
 
 import pytest
 
 from tests.network import NET_RAW, ambient
+from tests.once import made_once
 from tests.stack import CHECKOUT, Running, Stack
 
 NOBODY: Final = 65534
@@ -41,17 +42,19 @@ def _nobody_runs(*command: str) -> bool:
 
 @cache
 def program_for_all() -> tuple[str, Path]:
-    """An interpreter, and a directory with services/ and shared/, for the transmitter; kept until the run ends."""
-    if os.geteuid() or _nobody_runs(sys.executable, "-I", str(CHECKOUT / "shared" / "launch.py"), "--version"):
+    """An interpreter, and a directory with services/ and shared/, that every user can read."""
+    if os.geteuid() or _nobody_runs(sys.executable, "-I", str(CHECKOUT / "services" / "__main__.py"), "--version"):
         return sys.executable, CHECKOUT
     version = f"import sys, struct; sys.exit(sys.version_info[:2] != {sys.version_info[:2]})"
     interpreter = "/usr/bin/python3"
     if not _nobody_runs(interpreter, "-c", version):
         wanted = ".".join(map(str, sys.version_info[:2]))
         pytest.skip(f"needs a Python {wanted} that user nobody can read, and neither {sys.executable} nor Debian's is")
-    directory = Path(tempfile.mkdtemp(prefix="fanwire-program-"))
-    directory.chmod(0o755)
-    skipped = shutil.ignore_patterns("tests", "__pycache__", "*.pyi")
+    return interpreter, made_once("program", partial(_copy_program, interpreter))
+
+
+def _copy_program(interpreter: str, directory: Path) -> None:
+    skipped = shutil.ignore_patterns("tests", "*.pyi")
     for folder in ("services", "shared"):
         shutil.copytree(CHECKOUT / folder, directory / folder, ignore=skipped)
     for name in PACKAGES:
@@ -61,13 +64,8 @@ def program_for_all() -> tuple[str, Path]:
     for name in BUNDLED:
         if (site / name).exists():
             shutil.copytree(site / name, directory / name)
-    return interpreter, directory
-
-
-def remove_program() -> None:
-    """Remove what was copied, at the end of the run."""
-    if program_for_all.cache_info().currsize and (directory := program_for_all()[1]) != CHECKOUT:
-        shutil.rmtree(directory)
+    # Nobody can write here: what is not compiled now would be at every start.
+    subprocess.run([interpreter, "-m", "compileall", "-q", str(directory)], check=True)
 
 
 class OpenStack(Stack):

@@ -1,0 +1,38 @@
+"""Makes what is made once for the whole run, however many workers share it: programs for other users, the wheel."""
+
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+VARIABLE: Final = "FANWIRE_TESTS_MADE_ONCE"
+"""Tells the workers, which inherit it, in which directory of the run's own these things lie."""
+
+
+def begin() -> None:
+    """Make the directory, into which every user can look. For the process that starts the run."""
+    directory = tempfile.mkdtemp(prefix="fanwire-tests-")
+    Path(directory).chmod(0o755)
+    os.environ[VARIABLE] = directory
+
+
+def end() -> None:
+    """Remove the directory, with all that is in it. For the process that started the run."""
+    shutil.rmtree(os.environ.pop(VARIABLE))
+
+
+def made_once(name: str, make: Callable[[Path], None]) -> Path:
+    """Return the directory of that name; the first that asks makes it and calls `make`, others wait meanwhile."""
+    made = Path(os.environ[VARIABLE], name)
+    done = made.with_suffix(".done")
+    with made.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            shutil.rmtree(made, ignore_errors=True)  # of somebody who failed halfway
+            made.mkdir(mode=0o755)
+            make(made)
+            done.touch()
+    return made
