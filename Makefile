@@ -1,4 +1,5 @@
-# `make run` starts everything, `make test` checks everything; both set up what they need in .venv first.
+# `make run` starts everything, `make test` checks everything, `make quick` what takes under a minute; each sets up what
+# it needs in .venv first.
 PYTHON ?= python3
 VENV := .venv
 # Tests wait about as much as they work.
@@ -6,7 +7,7 @@ TEST_WORKERS ?= 3
 BIN := $(CURDIR)/$(VENV)/bin
 export PATH := $(BIN):$(PATH)
 
-.PHONY: run test lint soak fuzz bench bench-check clean
+.PHONY: run test quick lint soak fuzz bench bench-check clean
 
 run: $(VENV)/installed
 	@! fanwire ready broker --timeout 0.2 >/dev/null 2>&1 || { \
@@ -16,6 +17,10 @@ run: $(VENV)/installed
 
 test: lint
 	pytest -m 'not soak' -n $(TEST_WORKERS)
+
+# What starts no process: decisions, formats, settings, and sockets of the test's own.
+quick: $(VENV)/installed-for-tests
+	pytest -m 'not process and not soak' -n 2
 
 lint: $(VENV)/installed-for-tests
 	ruff format --check .

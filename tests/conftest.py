@@ -11,7 +11,7 @@ from pathlib import Path  # noqa: E402
 import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
-from tests import once, openly  # noqa: E402
+from tests import once, openly, processes  # noqa: E402
 from tests.network import raise_ambient  # noqa: E402
 from tests.openly import OpenStack  # noqa: E402
 from tests.stack import Stack  # noqa: E402
@@ -36,6 +36,19 @@ def pytest_configure(config: pytest.Config) -> None:
     """Make room for what is made once for the run; workers find what the process that started them has made."""
     if not hasattr(config, "workerinput"):
         once.begin()
+    processes.watch()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what starts processes, before `-m` asks."""
+    processes.mark(items)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Remove what was made for the run."""
+    if not hasattr(config, "workerinput"):
+        once.end()
 
 
 @pytest.fixture
@@ -66,3 +79,17 @@ def no_leaks() -> Iterator[None]:
     yield
     after = len(list(Path("/proc/self/fd").iterdir()))
     assert after <= before, f"{after - before} descriptors left open"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Forget what was started before this test and its fixtures, by pytest itself for instance."""
+    processes.started.clear()
+
+
+@pytest.fixture(autouse=True)
+def no_process_unmarked(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test that starts a process is marked so: `make quick` leaves it out."""
+    yield
+    marked = request.node.get_closest_marker(processes.MARKER)
+    assert marked or not processes.started, f"it starts a process: {processes.started}"
