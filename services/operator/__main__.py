@@ -4,22 +4,31 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Final
 
-from services.operator.commands import clients, collect, config, frame, keys, ledger, ready, token, wake, watch
-from services.operator.doctor import command as doctor
-from services.operator.importing import command as importing
+from services.operator.commands.ready import SERVICES
 from shared.process.lifecycle import BAD_SETTINGS, NOT_PERMITTED, OK, OperatorError, Parser, configure_logging
 from shared.settings.file import load
 from shared.settings.model import SettingsError
 
 INTERRUPTED: Final = 130
 """What a shell expects of a command that Ctrl-C cut short; those that run until Ctrl-C end with 0."""
+COMMANDS: Final = {
+    **dict.fromkeys(("clients", "register", "leave"), "commands.clients"),
+    **{name: f"commands.{name}" for name in ("watch", "collect", "frame", "wake", "config")},
+    "import": "importing.command",
+    **{name: f"commands.{name}" for name in ("keys", "token", "ledger")},
+    "doctor": "doctor.command",
+    "ready": "commands.ready",
+}
+"""The module of each command. Only that one is imported: what another one needs may take long to load."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return its exit code."""
-    options = make_parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = make_parser(*arguments[:1]).parse_args(arguments)
     configure_logging()
     try:
         code: int = options.run(options, load(options.config))
@@ -41,17 +50,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-def make_parser() -> Parser:
-    """Every command with its arguments; each sets `run`."""
+def make_parser(command: str = "") -> Parser:
+    """The arguments of a command, or of every command when there is none of that name; each sets `run`."""
     parser = Parser(
         "fanwire",
         "UDP telemetry in; a copy to every collector that signed up.",
-        epilog=f"services: fanwire {'|'.join(ready.SERVICES)} runs one (--help, --config); `honcho start` runs all",
+        epilog=f"services: fanwire {'|'.join(SERVICES)} runs one (--help, --config); `honcho start` runs all",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
-    for module in (clients, watch, collect, frame, wake, config, importing, keys, token, ledger, doctor, ready):
-        module.add_parser(subparsers)
+    wanted = [COMMANDS[command]] if command in COMMANDS else dict.fromkeys(COMMANDS.values())
+    for module in wanted:
+        import_module(f"services.operator.{module}").add_parser(subparsers)
     return parser
 
 

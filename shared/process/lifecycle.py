@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final, NoReturn
@@ -93,7 +92,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, prog: str, description: str, **options: Any) -> None:
         super().__init__(prog=prog, description=description, **options)
-        self.add_argument("--version", action="version", version=f"fanwire {release()}")
+        self.add_argument("--version", action=_ShowVersion, nargs=0, help="show program's version number and exit")
 
     def error(self, message: str) -> NoReturn:
         """Print usage and the message to stderr, exit with 64."""
@@ -101,12 +100,18 @@ class Parser(argparse.ArgumentParser):
         self.exit(USAGE, f"{self.prog}: {message}\n")
 
 
-def release() -> str:
-    """The installed version, or a word for a checkout that is not installed."""
-    try:
-        return version("fanwire")
-    except PackageNotFoundError:
-        return "not installed"
+class _ShowVersion(argparse.Action):
+    """Prints the installed version, or a word for a checkout that is not installed."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib import metadata  # reads mail headers, which every start would pay for
+
+        try:
+            release = metadata.version("fanwire")
+        except metadata.PackageNotFoundError:
+            release = "not installed"
+        print("fanwire", release)
+        parser.exit()
 
 
 def service_parser(name: str, description: str) -> Parser:

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from services.operator.__main__ import COMMANDS, make_parser
 from services.operator.cli.output import Output, as_hex, as_payload, as_text
 from shared.settings.file import load, render
 from shared.settings.model import Settings
-from tests.services.operator.played import run
+from tests.services.operator.played import finish, run
 from tests.stack import Stack
 
 
@@ -21,6 +22,23 @@ def test_help_lists_commands_and_services(stack: Stack) -> None:
     ):
         assert f"    {command} " in text
     assert "fanwire broker|gateway|ingest|forwarder|transmitter" in text
+
+
+def test_each_command_loads_what_it_needs(stack: Stack) -> None:
+    """A command does not wait for the packages that another one needs."""
+    script = (
+        "import sys; from services.operator.__main__ import make_parser; make_parser('clients'); print(*sys.modules)"
+    )
+    loaded = finish(stack.spawn("loading", [sys.executable, "-c", script]))[1].split()
+    assert "services.operator.commands.clients" in loaded
+    assert not {"services.operator.doctor.command", "pyroute2", "importlib.metadata"} & set(loaded)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_is_in_its_module(command: str) -> None:
+    """The parser of a command knows that command, without all the others."""
+    with pytest.raises(SystemExit, match="0"):
+        make_parser(command).parse_args([command, "--help"])
 
 
 @pytest.mark.parametrize(
