@@ -1,7 +1,6 @@
 """One collector's socket: connected, non-blocking, its own. What the kernel does not take is dropped and counted."""
 
 import errno
-import os
 import socket
 import time
 from collections import Counter
@@ -10,36 +9,15 @@ from typing import Final
 import structlog
 
 from services.forwarder.plan import SendPlan
+from services.forwarder.socket_options import HEADERS, open_socket, path_mtu, source_of_new_socket
 from shared.client import Client
 from shared.datagrams.mmsg import send
 from shared.fanout.backlog import Backlog, BacklogMemory
-from shared.fanout.send_errors import MAX_SKIPS, NO_ROOM, NO_SEGMENTATION, RELAY_CAUSES, cause_of
-from shared.ledger import (
-    BUFFER_FULL,
-    BYTES,
-    DELIVERED,
-    NOT_CONNECTED,
-    REFUSALS,
-    UNREACHABLES,
-    WITHHELD,
-)
-from shared.net.sockets import enlarge_send_buffer
+from shared.fanout.gso_fallback import GsoFallback
+from shared.fanout.send_errors import MAX_SKIPS, NO_ROOM, RELAY_CAUSES, SaidErrors, cause_of
+from shared.ledger import BUFFER_FULL, BYTES, DELIVERED, NOT_CONNECTED, REFUSALS, REFUSED, UNREACHABLES, WITHHELD
+from shared.net.route_changes import RouteChanges
 from shared.settings.model import Forwarder
-
-IP_MTU: Final = 14
-IPV6_MTU: Final = 24
-IPV4_HEADERS: Final = 28
-IPV6_HEADERS: Final = 48
-HEADER_OPTIONS: Final = {
-    socket.AF_INET: ((socket.IPPROTO_IP, socket.IP_TTL), (socket.IPPROTO_IP, socket.IP_TOS)),
-    socket.AF_INET6: (
-        (socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS),
-        (socket.IPPROTO_IPV6, socket.IPV6_TCLASS),
-    ),
-}
-"""What sets hop limit, and DSCP with the two bits below it that are not ours."""
-RECVERR: Final = {socket.AF_INET: (socket.IPPROTO_IP, 11), socket.AF_INET6: (socket.IPPROTO_IPV6, 25)}
-"""IP_RECVERR, IPV6_RECVERR: without it the kernel hides that an interface's queue was full, or that no host answers."""
 
 HELD_ROWS: Final = 65_536
 """How many datagrams one collector may have waiting, however small."""
@@ -58,15 +36,25 @@ class Destination:
     `full` says that the last `send` ended because there was no room; in `held` is what waits for it.
     """
 
-    def __init__(self, client: Client, settings: Forwarder, account: Counter[str], memory: BacklogMemory) -> None:
+    def __init__(
+        self,
+        client: Client,
+        settings: Forwarder,
+        account: Counter[str],
+        memory: BacklogMemory,
+        changes: RouteChanges,
+    ) -> None:
         self.client = client
         self.account = account
-        self.largest_segment = 0
         self.full = False
         self.held = Backlog(account, BUFFER_FULL, settings.queue_seconds, HELD_ROWS, settings.queue_bytes, memory)
         self._settings = settings
+        self._changes = changes
+        self._changes_seen = changes.version
         self._socket: socket.socket | None = None
-        self._said: set[str] = set()
+        self._gso = GsoFallback(offered=settings.segmentation)
+        self._path_segment = 0
+        self._said = SaidErrors(client.name)
         self._withholding = False
         self._probed_at: float | None = None
         self._probe_at = 0.0
@@ -78,45 +66,50 @@ class Destination:
         """Whether there is no route, no such family here, or nobody who answers for the address."""
         return self._socket is None or time.monotonic() < self._unanswered_until
 
+    @property
+    def largest_segment(self) -> int:
+        """How long datagrams that leave together by UDP_SEGMENT may be; 0: none leave together."""
+        return self._path_segment if self._gso.usable else 0
+
     def refresh(self) -> None:
-        """Connect if not connected; learn of ICMP errors, and of the path's MTU, which bounds segments."""
+        """Connect if not connected, or from another address now; learn of ICMP errors, and of the path's MTU."""
+        changed, self._changes_seen = self._changes_seen != self._changes.version, self._changes.version
         if self._socket is None:
             self._socket = self._open()
-        else:  # who is sent little would else hear of it with the next datagram, whenever that is
+        elif not (changed and self._reconnect_if_moved()):
+            # who is sent little would else hear of it with the next datagram, whenever that is
             self._note(self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
         if self._probed_at is not None and time.monotonic() >= self._probed_at + ANSWER_SECONDS:
             self._withholding, self._probed_at = False, None
-        if self._socket is None or not self._settings.segmentation:
-            return
-        version_4 = self._socket.family == socket.AF_INET
-        level, option = (socket.IPPROTO_IP, IP_MTU) if version_4 else (socket.IPPROTO_IPV6, IPV6_MTU)
-        try:
-            mtu = self._socket.getsockopt(level, option)
-        except OSError:  # its route is gone
-            self._disconnect()
-            return
-        self.largest_segment = mtu - (IPV4_HEADERS if version_4 else IPV6_HEADERS)
+        self._gso.try_again()
+        if self._socket is not None:
+            try:
+                self._path_segment = path_mtu(self._socket) - HEADERS[self._socket.family]
+            except OSError:  # its route is gone
+                self._disconnect()
 
     def _open(self) -> socket.socket | None:
-        family = socket.AF_INET6 if ":" in self.client.address else socket.AF_INET
-        sock = None
         try:
-            sock = socket.socket(family, socket.SOCK_DGRAM)
-            sock.setblocking(False)
-            enlarge_send_buffer(sock, self._settings.send_buffer)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 0)  # nobody reads: neither answers nor errors pile up
-            sock.setsockopt(*RECVERR[family], 1)
-            for option, value in zip(
-                HEADER_OPTIONS[family], (self.client.hop_limit, self.client.dscp << 2), strict=True
-            ):
-                sock.setsockopt(*option, value)
-            sock.connect((self.client.address, self.client.port))
+            return open_socket(self.client, self._settings.send_buffer)
         except OSError as error:
-            if sock is not None:
-                sock.close()
-            self._say_once("no way to a collector; trying again all the time", error.errno or 0)
+            self._said.say("no way to a collector; trying again all the time", error.errno or 0)
             return None
-        return sock
+
+    def _reconnect_if_moved(self) -> bool:
+        """Replace the socket if a new one would send from another address; return whether that is so.
+
+        The source of a connected socket is chosen once: it would outlive its address, or a better route to elsewhere.
+        """
+        try:
+            source = source_of_new_socket(self.client)
+        except OSError:  # no way now: what is sent will tell
+            return False
+        if self._socket is None or source == self._socket.getsockname()[0] or not (fresh := self._open()):
+            return False
+        log.info("copies come from another address now", collector=self.client.name, address=source)
+        self._socket.close()  # what it has sent is the network's: it leaves before what the new one sends
+        self._socket = fresh
+        return True
 
     def send(self, plan: SendPlan, part: int = 0) -> int:
         """Send a part of what is planned; return how many rows of it were dealt with, delivered or dropped.
@@ -136,7 +129,7 @@ class Destination:
         if self._socket is None:
             self._drop(plan, at, stop, NOT_CONNECTED)
             return stop
-        skips, forgiven, probing = 0, False, False
+        skips, forgiven, probing = 0, -1, False
         while at < stop:
             taken, error = send(self._socket.fileno(), plan.headers, at, at + 1 if probing else stop)
             self._deliver(plan, at, at + taken)
@@ -145,17 +138,21 @@ class Destination:
                 # When fewer were taken than could be, sendmmsg(2) keeps the reason to itself: send one and ask.
                 told = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) if probing else 0
                 probing = not probing
-                if told:
+                if told in RELAY_CAUSES:
                     return self._stop(plan, at, stop, told)
+                self._note(told)
             elif error in NO_ROOM:
                 self.full = True
                 return at
-            elif error in RELAY_CAUSES and not forgiven:
+            elif forgiven < 0 or (forgiven < at and error not in RELAY_CAUSES):
                 # Perhaps the answer to an earlier datagram: a collector that has just come back still hears of it.
                 self._note(error)
-                forgiven = probing = True
-            elif error in NO_SEGMENTATION and plan.segmented(at):
-                self._give_up_segmentation(error)
+                forgiven, probing = at, True
+            elif self._reconnect_if_moved():
+                forgiven = at
+            elif plan.segmented(at) and self._gso.refused_by(error):
+                # until `refresh`: the path's MTU may have shrunk, or its device can't do it at all
+                self._said.say("UDP_SEGMENT refused, sending one by one", error)
                 return at
             elif error in RELAY_CAUSES or skips == MAX_SKIPS:
                 return self._stop(plan, at, stop, error)
@@ -169,16 +166,26 @@ class Destination:
         self._note(error)
         cause = cause_of(error, RELAY_CAUSES)
         self._drop(plan, at, stop, cause)
-        if cause == NOT_CONNECTED:
+        if cause == NOT_CONNECTED and not self._has_way():
             self._disconnect()
         return stop
 
+    def _has_way(self) -> bool:
+        """Whether this host knows a way, so that it was a router or the collector's host that refused."""
+        try:
+            return bool(source_of_new_socket(self.client))
+        except OSError:
+            return False
+
     def _note(self, error: int) -> None:
         """Take note of what an ICMP error says, whichever datagram it is the answer to."""
-        if error == errno.ECONNREFUSED:
+        if error:
+            self._said.say("copies to a collector meet an error", error)
+        cause = RELAY_CAUSES.get(error)
+        if cause == REFUSED:
             self.account[REFUSALS] += 1
             self._withholding, self._probed_at = self._settings.withhold, None
-        elif RELAY_CAUSES.get(error) == NOT_CONNECTED:
+        elif cause == NOT_CONNECTED:
             self.account[UNREACHABLES] += 1
             self._unanswered_until = time.monotonic() + UNANSWERED_SECONDS
 
@@ -208,16 +215,6 @@ class Destination:
 
     def _drop(self, plan: SendPlan, start: int, stop: int, cause: str) -> None:
         self.account[cause] += int(plan.rows_before[stop] - plan.rows_before[start])
-
-    def _give_up_segmentation(self, error: int) -> None:
-        """Send one by one until `refresh`: the path's MTU may have shrunk, or its device can't do it at all."""
-        self.largest_segment = 0
-        self._say_once("UDP_SEGMENT refused, sending one by one", error)
-
-    def _say_once(self, event: str, error: int) -> None:
-        if event not in self._said:
-            self._said.add(event)
-            log.warning(event, collector=self.client.name, error=os.strerror(error))
 
     def _disconnect(self) -> None:
         """Close the socket; `refresh` opens another."""

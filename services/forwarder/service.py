@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
+from types import TracebackType
 from typing import ClassVar, Final
 
 import numpy as np
@@ -17,6 +18,7 @@ from shared.datagrams.gathered import Gathered, portions
 from shared.datagrams.routing import Selection
 from shared.fanout.send_threads import SendThreads
 from shared.fanout.service import CopyService
+from shared.net.route_changes import RouteChanges
 from shared.settings.model import Settings
 
 Part = tuple[Indices | None, list[Destination]]
@@ -36,10 +38,11 @@ class ForwarderService(CopyService[Destination]):
         self._threads = SendThreads()
         self._stalled: dict[Destination, tuple[float, float]] = {}
         """Those for which something waits: seconds between tries, and when the next one is due."""
+        self.route_changes = RouteChanges()
 
     def reach(self, client: Client, account: Counter[str]) -> Destination:
         """Give a collector a socket of its own."""
-        return Destination(client, self.settings.forwarder, account, self.held)
+        return Destination(client, self.settings.forwarder, account, self.held, self.route_changes)
 
     def send(self, batch: Gathered, routed: list[tuple[Destination, Selection]]) -> None:
         """Give each collector its rows. Who gets the same ones shares a part of a plan; parts share the planning."""
@@ -93,13 +96,20 @@ class ForwarderService(CopyService[Destination]):
         return not destination.held
 
     def work(self) -> float:
-        """Send what waits if there is room by now; drop what has waited too long."""
+        """Send what waits if there is room by now; drop what has waited too long; hear of changed routes."""
+        self.route_changes.read()
         now = time.monotonic()
         for destination in list(self._stalled):
             destination.held.expire(now)
             if self._release(destination, now):
                 del self._stalled[destination]
         return max(0.0, min((due_at for _, due_at in self._stalled.values()), default=math.inf) - now)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)
+        self.route_changes.close()
 
     def _send_to(self, _member: int, tasks: Sequence[tuple[Destination, int]]) -> list[tuple[Destination, Indices]]:
         """Send destinations their parts; return those that have not sent all of it, and their rows that are left."""

@@ -14,7 +14,8 @@ from services.transmitter.headers import ETHERTYPE_IPV4, ETHERTYPE_IPV6
 from services.transmitter.next_hops import Egress, EgressKind
 from services.transmitter.plan import FramePlan
 from shared.datagrams.mmsg import send
-from shared.fanout.send_errors import MAX_SKIPS, NO_ROOM, NO_SEGMENTATION, RAW_CAUSES, cause_of
+from shared.fanout.gso_fallback import GsoFallback
+from shared.fanout.send_errors import MAX_SKIPS, NO_ROOM, RAW_CAUSES, cause_of
 from shared.ledger import BYTES, DELIVERED
 
 SOL_PACKET: Final = 263
@@ -38,7 +39,7 @@ class PacketSocket:
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
-        self.segmentation = sock.family == socket.AF_PACKET
+        self.gso = GsoFallback(offered=sock.family == socket.AF_PACKET)
         if sock.family == socket.AF_PACKET:
             sock.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
         self._patience = PATIENCE_SECONDS
@@ -77,8 +78,8 @@ class PacketSocket:
                 forgiven = True
                 continue
             unit = plan.unit_of(at)
-            if error in NO_SEGMENTATION and plan.segmented(unit):
-                self.segmentation, stop = False, unit
+            if plan.segmented(unit) and self.gso.refused_by(error):
+                stop = unit
                 break
             last, skips = unit + 1, skips + 1
             if error in RAW_CAUSES or skips > MAX_SKIPS:  # the next collector's may leave all the same
@@ -98,10 +99,6 @@ class PacketSocket:
         time.sleep(PAUSE_SECONDS)
         self._patience -= time.monotonic() - began
         return True
-
-    def refresh(self) -> None:
-        """Try segmentation again: the link that refused it may have changed."""
-        self.segmentation = self._socket.family == socket.AF_PACKET
 
 
 def _account(
@@ -147,7 +144,7 @@ class PacketSockets:
         """Try segmentation again. Due every second."""
         for pool in self._pools.values():
             for exit_ in pool.sockets:
-                exit_.refresh()
+                exit_.gso.try_again()
 
 
 class _SocketsOfKind:

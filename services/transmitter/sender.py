@@ -155,7 +155,7 @@ class Sender:
 
     def _build(self, member: int, batch: Gathered, key: Key, rows: Indices | None, parts: Sequence[int]) -> FramePlan:
         plan, (version, mtu, kind, exit_) = self._plans[member], key
-        segmentation = self._segmentation and exit_.segmentation
+        segmentation = self._segmentation and exit_.gso.usable
         plan.build(batch, rows, version, mtu, link=kind is EgressKind.FRAMES, segmentation=segmentation, parts=parts)
         return plan
 

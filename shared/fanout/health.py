@@ -8,14 +8,19 @@ from shared.client import Trouble
 from shared.ledger import (
     BUFFER_FULL,
     DELIVERED,
+    DESTINATION_REFUSED,
+    DROPPED,
     INTERFACE_DOWN,
     NO_MEMORY,
     NO_NEIGHBOUR,
     NO_ROUTE,
     NOT_CONNECTED,
+    OTHER_FAMILY,
     QUEUE_FULL,
+    RATE_LIMITED,
     REFUSALS,
     REFUSED,
+    SOURCE_REFUSED,
     UNREACHABLES,
     WITHHELD,
 )
@@ -25,7 +30,12 @@ CAUSES: Final[Mapping[str, Trouble]] = {
     **dict.fromkeys((REFUSALS, REFUSED, WITHHELD), "refusing"),
     **dict.fromkeys((BUFFER_FULL, QUEUE_FULL, NO_MEMORY), "slow"),
 }
-"""What each counter speaks for. What the policy, a filter or a datagram's own size stops says nothing of this."""
+"""What each counter speaks for."""
+HARMLESS: Final = frozenset({DESTINATION_REFUSED, SOURCE_REFUSED, RATE_LIMITED, OTHER_FAMILY})
+"""What the policy stops, or the kind of a datagram, says nothing of the collector. Any other drop is an error of the
+kernel, whatever its name: where nothing is delivered meanwhile the collector is unreachable."""
+LASTING: Final = frozenset({UNREACHABLES, REFUSALS, REFUSED, WITHHELD})
+"""What is learned from sending alone: while nothing more is sent it stays as it was, until something was delivered."""
 EXAMINE_SECONDS: Final = 0.5
 QUIET_SECONDS: Final = 0.4
 """A trouble has to be gone for so long, which is two looks, before it is over."""
@@ -33,11 +43,12 @@ QUIET_SECONDS: Final = 0.4
 
 @dataclass(slots=True)
 class Symptom:
-    """One trouble of a collector: since when, and of how many datagrams."""
+    """One trouble of a collector: since when, of how many datagrams, and whether it lasts until one was delivered."""
 
     trouble: Trouble
     since: float
     count: int = 0
+    lasting: bool = False
     _counted: int = 0
     _delivered: int = 0
     _gone_since: float | None = None
@@ -49,33 +60,44 @@ class Symptom:
             self._counted, self._delivered, self._gone_since = counted, delivered, None
         elif self._gone_since is not None:
             return now - self._gone_since < QUIET_SECONDS
-        elif self.trouble != "refusing" or delivered > self._delivered:
-            self._gone_since = now  # a closed port answers only who sends: while nothing is sent it stays closed
+        elif not self.lasting or delivered > self._delivered:
+            self._gone_since = now
         return True
 
 
 class Checkup:
-    """Looks at one collector, every `EXAMINE_SECONDS`."""
+    """Examines one collector, every `EXAMINE_SECONDS`."""
 
     def __init__(self) -> None:
-        self._before: dict[Trouble, int] = {}
+        self._before: dict[str, int] = {}
+        self._delivered = 0
+        self._counted: dict[Trouble, int] = {"unreachable": 0, "refusing": 0, "slow": 0}
         self._symptoms: dict[Trouble, Symptom] = {}
 
     def examine(self, account: Mapping[str, int], now: float, *, unreachable: bool) -> Symptom | None:
         """Return what troubles the collector, None if nothing does; `unreachable`: there is no way to it now."""
-        if not unreachable and not self._symptoms and CAUSES.keys().isdisjoint(account):
+        delivered, delivered_before = account.get(DELIVERED, 0), self._delivered
+        self._delivered = delivered
+        causes = [name for name in account if name in CAUSES or (name.startswith(DROPPED) and name not in HARMLESS)]
+        if not (unreachable or causes or self._symptoms):
             return None
-        counted: dict[Trouble, int] = {"unreachable": 0, "refusing": 0, "slow": 0}
-        for cause, trouble in CAUSES.items():
-            counted[trouble] += account.get(cause, 0)
-        delivered = account.get(DELIVERED, 0)
+        counted, lasting = dict(self._counted), set()
+        for name in causes:
+            grown = account[name] - self._before.get(name, 0)
+            if grown and (name in CAUSES or delivered == delivered_before):
+                trouble = CAUSES.get(name, "unreachable")
+                counted[trouble] += grown
+                if name in LASTING or name not in CAUSES:
+                    lasting.add(trouble)
+            self._before[name] = account[name]
         for trouble, count in counted.items():
-            known = unreachable and trouble == "unreachable"
-            before = self._before.get(trouble, 0)
+            known, before = unreachable and trouble == "unreachable", self._counted[trouble]
             if trouble not in self._symptoms and (known or count > before):
-                self._symptoms[trouble] = Symptom(trouble, now, 0, before)
+                self._symptoms[trouble] = Symptom(trouble, now, _counted=before)
             symptom = self._symptoms.get(trouble)
-            if symptom is not None and not symptom.observe(count, delivered, known=known, now=now):
-                del self._symptoms[trouble]
-        self._before = counted
+            if symptom is not None:
+                symptom.lasting |= trouble in lasting
+                if not symptom.observe(count, delivered, known=known, now=now):
+                    del self._symptoms[trouble]
+        self._counted = counted
         return next((self._symptoms[trouble] for trouble in counted if trouble in self._symptoms), None)

@@ -1,8 +1,11 @@
-"""What the errno of a failed send stands for: the cause that is counted, and what may be done about it. No I/O."""
+"""Errnos of failed sends, of both senders: the cause that each is counted under, and each said once. No socket."""
 
 import errno
+import os
 from collections.abc import Mapping
 from typing import Final
+
+import structlog
 
 from shared.ledger import (
     BUFFER_FULL,
@@ -14,17 +17,19 @@ from shared.ledger import (
     REFUSED,
 )
 
-NO_SEGMENTATION: Final = (errno.EIO, errno.EINVAL, errno.EMSGSIZE, errno.EOPNOTSUPP)
-"""A run of datagrams can't be cut: by this kernel, this device, or for a path that has become smaller
-(linux/net/ipv4/udp.c, udp_send_skb; linux/net/packet/af_packet.c)."""
+log = structlog.get_logger()
+
 NO_ROOM: Final = (errno.EAGAIN, errno.ENOBUFS)
 """There is no room just now, in the socket's buffer or in the interface's queue; a moment later there may be."""
 NO_INTERFACE: Final = (errno.ENETDOWN, errno.ENXIO, errno.ENODEV)
-NO_WAY: Final = (errno.ENETUNREACH, errno.EHOSTUNREACH)
+NO_WAY: Final = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EHOSTDOWN, errno.ENONET, errno.EACCES)
+"""What a route or an ICMP error says, the last where a firewall or a route prohibits it (linux/net/ipv4/icmp.c,
+icmp_err_convert; linux/net/ipv6/icmp.c, tab_unreach)."""
+
 RELAY_CAUSES: Final[Mapping[int, str]] = {
     **dict.fromkeys(NO_ROOM, BUFFER_FULL),
     **dict.fromkeys((*NO_WAY, errno.ENETDOWN, errno.EADDRNOTAVAIL), NOT_CONNECTED),
-    errno.ECONNREFUSED: REFUSED,
+    **dict.fromkeys((errno.ECONNREFUSED, errno.ENOPROTOOPT), REFUSED),
 }
 """By a connected socket: the collector's next datagram would meet these too."""
 RAW_CAUSES: Final[Mapping[int, str]] = {
@@ -41,3 +46,18 @@ MAX_SKIPS: Final = 16
 def cause_of(error: int, causes: Mapping[int, str]) -> str:
     """Return the name under which what failed with an errno is counted; one not among `causes` is its own name."""
     return causes.get(error) or DROPPED + errno.errorcode.get(error, str(error)).lower()
+
+
+class SaidErrors:
+    """Says each errno that a collector's copies meet once, so that none is only a number that grows."""
+
+    def __init__(self, collector: str) -> None:
+        self._collector = collector
+        self._said: set[tuple[str, int]] = set()
+
+    def say(self, event: str, error: int) -> None:
+        """Say what happened, unless that was said of this errno before."""
+        if (event, error) not in self._said:
+            self._said.add((event, error))
+            name = errno.errorcode.get(error, str(error))
+            log.warning(event, collector=self._collector, error=os.strerror(error), errno=name)

@@ -1,10 +1,9 @@
 import errno
 import random
 import socket
-import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -17,15 +16,13 @@ import services.forwarder.destination
 import shared.datagrams.mmsg
 from services.forwarder.destination import ANSWER_SECONDS, Destination
 from services.forwarder.plan import SendPlan
-from services.forwarder.service import ForwarderService
-from shared.datagrams.batch import DatagramBatch
 from shared.datagrams.gathered import Gathered
 from shared.fanout.backlog import BacklogMemory
-from shared.fanout.collectors import Collectors
 from shared.fanout.send_errors import MAX_SKIPS
-from shared.ledger import discrepancies
-from shared.settings.model import Forwarder, Settings
+from shared.net.route_changes import RouteChanges
+from shared.settings.model import Forwarder
 from tests.builders import SOURCES, make_batch, make_client
+from tests.services.forwarder.sent import Sent
 from tests.stack import wait_until
 
 IP_RECVTTL = 12
@@ -56,41 +53,6 @@ def closed_port(opened: ExitStack) -> int:
     with listen(opened) as sock:
         port = sock.getsockname()[1]
     return int(port)
-
-
-class Sent:
-    """Collectors as the forwarder has them, given batches by the test."""
-
-    def __init__(self, opened: ExitStack, *clients: Any, **settings: Any) -> None:
-        self.published: Counter[str] = Counter()
-        self._relay = ForwarderService("forwarder.1", Settings(forwarder=Forwarder(**settings)))
-        self.collectors = Collectors(["messages"], self.published, self._relay.reach)
-        opened.callback(self.collectors.close)
-        self.collectors.replace(clients)
-
-    def send(self, batch: DatagramBatch) -> dict[str, dict[str, int]]:
-        """Send a batch; return the accounts, which must add up."""
-        self.published[batch.stream] += len(batch)
-        gathered = Gathered([batch])
-        self._relay.send(gathered, self.collectors.route(gathered))
-        return self.accounts()
-
-    def work(self) -> dict[str, dict[str, int]]:
-        """Do what the loop does in time; return the accounts."""
-        time.sleep(min(0.02, self._relay.work()))
-        self._relay.work()
-        return self.accounts()
-
-    @property
-    def memory_used(self) -> int:
-        """Bytes of what waits."""
-        return self._relay.held.used
-
-    def accounts(self) -> dict[str, dict[str, int]]:
-        """The accounts, which must add up."""
-        accounts = self.collectors.accounts()
-        assert list(discrepancies(accounts)) == []
-        return accounts
 
 
 class Kernel:
@@ -212,6 +174,18 @@ def test_closed_port_costs_two_sends_a_batch(opened: ExitStack) -> None:
         assert dead["refusals"] >= 1
 
 
+@pytest.mark.parametrize("error", [errno.EACCES, errno.EMSGSIZE, errno.EPROTO, errno.EPERM, errno.EHOSTUNREACH])
+def test_an_earlier_datagrams_error_costs_the_next_one_nothing(opened: ExitStack, kernel: Kernel, error: int) -> None:
+    """An error that a datagram meets once, whatever it is, belongs to an earlier one: it is tried again and leaves."""
+    collector = listen(opened)
+    sent = Sent(opened, make_client("a", collector.getsockname()[1]), segmentation=False)
+    for number in range(20):
+        kernel.errors = [error]
+        account = sent.send(make_batch([b"%d" % number]))["collector/a"]
+    assert received(collector, 20) == [b"%d" % number for number in range(20)]
+    assert account["delivered"] == 20
+
+
 def test_one_refusal_is_forgiven_and_a_second_drops_the_rest(opened: ExitStack, kernel: Kernel) -> None:
     """One refusal may be of an earlier batch; a second one in the same batch drops what is left of it."""
     collector = listen(opened)
@@ -306,7 +280,7 @@ def test_segmentation_is_tried_again_after_refresh(opened: ExitStack, kernel: Ke
     """A path that refused segments once, as after its MTU shrank, is given another chance with the next refresh."""
     collector = listen(opened)
     sent = Sent(opened, make_client("a", collector.getsockname()[1]))
-    kernel.segmented_errors = [errno.EMSGSIZE]
+    kernel.segmented_errors = [errno.EMSGSIZE] * 2  # the first might have been of an earlier datagram
     sent.send(make_batch([b"same"] * 4))
     kernel.segmented_errors = [errno.EMSGSIZE]
     sent.send(make_batch([b"same"] * 4))
@@ -364,16 +338,17 @@ def test_error_that_would_meet_the_rest_drops_the_rest(
     assert kernel.calls == 3
 
 
-def test_unreachable_collector_is_connected_again(opened: ExitStack, kernel: Kernel) -> None:
-    """One whose network was unreachable twice is dropped as not connected until refresh, then served again."""
+def test_an_error_that_comes_twice_costs_its_batch_alone(opened: ExitStack, kernel: Kernel) -> None:
+    """A router's word, twice, that a host is unreachable costs that batch; the next leaves by the same socket."""
     collector = listen(opened)
     sent = Sent(opened, make_client("a", collector.getsockname()[1]))
     kernel.errors = [errno.EHOSTUNREACH] * 2
-    sent.send(make_batch([b"lost"]))
-    assert sent.send(make_batch([b"lost"] * 2))["collector/a"]["dropped_not_connected"] == 3
-    sent.collectors.refresh()
-    sent.send(make_batch([b"back"]))
-    assert received(collector, 1) == [b"back"]
+    assert sent.send(make_batch([b"lost"] * 3))["collector/a"]["dropped_not_connected"] == 3
+    sent.send(make_batch([b"back"] * 2))
+    sent.send(make_batch([b"again"]))
+    found = [collector.recvfrom(100) for _ in range(3)]
+    assert [payload for payload, _ in found] == [b"back", b"back", b"again"]
+    assert len({source for _, source in found}) == 1
 
 
 def test_collector_without_a_route_is_dropped_and_counted(opened: ExitStack) -> None:
@@ -392,7 +367,7 @@ def test_datagrams_that_fail_one_by_one_are_skipped(opened: ExitStack, kernel: K
     """An error that belongs to one datagram costs that one, under its own name; the ones behind it are sent."""
     collector = listen(opened)
     sent = Sent(opened, make_client("a", collector.getsockname()[1]), segmentation=False)
-    kernel.errors = [errno.EPERM, errno.EPERM]
+    kernel.errors = [errno.EPERM] * 4
     account = sent.send(make_batch([b"0", b"1", b"2"]))["collector/a"]
     assert received(collector, 1) == [b"2"]
     assert account["dropped_eperm"] == 2
@@ -405,7 +380,7 @@ def test_datagrams_that_all_fail_are_not_all_tried(opened: ExitStack, kernel: Ke
     kernel.errors = [errno.EPERM] * 1000
     account = sent.send(make_batch([b"x"] * 200))["collector/a"]
     assert account["dropped_eperm"] == 200
-    assert kernel.calls == MAX_SKIPS + 1
+    assert kernel.calls == 2 * (MAX_SKIPS + 1)
 
 
 def test_full_buffer_drops_and_does_not_wait(opened: ExitStack) -> None:
@@ -429,10 +404,11 @@ def test_changed_collector_begins_a_new_account(opened: ExitStack) -> None:
     assert accounts["collector/moves"]["expected"] == 1
 
 
-def test_outlet_that_is_closed_counts_what_it_is_given(opened: ExitStack) -> None:
+def test_destination_that_is_closed_counts_what_it_is_given(opened: ExitStack) -> None:
     """Between close and refresh every row is dropped as not connected."""
     account: Counter[str] = Counter()
-    destination = Destination(make_client("a", listen(opened).getsockname()[1]), Forwarder(), account, BacklogMemory(1))
+    client, changes = make_client("a", listen(opened).getsockname()[1]), opened.enter_context(closing(RouteChanges()))
+    destination = Destination(client, Forwarder(), account, BacklogMemory(1), changes)
     destination.close()
     plan = SendPlan()
     plan.build(Gathered([make_batch([b"x"] * 5)]), None, destination.largest_segment)

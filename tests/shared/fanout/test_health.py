@@ -52,6 +52,26 @@ def test_what_is_not_the_collectors_fault_is_no_trouble(name: str) -> None:
     assert looked.look(**{name: 100}) == ""
 
 
+@pytest.mark.parametrize("name", ["dropped_eperm", "dropped_eio", "dropped_of_tomorrow"])
+def test_an_error_that_nobody_thought_of_is_a_trouble_while_nothing_is_delivered(name: str) -> None:
+    """Where all fails the collector is unreachable, whatever the cause is called, until something is delivered."""
+    looked = Looked()
+    assert looked.look(delivered=9) == ""
+    assert looked.look(**{name: 3}) == "unreachable"
+    assert looked.count == 3
+    assert {looked.look() for _ in range(9)} == {"unreachable"}
+    assert [looked.look(delivered=1), looked.look(delivered=1)] == ["unreachable", ""]
+    assert looked.look(delivered=9, **{name: 1}) == ""
+
+
+def test_unreachable_by_icmp_lasts_while_nothing_is_sent() -> None:
+    """Only sending tells whether a firewall still refuses: until then the last answer holds."""
+    looked = Looked()
+    looked.look(delivered=1, unreachables=1)
+    assert {looked.look() for _ in range(50)} == {"unreachable"}
+    assert [looked.look(delivered=1), looked.look()] == ["unreachable", ""]
+
+
 def test_refusing_lasts_while_nothing_is_sent() -> None:
     """A closed port answers only who sends: until something was delivered and not refused it is taken for closed."""
     looked = Looked()

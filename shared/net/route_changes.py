@@ -1,0 +1,54 @@
+"""Whether routes, rules, addresses or links have changed (rtnetlink(7)): that something has, not what. No privilege."""
+
+import errno
+import socket
+from typing import Final
+
+SOL_NETLINK: Final = 270
+NETLINK_ADD_MEMBERSHIP: Final = 1
+GROUPS: Final = (1, 5, 7, 8, 9, 11, 19)
+"""RTNLGRP_LINK; IPv4 and IPv6: _IFADDR, _ROUTE, _RULE (linux/rtnetlink.h)."""
+READS_AT_ONCE: Final = 64
+
+
+class RouteChanges:
+    """Counts in `version` how often something was found to have changed.
+
+    Where this host allows no netlink sockets nobody tells of changes, so there may be one at each look.
+    """
+
+    def __init__(self) -> None:
+        self.version = 0
+        self._events = _open()
+
+    def read(self) -> None:
+        """Take in what has come."""
+        self.version += self._events is None or self._drain(self._events)
+
+    def _drain(self, events: socket.socket) -> bool:
+        """Read away events, at most so many; whether there were any."""
+        for number in range(READS_AT_ONCE):
+            try:
+                events.recv(1)
+            except BlockingIOError:
+                return number > 0
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:  # more than the socket holds
+                    raise
+        return True
+
+    def close(self) -> None:
+        """Close the socket."""
+        if self._events is not None:
+            self._events.close()
+
+
+def _open() -> socket.socket | None:
+    try:
+        events = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE)
+    except OSError:
+        return None
+    events.bind((0, 0))  # with no number of its own it would hear nothing
+    for group in GROUPS:
+        events.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, group)
+    return events

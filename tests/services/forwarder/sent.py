@@ -1,0 +1,59 @@
+"""Collectors as the forwarder has them, without a bus."""
+
+import time
+from collections import Counter
+from contextlib import ExitStack
+from typing import Any
+
+from services.forwarder.service import ForwarderService
+from shared.datagrams.batch import DatagramBatch
+from shared.datagrams.gathered import Gathered
+from shared.fanout.collectors import Collectors
+from shared.ledger import discrepancies
+from shared.settings.model import Forwarder, Settings
+
+
+class Sent:
+    """Collectors as the forwarder has them, given batches by the test."""
+
+    def __init__(self, opened: ExitStack, *clients: Any, **settings: Any) -> None:
+        self.published: Counter[str] = Counter()
+        self._relay = ForwarderService("forwarder.1", Settings(forwarder=Forwarder(**settings)))
+        self.collectors = Collectors(["messages"], self.published, self._relay.reach)
+        opened.callback(self.collectors.close)
+        opened.callback(self._relay.route_changes.close)
+        self.collectors.replace(clients)
+
+    def send(self, batch: DatagramBatch) -> dict[str, dict[str, int]]:
+        """Send a batch; return the accounts, which must add up."""
+        self.published[batch.stream] += len(batch)
+        gathered = Gathered([batch])
+        self._relay.send(gathered, self.collectors.route(gathered))
+        return self.accounts()
+
+    def work(self) -> dict[str, dict[str, int]]:
+        """Do what the loop does in time; return the accounts."""
+        time.sleep(min(0.02, self._relay.work()))
+        self._relay.work()
+        return self.accounts()
+
+    def refresh(self) -> None:
+        """Do what the loop does twice a second."""
+        self._relay.work()
+        self.collectors.refresh()
+
+    def trouble(self) -> str:
+        """What is found to trouble the only collector now, after another look."""
+        self.refresh()
+        return next((symptom.trouble for _, symptom in self.collectors.troubled(time.monotonic())), "")
+
+    @property
+    def memory_used(self) -> int:
+        """Bytes of what waits."""
+        return self._relay.held.used
+
+    def accounts(self) -> dict[str, dict[str, int]]:
+        """The accounts, which must add up."""
+        accounts = self.collectors.accounts()
+        assert list(discrepancies(accounts)) == []
+        return accounts
