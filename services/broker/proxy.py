@@ -144,11 +144,15 @@ class Proxy:
             raise OperatorError(CANT_CREATE, f"bus directory {self._directory}: {error.strerror}") from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
             self._lock.close()
-            raise OperatorError(
-                CANT_CREATE, f"another broker runs on {self._directory}; stop it, or set another [bus] directory"
-            ) from None
+            why = f"another broker runs on {self._directory}; stop it, or set another [bus] directory"
+            if not isinstance(error, BlockingIOError):
+                why = (
+                    f"{self._lock.name} can't be locked: {error.strerror}; set a [bus] directory on a local file "
+                    "system, or allow flock(2)"
+                )
+            raise OperatorError(CANT_CREATE, why) from None
 
     def statistics(self) -> Counter[str]:
         """What has passed so far, by direction, in parts and bytes."""

@@ -1,14 +1,14 @@
-"""Reads the command line, runs the command it names, and turns what went wrong into one line and an exit code."""
+"""Reads the command line, runs the command it names, and turns a failure into one line and an exit code."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Final
 
+from services.operator.cli.output import NO_ROOM, discard_output, escape_what_cannot_be_encoded, say
 from services.operator.commands.ready import SERVICES
-from shared.process.lifecycle import BAD_SETTINGS, NOT_PERMITTED, OK, OperatorError, Parser, configure_logging
+from shared.process.lifecycle import BAD_SETTINGS, FAILED, NOT_PERMITTED, OK, OperatorError, Parser, configure_logging
 from shared.settings.file import load
 from shared.settings.model import SettingsError
 
@@ -27,6 +27,7 @@ COMMANDS: Final = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return its exit code."""
+    escape_what_cannot_be_encoded()
     arguments = sys.argv[1:] if arguments is None else arguments
     options = make_parser(*arguments[:1]).parse_args(arguments)
     configure_logging()
@@ -43,8 +44,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fanwire {options.command}: {error.filename}: {error.strerror}", file=sys.stderr)
         return NOT_PERMITTED
     except BrokenPipeError:  # as in `fanwire watch | head -1`; what is still buffered has nowhere to go
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
         return OK
+    except OSError as error:
+        if error.errno not in NO_ROOM or error.filename:
+            raise
+        discard_output()
+        say(f"fanwire {options.command}: standard output: {error.strerror}")
+        return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED
     return code

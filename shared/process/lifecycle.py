@@ -1,8 +1,9 @@
 """How every process starts and ends: arguments, logging, signals, readiness, exit codes.
 
 A signal handler only sets a flag; the service's loop sees it and drains: stop input, flush, close, exit, all within
-4 seconds, because honcho kills after five. A second signal has the default action. SIGHUP has the settings read again
-(`shared.process.reload`); what drains, or has no settings to read again, ignores it.
+4 seconds, because honcho kills after five. A second signal has the default action. SIGHUP has a service read its
+settings again (`shared.process.reload`), and ends a command as SIGTERM does: its terminal has closed. While a process
+drains, it ignores SIGHUP.
 """
 
 import argparse
@@ -54,7 +55,8 @@ class OperatorError(Exception):
 class Lifecycle:
     """Signals as flags and a descriptor: `draining` is set at the first SIGTERM or SIGINT, `reload_wanted` by SIGHUP.
 
-    `read` reads the settings again, from where they were read at the start; without it SIGHUP is ignored.
+    `read` reads the settings again, from where they were read at the start; without it SIGHUP sets `draining`, unless
+    the process was started with SIGHUP ignored, as by nohup(1).
     """
 
     def __init__(self, read: Callable[[], Settings] | None = None) -> None:
@@ -66,7 +68,8 @@ class Lifecycle:
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._drain)
-        signal.signal(signal.SIGHUP, self._reload if read else signal.SIG_IGN)
+        if read or signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, self._reload if read else self._drain)
 
     def fileno(self) -> int:
         """Readable once a signal has come, so that a loop blocked in poll wakes; `heed` when it is."""

@@ -1,15 +1,23 @@
 """Where watched and collected datagrams go: lines on standard output, or payloads in a file."""
 
+import codecs
+import contextlib
+import errno
+import io
+import os
 import sys
 from collections.abc import Callable, Iterable
 from itertools import islice
-from typing import BinaryIO
+from typing import BinaryIO, Final
 
 import msgspec
 
 from services.operator.cli.arguments import positive
 from shared.net.printable import printable
 from shared.process.lifecycle import Parser
+
+NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
+"""Why a file takes no more: a full disk or quota, too long a file, a terminal that has gone or a disk that fails."""
 
 Form = Callable[[str, int, bytes], bytes]
 """Makes of a datagram's source address, source port and payload what is written."""
@@ -70,7 +78,9 @@ class Output:
         lines = [self._form(*datagram) for datagram in islice(datagrams, self._left)]
         if self._left is not None:
             self._left -= len(lines)
-        self._file.write(b"".join(lines))
+        left = memoryview(b"".join(lines))
+        while left:  # a file without a buffer may take less
+            left = left[self._file.write(left) :]
         self._file.flush()
 
 
@@ -86,5 +96,27 @@ def add_count_argument(parser: Parser) -> None:
 
 
 def say(text: str) -> None:
-    """Tell the operator on standard error; standard output is for datagrams."""
-    print(printable(text), file=sys.stderr, flush=True)
+    """Print a line for the operator on standard error; standard output is for datagrams."""
+    with contextlib.suppress(OSError):  # the terminal has gone
+        print(printable(text), file=sys.stderr, flush=True)
+
+
+def escape_what_cannot_be_encoded() -> None:
+    """Have standard output and error write an escape for a character that the terminal's encoding does not have."""
+    codecs.register_error("json-escape", _escape)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="json-escape")
+
+
+def _escape(error: UnicodeError) -> tuple[str, int]:
+    r"""Write characters as JSON does, `\u00e9`, so that JSON stays JSON."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    units = error.object[error.start : error.end].encode("utf-16-be", "surrogatepass").hex()
+    return "".join(f"\\u{units[at : at + 4]}" for at in range(0, len(units), 4)), error.end
+
+
+def discard_output() -> None:
+    """Send what standard output still holds, and can't be written, to nowhere, so that the exit does not fail too."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

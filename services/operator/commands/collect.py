@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Final
 
 from services.operator.cli.arguments import Subparsers, add_command, add_wishes, wishes
-from services.operator.cli.output import Output, add_output_arguments, as_hex, as_payload, as_text, say
+from services.operator.cli.output import NO_ROOM, Output, add_output_arguments, as_hex, as_payload, as_text, say
 from services.operator.client.gateway_options import access, add_gateway_arguments
 from services.operator.client.lease import Lease
 from shared.client import CHALLENGE_PREFIX
 from shared.datagrams.batch import MAX_DATAGRAM
 from shared.net.addresses import SocketAddress
 from shared.net.sockets import enlarge_receive_buffer, kernel_drops
-from shared.process.lifecycle import CANT_CREATE, OK, Lifecycle, OperatorError
+from shared.process.lifecycle import CANT_CREATE, FAILED, OK, Lifecycle, OperatorError
 from shared.settings.model import Settings
 
 ANSWER_SECONDS: Final = 3.0
@@ -48,7 +48,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(arguments: argparse.Namespace, settings: Settings) -> int:
-    """Collect until Ctrl-C, or as many as asked for, then leave."""
+    """Collect until Ctrl-C, until the terminal closes, or as many as asked for; then leave."""
     lifecycle = Lifecycle()
     with ExitStack() as closing:
         output = _open_output(arguments, closing)
@@ -62,7 +62,12 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
         told = {} if arguments.address or lease.local else {"address": LOOPBACK}
         entry = lease.register(port=port, **told)
         say(f"collecting {', '.join(entry.streams)} at {entry.address} port {port} as {entry.name}")
-        _take_until_told(lifecycle, lease, receiver, output, printing=arguments.write is None)
+        try:
+            _write_until_drained(lifecycle, lease, receiver, output, printing=arguments.write is None)
+        except OSError as error:
+            if arguments.write is None or error.errno not in NO_ROOM:
+                raise
+            raise OperatorError(FAILED, f"{arguments.write}: {error.strerror}; what came since is lost") from None
         if dropped := kernel_drops(receiver):
             say(f"{dropped} datagrams dropped by the kernel: the receive buffer was full")
     return OK
@@ -72,7 +77,7 @@ def _open_output(arguments: argparse.Namespace, closing: ExitStack) -> Output:
     if arguments.write is None:
         return Output(sys.stdout.buffer, as_hex if arguments.hex else as_text, arguments.count)
     try:
-        file = closing.enter_context(arguments.write.open("ab"))
+        file = closing.enter_context(arguments.write.open("ab", buffering=0))
     except OSError as error:
         raise OperatorError(CANT_CREATE, f"{arguments.write}: {error.strerror}") from None
     return Output(file, as_payload, arguments.count)
@@ -105,7 +110,7 @@ def _await_nonce(receiver: socket.socket) -> str | None:
     return None
 
 
-def _take_until_told(
+def _write_until_drained(
     lifecycle: Lifecycle, lease: Lease, receiver: socket.socket, output: Output, *, printing: bool
 ) -> None:
     while not (lifecycle.draining or output.full):

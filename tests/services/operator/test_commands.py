@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +9,11 @@ from services.operator.__main__ import COMMANDS, make_parser
 from services.operator.cli.output import Output, as_hex, as_payload, as_text
 from shared.settings.file import load, render
 from shared.settings.model import Settings
-from tests.services.operator.played import finish, run
+from tests.services.operator.played import PlayedGateway, finish, run
 from tests.stack import Stack
+
+ASCII = {"PYTHONIOENCODING": "ascii"}
+POSIX = {"LC_ALL": "POSIX", "PYTHONUTF8": "0"}
 
 
 def test_help_lists_commands_and_services(stack: Stack) -> None:
@@ -71,6 +75,50 @@ def test_wrong_usage_is_64(stack: Stack, arguments: tuple[str, ...]) -> None:
     assert finished.returncode == 64
     assert finished.stderr
     assert "Traceback" not in finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "encoding"),
+    [
+        (("clients",), ASCII),
+        (("clients", "--json"), ASCII),
+        (("register", "pare-feu é 🧱"), ASCII),
+        (("clients",), POSIX),
+        (("clients", "--json"), POSIX),
+    ],
+)
+def test_a_terminal_that_knows_no_more_than_ascii(
+    stack: Stack, arguments: tuple[str, ...], encoding: dict[str, str]
+) -> None:
+    """Names beyond ASCII are printed escaped, and tables drawn, where the terminal has no such characters."""
+    with PlayedGateway() as gateway:
+        gateway.clients["siège"] = {
+            "name": "siège", "address": "192.0.2.1", "port": 514, "generation": 1, "streams": ["messages"], "from": [],
+            "source": "relay", "health": "ok",
+        }  # fmt: skip
+        command = [sys.executable, "-m", "services.operator", *arguments, "--gateway", gateway.endpoint]
+        running = stack.spawn("command", command, PYTHONCOERCECLOCALE="0", **encoding)
+        assert running.process.wait(20) == 0, running.text
+        assert running.text.isascii()
+        assert ("pare-feu \\u00e9 \\ud83e\\uddf1" if "register" in arguments else "si\\u00e8ge") in running.text
+        assert "--json" not in arguments or list(json.loads(running.text)) == ["siège"]
+
+
+@pytest.mark.parametrize("arguments", [("clients",), ("clients", "--json"), ("config",)])
+def test_output_that_cannot_be_written_is_one_line(stack: Stack, arguments: tuple[str, ...]) -> None:
+    """Standard output on a full disk ends a command with 1, and one line that says why."""
+    with PlayedGateway() as gateway, Path("/dev/full").open("wb") as full:
+        connect = ("--gateway", gateway.endpoint) if "clients" in arguments else ()
+        finished = subprocess.run(
+            [sys.executable, "-m", "services.operator", *arguments, *connect],
+            env=stack.environment,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert finished.returncode == 1
+    assert finished.stderr == f"fanwire {arguments[0]}: standard output: No space left on device\n"
 
 
 def test_unknown_stream_names_the_streams(stack: Stack) -> None:

@@ -1,5 +1,8 @@
+import os
+import pty
 import signal
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +11,8 @@ import pytest
 from shared.client import CHALLENGE_PREFIX
 from tests.services.operator.played import PlayedGateway, Request, finish, run
 from tests.stack import Running, Stack, wait_until
+
+RUN_OPERATOR = 'runpy.run_module("services.operator", run_name="__main__", alter_sys=True)'
 
 
 def collect(stack: Stack, gateway: PlayedGateway, *arguments: str) -> Running:
@@ -128,6 +133,64 @@ def test_a_port_that_cannot_be_had_is_one_line(stack: Stack, port: str) -> None:
         code, text = run(stack, *arguments)
         assert (code, text.count("\n")) == (73, 1)
         assert not gateway.requests
+
+
+def test_a_full_disk_ends_it(stack: Stack) -> None:
+    """A disk that is full ends it with 1 and one line that names file and reason, and it leaves."""
+    with PlayedGateway() as gateway:
+        command = collect(stack, gateway, "--write", "/dev/full")
+        send(gateway.requests[0], b"Hello")
+        code, text = finish(command)
+        assert code == 1
+        assert text.splitlines()[1:] == ["fanwire collect: /dev/full: No space left on device; what came since is lost"]
+        assert gateway.said("leave")
+
+
+def test_a_file_longer_than_allowed_ends_it(stack: Stack, tmp_path: Path) -> None:
+    """A file that may grow no further (ulimit -f) ends it likewise; what was written before stays."""
+    file = tmp_path / "collected"
+    with PlayedGateway() as gateway:
+        script = f"import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000)); {RUN_OPERATOR}"
+        arguments = ("collect", "siem", "--stream", "messages", "--gateway", gateway.endpoint, "--write", str(file))
+        command = stack.spawn("collect", [sys.executable, "-c", script, *arguments])
+        command.wait_for("collecting messages")
+        send(gateway.requests[0], b"x" * 79, b"y" * 6000)
+        code, text = finish(command)
+        assert (code, text.count("\n")) == (1, 2)
+        assert f"{file}: File too large" in text
+    assert file.read_bytes() == b"x" * 79 + b"\n" + b"y" * 4920
+
+
+def test_ends_when_its_terminal_closes(stack: Stack, tmp_path: Path) -> None:
+    """With its terminal closed (SIGHUP), `collect --write` leaves and ends, though it prints nothing there."""
+    file = tmp_path / "collected"
+    with PlayedGateway() as gateway:
+        process, terminal = pty.fork()
+        if process == 0:
+            command = [sys.executable, "-m", "services.operator", "collect", "siem", "--stream", "messages"]
+            os.execve(
+                command[0], [*command, "--gateway", gateway.endpoint, "--write", str(file)], dict(stack.environment)
+            )
+        wait_until(lambda: gateway.said("register"), "it signs up")
+        send(gateway.requests[0], b"Hello")
+        wait_until(lambda: file.exists() and file.read_bytes() == b"Hello\n", "it writes")
+        os.close(terminal)
+        wait_until(lambda: gateway.said("leave"), "it leaves")
+        assert os.waitpid(process, 0)[1] == 0
+
+
+def test_a_command_that_hang_ups_do_not_concern_goes_on(stack: Stack, tmp_path: Path) -> None:
+    """Started with SIGHUP ignored, as by nohup, `collect --write` goes on after one."""
+    file = tmp_path / "collected"
+    with PlayedGateway() as gateway:
+        script = f"import runpy, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); {RUN_OPERATOR}"
+        arguments = ("collect", "siem", "--stream", "messages", "--gateway", gateway.endpoint, "--write", str(file))
+        command = stack.spawn("collect", [sys.executable, "-c", script, *arguments])
+        command.wait_for("collecting messages")
+        command.process.send_signal(signal.SIGHUP)
+        send(gateway.requests[0], b"Hello")
+        wait_until(lambda: file.read_bytes() == b"Hello\n", "it writes")
+        assert command.stop() == 0
 
 
 def test_unreadable_file_is_one_line(stack: Stack, tmp_path: Path) -> None:
