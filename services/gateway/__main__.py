@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from services.gateway.documented_client import sign_up
-from services.gateway.server import serve
+from services.gateway.server import run_gateway
 from shared.process.lifecycle import Lifecycle, run, service_parser
 from shared.settings.model import Settings
 
@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(arguments: argparse.Namespace, settings: Settings, lifecycle: Lifecycle) -> None:
     if not arguments.client:
-        serve(settings, lifecycle)
+        run_gateway(settings, lifecycle)
         return
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the client has nothing to drain
     print(sign_up(arguments.name, settings.gateway.endpoints))

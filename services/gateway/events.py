@@ -1,4 +1,4 @@
-"""What watchers get: every change of the registry as a line, in order, none left out and none twice. No I/O."""
+"""Events for watchers: every change of the registry as a line, in order, none left out and none twice. No I/O."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -8,20 +8,20 @@ from services.gateway.registry.entry import Entry, Event
 from services.gateway.registry.registry import Registry
 
 KEPT_BYTES: Final = 4 * 1024 * 1024
-"""Of past events, for who comes back: some 10,000 of them."""
+"""Of past events, for watchers that come back: some 10,000 of them."""
 
 TOLD_AT_ONCE: Final = 2000
-"""Collectors whose health is told together: with all of them what waits for a watcher would exceed its bound."""
+"""Collectors whose health is pushed together: all at once would exceed the bound of what waits for a watcher."""
 
 PUSHED_AT_ONCE: Final = 32 * 1024
-"""Bytes: what is handed over is copied for each watcher that does not take it at once."""
+"""Bytes: each piece is copied for each watcher that does not take it at once."""
 
 Push = Callable[[bytes], None]
 """Takes whole lines that answer no request."""
 
 
 class EventFeed:
-    """The registry's events to everybody who watches, each rendered once."""
+    """Pushes the events of the registry to every watcher, each rendered once; keeps some for those that come back."""
 
     def __init__(
         self, registry: Registry, render: Callable[[Event], bytes], render_health: Callable[[Entry], bytes]
@@ -38,27 +38,27 @@ class EventFeed:
     def __len__(self) -> int:
         return len(self._watchers)
 
-    def watch(self, peer: int, push: Push) -> None:
-        """Push what happens from now on to this peer."""
-        self.flush()
+    def add_watcher(self, peer: int, push: Push) -> None:
+        """Push every event from now on to this peer."""
+        self.push_events()
         self._watchers[peer] = push
 
-    def watches(self, peer: int) -> bool:
+    def has_watcher(self, peer: int) -> bool:
         """Whether this peer watches."""
         return peer in self._watchers
 
-    def leave(self, peer: int) -> None:
+    def remove_watcher(self, peer: int) -> None:
         """Push nothing more to this peer."""
         self._watchers.pop(peer, None)
 
-    def since(self, revision: int) -> bytes | None:
-        """The lines of all events after `revision`; None when they are not known any more, or not yet."""
-        self.flush()
+    def lines_since(self, revision: int) -> bytes | None:
+        """Return the lines of all events after `revision`; None when they are not known any more, or not yet."""
+        self.push_events()
         if not self._begin <= revision <= self._registry.commit():
             return None
         return b"".join(line for number, line in self._past if number > revision)
 
-    def flush(self) -> None:
+    def push_events(self) -> None:
         """Push what has happened since the last time."""
         events = self._registry.pop_events()
         if not events:
@@ -68,22 +68,22 @@ class EventFeed:
         self._push(lines)
 
     def push_health(self) -> None:
-        """Push what has become of collectors since the last time; it is no change of the list, and not kept."""
+        """Push the words of collectors that have changed since the last time; they are not kept."""
         self._registry.refresh_conditions()
-        self.flush()  # that a collector has joined comes first
+        self.push_events()  # that a collector has joined comes first
         changed = self._registry.pop_changed_words(TOLD_AT_ONCE)
         if changed and self._watchers:
             self._push([self._render_health(entry) for entry in changed])
 
-    def health(self) -> bytes:
-        """A line for every collector that is not well now."""
+    def health_lines(self) -> bytes:
+        """Return a line for every collector that is not well now."""
         entries = self._registry.entries()
         return b"".join(self._render_health(entry) for entry in entries if entry.condition.word != "ok")
 
     def _push(self, lines: Sequence[bytes]) -> None:
-        for piece in _pieces(lines):
+        for batch in _batches(lines):
             for push in list(self._watchers.values()):
-                push(piece)
+                push(batch)
 
     def _remember(self, events: Sequence[Event], lines: Sequence[bytes]) -> None:
         for event, line in zip(events, lines, strict=True):
@@ -94,15 +94,15 @@ class EventFeed:
             self._past_bytes -= len(line)
 
 
-def _pieces(lines: Sequence[bytes]) -> Iterator[bytes]:
-    """Join lines to pieces of about `PUSHED_AT_ONCE` bytes."""
-    piece: list[bytes] = []
+def _batches(lines: Sequence[bytes]) -> Iterator[bytes]:
+    """Yield lines joined to batches of about `PUSHED_AT_ONCE` bytes."""
+    batch: list[bytes] = []
     size = 0
     for line in lines:
-        piece.append(line)
+        batch.append(line)
         size += len(line)
         if size >= PUSHED_AT_ONCE:
-            yield b"".join(piece)
-            piece, size = [], 0
-    if piece:
-        yield b"".join(piece)
+            yield b"".join(batch)
+            batch, size = [], 0
+    if batch:
+        yield b"".join(batch)

@@ -1,4 +1,4 @@
-"""How entries and events look to clients: JSON, one line each. No I/O."""
+"""Entries and events as clients see them: JSON, one line each. No I/O."""
 
 from typing import Final
 
@@ -23,22 +23,22 @@ class View(ListedClient, frozen=True, kw_only=True):
 
 
 def show_client(registry: Registry, entry: Entry) -> View:
-    """An entry as it is shown now, in the condition that it was last looked at."""
+    """Return an entry as it is shown now, in the condition of its last refresh."""
     client, condition = entry.client, entry.condition
     return View(
         **client.terms,
         address=client.address,
         port=client.port,
         generation=client.generation,
-        expires_in=registry.expires_in(entry),
+        expires_in=registry.leases.expires_in(entry),
         health=condition.word,
-        health_since=registry.lasted(condition) if client.streams else None,
+        health_since=registry.seconds_in(condition) if client.streams else None,
         health_count=condition.count,
     )
 
 
 def event_line(registry: Registry, event: Event) -> bytes:
-    """A change of the registry, as watchers get it."""
+    """Return a change of the registry, as watchers get it."""
     client = event.entry.client
     if event.kind in ("joined", "changed"):
         return json_line(event=event.kind, revision=event.revision, client=show_client(registry, event.entry))
@@ -46,7 +46,7 @@ def event_line(registry: Registry, event: Event) -> bytes:
 
 
 def health_line(registry: Registry, entry: Entry) -> bytes:
-    """A collector's word, as watchers get it."""
+    """Return a collector's word, as watchers get it."""
     client, condition = entry.client, entry.condition
     return json_line(
         event="health",
@@ -54,11 +54,11 @@ def health_line(registry: Registry, entry: Entry) -> bytes:
         name=client.name,
         generation=client.generation,
         health=condition.word,
-        health_since=registry.lasted(condition),
+        health_since=registry.seconds_in(condition),
         health_count=condition.count,
     )
 
 
 def json_line(**facts: object) -> bytes:
-    """One JSON object with its newline."""
+    """Return one JSON object with its newline."""
     return _encode(facts) + b"\n"

@@ -12,23 +12,26 @@ from typing import Any, Final
 import structlog
 
 from services.gateway.admission.address_proof import AddressProofs
-from services.gateway.admission.destinations import Admission
-from services.gateway.admission.rights import Tokens
+from services.gateway.admission.decision import Admission, decide_configured
+from services.gateway.admission.destinations import Destinations
+from services.gateway.admission.tokens import Tokens
 from services.gateway.admission.tokens_file import read_tokens
 from services.gateway.bus.announcer import Announcer
 from services.gateway.bus.transmissions import Transmissions
 from services.gateway.counters import ACCOUNT, BUS_REJECTED, CLIENTS, COLLECTORS, CONNECTIONS, PRESERVING, WATCHERS
 from services.gateway.events import EventFeed
 from services.gateway.handler import Handler
-from services.gateway.protocol.requests import RequestError
 from services.gateway.registry.registry import Registry
 from services.gateway.registry.store import Store
 from services.gateway.render import event_line, health_line
-from services.gateway.transport.connection import AT_ONCE, Connection, Connections
+from services.gateway.transport.connection import ClientConnection
 from services.gateway.transport.listeners import BACKLOG, Listener, is_broadcast, is_local, listening, send_datagram
-from services.gateway.transport.tls import TlsAcceptor, check_listener, make_context
+from services.gateway.transport.open_connections import AT_ONCE, OpenConnections
+from services.gateway.transport.tls import check_listener, make_context
+from services.gateway.transport.tls_handshakes import TlsAcceptor
 from shared.bus.endpoint import open_link, queue_limit
 from shared.bus.zmq_sockets import Publisher, Requests, Subscriber, new_context, prepare_directory
+from shared.client import Source
 from shared.ledger import Accounts
 from shared.process.lifecycle import (
     BAD_SETTINGS,
@@ -56,8 +59,8 @@ SPARE_DESCRIPTORS: Final = 64
 log = structlog.get_logger()
 
 
-def serve(settings: Settings, lifecycle: Lifecycle) -> None:
-    """Serve until told to drain."""
+def run_gateway(settings: Settings, lifecycle: Lifecycle) -> None:
+    """Run the gateway until told to drain."""
     print("Starting server...", flush=True)  # as the documented server does
     bus = settings.bus
     declared = read_tokens(settings)
@@ -76,18 +79,12 @@ def serve(settings: Settings, lifecycle: Lifecycle) -> None:
         for listener in listeners:
             check_listener(listener, declared)
         tokens = Tokens(declared, names_beyond_loopback=settings.gateway.names_beyond_loopback)
-        registry = Registry(
-            settings.gateway.max_clients,
-            _boot_time,
-            max(store.generation + 1, time.time_ns() // 1000),
-            store.keep,
-            settings.gateway.preserve_seconds,
-            settings.gateway.max_clients_per_holder,
-        )
+        first_generation = max(store.generation + 1, time.time_ns() // 1000)
+        registry = Registry(_boot_time, first_generation, store.keep, settings.gateway.preserve_seconds)
         registry.restore(store.entries, store.revision)
-        admission = _admission(settings)
-        _enter_configured(settings, admission, registry)
-        server = _Server(settings, lifecycle, registry, admission, tokens, publisher, subscriber, memory)
+        destinations = _destinations(settings)
+        _configure(settings, destinations, registry)
+        server = _Server(settings, lifecycle, registry, destinations, tokens, publisher, subscriber, memory)
         asyncio.run(server.run(listeners, tls))
 
 
@@ -102,8 +99,8 @@ def _opened(settings: Settings) -> Store:
     return Store(path, _boot_time)
 
 
-def _admission(settings: Settings) -> Admission:
-    return Admission(
+def _destinations(settings: Settings) -> Destinations:
+    return Destinations(
         [stream.name for stream in settings.streams],
         udp_listeners(settings),
         is_local,
@@ -112,27 +109,25 @@ def _admission(settings: Settings) -> Admission:
     )
 
 
-def _enter_configured(settings: Settings, admission: Admission, registry: Registry) -> None:
-    """Have the collectors of the settings, and nobody whose copies would come back by a listener of theirs.
+def _configure(settings: Settings, destinations: Destinations, registry: Registry) -> None:
+    """Enter the collectors of the settings, and remove entries that their listeners have made loops.
 
     OperatorError, with nothing changed, when one of them can't be admitted.
     """
-    clients = []
-    for collector in settings.collectors:
-        try:
-            clients.append(admission.admit_configured(collector))
-        except RequestError as refused:
-            raise OperatorError(BAD_SETTINGS, f"[[collector]] {collector.name!r}: {refused}") from None
+    try:
+        clients = decide_configured(destinations, settings.collectors)
+    except ValueError as error:
+        raise OperatorError(BAD_SETTINGS, str(error)) from None
     registry.configure(clients)
-    _expel_loops(admission, registry)
+    _expel_loops(destinations, registry)
 
 
-def _expel_loops(admission: Admission, registry: Registry) -> None:
-    """Take off the list whose copies would come back: listeners and our addresses may be newer than entries."""
-    if loops := [entry.client.name for entry in registry.entries() if admission.loops(entry.client)]:
+def _expel_loops(destinations: Destinations, registry: Registry) -> None:
+    """Remove collectors whose copies would come back: a listener or an address may be newer than the entry."""
+    if loops := [entry for entry in registry.entries() if destinations.find_loop(entry.client)]:
         log.warning(
-            "taken off the list: their copies would come back by a listener of ours",
-            clients=loops[:10],
+            "collector removed: its address is one of fanwire's own listeners (loop)",
+            clients=[entry.client.name for entry in loops[:10]],
             count=len(loops),
         )
         registry.expel(loops)
@@ -143,7 +138,7 @@ class _Server:
     settings: Settings
     lifecycle: Lifecycle
     registry: Registry
-    admission: Admission
+    destinations: Destinations
     tokens: Tokens
     publisher: Publisher
     subscriber: Subscriber
@@ -151,12 +146,12 @@ class _Server:
     _loops_at: float = 0.0
 
     async def run(self, listeners: list[Listener], tls: ssl.SSLContext | None) -> None:
-        """Serve clients on these listeners until told to drain; `tls` is for those that are secure."""
+        """Accept clients on these listeners until told to drain; `tls` is for those that are secure."""
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(self._report_trouble)
         settings = self.settings.gateway
         requests = Requests(self.publisher.sender, self.publisher.boot)
-        transmissions = Transmissions(self.publisher, requests, allowed=settings.allow_transmit)
+        self._transmissions = Transmissions(self.publisher, requests)
         self._feed = feed = EventFeed(
             self.registry, partial(event_line, self.registry), partial(health_line, self.registry)
         )
@@ -170,84 +165,94 @@ class _Server:
             loop.call_later,
             self.memory,
         )
-        challenges = AddressProofs(send_datagram, _boot_time)
+        proofs = AddressProofs(send_datagram, _boot_time)
+        self._admission = Admission(settings, self.registry, self.destinations, proofs, self)
         self._handler = Handler(
             self.settings,
             self.registry,
-            self.admission,
-            challenges,
+            self._admission,
             self._announcer,
             feed,
-            transmissions.begin,
+            self._transmissions.send_frames,
             _boot_time,
             self.tokens,
         )
         limit = min(settings.max_connections, descriptor_limit() - SPARE_DESCRIPTORS)
-        self._connections = Connections(self._handler, settings, limit, self.memory)
-        self._reload = Reload(self.publisher.sender, self.lifecycle, self.settings, self._follow)
+        self._connections = OpenConnections(self._handler, settings, limit, self.memory)
+        self._reload = Reload(self.publisher.sender, self.lifecycle, self.settings, self._apply_settings)
         self._stopped = asyncio.Event()
         for source, act in (
-            (self.lifecycle, self._heed),
+            (self.lifecycle, self._heed_signal),
             (self.publisher, self._announcer.flush),
             (self.subscriber, self._announcer.receive_messages),
         ):
             loop.add_reader(source.fileno(), act)
-        servers = [  # on duplicates, which the loop closes: ours tell their paths until they are removed
-            await loop.create_server(lambda: Connection(self._connections), sock=listener.sock.dup(), backlog=AT_ONCE)
+        servers = [  # on duplicates, which the loop closes: the originals tell their paths until they are removed
+            await loop.create_server(
+                lambda: ClientConnection(self._connections), sock=listener.sock.dup(), backlog=AT_ONCE
+            )
             for listener in listeners
             if not listener.secure
         ]
         for listener in listeners:
-            listener.sock.listen(BACKLOG)  # asyncio knows one number for what waits and what it accepts in one go
-        handshakes = TlsAcceptor(self._connections, tls) if tls else None
+            listener.sock.listen(BACKLOG)  # asyncio has one number for the queue and for what it accepts at once
+        acceptor = TlsAcceptor(self._connections, tls) if tls else None
         for listener in listeners:
-            if handshakes and listener.secure:
-                handshakes.serve(listener)
+            if acceptor and listener.secure:
+                acceptor.accept_on(listener)
         await self._tick_until_stopped()
         loop.remove_reader(self.lifecycle.fileno())
         for server in servers:
             server.close()
-        if handshakes:
-            await handshakes.stop()
+        if acceptor:
+            await acceptor.stop()
         await self._connections.drain(DRAIN_SECONDS)
         self._announcer.flush()
 
-    def _heed(self) -> None:
-        """Do what a signal says."""
+    def sends_copies(self, source: Source) -> bool:
+        """Whether a service is there that sends copies of this source."""
+        return self._announcer.sends_copies(source)
+
+    def sends_frames(self) -> bool:
+        """Whether a service is there that sends raw frames."""
+        return self._transmissions.sends_frames()
+
+    def _heed_signal(self) -> None:
+        """Act on a signal."""
         self.lifecycle.heed()
         self._reload.check()
         if self.lifecycle.draining:
             self._stopped.set()
 
-    def _follow(self, settings: Settings) -> None:
+    def _apply_settings(self, settings: Settings) -> None:
         """Have the streams and collectors of these settings; OperatorError when that can't be."""
-        admission = _admission(settings)
+        destinations = _destinations(settings)
         try:
-            _enter_configured(settings, admission, self.registry)
-        except RequestError as error:
-            raise OperatorError(FAILED, str(error)) from None
-        self.admission = admission
-        self._handler.follow(settings, admission)
-        self._announcer.wake()
+            _configure(settings, destinations, self.registry)
+        except OSError as error:
+            raise OperatorError(FAILED, str(error.strerror)) from None
+        self.destinations = self._admission.destinations = destinations
+        self._handler.apply_settings(settings)
+        self._announcer.announce_soon()
 
     async def _tick_until_stopped(self) -> None:
         readiness = Readiness("gateway", self.settings.bus, lambda: self.publisher.ready)
         while not self._stopped.is_set():
             self.registry.expire()
-            self._look_for_loops()
+            self._expel_new_loops()
             await self._connections.sweep()
             self._announcer.tick(self._accounts)
             readiness.check(listen=self.settings.gateway.listen)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopped.wait(), TICK_SECONDS)
 
-    def _look_for_loops(self) -> None:
-        """Once a second: whoever was signed up elsewhere may be at an address that is ours by now."""
+    def _expel_new_loops(self) -> None:
+        """Once a second: the address of a collector may have become one of this host's."""
         now = time.monotonic()
         if now >= self._loops_at:
             self._loops_at = now + LOOPS_SECONDS
-            with contextlib.suppress(RequestError):  # it can't be told just now
-                _expel_loops(self.admission, self.registry)
+            with contextlib.suppress(OSError):  # the kernel can't tell just now
+                _expel_loops(self.destinations, self.registry)
 
     def _accounts(self) -> Accounts:
         account = {
@@ -255,14 +260,14 @@ class _Server:
             CLIENTS: len(self.registry),
             COLLECTORS: self.registry.collectors,
             WATCHERS: len(self._feed),
-            PRESERVING: int(self.registry.preserving),
-            CONNECTIONS: len(self._connections.open),
+            PRESERVING: int(self.registry.leases.preserving),
+            CONNECTIONS: len(self._connections),
             BUS_REJECTED: sum(self.subscriber.rejected.values()),
         }
         return {ACCOUNT: account}
 
     def _report_trouble(self, _loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """Say what the loop can't do, such as accept without a descriptor to spare."""
+        """Log an error of the loop, such as an accept without a descriptor to spare."""
         error = context.get("exception")
         if isinstance(error, OSError) and error.errno == errno.ENOTCONN:
             return  # asyncio half-closes twice at times, and the client may have closed in between

@@ -13,7 +13,7 @@ from unittest import mock
 
 import zmq.utils.z85
 
-from services.gateway.admission.rights import Tokens
+from services.gateway.admission.tokens import Tokens
 from services.gateway.admission.tokens_file import read_tokens
 from services.gateway.protocol.requests import RequestError
 from services.operator.importing import command as importing
@@ -80,9 +80,9 @@ def tokens(data: bytes) -> None:
     tokens = Tokens(found)
     for token in found:
         if token.certificate is not None:
-            assert tokens.of_certificate(token.certificate).holder == token.name
+            assert tokens.rights_of_certificate(token.certificate).holder == token.name
     try:
-        tokens.of_token(data.decode())
+        tokens.rights_of_token(data.decode())
     except RequestError as refused:
         assert refused.error == "not_permitted"
     else:

@@ -11,7 +11,7 @@ from unittest import mock
 
 import structlog
 
-from services.gateway.admission.destinations import Admission
+from services.gateway.admission.destinations import Destinations
 from services.gateway.admission.peer import Peer
 from services.gateway.protocol.decoder import Decoder
 from services.gateway.protocol.requests import Register, RequestError, SignUp
@@ -32,8 +32,8 @@ from shared.settings.model import Settings, Transmitter
 from tests.fuzz.corpus import split_parts
 from tests.fuzz.printing import check_line, printed
 
-_admission: Final = Admission(["messages"], [("127.0.0.1", 6667)], lambda _: False, lambda _: False)
-_visitor: Final = Peer(1, "192.0.2.1", 40_000)
+_destinations: Final = Destinations(["messages"], [("127.0.0.1", 6667)], lambda _: False, lambda _: False)
+_peer: Final = Peer(1, "192.0.2.1", 40_000)
 _commands: Final = [
     make_parser().parse_args(command.split())
     for command in ("clients", "clients --json", "register siem --stream messages", "leave siem", "leave a")
@@ -56,7 +56,7 @@ def json_lines(data: bytes) -> None:
             if request is None:
                 break
             if isinstance(request, Register):
-                _admission.admit(request, _visitor)
+                _destinations.resolve(request, _peer)
         except RequestError as refused:
             assert refused.error
             assert str(refused)
@@ -148,11 +148,11 @@ def _go_on(path: Path, data: bytes) -> None:
     try:
         with mock.patch.object(store, "log", _silent), Store(path, lambda: 0.0) as kept:
             aside = list(path.parent.glob(f"{path.name}.damaged-*"))
-            entries = registry.Registry(1000, lambda: 0.0, kept.generation + 1, kept.keep)
+            entries = registry.Registry(lambda: 0.0, kept.generation + 1, kept.keep)
             entries.restore(kept.entries, kept.revision)
             assert not (aside and kept.entries)
             _check_told(entries)
-            joined = entries.grant(_client("new"), _visitor, Origin.JSON, take_over=True)
+            joined = entries.grant(_client("new"), _peer, Origin.JSON)
             revision = entries.commit()
         with Store(path, lambda: 0.0) as kept:
             assert joined.client in [entry.client for entry in kept.entries]
@@ -191,10 +191,9 @@ def _genuine(*, beside: bool) -> tuple[bytes, bytes]:
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "registry.sqlite")
         with Store(path, lambda: 0.0) as kept:
-            entries = registry.Registry(1000, lambda: 0.0, 1, kept.keep)
-            for name in ("a", "b", "c"):
-                entries.grant(_client(name), _visitor, Origin.JSON, ttl=5)
-            entries.release("b", 2, _visitor)
+            entries = registry.Registry(lambda: 0.0, 1, kept.keep)
+            granted = {name: entries.grant(_client(name), _peer, Origin.JSON, ttl=5) for name in ("a", "b", "c")}
+            entries.release(granted["b"])
             if beside:
                 return path.read_bytes(), path.with_name(f"{path.name}-wal").read_bytes()
         return path.read_bytes(), b""

@@ -20,12 +20,26 @@ RANKS = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 PURE = (
     "services/broker/publish_rights.py",
     "services/forwarder/plan.py",
+    "services/gateway/admission/address_proof.py",
+    "services/gateway/admission/decision.py",
+    "services/gateway/admission/destinations.py",
+    "services/gateway/admission/ownership.py",
     "services/gateway/admission/rights.py",
+    "services/gateway/admission/tokens.py",
+    "services/gateway/events.py",
+    "services/gateway/handler.py",
     "services/gateway/protocol/decoder.py",
+    "services/gateway/protocol/names_list.py",
     "services/gateway/protocol/requests.py",
+    "services/gateway/registry/condition.py",
     "services/gateway/registry/entry.py",
+    "services/gateway/registry/leases.py",
     "services/gateway/registry/preservation.py",
     "services/gateway/registry/registry.py",
+    "services/gateway/render.py",
+    "services/gateway/transport/conversation.py",
+    "services/gateway/transport/deadlines.py",
+    "services/gateway/transport/rate_limit.py",
     "services/ingest/flow_headers.py",
     "services/ingest/flow_sequence_gaps.py",
     "services/ingest/octet_count_framing.py",
@@ -111,6 +125,18 @@ def test_pure_modules_do_no_io(path: str) -> None:
             "shared.datagrams.mmsg",
         }  # the layouts and constants they plan for, no socket of their own
     assert not imports(CHECKOUT / path) & forbidden
+
+
+def test_refusals_of_the_gateway_come_from_the_side_of_the_protocol() -> None:
+    """Code of the gateway that talks to the kernel, the disk or the bus raises OSError, not an answer to a client."""
+    folder = CHECKOUT / "services" / "gateway"
+    raising = {
+        str(path.relative_to(folder)).split("/")[0]
+        for path in folder.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Raise) and node.exc and re.search(r"RequestError|no_transmitter", ast.unparse(node))
+    }
+    assert raising == {"admission", "handler.py", "protocol"}
 
 
 def test_no_socket_of_the_bus_is_made_elsewhere() -> None:

@@ -238,7 +238,10 @@ def test_what_takes_a_restart_is_said(stack: Stack) -> None:
 @pytest.mark.parametrize(
     ("collector", "says"),
     [
-        (SIEM.replace('"b"', '"a"').replace("9103", "7000"), "'siem': 127.0.0.1 port 7000 is our own listener"),
+        (
+            SIEM.replace('"b"', '"a"').replace("9103", "7000"),
+            "'siem': 127.0.0.1 port 7000 is one of fanwire's own",
+        ),
         (SIEM.replace('"b"', '"a"').replace('"127.0.0.1"', '"127.255.255.255"'), "'siem': address: 127.255.255.255"),
     ],
 )
@@ -305,5 +308,5 @@ def test_transmitter_follows_streams_and_listeners(open_stack: OpenStack) -> Non
     wait_until(refused, "what would have come back to us is refused")
     assert stack["gateway"].reload()["level"] == "info"
     assert list(ask_json({"op": "list"})["clients"]) == ["one"]
-    (said,) = stack["gateway"].events("taken off the list: their copies would come back by a listener of ours")
+    (said,) = stack["gateway"].events("collector removed: its address is one of fanwire's own listeners (loop)")
     assert said["clients"] == ["loop"]

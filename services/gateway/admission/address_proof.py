@@ -1,7 +1,7 @@
-"""Proof of address: who wants copies sent elsewhere than to itself shows that what is sent there reaches it.
+"""Proof of address: a client that wants copies sent elsewhere than to itself shows that they arrive there.
 
-A datagram with a nonce goes to the address, at most `MOST` in `PERIOD_SECONDS`; whoever brings the nonce back has the
-register granted that it was for. So nobody can aim copies at a third, who gets those few datagrams and nothing else.
+A datagram with a nonce goes to the address, at most `MOST` in `PERIOD_SECONDS`. The client that sends the nonce back
+gets the `register` granted that it was for. So nobody can aim copies at a third host, which gets those few datagrams.
 """
 
 import hmac
@@ -11,14 +11,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
+from services.gateway.admission.peer import Peer
 from services.gateway.protocol.requests import Register, RequestError
-from shared.client import CHALLENGE_PREFIX
+from services.gateway.registry.entry import Entry, Origin
+from shared.client import CHALLENGE_PREFIX, Client
 
 PERIOD_SECONDS: Final = 60.0
 MOST: Final = 3
-"""AddressProofs to one address in a period."""
+"""Challenges to one address in a period."""
 MOST_IN_ALL: Final = 600
-"""AddressProofs to all addresses in a period, which bounds what is remembered too."""
+"""Challenges to all addresses in a period, which bounds what is remembered too."""
 VALID_SECONDS: Final = 60.0
 
 Send = Callable[[bytes, str, int], None]
@@ -27,51 +29,51 @@ Send = Callable[[bytes, str, int], None]
 
 @dataclass(slots=True)
 class _Challenge:
-    wish: Register
+    asked: Register
     nonce: str
     until: float
 
 
 @dataclass(slots=True)
 class AddressProofs:
-    """The challenges that are out; `clock` gives seconds."""
+    """The challenges that were sent and not answered; `clock` gives seconds."""
 
     send: Send
     clock: Callable[[], float]
     _open: OrderedDict[str, list[_Challenge]] = field(default_factory=OrderedDict)
     _sent: deque[tuple[float, str]] = field(default_factory=deque)
 
-    def challenge(self, wish: Register, address: str) -> RequestError:
-        """Send a challenge for a `register`, unless too many went there; return what its client is told."""
-        port = wish.port
+    def challenge(self, asked: Register, address: str) -> RequestError:
+        """Send a challenge for a `register`, unless too many went there; return the refusal for its client."""
+        port = asked.port
         if port is None:
             return RequestError("bad_request", "port is missing: a proof of address goes to an address and port")
         self._forget()
-        away = f"{address} is not where you come from"
+        foreign = f"{address} is not the address of your connection"
         if len(self._sent) >= MOST_IN_ALL or sum(to == address for _, to in self._sent) >= MOST:
             return RequestError(
-                "unproven_address", f"{away}, and no more challenges go there for now; confirm one, or wait a minute"
+                "unproven_address", f"{foreign}, and no more challenges go there for now; confirm one, or wait a minute"
             )
-        challenge = _Challenge(wish, secrets.token_urlsafe(24), self.clock() + VALID_SECONDS)
+        challenge = _Challenge(asked, secrets.token_urlsafe(24), self.clock() + VALID_SECONDS)
         try:
             self.send(CHALLENGE_PREFIX + challenge.nonce.encode(), address, port)
         except OSError as error:
-            return RequestError("unproven_address", f"{away}, and it can't be asked: {error.strerror}")
+            return RequestError("unproven_address", f"{foreign}, and no challenge can be sent: {error.strerror}")
         self._sent.append((self.clock(), address))
-        self._open.setdefault(wish.name, []).append(challenge)
+        self._open.setdefault(asked.name, []).append(challenge)
         return RequestError(
             "unproven_address",
-            f"{away}: a datagram `fanwire-challenge NONCE` went to {address} port {port}; "
+            f"{foreign}: a datagram `fanwire-challenge NONCE` went to {address} port {port}; "
             f"send op confirm with name and nonce within {VALID_SECONDS:g} s",
         )
 
-    def confirm(self, name: str, nonce: str) -> Register:
+    def redeem(self, name: str, nonce: str) -> Register:
         """Return the `register` that this nonce was for, once."""
         self._forget()
         for challenge in self._open.get(name, []):
             if hmac.compare_digest(challenge.nonce.encode(), nonce.encode()):
                 self._open[name].remove(challenge)
-                return challenge.wish
+                return challenge.asked
         raise RequestError("unproven_address", f"no such challenge is open for {name!r}; register again for another")
 
     def _forget(self) -> None:
@@ -84,3 +86,13 @@ class AddressProofs:
                 self._open[name] = kept
             else:
                 del self._open[name]
+
+
+def proven_before(present: Entry | None, client: Client, peer: Peer) -> bool:
+    """Whether the entry that `client` replaces goes to the same place, on behalf of the same host."""
+    return (
+        present is not None
+        and present.origin is Origin.JSON
+        and present.peer.address == peer.address
+        and (present.client.address, present.client.port) == (client.address, client.port)
+    )

@@ -1,4 +1,4 @@
-"""What may sign up to receive: streams that are there, a destination that is one host, no loops. No I/O."""
+"""Destinations of copies: streams that exist, an address of one host, no loop, proof where it is due. No I/O."""
 
 import ipaddress
 from collections.abc import Callable, Iterable
@@ -14,11 +14,12 @@ NOBODYS_V4 = (ipaddress.IPv4Network("0.0.0.0/8"), ipaddress.IPv4Network("240.0.0
 """This network, and reserved with limited broadcast (RFC 6890)."""
 
 
-class Admission:
-    """Turns a `register`, or a collector of the settings, into the `Client` that may be entered, or refuses it.
+class Destinations:
+    """Rules for what a client may receive, and where.
 
-    `listeners` are the address and port of each of our UDP listeners; `is_local` says whether an address is
-    this host's, `is_broadcast` whether it is that of a whole network. Copies may go to `destinations` without proof.
+    `listeners` are the address and port of each UDP listener of fanwire; `is_local` says whether an address is this
+    host's, `is_broadcast` whether it is that of a whole network, or they raise OSError. Copies may go to networks of
+    `allowed` without proof.
     """
 
     def __init__(
@@ -27,16 +28,19 @@ class Admission:
         listeners: Iterable[tuple[str, int]],
         is_local: Callable[[str], bool],
         is_broadcast: Callable[[str], bool],
-        destinations: Iterable[str] = (),
+        allowed: Iterable[str] = (),
     ) -> None:
         self._streams = frozenset(streams)
         self._own_listeners = OwnListeners(listeners)
         self._is_local = is_local
         self._is_broadcast = is_broadcast
-        self._destinations = tuple(map(ipaddress.ip_network, destinations))
+        self._allowed = tuple(map(ipaddress.ip_network, allowed))
 
-    def admit(self, request: Register, peer: Peer) -> Client:
-        """Return the entry for a request; its generation is the registry's to give."""
+    def resolve(self, request: Register, peer: Peer) -> Client:
+        """Return the entry for a request, with where its copies go; `RequestError` when they may not go there.
+
+        The registry gives the generation.
+        """
         self._check_streams(request.streams)
         peer.rights.check_streams(request.streams)
         if request.streams and request.port is None:
@@ -53,26 +57,25 @@ class Admission:
         }
         return Client(**terms, generation=0, address=str(address), port=port)
 
-    def proven(self, request: Register, peer: Peer) -> bool:
-        """Whether the peer may have copies sent where it says, or has to show first that they arrive there."""
-        if request.address is None:
-            return True
-        address, own = parse_address(request.address), parse_address(peer.address)
-        if address == own or (address.is_loopback and own.is_loopback):
-            return True
-        return peer.rights.may_send_to(address) or any(address in network for network in self._destinations)
-
-    def admit_configured(self, collector: Collector) -> Client:
-        """Return the entry for a collector of the settings, whose address is the operator's word."""
+    def resolve_configured(self, collector: Collector) -> Client:
+        """Return the entry for a collector of the settings, whose operator needs no proof."""
         address = parse_address(collector.address)
         self._check_destination(address)
         self._check_loop(address, collector.port)
         return Client(**collector.terms, generation=0, address=str(address), port=collector.port)
 
-    def _check_destination(self, address: Address) -> None:
-        check_destination(address)
-        if self._is_broadcast(str(address)):
-            raise RequestError("bad_request", f"address: {address} is a network's; expected that of one host")
+    def need_proof(self, request: Register, peer: Peer) -> bool:
+        """Whether the peer has to show first that copies arrive where it wants them."""
+        if request.address is None:
+            return False
+        address, own = parse_address(request.address), parse_address(peer.address)
+        if address == own or (address.is_loopback and own.is_loopback):
+            return False
+        return not (peer.rights.may_send_to(address) or any(address in network for network in self._allowed))
+
+    def find_loop(self, client: Client) -> bool:
+        """Whether the copies of an entry would come back: a listener, or an address of this host, may be newer."""
+        return bool(client.streams) and self._own_listeners.receive(client.address, client.port, self._is_local)
 
     def _check_streams(self, streams: Iterable[str]) -> None:
         for stream in streams:
@@ -80,16 +83,18 @@ class Admission:
                 known = ", ".join(sorted(self._streams))
                 raise RequestError("unknown_stream", f"there is no stream {stream[:64]!r}; there are: {known}")
 
-    def loops(self, client: Client) -> bool:
-        """Whether an entry's copies would come back: a listener may be newer than the entry."""
-        return bool(client.streams) and self._loops(client.address, client.port)
-
-    def _loops(self, address: str, port: int) -> bool:
-        return self._own_listeners.receive(address, port, self._is_local)
+    def _check_destination(self, address: Address) -> None:
+        nobodys = address.version == 4 and any(address in network for network in NOBODYS_V4)
+        if nobodys or address.is_unspecified or address.is_multicast or address.is_link_local:
+            raise RequestError("bad_request", f"address: {address} is not one host's; expected a unicast address")
+        if self._is_broadcast(str(address)):
+            raise RequestError("bad_request", f"address: {address} is a network's; expected that of one host")
 
     def _check_loop(self, address: Address, port: int) -> None:
-        if self._loops(str(address), port):
-            raise RequestError("loop", f"{address} port {port} is our own listener; receive on another port")
+        if self._own_listeners.receive(str(address), port, self._is_local):
+            raise RequestError(
+                "loop", f"{address} port {port} is one of fanwire's own listeners; receive on another port"
+            )
 
 
 def parse_address(text: str) -> Address:
@@ -103,13 +108,6 @@ def parse_address(text: str) -> Address:
             raise RequestError("bad_request", "address: one with a scope (%) can't be a destination")
         return address.ipv4_mapped or address
     return address
-
-
-def check_destination(address: Address) -> None:
-    """Refuse what is not the address of one host that a copy can be routed to."""
-    nobodys = address.version == 4 and any(address in network for network in NOBODYS_V4)
-    if nobodys or address.is_unspecified or address.is_multicast or address.is_link_local:
-        raise RequestError("bad_request", f"address: {address} is not one host's; expected a unicast address")
 
 
 def _parse_prefix(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Who is at the other end of a connection, and with whom it shares limits."""
+"""The client at the other end of a connection, and the connections with which it shares limits."""
 
 import asyncio
 import ipaddress
@@ -11,9 +11,9 @@ from shared.net.sockets import peer_credentials
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """Who asks: a connection by its number (0: one of an earlier start), the address and port it comes from.
+    """The other end of a connection: the connection's number (0: one of an earlier start), and its address and port.
 
-    `uid` is the user at the other end of an AF_UNIX connection. Of an earlier start, the rights say the holder alone.
+    `uid` is the user at the other end of an AF_UNIX connection. Of an earlier start, the rights have the holder alone.
     """
 
     id: int
@@ -27,13 +27,13 @@ class Peer:
         return f"{where}, by {self.rights.holder!r}" if self.rights.holder else where
 
     def controls(self, other: "Peer") -> bool:
-        """Whether it may change what the other has signed up: it has the same holder, or every right."""
+        """Whether it may change the entries of the other: it has the same holder, or every right."""
         own = self.rights.holder != "" and self.rights.holder == other.rights.holder
         return own or self.rights.everything
 
 
 def identify(transport: asyncio.Transport, number: int, rights: Rights) -> Peer:
-    """Return who is at the other end: IPv4 where it is mapped, without a scope, 127.0.0.1 for AF_UNIX."""
+    """Return the peer of a transport: IPv4 where it is mapped, without a scope, 127.0.0.1 for AF_UNIX."""
     sock = transport.get_extra_info("socket")
     if sock.family == socket.AF_UNIX:
         _, uid, _ = peer_credentials(sock)
@@ -44,10 +44,10 @@ def identify(transport: asyncio.Transport, number: int, rights: Rights) -> Peer:
     return Peer(number, str(mapped or address), port, rights)
 
 
-def origin(peer: Peer) -> str:
-    """Return what shares the limits of an address: all of AF_UNIX, an IPv4 address, 64 bits of an IPv6 one.
+def origin_of(peer: Peer) -> str:
+    """Return the origin that shares the limits of one address: all of AF_UNIX, an IPv4 address, 64 bits of IPv6.
 
-    >>> origin(Peer(1, "2001:db8::1:2", 40000))
+    >>> origin_of(Peer(1, "2001:db8::1:2", 40000))
     '2001:db8::/64'
     """
     if not peer.port:

@@ -1,4 +1,4 @@
-"""What the settings say about clients from elsewhere: their tokens, and TLS, without which no such listener starts."""
+"""The tokens that the settings declare, and those of the file that `[gateway] tokens` names."""
 
 import os
 import stat
@@ -21,22 +21,22 @@ class _TokensFile(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def read_tokens(settings: Settings) -> tuple[Token, ...]:
-    """The tokens of the settings and of `[gateway] tokens`. OperatorError when the file can't be used."""
+    """Return the tokens of the settings and of `[gateway] tokens`. OperatorError when the file can't be used."""
     if not settings.gateway.tokens:
         return settings.tokens
-    path = _path(settings.gateway.tokens)
+    path = Path(os.path.expandvars(settings.gateway.tokens))
     try:
         found = msgspec.convert(tomllib.loads(_read_private(path)), _TokensFile).tokens
         settings.check_tokens(tokens := settings.tokens + found)
     except OSError as error:
-        raise _bad(f"[gateway] tokens: {path}: {error.strerror}") from None
+        raise _unusable(path, str(error.strerror)) from None
     except (ValueError, RecursionError) as error:  # msgspec's and tomllib's are ValueErrors too
-        raise _bad(f"[gateway] tokens: {path}: {error}") from None
+        raise _unusable(path, str(error)) from None
     return tokens
 
 
 def _read_private(path: Path) -> str:
-    """Who may write to it could let itself in, and who may read it learns who may what.
+    """Read a file that other users can't read, which would learn the rights, or write, which would let them in.
 
     A file of root's may be readable by a group: systemd gives a service its credentials so.
     """
@@ -44,13 +44,13 @@ def _read_private(path: Path) -> str:
         status = os.fstat(file.fileno())
         others = 0o077 if status.st_uid == os.geteuid() else 0o037
         if status.st_uid not in (0, os.geteuid()) or stat.S_IMODE(status.st_mode) & others:
-            raise _bad(f"[gateway] tokens: {path}: others may use it; `chmod 600 {path}`, with us or root as its owner")
+            raise _unusable(
+                path,
+                "file is accessible to other users; make it mode 600, owned by root or the gateway's user: "
+                f"`chmod 600 {path}`",
+            )
         return file.read(MAX_TOKENS_FILE).decode()
 
 
-def _path(text: str) -> Path:
-    return Path(os.path.expandvars(text))
-
-
-def _bad(message: str) -> OperatorError:
-    return OperatorError(BAD_SETTINGS, message)
+def _unusable(path: Path, reason: str) -> OperatorError:
+    return OperatorError(BAD_SETTINGS, f"[gateway] tokens: {path}: {reason}")

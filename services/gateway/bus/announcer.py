@@ -1,7 +1,7 @@
-"""The registry on the bus: whole to every late subscriber, numbered changes after that, and who serves it asked back.
+"""The registry on the bus: all of it to every new subscriber, then numbered changes, then a question who serves it.
 
-Nothing is left out for a subscriber that keeps up: what the bus does not take now waits in order, and when too much
-waits, it is thrown away and the whole registry is sent instead.
+Nothing is left out for a subscriber that keeps up: changes wait in order while the bus is full. When too many wait, the
+whole registry takes their place.
 """
 
 import time
@@ -39,7 +39,7 @@ _encode: Final = msgspec.msgpack.Encoder().encode
 
 
 class Announcer:
-    """Publishes the registry; `requests` are whoever's that go out by the same publisher and are answered here."""
+    """Publishes the registry, and receives answers, also those to `requests` of others by the same publisher."""
 
     def __init__(
         self,
@@ -70,37 +70,37 @@ class Announcer:
         self._woken = False
         self._flushed_at = 0.0
 
-    def wake(self) -> None:
+    def announce_soon(self) -> None:
         """Have `flush` called soon, and once for all changes that come close together."""
         if not self._woken:
             self._woken = True
             self._call_later(max(0.0, self._flushed_at + GATHER_SECONDS - time.monotonic()), self.flush)
 
-    def sends(self, source: Source) -> bool:
-        """Whether anybody is there who sends copies of this source."""
+    def sends_copies(self, source: Source) -> bool:
+        """Whether a service is there that sends copies of this source."""
         return self._queries[source].possible
 
     def ask_served(self, source: Source, finished: Callable[[], None]) -> None:
-        """Call `finished` once copies flow to every collector of `source`, or when nobody said so in time."""
+        """Call `finished` once copies flow to every collector of `source`, or when no answer came in time."""
         self._queries[source].ask(finished)
-        self.wake()
+        self.announce_soon()
 
     def flush(self) -> None:
-        """Publish what has changed, to watchers and the bus, and what that did not take before; see who subscribed."""
+        """Publish changes, to watchers and the bus, and what the bus did not take before; note new subscriptions."""
         self._woken = False
         self._flushed_at = time.monotonic()
-        self._feed.flush()
+        self._feed.push_events()
         self._note_subscriptions()
         while True:
             self._registry.commit()
             self._gather()
             self._publish()
-            # Publishing may swallow the edge by which we would hear of a subscription.
+            # Publishing may swallow the edge that tells of a subscription.
             if not self._note_subscriptions():
                 return
 
     def tick(self, accounts: Callable[[], Accounts]) -> None:
-        """Do what time brings: deadlines, what waits for the bus, a question that nobody answered, the status."""
+        """Do what is due: deadlines, messages that wait for the bus, questions without an answer, the status."""
         self.receive_messages()
         self._requests.expire()
         for query in self._queries.values():
@@ -111,7 +111,7 @@ class Announcer:
             self._reporter.report(accounts)
 
     def receive_messages(self) -> None:
-        """Take every answer that has come, and how collectors do."""
+        """Receive every answer that has come, and the health of collectors."""
         while (message := self._subscriber.receive()) is not None:
             body = message.body
             if isinstance(body, ServeReply | TransmitReply):
@@ -120,7 +120,7 @@ class Announcer:
                 self._registry.note_health(message.envelope.boot, body)
 
     def _note_subscriptions(self) -> bool:
-        """Whether a new subscription wants something of us now."""
+        """Note new subscriptions; return whether one of them wants something now."""
         fresh = self._publisher.new_subscriptions()
         if self._reporter.asked_for(fresh):
             self._reporter.due_at = 0.0

@@ -1,4 +1,4 @@
-"""Whether copies flow: asked of whoever sends those of one source, on behalf of the collectors that wait to know."""
+"""Questions to the services that send copies: up to which revision of the registry copies flow."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -20,7 +20,7 @@ CallLater = Callable[[float, Callable[[], None]], object]
 
 @dataclass(slots=True)
 class _Question:
-    """A `ServeRequest`, and what waits for its answer."""
+    """A `ServeRequest`, and the callbacks that wait for its answer."""
 
     finished: list[Callable[[], None]] = field(default_factory=list)
     id: int = 0
@@ -28,7 +28,7 @@ class _Question:
 
 
 class ServingQuery:
-    """Asks who sends the copies of `source` which revision it serves, and notes it in the registry."""
+    """Asks the service that sends the copies of `source` which revision it serves, and notes it in the registry."""
 
     def __init__(
         self,
@@ -52,11 +52,11 @@ class ServingQuery:
 
     @property
     def possible(self) -> bool:
-        """Whether anybody is there to be asked."""
+        """Whether a service is there to be asked."""
         return self._publisher.wanted(self._topic)
 
     def ask(self, finished: Callable[[], None] = lambda: None) -> None:
-        """Call `finished` once copies flow to every collector there is now, or when nobody said so in time."""
+        """Call `finished` once copies flow to every collector there is now, or when no answer came in time."""
         if not self.possible:
             self._serving.note_unanswered(self._registry.commit())
             finished()
@@ -66,23 +66,23 @@ class ServingQuery:
         self._question.finished.append(finished)
 
     def ask_again(self) -> None:
-        """Ask where nobody has said so far that copies flow."""
+        """Ask again, unless copies are known to flow to every collector."""
         if not self._serving.complete and time.monotonic() >= self._asked_at + ASK_AGAIN_SECONDS:
             self.ask()
 
     def note_subscriptions(self, fresh: Iterable[str]) -> bool:
-        """Take note of who is there to be asked; return whether a question is due, to who has just subscribed."""
+        """Note who is there to be asked; return whether a question is due, to a service that has just subscribed."""
         was_possible, self._was_possible = self._was_possible, self.possible
         subscribed = any(self._topic.startswith(prefix) for prefix in fresh)
         if was_possible and (subscribed or not self.possible):
-            self._serving.forget()  # one that is started anew may have gone and come since we looked
+            self._serving.forget()  # a service that was restarted may have gone and come since the last time
         if self._serving.newest < 0 or not subscribed:
             return False
         self.ask()
         return True
 
     def publish(self) -> None:
-        """Put the question on the bus, behind the changes it asks about; what the bus does not take waits."""
+        """Publish the question behind the changes it asks about; it waits while the bus is full."""
         if self._question is not None:
             self._question.revision = self._registry.commit()
             body = ServeRequest(self._question.id, self._requests.topic, self._question.revision)
@@ -90,7 +90,7 @@ class ServingQuery:
                 self._question = None
 
     def _open(self) -> _Question:
-        """A question that goes out with the next `publish`."""
+        """Return a question that goes out with the next `publish`."""
         question = _Question()
         question.id = self._requests.open(self._serve_seconds, lambda message: self._answered(question, message))
         self._asked_at = time.monotonic()

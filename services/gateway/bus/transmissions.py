@@ -1,41 +1,39 @@
-"""Raw frames for clients: put to the transmitter as requests, and its answers brought back."""
+"""Raw frames for clients: requests to the transmitter, and its replies brought back."""
 
+import errno
 from collections.abc import Callable
-from typing import Final, get_args
+from typing import Final
 
-from services.gateway.protocol.requests import ErrorWord, RequestError, Transmit, no_transmitter
-from shared.bus.frame_requests import ANSWER_SECONDS, refusal
+from services.gateway.protocol.requests import Transmit
+from shared.bus.frame_requests import ANSWER_SECONDS
 from shared.bus.messages import TRANSMIT_TOPIC, Message, TransmitReply, TransmitRequest
 from shared.bus.zmq_sockets import Publisher, Requests
 
 MAX_OPEN: Final = 64
-"""Requests that may wait for an answer at a time; the transmitter has as many under way at most."""
-WORDS: Final[tuple[ErrorWord, ...]] = get_args(ErrorWord)
+"""Requests that may wait for a reply at a time; the transmitter has as many under way at most."""
 
 
 class Transmissions:
-    """Has the transmitter send frames, where clients are `allowed` to ask for it."""
+    """Has the transmitter send frames for clients."""
 
-    def __init__(self, publisher: Publisher, requests: Requests, *, allowed: bool) -> None:
+    def __init__(self, publisher: Publisher, requests: Requests) -> None:
         self._publisher = publisher
         self._requests = requests
-        self._allowed = allowed
         self._open = 0
 
-    def begin(self, request: Transmit, finished: Callable[[int | RequestError], None]) -> None:
-        """Pass a request on; `finished` gets how many frames have left, or why not. `RequestError` if it can't be."""
-        if not self._allowed:
-            raise RequestError(
-                "not_permitted", "clients may not send raw frames here; [gateway] allow_transmit = true lets them"
-            )
-        if not self._publisher.wanted(TRANSMIT_TOPIC):
-            raise no_transmitter()
+    def sends_frames(self) -> bool:
+        """Whether a transmitter is there."""
+        return self._publisher.wanted(TRANSMIT_TOPIC)
+
+    def send_frames(self, request: Transmit, finished: Callable[[TransmitReply | None], None]) -> None:
+        """Pass a request on; `finished` gets the reply, None when none came in time. OSError when it can't be."""
         if self._open >= MAX_OPEN:
-            raise RequestError("unavailable", f"{MAX_OPEN} requests wait for the transmitter already; try again")
+            raise OSError(errno.EBUSY, f"{MAX_OPEN} requests wait for the transmitter already")
 
         def answered(message: Message | None) -> None:
             self._open -= 1
-            finished(_outcome(message, request.count))
+            reply = message.body if message else None
+            finished(reply if isinstance(reply, TransmitReply) else None)
 
         number = self._requests.open(request.seconds + ANSWER_SECONDS, answered)
         body = TransmitRequest(
@@ -49,14 +47,5 @@ class Transmissions:
         )
         if not self._publisher.publish(TRANSMIT_TOPIC, body):
             self._requests.withdraw(number)
-            raise RequestError("unavailable", "the bus takes nothing just now; no frame has left, try again")
+            raise OSError(errno.ENOBUFS, "the bus is full and no frame has left")
         self._open += 1
-
-
-def _outcome(message: Message | None, count: int) -> int | RequestError:
-    if message is None or not isinstance(message.body, TransmitReply):
-        return RequestError("unavailable", "the transmitter did not answer in time; frames may have left all the same")
-    reply = message.body
-    if not reply.error:
-        return reply.sent
-    return RequestError(next((word for word in WORDS if word == reply.error), "unavailable"), refusal(reply, count))

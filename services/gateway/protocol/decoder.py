@@ -1,4 +1,4 @@
-"""What clients say: bytes in, requests out. No I/O; nothing but `RequestError` is raised, whatever the bytes.
+"""Decodes the bytes of clients to requests. No I/O; nothing but `RequestError` is raised, whatever the bytes.
 
 The first byte decides: `{` begins JSON lines, anything else is a name, as the documented protocol has it.
 """
@@ -32,7 +32,7 @@ MAX_NAME: Final = 255
 
 
 class _Head(Struct, frozen=True):
-    """What can be had of a request that is not one of ours."""
+    """The fields of an invalid request that its answer needs."""
 
     op: Any = None
     id: Any = None
@@ -44,7 +44,7 @@ _HTTP: Final = re.compile(rb"[A-Z]{3,20} [^\r\n]* HTTP/\d")
 
 
 class Decoder:
-    """One connection's bytes to requests: `feed` what came, `end` at its end, `next_request` until it returns None.
+    """Turns one connection's bytes into requests: `feed` each read, `end` at its end, `next_request` until it is None.
 
     After a `RequestError` that closes, nothing more is returned.
     """
@@ -54,7 +54,7 @@ class Decoder:
     def __init__(self) -> None:
         self._buffer = bytearray()
         self._scanned = 0
-        self._names: bool | None = None  # until the first byte nobody knows
+        self._names: bool | None = None  # not known before the first byte
         self._deaf = False
         self._ended = False
 
@@ -64,7 +64,7 @@ class Decoder:
         return len(self._buffer)
 
     def feed(self, data: bytes) -> None:
-        """Take what one read brought, at least one byte. A name is what the first read brings, the rest is not read."""
+        """Add the bytes of one read, at least one. A name is all of the first read; later reads are ignored."""
         if self._deaf:
             return
         self._buffer += data
@@ -72,11 +72,11 @@ class Decoder:
             self._names = self._deaf = not data.startswith(b"{")
 
     def end(self) -> None:
-        """Nothing more comes: what is left counts as a line without its newline."""
+        """Note that nothing more comes: the rest counts as a line without its newline."""
         self._ended = True
 
     def next_request(self) -> Request | None:
-        """The next request, or None when more bytes are needed; `RequestError` when it can't be taken."""
+        """Return the next request, None when more bytes are needed; `RequestError` when it is invalid."""
         try:
             data = self._next_data()
             while data is not None and not self._names and not data.strip(b"\r"):
@@ -116,7 +116,7 @@ def parse_name(data: bytes) -> str:
     """
     try:
         if _HTTP.match(data):
-            message = "this is not HTTP; send a name, or one JSON object a line"
+            message = "this is no HTTP server; send a name, or one JSON object a line"
             raise RequestError("bad_request", message, cross_protocol=True)
         return check_name(data[: MAX_NAME + 3].rstrip(b"\r\n"))
     except RequestError as refused:
@@ -131,14 +131,14 @@ def check_name(data: bytes) -> str:
     try:
         name = data.decode()
     except UnicodeDecodeError:
-        raise RequestError("bad_name", "a name is UTF-8; this is not") from None
+        raise RequestError("bad_name", "the name is not UTF-8") from None
     if any(unicodedata.category(character) == "Cc" for character in name):
-        raise RequestError("bad_name", "a name has no control characters, and is all there is to send")
+        raise RequestError("bad_name", "a name has no control characters; send the name alone")
     return name
 
 
 def parse_request(line: bytes) -> Operation:
-    """Return the request in one line. What is no JSON object closes the connection: it may be another protocol."""
+    """Return the request in one line. One that is no JSON object closes the connection: it may be another protocol."""
     try:
         line.decode()
         request: Operation = _operations.decode(line)
@@ -157,9 +157,9 @@ def parse_request(line: bytes) -> Operation:
 
 
 def _check_names(fields: Sequence[tuple[str, object]]) -> None:
-    """Refuse a field that is there twice: one reader takes the first, another the last (RFC 8259, 4)."""
+    """Refuse a duplicate field: one reader uses the first, another the last (RFC 8259, 4)."""
     if len(dict(fields)) < len(fields):
-        raise RequestError("bad_request", "a field is there twice; expected each at most once", closes=True)
+        raise RequestError("bad_request", "duplicate field in JSON object; send each at most once", closes=True)
 
 
 def _not_an_object() -> RequestError:
@@ -167,7 +167,7 @@ def _not_an_object() -> RequestError:
 
 
 def _explain(line: bytes, reason: str) -> RequestError:
-    """Say what is wrong with a JSON object that is not one of the requests, with its `id` if that can be had."""
+    """Return the refusal of a JSON object that is no valid request, with its `id` if that is valid."""
     try:
         head = _heads.decode(line)
     except (msgspec.DecodeError, RecursionError):
@@ -183,7 +183,7 @@ def _explain(line: bytes, reason: str) -> RequestError:
 
 
 def _sentence(reason: str, expected: Mapping[str, str]) -> str:
-    """Turn msgspec's reason into a sentence with the cure.
+    """Return msgspec's reason as a sentence with the cure.
 
     >>> _sentence("Expected `int` <= 65535 - at `$.port`", EXPECTED)
     'port: expected a whole number from 1 to 65535'

@@ -44,7 +44,7 @@ class NamesList:
         self._rendered = ()
 
     def render(self) -> tuple[bytes, ...]:
-        """The whole list in parts to be sent one after the other; the parts are shared, never changed."""
+        """Return the whole list in parts to be sent one after the other; the parts are shared, never changed."""
         if not self._rendered:
             parts = [b"{"]
             for number, entries in self._blocks.items():

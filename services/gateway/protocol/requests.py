@@ -1,4 +1,4 @@
-"""What a client may ask for, and the refusal it may meet. No I/O."""
+"""Requests of clients as typed messages, their limits, and the refusal that answers them. No I/O."""
 
 from dataclasses import dataclass
 from typing import Annotated, Final, Literal
@@ -11,21 +11,21 @@ from shared.client import WrittenTerms
 from shared.settings.model import Ethertype, Port, parse_ethertype
 
 MAX_ITEMS: Final = 64
-"""ListStreams or prefixes in one `register`: keeps an entry small enough that 64 of them fit a bus message."""
+"""Streams or prefixes in one `register`: keeps an entry small enough that 64 of them fit a bus message."""
 YEAR_SECONDS: Final = 31_536_000
 MAX_WAITING_SECONDS: Final = 60.0
-"""How long frames may take at the pace a client asked for: its connection waits so long for the answer."""
+"""How long the frames of one request may take at their pace: its connection waits for the answer meanwhile."""
 
 ErrorWord = Literal[
     "bad_request", "bad_name", "name_taken", "stale_generation", "unknown_stream", "unproven_address", "loop",
     "not_permitted", "registry_full", "no_transmitter", "unavailable", "too_long", "too_slow",
 ]  # fmt: skip
 Id = Annotated[str, Meta(max_length=128)] | Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
-"""What a client may put in `id`; an answer must be able to carry it back."""
+"""Values of `id`; an answer must be able to carry them back."""
 
 
 class RequestError(Exception):
-    """The client's fault: answered with its stable word and a sentence, counted; `closes` ends the connection too."""
+    """A refusal: answered with its stable word and a sentence, and counted; `closes` ends the connection too."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class RequestError(Exception):
 
 
 def no_transmitter() -> RequestError:
-    """The refusal of what takes raw sockets, while nobody has them."""
+    """Return the refusal of what needs raw sockets, while no transmitter has them."""
     return RequestError(
         "no_transmitter",
         "no transmitter has raw sockets; its log and `fanwire doctor` say what the running one lacks",
@@ -53,7 +53,7 @@ def no_transmitter() -> RequestError:
 
 @dataclass(frozen=True, slots=True)
 class SignUp:
-    """A client on the documented protocol says its name and wants the list."""
+    """Signs up by the documented names protocol, and asks for the list."""
 
     name: str
 
@@ -101,32 +101,32 @@ class WatchClients(_Request, frozen=True, tag="watch"):
 
 
 class Confirm(_Request, frozen=True, tag="confirm"):
-    """Shows that what is sent to an address arrives: `nonce` came there as a datagram, on behalf of `name`."""
+    """Proves that copies arrive at an address: `nonce` came there in a datagram, after a `register` of `name`."""
 
     name: str
     nonce: Annotated[str, Meta(max_length=64)]
 
 
 class Auth(_Request, frozen=True, tag="auth"):
-    """Says who asks, by a secret."""
+    """Shows the client's token."""
 
     token: str
 
 
 class ListStreams(_Request, frozen=True, tag="streams"):
-    """Asks what there is to sign up for."""
+    """Asks for the streams that copies can be had of."""
 
 
 class Octets(bytes):
-    """Bytes; in JSON hexadecimal digits."""
+    """Bytes, which JSON spells in hexadecimal digits."""
 
 
 class Mac(Octets):
-    """Six of them."""
+    """A MAC address: six of them."""
 
 
 class Transmit(_Request, frozen=True, tag="transmit"):
-    """Puts a frame on an interface: `frame` is all of it, or `destination` to `checksum` are what it is made of."""
+    """Sends a frame by an interface: `frame` is all of it, or `destination` to `checksum` are its parts."""
 
     interface: Annotated[str, Meta(min_length=1, max_length=MAX_INTERFACE)]
     frame: Octets | None = None
@@ -141,14 +141,13 @@ class Transmit(_Request, frozen=True, tag="transmit"):
 
     def __post_init__(self) -> None:
         if self.seconds > MAX_WAITING_SECONDS:
-            raise ValueError(
-                f"count: they take {self.seconds:.0f} s at that pace; expected at most {MAX_WAITING_SECONDS:g} s"
-            )
-        _ = self.whole  # refuses what makes no frame
+            takes = f"{self.count} frames take {self.seconds:.0f} s at that pace"
+            raise ValueError(f"count: {takes}; expected at most {MAX_WAITING_SECONDS:g} s")
+        _ = self.whole  # refuses parts that make no frame
 
     @property
     def seconds(self) -> float:
-        """How long the frames take at their pace."""
+        """Seconds that the frames take at their pace."""
         return sending_seconds(self.count, self.per_second)
 
     @property
@@ -157,7 +156,7 @@ class Transmit(_Request, frozen=True, tag="transmit"):
         parts = {name: getattr(self, name) for name in ("destination", "source", "ethertype", "payload")}
         if self.frame is not None:
             if any(part is not None for part in (*parts.values(), self.checksum)):
-                raise ValueError("frame: expected either all of it, or what it is made of")
+                raise ValueError("frame: expected either the whole frame, or its parts")
             return bytes(check_frame(self.frame, own_fcs=self.own_fcs))
         for name, part in parts.items():
             if part is None:
@@ -167,7 +166,7 @@ class Transmit(_Request, frozen=True, tag="transmit"):
 
 
 def parse_octets(kind: type, value: object) -> Octets:
-    """Read what JSON says for a field of one of the kinds above: msgspec's `dec_hook`. ValueError when it is none."""
+    """Parse the JSON of a field of one of the kinds above, as msgspec's `dec_hook`. ValueError when it is none."""
     if not isinstance(value, str):
         raise ValueError("not a string")
     return Mac(parse_mac(value)) if kind is Mac else Octets(parse_hex(value))
@@ -180,10 +179,10 @@ OPERATIONS: Final = ("auth", "register", "renew", "leave", "list", "watch", "con
 EXPECTED: Final = {
     "id": "a string of at most 128 characters or a whole number of 64 bits",
     "name": "a string",
-    "token": "what `fanwire token` printed, as a string",
+    "token": "the token that `fanwire token` printed, as a string",
     "generation": "the whole number that `register` answered",
     "revision": "the whole number that `list`, `watch` or an event showed",
-    "nonce": "what came in the datagram after `fanwire-challenge `",
+    "nonce": "the text after `fanwire-challenge ` in the datagram",
     "streams": f"a list of at most {MAX_ITEMS} stream names",
     "port": "a whole number from 1 to 65535",
     "address": "an IP address as a string",
@@ -211,4 +210,4 @@ FRAME_EXPECTED: Final = {
     "per_second": "frames a second up to 1000000, or 0: at once",
     "own_fcs": "true or false",
 }
-"""Of `transmit`, whose `source` is another than that of `register`."""
+"""Of `transmit`, whose `source` is a MAC address, not that of `register`."""

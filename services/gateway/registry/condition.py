@@ -1,4 +1,4 @@
-"""How collectors do: what the bus says of their copies, and when a collector's word changes. No I/O."""
+"""Condition of collectors: what the services that send copies say of them, and since when. No I/O."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -7,7 +7,7 @@ from shared.bus.messages import Health
 from shared.client import Trouble
 
 Word = Literal["fresh", "ok", "waiting"] | Trouble
-"""Of a collector's copies: not asked for yet, flowing, nobody said so in time, or what who sends them says."""
+"""Of a collector's copies: nobody asked yet, they flow, no answer came in time, or the trouble that was reported."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,14 +21,14 @@ class Condition:
 
 @dataclass(slots=True)
 class Serving:
-    """What is known of the copies of one source, as revisions of the registry; -1: of none."""
+    """Knowledge of the copies of one source, as revisions of the registry; -1: of none."""
 
     newest: int = -1
     """The last in which a collector joined."""
     served: int = -1
     """Copies flow to every collector of this one."""
     unanswered: int = -1
-    """Nobody said in time that copies flow to those of this one."""
+    """No answer came in time for the collectors of this one."""
     reported: int = 0
     """Grows with every change of `_conditions`."""
     _conditions: dict[tuple[str, int], Condition] = field(default_factory=dict)
@@ -42,15 +42,15 @@ class Serving:
         return self.newest <= self.served
 
     def note_served(self, revision: int) -> None:
-        """Copies flow to every collector of `revision`."""
+        """Note that copies flow to every collector of `revision`."""
         self.served = max(self.served, revision)
 
     def note_unanswered(self, revision: int) -> None:
-        """Nobody said in time that copies flow to the collectors of `revision`."""
+        """Note that no answer came in time for the collectors of `revision`."""
         self.unanswered = max(self.unanswered, revision)
 
     def note_health(self, boot: int, body: Health, now: float) -> None:
-        """Who sends the copies, started as `boot`, has said which collectors have a trouble; the last word counts."""
+        """Note the collectors in trouble, as the service started as `boot` reports them; the last report counts."""
         if body.piece == 0:
             self._pieces, self._pieces_of = [], (boot, body.report)
         if body.piece != len(self._pieces) or self._pieces_of != (boot, body.report):
@@ -69,18 +69,18 @@ class Serving:
             self.reported += 1
 
     def forget(self) -> None:
-        """Who sent the copies has gone: nothing is known to be served until somebody says so again."""
+        """Forget what was reported, since the service has gone: nothing is served until one says so again."""
         self.note_unanswered(self.served)
         self.served = -1
         self._conditions, self._pieces_of = {}, (-1, -1)
         self.reported += 1
 
     def word(self, revision: int) -> Literal["fresh", "ok", "waiting"]:
-        """Whether the copies of a collector flow that joined in `revision`."""
+        """Return whether copies flow to a collector that joined in `revision`."""
         if revision <= self.served:
             return "ok"
         return "waiting" if revision <= self.unanswered else "fresh"
 
     def trouble(self, name: str, generation: int) -> Condition | None:
-        """What was said last of a collector, if it has a trouble."""
+        """Return the last report of a collector, if it is in trouble."""
         return self._conditions.get((name, generation))

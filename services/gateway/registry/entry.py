@@ -1,4 +1,4 @@
-"""A client's entry in the registry: who made it and how, its lease, and the event of a change."""
+"""A client's entry in the registry: its owner, how it was made, its lease, and the event of a change."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -8,7 +8,7 @@ from services.gateway.admission.peer import Peer
 from services.gateway.registry.condition import Condition
 from shared.client import Client
 
-NOT_LOOKED_AT: Final = Condition("fresh", 0.0)
+NOT_REFRESHED: Final = Condition("fresh", 0.0)
 
 EventKind = Literal["joined", "changed", "left", "expired"]
 
@@ -27,7 +27,7 @@ class Entry:
 
     `revision` is that in which the client joined; `expires_at` is infinite without `ttl`; one that is `held` lasts no
     longer than its peer's connection. Of what was kept from an earlier start, the connection is gone.
-    `condition` is how it did when somebody last looked.
+    `condition` is that of its last refresh.
     """
 
     client: Client
@@ -38,7 +38,7 @@ class Entry:
     revision: int
     held: bool
     renewed_at: float
-    condition: Condition = NOT_LOOKED_AT
+    condition: Condition = NOT_REFRESHED
 
 
 @dataclass(frozen=True, slots=True)

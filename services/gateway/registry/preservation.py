@@ -23,7 +23,7 @@ log = structlog.get_logger()
 
 
 class Preservation:
-    """Judges by the leases that were due lately; it holds for `seconds` at most, 0: never."""
+    """Stops expiry or not, by the leases that were due lately; for `seconds` at most, 0: never."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
@@ -36,11 +36,11 @@ class Preservation:
         return self._since < math.inf
 
     def note_expired(self, count: int, now: float) -> None:
-        """Remember so many clients that have expired: their renewals are missing for the rest of the window."""
+        """Note that `count` clients have expired: their renewals are missing for the rest of the window."""
         self._expired_at.extend([now] * count)
 
     def judge(self, entries: Iterable[Entry], overdue: int, now: float) -> None:
-        """Begin or end, by all entries and how many of them should expire now."""
+        """Stop or resume expiry, by all entries and the number of them that should expire now."""
         begin = now - WINDOW_SECONDS
         while self._expired_at and self._expired_at[0] <= begin:
             self._expired_at.popleft()

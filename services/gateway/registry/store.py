@@ -1,10 +1,11 @@
 """The registry on disk: SQLite, one transaction a change, so that a restart goes on with the list and its revision.
 
-Renewals are not kept: after a restart each lease begins anew. An answer is given only after its change is written; a
-killed process loses nothing. After a power failure the last changes may be missing, so that the revision skips then.
+Renewals are not kept: after a restart each lease begins anew. An answer is given only after its change is written, so
+a killed process loses nothing. After a power failure the last changes may be missing: then the revision skips.
 """
 
 import contextlib
+import errno
 import os
 import sqlite3
 import time
@@ -17,7 +18,6 @@ import structlog
 
 from services.gateway.admission.peer import Peer
 from services.gateway.admission.rights import Rights
-from services.gateway.protocol.requests import RequestError
 from services.gateway.registry.entry import Entry, Event, Origin
 from shared.bus.messages import Number
 from shared.client import Client
@@ -127,7 +127,7 @@ class Store:
         return code & PRIMARY not in NO_DAMAGE
 
     def keep(self, events: Sequence[Event], generation: int) -> None:
-        """Write changes; `RequestError` when they can't be written, and nothing is."""
+        """Write changes; OSError when they can't be written, and nothing is."""
         try:
             with self._transaction():
                 for event in events:
@@ -141,7 +141,7 @@ class Store:
                     "changes of the registry can't be kept, and are refused", file=str(self._path), reason=str(error)
                 )
             self._failed = True
-            raise RequestError("unavailable", "the registry can't be written to disk just now; try again") from None
+            raise OSError(errno.EIO, "the registry can't be written to disk just now") from None
         self._failed = False
 
     def _write(self, event: Event) -> None:

@@ -1,4 +1,4 @@
-"""The listening sockets for clients, and what this host says of its own addresses."""
+"""Listening sockets for clients, and questions to the kernel about addresses: is it this host's, is it broadcast."""
 
 import contextlib
 import errno
@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from services.gateway.protocol.requests import RequestError
 from shared.net.addresses import Endpoint
 from shared.net.sockets import bind_endpoint, close_listener
 from shared.process.lifecycle import FAILED, OperatorError
@@ -18,14 +17,14 @@ SEND_BUFFER: Final = 128 * 1024
 """Bytes asked of the kernel for each connection (it takes twice that): bounds what a client that does not read holds
 there, and lets us see progress of one that reads slowly."""
 DISCARD_PORT: Final = 9
-"""For asking the kernel of a way: nothing is sent."""
+"""Of the sockets that ask the kernel about an address: nothing is sent."""
 KEEPALIVE: Final = (
     (socket.TCP_KEEPIDLE, 30),
     (socket.TCP_KEEPINTVL, 10),
     (socket.TCP_KEEPCNT, 3),
     (socket.TCP_USER_TIMEOUT, 60_000),
 )
-"""A peer that has vanished is noticed after a minute: seconds, and for what was sent and not acknowledged, during which
+"""A peer that has vanished is noticed after a minute: seconds, and for bytes that were not acknowledged, during which
 there are no probes, milliseconds (tcp(7))."""
 
 
@@ -43,7 +42,7 @@ class Listener:
 
     @property
     def remote(self) -> bool:
-        """Whether others than this host's processes can come by it."""
+        """Whether clients on other hosts can connect to it."""
         if self.sock.family == socket.AF_UNIX:
             return False
         return not ipaddress.ip_address(self.sock.getsockname()[0].partition("%")[0]).is_loopback
@@ -67,7 +66,7 @@ def listening(endpoints: Iterable[Endpoint]) -> Iterator[list[Listener]]:
 
 def _cure(error: OSError) -> str:
     if error.errno == errno.EADDRINUSE:
-        return "in use; see by whom with `ss -ltnp` (`ss -lxp` for a path), or set another [gateway] listen"
+        return "in use; see by which process with `ss -ltnp` (`ss -lxp` for a path), or set another [gateway] listen"
     return f"{error.strerror}; set another [gateway] listen"
 
 
@@ -121,4 +120,4 @@ def _probe(family: socket.AddressFamily) -> socket.socket:
     try:
         return socket.socket(family, socket.SOCK_DGRAM)
     except OSError as error:  # no descriptor to spare, for one
-        raise RequestError("unavailable", f"the address can't be checked just now: {error.strerror}") from None
+        raise OSError(error.errno, f"the address can't be checked just now: {error.strerror}") from None

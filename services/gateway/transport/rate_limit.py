@@ -1,16 +1,16 @@
-"""How fast requests come from each address: those over the rate wait for their turn. No I/O."""
+"""The rate of requests from each origin: those over it wait for their turn. No I/O."""
 
 from collections.abc import Callable
 from typing import Final
 
 BURST_SECONDS: Final = 10.0
-"""So many seconds' requests may come at once: all collectors behind one address sign up again after a restart."""
+"""The requests of this time may come at once: all collectors behind one address sign up again after a restart."""
 
 
 class RateLimit:
-    """Lets `per_second` requests of each address pass; remembers an address only as long as it has come faster.
+    """Lets `per_second` requests of each origin pass; remembers an origin only as long as it has come faster.
 
-    The generic cell rate algorithm: of each address it keeps when its requests so far would be over at that rate.
+    The generic cell rate algorithm: it keeps of each origin when its requests so far would be over at that rate.
     """
 
     def __init__(self, per_second: float, clock: Callable[[], float]) -> None:
@@ -21,14 +21,14 @@ class RateLimit:
     def __len__(self) -> int:
         return len(self._over_at)
 
-    def take(self, address: str) -> float:
+    def note_request(self, origin: str) -> float:
         """Note a request, and return how many seconds it has to wait."""
         now = self._clock()
-        over_at = max(now, self._over_at.get(address, now)) + self._interval
-        self._over_at[address] = over_at
+        over_at = max(now, self._over_at.get(origin, now)) + self._interval
+        self._over_at[origin] = over_at
         return max(0.0, over_at - now - BURST_SECONDS)
 
-    def forget(self) -> None:
-        """Let go of every address whose requests so far were no faster than the rate."""
+    def forget_slow(self) -> None:
+        """Forget every origin whose requests so far were no faster than the rate."""
         now = self._clock()
-        self._over_at = {address: over_at for address, over_at in self._over_at.items() if over_at > now}
+        self._over_at = {origin: over_at for origin, over_at in self._over_at.items() if over_at > now}

@@ -33,7 +33,7 @@ class Reader:
 
 def make() -> tuple[Registry, EventFeed]:
     """A registry and its feed."""
-    registry = Registry(1000, lambda: 0.0, 1)
+    registry = Registry(lambda: 0.0, 1)
     return registry, EventFeed(registry, partial(event_line, registry), partial(health_line, registry))
 
 
@@ -47,18 +47,18 @@ def test_watcher_gets_what_happens_from_then_on() -> None:
     registry, feed = make()
     reader, other = Reader(), Reader()
     join(registry, "before")
-    feed.watch(1, reader.push)
-    feed.watch(2, other.push)
+    feed.add_watcher(1, reader.push)
+    feed.add_watcher(2, other.push)
     join(registry, "a")
     registry.release_held(HERE)
-    feed.flush()
+    feed.push_events()
     assert reader.events == other.events == [("joined", 2)]
-    assert (len(feed), feed.watches(1)) == (2, True)
-    feed.leave(1)
+    assert (len(feed), feed.has_watcher(1)) == (2, True)
+    feed.remove_watcher(1)
     join(registry, "b")
-    feed.flush()
+    feed.push_events()
     assert (reader.events, other.events) == ([("joined", 2)], [("joined", 2), ("joined", 3)])
-    assert (len(feed), feed.watches(1)) == (1, False)
+    assert (len(feed), feed.has_watcher(1)) == (1, False)
 
 
 @given(st.lists(st.sampled_from(["join", "flush"]), max_size=30), st.integers(0, 30))
@@ -69,9 +69,9 @@ def test_resuming_leaves_no_gap(actions: list[str], at: int) -> None:
         if action == "join":
             join(registry, f"n{number}")
         else:
-            feed.flush()
+            feed.push_events()
     last = registry.commit()
-    missed = feed.since(at)
+    missed = feed.lines_since(at)
     if at > last:
         assert missed is None
     else:
@@ -92,7 +92,7 @@ def test_a_word_that_changes_is_told_once(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(feed_module, "TOLD_AT_ONCE", 2)
     registry, feed = make()
     reader = Reader()
-    feed.watch(1, reader.push)
+    feed.add_watcher(1, reader.push)
     for name in "abc":
         registry.grant(Client(name, 0, "127.0.0.1", 9, streams=("messages",)), HERE, Origin.JSON)
     join(registry, "name")
@@ -108,7 +108,7 @@ def test_a_word_that_changes_is_told_once(monkeypatch: pytest.MonkeyPatch) -> No
     feed.push_health()
     assert words(reader)[6:] == ["c ok"]
     assert reader.events[4][1] == registry.commit()
-    assert feed.health() == b""
+    assert feed.health_lines() == b""
 
 
 def test_past_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +117,7 @@ def test_past_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     registry, feed = make()
     for number in range(100):
         join(registry, f"n{number}")
-    missed = [feed.since(revision) for revision in range(101)]
+    missed = [feed.lines_since(revision) for revision in range(101)]
     first = next(revision for revision, lines in enumerate(missed) if lines is not None)
     assert 90 < first < 99
     assert missed[100] == b""

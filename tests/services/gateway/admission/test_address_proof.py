@@ -11,12 +11,12 @@ class Post:
     def __init__(self) -> None:
         self.now = 0.0
         self.sent: list[tuple[bytes, str, int]] = []
-        self.challenges = AddressProofs(lambda *datagram: self.sent.append(datagram), lambda: self.now)
+        self.proofs = AddressProofs(lambda *datagram: self.sent.append(datagram), lambda: self.now)
 
     def challenge(self, address: str = "192.0.2.9", name: str = "c") -> str:
         """Have a register challenged; return what its client reads."""
         wish = Register(name=name, streams=("*",), address=address, port=9000)
-        refused = self.challenges.challenge(wish, address)
+        refused = self.proofs.challenge(wish, address)
         assert refused.error == "unproven_address"
         return str(refused)
 
@@ -34,7 +34,7 @@ def post() -> Post:
 def refused(post: Post, name: str, nonce: str) -> bool:
     """Whether a confirm is refused."""
     with pytest.raises(RequestError) as caught:
-        post.challenges.confirm(name, nonce)
+        post.proofs.redeem(name, nonce)
     return caught.value.error == "unproven_address"
 
 
@@ -44,7 +44,7 @@ def test_nonce_proves_the_address_once(post: Post) -> None:
     assert post.sent[0][1:] == ("192.0.2.9", 9000)
     assert refused(post, "c", "x")
     assert refused(post, "d", post.nonce())
-    assert post.challenges.confirm("c", post.nonce()).address == "192.0.2.9"
+    assert post.proofs.redeem("c", post.nonce()).address == "192.0.2.9"
     assert refused(post, "c", post.nonce())
 
 
@@ -59,7 +59,7 @@ def test_other_registers_do_not_void_a_challenge(post: Post) -> None:
     """Somebody who registers the same name meanwhile can't keep the true owner of an address from proving it."""
     post.challenge()
     post.challenge("192.0.2.66")
-    assert post.challenges.confirm("c", post.nonce(0)).address == "192.0.2.9"
+    assert post.proofs.redeem("c", post.nonce(0)).address == "192.0.2.9"
 
 
 def test_an_address_gets_few_challenges(post: Post) -> None:
@@ -81,12 +81,12 @@ def test_address_that_cannot_be_asked() -> None:
     def send(payload: bytes, address: str, port: int) -> None:
         raise OSError(101, "Network is unreachable")
 
-    challenges = AddressProofs(send, lambda: 0.0)
-    told = challenges.challenge(Register(name="c", streams=("*",), address="192.0.2.9", port=9), "192.0.2.9")
+    proofs = AddressProofs(send, lambda: 0.0)
+    told = proofs.challenge(Register(name="c", streams=("*",), address="192.0.2.9", port=9), "192.0.2.9")
     assert "Network is unreachable" in str(told)
 
 
 def test_proof_needs_a_port(post: Post) -> None:
     """A register without port has no place that a datagram could go to."""
-    assert post.challenges.challenge(Register(name="c", address="192.0.2.9"), "192.0.2.9").error == "bad_request"
+    assert post.proofs.challenge(Register(name="c", address="192.0.2.9"), "192.0.2.9").error == "bad_request"
     assert post.sent == []

@@ -2,7 +2,7 @@ from ipaddress import ip_network
 
 import pytest
 
-from services.gateway.admission.destinations import Admission
+from services.gateway.admission.destinations import Destinations
 from services.gateway.admission.peer import Peer
 from services.gateway.admission.rights import Rights
 from services.gateway.protocol.requests import Register, RequestError
@@ -10,7 +10,7 @@ from shared.settings.model import Collector
 
 LOCAL = {"127.0.0.1", "127.9.9.9", "::1", "192.0.2.1"}
 LISTENERS = [("127.0.0.1", 6667), ("::1", 6667), ("0.0.0.0", 514), ("::", 2055)]
-admission = Admission(["messages", "netflow"], LISTENERS, LOCAL.__contains__, {"192.0.2.255"}.__contains__)
+rules = Destinations(["messages", "netflow"], LISTENERS, LOCAL.__contains__, {"192.0.2.255"}.__contains__)
 
 
 def destination(
@@ -18,7 +18,7 @@ def destination(
 ) -> tuple[str, int]:
     """Where copies for this request go."""
     request = Register(name="c", streams=streams, address=address, port=port)
-    client = admission.admit(request, Peer(1, peer, 40_000))
+    client = rules.resolve(request, Peer(1, peer, 40_000))
     return client.address, client.port
 
 
@@ -63,7 +63,7 @@ def test_loopback_may_name_any_loopback_address() -> None:
 def test_address_of_somebody_else(address: str | None, peer: str, proven: bool) -> None:
     """An address that the request does not come from has to be proven: copies would be aimed at others."""
     request = Register(name="c", streams=("*",), address=address, port=9000)
-    assert admission.proven(request, Peer(1, peer, 40_000)) is proven
+    assert rules.need_proof(request, Peer(1, peer, 40_000)) is not proven
 
 
 @pytest.mark.parametrize(
@@ -73,10 +73,10 @@ def test_address_of_somebody_else(address: str | None, peer: str, proven: bool) 
 def test_address_that_the_operator_allows(address: str, proven: bool) -> None:
     """To networks of the settings and of the peer's token copies go without proof."""
     destinations = ["10.2.0.0/24", "fd00::/8"]
-    listed = Admission(["messages"], LISTENERS, LOCAL.__contains__, LOCAL.__contains__, destinations)
+    listed = Destinations(["messages"], LISTENERS, LOCAL.__contains__, LOCAL.__contains__, destinations)
     rights = Rights("siem", frozenset({"collect"}), destinations=(ip_network("10.9.0.0/16"),))
     request = Register(name="c", streams=("*",), address=address, port=9000)
-    assert listed.proven(request, Peer(1, "192.0.2.9", 40_000, rights)) is proven
+    assert listed.need_proof(request, Peer(1, "192.0.2.9", 40_000, rights)) is not proven
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_what_was_asked_of_the_copies_is_entered() -> None:
     )
     plain = Register(name="c", streams=("*",), port=9)
     here = Peer(1, "127.0.0.1", 1)
-    admitted = [admission.admit(register, here), admission.admit_configured(collector), admission.admit(plain, here)]
+    admitted = [rules.resolve(register, here), rules.resolve_configured(collector), rules.resolve(plain, here)]
     assert admitted[0] == admitted[1]
     assert [(each.source, each.hop_limit, each.dscp) for each in admitted[1:]] == [
         ("original", 3, 46),
@@ -140,12 +140,12 @@ def test_what_was_asked_of_the_copies_is_entered() -> None:
 def test_prefixes_are_networks(prefix: str) -> None:
     """`from` takes networks in CIDR notation only."""
     with pytest.raises(RequestError, match="from: "):
-        admission.admit(Register(name="c", prefixes=(prefix,)), Peer(1, "127.0.0.1", 1))
+        rules.resolve(Register(name="c", prefixes=(prefix,)), Peer(1, "127.0.0.1", 1))
 
 
 def test_configured_collector_needs_no_proof_but_no_loop() -> None:
     """The operator may send copies anywhere but to ourselves."""
-    admitted = admission.admit_configured(Collector(name="s", streams=("*",), address="10.0.0.1", port=9))
+    admitted = rules.resolve_configured(Collector(name="s", streams=("*",), address="10.0.0.1", port=9))
     assert (admitted.address, admitted.port) == ("10.0.0.1", 9)
-    with pytest.raises(RequestError, match="our own listener"):
-        admission.admit_configured(Collector(name="s", streams=("*",), address="127.0.0.1", port=6667))
+    with pytest.raises(RequestError, match="fanwire's own listeners"):
+        rules.resolve_configured(Collector(name="s", streams=("*",), address="127.0.0.1", port=6667))

@@ -63,7 +63,7 @@ def test_file_of_another_user(file: Path, monkeypatch: pytest.MonkeyPatch) -> No
         if file.stat().st_uid == 0 and mode in (0o600, 0o640):
             assert len(read_tokens(settings(file))) == 2
         else:
-            assert "others may use it" in refusal(read_tokens, settings(file))
+            assert "file is accessible to other users" in refusal(read_tokens, settings(file))
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ class Bus:
 
 def test_a_transmitter_that_went_and_came_at_once_has_said_nothing_yet() -> None:
     """One that is seen to subscribe again serves nobody until it says so, though it was never seen to be gone."""
-    registry = Registry(10, lambda: 0.0, 1)
+    registry = Registry(lambda: 0.0, 1)
     requests, bus = Requests("gateway", 1), Bus()
     query = ServingQuery("original", bus, requests, registry, 0.5, lambda _seconds, _call: None)  # type: ignore[arg-type]
     client = make_client("siem", streams=("messages",), source="original")

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from services.gateway.bus.transmissions import MAX_OPEN, Transmissions
-from services.gateway.protocol.requests import Octets, RequestError, Transmit
-from shared.bus.messages import TRANSMIT_TOPIC, Body, TransmitRequest
+from services.gateway.protocol.requests import Octets, Transmit
+from shared.bus.messages import TRANSMIT_TOPIC, Body, TransmitReply, TransmitRequest
 from shared.bus.zmq_sockets import Requests
 from tests.builders import BusEnds
 from tests.services.operator.played import PlayedTransmitter
@@ -143,14 +143,13 @@ def test_a_request_that_the_bus_refuses_is_answered_at_once() -> None:
         def publish(self, _topic: str, _body: Body) -> bool:
             return False
 
-    outcomes: list[int | RequestError] = []
+    outcomes: list[TransmitReply | None] = []
     clock = 0.0
     requests = Requests("gateway", 1, lambda: clock)
-    transmissions = Transmissions(FullBus(), requests, allowed=True)  # type: ignore[arg-type]
+    transmissions = Transmissions(FullBus(), requests)  # type: ignore[arg-type]
     for _ in range(2 * MAX_OPEN):
-        with pytest.raises(RequestError, match="the bus") as refused:
-            transmissions.begin(Transmit(interface="eth1", frame=Octets(FRAME)), outcomes.append)
-        assert refused.value.error == "unavailable"
+        with pytest.raises(OSError, match="the bus"):
+            transmissions.send_frames(Transmit(interface="eth1", frame=Octets(FRAME)), outcomes.append)
     clock = 1e6
     requests.expire()
     assert outcomes == []

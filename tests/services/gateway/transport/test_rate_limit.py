@@ -11,32 +11,32 @@ class Clock:
 def test_as_many_at_once_then_at_the_rate() -> None:
     """A burst passes; after it each request waits one interval longer than the last, and time gives it back."""
     clock = Clock()
-    pace = RateLimit(2, clock)
+    limit = RateLimit(2, clock)
     burst = int(2 * BURST_SECONDS)
-    assert [pace.take("a") for _ in range(burst)] == [0.0] * burst
-    assert [pace.take("a") for _ in range(3)] == [0.5, 1.0, 1.5]
-    assert pace.take("b") == 0.0
+    assert [limit.note_request("a") for _ in range(burst)] == [0.0] * burst
+    assert [limit.note_request("a") for _ in range(3)] == [0.5, 1.0, 1.5]
+    assert limit.note_request("b") == 0.0
     clock.now += 3.0
-    assert [pace.take("a") for _ in range(4)] == [0.0, 0.0, 0.0, 0.5]
+    assert [limit.note_request("a") for _ in range(4)] == [0.0, 0.0, 0.0, 0.5]
 
 
 def test_no_slower_than_the_rate_never_waits() -> None:
     """At exactly its rate an address never waits, however long it goes on."""
     clock = Clock()
-    pace = RateLimit(4, clock)
+    limit = RateLimit(4, clock)
     for _ in range(10_000):
-        assert pace.take("a") == 0.0
+        assert limit.note_request("a") == 0.0
         clock.now += 0.25
 
 
 def test_addresses_are_forgotten() -> None:
     """However many addresses come, only those are remembered that have come faster than the rate."""
     clock = Clock()
-    pace = RateLimit(10, clock)
+    limit = RateLimit(10, clock)
     for number in range(1000):
-        pace.take(str(number))
+        limit.note_request(str(number))
     for _ in range(100):
-        pace.take("fast")
+        limit.note_request("fast")
     clock.now += 0.2
-    pace.forget()
-    assert len(pace) == 1
+    limit.forget_slow()
+    assert len(limit) == 1

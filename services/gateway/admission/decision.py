@@ -1,0 +1,122 @@
+"""*May this be registered?* answered in one place, whichever way a client comes in. No I/O of its own.
+
+An OSError of the kernel's, while it is asked for an address, passes through: the handler answers it.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from services.gateway.admission.address_proof import AddressProofs, proven_before
+from services.gateway.admission.destinations import Destinations
+from services.gateway.admission.ownership import check_changeable, check_replaceable, check_room
+from services.gateway.admission.peer import Peer
+from services.gateway.protocol.requests import (
+    Confirm,
+    Leave,
+    Register,
+    Renew,
+    RequestError,
+    SignUp,
+    Transmit,
+    no_transmitter,
+)
+from services.gateway.registry.entry import Entry, Origin
+from services.gateway.registry.registry import Registry
+from shared.client import Client, Source
+from shared.settings.model import Collector, Gateway
+
+
+class Senders(Protocol):
+    """What is known of the services that send."""
+
+    def sends_copies(self, source: Source) -> bool:
+        """Whether a service is there that sends copies of this source."""
+
+    def sends_frames(self) -> bool:
+        """Whether a service is there that sends raw frames."""
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """A client that may be entered, on which terms, and the entry that it replaces."""
+
+    client: Client
+    origin: Origin
+    ttl: float
+    hold: bool
+    replaced: Entry | None
+
+
+class Admission:
+    """Decides about every request that changes the registry or sends. What it refuses it raises as `RequestError`."""
+
+    def __init__(
+        self,
+        settings: Gateway,
+        registry: Registry,
+        destinations: Destinations,
+        proofs: AddressProofs,
+        senders: Senders,
+    ) -> None:
+        self._settings = settings
+        self._registry = registry
+        self._proofs = proofs
+        self._senders = senders
+        self.destinations = destinations
+
+    def decide(self, request: SignUp | Register | Confirm, peer: Peer) -> Admitted:
+        """Return what may be entered; of several reasons against it, the first in this order is the answer."""
+        peer.rights.check(request)
+        asked, origin = self._asked(request), Origin.NAMES if isinstance(request, SignUp) else Origin.JSON
+        client = self.destinations.resolve(asked, peer)
+        present = self._registry.find(asked.name)
+        proven = isinstance(request, Confirm) or not self.destinations.need_proof(asked, peer)
+        if not (proven or proven_before(present, client, peer)):
+            raise self._proofs.challenge(asked, client.address)
+        if client.source == "original" and not self._senders.sends_copies("original"):
+            raise no_transmitter()
+        if present is not None:
+            check_replaceable(present, peer, origin, take_over=asked.take_over)
+        else:
+            check_room(self._registry, peer.rights.holder, self._settings)
+        return Admitted(client, origin, asked.ttl, asked.hold, present)
+
+    def _asked(self, request: SignUp | Register | Confirm) -> Register:
+        match request:
+            case SignUp(name):
+                return Register(name, ttl=self._settings.lease_seconds)
+            case Confirm():
+                return self._proofs.redeem(request.name, request.nonce)
+            case Register():
+                return request
+
+    def decide_change(self, request: Renew | Leave, peer: Peer) -> Entry:
+        """Return the entry that may be renewed or taken away."""
+        peer.rights.check(request)
+        return check_changeable(self._registry.find(request.name), request.name, request.generation, peer)
+
+    def decide_transmit(self, request: Transmit, peer: Peer) -> None:
+        """Return if the frames may be sent."""
+        peer.rights.check(request)
+        if not self._settings.allow_transmit:
+            raise RequestError(
+                "not_permitted", "clients may not send raw frames here; [gateway] allow_transmit = true allows it"
+            )
+        if not self._senders.sends_frames():
+            raise no_transmitter()
+
+
+def decide_configured(destinations: Destinations, collectors: Iterable[Collector]) -> list[Client]:
+    """Return the entries of the collectors in the settings, for which the same destinations are refused.
+
+    ValueError names the collector that can't be admitted.
+    """
+    clients = []
+    for collector in collectors:
+        try:
+            clients.append(destinations.resolve_configured(collector))
+        except (RequestError, OSError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise ValueError(f"[[collector]] {collector.name!r}: {reason}") from None
+    return clients

@@ -1,0 +1,57 @@
+"""The owner of an entry: who may replace it or change it, and how many one holder may have. No I/O."""
+
+from services.gateway.admission.peer import Peer
+from services.gateway.protocol.requests import RequestError
+from services.gateway.registry.entry import Entry, Origin
+from services.gateway.registry.registry import Registry
+from shared.settings.model import Gateway
+
+
+def check_replaceable(present: Entry, peer: Peer, origin: Origin, *, take_over: bool) -> None:
+    """Raise `RequestError` unless this peer may put another entry in the place of `present`."""
+    name = present.client.name
+    own = present.peer.id == peer.id or (origin is Origin.NAMES and peer.controls(present.peer))
+    if present.origin is origin and own:
+        return
+    if take_over and present.origin is Origin.SETTINGS:
+        raise _configured(name)
+    holder = present.peer.rights.holder
+    same = holder == peer.rights.holder if holder else present.peer.address == peer.address
+    # A restart of the gateway ended the connection that held it; its client may be back, and need not know of that.
+    orphaned = present.held and not present.peer.id and present.origin is origin
+    if (take_over and (same or peer.rights.everything)) or (orphaned and same):
+        return
+    raise RequestError(
+        "name_taken",
+        f"{name!r} is signed up; choose another name, or register with take_over "
+        + (f"as its owner, {holder!r}" if holder else "from the address it came from"),
+    )
+
+
+def check_changeable(entry: Entry | None, name: str, generation: int, peer: Peer) -> Entry:
+    """Return the entry if this peer may renew it or take it away as this generation; else raise `RequestError`."""
+    if entry is not None and entry.origin is Origin.SETTINGS:
+        raise _configured(name)
+    if entry is None or entry.client.generation != generation:
+        raise RequestError("stale_generation", f"that entry of {name!r} is gone; register again")
+    if not peer.controls(entry.peer):
+        raise RequestError(
+            "not_permitted",
+            f"{name!r} belongs to another client; only its owner or a token with scope `admin` may change it",
+        )
+    return entry
+
+
+def check_room(registry: Registry, holder: str, limits: Gateway) -> None:
+    """Raise `RequestError` when there are as many entries as there may be, in all or of this holder."""
+    if len(registry) >= limits.max_clients:
+        raise RequestError(
+            "registry_full", f"{limits.max_clients} clients are signed up; raise [gateway] max_clients, or retry"
+        )
+    most = limits.max_clients_per_holder
+    if holder and registry.count_of_holder(holder) >= most:
+        raise RequestError("registry_full", f"{holder!r} has {most} clients signed up, its limit; remove some first")
+
+
+def _configured(name: str) -> RequestError:
+    return RequestError("not_permitted", f"{name!r} is a [[collector]] of the settings; change it there")

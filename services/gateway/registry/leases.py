@@ -1,0 +1,53 @@
+"""Leases of entries: when each begins anew, when it has expired, and when nothing expires. No I/O."""
+
+import math
+from collections.abc import Callable, Collection, Iterable
+
+from services.gateway.registry.entry import Entry
+from services.gateway.registry.preservation import Preservation
+
+
+class Leases:
+    """The time that entries have; `clock` gives seconds, `preserve_seconds` is how long expiry may be stopped."""
+
+    def __init__(self, clock: Callable[[], float], preserve_seconds: float) -> None:
+        self._clock = clock
+        self._preservation = Preservation(preserve_seconds)
+        self._next_expiry = math.inf
+
+    @property
+    def active(self) -> bool:
+        """Whether any entry may expire."""
+        return self._next_expiry < math.inf
+
+    @property
+    def preserving(self) -> bool:
+        """Whether so many renewals are missing at once that the fault is hardly theirs: nothing expires meanwhile."""
+        return self._preservation.holds
+
+    def begin(self, entry: Entry) -> None:
+        """Give an entry all of its time, from now on."""
+        if entry.ttl:
+            entry.renewed_at = self._clock()
+            entry.expires_at = entry.renewed_at + entry.ttl
+            self._next_expiry = min(self._next_expiry, entry.expires_at)
+
+    def end(self, entries: Iterable[Entry]) -> None:
+        """Have these entries expire the next time, whatever is left of their time."""
+        for entry in entries:
+            entry.expires_at = self._next_expiry = min(entry.expires_at, self._clock())
+
+    def expires_in(self, entry: Entry) -> float | None:
+        """Return the seconds until an entry expires; None: it does not."""
+        return None if entry.expires_at == math.inf else round(max(0.0, entry.expires_at - self._clock()), 3)
+
+    def expire(self, entries: Collection[Entry], remove: Callable[[list[Entry]], bool]) -> None:
+        """Have the entries removed whose time is up; `remove` says whether it did, else they are tried again."""
+        now = self._clock()
+        if now < self._next_expiry:
+            return
+        overdue = [entry for entry in entries if entry.expires_at <= now]
+        self._preservation.judge(entries, len(overdue), now)
+        if overdue and not self.preserving and remove(overdue):
+            self._preservation.note_expired(len(overdue), now)
+        self._next_expiry = min((entry.expires_at for entry in entries), default=math.inf)

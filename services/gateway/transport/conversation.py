@@ -1,0 +1,351 @@
+"""The conversation with one client: bytes, time and answers go in, and the next action comes out. No I/O.
+
+A request waits for its answer before the next one begins. Lines that answer nothing, such as the events of `watch`, go
+between answers. When all is said, what still comes is thrown away for a moment, so that a reset does not destroy the
+answer on its way: closing a TCP socket with unread bytes sends one (RFC 2525, 2.17).
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Final
+
+from services.gateway.protocol.decoder import MAX_LINE, Decoder
+from services.gateway.protocol.requests import Id, Request, RequestError, SignUp
+from services.gateway.render import json_line
+from services.gateway.transport.deadlines import Deadlines, too_slow_reader
+from shared.settings.model import Gateway
+
+WRITE_SIZE: Final = 64 * 1024
+"""Bytes of one write, and the transport's high-water mark: what a client that does not read can hold here."""
+LINGER_BYTES: Final = 64 * 1024 * 1024
+"""Bytes thrown away of a client that goes on sending when all is said."""
+
+
+class State(Enum):
+    """The state of a conversation."""
+
+    IDLE = auto()
+    """Nothing of a request has come."""
+    RECEIVING = auto()
+    """Part of a request has come."""
+    ANSWERING = auto()
+    """A request waits for its answer, or the answer for the client to read it."""
+    WAITING_TURN = auto()
+    """The answer is out, and there may be another request: other connections have their turn first."""
+    LINGERING = auto()
+    """All is said: bytes that still come are thrown away until the client closes, or for long enough."""
+    CLOSED = auto()
+    """The connection is cut."""
+
+
+class After(Enum):
+    """The step that follows the answer under way."""
+
+    NEXT_REQUEST = auto()
+    FINISH = auto()
+    CUT_OFF = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """Write these bytes."""
+
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Handle:
+    """Have this request handled after so many seconds, and give `answer` the result."""
+
+    request: Request
+    wait_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """Count this refusal, and give `answer` its bytes."""
+
+    refused: RequestError
+    id: Id | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WriteLastWords:
+    """Count this refusal, and write it whatever waits."""
+
+    refused: RequestError
+
+
+class Step(Enum):
+    """An action that is all in its name."""
+
+    GIVE_WAY = auto()
+    """Let other connections have their turn, then call `take_turn`."""
+    HALF_CLOSE = auto()
+    """Say that no more is written, and go on reading."""
+    CLOSE = auto()
+    """Close when all is written."""
+    ABORT = auto()
+    """Close now."""
+    ABORT_SLOW = auto()
+    """Count a client that does not read, and close now."""
+
+
+Action = Write | Handle | Refuse | WriteLastWords | Step
+
+
+class Conversation:
+    """One client's conversation. After each input, perform `next_action` until it is None; then heed `reading`.
+
+    `delay` notes a request, and returns how many seconds it has to wait; `origin` is named to a client that has to.
+    """
+
+    __slots__ = (
+        "_after", "_decoder", "_delay", "_delay_told", "_discarded", "_due", "_ended", "_origin", "_outgoing",
+        "_pushed", "_pushed_bytes", "_settings", "_stalled", "_unread", "deadlines", "state",
+    )  # fmt: skip
+
+    def __init__(self, settings: Gateway, deadlines: Deadlines, origin: str, delay: Callable[[], float]) -> None:
+        self.deadlines = deadlines
+        self._settings = settings
+        self._origin = origin
+        self._delay = delay
+        self._delay_told = False
+        self._decoder = Decoder()
+        self._unread = False  # there may be a request in the decoder
+        self._ended = False  # the client sends no more
+        self._stalled = False  # the client does not read what is written
+        self._outgoing: Iterator[bytes] | None = None
+        self._after = After.NEXT_REQUEST
+        self._pushed: deque[bytes] = deque()
+        self._pushed_bytes = 0
+        self._discarded = 0
+        self._due: deque[Action] = deque()
+        self.state = State.IDLE
+        deadlines.await_first_byte()
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more is said."""
+        return self.state in (State.LINGERING, State.CLOSED)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the client sends no more."""
+        return self._ended
+
+    @property
+    def reading(self) -> bool:
+        """Whether to read more: not from a client that sends faster than it reads answers."""
+        return self.over or self._decoder.buffered <= MAX_LINE
+
+    @property
+    def buffered(self) -> int:
+        """Bytes held: of requests, and of pushed lines."""
+        return self._decoder.buffered + self._pushed_bytes
+
+    def receive(self, data: bytes) -> None:
+        """Note bytes that were read."""
+        if self.state is State.LINGERING:
+            self._discarded += len(data)
+            if self._discarded > LINGER_BYTES:
+                self._cut(Step.ABORT)
+        elif self.state is not State.CLOSED:
+            self._decoder.feed(data)
+            self._unread = True
+
+    def receive_end(self) -> None:
+        """Note that the client sends no more, but may still read: what it has asked is answered."""
+        self._ended = True
+        self._decoder.end()
+        self._unread = True
+
+    def abandon(self) -> None:
+        """Note that the client has closed both directions: nothing that is written gets there any more."""
+        self._ended = True
+        self.state = State.LINGERING
+
+    def pause_writing(self) -> None:
+        """Note that the client is behind by `WRITE_SIZE`."""
+        self._stalled = True
+        self.deadlines.await_reader()
+
+    def resume_writing(self) -> None:
+        """Note that the client has caught up."""
+        self._stalled = False
+        if self.over:
+            return
+        self.deadlines.suspend()
+        if self.state is State.RECEIVING:
+            self.state = State.IDLE  # the deadline of being behind has taken the place of the request's
+        self._unread = True
+
+    def take_turn(self) -> None:
+        """Go on with the next request, after `Step.GIVE_WAY`."""
+        if self.state is State.WAITING_TURN:
+            self.state = State.IDLE
+            self._unread = True
+
+    def answer(self, parts: Sequence[bytes], *, closes: bool = False) -> None:
+        """Send the answer to the request under way; `closes`: no request follows."""
+        if self.state is State.ANSWERING:
+            self._outgoing = split_answer(parts)
+            if closes:
+                self._finish_after()
+
+    def refuse(self, refused: RequestError, id: Id | None = None) -> None:
+        """Answer with a refusal."""
+        self.state = State.ANSWERING
+        self.deadlines.suspend()
+        self._due.append(Refuse(refused, id))
+
+    def push(self, lines: bytes) -> None:
+        """Send whole lines that answer no request, behind the answer under way; not without end."""
+        if self.over or self._after is After.CUT_OFF:
+            return
+        self._pushed.append(lines)
+        self._pushed_bytes += len(lines)
+        if self._pushed_bytes > self._settings.output_buffer and (self._stalled or self.state is State.ANSWERING):
+            self._after = After.CUT_OFF
+            self._drop_pushed()
+            if self.state is not State.ANSWERING:  # else a part of the answer may be written: all of it comes first
+                self._cut_off()
+
+    def drain(self) -> None:
+        """Begin no more requests; finish once the answer under way, if any, is sent."""
+        self._finish_after()
+        if self.state is not State.ANSWERING and not self.over:
+            self._finish()
+
+    def drop(self) -> None:
+        """Cut the connection, and let go of all that waits."""
+        self._decoder = Decoder()
+        self._cut(Step.ABORT)
+
+    def expire(self, *, needed: bool) -> None:
+        """Act on a deadline that has passed; `needed`: the connection is of use though nothing comes by it."""
+        if self.state is State.LINGERING:
+            self._cut(Step.ABORT)
+        elif self._stalled and needed and self.state is not State.ANSWERING:
+            self._drop_pushed()
+            self._cut_off()
+        elif self._stalled:
+            self._cut(Step.ABORT_SLOW)
+        elif needed and self.deadlines.introduced and self.state is State.IDLE:
+            self.deadlines.await_first_byte()
+        else:
+            self.refuse(self.deadlines.too_slow(receiving=self.state is State.RECEIVING))
+
+    def next_action(self) -> Action | None:
+        """Return the next thing to do; None: nothing until the next input."""
+        while not self._due:
+            if self.over or self._stalled:
+                return None
+            if self.state is State.ANSWERING:
+                if self._outgoing is None:
+                    return None
+                if piece := next(self._outgoing, b""):
+                    return Write(piece)
+                self._end_answer()
+            elif self._pushed:  # before the next answer: a list must not be followed by what is on it already
+                return Write(self._pop_pushed())
+            elif self._after is After.FINISH:
+                self._finish()
+            elif self._unread and self.state is not State.WAITING_TURN:
+                self._begin_request()
+            else:
+                return None
+        return self._due.popleft()
+
+    def _begin_request(self) -> None:
+        self._unread = False
+        try:
+            request = self._decoder.next_request()
+        except RequestError as refused:
+            self.refuse(refused)
+            return
+        if request is not None:
+            self._begin(request)
+        elif self._ended:
+            self._finish()
+        else:
+            self._await_request()
+
+    def _begin(self, request: Request) -> None:
+        wait_seconds = self._delay()
+        if wait_seconds and not (self._delay_told or isinstance(request, SignUp)):  # a name has one answer alone
+            self._delay_told = True
+            most = self._settings.requests_per_second
+            why = f"over {most} requests a second come from {self._origin}: yours wait, and are answered late"
+            self._due.append(Write(json_line(event="slowed", message=why)))
+        self.state = State.ANSWERING
+        self.deadlines.suspend()
+        if isinstance(request, SignUp):
+            self._finish_after()
+        self._due.append(Handle(request, wait_seconds))
+
+    def _await_request(self) -> None:
+        if not self._decoder.buffered:
+            self.state = State.IDLE
+            self.deadlines.await_first_byte()
+        elif self.state is not State.RECEIVING:
+            self.state = State.RECEIVING
+            self.deadlines.await_last_byte()
+
+    def _end_answer(self) -> None:
+        self._outgoing = None
+        if self._after is After.CUT_OFF:
+            self._cut_off()
+        elif self._after is After.NEXT_REQUEST and (self._decoder.buffered or self._ended):
+            self.state = State.WAITING_TURN
+            self._due.append(Step.GIVE_WAY)
+        else:
+            self._await_request()
+
+    def _finish_after(self) -> None:
+        if self._after is After.NEXT_REQUEST:
+            self._after = After.FINISH
+
+    def _finish(self) -> None:
+        """End what we say, and give the client a moment to read it and close as well."""
+        self.state = State.LINGERING
+        self.deadlines.await_close()
+        self._due.append(Step.CLOSE if self._ended else Step.HALF_CLOSE)
+
+    def _cut_off(self) -> None:
+        """End the conversation with a client that does not read; it is told so behind what it has not read yet."""
+        self._due.append(WriteLastWords(too_slow_reader()))
+        self._finish()
+
+    def _cut(self, step: Step) -> None:
+        self.state = State.CLOSED
+        self._outgoing = None
+        self._drop_pushed()
+        self._due.clear()
+        self._due.append(step)
+
+    def _pop_pushed(self) -> bytes:
+        lines = self._pushed.popleft()
+        self._pushed_bytes -= len(lines)
+        return lines
+
+    def _drop_pushed(self) -> None:
+        self._pushed.clear()
+        self._pushed_bytes = 0
+
+
+def split_answer(parts: Sequence[bytes]) -> Iterator[bytes]:
+    """Yield an answer in writes of about `WRITE_SIZE` bytes, holding on to its parts only."""
+    gathered: list[memoryview] = []
+    size = 0
+    for part in parts:
+        for at in range(0, len(part), WRITE_SIZE):
+            gathered.append(memoryview(part)[at : at + WRITE_SIZE])
+            size += len(gathered[-1])
+            if size >= WRITE_SIZE:
+                yield b"".join(gathered)
+                gathered, size = [], 0
+    if gathered:
+        yield b"".join(gathered)

@@ -1,0 +1,77 @@
+"""Deadlines of a connection, and the refusal `too_slow` once one has passed. No I/O; the clock is handed in."""
+
+import math
+from collections.abc import Callable
+from typing import Final
+
+from services.gateway.protocol.requests import RequestError
+from shared.settings.model import Gateway
+
+SILENT_SECONDS: Final = 0.2
+"""A TLS connection on which all is said is closed when nothing came for this long."""
+
+
+class Deadlines:
+    """The time that a client has for what it does now; `passes_at` is when that is over.
+
+    Until the client is `introduced`, by where it is, its certificate or its token, it has `request_seconds` in all.
+    """
+
+    __slots__ = ("_clock", "_closed_by", "_introduced_by", "_settings", "introduced", "passes_at")
+
+    def __init__(self, settings: Gateway, clock: Callable[[], float], *, introduced: bool) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._introduced_by = clock() + settings.request_seconds
+        self._closed_by = math.inf
+        self.introduced = introduced
+        self.passes_at = math.inf
+
+    def await_first_byte(self) -> None:
+        """Give the client the time that a connection may be idle."""
+        self._limit(self._settings.idle_seconds)
+
+    def await_last_byte(self) -> None:
+        """Give the client the time that a request may take, from its first byte, whatever comes later."""
+        self._limit(self._settings.request_seconds)
+
+    def _limit(self, seconds: float) -> None:
+        self.passes_at = self._clock() + seconds
+        if not self.introduced:  # whatever it says meanwhile
+            self.passes_at = min(self.passes_at, self._introduced_by)
+
+    def await_reader(self) -> None:
+        """Give the client the time to read what was written."""
+        self.passes_at = self._clock() + self._settings.request_seconds
+
+    def await_close(self) -> None:
+        """Give the client the time to read the last words, and to close as well."""
+        self._closed_by = self.passes_at = self._clock() + self._settings.request_seconds
+
+    def await_silence(self) -> None:
+        """After `await_close`: let the client fall silent meanwhile."""
+        self.passes_at = min(self._closed_by, self._clock() + SILENT_SECONDS)
+
+    def suspend(self) -> None:
+        """Give the client any time: it waits for the gateway, or asyncio has a time of its own."""
+        self.passes_at = math.inf
+
+    def too_slow(self, *, receiving: bool) -> RequestError:
+        """Return the refusal of a client that has sent too little; `receiving`: of a request that has begun."""
+        settings = self._settings
+        if not self.introduced:
+            why = f"no `auth` received within {settings.request_seconds:g} s"
+        elif receiving:
+            why = f"request not complete within {settings.request_seconds:g} s; send it in one piece"
+        else:
+            why = f"no request received within {settings.idle_seconds:g} s"
+        return RequestError("too_slow", why, closes=True)
+
+
+def too_slow_reader() -> RequestError:
+    """Return the refusal of a client that reads more slowly than events come: it may go on from where it is."""
+    return RequestError(
+        "too_slow",
+        "events came faster than you read them; watch again from the last revision that you have",
+        closes=True,
+    )

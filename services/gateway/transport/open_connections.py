@@ -1,0 +1,104 @@
+"""All open connections: how many there may be, which are late, and which are cut when memory is short."""
+
+import asyncio
+import itertools
+from collections import Counter
+from typing import Final
+
+from services.gateway.counters import CONNECTIONS_REFUSED, CUT_FOR_MEMORY
+from services.gateway.handler import Handler
+from services.gateway.protocol.requests import RequestError
+from services.gateway.transport.connection import ClientConnection
+from services.gateway.transport.rate_limit import RateLimit
+from shared.process.memory import Memory
+from shared.settings.model import Gateway
+
+READ_SIZE: Final = 64 * 1024
+AT_ONCE: Final = 32
+"""Connections that begin, or end for being late, before those that are open have their turn."""
+REFUSING_MAX: Final = 32
+"""Connections over the limit that are answered at once; more are closed without a word."""
+
+
+class OpenConnections:
+    """The open connections, and what they share; `limit` is how many there may be."""
+
+    def __init__(self, handler: Handler, settings: Gateway, limit: int, memory: Memory) -> None:
+        self.handler = handler
+        self.settings = settings
+        self.loop = asyncio.get_running_loop()
+        self.rate_limit = RateLimit(settings.requests_per_second, self.loop.time)
+        self.receive_buffer = memoryview(bytearray(READ_SIZE))  # the loop fills it and hands it over in one step
+        self.numbers = itertools.count(1)
+        self._memory = memory
+        self._limit = limit
+        self._open: set[ClientConnection] = set()
+        self._by_origin: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def add(self, connection: ClientConnection) -> None:
+        """Admit a new connection; one over a limit is refused, and far over it cut."""
+        self._open.add(connection)
+        self._by_origin[connection.origin] += 1
+        excess, why = self._excess(connection.origin)
+        if excess <= 0:
+            return
+        self.handler.counters[CONNECTIONS_REFUSED] += 1
+        if excess > REFUSING_MAX:
+            connection.drop()
+        else:
+            connection.refuse(RequestError("unavailable", why, closes=True))
+
+    def _excess(self, origin: str) -> tuple[int, str]:
+        """Return by how many there are too many connections, and which are."""
+        most = self.settings.max_connections_per_address
+        excess = self._by_origin[origin] - most
+        if excess > 0:
+            return excess, f"{origin} has {most} connections open, as many as an address may; close some"
+        return len(self._open) - self._limit, "as many connections as allowed are open; try again"
+
+    def remove(self, connection: ClientConnection) -> None:
+        """Forget a connection that is gone."""
+        self._open.discard(connection)
+        self._by_origin[connection.origin] -= 1
+        if not self._by_origin[connection.origin]:
+            del self._by_origin[connection.origin]
+
+    def has_room(self, beginning: int) -> bool:
+        """Whether one more may begin beside so many that are beginning, to be served or to be refused."""
+        return len(self._open) + beginning < self._limit + REFUSING_MAX
+
+    async def sweep(self) -> None:
+        """End connections that are late, a few at a time: others have their turn in between."""
+        self.rate_limit.forget_slow()
+        self.save_memory()
+        now = self.loop.time()
+        late = [connection for connection in self._open if connection.deadline <= now]
+        for some in (late[at : at + AT_ONCE] for at in range(0, len(late), AT_ONCE)):
+            for connection in some:
+                if connection in self._open and connection.deadline <= now:
+                    connection.expire()
+            await asyncio.sleep(0)
+
+    def save_memory(self) -> None:
+        """When memory is short, cut half of the connections for which anything waits, most first."""
+        if self._memory.measure():
+            waiting = sorted(
+                (each for each in self._open if each.buffered), key=lambda each: each.buffered, reverse=True
+            )
+            for connection in waiting[: (len(waiting) + 1) // 2]:
+                self.handler.counters[CUT_FOR_MEMORY] += 1
+                connection.drop()
+
+    async def drain(self, seconds: float) -> None:
+        """Finish the answers under way, begin no more requests, and close; cut what is not over after `seconds`."""
+        for connection in list(self._open):
+            connection.drain()
+        deadline = self.loop.time() + seconds
+        while self._open and self.loop.time() < deadline:
+            await asyncio.sleep(0.01)
+        for connection in list(self._open):
+            connection.abort()
+        await asyncio.sleep(0)  # transports tell their protocols in the next turn

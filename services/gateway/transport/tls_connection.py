@@ -1,0 +1,55 @@
+"""A client's connection by TLS, where asyncio's differs from one by TCP.
+
+There is no half-closed connection: asyncio ends both directions at once. A client that closes its own ends the
+conversation; the gateway closes its own as soon as the client has been silent for a moment after the last answer, since
+closing while bytes come would answer them with a reset.
+"""
+
+import asyncio.sslproto
+from typing import TYPE_CHECKING, Final
+
+from services.gateway.transport.connection import ClientConnection
+
+if TYPE_CHECKING:
+    from services.gateway.transport.open_connections import OpenConnections
+
+TLS_READ_SIZE: Final = 16 * 1024
+"""Bytes, a record's: asyncio keeps a buffer of this size for each connection, of 256 KiB by default."""
+
+
+def limit_buffers() -> None:
+    """Have the buffers of connections from now on be of `TLS_READ_SIZE`; asyncio has no public way to say so."""
+    asyncio.sslproto.SSLProtocol.max_size = TLS_READ_SIZE
+
+
+class TlsConnection(ClientConnection):
+    """A connection that ends in both directions at once."""
+
+    __slots__ = ("_awaits_silence",)
+
+    def __init__(self, connections: "OpenConnections", *, remote: bool = False) -> None:
+        super().__init__(connections, remote=remote)
+        self._awaits_silence = False
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Hand over the bytes that were read; the client is not silent yet."""
+        super().buffer_updated(nbytes)
+        if self._awaits_silence:
+            self.conversation.deadlines.await_silence()
+
+    def eof_received(self) -> bool:
+        """Let asyncio close now: nothing that is written gets there any more."""
+        self.conversation.abandon()
+        return False
+
+    def expire(self) -> None:
+        """Close once the client is silent; else act on the deadline."""
+        if self._awaits_silence and not self._transport.is_closing():
+            self._transport.close()
+            self.conversation.deadlines.suspend()  # asyncio gives it ssl_shutdown_timeout
+        else:
+            super().expire()
+
+    def _half_close(self) -> None:
+        self._awaits_silence = True
+        self.conversation.deadlines.await_silence()

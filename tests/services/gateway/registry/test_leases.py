@@ -1,0 +1,124 @@
+import errno
+import math
+from collections.abc import Sequence
+
+import pytest
+
+from services.gateway.admission.peer import Peer
+from services.gateway.registry.entry import Entry, Event, Origin
+from services.gateway.registry.preservation import WINDOW_SECONDS
+from services.gateway.registry.registry import RETURN_SECONDS
+from shared.client import Client
+from tests.services.gateway.table import ELSEWHERE, HERE, Table, error_of
+
+
+@pytest.fixture
+def registry() -> Table:
+    """An empty registry at time 0."""
+    return Table()
+
+
+def test_lease_expires_unless_renewed(registry: Table) -> None:
+    """An entry with a time to live is there so long after its last renewal; one without stays."""
+    lasting, lease = registry.join("a"), registry.join("b", ttl=10)
+    registry.now = 9
+    assert registry.leases.expires_in(lasting) is None
+    assert registry.leases.expires_in(lease) == 1
+    registry.renew_as("b", lease.client.generation, HERE)
+    registry.now = 18.9
+    registry.expire()
+    assert registry.present == ["a", "b"]
+    registry.now = 19
+    registry.expire()
+    assert registry.present == ["a"]
+    assert not registry.leases.active
+
+
+def test_expiry_that_is_not_kept_comes_later() -> None:
+    """An entry whose time is up, or whose connection is gone, stays while that can't be written; then it goes."""
+
+    def fail(events: Sequence[Event], generation: int) -> None:
+        if broken:
+            raise OSError(errno.ENOSPC, "no space")
+
+    registry, broken = Table(keep=fail), False
+    registry.join("a", ttl=1)
+    registry.join("b", hold=True)
+    broken, registry.now = True, 2
+    registry.expire()
+    registry.release_held(HERE)
+    assert registry.present == ["a", "b"]
+    broken, registry.now = False, 3
+    registry.expire()
+    assert registry.present == []
+
+
+def lease(registry: Table, count: int, ttl: float = 10) -> list[Entry]:
+    """So many entries with a lease."""
+    return [registry.join(f"n{number}", ttl=ttl) for number in range(count)]
+
+
+def test_many_missing_renewals_stop_expiry() -> None:
+    """When over 15 % of the renewals due are missing nothing expires, until they come or the time for that is over."""
+    registry = Table(preserve_seconds=100)
+    entries = lease(registry, 20)
+    registry.now = 9
+    for entry in entries[:16]:
+        registry.renew_as(entry.client.name, entry.client.generation, HERE)
+    registry.now = 10
+    registry.expire()
+    assert (registry.leases.preserving, len(registry)) == (True, 20)
+    for entry in entries:
+        registry.renew_as(entry.client.name, entry.client.generation, HERE)
+    registry.now = 11
+    registry.expire()
+    assert (registry.leases.preserving, len(registry)) == (False, 20)
+    registry.now = 11 + WINDOW_SECONDS
+    registry.expire()
+    assert registry.leases.preserving
+    registry.now += 99
+    registry.expire()
+    assert registry.leases.preserving
+    registry.now += 1
+    registry.expire()
+    assert (registry.leases.preserving, len(registry)) == (False, 0)
+
+
+@pytest.mark.parametrize(("count", "renewing"), [(20, 17), (9, 0), (1, 0)])
+def test_few_missing_renewals_expire(count: int, renewing: int) -> None:
+    """Losing 15 % of the leases or less, or of only a few leases however many, is no reason to stop expiring."""
+    registry = Table(preserve_seconds=100)
+    entries = lease(registry, count)
+    registry.now = 9
+    for entry in entries[:renewing]:
+        registry.renew_as(entry.client.name, entry.client.generation, HERE)
+    registry.now = 10
+    registry.expire()
+    assert (registry.leases.preserving, len(registry)) == (False, renewing)
+
+
+def test_leases_begin_anew_after_a_restart(registry: Table) -> None:
+    """What an earlier start kept has all of its time again, however little was left of it."""
+    earlier = Peer(0, HERE.address, 4000)
+    kept = Entry(Client("a", 1, HERE.address, 9), Origin.JSON, earlier, 5.0, math.inf, 0, False, 0.0)
+    registry.now = 100.0
+    registry.restore([kept], 7)
+    registry.now = 104.9
+    registry.expire()
+    assert registry.present == ["a"]
+    registry.now = 105.0
+    registry.expire()
+    assert registry.present == []
+
+
+def test_held_entry_outlives_a_restart_for_a_while(registry: Table) -> None:
+    """What a connection held may be signed up again from the same address after a restart, or it goes."""
+    earlier = Peer(0, HERE.address, 4000)
+    kept = [Entry(Client(name, 1, HERE.address, 9), Origin.JSON, earlier, 0.0, math.inf, 0, True, 0.0) for name in "ab"]
+    registry.restore(kept, 7)
+    assert error_of(registry.join, "a", ELSEWHERE) == "name_taken"
+    assert error_of(registry.join, "a", HERE, Origin.NAMES) == "name_taken"
+    assert registry.join("a", HERE, hold=True).revision == 8
+    registry.now = RETURN_SECONDS
+    registry.expire()
+    assert registry.present == ["a"]
