@@ -28,6 +28,7 @@ from shared.bus.messages import (
     serve_topic,
     status_topic,
 )
+from shared.bus.packing import MAX_ITEMS
 from shared.bus.status import Reports
 from shared.bus.zmq_sockets import Publisher, Requests, Subscriber, new_context
 from shared.client import Client, Source
@@ -63,16 +64,28 @@ def make_client(name: str, port: int = 9, **fields: Any) -> Client:
 
 
 def heavy_bodies() -> list[tuple[str, bytes]]:
-    """Kinds and bodies of under 1 MiB that take as much memory as any when decoded, most of them sound."""
-    accounts = {f"{number:05x}": {"": 1} for number in range(115_000)}
+    """Kinds and bodies of under 1 MiB that take as much memory as any when decoded.
+
+    The first are sound and as long as the limits allow; then come trees of containers, each within the limits; the last
+    have more items than the limits allow.
+    """
+    accounts = {f"{number:024x}": {"": 1} for number in range(MAX_ITEMS - 1)}
+    many = {f"{number:05x}": {"": 1} for number in range(115_000)}
     client = {"name": "", "generation": 1, "address": "::", "port": 1}
-    clients = [client | {"prefixes": ["::/0"] * 190_000}]
+    tree_of_maps = b"\xdc\x03\xf0" + (b"\x81\xa0" * 500 + b"\x80") * 1008
+    tree_of_arrays = b"\xdc\x03\xf0" + (b"\x91" * 1000 + b"\x90") * 1008
+    empty_maps = b"\xdc\x00\x1f" + (b"\xdc\x7f\xff" + b"\x80" * 0x7FFF) * 0x1F
     return [
         ("status", msgpack.packb(["ingest.9", 1, 0, 1, 0, 1, accounts])),
-        ("status", msgpack.packb(["ingest.9", 1, 0, 1, 0, 1, {"a": dict.fromkeys(accounts, 1)}])),
-        ("registry.change", msgpack.packb([1, 2, [], ["ab"] * 340_000])),
-        ("registry.snapshot", msgpack.packb([1, 0, 1, clients])),
+        ("registry.change", msgpack.packb([1, 2, [], ["n" * 28] * MAX_ITEMS])),
+        ("registry.snapshot", msgpack.packb([1, 0, 1, [client | {"prefixes": ["::/0"] * 256}] * 700])),
         ("registry.snapshot", msgpack.packb([1, 0, 1, [client] * 25_000])),
+        ("health", msgpack.packb(["relay", 1, 0, 1, [["n" * 20, 1, "slow", 0, 0]] * MAX_ITEMS])),
+        *(("serve.reply", b"\x93\x01\x01" + tree) for tree in (tree_of_maps, tree_of_arrays, empty_maps)),
+        ("status", msgpack.packb(["ingest.9", 1, 0, 1, 0, 1, many])),
+        ("status", msgpack.packb(["ingest.9", 1, 0, 1, 0, 1, {"a": dict.fromkeys(many, 1)}])),
+        ("registry.change", msgpack.packb([1, 2, [], ["ab"] * 340_000])),
+        ("registry.snapshot", msgpack.packb([1, 0, 1, [client | {"prefixes": ["::/0"] * 190_000}]])),
         ("registry.snapshot", msgpack.packb([1, 0, 1, [{}] * 1_000_000])),
         ("health", msgpack.packb(["relay", 1, 0, 1, [["a", 1, "slow", 0, 0]] * 90_000])),
     ]

@@ -19,7 +19,7 @@ from tests.once import made_once
 from tests.stack import CHECKOUT, Running, Stack
 
 NOBODY: Final = 65534
-PACKAGES: Final = ("msgspec", "numpy", "pyroute2", "structlog", "zmq")
+PACKAGES: Final = ("msgpack", "msgspec", "numpy", "pyroute2", "structlog", "zmq")
 """What the transmitter imports; copied where the interpreter that has them is closed to other users."""
 BUNDLED: Final = ("numpy.libs", "pyzmq.libs")
 """Shared libraries that wheels bring along."""

@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
+from shared.bus.packing import pack, unpack
 from shared.client import Client, Source, Trouble
 from shared.datagrams.batch import MAX_DATAGRAM, ROW, DatagramBatch
 
@@ -203,9 +204,6 @@ KINDS: Final[dict[str, type[Body]]] = {
     "health": Health,
 }
 _NAMES: Final = {struct: kind for kind, struct in KINDS.items()}
-_encoder: Final = msgspec.msgpack.Encoder()
-_envelopes: Final = msgspec.msgpack.Decoder(Envelope)
-_bodies: Final = {kind: msgspec.msgpack.Decoder(struct) for kind, struct in KINDS.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,8 +258,10 @@ def peek(parts: Sequence[Part]) -> tuple[str, Envelope]:
             raise MessageError("malformed", f"{len(parts)} parts")
         if len(parts[0]) > MAX_TOPIC or len(parts[1]) > MAX_ENVELOPE:
             raise MessageError("malformed", f"topic of {len(parts[0])} and envelope of {len(parts[1])} bytes")
-        return str(parts[0], "utf-8"), _envelopes.decode(parts[1])
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        return str(parts[0], "utf-8"), unpack(parts[1], Envelope)
+    except MessageError:
+        raise
+    except (msgspec.MsgspecError, ValueError) as error:
         raise MessageError("malformed", f"{type(error).__name__}: {error}") from None
 
 
@@ -275,7 +275,7 @@ def encode(
 ) -> list[Part]:
     """Return the parts of a message. The arrays are the batch's own buffers, not copies; a lent payload is left out."""
     envelope = Envelope(VERSION, _NAMES[type(body)], sender, boot, sequence, total)
-    parts: list[Part] = [topic.encode(), _encoder.encode(envelope), _encoder.encode(body)]
+    parts: list[Part] = [topic.encode(), pack(envelope), pack(body)]
     if batch is not None:
         parts.append(batch.rows.tobytes())
     if batch is not None and not (isinstance(body, Datagrams) and body.chunk is not None):
@@ -298,7 +298,7 @@ def decode(parts: Sequence[Part], borrow: Borrow = borrow_nothing) -> Message:
         return _decode(parts, borrow)
     except MessageError:
         raise
-    except (msgspec.MsgspecError, ValueError, RecursionError) as error:  # RecursionError: nesting thousands deep
+    except (msgspec.MsgspecError, ValueError) as error:
         raise MessageError("malformed", f"{type(error).__name__}: {error}") from None
 
 
@@ -308,7 +308,9 @@ def _decode(parts: Sequence[Part], borrow: Borrow) -> Message:
         raise MessageError("bad_version", f"version {envelope.version}, this is {VERSION}")
     if envelope.kind not in KINDS:
         raise MessageError("unknown_kind", f"kind {envelope.kind[:40]!r}")
-    body = _bodies[envelope.kind].decode(parts[2])
+    if len(parts[2]) > MAX_MESSAGE:
+        raise MessageError("malformed", f"body of {len(parts[2])} bytes")
+    body = unpack(parts[2], KINDS[envelope.kind])
     if not isinstance(body, Datagrams):
         if isinstance(body, Status) and body.service != envelope.sender:
             raise MessageError("malformed", f"status of {body.service[:40]!r} from {envelope.sender}")
