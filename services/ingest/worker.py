@@ -74,6 +74,7 @@ class Worker:
         """By stream. One that is gone keeps its feed, its account and its pool, and goes on with them if it is back."""
         self._pools: dict[str, Pool] = {}
         self._memory = Memory(settings.ingest.memory, "[ingest] memory")
+        self._lender: Lender | None = None
         self._room = Room((settings.ingest.memory - OWN_MEMORY) // 2)
         self._connections = ExporterConnections(self._selector, settings.ingest)
         self._held_back: dict[socket.socket, Callable[[], object]] = {}
@@ -90,8 +91,9 @@ class Worker:
         limit = queue_limit(bus.high_water_mark, self._memory.ceiling)
         self._publisher = Publisher(self._context, bus.path, self._name, limit, link)
         self._reporter = Reporter(self._publisher, self._memory)
-        self._lender = Lender(pool_path(bus.path, self._name), self._pools, self._watch, self._selector.unregister)
         try:
+            path, boot = pool_path(bus.path, self._name), self._publisher.boot
+            self._lender = Lender(path, boot, self._pools, self._watch, self._selector.unregister)
             self._listen(self._settings.streams, take_inherited())
         except BaseException:
             self._close()
@@ -305,7 +307,8 @@ class Worker:
     def _close(self) -> None:
         for receiver in (*self._receivers.values(), *self._leaving):
             receiver.close()
-        self._lender.close()
+        if self._lender is not None:
+            self._lender.close()
         for pool in self._pools.values():
             pool.close()
         self._selector.close()

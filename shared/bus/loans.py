@@ -10,8 +10,10 @@ Why nobody ever sends another datagram's bytes, however long it is stopped in th
 - Numbers grow, and a chunk has the number of its last loan. The worker writes into a chunk only when every borrower has
   given back that number (`Pool.lend`), so for each loan that is not given back the bytes stay as they were.
 - A borrower gives back a number when nothing refers to its payload any more: that is what the object does which every
-  view of the payload keeps alive (`_Loan`). One that is stopped gives nothing back.
+  view of the payload keeps alive (`borrowing._Loan`). One that is stopped gives nothing back.
 - It reads no loan twice, and none made before the worker knew of it (`Borrowed.payload`): for those nobody waits.
+- It reads the loans of one start of a worker in the memory of that start alone: the answer carries the boot id that is
+  in the worker's messages, since a successor has the same path. No two workers have one path at a time (`Lender`).
 - What is lost on the bus is given back by what follows: every message says how far lending had come, and messages keep
   their order (`Borrowed.passed`).
 - The memory is sealed (fcntl(2)): nobody but the worker can write to it, and nobody can cut it short.
@@ -25,15 +27,15 @@ import mmap
 import os
 import socket
 import struct
-import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import BinaryIO, Final
 
 import numpy as np
-import numpy.typing as npt
+
+from shared.process.lifecycle import CANT_CREATE, OperatorError
 
 CHUNK: Final = 2 << 20
 """Bytes: a full batch of the largest datagrams that an Ethernet frame holds, and a quarter more."""
@@ -47,8 +49,9 @@ MAX_REQUEST: Final = 128
 PAGE: Final = mmap.PAGESIZE
 F_SEAL_FUTURE_WRITE: Final = 0x10
 """fcntl(2), since Linux 5.1; the module names it from Python 3.13 on."""
-ANSWER: Final = struct.Struct("=QQ")
-"""The number lent last, and the size of the memory in bytes; with it come the memory's descriptor and the page's."""
+ANSWER: Final = struct.Struct("=QQQ")
+"""The number lent last, the size of the memory in bytes, and the worker's boot id; with it come the memory's descriptor
+and the page's."""
 
 
 def pool_path(directory: Path, sender: str) -> Path:
@@ -90,8 +93,8 @@ class Room:
     def __init__(self, size: int) -> None:
         self._left = size
 
-    def take(self, size: int) -> bool:
-        """Whether there is room for so many more, which then is taken."""
+    def reserve(self, size: int) -> bool:
+        """Reserve room for `size` more bytes; return whether there was any."""
         fits = size <= self._left
         self._left -= size * fits
         return fits
@@ -129,7 +132,7 @@ class Pool:
         if not free[chunk]:
             return None
         if chunk >= self._used:
-            if not self._room.take(CHUNK):
+            if not self._room.reserve(CHUNK):
                 return None
             self._used += 1
         return Loan(self.number + 1, chunk, self._memory[chunk * CHUNK : (chunk + 1) * CHUNK])
@@ -138,13 +141,13 @@ class Pool:
         """A loan has been published: its chunk is written to no more until it is given back."""
         self._numbers[loan.chunk] = self.number = loan.number
 
-    def admit(self, borrower: socket.socket) -> None:
+    def admit(self, borrower: socket.socket, boot: int) -> None:
         """Wait for this borrower from now on, and pass it what it needs. OSError when it does not take it."""
         page, memory = _memory("fanwire-page", PAGE, ours_alone=False)
         try:
             shared = memoryview(memory).cast("Q")
             shared[0] = self.number
-            socket.send_fds(borrower, [ANSWER.pack(self.number, self._size)], [self._descriptor, page])
+            socket.send_fds(borrower, [ANSWER.pack(self.number, self._size, boot)], [self._descriptor, page])
             self._pages[borrower] = shared
         finally:
             os.close(page)
@@ -160,22 +163,28 @@ class Pool:
 
 
 class Lender:
-    """Answers who wants to borrow from a worker. `watch` has a socket's readiness handled, `unwatch` no longer."""
+    """Answers who wants to borrow from a worker. `watch` has a socket's readiness handled, `unwatch` no longer.
+
+    `boot` is that of the worker's messages. OperatorError when another worker has the path.
+    """
 
     def __init__(
         self,
         path: Path,
+        boot: int,
         pools: dict[str, Pool],
         watch: Callable[[socket.socket, Callable[[], object]], object],
         unwatch: Callable[[socket.socket], object],
     ) -> None:
         self._path = path
+        self._boot = boot
         self._pools = pools
+        self._lock = _lock(path)
         self._watch, self._unwatch = watch, unwatch
         self._borrowers: dict[socket.socket, Pool | None] = {}
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._listener.setblocking(False)
-        path.unlink(missing_ok=True)  # a predecessor's: no two have one name
+        path.unlink(missing_ok=True)  # that of a predecessor which was killed
         self._listener.bind(str(path))
         path.chmod(0o777)  # who may enter the directory may reach the bus
         self._listener.listen(BACKLOG)
@@ -196,7 +205,7 @@ class Lender:
         try:
             pool = self._pools.get(borrower.recv(MAX_REQUEST).decode())
             if pool is not None and self._borrowers[borrower] is None:
-                pool.admit(borrower)
+                pool.admit(borrower, self._boot)
                 self._borrowers[borrower] = pool
                 return
         except BlockingIOError:
@@ -218,102 +227,21 @@ class Lender:
             self._dismiss(borrower)
         self._unwatch(self._listener)
         self._listener.close()
-        self._path.unlink(missing_ok=True)
+        self._path.unlink(missing_ok=True)  # still ours: the lock goes last
+        self._lock.close()
 
 
-class _Loan:
-    """What every view of a borrowed payload keeps alive; its end gives the payload back."""
-
-    __slots__ = ("__array_interface__", "_borrowed", "_number")
-
-    def __init__(self, borrowed: "Borrowed", number: int, address: int, size: int) -> None:
-        self._borrowed, self._number = borrowed, number
-        self.__array_interface__: dict[str, Any] = {
-            "data": (address, True),
-            "shape": (size,),
-            "typestr": "|u1",
-            "version": 3,
-        }
-
-    def __del__(self) -> None:
-        self._borrowed.give_back(self._number)
-
-
-class Borrowed:
-    """What one worker lends of one stream, as a borrower sees it. OSError when there is nobody to ask."""
-
-    def __init__(self, path: Path, stream: str) -> None:
-        self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._connection.setblocking(False)
-        self._memory: npt.NDArray[np.uint8] | None = None
-        self._seen = 0
-        self._closed = False
-        self._out: dict[int, None] = {}
-        """Loans not given back, in the order of their numbers."""
-        self._lock = threading.RLock()  # any thread may drop a payload, and the garbage collector in the middle of this
-        try:
-            self._connection.connect(str(path))
-            self._connection.send(stream.encode())
-        except OSError:
-            self._connection.close()
-            raise
-
-    def _take_answer(self) -> bool:
-        """Whether the memory is there: it comes as soon as the worker turns to us."""
-        if self._memory is not None:
-            return True
-        descriptors: list[int] = []
-        try:
-            answer, descriptors, _, _ = socket.recv_fds(self._connection, ANSWER.size, 2)
-            self._seen, size = ANSWER.unpack(answer)
-            memory, page = descriptors
-            self._page = memoryview(mmap.mmap(page, PAGE)).cast("Q")
-            self._memory = np.frombuffer(mmap.mmap(memory, size, prot=mmap.PROT_READ), np.uint8)
-        except (OSError, ValueError, struct.error):
-            return False
-        finally:
-            for descriptor in descriptors:
-                os.close(descriptor)
-        self._start = self._memory.ctypes.data
-        return True
-
-    @property
-    def admitted(self) -> bool:
-        """Whether the worker waits for us: what it lends from now on can be read."""
-        return self._take_answer()
-
-    def payload(self, number: int, chunk: int, size: int) -> memoryview | None:
-        """The payload of a loan, a view; None when it is none that waits for us to give it back."""
-        if not self._take_answer() or self._memory is None or number <= self._seen:
-            return None
-        if not (0 <= chunk < len(self._memory) // CHUNK and 0 <= size <= CHUNK):
-            return None
-        with self._lock:
-            self._out[number] = None
-            self._seen = number
-        return np.asarray(_Loan(self, number, self._start + chunk * CHUNK, size)).data
-
-    def passed(self, number: int) -> None:
-        """Loans up to this number come no more: what of them has not been read is given back."""
-        if number > self._seen and self._take_answer():
-            with self._lock:
-                self._seen = max(self._seen, number)
-                self._settle()
-
-    def give_back(self, number: int) -> None:
-        """Nothing refers to this payload any more."""
-        with self._lock:
-            del self._out[number]
-            self._settle()
-            if self._closed:
-                self.close()
-
-    def _settle(self) -> None:
-        self._page[0] = next(iter(self._out)) - 1 if self._out else self._seen
-
-    def close(self) -> None:
-        """Borrow no more; the worker waits for us until all is given back."""
-        with self._lock:
-            self._closed = True
-            if not self._out:
-                self._connection.close()
+def _lock(path: Path) -> BinaryIO:
+    """Take what a path is locked by, which the kernel lets go of when this process ends."""
+    lock = path.with_name(f"{path.name}.lock").open("wb")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        number = path.suffix[1:]
+        raise OperatorError(
+            CANT_CREATE,
+            f"another ingest worker on {path.parent} has number {number}; stop it, or start this one with "
+            "HONCHO_PROCESS_NAME=ingest.N, a number that no other has",
+        ) from None
+    return lock

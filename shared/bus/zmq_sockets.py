@@ -21,22 +21,19 @@ from typing import Final
 import structlog
 import zmq
 
+from shared.bus.borrowing import Borrower
 from shared.bus.endpoint import DIRECT, BusLink, ipc_endpoint
-from shared.bus.loans import Borrowed, pool_path
 from shared.bus.messages import (
     MAX_MESSAGE,
     MAX_TOPIC,
     REPLY_PREFIX,
     Body,
     Datagrams,
-    Envelope,
     Message,
     MessageError,
     Part,
-    datagrams_topic,
     decode,
     encode,
-    inline_topic,
 )
 from shared.datagrams.batch import DatagramBatch
 from shared.process.lifecycle import CANT_CREATE, OperatorError
@@ -52,8 +49,6 @@ MAX_SUBSCRIPTION: Final = 2 * MAX_TOPIC
 each byte of a subscription in a node of its own: one of 1 MB would take over 100 MB of the broker."""
 SUBSCRIPTIONS_MAX: Final = 4096
 """Bounds what a publisher remembers of a hostile subscriber."""
-MAX_UNREADABLE: Final = 256
-"""Likewise what a subscriber remembers of made-up workers."""
 
 log = structlog.get_logger()
 
@@ -194,13 +189,10 @@ class Subscriber:
     ) -> None:
         check_directory(directory)
         self.rejected: Counter[str] = Counter()
-        self._directory = None if link.broker else directory  # the workers that lend there are not those of its broker
-        self._lenders: dict[tuple[str, str], tuple[int, Borrowed]] = {}
-        """By worker and stream: the worker's boot id, and what it lends."""
-        self._inline: dict[str, set[str]] = {}
-        """By stream: the workers that lend what can't be read here now."""
         self._prefixes: Counter[str] = Counter()
         self._socket = configure(context.socket(zmq.SUB), high_water_mark)
+        lending = None if link.broker else directory  # the workers that lend there are not those of its broker
+        self._borrower = Borrower(lending, self._socket.subscribe, self._socket.unsubscribe)
         link.connect(self._socket, directory, "subscribe")
 
     @property
@@ -221,10 +213,7 @@ class Subscriber:
         """Take `subscribe` back."""
         self._socket.unsubscribe(prefix)
         self._prefixes -= Counter([prefix])
-        # Who hears of no loan gives none back, and would hold up the worker: borrow nothing more.
-        for key in list(self._lenders):
-            if not datagrams_topic(key[1]).startswith(tuple(self._prefixes)):
-                self._lenders.pop(key)[1].close()
+        self._borrower.keep_streams(self._prefixes)
 
     def receive(self) -> Message | None:
         """The next message, or None when there is none now. A batch's arrays are views of the received parts."""
@@ -237,61 +226,13 @@ class Subscriber:
             parts: list[Part] = [frame.bytes for frame in frames[:3]]
             parts += [frame.buffer for frame in frames[3:6]]
             try:
-                message = decode(parts, self._borrow)
+                message = decode(parts, self._borrower.borrow)
             except MessageError as error:
                 self._reject(error)
             else:
                 if isinstance(message.body, Datagrams) and message.body.chunk is None:
-                    self._heed(message.envelope, message.body, mark=not message.batch)
+                    self._borrower.note_lending(message.envelope, message.body, is_mark=not message.batch)
                 return message
-
-    def _heed(self, envelope: Envelope, body: Datagrams, *, mark: bool) -> None:
-        """Take in what a message that lends nothing says of lending."""
-        if mark:
-            self._meet(envelope, body.stream)
-        boot, borrowed = self._lenders.get((envelope.sender, body.stream), (None, None))
-        if borrowed is not None and boot == envelope.boot:
-            borrowed.passed(body.loan)
-            unreadable = self._inline.get(body.stream, ())
-            if envelope.sender in unreadable and borrowed.admitted:
-                self._inline[body.stream].discard(envelope.sender)
-                if not self._inline[body.stream]:
-                    self.unsubscribe(inline_topic(body.stream))
-
-    def _meet(self, envelope: Envelope, stream: str) -> None:
-        """Ask a worker whose mark has come to lend us what it lends others; say so when that can't be."""
-        boot, known = self._lenders.get((envelope.sender, stream), (None, None))
-        if boot == envelope.boot:
-            return
-        if known is not None:
-            known.close()
-            del self._lenders[envelope.sender, stream]
-        try:
-            if self._directory is None:
-                raise OSError
-            borrowed = Borrowed(pool_path(self._directory, envelope.sender), stream)
-        except OSError:  # perhaps it lends nothing
-            self._want_inline(stream, envelope.sender)
-        else:
-            self._lenders[envelope.sender, stream] = envelope.boot, borrowed
-
-    def _borrow(self, envelope: Envelope, body: Datagrams, size: int) -> Part:
-        boot, borrowed = self._lenders.get((envelope.sender, body.stream), (None, None))
-        payload = None
-        if borrowed is not None and boot == envelope.boot and body.chunk is not None:
-            payload = borrowed.payload(body.loan, body.chunk, size)
-        if payload is None:
-            self._want_inline(body.stream, envelope.sender)
-            raise MessageError("not_borrowed", f"{envelope.sender} lends a payload that can't be read here")
-        return payload
-
-    def _want_inline(self, stream: str, worker: str) -> None:
-        """Have payloads of a stream sent in messages, until what a worker lends can be read here."""
-        unreadable = self._inline.setdefault(stream, set())
-        if not unreadable:
-            self.subscribe(inline_topic(stream))
-        if len(unreadable) < MAX_UNREADABLE:
-            unreadable.add(worker)
 
     def _reject(self, error: MessageError) -> None:
         self.rejected[error.cause] += 1
@@ -300,9 +241,7 @@ class Subscriber:
 
     def close(self) -> None:
         """Stop receiving."""
-        for _, borrowed in self._lenders.values():
-            borrowed.close()
-        self._lenders.clear()
+        self._borrower.close()
         self._socket.close()
 
 

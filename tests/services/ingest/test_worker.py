@@ -95,6 +95,23 @@ def refusal(stack: Stack, settings: str) -> tuple[int, str]:
     return code, line
 
 
+def test_number_that_is_in_use_is_refused(stack: Stack, lab: None, bus: BusEnds) -> None:
+    """A second worker with the same number ends with 73 and one line, and the first goes on; once killed it is free."""
+    first = stack.start("ingest")
+    subscriber = follow(bus)
+    second = stack.start("ingest", ready=False)
+    assert second.process.wait(10) == 73
+    (line,) = second.text.splitlines()
+    assert "number 1" in line
+    assert "HONCHO_PROCESS_NAME" in line
+    with sender() as sock:
+        sock.send(b"one")
+    assert [payload for *_, payload in take_datagrams(subscriber, 1)] == [b"one"]
+    first.process.kill()
+    first.process.wait()
+    stack.start("ingest")
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 def test_datagrams_arrive_with_source_and_payload(stack: Stack, bus: BusEnds, host: str) -> None:
     """Datagrams of every size, from none to 65,507 bytes, arrive whole and in order, from where they came."""
@@ -394,6 +411,7 @@ def test_path_of_a_killed_worker_is_taken_over(stack: Stack, bus: BusEnds, tmp_p
     stack.start("ingest").stop(signal.SIGKILL)
     assert path.is_socket()
     stack.start("ingest")
+    stack.bus = tmp_path / "another bus"  # where the number is free
     code, line = refusal(stack, settings.replace(":6668", ":6669"))
     assert code == 1
     assert f"unixgram://{path}: Address already in use" in line

@@ -20,11 +20,12 @@ from tests.builders import BusEnds, make_batch
 class Lending:
     """A worker's pools and its lender; `turn` has it answer who asks, and notice who has gone."""
 
-    def __init__(self, directory: Path, *streams: str, chunks: int = 3) -> None:
+    def __init__(self, directory: Path, *streams: str, chunks: int = 3, boot: int = 1) -> None:
+        self.boot = boot
         self.path = pool_path(directory, "ingest.1")
         self.pools = {name: Pool(name, chunks * CHUNK) for name in streams or ("messages",)}
         self.selector = selectors.DefaultSelector()
-        self.lender = Lender(self.path, self.pools, self._watch, self.selector.unregister)
+        self.lender = Lender(self.path, boot, self.pools, self._watch, self.selector.unregister)
 
     def _watch(self, sock: socket.socket, handle: Callable[[], object]) -> None:
         self.selector.register(sock, selectors.EVENT_READ, handle)
@@ -52,7 +53,9 @@ class Lending:
         return loan.number, loan.chunk, len(payload)
 
     def close(self) -> None:
-        """End as a worker does."""
+        """End as a worker does, once."""
+        if not self.pools:
+            return
         self.lender.close()
         for pool in self.pools.values():
             pool.close()
@@ -72,9 +75,9 @@ class LendingWorker(Lending):
     """An ingest worker played by the test: a real feed of one stream, which lends what is large enough."""
 
     def __init__(self, bus: BusEnds, clock: "PoolClock") -> None:
-        super().__init__(bus.directory)
-        self._clock = clock
         self.publisher = bus.publisher()
+        super().__init__(bus.directory, boot=self.publisher.boot)
+        self._clock = clock
         self.account: Counter[str] = Counter()
         self.feed = StreamFeed("messages", self.publisher, self.account, self.pool)
 

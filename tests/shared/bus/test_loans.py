@@ -19,6 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shared.bus.borrowing import Borrowed
 from shared.bus.loans import (
     ANSWER,
     CHUNK,
@@ -26,15 +27,17 @@ from shared.bus.loans import (
     MAX_BORROWERS,
     MAX_REQUEST,
     PAGE,
-    Borrowed,
+    Lender,
     Pool,
     Room,
     pool_path,
 )
+from shared.process.lifecycle import CANT_CREATE, OperatorError
 from tests.shared.bus.lending import Lending, PoolClock
 from tests.stack import CHECKOUT, wait_until
 
 STREAM = "messages"
+BOOT = 7
 View = memoryview | np.ndarray
 
 
@@ -55,7 +58,7 @@ def opened() -> Iterator[ExitStack]:
 
 def borrow(lending: Lending, opened: ExitStack | None = None, stream: str = STREAM) -> Borrowed:
     """A borrower that the lender has admitted."""
-    borrowed = Borrowed(lending.path, stream)
+    borrowed = Borrowed(lending.path, stream, lending.boot)
     if opened is not None:
         opened.callback(borrowed.close)
     lending.turn()
@@ -131,7 +134,7 @@ def descriptors_of(lending: Lending, opened: ExitStack) -> tuple[int, int]:
     sock = connect(lending, opened, STREAM.encode())
     lending.turn()
     answer, descriptors, _, _ = socket.recv_fds(sock, ANSWER.size, 2)
-    assert ANSWER.unpack(answer) == (lending.pool.number, 3 * CHUNK)
+    assert ANSWER.unpack(answer) == (lending.pool.number, 3 * CHUNK, lending.boot)
     memory, page = descriptors
     opened.callback(os.close, memory)
     opened.callback(os.close, page)
@@ -275,7 +278,7 @@ def test_loan_from_before_the_borrower_is_none(lending: Lending, opened: ExitSta
     first = borrow(lending, opened)
     loan = lending.lend(b"before")
     assert loan is not None
-    late = Borrowed(lending.path, STREAM)
+    late = Borrowed(lending.path, STREAM, lending.boot)
     opened.callback(late.close)
     assert ask(late, *loan) is None
     assert ask(late, 99, 0, 1) is None
@@ -304,11 +307,11 @@ def test_number_far_ahead_harms_nobody(lending: Lending, opened: ExitStack) -> N
 def test_nobody_to_ask_is_an_oserror(tmp_path: Path, lending: Lending) -> None:
     """Without a socket, or with one that nobody listens at any more, asking is an OSError and leaves nothing open."""
     with pytest.raises(FileNotFoundError):
-        Borrowed(tmp_path / "pool.2", STREAM)
+        Borrowed(tmp_path / "pool.2", STREAM, BOOT)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as left_over:
         left_over.bind(str(tmp_path / "pool.3"))
     with pytest.raises(ConnectionRefusedError):
-        Borrowed(tmp_path / "pool.3", STREAM)
+        Borrowed(tmp_path / "pool.3", STREAM, BOOT)
 
 
 def test_lender_takes_the_place_of_a_killed_one(tmp_path: Path) -> None:
@@ -319,6 +322,22 @@ def test_lender_takes_the_place_of_a_killed_one(tmp_path: Path) -> None:
         borrow(lending, opened)
         assert lending.lend(b"x") is not None
     assert not (tmp_path / "pool.1").exists()
+    gc.collect()
+
+
+def test_path_has_one_lender_at_a_time(lending: Lending, tmp_path: Path, opened: ExitStack) -> None:
+    """A worker with a number that is in use is refused, the other goes on; when that has ended the number is free."""
+    borrowed = borrow(lending, opened)
+    with pytest.raises(OperatorError, match="number 1") as refused:
+        Lender(lending.path, 2, {}, lambda *_: None, lambda _: None)
+    assert refused.value.exit_code == CANT_CREATE
+    loan = lending.lend(b"payload")
+    assert loan is not None
+    assert ask(borrowed, *loan) == b"payload"
+    lending.close()
+    with Lending(tmp_path, boot=2) as successor:
+        borrow(successor, opened)
+        assert successor.lend(b"x") is not None
     gc.collect()
 
 
@@ -620,10 +639,10 @@ def test_answer_that_can_not_be_had_is_no_payload(tmp_path: Path, opened: ExitSt
     listener = opened.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
     listener.bind(str(tmp_path / "pool.1"))
     listener.listen()
-    answers = [None, b"", b"x", ANSWER.pack(0, CHUNK), ANSWER.pack(0, CHUNK) + b"x"]
+    answers = [None, b"", b"x", ANSWER.pack(0, CHUNK, BOOT), ANSWER.pack(0, CHUNK, BOOT) + b"x"]
     for answer in answers:
         for passed in ([], [0], [0, 0], [0, 0, 0]):
-            borrowed = Borrowed(tmp_path / "pool.1", STREAM)
+            borrowed = Borrowed(tmp_path / "pool.1", STREAM, BOOT)
             accepted, _ = listener.accept()
             with accepted:
                 if answer is not None:
@@ -638,14 +657,14 @@ def test_page_that_can_not_be_mapped_is_no_payload(tmp_path: Path, opened: ExitS
     listener = opened.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
     listener.bind(str(tmp_path / "pool.1"))
     listener.listen()
-    borrowed = Borrowed(tmp_path / "pool.1", STREAM)
+    borrowed = Borrowed(tmp_path / "pool.1", STREAM, BOOT)
     opened.callback(borrowed.close)
     accepted = opened.enter_context(listener.accept()[0])
     memory = os.memfd_create("memory")
     try:
         os.ftruncate(memory, CHUNK)
         with (tmp_path / "page").open("wb") as page:
-            socket.send_fds(accepted, [ANSWER.pack(0, CHUNK)], [memory, page.fileno()])
+            socket.send_fds(accepted, [ANSWER.pack(0, CHUNK, BOOT)], [memory, page.fileno()])
     finally:
         os.close(memory)
     assert ask(borrowed, 1, 0, 1) is None
@@ -692,9 +711,9 @@ def test_streams_have_memory_of_their_own(tmp_path: Path, opened: ExitStack) -> 
 BORROWER = """
 import hashlib, sys
 from pathlib import Path
-from shared.bus.loans import Borrowed
+from shared.bus.borrowing import Borrowed
 
-borrowed, held = Borrowed(Path(sys.argv[1]), sys.argv[2]), []
+borrowed, held = Borrowed(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])), []
 print("asked", flush=True)
 for line in sys.stdin:
     word, *numbers = line.split()
@@ -712,7 +731,7 @@ class Process:
     def __init__(self, lending: Lending, opened: ExitStack) -> None:
         self.popen = opened.enter_context(
             subprocess.Popen(
-                [sys.executable, "-c", BORROWER, str(lending.path), STREAM],
+                [sys.executable, "-c", BORROWER, str(lending.path), STREAM, str(lending.boot)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 cwd=CHECKOUT,
@@ -779,7 +798,7 @@ def test_pools_share_the_room_there_is(tmp_path: Path) -> None:
         for pool in pools:
             borrower, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             borrowers += [borrower, ours]
-            pool.admit(ours)
+            pool.admit(ours, BOOT)
 
         def lend(pool: Pool) -> bool:
             loan = pool.lend()
@@ -791,7 +810,7 @@ def test_pools_share_the_room_there_is(tmp_path: Path) -> None:
         assert [lend(pools[1]), lend(pools[1])] == [True, False], "the second has one chunk left, not two"
         for pool in pools:
             pool.dismiss(borrowers[2 * pools.index(pool) + 1])
-            pool.admit(borrowers[2 * pools.index(pool) + 1])  # has given back all that was lent before
+            pool.admit(borrowers[2 * pools.index(pool) + 1], BOOT)  # has given back all that was lent before
         assert [lend(pools[0]), lend(pools[0]), lend(pools[1]), lend(pools[1])] == [True, True, True, False]
     finally:
         for pool in pools:

@@ -584,6 +584,40 @@ def test_restarted_worker_is_borrowed_from_anew(stack: Stack, pool_clock: PoolCl
         assert subscriber.rejected == {}
 
 
+def test_loans_of_a_replaced_worker_are_not_read_from_its_successor(stack: Stack, pool_clock: PoolClock) -> None:
+    """A subscriber that reads a worker's mark and loans after it was replaced misses them, and reads no others' bytes.
+
+    Whoever reads in time misses nothing, and is lent to by the successor all the while.
+    """
+    stack.start("broker")
+    with BusEnds(stack.bus) as bus:
+        prompt, behind, found = bus.subscriber(TOPIC), bus.subscriber("datagrams/"), []
+        with LendingWorker(bus, pool_clock) as worker:
+            wait_wanted(worker.publisher, TOPIC)
+            worker.greet()
+            take_mark(prompt)
+            worker.turn()
+            for number in range(6):
+                assert worker.publish(large(number))
+                found.append(payloads_of([take(prompt)]))
+            worker.publisher.close()
+        with LendingWorker(bus, pool_clock) as worker:
+            wait_wanted(worker.publisher, TOPIC)
+            worker.greet()
+            take_mark(prompt)
+            take_mark(behind)  # the predecessor's
+            worker.turn()
+            for number in range(6, 9):
+                assert worker.publish(large(number))
+                found.append(payloads_of([take(prompt)]))
+            assert drain(behind)[0].batch is not None  # the successor's mark
+            assert behind.rejected == {"not_borrowed": 9}
+            wait_wanted(worker.publisher, inline_topic("messages"))
+            assert not worker.publish(large(9))
+            assert [payloads_of([take(each)]) for each in (prompt, behind)] == [large(9)] * 2
+            assert (found, prompt.rejected) == ([large(number) for number in range(9)], {})
+
+
 def test_made_up_loan_is_rejected(stack: Stack, pool_clock: PoolClock) -> None:
     """A loan of a sender that lends nothing, or of a chunk there is not, costs its message and nothing else."""
     stack.start("broker")

@@ -1,0 +1,206 @@
+"""The borrower's side of lent payloads: memory of each worker that lends, and loans that are given back.
+
+`shared.bus.loans` says why nobody ever sees another datagram's bytes.
+"""
+
+import mmap
+import os
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from shared.bus.loans import ANSWER, CHUNK, PAGE, pool_path
+from shared.bus.messages import Datagrams, Envelope, MessageError, Part, datagrams_topic, inline_topic
+
+MAX_UNREADABLE: Final = 256
+"""Bounds what a borrower remembers of made-up workers."""
+
+
+class _Loan:
+    """What every view of a borrowed payload keeps alive; its end gives the payload back."""
+
+    __slots__ = ("__array_interface__", "_borrowed", "_number")
+
+    def __init__(self, borrowed: "Borrowed", number: int, address: int, size: int) -> None:
+        self._borrowed, self._number = borrowed, number
+        self.__array_interface__: dict[str, Any] = {
+            "data": (address, True),
+            "shape": (size,),
+            "typestr": "|u1",
+            "version": 3,
+        }
+
+    def __del__(self) -> None:
+        self._borrowed.give_back(self._number)
+
+
+class Borrowed:
+    """What one start of a worker lends of one stream, as a borrower sees it. OSError when there is nobody to ask.
+
+    `boot` is that start's; memory of any other worker that answers at the path is not read.
+    """
+
+    def __init__(self, path: Path, stream: str, boot: int) -> None:
+        self.boot = boot
+        self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._connection.setblocking(False)
+        self._memory: npt.NDArray[np.uint8] | None = None
+        self._seen = 0
+        self._closed = False
+        self._out: dict[int, None] = {}
+        """Loans not given back, in the order of their numbers."""
+        self._lock = threading.RLock()  # any thread may drop a payload, and the garbage collector in the middle of this
+        try:
+            self._connection.connect(str(path))
+            self._connection.send(stream.encode())
+        except OSError:
+            self._connection.close()
+            raise
+
+    @property
+    def admitted(self) -> bool:
+        """Whether the worker waits for us: what it lends from now on can be read."""
+        return self._memory is not None or self._receive_answer()
+
+    def _receive_answer(self) -> bool:
+        """Map the memory, if the worker has turned to us by now."""
+        descriptors: list[int] = []
+        try:
+            answer, descriptors, _, _ = socket.recv_fds(self._connection, ANSWER.size, 2)
+            self._seen, size, boot = ANSWER.unpack(answer)
+            if boot != self.boot:
+                raise ValueError("the path is another worker's by now")
+            memory, page = descriptors
+            self._page = memoryview(mmap.mmap(page, PAGE)).cast("Q")
+            self._memory = np.frombuffer(mmap.mmap(memory, size, prot=mmap.PROT_READ), np.uint8)
+        except BlockingIOError:
+            return False
+        except (OSError, ValueError, struct.error):
+            self._connection.close()  # whoever has answered is not to wait for us
+            return False
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+        self._start = self._memory.ctypes.data
+        return True
+
+    def payload(self, number: int, chunk: int, size: int) -> memoryview | None:
+        """The payload of a loan, a view; None when it is none that waits for us to give it back."""
+        if not self.admitted or self._memory is None or number <= self._seen:
+            return None
+        if not (0 <= chunk < len(self._memory) // CHUNK and 0 <= size <= CHUNK):
+            return None
+        with self._lock:
+            self._out[number] = None
+            self._seen = number
+        return np.asarray(_Loan(self, number, self._start + chunk * CHUNK, size)).data
+
+    def passed(self, number: int) -> None:
+        """Loans up to this number come no more: what of them has not been read is given back."""
+        if number > self._seen and self.admitted:
+            with self._lock:
+                self._seen = max(self._seen, number)
+                self._settle()
+
+    def give_back(self, number: int) -> None:
+        """Nothing refers to this payload any more."""
+        with self._lock:
+            del self._out[number]
+            self._settle()
+            if self._closed:
+                self.close()
+
+    def _settle(self) -> None:
+        self._page[0] = next(iter(self._out)) - 1 if self._out else self._seen
+
+    def close(self) -> None:
+        """Borrow no more; the worker waits for us until all is given back."""
+        with self._lock:
+            self._closed = True
+            if not self._out:
+                self._connection.close()
+
+
+class Borrower:
+    """Borrows for a subscriber, in the order of its messages, from every worker that lends in a bus directory.
+
+    Without a directory nothing can be borrowed. `subscribe` and `unsubscribe` are the subscriber's own: by a topic it
+    asks for payloads in the messages, while it can't read what is lent.
+    """
+
+    def __init__(
+        self, directory: Path | None, subscribe: Callable[[str], object], unsubscribe: Callable[[str], object]
+    ) -> None:
+        self._directory = directory
+        self._subscribe, self._unsubscribe = subscribe, unsubscribe
+        self._lenders: dict[tuple[str, str], Borrowed] = {}
+        """By worker and stream."""
+        self._unreadable: dict[str, set[str]] = {}
+        """By stream: the workers that lend what can't be read here now."""
+
+    def borrow(self, envelope: Envelope, body: Datagrams, size: int) -> Part:
+        """Return the payload of a message that lends it. MessageError when it can't be read here."""
+        borrowed, payload = self._lender(envelope, body.stream), None
+        if borrowed is not None and body.chunk is not None:
+            payload = borrowed.payload(body.loan, body.chunk, size)
+        if payload is None:
+            self._want_inline(body.stream, envelope.sender)
+            raise MessageError("not_borrowed", f"{envelope.sender} lends a payload that can't be read here")
+        return payload
+
+    def note_lending(self, envelope: Envelope, body: Datagrams, *, is_mark: bool) -> None:
+        """Take in what a message that lends nothing says of lending; a mark is a worker's first word to us."""
+        if is_mark and self._lender(envelope, body.stream) is None:
+            self._ask_to_lend(envelope, body.stream)
+        borrowed = self._lender(envelope, body.stream)
+        if borrowed is None:
+            return
+        borrowed.passed(body.loan)
+        if envelope.sender in self._unreadable.get(body.stream, ()) and borrowed.admitted:
+            self._unreadable[body.stream].discard(envelope.sender)
+            if not self._unreadable[body.stream]:
+                self._unsubscribe(inline_topic(body.stream))
+
+    def _lender(self, envelope: Envelope, stream: str) -> Borrowed | None:
+        """What is borrowed of the worker that a message is from: not of its predecessor, nor of its successor."""
+        borrowed = self._lenders.get((envelope.sender, stream))
+        return borrowed if borrowed is not None and borrowed.boot == envelope.boot else None
+
+    def _ask_to_lend(self, envelope: Envelope, stream: str) -> None:
+        """Ask a worker to lend us what it lends others; have payloads in the messages when that can't be."""
+        if known := self._lenders.pop((envelope.sender, stream), None):
+            known.close()
+        try:
+            if self._directory is None:
+                raise OSError
+            borrowed = Borrowed(pool_path(self._directory, envelope.sender), stream, envelope.boot)
+        except OSError:  # perhaps it lends nothing
+            self._want_inline(stream, envelope.sender)
+        else:
+            self._lenders[envelope.sender, stream] = borrowed
+
+    def _want_inline(self, stream: str, worker: str) -> None:
+        """Have payloads of a stream sent in messages, until what a worker lends can be read here."""
+        unreadable = self._unreadable.setdefault(stream, set())
+        if not unreadable:
+            self._subscribe(inline_topic(stream))
+        if len(unreadable) < MAX_UNREADABLE:
+            unreadable.add(worker)
+
+    def keep_streams(self, prefixes: Iterable[str]) -> None:
+        """Borrow only of streams whose topic begins with one of these: who hears of no loan gives none back."""
+        for key in list(self._lenders):
+            if not datagrams_topic(key[1]).startswith(tuple(prefixes)):
+                self._lenders.pop(key).close()
+
+    def close(self) -> None:
+        """Borrow no more."""
+        for borrowed in self._lenders.values():
+            borrowed.close()
+        self._lenders.clear()
