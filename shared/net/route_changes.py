@@ -45,7 +45,7 @@ class RouteChanges:
 
 def _open() -> socket.socket | None:
     try:
-        events = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE)
+        events = socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE)
     except OSError:
         return None
     events.bind((0, 0))  # with no number of its own it would hear nothing

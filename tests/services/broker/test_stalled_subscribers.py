@@ -64,7 +64,7 @@ def test_stalled_subscribers_are_cut_off(stack: Stack) -> None:
 class PlayedMemory(Memory):
     """Memory of which as much is taken as the test says."""
 
-    def look(self) -> bool:
+    def measure(self) -> bool:
         """Whether less than half is left."""
         self.short = self.used > self.ceiling // 2
         return self.short
