@@ -33,7 +33,7 @@ STDLIB = sys.stdlib_module_names
 ALL = [opener.SOCKETS] * 3
 HELD = ("CapInh", "CapPrm", "CapEff", "CapAmb")
 PACKAGE = CHECKOUT / "services/transmitter"
-THIRD_PARTY = {"msgspec", "numpy", "pyroute2", "structlog", "zmq"}
+THIRD_PARTY = {"msgpack", "msgspec", "numpy", "pyroute2", "structlog", "zmq"}
 """What the transmitter may import besides the standard library and ourselves."""
 BROUGHT_ALONG = {"cython_runtime", "markdown_it", "mdurl", "psutil", "pygments", "rich", "typing_extensions"}
 """What those import in turn, some of it only where it is installed."""
