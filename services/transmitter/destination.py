@@ -10,6 +10,7 @@ from services.transmitter.next_hops import Egress, EgressKind, NextHops
 from shared.client import Client
 from shared.datagrams.gathered import MAX_GATHERED_PAYLOAD
 from shared.fanout.backlog import Backlog, BacklogMemory
+from shared.fanout.send_errors import SaidErrors
 from shared.ledger import NO_NEIGHBOUR
 from shared.net.netlink import NUD_FAILED
 
@@ -41,6 +42,7 @@ class Destination:
         self.client = client
         self.account = account
         self.permitted = permitted
+        self.said = SaidErrors(client.name)
         self.unreachable = False
         """Whether there is no way, or the next hop does not answer, as far as datagrams have tried."""
         self.numbers = numbers

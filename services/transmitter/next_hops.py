@@ -8,6 +8,7 @@ from enum import Enum, auto
 from typing import Final
 from weakref import WeakValueDictionary
 
+from services.transmitter.policy import Reach
 from shared.ledger import INTERFACE_DOWN, NO_ROUTE
 from shared.net.netlink import (
     NUD_STALE,
@@ -61,14 +62,19 @@ class EgressKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Egress:
-    """The way to a collector. `cause`: why there is none. `local`: it is on this host."""
+    """The way to a collector. `cause`: why there is none."""
 
     kind: EgressKind
     cause: str = ""
     link: Link | None = None
     hop: Hop | None = None
     mtu: int = 0
-    local: bool = False
+    reach: Reach = Reach.ROUTED
+
+    @property
+    def local(self) -> bool:
+        """Whether it is on this host."""
+        return self.reach is Reach.HOST
 
 
 class NextHops:
@@ -144,9 +150,12 @@ class NextHops:
         if link is None or not link.up:
             return Egress(EgressKind.NONE, INTERFACE_DOWN)
         mtu = min(route.mtu or link.mtu, link.mtu)
-        if not link.ethernet or route.kind == RTN_LOCAL:
-            return Egress(EgressKind.PACKETS, link=link, mtu=mtu, local=route.kind == RTN_LOCAL)
-        return Egress(EgressKind.FRAMES, link=link, hop=self._hop(link.index, route.next_hop), mtu=mtu)
+        if route.kind == RTN_LOCAL:
+            return Egress(EgressKind.PACKETS, link=link, mtu=mtu, reach=Reach.HOST)
+        reach = Reach.LINK if route.next_hop == address else Reach.ROUTED
+        if not link.ethernet:
+            return Egress(EgressKind.PACKETS, link=link, mtu=mtu, reach=reach)
+        return Egress(EgressKind.FRAMES, link=link, hop=self._hop(link.index, route.next_hop), mtu=mtu, reach=reach)
 
     def _hop(self, link_index: int, address: str) -> Hop:
         hop = self._hops.get((link_index, address))

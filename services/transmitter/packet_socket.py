@@ -10,6 +10,7 @@ from typing import Final
 import numpy as np
 
 from services.transmitter.addressing import Addressing
+from services.transmitter.destination import Destination
 from services.transmitter.headers import ETHERTYPE_IPV4, ETHERTYPE_IPV6
 from services.transmitter.next_hops import Egress, EgressKind
 from services.transmitter.plan import FramePlan
@@ -55,14 +56,14 @@ class PacketSocket:
             return SOCKADDR_IN.pack(socket.AF_INET, 0, addressing.address)
         return SOCKADDR_IN6.pack(socket.AF_INET6, 0, 0, addressing.address, 0)
 
-    def send(self, plan: FramePlan, accounts: Sequence[Counter[str]]) -> int:
-        """Send what is planned and addressed, each part on its account; return how many rows were dealt with.
+    def send(self, plan: FramePlan, destinations: Sequence[Destination]) -> int:
+        """Send what is planned and addressed, each part to its destination; return how many rows were dealt with.
 
         They were delivered or dropped. Fewer than all means that runs were refused from there on: plan the rest again
         without segmentation.
         """
         at, skips, stop = 0, 0, plan.units
-        forgiven = self._socket.family == socket.AF_PACKET
+        forgiven = plan.frames if self._socket.family == socket.AF_PACKET else -1
         dropped: list[tuple[int, int, str]] = []
         while at < plan.frames:
             taken, error = send(self._socket.fileno(), plan.messages, at, plan.frames)
@@ -72,10 +73,10 @@ class PacketSocket:
             if error in NO_ROOM:
                 if self._wait():
                     continue
-            elif not forgiven:
+            elif forgiven < at:
                 # With IP_RECVERR an ICMP error, to whatever packet, is what the next send ends with: it says nothing
                 # of this one. One that does will come again.
-                forgiven = True
+                forgiven = at
                 continue
             unit = plan.unit_of(at)
             if plan.segmented(unit) and self.gso.refused_by(error):
@@ -85,8 +86,10 @@ class PacketSocket:
             if error in RAW_CAUSES or skips > MAX_SKIPS:  # the next collector's may leave all the same
                 last, skips = int(plan.first_units[plan.part_of(unit) + 1]), 0
             dropped.append((unit, last, cause_of(error, RAW_CAUSES)))
+            if error not in NO_ROOM:
+                destinations[plan.part_of(unit)].said.say("copies to a collector meet an error", error)
             at = plan.first_frame(last)
-        _account(plan, stop, dropped, accounts)
+        _account(plan, stop, dropped, [destination.account for destination in destinations])
         return int(plan.rows_before[stop])
 
     def _wait(self) -> bool:

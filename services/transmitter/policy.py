@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Any, Final
 
 import numpy as np
@@ -21,8 +22,18 @@ NOBODYS: Final = Prefixes(["0.0.0.0/8", "224.0.0.0/3", "::/128", "ff00::/8"])
 """What no datagram can have come from, nor may go to: this network, multicast, reserved (RFC 6890), unspecified."""
 LOOPBACK: Final = Prefixes(["127.0.0.0/8", "::1/128"])
 """Sources that are true only for a collector on this host."""
+LINK_LOCAL: Final = Prefixes(["169.254.0.0/16", "fe80::/10"])
+"""Sources that are true only for a collector without a router in between, which drops them (RFC 3927, RFC 4291)."""
 BURST_SECONDS: Final = 0.1
 """How much of a second's allowance may leave at once."""
+
+
+class Reach(Enum):
+    """How far away a collector is, as far as sources go: on this host, on a link of it, or behind a router."""
+
+    HOST = auto()
+    LINK = auto()
+    ROUTED = auto()
 
 
 class Policy:
@@ -44,16 +55,18 @@ class Policy:
         covered = self._destinations is not None and bool(self._destinations.match(halves)[0])
         return covered and not NOBODYS.match(halves)[0]
 
-    def refused_sources(self, batch: Gathered, *, local: bool) -> Mask | None:
-        """Which rows may not be copied to a collector, on this host or not, as bool, shape (n,); None: all may."""
+    def refused_sources(self, batch: Gathered, reach: Reach) -> Mask | None:
+        """Which rows may not be copied to a collector, as bool, shape (n,); None: all may."""
         if self._sources is None and batch.all_ipv4:
-            first = batch.rows["address"][:, 12]
-            if not ((first - np.uint8(1) >= 223) | (first == 127)).any():  # none from 0 or 224 on, nor loopback
+            first = batch.rows["address"][:, 12]  # none of those below begins otherwise
+            if not ((first - np.uint8(1) >= 223) | (first == 127) | (first == 169)).any():
                 return None
         halves = halves_of(batch)
         refused = NOBODYS.match(halves)
-        if not local:
+        if reach is not Reach.HOST:
             refused |= LOOPBACK.match(halves)
+        if reach is Reach.ROUTED:
+            refused |= LINK_LOCAL.match(halves)
         if self._sources is not None:
             refused |= ~self._sources.match(halves)
         return refused if refused.any() else None
@@ -95,20 +108,20 @@ class Verdicts:
     def __init__(self, policy: Policy, batch: Gathered) -> None:
         self._policy = policy
         self._batch = batch
-        self._found: dict[tuple[int, int, bool], Admitted] = {}
-        self._refused: dict[bool, Mask | None] = {}
+        self._found: dict[tuple[int, int, Reach], Admitted] = {}
+        self._refused: dict[Reach, Mask | None] = {}
 
-    def admit(self, rows: Indices | None, version: int, *, local: bool) -> Admitted:
-        """Which of these rows may be copied to a collector of an IP version, on this host or not."""
-        key = id(rows), version, local
+    def admit(self, rows: Indices | None, version: int, reach: Reach) -> Admitted:
+        """Which of these rows may be copied to a collector of an IP version."""
+        key = id(rows), version, reach
         if key not in self._found:
-            self._found[key] = self._admit(rows, version, local=local)
+            self._found[key] = self._admit(rows, version, reach)
         return self._found[key]
 
-    def _admit(self, rows: Indices | None, version: int, *, local: bool) -> Admitted:
-        if local not in self._refused:
-            self._refused[local] = self._policy.refused_sources(self._batch, local=local)
-        refused = self._refused[local]
+    def _admit(self, rows: Indices | None, version: int, reach: Reach) -> Admitted:
+        if reach not in self._refused:
+            self._refused[reach] = self._policy.refused_sources(self._batch, reach)
+        refused = self._refused[reach]
         if refused is None and self._batch.all_ipv4 and version == 4:
             return Admitted(rows)
         wanted = np.arange(len(self._batch)) if rows is None else rows

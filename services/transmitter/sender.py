@@ -89,7 +89,7 @@ class Sender:
             egress = destination.egress
             if not wanted or not self._may_go(destination, egress, wanted):
                 continue
-            admitted = verdicts.admit(selection.indices, destination.version, local=egress.local)
+            admitted = verdicts.admit(selection.indices, destination.version, egress.reach)
             rows = self._admit(destination, admitted, wanted)
             if rows is not None and not len(rows):
                 continue
@@ -186,7 +186,7 @@ class Sender:
         addressings = [share.destination.addressing(share.egress) for share in shares]
         names = [exit_.name(each) for each in addressings]
         plan.address(addressings, names, [share.destination.numbers for share in shares])
-        return exit_.send(plan, [share.destination.account for share in shares])
+        return exit_.send(plan, [share.destination for share in shares])
 
     def _release(self, destination: Destination, egress: Egress) -> None:
         """Send what a collector had waiting, before anything newer."""

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 import services.transmitter.packet_socket
 import services.transmitter.sender
@@ -229,9 +230,23 @@ def test_an_icmp_error_to_an_earlier_packet_costs_nothing(
     site.send(*numbered(0, 20), sources=ONE)
     assert payloads(collector.read(20)) == numbered(0, 20)
     assert site.account["delivered"] == 20
-    kernel.says.extend([3, -error, -error])
-    site.send(*numbered(0, 20), sources=ONE)
+    kernel.says.extend([3, -error, 1, -error, -error])
+    with capture_logs() as logs:
+        site.send(*numbered(0, 20), sources=ONE)
     assert site.account["delivered"] < 40
+    assert [(line["collector"], line["errno"]) for line in logs] == [("c", errno.errorcode[error])]
+
+
+@pytest.mark.parametrize("error", [errno.EACCES, errno.EMSGSIZE, errno.EPERM])
+def test_errors_of_earlier_packets_cost_nobody(site: Site, opened: ExitStack, kernel: Kernel, error: int) -> None:
+    """However many packets meet the error of an earlier one, each is tried again, and all of them leave."""
+    site.destination = site.reach("10.2.0.1")
+    collector = opened.enter_context(Collector(site.relay, "10.2.0.1", 9514))
+    kernel.says.extend([3, -error, 2, -error, 1, -error])
+    with capture_logs() as logs:
+        site.send(*numbered(0, 20), sources=ONE)
+    assert payloads(collector.read(20)) == numbered(0, 20)
+    assert (site.account["delivered"], logs) == (20, [])
 
 
 @pytest.mark.parametrize(

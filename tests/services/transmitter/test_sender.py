@@ -5,7 +5,7 @@ import errno
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from typing import Any
@@ -14,7 +14,7 @@ import pytest
 
 import services.transmitter.packet_socket
 import shared.datagrams.mmsg
-from services.transmitter.policy import Policy
+from services.transmitter.policy import Policy, Reach
 from services.transmitter.sender import Sender
 from shared.datagrams.gathered import Gathered
 from shared.datagrams.routing import ALL_ROWS
@@ -22,7 +22,7 @@ from shared.fanout.backlog import BacklogMemory
 from shared.settings.model import Settings, Transmitter
 from tests.builders import make_batch, make_client
 from tests.capture import Collector
-from tests.services.transmitter.site import EXPORTERS, Copied, Site, numbered, open_raw, payloads
+from tests.services.transmitter.site import EXPORTERS, SIEM4, SIEM6, Copied, Site, numbered, open_raw, payloads
 
 pytestmark = pytest.mark.usefixtures("lab")
 
@@ -196,6 +196,44 @@ def test_a_host_without_sockets_for_ipv6_counts_what_it_cannot_send(opened: Exit
     site.destination = site.reach()
     site.send(b"x")
     site.turn_until("delivered", 1)
+
+
+@pytest.mark.parametrize(
+    ("near", "beyond", "sources"),
+    [
+        (SIEM4, "10.3.0.1", ("169.254.3.4", "192.0.2.1", "169.254.255.254")),
+        (SIEM6, "fd00:3::1", ("fe80::9", "2001:db8::1", "febf::9")),
+    ],
+)
+def test_link_local_sources_stay_on_their_link(
+    opened: ExitStack, near: str, beyond: str, sources: Sequence[str]
+) -> None:
+    """Copies of link-local sources reach a collector on a link of ours; behind a router they are refused and counted.
+
+    A route that becomes one by a router, or no longer is, changes that.
+    """
+    site, bits = Site(opened), "128" if ":" in near else "32"
+    site.siem.run("ip", "addr", "add", f"{beyond}/{bits}", "dev", "eth", *(["nodad"] if ":" in beyond else []))
+    for address in (near, beyond):
+        site.relay.run("ip", "route", "replace", f"{address}/{bits}", "dev", "up")
+    near_collector, far_collector = (opened.enter_context(Collector(site.siem, each, 9514)) for each in (near, beyond))
+
+    def arrived(collector: Collector, address: str, expected: Sequence[str]) -> None:
+        before = site.account["dropped_source_refused"]
+        site.destination = site.reach(address)
+        site.send(b"0", b"1", b"2", sources=sources)
+        while site.account["held"]:
+            site.turn()
+        assert [datagram.source for datagram in collector.read(len(expected))] == list(expected)
+        assert site.account["dropped_source_refused"] - before == len(sources) - len(expected)
+
+    arrived(near_collector, near, sources)
+    arrived(far_collector, beyond, sources)
+    site.relay.run("ip", "route", "replace", f"{beyond}/{bits}", "via", near, "dev", "up")
+    while site.destination.egress.reach is not Reach.ROUTED:
+        site.turn()
+    arrived(far_collector, beyond, sources[1:2])
+    arrived(near_collector, near, sources)
 
 
 def test_policy_is_kept_whoever_is_in_the_registry(opened: ExitStack) -> None:
