@@ -136,7 +136,9 @@ class ClientConnection(asyncio.BufferedProtocol):
             return  # an action brought this about: the loop below goes on
         self._acting = True
         try:
-            while not self._transport.is_closing() and (action := self.conversation.next_action()) is not None:
+            while (action := self.conversation.next_action()) is not None:
+                if self._transport.is_closing() and action not in (Step.ABORT, Step.ABORT_SLOW):
+                    break  # nothing gets there any more; but a transport may wait for ever for its buffer to empty
                 self._perform(action)
         finally:
             self._acting = False
@@ -156,8 +158,8 @@ class ClientConnection(asyncio.BufferedProtocol):
             case Handle(request, seconds):
                 self._handler.counters[REQUESTS_DELAYED] += 1
                 self._open.loop.call_later(seconds, self._handle, request)
-            case Refuse(refused, identity):
-                self._refuse(refused, identity)
+            case Refuse(refused):
+                self._refuse(refused)
             case WriteLastWords(refused):
                 self._transport.write(b"".join(self._handler.refuse(refused)))
             case Step.GIVE_WAY:
@@ -185,7 +187,7 @@ class ClientConnection(asyncio.BufferedProtocol):
         self.conversation.answer(answer)
         self.act()
 
-    def _refuse(self, refused: RequestError, id: Id | None) -> None:
+    def _refuse(self, refused: RequestError, id: Id | None = None) -> None:
         self.conversation.answer(self._handler.refuse(refused, id), closes=refused.closes)
         self.act()
 

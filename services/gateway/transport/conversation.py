@@ -12,7 +12,7 @@ from enum import Enum, auto
 from typing import Final
 
 from services.gateway.protocol.decoder import MAX_LINE, Decoder
-from services.gateway.protocol.requests import Id, Request, RequestError, SignUp
+from services.gateway.protocol.requests import Request, RequestError, SignUp
 from services.gateway.render import json_line
 from services.gateway.transport.deadlines import Deadlines, too_slow_reader
 from shared.settings.model import Gateway
@@ -68,7 +68,6 @@ class Refuse:
     """Count this refusal, and give `answer` its bytes."""
 
     refused: RequestError
-    id: Id | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +102,8 @@ class Conversation:
     """
 
     __slots__ = (
-        "_after", "_decoder", "_delay", "_delay_told", "_discarded", "_due", "_ended", "_origin", "_outgoing",
-        "_pushed", "_pushed_bytes", "_settings", "_stalled", "_unread", "deadlines", "state",
+        "_after", "_decoder", "_delay", "_delay_told", "_discarded", "_due", "_origin", "_outgoing",
+        "_pushed", "_pushed_bytes", "_settings", "_stalled", "_unread", "deadlines", "ended", "state",
     )  # fmt: skip
 
     def __init__(self, settings: Gateway, deadlines: Deadlines, origin: str, delay: Callable[[], float]) -> None:
@@ -115,7 +114,7 @@ class Conversation:
         self._delay_told = False
         self._decoder = Decoder()
         self._unread = False  # there may be a request in the decoder
-        self._ended = False  # the client sends no more
+        self.ended = False  # the client sends no more
         self._stalled = False  # the client does not read what is written
         self._outgoing: Iterator[bytes] | None = None
         self._after = After.NEXT_REQUEST
@@ -130,11 +129,6 @@ class Conversation:
     def over(self) -> bool:
         """Whether nothing more is said."""
         return self.state in (State.LINGERING, State.CLOSED)
-
-    @property
-    def ended(self) -> bool:
-        """Whether the client sends no more."""
-        return self._ended
 
     @property
     def reading(self) -> bool:
@@ -158,14 +152,15 @@ class Conversation:
 
     def receive_end(self) -> None:
         """Note that the client sends no more, but may still read: what it has asked is answered."""
-        self._ended = True
+        self.ended = True
         self._decoder.end()
         self._unread = True
 
     def abandon(self) -> None:
         """Note that the client has closed both directions: nothing that is written gets there any more."""
-        self._ended = True
+        self.ended = True
         self.state = State.LINGERING
+        self.deadlines.await_close()
 
     def pause_writing(self) -> None:
         """Note that the client is behind by `WRITE_SIZE`."""
@@ -195,11 +190,11 @@ class Conversation:
             if closes:
                 self._finish_after()
 
-    def refuse(self, refused: RequestError, id: Id | None = None) -> None:
+    def refuse(self, refused: RequestError) -> None:
         """Answer with a refusal."""
         self.state = State.ANSWERING
         self.deadlines.suspend()
-        self._due.append(Refuse(refused, id))
+        self._due.append(Refuse(refused))
 
     def push(self, lines: bytes) -> None:
         """Send whole lines that answer no request, behind the answer under way; not without end."""
@@ -226,7 +221,7 @@ class Conversation:
 
     def expire(self, *, needed: bool) -> None:
         """Act on a deadline that has passed; `needed`: the connection is of use though nothing comes by it."""
-        if self.state is State.LINGERING:
+        if self.over:
             self._cut(Step.ABORT)
         elif self._stalled and needed and self.state is not State.ANSWERING:
             self._drop_pushed()
@@ -268,7 +263,7 @@ class Conversation:
             return
         if request is not None:
             self._begin(request)
-        elif self._ended:
+        elif self.ended:
             self._finish()
         else:
             self._await_request()
@@ -298,7 +293,7 @@ class Conversation:
         self._outgoing = None
         if self._after is After.CUT_OFF:
             self._cut_off()
-        elif self._after is After.NEXT_REQUEST and (self._decoder.buffered or self._ended):
+        elif self._after is After.NEXT_REQUEST and (self._decoder.buffered or self.ended):
             self.state = State.WAITING_TURN
             self._due.append(Step.GIVE_WAY)
         else:
@@ -312,7 +307,7 @@ class Conversation:
         """End what we say, and give the client a moment to read it and close as well."""
         self.state = State.LINGERING
         self.deadlines.await_close()
-        self._due.append(Step.CLOSE if self._ended else Step.HALF_CLOSE)
+        self._due.append(Step.CLOSE if self.ended else Step.HALF_CLOSE)
 
     def _cut_off(self) -> None:
         """End the conversation with a client that does not read; it is told so behind what it has not read yet."""
@@ -321,6 +316,7 @@ class Conversation:
 
     def _cut(self, step: Step) -> None:
         self.state = State.CLOSED
+        self.deadlines.suspend()
         self._outgoing = None
         self._drop_pushed()
         self._due.clear()

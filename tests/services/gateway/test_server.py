@@ -327,6 +327,22 @@ def test_client_that_does_not_read(stack: Stack) -> None:
         connection.close()
 
 
+def test_client_that_ends_and_does_not_read(stack: Stack) -> None:
+    """One that sends no more and reads nothing is dropped in time, wherever its answers have got stuck."""
+    stack.configure("[gateway]\nrequest_seconds = 0.5\n")
+    stack.start("broker")
+    stack.start("gateway")
+    ask(many(200))
+    with contextlib.ExitStack() as opened:
+        for number in range(1, 40):
+            connection = opened.enter_context(socket.socket())
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect(("127.0.0.1", 5000))
+            connection.sendall(b'{"op":"list"}\n' * number)
+            connection.shutdown(socket.SHUT_WR)
+        wait_until(lambda: counters(stack)["connections"] == 0, "all are dropped")
+
+
 def test_two_thousand_connections(stack: Stack) -> None:
     """Two thousand connections at once are all answered."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
