@@ -178,7 +178,7 @@ def accounts_when(bus: BusEnds, service: str, condition: Callable[[Accounts], ob
     def met() -> bool:
         message = take(subscriber)
         assert isinstance(message.body, Status)
-        if report := reports.take(message.envelope, message.body):
+        if report := reports.add(message.envelope, message.body):
             assert list(discrepancies(report.accounts)) == []
             last.update(report.accounts)
             return bool(condition(report.accounts))

@@ -25,8 +25,6 @@ MAX_MESSAGE: Final = 1024 * 1024
 MAX_TOPIC: Final = 512
 MAX_ENVELOPE: Final = 512
 """Bytes: names in topics and envelopes are short; anything longer is not ours."""
-PIECE_SIZE: Final = 256 * 1024
-"""Bytes of body at which a list is cut into pieces: far enough from `MAX_MESSAGE` that no entry can reach it."""
 
 Part = bytes | memoryview
 MAX_NUMBER: Final = 1 << 62

@@ -4,11 +4,12 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import structlog
 
-from shared.bus.messages import MAX_NUMBER, PIECE_SIZE, Envelope, Status, status_topic
+from shared.bus.messages import MAX_NUMBER, Envelope, Status, status_topic
+from shared.bus.pieces import Assembler, cut
 from shared.bus.zmq_sockets import Publisher
 from shared.ledger import DISCREPANCIES, Accounts, discrepancies
 from shared.process.memory import Memory
@@ -17,7 +18,7 @@ INTERVAL_SECONDS = 1.0
 CHECK_SHARE = 20
 """Of a service's time at most one part in so many goes into making and checking accounts that nobody asked for."""
 _COUNTER_SIZE = 32
-"""Bytes a counter takes in a message at most, name included: for cutting reports into pieces."""
+"""Bytes that a counter takes in a message at most, name included."""
 
 log = structlog.get_logger()
 
@@ -69,9 +70,12 @@ class Reporter:
             log.error("the accounts do not add up", first=str(news[0]), discrepancies=self.found)
 
     def _publish(self, accounts: Mapping[str, Mapping[str, int]]) -> None:
-        pieces = list(_pieces(accounts))
+        pieces = cut(accounts.items(), _size_of)
         report = next(self._reports)
         for number, piece in enumerate(pieces):
+            bounded = {
+                name: {counter: min(count, MAX_NUMBER) for counter, count in account.items()} for name, account in piece
+            }
             body = Status(
                 service=self._publisher.sender,
                 pid=os.getpid(),
@@ -79,27 +83,20 @@ class Reporter:
                 report=report,
                 piece=number,
                 pieces=len(pieces),
-                accounts=piece,
+                accounts=bounded,
             )
             self._publisher.publish(self._topic, body)
 
 
-def _pieces(accounts: Mapping[str, Mapping[str, int]]) -> Iterable[Accounts]:
-    piece: Accounts = {}
-    size = 0
-    for name, account in accounts.items():
-        cost = 4 * len(name) + 16 + _COUNTER_SIZE * len(account)
-        if piece and size + cost > PIECE_SIZE:
-            yield piece
-            piece, size = {}, 0
-        piece[name] = {counter: min(count, MAX_NUMBER) for counter, count in account.items()}
-        size += cost
-    yield piece
+def _size_of(account: tuple[str, Mapping[str, int]]) -> int:
+    """Bytes that a named account takes in a message at most."""
+    name, counters = account
+    return 4 * len(name) + 16 + _COUNTER_SIZE * len(counters)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Report:
-    """A service's whole report, put together."""
+    """A service's whole report; `received_at` is when its first piece came."""
 
     service: str
     boot: int
@@ -107,8 +104,7 @@ class Report:
     started_ns: int
     number: int
     received_at: float
-    accounts: Accounts = field(default_factory=dict)
-    pieces: int = 0
+    accounts: Accounts
 
 
 class Reports:
@@ -116,21 +112,17 @@ class Reports:
 
     def __init__(self) -> None:
         self.latest: dict[tuple[str, int], Report] = {}
-        self._partial: dict[tuple[str, int], Report] = {}
+        self._assemblers: dict[tuple[str, int], Assembler[Status]] = {}
 
-    def take(self, envelope: Envelope, status: Status) -> Report | None:
-        """Take a piece; return the report it completes."""
+    def add(self, envelope: Envelope, status: Status) -> Report | None:
+        """Add a piece; return the report that it completes."""
         key = (envelope.sender, envelope.boot)
-        report = self._partial.get(key)
-        if status.piece == 0:
-            report = self._partial[key] = Report(
-                status.service, envelope.boot, status.pid, status.started_ns, status.report, time.monotonic()
-            )
-        if report is None or (report.number, report.pieces) != (status.report, status.piece):
-            return None  # a piece was lost: wait for the next report
-        report.accounts.update(status.accounts)
-        report.pieces += 1
-        if status.piece + 1 < status.pieces:
+        assembler = self._assemblers.setdefault(key, Assembler())
+        pieces = assembler.add(status.report, status)
+        if pieces is None:
             return None
-        self.latest[key] = self._partial.pop(key)
-        return self.latest[key]
+        accounts = {name: account for piece in pieces for name, account in piece.accounts.items()}
+        began_at = assembler.began_at
+        report = Report(status.service, key[1], status.pid, status.started_ns, status.report, began_at, accounts)
+        self.latest[key] = report
+        return report

@@ -5,9 +5,10 @@ The list is whole each time, so that one that the bus lost is made up for by the
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
-from shared.bus.messages import MAX_NUMBER, PIECE_SIZE, Health, Troubled, health_topic
+from shared.bus.messages import MAX_NUMBER, Health, Troubled, health_topic
+from shared.bus.pieces import cut
 from shared.bus.zmq_sockets import Publisher
 from shared.client import Client, Source, Trouble
 from shared.fanout.health import EXAMINE_SECONDS, Symptom
@@ -45,7 +46,7 @@ class HealthReporter:
         if not self._publisher.wanted(self._topic) or (found == self._told and now < self._tell_at):
             return
         self._told, self._tell_at = found, now + REPEAT_SECONDS
-        pieces, report = list(_cut(troubled)), next(self._reports)
+        pieces, report = cut(troubled, _size_of), next(self._reports)
         for number, piece in enumerate(pieces):
             self._publisher.publish(self._topic, Health(self._source, report, number, len(pieces), piece))
 
@@ -55,14 +56,5 @@ def _troubled(client: Client, symptom: Symptom, now: float) -> Troubled:
     return Troubled(client.name, client.generation, symptom.trouble, age_ms, count)
 
 
-def _cut(troubled: Iterable[Troubled]) -> Iterator[list[Troubled]]:
-    piece: list[Troubled] = []
-    size = 0
-    for each in troubled:
-        cost = 4 * len(each.name) + _TROUBLED_SIZE
-        if piece and size + cost > PIECE_SIZE:
-            yield piece
-            piece, size = [], 0
-        piece.append(each)
-        size += cost
-    yield piece
+def _size_of(troubled: Troubled) -> int:
+    return 4 * len(troubled.name) + _TROUBLED_SIZE

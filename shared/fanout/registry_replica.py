@@ -1,6 +1,7 @@
 """The copy of the registry that a subscriber keeps: a snapshot in pieces, then numbered changes."""
 
 from shared.bus.messages import Envelope, RegistryChange, RegistrySnapshot
+from shared.bus.pieces import Assembler
 from shared.client import Client
 
 
@@ -15,8 +16,7 @@ class RegistryReplica:
         self.revision = self.version = -1
         self.stale = False
         self._boot = -1
-        self._pieces: list[RegistrySnapshot] = []
-        self._pieces_of = (-1, -1)
+        self._assembler = Assembler[RegistrySnapshot]()
 
     def apply_message(self, envelope: Envelope, body: RegistrySnapshot | RegistryChange) -> bool:
         """Take a message in; return whether it changed the registry."""
@@ -31,16 +31,11 @@ class RegistryReplica:
     def _snapshot(self, envelope: Envelope, body: RegistrySnapshot) -> bool:
         if envelope.boot == self._boot and not self.stale and body.revision <= self.revision:
             return False  # meant for another late subscriber
-        if body.piece == 0:
-            self._pieces, self._pieces_of = [], (envelope.boot, body.revision)
-        if body.piece != len(self._pieces) or self._pieces_of != (envelope.boot, body.revision):
-            return False  # a piece was lost: still stale, and the next snapshot begins anew
-        self._pieces.append(body)
-        if len(self._pieces) < body.pieces:
+        pieces = self._assembler.add((envelope.boot, body.revision), body)
+        if pieces is None:
             return False
-        self.clients = {client.name: client for piece in self._pieces for client in piece.clients}
+        self.clients = {client.name: client for piece in pieces for client in piece.clients}
         self.revision, self._boot, self.stale = body.revision, envelope.boot, False
-        self._pieces = []
         return True
 
     def _change(self, envelope: Envelope, body: RegistryChange) -> bool:

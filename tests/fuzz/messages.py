@@ -51,7 +51,7 @@ def reports(data: bytes) -> None:
             message = decode(parts[at : at + STATUS_PARTS])
         except MessageError:
             continue
-        if isinstance(message.body, Status) and (report := taken.take(message.envelope, message.body)):
+        if isinstance(message.body, Status) and (report := taken.add(message.envelope, message.body)):
             balance.add_report(report.service, report.boot, float(at), report.accounts)
     facts = ServiceFacts(broker=True, accounts=by_service(taken.latest.values()))
     assert list(check_services(facts, Settings(), []))

@@ -165,7 +165,7 @@ class World:
             self.start(name)
         while message := self._subscriber.receive():
             if isinstance(message.body, Status):
-                self.reports.take(message.envelope, message.body)
+                self.reports.add(message.envelope, message.body)
         self.arrived()
 
     def arrived(self) -> list[int]:

@@ -6,17 +6,14 @@ whole registry takes their place.
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Final
-
-import msgspec
 
 from services.gateway.bus.serving import CallLater, ServingQuery
 from services.gateway.events import EventFeed
 from services.gateway.registry.registry import Registry
 from shared.bus.messages import (
     HEALTH_PREFIX,
-    PIECE_SIZE,
     REGISTRY_TOPIC,
     Health,
     RegistryChange,
@@ -24,9 +21,11 @@ from shared.bus.messages import (
     ServeReply,
     TransmitReply,
 )
+from shared.bus.packing import pack
+from shared.bus.pieces import cut
 from shared.bus.status import Reporter
 from shared.bus.zmq_sockets import Publisher, Requests, Subscriber
-from shared.client import Client, Source
+from shared.client import Source
 from shared.ledger import Accounts
 from shared.process.memory import Memory
 
@@ -34,8 +33,6 @@ GATHER_SECONDS: Final = 0.002
 """Changes that follow one another faster are published together."""
 WAITING_MAX: Final = 4096
 """Messages that may wait for the bus, before the whole registry is cheaper."""
-
-_encode: Final = msgspec.msgpack.Encoder().encode
 
 
 class Announcer:
@@ -155,19 +152,5 @@ class Announcer:
 
     def _snapshot(self) -> list[RegistrySnapshot]:
         revision = self._registry.commit()
-        pieces = list(cut(entry.client for entry in self._registry.entries()))
+        pieces = cut((entry.client for entry in self._registry.entries()), lambda client: len(pack(client)))
         return [RegistrySnapshot(revision, number, len(pieces), piece) for number, piece in enumerate(pieces)]
-
-
-def cut(clients: Iterator[Client]) -> Iterator[list[Client]]:
-    """Yield the clients in pieces of about `PIECE_SIZE` encoded bytes, at least one."""
-    piece: list[Client] = []
-    size = 0
-    for client in clients:
-        cost = len(_encode(client))
-        if piece and size + cost > PIECE_SIZE:
-            yield piece
-            piece, size = [], 0
-        piece.append(client)
-        size += cost
-    yield piece

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from shared.bus.messages import Health
+from shared.bus.pieces import Assembler
 from shared.client import Trouble
 
 Word = Literal["fresh", "ok", "waiting"] | Trouble
@@ -33,8 +34,7 @@ class Serving:
     """Grows with every change of `_conditions`."""
     _conditions: dict[tuple[str, int], Condition] = field(default_factory=dict)
     """By name and generation, of those that have a trouble."""
-    _pieces: list[Health] = field(default_factory=list)
-    _pieces_of: tuple[int, int] = (-1, -1)
+    _assembler: Assembler[Health] = field(default_factory=Assembler)
 
     @property
     def complete(self) -> bool:
@@ -51,19 +51,14 @@ class Serving:
 
     def note_health(self, boot: int, body: Health, now: float) -> None:
         """Note the collectors in trouble, as the service started as `boot` reports them; the last report counts."""
-        if body.piece == 0:
-            self._pieces, self._pieces_of = [], (boot, body.report)
-        if body.piece != len(self._pieces) or self._pieces_of != (boot, body.report):
-            return  # a piece was lost: wait for the next list
-        self._pieces.append(body)
-        if len(self._pieces) < body.pieces:
+        pieces = self._assembler.add((boot, body.report), body)
+        if pieces is None:
             return
         conditions = {
             (each.name, each.generation): Condition(each.trouble, now - each.age_ms / 1000, each.count)
-            for piece in self._pieces
+            for piece in pieces
             for each in piece.troubled
         }
-        self._pieces = []
         if conditions or self._conditions:
             self._conditions = conditions
             self.reported += 1
@@ -72,7 +67,8 @@ class Serving:
         """Forget what was reported, since the service has gone: nothing is served until one says so again."""
         self.note_unanswered(self.served)
         self.served = -1
-        self._conditions, self._pieces_of = {}, (-1, -1)
+        self._conditions = {}
+        self._assembler.clear()
         self.reported += 1
 
     def word(self, revision: int) -> Literal["fresh", "ok", "waiting"]:

@@ -90,7 +90,7 @@ def _listen(settings: Settings, seconds: float) -> Balance:
                 break
             subscriber.socket.poll(100)
             while message := subscriber.receive():
-                if isinstance(message.body, Status) and (report := reports.take(message.envelope, message.body)):
+                if isinstance(message.body, Status) and (report := reports.add(message.envelope, message.body)):
                     balance.add_report(report.service, report.boot, report.received_at, report.accounts)
     return balance
 

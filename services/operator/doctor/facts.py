@@ -169,7 +169,7 @@ def listen(settings: Settings, seconds: float = LISTEN_SECONDS) -> list[Report]:
             subscriber.socket.poll(int(left * 1000) + 1)
             while message := subscriber.receive():
                 if isinstance(message.body, Status):
-                    reports.take(message.envelope, message.body)
+                    reports.add(message.envelope, message.body)
     return list(reports.latest.values())
 
 

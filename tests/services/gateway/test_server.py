@@ -65,7 +65,7 @@ def counters(stack: Stack) -> dict[str, int]:
     def reported() -> bool:
         while (message := subscriber.receive()) is not None:
             assert isinstance(message.body, Status)
-            if report := reports.take(message.envelope, message.body):
+            if report := reports.add(message.envelope, message.body):
                 found.append(report.accounts["gateway"])
         return bool(found)
 

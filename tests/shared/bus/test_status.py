@@ -4,7 +4,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from shared.bus.messages import PIECE_SIZE, Envelope, Status
+from shared.bus.messages import Envelope, Status
+from shared.bus.pieces import PIECE_SIZE
 from shared.bus.status import INTERVAL_SECONDS, Reporter, Reports
 from shared.ledger import Accounts
 from tests.builders import BusEnds, make_envelope, take, wait_wanted
@@ -20,10 +21,10 @@ def piece(number: int, pieces: int, report: int = 1, **account: int) -> tuple[En
 def test_report_in_pieces_comes_together() -> None:
     """A report is there when its last piece has come, with the accounts of all."""
     reports = Reports()
-    assert reports.take(*piece(0, 3, received=1)) is None
-    assert reports.take(*piece(1, 3, received=2)) is None
+    assert reports.add(*piece(0, 3, received=1)) is None
+    assert reports.add(*piece(1, 3, received=2)) is None
     assert reports.latest == {}
-    report = reports.take(*piece(2, 3, received=3))
+    report = reports.add(*piece(2, 3, received=3))
     assert report is not None
     assert report.accounts == {f"stream/{number}": {"received": number + 1} for number in range(3)}
     assert (report.service, report.pid, report.started_ns, report.number) == ("ingest.1", 42, 7, 1)
@@ -34,12 +35,12 @@ def test_report_in_pieces_comes_together() -> None:
 def test_lost_piece_makes_no_report(lost: int) -> None:
     """A report of which any piece was lost is never shown; the one before it stays, and the next one is whole."""
     reports = Reports()
-    before = reports.take(*piece(0, 1, report=1))
+    before = reports.add(*piece(0, 1, report=1))
     for number in range(3):
         if number != lost:
-            assert reports.take(*piece(number, 3, report=2)) is None
+            assert reports.add(*piece(number, 3, report=2)) is None
     assert reports.latest["ingest.1", 1] is before
-    taken = [reports.take(*piece(number, 3, report=3)) for number in range(3)]
+    taken = [reports.add(*piece(number, 3, report=3)) for number in range(3)]
     assert taken[2] is not None
     assert taken[2].number == 3
     assert len(taken[2].accounts) == 3
@@ -48,8 +49,8 @@ def test_lost_piece_makes_no_report(lost: int) -> None:
 def test_rest_of_one_report_does_not_complete_another() -> None:
     """Pieces of two reports are not mixed."""
     reports = Reports()
-    assert reports.take(*piece(0, 2, report=1)) is None
-    assert reports.take(*piece(1, 2, report=2)) is None
+    assert reports.add(*piece(0, 2, report=1)) is None
+    assert reports.add(*piece(1, 2, report=2)) is None
     assert reports.latest == {}
 
 
@@ -58,7 +59,7 @@ def test_restarted_service_is_another_one() -> None:
     reports = Reports()
     for boot in (1, 2):
         _, status = piece(0, 1)
-        reports.take(make_envelope(boot=boot, kind="status"), status)
+        reports.add(make_envelope(boot=boot, kind="status"), status)
     assert set(reports.latest) == {("ingest.1", 1), ("ingest.1", 2)}
 
 
@@ -77,7 +78,7 @@ def test_many_accounts_are_reported_in_pieces_under_the_limit(stack: Stack) -> N
         while not reports.latest:
             message = take(subscriber)
             assert isinstance(message.body, Status)
-            reports.take(message.envelope, message.body)
+            reports.add(message.envelope, message.body)
             sizes.append(len(msgspec.msgpack.encode(message.body.accounts)))
         assert len(sizes) > 1
         assert max(sizes) <= PIECE_SIZE

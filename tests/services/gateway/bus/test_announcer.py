@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import zmq
 
-from services.gateway.bus.announcer import cut
 from shared.bus.messages import (
     REGISTRY_TOPIC,
     Message,
@@ -312,12 +311,3 @@ def test_gateway_restarted(stack: Stack, follower: Follower) -> None:
     wait_for(follower, 1)
     ask(b"after")
     wait_for(follower, 2)
-
-
-def test_pieces_stay_small() -> None:
-    """A list is cut by encoded size, in order, and an empty one is one piece."""
-    assert list(cut(iter(()))) == [[]]
-    clients = [Client(f"{number}" + "n" * 200, number, "::1", 1, streams=("s" * 60,) * 64) for number in range(500)]
-    pieces = list(cut(iter(clients)))
-    assert len(pieces) > 4
-    assert [client for piece in pieces for client in piece] == clients

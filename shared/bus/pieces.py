@@ -1,0 +1,65 @@
+"""Lists longer than a bus message: cut into pieces by who publishes them, put together by who subscribes."""
+
+import time
+from collections.abc import Callable, Hashable, Iterable
+from typing import Final, Generic, Protocol, TypeVar
+
+PIECE_SIZE: Final = 256 * 1024
+"""Bytes of body at which a list is cut: far enough from `MAX_MESSAGE` that no item can reach it."""
+
+T = TypeVar("T")
+
+
+class Piece(Protocol):
+    """A body that is one of several of a list."""
+
+    @property
+    def piece(self) -> int:
+        """The number of this one, from 0."""
+
+    @property
+    def pieces(self) -> int:
+        """How many there are."""
+
+
+P = TypeVar("P", bound=Piece)
+
+
+def cut(items: Iterable[T], size_of: Callable[[T], int]) -> list[list[T]]:
+    """Return the items in pieces, at least one, each of at most `PIECE_SIZE` bytes or of a single item."""
+    pieces: list[list[T]] = [[]]
+    size = 0
+    for item in items:
+        cost = size_of(item)
+        if pieces[-1] and size + cost > PIECE_SIZE:
+            pieces.append([])
+            size = 0
+        pieces[-1].append(item)
+        size += cost
+    return pieces
+
+
+class Assembler(Generic[P]):
+    """Puts a list together; of one that lacks a piece, or of which one comes out of order, it makes nothing."""
+
+    def __init__(self) -> None:
+        self.began_at = 0.0
+        """When the first piece came, on the monotonic clock."""
+        self._key: Hashable = None
+        self._pieces: list[P] = []
+
+    def add(self, key: Hashable, body: P) -> list[P] | None:
+        """Add a piece of the list that `key` names; return all of its pieces when this was the last."""
+        if body.piece == 0:
+            self._key, self._pieces, self.began_at = key, [], time.monotonic()
+        if key != self._key or body.piece != len(self._pieces):
+            return None
+        self._pieces.append(body)
+        if len(self._pieces) < body.pieces:
+            return None
+        whole, self._pieces = self._pieces, []
+        return whole
+
+    def clear(self) -> None:
+        """Drop the pieces there are; what follows them completes nothing."""
+        self._key, self._pieces = None, []
