@@ -30,6 +30,8 @@ CONNECTIONS_EXPIRED: Final = "connections_expired"
 """TCP connections closed because they sent nothing for too long."""
 RECEIVE_ERRORS: Final = "receive_errors"
 """Receive calls that failed; nothing is known to be lost by one."""
+RECEIVE_ERRNO: Final = "receive_errno"
+"""Of a listener: why its last receive call failed, an errno; 0 once one has succeeded: a gauge."""
 
 # ingest, account `stream/NAME` of a stream with a `protocol`
 EXPORTER_MISSED: Final = "exporter_missed"
@@ -92,7 +94,7 @@ DELIVERED: Final = "delivered"
 """Datagrams the kernel took for it."""
 HELD: Final = "held"
 """Datagrams that wait, for room in the send buffer (forwarder) or for the next hop to tell its link address
-(transmitter): with `exporters` and `memory` all that ever falls."""
+(transmitter): with `exporters`, `memory` and `receive_errno` all that ever falls."""
 WITHHELD: Final = "withheld"
 """Datagrams not sent because its port is closed, `[forwarder] withhold` (forwarder)."""
 REFUSALS: Final = "refusals"

@@ -149,8 +149,8 @@ class Proxy:
             why = f"another broker runs on {self._directory}; stop it, or set another [bus] directory"
             if not isinstance(error, BlockingIOError):
                 why = (
-                    f"{self._lock.name} can't be locked: {error.strerror}; set a [bus] directory on a local file "
-                    "system, or allow flock(2)"
+                    f"{self._lock.name} can't be locked: {error.strerror}; "
+                    "set a [bus] directory on a local file system, or allow flock(2)"
                 )
             raise OperatorError(CANT_CREATE, why) from None
 

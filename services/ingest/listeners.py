@@ -5,6 +5,8 @@ import ipaddress
 import socket
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Final
 
 import structlog
@@ -12,7 +14,8 @@ import structlog
 from services.ingest.reuseport_sharing import share_port
 from shared.net.addresses import Endpoint, resolve
 from shared.net.bpf import refuse_mapped_sources
-from shared.net.sockets import InheritedSocket, bind_endpoint, close_listener, inherited
+from shared.net.multicast import is_multicast, join_group
+from shared.net.sockets import InheritedSocket, PathSocket, bind_endpoint, close_listener, inherited
 from shared.process.lifecycle import BAD_SETTINGS, FAILED, OperatorError
 from shared.settings.model import Stream
 
@@ -85,14 +88,60 @@ def bind_listener(stream: Stream, endpoint: Endpoint, held: list[socket.socket])
 
     OperatorError when none can be had, or one is in use.
     """
+    group = endpoint.host if is_multicast(endpoint.host) else ""
+
+    def prepare(sock: socket.socket) -> None:
+        share_port(sock)
+        if group:
+            join_group(sock, group)
+
     with _explained(stream, endpoint):
-        sockets = bind_endpoint(endpoint, share_port, held=held)
+        sockets = bind_endpoint(endpoint, prepare, held=held)
         for sock in sockets:
+            if group and isinstance(sock, InheritedSocket):
+                join_group(sock, group)
+            if endpoint.host == "::" and sock.family == socket.AF_INET:
+                log.warning("this host has no IPv6: listening by IPv4 alone", stream=stream.name, listen=str(endpoint))
             if sock.type == socket.SOCK_STREAM and not isinstance(sock, InheritedSocket):
                 sock.listen(TCP_BACKLOG)
             if (sock.family, sock.type) == (socket.AF_INET6, socket.SOCK_DGRAM):
                 refuse_mapped_sources(sock)
     return sockets
+
+
+class Upkeep:
+    """Keeps listeners where they can receive, though others remove paths and interfaces. To be asked each second."""
+
+    def __init__(self) -> None:
+        self._said: dict[StreamEndpoint, str] = {}
+        """What was last said of those that can't receive."""
+
+    def renew(self, stream: Stream, endpoint: Endpoint, sock: socket.socket) -> socket.socket | None:
+        """Join a group again whose interface was made anew; return another socket where the path has none of ours."""
+        try:
+            fresh = self._renew(stream, endpoint, sock)
+        except OperatorError as error:
+            if self._said.get((stream.name, endpoint)) != str(error):
+                self._said[stream.name, endpoint] = str(error)
+                log.error(f"nothing is received: {error}")
+            return None
+        self._said.pop((stream.name, endpoint), None)
+        return fresh
+
+    def _renew(self, stream: Stream, endpoint: Endpoint, sock: socket.socket) -> socket.socket | None:
+        if is_multicast(endpoint.host):
+            with _explained(stream, endpoint):
+                if join_group(sock, endpoint.host):
+                    log.warning("joined the group again", stream=stream.name, listen=str(endpoint))
+            return None
+        if not endpoint.path or (sock.in_place if isinstance(sock, PathSocket) else Path(endpoint.path).is_socket()):
+            return None
+        if isinstance(sock, InheritedSocket):
+            name = f"stream {stream.name}: {endpoint}"
+            raise OperatorError(FAILED, f"{name}: others have removed its path; restart the socket unit")
+        (fresh,) = bind_listener(stream, endpoint, [])
+        log.warning("others had removed the path: bound it again", stream=stream.name, listen=str(endpoint))
+        return fresh
 
 
 def check_reply(stream: Stream, endpoint: Endpoint) -> None:
@@ -110,7 +159,7 @@ def _explained(stream: Stream, endpoint: Endpoint) -> Iterator[None]:
         raise OperatorError(BAD_SETTINGS, f"stream {stream.name}: {endpoint}: {error.strerror}") from None
     except OSError as error:
         raise OperatorError(
-            FAILED, f"stream {stream.name}: {endpoint}: {error.strerror}{_cure(endpoint, error)}"
+            FAILED, f"stream {stream.name}: {endpoint}: {error.strerror or error}{_cure(endpoint, error)}"
         ) from None
 
 
@@ -128,6 +177,13 @@ def _cure(endpoint: Endpoint, error: OSError) -> str:
     if error.errno == errno.EADDRINUSE:
         tool = "ss -xlp" if endpoint.path else f"ss -{endpoint.scheme[0]}lnp"
         return f"; see what holds it with `{tool}`, stop that or listen elsewhere"
+    if error.errno == errno.ENODEV or (error.errno is None and is_multicast(endpoint.host)):
+        group = endpoint.host.partition("%")[0]
+        return f"; name an interface of this host (`ip link`), as in {replace(endpoint, host=f'{group}%eth0')}"
+    if error.errno == errno.EADDRNOTAVAIL:
+        return "; no interface of this host has that address (`ip address`)"
+    if error.errno == errno.ENOENT and endpoint.path:
+        return "; make its directory"
     if error.errno in (errno.EACCES, errno.EPERM) and endpoint.path:
         return "; choose a path this user may write to"
     if error.errno in (errno.EACCES, errno.EPERM):

@@ -1,5 +1,6 @@
 """From a datagram socket to batches: one receive call, its columns, cut where a bus message would grow too long."""
 
+import contextlib
 import socket
 import time
 from collections import Counter
@@ -7,13 +8,14 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
+import structlog
 
 from services.ingest.batch_publisher import StreamFeed
 from services.ingest.replies import Replier
 from shared.bus.loans import CHUNK, LENT_SIZE
 from shared.datagrams.batch import MAX_DATAGRAM, MAX_PAYLOAD, DatagramBatch, Rows
 from shared.datagrams.mmsg import ReceiveArena
-from shared.ledger import BYTES, KERNEL_DROPPED, RECEIVE_ERRORS, RECEIVED, TRUNCATED
+from shared.ledger import BYTES, KERNEL_DROPPED, RECEIVE_ERRNO, RECEIVE_ERRORS, RECEIVED, TRUNCATED
 from shared.net.addresses import LOCAL_SENDER
 from shared.net.bpf import refuse_input
 from shared.net.sockets import InheritedSocket, close_listener, kernel_drops
@@ -24,6 +26,8 @@ MAX_FAILURES: Final = 100
 """Receive calls that may fail in a row before each further one waits."""
 BACK_OFF_SECONDS: Final = 0.01
 Lengths = npt.NDArray[np.uint32]
+
+log = structlog.get_logger()
 
 
 class DatagramReceiver:
@@ -40,7 +44,10 @@ class DatagramReceiver:
         self._arena = arena
         self._family = sock.family
         self.inherited = isinstance(sock, InheritedSocket)
-        self._kernel_dropped = kernel_drops(sock) if self.inherited else 0  # not what our predecessors accounted for
+        self._kernel_dropped = 0
+        if self.inherited:  # what our predecessors accounted for is not ours
+            with contextlib.suppress(OSError):
+                self._kernel_dropped = kernel_drops(sock)
         self._stride = 0
         """How far apart the next datagrams are to stand in lent memory; 0: what comes may be too little to be lent."""
         self.assign_stream(feed, account, reply)
@@ -63,10 +70,13 @@ class DatagramReceiver:
         loan = self._feed.lend(LENT_SIZE) if self._stride else None
         try:
             count = arena.receive(self._socket.fileno(), loan.memory if loan else None, self._stride)
-        except OSError:  # an ICMP error to a reply of ours, or the kernel short of memory: the next call goes on
-            self._fail()
+        except (
+            OSError
+        ) as error:  # an ICMP error to a reply of ours, or the kernel short of memory: the next call goes on
+            self._fail(error)
             return 0, 0
-        self._failures = 0
+        if self._failures:
+            self._failures = self._account[RECEIVE_ERRNO] = 0
         if count == 0:
             return 0, 0
         received_ns = time.time_ns()
@@ -109,17 +119,26 @@ class DatagramReceiver:
                 self._feed.publish(received_ns, rows[start:stop], payload, loan)
             start = stop
 
-    def _fail(self) -> None:
+    def _fail(self, error: OSError) -> None:
         """Count a call that failed; where none succeeds any more the loop must not spin."""
         self._feed.account[RECEIVE_ERRORS] += 1
         self._account[RECEIVE_ERRORS] += 1
+        self._account[RECEIVE_ERRNO] = error.errno or 0
         self._failures += 1
+        if self._account[RECEIVE_ERRORS] > 1:
+            log.error("can't receive", stream=self._feed.stream, error=error.strerror, cause=error.errno)
         if self._failures >= MAX_FAILURES:
             time.sleep(BACK_OFF_SECONDS)
 
     def count_kernel_drops(self) -> None:
         """Account for what the kernel dropped since the last call because the receive buffer was full."""
-        drops = kernel_drops(self._socket)
+        try:
+            drops = kernel_drops(self._socket)
+        except OSError as error:
+            if self._kernel_dropped >= 0:
+                self._kernel_dropped = -1
+                log.warning("the kernel does not say how many datagrams it drops", error=error.strerror)
+            return
         fresh, self._kernel_dropped = (drops - self._kernel_dropped) % (1 << 32), drops
         self._feed.account[KERNEL_DROPPED] += fresh
         self._account[KERNEL_DROPPED] += fresh

@@ -12,6 +12,7 @@ from typing import Final
 
 import structlog
 
+from shared.net.addresses import Endpoint
 from shared.net.bpf import (
     JUMP_IF_EQUAL,
     LOAD_BYTE,
@@ -22,6 +23,7 @@ from shared.net.bpf import (
     Instruction,
     attach,
 )
+from shared.net.multicast import is_multicast
 from shared.settings.model import Spread
 
 RANDOM: Final = 0x1_0000_0000 - 0x1000 + 56
@@ -43,6 +45,14 @@ def share_port(sock: socket.socket) -> None:
     if sock.family != socket.AF_UNIX:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(sock.type == socket.SOCK_STREAM))
+
+
+def is_shareable(endpoint: Endpoint) -> bool:
+    """Whether several workers can listen there, each for a share of what comes.
+
+    A path has one socket. What is sent to a multicast group the kernel gives to each of its sockets, not to one.
+    """
+    return not endpoint.path and not is_multicast(endpoint.host)
 
 
 def program(spread: Spread, workers: int) -> list[Instruction]:

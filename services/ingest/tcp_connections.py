@@ -222,6 +222,7 @@ class ExporterConnections:
             self._selector.unregister(listener)
         for listener in (*self._listeners, *self._paused):
             listener.close()
+        self._listeners, self._paused = {}, {}
         for connection in list(self._open):
             while connection.read() and time.monotonic() < deadline:
                 pass

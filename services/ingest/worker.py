@@ -12,9 +12,9 @@ from typing import Final, Self
 import structlog
 
 from services.ingest.batch_publisher import StreamFeed
-from services.ingest.listeners import StreamEndpoint, reopen, take_inherited, warn_of_small_buffers
+from services.ingest.listeners import StreamEndpoint, Upkeep, reopen, take_inherited, warn_of_small_buffers
 from services.ingest.receiver import DatagramReceiver
-from services.ingest.reuseport_sharing import Spreader
+from services.ingest.reuseport_sharing import Spreader, is_shareable
 from services.ingest.tcp_connections import ExporterConnections
 from shared.bus.endpoint import open_link, queue_limit
 from shared.bus.loans import CHUNK, Lender, Pool, Room, pool_path
@@ -23,6 +23,7 @@ from shared.bus.zmq_sockets import Publisher, new_context
 from shared.datagrams.batch import MAX_ROWS
 from shared.datagrams.mmsg import ReceiveArena
 from shared.ledger import CHECKSUM_ERRORS, listener_account, new_accounts
+from shared.net.addresses import Endpoint
 from shared.net.sockets import (
     InheritedSocket,
     bound_endpoint,
@@ -79,6 +80,7 @@ class Worker:
         self._connections = ExporterConnections(self._selector, settings.ingest)
         self._held_back: dict[socket.socket, Callable[[], object]] = {}
         """Begins to read an inherited socket each."""
+        self._upkeep = Upkeep()
         self._spreader = Spreader(settings.ingest.spread)
         self._fill_seconds = settings.ingest.fill_ms / 1000
         self._received_at = 0.0
@@ -111,7 +113,7 @@ class Worker:
             (stream.name, endpoint): stream
             for stream in streams
             for endpoint in stream.endpoints
-            if not endpoint.path or self._name.endswith(".1")  # a path can't be shared
+            if is_shareable(endpoint) or self._name.endswith(".1")
         }
         listening, gone = reopen(wanted, self._listening, held)
         for sock in gone:
@@ -120,18 +122,33 @@ class Worker:
         changed = {stream.name for stream in streams if self._streams.get(stream.name) != stream}
         granted: dict[int, int] = {}
         for (name, endpoint), sockets in listening.items():
-            stream = wanted[name, endpoint]
             for sock in sockets if name in changed else ():
-                account = self._accounts[listener_account(name, str(bound_endpoint(endpoint.scheme, sock)))]
-                if endpoint.scheme == "tcp":
-                    self._accept(sock, self._feeds[name], account)
-                else:
-                    granted[stream.receive_buffer] = enlarge_receive_buffer(sock, stream.receive_buffer)
-                    self._receive_from(sock, self._feeds[name], account, stream.reply)
+                self._start(wanted[name, endpoint], endpoint, sock, granted)
         self._listening, self._streams = listening, {stream.name: stream for stream in streams}
         warn_of_small_buffers(granted)
         self._spreader.renew()
         self._smallest_buffer = min(map(receive_buffer, self._receivers), default=0)
+
+    def _start(self, stream: Stream, endpoint: Endpoint, sock: socket.socket, granted: dict[int, int]) -> None:
+        """Have a socket serve a stream's listener; `granted` gets its receive buffer, in bytes, by those asked for."""
+        account = self._accounts[listener_account(stream.name, str(bound_endpoint(endpoint.scheme, sock)))]
+        feed = self._feeds[stream.name]
+        if endpoint.scheme == "tcp":
+            self._accept(sock, feed, account)
+        else:
+            granted[stream.receive_buffer] = enlarge_receive_buffer(sock, stream.receive_buffer)
+            self._receive_from(sock, feed, account, stream.reply)
+
+    def _renew_listeners(self) -> None:
+        """Bind paths again that others have removed, and join groups again whose interface is another one."""
+        for (name, endpoint), sockets in list(self._listening.items()):
+            if is_shareable(endpoint):
+                continue
+            for sock in list(sockets):
+                if fresh := self._upkeep.renew(self._streams[name], endpoint, sock):
+                    self._listening[name, endpoint] = [fresh]
+                    self._see_off(sock)
+                    self._start(self._streams[name], endpoint, fresh, {})
 
     def _feed(self, streams: Sequence[Stream]) -> None:
         """Have feeds for new streams; whoever wants one of them already is told that it flows."""
@@ -233,6 +250,7 @@ class Worker:
         self._connections.read_due()
         now = time.monotonic()
         if now >= self._reporter.due_at:
+            self._renew_listeners()
             self._spreader.renew()
             self._settle()
             self._report()

@@ -13,6 +13,7 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
+import structlog
 
 from shared.datagrams.batch import MAX_DATAGRAM, MAX_ROWS, ROW, Rows
 from shared.net.addresses import V4_MAPPED
@@ -45,12 +46,20 @@ SOCKADDR: Final = np.dtype(
 assert ctypes.sizeof(ctypes.c_void_p) == 8, "fanwire needs a 64-bit Linux"
 assert (IOVEC.itemsize, MMSGHDR.itemsize, SOCKADDR.itemsize) == (16, 64, 28)
 
+REFUSED: Final = (errno.ENOSYS, errno.EPERM)
+"""What seccomp(2) answers for a call that it refuses; recvmmsg(2) itself has neither."""
 SLOT: Final = 65_536
 """Bytes a datagram may take in the arena: more than UDP can carry, so none is ever cut."""
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 _libc.recvmmsg.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_int, ctypes.c_void_p]
 _libc.sendmmsg.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_int]
+for _one in (_libc.recvmsg, _libc.sendmsg):
+    _one.argtypes, _one.restype = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int], ctypes.c_ssize_t
+
+_refused: list[str] = []
+"""What was said to be refused."""
+log = structlog.get_logger()
 
 
 def addresses_of(array: npt.NDArray[np.generic], stride: int, count: int) -> npt.NDArray[np.uint64]:
@@ -81,6 +90,7 @@ class ReceiveArena:
         self._place: memoryview | None = None
         self._stride = self._count = 0
         self._joined: bytes | None = None
+        self._one_by_one = False
 
     def _vector(self, pieces: int) -> tuple[npt.NDArray[np.void], npt.NDArray[np.void]]:
         """Headers for as many pieces of memory a datagram, and the pieces, shape (MAX_ROWS, pieces)."""
@@ -101,13 +111,32 @@ class ReceiveArena:
             self.headers, most = self._split, min(MAX_ROWS, len(place) // stride)
             start = np.uint64(np.frombuffer(place, np.uint8).ctypes.data)
             self._pieces["base"][:, 0], self._pieces["len"][:, 0] = self._number * np.uint64(stride) + start, stride
-        self._count = count = int(_libc.recvmmsg(descriptor, self.headers.ctypes.data, most, socket.MSG_DONTWAIT, None))
+        self._count = count = self._receive(descriptor, most)
         if count >= 0:
             return count
         number = ctypes.get_errno()
         if number == errno.EAGAIN:
             return 0
         raise OSError(number, os.strerror(number))
+
+    def _receive(self, descriptor: int, most: int) -> int:
+        """As recvmmsg(2); by recvmsg(2) for each datagram where a sandbox refuses that."""
+        at = self.headers.ctypes.data
+        if not self._one_by_one:
+            count = int(_libc.recvmmsg(descriptor, at, most, socket.MSG_DONTWAIT, None))
+            if count >= 0 or ctypes.get_errno() not in REFUSED:
+                return count
+        for number in range(most):
+            size = _libc.recvmsg(descriptor, at + number * MMSGHDR.itemsize, socket.MSG_DONTWAIT)
+            if size < 0 and number == 0 and ctypes.get_errno() != errno.EAGAIN:
+                return -1
+            if not self._one_by_one:
+                self._one_by_one = True
+                log.warning("recvmmsg(2) is refused here: receiving datagrams one by one, which is slower")
+            if size < 0:
+                return number
+            self.headers["len"][number] = size
+        return most
 
     def restore(self, count: int) -> None:
         """Undo what the kernel wrote into the first `count` headers; due before the next `receive`."""
@@ -190,4 +219,12 @@ def send(descriptor: int, headers: npt.NDArray[np.void], start: int, stop: int) 
     """
     at = headers.ctypes.data + start * MMSGHDR.itemsize
     count = int(_libc.sendmmsg(descriptor, at, stop - start, socket.MSG_DONTWAIT))
+    if count < 0 and ctypes.get_errno() == errno.ENOSYS:  # a sandbox refuses it
+        if not _refused:
+            _refused.append("sendmmsg")
+            log.warning("sendmmsg(2) is refused here: sending datagrams one by one, which is slower")
+        for count in range(stop - start):
+            if _libc.sendmsg(descriptor, at + count * MMSGHDR.itemsize, socket.MSG_DONTWAIT) < 0:
+                return count, 0 if count else ctypes.get_errno()
+        return stop - start, 0
     return (count, 0) if count > 0 else (0, ctypes.get_errno())

@@ -74,6 +74,8 @@ def parse_endpoint(text: str, schemes: tuple[str, ...]) -> Endpoint:
 
     ValueError says what was expected. `schemes` are those the caller serves; those beginning with `unix` take a path.
 
+    A multicast address may name its interface: `udp://239.1.1.1%eth0:5514`; a link-local IPv6 address has to.
+
     >>> parse_endpoint("udp://[::]:514", ("udp",))
     Endpoint(scheme='udp', host='::', port=514, path='')
     """
@@ -89,10 +91,34 @@ def parse_endpoint(text: str, schemes: tuple[str, ...]) -> Endpoint:
         host = host[1:-1]
     elif ":" in host:
         raise ValueError(f"{text!r}: an IPv6 address goes in brackets, as in {scheme}://[::1]:{port}")
+    _check_use(text, scheme, host)
     in_range = port.isascii() and port.isdigit() and len(port) <= 5 and 0 < int(port) < 65536
     if not separator or not host or not in_range:
         raise ValueError(f"{text!r}: expected {scheme}://HOST:PORT with a port from 1 to 65535")
     return Endpoint(scheme, host, int(port))
+
+
+def _check_use(text: str, scheme: str, host: str) -> None:
+    """ValueError when an address can't be listened on by this scheme, or lacks its interface."""
+    address, percent, _ = host.partition("%")
+    try:
+        ip = ipaddress.ip_address(address)
+    except ValueError:
+        if percent:
+            raise ValueError(f"{text!r}: an interface (%) goes with an address, not with a name") from None
+        return
+    if scheme != "udp" and (ip.is_multicast or address == "255.255.255.255"):
+        raise ValueError(f"{text!r}: what is sent to {address} comes by UDP alone; listen on udp://")
+    if _has_link_scope(ip) and not percent:
+        example = text.replace(address, f"{address}%eth0")
+        raise ValueError(f"{text!r}: the address belongs to one link; add the interface, as in {example}")
+    if percent and not (ip.is_multicast or _has_link_scope(ip)):
+        raise ValueError(f"{text!r}: an interface (%) goes with a multicast or link-local address alone")
+
+
+def _has_link_scope(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Whether an address means something together with an interface only (RFC 4007)."""
+    return address.version == 6 and (address.is_link_local or (address.is_multicast and address.packed[1] & 0xF == 2))
 
 
 SocketAddress = tuple[str, int] | tuple[str, int, int, int]
@@ -100,9 +126,15 @@ SocketAddress = tuple[str, int] | tuple[str, int, int, int]
 
 
 def resolve(host: str, port: int, kind: socket.SocketKind) -> list[tuple[socket.AddressFamily, SocketAddress]]:
-    """Every address of `host`, IPv4 and IPv6, each once. OSError when the name is not known."""
+    """Every address of `host`, IPv4 and IPv6, each once. OSError when the name is not known.
+
+    An interface behind `%` is part of the address where it has link scope; else it is only where a group is joined.
+    """
+    address, percent, _ = host.partition("%")
     try:
+        if percent and not _has_link_scope(ipaddress.ip_address(address)):
+            host = address
         found = socket.getaddrinfo(host, port, type=kind, flags=socket.AI_PASSIVE)
-    except UnicodeError:  # a label that is empty or too long to be looked up
+    except (UnicodeError, ValueError):  # a label that is empty or too long to be looked up
         raise socket.gaierror(socket.EAI_NONAME, "not a host name") from None
     return list(dict.fromkeys((family, cast(SocketAddress, at)) for family, _, _, _, at in found))

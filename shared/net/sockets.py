@@ -5,6 +5,7 @@ import os
 import socket
 import struct
 from collections.abc import Callable, MutableMapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -36,6 +37,26 @@ Prepare = Callable[[socket.socket], None]
 """Sets options before a socket is bound; accepted connections inherit most of them."""
 
 
+class PathSocket(socket.socket):
+    """A socket that this process has bound to a path."""
+
+    file: tuple[int, int] | None = None
+    """Device and inode of what was made there."""
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the path still leads here: others may have removed it, and made something else there."""
+        return self.file is not None and self.file == _file_at(self.getsockname())
+
+
+def _file_at(path: str) -> tuple[int, int] | None:
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 class InheritedSocket(socket.socket):
     """A listening socket that the service manager holds too: what is queued in it, and its path, outlive us."""
 
@@ -56,12 +77,13 @@ def inherited(environment: MutableMapping[str, str] = os.environ) -> list[Inheri
 
 
 def bind_endpoint(
-    endpoint: Endpoint, prepare: Prepare, path_mode: int = 0o777, held: list[socket.socket] | None = None
+    endpoint: Endpoint, prepare: Prepare, path_mode: int = 0o666, held: list[socket.socket] | None = None
 ) -> list[socket.socket]:
-    """Bind every address of an endpoint, non-blocking; `path_mode` is less the umask. OSError when none can be had.
+    """Bind every address of an endpoint, non-blocking; a path has `path_mode`. OSError when none can be had.
 
-    `[::]` takes IPv4 too, any other IPv6 address IPv6 alone, so that `localhost` can bind both of its addresses. An
-    address that one of `held` is bound to is served by that one, which leaves the list, and is not closed on an error.
+    `[::]` takes IPv4 too, and where this host has no IPv6, IPv4 alone. Any other IPv6 address takes IPv6 alone, so that
+    `localhost` can bind both of its addresses. An address that one of `held` is bound to is served by that one, which
+    leaves the list, and is not closed on an error.
     """
     kind, held = KINDS[endpoint.scheme], [] if held is None else held
     before = list(held)
@@ -80,6 +102,8 @@ def bind_endpoint(
                 raise
             lacking = error
     if lacking is not None and not bound:
+        if endpoint.host == "::":
+            return bind_endpoint(replace(endpoint, host="0.0.0.0"), prepare, held=held)
         raise lacking
     return bound
 
@@ -115,20 +139,22 @@ def _bind_path(path: str, kind: socket.SocketKind, prepare: Prepare, mode: int) 
                 Path(path).unlink()
             else:
                 raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
-    before = os.umask(0o777)
-    os.umask(before | (0o777 & ~mode))
+    before = os.umask(0o777 & ~mode)
     try:
-        return _bind(socket.socket(socket.AF_UNIX, kind), path, prepare)
+        sock = PathSocket(socket.AF_UNIX, kind)
+        _bind(sock, path, prepare)
+        sock.file = _file_at(path)
+        return sock
     finally:
         os.umask(before)
 
 
 def close_listener(sock: socket.socket) -> None:
-    """Close a listening socket; the file of an AF_UNIX one goes first, while no successor can have made it.
+    """Close a listening socket; the file of a path that is still its own goes first.
 
     The file of an inherited one stays: the service manager listens on it for our successor.
     """
-    if sock.family == socket.AF_UNIX and not isinstance(sock, InheritedSocket):
+    if isinstance(sock, PathSocket) and sock.in_place:
         Path(sock.getsockname()).unlink(missing_ok=True)
     sock.close()
 
@@ -157,7 +183,7 @@ def enlarge_send_buffer(sock: socket.socket, wanted: int) -> int:
 def _enlarge(sock: socket.socket, by_force: int, by_leave: int, wanted: int) -> int:
     try:
         sock.setsockopt(socket.SOL_SOCKET, by_force, wanted)
-    except PermissionError:
+    except OSError:  # not permitted, or not known to this kernel
         sock.setsockopt(socket.SOL_SOCKET, by_leave, wanted)
     return sock.getsockopt(socket.SOL_SOCKET, by_leave) // 2  # the kernel doubles it for its own records
 

@@ -1,3 +1,4 @@
+import errno
 import grp
 import os
 import pwd
@@ -17,9 +18,22 @@ from shared.bus.messages import Datagrams, datagrams_topic
 from shared.bus.zmq_sockets import broker_is_up
 from tests.builders import BusEnds, kill_all, make_batch, take, wait_wanted
 from tests.openly import program_for_all
+from tests.refusing import refused
 from tests.stack import Stack
 
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can start a service that becomes another user")
+
+
+@pytest.mark.parametrize("error", ["ENOLCK", "ENOSYS", "EOPNOTSUPP"])
+def test_a_lock_that_cannot_be_had_is_no_other_broker(stack: Stack, error: str) -> None:
+    """Where the file system or a sandbox refuses flock(2), the broker exits with 73, and says that and the cure."""
+    stack.interpreter = refused(f"flock={error}")
+    broker = stack.start("broker", ready=False)
+    assert broker.process.wait(10) == 73
+    assert (
+        f"lock can't be locked: {os.strerror(getattr(errno, error))}; set a [bus] directory on a local" in broker.text
+    )
+    assert "another broker" not in broker.text
 
 
 def test_second_broker_on_the_same_directory_is_refused(stack: Stack) -> None:
