@@ -10,13 +10,13 @@ from contextlib import ExitStack, closing, contextmanager
 import pytest
 
 from shared.client import Source
-from shared.ledger import discrepancies
+from shared.ledger import Accounts
+from tests.builders import BusEnds, accounts_when
 from tests.capture import Arrival, Collector
 from tests.network import Host
 from tests.openly import OpenStack
 from tests.stack import ask_json, wait_until
 from tests.system.test_source_preserving import EXPORTERS, SETTINGS, Exporters, Flood, number_of, small_site
-from tests.system.test_workers import reports
 
 LIVE, REFUSING, DEAF = 9514, 9, 9515
 RATE = 10_000
@@ -66,11 +66,19 @@ def by_exporter(numbers: list[int]) -> list[list[int]]:
     return [[number for number in numbers if number % len(EXPORTERS) == each] for each in range(len(EXPORTERS))]
 
 
+def by_collector(accounts: Accounts) -> Accounts:
+    """The accounts of collectors, by their names."""
+    return {name.removeprefix("collector/"): each for name, each in accounts.items() if name.startswith("collector/")}
+
+
 @pytest.mark.parametrize("source", ["relay", "original"])
 @pytest.mark.parametrize("seconds", [2, pytest.param(8, marks=pytest.mark.soak)])
 def test_trouble_of_others_costs_a_live_collector_nothing(open_stack: OpenStack, source: Source, seconds: int) -> None:
     """Beside dead, refusing and deaf collectors a live one gets all of 10,000/s in order; theirs are all counted."""
-    with small_site(open_stack) as (field, relay, siem), Collector(siem, "10.2.0.2", LIVE) as live, deaf(siem):
+    with ExitStack() as opened:
+        field, relay, siem = opened.enter_context(small_site(open_stack))
+        live = opened.enter_context(Collector(siem, "10.2.0.2", LIVE))
+        opened.enter_context(deaf(siem))
         open_stack.configure(troubled(source))
         with relay.entered():
             open_stack["gateway"].stop()
@@ -80,25 +88,18 @@ def test_trouble_of_others_costs_a_live_collector_nothing(open_stack: OpenStack,
                 lambda: {each["health"] for each in ask_json({"op": "list"})["clients"].values()} != {"fresh"},
                 "copies flow",
             )
-        name = "forwarder" if source == "relay" else "transmitter"
-
-        def accounts() -> dict[str, dict[str, int]]:
-            with relay.entered():
-                found = reports(open_stack)[f"{name}.1"]
-            return {each.removeprefix("collector/"): found[each] for each in found if each.startswith("collector/")}
-
-        wait_until(lambda: len(accounts()) == 7, "all are served")
+        service = "forwarder.1" if source == "relay" else "transmitter.1"
+        bus = opened.enter_context(BusEnds(open_stack.bus))
+        accounts_when(bus, service, lambda found: len(by_collector(found)) == 7)
         with Exporters(field, EXPORTERS, "10.1.0.1") as exporters:
             arrived, count = flood(exporters, live, seconds)
         assert by_exporter([number_of(each.payload) for each in arrived]) == by_exporter(list(range(count)))
 
-        def all_counted() -> bool:
-            found = accounts()
-            assert list(discrepancies({f"collector/{each}": account for each, account in found.items()})) == []
-            return all(account["offered"] == count and not account.get("held") for account in found.values())
+        def all_counted(found: Accounts) -> bool:
+            accounts = by_collector(found).values()
+            return all(account["offered"] == count and not account.get("held") for account in accounts)
 
-        wait_until(all_counted, "every datagram is counted")
-        found = accounts()
+        found = by_collector(accounts_when(bus, service, all_counted))
         print(f"{source}: live {len(arrived) / count:.2%} of {count}; {found}")
         assert found["live"]["delivered"] == found["deaf"]["delivered"] == count
         if source == "relay":  # its kernel tells once a second (icmp_ratelimit, icmp(7))
@@ -110,7 +111,9 @@ def test_trouble_of_others_costs_a_live_collector_nothing(open_stack: OpenStack,
 @pytest.mark.parametrize("source", ["relay", "original"])
 def test_full_interface_queue_is_counted(open_stack: OpenStack, source: Source) -> None:
     """What an interface's queue throws away is never counted as delivered; what is left leaves when there is room."""
-    with small_site(open_stack) as (field, relay, siem), Collector(siem, "10.2.0.2", LIVE) as live:
+    with ExitStack() as opened:
+        field, relay, siem = opened.enter_context(small_site(open_stack))
+        live = opened.enter_context(Collector(siem, "10.2.0.2", LIVE))
         collector = f'name = "live"\nstreams = ["*"]\naddress = "10.2.0.2"\nport = {LIVE}\nsource = "{source}"\n'
         open_stack.configure(f"{SETTINGS}[[collector]]\n{collector}")
         relay.run(
@@ -121,19 +124,18 @@ def test_full_interface_queue_is_counted(open_stack: OpenStack, source: Source) 
             open_stack.start("gateway")
             open_stack.start("transmitter")
             wait_until(lambda: ask_json({"op": "list"})["clients"]["live"]["health"] != "fresh", "copies flow")
-        name = "forwarder.1" if source == "relay" else "transmitter.1"
-
-        def account() -> dict[str, int]:
-            with relay.entered():
-                return reports(open_stack)[name].get("collector/live", {})
-
-        wait_until(account, "it is served")
+        service = "forwarder.1" if source == "relay" else "transmitter.1"
+        bus = opened.enter_context(BusEnds(open_stack.bus))
+        accounts_when(bus, service, lambda found: "live" in by_collector(found))
         with Exporters(field, EXPORTERS, "10.1.0.1") as exporters:
             arrived, count = flood(exporters, live, 1.5)
-        wait_until(lambda: account().get("offered") == count and not account().get("held"), "every datagram is counted")
-        found = account()
+
+        def all_counted(accounts: Accounts) -> bool:
+            account = by_collector(accounts)["live"]
+            return account.get("offered") == count and not account.get("held")
+
+        found = by_collector(accounts_when(bus, service, all_counted))["live"]
         arrived += live.read(found["delivered"] - len(arrived))
-        assert list(discrepancies({"collector/live": found})) == []
         assert len(arrived) == found["delivered"] < count
 
 

@@ -2,13 +2,12 @@
 
 import time
 
-from shared.ledger import discrepancies
+from tests.builders import BusEnds, accounts_when
 from tests.capture import Collector
 from tests.openly import OpenStack
 from tests.stack import ask_json, wait_until
 from tests.system.test_isolation import LIVE
 from tests.system.test_source_preserving import EXPORTERS, SETTINGS, Exporters, small_site
-from tests.system.test_workers import reports
 
 CEILING = 64 << 20
 SENT = 20_000
@@ -45,14 +44,8 @@ def test_crowd_of_tiny_batches(open_stack: OpenStack) -> None:
                     time.sleep(0.0003)
                 if number % 100 == 0:
                     most = max(most, forwarder.resident_mb("RssAnon"))
-        found: dict[str, int] = {}
-
-        def all_counted() -> bool:
-            with relay.entered():
-                found.update(reports(open_stack)["forwarder.1"]["collector/slow"])
-            return found["expected"] == SENT
-
-        wait_until(all_counted, "every datagram is counted")
-        assert list(discrepancies({"collector/slow": found})) == []
+        with BusEnds(open_stack.bus) as bus:
+            accounts = accounts_when(bus, "forwarder.1", lambda found: found["collector/slow"]["expected"] == SENT)
+        found = accounts["collector/slow"]
         assert found["dropped_memory"] > 0
         assert most * 2**20 < CEILING

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.builders import BusEnds, accounts_when
 from tests.openly import OpenStack
 from tests.stack import PATIENT, Stack, ask_json, wait_until
 from tests.traffic import exporters, open_receiver, pause
@@ -300,12 +301,9 @@ def test_transmitter_follows_streams_and_listeners(open_stack: OpenStack) -> Non
             other.send(b"of a")
             wait_until(lambda: sorted(reader.came) == [b"of a", b"of b"], "copies of both streams")
 
-    def refused() -> bool:
-        ledger = stack.operator("ledger", "--json")
-        ledger.process.wait(30)
-        return '"dropped_destination_refused": 2' in ledger.text
-
-    wait_until(refused, "what would have come back to us is refused")
+    with BusEnds(stack.bus) as bus:  # what would have come back to us is refused
+        loop = "collector/loop"
+        accounts_when(bus, "transmitter.1", lambda found: found[loop].get("dropped_destination_refused") == 2)
     assert stack["gateway"].reload()["level"] == "info"
     assert list(ask_json({"op": "list"})["clients"]) == ["one"]
     (said,) = stack["gateway"].events("collector removed: its address is one of fanwire's own listeners (loop)")
