@@ -174,8 +174,8 @@ class Destination:
         """Whether this host knows a way, so that it was a router or the collector's host that refused."""
         try:
             return bool(source_of_new_socket(self.client))
-        except OSError:
-            return False
+        except OSError as error:  # no descriptor left, say: then it is not known
+            return error.errno != errno.EINVAL and RELAY_CAUSES.get(error.errno or 0) != NOT_CONNECTED
 
     def _note(self, error: int) -> None:
         """Take note of what an ICMP error says, whichever datagram it is the answer to."""

@@ -1,6 +1,7 @@
 """Relayed copies on their way: links of other MTUs, sources that change, firewalls and routes that refuse."""
 
 import errno
+import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -140,6 +141,7 @@ def test_the_answer_that_tells_of_a_smaller_mtu_costs_no_datagram(site: Site, ba
     """The ICMPv6 error that tells of the MTU does not cost the datagrams behind the one that it answers."""
     collector, sent = site.listen(6), site.send(6)
     sent.send(make_batch(batch[:1]))
+    wait_until(lambda: mtu_of_path() == SMALL_MTU, "the MTU is known")
     for _ in range(3):
         account = sent.send(make_batch(batch))["collector/siem"]
     assert sorted(receive(collector, 3 * len(batch))) == sorted(3 * batch)
@@ -222,6 +224,16 @@ def test_copies_come_from_the_address_of_now(site: Site, version: int, change: C
     assert sent.accounts()["collector/siem"]["delivered"] == 30
 
 
+def until_well(sent: Sent) -> None:
+    """Send until nothing troubles the collector."""
+
+    def is_well() -> bool:
+        sent.send(make_batch([b"again"]))
+        return not sent.trouble()
+
+    wait_until(is_well, "it is well again")
+
+
 @BOTH
 @pytest.mark.parametrize("kind", ["prohibit", "unreachable"])
 def test_what_a_router_or_firewall_refuses_is_unreachable(site: Site, version: int, kind: str) -> None:
@@ -242,12 +254,8 @@ def test_what_a_router_or_firewall_refuses_is_unreachable(site: Site, version: i
     assert account["unreachables"] > 0
     assert len({line["errno"] for line in logs}) == len(logs) == 1
     site.router.run("ip", f"-{version}", "route", "del", kind, COLLECTOR[version])
-
-    def is_well() -> bool:
-        sent.send(make_batch([b"again"]))
-        return not sent.trouble()
-
-    wait_until(is_well, "it is well again")
+    if kind == "prohibit":  # each takes its seconds
+        until_well(sent)
 
 
 @BOTH
@@ -315,3 +323,31 @@ def test_what_this_host_does_not_let_out_is_unreachable(site: Site, error: int) 
     sent.send(make_batch([b"well"]))
     wait_until(lambda: not sent.trouble(), "it is well again")
     assert receive(collector, 2) == [b"first", b"well"]
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("where", "chain", "verdict"),
+    [
+        ("siem", "input", "reject with icmpx admin-prohibited"),
+        ("siem", "input", "reject with icmpx host-unreachable"),
+        ("relay", "output", "drop"),
+    ],
+)
+def test_what_a_firewall_refuses_is_unreachable(site: Site, version: int, where: str, chain: str, verdict: str) -> None:
+    """A firewall on the collector's host or on ours that refuses all copies makes the collector unreachable."""
+    if shutil.which("nft") is None:
+        pytest.skip("nft, of nftables, is not installed")
+    collector, sent = site.listen(version), site.send(version)
+    sent.send(make_batch([b"first"]))
+    assert (receive(collector, 1), sent.trouble()) == ([b"first"], "")
+    host: Host = getattr(site, where)
+    rules = f"add table inet x; add chain inet x c {{ type filter hook {chain} priority 0; }}; "
+    host.run("nft", f"{rules} add rule inet x c udp dport {PORT} {verdict}")
+    for _ in range(60):
+        account = sent.send(make_batch([b"x"]))["collector/siem"]
+    wait_until(lambda: sent.trouble() == "unreachable", "it is unreachable")
+    assert account["delivered"] == (1 if where == "relay" else 61)
+    host.run("nft", "flush chain inet x c")
+    if where == "relay":
+        until_well(sent)
