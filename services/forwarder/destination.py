@@ -26,6 +26,8 @@ ANSWER_SECONDS: Final = 0.5
 """A probe that was not refused for so long has arrived."""
 UNANSWERED_SECONDS: Final = 3.5
 """A host that the kernel could not find is not there for so long: it asks three times, once a second (arp(7))."""
+LINK_LOCAL_SOURCE: Final = "fe80:"
+"""All there is for a second when an address was replaced: not to be moved to, since routers drop what comes from it."""
 
 log = structlog.get_logger()
 
@@ -104,7 +106,9 @@ class Destination:
             source = source_of_new_socket(self.client)
         except OSError:  # no way now: what is sent will tell
             return False
-        if self._socket is None or source == self._socket.getsockname()[0] or not (fresh := self._open()):
+        if self._socket is None or source == self._socket.getsockname()[0] or source.startswith(LINK_LOCAL_SOURCE):
+            return False
+        if not (fresh := self._open()):
             return False
         log.info("copies come from another address now", collector=self.client.name, address=source)
         self._socket.close()  # what it has sent is the network's: it leaves before what the new one sends

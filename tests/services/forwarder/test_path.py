@@ -258,6 +258,26 @@ def test_what_a_router_or_firewall_refuses_is_unreachable(site: Site, version: i
         until_well(sent)
 
 
+def test_copies_keep_their_source_until_the_new_one_is_usable(site: Site) -> None:
+    """While other hosts are asked whether they have the new address (DAD) copies go on as before; none is lost."""
+    collector, sent = site.listen(6), site.send(6)
+    sent.send(make_batch([b"first"]))
+    site.relay.sysctl("net.ipv6.conf.up.accept_dad", 1)
+    site.relay.run(*["ip", "addr", "add", "fd00:22::1/64", "dev", "up"])
+    site.relay.run(*["ip", "addr", "del", "fd00:2::1/64", "dev", "up"])
+    assert collector.recvfrom(100)[1][0] == "fd00:2::1"
+    sources = []
+
+    def moved() -> bool:
+        sent.refresh()
+        sent.send(make_batch([b"x"]))
+        sources.append(collector.recvfrom(100)[1][0])
+        return bool(sources[-1] != "fd00:2::1")
+
+    wait_until(moved, "the new address is used")
+    assert set(sources) == {"fd00:2::1", "fd00:22::1"}
+
+
 @BOTH
 @pytest.mark.parametrize("route", ["", "prohibit", "unreachable", "blackhole"])
 def test_without_a_route_nothing_is_connected_and_with_one_again(site: Site, version: int, route: str) -> None:
