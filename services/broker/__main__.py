@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from services.broker.ipc_peers import transmitters_group
 from services.broker.proxy import Proxy
-from services.broker.stalled_subscribers import RELIEF_RESERVE
+from services.broker.stalled_subscribers import CUT_OFF_RESERVE
 from shared.process.lifecycle import Lifecycle, announce_ready, run, service_parser
 from shared.process.memory import Memory
 from shared.process.reload import Reload
@@ -21,10 +21,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _serve(_arguments: argparse.Namespace, settings: Settings, lifecycle: Lifecycle) -> None:
     group = transmitters_group(settings.transmitter.user)
     bus = settings.bus
-    memory = Memory(settings.broker.memory, "[broker] memory", reserve=RELIEF_RESERVE)
+    memory = Memory(settings.broker.memory, "[broker] memory", reserve=CUT_OFF_RESERVE)
     with Proxy(bus.path, bus.high_water_mark, group, bus.endpoints, bus.key_directory, memory) as proxy:
         announce_ready("broker", directory=str(bus.path), listen=bus.listen)
-        proxy.serve(lifecycle, Reload("broker.1", lifecycle, settings))
+        proxy.supervise(lifecycle, Reload("broker.1", lifecycle, settings))
 
 
 if __name__ == "__main__":

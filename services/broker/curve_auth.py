@@ -1,4 +1,4 @@
-"""Who may connect, when there are keys: each connection proves a public key, and that of a stranger is refused.
+"""Connections to a bus with keys: each proves a public key, and one whose key is not on the list is refused.
 
 ZeroMQ asks (ZAP, RFC 27), pyzmq's authenticator answers in a thread of its own, and the role that a key stands for
 comes with every message of the connection, as its User-Id.
@@ -23,8 +23,8 @@ DOMAIN: Final = "fanwire"
 log = structlog.get_logger()
 
 
-class Guard:
-    """The broker's key and its list of those who may connect. SettingsError when a key is not as it should be."""
+class CurveAuth:
+    """The broker's key and its list of the keys that may connect. SettingsError when a key is not as it should be."""
 
     def __init__(self, directory: Path) -> None:
         self.keys = load_keys(directory, BROKER)
@@ -34,15 +34,15 @@ class Guard:
         self._roles = load_roles(directory)
         self._unknown = self._unproven = 0  # each thread has its own
         self.monitors: list[zmq.Socket[bytes]] = []
-        """Readable when there is something to `observe`."""
+        """Readable when a handshake has failed."""
 
     @property
     def counters(self) -> Counter[str]:
-        """How many connections were refused."""
+        """The number of connections refused."""
         return +Counter({BUS_REFUSED: self._unknown + self._unproven})
 
-    def protect(self, *sockets: zmq.Socket[bytes]) -> None:
-        """Have sockets, not bound yet, take connections with a known key only; none while nobody answers for it."""
+    def require_keys(self, *sockets: zmq.Socket[bytes]) -> None:
+        """Make sockets, not bound yet, take connections with a known key only; none before `start`."""
         for sock in sockets:
             sock.set(zmq.CURVE_SERVER, 1)
             sock.set(zmq.CURVE_SECRETKEY, self.keys.secret)
@@ -62,8 +62,8 @@ class Guard:
             monitor.close()
         self._authenticator.stop()
 
-    def observe(self) -> None:
-        """Take note of connections that ended before they had proven a key: nobody is asked about those."""
+    def count_failed_handshakes(self) -> None:
+        """Count connections that ended before they had proven a key: ZeroMQ asks nothing about those."""
         for monitor in self.monitors:
             while monitor.poll(0):
                 if recv_monitor_message(monitor)["event"] == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
@@ -71,12 +71,12 @@ class Guard:
                     log.warning("connection refused: it came without a key; where it is ours, set [bus] keys")
 
     def callback(self, _domain: str, key: bytes) -> bool:
-        """Whether a public key is on the list: what pyzmq asks."""
+        """Return whether a public key is on the list; pyzmq calls this by its name."""
         if key in self._roles:
             return True
         self._unknown += 1
         log.warning(
-            "connection refused: unknown key; if it is one of ours, put it in a file there and restart the broker",
+            "connection refused: unknown key; if it is one of ours, put it into `file` and restart the broker",
             key=key.decode(),
             file=str(self._directory / "ROLE.NAME.public"),
         )

@@ -10,7 +10,7 @@ from typing import Final
 import structlog
 import zmq
 
-from services.broker.publish_rights import refusal
+from services.broker.publish_rights import refused_cause
 from shared.bus.messages import MessageError, peek
 from shared.ledger import REFUSED_MALFORMED, REFUSED_SENDER, REFUSED_TOPIC
 
@@ -23,21 +23,21 @@ STATISTICS: Final = tuple(
     for direction in ("from", "to")
     for unit in ("", "_bytes")
 )
-"""What a proxy counts, in the order it answers (zmq_proxy_steerable(3)); it counts parts, not messages."""
+"""Counters of a proxy, in the order it answers (zmq_proxy_steerable(3)); it counts parts, not messages."""
 KEPT_BACK: Final = ("refused_from_publishers", "refused_from_publishers_bytes")
-"""What a checkpoint counts besides, and answers behind that."""
+"""Counters that a filtering proxy has besides, answered behind those."""
 
 Socket = zmq.Socket[bytes]
 
 log = structlog.get_logger()
 
 
-class Checkpoint:
-    """Passes messages from publishers that may send them; the others are counted, said, and dropped."""
+class FilteringProxy:
+    """Passes messages that their publishers may send; the others are counted, logged, and dropped."""
 
     def __init__(self) -> None:
         self.counters = Counter[str]()
-        """How many messages were refused, by cause."""
+        """Messages refused, by cause."""
         self._statistics = Counter[str]()
 
     def pass_messages(self, publishers: Socket, subscribers: Socket, steering: Socket) -> None:
@@ -87,7 +87,7 @@ class Checkpoint:
     def _may_pass(self, frames: list[zmq.Frame]) -> bool:
         try:
             role = str(frames[0].get("User-Id"))
-        except zmq.ZMQError:  # it came with no key, which the guard lets nobody do
+        except zmq.ZMQError:  # it came with no key, with which none gets this far
             role = ""
         try:
             topic, envelope = peek([frame.buffer for frame in frames])
@@ -95,7 +95,7 @@ class Checkpoint:
             self.counters[REFUSED_MALFORMED] += 1
             log.warning("message refused: malformed", role=role, reason=str(error)[:200])
             return False
-        cause = refusal(role, topic, envelope)
+        cause = refused_cause(role, topic, envelope)
         if cause:
             self.counters[COUNTERS[cause]] += 1
             log.warning(

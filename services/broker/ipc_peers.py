@@ -1,4 +1,4 @@
-"""Who may reach the bus: by ipc the broker's own user, and the transmitter's when root started both; TCP as set."""
+"""Access to the bus: by ipc for the broker's own user, and the transmitter's when root started both; TCP as set."""
 
 import errno
 import os
@@ -50,10 +50,10 @@ def let_in(group: int, directory: Path, *sockets: Path) -> None:
 
 
 def refuse_strangers(sock: zmq.Socket[bytes], directory: Path, group: int | None) -> None:
-    """Have ipc connections to a socket, not bound yet, refused by who is at the other end (SO_PEERCRED, unix(7)).
+    """Make a socket, not bound yet, refuse ipc connections of other users (SO_PEERCRED, unix(7)).
 
-    So the directory's mode is not all there is between the bus and other users. Let in are this user, root, the group
-    if one is given, and that of a directory which is open to its group.
+    So the directory's mode is not the only protection. Accepted are this user, root, the group if one is given, and the
+    group of a directory that is open to its group.
     """
     for user in {os.geteuid(), 0}:
         sock.set(zmq.IPC_FILTER_UID, user)

@@ -12,10 +12,10 @@ from typing import Final, Self
 
 import zmq
 
-from services.broker.curve_auth import Guard
-from services.broker.filtering_proxy import KEPT_BACK, STATISTICS, Checkpoint, Socket
+from services.broker.curve_auth import CurveAuth
+from services.broker.filtering_proxy import KEPT_BACK, STATISTICS, FilteringProxy, Socket
 from services.broker.ipc_peers import bind_tcp, let_in, refuse_strangers
-from services.broker.stalled_subscribers import Relief
+from services.broker.stalled_subscribers import StalledSubscribers
 from shared.bus.endpoint import DIRECT, BusLink, ipc_endpoint, queue_limit
 from shared.bus.status import Reporter
 from shared.bus.zmq_sockets import (
@@ -40,7 +40,7 @@ HELD_SECONDS: Final = 0.005
 INCOMING_SHARE: Final = 2
 """A publisher's queue is one part in so many of a subscriber's: the rest waits at the publisher, who can count it."""
 CUT_OFF_MS: Final = 250
-"""How long what waits for a subscriber outlives its connection."""
+"""Time for which a subscriber's queue outlives its connection."""
 
 Passing = Callable[[Socket, Socket, Socket], None]
 """Passes messages between publishers and subscribers until the third socket says `TERMINATE`; it counts from zero."""
@@ -66,14 +66,14 @@ class Proxy:
         self._mark = queue_limit(high_water_mark, self._memory.ceiling)
         """Messages that each queue may hold."""
         ports = frozenset(endpoint.port + 1 for endpoint in listen)
-        self._relief = Relief(self._memory, directory / "subscribe", ports, self._hold)
+        self._stalled = StalledSubscribers(self._memory, directory / "subscribe", ports, self._hold)
         self._held = self._ending = False
         self._passed = Counter[str]()
-        """What had passed when the loop was left last."""
+        """The statistics when the loop was left last."""
         self._group = group
         self._listen = listen
-        self._guard = Guard(keys) if keys else None
-        self._checkpoint = Checkpoint()
+        self._auth = CurveAuth(keys) if keys else None
+        self._filter = FilteringProxy()
 
     def __enter__(self) -> Self:
         self._take_directory()
@@ -86,10 +86,10 @@ class Proxy:
         # No XPUB_NODROP here: one stalled subscriber would hold up the rest.
         subscribers.set(zmq.XPUB_VERBOSER, 1)
         link, passing = DIRECT, _pass_messages
-        if self._guard is not None:
-            self._guard.start(self._context)
-            self._guard.protect(publishers, subscribers)
-            link, passing = BusLink(keys=self._guard.keys), self._checkpoint.pass_messages
+        if self._auth is not None:
+            self._auth.start(self._context)
+            self._auth.require_keys(publishers, subscribers)
+            link, passing = BusLink(keys=self._auth.keys), self._filter.pass_messages
         try:
             for sock, side in ((publishers, "publish"), (subscribers, "subscribe")):
                 refuse_strangers(sock, self._directory, self._group)
@@ -115,7 +115,7 @@ class Proxy:
         return self
 
     def _pass(self, passing: Passing, publishers: Socket, subscribers: Socket, steering: Socket) -> None:
-        """Have messages passed until the end, but for when they are held."""
+        """Pass messages until the end, except while they are held."""
         while not self._ending:
             passing(publishers, subscribers, steering)
             while self._held and not self._ending:
@@ -126,7 +126,7 @@ class Proxy:
             sock.close()
 
     def _hold(self, held: bool) -> None:
-        """Have nothing pass, or pass again: what comes meanwhile waits at its publisher."""
+        """Stop passing messages, or go on: meanwhile they wait at their publishers."""
         if held:
             self._control.send(b"PAUSE")
             self._passed = self.statistics()  # what will be true as long as it is held
@@ -155,7 +155,7 @@ class Proxy:
             raise OperatorError(CANT_CREATE, why) from None
 
     def statistics(self) -> Counter[str]:
-        """What has passed so far, by direction, in parts and bytes."""
+        """Count what has passed so far, by direction, in parts and bytes."""
         statistics = Counter(self._passed)
         if not self._held:
             self._control.send(b"STATISTICS")
@@ -166,21 +166,21 @@ class Proxy:
             statistics.update({name: struct.unpack("=Q", part)[0] for name, part in named})
         return statistics
 
-    def serve(self, lifecycle: Lifecycle, reload: Reload) -> None:
-        """Report until told to drain, then wait for the rest of the stack to fall silent."""
+    def supervise(self, lifecycle: Lifecycle, reload: Reload) -> None:
+        """Report, and watch over memory, until told to drain; then wait for the rest of the stack to fall silent."""
         watchdog = Watchdog()
         reporter = Reporter(self._publisher, self._memory)
         poller = zmq.Poller()
         poller.register(lifecycle.fileno(), zmq.POLLIN)
         poller.register(self._publisher.socket, zmq.POLLIN)
-        for monitor in self._guard.monitors if self._guard else ():
+        for monitor in self._auth.monitors if self._auth else ():
             poller.register(monitor, zmq.POLLIN)
         while not lifecycle.draining:
-            if (lifecycle.fileno(), zmq.POLLIN) in poller.poll(self._relief.look()):
+            if (lifecycle.fileno(), zmq.POLLIN) in poller.poll(self._stalled.relieve_memory()):
                 lifecycle.heed()
                 reload.check()
-            if self._guard is not None:
-                self._guard.observe()
+            if self._auth is not None:
+                self._auth.count_failed_handshakes()
             if reporter.asked_for(self._publisher.new_subscriptions()) or time.monotonic() >= reporter.due_at:
                 self._report(reporter)
                 watchdog.feed()
@@ -188,9 +188,9 @@ class Proxy:
 
     def _report(self, reporter: Reporter) -> None:
         statistics = self.statistics()  # whether or not anybody listens: an answer shows that messages are passed
-        statistics[SUBSCRIBERS_CUT] = self._relief.cut
-        if self._guard is not None:
-            statistics += self._guard.counters + self._checkpoint.counters
+        statistics[SUBSCRIBERS_CUT] = self._stalled.cut
+        if self._auth is not None:
+            statistics += self._auth.counters + self._filter.counters
         reporter.report(lambda: {"broker": statistics})
 
     def _drain(self) -> None:
@@ -212,8 +212,8 @@ class Proxy:
         self._end()
 
     def _end(self) -> None:
-        if self._guard is not None:
-            self._guard.stop()
+        if self._auth is not None:
+            self._auth.stop()
         self._context.term()
         # libzmq leaves the socket files; unlinked while we hold the lock, they can't be a successor's.
         for endpoint in ENDPOINTS:

@@ -1,6 +1,6 @@
-"""Who may publish what: each role its own topics, under its own name. Pure.
+"""The right to publish: each role has its own topics, under its own name. No I/O.
 
-A subscriber takes a message for what its kind says, so a kind that is not at home on its topic is refused here too.
+A subscriber takes a message for what its kind says, so a kind on a topic of another family is refused here too.
 """
 
 from typing import Final
@@ -11,9 +11,9 @@ from shared.bus.messages import (
     TRANSMIT_TOPIC,
     Envelope,
     health_topic,
-    home,
     serve_topic,
     status_topic,
+    topic_family,
 )
 
 TOPICS: Final[dict[str, frozenset[str]]] = {
@@ -30,14 +30,14 @@ FAMILIES: Final[dict[str, tuple[str, ...]]] = {
     "forwarder": (REPLY_PREFIX,),
     "transmitter": (REPLY_PREFIX,),
 }
-"""What topics begin with that have one name more: a stream's, or one that the asker of a question chose."""
+"""Beginnings of topics to which one name is added: a stream's, or one that the sender of a request chose."""
 
 
-def refusal(role: str, topic: str, envelope: Envelope) -> str:
-    """The cause under which a message of this role is refused; empty when the role may publish it."""
+def refused_cause(role: str, topic: str, envelope: Envelope) -> str:
+    """Return the cause under which a message of this role is refused; empty when the role may publish it."""
     if envelope.sender.partition(".")[0] != role:
         return "sender"
-    if not _may_publish(role, topic, envelope.sender) or not topic.startswith(home(envelope.kind)):
+    if not _may_publish(role, topic, envelope.sender) or not topic.startswith(topic_family(envelope.kind)):
         return "topic"
     return ""
 

@@ -1,4 +1,4 @@
-"""What the broker does when its memory is short: who reads nothing is cut off, and as a last resort nothing passes.
+"""Relief when the broker's memory is short: subscribers that read nothing are cut off; as a last resort nothing passes.
 
 libzmq tells neither how long a queue is nor whose; but where a subscriber reads nothing, its connection's socket stands
 still, and that the kernel tells. A subscriber that is cut off connects anew by itself, and what it missed shows in the
@@ -27,7 +27,7 @@ from shared.process.memory import Memory
 STANDSTILL_SECONDS: Final = 0.5
 """A socket with as many unread bytes at every look for so long has no reader. One that is read is filled again at once,
 but hardly to the same byte at every look."""
-RELIEF_RESERVE: Final = 2
+CUT_OFF_RESERVE: Final = 2
 """Subscribers are cut off when less than one part in so many of the memory is left, as that takes a while to help."""
 LAST_RESERVE: Final = 4
 """Nothing passes when it is one part in so many, into which the queues of publishers have to fit."""
@@ -38,8 +38,8 @@ FAR_MS: Final = 100
 log = structlog.get_logger()
 
 
-class Relief:
-    """Keeps the broker below its ceiling. `hold` has nothing pass, or pass again.
+class StalledSubscribers:
+    """Ends connections of subscribers to keep the broker below its ceiling. `hold` has nothing pass, or pass again.
 
     `endpoint` is the path of the socket that subscribers connect to, `ports` are those of TCP.
     """
@@ -54,8 +54,8 @@ class Relief:
         self._standing: dict[int, tuple[int, float]] = {}
         """By a socket's inode: its unread bytes, and since when they have been so many."""
 
-    def look(self) -> int:
-        """See how much memory is taken, and do what that asks for; return after how many ms that is due again."""
+    def relieve_memory(self) -> int:
+        """Read how much memory is taken, and cut off or hold as that demands; return the ms until that is due again."""
         ceiling = self._memory.ceiling
         if self._memory.measure():
             self._cut_off()
@@ -95,7 +95,7 @@ def _connections(addresses: set[str | int]) -> Iterator[tuple[int, socket.socket
 
 
 def _unread(sock: socket.socket) -> int:
-    """How many bytes the other end has not taken yet (SIOCOUTQ, unix(7) and tcp(7))."""
+    """The number of bytes that the other end has not taken yet (SIOCOUTQ, unix(7) and tcp(7))."""
     return int(struct.unpack("i", fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)))[0])
 
 

@@ -31,7 +31,7 @@ from services.gateway.protocol.requests import (
 from services.gateway.registry.entry import Entry, Origin
 from services.gateway.registry.registry import Registry
 from services.gateway.render import json_line, show_client
-from shared.bus.frame_requests import refusal
+from shared.bus.frame_requests import describe_failure
 from shared.bus.messages import TransmitReply
 from shared.client import Source
 from shared.settings.model import Settings
@@ -193,7 +193,7 @@ class Handler:
         if not reply.error:
             return _succeed(request.id, sent=reply.sent)
         word: ErrorWord = next((word for word in WORDS if word == reply.error), "unavailable")
-        return self.refuse(RequestError(word, refusal(reply, request.count)), request.id)
+        return self.refuse(RequestError(word, describe_failure(reply, request.count)), request.id)
 
     def _inform(self, request: Auth | ListClients | ListStreams | WatchClients, peer: Peer) -> Answer:
         match request:

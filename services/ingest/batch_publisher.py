@@ -32,7 +32,7 @@ class StreamFeed:
         self.topic = datagrams_topic(stream)
         self.account = account
         self.exporters: ExporterTracker | None = None
-        """Who sends, by their own numbers; None: these are not looked at."""
+        """The exporters, followed by their own numbers; None: these are not looked at."""
         self.owes_mark = False
         self._protocol: Protocol | None = None
         self._publisher = publisher

@@ -23,7 +23,7 @@ MAX_UNREADABLE: Final = 256
 
 
 class _Loan:
-    """What every view of a borrowed payload keeps alive; its end gives the payload back."""
+    """The owner that every view of a borrowed payload keeps alive; its end gives the payload back."""
 
     __slots__ = ("__array_interface__", "_borrowed", "_number")
 
@@ -41,7 +41,7 @@ class _Loan:
 
 
 class Borrowed:
-    """What one start of a worker lends of one stream, as a borrower sees it. OSError when there is nobody to ask.
+    """A borrower's view of what one start of a worker lends of one stream. OSError when no worker can be asked.
 
     `boot` is that start's; memory of any other worker that answers at the path is not read.
     """
@@ -168,12 +168,12 @@ class Borrower:
                 self._unsubscribe(inline_topic(body.stream))
 
     def _lender(self, envelope: Envelope, stream: str) -> Borrowed | None:
-        """What is borrowed of the worker that a message is from: not of its predecessor, nor of its successor."""
+        """Return what is borrowed from the very worker that sent a message, not its predecessor or successor."""
         borrowed = self._lenders.get((envelope.sender, stream))
         return borrowed if borrowed is not None and borrowed.boot == envelope.boot else None
 
     def _ask_to_lend(self, envelope: Envelope, stream: str) -> None:
-        """Ask a worker to lend us what it lends others; have payloads in the messages when that can't be."""
+        """Ask a worker to lend to us too; ask for payloads in the messages when it can't be reached."""
         if known := self._lenders.pop((envelope.sender, stream), None):
             known.close()
         try:
@@ -186,7 +186,7 @@ class Borrower:
             self._lenders[envelope.sender, stream] = borrowed
 
     def _want_inline(self, stream: str, worker: str) -> None:
-        """Have payloads of a stream sent in messages, until what a worker lends can be read here."""
+        """Ask for a stream's payloads in the messages, until what a worker lends can be read here."""
         unreadable = self._unreadable.setdefault(stream, set())
         if not unreadable:
             self._subscribe(inline_topic(stream))
@@ -194,7 +194,7 @@ class Borrower:
             unreadable.add(worker)
 
     def keep_streams(self, prefixes: Iterable[str]) -> None:
-        """Borrow only of streams whose topic begins with one of these: who hears of no loan gives none back."""
+        """Borrow only of streams whose topic begins with one of these: without their messages no loan is given back."""
         for key in list(self._lenders):
             if not datagrams_topic(key[1]).startswith(tuple(prefixes)):
                 self._lenders.pop(key).close()

@@ -1,4 +1,4 @@
-"""Tells what a subscriber missed from what a sender never sent: gaps, repeats and restarts, by sender and topic."""
+"""Gaps, repeats and restarts, by sender and topic: what a subscriber missed is told from what was never sent."""
 
 from dataclasses import dataclass
 from typing import Final
@@ -17,7 +17,7 @@ Origin = tuple[str, int, str]
 
 @dataclass(slots=True)
 class Position:
-    """How far a subscriber has followed one origin, in datagrams of the origin's running count."""
+    """The place that a subscriber has reached in one origin's running count of datagrams."""
 
     next_sequence: int
     baseline: int

@@ -1,4 +1,4 @@
-"""The bus's CURVE keys: a file a key, `ROLE.secret` for who has the role alone, `ROLE.public` for the broker's list.
+"""The bus's CURVE keys: a file a key, `ROLE.secret` for the role itself, `ROLE.public` for the broker's list.
 
 A role is the name of a service, or `operator` for the commands. Another process of a role may have a key of its own,
 known to the broker as `ROLE.ANYTHING.public`. What is wrong with a file is the operator's to mend: SettingsError.
@@ -27,7 +27,7 @@ FORM: Final = re.compile(rb"[!-~]{40}")
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """What a process proves by who it is, and the key by which it knows the broker; each as Z85 text."""
+    """The key pair by which a process proves its role, and the broker's public key; each as Z85 text."""
 
     public: bytes
     secret: bytes

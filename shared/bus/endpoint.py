@@ -1,4 +1,4 @@
-"""How a process reaches the broker: by the bus directory, or by TCP; with a key, or by the directory's mode alone."""
+"""The way to the broker: by the bus directory or by TCP, with a key or by the directory's mode alone."""
 
 import socket
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ LARGEST_MESSAGE: Final = MAX_PAYLOAD + MAX_ROWS * ROW.itemsize
 
 @dataclass(frozen=True, slots=True)
 class BusLink:
-    """Where the broker is, None: in the bus directory; and the keys, None: there is nothing to prove."""
+    """The broker's TCP address, None: it is in the bus directory; and keys, None: it asks for none."""
 
     broker: Endpoint | None = None
     keys: Keys | None = None
@@ -42,7 +42,7 @@ class BusLink:
             sock.connect(str(tcp_endpoint(self.broker, side)))
 
     def is_up(self, directory: Path) -> bool:
-        """Whether something accepts connections where subscribers connect. ZeroMQ itself would wait without a word."""
+        """Whether anything accepts connections where subscribers connect. ZeroMQ itself would wait without a word."""
         try:
             if self.broker is not None:
                 at = tcp_endpoint(self.broker, "subscribe")
@@ -75,12 +75,12 @@ def queue_limit(high_water_mark: int, memory_ceiling: int) -> int:
 
 
 def ipc_endpoint(directory: Path, side: str) -> str:
-    """Where a side of the broker is found in the bus directory."""
+    """The ZeroMQ endpoint of a side of the broker in the bus directory."""
     return f"ipc://{directory}/{side}"
 
 
 def tcp_endpoint(broker: Endpoint, side: str) -> Endpoint:
-    """Where a side of a broker is found: publishers have the port that is named, subscribers the next."""
+    """The TCP endpoint of a side of a broker: publishers have the port that is named, subscribers the next."""
     return replace(broker, port=broker.port + (side == "subscribe"))
 
 

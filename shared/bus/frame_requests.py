@@ -1,4 +1,4 @@
-"""Ethernet frames as people write them, and what a request to send some may be. No I/O."""
+"""Ethernet frames as people write them, and limits of a request to send them. No I/O."""
 
 from typing import Final
 
@@ -11,10 +11,10 @@ FCS_SIZE: Final = 4
 UNPACED_PER_SECOND: Final = 50_000
 """An interface that takes large frames more slowly than this is slower than a gigabit."""
 ANSWER_SECONDS: Final = 2.0
-"""How long the transmitter may take to answer, on top of the time that the frames take."""
+"""Time that the transmitter may take to answer, on top of the time that the frames take."""
 
 MAX_SENDING_SECONDS: Final = 3600.0
-"""How long the frames of one request may take at their pace: it is one of few that may be under way."""
+"""Time that the frames of one request may take at their pace: only a few requests may be under way."""
 
 
 def parse_hex(text: str) -> bytes:
@@ -62,10 +62,10 @@ def check_frame(frame: bytes, *, own_fcs: bool = False) -> bytes:
 
 
 def sending_seconds(count: int, per_second: float) -> float:
-    """How long so many frames take at their pace, the first leaving at once; 0: as fast as they go."""
+    """Time that `count` frames take at their pace, the first leaving at once; pace 0: as fast as they go."""
     return (count - 1) / (per_second or UNPACED_PER_SECOND)
 
 
-def refusal(reply: TransmitReply, count: int) -> str:
-    """What to tell who asked for `count` frames: the transmitter's sentence, and what it had done by then."""
+def describe_failure(reply: TransmitReply, count: int) -> str:
+    """Return the transmitter's sentence, and how many of the `count` frames asked for had left by then."""
     return f"{reply.message}; {reply.sent} of {count} frames have left" if reply.sent else reply.message

@@ -1,9 +1,10 @@
 """Payloads in shared memory: a worker lends them, and what it has lent it does not write over while it may be read.
 
 Passing a payload through two sockets costs four copies of it. So a worker's large payloads stay where they are, in a
-memfd of one chunk a batch; the bus carries the columns and a *loan*: which chunk, and the loan's number. Who may reach
-the bus may borrow: it asks at an AF_UNIX socket in the bus directory, once a worker and stream, and is passed the
-memory, to read only, and a page of its own, in which it says up to which number it has given everything back.
+memfd of one chunk a batch; the bus carries the columns and a *loan*: which chunk, and the loan's number. Any process
+that may reach the bus may borrow: it asks at an AF_UNIX socket in the bus directory, once a worker and stream, and is
+passed the memory, to read only, and a page of its own, in which it says up to which number it has given everything
+back.
 
 Why nobody ever sends another datagram's bytes, however long it is stopped in the middle of sending:
 
@@ -18,8 +19,8 @@ Why nobody ever sends another datagram's bytes, however long it is stopped in th
   their order (`Borrowed.passed`).
 - The memory is sealed (fcntl(2)): nobody but the worker can write to it, and nobody can cut it short.
 - A borrower is forgotten when its connection ends, which the kernel does when its process does, and not before.
-- Without a free chunk, and for a moment after somebody has subscribed, who may not have borrowed yet, payloads go
-  through the bus like small ones. So does everything while somebody wants `inline_topic`: who can't borrow.
+- Without a free chunk payloads go through the bus like small ones. So they do for a moment after each subscription,
+  since the subscriber may not have borrowed yet, and while anybody that can't borrow subscribes to `inline_topic`.
 """
 
 import fcntl
@@ -42,7 +43,7 @@ CHUNK: Final = 2 << 20
 LENT_SIZE: Final = 16_384
 """Bytes; a smaller payload costs less to copy than to lend."""
 GRACE_SECONDS: Final = 1.0
-"""How long nothing is lent after somebody has subscribed."""
+"""Time after a subscription in which nothing is lent."""
 BACKLOG: Final = 64
 MAX_BORROWERS: Final = 256
 MAX_REQUEST: Final = 128
@@ -55,7 +56,7 @@ and the page's."""
 
 
 def pool_path(directory: Path, sender: str) -> Path:
-    """Where a worker, as in `ingest.2`, is asked."""
+    """The path at which a worker, as in `ingest.2`, is asked to lend."""
     return directory / f"pool.{sender.partition('.')[2]}"
 
 
@@ -88,7 +89,7 @@ class Loan:
 
 
 class Room:
-    """How many bytes the pools of a worker may take together."""
+    """The bytes that the pools of a worker may take together."""
 
     def __init__(self, size: int) -> None:
         self._left = size
@@ -157,15 +158,15 @@ class Pool:
         self._pages.pop(borrower, None)
 
     def close(self) -> None:
-        """Let go of the memory; who has borrowed keeps what it reads."""
+        """Let go of the memory; borrowers keep what they read."""
         self._pages.clear()
         os.close(self._descriptor)
 
 
 class Lender:
-    """Answers who wants to borrow from a worker. `watch` has a socket's readiness handled, `unwatch` no longer.
+    """Answers processes that want to borrow from a worker. OperatorError when another worker has the path.
 
-    `boot` is that of the worker's messages. OperatorError when another worker has the path.
+    `boot` is that of the worker's messages. `watch` has a socket's readiness handled, `unwatch` ends that.
     """
 
     def __init__(
@@ -186,7 +187,7 @@ class Lender:
         self._listener.setblocking(False)
         path.unlink(missing_ok=True)  # that of a predecessor which was killed
         self._listener.bind(str(path))
-        path.chmod(0o777)  # who may enter the directory may reach the bus
+        path.chmod(0o777)  # the directory's mode decides, as for the bus
         self._listener.listen(BACKLOG)
         watch(self._listener, self._accept)
 
@@ -201,7 +202,7 @@ class Lender:
             self._watch(borrower, lambda: self._hear(borrower))
 
     def _hear(self, borrower: socket.socket) -> None:
-        """Take what a borrower asks for; all that it says after that is that it is gone."""
+        """Read a borrower's request and admit it; it sends nothing after that, so whatever comes then is its end."""
         try:
             pool = self._pools.get(borrower.recv(MAX_REQUEST).decode())
             if pool is not None and self._borrowers[borrower] is None:

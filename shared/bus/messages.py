@@ -43,7 +43,7 @@ MAX_NAME: Final = 255
 MAX_PIECES: Final = 4096
 """Of a list of collectors: as many as there may be, each with the longest name, fit into fewer."""
 StreamName = Annotated[str, Meta(pattern="^[^/]{1,64}$")]
-"""Without a `/`: who subscribes to a stream gets no other, such as `messages/more`, of which there is no end."""
+"""A name without `/`, so that a subscription to a stream brings no other, such as `messages/more`."""
 Number = Annotated[int, Meta(ge=0, le=MAX_NUMBER)]
 
 
@@ -56,7 +56,7 @@ class MessageError(ValueError):
 
 
 class Envelope(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """What every message begins with.
+    """The part that every message begins with.
 
     `boot` is drawn at a sender's start, so a restart is not mistaken for a loss. `sequence` counts the sender's
     messages on this topic and `total` the datagrams it has published there before this message.
@@ -94,7 +94,7 @@ class RegistrySnapshot(msgspec.Struct, array_like=True, frozen=True):
 
 
 class RegistryChange(msgspec.Struct, array_like=True, frozen=True):
-    """What turned the registry at revision `after` into that at `revision`."""
+    """The change from the registry at revision `after` to that at `revision`."""
 
     after: Number
     revision: Number
@@ -103,7 +103,7 @@ class RegistryChange(msgspec.Struct, array_like=True, frozen=True):
 
 
 class ServeRequest(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """Asks who sends copies to say on topic `reply` when it serves the registry as of `revision`."""
+    """Asks the sender of copies to answer on topic `reply` once it serves the registry as of `revision`."""
 
     id: int
     reply: ReplyTopic
@@ -135,7 +135,7 @@ class TransmitRequest(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
 
 class TransmitReply(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """How many frames of a `TransmitRequest` have left, and when that is not all, why.
+    """The number of frames of a `TransmitRequest` that have left, and the reason when that is not all.
 
     `error` is a word of the JSON protocol: `bad_request`, `not_permitted` or `unavailable`; empty when all have left.
     """
@@ -220,7 +220,7 @@ def datagrams_topic(stream: str) -> str:
 
 
 def inline_topic(stream: str) -> str:
-    """Who subscribes to it can't borrow, and needs the stream's payloads in the messages themselves."""
+    """The topic of subscribers that can't borrow: while it has any, a stream's payloads are in the messages."""
     return f"inline/{stream}/"
 
 
@@ -230,19 +230,19 @@ def status_topic(service: str) -> str:
 
 
 def serve_topic(source: Source) -> str:
-    """The topic on which those who send a kind of copies are asked whether they do; none subscribes who could not."""
+    """The topic of `ServeRequest`s for one kind of copies; only a process that can send them subscribes to it."""
     return f"serve/{source}/"
 
 
 def health_topic(source: Source) -> str:
-    """The topic on which it is told how collectors of a source do; each begins with `HEALTH_PREFIX`."""
+    """The topic of the `Health` of a source's collectors; it begins with `HEALTH_PREFIX`."""
     return f"{HEALTH_PREFIX}{source}/"
 
 
-def home(kind: str) -> str:
-    """What the topics of a kind begin with: what may be published on a topic must not pass for another kind there.
+def topic_family(kind: str) -> str:
+    """The beginning that all topics of a kind have, so that no message passes for another kind on its topic.
 
-    >>> home("registry.change"), home("serve.reply")
+    >>> topic_family("registry.change"), topic_family("serve.reply")
     ('registry/', 'reply/')
     """
     family, _, rest = kind.partition(".")
@@ -286,7 +286,7 @@ Borrow = Callable[[Envelope, Datagrams, int], Part]
 
 
 def borrow_nothing(_envelope: Envelope, _body: Datagrams, _size: int) -> Part:
-    """For who reads only what is in the messages."""
+    """Refuse: this reader takes payloads from the messages alone."""
     raise MessageError("not_borrowed", "the payload is lent, and this reader does not borrow")
 
 

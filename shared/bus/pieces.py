@@ -1,4 +1,4 @@
-"""Lists longer than a bus message: cut into pieces by who publishes them, put together by who subscribes."""
+"""Lists longer than a bus message: cut into pieces by the publisher, put together by the subscriber."""
 
 import time
 from collections.abc import Callable, Hashable, Iterable
@@ -19,7 +19,7 @@ class Piece(Protocol):
 
     @property
     def pieces(self) -> int:
-        """How many there are."""
+        """The number of pieces."""
 
 
 P = TypeVar("P", bound=Piece)
@@ -44,7 +44,7 @@ class Assembler(Generic[P]):
 
     def __init__(self) -> None:
         self.began_at = 0.0
-        """When the first piece came, on the monotonic clock."""
+        """Time at which the first piece came, on the monotonic clock."""
         self._key: Hashable = None
         self._pieces: list[P] = []
 

@@ -41,9 +41,9 @@ from shared.process.lifecycle import CANT_CREATE, OperatorError
 HELLO_TOPIC: Final = "broker/"
 """The broker subscribes to it itself, so a publisher that has seen this subscription is connected to a broker."""
 LINGER_MS: Final = 1000
-"""How long unsent messages may hold up an exit: drain must be over within 4 s, and the default is for ever."""
+"""Time that unsent messages may hold up an exit: drain must be over within 4 s, and the default is for ever."""
 HANDED_ON: Final = Path("/proc/self/fd")
-"""Where a bus directory is found that was opened by a process which may go there, for one which may not."""
+"""Directory of descriptors: a process that may open the bus directory hands it on so to one that may not."""
 MAX_SUBSCRIPTION: Final = 2 * MAX_TOPIC
 """Bytes that an XPUB takes in one piece: a subscription to the longest topic, or a part of the handshake. libzmq keeps
 each byte of a subscription in a node of its own: one of 1 MB would take over 100 MB of the broker."""
@@ -54,12 +54,12 @@ log = structlog.get_logger()
 
 
 def publish_endpoint(directory: Path) -> str:
-    """Where publishers connect: the broker's XSUB."""
+    """The endpoint that publishers connect to: the broker's XSUB."""
     return ipc_endpoint(directory, "publish")
 
 
 def subscribe_endpoint(directory: Path) -> str:
-    """Where subscribers connect: the broker's XPUB."""
+    """The endpoint that subscribers connect to: the broker's XPUB."""
     return ipc_endpoint(directory, "subscribe")
 
 
@@ -93,7 +93,7 @@ class _Numbering:
 
 
 class Publisher:
-    """Publishes a service's messages, and sees who subscribes to them."""
+    """Publishes a service's messages, and sees which topics have subscribers."""
 
     def __init__(
         self,
@@ -182,7 +182,7 @@ class Publisher:
 
 
 class Subscriber:
-    """Takes messages from the bus; what is malformed is counted in `rejected`, said, and dropped."""
+    """Receives messages from the bus; a malformed one is counted in `rejected`, logged, and dropped."""
 
     def __init__(
         self, context: zmq.Context[zmq.Socket[bytes]], directory: Path, high_water_mark: int, link: BusLink = DIRECT
@@ -264,7 +264,7 @@ class Requests:
         return number
 
     def answer(self, number: int, message: Message) -> None:
-        """Hand an answer to who asked; one that comes after its deadline, or twice, is let go."""
+        """Hand an answer to the request's `finished`; one that comes after its deadline, or twice, is ignored."""
         _, finished = self._open.pop(number, (0.0, None))
         if finished is not None:
             finished(message)

@@ -7,7 +7,7 @@ from contextlib import closing
 from typing import Final
 
 from services.operator.client.bus_reader import connected
-from shared.bus.frame_requests import ANSWER_SECONDS, refusal, sending_seconds
+from shared.bus.frame_requests import ANSWER_SECONDS, describe_failure, sending_seconds
 from shared.bus.messages import TRANSMIT_TOPIC, Message, TransmitReply, TransmitRequest
 from shared.bus.zmq_sockets import Publisher, Requests, Subscriber
 from shared.process.lifecycle import FAILED, NOT_PERMITTED, OK, UNAVAILABLE, OperatorError
@@ -77,5 +77,5 @@ def _sent(answers: list[Message | None], count: int) -> int:
     if not isinstance(reply, TransmitReply):
         raise OperatorError(UNAVAILABLE, "the transmitter did not answer in time; frames may have left all the same")
     if reply.error:
-        raise OperatorError(EXIT_CODES.get(reply.error, UNAVAILABLE), refusal(reply, count))
+        raise OperatorError(EXIT_CODES.get(reply.error, UNAVAILABLE), describe_failure(reply, count))
     return reply.sent

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from services.broker.publish_rights import refusal
+from services.broker.publish_rights import refused_cause
 from shared.bus.curve_keys import ROLES
-from shared.bus.messages import KINDS, Envelope, MessageError, home, peek
+from shared.bus.messages import KINDS, Envelope, MessageError, peek, topic_family
 from tests.builders import make_envelope
 
 OWN = {
@@ -33,8 +33,8 @@ TOPICS = (
 
 
 def envelope_for(role: str, topic: str, number: int = 1) -> Envelope:
-    """An envelope of a role, with a kind that is at home on the topic where there is one."""
-    kind = next((kind for kind in KINDS if topic.startswith(home(kind))), topic.partition("/")[0])
+    """An envelope of a role, with a kind that is at topic_family on the topic where there is one."""
+    kind = next((kind for kind in KINDS if topic.startswith(topic_family(kind))), topic.partition("/")[0])
     return make_envelope(sender=f"{role}.{number}", kind=kind)
 
 
@@ -43,7 +43,7 @@ def envelope_for(role: str, topic: str, number: int = 1) -> Envelope:
 def test_each_role_has_its_own_topics(role: str, topic: str) -> None:
     """A role may publish its own topics, and none of another's."""
     allowed = re.fullmatch(OWN[role], topic) is not None
-    assert refusal(role, topic, envelope_for(role, topic)) == ("" if allowed else "topic")
+    assert refused_cause(role, topic, envelope_for(role, topic)) == ("" if allowed else "topic")
 
 
 PIECES = st.sampled_from([*TOPICS, *(topic[:-1] for topic in TOPICS), "/", "//", "X", ".", "..", "\0", "\n", " ", ""])
@@ -60,7 +60,7 @@ PIECES = st.sampled_from([*TOPICS, *(topic[:-1] for topic in TOPICS), "/", "//",
 @example("operator", "")
 def test_no_prefix_trick_lends_a_right(role: str, topic: str) -> None:
     """Whatever a topic is made of, only what is a whole topic of the role's own passes."""
-    assert (refusal(role, topic, envelope_for(role, topic)) == "") == (re.fullmatch(OWN[role], topic) is not None)
+    assert (refused_cause(role, topic, envelope_for(role, topic)) == "") == (re.fullmatch(OWN[role], topic) is not None)
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -69,21 +69,21 @@ def test_nobody_speaks_in_anothers_name(role: str, other: str) -> None:
     """A message that names another service as its sender is refused on every topic."""
     for topic in TOPICS:
         if role != other:
-            assert refusal(role, topic, envelope_for(other, topic)) == "sender"
+            assert refused_cause(role, topic, envelope_for(other, topic)) == "sender"
 
 
 def test_no_status_is_anothers() -> None:
     """A worker reports under its own number alone."""
-    assert refusal("ingest", "status/ingest.2/", envelope_for("ingest", "status/ingest.2/", 2)) == ""
-    assert refusal("ingest", "status/ingest.2/", envelope_for("ingest", "status/ingest.2/", 12)) == "topic"
+    assert refused_cause("ingest", "status/ingest.2/", envelope_for("ingest", "status/ingest.2/", 2)) == ""
+    assert refused_cause("ingest", "status/ingest.2/", envelope_for("ingest", "status/ingest.2/", 12)) == "topic"
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "status"])
 def test_no_kind_travels_on_anothers_topic(kind: str) -> None:
     """On a topic of its own a role may not publish what is taken for another's, such as a registry as a status."""
     envelope = make_envelope(sender="ingest.1", kind=kind)
-    assert refusal("ingest", "status/ingest.1/", envelope) == "topic"
-    assert refusal("ingest", "datagrams/messages/", envelope) == ("" if kind == "datagrams" else "topic")
+    assert refused_cause("ingest", "status/ingest.1/", envelope) == "topic"
+    assert refused_cause("ingest", "datagrams/messages/", envelope) == ("" if kind == "datagrams" else "topic")
 
 
 @pytest.mark.parametrize("role", ["", "None", "stranger", "Ingest"])
@@ -91,7 +91,7 @@ def test_unknown_role_has_no_rights(role: str) -> None:
     """What came without a role that is known may publish nothing."""
     for topic in TOPICS:
         for sender in (*ROLES, "stranger"):
-            assert refusal(role, topic, envelope_for(sender, topic))
+            assert refused_cause(role, topic, envelope_for(sender, topic))
 
 
 @given(st.lists(st.binary(max_size=600), max_size=7))
@@ -101,4 +101,4 @@ def test_arbitrary_parts_raise_nothing_else(parts: list[bytes]) -> None:
     """Whatever the parts, they have a topic and an envelope, or are refused as malformed."""
     with suppress(MessageError):
         topic, envelope = peek(parts)
-        assert refusal("ingest", topic, envelope) in ("", "topic", "sender")
+        assert refused_cause("ingest", topic, envelope) in ("", "topic", "sender")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from services.broker.proxy import Proxy
-from services.broker.stalled_subscribers import FAR_MS, NEAR_MS, Relief
+from services.broker.stalled_subscribers import FAR_MS, NEAR_MS, StalledSubscribers
 from shared.bus.curve_keys import ROLES, write_keys
 from shared.bus.endpoint import DIRECT, open_link
 from shared.bus.messages import Datagrams, datagrams_topic
@@ -74,15 +74,15 @@ def test_nothing_passes_from_three_quarters_on(tmp_path: Path) -> None:
     """The loop is told once to hold messages, and once to pass them again; it is looked at more often by then."""
     orders: list[bool] = []
     memory = PlayedMemory(1000)
-    relief = Relief(memory, tmp_path / "subscribe", frozenset(), orders.append)
+    stalled = StalledSubscribers(memory, tmp_path / "subscribe", frozenset(), orders.append)
     pauses = []
     for memory.used in (0, 260, 750, 751, 1000, 750, 740, 0):
-        pauses.append(relief.look())
+        pauses.append(stalled.relieve_memory())
     assert orders == [True, False]
     assert pauses == [FAR_MS, *[NEAR_MS] * 6, FAR_MS]
     unbounded = PlayedMemory()
     unbounded.used = 1 << 40
-    Relief(unbounded, tmp_path / "subscribe", frozenset(), orders.append).look()
+    StalledSubscribers(unbounded, tmp_path / "subscribe", frozenset(), orders.append).relieve_memory()
     assert orders == [True, False]
 
 

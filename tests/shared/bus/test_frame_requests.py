@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.bus.frame_requests import check_frame, make_frame, parse_hex, parse_mac, refusal, sending_seconds
+from shared.bus.frame_requests import check_frame, describe_failure, make_frame, parse_hex, parse_mac, sending_seconds
 from shared.bus.messages import MAX_FRAME, TransmitReply
 
 macs = st.binary(min_size=6, max_size=6)
@@ -86,5 +86,8 @@ def test_time_that_frames_take() -> None:
 
 def test_refusal_says_what_was_done_by_then() -> None:
     """The transmitter's sentence stands alone, unless some frames had left."""
-    assert refusal(TransmitReply(1, 0, "unavailable", "eth1 is down"), 5) == "eth1 is down"
-    assert refusal(TransmitReply(1, 2, "unavailable", "eth1 is down"), 5) == "eth1 is down; 2 of 5 frames have left"
+    assert describe_failure(TransmitReply(1, 0, "unavailable", "eth1 is down"), 5) == "eth1 is down"
+    assert (
+        describe_failure(TransmitReply(1, 2, "unavailable", "eth1 is down"), 5)
+        == "eth1 is down; 2 of 5 frames have left"
+    )
