@@ -67,6 +67,7 @@ IFF_RUNNING: Final = 0x40
 """There is carrier, as far as the driver knows; without it the kernel drops what is sent, in silence."""
 RTN_UNICAST: Final = 1
 RTN_LOCAL: Final = 2
+RTN_BROADCAST: Final = 3
 NUD_FAILED: Final = 0x20
 NUD_STALE: Final = 0x04
 NUD_USABLE: Final = 0x02 | NUD_STALE | 0x08 | 0x10 | 0x40 | 0x80

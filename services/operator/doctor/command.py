@@ -1,7 +1,7 @@
 """`fanwire doctor`: checks this host before production; prints what it found, with what cures it."""
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import Final
 
@@ -12,13 +12,16 @@ from services.operator.cli.tables import print_table
 from services.operator.client.gateway_options import access, add_gateway_arguments
 from services.operator.client.registry_client import Access, Entry, Registry
 from services.operator.doctor.facts import by_service, host_facts, listen, network_facts, service_facts
-from services.operator.doctor.finding import Finding
+from services.operator.doctor.finding import Finding, unseen
 from services.operator.doctor.host import check_host
+from services.operator.doctor.listening import check_listening
+from services.operator.doctor.listening_facts import listening_facts
 from services.operator.doctor.network_paths import check_network_paths
 from services.operator.doctor.probe import Ledger, probe
 from services.operator.doctor.services import check_services, senders_of_original
 from shared.client import ALL_STREAMS
-from shared.net.netlink import Netlink
+from shared.ledger import Accounts
+from shared.net.netlink import RTN_BROADCAST, RTN_LOCAL, Netlink
 from shared.process.lifecycle import FAILED, OK, USAGE, OperatorError
 from shared.settings.model import Settings, Stream
 
@@ -66,17 +69,35 @@ def _examine(settings: Settings, gateway: Access, probed: Stream | None) -> Iter
     collectors, silent = _collectors(settings, open_registry)
     facts = service_facts(settings, listen(settings), silent)
     yield from check_services(facts, settings, collectors)
-    with closing(Netlink()) as netlink:
-        links = netlink.links()
-        yield from check_host(host_facts(settings, links), settings)
-        seen = network_facts(settings, netlink, links, [collector.address for collector in collectors])
-    yield from check_network_paths(seen, collectors, settings.transmitter.destinations)
+    try:
+        netlink = Netlink()
+    except OSError:
+        yield unseen("network", "routes, links and addresses (AF_NETLINK is refused)")
+        yield from check_listening(listening_facts(settings, None), facts.accounts, settings)
+        yield from check_host(host_facts(settings, []), settings)
+    else:
+        with closing(netlink):
+            yield from _examine_network(netlink, settings, facts.accounts, collectors)
     if probed is not None:
         wanting = (each for each in collectors if {probed.name, ALL_STREAMS} & {*each.streams})
         neighbours = list(dict.fromkeys(each.address for each in wanting))
         yield probe(open_registry, probed, "relay", read_ledger, neighbours)
         if senders_of_original(facts.accounts):
             yield probe(open_registry, probed, "original", read_ledger, neighbours)
+
+
+def _examine_network(
+    netlink: Netlink, settings: Settings, accounts: Mapping[str, Accounts], collectors: Sequence[Entry]
+) -> Iterator[Finding]:
+    def is_local(address: str) -> bool:
+        route = netlink.route(address)
+        return route is not None and route.kind in (RTN_LOCAL, RTN_BROADCAST)
+
+    yield from check_listening(listening_facts(settings, is_local), accounts, settings)
+    links = netlink.links()
+    yield from check_host(host_facts(settings, links), settings)
+    seen = network_facts(settings, netlink, links, [collector.address for collector in collectors])
+    yield from check_network_paths(seen, collectors, settings.transmitter.destinations)
 
 
 def _collectors(settings: Settings, open_registry: Callable[[], Registry]) -> tuple[list[Entry], str]:

@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import fcntl
 import os
 import pwd
 import resource
@@ -11,6 +12,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from shutil import which
 from typing import Final
 
 from services.operator.client.bus_reader import subscribed
@@ -34,6 +36,7 @@ SYSCTLS: Final = (
 LISTEN_SECONDS: Final = INTERVAL_SECONDS + 0.2
 """Everyone reports to a new subscriber at once, and then each second."""
 LOOPBACK: Final = "lo"
+CLEANED: Final = frozenset({Path("/tmp"), Path("/var/tmp")})
 CAP_NET_RAW: Final = 13
 STA_UNSYNC: Final = 0x40
 TIMEX_SIZE: Final = 208
@@ -95,11 +98,12 @@ def _softnet() -> Softnet | None:
 
 
 def _listeners(stream: Stream, sockets: Iterable[UdpSocket]) -> list[ListeningSocket]:
+    has_ipv6 = Path("/proc/thread-self/net/if_inet6").exists()
     where = {
         (str(at[0]), endpoint.port)
         for endpoint in stream.endpoints
         if endpoint.scheme == "udp"
-        for at in _resolved(endpoint.host, endpoint.port)
+        for at in _resolved("0.0.0.0" if endpoint.host == "::" and not has_ipv6 else endpoint.host, endpoint.port)
     }
     return [
         ListeningSocket(each.receive_buffer, each.dropped) for each in sockets if (each.address, each.port) in where
@@ -148,10 +152,13 @@ def service_facts(settings: Settings, reports: list[Report], gateway: str) -> Se
     """What is to be seen of the services; `reports` is what they said, `gateway` why it did not answer."""
     directory = settings.bus.path
     bus = _bus_trouble(directory)
+    broker = None if bus else broker_is_up(directory)
     limits = {report.service: limit for report in reports if (limit := _descriptors_of(report.pid))}
     return ServiceFacts(
         bus=bus,
-        broker=None if bus else broker_is_up(directory),
+        removed=[] if bus else list(_removed(settings, broker=bool(broker), gateway=not gateway)),
+        cleaned=not bus and _is_cleaned(directory),
+        broker=broker,
         gateway=gateway,
         accounts=by_service(reports),
         descriptors={**limits, "": _hard_limit(resource.getrlimit(resource.RLIMIT_NOFILE)[1])},
@@ -192,6 +199,32 @@ def _bus_trouble(directory: Path) -> str:
     except OSError as error:
         return error.strerror or str(error)
     return ""
+
+
+def _removed(settings: Settings, *, broker: bool, gateway: bool) -> Iterator[str]:
+    """Files that are gone though a service that runs has them open."""
+    lock = settings.bus.path / "lock"
+    if broker and not settings.bus.connect and not lock.exists():
+        yield str(lock)
+    if broker and gateway and settings.database is not None and not settings.database.exists():
+        yield str(settings.database)
+
+
+def _is_cleaned(directory: Path) -> bool:
+    """Whether systemd-tmpfiles would empty the directory: it lets alone what is locked (tmpfiles.d(5), Age)."""
+    if not directory.is_dir() or not CLEANED & {*directory.resolve().parents} or which("systemd-tmpfiles") is None:
+        return False
+    try:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
 
 
 def _descriptors_of(pid: int) -> int:

@@ -21,6 +21,7 @@ from shared.client import Source
 from shared.datagrams.batch import MAX_DATAGRAM
 from shared.ledger import DELIVERED, DROPPED, EXPECTED, MISSED, PUBLISHED, RECEIVED, Accounts, dropped
 from shared.net.addresses import resolve
+from shared.net.multicast import is_multicast
 from shared.process.lifecycle import OperatorError
 from shared.settings.model import Stream
 
@@ -50,7 +51,12 @@ def probe(
     name, subject = f"probe_{source}", stream.name
     target = _target(stream)
     if target is None:
-        return warning(name, "the stream has no udp:// listener to send to", "try another by --probe", subject)
+        return warning(
+            name,
+            "the stream has no udp:// listener with an address of its own to send to",
+            "try another by --probe",
+            subject,
+        )
     nonce, collector = secrets.token_hex(8), f"doctor-{os.getpid()}"
     payload = f"fanwire doctor: a probe of stream {stream.name}, to be ignored by others; {nonce}".encode()
     try:
@@ -91,7 +97,7 @@ def probe(
 def _target(stream: Stream) -> tuple[str, int] | None:
     """Where to send so that the stream's first UDP listener gets it, by IPv4 if that may be."""
     for endpoint in stream.endpoints:
-        if endpoint.scheme == "udp":
+        if endpoint.scheme == "udp" and not is_multicast(endpoint.host):
             with suppress(OSError):
                 found = sorted(str(at[0]) for _, at in resolve(endpoint.host, endpoint.port, socket.SOCK_DGRAM))
                 host = min(found, key=lambda address: ":" in address)

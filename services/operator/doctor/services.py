@@ -37,6 +37,10 @@ class ServiceFacts:
 
     bus: str = ""
     """What is wrong with the bus directory, if anything."""
+    removed: Sequence[str] = ()
+    """Files that running services hold, and others have removed."""
+    cleaned: bool = False
+    """Whether the bus directory is one that systemd-tmpfiles empties, and nobody keeps it from that."""
     broker: bool | None = None
     """None: it can't be seen."""
     gateway: str = ""
@@ -55,6 +59,7 @@ def check_services(facts: ServiceFacts, settings: Settings, collectors: Sequence
         yield warning("bus", f"{directory}: {facts.bus}", "ask as the services' user, `sudo -u fanwire fanwire doctor`")
     else:
         yield ok("bus", f"{directory} is open to this user, or not there yet")
+    yield _kept(facts, str(directory))
     yield _services(facts)
     yield from _alone(facts)
     yield _gateway(facts)
@@ -67,6 +72,17 @@ def check_services(facts: ServiceFacts, settings: Settings, collectors: Sequence
 def senders_of_original(accounts: Mapping[str, Accounts]) -> list[str]:
     """The transmitters that have raw sockets."""
     return [name for name, kept in accounts.items() if kept.get("transmitter", {}).get("raw_sockets")]
+
+
+def _kept(facts: ServiceFacts, directory: str) -> Finding:
+    """Whether the files of the bus stay where they are."""
+    name, cure = "bus_kept", "set [bus] directory to one under /run, or set XDG_RUNTIME_DIR; restart every service"
+    if facts.removed:
+        why = f"others have removed {' and '.join(facts.removed)}: a second broker could take the bus, the list is lost"
+        return error(name, f"{why} with the gateway", cure)
+    if facts.cleaned:
+        return warning(name, f"{directory}: systemd-tmpfiles removes what has not changed there for days", cure)
+    return ok(name, f"nobody is known to clean {directory}")
 
 
 def _services(facts: ServiceFacts) -> Finding:

@@ -13,7 +13,18 @@ from tests.services.operator.played import PlayedGateway, finish, run
 from tests.stack import PATIENT, Stack, wait_until
 
 CHECKS = {
-    *("bus", "services", "one_sender", "gateway", "copies", "raw_sockets", "descriptors"),
+    *(
+        "bus",
+        "bus_kept",
+        "listeners",
+        "receiving",
+        "services",
+        "one_sender",
+        "gateway",
+        "copies",
+        "raw_sockets",
+        "descriptors",
+    ),
     *("receive_buffer", "kernel_drops", "send_buffer", "backlog", "budget", "udp_errors"),
     *("reverse_path", "conntrack", "clock"),
     *("loops", "doubles", "destinations", "route", "interface", "next_hop", "mtu", "reverse_path_there", "cloud"),

@@ -34,7 +34,7 @@ def test_services_that_are_fine() -> None:
     found = check(replace(FINE, raw=DENIED), ORIGINAL, RELAY)
     assert {finding.level for finding in found} == {"ok"}
     assert {finding.name for finding in found} == {
-        "bus", "services", "one_sender", "gateway", "copies", "raw_sockets", "descriptors",
+        "bus", "bus_kept", "services", "one_sender", "gateway", "copies", "raw_sockets", "descriptors",
     }  # fmt: skip
 
 
@@ -45,6 +45,8 @@ def test_services_that_are_fine() -> None:
         ({"broker": None, "bus": "closed"}, "services", "warning", "can't be seen"),
         ({"broker": False, "gateway": "refused"}, "services", "warning", "nor does the gateway"),
         ({"broker": False, "gateway": "refused"}, "gateway", "warning", "only those of the settings"),
+        ({"removed": ["/tmp/f/lock"]}, "bus_kept", "error", "others have removed /tmp/f/lock"),
+        ({"cleaned": True}, "bus_kept", "warning", "systemd-tmpfiles removes"),
         ({"broker": False}, "services", "error", "nothing is copied"),
         ({"gateway": "refused"}, "gateway", "error", "refused"),
         ({"accounts": heard(ingest=None, forwarder=None)}, "services", "error", "not heard on the bus: ingest, forw"),
