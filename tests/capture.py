@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import Final, Generic, NamedTuple, Self, TypeVar
 
 from tests.network import Host
+from tests.stack import PATIENCE_SECONDS
 
 ETH_P_ALL, ETH_P_IP, ETH_P_IPV6, ARPHRD_ETHER, IPV6_FRAGMENT = 0x0003, 0x0800, 0x86DD, 1, 44
 SOL_PACKET, PACKET_RX_RING, PACKET_STATISTICS, PACKET_VERSION = 263, 5, 6, 10  # linux/if_packet.h
@@ -143,7 +144,7 @@ class Receiver(Generic[T]):
         """What is known to be lost or incomplete, or an empty string."""
         raise NotImplementedError
 
-    def read(self, count: int, seconds: float = 10.0) -> list[T]:
+    def read(self, count: int, seconds: float = PATIENCE_SECONDS) -> list[T]:
         """Wait for so many datagrams, and return all that are there; too few in time is an AssertionError."""
         found, deadline = list(self.take()), time.monotonic() + seconds
         while len(found) < count and (left := deadline - time.monotonic()) > 0:

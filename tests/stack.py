@@ -16,17 +16,20 @@ from typing import Any, Self
 CHECKOUT = Path(__file__).parent.parent
 DRAIN_SECONDS = 4.0
 """Within which every process has to end when told to: honcho kills after five."""
-
+PATIENCE_SECONDS = 60.0
+"""How long a test waits for what has to come: no more than a busy machine could need, since only failures take it."""
 
 PATIENT = "[gateway]\nserve_seconds = 10\n"
 """For who signs up and expects that copies flow with the answer, however busy the machine."""
 
 
-def wait_until(condition: Callable[[], object], what: str, seconds: float = 20.0) -> None:
-    """Poll until `condition()` is true; AssertionError with `what` when it does not become so."""
+def wait_until(
+    condition: Callable[[], object], what: str | Callable[[], str], seconds: float = PATIENCE_SECONDS
+) -> None:
+    """Poll until `condition()` is true; AssertionError with `what`, as of then, when it does not become so."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what() if callable(what) else what}"
         time.sleep(0.01)
 
 
@@ -53,9 +56,13 @@ class Running:
         """Its log entries of that event."""
         return [line for line in self.log if line.get("event") == event]
 
-    def wait_for(self, text: str, seconds: float = 20.0) -> None:
+    def wait_for(self, text: str, seconds: float = PATIENCE_SECONDS) -> None:
         """Wait until it has printed `text`."""
-        wait_until(lambda: text in self.text, f"{self.name} prints {text!r}; it printed {self.text[-2000:]!r}", seconds)
+        wait_until(
+            lambda: text in self.text,
+            lambda: f"{self.name} prints {text!r}; it printed {self.text[-2000:]!r}",
+            seconds,
+        )
 
     @property
     def reloads(self) -> list[dict[str, Any]]:
@@ -67,10 +74,10 @@ class Running:
         """Send SIGHUP and return what it says of that."""
         before = len(self.reloads)
         self.process.send_signal(signal.SIGHUP)
-        wait_until(lambda: len(self.reloads) > before, f"{self.name} heeds SIGHUP: {self.text[-2000:]}")
+        wait_until(lambda: len(self.reloads) > before, lambda: f"{self.name} heeds SIGHUP: {self.text[-2000:]}")
         return self.reloads[before]
 
-    def stop(self, number: signal.Signals = signal.SIGTERM, seconds: float = 6.0) -> int:
+    def stop(self, number: signal.Signals = signal.SIGTERM, seconds: float = PATIENCE_SECONDS) -> int:
         """Send a signal and return the exit code."""
         self.process.send_signal(number)
         return self.process.wait(seconds)
@@ -145,7 +152,8 @@ class Stack:
         running = self.spawn(name, command, HONCHO_PROCESS_NAME=f"{service}.{number or 1}")
         if ready:
             wait_until(
-                lambda: running.events("ready") or running.process.poll() is not None, f"{name} ready: {running.text}"
+                lambda: running.events("ready") or running.process.poll() is not None,
+                lambda: f"{name} ready: {running.text}",
             )
             assert running.process.poll() is None, f"{name} ended: {running.text}"
         return running
@@ -182,7 +190,7 @@ class Stack:
                 print(f"--- {running.name} exited {running.process.returncode}\n{running.text[-4000:]}")
 
 
-def ask(request: bytes, port: int = 5000, host: str = "127.0.0.1", seconds: float = 20.0) -> bytes:
+def ask(request: bytes, port: int = 5000, host: str = "127.0.0.1", seconds: float = PATIENCE_SECONDS) -> bytes:
     """Send `request` to the gateway, say that no more comes, and return all it answers."""
     with socket.create_connection((host, port), timeout=seconds) as connection:
         connection.sendall(request)

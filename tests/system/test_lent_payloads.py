@@ -156,7 +156,7 @@ def settle(stack: Stack, sink: Sink, flood: Flood) -> tuple[Counter[str], Counte
         )
 
     try:
-        wait_until(all_accounted_for, "all that was sent is accounted for", 30)
+        wait_until(all_accounted_for, "all that was sent is accounted for")
     except AssertionError as error:
         error.add_note(f"sent {flood.sent}, came {sink.count}, accounts {found}")
         raise
@@ -188,7 +188,7 @@ def wait_lent(stack: Stack, flood: Flood, borrowers: int = 1) -> None:
         before[:] = before or (now if len(now) == borrowers else [])
         return len(now) == borrowers and bool(before) and min(now) > max(before)
 
-    wait_until(lent, f"payloads are lent to {borrowers}", 30)
+    wait_until(lent, f"payloads are lent to {borrowers}")
 
 
 @pytest.fixture

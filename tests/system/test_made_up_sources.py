@@ -93,5 +93,5 @@ def settled(open_stack: OpenStack) -> dict[str, dict[str, dict[str, int]]]:
         ledger = open_stack.operator("ledger")
         return ledger.process.wait(30) == 0
 
-    wait_until(balanced, "the accounts add up", 60)
+    wait_until(balanced, "the accounts add up")
     return reports(open_stack)

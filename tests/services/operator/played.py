@@ -27,7 +27,7 @@ from shared.bus.zmq_sockets import configure, new_context, publish_endpoint
 from shared.datagrams.batch import DatagramBatch, make_rows
 from shared.net.addresses import pack_address
 from tests.builders import BusEnds, take
-from tests.stack import Running, Stack, wait_until
+from tests.stack import PATIENCE_SECONDS, Running, Stack, wait_until
 
 Request = dict[str, Any]
 
@@ -164,7 +164,7 @@ class PlayedTransmitter:
 
 def finish(running: Running) -> tuple[int, str]:
     """Wait for a command to end; return its exit code and everything it printed."""
-    return running.process.wait(20), running.text
+    return running.process.wait(PATIENCE_SECONDS), running.text
 
 
 def run(stack: Stack, *arguments: str) -> tuple[int, str]:

@@ -89,7 +89,7 @@ class Site:
             self.turn()
             return self.account[counter] >= count
 
-        wait_until(counted, f"{count} are {counter}: {dict(self.account)}")
+        wait_until(counted, lambda: f"{count} are {counter}: {dict(self.account)}")
 
     def until_delivered(self) -> None:
         """Send until the way is known and nothing waits."""

@@ -155,7 +155,7 @@ def test_what_came_together_may_wait_together(site: Site) -> None:
         ("route replace blackhole 10.2.0.2/32", "dropped_no_route"),
     ],
 )
-def test_what_waits_is_dropped_when_its_way_goes(site: Site, command: str, cause: str) -> None:
+def test_what_waits_is_dropped_when_its_way_goes(site: Site, clock: Clock, command: str, cause: str) -> None:
     """Without a way nothing waits for a next hop: it is dropped under the cause that there is now."""
     site.send(*numbered(0, 10))
     assert site.account["held"] == 10
@@ -164,7 +164,7 @@ def test_what_waits_is_dropped_when_its_way_goes(site: Site, command: str, cause
     assert site.account["held"] == 0
 
 
-def test_what_waits_is_dropped_when_the_link_goes_down(site: Site) -> None:
+def test_what_waits_is_dropped_when_the_link_goes_down(site: Site, clock: Clock) -> None:
     """The link went down before the next hop answered: `interface_down`."""
     site.send(*numbered(0, 10))
     site.siem.run("ip", "link", "set", "dev", "eth", "down")

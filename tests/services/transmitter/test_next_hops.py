@@ -65,7 +65,7 @@ class Area:
                 self.next_hops.refresh()
             return condition()
 
-        wait_until(met, what, 8)
+        wait_until(met, what)
 
     def follow_to(self, address: str, condition: Callable[[], object], what: str) -> None:
         """Take in what has changed, the way to an address being in use, until a condition is met."""

@@ -108,7 +108,7 @@ def told(netlink: Netlink, expected: Callable[[Event], object]) -> list[Event]:
         found.extend(netlink.events())
         return any(map(expected, found))
 
-    wait_until(came, f"the event is among {found}", 5)
+    wait_until(came, lambda: f"the event is among {found}")
     return found
 
 
