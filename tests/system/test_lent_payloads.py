@@ -1,7 +1,6 @@
 """Payloads that ingest lends in shared memory, with the real processes: whoever stops, goes or comes back."""
 
 import hashlib
-import json
 import os
 import signal
 import socket
@@ -15,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from shared.ledger import discrepancies, dropped
-from tests.builders import freeze, kill_all
+from shared.bus.messages import Status
+from shared.bus.status import Reports
+from shared.ledger import Accounts, discrepancies, dropped
+from tests.builders import BusEnds, freeze, kill_all
 from tests.stack import Running, Stack, ask_json, wait_until
 from tests.traffic import exporters, open_receiver, pause
 
@@ -128,39 +129,32 @@ def begin(stack: Stack, pool: int | None) -> None:
     assert ask_json({"op": "register", "name": "c", "streams": ["s"], "port": 9100})["ok"]
 
 
-def accounts(stack: Stack) -> dict[str, dict[str, dict[str, int]]]:
-    """All accounts, by service."""
-    ledger = stack.operator("ledger", "--json")
-    assert ledger.process.wait(30) in (0, 1), ledger.text
-    services: dict[str, dict[str, dict[str, int]]] = json.loads(ledger.text)["services"]
-    for each in services.values():
-        assert list(discrepancies(each)) == []
-    return services
-
-
 def settle(stack: Stack, sink: Sink, flood: Flood) -> tuple[Counter[str], Counter[str]]:
     """Wait until all that was sent is accounted for; return the stream's account and the collector's."""
-    found: list[Counter[str]] = []
+    latest: dict[str, Accounts] = {}
 
-    def all_accounted_for() -> bool:
-        services = accounts(stack)
-        stream, collector = (
-            Counter(services.get("ingest.1", {}).get("stream/s", {})),
-            Counter(services.get("forwarder.1", {}).get("collector/c", {})),
-        )
-        found[:] = [stream, collector]
-        return (
-            stream["received"] + stream["kernel_dropped"] == flood.sent
-            and collector["expected"] == stream["published"]
-            and sink.count == collector["delivered"]
-        )
+    def found() -> tuple[Counter[str], Counter[str]]:
+        stream = latest.get("ingest.1", {}).get("stream/s", {})
+        return Counter(stream), Counter(latest.get("forwarder.1", {}).get("collector/c", {}))
 
-    try:
-        wait_until(all_accounted_for, "all that was sent is accounted for")
-    except AssertionError as error:
-        error.add_note(f"sent {flood.sent}, came {sink.count}, accounts {found}")
-        raise
-    stream, collector = found
+    with BusEnds(stack.bus) as bus:
+        subscriber, reports = bus.subscriber("status/"), Reports()
+
+        def all_accounted_for() -> bool:
+            while message := subscriber.receive():
+                assert isinstance(message.body, Status)
+                if report := reports.take(message.envelope, message.body):
+                    assert list(discrepancies(report.accounts)) == []
+                    latest[report.service] = report.accounts
+            stream, collector = found()
+            return (
+                stream["received"] + stream["kernel_dropped"] == flood.sent
+                and collector["expected"] == stream["published"]
+                and sink.count == collector["delivered"]
+            )
+
+        wait_until(all_accounted_for, lambda: f"sent {flood.sent}, came {sink.count}, accounts {found()}")
+    stream, collector = found()
     assert collector["delivered"] + dropped(collector) + collector["missed"] == stream["published"]
     sink.check()
     return stream, collector
