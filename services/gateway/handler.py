@@ -7,7 +7,7 @@ from typing import Final, Protocol, get_args
 
 import msgspec
 
-from services.gateway.admission.decision import Admission, Admitted
+from services.gateway.admission.decision import Admission, Grant
 from services.gateway.admission.peer import Peer
 from services.gateway.admission.tokens import Tokens
 from services.gateway.counters import CROSS_PROTOCOL, REFUSED, REQUESTS, TOO_SLOW, WRONG_TOKENS
@@ -172,10 +172,10 @@ class Handler:
         else:
             finished()
 
-    def _grant(self, admitted: Admitted, peer: Peer) -> Entry:
-        entry = self._registry.grant(admitted.client, peer, admitted.origin, ttl=admitted.ttl, hold=admitted.hold)
-        replaced = admitted.replaced
-        if replaced is not None and replaced.peer.id != peer.id and admitted.origin is replaced.origin is Origin.JSON:
+    def _grant(self, granted: Grant, peer: Peer) -> Entry:
+        entry = self._registry.grant(granted.client, peer, granted.origin, ttl=granted.ttl, hold=granted.hold)
+        replaced = granted.replaced
+        if replaced is not None and replaced.peer.id != peer.id and granted.origin is replaced.origin is Origin.JSON:
             self._push_taken_over(replaced, peer)
         return entry
 

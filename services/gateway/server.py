@@ -5,6 +5,7 @@ import contextlib
 import errno
 import ssl
 import time
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -31,7 +32,6 @@ from services.gateway.transport.tls import check_listener, make_context
 from services.gateway.transport.tls_handshakes import TlsAcceptor
 from shared.bus.endpoint import open_link, queue_limit
 from shared.bus.zmq_sockets import Publisher, Requests, Subscriber, new_context, prepare_directory
-from shared.client import Source
 from shared.ledger import Accounts
 from shared.process.lifecycle import (
     BAD_SETTINGS,
@@ -149,36 +149,7 @@ class _Server:
         """Accept clients on these listeners until told to drain; `tls` is for those that are secure."""
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(self._report_trouble)
-        settings = self.settings.gateway
-        requests = Requests(self.publisher.sender, self.publisher.boot)
-        self._transmissions = Transmissions(self.publisher, requests)
-        self._feed = feed = EventFeed(
-            self.registry, partial(event_line, self.registry), partial(health_line, self.registry)
-        )
-        self._announcer = Announcer(
-            self.publisher,
-            self.subscriber,
-            requests,
-            self.registry,
-            feed,
-            settings.serve_seconds,
-            loop.call_later,
-            self.memory,
-        )
-        proofs = AddressProofs(send_datagram, _boot_time)
-        self._admission = Admission(settings, self.registry, self.destinations, proofs, self)
-        self._handler = Handler(
-            self.settings,
-            self.registry,
-            self._admission,
-            self._announcer,
-            feed,
-            self._transmissions.send_frames,
-            _boot_time,
-            self.tokens,
-        )
-        limit = min(settings.max_connections, descriptor_limit() - SPARE_DESCRIPTORS)
-        self._connections = OpenConnections(self._handler, settings, limit, self.memory)
+        self._build(loop)
         self._reload = Reload(self.publisher.sender, self.lifecycle, self.settings, self._apply_settings)
         self._stopped = asyncio.Event()
         for source, act in (
@@ -187,6 +158,49 @@ class _Server:
             (self.subscriber, self._announcer.receive_messages),
         ):
             loop.add_reader(source.fileno(), act)
+        async with self._accepting(loop, listeners, tls):
+            await self._tick_until_stopped()
+            loop.remove_reader(self.lifecycle.fileno())
+        await self._connections.drain(DRAIN_SECONDS)
+        self._announcer.flush()
+
+    def _build(self, loop: asyncio.AbstractEventLoop) -> None:
+        settings, registry = self.settings.gateway, self.registry
+        requests = Requests(self.publisher.sender, self.publisher.boot)
+        transmissions = Transmissions(self.publisher, requests)
+        self._feed = feed = EventFeed(registry, partial(event_line, registry), partial(health_line, registry))
+        self._announcer = announcer = Announcer(
+            self.publisher,
+            self.subscriber,
+            requests,
+            registry,
+            feed,
+            settings.serve_seconds,
+            loop.call_later,
+            self.memory,
+        )
+        proofs = AddressProofs(send_datagram, _boot_time)
+        self._admission = Admission(
+            settings, registry, self.destinations, proofs, announcer.sends_copies, transmissions.sends_frames
+        )
+        self._handler = Handler(
+            self.settings,
+            registry,
+            self._admission,
+            announcer,
+            feed,
+            transmissions.send_frames,
+            _boot_time,
+            self.tokens,
+        )
+        limit = min(settings.max_connections, descriptor_limit() - SPARE_DESCRIPTORS)
+        self._connections = OpenConnections(self._handler, settings, limit, self.memory)
+
+    @contextlib.asynccontextmanager
+    async def _accepting(
+        self, loop: asyncio.AbstractEventLoop, listeners: list[Listener], tls: ssl.SSLContext | None
+    ) -> AsyncIterator[None]:
+        """Accept connections meanwhile."""
         servers = [  # on duplicates, which the loop closes: the originals tell their paths until they are removed
             await loop.create_server(
                 lambda: ClientConnection(self._connections), sock=listener.sock.dup(), backlog=AT_ONCE
@@ -200,22 +214,11 @@ class _Server:
         for listener in listeners:
             if acceptor and listener.secure:
                 acceptor.accept_on(listener)
-        await self._tick_until_stopped()
-        loop.remove_reader(self.lifecycle.fileno())
+        yield
         for server in servers:
             server.close()
         if acceptor:
             await acceptor.stop()
-        await self._connections.drain(DRAIN_SECONDS)
-        self._announcer.flush()
-
-    def sends_copies(self, source: Source) -> bool:
-        """Whether a service is there that sends copies of this source."""
-        return self._announcer.sends_copies(source)
-
-    def sends_frames(self) -> bool:
-        """Whether a service is there that sends raw frames."""
-        return self._transmissions.sends_frames()
 
     def _heed_signal(self) -> None:
         """Act on a signal."""

@@ -1,1 +1,4 @@
-"""Admission: who asks (`peer`, `tokens`), their `rights`, and where copies may go (`destinations`, `address_proof`)."""
+"""Admission: may a request be granted? `decision` asks `rights`, `destinations`, `address_proof` and `ownership`.
+
+A `peer` is the other end of a connection; its rights come from where it is, or from `tokens`.
+"""

@@ -3,9 +3,8 @@
 An OSError of the kernel's, while it is asked for an address, passes through: the handler answers it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
 
 from services.gateway.admission.address_proof import AddressProofs, proven_before
 from services.gateway.admission.destinations import Destinations
@@ -27,19 +26,9 @@ from shared.client import Client, Source
 from shared.settings.model import Collector, Gateway
 
 
-class Senders(Protocol):
-    """What is known of the services that send."""
-
-    def sends_copies(self, source: Source) -> bool:
-        """Whether a service is there that sends copies of this source."""
-
-    def sends_frames(self) -> bool:
-        """Whether a service is there that sends raw frames."""
-
-
 @dataclass(frozen=True, slots=True)
-class Admitted:
-    """A client that may be entered, on which terms, and the entry that it replaces."""
+class Grant:
+    """A client that may be entered, its lease, and the entry that it replaces."""
 
     client: Client
     origin: Origin
@@ -49,7 +38,10 @@ class Admitted:
 
 
 class Admission:
-    """Decides about every request that changes the registry or sends. What it refuses it raises as `RequestError`."""
+    """Decides about every request that changes the registry or sends; a refusal is raised as `RequestError`.
+
+    `sends_copies` says whether a service is there that sends copies of a source, `sends_frames` likewise of raw frames.
+    """
 
     def __init__(
         self,
@@ -57,30 +49,32 @@ class Admission:
         registry: Registry,
         destinations: Destinations,
         proofs: AddressProofs,
-        senders: Senders,
+        sends_copies: Callable[[Source], bool],
+        sends_frames: Callable[[], bool],
     ) -> None:
         self._settings = settings
         self._registry = registry
         self._proofs = proofs
-        self._senders = senders
+        self._sends_copies = sends_copies
+        self._sends_frames = sends_frames
         self.destinations = destinations
 
-    def decide(self, request: SignUp | Register | Confirm, peer: Peer) -> Admitted:
+    def decide(self, request: SignUp | Register | Confirm, peer: Peer) -> Grant:
         """Return what may be entered; of several reasons against it, the first in this order is the answer."""
         peer.rights.check(request)
         asked, origin = self._asked(request), Origin.NAMES if isinstance(request, SignUp) else Origin.JSON
-        client = self.destinations.resolve(asked, peer)
         present = self._registry.find(asked.name)
+        client = self.destinations.resolve(asked, peer)
         proven = isinstance(request, Confirm) or not self.destinations.need_proof(asked, peer)
         if not (proven or proven_before(present, client, peer)):
             raise self._proofs.challenge(asked, client.address)
-        if client.source == "original" and not self._senders.sends_copies("original"):
+        if client.source == "original" and not self._sends_copies("original"):
             raise no_transmitter()
         if present is not None:
             check_replaceable(present, peer, origin, take_over=asked.take_over)
         else:
             check_room(self._registry, peer.rights.holder, self._settings)
-        return Admitted(client, origin, asked.ttl, asked.hold, present)
+        return Grant(client, origin, asked.ttl, asked.hold, present)
 
     def _asked(self, request: SignUp | Register | Confirm) -> Register:
         match request:
@@ -103,7 +97,7 @@ class Admission:
             raise RequestError(
                 "not_permitted", "clients may not send raw frames here; [gateway] allow_transmit = true allows it"
             )
-        if not self._senders.sends_frames():
+        if not self._sends_frames():
             raise no_transmitter()
 
 

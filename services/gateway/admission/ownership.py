@@ -1,4 +1,4 @@
-"""The owner of an entry: who may replace it or change it, and how many one holder may have. No I/O."""
+"""Ownership of entries: which peers may replace or change one, and how many a holder may have. No I/O."""
 
 from services.gateway.admission.peer import Peer
 from services.gateway.protocol.requests import RequestError

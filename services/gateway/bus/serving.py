@@ -71,7 +71,7 @@ class ServingQuery:
             self.ask()
 
     def note_subscriptions(self, fresh: Iterable[str]) -> bool:
-        """Note who is there to be asked; return whether a question is due, to a service that has just subscribed."""
+        """Note the services that may be asked; return whether a question is due, to one that has just subscribed."""
         was_possible, self._was_possible = self._was_possible, self.possible
         subscribed = any(self._topic.startswith(prefix) for prefix in fresh)
         if was_possible and (subscribed or not self.possible):

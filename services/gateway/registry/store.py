@@ -36,7 +36,7 @@ NO_DAMAGE: Final = frozenset({
     sqlite3.SQLITE_INTERRUPT, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_AUTH,
     sqlite3.SQLITE_PROTOCOL,
 })  # fmt: skip
-"""Errors that the operator can mend, and the file may be whole; any other means that what is in it is not ours."""
+"""Errors that the operator can mend, and the file may be whole; any other means that its content is damaged."""
 PRIMARY: Final = 0xFF
 """Of an error's code, what it extends."""
 BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
@@ -63,7 +63,7 @@ _State = tuple[Number, Number, str]
 
 
 class Store:
-    """The database file, ours alone while it is open; without a path it lasts as long as the process.
+    """The database file, locked for this process while it is open; without a path it lasts as long as the process.
 
     `entries`, `revision` and `generation`, the last one given, are what an earlier start kept.
     """
@@ -92,7 +92,7 @@ class Store:
                 self._database.close()
                 raise
         except sqlite3.ProgrammingError:
-            raise  # a bug of ours, and no damage
+            raise  # a bug, and no damage
         except (sqlite3.DatabaseError, msgspec.MsgspecError, ValueError) as error:
             if isinstance(error, sqlite3.DatabaseError) and not self._is_damage(error):
                 raise OperatorError(FAILED, f"{self._path}: {_cure(error)}") from None

@@ -57,7 +57,7 @@ class Write:
 
 @dataclass(frozen=True, slots=True)
 class Handle:
-    """Have this request handled after so many seconds, and give `answer` the result."""
+    """Have this request handled after `wait_seconds`, and give `answer` the result."""
 
     request: Request
     wait_seconds: float
@@ -304,7 +304,7 @@ class Conversation:
             self._after = After.FINISH
 
     def _finish(self) -> None:
-        """End what we say, and give the client a moment to read it and close as well."""
+        """Write nothing more, and give the client a moment to read and to close as well."""
         self.state = State.LINGERING
         self.deadlines.await_close()
         self._due.append(Step.CLOSE if self.ended else Step.HALF_CLOSE)

@@ -67,7 +67,7 @@ class OpenConnections:
             del self._by_origin[connection.origin]
 
     def has_room(self, beginning: int) -> bool:
-        """Whether one more may begin beside so many that are beginning, to be served or to be refused."""
+        """Whether one more may begin, with `beginning` others, to be admitted or to be refused."""
         return len(self._open) + beginning < self._limit + REFUSING_MAX
 
     async def sweep(self) -> None:

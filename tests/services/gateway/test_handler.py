@@ -68,12 +68,6 @@ class Bus:
     def ask_served(self, _source: Source, finished: Callable[[], None]) -> None:
         finished()
 
-    def sends_copies(self, _source: Source) -> bool:
-        return True
-
-    def sends_frames(self) -> bool:
-        return True
-
     def send_frames(self, _request: Transmit, finished: Callable[[TransmitReply | None], None]) -> None:
         if self.full:
             raise OSError(errno.ENOBUFS, "the bus is full")
@@ -90,7 +84,7 @@ class Handling:
         destinations = Destinations(["messages"], [], lambda _: False, lambda _: False)
         settings = Settings(gateway=Gateway(allow_transmit=True))
         proofs = AddressProofs(lambda *_: None, lambda: 0.0)
-        admission = Admission(settings.gateway, self.table, destinations, proofs, self.bus)
+        admission = Admission(settings.gateway, self.table, destinations, proofs, lambda _: True, lambda: True)
         feed = EventFeed(self.table, partial(event_line, self.table), partial(health_line, self.table))
         clock, tokens = lambda: self.table.now, Tokens(())
         self.handler = Handler(settings, self.table, admission, self.bus, feed, self.bus.send_frames, clock, tokens)

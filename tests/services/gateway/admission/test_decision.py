@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from services.gateway.admission.address_proof import AddressProofs
-from services.gateway.admission.decision import Admission, Admitted, decide_configured
+from services.gateway.admission.decision import Admission, Grant, decide_configured
 from services.gateway.admission.destinations import Destinations
 from services.gateway.admission.peer import Peer
 from services.gateway.admission.rights import NOBODY, Rights
@@ -32,15 +32,12 @@ class Site:
         )
         proofs = AddressProofs(lambda *datagram: self.challenges.append(datagram), lambda: 0.0)
         limits = Gateway(max_clients=1, lease_seconds=30, **settings)
-        self.admission = Admission(limits, self.table, self.destinations, proofs, self)
+        self.admission = Admission(
+            limits, self.table, self.destinations, proofs, self._sends_copies, lambda: self.transmitter
+        )
 
-    def sends_copies(self, source: Source) -> bool:
-        """Only a transmitter sends copies with the exporter's address."""
+    def _sends_copies(self, source: Source) -> bool:
         return source == "relay" or self.transmitter
-
-    def sends_frames(self) -> bool:
-        """Only a transmitter sends frames."""
-        return self.transmitter
 
     def error(self, request: SignUp | Register | Confirm, peer: Peer = THERE) -> str:
         """The word that a request is refused with."""
@@ -48,9 +45,9 @@ class Site:
             self.admission.decide(request, peer)
         return refused.value.error
 
-    def enter(self, admitted: Admitted, peer: Peer = THERE) -> None:
-        """Enter what was admitted."""
-        self.table.grant(admitted.client, peer, admitted.origin, ttl=admitted.ttl, hold=admitted.hold)
+    def enter(self, granted: Grant, peer: Peer = THERE) -> None:
+        """Enter what was granted."""
+        self.table.grant(granted.client, peer, granted.origin, ttl=granted.ttl, hold=granted.hold)
 
 
 @pytest.fixture
@@ -91,10 +88,10 @@ def test_confirmed_register_is_decided_anew(site: Site) -> None:
     confirm = Confirm(name="c", nonce=nonce)
     assert site.error(confirm, Peer(8, "192.0.2.8", 1, NOBODY)) == "not_permitted"
     assert site.error(Confirm(name="c", nonce="x")) == "unproven_address"
-    admitted = site.admission.decide(confirm, THERE)
-    assert (admitted.client.address, admitted.ttl, admitted.hold) == ("192.0.2.9", 60.0, True)
-    assert (admitted.origin, admitted.replaced) == (Origin.JSON, None)
-    site.enter(admitted)
+    granted = site.admission.decide(confirm, THERE)
+    assert (granted.client.address, granted.ttl, granted.hold) == ("192.0.2.9", 60.0, True)
+    assert (granted.origin, granted.replaced) == (Origin.JSON, None)
+    site.enter(granted)
     again = site.admission.decide(asked, THERE)  # to the same place, on behalf of the same host
     assert again.replaced is site.table.find("c")
     assert site.error(asked, Peer(9, "192.0.2.10", 1, SIEM)) == "unproven_address"
