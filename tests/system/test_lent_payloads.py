@@ -143,7 +143,7 @@ def settle(stack: Stack, sink: Sink, flood: Flood) -> tuple[Counter[str], Counte
         def all_accounted_for() -> bool:
             while message := subscriber.receive():
                 assert isinstance(message.body, Status)
-                if report := reports.take(message.envelope, message.body):
+                if report := reports.add(message.envelope, message.body):
                     assert list(discrepancies(report.accounts)) == []
                     latest[report.service] = report.accounts
             stream, collector = found()
