@@ -102,6 +102,30 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     return Kernel(monkeypatch)
 
 
+class Clock:
+    """A clock on which only waiting takes time: a busy machine takes none."""
+
+    def __init__(self) -> None:
+        self.now = time.monotonic()
+
+    def monotonic(self) -> float:
+        """The time."""
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        """Wait."""
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock that interfaces are waited for by."""
+    clock = Clock()
+    monkeypatch.setattr(services.transmitter.packet_socket, "time", clock)
+    return clock
+
+
+@pytest.mark.usefixtures("clock")
 @pytest.mark.parametrize("error", [errno.EAGAIN, errno.ENOBUFS])
 def test_what_is_full_for_a_moment_costs_nothing(site: Site, copied: Copied, kernel: Kernel, error: int) -> None:
     """A buffer or a queue that has room again within 20 ms loses nothing, wherever in a batch it was full."""
@@ -114,21 +138,14 @@ def test_what_is_full_for_a_moment_costs_nothing(site: Site, copied: Copied, ker
 
 @pytest.mark.parametrize(("error", "cause"), [(errno.EAGAIN, "buffer_full"), (errno.ENOBUFS, "queue_full")])
 def test_what_stays_full_is_waited_for_in_measure(
-    site: Site, copied: Copied, kernel: Kernel, error: int, cause: str, monkeypatch: pytest.MonkeyPatch
+    site: Site, copied: Copied, kernel: Kernel, error: int, cause: str, clock: Clock
 ) -> None:
     """After 20 ms the rest is dropped, and what follows at once; some time later the interface is waited for again."""
-    now = began = time.monotonic()
-
-    def sleep(seconds: float) -> None:
-        nonlocal now
-        now += seconds
-
-    clock = SimpleNamespace(monotonic=lambda: now, sleep=sleep)
-    monkeypatch.setattr(services.transmitter.packet_socket, "time", clock)
+    began = clock.now
     kernel.says.append(1)
     kernel.afterwards = -error
     site.send(b"taken", *numbered(0, 50), sources=ONE)
-    assert PATIENCE_SECONDS * 0.9 <= now - began < PATIENCE_SECONDS * 1.2
+    assert PATIENCE_SECONDS * 0.9 <= clock.now - began < PATIENCE_SECONDS * 1.2
     assert (site.account["delivered"], site.account[f"dropped_{cause}"]) == (1, 50)
     kernel.calls = 0
     for batches in range(1, 6):
@@ -137,7 +154,7 @@ def test_what_stays_full_is_waited_for_in_measure(
         assert site.account[f"dropped_{cause}"] == 50 + 50 * batches
     kernel.afterwards = ENOUGH
     site.send(b"again", sources=ONE)
-    now += 0.05
+    clock.now += 0.05
     kernel.says.extend([-error, -error])
     site.send(b"waited for", sources=ONE)
     assert payloads(copied.read(3)) == [b"taken", b"again", b"waited for"]
