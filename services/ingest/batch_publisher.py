@@ -4,7 +4,7 @@ from collections import Counter
 
 import numpy as np
 
-from services.ingest.flow_sequence_gaps import ExporterTracker
+from services.ingest.flow_exporters import ExporterTracker
 from shared.bus.loans import LENT_SIZE, Loan, Pool
 from shared.bus.messages import Datagrams, datagrams_topic, inline_topic
 from shared.bus.zmq_sockets import Publisher

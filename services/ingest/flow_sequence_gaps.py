@@ -3,41 +3,35 @@
 Columns of a receive call go in, counters come out; no datagram is changed, dropped or delayed. `SequenceTracker` holds
 what every exporter gave last as arrays, and looks at one exporter by itself only where something is out of order.
 
-Gaps count as missed a second or two later: what was only overtaken fills them until then. An exporter that falls back
-far, or says it has been up for less long than before, begins anew. Exporters are told apart by source address and what
-they call their parts, not by port: those that number the same part from several ports need one worker.
+Gaps count as missed a second or two later: what was only overtaken fills them until then. An exporter that says it has
+been up for less long than before begins anew.
+
+Who jumps far, either way, may be another exporter behind the same address and port, as where a relay is between. So
+numbers may run in several series. The one before the jump is parked: when it goes on, the jump was none. Only when it
+has been silent for `PARKED_SECONDS` was it a gap, or an exporter that began anew.
 """
 
-import secrets
-from collections import Counter, OrderedDict
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-from services.ingest.flow_headers import KINDS, Headers, Integers, Words, read_heads
-from services.ingest.ipfix_numbering import Numbering
-from services.ingest.ipfix_templates import Templates
-from shared.datagrams.batch import DatagramBatch
-from shared.ledger import (
-    EXPORTER_EVICTIONS,
-    EXPORTER_REORDERED,
-    EXPORTER_RESTARTS,
-    EXPORTER_UNSURE,
-    EXPORTERS,
-    NOT_FLOW,
-)
-from shared.settings.model import Protocol
+from services.ingest.flow_headers import Integers
+from shared.ledger import EXPORTER_REORDERED, EXPORTER_RESTARTS, EXPORTER_UNSURE
 
-MAX_EXPORTERS: Final = 16_384
-"""Followed at a time by a worker and stream: sources can be forged by the million. The longest silent goes first."""
 MAX_HOLES: Final = 8
 """Gaps of one exporter that may still be filled by what was overtaken."""
 MAX_GAP: Final = 1 << 24
-"""Numbers: who skips more than that has begun anew, as has who falls back by more than `WINDOW`."""
+"""Numbers: more than that nobody loses. Who skips more, or falls back by more than `WINDOW`, has begun anew."""
 WINDOW: Final = 1024
-"""Numbers that a datagram may be behind and be taken for late or repeated, where it fills no gap."""
+"""Numbers that a datagram may be behind, or ahead, and be of the same series for sure."""
+MAX_PARKED: Final = 4
+"""Series kept besides the one that is going on."""
+PARKED_SECONDS: Final = 60
+"""Calls of `settle` for which a series may be silent before the jump away from it counts."""
 UPTIME_SLACK_MS: Final = 10_000
 """An exporter that says it has been up for so much less than before was restarted; less is what was overtaken."""
 
@@ -55,13 +49,46 @@ class Hole:
     old: bool = False
 
 
+@dataclass(slots=True)
+class Parked:
+    """A series that others have interrupted: its state, and what the jump away from it counts as unless it goes on.
+
+    `jump` is how many numbers were skipped: more than `MAX_GAP`, or fewer than none, is a restart; 0 counts as nothing.
+    """
+
+    next: int
+    known: int
+    uptime: int
+    holes: list[Hole]
+    jump: int
+    seconds: int = 0
+
+
+Explain = Callable[[int, list[Hole]], list[Hole]]
+"""Returns which gaps of a slot are missing for sure: others may have filled them."""
+
+
 class SequenceTracker:
     """The numbers of up to `capacity` exporters, which are known by their slot: an array a fact, a row an exporter.
 
     `account` gets what was missed under `unit`. Numbers are counted on beyond 32 bits, so they never wrap here.
     """
 
-    def __init__(self, capacity: int, account: Counter[str], unit: str) -> None:
+    def __init__(
+        self, capacity: int, account: Counter[str], unit: str, explain: Explain = lambda _slot, holes: holes
+    ) -> None:
+        self._explain = explain
+        self._begun = np.zeros(capacity, np.int64)
+        """The first number of what is going on now."""
+        self.repeated: set[int] = set()
+        """Slots in which a number has come that had come before, for the caller to clear."""
+        self._parked: dict[int, list[Parked]] = {}
+        self._given_up: dict[int, list[Hole]] = {}
+        """Gaps that nothing fills any more, until they are counted together: two slots may have filled each other's."""
+        self._counted: set[int] = set()
+        """Of these slots the gaps just given up are counted already."""
+        self._as_one: set[tuple[int, int]] = set()
+        """Slots of which the one has been found to fill gaps of the other, meanwhile."""
         self._next = np.zeros(capacity, np.int64)
         self._known = np.zeros(capacity, np.int8)
         self._uptime = np.zeros(capacity, np.int64)
@@ -98,15 +125,20 @@ class SequenceTracker:
                 slot = int(slots[groups[start]])
                 self._take(slot, numbers[stretch], counts[stretch], uptime[stretch], sure=bool(sure[stop - 1]))
             first, last, slots = first & ~odd_rows, last & ~odd_rows, slots[~odd]
-        begin = np.where(self._known[slots] == NEW, numbers[first], self._next[slots])
+        fresh = self._known[slots] == NEW
+        self._begun[slots[fresh]] = numbers[first][fresh]
+        begin = np.where(fresh, numbers[first], self._next[slots])
         self._next[slots] = begin + ((numbers[last] + counts[last] - begin) & 0xFFFFFFFF)
         self._known[slots] = np.where(sure[last], EXACT, AT_LEAST)
         self._uptime[slots] = uptime[last]
+        self._count_missed()
 
     def _take(self, slot: int, numbers: Integers, counts: Integers, uptime: Integers, *, sure: bool) -> None:
         """Take note of a stretch of an exporter's datagrams, contiguous in number. Not `sure`: the last takes more."""
+        ahead = _nearest(numbers[0] - self._next[slot])
+        if self._is_far(slot, ahead, int(counts[0])):
+            ahead = self._change_series(slot, int(numbers[0]), int(uptime[0]))
         due, known = int(self._next[slot]), int(self._known[slot])
-        ahead = int(_signed(numbers[0] - due))
         if known != NEW and ahead < -WINDOW and len(numbers) > 1:  # each is late on its own, or begins anew
             for at in range(len(numbers)):
                 one = slice(at, at + 1)
@@ -114,34 +146,74 @@ class SequenceTracker:
             return
         start = due + ahead
         stop = start + int((numbers[-1] + counts[-1] - numbers[0]) & 0xFFFFFFFF)
-        if known != NEW and self._begins_anew(slot, ahead, start + int(counts[0]), int(uptime[0])):
+        if known != NEW and _nearest(uptime[0] - self._uptime[slot]) < -UPTIME_SLACK_MS:
             self._account[EXPORTER_RESTARTS] += 1
-            self.forget(slot)
+            self._miss(slot, self._holes.pop(slot, []))
             known = NEW
         if known == EXACT and ahead > 0:
             self._keep(slot, [*self._holes.get(slot, ()), Hole(due, start)])
         elif known != NEW and ahead < 0:
+            if not any(max(hole.start, start) < min(hole.stop, stop) for hole in self._holes.get(slot, ())):
+                self.repeated.add(slot)
             self._fill(slot, start, stop if sure else due)
             late = np.count_nonzero(((numbers - numbers[0]) & 0xFFFFFFFF) < -ahead)
             self._account[EXPORTER_REORDERED] += int(late)
         last = start + int((numbers[-1] - numbers[0]) & 0xFFFFFFFF)
+        if known == NEW:
+            self._begun[slot] = start
         if known == NEW or stop > due or last >= due:
             self._next[slot], self._known[slot] = stop, EXACT if sure else AT_LEAST
             self._uptime[slot] = uptime[-1]
 
-    def _begins_anew(self, slot: int, ahead: int, stop: int, uptime: int) -> bool:
-        """Whether an exporter's datagram, `ahead` of what is due and taking numbers to `stop`, follows a restart."""
-        if int(_signed(uptime - self._uptime[slot])) < -UPTIME_SLACK_MS or ahead > MAX_GAP:
-            return True
+    def _is_far(self, slot: int, ahead: int, count: int) -> bool:
+        """Whether a datagram, `ahead` of what is due and taking `count` numbers, is of another series than the last."""
+        known = self._known[slot]
+        if known == NEW or -WINDOW <= ahead <= (WINDOW if known == EXACT else MAX_GAP):
+            return False
         start = int(self._next[slot]) + ahead
-        return ahead < -WINDOW and not any(
-            max(hole.start, start) < min(hole.stop, stop) for hole in self._holes.get(slot, ())
+        return not any(max(hole.start, start) < min(hole.stop, start + count) for hole in self._holes.get(slot, ()))
+
+    def _change_series(self, slot: int, number: int, uptime: int) -> int:
+        """Park the series that is going on, for the one that a number is of, or a new one; return how far ahead it is.
+
+        A series that does not go on counts when too many are parked, or when it has been parked for too long.
+        """
+        parked = self._parked.setdefault(slot, [])
+        jump = _nearest(number - self._next[slot])
+        found = next((each for each in parked if _goes_on(each, number, uptime)), None)
+        current = Parked(
+            int(self._next[slot]),
+            int(self._known[slot]),
+            int(self._uptime[slot]),
+            self._holes.pop(slot, []),
+            0 if found else jump,
         )
+        parked.append(current)
+        if found is None:
+            self._known[slot] = NEW
+            for each in parked[: -MAX_PARKED or None]:
+                self._end_series(slot, each)
+            del parked[:-MAX_PARKED]
+            return jump
+        parked.remove(found)
+        self._next[slot], self._known[slot], self._uptime[slot] = found.next, found.known, found.uptime
+        self._begun[slot] = found.next
+        if found.holes:
+            self._holes[slot] = found.holes
+        return _nearest(number - found.next)
+
+    def _end_series(self, slot: int, series: Parked, *, sure: bool = True) -> None:
+        """Count what the jump away from a series was, as it has not gone on; not `sure`: it still may."""
+        self._miss(slot, series.holes)
+        if not -WINDOW <= series.jump <= MAX_GAP:
+            self._account[EXPORTER_RESTARTS] += 1
+        elif series.jump > 0:
+            self._account[self._unit if sure else EXPORTER_UNSURE] += series.jump if sure else 1
 
     def _keep(self, slot: int, holes: list[Hole]) -> None:
         """These are the gaps of an exporter that may still be filled; the oldest beyond the bound are missed."""
         beyond = max(0, len(holes) - MAX_HOLES)
-        self._miss(holes[:beyond])
+        self._miss(slot, holes[:beyond])
         if holes:
             self._holes[slot] = holes[beyond:]
         else:
@@ -149,109 +221,129 @@ class SequenceTracker:
 
     def _fill(self, slot: int, start: int, stop: int) -> None:
         """Take numbers that have come late out of the gaps."""
-        left = []
-        for hole in self._holes.get(slot, ()):
-            low, high = max(hole.start, start), min(hole.stop, stop)
-            rest = [(hole.start, low), (high, hole.stop)] if low < high else [(hole.start, hole.stop)]
-            left += [Hole(*each, hole.old) for each in rest if each[0] < each[1]]
-        self._keep(slot, left)
+        self._keep(slot, _without(self._holes.get(slot, []), [(start, stop)] if start < stop else []))
 
-    def _miss(self, holes: list[Hole]) -> None:
-        self._account[self._unit] += sum(hole.stop - hole.start for hole in holes)
+    def _miss(self, slot: int, holes: list[Hole]) -> None:
+        if holes:
+            self._given_up.setdefault(slot, []).extend(holes)
+
+    def _count_missed(self) -> None:
+        for slot in sorted(self._given_up):
+            missing = self._explain(slot, self._given_up[slot])
+            self._account[self._unit] += sum(hole.stop - hole.start for hole in missing)
+            self._counted.add(slot)
+        self._given_up, self._counted, self._as_one = {}, set(), set()
 
     def settle(self, *, at_once: bool = False) -> None:
         """Count as missed what has not come since the last call but one, or all that has not come."""
         for slot, holes in list(self._holes.items()):
-            self._miss([hole for hole in holes if hole.old or at_once])
+            self._miss(slot, [hole for hole in holes if hole.old or at_once])
             self._keep(slot, [Hole(hole.start, hole.stop, True) for hole in holes if not (hole.old or at_once)])
+        for slot, parked in list(self._parked.items()):
+            for series in parked:
+                self._miss(slot, series.holes)
+                series.holes = []
+                series.seconds += 1
+                if series.seconds > PARKED_SECONDS or at_once:
+                    self._end_series(slot, series, sure=not at_once)
+            self._parked[slot] = [each for each in parked if each.seconds <= PARKED_SECONDS and not at_once]
+            if not self._parked[slot]:
+                del self._parked[slot]
+        self._count_missed()
 
     def forget(self, slot: int) -> None:
         """Follow a slot's exporter anew, or another one from now on."""
-        self._miss(self._holes.pop(slot, []))
+        for series in self._parked.pop(slot, []):
+            self._end_series(slot, series, sure=False)
+        self._miss(slot, self._holes.pop(slot, []))
+        self._count_missed()
         self._known[slot] = NEW
 
+    def begin_anew(self, slot: int) -> int:
+        """Follow a slot's exporter anew, with nothing counted; return how many gaps it had."""
+        gaps = len(self._holes.pop(slot, [])) + len(self._parked.pop(slot, []))
+        self._known[slot] = NEW
+        return gaps
 
-class ExporterTracker:
-    """Follows the exporters of one stream of a protocol, and counts in the stream's account.
+    def is_due(self, slot: int, number: int, within: int, due: int | None = None) -> bool:
+        """Whether a number is the next of a slot, or so near to it; what is next may be known to be `due`."""
+        if due is None and self._known[slot] == NEW:
+            return False
+        expected = int(self._next[slot]) if due is None else due
+        return -within <= _nearest(number - expected) <= within
 
-    `capacity` is at least the number of rows of a batch.
-    """
+    def unfilled(self, slot: int, other: int, holes: list[Hole]) -> list[Hole]:
+        """Return gaps of a slot less what came by another slot: all of them unless both number as one.
 
-    def __init__(self, protocol: Protocol, account: Counter[str], capacity: int = MAX_EXPORTERS) -> None:
-        self._kinds = [(kind.read, SequenceTracker(capacity, account, kind.unit)) for kind in KINDS[protocol]]
-        self._account = account
-        self._capacity = capacity
-        self._slots: OrderedDict[bytes, int] = OrderedDict()
-        self._templates = Templates() if protocol == "ipfix" else None
-        self._numbering = Numbering(capacity) if protocol == "ipfix" else None
-        self._factors = np.frombuffer(secrets.token_bytes(48), np.uint64) | np.uint64(1)
+        Two that have both had the same number do not. What neither has had counts once.
+        """
+        due = int(self._next[slot])
+        theirs = self._received(other, due)
+        apart = NEW in (self._known[slot], self._known[other]) or _overlap(self._received(slot, due), theirs)
+        left = holes if apart else _without(holes, theirs)
+        if left != holes:
+            self._as_one |= {(slot, other), (other, slot)}
+        if (slot, other) in self._as_one and other in self._counted:
+            shift = self._shift(other, due)
+            left = _without(left, [(hole.start + shift, hole.stop + shift) for hole in self._given_up[other]])
+        return left
 
-    def observe(self, batch: DatagramBatch) -> None:
-        """Take note of what came by one receive call, in its order."""
-        strangers = len(batch)
-        heads = read_heads(batch)
-        for read, numbers in self._kinds:
-            headers = read(batch, heads)
-            strangers -= len(headers.rows)
-            if len(headers.rows):
-                self._follow(batch, headers, numbers)
-        if strangers:
-            self._account[NOT_FLOW] += strangers
+    def merge(self, slot: int, other: int) -> None:
+        """Follow both slots' exporters, which number as one, by the first from now on."""
+        due = int(self._next[slot])
+        shift = self._shift(other, due)
+        mine, theirs = self._received(slot, due), self._received(other, due)
+        moved = [Hole(hole.start + shift, hole.stop + shift, hole.old) for hole in self._holes.pop(other, [])]
+        own = _without(self._holes.get(slot, []), theirs)
+        # What both lack is in both lists.
+        rest = _without(_without(moved, mine), [(hole.start, hole.stop) for hole in own])
+        if int(self._next[other]) + shift > due:
+            self._next[slot], self._known[slot] = self._next[other] + shift, self._known[other]
+            self._uptime[slot] = self._uptime[other]
+        self._begun[slot] = min(int(self._begun[slot]), int(self._begun[other]) + shift)
+        self._holes[slot] = sorted([*own, *rest], key=lambda hole: hole.start)  # a third may fill some: none goes yet
+        self.forget(other)
 
-    def _follow(self, batch: DatagramBatch, headers: Headers, numbers: SequenceTracker) -> None:
-        order, first = self._arrange(headers.keys)
-        slots = np.array(self._slots_of(headers.keys[order[first]]))
-        counts, sure = headers.count, np.ones(len(order), bool)
-        if self._templates is not None:
-            of_rows = np.empty(len(order), np.int64)
-            of_rows[order] = slots[np.cumsum(first) - 1]
-            counts, sure = self._templates.count(batch, headers.rows, of_rows)
-            self._account[EXPORTER_UNSURE] += int(np.count_nonzero(~sure))
-        number, counts, sure = headers.number[order], counts[order], sure[order]
-        if self._numbering is not None:
-            number, counts, sure, anew = self._numbering.unify(slots, first, number, counts, sure)
-            for slot in anew:
-                numbers.forget(slot)
-        numbers.track(slots, first, number, counts, headers.uptime[order], sure)
+    def _shift(self, slot: int, near: int) -> int:
+        """What makes of a slot's numbers those as counted where `near` is."""
+        return near + _nearest(self._next[slot] - near) - int(self._next[slot])
 
-    def _arrange(self, keys: Words) -> tuple[Integers, Mask]:
-        """Bring rows of one exporter together, in the order they have; return it, and where each exporter begins."""
-        # By a hash, which is sorted faster. Nobody can aim at one that two exporters have.
-        order = np.argsort(keys.astype(np.uint64) @ self._factors, kind="stable")
-        arranged = keys[order]
-        first = np.ones(len(order), bool)
-        first[1:] = (arranged[1:] != arranged[:-1]).any(axis=1)
-        return order, first
+    def _received(self, slot: int, near: int) -> list[tuple[int, int]]:
+        """The stretches of numbers that a slot has had, as counted where `near` is."""
+        shift = self._shift(slot, near)
+        had = [Hole(int(self._begun[slot]), int(self._next[slot]))]
+        gaps = [(hole.start, hole.stop) for held in (self._holes, self._given_up) for hole in held.get(slot, ())]
+        return [(piece.start + shift, piece.stop + shift) for piece in _without(had, gaps)]
 
-    def _slots_of(self, keys: Words) -> list[int]:
-        found, size = keys.tobytes(), keys.shape[1] * keys.itemsize
-        return [self._slot(found[at : at + size]) for at in range(0, len(found), size)]
 
-    def _slot(self, key: bytes) -> int:
-        slot = self._slots.get(key)
-        if slot is not None:
-            self._slots.move_to_end(key)
-            return slot
-        slot = len(self._slots)
-        if slot == self._capacity:
-            _, slot = self._slots.popitem(last=False)
-            self._account[EXPORTER_EVICTIONS] += 1
-            for _, numbers in self._kinds:
-                numbers.forget(slot)
-            if self._templates is not None:
-                self._templates.forget(slot)
-            if self._numbering is not None:
-                self._numbering.forget(slot)
-        self._slots[key] = slot
-        return slot
+def _goes_on(series: Parked, number: int, uptime: int) -> bool:
+    """Whether a number is of a series: near to what is due, by an exporter that was not restarted."""
+    near = -WINDOW <= _nearest(number - series.next) <= (WINDOW if series.known == EXACT else MAX_GAP)
+    return near and _nearest(uptime - series.uptime) >= -UPTIME_SLACK_MS
 
-    def settle(self, *, at_once: bool = False) -> None:
-        """Count what is missing for good, and how many exporters there are. Due every second; at the end `at_once`."""
-        for _, numbers in self._kinds:
-            numbers.settle(at_once=at_once)
-        self._account[EXPORTERS] = len(self._slots)
+
+def _overlap(one: Iterable[tuple[int, int]], other: Sequence[tuple[int, int]]) -> bool:
+    return any(max(start, low) < min(stop, high) for start, stop in one for low, high in other)
+
+
+def _without(holes: Sequence[Hole], stretches: Iterable[tuple[int, int]]) -> list[Hole]:
+    """Gaps less some stretches of numbers."""
+    left = list(holes)
+    for low, high in stretches:
+        left = [
+            Hole(start, stop, hole.old)
+            for hole in left
+            for start, stop in ((hole.start, min(hole.stop, low)), (max(hole.start, high), hole.stop))
+            if start < stop
+        ]
+    return left
 
 
 def _signed(numbers: Integers) -> Integers:
     """Differences modulo 2**32 as the nearest way, from -2**31 on."""
     return ((numbers + 0x80000000) & 0xFFFFFFFF) - 0x80000000
+
+
+def _nearest(number: int | np.int64) -> int:
+    """One difference modulo 2**32, likewise."""
+    return (int(number) + 0x80000000 & 0xFFFFFFFF) - 0x80000000

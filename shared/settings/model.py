@@ -178,7 +178,7 @@ class Stream(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     name: Name
     listen: Annotated[tuple[str, ...], Meta(min_length=1)]
-    """udp://HOST:PORT, tcp://HOST:PORT or unixgram:///PATH."""
+    """udp://HOST:PORT, tcp://HOST:PORT or unixgram:///PATH; a multicast group with its interface behind %."""
     reply: Annotated[str, Meta(max_length=1024)] | None = None
     """Sent back to the sender of every UDP datagram; none by default."""
     reply_beyond_loopback: bool = False

@@ -8,7 +8,7 @@ from contextlib import closing
 
 import pytest
 
-from services.ingest.flow_sequence_gaps import MAX_EXPORTERS
+from services.ingest.flow_exporters import MAX_EXPORTERS
 from tests.forging import forged, forging
 from tests.openly import OpenStack
 from tests.services.ingest.flows import netflow_v9

@@ -8,12 +8,14 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from services.ingest.flow_exporters import MAX_PORTS, ExporterTracker
 from services.ingest.flow_sequence_gaps import (
     MAX_GAP,
     MAX_HOLES,
+    MAX_PARKED,
+    PARKED_SECONDS,
     UPTIME_SLACK_MS,
     WINDOW,
-    ExporterTracker,
     SequenceTracker,
 )
 from shared.datagrams.batch import DatagramBatch, make_rows
@@ -23,14 +25,15 @@ from tests.services.ingest import flows
 
 WRAP = 1 << 32
 TEMPLATE = flows.a_set(2, flows.template(256, [4, 4, 2]))
-Sent = tuple[str, bytes]
-"""Source and payload."""
+Sent = tuple[str, bytes] | tuple[str, bytes, int]
+"""Source, payload, and a port, 2055 unless told."""
 
 
 def batch_of(sent: Sequence[Sent], stride: int = 0) -> DatagramBatch:
     """Datagrams as one receive call brings them."""
-    rows = make_rows([len(payload) for _, payload in sent], [pack_address(source) for source, _ in sent], 2055)
-    payload = b"".join(each.ljust(stride, b"\xff") for _, each in sent)
+    rows = make_rows([len(each[1]) for each in sent], [pack_address(each[0]) for each in sent], 2055)
+    rows["port"] = [each[2] if len(each) == 3 else 2055 for each in sent]
+    payload = b"".join(each[1].ljust(stride, b"\xff") for each in sent)
     return DatagramBatch("flows", 0, rows, payload, stride)
 
 
@@ -130,6 +133,16 @@ def test_what_was_lost_is_what_is_missed(
     assert account["exporter_reordered"] == overtaken
 
 
+def signed(number: int) -> int:
+    """The nearest way to a number, modulo 2**32."""
+    return (number + WRAP // 2) % WRAP - WRAP // 2
+
+
+def near(ahead: int, exact: bool) -> bool:
+    """Whether a number so far ahead of what is due is of the same series."""
+    return -WINDOW <= ahead <= (WINDOW if exact else MAX_GAP)
+
+
 class Reference:
     """One exporter, followed datagram by datagram and number by number; what it misses is counted under `unit`."""
 
@@ -140,15 +153,20 @@ class Reference:
         self.up = 0
         self.open: list[range] = []
         """Numbers of each gap, oldest first."""
+        self.parked: list[tuple[int, bool, int, list[range], int]] = []
+        """Series that were interrupted: due, exact, uptime, gaps, and how far the jump away was."""
         self.counts: Counter[str] = Counter()
 
     def take(self, number: int, count: int, up: int, sure: bool) -> None:
         """Take note of a datagram, as the module's docstring says."""
-        ahead = 0 if self.due is None else (number - self.due + WRAP // 2) % WRAP - WRAP // 2
+        if self.due is not None:
+            start = self.due + signed(number - self.due)
+            in_gap = any(each in gap for gap in self.open for each in range(start, start + count))
+            if not near(start - self.due, self.exact) and not in_gap:
+                self.change_series(number, up, start - self.due)
+        ahead = 0 if self.due is None else signed(number - self.due)
         start = number if self.due is None else self.due + ahead
-        in_gap = any(each in gap for gap in self.open for each in range(start, start + count))
-        shorter = (up - self.up + WRAP // 2) % WRAP - WRAP // 2 < -UPTIME_SLACK_MS
-        if self.due is not None and (shorter or ahead > MAX_GAP or (ahead < -WINDOW and not in_gap)):
+        if self.due is not None and signed(up - self.up) < -UPTIME_SLACK_MS:
             self.counts["exporter_restarts"] += 1
             self.miss(self.open)
             self.due, self.open, ahead = None, [], 0
@@ -167,6 +185,38 @@ class Reference:
             if start + count <= self.due:
                 return
         self.due, self.exact, self.up = start + count, sure, up
+
+    def change_series(self, number: int, up: int, jump: int) -> None:
+        """Go on with the interrupted series that a number is of, or begin another."""
+        assert self.due is not None
+        ways = (
+            each
+            for each in self.parked
+            if near(signed(number - each[0]), each[1]) and signed(up - each[2]) >= -UPTIME_SLACK_MS
+        )
+        found = next(ways, None)
+        self.parked.append((self.due, self.exact, self.up, self.open, 0 if found else jump))
+        self.due, self.open = None, []
+        if found:
+            self.parked.remove(found)
+            self.due, self.exact, self.up, self.open, _ = found
+        while len(self.parked) > MAX_PARKED:
+            self.end_series(sure=True)
+
+    def end_series(self, *, sure: bool) -> None:
+        """The series that was interrupted first does not go on."""
+        *_, gaps, jump = self.parked.pop(0)
+        self.miss(gaps)
+        if jump > MAX_GAP or jump < -WINDOW:
+            self.counts["exporter_restarts"] += 1
+        elif jump > 0:
+            self.counts[self.unit if sure else "exporter_unsure"] += jump if sure else 1
+
+    def finish(self) -> None:
+        """Nothing follows."""
+        self.miss(self.open)
+        while self.parked:
+            self.end_series(sure=False)
 
     def keep(self, gaps: list[range]) -> None:
         """Keep the last of these."""
@@ -195,7 +245,10 @@ def followed(taken: Sequence[tuple[int, int, int, int, bool]], cuts: Sequence[in
 steps = st.tuples(
     st.integers(0, 2),
     st.sampled_from(
-        [0, 0, 0, 0, 0, 1, 2, 7, -1, -2, -5, -9, 30, -30, WINDOW, -WINDOW, -WINDOW - 40, MAX_GAP + 1, 1 << 31]
+        [
+            *(0, 0, 0, 0, 0, 1, 2, 7, -1, -2, -5, -9, 30, -30),
+            *(WINDOW, -WINDOW, -WINDOW - 40, WINDOW + 40, 2 * WINDOW, MAX_GAP + 1, 1 << 31),
+        ]
     ),
     st.integers(0, 4),
     st.sampled_from([1_000_000] * 12 + [5]),
@@ -224,7 +277,7 @@ def test_any_sequence_is_followed_as_one_by_one(
         at[part] = number + count
     account = followed(taken, cuts)
     for each in references:
-        each.miss(each.open)
+        each.finish()
     assert account["missed"] == sum(each.counts["missed"] for each in references)
     assert account["exporter_reordered"] == sum(each.counts["exporter_reordered"] for each in references)
     assert account["exporter_restarts"] == sum(each.counts["exporter_restarts"] for each in references)
@@ -238,7 +291,7 @@ def test_any_sequence_is_followed_as_one_by_one(
         at[part] = number + count + 1
     account = observed("netflow", sent, cuts)
     for each in by_uptime:
-        each.miss(each.open)
+        each.finish()
     assert account["exporter_missed_flows"] == sum(each.counts["missed"] for each in by_uptime)
     assert account["exporter_restarts"] == sum(each.counts["exporter_restarts"] for each in by_uptime)
 
@@ -403,3 +456,144 @@ def test_large_batch_with_a_hostile_sender_among_others() -> None:
     alone = observed("netflow", [each for each in sent if each[0] == "192.0.2.66"])
     assert account["exporter_missed"] - alone["exporter_missed"] == 3
     assert alone["exporter_restarts"] > 100
+
+
+Step = tuple[int, int]
+"""Which exporting process sends, or which port a datagram leaves by; and its number."""
+
+
+def observed_in_calls(sent: Sequence[Sent], most: int, *, settled: bool = True) -> Counter[str]:
+    """What is counted when datagrams come in receive calls of so many, with a second between them or not."""
+    account: Counter[str] = Counter()
+    exporters = ExporterTracker("netflow", account)
+    for start in range(0, len(sent), most):
+        exporters.observe(batch_of(sent[start : start + most]))
+        if settled:
+            exporters.settle()
+    exporters.settle(at_once=True)
+    return +account
+
+
+class TestSeveralProcesses:
+    """Exporting processes behind one address, of one source id."""
+
+    @pytest.mark.parametrize("port", [2055, 2056])
+    @pytest.mark.parametrize("begins", [(100_000, 5_000), (5_000, 100_000), (7, 20_000_000), (WRAP - 30, 5_000)])
+    @pytest.mark.parametrize("most", [1, 7, 200])
+    def test_two_contiguous_series_miss_nothing(self, begins: tuple[int, int], port: int, most: int) -> None:
+        """Two processes whose numbers run on miss nothing, by two ports and by one, whichever way they lie."""
+        sent: list[Sent] = []
+        for number in range(67):
+            sent.append(("192.0.2.1", flows.netflow_v9((begins[0] + number) % WRAP), 2055))
+            sent.append(("192.0.2.1", flows.netflow_v9((begins[1] + number) % WRAP), port))
+        account = observed_in_calls(sent, most)
+        assert account == {"exporters": 1 if port == 2055 else 2}
+
+    @settings(max_examples=100)
+    @given(
+        seed=st.integers(0, 1 << 32),
+        processes=st.integers(1, 4),
+        own_ports=st.booleans(),
+        loss=st.sampled_from([0.0, 0.1, 0.4]),
+        most=st.integers(1, 40),
+        settled=st.booleans(),
+    )
+    def test_what_each_has_lost_is_missed(
+        self, seed: int, processes: int, own_ports: bool, loss: float, most: int, settled: bool
+    ) -> None:
+        """With losses, just what each process has lost between its own datagrams is missed; of one port too."""
+        draw = random.Random(seed)
+        apart = 10 if own_ports else 1_000_000  # by one port they are told apart by their numbers alone
+        number = [apart * each + draw.randrange(5) for each in range(processes)]
+        sent: list[Sent] = []
+        came: list[Step] = []
+        for _ in range(200):
+            process = draw.randrange(processes)
+            if draw.random() >= loss:
+                came.append((process, number[process]))
+                sent.append(("192.0.2.1", flows.netflow_v9(number[process]), 2055 + process * own_ports))
+            number[process] += 1
+        missed = 0
+        for process in range(processes):
+            own = [each for it, each in came if it == process]
+            missed += max(own) - min(own) + 1 - len(own) if own else 0
+        account = observed_in_calls(sent, most, settled=settled)
+        assert account["exporter_missed"] <= missed
+        if own_ports and not account["exporter_reordered"]:
+            assert account["exporter_missed"] == missed or account["exporters"] < processes
+        if not own_ports:
+            assert account["exporter_missed"] == missed
+        assert account["exporter_restarts"] == 0
+
+    def test_what_goes_on_by_another_port_is_one(self) -> None:
+        """One process that takes a port for each datagram is followed as one, with what it loses, by few slots."""
+        numbers = [number for number in range(1, 300) if number % 10 or number < 10]
+        sent: list[Sent] = [("192.0.2.1", flows.netflow_v9(number), 10_000 + number) for number in numbers]
+        for most in (1, 50):
+            account = observed_in_calls(sent, most)
+            assert account == {"exporters": 1, "exporter_missed": len(range(10, 300, 10))}
+
+    @settings(max_examples=100)
+    @given(
+        st.lists(st.integers(0, 2), min_size=30, max_size=120),
+        st.sets(st.integers(0, 119)),
+        st.integers(1, 40),
+    )
+    def test_ports_that_fill_each_others_gaps_are_joined(self, ports: list[int], lost: set[int], most: int) -> None:
+        """One numbering over several ports never misses more than was lost, however it is dealt out."""
+        sent: list[Sent] = [
+            ("192.0.2.1", flows.netflow_v9(number), 2055 + port)
+            for number, port in enumerate(ports)
+            if number not in lost
+        ]
+        account = observed_in_calls(sent, most)
+        assert account["exporter_missed"] <= len(lost & {*range(len(ports))})
+
+    def test_gaps_that_another_port_fills_join_it(self) -> None:
+        """Two ports found to be of one numbering are one exporter from then on, whose losses are all missed."""
+        dealt: list[Sent] = [
+            ("192.0.2.1", flows.netflow_v9(number), 2055 + number % 2) for number in range(100) if number != 60
+        ]
+        assert observed_in_calls(dealt, 20) == {"exporters": 1, "exporter_missed": 1}
+
+    def test_agents_of_one_address_on_several_hosts_are_apart(self) -> None:
+        """Two hosts whose sFlow agents give the same address, as containers do, are two exporters."""
+        sent = [
+            (f"192.0.2.{1 + number % 2}", flows.sflow(number // 2 + 90_000 * (number % 2), agent="127.0.0.1"))
+            for number in range(100)
+        ]
+        assert observed("sflow", sent) == {"exporters": 2}
+
+    def test_engines_of_netflow_v5_too(self) -> None:
+        """NetFlow v5 numbers flows: two processes of one engine miss what each has lost, in flows."""
+        sent: list[Sent] = []
+        for number in range(50):
+            for process, begin in enumerate((1_000, 900_000)):
+                if (number, process) != (20, 1):
+                    sent.append(("192.0.2.1", flows.netflow_v5(begin + 30 * number, 30), 2055 + process))
+        assert observed_in_calls(sent, 9) == {"exporters": 2, "exporter_missed_flows": 30}
+
+    def test_a_jump_counts_once_the_series_before_is_silent(self) -> None:
+        """Who skips far and never goes back has lost that, which counts after a minute; at the end it is not sure."""
+        account: Counter[str] = Counter()
+        exporters = ExporterTracker("netflow", account)
+        exporters.observe(batch_of(from_one(*map(flows.netflow_v9, (1, 2, 5000)))))
+        for _ in range(PARKED_SECONDS):
+            exporters.settle()
+        assert not account["exporter_missed"]
+        exporters.settle()
+        assert account["exporter_missed"] == 5000 - 3
+        exporters.observe(batch_of(from_one(flows.netflow_v9(50_000))))
+        exporters.settle(at_once=True)
+        assert (account["exporter_missed"], account["exporter_unsure"]) == (5000 - 3, 1)
+
+    def test_ports_kept_are_bounded(self) -> None:
+        """Of one that takes port after port the first are forgotten, which evicts nobody."""
+        account: Counter[str] = Counter()
+        exporters = ExporterTracker("netflow", account, capacity=MAX_PORTS + 10)
+        exporters.observe(batch_of([("192.0.2.9", flows.netflow_v9(5))]))
+        for number in range(3 * MAX_PORTS):
+            exporters.observe(batch_of([("192.0.2.1", flows.netflow_v9(number), 3000 + number)]))
+        exporters.observe(batch_of([("192.0.2.9", flows.netflow_v9(7))]))
+        exporters.settle(at_once=True)
+        assert +account == {"exporters": 2, "exporter_missed": 1}

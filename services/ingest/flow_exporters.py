@@ -1,0 +1,256 @@
+"""Follows the flow exporters of a stream: whose a datagram is, and what is missing from its numbers. No I/O.
+
+Exporters are told apart by source address, what they call their parts, and port: several exporting processes may be
+behind one address. Ports are joined only where one goes on with the numbers of another, or fills its gaps, and parted
+when the same number comes by two of them.
+"""
+
+import secrets
+from collections import Counter, OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from services.ingest.flow_headers import KINDS, Headers, Integers, Kind, read_heads
+from services.ingest.flow_sequence_gaps import Hole, Mask, SequenceTracker
+from services.ingest.ipfix_numbering import Numbering
+from services.ingest.ipfix_templates import Templates
+from shared.datagrams.batch import DatagramBatch
+from shared.ledger import EXPORTER_EVICTIONS, EXPORTER_UNSURE, EXPORTERS, NOT_FLOW
+from shared.settings.model import Protocol
+
+MAX_EXPORTERS: Final = 16_384
+"""Followed at a time by a worker and stream: sources can be forged by the million. The longest silent goes first."""
+MAX_COMPARED: Final = 16
+"""Exporters of one identity that a port is compared with."""
+MAX_PORTS: Final = 64
+"""Kept of those that number as one: some take a port for each datagram."""
+NEAR: Final = 64
+"""Numbers that a further port of those that number as one may be ahead, or behind, and belong to them."""
+KEY_WORDS: Final = 12
+"""Of 32 bits: identity, source address, port, and none."""
+IDENTITY_BYTES: Final = 24
+"""Of a key, without where its datagrams come from."""
+
+
+@dataclass(slots=True)
+class Family:
+    """Exporters of one identity: their slots, and whether two of them have turned out to number as one."""
+
+    slots: dict[int, None] = field(default_factory=dict)
+    joined: bool = False
+
+    def last(self) -> list[int]:
+        """The slots of those that came last: whoever forges ports must not make looking at all of them dear."""
+        return list(islice(reversed(self.slots), MAX_COMPARED))
+
+
+class ExporterTracker:
+    """Follows the exporters of one stream of a protocol, and counts in the stream's account.
+
+    `capacity` is at least the number of rows of a batch.
+    """
+
+    def __init__(self, protocol: Protocol, account: Counter[str], capacity: int = MAX_EXPORTERS) -> None:
+        self._kinds = [(kind.read, self._tracker(kind, account, capacity)) for kind in KINDS[protocol]]
+        self._account = account
+        self._capacity = capacity
+        self._slots: OrderedDict[bytes, int] = OrderedDict()
+        """By key, the one that was silent for longest first."""
+        self._keys: dict[int, dict[bytes, None]] = {}
+        """By slot: more than one where ports are joined."""
+        self._free = list(range(capacity - 1, -1, -1))
+        self._families: dict[bytes, Family] = {}
+        self._identities: dict[int, bytes] = {}
+        self._to_join: list[tuple[SequenceTracker, int, int]] = []
+        self._templates = Templates() if protocol == "ipfix" else None
+        self._numbering = Numbering(capacity) if protocol == "ipfix" else None
+        self._factors = np.frombuffer(secrets.token_bytes(4 * KEY_WORDS), np.uint64) | np.uint64(1)
+
+    def _tracker(self, kind: Kind, account: Counter[str], capacity: int) -> SequenceTracker:
+        tracker = SequenceTracker(capacity, account, kind.unit, lambda slot, holes: self._explain(tracker, slot, holes))
+        return tracker
+
+    def observe(self, batch: DatagramBatch) -> None:
+        """Take note of what came by one receive call, in its order."""
+        strangers = len(batch)
+        heads = read_heads(batch)
+        for read, tracker in self._kinds:
+            headers = read(batch, heads)
+            strangers -= len(headers.rows)
+            if len(headers.rows):
+                self._follow(batch, headers, tracker)
+        if strangers:
+            self._account[NOT_FLOW] += strangers
+
+    def _follow(self, batch: DatagramBatch, headers: Headers, tracker: SequenceTracker) -> None:
+        order, first, slots = self._arrange(batch, headers, tracker)
+        counts, sure = headers.count, np.ones(len(order), bool)
+        if self._templates is not None:
+            of_rows = np.empty(len(order), np.int64)
+            of_rows[order] = slots[np.cumsum(first) - 1]
+            counts, sure = self._templates.count(batch, headers.rows, of_rows)
+            self._account[EXPORTER_UNSURE] += int(np.count_nonzero(~sure))
+        number, counts, sure = headers.number[order], counts[order], sure[order]
+        if self._numbering is not None:
+            number, counts, sure, anew = self._numbering.unify(slots, first, number, counts, sure)
+            for slot in anew:
+                tracker.forget(slot)
+        tracker.track(slots, first, number, counts, headers.uptime[order], sure)
+        self._join()
+        self._part(tracker)
+
+    def _arrange(
+        self, batch: DatagramBatch, headers: Headers, tracker: SequenceTracker
+    ) -> tuple[Integers, Mask, Integers]:
+        """Bring rows of one exporter together, in the order they have.
+
+        Return that order, a mask of where each exporter begins in it, and the slot of each.
+        """
+        keys = np.zeros((len(headers.rows), KEY_WORDS), np.uint32)
+        keys[:, :6] = headers.keys
+        keys[:, 6:10] = np.ascontiguousarray(batch.rows["address"][headers.rows]).view(np.uint32)
+        keys[:, 10] = batch.rows["port"][headers.rows]
+        # By a hash, which is sorted faster. Nobody can aim at one that two exporters have.
+        order = np.argsort(keys.view(np.uint64) @ self._factors, kind="stable")
+        arranged = keys.view(np.uint64)[order]
+        first = np.ones(len(order), bool)
+        first[1:] = (arranged[1:] != arranged[:-1]).any(axis=1)
+        slots = self._slots_of(arranged[first], order, first, headers, tracker)
+        if len({*slots.tolist()}) < len(slots):  # joined ports, whose rows stand in between each other
+            of_rows = np.empty(len(order), np.int64)
+            of_rows[order] = slots[np.cumsum(first) - 1]
+            order = np.argsort(of_rows, kind="stable")
+            by_slot = of_rows[order]
+            first = np.append(True, by_slot[1:] != by_slot[:-1])
+            slots = by_slot[first]
+        return order, first, slots
+
+    def _slots_of(
+        self, keys: npt.NDArray[np.uint64], order: Integers, first: Mask, headers: Headers, tracker: SequenceTracker
+    ) -> Integers:
+        """The slot of each key; those that are new get theirs in the order in which they came."""
+        packed, size = keys.tobytes(), keys.shape[1] * keys.itemsize
+        found = [packed[at : at + size] for at in range(0, len(packed), size)]
+        slots = [self._slots.get(key, -1) for key in found]
+        for key, slot in zip(found, slots, strict=True):
+            if slot >= 0:
+                self._slots.move_to_end(key)
+        fresh = [group for group, slot in enumerate(slots) if slot < 0]
+        if fresh:
+            begins, ends = order[first], order[np.append(first[1:], True)]
+            ended: dict[int, tuple[int, int]] = {}
+            for group in sorted(fresh, key=lambda group: int(begins[group])):
+                begin, end = int(begins[group]), int(ends[group])
+                slots[group] = slot = self._new_key(found[group], int(headers.number[begin]), begin, tracker, ended)
+                ended[slot] = end, int(headers.number[end] + headers.count[end])
+        return np.array(slots)
+
+    def _new_key(
+        self, key: bytes, number: int, row: int, tracker: SequenceTracker, ended: Mapping[int, tuple[int, int]]
+    ) -> int:
+        """Give a new key, which comes with `row`, a slot: of an exporter whose numbers it goes on with, or its own.
+
+        `ended` has those that are new too: the last row of each, and what number is due then.
+        """
+        if len(self._slots) == self._capacity:
+            self._drop(next(iter(self._slots)))
+        family = self._families.setdefault(key[:IDENTITY_BYTES], Family())
+        # IPFIX numbers each transport session by itself (RFC 7011, 3.1), and has templates for each.
+        within = NEAR if family.joined else 0
+        slots = family.last() if self._templates is None else ()
+        others = (each for each in slots if ended.get(each, (-1, 0))[0] < row)
+        slot = next((each for each in others if tracker.is_due(each, number, within, *ended.get(each, ())[1:])), None)
+        if slot is None:
+            return self._take_slot(key, family)
+        family.joined = True
+        if len(self._keys[slot]) == MAX_PORTS:
+            self._drop(next(iter(self._keys[slot])))
+        self._slots[key] = slot
+        self._keys[slot][key] = None
+        return slot
+
+    def _take_slot(self, key: bytes, family: Family) -> int:
+        """Give a key a slot of its own."""
+        self._slots[key] = slot = self._free.pop()
+        family.slots[slot] = None
+        self._identities[slot] = key[:IDENTITY_BYTES]
+        self._keys[slot] = {key: None}
+        return slot
+
+    def _drop(self, key: bytes) -> None:
+        """Let go of a key, and of its exporter when it was the last of that."""
+        slot = self._slots.pop(key)
+        del self._keys[slot][key]
+        if not self._keys[slot]:
+            self._account[EXPORTER_EVICTIONS] += 1
+            self._release(slot)
+
+    def _release(self, slot: int) -> None:
+        """Let a slot be another exporter's from now on."""
+        for _, tracker in self._kinds:
+            tracker.forget(slot)
+        if self._templates is not None:
+            self._templates.forget(slot)
+        if self._numbering is not None:
+            self._numbering.forget(slot)
+        identity = self._identities.pop(slot)
+        del self._families[identity].slots[slot]
+        if not self._families[identity].slots:
+            del self._families[identity]
+        del self._keys[slot]
+        self._free.append(slot)
+
+    def _explain(self, tracker: SequenceTracker, slot: int, holes: list[Hole]) -> list[Hole]:
+        """Return which gaps are missing for sure; where another port has filled some, both are joined soon."""
+        for other in self._families[self._identities[slot]].last():
+            left = tracker.unfilled(slot, other, holes) if other != slot else holes
+            if left != holes and self._templates is None:
+                self._to_join.append((tracker, slot, other))
+            elif left != holes:
+                self._account[EXPORTER_UNSURE] += 1
+            holes = left
+        return holes
+
+    def _join(self) -> None:
+        """Join slots that have filled each other's gaps: not before, as gaps are counted while slots are in use."""
+        joined: dict[int, int] = {}
+        while self._to_join:
+            tracker, slot, other = self._to_join.pop()
+            while slot in joined:
+                slot = joined[slot]
+            while other in joined:
+                other = joined[other]
+            if slot == other or slot not in self._keys or other not in self._keys:  # joined already, or gone
+                continue
+            joined[other] = slot
+            tracker.merge(slot, other)
+            for key in self._keys[other]:
+                self._slots[key] = slot
+                self._keys[slot][key] = None
+            self._families[self._identities[slot]].joined = True
+            self._release(other)
+
+    def _part(self, tracker: SequenceTracker) -> None:
+        """Part ports that were taken for one and have had the same number: what is missing until now is not known."""
+        for slot in tracker.repeated:
+            if len(self._keys.get(slot, ())) < 2:  # sent twice, or brought twice by the network
+                continue
+            self._account[EXPORTER_UNSURE] += tracker.begin_anew(slot)
+            family = self._families[self._identities[slot]]
+            family.joined = False
+            for key in list(self._keys[slot])[1:]:
+                del self._keys[slot][key]
+                self._take_slot(key, family)
+        tracker.repeated.clear()
+
+    def settle(self, *, at_once: bool = False) -> None:
+        """Count what is missing for good, and how many exporters there are. Due every second; at the end `at_once`."""
+        for _, tracker in self._kinds:
+            tracker.settle(at_once=at_once)
+        self._join()
+        self._account[EXPORTERS] = len(self._keys)
