@@ -1,6 +1,7 @@
 import errno
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from shared.datagrams.batch import MAX_ROWS, DatagramBatch
 from shared.datagrams.mmsg import IOVEC, MMSGHDR, SLOT, ReceiveArena, addresses_of, send
 from shared.net.addresses import unpack_address
+from tests.refusing import refuse
 
 SIZES = (0, 1, 1464, 65507)
 LOOPBACK = {socket.AF_INET: "127.0.0.1", socket.AF_INET6: "::1"}
@@ -347,3 +349,20 @@ def test_send_does_not_wait_for_room(sockets: ExitStack) -> None:
         assert error == 0
         assert 0 < taken < MAX_ROWS
         assert send(ours.fileno(), headers, taken, MAX_ROWS) == (0, errno.EAGAIN)
+
+
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
+def test_refused_sendmmsg_is_replaced(sockets: ExitStack, family: socket.AddressFamily) -> None:
+    """Where a sandbox refuses sendmmsg(2) messages are sent one by one, and errors are told as by the kernel's call."""
+    receiver = bound(sockets, family)
+    sock = connected(sockets, receiver, family)
+    headers, _kept = headers_for([b"one", b"", b"x" * 65_536, b"four"])
+
+    def send_refused() -> list[tuple[int, int]]:
+        refuse("sendmmsg=ENOSYS")  # to this thread alone
+        return [send(sock.fileno(), headers, start, 4) for start in (0, 2, 3)]
+
+    with ThreadPoolExecutor(1) as other_thread:
+        assert other_thread.submit(send_refused).result() == [(2, 0), (0, errno.EMSGSIZE), (1, 0)]
+    receiver.settimeout(10)
+    assert [receiver.recv(100) for _ in range(3)] == [b"one", b"", b"four"]
