@@ -195,8 +195,9 @@ class Borrower:
 
     def keep_streams(self, prefixes: Iterable[str]) -> None:
         """Borrow only of streams whose topic begins with one of these: without their messages no loan is given back."""
+        kept = tuple(prefixes)
         for key in list(self._lenders):
-            if not datagrams_topic(key[1]).startswith(tuple(prefixes)):
+            if not datagrams_topic(key[1]).startswith(kept):
                 self._lenders.pop(key).close()
 
     def close(self) -> None:
