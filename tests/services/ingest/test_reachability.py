@@ -69,7 +69,7 @@ class TestPath:
         path = Path("/tmp", f"fanwire-test-{os.getpid()}.sock")
         before = os.umask(0o077)
         try:
-            _, subscriber = listening(stack, bus, f"unixgram://{path}")
+            worker, subscriber = listening(stack, bus, f"unixgram://{path}")
         finally:
             os.umask(before)
         assert path.stat().st_mode & 0o777 == 0o666
@@ -77,6 +77,8 @@ class TestPath:
         command = [readable_interpreter(), "-I", "-c", script, str(path)]
         subprocess.run(command, preexec_fn=as_nobody, cwd="/", check=True)
         assert take_datagrams(subscriber, 1)[0][2] == b"from another"
+        assert worker.stop() == 0
+        assert not path.exists()
 
     @pytest.mark.parametrize("instead", ["nothing", "file", "directory"])
     def test_is_made_anew_when_others_remove_it(self, stack: Stack, bus: BusEnds, tmp_path: Path, instead: str) -> None:
