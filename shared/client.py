@@ -1,5 +1,6 @@
 """A client of the registry: the copies it asked for, declared once, and its entry on the bus and in JSON."""
 
+from operator import attrgetter
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
@@ -46,7 +47,10 @@ class CopyTerms(_Named, frozen=True, kw_only=True):
     @property
     def terms(self) -> dict[str, Any]:
         """The fields above by name, to make another of the structs that have them."""
-        return {field: getattr(self, field) for field in CopyTerms.__struct_fields__}
+        return dict(zip(CopyTerms.__struct_fields__, _get_terms(self), strict=True))
+
+
+_get_terms: Final = attrgetter(*CopyTerms.__struct_fields__)
 
 
 class WrittenTerms(CopyTerms, frozen=True, kw_only=True):

@@ -3,6 +3,7 @@
 from typing import Final
 
 import msgspec
+from msgspec.structs import asdict
 
 from services.gateway.registry.condition import Word
 from services.gateway.registry.entry import Entry, Event
@@ -26,10 +27,7 @@ def show_client(registry: Registry, entry: Entry) -> View:
     """Return an entry as it is shown now, in the condition of its last refresh."""
     client, condition = entry.client, entry.condition
     return View(
-        **client.terms,
-        address=client.address,
-        port=client.port,
-        generation=client.generation,
+        **asdict(client),
         expires_in=registry.leases.expires_in(entry),
         health=condition.word,
         health_since=registry.seconds_in(condition) if client.streams else None,

@@ -4,7 +4,7 @@ An OSError of the kernel's, while it is asked for an address, passes through: th
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from services.gateway.admission.address_proof import AddressProofs, proven_before
 from services.gateway.admission.destinations import Destinations
@@ -26,8 +26,7 @@ from shared.client import Client, Source
 from shared.settings.model import Collector, Gateway
 
 
-@dataclass(frozen=True, slots=True)
-class Grant:
+class Grant(NamedTuple):
     """A client that may be entered, its lease, and the entry that it replaces."""
 
     client: Client

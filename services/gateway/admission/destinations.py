@@ -51,10 +51,9 @@ class Destinations:
             self._check_destination(address)
         if request.streams:
             self._check_loop(address, port)
-        terms = request.terms | {
-            "streams": tuple(dict.fromkeys(request.streams)),
-            "prefixes": tuple(_parse_prefix(prefix) for prefix in request.prefixes),
-        }
+        terms = request.terms
+        terms["streams"] = tuple(dict.fromkeys(request.streams))
+        terms["prefixes"] = tuple(_parse_prefix(prefix) for prefix in request.prefixes)
         return Client(**terms, generation=0, address=str(address), port=port)
 
     def resolve_configured(self, collector: Collector) -> Client:

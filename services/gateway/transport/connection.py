@@ -34,13 +34,25 @@ class ClientConnection(asyncio.BufferedProtocol):
     `remote`: the listener is not for this host alone, so the client has rights by its certificate only.
     """
 
-    __slots__ = ("_acting", "_by_us", "_handler", "_open", "_peer", "_remote", "_transport", "conversation", "origin")
+    __slots__ = (
+        "_acting",
+        "_by_us",
+        "_handler",
+        "_open",
+        "_peer",
+        "_reading",
+        "_remote",
+        "_transport",
+        "conversation",
+        "origin",
+    )
 
     def __init__(self, connections: "OpenConnections", *, remote: bool = False) -> None:
         self._open = connections
         self._handler = connections.handler
         self._remote = remote
         self._acting = False
+        self._reading = True
         self._by_us = False  # it ends because the gateway does
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -142,35 +154,39 @@ class ClientConnection(asyncio.BufferedProtocol):
                 self._perform(action)
         finally:
             self._acting = False
-        if self.conversation.ended or self._transport.is_closing():
-            return
-        if self.conversation.reading:
+        if self.conversation.reading is not self._reading and not self.conversation.ended:
+            self._throttle()
+
+    def _throttle(self) -> None:
+        """Stop reading from a client that sends faster than it reads answers, or go on."""
+        self._reading = self.conversation.reading
+        if self._reading:
             self._transport.resume_reading()
         else:
             self._transport.pause_reading()
 
     def _perform(self, action: Action) -> None:
-        match action:
-            case Write(data):
-                self._transport.write(data)
-            case Handle(request, 0):
-                self._handle(request)
-            case Handle(request, seconds):
+        if isinstance(action, Write):
+            self._transport.write(action.data)
+        elif isinstance(action, Handle):
+            if action.wait_seconds:
                 self._handler.counters[REQUESTS_DELAYED] += 1
-                self._open.loop.call_later(seconds, self._handle, request)
-            case Refuse(refused):
-                self._refuse(refused)
-            case WriteLastWords(refused):
-                self._transport.write(b"".join(self._handler.refuse(refused)))
-            case Step.GIVE_WAY:
-                self._open.loop.call_soon(self._take_turn)
-            case Step.HALF_CLOSE:
-                self._half_close()
-            case Step.CLOSE:
-                self._transport.close()
-            case Step.ABORT | Step.ABORT_SLOW:
-                self._handler.counters[TOO_SLOW] += action is Step.ABORT_SLOW
-                self._transport.abort()
+                self._open.loop.call_later(action.wait_seconds, self._handle, action.request)
+            else:
+                self._handle(action.request)
+        elif isinstance(action, Refuse):
+            self._refuse(action.refused)
+        elif isinstance(action, WriteLastWords):
+            self._transport.write(b"".join(self._handler.refuse(action.refused)))
+        elif action is Step.GIVE_WAY:
+            self._open.loop.call_soon(self._take_turn)
+        elif action is Step.HALF_CLOSE:
+            self._half_close()
+        elif action is Step.CLOSE:
+            self._transport.close()
+        else:
+            self._handler.counters[TOO_SLOW] += action is Step.ABORT_SLOW
+            self._transport.abort()
 
     def _handle(self, request: Request) -> None:
         if self.conversation.state is not State.ANSWERING or self._transport.is_closing():

@@ -7,9 +7,10 @@ answer on its way: closing a TCP socket with unread bytes sends one (RFC 2525, 2
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Final
+
+from msgspec import Struct
 
 from services.gateway.protocol.decoder import MAX_LINE, Decoder
 from services.gateway.protocol.requests import Request, RequestError, SignUp
@@ -40,6 +41,10 @@ class State(Enum):
     """The connection is cut."""
 
 
+IDLE, RECEIVING, ANSWERING, WAITING_TURN, LINGERING, CLOSED = State
+OVER: Final = (LINGERING, CLOSED)
+
+
 class After(Enum):
     """The step that follows the answer under way."""
 
@@ -48,30 +53,26 @@ class After(Enum):
     CUT_OFF = auto()
 
 
-@dataclass(frozen=True, slots=True)
-class Write:
+class Write(Struct, frozen=True):
     """Write these bytes."""
 
     data: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Handle:
+class Handle(Struct, frozen=True):
     """Have this request handled after `wait_seconds`, and give `answer` the result."""
 
     request: Request
     wait_seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class Refuse:
+class Refuse(Struct, frozen=True):
     """Count this refusal, and give `answer` its bytes."""
 
     refused: RequestError
 
 
-@dataclass(frozen=True, slots=True)
-class WriteLastWords:
+class WriteLastWords(Struct, frozen=True):
     """Count this refusal, and write it whatever waits."""
 
     refused: RequestError
@@ -103,7 +104,7 @@ class Conversation:
 
     __slots__ = (
         "_after", "_decoder", "_delay", "_delay_told", "_discarded", "_due", "_origin", "_outgoing",
-        "_pushed", "_pushed_bytes", "_settings", "_stalled", "_unread", "deadlines", "ended", "state",
+        "_pushed", "_pushed_bytes", "_settings", "_stalled", "_unread", "deadlines", "ended", "reading", "state",
     )  # fmt: skip
 
     def __init__(self, settings: Gateway, deadlines: Deadlines, origin: str, delay: Callable[[], float]) -> None:
@@ -122,18 +123,14 @@ class Conversation:
         self._pushed_bytes = 0
         self._discarded = 0
         self._due: deque[Action] = deque()
-        self.state = State.IDLE
+        self.reading = True  # not while a client sends faster than it reads answers
+        self.state = IDLE
         deadlines.await_first_byte()
 
     @property
     def over(self) -> bool:
         """Whether nothing more is said."""
-        return self.state in (State.LINGERING, State.CLOSED)
-
-    @property
-    def reading(self) -> bool:
-        """Whether to read more: not from a client that sends faster than it reads answers."""
-        return self.over or self._decoder.buffered <= MAX_LINE
+        return self.state in OVER
 
     @property
     def buffered(self) -> int:
@@ -142,13 +139,14 @@ class Conversation:
 
     def receive(self, data: bytes) -> None:
         """Note bytes that were read."""
-        if self.state is State.LINGERING:
+        if self.state is LINGERING:
             self._discarded += len(data)
             if self._discarded > LINGER_BYTES:
                 self._cut(Step.ABORT)
-        elif self.state is not State.CLOSED:
+        elif self.state is not CLOSED:
             self._decoder.feed(data)
             self._unread = True
+            self.reading = self._decoder.buffered <= MAX_LINE
 
     def receive_end(self) -> None:
         """Note that the client sends no more, but may still read: what it has asked is answered."""
@@ -159,7 +157,7 @@ class Conversation:
     def abandon(self) -> None:
         """Note that the client has closed both directions: nothing that is written gets there any more."""
         self.ended = True
-        self.state = State.LINGERING
+        self.state = LINGERING
         self.deadlines.await_close()
 
     def pause_writing(self) -> None:
@@ -173,26 +171,26 @@ class Conversation:
         if self.over:
             return
         self.deadlines.suspend()
-        if self.state is State.RECEIVING:
-            self.state = State.IDLE  # the deadline of being behind has taken the place of the request's
+        if self.state is RECEIVING:
+            self.state = IDLE  # the deadline of being behind has taken the place of the request's
         self._unread = True
 
     def take_turn(self) -> None:
         """Go on with the next request, after `Step.GIVE_WAY`."""
-        if self.state is State.WAITING_TURN:
-            self.state = State.IDLE
+        if self.state is WAITING_TURN:
+            self.state = IDLE
             self._unread = True
 
     def answer(self, parts: Sequence[bytes], *, closes: bool = False) -> None:
         """Send the answer to the request under way; `closes`: no request follows."""
-        if self.state is State.ANSWERING:
+        if self.state is ANSWERING:
             self._outgoing = split_answer(parts)
             if closes:
                 self._finish_after()
 
     def refuse(self, refused: RequestError) -> None:
         """Answer with a refusal."""
-        self.state = State.ANSWERING
+        self.state = ANSWERING
         self.deadlines.suspend()
         self._due.append(Refuse(refused))
 
@@ -202,16 +200,16 @@ class Conversation:
             return
         self._pushed.append(lines)
         self._pushed_bytes += len(lines)
-        if self._pushed_bytes > self._settings.output_buffer and (self._stalled or self.state is State.ANSWERING):
+        if self._pushed_bytes > self._settings.output_buffer and (self._stalled or self.state is ANSWERING):
             self._after = After.CUT_OFF
             self._drop_pushed()
-            if self.state is not State.ANSWERING:  # else a part of the answer may be written: all of it comes first
+            if self.state is not ANSWERING:  # else a part of the answer may be written: all of it comes first
                 self._cut_off()
 
     def drain(self) -> None:
         """Begin no more requests; finish once the answer under way, if any, is sent."""
         self._finish_after()
-        if self.state is not State.ANSWERING and not self.over:
+        if self.state is not ANSWERING and not self.over:
             self._finish()
 
     def drop(self) -> None:
@@ -223,22 +221,22 @@ class Conversation:
         """Act on a deadline that has passed; `needed`: the connection is of use though nothing comes by it."""
         if self.over:
             self._cut(Step.ABORT)
-        elif self._stalled and needed and self.state is not State.ANSWERING:
+        elif self._stalled and needed and self.state is not ANSWERING:
             self._drop_pushed()
             self._cut_off()
         elif self._stalled:
             self._cut(Step.ABORT_SLOW)
-        elif needed and self.deadlines.introduced and self.state is State.IDLE:
+        elif needed and self.deadlines.introduced and self.state is IDLE:
             self.deadlines.await_first_byte()
         else:
-            self.refuse(self.deadlines.too_slow(receiving=self.state is State.RECEIVING))
+            self.refuse(self.deadlines.too_slow(receiving=self.state is RECEIVING))
 
     def next_action(self) -> Action | None:
         """Return the next thing to do; None: nothing until the next input."""
         while not self._due:
-            if self.over or self._stalled:
+            if self._stalled or self.state in OVER:
                 return None
-            if self.state is State.ANSWERING:
+            if self.state is ANSWERING:
                 if self._outgoing is None:
                     return None
                 if piece := next(self._outgoing, b""):
@@ -248,7 +246,7 @@ class Conversation:
                 return Write(self._pop_pushed())
             elif self._after is After.FINISH:
                 self._finish()
-            elif self._unread and self.state is not State.WAITING_TURN:
+            elif self._unread and self.state is not WAITING_TURN:
                 self._begin_request()
             else:
                 return None
@@ -261,6 +259,8 @@ class Conversation:
         except RequestError as refused:
             self.refuse(refused)
             return
+        finally:
+            self.reading = self._decoder.buffered <= MAX_LINE
         if request is not None:
             self._begin(request)
         elif self.ended:
@@ -275,7 +275,7 @@ class Conversation:
             most = self._settings.requests_per_second
             why = f"over {most} requests a second come from {self._origin}: yours wait, and are answered late"
             self._due.append(Write(json_line(event="slowed", message=why)))
-        self.state = State.ANSWERING
+        self.state = ANSWERING
         self.deadlines.suspend()
         if isinstance(request, SignUp):
             self._finish_after()
@@ -283,10 +283,10 @@ class Conversation:
 
     def _await_request(self) -> None:
         if not self._decoder.buffered:
-            self.state = State.IDLE
+            self.state = IDLE
             self.deadlines.await_first_byte()
-        elif self.state is not State.RECEIVING:
-            self.state = State.RECEIVING
+        elif self.state is not RECEIVING:
+            self.state = RECEIVING
             self.deadlines.await_last_byte()
 
     def _end_answer(self) -> None:
@@ -294,7 +294,7 @@ class Conversation:
         if self._after is After.CUT_OFF:
             self._cut_off()
         elif self._after is After.NEXT_REQUEST and (self._decoder.buffered or self.ended):
-            self.state = State.WAITING_TURN
+            self.state = WAITING_TURN
             self._due.append(Step.GIVE_WAY)
         else:
             self._await_request()
@@ -305,7 +305,8 @@ class Conversation:
 
     def _finish(self) -> None:
         """Write nothing more, and give the client a moment to read and to close as well."""
-        self.state = State.LINGERING
+        self.state = LINGERING
+        self.reading = True  # to throw away
         self.deadlines.await_close()
         self._due.append(Step.CLOSE if self.ended else Step.HALF_CLOSE)
 
@@ -315,7 +316,7 @@ class Conversation:
         self._finish()
 
     def _cut(self, step: Step) -> None:
-        self.state = State.CLOSED
+        self.state = CLOSED
         self.deadlines.suspend()
         self._outgoing = None
         self._drop_pushed()
