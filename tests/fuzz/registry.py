@@ -21,7 +21,7 @@ from services.gateway.registry.store import Store
 from services.operator.__main__ import make_parser
 from services.operator.client import registry_client
 from services.operator.client.lease import Lease
-from services.operator.client.registry_client import Access, Registry
+from services.operator.client.registry_client import Access, RegistryClient
 from services.operator.commands import collect
 from services.operator.doctor.network_paths import NetworkFacts, check_network_paths
 from shared.bus.messages import REGISTRY_TOPIC, RegistrySnapshot, decode, encode
@@ -85,7 +85,7 @@ def answers(data: bytes) -> None:
         far.send(challenge)
         with _ended_in_a_line(said):
             _keep_lease(near)
-    with _ended_in_a_line(said), Registry(_access, 1.0) as asked:
+    with _ended_in_a_line(said), RegistryClient(_access, 1.0) as asked:
         collectors = [entry for entry in asked.ask("list").entries().values() if entry.streams]
         assert list(
             check_network_paths(NetworkFacts(listeners=[("0.0.0.0", 9)]), collectors, Transmitter().destinations)

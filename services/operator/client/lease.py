@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from services.operator.cli.output import say
-from services.operator.client.registry_client import Access, Entry, RefusedError, Registry, UnreachableError
+from services.operator.client.registry_client import Access, Entry, RefusedError, RegistryClient, UnreachableError
 from shared.net.addresses import SocketAddress
 
 TTL_SECONDS: Final = 30.0
@@ -27,7 +27,7 @@ class Lease:
         self._answer_seconds = answer_seconds
         self._name = name
         self._wishes = {**wishes, "name": name, "ttl": TTL_SECONDS, "hold": True}
-        self._registry: Registry | None = Registry(access, answer_seconds)
+        self._registry: RegistryClient | None = RegistryClient(access, answer_seconds)
         self._generation: int | None = None
         self._attempts = 0
         self._due_at = 0.0
@@ -52,13 +52,13 @@ class Lease:
         """Sign up, with what `wishes` adds; OperatorError when that is refused."""
         self._wishes |= wishes
         if self._registry is None:
-            self._registry = Registry(self._access, self._answer_seconds)
+            self._registry = RegistryClient(self._access, self._answer_seconds)
         entry = self._ask_for_entry(self._registry)
         self._generation, self._attempts = entry.generation, 0
         self._due_at = time.monotonic() + RENEW_SECONDS
         return entry
 
-    def _ask_for_entry(self, registry: Registry) -> Entry:
+    def _ask_for_entry(self, registry: RegistryClient) -> Entry:
         try:
             return registry.ask("register", **self._wishes).entry()
         except RefusedError as refused:

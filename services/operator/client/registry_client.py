@@ -85,7 +85,7 @@ class UnreachableError(OperatorError):
         super().__init__(UNAVAILABLE, f"no gateway at {endpoint} ({reason}); {cure}")
 
 
-class Registry:
+class RegistryClient:
     """A connection to the gateway. OperatorError tells what the operator can mend."""
 
     def __init__(self, access: Access, answer_seconds: float) -> None:

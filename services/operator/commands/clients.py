@@ -12,7 +12,7 @@ from services.operator.cli.arguments import (
 )
 from services.operator.cli.tables import print_table
 from services.operator.client.gateway_options import access, add_gateway_arguments
-from services.operator.client.registry_client import Entry, Registry
+from services.operator.client.registry_client import Entry, RegistryClient
 from shared.client import DEFAULT_TERMS
 from shared.net.printable import printable
 from shared.process.lifecycle import FAILED, OK, OperatorError
@@ -46,9 +46,9 @@ def add_parser(subparsers: Subparsers) -> None:
     leave.add_argument("--generation", type=int, metavar="N", help="leave only as this generation")
 
 
-def open_registry(arguments: argparse.Namespace, settings: Settings) -> Registry:
+def open_registry(arguments: argparse.Namespace, settings: Settings) -> RegistryClient:
     """Connect to the gateway of `--gateway`, else of the settings."""
-    return Registry(access(arguments, settings), 10.0 + settings.gateway.serve_seconds)
+    return RegistryClient(access(arguments, settings), 10.0 + settings.gateway.serve_seconds)
 
 
 def run_clients(arguments: argparse.Namespace, settings: Settings) -> int:

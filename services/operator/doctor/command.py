@@ -10,7 +10,7 @@ import msgspec
 from services.operator.cli.arguments import Subparsers, add_command
 from services.operator.cli.tables import print_table
 from services.operator.client.gateway_options import access, add_gateway_arguments
-from services.operator.client.registry_client import Access, Entry, Registry
+from services.operator.client.registry_client import Access, Entry, RegistryClient
 from services.operator.doctor.facts import by_service, host_facts, listen, network_facts, service_facts
 from services.operator.doctor.finding import Finding, unseen
 from services.operator.doctor.host import check_host
@@ -60,8 +60,8 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
 
 
 def _examine(settings: Settings, gateway: Access, probed: Stream | None) -> Iterator[Finding]:
-    def open_registry() -> Registry:
-        return Registry(gateway, ANSWER_SECONDS + settings.gateway.serve_seconds)
+    def open_registry() -> RegistryClient:
+        return RegistryClient(gateway, ANSWER_SECONDS + settings.gateway.serve_seconds)
 
     def read_ledger() -> Ledger:
         return by_service(listen(settings))
@@ -100,7 +100,7 @@ def _examine_network(
     yield from check_network_paths(seen, collectors, settings.transmitter.destinations)
 
 
-def _collectors(settings: Settings, open_registry: Callable[[], Registry]) -> tuple[list[Entry], str]:
+def _collectors(settings: Settings, open_registry: Callable[[], RegistryClient]) -> tuple[list[Entry], str]:
     """Whom copies go to, by the registry, or where that does not answer by the settings; and why it does not."""
     try:
         with open_registry() as registry:

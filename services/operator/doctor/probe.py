@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import Final
 
-from services.operator.client.registry_client import Entry, Registry
+from services.operator.client.registry_client import Entry, RegistryClient
 from services.operator.doctor.finding import Finding, error, ok, warning
 from shared.client import Source
 from shared.datagrams.batch import MAX_DATAGRAM
@@ -38,7 +38,7 @@ EVERYWHERE: Final = {"0.0.0.0": "127.0.0.1", "::": "127.0.0.1"}
 
 
 def probe(
-    open_registry: Callable[[], Registry],
+    open_registry: Callable[[], RegistryClient],
     stream: Stream,
     source: Source,
     read_ledger: Callable[[], Ledger],
@@ -112,7 +112,7 @@ def _claimed(target: str) -> str:
     return target
 
 
-def _our_end(registry: Registry, target: str) -> str:
+def _our_end(registry: RegistryClient, target: str) -> str:
     """Where our copies go: loopback, of the target's family, or this end of a connection that is not by loopback."""
     local = str(registry.local[0]) if registry.local else "127.0.0.1"
     if local.startswith("127.") or local == "::1":
@@ -131,7 +131,7 @@ def _bind(host: str) -> socket.socket:
 
 
 def _sign_up(
-    registry: Registry, name: str, stream: Stream, source: Source, receiver: socket.socket, senders: Sequence[str]
+    registry: RegistryClient, name: str, stream: Stream, source: Source, receiver: socket.socket, senders: Sequence[str]
 ) -> Entry:
     """Have a collector of ours get what these addresses send to the stream."""
     host, port, *_ = receiver.getsockname()

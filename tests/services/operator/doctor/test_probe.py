@@ -1,6 +1,6 @@
 import pytest
 
-from services.operator.client.registry_client import Registry
+from services.operator.client.registry_client import RegistryClient
 from services.operator.doctor.probe import probe, where_lost
 from shared.ledger import Accounts
 from shared.settings.model import Stream
@@ -35,7 +35,7 @@ def test_where_it_was_lost(told: dict[str, Accounts], where: str) -> None:
     assert where_lost(BEFORE, told, "s", "doctor").startswith(where)
 
 
-def nobody() -> Registry:
+def nobody() -> RegistryClient:
     """A registry that must not be asked."""
     raise AssertionError
 
