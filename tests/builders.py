@@ -11,6 +11,7 @@ import msgpack
 import numpy as np
 import zmq
 
+from shared.bus.borrowing import Borrower
 from shared.bus.endpoint import DIRECT, BusLink
 from shared.bus.messages import (
     REGISTRY_TOPIC,
@@ -109,7 +110,7 @@ class BusEnds:
 
     def subscriber(self, *prefixes: str, high_water_mark: int = 4096) -> Subscriber:
         """A subscriber to these prefixes."""
-        subscriber = Subscriber(self.context, self.directory, high_water_mark, self._link)
+        subscriber = Subscriber(self.context, self.directory, high_water_mark, self._link, Borrower)
         self._subscribers.append(subscriber)
         for prefix in prefixes:
             subscriber.subscribe(prefix)

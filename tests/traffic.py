@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import numpy as np
 import numpy.typing as npt
 
-from shared.datagrams.batch import MAX_DATAGRAM
+from shared.datagrams.limits import MAX_DATAGRAM
 from shared.datagrams.mmsg import ReceiveArena
 from shared.net.sockets import enlarge_receive_buffer
 from tests.stack import Stack, wait_until

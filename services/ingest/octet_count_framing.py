@@ -6,7 +6,7 @@ No I/O.
 import re
 from typing import Final
 
-from shared.datagrams.batch import MAX_DATAGRAM
+from shared.datagrams.limits import MAX_DATAGRAM
 
 OCTET_COUNT: Final = re.compile(rb"([1-9][0-9]{0,8}) <")
 """A count is one only before `<`, where a syslog message begins: a line of text may well begin with a number."""

@@ -13,7 +13,8 @@ import structlog
 from services.ingest.batch_publisher import StreamFeed
 from services.ingest.replies import Replier
 from shared.bus.loans import CHUNK, LENT_SIZE
-from shared.datagrams.batch import MAX_DATAGRAM, MAX_PAYLOAD, DatagramBatch, Rows
+from shared.datagrams.batch import DatagramBatch, Rows
+from shared.datagrams.limits import MAX_DATAGRAM, MAX_PAYLOAD
 from shared.datagrams.mmsg import ReceiveArena
 from shared.ledger import BYTES, KERNEL_DROPPED, RECEIVE_ERRNO, RECEIVE_ERRORS, RECEIVED, TRUNCATED
 from shared.net.addresses import LOCAL_SENDER

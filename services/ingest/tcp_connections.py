@@ -12,7 +12,8 @@ import structlog
 
 from services.ingest.batch_publisher import StreamFeed
 from services.ingest.octet_count_framing import Framing
-from shared.datagrams.batch import MAX_DATAGRAM, MAX_PAYLOAD, MAX_ROWS, make_rows
+from shared.datagrams.batch import make_rows
+from shared.datagrams.limits import MAX_DATAGRAM, MAX_PAYLOAD, MAX_ROWS
 from shared.ledger import BYTES, CONNECTIONS_EXPIRED, CONNECTIONS_REFUSED, CUT_OFF, RECEIVED
 from shared.net.addresses import pack_address
 from shared.process.lifecycle import descriptor_limit

@@ -20,7 +20,7 @@ from shared.bus.endpoint import open_link, queue_limit
 from shared.bus.loans import CHUNK, Lender, Pool, Room, pool_path
 from shared.bus.status import Reporter
 from shared.bus.zmq_sockets import Publisher, new_context
-from shared.datagrams.batch import MAX_ROWS
+from shared.datagrams.limits import MAX_ROWS
 from shared.datagrams.mmsg import ReceiveArena
 from shared.ledger import CHECKSUM_ERRORS, listener_account, new_accounts
 from shared.net.addresses import Endpoint

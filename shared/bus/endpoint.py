@@ -8,7 +8,7 @@ from typing import Final
 import zmq
 
 from shared.bus.curve_keys import Keys, load_keys
-from shared.datagrams.batch import MAX_PAYLOAD, MAX_ROWS, ROW
+from shared.datagrams.limits import MAX_PAYLOAD, MAX_ROWS, ROW_SIZE
 from shared.net.addresses import Endpoint
 from shared.settings.model import Bus
 
@@ -18,7 +18,7 @@ HEARTBEAT_TIMEOUT_MS: Final = 15_000
 PROBE_SECONDS: Final = 2.0
 QUEUE_SHARE: Final = 4
 """A queue may take one part in this many of a process's memory ceiling."""
-LARGEST_MESSAGE: Final = MAX_PAYLOAD + MAX_ROWS * ROW.itemsize
+LARGEST_MESSAGE: Final = MAX_PAYLOAD + MAX_ROWS * ROW_SIZE
 """Bytes of the largest bus message, apart from names."""
 
 

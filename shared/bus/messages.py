@@ -9,15 +9,17 @@ Decoding never raises anything but `MessageError`, whatever the bytes.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import msgspec
-import numpy as np
 from msgspec import Meta
 
 from shared.bus.packing import pack, unpack
 from shared.client import Client, Source, Trouble
-from shared.datagrams.batch import MAX_DATAGRAM, ROW, DatagramBatch
+from shared.datagrams.limits import MAX_DATAGRAM
+
+if TYPE_CHECKING:
+    from shared.datagrams.batch import DatagramBatch
 
 VERSION: Final = 1
 MAX_MESSAGE: Final = 1024 * 1024
@@ -211,7 +213,7 @@ class Message:
     topic: str
     envelope: Envelope
     body: Body
-    batch: DatagramBatch | None = None
+    batch: "DatagramBatch | None" = None
 
 
 def datagrams_topic(stream: str) -> str:
@@ -269,7 +271,7 @@ TRANSMIT_TOPIC: Final = "transmit/"
 
 
 def encode(
-    topic: str, body: Body, *, sender: str, boot: int, sequence: int, total: int, batch: DatagramBatch | None = None
+    topic: str, body: Body, *, sender: str, boot: int, sequence: int, total: int, batch: "DatagramBatch | None" = None
 ) -> list[Part]:
     """Return the parts of a message. The arrays are the batch's own buffers, not copies; a lent payload is left out."""
     envelope = Envelope(VERSION, _NAMES[type(body)], sender, boot, sequence, total)
@@ -317,12 +319,17 @@ def _decode(parts: Sequence[Part], borrow: Borrow) -> Message:
         return Message(topic, envelope, body)
     if topic != datagrams_topic(body.stream):
         raise MessageError("malformed", f"datagrams of stream {body.stream[:40]!r} on topic {topic[:40]!r}")
-    lent = body.chunk is not None
-    if len(parts) != (4 if lent else 5):
+    if len(parts) != (5 if body.chunk is None else 4):
         raise MessageError("malformed", f"datagrams with {len(parts)} parts")
-    rows = np.frombuffer(parts[3], ROW)
+    return Message(topic, envelope, body, _decode_batch(envelope, body, parts, borrow))
+
+
+def _decode_batch(envelope: Envelope, body: Datagrams, parts: Sequence[Part], borrow: Borrow) -> "DatagramBatch":
+    from shared.datagrams.batch import DatagramBatch, read_rows  # others start without numpy
+
+    rows = read_rows(parts[3])
     size = body.stride * len(rows) or int(rows["length"].sum())
-    payload = borrow(envelope, body, size) if lent else parts[4]
+    payload = parts[4] if body.chunk is None else borrow(envelope, body, size)
     batch = DatagramBatch(body.stream, body.received_ns, rows, payload, body.stride)
     batch.check()
-    return Message(topic, envelope, body, batch)
+    return batch

@@ -16,12 +16,11 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import structlog
 import zmq
 
-from shared.bus.borrowing import Borrower
 from shared.bus.endpoint import DIRECT, BusLink, ipc_endpoint
 from shared.bus.messages import (
     MAX_MESSAGE,
@@ -32,11 +31,15 @@ from shared.bus.messages import (
     Message,
     MessageError,
     Part,
+    borrow_nothing,
     decode,
     encode,
 )
-from shared.datagrams.batch import DatagramBatch
 from shared.process.lifecycle import CANT_CREATE, OperatorError
+
+if TYPE_CHECKING:
+    from shared.bus.borrowing import Borrower
+    from shared.datagrams.batch import DatagramBatch
 
 HELLO_TOPIC: Final = "broker/"
 """The broker subscribes to it itself, so a publisher that has seen this subscription is connected to a broker."""
@@ -155,7 +158,7 @@ class Publisher:
             self._wanted[topic] = known
         return known
 
-    def publish(self, topic: str, body: Body, batch: DatagramBatch | None = None) -> bool:
+    def publish(self, topic: str, body: Body, batch: "DatagramBatch | None" = None) -> bool:
         """Put a message on the bus; False when its queue is at the high-water mark, and then nothing was sent."""
         # A reply's topic is its receiver's choice: nothing is kept for it.
         numbering = _Numbering() if topic.startswith(REPLY_PREFIX) else self._numbering.setdefault(topic, _Numbering())
@@ -182,17 +185,26 @@ class Publisher:
 
 
 class Subscriber:
-    """Receives messages from the bus; a malformed one is counted in `rejected`, logged, and dropped."""
+    """Receives messages from the bus; a malformed one is counted in `rejected`, logged, and dropped.
+
+    Who takes datagrams hands in what borrows payloads that are lent; others do without it, and without numpy.
+    """
 
     def __init__(
-        self, context: zmq.Context[zmq.Socket[bytes]], directory: Path, high_water_mark: int, link: BusLink = DIRECT
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        directory: Path,
+        high_water_mark: int,
+        link: BusLink = DIRECT,
+        borrower: "type[Borrower] | None" = None,
     ) -> None:
         check_directory(directory)
         self.rejected: Counter[str] = Counter()
         self._prefixes: Counter[str] = Counter()
         self._socket = configure(context.socket(zmq.SUB), high_water_mark)
         lending = None if link.broker else directory  # the workers that lend there are not those of its broker
-        self._borrower = Borrower(lending, self._socket.subscribe, self._socket.unsubscribe)
+        own = self._socket
+        self._borrower = borrower(lending, own.subscribe, own.unsubscribe) if borrower else None
         link.connect(self._socket, directory, "subscribe")
 
     @property
@@ -213,7 +225,8 @@ class Subscriber:
         """Take `subscribe` back."""
         self._socket.unsubscribe(prefix)
         self._prefixes -= Counter([prefix])
-        self._borrower.keep_streams(self._prefixes)
+        if self._borrower:
+            self._borrower.keep_streams(self._prefixes)
 
     def receive(self) -> Message | None:
         """The next message, or None when there is none now. A batch's arrays are views of the received parts."""
@@ -226,11 +239,11 @@ class Subscriber:
             parts: list[Part] = [frame.bytes for frame in frames[:3]]
             parts += [frame.buffer for frame in frames[3:6]]
             try:
-                message = decode(parts, self._borrower.borrow)
+                message = decode(parts, self._borrower.borrow if self._borrower else borrow_nothing)
             except MessageError as error:
                 self._reject(error)
             else:
-                if isinstance(message.body, Datagrams) and message.body.chunk is None:
+                if self._borrower and isinstance(message.body, Datagrams) and message.body.chunk is None:
                     self._borrower.note_lending(message.envelope, message.body, is_mark=not message.batch)
                 return message
 
@@ -241,7 +254,8 @@ class Subscriber:
 
     def close(self) -> None:
         """Stop receiving."""
-        self._borrower.close()
+        if self._borrower:
+            self._borrower.close()
         self._socket.close()
 
 

@@ -15,19 +15,12 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from shared.datagrams.limits import MAX_DATAGRAM, MAX_ROWS, ROW_SIZE
 from shared.net.addresses import unpack_address
-
-MAX_DATAGRAM: Final = 65_507
-"""Bytes: the largest UDP payload over IPv4 (65,535 less 20 and 8 bytes of header)."""
-MAX_ROWS: Final = 1024
-"""As many as one call of recvmmsg takes (UIO_MAXIOV). Only a full queue makes a batch so large; then what a batch
-costs, some 100 µs in each process that it passes, is shared by four times as many datagrams as with 256."""
-MAX_PAYLOAD: Final = 512 * 1024
-"""Bytes in a bus message: keeps it under its limit of 1 MiB with room for one more datagram and the headers."""
 
 ROW: Final = np.dtype([("length", "<u2"), ("port", "<u2"), ("address", "u1", (16,))])
 """One datagram's columns, 20 bytes: payload length, source port, source address (IPv4 mapped into IPv6)."""
-assert ROW.itemsize == 20
+assert ROW.itemsize == ROW_SIZE
 
 Rows = npt.NDArray[np.void]
 Indices = npt.NDArray[np.intp]
@@ -92,3 +85,8 @@ def make_rows(lengths: npt.ArrayLike, addresses: npt.NDArray[np.uint8] | list[by
     packed = addresses if isinstance(addresses, np.ndarray) else np.frombuffer(b"".join(addresses), np.uint8)
     rows["address"] = packed.reshape(-1, 16)
     return rows
+
+
+def read_rows(part: bytes | memoryview) -> Rows:
+    """Return the rows in a part of a message, as a read-only view of it; ValueError when it holds part of a row."""
+    return np.frombuffer(part, ROW)

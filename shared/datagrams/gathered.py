@@ -12,7 +12,8 @@ from typing import Final, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from shared.datagrams.batch import MAX_ROWS, ROW, DatagramBatch, Indices, Rows
+from shared.datagrams.batch import ROW, DatagramBatch, Indices, Rows
+from shared.datagrams.limits import MAX_ROWS
 from shared.net.addresses import V4_MAPPED
 
 MAX_GATHERED: Final = 4 * MAX_ROWS

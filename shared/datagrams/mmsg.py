@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import structlog
 
-from shared.datagrams.batch import MAX_DATAGRAM, MAX_ROWS, ROW, Rows
+from shared.datagrams.batch import ROW, Rows
+from shared.datagrams.limits import MAX_DATAGRAM, MAX_ROWS
 from shared.net.addresses import V4_MAPPED
 
 IOVEC: Final = np.dtype([("base", "u8"), ("len", "u8")])

@@ -16,6 +16,7 @@ from typing import ClassVar, Final, Generic, Self
 import structlog
 import zmq
 
+from shared.bus.borrowing import Borrower
 from shared.bus.endpoint import open_link, queue_limit
 from shared.bus.messages import (
     REGISTRY_TOPIC,
@@ -114,7 +115,7 @@ class CopyService(ABC, Generic[D]):
         self._context = new_context()
         mark = queue_limit(bus.high_water_mark, self._memory.ceiling)
         self._publisher = Publisher(self._context, bus.path, self.name, mark, link)
-        self._subscriber = Subscriber(self._context, bus.path, mark, link)
+        self._subscriber = Subscriber(self._context, bus.path, mark, link, Borrower)
         self._reporter = Reporter(self._publisher, self._memory)
         self._health = HealthReporter(self._publisher, self.source)
         self._replica = RegistryReplica()

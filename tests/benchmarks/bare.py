@@ -26,8 +26,9 @@ from services.transmitter.addressing import Addressing, Identification
 from services.transmitter.headers import ETHERTYPE_IPV4
 from services.transmitter.packet_socket import PACKET_VNET_HDR, SOCKADDR_LL, SOL_PACKET
 from services.transmitter.plan import FramePlan
-from shared.datagrams.batch import MAX_ROWS, DatagramBatch, make_rows
+from shared.datagrams.batch import DatagramBatch, make_rows
 from shared.datagrams.gathered import MAX_GATHERED, Gathered
+from shared.datagrams.limits import MAX_ROWS
 from shared.datagrams.mmsg import IOVEC
 from shared.net.addresses import pack_address
 from shared.net.sockets import enlarge_receive_buffer, enlarge_send_buffer

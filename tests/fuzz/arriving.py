@@ -12,7 +12,7 @@ from services.ingest.flow_headers import AGENT_WORDS, IPFIX_HEADER
 from services.ingest.flow_sequence_gaps import MAX_GAP
 from services.ingest.ipfix_templates import FIRST_DATA, MAX_SETS, MAX_TEMPLATES, SET_HEADER, Templates, read_templates
 from services.ingest.octet_count_framing import Framing
-from shared.datagrams.batch import MAX_DATAGRAM
+from shared.datagrams.limits import MAX_DATAGRAM
 from shared.settings.model import Protocol
 from tests.services.ingest.test_flow_sequence_gaps import Reference, batch_of
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING
 
 import zmq
 
@@ -9,6 +10,9 @@ from shared.bus.endpoint import BusLink, open_link
 from shared.bus.zmq_sockets import Subscriber, broker_is_up, new_context
 from shared.process.lifecycle import UNAVAILABLE, OperatorError
 from shared.settings.model import Settings
+
+if TYPE_CHECKING:
+    from shared.bus.borrowing import Borrower
 
 
 @contextmanager
@@ -28,12 +32,15 @@ def connected(settings: Settings) -> Iterator[tuple[zmq.Context[zmq.Socket[bytes
 
 
 @contextmanager
-def subscribed(settings: Settings, prefix: str) -> Iterator[Subscriber]:
-    """Subscribe to the topics that begin with `prefix`. OperatorError (69) when there is no broker."""
+def subscribed(settings: Settings, prefix: str, borrower: "type[Borrower] | None" = None) -> Iterator[Subscriber]:
+    """Subscribe to the topics that begin with `prefix`. OperatorError (69) when there is no broker.
+
+    Who takes datagrams hands in what borrows payloads that are lent.
+    """
     bus = settings.bus
     with (
         connected(settings) as (context, link),
-        closing(Subscriber(context, bus.path, bus.high_water_mark, link)) as subscriber,
+        closing(Subscriber(context, bus.path, bus.high_water_mark, link, borrower)) as subscriber,
     ):
         subscriber.subscribe(prefix)
         yield subscriber

@@ -16,7 +16,7 @@ from services.operator.cli.output import NO_ROOM, Output, add_output_arguments, 
 from services.operator.client.gateway_options import access, add_gateway_arguments
 from services.operator.client.lease import Lease
 from shared.client import CHALLENGE_PREFIX
-from shared.datagrams.batch import MAX_DATAGRAM
+from shared.datagrams.limits import MAX_DATAGRAM
 from shared.net.addresses import SocketAddress
 from shared.net.sockets import enlarge_receive_buffer, kernel_drops
 from shared.process.lifecycle import CANT_CREATE, FAILED, OK, Lifecycle, OperatorError

@@ -20,6 +20,7 @@ from services.operator.cli.output import (
     say,
 )
 from services.operator.client.bus_reader import subscribed
+from shared.bus.borrowing import Borrower
 from shared.bus.continuity import Continuity
 from shared.bus.messages import Message, datagrams_topic
 from shared.bus.zmq_sockets import Subscriber
@@ -57,7 +58,8 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
     output = Output(sys.stdout.buffer, FORMS.get(arguments.form, as_text), arguments.count)
     printer = DatagramPrinter(output, arguments.stream or "all streams", arguments.prefix)
     lifecycle = Lifecycle()
-    with subscribed(settings, datagrams_topic(arguments.stream) if arguments.stream else ALL_DATAGRAMS) as subscriber:
+    prefix = datagrams_topic(arguments.stream) if arguments.stream else ALL_DATAGRAMS
+    with subscribed(settings, prefix, Borrower) as subscriber:
         _print_until_told(lifecycle, subscriber, printer, output)
     printer.report_progress(last=True)
     return OK

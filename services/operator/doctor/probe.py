@@ -18,7 +18,7 @@ from typing import Final
 from services.operator.client.registry_client import Entry, RegistryClient
 from services.operator.doctor.finding import Finding, error, ok, warning
 from shared.client import Source
-from shared.datagrams.batch import MAX_DATAGRAM
+from shared.datagrams.limits import MAX_DATAGRAM
 from shared.ledger import DELIVERED, DROPPED, EXPECTED, MISSED, PUBLISHED, RECEIVED, Accounts, dropped
 from shared.net.addresses import resolve
 from shared.net.multicast import is_multicast

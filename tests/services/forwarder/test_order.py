@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from services.forwarder.order import _SPREAD, by_length
 from services.forwarder.plan import SendPlan
-from shared.datagrams.batch import MAX_DATAGRAM, MAX_ROWS, DatagramBatch, Indices, make_rows
+from shared.datagrams.batch import DatagramBatch, Indices, make_rows
 from shared.datagrams.gathered import MAX_GATHERED, Gathered
+from shared.datagrams.limits import MAX_DATAGRAM, MAX_ROWS
 from shared.net.addresses import pack_address
 
 lengths_of_rows = st.sampled_from([0, 1, 100, 1464, MAX_DATAGRAM]) | st.integers(0, MAX_DATAGRAM)

@@ -18,7 +18,7 @@ from shared.bus.messages import (
     ServeReply,
     datagrams_topic,
 )
-from shared.datagrams.batch import MAX_ROWS
+from shared.datagrams.limits import MAX_ROWS
 from shared.datagrams.routing import Router
 from shared.ledger import discrepancies
 from tests.builders import (

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.ingest.octet_count_framing import MAX_PENDING, Framing
-from shared.datagrams.batch import MAX_DATAGRAM
+from shared.datagrams.limits import MAX_DATAGRAM
 
 Outcome = tuple[list[bytes], bool, bool]
 

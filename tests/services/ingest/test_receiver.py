@@ -18,7 +18,7 @@ from services.ingest.receiver import (
     stride_for,
 )
 from shared.bus.loans import CHUNK
-from shared.datagrams.batch import MAX_DATAGRAM, MAX_PAYLOAD, MAX_ROWS
+from shared.datagrams.limits import MAX_DATAGRAM, MAX_PAYLOAD, MAX_ROWS
 from shared.datagrams.mmsg import SLOT, ReceiveArena
 from tests.builders import BusEnds
 

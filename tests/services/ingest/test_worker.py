@@ -23,7 +23,7 @@ from shared.bus.continuity import Continuity
 from shared.bus.loans import CHUNK, GRACE_SECONDS, Room
 from shared.bus.messages import Datagrams
 from shared.bus.zmq_sockets import Subscriber
-from shared.datagrams.batch import MAX_DATAGRAM
+from shared.datagrams.limits import MAX_DATAGRAM
 from shared.ledger import Accounts, discrepancies
 from shared.net.addresses import LOCAL_SENDER, unpack_address
 from shared.net.sockets import checksum_errors, receive_buffer

@@ -10,8 +10,8 @@ import pytest
 import services.transmitter.sender
 import shared.fanout.backlog
 from services.transmitter.destination import HELD_BYTES, HELD_ROWS, HELD_SECONDS
-from shared.datagrams.batch import MAX_DATAGRAM
 from shared.datagrams.gathered import MAX_GATHERED_PAYLOAD, Gathered
+from shared.datagrams.limits import MAX_DATAGRAM
 from shared.datagrams.routing import ALL_ROWS
 from shared.ledger import discrepancies
 from tests.builders import make_batch

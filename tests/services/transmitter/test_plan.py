@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from services.transmitter.addressing import Addressing, Identification
 from services.transmitter.headers import GSO_UDP_L4, LINK_SIZE, NEEDS_CSUM
 from services.transmitter.plan import FramePlan
-from shared.datagrams.batch import MAX_DATAGRAM, DatagramBatch, make_rows
+from shared.datagrams.batch import DatagramBatch, make_rows
 from shared.datagrams.gathered import Gathered
+from shared.datagrams.limits import MAX_DATAGRAM
 from shared.datagrams.mmsg import IOVEC
 from shared.datagrams.segments import MAX_SEGMENTS
 from shared.net.addresses import pack_address

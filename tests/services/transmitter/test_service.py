@@ -26,7 +26,7 @@ from shared.bus.messages import (
     serve_topic,
 )
 from shared.client import Client
-from shared.datagrams.batch import MAX_DATAGRAM
+from shared.datagrams.limits import MAX_DATAGRAM
 from shared.ledger import Accounts, discrepancies
 from tests.builders import (
     BusEnds,

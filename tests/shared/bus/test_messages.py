@@ -37,7 +37,8 @@ from shared.bus.messages import (
     encode,
 )
 from shared.client import Client
-from shared.datagrams.batch import MAX_DATAGRAM, MAX_ROWS, DatagramBatch
+from shared.datagrams.batch import DatagramBatch
+from shared.datagrams.limits import MAX_DATAGRAM, MAX_ROWS
 from tests.builders import heavy_bodies, make_batch
 
 CAUSES = {"malformed", "bad_version", "unknown_kind", "not_borrowed"}

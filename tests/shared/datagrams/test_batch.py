@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.datagrams.batch import MAX_DATAGRAM, MAX_ROWS, ROW, DatagramBatch, make_rows
+from shared.datagrams.batch import ROW, DatagramBatch, make_rows
+from shared.datagrams.limits import MAX_DATAGRAM, MAX_ROWS
 from tests.builders import make_batch
 
 ADDRESS = bytes(16)

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.bus.messages import Datagrams, datagrams_topic, decode, encode
-from shared.datagrams.batch import MAX_ROWS, DatagramBatch, make_rows
+from shared.datagrams.batch import DatagramBatch, make_rows
 from shared.datagrams.gathered import MAX_GATHERED, Gathered, portions
+from shared.datagrams.limits import MAX_ROWS
 from tests.builders import make_batch
 
 V4, V6 = "192.0.2.1", "2001:db8::1"

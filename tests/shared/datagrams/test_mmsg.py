@@ -9,7 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shared.datagrams.batch import MAX_ROWS, DatagramBatch
+from shared.datagrams.batch import DatagramBatch
+from shared.datagrams.limits import MAX_ROWS
 from shared.datagrams.mmsg import IOVEC, MMSGHDR, SLOT, ReceiveArena, addresses_of, send
 from shared.net.addresses import unpack_address
 from tests.refusing import refuse
