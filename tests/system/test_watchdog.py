@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.stack import Stack, wait_until
+from tests.stack import PATIENCE_SECONDS, Stack, wait_until
 
 STUCK = """
 import signal, sys, time
@@ -16,7 +16,7 @@ signal.signal(signal.SIGUSR1, lambda *_: time.sleep(1000))
 sys.exit(main({arguments}))
 """
 """The loop's thread is held up by a signal, as by a call that never returns; other threads of the process go on."""
-SECOND_STEP = "transmitter.serving", ["--inherited", "none:it takes none for this"]
+SECOND_STEP = "transmitter.unprivileged", ["--inherited", "none:it takes none for this"]
 
 
 @pytest.mark.parametrize("name", ["gateway", "forwarder", "transmitter"])
@@ -27,7 +27,7 @@ def test_a_loop_that_is_stuck_is_not_fed(stack: Stack, name: str) -> None:
     module, arguments = (f"{name}.__main__", []) if name != "transmitter" else SECOND_STEP
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(stack.directory / "notify"))
-        manager.settimeout(20)
+        manager.settimeout(PATIENCE_SECONDS)
         asked = {"NOTIFY_SOCKET": manager.getsockname(), "WATCHDOG_USEC": "1000000"}
         script = STUCK.format(module=module, arguments=arguments)
         running = stack.spawn(name, [*powerless, sys.executable, "-c", script], **asked)
