@@ -3,10 +3,14 @@
 import fcntl
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
+
+from tests.stack import CHECKOUT
 
 VARIABLE: Final = "FANWIRE_TESTS_MADE_ONCE"
 """Tells the workers, which inherit it, in which directory of the run's own these things lie."""
@@ -36,3 +40,15 @@ def made_once(name: str, make: Callable[[Path], None]) -> Path:
             make(made)
             done.touch()
     return made
+
+
+def wheel() -> Path:
+    """Return the wheel of this checkout."""
+    (built,) = made_once("wheel", _build_wheel).glob("fanwire-*.whl")
+    return built
+
+
+def _build_wheel(directory: Path) -> None:
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    build = ["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(directory), str(CHECKOUT)]
+    subprocess.run([*pip, *build], check=True)

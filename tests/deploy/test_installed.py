@@ -7,7 +7,6 @@ import shlex
 import signal
 import socket
 import subprocess
-import sys
 import sysconfig
 import tempfile
 import venv
@@ -20,7 +19,8 @@ import pytest
 from tests.deploy import confined
 from tests.deploy.test_units import INSTALLED, SERVICES, UNITS, lines, need
 from tests.network import ambient
-from tests.stack import CHECKOUT, Running, Stack, ask_json, wait_until
+from tests.once import wheel
+from tests.stack import Running, Stack, ask_json, wait_until
 
 BROKER = UNITS / "fanwire-broker.service"
 TRANSMITTER = UNITS / "fanwire-transmitter.service"
@@ -37,13 +37,9 @@ def public() -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def python(public: Path) -> Path:
     """The interpreter of a fresh environment with the built wheel in it; the dependencies are this environment's."""
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    build = ["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(public), str(CHECKOUT)]
-    subprocess.run([*pip, *build], check=True)
     venv.create(public / "fanwire", symlinks=True)
     (packages,) = public.glob("fanwire/lib/python*/site-packages")
-    (wheel,) = public.glob("*.whl")
-    zipfile.ZipFile(wheel).extractall(packages)
+    zipfile.ZipFile(wheel()).extractall(packages)
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
     return public / "fanwire" / "bin" / "python"
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.once import wheel
 from tests.stack import CHECKOUT, Stack
 
 SERVICES = sorted(path.name for path in (CHECKOUT / "services").iterdir() if path.is_dir() and path.name[0] != "_")
@@ -171,13 +172,9 @@ def test_numpy_is_for_those_who_see_datagrams(module: str) -> None:
 
 def test_the_wheel_holds_one_directory_and_runs(tmp_path: Path) -> None:
     """The built wheel has `fanwire/` alone at its top, and `fanwire --help` runs from it without the checkout."""
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    build = ["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(CHECKOUT)]
-    subprocess.run([*pip, *build], check=True)
-    (wheel,) = tmp_path.glob("fanwire-*.whl")
-    top = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
+    top = {name.split("/")[0] for name in zipfile.ZipFile(wheel()).namelist()}
     assert {name for name in top if not name.endswith(".dist-info")} == {"fanwire"}
-    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    zipfile.ZipFile(wheel()).extractall(tmp_path / "installed")
     # The dependencies come from this environment; the checkout is kept off the path by -P and another directory.
     script = "import sys; sys.path.insert(0, sys.argv.pop(1)); import fanwire.__main__ as m; sys.exit(m.main())"
     for arguments in (["--help"], ["ingest", "--help"], ["config"]):
