@@ -2,8 +2,8 @@
 # it needs in .venv first.
 PYTHON ?= python3
 VENV := .venv
-# Tests wait about as much as they work.
-TEST_WORKERS ?= 3
+# Tests wait about as much as they work: twice as many as a small machine has cores.
+TEST_WORKERS ?= 4
 BIN := $(CURDIR)/$(VENV)/bin
 export PATH := $(BIN):$(PATH)
 
@@ -16,7 +16,7 @@ run: $(VENV)/installed
 	  kill $$hint 2>/dev/null; wait $$hint 2>/dev/null; [ $$code = 130 ] || exit $$code  # 130: Ctrl-C
 
 test: lint
-	pytest -m 'not soak' -n $(TEST_WORKERS)
+	pytest -m 'not soak' -n $(TEST_WORKERS) --maxschedchunk 4
 
 # What starts no process: decisions, formats, settings, and sockets of the test's own.
 quick: $(VENV)/installed-for-tests

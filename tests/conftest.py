@@ -41,8 +41,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what starts processes, before `-m` asks."""
+    """Mark what starts processes, before `-m` asks; begin with what takes longest, so that workers end together."""
     processes.mark(items)
+    items.sort(key=lambda item: (not item.get_closest_marker(processes.MARKER), "tests/system/" not in item.nodeid))
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.once import wheel
-from tests.stack import CHECKOUT, Stack
+from tests.stack import CHECKOUT, Stack, wait_until
 
 SERVICES = sorted(path.name for path in (CHECKOUT / "services").iterdir() if path.is_dir() and path.name[0] != "_")
 SHARED = CHECKOUT / "shared"
@@ -188,10 +188,14 @@ def test_idle_processes_cost_little(stack: Stack) -> None:
     """Idle, each process stays under 80 MB and near no CPU at all."""
     stack.start_all()
     stack.start("transmitter")
-    time.sleep(1)
-    before = {running.name: running.cpu_seconds() for running in stack.running}
-    time.sleep(4)
+    shares: dict[str, float] = {}
+
+    def idle() -> bool:  # on a busy machine what a start has left to do takes its time
+        before = {running.name: running.cpu_seconds() for running in stack.running}
+        time.sleep(4)
+        shares.update({running.name: (running.cpu_seconds() - before[running.name]) / 4 for running in stack.running})
+        return max(shares.values()) < 0.03
+
+    wait_until(idle, lambda: f"all use under 3 % of a core doing nothing: {shares}")
     for running in stack.running:
         assert running.resident_mb() < 80, f"{running.name}: {running.resident_mb()} MB"
-        share = (running.cpu_seconds() - before[running.name]) / 4
-        assert share < 0.03, f"{running.name} uses {share:.1%} of a core doing nothing"
