@@ -1,1 +1,1 @@
-"""What more than one process needs; each module is one idea."""
+"""Modules that more than one process needs; each module is one idea."""

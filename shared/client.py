@@ -10,19 +10,19 @@ from shared.net.addresses import pack_address, pack_network
 
 Source = Literal["relay", "original"]
 Trouble = Literal["unreachable", "refusing", "slow"]
-"""Troubles of a collector, gravest first: of several, the first is reported."""
+"""Troubles of a collector, gravest first; the first that it has is reported."""
 HopLimit = Annotated[int, Meta(ge=1, le=255)]
 Dscp = Annotated[int, Meta(ge=0, le=63)]
 Generation = Annotated[int, Meta(ge=0, le=1 << 62)]
-"""As far as numbers on the bus go, see `shared.bus.messages.MAX_NUMBER`."""
+"""Within the bus's limit for numbers, `shared.bus.messages.MAX_NUMBER`."""
 Streams = Annotated[tuple[str, ...], Meta(max_length=64)]
-"""Of one client; with 64 prefixes beside them, 64 of the largest clients that sign up fit a bus message."""
+"""Streams of one client; with 64 prefixes beside them, 64 of the largest clients that sign up fit a bus message."""
 Prefixes = Annotated[tuple[str, ...], Meta(max_length=256)]
-"""Of one client. Bounded, since readers check each: 64 of the largest clients fit a bus message, and take no time."""
+"""Prefixes of one client, limited since readers check each: 64 of the largest clients fit a bus message."""
 Group = Annotated[str, Meta(max_length=64)]
 ALL_STREAMS = "*"
 CHALLENGE_PREFIX: Final = b"fanwire-challenge "
-"""Begins the datagram that asks whoever is at an address to prove it; the nonce follows."""
+"""Begins the datagram that asks the host at an address to prove it; the nonce follows."""
 
 
 class _Named(msgspec.Struct, frozen=True):
@@ -75,13 +75,13 @@ class Client(CopyTerms, frozen=True, forbid_unknown_fields=True, omit_defaults=T
     port: Annotated[int, Meta(ge=0, le=65_535)]
 
     def __post_init__(self) -> None:
-        if self.streams:  # who sends copies relies on it
+        if self.streams:  # the senders of copies rely on it
             pack_address(self.address)
         for prefix in self.prefixes:
             pack_network(prefix)
 
     def wants(self, stream: str) -> bool:
-        """Whether copies of `stream` go to this client."""
+        """Return whether copies of `stream` go to this client."""
         return stream in self.streams or ALL_STREAMS in self.streams
 
 

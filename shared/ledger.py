@@ -1,4 +1,4 @@
-"""The names everything is counted under, and what must add up.
+"""The names of all counters, and the equations that must hold.
 
 A service keeps accounts: one a stream, an origin or a collector, each a table of counters that only grow. They are
 counted per batch, never per datagram, and published with its status each second.
@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Final, NamedTuple
 
-# ingest, accounts `stream/NAME`, and as far as a socket can tell `listener/NAME/ENDPOINT`
+# ingest: accounts `stream/NAME`, and where a socket can tell `listener/NAME/ENDPOINT`
 RECEIVED: Final = "received"
 """Datagrams taken from sockets."""
 BYTES: Final = "bytes"
@@ -17,9 +17,9 @@ BYTES: Final = "bytes"
 PUBLISHED: Final = "published"
 """Datagrams handed to the bus."""
 KERNEL_DROPPED: Final = "kernel_dropped"
-"""Datagrams the kernel dropped before we saw them: full receive buffer (SO_MEMINFO). Not part of `received`."""
+"""Datagrams that the kernel dropped before ingest saw them: full receive buffer (SO_MEMINFO). Not in `received`."""
 TRUNCATED: Final = "truncated"
-"""Datagrams of a listener that were cut on receipt (MSG_TRUNC) though UDP can carry them: none, as all have room."""
+"""Datagrams of a listener that were cut on receipt (MSG_TRUNC) though UDP can carry them: always 0, all have room."""
 REPLIED: Final = "replied"
 """Replies sent to senders."""
 REPLY_FAILED: Final = "reply_failed"
@@ -31,44 +31,44 @@ CONNECTIONS_EXPIRED: Final = "connections_expired"
 RECEIVE_ERRORS: Final = "receive_errors"
 """Receive calls that failed; nothing is known to be lost by one."""
 RECEIVE_ERRNO: Final = "receive_errno"
-"""Of a listener: why its last receive call failed, an errno; 0 once one has succeeded: a gauge."""
+"""Errno of a listener's last receive call; 0 once one has succeeded: a gauge."""
 
 # ingest, account `stream/NAME` of a stream with a `protocol`
 EXPORTER_MISSED: Final = "exporter_missed"
-"""Datagrams of NetFlow v9 and sFlow that were numbered by their exporter and never came to us; what the kernel dropped
-is among them."""
+"""Datagrams of NetFlow v9 and sFlow that their exporter numbered and that never came; those that the kernel dropped are
+among them."""
 EXPORTER_MISSED_FLOWS: Final = "exporter_missed_flows"
 """Likewise of NetFlow v5, which numbers flows."""
 EXPORTER_MISSED_RECORDS: Final = "exporter_missed_records"
 """Likewise of IPFIX, which numbers data records."""
 EXPORTER_RESTARTS: Final = "exporter_restarts"
-"""Exporters that began their numbers anew, or skipped more than anybody loses."""
+"""Exporters that began their numbers anew, or skipped more than is ever lost."""
 EXPORTER_REORDERED: Final = "exporter_reordered"
 """Datagrams that came after later ones of their exporter, or twice."""
 EXPORTER_UNSURE: Final = "exporter_unsure"
-"""IPFIX datagrams whose records could not be counted: what is missing right behind one is not known. And gaps that may
-be none: another exporter behind the same address may have filled them, or sent what came behind them."""
+"""IPFIX datagrams whose records could not be counted: a loss right behind one is not known. Also gaps that may be none:
+another exporter behind the same address may have filled them, or sent what came behind them."""
 EXPORTER_EVICTIONS: Final = "exporter_evictions"
 """Exporters no longer followed, because there were too many."""
 EXPORTERS: Final = "exporters"
-"""Exporters that are followed now: a gauge."""
+"""Exporters followed now: a gauge."""
 NOT_FLOW: Final = "not_flow"
-"""Datagrams that are none of the stream's protocol; they go on like all others."""
+"""Datagrams that are not of the stream's protocol; they go on like all others."""
 
 # ingest, account `host`
 CHECKSUM_ERRORS: Final = "checksum_errors"
-"""UDP datagrams that this host's kernel has dropped for a wrong checksum, whoever they were for (InCsumErrors)."""
+"""UDP datagrams for any receiver that this host's kernel has dropped for a wrong checksum (InCsumErrors)."""
 
 # every service, account named like its kind
 DISCREPANCIES: Final = "discrepancies"
-"""Equations that did not hold when they were checked, each second; one that stays broken as it is counts once."""
+"""Equations that did not hold when checked, each second; one that stays broken by the same amount counts once."""
 
 MEMORY: Final = "memory"
 """Bytes of memory that the process takes now: a gauge."""
 MEMORY_MOST: Final = "memory_most"
-"""The most it has been found to take."""
+"""The most bytes that it has been found to take."""
 MEMORY_CEILING: Final = "memory_ceiling"
-"""The most it may take, `memory` in the settings of its kind."""
+"""The most bytes that it may take, `memory` in the settings of its kind."""
 
 # forwarder, account `origin/WORKER/BOOT/STREAM`
 BASELINE: Final = "baseline"
@@ -76,37 +76,37 @@ BASELINE: Final = "baseline"
 TAKEN: Final = "taken"
 """Datagrams that came."""
 MISSED: Final = "missed"
-"""Datagrams the worker published that never came: dropped by the bus, or lost with a killed process."""
+"""Datagrams that the worker published and that never came: dropped by the bus, or lost with a killed process."""
 REACHED: Final = "reached"
 """The worker's running count as of the last message."""
 
 # forwarder, account `collector/NAME`
 EXPECTED: Final = "expected"
-"""Datagrams that were published on its streams since it signed up, whether they came or not."""
+"""Datagrams published on the collector's streams since it signed up, whether they came or not."""
 OFFERED: Final = "offered"
-"""Datagrams that came on its streams since it signed up."""
+"""Datagrams that came on the collector's streams since it signed up."""
 FILTERED: Final = "filtered"
-"""Not from a prefix it wants."""
+"""Datagrams that are not from one of its prefixes."""
 SAMPLED_OUT: Final = "sampled_out"
-"""Passed over by 1-in-N sampling."""
+"""Datagrams passed over by 1-in-N sampling."""
 SHARED_OUT: Final = "shared_out"
-"""Went to another member of its group."""
+"""Datagrams that went to another member of its group."""
 DELIVERED: Final = "delivered"
-"""Datagrams the kernel took for it."""
+"""Datagrams for the collector that the kernel took."""
 HELD: Final = "held"
-"""Datagrams that wait, for room in the send buffer (forwarder) or for the next hop to tell its link address
-(transmitter): with `exporters`, `memory` and `receive_errno` all that ever falls."""
+"""Datagrams that wait: for room in the send buffer (forwarder), or until the next hop tells its link address
+(transmitter). Only this, `exporters`, `memory` and `receive_errno` ever fall."""
 WITHHELD: Final = "withheld"
-"""Datagrams not sent because its port is closed, `[forwarder] withhold` (forwarder)."""
+"""Datagrams not sent because the collector's port is closed, `[forwarder] withhold` (forwarder)."""
 REFUSALS: Final = "refusals"
-"""Port-unreachable answers seen: each means that at least one delivered datagram reached nobody (forwarder)."""
+"""Port-unreachable answers: each means that at least one delivered datagram reached nobody (forwarder)."""
 UNREACHABLES: Final = "unreachables"
-"""The same for other ICMP errors, such as that the host did not answer for its address."""
+"""Other ICMP errors, such as that the host did not answer for its address."""
 
 # dropped on purpose, by cause
 DROPPED: Final = "dropped_"
 NO_SUBSCRIBER: Final = DROPPED + "no_subscriber"
-"""Nobody wants the stream (ingest)."""
+"""No service wants the stream (ingest)."""
 BUS_FULL: Final = DROPPED + "bus_full"
 """The bus took no more: its queue was at the high-water mark (ingest)."""
 NO_MEMORY: Final = DROPPED + "memory"
@@ -114,10 +114,10 @@ NO_MEMORY: Final = DROPPED + "memory"
 OVERSIZED: Final = DROPPED + "oversized"
 """Longer than 65,507 bytes, which an IPv4 datagram can't carry (ingest: TCP, AF_UNIX, and UDP over IPv6)."""
 CUT_OFF: Final = DROPPED + "cut_off"
-"""A TCP message that was not finished when its connection ended, or stands behind one that is oversized."""
+"""A TCP message that was not finished when its connection ended, or that stands behind an oversized one."""
 BUFFER_FULL: Final = DROPPED + "buffer_full"
-"""The send buffer was full: the collector's own, for longer or by more than may wait (forwarder), or that of its
-interface (transmitter)."""
+"""The send buffer was full: the collector's own, for longer or by more than may wait (forwarder), or the interface's
+(transmitter)."""
 REFUSED: Final = DROPPED + "refused"
 """The collector's port is closed (forwarder)."""
 NOT_CONNECTED: Final = DROPPED + "not_connected"
@@ -136,41 +136,41 @@ OTHER_FAMILY: Final = DROPPED + "other_family"
 DESTINATION_REFUSED: Final = DROPPED + "destination_refused"
 """The policy lets no copies go to the collector's address (transmitter)."""
 SOURCE_REFUSED: Final = DROPPED + "source_refused"
-"""The policy, or what the address is, does not allow to claim this source (transmitter)."""
+"""The policy, or the kind of the address, forbids claiming this source (transmitter)."""
 RATE_LIMITED: Final = DROPPED + "rate_limited"
-"""More than `frames_per_second` (transmitter)."""
+"""Datagrams above `frames_per_second` (transmitter)."""
 
 # broker, account `broker`
 BUS_REFUSED: Final = "bus_refused"
-"""Connections to the bus that were refused: without a key, or with one that is not on the list."""
+"""Connections to the bus that were refused: they had no key, or one that is not on the list."""
 REFUSED_TOPIC: Final = "refused_topic"
-"""Messages on a topic, or of a kind, that is not their sender's to publish."""
+"""Messages on a topic, or of a kind, that their sender may not publish."""
 REFUSED_SENDER: Final = "refused_sender"
 """Messages in another service's name."""
 REFUSED_MALFORMED: Final = "refused_malformed"
 """Messages without topic and envelope."""
 SUBSCRIBERS_CUT: Final = "subscribers_cut"
-"""Connections of subscribers that read nothing, ended because memory was short."""
+"""Connections of subscribers that read nothing, closed because memory was short."""
 
 SUMMED: Final = (RECEIVED, BYTES, KERNEL_DROPPED)
-"""What a stream has counted is the sum over its listeners."""
+"""Counters of a stream that are the sums over its listeners."""
 
 ORIGIN: Final = re.compile(r"origin/([^/]+)/([0-9a-f]{1,16})/([^/]+)")
 Accounts = dict[str, dict[str, int]]
 
 
 def new_accounts() -> defaultdict[str, Counter[str]]:
-    """Accounts that begin at zero when first named."""
+    """Return accounts that begin at zero when first named."""
     return defaultdict(Counter)
 
 
 def dropped(account: Mapping[str, int]) -> int:
-    """What was dropped, all causes together."""
+    """Return the number dropped, all causes together."""
     return sum(count for name, count in account.items() if name.startswith(DROPPED))
 
 
 class Discrepancy(NamedTuple):
-    """An equation that does not hold: a total, and what its parts add up to."""
+    """An equation that does not hold: a total, and the sum of its parts."""
 
     account: str
     counter: str
@@ -212,7 +212,7 @@ def _equations(name: str, account: Mapping[str, int]) -> Iterator[tuple[int, str
         kept_back = parts(FILTERED, SAMPLED_OUT, SHARED_OUT, HELD, WITHHELD)
         yield parts(OFFERED), OFFERED, kept_back + parts(DELIVERED) + dropped(account)
     elif name == "broker":
-        # It hands on what it takes and may pass; what a queue behind it has no room for, only the subscriber can tell.
+        # The broker hands on what it takes and may pass. Only the subscriber can tell what a queue behind it dropped.
         for unit in ("", "_bytes"):
             for one, other in (("publishers", "subscribers"), ("subscribers", "publishers")):
                 passed = parts(f"to_{other}{unit}", f"refused_from_{one}{unit}")
@@ -225,7 +225,7 @@ def listener_account(stream: str, endpoint: str) -> str:
 
 
 def is_origin(name: str) -> bool:
-    """Whether an account's name is one that `parse_origin` reads."""
+    """Return whether an account's name is one that `parse_origin` reads."""
     return ORIGIN.fullmatch(name) is not None
 
 

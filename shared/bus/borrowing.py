@@ -41,9 +41,11 @@ class _Loan:
 
 
 class Borrowed:
-    """A borrower's view of what one start of a worker lends of one stream. OSError when no worker can be asked.
+    """The payloads of one stream that one start of a worker lends, as a borrower sees them.
 
-    `boot` is that start's; memory of any other worker that answers at the path is not read.
+    OSError: no worker can be asked.
+
+    `boot` identifies that start; memory of any other worker that answers at the path is not read.
     """
 
     def __init__(self, path: Path, stream: str, boot: int) -> None:
@@ -55,7 +57,7 @@ class Borrowed:
         self._closed = False
         self._out: dict[int, None] = {}
         """Loans not given back, in the order of their numbers."""
-        self._lock = threading.RLock()  # any thread may drop a payload, and the garbage collector in the middle of this
+        self._lock = threading.RLock()  # any thread may drop a payload, even in the middle of this
         try:
             self._connection.connect(str(path))
             self._connection.send(stream.encode())
@@ -65,11 +67,11 @@ class Borrowed:
 
     @property
     def admitted(self) -> bool:
-        """Whether the worker waits for us: what it lends from now on can be read."""
+        """Return whether the worker waits for us: from now on we can read what it lends."""
         return self._memory is not None or self._receive_answer()
 
     def _receive_answer(self) -> bool:
-        """Map the memory, if the worker has turned to us by now."""
+        """Map the memory, if the worker has answered by now."""
         descriptors: list[int] = []
         try:
             answer, descriptors, _, _ = socket.recv_fds(self._connection, ANSWER.size, 2)
@@ -82,7 +84,7 @@ class Borrowed:
         except BlockingIOError:
             return False
         except (OSError, ValueError, struct.error):
-            self._connection.close()  # whoever has answered is not to wait for us
+            self._connection.close()  # the worker that answered must not wait for us
             return False
         finally:
             for descriptor in descriptors:
@@ -91,7 +93,7 @@ class Borrowed:
         return True
 
     def payload(self, number: int, chunk: int, size: int) -> memoryview | None:
-        """The payload of a loan, a view; None when it is none that waits for us to give it back."""
+        """Return the payload of a loan, a view; None when the worker does not wait for us to give this loan back."""
         if not self.admitted or self._memory is None or number <= self._seen:
             return None
         if not (0 <= chunk < len(self._memory) // CHUNK and 0 <= size <= CHUNK):
@@ -102,14 +104,14 @@ class Borrowed:
         return np.asarray(_Loan(self, number, self._start + chunk * CHUNK, size)).data
 
     def passed(self, number: int) -> None:
-        """Loans up to this number come no more: what of them has not been read is given back."""
+        """Give back what has not been read of the loans up to this number: they come no more."""
         if number > self._seen and self.admitted:
             with self._lock:
                 self._seen = max(self._seen, number)
                 self._settle()
 
     def give_back(self, number: int) -> None:
-        """Nothing refers to this payload any more."""
+        """Give back a payload that nothing refers to any more."""
         with self._lock:
             del self._out[number]
             self._settle()
@@ -120,7 +122,7 @@ class Borrowed:
         self._page[0] = next(iter(self._out)) - 1 if self._out else self._seen
 
     def close(self) -> None:
-        """Borrow no more; the worker waits for us until all is given back."""
+        """Borrow no more; the worker waits for us until we have given everything back."""
         with self._lock:
             self._closed = True
             if not self._out:
@@ -128,7 +130,7 @@ class Borrowed:
 
 
 class Borrower:
-    """Borrows for a subscriber, in the order of its messages, from every worker that lends in a bus directory.
+    """Borrows from every worker that lends in a bus directory, for a subscriber and in the order of its messages.
 
     Without a directory nothing can be borrowed. `subscribe` and `unsubscribe` are the subscriber's own: by a topic it
     asks for payloads in the messages, while it can't read what is lent.
@@ -142,7 +144,7 @@ class Borrower:
         self._lenders: dict[tuple[str, str], Borrowed] = {}
         """By worker and stream."""
         self._unreadable: dict[str, set[str]] = {}
-        """By stream: the workers that lend what can't be read here now."""
+        """By stream: the workers that lend payloads that can't be read here now."""
 
     def borrow(self, envelope: Envelope, body: Datagrams, size: int) -> Part:
         """Return the payload of a message that lends it. MessageError when it can't be read here."""
@@ -155,7 +157,7 @@ class Borrower:
         return payload
 
     def note_lending(self, envelope: Envelope, body: Datagrams, *, is_mark: bool) -> None:
-        """Take in what a message that lends nothing says of lending; a mark is a worker's first word to us."""
+        """Note the loan numbers in a message that lends nothing; a mark is a worker's first message to us."""
         if is_mark and self._lender(envelope, body.stream) is None:
             self._ask_to_lend(envelope, body.stream)
         borrowed = self._lender(envelope, body.stream)
@@ -168,7 +170,7 @@ class Borrower:
                 self._unsubscribe(inline_topic(body.stream))
 
     def _lender(self, envelope: Envelope, stream: str) -> Borrowed | None:
-        """Return what is borrowed from the very worker that sent a message, not its predecessor or successor."""
+        """Return the loans of the very worker that sent a message, not of its predecessor or successor."""
         borrowed = self._lenders.get((envelope.sender, stream))
         return borrowed if borrowed is not None and borrowed.boot == envelope.boot else None
 
@@ -194,7 +196,7 @@ class Borrower:
             unreadable.add(worker)
 
     def keep_streams(self, prefixes: Iterable[str]) -> None:
-        """Borrow only of streams whose topic begins with one of these: without their messages no loan is given back."""
+        """Borrow only from streams with a topic of these prefixes: without their messages no loan is given back."""
         kept = tuple(prefixes)
         for key in list(self._lenders):
             if not datagrams_topic(key[1]).startswith(kept):

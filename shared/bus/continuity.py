@@ -1,4 +1,4 @@
-"""Gaps, repeats and restarts, by sender and topic: what a subscriber missed is told from what was never sent."""
+"""Gaps, repeats and restarts, by sender and topic: they tell a message that was missed from one that was never sent."""
 
 from dataclasses import dataclass
 from typing import Final
@@ -54,9 +54,9 @@ class Continuity:
         return missed
 
     def reconcile(self, origin: Origin, published: int) -> int:
-        """Take note that `origin` says it has published this many; return datagrams missed at the end of what came.
+        """Note the number of datagrams that `origin` says it has published; return datagrams missed at the end.
 
-        Its word comes on the same connection as its datagrams, behind them, so what has not come by then is lost. A
+        The number comes on the same connection as the datagrams, behind them, so what has not come by then is lost. A
         gap at the end, which no later message shows, is found this way.
         """
         position = self.positions.get(origin)
@@ -68,5 +68,5 @@ class Continuity:
         return missed
 
     def forget(self, topic: str) -> None:
-        """Drop what is known of a topic that is no longer subscribed to: what passes meanwhile is not missed."""
+        """Forget a topic that is no longer subscribed to: nothing that passes meanwhile counts as missed."""
         self.positions = {origin: position for origin, position in self.positions.items() if origin[2] != topic}

@@ -1,7 +1,7 @@
 """The bus's CURVE keys: a file a key, `ROLE.secret` for the role itself, `ROLE.public` for the broker's list.
 
 A role is the name of a service, or `operator` for the commands. Another process of a role may have a key of its own,
-known to the broker as `ROLE.ANYTHING.public`. What is wrong with a file is the operator's to mend: SettingsError.
+known to the broker as `ROLE.ANYTHING.public`. A bad key file raises SettingsError: the operator can mend it.
 """
 
 import errno
@@ -56,7 +56,10 @@ def load_roles(directory: Path) -> dict[bytes, str]:
 
 
 def write_keys(directory: Path, roles: Iterable[str]) -> Iterator[tuple[Path, Path]]:
-    """Make a key pair a role; yield its files, secret and public. FileExistsError when any is there: none is made."""
+    """Make a key pair a role; yield its files, secret and public.
+
+    FileExistsError, and no key is made, when one is there.
+    """
     pairs = [(directory / f"{role}.secret", directory / f"{role}.public") for role in roles]
     if there := [path for pair in pairs for path in pair if path.exists()]:
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(there[0]))
@@ -71,7 +74,7 @@ def write_keys(directory: Path, roles: Iterable[str]) -> Iterator[tuple[Path, Pa
 def _read_secret(path: Path) -> bytes:
     key = _read(path)
     found = path.stat()
-    # One that is somebody else's was opened to us by its group or a list: systemd's LoadCredential= does so.
+    # A file of another owner was opened to us by its group or an access list, as systemd's LoadCredential= does.
     if stat.S_IMODE(found.st_mode) & (0o077 if found.st_uid == os.geteuid() else 0o007):
         raise SettingsError(f"{path}: others can read this secret; chmod 600 {path}")
     return key
@@ -90,7 +93,7 @@ def _read(path: Path) -> bytes:
     try:
         if not FORM.fullmatch(key):
             raise ValueError
-        zmq.curve_public(key)  # knows whether it is Z85; of a public key its answer means nothing
+        zmq.curve_public(key)  # tells whether it is Z85; for a public key the result means nothing
     except (zmq.ZMQError, ValueError):
         raise SettingsError(f"{path}: not a key; expected 40 characters, as `fanwire keys` writes them") from None
     return key

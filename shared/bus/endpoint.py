@@ -13,7 +13,7 @@ from shared.net.addresses import Endpoint
 from shared.settings.model import Bus
 
 HEARTBEAT_MS: Final = 5000
-"""Between questions over TCP whether the other end is there; a host that is gone without a word tells nobody."""
+"""Between two questions over TCP whether the other end is there; a host that loses power sends no farewell."""
 HEARTBEAT_TIMEOUT_MS: Final = 15_000
 PROBE_SECONDS: Final = 2.0
 QUEUE_SHARE: Final = 4
@@ -42,7 +42,7 @@ class BusLink:
             sock.connect(str(tcp_endpoint(self.broker, side)))
 
     def is_up(self, directory: Path) -> bool:
-        """Whether anything accepts connections where subscribers connect. ZeroMQ itself would wait without a word."""
+        """Return whether anything accepts subscribers' connections. ZeroMQ itself would wait in silence."""
         try:
             if self.broker is not None:
                 at = tcp_endpoint(self.broker, "subscribe")
@@ -65,7 +65,7 @@ def open_link(bus: Bus, role: str) -> BusLink:
 
 
 def queue_limit(high_water_mark: int, memory_ceiling: int) -> int:
-    """Messages that a queue may hold: the high-water mark, or fewer where the largest messages would not fit.
+    """Return the messages that a queue may hold: the high-water mark, or fewer where the largest would not fit.
 
     `memory_ceiling` is the process's, in bytes; 0: there is none.
     """
@@ -80,7 +80,7 @@ def ipc_endpoint(directory: Path, side: str) -> str:
 
 
 def tcp_endpoint(broker: Endpoint, side: str) -> Endpoint:
-    """The TCP endpoint of a side of a broker: publishers have the port that is named, subscribers the next."""
+    """Return the TCP endpoint of a side of a broker: publishers have the port that is named, subscribers the next."""
     return replace(broker, port=broker.port + (side == "subscribe"))
 
 

@@ -54,7 +54,7 @@ def make_frame(
 
 
 def check_frame(frame: bytes, *, own_fcs: bool = False) -> bytes:
-    """Return the frame. ValueError when it is too short for its header and a check sequence of its own, or too long."""
+    """Return the frame. ValueError when it is too long, or too short for its header and its own check sequence."""
     least = HEADER_SIZE + (FCS_SIZE if own_fcs else 0)
     if not least <= len(frame) <= MAX_FRAME:
         raise ValueError(f"a frame of {len(frame)} bytes; expected from {least} to {MAX_FRAME}")

@@ -1,4 +1,12 @@
-"""Payloads in shared memory: a worker lends them, and what it has lent it does not write over while it may be read.
+"""Payloads in shared memory: a worker lends them, and does not write over them while they may be read.
+
+Passing a payload through two sockets costs four copies of it. So a worker's large payloads stay where they are, in a
+memfd of one chunk a batch; the bus carries the columns and a *loan*: the number of the chunk, and the loan's own
+number. Any process that may reach the bus may borrow: it asks at an AF_UNIX socket in the bus directory, once a worker
+and stream. It is passed the memory, to read only, and a page of its own. In that page it writes the number up to which
+it has given everything back.
+
+Why nobody ever sees another datagram's bytes, however long a process is stopped in the middle of sending:
 
 Passing a payload through two sockets costs four copies of it. So a worker's large payloads stay where they are, in a
 memfd of one chunk a batch; the bus carries the columns and a *loan*: which chunk, and the loan's number. Any process
@@ -56,14 +64,14 @@ and the page's."""
 
 
 def pool_path(directory: Path, sender: str) -> Path:
-    """The path at which a worker, as in `ingest.2`, is asked to lend."""
+    """Return the path at which a worker, such as `ingest.2`, is asked to lend."""
     return directory / f"pool.{sender.partition('.')[2]}"
 
 
 def _memory(name: str, size: int, *, ours_alone: bool) -> tuple[int, mmap.mmap]:
-    """Memory of a size that stays as it is, as a descriptor to pass on and a view to write through.
+    """Return memory of a fixed size, as a descriptor to pass on and a view to write through.
 
-    With `ours_alone` only through this view: a descriptor that can only be read could be opened anew.
+    With `ours_alone` it can be written only through this view: a descriptor that can only be read could be opened anew.
     """
     seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | (F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL if ours_alone else 0)
     descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -102,9 +110,9 @@ class Room:
 
 
 class Pool:
-    """A worker's memory for the payloads of one stream, `size` bytes of it; costs nothing until it is used.
+    """A worker's memory for the payloads of one stream, `size` bytes of it; it costs nothing until it is used.
 
-    What it has used it keeps; further chunks are taken out of the `room` that it shares with other pools, if it does.
+    Chunks once used are kept. Where pools share a `room`, each further chunk is taken from it.
     """
 
     def __init__(self, stream: str, size: int, room: Room | None = None) -> None:
@@ -120,11 +128,11 @@ class Pool:
         self._lend_at = 0.0
 
     def hold_back(self) -> None:
-        """Lend nothing for a moment: there is somebody new."""
+        """Lend nothing for a moment: a new subscriber may not have borrowed yet."""
         self._lend_at = time.monotonic() + GRACE_SECONDS
 
     def lend(self) -> Loan | None:
-        """Return a chunk that nobody reads; None when there is none, or nobody to lend to. Good until the next call."""
+        """Return a chunk that nobody reads, good until the next call; None when none is free, or nobody borrows."""
         if not self._pages or time.monotonic() < self._lend_at:
             return None
         given_back = min(page[0] for page in self._pages.values())
@@ -139,11 +147,11 @@ class Pool:
         return Loan(self.number + 1, chunk, self._memory[chunk * CHUNK : (chunk + 1) * CHUNK])
 
     def lent(self, loan: Loan) -> None:
-        """A loan has been published: its chunk is written to no more until it is given back."""
+        """Note that a loan has been published: nothing is written to its chunk until it is given back."""
         self._numbers[loan.chunk] = self.number = loan.number
 
     def admit(self, borrower: socket.socket, boot: int) -> None:
-        """Wait for this borrower from now on, and pass it what it needs. OSError when it does not take it."""
+        """Wait for this borrower from now on, and pass it its descriptors. OSError when it does not take them."""
         page, memory = _memory("fanwire-page", PAGE, ours_alone=False)
         try:
             shared = memoryview(memory).cast("Q")
@@ -185,14 +193,14 @@ class Lender:
         self._borrowers: dict[socket.socket, Pool | None] = {}
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._listener.setblocking(False)
-        path.unlink(missing_ok=True)  # that of a predecessor which was killed
+        path.unlink(missing_ok=True)  # left by a predecessor that was killed
         self._listener.bind(str(path))
         path.chmod(0o777)  # the directory's mode decides, as for the bus
         self._listener.listen(BACKLOG)
         watch(self._listener, self._accept)
 
     def _accept(self) -> None:
-        with suppress(OSError):  # it has given up, or there are no descriptors: it will do without
+        with suppress(OSError):  # the borrower has given up, or there are no descriptors: it will do without
             borrower, _ = self._listener.accept()
             borrower.setblocking(False)
             if len(self._borrowers) >= MAX_BORROWERS:
@@ -202,7 +210,7 @@ class Lender:
             self._watch(borrower, lambda: self._hear(borrower))
 
     def _hear(self, borrower: socket.socket) -> None:
-        """Read a borrower's request and admit it; it sends nothing after that, so whatever comes then is its end."""
+        """Read a borrower's request and admit it; it sends nothing after that, so further input means its end."""
         try:
             pool = self._pools.get(borrower.recv(MAX_REQUEST).decode())
             if pool is not None and self._borrowers[borrower] is None:
@@ -223,17 +231,17 @@ class Lender:
         borrower.close()
 
     def close(self) -> None:
-        """Lend to nobody any more."""
+        """Lend no more."""
         for borrower in list(self._borrowers):
             self._dismiss(borrower)
         self._unwatch(self._listener)
         self._listener.close()
-        self._path.unlink(missing_ok=True)  # still ours: the lock goes last
+        self._path.unlink(missing_ok=True)  # the path is still ours: the lock goes last
         self._lock.close()
 
 
 def _lock(path: Path) -> BinaryIO:
-    """Take what a path is locked by, which the kernel lets go of when this process ends."""
+    """Lock a path; the kernel releases the lock when this process ends."""
     lock = path.with_name(f"{path.name}.lock").open("wb")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -26,11 +26,11 @@ MAX_MESSAGE: Final = 1024 * 1024
 """Bytes a part may have; libzmq disconnects a peer that sends more (ZMQ_MAXMSGSIZE)."""
 MAX_TOPIC: Final = 512
 MAX_ENVELOPE: Final = 512
-"""Bytes: names in topics and envelopes are short; anything longer is not ours."""
+"""Bytes: names in topics and envelopes are short; anything longer is not fanwire's."""
 
 Part = bytes | memoryview
 MAX_NUMBER: Final = 1 << 62
-"""Far enough below 2**64, the end of msgpack's integers, that what a receiver adds to a number can be sent again."""
+"""Far enough below 2**64, the end of msgpack's integers, that a receiver can add to a number and send the sum."""
 SENDER: Final = r"^[a-z]+\.[0-9]{1,9}$"
 """A service and its number, as in `ingest.2`."""
 REPLY_PREFIX: Final = "reply/"
@@ -43,14 +43,14 @@ MAX_FRAMES: Final = 1_000_000
 MAX_NAME: Final = 255
 """Characters of a client's name, which has as many bytes at most."""
 MAX_PIECES: Final = 4096
-"""Of a list of collectors: as many as there may be, each with the longest name, fit into fewer."""
+"""The most pieces of a list of collectors: the longest list, of the longest names, fits into fewer."""
 StreamName = Annotated[str, Meta(pattern="^[^/]{1,64}$")]
 """A name without `/`, so that a subscription to a stream brings no other, such as `messages/more`."""
 Number = Annotated[int, Meta(ge=0, le=MAX_NUMBER)]
 
 
 class MessageError(ValueError):
-    """A message that can't be taken; `cause` is the word it is counted under."""
+    """A message that can't be used; `cause` is the word it is counted under."""
 
     def __init__(self, cause: str, message: str) -> None:
         super().__init__(message)
@@ -122,7 +122,7 @@ class ServeReply(msgspec.Struct, array_like=True, frozen=True, gc=False):
 class TransmitRequest(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """Asks the transmitter to put `frame` on an interface byte for byte, and to answer on topic `reply`.
 
-    `frame` is all of it: destination, source, ethertype, payload and whatever checksum of its own it carries. With
+    `frame` is complete: destination, source, ethertype, payload and whatever checksum of its own it carries. With
     `own_fcs` its last four bytes are the frame check sequence, which the driver then leaves out (SO_NOFCS, socket(7)).
     It goes out `count` times, `per_second` times a second; 0: one after the other.
     """
@@ -149,7 +149,7 @@ class TransmitReply(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
 
 class Status(msgspec.Struct, array_like=True, frozen=True):
-    """One of `pieces` pieces of a service's accounts, numbered `report`; see `shared.ledger` for what is in them."""
+    """One of `pieces` pieces of a service's accounts, numbered `report`; `shared.ledger` says what they hold."""
 
     service: str
     pid: int
@@ -161,7 +161,7 @@ class Status(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Troubled(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """A collector that has a trouble, since `age_ms` before the message was made, and datagrams lost by it so far."""
+    """A collector with a trouble: its age, `age_ms`, when the message was made, and the datagrams lost by it so far."""
 
     name: Annotated[str, Meta(min_length=1, max_length=MAX_NAME)]
     generation: Number
@@ -171,7 +171,7 @@ class Troubled(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
 
 class Health(msgspec.Struct, array_like=True, frozen=True):
-    """One of `pieces` pieces of a list, numbered `report`: of all collectors of `source`, those that have a trouble."""
+    """One of `pieces` pieces of a list, numbered `report`: those of all collectors of `source` that have a trouble."""
 
     source: Source
     report: Number
@@ -252,7 +252,7 @@ def topic_family(kind: str) -> str:
 
 
 def peek(parts: Sequence[Part]) -> tuple[str, Envelope]:
-    """Return topic and envelope of a message, of any version, without reading on. MessageError when it has none."""
+    """Return topic and envelope of a message of any version, without reading on. MessageError when it has none."""
     try:
         if not 3 <= len(parts) <= 5:
             raise MessageError("malformed", f"{len(parts)} parts")
@@ -284,16 +284,16 @@ def encode(
 
 
 Borrow = Callable[[Envelope, Datagrams, int], Part]
-"""Finds a lent payload of so many bytes; MessageError when it can't be had."""
+"""Finds a lent payload of a number of bytes; MessageError when it can't be had."""
 
 
 def borrow_nothing(_envelope: Envelope, _body: Datagrams, _size: int) -> Part:
-    """Refuse: this reader takes payloads from the messages alone."""
+    """Refuse: this reader reads only payloads that are in the messages."""
     raise MessageError("not_borrowed", "the payload is lent, and this reader does not borrow")
 
 
 def decode(parts: Sequence[Part], borrow: Borrow = borrow_nothing) -> Message:
-    """Return the message in `parts`; a batch's columns are read-only views of them. MessageError when it is not one."""
+    """Return the message in `parts`; a batch's columns are read-only views of them. MessageError when it is none."""
     try:
         return _decode(parts, borrow)
     except MessageError:

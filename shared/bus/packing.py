@@ -34,11 +34,11 @@ class _MapCounter:
 
 
 def _refuse_extension(code: int, _data: bytes) -> NoReturn:
-    raise ValueError(f"extension type {code}")  # one without data passes `max_ext_len`
+    raise ValueError(f"extension type {code}")  # an extension without data passes `max_ext_len`
 
 
 def _fields(struct: Any) -> object:
-    """A struct as values that msgpack knows; structs among them are handed in here again."""
+    """Return a struct as values that msgpack knows; it hands structs among them in here again."""
     is_array = struct.__struct_config__.array_like
     return msgspec.structs.astuple(struct) if is_array else msgspec.to_builtins(struct)
 
@@ -67,4 +67,4 @@ def unpack(part: bytes | memoryview, kind: type[T]) -> T:
         max_map_len=MAX_ITEMS,
         max_ext_len=0,
     )
-    return msgspec.convert(found, kind, builtin_types=(bytes,))  # bytes as they are, text never instead
+    return msgspec.convert(found, kind, builtin_types=(bytes,))  # bytes stay bytes; text is never taken for them

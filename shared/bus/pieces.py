@@ -15,7 +15,7 @@ class Piece(Protocol):
 
     @property
     def piece(self) -> int:
-        """The number of this one, from 0."""
+        """The number of this piece, from 0."""
 
     @property
     def pieces(self) -> int:
@@ -40,7 +40,7 @@ def cut(items: Iterable[T], size_of: Callable[[T], int]) -> list[list[T]]:
 
 
 class Assembler(Generic[P]):
-    """Puts a list together; of one that lacks a piece, or of which one comes out of order, it makes nothing."""
+    """Puts a list together; it discards a list that lacks a piece, or one with a piece out of order."""
 
     def __init__(self) -> None:
         self.began_at = 0.0
@@ -61,5 +61,5 @@ class Assembler(Generic[P]):
         return whole
 
     def clear(self) -> None:
-        """Drop the pieces there are; what follows them completes nothing."""
+        """Drop the pieces received so far; later pieces of the same list complete nothing."""
         self._key, self._pieces = None, []

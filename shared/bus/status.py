@@ -16,9 +16,9 @@ from shared.process.memory import Memory
 
 INTERVAL_SECONDS = 1.0
 CHECK_SHARE = 20
-"""Of a service's time at most one part in so many goes into making and checking accounts that nobody asked for."""
+"""Accounts that nobody asked for take at most one part in this many of a service's time to make and check."""
 _COUNTER_SIZE = 32
-"""Bytes that a counter takes in a message at most, name included."""
+"""The most bytes that a counter takes in a message, name included."""
 
 log = structlog.get_logger()
 
@@ -39,7 +39,7 @@ class Reporter:
         self.due_at = 0.0
 
     def asked_for(self, prefixes: Iterable[str]) -> bool:
-        """Whether one of these new subscriptions is for our status."""
+        """Return whether one of these new subscriptions is for our status."""
         return any(self._topic.startswith(prefix) for prefix in prefixes)
 
     def report(self, accounts: Callable[[], Mapping[str, Mapping[str, int]]]) -> None:
@@ -60,7 +60,7 @@ class Reporter:
             self._publish({**kept, own: {**kept.get(own, {}), **process}})
 
     def _check(self, accounts: Mapping[str, Mapping[str, int]]) -> None:
-        """Count the equations that do not hold, and say so when that has changed."""
+        """Count the equations that do not hold, and log when that has changed."""
         found = {(each.account, each.counter): each for each in discrepancies(accounts)}
         broken = {key: each.total - each.parts for key, each in found.items()}
         news = [each for key, each in found.items() if self._broken.get(key) != broken[key]]
@@ -89,14 +89,14 @@ class Reporter:
 
 
 def _size_of(account: tuple[str, Mapping[str, int]]) -> int:
-    """Bytes that a named account takes in a message at most."""
+    """Return the most bytes that a named account takes in a message."""
     name, counters = account
     return 4 * len(name) + 16 + _COUNTER_SIZE * len(counters)
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A service's whole report; `received_at` is when its first piece came."""
+    """A service's whole report; `received_at` is the time at which its first piece came."""
 
     service: str
     boot: int

@@ -44,14 +44,14 @@ if TYPE_CHECKING:
 HELLO_TOPIC: Final = "broker/"
 """The broker subscribes to it itself, so a publisher that has seen this subscription is connected to a broker."""
 LINGER_MS: Final = 1000
-"""Time that unsent messages may hold up an exit: drain must be over within 4 s, and the default is for ever."""
+"""Time that unsent messages may hold up an exit: a drain must end within 4 s, and ZeroMQ's default has no limit."""
 HANDED_ON: Final = Path("/proc/self/fd")
-"""Directory of descriptors: a process that may open the bus directory hands it on so to one that may not."""
+"""Directory of descriptors: a process that may open the bus directory hands it on this way to one that may not."""
 MAX_SUBSCRIPTION: Final = 2 * MAX_TOPIC
 """Bytes that an XPUB takes in one piece: a subscription to the longest topic, or a part of the handshake. libzmq keeps
 each byte of a subscription in a node of its own: one of 1 MB would take over 100 MB of the broker."""
 SUBSCRIPTIONS_MAX: Final = 4096
-"""Bounds what a publisher remembers of a hostile subscriber."""
+"""Bounds the memory that a hostile subscriber can take of a publisher."""
 
 log = structlog.get_logger()
 
@@ -67,7 +67,7 @@ def subscribe_endpoint(directory: Path) -> str:
 
 
 def broker_is_up(directory: Path, link: BusLink = DIRECT) -> bool:
-    """Whether something accepts connections where subscribers connect."""
+    """Return whether something accepts connections where subscribers connect."""
     return link.is_up(directory)
 
 
@@ -80,7 +80,7 @@ def configure(sock: zmq.Socket[bytes], high_water_mark: int) -> zmq.Socket[bytes
     """Set the options that every socket of the bus has, the broker's included; return the socket."""
     sock.set(zmq.LINGER, LINGER_MS)
     sock.set(zmq.MAXMSGSIZE, MAX_SUBSCRIPTION if sock.type == zmq.XPUB else MAX_MESSAGE)
-    # The mark is for messages; what goes the other way are subscriptions, which must not be lost: nobody repeats them.
+    # The mark is for messages. Subscriptions go the other way and must not be lost: nobody repeats them.
     messages, subscriptions = (zmq.SNDHWM, zmq.RCVHWM) if sock.type == zmq.XPUB else (zmq.RCVHWM, zmq.SNDHWM)
     sock.set(messages, high_water_mark)
     sock.set(subscriptions, SUBSCRIPTIONS_MAX)
@@ -113,19 +113,19 @@ class Publisher:
         self._wanted: dict[str, bool] = {}
         check_directory(directory)
         self._socket = configure(context.socket(zmq.XPUB), high_water_mark)
-        # Verbose: told of every late subscriber, not of the first alone, so that each gets the last value. No drop:
-        # at the mark a send is refused, and counted, where the default loses it without a word.
+        # Verbose: it sees every late subscriber, not only the first, so that each gets the last value. No drop: at the
+        # mark a send is refused and counted; the default loses it in silence.
         self._socket.set(zmq.XPUB_VERBOSE, 1)
         self._socket.set(zmq.XPUB_NODROP, 1)
         link.connect(self._socket, directory, "publish")
 
     @property
     def socket(self) -> zmq.Socket[bytes]:
-        """For a `zmq.Poller`, which becomes ready when subscriptions have come."""
+        """The socket for a `zmq.Poller`; it becomes ready when subscriptions have come."""
         return self._socket
 
     def fileno(self) -> int:
-        """A descriptor that becomes readable when subscriptions may have come, for other selectors.
+        """Return a descriptor, for other selectors, that becomes readable when subscriptions may have come.
 
         It is edge-triggered, and `publish` may swallow the edge: call `new_subscriptions` after publishing too.
         """
@@ -133,11 +133,11 @@ class Publisher:
 
     @property
     def ready(self) -> bool:
-        """Whether a broker has been observed."""
+        """Return whether a broker has been observed."""
         return HELLO_TOPIC.encode() in self._subscriptions
 
     def new_subscriptions(self) -> list[str]:
-        """Take in what subscribers said since the last call; return the prefixes newly subscribed to, each once."""
+        """Read what subscribers sent since the last call; return the prefixes newly subscribed to, each once."""
         fresh: dict[str, None] = {}
         while int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
             said = self._socket.recv(zmq.NOBLOCK)
@@ -151,7 +151,7 @@ class Publisher:
         return list(fresh)
 
     def wanted(self, topic: str) -> bool:
-        """Whether anyone subscribes to `topic`: what nobody wants need not be encoded."""
+        """Return whether anyone subscribes to `topic`: a message that nobody wants need not be encoded."""
         known = self._wanted.get(topic)
         if known is None:
             known = any(topic.encode().startswith(prefix) for prefix in self._subscriptions)
@@ -159,8 +159,8 @@ class Publisher:
         return known
 
     def publish(self, topic: str, body: Body, batch: "DatagramBatch | None" = None) -> bool:
-        """Put a message on the bus; False when its queue is at the high-water mark, and then nothing was sent."""
-        # A reply's topic is its receiver's choice: nothing is kept for it.
+        """Put a message on the bus. Return False, with nothing sent, when its queue is at the high-water mark."""
+        # The receiver of a reply chooses its topic: nothing is kept for it.
         numbering = _Numbering() if topic.startswith(REPLY_PREFIX) else self._numbering.setdefault(topic, _Numbering())
         parts = encode(
             topic,
@@ -202,14 +202,14 @@ class Subscriber:
         self.rejected: Counter[str] = Counter()
         self._prefixes: Counter[str] = Counter()
         self._socket = configure(context.socket(zmq.SUB), high_water_mark)
-        lending = None if link.broker else directory  # the workers that lend there are not those of its broker
+        lending = None if link.broker else directory  # workers that lend in the directory are not its broker's
         own = self._socket
         self._borrower = borrower(lending, own.subscribe, own.unsubscribe) if borrower else None
         link.connect(self._socket, directory, "subscribe")
 
     @property
     def socket(self) -> zmq.Socket[bytes]:
-        """For a `zmq.Poller`."""
+        """The socket for a `zmq.Poller`."""
         return self._socket
 
     def fileno(self) -> int:
@@ -229,7 +229,7 @@ class Subscriber:
             self._borrower.keep_streams(self._prefixes)
 
     def receive(self) -> Message | None:
-        """The next message, or None when there is none now. A batch's arrays are views of the received parts."""
+        """Return the next message, or None when there is none now. A batch's arrays are views of the received parts."""
         while True:
             try:
                 frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
@@ -260,7 +260,7 @@ class Subscriber:
 
 
 class Requests:
-    """Requests under way: each has an id, a deadline, and what to do with its answer or with none.
+    """Requests under way: each has an id, a deadline, and a callback for its answer or for none.
 
     The request itself is a published message that carries the id and `topic`, on which the answer comes back.
     """
@@ -278,13 +278,13 @@ class Requests:
         return number
 
     def answer(self, number: int, message: Message) -> None:
-        """Hand an answer to the request's `finished`; one that comes after its deadline, or twice, is ignored."""
+        """Hand an answer to the request's `finished`; a late or second answer is ignored."""
         _, finished = self._open.pop(number, (0.0, None))
         if finished is not None:
             finished(message)
 
     def withdraw(self, number: int) -> None:
-        """Let go of a request that never got on the bus: `finished` is not called."""
+        """Forget a request that never got on the bus: `finished` is not called."""
         self._open.pop(number, None)
 
     def expire(self) -> None:
@@ -296,10 +296,10 @@ class Requests:
 
 
 def prepare_directory(directory: Path) -> None:
-    """Make the bus directory, mode 0700, for a broker of this user. PermissionError when it is somebody else's.
+    """Make the bus directory, mode 0700, for a broker of this user. PermissionError when another user owns it.
 
-    An existing directory may have mode 0750, for an operator's group; anything wider is taken back. OperatorError when
-    there can be none.
+    An existing directory may have mode 0750, for an operator's group; wider modes are narrowed. OperatorError when the
+    directory can't be made.
     """
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -314,12 +314,12 @@ def prepare_directory(directory: Path) -> None:
 
 
 def check_directory(directory: Path) -> None:
-    """See that the broker in a bus directory is one to trust. PermissionError when somebody else made the directory.
+    """Check that the broker in a bus directory can be trusted. PermissionError when another user made the directory.
 
-    It may be ours, root's, or open to a group of ours. One that is not there yet is made: in a place that all may write
-    to, such as /tmp, it would be anybody's to make.
+    It may be ours, root's, or open to a group of ours. A directory that does not exist is made: in a place that all may
+    write to, such as /tmp, any user could make it otherwise.
     """
-    # The transmitter's opener may hand it on as a descriptor: what such a link names is what was opened.
+    # The transmitter's opener may hand the directory on as a descriptor: follow such a link to what was opened.
     look = directory.stat if directory.parent == HANDED_ON else directory.lstat
     try:
         found = look()

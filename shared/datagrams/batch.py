@@ -2,8 +2,8 @@
 
 Invariants, checked by `check` where a batch comes from outside:
 - at most `MAX_ROWS` rows, each at most `MAX_DATAGRAM` bytes;
-- the payloads stand in one buffer in the order received: end to end, with nothing else in it, or, where there is a
-  `stride`, each at a multiple of that, with whatever in between;
+- the payloads stand in one buffer in the order received: end to end, with nothing else in it; or, where there is a
+`stride`, each at a multiple of it, with anything in between;
 - a row keeps the address and port that the kernel reported: nothing downstream may change them.
 """
 
@@ -50,7 +50,7 @@ class DatagramBatch:
 
     @cached_property
     def offsets(self) -> npt.NDArray[np.int64]:
-        """Where each payload begins, int64, shape (n + 1,); the last is where the buffer ends."""
+        """Start of each payload, int64, shape (n + 1,); the last is the end of the buffer."""
         if self.stride:
             return np.arange(len(self.rows) + 1) * self.stride
         offsets = np.zeros(len(self.rows) + 1, np.int64)

@@ -1,7 +1,7 @@
-"""Batches of one stream that wait together, handled as one: what a step costs once is shared by more rows.
+"""Batches of one stream that wait together, handled as one: more rows share the cost of each step.
 
 Under load a service finds many batches waiting, and the cost of planning is one of array operations, hardly of rows.
-Nothing is copied but the 20 bytes a row: payloads stay where ZeroMQ received them.
+Only the 20 bytes a row are copied: payloads stay where ZeroMQ received them.
 """
 
 import ctypes
@@ -17,9 +17,9 @@ from shared.datagrams.limits import MAX_ROWS
 from shared.net.addresses import V4_MAPPED
 
 MAX_GATHERED: Final = 4 * MAX_ROWS
-"""Rows; more saves little, and delays the first of them."""
+"""Rows; more would save little, and delay the first of them."""
 MAX_GATHERED_PAYLOAD: Final = 8 << 20
-"""Bytes after which no further batch is taken along."""
+"""Bytes; from here on no further batch is added."""
 MAPPED: Final = int.from_bytes(V4_MAPPED[8:], "little")
 """The third word of an IPv4 address mapped into IPv6; the two before it are 0."""
 Mask = npt.NDArray[np.bool_]
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 def portions(items: Iterable[T], rows_of: Callable[[T], int]) -> Iterator[list[T]]:
-    """Yield items, in order, as many at a time as have `MAX_GATHERED` rows together, but at least one."""
+    """Yield items in order, in lists of at most `MAX_GATHERED` rows together or of a single item."""
     portion: list[T] = []
     room = MAX_GATHERED
     for item in items:
@@ -50,7 +50,7 @@ class Gathered:
     def __init__(self, batches: Sequence[DatagramBatch]) -> None:
         self.stream = batches[0].stream
         self.batches = tuple(batches)
-        # Joined as bytes: numpy would look at every field.
+        # Joined as bytes: numpy would handle each field by itself.
         rows = [each.rows for each in batches]
         self.rows: Rows = rows[0] if len(rows) == 1 else np.frombuffer(b"".join(each.data for each in rows), ROW)
 
@@ -59,7 +59,7 @@ class Gathered:
 
     @property
     def payload_bytes(self) -> int:
-        """How much memory the payloads take."""
+        """Bytes that the payloads take."""
         return sum(len(batch.payload) for batch in self.batches)
 
     @cached_property
@@ -87,12 +87,12 @@ class Gathered:
 
     @cached_property
     def all_ipv4(self) -> bool:
-        """Whether every source is an IPv4 address."""
+        """Return whether every source is an IPv4 address."""
         return bool(self.ipv4.all())
 
     @cached_property
     def pointers(self) -> npt.NDArray[np.int64]:
-        """Where in memory each payload begins, int64, shape (n,): good as long as this lives."""
+        """Memory address of each payload, int64, shape (n,): valid as long as this object lives."""
         if len(self.batches) == 1:
             return _pointers(self.batches[0])
         return np.concatenate([_pointers(batch) for batch in self.batches])
@@ -104,6 +104,6 @@ class Gathered:
 
 
 def _pointers(batch: DatagramBatch) -> npt.NDArray[np.int64]:
-    # numpy tells where a buffer is, but not of an empty one
+    # numpy gives the address of a buffer, but not of an empty one
     start = np.frombuffer(batch.payload, np.uint8).ctypes.data if len(batch.payload) else 0
     return batch.offsets[:-1] + start

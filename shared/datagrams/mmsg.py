@@ -48,7 +48,7 @@ assert ctypes.sizeof(ctypes.c_void_p) == 8, "fanwire needs a 64-bit Linux"
 assert (IOVEC.itemsize, MMSGHDR.itemsize, SOCKADDR.itemsize) == (16, 64, 28)
 
 REFUSED: Final = (errno.ENOSYS, errno.EPERM)
-"""What seccomp(2) answers for a call that it refuses; recvmmsg(2) itself has neither."""
+"""Errnos of a call that seccomp(2) refuses; recvmmsg(2) itself returns neither."""
 SLOT: Final = 65_536
 """Bytes a datagram may take in the arena: more than UDP can carry, so none is ever cut."""
 
@@ -59,7 +59,7 @@ for _one in (_libc.recvmsg, _libc.sendmsg):
     _one.argtypes, _one.restype = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int], ctypes.c_ssize_t
 
 _refused: list[str] = []
-"""What was said to be refused."""
+"""Calls already logged as refused."""
 log = structlog.get_logger()
 
 
@@ -94,17 +94,19 @@ class ReceiveArena:
         self._one_by_one = False
 
     def _vector(self, pieces: int) -> tuple[npt.NDArray[np.void], npt.NDArray[np.void]]:
-        """Headers for as many pieces of memory a datagram, and the pieces, shape (MAX_ROWS, pieces)."""
+        """Return headers for this many pieces of memory a datagram, and the pieces, shape (MAX_ROWS, pieces)."""
         iovecs, headers = np.zeros((MAX_ROWS, pieces), IOVEC), np.zeros(MAX_ROWS, MMSGHDR)
         headers["name"], headers["namelen"] = addresses_of(self.names, SOCKADDR.itemsize, MAX_ROWS), SOCKADDR.itemsize
         headers["iov"], headers["iovlen"] = addresses_of(iovecs, pieces * IOVEC.itemsize, MAX_ROWS), pieces
         return headers, iovecs
 
     def receive(self, descriptor: int, place: memoryview | None = None, stride: int = 0) -> int:
-        """Receive what is there, without waiting, at most `MAX_ROWS` datagrams; return how many. OSError of the kernel.
+        """Receive what is there, at most `MAX_ROWS` datagrams, without waiting; return their number.
 
-        With a `place` the first `stride` bytes of each go there, one every `stride` bytes, and only what is beyond them
-        into its slot: datagrams that are no longer need not be moved afterwards.
+        OSError of the kernel.
+
+        With a `place` the first `stride` bytes of each datagram go there, one datagram every `stride` bytes, and only
+        the bytes beyond them go into its slot: datagrams that are no longer need not be moved afterwards.
         """
         self._place, self._stride, self._joined = place, stride, None
         self.headers, most = self._whole, MAX_ROWS
@@ -121,7 +123,7 @@ class ReceiveArena:
         raise OSError(number, os.strerror(number))
 
     def _receive(self, descriptor: int, most: int) -> int:
-        """As recvmmsg(2); by recvmsg(2) for each datagram where a sandbox refuses that."""
+        """Do as recvmmsg(2) does; where a sandbox refuses that, call recvmsg(2) for each datagram."""
         at = self.headers.ctypes.data
         if not self._one_by_one:
             count = int(_libc.recvmmsg(descriptor, at, most, socket.MSG_DONTWAIT, None))
@@ -148,7 +150,7 @@ class ReceiveArena:
         return self.headers["len"][:count]
 
     def truncated(self, count: int) -> int:
-        """How many of the received datagrams were cut (MSG_TRUNC) though UDP can carry them: none that a slot holds."""
+        """Return the number of datagrams that were cut (MSG_TRUNC) though UDP can carry them: none that fit a slot."""
         flags = self.headers["flags"][:count]
         if not np.bitwise_or.reduce(flags) & socket.MSG_TRUNC:
             return 0
@@ -187,7 +189,7 @@ class ReceiveArena:
         return into[: len(payload)]
 
     def located(self, count: int) -> tuple[bytes | memoryview, int]:
-        """Where the payloads of all `count` datagrams are: a buffer, and how far apart there, 0 for end to end.
+        """Return the buffer with the payloads of all `count` datagrams, and their distance in it, 0 for end to end.
 
         Nothing is copied unless some did not come to their place. The buffer is good until the next `receive`.
         """
@@ -213,10 +215,10 @@ class ReceiveArena:
 
 
 def send(descriptor: int, headers: npt.NDArray[np.void], start: int, stop: int) -> tuple[int, int]:
-    """Send messages `start` to `stop` of a `MMSGHDR` array without waiting; return (how many the kernel took, errno).
+    """Send messages `start` to `stop` of a `MMSGHDR` array without waiting; return (number taken, errno).
 
-    The errno is that of the message after the last taken one when none was taken, else 0: the kernel reports an error
-    in the middle by taking fewer.
+    The errno is that of the first message when none was taken, else 0: the kernel reports an error in the middle by
+    taking fewer.
     """
     at = headers.ctypes.data + start * MMSGHDR.itemsize
     count = int(_libc.sendmmsg(descriptor, at, stop - start, socket.MSG_DONTWAIT))

@@ -1,4 +1,4 @@
-"""Which of many sets of networks a source is in: one search a prefix length, however many sets there are. No I/O."""
+"""Matches sources against many sets of networks: one search a prefix length, whatever the number of sets. No I/O."""
 
 import ipaddress
 from collections.abc import Iterable, Sequence
@@ -13,11 +13,11 @@ from shared.net.addresses import V4_MAPPED, pack_network
 WHOLE: Final = (1 << 128) - 1
 MAPPED: Final = int.from_bytes(V4_MAPPED)
 Network = tuple[bool, int, bytes]
-"""Whether it is one of IPv4, how many of 128 bits count, and its first address, 16 bytes."""
+"""True for IPv4; the number of leading bits of 128 that count; and the first address, 16 bytes."""
 
 
 def disjoint(texts: Iterable[str]) -> tuple[Network, ...]:
-    """The networks of a set, none within another: what an address is in is then found once."""
+    """Return the networks of a set with none inside another, so that an address is found in one of them at most."""
     packed = [pack_network(text) for text in texts]
     four = [(network, bits) for network, bits in packed if network.startswith(V4_MAPPED) and bits >= 96]
     six = [each for each in packed if each not in four]
@@ -57,7 +57,7 @@ class _Table:
 
 
 class PrefixIndex:
-    """Sets of networks, each as `disjoint` gives it; memory grows with the number of networks in all of them."""
+    """Sets of networks, each as `disjoint` returns it; memory grows with the number of networks in all of them."""
 
     def __init__(self, sets: Sequence[Sequence[Network]]) -> None:
         lengths: dict[tuple[bool, int], dict[bytes, list[int]]] = {}

@@ -13,7 +13,7 @@ from shared.net.addresses import V4_MAPPED, pack_network
 Datagrams = DatagramBatch | Gathered
 """Datagrams of one stream."""
 MAPPED_HALF: Final = np.uint64(0xFFFF)
-"""Of a mapped address (RFC 4291), bytes 8 to 11."""
+"""Bytes 8 to 11 of a mapped address (RFC 4291)."""
 
 
 class Prefixes:
@@ -27,15 +27,15 @@ class Prefixes:
         self._masks = np.array([(mask >> 64, mask & (2**64 - 1)) for mask in masks], np.uint64)
 
     def match(self, halves: npt.NDArray[np.uint64]) -> Mask:
-        """Which addresses, as pairs of uint64, shape (n, 2), are in any of the networks; bool, shape (n,)."""
+        """Return the addresses, pairs of uint64, shape (n, 2), that are in any of the networks: bool, shape (n,)."""
         inside = ((halves[:, None, :] & self._masks) == self._networks).all(axis=2)
-        # ::/0 and its like are IPv6 prefixes: the IPv4 addresses that we keep mapped into them are not meant.
+        # ::/0 and its like are IPv6 prefixes: IPv4 addresses, which are kept mapped into IPv6, do not match them.
         mapped = (halves[:, 0] == 0) & (halves[:, 1] >> np.uint64(32) == MAPPED_HALF)
         matched: Mask = (inside & (mapped[:, None] == self._mapped)).any(axis=1)
         return matched
 
 
 def halves_of(batch: Datagrams) -> npt.NDArray[np.uint64]:
-    """Source addresses as pairs of uint64 in network order, shape (n, 2): what prefixes and hashes work on."""
+    """Return source addresses as pairs of uint64 in network order, shape (n, 2), for prefixes and hashes."""
     packed = np.ascontiguousarray(batch.rows["address"])
     return packed.view(">u8").astype(np.uint64)

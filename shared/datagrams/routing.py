@@ -1,4 +1,4 @@
-"""Who gets what: (registry, batch) to rows for each collector. No I/O; forwarder and transmitter share it.
+"""Routing of copies: (registry, batch) to rows for each collector. No I/O; forwarder and transmitter share it.
 
 A row goes to a collector when its stream is wanted, then when its source is in one of the collector's prefixes, then
 when the collector is the one of its group that the source's hash picks, and last when 1-in-N sampling picks it.
@@ -23,7 +23,7 @@ from shared.datagrams.sampling import hash_sources, sample_rows, share_rows
 class Selection:
     """The rows of a batch that go to one collector; `indices` None means all of them.
 
-    The counts say what became of the other rows. Collectors whose selection is all rows can share what is made of it.
+    The counts say what became of the other rows. Collectors whose selection is all rows share what is made for them.
     """
 
     indices: Indices | None
@@ -79,7 +79,7 @@ class Router:
         return found
 
     def route(self, batch: Datagrams) -> list[tuple[Client, Selection]]:
-        """Return the selection of each collector that wants the batch's stream, and of whose prefixes it has a source.
+        """Return the selection of each collector that wants the batch's stream and has a prefix that matches a source.
 
         Collectors with the same prefixes share a selection.
         """
@@ -87,7 +87,7 @@ class Router:
 
 
 class _StreamRoutes:
-    """The routes of one stream, sorted by what it takes to find their rows."""
+    """The routes of one stream, sorted by the work needed to find their rows."""
 
     def __init__(self, routes: list[CollectorRoute]) -> None:
         self.all = routes
@@ -103,7 +103,7 @@ class _StreamRoutes:
         self._picking = [route for route in routes if _picks(route.client)]
 
     def route(self, batch: Datagrams) -> list[tuple[Client, Selection]]:
-        """As `Router.route`."""
+        """Do as `Router.route` says."""
         if not len(batch) or not (self._sets or self._picking):
             return self._everything
         matched = self._index.match(batch.rows) if self._sets else []
@@ -118,19 +118,19 @@ class _StreamRoutes:
 
 
 def takes_all(client: Client) -> bool:
-    """Whether it takes every row of its streams."""
+    """Return whether a client takes every row of its streams."""
     return not client.prefixes and not _picks(client)
 
 
 def _picks(client: Client) -> bool:
-    """Whether it takes only some of the rows that its prefixes let pass."""
+    """Return whether a client takes only some of the rows that its prefixes let pass."""
     return client.sample > 1 or bool(client.group)
 
 
 def _pick(
     batch: Datagrams, routes: list[CollectorRoute], rows_of: dict[tuple[Network, ...], Indices]
 ) -> list[tuple[Client, Selection]]:
-    """Selections of collectors that sample or share; `rows_of` has, by set of networks, the rows that pass."""
+    """Return selections of collectors that sample or share; `rows_of` has, by set of networks, the rows that pass."""
     wanted = {}
     for route in routes:
         passing = np.full(len(batch), not route.client.prefixes)
@@ -144,7 +144,7 @@ def _pick(
 
 
 def _pick_members(batch: Datagrams, routes: list[CollectorRoute], wanted: dict[str, Mask]) -> dict[str, Mask]:
-    """For each member of a group, the rows it takes."""
+    """Return, for each member of a group, the rows that it takes."""
     groups: dict[str, list[CollectorRoute]] = {}
     for route in routes:
         if route.client.group:

@@ -1,4 +1,4 @@
-"""Which rows go to who wants only some: 1-in-N sampling, and the shares of a group by hash of source. No I/O."""
+"""Selection of rows for collectors that want only some: 1-in-N sampling, and shares by hash of source. No I/O."""
 
 from collections.abc import Sequence
 from typing import Final
@@ -16,12 +16,12 @@ _MIX: Final = np.uint64(0xBF58476D1CE4E5B9)
 
 
 def sample_rows(rows: Indices, one_in: int, before: int) -> Indices:
-    """Return every `one_in`-th of these rows, counted on from the number of rows there were before."""
+    """Return every `one_in`-th of these rows; `before` is the number of rows counted earlier."""
     return rows[-before % one_in :: one_in]
 
 
 def share_rows(sources: Hashes, seeds: Sequence[np.uint64], wanted: Sequence[Mask]) -> list[Mask]:
-    """Return the rows that each member of a group takes: of those who want a row, the one of highest weight.
+    """Return the rows that each member of a group takes: of the members that want a row, the one of highest weight.
 
     Rendezvous hashing (Thaler and Ravishankar 1998): a member that joins or leaves moves only its own share.
     """
@@ -34,7 +34,7 @@ def share_rows(sources: Hashes, seeds: Sequence[np.uint64], wanted: Sequence[Mas
 
 
 def hash_sources(batch: Datagrams) -> Hashes:
-    """A hash of each row's source address, uint64, shape (n,)."""
+    """Return a hash of each row's source address, uint64, shape (n,)."""
     halves = halves_of(batch)
     return mix(halves[:, 0] * _GOLDEN ^ halves[:, 1])
 

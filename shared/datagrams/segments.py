@@ -1,7 +1,7 @@
-"""Which rows of a batch leave together: neighbours of equal length, as one piece that kernel or device cuts up. No I/O.
+"""Groups the rows of a batch that leave together: neighbours of equal length, in one piece that is cut later. No I/O.
 
-The kernel takes one stretch of bytes and the length to cut it at, by UDP_SEGMENT (udp(7)) as by a virtio_net_hdr of
-type UDP_L4: many datagrams for the price of one, all of equal length but the last, which may be shorter.
+The kernel takes one stretch of bytes and the length to cut it at, by UDP_SEGMENT (udp(7)) or by a virtio_net_hdr of
+type UDP_L4. This sends many datagrams for the price of one. All have equal length but the last, which may be shorter.
 """
 
 from typing import Final
@@ -12,7 +12,7 @@ import numpy.typing as npt
 MAX_SEGMENTS: Final = 64
 """UDP_MAX_SEGMENTS of kernels before 6.8, which allow 128 since."""
 MAX_SEND: Final = 65_000
-"""Bytes of one send: what UDP allows, less a margin for headers."""
+"""Bytes of one send: UDP's limit, less a margin for headers."""
 
 Lengths = npt.NDArray[np.int64]
 Starts = npt.NDArray[np.intp]
@@ -20,11 +20,11 @@ Mask = npt.NDArray[np.bool_]
 
 
 def group(lengths: Lengths, largest_segment: int, apart: Mask | None = None) -> Starts:
-    """Return the rows at which a send begins, int64, shape (sends,); each send goes on to the next one's row.
+    """Return the rows at which a send begins, int64, shape (sends,); each send ends where the next begins.
 
-    Rows of equal length that follow each other go together, as far as a send may; then a send takes the row behind it
-    along when that one stands alone and is shorter. Rows longer than `largest_segment` go alone, and a row that
-    is `apart`, shape (n,), never goes with the one before it.
+    Rows of equal length that follow each other go together, up to the limits of a send. A send also takes the row
+    behind it when that row stands alone and is shorter. Rows longer than `largest_segment` go alone, and a row that is
+    `apart`, shape (n,), never goes with the one before it.
     """
     begins = np.ones(len(lengths), np.bool_)
     np.not_equal(lengths[1:], lengths[:-1], out=begins[1:])
@@ -52,14 +52,14 @@ def _split(starts: Starts, sizes: Starts, most: Lengths) -> tuple[Starts, Starts
 
 
 def _tails(lengths: Lengths, starts: Starts, sizes: Starts, most: Lengths, apart: Mask | None) -> Mask:
-    """Which sends can be joined to the one before them as its shorter last datagram."""
+    """Return the sends that can be joined to the one before them as its shorter last datagram."""
     own, before = lengths[starts[1:]], lengths[starts[:-1]]
     room = (sizes[:-1] < most[:-1]) & (sizes[:-1] * before + own <= MAX_SEND)
     joins = np.zeros(len(starts), np.bool_)
     joins[1:] = (sizes[1:] == 1) & (own < before) & (own > 0) & room
     if apart is not None:
         joins &= ~apart[starts]
-    # A send that is itself joined can't take another along: of neighbours that could be joined, every second is.
+    # A joined send can't take another along: of neighbours that could be joined, every second one is.
     number = np.arange(len(starts))
     first = np.maximum.accumulate(np.where(joins, -1, number))
     joins &= (number - first) % 2 == 1
@@ -67,9 +67,9 @@ def _tails(lengths: Lengths, starts: Starts, sizes: Starts, most: Lengths, apart
 
 
 def pieces(pointers: Starts, lengths: Lengths, starts: Starts) -> tuple[Starts, Starts]:
-    """Return the rows at which a piece of memory begins, and how many pieces each send has.
+    """Return the rows at which a piece of memory begins, and the number of pieces of each send.
 
-    A send gathers its payloads from as many pieces as it must: neighbours in memory are one.
+    A send gathers its payloads from pieces of memory; neighbours in memory are one piece.
     """
     begins = np.ones(len(lengths), np.bool_)
     np.not_equal(pointers[1:], pointers[:-1] + lengths[:-1], out=begins[1:])

@@ -15,7 +15,7 @@ from shared.ledger import HELD, NO_MEMORY
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """Rows of a batch (None: all) that wait, until when."""
+    """Rows of a batch (None: all) that wait, and the time at which they are dropped."""
 
     batch: Gathered
     rows: Indices | None
@@ -23,16 +23,15 @@ class Held:
 
     @property
     def count(self) -> int:
-        """How many rows."""
+        """The number of rows."""
         return len(self.batch) if self.rows is None else len(self.rows)
 
 
 @dataclass(slots=True)
 class Backlog:
-    """What one collector waits for: at most so many rows, so many bytes of the batches they are in, so many seconds.
+    """The rows that one collector waits for, with limits on rows, on bytes of the batches they are in, and on seconds.
 
-    `cause` is what those are dropped under that are too many or have waited too long; `memory` is shared with the
-    other collectors.
+    Rows beyond a limit are dropped under `cause`; `memory` is shared with the other collectors.
     """
 
     account: Counter[str]
@@ -45,16 +44,16 @@ class Backlog:
     _bytes: int = 0
 
     def __bool__(self) -> bool:
-        """Whether anything waits."""
+        """Return whether anything waits."""
         return bool(self._queue)
 
     @property
     def waited_seconds(self) -> float:
-        """How long the oldest has waited; 0 when nothing does."""
+        """Seconds that the oldest has waited; 0 when nothing waits."""
         return time.monotonic() - self._queue[0].expires_at + self.seconds if self._queue else 0.0
 
     def hold(self, batch: Gathered, rows: Indices | None) -> None:
-        """Keep rows, behind what waits already; beyond the bounds the oldest are dropped for them."""
+        """Keep rows, behind those that wait already; drop the oldest beyond the limits."""
         now = time.monotonic()
         self._put(Held(batch, rows, now + self.seconds))
         self.expire(now)
@@ -69,7 +68,7 @@ class Backlog:
         self.memory.add_holder(held.batch, self, first=first)
 
     def pop_oldest(self) -> Held:
-        """Return the oldest, which is held no longer."""
+        """Remove and return the oldest."""
         held = self._queue.popleft()
         self.account[HELD] -= held.count
         self._bytes -= held.batch.payload_bytes
@@ -96,19 +95,19 @@ class Backlog:
 
 
 class BacklogMemory:
-    """How much memory the batches take that any collector of a process waits for; each counts once.
+    """The memory of the batches that any collector of a process waits for; each batch counts once.
 
-    Beyond `limit` bytes the oldest batch is dropped, by all who wait for rows of it.
+    Beyond `limit` bytes the oldest batch is dropped, by all collectors that wait for rows of it.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.used = 0
         self._holders: OrderedDict[int, dict[int, Backlog]] = OrderedDict()
-        """Who holds rows of a batch, by its id and theirs; the batch that came first is the first."""
+        """Holders of rows of a batch, by its id and theirs; the batch that came first is the first."""
 
     def add_holder(self, batch: Gathered, holding: Backlog, *, first: bool) -> None:
-        """Somebody holds rows of a batch, which is the newest, or with `first` the oldest."""
+        """Note that `holding` holds rows of a batch, which is the newest, or with `first` the oldest."""
         if id(batch) not in self._holders:
             self._holders[id(batch)] = {}
             self._holders.move_to_end(id(batch), last=not first)
@@ -116,7 +115,7 @@ class BacklogMemory:
         self._holders[id(batch)][id(holding)] = holding
 
     def remove_holder(self, batch: Gathered, holding: Backlog) -> None:
-        """Somebody holds none of it any longer."""
+        """Note that `holding` holds rows of the batch no longer."""
         holders = self._holders[id(batch)]
         del holders[id(holding)]
         if not holders:
@@ -128,7 +127,7 @@ class BacklogMemory:
         self._shrink(self.limit)
 
     def halve(self) -> None:
-        """Drop the oldest half: the process has no memory for it."""
+        """Drop the oldest half: the process is short of memory."""
         self._shrink(self.used // 2, NO_MEMORY)
 
     def _shrink(self, most: int, cause: str = "") -> None:

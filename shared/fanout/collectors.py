@@ -13,19 +13,19 @@ from shared.ledger import EXPECTED, FILTERED, MISSED, OFFERED, SAMPLED_OUT, SHAR
 
 
 class Destination(Protocol):
-    """How one collector is reached."""
+    """The way in which one collector is reached."""
 
     client: Client
 
     @property
     def unreachable(self) -> bool:
-        """Whether it is known that there is no way to it now."""
+        """Return whether the way to it is known to be broken now."""
 
     def refresh(self) -> None:
-        """Learn anew, with every look, what may have changed on the way there."""
+        """Check, with every look, what may have changed on the way there."""
 
     def close(self) -> None:
-        """Let go of what is held for it."""
+        """Release what is held for it."""
 
 
 D = TypeVar("D", bound=Destination)
@@ -35,8 +35,8 @@ D = TypeVar("D", bound=Destination)
 class Served(Generic[D]):
     """A collector being served.
 
-    `baseline` and `unseen` are how many datagrams its streams had carried, and brought us, when it signed up; `passed`
-    is how many of those since then its prefixes let pass, where it has any or takes only some of them.
+    `baseline` counts the datagrams that its streams had carried when it signed up, and `unseen` those that had reached
+    us. `passed` counts those since then that its prefixes let pass, where it has any or takes only some of them.
     """
 
     destination: D
@@ -48,10 +48,10 @@ class Served(Generic[D]):
 
 
 class Collectors(Generic[D]):
-    """Every collector that has its copies from us.
+    """Every collector whose copies this process sends.
 
     `published` counts each stream's datagrams (see `Streams`); `reach` makes a collector's destination, which counts
-    what it does in the account it is given.
+    its work in the account that it is given.
     """
 
     def __init__(
@@ -63,17 +63,17 @@ class Collectors(Generic[D]):
         self.set_streams(streams)
         self._published = published
         self._routed: Counter[str] = Counter()
-        """By stream: datagrams that came, whoever got them."""
+        """Datagrams that came, by stream, whether anybody got them or not."""
         self._reach = reach
         self._served: dict[str, Served[D]] = {}
         self._router = Router()
 
     def set_streams(self, streams: Iterable[str]) -> None:
-        """Have these as the streams that there are, for who wants all of them."""
+        """Set the streams that exist, for collectors that want all of them."""
         self._streams = tuple(streams)
 
     def replace(self, clients: Iterable[Client]) -> None:
-        """Serve these from now on; one that did not change keeps its destination and its account."""
+        """Serve these collectors from now on; one that did not change keeps its destination and its account."""
         kept: dict[str, Served[D]] = {}
         for client in clients:
             known = self._served.get(client.name)
@@ -88,9 +88,9 @@ class Collectors(Generic[D]):
         self._router.replace(served.destination.client for served in kept.values())
 
     def streams_wanted(self) -> set[str]:
-        """The streams that any of them wants.
+        """The streams that any collector wants.
 
-        Those that it names need not be known here: another service may have read of them before us.
+        A stream that a collector names need not be known here: another service may have read of it before us.
         """
         named = {stream for served in self._served.values() for stream in served.destination.client.streams}
         return named.union(self._streams) - {ALL_STREAMS} if ALL_STREAMS in named else named
@@ -99,12 +99,12 @@ class Collectors(Generic[D]):
         return sum(count for stream, count in counts.items() if client.wants(stream))
 
     def count_missed(self, stream: str, missed: int) -> None:
-        """Count datagrams of a stream that the bus lost for each collector that would have been offered them."""
+        """Count datagrams that the bus lost of a stream, for each collector that would have been offered them."""
         for client in self._router.clients(stream):
             self._served[client.name].account[MISSED] += missed
 
     def route(self, batch: Gathered) -> list[tuple[D, Selection]]:
-        """Return the rows of what came for each collector that gets any, and count those that it does not get."""
+        """Return the rows for each collector that gets any, and count those that it does not get."""
         self._routed[batch.stream] += len(batch)
         routed = []
         for client, selection in self._router.route(batch):
@@ -117,12 +117,12 @@ class Collectors(Generic[D]):
         return routed
 
     def refresh(self) -> None:
-        """Let each destination learn anew."""
+        """Let each destination check its way again."""
         for served in self._served.values():
             served.destination.refresh()
 
     def troubled(self, now: float) -> Iterator[tuple[Client, Symptom]]:
-        """Look at each collector, and yield those that have a trouble."""
+        """Examine each collector, and yield those that have a trouble."""
         for served in self._served.values():
             destination = served.destination
             symptom = served.checkup.examine(served.account, now, unreachable=destination.unreachable)
@@ -130,11 +130,11 @@ class Collectors(Generic[D]):
                 yield destination.client, symptom
 
     def accounts(self) -> Accounts:
-        """One account a collector."""
+        """Return one account a collector."""
         return {f"collector/{name}": self._account(served) for name, served in self._served.items()}
 
     def _account(self, served: Served[D]) -> dict[str, int]:
-        # What was offered is the same for all who want a stream, so nothing is counted for who gets nothing of a batch.
+        # All collectors of a stream are offered the same, so nothing is counted for one that gets nothing of a batch.
         client = served.destination.client
         offered = self._of_streams(self._routed, client) - served.unseen
         account = {**served.account, OFFERED: offered}
@@ -143,7 +143,7 @@ class Collectors(Generic[D]):
         return {**account, EXPECTED: self._of_streams(self._published, client) - served.baseline}
 
     def close(self) -> None:
-        """Let go of all of them."""
+        """Close all destinations."""
         for served in self._served.values():
             served.destination.close()
         self._served = {}

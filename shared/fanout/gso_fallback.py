@@ -1,4 +1,4 @@
-"""Segmentation offload (UDP_SEGMENT, UDP_L4), and the way back from it: datagrams one by one where runs are refused."""
+"""Segmentation offload (UDP_SEGMENT, UDP_L4), and the fallback: datagrams one by one where runs are refused."""
 
 import errno
 from typing import Final
@@ -9,13 +9,13 @@ udp_send_skb; linux/net/packet/af_packet.c)."""
 
 
 class GsoFallback:
-    """Whether runs of datagrams may leave in one send: where `offered`, until one was refused or it is tried again."""
+    """The state of segmentation: usable where `offered`, until a run was refused or it is tried again."""
 
     def __init__(self, *, offered: bool) -> None:
         self.usable = self._offered = offered
 
     def refused_by(self, error: int) -> bool:
-        """Whether the errno of a run means that runs are refused; if so, none are `usable` from now on."""
+        """Return whether the errno of a run means that runs are refused; if so, they are not `usable` from now on."""
         refused = error in REFUSALS
         self.usable &= not refused
         return refused

@@ -1,4 +1,4 @@
-"""How a collector does, from the growth of its own counters and what is known of the way there now. No I/O."""
+"""Health of a collector, from the growth of its own counters and the state of the way there. No I/O."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,20 +30,20 @@ CAUSES: Final[Mapping[str, Trouble]] = {
     **dict.fromkeys((REFUSALS, REFUSED, WITHHELD), "refusing"),
     **dict.fromkeys((BUFFER_FULL, QUEUE_FULL, NO_MEMORY), "slow"),
 }
-"""What each counter speaks for."""
+"""The trouble that each counter is a sign of."""
 HARMLESS: Final = frozenset({DESTINATION_REFUSED, SOURCE_REFUSED, RATE_LIMITED, OTHER_FAMILY})
-"""What the policy stops, or the kind of a datagram, says nothing of the collector. Any other drop is an error of the
+"""Drops by policy, or for the kind of a datagram, say nothing of the collector. Any other drop is an error of the
 kernel, whatever its name: where nothing is delivered meanwhile the collector is unreachable."""
 LASTING: Final = frozenset({UNREACHABLES, REFUSALS, REFUSED, WITHHELD})
-"""What is learned from sending alone: while nothing more is sent it stays as it was, until something was delivered."""
+"""Signs that come from sending alone: while nothing more is sent they stay, until something was delivered."""
 EXAMINE_SECONDS: Final = 0.5
 QUIET_SECONDS: Final = 0.4
-"""A trouble has to be gone for so long, which is two looks, before it is over."""
+"""A trouble is over after it has been gone for this long, which is two examinations."""
 
 
 @dataclass(slots=True)
 class Symptom:
-    """One trouble of a collector: since when, of how many datagrams, and whether it lasts until one was delivered."""
+    """One trouble of a collector: its start, its cost in datagrams, and whether it lasts until one was delivered."""
 
     trouble: Trouble
     since: float
@@ -54,7 +54,7 @@ class Symptom:
     _gone_since: float | None = None
 
     def observe(self, counted: int, delivered: int, *, known: bool, now: float) -> bool:
-        """Take in what the counters are now and whether the trouble is `known` to be there; return whether it lasts."""
+        """Take in the counters and whether the trouble is `known` to be there; return whether it lasts."""
         if counted > self._counted or known:
             self.count += counted - self._counted
             self._counted, self._delivered, self._gone_since = counted, delivered, None
@@ -75,7 +75,7 @@ class Checkup:
         self._symptoms: dict[Trouble, Symptom] = {}
 
     def examine(self, account: Mapping[str, int], now: float, *, unreachable: bool) -> Symptom | None:
-        """Return what troubles the collector, None if nothing does; `unreachable`: there is no way to it now."""
+        """Return the collector's trouble, None if it has none; `unreachable`: there is no way to it now."""
         delivered, delivered_before = account.get(DELIVERED, 0), self._delivered
         self._delivered = delivered
         causes = [name for name in account if name in CAUSES or (name.startswith(DROPPED) and name not in HARMLESS)]

@@ -1,6 +1,6 @@
-"""Health on the bus: who sends copies tells which collectors have a trouble: at once, to late subscribers, each second.
+"""Health on the bus: a sender of copies reports collectors with a trouble: at once, to late subscribers, each second.
 
-The list is whole each time, so that one that the bus lost is made up for by the next.
+The list is complete each time, so the next one makes up for a lost one.
 """
 
 import itertools
@@ -15,11 +15,11 @@ from shared.fanout.health import EXAMINE_SECONDS, Symptom
 
 REPEAT_SECONDS = 1.0
 _TROUBLED_SIZE = 48
-"""Bytes that one takes in a message at most, but for its name."""
+"""The most bytes that one takes in a message, without its name."""
 
 
 class HealthReporter:
-    """Publishes which collectors of a source have a trouble."""
+    """Publishes the collectors of a source that have a trouble."""
 
     def __init__(self, publisher: Publisher, source: Source) -> None:
         self._publisher = publisher
@@ -31,14 +31,14 @@ class HealthReporter:
         self.due_at = 0.0
 
     def asked_for(self, prefixes: Iterable[str]) -> bool:
-        """Whether one of these new subscriptions is for this."""
+        """Return whether one of these new subscriptions is for this report."""
         asked = any(self._topic.startswith(prefix) for prefix in prefixes)
         if asked:
             self._tell_at = 0.0
         return asked
 
     def report(self, look: Callable[[float], Iterable[tuple[Client, Symptom]]]) -> None:
-        """Look, and publish what is found, if that is another trouble than was told, or a second has passed."""
+        """Examine the collectors; publish their troubles if they differ from the last report or a second has passed."""
         now = time.monotonic()
         self.due_at = now + EXAMINE_SECONDS
         troubled = [_troubled(client, symptom, now) for client, symptom in look(now)]

@@ -8,7 +8,7 @@ from shared.client import Client
 class RegistryReplica:
     """Follows the gateway; `stale` says that a change is missing and a new snapshot has to be asked for.
 
-    `version` grows with every change, whichever gateway it came from; `revision` is the present gateway's own.
+    `version` grows with every change from any gateway; `revision` is the present gateway's own.
     """
 
     def __init__(self) -> None:
@@ -19,13 +19,13 @@ class RegistryReplica:
         self._assembler = Assembler[RegistrySnapshot]()
 
     def apply_message(self, envelope: Envelope, body: RegistrySnapshot | RegistryChange) -> bool:
-        """Take a message in; return whether it changed the registry."""
+        """Apply a message; return whether it changed the registry."""
         changed = self._change(envelope, body) if isinstance(body, RegistryChange) else self._snapshot(envelope, body)
         self.version += changed
         return changed
 
     def holds(self, boot: int, revision: int) -> bool:
-        """Whether this is at least `revision` of the gateway that started as `boot`."""
+        """Return whether this is at least `revision` of the gateway that started as `boot`."""
         return self._boot == boot and not self.stale and self.revision >= revision
 
     def _snapshot(self, envelope: Envelope, body: RegistrySnapshot) -> bool:

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Final, TypeVar
 
 MEMBERS: Final = min(4, len(os.sched_getaffinity(0)))
-"""More than the cores do nothing at once, and ingest and broker need some of these too."""
+"""More threads than cores do nothing at once, and ingest and broker need some of the cores too."""
 WORTH_SHARING: Final = 128
 """Datagrams to one collector; fewer are sent before another thread has begun."""
 
@@ -21,10 +21,10 @@ class SendThreads:
         self._threads = ThreadPoolExecutor(MEMBERS, "crew")
 
     def share(self, work: Callable[[int, Sequence[T]], R], items: Sequence[T], datagrams: int) -> list[R]:
-        """Have `work(member, part)` done on all of `items`, each of which means sending so many datagrams.
+        """Call `work(member, part)` on parts of `items`, which together mean sending this many datagrams.
 
-        Return what it gave, a result a part; it is called once with everything where sharing is not worth it. No two
-        calls have the same `member` number at a time.
+        Return its results, one a part; it is called once with everything where sharing is not worth it. No two calls
+        have the same `member` number at a time.
         """
         members = min(MEMBERS, len(items)) if datagrams >= WORTH_SHARING else 1
         parts = [items[number::members] for number in range(members)]

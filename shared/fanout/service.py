@@ -1,7 +1,7 @@
-"""The loop of a service that sends copies: registry and batches in from the bus, copies out, accounts and answers back.
+"""The loop of a service that sends copies: registry and batches in from the bus; copies, accounts and answers out.
 
-The forwarder and the transmitter are two of them: they differ in how a collector is reached, and serve those
-collectors of the registry whose `source` is theirs.
+Forwarder and transmitter are such services. They reach collectors in different ways, and serve those collectors of the
+registry whose `source` is theirs.
 """
 
 import math
@@ -49,21 +49,21 @@ from shared.settings.model import Forwarder, Settings, Transmitter
 TURN_MESSAGES: Final = 256
 """Bus messages handled in a row before housekeeping gets its turn."""
 MAX_WAITING: Final = 1024
-"""Requests kept until copies flow; the gateway gives up on one long before there are so many."""
+"""Requests kept until copies flow; the gateway gives up on one long before there are this many."""
 APPLY_SHARE: Final = 10
-"""Of the loop's time at most one part in so many goes into applying registry changes; they wait for each other."""
+"""Applying registry changes takes at most one part in this many of the loop's time; changes wait for each other."""
 REQUEST_SECONDS: Final = 5.0
-"""A request whose revision has not come by then was asked by a gateway that is gone."""
+"""A request whose revision has not come by then is from a gateway that is gone."""
 QUIET_SECONDS: Final = 0.25
 DRAIN_SECONDS: Final = 1.5
-"""After SIGTERM the workers may still flush: goes on until nothing came for a while, this long at most."""
+"""After SIGTERM the workers may still flush: the drain ends when nothing has come for a while, or after this."""
 
 log = structlog.get_logger()
 
 
 @dataclass(slots=True)
 class _Waiting:
-    """Batches of a stream that wait for more, how many rows they have together, and how many bytes of payload."""
+    """Batches of a stream that wait for more, with their rows and bytes of payload together."""
 
     batches: list[DatagramBatch] = field(default_factory=list)
     rows: int = 0
@@ -71,7 +71,7 @@ class _Waiting:
 
 
 class CopyService(ABC, Generic[D]):
-    """Sends copies to the collectors of one `source`; `reach` and `send` are what its kinds differ in."""
+    """Sends copies to the collectors of one `source`; subclasses differ in `reach` and `send`."""
 
     source: ClassVar[Source]
 
@@ -79,30 +79,30 @@ class CopyService(ABC, Generic[D]):
         self.name = name
         self.settings = settings
         self.held = BacklogMemory(own.held_memory)
-        """What waits for any collector."""
+        """Rows that wait for any collector."""
         self._memory = Memory(own.memory, f"[{name.partition('.')[0]}] memory", borrows=True)
 
     @abstractmethod
     def reach(self, client: Client, account: Counter[str]) -> D:
-        """Return how a collector is reached; what is sent to it and dropped is counted in `account`."""
+        """Return the destination of a collector; it counts what it sends and drops in `account`."""
 
     @abstractmethod
     def send(self, batch: Gathered, routed: list[tuple[D, Selection]]) -> None:
         """Give each collector its rows."""
 
     def topics(self) -> Iterable[str]:
-        """What to subscribe to besides streams; who asks sees by it what this service can do."""
+        """Topics to subscribe to besides streams; the sender of a request sees by them what this service can do."""
         return (REGISTRY_TOPIC, serve_topic(self.source))
 
     def descriptors(self) -> Iterable[int]:
-        """What else wakes the loop when it becomes readable."""
+        """Further descriptors that wake the loop when they become readable."""
         return ()
 
     def handle_message(self, message: Message) -> None:
-        """Take a message of a kind that is this service's alone."""
+        """Handle a message of a kind that is this service's alone."""
 
     def work(self) -> float:
-        """Do what a descriptor or the time has brought; return the seconds after which there is more, at the latest."""
+        """Do what a descriptor or the time has brought; return the seconds until there may be more to do."""
         return math.inf
 
     def own_account(self) -> dict[str, int]:
@@ -126,7 +126,7 @@ class CopyService(ABC, Generic[D]):
         self._serving = -1
         self._apply_at = self._work_at = 0.0
         self._gathered: defaultdict[str, _Waiting] = defaultdict(_Waiting)
-        """By stream."""
+        """Batches that wait, by stream."""
         for topic in self.topics():
             self._subscriber.subscribe(topic)
         return self
@@ -136,12 +136,12 @@ class CopyService(ABC, Generic[D]):
         self._publisher.publish(topic, body)
 
     def apply_settings(self, settings: Settings) -> None:
-        """Have the streams of these settings."""
+        """Use the streams of these settings."""
         self._collectors.set_streams(_names(settings))
         self._streams.subscribe_to(self._collectors.streams_wanted())
 
     def run(self, lifecycle: Lifecycle) -> None:
-        """Serve until told to drain, then until the workers have fallen silent."""
+        """Serve until told to drain, then until the workers are silent."""
         readiness = Readiness(self.name, self.settings.bus, lambda: self._publisher.ready)
         reload = Reload(self.name, lifecycle, self.settings, self.apply_settings)
         poller = zmq.Poller()
@@ -165,7 +165,7 @@ class CopyService(ABC, Generic[D]):
         )
 
     def _turn(self) -> int:
-        """Handle what has come, up to a bound; return how many messages."""
+        """Handle the messages that have come, up to a limit; return their number."""
         handled = 0
         while handled < TURN_MESSAGES and (message := self._subscriber.receive()):
             self._take(message)
@@ -205,7 +205,7 @@ class CopyService(ABC, Generic[D]):
             self.handle_message(message)
 
     def _gather(self, batch: DatagramBatch) -> None:
-        """Let a batch wait for those of its stream that have come too, as long as they are not too many."""
+        """Let a batch wait for others of its stream that have come too, up to the limits."""
         if self._gathered[batch.stream].rows + len(batch) > MAX_GATHERED:
             self._send_gathered(batch.stream)
         waiting = self._gathered[batch.stream]
@@ -220,7 +220,7 @@ class CopyService(ABC, Generic[D]):
         self.send(gathered, self._collectors.route(gathered))
 
     def _apply(self) -> None:
-        """Serve the registry as it is now, unless that was done a moment ago: then with the changes to come."""
+        """Serve the registry as it is now, unless that was done a moment ago: then wait for further changes."""
         began = time.monotonic()
         if self._serving == self._replica.version or began < self._apply_at:
             return
@@ -231,7 +231,7 @@ class CopyService(ABC, Generic[D]):
         self._apply_at = time.monotonic() + APPLY_SHARE * (time.monotonic() - began)
 
     def _ask_for_snapshot(self) -> None:
-        """A change was lost: a new subscription makes the gateway send the whole registry. Once a second at most."""
+        """Subscribe anew, once a second at most, since a change was lost: the gateway then sends the whole registry."""
         if time.monotonic() - self._asked_at < 1.0:
             return
         self._asked_at = time.monotonic()
@@ -239,7 +239,7 @@ class CopyService(ABC, Generic[D]):
         self._subscriber.subscribe(REGISTRY_TOPIC)
 
     def _answer(self) -> None:
-        """Answer who asked whether we serve a revision, once we do and its streams flow."""
+        """Answer those that asked whether we serve a revision, once we do and its streams flow."""
         if not self._waiting or self._serving != self._replica.version or not self._streams.flowing:
             return
         now, still_waiting = time.monotonic(), []

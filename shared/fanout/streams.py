@@ -20,7 +20,7 @@ WORKER_SECONDS: Final = 3.0
 
 @dataclass(slots=True)
 class _Worker:
-    """When a worker reported last, the streams it has accounts of, and whether those are all."""
+    """A worker's last report: its time, the streams in it, and whether those are all."""
 
     heard_at: float = 0.0
     streams: set[str] = field(default_factory=set)
@@ -28,7 +28,7 @@ class _Worker:
 
 
 class FollowedStreams:
-    """Subscribes to what is wanted, and counts what came and what should have."""
+    """Subscribes to wanted streams, and counts what came and what should have come."""
 
     def __init__(self, subscriber: Subscriber) -> None:
         self.published: Counter[str] = Counter()
@@ -51,9 +51,9 @@ class FollowedStreams:
 
     @property
     def flowing(self) -> bool:
-        """Whether there are workers, and each is known, by its mark, to have seen every subscription.
+        """Return whether there are workers, and each is known, by its mark, to have seen every subscription.
 
-        To streams that it has, that is: it may not have read of a new one yet.
+        This holds for streams that the worker has: it may not have read of a new one yet.
         """
         after = time.monotonic() - WORKER_SECONDS
         heard = [(origin, worker) for origin, worker in self._workers.items() if worker.heard_at > after]
@@ -70,7 +70,7 @@ class FollowedStreams:
         return self._continuity.repeated
 
     def note_batch(self, topic: str, envelope: Envelope, count: int) -> int | None:
-        """Take note of a batch; return datagrams missed before it, None when it is a repeat or no longer wanted."""
+        """Note a batch; return datagrams missed before it, None when it is a repeat or no longer wanted."""
         if topic not in self._topics or not envelope.sender.startswith(WORKERS):
             return None
         missed = self._continuity.observe(topic, envelope, count)
@@ -79,7 +79,7 @@ class FollowedStreams:
         return missed
 
     def reconcile(self, envelope: Envelope, status: Status) -> dict[str, int]:
-        """Compare a worker's own count with what came of it; return datagrams missed at the end, by stream."""
+        """Compare a worker's own count with what came from it; return datagrams missed at the end, by stream."""
         worker = self._workers.setdefault((envelope.sender, envelope.boot), _Worker())
         worker.streams.update(name.removeprefix(STREAM) for name in status.accounts if name.startswith(STREAM))
         worker.heard_at = time.monotonic()
@@ -99,7 +99,7 @@ class FollowedStreams:
         self._workers = {origin: worker for origin, worker in self._workers.items() if worker.heard_at > after}
 
     def accounts(self) -> Accounts:
-        """One account an origin: where we began to follow it, what came, what was missed, how far it got."""
+        """Return one account an origin: the count at the start, what came, what was missed, the count now."""
         return {
             unparse_origin(sender, boot, self._topics[topic]): {
                 BASELINE: position.baseline,

@@ -48,7 +48,7 @@ def pack_network(text: str) -> tuple[bytes, int]:
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where a service listens: a scheme with a host and port, or a scheme with a path."""
+    """The place at which a service listens: a scheme with a host and port, or a scheme with a path."""
 
     scheme: str
     host: str = ""
@@ -57,7 +57,7 @@ class Endpoint:
 
     @property
     def is_loopback(self) -> bool:
-        """Whether nobody on another host can get there; a name other than `localhost` may lead anywhere."""
+        """Return whether nobody on another host can get there; a name other than `localhost` may lead anywhere."""
         try:
             return self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
         except ValueError:
@@ -99,7 +99,7 @@ def parse_endpoint(text: str, schemes: tuple[str, ...]) -> Endpoint:
 
 
 def _check_use(text: str, scheme: str, host: str) -> None:
-    """ValueError when an address can't be listened on by this scheme, or lacks its interface."""
+    """Raise ValueError when this scheme can't listen on an address, or the address lacks its interface."""
     address, percent, _ = host.partition("%")
     try:
         ip = ipaddress.ip_address(address)
@@ -117,24 +117,25 @@ def _check_use(text: str, scheme: str, host: str) -> None:
 
 
 def _has_link_scope(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    """Whether an address means something together with an interface only (RFC 4007)."""
+    """Return whether an address has a meaning only together with an interface (RFC 4007)."""
     return address.version == 6 and (address.is_link_local or (address.is_multicast and address.packed[1] & 0xF == 2))
 
 
 SocketAddress = tuple[str, int] | tuple[str, int, int, int]
-"""What bind(2) takes for an IP socket: host and port, for IPv6 with flow label and scope."""
+"""An address for bind(2) of an IP socket: host and port, for IPv6 with flow label and scope."""
 
 
 def resolve(host: str, port: int, kind: socket.SocketKind) -> list[tuple[socket.AddressFamily, SocketAddress]]:
-    """Every address of `host`, IPv4 and IPv6, each once. OSError when the name is not known.
+    """Return every address of `host`, IPv4 and IPv6, each once. OSError when the name is not known.
 
-    An interface behind `%` is part of the address where it has link scope; else it is only where a group is joined.
+    An interface behind `%` is part of the address where it has link scope; otherwise it only says where a group is
+    joined.
     """
     address, percent, _ = host.partition("%")
     try:
         if percent and not _has_link_scope(ipaddress.ip_address(address)):
             host = address
         found = socket.getaddrinfo(host, port, type=kind, flags=socket.AI_PASSIVE)
-    except (UnicodeError, ValueError):  # a label that is empty or too long to be looked up
+    except (UnicodeError, ValueError):  # an empty label, or one too long to look up
         raise socket.gaierror(socket.EAI_NONAME, "not a host name") from None
     return list(dict.fromkeys((family, cast(SocketAddress, at)) for family, _, _, _, at in found))

@@ -1,4 +1,4 @@
-"""Small programs by which the kernel decides about each datagram before a socket has it: classic BPF, socket(7)."""
+"""Small programs by which the kernel decides about each datagram before a socket gets it: classic BPF, socket(7)."""
 
 import ctypes
 import socket
@@ -15,7 +15,7 @@ NETWORK_HEADER: Final = 0x1_0000_0000 - 0x10_0000
 """SKF_NET_OFF: from here on the operand of a load counts from the start of the IP header."""
 LOAD_WORD, LOAD_BYTE, SHIFT_RIGHT, JUMP_IF_EQUAL, VERDICT = 0x20, 0x30, 0x74, 0x15, 0x06
 ALL_OF_IT: Final = 0xFFFFFFFF
-"""A verdict is how many bytes of the datagram the socket gets; for 0 it is dropped, and counted as the socket's."""
+"""A verdict is the number of bytes of the datagram that the socket gets; 0 drops it, and the socket counts it."""
 
 Instruction = tuple[int, int, int, int]
 
@@ -33,21 +33,21 @@ NONE_MAPPED: Final = [
     (VERDICT, 0, 0, ALL_OF_IT),
     (VERDICT, 0, 0, 0),
 ]
-"""What came by IPv6 from ::ffff:0:0/96 is dropped."""
+"""Drops datagrams that came by IPv6 from ::ffff:0:0/96."""
 
 
 def attach(sock: socket.socket, program: Sequence[Instruction], option: int = SO_ATTACH_FILTER) -> None:
-    """Have the kernel ask a program, in place of the one before. OSError when it takes none."""
+    """Attach a program to a socket, in place of the one before. OSError when the kernel refuses it."""
     code = ctypes.create_string_buffer(b"".join(INSTRUCTION.pack(*each) for each in program))
-    # struct sock_fprog; the kernel copies what it points to.
+    # struct sock_fprog; the kernel copies the program that it points to.
     sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("@HP", len(program), ctypes.addressof(code)))
 
 
 def refuse_input(sock: socket.socket) -> None:
-    """Have the kernel drop, and count among its drops, whatever arrives from now on; what is queued stays."""
+    """Let the kernel drop, and count among its drops, all that arrives from now on; queued datagrams stay."""
     attach(sock, NOTHING)
 
 
 def refuse_mapped_sources(sock: socket.socket) -> None:
-    """Have a socket get nothing over IPv6 that claims an IPv4 source: it would pass for what came over IPv4."""
+    """Drop datagrams over IPv6 that claim an IPv4 source: they would pass for ones that came over IPv4."""
     attach(sock, NONE_MAPPED)

@@ -1,4 +1,4 @@
-"""Multicast groups: which addresses they are, and how a socket joins one on an interface (ip(7), ipv6(7))."""
+"""Multicast groups: how to recognise them, and how a socket joins one on an interface (ip(7), ipv6(7))."""
 
 import errno
 import ipaddress
@@ -8,7 +8,7 @@ from typing import Final
 
 IP_MULTICAST_ALL: Final = 49
 IPV6_MULTICAST_ALL: Final = 29
-"""Unless switched off, a socket gets what any other process of this host has joined as well."""
+"""Unless this is switched off, a socket also gets the groups that any other process of this host has joined."""
 MREQN: Final = struct.Struct("=4s4xi")
 """struct ip_mreqn: the group, and the interface's index; 0: the one that the routing table has for it."""
 MREQ6: Final = struct.Struct("=16si")
@@ -16,7 +16,7 @@ MREQ6: Final = struct.Struct("=16si")
 
 
 def is_multicast(host: str) -> bool:
-    """Whether a host is a multicast address, with or without an interface.
+    """Return whether a host is a multicast address, with or without an interface.
 
     >>> is_multicast("239.1.1.1%eth0"), is_multicast("ff05::1"), is_multicast("localhost")
     (True, True, False)

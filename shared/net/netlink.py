@@ -1,6 +1,6 @@
-"""What the kernel knows of routes, neighbours and links, asked and followed by rtnetlink(7); no privilege is needed.
+"""Routes, neighbours and links of the kernel, asked and followed by rtnetlink(7); no privilege is needed.
 
-The sockets are plain ones, to be polled with the rest; pyroute2 knows the format of what goes over them.
+The sockets are plain ones, to be polled with the rest; pyroute2 knows the format of the messages.
 """
 
 import errno
@@ -64,14 +64,14 @@ NLMSG_DONE: Final = 3
 ARPHRD_ETHER: Final = 1
 IFF_UP: Final = 1
 IFF_RUNNING: Final = 0x40
-"""There is carrier, as far as the driver knows; without it the kernel drops what is sent, in silence."""
+"""The link has carrier, as far as the driver knows; without it the kernel drops what is sent, in silence."""
 RTN_UNICAST: Final = 1
 RTN_LOCAL: Final = 2
 RTN_BROADCAST: Final = 3
 NUD_FAILED: Final = 0x20
 NUD_STALE: Final = 0x04
 NUD_USABLE: Final = 0x02 | NUD_STALE | 0x08 | 0x10 | 0x40 | 0x80
-"""REACHABLE, STALE, DELAY, PROBE, NOARP, PERMANENT (linux/neighbour.h): the link address is one to send to."""
+"""REACHABLE, STALE, DELAY, PROBE, NOARP, PERMANENT (linux/neighbour.h): the link address can be sent to."""
 UNREADABLE: Final = (
     LookupError,
     TypeError,
@@ -81,13 +81,13 @@ UNREADABLE: Final = (
     struct.error,
     NetlinkDecodeError,
 )
-"""What pyroute2 makes of a message in a format that it does not know; a newer kernel may have one."""
+"""Exceptions that pyroute2 raises for a message in a format that it does not know; a newer kernel may have one."""
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """A network interface. `ethernet` says whether its frames are; `address` is then its 6 bytes."""
+    """A network interface. `ethernet` says whether its frames are Ethernet; `address` is then its 6 bytes."""
 
     index: int
     name: str
@@ -99,7 +99,7 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Where packets to an address go: RTN_ type, link, next hop's address, and the MTU of the way where one is set."""
+    """The route to an address: RTN_ type, link, next hop's address, and the MTU of the way where one is set."""
 
     kind: int
     link_index: int
@@ -119,19 +119,19 @@ class Neighbour:
 
 @dataclass(frozen=True, slots=True)
 class RoutesChanged:
-    """Routes, rules or addresses are not what they were."""
+    """Routes, rules or addresses have changed."""
 
 
 @dataclass(frozen=True, slots=True)
 class LinkGone:
-    """A link has been taken away."""
+    """A link was removed."""
 
     index: int
 
 
 @dataclass(frozen=True, slots=True)
 class EventsLost:
-    """More events than the socket could hold, or one that can't be read: what is remembered can't be relied on."""
+    """More events came than the socket could hold, or one that can't be read: remembered facts may be wrong."""
 
 
 Event = Link | LinkGone | Neighbour | RoutesChanged | EventsLost
@@ -153,15 +153,15 @@ class Netlink:
         self._questions.setsockopt(SOL_NETLINK, NETLINK_GET_STRICT_CHK, 1)
 
     def fileno(self) -> int:
-        """Readable when there are events."""
+        """Return the descriptor that is readable when there are events."""
         return self._events.fileno()
 
     def links(self) -> list[Link]:
-        """Every link there is."""
+        """Return every link."""
         return self._ask(ifinfmsg(), RTM_GETLINK, _link, NLM_F_DUMP)
 
     def route(self, address: str) -> Route | None:
-        """The route to an address, as the kernel would choose it; None when there is none."""
+        """Return the route to an address, as the kernel would choose it; None when there is none."""
         question = rtmsg()
         question["family"], question["dst_len"] = _family(address), 128 if ":" in address else 32
         question["attrs"] = [("RTA_DST", address)]
@@ -169,7 +169,7 @@ class Netlink:
         return answers[0] if answers else None
 
     def neighbour(self, link_index: int, address: str) -> Neighbour:
-        """What is known of a next hop; state 0 when nothing is."""
+        """Return what is known of a next hop; state 0 when nothing is."""
         question = ndmsg()
         question["family"], question["ifindex"] = _family(address), link_index
         question["attrs"] = [("NDA_DST", address)]
@@ -177,7 +177,7 @@ class Netlink:
         return answers[0] if answers else Neighbour(link_index, address, 0, b"")
 
     def _ask(self, question: nlmsg, kind: int, read: Callable[[Any], T], flags: int = 0) -> list[T]:
-        """Return the answers; none where the kernel answers with an error, such as ENETUNREACH, or not at all."""
+        """Return the answers; none where the kernel answers with an error, such as ENETUNREACH, or does not answer."""
         self._sequence += 1
         question["header"].update(type=kind, flags=NLM_F_REQUEST | flags, sequence_number=self._sequence)
         question.encode()
@@ -187,7 +187,7 @@ class Netlink:
             while True:
                 for answer in self._marshal.parse(self._receive(self._questions)):
                     if answer["header"]["sequence_number"] != self._sequence:
-                        continue  # to a question that was given up
+                        continue  # answers a question that was given up
                     if _ends(answer):
                         return answers
                     with suppress(*UNREADABLE):
@@ -198,14 +198,14 @@ class Netlink:
             return answers
 
     def _receive(self, sock: socket.socket) -> bytes:
-        """Return what the kernel says next. A process with CAP_NET_ADMIN may send to us too, and is not listened to."""
+        """Return the kernel's next message. Those of processes, which CAP_NET_ADMIN lets send to us, are ignored."""
         while True:
             data, (sender, _) = sock.recvfrom(RECEIVE_SIZE)
             if sender == KERNEL:
                 return data
 
     def events(self) -> Iterator[Event]:
-        """Yield what has changed since the last call, up to a bound; `fileno` stays readable when there is more."""
+        """Yield the changes since the last call, up to a limit; `fileno` stays readable when there are more."""
         for _ in range(EVENTS_AT_ONCE):
             try:
                 data = self._receive(self._events)
@@ -224,7 +224,7 @@ class Netlink:
             yield from found
 
     def _discard_events(self) -> None:
-        """Let pass what is still queued: it is older than what was lost, and would undo what is asked for anew."""
+        """Discard what is still queued: it is older than what was lost, and would undo answers asked for anew."""
         while True:
             try:
                 self._events.recv(1)
@@ -237,10 +237,10 @@ class Netlink:
     def _event(self, data: bytes) -> Iterator[Event]:
         kind = HEADER.unpack_from(data)[1]
         if kind not in (RTM_NEWLINK, RTM_DELLINK, RTM_NEWNEIGH, RTM_DELNEIGH):
-            yield RoutesChanged()  # a router's table may change often: what it is now is asked when it is needed
+            yield RoutesChanged()  # a router's table may change often: ask for its present state only when it is needed
             return
         if data[HEADER.size] == socket.AF_BRIDGE:
-            return  # a bridge's word on its ports and its table: a port that leaves is no link that goes
+            return  # a bridge's report on its ports and its table: a port that leaves is no link that goes
         if kind in (RTM_NEWNEIGH, RTM_DELNEIGH):
             yield _neighbour_event(data, gone=kind == RTM_DELNEIGH)
             return
@@ -254,7 +254,7 @@ class Netlink:
 
 
 def _ends(answer: Any) -> bool:
-    """Whether it is the kernel's word that there is no answer, or no more of it."""
+    """Return whether this is the kernel's message that there is no answer, or no more of it."""
     return answer["header"]["type"] in (NLMSG_ERROR, NLMSG_DONE)
 
 
@@ -301,7 +301,7 @@ def _neighbour(message: Any) -> Neighbour:
 
 
 def _neighbour_event(data: bytes, *, gone: bool) -> Neighbour:
-    """Read a neighbour without pyroute2, which takes long, since a link's hosts come and go all the time."""
+    """Read a neighbour without pyroute2, which is slow, since a link's hosts come and go all the time."""
     family, link_index, state, _, _ = NEIGHBOUR.unpack_from(data, HEADER.size)
     attributes, at = {}, HEADER.size + NEIGHBOUR.size
     while at < len(data):
@@ -316,6 +316,6 @@ def _neighbour_event(data: bytes, *, gone: bool) -> Neighbour:
 
 
 def _link_address(text: str) -> bytes:
-    """The 6 bytes of an Ethernet address, nothing for any other kind."""
+    """Return the 6 bytes of an Ethernet address, nothing for any other kind."""
     parts = text.split(":")
     return bytes.fromhex("".join(parts)) if len(parts) == 6 else b""

@@ -1,8 +1,8 @@
-"""Text from elsewhere, on its way to a person: one line, and nothing in it that a terminal would obey."""
+"""Text from elsewhere, made fit for a person: one line, with nothing in it that a terminal would obey."""
 
 
 def printable(text: str) -> str:
-    r"""Return the text with what can't be seen as Python writes it; bytes that were no UTF-8 among it.
+    r"""Return the text with unprintable characters escaped as Python writes them, bytes that were no UTF-8 among them.
 
     >>> printable("a line\nand \x1b[2J")
     'a line\\nand \\x1b[2J'

@@ -1,4 +1,4 @@
-"""Whether routes, rules, addresses or links have changed (rtnetlink(7)): that something has, not what. No privilege."""
+"""Notice that routes, rules, addresses or links have changed (rtnetlink(7)), not which. No privilege."""
 
 import errno
 import socket
@@ -14,7 +14,7 @@ READS_AT_ONCE: Final = 64
 class RouteChanges:
     """Counts in `version` how often something was found to have changed.
 
-    Where this host allows no netlink sockets nobody tells of changes, so there may be one at each look.
+    Where this host allows no netlink sockets, changes can't be seen, so each read assumes one.
     """
 
     def __init__(self) -> None:
@@ -22,18 +22,18 @@ class RouteChanges:
         self._events = _open()
 
     def read(self) -> None:
-        """Take in what has come."""
+        """Read the events that have come."""
         self.version += self._events is None or self._drain(self._events)
 
     def _drain(self, events: socket.socket) -> bool:
-        """Read away events, at most so many; whether there were any."""
+        """Discard events, at most `READS_AT_ONCE`; return whether there were any."""
         for number in range(READS_AT_ONCE):
             try:
                 events.recv(1)
             except BlockingIOError:
                 return number > 0
             except OSError as error:
-                if error.errno != errno.ENOBUFS:  # more than the socket holds
+                if error.errno != errno.ENOBUFS:  # more events than the socket holds
                     raise
         return True
 
@@ -48,7 +48,7 @@ def _open() -> socket.socket | None:
         events = socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE)
     except OSError:
         return None
-    events.bind((0, 0))  # with no number of its own it would hear nothing
+    events.bind((0, 0))  # unbound, it would get no events
     for group in GROUPS:
         events.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, group)
     return events

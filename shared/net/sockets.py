@@ -22,7 +22,7 @@ KINDS: Final = {
 }
 """The kind of socket that serves a scheme."""
 NOT_HERE: Final = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
-"""What a host without IPv6 says to one of several addresses of a name; the others serve."""
+"""Errors of a host without IPv6 for one of several addresses of a name; the others serve."""
 
 LISTEN_FDS_START: Final = 3
 """The first descriptor that a service manager passes (sd_listen_fds(3))."""
@@ -41,11 +41,11 @@ class PathSocket(socket.socket):
     """A socket that this process has bound to a path."""
 
     file: tuple[int, int] | None = None
-    """Device and inode of what was made there."""
+    """Device and inode of the file made there."""
 
     @property
     def in_place(self) -> bool:
-        """Whether the path still leads here: others may have removed it, and made something else there."""
+        """Return whether the path still leads here: others may have removed it, and made something else there."""
         return self.file is not None and self.file == _file_at(self.getsockname())
 
 
@@ -58,13 +58,13 @@ def _file_at(path: str) -> tuple[int, int] | None:
 
 
 class InheritedSocket(socket.socket):
-    """A listening socket that the service manager holds too: what is queued in it, and its path, outlive us."""
+    """A listening socket that the service manager holds too: its queue and its path outlive this process."""
 
 
 def inherited(environment: MutableMapping[str, str] = os.environ) -> list[InheritedSocket]:
     """Take the sockets that a service manager passed to this process, non-blocking (sd_listen_fds(3)); often none.
 
-    OSError when one is not a socket. Their variables are removed, so that nobody takes them twice.
+    OSError when one is not a socket. Their variables are removed, so that they are not taken twice.
     """
     process, count, _ = (environment.pop(name, "") for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"))
     if process != str(os.getpid()):
@@ -79,11 +79,11 @@ def inherited(environment: MutableMapping[str, str] = os.environ) -> list[Inheri
 def bind_endpoint(
     endpoint: Endpoint, prepare: Prepare, path_mode: int = 0o666, held: list[socket.socket] | None = None
 ) -> list[socket.socket]:
-    """Bind every address of an endpoint, non-blocking; a path has `path_mode`. OSError when none can be had.
+    """Bind every address of an endpoint, non-blocking; a path gets `path_mode`. OSError when none can be bound.
 
     `[::]` takes IPv4 too, and where this host has no IPv6, IPv4 alone. Any other IPv6 address takes IPv6 alone, so that
-    `localhost` can bind both of its addresses. An address that one of `held` is bound to is served by that one, which
-    leaves the list, and is not closed on an error.
+    `localhost` can bind both of its addresses. Where one of `held` is bound to an address already, that socket serves
+    it: it leaves the list, and is not closed on an error.
     """
     kind, held = KINDS[endpoint.scheme], [] if held is None else held
     before = list(held)
@@ -130,7 +130,7 @@ def _bind(sock: socket.socket, address: SocketAddress | str, prepare: Prepare) -
 
 
 def _bind_path(path: str, kind: socket.SocketKind, prepare: Prepare, mode: int) -> socket.socket:
-    """Bind an AF_UNIX path. A file left by a process that is gone is removed, a live one is not."""
+    """Bind an AF_UNIX path. Remove the file of a process that is gone, never that of a live one."""
     if Path(path).is_socket():
         with socket.socket(socket.AF_UNIX, kind) as probe:
             try:
@@ -150,9 +150,9 @@ def _bind_path(path: str, kind: socket.SocketKind, prepare: Prepare, mode: int) 
 
 
 def close_listener(sock: socket.socket) -> None:
-    """Close a listening socket; the file of a path that is still its own goes first.
+    """Close a listening socket; remove the file of a path first if it is still its own.
 
-    The file of an inherited one stays: the service manager listens on it for our successor.
+    The file of an inherited socket stays: the service manager listens on it for our successor.
     """
     if isinstance(sock, PathSocket) and sock.in_place:
         Path(sock.getsockname()).unlink(missing_ok=True)
@@ -160,9 +160,9 @@ def close_listener(sock: socket.socket) -> None:
 
 
 def enlarge_receive_buffer(sock: socket.socket, wanted: int) -> int:
-    """Ask for a receive buffer, by force where allowed, else as much as net.core.rmem_max; return bytes granted.
+    """Ask for a receive buffer, by force where allowed, else up to net.core.rmem_max; return bytes granted.
 
-    An inherited socket that has as much already keeps it: the service manager may have given more than we could have.
+    An inherited socket that is large enough keeps its buffer: the service manager may have given more than we could.
     """
     has = receive_buffer(sock)
     if isinstance(sock, InheritedSocket) and has >= wanted:
@@ -171,12 +171,12 @@ def enlarge_receive_buffer(sock: socket.socket, wanted: int) -> int:
 
 
 def receive_buffer(sock: socket.socket) -> int:
-    """Bytes of the receive buffer, as they are asked for: the kernel doubles them for its own records."""
+    """Return the bytes of the receive buffer as they are asked for: the kernel doubles them for its own records."""
     return sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
 
 
 def enlarge_send_buffer(sock: socket.socket, wanted: int) -> int:
-    """Ask for a send buffer, by force where allowed, else as much as net.core.wmem_max; return bytes granted."""
+    """Ask for a send buffer, by force where allowed, else up to net.core.wmem_max; return bytes granted."""
     return _enlarge(sock, SO_SNDBUFFORCE, socket.SO_SNDBUF, wanted)
 
 
@@ -189,12 +189,12 @@ def _enlarge(sock: socket.socket, by_force: int, by_leave: int, wanted: int) -> 
 
 
 def kernel_drops(sock: socket.socket) -> int:
-    """Datagrams the kernel has dropped at this socket since it was opened, modulo 2**32."""
+    """Return the datagrams that the kernel has dropped at this socket since it was opened, modulo 2**32."""
     return int(MEMINFO.unpack(sock.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, MEMINFO.size))[-1])
 
 
 def checksum_errors() -> int:
-    """UDP datagrams that the kernel of this network namespace has dropped for a wrong checksum, IPv4 and IPv6."""
+    """Return the UDP datagrams that this network namespace's kernel has dropped for a wrong checksum, IPv4 and IPv6."""
     lines = Path("/proc/self/net/snmp").read_text().splitlines()
     names, values = (line.split() for line in lines if line.startswith("Udp:"))
     errors = int(dict(zip(names, values, strict=True)).get("InCsumErrors", 0))
@@ -206,12 +206,12 @@ def checksum_errors() -> int:
 
 
 def bound_endpoint(scheme: str, sock: socket.socket) -> Endpoint:
-    """The endpoint that a listening socket is bound to, where the settings may have named several addresses by one."""
+    """Return the endpoint that a listening socket is bound to; the settings may name several by one host name."""
     name = sock.getsockname()
     return Endpoint(scheme, path=name) if sock.family == socket.AF_UNIX else Endpoint(scheme, *name[:2])
 
 
 def peer_credentials(sock: socket.socket) -> tuple[int, int, int]:
-    """Process, user and group at the other end of an AF_UNIX connection, when it was made (unix(7), SO_PEERCRED)."""
+    """Return process, user and group that made the other end of an AF_UNIX connection (unix(7), SO_PEERCRED)."""
     pid, uid, gid = UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size))
     return pid, uid, gid

@@ -1,4 +1,4 @@
-"""How every process starts and ends: arguments, logging, signals, readiness, exit codes.
+"""Start and end of every process: arguments, logging, signals, readiness, exit codes.
 
 A signal handler only sets a flag; the service's loop sees it and drains: stop input, flush, close, exit, all within
 4 seconds, because honcho kills after five. A second signal has the default action. SIGHUP has a service read its
@@ -39,13 +39,13 @@ NOT_PERMITTED: Final = 77
 BAD_SETTINGS: Final = 78
 
 BROKER_PATIENCE_SECONDS: Final = 2.0
-"""How long a service waits for a broker without a word: started together, they find each other sooner."""
+"""Time that a service waits for a broker in silence: services started together find each other sooner."""
 
 log = structlog.get_logger()
 
 
 class OperatorError(Exception):
-    """Ends the process with one line and an exit code: something the operator can mend."""
+    """Ends the process with one line and an exit code, for a fault that the operator can mend."""
 
     def __init__(self, exit_code: int, message: str) -> None:
         super().__init__(printable(message))
@@ -72,11 +72,11 @@ class Lifecycle:
             signal.signal(signal.SIGHUP, self._reload if read else self._drain)
 
     def fileno(self) -> int:
-        """Readable once a signal has come, so that a loop blocked in poll wakes; `heed` when it is."""
+        """Return the descriptor that is readable once a signal has come and wakes a poll; call `heed` when it is."""
         return self._reader.fileno()
 
     def heed(self) -> None:
-        """Let `fileno` wake nobody until the next signal; a drain goes on waking."""
+        """Make `fileno` unreadable until the next signal; a drain keeps it readable."""
         with contextlib.suppress(BlockingIOError):
             while not self.draining and self._reader.recv(4096):
                 pass
@@ -118,7 +118,7 @@ class _ShowVersion(argparse.Action):
 
 
 def service_parser(name: str, description: str) -> Parser:
-    """The parser of a service: `--config` and whatever the service adds."""
+    """Return the parser of a service, with `--config`; the service adds its own arguments."""
     parser = Parser(f"fanwire {name}", description)
     add_config_argument(parser)
     return parser
@@ -137,12 +137,12 @@ def worker_name(service: str) -> str:
 
 
 def run(main: Callable[[argparse.Namespace, Settings, Lifecycle], None], arguments: argparse.Namespace) -> int:
-    """Run a service to its end and return its exit code; what the operator can mend ends in one line."""
+    """Run a service to its end and return its exit code; a fault that the operator can mend ends in one line."""
     configure_logging()
     raise_descriptor_limit()
-    gc.freeze()  # what is there by now stays; the collector need not look at it again under load
+    gc.freeze()  # the objects made so far stay; the collector need not look at them again under load
     try:
-        lifecycle = Lifecycle(partial(load_again, arguments.config))  # before reading: no SIGHUP after it is missed
+        lifecycle = Lifecycle(partial(load_again, arguments.config))  # before reading: no later SIGHUP is missed
         main(arguments, load(arguments.config), lifecycle)
     except SettingsError as error:
         print(error, file=sys.stderr)
@@ -157,7 +157,7 @@ def run(main: Callable[[argparse.Namespace, Settings, Lifecycle], None], argumen
 
 
 def configure_logging() -> None:
-    """Log to stderr: for people on a terminal, else one JSON object a line; warnings and errors with restraint."""
+    """Log to stderr: for people on a terminal, else one JSON object a line; limit repeated warnings and errors."""
     terminal = sys.stderr.isatty()
     renderer: structlog.typing.Processor = (
         structlog.dev.ConsoleRenderer() if terminal else structlog.processors.JSONRenderer()
@@ -180,9 +180,9 @@ def configure_logging() -> None:
 def _restrain(
     restraint: LogLimit, _logger: object, level: str, event: structlog.typing.EventDict
 ) -> structlog.typing.EventDict:
-    """Drop what has just been said, and say how often that was; an event and its `cause` tell what is the same.
+    """Drop a line that was just logged, and later add how often; `event` and `cause` tell whether lines are the same.
 
-    What nobody but the operator provokes is always said: whatever is no trouble, and an `answer` that is.
+    Lines that only the operator provokes are always logged: all that are below a warning, and an `answer`.
     """
     if event.pop("answer", False) or level in ("debug", "info"):
         return event
@@ -206,13 +206,13 @@ def raise_descriptor_limit() -> None:
 
 
 def descriptor_limit() -> int:
-    """How many files this process may have open."""
+    """Return the number of files that this process may have open."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return soft if soft != resource.RLIM_INFINITY else 1 << 20
 
 
 class Watchdog:
-    """Tells systemd, where it asked (sd_watchdog_enabled(3)), that a service gets on: a loop that is stuck does not."""
+    """Tells systemd, where it asked (sd_watchdog_enabled(3)), that a service's loop still turns."""
 
     def __init__(self) -> None:
         ours = os.environ.get("WATCHDOG_PID") in (None, str(os.getpid()))
@@ -221,7 +221,7 @@ class Watchdog:
         self._due_at = 0.0 if seconds else float("inf")
 
     def feed(self) -> None:
-        """To be called after each turn of a loop that did what it is there for, and from nowhere else."""
+        """Tell systemd when it is due. Call it after each turn of a loop that did its work, and from nowhere else."""
         now = time.monotonic()
         if now >= self._due_at:
             self._due_at = now + self._interval
@@ -229,7 +229,7 @@ class Watchdog:
 
 
 class Readiness:
-    """Says once that a service is ready, and once, when that takes long, what it is waiting for; feeds the watchdog."""
+    """Logs once that a service is ready; if that takes long, logs once why it waits. Feeds the watchdog."""
 
     def __init__(self, service: str, bus: Bus, broker_observed: Callable[[], bool]) -> None:
         self._service = service
@@ -240,7 +240,7 @@ class Readiness:
         self._ready = False
 
     def check(self, **facts: object) -> None:
-        """Look whether the broker has been observed by now: after every turn of the loop, which feeds the watchdog."""
+        """Check whether the broker has been observed, and feed the watchdog: call it after every turn of the loop."""
         self._watchdog.feed()
         if self._ready:
             return
@@ -256,13 +256,13 @@ class Readiness:
 
 
 def announce_ready(service: str, **facts: object) -> None:
-    """Say that the service can serve now: on the log, and to systemd."""
+    """Report that the service can serve now: in the log, and to systemd."""
     log.info("ready", service=service, pid=os.getpid(), **facts)
     notify("READY=1")
 
 
 def notify(state: str, flags: int = 0) -> None:
-    """Tell systemd, where it asked (sd_notify(3)); that it does not listen is no reason to fail."""
+    """Send a state to systemd, where it asked (sd_notify(3)); it is no fault if systemd does not listen."""
     if address := os.environ.get("NOTIFY_SOCKET"):
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock, contextlib.suppress(OSError):
             sock.sendto(state.encode(), flags, "\0" + address[1:] if address.startswith("@") else address)

@@ -1,4 +1,4 @@
-"""How often the log says the same: who provokes an event decides how often it happens, not how long the log gets."""
+"""Limit of repeats in the log: a peer may provoke an event as often as it likes, but the log stays short."""
 
 import math
 import time
@@ -8,21 +8,21 @@ from typing import Final
 
 SECONDS: Final = 1.0
 MAX_EVENTS: Final = 256
-"""Kept in mind at a time. More different ones in `SECONDS` are not said: whoever provokes them chooses their text."""
+"""Events remembered at a time. Further ones within `SECONDS` are not logged: their text is chosen by a peer."""
 
 
 class LogLimit:
-    """Has each event said once in `seconds` at most, and then how many of them there were meanwhile."""
+    """Lets each event be logged once in `seconds` at most, with the number of those left out since."""
 
     def __init__(self, seconds: float = SECONDS, clock: Callable[[], float] = time.monotonic) -> None:
         self._seconds = seconds
         self._clock = clock
         self._known: dict[str, tuple[float, int]] = {}
-        """When each was last said, and how many were not said since; the one that has not come for longest is first."""
+        """Time at which each was last logged, and the number left out since; the one unseen for longest is first."""
         self._turn = Lock()  # threads log, too
 
     def admit(self, event: str, count: int = 1) -> int:
-        """Return of how many to speak now: of these `count`, and of those before that were not said. 0: say nothing."""
+        """Return the number to log now: these `count` and those left out before. 0: log nothing."""
         now = self._clock()
         with self._turn:
             said_at, unsaid = self._known.pop(event, (-math.inf, 0))

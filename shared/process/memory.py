@@ -1,8 +1,8 @@
-"""What a process takes of the host's memory, against the ceiling that its settings give it.
+"""The memory that a process takes, against the ceiling of its settings.
 
-Each queue has a bound of its own, but many may be full at once. So a service looks at all that it takes together, a
-hundred times a second at most, and when that comes near the ceiling it lets go of something before the kernel would end
-it, by the policy that deploy/README.md gives under "Memory".
+Each queue has a limit of its own, but many may be full at once. So a service measures its memory as a whole, a hundred
+times a second at most. When that comes near the ceiling it drops something before the kernel would end it, by the
+policy in deploy/README.md, "Memory".
 """
 
 import ctypes
@@ -16,40 +16,40 @@ import structlog
 from shared.ledger import MEMORY, MEMORY_CEILING, MEMORY_MOST
 
 LOOK_SECONDS: Final = 0.01
-"""Between two looks: the bus brings some 10 MB in that time. A look costs some 10 µs."""
+"""Between two measurements: the bus brings some 10 MB in that time. A measurement costs some 10 µs."""
 RESERVE: Final = 8
-"""One part in so many of the ceiling is kept for what comes between two looks, unless a service wants more."""
+"""One part in this many of the ceiling is kept for what comes between two measurements; a service may ask for more."""
 TRIM_SECONDS: Final = 0.5
 SAID_SECONDS: Final = 10.0
 _PAGE: Final = os.sysconf("SC_PAGESIZE")
 _statm: Final = os.open("/proc/self/statm", os.O_RDONLY)
-"""From the start: when it matters there may be no descriptor to spare."""
+"""Opened at the start: when it matters there may be no descriptor to spare."""
 _trim: Final[Callable[[int], int] | None] = getattr(ctypes.CDLL(None), "malloc_trim", None)
-"""malloc_trim(3): what was freed goes back to the kernel. glibc has it, others give it back by themselves."""
+"""malloc_trim(3) returns freed memory to the kernel. glibc has it; other libraries return it by themselves."""
 
 log = structlog.get_logger()
 
 
 class Memory:
-    """A process's memory. `setting` is where its ceiling, in bytes, is set; 0: there is none.
+    """A process's memory. `setting` names the setting of its ceiling, in bytes; 0: there is none.
 
-    It is short when less than one part in `reserve` of the ceiling is left. `borrows`: what it maps together with other
-    processes is theirs, see `shared.bus.loans`.
+    It is short when less than one part in `reserve` of the ceiling is left. With `borrows`, memory that it maps
+    together with other processes counts as theirs, see `shared.bus.loans`.
     """
 
     def __init__(self, ceiling: int = 0, setting: str = "", *, reserve: int = RESERVE, borrows: bool = False) -> None:
         self.ceiling = ceiling
         self.short = False
-        """Whether the last look has found less than the reserve."""
+        """True if the last measurement found less than the reserve."""
         self.used = self.most = 0
-        """Bytes, as of the last look, and of the look that found most."""
+        """Bytes, as of the last measurement, and of the one that found most."""
         self._full = ceiling - ceiling // reserve
         self._setting = setting
         self._borrows = borrows
         self._look_at = self._trim_at = self._say_at = 0.0
 
     def measure(self) -> bool:
-        """Whether something has to go now; to be asked in each turn of a loop, and looks only when it is time."""
+        """Return whether something has to go now; call it in each turn of a loop: it measures only when it is due."""
         now = time.monotonic()
         if now < self._look_at:
             return False
@@ -70,7 +70,7 @@ class Memory:
         return bool(self.ceiling) and self.used > self._full
 
     def _measure(self) -> None:
-        """Read how much is resident: private pages, and unless it `borrows` shared and mapped ones (proc(5), statm)."""
+        """Read the resident memory: private pages, and unless it `borrows` shared and mapped ones (proc(5), statm)."""
         _, resident, shared, *_ = map(int, os.pread(_statm, 256, 0).split())
         self.used = (resident - shared * self._borrows) * _PAGE
         self.most = max(self.most, self.used)

@@ -1,6 +1,6 @@
-"""Reload by SIGHUP: streams and collectors are read again, the rest of the settings stays as it was at the start.
+"""Reload by SIGHUP: streams and collectors are read again, other settings stay as they were at the start.
 
-Settings that can't be used, or that the service can't follow, keep the old ones: one line says so.
+If the new settings can't be used, or the service can't follow them, the old ones stay and one line says so.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +22,7 @@ log = structlog.get_logger()
 class Reload:
     """Hands a service the settings that it is to follow from now on.
 
-    `follow` raises OperatorError when it can't, and then has changed nothing; None: nothing of them is used here.
+    `follow` raises OperatorError when it can't, and then has changed nothing. None: the service uses none of them.
     """
 
     def __init__(
@@ -38,10 +38,10 @@ class Reload:
         self._follow = follow
 
     def check(self) -> None:
-        """Reload if SIGHUP has come: to be called after each turn of the service's loop."""
+        """Reload if SIGHUP has come; call it after each turn of the service's loop."""
         if not self._lifecycle.reload_wanted or self._lifecycle.read is None:
             return
-        self._lifecycle.reload_wanted = False  # before reading: another SIGHUP means what the file says then
+        self._lifecycle.reload_wanted = False  # before reading: a later SIGHUP asks for a newer state of the file
         try:
             self._adopt(self._lifecycle.read())
         except (SettingsError, OperatorError) as error:
@@ -65,7 +65,7 @@ class Reload:
 
 
 def _changed(kind: str, before: Sequence[Stream | Collector], now: Sequence[Stream | Collector]) -> Iterator[str]:
-    """Name what is new, gone, or different."""
+    """Name the entries that are new, gone, or different."""
     was, became = ({entry.name: entry for entry in entries} for entries in (before, now))
     names = dict.fromkeys([*was, *became])
     return (f"{kind} {name}" for name in names if was.get(name) != became.get(name))

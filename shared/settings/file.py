@@ -1,4 +1,4 @@
-"""Settings read, from one TOML file and the environment, into one frozen object; and written as such a file.
+"""Reading of settings, from one TOML file and the environment, into one frozen object; and writing of such a file.
 
 The environment overrides every scalar of a section: `FANWIRE_GATEWAY__MAX_CLIENTS=500`. Lists are for the file.
 """
@@ -16,12 +16,12 @@ from msgspec import Struct
 from shared.settings.model import Settings, SettingsError
 
 MAX_DIRECTORY: Final = 107 - len("/pool.999999999")
-"""Bytes: what sun_path (unix(7)) leaves for the bus directory."""
+"""Bytes that sun_path (unix(7)) leaves for the bus directory."""
 NOT_SETTINGS: Final = frozenset({"FANWIRE_CONFIG"})
 
 
 def load(path: Path | None, environment: Mapping[str, str] = os.environ) -> Settings:
-    """Read `path`, else the file FANWIRE_CONFIG names, else the defaults; then the environment. SettingsError."""
+    """Read `path`, else the file that FANWIRE_CONFIG names, else the defaults; then the environment. SettingsError."""
     path = _named_file(path, environment)
     where, found = "settings", {}
     if path is not None:
@@ -45,7 +45,7 @@ def load(path: Path | None, environment: Mapping[str, str] = os.environ) -> Sett
 
 
 def load_again(path: Path | None, environment: Mapping[str, str] = os.environ) -> Settings:
-    """Read the settings as `load` did before, SettingsError too when they came by what can be read only once."""
+    """Read the settings as `load` did before; SettingsError too when their source can be read only once."""
     named = _named_file(path, environment)
     if named is not None and named.exists() and not named.is_file():
         raise SettingsError(f"{named}: no file, and can't be read a second time; restart instead")
@@ -57,7 +57,7 @@ def _named_file(path: Path | None, environment: Mapping[str, str]) -> Path | Non
 
 
 def differing(one: Struct, other: Struct, prefix: str = "") -> Iterator[str]:
-    """Yield the keys, as in `gateway.listen`, in which two settings of one kind differ; of a list, the list's."""
+    """Yield the keys, such as `gateway.listen`, in which two settings of one kind differ; for a list, its own key."""
     for entry in msgspec.structs.fields(one):
         mine, theirs, key = getattr(one, entry.name), getattr(other, entry.name), f"{prefix}{entry.encode_name}"
         if isinstance(mine, Struct):
@@ -67,11 +67,11 @@ def differing(one: Struct, other: Struct, prefix: str = "") -> Iterator[str]:
 
 
 def render(settings: Settings, *, defaults: bool = True) -> str:
-    """Settings as TOML that `load` reads back to the same; `defaults`: also those that are as they are by default."""
+    """Return settings as TOML that `load` reads back to the same; `defaults`: also default values."""
     values: dict[str, Any] = msgspec.to_builtins(settings) if defaults else _changed(settings)
     sections, lists = [], []
     if not settings.streams:
-        sections.append("stream = []\n")  # there is one by default; a key of no table stands before all tables
+        sections.append("stream = []\n")  # there is a stream by default; a key of no table stands before all tables
     for name, value in values.items():
         if isinstance(value, dict):
             sections.append(_table(f"[{name}]", value))
@@ -81,7 +81,7 @@ def render(settings: Settings, *, defaults: bool = True) -> str:
 
 
 def _changed(struct: Struct) -> dict[str, Any]:
-    """The fields, as `to_builtins` has them, that differ from their defaults."""
+    """Return the fields, as `to_builtins` writes them, that differ from their defaults."""
     changed = {}
     for entry in msgspec.structs.fields(struct):
         value = getattr(struct, entry.name)
@@ -110,7 +110,7 @@ def _override(found: dict[str, Any], variable: str, text: str) -> dict[str, Any]
     section, _, rest = variable.removeprefix("FANWIRE_").lower().partition("__")
     sections = _fields(Settings)
     if not rest and not section.startswith(tuple(sections)):
-        return found  # somebody else's variable; a section with one underscore too few is a mistake
+        return found  # another program's variable; a section with one underscore too few is a mistake
     if section not in sections or not rest:
         known = ", ".join(name for name, declared in sections.items() if not get_args(declared))
         raise SettingsError(f"{variable}: not a setting; expected FANWIRE_SECTION__KEY, sections {known}")
@@ -130,7 +130,7 @@ def _override(found: dict[str, Any], variable: str, text: str) -> dict[str, Any]
 
 
 def _fields(struct: type[Struct]) -> dict[str, Any]:
-    """The keys of a section as they are written in the file, each with its type."""
+    """Return the keys of a section as they are written in the file, each with its type."""
     hints = get_type_hints(struct, include_extras=True)
     return {entry.encode_name: hints[entry.name] for entry in msgspec.structs.fields(struct)}
 
@@ -140,7 +140,7 @@ def _known(struct: type[Struct]) -> str:
 
 
 def _explain(message: str) -> str:
-    """Turn msgspec's sentence into: key, what was expected."""
+    """Turn msgspec's sentence into: key, expected value."""
     reason, _, at = message.partition(" - at `$")
     key = at.rstrip("`").removeprefix(".").replace("[...]", "")
     if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", reason, re.DOTALL):

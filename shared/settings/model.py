@@ -1,4 +1,4 @@
-"""Each setting, declared once: its type, its default, what it must agree with. `shared/settings/file` reads them."""
+"""Each setting, declared once: its type, its default, its constraints. `shared/settings/file` reads them."""
 
 import os
 from collections.abc import Sequence
@@ -16,9 +16,9 @@ STREAM_SCHEMES: Final = ("udp", "tcp", "unixgram")
 REGISTRY_SCHEMES: Final = ("tcp", "unix", "tls")
 MAX_PORT: Final = 65_535
 CLIENT_BYTES: Final = 4096
-"""What an entry of the registry takes in the gateway."""
+"""Bytes that an entry of the registry takes in the gateway."""
 CONNECTION_BYTES: Final = 98_304
-"""What a TCP connection to ingest may take: the longest message, unfinished, and one read more."""
+"""Bytes that a TCP connection to ingest may take: the longest message, unfinished, and one more read."""
 
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Count = Annotated[int, Meta(ge=1, le=1_000_000)]
@@ -41,7 +41,7 @@ class SettingsError(ValueError):
 
 
 class Bus(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where the processes meet."""
+    """The bus, at which the processes meet."""
 
     directory: str = "$XDG_RUNTIME_DIR/fanwire"
     """Holds the ipc sockets; without XDG_RUNTIME_DIR a directory of this user under /tmp."""
@@ -54,7 +54,8 @@ class Bus(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     connect: str = ""
     """tcp://HOST:PORT of a broker on another host; "": the one in the directory."""
     keys: str = ""
-    """Directory of the services' keys, made by `fanwire keys`; "": who may enter the bus directory is trusted."""
+    """Directory of the services' keys, made by `fanwire keys`; "": any process that may enter the bus directory is
+    trusted."""
 
     def __post_init__(self) -> None:
         for text in (*self.listen, *((self.connect,) if self.connect else ())):
@@ -97,7 +98,7 @@ class Bus(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 def leave_room(key: str, most: int, memory: int) -> None:
-    """Raise ValueError when what a setting allows may take over half of the memory that a process has."""
+    """Raise ValueError when a setting may take over half of the memory that a process has."""
     if most > memory // 2:
         raise ValueError(
             f"{key} may take {most} bytes, over half of memory, {memory}; lower the one or raise the other"
@@ -105,7 +106,7 @@ def leave_room(key: str, most: int, memory: int) -> None:
 
 
 class Broker(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Passes what the others say to each other."""
+    """The broker, which passes messages between the services."""
 
     memory: Ceiling = 805_306_368
     """Bytes that the process may take; from half of it on subscribers that read nothing are cut off."""
@@ -125,36 +126,37 @@ class Gateway(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     tokens: str = ""
     """A file with more [[token]], readable by its owner only; "": none."""
     names_beyond_loopback: bool = False
-    """Whether a client with a certificate may use the names protocol on a listener that is not loopback."""
+    """Allow the names protocol to clients with a certificate on a listener that is not loopback."""
     destinations: tuple[str, ...] = ()
-    """Networks that anybody who may sign up may have copies sent to without proof."""
+    """Networks to which any client that may sign up may have copies sent without proof."""
     max_clients: Count = 10_000
     max_clients_per_holder: Count = 1000
-    """Of them, signed up with one token or certificate."""
+    """Clients signed up with one token or certificate."""
     max_connections: Count = 4096
     """Open at once; one more is answered `unavailable` and closed."""
     max_connections_per_address: Count = 2048
     """Likewise from one address, /64 prefix of IPv6, or by AF_UNIX; many may share one behind NAT or on this host."""
     requests_per_second: Count = 2000
-    """From one such address; what comes faster, after 10 s worth of it, is read and answered no faster than that."""
+    """Requests from one such address; faster ones, beyond 10 s worth of them, are read and answered at this rate."""
     request_seconds: Seconds = 5.0
     """From a request's first byte to its last, and for a client to take its answer."""
     idle_seconds: Seconds = 120.0
     """A connection that sends nothing is closed after this; one that holds a lease is not."""
     lease_seconds: Annotated[float, Meta(ge=0, le=31_536_000)] = 0.0
-    """How long an entry made by the names protocol stays; 0: until it is replaced or removed."""
+    """Lifetime of an entry made by the names protocol; 0: until it is replaced or removed."""
     output_buffer: Bytes = 1_048_576
     """Bytes that may wait for a client that watches; one that reads more slowly than the list changes is cut off."""
     database: str = "$STATE_DIRECTORY/registry.sqlite"
-    """Keeps the registry over a restart; without STATE_DIRECTORY, systemd's, in the bus directory; "": nowhere."""
+    """File that keeps the registry over a restart; without STATE_DIRECTORY (systemd) in the bus directory; "": none."""
     preserve_seconds: Annotated[float, Meta(ge=0, le=86_400)] = 900.0
-    """How long at most nothing expires when over 15 % of the renewals due within a minute are missing; 0: never."""
+    """The longest time in which nothing expires while over 15 % of the renewals due within a minute are missing; 0:
+    none."""
     serve_seconds: Seconds = 0.5
-    """How long an answer to `register` waits for forwarder or transmitter to say that copies flow."""
+    """Time that an answer to `register` waits for forwarder or transmitter to say that copies flow."""
     allow_transmit: bool = False
-    """Whether clients may have the transmitter send raw frames, by `transmit`; its own policy applies besides."""
+    """Allow clients to send raw frames by the transmitter, with `transmit`; its own policy applies besides."""
     memory: Ceiling = 402_653_184
-    """Bytes that the process may take; near it connections for which most waits are cut off."""
+    """Bytes that the process may take; near it, connections with most data waiting are cut off."""
 
     def __post_init__(self) -> None:
         leave_room("max_clients", self.max_clients * CLIENT_BYTES, self.memory)
@@ -170,7 +172,7 @@ class Gateway(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 Protocol = Literal["netflow", "ipfix", "sflow"]
-"""NetFlow v5 and v9, IPFIX, or sFlow v5: whose numbers tell what was lost before it came."""
+"""NetFlow v5 and v9, IPFIX, or sFlow v5: their numbers tell what was lost before it came."""
 
 
 class Stream(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -186,7 +188,8 @@ class Stream(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     receive_buffer: Bytes = 33_554_432
     """Bytes asked of the kernel for each UDP socket."""
     protocol: Protocol | None = None
-    """What its UDP listeners take, to count what is missing from the exporters' own numbers; none: nobody looks."""
+    """Protocol of its UDP listeners, to count what is missing from the exporters' own numbers; none: nothing is
+    counted."""
 
     def __post_init__(self) -> None:
         for text in self.listen:
@@ -199,22 +202,22 @@ class Stream(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 Spread = Literal["flow", "source", "datagram"]
-"""Addresses and ports, the source address alone, or nothing: any worker may take any datagram."""
+"""Basis of the choice of worker: addresses and ports, the source address alone, or nothing: any worker."""
 
 
 class Ingest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The workers that take datagrams in."""
 
     fill_ms: Annotated[float, Meta(ge=0, le=100)] = 4.0
-    """How long a worker may wait for a batch to fill when small batches come back to back; 0: never."""
+    """Time that a worker may wait for a batch to fill when small batches come back to back; 0: none."""
     spread: Spread = "flow"
-    """What decides which worker takes a datagram; by `datagram` an exporter's may overtake each other."""
+    """Basis on which a worker is chosen for a datagram; by `datagram`, those of an exporter may change order."""
     tcp_connections: Count = 1024
-    """Open TCP connections a worker; one more is closed at once."""
+    """Open TCP connections a worker; further ones are closed at once."""
     tcp_idle_seconds: Seconds = 600.0
     """A TCP connection that sends nothing for this long is closed."""
     memory: Annotated[int, Meta(ge=268_435_456, le=1 << 40)] = 805_306_368
-    """Bytes that a worker may take; near it what comes is dropped. What is beyond 128 MiB may be lent, by half."""
+    """Bytes that a worker may take; near it new datagrams are dropped. Half of what is beyond 128 MiB may be lent."""
 
     def __post_init__(self) -> None:
         leave_room("tcp_connections", self.tcp_connections * CONNECTION_BYTES, self.memory)
@@ -224,12 +227,12 @@ class Forwarder(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Sends copies from this host's own address."""
 
     send_buffer: Bytes = 65_536
-    """Bytes asked of the kernel for each collector's socket, which takes twice that: so little that the kernel does not
-    drop what waits in it for a next hop that does not answer, in silence (unres_qlen_bytes, arp(7))."""
+    """Bytes asked of the kernel for each collector's socket, which takes twice that. It is small so that the kernel
+    does not silently drop what waits in it for a next hop that does not answer (unres_qlen_bytes, arp(7))."""
     queue_seconds: Annotated[float, Meta(ge=0, le=60)] = 1.0
-    """How long datagrams wait for room in a collector's send buffer; 0: they are dropped at once."""
+    """Time that datagrams wait for room in a collector's send buffer; 0: they are dropped at once."""
     queue_bytes: Bytes = 16_777_216
-    """How many bytes of the batches they are in may wait so for one collector."""
+    """Bytes of batches that may wait for one collector."""
     held_memory: Bytes = 268_435_456
     """Bytes of batches that may wait for all collectors together."""
     segmentation: bool = True
@@ -237,17 +240,17 @@ class Forwarder(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     withhold: bool = False
     """Give a collector whose port is closed one datagram a second, until one is not refused."""
     memory: Ceiling = 1_073_741_824
-    """Bytes that the process may take; near it the oldest of what waits is dropped."""
+    """Bytes that the process may take; near it the oldest waiting batches are dropped."""
 
     def __post_init__(self) -> None:
         leave_room("held_memory", self.held_memory, self.memory)
 
 
 class Transmitter(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Copies from the exporter's own address, and raw frames: what it may do is said here, not by who asks."""
+    """Copies from the exporter's own address, and raw frames: these settings, not the clients, say what it may do."""
 
     user: Annotated[str, Meta(min_length=1, max_length=64)] = "nobody"
-    """Who it becomes once its sockets are open, when it was started as root."""
+    """User that it becomes once its sockets are open, when it was started as root."""
     interfaces: tuple[Annotated[str, Meta(min_length=1, max_length=15)], ...] = ()
     """Raw frames leave by these only; empty: by none."""
     ethertypes: tuple[Ethertype, ...] = ()
@@ -257,7 +260,7 @@ class Transmitter(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     )  # fmt: skip
     """Source-preserving copies go nowhere else."""
     sources: tuple[str, ...] = ()
-    """Copies claim sources of these prefixes only; empty: whatever address a datagram came from."""
+    """Prefixes of the sources that copies may claim; empty: any address that a datagram came from."""
     frames_per_second: Annotated[int, Meta(ge=0, le=1_000_000_000)] = 0
     """Of copies and raw frames together; 0: no limit."""
     held_memory: Bytes = 268_435_456
@@ -265,7 +268,7 @@ class Transmitter(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     segmentation: bool = True
     """Hand the kernel runs of equal length as one frame (UDP_L4 GSO) where it can."""
     memory: Ceiling = 805_306_368
-    """Bytes that the process may take; near it the oldest of what waits is dropped."""
+    """Bytes that the process may take; near it the oldest waiting batches are dropped."""
 
     def __post_init__(self) -> None:
         leave_room("held_memory", self.held_memory, self.memory)
@@ -295,19 +298,19 @@ class Collector(WrittenTerms, frozen=True, forbid_unknown_fields=True):
 
 
 class Token(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Who may use the gateway from elsewhere: known by the token it sends, or by the certificate it shows."""
+    """A client that may use the gateway from elsewhere: known by the token it sends, or by the certificate it shows."""
 
     name: Name
-    """The holder: entries belong to it, whichever connection made them."""
+    """The holder: entries belong to it, from whichever connection they were made."""
     hash: Annotated[str, Meta(pattern=r"^sha256:[0-9a-f]{64}$")] | None = None
     """SHA-256 of its token, as `fanwire token` prints it."""
     certificate: Annotated[str, Meta(min_length=1, max_length=64)] | None = None
     """The subject's common name in its certificate, which stays when the certificate is renewed."""
     scopes: Annotated[tuple[Scope, ...], Meta(min_length=1)]
     streams: Annotated[tuple[str, ...], Meta(min_length=1)] = (ALL_STREAMS,)
-    """Those it may sign up for."""
+    """Streams that it may sign up for."""
     destinations: tuple[str, ...] = ()
-    """Networks that it may have copies sent to without proof."""
+    """Networks to which it may have copies sent without proof."""
 
     def __post_init__(self) -> None:
         if (self.hash is None) == (self.certificate is None):
@@ -337,7 +340,7 @@ def parse_ethertype(value: Ethertype) -> int:
 
 
 class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Everything, as a service gets it."""
+    """All settings, as a service gets them."""
 
     bus: Bus = Bus()
     broker: Broker = Broker()
@@ -374,7 +377,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         self.check_tokens(self.tokens)
 
     def check_tokens(self, tokens: Sequence[Token]) -> None:
-        """Raise ValueError unless these can be told apart, and name streams that are there."""
+        """Raise ValueError unless these can be told apart, and name streams that exist."""
         known = {ALL_STREAMS, *(stream.name for stream in self.streams)}
         for key in ("name", "hash", "certificate"):
             values = [value for token in tokens if (value := getattr(token, key)) is not None]

@@ -1,4 +1,4 @@
-"""Whether copies sent somewhere would come back to us: our own UDP listeners, as addresses."""
+"""Our own UDP listeners, as addresses: copies sent to one of them would come back to us."""
 
 import contextlib
 import ipaddress
@@ -10,7 +10,7 @@ from shared.settings.model import Settings
 
 
 def udp_listeners(settings: Settings) -> list[tuple[str, int]]:
-    """Address and port of every UDP listener of every stream; a host name that is not known has none."""
+    """Return address and port of every UDP listener of every stream; an unknown host name has none."""
     found: list[tuple[str, int]] = []
     for endpoint in (endpoint for stream in settings.streams for endpoint in stream.endpoints):
         if endpoint.scheme == "udp":
@@ -22,13 +22,13 @@ def udp_listeners(settings: Settings) -> list[tuple[str, int]]:
 
 
 class OwnListeners:
-    """Listeners by address and port, to be asked whether they receive what is sent somewhere. No I/O."""
+    """Listeners by address and port, which tell whether they receive what is sent to an address. No I/O."""
 
     def __init__(self, listeners: Iterable[tuple[str, int]]) -> None:
         self._listeners = tuple((ipaddress.ip_address(address), port) for address, port in listeners)
 
     def receive(self, address: str, port: int, is_local: Callable[[str], bool]) -> bool:
-        """Whether one of them does; `is_local` says whether an address is this host's."""
+        """Return whether one of them receives it; `is_local` says whether an address is this host's."""
         for listener, listener_port in self._listeners:
             if port != listener_port:
                 continue
