@@ -1,7 +1,8 @@
 """fanwire side by side with the relays found on PATH, in network namespaces of its own. Run by `make bench`, as root.
 
 Rates and CPU by the backlog method, how close each stage is to a bare loop in C, with `--ladder` the highest rates
-without loss and how late copies are, and with `--scale` how the cost grows.
+without loss and how late copies are, and with `--scale` how the cost grows. With `--paced` instead what steady rates
+cost, as sites have them, and how late copies are then.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Final
 
-from tests.benchmarks import backlog, bare, ladder, scale
+from tests.benchmarks import backlog, bare, ladder, paced_run, scale
 from tests.benchmarks.programs import PEERS, WAYS, Task, Way, available
 from tests.benchmarks.report import Results, plot, slower, summarize, table
 from tests.benchmarks.site import Offer, Site, site
@@ -113,9 +114,9 @@ def parse() -> argparse.Namespace:
     """Read the options."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--workload", nargs="*", choices=BY_NAME, default=list(BY_NAME))
-    parser.add_argument("--fan-out", type=int, nargs="*", default=[1, 4, 16])
-    parser.add_argument("--way", nargs="*", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--workload", nargs="*", choices=BY_NAME)
+    parser.add_argument("--fan-out", type=int, nargs="*")
+    parser.add_argument("--way", nargs="*", choices=WAYS)
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     parser.add_argument(
         "--ladder", action="store_true", help="also climb, which takes half a minute a program and task"
@@ -126,7 +127,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--check", action="store_true", help="compare ratios with those recorded; exit 1 if some are worse"
     )
-    return parser.parse_args()
+    parser.add_argument("--paced", action="store_true", help="measure steady rates instead")
+    paced_run.add_options(parser)
+    options = parser.parse_args()
+    if not options.paced:
+        options.workload = options.workload or list(BY_NAME)
+        options.fan_out, options.way = options.fan_out or [1, 4, 16], options.way or list(WAYS)
+    return options
 
 
 def main() -> int:
@@ -134,6 +141,9 @@ def main() -> int:
     options = parse()
     if os.geteuid() != 0:
         sys.exit("needs root: for receive buffers that hold a backlog, for raw sockets, and for network namespaces")
+    if options.paced:
+        with large_buffers():
+            return paced_run.run(options)
     results = Results("python -m tests.benchmarks " + " ".join(sys.argv[1:]))
     with large_buffers(), bare.compiled() as program:
         if refused := enter_lab():

@@ -43,15 +43,15 @@ SOURCE: Final = Path(__file__).with_name("bare.c")
 
 
 @contextmanager
-def compiled() -> Iterator[Path | None]:
-    """The program; None without a C compiler."""
+def compiled(source: Path = SOURCE) -> Iterator[Path | None]:
+    """The program of a source file; None without a C compiler."""
     compiler = shutil.which("cc")
     with tempfile.TemporaryDirectory() as directory:
-        program = Path(directory) / "bare"
+        program = Path(directory) / source.stem
         if compiler is None:
             yield None
             return
-        subprocess.run([compiler, "-O2", "-Wall", "-o", str(program), str(SOURCE)], check=True)
+        subprocess.run([compiler, "-O2", "-Wall", "-o", str(program), str(source)], check=True)
         yield program
 
 

@@ -32,6 +32,10 @@ class Task:
     """Not 0: so many, of which each collector wants its own share; only for fanwire, as what follows."""
     streams: int = 1
     workers: int = 1
+    whole: bool = False
+    """Whether everything that `make run` starts is there, and counts."""
+    settings: str = ""
+    """More settings for fanwire."""
 
     @property
     def collectors(self) -> list[str]:
@@ -55,6 +59,10 @@ class Program:
         """CPU time of all threads of each process so far (proc(5), schedstat)."""
         return {name: _cpu_ns(pid) for name, pid in self.processes.items()}
 
+    def wakeups(self) -> int:
+        """How often threads of any process have begun to wait so far: as often they were woken (proc(5), status)."""
+        return sum(_waits(pid) for pid in self.processes.values())
+
     def resident_mb(self) -> float:
         """Memory of all processes together."""
         return sum(_resident_kb(pid) for pid in self.processes.values()) / 1024
@@ -62,6 +70,11 @@ class Program:
 
 def _cpu_ns(pid: int) -> int:
     return sum(int((task / "schedstat").read_text().split()[0]) for task in Path(f"/proc/{pid}/task").iterdir())
+
+
+def _waits(pid: int) -> int:
+    texts = [(task / "status").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
+    return sum(int(text.partition("\nvoluntary_ctxt_switches:")[2].split()[0]) for text in texts)
 
 
 def _resident_kb(pid: int) -> int:
@@ -179,12 +192,14 @@ def _fanwire(stack: OpenStack, task: Task) -> Program:
         f'source = "{task.way}"\nstreams = ["*"]\nfrom = {json.dumps(_share(task, number))}\n'
         for number in range(task.fan_out)
     )
-    stack.configure(streams + collectors)
+    stack.configure(task.settings + streams + collectors)
     sender = "transmitter" if task.way == "original" else "forwarder"
     workers = [f"ingest.{number + 1}" for number in range(task.workers)]
-    for each in ("broker", "gateway", sender, *workers):
+    others = ["gateway", *(["forwarder" if sender == "transmitter" else "transmitter"] if task.whole else [])]
+    for each in ("broker", *others, sender, *workers):
         stack.start(each)
-    return Program("fanwire", {name: stack[name].process.pid for name in (*workers, "broker", sender)})
+    counted = [*workers, "broker", sender, *(others if task.whole else [])]
+    return Program("fanwire", {name: stack[name].process.pid for name in counted})
 
 
 def _share(task: Task, collector: int) -> list[str]:

@@ -146,17 +146,28 @@ class Site:
 
     def __init__(self, opened: ExitStack, mtu: int) -> None:
         self.exporters, self.relay, self.collectors = (opened.enter_context(Host()) for _ in range(3))
-        self._out, self._in = End(self.exporters, "out", "10.81.255.253/16"), End(self.relay, "in", f"{RELAY}/16")
+        self.exporters_end = End(self.exporters, "out", "10.81.255.253/16")
+        self._in = End(self.relay, "in", f"{RELAY}/16")
         self._up = End(self.relay, "up", "10.82.0.1/24")
         self._eth = End(
             self.collectors, "eth", " ".join(f"{collector_address(number)}/24" for number in range(COLLECTOR_HOSTS))
         )
-        opened.enter_context(veth(self._out, self._in, mtu, checksum_offload=True))
+        opened.enter_context(veth(self.exporters_end, self._in, mtu, checksum_offload=True))
         opened.enter_context(veth(self._up, self._eth, mtu, checksum_offload=True))
         self.collectors.route("10.81.0.0/16", "10.82.0.1")
         self._sender = opened.enter_context(self.exporters.socket(socket.AF_PACKET, socket.SOCK_RAW))
         self._sender.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
         enlarge_send_buffer(self._sender, 1 << 24)
+
+    @property
+    def in_name(self) -> str:
+        """The name of the relay's link to the exporters."""
+        return self._in.name
+
+    @property
+    def up_name(self) -> str:
+        """The name of the relay's link to the collectors."""
+        return self._up.name
 
     @property
     def up_index(self) -> int:
@@ -170,8 +181,8 @@ class Site:
 
     def offer(self, workload: Workload) -> Offer:
         """A workload, ready to be sent to the relay."""
-        ethernet = bytes.fromhex((self._in.link_address + self._out.link_address).replace(":", ""))
-        index = int(self.exporters.link(self._out.name)["ifindex"])
+        ethernet = bytes.fromhex((self._in.link_address + self.exporters_end.link_address).replace(":", ""))
+        index = int(self.exporters.link(self.exporters_end.name)["ifindex"])
         return Offer(workload, self._sender, index, ethernet)
 
     @contextmanager
