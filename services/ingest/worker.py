@@ -37,6 +37,8 @@ from shared.settings.model import Settings, Stream
 
 DRAIN_SECONDS: Final = 2.0
 """How long, after SIGTERM, what the kernel has queued may take."""
+FIRST_WAIT_SECONDS: Final = 0.0003
+"""How long datagrams wait for others that come right behind them, when nothing came before."""
 OWN_MEMORY: Final = 128 << 20
 """Bytes that a worker takes for itself: its code, and what the largest datagrams are received into."""
 RECORD_SIZE: Final = 1024
@@ -80,7 +82,7 @@ class Worker:
         """Begins to read an inherited socket each."""
         self._spreader = Spreader(settings.ingest.spread)
         self._fill_seconds = settings.ingest.fill_ms / 1000
-        self._received_at = 0.0
+        self._received_at = self._wait_seconds = 0.0
         self._count = self._size = 0
 
     def __enter__(self) -> Self:
@@ -239,15 +241,19 @@ class Worker:
             self._let_fill(now)
 
     def _let_fill(self, now: float) -> None:
-        """Wait a moment when small batches come back to back: waking for each costs more than handling it.
+        """Wait a moment while datagrams keep coming: waking for each costs more than handling it.
 
-        A lone datagram never waits, nor does anything when what came meanwhile might not fit the receive buffer.
+        After a pause nothing waits, so that a lone datagram and a burst leave at once; then each wait is twice as long
+        as the one before it, up to `fill_ms`. Nor does anything wait that might not fit the receive buffer meanwhile.
         """
-        back_to_back = now - self._received_at < self._fill_seconds
+        idle = now - self._received_at >= self._fill_seconds
         load = self._size + self._count * RECORD_SIZE
-        if back_to_back and self._count < MAX_ROWS // 2 and load < self._smallest_buffer // 8:
-            time.sleep(self._fill_seconds)
-            now += self._fill_seconds
+        if idle or self._count >= MAX_ROWS // 2 or load >= self._smallest_buffer // 8:
+            self._wait_seconds = 0.0
+        else:
+            self._wait_seconds = min(self._fill_seconds, 2 * self._wait_seconds or FIRST_WAIT_SECONDS)
+            time.sleep(self._wait_seconds)
+            now += self._wait_seconds
         self._received_at = now
 
     def _greet(self) -> None:

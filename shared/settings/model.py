@@ -205,7 +205,7 @@ Spread = Literal["flow", "source", "datagram"]
 class Ingest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The workers that take datagrams in."""
 
-    fill_ms: Annotated[float, Meta(ge=0, le=1)] = 0.4
+    fill_ms: Annotated[float, Meta(ge=0, le=100)] = 4.0
     """How long a worker may wait for a batch to fill when small batches come back to back; 0: never."""
     spread: Spread = "flow"
     """What decides which worker takes a datagram; by `datagram` an exporter's may overtake each other."""
