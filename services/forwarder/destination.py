@@ -9,6 +9,7 @@ from typing import Final
 
 import structlog
 
+from services.forwarder.few import Few
 from services.forwarder.plan import SendPlan
 from shared.client import Client
 from shared.datagrams.mmsg import send
@@ -142,6 +143,29 @@ class Outlet:
             self._withhold(plan, first, stop)
             return plan.rows_of(part)
         return int(plan.rows_before[self._send(plan, first, stop)] - plan.rows_before[first])
+
+    def send_few(self, few: Few) -> int:
+        """Send datagrams; return how many have left. The rest is for `send`, which handles errors.
+
+        An error that may be the answer to an earlier datagram is noted here, since the kernel tells it once.
+        """
+        if self._withholding or self._socket is None:
+            return 0
+        sent = 0
+        try:
+            if few.segment and few.segment <= self.largest_segment:
+                self._socket.sendmsg(few.whole, few.controls)
+                sent = len(few.lengths)
+            else:
+                for payload in few.payloads:
+                    self._socket.send(payload)
+                    sent += 1
+        except OSError as error:
+            if error.errno in STOPS:
+                self._note(error.errno)
+        self.account[DELIVERED] += sent
+        self.account[BYTES] += sum(few.lengths if sent == len(few.lengths) else few.lengths[:sent])
+        return sent
 
     def _send(self, plan: SendPlan, at: int, stop: int) -> int:
         """Send or drop sends `at` to `stop`; return the number of the first that was neither, else `stop`."""

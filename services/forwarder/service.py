@@ -10,6 +10,7 @@ from typing import ClassVar, Final
 import numpy as np
 
 from services.forwarder.destination import Outlet
+from services.forwarder.few import Few, few_of
 from services.forwarder.plan import SendPlan
 from shared.client import Client, Source
 from shared.datagrams.batch import Indices
@@ -43,6 +44,8 @@ class Relay(CopyService[Outlet]):
 
     def send(self, batch: Gathered, routed: list[tuple[Outlet, Selection]]) -> None:
         """Give each collector its rows. Who gets the same ones shares a part of a plan; parts share the planning."""
+        if few := few_of(batch):
+            routed = [left for each in routed if (left := self._send_few(few, *each))]
         by_segment: dict[int, dict[int, tuple[Selection, list[Outlet]]]] = {}
         for outlet, selection in routed:
             if outlet.held and not self._release(outlet, time.monotonic()):
@@ -55,6 +58,17 @@ class Relay(CopyService[Outlet]):
             whole = [[part] for part in parts if part[0] is None]
             for together in (*whole, *portions([part for part in parts if _rows_of(part)], _rows_of)):
                 self._transmit(batch, together, largest_segment)
+
+    def _send_few(self, few: Few, outlet: Outlet, selection: Selection) -> tuple[Outlet, Selection] | None:
+        """Send a collector its rows if nothing hinders that; return what is left of them."""
+        indices = selection.indices
+        if outlet.held or (indices is not None and not len(indices)):
+            return outlet, selection
+        part = few if indices is None else few.part(indices)
+        sent = outlet.send_few(part)
+        if sent == len(part.lengths):
+            return None
+        return outlet, Selection(np.arange(sent, len(part.lengths)) if indices is None else indices[sent:])
 
     def _transmit(self, batch: Gathered, parts: list[Part], largest_segment: int) -> None:
         every = [indices for indices, _ in parts]

@@ -321,8 +321,9 @@ def _decode(parts: Sequence[Part], borrow: Borrow) -> Message:
     if len(parts) != (4 if lent else 5):
         raise MessageError("malformed", f"datagrams with {len(parts)} parts")
     rows = np.frombuffer(parts[3], ROW)
-    size = body.stride * len(rows) or int(rows["length"].sum())
-    payload = borrow(envelope, body, size) if lent else parts[4]
+    payload = (
+        borrow(envelope, body, body.stride * len(rows) or int(rows["length"].sum(dtype=np.int64))) if lent else parts[4]
+    )
     batch = DatagramBatch(body.stream, body.received_ns, rows, payload, body.stride)
     batch.check()
     return Message(topic, envelope, body, batch)
