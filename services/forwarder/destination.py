@@ -153,13 +153,10 @@ class Outlet:
             return 0
         sent = 0
         try:
-            if few.segment and few.segment <= self.largest_segment:
-                self._socket.sendmsg(few.whole, few.controls)
-                sent = len(few.lengths)
-            else:
-                for payload in few.payloads:
-                    self._socket.send(payload)
-                    sent += 1
+            for buffers in few.sends:
+                self._socket.sendmsg(buffers, few.controls)
+                sent += 1
+            sent = len(few.lengths)
         except OSError as error:
             if error.errno in STOPS:
                 self._note(error.errno)

@@ -1,7 +1,6 @@
 """A few datagrams as plain objects: below some number of rows arrays cost more than they save. No I/O."""
 
 import struct
-from collections.abc import Sequence
 from socket import IPPROTO_UDP
 from typing import Final
 
@@ -12,45 +11,55 @@ from shared.datagrams.segments import MAX_SEGMENTS, MAX_SEND
 
 FEW_ROWS: Final = 16
 """Rows of different lengths; more of them are planned with arrays."""
+_SIZE: Final = struct.Struct("=H")
 
 
 class Few:
-    """Datagrams for one collector. With a `segment` all are so long, the last perhaps shorter: one send does."""
+    """Datagrams for one collector: `sends` are the buffers of each send, which is cut at `segment` if that is not 0."""
 
-    __slots__ = ("controls", "lengths", "payloads", "segment", "whole")
+    __slots__ = ("controls", "lengths", "segment", "sends")
 
-    def __init__(self, payloads: Sequence[memoryview], lengths: list[int], whole: memoryview | None = None) -> None:
-        self.payloads = payloads
+    def __init__(self, pieces: list[memoryview], lengths: list[int], segment: int) -> None:
+        """Plan `pieces`, a datagram each, or all in one where there is a segment."""
         self.lengths = lengths
-        self.whole = [whole] if whole is not None else payloads
-        self.segment = segment_of(lengths)
-        self.controls = [(IPPROTO_UDP, UDP_SEGMENT, struct.pack("=H", self.segment))]
-
-    def part(self, indices: Indices) -> "Few":
-        """Some of these rows."""
-        rows = indices.tolist()
-        return Few([self.payloads[row] for row in rows], [self.lengths[row] for row in rows])
+        self.segment = segment
+        self.sends = [pieces] if segment else [[piece] for piece in pieces]
+        self.controls = [(IPPROTO_UDP, UDP_SEGMENT, _SIZE.pack(segment))] if segment else []
 
 
 def segment_of(lengths: list[int]) -> int:
     """The length to cut one send of all these at; 0 when they can't leave as one."""
-    first, last = lengths[0], lengths[-1]
-    several = 1 < len(lengths) <= MAX_SEGMENTS and first * len(lengths) <= MAX_SEND
-    return first if several and 0 < last <= first and lengths.count(first) >= len(lengths) - (last < first) else 0
+    count, first, last = len(lengths), lengths[0], lengths[-1]
+    if not 1 < count <= MAX_SEGMENTS or first * count > MAX_SEND or not 0 < last <= first:
+        return 0
+    return first if lengths.count(first) >= count - (last < first) else 0
 
 
-def few_of(batch: Gathered) -> Few | None:
-    """The rows of a batch as plain objects, when they are few, or can leave as one send; else None."""
-    if len(batch) > MAX_SEGMENTS or not len(batch):
-        return None
-    lengths = [length for each in batch.batches for length in each.length_list]
-    if len(lengths) > FEW_ROWS and not segment_of(lengths):
-        return None
-    payloads, whole = [], None
+def datagrams_of(batch: Gathered) -> list[memoryview]:
+    """Every payload by itself."""
+    found = []
     for each in batch.batches:
         payload, at = memoryview(each.payload), 0
         for length in each.length_list:
-            payloads.append(payload[at : at + length])
+            found.append(payload[at : at + length])
             at += each.stride or length
-        whole = payload if len(batch.batches) == 1 and not each.stride else None
-    return Few(payloads, lengths, whole)
+    return found
+
+
+def few_of(batch: Gathered, indices: Indices | None, largest_segment: int) -> Few | None:
+    """Rows of a batch (None: all) as plain objects, when they are few, or can leave as one send; else None."""
+    if not 0 < len(batch) <= MAX_SEGMENTS:
+        return None
+    batches = batch.batches
+    lengths = batches[0].length_list if len(batches) == 1 else [each for one in batches for each in one.length_list]
+    if indices is not None:
+        rows = indices.tolist()
+        lengths = [lengths[row] for row in rows]
+    segment = segment_of(lengths) if lengths else 0
+    segment = segment if segment <= largest_segment else 0
+    if not lengths or (len(lengths) > FEW_ROWS and not segment):
+        return None
+    if segment and indices is None and len(batches) == 1 and not batches[0].stride:
+        return Few([memoryview(batches[0].payload)], lengths, segment)
+    pieces = datagrams_of(batch)
+    return Few(pieces if indices is None else [pieces[row] for row in rows], lengths, segment)

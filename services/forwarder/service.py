@@ -16,6 +16,7 @@ from shared.client import Client, Source
 from shared.datagrams.batch import Indices
 from shared.datagrams.gathered import Gathered, portions
 from shared.datagrams.routing import Selection
+from shared.datagrams.segments import MAX_SEGMENTS
 from shared.fanout.send_threads import SendThreads
 from shared.fanout.service import CopyService
 from shared.settings.model import Settings
@@ -44,8 +45,10 @@ class Relay(CopyService[Outlet]):
 
     def send(self, batch: Gathered, routed: list[tuple[Outlet, Selection]]) -> None:
         """Give each collector its rows. Who gets the same ones shares a part of a plan; parts share the planning."""
-        if few := few_of(batch):
-            routed = [left for each in routed if (left := self._send_few(few, *each))]
+        if len(batch) <= MAX_SEGMENTS:
+            routed = self._send_few(batch, routed)
+            if not routed:
+                return
         by_segment: dict[int, dict[int, tuple[Selection, list[Outlet]]]] = {}
         for outlet, selection in routed:
             if outlet.held and not self._release(outlet, time.monotonic()):
@@ -59,16 +62,22 @@ class Relay(CopyService[Outlet]):
             for together in (*whole, *portions([part for part in parts if _rows_of(part)], _rows_of)):
                 self._transmit(batch, together, largest_segment)
 
-    def _send_few(self, few: Few, outlet: Outlet, selection: Selection) -> tuple[Outlet, Selection] | None:
-        """Send a collector its rows if nothing hinders that; return what is left of them."""
-        indices = selection.indices
-        if outlet.held or (indices is not None and not len(indices)):
-            return outlet, selection
-        part = few if indices is None else few.part(indices)
-        sent = outlet.send_few(part)
-        if sent == len(part.lengths):
-            return None
-        return outlet, Selection(np.arange(sent, len(part.lengths)) if indices is None else indices[sent:])
+    def _send_few(self, batch: Gathered, routed: list[tuple[Outlet, Selection]]) -> list[tuple[Outlet, Selection]]:
+        """Send collectors their rows where these are few and nothing hinders that; return what is left to be sent."""
+        planned: dict[tuple[int, int], Few | None] = {}
+        left = []
+        for outlet, selection in routed:
+            key = (id(selection), outlet.largest_segment)
+            if key not in planned:
+                planned[key] = few_of(batch, selection.indices, outlet.largest_segment)
+            few = planned[key]
+            if few is None or outlet.held:
+                left.append((outlet, selection))
+            elif (sent := outlet.send_few(few)) < len(few.lengths):
+                rows = selection.indices
+                rest = np.arange(sent, len(few.lengths)) if rows is None else rows[sent:]
+                left.append((outlet, Selection(rest)))
+        return left
 
     def _transmit(self, batch: Gathered, parts: list[Part], largest_segment: int) -> None:
         every = [indices for indices, _ in parts]

@@ -55,6 +55,7 @@ SUBSCRIPTIONS_MAX: Final = 4096
 MAX_UNREADABLE: Final = 256
 """Likewise what a subscriber remembers of made-up workers."""
 
+EVENTS: Final = int(zmq.EVENTS)
 POLLIN: Final = int(zmq.POLLIN)
 NOBLOCK: Final = int(zmq.NOBLOCK)
 MORE: Final = int(zmq.NOBLOCK | zmq.SNDMORE)
@@ -160,7 +161,7 @@ class Publisher:
         return list(fresh)
 
     def _readable(self) -> bool:
-        return bool(int(self._socket.get(zmq.EVENTS)) & POLLIN)
+        return bool(int(self._socket.get(EVENTS)) & POLLIN)
 
     def wanted(self, topic: str) -> bool:
         """Whether anyone subscribes to `topic`: what nobody wants need not be encoded."""
@@ -255,7 +256,7 @@ class Subscriber:
     def receive(self) -> Message | None:
         """The next message, or None when there is none now. A batch's arrays are views of the received parts."""
         while True:
-            if not int(self._socket.get(zmq.EVENTS)) & POLLIN:
+            if not int(self._socket.get(EVENTS)) & POLLIN:
                 return None
             frames = [self._socket.recv(NOBLOCK, copy=False)]
             while frames[-1].more:

@@ -35,7 +35,7 @@ Rows = npt.NDArray[np.void]
 Indices = npt.NDArray[np.intp]
 
 
-@dataclass(frozen=True, slots=False, eq=False)
+@dataclass(eq=False)
 class DatagramBatch:
     """Datagrams of one stream, received together by one worker.
 
@@ -74,16 +74,18 @@ class DatagramBatch:
 
     def check(self) -> None:
         """Raise ValueError when an invariant does not hold."""
-        if len(self) > MAX_ROWS:
-            raise ValueError(f"{len(self)} rows, more than {MAX_ROWS}")
-        if len(self) <= FEW_ROWS:
-            longest, total = max(self.length_list, default=0), sum(self.length_list)
+        count = len(self.rows)
+        if count > MAX_ROWS:
+            raise ValueError(f"{count} rows, more than {MAX_ROWS}")
+        if count <= FEW_ROWS:
+            lengths = self.length_list
+            longest, total = max(lengths, default=0), sum(lengths)
         else:
             column = self.rows["length"]
             longest, total = int(np.maximum.reduce(column)), int(np.add.reduce(column, dtype=np.int64))
         if longest > MAX_DATAGRAM:
             raise ValueError(f"a datagram of {longest} bytes, more than {MAX_DATAGRAM}")
-        size, end = memoryview(self.payload).nbytes, len(self) * self.stride or total
+        size, end = len(self.payload), count * self.stride or total
         if end != size:
             raise ValueError(f"lengths add up to {end}, the payload has {size} bytes")
         if self.stride and longest > self.stride:
