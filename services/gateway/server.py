@@ -37,6 +37,7 @@ from shared.process.lifecycle import (
     OperatorError,
     Readiness,
     descriptor_limit,
+    next_tick,
     worker_name,
 )
 from shared.process.memory import Memory
@@ -237,7 +238,7 @@ class _Server:
             self._announcer.tick(self._accounts)
             readiness.check(listen=self.settings.gateway.listen)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopped.wait(), TICK_SECONDS)
+                await asyncio.wait_for(self._stopped.wait(), next_tick(now := time.monotonic(), TICK_SECONDS) - now)
 
     def _look_for_loops(self) -> None:
         """Once a second: whoever was signed up elsewhere may be at an address that is ours by now."""

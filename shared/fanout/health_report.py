@@ -11,6 +11,7 @@ from shared.bus.messages import MAX_NUMBER, PIECE_SIZE, Health, Troubled, health
 from shared.bus.zmq_sockets import Publisher
 from shared.client import Client, Source, Trouble
 from shared.fanout.health import LOOK_SECONDS, Symptom
+from shared.process.lifecycle import next_tick
 
 TELL_SECONDS = 1.0
 _TROUBLED_SIZE = 48
@@ -39,12 +40,12 @@ class HealthReporter:
     def report(self, look: Callable[[float], Iterable[tuple[Client, Symptom]]]) -> None:
         """Look, and publish what is found, if that is another trouble than was told, or a second has passed."""
         now = time.monotonic()
-        self.due_at = now + LOOK_SECONDS
+        self.due_at = next_tick(now, LOOK_SECONDS)
         troubled = [_troubled(client, symptom, now) for client, symptom in look(now)]
         found = [(each.name, each.generation, each.trouble) for each in troubled]
         if not self._publisher.wanted(self._topic) or (found == self._told and now < self._tell_at):
             return
-        self._told, self._tell_at = found, now + TELL_SECONDS
+        self._told, self._tell_at = found, next_tick(now, TELL_SECONDS)
         pieces, report = list(_cut(troubled)), next(self._reports)
         for number, piece in enumerate(pieces):
             self._publisher.publish(self._topic, Health(self._source, report, number, len(pieces), piece))

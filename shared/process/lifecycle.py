@@ -253,6 +253,17 @@ def announce_ready(service: str, **facts: object) -> None:
     notify("READY=1")
 
 
+def next_tick(now: float, seconds: float) -> float:
+    """The next moment of the monotonic clock that is a multiple of `seconds`.
+
+    Every process looks after its own at these same moments: one wake-up of the machine serves them all.
+
+    >>> next_tick(12.25, 0.5)
+    12.5
+    """
+    return (now // seconds + 1) * seconds
+
+
 def notify(state: str, flags: int = 0) -> None:
     """Tell systemd, where it asked (sd_notify(3)); that it does not listen is no reason to fail."""
     if address := os.environ.get("NOTIFY_SOCKET"):
