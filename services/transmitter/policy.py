@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from shared.datagrams.batch import Indices
+from shared.datagrams.batch import FEW_ROWS, ROW, Indices
 from shared.datagrams.gathered import Gathered
 from shared.datagrams.routing import Prefixes, halves_of
 from shared.datagrams.segments import Mask
@@ -21,6 +21,8 @@ NOBODYS: Final = Prefixes(["0.0.0.0/8", "224.0.0.0/3", "::/128", "ff00::/8"])
 """What no datagram can have come from, nor may go to: this network, multicast, reserved (RFC 6890), unspecified."""
 LOOPBACK: Final = Prefixes(["127.0.0.0/8", "::1/128"])
 """Sources that are true only for a collector on this host."""
+FIRST_OCTET: Final = 16
+"""Of an IPv4 source, in a row's bytes."""
 BURST_SECONDS: Final = 0.1
 """How much of a second's allowance may leave at once."""
 
@@ -46,7 +48,11 @@ class Policy:
 
     def refused_sources(self, batch: Gathered, *, local: bool) -> Mask | None:
         """Which rows may not be copied to a collector, on this host or not, as bool, shape (n,); None: all may."""
-        if self._sources is None and batch.all_ipv4:
+        if self._sources is None and len(batch) <= FEW_ROWS and batch.all_ipv4:
+            firsts = batch.rows.tobytes()[FIRST_OCTET :: ROW.itemsize]
+            if min(firsts) > 0 and max(firsts) < 224 and 127 not in firsts:
+                return None
+        elif self._sources is None and batch.all_ipv4:
             first = batch.rows["address"][:, 12]
             if not ((first - np.uint8(1) >= 223) | (first == 127)).any():  # none from 0 or 224 on, nor loopback
                 return None

@@ -14,6 +14,7 @@ import structlog
 
 from services.transmitter.addressing import Identification
 from services.transmitter.destination import Copies
+from services.transmitter.few import FEW_ROWS, FewFrames, Frame, frames_of
 from services.transmitter.next_hops import Neighbourhood, Way, WayKind
 from services.transmitter.packet_socket import Exits, PacketSocket
 from services.transmitter.plan import FramePlan, largest_payload
@@ -62,6 +63,7 @@ class Sender:
         self.follow(settings)
         self._exits = Exits(sockets.packet, sockets.ip4, sockets.ip6)
         self._crew = SendThreads()
+        self._few = FewFrames()
         self._plans = [FramePlan() for _ in range(MEMBERS)]
         self._numbers: WeakValueDictionary[str, Identification] = WeakValueDictionary()
         self._held = held
@@ -82,6 +84,7 @@ class Sender:
         """Give each collector its rows. Collectors that are reached in the same way share a plan."""
         verdicts = Verdicts(self.policy, batch)
         by_key: dict[Key, list[Share]] = {}
+        framed: dict[tuple[int, int, bool], list[Frame] | None] = {}
         # Where frames a second are limited the first get what there is: in the long run everybody is first as often.
         first = random.randrange(len(routed)) if routed and self.policy.limited else 0
         for copies, selection in routed[first:] + routed[:first]:
@@ -98,10 +101,37 @@ class Sender:
                 self._holding.add(copies)
                 continue
             self._release(copies, way)
-            key = copies.version, way.mtu, way.kind, self._exits.of(way, copies.version)
-            by_key.setdefault(key, []).append(Share(copies, way, rows))
+            exit_ = self._exits.of(way, copies.version)
+            share = Share(copies, way, rows)
+            if len(batch) <= FEW_ROWS and copies.version == 4 and way.kind is WayKind.FRAMES:
+                rest = self._send_few(batch, exit_, share, framed)
+                if rest is None:
+                    continue
+                share = rest
+            by_key.setdefault((copies.version, way.mtu, way.kind, exit_), []).append(share)
         for key, shares in by_key.items():
             self._send_all(batch, key, shares)
+
+    def _send_few(
+        self,
+        batch: Gathered,
+        exit_: PacketSocket,
+        share: Share,
+        framed: dict[tuple[int, int, bool], list[Frame] | None],
+    ) -> Share | None:
+        """Send a collector its few rows; return what is left to be sent. `framed` has what was planned of the batch."""
+        segmentation, mtu = self._segmentation and exit_.segmentation, share.way.mtu
+        key = id(share.rows), mtu, segmentation
+        if key not in framed:
+            framed[key] = frames_of(batch, share.rows, mtu, segmentation=segmentation)
+        frames = framed[key]
+        if frames is None:
+            return share
+        target = share.copies.target(share.way)
+        self._few.build(frames)
+        self._few.address(target, exit_.name(target), share.copies.numbers)
+        sent = exit_.send_few(self._few, frames, share.copies.account)
+        return None if sent == len(frames) else replace(share, rows=self._few.rest(sent))
 
     def _send_all(self, batch: Gathered, key: Key, shares: list[Share]) -> None:
         """Send to collectors that are reached in the same way: those with the same rows, then all that are left."""
