@@ -156,13 +156,13 @@ class Outlet:
             for buffers in few.sends:
                 self._socket.sendmsg(buffers, few.controls)
                 sent += 1
-            sent = len(few.lengths)
         except OSError as error:
             if error.errno in STOPS:
                 self._note(error.errno)
-        self.account[DELIVERED] += sent
-        self.account[BYTES] += sum(few.lengths if sent == len(few.lengths) else few.lengths[:sent])
-        return sent
+        rows = sum(few.rows[:sent])
+        self.account[DELIVERED] += rows
+        self.account[BYTES] += sum(few.sizes[:sent])
+        return rows
 
     def _send(self, plan: SendPlan, at: int, stop: int) -> int:
         """Send or drop sends `at` to `stop`; return the number of the first that was neither, else `stop`."""

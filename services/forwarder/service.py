@@ -16,7 +16,6 @@ from shared.client import Client, Source
 from shared.datagrams.batch import Indices
 from shared.datagrams.gathered import Gathered, portions
 from shared.datagrams.routing import Selection
-from shared.datagrams.segments import MAX_SEGMENTS
 from shared.fanout.send_threads import SendThreads
 from shared.fanout.service import CopyService
 from shared.settings.model import Settings
@@ -45,10 +44,9 @@ class Relay(CopyService[Outlet]):
 
     def send(self, batch: Gathered, routed: list[tuple[Outlet, Selection]]) -> None:
         """Give each collector its rows. Who gets the same ones shares a part of a plan; parts share the planning."""
-        if len(batch) <= MAX_SEGMENTS:
-            routed = self._send_few(batch, routed)
-            if not routed:
-                return
+        routed = self._send_few(batch, routed)
+        if not routed:
+            return
         by_segment: dict[int, dict[int, tuple[Selection, list[Outlet]]]] = {}
         for outlet, selection in routed:
             if outlet.held and not self._release(outlet, time.monotonic()):
@@ -73,9 +71,9 @@ class Relay(CopyService[Outlet]):
             few = planned[key]
             if few is None or outlet.held:
                 left.append((outlet, selection))
-            elif (sent := outlet.send_few(few)) < len(few.lengths):
+            elif (sent := outlet.send_few(few)) < (count := sum(few.rows)):
                 rows = selection.indices
-                rest = np.arange(sent, len(few.lengths)) if rows is None else rows[sent:]
+                rest = np.arange(sent, count) if rows is None else rows[sent:]
                 left.append((outlet, Selection(rest)))
         return left
 
