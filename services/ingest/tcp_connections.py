@@ -166,6 +166,8 @@ class Connections:
 
     def serve(self) -> None:
         """Read connections that have something to say, in turn, as long as a turn may take."""
+        if not self._readable:
+            return
         deadline = time.monotonic() + TURN_SECONDS
         while self._readable and time.monotonic() < deadline:
             connection = next(iter(self._readable))
