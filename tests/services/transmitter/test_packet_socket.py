@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import services.transmitter.packet_socket
 import services.transmitter.sender
+import services.transmitter.sender
 import shared.datagrams.mmsg
 from services.transmitter.next_hops import Way, WayKind
 from services.transmitter.packet_socket import MAX_SKIPS, PATIENCE_SECONDS, PATIENCE_SHARE, Exits
@@ -51,6 +52,7 @@ class Kernel:
         self.afterwards = ENOUGH
         self.calls = 0
         monkeypatch.setattr(services.transmitter.packet_socket, "send", self.send)
+        monkeypatch.setattr(services.transmitter.sender, "frames_of", lambda *_, **__: None)  # few try once more
 
     def send(self, descriptor: int, messages: Any, start: int, stop: int) -> tuple[int, int]:
         """Do as told, then as `afterwards`."""
