@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 import services.transmitter.packet_socket
 import services.transmitter.sender
-import services.transmitter.sender
 import shared.datagrams.mmsg
 from services.transmitter.next_hops import Way, WayKind
 from services.transmitter.packet_socket import MAX_SKIPS, PATIENCE_SECONDS, PATIENCE_SHARE, Exits
