@@ -32,8 +32,9 @@ CUT_OFF_RESERVE: Final = 2
 LAST_RESERVE: Final = 4
 """Nothing passes when it is one part in so many, into which the queues of publishers have to fit."""
 NEAR_MS: Final = 20
-FAR_MS: Final = 100
-"""Between two looks, also while little is taken: the bus brings up to a GB a second."""
+FAR_MS: Final = 250
+FASTEST: Final = 1 << 30
+"""Between two looks, also while little is taken; and bytes a second that the bus brings at most."""
 
 log = structlog.get_logger()
 
@@ -62,7 +63,11 @@ class StalledSubscribers:
         if self._held != (self._memory.used > ceiling - ceiling // LAST_RESERVE > 0):
             self._held = not self._held
             self._hold(self._held)
-        return NEAR_MS if self._memory.used > ceiling // 4 else FAR_MS
+        if not ceiling:
+            return FAR_MS
+        # The time in which what is left until subscribers are cut off could be taken.
+        left = ceiling // CUT_OFF_RESERVE - self._memory.used
+        return max(NEAR_MS, min(FAR_MS, 1000 * left // FASTEST))
 
     def _cut_off(self) -> None:
         """End the connections of subscribers that have read nothing for a while."""

@@ -8,6 +8,7 @@ from typing import Final
 
 import structlog
 
+from services.forwarder.few import Few
 from services.forwarder.plan import SendPlan
 from services.forwarder.socket_options import HEADERS, open_socket, path_mtu, source_of_new_socket
 from shared.client import Client
@@ -127,6 +128,26 @@ class Destination:
             self._withhold(plan, first, stop)
             return plan.rows_of(part)
         return int(plan.rows_before[self._send(plan, first, stop)] - plan.rows_before[first])
+
+    def send_few(self, few: Few) -> int:
+        """Send datagrams; return how many have left. The rest is for `send`, which handles errors.
+
+        An error that may be the answer to an earlier datagram is noted here, since the kernel tells it once.
+        """
+        if self._withholding or self._socket is None:
+            return 0
+        sent = 0
+        try:
+            for buffers in few.sends:
+                self._socket.sendmsg(buffers, few.controls)
+                sent += 1
+        except OSError as error:
+            if (number := error.errno or 0) in RELAY_CAUSES:
+                self._note(number)
+        rows = sum(few.rows[:sent])
+        self.account[DELIVERED] += rows
+        self.account[BYTES] += sum(few.sizes[:sent])
+        return rows
 
     def _send(self, plan: SendPlan, at: int, stop: int) -> int:
         """Send or drop sends `at` to `stop`; return the number of the first that was neither, else `stop`."""

@@ -11,6 +11,7 @@ from typing import ClassVar, Final
 import numpy as np
 
 from services.forwarder.destination import Destination
+from services.forwarder.few import Few, few_of
 from services.forwarder.plan import SendPlan
 from shared.client import Client, Source
 from shared.datagrams.batch import Indices
@@ -46,6 +47,9 @@ class ForwarderService(CopyService[Destination]):
 
     def send(self, batch: Gathered, routed: list[tuple[Destination, Selection]]) -> None:
         """Give each collector its rows. Who gets the same ones shares a part of a plan; parts share the planning."""
+        routed = self._send_few(batch, routed)
+        if not routed:
+            return
         by_segment: dict[int, dict[int, tuple[Selection, list[Destination]]]] = {}
         for destination, selection in routed:
             if destination.held and not self._release(destination, time.monotonic()):
@@ -58,6 +62,25 @@ class ForwarderService(CopyService[Destination]):
             whole = [[part] for part in parts if part[0] is None]
             for together in (*whole, *portions([part for part in parts if _rows_of(part)], _rows_of)):
                 self._transmit(batch, together, largest_segment)
+
+    def _send_few(
+        self, batch: Gathered, routed: list[tuple[Destination, Selection]]
+    ) -> list[tuple[Destination, Selection]]:
+        """Send collectors their rows where these are few and nothing hinders that; return what is left to be sent."""
+        planned: dict[tuple[int, int], Few | None] = {}
+        left = []
+        for destination, selection in routed:
+            key = (id(selection), destination.largest_segment)
+            if key not in planned:
+                planned[key] = few_of(batch, selection.indices, destination.largest_segment)
+            few = planned[key]
+            if few is None or destination.held:
+                left.append((destination, selection))
+            elif (sent := destination.send_few(few)) < (count := sum(few.rows)):
+                rows = selection.indices
+                rest = np.arange(sent, count) if rows is None else rows[sent:]
+                left.append((destination, Selection(rest)))
+        return left
 
     def _transmit(self, batch: Gathered, parts: list[Part], largest_segment: int) -> None:
         every = [indices for indices, _ in parts]

@@ -40,6 +40,7 @@ from shared.process.lifecycle import (
     OperatorError,
     Readiness,
     descriptor_limit,
+    next_tick,
     worker_name,
 )
 from shared.process.memory import Memory
@@ -247,7 +248,7 @@ class _Server:
             self._announcer.tick(self._accounts)
             readiness.check(listen=self.settings.gateway.listen)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopped.wait(), TICK_SECONDS)
+                await asyncio.wait_for(self._stopped.wait(), next_tick(now := time.monotonic(), TICK_SECONDS) - now)
 
     def _expel_new_loops(self) -> None:
         """Once a second: the address of a collector may have become one of this host's."""

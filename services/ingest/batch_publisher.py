@@ -81,6 +81,12 @@ class StreamFeed:
         if sent and loan and self._pool:
             self._pool.lent(loan)
 
+    def publish_few(self, received_ns: int, count: int, rows: bytes, payload: bytes) -> None:
+        """Put a few datagrams that were counted by `receive` on the bus, as the arrays are sent."""
+        body = Datagrams(self.stream, received_ns, self._lent)
+        sent = self._publisher.publish(self.topic, body, None, (rows, payload), count)
+        self.account[PUBLISHED if sent else BUS_FULL] += count
+
     def mark(self, now_ns: int) -> None:
         """Tell a new subscriber where the sequence stands, by a batch without rows; owed while the bus takes none."""
         if self._pool:

@@ -21,6 +21,8 @@ from shared.net.addresses import LOCAL_SENDER
 from shared.net.bpf import refuse_input
 from shared.net.sockets import InheritedSocket, close_listener, kernel_drops
 
+FEW_ROWS: Final = 16
+"""Datagrams; handled one by one they cost less than as columns."""
 SMALLEST_STRIDE: Final = 256
 """Bytes, for datagrams of different lengths: a power of two that the longest is not above."""
 MAX_FAILURES: Final = 100
@@ -59,7 +61,9 @@ class DatagramReceiver:
             self.count_kernel_drops()  # up to now they are the other stream's
             self._feed, self._account = feed, account
         self._numbered = feed.exporters if self._family != socket.AF_UNIX else None
+        self._account[TRUNCATED] += 0
         self._replier = Replier(self._socket, reply, feed.account) if reply and self._family != socket.AF_UNIX else None
+        self._plain = self._numbered is None and self._replier is None and self._family != socket.AF_UNIX
 
     def fileno(self) -> int:
         """The socket's descriptor."""
@@ -80,6 +84,10 @@ class DatagramReceiver:
             self._failures = self._account[RECEIVE_ERRNO] = 0
         if count == 0:
             return 0, 0
+        if count <= FEW_ROWS and self._plain and loan is None:
+            few = arena.lengths_of_few(count)
+            if sum(few) < LENT_SIZE:
+                return self._take_few(few)
         received_ns = time.time_ns()
         lengths = arena.lengths(count)
         size, longest = int(np.add.reduce(lengths)), int(np.maximum.reduce(lengths))
@@ -102,16 +110,33 @@ class DatagramReceiver:
             if loan and size >= LENT_SIZE and longest <= self._stride:
                 self._feed.publish(received_ns, rows, loan.memory[: count * self._stride], loan, self._stride)
             else:
-                self._compact(received_ns, rows, lengths, size)
+                self._compact(received_ns, rows, lengths, size, longest)
         if self._replier:
             self._replier.reply(arena, count)
         arena.restore(count)
         self._stride = stride_for(longest, equal=size == longest * count) if size >= LENT_SIZE else 0
         return count, size
 
-    def _compact(self, received_ns: int, rows: Rows, lengths: Lengths, size: int) -> None:
+    def _take_few(self, lengths: list[int]) -> tuple[int, int]:
+        """Take what has come without arrays, which cost more than a few datagrams do."""
+        count, size = len(lengths), sum(lengths)
+        received_ns = time.time_ns()
+        account, arena = self._account, self._arena
+        account[RECEIVED] += count
+        account[BYTES] += size
+        if self._feed.receive(count, size):
+            rows, payload = arena.rows_of_few(lengths, self._family), arena.payload_of_few(lengths)
+            self._feed.publish_few(received_ns, count, rows, payload)
+        arena.restore(count)
+        self._stride = 0
+        return count, size
+
+    def _compact(self, received_ns: int, rows: Rows, lengths: Lengths, size: int, longest: int) -> None:
         """Put what did not come to its place on the bus, end to end and as many batches as it takes."""
         start = 0
+        if size <= MAX_PAYLOAD and longest <= MAX_DATAGRAM and self._feed.lend(size) is None:
+            self._feed.publish(received_ns, rows, self._arena.payload(0, len(lengths)))
+            return
         while start < len(lengths):
             loan = self._feed.lend(size)
             start, stop = next_stretch(lengths, start, CHUNK if loan else MAX_PAYLOAD)

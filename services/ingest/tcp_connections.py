@@ -190,6 +190,8 @@ class ExporterConnections:
 
     def read_due(self) -> None:
         """Read connections that have something to say, in turn, as long as a turn may take."""
+        if not self._readable:
+            return
         deadline = time.monotonic() + TURN_SECONDS
         while self._readable and time.monotonic() < deadline:
             connection = next(iter(self._readable))

@@ -223,7 +223,7 @@ class Worker:
         reload = Reload(self._name, lifecycle, self._settings, self.apply_settings)
         # Registered to wake the loop; each turn looks at both anyway.
         self._selector.register(lifecycle, selectors.EVENT_READ, lifecycle.heed)
-        self._selector.register(self._publisher, selectors.EVENT_READ, lambda: None)
+        self._greeting = self._selector.register(self._publisher, selectors.EVENT_READ, lambda: None)
         while not lifecycle.draining:
             self._turn()
             if self._held_back and self._publisher.ready:
@@ -245,7 +245,8 @@ class Worker:
         patience = 0.0 if self._leaving else max(0.0, self._reporter.due_at - time.monotonic())
         ready = self._selector.select(patience)
         self._count = self._size = 0
-        self._greet()  # first, so that what comes now goes to who has just subscribed
+        if self._greeting in [key for key, _ in ready]:
+            self._greet()  # first, so that what comes now goes to who has just subscribed
         self._memory.measure()
         for key, _ in ready:
             key.data()
@@ -256,7 +257,7 @@ class Worker:
             self._spreader.renew()
             self._settle()
             self._report()
-        self._greet()
+        self._greet()  # what was published may have swallowed the edge by which the next turn would hear of one
         if self._count:
             self._let_fill(now)
 

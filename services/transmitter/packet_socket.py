@@ -11,6 +11,7 @@ import numpy as np
 
 from services.transmitter.addressing import Addressing
 from services.transmitter.destination import Destination
+from services.transmitter.few import FewFrames, Frame
 from services.transmitter.headers import ETHERTYPE_IPV4, ETHERTYPE_IPV6
 from services.transmitter.next_hops import Egress, EgressKind
 from services.transmitter.plan import FramePlan
@@ -91,6 +92,14 @@ class PacketSocket:
             at = plan.first_frame(last)
         _account(plan, stop, dropped, [destination.account for destination in destinations])
         return int(plan.rows_before[stop])
+
+    def send_few(self, few: FewFrames, frames: list[Frame], account: Counter[str]) -> int:
+        """Send frames to one collector; return how many have left. The rest is for `send`, which handles errors."""
+        taken, _ = send(self._socket.fileno(), few.messages, 0, len(frames))
+        left = frames if taken == len(frames) else frames[:taken]
+        account[DELIVERED] += sum([len(frame.rows) for frame in left])
+        account[BYTES] += sum([frame.size for frame in left])
+        return taken
 
     def _wait(self) -> bool:
         """Give the interface a moment, unless it has had its part of the time; return whether it was given one."""

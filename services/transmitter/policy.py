@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from shared.datagrams.batch import Indices
+from shared.datagrams.batch import FEW_ROWS, ROW, Indices
 from shared.datagrams.gathered import Gathered
 from shared.datagrams.prefixes import Prefixes, halves_of
 from shared.datagrams.segments import Mask
@@ -24,6 +24,8 @@ LOOPBACK: Final = Prefixes(["127.0.0.0/8", "::1/128"])
 """Sources that are true only for a collector on this host."""
 LINK_LOCAL: Final = Prefixes(["169.254.0.0/16", "fe80::/10"])
 """Sources that are true only for a collector without a router in between, which drops them (RFC 3927, RFC 4291)."""
+FIRST_OCTET: Final = 16
+"""Of an IPv4 source, in a row's bytes."""
 BURST_SECONDS: Final = 0.1
 """How much of a second's allowance may leave at once."""
 
@@ -57,8 +59,13 @@ class Policy:
 
     def refused_sources(self, batch: Gathered, reach: Reach) -> Mask | None:
         """Which rows may not be copied to a collector, as bool, shape (n,); None: all may."""
-        if self._sources is None and batch.all_ipv4:
-            first = batch.rows["address"][:, 12]  # none of those below begins otherwise
+        # An IPv4 source is looked at only where one begins as those do that may be refused.
+        if self._sources is None and len(batch) <= FEW_ROWS and batch.all_ipv4:
+            firsts = batch.rows.tobytes()[FIRST_OCTET :: ROW.itemsize]
+            if min(firsts) > 0 and max(firsts) < 224 and not {127, 169}.intersection(firsts):
+                return None
+        elif self._sources is None and batch.all_ipv4:
+            first = batch.rows["address"][:, 12]
             if not ((first - np.uint8(1) >= 223) | (first == 127) | (first == 169)).any():
                 return None
         halves = halves_of(batch)

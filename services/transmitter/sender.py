@@ -14,6 +14,7 @@ import structlog
 
 from services.transmitter.addressing import Identification
 from services.transmitter.destination import Destination
+from services.transmitter.few import FEW_ROWS, FewFrames, Frame, frames_of
 from services.transmitter.next_hops import Egress, EgressKind, NextHops
 from services.transmitter.packet_socket import PacketSocket, PacketSockets
 from services.transmitter.plan import FramePlan, largest_payload
@@ -62,6 +63,7 @@ class Sender:
         self.apply_settings(settings)
         self._packet_sockets = PacketSockets(sockets.packet, sockets.ip4, sockets.ip6)
         self._threads = SendThreads()
+        self._few = FewFrames()
         self._plans = [FramePlan() for _ in range(MEMBERS)]
         self._numbers: WeakValueDictionary[str, Identification] = WeakValueDictionary()
         self._held = held
@@ -82,6 +84,7 @@ class Sender:
         """Give each collector its rows. Collectors that are reached in the same way share a plan."""
         verdicts = Verdicts(self.policy, batch)
         by_key: dict[Key, list[Share]] = {}
+        framed: dict[tuple[int, int, bool], list[Frame] | None] = {}
         # Where frames a second are limited the first get what there is: in the long run everybody is first as often.
         first = random.randrange(len(routed)) if routed and self.policy.limited else 0
         for destination, selection in routed[first:] + routed[:first]:
@@ -98,15 +101,37 @@ class Sender:
                 self._holding.add(destination)
                 continue
             self._release(destination, egress)
-            key = (
-                destination.version,
-                egress.mtu,
-                egress.kind,
-                self._packet_sockets.for_egress(egress, destination.version),
-            )
-            by_key.setdefault(key, []).append(Share(destination, egress, rows))
+            packet_socket = self._packet_sockets.for_egress(egress, destination.version)
+            share = Share(destination, egress, rows)
+            if len(batch) <= FEW_ROWS and destination.version == 4 and egress.kind is EgressKind.FRAMES:
+                rest = self._send_few(batch, packet_socket, share, framed)
+                if rest is None:
+                    continue
+                share = rest
+            by_key.setdefault((destination.version, egress.mtu, egress.kind, packet_socket), []).append(share)
         for key, shares in by_key.items():
             self._send_all(batch, key, shares)
+
+    def _send_few(
+        self,
+        batch: Gathered,
+        packet_socket: PacketSocket,
+        share: Share,
+        framed: dict[tuple[int, int, bool], list[Frame] | None],
+    ) -> Share | None:
+        """Send a collector its few rows; return what is left to be sent. `framed` has what was planned of the batch."""
+        segmentation, mtu = self._segmentation and packet_socket.gso.usable, share.egress.mtu
+        key = id(share.rows), mtu, segmentation
+        if key not in framed:
+            framed[key] = frames_of(batch, share.rows, mtu, segmentation=segmentation)
+        frames = framed[key]
+        if frames is None:
+            return share
+        to, destination = share.destination.addressing(share.egress), share.destination
+        self._few.build(frames)
+        self._few.address(to, packet_socket.name(to), destination.numbers)
+        sent = packet_socket.send_few(self._few, frames, destination.account)
+        return None if sent == len(frames) else replace(share, rows=self._few.rest(sent))
 
     def _send_all(self, batch: Gathered, key: Key, shares: list[Share]) -> None:
         """Send to collectors that are reached in the same way: those with the same rows, then all that are left."""

@@ -328,8 +328,10 @@ def _decode_batch(envelope: Envelope, body: Datagrams, parts: Sequence[Part], bo
     from shared.datagrams.batch import DatagramBatch, read_rows  # others start without numpy
 
     rows = read_rows(parts[3])
-    size = body.stride * len(rows) or int(rows["length"].sum())
-    payload = parts[4] if body.chunk is None else borrow(envelope, body, size)
+    if body.chunk is None:
+        payload = parts[4]
+    else:
+        payload = borrow(envelope, body, body.stride * len(rows) or int(rows["length"].sum()))
     batch = DatagramBatch(body.stream, body.received_ns, rows, payload, body.stride)
     batch.check()
     return batch

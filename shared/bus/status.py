@@ -12,6 +12,7 @@ from shared.bus.messages import MAX_NUMBER, Envelope, Status, status_topic
 from shared.bus.pieces import Assembler, cut
 from shared.bus.zmq_sockets import Publisher
 from shared.ledger import DISCREPANCIES, Accounts, discrepancies
+from shared.process.lifecycle import next_tick
 from shared.process.memory import Memory
 
 INTERVAL_SECONDS = 1.0
@@ -45,7 +46,7 @@ class Reporter:
     def report(self, accounts: Callable[[], Mapping[str, Mapping[str, int]]]) -> None:
         """Check the accounts as they are now, and publish them if anybody listens."""
         now = time.monotonic()
-        self.due_at = now + INTERVAL_SECONDS
+        self.due_at = next_tick(now, INTERVAL_SECONDS)
         wanted = self._publisher.wanted(self._topic)
         if not wanted and now < self._check_at:
             return

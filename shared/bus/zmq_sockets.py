@@ -13,7 +13,7 @@ import secrets
 import stat
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -52,6 +52,12 @@ MAX_SUBSCRIPTION: Final = 2 * MAX_TOPIC
 each byte of a subscription in a node of its own: one of 1 MB would take over 100 MB of the broker."""
 SUBSCRIPTIONS_MAX: Final = 4096
 """Bounds the memory that a hostile subscriber can take of a publisher."""
+
+EVENTS: Final = int(zmq.EVENTS)
+POLLIN: Final = int(zmq.POLLIN)
+NOBLOCK: Final = int(zmq.NOBLOCK)
+MORE: Final = int(zmq.NOBLOCK | zmq.SNDMORE)
+"""Numbers, for what is done with every message: `|` and `&` of enums take longer than the call that they are for."""
 
 log = structlog.get_logger()
 
@@ -138,8 +144,10 @@ class Publisher:
 
     def new_subscriptions(self) -> list[str]:
         """Read what subscribers sent since the last call; return the prefixes newly subscribed to, each once."""
+        if not self._readable():
+            return []
         fresh: dict[str, None] = {}
-        while int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
+        while self._readable():
             said = self._socket.recv(zmq.NOBLOCK)
             self._wanted.clear()
             prefix = said[1:]
@@ -150,6 +158,9 @@ class Publisher:
                 self._subscriptions.discard(prefix)
         return list(fresh)
 
+    def _readable(self) -> bool:
+        return bool(int(self._socket.get(EVENTS)) & POLLIN)
+
     def wanted(self, topic: str) -> bool:
         """Return whether anyone subscribes to `topic`: a message that nobody wants need not be encoded."""
         known = self._wanted.get(topic)
@@ -158,10 +169,23 @@ class Publisher:
             self._wanted[topic] = known
         return known
 
-    def publish(self, topic: str, body: Body, batch: "DatagramBatch | None" = None) -> bool:
-        """Put a message on the bus. Return False, with nothing sent, when its queue is at the high-water mark."""
-        # The receiver of a reply chooses its topic: nothing is kept for it.
-        numbering = _Numbering() if topic.startswith(REPLY_PREFIX) else self._numbering.setdefault(topic, _Numbering())
+    def publish(
+        self,
+        topic: str,
+        body: Body,
+        batch: "DatagramBatch | None" = None,
+        arrays: Sequence[Part] = (),
+        count: int = 0,
+    ) -> bool:
+        """Put a message on the bus. Return False, with nothing sent, when its queue is at the high-water mark.
+
+        Instead of a batch there may be its arrays as they are sent, and how many rows they have.
+        """
+        numbering = self._numbering.get(topic)
+        if numbering is None:
+            numbering = _Numbering()
+            if not topic.startswith(REPLY_PREFIX):  # the receiver of a reply chooses its topic: nothing is kept for it
+                self._numbering[topic] = numbering
         parts = encode(
             topic,
             body,
@@ -171,12 +195,15 @@ class Publisher:
             total=numbering.total,
             batch=batch,
         )
+        parts += arrays
         try:
-            self._socket.send_multipart(parts, zmq.NOBLOCK)
+            for part in parts[:-1]:
+                self._socket.send(part, MORE)
+            self._socket.send(parts[-1], NOBLOCK)
         except zmq.Again:
             return False
         numbering.sequence += 1
-        numbering.total += len(batch) if batch is not None else 0
+        numbering.total += len(batch) if batch is not None else count
         return True
 
     def close(self) -> None:
@@ -231,10 +258,11 @@ class Subscriber:
     def receive(self) -> Message | None:
         """Return the next message, or None when there is none now. A batch's arrays are views of the received parts."""
         while True:
-            try:
-                frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
+            if not int(self._socket.get(EVENTS)) & POLLIN:
                 return None
+            frames = [self._socket.recv(NOBLOCK, copy=False)]
+            while frames[-1].more:
+                frames.append(self._socket.recv(NOBLOCK, copy=False))
             # Small parts as bytes; the arrays stay where ZeroMQ received them, kept alive by the views on them.
             parts: list[Part] = [frame.bytes for frame in frames[:3]]
             parts += [frame.buffer for frame in frames[3:6]]

@@ -12,7 +12,7 @@ from typing import Final, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from shared.datagrams.batch import ROW, DatagramBatch, Indices, Rows
+from shared.datagrams.batch import FEW_ROWS, ROW, DatagramBatch, Indices, Rows
 from shared.datagrams.limits import MAX_ROWS
 from shared.net.addresses import V4_MAPPED
 
@@ -88,6 +88,9 @@ class Gathered:
     @cached_property
     def all_ipv4(self) -> bool:
         """Return whether every source is an IPv4 address."""
+        if len(self.rows) <= FEW_ROWS:
+            packed = self.rows.tobytes()
+            return all(packed[at : at + 12] == V4_MAPPED for at in range(4, len(packed), ROW.itemsize))
         return bool(self.ipv4.all())
 
     @cached_property

@@ -9,6 +9,7 @@ import errno
 import mmap
 import os
 import socket
+import struct
 from typing import Final
 
 import numpy as np
@@ -52,6 +53,11 @@ REFUSED: Final = (errno.ENOSYS, errno.EPERM)
 SLOT: Final = 65_536
 """Bytes a datagram may take in the arena: more than UDP can carry, so none is ever cut."""
 
+_NAME4: Final = struct.Struct("!2xH4s20x")
+_NAME6: Final = struct.Struct("!2xH4x16s4x")
+_ROW: Final = struct.Struct("<HH16s")
+"""SOCKADDR and ROW for those that are handled one by one."""
+
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 _libc.recvmmsg.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_int, ctypes.c_void_p]
 _libc.sendmmsg.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_int]
@@ -82,8 +88,11 @@ class ReceiveArena:
         self._starts = list(range(0, MAX_ROWS * SLOT, SLOT))
         self.names = np.zeros(MAX_ROWS, SOCKADDR)
         slots = addresses_of(self._slots, SLOT, MAX_ROWS)
+        self._names_as_bytes = self.names.view(np.uint8).reshape(-1).data
         self._whole, self._single = self._vector(1)
+        self._numbers = self._whole.view(np.uint32).reshape(-1).data
         self._split, self._pieces = self._vector(2)
+        self._at = {id(headers): headers.ctypes.data for headers in (self._whole, self._split)}
         for pieces in (self._single, self._pieces):
             pieces["base"][:, -1], pieces["len"][:, -1] = slots, SLOT
         self._number = np.arange(MAX_ROWS, dtype=np.uint64)
@@ -124,7 +133,7 @@ class ReceiveArena:
 
     def _receive(self, descriptor: int, most: int) -> int:
         """Do as recvmmsg(2) does; where a sandbox refuses that, call recvmsg(2) for each datagram."""
-        at = self.headers.ctypes.data
+        at = self._at[id(self.headers)]
         if not self._one_by_one:
             count = int(_libc.recvmmsg(descriptor, at, most, socket.MSG_DONTWAIT, None))
             if count >= 0 or ctypes.get_errno() not in REFUSED:
@@ -148,6 +157,28 @@ class ReceiveArena:
     def lengths(self, count: int) -> npt.NDArray[np.uint32]:
         """Sizes of the received datagrams, uint32, shape (count,): a view. One of `SLOT` bytes may have been cut."""
         return self.headers["len"][:count]
+
+    def lengths_of_few(self, count: int) -> list[int]:
+        """As `lengths`, for a few datagrams that were received without a place."""
+        return self._numbers[14 : 16 * count : 16].tolist()
+
+    def rows_of_few(self, lengths: list[int], family: int) -> bytes:
+        """As `rows`, of lengths, as bytes."""
+        names = self._names_as_bytes[: SOCKADDR.itemsize * len(lengths)]
+        if family == socket.AF_INET:
+            return b"".join(
+                [_ROW.pack(length, port, V4_MAPPED + address)
+                 for length, (port, address) in zip(lengths, _NAME4.iter_unpack(names), strict=True)]
+            )  # fmt: skip
+        return b"".join(
+            [_ROW.pack(length, port, address)
+             for length, (port, address) in zip(lengths, _NAME6.iter_unpack(names), strict=True)]
+        )  # fmt: skip
+
+    def payload_of_few(self, lengths: list[int]) -> bytes:
+        """Their payloads, end to end."""
+        slots = self._bytes
+        return b"".join([slots[at : at + length] for at, length in zip(self._starts, lengths, strict=False)])
 
     def truncated(self, count: int) -> int:
         """Return the number of datagrams that were cut (MSG_TRUNC) though UDP can carry them: none that fit a slot."""

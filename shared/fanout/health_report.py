@@ -12,6 +12,7 @@ from shared.bus.pieces import cut
 from shared.bus.zmq_sockets import Publisher
 from shared.client import Client, Source, Trouble
 from shared.fanout.health import EXAMINE_SECONDS, Symptom
+from shared.process.lifecycle import next_tick
 
 REPEAT_SECONDS = 1.0
 _TROUBLED_SIZE = 48
@@ -40,12 +41,12 @@ class HealthReporter:
     def report(self, look: Callable[[float], Iterable[tuple[Client, Symptom]]]) -> None:
         """Examine the collectors; publish their troubles if they differ from the last report or a second has passed."""
         now = time.monotonic()
-        self.due_at = now + EXAMINE_SECONDS
+        self.due_at = next_tick(now, EXAMINE_SECONDS)
         troubled = [_troubled(client, symptom, now) for client, symptom in look(now)]
         found = [(each.name, each.generation, each.trouble) for each in troubled]
         if not self._publisher.wanted(self._topic) or (found == self._told and now < self._tell_at):
             return
-        self._told, self._tell_at = found, now + REPEAT_SECONDS
+        self._told, self._tell_at = found, next_tick(now, REPEAT_SECONDS)
         pieces, report = cut(troubled, _size_of), next(self._reports)
         for number, piece in enumerate(pieces):
             self._publisher.publish(self._topic, Health(self._source, report, number, len(pieces), piece))

@@ -175,13 +175,15 @@ class CopyService(ABC, Generic[D]):
         if self._memory.measure():
             self.held.halve()
         self._work_at = time.monotonic() + self.work()
-        self._apply()
-        self._answer()
-        fresh = self._publisher.new_subscriptions()
-        if self._health.asked_for(fresh) or time.monotonic() >= self._health.due_at:
+        if self._serving != self._replica.version:
+            self._apply()
+        if self._waiting:
+            self._answer()
+        fresh, now = self._publisher.new_subscriptions(), time.monotonic()
+        if now >= self._health.due_at or (fresh and self._health.asked_for(fresh)):
             self._collectors.refresh()
             self._health.report(self._collectors.troubled)
-        if self._reporter.asked_for(fresh) or time.monotonic() >= self._reporter.due_at:
+        if now >= self._reporter.due_at or (fresh and self._reporter.asked_for(fresh)):
             self._report()
         return handled
 

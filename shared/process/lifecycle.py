@@ -261,6 +261,17 @@ def announce_ready(service: str, **facts: object) -> None:
     notify("READY=1")
 
 
+def next_tick(now: float, seconds: float) -> float:
+    """The next moment of the monotonic clock that is a multiple of `seconds`.
+
+    Every process looks after its own at these same moments: one wake-up of the machine serves them all.
+
+    >>> next_tick(12.25, 0.5)
+    12.5
+    """
+    return (now // seconds + 1) * seconds
+
+
 def notify(state: str, flags: int = 0) -> None:
     """Send a state to systemd, where it asked (sd_notify(3)); it is no fault if systemd does not listen."""
     if address := os.environ.get("NOTIFY_SOCKET"):

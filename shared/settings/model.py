@@ -209,7 +209,7 @@ class Ingest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The workers that take datagrams in."""
 
     fill_ms: Annotated[float, Meta(ge=0, le=100)] = 4.0
-    """Time that a worker may wait for a batch to fill when small batches come back to back; 0: none."""
+    """The longest that a datagram may wait for others under steady load, in milliseconds; 0: it never waits."""
     spread: Spread = "flow"
     """Basis on which a worker is chosen for a datagram; by `datagram`, those of an exporter may change order."""
     tcp_connections: Count = 1024

@@ -73,13 +73,15 @@ class PlayedMemory(Memory):
 def test_nothing_passes_from_three_quarters_on(tmp_path: Path) -> None:
     """The loop is told once to hold messages, and once to pass them again; it is looked at more often by then."""
     orders: list[bool] = []
-    memory = PlayedMemory(1000)
+    memory = PlayedMemory(1000 << 20)
     stalled = StalledSubscribers(memory, tmp_path / "subscribe", frozenset(), orders.append)
     pauses = []
-    for memory.used in (0, 260, 750, 751, 1000, 750, 740, 0):
+    for megabytes in (0, 260, 750, 751, 1000, 750, 740, 0):
+        memory.used = megabytes << 20
         pauses.append(stalled.relieve_memory())
     assert orders == [True, False]
-    assert pauses == [FAR_MS, *[NEAR_MS] * 6, FAR_MS]
+    assert pauses == [FAR_MS, pauses[1], *[NEAR_MS] * 5, FAR_MS]
+    assert NEAR_MS < pauses[1] < FAR_MS
     unbounded = PlayedMemory()
     unbounded.used = 1 << 40
     StalledSubscribers(unbounded, tmp_path / "subscribe", frozenset(), orders.append).relieve_memory()

@@ -1,16 +1,19 @@
 import socket
 from collections import Counter
-from contextlib import closing
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from services.ingest.batch_publisher import StreamFeed
 from services.ingest.receiver import (
     BACK_OFF_SECONDS,
+    FEW_ROWS,
     MAX_FAILURES,
     SMALLEST_STRIDE,
     DatagramReceiver,
@@ -18,8 +21,11 @@ from services.ingest.receiver import (
     stride_for,
 )
 from shared.bus.loans import CHUNK
+from shared.bus.zmq_sockets import Publisher
+from shared.datagrams.batch import ROW, DatagramBatch
 from shared.datagrams.limits import MAX_DATAGRAM, MAX_PAYLOAD, MAX_ROWS
 from shared.datagrams.mmsg import SLOT, ReceiveArena
+from shared.net.sockets import enlarge_receive_buffer
 from tests.builders import BusEnds
 
 sizes = st.sampled_from([0, 0, 1, 1464, 32_768, MAX_DATAGRAM - 1, MAX_DATAGRAM, MAX_DATAGRAM + 1, SLOT])
@@ -95,3 +101,55 @@ def test_receive_that_only_fails_does_not_spin(lab: None, tmp_path: Path, monkey
             assert receiver.receive() == (0, 0)
     assert naps == [BACK_OFF_SECONDS] * 2
     assert listener["receive_errors"] == feed.account["receive_errors"] == 2 * MAX_FAILURES
+
+
+class Bus:
+    """Takes what a feed publishes, as the parts of a message say it."""
+
+    def __init__(self) -> None:
+        self.taken: list[tuple[bytes, bytes]] = []
+
+    def wanted(self, topic: str) -> bool:
+        """Whether somebody subscribes."""
+        return topic.startswith("datagrams/")
+
+    def publish(
+        self,
+        _topic: str,
+        _body: object,
+        batch: DatagramBatch | None = None,
+        arrays: Sequence[bytes] = (),
+        count: int = 0,
+    ) -> bool:
+        """Take rows and payload."""
+        rows, payload = (batch.rows.tobytes(), bytes(batch.payload)) if batch else arrays
+        assert batch or len(rows) == count * ROW.itemsize
+        self.taken.append((rows, payload))
+        return True
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.sampled_from(["127.0.0.1", "::1"]),
+    st.lists(st.tuples(st.sampled_from([0, 1, 100, 100, 200, 1464, 9000]), st.integers(0, 2)), min_size=1, max_size=24),
+)
+def test_few_are_received_as_many_are(lab: None, host: str, found: list[tuple[int, int]]) -> None:
+    """One by one or as columns, the same datagrams give the same rows, payload and accounts."""
+    outcomes = []
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with ExitStack() as opened:
+        senders = [opened.enter_context(socket.socket(family, socket.SOCK_DGRAM)) for _ in range(3)]
+        for few in (FEW_ROWS, 0):
+            opened.enter_context(pytest.MonkeyPatch.context()).setattr("services.ingest.receiver.FEW_ROWS", few)
+            sock = opened.enter_context(socket.socket(family, socket.SOCK_DGRAM))
+            enlarge_receive_buffer(sock, 1 << 24)
+            sock.bind((host, 0))
+            for number, (size, sender) in enumerate(found):
+                senders[sender].sendto(bytes([number + 1]) * size, sock.getsockname()[:2])
+            bus, account = Bus(), Counter[str]()
+            feed = StreamFeed("messages", cast(Publisher, bus), Counter())
+            receiver = DatagramReceiver(sock, feed, account, ReceiveArena(), None)
+            assert receiver.receive() == (len(found), sum(size for size, _ in found))
+            outcomes.append((bus.taken, account, feed.account))
+    assert outcomes[0] == outcomes[1]
+    assert len(outcomes[0][0]) == 1

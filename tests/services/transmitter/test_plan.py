@@ -5,8 +5,10 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -31,6 +33,13 @@ SOURCES = {
 }
 sizes = st.sampled_from([0, 1, 99, 100, 100, 100, 1232, 1233, 1452, 1453, 1464, 1472, 1473, 4000, MAX_DATAGRAM])
 runs = st.lists(st.tuples(st.integers(0, 4), sizes, st.integers(1, 5)), min_size=1, max_size=12)
+
+
+class Planned(Protocol):
+    """Messages for sendmmsg(2)."""
+
+    messages: npt.NDArray[np.void]
+    frames: int
 
 
 @dataclass(frozen=True)
@@ -62,14 +71,14 @@ def batch_of(rows: list[tuple[tuple[str, int], int]], first: int) -> DatagramBat
     return DatagramBatch("messages", 0, columns, b"".join(payloads))
 
 
-def memory_of(plan: FramePlan) -> Iterator[bytes]:
+def memory_of(plan: Planned) -> Iterator[bytes]:
     """What the kernel would read of each message."""
     for message in plan.messages[: plan.frames]:
         iovecs = np.frombuffer(ctypes.string_at(int(message["iov"]), int(message["iovlen"]) * IOVEC.itemsize), IOVEC)
         yield b"".join(ctypes.string_at(int(base), int(size)) if size else b"" for base, size in iovecs)
 
 
-def sent(plan: FramePlan, version: int, *, link: bool) -> list[Sent]:
+def sent(plan: Planned, version: int, *, link: bool) -> list[Sent]:
     """The datagrams of a plan as a receiver takes them apart, every length and checksum verified."""
     found: list[Sent] = []
     pending: dict[Header, list[Packet]] = {}

@@ -127,7 +127,7 @@ def test_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
         (f"[bus]\nhigh_water_mark = {2**70}\n", "bus.high_water_mark: "),
         ("[ingest]\ntcp_idle_seconds = nan\n", "ingest.tcp_idle_seconds: Expected `float`"),
         ("[ingest]\ntcp_idle_seconds = inf\n", "ingest.tcp_idle_seconds: Expected `float` <= 86400"),
-        ("[ingest]\nfill_ms = 2\n", "ingest.fill_ms: Expected `float` <= 1.0"),
+        ("[ingest]\nfill_ms = 200\n", "ingest.fill_ms: Expected `float` <= 100.0"),
         ("[gateway]\nlisten = [1]\n", "gateway.listen[0]: Expected `str`, got `int`"),
         ("[gateway]\nlease_seconds = 1979-05-27\n", "gateway.lease_seconds: Expected `float`"),
         ("[gateway]\nserve_seconds = 1\nlisten = 'tcp://localhost:1'\n", "gateway.listen: Expected `array`, got `str`"),
