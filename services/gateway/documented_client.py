@@ -1,4 +1,4 @@
-"""The documented client: says a name, and gets the list of all clients."""
+"""The documented client: sends a name, and gets the list of all clients."""
 
 import json
 import os
@@ -16,7 +16,7 @@ TIMEOUT_SECONDS: Final = 30.0
 def sign_up(name: str, endpoints: Iterable[Endpoint]) -> str:
     """Sign up under `name` at the first TCP endpoint; return the list, indented by 4."""
     if not name:
-        raise OperatorError(USAGE, "a name has at least one byte")  # the gateway would wait for it
+        raise OperatorError(USAGE, "a name has at least one byte")  # the gateway would wait for one
     endpoint = next((endpoint for endpoint in endpoints if endpoint.scheme == "tcp"), DEFAULT)
     try:
         with socket.create_connection((endpoint.host, endpoint.port), TIMEOUT_SECONDS) as connection:

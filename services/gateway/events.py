@@ -8,10 +8,10 @@ from services.gateway.registry.entry import Entry, Event
 from services.gateway.registry.registry import Registry
 
 KEPT_BYTES: Final = 4 * 1024 * 1024
-"""Of past events, for watchers that come back: some 10,000 of them."""
+"""Bytes of past events, for watchers that come back: some 10,000 events."""
 
 TOLD_AT_ONCE: Final = 2000
-"""Collectors whose health is pushed together: all at once would exceed the bound of what waits for a watcher."""
+"""Collectors whose health is pushed together: all at once would exceed the limit of what may wait for a watcher."""
 
 PUSHED_AT_ONCE: Final = 32 * 1024
 """Bytes: each piece is copied for each watcher that does not take it at once."""
@@ -44,7 +44,7 @@ class EventFeed:
         self._watchers[peer] = push
 
     def has_watcher(self, peer: int) -> bool:
-        """Whether this peer watches."""
+        """Return whether this peer watches."""
         return peer in self._watchers
 
     def remove_watcher(self, peer: int) -> None:
@@ -52,14 +52,14 @@ class EventFeed:
         self._watchers.pop(peer, None)
 
     def lines_since(self, revision: int) -> bytes | None:
-        """Return the lines of all events after `revision`; None when they are not known any more, or not yet."""
+        """Return the lines of all events after `revision`; None when they are no longer known, or not yet."""
         self.push_events()
         if not self._begin <= revision <= self._registry.commit():
             return None
         return b"".join(line for number, line in self._past if number > revision)
 
     def push_events(self) -> None:
-        """Push what has happened since the last time."""
+        """Push the events since the last call."""
         events = self._registry.pop_events()
         if not events:
             return
@@ -68,9 +68,9 @@ class EventFeed:
         self._push(lines)
 
     def push_health(self) -> None:
-        """Push the words of collectors that have changed since the last time; they are not kept."""
+        """Push the words of collectors that have changed since the last call; they are not kept."""
         self._registry.refresh_conditions()
-        self.push_events()  # that a collector has joined comes first
+        self.push_events()  # the event that a collector has joined comes first
         changed = self._registry.pop_changed_words(TOLD_AT_ONCE)
         if changed and self._watchers:
             self._push([self._render_health(entry) for entry in changed])

@@ -1,4 +1,4 @@
-"""Handles requests: has each decided, changes the registry, and hands back the bytes of the answer. No I/O."""
+"""Handles requests: gets each decided, changes the registry, and returns the bytes of the answer. No I/O."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -40,11 +40,11 @@ Answer = Sequence[bytes]
 """Parts to be sent one after the other; they may be shared with other answers."""
 Reply = Callable[[Answer], None]
 SendFrames = Callable[[Transmit, Callable[[TransmitReply | None], None]], None]
-"""Has the transmitter send frames; the callback gets its reply, or None when none came in time. OSError: it can't."""
+"""Asks the transmitter to send frames; the callback gets its reply, None when none came in time. OSError: it can't."""
 LISTING_SECONDS: Final = 1.0
-"""How old `expires_in` and `health_since` in a list may be: for so long all clients that ask get one rendering."""
+"""The age that `expires_in` and `health_since` in a list may have: all clients that ask meanwhile get one rendering."""
 MAX_WRONG_TOKENS: Final = 3
-"""Of one connection; then it is closed, and trying costs a handshake again."""
+"""Wrong tokens of one connection; then it is closed, and a further try costs another handshake."""
 WORDS: Final[tuple[ErrorWord, ...]] = get_args(ErrorWord)
 
 _encode: Final = msgspec.json.Encoder().encode
@@ -57,7 +57,7 @@ class Announces(Protocol):
         """Announce on the bus, soon, that the registry has changed."""
 
     def ask_served(self, source: Source, finished: Callable[[], None]) -> None:
-        """Call `finished` once copies flow to all collectors of `source`, or nobody said so in time."""
+        """Call `finished` once copies flow to all collectors of `source`, or when no service said so in time."""
 
 
 class Handler:
@@ -94,17 +94,17 @@ class Handler:
         self._streams = {stream.name: {"listen": stream.listen} for stream in settings.streams}
 
     def handle(self, request: Request, peer: Peer, reply: Reply) -> None:
-        """Do what `request` says; `RequestError` when it can't be granted."""
+        """Do what `request` asks for; `RequestError` when it can't be granted."""
         self.counters[REQUESTS] += 1
         try:
             self._dispatch(request, peer, reply)
-        except OSError as error:  # the kernel's or the disk's
+        except OSError as error:  # of the kernel or the disk
             raise RequestError("unavailable", f"{error.strerror}; try again") from None
-        if not isinstance(request, Renew):  # which is most requests, and nothing that others are told
+        if not isinstance(request, Renew):  # renewals are most of the requests, and no news for others
             self._announcer.announce_soon()
 
     def _dispatch(self, request: Request, peer: Peer, reply: Reply) -> None:
-        """Have each request decided, by what it changes, or by the rights of the peer alone."""
+        """Get each request decided, by what it changes or only by the rights of the peer, and perform it."""
         match request:
             case SignUp():
                 self._grant(self._admission.decide(request, peer), peer)
@@ -144,15 +144,15 @@ class Handler:
         return [_encode({"ok": False} | _identity(refused.id if id is None else id) | said) + b"\n"]
 
     def needs_connection(self, peer: Peer) -> bool:
-        """Whether the peer's connection is of use though nothing comes by it: it holds an entry, or watches."""
+        """Return whether an idle connection of the peer is still of use: it holds an entry, or watches."""
         return self._registry.holds_any(peer) or self._feed.has_watcher(peer.id)
 
     def add_connection(self, peer: Peer, push: Push) -> None:
-        """Note a new connection, and how its client is told what it did not ask for."""
+        """Note a new connection, and the function that sends its client unrequested lines."""
         self._pushes[peer.id] = push
 
     def remove_connection(self, peer: Peer, *, by_us: bool) -> None:
-        """Forget a connection that is gone; the entries it held go too, unless it is the gateway that ends."""
+        """Forget a closed connection; the entries that it held go too, unless the gateway itself is ending."""
         self._pushes.pop(peer.id, None)
         self._wrong_tokens.pop(peer.id, None)
         self._feed.remove_watcher(peer.id)
@@ -186,7 +186,7 @@ class Handler:
             push(json_line(event="taken_over", name=client.name, generation=client.generation, message=why))
 
     def _report_frames(self, request: Transmit, reply: TransmitReply | None) -> Answer:
-        """Return the answer that the transmitter's reply makes; a word that clients do not know becomes another."""
+        """Return the answer for the transmitter's reply; a word that clients do not know becomes another."""
         if reply is None:
             late = "the transmitter did not answer in time; frames may have left all the same"
             return self.refuse(RequestError("unavailable", late), request.id)
@@ -208,9 +208,9 @@ class Handler:
                 return self._watch(request, peer)
 
     def _watch(self, request: WatchClients, peer: Peer) -> Answer:
-        # A peer that watches already gets what is not pushed yet with the answer, and not twice.
+        # A peer that watches already gets events that are not pushed yet with the answer, and not twice.
         self._feed.remove_watcher(peer.id)
-        self._feed.push_health()  # to the other watchers: what it is now is in the answer
+        self._feed.push_health()  # to the other watchers: the answer holds the present state
         missed = None if request.revision is None else self._feed.lines_since(request.revision)
         self._feed.add_watcher(peer.id, self._pushes[peer.id])
         if missed is None:

@@ -49,13 +49,13 @@ from shared.settings.model import Settings
 from shared.settings.own_listeners import udp_listeners
 
 TICK_SECONDS: Final = 0.25
-"""How late a deadline may be noticed."""
+"""Time by which a deadline may be noticed late."""
 LOOPS_SECONDS: Final = 1.0
-"""How long copies may come back to us when this host gets an address that they go to."""
+"""Time for which copies may come back when this host gets an address that they go to."""
 DRAIN_SECONDS: Final = 1.5
-"""For the answers under way at SIGTERM; the bus lingers for another second."""
+"""Time for the answers under way at SIGTERM; the bus lingers for another second."""
 SPARE_DESCRIPTORS: Final = 64
-"""Kept for listeners, the bus, and connections being refused."""
+"""Descriptors kept for listeners, the bus, and connections being refused."""
 
 log = structlog.get_logger()
 
@@ -147,7 +147,7 @@ class _Server:
     _loops_at: float = 0.0
 
     async def run(self, listeners: list[Listener], tls: ssl.SSLContext | None) -> None:
-        """Accept clients on these listeners until told to drain; `tls` is for those that are secure."""
+        """Accept clients on these listeners until told to drain; `tls` is for the secure ones."""
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(self._report_trouble)
         self._build(loop)
@@ -201,8 +201,8 @@ class _Server:
     async def _accepting(
         self, loop: asyncio.AbstractEventLoop, listeners: list[Listener], tls: ssl.SSLContext | None
     ) -> AsyncIterator[None]:
-        """Accept connections meanwhile."""
-        servers = [  # on duplicates, which the loop closes: the originals tell their paths until they are removed
+        """Accept connections while the context lasts."""
+        servers = [  # on duplicates, which the loop closes: the originals know their paths until they are removed
             await loop.create_server(
                 lambda: ClientConnection(self._connections), sock=listener.sock.dup(), backlog=AT_ONCE
             )
@@ -210,7 +210,7 @@ class _Server:
             if not listener.secure
         ]
         for listener in listeners:
-            listener.sock.listen(BACKLOG)  # asyncio has one number for the queue and for what it accepts at once
+            listener.sock.listen(BACKLOG)  # asyncio has one number for the queue and for accepts at once
         acceptor = TlsAcceptor(self._connections, tls) if tls else None
         for listener in listeners:
             if acceptor and listener.secure:
@@ -229,7 +229,7 @@ class _Server:
             self._stopped.set()
 
     def _apply_settings(self, settings: Settings) -> None:
-        """Have the streams and collectors of these settings; OperatorError when that can't be."""
+        """Use the streams and collectors of these settings; OperatorError when they can't be used."""
         destinations = _destinations(settings)
         try:
             _configure(settings, destinations, self.registry)
@@ -251,7 +251,7 @@ class _Server:
                 await asyncio.wait_for(self._stopped.wait(), next_tick(now := time.monotonic(), TICK_SECONDS) - now)
 
     def _expel_new_loops(self) -> None:
-        """Once a second: the address of a collector may have become one of this host's."""
+        """Check for loops once a second: the address of a collector may have become one of this host's."""
         now = time.monotonic()
         if now >= self._loops_at:
             self._loops_at = now + LOOPS_SECONDS
@@ -274,6 +274,6 @@ class _Server:
         """Log an error of the loop, such as an accept without a descriptor to spare."""
         error = context.get("exception")
         if isinstance(error, OSError) and error.errno == errno.ENOTCONN:
-            return  # asyncio half-closes twice at times, and the client may have closed in between
+            return  # asyncio sometimes half-closes twice, and the client may have closed in between
         what, trace = context["message"], None if isinstance(error, OSError) else error
         log.error("trouble in the loop", what=what, reason=repr(error), exc_info=trace)

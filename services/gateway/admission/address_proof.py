@@ -1,7 +1,8 @@
-"""Proof of address: a client that wants copies sent elsewhere than to itself shows that they arrive there.
+"""Proof of address: a client that wants copies sent to another address shows that they arrive there.
 
-A datagram with a nonce goes to the address, at most `MOST` in `PERIOD_SECONDS`. The client that sends the nonce back
-gets the `register` granted that it was for. So nobody can aim copies at a third host, which gets those few datagrams.
+A datagram with a nonce goes to the address, at most `MOST` in `PERIOD_SECONDS`. The client that sends the nonce back is
+granted the `register` that it was for. So a client can't aim copies at a third host, which gets only those few
+datagrams.
 """
 
 import hmac
@@ -20,7 +21,7 @@ PERIOD_SECONDS: Final = 60.0
 MOST: Final = 3
 """Challenges to one address in a period."""
 MOST_IN_ALL: Final = 600
-"""Challenges to all addresses in a period, which bounds what is remembered too."""
+"""Challenges to all addresses in a period; this also bounds the memory that they take."""
 VALID_SECONDS: Final = 60.0
 
 Send = Callable[[bytes, str, int], None]
@@ -44,7 +45,7 @@ class AddressProofs:
     _sent: deque[tuple[float, str]] = field(default_factory=deque)
 
     def challenge(self, asked: Register, address: str) -> RequestError:
-        """Send a challenge for a `register`, unless too many went there; return the refusal for its client."""
+        """Send a challenge for a `register`, unless too many went to the address; return the refusal for its client."""
         port = asked.port
         if port is None:
             return RequestError("bad_request", "port is missing: a proof of address goes to an address and port")
@@ -89,7 +90,7 @@ class AddressProofs:
 
 
 def proven_before(present: Entry | None, client: Client, peer: Peer) -> bool:
-    """Whether the entry that `client` replaces goes to the same place, on behalf of the same host."""
+    """Return whether the entry that `client` replaces goes to the same place, on behalf of the same host."""
     return (
         present is not None
         and present.origin is Origin.JSON

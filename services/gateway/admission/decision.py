@@ -1,6 +1,6 @@
-"""*May this be registered?* answered in one place, whichever way a client comes in. No I/O of its own.
+"""Decisions whether a client may be registered: in one place, by whichever protocol it comes. No I/O of its own.
 
-An OSError of the kernel's, while it is asked for an address, passes through: the handler answers it.
+An OSError of the kernel, when it is asked about an address, passes through: the handler answers it.
 """
 
 from collections.abc import Callable, Iterable
@@ -59,7 +59,7 @@ class Admission:
         self.destinations = destinations
 
     def decide(self, request: SignUp | Register | Confirm, peer: Peer) -> Grant:
-        """Return what may be entered; of several reasons against it, the first in this order is the answer."""
+        """Return the grant of a request; of several reasons against it, the first in this order is the answer."""
         peer.rights.check(request)
         asked, origin = self._asked(request), Origin.NAMES if isinstance(request, SignUp) else Origin.JSON
         present = self._registry.find(asked.name)
@@ -85,12 +85,12 @@ class Admission:
                 return request
 
     def decide_change(self, request: Renew | Leave, peer: Peer) -> Entry:
-        """Return the entry that may be renewed or taken away."""
+        """Return the entry that may be renewed or removed."""
         peer.rights.check(request)
         return check_changeable(self._registry.find(request.name), request.name, request.generation, peer)
 
     def decide_transmit(self, request: Transmit, peer: Peer) -> None:
-        """Return if the frames may be sent."""
+        """Return if the frames may be sent; raise `RequestError` if not."""
         peer.rights.check(request)
         if not self._settings.allow_transmit:
             raise RequestError(
@@ -101,7 +101,7 @@ class Admission:
 
 
 def decide_configured(destinations: Destinations, collectors: Iterable[Collector]) -> list[Client]:
-    """Return the entries of the collectors in the settings, for which the same destinations are refused.
+    """Return the entries of the collectors in the settings; the same destinations are refused to them.
 
     ValueError names the collector that can't be admitted.
     """

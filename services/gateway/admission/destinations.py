@@ -15,10 +15,10 @@ NOBODYS_V4 = (ipaddress.IPv4Network("0.0.0.0/8"), ipaddress.IPv4Network("240.0.0
 
 
 class Destinations:
-    """Rules for what a client may receive, and where.
+    """Rules for the streams and the destination of a client.
 
-    `listeners` are the address and port of each UDP listener of fanwire; `is_local` says whether an address is this
-    host's, `is_broadcast` whether it is that of a whole network, or they raise OSError. Copies may go to networks of
+    `listeners` are the address and port of each UDP listener of fanwire. `is_local` says whether an address is this
+    host's, `is_broadcast` whether it is that of a whole network; both may raise OSError. Copies may go to networks of
     `allowed` without proof.
     """
 
@@ -37,9 +37,9 @@ class Destinations:
         self._allowed = tuple(map(ipaddress.ip_network, allowed))
 
     def resolve(self, request: Register, peer: Peer) -> Client:
-        """Return the entry for a request, with where its copies go; `RequestError` when they may not go there.
+        """Return the entry for a request, with the destination of its copies; `RequestError` when it is not allowed.
 
-        The registry gives the generation.
+        The registry sets the generation.
         """
         self._check_streams(request.streams)
         peer.rights.check_streams(request.streams)
@@ -57,14 +57,14 @@ class Destinations:
         return Client(**terms, generation=0, address=str(address), port=port)
 
     def resolve_configured(self, collector: Collector) -> Client:
-        """Return the entry for a collector of the settings, whose operator needs no proof."""
+        """Return the entry for a collector of the settings; its operator needs no proof."""
         address = parse_address(collector.address)
         self._check_destination(address)
         self._check_loop(address, collector.port)
         return Client(**collector.terms, generation=0, address=str(address), port=collector.port)
 
     def need_proof(self, request: Register, peer: Peer) -> bool:
-        """Whether the peer has to show first that copies arrive where it wants them."""
+        """Return whether the peer has to prove first that copies arrive at its destination."""
         if request.address is None:
             return False
         address, own = parse_address(request.address), parse_address(peer.address)
@@ -73,7 +73,7 @@ class Destinations:
         return not (peer.rights.may_send_to(address) or any(address in network for network in self._allowed))
 
     def find_loop(self, client: Client) -> bool:
-        """Whether the copies of an entry would come back: a listener, or an address of this host, may be newer."""
+        """Return whether the copies of an entry would come back: a listener or an address of this host may be new."""
         return bool(client.streams) and self._own_listeners.receive(client.address, client.port, self._is_local)
 
     def _check_streams(self, streams: Iterable[str]) -> None:

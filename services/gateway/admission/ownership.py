@@ -8,7 +8,7 @@ from shared.settings.model import Gateway
 
 
 def check_replaceable(present: Entry, peer: Peer, origin: Origin, *, take_over: bool) -> None:
-    """Raise `RequestError` unless this peer may put another entry in the place of `present`."""
+    """Raise `RequestError` unless this peer may replace `present` with another entry."""
     name = present.client.name
     own = present.peer.id == peer.id or (origin is Origin.NAMES and peer.controls(present.peer))
     if present.origin is origin and own:
@@ -17,7 +17,7 @@ def check_replaceable(present: Entry, peer: Peer, origin: Origin, *, take_over: 
         raise _configured(name)
     holder = present.peer.rights.holder
     same = holder == peer.rights.holder if holder else present.peer.address == peer.address
-    # A restart of the gateway ended the connection that held it; its client may be back, and need not know of that.
+    # A restart of the gateway ended the connection that held the entry; its client may be back without knowing that.
     orphaned = present.held and not present.peer.id and present.origin is origin
     if (take_over and (same or peer.rights.everything)) or (orphaned and same):
         return
@@ -29,7 +29,7 @@ def check_replaceable(present: Entry, peer: Peer, origin: Origin, *, take_over: 
 
 
 def check_changeable(entry: Entry | None, name: str, generation: int, peer: Peer) -> Entry:
-    """Return the entry if this peer may renew it or take it away as this generation; else raise `RequestError`."""
+    """Return the entry if this peer may renew or remove it under this generation; else raise `RequestError`."""
     if entry is not None and entry.origin is Origin.SETTINGS:
         raise _configured(name)
     if entry is None or entry.client.generation != generation:
@@ -43,7 +43,7 @@ def check_changeable(entry: Entry | None, name: str, generation: int, peer: Peer
 
 
 def check_room(registry: Registry, holder: str, limits: Gateway) -> None:
-    """Raise `RequestError` when there are as many entries as there may be, in all or of this holder."""
+    """Raise `RequestError` when the limit of entries is reached, in all or of this holder."""
     if len(registry) >= limits.max_clients:
         raise RequestError(
             "registry_full", f"{limits.max_clients} clients are signed up; raise [gateway] max_clients, or retry"

@@ -11,9 +11,9 @@ from shared.net.sockets import peer_credentials
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """The other end of a connection: the connection's number (0: one of an earlier start), and its address and port.
+    """The other end of a connection: the connection's number (0: one of an earlier start), its address and its port.
 
-    `uid` is the user at the other end of an AF_UNIX connection. Of an earlier start, the rights have the holder alone.
+    `uid` is the user at the other end of an AF_UNIX connection. For an earlier start, the rights have only the holder.
     """
 
     id: int
@@ -27,7 +27,7 @@ class Peer:
         return f"{where}, by {self.rights.holder!r}" if self.rights.holder else where
 
     def controls(self, other: "Peer") -> bool:
-        """Whether it may change the entries of the other: it has the same holder, or every right."""
+        """Return whether this peer may change the entries of the other: it has the same holder, or every right."""
         own = self.rights.holder != "" and self.rights.holder == other.rights.holder
         return own or self.rights.everything
 
@@ -45,7 +45,7 @@ def identify(transport: asyncio.Transport, number: int, rights: Rights) -> Peer:
 
 
 def origin_of(peer: Peer) -> str:
-    """Return the origin that shares the limits of one address: all of AF_UNIX, an IPv4 address, 64 bits of IPv6.
+    """Return the key by which connections share one limit: all of AF_UNIX, an IPv4 address, 64 bits of IPv6.
 
     >>> origin_of(Peer(1, "2001:db8::1:2", 40000))
     '2001:db8::/64'
@@ -54,4 +54,4 @@ def origin_of(peer: Peer) -> str:
         return "AF_UNIX"
     if ":" not in peer.address:
         return peer.address
-    return str(ipaddress.ip_network((peer.address, 64), strict=False))  # a host has them all to itself (RFC 8981)
+    return str(ipaddress.ip_network((peer.address, 64), strict=False))  # one host has all of them (RFC 8981)

@@ -1,7 +1,7 @@
 """The rights of a connection, and the scopes that each request needs. No I/O.
 
-A connection from this host, by loopback or AF_UNIX, has every right. One from elsewhere has those of the `[[token]]`
-that its token or its certificate belongs to, its holder; without one it may only send `auth`.
+A connection from this host, by loopback or AF_UNIX, has every right. One from elsewhere has the rights of the
+`[[token]]` that its token or certificate belongs to, its holder; without one it may only send `auth`.
 """
 
 from collections.abc import Iterable
@@ -56,7 +56,7 @@ class Rights:
 
     @property
     def everything(self) -> bool:
-        """Whether entries of others may be changed too."""
+        """Return whether entries of others may be changed too."""
         return "admin" in self.scopes
 
     def check(self, request: Request) -> None:
@@ -79,7 +79,7 @@ class Rights:
             raise _refused(f"{self.holder!r} may sign up for these streams only: {', '.join(self.streams)}")
 
     def may_send_to(self, address: IPv4Address | IPv6Address) -> bool:
-        """Whether copies may be sent to this address without proof."""
+        """Return whether copies may be sent to this address without proof."""
         return any(address in network for network in self.destinations)
 
 

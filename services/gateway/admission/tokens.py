@@ -24,11 +24,11 @@ class Tokens:
                 self._by_certificate[token.certificate] = _rights(token, names=names_beyond_loopback)
 
     def rights_of_token(self, token: str) -> Rights:
-        """Return the rights that a token gives; `RequestError`, the same whatever is wrong with it.
+        """Return the rights that a token gives; `RequestError`, always the same, when it is wrong.
 
-        The work depends on the number of tokens alone: every one is compared, each in constant time.
+        The work depends only on the number of tokens: every one is compared, each in constant time.
         """
-        # No salt and no slow hash: a token is 256 random bits, which nobody finds by trying, however fast that is.
+        # No salt and no slow hash: a token is 256 random bits, which can't be found by trying, however fast that is.
         digest = hashlib.sha256(token.encode()).digest()
         matching = [hmac.compare_digest(digest, known) for known, _ in self._by_hash]
         if True not in matching:
@@ -41,7 +41,7 @@ class Tokens:
 
 
 def common_name(certificate: Mapping[str, Any] | None) -> str | None:
-    """Return the subject's common name in the result of `getpeercert()`; None: no certificate, or not exactly one name.
+    """Return the subject's common name in the result of `getpeercert()`; None: no certificate, or several names.
 
     >>> common_name({"subject": ((("organizationName", "Lab"),), (("commonName", "siem"),))})
     'siem'

@@ -30,15 +30,15 @@ def read_tokens(settings: Settings) -> tuple[Token, ...]:
         settings.check_tokens(tokens := settings.tokens + found)
     except OSError as error:
         raise _unusable(path, str(error.strerror)) from None
-    except (ValueError, RecursionError) as error:  # msgspec's and tomllib's are ValueErrors too
+    except (ValueError, RecursionError) as error:  # errors of msgspec and tomllib are ValueErrors too
         raise _unusable(path, str(error)) from None
     return tokens
 
 
 def _read_private(path: Path) -> str:
-    """Read a file that other users can't read, which would learn the rights, or write, which would let them in.
+    """Read a file that other users can neither read, which would show the rights, nor write, which would let them in.
 
-    A file of root's may be readable by a group: systemd gives a service its credentials so.
+    A group may be able to read a file of root's: systemd gives a service its credentials this way.
     """
     with path.open("rb") as file:
         status = os.fstat(file.fileno())

@@ -1,7 +1,7 @@
 """The registry on the bus: all of it to every new subscriber, then numbered changes, then a question who serves it.
 
 Nothing is left out for a subscriber that keeps up: changes wait in order while the bus is full. When too many wait, the
-whole registry takes their place.
+whole registry replaces them.
 """
 
 import time
@@ -36,7 +36,7 @@ WAITING_MAX: Final = 4096
 
 
 class Announcer:
-    """Publishes the registry, and receives answers, also those to `requests` of others by the same publisher."""
+    """Publishes the registry, and receives answers, including those to `requests` of others by the same publisher."""
 
     def __init__(
         self,
@@ -68,13 +68,13 @@ class Announcer:
         self._flushed_at = 0.0
 
     def announce_soon(self) -> None:
-        """Have `flush` called soon, and once for all changes that come close together."""
+        """Arrange for one call of `flush` soon, for all changes that come close together."""
         if not self._woken:
             self._woken = True
             self._call_later(max(0.0, self._flushed_at + GATHER_SECONDS - time.monotonic()), self.flush)
 
     def sends_copies(self, source: Source) -> bool:
-        """Whether a service is there that sends copies of this source."""
+        """Return whether a service is there that sends copies of this source."""
         return self._queries[source].possible
 
     def ask_served(self, source: Source, finished: Callable[[], None]) -> None:
@@ -83,7 +83,7 @@ class Announcer:
         self.announce_soon()
 
     def flush(self) -> None:
-        """Publish changes, to watchers and the bus, and what the bus did not take before; note new subscriptions."""
+        """Publish changes, to watchers and the bus, and messages that waited for the bus; note new subscriptions."""
         self._woken = False
         self._flushed_at = time.monotonic()
         self._feed.push_events()
@@ -92,7 +92,7 @@ class Announcer:
             self._registry.commit()
             self._gather()
             self._publish()
-            # Publishing may swallow the edge that tells of a subscription.
+            # Publishing may swallow the edge that signals a subscription.
             if not self._note_subscriptions():
                 return
 
@@ -117,13 +117,13 @@ class Announcer:
                 self._registry.note_health(message.envelope.boot, body)
 
     def _note_subscriptions(self) -> bool:
-        """Note new subscriptions; return whether one of them wants something now."""
+        """Note new subscriptions; return whether one of them needs something now."""
         fresh = self._publisher.new_subscriptions()
         if self._reporter.asked_for(fresh):
             self._reporter.due_at = 0.0
         for_registry = any(REGISTRY_TOPIC.startswith(prefix) for prefix in fresh)
         if for_registry:
-            self._waiting.clear()  # the snapshot takes its place
+            self._waiting.clear()  # the snapshot replaces them
             self._owes_snapshot = True
         asked = [query.note_subscriptions(fresh) for query in self._queries.values()]
         return for_registry or any(asked)

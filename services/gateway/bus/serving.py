@@ -12,10 +12,10 @@ from shared.client import Source
 
 ASK_AGAIN_SECONDS: Final = 1.0
 EXPIRE_LATE_SECONDS: Final = 0.002
-"""After a deadline, so that it has passed."""
+"""Seconds after a deadline, so that it has passed for certain."""
 
 CallLater = Callable[[float, Callable[[], None]], object]
-"""The loop's: seconds, and what to call then."""
+"""The loop's function: seconds, and the function to call then."""
 
 
 @dataclass(slots=True)
@@ -52,11 +52,11 @@ class ServingQuery:
 
     @property
     def possible(self) -> bool:
-        """Whether a service is there to be asked."""
+        """Return whether a service is there to be asked."""
         return self._publisher.wanted(self._topic)
 
     def ask(self, finished: Callable[[], None] = lambda: None) -> None:
-        """Call `finished` once copies flow to every collector there is now, or when no answer came in time."""
+        """Call `finished` once copies flow to every present collector, or when no answer came in time."""
         if not self.possible:
             self._serving.note_unanswered(self._registry.commit())
             finished()
@@ -75,7 +75,7 @@ class ServingQuery:
         was_possible, self._was_possible = self._was_possible, self.possible
         subscribed = any(self._topic.startswith(prefix) for prefix in fresh)
         if was_possible and (subscribed or not self.possible):
-            self._serving.forget()  # a service that was restarted may have gone and come since the last time
+            self._serving.forget()  # a service that was restarted may have gone and come back since the last call
         if self._serving.newest < 0 or not subscribed:
             return False
         self.ask()
@@ -99,7 +99,7 @@ class ServingQuery:
 
     def _answered(self, question: _Question, message: Message | None) -> None:
         if self._question is question:
-            self._question = None  # it never got on the bus
+            self._question = None  # the question never got on the bus
         if self.possible and message is not None and isinstance(message.body, ServeReply):
             self._serving.note_served(min(question.revision, message.body.revision))
         else:

@@ -10,11 +10,11 @@ from shared.bus.messages import TRANSMIT_TOPIC, Message, TransmitReply, Transmit
 from shared.bus.zmq_sockets import Publisher, Requests
 
 MAX_OPEN: Final = 64
-"""Requests that may wait for a reply at a time; the transmitter has as many under way at most."""
+"""Requests that may wait for a reply at a time; the transmitter has at most as many under way."""
 
 
 class Transmissions:
-    """Has the transmitter send frames for clients."""
+    """Asks the transmitter to send frames for clients."""
 
     def __init__(self, publisher: Publisher, requests: Requests) -> None:
         self._publisher = publisher
@@ -22,11 +22,14 @@ class Transmissions:
         self._open = 0
 
     def sends_frames(self) -> bool:
-        """Whether a transmitter is there."""
+        """Return whether a transmitter is there."""
         return self._publisher.wanted(TRANSMIT_TOPIC)
 
     def send_frames(self, request: Transmit, finished: Callable[[TransmitReply | None], None]) -> None:
-        """Pass a request on; `finished` gets the reply, None when none came in time. OSError when it can't be."""
+        """Pass a request on; `finished` gets the reply, None when none came in time.
+
+        OSError when it can't be passed on.
+        """
         if self._open >= MAX_OPEN:
             raise OSError(errno.EBUSY, f"{MAX_OPEN} requests wait for the transmitter already")
 

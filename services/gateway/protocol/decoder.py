@@ -1,6 +1,6 @@
-"""Decodes the bytes of clients to requests. No I/O; nothing but `RequestError` is raised, whatever the bytes.
+"""Decodes the bytes of clients to requests. No I/O; whatever the bytes, it raises only `RequestError`.
 
-The first byte decides: `{` begins JSON lines, anything else is a name, as the documented protocol has it.
+The first byte decides: `{` begins JSON lines, anything else is a name, as in the documented protocol.
 """
 
 import json
@@ -109,7 +109,7 @@ class Decoder:
 
 
 def parse_name(data: bytes) -> str:
-    r"""Return the name a client of the documented protocol sent. `RequestError` when it is none.
+    r"""Return the name that a client of the documented protocol sent. `RequestError` when it is none.
 
     >>> parse_name(b"router-7\r\n")
     'router-7'
@@ -138,7 +138,7 @@ def check_name(data: bytes) -> str:
 
 
 def parse_request(line: bytes) -> Operation:
-    """Return the request in one line. One that is no JSON object closes the connection: it may be another protocol."""
+    """Return the request in one line. A line that is no JSON object ends the connection: it is another protocol."""
     try:
         line.decode()
         request: Operation = _operations.decode(line)

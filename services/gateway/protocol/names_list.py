@@ -6,7 +6,7 @@ from typing import Final
 from shared.client import Client
 
 BLOCK: Final = 128
-"""Entries rendered together. A change renders one block anew; lists that differ share all their other blocks, so a
+"""Entries rendered together. A change renders one block anew. Lists that differ share all their other blocks, so a
 client that is slow to read an old list costs little more than references."""
 
 
@@ -21,7 +21,7 @@ class NamesList:
         self._rendered: tuple[bytes, ...] = (b"{", b"}")
 
     def put(self, client: Client) -> None:
-        """Add a client at the end, or change it where it stands."""
+        """Add a client at the end, or change it in its place."""
         block = self._block_of.get(client.name)
         if block is None:
             block = self._block_of[client.name] = self._appended // BLOCK
@@ -32,7 +32,7 @@ class NamesList:
         self._forget(block)
 
     def remove(self, name: str) -> None:
-        """Take a client away."""
+        """Remove a client."""
         block = self._block_of.pop(name)
         del self._blocks[block][name]
         if not self._blocks[block]:

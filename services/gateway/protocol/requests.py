@@ -11,10 +11,10 @@ from shared.client import WrittenTerms
 from shared.settings.model import Ethertype, Port, parse_ethertype
 
 MAX_ITEMS: Final = 64
-"""Streams or prefixes in one `register`: keeps an entry small enough that 64 of them fit a bus message."""
+"""Streams or prefixes in one `register`; keeps an entry so small that 64 of them fit a bus message."""
 YEAR_SECONDS: Final = 31_536_000
 MAX_WAITING_SECONDS: Final = 60.0
-"""How long the frames of one request may take at their pace: its connection waits for the answer meanwhile."""
+"""Time that the frames of one request may take at their pace: its connection waits for the answer meanwhile."""
 
 ErrorWord = Literal[
     "bad_request", "bad_name", "name_taken", "stale_generation", "unknown_stream", "unproven_address", "loop",
@@ -25,7 +25,7 @@ Id = Annotated[str, Meta(max_length=128)] | Annotated[int, Meta(ge=-(2**63), le=
 
 
 class RequestError(Exception):
-    """A refusal: answered with its stable word and a sentence, and counted; `closes` ends the connection too."""
+    """A refusal: answered with its stable word and a sentence, and counted; `closes` also ends the connection."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class RequestError(Exception):
 
 
 def no_transmitter() -> RequestError:
-    """Return the refusal of what needs raw sockets, while no transmitter has them."""
+    """Return the refusal of a request that needs raw sockets, while no transmitter has them."""
     return RequestError(
         "no_transmitter",
         "no transmitter has raw sockets; its log and `fanwire doctor` say what the running one lacks",
@@ -77,14 +77,14 @@ class Register(WrittenTerms, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Renew(_Request, frozen=True, tag="renew"):
-    """Begins the time of an entry's lease anew."""
+    """Restarts the time of an entry's lease."""
 
     name: str
     generation: Number
 
 
 class Leave(_Request, frozen=True, tag="leave"):
-    """Takes an entry away."""
+    """Removes an entry."""
 
     name: str
     generation: Number
@@ -95,7 +95,7 @@ class ListClients(_Request, frozen=True, tag="list"):
 
 
 class WatchClients(_Request, frozen=True, tag="watch"):
-    """Asks for every entry, then for each change; with `revision` for the changes since then instead, if known."""
+    """Asks for every entry, then for each change; with `revision`, if it is known, only for the changes since then."""
 
     revision: Number | None = None
 
@@ -114,7 +114,7 @@ class Auth(_Request, frozen=True, tag="auth"):
 
 
 class ListStreams(_Request, frozen=True, tag="streams"):
-    """Asks for the streams that copies can be had of."""
+    """Asks for the streams of which copies can be had."""
 
 
 class Octets(bytes):
@@ -122,11 +122,11 @@ class Octets(bytes):
 
 
 class Mac(Octets):
-    """A MAC address: six of them."""
+    """A MAC address: six bytes."""
 
 
 class Transmit(_Request, frozen=True, tag="transmit"):
-    """Sends a frame by an interface: `frame` is all of it, or `destination` to `checksum` are its parts."""
+    """Sends a frame by an interface: `frame` is the whole frame, or `destination` to `checksum` are its parts."""
 
     interface: Annotated[str, Meta(min_length=1, max_length=MAX_INTERFACE)]
     frame: Octets | None = None
@@ -143,7 +143,7 @@ class Transmit(_Request, frozen=True, tag="transmit"):
         if self.seconds > MAX_WAITING_SECONDS:
             takes = f"{self.count} frames take {self.seconds:.0f} s at that pace"
             raise ValueError(f"count: {takes}; expected at most {MAX_WAITING_SECONDS:g} s")
-        _ = self.whole  # refuses parts that make no frame
+        _ = self.whole  # raises for parts that make no frame
 
     @property
     def seconds(self) -> float:
@@ -166,7 +166,7 @@ class Transmit(_Request, frozen=True, tag="transmit"):
 
 
 def parse_octets(kind: type, value: object) -> Octets:
-    """Parse the JSON of a field of one of the kinds above, as msgspec's `dec_hook`. ValueError when it is none."""
+    """Parse the JSON of a field of one of these kinds, as msgspec's `dec_hook`. ValueError when it is none."""
     if not isinstance(value, str):
         raise ValueError("not a string")
     return Mac(parse_mac(value)) if kind is Mac else Octets(parse_hex(value))
@@ -210,4 +210,4 @@ FRAME_EXPECTED: Final = {
     "per_second": "frames a second up to 1000000, or 0: at once",
     "own_fcs": "true or false",
 }
-"""Of `transmit`, whose `source` is a MAC address, not that of `register`."""
+"""Fields of `transmit`; its `source` is a MAC address, unlike that of `register`."""

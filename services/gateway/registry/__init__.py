@@ -1,1 +1,1 @@
-"""The registry: entries and their leases, how each collector does, and the copy on disk."""
+"""The registry: entries and their leases, the health of each collector, and the copy on disk."""

@@ -1,4 +1,4 @@
-"""Condition of collectors: what the services that send copies say of them, and since when. No I/O."""
+"""Condition of collectors: the last report of the services that send copies, and its age. No I/O."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -8,12 +8,12 @@ from shared.bus.pieces import Assembler
 from shared.client import Trouble
 
 Word = Literal["fresh", "ok", "waiting"] | Trouble
-"""Of a collector's copies: nobody asked yet, they flow, no answer came in time, or the trouble that was reported."""
+"""State of a collector's copies: nobody was asked yet, they flow, no answer came in time, or the trouble that was reported."""
 
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """A collector's word, since when on the registry's clock, and how many datagrams it has cost."""
+    """A collector's word, its start on the registry's clock, and its cost in datagrams."""
 
     word: Word
     since: float
@@ -25,20 +25,20 @@ class Serving:
     """Knowledge of the copies of one source, as revisions of the registry; -1: of none."""
 
     newest: int = -1
-    """The last in which a collector joined."""
+    """The last revision in which a collector joined."""
     served: int = -1
-    """Copies flow to every collector of this one."""
+    """Copies flow to every collector of this revision."""
     unanswered: int = -1
-    """No answer came in time for the collectors of this one."""
+    """No answer came in time for the collectors of this revision."""
     reported: int = 0
     """Grows with every change of `_conditions`."""
     _conditions: dict[tuple[str, int], Condition] = field(default_factory=dict)
-    """By name and generation, of those that have a trouble."""
+    """By name and generation, for collectors that have a trouble."""
     _assembler: Assembler[Health] = field(default_factory=Assembler)
 
     @property
     def complete(self) -> bool:
-        """Whether copies flow to every collector there is."""
+        """Return whether copies flow to every collector."""
         return self.newest <= self.served
 
     def note_served(self, revision: int) -> None:
@@ -64,7 +64,7 @@ class Serving:
             self.reported += 1
 
     def forget(self) -> None:
-        """Forget what was reported, since the service has gone: nothing is served until one says so again."""
+        """Forget all reports, since the service has gone: nothing is served until a service says so again."""
         self.note_unanswered(self.served)
         self.served = -1
         self._conditions = {}
@@ -72,7 +72,7 @@ class Serving:
         self.reported += 1
 
     def word(self, revision: int) -> Literal["fresh", "ok", "waiting"]:
-        """Return whether copies flow to a collector that joined in `revision`."""
+        """Return the word for copies to a collector that joined in `revision`."""
         if revision <= self.served:
             return "ok"
         return "waiting" if revision <= self.unanswered else "fresh"

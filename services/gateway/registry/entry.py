@@ -1,4 +1,4 @@
-"""A client's entry in the registry: its owner, how it was made, its lease, and the event of a change."""
+"""A client's entry in the registry: its owner, its origin, its lease, and the event of a change."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -14,7 +14,7 @@ EventKind = Literal["joined", "changed", "left", "expired"]
 
 
 class Origin(StrEnum):
-    """How an entry was made."""
+    """The way in which an entry was made."""
 
     SETTINGS = "settings"
     NAMES = "names"
@@ -25,9 +25,9 @@ class Origin(StrEnum):
 class Entry:
     """A client and its lease.
 
-    `revision` is that in which the client joined; `expires_at` is infinite without `ttl`; one that is `held` lasts no
-    longer than its peer's connection. Of what was kept from an earlier start, the connection is gone.
-    `condition` is that of its last refresh.
+    `revision` is that in which the client joined; `expires_at` is infinite without `ttl`. An entry that is `held` lasts
+    no longer than its peer's connection. An entry kept from an earlier start has no connection any more. `condition` is
+    that of its last refresh.
     """
 
     client: Client
@@ -43,7 +43,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One change: `entry` is the new one, or that which has gone."""
+    """One change: `entry` is the new entry, or the one that has gone."""
 
     kind: EventKind
     revision: int

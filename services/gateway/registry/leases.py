@@ -1,4 +1,4 @@
-"""Leases of entries: when each begins anew, when it has expired, and when nothing expires. No I/O."""
+"""Leases of entries: their start, their end, and times in which nothing expires. No I/O."""
 
 import math
 from collections.abc import Callable, Collection, Iterable
@@ -8,7 +8,7 @@ from services.gateway.registry.preservation import Preservation
 
 
 class Leases:
-    """The time that entries have; `clock` gives seconds, `preserve_seconds` is how long expiry may be stopped."""
+    """The leases of all entries; `clock` gives seconds, `preserve_seconds` limits the time without expiry."""
 
     def __init__(self, clock: Callable[[], float], preserve_seconds: float) -> None:
         self._clock = clock
@@ -17,23 +17,23 @@ class Leases:
 
     @property
     def active(self) -> bool:
-        """Whether any entry may expire."""
+        """Return whether any entry may expire."""
         return self._next_expiry < math.inf
 
     @property
     def preserving(self) -> bool:
-        """Whether so many renewals are missing at once that the fault is hardly theirs: nothing expires meanwhile."""
+        """Return whether too many renewals are missing to blame the clients: nothing expires meanwhile."""
         return self._preservation.holds
 
     def begin(self, entry: Entry) -> None:
-        """Give an entry all of its time, from now on."""
+        """Give an entry its whole lease, from now on."""
         if entry.ttl:
             entry.renewed_at = self._clock()
             entry.expires_at = entry.renewed_at + entry.ttl
             self._next_expiry = min(self._next_expiry, entry.expires_at)
 
     def end(self, entries: Iterable[Entry]) -> None:
-        """Have these entries expire the next time, whatever is left of their time."""
+        """Let these entries expire at the next check, whatever is left of their time."""
         for entry in entries:
             entry.expires_at = self._next_expiry = min(entry.expires_at, self._clock())
 
@@ -42,7 +42,7 @@ class Leases:
         return None if entry.expires_at == math.inf else round(max(0.0, entry.expires_at - self._clock()), 3)
 
     def expire(self, entries: Collection[Entry], remove: Callable[[list[Entry]], bool]) -> None:
-        """Have the entries removed whose time is up; `remove` says whether it did, else they are tried again."""
+        """Remove the entries whose time is up, by `remove`; when it returns False they are tried again."""
         now = self._clock()
         if now < self._next_expiry:
             return

@@ -1,4 +1,4 @@
-"""Stops expiry when too many renewals are missing at once: the fault is hardly that of so many clients. No I/O.
+"""Stops expiry when too many renewals are missing at once: the clients are hardly at fault. No I/O.
 
 After Eureka's self-preservation: https://github.com/Netflix/eureka/wiki/Server-Self-Preservation-Mode
 """
@@ -13,17 +13,17 @@ import structlog
 from services.gateway.registry.entry import Entry
 
 BELOW: Final = 0.85
-"""Of the renewals that were due; with fewer, expiring stops."""
+"""Share of the renewals that were due; below it, expiry stops."""
 WINDOW_SECONDS: Final = 60.0
-"""Renewals that were due longer ago say nothing of what is wrong now."""
+"""Renewals that were due longer ago say nothing of a fault now."""
 MIN_CLIENTS: Final = 10
-"""Leases that were due in the window at least: of fewer, losing one or two means nothing."""
+"""Least number of leases due in the window: of fewer, one or two missing mean nothing."""
 
 log = structlog.get_logger()
 
 
 class Preservation:
-    """Stops expiry or not, by the leases that were due lately; for `seconds` at most, 0: never."""
+    """Stops or resumes expiry, by the leases that were due lately; for at most `seconds`, 0: never."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
@@ -32,7 +32,7 @@ class Preservation:
 
     @property
     def holds(self) -> bool:
-        """Whether nothing expires now."""
+        """Return whether nothing expires now."""
         return self._since < math.inf
 
     def note_expired(self, count: int, now: float) -> None:

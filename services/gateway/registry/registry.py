@@ -1,7 +1,7 @@
-"""The table of clients and their leases. No I/O; the clock is handed in, and so is what keeps each change for good.
+"""The table of clients and their leases. No I/O; the clock and the store for changes are handed in.
 
-It checks nothing: whether a change may be made is decided before (`admission/decision.py`). Every change is an event
-with a revision of its own. For the bus they gather until `commit` puts them into one message; code that shows a
+It checks nothing: `admission/decision.py` has decided before whether a change may be made. Every change is an event
+with a revision of its own. Changes gather for the bus until `commit` puts them into one message. Code that shows a
 revision to the bus commits first, so a revision always means the same content.
 """
 
@@ -29,18 +29,18 @@ RETURN_SECONDS: Final = 30.0
 
 
 class Keep(Protocol):
-    """Keeps changes for good before they are made, all or none; OSError when that can't be done."""
+    """Stores changes before they are made, all or none; OSError when it can't."""
 
     def __call__(self, events: Sequence[Event], generation: int) -> None:
-        """`generation` is the last one given."""
+        """Store `events`; `generation` is the last one given."""
 
 
 def keep_nothing(events: Sequence[Event], generation: int) -> None:
-    """For a registry that ends with its process."""
+    """Store nothing, for a registry that ends with its process."""
 
 
 class Registry:
-    """All entries, by name. A change raises OSError when it can't be kept, and is not made then."""
+    """All entries, by name. A change that can't be stored raises OSError and is not made."""
 
     def __init__(
         self,
@@ -80,11 +80,11 @@ class Registry:
         return self._entries.get(name)
 
     def count_of_holder(self, holder: str) -> int:
-        """Return how many entries belong to a holder."""
+        """Return the number of entries that belong to a holder."""
         return self._by_holder[holder]
 
     def grant(self, client: Client, peer: Peer, origin: Origin, *, ttl: float = 0.0, hold: bool = False) -> Entry:
-        """Enter `client` under a generation of its own, for `ttl` seconds (0: until it leaves), in place of its name's.
+        """Enter `client` under a new generation, for `ttl` seconds (0: no limit), in place of its name's entry.
 
         With `hold` the entry lasts no longer than the peer's connection.
         """
@@ -103,7 +103,7 @@ class Registry:
         ttl: float = 0.0,
         hold: bool = False,
     ) -> Event:
-        """Return the event that enters a client, as the `number`th of those that are entered together."""
+        """Return the event that enters a client, as the `number`th of those entered together."""
         kind: EventKind = "changed" if client.name in self._entries else "joined"
         client = msgspec.structs.replace(client, generation=self._generation + number)
         return Event(kind, revision, Entry(client, origin, peer, ttl, math.inf, revision, hold, self._clock()))
@@ -123,7 +123,7 @@ class Registry:
             self._enter(entry)
 
     def configure(self, clients: Iterable[Client]) -> None:
-        """Have exactly these as collectors of the settings, or change nothing; one that is there stays as it is.
+        """Make exactly these the collectors of the settings, or change nothing; unchanged ones stay as they are.
 
         A collector of the settings replaces a client that has signed up under its name.
         """
@@ -147,28 +147,28 @@ class Registry:
         return entry is not None and entry.origin is Origin.SETTINGS and bool(same)
 
     def renew(self, entry: Entry) -> float | None:
-        """Begin the lease of an entry anew; return the seconds until it expires."""
+        """Restart the lease of an entry; return the seconds until it expires."""
         self.leases.begin(entry)
         return self.leases.expires_in(entry)
 
     def release(self, entry: Entry) -> None:
-        """Take an entry away at its client's request."""
+        """Remove an entry at its client's request."""
         self._remove([entry], "left")
 
     def expel(self, entries: Sequence[Entry]) -> None:
-        """Take entries away although nobody asked for it; later, if that can't be kept now."""
+        """Remove entries without a request; later, if that can't be stored now."""
         self._remove_or_retry(entries, "left")
 
     def holds_any(self, peer: Peer) -> bool:
-        """Whether an entry lasts as long as this peer's connection."""
+        """Return whether an entry lasts as long as this peer's connection."""
         return peer.id in self._held
 
     def release_held(self, peer: Peer) -> None:
-        """Take away the entries that lasted as long as this peer's connection."""
+        """Remove the entries that lasted as long as this peer's connection."""
         self._remove_or_retry([self._entries[name] for name in self._held.get(peer.id, ())], "left")
 
     def expire(self) -> None:
-        """Take away the entries whose time is up."""
+        """Remove the entries whose time is up."""
         self.leases.expire(self._entries.values(), lambda overdue: self._remove_or_retry(overdue, "expired"))
 
     def commit(self) -> int:
@@ -192,11 +192,11 @@ class Registry:
         return changes
 
     def note_health(self, boot: int, body: Health) -> None:
-        """Note what a service that sends copies, started as `boot`, reports of collectors."""
+        """Note the report of collectors by a service that sends copies, started as `boot`."""
         self.serving[body.source].note_health(boot, body, self._clock())
 
     def refresh_condition(self, entry: Entry) -> None:
-        """Bring an entry's condition up to date; note a changed word, unless the entry's event is yet to be told."""
+        """Update an entry's condition; note a changed word, unless the entry's event has still to be sent."""
         client, told = entry.client, entry.condition
         serving = self.serving[client.source]
         word = serving.word(entry.revision) if client.streams else "ok"
@@ -209,7 +209,7 @@ class Registry:
             self._word_changed[client.name] = entry
 
     def refresh_conditions(self) -> None:
-        """Bring every entry's condition up to date, if anything was said since the last time."""
+        """Update every entry's condition, if any report came since the last time."""
         version = self.version()
         if version != self._refreshed_version:
             self._refreshed_version = version
@@ -223,11 +223,11 @@ class Registry:
         return [entry for entry in changed if self._entries.get(entry.client.name) is entry]
 
     def seconds_in(self, condition: Condition) -> float:
-        """Return how long a condition has lasted."""
+        """Return the seconds that a condition has lasted."""
         return round(max(0.0, self._clock() - condition.since), 3)
 
     def version(self) -> tuple[int, ...]:
-        """Return numbers that differ whenever an entry or its health does; the first is the revision."""
+        """Return numbers that change with any entry or its health; the first is the revision."""
         told = [(serving.served, serving.unanswered, serving.reported) for serving in self.serving.values()]
         return self.commit(), *itertools.chain.from_iterable(told)
 
@@ -265,7 +265,7 @@ class Registry:
             self.names.remove(entry.client.name)
 
     def _remove_or_retry(self, entries: Sequence[Entry], kind: EventKind) -> bool:
-        """Remove entries although nobody asked for it: what can't be kept now is tried again by `expire`."""
+        """Remove entries without a request; what can't be stored now is tried again by `expire`."""
         try:
             self._remove(entries, kind)
         except OSError:
@@ -274,7 +274,7 @@ class Registry:
         return True
 
     def _record(self, events: Sequence[Event]) -> None:
-        """Keep changes, and note them for the bus and for watchers."""
+        """Store changes, and note them for the bus and for watchers."""
         generation = max(self._generation, *(event.entry.client.generation for event in events))
         self._keep(events, generation)
         self._generation = generation

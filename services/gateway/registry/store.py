@@ -1,6 +1,6 @@
-"""The registry on disk: SQLite, one transaction a change, so that a restart goes on with the list and its revision.
+"""The registry on disk: SQLite, one transaction a change, so that a restart continues with the list and its revision.
 
-Renewals are not kept: after a restart each lease begins anew. An answer is given only after its change is written, so
+Renewals are not stored: after a restart each lease begins anew. An answer is given only after its change is written, so
 a killed process loses nothing. After a power failure the last changes may be missing: then the revision skips.
 """
 
@@ -30,18 +30,18 @@ CREATE TABLE state (revision INTEGER NOT NULL, generation INTEGER NOT NULL, boot
 INSERT INTO state VALUES (0, 0, '');
 """
 PUT: Final = "INSERT INTO client VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET entry = excluded.entry"
-"""Keeps the row, and with it the order of first registration."""
+"""Keeps the row, and so the order of first registration."""
 NO_DAMAGE: Final = frozenset({
     sqlite3.SQLITE_PERM, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_READONLY,
     sqlite3.SQLITE_INTERRUPT, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_AUTH,
     sqlite3.SQLITE_PROTOCOL,
 })  # fmt: skip
-"""Errors that the operator can mend, and the file may be whole; any other means that its content is damaged."""
+"""Errors that the operator can mend while the file may be intact; any other means that its content is damaged."""
 PRIMARY: Final = 0xFF
-"""Of an error's code, what it extends."""
+"""The part of an error's code that an extended code extends."""
 BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 SKIPPED: Final = 1 << 20
-"""Revisions passed over when the host has started anew: more than can have been lost with it."""
+"""Revisions passed over after a restart of the host: more than can have been lost with it."""
 
 log = structlog.get_logger()
 
@@ -59,13 +59,13 @@ class _Kept(msgspec.Struct, frozen=True):
 
 
 _State = tuple[Number, Number, str]
-"""Revision, generation, the host's boot."""
+"""Revision, generation, and the host's boot id."""
 
 
 class Store:
-    """The database file, locked for this process while it is open; without a path it lasts as long as the process.
+    """The database file, locked by this process while it is open; without a path it lasts as long as the process.
 
-    `entries`, `revision` and `generation`, the last one given, are what an earlier start kept.
+    `entries`, `revision` and `generation`, the last one given, are those of an earlier start.
     """
 
     def __init__(self, path: Path | None, clock: Callable[[], float]) -> None:
@@ -116,18 +116,18 @@ class Store:
         ((self.revision, self.generation, former),) = msgspec.convert(state, tuple[_State])
         if former not in ("", boot_id):
             self.revision += SKIPPED
-        # In any case: that a file can't be written is to be known now, also where there is nothing to write.
+        # Write in any case: a file that can't be written must be noticed now, even where there is nothing to write.
         now = (self.revision, boot_id, boot_id)
         database.execute("UPDATE state SET revision = ?, boot_id = ? WHERE boot_id <> ?", now)
 
     def _is_damage(self, error: sqlite3.DatabaseError) -> bool:
-        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)  # text that is no UTF-8 comes without one
+        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)  # text that is no UTF-8 comes without a code
         if code == sqlite3.SQLITE_READONLY and self._path is not None:
-            return os.access(self._path, os.W_OK)  # then the file itself says so, in its header
+            return os.access(self._path, os.W_OK)  # then the file's own header makes it read-only
         return code & PRIMARY not in NO_DAMAGE
 
     def keep(self, events: Sequence[Event], generation: int) -> None:
-        """Write changes; OSError when they can't be written, and nothing is."""
+        """Write changes, all or none; OSError when they can't be written."""
         try:
             with self._transaction():
                 for event in events:
@@ -173,7 +173,7 @@ class Store:
 
 
 class _DamagedError(Exception):
-    """What is in the file can't be read."""
+    """The content of the file can't be read."""
 
 
 def _parse(name: str, text: str, now: float) -> Entry:

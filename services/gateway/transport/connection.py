@@ -1,4 +1,4 @@
-"""One client's connection: the asyncio side of a conversation, which says what to do."""
+"""One client's connection: the asyncio side of a conversation, which decides the actions."""
 
 import asyncio
 import contextlib
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 
 class ClientConnection(asyncio.BufferedProtocol):
-    """Hands a transport's events to the conversation, and performs what that says.
+    """Hands a transport's events to the conversation, and performs its actions.
 
-    `remote`: the listener is not for this host alone, so the client has rights by its certificate only.
+    `remote`: the listener accepts other hosts, so the client has rights only by its certificate or token.
     """
 
     __slots__ = (
@@ -53,7 +53,7 @@ class ClientConnection(asyncio.BufferedProtocol):
         self._remote = remote
         self._acting = False
         self._reading = True
-        self._by_us = False  # it ends because the gateway does
+        self._by_us = False  # the connection ends because the gateway does
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Admit the connection, or refuse it when there are too many."""
@@ -76,7 +76,7 @@ class ClientConnection(asyncio.BufferedProtocol):
         return self._handler.tokens.rights_of_certificate(subject)
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
-        """Let go of what lasted as long as the connection."""
+        """Release all that lasted as long as the connection."""
         self._open.remove(self)
         self.conversation.drop()
         self._handler.remove_connection(self._peer, by_us=self._by_us)
@@ -93,7 +93,7 @@ class ClientConnection(asyncio.BufferedProtocol):
         self.act()
 
     def eof_received(self) -> bool:
-        """Answer what the client has asked before its end; return whether the connection is still needed for that."""
+        """Answer the client's requests before its end; return whether the connection is still needed for that."""
         self.conversation.receive_end()
         self.act()
         return not self.conversation.over
@@ -114,20 +114,20 @@ class ClientConnection(asyncio.BufferedProtocol):
 
     @property
     def deadline(self) -> float:
-        """When to call `expire`, in the loop's time."""
+        """The loop's time at which to call `expire`."""
         return self.conversation.deadlines.passes_at
 
     @property
     def buffered(self) -> int:
-        """Bytes that wait here, to be understood or to be read by the client."""
+        """Bytes that wait here, for the decoder or for the client to read them."""
         return self.conversation.buffered + self._transport.get_write_buffer_size()
 
     def refuse(self, refused: RequestError) -> None:
-        """Answer with a refusal that no request has asked for."""
+        """Answer with a refusal that answers no request."""
         self.conversation.refuse(refused)
 
     def drop(self) -> None:
-        """Cut the connection, and let go of all that waits."""
+        """Cut the connection, and release all that waits."""
         self.conversation.drop()
         self.act()
 
@@ -143,14 +143,14 @@ class ClientConnection(asyncio.BufferedProtocol):
         self._transport.abort()
 
     def act(self) -> None:
-        """Perform what the conversation says, until it waits for something."""
+        """Perform the conversation's actions, until it waits for something."""
         if self._acting:
-            return  # an action brought this about: the loop below goes on
+            return  # an action led here: the loop below goes on
         self._acting = True
         try:
             while (action := self.conversation.next_action()) is not None:
                 if self._transport.is_closing() and action not in (Step.ABORT, Step.ABORT_SLOW):
-                    break  # nothing gets there any more; but a transport may wait for ever for its buffer to empty
+                    break  # nothing arrives any more, but a transport may wait for ever for its buffer to empty
                 self._perform(action)
         finally:
             self._acting = False

@@ -1,7 +1,7 @@
 """The conversation with one client: bytes, time and answers go in, and the next action comes out. No I/O.
 
 A request waits for its answer before the next one begins. Lines that answer nothing, such as the events of `watch`, go
-between answers. When all is said, what still comes is thrown away for a moment, so that a reset does not destroy the
+between answers. After the last answer, further input is discarded for a moment, so that a reset does not destroy the
 answer on its way: closing a TCP socket with unread bytes sends one (RFC 2525, 2.17).
 """
 
@@ -19,16 +19,16 @@ from services.gateway.transport.deadlines import Deadlines, too_slow_reader
 from shared.settings.model import Gateway
 
 WRITE_SIZE: Final = 64 * 1024
-"""Bytes of one write, and the transport's high-water mark: what a client that does not read can hold here."""
+"""Bytes of one write, and the transport's high-water mark: the most that a client that does not read can hold here."""
 LINGER_BYTES: Final = 64 * 1024 * 1024
-"""Bytes thrown away of a client that goes on sending when all is said."""
+"""Bytes discarded from a client that goes on sending after the last answer."""
 
 
 class State(Enum):
     """The state of a conversation."""
 
     IDLE = auto()
-    """Nothing of a request has come."""
+    """No byte of a request has come."""
     RECEIVING = auto()
     """Part of a request has come."""
     ANSWERING = auto()
@@ -36,7 +36,7 @@ class State(Enum):
     WAITING_TURN = auto()
     """The answer is out, and there may be another request: other connections have their turn first."""
     LINGERING = auto()
-    """All is said: bytes that still come are thrown away until the client closes, or for long enough."""
+    """The last answer is out: further input is discarded until the client closes, or time is up."""
     CLOSED = auto()
     """The connection is cut."""
 
@@ -60,7 +60,7 @@ class Write(Struct, frozen=True):
 
 
 class Handle(Struct, frozen=True):
-    """Have this request handled after `wait_seconds`, and give `answer` the result."""
+    """Handle this request after `wait_seconds`, and give `answer` the result."""
 
     request: Request
     wait_seconds: float
@@ -73,20 +73,20 @@ class Refuse(Struct, frozen=True):
 
 
 class WriteLastWords(Struct, frozen=True):
-    """Count this refusal, and write it whatever waits."""
+    """Count this refusal, and write it before all that waits."""
 
     refused: RequestError
 
 
 class Step(Enum):
-    """An action that is all in its name."""
+    """An action without data."""
 
     GIVE_WAY = auto()
     """Let other connections have their turn, then call `take_turn`."""
     HALF_CLOSE = auto()
-    """Say that no more is written, and go on reading."""
+    """Signal that no more is written, and go on reading."""
     CLOSE = auto()
-    """Close when all is written."""
+    """Close when everything is written."""
     ABORT = auto()
     """Close now."""
     ABORT_SLOW = auto()
@@ -97,9 +97,9 @@ Action = Write | Handle | Refuse | WriteLastWords | Step
 
 
 class Conversation:
-    """One client's conversation. After each input, perform `next_action` until it is None; then heed `reading`.
+    """One client's conversation. After each input, perform `next_action` until it is None; then obey `reading`.
 
-    `delay` notes a request, and returns how many seconds it has to wait; `origin` is named to a client that has to.
+    `delay` notes a request, and returns the seconds that it has to wait; a client that has to wait is told `origin`.
     """
 
     __slots__ = (
@@ -129,7 +129,7 @@ class Conversation:
 
     @property
     def over(self) -> bool:
-        """Whether nothing more is said."""
+        """Return whether the conversation is over."""
         return self.state in OVER
 
     @property
@@ -149,13 +149,13 @@ class Conversation:
             self.reading = self._decoder.buffered <= MAX_LINE
 
     def receive_end(self) -> None:
-        """Note that the client sends no more, but may still read: what it has asked is answered."""
+        """Note that the client sends no more, but may still read: its requests are answered."""
         self.ended = True
         self._decoder.end()
         self._unread = True
 
     def abandon(self) -> None:
-        """Note that the client has closed both directions: nothing that is written gets there any more."""
+        """Note that the client has closed both directions: nothing that is written arrives any more."""
         self.ended = True
         self.state = LINGERING
         self.deadlines.await_close()
@@ -195,7 +195,7 @@ class Conversation:
         self._due.append(Refuse(refused))
 
     def push(self, lines: bytes) -> None:
-        """Send whole lines that answer no request, behind the answer under way; not without end."""
+        """Send whole lines that answer no request, behind the answer under way, up to a limit."""
         if self.over or self._after is After.CUT_OFF:
             return
         self._pushed.append(lines)
@@ -213,12 +213,12 @@ class Conversation:
             self._finish()
 
     def drop(self) -> None:
-        """Cut the connection, and let go of all that waits."""
+        """Cut the connection, and release all that waits."""
         self._decoder = Decoder()
         self._cut(Step.ABORT)
 
     def expire(self, *, needed: bool) -> None:
-        """Act on a deadline that has passed; `needed`: the connection is of use though nothing comes by it."""
+        """Act on a deadline that has passed; `needed`: the connection is of use though it is idle."""
         if self.over:
             self._cut(Step.ABORT)
         elif self._stalled and needed and self.state is not ANSWERING:
@@ -232,7 +232,7 @@ class Conversation:
             self.refuse(self.deadlines.too_slow(receiving=self.state is RECEIVING))
 
     def next_action(self) -> Action | None:
-        """Return the next thing to do; None: nothing until the next input."""
+        """Return the next action; None: nothing until the next input."""
         while not self._due:
             if self._stalled or self.state in OVER:
                 return None
@@ -242,7 +242,7 @@ class Conversation:
                 if piece := next(self._outgoing, b""):
                     return Write(piece)
                 self._end_answer()
-            elif self._pushed:  # before the next answer: a list must not be followed by what is on it already
+            elif self._pushed:  # before the next answer: no event may follow a list that shows its result already
                 return Write(self._pop_pushed())
             elif self._after is After.FINISH:
                 self._finish()
@@ -270,7 +270,7 @@ class Conversation:
 
     def _begin(self, request: Request) -> None:
         wait_seconds = self._delay()
-        if wait_seconds and not (self._delay_told or isinstance(request, SignUp)):  # a name has one answer alone
+        if wait_seconds and not (self._delay_told or isinstance(request, SignUp)):  # a name gets one answer only
             self._delay_told = True
             most = self._settings.requests_per_second
             why = f"over {most} requests a second come from {self._origin}: yours wait, and are answered late"
@@ -311,7 +311,7 @@ class Conversation:
         self._due.append(Step.CLOSE if self.ended else Step.HALF_CLOSE)
 
     def _cut_off(self) -> None:
-        """End the conversation with a client that does not read; it is told so behind what it has not read yet."""
+        """End the conversation with a client that does not read; the reason follows the unread lines."""
         self._due.append(WriteLastWords(too_slow_reader()))
         self._finish()
 
@@ -334,7 +334,7 @@ class Conversation:
 
 
 def split_answer(parts: Sequence[bytes]) -> Iterator[bytes]:
-    """Yield an answer in writes of about `WRITE_SIZE` bytes, holding on to its parts only."""
+    """Yield an answer in writes of about `WRITE_SIZE` bytes, keeping only its parts."""
     gathered: list[memoryview] = []
     size = 0
     for part in parts:

@@ -8,13 +8,13 @@ from services.gateway.protocol.requests import RequestError
 from shared.settings.model import Gateway
 
 SILENT_SECONDS: Final = 0.2
-"""A TLS connection on which all is said is closed when nothing came for this long."""
+"""A TLS connection is closed when nothing has come for this long after the last answer."""
 
 
 class Deadlines:
-    """The time that a client has for what it does now; `passes_at` is when that is over.
+    """The time that a client has for its present step; `passes_at` is the end of it.
 
-    Until the client is `introduced`, by where it is, its certificate or its token, it has `request_seconds` in all.
+    Until the client is `introduced`, by its address, certificate or token, it has `request_seconds` in all.
     """
 
     __slots__ = ("_clock", "_closed_by", "_introduced_by", "_settings", "introduced", "passes_at")
@@ -32,12 +32,12 @@ class Deadlines:
         self._limit(self._settings.idle_seconds)
 
     def await_last_byte(self) -> None:
-        """Give the client the time that a request may take, from its first byte, whatever comes later."""
+        """Give the client the time that a request may take, from its first byte on."""
         self._limit(self._settings.request_seconds)
 
     def _limit(self, seconds: float) -> None:
         self.passes_at = self._clock() + seconds
-        if not self.introduced:  # whatever it says meanwhile
+        if not self.introduced:  # whatever it sends meanwhile
             self.passes_at = min(self.passes_at, self._introduced_by)
 
     def await_reader(self) -> None:
@@ -49,15 +49,15 @@ class Deadlines:
         self._closed_by = self.passes_at = self._clock() + self._settings.request_seconds
 
     def await_silence(self) -> None:
-        """After `await_close`: let the client fall silent meanwhile."""
+        """Shorten the time after `await_close`: the client need only be silent for a moment."""
         self.passes_at = min(self._closed_by, self._clock() + SILENT_SECONDS)
 
     def suspend(self) -> None:
-        """Give the client any time: it waits for the gateway, or asyncio has a time of its own."""
+        """Give the client any time: it waits for the gateway, or asyncio has a limit of its own."""
         self.passes_at = math.inf
 
     def too_slow(self, *, receiving: bool) -> RequestError:
-        """Return the refusal of a client that has sent too little; `receiving`: of a request that has begun."""
+        """Return the refusal of a client that has sent too little; `receiving`: its request has begun."""
         settings = self._settings
         if not self.introduced:
             why = f"no `auth` received within {settings.request_seconds:g} s"
@@ -69,7 +69,7 @@ class Deadlines:
 
 
 def too_slow_reader() -> RequestError:
-    """Return the refusal of a client that reads more slowly than events come: it may go on from where it is."""
+    """Return the refusal of a client that reads events too slowly: it may go on from its last revision."""
     return RequestError(
         "too_slow",
         "events came faster than you read them; watch again from the last revision that you have",

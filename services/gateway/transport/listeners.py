@@ -1,4 +1,4 @@
-"""Listening sockets for clients, and questions to the kernel about addresses: is it this host's, is it broadcast."""
+"""Listening sockets for clients, and questions to the kernel: is an address this host's, is it broadcast."""
 
 import contextlib
 import errno
@@ -14,35 +14,35 @@ from shared.process.lifecycle import FAILED, OperatorError
 
 BACKLOG: Final = 1024
 SEND_BUFFER: Final = 128 * 1024
-"""Bytes asked of the kernel for each connection (it takes twice that): bounds what a client that does not read holds
-there, and lets us see progress of one that reads slowly."""
+"""Bytes asked of the kernel for each connection (it takes twice that): bounds the memory that a client that does not
+read holds there, and shows the progress of one that reads slowly."""
 DISCARD_PORT: Final = 9
-"""Of the sockets that ask the kernel about an address: nothing is sent."""
+"""Port for sockets that ask the kernel about an address: nothing is sent."""
 KEEPALIVE: Final = (
     (socket.TCP_KEEPIDLE, 30),
     (socket.TCP_KEEPINTVL, 10),
     (socket.TCP_KEEPCNT, 3),
     (socket.TCP_USER_TIMEOUT, 60_000),
 )
-"""A peer that has vanished is noticed after a minute: seconds, and for bytes that were not acknowledged, during which
-there are no probes, milliseconds (tcp(7))."""
+"""A peer that has vanished is noticed after a minute. Seconds; and milliseconds for unacknowledged bytes, during which
+there are no probes (tcp(7))."""
 
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """A bound socket, and the endpoint that it is one address of."""
+    """A bound socket, and the endpoint of which it is one address."""
 
     endpoint: Endpoint
     sock: socket.socket
 
     @property
     def secure(self) -> bool:
-        """Whether its connections are TLS."""
+        """Return whether its connections are TLS."""
         return self.endpoint.scheme == "tls"
 
     @property
     def remote(self) -> bool:
-        """Whether clients on other hosts can connect to it."""
+        """Return whether clients on other hosts can connect to it."""
         if self.sock.family == socket.AF_UNIX:
             return False
         return not ipaddress.ip_address(self.sock.getsockname()[0].partition("%")[0]).is_loopback
@@ -71,7 +71,7 @@ def _cure(error: OSError) -> str:
 
 
 def _prepare(listener: socket.socket) -> None:
-    """Set what accepted connections inherit, and SO_REUSEADDR: a restart does not wait for TIME_WAIT to pass."""
+    """Set options that accepted connections inherit, and SO_REUSEADDR: a restart need not wait for TIME_WAIT."""
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
     if listener.family == socket.AF_UNIX:
         return
@@ -82,7 +82,7 @@ def _prepare(listener: socket.socket) -> None:
 
 
 def is_broadcast(address: str) -> bool:
-    """Whether `address` reaches every host of a network that this one is on: the kernel wants SO_BROADCAST for it."""
+    """Return whether `address` reaches every host of a network of this host: the kernel wants SO_BROADCAST for it."""
     if ":" in address:
         return False
     with _probe(socket.AF_INET) as probe:
@@ -90,34 +90,34 @@ def is_broadcast(address: str) -> bool:
             probe.connect((address, DISCARD_PORT))
         except PermissionError:
             return True
-        except OSError:  # no way there now
+        except OSError:  # no route now
             return False
     return False
 
 
 def send_datagram(payload: bytes, address: str, port: int) -> None:
-    """Send one datagram, or raise OSError rather than wait."""
+    """Send one datagram without waiting; OSError when that is not possible."""
     with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as sender:
         sender.setblocking(False)
         sender.sendto(payload, (address, port))
 
 
 def is_local(address: str) -> bool:
-    """Whether `address` is one of this host's. Binding it would not tell, where net.ipv4.ip_nonlocal_bind is set."""
+    """Return whether `address` is this host's. Binding it does not tell, with net.ipv4.ip_nonlocal_bind set."""
     with _probe(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
         try:
-            if probe.family == socket.AF_INET:  # the kernel wants an address that one of its interfaces has
+            if probe.family == socket.AF_INET:  # the kernel accepts only an address of one of its interfaces
                 probe.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton(address))
                 return True
             probe.connect((address, DISCARD_PORT))
         except OSError:
             return False
         own = ipaddress.ip_address(probe.getsockname()[0].partition("%")[0])
-        return own == ipaddress.ip_address(address)  # to itself a host speaks from the same address (RFC 6724, 5)
+        return own == ipaddress.ip_address(address)  # a host speaks to itself from the same address (RFC 6724, 5)
 
 
 def _probe(family: socket.AddressFamily) -> socket.socket:
     try:
         return socket.socket(family, socket.SOCK_DGRAM)
-    except OSError as error:  # no descriptor to spare, for one
+    except OSError as error:  # for example, no descriptor to spare
         raise OSError(error.errno, f"the address can't be checked just now: {error.strerror}") from None

@@ -1,4 +1,4 @@
-"""All open connections: how many there may be, which are late, and which are cut when memory is short."""
+"""All open connections: their limits, those that are late, and those that are cut when memory is short."""
 
 import asyncio
 import itertools
@@ -15,13 +15,13 @@ from shared.settings.model import Gateway
 
 READ_SIZE: Final = 64 * 1024
 AT_ONCE: Final = 32
-"""Connections that begin, or end for being late, before those that are open have their turn."""
+"""Connections that begin, or end for being late, before open ones have their turn."""
 REFUSING_MAX: Final = 32
-"""Connections over the limit that are answered at once; more are closed without a word."""
+"""Connections over the limit that are answered at the same time; more are closed in silence."""
 
 
 class OpenConnections:
-    """The open connections, and what they share; `limit` is how many there may be."""
+    """The open connections, and the objects they share; `limit` is the number of connections allowed."""
 
     def __init__(self, handler: Handler, settings: Gateway, limit: int, memory: Memory) -> None:
         self.handler = handler
@@ -39,7 +39,7 @@ class OpenConnections:
         return len(self._open)
 
     def add(self, connection: ClientConnection) -> None:
-        """Admit a new connection; one over a limit is refused, and far over it cut."""
+        """Admit a new connection; refuse it when it is over a limit, cut it when it is far over."""
         self._open.add(connection)
         self._by_origin[connection.origin] += 1
         excess, why = self._excess(connection.origin)
@@ -52,7 +52,7 @@ class OpenConnections:
             connection.refuse(RequestError("unavailable", why, closes=True))
 
     def _excess(self, origin: str) -> tuple[int, str]:
-        """Return by how many there are too many connections, and which are."""
+        """Return the number of connections above the limit, and the reason."""
         most = self.settings.max_connections_per_address
         excess = self._by_origin[origin] - most
         if excess > 0:
@@ -67,7 +67,7 @@ class OpenConnections:
             del self._by_origin[connection.origin]
 
     def has_room(self, beginning: int) -> bool:
-        """Whether one more may begin, with `beginning` others, to be admitted or to be refused."""
+        """Return whether one more may begin, with `beginning` others, to be admitted or refused."""
         return len(self._open) + beginning < self._limit + REFUSING_MAX
 
     async def sweep(self) -> None:
@@ -83,7 +83,7 @@ class OpenConnections:
             await asyncio.sleep(0)
 
     def save_memory(self) -> None:
-        """When memory is short, cut half of the connections for which anything waits, most first."""
+        """Cut half of the connections for which anything waits, most first, when memory is short."""
         if self._memory.measure():
             waiting = sorted(
                 (each for each in self._open if each.buffered), key=lambda each: each.buffered, reverse=True
@@ -93,7 +93,7 @@ class OpenConnections:
                 connection.drop()
 
     async def drain(self, seconds: float) -> None:
-        """Finish the answers under way, begin no more requests, and close; cut what is not over after `seconds`."""
+        """Finish the answers under way, begin no more requests, and close; after `seconds` cut the rest."""
         for connection in list(self._open):
             connection.drain()
         deadline = self.loop.time() + seconds
@@ -101,4 +101,4 @@ class OpenConnections:
             await asyncio.sleep(0.01)
         for connection in list(self._open):
             connection.abort()
-        await asyncio.sleep(0)  # transports tell their protocols in the next turn
+        await asyncio.sleep(0)  # transports notify their protocols in the next turn

@@ -1,4 +1,4 @@
-"""The rate of requests from each origin: those over it wait for their turn. No I/O."""
+"""The rate of requests from each origin: requests over it wait for their turn. No I/O."""
 
 from collections.abc import Callable
 from typing import Final
@@ -8,9 +8,9 @@ BURST_SECONDS: Final = 10.0
 
 
 class RateLimit:
-    """Lets `per_second` requests of each origin pass; remembers an origin only as long as it has come faster.
+    """Lets `per_second` requests of each origin pass; remembers an origin only while it is faster.
 
-    The generic cell rate algorithm: it keeps of each origin when its requests so far would be over at that rate.
+    The generic cell rate algorithm: for each origin it keeps the time at which its requests would be done at that rate.
     """
 
     def __init__(self, per_second: float, clock: Callable[[], float]) -> None:
@@ -22,13 +22,13 @@ class RateLimit:
         return len(self._over_at)
 
     def note_request(self, origin: str) -> float:
-        """Note a request, and return how many seconds it has to wait."""
+        """Note a request, and return the seconds that it has to wait."""
         now = self._clock()
         over_at = max(now, self._over_at.get(origin, now)) + self._interval
         self._over_at[origin] = over_at
         return max(0.0, over_at - now - BURST_SECONDS)
 
     def forget_slow(self) -> None:
-        """Forget every origin whose requests so far were no faster than the rate."""
+        """Forget every origin whose requests were no faster than the rate."""
         now = self._clock()
         self._over_at = {origin: over_at for origin, over_at in self._over_at.items() if over_at > now}

@@ -1,4 +1,4 @@
-"""TLS: the context that connections are made with, and the listeners that may not do without it."""
+"""TLS: the context of the connections, and the listeners that must have it."""
 
 import contextlib
 import os
@@ -26,14 +26,14 @@ def make_context(gateway: Gateway, tokens: Iterable[Token]) -> ssl.SSLContext:
     """Return the context of TLS connections. OperatorError when the files can't be used."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    # No tickets: a session that goes on would not show its certificate again, which may have expired meanwhile.
+    # No tickets: a resumed session would not show its certificate again, which may have expired meanwhile.
     context.num_tickets = 0
     context.options |= ssl.OP_NO_TICKET | ssl.OP_NO_RENEGOTIATION
     if not (gateway.certificate and gateway.key):
         raise _unusable("[gateway] certificate and key: expected a PEM file each, for tls:// listeners")
     certificate, key, authorities = map(_path, (gateway.certificate, gateway.key, gateway.client_authorities))
     with _reporting("certificate and key", certificate, key):
-        context.load_cert_chain(certificate, key, password=str)  # an empty one: OpenSSL would ask the terminal
+        context.load_cert_chain(certificate, key, password=str)  # no password: OpenSSL must not ask the terminal
     by_certificate = [token.certificate is not None for token in tokens]
     if gateway.client_authorities:
         with _reporting("client_authorities", authorities):
@@ -49,7 +49,7 @@ def make_context(gateway: Gateway, tokens: Iterable[Token]) -> ssl.SSLContext:
 def _reporting(what: str, *paths: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:  # OpenSSL's are OSErrors too, and it names no file
+    except OSError as error:  # errors of OpenSSL are OSErrors too, and name no file
         reason = error.reason if isinstance(error, ssl.SSLError) and error.reason else error.strerror
         raise _unusable(
             f"[gateway] {what}: {', '.join(map(str, paths))}: {reason}; expected PEM, unencrypted"

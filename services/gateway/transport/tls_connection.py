@@ -1,8 +1,8 @@
 """A client's connection by TLS, where asyncio's differs from one by TCP.
 
-There is no half-closed connection: asyncio ends both directions at once. A client that closes its own ends the
-conversation; the gateway closes its own as soon as the client has been silent for a moment after the last answer, since
-closing while bytes come would answer them with a reset.
+There is no half-closed connection: asyncio ends both directions at once. A client that closes ends the conversation.
+The gateway closes as soon as the client has been silent for a moment after the last answer, since closing while bytes
+come would answer them with a reset.
 """
 
 import asyncio.sslproto
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from services.gateway.transport.open_connections import OpenConnections
 
 TLS_READ_SIZE: Final = 16 * 1024
-"""Bytes, a record's: asyncio keeps a buffer of this size for each connection, of 256 KiB by default."""
+"""Bytes of a record: asyncio keeps a buffer of this size for each connection, 256 KiB by default."""
 
 
 def limit_buffers() -> None:
-    """Have the buffers of connections from now on be of `TLS_READ_SIZE`; asyncio has no public way to say so."""
+    """Set the buffer size of connections from now on to `TLS_READ_SIZE`; asyncio has no public way for that."""
     asyncio.sslproto.SSLProtocol.max_size = TLS_READ_SIZE
 
 
@@ -38,7 +38,7 @@ class TlsConnection(ClientConnection):
             self.conversation.deadlines.await_silence()
 
     def eof_received(self) -> bool:
-        """Let asyncio close now: nothing that is written gets there any more."""
+        """Let asyncio close now: nothing that is written arrives any more."""
         self.conversation.abandon()
         return False
 

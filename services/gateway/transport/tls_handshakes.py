@@ -1,6 +1,6 @@
-"""TLS handshakes, bounded in number and time.
+"""TLS handshakes, limited in number and time.
 
-asyncio's own server has no bound on handshakes under way, and does not report those that fail.
+asyncio's own server has no limit of handshakes under way, and does not report those that fail.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from services.gateway.transport.open_connections import OpenConnections
 from services.gateway.transport.tls_connection import TlsConnection, limit_buffers
 
 RETRY_SECONDS: Final = 1.0
-"""After a failed accept, as without a descriptor to spare; asyncio waits so long too."""
+"""Wait after a failed accept, for example without a descriptor to spare; asyncio waits as long too."""
 
 log = structlog.get_logger()
 
@@ -64,7 +64,7 @@ class TlsAcceptor:
             else:
                 self._open.handler.counters[CONNECTIONS_REFUSED] += 1
                 sock.close()
-            await asyncio.sleep(0)  # the others' turn, however many connect
+            await asyncio.sleep(0)  # give others a turn, however many clients connect
 
     async def _shake_hands(self, sock: socket.socket, *, remote: bool) -> None:
         seconds = self._open.settings.request_seconds
@@ -76,7 +76,7 @@ class TlsAcceptor:
                 ssl_handshake_timeout=seconds,
                 ssl_shutdown_timeout=seconds,
             )
-        except OSError as error:  # those of ssl are, too
+        except OSError as error:  # errors of ssl are OSErrors too
             self._open.handler.counters[HANDSHAKES_FAILED] += 1
             log.warning("a TLS handshake failed", reason=error.strerror or str(error) or type(error).__name__)
         finally:
