@@ -2,6 +2,6 @@
 
 Sockets: UDP, TCP and AF_UNIX datagram listeners of every stream; ZeroMQ XPUB to the broker. Workers share UDP and TCP
 ports by SO_REUSEPORT; a path or a multicast group can't be shared, so those listeners belong to the first worker.
-Sockets that systemd passes are used in place of bound ones. Privilege: none; CAP_NET_ADMIN lets it have receive buffers
+Sockets that systemd passes are used in place of bound ones. Privilege: none; CAP_NET_ADMIN allows receive buffers
 beyond net.core.rmem_max.
 """

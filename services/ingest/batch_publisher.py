@@ -1,4 +1,4 @@
-"""A stream's way onto the bus: every datagram that was received is published, or dropped under a cause."""
+"""A stream's way onto the bus: every datagram received is published, or dropped under a cause."""
 
 from collections import Counter
 
@@ -15,7 +15,7 @@ from shared.settings.model import Protocol
 
 
 class StreamFeed:
-    """Counts and publishes the datagrams of one stream, whichever listener they came by.
+    """Counts and publishes the datagrams of one stream, from all of its listeners.
 
     Without a pool no payload is lent: all go through the bus.
     """
@@ -32,7 +32,7 @@ class StreamFeed:
         self.topic = datagrams_topic(stream)
         self.account = account
         self.exporters: ExporterTracker | None = None
-        """The exporters, followed by their own numbers; None: these are not looked at."""
+        """The exporters, followed by their own numbers; None: the numbers are not read."""
         self.owes_mark = False
         self._protocol: Protocol | None = None
         self._publisher = publisher
@@ -41,7 +41,7 @@ class StreamFeed:
         self._inline = inline_topic(stream)
 
     def look_for(self, protocol: Protocol | None) -> None:
-        """Look at exporters' numbers of a protocol from now on; if it is still the same one, go on with those known."""
+        """Follow exporters' numbers of a protocol from now on; if it has not changed, keep those that are known."""
         if protocol != self._protocol:
             if self.exporters:
                 self.exporters.settle(at_once=True)
@@ -49,7 +49,7 @@ class StreamFeed:
             self._protocol = protocol
 
     def receive(self, count: int, size: int) -> bool:
-        """Count datagrams received, `size` bytes together; return whether anybody wants them, else they are dropped."""
+        """Count datagrams received, `size` bytes together; return whether anybody wants them, else drop them."""
         self.account[RECEIVED] += count
         self.account[BYTES] += size
         wanted = self._publisher.wanted(self.topic)
@@ -59,12 +59,12 @@ class StreamFeed:
         return False
 
     def refuse_oversized(self, count: int) -> None:
-        """Count messages that fit no datagram and so were never one of ours."""
+        """Count messages that fit no datagram and so were never one of fanwire's."""
         self.account[RECEIVED] += count
         self.account[OVERSIZED] += count
 
     def lend(self, size: int) -> Loan | None:
-        """Return where to put a payload of so many bytes that is to be lent; None when it is to go through the bus."""
+        """Return memory for a payload of `size` bytes that is to be lent; None when it is to go through the bus."""
         if self._pool is None or size < LENT_SIZE or self._publisher.wanted(self._inline):
             return None
         return self._pool.lend()
@@ -88,7 +88,7 @@ class StreamFeed:
         self.account[PUBLISHED if sent else BUS_FULL] += count
 
     def mark(self, now_ns: int) -> None:
-        """Tell a new subscriber where the sequence stands, by a batch without rows; owed while the bus takes none."""
+        """Tell a new subscriber the place in the sequence, by a batch without rows; owed while the bus takes none."""
         if self._pool:
             self._pool.hold_back()
         empty = DatagramBatch(self.stream, now_ns, np.empty(0, ROW), b"")

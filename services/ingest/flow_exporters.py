@@ -1,8 +1,8 @@
-"""Follows the flow exporters of a stream: whose a datagram is, and what is missing from its numbers. No I/O.
+"""Follows the flow exporters of a stream: which one sent a datagram, and what is missing from its numbers. No I/O.
 
-Exporters are told apart by source address, what they call their parts, and port: several exporting processes may be
-behind one address. Ports are joined only where one goes on with the numbers of another, or fills its gaps, and parted
-when the same number comes by two of them.
+Exporters are told apart by source address, by their own number for a part, and by port: several exporting processes may
+be behind one address. Ports are joined only where one continues the numbers of another, or fills its gaps, and parted
+when both bring the same number.
 """
 
 import secrets
@@ -24,17 +24,18 @@ from shared.ledger import EXPORTER_EVICTIONS, EXPORTER_UNSURE, EXPORTERS, NOT_FL
 from shared.settings.model import Protocol
 
 MAX_EXPORTERS: Final = 16_384
-"""Followed at a time by a worker and stream: sources can be forged by the million. The longest silent goes first."""
+"""Exporters followed at a time by a worker and stream: sources can be forged by the million. The longest silent goes
+first."""
 MAX_COMPARED: Final = 16
 """Exporters of one identity that a port is compared with."""
 MAX_PORTS: Final = 64
-"""Kept of those that number as one: some take a port for each datagram."""
+"""Ports kept of those that number as one: some exporters take a port for each datagram."""
 NEAR: Final = 64
-"""Numbers that a further port of those that number as one may be ahead, or behind, and belong to them."""
+"""Distance, ahead or behind, within which a number of a further port belongs to ports that number as one."""
 KEY_WORDS: Final = 12
-"""Of 32 bits: identity, source address, port, and none."""
+"""Words of 32 bits: identity, source address, port, and an unused one."""
 IDENTITY_BYTES: Final = 24
-"""Of a key, without where its datagrams come from."""
+"""Bytes of a key without the part that says where its datagrams come from."""
 
 
 @dataclass(slots=True)
@@ -45,7 +46,7 @@ class Family:
     joined: bool = False
 
     def last(self) -> list[int]:
-        """The slots of those that came last: whoever forges ports must not make looking at all of them dear."""
+        """Return the slots of the latest exporters: a sender that forges ports must not make all of them cost time."""
         return list(islice(reversed(self.slots), MAX_COMPARED))
 
 
@@ -76,7 +77,7 @@ class ExporterTracker:
         return tracker
 
     def observe(self, batch: DatagramBatch) -> None:
-        """Take note of what came by one receive call, in its order."""
+        """Note the datagrams of one receive call, in their order."""
         strangers = len(batch)
         heads = read_heads(batch)
         for read, tracker in self._kinds:
@@ -107,21 +108,21 @@ class ExporterTracker:
     def _arrange(
         self, batch: DatagramBatch, headers: Headers, tracker: SequenceTracker
     ) -> tuple[Integers, Mask, Integers]:
-        """Bring rows of one exporter together, in the order they have.
+        """Bring rows of one exporter together, in their order.
 
-        Return that order, a mask of where each exporter begins in it, and the slot of each.
+        Return that order, a mask of the first row of each exporter in it, and the slot of each exporter.
         """
         keys = np.zeros((len(headers.rows), KEY_WORDS), np.uint32)
         keys[:, :6] = headers.keys
         keys[:, 6:10] = np.ascontiguousarray(batch.rows["address"][headers.rows]).view(np.uint32)
         keys[:, 10] = batch.rows["port"][headers.rows]
-        # By a hash, which is sorted faster. Nobody can aim at one that two exporters have.
+        # By a hash, which is sorted faster. A sender can't aim at a hash that two exporters share.
         order = np.argsort(keys.view(np.uint64) @ self._factors, kind="stable")
         arranged = keys.view(np.uint64)[order]
         first = np.ones(len(order), bool)
         first[1:] = (arranged[1:] != arranged[:-1]).any(axis=1)
         slots = self._slots_of(arranged[first], order, first, headers, tracker)
-        if len({*slots.tolist()}) < len(slots):  # joined ports, whose rows stand in between each other
+        if len({*slots.tolist()}) < len(slots):  # joined ports, whose rows are mixed
             of_rows = np.empty(len(order), np.int64)
             of_rows[order] = slots[np.cumsum(first) - 1]
             order = np.argsort(of_rows, kind="stable")
@@ -133,7 +134,7 @@ class ExporterTracker:
     def _slots_of(
         self, keys: npt.NDArray[np.uint64], order: Integers, first: Mask, headers: Headers, tracker: SequenceTracker
     ) -> Integers:
-        """The slot of each key; those that are new get theirs in the order in which they came."""
+        """Return the slot of each key; new keys get theirs in the order in which they came."""
         packed, size = keys.tobytes(), keys.shape[1] * keys.itemsize
         found = [packed[at : at + size] for at in range(0, len(packed), size)]
         slots = [self._slots.get(key, -1) for key in found]
@@ -153,9 +154,9 @@ class ExporterTracker:
     def _new_key(
         self, key: bytes, number: int, row: int, tracker: SequenceTracker, ended: Mapping[int, tuple[int, int]]
     ) -> int:
-        """Give a new key, which comes with `row`, a slot: of an exporter whose numbers it goes on with, or its own.
+        """Give a new key, which comes with `row`, a slot: that of an exporter whose numbers it continues, or its own.
 
-        `ended` has those that are new too: the last row of each, and what number is due then.
+        `ended` has the new keys too: the last row of each, and the number that is due then.
         """
         if len(self._slots) == self._capacity:
             self._drop(next(iter(self._slots)))
@@ -183,7 +184,7 @@ class ExporterTracker:
         return slot
 
     def _drop(self, key: bytes) -> None:
-        """Let go of a key, and of its exporter when it was the last of that."""
+        """Drop a key, and its exporter when it was the last key of that."""
         slot = self._slots.pop(key)
         del self._keys[slot][key]
         if not self._keys[slot]:
@@ -191,7 +192,7 @@ class ExporterTracker:
             self._release(slot)
 
     def _release(self, slot: int) -> None:
-        """Let a slot be another exporter's from now on."""
+        """Free a slot for another exporter."""
         for _, tracker in self._kinds:
             tracker.forget(slot)
         if self._templates is not None:
@@ -206,7 +207,7 @@ class ExporterTracker:
         self._free.append(slot)
 
     def _explain(self, tracker: SequenceTracker, slot: int, holes: list[Hole]) -> list[Hole]:
-        """Return which gaps are missing for sure; where another port has filled some, both are joined soon."""
+        """Return the gaps that are missing for sure; where another port has filled some, both are joined soon."""
         for other in self._families[self._identities[slot]].last():
             left = tracker.unfilled(slot, other, holes) if other != slot else holes
             if left != holes and self._templates is None:
@@ -217,7 +218,7 @@ class ExporterTracker:
         return holes
 
     def _join(self) -> None:
-        """Join slots that have filled each other's gaps: not before, as gaps are counted while slots are in use."""
+        """Join slots that have filled each other's gaps; not before, as gaps are counted while slots are in use."""
         joined: dict[int, int] = {}
         while self._to_join:
             tracker, slot, other = self._to_join.pop()
@@ -236,9 +237,9 @@ class ExporterTracker:
             self._release(other)
 
     def _part(self, tracker: SequenceTracker) -> None:
-        """Part ports that were taken for one and have had the same number: what is missing until now is not known."""
+        """Part ports that were taken for one and have had the same number: losses until now are not known."""
         for slot in tracker.repeated:
-            if len(self._keys.get(slot, ())) < 2:  # sent twice, or brought twice by the network
+            if len(self._keys.get(slot, ())) < 2:  # sent twice, or duplicated by the network
                 continue
             self._account[EXPORTER_UNSURE] += tracker.begin_anew(slot)
             family = self._families[self._identities[slot]]
@@ -249,7 +250,7 @@ class ExporterTracker:
         tracker.repeated.clear()
 
     def settle(self, *, at_once: bool = False) -> None:
-        """Count what is missing for good, and how many exporters there are. Due every second; at the end `at_once`."""
+        """Count what is missing for good, and the number of exporters. Due every second; at the end `at_once`."""
         for _, tracker in self._kinds:
             tracker.settle(at_once=at_once)
         self._join()

@@ -1,6 +1,6 @@
-"""The headers of NetFlow v5 and v9, IPFIX and sFlow v5 as columns: whose a datagram is, and its number. No I/O.
+"""The headers of NetFlow v5 and v9, IPFIX and sFlow v5 as columns: the exporter of a datagram, and its number. No I/O.
 
-What is longer or shorter than its header says, or of another version, is not taken for one.
+A datagram that is longer or shorter than its header says, or of another version, is not taken for one.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,17 +21,17 @@ Words = npt.NDArray[np.uint32]
 
 V5_HEADER, V5_RECORD, V9_HEADER, IPFIX_HEADER = 24, 48, 20, 16
 AGENT_WORDS: Final = {1: 1, 2: 4}
-"""Of an sFlow agent's address, by the type it gives: IPv4 or IPv6."""
+"""Words of an sFlow agent's address, by its type: IPv4 or IPv6."""
 HEAD_WORDS: Final = 10
-"""What the longest of these headers has, sFlow's."""
+"""Words of the longest of these headers, sFlow's."""
 
 
 @dataclass(frozen=True, slots=True)
 class Headers:
-    """The datagrams of a protocol, n of a batch: their rows, and a column a fact.
+    """The datagrams of a protocol, n of a batch: their rows, and one column a fact.
 
-    `keys`, uint32, shape (n, 6), tell exporters apart. The others are int64, shape (n,): the number a datagram bears,
-    how many it takes, and the exporter's uptime in milliseconds, all 0 where it does not say.
+    `keys`, uint32, shape (n, 6), tell exporters apart. The others are int64, shape (n,): the number that a datagram
+    bears, the numbers that it takes, and the exporter's uptime in milliseconds, all 0 where it does not say.
     """
 
     rows: Integers
@@ -42,7 +42,10 @@ class Headers:
 
 
 def read_heads(batch: DatagramBatch) -> Words:
-    """The first words of each payload, big-endian, shape (n, HEAD_WORDS): a copy; behind a shorter one is anything."""
+    """Return the first words of each payload, big-endian, shape (n, HEAD_WORDS): a copy.
+
+    The end of a shorter one is undefined.
+    """
     buffer, rows, size = np.frombuffer(batch.payload, np.uint8), len(batch), 4 * HEAD_WORDS
     apart = batch.stride
     if not apart and rows and int(batch.lengths.min()) == (longest := int(batch.lengths.max())):
@@ -55,7 +58,7 @@ def read_heads(batch: DatagramBatch) -> Words:
 
 
 def gather(buffer: Bytes, at: Integers, size: int) -> Bytes:
-    """`size` bytes from each of these places on, shape (n, size), a copy; beyond the end the last byte is repeated."""
+    """Return `size` bytes from each of these places, shape (n, size), a copy; the last byte repeats past the end."""
     if not len(buffer):
         return np.zeros((len(at), size), np.uint8)
     found: Bytes = buffer[np.minimum(at[:, None] + np.arange(size), len(buffer) - 1)]
@@ -65,7 +68,7 @@ def gather(buffer: Bytes, at: Integers, size: int) -> Bytes:
 def _headers(
     chosen: Integers, keys: Words, words: Words, number: int, count: Integers | None = None, uptime: int | None = None
 ) -> Headers:
-    """Headers whose number and uptime are words of the chosen heads; without a `count` each takes one number."""
+    """Return headers with number and uptime from words of the chosen heads; without a `count` each takes one number."""
     none = np.zeros(len(chosen), np.int64)
     return Headers(
         chosen,
@@ -77,7 +80,7 @@ def _headers(
 
 
 def _by_source(batch: DatagramBatch, chosen: Integers, part: Words, tag: int) -> Words:
-    """Keys of a source address and the number by which it tells its parts apart."""
+    """Return keys of a source address and the number by which it tells its parts apart."""
     keys = np.empty((len(chosen), 6), np.uint32)
     keys[:, :4] = np.ascontiguousarray(batch.rows["address"][chosen]).view(np.uint32)
     keys[:, 4], keys[:, 5] = part, tag
@@ -85,7 +88,7 @@ def _by_source(batch: DatagramBatch, chosen: Integers, part: Words, tag: int) ->
 
 
 def netflow_v5(batch: DatagramBatch, heads: Words) -> Headers:
-    """NetFlow v5: the number counts flows, by source address, engine type and engine id."""
+    """Read NetFlow v5: the number counts flows, by source address, engine type and engine id."""
     count = (heads[:, 0] & 0xFFFF).astype(np.int64)
     ours = (heads[:, 0] >> 16 == 5) & (count > 0)
     chosen = np.flatnonzero(ours & (batch.lengths == V5_HEADER + V5_RECORD * count))
@@ -95,16 +98,16 @@ def netflow_v5(batch: DatagramBatch, heads: Words) -> Headers:
 
 
 def netflow_v9(batch: DatagramBatch, heads: Words) -> Headers:
-    """NetFlow v9 (RFC 3954, 5.1): the number counts datagrams, by source address and source id."""
+    """Read NetFlow v9 (RFC 3954, 5.1): the number counts datagrams, by source address and source id."""
     chosen = np.flatnonzero((heads[:, 0] >> 16 == 9) & (batch.lengths >= V9_HEADER))
     words = heads[chosen]
     return _headers(chosen, _by_source(batch, chosen, words[:, 4], 9), words, 3, uptime=1)
 
 
 def ipfix(batch: DatagramBatch, heads: Words) -> Headers:
-    """IPFIX (RFC 7011, 3.1): the number counts data records, by source address and observation domain.
+    """Read IPFIX (RFC 7011, 3.1): the number counts data records, by source address and observation domain.
 
-    How many a datagram has its header does not say: `count` is 0.
+    The header does not give the number of records in a datagram: `count` is 0.
     """
     ours = (heads[:, 0] >> 16 == 10) & (batch.lengths >= IPFIX_HEADER)
     chosen = np.flatnonzero(ours & ((heads[:, 0] & 0xFFFF) == batch.lengths))
@@ -114,7 +117,7 @@ def ipfix(batch: DatagramBatch, heads: Words) -> Headers:
 
 
 def sflow(batch: DatagramBatch, heads: Words, kind: int) -> Headers:
-    """Of sFlow v5, from agents with an address of one kind: the number counts datagrams, by agent and sub-agent."""
+    """Read sFlow v5 of agents with an address of one kind: the number counts datagrams, by agent and sub-agent."""
     sub_agent = 2 + AGENT_WORDS[kind]
     ours = (heads[:, 0] == 5) & (heads[:, 1] == kind)
     chosen = np.flatnonzero(ours & (batch.lengths >= 4 * (sub_agent + 4)))
@@ -125,7 +128,7 @@ def sflow(batch: DatagramBatch, heads: Words, kind: int) -> Headers:
 
 
 class Kind(NamedTuple):
-    """How a kind of datagram is read from a batch and its heads, and the counter of what its numbers count."""
+    """A kind of datagram: the function that reads it from a batch and its heads, and the counter for its gaps."""
 
     read: Callable[[DatagramBatch, Words], Headers]
     unit: str

@@ -1,14 +1,16 @@
-"""What was lost before it came to us: exporters number what they send, and a gap in that is missing. No I/O.
+"""Losses before datagrams came to fanwire: exporters number what they send, and a gap in the numbers is missing.
+
+No I/O.
 
 Columns of a receive call go in, counters come out; no datagram is changed, dropped or delayed. `SequenceTracker` holds
-what every exporter gave last as arrays, and looks at one exporter by itself only where something is out of order.
+the last facts of every exporter in arrays, and handles one exporter by itself only where something is out of order.
 
-Gaps count as missed a second or two later: what was only overtaken fills them until then. An exporter that says it has
-been up for less long than before begins anew.
+Gaps count as missed a second or two later: datagrams that were only overtaken fill them until then. An exporter that
+reports a shorter uptime than before begins anew.
 
-Who jumps far, either way, may be another exporter behind the same address and port, as where a relay is between. So
-numbers may run in several series. The one before the jump is parked: when it goes on, the jump was none. Only when it
-has been silent for `PARKED_SECONDS` was it a gap, or an exporter that began anew.
+A far jump, either way, may be another exporter behind the same address and port, for example behind a relay. So numbers
+may run in several series. The series before the jump is parked: if it continues, the jump was none. Only after it has
+been silent for `PARKED_SECONDS` does the jump count as a gap, or as an exporter that began anew.
 """
 
 from collections import Counter
@@ -23,20 +25,20 @@ from services.ingest.flow_headers import Integers
 from shared.ledger import EXPORTER_REORDERED, EXPORTER_RESTARTS, EXPORTER_UNSURE
 
 MAX_HOLES: Final = 8
-"""Gaps of one exporter that may still be filled by what was overtaken."""
+"""Gaps of one exporter that overtaken datagrams may still fill."""
 MAX_GAP: Final = 1 << 24
-"""Numbers: more than that nobody loses. Who skips more, or falls back by more than `WINDOW`, has begun anew."""
+"""Numbers: no network loses more. An exporter that skips more, or falls back by more than `WINDOW`, has begun anew."""
 WINDOW: Final = 1024
-"""Numbers that a datagram may be behind, or ahead, and be of the same series for sure."""
+"""Numbers that a datagram may be behind, or ahead, and still be of the same series for sure."""
 MAX_PARKED: Final = 4
-"""Series kept besides the one that is going on."""
+"""Series kept besides the present one."""
 PARKED_SECONDS: Final = 60
 """Calls of `settle` for which a series may be silent before the jump away from it counts."""
 UPTIME_SLACK_MS: Final = 10_000
-"""An exporter that says it has been up for so much less than before was restarted; less is what was overtaken."""
+"""An exporter whose uptime falls by this much was restarted; by less, its datagram was overtaken."""
 
 NEW, EXACT, AT_LEAST = range(3)
-"""What is known of the number an exporter's next datagram has to bear."""
+"""Knowledge of the number that an exporter's next datagram has to bear."""
 Mask = npt.NDArray[np.bool_]
 
 
@@ -51,9 +53,9 @@ class Hole:
 
 @dataclass(slots=True)
 class Parked:
-    """A series that others have interrupted: its state, and what the jump away from it counts as unless it goes on.
+    """A series that others have interrupted: its state, and the count for the jump away from it unless it continues.
 
-    `jump` is how many numbers were skipped: more than `MAX_GAP`, or fewer than none, is a restart; 0 counts as nothing.
+    `jump` is the number of skipped numbers: more than `MAX_GAP`, or less than 0, is a restart; 0 counts as nothing.
     """
 
     next: int
@@ -65,11 +67,11 @@ class Parked:
 
 
 Explain = Callable[[int, list[Hole]], list[Hole]]
-"""Returns which gaps of a slot are missing for sure: others may have filled them."""
+"""Returns the gaps of a slot that are missing for sure: others may have filled them."""
 
 
 class SequenceTracker:
-    """The numbers of up to `capacity` exporters, which are known by their slot: an array a fact, a row an exporter.
+    """The numbers of up to `capacity` exporters, known by their slot: one array a fact, one row an exporter.
 
     `account` gets what was missed under `unit`. Numbers are counted on beyond 32 bits, so they never wrap here.
     """
@@ -79,16 +81,17 @@ class SequenceTracker:
     ) -> None:
         self._explain = explain
         self._begun = np.zeros(capacity, np.int64)
-        """The first number of what is going on now."""
+        """The first number of the present series."""
         self.repeated: set[int] = set()
-        """Slots in which a number has come that had come before, for the caller to clear."""
+        """Slots in which a number has come again, for the caller to clear."""
         self._parked: dict[int, list[Parked]] = {}
         self._given_up: dict[int, list[Hole]] = {}
-        """Gaps that nothing fills any more, until they are counted together: two slots may have filled each other's."""
+        """Gaps that nothing fills any more, kept until they are counted together: two slots may have filled each
+        other's."""
         self._counted: set[int] = set()
-        """Of these slots the gaps just given up are counted already."""
+        """Slots whose gaps that were just given up are counted already."""
         self._as_one: set[tuple[int, int]] = set()
-        """Slots of which the one has been found to fill gaps of the other, meanwhile."""
+        """Pairs of slots of which one was found to fill gaps of the other, meanwhile."""
         self._next = np.zeros(capacity, np.int64)
         self._known = np.zeros(capacity, np.int8)
         self._uptime = np.zeros(capacity, np.int64)
@@ -99,9 +102,9 @@ class SequenceTracker:
     def track(
         self, slots: Integers, first: Mask, numbers: Integers, counts: Integers, uptime: Integers, sure: Mask
     ) -> None:
-        """Take note of datagrams: of `slots` one after the other, each exporter's `first` one marked, in order.
+        """Note datagrams: of `slots` one after the other, each exporter's `first` one marked, in order.
 
-        A datagram takes as many numbers as `counts` says; where it is not `sure`, it may take more.
+        A datagram takes the number of numbers in `counts`; where it is not `sure`, it may take more.
         """
         before = np.concatenate(([0], numbers[:-1] + counts[:-1]))
         known = np.where(np.concatenate(([False], sure[:-1])), EXACT, AT_LEAST)
@@ -116,7 +119,7 @@ class SequenceTracker:
             odd = np.zeros(len(slots), bool)
             odd[groups[~regular]] = True
             odd_rows = odd[groups]
-            # Behind an inexact row nothing is contiguous for sure, so there a stretch ends too.
+            # Behind an inexact row nothing is contiguous for sure, so a stretch ends there too.
             begins = first | ~regular | (known == AT_LEAST)
             starts = np.flatnonzero(odd_rows & begins).tolist()
             stops = (np.flatnonzero(odd_rows & np.append(begins[1:], True)) + 1).tolist()
@@ -134,7 +137,7 @@ class SequenceTracker:
         self._count_missed()
 
     def _take(self, slot: int, numbers: Integers, counts: Integers, uptime: Integers, *, sure: bool) -> None:
-        """Take note of a stretch of an exporter's datagrams, contiguous in number. Not `sure`: the last takes more."""
+        """Note a stretch of an exporter's datagrams, contiguous in number. Not `sure`: the last may take more."""
         ahead = _nearest(numbers[0] - self._next[slot])
         if self._is_far(slot, ahead, int(counts[0])):
             ahead = self._change_series(slot, int(numbers[0]), int(uptime[0]))
@@ -166,7 +169,7 @@ class SequenceTracker:
             self._uptime[slot] = uptime[-1]
 
     def _is_far(self, slot: int, ahead: int, count: int) -> bool:
-        """Whether a datagram, `ahead` of what is due and taking `count` numbers, is of another series than the last."""
+        """Return whether a datagram of `count` numbers, `ahead` of what is due, is of another series than the last."""
         known = self._known[slot]
         if known == NEW or -WINDOW <= ahead <= (WINDOW if known == EXACT else MAX_GAP):
             return False
@@ -174,9 +177,9 @@ class SequenceTracker:
         return not any(max(hole.start, start) < min(hole.stop, start + count) for hole in self._holes.get(slot, ()))
 
     def _change_series(self, slot: int, number: int, uptime: int) -> int:
-        """Park the series that is going on, for the one that a number is of, or a new one; return how far ahead it is.
+        """Park the present series, for the one that a number is of, or a new one; return its distance from that.
 
-        A series that does not go on counts when too many are parked, or when it has been parked for too long.
+        A series that does not continue counts when too many are parked, or when it has been parked for too long.
         """
         parked = self._parked.setdefault(slot, [])
         jump = _nearest(number - self._next[slot])
@@ -203,7 +206,7 @@ class SequenceTracker:
         return _nearest(number - found.next)
 
     def _end_series(self, slot: int, series: Parked, *, sure: bool = True) -> None:
-        """Count what the jump away from a series was, as it has not gone on; not `sure`: it still may."""
+        """Count the jump away from a series, as it has not continued; not `sure`: it still may."""
         self._miss(slot, series.holes)
         if not -WINDOW <= series.jump <= MAX_GAP:
             self._account[EXPORTER_RESTARTS] += 1
@@ -211,7 +214,7 @@ class SequenceTracker:
             self._account[self._unit if sure else EXPORTER_UNSURE] += series.jump if sure else 1
 
     def _keep(self, slot: int, holes: list[Hole]) -> None:
-        """These are the gaps of an exporter that may still be filled; the oldest beyond the bound are missed."""
+        """Set the gaps of an exporter that may still be filled; the oldest beyond the limit are missed."""
         beyond = max(0, len(holes) - MAX_HOLES)
         self._miss(slot, holes[:beyond])
         if holes:
@@ -220,7 +223,7 @@ class SequenceTracker:
             self._holes.pop(slot, None)
 
     def _fill(self, slot: int, start: int, stop: int) -> None:
-        """Take numbers that have come late out of the gaps."""
+        """Remove numbers that have come late from the gaps."""
         self._keep(slot, _without(self._holes.get(slot, []), [(start, stop)] if start < stop else []))
 
     def _miss(self, slot: int, holes: list[Hole]) -> None:
@@ -260,22 +263,22 @@ class SequenceTracker:
         self._known[slot] = NEW
 
     def begin_anew(self, slot: int) -> int:
-        """Follow a slot's exporter anew, with nothing counted; return how many gaps it had."""
+        """Follow a slot's exporter anew, with nothing counted; return the number of gaps it had."""
         gaps = len(self._holes.pop(slot, [])) + len(self._parked.pop(slot, []))
         self._known[slot] = NEW
         return gaps
 
     def is_due(self, slot: int, number: int, within: int, due: int | None = None) -> bool:
-        """Whether a number is the next of a slot, or so near to it; what is next may be known to be `due`."""
+        """Return whether a number is within `within` of the next of a slot; the next may be given as `due`."""
         if due is None and self._known[slot] == NEW:
             return False
         expected = int(self._next[slot]) if due is None else due
         return -within <= _nearest(number - expected) <= within
 
     def unfilled(self, slot: int, other: int, holes: list[Hole]) -> list[Hole]:
-        """Return gaps of a slot less what came by another slot: all of them unless both number as one.
+        """Return gaps of a slot less numbers that came by another slot: all of them unless both number as one.
 
-        Two that have both had the same number do not. What neither has had counts once.
+        Two slots that have had the same number do not. A number that neither has had counts once.
         """
         due = int(self._next[slot])
         theirs = self._received(other, due)
@@ -295,7 +298,7 @@ class SequenceTracker:
         mine, theirs = self._received(slot, due), self._received(other, due)
         moved = [Hole(hole.start + shift, hole.stop + shift, hole.old) for hole in self._holes.pop(other, [])]
         own = _without(self._holes.get(slot, []), theirs)
-        # What both lack is in both lists.
+        # A number that both lack is in both lists.
         rest = _without(_without(moved, mine), [(hole.start, hole.stop) for hole in own])
         if int(self._next[other]) + shift > due:
             self._next[slot], self._known[slot] = self._next[other] + shift, self._known[other]
@@ -305,11 +308,11 @@ class SequenceTracker:
         self.forget(other)
 
     def _shift(self, slot: int, near: int) -> int:
-        """What makes of a slot's numbers those as counted where `near` is."""
+        """Return the offset that brings a slot's numbers to the count in which `near` stands."""
         return near + _nearest(self._next[slot] - near) - int(self._next[slot])
 
     def _received(self, slot: int, near: int) -> list[tuple[int, int]]:
-        """The stretches of numbers that a slot has had, as counted where `near` is."""
+        """Return the stretches of numbers that a slot has had, in the count in which `near` stands."""
         shift = self._shift(slot, near)
         had = [Hole(int(self._begun[slot]), int(self._next[slot]))]
         gaps = [(hole.start, hole.stop) for held in (self._holes, self._given_up) for hole in held.get(slot, ())]
@@ -317,7 +320,7 @@ class SequenceTracker:
 
 
 def _goes_on(series: Parked, number: int, uptime: int) -> bool:
-    """Whether a number is of a series: near to what is due, by an exporter that was not restarted."""
+    """Return whether a number is of a series: near to what is due, by an exporter that was not restarted."""
     near = -WINDOW <= _nearest(number - series.next) <= (WINDOW if series.known == EXACT else MAX_GAP)
     return near and _nearest(uptime - series.uptime) >= -UPTIME_SLACK_MS
 
@@ -327,7 +330,7 @@ def _overlap(one: Iterable[tuple[int, int]], other: Sequence[tuple[int, int]]) -
 
 
 def _without(holes: Sequence[Hole], stretches: Iterable[tuple[int, int]]) -> list[Hole]:
-    """Gaps less some stretches of numbers."""
+    """Return gaps less some stretches of numbers."""
     left = list(holes)
     for low, high in stretches:
         left = [
@@ -340,10 +343,10 @@ def _without(holes: Sequence[Hole], stretches: Iterable[tuple[int, int]]) -> lis
 
 
 def _signed(numbers: Integers) -> Integers:
-    """Differences modulo 2**32 as the nearest way, from -2**31 on."""
+    """Return differences modulo 2**32 as the nearest way, from -2**31 on."""
     return ((numbers + 0x80000000) & 0xFFFFFFFF) - 0x80000000
 
 
 def _nearest(number: int | np.int64) -> int:
-    """One difference modulo 2**32, likewise."""
+    """Return one difference modulo 2**32 in the same way."""
     return (int(number) + 0x80000000 & 0xFFFFFFFF) - 0x80000000

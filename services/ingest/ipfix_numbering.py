@@ -1,7 +1,7 @@
-"""Where an IPFIX exporter's number stands: before the records of its datagram or behind them. No I/O.
+"""Place of an IPFIX exporter's number: before the records of its datagram or behind them. No I/O.
 
-RFC 7011, 3.1 is mostly read as *before*; some count a datagram's own records in, softflowd among them. Two datagrams
-with nothing lost between them show it, unless they have equally many records, and then it does not matter.
+RFC 7011, 3.1 is mostly read as *before*; some exporters, such as softflowd, count a datagram's own records in. Two
+datagrams with nothing lost between them show it, unless they have equally many records, and then it does not matter.
 """
 
 from typing import Final
@@ -12,21 +12,21 @@ import numpy.typing as npt
 from services.ingest.flow_headers import Integers
 
 CERTAIN: Final = 8
-"""Datagrams by which what was shown counts at most: so many in a row have to show otherwise."""
+"""Limit of the datagrams that count for a finding: this many in a row have to show the opposite."""
 Mask = npt.NDArray[np.bool_]
 
 
 class Numbering:
-    """What the exporters have shown, by slot: more than 0 for *before*, less for *behind*, 0 for nothing."""
+    """Findings about the exporters, by slot: above 0 for *before*, below 0 for *behind*, 0 for nothing."""
 
     def __init__(self, capacity: int) -> None:
         self._shown = np.zeros(capacity, np.int8)
         self._number = np.zeros(capacity, np.int64)
         self._count = np.full(capacity, -1, np.int64)
-        """Of the last datagram; -1: not known."""
+        """Records of the last datagram; -1: not known."""
 
     def forget(self, slot: int) -> None:
-        """Let a slot be another exporter's from now on."""
+        """Free a slot for another exporter."""
         self._shown[slot], self._count[slot] = 0, -1
 
     def unify(
@@ -34,7 +34,7 @@ class Numbering:
     ) -> tuple[Integers, Integers, Mask, list[int]]:
         """Return numbers that stand before their records, counts, whether those are all, and slots to follow anew.
 
-        Arguments are as for `SequenceTracker.track`. Of an exporter that has shown nothing, no count is sure.
+        Arguments are as for `SequenceTracker.track`. For an exporter without a finding, no count is sure.
         """
         groups, last = np.cumsum(first) - 1, np.append(first[1:], True)
         told = np.where(sure, counts, -1)

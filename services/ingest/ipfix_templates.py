@@ -1,7 +1,7 @@
-"""How many data records an IPFIX datagram has, as far as the templates of its exporter tell (RFC 7011, 3.3 and 3.4).
+"""Number of data records in an IPFIX datagram, as far as its exporter's templates tell (RFC 7011, 3.3 and 3.4).
 
-Only what is certain is told: a datagram with a set whose template has not come, whose template changes in the same
-receive call, or whose records vary in length, has *at least* the records that were counted.
+It tells only what is certain. A datagram has *at least* the records counted where the template of a set has not come,
+where a template changes in the same receive call, or where records vary in length.
 """
 
 from dataclasses import dataclass, field
@@ -16,24 +16,24 @@ from shared.datagrams.batch import DatagramBatch
 SET_HEADER: Final = 4
 TEMPLATES, OPTIONS_TEMPLATES, FIRST_DATA = 2, 3, 256
 VARIABLE: Final = 0xFFFF
-"""The length of a field that says its own."""
+"""The length of a field that gives its own."""
 ENTERPRISE: Final = 0x8000
-"""Marks a field that is described by four bytes more."""
+"""Marks a field that four more bytes describe."""
 MAX_SETS: Final = 16
-"""Sets of a datagram that are looked at: empty ones are four bytes."""
+"""Sets of a datagram that are read: empty ones are four bytes."""
 MAX_READ: Final = 16_384
 """Bytes of template sets read a receive call: they cost 40 µs a KiB. Sets that are known are only recognized."""
 MAX_LOOKS: Final = 2
-"""Template sets a datagram, on average, that are looked at to see whether they are known."""
+"""Template sets a datagram, on average, that are compared with the known ones."""
 MAX_TEMPLATES: Final = 64
-"""Kept an exporter."""
+"""Templates kept an exporter."""
 MAX_SEEN: Final = 64
-"""Template sets of an exporter that are known when they come again."""
+"""Template sets of an exporter that are recognized when they come again."""
 
 
 @dataclass(slots=True)
 class _Known:
-    """Lengths of an exporter's records by template, 0 where they vary; hashes of the sets that said so."""
+    """Lengths of an exporter's records by template, 0 where they vary; and hashes of the sets that gave them."""
 
     lengths: dict[int, int] = field(default_factory=dict)
     seen: set[int] = field(default_factory=set)
@@ -41,7 +41,7 @@ class _Known:
 
 @dataclass(frozen=True, slots=True)
 class _Sets:
-    """The sets of some datagrams: to which of them each belongs, its id, and its content in the buffer."""
+    """The sets of some datagrams: the datagram of each, its id, and its content in the buffer."""
 
     owner: Integers
     id: Integers
@@ -56,11 +56,11 @@ class Templates:
         self._known: dict[int, _Known] = {}
 
     def forget(self, slot: int) -> None:
-        """Let a slot be another exporter's from now on."""
+        """Free a slot for another exporter."""
         self._known.pop(slot, None)
 
     def count(self, batch: DatagramBatch, rows: Integers, slots: Integers) -> tuple[Integers, npt.NDArray[np.bool_]]:
-        """Return how many data records each datagram has, and whether that is all; learn from templates among them."""
+        """Return the number of data records of each datagram, and whether that is all; learn its templates."""
         buffer = np.frombuffer(batch.payload, np.uint8)
         sets, sure = _walk(buffer, batch.offsets[rows], batch.lengths[rows])
         changed = self._learn(buffer, sets, slots)
@@ -78,7 +78,7 @@ class Templates:
         return known.lengths.get(key & 0xFFFF, 0) if known else 0
 
     def _learn(self, buffer: Bytes, sets: _Sets, slots: Integers) -> set[int]:
-        """Read template sets that are new; return (slot, template) of those that are not what they were."""
+        """Read template sets that are new; return (slot, template) of those that have changed."""
         changed: set[int] = set()
         found = np.flatnonzero((sets.id == TEMPLATES) | (sets.id == OPTIONS_TEMPLATES))
         looks, budget = MAX_LOOKS * len(slots) + MAX_SETS, MAX_READ
@@ -93,7 +93,7 @@ class Templates:
                 continue
             budget -= len(content)
             changed |= self._read(int(slots[sets.owner[at]]), content, kind)
-        for slot in {*slots[sets.owner[unread]].tolist()}:  # what was not read may contradict what is known
+        for slot in {*slots[sets.owner[unread]].tolist()}:  # an unread set may contradict what is known
             known = self._known.pop(slot, _Known())
             changed |= {slot << 16 | template for template in known.lengths}
         return changed
@@ -113,7 +113,7 @@ class Templates:
 
 
 def _walk(buffer: Bytes, start: Integers, length: Integers) -> tuple[_Sets, npt.NDArray[np.bool_]]:
-    """The sets of all datagrams, the first of each, then the second, and so on; and which datagrams are all told."""
+    """Return the sets of all datagrams, all first ones, then all second ones; and which datagrams are complete."""
     sure = np.ones(len(start), bool)
     owner, at, end = np.arange(len(start)), start + IPFIX_HEADER, start + length
     found: list[tuple[Integers, ...]] = []
@@ -135,7 +135,7 @@ def _walk(buffer: Bytes, start: Integers, length: Integers) -> tuple[_Sets, npt.
 
 
 def read_templates(content: bytes, *, options: bool) -> list[tuple[int, int]]:
-    """Return (id, record length) of each template of a set, length 0 if that varies; as far as they are whole."""
+    """Return (id, record length) of each complete template of a set, length 0 if that varies."""
     found: list[tuple[int, int]] = []
     at, header = 0, 6 if options else 4
     while at + header <= len(content):

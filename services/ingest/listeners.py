@@ -1,4 +1,4 @@
-"""Opens the sockets of a stream's listeners; what can't be had ends the start with one line that says the cure."""
+"""Opens the sockets of a stream's listeners; a failure ends the start with one line that says the cure."""
 
 import errno
 import ipaddress
@@ -28,7 +28,7 @@ log = structlog.get_logger()
 
 
 def take_inherited() -> list[InheritedSocket]:
-    """The sockets that the service manager passed; OperatorError when one of them is something else."""
+    """Return the sockets that the service manager passed; OperatorError when one of them is something else."""
     try:
         return inherited()
     except OSError as error:
@@ -36,7 +36,7 @@ def take_inherited() -> list[InheritedSocket]:
 
 
 def refuse_left_over(held: Iterable[socket.socket]) -> None:
-    """OperatorError when a socket that was passed is no listener's: what comes there would never be read."""
+    """Raise OperatorError when a passed socket belongs to no listener: its input would never be read."""
     for sock in (sock for sock in held if isinstance(sock, InheritedSocket)):
         raise OperatorError(
             BAD_SETTINGS,
@@ -50,7 +50,7 @@ def reopen(
     before: Mapping[StreamEndpoint, list[socket.socket]],
     held: Iterable[socket.socket],
 ) -> tuple[dict[StreamEndpoint, list[socket.socket]], list[socket.socket]]:
-    """Return the sockets of the listeners that are wanted, and those left over that nobody wants any more.
+    """Return the sockets of the listeners that are wanted, and the sockets that no listener uses any more.
 
     A listener that was there before keeps its sockets. A new one is served by sockets that are left of others, or that
     are `held`, as far as they have its addresses. OperatorError when one can't be had, with everything as it was.
@@ -74,7 +74,7 @@ def reopen(
 
 
 def refuse_doubles(listening: Mapping[StreamEndpoint, Iterable[socket.socket]]) -> None:
-    """SO_REUSEPORT would let two streams share an address, and the kernel deal datagrams out between them."""
+    """Raise OperatorError for an address of two streams: by SO_REUSEPORT the kernel would split its datagrams."""
     bound = set()
     for (stream, endpoint), sock in ((listener, sock) for listener, sockets in listening.items() for sock in sockets):
         address = sock.type, sock.getsockname()
@@ -84,7 +84,7 @@ def refuse_doubles(listening: Mapping[StreamEndpoint, Iterable[socket.socket]]) 
 
 
 def bind_listener(stream: Stream, endpoint: Endpoint, held: list[socket.socket]) -> list[socket.socket]:
-    """The sockets of every address of an endpoint, each taken from `held` where it is there, else bound.
+    """Return the sockets of every address of an endpoint, each taken from `held` if it is there, else bound.
 
     OperatorError when none can be had, or one is in use.
     """
@@ -110,14 +110,14 @@ def bind_listener(stream: Stream, endpoint: Endpoint, held: list[socket.socket])
 
 
 class Upkeep:
-    """Keeps listeners where they can receive, though others remove paths and interfaces. To be asked each second."""
+    """Keeps listeners able to receive, though others remove paths and interfaces. Call it each second."""
 
     def __init__(self) -> None:
         self._said: dict[StreamEndpoint, str] = {}
-        """What was last said of those that can't receive."""
+        """The last message about each listener that can't receive."""
 
     def renew(self, stream: Stream, endpoint: Endpoint, sock: socket.socket) -> socket.socket | None:
-        """Join a group again whose interface was made anew; return another socket where the path has none of ours."""
+        """Join a group again whose interface was made anew; return another socket where the path is no longer ours."""
         try:
             fresh = self._renew(stream, endpoint, sock)
         except OperatorError as error:
@@ -145,7 +145,7 @@ class Upkeep:
 
 
 def check_reply(stream: Stream, endpoint: Endpoint) -> None:
-    """OperatorError when a listener may not have the stream's reply."""
+    """Raise OperatorError when a listener may not have the stream's reply."""
     if stream.reply and endpoint.scheme == "udp" and not stream.reply_beyond_loopback:
         with _explained(stream, endpoint):
             _refuse_reply(stream, endpoint)
@@ -192,7 +192,7 @@ def _cure(endpoint: Endpoint, error: OSError) -> str:
 
 
 def warn_of_small_buffers(granted: dict[int, int]) -> None:
-    """Say once which receive buffers are smaller than asked for, {asked: granted} in bytes, and what to do."""
+    """Log once the receive buffers that are smaller than asked for, {asked: granted} in bytes, and the cure."""
     small = {wanted: had for wanted, had in granted.items() if had < wanted}
     if small:
         wanted, had = max(small.items())

@@ -1,4 +1,4 @@
-"""Where a message ends in a TCP stream: by its octet count (RFC 6587, 3.4.1), at a newline or NUL (3.4.2), or at close.
+"""Finds the end of each message in a TCP stream: octet count (RFC 6587, 3.4.1), newline or NUL (3.4.2), or close.
 
 No I/O.
 """
@@ -9,7 +9,7 @@ from typing import Final
 from shared.datagrams.limits import MAX_DATAGRAM
 
 OCTET_COUNT: Final = re.compile(rb"([1-9][0-9]{0,8}) <")
-"""A count is one only before `<`, where a syslog message begins: a line of text may well begin with a number."""
+"""Digits are a count only before `<`, where a syslog message begins: a line of text may begin with a number."""
 PERHAPS_COUNT: Final = re.compile(rb"[1-9][0-9]{0,8} ?")
 ANY_COUNT: Final = re.compile(rb"(?:\A|[\n\0])[1-9][0-9]{0,8}(?: <| ?\Z)")
 """Without a match every message in the buffer ends at a newline or NUL."""
@@ -21,24 +21,24 @@ MAX_PENDING: Final = MAX_DATAGRAM + len("999999999 \r")
 class Framing:
     """One connection's bytes, cut into messages of 1 to 65,507 bytes.
 
-    After a longer one `overlong` is set and nothing more is cut: what follows it can't be told apart from it.
+    A longer one sets `overlong` and nothing more is cut: the bytes behind it can't be told apart from it.
     """
 
     def __init__(self) -> None:
         self._buffer = bytearray()
         self.overlong = False
         self.lost_bytes = 0
-        """Bytes of the overlong message, and of what was read behind it."""
+        """Bytes of the overlong message, and of those read behind it."""
         self.lost_behind = 0
-        """Messages that were read behind it, as far as they can be told apart."""
+        """Messages read behind it, as far as they can be told apart."""
 
     @property
     def unfinished(self) -> bool:
-        """Whether part of a message has come and not its end."""
+        """Return whether part of a message has come without its end."""
         return bool(self._buffer)
 
     def feed(self, data: bytes) -> list[bytes]:
-        """Take in bytes as they come; return the messages they complete. Empty lines are none."""
+        """Add bytes as they come; return the messages that they complete. Empty lines are none."""
         if self.overlong:
             return []
         self._buffer += data
@@ -77,7 +77,7 @@ class Framing:
         return messages
 
     def _next(self, at: int) -> tuple[int, int, int] | None:
-        """Where the message that starts at `at` begins and ends, and where the next starts; None: not all there."""
+        """Return begin and end of the message that starts at `at`, and the start of the next; None: not all there."""
         if counted := OCTET_COUNT.match(self._buffer, at):
             begin, size = counted.end() - 1, int(counted[1])
             here = begin + size <= len(self._buffer) or size > MAX_DATAGRAM
@@ -92,7 +92,7 @@ class Framing:
         return at, end, ending.end()
 
     def finish(self) -> list[bytes]:
-        """Return the message that ends with the stream, now that its sender has closed, unless its count says more."""
+        """Return the message that ends because its sender has closed, unless its count asks for more."""
         if self.overlong or OCTET_COUNT.match(self._buffer):
             return []
         rest, self._buffer = bytes(self._buffer), bytearray()

@@ -24,7 +24,7 @@ from shared.net.sockets import InheritedSocket, close_listener, kernel_drops
 FEW_ROWS: Final = 16
 """Datagrams; handled one by one they cost less than as columns."""
 SMALLEST_STRIDE: Final = 256
-"""Bytes, for datagrams of different lengths: a power of two that the longest is not above."""
+"""Bytes, for datagrams of different lengths: a power of two not below the longest."""
 MAX_FAILURES: Final = 100
 """Receive calls that may fail in a row before each further one waits."""
 BACK_OFF_SECONDS: Final = 0.01
@@ -48,17 +48,17 @@ class DatagramReceiver:
         self._family = sock.family
         self.inherited = isinstance(sock, InheritedSocket)
         self._kernel_dropped = 0
-        if self.inherited:  # what our predecessors accounted for is not ours
+        if self.inherited:  # drops that our predecessors counted are not ours
             with contextlib.suppress(OSError):
                 self._kernel_dropped = kernel_drops(sock)
         self._stride = 0
-        """How far apart the next datagrams are to stand in lent memory; 0: what comes may be too little to be lent."""
+        """Distance of the next datagrams in lent memory; 0: there may be too little to lend."""
         self.assign_stream(feed, account, reply)
 
     def assign_stream(self, feed: StreamFeed, account: Counter[str], reply: bytes | None) -> None:
         """Count and publish for this stream from the next datagram on, and send this reply."""
         if self._feed is not feed:
-            self.count_kernel_drops()  # up to now they are the other stream's
+            self.count_kernel_drops()  # up to now they belong to the other stream
             self._feed, self._account = feed, account
         self._numbered = feed.exporters if self._family != socket.AF_UNIX else None
         self._account[TRUNCATED] += 0
@@ -70,7 +70,7 @@ class DatagramReceiver:
         return self._socket.fileno()
 
     def receive(self) -> tuple[int, int]:
-        """Take what has come, at most `MAX_ROWS` datagrams, onto the bus; return how many, and their bytes."""
+        """Put datagrams that have come, at most `MAX_ROWS`, on the bus; return their number and bytes."""
         arena = self._arena
         loan = self._feed.lend(LENT_SIZE) if self._stride else None
         try:
@@ -132,7 +132,7 @@ class DatagramReceiver:
         return count, size
 
     def _compact(self, received_ns: int, rows: Rows, lengths: Lengths, size: int, longest: int) -> None:
-        """Put what did not come to its place on the bus, end to end and as many batches as it takes."""
+        """Put datagrams that did not come to their place on the bus, end to end and in as many batches as needed."""
         start = 0
         if size <= MAX_PAYLOAD and longest <= MAX_DATAGRAM and self._feed.lend(size) is None:
             self._feed.publish(received_ns, rows, self._arena.payload(0, len(lengths)))
@@ -146,7 +146,7 @@ class DatagramReceiver:
             start = stop
 
     def _fail(self, error: OSError) -> None:
-        """Count a call that failed; where none succeeds any more the loop must not spin."""
+        """Count a failed call; where none succeeds any more the loop must not spin."""
         self._feed.account[RECEIVE_ERRORS] += 1
         self._account[RECEIVE_ERRORS] += 1
         self._account[RECEIVE_ERRNO] = error.errno or 0
@@ -157,7 +157,7 @@ class DatagramReceiver:
             time.sleep(BACK_OFF_SECONDS)
 
     def count_kernel_drops(self) -> None:
-        """Account for what the kernel dropped since the last call because the receive buffer was full."""
+        """Count the datagrams that the kernel dropped since the last call because the receive buffer was full."""
         try:
             drops = kernel_drops(self._socket)
         except OSError as error:
@@ -170,21 +170,21 @@ class DatagramReceiver:
         self._account[KERNEL_DROPPED] += fresh
 
     def refuse_input(self) -> None:
-        """Take nothing new: what arrives from now on is dropped, and counted, by the kernel."""
+        """Take no new datagrams: the kernel drops, and counts, those that arrive from now on."""
         refuse_input(self._socket)
 
     def finish(self) -> None:
-        """Close the socket, at once after the last count of drops: what comes in between is in no account."""
+        """Count drops last, then close: later drops would not be counted."""
         self.count_kernel_drops()
         self.close()
 
     def close(self) -> None:
-        """Close the socket, and take the path of an AF_UNIX one away unless it was inherited."""
+        """Close the socket, and remove the path of an AF_UNIX one unless it was inherited."""
         close_listener(self._socket)
 
 
 def stride_for(longest: int, *, equal: bool) -> int:
-    """How far apart datagrams should stand that are like those before: at most `longest` bytes, or all `equal`.
+    """Return the distance for datagrams like the last ones: at most `longest` bytes, or all `equal`.
 
     Equal ones stand end to end, so that they can leave as one piece.
     """
@@ -192,9 +192,9 @@ def stride_for(longest: int, *, equal: bool) -> int:
 
 
 def next_stretch(lengths: Lengths, start: int, most: int) -> tuple[int, int]:
-    """Return (start, stop) of the next stretch of at most `most` bytes that has no oversized datagram in it.
+    """Return (start, stop) of the next stretch of at most `most` bytes without an oversized datagram.
 
-    `most` is at least what one datagram may have. The stretch is empty where only oversized ones are left.
+    `most` is at least the size of one datagram. The stretch is empty where only oversized ones are left.
     """
     ends = np.cumsum(lengths[start:], dtype=np.int64)
     oversized = np.append(lengths[start:] > MAX_DATAGRAM, True)

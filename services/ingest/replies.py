@@ -11,7 +11,7 @@ from shared.datagrams.mmsg import IOVEC, ReceiveArena, send
 from shared.ledger import REPLIED, REPLY_FAILED
 
 MAX_ATTEMPTS: Final = 16
-"""Send calls a batch: each destination the kernel refuses costs one, and forged sources may all be refused."""
+"""Send calls a batch: each destination that the kernel refuses costs one, and forged sources may all be refused."""
 
 
 class Replier:
@@ -24,7 +24,7 @@ class Replier:
         self._iovec = np.array([(self._reply.ctypes.data, len(reply))], IOVEC)
 
     def reply(self, arena: ReceiveArena, count: int) -> None:
-        """Answer the `count` datagrams that `arena` holds; nothing waits, and what can't be sent is counted."""
+        """Answer the `count` datagrams that `arena` holds; nothing waits; replies that can't be sent are counted."""
         chosen = self._answerable(arena, count)
         headers = arena.headers[:count][chosen]
         headers["iov"], headers["iovlen"] = self._iovec.ctypes.data, 1
@@ -39,7 +39,7 @@ class Replier:
         self._account[REPLY_FAILED] += count - sent
 
     def _answerable(self, arena: ReceiveArena, count: int) -> npt.NDArray[np.bool_]:
-        """Which senders get an answer: not port 0, nor one that sent this very reply, or two would answer for ever."""
+        """Return the senders that get an answer: not port 0, nor one that sent this same reply: that has no end."""
         chosen: npt.NDArray[np.bool_] = arena.names["port"][:count] != 0
         for index in np.flatnonzero(arena.lengths(count) == len(self._reply)).tolist():
             chosen[index] &= arena.payload(index, index + 1) != self._reply.tobytes()

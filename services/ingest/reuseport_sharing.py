@@ -1,8 +1,8 @@
-"""Shares a worker's sockets: several workers bind one address, and a program says which of them a datagram is for.
+"""Shares a worker's sockets: several workers bind one address, and a program picks the one that gets a datagram.
 
-The kernel asks one small program for all sockets that share an address by SO_REUSEPORT which of them a datagram is for
-(SO_ATTACH_REUSEPORT_CBPF, socket(7)). The program has to know how many they are, and workers come and go: each counts
-them once a second. Until it has, what is meant for one that is gone the kernel spreads by addresses and ports.
+The kernel runs one small program for all sockets that share an address by SO_REUSEPORT (SO_ATTACH_REUSEPORT_CBPF,
+socket(7)). The program has to know the number of sockets, and workers come and go: each counts them once a second.
+Until then the kernel spreads the datagrams of a worker that is gone by addresses and ports.
 """
 
 import socket
@@ -41,22 +41,22 @@ def _load(offset: int) -> Instruction:
 
 
 def share_port(sock: socket.socket) -> None:
-    """Let other workers bind the same address; of a TCP one, let a successor bind it at once."""
+    """Let other workers bind the same address; for TCP, let a successor bind it at once."""
     if sock.family != socket.AF_UNIX:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(sock.type == socket.SOCK_STREAM))
 
 
 def is_shareable(endpoint: Endpoint) -> bool:
-    """Whether several workers can listen there, each for a share of what comes.
+    """Return whether several workers can listen there, each for a share of the datagrams.
 
-    A path has one socket. What is sent to a multicast group the kernel gives to each of its sockets, not to one.
+    A path has one socket. The kernel gives a multicast datagram to each socket of the group, not to one.
     """
     return not endpoint.path and not is_multicast(endpoint.host)
 
 
 def program(spread: Spread, workers: int) -> list[Instruction]:
-    """Choose one of so many workers for a datagram; its place among those that share the address."""
+    """Return a program that picks one of `workers` for a datagram: its place among those that share the address."""
     if spread == "datagram":
         choice = [(LOAD_WORD, 0, 0, RANDOM)]
     else:
@@ -77,7 +77,7 @@ def program(spread: Spread, workers: int) -> list[Instruction]:
 
 
 def _local_address(sock: socket.socket) -> str:
-    """A socket's address as /proc/net/udp and udp6 write it: words of 32 bits in the host's order, then the port."""
+    """Return a socket's address as /proc/net/udp and udp6 write it: 32-bit words in the host's order, then the port."""
     host, port = sock.getsockname()[:2]
     packed = socket.inet_pton(sock.family, host.partition("%")[0])
     words = (int.from_bytes(packed[at : at + 4], sys.byteorder) for at in range(0, len(packed), 4))
@@ -85,7 +85,7 @@ def _local_address(sock: socket.socket) -> str:
 
 
 class Spreader:
-    """Keeps the programs of a worker's UDP sockets as they should be; `renew` once a second."""
+    """Keeps the programs of a worker's UDP sockets up to date; call `renew` once a second."""
 
     def __init__(self, spread: Spread) -> None:
         self._spread = spread
@@ -93,18 +93,18 @@ class Spreader:
         self._workers: dict[socket.socket, int] = {}
 
     def add(self, sock: socket.socket) -> None:
-        """Take a bound socket in, if others may share its address and the kernel is not to choose by itself."""
+        """Add a bound socket, if others may share its address and the kernel is not to choose by itself."""
         shared = sock.family != socket.AF_UNIX and sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT)
         if shared and self._spread != "flow":
             self._sockets.append((sock, _local_address(sock)))
 
     def remove(self, sock: socket.socket) -> None:
-        """Let go of a socket that will be closed."""
+        """Forget a socket that will be closed."""
         self._sockets = [(each, address) for each, address in self._sockets if each is not sock]
         self._workers.pop(sock, None)
 
     def renew(self) -> None:
-        """Count the workers at each address, and say so to the kernel where they have become more or fewer."""
+        """Count the workers at each address, and give the kernel a new program where the number has changed."""
         if not self._sockets:
             return
         found = [line.split(None, 2)[1] for name in ("udp", "udp6") for line in _lines(name)]

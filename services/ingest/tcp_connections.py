@@ -1,4 +1,4 @@
-"""TCP: connections that bring messages, bounded in number, size, idle time, and in the time they may take of a turn."""
+"""TCP connections that bring messages, limited in number, size and idle time, and in their share of a turn."""
 
 import errno
 import math
@@ -21,27 +21,27 @@ from shared.settings.model import Ingest
 
 READ_SIZE: Final = 16_384
 TURN_SECONDS: Final = 0.002
-"""What TCP may take of a turn before datagrams, which nobody sends again, are looked at."""
+"""Time that TCP may take of a turn before datagrams, which nobody sends again, are read."""
 LEAVE_SECONDS: Final = 1.0
-"""How long what has come by a listener that is gone may go on."""
+"""Time that connections of a removed listener may go on."""
 ACCEPTS_AT_ONCE: Final = 64
 SPARE_DESCRIPTORS: Final = 128
-"""Kept for listeners and the bus."""
+"""Descriptors kept for listeners and the bus."""
 NOBODY_WAITS: Final = (errno.EAGAIN, errno.EINTR, errno.ECONNABORTED, errno.EPROTO, errno.ENOPROTOOPT)
-"""What accept(2) says when there is no connection, or one was given up; anything else it would say again at once."""
+"""Errors of accept(2) when there is no connection, or one was given up; any other would come again at once."""
 ENDED_BY_PEER: Final = (
     *(errno.ECONNRESET, errno.ECONNREFUSED, errno.ETIMEDOUT, errno.EPIPE),
     *(errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN),
 )
 
 Target = tuple[StreamFeed, Counter[str]]
-"""Where a listening socket's messages go, and its own account."""
+"""The stream feed of a listening socket's messages, and its own account."""
 
 log = structlog.get_logger()
 
 
 class ExporterConnection:
-    """One sender's connection, from which each message becomes a datagram of the stream."""
+    """One sender's connection; each of its messages becomes a datagram of the stream."""
 
     def __init__(
         self,
@@ -55,9 +55,9 @@ class ExporterConnection:
         self._account = account
         self.feed = feed
         self.listener = listener
-        """By which it came."""
+        """The listener by which it came."""
         self.ends_at = math.inf
-        """When it is ended at the latest, and before that as soon as it has nothing to say; infinite: by its sender."""
+        """The latest time at which it is ended, and earlier once it is silent; infinite: its sender ends it."""
         self.heard_at = time.monotonic()
         self.ended = False
         self._framing = Framing()
@@ -70,7 +70,7 @@ class ExporterConnection:
             data = self.socket.recv(READ_SIZE)
         except BlockingIOError:
             return False
-        except OSError as error:  # reset: an unfinished message stays so
+        except OSError as error:  # reset: an unfinished message stays unfinished
             self.ended = True
             if error.errno not in ENDED_BY_PEER:
                 log.error("can't read a connection", stream=self.feed.stream, error=error.strerror, cause=error.errno)
@@ -83,7 +83,7 @@ class ExporterConnection:
         return not self.ended
 
     def close(self) -> None:
-        """Close; what is unfinished, or too long, or stands behind that, is counted as dropped."""
+        """Close; count messages that are unfinished, too long, or behind one that is too long as dropped."""
         overlong = self._framing.overlong
         cut_off = self._framing.lost_behind if overlong else int(self._framing.unfinished)
         self.feed.refuse_oversized(int(overlong))
@@ -142,14 +142,14 @@ class ExporterConnections:
         self._selector.register(sock, selectors.EVENT_READ, lambda: self._accept(sock))
 
     def feed(self, listener: socket.socket) -> StreamFeed | None:
-        """The stream that a listening socket is of."""
+        """Return the feed of a listening socket."""
         target = self._listeners.get(listener) or self._paused.get(listener)
         return target[0] if target else None
 
     def leave(self, listener: socket.socket) -> None:
-        """Accept no more on a listening socket, which stays open, and end what came by it once it has been read."""
+        """Accept no more on a listening socket, which stays open; end its connections once they have been read."""
         if listener in self._listeners:
-            self._accept(listener)  # who waits may have sent messages already
+            self._accept(listener)  # clients that wait may have sent messages already
         if self._listeners.pop(listener, None):
             self._selector.unregister(listener)
         self._paused.pop(listener, None)
@@ -182,14 +182,14 @@ class ExporterConnections:
             self._selector.register(sock, selectors.EVENT_READ, lambda it=connection: self._readable.setdefault(it))
 
     def _pause(self, listener: socket.socket, error: OSError) -> None:
-        """Accept again in a second: until then the listener would only wake us for nothing."""
+        """Accept again in a second: until then the listener would only wake the loop for nothing."""
         self._paused[listener] = self._listeners.pop(listener)
         self._selector.unregister(listener)
         stream = self._paused[listener][0].stream
         log.warning("can't accept connections", stream=stream, error=error.strerror, cause=error.errno)
 
     def read_due(self) -> None:
-        """Read connections that have something to say, in turn, as long as a turn may take."""
+        """Read connections that have input, in turn, as long as a turn may take."""
         if not self._readable:
             return
         deadline = time.monotonic() + TURN_SECONDS
@@ -220,7 +220,7 @@ class ExporterConnections:
             self.listen(listener, feed, account)
 
     def close(self, deadline: float) -> None:
-        """Stop accepting, take what has already come on each connection, and end it."""
+        """Stop accepting, read what has already come on each connection, and end it."""
         for listener in self._listeners:
             self._selector.unregister(listener)
         for listener in (*self._listeners, *self._paused):

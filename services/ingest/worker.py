@@ -37,11 +37,11 @@ from shared.process.reload import Reload
 from shared.settings.model import Settings, Stream
 
 DRAIN_SECONDS: Final = 2.0
-"""How long, after SIGTERM, what the kernel has queued may take."""
+"""Time, after SIGTERM, for the datagrams that the kernel has queued."""
 FIRST_WAIT_SECONDS: Final = 0.0003
-"""How long datagrams wait for others that come right behind them, when nothing came before."""
+"""Time that datagrams wait for others that come right behind them, after a pause."""
 OWN_MEMORY: Final = 128 << 20
-"""Bytes that a worker takes for itself: its code, and what the largest datagrams are received into."""
+"""Bytes that a worker takes for itself: its code, and room for the largest datagrams."""
 RECORD_SIZE: Final = 1024
 """Bytes the kernel charges a datagram beyond its payload, about (struct sk_buff and rounding)."""
 
@@ -49,7 +49,7 @@ log = structlog.get_logger()
 
 
 def new_pools(streams: list[str], size: int, room: Room) -> dict[str, Pool]:
-    """Memory to lend payloads in; none when it is switched off, or when the kernel gives none."""
+    """Return memory to lend payloads in; none when it is switched off, or when the kernel gives none."""
     if size < CHUNK:
         return {}
     try:
@@ -70,18 +70,18 @@ class Worker:
         self._arena = ReceiveArena()
         self._receivers: dict[socket.socket, DatagramReceiver] = {}
         self._leaving: list[DatagramReceiver] = []
-        """Those whose listener is gone, until what the kernel has queued is taken."""
+        """Receivers whose listener is gone, until the datagrams that the kernel has queued are taken."""
         self._listening: dict[StreamEndpoint, list[socket.socket]] = {}
         self._streams: dict[str, Stream] = {}
         self._feeds: dict[str, StreamFeed] = {}
-        """By stream. One that is gone keeps its feed, its account and its pool, and goes on with them if it is back."""
+        """By stream. A stream that is gone keeps its feed, account and pool, and uses them again if it comes back."""
         self._pools: dict[str, Pool] = {}
         self._memory = Memory(settings.ingest.memory, "[ingest] memory")
         self._lender: Lender | None = None
         self._room = Room((settings.ingest.memory - OWN_MEMORY) // 2)
         self._connections = ExporterConnections(self._selector, settings.ingest)
         self._held_back: dict[socket.socket, Callable[[], object]] = {}
-        """Begins to read an inherited socket each."""
+        """The functions that begin to read inherited sockets."""
         self._upkeep = Upkeep()
         self._spreader = Spreader(settings.ingest.spread)
         self._fill_seconds = settings.ingest.fill_ms / 1000
@@ -107,10 +107,10 @@ class Worker:
     def apply_settings(self, settings: Settings) -> None:
         """Listen as these settings say. OperatorError, with nothing changed, when a listener can't be had."""
         self._listen(settings.streams, [])
-        self._report()  # at once: who waits for streams to flow learns by it which there are
+        self._report()  # at once: services that wait for streams to flow learn from it which there are
 
     def _listen(self, streams: Sequence[Stream], held: Sequence[socket.socket]) -> None:
-        """Have exactly the listeners of these streams. A listener that is there already is not touched."""
+        """Open exactly the listeners of these streams; leave unchanged ones alone."""
         wanted = {
             (stream.name, endpoint): stream
             for stream in streams
@@ -132,7 +132,7 @@ class Worker:
         self._smallest_buffer = min(map(receive_buffer, self._receivers), default=0)
 
     def _start(self, stream: Stream, endpoint: Endpoint, sock: socket.socket, granted: dict[int, int]) -> None:
-        """Have a socket serve a stream's listener; `granted` gets its receive buffer, in bytes, by those asked for."""
+        """Make a socket serve a stream's listener; note its receive buffer in `granted`, {asked: granted} in bytes."""
         account = self._accounts[listener_account(stream.name, str(bound_endpoint(endpoint.scheme, sock)))]
         feed = self._feeds[stream.name]
         if endpoint.scheme == "tcp":
@@ -153,7 +153,7 @@ class Worker:
                     self._start(self._streams[name], endpoint, fresh, {})
 
     def _feed(self, streams: Sequence[Stream]) -> None:
-        """Have feeds for new streams; whoever wants one of them already is told that it flows."""
+        """Make feeds for new streams; tell those that already subscribe to one that it flows."""
         fresh = [stream.name for stream in streams if stream.name not in self._feeds]
         self._pools.update(new_pools(fresh, self._settings.bus.lent, self._room))
         for name in fresh:
@@ -180,14 +180,14 @@ class Worker:
         self._begin_with(sock, partial(self._read, receiver))
 
     def _begin_with(self, sock: socket.socket, begin: Callable[[], object]) -> None:
-        """Read a socket from now on; an inherited one not before the broker was seen: it would all be dropped."""
+        """Read a socket from now on; an inherited one once the broker was seen: earlier datagrams would be dropped."""
         if isinstance(sock, InheritedSocket) and not self._publisher.ready:
             self._held_back[sock] = begin
         else:
             begin()
 
     def _see_off(self, sock: socket.socket) -> None:
-        """Take nothing new on a socket, and close it once what it has is taken."""
+        """Take nothing new on a socket, and close it once its queue is read."""
         receiver = self._receivers.pop(sock, None)
         if receiver is None:
             self._connections.leave(sock)
@@ -199,7 +199,7 @@ class Worker:
         self._leaving.append(receiver)
 
     def _take_rest(self) -> None:
-        """Take one turn's worth of what sockets that are being seen off have; close those that have nothing more."""
+        """Read one turn's worth from sockets that are to be closed; close those that have nothing more."""
         for receiver in list(self._leaving):
             if not receiver.receive()[0]:
                 receiver.finish()
@@ -221,7 +221,7 @@ class Worker:
         listening = [text for stream in self._settings.streams for text in stream.listen]
         readiness = Readiness(self._name, self._settings.bus, lambda: self._publisher.ready)
         reload = Reload(self._name, lifecycle, self._settings, self.apply_settings)
-        # Registered to wake the loop; each turn looks at both anyway.
+        # Registered to wake the loop; each turn checks both anyway.
         self._selector.register(lifecycle, selectors.EVENT_READ, lifecycle.heed)
         self._greeting = self._selector.register(self._publisher, selectors.EVENT_READ, lambda: None)
         while not lifecycle.draining:
@@ -246,7 +246,7 @@ class Worker:
         ready = self._selector.select(patience)
         self._count = self._size = 0
         if self._greeting in [key for key, _ in ready]:
-            self._greet()  # first, so that what comes now goes to who has just subscribed
+            self._greet()  # first, so that datagrams that come now go to new subscribers
         self._memory.measure()
         for key, _ in ready:
             key.data()
@@ -264,8 +264,9 @@ class Worker:
     def _let_fill(self, now: float) -> None:
         """Wait a moment while datagrams keep coming: waking for each costs more than handling it.
 
-        After a pause nothing waits, so that a lone datagram and a burst leave at once; then each wait is twice as long
-        as the one before it, up to `fill_ms`. Nor does anything wait that might not fit the receive buffer meanwhile.
+        After a pause nothing waits, so that a lone datagram and a burst leave at once. Then each wait is twice as long
+        as the one before it, up to `fill_ms`. There is no wait for datagrams that might not fit the receive buffer
+        meanwhile.
         """
         idle = now - self._received_at >= self._fill_seconds
         load = self._size + self._count * RECORD_SIZE
@@ -278,9 +279,9 @@ class Worker:
         self._received_at = now
 
     def _greet(self) -> None:
-        """Tell new subscribers of a stream where it stands, and those of our status what it is.
+        """Tell new subscribers of a stream its place in the sequence, and send new subscribers of our status a report.
 
-        Until there are none: what we publish may swallow the edge by which we would hear of the next one.
+        Repeat this until there are none: publishing may swallow the edge that signals the next one.
         """
         for feed in self._feeds.values():
             if feed.owes_mark:
@@ -305,9 +306,9 @@ class Worker:
         self._reporter.report(lambda: self._accounts)
 
     def _drain(self) -> None:
-        """Take nothing new, but all that the kernel has queued; then say the last word on the accounts.
+        """Take no new datagrams, but all that the kernel has queued; then send the last report.
 
-        An inherited socket is left as it is: it goes on taking, and what it holds is our successor's.
+        An inherited socket is left as it is: it goes on receiving, and its queue is our successor's.
         """
         everyone = [*self._receivers.values(), *self._leaving]
         ours = [receiver for receiver in everyone if not receiver.inherited]
@@ -338,4 +339,4 @@ class Worker:
             pool.close()
         self._selector.close()
         self._publisher.close()
-        self._context.term()  # waits for what is queued, at most the linger time
+        self._context.term()  # waits for queued messages, at most the linger time

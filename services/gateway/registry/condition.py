@@ -8,7 +8,7 @@ from shared.bus.pieces import Assembler
 from shared.client import Trouble
 
 Word = Literal["fresh", "ok", "waiting"] | Trouble
-"""State of a collector's copies: nobody was asked yet, they flow, no answer came in time, or the trouble that was reported."""
+"""State of a collector's copies: nobody was asked yet, they flow, no answer came in time, or the reported trouble."""
 
 
 @dataclass(frozen=True, slots=True)
