@@ -13,7 +13,7 @@ from shared.settings.file import load
 from shared.settings.model import SettingsError
 
 INTERRUPTED: Final = 130
-"""What a shell expects of a command that Ctrl-C cut short; those that run until Ctrl-C end with 0."""
+"""Exit code that a shell expects of a command that Ctrl-C cut short; those that run until Ctrl-C end with 0."""
 COMMANDS: Final = {
     **dict.fromkeys(("clients", "register", "leave"), "commands.clients"),
     **{name: f"commands.{name}" for name in ("watch", "collect", "frame", "wake", "config")},
@@ -22,7 +22,7 @@ COMMANDS: Final = {
     "doctor": "doctor.command",
     "ready": "commands.ready",
 }
-"""The module of each command. Only that one is imported: what another one needs may take long to load."""
+"""The module of each command. Only that one is imported: the imports of another may take long to load."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def make_parser(command: str = "") -> Parser:
-    """The arguments of a command, or of every command when there is none of that name; each sets `run`."""
+    """Return the parser for a command, or for every command when none has that name; each sets `run`."""
     parser = Parser(
         "fanwire",
         "UDP telemetry in; a copy to every collector that signed up.",

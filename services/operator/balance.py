@@ -1,9 +1,9 @@
-"""Whether the accounts of different processes agree. No I/O: reports go in as they come, sentences come out.
+"""Compares the accounts of different processes. No I/O: reports go in as they come, sentences come out.
 
-A worker's datagrams and its reports pass the broker on one connection and reach every subscriber in that order. So
-what a worker says it has published by its first report must have reached each consumer soon after; and a consumer can't
+A worker's datagrams and its reports pass the broker on one connection and reach every subscriber in that order. So the
+count of published datagrams in a worker's first report must have reached each consumer soon after; and a consumer can't
 have reached more than the worker reports *later*. Both are checked by the worker's running count, which `reached`
-follows, so that nothing needs to stand still while it is checked.
+follows, so nothing needs to stand still while it is checked.
 """
 
 from collections.abc import Iterator, Mapping
@@ -29,13 +29,13 @@ from shared.ledger import (
 )
 
 PLACES = ("upstream", "kernel", "ingest", "bus", "way out")
-"""Where on its way a datagram may be lost."""
+"""Places on its way at which a datagram may be lost."""
 Origin = tuple[str, int, str]
 """Worker, boot id, stream."""
 
 
 class Loss(NamedTuple):
-    """Something that was lost: where on the way, who says so, of which stream or collector, and how much of what."""
+    """A loss: its place on the way, the service that reports it, the stream or collector, and the amount of what."""
 
     place: str
     service: str
@@ -46,7 +46,7 @@ class Loss(NamedTuple):
 
 @dataclass(slots=True)
 class _Consumer:
-    """What a consumer, such as the forwarder, said last about the origins it follows."""
+    """The last report of a consumer, such as the forwarder, about the origins that it follows."""
 
     heard_at: float
     reached: dict[Origin, int]
@@ -64,7 +64,7 @@ class Balance:
     _ahead: dict[tuple[str, Origin], str] = field(default_factory=dict)
 
     def add_report(self, service: str, boot: int, heard_at: float, accounts: Accounts) -> None:
-        """Add a whole report; `heard_at` is when its first piece came, on a clock that only grows."""
+        """Add a whole report; `heard_at` is the time of its first piece, on a clock that only grows."""
         self.accounts[service] = accounts
         reached = {parse_origin(name): kept.get(REACHED, 0) for name, kept in accounts.items() if is_origin(name)}
         if reached:
@@ -86,12 +86,12 @@ class Balance:
                 self._ahead[name, origin] = f"{_kind(name)} counts {surplus} datagrams more than {_say(origin)}"
 
     def reports(self, kind: str) -> bool:
-        """Whether any service of that kind has reported."""
+        """Return whether any service of that kind has reported."""
         return any(_kind(name) == kind for name in self.accounts)
 
     @property
     def settled(self) -> bool:
-        """Whether every consumer has caught up with every worker that reports, and was compared with it."""
+        """Return whether every consumer has caught up with every worker that reports, and was compared with it."""
         return all(
             consumer.reached[origin] >= self._due[origin] and (name, origin) in self._compared
             for name, consumer in self._consumers.items()
@@ -99,7 +99,7 @@ class Balance:
         )
 
     def discrepancies(self) -> Iterator[str]:
-        """Yield a sentence for everything that does not add up; what is only late is one too, so settle first."""
+        """Yield a sentence for everything that does not add up, delays among it: wait until it has settled."""
         for service, accounts in sorted(self.accounts.items()):
             yield from (f"{service}: {each}" for each in discrepancies(accounts))
             if found := accounts.get(_kind(service), {}).get(DISCREPANCIES, 0):
@@ -116,7 +116,7 @@ class Balance:
         yield from (_say(origin) for origin in sorted(followed - self._due.keys()))
 
     def losses(self) -> list[Loss]:
-        """What was lost, in the order of the way: upstream, kernel, ingest, bus, way out."""
+        """Return the losses, in the order of the way: upstream, kernel, ingest, bus, way out."""
         found = [
             loss
             for service, accounts in sorted(self.accounts.items())
@@ -128,11 +128,11 @@ class Balance:
 
 
 def _losses(service: str, name: str, account: Mapping[str, int]) -> Iterator[Loss]:
-    """What was lost at each place where something may be: mostly 0."""
+    """Yield the loss at each place where there may be one: mostly 0."""
     kind, _, of = name.partition("/")
     by_kernel = account.get(KERNEL_DROPPED, 0)
     if kind == "stream":
-        # What the kernel dropped is missing from the exporters' numbers too, which need not count datagrams.
+        # Datagrams that the kernel dropped are missing from the exporters' numbers too, which need not count datagrams.
         upstream = {"datagrams": max(0, account.get(EXPORTER_MISSED, 0) - by_kernel)}
         upstream |= {"flows": account.get(EXPORTER_MISSED_FLOWS, 0), "records": account.get(EXPORTER_MISSED_RECORDS, 0)}
         for unit, lost in upstream.items():

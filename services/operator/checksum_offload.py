@@ -1,4 +1,4 @@
-"""A network interface's transmit checksum offload: off for as long as a command runs, and on again whatever ends it."""
+"""A network interface's transmit checksum offload: off while a command runs, and on again whatever ends it."""
 
 import errno
 import fcntl
@@ -22,9 +22,9 @@ ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 @contextmanager
 def switched_off(interface: str) -> Iterator[Callable[[], bool]]:
-    """Yield, with the offload off, whether a signal has come: it has its effect once the offload is on again.
+    """Switch the offload off; yield whether a signal has come, which takes effect once the offload is on again.
 
-    OperatorError when it can't be switched; nothing is when it was off before.
+    OperatorError when it can't be switched; it is left alone when it was off before.
     """
     with _signals_held() as stopped:
         if not checksum_offload(interface):
@@ -39,12 +39,12 @@ def switched_off(interface: str) -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def _signals_held() -> Iterator[Callable[[], bool]]:
-    """Yield whether a signal that would end us has come; it does so afterwards."""
+    """Yield whether a signal that would end this process has come; it takes effect afterwards."""
     came: list[int] = []
     handlers = {
         number: signal.signal(number, lambda number, _: came.append(number))
         for number in ENDING
-        if signal.getsignal(number) != signal.SIG_IGN  # as nohup(1) has it
+        if signal.getsignal(number) != signal.SIG_IGN  # as under nohup(1)
     }
     try:
         yield lambda: bool(came)
@@ -56,12 +56,12 @@ def _signals_held() -> Iterator[Callable[[], bool]]:
 
 
 def checksum_offload(interface: str) -> bool:
-    """Whether the interface's driver, or its hardware, fills in checksums."""
+    """Return whether the interface's driver, or its hardware, fills in checksums."""
     return bool(_ethtool(interface, ETHTOOL_GTXCSUM))
 
 
 def switch_checksum_offload(interface: str, *, on: bool) -> None:
-    """Let the driver fill in checksums, or not."""
+    """Switch the driver's filling in of checksums on or off."""
     _ethtool(interface, ETHTOOL_STXCSUM, on)
 
 

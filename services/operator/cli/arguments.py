@@ -29,38 +29,38 @@ def add_command(subparsers: Subparsers, name: str, run: Run, description: str) -
 
 
 def prefix(text: str) -> str:
-    """A CIDR text, checked: the type of an argument."""
+    """Check a CIDR text: the type of an argument."""
     or_usage(pack_network, text)
     return text
 
 
 def address(text: str) -> str:
-    """An address, checked: the type of an argument."""
+    """Check an address: the type of an argument."""
     or_usage(pack_address, text)
     return text
 
 
 def positive(text: str) -> int:
-    """A count from 1: the type of an argument."""
+    """Parse a count from 1: the type of an argument."""
     if not (text.isascii() and text.isdigit() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"expected a whole number from 1, not {text!r}")
     return int(text)
 
 
 def whole(smallest: int, largest: int) -> Callable[[str], int]:
-    """A whole number from one to the other: the type of an argument."""
+    """Return a parser of whole numbers from one to the other: the type of an argument."""
     return lambda text: or_usage(parse_whole, text, smallest, largest)
 
 
 def interface_name(text: str) -> str:
-    """What can be the name of a network interface: the type of an argument."""
+    """Check that a text can be the name of a network interface: the type of an argument."""
     if not 1 <= len(or_usage(str.encode, text)) <= MAX_INTERFACE:
         raise argparse.ArgumentTypeError(f"expected an interface's name of at most {MAX_INTERFACE} bytes, not {text!r}")
     return text
 
 
 def or_usage(parse: Callable[..., T], *arguments: Any) -> T:
-    """What `parse` makes of the arguments; its ValueError is the user's to read."""
+    """Return the result of `parse`; turn its ValueError into a message for the user."""
     try:
         return parse(*arguments)
     except ValueError as error:
@@ -68,7 +68,7 @@ def or_usage(parse: Callable[..., T], *arguments: Any) -> T:
 
 
 def add_wishes(parser: Parser) -> None:
-    """Add what a collector may ask of the registry; `wishes` makes the fields of a request of it."""
+    """Add the options for what a collector may ask of the registry; `wishes` makes fields of a request from them."""
     parser.add_argument("--port", type=int, metavar="PORT", help="UDP port the copies go to")
     parser.add_argument(
         "--address", type=address, metavar="ADDRESS", help="where the copies go; default: where we connect from"
@@ -87,6 +87,6 @@ def add_wishes(parser: Parser) -> None:
 
 
 def wishes(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The fields of a `register` request that were given; the registry knows the defaults."""
+    """Return the fields of a `register` request that were given; the registry knows the defaults."""
     fields = zip(ListedClient.__struct_encode_fields__, ListedClient.__struct_fields__, strict=True)
     return {key: value for key, field in fields if field != "name" and (value := getattr(arguments, field)) is not None}

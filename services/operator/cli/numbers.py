@@ -3,11 +3,11 @@
 from typing import Final
 
 MAX_DIGITS: Final = 20
-"""More than any number has that is taken; leading zeros count too."""
+"""More digits than any accepted number has; leading zeros count too."""
 
 
 def parse_whole(text: str, smallest: int, largest: int) -> int:
-    """Return the number. ValueError when it is none, or not between both.
+    """Return the number. ValueError when it is none, or out of range.
 
     >>> parse_whole("064", 1, 255)
     64

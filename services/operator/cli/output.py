@@ -1,4 +1,4 @@
-"""Where watched and collected datagrams go: lines on standard output, or payloads in a file."""
+"""Output of watched and collected datagrams: lines on standard output, or payloads in a file."""
 
 import codecs
 import contextlib
@@ -17,14 +17,14 @@ from shared.net.printable import printable
 from shared.process.lifecycle import Parser
 
 NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
-"""Why a file takes no more: a full disk or quota, too long a file, a terminal that has gone or a disk that fails."""
+"""Errors of a file that takes no more: full disk or quota, file too long, terminal gone, or failing disk."""
 
 Form = Callable[[str, int, bytes], bytes]
-"""Makes of a datagram's source address, source port and payload what is written."""
+"""Turns a datagram's source address, source port and payload into the bytes to write."""
 
 
 def as_text(address: str, port: int, payload: bytes) -> bytes:
-    r"""The documented line.
+    r"""Return the documented line.
 
     >>> as_text("127.0.0.1", 53411, b"Hello you there!").decode()
     "Got message from ('127.0.0.1', 53411): b'Hello you there!'\n"
@@ -33,12 +33,12 @@ def as_text(address: str, port: int, payload: bytes) -> bytes:
 
 
 def as_hex(address: str, port: int, payload: bytes) -> bytes:
-    """The documented line with the payload in hexadecimal."""
+    """Return the documented line with the payload in hexadecimal."""
     return f"Got message from {(address, port)!r}: {payload.hex()}\n".encode()
 
 
 def as_documented_answerer(address: str, port: int, payload: bytes) -> bytes:
-    r"""The two lines that the documented server prints which answers.
+    r"""Return the two lines that the documented server prints when it answers.
 
     >>> as_documented_answerer("127.0.0.1", 53411, b"Hello").decode()
     "Got connection from: ('127.0.0.1', 53411)\nIt said: b'Hello'\n"
@@ -47,7 +47,7 @@ def as_documented_answerer(address: str, port: int, payload: bytes) -> bytes:
 
 
 def as_json(address: str, port: int, payload: bytes) -> bytes:
-    r"""A JSON object on a line, the payload in hexadecimal as in `transmit`.
+    r"""Return a JSON object on a line, the payload in hexadecimal as in `transmit`.
 
     >>> as_json("127.0.0.1", 53411, b"Hello").decode()
     '{"address":"127.0.0.1","port":53411,"payload":"48656c6c6f"}\n'
@@ -56,12 +56,12 @@ def as_json(address: str, port: int, payload: bytes) -> bytes:
 
 
 def as_payload(_address: str, _port: int, payload: bytes) -> bytes:
-    """The payload alone, as a line."""
+    """Return the payload alone, as a line."""
     return payload + b"\n"
 
 
 class Output:
-    """Writes datagrams, at most `count` when that is given. BrokenPipeError when nobody reads any more."""
+    """Writes datagrams, at most `count` if it is given. BrokenPipeError when the reader has gone."""
 
     def __init__(self, file: BinaryIO, form: Form, count: int | None) -> None:
         self._file = file
@@ -70,11 +70,11 @@ class Output:
 
     @property
     def full(self) -> bool:
-        """Whether as many as wanted were written."""
+        """Return whether the wanted number was written."""
         return self._left == 0
 
     def write(self, datagrams: Iterable[tuple[str, int, bytes]]) -> None:
-        """Write and flush them: whoever reads along is to see them now."""
+        """Write and flush datagrams: the reader should see them now."""
         lines = [self._form(*datagram) for datagram in islice(datagrams, self._left)]
         if self._left is not None:
             self._left -= len(lines)
@@ -102,7 +102,7 @@ def say(text: str) -> None:
 
 
 def escape_what_cannot_be_encoded() -> None:
-    """Have standard output and error write an escape for a character that the terminal's encoding does not have."""
+    """Make standard output and error escape characters that the terminal's encoding does not have."""
     codecs.register_error("json-escape", _escape)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -118,5 +118,5 @@ def _escape(error: UnicodeError) -> tuple[str, int]:
 
 
 def discard_output() -> None:
-    """Send what standard output still holds, and can't be written, to nowhere, so that the exit does not fail too."""
+    """Discard what standard output still holds and can't write, so that the exit does not fail too."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""Tables on the terminal. rich is imported when the first one is printed, so that `watch` starts without it."""
+"""Tables on the terminal. rich is imported for the first one, so that `watch` starts without it."""
 
 import sys
 from collections.abc import Iterable, Sequence
@@ -9,7 +9,7 @@ from shared.net.printable import printable
 WIDTH: Final = 250
 """Columns a table may take. A narrower terminal wraps lines, which can still be searched; folded cells can't."""
 PLAIN_ABOVE: Final = 1000
-"""Rows: rich takes half a millisecond for each, and nobody looks at more than so many in a box."""
+"""Rows: rich takes half a millisecond for each, and nobody reads more than this in a box."""
 Cell = str | int | None
 
 

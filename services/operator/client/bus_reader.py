@@ -1,4 +1,4 @@
-"""The bus for the length of a command; without a broker it ends in one line."""
+"""The bus for the length of a command; without a broker the command ends in one line."""
 
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def connected(settings: Settings) -> Iterator[tuple[zmq.Context[zmq.Socket[bytes]], BusLink]]:
-    """A context to make sockets of the bus in, and how they connect. OperatorError (69) when there is no broker."""
+    """Yield a context for sockets of the bus, and the link to connect them by. OperatorError (69) without a broker."""
     link = open_link(settings.bus, "operator")
     if not broker_is_up(settings.bus.path, link):
         where = settings.bus.connect or settings.bus.path

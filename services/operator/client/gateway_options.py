@@ -1,4 +1,4 @@
-"""How a command reaches the gateway: its address, and what to show there when it is on another host."""
+"""A command's way to the gateway: its address, and the credentials to show there when it is on another host."""
 
 import argparse
 import ssl
@@ -12,7 +12,7 @@ from shared.settings.model import REGISTRY_SCHEMES, Settings
 
 
 def add_gateway_arguments(parser: Parser) -> None:
-    """Add `--gateway ENDPOINT` and what one with TLS takes; a token is never an argument, others could read it."""
+    """Add `--gateway ENDPOINT` and the options of TLS; a token is never an argument, others could read it."""
     parser.add_argument(
         "--gateway",
         type=_gateway,
@@ -30,7 +30,7 @@ def _gateway(text: str) -> Endpoint:
 
 
 def access(arguments: argparse.Namespace, settings: Settings) -> Access:
-    """The gateway of `--gateway`, else the nearest of the settings, and what to show there."""
+    """Return the gateway of `--gateway`, else the nearest of the settings, and the credentials for it."""
     by_nearness = sorted(settings.gateway.endpoints, key=lambda endpoint: endpoint.scheme == "tls")
     endpoint = arguments.gateway or by_nearness[0]
     token = _read_token(arguments.token_file) if arguments.token_file else None
@@ -53,7 +53,7 @@ def _context(arguments: argparse.Namespace) -> ssl.SSLContext:
         context = ssl.create_default_context(cafile=arguments.authority)
         if arguments.certificate:
             context.load_cert_chain(arguments.certificate, arguments.key)
-    except OSError as error:  # OpenSSL's are, too, and it names no file
+    except OSError as error:  # errors of OpenSSL are OSErrors too, and name no file
         files = ", ".join(str(path) for path in (arguments.authority, arguments.certificate, arguments.key) if path)
         raise OperatorError(USAGE, f"{files}: {error.strerror or error}; expected PEM files") from None
     return context

@@ -1,4 +1,4 @@
-"""Keeps one client signed up: registers, renews, and starts over when the gateway went away."""
+"""Keeps one client signed up: registers, renews, and starts over when the gateway has gone away."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -12,14 +12,14 @@ TTL_SECONDS: Final = 30.0
 RENEW_SECONDS: Final = 10.0
 """Two renewals may be lost before the lease is."""
 RETRY_SECONDS: Final = (0.2, 0.5, 1.0, 2.0, 5.0)
-"""Between attempts to sign up again; the last goes on for ever."""
+"""Pauses between attempts to sign up again; the last repeats for ever."""
 PASSING: Final = frozenset({"name_taken", "no_transmitter", "registry_full", "too_slow", "unavailable"})
-"""Refusals that pass: a gateway may hold the entry of the connection that was lost until its lease expires, and one
-that has just started may not have seen the transmitter yet."""
+"""Refusals that pass: a gateway may keep the entry of the lost connection until its lease expires, and one that has
+just started may not have seen the transmitter yet."""
 
 
 class Lease:
-    """An entry in the registry for as long as this object is kept going by `keep`."""
+    """An entry in the registry, for as long as `keep` is called."""
 
     def __init__(self, access: Access, answer_seconds: float, name: str, wishes: Mapping[str, Any]) -> None:
         """Connect, so that the family and address of the connection are known; `register` does the rest."""
@@ -32,7 +32,7 @@ class Lease:
         self._attempts = 0
         self._due_at = 0.0
         self.prove: Callable[[], str | None] = lambda: None
-        """Returns the nonce that has come to our address, where the registry wants proof of it; None: none came."""
+        """Returns the nonce that has come to our address when the registry wants proof of it; None: none came."""
 
     @property
     def local(self) -> SocketAddress | None:
@@ -40,16 +40,16 @@ class Lease:
         return self._registry.local if self._registry else None
 
     def fileno(self) -> int:
-        """The connection, for poll(2); `heed` what makes it readable. -1 while there is none."""
+        """Return the connection's descriptor, for poll(2), -1 without one; call `heed` when it is readable."""
         return self._registry.fileno() if self._registry else -1
 
     @property
     def seconds_left(self) -> float:
-        """Until `keep` has something to do."""
+        """Seconds until `keep` has something to do."""
         return max(0.0, self._due_at - time.monotonic())
 
     def register(self, **wishes: Any) -> Entry:
-        """Sign up, with what `wishes` adds; OperatorError when that is refused."""
+        """Sign up, with the additions in `wishes`; OperatorError when that is refused."""
         self._wishes |= wishes
         if self._registry is None:
             self._registry = RegistryClient(self._access, self._answer_seconds)
@@ -68,12 +68,12 @@ class Lease:
             return registry.ask("confirm", name=self._name, nonce=nonce).entry()
 
     def heed(self) -> None:
-        """The connection is readable: say why, and sign up again."""
+        """Print the reason why the connection became readable, and sign up again."""
         assert self._registry
         self.lose(self._registry.told())
 
     def keep(self) -> None:
-        """Renew or sign up again, whichever is due. RefusedError when the registry will not have us any more."""
+        """Renew or sign up again, whichever is due. RefusedError when the registry refuses for good."""
         if self.seconds_left:
             return
         if self._generation is not None:
@@ -105,7 +105,7 @@ class Lease:
             say(f"signed up again as {self._name}, generation {entry.generation}")
 
     def lose(self, reason: str) -> None:
-        """Take note that the entry is gone; `keep` will sign up again."""
+        """Note that the entry is gone; `keep` will sign up again."""
         say(f"{reason}; signing up again")
         self._generation = None
         self._wait()
@@ -116,7 +116,7 @@ class Lease:
         self._attempts += 1
 
     def leave(self) -> None:
-        """Take our entry off the list; where that can't be done any more, it goes with the connection."""
+        """Remove our entry; if that is not possible any more, it goes with the connection."""
         try:
             if self._registry and self._generation is not None:
                 self._registry.ask("leave", name=self._name, generation=self._generation)

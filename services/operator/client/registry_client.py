@@ -14,7 +14,7 @@ from shared.process.lifecycle import FAILED, NOT_PERMITTED, UNAVAILABLE, USAGE, 
 
 T = TypeVar("T")
 CONNECT_SECONDS: Final = 3.0
-"""Under the 4 s a drain may take: `collect` connects while it may be told to end."""
+"""Below the 4 s that a drain may take: `collect` may be told to end while it connects."""
 READ_SIZE: Final = 1 << 18
 
 
@@ -28,12 +28,12 @@ class Entry(ListedClient, frozen=True, kw_only=True):
     health_count: int = 0
 
     def __post_init__(self) -> None:
-        if self.streams:  # doctor asks the kernel for the way there
+        if self.streams:  # doctor asks the kernel for the route there
             pack_address(self.address)
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """What may be in an answer. `client` and `clients` stay JSON, for `--json` to print whole."""
+    """Fields that an answer may have. `client` and `clients` stay JSON, for `--json` to print whole."""
 
     ok: bool
     error: str = ""
@@ -42,23 +42,23 @@ class Answer(msgspec.Struct, frozen=True):
     clients: msgspec.Raw = msgspec.Raw(b"{}")
 
     def entry(self) -> Entry:
-        """The client granted by `register`."""
+        """Return the client granted by `register`."""
         return _decode(self.client, Entry)
 
     def entries(self) -> dict[str, Entry]:
-        """The clients of `list`, by name."""
+        """Return the clients of `list`, by name."""
         return _decode(self.clients, dict[str, Entry])
 
 
 class _Told(msgspec.Struct, frozen=True):
-    """What the registry says unasked: an event, or why it closes."""
+    """A line that the registry sends unasked: an event, or its reason for closing."""
 
     event: str = ""
     message: str = ""
 
 
 class RefusedError(OperatorError):
-    """The registry's answer is no; `error` is its stable word."""
+    """A refusal by the registry; `error` is its stable word."""
 
     def __init__(self, answer: Answer) -> None:
         code = NOT_PERMITTED if answer.error == "not_permitted" else FAILED
@@ -68,7 +68,7 @@ class RefusedError(OperatorError):
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """Where the gateway is, and what to show there: a certificate by `tls`, and a token."""
+    """The gateway's address, and the credentials for it: a certificate by `tls`, and a token."""
 
     endpoint: Endpoint
     tls: ssl.SSLContext | None = None
@@ -76,7 +76,7 @@ class Access:
 
 
 class UnreachableError(OperatorError):
-    """No gateway there, or it went away."""
+    """There is no gateway, or it went away."""
 
     def __init__(self, endpoint: Endpoint, reason: str) -> None:
         cure = "is fanwire running? start it with `make run` or `honcho start`, or name another by --gateway"
@@ -86,7 +86,7 @@ class UnreachableError(OperatorError):
 
 
 class RegistryClient:
-    """A connection to the gateway. OperatorError tells what the operator can mend."""
+    """A connection to the gateway. OperatorError for a fault that the operator can mend."""
 
     def __init__(self, access: Access, answer_seconds: float) -> None:
         self._endpoint = access.endpoint
@@ -117,26 +117,26 @@ class RegistryClient:
         return None if self._connection.family == socket.AF_UNIX else self._connection.getsockname()
 
     def fileno(self) -> int:
-        """Readable between requests only when the gateway has something to say unasked, or has closed."""
+        """Return the descriptor; between requests it is readable only for an unasked line, or at the end."""
         return self._connection.fileno()
 
     def told(self) -> str:
-        """What the gateway says unasked; to be called when the connection is readable between requests."""
+        """Return the gateway's unasked message; call it when the connection is readable between requests."""
         try:
             return _decode(self._line(), _Told).message
         except OSError:
             return "the gateway closed the connection"
 
     def ask(self, op: str, **fields: Any) -> Answer:
-        """Send a request and wait for its answer. RefusedError when that is no, UnreachableError when none comes."""
+        """Send a request and wait for its answer. RefusedError when it is refused, UnreachableError when none comes."""
         try:
             request = msgspec.json.encode({"op": op, **fields})
-        except UnicodeEncodeError:  # an argument that was not UTF-8, which Python keeps as surrogates
+        except UnicodeEncodeError:  # an argument that was not UTF-8: Python keeps its bytes as surrogates
             raise OperatorError(USAGE, "names are UTF-8") from None
         try:
             self._connection.sendall(request + b"\n")
             while _decode(line := self._line(), _Told).event:
-                pass  # said unasked, before the answer
+                pass  # an unasked line, before the answer
         except OSError as error:
             raise UnreachableError(self._endpoint, error.strerror or str(error)) from None
         answer = _decode(line, Answer)
@@ -157,7 +157,7 @@ class RegistryClient:
         return line
 
     def close(self) -> None:
-        """Close the connection; what is held by it goes."""
+        """Close the connection; entries held by it go."""
         self._connection.close()
 
     def __enter__(self) -> Self:
@@ -173,7 +173,7 @@ def _connect(access: Access) -> socket.socket:
     endpoint = access.endpoint
     if not endpoint.path:
         connection = socket.create_connection((endpoint.host, endpoint.port), timeout=CONNECT_SECONDS)
-        # TLS ends its handshake with a message that is not answered: what is asked next would wait for the delayed ACK.
+        # TLS ends its handshake with a message that is not answered: the next request would wait for the delayed ACK.
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     else:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -189,7 +189,7 @@ def _connect(access: Access) -> socket.socket:
 
 def _decode(line: bytes | msgspec.Raw, kind: type[T]) -> T:
     try:
-        str(line, "utf-8")  # also of what stays JSON, and is printed
+        str(line, "utf-8")  # also the parts that stay JSON, and are printed
         return msgspec.json.decode(line, type=kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:  # the last: nesting thousands deep
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:  # the last: nested thousands deep
         raise OperatorError(UNAVAILABLE, f"what answers is not fanwire's registry: {error}") from None

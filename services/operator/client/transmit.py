@@ -1,4 +1,4 @@
-"""Raw frames from a terminal: put to the transmitter over the bus, and its answer waited for."""
+"""Raw frames from a terminal: sent to the transmitter over the bus; its answer is waited for."""
 
 import os
 import time
@@ -14,7 +14,7 @@ from shared.process.lifecycle import FAILED, NOT_PERMITTED, OK, UNAVAILABLE, Ope
 from shared.settings.model import Settings
 
 PATIENCE_SECONDS: Final = 1.0
-"""The bus tells a publisher at once who is there; after this no transmitter is."""
+"""The bus tells a publisher at once which services are there; a transmitter not seen by then is not there."""
 LOOK_MS: Final = 50
 EXIT_CODES: Final = {"not_permitted": NOT_PERMITTED, "bad_request": FAILED}
 
@@ -29,9 +29,9 @@ def transmit(
     own_fcs: bool = False,
     stopped: Callable[[], bool] = lambda: False,
 ) -> int:
-    """Have the transmitter send a frame and say how many have left; `stopped` ends the wait. OperatorError if refused.
+    """Ask the transmitter to send a frame; print how many have left. `stopped` ends the wait. OperatorError if refused.
 
-    The bus is for who may enter its directory, so nobody else is asked.
+    Any process that may enter the bus directory may use the bus, so there is no further check.
     """
     bus = settings.bus
     sender = f"operator.{os.getpid()}"
@@ -59,9 +59,9 @@ def transmit(
 
 
 def wait_for_transmitter(publisher: Publisher, reply_topic: str) -> None:
-    """Wait until a transmitter takes requests, and until the broker, which tells all publishers, told us what we want.
+    """Wait until a transmitter takes requests, and until the broker has passed our subscription on to all publishers.
 
-    Were the request sent before, its answer could be quicker than our subscription to it.
+    If the request went out earlier, its answer could come before our subscription to it.
     """
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not (publisher.wanted(TRANSMIT_TOPIC) and publisher.wanted(reply_topic)):

@@ -82,7 +82,7 @@ def _expires(entry: Entry) -> str | None:
 
 
 def _health(entry: Entry) -> str | None:
-    """The word, for how long, and what it has cost."""
+    """Return the word, its duration, and its cost."""
     lasts = f" for {_duration(entry.health_since)}" if entry.health and entry.health_since is not None else ""
     return (
         f"{entry.health}{lasts}{f', {entry.health_count} lost' if entry.health_count else ''}" if entry.health else None
@@ -90,7 +90,7 @@ def _health(entry: Entry) -> str | None:
 
 
 def _duration(seconds: float) -> str:
-    """As in `5 s`, `12 min`, `3 h`, `2 d`: the largest unit that there is at least two of."""
+    """Return `5 s`, `12 min`, `3 h`, `2 d` and the like, in the largest unit of which there are at least two."""
     unit, size = next(((unit, size) for unit, size in UNITS if seconds >= 2 * size), ("s", 1))
     return f"{int(seconds // size)} {unit}"
 
@@ -112,7 +112,7 @@ def run_register(arguments: argparse.Namespace, settings: Settings) -> int:
 
 
 def describe(entry: Entry) -> str:
-    """One line for what was granted."""
+    """Return one line for what was granted."""
     line = f"{entry.name}: on the list as {entry.address} port {entry.port}"
     if entry.streams:
         line = f"{entry.name}: copies of {', '.join(entry.streams)} go to {entry.address} port {entry.port}"
@@ -126,7 +126,7 @@ def describe(entry: Entry) -> str:
 
 
 def run_leave(arguments: argparse.Namespace, settings: Settings) -> int:
-    """Take a client off the list, whatever its generation unless one is given."""
+    """Remove a client, of any generation unless one is given."""
     with open_registry(arguments, settings) as registry:
         generation = arguments.generation
         if generation is None:

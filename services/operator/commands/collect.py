@@ -23,12 +23,12 @@ from shared.process.lifecycle import CANT_CREATE, FAILED, OK, Lifecycle, Operato
 from shared.settings.model import Settings
 
 ANSWER_SECONDS: Final = 3.0
-"""How long the gateway may take, on top of what it waits for itself: nothing is read from the socket meanwhile."""
+"""Time that the gateway may take, on top of its own waiting: the UDP socket is not read meanwhile."""
 RECEIVE_BUFFER: Final = 33_554_432
-"""Bytes asked of the kernel: it fills while the gateway is asked, or while a terminal is slow."""
+"""Bytes asked of the kernel: the buffer fills while the gateway is asked, or while a terminal is slow."""
 TAKE_AT_ONCE: Final = 256
 PROOF_SECONDS: Final = 1.0
-"""How long the datagram may take that asks for proof of an address."""
+"""Time that the datagram may take that asks for proof of an address."""
 LOOPBACK: Final = "127.0.0.1"
 
 
@@ -48,14 +48,14 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(arguments: argparse.Namespace, settings: Settings) -> int:
-    """Collect until Ctrl-C, until the terminal closes, or as many as asked for; then leave."""
+    """Collect until Ctrl-C, until the terminal closes, or until the wanted number has come; then leave."""
     lifecycle = Lifecycle()
     with ExitStack() as closing:
         output = _open_output(arguments, closing)
         answer_seconds = ANSWER_SECONDS + settings.gateway.serve_seconds
         lease = Lease(access(arguments, settings), answer_seconds, arguments.name, wishes(arguments))
         receiver = closing.enter_context(_open_receiver(arguments.address, arguments.port or 0, lease.local))
-        closing.callback(lease.leave)  # before the port is closed: copies to a closed one would count as refused
+        closing.callback(lease.leave)  # before the port is closed: copies to a closed port would count as refused
         lease.prove = partial(_await_nonce, receiver)
         port = receiver.getsockname()[1]
         # On AF_UNIX the gateway sees no address of ours, so it is told one.
@@ -84,7 +84,7 @@ def _open_output(arguments: argparse.Namespace, closing: ExitStack) -> Output:
 
 
 def _open_receiver(asked: str | None, port: int, local: SocketAddress | None) -> socket.socket:
-    """A UDP socket where the copies will come: at our end of the connection, at every address if another was asked."""
+    """Return a UDP socket for the copies: at our end of the connection; everywhere if another address was asked for."""
     anywhere = ("::" if ":" in asked else "0.0.0.0", 0) if asked else None
     host, _, *scope = anywhere or local or (LOOPBACK, 0)
     receiver = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
@@ -100,7 +100,7 @@ def _open_receiver(asked: str | None, port: int, local: SocketAddress | None) ->
 
 
 def _await_nonce(receiver: socket.socket) -> str | None:
-    """The nonce by which the gateway asks for proof of our address; other datagrams on the way to it are let go."""
+    """Return the nonce by which the gateway asks for proof of our address; other datagrams before it are discarded."""
     deadline = time.monotonic() + PROOF_SECONDS
     while (left := deadline - time.monotonic()) > 0:
         if select.select([receiver], [], [], left)[0]:
@@ -120,7 +120,7 @@ def _write_until_drained(
         if lease.fileno() >= 0:
             poller.register(lease, select.POLLIN)
         if printing:
-            poller.register(sys.stdout, 0)  # reported only when nobody reads any more
+            poller.register(sys.stdout, 0)  # reported only when the reader has gone
         ready = {descriptor for descriptor, _ in poller.poll(lease.seconds_left * 1000)}
         if printing and sys.stdout.fileno() in ready:
             return

@@ -14,6 +14,6 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(_arguments: argparse.Namespace, settings: Settings) -> int:
-    """Print the settings; what is printed can be read back as a settings file."""
+    """Print the settings; the output can be read back as a settings file."""
     print(render(settings), end="")
     return OK

@@ -37,7 +37,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def _payload(text: str) -> bytes:
     if not text.startswith("@"):
-        return os.fsencode(text)  # the bytes that were given
+        return os.fsencode(text)  # the bytes as given
     try:
         with Path(text[1:]).open("rb") as file:
             return file.read(MAX_FRAME + 1)  # more makes no frame
@@ -47,13 +47,13 @@ def _payload(text: str) -> bytes:
 
 def _pace(text: str) -> float:
     pace = or_usage(float, text)
-    if not 0 <= pace <= 1_000_000:  # neither is NaN
+    if not 0 <= pace <= 1_000_000:  # NaN is out of range too
         raise argparse.ArgumentTypeError(f"expected frames a second up to 1000000, or 0: at once, not {text!r}")
     return pace
 
 
 def run(arguments: argparse.Namespace, settings: Settings) -> int:
-    """Send, and say how many frames have left."""
+    """Send the frame, and print how many have left."""
     parts = (arguments.destination, arguments.source, arguments.ethertype, arguments.payload, arguments.checksum)
     try:
         frame = make_frame(*parts, own_fcs=arguments.own_fcs)

@@ -1,4 +1,4 @@
-"""`fanwire keys`: makes the keys that processes prove by who they are on the bus."""
+"""`fanwire keys`: makes the keys by which processes prove their role on the bus."""
 
 import argparse
 from pathlib import Path
@@ -10,7 +10,7 @@ from shared.process.lifecycle import CANT_CREATE, OK, OperatorError
 from shared.settings.model import Settings
 
 DIRECTORY_MODE: Final = 0o755
-"""Public keys are for everybody; a secret is closed by its own mode."""
+"""Public keys are for everybody; a secret has its own, closed mode."""
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -27,7 +27,7 @@ def _role(text: str) -> str:
 
 
 def run(arguments: argparse.Namespace, _settings: Settings) -> int:
-    """Make a pair a role, and say which files; OperatorError (73) when one is there, or can't be made."""
+    """Make a pair a role, and print its files; OperatorError (73) when one exists, or can't be made."""
     try:
         arguments.directory.mkdir(DIRECTORY_MODE, parents=True, exist_ok=True)
         for secret, public in write_keys(arguments.directory, dict.fromkeys(arguments.roles or ROLES)):

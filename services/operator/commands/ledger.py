@@ -38,7 +38,7 @@ from shared.process.lifecycle import FAILED, OK, UNAVAILABLE, OperatorError
 from shared.settings.model import Settings
 
 ROUND_SECONDS: Final = 2 * INTERVAL_SECONDS + 0.1
-"""Everyone reports at once, and then each second: in this time at least twice."""
+"""Every service reports at once, and then each second: in this time at least twice."""
 NEEDED: Final = ("ingest", "forwarder")
 """Without both there is nothing to compare."""
 
@@ -59,7 +59,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(arguments: argparse.Namespace, settings: Settings) -> int:
-    """Print the accounts; 0 when they add up."""
+    """Print the accounts; return 0 when they add up."""
     balance = _listen(settings, arguments.seconds)
     if missing := [kind for kind in NEEDED if not balance.reports(kind)]:
         raise OperatorError(
@@ -81,7 +81,7 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
 
 
 def _listen(settings: Settings, seconds: float) -> Balance:
-    """Take reports for a full round, and for as long as they do not agree, up to `seconds`."""
+    """Take reports for a full round, and for as long as they disagree, up to `seconds`."""
     balance, reports = Balance(), Reports()
     start = time.monotonic()
     with subscribed(settings, "status/") as subscriber:
@@ -165,6 +165,6 @@ def _accounts(balance: Balance, prefix: str) -> Iterator[tuple[str, str, Mapping
 
 
 def _drops(account: Mapping[str, int]) -> str:
-    """Every cause with its count."""
+    """Return every cause with its count."""
     drops = ((name.removeprefix(DROPPED), count) for name, count in account.items() if name.startswith(DROPPED))
     return ", ".join(f"{cause} {count}" for cause, count in sorted(drops) if count)

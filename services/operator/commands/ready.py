@@ -21,7 +21,7 @@ SERVICES: Final = ("broker", "gateway", "ingest", "forwarder", "transmitter")
 LOOK_SECONDS: Final = 0.05
 HINT_PORT: Final = 9514
 ANY_ADDRESS: Final = {"localhost": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
-"""What to send to where a listener takes every address of a host."""
+"""Addresses to send to where a listener takes every address of a host."""
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
 
 
 def _heard(settings: Settings, wanted: set[str], deadline: float) -> set[str]:
-    """Return the services that report, as soon as all that are wanted do."""
+    """Return the services that report, as soon as all wanted ones do."""
     heard: set[str] = set()
     link = open_link(settings.bus, "operator")
     while not broker_is_up(settings.bus.path, link):
@@ -62,7 +62,7 @@ def _heard(settings: Settings, wanted: set[str], deadline: float) -> set[str]:
 
 
 def hints(settings: Settings) -> Iterator[str]:
-    """Lines that can be pasted into another terminal."""
+    """Yield lines that can be pasted into another terminal."""
     yield f"{_program()} watch  # from another terminal, as what follows"
     listeners = [(stream, at) for stream in settings.streams for at in stream.endpoints if at.scheme == "udp"]
     for stream, listener in listeners[:1]:
@@ -74,7 +74,7 @@ def hints(settings: Settings) -> Iterator[str]:
 
 
 def _program() -> str:
-    """How to call fanwire from here: a checkout's own environment is not on PATH."""
+    """Return the command that starts fanwire from here: a checkout's own environment is not on PATH."""
     installed = Path(sys.prefix) / "bin" / "fanwire"
     return os.path.relpath(installed) if Path(sys.prefix).name == ".venv" else "fanwire"
 

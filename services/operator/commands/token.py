@@ -1,4 +1,4 @@
-"""`fanwire token`: draws a token for a client from elsewhere, and prints what the settings have to say of it."""
+"""`fanwire token`: draws a token for a client from elsewhere, and prints the lines for the settings."""
 
 import argparse
 import hashlib
@@ -17,7 +17,7 @@ from shared.process.lifecycle import CANT_CREATE, OK, USAGE, OperatorError
 from shared.settings.model import SCOPES, Settings, Token
 
 TOKEN_BYTES: Final = 32
-"""256 bits: a plain hash of it tells nothing, see services/gateway/admission/rights.py."""
+"""256 bits: a plain hash of it reveals nothing, see services/gateway/admission/rights.py."""
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -42,7 +42,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(arguments: argparse.Namespace, settings: Settings) -> int:
-    """Print the token, which is kept nowhere, and the lines for the settings; or these alone."""
+    """Print the token, which is kept nowhere, and the lines for the settings; or only those lines."""
     token = secrets.token_urlsafe(TOKEN_BYTES)
     entry = {
         "name": arguments.name,

@@ -42,12 +42,12 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
 
 
 def magic(mac: bytes, password: bytes = b"") -> bytes:
-    """What the sleeping computer looks for: six times ff, sixteen times its address, and its password if it has one."""
+    """Return the bytes that the sleeping computer waits for: six times ff, sixteen times its address, any password."""
     return BROADCAST + mac * 16 + password
 
 
 def own_mac(interface: str) -> bytes:
-    """The interface's own address. OperatorError when there is no such interface, or it is not Ethernet.
+    """Return the interface's own address. OperatorError when there is no such interface, or it is not Ethernet.
 
     By ioctl: /sys/class/net shows the network namespace in which it was mounted, which need not be this one.
     """

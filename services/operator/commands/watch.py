@@ -30,7 +30,7 @@ from shared.settings.model import Settings
 
 TICK_MS: Final = 500
 PATIENCE_SECONDS: Final = 2.0
-"""Ingest answers a new subscription at once; after this it is not there."""
+"""Ingest answers a new subscription at once; if it has not by then, it is not there."""
 ALL_DATAGRAMS: Final = "datagrams/"
 FORMS: Final = {"hex": as_hex, "answering": as_documented_answerer, "json": as_json}
 
@@ -51,7 +51,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(arguments: argparse.Namespace, settings: Settings) -> int:
-    """Print until Ctrl-C, or as many as asked for."""
+    """Print until Ctrl-C, or until the wanted number was printed."""
     names = [stream.name for stream in settings.streams]
     if arguments.stream is not None and arguments.stream not in names:
         raise OperatorError(USAGE, f"no stream {arguments.stream!r}; the streams are: {', '.join(names)}")
@@ -69,7 +69,7 @@ def _print_until_told(lifecycle: Lifecycle, subscriber: Subscriber, printer: "Da
     poller = zmq.Poller()
     poller.register(subscriber.socket, zmq.POLLIN)
     poller.register(lifecycle.fileno(), zmq.POLLIN)
-    poller.register(sys.stdout.fileno(), zmq.POLLERR)  # nobody reads any more: noticed without having to write
+    poller.register(sys.stdout.fileno(), zmq.POLLERR)  # the reader has gone: noticed without a write
     while not (lifecycle.draining or output.full):
         if (sys.stdout.fileno(), zmq.POLLERR) in poller.poll(TICK_MS):
             return
@@ -80,7 +80,7 @@ def _print_until_told(lifecycle: Lifecycle, subscriber: Subscriber, printer: "Da
 
 
 class DatagramPrinter:
-    """Prints the datagrams that are wanted, and reports on standard error what was missed."""
+    """Prints wanted datagrams, and reports missed ones on standard error."""
 
     def __init__(self, output: Output, what: str, wanted_prefix: str | None) -> None:
         self._output = output

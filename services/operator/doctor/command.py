@@ -1,4 +1,4 @@
-"""`fanwire doctor`: checks this host before production; prints what it found, with what cures it."""
+"""`fanwire doctor`: checks this host before production; prints findings, each with its cure."""
 
 import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,7 +43,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(arguments: argparse.Namespace, settings: Settings) -> int:
-    """Check everything; 1 when there are errors."""
+    """Check everything; return 1 when there are errors."""
     streams = {stream.name: stream for stream in settings.streams}
     if arguments.probe is not None and arguments.probe not in streams:
         raise OperatorError(USAGE, f"no stream {arguments.probe!r}; the streams are: {', '.join(streams)}")
@@ -101,7 +101,7 @@ def _examine_network(
 
 
 def _collectors(settings: Settings, open_registry: Callable[[], RegistryClient]) -> tuple[list[Entry], str]:
-    """Whom copies go to, by the registry, or where that does not answer by the settings; and why it does not."""
+    """Return the collectors of the registry; if it does not answer, those of the settings, and the reason."""
     try:
         with open_registry() as registry:
             entries = registry.ask("list").entries().values()

@@ -1,4 +1,4 @@
-"""The facts, gathered from /proc, /sys, netlink and the bus; what can't be had is left out, and nothing is changed."""
+"""The facts, gathered from /proc, /sys, netlink and the bus; missing ones are left out, and nothing is changed."""
 
 import ctypes
 import errno
@@ -34,21 +34,21 @@ SYSCTLS: Final = (
     *("net.netfilter.nf_conntrack_count", "net.netfilter.nf_conntrack_max"),
 )
 LISTEN_SECONDS: Final = INTERVAL_SECONDS + 0.2
-"""Everyone reports to a new subscriber at once, and then each second."""
+"""Every service reports to a new subscriber at once, and then each second."""
 LOOPBACK: Final = "lo"
 CLEANED: Final = frozenset({Path("/tmp"), Path("/var/tmp")})
 CAP_NET_RAW: Final = 13
 STA_UNSYNC: Final = 0x40
 TIMEX_SIZE: Final = 208
-"""Bytes: struct timex of adjtimex(2), as large as it is anywhere."""
+"""Bytes: struct timex of adjtimex(2), at its largest."""
 STATUS_AT: Final = 5 * ctypes.sizeof(ctypes.c_long)
-"""Its `status`, behind an int, padded, and four longs."""
+"""Offset of its `status`, behind an int, padding, and four longs."""
 NO_LIMIT: Final = 1 << 20
-"""The kernel's own, fs.nr_open, where there is no other."""
+"""The kernel's own limit, fs.nr_open, where there is no other."""
 
 
 def host_facts(settings: Settings, links: Iterable[Link]) -> HostFacts:
-    """What the kernel says of this host."""
+    """Return the facts of this host, from the kernel."""
     conf = "net/ipv4/conf"
     everywhere = _number(f"{conf}/all/rp_filter") or 0
     filters = {link.name: _number(f"{conf}/{link.name}/rp_filter") for link in links if link.up}
@@ -67,7 +67,7 @@ def host_facts(settings: Settings, links: Iterable[Link]) -> HostFacts:
 
 
 def _read(path: str) -> str:
-    """A file's text; nothing where there is no such file, or it is not for us."""
+    """Return a file's text; nothing where there is no such file, or this user may not read it."""
     try:
         return Path(path).read_text(errors="replace")
     except OSError:
@@ -127,7 +127,7 @@ def _synchronised() -> bool | None:
 def network_facts(
     settings: Settings, netlink: Netlink, links: Iterable[Link], addresses: Iterable[str]
 ) -> NetworkFacts:
-    """How the kernel would send to these addresses; it is only asked."""
+    """Return the routes that the kernel would take to these addresses; nothing is sent."""
     by_index = {link.index: link for link in links}
     mtus = [link.mtu for link in by_index.values() if link.up and link.name != LOOPBACK]
     return NetworkFacts(
@@ -149,7 +149,7 @@ def _network_path(netlink: Netlink, links: dict[int, Link], address: str) -> Net
 
 
 def service_facts(settings: Settings, reports: list[Report], gateway: str) -> ServiceFacts:
-    """What is to be seen of the services; `reports` is what they said, `gateway` why it did not answer."""
+    """Return the visible facts of the services; `reports` are theirs, `gateway` is the reason of its silence."""
     directory = settings.bus.path
     bus = _bus_trouble(directory)
     broker = None if bus else broker_is_up(directory)
@@ -167,7 +167,7 @@ def service_facts(settings: Settings, reports: list[Report], gateway: str) -> Se
 
 
 def listen(settings: Settings, seconds: float = LISTEN_SECONDS) -> list[Report]:
-    """The last report of every service that reports; none where there is no bus for us."""
+    """Return the last report of every service that reports; none where this user can use no bus."""
     if _bus_trouble(settings.bus.path) or not broker_is_up(settings.bus.path):
         return []
     reports, deadline = Reports(), time.monotonic() + seconds
@@ -181,7 +181,7 @@ def listen(settings: Settings, seconds: float = LISTEN_SECONDS) -> list[Report]:
 
 
 def by_service(reports: Iterable[Report]) -> dict[str, Accounts]:
-    """The accounts by name; two processes of one name, which should not be, are told apart by process id."""
+    """Return the accounts by name; two processes of one name, which is a fault, are told apart by process id."""
     accounts: dict[str, Accounts] = {}
     for report in reports:
         taken = report.service in accounts
@@ -190,9 +190,9 @@ def by_service(reports: Iterable[Report]) -> dict[str, Accounts]:
 
 
 def _bus_trouble(directory: Path) -> str:
-    """What is wrong with the bus directory; nothing where it is not there yet, which the broker changes."""
+    """Return the fault of the bus directory; nothing where it does not exist yet, as the broker makes it."""
     try:
-        if directory.exists():  # else it would be made
+        if directory.exists():  # else the check would make it
             check_directory(directory)
             if not os.access(directory, os.X_OK):
                 return "this user may not enter it"
@@ -202,7 +202,7 @@ def _bus_trouble(directory: Path) -> str:
 
 
 def _removed(settings: Settings, *, broker: bool, gateway: bool) -> Iterator[str]:
-    """Files that are gone though a service that runs has them open."""
+    """Yield files that are gone though a running service has them open."""
     lock = settings.bus.path / "lock"
     if broker and not settings.bus.connect and not lock.exists():
         yield str(lock)
@@ -211,7 +211,7 @@ def _removed(settings: Settings, *, broker: bool, gateway: bool) -> Iterator[str
 
 
 def _is_cleaned(directory: Path) -> bool:
-    """Whether systemd-tmpfiles would empty the directory: it lets alone what is locked (tmpfiles.d(5), Age)."""
+    """Return whether systemd-tmpfiles would empty the directory: it skips what is locked (tmpfiles.d(5), Age)."""
     if not directory.is_dir() or not CLEANED & {*directory.resolve().parents} or which("systemd-tmpfiles") is None:
         return False
     try:
@@ -228,7 +228,7 @@ def _is_cleaned(directory: Path) -> bool:
 
 
 def _descriptors_of(pid: int) -> int:
-    """The limit that a service raises its own to."""
+    """Return the hard limit of open files, to which a service raises its own."""
     for line in _read(f"/proc/{pid}/limits").splitlines():
         if line.startswith("Max open files"):
             hard = line.split()[4]
@@ -251,7 +251,7 @@ def _raw_sockets(user: str) -> RawSocketFacts:
 
 
 def _try_raw_socket() -> int:
-    """The errno of opening a packet socket; with protocol 0 it receives nothing, and nothing is sent."""
+    """Return the errno of opening a packet socket; with protocol 0 it receives nothing, and nothing is sent."""
     try:
         socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0).close()
     except OSError as error:
@@ -260,7 +260,7 @@ def _try_raw_socket() -> int:
 
 
 def _unfit(name: str) -> str:
-    """Why root's transmitter could not become this user, as it must where root is root outside too."""
+    """Return why root's transmitter could not become this user, as it must where root is root outside too."""
     if _read("/proc/self/uid_map").split()[:2] != ["0", "0"]:
         return ""
     try:

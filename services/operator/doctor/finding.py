@@ -1,4 +1,4 @@
-"""A finding: what was looked at, how it stands, why, and what cures it."""
+"""A finding: the check, its level, the reason, and the cure."""
 
 from collections.abc import Iterable
 from typing import Final, Literal
@@ -10,7 +10,7 @@ NAMES_SHOWN: Final = 5
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """`name` is a stable word; `subject` the collector, stream or interface that it is about, if any."""
+    """The result of one check: `name` is a stable word, `subject` the collector, stream or interface, if any."""
 
     name: str
     level: Level
@@ -20,29 +20,29 @@ class Finding(msgspec.Struct, frozen=True):
 
 
 def ok(name: str, why: str, subject: str = "") -> Finding:
-    """Nothing to do."""
+    """Return a finding that needs nothing."""
     return Finding(name, "ok", why, "", subject)
 
 
 def warning(name: str, why: str, cure: str, subject: str = "") -> Finding:
-    """Datagrams may be lost, or it could not be seen whether they are."""
+    """Return a finding that datagrams may be lost, or that this could not be seen."""
     return Finding(name, "warning", why, cure, subject)
 
 
 def error(name: str, why: str, cure: str, subject: str = "") -> Finding:
-    """Somebody gets nothing, or what is not theirs."""
+    """Return a finding that a collector gets nothing, or datagrams that are not for it."""
     return Finding(name, "error", why, cure, subject)
 
 
 def unseen(name: str, what: str, subject: str = "") -> Finding:
-    """A fact that this process can't have."""
+    """Return a finding about a fact that this process can't see."""
     return warning(
         name, f"{what} can't be seen from here", "run it as root, in the host's own network namespace", subject
     )
 
 
 def some(names: Iterable[str]) -> str:
-    """The first few names, and how many more there are.
+    """Return the first few names, and the number of others.
 
     >>> some(["a", "b"]), some("abcdefg")
     ('a, b', 'a, b, c, d, e and 2 more')

@@ -1,4 +1,4 @@
-"""What the kernel of this host makes of datagrams, whoever they are for. No I/O."""
+"""Treatment of datagrams by this host's kernel, whoever receives them. No I/O."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -8,21 +8,21 @@ from services.operator.doctor.finding import Finding, ok, unseen, warning
 from shared.settings.model import Settings
 
 BACKLOG: Final = 10_000
-"""As in deploy/sysctl; the kernel's default, 1000, is one burst of an exporter."""
+"""The value of deploy/sysctl; the kernel's default, 1000, is one burst of an exporter."""
 BACKLOG_NAME: Final = "net.core.netdev_max_backlog"
 BUDGET_NAME: Final = "net.core.netdev_budget"
 SQUEEZED_SHARE: Final = 0.001
-"""Of the packets a CPU took: how often it may run out of its budget before that is worth a word."""
+"""Share of the packets of a CPU at which it may run out of its budget before that is reported."""
 CONNTRACK_SHARE: Final = 0.8
 RELEASED: Final = 1_735_689_600.0
-"""The start of 2025: a clock that is before it was never set."""
+"""The start of 2025: an earlier clock was never set."""
 STRICT: Final = 1
 """rp_filter (ip-sysctl): 0 off, 1 strict, 2 loose; the larger of `all` and the interface's counts."""
 
 
 @dataclass(frozen=True)
 class Softnet:
-    """/proc/net/softnet_stat, all CPUs together, since boot."""
+    """The content of /proc/net/softnet_stat, all CPUs together, since boot."""
 
     processed: int
     dropped: int
@@ -31,7 +31,7 @@ class Softnet:
 
 @dataclass(frozen=True)
 class ListeningSocket:
-    """A UDP socket on a stream's port: bytes of receive buffer, and datagrams the kernel has dropped there."""
+    """A UDP socket on a stream's port: bytes of receive buffer, and datagrams that the kernel has dropped there."""
 
     receive_buffer: int
     dropped: int
@@ -39,14 +39,14 @@ class ListeningSocket:
 
 @dataclass(frozen=True)
 class HostFacts:
-    """What was seen; a sysctl or counter that is missing could not be."""
+    """Facts of the host; a missing sysctl or counter could not be seen."""
 
     sysctls: Mapping[str, int] = field(default_factory=dict)
     counters: Mapping[str, int] = field(default_factory=dict)
-    """UDP's of /proc/net/snmp and snmp6, and IPReversePathFilter of netstat; since boot."""
+    """Counters of UDP from /proc/net/snmp and snmp6, and IPReversePathFilter from netstat; since boot."""
     softnet: Softnet | None = None
     reverse_path: Mapping[str, int] = field(default_factory=dict)
-    """rp_filter in effect, by interface that is up, loopback apart."""
+    """rp_filter in effect, by interface that is up, without loopback."""
     listeners: Mapping[str, list[ListeningSocket]] = field(default_factory=dict)
     """By stream."""
     time: float = RELEASED
@@ -54,7 +54,7 @@ class HostFacts:
 
 
 def check_host(facts: HostFacts, settings: Settings) -> Iterator[Finding]:
-    """Everything about the host."""
+    """Yield every finding about the host."""
     for stream in settings.streams:
         if not any(endpoint.scheme == "udp" for endpoint in stream.endpoints):
             continue
@@ -160,7 +160,7 @@ def _reverse_path(facts: HostFacts) -> Iterator[Finding]:
         return
     for interface in strict:
         why = f"rp_filter is strict: exporters whose answers would leave by another interface are dropped{said}"
-        name = interface.replace(".", "/")  # as sysctl(8) wants it
+        name = interface.replace(".", "/")  # in the spelling of sysctl(8)
         yield warning("reverse_path", why, f"sysctl -w net.ipv4.conf.{name}.rp_filter=2", interface)
 
 

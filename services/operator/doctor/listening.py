@@ -26,17 +26,17 @@ class PathSeen:
 
 @dataclass(frozen=True)
 class ListeningFacts:
-    """What was seen of listeners, by endpoint as the settings have it; what is not in them was not looked at."""
+    """Facts of listeners, by endpoint as written in the settings; missing ones were not checked."""
 
     paths: Mapping[str, PathSeen] = field(default_factory=dict)
     groups: Mapping[str, bool] = field(default_factory=dict)
-    """Whether the multicast group is joined, on its interface if it names one."""
+    """True if the multicast group is joined, on its interface if it names one."""
     unassigned: Mapping[str, str] = field(default_factory=dict)
     """Addresses that no interface of this host has."""
 
 
 def check_listening(facts: ListeningFacts, accounts: Mapping[str, Accounts], settings: Settings) -> Iterator[Finding]:
-    """Everything about the listeners; `accounts` are those of each service that reports."""
+    """Yield every finding about the listeners; `accounts` are those of each service that reports."""
     workers = {name: kept for name, kept in accounts.items() if name.partition(".")[0] == "ingest"}
     if not workers:
         yield ok("listeners", "no ingest reports: nobody listens")

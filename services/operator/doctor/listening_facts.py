@@ -17,7 +17,7 @@ IsLocal = Callable[[str], bool]
 
 
 def listening_facts(settings: Settings, is_local: IsLocal | None) -> ListeningFacts:
-    """Look at every listener of every stream; `is_local` says whether an address is this host's, None: it can't."""
+    """Check every listener of every stream; `is_local` says whether an address is this host's, None: unknown."""
     endpoints = [endpoint for stream in settings.streams for endpoint in stream.endpoints]
     joined = set(_joined())
     found = {str(each): address for each in endpoints if is_local and (address := _unassigned(each, is_local))}
@@ -38,7 +38,7 @@ def _path_seen(path: Path) -> PathSeen:
 
 
 def _joined() -> Iterator[tuple[str, str]]:
-    """Every group with the interface that it is joined on, by /proc/net/igmp and igmp6 (proc(5))."""
+    """Yield every group with the interface on which it is joined, from /proc/net/igmp and igmp6 (proc(5))."""
     interface = ""
     for line in _lines("igmp")[1:]:
         words = line.split()
@@ -66,7 +66,7 @@ def _is_joined(host: str, joined: set[tuple[str, str]]) -> bool:
 
 
 def _unassigned(endpoint: Endpoint, is_local: IsLocal) -> str:
-    """An address of a listener that this host does not have; empty: it has all of them."""
+    """Return an address of a listener that this host does not have; empty: it has all of them."""
     if endpoint.path or is_multicast(endpoint.host):
         return ""
     kind = socket.SOCK_STREAM if endpoint.scheme == "tcp" else socket.SOCK_DGRAM

@@ -24,15 +24,15 @@ CLOUDS: Final = {
     "Microsoft": "az network nic update --resource-group GROUP --name NIC --ip-forwarding true",
     "OpenStack": "openstack port set --allowed-address ip-address=EXPORTERS/LENGTH PORT",
 }
-"""By /sys/class/dmi/id/sys_vendor: what lets a machine send with addresses that are not its own."""
+"""By /sys/class/dmi/id/sys_vendor: the command that lets a machine send from addresses that are not its own."""
 
 Judge = Callable[[Entry], Finding | None]
-"""What there is to say of a collector, if anything."""
+"""Returns the finding about a collector, if there is one."""
 
 
 @dataclass(frozen=True)
 class NetworkPath:
-    """How packets to an address leave; `neighbour` is the next hop's NUD_ state, 0 where the kernel has none."""
+    """The way of packets to an address; `neighbour` is the next hop's NUD_ state, 0 where the kernel has none."""
 
     local: bool
     interface: str
@@ -45,11 +45,11 @@ class NetworkPath:
 
 @dataclass(frozen=True)
 class NetworkFacts:
-    """What was seen of the network. `paths` is by address; None: there is no route."""
+    """Facts of the network. `paths` is by address; None: there is no route."""
 
     paths: Mapping[str, NetworkPath | None] = field(default_factory=dict)
     longest_mtu: int = ETHERNET_MTU
-    """Of the interfaces that are up: exporters' datagrams may be as long."""
+    """The longest MTU of the interfaces that are up: exporters' datagrams may be as long."""
     listeners: Sequence[tuple[str, int]] = ()
     vendor: str = ""
 
@@ -57,7 +57,7 @@ class NetworkFacts:
 def check_network_paths(
     facts: NetworkFacts, collectors: Sequence[Entry], destinations: Iterable[str]
 ) -> Iterator[Finding]:
-    """Everything about where copies go; `destinations` is what the transmitter's policy allows."""
+    """Yield every finding about the way of copies; `destinations` is what the transmitter's policy allows."""
     count = f"{len(collectors)} collectors" if len(collectors) != 1 else f"the collector {collectors[0].name}"
     own, allowed = OwnListeners(facts.listeners), [ipaddress.ip_network(prefix) for prefix in destinations]
     originals = [each for each in collectors if each.source == "original"]
@@ -132,7 +132,7 @@ def _at(collector: Entry) -> str:
 
 
 def _doubles(collectors: Sequence[Entry]) -> Iterator[Finding]:
-    """Who gets datagrams that another one at the same place gets too."""
+    """Yield a finding for collectors that get the same datagrams as another one at the same place."""
     clean, known = True, dict[tuple[str, int], list[Entry]]()
     for collector in collectors:
         others = known.setdefault((collector.address, collector.port), [])
@@ -171,7 +171,7 @@ def _mtu(collector: Entry, way: NetworkPath, longest: int) -> Finding | None:
 
 
 def _reverse_path_there(abroad: list[str]) -> Finding:
-    """What can't be seen here: whether who gets copies with others' addresses takes them."""
+    """Return the finding that the filters of hosts that get copies with others' addresses can't be seen from here."""
     name = "reverse_path_there"
     if not abroad:
         return ok(name, "no collector on another host asks for the exporter's address")

@@ -1,8 +1,8 @@
 """A marked datagram, from a loopback address to a stream of this host, and the copy that a collector of ours gets.
 
-It goes through the real listener, so other collectors of the stream get a copy too: that is why it is sent only when
-asked for, and says in plain text what it is. Nothing is sent to any other host by us. When one of those collectors, or
-one of theirs, sends what it gets to us, the datagram comes round again: nothing in it would ever end that.
+It goes through the real listener, so other collectors of the stream get a copy too. Therefore it is sent only on
+request, and says in plain text what it is. We send nothing to any other host. If one of those collectors, or one of
+theirs, sends its copies to us, the datagram comes round again: nothing in it would ever end that.
 """
 
 import os
@@ -29,11 +29,11 @@ Ledger = Mapping[str, Accounts]
 """Accounts by service."""
 COPY_SECONDS: Final = 2.0
 ROUND_SECONDS: Final = 1.0
-"""For the datagram to come round again."""
+"""Time for the datagram to come round again."""
 MAX_NEIGHBOURS: Final = 64
 """Prefixes that one `register` may have."""
 TTL_SECONDS: Final = 30.0
-"""Our entry goes with our connection; this is for a gateway that does not see it go."""
+"""Our entry goes with our connection; this is for a gateway that does not notice its end."""
 EVERYWHERE: Final = {"0.0.0.0": "127.0.0.1", "::": "127.0.0.1"}
 
 
@@ -44,7 +44,7 @@ def probe(
     read_ledger: Callable[[], Ledger],
     neighbours: Sequence[str] = (),
 ) -> Finding:
-    """Send one datagram to the stream, wait for a copy with `source`, then for another one, which has gone round.
+    """Send one datagram to the stream, wait for a copy with `source`, then for one that has gone round.
 
     `neighbours` are the addresses of the stream's other collectors: by the forwarder it would come back from there.
     """
@@ -74,7 +74,7 @@ def probe(
             lost = "" if came_from else where_lost(before, read_ledger(), stream.name, collector)
             again = came_from and _await([receiver, late], payload, ROUND_SECONDS)
             for entry in entries:
-                with suppress(OperatorError):  # else it goes with the connection
+                with suppress(OperatorError):  # else the entry goes with the connection
                     registry.ask("leave", name=entry.name, generation=entry.generation)
     except OperatorError as refused:
         return error(name, f"no collector could sign up for it: {refused}", "see services and raw_sockets", subject)
@@ -95,7 +95,7 @@ def probe(
 
 
 def _target(stream: Stream) -> tuple[str, int] | None:
-    """Where to send so that the stream's first UDP listener gets it, by IPv4 if that may be."""
+    """Return an address at which the stream's first UDP listener receives, IPv4 if possible."""
     for endpoint in stream.endpoints:
         if endpoint.scheme == "udp" and not is_multicast(endpoint.host):
             with suppress(OSError):
@@ -106,14 +106,14 @@ def _target(stream: Stream) -> tuple[str, int] | None:
 
 
 def _claimed(target: str) -> str:
-    """The made-up exporter's address: one of loopback's many, or where there is one alone, that."""
+    """Return the made-up exporter's address: one of the many of loopback, or the only one."""
     if target.startswith("127."):
         return ".".join(["127", *(str(random.randint(1, 254)) for _ in range(3))])
     return target
 
 
 def _our_end(registry: RegistryClient, target: str) -> str:
-    """Where our copies go: loopback, of the target's family, or this end of a connection that is not by loopback."""
+    """Return the address for our copies: loopback of the target's family, or our end of a connection to elsewhere."""
     local = str(registry.local[0]) if registry.local else "127.0.0.1"
     if local.startswith("127.") or local == "::1":
         return "::1" if ":" in target else "127.0.0.1"
@@ -133,7 +133,7 @@ def _bind(host: str) -> socket.socket:
 def _sign_up(
     registry: RegistryClient, name: str, stream: Stream, source: Source, receiver: socket.socket, senders: Sequence[str]
 ) -> Entry:
-    """Have a collector of ours get what these addresses send to the stream."""
+    """Sign up a collector of ours for what these addresses send to the stream."""
     host, port, *_ = receiver.getsockname()
     told = {"address": host} if host in EVERYWHERE.values() or host == "::1" else {}
     wishes = {"streams": [stream.name], "port": port, "source": source, "from": senders[:MAX_NEIGHBOURS]}
@@ -141,7 +141,7 @@ def _sign_up(
 
 
 def _await(receivers: Sequence[socket.socket], payload: bytes, seconds: float) -> tuple[str, int] | None:
-    """Whom the first copy came from; None when none came."""
+    """Return the sender of the first copy; None when none came."""
     deadline = time.monotonic() + seconds
     while (left := deadline - time.monotonic()) > 0:
         for receiver in select.select(receivers, [], [], left)[0]:
@@ -152,7 +152,7 @@ def _await(receivers: Sequence[socket.socket], payload: bytes, seconds: float) -
 
 
 def where_lost(before: Ledger, after: Ledger, stream: str, collector: str) -> str:
-    """By the accounts, how far the datagram got, nearest to the end first: other exporters' are in the streams' too."""
+    """Return how far the datagram got, by the accounts, last step first: the streams' count other datagrams too."""
     for service, accounts in after.items():
         account = accounts.get(f"collector/{collector}", {})
         if account.get(DELIVERED):

@@ -1,4 +1,4 @@
-"""The services: whether they run, report, and may do what they are for. No I/O."""
+"""The services: whether they run, report, and may do their work. No I/O."""
 
 import errno
 from collections import Counter
@@ -12,7 +12,7 @@ from shared.ledger import DROPPED, Accounts, dropped
 from shared.settings.model import Settings
 
 SPARE_DESCRIPTORS: Final = 64
-"""What a service has open besides connections or collectors, rounded up."""
+"""Descriptors that a service has open besides connections or collectors, rounded up."""
 NEEDED: Final = ("broker", "gateway", "ingest", "forwarder")
 ONE_ONLY: Final = ("forwarder", "transmitter")
 START: Final = "`systemctl start fanwire.target`, or `honcho start`"
@@ -20,40 +20,40 @@ START: Final = "`systemctl start fanwire.target`, or `honcho start`"
 
 @dataclass(frozen=True)
 class RawSocketFacts:
-    """What came of trying to open one as this user, and why that may be."""
+    """The result of opening a raw socket as this user, and reasons for a failure."""
 
     failed: int = 0
-    """An errno; 0: it went."""
+    """An errno; 0: it succeeded."""
     in_bounds: bool = True
-    """Whether CAP_NET_RAW is in the bounding set: without, nobody started from here can have it."""
+    """True if CAP_NET_RAW is in the bounding set: without it, no process started from here can have it."""
     no_new_privileges: bool = False
     unfit: str = ""
-    """Why the transmitter can't become [transmitter] user, for root."""
+    """The reason why the transmitter can't become [transmitter] user, for root."""
 
 
 @dataclass(frozen=True)
 class ServiceFacts:
-    """What was seen and heard of the services."""
+    """Facts of the services, seen and heard."""
 
     bus: str = ""
-    """What is wrong with the bus directory, if anything."""
+    """The fault of the bus directory, if any."""
     removed: Sequence[str] = ()
-    """Files that running services hold, and others have removed."""
+    """Files that running services hold open, and others have removed."""
     cleaned: bool = False
-    """Whether the bus directory is one that systemd-tmpfiles empties, and nobody keeps it from that."""
+    """True if systemd-tmpfiles empties the bus directory, and nothing prevents that."""
     broker: bool | None = None
-    """None: it can't be seen."""
+    """None: unknown."""
     gateway: str = ""
-    """Why it does not answer, if it does not."""
+    """The reason why it does not answer, if it does not."""
     accounts: Mapping[str, Accounts] = field(default_factory=dict)
-    """Of each service that reported."""
+    """Accounts of each service that reported."""
     descriptors: Mapping[str, int] = field(default_factory=dict)
-    """How many files it may open, by service; "": what this process may hand on."""
+    """Limit of open files, by service; "": the limit that this process hands on."""
     raw: RawSocketFacts = RawSocketFacts()
 
 
 def check_services(facts: ServiceFacts, settings: Settings, collectors: Sequence[Entry]) -> Iterator[Finding]:
-    """Everything about the services."""
+    """Yield every finding about the services."""
     directory = settings.bus.path
     if facts.bus:
         yield warning("bus", f"{directory}: {facts.bus}", "ask as the services' user, `sudo -u fanwire fanwire doctor`")
@@ -70,12 +70,12 @@ def check_services(facts: ServiceFacts, settings: Settings, collectors: Sequence
 
 
 def senders_of_original(accounts: Mapping[str, Accounts]) -> list[str]:
-    """The transmitters that have raw sockets."""
+    """Return the transmitters that have raw sockets."""
     return [name for name, kept in accounts.items() if kept.get("transmitter", {}).get("raw_sockets")]
 
 
 def _kept(facts: ServiceFacts, directory: str) -> Finding:
-    """Whether the files of the bus stay where they are."""
+    """Return whether the files of the bus stay in their place, as a finding."""
     name, cure = "bus_kept", "set [bus] directory to one under /run, or set XDG_RUNTIME_DIR; restart every service"
     if facts.removed:
         why = f"others have removed {' and '.join(facts.removed)}: a second broker could take the bus, the list is lost"
@@ -119,7 +119,7 @@ def _gateway(facts: ServiceFacts) -> Finding:
 
 
 def _flowing(accounts: Mapping[str, Accounts], collectors: Sequence[Entry]) -> Iterator[Finding]:
-    """Who gets nothing, or less than what is theirs, by what the senders say."""
+    """Yield collectors that get nothing, or less than their share, according to the senders."""
     fine = True
     for collector in collectors:
         if collector.health == "waiting":
@@ -159,7 +159,7 @@ def _raw_sockets(facts: ServiceFacts, originals: list[str]) -> Finding:
 
 
 def why_not_raw(raw: RawSocketFacts) -> tuple[str, str]:
-    """Why a transmitter started from here would have no raw sockets, and the cure; nothing when it would."""
+    """Return the reason why a transmitter started from here would have no raw sockets, and the cure; else nothing."""
     if raw.failed == errno.EACCES:
         return "a security module forbids raw sockets", "aa-status (AppArmor); ausearch -m avc (SELinux)"
     if raw.failed == errno.EAFNOSUPPORT:

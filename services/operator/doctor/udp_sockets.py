@@ -1,4 +1,4 @@
-"""UDP sockets of this network namespace as the kernel lists them, whoever has them open: sock_diag(7)."""
+"""UDP sockets of this network namespace as the kernel lists them, in any process: sock_diag(7)."""
 
 import socket
 import struct
@@ -29,7 +29,7 @@ ANSWER_SECONDS: Final = 2.0
 
 @dataclass(frozen=True, slots=True)
 class UdpSocket:
-    """Where a socket is bound, bytes of receive buffer as they were asked for, and datagrams dropped there."""
+    """The address of a socket, bytes of receive buffer as they were asked for, and datagrams dropped there."""
 
     address: str
     port: int
@@ -38,7 +38,7 @@ class UdpSocket:
 
 
 def udp_sockets() -> list[UdpSocket]:
-    """Every one there is; none where the kernel does not tell."""
+    """Return every UDP socket; none where the kernel does not tell."""
     found: list[UdpSocket] = []
     for family in (socket.AF_INET, socket.AF_INET6):
         with suppress(OSError, struct.error):
@@ -63,7 +63,7 @@ def _ask(family: int) -> Iterator[UdpSocket]:
 
 
 def parse_answer(family: int, data: bytes) -> Iterator[UdpSocket]:
-    """Yield the socket that a struct inet_diag_msg is about, unless it says nothing of memory. struct.error."""
+    """Yield the socket of a struct inet_diag_msg, unless it says nothing of memory. struct.error."""
     port, packed = ANSWER.unpack_from(data)
     address = socket.inet_ntop(family, packed[: 4 if family == socket.AF_INET else 16])
     at = ANSWER.size
@@ -71,6 +71,6 @@ def parse_answer(family: int, data: bytes) -> Iterator[UdpSocket]:
         size, kind = ATTRIBUTE.unpack_from(data, at)
         if kind == INET_DIAG_SKMEMINFO:
             buffer, dropped = MEMINFO.unpack_from(data, at + ATTRIBUTE.size)
-            # The kernel doubles what is asked for, for its own records.
+            # The kernel doubles the size that is asked for, for its own records.
             yield UdpSocket(address, socket.ntohs(port), buffer // 2, dropped)
         at += max(size, ATTRIBUTE.size) + 3 & ~3

@@ -1,4 +1,4 @@
-"""`fanwire import`: settings out of the receiver file of samplicator or pmacct, and what they can't express."""
+"""`fanwire import`: settings from the receiver file of samplicator or pmacct, and a list of what they can't express."""
 
 import argparse
 import ipaddress
@@ -57,13 +57,13 @@ def _endpoint(text: str) -> str:
 
 
 class Lookup:
-    """Looks up hosts and services, and remembers what hosts came to."""
+    """Looks up hosts and services, and remembers the addresses of hosts."""
 
     def __init__(self) -> None:
         self.found: dict[str, str] = {}
 
     def address(self, host: str) -> str:
-        """As `foreign.Names`."""
+        """Do as `receivers.Names` says."""
         try:
             return str(ipaddress.ip_address(host))
         except ValueError:
@@ -78,7 +78,7 @@ class Lookup:
         return self.found[host]
 
     def port(self, service: str) -> int:
-        """As `foreign.Names`."""
+        """Do as `receivers.Names` says."""
         try:
             return socket.getservbyname(service, "udp")
         except (OSError, ValueError):
@@ -86,7 +86,7 @@ class Lookup:
 
 
 def run(arguments: argparse.Namespace, _settings: Settings) -> int:
-    """Print the settings; say on stderr what they lack. 1 when anything was left out."""
+    """Print the settings; print their gaps on stderr. Return 1 when anything was left out."""
     parse_line, listen = TOOLS[arguments.tool]
     stream = Stream(name=arguments.stream, listen=tuple(arguments.listen or [listen]))
     lookup = Lookup()
@@ -103,7 +103,7 @@ def run(arguments: argparse.Namespace, _settings: Settings) -> int:
 
 
 def _tell(lines: list[Line], settings: Settings) -> int:
-    """Say what a person should know; the exit code."""
+    """Print what a person should know; return the exit code."""
     for line in lines:
         for text in line.notes:
             say(f"line {line.number}: {text}")

@@ -9,7 +9,7 @@ DEFAULT_LISTEN: Final = "udp://[::]:2100"
 KEYS: Final = ("id", "ip", "tag", "balance-alg", "src_port", "kafka_broker", "kafka_topic", "zmq_address")
 ELSEWHERE: Final = ("kafka_broker", "kafka_topic", "zmq_address")
 WORD: Final = re.compile(r"(?:'[^']*'|\S)+")
-"""What stands in single quotes may have spaces in it; the quotes go."""
+"""A word in single quotes may have spaces; the quotes are removed."""
 HASHES: Final = ("hash-agent", "hash-crc32")
 
 
@@ -48,7 +48,7 @@ def _parse_keys(text: str) -> dict[str, str]:
 
 
 def _beyond_us(keys: dict[str, str]) -> str:
-    """Why nothing can stand for the pool; empty when something can."""
+    """Return the reason why no setting can stand for the pool; empty when one can."""
     if unknown := keys.keys() - set(KEYS):
         return f"{min(unknown)!r} is no key known here; pmacct ignores lines with keys that it does not know"
     if elsewhere := keys.keys() & set(ELSEWHERE):

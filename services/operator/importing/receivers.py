@@ -1,6 +1,6 @@
-"""What other replicators' receiver files come to: receivers by line, and settings made of them. No I/O.
+"""Contents of other replicators' receiver files: receivers by line, and settings made of them. No I/O.
 
-Each tool has a module with a `parse_line`; what it can't express is said in `left_out`, what differs in `notes`.
+Each tool has a module with a `parse_line`; `left_out` names what it can't express, `notes` names differences.
 """
 
 import ipaddress
@@ -16,18 +16,18 @@ from shared.settings.model import Collector, Settings, Stream, Transmitter
 
 
 class Names(Protocol):
-    """Looks up what a file names. ValueError when there is no such thing."""
+    """Looks up the names in a file. ValueError when there is no such thing."""
 
     def address(self, host: str) -> str:
-        """The first address of a host; an address is its own."""
+        """Return the first address of a host; an address stands for itself."""
 
     def port(self, service: str) -> int:
-        """The number of a UDP service; a number is its own."""
+        """Return the number of a UDP service; a number stands for itself."""
 
 
 @dataclass(frozen=True, slots=True)
 class Receiver:
-    """Who gets copies, of which sources (none: of all), 1 in `sample` of them."""
+    """A receiver of copies of some sources (none: of all), 1 in `sample` of them."""
 
     address: str
     port: int
@@ -38,7 +38,7 @@ class Receiver:
 
 @dataclass(slots=True)
 class Line:
-    """A line of a file: its receivers, whether they share the sources, and what a person should hear about it."""
+    """A line of a file: its receivers, whether they share the sources, and messages about it for a person."""
 
     number: int
     receivers: list[Receiver] = field(default_factory=list)
@@ -64,7 +64,7 @@ def parse(text: str, parse_line: ParseLine, names: Names) -> list[Line]:
 
 
 def to_settings(lines: Sequence[Line], stream: Stream, source: Source) -> Settings:
-    """One stream, and a collector a receiver, named by its line. ValueError names the line."""
+    """Return one stream, and a collector a receiver, named by its line. ValueError names the line."""
     collectors = tuple(collector for line in lines for collector in _collectors(line, stream.name, source))
     destinations = Transmitter().destinations
     if source == "original":
@@ -80,7 +80,7 @@ def _collectors(line: Line, stream: str, source: Source) -> list[Collector]:
     collectors: dict[str, Collector] = {}
     for receiver in line.receivers:
         name = f"line-{line.number}-{receiver.address}-{receiver.port}"
-        if name in collectors:  # it gets so many copies
+        if name in collectors:  # it gets several copies
             name += f"-{len(collectors) + 1}"
         fields = {
             "name": name,
@@ -101,7 +101,7 @@ def _collectors(line: Line, stream: str, source: Source) -> list[Collector]:
 
 
 def parse_number(text: str, smallest: int, largest: int, what: str) -> int:
-    """A number between both. ValueError says what it was to be."""
+    """Return a number in a range. ValueError says what it should be."""
     try:
         return parse_whole(text, smallest, largest)
     except ValueError as error:

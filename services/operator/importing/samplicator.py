@@ -1,6 +1,6 @@
 """samplicator's configuration file, `SOURCE[/MASK]: RECEIVER[/PORT[/INTERVAL[,TTL]]] ...`, as samplicator reads it.
 
-Every line that matches a datagram's source applies, not the first alone; a source of 0.0.0.0 matches all. No I/O.
+Every line that matches a datagram's source applies, not only the first; a source of 0.0.0.0 matches all. No I/O.
 """
 
 import ipaddress
@@ -33,7 +33,7 @@ def parse_line(text: str, line: Line, names: Names) -> None:
 
 
 def _parse_source(text: str, line: Line, names: Names) -> tuple[str, ...] | None:
-    """The prefix, none for every source; None where no prefix says it."""
+    """Return the prefix, none for every source; None where no prefix can express it."""
     host, slash, mask = (part.strip() for part in text.partition("/"))
     if host.startswith("["):
         if not host.endswith("]"):
@@ -61,7 +61,7 @@ def _parse_source(text: str, line: Line, names: Names) -> tuple[str, ...] | None
 
 
 def _parse_receivers(word: str, line: Line, names: Names) -> list[tuple[str, int, int, int]]:
-    """Address, port, interval and time to live; one for each port of a range."""
+    """Return address, port, interval and time to live; one for each port of a range."""
     if word.startswith("["):
         host, bracket, rest = word[1:].partition("]")
         if not bracket:
@@ -82,7 +82,7 @@ def _parse_receivers(word: str, line: Line, names: Names) -> list[tuple[str, int
 
 
 def _parse_ports(text: str, names: Names) -> range:
-    """One port, `7000-7010`, or so many from one on: `7000+10`."""
+    """Parse one port, a range `7000-7010`, or a number of ports from one on: `7000+10`."""
     for sign in "-+":
         first, found, last = text.partition(sign)
         if found and first.isdigit():
