@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def main() -> int:
-    """Run the service the first argument names, else hand all arguments to the operator commands."""
+    """Run the service that the first argument names, else hand all arguments to the operator commands."""
     here = Path(__file__).resolve().parent
     if (here / "services").is_dir():
         sys.path.insert(0, str(here))

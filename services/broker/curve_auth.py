@@ -1,7 +1,7 @@
 """Connections to a bus with keys: each proves a public key, and one whose key is not on the list is refused.
 
-ZeroMQ asks (ZAP, RFC 27), pyzmq's authenticator answers in a thread of its own, and the role that a key stands for
-comes with every message of the connection, as its User-Id.
+ZeroMQ asks (ZAP, RFC 27), and pyzmq's authenticator answers in a thread of its own. The role of a key comes with every
+message of the connection, as its User-Id.
 """
 
 from collections import Counter
@@ -24,7 +24,7 @@ log = structlog.get_logger()
 
 
 class CurveAuth:
-    """The broker's key and its list of the keys that may connect. SettingsError when a key is not as it should be."""
+    """The broker's key and its list of the keys that may connect. SettingsError when a key is not right."""
 
     def __init__(self, directory: Path) -> None:
         self.keys = load_keys(directory, BROKER)
@@ -32,9 +32,9 @@ class CurveAuth:
             raise SettingsError(f"{directory / BROKER}.public: not the public key that goes with {BROKER}.secret")
         self._directory = directory
         self._roles = load_roles(directory)
-        self._unknown = self._unproven = 0  # each thread has its own
+        self._unknown = self._unproven = 0  # each thread has its own counter
         self.monitors: list[zmq.Socket[bytes]] = []
-        """Readable when a handshake has failed."""
+        """Sockets that are readable when a handshake has failed."""
 
     @property
     def counters(self) -> Counter[str]:
@@ -42,7 +42,7 @@ class CurveAuth:
         return +Counter({BUS_REFUSED: self._unknown + self._unproven})
 
     def require_keys(self, *sockets: zmq.Socket[bytes]) -> None:
-        """Make sockets, not bound yet, take connections with a known key only; none before `start`."""
+        """Make sockets that are not bound yet accept only connections with a known key; none before `start`."""
         for sock in sockets:
             sock.set(zmq.CURVE_SERVER, 1)
             sock.set(zmq.CURVE_SECRETKEY, self.keys.secret)
@@ -57,7 +57,7 @@ class CurveAuth:
         self._authenticator.start()
 
     def stop(self) -> None:
-        """Answer no more."""
+        """Stop answering."""
         for monitor in self.monitors:
             monitor.close()
         self._authenticator.stop()
@@ -89,5 +89,5 @@ class _Authenticator(ThreadAuthenticator):
         self._roles = roles
 
     def curve_user_id(self, client_public_key: bytes) -> str:
-        """Return the role, which ZeroMQ puts on each message of the connection."""
+        """Return the role; ZeroMQ puts it on each message of the connection."""
         return self._roles[z85.encode(client_public_key)]

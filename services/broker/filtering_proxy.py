@@ -1,6 +1,6 @@
-"""XSUB to XPUB as `zmq_proxy_steerable` does it, but each message only if its sender's role may publish it.
+"""XSUB to XPUB as `zmq_proxy_steerable` does it, but only for messages that their sender's role may publish.
 
-Parts stay where ZeroMQ received them; of each message topic and envelope are read.
+Parts stay where ZeroMQ received them; only topic and envelope of a message are read.
 """
 
 import struct
@@ -23,9 +23,9 @@ STATISTICS: Final = tuple(
     for direction in ("from", "to")
     for unit in ("", "_bytes")
 )
-"""Counters of a proxy, in the order it answers (zmq_proxy_steerable(3)); it counts parts, not messages."""
+"""Counters of a proxy, in the order of its answer (zmq_proxy_steerable(3)); it counts parts, not messages."""
 KEPT_BACK: Final = ("refused_from_publishers", "refused_from_publishers_bytes")
-"""Counters that a filtering proxy has besides, answered behind those."""
+"""Counters that only a filtering proxy has, answered behind those."""
 
 Socket = zmq.Socket[bytes]
 
@@ -33,7 +33,7 @@ log = structlog.get_logger()
 
 
 class FilteringProxy:
-    """Passes messages that their publishers may send; the others are counted, logged, and dropped."""
+    """Passes messages that their publishers may send; counts, logs and drops the others."""
 
     def __init__(self) -> None:
         self.counters = Counter[str]()
@@ -41,7 +41,7 @@ class FilteringProxy:
         self._statistics = Counter[str]()
 
     def pass_messages(self, publishers: Socket, subscribers: Socket, steering: Socket) -> None:
-        """Pass until told to end."""
+        """Pass messages until told to end."""
         self._statistics = Counter()
         poller = zmq.Poller()
         for sock in (publishers, subscribers, steering):
@@ -56,7 +56,7 @@ class FilteringProxy:
                 self._pass("subscribers", subscribers, "publishers", publishers)
 
     def _goes_on(self, steering: Socket) -> bool:
-        """Do as told, and return whether to go on; after `PAUSE` only `TERMINATE` leads on."""
+        """Obey an order, and return whether to go on; after `PAUSE` only `TERMINATE` leads on."""
         order, paused = steering.recv(), False
         while order != b"TERMINATE":
             if order == b"STATISTICS":
@@ -79,7 +79,7 @@ class FilteringProxy:
             passes = source == "subscribers" or self._may_pass(frames)
             if passes:
                 sending.send_multipart(frames, copy=False)
-            del frames  # the I/O thread is to free what it allocated, and nothing is kept while we wait
+            del frames  # let the I/O thread free its memory; nothing is kept during the wait
             outcome = f"to_{destination}" if passes else f"refused_from_{source}"
             self._statistics[outcome] += count
             self._statistics[f"{outcome}_bytes"] += size
@@ -87,7 +87,7 @@ class FilteringProxy:
     def _may_pass(self, frames: list[zmq.Frame]) -> bool:
         try:
             role = str(frames[0].get("User-Id"))
-        except zmq.ZMQError:  # it came with no key, with which none gets this far
+        except zmq.ZMQError:  # a message without a key, which does not get this far where keys are required
             role = ""
         try:
             topic, envelope = peek([frame.buffer for frame in frames])

@@ -20,7 +20,7 @@ log = structlog.get_logger()
 
 
 def transmitters_group(user: str) -> int | None:
-    """The group by which a transmitter that root started reaches the bus once it is `user`; None unless we are root."""
+    """Return the group by which a transmitter of root reaches the bus once it is `user`; None unless we are root."""
     if os.geteuid():
         return None
     number = int(user) if user.isascii() and user.isdigit() else None
@@ -28,7 +28,7 @@ def transmitters_group(user: str) -> int | None:
         return (pwd.getpwnam(user) if number is None else pwd.getpwuid(number)).pw_gid
     except KeyError:
         if number is not None:
-            return number  # as the transmitter takes a number that has no name
+            return number  # the transmitter takes a number without a name too
         log.warning(
             "no such user: a transmitter started as root can't reach the bus; set [transmitter] user", user=user
         )
@@ -38,7 +38,7 @@ def transmitters_group(user: str) -> int | None:
 def let_in(group: int, directory: Path, *sockets: Path) -> None:
     """Let a group enter the directory and connect to its sockets, which libzmq made by the umask.
 
-    A user namespace may have no such group; root of that one has no other user to become either.
+    A user namespace may have no such group; its root has no other user to become either.
     """
     try:
         for path in (*sockets, directory):
@@ -50,7 +50,7 @@ def let_in(group: int, directory: Path, *sockets: Path) -> None:
 
 
 def refuse_strangers(sock: zmq.Socket[bytes], directory: Path, group: int | None) -> None:
-    """Make a socket, not bound yet, refuse ipc connections of other users (SO_PEERCRED, unix(7)).
+    """Make a socket that is not bound yet refuse ipc connections of other users (SO_PEERCRED, unix(7)).
 
     So the directory's mode is not the only protection. Accepted are this user, root, the group if one is given, and the
     group of a directory that is open to its group.
@@ -80,6 +80,6 @@ def bind_tcp(sock: zmq.Socket[bytes], endpoints: Iterable[Endpoint], side: str) 
                 bound += 1
             except zmq.ZMQError as error:
                 if error.errno in NOT_HERE and (bound or number < len(addresses)):
-                    continue  # without IPv6 a name has its IPv4 address alone
+                    continue  # without IPv6 a name has only its IPv4 address
                 cure = "see who listens with `ss -ltnp`, or set another [bus] listen"
                 raise OperatorError(FAILED, f"[bus] listen: {at}: {os.strerror(error.errno or 0)}; {cure}") from None

@@ -1,4 +1,4 @@
-"""XSUB to XPUB in ZeroMQ's own loop (`zmq_proxy_steerable`), with its statistics; when there are keys, in ours."""
+"""XSUB to XPUB in ZeroMQ's own loop (`zmq_proxy_steerable`), with its statistics; with keys, in a loop of our own."""
 
 import fcntl
 import struct
@@ -35,10 +35,10 @@ ENDPOINTS: Final = ("publish", "subscribe")
 """The socket files."""
 QUIET_SECONDS: Final = 0.3
 DRAIN_SECONDS: Final = 2.0
-"""After SIGTERM the rest of the stack still flushes: messages are passed until none came for a while, or so long."""
+"""After SIGTERM the rest of the stack still flushes: pass messages until none come for a while, or this long."""
 HELD_SECONDS: Final = 0.005
 INCOMING_SHARE: Final = 2
-"""A publisher's queue is one part in so many of a subscriber's: the rest waits at the publisher, who can count it."""
+"""A publisher's queue is one part in this many of a subscriber's: the rest waits at the publisher, which counts it."""
 CUT_OFF_MS: Final = 250
 """Time for which a subscriber's queue outlives its connection."""
 
@@ -49,7 +49,7 @@ Passing = Callable[[Socket, Socket, Socket], None]
 class Proxy:
     """Owns the bus directory and all endpoints; a second broker on the same directory is refused.
 
-    A group, if given, may enter the directory and connect. With a directory of keys nobody connects without one.
+    A group, if given, may enter the directory and connect. With a directory of keys, every connection needs one.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Proxy:
         self._stalled = StalledSubscribers(self._memory, directory / "subscribe", ports, self._hold)
         self._held = self._ending = False
         self._passed = Counter[str]()
-        """The statistics when the loop was left last."""
+        """The statistics from the last time the loop was left."""
         self._group = group
         self._listen = listen
         self._auth = CurveAuth(keys) if keys else None
@@ -81,9 +81,9 @@ class Proxy:
         publishers = configure(self._context.socket(zmq.XSUB), max(1, self._mark // INCOMING_SHARE))
         subscribers = configure(self._context.socket(zmq.XPUB), self._mark)
         subscribers.set(zmq.LINGER, CUT_OFF_MS)
-        # Every subscription goes on to the publishers, repeated ones too: it is how they see a late subscriber. So
-        # does every unsubscription, since our XSUB counts both and would not know when the last one leaves.
-        # No XPUB_NODROP here: one stalled subscriber would hold up the rest.
+        # Every subscription goes on to the publishers, repeated ones too: so they see a late subscriber. So does every
+        # unsubscription, since our XSUB counts both and would not know when the last one leaves. No XPUB_NODROP here:
+        # one stalled subscriber would hold up the rest.
         subscribers.set(zmq.XPUB_VERBOSER, 1)
         link, passing = DIRECT, _pass_messages
         if self._auth is not None:
@@ -120,7 +120,7 @@ class Proxy:
             passing(publishers, subscribers, steering)
             while self._held and not self._ending:
                 for sock in (publishers, subscribers):
-                    sock.get(zmq.EVENTS)  # libzmq lets go of ended connections in calls like this
+                    sock.get(zmq.EVENTS)  # libzmq releases ended connections in calls like this
                 time.sleep(HELD_SECONDS)
         for sock in (publishers, subscribers, steering):
             sock.close()
@@ -129,7 +129,7 @@ class Proxy:
         """Stop passing messages, or go on: meanwhile they wait at their publishers."""
         if held:
             self._control.send(b"PAUSE")
-            self._passed = self.statistics()  # what will be true as long as it is held
+            self._passed = self.statistics()  # these stay true as long as it is held
             self._held = True
             self._control.send(b"TERMINATE")
         else:
@@ -155,19 +155,19 @@ class Proxy:
             raise OperatorError(CANT_CREATE, why) from None
 
     def statistics(self) -> Counter[str]:
-        """Count what has passed so far, by direction, in parts and bytes."""
+        """Count the traffic so far, by direction, in parts and bytes."""
         statistics = Counter(self._passed)
         if not self._held:
             self._control.send(b"STATISTICS")
             answer: list[bytes] = []
-            while len(answer) < len(STATISTICS):  # libzmq answers other orders too, by nothing
+            while len(answer) < len(STATISTICS):  # libzmq answers other orders too, with an empty message
                 answer = self._control.recv_multipart()
             named = zip(STATISTICS + KEPT_BACK, answer, strict=False)
             statistics.update({name: struct.unpack("=Q", part)[0] for name, part in named})
         return statistics
 
     def supervise(self, lifecycle: Lifecycle, reload: Reload) -> None:
-        """Report, and watch over memory, until told to drain; then wait for the rest of the stack to fall silent."""
+        """Report, and watch over memory, until told to drain; then wait until the rest of the stack is silent."""
         watchdog = Watchdog()
         reporter = Reporter(self._publisher, self._memory)
         poller = zmq.Poller()
@@ -187,7 +187,7 @@ class Proxy:
         self._drain()
 
     def _report(self, reporter: Reporter) -> None:
-        statistics = self.statistics()  # whether or not anybody listens: an answer shows that messages are passed
+        statistics = self.statistics()  # always, even if no one listens: an answer shows that messages are passed
         statistics[SUBSCRIBERS_CUT] = self._stalled.cut
         if self._auth is not None:
             statistics += self._auth.counters + self._filter.counters

@@ -1,6 +1,6 @@
 """The right to publish: each role has its own topics, under its own name. No I/O.
 
-A subscriber takes a message for what its kind says, so a kind on a topic of another family is refused here too.
+A subscriber trusts the kind of a message, so a kind on a topic of another family is refused here too.
 """
 
 from typing import Final
@@ -24,7 +24,7 @@ TOPICS: Final[dict[str, frozenset[str]]] = {
     "transmitter": frozenset({health_topic("original")}),
     "operator": frozenset({TRANSMIT_TOPIC}),
 }
-"""Whole topics; everybody but an operator has that of its own status besides."""
+"""Whole topics; every role but `operator` also has the topic of its own status."""
 FAMILIES: Final[dict[str, tuple[str, ...]]] = {
     "ingest": ("datagrams/",),
     "forwarder": (REPLY_PREFIX,),

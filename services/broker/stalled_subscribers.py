@@ -1,11 +1,11 @@
-"""Relief when the broker's memory is short: subscribers that read nothing are cut off; as a last resort nothing passes.
+"""Relief when the broker's memory is short: it cuts off subscribers that read nothing; as a last resort nothing passes.
 
-libzmq tells neither how long a queue is nor whose; but where a subscriber reads nothing, its connection's socket stands
-still, and that the kernel tells. A subscriber that is cut off connects anew by itself, and what it missed shows in the
-running counts. While nothing passes, messages wait at their publishers, who count what they drop.
+libzmq does not tell the length or the owner of a queue. But where a subscriber reads nothing, its connection's socket
+stands still, and the kernel tells that. A subscriber that is cut off connects anew by itself, and the running counts
+show what it missed. While nothing passes, messages wait at their publishers, which count what they drop.
 
-Lowering the marks of queues instead would not do: libzmq acknowledges messages in steps of half a mark, and a queue
-whose mark falls below what is not acknowledged yet takes nothing ever again.
+Lowering the marks of queues instead would not help: libzmq acknowledges messages in steps of half a mark, and a queue
+whose mark falls below its unacknowledged messages accepts nothing ever again.
 """
 
 import fcntl
@@ -25,22 +25,24 @@ from shared.net.sockets import peer_credentials
 from shared.process.memory import Memory
 
 STANDSTILL_SECONDS: Final = 0.5
-"""A socket with as many unread bytes at every look for so long has no reader. One that is read is filled again at once,
-but hardly to the same byte at every look."""
+"""A socket with the same number of unread bytes at every check for this long has no reader. One that is read is filled
+again at once, but hardly to the same byte at every check."""
 CUT_OFF_RESERVE: Final = 2
-"""Subscribers are cut off when less than one part in so many of the memory is left, as that takes a while to help."""
+"""Subscribers are cut off when less than one part in this many of the memory is left, as it takes a while to help."""
 LAST_RESERVE: Final = 4
-"""Nothing passes when it is one part in so many, into which the queues of publishers have to fit."""
+"""Nothing passes when it is one part in this many, into which the queues of publishers have to fit."""
 NEAR_MS: Final = 20
 FAR_MS: Final = 250
 FASTEST: Final = 1 << 30
-"""Between two looks, also while little is taken; and bytes a second that the bus brings at most."""
+"""Milliseconds between two checks while little memory is taken; bytes a second that the bus brings at most."""
 
 log = structlog.get_logger()
 
 
 class StalledSubscribers:
-    """Ends connections of subscribers to keep the broker below its ceiling. `hold` has nothing pass, or pass again.
+    """Ends connections of subscribers to keep the broker below its ceiling.
+
+    `hold` stops messages, or lets them pass again.
 
     `endpoint` is the path of the socket that subscribers connect to, `ports` are those of TCP.
     """
@@ -53,10 +55,10 @@ class StalledSubscribers:
         self._held = False
         self._addresses: set[str | int] = {str(endpoint), *ports}
         self._standing: dict[int, tuple[int, float]] = {}
-        """By a socket's inode: its unread bytes, and since when they have been so many."""
+        """By a socket's inode: its unread bytes, and the time since which they are unchanged."""
 
     def relieve_memory(self) -> int:
-        """Read how much memory is taken, and cut off or hold as that demands; return the ms until that is due again."""
+        """Measure the memory, and cut off or hold as needed; return the ms until that is due again."""
         ceiling = self._memory.ceiling
         if self._memory.measure():
             self._cut_off()
@@ -89,7 +91,7 @@ class StalledSubscribers:
 def _connections(addresses: set[str | int]) -> Iterator[tuple[int, socket.socket]]:
     """Yield the connections that came in at these paths or ports, each with its inode: a duplicate, for a moment."""
     for entry in list(Path("/proc/self/fd").iterdir()):
-        with suppress(OSError):  # it is closed by now
+        with suppress(OSError):  # closed by now
             if not entry.is_socket():
                 continue
             with socket.socket(fileno=os.dup(int(entry.name))) as sock:
@@ -100,7 +102,7 @@ def _connections(addresses: set[str | int]) -> Iterator[tuple[int, socket.socket
 
 
 def _unread(sock: socket.socket) -> int:
-    """The number of bytes that the other end has not taken yet (SIOCOUTQ, unix(7) and tcp(7))."""
+    """Return the bytes that the other end has not taken yet (SIOCOUTQ, unix(7) and tcp(7))."""
     return int(struct.unpack("i", fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)))[0])
 
 

@@ -1,4 +1,7 @@
-"""One collector's socket: connected, non-blocking, its own. What the kernel does not take is dropped and counted."""
+"""One collector's socket: connected, non-blocking, its own.
+
+Datagrams that the kernel does not take are dropped and counted.
+"""
 
 import errno
 import socket
@@ -21,22 +24,22 @@ from shared.net.route_changes import RouteChanges
 from shared.settings.model import Forwarder
 
 HELD_ROWS: Final = 65_536
-"""How many datagrams one collector may have waiting, however small."""
+"""Datagrams, however small, that may wait for one collector."""
 PROBE_SECONDS: Final = 1.0
 ANSWER_SECONDS: Final = 0.5
-"""A probe that was not refused for so long has arrived."""
+"""A probe that was not refused for this long has arrived."""
 UNANSWERED_SECONDS: Final = 3.5
-"""A host that the kernel could not find is not there for so long: it asks three times, once a second (arp(7))."""
+"""A host that the kernel could not find is absent for this long: it asks three times, once a second (arp(7))."""
 LINK_LOCAL_SOURCE: Final = "fe80:"
-"""All there is for a second when an address was replaced: not to be moved to, since routers drop what comes from it."""
+"""The only source for a second when an address was replaced; not to be used, since routers drop its datagrams."""
 
 log = structlog.get_logger()
 
 
 class Destination:
-    """Sends copies to one collector; an error costs that collector, nobody else.
+    """Sends copies to one collector; an error costs only that collector.
 
-    `full` says that the last `send` ended because there was no room; in `held` is what waits for it.
+    `full` says that the last `send` ended because there was no room; `held` has the rows that wait for it.
     """
 
     def __init__(
@@ -66,21 +69,21 @@ class Destination:
 
     @property
     def unreachable(self) -> bool:
-        """Whether there is no route, no such family here, or nobody who answers for the address."""
+        """Return whether there is no route, no such family here, or no host that answers for the address."""
         return self._socket is None or time.monotonic() < self._unanswered_until
 
     @property
     def largest_segment(self) -> int:
-        """How long datagrams that leave together by UDP_SEGMENT may be; 0: none leave together."""
+        """Length up to which datagrams leave together by UDP_SEGMENT; 0: none leave together."""
         return self._path_segment if self._gso.usable else 0
 
     def refresh(self) -> None:
-        """Connect if not connected, or from another address now; learn of ICMP errors, and of the path's MTU."""
+        """Connect if not connected, or if the source has changed; read ICMP errors, and the path's MTU."""
         changed, self._changes_seen = self._changes_seen != self._changes.version, self._changes.version
         if self._socket is None:
             self._socket = self._open()
         elif not (changed and self._reconnect_if_moved()):
-            # who is sent little would else hear of it with the next datagram, whenever that is
+            # a collector with little traffic would otherwise learn of it only with its next datagram
             self._note(self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
         if self._probed_at is not None and time.monotonic() >= self._probed_at + ANSWER_SECONDS:
             self._withholding, self._probed_at = False, None
@@ -101,26 +104,26 @@ class Destination:
     def _reconnect_if_moved(self) -> bool:
         """Replace the socket if a new one would send from another address; return whether that is so.
 
-        The source of a connected socket is chosen once: it would outlive its address, or a better route to elsewhere.
+        The source of a connected socket is chosen once: it would outlive its address, or a better route elsewhere.
         """
         try:
             source = source_of_new_socket(self.client)
-        except OSError:  # no way now: what is sent will tell
+        except OSError:  # no way now: the next send will show it
             return False
         if self._socket is None or source == self._socket.getsockname()[0] or source.startswith(LINK_LOCAL_SOURCE):
             return False
         if not (fresh := self._open()):
             return False
         log.info("copies come from another address now", collector=self.client.name, address=source)
-        self._socket.close()  # what it has sent is the network's: it leaves before what the new one sends
+        self._socket.close()  # datagrams already sent belong to the network: they leave before those of the new socket
         self._socket = fresh
         return True
 
     def send(self, plan: SendPlan, part: int = 0) -> int:
-        """Send a part of what is planned; return how many rows of it were dealt with, delivered or dropped.
+        """Send a part of the plan; return the number of its rows that were delivered or dropped.
 
-        Fewer than all means that there is no room for the rest, if it is `full` now; else that segments were refused
-        from there on: plan the rest again, with `largest_segment` as it is now.
+        Fewer than all means that there is no room for the rest, if it is `full` now. Otherwise segments were refused
+        from there on: plan the rest again, with the present `largest_segment`.
         """
         self.full = False
         first, stop = plan.sends_of(part)
@@ -160,7 +163,7 @@ class Destination:
             self._deliver(plan, at, at + taken)
             at += taken
             if taken:
-                # When fewer were taken than could be, sendmmsg(2) keeps the reason to itself: send one and ask.
+                # When fewer were taken than possible, sendmmsg(2) hides the reason: send one and ask.
                 told = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) if probing else 0
                 probing = not probing
                 if told in RELAY_CAUSES:
@@ -170,7 +173,7 @@ class Destination:
                 self.full = True
                 return at
             elif forgiven < 0 or (forgiven < at and error not in RELAY_CAUSES):
-                # Perhaps the answer to an earlier datagram: a collector that has just come back still hears of it.
+                # Perhaps the answer to an earlier datagram: a collector that has just come back still gets it.
                 self._note(error)
                 forgiven, probing = at, True
             elif self._reconnect_if_moved():
@@ -187,7 +190,7 @@ class Destination:
         return stop
 
     def _stop(self, plan: SendPlan, at: int, stop: int, error: int) -> int:
-        """Drop what is left under the cause that an error stands for."""
+        """Drop the rest under the cause of an error."""
         self._note(error)
         cause = cause_of(error, RELAY_CAUSES)
         self._drop(plan, at, stop, cause)
@@ -196,14 +199,14 @@ class Destination:
         return stop
 
     def _has_way(self) -> bool:
-        """Whether this host knows a way, so that it was a router or the collector's host that refused."""
+        """Return whether this host knows a way, so that a router or the collector's host has refused."""
         try:
             return bool(source_of_new_socket(self.client))
         except OSError as error:  # no descriptor left, say: then it is not known
             return error.errno != errno.EINVAL and RELAY_CAUSES.get(error.errno or 0) != NOT_CONNECTED
 
     def _note(self, error: int) -> None:
-        """Take note of what an ICMP error says, whichever datagram it is the answer to."""
+        """Note an ICMP error, whichever datagram it answers."""
         if error:
             self._said.say("copies to a collector meet an error", error)
         cause = RELAY_CAUSES.get(error)
@@ -215,7 +218,7 @@ class Destination:
             self._unanswered_until = time.monotonic() + UNANSWERED_SECONDS
 
     def _withhold(self, plan: SendPlan, at: int, stop: int) -> None:
-        """Send one datagram, unless it is not known yet what became of the last one; keep back the rest."""
+        """Send one datagram, unless the fate of the last one is still unknown; keep back the rest."""
         rows = int(plan.rows_before[stop] - plan.rows_before[at])
         now = time.monotonic()
         if self._probed_at is None and now >= self._probe_at and self._socket is not None:
@@ -250,6 +253,6 @@ class Destination:
         self._withholding, self._probed_at = False, None
 
     def close(self) -> None:
-        """Close the socket, and drop what waits."""
+        """Close the socket, and drop waiting rows."""
         self.held.drop()
         self._disconnect()

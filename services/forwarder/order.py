@@ -16,8 +16,8 @@ _SPREAD: Final = np.array([0, 0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F], n
 def by_length(words: Words, lengths: Lengths) -> Indices:
     """Return an order of rows, int64, shape (n,): waves of at most one row of each exporter, longest first in each.
 
-    What follows each other within a wave is of different exporters, so it may change places; `words` are as in
-    `Gathered`. Exporters whose hashes are equal count as one, which only makes waves smaller.
+    Neighbours within a wave are of different exporters, so they may change places; `words` are as in `Gathered`.
+    Exporters with equal hashes count as one, which only makes waves smaller.
     """
     exporters = ((words * _SPREAD).sum(axis=1, dtype=np.uint32) >> np.uint32(16)).astype(np.uint16)
     together = np.argsort(exporters, kind="stable")  # 16 bits: a radix sort, the fastest there is

@@ -1,4 +1,4 @@
-"""How the rows of a batch leave by UDP: a vector for sendmmsg(2), with UDP_SEGMENT (udp(7)) where rows go together.
+"""Plans the sends of a batch by UDP: a vector for sendmmsg(2), with UDP_SEGMENT (udp(7)) where rows go together.
 
 No I/O.
 """
@@ -21,9 +21,9 @@ CONTROL: Final = np.dtype([("len", "u8"), ("level", "i4"), ("type", "i4"), ("siz
 """struct cmsghdr with the uint16 that UDP_SEGMENT takes, padded as CMSG_SPACE does."""
 assert CONTROL.itemsize == 24
 WORTH_ORDERING: Final = 32
-"""Rows; fewer gain less than it costs."""
+"""Rows; fewer gain less than the ordering costs."""
 ROWS_A_SEND: Final = 4
-"""Where so many leave together as they came, another order saves little."""
+"""Rows that leave together; with this many already, another order saves little."""
 
 
 class SendPlan:
@@ -53,8 +53,8 @@ class SendPlan:
     ) -> None:
         """Plan the sends of these rows (None: all). `largest_segment` 0 sends every datagram by itself.
 
-        `parts` are the numbers of rows, of those planned, with which another collector's begin. `rows_before[i]` and
-        `bytes_before[i]` are how many rows and bytes the first i sends hold.
+        `parts` are the positions, among the planned rows, at which another collector's rows begin. `rows_before[i]` and
+        `bytes_before[i]` are the rows and bytes of the first i sends.
         """
         lengths = batch.lengths if indices is None else batch.lengths[indices]
         apart = None
@@ -91,23 +91,23 @@ class SendPlan:
         headers["controllen"] = np.where(several, CONTROL.itemsize, 0)
 
     def sends_of(self, part: int) -> tuple[int, int]:
-        """The first send of a part, and that of the next."""
+        """Return the first send of a part, and that of the next."""
         return self._first_sends[part], self._first_sends[part + 1]
 
     def rows_of(self, part: int) -> int:
-        """How many rows a part has."""
+        """Return the number of rows of a part."""
         first, stop = self.sends_of(part)
         return int(self.rows_before[stop] - self.rows_before[first])
 
     def rest(self, sent: int, part: int = 0) -> Indices:
-        """The rows of the batch that are left of a part when its first `sent` are not."""
+        """Return the rows of the batch that are left of a part when its first `sent` are done."""
         first, last = (int(self.rows_before[send]) for send in self.sends_of(part))
         return (
             np.arange(first + sent, last) if self._rows_of_batch is None else self._rows_of_batch[first + sent : last]
         )
 
     def first_datagram(self, number: int) -> bytes:
-        """A copy of the payload of a send's first datagram."""
+        """Return a copy of the payload of a send's first datagram."""
         size = int(self.bytes_before[number + 1] - self.bytes_before[number])
         if self.segmented(number):
             size = int(self._controls["size"][number])
@@ -115,5 +115,5 @@ class SendPlan:
         return string_at(int(self._iovecs["base"][self._first_vectors[number]]), size)
 
     def segmented(self, number: int) -> bool:
-        """Whether a send holds more than one datagram."""
+        """Return whether a send holds more than one datagram."""
         return bool(self.headers["controllen"][number])

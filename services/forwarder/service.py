@@ -23,9 +23,9 @@ from shared.net.route_changes import RouteChanges
 from shared.settings.model import Settings
 
 Part = tuple[Indices | None, list[Destination]]
-"""Rows of a batch, None for all, and who gets them."""
+"""Rows of a batch, None for all, and the destinations that get them."""
 RETRY_SECONDS: Final = (0.0005, 0.016)
-"""Between looks whether there is room again, twice as long after each in vain: an interface's queue tells nobody."""
+"""Pauses between checks for room, doubled after each in vain: an interface's queue gives no signal."""
 
 
 class ForwarderService(CopyService[Destination]):
@@ -38,7 +38,7 @@ class ForwarderService(CopyService[Destination]):
         self._plan = SendPlan()
         self._threads = SendThreads()
         self._stalled: dict[Destination, tuple[float, float]] = {}
-        """Those for which something waits: seconds between tries, and when the next one is due."""
+        """Collectors with waiting rows: seconds between tries, and the time of the next one."""
         self.route_changes = RouteChanges()
 
     def reach(self, client: Client, account: Counter[str]) -> Destination:
@@ -46,7 +46,10 @@ class ForwarderService(CopyService[Destination]):
         return Destination(client, self.settings.forwarder, account, self.held, self.route_changes)
 
     def send(self, batch: Gathered, routed: list[tuple[Destination, Selection]]) -> None:
-        """Give each collector its rows. Who gets the same ones shares a part of a plan; parts share the planning."""
+        """Give each collector its rows.
+
+        Collectors that get the same rows share a part of a plan; parts share the planning.
+        """
         routed = self._send_few(batch, routed)
         if not routed:
             return
@@ -96,7 +99,7 @@ class ForwarderService(CopyService[Destination]):
                 self._stalled.setdefault(destination, (RETRY_SECONDS[0], 0.0))
 
     def _send_rest(self, batch: Gathered, destination: Destination, rows: Indices) -> Indices:
-        """Send rows to one collector, without segments where those are refused; return what there is no room for."""
+        """Send rows to one collector, without segments where those are refused; return the rows without room."""
         while len(rows):
             self._plan.build(batch, rows, destination.largest_segment)
             rows = self._plan.rest(destination.send(self._plan))
@@ -105,7 +108,7 @@ class ForwarderService(CopyService[Destination]):
         return rows
 
     def _release(self, destination: Destination, now: float) -> bool:
-        """Send what waits for a collector, oldest first, if it is time to try; whether all of it has left."""
+        """Send a collector's waiting rows, oldest first, if it is time to try; return whether all of them have left."""
         first, longest = RETRY_SECONDS
         pause, due_at = self._stalled.get(destination, (first, 0.0))
         while destination.held and now >= due_at:
@@ -119,7 +122,7 @@ class ForwarderService(CopyService[Destination]):
         return not destination.held
 
     def work(self) -> float:
-        """Send what waits if there is room by now; drop what has waited too long; hear of changed routes."""
+        """Send waiting rows if there is room by now; drop those that have waited too long; note changed routes."""
         self.route_changes.read()
         now = time.monotonic()
         for destination in list(self._stalled):
@@ -135,7 +138,7 @@ class ForwarderService(CopyService[Destination]):
         self.route_changes.close()
 
     def _send_to(self, _member: int, tasks: Sequence[tuple[Destination, int]]) -> list[tuple[Destination, Indices]]:
-        """Send destinations their parts; return those that have not sent all of it, and their rows that are left."""
+        """Send destinations their parts; return those that have not sent all of it, and their remaining rows."""
         sent = [(destination, part, destination.send(self._plan, part)) for destination, part in tasks]
         plan = self._plan
         return [(destination, plan.rest(rows, part)) for destination, part, rows in sent if rows < plan.rows_of(part)]

@@ -13,14 +13,14 @@ HEADER_OPTIONS: Final = {
         (socket.IPPROTO_IPV6, socket.IPV6_TCLASS),
     ),
 }
-"""What sets hop limit, and DSCP with the two bits below it that are not ours."""
+"""Options for hop limit, and for DSCP with the two bits below it, which are not ours."""
 RECVERR: Final = {socket.AF_INET: (socket.IPPROTO_IP, 11), socket.AF_INET6: (socket.IPPROTO_IPV6, 25)}
 """IP_RECVERR, IPV6_RECVERR: without it the kernel hides that an interface's queue was full, or that no host answers."""
 MTU_DISCOVER: Final = {socket.AF_INET: (socket.IPPROTO_IP, 10), socket.AF_INET6: (socket.IPPROTO_IPV6, 23)}
 """IP_MTU_DISCOVER, IPV6_MTU_DISCOVER. By default copies carry the flag DF: where a link on the way is smaller, a router
-drops them, and nobody hears of it if ICMP is filtered."""
+drops them, and this host does not learn of it if ICMP is filtered."""
 PMTUDISC_DONT: Final = 0
-"""Routers cut what is too long (IPv4); this host cuts by the smallest MTU that it knows of the path (both families)."""
+"""Routers cut longer packets (IPv4); this host cuts by the smallest MTU that it knows of the path (both families)."""
 MTU: Final = {socket.AF_INET: (socket.IPPROTO_IP, 14), socket.AF_INET6: (socket.IPPROTO_IPV6, 24)}
 """IP_MTU, IPV6_MTU."""
 HEADERS: Final = {socket.AF_INET: 28, socket.AF_INET6: 48}
@@ -33,7 +33,7 @@ def open_socket(client: Client, send_buffer: int) -> socket.socket:
     try:
         sock.setblocking(False)
         enlarge_send_buffer(sock, send_buffer)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 0)  # nobody reads: neither answers nor errors pile up
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 0)  # never read: neither answers nor errors pile up
         sock.setsockopt(*RECVERR[sock.family], 1)
         sock.setsockopt(*MTU_DISCOVER[sock.family], PMTUDISC_DONT)
         for option, value in zip(HEADER_OPTIONS[sock.family], (client.hop_limit, client.dscp << 2), strict=True):

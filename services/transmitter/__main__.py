@@ -1,6 +1,6 @@
 """Starts the transmitter in two steps: first the opener, with privilege; then, with its sockets and none, the service.
 
-The opener runs this file as a script, in Python's isolated mode: that has only the installed packages on its path.
+The opener runs this file as a script, in Python's isolated mode: its path has only the installed packages.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Where a collector's copies go, and the numbers that its packets carry. No I/O."""
+"""A collector's address for copies, and the numbers that its packets carry. No I/O."""
 
 import secrets
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from shared.datagrams.sampling import Hashes
 
 @dataclass(frozen=True, slots=True)
 class Addressing:
-    """Where copies go: a collector's address (4 or 16 bytes) and port, and how its packets are marked.
+    """The target of copies: a collector's address (4 or 16 bytes) and port, and the marks of its packets.
 
     `ethernet` is the 14 bytes of link header; empty where raw IP packets are sent.
     """
@@ -30,7 +30,7 @@ class Addressing:
 
 
 class AddressingColumns:
-    """What of a target is filled in: for one a value, for several a column with one for each of their units."""
+    """The fields of targets to fill in: for one target a value, for several a column with one a unit."""
 
     def __init__(self, addressings: Sequence[Addressing], counts: npt.NDArray[np.int64]) -> None:
         first = addressings[0]
@@ -53,10 +53,10 @@ class AddressingColumns:
 class Identification:
     """The numbers that tell the packets to an address apart, so that fragments of different datagrams never mix.
 
-    Who puts fragments together goes by addresses, not ports (RFC 791, 3.2): all collectors at an address share one.
-    IPv4 has 16 bits only, so fragmented datagrams count by source address, in buckets (as in Linux, net/ipv4/route.c):
-    a number comes again after 65,535 fragmented datagrams of an address or of those that share its bucket. It is never
-    0, which raw IP replaces, in each fragment by another.
+    Fragments are put together by addresses, not ports (RFC 791, 3.2): all collectors at an address share one series.
+    IPv4 has only 16 bits, so fragmented datagrams count by source address, in buckets (as in Linux, net/ipv4/route.c).
+    A number repeats after 65,535 fragmented datagrams of an address or of those that share its bucket. It is never 0:
+    raw IP replaces 0 with another number in each fragment.
     """
 
     BUCKETS: Final = 1024
@@ -67,7 +67,7 @@ class Identification:
         self._by_bucket: npt.NDArray[np.uint32] | None = None
 
     def draw(self, count: int) -> int:
-        """Take so many numbers in a row; return the first of them."""
+        """Take `count` numbers in a row; return the first of them."""
         with self._turn:
             start = self._next
             self._next = (start + count) & 0xFFFFFFFF

@@ -1,4 +1,4 @@
-"""One collector's copies: the way there, what waits for the way to be found, and its account."""
+"""One collector's copies: the way there, datagrams that wait until the way is found, and its account."""
 
 import socket
 from collections import Counter
@@ -15,18 +15,18 @@ from shared.ledger import NO_NEIGHBOUR
 from shared.net.netlink import NUD_FAILED
 
 HELD_SECONDS: Final = 1.0
-"""How long datagrams wait for the next hop to tell its link address."""
+"""Time that datagrams wait for the next hop to tell its link address."""
 LONG_SECONDS: Final = 0.5
-"""A next hop that has not answered for so long is not there."""
+"""A next hop that has not answered for this long is not there."""
 HELD_ROWS: Final = 4096
 HELD_BYTES: Final = 2 * MAX_GATHERED_PAYLOAD
-"""How many datagrams, and bytes of the batches that they are in, one collector may have waiting."""
+"""Datagrams, and bytes of the batches that they are in, that may wait for one collector."""
 
 
 class Destination:
-    """How a collector is reached. `numbers` are those of its address, `permitted` is the policy's word on that.
+    """A collector and the way to it. `numbers` are those of its address; `permitted` is the policy's decision on that.
 
-    In `held` is what waits for the next hop.
+    `held` has the datagrams that wait for the next hop.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Destination:
         self.permitted = permitted
         self.said = SaidErrors(client.name)
         self.unreachable = False
-        """Whether there is no way, or the next hop does not answer, as far as datagrams have tried."""
+        """True if there is no way, or the next hop does not answer, as far as datagrams have tried."""
         self.numbers = numbers
         self.version = 6 if ":" in client.address else 4
         self._packed = socket.inet_pton(socket.AF_INET6 if self.version == 6 else socket.AF_INET, client.address)
@@ -65,7 +65,7 @@ class Destination:
         return self._egress
 
     def addressing(self, egress: Egress) -> Addressing:
-        """What frames or packets that go that way are addressed with."""
+        """Return the addressing of frames or packets that go that way."""
         hop_address = egress.hop.link_address if egress.hop else b""
         if self._addressing is None or self._addressing_of != hop_address:
             ethertype = ETHERTYPE_IPV4 if self.version == 4 else ETHERTYPE_IPV6
@@ -83,7 +83,7 @@ class Destination:
         return self._addressing
 
     def must_wait(self, egress: Egress) -> bool:
-        """Whether the next hop's link address has to be found out first; has it found out."""
+        """Return whether the next hop's link address has to be found out first; if so, start that."""
         if egress.hop is None:
             return False
         egress.hop.used = True
@@ -93,15 +93,15 @@ class Destination:
         return True
 
     def refresh(self) -> None:
-        """See whether the collector can be reached."""
+        """Check whether the collector can be reached."""
         if self._found_at < 0:
             return  # nothing was ever sent to it
-        egress = self.egress if self.unreachable else self._egress  # who is well and idle costs the kernel no question
+        egress = self.egress if self.unreachable else self._egress  # a healthy, idle one costs no question
         lost = egress.kind is EgressKind.NONE
         if egress.hop is not None and not egress.hop.usable:
             lost = self.unreachable or bool(egress.hop.state & NUD_FAILED) or self.held.waited_seconds >= LONG_SECONDS
         self.unreachable = lost
 
     def close(self) -> None:
-        """Drop what still waits: the collector has gone, or has changed."""
+        """Drop datagrams that still wait: the collector has gone, or has changed."""
         self.held.drop()

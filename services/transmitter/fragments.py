@@ -1,4 +1,4 @@
-"""Where datagrams that are longer than the MTU are cut, and which piece each fragment carries. No I/O."""
+"""Cuts datagrams that are longer than the MTU: the piece that each fragment carries. No I/O."""
 
 import numpy as np
 import numpy.typing as npt
@@ -23,13 +23,13 @@ class Fragments:
         self._offsets = number * piece
         self.sizes = np.where(self.large, np.minimum(piece, whole - self._offsets), whole)
         self._more = self._offsets + self.sizes < whole
-        # The UDP header is the first 8 bytes of what is cut, and stands in the headers of the first frame.
+        # The UDP header is the first 8 bytes of the packet that is cut, and stands in the headers of the first frame.
         first = number == 0
         self.payload_offsets = np.where(first, 0, self._offsets - UDP_SIZE)
         self.payload_sizes = self.sizes - np.where(first, UDP_SIZE, 0)
         self.extra = np.where(self.large, extension - np.where(first, 0, UDP_SIZE), 0)
 
     def words(self, more: int, unit: int) -> Sums:
-        """Each frame's offset, in units of so many bytes, with the flag `more` unless it is the last."""
+        """Return each frame's offset, in units of `unit` bytes, with the flag `more` unless it is the last."""
         words: Sums = (self._offsets // unit + np.where(self._more, more, 0)).astype(np.uint32)
         return words

@@ -1,8 +1,8 @@
-"""What stands before a payload on the wire, as columns: Ethernet, IPv4, IPv6 and UDP headers, and their checksums.
+"""Headers before a payload on the wire, as columns: Ethernet, IPv4, IPv6 and UDP, and their checksums.
 
 One structured row a frame. In front of it is the kernel's `virtio_net_hdr`, which AF_PACKET takes with PACKET_VNET_HDR
-(packet(7)): it says where the UDP checksum is to be completed, and at what length a run of datagrams is to be cut.
-No I/O.
+(packet(7)). It says where the UDP checksum is to be completed, and at what length a run of datagrams is to be cut. No
+I/O.
 """
 
 from typing import Final
@@ -64,7 +64,7 @@ HEADERS6: Final = np.dtype([
     *_UDP,
     ("room", "V8"),
 ])  # fmt: skip
-"""`flow` is version, traffic class and flow label; `room` takes what a fragment header pushes back."""
+"""`flow` is version, traffic class and flow label; `room` takes the bytes that a fragment header pushes back."""
 VNET_SIZE: Final = 10
 LINK_HEADER: Final = 14
 LINK_SIZE: Final = VNET_SIZE + LINK_HEADER
@@ -85,20 +85,20 @@ def fold(sums: Sums) -> Sums:
 
 
 def complete(sums: Sums) -> Sums:
-    """Return the UDP checksums for folded sums: inverted, and never 0, which would say that there is none (RFC 768)."""
+    """Return the UDP checksums for folded sums: inverted, and never 0, which would mean none (RFC 768)."""
     inverted = sums ^ np.uint32(0xFFFF)
     inverted[inverted == 0] = 0xFFFF
     return inverted
 
 
 def sum_payloads(batch: Gathered, rows: Indices) -> Sums:
-    """Return for each row a number that is the sum of its payload's 16-bit words modulo 65535, uint32, shape (n,)."""
+    """Return for each row a number equal to the sum of its payload's 16-bit words modulo 65535, uint32, shape (n,)."""
     size = int(batch.lengths[0])
     if size and size % 2 == 0 and (batch.lengths == size).all() and not any(each.stride % 2 for each in batch.batches):
         payloads = [np.frombuffer(each.payload, ">u2").reshape(len(each), -1)[:, : size // 2] for each in batch.batches]
         equal: Sums = np.concatenate([words.sum(axis=1, dtype=np.uint32) for words in payloads])[rows]
         return fold(equal)
-    # Modulo 65535 a string of bytes read as one number is the sum of its words, since 65536 is 1: what CPython does in
+    # Modulo 65535 a string of bytes read as one number is the sum of its words, since 65536 is 1: CPython does that in
     # one go, faster than numpy can gather rows of different lengths.
     sums = [(int.from_bytes(payload) << 8 * (len(payload) & 1)) % 0xFFFF for payload in batch.payloads(rows)]
     return np.array(sums, np.uint32)

@@ -1,4 +1,4 @@
-"""The ways to collectors: route, link and next hop, remembered and kept true by netlink events."""
+"""The ways to collectors: route, link and next hop, remembered and kept up to date by netlink events."""
 
 import socket
 import struct
@@ -24,20 +24,20 @@ from shared.net.netlink import (
 )
 
 DISCARD_PORT: Final = 9
-"""RFC 863: what comes there is thrown away."""
+"""RFC 863: datagrams to this port are discarded."""
 IP_PKTINFO: Final = 8
 """linux/in.h: with a link's number, the link that a datagram leaves by, whatever the routes say (ip(7), ipv6(7))."""
 PKTINFO4: Final = struct.Struct("=i8x")
 PKTINFO6: Final = struct.Struct("=16xi")
 ASK_AGAIN_SECONDS: Final = 0.1
 ASK_AGAIN_SHARE: Final = 10
-"""A router's table, or a link, may change all the time: a change makes all ways be asked for anew at most so often, for
-one part in so many of the time."""
+"""A router's table, or a link, may change all the time. A change makes all ways be asked for anew at most this often,
+for one part in this many of the time."""
 
 
 @dataclass(slots=True, weakref_slot=True)
 class Hop:
-    """A next hop as the kernel knows it now, within this second `used`, and `probed`: asked for."""
+    """A next hop as the kernel knows it now; `used` within this second, and `probed`: its address was asked for."""
 
     link_index: int
     address: str
@@ -48,12 +48,12 @@ class Hop:
 
     @property
     def usable(self) -> bool:
-        """Whether frames can be sent to it."""
+        """Return whether frames can be sent to it."""
         return bool(self.state & NUD_USABLE) and bool(self.link_address)
 
 
 class EgressKind(Enum):
-    """How a collector is reached: frames to a next hop, raw IP that the kernel routes, or not at all."""
+    """The kind of way to a collector: frames to a next hop, raw IP that the kernel routes, or none."""
 
     FRAMES = auto()
     PACKETS = auto()
@@ -62,7 +62,7 @@ class EgressKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Egress:
-    """The way to a collector. `cause`: why there is none."""
+    """The way to a collector. `cause`: the reason if there is none."""
 
     kind: EgressKind
     cause: str = ""
@@ -73,17 +73,17 @@ class Egress:
 
     @property
     def local(self) -> bool:
-        """Whether it is on this host."""
+        """Return whether it is on this host."""
         return self.reach is Reach.HOST
 
 
 class NextHops:
-    """Finds ways. `version` grows when those found earlier may be wrong; a hop's state is always that of now."""
+    """Finds ways. `version` grows when earlier ones may be wrong; a hop's state is always the present one."""
 
     def __init__(self) -> None:
         self.version = 0
         self.stale = False
-        """Whether something has changed that makes `version` grow soon."""
+        """True if a change was seen that makes `version` grow soon."""
         self._events_lost = False
         self._ask_again_at = self._asked_seconds = 0.0
         self._netlink = Netlink()
@@ -92,18 +92,18 @@ class NextHops:
         self._links = self._ask_links()
 
     def fileno(self) -> int:
-        """Readable when something has changed."""
+        """Return the descriptor that is readable when something has changed."""
         return self._netlink.fileno()
 
     def _ask_links(self) -> dict[int, Link]:
         return {link.index: link for link in self._netlink.links()}
 
     def link(self, name: str) -> Link | None:
-        """The link of a name."""
+        """Return the link of a name."""
         return next((link for link in self._links.values() if link.name == name), None)
 
     def apply_events(self) -> None:
-        """Take in what has changed."""
+        """Apply the changes that netlink reports."""
         for event in self._netlink.events():
             match event:
                 case Neighbour():
@@ -123,7 +123,7 @@ class NextHops:
             self._ask_anew()
 
     def _ask_anew(self) -> None:
-        """Have ways asked for anew; after lost events all else that is remembered too."""
+        """Let ways be asked for anew; after lost events, all other remembered facts too."""
         began = time.monotonic()
         self._ask_again_at = began + max(ASK_AGAIN_SECONDS, ASK_AGAIN_SHARE * self._asked_seconds)
         self.stale, self._asked_seconds = False, 0.0
@@ -136,7 +136,7 @@ class NextHops:
             self._asked_seconds += time.monotonic() - began
 
     def egress_to(self, address: str) -> Egress:
-        """The way to an address. Costs a question or two to the kernel: keep it until `version` grows."""
+        """Return the way to an address. It costs a question or two to the kernel: keep it until `version` grows."""
         began = time.monotonic()
         egress = self._find(address)
         self._asked_seconds += time.monotonic() - began
@@ -169,9 +169,9 @@ class NextHops:
         hop.state, hop.link_address = known.state, known.link_address
 
     def resolve(self, hop: Hop) -> None:
-        """Have the kernel find out a next hop's link address, unless that was asked for a moment ago.
+        """Let the kernel find out a next hop's link address, unless that was asked for a moment ago.
 
-        An empty datagram to the discard port, which goes no further than the next hop, is what makes it ask without a
+        An empty datagram to the discard port, which goes no further than the next hop, makes the kernel ask without a
         privilege. It leaves by a plain socket, so a hop that never answers fills no buffer that copies need.
         """
         if hop.probed:
@@ -187,18 +187,18 @@ class NextHops:
             try:
                 probe.sendmsg([], [control], socket.MSG_DONTROUTE, (hop.address, DISCARD_PORT))
             except BlockingIOError:
-                hop.probed = False  # the probes of hops that do not answer fill the socket: asked for as soon as may be
+                hop.probed = False  # probes of hops that do not answer fill the socket: ask again as soon as possible
                 return
             except OSError:
-                pass  # what is wrong shows in the hop's state; this was only a question
-        if not hop.state:  # where a link has no ARP the kernel knows at once, and tells nobody
+                pass  # a fault shows in the hop's state; this was only a question
+        if not hop.state:  # where a link has no ARP the kernel knows at once, and reports no event
             self._ask(hop)
 
     def refresh(self) -> None:
-        """Have hops that are in use confirmed, as the kernel does for its own traffic. Due every second.
+        """Get hops that are in use confirmed, as the kernel does for its own traffic. Due every second.
 
-        We send past the kernel, which therefore never notices by itself that a link address has changed: an entry in
-        state STALE is probed, and becomes REACHABLE or FAILED.
+        Frames bypass the kernel, so it never notices by itself that a link address has changed: an entry in state STALE
+        is probed, and becomes REACHABLE or FAILED.
         """
         for hop in list(self._hops.values()):
             hop.probed = False

@@ -1,6 +1,6 @@
 """Opens the raw sockets, gives up every privilege for good, and becomes the transmitter, which inherits the sockets.
 
-Standard library alone, since all it imports runs with privilege. capabilities(7), credentials(7), user_namespaces(7).
+Standard library alone, since all its imports run with privilege. capabilities(7), credentials(7), user_namespaces(7).
 """
 
 import argparse
@@ -24,12 +24,12 @@ PROGRAM: Final = Path(__file__).resolve().with_name("__main__.py")
 NOT_PERMITTED: Final = 77
 DEFAULT_USER: Final = "nobody"
 DEFAULT_DIRECTORY: Final = "$XDG_RUNTIME_DIR/fanwire"
-"""As in `shared.settings.model`, which needs more than the standard library."""
+"""The default in `shared.settings.model`, which needs more than the standard library."""
 SOCKETS: Final = 8
-"""Of each kind: an interface that is stuck fills the send buffer of one, and what leaves by others goes on. Two of
-AF_PACKET are for frames that are asked for (`transmission`)."""
+"""Sockets of each kind: an interface that is stuck fills the send buffer of one, and traffic by others goes on. Two of
+AF_PACKET are for requested frames (`raw_frames`)."""
 SEND_BUFFER: Final = 4 << 20
-"""Bytes. Only CAP_NET_ADMIN gets more than net.core.wmem_max: asked for here, since the transmitter won't have it."""
+"""Bytes. Only CAP_NET_ADMIN gets more than net.core.wmem_max: asked for here: the transmitter has none."""
 SO_ATTACH_FILTER: Final = 26
 SO_SNDBUFFORCE: Final = 32
 RECVERR: Final = {
@@ -52,7 +52,7 @@ CURES: Final = {
 
 
 class User(NamedTuple):
-    """Who to become."""
+    """The user to become."""
 
     name: str
     uid: int
@@ -62,8 +62,8 @@ class User(NamedTuple):
 def open_and_exec(arguments: Sequence[str]) -> int:
     """Become the transmitter, with its sockets or with the reason why there are none; 77 when it must not run."""
     while os.open(os.devnull, os.O_RDWR) < 3:
-        pass  # a raw socket must not become what was closed on us: stderr would leave by it as frames
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the transmitter heeds it; an exec keeps what is ignored
+        pass  # a raw socket must not get a closed standard descriptor: stderr would leave by it as frames
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the transmitter handles it; an exec keeps this
     options, settings = _read(arguments)
     user, opened, reason = None, {}, ""
     try:
@@ -81,9 +81,9 @@ def open_and_exec(arguments: Sequence[str]) -> int:
         if user and (directory := _bus_directory(settings)):
             environment["FANWIRE_BUS__DIRECTORY"] = _hand_on(directory, user, kept)
         relinquish(user)
-        # Nor does it get a descriptor that this process was started with, or that a name service left open.
+        # It gets no descriptor either that this process was started with, or that a name service left open.
         for entry in list(Path("/proc/self/fd").iterdir()):
-            with suppress(OSError):  # the listing's own is closed by now
+            with suppress(OSError):  # the listing's own descriptor is closed by now
                 os.set_inheritable(int(entry.name), int(entry.name) in kept)
         inherited = f"none:{reason}" if reason else unparse(opened)
         command = [sys.executable, "-I", str(PROGRAM), "--inherited", inherited, *arguments]
@@ -98,7 +98,7 @@ def _refuse(reason: str) -> int:
 
 
 def _read(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """Return the options and settings that matter here; what is wrong with any, the transmitter will say."""
+    """Return the options and settings that matter here; the transmitter will report any errors in them."""
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
     parser.add_argument("--config")
     parser.add_argument("--require-privilege", action="store_true")
@@ -107,7 +107,7 @@ def _read(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]
         options, _ = parser.parse_known_args(arguments)
     options.config = options.config or os.environ.get("FANWIRE_CONFIG")
     if not options.config or not Path(options.config).is_file():
-        options.config = None  # nor a pipe: what is read from it here would be missing from the settings
+        options.config = None  # no pipe either: what is read from it here would be missing from the settings
         return options, {}
     try:
         return options, tomllib.loads(Path(options.config).read_text("utf-8"))
@@ -122,7 +122,7 @@ def _setting(settings: Mapping[str, Any], section: str, key: str, default: str) 
 
 
 def find_user(name: str) -> User | None:
-    """Return who to become, or None to stay who we are; PermissionError when that is root, whom nobody may stay."""
+    """Return the user to become, or None to stay the same; PermissionError when that is root, which no one may stay."""
     if 0 not in os.getresuid():
         return None
     uid = int(name) if name.isascii() and name.isdigit() and len(name) <= 10 else None
@@ -139,7 +139,7 @@ def find_user(name: str) -> User | None:
         return user
     if outside_uid(0) == 0:
         raise _unfit(name, "it is not in this user namespace, whose root is root outside too")
-    return None  # root of a namespace like that of `unshare -Ur`, who is nobody special outside
+    return None  # root of a namespace like that of `unshare -Ur`, with no privilege outside
 
 
 def _unfit(name: str, why: str) -> PermissionError:
@@ -148,7 +148,7 @@ def _unfit(name: str, why: str) -> PermissionError:
 
 @contextmanager
 def _acting_as(user: User) -> Iterator[None]:
-    """Have the user's ids in effect, and no capabilities, which go and come with root's (capabilities(7))."""
+    """Act with the user's ids in effect, and no capabilities: they go and come with root's ids (capabilities(7))."""
     group = os.getegid()
     try:
         os.setgroups([])
@@ -192,7 +192,8 @@ def open_sockets() -> Opened:
 def open_socket(kind: str) -> socket.socket:
     """Open a raw socket that can only send. OSError when that is not permitted, or not known here."""
     sock = socket.socket(*KINDS[kind])
-    # Who holds a packet socket can bind it to a protocol and listen, with no capability at all; but not to this one.
+    # The holder of a packet socket can bind it to a protocol and listen, with no capability at all; but not with this
+    # one.
     program = struct.pack("HP", 1, ctypes.addressof(RECEIVE_NOTHING))
     sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
     sock.setsockopt(socket.SOL_SOCKET, SO_LOCK_FILTER, 1)
@@ -206,7 +207,7 @@ def open_socket(kind: str) -> socket.socket:
 
 
 def _bus_directory(settings: Mapping[str, Any]) -> Path | None:
-    """Return the bus directory by the name it has for root; None where systemd names it for whoever we are."""
+    """Return the bus directory by the name it has for root; None where systemd names it for any user."""
     text = _setting(settings, "bus", "directory", DEFAULT_DIRECTORY)
     if text == DEFAULT_DIRECTORY and os.environ.get("RUNTIME_DIRECTORY"):
         return None
@@ -216,7 +217,7 @@ def _bus_directory(settings: Mapping[str, Any]) -> Path | None:
 
 def _hand_on(directory: Path, user: User, kept: set[int]) -> str:
     """Return a path by which the user will reach the directory: by a descriptor where a parent is closed to it."""
-    with suppress(OSError):  # what is wrong with it the transmitter will say
+    with suppress(OSError):  # the transmitter will report what is wrong with it
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)  # the broker, which may come later, lets the user in
         descriptor = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:

@@ -1,4 +1,4 @@
-"""A raw socket that plans are sent through: what the kernel does not take is waited for, dropped and counted."""
+"""A raw socket that sends plans: it waits for frames that the kernel does not take, or drops and counts them."""
 
 import socket
 import struct
@@ -23,17 +23,16 @@ from shared.ledger import BYTES, DELIVERED
 SOL_PACKET: Final = 263
 PACKET_VNET_HDR: Final = 15
 SOCKADDR_LL: Final = struct.Struct("=HHiHBB8s")
-"""family, protocol in network order, interface, and what only receivers fill in (packet(7))."""
+"""family, protocol in network order, interface, and fields that only receivers fill in (packet(7))."""
 SOCKADDR_IN: Final = struct.Struct("=HH4s8x")
 SOCKADDR_IN6: Final = struct.Struct("=HHI16sI")
 
 PATIENCE_SECONDS: Final = 0.02
 PATIENCE_SHARE: Final = 10
-"""An interface that is full is waited for: so long in a row, and for one part in so many of the time. All other copies
+"""Limits of the wait for a full interface: seconds in a row, and one part in this many of the time. All other copies
 wait with it."""
 PAUSE_SECONDS: Final = 0.0005
-"""Between tries at what is full: a queue tells nobody when it has room again, and poll(2) does not wait where raw IP
-has an error that nobody reads."""
+"""Pause between tries at a full queue: no signal tells of room, and an unread error of raw IP ends poll(2)."""
 
 
 class PacketSocket:
@@ -48,7 +47,7 @@ class PacketSocket:
         self._patience_at = time.monotonic()
 
     def name(self, addressing: Addressing) -> bytes:
-        """The socket address that messages to a collector carry."""
+        """Return the socket address that messages to a collector carry."""
         if self._socket.family == socket.AF_PACKET:
             ethertype = ETHERTYPE_IPV4 if addressing.version == 4 else ETHERTYPE_IPV6
             protocol = socket.htons(ethertype)
@@ -58,9 +57,9 @@ class PacketSocket:
         return SOCKADDR_IN6.pack(socket.AF_INET6, 0, 0, addressing.address, 0)
 
     def send(self, plan: FramePlan, destinations: Sequence[Destination]) -> int:
-        """Send what is planned and addressed, each part to its destination; return how many rows were dealt with.
+        """Send what is planned and addressed, each part to its destination; return the number of rows handled.
 
-        They were delivered or dropped. Fewer than all means that runs were refused from there on: plan the rest again
+        These were delivered or dropped. Fewer than all means that runs were refused from there on: plan the rest again
         without segmentation.
         """
         at, skips, stop = 0, 0, plan.units
@@ -75,8 +74,8 @@ class PacketSocket:
                 if self._wait():
                     continue
             elif forgiven < at:
-                # With IP_RECVERR an ICMP error, to whatever packet, is what the next send ends with: it says nothing
-                # of this one. One that does will come again.
+                # With IP_RECVERR the next send ends with an ICMP error, to whatever packet: it says nothing of this
+                # one. An error of this one will come again.
                 forgiven = at
                 continue
             unit = plan.unit_of(at)
@@ -116,7 +115,7 @@ class PacketSocket:
 def _account(
     plan: FramePlan, stop: int, dropped: Sequence[tuple[int, int, str]], accounts: Sequence[Counter[str]]
 ) -> None:
-    """Count units before `stop` as delivered, but those from one to another, all of one part, that were dropped."""
+    """Count units before `stop` as delivered, except the ranges, each within one part, that were dropped."""
     bounds = np.minimum(plan.first_units, stop)
     rows, sizes = np.diff(plan.rows_before[bounds]).tolist(), np.diff(plan.bytes_before[bounds]).tolist()
     for first, last, cause in dropped:
@@ -131,7 +130,7 @@ def _account(
 
 
 class PacketSockets:
-    """All raw sockets: an interface has one for its copies, to itself as long as there are enough."""
+    """All raw sockets: each interface has one for its copies, its own as long as there are enough."""
 
     def __init__(
         self, packet: Sequence[socket.socket], ip4: Sequence[socket.socket], ip6: Sequence[socket.socket]
@@ -145,11 +144,11 @@ class PacketSockets:
         }
 
     def have_one_for(self, egress: Egress, version: int) -> bool:
-        """Whether there is a socket for a way; a host without IPv6 has none for its packets."""
+        """Return whether there is a socket for a way; a host without IPv6 has none for its packets."""
         return bool(self._pools[version, egress.kind].sockets)
 
     def for_egress(self, egress: Egress, version: int) -> PacketSocket:
-        """The socket for a way."""
+        """Return the socket for a way."""
         return self._pools[version, egress.kind].for_link(egress.link.index if egress.link else 0)
 
     def refresh(self) -> None:
@@ -160,7 +159,7 @@ class PacketSockets:
 
 
 class _SocketsOfKind:
-    """Sockets of one kind, given to interfaces as they are first used; in turn again when there are no more."""
+    """Sockets of one kind, given to interfaces at their first use; they are shared in turn when there are no more."""
 
     def __init__(self, sockets: Sequence[socket.socket]) -> None:
         self.sockets = [PacketSocket(sock) for sock in sockets]

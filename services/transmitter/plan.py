@@ -1,9 +1,9 @@
-"""How rows of a batch leave with their own source address: which go in one frame, and the headers of each. No I/O.
+"""Plans rows of a batch with their own source address: the rows that share a frame, and the headers of each. No I/O.
 
-Rows are put in order by source, without changing the order within a source; neighbours of one source and of equal
-length become one frame that the kernel or the device cuts up (`shared.datagrams.segments`); what is longer than
-the path's MTU becomes fragments. Where there is no Ethernet, the same headers without their link part go out as raw
-IP packets.
+Rows are put in order by source, without changing the order within a source. Neighbours of one source and of equal
+length become one frame that the kernel or the device cuts up (`shared.datagrams.segments`). Datagrams longer than the
+path's MTU become fragments. Where there is no Ethernet, the same headers without their link part go out as raw IP
+packets.
 """
 
 from collections.abc import Sequence
@@ -44,24 +44,24 @@ from shared.datagrams.sampling import mix
 from shared.datagrams.segments import group, pieces
 
 SMALLEST_MTU: Final = {4: 68, 6: 1280}
-"""What every link carries (RFC 791, 3.2; RFC 8200, 5): less is a mistake, and would cost endless fragments."""
+"""The MTU that every link has (RFC 791, 3.2; RFC 8200, 5): less is a mistake, and would cost endless fragments."""
 FLOW_LABEL: Final = 0xFFFFF
 NAME_SIZE: Final = 32
-"""Bytes kept for a socket address, more than any that frames or packets are sent to."""
+"""Bytes kept for a socket address, more than any address of frames or packets takes."""
 S = TypeVar("S", bound=np.generic)
 
 
 def largest_payload(version: int, mtu: int) -> int:
-    """Bytes of payload that go in one packet."""
+    """Return the bytes of payload that go in one packet."""
     return max(mtu, SMALLEST_MTU[version]) - IP_SIZE[version] - UDP_SIZE
 
 
 class FramePlan:
     """Messages for sendmmsg(2), built for some rows of a batch and addressed to one collector after the other.
 
-    Or built for several collectors at once, each of which has its own *part* of the rows: nothing is cut then. A *unit*
-    is what leaves or is dropped together: a run of rows that go as one frame, or one row and its fragments. Memory is
-    reused: a plan is good until the next `build`, and as long as the batch lives.
+    A plan may also be built for several collectors at once, each with its own *part* of the rows: nothing is cut then.
+    A *unit* leaves or is dropped as a whole: a run of rows that go as one frame, or one row and its fragments. Memory
+    is reused: a plan is good until the next `build`, and as long as the batch lives.
     """
 
     def __init__(self) -> None:
@@ -84,8 +84,8 @@ class FramePlan:
         """Plan frames for these rows (None: all; at least one), whose sources must be of IP `version`.
 
         `link`: they go through AF_PACKET, where checksums are left to the kernel, and with `segmentation` runs too.
-        `parts` are the numbers of rows, of those planned, with which another collector's begin: in several parts no row
-        may be longer than `largest_payload`.
+        `parts` are the positions, among the planned rows, at which another collector's rows begin: in several parts no
+        row may be longer than `largest_payload`.
         """
         self._batch, self._version, self._link = batch, version, link
         self._mtu = max(mtu, SMALLEST_MTU[version])
@@ -113,29 +113,29 @@ class FramePlan:
 
     @property
     def units(self) -> int:
-        """How many units there are; `rows_before[i]` and `bytes_before[i]` are what the first i of them hold."""
+        """The number of units; `rows_before[i]` and `bytes_before[i]` are the rows and bytes of the first i of them."""
         return len(self._totals)
 
     def first_frame(self, unit: int) -> int:
-        """The number of a unit's first frame; of the one after the last unit, how many frames there are."""
+        """Return the number of a unit's first frame; for the unit after the last one, the number of frames."""
         return unit if self._fragments is None else int(self._fragments.first_frame[unit])
 
     def unit_of(self, frame: int) -> int:
-        """The unit that a frame belongs to."""
+        """Return the unit that a frame belongs to."""
         return frame if self._fragments is None else int(self._fragments.unit_of[frame])
 
     def part_of(self, unit: int) -> int:
-        """The number of the part that a unit belongs to."""
+        """Return the number of the part that a unit belongs to."""
         return int(np.searchsorted(self.first_units, unit, "right")) - 1
 
     def rest(self, dealt: int, part: int = 0) -> Indices:
-        """The rows of the batch that are left of a part when the plan's first `dealt` rows are not."""
+        """Return the rows of the batch that are left of a part when the plan's first `dealt` rows are done."""
         first, last = (int(self.rows_before[unit]) for unit in self.first_units[part : part + 2])
         first = max(first, dealt)
         return np.arange(first, last) if self._rows_of_batch is None else self._rows_of_batch[first:last]
 
     def segmented(self, unit: int) -> bool:
-        """Whether a unit is a run that kernel or device has to cut."""
+        """Return whether a unit is a run that kernel or device has to cut."""
         return bool(self.rows_before[unit + 1] - self.rows_before[unit] > 1)
 
     def _take_vector(self) -> None:
@@ -150,7 +150,7 @@ class FramePlan:
         return of_units if self._fragments is None else of_units[self._fragments.unit_of]
 
     def _fill(self, length: npt.NDArray[np.int64]) -> None:
-        """Fill in what does not depend on the collector; `length` is that of each unit's first row."""
+        """Fill in the fields that do not depend on the collector; `length` is that of each unit's first row."""
         headers, heads, per_frame = self._headers, self._heads, self._per_frame
         packed = np.ascontiguousarray(heads["address"][:, 12:] if self._version == 4 else heads["address"])
         headers["source"] = per_frame(packed.view(f"V{packed.shape[1]}")[:, 0])
@@ -175,7 +175,7 @@ class FramePlan:
             self._sum_payloads(self._completed, totals)
 
     def _sum_payloads(self, units: Indices | slice, totals: Sums) -> None:
-        """Let the sums of these units, which nobody completes after us, cover all but the destination."""
+        """Let the sums of these units, which nothing completes later, cover all but the destination."""
         payloads = sum_payloads(self._batch, self._first_rows[units])
         self._udp_sums[units] += payloads + self._heads["port"][units] + totals[units]
 
@@ -188,7 +188,7 @@ class FramePlan:
         sizes = np.diff(self.bytes_before_row[begins], append=self.bytes_before_row[-1])
         at, counts = pointers[begins], self._per_frame(counts)
         vector, fragments = self._vector, self._fragments
-        if fragments is not None:  # what is cut is one piece, but as many frames
+        if fragments is not None:  # the piece that is cut is one, but belongs to several frames
             first_piece = self._per_frame(np.searchsorted(begins, starts))
             frame_of = np.repeat(np.arange(self.frames), counts)
             before = np.cumsum(counts) - counts
@@ -216,9 +216,9 @@ class FramePlan:
     def address(
         self, addressings: Sequence[Addressing], names: Sequence[bytes], numbers: Sequence[Identification]
     ) -> None:
-        """Address each part's frames to a collector, or all to the same: one in place of another is one part's.
+        """Address each part's frames to a collector, or all of them, when there is one part, to the next collector.
 
-        `names` are the socket addresses that messages are sent to, `numbers` what tells apart the packets to a target.
+        `names` are the socket addresses that messages are sent to; `numbers` tell apart the packets to a target.
         """
         to = AddressingColumns(addressings, np.diff(self.first_units))
         self._name_messages(names)
@@ -260,7 +260,7 @@ class FramePlan:
         headers["checksum"] = fold(sums + headers["length"] + idents + fixed) ^ 0xFFFF
 
     def _take_numbers(self, numbers: Sequence[Identification]) -> Sums:
-        """The first number of each unit, which takes one for each of its rows."""
+        """Return the first number of each unit, which takes one for each of its rows."""
         before = self.rows_before[self.first_units]
         starts = [each.draw(count) for each, count in zip(numbers, np.diff(before).tolist(), strict=True)]
         shifts = np.array(starts, np.int64) - before[:-1]

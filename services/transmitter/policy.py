@@ -1,4 +1,4 @@
-"""The leash: what may leave, whoever asks for it; and the audit of what was refused. No I/O; the clock is handed in."""
+"""The policy on what may leave, for any client that asks; and the audit of refusals. No I/O; the clock is handed in."""
 
 import math
 from collections import Counter
@@ -19,7 +19,7 @@ from shared.settings.model import Transmitter
 
 AUDIT_SECONDS: Final = 60.0
 NOBODYS: Final = Prefixes(["0.0.0.0/8", "224.0.0.0/3", "::/128", "ff00::/8"])
-"""What no datagram can have come from, nor may go to: this network, multicast, reserved (RFC 6890), unspecified."""
+"""Networks that no datagram can come from or go to: this network, multicast, reserved (RFC 6890), unspecified."""
 LOOPBACK: Final = Prefixes(["127.0.0.0/8", "::1/128"])
 """Sources that are true only for a collector on this host."""
 LINK_LOCAL: Final = Prefixes(["169.254.0.0/16", "fe80::/10"])
@@ -27,11 +27,11 @@ LINK_LOCAL: Final = Prefixes(["169.254.0.0/16", "fe80::/10"])
 FIRST_OCTET: Final = 16
 """Of an IPv4 source, in a row's bytes."""
 BURST_SECONDS: Final = 0.1
-"""How much of a second's allowance may leave at once."""
+"""Share of a second's allowance that may leave at once."""
 
 
 class Reach(Enum):
-    """How far away a collector is, as far as sources go: on this host, on a link of it, or behind a router."""
+    """The distance of a collector, as far as sources matter: on this host, on a link of it, or behind a router."""
 
     HOST = auto()
     LINK = auto()
@@ -39,7 +39,7 @@ class Reach(Enum):
 
 
 class Policy:
-    """What the settings allow."""
+    """The rules of the settings."""
 
     def __init__(self, settings: Transmitter, clock: Callable[[], float]) -> None:
         self.interfaces = frozenset(settings.interfaces)
@@ -52,14 +52,14 @@ class Policy:
         self._filled_at = clock()
 
     def allows_destination(self, address: str) -> bool:
-        """Whether copies may go to an address."""
+        """Return whether copies may go to an address."""
         halves = np.frombuffer(pack_address(address), ">u8").astype(np.uint64).reshape(1, 2)
         covered = self._destinations is not None and bool(self._destinations.match(halves)[0])
         return covered and not NOBODYS.match(halves)[0]
 
     def refused_sources(self, batch: Gathered, reach: Reach) -> Mask | None:
-        """Which rows may not be copied to a collector, as bool, shape (n,); None: all may."""
-        # An IPv4 source is looked at only where one begins as those do that may be refused.
+        """Return the rows that may not be copied to a collector, as bool, shape (n,); None: all may."""
+        # A full check only where an address begins as those of the networks above do.
         if self._sources is None and len(batch) <= FEW_ROWS and batch.all_ipv4:
             firsts = batch.rows.tobytes()[FIRST_OCTET :: ROW.itemsize]
             if min(firsts) > 0 and max(firsts) < 224 and not {127, 169}.intersection(firsts):
@@ -80,11 +80,11 @@ class Policy:
 
     @property
     def limited(self) -> bool:
-        """Whether there is a limit of frames a second."""
+        """Return whether there is a limit of frames a second."""
         return self._rate > 0
 
     def grant(self, wanted: int) -> int:
-        """How many of so many frames may leave now, under the limit of frames a second."""
+        """Return the number of `wanted` frames that may leave now, under the limit of frames a second."""
         if not self._rate:
             return wanted
         now = self._clock()
@@ -96,13 +96,13 @@ class Policy:
         return granted
 
     def give_back(self, unused: int) -> None:
-        """Have so many of the frames that were granted leave later: they could not leave now."""
+        """Return unused frames to the allowance: they could not leave now."""
         self._allowance += unused
 
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """The rows (None: all) that may be copied to a collector, and how many may not, why."""
+    """The rows (None: all) that may be copied to a collector, and the numbers that may not, by reason."""
 
     rows: Indices | None
     other_family: int = 0
@@ -110,7 +110,7 @@ class Admitted:
 
 
 class Verdicts:
-    """What is allowed of one batch, found out once for all collectors that the question is the same for."""
+    """The policy's verdicts on one batch, found out once for all collectors with the same question."""
 
     def __init__(self, policy: Policy, batch: Gathered) -> None:
         self._policy = policy
@@ -119,7 +119,7 @@ class Verdicts:
         self._refused: dict[Reach, Mask | None] = {}
 
     def admit(self, rows: Indices | None, version: int, reach: Reach) -> Admitted:
-        """Which of these rows may be copied to a collector of an IP version."""
+        """Return the rows of these that may be copied to a collector of an IP version."""
         key = id(rows), version, reach
         if key not in self._found:
             self._found[key] = self._admit(rows, version, reach)
@@ -141,7 +141,7 @@ class Verdicts:
 
 
 class Audit:
-    """Counts what was refused, and has `say(event, **facts)` tell of each cause once a minute at most."""
+    """Counts refusals, and calls `say(event, **facts)` for each cause at most once a minute."""
 
     def __init__(self, say: Callable[..., object], clock: Callable[[], float]) -> None:
         self.counters: Counter[str] = Counter()
@@ -149,7 +149,7 @@ class Audit:
         self._restraint = LogLimit(AUDIT_SECONDS, clock)
 
     def refuse(self, cause: str, count: int, **facts: Any) -> None:
-        """Count a refusal; `facts` are those of the one that is told of."""
+        """Count a refusal; `facts` are those of the one that is logged."""
         self.counters[cause] += count
         if unsaid := self._restraint.admit(cause, count):
             self._say("refused by the policy", cause=cause, count=unsaid, **facts)

@@ -1,4 +1,4 @@
-"""What the transmitter holds, and the proof that it can get no more: capabilities(7), prctl(2), user_namespaces(7).
+"""The transmitter's sockets, and the proof that it can get no more: capabilities(7), prctl(2), user_namespaces(7).
 
 Standard library alone: the opener uses it while it has privileges to give up.
 """
@@ -21,7 +21,7 @@ KINDS: Final = {
 }
 """Family, type and protocol of the sockets of each kind."""
 SETS: Final = ("CapInh", "CapPrm", "CapEff", "CapAmb")
-"""The capabilities a thread holds or hands on, as /proc/PID/status names them; a fifth, CapBnd, only limits them."""
+"""The capabilities that a thread holds or hands on, as /proc/PID/status names them; CapBnd only limits them."""
 SO_LOCK_FILTER: Final = 44
 PR_SET_DUMPABLE: Final = 4
 PR_CAPBSET_DROP: Final = 24
@@ -63,7 +63,7 @@ def unparse(opened: Opened) -> str:
 
 
 def adopt(text: str) -> RawSockets:
-    """Take over what the opener handed on, by the value of `--inherited`. PermissionError when it is not that.
+    """Take over the opener's sockets, by the value of `--inherited`. PermissionError when it is not that.
 
     >>> adopt("none:there is no user 'x'").reason
     "there is no user 'x'"
@@ -87,7 +87,7 @@ def adopt(text: str) -> RawSockets:
 
 def _adopt(kind: str, descriptor: int) -> socket.socket:
     sock = socket.socket(fileno=descriptor)
-    locked = sock.getsockopt(socket.SOL_SOCKET, SO_LOCK_FILTER)  # the opener's, which lets nothing in
+    locked = sock.getsockopt(socket.SOL_SOCKET, SO_LOCK_FILTER)  # set by the opener: it lets nothing in
     if not locked or (sock.family, sock.type, sock.proto) != KINDS[kind]:
         sock.close()
         raise ValueError(kind)
@@ -97,7 +97,7 @@ def _adopt(kind: str, descriptor: int) -> socket.socket:
 
 
 def relinquish(become: tuple[str, int, int] | None) -> None:
-    """Give up every privilege, each step while it still has what it takes; `become` is name, uid and gid. OSError."""
+    """Give up every privilege, each step while it still can; `become` is name, uid and gid. OSError."""
     harden()
     if int(own_status()["CapEff"], 16) >> CAP_SETPCAP & 1:
         _empty_bounding_set()
@@ -123,19 +123,19 @@ def _empty_bounding_set() -> None:
 
 
 def harden() -> None:
-    """Leave nothing to others of this user: no core dump, no ptrace(2), no pidfd_getfd(2). Anew after each exec."""
+    """Deny access to others of this user: no core dump, no ptrace(2), no pidfd_getfd(2). Repeat it after each exec."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _prctl(PR_SET_DUMPABLE, 0)
 
 
 def prove(sockets: RawSockets) -> dict[str, int]:
-    """Return what this process may do, for its status; PermissionError when that is more than to use its sockets."""
+    """Return this process's rights, for its status; PermissionError when it can do more than use its sockets."""
     status = own_status()
     if held := [name for name in SETS if int(status[name], 16)]:
         raise _refusal(f"it still holds capabilities: {', '.join(held)}")
     if status["NoNewPrivs"] != "1":
         raise _refusal("it could gain privileges by executing a program")
-    # Without sockets it may be root still: where there is nobody else to become, it stays up to say so.
+    # Without sockets it may still be root: where there is no other user to become, it stays up to say so.
     if sockets and _is_or_becomes_root():
         raise _refusal("it is root, or can become root")
     for kind in KINDS:
@@ -145,7 +145,7 @@ def prove(sockets: RawSockets) -> dict[str, int]:
         "uid": os.geteuid(),
         "gid": os.getegid(),
         "capabilities": 0,
-        # Only CAP_SETPCAP empties it, and who has that (root) must: see the opener. It gives nothing by itself.
+        # Only CAP_SETPCAP empties it; root, which has that, must: see the opener. It gives nothing by itself.
         "bounding_capabilities": int(status["CapBnd"], 16).bit_count(),
         "no_new_privs": 1,
         "raw_sockets": len(sockets),
@@ -154,7 +154,7 @@ def prove(sockets: RawSockets) -> dict[str, int]:
 
 def _is_or_becomes_root() -> bool:
     if 0 in os.getresuid():
-        return outside_uid(0) == 0  # else root of a user namespace (`unshare -Ur`), who is nobody special outside
+        return outside_uid(0) == 0  # otherwise root of a user namespace (`unshare -Ur`), with no privilege outside
     try:
         os.setuid(0)
     except OSError as error:
@@ -171,13 +171,13 @@ def _opens(kind: str) -> bool:
 
 
 def own_status() -> dict[str, str]:
-    """The calling thread's /proc/PID/status (proc(5)) by field."""
+    """Return the calling thread's /proc/PID/status (proc(5)) by field."""
     lines = Path("/proc/thread-self/status").read_text().splitlines()
     return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
 def outside_uid(uid: int) -> int | None:
-    """What a uid of this user namespace is outside of it; None when it is not mapped, so that nobody can become it."""
+    """Return the uid outside of this user namespace for a uid in it; None: not mapped, so no process can become it."""
     for line in Path("/proc/self/uid_map").read_text().splitlines():
         inside, outside, count = map(int, line.split())
         if inside <= uid < inside + count:
@@ -186,7 +186,7 @@ def outside_uid(uid: int) -> int | None:
 
 
 def _prctl(option: int, value: int) -> None:
-    # Variadic, and some options insist that what they don't use is 0: all four, as unsigned long.
+    # Variadic, and some options insist that unused arguments are 0: all four, as unsigned long.
     if _libc.prctl(option, *map(ctypes.c_ulong, (value, 0, 0, 0))):
         raise OSError(ctypes.get_errno(), f"prctl(2) refused option {option}")
 

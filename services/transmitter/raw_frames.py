@@ -1,4 +1,4 @@
-"""Raw frames that somebody asked for: checked against the policy, paced, sent byte for byte, and answered."""
+"""Raw frames that a client asked for: checked against the policy, paced, sent byte for byte, and answered."""
 
 import errno
 import math
@@ -18,7 +18,7 @@ from shared.fanout.send_errors import NO_INTERFACE
 from shared.net.netlink import Link
 
 SO_NOFCS: Final = 43
-"""The frame brings its own check sequence (socket(7)); the driver has to be one that can leave its own out."""
+"""The frame brings its own check sequence (socket(7)); the driver must be able to leave its own out."""
 ETHERNET_HEADER: Final = 14
 VLAN_TAG: Final = 4
 VLAN: Final = 0x8100
@@ -26,7 +26,7 @@ FCS_SIZE: Final = 4
 MAX_JOBS: Final = 64
 """Requests under way at once."""
 OVERTIME_SECONDS: Final = ANSWER_SECONDS / 2
-"""How long a request may take on top of its pace: who asked still hears how far it came, and then gives up."""
+"""Time that a request may take on top of its pace: the client still learns how far it came, then gives up."""
 FRAMES_AT_ONCE: Final = 128
 """Frames of all requests sent before copies get their turn."""
 RETRY_SECONDS: Final = 0.002
@@ -38,7 +38,7 @@ Answer = Callable[[str, TransmitReply], object]
 
 
 class FrameError(Exception):
-    """Why a frame can't be sent: a word of the JSON protocol and a sentence; `cause` where the policy refuses it."""
+    """The fault of a frame: a word of the JSON protocol and a sentence; `cause` if the policy refuses the frame."""
 
     def __init__(self, word: str, message: str, cause: str = "") -> None:
         super().__init__(message)
@@ -57,7 +57,7 @@ class _Job:
 class RawFrames:
     """The requests under way.
 
-    Of the two sockets the first sends frames as they are, the second those that end with their own check sequence.
+    The first of the two sockets sends frames as they are, the second those that end with their own check sequence.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class RawFrames:
         self._jobs: deque[_Job] = deque()
 
     def accept_request(self, request: TransmitRequest) -> None:
-        """Begin a request, or answer why not."""
+        """Begin a request, or answer with the reason against it."""
         try:
             if len(self._jobs) >= MAX_JOBS:
                 raise FrameError("unavailable", f"{MAX_JOBS} requests are under way; try again")
@@ -95,7 +95,7 @@ class RawFrames:
             self._jobs.append(_Job(request, now, now + seconds + OVERTIME_SECONDS))
 
     def work(self) -> float:
-        """Send what is due; return the seconds until there is more, infinity when there is nothing."""
+        """Send frames that are due; return the seconds until there are more, infinity when there are none."""
         now = time.monotonic()
         due = sum(job.due_at <= now for job in self._jobs)
         for _ in range(len(self._jobs)):
@@ -116,7 +116,7 @@ class RawFrames:
         return max(0.0, min((job.due_at for job in self._jobs), default=math.inf) - time.monotonic())
 
     def _advance(self, job: _Job, now: float, most: int) -> None:
-        """Send what is due of a request, and at most so many frames."""
+        """Send the due frames of a request, at most `most`."""
         request, before = job.request, job.sent
         if request.per_second:
             most = min(most, 1 + int((now - job.due_at) * request.per_second))
@@ -134,8 +134,8 @@ class RawFrames:
             job.due_at += sent / request.per_second
 
     def _send(self, request: TransmitRequest) -> bool:
-        """Send a frame; False when the interface takes none just now."""
-        self._check(request)  # link and policy are those of now, not of when a paced request began
+        """Send a frame; return False when the interface takes none now."""
+        self._check(request)  # link and policy are the present ones, not those of the time when a paced request began
         try:
             self._sockets[int(request.own_fcs)].sendto(request.frame, (request.interface, 0))
         except OSError as error:
@@ -168,14 +168,14 @@ class RawFrames:
         self._answer(request.reply, TransmitReply(request.id, sent, error.word, str(error)))
 
     def close(self) -> None:
-        """Answer what will not be sent any more."""
+        """Answer requests whose frames will not be sent any more."""
         for job in self._jobs:
             self._refuse(job.request, FrameError("unavailable", "the transmitter ends"), job.sent)
         self._jobs.clear()
 
 
 def check_frame(request: TransmitRequest, link: Link) -> None:
-    """Raise FrameError unless the frame is one that a link carries."""
+    """Raise FrameError unless the link can carry the frame."""
     size = len(request.frame) - (FCS_SIZE if request.own_fcs else 0)
     if size < ETHERNET_HEADER:
         raise FrameError("bad_request", f"a frame has at least {ETHERNET_HEADER} bytes, this one {size}")

@@ -1,4 +1,4 @@
-"""Batches to plans to raw sockets: what each collector may have, how it is reached, and what waits for that."""
+"""Batches to plans to raw sockets: each collector's allowed rows, the way to it, and rows that wait for the way."""
 
 import random
 import time
@@ -32,12 +32,12 @@ from shared.settings.own_listeners import OwnListeners, udp_listeners
 
 REFRESH_SECONDS: Final = 1.0
 HOLDING_SECONDS: Final = 0.05
-"""How late datagrams that have waited too long may be dropped."""
+"""Time by which datagrams that have waited too long may be dropped late."""
 
 log = structlog.get_logger()
 
 Key = tuple[int, int, EgressKind, PacketSocket]
-"""Copies that can share a plan: IP version, MTU, how they leave, and through which socket."""
+"""The key of copies that can share a plan: IP version, MTU, kind of way, and socket."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +50,9 @@ class Share:
 
 
 class Sender:
-    """Sends copies through raw sockets; of `sockets` those that are not kept for frames. Knows nothing of the bus.
+    """Sends copies through raw sockets, those of `sockets` that are not kept for frames. Knows nothing of the bus.
 
-    What waits for next hops is in `held`.
+    `held` has the rows that wait for next hops.
     """
 
     def __init__(self, settings: Settings, sockets: RawSockets, held: BacklogMemory) -> None:
@@ -71,7 +71,7 @@ class Sender:
         self._refresh_at = 0.0
 
     def apply_settings(self, settings: Settings) -> None:
-        """Know our own listeners by these settings."""
+        """Read our own listeners from these settings."""
         self._own_listeners = OwnListeners(udp_listeners(settings))
 
     def reach(self, client: Client, account: Counter[str]) -> Destination:
@@ -85,7 +85,7 @@ class Sender:
         verdicts = Verdicts(self.policy, batch)
         by_key: dict[Key, list[Share]] = {}
         framed: dict[tuple[int, int, bool], list[Frame] | None] = {}
-        # Where frames a second are limited the first get what there is: in the long run everybody is first as often.
+        # A limit of frames a second favours the first: so each collector is first equally often, in the long run.
         first = random.randrange(len(routed)) if routed and self.policy.limited else 0
         for destination, selection in routed[first:] + routed[:first]:
             wanted = len(batch) if selection.indices is None else len(selection.indices)
@@ -134,7 +134,7 @@ class Sender:
         return None if sent == len(frames) else replace(share, rows=self._few.rest(sent))
 
     def _send_all(self, batch: Gathered, key: Key, shares: list[Share]) -> None:
-        """Send to collectors that are reached in the same way: those with the same rows, then all that are left."""
+        """Send to collectors that are reached in the same way: those with the same rows, then all others."""
         by_rows: dict[int, list[Share]] = {}
         for share in shares:
             by_rows.setdefault(id(share.rows), []).append(share)
@@ -150,7 +150,7 @@ class Sender:
             self._threads.share(lambda member, part: self._send_each(member, batch, key, part), portion, rows)
 
     def _may_go(self, destination: Destination, egress: Egress, wanted: int) -> bool:
-        """Whether anything may go to a collector; what does not is dropped under the cause."""
+        """Return whether anything may go to a collector; if not, drop its rows under the cause."""
         client, cause = destination.client, egress.cause
         if not cause and not self._packet_sockets.have_one_for(egress, destination.version):
             cause = NO_ROUTE
@@ -163,7 +163,7 @@ class Sender:
         return not cause
 
     def _admit(self, destination: Destination, admitted: Admitted, wanted: int) -> Indices | None:
-        """Return the rows that go to a collector (None: all); the others are dropped, each under its cause."""
+        """Return the rows that go to a collector (None: all); drop the others, each under its cause."""
         account, rows = destination.account, admitted.rows
         if admitted.other_family:
             account[OTHER_FAMILY] += admitted.other_family
@@ -185,7 +185,7 @@ class Sender:
         return plan
 
     def _send_same(self, member: int, batch: Gathered, key: Key, shares: Sequence[Share]) -> None:
-        """Send the same rows to each, by a plan of this member's own: a collector's address goes into its headers."""
+        """Send the same rows to each, by this member's own plan: a collector's address goes into its headers."""
         plan = self._build(member, batch, key, shares[0].rows, (0,))
         behind = []
         for share in shares:
@@ -196,7 +196,7 @@ class Sender:
             self._send_same(member, batch, key, [share])
 
     def _send_each(self, member: int, batch: Gathered, key: Key, shares: Sequence[Share]) -> None:
-        """Send rows of its own to each, by one plan for all of them."""
+        """Send its own rows to each, by one plan for all of them."""
         every = [share.rows for share in shares if share.rows is not None]
         firsts = [0, *accumulate(len(rows) for rows in every[:-1])]
         plan = self._build(member, batch, key, np.concatenate(every), firsts)
@@ -206,7 +206,7 @@ class Sender:
             self._send_each(member, batch, key, [share for share in left if _rows_of(share)])
 
     def _send_plan(self, plan: FramePlan, key: Key, shares: Sequence[Share]) -> int:
-        """Address a plan's parts to a collector each, and send it; return how many rows were dealt with."""
+        """Address a plan's parts to a collector each, and send it; return the number of rows handled."""
         exit_ = key[-1]
         addressings = [share.destination.addressing(share.egress) for share in shares]
         names = [exit_.name(each) for each in addressings]
@@ -214,16 +214,16 @@ class Sender:
         return exit_.send(plan, [share.destination for share in shares])
 
     def _release(self, destination: Destination, egress: Egress) -> None:
-        """Send what a collector had waiting, before anything newer."""
+        """Send a collector's waiting rows, before any newer ones."""
         key = destination.version, egress.mtu, egress.kind, self._packet_sockets.for_egress(egress, destination.version)
         while destination.held:
             held = destination.held.pop_oldest()
             self._send_same(0, held.batch, key, [Share(destination, egress, held.rows)])
 
     def work(self) -> float:
-        """Follow what changes on the network, send what can be sent now, drop what has waited too long.
+        """Apply network changes, send waiting rows that can be sent now, drop those that have waited too long.
 
-        Return after how many seconds that is due again, at the latest.
+        Return the seconds after which that is due again, at the latest.
         """
         self.next_hops.apply_events()
         now = time.monotonic()
@@ -243,7 +243,7 @@ class Sender:
         return HOLDING_SECONDS if self._holding or self.next_hops.stale else REFRESH_SECONDS
 
     def close(self) -> None:
-        """Close what is ours; the raw sockets are whose they were."""
+        """Close our own sockets; the raw sockets stay with their owner."""
         self.next_hops.close()
 
 

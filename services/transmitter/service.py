@@ -1,4 +1,4 @@
-"""The transmitter on the bus: the shared loop with a sender of copies, and the frames that are asked for."""
+"""The transmitter on the bus: the shared loop with a sender of copies, and the requested frames."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -18,13 +18,13 @@ from shared.fanout.service import CopyService
 from shared.settings.model import Settings
 
 FRAME_SOCKETS: Final = 2
-"""AF_PACKET sockets kept for frames that were asked for: as they are, and with a check sequence of their own."""
+"""AF_PACKET sockets kept for requested frames: as they are, and with a check sequence of their own."""
 
 
 class TransmitterService(CopyService[Destination]):
-    """Serves the collectors whose `source` is `original`, and whoever may ask for frames.
+    """Serves the collectors whose `source` is `original`, and clients that may ask for frames.
 
-    `facts` are what the status says of privilege.
+    `facts` are the entries about privilege in its status.
     """
 
     source: ClassVar[Source] = "original"
@@ -41,15 +41,15 @@ class TransmitterService(CopyService[Destination]):
         return super().__enter__()
 
     def topics(self) -> Iterable[str]:
-        """Without sockets none, by which others see that there is nobody to serve them."""
+        """Topics to subscribe to; without sockets none, which shows others that no service is there for them."""
         return (*super().topics(), TRANSMIT_TOPIC) if self._sockets else ()
 
     def descriptors(self) -> Iterable[int]:
-        """What tells that a route, a link or a neighbour has changed."""
+        """The descriptor that signals a change of a route, link or neighbour."""
         return (self._sender.next_hops.fileno(),)
 
     def apply_settings(self, settings: Settings) -> None:
-        """Have the streams of these settings, and send nothing to their listeners."""
+        """Use the streams of these settings, and send nothing to their listeners."""
         super().apply_settings(settings)
         self._sender.apply_settings(settings)
 
@@ -62,16 +62,16 @@ class TransmitterService(CopyService[Destination]):
         self._sender.send(batch, routed)
 
     def handle_message(self, message: Message) -> None:
-        """Begin sending frames that are asked for."""
+        """Begin sending requested frames."""
         if isinstance(message.body, TransmitRequest) and message.topic == TRANSMIT_TOPIC:
             self._frames.accept_request(message.body)
 
     def work(self) -> float:
-        """Do what the network or the time has brought, and send frames that are due."""
+        """Apply changes of the network and of time, and send frames that are due."""
         return min(self._sender.work(), self._frames.work())
 
     def own_account(self) -> dict[str, int]:
-        """What the process may do, and what became of frames and requests."""
+        """Rights of the process, and the fate of frames and requests."""
         return {**self._facts, **self._frames.counters, **self._sender.audit.counters}
 
     def __exit__(

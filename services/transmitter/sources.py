@@ -11,7 +11,7 @@ from shared.datagrams.sampling import Hashes, mix
 
 MAX_LENGTH: Final = 0xFFFF
 PART_BITS: Final = np.uint64(16)
-"""Of a hash, where rows are in parts: more of these than a plan has room for rows."""
+"""Bits of a hash that are left where rows are in parts: enough for every row of a plan."""
 _SPREAD: Final = np.array(
     [0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xD6E8FEB86659FD93, 0xFF51AFD7ED558CCD], np.uint64
 )
@@ -19,17 +19,17 @@ _SPREAD: Final = np.array(
 
 
 def by_source(words: Words, parts: Sequence[int] = (0,)) -> tuple[Indices | None, Mask]:
-    """Return the order that brings rows of one source together, and which rows begin another source, in that order.
+    """Return the order that brings rows of one source together, and the rows that begin another source in it.
 
     `words` are rows as in `Gathered`. The order is None where they are together already. Rows stay in their part, and
-    a part, whose first rows `parts` are, begins another source. Two sources of one hash may stand mixed: that only
-    costs frames, since where one ends is seen by the address itself.
+    each part, whose first rows are in `parts`, begins another source. Two sources of one hash may stand mixed. That
+    only costs frames, since the address itself shows where a source ends.
     """
     begins = np.ones(len(words), np.bool_)
     begins[1:] = _differ(words[1:], words[:-1])
     begins[list(parts)] = True
     heads = np.flatnonzero(begins)
-    if len(heads) < 3:  # not even two stretches of one source with another in between
+    if len(heads) < 3:  # less than two stretches of one source with another in between
         return None, begins
     hashes = hash_sources(words[heads])
     if len(parts) > 1:  # the part counts first
@@ -37,7 +37,7 @@ def by_source(words: Words, parts: Sequence[int] = (0,)) -> tuple[Indices | None
     ordered = np.sort(hashes)
     if (ordered[1:] != ordered[:-1]).all():
         return None, begins
-    # Stretches are what is moved, as they are: there are often far fewer of them than rows.
+    # Stretches are moved, not rows: there are often far fewer of them.
     by_hash = np.argsort(hashes, kind="stable")
     ends = np.append(heads[1:], len(words))
     sizes = (ends - heads)[by_hash]
@@ -51,7 +51,7 @@ def by_source(words: Words, parts: Sequence[int] = (0,)) -> tuple[Indices | None
 
 
 def hash_sources(words: Words) -> Hashes:
-    """A hash of each row's address and port, uint64, shape (n,)."""
+    """Return a hash of each row's address and port, uint64, shape (n,)."""
     wide = words.astype(np.uint64)
     wide[:, 0] >>= np.uint64(16)  # the port alone
     hashes: Hashes = mix(wide @ _SPREAD)
@@ -59,7 +59,7 @@ def hash_sources(words: Words) -> Hashes:
 
 
 def hash_addresses(words: Words) -> Hashes:
-    """A hash of each row's address alone, uint64, shape (n,)."""
+    """Return a hash of each row's address alone, uint64, shape (n,)."""
     wide = words.astype(np.uint64)
     wide[:, 0] = 0
     hashes: Hashes = mix(wide @ _SPREAD)
@@ -67,7 +67,7 @@ def hash_addresses(words: Words) -> Hashes:
 
 
 def _differ(words: Words, others: Words) -> Mask:
-    """Which rows are of other sources than those beside them: column by column is what numpy does fastest."""
+    """Return the rows with another source than the row beside them; numpy is fastest column by column."""
     differ: Mask = (words[:, 0] ^ others[:, 0]) > MAX_LENGTH
     for column in range(words.shape[1] - 1, 0, -1):
         differ |= words[:, column] != others[:, column]
