@@ -141,7 +141,7 @@ class Receiver(Generic[T]):
         raise NotImplementedError
 
     def missing(self) -> str:
-        """What is known to be lost or incomplete, or an empty string."""
+        """Return what is known to be lost or incomplete, or an empty string."""
         raise NotImplementedError
 
     def read(self, count: int, seconds: float = PATIENCE_SECONDS) -> list[T]:
@@ -234,7 +234,7 @@ class Collector(Receiver[Arrival]):
                 yield Arrival(peer[0], peer[1], payload)
 
     def missing(self) -> str:
-        """What the kernel has dropped on this host, for a full buffer or a wrong checksum."""
+        """Return what the kernel has dropped on this host, for a full buffer or a wrong checksum."""
         return f"dropped by the kernel: {dropped}" if (dropped := self._host.udp_errors() - self._errors) else ""
 
 

@@ -27,7 +27,7 @@ if os.environ.get("PYTEST_XDIST_WORKER") and os.geteuid():
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_setupnodes() -> None:
-    """Have workers of a plain user enter labs of their own: they have threads, and can't make a user namespace."""
+    """Let workers of a plain user enter labs of their own: they have threads, and can't make a user namespace."""
     if os.geteuid():
         raise_ambient()
 

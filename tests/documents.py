@@ -87,12 +87,12 @@ def sentences(page: str) -> Iterator[str]:
 
 
 def words(sentence: str) -> int:
-    """How many words it has."""
+    """The number of words."""
     return len(WORDS.findall(sentence))
 
 
 def exists(page: str, link: str) -> bool:
-    """Whether a relative link on the page leads to a file, and its anchor to a heading there."""
+    """Return whether a relative link on the page leads to a file, and its anchor to a heading there."""
     path, _, anchor = link.partition("#")
     target = (CHECKOUT / page).parent / path if path else CHECKOUT / page
     if not target.exists():

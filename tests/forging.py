@@ -30,7 +30,7 @@ def forged(source: Source, destination: Source, payload: bytes, *, checksum: boo
 
 
 def family_of(destination: Source) -> socket.AddressFamily:
-    """That of its address."""
+    """Return the family of its address."""
     return socket.AF_INET6 if ":" in destination[0] else socket.AF_INET
 
 

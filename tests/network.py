@@ -96,7 +96,7 @@ def _own_namespace() -> int:
 
 @contextmanager
 def _coming_back() -> Iterator[None]:
-    """Whatever happens inside, this thread ends in the network namespace where it began."""
+    """Bring this thread back to the network namespace where it began, whatever happens inside."""
     before = _own_namespace()
     try:
         yield
@@ -136,7 +136,7 @@ class Host:
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """What this thread opens and starts meanwhile belongs to this host."""
+        """Let this thread open and start things on this host meanwhile."""
         assert_entered()
         assert self.descriptor is not None, "this host is gone, or was never entered by `with`"
         with _coming_back():
@@ -154,7 +154,7 @@ class Host:
             return socket.socket(family, kind, protocol)
 
     def link(self, interface: str) -> dict[str, Any]:
-        """What `ip -json` says of an interface: mtu, address, link_type, stats64 and more."""
+        """Return the report of `ip -json` on an interface: mtu, address, link_type, stats64 and more."""
         answer: list[dict[str, Any]] = json.loads(self.run("ip", "-json", "-stats", "link", "show", "dev", interface))
         return answer[0]
 
@@ -164,7 +164,7 @@ class Host:
         return answer["kernel"]
 
     def udp_errors(self) -> int:
-        """How many UDP datagrams this host has dropped, for a full buffer or a wrong checksum."""
+        """Return the UDP datagrams that this host has dropped, for a full buffer or a wrong checksum."""
         counters = self.counters()
         return counters["UdpInErrors"] + counters["Udp6InErrors"]
 
@@ -220,7 +220,7 @@ class End:
         return request[1]
 
     def works(self) -> bool:
-        """Whether it and its other end are up."""
+        """Return whether it and its other end are up."""
         return bool(self.host.link(self.name)["operstate"] == "UP")
 
     def make(self, kind: str, more: str = "", over: str = "") -> None:

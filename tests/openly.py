@@ -20,13 +20,13 @@ from tests.stack import CHECKOUT, Running, Stack
 
 NOBODY: Final = 65534
 PACKAGES: Final = ("msgpack", "msgspec", "numpy", "pyroute2", "structlog", "zmq")
-"""What the transmitter imports; copied where the interpreter that has them is closed to other users."""
+"""Packages that the transmitter imports; copied where the interpreter that has them is closed to other users."""
 BUNDLED: Final = ("numpy.libs", "pyzmq.libs")
 """Shared libraries that wheels bring along."""
 
 
 def _nobody_runs(*command: str) -> bool:
-    """Whether a command succeeds for a user who owns nothing."""
+    """Return whether a command succeeds for a user who owns nothing."""
 
     def become_nobody() -> None:
         os.setgroups([])
@@ -80,7 +80,7 @@ class OpenStack(Stack):
 
     @contextmanager
     def opening(self) -> Iterator[None]:
-        """What is started meanwhile may open raw sockets; `interpreter` and `program` are readable by everybody."""
+        """Let programs started meanwhile open raw sockets; `interpreter` and `program` are readable by everybody."""
         with self._program(), ambient(NET_RAW) if os.geteuid() else nullcontext():
             yield
 

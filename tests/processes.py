@@ -16,7 +16,7 @@ EVENTS: Final = frozenset({"subprocess.Popen", "os.fork", "os.posix_spawn"})
 """Audit events of whatever starts one, see the table in Python's documentation."""
 
 started: Final[list[str]] = []
-"""What has started a process in this one, since somebody has cleared it."""
+"""Functions that have started a process in this one, since the list was last cleared."""
 
 
 def mark(items: Iterable[pytest.Item]) -> None:
@@ -42,7 +42,7 @@ def _parts(item: pytest.Function) -> Iterator[object]:
 
 
 class _Graph:
-    """What refers to what, found out once for each."""
+    """References from function to function, each found out once."""
 
     def __init__(self) -> None:
         self._referred: dict[
@@ -50,7 +50,7 @@ class _Graph:
         ] = {}  # with what has the id, so that nothing else gets it
 
     def starts(self, found: object) -> bool:
-        """Whether `found`, or anything of tests/ that is reached from it by name, refers to what starts processes."""
+        """Return whether `found`, or anything of tests/ that its names lead to, refers to what starts processes."""
         seen, waiting = set[int](), [found]
         while waiting:
             each = waiting.pop()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def refuse(rules: str) -> None:
-    """Have the kernel refuse these calls to this process, and to those that it starts, for good."""
+    """Let the kernel refuse these calls to this process, and to those that it starts, for good."""
     from tests.deploy.confined import SCMP_ACT_ALLOW, SCMP_ACT_ERRNO, SCMP_CMP_EQ, Comparison, Filter
 
     refusing = Filter(SCMP_ACT_ALLOW)

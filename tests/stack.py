@@ -17,7 +17,7 @@ CHECKOUT = Path(__file__).parent.parent
 DRAIN_SECONDS = 4.0
 """Within which every process has to end when told to: honcho kills after five."""
 PATIENCE_SECONDS = 60.0
-"""How long a test waits for what has to come: no more than a busy machine could need, since only failures take it."""
+"""Time that a test waits for what has to come: enough for a busy machine, since only failures take it."""
 
 PATIENT = "[gateway]\nserve_seconds = 10\n"
 """For who signs up and expects that copies flow with the answer, however busy the machine."""
@@ -66,7 +66,7 @@ class Running:
 
     @property
     def reloads(self) -> list[dict[str, Any]]:
-        """What it has said of each SIGHUP, last of all."""
+        """Return its lines on each SIGHUP, from the last ones."""
         said = ("reloaded", "not reloaded", "nothing to reload")
         return [line for line in self.log if line.get("event", "").startswith(said)]
 

@@ -156,5 +156,5 @@ def _in_backticks(text: str) -> set[str]:
 
 
 def _words(kind: Any) -> set[str]:
-    """What a Literal, or a union of them, allows."""
+    """Return the words that a Literal, or a union of them, allows."""
     return {kind} if isinstance(kind, str) else {word for part in get_args(kind) for word in _words(part)}

@@ -242,7 +242,7 @@ def test_unanswered_neighbours_delay_nobody(relay: Host, siem: Host) -> None:
 
 
 def test_sink_swallows_everything() -> None:
-    """What is sent to a sink's neighbours is counted by its device and goes no further."""
+    """Datagrams to a sink's neighbours are counted by its device and go no further."""
     with sink(End(HERE, "sink", "10.4.0.1/24 fd04::1/64"), "10.4.0.2", "fd04::2"):
         for address in ("10.4.0.2", "fd04::2"):
             send(HERE, address, 9, *[b"x"] * 100)

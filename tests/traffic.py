@@ -79,7 +79,7 @@ class CheckingCollector:
 
 @contextmanager
 def exporters(count: int, port: int, address: str = "127.0.0.1") -> Iterator[list[socket.socket]]:
-    """So many sockets with an address and port of their own each, connected to a listener."""
+    """Open a number of sockets with an address and port of their own each, connected to a listener."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     sockets = []
     for number in range(count):

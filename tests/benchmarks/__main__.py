@@ -100,7 +100,7 @@ def run_bare(results: Results, workload: Workload, here: Site, offer: Offer, pro
 
 
 def run_scale(results: Results, way: Way, rounds: int) -> None:
-    """How the cost grows with each thing there may be more of."""
+    """Measure how the cost grows with each thing that there may be more of."""
     for grows, cases in scale.CASES.items():
         for case in cases:
             with site(scale.MTU) as here:

@@ -23,7 +23,7 @@ QUIET_SECONDS: Final = 0.1
 
 @dataclass(frozen=True)
 class Round:
-    """What one round gave: datagrams/s to each collector, CPU µs a datagram received, copies lost, MB resident.
+    """The results of one round: datagrams/s to each collector, CPU µs a datagram received, copies lost, MB resident.
 
     `in_order`: whether each exporter's copies came in order and once, when all of them were read.
     """

@@ -1,4 +1,4 @@
-"""How close each stage is to a bare loop in C of the system call that it lives by, in CPU µs a datagram.
+"""Compares each stage with a bare loop in C of the system call that it lives by, in CPU µs a datagram.
 
 Ingest is compared with `recvmmsg` alone, which does nothing with what it takes; forwarder and transmitter with
 `sendmmsg` of the very messages that they make of a batch, built before the clock starts. `bare.c` is compiled here.
@@ -39,7 +39,7 @@ from tests.benchmarks.workloads import Workload
 
 STAGE_SECONDS: Final = 0.4
 STAGE_DATAGRAMS: Final = 24 * MAX_ROWS
-"""So many that shared memory holds them all while the next stage is stopped."""
+"""A number that shared memory can hold while the next stage is stopped."""
 SOURCE: Final = Path(__file__).with_name("bare.c")
 
 

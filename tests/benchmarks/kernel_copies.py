@@ -27,7 +27,7 @@ RULES: Final = """table netdev copies {{ chain taken {{
 
 
 def available(task: Task) -> bool:
-    """Whether it can do a task here: it always keeps the exporter's address."""
+    """Return whether it can do a task here: it always keeps the exporter's address."""
     return task.way == "original" and bool(shutil.which("nft"))
 
 
@@ -76,6 +76,6 @@ def copies(site: Site, fan_out: int) -> str:
 
 
 def put_rule(site: Site, statements: str) -> None:
-    """Have a rule in the place of the last one."""
+    """Put a rule in the place of the last one."""
     text = RULES.format(device=site.in_name, relay=RELAY, port=PORT, statements=statements)
     site.relay.run("nft", "-f", "-", text=f"flush ruleset\n{text}")

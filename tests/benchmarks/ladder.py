@@ -39,7 +39,7 @@ TIMESPEC: Final = struct.Struct("=qq")
 
 @dataclass(frozen=True)
 class Rung:
-    """What one rate gave: datagrams/s offered in fact, share lost, CPU µs a datagram, and lateness in ns."""
+    """The results of one rate: datagrams/s offered in fact, share lost, CPU µs a datagram, and lateness in ns."""
 
     offered: float
     lost: float
@@ -73,7 +73,7 @@ def measure(name: str, task: Task, site: Site, offer: Offer, start: float) -> Cl
 
 
 def count_and_stamp(sinks: list[Sink]) -> None:
-    """Have collectors count what comes and note when the probes came."""
+    """Let collectors count what comes and note the times of the probes."""
     for sink in sinks:
         sink.discard()
         sink.socket.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
@@ -157,7 +157,10 @@ def _read_probes(sink: Sink) -> list[tuple[int, int]]:
 
 
 def _lateness(offer: Offer, probes: list[tuple[int, int]], stamps: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """How late each probe came. The workload repeats itself: a number's first copy is of the first time it was sent."""
+    """Return the lateness of each probe.
+
+    The workload repeats itself: a number's first copy is of the first time it was sent.
+    """
     times: Counter[int] = Counter()
     late = []
     for number, arrived in probes:

@@ -40,7 +40,7 @@ BUFFER: Final = 1 << 25
 """Bytes: fanwire's own default."""
 WARM_SECONDS: Final = 0.7
 MARGIN_SECONDS: Final = 0.1
-"""How long the sender goes on after what is measured."""
+"""Time for which the sender goes on after what is measured."""
 QUIET_SECONDS: Final = 1.5
 """After which what has not come is lost."""
 REST_SECONDS: Final = 0.05
@@ -58,7 +58,7 @@ IP_TRANSPARENT: Final = 19
 
 @dataclass(frozen=True)
 class Load:
-    """What exporters send: sizes as in a workload, so many datagrams a second, by so many sources, how spaced."""
+    """The load of exporters: sizes as in a workload, a rate of datagrams, a number of sources, and their spacing."""
 
     rate: int
     workload: str = "small"
@@ -68,7 +68,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Reading:
-    """What one run gave: per cent of a core by process, wake-ups a second, µs of lateness by quantile, and counts."""
+    """The results of one run: per cent of a core a process, wake-ups a second, µs of lateness by quantile, counts."""
 
     cpu: dict[str, float]
     wakeups: float
@@ -91,13 +91,13 @@ class Measured:
     _exporters: list[socket.socket] = field(default_factory=list)
 
     def begin(self) -> None:
-        """Have the collectors count, and see only probes, from now on."""
+        """Let the collectors count, and see only probes, from now on."""
         for sink in self.sinks:
             sink.discard()
         wait_until(lambda: not any(sink.read() for sink in self.sinks), "collectors are empty")
 
     def idle(self, seconds: float) -> Reading:
-        """What the program costs with nothing to do."""
+        """Measure the cost of the program with nothing to do."""
         time.sleep(WARM_SECONDS)
         cpu, wakeups = _spent(self.program, seconds)
         return Reading(cpu, wakeups, {}, 0, 0, 0, True)
@@ -196,7 +196,7 @@ def exporter_socket(site: Site, number: int) -> socket.socket:
 
 
 def in_order(records: npt.NDArray[np.void]) -> bool:
-    """Whether each collector got what it saw of each exporter in order, and once."""
+    """Return whether each collector got what it saw of each exporter in order, and once."""
     after: dict[tuple[int, int], int] = {}
     for collector, exporter, number in records[["collector", "exporter", "number"]].tolist():
         if number < after.get((collector, exporter), 0):

@@ -1,4 +1,4 @@
-"""What the paced method gave: a line a cell for people, a table in Markdown, and what has become worse."""
+"""Results of the paced method: a line a cell for people, a table in Markdown, and a list of what has become worse."""
 
 import json
 import statistics
@@ -33,7 +33,7 @@ class Cell:
 
     @property
     def task(self) -> tuple[str, int, Load]:
-        """What several programs are compared at."""
+        """Return the task at which several programs are compared."""
         return self.way, self.fan_out, self.load
 
     @property
@@ -121,7 +121,7 @@ def read(path: Path) -> list[Cell]:
 
 
 def worse(recorded: Sequence[Cell], now: Sequence[Cell]) -> list[str]:
-    """What has become worse of fanwire beside the same peers, a sentence each."""
+    """Return a sentence for each result of fanwire that has become worse beside the same peers."""
     before = {(*cell.task, cell.program): cell for cell in recorded}
     ours = {cell.task: cell for cell in now if cell.program == "fanwire"}
     found = []

@@ -34,7 +34,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def loads(options: argparse.Namespace, workload: str) -> Iterator[Load]:
-    """What is sent in turn; idleness has no sources and no spacing, and trains no different sizes."""
+    """Yield the loads in turn; idleness has no sources and no spacing, and trains no different sizes."""
     if 0 in options.rate:
         yield Load(0, workload, options.sources[0], options.spacing[0])
     for sources, spacing, rate in product(options.sources, options.spacing, filter(None, options.rate)):

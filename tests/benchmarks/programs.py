@@ -22,7 +22,7 @@ WAYS: Final[tuple[Way, ...]] = ("relay", "original")
 
 @dataclass(frozen=True)
 class Task:
-    """What a program is to do: a workload for so many collectors, with whose address, by what receive buffer."""
+    """The task of a program: a workload for a number of collectors, the source address, and the receive buffer."""
 
     workload: str
     fan_out: int
@@ -33,7 +33,7 @@ class Task:
     streams: int = 1
     workers: int = 1
     whole: bool = False
-    """Whether everything that `make run` starts is there, and counts."""
+    """True if everything that `make run` starts is there, and counts."""
     settings: str = ""
     """More settings for fanwire."""
 
@@ -60,7 +60,7 @@ class Program:
         return {name: _cpu_ns(pid) for name, pid in self.processes.items()}
 
     def wakeups(self) -> int:
-        """How often threads of any process have begun to wait so far: as often they were woken (proc(5), status)."""
+        """Return how often threads of any process have begun to wait: each was woken as often (proc(5), status)."""
         return sum(_waits(pid) for pid in self.processes.values())
 
     def resident_mb(self) -> float:

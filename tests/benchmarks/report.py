@@ -1,4 +1,4 @@
-"""What a run gave: a line each for people, rows for the JSON, and the figures of README.md."""
+"""Results of a run: a line each for people, rows for the JSON, and the figures of README.md."""
 
 import json
 import os
@@ -35,7 +35,7 @@ class Cell:
 
     @property
     def task(self) -> tuple[str, int, str]:
-        """What several programs are compared at."""
+        """Return the task at which several programs are compared."""
         return self.workload, self.fan_out, self.way
 
     @property
@@ -124,7 +124,7 @@ def table(cells: Iterable[Cell]) -> str:
 
 
 def slower(recorded: Results, now: Results) -> list[str]:
-    """What has become slower beside the same peers, a sentence each."""
+    """Return a sentence for each result that has become slower beside the same peers."""
     before = {(*cell.task, cell.program): cell for cell in recorded.cells}
     found = []
     for cell in now.cells:

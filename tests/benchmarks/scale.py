@@ -1,4 +1,4 @@
-"""How fanwire's cost grows with what there is of everything, one thing at a time, at a steady rate.
+"""Measures how fanwire's cost grows with the number of everything, one thing at a time, at a steady rate.
 
 CPU µs a datagram of all processes together, and what one copy costs: exporters offer the same number of datagrams a
 second whatever there is of the rest.
@@ -21,7 +21,10 @@ MTU: Final = 9000
 
 @dataclass(frozen=True)
 class Case:
-    """So much of everything. With `filters` each collector wants its own share of the exporters, else all get all."""
+    """The numbers of everything in one case.
+
+    With `filters` each collector wants its own share of the exporters, else all get all.
+    """
 
     collectors: int = 1
     exporters: int = 1000

@@ -24,7 +24,7 @@ from tests.network import End, Host, veth
 
 RELAY: Final = "10.81.255.254"
 PORT: Final = 7000
-"""Where exporters send to."""
+"""The port that exporters send to."""
 COLLECTOR_PORT: Final = 9100
 COLLECTOR_HOSTS: Final = 64
 SINK_BUFFER: Final = 1 << 29
@@ -187,7 +187,7 @@ class Site:
 
     @contextmanager
     def sinks(self, fan_out: int) -> Iterator[list[Sink]]:
-        """So many collectors."""
+        """Start a number of collectors."""
         with ExitStack() as opened:
             found = []
             for number in range(fan_out):

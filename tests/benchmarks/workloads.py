@@ -1,4 +1,4 @@
-"""What exporters send: sizes, bursts and payloads that look like the protocol they are named after.
+"""Datagrams of exporters: sizes, bursts and payloads that look like the protocol they are named after.
 
 Every payload ends in a mark of 13 characters: exporter and number in hexadecimal, and `P` where the datagram is a
 probe, whose way through the relay is timed, else `.`.
@@ -27,10 +27,10 @@ class Workload:
     head: bytes
     mtu: int = 1500
     streams: int = 1
-    """How many ports they send to, each exporter to one."""
+    """Number of ports that they send to, each exporter to one."""
 
     def exporter(self, number: int) -> int:
-        """Who sends the datagram of that number."""
+        """Return the exporter of the datagram with that number."""
         return number // self.burst % self.exporters
 
     def payloads(self) -> list[bytes]:

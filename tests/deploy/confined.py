@@ -24,7 +24,7 @@ PROT_EXEC: Final = 4
 
 
 class Comparison(ctypes.Structure):
-    """What a rule asks of an argument (struct scmp_arg_cmp)."""
+    """The condition of a rule for an argument (struct scmp_arg_cmp)."""
 
     _fields_ = (("arg", ctypes.c_uint), ("op", ctypes.c_int), ("a", ctypes.c_uint64), ("b", ctypes.c_uint64))
 
@@ -76,7 +76,7 @@ def expand(name: str) -> set[str]:
 
 
 def allowed_calls(words: Iterable[str]) -> set[str]:
-    """What SystemCallFilter= leaves, its words taken in order."""
+    """Return the calls that SystemCallFilter= leaves, its words taken in order."""
     calls: set[str] = set()
     for word in words:
         if word.startswith("~"):

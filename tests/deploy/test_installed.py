@@ -46,7 +46,7 @@ def python(public: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def user(python: Path) -> pwd.struct_passwd | None:
-    """Whom root runs the services as; None when we are not root, or nobody else can get to the interpreter."""
+    """Return the user that root runs the services as; None: we are not root, or no other can use the interpreter."""
     if os.geteuid():
         return None
     nobody = pwd.getpwnam("nobody")
@@ -56,7 +56,7 @@ def user(python: Path) -> pwd.struct_passwd | None:
 
 
 def identity(unit: Path, user: pwd.struct_passwd | None) -> list[str]:
-    """What leaves a command the unit's capabilities and no others, and makes it `user` if there is one."""
+    """Return a command that keeps the unit's capabilities and no others, and becomes `user` if there is one."""
     only = ",".join(["-all", *(name.lower().replace("cap_", "+") for name in lines(unit, "AmbientCapabilities"))])
     who = [f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups"] if user else []
     if not user and os.geteuid() == 0:

@@ -39,7 +39,7 @@ def service_of(unit: Path) -> str:
 
 
 def lines(unit: Path, key: str) -> list[str]:
-    """What a unit gives a setting, line by line."""
+    """Return the lines that a unit gives a setting."""
     return re.findall(rf"^{key}=(.*)$", unit.read_text(), re.MULTILINE)
 
 
@@ -99,7 +99,7 @@ def test_exposure_is_low(unit: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_every_service_has_a_unit() -> None:
-    """Whatever runs as a process of its own, and is no command that people type, has one unit."""
+    """Every program that runs as a process of its own, and is no command that people type, has one unit."""
     found = {path.parent.name for path in (CHECKOUT / "services").glob("*/__main__.py")} - {"operator"}
     units = [service_of(unit) for unit in SERVICES]
     assert sorted(units) == sorted(found)
@@ -141,7 +141,7 @@ def test_ingest_goes_first_when_memory_is_short() -> None:
 
 
 def test_no_unit_holds_a_secret() -> None:
-    """What a unit sets is said to everybody who may ask systemd: no key, token or password is among it."""
+    """No unit sets a key, token or password: any user may ask systemd for what it sets."""
     for unit in SERVICES:
         names = {line.partition("=")[0] for line in lines(unit, "Environment")}
         assert names <= {"FANWIRE_CONFIG", "OPENBLAS_NUM_THREADS", "HONCHO_PROCESS_NAME"}

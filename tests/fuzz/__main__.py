@@ -18,7 +18,7 @@ from tests.fuzz.targets import TARGETS
 INPUT_SECONDS: Final = 10
 """One input that takes longer is a finding."""
 MEMORY_MB: Final = 1024
-"""So is one that makes the process larger."""
+"""An input that makes the process larger is a finding too."""
 LARGEST: Final = 2048
 MEMORY: Final = Path("/dev/shm")
 """Files that a target writes are written thousands of times."""

@@ -1,4 +1,4 @@
-"""What exporters send: streams of TCP, and the datagrams by whose numbers it is told what was lost."""
+"""Input from exporters: streams of TCP, and the datagrams whose numbers show losses."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -63,7 +63,7 @@ def _calls(arrivals: list[Arrival]) -> list[list[Arrival]]:
 
 
 def _observe(protocol: Protocol, arrivals: list[Arrival], *, apart: int = 0, capacity: int) -> Counter[str]:
-    """What is counted, which is never more than there can be; in memory datagrams may stand this far apart."""
+    """Return the counts, which are never above what there can be; in memory datagrams may stand this far apart."""
     account: Counter[str] = Counter()
     exporters = ExporterTracker(protocol, account, capacity)
     with np.errstate(all="raise"):
@@ -83,7 +83,7 @@ def _observe(protocol: Protocol, arrivals: list[Arrival], *, apart: int = 0, cap
 
 
 def _account(protocol: Protocol, arrivals: list[Arrival]) -> Counter[str]:
-    """What is counted where all exporters can be followed: the same however the datagrams stand in memory."""
+    """Return the counts where all exporters can be followed: the same however the datagrams stand in memory."""
     account = _observe(protocol, arrivals, capacity=MAX_ARRIVALS)
     longest = max((len(arrival.payload) for arrival in arrivals), default=0)
     assert account == _observe(protocol, arrivals, apart=longest + 7, capacity=MAX_ARRIVALS)
@@ -93,7 +93,7 @@ def _account(protocol: Protocol, arrivals: list[Arrival]) -> Counter[str]:
 
 
 class Flow(NamedTuple):
-    """What a datagram says of itself: whose it is, its number, how many it takes, the uptime, and what is counted."""
+    """The facts of a datagram: its exporter, its number, the numbers it takes, the uptime, and what is counted."""
 
     source: str
     key: object
@@ -124,7 +124,7 @@ def _read_sflow(source: str, payload: bytes) -> Flow | None:
 
 
 def _as_one_by_one(protocol: Protocol, data: bytes, read: Callable[[str, bytes], Flow | None]) -> None:
-    """Where nothing is settled before the end, a plain loop over the datagrams counts the same."""
+    """Check that a plain loop over the datagrams counts the same, if nothing is settled before the end."""
     arrivals = split_arrivals(data)
     account = _account(protocol, arrivals)
     flows = [flow for arrival in arrivals if (flow := read(arrival.source, arrival.payload))]
@@ -168,7 +168,7 @@ def ipfix(data: bytes) -> None:
 
 
 def _count_records(payload: bytes, templates: dict[int, int]) -> tuple[int, bool]:
-    """As `Templates.count` of one datagram; `templates` are what was learned, and learn."""
+    """Count as `Templates.count` does for one datagram; `templates` are those learned so far, and grow."""
     sets, whole = _sets(payload)
     changed = set()
     for number, content in sets:

@@ -26,7 +26,7 @@ from tests.fuzz.printing import check_line, printed
 
 MAX_KEYS: Final = 4
 COMMENT: Final = {"samplicator": re.compile(r"\s*(#|$)"), "pmacct": re.compile(r"\s*([!#]|$)")}
-"""How a line begins that says nothing."""
+"""Beginnings of lines that say nothing."""
 
 
 @contextmanager
@@ -143,7 +143,7 @@ def _import(tool: str, data: bytes) -> None:
 
 
 def _numeric(host: str, port: int, **options: Any) -> Any:
-    """As getaddrinfo(3), for addresses as it reads them and for one name; nobody is asked."""
+    """Do as getaddrinfo(3) does, for addresses as it reads them and for one name; no server is asked."""
     if host == "collector.example":
         host = "192.0.2.7"
     options["flags"] = options.get("flags", 0) | socket.AI_NUMERICHOST

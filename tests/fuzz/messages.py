@@ -1,4 +1,4 @@
-"""What processes tell each other on the bus, and what the kernel tells."""
+"""Messages between processes on the bus, and messages of the kernel."""
 
 import argparse
 from collections import deque
@@ -43,7 +43,7 @@ def bus_message(data: bytes) -> None:
 
 
 def reports(data: bytes) -> None:
-    """What services report, one message after the other, adds up or not, and is printed as a table and as JSON."""
+    """Services' reports, one message after the other, add up or not, and are printed as a table and as JSON."""
     balance, taken = Balance(), Reports()
     parts = split_parts(data, MAX_REPORTS * STATUS_PARTS)
     for at in range(0, len(parts), STATUS_PARTS):
@@ -72,7 +72,7 @@ def reports(data: bytes) -> None:
 
 
 def netlink(data: bytes) -> None:
-    """Whatever the kernel says for an answer or an event, the answer is one or none, and nothing is raised."""
+    """The netlink answer or event is one or none for any bytes of the kernel, and nothing is raised."""
     kernel = PlayedKernel()
     with mock.patch.object(shared.net.netlink, "_open", return_value=kernel):
         asks: tuple[Callable[[Netlink], object], ...] = (

@@ -1,4 +1,4 @@
-"""What a target prints, caught: on a terminal it must do nothing but appear."""
+"""Output of a target, caught: on a terminal it must do nothing but appear."""
 
 import io
 from collections.abc import Iterator

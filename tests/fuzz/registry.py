@@ -43,7 +43,7 @@ _access: Final = Access(Endpoint("tcp", "127.0.0.1", 5000))
 
 
 def json_lines(data: bytes) -> None:
-    """What a client says, in two reads, makes requests or refusals; what is asked for is admitted or refused."""
+    """A client's bytes, in two reads, make requests or refusals; requests are admitted or refused."""
     decoder, at = Decoder(), data[0] if data else 0
     for read in (b"{" + data[1:at], data[at:]):
         if read:
@@ -78,7 +78,7 @@ def names(data: bytes) -> None:
 
 
 def answers(data: bytes) -> None:
-    """What a gateway says, behind a challenge, keeps a lease or not and is printed, or each command ends in a line."""
+    """A gateway's lines, behind a challenge, keep a lease or not and are printed, or each command ends in a line."""
     challenge, said = (*split_parts(data, 2), b"", b"")[:2]
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with near, far:
@@ -115,7 +115,7 @@ def _ended_in_a_line(said: bytes, *, as_json: bool = False) -> Iterator[None]:
 
 
 def _keep_lease(receiver: socket.socket) -> None:
-    """As `fanwire collect` does, some minutes in none: it renews, is told something, and signs up again."""
+    """Do as `fanwire collect` does in some minutes, in no time: it renews, is told something, and signs up again."""
     lease = Lease(_access, 1.0, "siem", {"streams": ["messages"], "port": 9})
     lease.prove = lambda: collect._await_nonce(receiver)
     try:
@@ -163,7 +163,7 @@ def _go_on(path: Path, data: bytes) -> None:
 
 
 def _check_told(entries: registry.Registry) -> None:
-    """What goes to those who send copies is taken by them."""
+    """Check that the senders of copies accept what is sent to them."""
     told = RegistrySnapshot(entries.commit(), 0, 1, [entry.client for entry in entries.entries()])
     assert decode(encode(REGISTRY_TOPIC, told, sender="gateway.1", boot=1, sequence=0, total=0)).body == told
 

@@ -1,4 +1,4 @@
-"""What takes bytes from outside, a function each: whatever they are, they are taken, or refused as the docs say.
+"""Targets that take bytes from outside, a function each: any bytes are accepted, or refused as the docs say.
 
 Anything else that is raised is a finding.
 """

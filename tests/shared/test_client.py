@@ -13,7 +13,7 @@ TERMS = ("streams", "source", "prefixes", "sample", "group", "hop_limit", "dscp"
 
 @pytest.mark.parametrize("kind", [Client, Collector, Register, View, Entry])
 def test_terms_have_one_default_everywhere(kind: type[CopyTerms]) -> None:
-    """Whatever carries the terms of a client has all of them, with the same defaults; only the bus says `prefixes`."""
+    """Every struct with the terms of a client has all of them, with the same defaults; only the bus says `prefixes`."""
     declared = {field.name: field for field in fields(kind)}
     for name in TERMS:
         if (kind, name) != (Collector, "streams"):  # a collector of the settings must name some

@@ -1,4 +1,4 @@
-"""What nobody should send, to the whole: each has its clear answer, and the good goes on."""
+"""Input that nobody should send, to the whole stack: each has its clear answer, and the good goes on."""
 
 import os
 import random
@@ -92,7 +92,7 @@ READ_ONLY = "mkdir -p {at} && mount -t tmpfs -o ro fanwire {at} && exec {python}
 
 @pytest.mark.parametrize("name", SERVICES)
 def test_read_only_file_system_is_one_line_everywhere(stack: Stack, name: str) -> None:
-    """Where no bus directory can be made a service ends with 73, and one line: what, why, and which setting."""
+    """A service ends with 73 where no bus directory can be made, and one line: what, why, and which setting."""
     command = READ_ONLY.format(at=stack.directory / "ro", python=sys.executable, name=name)
     new = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--mount", "--map-root-user"]
     if subprocess.run([*new, "true"], capture_output=True, check=False).returncode:

@@ -30,7 +30,7 @@ def make_keys(stack: Stack) -> str:
 
 
 def apart(stack: Stack, setting: str) -> None:
-    """Have what is started from now on reach the broker by TCP alone: its bus directory is another."""
+    """Let programs started from now on reach the broker by TCP alone: their bus directory is another."""
     stack.bus = stack.directory / "other"
     stack.configure(setting)
 

@@ -40,13 +40,13 @@ class JumpingStack(Stack):
 
     @property
     def environment(self) -> dict[str, str]:
-        """That of any stack, with the module."""
+        """Return the environment of any stack, with the module."""
         before = super().environment
         path = f"{self.directory / 'site'}:{before['PYTHONPATH']}"
         return before | {"PYTHONPATH": path, "SHIFT": str(self.directory / "shift")}
 
     def jump(self, seconds: float) -> None:
-        """Have the time of day be so much ahead of ours from now on."""
+        """Set the time of day this far ahead of ours from now on."""
         (self.directory / "next").write_bytes(struct.pack("d", seconds))
         (self.directory / "next").rename(self.directory / "shift")
 

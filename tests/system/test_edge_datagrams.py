@@ -1,4 +1,4 @@
-"""What is at the edge of UDP, sent to the whole: each is copied as it is, or refused for a cause that is counted."""
+"""Datagrams at the edge of UDP, sent to the whole stack: each is copied as it is, or refused for a counted cause."""
 
 import socket
 from collections import Counter

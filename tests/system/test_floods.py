@@ -1,4 +1,4 @@
-"""Whoever sends what, as fast as can be: what it costs us has bounds, in memory, descriptors, disk and lines of log."""
+"""Floods of any input, as fast as can be: their cost is limited, in memory, descriptors, disk and lines of log."""
 
 import json
 import random
@@ -48,7 +48,7 @@ def ask_for_nonsense(_: Stack, draw: random.Random) -> None:
 
 
 def come_and_go(_: Stack, draw: random.Random) -> None:
-    """Have the forwarder meet collectors that no route leads to, and lose them again."""
+    """Let the forwarder meet collectors that no route leads to, and lose them again."""
     names = [f"{draw.getrandbits(60):x}" for _ in range(50)]
     client = {"op": "register", "streams": ["*"], "port": 9, "address": UNROUTED}
     granted = ask(b"".join(json.dumps(client | {"name": name}).encode() + b"\n" for name in names)).splitlines()

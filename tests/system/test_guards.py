@@ -6,7 +6,9 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
 import pytest
 
@@ -81,6 +83,12 @@ PURE = (
 )
 
 
+CLAUSE: Final = re.compile(
+    r"(Have|How|However|That|What|Whatever|When|Where|Whether|Which|Who|Whoever|Whom|Whose|Why)\b"
+)
+"""Beginnings of clauses that stand for a noun, and of orders to others."""
+
+
 def imports(path: Path) -> set[str]:
     """Modules that a file imports, dotted."""
     found = set()
@@ -90,6 +98,13 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             found.add(node.module)
     return found
+
+
+def docstrings(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the line and text of each docstring, those behind constants and attributes among them."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            yield node.lineno, str(node.value.value).strip()
 
 
 @pytest.mark.parametrize("service", SERVICES)
@@ -113,7 +128,7 @@ def test_shared_imports_its_own_and_lower_layers_only(path: Path) -> None:
 
 
 def test_every_module_of_shared_has_a_layer() -> None:
-    """What lies in `shared/` is one of the layers, so that no folder grows beside them."""
+    """Each file in `shared/` belongs to one of the layers, so that no folder grows beside them."""
     found = {path.stem for path in SHARED.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
     assert found - {"__init__"} == set(RANKS)
 
@@ -151,6 +166,14 @@ def test_no_socket_of_the_bus_is_made_elsewhere() -> None:
         if "context.socket(" in path.read_text()
     }
     assert makers == {"shared/bus/zmq_sockets.py", "services/broker/proxy.py"}
+
+
+@pytest.mark.parametrize("folder", ["services", "shared", "tests"])
+def test_docstrings_begin_with_a_verb_or_a_noun(folder: str) -> None:
+    """No docstring begins with a clause, which readers whose first language is not English have to read twice."""
+    found = [(str(path), *each) for path in (CHECKOUT / folder).rglob("*.py") for each in docstrings(path)]
+    assert len(found) > 500
+    assert not [each for each in found if CLAUSE.match(each[2])]
 
 
 def test_no_process_forks() -> None:

@@ -1,4 +1,4 @@
-"""How a collector does is told to who lists and watches: whole stacks, and collectors that fail in each way."""
+"""Health of collectors, for clients that list and watch: whole stacks, and collectors that fail in each way."""
 
 import json
 import signal
@@ -89,7 +89,7 @@ def until(word: str, name: str = "siem") -> dict[str, Any]:
 
 
 def test_closed_port_is_refusing_until_it_is_back(stack: Stack) -> None:
-    """Who watches reads once that a collector refuses, and once that it is well again; the list counts meanwhile."""
+    """A watcher reads once that a collector refuses, and once that it is well again; the list counts meanwhile."""
     stack.configure(PATIENT)
     stack.start_all()
     with flood(), watching() as (watcher, snapshot):
@@ -219,7 +219,7 @@ def configured(source: str) -> str:
 
 
 def test_full_send_buffer_is_slow(stack: Stack) -> None:
-    """What the collector's next hop does not take fills its send buffer: `slow`, until it takes it again."""
+    """Copies that the collector's next hop does not take fill its send buffer: `slow`, until it takes them again."""
     settings = configured("relay") + "[forwarder]\nsend_buffer = 4096\n"
     with beyond(stack, settings, "broker", "gateway", "forwarder", "ingest") as (relay, siem):
         siem.run("ip", "link", "set", "dev", "eth", "arp", "off")

@@ -1,4 +1,4 @@
-"""What is imported behaves as its file says, and as the program that the file is for: who got what is compared."""
+"""Imported settings behave as their file says, and as the program that the file is for: the receivers are compared."""
 
 import socket
 import struct
@@ -42,7 +42,7 @@ def datagram(exporter: int, number: int) -> bytes:
 
 
 def who(payload: bytes) -> Sent:
-    """As `datagram`, backwards."""
+    """Do as `datagram` does, backwards."""
     exporter, number = struct.unpack_from(">HH", payload, 16)
     return exporter, number
 

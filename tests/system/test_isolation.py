@@ -110,7 +110,7 @@ def test_trouble_of_others_costs_a_live_collector_nothing(open_stack: OpenStack,
 
 @pytest.mark.parametrize("source", ["relay", "original"])
 def test_full_interface_queue_is_counted(open_stack: OpenStack, source: Source) -> None:
-    """What an interface's queue throws away is never counted as delivered; what is left leaves when there is room."""
+    """Copies that an interface's queue throws away never count as delivered; the rest leaves when there is room."""
     with ExitStack() as opened:
         field, relay, siem = opened.enter_context(small_site(open_stack))
         live = opened.enter_context(Collector(siem, "10.2.0.2", LIVE))
@@ -142,7 +142,7 @@ def test_full_interface_queue_is_counted(open_stack: OpenStack, source: Source) 
 @pytest.mark.soak
 @pytest.mark.parametrize("source", ["relay", "original"])
 def test_samplicator_in_the_same_place(open_stack: OpenStack, source: Source) -> None:
-    """What samplicator's live collector gets beside the same others is printed, for services/forwarder/README.md."""
+    """The share of samplicator's live collector beside the same others is printed, for services/forwarder/README.md."""
     if not shutil.which("samplicate"):
         pytest.skip("samplicate is not on PATH")
     with ExitStack() as opened:

@@ -51,7 +51,7 @@ class Sink(threading.Thread):
         return sum(map(len, self.came)) + len(self.wrong)
 
     def quiet(self, seconds: float) -> bool:
-        """Whether nothing comes for so long."""
+        """Return whether nothing comes for a while."""
         before = self.count
         time.sleep(seconds)
         return self.count == before
@@ -161,7 +161,7 @@ def settle(stack: Stack, sink: Sink, flood: Flood) -> tuple[Counter[str], Counte
 
 
 def given_back(ingest: Running) -> list[int]:
-    """What each borrower says it has given back, read from the pages that ingest shares with them."""
+    """Return the numbers that each borrower has given back, read from the pages that ingest shares with them."""
     found = []
     for link in Path(f"/proc/{ingest.process.pid}/fd").iterdir():
         try:

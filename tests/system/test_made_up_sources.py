@@ -27,7 +27,7 @@ name = "quiet"
 listen = ["udp://127.0.0.1:6668"]
 """
 MORE_MB = 30
-"""What a process may grow by: far less than a table with a row for each source would be."""
+"""Growth allowed to a process: far less than a table with a row for each source would be."""
 
 
 def packets(numbers: range) -> Iterator[bytes]:
@@ -41,7 +41,7 @@ def packets(numbers: range) -> Iterator[bytes]:
 
 @pytest.mark.parametrize("count", [20_000, pytest.param(1_000_000, marks=pytest.mark.soak)])
 def test_made_up_sources_fill_nothing(open_stack: OpenStack, count: int) -> None:
-    """However many sources, every datagram is received or counted as dropped, no process grows, another stream goes on.
+    """Every datagram is received or counted as dropped, no process grows, another stream goes on, whatever the sources.
 
     Tables of exporters, fragments, groups and replies are bounded; no account and no line of the log has a source.
     """

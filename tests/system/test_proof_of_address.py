@@ -27,7 +27,7 @@ def drain(receiver: socket.socket) -> list[bytes]:
 
 @pytest.mark.parametrize("source", ["relay", "original"])
 def test_nothing_but_challenges_until_it_is_proven(open_stack: OpenStack, source: str) -> None:
-    """Who registers another host's address gets that host three short datagrams, and copies once it proves to be it."""
+    """A client that registers another host's address gets it three short datagrams, and copies once it proves it."""
     open_stack.configure(PATIENT + '[[stream]]\nname = "messages"\nlisten = ["udp://10.2.0.1:6667"]\n')
     request = {"op": "register", "name": "c", "streams": ["*"], "port": 9000, "address": "10.2.0.2", "source": source}
     with (
@@ -81,7 +81,7 @@ def test_own_listener_is_a_loop(open_stack: OpenStack, address: str) -> None:
 
 
 def test_address_that_becomes_ours_is_a_loop(open_stack: OpenStack) -> None:
-    """Who is signed up at what becomes an address of this host is taken off the list, and copies stop going round."""
+    """A collector at what becomes an address of this host is removed, and copies stop going round."""
     listening = '[[stream]]\nname = "messages"\nlisten = ["udp://[::]:6667"]\n'
     open_stack.configure(f'[gateway]\ndestinations = ["10.2.0.0/24"]\n{listening}')
     with (
@@ -107,5 +107,5 @@ def test_address_that_becomes_ours_is_a_loop(open_stack: OpenStack) -> None:
 
 
 def received(stack: OpenStack) -> int:
-    """How many datagrams ingest has received."""
+    """Return the datagrams that ingest has received."""
     return reports(stack)["ingest.1"]["stream/messages"]["received"]

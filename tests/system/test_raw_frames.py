@@ -36,7 +36,7 @@ def wired(open_stack: OpenStack, settings: str = SETTINGS) -> Iterator[tuple[Hos
 
 @contextmanager
 def tcpdump(open_stack: OpenStack, host: Host, ethertype: int) -> Iterator[Running]:
-    """What comes in at a host's `far`, printed with every byte."""
+    """Yield the frames that come in at a host's `far`, printed with every byte."""
     with host.entered(), ambient():
         command = f"{need('tcpdump')} -Z root -l -nn -xx -i far ether proto {ethertype:#06x}".split()
         running = open_stack.spawn("tcpdump", command)
@@ -78,7 +78,7 @@ def test_documented_frame_is_on_the_wire_byte_for_byte(open_stack: OpenStack) ->
 
 
 def test_counted_and_paced_frames_all_leave(open_stack: OpenStack) -> None:
-    """As many frames leave as were asked for, at once and at a pace, and the answer says how many."""
+    """The requested number of frames leaves, at once and at a pace, and the answer says how many."""
     with wired(open_stack) as (relay, peer), Capture(peer, "far") as wire:
         paced = fanwire(open_stack, relay, *DOCUMENTED_ARGUMENTS, "--count", "20", "--per-second", "100")
         assert paced == (0, "20 frames sent on wire\n")

@@ -29,7 +29,7 @@ TOUR: Final = (
 )
 
 SHOWN: Final = "'watching' :252A 'the disk is full' 'collecting .*archive' 'second' 'collecting .*flows' 'third'"
-"""What the reader sees at the end of each `sleep` of the tour: printed, in siem.log, or nc's port in /proc/net/udp."""
+"""The reader's view at the end of each `sleep` of the tour: printed, in siem.log, or nc's port in /proc/net/udp."""
 SLEEP: Final = """
 exec 3>&1 >>said 2>&1
 trap 'cat said >&3' EXIT
@@ -42,7 +42,7 @@ AGAIN: Final = "cat said >&3; echo 'the second time' >&3; : >said"
 
 
 def paste(stack: Stack, commands: str, *, code: int = 0, seconds: float = 60, **environment: str) -> str:
-    """Have bash run the commands, where `fanwire` is on PATH; return all that they print."""
+    """Let bash run the commands, where `fanwire` is on PATH; return all that they print."""
     if not (Path(sys.prefix) / "bin" / "fanwire").exists():
         pytest.skip("fanwire is not installed in this environment")
     script = stack.directory / "pasted.sh"

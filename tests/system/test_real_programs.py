@@ -55,7 +55,7 @@ def start_sorting_nfcapd(open_stack: OpenStack, host: Host, port: int) -> tuple[
 
 
 def flows(directory: Path) -> list[str]:
-    """What was filed: source, source port, packets and bytes of each flow."""
+    """Return the filed flows: source, source port, packets and bytes of each."""
     command = [need("nfdump"), "-q", "-R", str(directory), "-o", "fmt:%sa %sp %pkt %byt"]
     return sorted(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines())
 

@@ -52,7 +52,7 @@ class Site:
         self.root.mkdir()
 
     def here(self, text: str) -> str:
-        """Have paths of the page lead into the directory."""
+        """Let paths of the page lead into the directory."""
         for path in ("/etc/", "/opt/"):
             text = text.replace(path, f"{self.root}{path}")
         return text.replace("/run/fanwire", str(self.stack.bus))
@@ -163,13 +163,13 @@ def collect_flows(here: Site) -> None:
 
 
 def arrives(here: Site, collector: Running) -> bool:
-    """Whether the collector has printed a datagram sent just now."""
+    """Return whether the collector has printed a datagram sent just now."""
     source = here.send(netflow_v5(0), 2055)
     return f"Got message from {source!r}" in collector.text
 
 
 def listeners(kind: str) -> set[str]:
-    """What the shown socket unit listens on, datagrams or streams."""
+    """Return the listeners of the shown socket unit, datagrams or streams."""
     lines = [line.partition("=") for line in SOCKETS.splitlines()]
     return {at for key, _, at in lines if key == f"Listen{kind}" and at}
 

@@ -81,7 +81,7 @@ class Load(threading.Thread):
 
 @contextmanager
 def running(*threads: Reader | Load) -> Iterator[None]:
-    """Have threads run, and end them."""
+    """Run threads, and end them."""
     for thread in threads:
         thread.start()
     try:
@@ -95,7 +95,7 @@ def running(*threads: Reader | Load) -> Iterator[None]:
 
 
 def is_free(port: int) -> bool:
-    """Whether nobody listens on a UDP and TCP port: it can be had without sharing."""
+    """Return whether nobody listens on a UDP and TCP port: it can be had without sharing."""
     with ExitStack() as probes:
         try:
             for kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM):
@@ -108,12 +108,12 @@ def is_free(port: int) -> bool:
 
 
 def open_files(stack: Stack) -> list[int]:
-    """How many files each service has open."""
+    """Return the number of files that each service has open."""
     return [len(list(Path(f"/proc/{stack[name].process.pid}/fd").iterdir())) for name in SERVICES]
 
 
 def settled_files(stack: Stack) -> list[int]:
-    """How many files each service has open once that stays the same: a connection or a journal is soon gone."""
+    """Return the files that each service has open once their number stays: a connection or a journal is soon gone."""
     seen = [open_files(stack)]
 
     def settled() -> bool:
@@ -276,7 +276,7 @@ def test_bad_collector_keeps_the_old_ones(stack: Stack, collector: str, says: st
 
 
 def test_client_of_a_stream_that_is_gone_stays(stack: Stack) -> None:
-    """Who signed up for a stream that goes keeps the entry, and gets copies again when the stream is back."""
+    """A client of a stream that goes keeps the entry, and gets copies again when the stream is back."""
     stack.configure(A + B)
     stack.start_all()
     reader = Reader(9101)

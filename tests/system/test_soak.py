@@ -35,14 +35,14 @@ WORKERS = ("ingest.1", "ingest.2")
 SERVICES = ("broker", "gateway", "forwarder", "transmitter", *WORKERS)
 BURST = 64
 RESTART_SECONDS = 0.1
-"""As systemd's RestartSec= in deploy/."""
+"""The delay of systemd's RestartSec= in deploy/."""
 CHURNING = 10
 QUIET_SECONDS = 1.2
 """More than a second: services report once in each."""
 CALM = 2_000
 """Datagrams a second that any machine takes."""
 SLACK_MB = 32.0
-"""What a process may have more than in the beginning: allocators keep some."""
+"""Memory that a process may have more than in the beginning: allocators keep some."""
 LENT_MB = Bus().pool / 2**20
 """And a worker, which keeps the memory that payloads were ever lent in."""
 
@@ -169,7 +169,7 @@ class World:
         self.arrived()
 
     def arrived(self) -> list[int]:
-        """How many datagrams each collector has got; those that can be read are from whom they say."""
+        """Return the datagrams that each collector has got; readable ones are from the source that they name."""
         for number, sink in enumerate(self.sinks):
             with suppress(BlockingIOError):
                 while True:
@@ -180,7 +180,7 @@ class World:
         return [sink.dropped + self._probes[number] for number, sink in enumerate(self.sinks)]
 
     def kernel_dropped(self) -> int:
-        """What the kernel dropped at the workers' sockets, as /proc/net/udp of the relay's host says."""
+        """Return the kernel's drops at the workers' sockets, from /proc/net/udp of the relay's host."""
         with self.relay.entered():
             text = Path("/proc/thread-self/net/udp").read_text()
         lines = [line.split() for line in text.splitlines()[1:]]
@@ -217,7 +217,7 @@ class World:
         return round(self.stack[name].resident_mb("RssAnon" if name in ("forwarder", "transmitter") else "VmRSS"), 1)
 
     def descriptors(self, name: str) -> int:
-        """How many files a process has open."""
+        """Return the number of files that a process has open."""
         return len(list(Path(f"/proc/{self.stack[name].process.pid}/fd").iterdir()))
 
     def all_own_mb(self) -> dict[str, float]:
@@ -241,7 +241,7 @@ def _settings(relayed: int, preserved: int) -> str:
 
 
 class Account:
-    """What exporters, kernel, services and collectors say at rest; `since` compares with an earlier one."""
+    """Counts of exporters, kernel, services and collectors at rest; `since` compares with an earlier one."""
 
     def __init__(self, world: World) -> None:
         services: dict[str, dict[str, dict[str, int]]] = world.ledger()["services"]
@@ -264,7 +264,7 @@ class Account:
             self.values[f"{number} dropped"] = dropped(account)
 
     def since(self, earlier: "Account | None" = None) -> Counter[str]:
-        """What each value has grown by, else since the start, which must add up to the datagram all the way."""
+        """Return the growth of each value, else since the start, which must add up to the datagram all the way."""
         before = earlier.values if earlier else Counter[str]()
         grown = Counter({name: value - before[name] for name, value in self.values.items()})
         print({name: value for name, value in grown.items() if value})
@@ -358,7 +358,7 @@ def chance() -> random.Random:
 
 
 def slack_mb(name: str) -> float:
-    """What a process may have grown by."""
+    """Return the growth allowed to a process."""
     return SLACK_MB + LENT_MB * (name in WORKERS)
 
 
@@ -371,7 +371,7 @@ class Spared:
         self._last: dict[str, tuple[float, int]] = {}
 
     def victims(self, passed: float) -> list[str]:
-        """Whom to kill by now."""
+        """Return the processes to kill by now."""
         number, within = divmod(passed, self._part)
         spared = SERVICES[min(int(number), len(SERVICES) - 1)]
         if within > self._part / 4 and spared not in self._world.restart_at:
@@ -419,7 +419,7 @@ def stir(
 
 
 def whole_run(world: World, killed: Counter[str], rate: float) -> None:
-    """What was sent was received by some worker, dropped by the kernel, or went with a worker that was killed."""
+    """Every datagram sent was received by some worker, dropped by the kernel, or went with a killed worker."""
     taken: Counter[tuple[str, int]] = Counter()
     delivered: Counter[int] = Counter()
     for (service, boot), report in world.reports.latest.items():

@@ -37,7 +37,7 @@ class Field:
         return talk
 
     def link(self, state: str) -> None:
-        """Have the link up or down."""
+        """Set the link up or down."""
         self.host.run("ip", "link", "set", "dev", "eth", state)
 
     def account(self) -> dict[str, int]:
@@ -65,7 +65,7 @@ def field(open_stack: OpenStack) -> Iterator[Field]:
 
 @contextmanager
 def signed_up(field: Field, count: int, **terms: Any) -> Iterator[list[tuple[Talk, int]]]:
-    """So many collectors, each on its connection, and the generations of their entries."""
+    """Sign up a number of collectors, each on its connection; return them and the generations of their entries."""
     with ExitStack() as opened:
         talks = [opened.enter_context(field.connect()) for _ in range(count)]
         collectors = []
@@ -77,7 +77,7 @@ def signed_up(field: Field, count: int, **terms: Any) -> Iterator[list[tuple[Tal
 
 
 def test_vanished_host_is_found_by_its_leases(field: Field) -> None:
-    """When a few collectors' host is gone their leases end, though their connections are as they were."""
+    """The leases of a few collectors end when their host is gone, though their connections are as they were."""
     with signed_up(field, 3, ttl=TTL) as collectors:
         for number, (talk, generation) in enumerate(collectors):
             assert talk.ask("renew", name=f"c{number}", generation=generation)["ok"]
@@ -89,7 +89,7 @@ def test_vanished_host_is_found_by_its_leases(field: Field) -> None:
 
 
 def test_many_that_vanish_at_once_stay(field: Field) -> None:
-    """When the link to most is cut nothing expires, and it is said; once it is back leases are renewed, and expire."""
+    """Nothing expires when the link to most is cut, and the log says so; once it is back, leases go on."""
     with signed_up(field, MANY, ttl=TTL) as collectors:
         field.link("down")
         field.gateway.wait_for("too many renewals are missing at once: nothing expires")
@@ -110,7 +110,7 @@ def test_many_that_vanish_at_once_stay(field: Field) -> None:
 @pytest.mark.soak
 @pytest.mark.parametrize("told", [False, True])
 def test_vanished_holder(field: Field, told: bool) -> None:
-    """What a connection holds goes some minute after its host has, also when something was on its way there."""
+    """An entry that a connection holds goes some minute after its host has, also when data was on its way there."""
     with signed_up(field, 1, hold=True) as ((talk, _),):
         assert talk.ask("watch")["ok"]
         field.link("down")

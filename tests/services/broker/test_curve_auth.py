@@ -61,7 +61,7 @@ def refused(stack: Stack, keys: Path, **expected: int) -> None:
 
 
 def test_key_of_ingest_publishes_no_registry_and_no_frames(stack: Stack, keys: Path) -> None:
-    """What ingest's key may not publish is dropped, counted and said, whatever its name and kind; datagrams pass."""
+    """A message that ingest's key may not publish is dropped, counted and logged, whatever its kind; datagrams pass."""
     frame = TransmitRequest(1, "reply/ingest.1/", "eth0", bytes(60))
     with acting_as("ingest", stack, keys) as ours, acting_as("forwarder", stack, keys) as theirs:
         subscriber = theirs.subscriber("")

@@ -26,7 +26,7 @@ AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can start a se
 
 @pytest.mark.parametrize("error", ["ENOLCK", "ENOSYS", "EOPNOTSUPP"])
 def test_a_lock_that_cannot_be_had_is_no_other_broker(stack: Stack, error: str) -> None:
-    """Where the file system or a sandbox refuses flock(2), the broker exits with 73, and says that and the cure."""
+    """The broker exits with 73, and says why and the cure, where the file system or a sandbox refuses flock(2)."""
     stack.interpreter = refused(f"flock={error}")
     broker = stack.start("broker", ready=False)
     assert broker.process.wait(10) == 73
@@ -78,7 +78,7 @@ def test_directory_that_cannot_be_made_is_one_line(stack: Stack) -> None:
 
 @contextmanager
 def acting_as(user: str) -> Iterator[None]:
-    """Have what this user may do, and no more."""
+    """Act with the rights of this user, and no more."""
     entry = pwd.getpwnam(user)
     groups, group = os.getgroups(), os.getegid()
     os.setgroups([])
@@ -159,7 +159,7 @@ def test_other_users_cannot_connect(stack: Stack, public: Path, user: str, open_
 
 @AS_ROOT
 def test_user_of_the_transmitter_that_does_not_exist_is_said(stack: Stack) -> None:
-    """When that user does not exist, one line names the setting, and the bus is root's alone."""
+    """One line names the setting when that user does not exist, and the bus is root's alone."""
     stack.configure('[transmitter]\nuser = "no-such-user"\n')
     broker = stack.start("broker")
     (warning,) = [line for line in broker.text.splitlines() if '"warning"' in line]
@@ -177,7 +177,7 @@ def test_broker_that_is_not_root_lets_nobody_in() -> None:
 
 
 def test_group_that_a_user_namespace_lacks_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the kernel knows no such group, everything stays as it is, and nothing is said."""
+    """Everything stays as it is, in silence, where the kernel knows no such group."""
 
     def refuse(*_: object) -> None:
         raise OSError(22, "Invalid argument")

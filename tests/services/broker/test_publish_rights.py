@@ -59,7 +59,7 @@ PIECES = st.sampled_from([*TOPICS, *(topic[:-1] for topic in TOPICS), "/", "//",
 @example("gateway", "registry/\n")
 @example("operator", "")
 def test_no_prefix_trick_lends_a_right(role: str, topic: str) -> None:
-    """Whatever a topic is made of, only what is a whole topic of the role's own passes."""
+    """Of all topics only whole topics of the role's own pass."""
     assert (refused_cause(role, topic, envelope_for(role, topic)) == "") == (re.fullmatch(OWN[role], topic) is not None)
 
 
@@ -88,7 +88,7 @@ def test_no_kind_travels_on_anothers_topic(kind: str) -> None:
 
 @pytest.mark.parametrize("role", ["", "None", "stranger", "Ingest"])
 def test_unknown_role_has_no_rights(role: str) -> None:
-    """What came without a role that is known may publish nothing."""
+    """A message without a known role may not be published."""
     for topic in TOPICS:
         for sender in (*ROLES, "stranger"):
             assert refused_cause(role, topic, envelope_for(sender, topic))
@@ -98,7 +98,7 @@ def test_unknown_role_has_no_rights(role: str) -> None:
 @example([b"\xff/", b"\x96\x01\xa9datagrams\xa8ingest.1\x01\x00\x00", b""])
 @example([b"a/", b"\x91" * 500, b""])
 def test_arbitrary_parts_raise_nothing_else(parts: list[bytes]) -> None:
-    """Whatever the parts, they have a topic and an envelope, or are refused as malformed."""
+    """All parts have a topic and an envelope, or are refused as malformed."""
     with suppress(MessageError):
         topic, envelope = peek(parts)
         assert refused_cause("ingest", topic, envelope) in ("", "topic", "sender")

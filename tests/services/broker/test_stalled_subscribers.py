@@ -65,7 +65,7 @@ class PlayedMemory(Memory):
     """Memory of which as much is taken as the test says."""
 
     def measure(self) -> bool:
-        """Whether less than half is left."""
+        """Return whether less than half is left."""
         self.short = self.used > self.ceiling // 2
         return self.short
 

@@ -43,7 +43,7 @@ class Sent:
         self.collectors.refresh()
 
     def trouble(self) -> str:
-        """What is found to trouble the only collector now, after another look."""
+        """Return the trouble of the only collector now, after another look."""
         self.refresh()
         return next((symptom.trouble for _, symptom in self.collectors.troubled(time.monotonic())), "")
 

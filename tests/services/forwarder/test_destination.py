@@ -264,7 +264,7 @@ def test_who_refuses_gets_a_datagram_a_second(
 def test_refused_segmentation_sends_the_rest_one_by_one(
     opened: ExitStack, kernel: Kernel, error: int, sample: int
 ) -> None:
-    """When segments are refused the rest goes one by one: in order, nothing doubled, and nothing counted as dropped."""
+    """The rest goes one by one when segments are refused: in order, nothing doubled, and nothing counted as dropped."""
     collector = listen(opened)
     sent = Sent(opened, make_client("a", collector.getsockname()[1], sample=sample))
     payloads = [b"alone", *[bytes([number]) * (500 + number // 70) for number in range(200)], b"end"]
@@ -330,7 +330,7 @@ def test_refused_segments_cost_nobody_else_in_another_thread(opened: ExitStack, 
 def test_error_that_would_meet_the_rest_drops_the_rest(
     opened: ExitStack, kernel: Kernel, error: int, cause: str
 ) -> None:
-    """What the kernel took is delivered; one that comes twice drops the rest under its cause without more calls."""
+    """A datagram that the kernel took is delivered; an error that comes twice drops the rest under its cause."""
     collector = listen(opened)
     sent = Sent(opened, make_client("a", collector.getsockname()[1]), segmentation=False)
     kernel.most, kernel.late_error = 3, error
@@ -426,7 +426,7 @@ def numbered(start: int, count: int) -> list[bytes]:
 @pytest.mark.parametrize("error", [errno.EAGAIN, errno.ENOBUFS])
 @pytest.mark.parametrize("segmentation", [True, False])
 def test_what_finds_no_room_waits(opened: ExitStack, kernel: Kernel, error: int, segmentation: bool) -> None:
-    """What the kernel has no room for waits, and leaves in order when there is; nothing newer overtakes it."""
+    """Datagrams that the kernel has no room for wait, and leave in order when there is; no newer one overtakes them."""
     collector = listen(opened)
     sent = Sent(opened, make_client("a", collector.getsockname()[1]), segmentation=segmentation)
     kernel.most, kernel.late_error = 1, error
@@ -445,7 +445,7 @@ def test_what_finds_no_room_waits(opened: ExitStack, kernel: Kernel, error: int,
 
 @pytest.mark.parametrize("seconds", [0.0, 0.2])
 def test_nothing_waits_for_ever(opened: ExitStack, kernel: Kernel, seconds: float) -> None:
-    """What has waited `queue_seconds` is dropped as `buffer_full`; without any it is dropped at once."""
+    """A datagram that has waited `queue_seconds` is dropped as `buffer_full`; with 0 seconds it is dropped at once."""
     sent = Sent(opened, make_client("a", listen(opened).getsockname()[1]), queue_seconds=seconds)
     kernel.errors = [errno.EAGAIN] * 1_000_000
     account = sent.send(make_batch(numbered(0, 10)))["collector/a"]
@@ -477,7 +477,7 @@ def test_too_many_bytes_push_out_the_oldest(opened: ExitStack, kernel: Kernel) -
 
 
 def test_collector_that_leaves_takes_what_waits_along(opened: ExitStack, kernel: Kernel) -> None:
-    """What waited for a collector that has left is not sent, and its memory is given back."""
+    """Datagrams that wait for a collector that has left are not sent, and their memory is given back."""
     collector = listen(opened)
     sent = Sent(opened, make_client("a", collector.getsockname()[1]))
     kernel.errors = [errno.EAGAIN]

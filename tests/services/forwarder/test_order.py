@@ -88,7 +88,7 @@ def test_addresses_with_one_hash_only_make_waves_smaller() -> None:
 
 
 def test_rows_of_different_exporters_stand_longest_first() -> None:
-    """Where each exporter has one row the lengths fall; where each has two, they fall twice."""
+    """The lengths fall once where each exporter has one row, and twice where each has two."""
     draw = random.Random(5)
     rows = [(draw.randrange(MAX_DATAGRAM + 1), pack_address(f"10.1.0.{number % 20}")) for number in range(40)]
     lengths = [rows[row][0] for row in ordered(rows)]

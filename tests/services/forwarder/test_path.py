@@ -205,7 +205,7 @@ def prefer_source(site: Site) -> str:
     ],
 )
 def test_copies_come_from_the_address_of_now(site: Site, version: int, change: Callable[[Site], str]) -> None:
-    """When a new socket would send from another address copies do so at the next look: in order, none of them lost."""
+    """Copies change their source at the next look when a new socket would: in order, none of them lost."""
     collector, sent = site.listen(version), site.send(version)
     numbers = iter(range(1000))
 
@@ -237,7 +237,7 @@ def until_well(sent: Sent) -> None:
 @BOTH
 @pytest.mark.parametrize("kind", ["prohibit", "unreachable"])
 def test_what_a_router_or_firewall_refuses_is_unreachable(site: Site, version: int, kind: str) -> None:
-    """Where copies are rejected on the way the collector is unreachable until they no longer are; each is logged once.
+    """A collector is unreachable while copies are rejected on the way; each error is logged once.
 
     The answer to one copy costs none of the next.
     """
@@ -281,7 +281,7 @@ def test_copies_keep_their_source_until_the_new_one_is_usable(site: Site) -> Non
 @BOTH
 @pytest.mark.parametrize("route", ["", "prohibit", "unreachable", "blackhole"])
 def test_without_a_route_nothing_is_connected_and_with_one_again(site: Site, version: int, route: str) -> None:
-    """Where this host has no route, or one that refuses, the collector is unreachable until it has one again."""
+    """A collector is unreachable while this host has no route to it, or one that refuses."""
     collector, sent = site.listen(version), site.send(version)
     sent.send(make_batch([b"before"]))
     back = {4: "10.3.0.0/24 via 10.2.0.2", 6: "fd00:3::/64 via fd00:2::2 dev up onlink"}[version].split()
@@ -323,7 +323,7 @@ def in_thread(work: Callable[[], None]) -> None:
 
 @pytest.mark.parametrize("error", [errno.EPERM, errno.EIO, errno.ENOMEM])
 def test_what_this_host_does_not_let_out_is_unreachable(site: Site, error: int) -> None:
-    """Where every copy fails, for whatever reason, the collector is unreachable, and the reason is logged once."""
+    """A collector is unreachable where every copy fails, for any reason, and the reason is logged once."""
     collector, sent = site.listen(4), site.send(4)
     sent.send(make_batch([b"first"]))
     assert sent.trouble() == ""

@@ -32,7 +32,7 @@ def batch_of(lengths: list[int], sources: int = 1) -> DatagramBatch:
 
 
 def sends_of(plan: SendPlan) -> list[tuple[bytes, int]]:
-    """What the kernel would read: each send's bytes, and the length it is told to cut them at, 0 for none."""
+    """Return each send's bytes as the kernel would read them, and the length to cut them at, 0 for none."""
     found = []
     for header in plan.headers[: plan.sends]:
         assert (header["name"], header["namelen"], header["flags"]) == (0, 0, 0)
@@ -59,7 +59,7 @@ def cut(data: bytes, segment: int) -> list[bytes]:
 
 
 def by_source(datagrams: Iterable[tuple[str, bytes]]) -> dict[str, list[bytes]]:
-    """What each exporter sent, in order."""
+    """Return the datagrams of each exporter, in order."""
     found = defaultdict(list)
     for source, payload in datagrams:
         found[source].append(payload)

@@ -183,7 +183,7 @@ def test_many_collectors_are_served_side_by_side(
 
 
 def test_streams_that_take_turns_each_keep_their_order(stack: Stack, opened: ExitStack) -> None:
-    """What waits of streams that take turns leaves stream by stream, complete, each in its order."""
+    """Datagrams of streams that take turns leave stream by stream, complete, each in its order."""
     streams = [f'[[stream]]\nname = "{name}"\nlisten = ["udp://127.0.0.1:6666"]\n' for name in ("messages", "traps")]
     stack.configure("".join(streams))
     opened.enter_context(Proxy(stack.bus, 256))
@@ -306,7 +306,7 @@ def test_gap_is_missed_by_each_collector(
 def test_gap_at_the_end_is_found_by_the_workers_own_count(
     bus: BusEnds, gateway: PlayedGateway, worker: PlayedWorker, opened: ExitStack
 ) -> None:
-    """What was lost after the last batch that came is missed as soon as the worker reports, and is counted once."""
+    """A loss after the last batch that came is missed as soon as the worker reports, and is counted once."""
     collector = opened.enter_context(Collector("a"))
     flow(gateway, worker, 1, collector.client)
     worker.publish([b"last"])

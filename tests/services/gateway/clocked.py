@@ -35,7 +35,7 @@ class Clock:
 
     @property
     def now(self) -> float:
-        """What the gateway takes the time to be."""
+        """Return the gateway's time."""
         return self._cells[NOW]
 
     def pass_by(self, seconds: float) -> None:
@@ -45,7 +45,7 @@ class Clock:
         wait_until(lambda: self._cells[DONE] == self._cells[ASKED], "leases are looked at")
 
     def heed(self, expire: Callable[[], None]) -> None:
-        """Have leases expire if that was asked for."""
+        """Let leases expire if that was asked for."""
         asked = self._cells[ASKED]
         if self._cells[DONE] != asked:
             expire()

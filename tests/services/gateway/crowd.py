@@ -19,11 +19,11 @@ import numpy as np
 
 TTL_SECONDS: Final = 30.0
 RENEW_SECONDS: Final = 10.0
-"""As `fanwire collect` does it."""
+"""Seconds between renewals, as in `fanwire collect`."""
 PER_ADDRESS: Final = 1000
 """Connections from each address of loopback, fewer than the gateway allows; an address has some 28,000 ports."""
 QUIET_SECONDS: Final = 20.0
-"""When nothing more is waited for."""
+"""Seconds of quiet after which the wait is over."""
 SLOW_LINE: Final = b'{"op":"list"' + b" " * 3600
 
 
@@ -40,7 +40,7 @@ def percentiles(seconds: Sequence[float]) -> dict[str, float]:
 
 
 class Turns:
-    """Whose turn it is: each of `count` has one every `period` seconds, evenly spread."""
+    """Turns of a crowd: each of `count` has one every `period` seconds, evenly spread."""
 
     def __init__(self, count: int, period: float) -> None:
         self._count, self._interval = count, period / count
@@ -113,7 +113,7 @@ def drip(count: int, seconds: float) -> dict[str, Any]:
 
 
 class Told:
-    """What every watcher is told, as it came to who was first; of each event its end, and when it was caused, ns."""
+    """Lines that every watcher gets, as the first got them; for each event its end, and the time of its cause, ns."""
 
     def __init__(self) -> None:
         self.text = bytearray()
@@ -121,7 +121,7 @@ class Told:
         self.caused: list[int] = []
 
     def agrees(self, at: int, came: bytes) -> bool:
-        """Whether `came`, read behind `at` bytes, is what others were told; where nobody was yet, it is that."""
+        """Return whether `came`, read behind `at` bytes, matches the others; the first one sets it."""
         known = self.text[at : at + len(came)]
         if not came or not came.startswith(known):
             return False

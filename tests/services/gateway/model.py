@@ -1,4 +1,4 @@
-"""What the gateway should answer: the registry as its README has it, in the plainest way, by a test's clock."""
+"""The answers that the gateway should give: the registry of its README, in the plainest way, by a test's clock."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +18,7 @@ PRESERVE_WINDOW, PRESERVE_LEAST, PRESERVE_BELOW = 60.0, 10, 0.85
 
 @dataclass(frozen=True)
 class Caller:
-    """Who asks: a connection (0: gone with an earlier gateway), and the holder of its token; "": it may do anything."""
+    """The sender of a request: a connection (0: of an earlier gateway), and its token's holder; "": any right."""
 
     connection: int
     address: str
@@ -26,11 +26,11 @@ class Caller:
     holder: str = ""
 
     def controls(self, other: "Caller") -> bool:
-        """Whether what the other has signed up is its own, or everything is."""
+        """Return whether this caller owns the other's entries, or has every right."""
         return not self.holder or self.holder == other.holder
 
     def resembles(self, other: "Caller") -> bool:
-        """Whether it may be the other come back: as its holder, or who has none from its address."""
+        """Return whether this may be the other come back: as its holder, or without one from its address."""
         return self.holder == other.holder if other.holder else self.address == other.address
 
 
@@ -55,7 +55,7 @@ class Entry:
         return self.ttl
 
     def over(self, now: float) -> bool:
-        """Whether the lease has ended."""
+        """Return whether the lease has ended."""
         return bool(self.deadlines) and self.deadlines[-1] <= now
 
     def listed(self, now: float) -> Line:

@@ -63,7 +63,7 @@ def test_watcher_gets_what_happens_from_then_on() -> None:
 
 @given(st.lists(st.sampled_from(["join", "flush"]), max_size=30), st.integers(0, 30))
 def test_resuming_leaves_no_gap(actions: list[str], at: int) -> None:
-    """Whoever was there until some revision gets every event after it, once, whenever it comes back."""
+    """A watcher that was there until some revision gets every event after it, once, whenever it comes back."""
     registry, feed = make()
     for number, action in enumerate(actions):
         if action == "join":
@@ -112,7 +112,7 @@ def test_a_word_that_changes_is_told_once(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_past_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is too long ago is not known any more, and said so rather than left out."""
+    """A revision of long ago is not known any more, and the answer says so rather than leave events out."""
     monkeypatch.setattr(feed_module, "KEPT_BYTES", 1000)
     registry, feed = make()
     for number in range(100):

@@ -115,7 +115,7 @@ def handling() -> Handling:
 
 
 def test_every_request_is_asked_for_its_rights(handling: Handling) -> None:
-    """Whatever a peer without rights asks for, nothing is answered and nothing done but `auth`."""
+    """A peer without rights gets no answer and no effect of any request but `auth`."""
     assert {type(request) for request in REQUESTS} == {SignUp, *get_args(Operation)} == SCOPES_NEEDED.keys()
     stranger = Peer(HERE.id, "192.0.2.66", 4000, NOBODY)
     for request in REQUESTS:
@@ -145,7 +145,7 @@ def test_what_the_disk_can_not_keep_is_unavailable(handling: Handling) -> None:
 
 
 def test_frames_that_the_bus_does_not_take_are_unavailable(handling: Handling) -> None:
-    """When no request can be passed on the client hears so at once."""
+    """The client hears at once when no request can be passed on."""
     handling.bus.full = True
     with pytest.raises(RequestError, match="the bus is full; try again") as refused:
         handling.handle(Transmit(interface="eth0", frame=Octets(bytes(14)), id=3))

@@ -84,7 +84,7 @@ class Exporter(threading.Thread):
 
 @pytest.mark.parametrize("kills", [5, pytest.param(200, marks=pytest.mark.soak)])
 def test_killed_under_load(stack: Stack, kills: int) -> None:
-    """Whatever was answered is so after a SIGKILL, and copies to who was there before go on without a gap."""
+    """All that was answered still holds after a SIGKILL, and copies to earlier collectors go on without a gap."""
     stack.configure(PATIENT + '[[stream]]\nname = "messages"\nlisten = ["udp://127.0.0.1:6667"]\n')
     stack.start_all()
     collector = CheckingCollector(stack, "127.0.0.1", 9514, LARGEST)

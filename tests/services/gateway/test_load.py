@@ -35,7 +35,7 @@ def crowd(stack: Stack, kind: str, *numbers: int) -> Running:
 
 
 def outcome(clients: Running) -> dict[str, Any]:
-    """What clients found, once they are done."""
+    """Return the clients' results, once they are done."""
     assert clients.process.wait(600) == 0, clients.text
     found: dict[str, Any] = json.loads(clients.text.splitlines()[-1])
     return found

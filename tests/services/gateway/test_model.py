@@ -22,7 +22,7 @@ from tests.services.gateway.transport.test_tls import entry
 from tests.stack import Running, Stack
 
 PLACES = (("127.0.0.1", ""), ("127.0.0.1", ""), ("127.0.0.2", "red"), ("127.0.0.1", "red"), ("127.0.0.2", "blue"))
-"""Where clients connect from, and as whose holder; each has one connection at a time."""
+"""Addresses that clients connect from, and their holders; each has one connection at a time."""
 AUDITOR = -1
 HOLDERS = "".join(entry(name, "collect", "list") for name in ("red", "blue"))
 NOT_PREDICTED = {"message", "health", "health_since", "health_count"}
@@ -44,7 +44,7 @@ bursts = st.lists(requests, min_size=1, max_size=4) | st.builds(
 
 
 def predicted(line: Line) -> Line:
-    """What of a line the model knows; that there is a sentence where it is due."""
+    """Return what the model knows of a line, and that it has a sentence where one is due."""
     if "error" in line:
         assert line["message"]
     kept = {key: value for key, value in line.items() if key not in NOT_PREDICTED}
@@ -143,11 +143,11 @@ class Site:
 
 
 class Clients(RuleBasedStateMachine):
-    """What clients do, and what becomes of the gateway meanwhile. One of them always watches, and reads at once."""
+    """Actions of clients, and of the gateway meanwhile. One of them always watches, and reads at once."""
 
     site: ClassVar[Site]
     restarts: ClassVar[int]
-    """How often a gateway is started at most."""
+    """The most starts of a gateway."""
 
     @initialize()
     def begin(self) -> None:
@@ -343,7 +343,7 @@ class Clients(RuleBasedStateMachine):
         client.events.extend(missed)
 
     def _foretell(self) -> None:
-        """Have everybody expect what they are to be told of what has happened since the last time."""
+        """Add to what each client expects the lines about all that has happened since the last time."""
         begin = self._model.revision - len(self._model.events)
         fresh = self._model.events[self._foretold - begin :]
         self._foretold = self._model.revision
@@ -358,7 +358,7 @@ class Clients(RuleBasedStateMachine):
     ("examples", "steps", "restarts"), [(6, 50, 2), pytest.param(60, 100, 5, marks=pytest.mark.soak)]
 )
 def test_every_line_is_foretold(stack: Stack, examples: int, steps: int, restarts: int) -> None:
-    """Whatever clients and time do and however often it is killed, answers and events are those of the model."""
+    """Answers and events are those of the model, whatever clients and time do, through any number of kills."""
 
     class There(Clients):
         site = Site(stack)

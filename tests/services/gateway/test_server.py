@@ -31,7 +31,7 @@ def connect(port: int = 5000) -> socket.socket:
 
 
 def read_all(connection: socket.socket) -> bytes:
-    """What comes until the gateway closes."""
+    """Return all bytes until the gateway closes."""
     return b"".join(iter(lambda: connection.recv(65536), b""))
 
 
@@ -397,7 +397,7 @@ def test_one_address_has_not_all_connections(stack: Stack) -> None:
 
 
 def test_requests_over_the_rate_wait(stack: Stack) -> None:
-    """Who sends faster than its address may is told once, loses no answer, gets them late, and is not read on."""
+    """A client above its address's rate is told once, loses no answer, gets them late, and is not read on."""
     stack.configure("[gateway]\nrequests_per_second = 20\n")
     stack.start("broker")
     gateway = stack.start("gateway")

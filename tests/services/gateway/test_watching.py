@@ -111,7 +111,7 @@ def test_watcher_may_ask_on(talk: Any, gateway: Running) -> None:
 
 @pytest.mark.parametrize("resume", [False, True])
 def test_watching_anew_repeats_nothing(talk: Any, gateway: Running, resume: bool) -> None:
-    """Who watches a second time reads nothing after that answer that is in it, however close the change was."""
+    """A second `watch` is followed by no event that its answer holds already, however close the change was."""
     watcher = talk()
     revision = watcher.ask("watch")["revision"]
     again = {"op": "watch", "id": "again"} | ({"revision": revision} if resume else {})
@@ -281,7 +281,7 @@ def test_idle_watcher_stays(stack: Stack, talk: Any) -> None:
 
 
 def test_loser_of_a_name_is_told(talk: Any, gateway: Running) -> None:
-    """Whose entry is taken over reads on its connection who did it, and its renewals are refused."""
+    """The former owner of an entry reads on its connection who took it over, and its renewals are refused."""
     first, second = talk(), talk()
     generation = first.ask("register", name="siem", streams=["*"], port=9514, ttl=30)["client"]["generation"]
     assert second.ask("register", name="siem", streams=["*"], port=9515)["error"] == "name_taken"
@@ -293,7 +293,7 @@ def test_loser_of_a_name_is_told(talk: Any, gateway: Running) -> None:
 
 
 def test_held_entry_over_a_restart(stack: Stack, talk: Any, gateway: Running) -> None:
-    """Who holds an entry may sign up again after the gateway was killed, without take_over."""
+    """The holder of an entry may sign up again after the gateway was killed, without take_over."""
     before = talk().ask("register", name="held", streams=["*"], port=9514, hold=True)["client"]
     gateway.stop(signal.SIGKILL)
     stack.start("gateway")
@@ -347,7 +347,7 @@ def test_registry_that_is_not_kept(stack: Stack) -> None:
 
 
 def test_missing_renewals_are_said(stack: Stack, talk: Any) -> None:
-    """When most renewals fail to come nothing expires, the log says so, and so does the account."""
+    """Nothing expires when most renewals fail to come, and the log and the account say so."""
     stack.start("broker")
     gateway = stack.start("gateway")
     actor = talk()

@@ -155,7 +155,7 @@ def test_listener_that_was_not_passed_is_bound(stack: Stack, bus: BusEnds, held:
 
 
 def test_drops_are_counted_from_the_start_of_the_worker(stack: Stack, bus: BusEnds, held: ExitStack) -> None:
-    """What the kernel dropped before a worker started is not in its account; what it drops from then on is."""
+    """Kernel drops before a worker started are not in its account; later ones are."""
     stack.configure(STREAM + "receive_buffer = 4096\n")
     udp = listen(held, socket.SOCK_DGRAM)
     udp.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

@@ -38,7 +38,7 @@ def batch_of(sent: Sequence[Sent], stride: int = 0) -> DatagramBatch:
 
 
 def observed(protocol: Protocol, sent: Sequence[Sent], cuts: Sequence[int] = (), stride: int = 0) -> Counter[str]:
-    """What is counted when these come in batches that begin at `cuts`, and nothing follows."""
+    """Return the counts when these come in batches that begin at `cuts`, and nothing follows."""
     account: Counter[str] = Counter()
     exporters = ExporterTracker(protocol, account)
     edges = [0, *sorted({cut % (len(sent) + 1) for cut in cuts}), len(sent)]
@@ -139,7 +139,7 @@ def signed(number: int) -> int:
 
 
 def near(ahead: int, exact: bool) -> bool:
-    """Whether a number so far ahead of what is due is of the same series."""
+    """Return whether a number this far ahead of what is due is of the same series."""
     return -WINDOW <= ahead <= (WINDOW if exact else MAX_GAP)
 
 
@@ -229,7 +229,7 @@ class Reference:
 
 
 def followed(taken: Sequence[tuple[int, int, int, int, bool]], cuts: Sequence[int]) -> Counter[str]:
-    """What it counts of (exporter, number, count, uptime, sure) each, in batches that begin at `cuts`."""
+    """Return the counts for (exporter, number, count, uptime, sure) each, in batches that begin at `cuts`."""
     account: Counter[str] = Counter()
     numbers = SequenceTracker(3, account, "missed")
     for start, stop in pairwise([0, *sorted({cut % (len(taken) + 1) for cut in cuts}), len(taken)]):
@@ -310,7 +310,7 @@ fragments = st.sampled_from([
     st.sampled_from([0, 3000]),
 )
 def test_arbitrary_bytes_are_counted(payloads: list[bytes], protocol: Protocol, stride: int) -> None:
-    """Whatever comes, nothing is raised; what is none of the protocol is counted, and changes no byte."""
+    """Nothing is raised, whatever comes; datagrams of another protocol are counted, and change no byte."""
     payloads = [payload[:3000] for payload in payloads]
     batch = batch_of(from_one(*payloads), stride)
     before = bytes(batch.payload)
@@ -327,7 +327,7 @@ def test_arbitrary_bytes_are_counted(payloads: list[bytes], protocol: Protocol, 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_datagrams_of_the_protocol_are_no_strangers(kind: str) -> None:
-    """What an exporter of the protocol sends is taken for it, and what one of another sends is `not_flow`."""
+    """A datagram of the protocol is taken for one, and one of another protocol is `not_flow`."""
     other = flows.netflow_v9(1) if PROTOCOLS[kind] != "netflow" else flows.sflow(1)
     sent = from_one(datagram(kind, 7, 3, 0), other, b"", datagram(kind, 7 + (3 if kind in UNITS else 1), 3, 0))
     assert observed(PROTOCOLS[kind], sent) == {"not_flow": 2, "exporters": 1}
@@ -345,7 +345,7 @@ def test_header_that_does_not_fit_its_datagram_is_none(wrong: bytes) -> None:
 
 
 def test_gap_is_missed_a_moment_later() -> None:
-    """What is missing counts when it has not come for a second; what fills the gap before is not missed."""
+    """A gap counts when it was not filled for a second; numbers that fill it before are not missed."""
     account: Counter[str] = Counter()
     exporters = ExporterTracker("netflow", account)
     exporters.observe(batch_of(from_one(*map(flows.netflow_v9, (1, 4)))))
@@ -459,11 +459,11 @@ def test_large_batch_with_a_hostile_sender_among_others() -> None:
 
 
 Step = tuple[int, int]
-"""Which exporting process sends, or which port a datagram leaves by; and its number."""
+"""The exporting process that sends, or the port that a datagram leaves by; and its number."""
 
 
 def observed_in_calls(sent: Sequence[Sent], most: int, *, settled: bool = True) -> Counter[str]:
-    """What is counted when datagrams come in receive calls of so many, with a second between them or not."""
+    """Return the counts when datagrams come in receive calls of these sizes, with a second between them or not."""
     account: Counter[str] = Counter()
     exporters = ExporterTracker("netflow", account)
     for start in range(0, len(sent), most):
@@ -574,7 +574,7 @@ class TestSeveralProcesses:
         assert observed_in_calls(sent, 9) == {"exporters": 2, "exporter_missed_flows": 30}
 
     def test_a_jump_counts_once_the_series_before_is_silent(self) -> None:
-        """Who skips far and never goes back has lost that, which counts after a minute; at the end it is not sure."""
+        """An exporter that skips far and never goes back has lost that; it counts in a minute, at the end as unsure."""
         account: Counter[str] = Counter()
         exporters = ExporterTracker("netflow", account)
         exporters.observe(batch_of(from_one(*map(flows.netflow_v9, (1, 2, 5000)))))

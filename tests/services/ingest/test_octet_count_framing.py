@@ -71,7 +71,7 @@ def test_messages_end_where_they_should(stream: bytes, messages: list[bytes]) ->
 
 @pytest.mark.parametrize("stream", [b"9 <34>four", b"9 <", b"65507 <" + bytes(65505)])
 def test_message_that_ends_before_its_count_is_cut_off(stream: bytes) -> None:
-    """What came of a counted message is no message; it is told as cut off, however long it was to be."""
+    """The part of a counted message that came is no message; it is told as cut off, however long it was to be."""
     assert messages_of(b"one\n" + stream) == ([b"one"], False, True)
 
 
@@ -110,7 +110,7 @@ def test_longest_message_is_whole(stream: bytes) -> None:
     ],
 )
 def test_longer_message_ends_the_connection(stream: bytes) -> None:
-    """What came before one that fits no datagram is taken; nothing of it is, nor of what follows."""
+    """Messages before one that fits no datagram are taken; it is not, nor are those behind it."""
     assert messages_of(b"one\n" + stream, b"\nnext\n") == ([b"one"], True, False)
 
 

@@ -127,14 +127,14 @@ class TestPath:
 
 
 def reaches(path: Path) -> bool:
-    """Whether a path is listened on."""
+    """Return whether a path is listened on."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         return sock.connect_ex(str(path)) == 0
 
 
 class TestGroup:
     def test_is_joined_and_received_once(self, stack: Stack, bus: BusEnds) -> None:
-        """What is sent to a multicast group, IPv4 and IPv6, arrives on the interface that is named, once."""
+        """Datagrams to a multicast group, IPv4 and IPv6, arrive on the interface that is named, once."""
         listen = ("udp://239.1.1.2%mc0:5514", "udp://[ff15::114%mc0]:5514", "udp://[ff02::114%mc0]:5515")
         with Host() as relay, Host() as exporter:
             near = End(relay, "mc0", "10.21.0.1/24 fd00:21::1/64")
@@ -242,7 +242,7 @@ def test_without_ipv6_everywhere_is_ipv4(stack: Stack, bus: BusEnds, scheme: str
 
 @pytest.mark.parametrize("rules", ["recvmmsg=ENOSYS", "recvmmsg=EPERM", "recvmmsg=ENOSYS,sendmmsg=ENOSYS"])
 def test_refused_recvmmsg_is_replaced(stack: Stack, bus: BusEnds, rules: str) -> None:
-    """Where a sandbox refuses recvmmsg(2) datagrams are received one by one, whole and in order, and this is said."""
+    """Datagrams are received one by one, whole and in order, where a sandbox refuses recvmmsg(2); the log says so."""
     worker, subscriber = listening(stack, bus, "udp://127.0.0.1:6667", rules=rules)
     payloads = [b"", b"x" * 65_507, *(b"%d" % number * (number % 7) for number in range(600))]
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
@@ -260,7 +260,7 @@ def test_refused_recvmmsg_is_replaced(stack: Stack, bus: BusEnds, rules: str) ->
     ("rules", "number"), [("recvmmsg=ENOSYS,recvmsg=ENOSYS", errno.ENOSYS), ("recvmmsg=EACCES", errno.EACCES)]
 )
 def test_receiving_that_always_fails_is_said(stack: Stack, bus: BusEnds, rules: str, number: int) -> None:
-    """Where no call receives, the log says so with the reason, at most once a second, and the listener's account."""
+    """The log and the listener's account give the reason where no call receives, the log at most once a second."""
     worker, _ = listening(stack, bus, "udp://127.0.0.1:6667", rules=rules)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.sendto(b"lost", ("127.0.0.1", 6667))
@@ -275,7 +275,7 @@ def test_receiving_that_always_fails_is_said(stack: Stack, bus: BusEnds, rules: 
 @pytest.mark.usefixtures("bus")
 @pytest.mark.parametrize("rules", ["accept4=ENOSYS,accept=ENOSYS", "recvfrom:2:16384=EACCES"])
 def test_tcp_that_always_fails_is_said(stack: Stack, rules: str) -> None:
-    """Where no connection can be accepted or read, the log says why, and the worker does not spin."""
+    """The log gives the reason where no connection can be accepted or read, and the worker does not spin."""
     worker = started(stack, "tcp://127.0.0.1:6667", rules=rules)
     with socket.create_connection(("127.0.0.1", 6667)) as connection:
         connection.sendall(b"lost\n")

@@ -37,7 +37,7 @@ def bus(stack: Stack) -> Iterator[BusEnds]:
 
 
 def reload(stack: Stack, worker: Running, settings: str) -> str:
-    """Have a worker read these settings; return what it says of that."""
+    """Let a worker read these settings; return what it says of that."""
     stack.configure(settings)
     event: str = worker.reload()["event"]
     return event
@@ -85,7 +85,7 @@ def test_listeners_that_stay_are_the_same_sockets(stack: Stack, bus: BusEnds) ->
 
 
 def test_stream_that_goes_is_drained(stack: Stack, bus: BusEnds) -> None:
-    """What the kernel has queued when a listener goes is published; its account stays, and goes on if it is back."""
+    """Datagrams queued in the kernel when a listener goes are published; its account stays, and goes on with it."""
     worker = stack.start("ingest")
     subscriber = follow(bus, "b")
     sent = [b"%d" % number for number in range(600)]
@@ -134,7 +134,7 @@ def test_renamed_stream_goes_on_under_its_new_name(stack: Stack, bus: BusEnds) -
 
 @pytest.mark.parametrize("kind", [socket.SOCK_DGRAM, socket.SOCK_STREAM])
 def test_port_in_use_keeps_the_old_settings(stack: Stack, bus: BusEnds, kind: socket.SocketKind) -> None:
-    """When one new listener can't be had none is opened, one line names it, and the old ones go on."""
+    """No new listener is opened when one can't be had, one line names it, and the old ones go on."""
     worker = stack.start("ingest")
     subscriber = follow(bus, "a")
     before, lines = listeners(worker), len(worker.text.splitlines())
@@ -170,7 +170,7 @@ def test_port_in_use_keeps_the_old_settings(stack: Stack, bus: BusEnds, kind: so
     ],
 )
 def test_listener_that_may_not_be_keeps_the_old_settings(stack: Stack, bus: BusEnds, settings: str, says: str) -> None:
-    """What would end the start of a worker costs one that runs a line."""
+    """A fault that would end the start of a worker costs a running one only a line."""
     worker = stack.start("ingest")
     before = listeners(worker)
     assert reload(stack, worker, settings).startswith(f"not reloaded, the old settings stay: {says}")
@@ -203,7 +203,7 @@ def test_reply_and_receive_buffer_change_in_place(stack: Stack, bus: BusEnds) ->
 
 
 def test_connections_end_with_their_listener(stack: Stack, bus: BusEnds) -> None:
-    """What a TCP connection has sent before its listener goes is published; one of another listener stays open."""
+    """Messages sent on a TCP connection before its listener goes are published; one of another listener stays open."""
     stack.configure(B + B.replace('"b"', '"a"').replace("7001", "7000"))
     worker = stack.start("ingest")
     of_a, of_b = follow(bus, "a"), follow(bus, "b")

@@ -73,7 +73,7 @@ def connect(host: str = "127.0.0.1") -> socket.socket:
 
 
 def is_closed(connection: socket.socket) -> bool:
-    """Whether the worker closes the connection, waited for."""
+    """Return whether the worker closes the connection, waited for."""
     try:
         return connection.recv(1) == b""
     except ConnectionResetError:  # closed with some of what we sent unread
@@ -126,7 +126,7 @@ def test_datagrams_arrive_with_source_and_payload(stack: Stack, bus: BusEnds, ho
 
 
 def test_batch_longer_than_a_bus_message_is_cut(stack: Stack, bus: BusEnds) -> None:
-    """What one receive call brings beyond a message's limit goes as several, with nothing lost or turned around."""
+    """A receive call of more than a message's limit goes as several, with nothing lost or turned around."""
     worker = stack.start("ingest")
     subscriber = follow(bus)
     payloads = [bytes([number]) * MAX_DATAGRAM for number in range(30)]
@@ -221,7 +221,7 @@ def test_sender_without_a_port_gets_no_reply(stack: Stack, bus: BusEnds) -> None
 
 
 def test_senders_without_a_port_do_not_cost_others_their_reply(stack: Stack, bus: BusEnds) -> None:
-    """However many of a batch can't be answered, one that can be gets its reply."""
+    """A datagram that can be answered gets its reply, however many of its batch can't."""
     worker = stack.start("ingest")
     freeze(worker)
     for _ in range(100):
@@ -497,7 +497,7 @@ def test_what_the_kernel_drops_is_counted(stack: Stack, bus: BusEnds) -> None:
 
 
 def drops_of(address: str, port: int) -> int:
-    """What /proc/net/udp says that the kernel has dropped at a socket: its last column."""
+    """Return the datagrams that /proc/net/udp says the kernel has dropped at a socket: its last column."""
     lines = Path("/proc/self/net/udp").read_text().splitlines()[1:]
     return sum(int(line.split()[-1]) for line in lines if line.split()[1] == f"{address}:{port:04X}")
 
@@ -544,7 +544,7 @@ def test_no_other_user_gets_a_share(stack: Stack, bus: BusEnds, listen: str) -> 
 
 
 def test_each_listener_has_its_account(stack: Stack, bus: BusEnds, tmp_path: Path) -> None:
-    """What came by which listener of a stream is told apart, whoever wants it: UDP, TCP, a path."""
+    """Datagrams are told apart by the listener of a stream that they came by, whoever wants them: UDP, TCP, a path."""
     path = tmp_path / "in.sock"
     stack.configure(STREAM.replace("listen = [", f'listen = ["unixgram://{path}", '))
     stack.start("ingest")
@@ -570,7 +570,7 @@ def test_each_listener_has_its_account(stack: Stack, bus: BusEnds, tmp_path: Pat
 
 
 def test_wrong_checksum_is_counted_for_the_host(stack: Stack, bus: BusEnds) -> None:
-    """What the kernel drops for its checksum never comes to a worker, and is counted as what the kernel says.
+    """A datagram that the kernel drops for its checksum never comes to a worker, and is counted as the kernel does.
 
     Over IPv4 a datagram may do without one, and is taken; over IPv6 that is wrong.
     """
@@ -721,7 +721,7 @@ def under_load() -> Iterator[None]:
 
 
 def test_queue_of_the_kernel_is_drained(stack: Stack, bus: BusEnds) -> None:
-    """What the kernel has queued when SIGTERM comes is published, all of it, though it is several batches."""
+    """Datagrams queued in the kernel when SIGTERM comes are published, all of them, in several batches if need be."""
     worker = stack.start("ingest")
     subscriber = follow(bus)
     freeze(worker)

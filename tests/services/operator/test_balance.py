@@ -10,12 +10,12 @@ ORIGIN = unparse_origin("ingest.1", BOOT, "syslog")
 
 
 def worker(published: int) -> Accounts:
-    """What a worker reports that has published so many."""
+    """Return the report of a worker that has published `published` datagrams."""
     return {"stream/syslog": {"received": published, "published": published}}
 
 
 def forwarder(reached: int, missed: int = 0) -> Accounts:
-    """What a forwarder reports that has followed the worker from its start."""
+    """Return the report of a forwarder that has followed the worker from its start."""
     return {ORIGIN: {"baseline": 0, "taken": reached - missed, "missed": missed, "reached": reached}}
 
 
@@ -88,7 +88,7 @@ def test_a_worker_that_is_gone_is_listed() -> None:
     ],
 )
 def test_accounts_that_do_not_add_up_within_a_service(accounts: Accounts) -> None:
-    """What a service itself can't account for is a discrepancy that names the service."""
+    """A fault in a service's own accounts is a discrepancy that names the service."""
     (sentence,) = balance(("some.1", accounts)).discrepancies()
     assert sentence.startswith("some.1: ")
 
@@ -131,7 +131,7 @@ def test_accounts_that_nobody_writes() -> None:
 def test_no_history_of_a_right_forwarder_is_out_of_balance(
     events: list[tuple[str, int | bool | None]], invented: int
 ) -> None:
-    """Whatever happens in whatever order, batches lost too, a forwarder that counts right balances; one ahead does not.
+    """A forwarder that counts right balances, whatever happens in whatever order, batches lost too; one ahead does not.
 
     Here the bus is a queue: the forwarder takes a batch any time after it was published, or learns that it is lost.
     """

@@ -24,7 +24,7 @@ def interface(lab: None) -> Iterator[str]:
 
 @pytest.fixture
 def transmitter(stack: Stack) -> Iterator[PlayedTransmitter]:
-    """Who takes the requests."""
+    """The transmitter that takes the requests."""
     stack.start("broker")
     with BusEnds(stack.bus) as bus:
         yield PlayedTransmitter(bus)

@@ -40,7 +40,7 @@ def main() -> int:
 
 
 def seal() -> None:
-    """Have no thread open anything from now on."""
+    """Let no thread open anything from now on."""
     from tests.deploy.confined import AF_MAX, SCMP_ACT_ALLOW, SCMP_ACT_ERRNO, SCMP_CMP_EQ, Comparison, Filter
 
     sealed = Filter(SCMP_ACT_ALLOW, every_thread=True)

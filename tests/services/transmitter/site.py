@@ -27,14 +27,14 @@ SIEM4, SIEM6 = "10.2.0.2", "fd00:2::2"
 
 
 def ask_quickly(host: Host, interface: str) -> None:
-    """Have a host's kernel doubt neighbours, and ask for them, 20 times a second instead of once (arp(7))."""
+    """Let a host's kernel doubt neighbours, and ask for them, 20 times a second instead of once (arp(7))."""
     for table in ("arp_cache", "ndisc_cache"):
         tuning = "delay_probe 50 retrans 50 ucast_probes 1 mcast_probes 20"
         host.run(*f"ip ntable change name {table} dev {interface} {tuning}".split())
 
 
 def open_raw(opened: ExitStack, host: Host, each: int = 3) -> RawSockets:
-    """So many sockets of each kind, as the opener leaves them, but for their buffers, which a test has to fill."""
+    """Open sockets of each kind as the opener leaves them, but with small buffers, which a test has to fill."""
     with host.entered():
         kept = [tuple(opened.enter_context(open_socket(kind)) for _ in range(each)) for kind in KINDS]
     for sock in (sock for several in kept for sock in several):
@@ -62,7 +62,7 @@ class Site:
         self.destination: Destination = self.reach()
 
     def reach(self, address: str = SIEM4, port: int = 9514, **fields: Any) -> Destination:
-        """How a collector is reached."""
+        """Return the way to a collector."""
         return self.sender.reach(make_client("c", port, address=address, **fields), self.account)
 
     def send(self, *payloads: bytes, sources: Sequence[str] = EXPORTERS, port: int = 514) -> None:
@@ -78,7 +78,7 @@ class Site:
         assert list(discrepancies({"collector/c": account})) == []
 
     def turn(self) -> None:
-        """What the loop does all the time."""
+        """Do one turn of the loop."""
         self.sender.work()
         self.check()
 
@@ -116,7 +116,7 @@ class Copied(Capture):
 
 
 def payloads(arrivals: Iterable[Arrival]) -> list[bytes]:
-    """What arrived."""
+    """Return the payloads that arrived."""
     return [arrival.payload for arrival in arrivals]
 
 

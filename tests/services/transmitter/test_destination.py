@@ -1,4 +1,4 @@
-"""What waits for a next hop: on links in namespaces of the test's own, with a next hop that answers late or never."""
+"""Copies that wait for a next hop: on links in namespaces of the test's own, with one that answers late or never."""
 
 import time
 from collections import Counter
@@ -25,7 +25,7 @@ SOURCES = {SIEM4: EXPORTERS[:1], SIEM6: ("2001:db8::1",)}
 
 
 class Clock:
-    """What `time` is for what waits: it stands still unless moved."""
+    """The clock of what waits: it stands still unless moved."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -60,7 +60,7 @@ def site(opened: ExitStack) -> Site:
 
 
 def answer(site: Site, answers: bool) -> None:
-    """Whether the collector's host answers who asks for its link address."""
+    """Let the collector's host answer ARP for its link address, or not."""
     site.siem.run("ip", "link", "set", "dev", "eth", "arp", "on" if answers else "off")
 
 
@@ -96,7 +96,7 @@ def test_what_waits_leaves_although_nothing_new_comes(site: Site, opened: ExitSt
 
 
 def test_nothing_waits_longer_than_a_second(site: Site, clock: Clock) -> None:
-    """What has waited a second is dropped as `no_neighbour`, no earlier, and what came later waits on."""
+    """A datagram that has waited a second is dropped as `no_neighbour`, no earlier, and later ones wait on."""
     site.send(*numbered(0, 10))
     clock.now += HELD_SECONDS / 2
     site.send(*numbered(10, 20))
@@ -138,7 +138,7 @@ def test_too_many_bytes_that_wait_push_out_the_oldest(site: Site) -> None:
 
 
 def test_what_came_together_may_wait_together(site: Site) -> None:
-    """As much as is ever handled at once has room to wait: it is not dropped before anything else has come."""
+    """The largest amount handled at once has room to wait: it is not dropped before anything else has come."""
     each = 8
     count = MAX_GATHERED_PAYLOAD // (each * MAX_DATAGRAM) + 1
     batch = Gathered([make_batch([bytes(MAX_DATAGRAM)] * each) for _ in range(count)])

@@ -30,7 +30,7 @@ def word_sum(payload: bytes) -> int:
     st.lists(st.tuples(equal | any_payloads, st.sampled_from([0, 40, 41, 64, 101])), min_size=1, max_size=4), st.data()
 )
 def test_sums_are_those_of_the_payloads_alone(found: list[tuple[list[bytes], int]], data: st.DataObject) -> None:
-    """Whatever the strides of the batches, odd ones too, what stands between payloads is in no sum."""
+    """Bytes between payloads are in no sum, whatever the strides of the batches, odd ones too."""
     batch = Gathered([strided(payloads, stride) for payloads, stride in found])
     expected = [word_sum(payload) for payloads, _ in found for payload in payloads]
     rows = data.draw(st.lists(st.integers(0, len(expected) - 1)))

@@ -56,7 +56,7 @@ class Ends:
         return near, far
 
     def raise_ends(self) -> None:
-        """Have both ends up, with their addresses."""
+        """Set both ends up, with their addresses."""
         for end in (self.near, self.far):
             lines = [f"link set dev {end.name} up"]
             lines += [
@@ -67,7 +67,7 @@ class Ends:
             end.host.assert_no_default_route()
 
     def begin(self) -> None:
-        """Have a sender on the relay, once links are as they are to be."""
+        """Start a sender on the relay, once links are as they should be."""
         raw = open_raw(self.opened, self.relay)
         with self.relay.entered():
             self.sender = self.opened.enter_context(closing(Sender(Settings(), raw, BacklogMemory(1 << 20))))
@@ -89,7 +89,7 @@ class Ends:
 
 
 def errors(host: Host) -> dict[str, int]:
-    """What the kernel of a host holds against what it received."""
+    """Return the errors that a host's kernel counts for what it received."""
     counters = host.counters()
     return {name: counters[name] for name in ERRORS}
 

@@ -77,7 +77,7 @@ class Area:
         self.follow_until(met, what, refresh=True)
 
     def find(self, address: str) -> Hop:
-        """Have a next hop's link address found; return it, usable."""
+        """Get a next hop's link address found; return it, usable."""
         hop = self.hop(address)
         self.next_hops.resolve(hop)
         self.follow_until(lambda: hop.usable, "the next hop has answered")
@@ -132,7 +132,7 @@ def test_a_way_has_its_kind_link_next_hop_and_mtu(area: Area) -> None:
 
 
 def test_collectors_behind_one_gateway_share_its_next_hop(area: Area) -> None:
-    """What is learnt of a gateway is true for all that is behind it."""
+    """A fact about a gateway is true for all that is behind it."""
     assert area.hop("10.3.0.1") is area.hop("10.3.0.2") is area.hop(SIEM4)
 
 
@@ -233,7 +233,7 @@ def test_the_probe_leaves_by_the_link_of_the_way(area: Area, gateway: str) -> No
 
 
 def test_a_link_that_does_not_ask_for_neighbours_needs_no_answer(area: Area) -> None:
-    """Where the link has no ARP the kernel knows what to send to as soon as it has something to send."""
+    """A link without ARP has a usable next hop as soon as there is something to send."""
     area.ip("link set dev up arp off")
     area.ip("neigh flush dev up")
     area.follow_until(lambda: True, "it is known")
@@ -251,7 +251,7 @@ def test_a_next_hop_with_another_link_address_is_found_again(area: Area, address
 
 
 def test_a_next_hop_that_is_gone_is_asked_for_until_it_answers(area: Area) -> None:
-    """What does not answer is not usable; it is asked each second as long as it is in use, and used when it is back."""
+    """A silent next hop is not usable; it is asked each second as long as it is in use, and used when it is back."""
     hop = area.find(SIEM4)
     area.near.run("ip", "link", "set", "dev", "eth", "arp", "off")
     area.ip(f"neigh replace {SIEM4} lladdr {area.eth.link_address} dev up nud stale")
@@ -361,7 +361,7 @@ def test_events_older_than_the_lost_ones_undo_nothing(area: Area) -> None:
 
 
 class Clock:
-    """What `time` is for a next_hops: it stands still unless moved."""
+    """The clock of a next_hops: it stands still unless moved."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -377,7 +377,7 @@ MTUS = [f"link set dev up mtu {1300 + number}" for number in range(100)]
 
 @pytest.mark.parametrize("commands", [ROUTES, MTUS])
 def test_busy_changes_cost_a_part_of_the_time(area: Area, monkeypatch: pytest.MonkeyPatch, commands: list[str]) -> None:
-    """However often routes or links change, ways are asked for ten times a second at most; the last change counts."""
+    """Ways are asked for at most ten times a second, however often routes or links change; the last change counts."""
     clock = Clock()
     monkeypatch.setattr(services.transmitter.next_hops, "time", clock)
     area.next_hops.apply_events()
@@ -398,7 +398,7 @@ def test_busy_changes_cost_a_part_of_the_time(area: Area, monkeypatch: pytest.Mo
 
 
 def test_lost_events_cost_a_part_of_the_time(area: Area, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However often events are lost, the kernel is asked for everything ten times a second at most."""
+    """The kernel is asked for everything at most ten times a second, however often events are lost."""
     clock = Clock()
     monkeypatch.setattr(services.transmitter.next_hops, "time", clock)
     monkeypatch.setattr(area.next_hops._netlink, "events", lambda: iter([EventsLost()]))

@@ -34,9 +34,9 @@ ALL = [opener.SOCKETS] * 3
 HELD = ("CapInh", "CapPrm", "CapEff", "CapAmb")
 PACKAGE = CHECKOUT / "services/transmitter"
 THIRD_PARTY = {"msgpack", "msgspec", "numpy", "pyroute2", "structlog", "zmq"}
-"""What the transmitter may import besides the standard library and ourselves."""
+"""Packages that the transmitter may import besides the standard library and ourselves."""
 BROUGHT_ALONG = {"cython_runtime", "markdown_it", "mdurl", "psutil", "pygments", "rich", "typing_extensions"}
-"""What those import in turn, some of it only where it is installed."""
+"""Packages that those import in turn, some only where they are installed."""
 as_root = pytest.mark.skipif(not IS_ROOT, reason="needs root, who can become another user")
 
 
@@ -152,7 +152,7 @@ def test_who_forbids_raw_sockets_is_named(lab: None, copy: Started, error: int, 
 
 @as_root
 def test_capability_that_only_could_be_had_is_told_from_one(lab: None, copy: Started) -> None:
-    """As in a container with cap_add and a user who is not root: one in the bounding set alone is held by nobody."""
+    """A capability in the bounding set alone is held by nobody: a container with cap_add and a user who is not root."""
     as_container = ("setpriv", "--bounding-set=-all,+net_raw,+setuid,+setgid", f"--reuid={NOBODY}", "--clear-groups")
     found = copy.said(prefix=as_container)
     assert int(found["status"]["CapBnd"], 16) & NET_RAW
@@ -255,7 +255,7 @@ def test_the_user_is_the_one_of_the_settings(lab: None, copy: Started, by: str) 
     "text", ["[transmitter", "transmitter = 1", "[transmitter]\nuser = 5", "x = " + "[" * 9999, '[transmitter]\nuser="']
 )
 def test_settings_that_are_wrong_are_the_transmitters_to_report(lab: None, copy: Started, text: str) -> None:
-    """What can't be read as settings does not stop the opener: it becomes the default user, arguments go on."""
+    """Unreadable settings do not stop the opener: it becomes the default user, arguments go on."""
     settings = copy.directory / "wrong.toml"
     settings.write_text(text)
     found = copy.said("--config", str(settings))
@@ -292,7 +292,7 @@ def test_neither_loader_nor_interpreter_is_told_where_to_find_code(lab: None, co
 
 
 def test_no_other_descriptor_is_inherited(lab: None, copy: Started) -> None:
-    """What the opener was started with, it keeps from the transmitter."""
+    """Descriptors that the opener was started with do not reach the transmitter."""
     with (copy.directory / "fanwire.toml").open("w") as secret:
         found = copy.said(preexec_fn=as_nobody_with_net_raw, pass_fds=[secret.fileno()])
     assert (found["kinds"], found["descriptors"]) == (ALL, 3)
@@ -328,7 +328,7 @@ def test_the_process_stays_the_same(lab: None, copy: Started) -> None:
 
 @as_root
 def test_a_closed_bus_directory_is_handed_on_as_a_descriptor(lab: None, copy: Started) -> None:
-    """Where root's runtime directory is closed to the user, a descriptor of the bus directory in it is the way."""
+    """A descriptor of the bus directory leads into root's runtime directory where that is closed to the user."""
     bus = copy.directory / "closed" / "fanwire"
     bus.parent.mkdir(mode=0o700)
     environment = {"XDG_RUNTIME_DIR": str(bus.parent)}
@@ -348,7 +348,7 @@ def test_a_closed_bus_directory_is_handed_on_as_a_descriptor(lab: None, copy: St
 
 @as_root
 def test_an_open_bus_directory_keeps_its_name(lab: None, copy: Started) -> None:
-    """Where the user can go there, it is told the path as root has it, since /tmp/fanwire-UID would be another."""
+    """The user is told the path as root has it where it can go there, since /tmp/fanwire-UID would be another."""
     settings = copy.directory / "bus.toml"
     settings.write_text(f'[bus]\ndirectory = "{copy.directory}/$NAME"\n')
     found = copy.said("--config", str(settings), environment={"NAME": "there"})
@@ -423,7 +423,7 @@ def test_sockets_can_only_send(sockets: Opened) -> None:
 
 
 def test_sockets_are_all_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    """When one is refused those before it are closed, and the error says what forbids it."""
+    """The sockets before a refused one are closed, and the error says what forbids it."""
     opened = []
 
     def refuse(kind: str) -> socket.socket:
@@ -479,7 +479,7 @@ def modules_loaded_by(module: str) -> set[str]:
 
 
 def test_the_opener_loads_the_standard_library_alone() -> None:
-    """What its imports import is no third party's either."""
+    """The imports of its imports are no third party's either."""
     assert modules_loaded_by("services.transmitter.opener") - STDLIB == {"services"}
 
 

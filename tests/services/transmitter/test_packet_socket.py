@@ -1,4 +1,4 @@
-"""What becomes of copies that the kernel does not take, seen from both ends: the account and the collector's host."""
+"""Fate of copies that the kernel does not take, seen from both ends: the account and the collector's host."""
 
 import errno
 import time
@@ -93,7 +93,7 @@ def known(site: Site) -> Site:
 
 @pytest.fixture
 def copied(site: Site, opened: ExitStack) -> Copied:
-    """What comes at the collector's host."""
+    """Return the copies that come at the collector's host."""
     return opened.enter_context(Copied(site.siem, "eth"))
 
 
@@ -228,7 +228,7 @@ def test_a_slow_interface_takes_a_tenth_of_the_time(
 def test_a_full_queue_is_seen_without_ethernet_too(
     site: Site, opened: ExitStack, address: str, sources: Sequence[str]
 ) -> None:
-    """Where raw IP is what copies leave by, those that a queue drops are not counted as delivered."""
+    """Copies that leave by raw IP and that a queue drops are not counted as delivered."""
     near, far = (End(host, "tun", f"10.5.0.{n}/24 fd00:5::{n}/64") for n, host in ((1, site.relay), (2, site.siem)))
     opened.enter_context(tunnel(near, far))
     shaped(site, "tbf rate 5mbit burst 5000 limit 20000", "tun")
@@ -248,7 +248,7 @@ def test_a_full_queue_is_seen_without_ethernet_too(
 def test_an_icmp_error_to_an_earlier_packet_costs_nothing(
     site: Site, opened: ExitStack, kernel: Kernel, error: int
 ) -> None:
-    """What raw IP ends the next send with, once, is no word on what was to be sent: all of it leaves."""
+    """An error that ends the next send of raw IP, once, says nothing of that send: all of it leaves."""
     site.destination = site.reach("10.2.0.1")
     collector = opened.enter_context(Collector(site.relay, "10.2.0.1", 9514))
     kernel.says.extend([3, -error])
@@ -264,7 +264,7 @@ def test_an_icmp_error_to_an_earlier_packet_costs_nothing(
 
 @pytest.mark.parametrize("error", [errno.EACCES, errno.EMSGSIZE, errno.EPERM])
 def test_errors_of_earlier_packets_cost_nobody(site: Site, opened: ExitStack, kernel: Kernel, error: int) -> None:
-    """However many packets meet the error of an earlier one, each is tried again, and all of them leave."""
+    """Each packet that meets the error of an earlier one is tried again, for any number of errors; all leave."""
     site.destination = site.reach("10.2.0.1")
     collector = opened.enter_context(Collector(site.relay, "10.2.0.1", 9514))
     kernel.says.extend([3, -error, 2, -error, 1, -error])
@@ -287,7 +287,7 @@ def test_errors_of_earlier_packets_cost_nobody(site: Site, opened: ExitStack, ke
 def test_error_that_would_meet_the_rest_drops_the_rest(
     singles: Site, opened: ExitStack, kernel: Kernel, error: int, cause: str
 ) -> None:
-    """What was taken is delivered, the rest is dropped at once, and the next batch is tried again."""
+    """Copies that were taken are delivered, the rest is dropped at once, and the next batch is tried again."""
     copied = opened.enter_context(Copied(singles.siem, "eth"))
     kernel.says.extend([3, -error])
     singles.send(*numbered(0, 50), sources=ONE)
@@ -394,7 +394,7 @@ def test_collectors_of_rows_of_their_own_fail_alone(site: Site, copied: Copied, 
 
 
 def of_source(found: Sequence[Datagram]) -> dict[str, list[bytes]]:
-    """What came of each source, in order."""
+    """Return the datagrams of each source, in order."""
     came: dict[str, list[bytes]] = {}
     for datagram in found:
         came.setdefault(datagram.source, []).append(datagram.payload)
@@ -402,7 +402,7 @@ def of_source(found: Sequence[Datagram]) -> dict[str, list[bytes]]:
 
 
 def is_part(some: list[bytes], whole: list[bytes]) -> bool:
-    """Whether these are among those, in the same order, each at most as often."""
+    """Return whether these are among those, in the same order, each at most as often."""
     rest = iter(whole)
     return all(each in rest for each in some)
 
@@ -493,7 +493,7 @@ def test_other_interfaces_need_no_patience(site: Site, opened: ExitStack, kernel
 
 
 def test_interfaces_share_a_socket_only_when_none_is_free(site: Site, opened: ExitStack) -> None:
-    """Whatever their numbers, as many interfaces as there are sockets have one each, and keep it; then they share."""
+    """As many interfaces as there are sockets have one each, and keep it, whatever their numbers; then they share."""
     raw = open_raw(opened, site.relay, 3)
     sockets = PacketSockets(raw.packet, raw.ip4, raw.ip6)
     link = site.sender.next_hops.link("up")

@@ -72,7 +72,7 @@ def batch_of(rows: list[tuple[tuple[str, int], int]], first: int) -> DatagramBat
 
 
 def memory_of(plan: Planned) -> Iterator[bytes]:
-    """What the kernel would read of each message."""
+    """Return the bytes that the kernel would read of each message."""
     for message in plan.messages[: plan.frames]:
         iovecs = np.frombuffer(ctypes.string_at(int(message["iov"]), int(message["iovlen"]) * IOVEC.itemsize), IOVEC)
         yield b"".join(ctypes.string_at(int(base), int(size)) if size else b"" for base, size in iovecs)
@@ -106,7 +106,7 @@ def sent(plan: Planned, version: int, *, link: bool) -> list[Sent]:
 
 
 def fields(datagram: Datagram) -> tuple[int, Header, int, tuple[str, str], bool]:
-    """What all pieces of a cut datagram share."""
+    """Return the fields that all pieces of a cut datagram share."""
     return datagram.port, datagram.header, datagram.fragments, datagram.macs, datagram.partial
 
 
@@ -234,7 +234,7 @@ def test_interleaved_sources_are_brought_together() -> None:
 
 
 def test_rows_left_can_be_planned_again() -> None:
-    """What is left after some rows were dealt with is the others, in the plan's order."""
+    """The rows left after some were handled are the others, in the plan's order."""
     batch = gathered(4, [(0, 100, 1), (1, 100, 1)] * 4)
     PLAN.build(batch, None, 4, 1500, link=True, segmentation=True)
     PLAN.address([target(4)], [b"name"], [Identification()])

@@ -120,7 +120,7 @@ EACH = [V4, V6, "127.0.0.1", "::1", "224.0.0.1", "ff02::1", "169.254.1.1", "fe80
 
 @given(st.lists(st.sampled_from(EACH), min_size=1), st.sampled_from(Reach))
 def test_every_row_is_admitted_or_counted(sources: list[str], reach: Reach) -> None:
-    """What may go and what may not add up to all rows, for either family."""
+    """The rows that may go and those that may not add up to all rows, for either family."""
     for version in (4, 6):
         rows, other_family, refused = admitted(Transmitter(), tuple(sources), version, reach=reach)
         assert len(rows) + other_family + refused == len(sources)
@@ -140,7 +140,7 @@ def test_frames_are_limited_to_so_many_a_second() -> None:
 
 
 def test_limit_of_one_frame_a_second_lets_one_leave_each_second() -> None:
-    """However small the limit, whole frames leave."""
+    """Whole frames leave, however small the limit."""
     clock = Clock()
     policy = Policy(Transmitter(frames_per_second=1), clock)
     left = 0

@@ -67,7 +67,7 @@ def as_nobody_with_setuid() -> None:
 
 
 def test_sockets_are_adopted(handed_on: str) -> None:
-    """What the opener hands on is taken over by kind, non-blocking, and is not inherited any further."""
+    """The opener's sockets are taken over by kind, non-blocking, and are not inherited any further."""
     sockets = adopt(handed_on)
     assert len(sockets) == 3 * opener.SOCKETS
     for kind in KINDS:
@@ -113,7 +113,7 @@ def test_sockets_that_could_receive_are_refused(lab: None) -> None:
 
 
 def test_something_else_than_a_socket_is_refused() -> None:
-    """As when the argument is typed by hand: the descriptor is left alone."""
+    """A descriptor in an argument that was typed by hand is left alone."""
     reader, writer = os.pipe()
     with pytest.raises(PermissionError, match="opener"):
         adopt(f"packet:{reader}")
@@ -134,7 +134,7 @@ def test_proof_fails_where_an_exec_could_gain_privileges(lab: None, copy: Starte
 
 
 def test_proof_fails_where_a_raw_socket_can_be_had(lab: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever /proc says, a raw socket that opens is one too many."""
+    """A raw socket that opens is one too many, whatever /proc says."""
     monkeypatch.setattr(privileges, "own_status", lambda: RELINQUISHED)
     with pytest.raises(PermissionError, match="it could open another raw socket: packet"):
         prove(RawSockets(reason="none"))
@@ -157,7 +157,7 @@ def test_proof_fails_where_root_is_put_by(copy: Started) -> None:
 
 @as_root
 def test_proof_fails_where_root_can_be_had(copy: Started) -> None:
-    """Whatever /proc says, becoming root must not work."""
+    """Becoming root must not work, whatever /proc says."""
     script = f"privileges.own_status = lambda: {RELINQUISHED}; prove(one)"
     assert "it is root, or can become root" in said_by(copy, script, as_nobody_with_setuid)
 
@@ -183,6 +183,6 @@ def test_who_one_is_outside_of_the_user_namespace() -> None:
 
 
 def test_a_refused_prctl_is_an_error() -> None:
-    """What the kernel refuses to give up is not passed over."""
+    """A refusal of the kernel to give something up is not passed over."""
     with pytest.raises(OSError, match="prctl"):
         privileges._prctl(1 << 30, 0)

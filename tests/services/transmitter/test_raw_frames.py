@@ -87,11 +87,11 @@ class Desk:
         return self._number
 
     def work(self) -> float:
-        """What the loop does; time stands still."""
+        """Do what the loop does; time stands still."""
         return self.frames.work()
 
     def work_for(self, seconds: float, step: float = 0.01) -> int:
-        """What the loop does while time passes; return how many frames have left."""
+        """Do what the loop does while time passes; return the number of frames that have left."""
         before = self.left
         for _ in range(round(seconds / step)):
             self.work()
@@ -100,7 +100,7 @@ class Desk:
 
     @property
     def left(self) -> int:
-        """How many frames have left."""
+        """Return the number of frames that have left."""
         return self.frames.counters["frames_sent"]
 
     def arrived(self) -> list[bytes]:
@@ -176,7 +176,7 @@ def test_as_many_as_asked_for_leave_in_turns(desk: Desk) -> None:
 
 
 def test_requests_share_the_turns(desk: Desk) -> None:
-    """However many requests are due a turn is no longer than for one; each has its part, and ends when it is done."""
+    """A turn is no longer for many due requests than for one; each has its part, and ends when it is done."""
     numbers = [desk.ask(HEADER + bytes([number]), count=count) for number, count in enumerate((1000, 1000, 30))]
     desk.work()
     assert desk.answer() == TransmitReply(numbers[2], 30)
@@ -241,7 +241,7 @@ def test_more_requests_than_there_may_be_are_unavailable(desk: Desk) -> None:
 
 
 def test_the_limit_of_frames_a_second_slows_requests_down(opened: ExitStack, clock: Clock) -> None:
-    """What the policy does not let leave now leaves later; nothing is lost, and the loop does not spin."""
+    """Frames that the policy does not let leave now leave later; nothing is lost, and the loop does not spin."""
     desk = Desk(opened, clock, frames_per_second=100)
     number = desk.ask(count=60)
     assert desk.work() > 0.001
@@ -268,7 +268,7 @@ def test_what_the_interface_does_not_take_is_not_counted_against_the_limit(opene
 
 @pytest.mark.parametrize("error", [errno.EAGAIN, errno.ENOBUFS])
 def test_a_full_queue_is_waited_for(desk: Desk, error: int) -> None:
-    """What the interface takes not now leaves a moment later; each frame once, and none is counted as failed."""
+    """Frames that the interface does not take now leave a moment later, each once; none is counted as failed."""
     desk.sockets[0].errors = [0, 0, error, error, 0, error]
     number = desk.ask(count=10)
     waits = []
@@ -296,7 +296,7 @@ def test_a_request_that_cannot_leave_ends(desk: Desk, count: int, per_second: fl
 
 
 def test_a_request_that_would_take_for_ever_is_refused(desk: Desk) -> None:
-    """However slow the pace, a request may take an hour and no more; the refusal names that limit."""
+    """A request may take an hour and no more, however slow its pace; the refusal names that limit."""
     desk.ask(count=3601, per_second=1.0)
     desk.ask(count=2, per_second=1e-300)
     assert desk.answers.pop().error == "bad_request"

@@ -35,7 +35,7 @@ def opened() -> Iterator[ExitStack]:
 
 
 def test_datagrams_wait_for_the_next_hop_and_arrive_in_order(opened: ExitStack) -> None:
-    """What comes while the link address is asked for is held, and leaves in order once it is known."""
+    """Copies are held while the link address is asked for, and leave in order once it is known."""
     site = Site(opened)
     with Collector(site.siem, "10.2.0.2", 9514) as collector:
         site.siem.run("ip", "link", "set", "dev", "eth", "arp", "off")
@@ -106,7 +106,7 @@ def test_route_that_goes_and_a_smaller_mtu_are_followed(opened: ExitStack) -> No
 
 
 def test_runs_that_a_kernel_refuses_leave_one_by_one(opened: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a kernel refuses segmentation, every datagram still arrives in order, and it is tried again later."""
+    """Every datagram arrives in order where a kernel refuses segmentation, and it is tried again later."""
     site = Site(opened)
     refused = 0
 
@@ -133,7 +133,7 @@ def test_runs_that_a_kernel_refuses_leave_one_by_one(opened: ExitStack, monkeypa
 
 
 def segmented(iovecs: int) -> bool:
-    """Whether a message's first piece, which begins with virtio_net_hdr, has a type of segmentation."""
+    """Return whether a message's first piece, which begins with virtio_net_hdr, has a type of segmentation."""
     base = ctypes.c_uint64.from_address(iovecs).value
     return bool(ctypes.string_at(base, 2)[1])
 
@@ -151,7 +151,7 @@ def segmented(iovecs: int) -> bool:
 def test_error_that_would_meet_the_rest_drops_the_rest(
     opened: ExitStack, monkeypatch: pytest.MonkeyPatch, error: int, cause: str
 ) -> None:
-    """What the interface can't take, even after a moment, is dropped under its cause, and the next batch goes on."""
+    """Copies that the interface can't take, even after a moment, are dropped under their cause; the next go on."""
     site = Site(opened)
     site.until_delivered()
     monkeypatch.setattr(services.transmitter.packet_socket, "send", lambda *_: (0, error))
@@ -185,7 +185,7 @@ def test_one_that_fails_costs_itself_alone(opened: ExitStack, monkeypatch: pytes
 
 
 def test_a_host_without_sockets_for_ipv6_counts_what_it_cannot_send(opened: ExitStack) -> None:
-    """Where no raw IP socket of IPv6 could be had, its packets are dropped as `no_route`, and all else goes on."""
+    """Packets are dropped as `no_route` where no raw IP socket of IPv6 could be had, and all else goes on."""
     site = Site(opened)
     raw = replace(open_raw(opened, site.relay), ip6=())
     with site.relay.entered():
@@ -262,7 +262,7 @@ def test_frames_per_second_holds(opened: ExitStack) -> None:
 
 
 def test_collectors_share_the_frames_per_second(opened: ExitStack) -> None:
-    """However few frames may leave, in the long run each collector gets its part of them."""
+    """Each collector gets its part of the frames in the long run, however few may leave."""
     site = Site(opened)
     site.until_delivered()
     now = 1000.0
@@ -293,7 +293,7 @@ def test_fragments_to_one_address_are_numbered_for_all_its_collectors(
 
 
 def test_a_message_of_another_process_is_not_taken_for_the_kernels(opened: ExitStack) -> None:
-    """What somebody else sends to the netlink socket changes nothing and breaks nothing."""
+    """Messages of other processes to the netlink socket change nothing and break nothing."""
     site = Site(opened)
     site.until_delivered()
     netlink = site.sender.next_hops._netlink

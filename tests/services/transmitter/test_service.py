@@ -113,7 +113,7 @@ Start = Callable[..., Bus]
 
 @pytest.fixture
 def opened() -> Iterator[ExitStack]:
-    """What is closed at the end of the test."""
+    """The object that is closed at the end of the test."""
     with ExitStack() as opened:
         yield opened
 
@@ -206,7 +206,7 @@ def test_fragmented_datagrams_of_a_source_never_share_a_number(start: Start) -> 
 
 
 def test_nothing_leaves_to_a_destination_that_is_not_allowed(start: Start) -> None:
-    """Whatever the registry says: outside `destinations` nothing goes, all of it is counted, and one line tells."""
+    """Nothing goes outside `destinations`, whatever the registry says; all of it is counted, and one line tells."""
     bus = start('[transmitter]\ndestinations = ["10.2.0.2/32"]\n')
     bus.serve(
         original("allowed"), original("outside", "10.2.0.3"), original("six", SIEM6), original("far", "192.0.2.9")
@@ -245,7 +245,7 @@ def test_many_are_never_sent_to_at_once(start: Start) -> None:
 
 
 def test_own_address_is_an_exporters_like_any(start: Start) -> None:
-    """What this host's own programs sent to us is copied from their address, unless `sources` leaves that out."""
+    """Datagrams of this host's own programs are copied from their address, unless `sources` leaves that out."""
     bus = start()
     bus.until_known(SIEM4)
     bus.serve(original("c"))
@@ -290,7 +290,7 @@ def test_no_copy_comes_back_to_our_own_listener(start: Start) -> None:
 
 
 def test_what_waited_on_the_bus_leaves_in_order(start: Start) -> None:
-    """What gathered while the transmitter stood still, more than it handles at once, leaves whole and in order."""
+    """Copies that gathered while the transmitter stood still, more than a turn's worth, leave whole and in order."""
     bus = start()
     bus.until_known(SIEM4)
     bus.serve(original("c"))
@@ -306,7 +306,7 @@ def test_what_waited_on_the_bus_leaves_in_order(start: Start) -> None:
 
 
 def test_no_more_leaves_than_frames_per_second(start: Start) -> None:
-    """However much comes: in a second no more leave than the limit and its burst, and the rest is counted."""
+    """No more leave in a second than the limit and its burst, however much comes, and the rest is counted."""
     bus = start("[transmitter]\nframes_per_second = 500\n")
     bus.until_known(SIEM4)
     bus.serve(original("c"))
@@ -325,7 +325,7 @@ def test_no_more_leaves_than_frames_per_second(start: Start) -> None:
 
 
 def test_who_leaves_gets_nothing_more(start: Start) -> None:
-    """Once a change is said to be served who left gets no copy, not even of what was held; who stays gets all."""
+    """Once a change is served, a collector that left gets no copy, not even a held one; one that stays gets all."""
     bus = start()
     bus.siem.run("ip", "neigh", "flush", "dev", "eth")
     bus.serve(original("stays", port=9600), original("leaves", port=9601), original("held", "10.2.0.9"))

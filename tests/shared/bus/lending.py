@@ -102,7 +102,7 @@ class LendingWorker(Lending):
 
 
 class PoolClock:
-    """What the pool takes for the time: it stands still unless the test moves it."""
+    """The pool's clock: it stands still unless the test moves it."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0

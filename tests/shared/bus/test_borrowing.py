@@ -40,7 +40,7 @@ class Reader:
 
 
 def envelope_of(lending: Lending) -> Envelope:
-    """What a worker's messages begin with."""
+    """Return the envelope of a worker's messages."""
     return make_envelope(sender="ingest.1", boot=lending.boot)
 
 
@@ -140,7 +140,7 @@ def test_wrong_answer_ends_the_connection(tmp_path: Path, opened: ExitStack) -> 
 
 
 def test_reader_without_a_directory_has_payloads_sent(opened: ExitStack, tmp_path: Path) -> None:
-    """Where no memory can be reached a mark is enough to have payloads sent in messages, once for all workers."""
+    """A mark is enough, where no memory can be reached, to have payloads sent in messages, once for all workers."""
     reader, lending = Reader(None), opened.enter_context(Lending(tmp_path))
     for _ in range(2):
         reader.meet(lending)
@@ -150,7 +150,7 @@ def test_reader_without_a_directory_has_payloads_sent(opened: ExitStack, tmp_pat
 
 
 def test_made_up_workers_are_bounded(reader: Reader) -> None:
-    """However many workers lend what can't be read, few are remembered, and payloads are asked for once."""
+    """A few of the workers that lend what can't be read are remembered, and payloads are asked for once."""
     for number in range(MAX_UNREADABLE * 2):
         envelope = make_envelope(sender=f"ingest.{number}", boot=1)
         reader.borrower.note_lending(envelope, Datagrams(STREAM, 0), is_mark=True)

@@ -9,7 +9,7 @@ ORIGIN = ("ingest.1", 1, TOPIC)
 
 
 def test_first_message_begins_without_a_loss() -> None:
-    """What a sender published before we began to follow it is not missed."""
+    """Datagrams published before we began to follow a sender are not missed."""
     continuity = Continuity()
     assert continuity.observe(TOPIC, make_envelope(70, 1000), 10) == 0
     assert continuity.positions[ORIGIN].baseline == 1000
@@ -66,7 +66,7 @@ def test_senders_and_topics_are_followed_apart() -> None:
 
 
 def test_reconcile_finds_the_gap_at_the_end() -> None:
-    """What a sender says it has published and did not come is missed, once."""
+    """A datagram that a sender says it has published and that did not come is missed, once."""
     continuity = Continuity()
     continuity.observe(TOPIC, make_envelope(0, 0), 10)
     assert continuity.reconcile(ORIGIN, 10) == 0
@@ -82,7 +82,7 @@ def test_word_of_an_unknown_origin_is_let_go() -> None:
 
 
 def test_forgotten_topic_begins_anew() -> None:
-    """What passes while a topic is not subscribed to is not missed; other topics go on."""
+    """Datagrams that pass while a topic is not subscribed to are not missed; other topics go on."""
     continuity = Continuity()
     for topic in (TOPIC, "datagrams/traps/"):
         continuity.observe(topic, make_envelope(0, 0), 10)
@@ -103,7 +103,7 @@ def test_made_up_senders_do_not_fill_memory() -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 256), st.sampled_from(["comes", "lost", "twice", "reports"]))))
 def test_taken_and_missed_are_all_that_was_published(history: list[tuple[int, str]]) -> None:
-    """Whatever is lost or doubled of a sequence, taken and missed add up to published after reconcile."""
+    """Taken and missed add up to published after reconcile, whatever is lost or doubled of a sequence."""
     continuity = Continuity()
     continuity.observe(TOPIC, make_envelope(0, 0), 0)
     total = came = 0

@@ -29,7 +29,7 @@ def test_what_is_written_is_read(keys: Path) -> None:
 
 
 def test_a_role_may_have_several_keys(keys: Path) -> None:
-    """What stands between the role and `.public` tells processes apart, and changes no role."""
+    """The text between the role and `.public` tells processes apart, and changes no role."""
     public, _ = zmq.curve_keypair()
     (keys / "ingest.branch.office.public").write_bytes(public)
     assert load_roles(keys)[public] == "ingest"

@@ -9,5 +9,5 @@ def test_queue_of_the_bus_fits_its_share() -> None:
 
 
 def test_without_a_ceiling_the_setting_holds() -> None:
-    """Where nothing is set nothing is dropped."""
+    """Nothing is dropped where no ceiling is set."""
     assert queue_limit(256, 0) == 256

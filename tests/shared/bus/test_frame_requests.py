@@ -30,7 +30,7 @@ def test_what_is_no_hexadecimal(text: str) -> None:
 
 @given(st.text())
 def test_a_mac_has_six_bytes_or_is_refused(text: str) -> None:
-    """Whatever the text, it is a MAC address or ValueError, with a sentence that stays short."""
+    """A text is a MAC address or ValueError, with a sentence that stays short."""
     try:
         outcome: bytes | str = parse_mac(text)
     except ValueError as error:

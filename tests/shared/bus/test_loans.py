@@ -142,7 +142,7 @@ def descriptors_of(lending: Lending, opened: ExitStack) -> tuple[int, int]:
 
 
 def test_borrower_can_neither_write_to_nor_resize_the_memory(lending: Lending, opened: ExitStack) -> None:
-    """What a borrower is passed of the memory can't be mapped to write, written, cut or grown; its page can be."""
+    """The memory passed to a borrower can't be mapped to write, written, cut or grown; its page can be."""
     memory, page = descriptors_of(lending, opened)
     with pytest.raises(PermissionError):
         mmap.mmap(memory, 3 * CHUNK, prot=mmap.PROT_READ | mmap.PROT_WRITE)
@@ -445,7 +445,7 @@ class Script:
                 assert bytes(view) == expected
 
     def drop_all(self) -> None:
-        """Have every borrower read what is on its way, and drop everything."""
+        """Let every borrower read what is on its way, and drop everything."""
         for holder in self.holders:
             while holder.coming:
                 holder.take(0)
@@ -478,7 +478,7 @@ steps = st.tuples(st.integers(0, 12), st.integers(0, 3), st.integers(0, 15))
 @settings(max_examples=150)
 @given(st.integers(1, 4), st.lists(steps, max_size=80))
 def test_what_is_held_never_changes(chunks: int, acts: list[tuple[int, int, int]]) -> None:
-    """However borrowers come, read, lose, hold, give back and go: what is held stays, what is not can be lent."""
+    """Held payloads stay and others can be lent, however borrowers come, read, lose, hold, give back and go."""
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - as many as there are
     with TemporaryDirectory() as directory:
         script = Script(Path(directory), chunks)
@@ -506,7 +506,7 @@ def test_borrower_that_lost_every_loan_does_not_end_lending(lending: Lending, op
 
 
 def test_what_has_passed_gives_back_nothing_that_is_held(lending: Lending, opened: ExitStack) -> None:
-    """That more was lent since changes nothing of what is held; no older number is heeded, no lost loan read."""
+    """Further loans change nothing of held ones; no older number is accepted, no lost loan read."""
     borrowed = borrow(lending, opened)
     held, lost = lending.lend(filled(1, 1000)), lending.lend(b"lost on the bus")
     assert held is not None
@@ -621,7 +621,7 @@ def test_worker_that_ends_leaves_what_is_held(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("request_", [b"", b"nosuch", b"\xff\xfe", b"\0", b"m" * MAX_REQUEST, b"m" * 60_000, None])
 def test_bad_request_costs_who_made_it(lending: Lending, opened: ExitStack, request_: bytes | None) -> None:
-    """Who asks for nothing there is, or goes at once, is sent away, and others are served."""
+    """A borrower that asks for nothing known, or goes at once, is sent away, and others are served."""
     sock = connect(lending, opened, request_)
     if request_ is None:
         sock.close()
@@ -692,7 +692,7 @@ def test_more_borrowers_than_allowed_do_without(lending: Lending, opened: ExitSt
 
 
 def test_streams_have_memory_of_their_own(tmp_path: Path, opened: ExitStack) -> None:
-    """Who borrows of one stream holds up none of the others."""
+    """A borrower of one stream holds up none of the others."""
     with Lending(tmp_path, "messages", "traps", chunks=1) as lending:
         ours, theirs = borrow(lending, opened), borrow(lending, opened, "traps")
         loans = [pool.lend() for pool in lending.pools.values()]
@@ -744,7 +744,7 @@ class Process:
         lending.turn()
 
     def tell(self, line: str) -> list[str]:
-        """Have it do something; return the digests of what it holds then."""
+        """Order it to do something; return the digests of what it holds then."""
         assert self.popen.stdin
         assert self.popen.stdout
         self.popen.stdin.write(f"{line}\n")
@@ -753,7 +753,7 @@ class Process:
 
 
 def hold_everything(lending: Lending, process: Process, other: Borrowed) -> list[str]:
-    """Have a process hold all chunks; return their digests."""
+    """Let a process hold all chunks; return their digests."""
     digests: list[str] = []
     while loan := lending.lend(filled(len(digests), CHUNK)):
         digests.append(hashlib.sha256(filled(len(digests), CHUNK)).hexdigest())

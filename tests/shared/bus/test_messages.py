@@ -183,7 +183,7 @@ def packed(**changes: Any) -> list[Part]:
     ],
 )
 def test_each_wrong_part_is_refused_under_its_cause(changes: dict[str, Any], cause: str) -> None:
-    """What is wrong with a message decides under which word it is counted."""
+    """The fault of a message decides the word under which it is counted."""
     assert cause_of(packed(**changes)) == cause
 
 
@@ -313,7 +313,7 @@ def test_ten_megabytes_of_empty_maps_take_no_memory(kind: str) -> None:
 
 @pytest.mark.parametrize(("kind", "body"), heavy_bodies())
 def test_longest_messages_take_bounded_memory(kind: str, body: bytes) -> None:
-    """Whatever fills a part of the longest size takes well under 100 MB to decode, however small its items."""
+    """A part of the longest size takes well under 100 MB to decode, whatever fills it and however small its items."""
     assert MAX_MESSAGE * 0.6 < len(body) <= MAX_MESSAGE
     assert peak_mb([b"t/", msgpack.packb([VERSION, kind, "ingest.9", *ENVELOPE[3:]]), body]) < 60
 

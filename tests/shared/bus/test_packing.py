@@ -56,7 +56,7 @@ def body(**changes: object) -> bytes:
 
 
 def is_refused(part: bytes) -> bool:
-    """Whether nothing is unpacked from a part."""
+    """Return whether nothing is unpacked from a part."""
     try:
         unpack(part, Outer)
     except (ValueError, msgspec.MsgspecError) as error:
@@ -100,7 +100,7 @@ def test_no_value_passes_for_another_type(changes: dict[str, object]) -> None:
     ],
 )
 def test_limits_are_exact(most: int, values: Callable[[int], object]) -> None:
-    """As much as a limit allows passes, in a field that takes anything, and one more is refused."""
+    """The largest amount that a limit allows passes, in a field that takes anything, and one more is refused."""
     assert not is_refused(body(anything=values(most)))
     assert is_refused(body(anything=values(most + 1)))
 
@@ -132,6 +132,6 @@ def test_what_is_not_one_value_is_refused(part: bytes) -> None:
 
 @given(st.binary(max_size=200))
 def test_arbitrary_bytes_raise_nothing_else(part: bytes) -> None:
-    """Whatever the bytes, they are a struct, or refused by ValueError or MsgspecError."""
+    """The bytes are a struct, or refused by ValueError or MsgspecError."""
     is_refused(part)
     is_refused(body()[:-1] + part)

@@ -23,7 +23,7 @@ def parts_of(version: int, kind: str) -> list[bytes]:
 
 
 def is_kept(then: Any, now: Any) -> bool:
-    """Whether what was in a message is what was read, but for fields that have come since, behind or beside."""
+    """Return whether the message was read as it was, apart from fields that have come since, behind or beside."""
     if isinstance(then, list):
         return len(then) <= len(now) and all(map(is_kept, then, now))
     if isinstance(then, dict):
@@ -32,13 +32,13 @@ def is_kept(then: Any, now: Any) -> bool:
 
 
 def test_this_version_and_the_one_before_are_recorded() -> None:
-    """Who changes the version keeps messages of the old one, and goes on reading them."""
+    """A change of the version keeps messages of the old one, and they can still be read."""
     assert RECORDED.keys() >= {version for version in (VERSION - 1, VERSION) if version > 0}
 
 
 @pytest.mark.parametrize(("version", "kind"), [(version, kind) for version in RECORDED for kind in RECORDED[version]])
 def test_recorded_messages_are_read(version: int, kind: str) -> None:
-    """What was sent in a message of a kind, by this version and the one before, is read from it today."""
+    """A message of each kind, sent by this version and the one before, is read today."""
     parts = parts_of(version, kind)
     message = decode(parts)
     assert message.envelope.version == version

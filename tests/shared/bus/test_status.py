@@ -128,7 +128,7 @@ def test_reporter_is_asked_by_a_subscription_that_takes_its_topic(tmp_path: Path
 
 
 def test_next_report_is_due_an_interval_later(tmp_path: Path) -> None:
-    """Whether or not anybody listens, the next report is due after the interval."""
+    """The next report is due after the interval, whether or not anybody listens."""
     with BusEnds(tmp_path) as bus:
         reporter = Reporter(bus.publisher("ingest.1"))
         assert reporter.due_at <= time.monotonic()

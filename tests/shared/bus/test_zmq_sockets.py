@@ -156,7 +156,7 @@ def test_topic_is_unwanted_when_its_last_subscriber_is_gone(stack: Stack) -> Non
 
 
 def test_full_queue_refuses_and_loses_nothing(stack: Stack) -> None:
-    """When the broker does not read, `publish` is refused at the high-water mark, and all it took arrives later."""
+    """`publish` is refused at the high-water mark when the broker does not read, and all it took arrives later."""
     broker = stack.start("broker")
     with BusEnds(stack.bus) as bus:
         publisher, subscriber = bus.publisher(high_water_mark=20), bus.subscriber(TOPIC)
@@ -373,7 +373,7 @@ def test_subscription_that_is_no_text_is_taken_all_the_same(stack: Stack) -> Non
 
 
 def test_broker_is_up_when_it_accepts(stack: Stack) -> None:
-    """Whether a broker runs is told by a connection: not by a missing path, nor by one that a killed broker left."""
+    """A connection tells whether a broker runs: not a missing path, nor one that a killed broker left."""
     assert not broker_is_up(stack.bus)
     broker = stack.start("broker")
     assert broker_is_up(stack.bus)
@@ -452,7 +452,7 @@ def test_what_is_held_makes_the_rest_go_through_the_bus(stack: Stack, pool_clock
 
 
 def test_who_can_not_borrow_has_payloads_sent(stack: Stack, pool_clock: PoolClock) -> None:
-    """Where nobody lends a subscriber asks for payloads in messages, and from then on nothing is lent to anybody."""
+    """A subscriber asks for payloads in messages where nobody lends, and from then on nothing is lent to anybody."""
     stack.start("broker")
     with BusEnds(stack.bus) as bus, LendingWorker(bus, pool_clock) as worker:
         first = bus.subscriber(TOPIC)
@@ -564,7 +564,7 @@ def test_who_has_unsubscribed_holds_nothing_up(stack: Stack, pool_clock: PoolClo
 
 
 def test_restarted_worker_is_borrowed_from_anew(stack: Stack, pool_clock: PoolClock) -> None:
-    """What a worker lent before it ended stays as it is, and its successor's payloads are read from its own memory."""
+    """A payload lent by a worker that has ended stays as it is, and its successor's are read from its own memory."""
     stack.start("broker")
     with BusEnds(stack.bus) as bus:
         subscriber, held = bus.subscriber(TOPIC), []
@@ -768,7 +768,7 @@ def test_own_directory_is_trusted(tmp_path: Path, mode: int) -> None:
 
 
 def test_directory_anybody_may_write_to_is_not_trusted(tmp_path: Path) -> None:
-    """Where anybody could put a socket of theirs, behind a link, or where no directory is, no broker is trusted."""
+    """No broker is trusted where anybody could put a socket, behind a link, or where no directory is."""
     (tmp_path / "wide").mkdir()
     (tmp_path / "wide").chmod(0o777)
     (tmp_path / "link").symlink_to(tmp_path)

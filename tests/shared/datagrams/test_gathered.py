@@ -118,7 +118,7 @@ def test_payloads_live_as_long_as_what_was_gathered() -> None:
 
 @pytest.mark.parametrize("rows", [1, MAX_ROWS])
 def test_full_batches_of_the_longest_stream_name_hold(rows: int) -> None:
-    """As many rows as a batch may have, in as many batches as may wait, add up."""
+    """The largest batches, in the largest number that may wait, add up."""
     columns = make_rows(np.ones(rows), np.zeros((rows, 16), np.uint8), np.arange(rows))
     whole = Gathered([DatagramBatch("s" * 64, 0, columns, bytes(rows)) for _ in range(8)])
     assert len(whole) == 8 * rows == whole.payload_bytes

@@ -44,7 +44,7 @@ def connected(sockets: ExitStack, receiver: socket.socket, family: socket.Addres
 
 
 def received(arena: ReceiveArena, sock: socket.socket) -> DatagramBatch:
-    """What one receive call brings, as a batch."""
+    """Return the datagrams of one receive call, as a batch."""
     sock.settimeout(10)
     sock.recv(0, socket.MSG_PEEK)
     count = arena.receive(sock.fileno())
@@ -92,7 +92,7 @@ def test_rows_and_payload_are_what_was_sent(
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.sampled_from([0, 1, 2, 1464, 9000]) | st.integers(0, 65507), min_size=1, max_size=20))
 def test_arena_is_good_for_any_sequence_of_sizes(lab: None, lengths: list[int]) -> None:
-    """What an earlier call left in the arena never shows in a later one."""
+    """Bytes that an earlier call left in the arena never show in a later one."""
     arena = ReceiveArena()
     with ExitStack() as opened:
         receiver = bound(opened, socket.AF_INET)
@@ -121,11 +121,11 @@ def test_datagram_that_was_cut_is_counted(sockets: ExitStack, monkeypatch: pytes
 
 
 GUARD = 0xA5
-"""What stands in a place where nothing was received."""
+"""The byte in a place where nothing was received."""
 
 
 def fitting(lengths: list[int], most: int) -> list[int]:
-    """As many of these lengths as a socket's buffer holds, and as one call takes."""
+    """Return as many of these lengths as a socket's buffer holds, and as one call takes."""
     room, found = 8 << 20, list[int]()
     for length in lengths[:most]:
         room -= length + 2048
@@ -354,7 +354,7 @@ def test_send_does_not_wait_for_room(sockets: ExitStack) -> None:
 
 @pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
 def test_refused_sendmmsg_is_replaced(sockets: ExitStack, family: socket.AddressFamily) -> None:
-    """Where a sandbox refuses sendmmsg(2) messages are sent one by one, and errors are told as by the kernel's call."""
+    """Messages are sent one by one where a sandbox refuses sendmmsg(2), and errors are told as by the kernel's call."""
     receiver = bound(sockets, family)
     sock = connected(sockets, receiver, family)
     headers, _kept = headers_for([b"one", b"", b"x" * 65_536, b"four"])

@@ -49,7 +49,7 @@ def rows_of(selection: Selection, batch: DatagramBatch) -> list[int]:
 
 
 def route(router: Router, batch: DatagramBatch) -> dict[str, tuple[Client, Selection]]:
-    """What a router says, by the collector's name."""
+    """Return a router's selections, by the collector's name."""
     found = router.route(batch)
     assert len({client.name for client, _ in found}) == len(found)
     nothing = Selection(np.empty(0, np.intp), filtered=len(batch))
@@ -69,7 +69,7 @@ def unmapped(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
 
 
 def wants(client: Client, source: str) -> bool:
-    """Whether a source is in one of the prefixes, as the standard library sees it: each family for itself."""
+    """Return whether a source is in one of the prefixes, by the standard library: each family for itself."""
     address: Address = ipaddress.ip_address(source)
     address = getattr(address, "ipv4_mapped", None) or address
     return not client.prefixes or any(address in network for network in map(unmapped, client.prefixes))
@@ -139,7 +139,7 @@ def unsampled(client: Client) -> Client:
 
 
 def shares(names: Iterable[str], found: list[str]) -> dict[str, str]:
-    """Which member of a group takes each source."""
+    """Return the member of a group that takes each source."""
     router = Router()
     router.replace(make_client(name, group="g") for name in names)
     routed = route(router, make_batch([b""] * len(found), found))
@@ -174,7 +174,7 @@ def test_group_shares_sources_about_evenly() -> None:
 @settings(max_examples=50)
 @given(st.integers(1, 1000), st.lists(st.integers(0, 256), max_size=20))
 def test_one_in_n_over_many_batches(sample: int, sizes: list[int]) -> None:
-    """However datagrams fall into batches, 1-in-N delivers exactly the first of every N, rounded up."""
+    """1-in-N delivers exactly the first of every N, rounded up, however datagrams fall into batches."""
     router = Router()
     router.replace([make_client("a", sample=sample)])
     matching, positions = 0, []

@@ -46,7 +46,7 @@ def test_rows_that_are_apart_begin_a_send() -> None:
 
 @given(st.lists(st.sampled_from([0, 50, 100, 1464]), min_size=1, max_size=60), st.lists(st.integers(0, 60)))
 def test_groups_hold_every_row_once_and_none_across_a_border(lengths: list[int], apart: list[int]) -> None:
-    """Whatever the lengths and borders, sends hold all rows in order, and no border lies inside one."""
+    """Sends hold all rows in order, and no border lies inside one, whatever the lengths and borders."""
     groups = grouped(lengths, 1464, apart)
     assert [length for each in groups for length in each] == lengths
     starts = {sum(map(len, groups[:number])) for number in range(len(groups))}

@@ -15,7 +15,7 @@ ACTIONS = st.lists(st.tuples(st.sampled_from(["hold", "release", "wait", "drop"]
 
 
 class Clock:
-    """What `time` is for what waits: it stands still unless moved."""
+    """The clock of what waits: it stands still unless moved."""
 
     now = 0.0
 
@@ -28,7 +28,7 @@ class Clock:
 def test_every_row_is_held_sent_or_dropped(
     actions: list[tuple[str, int]], most_rows: int, most_bytes: int, limit: int
 ) -> None:
-    """Whatever happens to three queues: rows leave in order or are dropped, bounds are kept, and memory adds up."""
+    """Rows leave three queues in order or are dropped, limits are kept, and memory adds up, whatever happens."""
     with pytest.MonkeyPatch.context() as patch:
         clock = Clock()
         patch.setattr(shared.fanout.backlog, "time", clock)

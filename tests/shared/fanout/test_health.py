@@ -47,14 +47,14 @@ def test_each_cause_has_its_word_and_then_is_over(cause: str, word: str) -> None
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_is_not_the_collectors_fault_is_no_trouble(name: str) -> None:
-    """What the policy or the kind of datagram stops says nothing of the collector."""
+    """Drops by policy, or for the kind of datagram, say nothing of the collector."""
     looked = Looked()
     assert looked.look(**{name: 100}) == ""
 
 
 @pytest.mark.parametrize("name", ["dropped_eperm", "dropped_eio", "dropped_of_tomorrow"])
 def test_an_error_that_nobody_thought_of_is_a_trouble_while_nothing_is_delivered(name: str) -> None:
-    """Where all fails the collector is unreachable, whatever the cause is called, until something is delivered."""
+    """A collector is unreachable where all fails, for any cause, until something is delivered."""
     looked = Looked()
     assert looked.look(delivered=9) == ""
     assert looked.look(**{name: 3}) == "unreachable"
@@ -102,7 +102,7 @@ def test_the_gravest_trouble_is_told() -> None:
 
 
 def test_a_trouble_that_comes_and_goes_is_one() -> None:
-    """What happens at every other look does not flap."""
+    """A trouble at every other look does not flap."""
     looked = Looked()
     words = [looked.look(delivered=1, dropped_buffer_full=number % 2) for number in range(1, 40)]
     assert set(words) == {"slow"}

@@ -16,7 +16,7 @@ class Bus:
         self.somebody = True
 
     def wanted(self, topic: str) -> bool:
-        """Whether somebody listens."""
+        """Return whether somebody listens."""
         return self.somebody and topic == health_topic("relay")
 
     def publish(self, topic: str, body: Body) -> bool:
@@ -57,7 +57,7 @@ def test_many_are_told_in_pieces() -> None:
 
 
 def test_told_when_it_changes_and_each_second_and_to_who_asks() -> None:
-    """What has not changed is not told again before its time; a change, or a new subscriber, has it told at once."""
+    """An unchanged list is not sent again before its time; a change, or a new subscriber, has it sent at once."""
     bus, reporter = make()
     sick = Sick(1)
     for _ in range(3):

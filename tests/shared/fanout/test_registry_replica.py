@@ -17,7 +17,7 @@ def snapshot(revision: int, *clients: Client, pieces: int = 1) -> list[RegistryS
 
 
 def take(replica: RegistryReplica, *bodies: RegistrySnapshot | RegistryChange, boot: int = 1) -> list[bool]:
-    """Have the replica take messages of one gateway; return what it said to each."""
+    """Let the replica take messages of one gateway; return its answer to each."""
     return [replica.apply_message(make_envelope(boot=boot), body) for body in bodies]
 
 
@@ -162,7 +162,7 @@ steps = st.tuples(st.sampled_from(["change", "change", "snapshot", "restart"]), 
 
 @given(st.lists(st.tuples(steps, st.integers(0, 3), st.sampled_from([True, True, True, False]))))
 def test_mirror_is_the_registry_or_knows_that_it_is_not(history: list[tuple[tuple[str, str], int, bool]]) -> None:
-    """Whatever is lost, the replica holds the registry of its revision, and one more snapshot makes it that of now."""
+    """The replica holds the registry of its revision, whatever is lost, and one more snapshot brings it up to date."""
     gateway, replica = Played(), RegistryReplica()
     past = {(1, 0): dict(gateway.clients)}
     known = (0, -1)

@@ -26,7 +26,7 @@ def test_every_errno_has_a_cause(error: int, relay: str, raw: str) -> None:
 
 
 def test_each_errno_is_said_once() -> None:
-    """What a collector's copies meet is said the first time, with the collector and the errno's name."""
+    """An error of a collector's copies is logged the first time, with the collector and the errno's name."""
     said = SaidErrors("siem")
     with capture_logs() as logs:
         for error in (errno.EPERM, errno.EACCES, errno.EPERM, 4095):

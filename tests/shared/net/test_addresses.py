@@ -107,7 +107,7 @@ def test_wrong_endpoint_says_what_was_expected(text: str, expected: str) -> None
 
 @given(st.text() | st.tuples(st.sampled_from(SCHEMES), st.text()).map("://".join))
 def test_any_endpoint_comes_back_or_is_refused(text: str) -> None:
-    """Whatever the text, it is refused by ValueError, or read and then written as something that reads the same."""
+    """A text is refused by ValueError, or read and then written as something that reads the same."""
     try:
         endpoint = parse_endpoint(text, SCHEMES)
     except ValueError:

@@ -10,7 +10,7 @@ from tests.forging import forging
 
 @pytest.mark.parametrize("only_ipv6", [False, True])
 def test_an_ipv4_source_comes_by_ipv4_alone(lab: None, only_ipv6: bool) -> None:
-    """What claims an IPv4 source in an IPv6 header is dropped and counted; whatever else comes is received whole."""
+    """A datagram that claims an IPv4 source in an IPv6 header is dropped and counted; all others are received whole."""
     with closing(socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)) as sock, forging() as forger:
         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, only_ipv6)
         refuse_mapped_sources(sock)

@@ -1,4 +1,4 @@
-"""What is asked of a real kernel and what it tells; a played one only where the real one does not err."""
+"""Answers and events of a real kernel; a played one only where the real one does not err."""
 
 import errno
 import select
@@ -79,7 +79,7 @@ class Wire:
         return int(self.host.link("up")["ifindex"])
 
     def ip(self, *commands: str) -> None:
-        """Have `ip` do these, all at once."""
+        """Run these `ip` commands, all at once."""
         self.host.run("ip", "-batch", "-", text="\n".join(commands))
 
 
@@ -149,7 +149,7 @@ def test_routes_are_as_the_kernel_chooses_them(wire: Wire, netlink: Netlink) -> 
 
 
 def test_there_is_no_route_where_the_kernel_has_none(wire: Wire, netlink: Netlink) -> None:
-    """What is blackholed, unreachable, prohibited, thrown back, or in no table, has no route."""
+    """An address that is blackholed, unreachable, prohibited, thrown back, or in no table, has no route."""
     for family, network in (("", "10.{}.0.0/24"), ("-6 ", "fd00:{}::/64")):
         kinds = enumerate(("blackhole", "unreachable", "prohibit", "throw"), 3)
         for number, kind in kinds:
@@ -266,7 +266,7 @@ def test_each_change_that_may_lead_elsewhere_is_told(wire: Wire, netlink: Netlin
 
 
 def test_a_port_that_leaves_a_bridge_is_not_gone(wire: Wire, netlink: Netlink) -> None:
-    """What a bridge tells of its ports and its table is not taken for links that go, or for neighbours."""
+    """A bridge's reports on its ports and its table are not taken for links that go, or for neighbours."""
     End(wire.host, "bridge").make("bridge")
     forget(netlink)
     for command in ("master bridge", "nomaster"):
@@ -301,7 +301,7 @@ def test_an_answer_to_another_question_is_passed_over(wire: Wire, netlink: Netli
 
 
 def test_a_question_that_cannot_be_put_has_no_answer(wire: Wire, netlink: Netlink) -> None:
-    """When the kernel does not even take the question there is no answer; the next question is answered."""
+    """There is no answer when the kernel does not even take the question; the next question is answered."""
     with mock.patch.object(netlink, "_questions", mock.Mock(wraps=netlink._questions)) as full:
         full.sendto.side_effect = OSError(errno.ENOBUFS, "played")
         assert netlink.route("10.2.0.2") is None
@@ -328,7 +328,7 @@ class PlayedKernel:
         self.says: deque[bytes] = deque()
 
     def recvfrom(self, _size: int) -> tuple[bytes, tuple[int, int]]:
-        """What it says next."""
+        """Return its next message."""
         if not self.says:
             raise BlockingIOError(errno.EAGAIN, "nothing more")
         return self.says.popleft(), (KERNEL, 0)
@@ -372,7 +372,7 @@ def test_an_event_that_nobody_can_read_counts_as_lost(played: PlayedKernel) -> N
 @settings(max_examples=300)
 @given(st.one_of(nearly_genuine(), st.binary(max_size=100)))
 def test_what_nobody_can_read_ends_nothing(said: bytes) -> None:
-    """Whatever bytes come for an answer or an event: the answer is an answer or none, and the event an event."""
+    """An answer is an answer or none, and an event an event, whatever bytes come."""
     kernel = PlayedKernel()
     with mock.patch.object(shared.net.netlink, "_open", return_value=kernel):
         asks: list[Callable[[Netlink], object]] = [

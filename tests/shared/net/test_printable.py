@@ -14,7 +14,7 @@ def test_examples_in_the_docstring_hold() -> None:
 
 @given(st.text(st.characters(codec=None)))
 def test_any_text_is_one_line_that_can_be_encoded(text: str) -> None:
-    """Whatever came, surrogates too, can be written to a terminal and is seen; what could be seen before stays."""
+    """Any text, surrogates too, can be written to a terminal and is seen; what could be seen before stays."""
     shown = printable(text)
     assert shown.isprintable()
     shown.encode()

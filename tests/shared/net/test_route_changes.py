@@ -64,7 +64,7 @@ def test_more_events_than_the_socket_holds_are_a_change(relay: Host) -> None:
 
 
 def test_without_netlink_each_look_may_be_a_change() -> None:
-    """Where netlink is refused nobody tells of changes: each read says that there may be one."""
+    """Each read reports a possible change where netlink is refused: nobody tells of changes."""
     with mock.patch.object(socket, "socket", side_effect=OSError(errno.EPERM, "refused")):
         changes = RouteChanges()
     with closing(changes):

@@ -62,7 +62,7 @@ def test_address_in_use_leaves_nothing_bound(lab: None) -> None:
 
 
 def test_options_are_set_before_the_address_is_bound(lab: None) -> None:
-    """What the caller prepares is there when the address is bound: two sockets that both share it can have it."""
+    """The caller's options are set when the address is bound: two sockets that both share it can have it."""
 
     def share(sock: socket.socket) -> None:
         assert sock.getsockname()[1] == 0
@@ -100,7 +100,7 @@ def test_path_is_taken_over_from_the_dead_alone(tmp_path: Path, scheme: str) -> 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 def test_kernel_drops_are_counted(lab: None, host: str) -> None:
-    """Once input is refused, what comes is dropped and counted exactly; what is queued stays."""
+    """Datagrams are dropped and counted exactly once input is refused; queued ones stay."""
     with ExitStack() as opened:
         port = free_port()
         (sock,) = bound(opened, Endpoint("udp", host, port))

@@ -288,7 +288,7 @@ def test_hangup_does_no_harm_to_a_drain(stack: Stack) -> None:
 
 
 def test_settings_from_a_pipe_are_not_read_again(stack: Stack) -> None:
-    """What can be read only once keeps the old settings, rather than those of an empty file."""
+    """A source that can be read only once keeps the old settings, rather than those of an empty file."""
     path = stack.directory / "pipe"
     os.mkfifo(path)
     running = start(stack, "--config", str(path))

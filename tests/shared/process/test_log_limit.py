@@ -32,7 +32,7 @@ def test_each_event_is_said_once_in_its_time_with_how_many_there_were() -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 2 * MAX_EVENTS), st.sampled_from([0.0, 0.01, 0.6])), max_size=1500))
 def test_no_number_of_different_events_makes_more_lines(events: list[tuple[int, float]]) -> None:
-    """However many texts there are, no more than a bounded number is said in any second, or kept in mind."""
+    """No more than a limited number of texts is logged in any second, or kept in mind, however many there are."""
     clock, said = Clock(), list[float]()
     restraint = LogLimit(1.0, clock)
     for number, seconds in [*((number, 0.0) for number in range(2 * MAX_EVENTS)), *events]:

@@ -12,7 +12,7 @@ MB = 1 << 20
 
 
 class Clock:
-    """What `time` is for a look."""
+    """The clock of a measurement."""
 
     now = 1000.0
 
@@ -82,5 +82,5 @@ def test_borrowed_memory_is_the_lenders(clock: Clock) -> None:
 
 
 def test_without_a_ceiling_it_is_never_short(clock: Clock) -> None:
-    """Where nothing is set nothing is dropped."""
+    """Nothing is dropped where no ceiling is set."""
     assert not Memory().measure()

@@ -247,7 +247,7 @@ def test_variable_over_a_section_of_the_wrong_shape_is_refused(tmp_path: Path, t
 
 @pytest.mark.parametrize("text", ["", FULL, "stream = []\n", STREAM + 'reply = "\\u0000\\"\\\\ \\u007f é\\n"\n'])
 def test_rendered_settings_read_the_same(tmp_path: Path, text: str) -> None:
-    """What `render` writes is read back to the same settings."""
+    """The output of `render` is read back to the same settings."""
     found = read(tmp_path, text)
     assert read(tmp_path, render(found)) == found
     assert read(tmp_path, render(found, defaults=False)) == found
@@ -307,7 +307,7 @@ def test_nan_is_no_number_of_seconds() -> None:
 
 
 def outcome(path: Path | None, environment: dict[str, str]) -> str:
-    """Why the settings are refused, "" when they are not."""
+    """Return the reason why the settings are refused, "" when they are not."""
     try:
         load(path, environment)
     except SettingsError as refused:
@@ -323,7 +323,7 @@ lines = st.sampled_from(
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.text() | st.lists(lines | st.text(max_size=12), max_size=12).map("\n".join))
 def test_arbitrary_text_raises_nothing_else(tmp_path: Path, text: str) -> None:
-    """Whatever stands in the file, it is settings or refused in one line that names the file."""
+    """A file is settings, or refused in one line that names it, whatever stands in it."""
     path = tmp_path / "fanwire.toml"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
     line = outcome(path, {})
@@ -338,7 +338,7 @@ def test_arbitrary_text_raises_nothing_else(tmp_path: Path, text: str) -> None:
     st.text(st.characters(codec="utf-8", exclude_characters="\0")),
 )
 def test_arbitrary_variable_raises_nothing_else(tmp_path: Path, prefix: str, name: str, value: str) -> None:
-    """Whatever variable is set to whatever value, it is a setting, somebody else's, or refused by SettingsError."""
+    """A variable is a setting, another program's, or refused by SettingsError, whatever its name and value."""
     line = outcome(written(tmp_path, FULL), {f"FANWIRE_{prefix}{name}": value})
     assert not line or line.startswith(("FANWIRE_", str(tmp_path)))
     assert len(line.splitlines()) <= 1
@@ -364,7 +364,7 @@ def test_bus_directory_follows_its_environment(
 
 
 def test_bus_directory_without_a_runtime_directory_is_this_users(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where nothing names a runtime directory, it is one under /tmp that bears the user's id."""
+    """The runtime directory is one under /tmp that bears the user's id, where nothing names one."""
     for name in ("RUNTIME_DIRECTORY", "XDG_RUNTIME_DIR"):
         monkeypatch.delenv(name, raising=False)
     assert str(Bus().path).startswith("/tmp/fanwire-")

@@ -9,7 +9,7 @@ LOCAL = {"127.0.0.1", "127.0.0.9", "10.2.0.1", "::1", "fd00:2::1"}
 
 
 def receive(listeners: Iterable[tuple[str, int]], address: str, port: int = 6667) -> bool:
-    """Whether one of these listeners gets what is sent to an address."""
+    """Return whether one of these listeners gets what is sent to an address."""
     return OwnListeners(listeners).receive(address, port, LOCAL.__contains__)
 
 
@@ -50,7 +50,7 @@ def test_any_of_the_listeners_may_receive() -> None:
 
 
 def test_only_an_address_in_question_is_looked_up() -> None:
-    """Whether an address is this host's, which may cost a question to the kernel, is asked for the same port only."""
+    """The check that an address is this host's, a question to the kernel, is made for the same port only."""
     asked: list[str] = []
 
     def is_local(address: str) -> bool:

@@ -14,14 +14,14 @@ class Post:
         self.proofs = AddressProofs(lambda *datagram: self.sent.append(datagram), lambda: self.now)
 
     def challenge(self, address: str = "192.0.2.9", name: str = "c") -> str:
-        """Have a register challenged; return what its client reads."""
+        """Get a register challenged; return the message to its client."""
         wish = Register(name=name, streams=("*",), address=address, port=9000)
         refused = self.proofs.challenge(wish, address)
         assert refused.error == "unproven_address"
         return str(refused)
 
     def nonce(self, number: int = -1) -> str:
-        """What a datagram brought."""
+        """Return the nonce in a datagram."""
         return self.sent[number][0].removeprefix(CHALLENGE_PREFIX).decode()
 
 
@@ -32,7 +32,7 @@ def post() -> Post:
 
 
 def refused(post: Post, name: str, nonce: str) -> bool:
-    """Whether a confirm is refused."""
+    """Return whether a confirm is refused."""
     with pytest.raises(RequestError) as caught:
         post.proofs.redeem(name, nonce)
     return caught.value.error == "unproven_address"
@@ -63,7 +63,7 @@ def test_other_registers_do_not_void_a_challenge(post: Post) -> None:
 
 
 def test_an_address_gets_few_challenges(post: Post) -> None:
-    """Whatever the names, so many datagrams go to one address in a minute, and so many in all."""
+    """A limited number of datagrams goes to one address in a minute, and to all, whatever the names."""
     for number in range(MOST):
         post.challenge(name=f"n{number}")
     assert "no more challenges" in post.challenge(name="other")
@@ -76,7 +76,7 @@ def test_an_address_gets_few_challenges(post: Post) -> None:
 
 
 def test_address_that_cannot_be_asked() -> None:
-    """Where no datagram can go, the client is told why."""
+    """The client is told why, where no datagram can go."""
 
     def send(payload: bytes, address: str, port: int) -> None:
         raise OSError(101, "Network is unreachable")

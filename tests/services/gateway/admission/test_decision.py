@@ -119,7 +119,7 @@ def test_configured_collectors_have_the_same_destinations(site: Site) -> None:
 
 
 def test_kernel_that_can_not_tell_is_no_refusal() -> None:
-    """What the kernel says when it can't be asked comes through, and of a collector of the settings with its name."""
+    """An error of the kernel when it can't be asked comes through; for a collector of the settings with its name."""
 
     def fail(_address: str) -> bool:
         raise OSError(errno.EMFILE, "Too many open files")

@@ -16,7 +16,7 @@ rules = Destinations(["messages", "netflow"], LISTENERS, LOCAL.__contains__, {"1
 def destination(
     address: str | None = None, port: int | None = 9000, peer: str = "127.0.0.1", streams: tuple[str, ...] = ("*",)
 ) -> tuple[str, int]:
-    """Where copies for this request go."""
+    """Return the destination of copies for this request."""
     request = Register(name="c", streams=streams, address=address, port=port)
     client = rules.resolve(request, Peer(1, peer, 40_000))
     return client.address, client.port
@@ -88,7 +88,7 @@ def test_address_that_the_operator_allows(address: str, proven: bool) -> None:
     ],
 )
 def test_address_that_is_no_hosts(address: str) -> None:
-    """What is not the unicast address of one host is refused."""
+    """A destination that is not the unicast address of one host is refused."""
     assert error_of(address) == "bad_request"
 
 

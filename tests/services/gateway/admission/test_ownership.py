@@ -26,7 +26,7 @@ def test_name_taken(registry: Table) -> None:
 
 
 def test_entry_is_its_holders(registry: Table) -> None:
-    """Who has the same holder renews, replaces and removes it, from anywhere; another at the same address does not."""
+    """A client of the same holder renews, replaces and removes it, from anywhere; another at its address does not."""
     entry = registry.join("a", ELSEWHERE, ttl=5)
     again = Peer(4, "192.0.2.8", 4002, ELSEWHERE.rights)
     other = Peer(5, ELSEWHERE.address, 4003, Rights("other", frozenset({"collect"})))
@@ -76,7 +76,7 @@ def test_registry_full() -> None:
 
 
 def test_one_holder_has_not_all_the_room() -> None:
-    """Who signs up with a token fills its own share of the registry, not the others'; who is on this host has none."""
+    """A client with a token fills its own share of the registry, not the others'; one on this host has no share."""
     registry = Table(max_clients_per_holder=2)
     for number in range(5):
         registry.join(f"here{number}")

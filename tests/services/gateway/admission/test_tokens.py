@@ -44,7 +44,7 @@ def test_a_token_gives_its_holders_rights() -> None:
 
 @given(st.text() | st.sampled_from(["", "secret 1 ", "secret", "router 7", "SECRET 1"]))
 def test_wrong_tokens_are_all_refused_alike(wrong: str) -> None:
-    """Whatever is wrong with a token, the answer is the same, and says nothing of what there is."""
+    """The answer to any wrong token is the same, and says nothing of the right ones."""
     with pytest.raises(RequestError) as refused:
         TOKENS.rights_of_token(wrong)
     assert refused.value.error == "not_permitted"

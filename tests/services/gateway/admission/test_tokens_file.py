@@ -84,7 +84,7 @@ def test_file_of_another_user(file: Path, monkeypatch: pytest.MonkeyPatch) -> No
     ],
 )
 def test_file_that_is_wrong(file: Path, text: str, expected: str) -> None:
-    """What is wrong in the file of tokens is said in one line that names the file."""
+    """A fault in the file of tokens is reported in one line that names the file."""
     file.write_bytes(text.encode("latin-1"))
     assert expected in refusal(read_tokens, settings(file))
 
@@ -148,7 +148,7 @@ def test_start_that_would_let_anybody_in(stack: Stack, gateway: str, expected: l
 
 
 def test_tls_on_loopback_needs_no_token(stack: Stack) -> None:
-    """Who comes by loopback is on this host, by TLS too."""
+    """A client by loopback is on this host, by TLS too."""
     authority = Authority(stack.directory)
     certificate, key = authority.sign("gateway")
     stack.configure(f'[gateway]\nlisten = ["tls://127.0.0.1:5001"]\ncertificate = "{certificate}"\nkey = "{key}"\n')

@@ -71,12 +71,12 @@ class Follower:
                 pass
 
     def ready(self) -> bool:
-        """Whether a reply of ours would reach the gateway."""
+        """Return whether a reply of ours would reach the gateway."""
         self.follow()
         return any(self._publisher.wanted(request.reply) for request in self.requests)
 
     def asked(self) -> bool:
-        """Whether a question has come."""
+        """Return whether a question has come."""
         self.follow()
         return bool(self.requests)
 
@@ -116,7 +116,7 @@ def test_empty_registry_is_announced(follower: Follower) -> None:
 
 
 def test_late_subscriber_gets_everything(follower: Follower) -> None:
-    """Who subscribes late gets the whole registry in pieces of one revision, and numbered changes after that."""
+    """A late subscriber gets the whole registry in pieces of one revision, and numbered changes after that."""
     ask(b"".join(b'{"op":"register","name":"%d%s"}\n' % (number, b"x" * 60) for number in range(20_000)), seconds=60)
     follower.subscribe(REGISTRY_TOPIC)
     wait_for(follower, 20_000)
@@ -190,7 +190,7 @@ def test_answer_waits_for_the_forwarder(follower: Follower) -> None:
 
 
 def test_forwarder_that_does_not_answer(follower: Follower) -> None:
-    """When nobody answers in time the collector is told so; once somebody serves it, its health becomes ok."""
+    """The collector is told when no service answers in time; once one serves it, its health becomes ok."""
     follower.subscribe(REGISTRY_TOPIC)
     follower.subscribe(RELAY)
     wait_for(follower, 0)

@@ -33,7 +33,7 @@ def transmitter(stack: Stack) -> Iterator[PlayedTransmitter]:
 
 
 def seen(transmitter: PlayedTransmitter) -> bool:
-    """Whether the gateway passes a request on; it is answered."""
+    """Return whether the gateway passes a request on; it is answered."""
     with send(REQUEST) as connection:
         while not (message := transmitter.subscriber.receive()):
             if select([connection], [], [], 0.01)[0]:
@@ -111,13 +111,13 @@ def test_no_answer_by_the_deadline(stack: Stack, transmitter: PlayedTransmitter)
 
 
 def test_a_transmitter_that_has_gone(transmitter: PlayedTransmitter) -> None:
-    """Once nobody takes requests they are refused at once."""
+    """Requests are refused at once when the last transmitter has gone."""
     transmitter.subscriber.unsubscribe(TRANSMIT_TOPIC)
     wait_until(lambda: ask_json(REQUEST)["error"] == "no_transmitter", "the gateway sees it go")
 
 
 def test_one_request_too_many(transmitter: PlayedTransmitter) -> None:
-    """So many may wait for the transmitter; one more is refused until they are answered, also those of who has left."""
+    """A limited number may wait for the transmitter, also for clients that have left; one more is refused."""
     connections = [send(REQUEST) for _ in range(MAX_OPEN)]
     requests = [transmitter.take() for _ in connections]
     refused = ask_json(REQUEST)
@@ -135,7 +135,7 @@ def test_one_request_too_many(transmitter: PlayedTransmitter) -> None:
 
 
 def test_a_request_that_the_bus_refuses_is_answered_at_once() -> None:
-    """When the bus is full the client hears so, without waiting, and nothing of its request is left behind."""
+    """The client hears at once that the bus is full, and nothing of its request is left behind."""
 
     class FullBus:
         def wanted(self, _topic: str) -> bool:

@@ -82,7 +82,7 @@ def test_splits_change_nothing(parts: list[bytes], places: list[int]) -> None:
 
 @given(st.lists(st.binary(min_size=1)))
 def test_nothing_but_a_refusal_is_raised(reads: list[bytes]) -> None:
-    """Whatever the bytes and the reads, a decoder returns requests or refuses, and refuses in known words."""
+    """A decoder returns requests or refuses in known words, whatever the bytes and the reads."""
     for outcome in take(reads):
         assert outcome[0] in ("bad_request", "bad_name", "too_long") or isinstance(outcome[0], SignUp)
 
@@ -96,7 +96,7 @@ def test_first_byte_decides() -> None:
 
 
 def test_last_line_needs_no_newline() -> None:
-    """What is left when the client sends no more is a line."""
+    """The bytes that are left when the client sends no more are a line."""
     assert take([b'{"op":"list",', b'"id":7}']) == [(ListClients(id=7),)]
 
 
@@ -159,13 +159,13 @@ def test_too_long_a_line() -> None:
     ],
 )
 def test_what_is_no_object_closes(line: bytes) -> None:
-    """What is not one JSON object in UTF-8, with each field once and not too deep, is `bad_request` and the end."""
+    """A line that is not one JSON object in UTF-8, each field once and not too deep, is `bad_request` and the end."""
     assert (refused(line).error, refused(line).closes) == ("bad_request", True)
 
 
 @pytest.mark.parametrize("port", ["0", "65536", "-1", "true", '"6667"', "6667.0", "6667e0", "[]", "9" * 5000])
 def test_port_is_a_whole_number(port: str) -> None:
-    """What is no port is refused with a sentence, the `id` comes back and the connection stays."""
+    """A value that is no port is refused with a sentence, the `id` comes back and the connection stays."""
     error = refused(b'{"op":"register","name":"a","id":"x","port":%s}' % port.encode())
     assert (error.error, error.id, error.closes) == ("bad_request", "x", False)
     assert str(error) == "port: expected a whole number from 1 to 65535"
@@ -290,7 +290,7 @@ def test_transmit_is_typed() -> None:
     ],
 )
 def test_transmit_that_makes_no_frame(fields: dict[str, object], sentence: str) -> None:
-    """What can't be a frame is `bad_request`, and the sentence says which field and what was expected."""
+    """A request that makes no frame is `bad_request`, and the sentence names the field and what was expected."""
     error = refused(json.dumps({"op": "transmit", "interface": "eth1", "id": 4} | fields).encode())
     assert (error.error, error.id, error.closes) == ("bad_request", 4, False)
     assert sentence in str(error)
@@ -306,7 +306,7 @@ texts = st.text("0123456789abcdefxX:- g\n\u0664", max_size=40)
     )
 )
 def test_any_fields_make_a_frame_or_are_refused(fields: dict[str, object]) -> None:
-    """Whatever the fields hold, they make a frame that can be sent, or are `bad_request`."""
+    """The fields of a request make a frame that can be sent, or are `bad_request`, whatever they hold."""
     (outcome,) = take([json.dumps({"op": "transmit", "interface": "eth1"} | PARTS | fields).encode()])
     if isinstance(outcome[0], Transmit):
         assert 14 <= len(outcome[0].whole) <= 65_554

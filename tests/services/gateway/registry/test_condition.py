@@ -38,7 +38,7 @@ def test_health_follows_what_is_served(registry: Table) -> None:
 
 
 def test_health_is_that_of_the_entrys_source(registry: Table) -> None:
-    """What is known of the copies of one source says nothing of the other's, and either shows in the version."""
+    """Facts about copies of one source say nothing of the other's, and either shows in the version."""
     relay, original = registry.collect("r"), registry.collect("o", "original")
     versions = [registry.version()]
     registry.serving["original"].note_served(registry.commit())
@@ -52,12 +52,12 @@ def test_health_is_that_of_the_entrys_source(registry: Table) -> None:
 
 
 def report(number: int, *troubled: Troubled, piece: int = 0, pieces: int = 1) -> Health:
-    """What who sends relay copies says."""
+    """Return the report of a sender of relay copies."""
     return Health("relay", number, piece, pieces, list(troubled))
 
 
 def test_trouble_shows_with_since_when_and_its_cost(registry: Table) -> None:
-    """What is said of a collector's present generation is its condition, and the next list replaces all of it."""
+    """A report on a collector's present generation is its condition, and the next list replaces all of it."""
     entry, other = registry.collect("c"), registry.collect("d")
     registry.serving["relay"].note_served(registry.commit())
     generation = entry.client.generation

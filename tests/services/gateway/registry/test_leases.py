@@ -54,12 +54,12 @@ def test_expiry_that_is_not_kept_comes_later() -> None:
 
 
 def lease(registry: Table, count: int, ttl: float = 10) -> list[Entry]:
-    """So many entries with a lease."""
+    """Make a number of entries with a lease."""
     return [registry.join(f"n{number}", ttl=ttl) for number in range(count)]
 
 
 def test_many_missing_renewals_stop_expiry() -> None:
-    """When over 15 % of the renewals due are missing nothing expires, until they come or the time for that is over."""
+    """Nothing expires when over 15 % of the renewals due are missing, until they come or the time for that is over."""
     registry = Table(preserve_seconds=100)
     entries = lease(registry, 20)
     registry.now = 9
@@ -98,7 +98,7 @@ def test_few_missing_renewals_expire(count: int, renewing: int) -> None:
 
 
 def test_leases_begin_anew_after_a_restart(registry: Table) -> None:
-    """What an earlier start kept has all of its time again, however little was left of it."""
+    """An entry of an earlier start has its whole lease again, however little was left of it."""
     earlier = Peer(0, HERE.address, 4000)
     kept = Entry(Client("a", 1, HERE.address, 9), Origin.JSON, earlier, 5.0, math.inf, 0, False, 0.0)
     registry.now = 100.0
@@ -112,7 +112,7 @@ def test_leases_begin_anew_after_a_restart(registry: Table) -> None:
 
 
 def test_held_entry_outlives_a_restart_for_a_while(registry: Table) -> None:
-    """What a connection held may be signed up again from the same address after a restart, or it goes."""
+    """An entry that a connection held may be signed up again from the same address after a restart, or it goes."""
     earlier = Peer(0, HERE.address, 4000)
     kept = [Entry(Client(name, 1, HERE.address, 9), Origin.JSON, earlier, 0.0, math.inf, 0, True, 0.0) for name in "ab"]
     registry.restore(kept, 7)

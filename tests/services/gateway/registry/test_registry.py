@@ -30,7 +30,7 @@ def test_generation_never_repeats(registry: Table) -> None:
 
 
 def test_held_entries_go_with_their_connection(registry: Table) -> None:
-    """What a connection holds goes with it, unless somebody else has it by then."""
+    """An entry that a connection holds goes with it, unless another client has it by then."""
     registry.join("a", hold=True)
     registry.join("b", hold=True)
     registry.join("c")
@@ -54,7 +54,7 @@ def test_changes_are_numbered(registry: Table) -> None:
 
 
 def test_one_change_is_bounded(registry: Table) -> None:
-    """However many change at once, no change grows beyond what a bus message holds."""
+    """No change grows beyond what a bus message holds, however many entries change at once."""
     for number in range(300):
         registry.join(f"n{number}", ttl=1)
     registry.now = 2
@@ -97,7 +97,7 @@ def test_every_change_is_an_event(registry: Table) -> None:
 
 
 def test_change_that_is_not_kept_is_not_made() -> None:
-    """When a change can't be written it is refused, and everything is as before."""
+    """A change that can't be written is refused, and everything is as before."""
 
     def fail(events: Sequence[Event], generation: int) -> None:
         if broken:
@@ -118,7 +118,7 @@ def test_change_that_is_not_kept_is_not_made() -> None:
 
 
 def test_settings_that_can_not_be_kept_change_nothing() -> None:
-    """Where one of their collectors could not be written, none comes, goes or changes."""
+    """No collector of the settings comes, goes or changes where one of them could not be written."""
     kept: list[list[str]] = []
 
     def keep(events: Sequence[Event], generation: int) -> None:
@@ -159,7 +159,7 @@ def test_configured_collectors_are_those_of_the_settings(registry: Table) -> Non
 
 
 def follow(changes: list[RegistryChange]) -> dict[str, Client]:
-    """What a subscriber that applies every change ends up with."""
+    """Return the registry of a subscriber that applies every change."""
     clients: dict[str, Client] = {}
     for change in changes:
         for name in change.left:
@@ -173,7 +173,7 @@ steps = st.tuples(st.sampled_from(["join", "release", "expire", "commit"]), st.i
 
 @given(st.lists(steps, max_size=60))
 def test_changes_lead_to_the_registry(actions: list[tuple[str, int, int]]) -> None:
-    """Whatever happens, all changes one after the other give exactly the registry, and so does the rendered list."""
+    """All changes one after the other give exactly the registry, and so does the rendered list, whatever happens."""
     registry = Table()
     for action, number, ttl in actions:
         name = f"n{number}"

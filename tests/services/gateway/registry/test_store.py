@@ -20,7 +20,7 @@ HERE = Peer(7, "127.0.0.1", 4000, Rights("holder"))
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """Where the database goes."""
+    """Return the path of the database."""
     return tmp_path / "registry.sqlite"
 
 
@@ -44,7 +44,7 @@ def join(registry: Registry, name: str, *, hold: bool = False) -> Entry:
 
 
 def shown(registry: Registry) -> list[tuple[object, ...]]:
-    """What a restart has to keep of each entry, in order."""
+    """Return what a restart has to keep of each entry, in order."""
     return [(entry.client, entry.origin, entry.ttl, entry.held) for entry in registry.entries()]
 
 
@@ -66,7 +66,7 @@ def test_everything_is_there_again(path: Path) -> None:
 
 
 def test_entry_of_an_earlier_version(path: Path) -> None:
-    """What was written before entries had holders is read, and has none."""
+    """An entry written before entries had holders is read, and has none."""
     with opened(path) as store:
         join(registry_on(store), "one")
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
@@ -93,13 +93,13 @@ def test_one_process_at_a_time(path: Path) -> None:
 
 
 def test_file_that_cannot_be_opened(tmp_path: Path) -> None:
-    """Where no file can be made the reason and the cure are one sentence."""
+    """One sentence gives the reason and the cure where no file can be made."""
     with pytest.raises(OperatorError, match=r"nowhere/registry.sqlite: .*name another \[gateway\] database"):
         opened(tmp_path / "nowhere" / "registry.sqlite")
 
 
 def test_file_of_a_later_version(path: Path) -> None:
-    """What a later version wrote is left alone."""
+    """A file of a later version is left alone."""
     with contextlib.closing(sqlite3.connect(path)) as database:
         database.execute("PRAGMA user_version = 99")
     with pytest.raises(OperatorError, match="later fanwire"):
@@ -119,7 +119,7 @@ def write_rubbish(path: Path) -> None:
 
 
 def write_bad_row(path: Path) -> None:
-    """Have a row that is no entry."""
+    """Write a row that is no entry."""
     with contextlib.closing(sqlite3.connect(path)) as database, database:
         database.execute("UPDATE client SET entry = '{}'")
 
@@ -131,41 +131,41 @@ def drop_state(path: Path) -> None:
 
 
 def change(path: Path, old: bytes, new: bytes) -> None:
-    """Have other bytes in a place, as a disk that errs does."""
+    """Change the bytes in a place, as a faulty disk does."""
     data = path.read_bytes()
     assert old in data
     path.write_bytes(data.replace(old, new, 1))
 
 
 def write_no_utf8(path: Path) -> None:
-    """Have an entry that is no text."""
+    """Write an entry that is no text."""
     change(path, b'"original"', b'"origina\xff"')
 
 
 def write_another_name(path: Path) -> None:
-    """Have an entry whose name is not the one it is kept by."""
+    """Write an entry whose name is not the one it is kept by."""
     change(path, b'{"name":"n7"', b'{"name":"m7"')
 
 
 def write_huge_generation(path: Path) -> None:
-    """Have a number that no message on the bus can carry."""
+    """Write a number that no message on the bus can carry."""
     with contextlib.closing(sqlite3.connect(path)) as database, database:
         database.execute("UPDATE client SET entry = json_set(entry, '$.client.generation', ?)", (1 << 62 | 1,))
 
 
 def write_wrong_state(path: Path) -> None:
-    """Have a revision that is no number."""
+    """Write a revision that is no number."""
     with contextlib.closing(sqlite3.connect(path)) as database, database:
         database.execute("UPDATE state SET revision = 'x'")
 
 
 def rename_column(path: Path) -> None:
-    """Have a schema that is another one's."""
+    """Make the schema another one's."""
     change(path, b"boot_id TEXT", b"boot_iT TEXT")
 
 
 def claim_a_later_format(path: Path) -> None:
-    """Have a header by which SQLite reads, and writes nothing."""
+    """Write a header by which SQLite reads, and writes nothing."""
     data = path.read_bytes()
     path.write_bytes(data[:18] + b"\x28" + data[19:])
 
@@ -178,7 +178,7 @@ DAMAGES = (
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_file_is_set_aside(path: Path, damage: object) -> None:
-    """What can't be read is kept under another name, and a new file takes its place."""
+    """A file that can't be read is kept under another name, and a new file takes its place."""
     with opened(path) as store:
         registry = registry_on(store)
         for number in range(200):

@@ -60,7 +60,7 @@ class Played:
         return b"".join(action.data for action in self.performed if isinstance(action, Write))
 
     def act(self) -> list[str]:
-        """Have everything performed; a transport that `stalls` says so with each write."""
+        """Perform every action; a transport that `stalls` says so with each write."""
         done: list[str] = []
         while (action := self.told.next_action()) is not None:
             self.performed.append(action)
@@ -192,7 +192,7 @@ def test_deadline_of_every_state(state: State) -> None:
 
 
 def test_request_has_its_time_from_the_first_byte() -> None:
-    """However steadily bytes come, the deadline of a request stays; that of being idle begins anew after each one."""
+    """The deadline of a request stays however steadily bytes come; that of being idle begins anew after each."""
     played = Played()
     played.now = 1.0
     played.receive(b'{"op":')
@@ -326,7 +326,7 @@ def test_client_that_takes_no_answer_is_dropped(needed: bool) -> None:
 
 
 def test_request_does_not_begin_while_the_client_is_behind() -> None:
-    """What comes from a client that does not read waits, without a deadline of its own."""
+    """Bytes of a client that does not read wait, without a deadline of their own."""
     played = Played()
     played.receive(b"{")
     played.told.pause_writing()

@@ -38,7 +38,7 @@ def test_peer_that_has_vanished(lab: None, monkeypatch: pytest.MonkeyPatch, unac
 
 @pytest.mark.parametrize("anything_may_be_bound", [0, 1])
 def test_addresses_of_this_host(lab: None, anything_may_be_bound: int) -> None:
-    """What is sent to its own addresses stays here, and nothing else does, also where any address may be bound."""
+    """Datagrams to this host's own addresses stay here, and no others do, even where any address may be bound."""
     with (
         Host() as relay,
         Host() as siem,

@@ -30,7 +30,7 @@ def test_no_slower_than_the_rate_never_waits() -> None:
 
 
 def test_addresses_are_forgotten() -> None:
-    """However many addresses come, only those are remembered that have come faster than the rate."""
+    """Only addresses that were faster than the rate are remembered, however many come."""
     clock = Clock()
     limit = RateLimit(10, clock)
     for number in range(1000):

@@ -133,7 +133,7 @@ def test_who_has_no_token_may_do_nothing(site: Site) -> None:
 
 @pytest.mark.parametrize("scope", SCOPES)
 def test_each_scope_allows_its_own(site: Site, scope: str) -> None:
-    """What a token's scopes do not have is refused, and the sentence names what is lacking."""
+    """A request beyond a token's scopes is refused, and the sentence names what is lacking."""
     site.start(*(entry(each, each) for each in SCOPES))
     requests: dict[str, dict[str, Any]] = {
         "list": {"op": "list"},
@@ -167,7 +167,7 @@ def test_wrong_tokens_are_answered_alike_and_few(site: Site) -> None:
 
 
 def test_a_token_counts_on_loopback_too(site: Site) -> None:
-    """Who presents a token on loopback acts as its holder from then on, with its rights alone."""
+    """A client that presents a token on loopback acts as its holder from then on, with its rights alone."""
     site.start(entry("siem", "collect"))
     lines = [{"op": "auth", "token": "secret siem"}, {"op": "register", "name": "c"}, {"op": "list"}]
     answers = ask(b"".join(json.dumps(line).encode() + b"\n" for line in lines)).splitlines()
@@ -239,7 +239,7 @@ def test_client_certificates(site: Site) -> None:
 
 
 def test_certificate_or_token(site: Site) -> None:
-    """Where there are tokens too, a client may come without a certificate; names take one, and leave."""
+    """A client may come without a certificate where there are tokens too; names take one, and leave."""
     authorities = str(site.authority.certificate)
     tokens = (entry("router", "list", "collect", by="router 7"), entry("viewer", "list"))
     shown = site.authority.sign("router 7")
@@ -278,7 +278,7 @@ def test_another_protocol_on_the_port(site: Site) -> None:
 
 
 def test_handshakes_count_as_connections(site: Site) -> None:
-    """Who connects and says nothing takes up room for a while; beyond the limit nobody is waited for."""
+    """A silent connection takes up room for a while; beyond the limit connections are closed at once."""
     site.start(entry("siem", "list"), request_seconds=1, max_connections=1)
     waiting = [raw_connection() for _ in range(60)]
     wait_until(lambda: counters(site.stack).get("connections_refused", 0) >= 60 - 33, "those over it are closed")

@@ -19,7 +19,7 @@ def test_examples_in_the_docstring_hold() -> None:
 @example("0" * 19 + "199999", 1, 65_535)
 @example("9" * 5_000, 1, 65_535)
 def test_any_text_is_a_number_of_the_range_or_refused(text: str, smallest: int, largest: int) -> None:
-    """What is taken is in the range, and was written in plain digits."""
+    """An accepted number is in the range, and was written in plain digits."""
     with contextlib.suppress(ValueError):
         number = parse_whole(text, smallest, largest)
         assert smallest <= number <= largest

@@ -59,7 +59,7 @@ def test_what_clients_say_of_themselves_is_seen_and_not_obeyed(stack: Stack) -> 
 
 
 def test_gateway_that_is_none(stack: Stack) -> None:
-    """What answers in no UTF-8, in nesting without end, or refuses without a word, ends in one line."""
+    """An answer in no UTF-8, nested without end, or a refusal without a word, ends in one line."""
     answers = {
         '{"ok": true, "clients": {"\udcff": 1}}': 69,
         '{"ok": true, "clients": ' + "[" * 100_000: 69,
@@ -102,7 +102,7 @@ def test_leave_looks_the_generation_up(stack: Stack) -> None:
 
 @pytest.mark.parametrize(("error", "exit_code"), [("name_taken", 1), ("not_permitted", 77)])
 def test_a_refusal_is_its_message_and_an_exit_code(stack: Stack, error: str, exit_code: int) -> None:
-    """What the registry refuses ends with its sentence and 1, or 77 where it is a matter of permission."""
+    """A refusal of the registry ends with its sentence and 1, or 77 where it is a matter of permission."""
     refusal = {"ok": False, "error": error, "message": "choose another name"}
     with PlayedGateway(register=lambda _: refusal) as gateway:
         code, text = run(stack, "register", "me", "--gateway", gateway.endpoint)

@@ -99,7 +99,7 @@ def test_a_refusal_ends_it(stack: Stack) -> None:
 
 
 def test_proves_its_address(stack: Stack) -> None:
-    """Where the registry wants proof of the address, it brings back the nonce that comes there."""
+    """The nonce that comes to the address is brought back where the registry wants proof of it."""
 
     def challenge(request: Request) -> Request:
         send(request, b"not that", CHALLENGE_PREFIX + b"nonce")
@@ -116,7 +116,7 @@ def test_proves_its_address(stack: Stack) -> None:
 
 
 def test_proof_that_does_not_come(stack: Stack) -> None:
-    """When no nonce comes to the address it ends with the registry's sentence."""
+    """The command ends with the registry's sentence when no nonce comes to the address."""
     refusal = {"ok": False, "error": "unproven_address", "message": "prove it"}
     with PlayedGateway(register=lambda _: refusal) as gateway:
         arguments = ("collect", "siem", "--stream", "messages", "--gateway", gateway.endpoint)

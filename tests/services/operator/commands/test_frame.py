@@ -17,7 +17,7 @@ HEADER = bytes.fromhex("010203040506 010203040506 0801")
 
 
 def sent_by(stack: Stack, *arguments: str) -> tuple[TransmitRequest, int, str]:
-    """What a command asks the transmitter for, and how it ends once all frames are said to have left."""
+    """Return the requests of a command to the transmitter, and its exit once all frames are said to have left."""
     stack.start("broker")
     with BusEnds(stack.bus) as bus:
         transmitter = PlayedTransmitter(bus)
@@ -36,7 +36,7 @@ def test_the_documented_frame_goes_out_byte_for_byte(stack: Stack) -> None:
 
 
 def test_pace_count_and_check_sequence_are_passed_on(stack: Stack) -> None:
-    """What is asked for besides the frame goes along, and the answer counts."""
+    """The options besides the frame go along, and the answer counts."""
     options = ("--count", "3", "--per-second", "50.5", "--own-fcs", "--checksum", "0x1A2B3C4D")
     request, code, text = sent_by(stack, *FRAME, "--payload-hex", "00 ff", *options)
     assert request.frame == HEADER + b"\0\xff\x1a\x2b\x3c\x4d"
@@ -61,7 +61,7 @@ def test_payload_as_it_was_typed(stack: Stack) -> None:
     ("error", "exit_code"), [("not_permitted", 77), ("unavailable", 69), ("bad_request", 1), ("newer_word", 69)]
 )
 def test_a_refusal_is_its_message_and_an_exit_code(stack: Stack, error: str, exit_code: int) -> None:
-    """What the transmitter refuses ends with its sentence, and a code that tells whose turn it is."""
+    """A refusal of the transmitter ends with its sentence, and a code that tells whose fault it is."""
     stack.start("broker")
     with BusEnds(stack.bus) as bus:
         transmitter = PlayedTransmitter(bus)
@@ -138,7 +138,7 @@ def test_garbage_behind_the_answer_topic_is_passed_over(stack: Stack) -> None:
     ],
 )
 def test_wrong_usage_is_64(stack: Stack, arguments: tuple[str, ...]) -> None:
-    """What makes no frame ends with 64 before anything is asked, and says what was expected."""
+    """Arguments that make no frame end with 64 before anything is asked, and the line says what was expected."""
     code, text = run(stack, *arguments)
     assert code == 64
     assert "fanwire frame: " in text

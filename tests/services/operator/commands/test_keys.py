@@ -35,7 +35,7 @@ def test_keys_of_unknown_roles_are_64(stack: Stack) -> None:
 
 
 def test_keys_that_cannot_be_made_are_73(stack: Stack) -> None:
-    """Where no directory can be made, one line names it."""
+    """One line names the directory that can't be made."""
     (stack.directory / "file").touch()
     code, text = run(stack, "keys", str(stack.directory / "file" / "keys"))
     assert (code, len(text.splitlines())) == (73, 1)

@@ -28,7 +28,7 @@ def play(stack: Stack, ledger: Running, **accounts: Accounts) -> tuple[int, str]
 
 
 def test_balanced_accounts(stack: Stack) -> None:
-    """When everything adds up it prints the accounts and `balanced`, and ends with 0."""
+    """The command prints the accounts and `balanced`, and ends with 0, when everything adds up."""
     stack.start("broker")
     code, text = play(stack, stack.operator("ledger"), ingest=WORKER, forwarder=FORWARDER)
     assert (code, text.splitlines()[-1]) == (0, "balanced")

@@ -40,5 +40,5 @@ def test_an_interface_that_has_no_address(stack: Stack, name: str, reason: str) 
 
 @pytest.mark.parametrize("arguments", [("00:11:22:33:44",), (SLEEPER,), (SLEEPER, "--interface", "")])
 def test_wrong_usage_is_64(stack: Stack, arguments: tuple[str, ...]) -> None:
-    """What is no MAC, or no interface, ends with 64."""
+    """An argument that is no MAC, or no interface, ends with 64."""
     assert run(stack, "wake", *arguments)[0] == 64

@@ -93,7 +93,7 @@ def test_says_that_it_waits_for_ingest(stack: Stack) -> None:
 
 
 def test_ends_quietly_when_nobody_reads(stack: Stack) -> None:
-    """As in `fanwire watch | head -1`: ends with 0 and no complaint once its reader is gone, datagrams or not."""
+    """The command ends with 0 and no complaint once its reader is gone, datagrams or not: `fanwire watch | head -1`."""
     stack.start("broker")
     reader, writer = os.pipe()
     command = [sys.executable, "-m", "services.operator", "watch"]

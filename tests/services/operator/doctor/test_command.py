@@ -203,7 +203,7 @@ def test_collectors_that_get_nothing(open_stack: OpenStack) -> None:
 
 
 def test_a_gateway_that_lists_what_it_should_not(stack: Stack) -> None:
-    """What the registry says is checked, whoever let it in: a loop, and two at one place."""
+    """All entries of the registry are checked, however they got in: a loop, and two at one place."""
     with PlayedGateway() as gateway:
         entry = {"address": "127.0.0.1", "streams": ["*"], "source": "relay", "generation": 1, "health": "ok"}
         gateway.clients = {

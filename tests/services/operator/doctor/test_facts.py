@@ -20,13 +20,13 @@ SETTINGS = Settings()
 
 
 def paths(host: Host, addresses: Iterable[str], settings: Settings = SETTINGS) -> NetworkFacts:
-    """How this host would send to these."""
+    """Return the ways that this host would send to these."""
     with host.entered(), closing(Netlink()) as netlink:
         return network_facts(settings, netlink, netlink.links(), addresses)
 
 
 def host_of(host: Host, settings: Settings = SETTINGS) -> HostFacts:
-    """What there is to be seen of a host."""
+    """Return the visible facts of a host."""
     with host.entered(), closing(Netlink()) as netlink:
         return host_facts(settings, netlink.links())
 
@@ -121,7 +121,7 @@ def test_a_bus_that_is_not_ours(lab: None, tmp_path: Path) -> None:
 
 
 def test_services_are_heard_and_looked_at(stack: Stack) -> None:
-    """Who reports is heard at once, with its accounts, and with how many files it may open."""
+    """A service that reports is heard at once, with its accounts, and with the number of files that it may open."""
     stack.start("broker")
     stack.start("ingest")
     settings = Settings(bus=Bus(directory=str(stack.bus)))

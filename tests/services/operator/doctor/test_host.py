@@ -87,7 +87,7 @@ def sysctl(name: str, value: int) -> dict[str, Any]:
     ],
 )
 def test_what_needs_a_cure(name: str, changes: dict[str, Any], why: str, cure: str) -> None:
-    """What is not as it should be is a warning with its figures and what to do, and no other check is touched."""
+    """Each fault is a warning with its figures and its cure, and no other check is touched."""
     found = findings(replace(FINE, **changes))
     assert {each.name for each in found.values() if each.level != "ok"} == {name}
     assert why in found[name].why
@@ -95,7 +95,7 @@ def test_what_needs_a_cure(name: str, changes: dict[str, Any], why: str, cure: s
 
 
 def test_strict_filter_on_the_only_interface_is_fine() -> None:
-    """Where there is one way in and out, strict mode drops nobody who could be answered."""
+    """Strict mode drops nobody who could be answered, where there is one way in and out."""
     assert findings(replace(FINE, reverse_path={"eth0": 1}))["reverse_path"].level == "ok"
 
 

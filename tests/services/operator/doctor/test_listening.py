@@ -23,7 +23,7 @@ AT = "listener/s/udp://192.0.2.1:6667"
 
 
 def check(facts: ListeningFacts, **account: int) -> list[Finding]:
-    """What there is to say, with this account of a listener."""
+    """Return the findings, with this account of a listener."""
     accounts: dict[str, Accounts] = {"ingest.1": {AT: account}, "forwarder.1": {}}
     return list(check_listening(facts, accounts, SETTINGS))
 
@@ -62,7 +62,7 @@ def configure(stack: Stack, *listen: str) -> None:
 
 
 def troubles(stack: Stack, name: str) -> list[str]:
-    """Why, of the findings of that name that are not fine."""
+    """Return the reasons in the findings of that name that are not fine."""
     return [each["why"] for each in doctor(stack)[1] if each["name"] == name and each["level"] != "ok"]
 
 
@@ -158,7 +158,7 @@ def test_a_bus_that_others_clean(stack: Stack, monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_without_netlink_the_rest_is_told(stack: Stack) -> None:
-    """Where AF_NETLINK is refused the network can't be seen, which is said, and everything else is checked."""
+    """A warning says that the network can't be seen where AF_NETLINK is refused, and everything else is checked."""
     stack.start_all()
     command = [*refused("socket:0:16=EAFNOSUPPORT"), "-m", "services.operator", "doctor"]
     running = stack.spawn("doctor", command)

@@ -25,7 +25,7 @@ def collector(name: str = "siem", address: str = AT, port: int = 9514, **fields:
 
 
 def check(facts: NetworkFacts, *collectors: Entry) -> list[Finding]:
-    """What there is to say."""
+    """Return the findings."""
     return list(check_network_paths(facts, collectors, Transmitter().destinations))
 
 
@@ -73,7 +73,7 @@ def test_longer_packets_than_the_way_takes() -> None:
 
 
 def test_a_smaller_mtu_further_on_is_worse_by_ipv6() -> None:
-    """Where the kernel has learnt of a smaller MTU behind the link, IPv6 says that routers don't cut."""
+    """A finding says that routers don't cut IPv6, where the kernel has learnt of a smaller MTU behind the link."""
     six, way = collector("six", "fd00::2"), NetworkPath(False, "eth0", mtu=1280, link_mtu=1500)
     (found,) = [each for each in check(NetworkFacts({"fd00::2": way}), six) if each.name == "mtu"]
     assert "a router can't cut IPv6" in found.why
@@ -97,7 +97,7 @@ def test_a_listener_of_our_own_is_a_loop(listener: tuple[str, int], address: str
 
 
 def test_two_at_one_place() -> None:
-    """Who wants the same at one address and port gets it twice, unless they share it or want different streams."""
+    """Two collectors of the same at one place are a finding, unless they share it or want different streams."""
     facts = NetworkFacts({AT: FINE})
     one = collector("one")
     assert complaints(facts, one, collector("two")) == [("doubles", "warning", "two")]

@@ -9,7 +9,7 @@ BEFORE: dict[str, Accounts] = {"ingest.1": {"stream/s": {"received": 5, "publish
 
 
 def after(received: int = 6, published: int = 6, **account: int) -> dict[str, Accounts]:
-    """What the services say once the datagram should have come."""
+    """Return the services' accounts once the datagram should have come."""
     forwarder: Accounts = {"collector/doctor": account} if account else {}
     return {
         "ingest.1": {"stream/s": {"received": received, "published": published}, "stream/other": {"received": 99}},

@@ -19,12 +19,12 @@ DENIED = RawSocketFacts(errno.EPERM)
 
 
 def check(facts: ServiceFacts, *collectors: Entry) -> list[Finding]:
-    """What there is to say."""
+    """Return the findings."""
     return list(check_services(facts, Settings(), collectors))
 
 
 def heard(**changes: Accounts | None) -> dict[str, Accounts]:
-    """Who reports, with changes; None: it does not."""
+    """Return the services that report, with changes; None: one does not."""
     accounts = {**HEARD, **{f"{name}.1": kept for name, kept in changes.items()}}
     return {name: kept for name, kept in accounts.items() if kept is not None}
 

@@ -24,6 +24,6 @@ def test_lists_what_is_open(lab: None) -> None:
 
 @given(st.binary(max_size=300), st.sampled_from([socket.AF_INET, socket.AF_INET6]))
 def test_any_answer_is_read_or_refused(data: bytes, family: int) -> None:
-    """Whatever the kernel says, it is a socket, none, or `struct.error`."""
+    """An answer of the kernel is a socket, none, or `struct.error`, whatever its bytes."""
     with suppress(struct.error):
         assert all(isinstance(each, UdpSocket) for each in parse_answer(family, data))

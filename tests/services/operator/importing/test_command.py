@@ -81,7 +81,7 @@ def test_source_that_is_no_prefix_is_left_out(text: str, expected: str) -> None:
     ],
 )
 def test_surprise_of_samplicator_is_told(text: str, expected: str) -> None:
-    """What samplicator does and nobody expects is said, and nothing is left out for it."""
+    """An unexpected habit of samplicator is reported, and nothing is left out for it."""
     (line,) = lines_of(text, samplicator.parse_line)
     assert line.notes[0].startswith(expected)
     assert not line.left_out
@@ -231,7 +231,7 @@ def test_every_receiver_of_a_rule_is_a_collector(text: str) -> None:
 
 
 def imported(stack: Stack, tool: str, text: str, *options: str) -> tuple[int, str, str]:
-    """What `fanwire import` makes of a file: exit code, settings, and what it says besides."""
+    """Return the results of `fanwire import` on a file: exit code, settings, and its other lines."""
     path = stack.directory / f"{tool}.conf"
     path.write_text(text, "latin-1")
     command = [sys.executable, "-m", "services.operator", "import", tool, str(path), *options]
@@ -264,7 +264,7 @@ def test_original_may_go_where_the_file_says(stack: Stack) -> None:
 
 
 def test_what_is_left_out_is_said_and_1(stack: Stack) -> None:
-    """What is left out is a line on stderr with its number, and the exit code is 1; the rest is there."""
+    """An entry that is left out is a line on stderr with its number, and the exit code is 1; the rest is there."""
     text = "id=1 ip=127.0.0.1:9\nid=2 ip=127.0.0.1:10 tag=7\n"
     code, printed, said = imported(stack, "pmacct", text)
     assert code == 1
