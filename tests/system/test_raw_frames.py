@@ -3,8 +3,7 @@
 import shlex
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-
-import pytest
+from typing import Final
 
 from shared.bus.messages import TRANSMIT_TOPIC, TransmitReply, TransmitRequest
 from shared.bus.zmq_sockets import Publisher, Requests, Subscriber
@@ -119,30 +118,28 @@ class Stranger:
 HEADER = bytes(12)
 
 
-@pytest.mark.parametrize(
-    ("interface", "frame", "fields", "error", "said"),
-    [
-        ("lo", HEADER + b"\x08\x01", {}, "not_permitted", "interfaces"),
-        ("wire", HEADER + b"\x08\x00", {}, "not_permitted", "ethertype 0x0800"),
-        ("gone", HEADER + b"\x08\x01", {}, "bad_request", "no such interface"),
-        ("wire", HEADER + b"\x08", {}, "bad_request", "at least 14 bytes, this one 13"),
-        ("wire", HEADER + b"\x08\x01" + bytes(1501), {}, "bad_request", "at most 1514 bytes"),
-        ("wire", HEADER + b"\x08\x01abcd", {"own_fcs": True}, "bad_request", "driver"),
-        ("wire", HEADER + b"\x08\x01ab", {"own_fcs": True}, "bad_request", "at least 14 bytes, this one 12"),
-    ],
+REFUSED: Final[tuple[tuple[str, bytes, dict[str, object], str, str], ...]] = (
+    ("lo", HEADER + b"\x08\x01", {}, "not_permitted", "interfaces"),
+    ("wire", HEADER + b"\x08\x00", {}, "not_permitted", "ethertype 0x0800"),
+    ("gone", HEADER + b"\x08\x01", {}, "bad_request", "no such interface"),
+    ("wire", HEADER + b"\x08", {}, "bad_request", "at least 14 bytes, this one 13"),
+    ("wire", HEADER + b"\x08\x01" + bytes(1501), {}, "bad_request", "at most 1514 bytes"),
+    ("wire", HEADER + b"\x08\x01abcd", {"own_fcs": True}, "bad_request", "driver"),
+    ("wire", HEADER + b"\x08\x01ab", {"own_fcs": True}, "bad_request", "at least 14 bytes, this one 12"),
 )
-def test_what_the_policy_or_the_link_does_not_allow_is_refused(
-    open_stack: OpenStack, interface: str, frame: bytes, fields: dict[str, object], error: str, said: str
-) -> None:
+
+
+def test_what_the_policy_or_the_link_does_not_allow_is_refused(open_stack: OpenStack) -> None:
     """Asked straight over the bus, the transmitter itself refuses, says why, counts it, and nothing leaves."""
     settings = SETTINGS.replace('["wire"]', '["wire", "gone"]')
     with wired(open_stack, settings) as (_, peer), Capture(peer, "far") as wire, BusEnds(open_stack.bus) as bus:
         stranger = Stranger(bus)
-        answer = stranger.ask(interface, frame, **fields)
-        assert (answer.sent, answer.error) == (0, error)
-        assert said in answer.message
-        assert stranger.ask("wire", DOCUMENTED).sent == 1
-        assert [protocol for protocol, *_ in wire.frames() if protocol in (0, 0x0800, 0x0801)] == [0x0801]
+        for interface, frame, fields, error, said in REFUSED:
+            answer = stranger.ask(interface, frame, **fields)
+            assert (answer.sent, answer.error) == (0, error), (interface, frame, fields)
+            assert said in answer.message
+            assert stranger.ask("wire", DOCUMENTED).sent == 1
+            assert [protocol for protocol, *_ in wire.frames() if protocol in (0, 0x0800, 0x0801)] == [0x0801]
 
 
 def test_interface_that_is_down_or_comes_back_is_told(open_stack: OpenStack) -> None:

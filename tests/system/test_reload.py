@@ -214,28 +214,25 @@ def test_last_of_many_hangups_counts(stack: Stack) -> None:
         assert running.process.poll() is None
 
 
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
+def test_bad_file_keeps_the_old_settings(stack: Stack) -> None:
+    """Settings that can't be used cost one line at each service, which goes on as before."""
+    stack.configure(A)
+    stack.start_all()
+    for text, says in (
         ("[[stream]\n", "not TOML"),
         ("[ingest]\ncolour = 1\n", "ingest.colour: unknown key"),
         ('[[stream]]\nname = "a"\nlisten = 5\n', "stream[0].listen: Expected"),
         (A + SIEM.replace('"b"', '"x"'), "names a stream 'x' that is not there"),
-    ],
-)
-def test_bad_file_keeps_the_old_settings(stack: Stack, text: str, says: str) -> None:
-    """Settings that can't be used cost one line at each service, which goes on as before."""
-    stack.configure(A)
-    stack.start_all()
-    stack.configure(text)
-    for name in ("broker", "gateway", "forwarder", "ingest.1"):
-        lines = len(stack[name].text.splitlines())
-        said = stack[name].reload()
-        assert said["event"].startswith(f"not reloaded, the old settings stay: {stack.directory}/fanwire.toml: ")
-        assert says in said["event"]
-        assert len(stack[name].text.splitlines()) == lines + 1
-        assert stack[name].process.poll() is None
-    assert list(ask_json({"op": "streams"})["streams"]) == ["a"]
+    ):
+        stack.configure(text)
+        for name in ("broker", "gateway", "forwarder", "ingest.1"):
+            lines = len(stack[name].text.splitlines())
+            said = stack[name].reload()
+            assert said["event"].startswith(f"not reloaded, the old settings stay: {stack.directory}/fanwire.toml: ")
+            assert says in said["event"]
+            assert len(stack[name].text.splitlines()) == lines + 1
+            assert stack[name].process.poll() is None
+        assert list(ask_json({"op": "streams"})["streams"]) == ["a"]
 
 
 def test_what_takes_a_restart_is_said(stack: Stack) -> None:
