@@ -19,7 +19,16 @@ from services.gateway.admission.tokens import Tokens
 from services.gateway.admission.tokens_file import read_tokens
 from services.gateway.bus.announcer import Announcer
 from services.gateway.bus.transmissions import Transmissions
-from services.gateway.counters import ACCOUNT, BUS_REJECTED, CLIENTS, COLLECTORS, CONNECTIONS, PRESERVING, WATCHERS
+from services.gateway.counters import (
+    ACCOUNT,
+    BUS_REJECTED,
+    CLIENTS,
+    COLLECTORS,
+    CONNECTIONS,
+    PRESERVING,
+    SENDERS_ORIGINAL,
+    WATCHERS,
+)
 from services.gateway.events import EventFeed
 from services.gateway.handler import Handler
 from services.gateway.registry.registry import Registry
@@ -266,6 +275,7 @@ class _Server:
             WATCHERS: len(self._feed),
             PRESERVING: int(self.registry.leases.preserving),
             CONNECTIONS: len(self._connections),
+            SENDERS_ORIGINAL: int(self._announcer.sends_copies("original")),
             BUS_REJECTED: sum(self.subscriber.rejected.values()),
         }
         return {ACCOUNT: account}

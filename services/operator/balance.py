@@ -30,6 +30,10 @@ from shared.ledger import (
 
 PLACES = ("upstream", "kernel", "ingest", "bus", "way out")
 """Places on its way at which a datagram may be lost."""
+NEEDED = ("broker", "gateway", "ingest", "forwarder")
+"""Services without which no copies flow."""
+ORIGINAL_SENDERS = "senders_original"
+"""The gateway's count of transmitters that it sees on the bus."""
 Origin = tuple[str, int, str]
 """Worker, boot id, stream."""
 
@@ -88,6 +92,12 @@ class Balance:
     def reports(self, kind: str) -> bool:
         """Return whether any service of that kind has reported."""
         return any(_kind(name) == kind for name in self.accounts)
+
+    def silent(self) -> list[str]:
+        """Kinds of service that do not report though they have to, or are on the bus."""
+        there = any(kept.get("gateway", {}).get(ORIGINAL_SENDERS) for kept in self.accounts.values())
+        wanted = (*NEEDED, "transmitter") if there else NEEDED
+        return [kind for kind in wanted if not self.reports(kind)]
 
     @property
     def settled(self) -> bool:

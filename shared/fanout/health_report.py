@@ -38,13 +38,17 @@ class HealthReporter:
             self._tell_at = 0.0
         return asked
 
-    def report(self, look: Callable[[float], Iterable[tuple[Client, Symptom]]]) -> None:
-        """Examine the collectors; publish their troubles if they differ from the last report or a second has passed."""
+    def report(self, look: Callable[[float], Iterable[tuple[Client, Symptom]]], *, flowing: bool = True) -> None:
+        """Examine the collectors; publish their troubles if they differ from the last report or a second has passed.
+
+        While no copies are `flowing` nothing is published: by that silence the gateway finds that collectors wait.
+        """
         now = time.monotonic()
         self.due_at = next_tick(now, EXAMINE_SECONDS)
         troubled = [_troubled(client, symptom, now) for client, symptom in look(now)]
         found = [(each.name, each.generation, each.trouble) for each in troubled]
-        if not self._publisher.wanted(self._topic) or (found == self._told and now < self._tell_at):
+        due = found != self._told or now >= self._tell_at
+        if not (due and flowing and self._publisher.wanted(self._topic)):
             return
         self._told, self._tell_at = found, next_tick(now, REPEAT_SECONDS)
         pieces, report = cut(troubled, _size_of), next(self._reports)

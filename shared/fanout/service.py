@@ -182,7 +182,7 @@ class CopyService(ABC, Generic[D]):
         fresh, now = self._publisher.new_subscriptions(), time.monotonic()
         if now >= self._health.due_at or (fresh and self._health.asked_for(fresh)):
             self._collectors.refresh()
-            self._health.report(self._collectors.troubled)
+            self._health.report(self._collectors.troubled, flowing=self._streams.flowing)
         if now >= self._reporter.due_at or (fresh and self._reporter.asked_for(fresh)):
             self._report()
         return handled

@@ -269,3 +269,33 @@ def test_no_way_for_copies_with_the_exporters_address(
             until("ok")
         open_stack["transmitter"].stop()
         until("waiting")
+
+
+@pytest.mark.parametrize(
+    ("source", "stopped"),
+    [("relay", "forwarder"), ("original", "transmitter"), ("relay", "ingest.1"), ("relay", "broker")],
+)
+def test_a_service_that_hangs_makes_collectors_wait(open_stack: OpenStack, source: str, stopped: str) -> None:
+    """Where a service that copies pass stands still, its collectors wait, as listed and watched, until it goes on."""
+    stack = open_stack
+    stack.configure(PATIENT)
+    stack.start_all()
+    stack.start("transmitter")
+    ask_json(SIEM | {"source": source})
+    ask_json(SIEM | {"name": "other", "port": 9515, "source": "original" if source == "relay" else "relay"})
+    until("ok")
+    until("ok", "other")
+    with watching() as (watcher, _):
+        stack[stopped].process.send_signal(signal.SIGSTOP)
+        try:
+            event = read_health(watcher)
+            while event["name"] != "siem":
+                event = read_health(watcher)
+            assert event["health"] == "waiting"
+            assert listed()["health"] == "waiting"
+            if stopped in ("forwarder", "transmitter"):
+                assert listed("other")["health"] == "ok"
+        finally:
+            stack[stopped].process.send_signal(signal.SIGCONT)
+        until("ok")
+        until("ok", "other")

@@ -101,7 +101,7 @@ class Announcer:
         self.receive_messages()
         self._requests.expire()
         for query in self._queries.values():
-            query.ask_again()
+            query.check()
         self.flush()
         self._feed.push_health()
         if time.monotonic() >= self._reporter.due_at:
@@ -114,6 +114,7 @@ class Announcer:
             if isinstance(body, ServeReply | TransmitReply):
                 self._requests.answer(body.id, message)
             elif isinstance(body, Health):
+                self._queries[body.source].note_heard()
                 self._registry.note_health(message.envelope.boot, body)
 
     def _note_subscriptions(self) -> bool:

@@ -11,6 +11,10 @@ from shared.bus.zmq_sockets import Publisher, Requests
 from shared.client import Source
 
 ASK_AGAIN_SECONDS: Final = 1.0
+QUIET_SECONDS: Final = 1.6
+"""A service that has said nothing for so long is asked: one that sends copies tells their health each second."""
+SILENT_SECONDS: Final = 2.5
+"""One that has said nothing for so long, asked or not, may be stopped or stuck: nothing that it said counts."""
 EXPIRE_LATE_SECONDS: Final = 0.002
 """Seconds after a deadline, so that it has passed for certain."""
 
@@ -48,7 +52,7 @@ class ServingQuery:
         self._call_later = call_later
         self._question: _Question | None = None
         self._was_possible = False
-        self._asked_at = 0.0
+        self._asked_at = self._heard_at = self._checked_at = 0.0
 
     @property
     def possible(self) -> bool:
@@ -65,9 +69,21 @@ class ServingQuery:
             self._question = self._open()
         self._question.finished.append(finished)
 
-    def ask_again(self) -> None:
-        """Ask again, unless copies are known to flow to every collector."""
-        if not self._serving.complete and time.monotonic() >= self._asked_at + ASK_AGAIN_SECONDS:
+    def note_heard(self) -> None:
+        """Note that the service has said something just now."""
+        self._heard_at = time.monotonic()
+
+    def check(self) -> None:
+        """Ask again, unless copies are known to flow to every collector; count on no service that is silent."""
+        now = time.monotonic()
+        if now >= self._checked_at + ASK_AGAIN_SECONDS:
+            self._heard_at = now  # it was this process that stood still, or nobody was there
+        self._checked_at = now
+        silent_seconds = now - self._heard_at
+        if silent_seconds >= SILENT_SECONDS and self._serving.served >= 0:
+            self._serving.forget()
+        complete = self._serving.complete and silent_seconds < QUIET_SECONDS
+        if not complete and now >= self._asked_at + ASK_AGAIN_SECONDS:
             self.ask()
 
     def note_subscriptions(self, fresh: Iterable[str]) -> bool:
@@ -76,6 +92,8 @@ class ServingQuery:
         subscribed = any(self._topic.startswith(prefix) for prefix in fresh)
         if was_possible and (subscribed or not self.possible):
             self._serving.forget()  # a service that was restarted may have gone and come back since the last call
+        if subscribed:
+            self.note_heard()
         if self._serving.newest < 0 or not subscribed:
             return False
         self.ask()
@@ -101,6 +119,7 @@ class ServingQuery:
         if self._question is question:
             self._question = None  # the question never got on the bus
         if self.possible and message is not None and isinstance(message.body, ServeReply):
+            self.note_heard()
             self._serving.note_served(min(question.revision, message.body.revision))
         else:
             self._serving.note_unanswered(question.revision or self._registry.commit())

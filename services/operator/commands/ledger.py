@@ -39,8 +39,6 @@ from shared.settings.model import Settings
 
 ROUND_SECONDS: Final = 2 * INTERVAL_SECONDS + 0.1
 """Every service reports at once, and then each second: in this time at least twice."""
-NEEDED: Final = ("ingest", "forwarder")
-"""Without both there is nothing to compare."""
 
 Row = tuple[str | int | None, ...]
 
@@ -61,9 +59,11 @@ def add_parser(subparsers: Subparsers) -> None:
 def run(arguments: argparse.Namespace, settings: Settings) -> int:
     """Print the accounts; return 0 when they add up."""
     balance = _listen(settings, arguments.seconds)
-    if missing := [kind for kind in NEEDED if not balance.reports(kind)]:
+    if silent := balance.silent():
         raise OperatorError(
-            UNAVAILABLE, f"{' and '.join(missing)} did not report within {arguments.seconds:g} s; is it running?"
+            UNAVAILABLE,
+            f"{' and '.join(silent)} did not report within {arguments.seconds:g} s; is it running, and not stopped or "
+            "stuck? `fanwire doctor` says what to do",
         )
     found = list(balance.discrepancies())
     if arguments.json:
@@ -86,7 +86,7 @@ def _listen(settings: Settings, seconds: float) -> Balance:
     start = time.monotonic()
     with subscribed(settings, "status/") as subscriber:
         while (passed := time.monotonic() - start) < seconds:
-            if passed >= ROUND_SECONDS and balance.settled and all(map(balance.reports, NEEDED)):
+            if passed >= ROUND_SECONDS and balance.settled and not balance.silent():
                 break
             subscriber.socket.poll(100)
             while message := subscriber.receive():

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from services.operator.balance import Balance
 from services.operator.client.registry_client import Entry
 from services.operator.doctor.finding import Finding, error, ok, some, warning
 from shared.ledger import DROPPED, Accounts, dropped
@@ -13,9 +14,9 @@ from shared.settings.model import Settings
 
 SPARE_DESCRIPTORS: Final = 64
 """Descriptors that a service has open besides connections or collectors, rounded up."""
-NEEDED: Final = ("broker", "gateway", "ingest", "forwarder")
 ONE_ONLY: Final = ("forwarder", "transmitter")
 START: Final = "`systemctl start fanwire.target`, or `honcho start`"
+RESTART: Final = "restart it, or if `ps -eo pid,stat,args` shows T for it, `kill -CONT PID`; not running: " + START
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,9 @@ def _services(facts: ServiceFacts) -> Finding:
         if facts.gateway:
             return warning("services", f"{why}, nor does the gateway answer", cure)
         return error("services", f"{why}, but a gateway answers: nothing is copied", f"{cure}; with the same settings?")
-    heard = {name.partition(".")[0] for name in facts.accounts}
-    if missing := [name for name in NEEDED if name not in heard]:
-        return error("services", f"not heard on the bus: {', '.join(missing)}", START)
+    if silent := Balance(dict(facts.accounts)).silent():
+        why = f"not heard on the bus: {', '.join(silent)}: not running, or stopped or stuck"
+        return error("services", why, RESTART)
     return ok("services", f"heard on the bus: {', '.join(sorted(facts.accounts))}")
 
 

@@ -84,3 +84,12 @@ def test_nothing_is_told_to_nobody() -> None:
     bus.somebody = True
     reporter.report(Sick(1).look)
     assert len(bus.published) == 1
+
+
+def test_nothing_is_told_while_no_copies_flow() -> None:
+    """Where no worker is heard nothing is told, by which the gateway finds it; what was found then is told later."""
+    bus, reporter = make()
+    reporter.report(Sick(1).look, flowing=False)
+    assert bus.published == []
+    reporter.report(Sick(1).look)
+    assert len(bus.published) == 1

@@ -246,8 +246,8 @@ def test_each_source_is_asked_on_its_own(stack: Stack, follower: Follower) -> No
     transmitter.replies = True
     assert register([transmitter], PRESERVING)["client"]["health"] == "ok"
     assert register([follower, transmitter], COLLECTOR)["client"]["health"] == "waiting"
-    wait_for_health("first", "ok")
-    wait_for_health("preserving", "ok")
+    wait_for_health("first", "ok", transmitter)
+    wait_for_health("preserving", "ok", transmitter)
     (asked,) = {request.revision for request in follower.requests}
     assert asked > max(request.revision for request in transmitter.requests)
     transmitter.close()

@@ -1,3 +1,5 @@
+import pytest
+
 from services.gateway.admission.peer import Peer
 from services.gateway.bus.serving import ServingQuery
 from services.gateway.registry.entry import Origin
@@ -52,3 +54,37 @@ def test_a_transmitter_that_went_and_came_at_once_has_said_nothing_yet() -> None
         assert word() == "ok"
         assert not query.note_subscriptions(["status/"])
         assert word() == "ok"
+
+
+def test_a_silent_transmitter_is_asked_and_then_not_counted_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that says nothing is asked before its collectors wait, and is not blamed while the gateway itself stood."""
+    now = 100.0
+    monkeypatch.setattr("services.gateway.bus.serving.time.monotonic", lambda: now)
+    registry, bus = Registry(lambda: 0.0, 1), Bus()
+    requests = Requests("gateway", 1, lambda: now)
+    query = ServingQuery("original", bus, requests, registry, 0.5, lambda _seconds, _call: None)  # type: ignore[arg-type]
+    client = make_client("siem", streams=("messages",), source="original")
+    entry = registry.grant(client, Peer(1, "127.0.0.1", 4000), Origin.JSON)
+    query.note_subscriptions([TOPIC])
+    registry.serving["original"].note_served(registry.commit())
+
+    def word_after(seconds: float, step: float = 0.25) -> str:
+        nonlocal now
+        for _ in range(round(seconds / step)):
+            now += step
+            query.check()
+            query.publish()
+        registry.refresh_condition(entry)
+        return entry.condition.word
+
+    query.publish()
+    bus.published.clear()
+    for _ in range(3):
+        query.note_heard()
+        assert word_after(1.5) == "ok"
+    assert bus.published == []
+    assert word_after(0.75) == "ok"
+    assert len(bus.published) == 1
+    assert word_after(10, step=10) == "ok"
+    assert word_after(2) == "ok"
+    assert word_after(0.75) == "waiting"

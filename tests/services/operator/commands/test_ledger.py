@@ -1,8 +1,12 @@
 import json
+import signal
 import time
 from contextlib import ExitStack
 
+import pytest
+
 from shared.ledger import Accounts, unparse_origin
+from tests.openly import OpenStack
 from tests.services.operator.played import PlayedService, finish, run
 from tests.stack import Running, Stack
 
@@ -15,7 +19,8 @@ FORWARDER: Accounts = {
 
 
 def play(stack: Stack, ledger: Running, **accounts: Accounts) -> tuple[int, str]:
-    """Report for these services until the ledger has ended."""
+    """Report for these services, and a gateway, until the ledger has ended."""
+    accounts = {"gateway": {}, **accounts}
     with ExitStack() as closing:
         services = [closing.enter_context(PlayedService(stack.bus, f"{name}.1")) for name in accounts]
         for service in services:
@@ -96,3 +101,34 @@ def test_names_the_service_that_does_not_report(stack: Stack) -> None:
     code, text = run(stack, "ledger", "--seconds", "0.5")
     assert (code, text.count("\n")) == (69, 1)
     assert "ingest and forwarder did not report" in text
+
+
+def test_names_a_transmitter_that_is_on_the_bus_and_silent(stack: Stack) -> None:
+    """One that the gateway sees on the bus, and that does not report, is named; so is a gateway that does not."""
+    stack.start("broker")
+    gateway = {"gateway": {"senders_original": 1}}
+    ledger = stack.operator("ledger", "--seconds", "2.5")
+    code, text = play(stack, ledger, ingest=WORKER, forwarder=FORWARDER, gateway=gateway)
+    assert (code, text.count("\n")) == (69, 1)
+    assert "transmitter did not report within 2.5 s" in text
+    assert "balanced" not in text
+
+
+@pytest.mark.parametrize("stopped", ["forwarder", "transmitter", "gateway", "ingest.1", "broker"])
+def test_names_a_service_that_hangs(open_stack: OpenStack, stopped: str) -> None:
+    """Where a service stands still the ledger ends with 69 and names it, and doctor finds it, with what to do."""
+    stack = open_stack
+    stack.start_all()
+    stack.start("transmitter")
+    stack[stopped].process.send_signal(signal.SIGSTOP)
+    try:
+        code, text = run(stack, "ledger")
+        assert (code, text.count("\n")) == (69, 1)
+        assert stopped.partition(".")[0] in text.partition(" did not report")[0]
+        _, found = run(stack, "doctor", "--json")
+    finally:
+        stack[stopped].process.send_signal(signal.SIGCONT)
+    (services,) = [each for each in json.loads(found)["findings"] if each["name"] == "services"]
+    assert services["level"] == "error"
+    assert stopped.partition(".")[0] in services["why"]
+    assert "kill -CONT" in services["cure"]
