@@ -82,8 +82,8 @@ class ServingQuery:
         silent_seconds = now - self._heard_at
         if silent_seconds >= SILENT_SECONDS and self._serving.served >= 0:
             self._serving.forget()
-        complete = self._serving.complete and silent_seconds < QUIET_SECONDS
-        if not complete and now >= self._asked_at + ASK_AGAIN_SECONDS:
+        content = self._serving.newest < 0 or (self._serving.complete and silent_seconds < QUIET_SECONDS)
+        if not content and now >= self._asked_at + ASK_AGAIN_SECONDS:
             self.ask()
 
     def note_subscriptions(self, fresh: Iterable[str]) -> bool:

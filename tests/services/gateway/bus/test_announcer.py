@@ -1,23 +1,26 @@
 import itertools
 import json
 import socket
+import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import zmq
 
 from shared.bus.messages import (
     REGISTRY_TOPIC,
+    Health,
     Message,
     RegistryChange,
     RegistrySnapshot,
     ServeReply,
     ServeRequest,
+    health_topic,
     serve_topic,
 )
 from shared.bus.zmq_sockets import Publisher, Subscriber, new_context
-from shared.client import Client
+from shared.client import Client, Source
 from tests.stack import Running, Stack, ask, ask_json, wait_until
 
 RELAY, ORIGINAL = serve_topic("relay"), serve_topic("original")
@@ -26,7 +29,10 @@ PRESERVING = COLLECTOR | {"name": "preserving", "source": "original"}
 
 
 class Follower:
-    """A subscriber that keeps the registry as it is announced, and answers serve requests if told to."""
+    """A subscriber that keeps the registry as it is announced, and answers serve requests if told to.
+
+    While it follows, it says each half second that it is there, as a service that sends copies does.
+    """
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], stack: Stack, sender: str = "test.1") -> None:
         self.clients: dict[str, Client] = {}
@@ -34,17 +40,25 @@ class Follower:
         self.pieces = 0
         self.requests: list[ServeRequest] = []
         self.replies = False
+        self._sources: list[Source] = []
+        self._says_at = 0.0
+        self._reports = itertools.count(1)
         self._subscriber = Subscriber(context, stack.bus, 10_000)
         self._publisher = Publisher(context, stack.bus, sender, 100)
 
     def subscribe(self, prefix: str) -> None:
         self._subscriber.subscribe(prefix)
+        self._sources += [source for source in get_args(Source) if prefix == serve_topic(source)]
 
     def unsubscribe(self, prefix: str) -> None:
         self._subscriber.unsubscribe(prefix)
 
     def follow(self) -> None:
         self._publisher.new_subscriptions()
+        if time.monotonic() >= self._says_at:
+            self._says_at = time.monotonic() + 0.5
+            for source in self._sources:
+                self._publisher.publish(health_topic(source), Health(source, next(self._reports), 0, 1, []))
         while (message := self._subscriber.receive()) is not None:
             self._take(message)
 
