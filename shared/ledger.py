@@ -63,6 +63,9 @@ CHECKSUM_ERRORS: Final = "checksum_errors"
 DISCREPANCIES: Final = "discrepancies"
 """Equations that did not hold when checked, each second; one that stays broken by the same amount counts once."""
 
+FILES_RESTORED: Final = "files_restored"
+"""Files of the bus (broker) or of the registry (gateway) that others have removed, and that were made anew."""
+
 MEMORY: Final = "memory"
 """Bytes of memory that the process takes now: a gauge."""
 MEMORY_MOST: Final = "memory_most"

@@ -1,6 +1,5 @@
 """XSUB to XPUB in ZeroMQ's own loop (`zmq_proxy_steerable`), with its statistics; with keys, in a loop of our own."""
 
-import fcntl
 import struct
 import threading
 import time
@@ -10,8 +9,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
+import structlog
 import zmq
 
+from services.broker.bus_directory import ENDPOINTS, LOCK, BusDirectory
 from services.broker.curve_auth import CurveAuth
 from services.broker.filtering_proxy import KEPT_BACK, STATISTICS, FilteringProxy, Socket
 from services.broker.ipc_peers import bind_tcp, let_in, refuse_strangers
@@ -23,16 +24,13 @@ from shared.bus.zmq_sockets import (
     Publisher,
     configure,
     new_context,
-    prepare_directory,
 )
-from shared.ledger import SUBSCRIBERS_CUT
+from shared.ledger import FILES_RESTORED, SUBSCRIBERS_CUT
 from shared.net.addresses import Endpoint
-from shared.process.lifecycle import CANT_CREATE, Lifecycle, OperatorError, Watchdog
+from shared.process.lifecycle import Lifecycle, Watchdog
 from shared.process.memory import Memory
 from shared.process.reload import Reload
 
-ENDPOINTS: Final = ("publish", "subscribe")
-"""The socket files."""
 QUIET_SECONDS: Final = 0.3
 DRAIN_SECONDS: Final = 2.0
 """After SIGTERM the rest of the stack still flushes: pass messages until none come for a while, or this long."""
@@ -41,6 +39,8 @@ INCOMING_SHARE: Final = 2
 """A publisher's queue is one part in this many of a subscriber's: the rest waits at the publisher, which counts it."""
 CUT_OFF_MS: Final = 250
 """Time for which a subscriber's queue outlives its connection."""
+
+log = structlog.get_logger()
 
 Passing = Callable[[Socket, Socket, Socket], None]
 """Passes messages between publishers and subscribers until the third socket says `TERMINATE`; it counts from zero."""
@@ -67,7 +67,9 @@ class Proxy:
         """Messages that each queue may hold."""
         ports = frozenset(endpoint.port + 1 for endpoint in listen)
         self._stalled = StalledSubscribers(self._memory, directory / "subscribe", ports, self._hold)
-        self._held = self._ending = False
+        self._held = self._ending = self._unbound = False
+        self._restored = 0
+        """Files that others have removed and that were made anew."""
         self._passed = Counter[str]()
         """The statistics from the last time the loop was left."""
         self._group = group
@@ -76,7 +78,7 @@ class Proxy:
         self._filter = FilteringProxy()
 
     def __enter__(self) -> Self:
-        self._take_directory()
+        self._files = BusDirectory(self._directory)
         self._context = new_context()
         publishers = configure(self._context.socket(zmq.XSUB), max(1, self._mark // INCOMING_SHARE))
         subscribers = configure(self._context.socket(zmq.XPUB), self._mark)
@@ -100,8 +102,7 @@ class Proxy:
                 sock.close()
             self._end()
             raise
-        if self._group is not None:
-            let_in(self._group, self._directory, *(self._directory / endpoint for endpoint in ENDPOINTS))
+        self._let_in()
         self._control = self._context.socket(zmq.PAIR)
         self._control.bind("inproc://control")
         steering = self._context.socket(zmq.PAIR)
@@ -117,6 +118,8 @@ class Proxy:
     def _pass(self, passing: Passing, publishers: Socket, subscribers: Socket, steering: Socket) -> None:
         """Pass messages until the end, except while they are held."""
         while not self._ending:
+            if self._unbound:
+                self._bind_anew(publishers, subscribers)
             passing(publishers, subscribers, steering)
             while self._held and not self._ending:
                 for sock in (publishers, subscribers):
@@ -124,6 +127,21 @@ class Proxy:
                 time.sleep(HELD_SECONDS)
         for sock in (publishers, subscribers, steering):
             sock.close()
+
+    def _bind_anew(self, publishers: Socket, subscribers: Socket) -> None:
+        """Bind again where a socket file is gone. Connections stay: only who comes later needs the file."""
+        self._unbound = False
+        try:
+            for sock, side in ((publishers, "publish"), (subscribers, "subscribe")):
+                if not (self._directory / side).exists():
+                    sock.bind(ipc_endpoint(self._directory, side))
+            self._let_in()
+        except OSError as error:  # the next look tries again
+            log.error("the bus can't be bound anew", directory=str(self._directory), reason=error.strerror)
+
+    def _let_in(self) -> None:
+        if self._group is not None:
+            let_in(self._group, self._directory, *(self._directory / endpoint for endpoint in ENDPOINTS))
 
     def _hold(self, held: bool) -> None:
         """Stop passing messages, or go on: meanwhile they wait at their publishers."""
@@ -135,24 +153,18 @@ class Proxy:
         else:
             self._held = False
 
-    def _take_directory(self) -> None:
-        # A second bind on an ipc path would succeed and take the endpoint away from the first: flock decides.
-        try:
-            prepare_directory(self._directory)
-            self._lock = (self._directory / "lock").open("w")
-        except OSError as error:
-            raise OperatorError(CANT_CREATE, f"bus directory {self._directory}: {error.strerror}") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.close()
-            why = f"another broker runs on {self._directory}; stop it, or set another [bus] directory"
-            if not isinstance(error, BlockingIOError):
-                why = (
-                    f"{self._lock.name} can't be locked: {error.strerror}; "
-                    "set a [bus] directory on a local file system, or allow flock(2)"
-                )
-            raise OperatorError(CANT_CREATE, why) from None
+    def _restore_files(self) -> None:
+        """Make anew what others have removed from the directory. OperatorError when another broker has it by now."""
+        missing = self._files.missing()
+        if self._held or not missing:
+            return
+        if LOCK in missing:
+            self._files.take_again()
+        log.warning("others have removed files of the bus: made anew", directory=str(self._directory), files=missing)
+        self._restored += len(missing)
+        self._unbound = True
+        self._hold(True)  # the thread that passes messages binds before it goes on
+        self._hold(False)
 
     def statistics(self) -> Counter[str]:
         """Count the traffic so far, by direction, in parts and bytes."""
@@ -182,6 +194,7 @@ class Proxy:
             if self._auth is not None:
                 self._auth.count_failed_handshakes()
             if reporter.asked_for(self._publisher.new_subscriptions()) or time.monotonic() >= reporter.due_at:
+                self._restore_files()
                 self._report(reporter)
                 watchdog.feed()
         self._drain()
@@ -189,6 +202,7 @@ class Proxy:
     def _report(self, reporter: Reporter) -> None:
         statistics = self.statistics()  # always, even if no one listens: an answer shows that messages are passed
         statistics[SUBSCRIBERS_CUT] = self._stalled.cut
+        statistics[FILES_RESTORED] = self._restored
         if self._auth is not None:
             statistics += self._auth.counters + self._filter.counters
         reporter.report(lambda: {"broker": statistics})
@@ -215,10 +229,7 @@ class Proxy:
         if self._auth is not None:
             self._auth.stop()
         self._context.term()
-        # libzmq leaves the socket files; unlinked while we hold the lock, they can't be a successor's.
-        for endpoint in ENDPOINTS:
-            (self._directory / endpoint).unlink(missing_ok=True)
-        self._lock.close()
+        self._files.close()
 
 
 def _pass_messages(publishers: Socket, subscribers: Socket, steering: Socket) -> None:

@@ -41,7 +41,7 @@ from services.gateway.transport.tls import check_listener, make_context
 from services.gateway.transport.tls_handshakes import TlsAcceptor
 from shared.bus.endpoint import open_link, queue_limit
 from shared.bus.zmq_sockets import Publisher, Requests, Subscriber, new_context, prepare_directory
-from shared.ledger import Accounts
+from shared.ledger import FILES_RESTORED, Accounts
 from shared.process.lifecycle import (
     BAD_SETTINGS,
     FAILED,
@@ -94,7 +94,7 @@ def run_gateway(settings: Settings, lifecycle: Lifecycle) -> None:
         registry.restore(store.entries, store.revision)
         destinations = _destinations(settings)
         _configure(settings, destinations, registry)
-        server = _Server(settings, lifecycle, registry, destinations, tokens, publisher, subscriber, memory)
+        server = _Server(settings, lifecycle, store, registry, destinations, tokens, publisher, subscriber, memory)
         asyncio.run(server.run(listeners, tls))
 
 
@@ -147,6 +147,7 @@ def _expel_loops(destinations: Destinations, registry: Registry) -> None:
 class _Server:
     settings: Settings
     lifecycle: Lifecycle
+    store: Store
     registry: Registry
     destinations: Destinations
     tokens: Tokens
@@ -252,18 +253,19 @@ class _Server:
         readiness = Readiness("gateway", self.settings.bus, lambda: self.publisher.ready)
         while not self._stopped.is_set():
             self.registry.expire()
-            self._expel_new_loops()
+            self._look_after_registry()
             await self._connections.sweep()
             self._announcer.tick(self._accounts)
             readiness.check(listen=self.settings.gateway.listen)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopped.wait(), next_tick(now := time.monotonic(), TICK_SECONDS) - now)
 
-    def _expel_new_loops(self) -> None:
-        """Check for loops once a second: the address of a collector may have become one of this host's."""
+    def _look_after_registry(self) -> None:
+        """Check once a second: a collector's address may have become one of this host's, or the file may be gone."""
         now = time.monotonic()
         if now >= self._loops_at:
             self._loops_at = now + LOOPS_SECONDS
+            self.store.keep_file()
             with contextlib.suppress(OSError):  # the kernel can't tell just now
                 _expel_loops(self.destinations, self.registry)
 
@@ -275,6 +277,7 @@ class _Server:
             WATCHERS: len(self._feed),
             PRESERVING: int(self.registry.leases.preserving),
             CONNECTIONS: len(self._connections),
+            FILES_RESTORED: self.store.restored,
             SENDERS_ORIGINAL: int(self._announcer.sends_copies("original")),
             BUS_REJECTED: sum(self.subscriber.rejected.values()),
         }

@@ -21,6 +21,7 @@ from services.gateway.admission.rights import Rights
 from services.gateway.registry.entry import Entry, Event, Origin
 from shared.bus.messages import Number
 from shared.client import Client
+from shared.process.kept_directory import KeptDirectory
 from shared.process.lifecycle import FAILED, OperatorError
 
 SCHEMA_VERSION: Final = 1
@@ -70,7 +71,11 @@ class Store:
 
     def __init__(self, path: Path | None, clock: Callable[[], float]) -> None:
         self._path = path
+        self._clock = clock
         self._failed = False
+        self._kept = KeptDirectory(path.parent) if path else None
+        self.restored = 0
+        """How often others have removed the file and it was made anew."""
         try:
             self._open(clock)
         except _DamagedError as damage:
@@ -144,6 +149,28 @@ class Store:
             raise OSError(errno.EIO, "the registry can't be written to disk just now") from None
         self._failed = False
 
+    def keep_file(self) -> None:
+        """Make the file anew if others have removed it. Due every second."""
+        if self._path is None or self._kept is None:
+            return
+        self._kept.hold()
+        if self._path.exists():
+            return
+        aside = self._path.with_name(f"{self._path.name}.anew")
+        try:
+            aside.unlink(missing_ok=True)
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with contextlib.closing(sqlite3.connect(aside)) as copy:
+                self._database.backup(copy)  # what was removed is there as long as it is open
+            aside.rename(self._path)
+            self._database.close()  # takes a journal of that name away, so the new one is opened after it
+            self._open(self._clock)
+        except (OSError, sqlite3.Error) as error:
+            log.error("the registry's file was removed and can't be made anew", file=str(self._path), reason=str(error))
+        else:
+            self.restored += 1
+            log.warning("others have removed the registry's file: made anew", file=str(self._path))
+
     def _write(self, event: Event) -> None:
         entry = event.entry
         if event.kind in ("left", "expired"):
@@ -170,6 +197,8 @@ class Store:
 
     def __exit__(self, *_: object) -> None:
         self._database.close()
+        if self._kept:
+            self._kept.close()
 
 
 class _DamagedError(Exception):

@@ -9,7 +9,7 @@ from typing import Final
 from services.operator.balance import Balance
 from services.operator.client.registry_client import Entry
 from services.operator.doctor.finding import Finding, error, ok, some, warning
-from shared.ledger import DROPPED, Accounts, dropped
+from shared.ledger import DROPPED, FILES_RESTORED, Accounts, dropped
 from shared.settings.model import Settings
 
 SPARE_DESCRIPTORS: Final = 64
@@ -81,6 +81,12 @@ def _kept(facts: ServiceFacts, directory: str) -> Finding:
     if facts.removed:
         why = f"others have removed {' and '.join(facts.removed)}: a second broker could take the bus, the list is lost"
         return error(name, f"{why} with the gateway", cure)
+    counts = {
+        each: sum(kept.get(FILES_RESTORED, 0) for kept in facts.accounts[each].values()) for each in facts.accounts
+    }
+    if restored := {service: count for service, count in counts.items() if count}:
+        said = ", ".join(f"{service} has made {count} anew" for service, count in restored.items())
+        return warning(name, f"others remove files of the bus or the registry: {said}", cure)
     if facts.cleaned:
         return warning(name, f"{directory}: systemd-tmpfiles removes what has not changed there for days", cure)
     return ok(name, f"nobody is known to clean {directory}")
