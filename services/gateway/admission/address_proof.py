@@ -90,10 +90,11 @@ class AddressProofs:
 
 
 def proven_before(present: Entry | None, client: Client, peer: Peer) -> bool:
-    """Return whether the entry that `client` replaces goes to the same place, on behalf of the same host."""
+    """Return whether the entry that `client` replaces goes to the same place, for the same client on the same host."""
     return (
         present is not None
         and present.origin is Origin.JSON
-        and present.peer.address == peer.address
+        and peer.is_client_of(present.peer)
+        and peer.address == present.peer.address
         and (present.client.address, present.client.port) == (client.address, client.port)
     )

@@ -71,8 +71,7 @@ class Admission:
             raise no_transmitter()
         if present is not None:
             check_replaceable(present, peer, origin, take_over=asked.take_over)
-        else:
-            check_room(self._registry, peer.rights.holder, self._settings)
+        check_room(self._registry, peer.rights.holder, self._settings, present)
         return Grant(client, origin, asked.ttl, asked.hold, present)
 
     def _asked(self, request: SignUp | Register | Confirm) -> Register:

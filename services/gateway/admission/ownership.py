@@ -10,21 +10,21 @@ from shared.settings.model import Gateway
 def check_replaceable(present: Entry, peer: Peer, origin: Origin, *, take_over: bool) -> None:
     """Raise `RequestError` unless this peer may replace `present` with another entry."""
     name = present.client.name
-    own = present.peer.id == peer.id or (origin is Origin.NAMES and peer.controls(present.peer))
+    same = peer.is_client_of(present.peer)
+    own = (same and present.peer.id == peer.id) or (origin is Origin.NAMES and peer.controls(present.peer))
     if present.origin is origin and own:
         return
     if take_over and present.origin is Origin.SETTINGS:
         raise _configured(name)
-    holder = present.peer.rights.holder
-    same = holder == peer.rights.holder if holder else present.peer.address == peer.address
     # A restart of the gateway ended the connection that held the entry; its client may be back without knowing that.
     orphaned = present.held and not present.peer.id and present.origin is origin
     if (take_over and (same or peer.rights.everything)) or (orphaned and same):
         return
+    holder = present.peer.rights.holder
     raise RequestError(
         "name_taken",
         f"{name!r} is signed up; choose another name, or register with take_over "
-        + (f"as its owner, {holder!r}" if holder else "from the address it came from"),
+        + (f"as its owner, {holder!r}" if holder else "from the address it came from, without a token"),
     )
 
 
@@ -42,9 +42,11 @@ def check_changeable(entry: Entry | None, name: str, generation: int, peer: Peer
     return entry
 
 
-def check_room(registry: Registry, holder: str, limits: Gateway) -> None:
+def check_room(registry: Registry, holder: str, limits: Gateway, replaced: Entry | None) -> None:
     """Raise `RequestError` when the limit of entries is reached, in all or of this holder."""
-    if len(registry) >= limits.max_clients:
+    if replaced is not None and replaced.peer.rights.holder == holder:
+        return
+    if replaced is None and len(registry) >= limits.max_clients:
         raise RequestError(
             "registry_full", f"{limits.max_clients} clients are signed up; raise [gateway] max_clients, or retry"
         )

@@ -31,6 +31,12 @@ class Peer:
         own = self.rights.holder != "" and self.rights.holder == other.rights.holder
         return own or self.rights.everything
 
+    def is_client_of(self, other: "Peer") -> bool:
+        """Whether both are one client: they have the same holder, or neither has one and both have the same address."""
+        if self.rights.holder or other.rights.holder:
+            return self.rights.holder == other.rights.holder
+        return self.address == other.address
+
 
 def identify(transport: asyncio.Transport, number: int, rights: Rights) -> Peer:
     """Return the peer of a transport: IPv4 where it is mapped, without a scope, 127.0.0.1 for AF_UNIX."""

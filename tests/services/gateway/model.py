@@ -30,8 +30,8 @@ class Caller:
         return not self.holder or self.holder == other.holder
 
     def resembles(self, other: "Caller") -> bool:
-        """Return whether this may be the other come back: as its holder, or without one from its address."""
-        return self.holder == other.holder if other.holder else self.address == other.address
+        """Return whether it may be the other come back: with the same holder, or, where neither has one, its address."""
+        return self.holder == other.holder if self.holder or other.holder else self.address == other.address
 
 
 @dataclass

@@ -45,8 +45,7 @@ class Table(Registry):
         present = self.find(name)
         if present is not None:
             check_replaceable(present, peer, origin, take_over=take_over)
-        else:
-            check_room(self, peer.rights.holder, self._limits)
+        check_room(self, peer.rights.holder, self._limits, present)
         return self.grant(Client(name, 0, peer.address, peer.port), peer, origin, ttl=ttl, hold=hold)
 
     def collect(self, name: str, source: Source = "relay") -> Entry:

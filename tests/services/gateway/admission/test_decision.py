@@ -3,6 +3,7 @@
 import errno
 from typing import Any
 
+import msgspec
 import pytest
 
 from services.gateway.admission.address_proof import AddressProofs
@@ -92,9 +93,11 @@ def test_confirmed_register_is_decided_anew(site: Site) -> None:
     assert (granted.client.address, granted.ttl, granted.hold) == ("192.0.2.9", 60.0, True)
     assert (granted.origin, granted.replaced) == (Origin.JSON, None)
     site.enter(granted)
-    again = site.admission.decide(asked, THERE)  # to the same place, on behalf of the same host
+    again = site.admission.decide(asked, THERE)  # to the same place, on behalf of the same client and host
     assert again.replaced is site.table.find("c")
     assert site.error(asked, Peer(9, "192.0.2.10", 1, SIEM)) == "unproven_address"
+    other = Peer(9, THERE.address, 1, Rights("other", frozenset({"collect", "admin"})))
+    assert site.error(msgspec.structs.replace(asked, take_over=True), other) == "unproven_address"
 
 
 def test_name_is_a_register_without_wishes(site: Site) -> None:

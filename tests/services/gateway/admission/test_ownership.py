@@ -42,6 +42,35 @@ def test_entry_is_its_holders(registry: Table) -> None:
     registry.release_as("a", registry.join("a", boss, take_over=True).client.generation, boss)
 
 
+def test_holder_does_not_become_its_neighbour(registry: Table) -> None:
+    """A token from the address of an administrator's program takes nothing of it over, nor that program of the token's.
+
+    Not even after a restart, when the entry has lost its connection, and not where the connection showed its token
+    only after it had made the entry.
+    """
+    red = Rights("red", frozenset({"collect"}))
+    registry.join("a", HERE, hold=True)
+    neighbour, later = Peer(3, HERE.address, 4001, red), replace(HERE, rights=red)
+    for peer in (neighbour, later):
+        for take_over in (False, True):
+            assert error_of(registry.join, "a", peer, take_over=take_over) == "name_taken"
+    registry.restore([replace(registry.join("a", HERE, hold=True), peer=Peer(0, HERE.address, 4000))], 1)
+    assert error_of(registry.join, "a", neighbour) == "name_taken"
+    registry.join("b", neighbour)
+    untrusted = Peer(4, HERE.address, 4002, Rights("", frozenset({"collect"})))
+    assert error_of(registry.join, "b", untrusted, take_over=True) == "name_taken"
+
+
+def test_taking_over_takes_room() -> None:
+    """A holder with as many entries as it may have gets no more of them from others, though it may take these over."""
+    registry = Table(max_clients_per_holder=1)
+    boss = Peer(3, "192.0.2.9", 4004, Rights("boss", frozenset({"admin", "collect"})))
+    registry.join("a", boss)
+    registry.join("b", ELSEWHERE)
+    assert error_of(registry.join, "b", boss, take_over=True) == "registry_full"
+    registry.join("a", boss)
+
+
 def test_names_protocol_replaces_only_its_own(registry: Table) -> None:
     """On the names protocol a name replaces itself, by this host's and its holder's, never an entry made otherwise."""
     registry.join("a", HERE, Origin.NAMES)
