@@ -90,7 +90,8 @@ def run_gateway(settings: Settings, lifecycle: Lifecycle) -> None:
             check_listener(listener, declared)
         tokens = Tokens(declared, names_beyond_loopback=settings.gateway.names_beyond_loopback)
         first_generation = max(store.generation + 1, time.time_ns() // 1000)
-        registry = Registry(_boot_time, first_generation, store.keep, settings.gateway.preserve_seconds)
+        preserve_seconds = settings.gateway.preserve_seconds
+        registry = Registry(_boot_time, first_generation, store.keep, preserve_seconds, store.group_secret)
         registry.restore(store.entries, store.revision)
         destinations = _destinations(settings)
         _configure(settings, destinations, registry)

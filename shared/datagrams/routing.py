@@ -43,7 +43,10 @@ class CollectorRoute:
 
     def __post_init__(self) -> None:
         self.networks = disjoint(self.client.prefixes)
-        self.seed = np.uint64(int.from_bytes(hashlib.blake2b(self.client.name.encode(), digest_size=8).digest()))
+        # The group's identifier is known to this host alone: without it nobody can find a name that takes a source.
+        key = hashlib.blake2b(self.client.group.encode()).digest()
+        name = hashlib.blake2b(self.client.name.encode(), digest_size=8, key=key)
+        self.seed = np.uint64(int.from_bytes(name.digest()))
 
 
 ALL_ROWS: Final = Selection(None)

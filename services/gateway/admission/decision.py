@@ -8,7 +8,13 @@ from typing import NamedTuple
 
 from services.gateway.admission.address_proof import AddressProofs, proven_before
 from services.gateway.admission.destinations import Destinations
-from services.gateway.admission.ownership import check_changeable, check_replaceable, check_room
+from services.gateway.admission.ownership import (
+    check_changeable,
+    check_group,
+    check_replaceable,
+    check_room,
+    check_same_source,
+)
 from services.gateway.admission.peer import Peer
 from services.gateway.protocol.requests import (
     Confirm,
@@ -71,6 +77,7 @@ class Admission:
             raise no_transmitter()
         if present is not None:
             check_replaceable(present, peer, origin, take_over=asked.take_over)
+        check_group(self._registry, client, peer, origin, present)
         check_room(self._registry, peer.rights.holder, self._settings, present)
         return Grant(client, origin, asked.ttl, asked.hold, present)
 
@@ -105,9 +112,12 @@ def decide_configured(destinations: Destinations, collectors: Iterable[Collector
     ValueError names the collector that can't be admitted.
     """
     clients = []
+    sources: dict[str, Source] = {}
     for collector in collectors:
         try:
-            clients.append(destinations.resolve_configured(collector))
+            client = destinations.resolve_configured(collector)
+            check_same_source(client, sources.setdefault(client.group, client.source))
+            clients.append(client)
         except (RequestError, OSError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise ValueError(f"[[collector]] {collector.name!r}: {reason}") from None

@@ -1,10 +1,15 @@
 """Ownership of entries: which peers may replace or change one, and how many a holder may have. No I/O."""
 
+from typing import Final
+
 from services.gateway.admission.peer import Peer
 from services.gateway.protocol.requests import RequestError
 from services.gateway.registry.entry import Entry, Origin
 from services.gateway.registry.registry import Registry
+from shared.client import Client, Source
 from shared.settings.model import Gateway
+
+_OTHER_SOURCE: Final[dict[Source, Source]] = {"relay": "original", "original": "relay"}
 
 
 def check_replaceable(present: Entry, peer: Peer, origin: Origin, *, take_over: bool) -> None:
@@ -53,6 +58,24 @@ def check_room(registry: Registry, holder: str, limits: Gateway, replaced: Entry
     most = limits.max_clients_per_holder
     if holder and registry.count_of_holder(holder) >= most:
         raise RequestError("registry_full", f"{holder!r} has {most} clients signed up, its limit; remove some first")
+
+
+def check_group(registry: Registry, client: Client, peer: Peer, origin: Origin, replaced: Entry | None) -> None:
+    """Raise `RequestError` when its group has members of the other source, with which it could share nothing."""
+    groups, other = registry.groups, _OTHER_SOURCE[client.source]
+    identifier = groups.identify(client.group, peer, origin)
+    before = groups.for_bus(replaced) if replaced is not None else None
+    itself = before is not None and (before.group, before.source) == (identifier, other)
+    check_same_source(client, other if groups.count(identifier, other) > itself else client.source)
+
+
+def check_same_source(client: Client, source: Source) -> None:
+    """Raise `RequestError` unless a member of a group takes copies of the source that the others do."""
+    if client.group and client.source != source:
+        raise RequestError(
+            "bad_request",
+            f'group: {client.group!r} has members with source "{source}"; all members need the same, or another group',
+        )
 
 
 def _configured(name: str) -> RequestError:

@@ -153,5 +153,5 @@ class Announcer:
 
     def _snapshot(self) -> list[RegistrySnapshot]:
         revision = self._registry.commit()
-        pieces = cut((entry.client for entry in self._registry.entries()), lambda client: len(pack(client)))
+        pieces = cut(map(self._registry.groups.for_bus, self._registry.entries()), lambda client: len(pack(client)))
         return [RegistrySnapshot(revision, number, len(pieces), piece) for number, piece in enumerate(pieces)]

@@ -7,6 +7,7 @@ revision to the bus commits first, so a revision always means the same content.
 
 import itertools
 import math
+import secrets
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Final, Protocol, get_args
@@ -17,6 +18,7 @@ from services.gateway.admission.peer import Peer
 from services.gateway.protocol.names_list import NamesList
 from services.gateway.registry.condition import Condition, Serving
 from services.gateway.registry.entry import Entry, Event, EventKind, Origin
+from services.gateway.registry.groups import SECRET_BYTES, Groups
 from services.gateway.registry.leases import Leases
 from shared.bus.messages import Health, RegistryChange
 from shared.client import Client, Source
@@ -48,7 +50,9 @@ class Registry:
         first_generation: int,
         keep: Keep = keep_nothing,
         preserve_seconds: float = 0.0,
+        group_secret: bytes | None = None,
     ) -> None:
+        self.groups = Groups(group_secret or secrets.token_bytes(SECRET_BYTES))
         self.names = NamesList()
         self.collectors = 0
         self.serving: dict[Source, Serving] = {source: Serving() for source in get_args(Source)}
@@ -237,6 +241,7 @@ class Registry:
         self._entries[client.name] = entry
         self._by_holder[entry.peer.rights.holder] += 1
         self.names.put(client)
+        self.groups.note(entry, 1)
         if client.streams:
             self.collectors += 1
             self.serving[client.source].newest = entry.revision
@@ -247,6 +252,7 @@ class Registry:
     def _forget(self, entry: Entry) -> None:
         self._by_holder[entry.peer.rights.holder] -= 1
         self.collectors -= bool(entry.client.streams)
+        self.groups.note(entry, -1)
         if entry.held:
             held = self._held[entry.peer.id]
             held.discard(entry.client.name)
@@ -283,7 +289,7 @@ class Registry:
             self._revision = event.revision
             self._events.append(event)
             if event.kind in ("joined", "changed"):
-                self._joined[client.name] = client
+                self._joined[client.name] = self.groups.for_bus(event.entry)
                 self._left.discard(client.name)
             else:
                 self._joined.pop(client.name, None)

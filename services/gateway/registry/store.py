@@ -7,6 +7,7 @@ a killed process loses nothing. After a power failure the last changes may be mi
 import contextlib
 import errno
 import os
+import secrets
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,12 +25,18 @@ from shared.client import Client
 from shared.process.kept_directory import KeptDirectory
 from shared.process.lifecycle import FAILED, OperatorError
 
-SCHEMA_VERSION: Final = 1
-SCHEMA: Final = """
+SCHEMA: Final = (
+    """
 CREATE TABLE client (name TEXT PRIMARY KEY, entry TEXT NOT NULL);
 CREATE TABLE state (revision INTEGER NOT NULL, generation INTEGER NOT NULL, boot_id TEXT NOT NULL);
 INSERT INTO state VALUES (0, 0, '');
-"""
+""",
+    """
+CREATE TABLE history (epoch TEXT NOT NULL, group_secret BLOB NOT NULL);
+INSERT INTO history VALUES ('', randomblob(32));
+""",
+)
+"""The statements that make each version of the database of the one before."""
 PUT: Final = "INSERT INTO client VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET entry = excluded.entry"
 """Keeps the row, and so the order of first registration."""
 NO_DAMAGE: Final = frozenset({
@@ -61,12 +68,15 @@ class _Kept(msgspec.Struct, frozen=True):
 
 _State = tuple[Number, Number, str]
 """Revision, generation, and the host's boot id."""
+_History = tuple[str, bytes]
+"""Epoch, secret of groups."""
 
 
 class Store:
     """The database file, locked by this process while it is open; without a path it lasts as long as the process.
 
-    `entries`, `revision` and `generation`, the last one given, are those of an earlier start.
+    `entries`, `revision` and `generation`, the last one given, are what an earlier start kept, and `group_secret` the
+    secret that the first one drew. `epoch` is this start's own, `former_epoch` that of the start that kept `revision`.
     """
 
     def __init__(self, path: Path | None, clock: Callable[[], float]) -> None:
@@ -106,13 +116,13 @@ class Store:
     def _load(self, clock: Callable[[], float]) -> None:
         database, boot_id = self._database, BOOT_ID.read_text().strip()
         version = database.execute("PRAGMA user_version").fetchone()[0]
-        if version > SCHEMA_VERSION:
+        if version > len(SCHEMA):
             raise OperatorError(FAILED, f"{self._path}: written by a later fanwire; name another [gateway] database")
-        if version == 0:
+        if version < len(SCHEMA):
             with self._transaction():
-                for statement in filter(None, map(str.strip, SCHEMA.split(";"))):
+                for statement in filter(None, map(str.strip, "".join(SCHEMA[version:]).split(";"))):
                     database.execute(statement)
-                database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+                database.execute(f"PRAGMA user_version = {len(SCHEMA)}")
         if (found := database.execute("PRAGMA integrity_check(1)").fetchone()[0]) != "ok":
             raise ValueError(found)
         rows = database.execute("SELECT name, entry FROM client ORDER BY rowid").fetchall()
@@ -124,6 +134,10 @@ class Store:
         # Write in any case: a file that can't be written must be noticed now, even where there is nothing to write.
         now = (self.revision, boot_id, boot_id)
         database.execute("UPDATE state SET revision = ?, boot_id = ? WHERE boot_id <> ?", now)
+        history = database.execute("SELECT epoch, group_secret FROM history").fetchall()
+        ((self.former_epoch, self.group_secret),) = msgspec.convert(history, tuple[_History])
+        self.epoch = secrets.token_urlsafe(12)
+        database.execute("UPDATE history SET epoch = ?", (self.epoch,))
 
     def _is_damage(self, error: sqlite3.DatabaseError) -> bool:
         code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)  # text that is no UTF-8 comes without a code

@@ -138,10 +138,10 @@ def unsampled(client: Client) -> Client:
     return make_client(client.name, streams=client.streams, prefixes=client.prefixes, group=client.group)
 
 
-def shares(names: Iterable[str], found: list[str]) -> dict[str, str]:
+def shares(names: Iterable[str], found: list[str], group: str = "g") -> dict[str, str]:
     """Return the member of a group that takes each source."""
     router = Router()
-    router.replace(make_client(name, group="g") for name in names)
+    router.replace(make_client(name, group=group) for name in names)
     routed = route(router, make_batch([b""] * len(found), found))
     batch = make_batch([b""] * len(found), found)
     return {found[row]: name for name, (_, selection) in routed.items() for row in rows_of(selection, batch)}
@@ -158,6 +158,13 @@ def test_member_that_leaves_moves_only_its_own_share(names: set[str], data: st.D
     before, after = shares(sorted(names), MANY), shares(sorted(names - {gone}, reverse=True), MANY)
     assert before.keys() == after.keys() == set(MANY)
     assert all(after[source] == member for source, member in before.items() if member != gone)
+
+
+def test_group_decides_who_takes_a_source() -> None:
+    """Names that take a source in one group say nothing of another: who does not know its identifier can't find one."""
+    names = [f"n{number}" for number in range(64)]
+    chosen = [set(shares(names, ["192.0.2.1"], f"group {number}").values()) for number in range(64)]
+    assert len(set.union(*chosen)) > 16
 
 
 def test_group_shares_sources_about_evenly() -> None:

@@ -31,11 +31,13 @@ class Site:
         self.destinations = Destinations(
             ["syslog", "netflow"], [("192.0.2.1", 514)], lambda _: False, {"192.0.2.255"}.__contains__
         )
+        self.admission = self.admit(max_clients=1, **settings)
+
+    def admit(self, **settings: Any) -> Admission:
+        """An admission by these settings."""
         proofs = AddressProofs(lambda *datagram: self.challenges.append(datagram), lambda: 0.0)
-        limits = Gateway(max_clients=1, lease_seconds=30, **settings)
-        self.admission = Admission(
-            limits, self.table, self.destinations, proofs, self._sends_copies, lambda: self.transmitter
-        )
+        limits = Gateway(lease_seconds=30, **settings)
+        return Admission(limits, self.table, self.destinations, proofs, self._sends_copies, lambda: self.transmitter)
 
     def _sends_copies(self, source: Source) -> bool:
         return source == "relay" or self.transmitter
@@ -109,6 +111,29 @@ def test_name_is_a_register_without_wishes(site: Site) -> None:
     site.enter(registered)
     assert site.error(SignUp("c"), Peer(8, "192.0.2.8", 1, SIEM)) == "name_taken"
     assert site.error(SignUp("d")) == "registry_full"
+
+
+def test_group_has_one_source() -> None:
+    """Who would join a group of the other source is refused; its only member may change, and others' are their own."""
+    site = Site()
+    site.transmitter = True
+    site.admission = site.admit(max_clients=9)
+    relay = Register("a", streams=("syslog",), port=9, group="g")
+    original = Register("b", streams=("syslog",), port=10, group="g", source="original")
+    site.enter(site.admission.decide(relay, THERE))
+    assert site.error(original) == "bad_request"
+    other = Peer(9, "192.0.2.9", 1, Rights("other", frozenset({"collect"})))
+    site.enter(site.admission.decide(original, other), other)
+    site.enter(site.admission.decide(msgspec.structs.replace(relay, source="original"), THERE))
+    site.enter(site.admission.decide(msgspec.structs.replace(original, name="c"), THERE))
+    assert site.error(relay) == "bad_request"
+    site.table.expel([entry for entry in site.table.entries() if entry.client.name == "c"])
+    site.enter(site.admission.decide(relay, THERE))
+    members = [Collector("a", ("syslog",), "192.0.2.9", 9, group="g"), Collector("b", ("*",), "192.0.2.9", 8)]
+    assert len(decide_configured(site.destinations, [*members, Collector("c", ("*",), "192.0.2.9", 7)])) == 3
+    mixed = Collector("c", ("*",), "192.0.2.9", 7, group="g", source="original")
+    with pytest.raises(ValueError, match=r"'c': group: 'g' has members with source \"relay\""):
+        decide_configured(site.destinations, [*members, mixed])
 
 
 def test_configured_collectors_have_the_same_destinations(site: Site) -> None:

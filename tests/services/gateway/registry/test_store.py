@@ -75,6 +75,24 @@ def test_entry_of_an_earlier_version(path: Path) -> None:
         assert [entry.peer.rights.holder for entry in store.entries] == [""]
 
 
+def test_secret_of_groups_outlives_a_restart(path: Path) -> None:
+    """Sources stay with their members over a restart, also of an earlier version; each registry has its own secret."""
+    secrets = []
+    for _ in range(2):
+        with opened(path) as store:
+            secrets.append(store.group_secret)
+            join(registry_on(store), "one")
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
+        database.execute("DROP TABLE history")
+        database.execute("PRAGMA user_version = 1")
+    for _ in range(2):
+        with opened(path) as store:
+            secrets.append(store.group_secret)
+            assert [entry.client.name for entry in store.entries] == ["one"]
+    assert secrets[0] == secrets[1] != secrets[2] == secrets[3]
+    assert [len(secret) for secret in secrets] == [32] * 4
+
+
 def test_without_a_file_nothing_is_kept(tmp_path: Path) -> None:
     """A registry that is not kept works all the same."""
     with opened(None) as store:

@@ -1,0 +1,50 @@
+"""Groups of collectors: each belongs to the holder of its members, whatever others call theirs. No I/O.
+
+The bus has an identifier in place of a group's name, made with a secret. So two holders never share a stream, and
+nobody can work out which member gets the datagrams of a source: the routers' hash depends on the identifier.
+"""
+
+import hashlib
+from collections import Counter
+from typing import Final
+
+import msgspec
+
+from services.gateway.admission.peer import Peer
+from services.gateway.registry.entry import Entry, Origin
+from shared.client import Client, Source
+
+SECRET_BYTES: Final = 32
+IDENTIFIER_BYTES: Final = 16
+
+
+class Groups:
+    """The groups that there are, and how many members take copies of which source."""
+
+    def __init__(self, secret: bytes) -> None:
+        self._secret = secret
+        self._members: Counter[tuple[str, Source]] = Counter()
+
+    def identify(self, group: str, peer: Peer, origin: Origin) -> str:
+        """Return the bus's identifier of a group: those of the settings are apart from those of any client."""
+        owner = msgspec.json.encode((origin is Origin.SETTINGS, peer.rights.holder, group))
+        return hashlib.blake2b(owner, digest_size=IDENTIFIER_BYTES, key=self._secret).hexdigest()
+
+    def for_bus(self, entry: Entry) -> Client:
+        """Return the client as the bus has it."""
+        client = entry.client
+        if not client.group:
+            return client
+        return msgspec.structs.replace(client, group=self.identify(client.group, entry.peer, entry.origin))
+
+    def note(self, entry: Entry, change: int) -> None:
+        """Note a member that has come (1) or gone (-1)."""
+        client = self.for_bus(entry)
+        if client.group:
+            self._members[client.group, client.source] += change
+            if not self._members[client.group, client.source]:
+                del self._members[client.group, client.source]
+
+    def count(self, identifier: str, source: Source) -> int:
+        """Return how many members of a group take copies of a source."""
+        return self._members[identifier, source]
