@@ -1,5 +1,7 @@
 """The ways to collectors: route, link and next hop, remembered and kept up to date by netlink events."""
 
+import ipaddress
+import os
 import socket
 import struct
 import time
@@ -7,6 +9,8 @@ from dataclasses import dataclass, replace
 from enum import Enum, auto
 from typing import Final
 from weakref import WeakValueDictionary
+
+import structlog
 
 from services.transmitter.policy import Reach
 from shared.ledger import INTERFACE_DOWN, NO_ROUTE
@@ -25,6 +29,8 @@ from shared.net.netlink import (
 
 DISCARD_PORT: Final = 9
 """RFC 863: datagrams to this port are discarded."""
+MTU: Final = {socket.AF_INET: (socket.IPPROTO_IP, 14), socket.AF_INET6: (socket.IPPROTO_IPV6, 24)}
+"""IP_MTU, IPV6_MTU: the MTU of a connected socket's path."""
 IP_PKTINFO: Final = 8
 """linux/in.h: with a link's number, the link that a datagram leaves by, whatever the routes say (ip(7), ipv6(7))."""
 PKTINFO4: Final = struct.Struct("=i8x")
@@ -33,6 +39,9 @@ ASK_AGAIN_SECONDS: Final = 0.1
 ASK_AGAIN_SHARE: Final = 10
 """A router's table, or a link, may change all the time. A change makes all ways be asked for anew at most this often,
 for one part in this many of the time."""
+
+
+log = structlog.get_logger()
 
 
 @dataclass(slots=True, weakref_slot=True)
@@ -78,7 +87,10 @@ class Egress:
 
 
 class NextHops:
-    """Finds ways. `version` grows when earlier ones may be wrong; a hop's state is always the present one."""
+    """Finds ways. `version` grows when earlier ones may be wrong; a hop's state is always the present one.
+
+    Where this host allows no netlink sockets, nothing is known of links and hops: all ways are by raw IP then.
+    """
 
     def __init__(self) -> None:
         self.version = 0
@@ -86,17 +98,22 @@ class NextHops:
         """True if a change was seen that makes `version` grow soon."""
         self._events_lost = False
         self._ask_again_at = self._asked_seconds = 0.0
-        self._netlink = Netlink()
+        self._netlink = _open_netlink()
         self._probes = {family: _open_probe(family) for family in (socket.AF_INET, socket.AF_INET6)}
         self._hops: WeakValueDictionary[tuple[int, str], Hop] = WeakValueDictionary()  # a hop lives as long as its ways
         self._links = self._ask_links()
 
+    @property
+    def blind(self) -> bool:
+        """Whether links, routes and neighbours can't be seen."""
+        return self._netlink is None
+
     def fileno(self) -> int:
-        """Return the descriptor that is readable when something has changed."""
-        return self._netlink.fileno()
+        """Return the descriptor that is readable when something has changed; -1 without netlink."""
+        return self._netlink.fileno() if self._netlink else -1
 
     def _ask_links(self) -> dict[int, Link]:
-        return {link.index: link for link in self._netlink.links()}
+        return {link.index: link for link in self._netlink.links()} if self._netlink else {}
 
     def link(self, name: str) -> Link | None:
         """Return the link of a name."""
@@ -104,7 +121,7 @@ class NextHops:
 
     def apply_events(self) -> None:
         """Apply the changes that netlink reports."""
-        for event in self._netlink.events():
+        for event in self._netlink.events() if self._netlink else ():
             match event:
                 case Neighbour():
                     if hop := self._hops.get((event.link_index, event.address)):
@@ -143,6 +160,8 @@ class NextHops:
         return egress
 
     def _find(self, address: str) -> Egress:
+        if self._netlink is None:
+            return _egress_unseen(address)
         route = self._netlink.route(address)
         if route is None or route.kind not in (RTN_UNICAST, RTN_LOCAL):
             return Egress(EgressKind.NONE, NO_ROUTE)
@@ -165,8 +184,9 @@ class NextHops:
         return hop
 
     def _ask(self, hop: Hop) -> None:
-        known = self._netlink.neighbour(hop.link_index, hop.address)
-        hop.state, hop.link_address = known.state, known.link_address
+        if self._netlink is not None:
+            known = self._netlink.neighbour(hop.link_index, hop.address)
+            hop.state, hop.link_address = known.state, known.link_address
 
     def resolve(self, hop: Hop) -> None:
         """Let the kernel find out a next hop's link address, unless that was asked for a moment ago.
@@ -200,6 +220,7 @@ class NextHops:
         Frames bypass the kernel, so it never notices by itself that a link address has changed: an entry in state STALE
         is probed, and becomes REACHABLE or FAILED.
         """
+        self.version += self.blind  # nobody tells of changes
         for hop in list(self._hops.values()):
             hop.probed = False
             if hop.used and (hop.state & NUD_STALE or not hop.usable):
@@ -208,10 +229,37 @@ class NextHops:
 
     def close(self) -> None:
         """Close all sockets."""
-        self._netlink.close()
+        if self._netlink is not None:
+            self._netlink.close()
         for probe in self._probes.values():
             if probe is not None:
                 probe.close()
+
+
+def _open_netlink() -> Netlink | None:
+    try:
+        return Netlink()
+    except OSError as error:
+        log.warning(
+            "routes and next hops can't be asked for: copies leave by raw IP, raw frames are refused; "
+            "allow AF_NETLINK: RestrictAddressFamilies= of a unit, a sandbox's seccomp profile",
+            reason=os.strerror(error.errno or 0),
+        )
+        return None
+
+
+def _egress_unseen(address: str) -> Egress:
+    """The way to an address, by what a connected socket tells of it; nothing is sent."""
+    ip = ipaddress.ip_address(address)
+    family = socket.AF_INET if ip.version == 4 else socket.AF_INET6
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((address, DISCARD_PORT))
+            ours = ip.is_loopback or probe.getsockname()[0] == address
+            mtu = probe.getsockopt(*MTU[family])
+    except OSError:
+        return Egress(EgressKind.NONE, NO_ROUTE)
+    return Egress(EgressKind.PACKETS, mtu=mtu, reach=Reach.HOST if ours else Reach.ROUTED)
 
 
 def _open_probe(family: socket.AddressFamily) -> socket.socket | None:

@@ -151,6 +151,8 @@ class RawFrames:
         if name not in self._policy.interfaces:
             raise FrameError("not_permitted", f"{name}: not in [transmitter] interfaces", "interface")
         link = self._next_hops.link(name)
+        if self._next_hops.blind:
+            raise FrameError("unavailable", f"{name}: links can't be seen here (AF_NETLINK is refused)")
         if link is None:
             raise FrameError("bad_request", f"{name}: there is no such interface")
         if not link.up:

@@ -45,8 +45,9 @@ class TransmitterService(CopyService[Destination]):
         return (*super().topics(), TRANSMIT_TOPIC) if self._sockets else ()
 
     def descriptors(self) -> Iterable[int]:
-        """The descriptor that signals a change of a route, link or neighbour."""
-        return (self._sender.next_hops.fileno(),)
+        """Return the descriptor that signals a change of a route, link or neighbour."""
+        next_hops = self._sender.next_hops
+        return () if next_hops.blind else (next_hops.fileno(),)
 
     def apply_settings(self, settings: Settings) -> None:
         """Use the streams of these settings, and send nothing to their listeners."""

@@ -297,6 +297,7 @@ def test_a_message_of_another_process_is_not_taken_for_the_kernels(opened: ExitS
     site = Site(opened)
     site.until_delivered()
     netlink = site.sender.next_hops._netlink
+    assert netlink is not None
     with closing(site.relay.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)) as stranger:
         for sock in (netlink._events, netlink._questions):
             for message in (b"", bytes(16), b"\xff" * 64):

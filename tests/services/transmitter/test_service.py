@@ -1,6 +1,8 @@
 """The transmitter as a process on the bus, its raw sockets real, between a played gateway and a played worker."""
 
 import ctypes.util
+import errno
+import os
 import random
 import shutil
 import signal
@@ -47,7 +49,7 @@ from tests.openly import OpenStack
 from tests.services.transmitter import sealed
 from tests.services.transmitter.site import SIEM4, SIEM6, Copied, ask_quickly, numbered, payloads
 from tests.services.transmitter.test_opener import BROUGHT_ALONG, STDLIB, THIRD_PARTY
-from tests.stack import DRAIN_SECONDS, Running, wait_until
+from tests.stack import CHECKOUT, DRAIN_SECONDS, Running, wait_until
 
 TOPIC = datagrams_topic("messages")
 STREAM = '[[stream]]\nname = "messages"\nlisten = ["udp://[::]:6667"]\n'
@@ -127,6 +129,47 @@ def start(open_stack: OpenStack, opened: ExitStack) -> Start:
 def of_port(found: Sequence[Datagram], port: int) -> list[Datagram]:
     """Those to a collector's port."""
     return [datagram for datagram in found if datagram.port == port]
+
+
+REFUSING = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from tests.refusing import refuse
+refuse(sys.argv[2])
+os.execv(sys.executable, [sys.executable, "-m", "services.transmitter"])
+"""
+"""Starts the transmitter where the kernel refuses a call."""
+
+
+@pytest.mark.parametrize("error", ["EAFNOSUPPORT", "EACCES", "EPERM"])
+def test_without_netlink_copies_leave_by_raw_ip(open_stack: OpenStack, opened: ExitStack, error: str) -> None:
+    """Where netlink sockets are refused it says so once, stays up, and copies leave all the same, cut by the MTU."""
+    bus = Bus(open_stack, opened, '[transmitter]\ninterfaces = ["up"]\n')
+    bus.transmitter.stop()
+    with bus.relay.entered(), open_stack.opening():
+        command = [*open_stack.interpreter, "-c", REFUSING, str(CHECKOUT), f"socket:0:16={error}"]
+        bus.transmitter = open_stack.spawn("transmitter", command)
+    wait_until(lambda: bus.transmitter.events("ready"), lambda: bus.transmitter.text)
+    bus.serve(original("four"), original("six", SIEM6), original("nowhere", "192.168.77.1"))
+    sent = [b"short", b"s" * 1400, b"l" * 3000]
+    bus.worker.publish(sent, (ONE,))
+    bus.worker.publish(sent, (ONE6,))
+    found = bus.wire.read(6)
+    assert sorted((each.source, each.payload) for each in found) == sorted(
+        (of, each) for of in (ONE, ONE6) for each in sent
+    )
+    bus.account_when("nowhere", dropped_no_route=6)
+    bus.account_when("four", delivered=3, dropped_other_family=3)
+    (said,) = [each for each in bus.transmitter.log if "routes and next hops can't be asked for" in each["event"]]
+    assert said["reason"] == os.strerror(getattr(errno, error))
+    assert bus.transmitter.process.poll() is None
+    asker, replies = bus.ends.publisher("fanwire.1"), bus.ends.subscriber("reply/fanwire.1/")
+    wait_wanted(asker, TRANSMIT_TOPIC)
+    wait_wanted(asker, "reply/fanwire.1/")
+    asker.publish(TRANSMIT_TOPIC, TransmitRequest(7, "reply/fanwire.1/", "up", bytes(60)))
+    refused = take(replies).body
+    assert isinstance(refused, TransmitReply)
+    assert (refused.error, "AF_NETLINK is refused" in refused.message) == ("unavailable", True)
 
 
 def test_each_collector_gets_its_rows_from_their_sources(start: Start) -> None:
