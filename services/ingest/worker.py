@@ -254,6 +254,8 @@ class Worker:
         now = time.monotonic()
         if now >= self._reporter.due_at:
             self._renew_listeners()
+            if self._lender is not None:
+                self._lender.accept_again()
             self._spreader.renew()
             self._settle()
             self._report()

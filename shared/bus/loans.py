@@ -38,11 +38,11 @@ import socket
 import struct
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, Final
 
 import numpy as np
+import structlog
 
 from shared.process.lifecycle import CANT_CREATE, OperatorError
 
@@ -83,6 +83,9 @@ def _memory(name: str, size: int, *, ours_alone: bool) -> tuple[int, mmap.mmap]:
         os.close(descriptor)
         raise
     return descriptor, memory
+
+
+log = structlog.get_logger()
 
 
 class Loan:
@@ -197,17 +200,31 @@ class Lender:
         self._listener.bind(str(path))
         path.chmod(0o777)  # the directory's mode decides, as for the bus
         self._listener.listen(BACKLOG)
+        self._resting = False
         watch(self._listener, self._accept)
 
     def _accept(self) -> None:
-        with suppress(OSError):  # the borrower has given up, or there are no descriptors: it will do without
+        try:
             borrower, _ = self._listener.accept()
-            borrower.setblocking(False)
-            if len(self._borrowers) >= MAX_BORROWERS:
-                borrower.close()
-                return
-            self._borrowers[borrower] = None
-            self._watch(borrower, lambda: self._hear(borrower))
+        except (BlockingIOError, ConnectionError):  # it has given up
+            return
+        except OSError as error:  # such as no descriptors: until `accept_again` borrowers do without
+            log.warning("can't lend to another subscriber", path=str(self._path), error=error.strerror)
+            self._unwatch(self._listener)  # it stays readable, and would wake us for nothing
+            self._resting = True
+            return
+        borrower.setblocking(False)
+        if len(self._borrowers) >= MAX_BORROWERS:
+            borrower.close()
+            return
+        self._borrowers[borrower] = None
+        self._watch(borrower, lambda: self._hear(borrower))
+
+    def accept_again(self) -> None:
+        """Accept again, if that has failed. Due every second."""
+        if self._resting:
+            self._resting = False
+            self._watch(self._listener, self._accept)
 
     def _hear(self, borrower: socket.socket) -> None:
         """Read a borrower's request and admit it; it sends nothing after that, so further input means its end."""
@@ -234,7 +251,8 @@ class Lender:
         """Lend no more."""
         for borrower in list(self._borrowers):
             self._dismiss(borrower)
-        self._unwatch(self._listener)
+        if not self._resting:
+            self._unwatch(self._listener)
         self._listener.close()
         self._path.unlink(missing_ok=True)  # the path is still ours: the lock goes last
         self._lock.close()

@@ -1,3 +1,4 @@
+import errno
 import gc
 import hashlib
 import mmap
@@ -819,3 +820,43 @@ def test_pools_share_the_room_there_is(tmp_path: Path) -> None:
             for descriptor in socket.recv_fds(sock, 64, 4)[1] if sock in borrowers[::2] else ():
                 os.close(descriptor)
             sock.close()
+
+
+@pytest.mark.parametrize("error", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS])
+def test_accepting_that_fails_rests_until_it_is_tried_again(
+    lending: Lending, opened: ExitStack, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    """Where accept(2) fails, who waits wakes the worker once, and is let in later."""
+    accept, calls = socket.socket.accept, []
+
+    def refuse(_sock: socket.socket) -> None:
+        calls.append(error)
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(socket.socket, "accept", refuse)
+    borrowed = Borrowed(lending.path, STREAM, lending.boot)
+    opened.callback(borrowed.close)
+    for _ in range(3):
+        lending.turn()
+    assert calls == [error]
+    lending.lender.accept_again()
+    lending.turn()
+    assert calls == [error, error]
+    monkeypatch.setattr(socket.socket, "accept", accept)
+    lending.lender.accept_again()
+    lending.turn()
+    assert borrowed.admitted
+
+
+def test_a_lender_that_rests_can_be_closed(lending: Lending, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that ends while accepting has failed, ends like any."""
+
+    def refuse(_sock: socket.socket) -> None:
+        raise OSError(errno.EMFILE, "no descriptors")
+
+    monkeypatch.setattr(socket.socket, "accept", refuse)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        sock.connect(str(lending.path))
+        lending.turn()
+    lending.close()
+    assert not lending.path.exists()
