@@ -30,6 +30,7 @@ ANSWER_SECONDS: Final = 0.5
 """A probe that was not refused for this long has arrived."""
 UNANSWERED_SECONDS: Final = 3.5
 """A host that the kernel could not find is absent for this long: it asks three times, once a second (arp(7))."""
+NO_DESCRIPTOR: Final = (errno.EMFILE, errno.ENFILE)
 LINK_LOCAL_SOURCE: Final = "fe80:"
 """The only source for a second when an address was replaced; not to be used, since routers drop its datagrams."""
 
@@ -98,7 +99,7 @@ class Destination:
         try:
             return open_socket(self.client, self._settings.send_buffer)
         except OSError as error:
-            self._said.say("no way to a collector; trying again all the time", error.errno or 0)
+            self._said.say(f"{_why_not_open(error.errno or 0)}; trying again all the time", error.errno or 0)
             return None
 
     def _reconnect_if_moved(self) -> bool:
@@ -256,3 +257,11 @@ class Destination:
         """Close the socket, and drop waiting rows."""
         self.held.drop()
         self._disconnect()
+
+
+def _why_not_open(error: int) -> str:
+    if error in NO_DESCRIPTOR:
+        return "no descriptor left for a collector's socket: raise LimitNOFILE= of the unit, or ulimit -Hn"
+    if RELAY_CAUSES.get(error) == NOT_CONNECTED:
+        return "no way to a collector"
+    return "a collector's socket can't be made"

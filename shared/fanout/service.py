@@ -230,6 +230,7 @@ class CopyService(ABC, Generic[D]):
         clients = self._replica.clients.values()
         self._collectors.replace(client for client in clients if client.streams and client.source == self.source)
         self._streams.subscribe_to(self._collectors.streams_wanted())
+        self._health.report(self._collectors.troubled)  # before any answer that a collector is served
         self._apply_at = time.monotonic() + APPLY_SHARE * (time.monotonic() - began)
 
     def _ask_for_snapshot(self) -> None:

@@ -3,6 +3,7 @@
 import json
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -299,3 +300,37 @@ def test_a_service_that_hangs_makes_collectors_wait(open_stack: OpenStack, sourc
             stack[stopped].process.send_signal(signal.SIGCONT)
         until("ok")
         until("ok", "other")
+
+
+def test_the_first_word_is_right_where_sockets_run_out(stack: Stack) -> None:
+    """Of collectors that the forwarder has no descriptor for, the answer says `unreachable`, and the log says why."""
+    stack.configure(PATIENT)
+    stack.start("broker")
+    stack.start("gateway")
+    stack.start("ingest")
+    with interpreter(stack, "sh", "-c", 'ulimit -n 40; exec "$0" "$@"', sys.executable):
+        stack.start("forwarder")
+    answers = {}
+    for number in range(30):
+        client = ask_json(SIEM | {"name": f"c{number}", "port": 9600 + number})["client"]
+        answers[client["name"]] = client["health"]
+    assert set(answers.values()) == {"ok", "unreachable"}
+    assert {name: entry["health"] for name, entry in ask_json({"op": "list"})["clients"].items()} == answers
+    (said,) = {entry["event"] for entry in stack["forwarder"].log if entry.get("errno") == "EMFILE"}
+    assert "no descriptor left" in said
+
+
+@pytest.mark.parametrize("address", ["10.99.0.1", "fd00:99::1"])
+def test_the_first_word_is_right_without_a_route(stack: Stack, address: str) -> None:
+    """Of a collector that there is no route to, the answer says `unreachable`."""
+    stack.configure(PATIENT + 'destinations = ["10.99.0.0/16", "fd00:99::/32"]\n')
+    stack.start_all()
+    assert ask_json(SIEM | {"address": address})["client"]["health"] == "unreachable"
+
+
+@contextmanager
+def interpreter(stack: Stack, *command: str) -> Iterator[None]:
+    """What is started meanwhile is run by this."""
+    before, stack.interpreter = stack.interpreter, list(command)
+    yield
+    stack.interpreter = before
