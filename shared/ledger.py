@@ -105,6 +105,9 @@ REFUSALS: Final = "refusals"
 """Port-unreachable answers: each means that at least one delivered datagram reached nobody (forwarder)."""
 UNREACHABLES: Final = "unreachables"
 """Other ICMP errors, such as that the host did not answer for its address."""
+PROHIBITED: Final = "prohibited"
+"""Those of them by which a firewall or router prohibits copies, EACCES; over IPv6 alone, since the kernel makes
+EHOSTUNREACH of the same over IPv4 (forwarder)."""
 
 # dropped on purpose, by cause
 DROPPED: Final = "dropped_"

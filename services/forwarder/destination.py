@@ -19,7 +19,17 @@ from shared.datagrams.mmsg import send
 from shared.fanout.backlog import Backlog, BacklogMemory
 from shared.fanout.gso_fallback import GsoFallback
 from shared.fanout.send_errors import MAX_SKIPS, NO_ROOM, RELAY_CAUSES, SaidErrors, cause_of
-from shared.ledger import BUFFER_FULL, BYTES, DELIVERED, NOT_CONNECTED, REFUSALS, REFUSED, UNREACHABLES, WITHHELD
+from shared.ledger import (
+    BUFFER_FULL,
+    BYTES,
+    DELIVERED,
+    NOT_CONNECTED,
+    PROHIBITED,
+    REFUSALS,
+    REFUSED,
+    UNREACHABLES,
+    WITHHELD,
+)
 from shared.net.route_changes import RouteChanges
 from shared.settings.model import Forwarder
 
@@ -216,6 +226,7 @@ class Destination:
             self._withholding, self._probed_at = self._settings.withhold, None
         elif cause == NOT_CONNECTED:
             self.account[UNREACHABLES] += 1
+            self.account[PROHIBITED] += error == errno.EACCES
             self._unanswered_until = time.monotonic() + UNANSWERED_SECONDS
 
     def _withhold(self, plan: SendPlan, at: int, stop: int) -> None:

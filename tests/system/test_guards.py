@@ -51,6 +51,7 @@ PURE = (
     "services/ingest/ipfix_templates.py",
     "services/operator/balance.py",
     "services/operator/cli/numbers.py",
+    "services/operator/doctor/copies.py",
     "services/operator/doctor/finding.py",
     "services/operator/doctor/host.py",
     "services/operator/doctor/listening.py",

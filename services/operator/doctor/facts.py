@@ -144,7 +144,14 @@ def _network_path(netlink: Netlink, links: dict[int, Link], address: str) -> Net
         return None
     state = netlink.neighbour(link.index, route.next_hop).state if link.ethernet else 0
     return NetworkPath(
-        route.kind == RTN_LOCAL, link.name, link.up, route.mtu or link.mtu, link.mtu, route.next_hop, state
+        route.kind == RTN_LOCAL,
+        link.name,
+        link.up,
+        route.mtu or link.mtu,
+        link.mtu,
+        route.next_hop,
+        state,
+        mtu_known=bool(route.mtu),
     )
 
 

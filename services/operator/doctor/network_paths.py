@@ -15,6 +15,8 @@ from shared.settings.own_listeners import OwnListeners
 ETHERNET_MTU: Final = 1500
 IPV4_AND_UDP: Final = 28
 IPV6_AND_UDP: Final = 48
+IPV6_MINIMUM_MTU: Final = 1280
+"""RFC 8200, 5: every link of IPv6 takes as much."""
 NUD_INCOMPLETE: Final = 0x01
 NUD_FAILED: Final = 0x20
 """linux/neighbour.h"""
@@ -41,6 +43,8 @@ class NetworkPath:
     link_mtu: int = ETHERNET_MTU
     next_hop: str = ""
     neighbour: int = 0
+    mtu_known: bool = False
+    """Whether `mtu` is of the whole way: set for the route, or learnt from a router."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,8 @@ def check_network_paths(
     yield from each("route", collectors, route, f"there is a route to {count}")
     yield from each("interface", collectors, interface, "the interfaces that copies leave by are up")
     yield from each("next_hop", collectors, next_hop, "no next hop is known to be silent")
-    yield from each("mtu", collectors, mtu, f"packets of {facts.longest_mtu} bytes pass uncut, as far as known here")
+    fine = f"packets of {facts.longest_mtu} bytes pass uncut, as far as known here; further on routers may cut IPv4"
+    yield from each("mtu", collectors, mtu, fine)
     abroad = [each.name for each in originals if not ((found := way(each)) and found.local)]
     yield _reverse_path_there(abroad)
     yield _cloud(facts.vendor, abroad)
@@ -159,6 +164,14 @@ def _get_the_same(one: Entry, other: Entry) -> bool:
 def _mtu(collector: Entry, way: NetworkPath, longest: int) -> Finding | None:
     six = ":" in collector.address
     room = way.mtu - (IPV6_AND_UDP if six else IPV4_AND_UDP)
+    behind_router = way.next_hop not in ("", collector.address)
+    if six and behind_router and not way.mtu_known and way.mtu > IPV6_MINIMUM_MTU:
+        least = IPV6_MINIMUM_MTU
+        why = f"the MTU of the way behind {way.next_hop} is not known: no router cuts IPv6, so copies that are longer "
+        why += "than a link there takes are lost, and where ICMPv6 is filtered nobody hears of it"
+        at = f"{collector.address}/128 via {way.next_hop} dev {way.interface}"
+        cure = f"let ICMPv6 pass, or set the MTU: ip -6 route replace {at} mtu {least}; see `tracepath -6 "
+        return warning("mtu", why, f"{cure}{collector.address}`", collector.name)
     cure = f"raise the MTU on the way, or keep datagrams under {room} bytes; see `ip route get {collector.address}`"
     if way.mtu < way.link_mtu:
         late = "; a router can't cut IPv6, so what is longer is lost where we don't know of it" if six else ""

@@ -8,8 +8,9 @@ from typing import Final
 
 from services.operator.balance import Balance
 from services.operator.client.registry_client import Entry
+from services.operator.doctor.copies import check_copies
 from services.operator.doctor.finding import Finding, error, ok, some, warning
-from shared.ledger import DROPPED, FILES_RESTORED, Accounts, dropped
+from shared.ledger import FILES_RESTORED, Accounts
 from shared.settings.model import Settings
 
 SPARE_DESCRIPTORS: Final = 64
@@ -64,7 +65,7 @@ def check_services(facts: ServiceFacts, settings: Settings, collectors: Sequence
     yield _services(facts)
     yield from _alone(facts)
     yield _gateway(facts)
-    yield from _flowing(facts.accounts, collectors)
+    yield from check_copies(facts.accounts, collectors)
     yield _raw_sockets(facts, [each.name for each in collectors if each.source == "original"])
     yield _descriptors(facts, "gateway", settings.gateway.max_connections, "[gateway] max_connections")
     yield _descriptors(facts, "forwarder", len(collectors), "the collectors that are signed up")
@@ -123,31 +124,6 @@ def _gateway(facts: ServiceFacts) -> Finding:
         return ok("gateway", "it answers")
     why = f"{facts.gateway}; of collectors only those of the settings are checked"
     return (error if facts.broker else warning)("gateway", why, START)
-
-
-def _flowing(accounts: Mapping[str, Accounts], collectors: Sequence[Entry]) -> Iterator[Finding]:
-    """Yield collectors that get nothing, or less than their share, according to the senders."""
-    fine = True
-    for collector in collectors:
-        if collector.health == "waiting":
-            fine = False
-            why = "who sends its copies has not said that they flow"
-            yield error("copies", why, f"see services and raw_sockets; {START}", collector.name)
-    for service, kept in accounts.items():
-        for name, account in kept.items():
-            if name.startswith("collector/") and dropped(account):
-                fine = False
-                causes = (f"{cause} {count}" for cause, count in account.items() if cause.startswith(DROPPED) and count)
-                why = f"{service} counts {', '.join(causes)} since it signed up"
-                yield warning(
-                    "copies",
-                    why,
-                    "services/operator/README.md has the cure of each cause",
-                    name.removeprefix("collector/"),
-                )
-    if fine:
-        why = "copies flow, and none was dropped since its collector signed up" if accounts else "nobody sends any yet"
-        yield ok("copies", why)
 
 
 def _raw_sockets(facts: ServiceFacts, originals: list[str]) -> Finding:

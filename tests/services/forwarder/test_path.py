@@ -252,6 +252,7 @@ def test_what_a_router_or_firewall_refuses_is_unreachable(site: Site, version: i
         wait_until(lambda: sent.trouble() == "unreachable", "it is unreachable")
     assert account["delivered"] == 111
     assert account["unreachables"] > 0
+    assert account["prohibited"] == (account["unreachables"] if (version, kind) == (6, "prohibit") else 0)
     assert len({line["errno"] for line in logs}) == len(logs) == 1
     site.router.run("ip", f"-{version}", "route", "del", kind, COLLECTOR[version])
     if kind == "prohibit":  # each takes its seconds

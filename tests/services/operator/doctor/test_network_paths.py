@@ -81,6 +81,23 @@ def test_a_smaller_mtu_further_on_is_worse_by_ipv6() -> None:
 
 
 @pytest.mark.parametrize(
+    ("address", "way", "level"),
+    [
+        ("fd00:3::2", NetworkPath(False, "eth0", next_hop="fd00::1"), "warning"),
+        ("fd00:3::2", NetworkPath(False, "eth0", next_hop="fd00::1", mtu_known=True), ""),
+        ("fd00:3::2", NetworkPath(False, "tun0", mtu=1280, link_mtu=1280, next_hop="fd00::1"), "warning"),
+        ("fd00::2", NetworkPath(False, "eth0", next_hop="fd00::2"), ""),
+        ("10.3.0.2", NetworkPath(False, "eth0", next_hop="10.2.0.1"), ""),
+    ],
+)
+def test_an_mtu_that_is_not_known_matters_to_ipv6_behind_a_router(address: str, way: NetworkPath, level: str) -> None:
+    """Only there no router cuts what is too long: the cure sets the route's MTU."""
+    found = [each for each in check(NetworkFacts({address: way}), collector(address=address)) if each.name == "mtu"]
+    assert [each.level for each in found] == [level or "ok"]
+    assert ("is not known" in found[0].why) == (level == "warning" and way.mtu > 1280)
+
+
+@pytest.mark.parametrize(
     ("listener", "address", "way"),
     [
         (("127.0.0.1", 6667), "127.0.0.1", HERE),

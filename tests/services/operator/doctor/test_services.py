@@ -53,6 +53,12 @@ def test_services_that_are_fine() -> None:
         ({"accounts": {**HEARD, "forwarder.2": {}}}, "one_sender", "error", "2 of them"),
         ({"accounts": {**HEARD, "transmitter.1 (process 7)": RAW}}, "one_sender", "error", "2 of them"),
         ({"accounts": heard(forwarder={"collector/siem": {"dropped_refused": 2}})}, "copies", "warning", "refused 2"),
+        (
+            {"accounts": heard(forwarder={"collector/siem": {"dropped_eperm": 3}})},
+            "copies",
+            "warning",
+            "let copies out",
+        ),
         ({"accounts": heard(transmitter={})}, "raw_sockets", "error", "runs without raw sockets"),
         ({"accounts": heard(transmitter=None), "raw": DENIED}, "raw_sockets", "error", "no transmitter reports"),
         ({"accounts": {}, "broker": None, "raw": DENIED}, "raw_sockets", "warning", "lacks CAP_NET_RAW"),

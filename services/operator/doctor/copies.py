@@ -1,0 +1,59 @@
+"""Whether copies flow to each collector, by what the senders count and the registry says. No I/O."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Final
+
+from services.operator.client.registry_client import Entry
+from services.operator.doctor.finding import Finding, error, ok, warning
+from shared.ledger import DROPPED, PROHIBITED, UNREACHABLES, Accounts
+
+NOT_LET_OUT: Final = DROPPED + "eperm"
+DENIED: Final = {
+    NOT_LET_OUT: (
+        "this host does not let copies out",
+        "nft list ruleset: an OUTPUT or cgroup rule drops them; or a seccomp or BPF filter of the service does",
+    ),
+    PROHIBITED: (
+        "a firewall rejects copies",
+        "the collector's host, or a router on the way, answers `administratively prohibited`: open the port there",
+    ),
+    UNREACHABLES: (
+        "copies are answered by ICMP errors: nobody has the address, a router has no route, or a firewall rejects them",
+        "ping the collector; on its host and the routers: nft list ruleset, ip route get ADDRESS",
+    ),
+}
+"""Counters that tell who denies copies, the surest first: what that means, and the cure."""
+GLOSSARY: Final = "services/operator/README.md has the cure of each cause"
+
+
+def check_copies(accounts: Mapping[str, Accounts], collectors: Sequence[Entry]) -> Iterator[Finding]:
+    """Who gets nothing, or less than what is theirs; `accounts` are those of each service that reports."""
+    troubled = {each.name: each.health for each in collectors if each.health not in (None, "ok")}
+    waiting = [name for name, health in troubled.items() if health == "waiting"]
+    for name in waiting:
+        why = "who sends its copies has not said that they flow, or is silent by now"
+        yield error("copies", why, "see services and raw_sockets: start or restart what is missing there", name)
+    found = [
+        finding
+        for service, kept in accounts.items()
+        for name, account in kept.items()
+        if name.startswith("collector/")
+        for finding in _lost(service, name.removeprefix("collector/"), account, troubled)
+    ]
+    yield from found
+    if not (waiting or found):
+        why = "copies flow, and none was dropped since its collector signed up" if accounts else "nobody sends any yet"
+        yield ok("copies", why)
+
+
+def _lost(service: str, name: str, account: Mapping[str, int], troubled: Mapping[str, object]) -> Iterator[Finding]:
+    """What a sender has dropped of a collector's copies, or hears that others drop."""
+    causes = {cause: count for cause, count in account.items() if cause.startswith(DROPPED) and count}
+    denied = {counter: account[counter] for counter in DENIED if account.get(counter)}
+    if not (causes or denied):
+        return
+    counts = ", ".join(f"{cause} {count}" for cause, count in (causes | denied).items())
+    meaning, cure = DENIED[next(iter(denied))] if denied else ("", GLOSSARY)
+    why = f"{meaning}{'; ' * bool(meaning)}{service} counts {counts} since it signed up"
+    lasts = denied and name in troubled
+    yield (error if lasts else warning)("copies", why, cure, name)
