@@ -67,7 +67,7 @@ def test_commands_by_tls(stack: Stack) -> None:
     code, text = run(stack, "clients", *trusting, *with_token)
     assert (code, "c" in text) == (0, True)
     for arguments, expected, words in (
-        (("leave", "c", *trusting, *with_token), 77, "takes the scope collect"),
+        (("leave", "c", *trusting, *with_token), 77, "needs scope collect"),
         (("clients", *trusting), 77, "auth"),
         (("clients", *where, *with_token), 77, "--authority"),
         (("clients", "--gateway", "tls://127.0.0.2:5001", "--authority", authority), 77, "127.0.0.2"),
