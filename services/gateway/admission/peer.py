@@ -32,7 +32,7 @@ class Peer:
         return own or self.rights.everything
 
     def is_client_of(self, other: "Peer") -> bool:
-        """Whether both are one client: they have the same holder, or neither has one and both have the same address."""
+        """Return whether both are one client, by the same holder, or by the same address where neither has a holder."""
         if self.rights.holder or other.rights.holder:
             return self.rights.holder == other.rights.holder
         return self.address == other.address

@@ -85,7 +85,7 @@ class Store:
         self._failed = False
         self._kept = KeptDirectory(path.parent) if path else None
         self.restored = 0
-        """How often others have removed the file and it was made anew."""
+        """Number of times that others have removed the file and it was made anew."""
         try:
             self._open(clock)
         except _DamagedError as damage:

@@ -30,7 +30,7 @@ class Caller:
         return not self.holder or self.holder == other.holder
 
     def resembles(self, other: "Caller") -> bool:
-        """Return whether it may be the other come back: by the holder, or, where neither has one, by the address."""
+        """Return whether it may be the other, come back: by the same holder, or without holders the same address."""
         return self.holder == other.holder if self.holder or other.holder else self.address == other.address
 
 

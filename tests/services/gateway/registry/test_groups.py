@@ -40,7 +40,7 @@ def test_group_is_its_holders() -> None:
 
 
 def test_identifier_takes_the_secret() -> None:
-    """Who knows holder and group, but not the secret, can't work out what the bus calls it; who has both can."""
+    """The group's name on the bus can't be worked out from holder and group without the secret; with it, it can."""
     entry = Entry(member("a", "g"), Origin.JSON, RED, 0.0, 0.0, 0, False, 0.0)
     found = [Groups(secret).for_bus(entry).group for secret in (b"1", b"1", b"2")]
     assert found[0] == found[1] != found[2]
