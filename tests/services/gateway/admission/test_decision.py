@@ -114,7 +114,7 @@ def test_name_is_a_register_without_wishes(site: Site) -> None:
 
 
 def test_group_has_one_source() -> None:
-    """A client that would join a group of the other source is refused; its only member may change, and other holders."""
+    """A client joins no group of the other source; its only member may change, and groups of other holders differ."""
     site = Site()
     site.transmitter = True
     site.admission = site.admit(max_clients=9)
