@@ -29,7 +29,9 @@ class CurveAuth:
     def __init__(self, directory: Path) -> None:
         self.keys = load_keys(directory, BROKER)
         if self.keys.public != self.keys.broker:
-            raise SettingsError(f"{directory / BROKER}.public: not the public key that goes with {BROKER}.secret")
+            raise SettingsError(
+                f"{directory / BROKER}.public: not the public key of {BROKER}.secret; use the pair made together"
+            )
         self._directory = directory
         self._roles = load_roles(directory)
         self._unknown = self._unproven = 0  # each thread has its own counter
@@ -68,7 +70,7 @@ class CurveAuth:
             while monitor.poll(0):
                 if recv_monitor_message(monitor)["event"] == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
                     self._unproven += 1
-                    log.warning("connection refused: it came without a key; where it is ours, set [bus] keys")
+                    log.warning("connection refused: it has no key; if it is fanwire's, set [bus] keys there")
 
     def callback(self, _domain: str, key: bytes) -> bool:
         """Return whether a public key is on the list; pyzmq calls this by its name."""
@@ -76,7 +78,7 @@ class CurveAuth:
             return True
         self._unknown += 1
         log.warning(
-            "connection refused: unknown key; if it is one of ours, put it into `file` and restart the broker",
+            "connection refused: unknown key; if it is fanwire's, write it to `file` and restart the broker",
             key=key.decode(),
             file=str(self._directory / "ROLE.NAME.public"),
         )

@@ -99,7 +99,7 @@ class FilteringProxy:
         if cause:
             self.counters[COUNTERS[cause]] += 1
             log.warning(
-                "message refused: not this role's to publish",
+                "message refused: the role of its key may not publish it",
                 role=role,
                 sender=envelope.sender,
                 topic=topic[:80],

@@ -72,7 +72,9 @@ def bind_tcp(sock: zmq.Socket[bytes], endpoints: Iterable[Endpoint], side: str) 
         try:
             addresses = [str(address[0]) for _, address in resolve(at.host, at.port, socket.SOCK_STREAM)]
         except OSError as error:
-            raise OperatorError(FAILED, f"[bus] listen {endpoint}: {error.strerror}") from None
+            raise OperatorError(
+                FAILED, f"[bus] listen: {endpoint}: {error.strerror}; name a host that resolves"
+            ) from None
         bound = 0
         for number, address in enumerate(addresses, 1):
             try:
@@ -81,5 +83,5 @@ def bind_tcp(sock: zmq.Socket[bytes], endpoints: Iterable[Endpoint], side: str) 
             except zmq.ZMQError as error:
                 if error.errno in NOT_HERE and (bound or number < len(addresses)):
                     continue  # without IPv6 a name has only its IPv4 address
-                cure = "see who listens with `ss -ltnp`, or set another [bus] listen"
+                cure = "see which process listens with `ss -ltnp`, or set another [bus] listen"
                 raise OperatorError(FAILED, f"[bus] listen: {at}: {os.strerror(error.errno or 0)}; {cure}") from None

@@ -137,7 +137,11 @@ class Proxy:
                     sock.bind(ipc_endpoint(self._directory, side))
             self._let_in()
         except OSError as error:  # the next look tries again
-            log.error("the bus can't be bound anew", directory=str(self._directory), reason=error.strerror)
+            log.error(
+                "the bus can't be bound anew; the broker tries again each second",
+                directory=str(self._directory),
+                reason=error.strerror,
+            )
 
     def _let_in(self) -> None:
         if self._group is not None:
@@ -160,7 +164,11 @@ class Proxy:
             return
         if LOCK in missing:
             self._files.take_again()
-        log.warning("others have removed files of the bus: made anew", directory=str(self._directory), files=missing)
+        log.warning(
+            "another program has removed files of the bus: they were made anew",
+            directory=str(self._directory),
+            files=missing,
+        )
         self._restored += len(missing)
         self._unbound = True
         self._hold(True)  # the thread that passes messages binds before it goes on

@@ -109,7 +109,7 @@ class Destination:
         try:
             return open_socket(self.client, self._settings.send_buffer)
         except OSError as error:
-            self._said.say(f"{_why_not_open(error.errno or 0)}; trying again all the time", error.errno or 0)
+            self._said.say(f"{_why_not_open(error.errno or 0)}; the forwarder keeps trying", error.errno or 0)
             return None
 
     def _reconnect_if_moved(self) -> bool:
@@ -125,7 +125,11 @@ class Destination:
             return False
         if not (fresh := self._open()):
             return False
-        log.info("copies come from another address now", collector=self.client.name, address=source)
+        log.info(
+            "copies have another source address now: this host's addresses or routes have changed",
+            collector=self.client.name,
+            address=source,
+        )
         self._socket.close()  # datagrams already sent belong to the network: they leave before those of the new socket
         self._socket = fresh
         return True
@@ -191,7 +195,7 @@ class Destination:
                 forgiven = at
             elif plan.segmented(at) and self._gso.refused_by(error):
                 # until `refresh`: the path's MTU may have shrunk, or its device can't do it at all
-                self._said.say("UDP_SEGMENT refused, sending one by one", error)
+                self._said.say("UDP_SEGMENT is refused: copies to a collector leave one by one, which is slower", error)
                 return at
             elif error in RELAY_CAUSES or skips == MAX_SKIPS:
                 return self._stop(plan, at, stop, error)
@@ -219,7 +223,7 @@ class Destination:
     def _note(self, error: int) -> None:
         """Note an ICMP error, whichever datagram it answers."""
         if error:
-            self._said.say("copies to a collector meet an error", error)
+            self._said.say("copies to a collector fail; check its host, its port and the route", error)
         cause = RELAY_CAUSES.get(error)
         if cause == REFUSED:
             self.account[REFUSALS] += 1
@@ -274,5 +278,5 @@ def _why_not_open(error: int) -> str:
     if error in NO_DESCRIPTOR:
         return "no descriptor left for a collector's socket: raise LimitNOFILE= of the unit, or ulimit -Hn"
     if RELAY_CAUSES.get(error) == NOT_CONNECTED:
-        return "no way to a collector"
+        return "there is no route to a collector"
     return "a collector's socket can't be made"

@@ -16,7 +16,8 @@ TIMEOUT_SECONDS: Final = 30.0
 def sign_up(name: str, endpoints: Iterable[Endpoint]) -> str:
     """Sign up under `name` at the first TCP endpoint; return the list, indented by 4."""
     if not name:
-        raise OperatorError(USAGE, "a name has at least one byte")  # the gateway would wait for one
+        # The gateway would wait for a first byte.
+        raise OperatorError(USAGE, "the name is empty; --name takes at least one byte")
     endpoint = next((endpoint for endpoint in endpoints if endpoint.scheme == "tcp"), DEFAULT)
     try:
         with socket.create_connection((endpoint.host, endpoint.port), TIMEOUT_SECONDS) as connection:
@@ -30,7 +31,7 @@ def sign_up(name: str, endpoints: Iterable[Endpoint]) -> str:
     try:
         answer = dict(json.loads(text))
     except (TypeError, ValueError):
-        raise OperatorError(FAILED, f"{endpoint}: the answer is not a list; is this the gateway?") from None
+        raise OperatorError(FAILED, f"{endpoint}: the answer is not a list of clients; is this the gateway?") from None
     if answer.get("ok") is False:
         raise OperatorError(FAILED, f"{answer['error']}: {answer['message']}")
     return json.dumps(answer, indent=4)

@@ -127,7 +127,9 @@ class Handler:
     def authenticate(self, request: Auth, peer: Peer) -> Peer:
         """Return the peer with the rights that its token gives; `RequestError` when it gives none."""
         if peer.rights.holder:
-            raise RequestError("not_permitted", f"this connection is {peer.rights.holder!r} already; open another")
+            raise RequestError(
+                "not_permitted", f"this connection is authenticated as {peer.rights.holder!r} already; open another"
+            )
         try:
             return replace(peer, rights=self.tokens.rights_of_token(request.token))
         except RequestError as refused:
@@ -188,7 +190,7 @@ class Handler:
     def _report_frames(self, request: Transmit, reply: TransmitReply | None) -> Answer:
         """Return the answer for the transmitter's reply; a word that clients do not know becomes another."""
         if reply is None:
-            late = "the transmitter did not answer in time; frames may have left all the same"
+            late = "the transmitter did not answer in time; some frames may have left"
             return self.refuse(RequestError("unavailable", late), request.id)
         if not reply.error:
             return _succeed(request.id, sent=reply.sent)

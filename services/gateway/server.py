@@ -290,4 +290,4 @@ class _Server:
         if isinstance(error, OSError) and error.errno == errno.ENOTCONN:
             return  # asyncio sometimes half-closes twice, and the client may have closed in between
         what, trace = context["message"], None if isinstance(error, OSError) else error
-        log.error("trouble in the loop", what=what, reason=repr(error), exc_info=trace)
+        log.error("error in the gateway's loop", what=what, reason=repr(error), exc_info=trace)

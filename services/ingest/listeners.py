@@ -32,7 +32,9 @@ def take_inherited() -> list[InheritedSocket]:
     try:
         return inherited()
     except OSError as error:
-        raise OperatorError(BAD_SETTINGS, f"inherited descriptors: {error.strerror}; pass sockets alone") from None
+        raise OperatorError(
+            BAD_SETTINGS, f"inherited descriptors: {error.strerror}; the socket unit may pass sockets only"
+        ) from None
 
 
 def refuse_left_over(held: Iterable[socket.socket]) -> None:
@@ -79,7 +81,9 @@ def refuse_doubles(listening: Mapping[StreamEndpoint, Iterable[socket.socket]]) 
     for (stream, endpoint), sock in ((listener, sock) for listener, sockets in listening.items() for sock in sockets):
         address = sock.type, sock.getsockname()
         if address in bound:
-            raise OperatorError(BAD_SETTINGS, f"stream {stream}: {endpoint} is listened on already")
+            raise OperatorError(
+                BAD_SETTINGS, f"stream {stream}: {endpoint} is the address of another listener too; give each its own"
+            )
         bound.add(address)
 
 
@@ -123,7 +127,7 @@ class Upkeep:
         except OperatorError as error:
             if self._said.get((stream.name, endpoint)) != str(error):
                 self._said[stream.name, endpoint] = str(error)
-                log.error(f"nothing is received: {error}")
+                log.error(f"a listener receives nothing: {error}")
             return None
         self._said.pop((stream.name, endpoint), None)
         return fresh
@@ -132,15 +136,19 @@ class Upkeep:
         if is_multicast(endpoint.host):
             with _explained(stream, endpoint):
                 if join_group(sock, endpoint.host):
-                    log.warning("joined the group again", stream=stream.name, listen=str(endpoint))
+                    log.warning(
+                        "joined the multicast group again: its interface is a new one",
+                        stream=stream.name,
+                        listen=str(endpoint),
+                    )
             return None
         if not endpoint.path or (sock.in_place if isinstance(sock, PathSocket) else Path(endpoint.path).is_socket()):
             return None
         if isinstance(sock, InheritedSocket):
             name = f"stream {stream.name}: {endpoint}"
-            raise OperatorError(FAILED, f"{name}: others have removed its path; restart the socket unit")
+            raise OperatorError(FAILED, f"{name}: another program has removed its path; restart the socket unit")
         (fresh,) = bind_listener(stream, endpoint, [])
-        log.warning("others had removed the path: bound it again", stream=stream.name, listen=str(endpoint))
+        log.warning("bound the path again: another program had removed it", stream=stream.name, listen=str(endpoint))
         return fresh
 
 
@@ -156,7 +164,9 @@ def _explained(stream: Stream, endpoint: Endpoint) -> Iterator[None]:
     try:
         yield
     except socket.gaierror as error:
-        raise OperatorError(BAD_SETTINGS, f"stream {stream.name}: {endpoint}: {error.strerror}") from None
+        raise OperatorError(
+            BAD_SETTINGS, f"stream {stream.name}: {endpoint}: {error.strerror}; name a host that resolves"
+        ) from None
     except OSError as error:
         raise OperatorError(
             FAILED, f"stream {stream.name}: {endpoint}: {error.strerror or error}{_cure(endpoint, error)}"
@@ -181,7 +191,7 @@ def _cure(endpoint: Endpoint, error: OSError) -> str:
         group = endpoint.host.partition("%")[0]
         return f"; name an interface of this host (`ip link`), as in {replace(endpoint, host=f'{group}%eth0')}"
     if error.errno == errno.EADDRNOTAVAIL:
-        return "; no interface of this host has that address (`ip address`)"
+        return "; no interface of this host has that address; listen on one that `ip address` shows"
     if error.errno == errno.ENOENT and endpoint.path:
         return "; make its directory"
     if error.errno in (errno.EACCES, errno.EPERM) and endpoint.path:

@@ -152,7 +152,12 @@ class DatagramReceiver:
         self._account[RECEIVE_ERRNO] = error.errno or 0
         self._failures += 1
         if self._account[RECEIVE_ERRORS] > 1:
-            log.error("can't receive", stream=self._feed.stream, error=error.strerror, cause=error.errno)
+            log.error(
+                "can't receive at a listener; see `fanwire doctor`",
+                stream=self._feed.stream,
+                error=error.strerror,
+                cause=error.errno,
+            )
         if self._failures >= MAX_FAILURES:
             time.sleep(BACK_OFF_SECONDS)
 
@@ -163,7 +168,10 @@ class DatagramReceiver:
         except OSError as error:
             if self._kernel_dropped >= 0:
                 self._kernel_dropped = -1
-                log.warning("the kernel does not say how many datagrams it drops", error=error.strerror)
+                log.warning(
+                    "the kernel does not report its drops (SO_MEMINFO): kernel_dropped stays as it is",
+                    error=error.strerror,
+                )
             return
         fresh, self._kernel_dropped = (drops - self._kernel_dropped) % (1 << 32), drops
         self._feed.account[KERNEL_DROPPED] += fresh

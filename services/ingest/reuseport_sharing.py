@@ -115,7 +115,11 @@ class Spreader:
                 try:
                     attach(sock, program(self._spread, workers), SO_ATTACH_REUSEPORT_CBPF)
                 except OSError as error:
-                    log.warning("the kernel spreads by addresses and ports", asked=self._spread, error=error.strerror)
+                    log.warning(
+                        "this kernel refuses the [ingest] spread that is asked for: it spreads by addresses and ports",
+                        asked=self._spread,
+                        error=error.strerror,
+                    )
 
 
 def _lines(name: str) -> list[str]:

@@ -73,7 +73,12 @@ class ExporterConnection:
         except OSError as error:  # reset: an unfinished message stays unfinished
             self.ended = True
             if error.errno not in ENDED_BY_PEER:
-                log.error("can't read a connection", stream=self.feed.stream, error=error.strerror, cause=error.errno)
+                log.error(
+                    "can't read a TCP connection: it is closed",
+                    stream=self.feed.stream,
+                    error=error.strerror,
+                    cause=error.errno,
+                )
             return False
         self.heard_at = time.monotonic()
         self._publish(self._framing.feed(data))
@@ -169,7 +174,7 @@ class ExporterConnections:
             if len(self._open) >= self._limit:
                 feed.account[CONNECTIONS_REFUSED] += 1
                 log.warning(
-                    "connection refused: as many as allowed are open; raise [ingest] tcp_connections",
+                    "connection refused: the limit is reached; raise [ingest] tcp_connections",
                     stream=feed.stream,
                     limit=self._limit,
                 )
@@ -186,7 +191,12 @@ class ExporterConnections:
         self._paused[listener] = self._listeners.pop(listener)
         self._selector.unregister(listener)
         stream = self._paused[listener][0].stream
-        log.warning("can't accept connections", stream=stream, error=error.strerror, cause=error.errno)
+        log.warning(
+            "can't accept TCP connections; trying again in a second",
+            stream=stream,
+            error=error.strerror,
+            cause=error.errno,
+        )
 
     def read_due(self) -> None:
         """Read connections that have input, in turn, as long as a turn may take."""

@@ -55,7 +55,11 @@ def new_pools(streams: list[str], size: int, room: Room) -> dict[str, Pool]:
     try:
         return {stream: Pool(stream, size, room) for stream in streams}
     except OSError as error:
-        log.warning("payloads go through the bus: no memory to lend them in", error=str(error), needs="Linux 5.1")
+        log.warning(
+            "payloads go through the bus, which is slower: no shared memory can be made",
+            error=str(error),
+            needs="Linux 5.1",
+        )
         return {}
 
 

@@ -44,7 +44,7 @@ class Frame:
 
 
 def frames_of(batch: Gathered, rows: Indices | None, mtu: int, *, segmentation: bool) -> list[Frame] | None:
-    """Which of these rows (None: all), whose sources are IPv4, go in one frame; None when one has to be cut."""
+    """Return the rows of these (None: all), of IPv4 sources, that go in one frame; None when one has to be cut."""
     numbers = range(len(batch)) if rows is None else rows.tolist()
     columns, places, largest = list(_ROW.iter_unpack(batch.rows.tobytes())), _places(batch), largest_payload(4, mtu)
     frames: list[Frame] = []
@@ -78,7 +78,7 @@ def _joins(frame: Frame, length: int) -> bool:
 
 
 def _places(batch: Gathered) -> list[int]:
-    """Where in memory each payload begins."""
+    """Memory address of each payload."""
     places = []
     for each in batch.batches:
         at = np.frombuffer(each.payload, np.uint8).ctypes.data if len(each.payload) else 0

@@ -105,7 +105,7 @@ class NextHops:
 
     @property
     def blind(self) -> bool:
-        """Whether links, routes and neighbours can't be seen."""
+        """True if links, routes and neighbours can't be seen."""
         return self._netlink is None
 
     def fileno(self) -> int:

@@ -89,7 +89,7 @@ def open_and_exec(arguments: Sequence[str]) -> int:
         command = [sys.executable, "-I", str(PROGRAM), "--inherited", inherited, *arguments]
         os.execve(sys.executable, command, environment)
     except OSError as error:
-        return _refuse(f"{reason or 'no way on without privileges'}: {error}")
+        return _refuse(f"{reason or 'it must give up its privileges, and failed'}: {error}")
 
 
 def _refuse(reason: str) -> int:
@@ -131,10 +131,10 @@ def find_user(name: str) -> User | None:
         user = User(name, entry.pw_uid, entry.pw_gid)
     except (KeyError, ValueError):
         if uid is None:
-            raise _unfit(name, "there is no such user") from None
+            raise _unfit(name, "there is no such user; name another") from None
         user = User(name, uid, uid)
     if user.uid == 0:
-        raise _unfit(name, "that is root again")
+        raise _unfit(name, "that is root too; name another")
     if outside_uid(user.uid) is not None:
         return user
     if outside_uid(0) == 0:
@@ -168,7 +168,7 @@ def _check_readable(user: User, config: str | None) -> None:
     except OSError as error:
         why = "it takes CAP_SETUID and CAP_SETGID to become it"
         if error.filename:
-            why = f"it can't read {error.filename}: have that where all can (Debian's python3), or name another user"
+            why = f"it can't read {error.filename}: install it for every user (Debian's python3), or name another"
         raise _unfit(user.name, why) from None
 
 

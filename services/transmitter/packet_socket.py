@@ -87,7 +87,9 @@ class PacketSocket:
                 last, skips = int(plan.first_units[plan.part_of(unit) + 1]), 0
             dropped.append((unit, last, cause_of(error, RAW_CAUSES)))
             if error not in NO_ROOM:
-                destinations[plan.part_of(unit)].said.say("copies to a collector meet an error", error)
+                destinations[plan.part_of(unit)].said.say(
+                    "copies to a collector fail; check its host, its port and the route", error
+                )
             at = plan.first_frame(last)
         _account(plan, stop, dropped, [destination.account for destination in destinations])
         return int(plan.rows_before[stop])

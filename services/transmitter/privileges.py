@@ -81,7 +81,7 @@ def adopt(text: str) -> RawSockets:
     except (LookupError, ValueError, OverflowError, OSError):
         for sock in (sock for sockets in taken.values() for sock in sockets):
             sock.close()
-        raise _refusal("--inherited is the opener's to say, and does not name its sockets") from None
+        raise _refusal("--inherited is for the opener only, and does not name its sockets; leave it out") from None
     return RawSockets(tuple(taken["packet"]), tuple(taken["ip4"]), tuple(taken["ip6"]))
 
 

@@ -111,7 +111,7 @@ class RawFrames:
             elif time.monotonic() < job.ends_at:
                 self._jobs.append(job)
             else:
-                message = f"{job.request.interface}, or the limit of frames a second, did not let them leave in time"
+                message = f"{job.request.interface} or [transmitter] frames_per_second did not let them leave in time"
                 self._refuse(job.request, FrameError("unavailable", message), job.sent)
         return max(0.0, min((job.due_at for job in self._jobs), default=math.inf) - time.monotonic())
 
@@ -149,18 +149,18 @@ class RawFrames:
     def _check(self, request: TransmitRequest) -> None:
         name = request.interface
         if name not in self._policy.interfaces:
-            raise FrameError("not_permitted", f"{name}: not in [transmitter] interfaces", "interface")
+            raise FrameError("not_permitted", f"{name} is not in [transmitter] interfaces; add it there", "interface")
         link = self._next_hops.link(name)
         if self._next_hops.blind:
             raise FrameError("unavailable", f"{name}: links can't be seen here (AF_NETLINK is refused)")
         if link is None:
-            raise FrameError("bad_request", f"{name}: there is no such interface")
+            raise FrameError("bad_request", f"{name}: there is no such interface; `ip link` lists them")
         if not link.up:
             raise FrameError("unavailable", f"{name} is down, or has no carrier")
         check_frame(request, link)
         ethertype = int.from_bytes(request.frame[12:14])
         if ethertype not in self._policy.ethertypes:
-            message = f"ethertype {ethertype:#06x}: not in [transmitter] ethertypes"
+            message = f"ethertype {ethertype:#06x} is not in [transmitter] ethertypes; add it there"
             raise FrameError("not_permitted", message, "ethertype")
 
     def _refuse(self, request: TransmitRequest, error: FrameError, sent: int = 0) -> None:
@@ -172,7 +172,9 @@ class RawFrames:
     def close(self) -> None:
         """Answer requests whose frames will not be sent any more."""
         for job in self._jobs:
-            self._refuse(job.request, FrameError("unavailable", "the transmitter ends"), job.sent)
+            self._refuse(
+                job.request, FrameError("unavailable", "the transmitter is shutting down; try again"), job.sent
+            )
         self._jobs.clear()
 
 
@@ -192,5 +194,8 @@ def _explain(error: OSError, request: TransmitRequest) -> FrameError:
     if error.errno in NO_INTERFACE:
         return FrameError("unavailable", f"{request.interface}: {os.strerror(error.errno)}")
     if error.errno == errno.EPROTONOSUPPORT:
-        return FrameError("bad_request", f"the driver of {request.interface} can't leave its own check sequence out")
+        return FrameError(
+            "bad_request",
+            f"the driver of {request.interface} can't leave its own check sequence out; send without own_fcs",
+        )
     return FrameError("unavailable", f"{request.interface}: {error.strerror}")

@@ -49,9 +49,11 @@ def load_roles(directory: Path) -> dict[bytes, str]:
     for path in sorted(directory.glob("*.public")):
         role, key = path.name.partition(".")[0], _read(path)
         if role not in ROLES:
-            raise SettingsError(f"{path}: {role!r} is no role; expected one of {', '.join(ROLES)} before the first dot")
+            raise SettingsError(
+                f"{path}: {role!r} is not a role; expected one of {', '.join(ROLES)} before the first dot"
+            )
         if roles.setdefault(key, role) != role:
-            raise SettingsError(f"{path}: the same key as that of {roles[key]}; each role takes a key of its own")
+            raise SettingsError(f"{path}: the same key as that of {roles[key]}; make a key for each role")
     return roles
 
 
@@ -76,7 +78,7 @@ def _read_secret(path: Path) -> bytes:
     found = path.stat()
     # A file of another owner was opened to us by its group or an access list, as systemd's LoadCredential= does.
     if stat.S_IMODE(found.st_mode) & (0o077 if found.st_uid == os.geteuid() else 0o007):
-        raise SettingsError(f"{path}: others can read this secret; chmod 600 {path}")
+        raise SettingsError(f"{path}: other users can read this secret key; `chmod 600 {path}`")
     return key
 
 
@@ -84,9 +86,11 @@ def _read(path: Path) -> bytes:
     try:
         text = path.read_bytes()
     except FileNotFoundError:
-        raise SettingsError(f"{path}: there is no such key; `fanwire keys {path.parent}` makes keys") from None
+        raise SettingsError(f"{path}: there is no such key; make keys with `fanwire keys {path.parent}`") from None
     except PermissionError:
-        raise SettingsError(f"{path}: {_whoami()} can't read it; chown {_whoami()} {path}, and let it enter") from None
+        raise SettingsError(
+            f"{path}: {_whoami()} can't read it; `chown {_whoami()} {path}`, and open its directory"
+        ) from None
     except OSError as error:
         raise SettingsError(f"{path}: {error.strerror}") from None
     key = text.removesuffix(b"\n")

@@ -68,7 +68,11 @@ class Reporter:
         self._broken = broken
         self.found += len(news)
         if news:
-            log.error("the accounts do not add up", first=str(news[0]), discrepancies=self.found)
+            log.error(
+                "the accounts of this service do not add up; please report it with `fanwire ledger --json`",
+                first=str(news[0]),
+                discrepancies=self.found,
+            )
 
     def _publish(self, accounts: Mapping[str, Mapping[str, int]]) -> None:
         pieces = cut(accounts.items(), _size_of)

@@ -361,4 +361,6 @@ def check_directory(directory: Path) -> None:
 
 
 def _not_ours(directory: Path) -> PermissionError:
-    return PermissionError(errno.EPERM, "somebody else's; set [bus] directory to one of this user's", str(directory))
+    return PermissionError(
+        errno.EPERM, "owned by another user; set [bus] directory to one of this user's", str(directory)
+    )

@@ -20,7 +20,7 @@ def pack_address(text: str) -> bytes:
     """
     address = ipaddress.ip_address(text)
     if isinstance(address, ipaddress.IPv6Address) and address.scope_id:
-        raise ValueError(f"{text!r} has a scope (%), which nothing here can be sent to")
+        raise ValueError(f"{text!r} has a scope (%); expected an address without one")
     return V4_MAPPED + address.packed if address.version == 4 else address.packed
 
 
@@ -108,7 +108,7 @@ def _check_use(text: str, scheme: str, host: str) -> None:
             raise ValueError(f"{text!r}: an interface (%) goes with an address, not with a name") from None
         return
     if scheme != "udp" and (ip.is_multicast or address == "255.255.255.255"):
-        raise ValueError(f"{text!r}: what is sent to {address} comes by UDP alone; listen on udp://")
+        raise ValueError(f"{text!r}: datagrams to {address} come by UDP only; listen on udp://")
     if _has_link_scope(ip) and not percent:
         example = text.replace(address, f"{address}%eth0")
         raise ValueError(f"{text!r}: the address belongs to one link; add the interface, as in {example}")

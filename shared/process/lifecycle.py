@@ -250,7 +250,7 @@ class Readiness:
         elif time.monotonic() >= self._warn_at:
             self._warn_at = float("inf")
             where = {"connect": self._bus.connect} if self._bus.connect else {"directory": str(self._bus.path)}
-            hint = "; its log says so when it is there and refuses this key" if self._bus.keys else ""
+            hint = "; if it runs, its log says whether it refuses this key" if self._bus.keys else ""
             event = f"waiting for the broker; start it with `fanwire broker`{hint}"
             log.warning(event, service=self._service, **where)
 

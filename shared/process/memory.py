@@ -62,7 +62,12 @@ class Memory:
         self.short = self._over
         if self.short and now >= self._say_at:
             self._say_at = now + SAID_SECONDS
-            log.warning("memory is short: dropping", used=self.used, ceiling=self.ceiling, setting=self._setting)
+            log.warning(
+                "memory is short: data is dropped; raise `setting`, or find the slow reader",
+                used=self.used,
+                ceiling=self.ceiling,
+                setting=self._setting,
+            )
         return self.short
 
     @property

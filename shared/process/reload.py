@@ -54,14 +54,14 @@ class Reload:
             self._follow(settings)
             self._settings = settings
         if restart := [key for key in differing(before, fresh) if key not in RELOADED]:
-            event = "these settings have changed too, but take a restart"
+            event = "these settings have changed too, but need a restart"
             log.warning(event, service=self._service, settings=restart, answer=True)
         if self._follow:
             changed = [*_changed("stream", before.streams, settings.streams)]
             changed += _changed("collector", before.collectors, settings.collectors)
             log.info("reloaded", service=self._service, changed=changed)
         else:
-            log.info("nothing to reload: streams and collectors are the other services'", service=self._service)
+            log.info("nothing to reload: this service uses no streams and no collectors", service=self._service)
 
 
 def _changed(kind: str, before: Sequence[Stream | Collector], now: Sequence[Stream | Collector]) -> Iterator[str]:

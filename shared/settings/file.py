@@ -48,7 +48,7 @@ def load_again(path: Path | None, environment: Mapping[str, str] = os.environ) -
     """Read the settings as `load` did before; SettingsError too when their source can be read only once."""
     named = _named_file(path, environment)
     if named is not None and named.exists() and not named.is_file():
-        raise SettingsError(f"{named}: no file, and can't be read a second time; restart instead")
+        raise SettingsError(f"{named}: not a regular file, so it can't be read a second time; restart instead")
     return load(path, environment)
 
 

@@ -64,7 +64,7 @@ class Bus(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
                 raise ValueError(f"{text!r}: expected a port up to {MAX_PORT - 1}: subscribers have the next one")
             if not self.keys and not endpoint.is_loopback:
                 raise ValueError(
-                    f"{text!r} is beyond loopback, where the bus takes keys; set [bus] keys = DIRECTORY, and make them "
+                    f"{text!r} is not loopback, so the bus needs keys; set [bus] keys = DIRECTORY, and make them "
                     "with `fanwire keys DIRECTORY`"
                 )
 
@@ -364,16 +364,18 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         names = [stream.name for stream in self.streams]
         for kind, all_names in (("stream", names), ("collector", [entry.name for entry in self.collectors])):
             if twice := {name for name in all_names if all_names.count(name) > 1}:
-                raise ValueError(f"{kind} name {twice.pop()!r} is there twice")
+                raise ValueError(f"duplicate {kind} name {twice.pop()!r}; give each its own")
         numbered = [stream.name for stream in self.streams if stream.protocol]
         if numbered and self.ingest.spread == "datagram":
             raise ValueError(
                 f'stream {numbered[0]!r} has a protocol, and [ingest] spread is "datagram": no worker sees all that an '
-                'exporter sends; take "source" or "flow", or the protocol away'
+                'exporter sends; set spread to "source" or "flow", or remove the protocol'
             )
         for collector in self.collectors:
             if unknown := set(collector.streams) - {*names, ALL_STREAMS}:
-                raise ValueError(f"collector {collector.name!r} names a stream {unknown.pop()!r} that is not there")
+                raise ValueError(
+                    f"collector {collector.name!r}: there is no stream {unknown.pop()!r}; name a [[stream]]"
+                )
         self.check_tokens(self.tokens)
 
     def check_tokens(self, tokens: Sequence[Token]) -> None:
@@ -382,7 +384,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         for key in ("name", "hash", "certificate"):
             values = [value for token in tokens if (value := getattr(token, key)) is not None]
             if twice := {value for value in values if values.count(value) > 1}:
-                raise ValueError(f"token {key} {twice.pop()!r} is there twice")
+                raise ValueError(f"duplicate token {key} {twice.pop()!r}; give each its own")
         for token in tokens:
             if unknown := set(token.streams) - known:
-                raise ValueError(f"token {token.name!r} names a stream {unknown.pop()!r} that is not there")
+                raise ValueError(f"token {token.name!r}: there is no stream {unknown.pop()!r}; name a [[stream]]")

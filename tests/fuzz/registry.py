@@ -159,7 +159,7 @@ def _go_on(path: Path, data: bytes) -> None:
             assert kept.revision == revision
             assert len(kept.entries) == len(entries)
     except OperatorError as error:
-        assert str(error).endswith("written by a later fanwire; name another [gateway] database")
+        assert str(error).endswith("written by a later version of fanwire; upgrade, or name another [gateway] database")
 
 
 def _check_told(entries: registry.Registry) -> None:

@@ -86,7 +86,7 @@ def test_transmitter_that_becomes_another_user_has_its_key(open_stack: OpenStack
         refused = stack.start("transmitter", ready=False)
         assert refused.process.wait(20) == 78
         name = pwd.getpwuid(NOBODY).pw_name
-        assert refused.text == f"{secret}: {name} can't read it; chown {name} {secret}, and let it enter\n"
+        assert refused.text == f"{secret}: {name} can't read it; `chown {name} {secret}`, and open its directory\n"
         os.chown(secret, NOBODY, -1)
     stack.start("transmitter")
     with BusEnds(stack.bus, open_link(Bus(keys=f"{stack.directory}/keys"), "operator")) as bus:
@@ -121,7 +121,7 @@ def test_beyond_loopback_takes_keys(stack: Stack, program: str, setting: str) ->
     running = stack.start(program, *(("watch",) if program == "operator" else ()), ready=False)
     assert running.process.wait(20) == 78
     assert len(running.text.splitlines()) == 1
-    assert "beyond loopback" in running.text
+    assert "is not loopback" in running.text
     assert "`fanwire keys DIRECTORY`" in running.text
     assert not stack.bus.exists()
 
@@ -134,7 +134,10 @@ def _occupy(sock: socket.socket) -> str:
 
 @pytest.mark.parametrize(
     ("listen", "said"),
-    [(_occupy, "Address already in use; see who listens"), (lambda _: "tcp://192.0.2.1:5800", "another [bus] listen")],
+    [
+        (_occupy, "Address already in use; see which process listens"),
+        (lambda _: "tcp://192.0.2.1:5800", "another [bus] listen"),
+    ],
 )
 def test_address_that_cannot_be_had_is_one_line(
     stack: Stack, listen: Callable[[socket.socket], str], said: str

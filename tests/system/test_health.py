@@ -277,7 +277,7 @@ def test_no_way_for_copies_with_the_exporters_address(
     [("relay", "forwarder"), ("original", "transmitter"), ("relay", "ingest.1"), ("relay", "broker")],
 )
 def test_a_service_that_hangs_makes_collectors_wait(open_stack: OpenStack, source: str, stopped: str) -> None:
-    """Where a service that copies pass stands still, its collectors wait, as listed and watched, until it goes on."""
+    """The collectors of a service that stands still wait, as listed and watched, until it goes on."""
     stack = open_stack
     stack.configure(PATIENT)
     stack.start_all()
@@ -330,7 +330,7 @@ def test_the_first_word_is_right_without_a_route(stack: Stack, address: str) -> 
 
 @contextmanager
 def interpreter(stack: Stack, *command: str) -> Iterator[None]:
-    """What is started meanwhile is run by this."""
+    """Run programs that are started meanwhile by this."""
     before, stack.interpreter = stack.interpreter, list(command)
     yield
     stack.interpreter = before

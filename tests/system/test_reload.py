@@ -222,7 +222,7 @@ def test_bad_file_keeps_the_old_settings(stack: Stack) -> None:
         ("[[stream]\n", "not TOML"),
         ("[ingest]\ncolour = 1\n", "ingest.colour: unknown key"),
         ('[[stream]]\nname = "a"\nlisten = 5\n', "stream[0].listen: Expected"),
-        (A + SIEM.replace('"b"', '"x"'), "names a stream 'x' that is not there"),
+        (A + SIEM.replace('"b"', '"x"'), "there is no stream 'x'; name a [[stream]]"),
     ):
         stack.configure(text)
         for name in ("broker", "gateway", "forwarder", "ingest.1"):
@@ -242,7 +242,7 @@ def test_what_takes_a_restart_is_said(stack: Stack) -> None:
     stack.configure(A.replace(PATIENT, '[gateway]\nserve_seconds = 10\nlisten = ["tcp://127.0.0.1:5005"]\n') + B)
     for name in ("broker", "gateway", "forwarder", "ingest.1"):
         assert stack[name].reload()["level"] == "info"
-        (said,) = stack[name].events("these settings have changed too, but take a restart")
+        (said,) = stack[name].events("these settings have changed too, but need a restart")
         assert said["settings"] == ["gateway.listen"]
     assert sorted(ask_json({"op": "streams"})["streams"]) == ["a", "b"]
 

@@ -42,7 +42,7 @@ class Sinks:
         self.came: dict[int, Counter[bytes]] = {port: Counter() for port in ports}
 
     def count(self, *ports: int) -> int:
-        """How many datagrams have come so far to these ports."""
+        """Return the datagrams that have come so far to these ports."""
         for port in ports:
             self._sockets[port].setblocking(False)
             self.came[port].update(self._waiting(port))

@@ -48,18 +48,20 @@ class AddressProofs:
         """Send a challenge for a `register`, unless too many went to the address; return the refusal for its client."""
         port = asked.port
         if port is None:
-            return RequestError("bad_request", "port is missing: a proof of address goes to an address and port")
+            return RequestError(
+                "bad_request", "port is missing: name the UDP port that the challenge for this address goes to"
+            )
         self._forget()
         foreign = f"{address} is not the address of your connection"
         if len(self._sent) >= MOST_IN_ALL or sum(to == address for _, to in self._sent) >= MOST:
             return RequestError(
-                "unproven_address", f"{foreign}, and no more challenges go there for now; confirm one, or wait a minute"
+                "unproven_address", f"{foreign}, and the limit of challenges is reached; confirm one, or wait a minute"
             )
         challenge = _Challenge(asked, secrets.token_urlsafe(24), self.clock() + VALID_SECONDS)
         try:
             self.send(CHALLENGE_PREFIX + challenge.nonce.encode(), address, port)
         except OSError as error:
-            return RequestError("unproven_address", f"{foreign}, and no challenge can be sent: {error.strerror}")
+            return RequestError("unproven_address", f"{foreign}, and no challenge can be sent there: {error.strerror}")
         self._sent.append((self.clock(), address))
         self._open.setdefault(asked.name, []).append(challenge)
         return RequestError(
@@ -75,7 +77,9 @@ class AddressProofs:
             if hmac.compare_digest(challenge.nonce.encode(), nonce.encode()):
                 self._open[name].remove(challenge)
                 return challenge.asked
-        raise RequestError("unproven_address", f"no such challenge is open for {name!r}; register again for another")
+        raise RequestError(
+            "unproven_address", f"no open challenge for {name!r} has this nonce; register again for a new one"
+        )
 
     def _forget(self) -> None:
         now = self.clock()

@@ -100,7 +100,8 @@ class Admission:
         peer.rights.check(request)
         if not self._settings.allow_transmit:
             raise RequestError(
-                "not_permitted", "clients may not send raw frames here; [gateway] allow_transmit = true allows it"
+                "not_permitted",
+                "raw frames from clients are switched off; the operator can set [gateway] allow_transmit = true",
             )
         if not self._sends_frames():
             raise no_transmitter()

@@ -85,9 +85,13 @@ class Destinations:
     def _check_destination(self, address: Address) -> None:
         nobodys = address.version == 4 and any(address in network for network in NOBODYS_V4)
         if nobodys or address.is_unspecified or address.is_multicast or address.is_link_local:
-            raise RequestError("bad_request", f"address: {address} is not one host's; expected a unicast address")
+            raise RequestError(
+                "bad_request", f"address: {address} is not the address of one host; expected a unicast address"
+            )
         if self._is_broadcast(str(address)):
-            raise RequestError("bad_request", f"address: {address} is a network's; expected that of one host")
+            raise RequestError(
+                "bad_request", f"address: {address} is a broadcast address; expected the address of one host"
+            )
 
     def _check_loop(self, address: Address, port: int) -> None:
         if self._own_listeners.receive(str(address), port, self._is_local):
@@ -104,7 +108,7 @@ def parse_address(text: str) -> Address:
         raise RequestError("bad_request", "address: expected an IP address, not a name") from None
     if isinstance(address, ipaddress.IPv6Address):
         if address.scope_id:
-            raise RequestError("bad_request", "address: one with a scope (%) can't be a destination")
+            raise RequestError("bad_request", "address: expected one without a scope (%)")
         return address.ipv4_mapped or address
     return address
 
@@ -113,4 +117,4 @@ def _parse_prefix(text: str) -> str:
     try:
         return str(ipaddress.ip_network(text))
     except ValueError as error:
-        raise RequestError("bad_request", f"from: {error}") from None
+        raise RequestError("bad_request", f"from: {error}; expected a prefix such as 192.0.2.0/24") from None

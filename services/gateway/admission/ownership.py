@@ -28,8 +28,8 @@ def check_replaceable(present: Entry, peer: Peer, origin: Origin, *, take_over: 
     holder = present.peer.rights.holder
     raise RequestError(
         "name_taken",
-        f"{name!r} is signed up; choose another name, or register with take_over "
-        + (f"as its owner, {holder!r}" if holder else "from the address it came from, without a token"),
+        f"{name!r} belongs to another client; choose another name, or register with take_over "
+        + (f"as its owner, {holder!r}" if holder else "from the address of its owner, without a token"),
     )
 
 
@@ -38,7 +38,7 @@ def check_changeable(entry: Entry | None, name: str, generation: int, peer: Peer
     if entry is not None and entry.origin is Origin.SETTINGS:
         raise _configured(name)
     if entry is None or entry.client.generation != generation:
-        raise RequestError("stale_generation", f"that entry of {name!r} is gone; register again")
+        raise RequestError("stale_generation", f"this generation of {name!r} is no longer registered; register again")
     if not peer.controls(entry.peer):
         raise RequestError(
             "not_permitted",
@@ -53,11 +53,12 @@ def check_room(registry: Registry, holder: str, limits: Gateway, replaced: Entry
         return
     if replaced is None and len(registry) >= limits.max_clients:
         raise RequestError(
-            "registry_full", f"{limits.max_clients} clients are signed up; raise [gateway] max_clients, or retry"
+            "registry_full",
+            f"the limit of {limits.max_clients} clients is reached; retry, or raise [gateway] max_clients",
         )
     most = limits.max_clients_per_holder
     if holder and registry.count_of_holder(holder) >= most:
-        raise RequestError("registry_full", f"{holder!r} has {most} clients signed up, its limit; remove some first")
+        raise RequestError("registry_full", f"{holder!r} has reached its limit of {most} clients; remove some first")
 
 
 def check_group(registry: Registry, client: Client, peer: Peer, origin: Origin, replaced: Entry | None) -> None:
@@ -79,4 +80,4 @@ def check_same_source(client: Client, source: Source) -> None:
 
 
 def _configured(name: str) -> RequestError:
-    return RequestError("not_permitted", f"{name!r} is a [[collector]] of the settings; change it there")
+    return RequestError("not_permitted", f"{name!r} is a [[collector]] in the gateway's settings; change it there")

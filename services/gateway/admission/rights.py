@@ -63,7 +63,7 @@ class Rights:
         """Raise `RequestError` unless these rights allow such a request."""
         if isinstance(request, SignUp) and not self.names:
             raise _refused(
-                "the names protocol is for loopback; [gateway] names_beyond_loopback allows it to clients with a "
+                "the names protocol is for loopback only; [gateway] names_beyond_loopback allows it to clients with a "
                 "certificate too"
             )
         lacking = frozenset[Scope]() if self.everything else SCOPES_NEEDED[type(request)] - self.scopes
@@ -71,7 +71,7 @@ class Rights:
             raise _refused("a client from another host must show a certificate, or first send op auth with its token")
         if lacking:
             has, lacks = (", ".join(sorted(scopes)) for scopes in (self.scopes, lacking))
-            raise _refused(f"this request needs scope {lacks}; {self.holder!r} has {has}")
+            raise _refused(f"this request needs scope {lacks}, and {self.holder!r} has {has}; add it to its [[token]]")
 
     def check_streams(self, wanted: Iterable[str]) -> None:
         """Raise `RequestError` unless these rights allow all of these streams."""

@@ -127,13 +127,13 @@ def parse_name(data: bytes) -> str:
 def check_name(data: bytes) -> str:
     """Return the text of a name, from either protocol; `bad_name` when it breaks a rule."""
     if not 1 <= len(data) <= MAX_NAME:
-        raise RequestError("bad_name", f"a name has from 1 to {MAX_NAME} bytes")
+        raise RequestError("bad_name", f"expected a name of 1 to {MAX_NAME} bytes")
     try:
         name = data.decode()
     except UnicodeDecodeError:
-        raise RequestError("bad_name", "the name is not UTF-8") from None
+        raise RequestError("bad_name", "expected a name in UTF-8") from None
     if any(unicodedata.category(character) == "Cc" for character in name):
-        raise RequestError("bad_name", "a name has no control characters; send the name alone")
+        raise RequestError("bad_name", "the name has control characters; send the name alone")
     return name
 
 

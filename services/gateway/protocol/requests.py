@@ -47,7 +47,7 @@ def no_transmitter() -> RequestError:
     """Return the refusal of a request that needs raw sockets, while no transmitter has them."""
     return RequestError(
         "no_transmitter",
-        "no transmitter has raw sockets; its log and `fanwire doctor` say what the running one lacks",
+        "no running transmitter has raw sockets; its log and `fanwire doctor` say what it lacks",
     )
 
 

@@ -50,7 +50,7 @@ class Preservation:
         too_many = overdue > 0 and due >= MIN_CLIENTS and renewed < BELOW * due
         if too_many and not self.holds and self._seconds:
             self._since = now
-            event = "too many renewals are missing at once: nothing expires"
+            event = "too many renewals are missing at once: no lease expires for now; check the network to the clients"
             log.warning(event, missing=missing, due=due, for_seconds=self._seconds)
         elif self.holds and not (too_many and now < self._since + self._seconds):
             self._since = math.inf

@@ -91,7 +91,11 @@ class Store:
         except _DamagedError as damage:
             assert path is not None
             aside = _set_aside(path)
-            log.error("the registry's file was damaged: set aside, starting empty", file=str(aside), reason=str(damage))
+            log.error(
+                "the registry's file is damaged: it was renamed to `file`, and the registry starts empty",
+                file=str(aside),
+                reason=str(damage),
+            )
             self._open(clock)
 
     def _open(self, clock: Callable[[], float]) -> None:
@@ -117,7 +121,10 @@ class Store:
         database, boot_id = self._database, BOOT_ID.read_text().strip()
         version = database.execute("PRAGMA user_version").fetchone()[0]
         if version > len(SCHEMA):
-            raise OperatorError(FAILED, f"{self._path}: written by a later fanwire; name another [gateway] database")
+            raise OperatorError(
+                FAILED,
+                f"{self._path}: written by a later version of fanwire; upgrade, or name another [gateway] database",
+            )
         if version < len(SCHEMA):
             with self._transaction():
                 for statement in filter(None, map(str.strip, "".join(SCHEMA[version:]).split(";"))):
@@ -157,7 +164,9 @@ class Store:
         except sqlite3.Error as error:
             if not self._failed:
                 log.error(
-                    "changes of the registry can't be kept, and are refused", file=str(self._path), reason=str(error)
+                    "the registry can't be written to disk: changes are refused until it can",
+                    file=str(self._path),
+                    reason=str(error),
                 )
             self._failed = True
             raise OSError(errno.EIO, "the registry can't be written to disk just now") from None
@@ -183,7 +192,7 @@ class Store:
             log.error("the registry's file was removed and can't be made anew", file=str(self._path), reason=str(error))
         else:
             self.restored += 1
-            log.warning("others have removed the registry's file: made anew", file=str(self._path))
+            log.warning("another program has removed the registry's file: it was made anew", file=str(self._path))
 
     def _write(self, event: Event) -> None:
         entry = event.entry
@@ -238,5 +247,5 @@ def _set_aside(path: Path) -> Path:
 
 def _cure(error: sqlite3.Error) -> str:
     if error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
-        return "in use; another gateway has this [gateway] database"
+        return "in use by another gateway; stop that one, or name another [gateway] database"
     return f"{error}; name another [gateway] database"

@@ -273,7 +273,7 @@ class Conversation:
         if wait_seconds and not (self._delay_told or isinstance(request, SignUp)):  # a name gets one answer only
             self._delay_told = True
             most = self._settings.requests_per_second
-            why = f"over {most} requests a second come from {self._origin}: yours wait, and are answered late"
+            why = f"more than {most} requests a second come from {self._origin}: yours are delayed; send fewer"
             self._due.append(Write(json_line(event="slowed", message=why)))
         self.state = ANSWERING
         self.deadlines.suspend()

@@ -56,8 +56,8 @@ class OpenConnections:
         most = self.settings.max_connections_per_address
         excess = self._by_origin[origin] - most
         if excess > 0:
-            return excess, f"{origin} has {most} connections open, as many as an address may; close some"
-        return len(self._open) - self._limit, "as many connections as allowed are open; try again"
+            return excess, f"{origin} has reached the limit of {most} connections an address; close some"
+        return len(self._open) - self._limit, "the limit of open connections is reached; try again later"
 
     def remove(self, connection: ClientConnection) -> None:
         """Forget a connection that is gone."""

@@ -19,7 +19,9 @@ def check_listener(listener: Listener, tokens: Iterable[Token]) -> None:
     if not listener.secure:
         raise _unusable(f"{at}; use tls://, with a certificate and tokens, or listen on 127.0.0.1, [::1] or unix://")
     if not any(tokens):
-        raise _unusable(f"{at}, and no client could use it; add a [[token]], which `fanwire token` makes")
+        raise _unusable(
+            f"{at}, and without a token no client could use it; add a [[token]], which `fanwire token` makes"
+        )
 
 
 def make_context(gateway: Gateway, tokens: Iterable[Token]) -> ssl.SSLContext:

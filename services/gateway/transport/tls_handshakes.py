@@ -55,7 +55,7 @@ class TlsAcceptor:
             except ConnectionAbortedError:  # the client has gone before it was accepted
                 continue
             except OSError as error:
-                log.warning("no connection can be accepted", reason=error.strerror)
+                log.warning("TLS connections can't be accepted for now", reason=error.strerror)
                 await asyncio.sleep(RETRY_SECONDS)
                 continue
             if self._open.has_room(self._under_way):

@@ -71,19 +71,26 @@ def add_wishes(parser: Parser) -> None:
     """Add the options for what a collector may ask of the registry; `wishes` makes fields of a request from them."""
     parser.add_argument("--port", type=int, metavar="PORT", help="UDP port the copies go to")
     parser.add_argument(
-        "--address", type=address, metavar="ADDRESS", help="where the copies go; default: where we connect from"
+        "--address", type=address, metavar="ADDRESS", help="address for the copies; default: this end of the connection"
     )
     parser.add_argument(
         "--source", choices=("relay", "original"), help=f"source address of the copies; default: {DEFAULT_TERMS.source}"
     )
     parser.add_argument(
-        "--from", dest="prefixes", type=prefix, action="append", metavar="CIDR", help="only of these exporters"
+        "--from",
+        dest="prefixes",
+        type=prefix,
+        action="append",
+        metavar="CIDR",
+        help="only datagrams of these exporters",
     )
     parser.add_argument("--sample", type=int, metavar="N", help="one datagram in N")
     parser.add_argument("--group", metavar="GROUP", help="share the streams with the group, by hash of source address")
     hop_limit, dscp = (f"default: {default}" for default in (DEFAULT_TERMS.hop_limit, DEFAULT_TERMS.dscp))
-    parser.add_argument("--hop-limit", type=whole(1, 255), metavar="N", help=f"of the copies (IPv4: TTL); {hop_limit}")
-    parser.add_argument("--dscp", type=whole(0, 63), metavar="N", help=f"of the copies; {dscp}")
+    parser.add_argument(
+        "--hop-limit", type=whole(1, 255), metavar="N", help=f"hop limit of the copies (IPv4: TTL); {hop_limit}"
+    )
+    parser.add_argument("--dscp", type=whole(0, 63), metavar="N", help=f"DSCP of the copies; {dscp}")
 
 
 def wishes(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -20,9 +20,11 @@ def add_gateway_arguments(parser: Parser) -> None:
         help="tcp://HOST:PORT, unix:///PATH or tls://HOST:PORT; default: as in settings",
     )
     parser.add_argument("--token-file", type=Path, metavar="FILE", help="holds the token to show to the gateway")
-    parser.add_argument("--authority", type=Path, metavar="FILE", help="who signed the gateway's certificate, PEM")
-    parser.add_argument("--certificate", type=Path, metavar="FILE", help="to show to the gateway, PEM")
-    parser.add_argument("--key", type=Path, metavar="FILE", help="of --certificate, where it is not in the same file")
+    parser.add_argument(
+        "--authority", type=Path, metavar="FILE", help="the authority that signed the gateway's certificate, PEM"
+    )
+    parser.add_argument("--certificate", type=Path, metavar="FILE", help="the certificate to show to the gateway, PEM")
+    parser.add_argument("--key", type=Path, metavar="FILE", help="the key of --certificate, if it is in another file")
 
 
 def _gateway(text: str) -> Endpoint:

@@ -121,7 +121,7 @@ class Lease:
             if self._registry and self._generation is not None:
                 self._registry.ask("leave", name=self._name, generation=self._generation)
         except (UnreachableError, RefusedError) as error:
-            say(f"left without saying so: {error}")
+            say(f"the entry could not be removed, and goes with its lease: {error}")
         finally:
             self._close()
 

@@ -62,7 +62,7 @@ class RefusedError(OperatorError):
 
     def __init__(self, answer: Answer) -> None:
         code = NOT_PERMITTED if answer.error == "not_permitted" else FAILED
-        super().__init__(code, answer.message or answer.error or "refused, without a reason")
+        super().__init__(code, answer.message or answer.error or "refused without a reason")
         self.error = answer.error
 
 
@@ -96,7 +96,7 @@ class RegistryClient:
         except ssl.SSLCertVerificationError as error:
             raise OperatorError(
                 NOT_PERMITTED,
-                f"{access.endpoint}: {error.verify_message}; --authority names who signed its certificate",
+                f"{access.endpoint}: {error.verify_message}; name who signed its certificate by --authority",
             ) from None
         except OSError as error:
             raise UnreachableError(access.endpoint, error.strerror or str(error)) from None
@@ -132,7 +132,7 @@ class RegistryClient:
         try:
             request = msgspec.json.encode({"op": op, **fields})
         except UnicodeEncodeError:  # an argument that was not UTF-8: Python keeps its bytes as surrogates
-            raise OperatorError(USAGE, "names are UTF-8") from None
+            raise OperatorError(USAGE, "an argument is not UTF-8; names have to be") from None
         try:
             self._connection.sendall(request + b"\n")
             while _decode(line := self._line(), _Told).event:
@@ -192,4 +192,6 @@ def _decode(line: bytes | msgspec.Raw, kind: type[T]) -> T:
         str(line, "utf-8")  # also the parts that stay JSON, and are printed
         return msgspec.json.decode(line, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:  # the last: nested thousands deep
-        raise OperatorError(UNAVAILABLE, f"what answers is not fanwire's registry: {error}") from None
+        raise OperatorError(
+            UNAVAILABLE, f"the answer is not from a fanwire gateway, check --gateway: {error}"
+        ) from None

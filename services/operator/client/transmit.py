@@ -66,8 +66,8 @@ def wait_for_transmitter(publisher: Publisher, reply_topic: str) -> None:
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not (publisher.wanted(TRANSMIT_TOPIC) and publisher.wanted(reply_topic)):
         if time.monotonic() >= deadline:
-            cure = "its log and `fanwire doctor` say what the running one lacks"
-            raise OperatorError(UNAVAILABLE, f"no transmitter has raw sockets; {cure}")
+            cure = "its log and `fanwire doctor` say what it lacks"
+            raise OperatorError(UNAVAILABLE, f"no running transmitter has raw sockets; {cure}")
         publisher.socket.poll(LOOK_MS)
         publisher.new_subscriptions()
 
@@ -75,7 +75,7 @@ def wait_for_transmitter(publisher: Publisher, reply_topic: str) -> None:
 def _sent(answers: list[Message | None], count: int) -> int:
     reply = answers[0].body if answers and answers[0] else None
     if not isinstance(reply, TransmitReply):
-        raise OperatorError(UNAVAILABLE, "the transmitter did not answer in time; frames may have left all the same")
+        raise OperatorError(UNAVAILABLE, "the transmitter did not answer in time; some frames may have left")
     if reply.error:
         raise OperatorError(EXIT_CODES.get(reply.error, UNAVAILABLE), describe_failure(reply, count))
     return reply.sent

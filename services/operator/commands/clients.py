@@ -28,13 +28,13 @@ UNITS = (("d", 86_400), ("h", 3_600), ("min", 60))
 
 def add_parser(subparsers: Subparsers) -> None:
     """Add the three commands."""
-    listing = add_command(subparsers, "clients", run_clients, "list who has signed up")
+    listing = add_command(subparsers, "clients", run_clients, "list the clients")
     register = add_command(subparsers, "register", run_register, "sign up a client, or a collector for streams")
-    leave = add_command(subparsers, "leave", run_leave, "take a client off the list")
+    leave = add_command(subparsers, "leave", run_leave, "remove a client")
     for parser in (listing, register, leave):
         add_gateway_arguments(parser)
     for parser in (listing, register):
-        parser.add_argument("--json", action="store_true", help="print what the registry answers, as JSON")
+        parser.add_argument("--json", action="store_true", help="print the registry's answer as JSON")
     for parser in (register, leave):
         parser.add_argument("name", metavar="NAME")
     register.add_argument(
@@ -113,7 +113,7 @@ def run_register(arguments: argparse.Namespace, settings: Settings) -> int:
 
 def describe(entry: Entry) -> str:
     """Return one line for what was granted."""
-    line = f"{entry.name}: on the list as {entry.address} port {entry.port}"
+    line = f"{entry.name}: registered as {entry.address} port {entry.port}"
     if entry.streams:
         line = f"{entry.name}: copies of {', '.join(entry.streams)} go to {entry.address} port {entry.port}"
         line += f", source {entry.source}"
@@ -132,7 +132,7 @@ def run_leave(arguments: argparse.Namespace, settings: Settings) -> int:
         if generation is None:
             entry = registry.ask("list").entries().get(arguments.name)
             if entry is None:
-                raise OperatorError(FAILED, f"{arguments.name} is not on the list; `fanwire clients` shows who is")
+                raise OperatorError(FAILED, f"{arguments.name} is not registered; `fanwire clients` lists the clients")
             generation = entry.generation
         registry.ask("leave", name=arguments.name, generation=generation)
     print(printable(f"{arguments.name} has left"))

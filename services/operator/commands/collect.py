@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
         except OSError as error:
             if arguments.write is None or error.errno not in NO_ROOM:
                 raise
-            raise OperatorError(FAILED, f"{arguments.write}: {error.strerror}; what came since is lost") from None
+            raise OperatorError(FAILED, f"{arguments.write}: {error.strerror}; later datagrams are lost") from None
         if dropped := kernel_drops(receiver):
             say(f"{dropped} datagrams dropped by the kernel: the receive buffer was full")
     return OK
@@ -79,7 +79,9 @@ def _open_output(arguments: argparse.Namespace, closing: ExitStack) -> Output:
     try:
         file = closing.enter_context(arguments.write.open("ab", buffering=0))
     except OSError as error:
-        raise OperatorError(CANT_CREATE, f"{arguments.write}: {error.strerror}") from None
+        raise OperatorError(
+            CANT_CREATE, f"{arguments.write}: {error.strerror}; name a file that this user can write"
+        ) from None
     return Output(file, as_payload, arguments.count)
 
 
@@ -92,9 +94,7 @@ def _open_receiver(asked: str | None, port: int, local: SocketAddress | None) ->
         receiver.bind((host, port, *scope))
     except (OSError, OverflowError) as error:
         receiver.close()
-        raise OperatorError(
-            CANT_CREATE, f"UDP {host} port {port}: {error}; without --port any free one is taken"
-        ) from None
+        raise OperatorError(CANT_CREATE, f"UDP {host} port {port}: {error}; leave --port out for a free one") from None
     enlarge_receive_buffer(receiver, RECEIVE_BUFFER)
     return receiver
 

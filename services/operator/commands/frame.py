@@ -24,7 +24,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--source", type=mac, required=True, metavar="MAC")
     parser.add_argument("--ethertype", type=ethertype, required=True, metavar="N", help="such as 0x0801")
     payload = parser.add_mutually_exclusive_group(required=True)
-    payload.add_argument("--payload", type=_payload, metavar="TEXT|@FILE", help="as UTF-8; or what is in FILE")
+    payload.add_argument("--payload", type=_payload, metavar="TEXT|@FILE", help="as UTF-8, or the content of FILE")
     payload.add_argument("--payload-hex", dest="payload", type=octets, metavar="HEX")
     parser.add_argument("--checksum", type=octets, default=b"", metavar="HEX", help="goes behind the payload")
     parser.add_argument("--count", type=whole(1, MAX_FRAMES), default=1, metavar="N", help="send it N times")

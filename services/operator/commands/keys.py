@@ -16,7 +16,7 @@ DIRECTORY_MODE: Final = 0o755
 def add_parser(subparsers: Subparsers) -> None:
     """Add the command."""
     parser = add_command(subparsers, "keys", run, "make the keys of [bus] keys")
-    parser.add_argument("directory", type=Path, metavar="DIRECTORY", help="made if it is not there")
+    parser.add_argument("directory", type=Path, metavar="DIRECTORY", help="created if it does not exist")
     parser.add_argument("roles", nargs="*", type=_role, metavar="ROLE", help=f"default: {' '.join(ROLES)}")
 
 
@@ -34,9 +34,11 @@ def run(arguments: argparse.Namespace, _settings: Settings) -> int:
             print(f"{secret}  {public}")
     except FileExistsError as error:
         raise OperatorError(
-            CANT_CREATE, f"{error.filename} is there already, and no key is replaced: move it away, or name other roles"
+            CANT_CREATE, f"{error.filename} exists, and keys are never replaced: move it away, or name other roles"
         ) from None
     except OSError as error:
-        raise OperatorError(CANT_CREATE, f"{error.filename}: {error.strerror}") from None
+        raise OperatorError(
+            CANT_CREATE, f"{error.filename}: {error.strerror}; name a directory that this user can write"
+        ) from None
     print("each service needs its own .secret and broker.public; the broker every .public")
     return OK

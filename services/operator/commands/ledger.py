@@ -52,7 +52,7 @@ def add_parser(subparsers: Subparsers) -> None:
         type=float,
         default=3.5,
         metavar="N",
-        help="how long services may take to catch up with each other; default: %(default)g",
+        help="time for services to catch up with each other, in seconds; default: %(default)g",
     )
 
 

@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
     wanted = arguments.services or SERVICES
     if missing := set(wanted) - _heard(settings, set(wanted), time.monotonic() + arguments.timeout):
         names = " ".join(name for name in wanted if name in missing)
-        raise OperatorError(UNAVAILABLE, f"not ready after {arguments.timeout:g} s: {names}")
+        raise OperatorError(UNAVAILABLE, f"not ready after {arguments.timeout:g} s, see their logs: {names}")
     print(f"all ready: {' '.join(wanted)}")
     if arguments.hint:
         print(*(f"    {line}" for line in hints(settings)), sep="\n")
@@ -63,7 +63,7 @@ def _heard(settings: Settings, wanted: set[str], deadline: float) -> set[str]:
 
 def hints(settings: Settings) -> Iterator[str]:
     """Yield lines that can be pasted into another terminal."""
-    yield f"{_program()} watch  # from another terminal, as what follows"
+    yield f"{_program()} watch  # in another terminal, as the lines below"
     listeners = [(stream, at) for stream in settings.streams for at in stream.endpoints if at.scheme == "udp"]
     for stream, listener in listeners[:1]:
         yield f"echo 'Hello you there!' | nc -u -w1 {_for_nc(listener)}"

@@ -22,13 +22,17 @@ TOKEN_BYTES: Final = 32
 
 def add_parser(subparsers: Subparsers) -> None:
     """Add the command."""
-    parser = add_command(subparsers, "token", run, "draw a token by which a client from elsewhere may use the gateway")
-    parser.add_argument("name", metavar="NAME", help="of its holder")
+    parser = add_command(subparsers, "token", run, "make a token for a client on another host")
+    parser.add_argument("name", metavar="NAME", help="the name of its holder")
     parser.add_argument(
         "--scope", dest="scopes", choices=SCOPES, action="append", required=True, help="may be repeated"
     )
     parser.add_argument(
-        "--stream", dest="streams", action="append", metavar="STREAM", help="it may sign up for; default: every stream"
+        "--stream",
+        dest="streams",
+        action="append",
+        metavar="STREAM",
+        help="a stream it may sign up for; default: every stream",
     )
     parser.add_argument(
         "--destination",
@@ -36,7 +40,7 @@ def add_parser(subparsers: Subparsers) -> None:
         type=prefix,
         action="append",
         metavar="CIDR",
-        help="where its copies may go without proof; may be repeated; default: none",
+        help="a network its copies may go to without proof; may be repeated; default: none",
     )
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the token to a new FILE; print the rest")
 
@@ -72,4 +76,4 @@ def _write(path: Path, token: str) -> None:
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:  # noqa: PTH123
             file.write(f"{token}\n")
     except OSError as error:
-        raise OperatorError(CANT_CREATE, f"{path}: {error.strerror}") from None
+        raise OperatorError(CANT_CREATE, f"{path}: {error.strerror}; name a new file that this user can make") from None

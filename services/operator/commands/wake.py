@@ -27,7 +27,7 @@ def add_parser(subparsers: Subparsers) -> None:
     mac = partial(or_usage, parse_mac)
     parser.add_argument("mac", type=mac, metavar="MAC")
     parser.add_argument(
-        "--interface", type=interface_name, required=True, metavar="IFACE", help="where the frame leaves"
+        "--interface", type=interface_name, required=True, metavar="IFACE", help="the interface the frame leaves by"
     )
     parser.add_argument(
         "--password", type=mac, default=b"", metavar="MAC", help="SecureOn: six bytes, written like a MAC"
@@ -56,9 +56,9 @@ def own_mac(interface: str) -> bytes:
             answer = fcntl.ioctl(control, SIOCGIFHWADDR, IFREQ.pack(interface.encode(), 0, b""))
     except OSError as error:
         raise OperatorError(
-            FAILED, f"interface {interface}: {error.strerror}; `ip link` shows those there are"
+            FAILED, f"interface {interface}: {error.strerror}; `ip link` lists the interfaces"
         ) from None
     _, kind, mac = IFREQ.unpack(answer)
     if kind != ARPHRD_ETHER:
-        raise OperatorError(FAILED, f"interface {interface} is not Ethernet")
+        raise OperatorError(FAILED, f"interface {interface} is not Ethernet; name one that is")
     return bytes(mac)

@@ -39,7 +39,7 @@ def add_parser(subparsers: Subparsers) -> None:
     """Add the command."""
     parser = add_command(subparsers, "watch", run, "print datagrams as they come in")
     parser.add_argument("stream", nargs="?", metavar="STREAM", help="default: every stream")
-    parser.add_argument("--from", dest="prefix", type=prefix, metavar="CIDR", help="only of these exporters")
+    parser.add_argument("--from", dest="prefix", type=prefix, metavar="CIDR", help="only datagrams of these exporters")
     add_count_argument(parser)
     forms = parser.add_mutually_exclusive_group()
     for name, help_text in (
@@ -117,4 +117,4 @@ class DatagramPrinter:
             say(f"{self._missed} datagrams missed so far: they come faster than they are printed")
         elif not self._connected and not last:
             self._speak_at = float("inf")
-            say(f"waiting for ingest: nobody publishes {self._what} yet")
+            say(f"waiting for ingest: no worker publishes {self._what} yet")

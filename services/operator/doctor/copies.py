@@ -1,4 +1,4 @@
-"""Whether copies flow to each collector, by what the senders count and the registry says. No I/O."""
+"""Flow of copies to each collector, by the senders' counts and the registry's word. No I/O."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
@@ -22,16 +22,16 @@ DENIED: Final = {
         "ping the collector; on its host and the routers: nft list ruleset, ip route get ADDRESS",
     ),
 }
-"""Counters that tell who denies copies, the surest first: what that means, and the cure."""
+"""Counters that tell who denies copies, the surest first: their meaning, and the cure."""
 GLOSSARY: Final = "services/operator/README.md has the cure of each cause"
 
 
 def check_copies(accounts: Mapping[str, Accounts], collectors: Sequence[Entry]) -> Iterator[Finding]:
-    """Who gets nothing, or less than what is theirs; `accounts` are those of each service that reports."""
+    """Yield collectors that get nothing, or less than their share; `accounts` are those of each service that reports."""
     troubled = {each.name: each.health for each in collectors if each.health not in (None, "ok")}
     waiting = [name for name, health in troubled.items() if health == "waiting"]
     for name in waiting:
-        why = "who sends its copies has not said that they flow, or is silent by now"
+        why = "its sender has not confirmed that copies flow, or is silent by now"
         yield error("copies", why, "see services and raw_sockets: start or restart what is missing there", name)
     found = [
         finding
@@ -42,12 +42,16 @@ def check_copies(accounts: Mapping[str, Accounts], collectors: Sequence[Entry]) 
     ]
     yield from found
     if not (waiting or found):
-        why = "copies flow, and none was dropped since its collector signed up" if accounts else "nobody sends any yet"
+        why = (
+            "copies flow, and none was dropped since its collector signed up"
+            if accounts
+            else "no service sends any yet"
+        )
         yield ok("copies", why)
 
 
 def _lost(service: str, name: str, account: Mapping[str, int], troubled: Mapping[str, object]) -> Iterator[Finding]:
-    """What a sender has dropped of a collector's copies, or hears that others drop."""
+    """Yield the drops of a collector's copies by a sender, or by others as far as it hears of them."""
     causes = {cause: count for cause, count in account.items() if cause.startswith(DROPPED) and count}
     denied = {counter: account[counter] for counter in DENIED if account.get(counter)}
     if not (causes or denied):

@@ -75,20 +75,22 @@ def _receive_buffer(facts: HostFacts, stream: str, asked: int, listeners: list[L
     if listeners:
         has = min(listener.receive_buffer for listener in listeners)
         if has < asked:
-            return warning(name, f"its listeners have {has} of the {asked} bytes asked for: bursts drop", cure, stream)
+            return warning(
+                name, f"its listeners have {has} of the {asked} bytes asked for: bursts are dropped", cure, stream
+            )
         return ok(name, f"its listeners have {has} bytes", stream)
     most = facts.sysctls.get("net.core.rmem_max")
     if most is None:
         return unseen(name, "net.core.rmem_max", stream)
     if most < asked:
-        why = f"net.core.rmem_max allows {most} of {asked} bytes, unless ingest has CAP_NET_ADMIN: bursts drop"
+        why = f"net.core.rmem_max allows {most} of {asked} bytes, unless ingest has CAP_NET_ADMIN: bursts are dropped"
         return warning(name, why, cure, stream)
     return ok(name, f"net.core.rmem_max allows the {asked} bytes it will ask for", stream)
 
 
 def _kernel_drops(stream: str, listeners: list[ListeningSocket]) -> Finding:
     if not listeners:
-        return ok("kernel_drops", "no listener of it is to be seen", stream)
+        return ok("kernel_drops", "none of its listeners can be seen", stream)
     if dropped := sum(listener.dropped for listener in listeners):
         cure = "a larger [[stream]] receive_buffer, or a further ingest worker"
         return warning("kernel_drops", f"the kernel dropped {dropped} datagrams at its listeners", cure, stream)
@@ -155,7 +157,7 @@ def _reverse_path(facts: HostFacts) -> Iterator[Finding]:
     if not strict or (len(facts.reverse_path) == 1 and not dropped):
         yield ok(
             "reverse_path",
-            f"rp_filter is nowhere strict where an exporter could come another way than its answers{said}",
+            f"no interface with strict rp_filter could drop an exporter's datagrams{said}",
         )
         return
     for interface in strict:
@@ -181,6 +183,6 @@ def _clock(facts: HostFacts) -> Finding:
     if facts.synchronised is None:
         return unseen("clock", "whether the clock is synchronised")
     if not facts.synchronised:
-        why = "the kernel says that nobody synchronises the clock: times of receipt drift"
+        why = "the clock is not synchronised: times of receipt drift"
         return warning("clock", why, "start chrony or systemd-timesyncd, `timedatectl set-ntp true`")
     return ok("clock", "the clock is set and synchronised")

@@ -39,8 +39,8 @@ def check_listening(facts: ListeningFacts, accounts: Mapping[str, Accounts], set
     """Yield every finding about the listeners; `accounts` are those of each service that reports."""
     workers = {name: kept for name, kept in accounts.items() if name.partition(".")[0] == "ingest"}
     if not workers:
-        yield ok("listeners", "no ingest reports: nobody listens")
-        yield ok("receiving", "no ingest reports: nobody receives")
+        yield ok("listeners", "no ingest worker reports: nothing listens")
+        yield ok("receiving", "no ingest worker reports: nothing is received")
         return
     found = [
         finding
@@ -48,7 +48,7 @@ def check_listening(facts: ListeningFacts, accounts: Mapping[str, Accounts], set
         for endpoint in stream.endpoints
         for finding in _listener(facts, stream.name, str(endpoint), is_multicast(endpoint.host))
     ]
-    yield from found or [ok("listeners", "what is sent to the listeners of every stream can come there")]
+    yield from found or [ok("listeners", "datagrams can reach the listeners of every stream")]
     failing = [finding for service, kept in workers.items() for finding in _receiving(service, kept)]
     yield from failing or [ok("receiving", "no receive call has failed")]
 
@@ -56,21 +56,21 @@ def check_listening(facts: ListeningFacts, accounts: Mapping[str, Accounts], set
 def _listener(facts: ListeningFacts, stream: str, listen: str, group: bool) -> Iterator[Finding]:
     name = "listeners"
     if group and not facts.groups.get(listen, True):
-        why = f"{listen}: this host has not joined the group on that interface: nothing comes"
+        why = f"{listen}: this host has not joined the group on that interface: nothing arrives"
         yield error(name, why, "ip maddress show; is the interface there? " + RESTART, stream)
     if address := facts.unassigned.get(listen):
-        why = f"{listen}: no interface of this host has {address}: nothing comes"
+        why = f"{listen}: no interface of this host has {address}: nothing arrives"
         yield error(name, why, "ip address show; add it, or listen elsewhere", stream)
     path = facts.paths.get(listen)
     if path is None:
         return
     if not path.is_socket:
-        yield error(name, f"{listen}: there is no socket: others have removed or replaced it", RESTART, stream)
+        yield error(name, f"{listen}: there is no socket: another program has removed or replaced it", RESTART, stream)
     elif path.closed_at:
-        why = f"{listen}: other users may not enter {path.closed_at}: what they send is refused"
+        why = f"{listen}: other users may not enter {path.closed_at}: their datagrams are refused"
         yield warning(name, why, f"chmod o+x {path.closed_at}, or put the path elsewhere, as in /run", stream)
     elif not path.mode & EVERYBODY_WRITES:
-        why = f"{listen}: its mode is {path.mode & 0o777:04o}: what other users send is refused"
+        why = f"{listen}: its mode is {path.mode & 0o777:04o}: datagrams of other users are refused"
         yield warning(name, why, f"chmod 0666 {listen.partition('://')[2]}; or {RESTART}", stream)
 
 
@@ -83,7 +83,7 @@ def _receiving(service: str, accounts: Accounts) -> Iterator[Finding]:
         if number := account.get(RECEIVE_ERRNO, 0):
             word = errno.errorcode.get(number, str(number))
             why = f"{service} receives nothing at {listen}: {os.strerror(number)} ({word}), {failed} times by now"
-            yield error("receiving", why, "see what denies it: seccomp or AppArmor profile, SELinux; its log", stream)
+            yield error("receiving", why, "check its seccomp or AppArmor profile and SELinux; see its log", stream)
         elif failed > 1:
-            why = f"{failed} receive calls of {service} at {listen} have failed, the last one has not"
+            why = f"{failed} receive calls of {service} at {listen} have failed; the last one succeeded"
             yield warning("receiving", why, "see why in its log: journalctl -u 'fanwire-ingest@*'", stream)

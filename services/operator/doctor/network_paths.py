@@ -44,7 +44,7 @@ class NetworkPath:
     next_hop: str = ""
     neighbour: int = 0
     mtu_known: bool = False
-    """Whether `mtu` is of the whole way: set for the route, or learnt from a router."""
+    """True if `mtu` is of the whole way: set for the route, or learnt from a router."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def check_network_paths(
 
     def each(name: str, whom: Sequence[Entry], judge: Judge, fine: str) -> Iterator[Finding]:
         found = [finding for collector in whom if (finding := judge(collector))]
-        yield from found or [ok(name, fine if whom else "no collector that it concerns")]
+        yield from found or [ok(name, fine if whom else "no collector needs it")]
 
     def way(collector: Entry) -> NetworkPath | None:
         return facts.paths.get(collector.address)
@@ -80,14 +80,14 @@ def check_network_paths(
 
         if not own.receive(collector.address, collector.port, is_local):
             return None
-        why = f"{_at(collector)} is a listener of our own: each copy would come back and be copied again"
+        why = f"{_at(collector)} is one of fanwire's own listeners: each copy would come back and be copied again"
         return error("loops", why, f"{_leave(collector)}, and receive on another port", collector.name)
 
     def destination(collector: Entry) -> Finding | None:
         address = ipaddress.ip_address(collector.address)
         if any(address in prefix for prefix in allowed):
             return None
-        why = f"[transmitter] destinations does not cover {address}: it gets nothing, and looks as if it did"
+        why = f"[transmitter] destinations does not cover {address}: it gets no copies, though it is registered"
         return error("destinations", why, f'add "{address}/{address.max_prefixlen}" to it', collector.name)
 
     def route(collector: Entry) -> Finding | None:
@@ -115,9 +115,11 @@ def check_network_paths(
         found = way(collector)
         return None if found is None or found.local else _mtu(collector, found, facts.longest_mtu)
 
-    yield from each("loops", collectors, loop, f"{count}, and none is a listener of our own")
+    yield from each("loops", collectors, loop, f"{count}, and none is one of fanwire's own listeners")
     yield from _doubles(collectors)
-    yield from each("destinations", originals, destination, "[transmitter] destinations covers whom it is for")
+    yield from each(
+        "destinations", originals, destination, "[transmitter] destinations covers every collector that needs it"
+    )
     yield from each("route", collectors, route, f"there is a route to {count}")
     yield from each("interface", collectors, interface, "the interfaces that copies leave by are up")
     yield from each("next_hop", collectors, next_hop, "no next hop is known to be silent")
@@ -143,7 +145,7 @@ def _doubles(collectors: Sequence[Entry]) -> Iterator[Finding]:
         others = known.setdefault((collector.address, collector.port), [])
         if other := next((other for other in others if _get_the_same(collector, other)), None):
             clean = False
-            why = f"{other.name} is at {_at(collector)} too: datagrams come there twice"
+            why = f"{other.name} is at {_at(collector)} too: datagrams arrive there twice"
             yield warning("doubles", why, f"{_leave(collector)}, or give both one group", collector.name)
         others.append(collector)
     if clean:
@@ -174,7 +176,7 @@ def _mtu(collector: Entry, way: NetworkPath, longest: int) -> Finding | None:
         return warning("mtu", why, f"{cure}{collector.address}`", collector.name)
     cure = f"raise the MTU on the way, or keep datagrams under {room} bytes; see `ip route get {collector.address}`"
     if way.mtu < way.link_mtu:
-        late = "; a router can't cut IPv6, so what is longer is lost where we don't know of it" if six else ""
+        late = "; routers don't cut IPv6: longer packets are lost where that MTU is not known" if six else ""
         why = f"behind {way.interface} (MTU {way.link_mtu}) the way takes {way.mtu} bytes: longer ones are cut{late}"
         return warning("mtu", why, cure, collector.name)
     if way.mtu < longest:
@@ -188,7 +190,7 @@ def _reverse_path_there(abroad: list[str]) -> Finding:
     name = "reverse_path_there"
     if not abroad:
         return ok(name, "no collector on another host asks for the exporter's address")
-    why = "whether their hosts take packets with the exporters' addresses can't be seen from here, and nobody tells"
+    why = "their hosts may drop packets with the exporters' addresses, and that can't be seen from here"
     cure = (
         "there: `sysctl net.ipv4.conf.all.rp_filter net.ipv4.conf.IFACE.rp_filter`, the larger must be 0, or 2 with a"
         " route to the exporters; `nstat -az TcpExtIPReversePathFilter` counts drops; on switches: no uRPF"
@@ -199,7 +201,7 @@ def _reverse_path_there(abroad: list[str]) -> Finding:
 def _cloud(vendor: str, abroad: list[str]) -> Finding:
     cloud = next((known for known in CLOUDS if vendor.startswith(known)), "")
     if not cloud:
-        return ok("cloud", f"not a cloud known for a source/destination check: {vendor or 'no vendor told'}")
+        return ok("cloud", f"no cloud known for a source/destination check: {vendor or 'the vendor is unknown'}")
     if not abroad:
         return ok("cloud", f"{cloud}: its source/destination check does not matter to relayed copies")
     why = f"{cloud} drops packets with addresses that are not this machine's, unless told not to"

@@ -77,16 +77,18 @@ def probe(
                 with suppress(OperatorError):  # else the entry goes with the connection
                     registry.ask("leave", name=entry.name, generation=entry.generation)
     except OperatorError as refused:
-        return error(name, f"no collector could sign up for it: {refused}", "see services and raw_sockets", subject)
+        return error(
+            name, f"the probe's collector could not sign up: {refused}", "see services and raw_sockets", subject
+        )
     except OSError as failed:
-        return error(name, f"it could not be sent to {target[0]}: {failed.strerror}", "see `ip address`", subject)
+        return error(
+            name, f"the probe could not be sent to {target[0]}: {failed.strerror}", "see `ip address`", subject
+        )
     if came_from is None:
         return error(name, f"no copy came within {COPY_SECONDS:g} s: {lost}", "fanwire ledger", subject)
     if again:
-        why = (
-            "it came round again: a collector of the stream sends to it what it gets, and all of it goes round for ever"
-        )
-        return error(name, why, "let one of them go: fanwire leave NAME, see fanwire clients", subject)
+        why = "the probe came back again: a collector of the stream sends its copies to the stream, in an endless loop"
+        return error(name, why, "remove that collector: fanwire leave NAME; fanwire clients lists them", subject)
     if source == "original" and came_from != (own, own_port):
         why = f"sent from {own} port {own_port}, its copy came from {came_from[0]} port {came_from[1]}"
         return error(name, why, "look for NAT on loopback: nft list ruleset", subject)
@@ -156,18 +158,18 @@ def where_lost(before: Ledger, after: Ledger, stream: str, collector: str) -> st
     for service, accounts in after.items():
         account = accounts.get(f"collector/{collector}", {})
         if account.get(DELIVERED):
-            return f"{service} sent it, and this host's kernel did not bring it: rp_filter or a firewall on lo"
+            return f"{service} sent it, and this host's kernel did not deliver it: rp_filter or a firewall on lo"
         if dropped(account):
             return f"{service} counts it as {', '.join(name for name in account if name.startswith(DROPPED))}"
         if account.get(MISSED):
             return f"the bus lost it on the way to {service}"
         if account.get(EXPECTED):
-            return f"{service} had it, and found it not to be for this collector"
+            return f"{service} got it, but it did not match this collector"
     received, published = (_grown(before, after, stream, counter) for counter in (RECEIVED, PUBLISHED))
     if received <= 0:  # less, where a worker is gone
         return "ingest did not receive it: does it run, and listen there? a firewall on lo?"
     if published <= 0:
-        return "ingest received it and nobody was known to want it"
+        return "ingest received it, and no service had subscribed to the stream"
     return "ingest published it, and no sender serves this collector"
 
 

@@ -58,9 +58,11 @@ def check_services(facts: ServiceFacts, settings: Settings, collectors: Sequence
     """Yield every finding about the services."""
     directory = settings.bus.path
     if facts.bus:
-        yield warning("bus", f"{directory}: {facts.bus}", "ask as the services' user, `sudo -u fanwire fanwire doctor`")
+        yield warning(
+            "bus", f"{directory}: {facts.bus}", "run it as the services' user, `sudo -u fanwire fanwire doctor`"
+        )
     else:
-        yield ok("bus", f"{directory} is open to this user, or not there yet")
+        yield ok("bus", f"{directory} is open to this user, or does not exist yet")
     yield _kept(facts, str(directory))
     yield _services(facts)
     yield from _alone(facts)
@@ -80,22 +82,22 @@ def _kept(facts: ServiceFacts, directory: str) -> Finding:
     """Return whether the files of the bus stay in their place, as a finding."""
     name, cure = "bus_kept", "set [bus] directory to one under /run, or set XDG_RUNTIME_DIR; restart every service"
     if facts.removed:
-        why = f"others have removed {' and '.join(facts.removed)}: a second broker could take the bus, the list is lost"
-        return error(name, f"{why} with the gateway", cure)
+        why = f"another program has removed {' and '.join(facts.removed)}: a second broker could take the bus"
+        return error(name, f"{why}, and a restart of the gateway would lose the clients", cure)
     counts = {
         each: sum(kept.get(FILES_RESTORED, 0) for kept in facts.accounts[each].values()) for each in facts.accounts
     }
     if restored := {service: count for service, count in counts.items() if count}:
         said = ", ".join(f"{service} has made {count} anew" for service, count in restored.items())
-        return warning(name, f"others remove files of the bus or the registry: {said}", cure)
+        return warning(name, f"another program removes files of the bus or the registry: {said}", cure)
     if facts.cleaned:
-        return warning(name, f"{directory}: systemd-tmpfiles removes what has not changed there for days", cure)
-    return ok(name, f"nobody is known to clean {directory}")
+        return warning(name, f"{directory}: systemd-tmpfiles removes files there that have not changed for days", cure)
+    return ok(name, f"no program is known to clean {directory}")
 
 
 def _services(facts: ServiceFacts) -> Finding:
     if facts.broker is None:
-        return warning("services", "the bus can't be seen, so nobody is heard on it", "see bus")
+        return warning("services", "the bus can't be used from here, so no service can be heard", "see bus")
     if not facts.broker:
         why, cure = "no broker runs in the bus directory", START
         if facts.gateway:
@@ -116,13 +118,13 @@ def _alone(facts: ServiceFacts) -> Iterator[Finding]:
         why = f"{running[kind]} of them run, and collectors get every copy from each"
         yield error("one_sender", why, f"stop all but one: honcho start -c {kind}=1", kind)
     if not several:
-        yield ok("one_sender", "nobody sends copies that another one sends too")
+        yield ok("one_sender", "no copies are sent twice")
 
 
 def _gateway(facts: ServiceFacts) -> Finding:
     if not facts.gateway:
-        return ok("gateway", "it answers")
-    why = f"{facts.gateway}; of collectors only those of the settings are checked"
+        return ok("gateway", "the gateway answers")
+    why = f"{facts.gateway}; only the collectors of the settings are checked"
     return (error if facts.broker else warning)("gateway", why, START)
 
 
@@ -149,7 +151,7 @@ def why_not_raw(raw: RawSocketFacts) -> tuple[str, str]:
         return "the kernel has no AF_PACKET, or a unit's RestrictAddressFamilies= leaves it out", "systemctl cat UNIT"
     if raw.failed and not raw.in_bounds:
         cure = "docker run --cap-add NET_RAW; Kubernetes: capabilities.add, and runAsUser: 0, as others lack it still"
-        return "CAP_NET_RAW is out of bounds for all that is started from here", cure
+        return "CAP_NET_RAW is not in the bounding set of programs started from here", cure
     if raw.failed:
         cure = "as root: setpriv --reuid USER --init-groups --inh-caps +net_raw --ambient-caps +net_raw "
         cure += "fanwire transmitter"
@@ -160,7 +162,7 @@ def why_not_raw(raw: RawSocketFacts) -> tuple[str, str]:
             )
         return "this user lacks CAP_NET_RAW", cure
     if raw.unfit:
-        return raw.unfit, "[transmitter] user: one who can read the interpreter, Debian's python3 for example"
+        return raw.unfit, "set [transmitter] user to one that can read the interpreter, such as Debian's python3"
     return "", ""
 
 

@@ -27,7 +27,9 @@ TOOLS: Final = {
 def add_parser(subparsers: Subparsers) -> None:
     """Add the command."""
     parser = add_command(subparsers, "import", run, "print settings made of another replicator's receiver file")
-    parser.add_argument("tool", choices=TOOLS, help="whose: samplicator's -c FILE, or pmacct's tee_receivers")
+    parser.add_argument(
+        "tool", choices=TOOLS, help="the program of the file: samplicator's -c FILE, or pmacct's tee_receivers"
+    )
     parser.add_argument("file", type=Path, metavar="FILE")
     parser.add_argument("--stream", type=_stream_name, default="imported", metavar="NAME", help="default: imported")
     parser.add_argument(
@@ -35,7 +37,7 @@ def add_parser(subparsers: Subparsers) -> None:
         type=_endpoint,
         action="append",
         metavar="ENDPOINT",
-        help="where exporters send to, as udp://HOST:PORT; default: every address, and the port that the tool has",
+        help="a listener for exporters, as udp://HOST:PORT; default: every address, and the tool's own port",
     )
     parser.add_argument(
         "--source",
@@ -69,7 +71,7 @@ class Lookup:
         except ValueError:
             pass
         if not (host and host.isprintable()):
-            raise ValueError(f"{host!r} is not a host")
+            raise ValueError(f"{host!r} is not a host name or address")
         if host not in self.found:
             try:
                 self.found[host] = str(resolve(host, 0, socket.SOCK_DGRAM)[0][1][0])
@@ -110,5 +112,5 @@ def _tell(lines: list[Line], settings: Settings) -> int:
         for text in line.left_out:
             say(f"line {line.number}: left out: {text}")
     if not settings.collectors:
-        say("there is no receiver in what was taken over")
+        say("the imported lines name no receiver")
     return FAILED if any(line.left_out for line in lines) or not settings.collectors else OK

@@ -27,7 +27,7 @@ def parse_line(text: str, line: Line, names: Names) -> None:
         raise ValueError("expected ip=HOST:PORT,...")
     line.receivers += [_parse_receiver(each, names) for each in map(str.strip, keys["ip"].split(",")) if each]
     if not line.receivers:
-        raise ValueError("ip: there is no receiver")
+        raise ValueError("ip: expected at least one HOST:PORT")
     if balance := keys.get("balance-alg"):
         line.shared = True
         _tell_balance(balance, pool, line)
@@ -42,7 +42,7 @@ def _parse_keys(text: str) -> dict[str, str]:
         if not equals or not value:
             raise ValueError(f"expected KEY=VALUE without spaces, not {word!r}")
         if key in keys:
-            raise ValueError(f"{key} is there twice")
+            raise ValueError(f"duplicate key {key}; pmacct takes each once a line")
         keys[key] = value
     return keys
 

@@ -16,7 +16,7 @@ SIEM = {"op": "register", "name": "siem", "streams": ["messages"], "port": 9514,
 
 
 def clean(directory: Path, configuration: Path) -> None:
-    """Have systemd-tmpfiles remove from a directory whatever it may, however new."""
+    """Let systemd-tmpfiles remove from a directory all that it may, however new."""
     configuration.write_text(f"d {directory} - - - 0\n")
     subprocess.run(["systemd-tmpfiles", "--clean", configuration], check=True)
 
@@ -44,25 +44,25 @@ def test_tmpfiles_lets_the_bus_alone(stack: Stack, tmp_path: Path) -> None:
 
 
 def remove_lock(bus: Path) -> None:
-    """The lock alone."""
+    """Remove the lock alone."""
     (bus / "lock").unlink()
 
 
 def remove_sockets(bus: Path) -> None:
-    """What services connect to."""
+    """Remove the sockets that services connect to."""
     (bus / "publish").unlink()
     (bus / "subscribe").unlink()
 
 
 def remove_files(bus: Path) -> None:
-    """Whatever is in it."""
+    """Remove all that is in it."""
     for path in bus.iterdir():
         path.unlink()
 
 
 @pytest.mark.parametrize("remove", [remove_lock, remove_sockets, remove_files, shutil.rmtree])
 def test_removed_files_are_made_anew(stack: Stack, remove: Callable[[Path], None]) -> None:
-    """Whatever is removed of the bus directory, services go on, latecomers find them, and a restart finds the list."""
+    """Services go on, latecomers find them, and a restart finds the list, whatever is removed of the bus directory."""
     stack.configure("[gateway]\nserve_seconds = 10\n")
     stack.start_all()
     ask_json(SIEM)
@@ -73,7 +73,7 @@ def test_removed_files_are_made_anew(stack: Stack, remove: Callable[[Path], None
     second = stack.start("broker", ready=False)
     assert second.process.wait(20) == 73
     assert "another broker runs on" in second.text
-    assert stack.running[0].events("others have removed files of the bus: made anew")
+    assert stack.running[0].events("another program has removed files of the bus: they were made anew")
     stack.start("ingest.2")
     code, text = run(stack, "ledger", "--json")
     assert (code, json.loads(text)["balanced"]) == (0, True)
@@ -99,7 +99,7 @@ def test_a_second_broker_does_not_take_the_bus(stack: Stack) -> None:
 
 
 def test_a_broker_whose_bus_was_taken_ends(stack: Stack) -> None:
-    """Where everything was removed and another broker came at once, the first ends, says why, and leaves it the bus."""
+    """The first broker ends, says why, and leaves the bus to another that came at once when all was removed."""
     first = stack.start("broker")
     stack.start("gateway")
     first.process.send_signal(signal.SIGSTOP)

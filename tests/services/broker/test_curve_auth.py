@@ -83,7 +83,7 @@ def test_key_of_ingest_publishes_no_registry_and_no_frames(stack: Stack, keys: P
         assert not subscriber.rejected
     refused(stack, keys, **{REFUSED_TOPIC: 4, REFUSED_SENDER: 2, REFUSED_MALFORMED: 4})
     said = [line for line in stack["broker"].log if "refused" in line["event"]]
-    assert said[0]["event"] == "message refused: not this role's to publish"
+    assert said[0]["event"] == "message refused: the role of its key may not publish it"
     assert (said[0]["role"], said[0]["topic"]) == ("ingest", REGISTRY_TOPIC)
     assert len(said) <= 3, "more than a line a second"
 
@@ -124,7 +124,7 @@ def test_large_messages_of_several_parts_keep_their_order(stack: Stack, keys: Pa
             assert bytes(message.batch.payload) == batch.payload
 
 
-@pytest.mark.parametrize(("stranger", "said"), [("plain", "it came without a key"), ("unknown", "unknown key")])
+@pytest.mark.parametrize(("stranger", "said"), [("plain", "it has no key"), ("unknown", "unknown key")])
 def test_strangers_neither_hear_nor_speak(stack: Stack, keys: Path, stranger: str, said: str) -> None:
     """A connection without a key, or with one that is not on the list, gets no message and has none passed on."""
     with (
@@ -185,7 +185,7 @@ def test_missing_key_is_one_line_everywhere(stack: Stack, name: str) -> None:
     running = stack.start(name, *(("watch",) if name == "operator" else ()), ready=False)
     assert running.process.wait(20) == 78
     directory = stack.directory / "keys"
-    cure = f"{directory}/{name}.secret: there is no such key; `fanwire keys {directory}` makes keys"
+    cure = f"{directory}/{name}.secret: there is no such key; make keys with `fanwire keys {directory}`"
     assert running.text.splitlines()[-1] == cure
     assert "Traceback" not in running.text
 
@@ -197,7 +197,7 @@ def test_broker_with_another_pair_is_told_so(stack: Stack, keys: Path) -> None:
     (keys / "ingest.public").unlink()
     broker = stack.start("broker", ready=False)
     assert broker.process.wait(20) == 78
-    assert broker.text == f"{keys}/broker.public: not the public key that goes with broker.secret\n"
+    assert broker.text == f"{keys}/broker.public: not the public key of broker.secret; use the pair made together\n"
 
 
 def test_broker_with_keys_ends_and_starts_like_any(stack: Stack, keys: Path) -> None:

@@ -318,7 +318,7 @@ def test_second_gateway_on_the_same_file(stack: Stack, gateway: Running) -> None
     stack.configure('[gateway]\nlisten = ["tcp://127.0.0.1:5005"]\n')
     second = stack.start("gateway", ready=False)
     assert second.process.wait(20) == 1
-    assert "another gateway has this [gateway] database" in second.text
+    assert "in use by another gateway" in second.text
     assert ask_json({"op": "list"})["ok"]
 
 
@@ -330,7 +330,8 @@ def test_damaged_file(stack: Stack, gateway: Running) -> None:
     file.write_bytes(b"\xa5" * file.stat().st_size)
     again = stack.start("gateway")
     assert ask_json({"op": "list"})["clients"] == {}
-    assert len(again.events("the registry's file was damaged: set aside, starting empty")) == 1
+    damaged = "the registry's file is damaged: it was renamed to `file`, and the registry starts empty"
+    assert len(again.events(damaged)) == 1
     assert len(list(stack.bus.glob("registry.sqlite.damaged-*"))) >= 1
 
 

@@ -96,15 +96,15 @@ class TestPath:
             if instead == "directory":
                 path.parent.rmdir()
             if instead != "nothing":
-                wait_until(lambda: "nothing is received" in worker.text, "it says what is in the way")
-                line = next(line for line in worker.log if line["event"].startswith("nothing is received"))
+                wait_until(lambda: "a listener receives nothing" in worker.text, "it says what is in the way")
+                line = next(line for line in worker.log if line["event"].startswith("a listener receives nothing"))
                 assert f"unixgram://{path}" in line["event"]
                 assert instead == "directory" or path.read_text() == "mine"
                 connected.send(b"still")
                 assert take_datagrams(subscriber, 1)[0][2] == b"still"
                 path.unlink() if instead == "file" else path.parent.mkdir()
             wait_until(path.is_socket, "it is made anew")
-        (line,) = worker.events("others had removed the path: bound it again")
+        (line,) = worker.events("bound the path again: another program had removed it")
         assert line["listen"] == f"unixgram://{path}"
         assert path.stat().st_mode & 0o777 == 0o666
         wait_until(lambda: reaches(path), "it is listened on")
@@ -167,9 +167,12 @@ class TestGroup:
                     multicast(exporter, "10.22.0.2", b"wrong link")
                     multicast(exporter, "10.21.0.2", b"right link")
                     assert take_datagrams(subscriber, 1) == [("10.21.0.2", 5999, b"right link")]
-                wait_until(lambda: "nothing is received" in worker.text, "it says that the interface is gone")
+                wait_until(lambda: "a listener receives nothing" in worker.text, "it says that the interface is gone")
                 with veth(near, far):
-                    wait_until(lambda: worker.events("joined the group again"), "it has joined again")
+                    wait_until(
+                        lambda: worker.events("joined the multicast group again: its interface is a new one"),
+                        "it has joined again",
+                    )
                     multicast(exporter, "10.21.0.2", b"again")
                     assert take_datagrams(subscriber, 1) == [("10.21.0.2", 5999, b"again")]
 
@@ -195,16 +198,16 @@ def multicast(host: Host, source: str, payload: bytes) -> None:
 @pytest.mark.parametrize(
     ("listen", "why"),
     [
-        ("tcp://239.1.1.1:5514", "what is sent to 239.1.1.1 comes by UDP alone; listen on udp://"),
-        ("tcp://[ff15::1]:5514", "what is sent to ff15::1 comes by UDP alone; listen on udp://"),
-        ("tcp://255.255.255.255:5514", "what is sent to 255.255.255.255 comes by UDP alone; listen on udp://"),
+        ("tcp://239.1.1.1:5514", "datagrams to 239.1.1.1 come by UDP only; listen on udp://"),
+        ("tcp://[ff15::1]:5514", "datagrams to ff15::1 come by UDP only; listen on udp://"),
+        ("tcp://255.255.255.255:5514", "datagrams to 255.255.255.255 come by UDP only; listen on udp://"),
         ("udp://[fe80::1]:5514", "add the interface, as in udp://[fe80::1%eth0]:5514"),
         ("udp://[ff02::1]:5514", "add the interface, as in udp://[ff02::1%eth0]:5514"),
         ("udp://192.0.2.1%eth0:5514", "an interface (%) goes with a multicast or link-local address alone"),
         ("udp://localhost%lo:5514", "an interface (%) goes with an address, not with a name"),
-        ("udp://192.0.2.1:5514", "no interface of this host has that address (`ip address`)"),
-        ("udp://240.0.0.1:5514", "no interface of this host has that address (`ip address`)"),
-        ("udp://0.1.2.3:5514", "no interface of this host has that address (`ip address`)"),
+        ("udp://192.0.2.1:5514", "no interface of this host has that address; listen on one"),
+        ("udp://240.0.0.1:5514", "no interface of this host has that address; listen on one"),
+        ("udp://0.1.2.3:5514", "no interface of this host has that address; listen on one"),
     ],
 )
 def test_listener_that_could_never_receive_is_refused(stack: Stack, listen: str, why: str) -> None:
@@ -267,7 +270,7 @@ def test_receiving_that_always_fails_is_said(stack: Stack, bus: BusEnds, rules: 
     name = "listener/s/udp://127.0.0.1:6667"
     accounts = accounts_when(bus, "ingest.1", lambda found: found[name].get("receive_errors", 0) > 100)
     assert accounts[name]["receive_errno"] == number
-    lines = worker.events("can't receive")
+    lines = worker.events("can't receive at a listener; see `fanwire doctor`")
     assert lines[0]["error"] == os.strerror(number)
     assert len(lines) < 10
 
@@ -292,5 +295,5 @@ def test_unknown_drop_count_ends_nothing(stack: Stack, bus: BusEnds) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.sendto(b"Hello", ("127.0.0.1", 6667))
     assert take_datagrams(subscriber, 1)[0][2] == b"Hello"
-    assert len(worker.events("the kernel does not say how many datagrams it drops")) == 1
+    assert len(worker.events("the kernel does not report its drops (SO_MEMINFO): kernel_dropped stays as it is")) == 1
     assert worker.stop(signal.SIGTERM) == 0

@@ -110,7 +110,7 @@ class Bus:
         self.taken: list[tuple[bytes, bytes]] = []
 
     def wanted(self, topic: str) -> bool:
-        """Whether somebody subscribes."""
+        """Return whether somebody subscribes."""
         return topic.startswith("datagrams/")
 
     def publish(

@@ -825,7 +825,7 @@ def test_two_streams_cannot_share_an_address(stack: Stack, lab: None) -> None:
     both = "".join(f'[[stream]]\nname = "{name}"\nlisten = ["udp://127.0.0.1:6667"]\n' for name in "ab")
     code, said = refusal(stack, both)
     assert code == 78
-    assert "stream b: udp://127.0.0.1:6667 is listened on already" in said
+    assert "stream b: udp://127.0.0.1:6667 is the address of another listener too; give each its own" in said
 
 
 def test_running_out_of_descriptors_costs_nobody_else(stack: Stack, bus: BusEnds) -> None:

@@ -203,11 +203,11 @@ def test_a_user_who_cannot_read_the_settings_gets_no_sockets(lab: None, copy: St
 @pytest.mark.parametrize(
     ("user", "why"),
     [
-        ("no-such-user", "there is no such user"),
-        ("root", "that is root again"),
-        ("0", "that is root again"),
+        ("no-such-user", "there is no such user; name another"),
+        ("root", "that is root too; name another"),
+        ("0", "that is root too; name another"),
         ("4294967295", "not in this user namespace"),  # (uid_t)-1, which setresuid(2) takes for `leave as it is`
-        ("99999999999999999999", "there is no such user"),
+        ("99999999999999999999", "there is no such user; name another"),
     ],
 )
 def test_root_without_anybody_to_become_gets_no_sockets(lab: None, copy: Started, user: str, why: str) -> None:

@@ -143,7 +143,7 @@ os.execv(sys.executable, [sys.executable, "-m", "services.transmitter"])
 
 @pytest.mark.parametrize("error", ["EAFNOSUPPORT", "EACCES", "EPERM"])
 def test_without_netlink_copies_leave_by_raw_ip(open_stack: OpenStack, opened: ExitStack, error: str) -> None:
-    """Where netlink sockets are refused it says so once, stays up, and copies leave all the same, cut by the MTU."""
+    """The transmitter says once that netlink sockets are refused, stays up, and copies leave, cut by the MTU."""
     bus = Bus(open_stack, opened, '[transmitter]\ninterfaces = ["up"]\n')
     bus.transmitter.stop()
     with bus.relay.entered(), open_stack.opening():

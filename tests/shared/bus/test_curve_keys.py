@@ -73,10 +73,10 @@ def _open_up(name: str, mode: int) -> Callable[[Path], object]:
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (_remove("ingest.secret"), "ingest.secret: there is no such key; `fanwire keys"),
-        (_remove("broker.public"), "broker.public: there is no such key; `fanwire keys"),
-        (_open_up("ingest.secret", 0o640), "ingest.secret: others can read this secret; chmod"),
-        (_open_up("ingest.secret", 0o604), "ingest.secret: others can read this secret; chmod"),
+        (_remove("ingest.secret"), "ingest.secret: there is no such key; make keys with `fanwire keys"),
+        (_remove("broker.public"), "broker.public: there is no such key; make keys with `fanwire keys"),
+        (_open_up("ingest.secret", 0o640), "ingest.secret: other users can read this secret key; `chmod"),
+        (_open_up("ingest.secret", 0o604), "ingest.secret: other users can read this secret key; `chmod"),
         (_replace("ingest.secret", b""), "ingest.secret: not a key; expected 40 characters"),
         (_replace("ingest.secret", b"x" * 39), "ingest.secret: not a key; expected 40 characters"),
         (_replace("ingest.secret", b"x" * 20 + b"\0" * 20), "ingest.secret: not a key; expected 40 characters"),
@@ -97,7 +97,7 @@ def test_spoilt_key_is_one_line(keys: Path, spoil: Callable[[Path], object], sai
 def test_list_of_the_broker_has_roles_alone(keys: Path) -> None:
     """A public key of no role, or of two, is refused: nobody could say what it may do."""
     (keys / "stranger.public").write_bytes(zmq.curve_keypair()[0])
-    with pytest.raises(SettingsError, match=r"stranger\.public: 'stranger' is no role; expected"):
+    with pytest.raises(SettingsError, match=r"stranger\.public: 'stranger' is not a role; expected"):
         load_roles(keys)
     (keys / "stranger.public").rename(keys / "gateway.again.public")
     (keys / "gateway.again.public").write_bytes((keys / "ingest.public").read_bytes())

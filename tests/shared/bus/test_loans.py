@@ -826,7 +826,7 @@ def test_pools_share_the_room_there_is(tmp_path: Path) -> None:
 def test_accepting_that_fails_rests_until_it_is_tried_again(
     lending: Lending, opened: ExitStack, monkeypatch: pytest.MonkeyPatch, error: int
 ) -> None:
-    """Where accept(2) fails, who waits wakes the worker once, and is let in later."""
+    """A borrower that waits where accept(2) fails wakes the worker once, and is let in later."""
     accept, calls = socket.socket.accept, []
 
     def refuse(_sock: socket.socket) -> None:

@@ -733,7 +733,7 @@ def test_directory_of_somebody_else_is_refused(tmp_path: Path) -> None:
     if os.geteuid() == 0:
         directory.mkdir(mode=0o700)
         os.chown(directory, 4711, -1)
-    with pytest.raises(PermissionError, match=r"somebody else's; set \[bus\] directory to one"):
+    with pytest.raises(PermissionError, match=r"owned by another user; set \[bus\] directory to one"):
         prepare_directory(directory)
 
 
@@ -774,7 +774,7 @@ def test_directory_anybody_may_write_to_is_not_trusted(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path)
     (tmp_path / "file").write_text("")
     for name in ("wide", "link", "file"):
-        with pytest.raises(PermissionError, match="somebody else's"):
+        with pytest.raises(PermissionError, match="owned by another user"):
             check_directory(tmp_path / name)
 
 
@@ -789,7 +789,7 @@ def test_somebody_elses_directory_is_trusted_by_its_group_alone(tmp_path: Path) 
         if trusted:
             check_directory(directory)
         else:
-            with pytest.raises(PermissionError, match="somebody else's"):
+            with pytest.raises(PermissionError, match="owned by another user"):
                 check_directory(directory)
 
 

@@ -87,7 +87,7 @@ def test_nothing_is_told_to_nobody() -> None:
 
 
 def test_nothing_is_told_while_no_copies_flow() -> None:
-    """Where no worker is heard nothing is told, by which the gateway finds it; what was found then is told later."""
+    """Nothing is sent while no worker is heard, by which the gateway finds it; findings are sent later."""
     bus, reporter = make()
     reporter.report(Sick(1).look, flowing=False)
     assert bus.published == []

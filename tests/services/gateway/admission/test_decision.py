@@ -68,7 +68,7 @@ def test_reasons_have_an_order(site: Site) -> None:
         ("unknown_stream", {}, THERE),
         ("not_permitted", {"streams": ("netflow",)}, THERE),
         ("bad_request", {"streams": ("syslog",)}, THERE),  # no port
-        ("bad_request", {"port": 514}, THERE),  # a network's address
+        ("bad_request", {"port": 514}, THERE),  # a broadcast address address
         ("loop", {"address": "192.0.2.1"}, THERE),
         ("bad_request", {"port": 9514, "prefixes": ("10.0.0.1/8",)}, THERE),
         ("unproven_address", {"prefixes": ()}, THERE),
@@ -141,7 +141,7 @@ def test_configured_collectors_have_the_same_destinations(site: Site) -> None:
     fine = Collector("a", ("syslog",), "192.0.2.9", 9)
     (client,) = decide_configured(site.destinations, [fine])
     assert (client.name, client.address, client.streams) == ("a", "192.0.2.9", ("syslog",))
-    for address, port, why in (("192.0.2.1", 514, "loop|own listeners"), ("192.0.2.255", 9, "a network's")):
+    for address, port, why in (("192.0.2.1", 514, "loop|own listeners"), ("192.0.2.255", 9, "a broadcast address")):
         with pytest.raises(ValueError, match=rf"'b': .*({why})"):
             decide_configured(site.destinations, [fine, Collector("b", ("*",), address, port)])
 

@@ -106,7 +106,7 @@ def test_one_process_at_a_time(path: Path) -> None:
     """A file that another gateway has open is refused, by name."""
     with opened(path) as store:
         join(registry_on(store), "one")
-        with pytest.raises(OperatorError, match="in use; another gateway"):
+        with pytest.raises(OperatorError, match="in use by another gateway"):
             opened(path)
 
 
@@ -120,7 +120,7 @@ def test_file_of_a_later_version(path: Path) -> None:
     """A file of a later version is left alone."""
     with contextlib.closing(sqlite3.connect(path)) as database:
         database.execute("PRAGMA user_version = 99")
-    with pytest.raises(OperatorError, match="later fanwire"):
+    with pytest.raises(OperatorError, match="later version of fanwire"):
         opened(path)
 
 

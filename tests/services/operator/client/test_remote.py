@@ -49,7 +49,7 @@ def test_token_in_a_file(stack: Stack, tmp_path: Path) -> None:
     code, text = run(stack, "token", "siem", "--scope", "list", "--write", str(file))
     assert (code, "File exists" in text) == (73, True)
     code, text = run(stack, "token", "siem", "--scope", "list", "--stream", "nothing")
-    assert (code, "'nothing' that is not there" in text) == (64, True)
+    assert (code, "there is no stream 'nothing'" in text) == (64, True)
 
 
 def test_commands_by_tls(stack: Stack) -> None:

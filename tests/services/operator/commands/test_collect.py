@@ -142,7 +142,9 @@ def test_a_full_disk_ends_it(stack: Stack) -> None:
         send(gateway.requests[0], b"Hello")
         code, text = finish(command)
         assert code == 1
-        assert text.splitlines()[1:] == ["fanwire collect: /dev/full: No space left on device; what came since is lost"]
+        assert text.splitlines()[1:] == [
+            "fanwire collect: /dev/full: No space left on device; later datagrams are lost"
+        ]
         assert gateway.said("leave")
 
 

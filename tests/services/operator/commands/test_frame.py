@@ -75,7 +75,7 @@ def test_without_a_transmitter_nothing_is_asked(stack: Stack) -> None:
     stack.start("broker")
     code, text = run(stack, *FRAME, "--payload", "x")
     assert (code, text.count("\n")) == (69, 1)
-    assert "say what the running one lacks" in text
+    assert "say what it lacks" in text
 
 
 def test_nothing_is_asked_before_an_answer_can_come(stack: Stack) -> None:

@@ -22,7 +22,7 @@ def test_keys_replaces_nothing(stack: Stack) -> None:
     assert len(before) == 2
     code, text = run(stack, "keys", str(directory))
     assert (code, len(text.splitlines())) == (73, 1)
-    assert f"{directory}/ingest.secret is there already" in text
+    assert f"{directory}/ingest.secret exists" in text
     assert {path: path.read_bytes() for path in directory.iterdir()} == before
     assert run(stack, "keys", str(directory), "gateway")[0] == 0
 

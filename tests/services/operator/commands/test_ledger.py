@@ -116,7 +116,7 @@ def test_names_a_transmitter_that_is_on_the_bus_and_silent(stack: Stack) -> None
 
 @pytest.mark.parametrize("stopped", ["forwarder", "transmitter", "gateway", "ingest.1", "broker"])
 def test_names_a_service_that_hangs(open_stack: OpenStack, stopped: str) -> None:
-    """Where a service stands still the ledger ends with 69 and names it, and doctor finds it, with what to do."""
+    """The ledger ends with 69 and names a service that stands still, and doctor finds it, with what to do."""
     stack = open_stack
     stack.start_all()
     stack.start("transmitter")

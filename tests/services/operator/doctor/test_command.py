@@ -115,7 +115,7 @@ def test_the_probe_finds_who_sends_back_what_it_gets(open_stack: OpenStack, addr
         returning.start()
         code, found = doctor(open_stack, "--probe", "messages")
         assert (code, errors(found)) == (1, [("probe_relay", "messages"), ("probe_original", "messages")])
-        assert all("came round again" in each["why"] for each in found if each["level"] == "error")
+        assert all("came back again" in each["why"] for each in found if each["level"] == "error")
         returning.socket.sendto(b"", (address, 9514))
         returning.join(20)
 
@@ -137,7 +137,7 @@ def test_what_is_missing(stack: Stack) -> None:
     stack.configure(collector("flows", "127.0.0.1", source="original"))
     stack.start_all()
     for gone, others, where in (
-        ("forwarder", (), "ingest received it and nobody was known to want it"),
+        ("forwarder", (), "ingest received it, and no service had subscribed to the stream"),
         ("ingest.1", ("forwarder",), "ingest did not receive it"),
     ):
         stack[gone].stop()

@@ -38,7 +38,7 @@ def entry(health: str) -> Entry:
 def test_copies_that_are_denied_have_their_cure(
     counters: dict[str, int], health: str, level: str, why: str, cure: str
 ) -> None:
-    """What this host or a firewall refuses is told as that: an error while it lasts, a warning once it is over."""
+    """A refusal by this host or a firewall is told as that: an error while it lasts, a warning once it is over."""
     (found,) = check_copies({"forwarder.1": {"collector/siem": counters}}, [entry(health)])
     assert (found.name, found.level, found.subject) == ("copies", level, "siem")
     assert why in found.why
@@ -46,7 +46,7 @@ def test_copies_that_are_denied_have_their_cure(
 
 
 def found_of(stack: Stack, name: str) -> list[Finding]:
-    """What doctor says under a name."""
+    """Return doctor's findings under a name."""
     found = msgspec.json.decode(run(stack, "doctor", "--json")[1])["findings"]
     return [each for each in msgspec.convert(found, list[Finding]) if each.name == name]
 
@@ -63,7 +63,7 @@ def flood_until(health: str, stack: Stack) -> None:
 
 
 def test_a_filter_on_this_host_is_found(stack: Stack) -> None:
-    """Where the kernel refuses every copy with EPERM doctor says that this host does it, and where to look."""
+    """Doctor says that this host refuses copies, and where to look, when the kernel refuses each with EPERM."""
     stack.configure(PATIENT)
     for name in ("broker", "gateway", "ingest"):
         stack.start(name)
@@ -79,7 +79,7 @@ def test_a_filter_on_this_host_is_found(stack: Stack) -> None:
 
 
 def test_a_firewall_and_an_mtu_that_is_not_known_are_found(stack: Stack) -> None:
-    """Where a router rejects copies doctor says so; and that the MTU behind it is not known, until it is set."""
+    """Doctor says that a router rejects copies, and that the MTU behind it is not known, until it is set."""
     stack.configure(PATIENT + 'destinations = ["fd00:3::/64"]\n')
     with ExitStack() as opened:
         relay, router = opened.enter_context(Host()), opened.enter_context(Host())

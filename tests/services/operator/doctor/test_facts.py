@@ -117,7 +117,7 @@ def test_a_bus_that_is_not_ours(lab: None, tmp_path: Path) -> None:
     settings = Settings(bus=Bus(directory=str(directory)))
     found = service_facts(settings, listen(settings), "")
     assert found.broker is None
-    assert "somebody else's" in found.bus
+    assert "owned by another user" in found.bus
 
 
 def test_services_are_heard_and_looked_at(stack: Stack) -> None:

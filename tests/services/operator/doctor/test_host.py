@@ -83,7 +83,7 @@ def sysctl(name: str, value: int) -> dict[str, Any]:
         ),
         ("conntrack", sysctl("net.netfilter.nf_conntrack_count", 81), "81 of 100", "nf_conntrack_max=200"),
         ("clock", {"time": RELEASED - 1}, "never set", "timedatectl"),
-        ("clock", {"synchronised": False}, "nobody synchronises", "chrony"),
+        ("clock", {"synchronised": False}, "not synchronised", "chrony"),
     ],
 )
 def test_what_needs_a_cure(name: str, changes: dict[str, Any], why: str, cure: str) -> None:

@@ -77,7 +77,7 @@ def test_receiving_that_fails_is_found_while_it_lasts(stack: Stack) -> None:
     stack.interpreter = before
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.sendto(b"lost", ("127.0.0.1", 6667))
-    wait_until(lambda: worker.events("can't receive"), "it fails")
+    wait_until(lambda: worker.events("can't receive at a listener; see `fanwire doctor`"), "it fails")
     code, found = doctor(stack)
     assert (code, errors(found)) == (1, [("receiving", "s")])
     assert "Function not implemented (ENOSYS)" in next(each["why"] for each in found if each["name"] == "receiving")
@@ -93,7 +93,9 @@ def test_paths_are_found_as_they_are(stack: Stack, tmp_path: Path) -> None:
     stack.start_all()
     assert troubles(stack, "listeners") == []
     path.chmod(0o755)
-    assert troubles(stack, "listeners") == [f"unixgram://{path}: its mode is 0755: what other users send is refused"]
+    assert troubles(stack, "listeners") == [
+        f"unixgram://{path}: its mode is 0755: datagrams of other users are refused"
+    ]
     stack["ingest.1"].stop()
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o700)
@@ -119,7 +121,10 @@ def test_addresses_are_found_as_they_are(stack: Stack) -> None:
             assert "239.1.1.2%mc0:5514: this host has not joined the group" in first
             assert "no interface of this host has 10.21.0.1" in second
         with veth(near, far), relay.entered():
-            wait_until(lambda: stack["ingest.1"].events("joined the group again"), "it joins again")
+            wait_until(
+                lambda: stack["ingest.1"].events("joined the multicast group again: its interface is a new one"),
+                "it joins again",
+            )
             assert troubles(stack, "listeners") == []
 
 
@@ -145,7 +150,7 @@ def test_a_bus_that_others_clean(stack: Stack, monkeypatch: pytest.MonkeyPatch, 
         stack["broker"].process.send_signal(signal.SIGSTOP)
         (stack.bus / "lock").unlink()
         (why,) = troubles(stack, "bus_kept")
-        assert f"others have removed {stack.bus}/lock" in why
+        assert f"another program has removed {stack.bus}/lock" in why
         stack["broker"].process.send_signal(signal.SIGCONT)
         (stack.bus / "registry.sqlite").unlink()
         wait_until(lambda: (stack.bus / "lock").exists() and (stack.bus / "registry.sqlite").exists(), "made anew")

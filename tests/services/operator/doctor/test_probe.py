@@ -22,9 +22,9 @@ def after(received: int = 6, published: int = 6, **account: int) -> dict[str, Ac
     [
         ({}, "ingest did not receive it"),
         (after(received=5, published=5), "ingest did not receive it"),
-        (after(published=5), "ingest received it and nobody"),
+        (after(published=5), "ingest received it, and no service"),
         (after(), "ingest published it, and no sender"),
-        (after(expected=1, offered=1, filtered=1), "forwarder.1 had it"),
+        (after(expected=1, offered=1, filtered=1), "forwarder.1 got it"),
         (after(expected=1, missed=1), "the bus lost it on the way to forwarder.1"),
         (after(expected=1, offered=1, dropped_refused=1), "forwarder.1 counts it as dropped_refused"),
         (after(expected=1, offered=1, delivered=1), "forwarder.1 sent it"),

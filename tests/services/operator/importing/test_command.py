@@ -146,11 +146,11 @@ def test_pmacct_key(keys: str, shared: bool, receivers: int, said: str) -> None:
         (pmacct.parse_line, "ip=192.0.2.1:9", "id: expected a whole number from 1"),
         (pmacct.parse_line, "id=0 ip=192.0.2.1:9", "id: expected a whole number from 1"),
         (pmacct.parse_line, "id=1", "expected ip=HOST:PORT"),
-        (pmacct.parse_line, "id=1 ip=,", "ip: there is no receiver"),
+        (pmacct.parse_line, "id=1 ip=,", "ip: expected at least one HOST:PORT"),
         (pmacct.parse_line, "id=1 ip=192.0.2.1", "expected HOST:PORT"),
         (pmacct.parse_line, "id=1 ip=192.0.2.1:", "port: expected a whole number"),
         (pmacct.parse_line, "id = 1", "expected KEY=VALUE without spaces"),
-        (pmacct.parse_line, "id=1 id=2", "id is there twice"),
+        (pmacct.parse_line, "id=1 id=2", "duplicate key id"),
     ],
 )
 def test_wrong_line_is_named(parse_line: ParseLine, text: str, expected: str) -> None:
@@ -272,7 +272,7 @@ def test_what_is_left_out_is_said_and_1(stack: Stack) -> None:
     assert said.startswith("line 2: left out: pool 2: tag=7; ")
     assert len(said.splitlines()) == 1
     code, printed, said = imported(stack, "samplicator", "# nothing\n")
-    assert (code, said) == (1, "there is no receiver in what was taken over\n")
+    assert (code, said) == (1, "the imported lines name no receiver\n")
 
 
 @pytest.mark.parametrize("text", ["10.0.0.0/8: 127.0.0.1/9\nwhat\n", "10.0.0.0/8: 127.0.0.1/9\n\0: \0/9\n"])
