@@ -8,7 +8,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Final
 
-import structlog
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils import z85
@@ -16,11 +15,12 @@ from zmq.utils.monitor import recv_monitor_message
 
 from shared.bus.curve_keys import BROKER, load_keys, load_roles
 from shared.ledger import BUS_REFUSED
+from shared.log import get_logger
 from shared.settings.model import SettingsError
 
 DOMAIN: Final = "fanwire"
 
-log = structlog.get_logger()
+log = get_logger()
 
 
 class CurveAuth:

@@ -7,12 +7,12 @@ import struct
 from collections import Counter
 from typing import Final
 
-import structlog
 import zmq
 
 from services.broker.publish_rights import refused_cause
 from shared.bus.messages import MessageError, peek
 from shared.ledger import REFUSED_MALFORMED, REFUSED_SENDER, REFUSED_TOPIC
+from shared.log import get_logger
 
 BURST: Final = 1000
 """Messages of one side before the other has its turn, as in libzmq's own loop."""
@@ -29,7 +29,7 @@ KEPT_BACK: Final = ("refused_from_publishers", "refused_from_publishers_bytes")
 
 Socket = zmq.Socket[bytes]
 
-log = structlog.get_logger()
+log = get_logger()
 
 
 class FilteringProxy:

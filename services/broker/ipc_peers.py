@@ -8,15 +8,15 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-import structlog
 import zmq
 
 from shared.bus.endpoint import keep_alive, tcp_endpoint
+from shared.log import get_logger
 from shared.net.addresses import Endpoint, resolve
 from shared.net.sockets import NOT_HERE
 from shared.process.lifecycle import FAILED, OperatorError
 
-log = structlog.get_logger()
+log = get_logger()
 
 
 def transmitters_group(user: str) -> int | None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-import structlog
 import zmq
 
 from services.broker.bus_directory import ENDPOINTS, LOCK, BusDirectory
@@ -26,6 +25,7 @@ from shared.bus.zmq_sockets import (
     new_context,
 )
 from shared.ledger import FILES_RESTORED, SUBSCRIBERS_CUT
+from shared.log import get_logger
 from shared.net.addresses import Endpoint
 from shared.process.lifecycle import Lifecycle, Watchdog
 from shared.process.memory import Memory
@@ -40,7 +40,7 @@ INCOMING_SHARE: Final = 2
 CUT_OFF_MS: Final = 250
 """Time for which a subscriber's queue outlives its connection."""
 
-log = structlog.get_logger()
+log = get_logger()
 
 Passing = Callable[[Socket, Socket, Socket], None]
 """Passes messages between publishers and subscribers until the third socket says `TERMINATE`; it counts from zero."""

@@ -19,8 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-import structlog
-
+from shared.log import get_logger
 from shared.net.sockets import peer_credentials
 from shared.process.memory import Memory
 
@@ -36,7 +35,7 @@ FAR_MS: Final = 250
 FASTEST: Final = 1 << 30
 """Milliseconds between two checks while little memory is taken; bytes a second that the bus brings at most."""
 
-log = structlog.get_logger()
+log = get_logger()
 
 
 class StalledSubscribers:

@@ -9,8 +9,6 @@ import time
 from collections import Counter
 from typing import Final
 
-import structlog
-
 from services.forwarder.few import Few
 from services.forwarder.plan import SendPlan
 from services.forwarder.socket_options import HEADERS, open_socket, path_mtu, source_of_new_socket
@@ -30,6 +28,7 @@ from shared.ledger import (
     UNREACHABLES,
     WITHHELD,
 )
+from shared.log import get_logger
 from shared.net.route_changes import RouteChanges
 from shared.settings.model import Forwarder
 
@@ -44,7 +43,7 @@ NO_DESCRIPTOR: Final = (errno.EMFILE, errno.ENFILE)
 LINK_LOCAL_SOURCE: Final = "fe80:"
 """The only source for a second when an address was replaced; not to be used, since routers drop its datagrams."""
 
-log = structlog.get_logger()
+log = get_logger()
 
 
 class Destination:

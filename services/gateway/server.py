@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
-import structlog
-
 from services.gateway.admission.address_proof import AddressProofs
 from services.gateway.admission.decision import Admission, decide_configured
 from services.gateway.admission.destinations import Destinations
@@ -42,6 +40,7 @@ from services.gateway.transport.tls_handshakes import TlsAcceptor
 from shared.bus.endpoint import open_link, queue_limit
 from shared.bus.zmq_sockets import Publisher, Requests, Subscriber, new_context, prepare_directory
 from shared.ledger import FILES_RESTORED, Accounts
+from shared.log import get_logger
 from shared.process.lifecycle import (
     BAD_SETTINGS,
     FAILED,
@@ -66,7 +65,7 @@ DRAIN_SECONDS: Final = 1.5
 SPARE_DESCRIPTORS: Final = 64
 """Descriptors kept for listeners, the bus, and connections being refused."""
 
-log = structlog.get_logger()
+log = get_logger()
 
 
 def run_gateway(settings: Settings, lifecycle: Lifecycle) -> None:

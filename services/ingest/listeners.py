@@ -9,9 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-import structlog
-
 from services.ingest.reuseport_sharing import share_port
+from shared.log import get_logger
 from shared.net.addresses import Endpoint, resolve
 from shared.net.bpf import refuse_mapped_sources
 from shared.net.multicast import is_multicast, join_group
@@ -24,7 +23,7 @@ TCP_BACKLOG: Final = 1024
 StreamEndpoint = tuple[str, Endpoint]
 """A stream's name, and one of its endpoints."""
 
-log = structlog.get_logger()
+log = get_logger()
 
 
 def take_inherited() -> list[InheritedSocket]:

@@ -8,7 +8,6 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-import structlog
 
 from services.ingest.batch_publisher import StreamFeed
 from services.ingest.replies import Replier
@@ -17,6 +16,7 @@ from shared.datagrams.batch import DatagramBatch, Rows
 from shared.datagrams.limits import MAX_DATAGRAM, MAX_PAYLOAD
 from shared.datagrams.mmsg import ReceiveArena
 from shared.ledger import BYTES, KERNEL_DROPPED, RECEIVE_ERRNO, RECEIVE_ERRORS, RECEIVED, TRUNCATED
+from shared.log import get_logger
 from shared.net.addresses import LOCAL_SENDER
 from shared.net.bpf import refuse_input
 from shared.net.sockets import InheritedSocket, close_listener, kernel_drops
@@ -30,7 +30,7 @@ MAX_FAILURES: Final = 100
 BACK_OFF_SECONDS: Final = 0.01
 Lengths = npt.NDArray[np.uint32]
 
-log = structlog.get_logger()
+log = get_logger()
 
 
 class DatagramReceiver:

@@ -10,8 +10,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
-import structlog
-
+from shared.log import get_logger
 from shared.net.addresses import Endpoint
 from shared.net.bpf import (
     JUMP_IF_EQUAL,
@@ -33,7 +32,7 @@ MULTIPLIER: Final = 0x9E37_79B1
 
 STORE_IN_X, MULTIPLY, MODULO, XOR_WITH_X, JUMP, RETURN = 0x07, 0x24, 0x94, 0xAC, 0x05, 0x16
 
-log = structlog.get_logger()
+log = get_logger()
 
 
 def _load(offset: int) -> Instruction:

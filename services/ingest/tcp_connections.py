@@ -8,13 +8,12 @@ import time
 from collections import Counter
 from typing import Final
 
-import structlog
-
 from services.ingest.batch_publisher import StreamFeed
 from services.ingest.octet_count_framing import Framing
 from shared.datagrams.batch import make_rows
 from shared.datagrams.limits import MAX_DATAGRAM, MAX_PAYLOAD, MAX_ROWS
 from shared.ledger import BYTES, CONNECTIONS_EXPIRED, CONNECTIONS_REFUSED, CUT_OFF, RECEIVED
+from shared.log import get_logger
 from shared.net.addresses import pack_address
 from shared.process.lifecycle import descriptor_limit
 from shared.settings.model import Ingest
@@ -37,7 +36,7 @@ ENDED_BY_PEER: Final = (
 Target = tuple[StreamFeed, Counter[str]]
 """The stream feed of a listening socket's messages, and its own account."""
 
-log = structlog.get_logger()
+log = get_logger()
 
 
 class ExporterConnection:

@@ -9,8 +9,6 @@ from functools import partial
 from types import TracebackType
 from typing import Final, Self
 
-import structlog
-
 from services.ingest.batch_publisher import StreamFeed
 from services.ingest.listeners import StreamEndpoint, Upkeep, reopen, take_inherited, warn_of_small_buffers
 from services.ingest.receiver import DatagramReceiver
@@ -23,6 +21,7 @@ from shared.bus.zmq_sockets import Publisher, new_context
 from shared.datagrams.limits import MAX_ROWS
 from shared.datagrams.mmsg import ReceiveArena
 from shared.ledger import CHECKSUM_ERRORS, listener_account, new_accounts
+from shared.log import get_logger
 from shared.net.addresses import Endpoint
 from shared.net.sockets import (
     InheritedSocket,
@@ -45,7 +44,7 @@ OWN_MEMORY: Final = 128 << 20
 RECORD_SIZE: Final = 1024
 """Bytes the kernel charges a datagram beyond its payload, about (struct sk_buff and rounding)."""
 
-log = structlog.get_logger()
+log = get_logger()
 
 
 def new_pools(streams: list[str], size: int, room: Room) -> dict[str, Pool]:

@@ -10,10 +10,9 @@ from enum import Enum, auto
 from typing import Final
 from weakref import WeakValueDictionary
 
-import structlog
-
 from services.transmitter.policy import Reach
 from shared.ledger import INTERFACE_DOWN, NO_ROUTE
+from shared.log import get_logger
 from shared.net.netlink import (
     NUD_STALE,
     NUD_USABLE,
@@ -41,7 +40,7 @@ ASK_AGAIN_SHARE: Final = 10
 for one part in this many of the time."""
 
 
-log = structlog.get_logger()
+log = get_logger()
 
 
 @dataclass(slots=True, weakref_slot=True)

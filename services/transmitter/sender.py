@@ -10,7 +10,6 @@ from typing import Final
 from weakref import WeakValueDictionary
 
 import numpy as np
-import structlog
 
 from services.transmitter.addressing import Identification
 from services.transmitter.destination import Destination
@@ -27,6 +26,7 @@ from shared.datagrams.routing import Selection
 from shared.fanout.backlog import BacklogMemory
 from shared.fanout.send_threads import MEMBERS, SendThreads
 from shared.ledger import DESTINATION_REFUSED, NO_ROUTE, OTHER_FAMILY, RATE_LIMITED, SOURCE_REFUSED
+from shared.log import get_logger
 from shared.settings.model import Settings
 from shared.settings.own_listeners import OwnListeners, udp_listeners
 
@@ -34,7 +34,7 @@ REFRESH_SECONDS: Final = 1.0
 HOLDING_SECONDS: Final = 0.05
 """Time by which datagrams that have waited too long may be dropped late."""
 
-log = structlog.get_logger()
+log = get_logger()
 
 Key = tuple[int, int, EgressKind, PacketSocket]
 """The key of copies that can share a plan: IP version, MTU, kind of way, and socket."""

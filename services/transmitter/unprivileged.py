@@ -3,14 +3,13 @@
 import argparse
 from collections.abc import Sequence
 
-import structlog
-
 from services.transmitter.privileges import adopt, prove
 from services.transmitter.service import TransmitterService
+from shared.log import get_logger
 from shared.process.lifecycle import Lifecycle, run, service_parser, worker_name
 from shared.settings.model import Settings
 
-log = structlog.get_logger()
+log = get_logger()
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -42,8 +42,8 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 import numpy as np
-import structlog
 
+from shared.log import get_logger
 from shared.process.lifecycle import CANT_CREATE, OperatorError
 
 CHUNK: Final = 2 << 20
@@ -85,7 +85,7 @@ def _memory(name: str, size: int, *, ours_alone: bool) -> tuple[int, mmap.mmap]:
     return descriptor, memory
 
 
-log = structlog.get_logger()
+log = get_logger()
 
 
 class Loan:

@@ -6,12 +6,11 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-import structlog
-
 from shared.bus.messages import MAX_NUMBER, Envelope, Status, status_topic
 from shared.bus.pieces import Assembler, cut
 from shared.bus.zmq_sockets import Publisher
 from shared.ledger import DISCREPANCIES, Accounts, discrepancies
+from shared.log import get_logger
 from shared.process.lifecycle import next_tick
 from shared.process.memory import Memory
 
@@ -21,7 +20,7 @@ CHECK_SHARE = 20
 _COUNTER_SIZE = 32
 """The most bytes that a counter takes in a message, name included."""
 
-log = structlog.get_logger()
+log = get_logger()
 
 
 class Reporter:

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-import structlog
 import zmq
 
 from shared.bus.endpoint import DIRECT, BusLink, ipc_endpoint
@@ -35,6 +34,7 @@ from shared.bus.messages import (
     decode,
     encode,
 )
+from shared.log import get_logger
 from shared.process.lifecycle import CANT_CREATE, OperatorError
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ NOBLOCK: Final = int(zmq.NOBLOCK)
 MORE: Final = int(zmq.NOBLOCK | zmq.SNDMORE)
 """Numbers, for what is done with every message: `|` and `&` of enums take longer than the call that they are for."""
 
-log = structlog.get_logger()
+log = get_logger()
 
 
 def publish_endpoint(directory: Path) -> str:

@@ -14,10 +14,10 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-import structlog
 
 from shared.datagrams.batch import ROW, Rows
 from shared.datagrams.limits import MAX_DATAGRAM, MAX_ROWS
+from shared.log import get_logger
 from shared.net.addresses import V4_MAPPED
 
 IOVEC: Final = np.dtype([("base", "u8"), ("len", "u8")])
@@ -66,7 +66,7 @@ for _one in (_libc.recvmsg, _libc.sendmsg):
 
 _refused: list[str] = []
 """Calls already logged as refused."""
-log = structlog.get_logger()
+log = get_logger()
 
 
 def addresses_of(array: npt.NDArray[np.generic], stride: int, count: int) -> npt.NDArray[np.uint64]:

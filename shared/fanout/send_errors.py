@@ -5,8 +5,6 @@ import os
 from collections.abc import Mapping
 from typing import Final
 
-import structlog
-
 from shared.ledger import (
     BUFFER_FULL,
     DROPPED,
@@ -16,8 +14,9 @@ from shared.ledger import (
     QUEUE_FULL,
     REFUSED,
 )
+from shared.log import get_logger
 
-log = structlog.get_logger()
+log = get_logger()
 
 NO_ROOM: Final = (errno.EAGAIN, errno.ENOBUFS)
 """There is no room now, in the socket's buffer or in the interface's queue; a moment later there may be."""

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import ClassVar, Final, Generic, Self
 
-import structlog
 import zmq
 
 from shared.bus.borrowing import Borrower
@@ -41,6 +40,7 @@ from shared.fanout.health_report import HealthReporter
 from shared.fanout.registry_replica import RegistryReplica
 from shared.fanout.streams import FollowedStreams
 from shared.ledger import Accounts
+from shared.log import get_logger
 from shared.process.lifecycle import Lifecycle, Readiness
 from shared.process.memory import Memory
 from shared.process.reload import Reload
@@ -58,7 +58,7 @@ QUIET_SECONDS: Final = 0.25
 DRAIN_SECONDS: Final = 1.5
 """After SIGTERM the workers may still flush: the drain ends when nothing has come for a while, or after this."""
 
-log = structlog.get_logger()
+log = get_logger()
 
 
 @dataclass(slots=True)

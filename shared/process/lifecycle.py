@@ -9,7 +9,6 @@ drains, it ignores SIGHUP.
 import argparse
 import contextlib
 import gc
-import logging
 import os
 import resource
 import signal
@@ -22,8 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final, NoReturn
 
-import structlog
-
+from shared.log import configure, get_logger
 from shared.net.printable import printable
 from shared.process.log_limit import LogLimit
 from shared.settings.file import load, load_again
@@ -41,7 +39,7 @@ BAD_SETTINGS: Final = 78
 BROKER_PATIENCE_SECONDS: Final = 2.0
 """Time that a service waits for a broker in silence: services started together find each other sooner."""
 
-log = structlog.get_logger()
+log = get_logger()
 
 
 class OperatorError(Exception):
@@ -157,46 +155,8 @@ def run(main: Callable[[argparse.Namespace, Settings, Lifecycle], None], argumen
 
 
 def configure_logging() -> None:
-    """Log to stderr: for people on a terminal, else one JSON object a line; limit repeated warnings and errors."""
-    terminal = sys.stderr.isatty()
-    renderer: structlog.typing.Processor = (
-        structlog.dev.ConsoleRenderer() if terminal else structlog.processors.JSONRenderer()
-    )
-    structlog.configure(
-        processors=[
-            partial(_restrain, LogLimit()),
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="%H:%M:%S" if terminal else "iso", utc=not terminal),
-            structlog.processors.format_exc_info,
-            renderer,
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
-        cache_logger_on_first_use=True,
-    )
-    logging.basicConfig(handlers=[_Hand()], force=True)
-
-
-def _restrain(
-    restraint: LogLimit, _logger: object, level: str, event: structlog.typing.EventDict
-) -> structlog.typing.EventDict:
-    """Drop a line that was just logged, and later add how often; `event` and `cause` tell whether lines are the same.
-
-    Lines that only the operator provokes are always logged: all that are below a warning, and an `answer`.
-    """
-    if event.pop("answer", False) or level in ("debug", "info"):
-        return event
-    count = restraint.admit(f"{event['event']} {event.get('cause', '')}")
-    if not count:
-        raise structlog.DropEvent
-    return event if count == 1 else {**event, "suppressed": count - 1}
-
-
-class _Hand(logging.Handler):
-    """Puts what libraries log, such as asyncio, on our log."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        log.log(record.levelno, record.getMessage(), logger=record.name, exc_info=record.exc_info or None)
+    """Log to stderr, and limit repeated warnings and errors."""
+    configure(LogLimit().admit)
 
 
 def raise_descriptor_limit() -> None:

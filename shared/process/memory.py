@@ -11,9 +11,8 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-import structlog
-
 from shared.ledger import MEMORY, MEMORY_CEILING, MEMORY_MOST
+from shared.log import get_logger
 
 LOOK_SECONDS: Final = 0.01
 """Between two measurements: the bus brings some 10 MB in that time. A measurement costs some 10 µs."""
@@ -27,7 +26,7 @@ _statm: Final = os.open("/proc/self/statm", os.O_RDONLY)
 _trim: Final[Callable[[int], int] | None] = getattr(ctypes.CDLL(None), "malloc_trim", None)
 """malloc_trim(3) returns freed memory to the kernel. glibc has it; other libraries return it by themselves."""
 
-log = structlog.get_logger()
+log = get_logger()
 
 
 class Memory:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 import msgspec
-import structlog
 
+from shared.log import get_logger
 from shared.process.lifecycle import Lifecycle, OperatorError
 from shared.settings.file import differing
 from shared.settings.model import Collector, Settings, SettingsError, Stream
@@ -16,7 +16,7 @@ from shared.settings.model import Collector, Settings, SettingsError, Stream
 RELOADED: Final = frozenset({"stream", "collector"})
 """The keys that are read again."""
 
-log = structlog.get_logger()
+log = get_logger()
 
 
 class Reload:

@@ -17,7 +17,7 @@ from tests.stack import CHECKOUT, Stack, wait_until
 
 SERVICES = sorted(path.name for path in (CHECKOUT / "services").iterdir() if path.is_dir() and path.name[0] != "_")
 SHARED = CHECKOUT / "shared"
-LAYERS = (("ledger", "net"), ("client",), ("settings", "datagrams"), ("process",), ("bus",), ("fanout",))
+LAYERS = (("ledger", "log", "net"), ("client",), ("settings", "datagrams"), ("process",), ("bus",), ("fanout",))
 """From the bottom; what stands side by side does not import each other."""
 RANKS = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 PURE = (
@@ -175,6 +175,12 @@ def test_docstrings_begin_with_a_verb_or_a_noun(folder: str) -> None:
     found = [(str(path), *each) for path in (CHECKOUT / folder).rglob("*.py") for each in docstrings(path)]
     assert len(found) > 500
     assert not [each for each in found if CLAUSE.match(each[2])]
+
+
+def test_structlog_is_loaded_in_one_place() -> None:
+    """Everything that logs gets its logger from `shared.log`, which loads structlog without rich."""
+    paths = (path for folder in ("services", "shared") for path in (CHECKOUT / folder).rglob("*.py"))
+    assert [str(path.relative_to(CHECKOUT)) for path in paths if "structlog" in imports(path)] == ["shared/log.py"]
 
 
 def test_no_process_forks() -> None:

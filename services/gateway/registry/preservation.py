@@ -8,9 +8,8 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Final
 
-import structlog
-
 from services.gateway.registry.entry import Entry
+from shared.log import get_logger
 
 BELOW: Final = 0.85
 """Share of the renewals that were due; below it, expiry stops."""
@@ -19,7 +18,7 @@ WINDOW_SECONDS: Final = 60.0
 MIN_CLIENTS: Final = 10
 """Least number of leases due in the window: of fewer, one or two missing mean nothing."""
 
-log = structlog.get_logger()
+log = get_logger()
 
 
 class Preservation:

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Final, Self
 
 import msgspec
-import structlog
 
 from services.gateway.admission.peer import Peer
 from services.gateway.admission.rights import Rights
 from services.gateway.registry.entry import Entry, Event, Origin
 from shared.bus.messages import Number
 from shared.client import Client
+from shared.log import get_logger
 from shared.process.kept_directory import KeptDirectory
 from shared.process.lifecycle import FAILED, OperatorError
 
@@ -51,7 +51,7 @@ BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 SKIPPED: Final = 1 << 20
 """Revisions passed over after a restart of the host: more than can have been lost with it."""
 
-log = structlog.get_logger()
+log = get_logger()
 
 
 class _Kept(msgspec.Struct, frozen=True):

@@ -9,17 +9,16 @@ import ssl
 from collections.abc import Coroutine
 from typing import Any, Final
 
-import structlog
-
 from services.gateway.counters import CONNECTIONS_REFUSED, HANDSHAKES_FAILED
 from services.gateway.transport.listeners import BACKLOG, Listener
 from services.gateway.transport.open_connections import OpenConnections
 from services.gateway.transport.tls_connection import TlsConnection, limit_buffers
+from shared.log import get_logger
 
 RETRY_SECONDS: Final = 1.0
 """Wait after a failed accept, for example without a descriptor to spare; asyncio waits as long too."""
 
-log = structlog.get_logger()
+log = get_logger()
 
 
 class TlsAcceptor:

@@ -1,0 +1,67 @@
+"""The log: structlog, for people on a terminal, else one JSON object a line.
+
+Everything that logs gets its logger here, so that structlog is loaded without rich, for which it looks: that is a sixth
+of every start, and 3 MB, for drawing tracebacks that are text before they get there.
+"""
+
+import logging
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+_HIDDEN = "rich" not in sys.modules
+if _HIDDEN:
+    sys.modules["rich"] = None  # type: ignore[assignment]  # as if it were not installed
+import structlog  # noqa: E402
+
+if _HIDDEN:
+    del sys.modules["rich"]  # the operator's tables are drawn by it
+
+
+def get_logger() -> Any:
+    """Return a logger; what it logs goes where `configure` says."""
+    return structlog.get_logger()
+
+
+def configure(admit: Callable[[str], int]) -> None:
+    """Log to stderr. `admit` is asked of each warning and error how many it stands for; 0 drops it."""
+    terminal = sys.stderr.isatty()
+    renderer: structlog.typing.Processor = (
+        structlog.dev.ConsoleRenderer() if terminal else structlog.processors.JSONRenderer()
+    )
+    structlog.configure(
+        processors=[
+            partial(_restrain, admit),
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="%H:%M:%S" if terminal else "iso", utc=not terminal),
+            structlog.processors.format_exc_info,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+    logging.basicConfig(handlers=[_Hand()], force=True)
+
+
+def _restrain(
+    admit: Callable[[str], int], _logger: object, level: str, event: structlog.typing.EventDict
+) -> structlog.typing.EventDict:
+    """Drop a line that was just logged, and later add how often; `event` and `cause` tell whether lines are the same.
+
+    Lines that only the operator provokes are always logged: all that are below a warning, and an `answer`.
+    """
+    if event.pop("answer", False) or level in ("debug", "info"):
+        return event
+    count = admit(f"{event['event']} {event.get('cause', '')}")
+    if not count:
+        raise structlog.DropEvent
+    return event if count == 1 else {**event, "suppressed": count - 1}
+
+
+class _Hand(logging.Handler):
+    """Puts what libraries log, such as asyncio, on our log."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        get_logger().log(record.levelno, record.getMessage(), logger=record.name, exc_info=record.exc_info or None)
