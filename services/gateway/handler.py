@@ -175,7 +175,8 @@ class Handler:
             finished()
 
     def _grant(self, granted: Grant, peer: Peer) -> Entry:
-        entry = self._registry.grant(granted.client, peer, granted.origin, ttl=granted.ttl, hold=granted.hold)
+        client, origin, ttl, hold, proven, _ = granted
+        entry = self._registry.grant(client, peer, origin, ttl=ttl, hold=hold, proven=proven)
         replaced = granted.replaced
         if replaced is not None and replaced.peer.id != peer.id and granted.origin is replaced.origin is Origin.JSON:
             self._push_taken_over(replaced, peer)

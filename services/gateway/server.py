@@ -5,7 +5,7 @@ import contextlib
 import errno
 import ssl
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -13,6 +13,7 @@ from typing import Any, Final
 from services.gateway.admission.address_proof import AddressProofs
 from services.gateway.admission.decision import Admission, decide_configured
 from services.gateway.admission.destinations import Destinations
+from services.gateway.admission.readmission import find_excess
 from services.gateway.admission.tokens import Tokens
 from services.gateway.admission.tokens_file import read_tokens
 from services.gateway.bus.announcer import Announcer
@@ -53,7 +54,7 @@ from shared.process.lifecycle import (
 )
 from shared.process.memory import Memory
 from shared.process.reload import Reload
-from shared.settings.model import Settings
+from shared.settings.model import Settings, Token
 from shared.settings.own_listeners import udp_listeners
 
 TICK_SECONDS: Final = 0.25
@@ -73,8 +74,7 @@ def run_gateway(settings: Settings, lifecycle: Lifecycle) -> None:
     print("Starting server...", flush=True)  # as the documented server does
     bus = settings.bus
     declared = read_tokens(settings)
-    secure = any(endpoint.scheme == "tls" for endpoint in settings.gateway.endpoints)
-    tls = make_context(settings.gateway, declared) if secure else None
+    tls = _tls_context(settings, declared)
     link, name = open_link(bus, "gateway"), worker_name("gateway")
     memory = Memory(settings.gateway.memory, "[gateway] memory")
     mark = queue_limit(bus.high_water_mark, memory.ceiling)
@@ -85,17 +85,27 @@ def run_gateway(settings: Settings, lifecycle: Lifecycle) -> None:
         contextlib.closing(Publisher(context, bus.path, name, mark, link)) as publisher,
         contextlib.closing(Subscriber(context, bus.path, mark, link)) as subscriber,
     ):
-        for listener in listeners:
-            check_listener(listener, declared)
-        tokens = Tokens(declared, names_beyond_loopback=settings.gateway.names_beyond_loopback)
+        tokens = _tokens(settings, declared, listeners)
         first_generation = max(store.generation + 1, time.time_ns() // 1000)
         preserve_seconds = settings.gateway.preserve_seconds
         registry = Registry(_boot_time, first_generation, store.keep, preserve_seconds, store.group_secret)
         registry.restore(store.entries, store.revision)
         destinations = _destinations(settings)
         _configure(settings, destinations, registry)
+        _readmit(registry, tokens, destinations)
         server = _Server(settings, lifecycle, store, registry, destinations, tokens, publisher, subscriber, memory)
         asyncio.run(server.run(listeners, tls))
+
+
+def _tls_context(settings: Settings, declared: Sequence[Token]) -> ssl.SSLContext | None:
+    secure = any(endpoint.scheme == "tls" for endpoint in settings.gateway.endpoints)
+    return make_context(settings.gateway, declared) if secure else None
+
+
+def _tokens(settings: Settings, declared: Sequence[Token], listeners: Iterable[Listener]) -> Tokens:
+    for listener in listeners:
+        check_listener(listener, declared)
+    return Tokens(declared, names_beyond_loopback=settings.gateway.names_beyond_loopback)
 
 
 def _boot_time() -> float:
@@ -143,6 +153,20 @@ def _expel_loops(destinations: Destinations, registry: Registry) -> None:
         registry.expel(loops)
 
 
+def _readmit(registry: Registry, tokens: Tokens, destinations: Destinations) -> None:
+    """Take from entries what today's tokens and settings do not allow."""
+    excess = find_excess(registry.entries(), tokens, destinations)
+    narrowed = [entry for entry, _ in excess.narrowed]
+    for event, entries in (
+        ("client removed: its token or [gateway] destinations do not allow it any more", excess.removed),
+        ("client narrowed to the streams that its token still allows", narrowed),
+    ):
+        if entries:
+            log.warning(event, clients=[entry.client.name for entry in entries[:10]], count=len(entries))
+    registry.expel(excess.removed)
+    registry.narrow(excess.narrowed)
+
+
 @dataclass
 class _Server:
     settings: Settings
@@ -160,6 +184,7 @@ class _Server:
         """Accept clients on these listeners until told to drain; `tls` is for the secure ones."""
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(self._report_trouble)
+        self._listeners = listeners
         self._build(loop)
         self._reload = Reload(self.publisher.sender, self.lifecycle, self.settings, self._apply_settings)
         self._stopped = asyncio.Event()
@@ -221,7 +246,7 @@ class _Server:
         ]
         for listener in listeners:
             listener.sock.listen(BACKLOG)  # asyncio has one number for the queue and for accepts at once
-        acceptor = TlsAcceptor(self._connections, tls) if tls else None
+        self._acceptor = acceptor = TlsAcceptor(self._connections, tls) if tls else None
         for listener in listeners:
             if acceptor and listener.secure:
                 acceptor.accept_on(listener)
@@ -239,14 +264,20 @@ class _Server:
             self._stopped.set()
 
     def _apply_settings(self, settings: Settings) -> None:
-        """Use the streams and collectors of these settings; OperatorError when they can't be used."""
-        destinations = _destinations(settings)
+        """Use the streams, collectors and tokens of these settings; OperatorError when they can't be used."""
+        destinations, declared, before = _destinations(settings), read_tokens(settings), self.tokens
+        tls, tokens = _tls_context(settings, declared), _tokens(settings, declared, self._listeners)
         try:
             _configure(settings, destinations, self.registry)
+            _readmit(self.registry, tokens, destinations)
         except OSError as error:
             raise OperatorError(FAILED, str(error.strerror)) from None
         self.destinations = self._admission.destinations = destinations
+        self.tokens = self._handler.tokens = tokens
         self._handler.apply_settings(settings)
+        self._connections.cut_changed(before)
+        if self._acceptor and tls:
+            self._acceptor.context = tls
         self._announcer.announce_soon()
 
     async def _tick_until_stopped(self) -> None:

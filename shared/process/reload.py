@@ -1,4 +1,4 @@
-"""Reload by SIGHUP: streams and collectors are read again, other settings stay as they were at the start.
+"""Reload by SIGHUP: streams, collectors and tokens are read again, other settings stay as they were at the start.
 
 If the new settings can't be used, or the service can't follow them, the old ones stay and one line says so.
 """
@@ -11,9 +11,9 @@ import msgspec
 from shared.log import get_logger
 from shared.process.lifecycle import Lifecycle, OperatorError
 from shared.settings.file import differing
-from shared.settings.model import Collector, Settings, SettingsError, Stream
+from shared.settings.model import Collector, Settings, SettingsError, Stream, Token
 
-RELOADED: Final = frozenset({"stream", "collector"})
+RELOADED: Final = frozenset({"stream", "collector", "token"})
 """The keys that are read again."""
 
 log = get_logger()
@@ -49,7 +49,8 @@ class Reload:
 
     def _adopt(self, fresh: Settings) -> None:
         before = self._settings
-        settings = msgspec.structs.replace(before, streams=fresh.streams, collectors=fresh.collectors)
+        again = {"streams": fresh.streams, "collectors": fresh.collectors, "tokens": fresh.tokens}
+        settings = msgspec.structs.replace(before, **again)
         if self._follow:
             self._follow(settings)
             self._settings = settings
@@ -59,12 +60,15 @@ class Reload:
         if self._follow:
             changed = [*_changed("stream", before.streams, settings.streams)]
             changed += _changed("collector", before.collectors, settings.collectors)
+            changed += _changed("token", before.tokens, settings.tokens)
             log.info("reloaded", service=self._service, changed=changed)
         else:
             log.info("nothing to reload: this service uses no streams and no collectors", service=self._service)
 
 
-def _changed(kind: str, before: Sequence[Stream | Collector], now: Sequence[Stream | Collector]) -> Iterator[str]:
+def _changed(
+    kind: str, before: Sequence[Stream | Collector | Token], now: Sequence[Stream | Collector | Token]
+) -> Iterator[str]:
     """Name the entries that are new, gone, or different."""
     was, became = ({entry.name: entry for entry in entries} for entries in (before, now))
     names = dict.fromkeys([*was, *became])

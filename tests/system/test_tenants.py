@@ -75,6 +75,21 @@ def send_all() -> Counter[bytes]:
     return sent
 
 
+def send(stream_port: int, sinks: Sinks, *expected: int) -> None:
+    """Send 50 datagrams to a stream, twice: so many in all come to the sinks, and no more.
+
+    What the second half brings anywhere shows that all of the first half has been sent on.
+    """
+    before = {port: sinks.count(port) for port in sinks.came}
+    with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as sender:
+        for half in (1, 2):
+            for number in range(50):
+                sender.sendto(b"%d" % number, ("127.0.0.1", stream_port))
+            for (port, had), most in zip(before.items(), expected, strict=True):
+                wait_until(lambda: sinks.count(port) >= had + half * most // 2, f"copies come to {port}")  # noqa: B023
+    assert [sinks.count(port) - had for port, had in before.items()] == list(expected)
+
+
 @pytest.fixture
 def site(stack: Stack) -> Stack:
     """A relay with two tenants, red and blue."""
@@ -98,3 +113,47 @@ def test_nobody_takes_another_holders_share() -> None:
         assert sinks.came[9001] + sinks.came[9002] == sent
         assert sinks.came[9003] == sent
         assert all(sinks.came.values())
+
+
+SECOND = '[[stream]]\nname = "secret"\nlisten = ["udp://127.0.0.1:6668"]\n'
+LOCAL = '[[collector]]\nname = "all"\nstreams = ["*"]\naddress = "127.0.0.1"\nport = 9000\n'
+
+
+@pytest.mark.parametrize("by", ["restart", "reload"])
+def test_what_a_token_no_longer_allows_ends(stack: Stack, by: str) -> None:
+    """With its token go an entry and an open connection, with a stream its copies: by restart and by reload alike."""
+
+    def configure(*tokens: str) -> None:
+        stack.configure("".join((PATIENT, *tokens, STREAM, SECOND, LOCAL)))
+
+    blue = entry("blue", "collect", "list")
+    configure(entry("red", "collect", "list"), blue)
+    stack.start_all()
+    with closing(Sinks(9000, 9001, 9002)) as sinks, socket.create_connection(("127.0.0.1", 5000), 30) as watcher:
+        assert ask_as("red", collector("red", 9001, streams=["*"]))[0]["client"]["health"] == "ok"
+        assert ask_as("blue", collector("blue", 9002, streams=["*"]))[0]["client"]["health"] == "ok"
+        watcher.sendall(b'{"op":"auth","token":"secret blue"}\n{"op":"watch"}\n')
+        lines = watcher.makefile("rb")
+        assert [json.loads(lines.readline())["ok"] for _ in range(2)] == [True, True]
+        for port in (6667, 6668):
+            send(port, sinks, 100, 100, 100)
+        configure(entry("red", "collect", "list", streams=["messages"]))
+        gateway = stack["gateway"]
+        if by == "restart":
+            assert gateway.stop() == 0
+            gateway = stack.start("gateway")
+        else:
+            assert gateway.reload()["event"] == "reloaded"
+            assert lines.read().endswith((b"", b"\n"))  # to its end
+        lines.close()
+        assert ask_as("", {"op": "auth", "token": "secret blue"})[0]["error"] == "not_permitted"
+        # Who signs up now is served after what the gateway has taken away.
+        assert ask_as("", collector("here", 9009))[0]["client"]["health"] == "ok"
+        listed = ask_as("", {"op": "list"})[0]["clients"]
+        assert {name: client["streams"] for name, client in listed.items()} == {
+            "all": ["*"], "red": ["messages"], "here": ["messages"],
+        }  # fmt: skip
+        send(6667, sinks, 100, 100, 0)
+        send(6668, sinks, 100, 0, 0)
+        events = [line["event"] for line in gateway.log if str(line.get("event")).startswith("client ")]
+        assert len(events) == 2, events

@@ -94,9 +94,10 @@ class AddressProofs:
 
 
 def proven_before(present: Entry | None, client: Client, peer: Peer) -> bool:
-    """Return whether the entry that `client` replaces goes to the same place, for the same client on the same host."""
+    """Return whether the entry that `client` replaces was proven: the same place, client and host."""
     return (
         present is not None
+        and present.proven
         and present.origin is Origin.JSON
         and peer.is_client_of(present.peer)
         and peer.address == present.peer.address

@@ -33,12 +33,13 @@ from shared.settings.model import Collector, Gateway
 
 
 class Grant(NamedTuple):
-    """A client that may be entered, its lease, and the entry that it replaces."""
+    """A client that may be entered, its lease, whether its address is proven, and the entry that it replaces."""
 
     client: Client
     origin: Origin
     ttl: float
     hold: bool
+    proven: bool
     replaced: Entry | None
 
 
@@ -70,8 +71,8 @@ class Admission:
         asked, origin = self._asked(request), Origin.NAMES if isinstance(request, SignUp) else Origin.JSON
         present = self._registry.find(asked.name)
         client = self.destinations.resolve(asked, peer)
-        proven = isinstance(request, Confirm) or not self.destinations.need_proof(asked, peer)
-        if not (proven or proven_before(present, client, peer)):
+        proven = isinstance(request, Confirm) or proven_before(present, client, peer)
+        if not proven and self.destinations.need_proof(asked, peer):
             raise self._proofs.challenge(asked, client.address)
         if client.source == "original" and not self._sends_copies("original"):
             raise no_transmitter()
@@ -79,7 +80,7 @@ class Admission:
             check_replaceable(present, peer, origin, take_over=asked.take_over)
         check_group(self._registry, client, peer, origin, present)
         check_room(self._registry, peer.rights.holder, self._settings, present)
-        return Grant(client, origin, asked.ttl, asked.hold, present)
+        return Grant(client, origin, asked.ttl, asked.hold, proven, present)
 
     def _asked(self, request: SignUp | Register | Confirm) -> Register:
         match request:

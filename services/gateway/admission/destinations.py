@@ -65,9 +65,11 @@ class Destinations:
 
     def need_proof(self, request: Register, peer: Peer) -> bool:
         """Return whether the peer has to prove first that copies arrive at its destination."""
-        if request.address is None:
-            return False
-        address, own = parse_address(request.address), parse_address(peer.address)
+        return request.address is not None and self.needs_proof(parse_address(request.address), peer)
+
+    def needs_proof(self, address: Address, peer: Peer) -> bool:
+        """Return whether copies for this peer go to the address only after proof."""
+        own = parse_address(peer.address)
         if address == own or (address.is_loopback and own.is_loopback):
             return False
         return not (peer.rights.may_send_to(address) or any(address in network for network in self._allowed))

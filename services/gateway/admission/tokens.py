@@ -17,11 +17,14 @@ class Tokens:
     def __init__(self, tokens: Iterable[Token], *, names_beyond_loopback: bool = False) -> None:
         self._by_hash: list[tuple[bytes, Rights]] = []
         self._by_certificate: dict[str, Rights] = {}
+        self._by_holder: dict[str, tuple[Token, Rights]] = {}
         for token in tokens:
+            rights = _rights(token, names=names_beyond_loopback and token.certificate is not None)
+            self._by_holder[token.name] = (token, rights)
             if token.hash is not None:
-                self._by_hash.append((bytes.fromhex(token.hash.partition(":")[2]), _rights(token)))
+                self._by_hash.append((bytes.fromhex(token.hash.partition(":")[2]), rights))
             elif token.certificate is not None:
-                self._by_certificate[token.certificate] = _rights(token, names=names_beyond_loopback)
+                self._by_certificate[token.certificate] = rights
 
     def rights_of_token(self, token: str) -> Rights:
         """Return the rights that a token gives; `RequestError`, always the same, when it is wrong.
@@ -34,6 +37,14 @@ class Tokens:
         if True not in matching:
             raise RequestError("not_permitted", "unknown token; the operator makes one with `fanwire token`")
         return self._by_hash[matching.index(True)][1]
+
+    def rights_of_holder(self, holder: str) -> Rights:
+        """Return the rights of the `[[token]]` of this name; none when there is none, or no more."""
+        return self._by_holder[holder][1] if holder in self._by_holder else NOBODY
+
+    def grant_the_same(self, holder: str, other: "Tokens") -> bool:
+        """Whether these and the others have the same `[[token]]` of this name, or both none."""
+        return self._by_holder.get(holder) == other._by_holder.get(holder)
 
     def rights_of_certificate(self, common_name: str | None) -> Rights:
         """Return the rights of a verified certificate with this subject; none for a subject that no `[[token]]` has."""
@@ -51,6 +62,6 @@ def common_name(certificate: Mapping[str, Any] | None) -> str | None:
     return names[0] if len(names) == 1 else None
 
 
-def _rights(token: Token, *, names: bool = False) -> Rights:
+def _rights(token: Token, *, names: bool) -> Rights:
     destinations = tuple(map(ip_network, token.destinations))
     return Rights(token.name, frozenset(token.scopes), token.streams, destinations, names)

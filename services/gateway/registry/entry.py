@@ -26,8 +26,8 @@ class Entry:
     """A client and its lease.
 
     `revision` is that in which the client joined; `expires_at` is infinite without `ttl`. An entry that is `held` lasts
-    no longer than its peer's connection. An entry kept from an earlier start has no connection any more. `condition` is
-    that of its last refresh.
+    no longer than its peer's connection. An entry kept from an earlier start has no connection any more. `proven`: its
+    peer has shown that copies arrive at its address. `condition` is that of its last refresh.
     """
 
     client: Client
@@ -38,6 +38,7 @@ class Entry:
     revision: int
     held: bool
     renewed_at: float
+    proven: bool = False
     condition: Condition = NOT_REFRESHED
 
 

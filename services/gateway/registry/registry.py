@@ -10,6 +10,7 @@ import math
 import secrets
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
 from typing import Final, Protocol, get_args
 
 import msgspec
@@ -21,7 +22,7 @@ from services.gateway.registry.entry import Entry, Event, EventKind, Origin
 from services.gateway.registry.groups import SECRET_BYTES, Groups
 from services.gateway.registry.leases import Leases
 from shared.bus.messages import Health, RegistryChange
-from shared.client import Client, Source
+from shared.client import Client, Source, Streams
 
 MAX_CHANGE: Final = 64
 """Clients in one change: the largest entry has under 16 KB, and a bus message at most 1 MiB."""
@@ -87,12 +88,21 @@ class Registry:
         """Return the number of entries that belong to a holder."""
         return self._by_holder[holder]
 
-    def grant(self, client: Client, peer: Peer, origin: Origin, *, ttl: float = 0.0, hold: bool = False) -> Entry:
+    def grant(
+        self,
+        client: Client,
+        peer: Peer,
+        origin: Origin,
+        *,
+        ttl: float = 0.0,
+        hold: bool = False,
+        proven: bool = False,
+    ) -> Entry:
         """Enter `client` under a new generation, for `ttl` seconds (0: no limit), in place of its name's entry.
 
         With `hold` the entry lasts no longer than the peer's connection.
         """
-        event = self._entering(client, peer, origin, 1, self._revision + 1, ttl, hold)
+        event = self._entering(client, peer, origin, 1, self._revision + 1, ttl, hold, proven)
         self._record([event])
         self._replace(event.entry)
         return event.entry
@@ -106,11 +116,12 @@ class Registry:
         revision: int,
         ttl: float = 0.0,
         hold: bool = False,
+        proven: bool = False,
     ) -> Event:
         """Return the event that enters a client, as the `number`th of those entered together."""
         kind: EventKind = "changed" if client.name in self._entries else "joined"
         client = msgspec.structs.replace(client, generation=self._generation + number)
-        return Event(kind, revision, Entry(client, origin, peer, ttl, math.inf, revision, hold, self._clock()))
+        return Event(kind, revision, Entry(client, origin, peer, ttl, math.inf, revision, hold, self._clock(), proven))
 
     def _replace(self, entry: Entry) -> None:
         present = self._entries.get(entry.client.name)
@@ -162,6 +173,18 @@ class Registry:
     def expel(self, entries: Sequence[Entry]) -> None:
         """Remove entries without a request; later, if that can't be stored now."""
         self._remove_or_retry(entries, "left")
+
+    def narrow(self, narrowed: Sequence[tuple[Entry, Streams]]) -> None:
+        """Leave entries these streams only; each keeps its generation, and its lease begins anew."""
+        if not narrowed:
+            return
+        events: list[Event] = []
+        for revision, (entry, streams) in enumerate(narrowed, self._revision + 1):
+            client = msgspec.structs.replace(entry.client, streams=streams)
+            events.append(Event("changed", revision, replace(entry, client=client, revision=revision)))
+        self._record(events)
+        for event in events:
+            self._replace(event.entry)
 
     def holds_any(self, peer: Peer) -> bool:
         """Return whether an entry lasts as long as this peer's connection."""

@@ -64,6 +64,7 @@ class _Kept(msgspec.Struct, frozen=True):
     ttl: float
     held: bool
     holder: str = ""
+    proven: bool = True  # so it may have been when an earlier version wrote it
 
 
 _State = tuple[Number, Number, str]
@@ -201,7 +202,7 @@ class Store:
             return
         peer = entry.peer
         holder = peer.rights.holder
-        kept = _Kept(entry.client, entry.origin, peer.address, peer.port, entry.ttl, entry.held, holder)
+        kept = _Kept(entry.client, entry.origin, peer.address, peer.port, entry.ttl, entry.held, holder, entry.proven)
         self._database.execute(PUT, (entry.client.name, msgspec.json.encode(kept).decode()))
 
     @contextlib.contextmanager
@@ -233,7 +234,7 @@ def _parse(name: str, text: str, now: float) -> Entry:
     if kept.client.name != name:
         raise ValueError(f"{kept.client.name!r} is kept as {name!r}")
     peer = Peer(0, kept.address, kept.port, Rights(kept.holder))
-    return Entry(kept.client, kept.origin, peer, kept.ttl, float("inf"), 0, kept.held, now)
+    return Entry(kept.client, kept.origin, peer, kept.ttl, float("inf"), 0, kept.held, now, kept.proven)
 
 
 def _set_aside(path: Path) -> Path:

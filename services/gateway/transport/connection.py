@@ -118,6 +118,11 @@ class ClientConnection(asyncio.BufferedProtocol):
         return self.conversation.deadlines.passes_at
 
     @property
+    def holder(self) -> str:
+        """The holder of its rights."""
+        return self._peer.rights.holder
+
+    @property
     def buffered(self) -> int:
         """Bytes that wait here, for the decoder or for the client to read them."""
         return self.conversation.buffered + self._transport.get_write_buffer_size()

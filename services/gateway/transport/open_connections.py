@@ -5,6 +5,7 @@ import itertools
 from collections import Counter
 from typing import Final
 
+from services.gateway.admission.tokens import Tokens
 from services.gateway.counters import CONNECTIONS_REFUSED, CUT_FOR_MEMORY
 from services.gateway.handler import Handler
 from services.gateway.protocol.requests import RequestError
@@ -65,6 +66,11 @@ class OpenConnections:
         self._by_origin[connection.origin] -= 1
         if not self._by_origin[connection.origin]:
             del self._by_origin[connection.origin]
+
+    def cut_changed(self, before: Tokens) -> None:
+        """Cut the connections of holders whose token has changed or gone since `before`: they may connect anew."""
+        for connection in [each for each in self._open if not self.handler.tokens.grant_the_same(each.holder, before)]:
+            connection.drop()
 
     def has_room(self, beginning: int) -> bool:
         """Return whether one more may begin, with `beginning` others, to be admitted or refused."""

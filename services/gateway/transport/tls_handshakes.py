@@ -22,12 +22,15 @@ log = get_logger()
 
 
 class TlsAcceptor:
-    """Accepts on TLS listeners, and makes a connection of each handshake that succeeds."""
+    """Accepts on TLS listeners, and makes a connection of each handshake that succeeds.
+
+    `context` is that of the next handshakes.
+    """
 
     def __init__(self, connections: OpenConnections, context: ssl.SSLContext) -> None:
         limit_buffers()
         self._open = connections
-        self._context = context
+        self.context = context
         self._tasks: set[asyncio.Task[None]] = set()
         self._under_way = 0
 
@@ -71,7 +74,7 @@ class TlsAcceptor:
             await asyncio.get_running_loop().connect_accepted_socket(
                 lambda: TlsConnection(self._open, remote=remote),
                 sock,
-                ssl=self._context,
+                ssl=self.context,
                 ssl_handshake_timeout=seconds,
                 ssl_shutdown_timeout=seconds,
             )

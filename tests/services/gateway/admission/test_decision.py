@@ -50,7 +50,8 @@ class Site:
 
     def enter(self, granted: Grant, peer: Peer = THERE) -> None:
         """Enter what was granted."""
-        self.table.grant(granted.client, peer, granted.origin, ttl=granted.ttl, hold=granted.hold)
+        client, origin, ttl, hold, proven, _ = granted
+        self.table.grant(client, peer, origin, ttl=ttl, hold=hold, proven=proven)
 
 
 @pytest.fixture
