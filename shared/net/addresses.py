@@ -2,7 +2,9 @@
 
 import ipaddress
 import socket
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final, cast
 
 V4_MAPPED: Final = bytes(10) + b"\xff\xff"
@@ -139,3 +141,26 @@ def resolve(host: str, port: int, kind: socket.SocketKind) -> list[tuple[socket.
     except (UnicodeError, ValueError):  # an empty label, or one too long to look up
         raise socket.gaierror(socket.EAI_NONAME, "not a host name") from None
     return list(dict.fromkeys((family, cast(SocketAddress, at)) for family, _, _, _, at in found))
+
+
+def are_apart(some: Iterable[str], others: Iterable[str]) -> bool:
+    """Whether no address is in a network of both.
+
+    >>> are_apart(["10.0.0.0/8"], ["10.1.0.0/16"]), are_apart(["10.0.0.0/8"], ["192.0.2.0/24", "::/0"])
+    (False, True)
+    """
+    spans = sorted([(*_span(text), 0) for text in some] + [(*_span(text), 1) for text in others])
+    reach = [-1, -1]
+    for first, last, side in spans:
+        if first <= reach[1 - side]:
+            return False
+        reach[side] = max(reach[side], last)
+    return True
+
+
+@lru_cache(maxsize=8192)  # entries are compared with many others
+def _span(text: str) -> tuple[int, int]:
+    network, bits = pack_network(text)
+    ipv4 = network.startswith(V4_MAPPED) and bits >= 96  # which are in no network of IPv6, not even ::/0
+    first = int.from_bytes(network) + (ipv4 << 128)
+    return first, first | (1 << (128 - bits)) - 1

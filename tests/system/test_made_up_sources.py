@@ -4,7 +4,7 @@ import json
 import random
 import socket
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 
 import pytest
 
@@ -48,17 +48,18 @@ def test_made_up_sources_fill_nothing(open_stack: OpenStack, count: int) -> None
     open_stack.configure(SETTINGS)
     open_stack.start_all()
     open_stack.start("transmitter")
-    flooded, _ = open_receiver("127.0.0.1", 9100, 4096)
     quiet, _ = open_receiver("127.0.0.1", 9101)
     with (
-        closing(flooded),
+        ExitStack() as flooded,
         closing(quiet),
         closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as sender,
         forging() as forger,
     ):
         wanted = [("relay", {}), ("original", {}), ("relay", {"group": "g"}), ("original", {"from": ["127.0.0.0/9"]})]
         for number, (source, more) in enumerate(wanted):
-            request = {"op": "register", "name": f"c{number}", "streams": ["flooded"], "port": 9100, "source": source}
+            request = {"op": "register", "name": f"c{number}", "streams": ["flooded"], "port": 9110 + number}
+            request |= {"source": source}
+            flooded.enter_context(open_receiver("127.0.0.1", 9110 + number, 4096)[0])
             wait_until(lambda request=request, more=more: ask_json(request | more)["ok"], "it is signed up")  # type: ignore[misc]
         assert ask_json({"op": "register", "name": "q", "streams": ["quiet"], "port": 9101})["ok"]
         quiet.settimeout(20)

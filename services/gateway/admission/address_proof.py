@@ -1,8 +1,8 @@
 """Proof of address: a client that wants copies sent to another address shows that they arrive there.
 
-A datagram with a nonce goes to the address, at most `MOST` in `PERIOD_SECONDS`. The client that sends the nonce back is
-granted the `register` that it was for. So a client can't aim copies at a third host, which gets only those few
-datagrams.
+A datagram with a nonce goes to the address, for each holder at most `MOST` in `PERIOD_SECONDS`. The client that sends
+the nonce back is granted the `register` that it was for. So a client can't aim copies at a third host, which gets only
+those few datagrams, and can't use up what another holder may ask for.
 """
 
 import hmac
@@ -19,9 +19,9 @@ from shared.client import CHALLENGE_PREFIX, Client
 
 PERIOD_SECONDS: Final = 60.0
 MOST: Final = 3
-"""Challenges to one address in a period."""
-MOST_IN_ALL: Final = 600
-"""Challenges to all addresses in a period; this also bounds the memory that they take."""
+"""Challenges to one address in a period, for one holder."""
+MOST_IN_ALL: Final = 60
+"""Challenges to all addresses in a period, for one holder; this also bounds the memory that they take."""
 VALID_SECONDS: Final = 60.0
 
 Send = Callable[[bytes, str, int], None]
@@ -31,6 +31,7 @@ Send = Callable[[bytes, str, int], None]
 @dataclass(slots=True)
 class _Challenge:
     asked: Register
+    peer: Peer
     nonce: str
     until: float
 
@@ -42,9 +43,10 @@ class AddressProofs:
     send: Send
     clock: Callable[[], float]
     _open: OrderedDict[str, list[_Challenge]] = field(default_factory=OrderedDict)
-    _sent: deque[tuple[float, str]] = field(default_factory=deque)
+    _sent: deque[tuple[float, str, str]] = field(default_factory=deque)
+    """When, for which holder, to which address."""
 
-    def challenge(self, asked: Register, address: str) -> RequestError:
+    def challenge(self, asked: Register, address: str, peer: Peer) -> RequestError:
         """Send a challenge for a `register`, unless too many went to the address; return the refusal for its client."""
         port = asked.port
         if port is None:
@@ -53,16 +55,18 @@ class AddressProofs:
             )
         self._forget()
         foreign = f"{address} is not the address of your connection"
-        if len(self._sent) >= MOST_IN_ALL or sum(to == address for _, to in self._sent) >= MOST:
+        holder = peer.rights.holder
+        sent = [to for _, by, to in self._sent if by == holder]
+        if len(sent) >= MOST_IN_ALL or sent.count(address) >= MOST:
             return RequestError(
                 "unproven_address", f"{foreign}, and the limit of challenges is reached; confirm one, or wait a minute"
             )
-        challenge = _Challenge(asked, secrets.token_urlsafe(24), self.clock() + VALID_SECONDS)
+        challenge = _Challenge(asked, peer, secrets.token_urlsafe(24), self.clock() + VALID_SECONDS)
         try:
             self.send(CHALLENGE_PREFIX + challenge.nonce.encode(), address, port)
         except OSError as error:
             return RequestError("unproven_address", f"{foreign}, and no challenge can be sent there: {error.strerror}")
-        self._sent.append((self.clock(), address))
+        self._sent.append((self.clock(), holder, address))
         self._open.setdefault(asked.name, []).append(challenge)
         return RequestError(
             "unproven_address",
@@ -70,11 +74,11 @@ class AddressProofs:
             f"send op confirm with name and nonce within {VALID_SECONDS:g} s",
         )
 
-    def redeem(self, name: str, nonce: str) -> Register:
-        """Return the `register` that this nonce was for, once."""
+    def redeem(self, name: str, nonce: str, peer: Peer) -> Register:
+        """Return the `register` that this nonce was for, once, to the client that asked for it."""
         self._forget()
         for challenge in self._open.get(name, []):
-            if hmac.compare_digest(challenge.nonce.encode(), nonce.encode()):
+            if hmac.compare_digest(challenge.nonce.encode(), nonce.encode()) and peer.is_client_of(challenge.peer):
                 self._open[name].remove(challenge)
                 return challenge.asked
         raise RequestError(

@@ -11,6 +11,7 @@ from services.gateway.admission.destinations import Destinations
 from services.gateway.admission.ownership import (
     check_changeable,
     check_group,
+    check_place,
     check_replaceable,
     check_room,
     check_same_source,
@@ -68,26 +69,27 @@ class Admission:
     def decide(self, request: SignUp | Register | Confirm, peer: Peer) -> Grant:
         """Return the grant of a request; of several reasons against it, the first in this order is the answer."""
         peer.rights.check(request)
-        asked, origin = self._asked(request), Origin.NAMES if isinstance(request, SignUp) else Origin.JSON
+        asked, origin = self._asked(request, peer), Origin.NAMES if isinstance(request, SignUp) else Origin.JSON
         present = self._registry.find(asked.name)
         client = self.destinations.resolve(asked, peer)
         proven = isinstance(request, Confirm) or proven_before(present, client, peer)
         if not proven and self.destinations.need_proof(asked, peer):
-            raise self._proofs.challenge(asked, client.address)
+            raise self._proofs.challenge(asked, client.address, peer)
         if client.source == "original" and not self._sends_copies("original"):
             raise no_transmitter()
         if present is not None:
             check_replaceable(present, peer, origin, take_over=asked.take_over)
         check_group(self._registry, client, peer, origin, present)
         check_room(self._registry, peer.rights.holder, self._settings, present)
+        check_place(self._registry, client, peer, origin)
         return Grant(client, origin, asked.ttl, asked.hold, proven, present)
 
-    def _asked(self, request: SignUp | Register | Confirm) -> Register:
+    def _asked(self, request: SignUp | Register | Confirm, peer: Peer) -> Register:
         match request:
             case SignUp(name):
                 return Register(name, ttl=self._settings.lease_seconds)
             case Confirm():
-                return self._proofs.redeem(request.name, request.nonce)
+                return self._proofs.redeem(request.name, request.nonce, peer)
             case Register():
                 return request
 

@@ -6,10 +6,14 @@ from services.gateway.admission.peer import Peer
 from services.gateway.protocol.requests import RequestError
 from services.gateway.registry.entry import Entry, Origin
 from services.gateway.registry.registry import Registry
-from shared.client import Client, Source
+from shared.client import ALL_STREAMS, Client, Source
+from shared.net.addresses import are_apart
 from shared.settings.model import Gateway
 
 _OTHER_SOURCE: Final[dict[Source, Source]] = {"relay": "original", "original": "relay"}
+
+MOST_AT_A_PLACE: Final = 64
+"""Entries at one address and port: as a new one is compared with each of them."""
 
 
 def check_replaceable(present: Entry, peer: Peer, origin: Origin, *, take_over: bool) -> None:
@@ -68,6 +72,28 @@ def check_group(registry: Registry, client: Client, peer: Peer, origin: Origin, 
     before = groups.for_bus(replaced) if replaced is not None else None
     itself = before is not None and (before.group, before.source) == (identifier, other)
     check_same_source(client, other if groups.count(identifier, other) > itself else client.source)
+
+
+def check_place(registry: Registry, client: Client, peer: Peer, origin: Origin) -> None:
+    """Raise `RequestError` when another entry has datagrams sent to the same address and port that this one would."""
+    others = [each for each in registry.at(client.address, client.port) if each.client.name != client.name]
+    if not client.streams or not others:
+        return
+    group = registry.groups.identify(client.group, peer, origin) if client.group else ""
+    place = f"{client.address} port {client.port}"
+    if len(others) >= MOST_AT_A_PLACE:
+        raise RequestError("address_taken", f"{len(others)} clients are signed up at {place}; take another port")
+    for other in others:
+        if _get_the_same(client, group, registry.groups.for_bus(other)):
+            why = f"{place} gets these datagrams as {other.client.name!r} already"
+            raise RequestError("address_taken", f"{why}; take another port, other streams or prefixes, or one group")
+
+
+def _get_the_same(one: Client, group: str, other: Client) -> bool:
+    if group and group == other.group:
+        return False
+    streams = {*one.streams} & {*other.streams} or ALL_STREAMS in (*one.streams, *other.streams)
+    return bool(streams) and not (one.prefixes and other.prefixes and are_apart(one.prefixes, other.prefixes))
 
 
 def check_same_source(client: Client, source: Source) -> None:

@@ -17,8 +17,8 @@ MAX_WAITING_SECONDS: Final = 60.0
 """Time that the frames of one request may take at their pace: its connection waits for the answer meanwhile."""
 
 ErrorWord = Literal[
-    "bad_request", "bad_name", "name_taken", "stale_generation", "unknown_stream", "unproven_address", "loop",
-    "not_permitted", "registry_full", "no_transmitter", "unavailable", "too_long", "too_slow",
+    "bad_request", "bad_name", "name_taken", "stale_generation", "unknown_stream", "unproven_address", "address_taken",
+    "loop",    "not_permitted", "registry_full", "no_transmitter", "unavailable", "too_long", "too_slow",
 ]  # fmt: skip
 Id = Annotated[str, Meta(max_length=128)] | Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 """Values of `id`; an answer must be able to carry them back."""

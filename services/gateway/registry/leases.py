@@ -47,7 +47,7 @@ class Leases:
         if now < self._next_expiry:
             return
         overdue = [entry for entry in entries if entry.expires_at <= now]
-        self._preservation.judge(entries, len(overdue), now)
+        self._preservation.judge(entries, overdue, now)
         if overdue and not self.preserving and remove(overdue):
-            self._preservation.note_expired(len(overdue), now)
+            self._preservation.note_expired(overdue, now)
         self._next_expiry = min((entry.expires_at for entry in entries), default=math.inf)

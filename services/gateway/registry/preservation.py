@@ -4,8 +4,8 @@ After Eureka's self-preservation: https://github.com/Netflix/eureka/wiki/Server-
 """
 
 import math
-from collections import deque
-from collections.abc import Iterable
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 from services.gateway.registry.entry import Entry
@@ -16,7 +16,7 @@ BELOW: Final = 0.85
 WINDOW_SECONDS: Final = 60.0
 """Renewals that were due longer ago say nothing of a fault now."""
 MIN_CLIENTS: Final = 10
-"""Least number of leases due in the window: of fewer, one or two missing mean nothing."""
+"""Least number of clients with leases due in the window: of fewer, one or two missing mean nothing."""
 
 log = get_logger()
 
@@ -27,26 +27,33 @@ class Preservation:
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._since = math.inf
-        self._expired_at: deque[float] = deque()
+        self._expired: deque[tuple[float, str]] = deque()
+        """When, and whose."""
 
     @property
     def holds(self) -> bool:
         """Return whether nothing expires now."""
         return self._since < math.inf
 
-    def note_expired(self, count: int, now: float) -> None:
-        """Note that `count` clients have expired: their renewals are missing for the rest of the window."""
-        self._expired_at.extend([now] * count)
+    def note_expired(self, entries: Iterable[Entry], now: float) -> None:
+        """Note entries that have expired: their renewals are missing for the rest of the window."""
+        self._expired.extend((now, entry.peer.rights.holder) for entry in entries)
 
-    def judge(self, entries: Iterable[Entry], overdue: int, now: float) -> None:
-        """Stop or resume expiry, by all entries and the number of them that should expire now."""
+    def judge(self, entries: Iterable[Entry], overdue: Sequence[Entry], now: float) -> None:
+        """Stop or resume expiry, by all entries and those that should expire now."""
         begin = now - WINDOW_SECONDS
-        while self._expired_at and self._expired_at[0] <= begin:
-            self._expired_at.popleft()
-        renewed = sum(begin < entry.renewed_at and now < entry.expires_at < math.inf for entry in entries)
-        missing = overdue + len(self._expired_at)
-        due = renewed + missing
-        too_many = overdue > 0 and due >= MIN_CLIENTS and renewed < BELOW * due
+        while self._expired and self._expired[0][0] <= begin:
+            self._expired.popleft()
+        lacking = Counter(entry.peer.rights.holder for entry in overdue)
+        lacking.update(holder for _, holder in self._expired)
+        there = Counter(
+            entry.peer.rights.holder
+            for entry in entries
+            if begin < entry.renewed_at and now < entry.expires_at < math.inf
+        )
+        due, renewed = _weigh(there, lacking)
+        missing = round(due - renewed, 3)
+        too_many = bool(overdue) and due >= MIN_CLIENTS and renewed < BELOW * due
         if too_many and not self.holds and self._seconds:
             self._since = now
             event = "too many renewals are missing at once: no lease expires for now; check the network to the clients"
@@ -54,3 +61,19 @@ class Preservation:
         elif self.holds and not (too_many and now < self._since + self._seconds):
             self._since = math.inf
             log.warning("leases expire again", missing=missing, due=due)
+
+
+def _weigh(there: Mapping[str, int], lacking: Mapping[str, int]) -> tuple[int, float]:
+    """Return of how many clients renewals were due, and of how many they came, by each holder's numbers of leases.
+
+    A holder counts as one, whatever its number of leases: it can't stop the others' expiry by itself. An entry of this
+    host counts for itself, since it may do anything here.
+    """
+    due, renewed = 0, 0.0
+    for holder in {*there, *lacking}:
+        came = there.get(holder, 0)
+        leases = came + lacking.get(holder, 0)
+        weight = 1 if holder else leases
+        due += weight
+        renewed += weight * came / leases
+    return due, renewed

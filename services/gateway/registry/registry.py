@@ -61,6 +61,7 @@ class Registry:
         self._entries: dict[str, Entry] = {}
         self._held: dict[int, set[str]] = {}
         self._by_holder: Counter[str] = Counter()
+        self._at: dict[tuple[str, int], dict[str, Entry]] = {}
         self._clock = clock
         self._keep = keep
         self._generation = first_generation - 1
@@ -87,6 +88,10 @@ class Registry:
     def count_of_holder(self, holder: str) -> int:
         """Return the number of entries that belong to a holder."""
         return self._by_holder[holder]
+
+    def at(self, address: str, port: int) -> Collection[Entry]:
+        """Return the collectors whose copies go to this address and port."""
+        return self._at.get((address, port), {}).values()
 
     def grant(
         self,
@@ -267,6 +272,7 @@ class Registry:
         self.groups.note(entry, 1)
         if client.streams:
             self.collectors += 1
+            self._at.setdefault((client.address, client.port), {})[client.name] = entry
             self.serving[client.source].newest = entry.revision
         if entry.held:
             self._held.setdefault(entry.peer.id, set()).add(client.name)
@@ -274,7 +280,13 @@ class Registry:
 
     def _forget(self, entry: Entry) -> None:
         self._by_holder[entry.peer.rights.holder] -= 1
-        self.collectors -= bool(entry.client.streams)
+        client = entry.client
+        if client.streams:
+            self.collectors -= 1
+            place = self._at[client.address, client.port]
+            del place[client.name]
+            if not place:
+                del self._at[client.address, client.port]
         self.groups.note(entry, -1)
         if entry.held:
             held = self._held[entry.peer.id]

@@ -13,7 +13,9 @@ RENEW_SECONDS: Final = 10.0
 """Two renewals may be lost before the lease is."""
 RETRY_SECONDS: Final = (0.2, 0.5, 1.0, 2.0, 5.0)
 """Pauses between attempts to sign up again; the last repeats for ever."""
-PASSING: Final = frozenset({"name_taken", "no_transmitter", "registry_full", "too_slow", "unavailable"})
+PASSING: Final = frozenset(
+    {"address_taken", "name_taken", "no_transmitter", "registry_full", "too_slow", "unavailable"}
+)
 """Refusals that pass: a gateway may keep the entry of the lost connection until its lease expires, and one that has
 just started may not have seen the transmitter yet."""
 

@@ -27,7 +27,7 @@ GLOSSARY: Final = "services/operator/README.md has the cure of each cause"
 
 
 def check_copies(accounts: Mapping[str, Accounts], collectors: Sequence[Entry]) -> Iterator[Finding]:
-    """Yield collectors that get nothing, or less than their share; `accounts` are those of each service that reports."""
+    """Yield collectors that get nothing, or too little; `accounts` are those of each service that reports."""
     troubled = {each.name: each.health for each in collectors if each.health not in (None, "ok")}
     waiting = [name for name, health in troubled.items() if health == "waiting"]
     for name in waiting:

@@ -57,9 +57,11 @@ def renew(count: int, seconds: float) -> dict[str, Any]:
     """Sign up so many collectors, each on a connection that it keeps; renew their leases; return how that went."""
     connections = [connect(1, number) for number in range(count)]
     begin = time.monotonic()
-    terms = {"op": "register", "streams": ["*"], "port": 9514, "ttl": TTL_SECONDS, "hold": True}
+    terms = {"op": "register", "streams": ["*"], "ttl": TTL_SECONDS, "hold": True}
     for number, connection in enumerate(connections):
-        connection.sendall(json.dumps(terms | {"name": f"c{number}"}).encode() + b"\n")
+        connection.sendall(
+            json.dumps(terms | {"name": f"c{number}", "port": 20_000 + number % PER_ADDRESS}).encode() + b"\n"
+        )
     generations = [json.loads(connection.recv(65536))["client"]["generation"] for connection in connections]
     print(f"{count} signed up in {time.monotonic() - begin:.1f} s", flush=True)
     lines = [b'{"op":"renew","name":"c%d","generation":%d}\n' % each for each in enumerate(generations)]

@@ -167,12 +167,19 @@ class Model:
             return {"error": "registry_full"}
         if present is not None and not self._may_replace(present, caller, request["take_over"]):
             return {"error": "name_taken"}
+        if request.get("streams") and self._is_place_taken(request, caller):
+            return {"error": "address_taken"}
         if present is not None and present.json and present.caller.connection != caller.connection:
             lost = {"event": "taken_over", "name": request["name"], "generation": present.client["generation"]}
             self.told.append((present.caller.connection, lost))
         client = self._client(request, caller)
         entry = Entry(client, caller, True, request["ttl"], request["hold"])
         return {"client": self._enter(entry)}
+
+    def _is_place_taken(self, request: Line, caller: Caller) -> bool:
+        others = [entry.client for name, entry in self.clients.items() if name != request["name"]]
+        place = {"address": caller.address, "port": request["port"]}
+        return any(other["streams"] and place.items() <= other.items() for other in others)
 
     def _may_replace(self, present: Entry, caller: Caller, take_over: bool) -> bool:
         if present.json and present.caller.connection == caller.connection:

@@ -32,8 +32,8 @@ names = st.sampled_from([f"n{number}" for number in range(MAX_CLIENTS + 2)])
 ttls = st.sampled_from([0.0, 2.0, 5.0, 20.0])
 registers = st.fixed_dictionaries(
     {"op": st.just("register"), "name": names, "ttl": ttls, "hold": st.booleans(), "take_over": st.booleans()},
-    optional={"streams": st.just(["messages"]), "port": st.just(9514)},
-).map(lambda request: request | {"port": 9514} if "streams" in request else request)
+    optional={"streams": st.just(["messages"]), "port": st.sampled_from([0, 0, 9514])},
+)
 of_entries = st.fixed_dictionaries(
     {"op": st.sampled_from(["renew", "renew", "leave"]), "name": names, "generation": st.sampled_from([0, 0, 0, -1, 1])}
 )
@@ -318,6 +318,8 @@ class Clients(RuleBasedStateMachine):
         for request in requests:
             present = self._model.clients.get(request.get("name", ""))
             more = {"id": next(self._numbers)}
+            if not request.get("port", 0) and ("streams" in request or "port" in request):
+                more["port"] = 9600 + int(request["name"][1:])  # so that many can have copies sent to their address
             if "generation" in request:
                 more["generation"] = request["generation"] + (present.client["generation"] if present else 1)
             completed.append(request | more)

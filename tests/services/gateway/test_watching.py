@@ -181,10 +181,8 @@ def test_cut_off_while_its_answer_waits(stack: Stack, talk: Any) -> None:
         wait_until(silent.receive, "the gateway knows of who would send copies")
         first, second, actor = talk(), talk(), talk()
         first.ask("watch")
-        for conversation, name in ((first, "first"), (second, "second")):
-            conversation.connection.sendall(
-                b'{"op":"register","name":"%s","streams":["*"],"port":9514}\n' % name.encode()
-            )
+        for conversation, name, port in ((first, b"first", 9514), (second, b"second", 9515)):
+            conversation.connection.sendall(b'{"op":"register","name":"%s","streams":["*"],"port":%d}\n' % (name, port))
         for _ in range(40):
             actor.ask("register", name="third")
         assert second.read()["client"]["name"] == "second"

@@ -137,6 +137,37 @@ def test_group_has_one_source() -> None:
         decide_configured(site.destinations, [*members, mixed])
 
 
+def test_address_and_port_get_each_datagram_once() -> None:
+    """An entry that would bring a datagram twice to one address and port is refused, whoever else has the first.
+
+    Another port, other streams or exporters, the same group and its own name are no reason; 64 entries are.
+    """
+    site = Site()
+    site.admission = site.admit(max_clients=99)
+    site.transmitter = True
+    first = Register("a", streams=("syslog",), port=9, prefixes=("10.0.0.0/8",), group="g")
+    site.enter(site.admission.decide(first, THERE))
+    second = msgspec.structs.replace(first, name="b", group="")
+    neighbour = Peer(9, THERE.address, 1, Rights("other", frozenset({"collect"})))
+    same: list[dict[str, Any]] = [
+        {}, {"streams": ("syslog", "netflow")}, {"streams": ("*",)}, {"prefixes": ("10.1.0.0/16", "::/0")},
+        {"prefixes": ()}, {"group": "h"}, {"source": "original"}, {"sample": 2},
+    ]  # fmt: skip
+    for change in same:
+        assert site.error(msgspec.structs.replace(second, **change), neighbour) == "address_taken"
+    assert site.error(second) == "address_taken"
+    assert site.error(msgspec.structs.replace(second, group="g"), neighbour) == "address_taken"
+    apart: list[dict[str, Any]] = [{"name": "a"}, {"port": 10}, {"group": "g"}, {"prefixes": ("11.0.0.0/8", "::/0")}]
+    for change in apart:
+        site.admission.decide(msgspec.structs.replace(second, **change), THERE)
+    site.admission.decide(msgspec.structs.replace(second, streams=("netflow",)), neighbour)
+    site.admission.decide(msgspec.structs.replace(second, streams=()), THERE)
+    for number in range(63):
+        site.enter(site.admission.decide(msgspec.structs.replace(first, name=f"m{number}"), THERE))
+    assert site.error(msgspec.structs.replace(first, name="b")) == "address_taken"
+    site.admission.decide(first, THERE)
+
+
 def test_configured_collectors_have_the_same_destinations(site: Site) -> None:
     """A collector of the settings is refused a loop and an address that is no host's, by name; it needs no proof."""
     fine = Collector("a", ("syslog",), "192.0.2.9", 9)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import pytest
 
 from services.gateway.admission.peer import Peer
+from services.gateway.admission.rights import Rights
 from services.gateway.registry.entry import Entry, Event, Origin
 from services.gateway.registry.preservation import WINDOW_SECONDS
 from services.gateway.registry.registry import RETURN_SECONDS
@@ -95,6 +96,30 @@ def test_few_missing_renewals_expire(count: int, renewing: int) -> None:
     registry.now = 10
     registry.expire()
     assert (registry.leases.preserving, len(registry)) == (False, renewing)
+
+
+def test_holder_does_not_stop_the_others_expiry() -> None:
+    """However many leases one holder lets lapse, the others' expire; when many holders' do at once, nothing does."""
+    registry = Table(preserve_seconds=100)
+    holders = [Peer(number, "192.0.2.7", 4000, Rights(f"h{number}")) for number in range(20)]
+    for number in range(30):
+        registry.join(f"lapse{number}", holders[0], ttl=1)
+    for peer in holders[1:]:
+        registry.join(peer.rights.holder, peer, ttl=10)
+    registry.now = 1
+    registry.expire()
+    assert (registry.leases.preserving, len(registry)) == (False, 19)
+    registry.now = 9
+    for entry in list(registry.entries())[:17]:
+        registry.renew(entry)
+    registry.now = 10
+    registry.expire()
+    assert (registry.leases.preserving, len(registry)) == (False, 17)
+    registry.now = 19
+    for entry in list(registry.entries())[:3]:
+        registry.renew(entry)
+    registry.expire()
+    assert (registry.leases.preserving, len(registry)) == (True, 17)
 
 
 def test_leases_begin_anew_after_a_restart(registry: Table) -> None:
