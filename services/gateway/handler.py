@@ -11,7 +11,7 @@ from services.gateway.admission.decision import Admission, Grant
 from services.gateway.admission.peer import Peer
 from services.gateway.admission.tokens import Tokens
 from services.gateway.counters import CROSS_PROTOCOL, REFUSED, REQUESTS, TOO_SLOW, WRONG_TOKENS
-from services.gateway.events import EventFeed, Push
+from services.gateway.events import EventFeed, History, Push
 from services.gateway.protocol.requests import (
     Auth,
     Confirm,
@@ -73,8 +73,10 @@ class Handler:
         send_frames: SendFrames,
         clock: Callable[[], float],
         tokens: Tokens,
+        history: History,
     ) -> None:
         self.tokens = tokens
+        self._history = history
         self.counters: Counter[str] = Counter()
         self.apply_settings(settings)
         self._registry = registry
@@ -214,11 +216,17 @@ class Handler:
         # A peer that watches already gets events that are not pushed yet with the answer, and not twice.
         self._feed.remove_watcher(peer.id)
         self._feed.push_health()  # to the other watchers: the answer holds the present state
-        missed = None if request.revision is None else self._feed.lines_since(request.revision)
+        missed = None
+        if request.revision is not None and self._history.includes(request.epoch, request.revision):
+            missed = self._feed.lines_since(request.revision)
         self._feed.add_watcher(peer.id, self._pushes[peer.id])
         if missed is None:
             return [_head(request.id), b',"clients":', *self._list()]
-        return [*_succeed(request.id, revision=request.revision), missed, self._feed.health_lines()]
+        return [
+            *_succeed(request.id, revision=request.revision, epoch=self._history.epoch),
+            missed,
+            self._feed.health_lines(),
+        ]
 
     def _list(self) -> Answer:
         version, now = self._registry.version(), self._clock()
@@ -228,7 +236,7 @@ class Handler:
             clients = {entry.client.name: show_client(self._registry, entry) for entry in self._registry.entries()}
             self._listing = _encode(clients)
             self._listing_version, self._listing_until = version, now + LISTING_SECONDS
-        return [self._listing, b',"revision":%d}\n' % version[0]]
+        return [self._listing, b',"revision":%d,"epoch":%s}\n' % (version[0], _encode(self._history.epoch))]
 
 
 def _identity(id: Id | None) -> dict[str, object]:

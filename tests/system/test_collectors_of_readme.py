@@ -40,7 +40,8 @@ def start(stack: Stack, language: str, program: str) -> Running:
 
 def changes() -> list[str]:
     """The words for all changes of the list so far."""
-    lines = map(json.loads, ask(b'{"op":"watch","revision":0}\n').splitlines())
+    first = {"op": "watch", "revision": 0, "epoch": ask_json({"op": "list"})["epoch"]}
+    lines = map(json.loads, ask(json.dumps(first).encode() + b"\n").splitlines())
     return [line["event"] for line in lines if line.get("event", "health") != "health"]
 
 

@@ -95,9 +95,10 @@ class ListClients(_Request, frozen=True, tag="list"):
 
 
 class WatchClients(_Request, frozen=True, tag="watch"):
-    """Asks for every entry, then for each change; with `revision`, if it is known, only for the changes since then."""
+    """Asks for every entry, then for each change; with a known `revision` and `epoch`, only for changes since then."""
 
     revision: Number | None = None
+    epoch: Annotated[str, Meta(max_length=64)] | None = None
 
 
 class Confirm(_Request, frozen=True, tag="confirm"):
@@ -182,6 +183,7 @@ EXPECTED: Final = {
     "token": "the token that `fanwire token` printed, as a string",
     "generation": "the whole number that `register` answered",
     "revision": "the whole number that `list`, `watch` or an event showed",
+    "epoch": "the text that `list` or `watch` showed with the revision",
     "nonce": "the text after `fanwire-challenge ` in the datagram",
     "streams": f"a list of at most {MAX_ITEMS} stream names",
     "port": "a whole number from 1 to 65535",

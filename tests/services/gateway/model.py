@@ -89,6 +89,10 @@ class Model:
     clients: dict[str, Entry] = field(default_factory=dict)
     events: list[Line] = field(default_factory=list)
     told: list[tuple[int, Line]] = field(default_factory=list)
+    epoch: str = ""
+    """As the gateway says it."""
+    former: tuple[str, int] = ("", 0)
+    """The epoch before, and its last revision."""
     _expired_at: list[float] = field(default_factory=list)
     _preserving_since: float | None = None
 
@@ -112,9 +116,10 @@ class Model:
 
     def watch(self, request: Line) -> tuple[Line, Sequence[Line]]:
         """The answer to `watch`, and the events that follow it at once."""
-        resumed = request.get("revision")
+        resumed, epoch = request.get("revision"), request.get("epoch")
         begin = self.revision - len(self.events)
-        if resumed is not None and begin <= resumed <= self.revision:
+        known = epoch == self.epoch or (epoch, resumed) == self.former
+        if known and resumed is not None and begin <= resumed <= self.revision:
             return {"ok": True, "id": request["id"], "revision": resumed}, self.events[resumed - begin :]
         return {"ok": True, "id": request["id"]} | self._list(request, None), ()
 
@@ -154,6 +159,7 @@ class Model:
 
     def restart(self) -> None:
         """Go on as another gateway: events are known from now on, leases begin anew, connections are gone."""
+        self.former = (self.epoch, self.revision)
         self.events, self._expired_at, self._preserving_since = [], [], None
         for entry in self.clients.values():
             entry.caller = replace(entry.caller, connection=0)

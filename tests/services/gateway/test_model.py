@@ -25,7 +25,7 @@ PLACES = (("127.0.0.1", ""), ("127.0.0.1", ""), ("127.0.0.2", "red"), ("127.0.0.
 """Addresses that clients connect from, and their holders; each has one connection at a time."""
 AUDITOR = -1
 HOLDERS = "".join(entry(name, "collect", "list") for name in ("red", "blue"))
-NOT_PREDICTED = {"message", "health", "health_since", "health_count"}
+NOT_PREDICTED = {"message", "health", "health_since", "health_count", "epoch"}
 
 places = st.sampled_from(range(len(PLACES)))
 names = st.sampled_from([f"n{number}" for number in range(MAX_CLIENTS + 2)])
@@ -65,6 +65,12 @@ class Conversation:
         self.lost: deque[Line] = deque()
         self.watches = False
         self.revision: int | None = None
+        self.epoch = ""
+
+    @property
+    def seen(self) -> tuple[int | None, str]:
+        """The last revision that it knows, and what list that is of."""
+        return self.revision, self.epoch
 
     def ask(self, *requests: Line) -> None:
         """Send requests, all in one segment."""
@@ -155,7 +161,7 @@ class Clients(RuleBasedStateMachine):
         self.site.clear()
         self._numbers = count(1)
         self._restarts = 0
-        self._seen: dict[int, int | None] = {}
+        self._seen: dict[int, tuple[int | None, str]] = {}
         self._there: dict[int, Conversation] = {}
         self._model = Model(self.site.clock.now, int(START * 1_000_000) - 1)
         self._start([self._model])
@@ -230,7 +236,7 @@ class Clients(RuleBasedStateMachine):
         self._gateway.stop(signal.SIGKILL)
         said += client.end()
         assert list(map(predicted, said)) == expected[: len(said)]
-        self._seen[place] = client.revision
+        self._seen[place] = client.seen
         del self._there[place]
         self._part_all(whole=False)
         self._start(outcomes[len(said) :])
@@ -266,10 +272,12 @@ class Clients(RuleBasedStateMachine):
         self._auditor = self._connect("127.0.0.3")
         (request,) = self._complete([{"op": "list"}])
         self._auditor.ask(request)
-        listed = predicted(self._auditor.answer())
+        answer = self._auditor.answer()
+        listed = predicted(answer)
         for outcome in outcomes:
             outcome.restart()
         self._model = next(each for each in outcomes if each.answer(request, self._auditor.caller) == listed)
+        self._model.epoch = answer["epoch"]
         self._foretold = self._model.revision
         self._watch(self._auditor, self._seen.get(AUDITOR))
 
@@ -305,7 +313,7 @@ class Clients(RuleBasedStateMachine):
         """Read a connection to its end; unless all that was foretold is there it is not `whole`."""
         assert client.end() == []
         assert not (whole and (client.events or client.lost))
-        self._seen[place] = client.revision
+        self._seen[place] = client.seen
 
     def _part_all(self, whole: bool = True) -> None:
         for place, client in [*self._there.items(), (AUDITOR, self._auditor)]:
@@ -336,12 +344,15 @@ class Clients(RuleBasedStateMachine):
             assert list(line.get("clients", ())) == list(each.get("clients", ()))
         self._auditor.settle()
 
-    def _watch(self, client: Conversation, revision: int | None = None) -> None:
-        (request,) = self._complete([{"op": "watch"} | ({} if revision is None else {"revision": revision})])
+    def _watch(self, client: Conversation, seen: tuple[int | None, str] | None = None) -> None:
+        (request,) = self._complete(
+            [{"op": "watch"} | (dict(zip(("revision", "epoch"), seen, strict=True)) if seen else {})]
+        )
         expected, missed = self._model.watch(request)
         client.ask(request)
-        assert predicted(client.answer()) == expected
-        client.watches, client.revision = True, expected["revision"]
+        answer = client.answer()
+        assert predicted(answer) == expected
+        client.watches, client.revision, client.epoch = True, expected["revision"], answer["epoch"]
         client.events.extend(missed)
 
     def _foretell(self) -> None:

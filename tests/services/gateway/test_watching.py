@@ -1,5 +1,6 @@
 import contextlib
 import json
+import shutil
 import signal
 import socket
 import time
@@ -109,12 +110,17 @@ def test_watcher_may_ask_on(talk: Any, gateway: Running) -> None:
     assert {line.get("event", "answer") for line in lines} == {"answer", "joined"}
 
 
+def since(answer: dict[str, Any], more: int = 0) -> dict[str, Any]:
+    """The fields that continue from what an answer showed, or from another revision of the same list."""
+    return {"revision": answer["revision"] + more, "epoch": answer["epoch"]}
+
+
 @pytest.mark.parametrize("resume", [False, True])
 def test_watching_anew_repeats_nothing(talk: Any, gateway: Running, resume: bool) -> None:
     """A second `watch` is followed by no event that its answer holds already, however close the change was."""
     watcher = talk()
-    revision = watcher.ask("watch")["revision"]
-    again = {"op": "watch", "id": "again"} | ({"revision": revision} if resume else {})
+    begun = watcher.ask("watch")
+    again = {"op": "watch", "id": "again"} | (since(begun) if resume else {})
     watcher.connection.sendall(b'{"op":"register","name":"a"}\n' + json.dumps(again).encode() + b"\n")
     lines = [watcher.read()]
     while lines[-1].get("id") != "again":
@@ -200,25 +206,60 @@ def test_resume_from_a_revision(talk: Any, gateway: Running) -> None:
     for number in range(5):
         ask(b"n%d" % number)
     resumed = talk()
-    answer = resumed.ask("watch", revision=snapshot["revision"] + 2)
+    answer = resumed.ask("watch", **since(snapshot, 2))
     assert "clients" not in answer
+    assert answer["epoch"] == snapshot["epoch"]
     assert [resumed.read()["client"]["name"] for _ in range(3)] == ["n2", "n3", "n4"]
     ask(b"n5")
     assert resumed.read()["client"]["name"] == "n5"
-    assert list(talk().ask("watch", revision=10**6)["clients"]) == [f"n{number}" for number in range(6)]
+    assert list(talk().ask("watch", **since(snapshot, 10**6))["clients"]) == [f"n{number}" for number in range(6)]
 
 
 def test_resume_over_a_restart(stack: Stack, talk: Any, gateway: Running) -> None:
     """A watcher that knows all goes on after the gateway was killed; one that missed something gets the list."""
     ask(b"a")
-    revision = talk().ask("watch")["revision"]
+    known = talk().ask("watch")
     gateway.stop(signal.SIGKILL)
     stack.start("gateway")
     resumed = talk()
-    assert "clients" not in resumed.ask("watch", revision=revision)
+    answer = resumed.ask("watch", **since(known))
+    assert "clients" not in answer
     ask(b"b")
-    assert resumed.read()["revision"] == revision + 1
-    assert list(talk().ask("watch", revision=revision - 1)["clients"]) == ["a", "b"]
+    assert resumed.read()["revision"] == known["revision"] + 1
+    assert "clients" not in talk().ask("watch", **since(answer, 1))
+    for step in (-1, 1):  # another list may have had the next revision too
+        assert list(talk().ask("watch", **since(known, step))["clients"]) == ["a", "b"]
+
+
+@pytest.mark.parametrize("how", ["begun anew", "restored"])
+def test_revision_of_another_list(stack: Stack, talk: Any, how: str) -> None:
+    """A watcher with a revision of a list that has begun anew, or was restored from a copy, gets the whole list.
+
+    So does one that says no epoch, as it can't be known what its revision is of.
+    """
+    database, copy = stack.directory / "registry.sqlite", stack.directory / "copy.sqlite"
+    stack.configure(f'[gateway]\ndatabase = "{database}"\n')
+    stack.start("broker")
+    stack.start("gateway").stop()
+    shutil.copy(database, copy)
+    gateway = stack.start("gateway")
+    known = [talk().ask("watch")]
+    for number in range(5):
+        ask(b"before%d" % number)
+        known.append(talk().ask("watch"))
+    gateway.stop()
+    database.unlink()
+    if how == "restored":
+        copy.rename(database)
+    stack.start("gateway")
+    for number in range(5):
+        ask(b"after%d" % number)
+    for seen in known:
+        assert list(talk().ask("watch", **since(seen))["clients"]) == [f"after{number}" for number in range(5)]
+    listed = talk().ask("list")
+    assert listed["revision"] == known[-1]["revision"]
+    assert len(talk().ask("watch", revision=listed["revision"])["clients"]) == 5
+    assert "clients" not in talk().ask("watch", **since(listed))
 
 
 def test_who_does_not_read_is_cut_off(stack: Stack, talk: Any) -> None:
@@ -245,7 +286,7 @@ def test_who_does_not_read_is_cut_off(stack: Stack, talk: Any) -> None:
     assert (last["ok"], last["error"]) == (False, "too_slow")
     missed = talk()
     seen = json.loads(received.splitlines()[-2])["revision"]
-    answer = missed.ask("watch", revision=seen)
+    answer = missed.ask("watch", revision=seen, epoch=json.loads(received.splitlines()[0])["epoch"])
     assert ("clients" in answer) or missed.read()["revision"] == seen + 1
 
 

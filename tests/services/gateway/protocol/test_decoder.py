@@ -196,6 +196,7 @@ def test_port_is_a_whole_number(port: str) -> None:
         ({"op": "renew", "name": "a", "generation": 10**4000}, "generation: expected"),
         ({"op": "list", "version": 2}, "no field `version`"),
         ({"op": "watch", "revision": -1}, "revision: expected"),
+        ({"op": "watch", "epoch": 65 * "e"}, "epoch: expected"),
         ({"op": "confirm", "name": "a"}, "nonce is missing"),
         ({"op": "list", "id": True}, "id: expected"),
         ({"op": "list", "id": 2**64}, "id: expected"),
@@ -220,7 +221,7 @@ def test_requests_are_typed() -> None:
     register = parse_request(b'{"op":"register","name":"s","streams":["*"],"port":9,"from":["10.0.0.0/8"],"ttl":5}\r')
     assert register == Register(name="s", streams=("*",), port=9, prefixes=("10.0.0.0/8",), ttl=5.0)
     assert parse_request(b'{"op":"leave","name":"s","generation":3,"id":"q"}') == Leave(name="s", generation=3, id="q")
-    assert parse_request(b'{"op":"watch","revision":7}') == WatchClients(revision=7)
+    assert parse_request(b'{"op":"watch","revision":7,"epoch":"e"}') == WatchClients(revision=7, epoch="e")
     assert parse_request(b'{"op":"confirm","name":"s","nonce":"n"}') == Confirm(name="s", nonce="n")
 
 
