@@ -43,6 +43,7 @@ SendFrames = Callable[[Transmit, Callable[[TransmitReply | None], None]], None]
 """Asks the transmitter to send frames; the callback gets its reply, None when none came in time. OSError: it can't."""
 LISTING_SECONDS: Final = 1.0
 """The age that `expires_in` and `health_since` in a list may have: all clients that ask meanwhile get one rendering."""
+RECEIVES_NOTHING: Final = "on the list, but receives nothing; register with streams and port to get copies"
 MAX_WRONG_TOKENS: Final = 3
 """Wrong tokens of one connection; then it is closed, and a further try costs another handshake."""
 WORDS: Final[tuple[ErrorWord, ...]] = get_args(ErrorWord)
@@ -169,7 +170,9 @@ class Handler:
 
         def finished() -> None:
             self._registry.refresh_condition(entry)
-            reply(_succeed(request.id, client=show_client(self._registry, entry)))
+            receives = bool(entry.client.streams)
+            note = {} if receives else {"message": RECEIVES_NOTHING}
+            reply(_succeed(request.id, client=show_client(self._registry, entry), receives=receives, **note))
 
         if entry.client.streams:
             self._announcer.ask_served(entry.client.source, finished)

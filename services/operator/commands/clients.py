@@ -23,6 +23,8 @@ COLUMNS = (
     *("expires", "health"),
 )
 
+NOTHING = "receives nothing"
+"""Of a client without streams, which may have been meant to be a collector."""
 UNITS = (("d", 86_400), ("h", 3_600), ("min", 60))
 
 
@@ -83,6 +85,8 @@ def _expires(entry: Entry) -> str | None:
 
 def _health(entry: Entry) -> str | None:
     """Return the word, its duration, and its cost."""
+    if not entry.streams:
+        return NOTHING
     lasts = f" for {_duration(entry.health_since)}" if entry.health and entry.health_since is not None else ""
     return (
         f"{entry.health}{lasts}{f', {entry.health_count} lost' if entry.health_count else ''}" if entry.health else None
@@ -113,7 +117,8 @@ def run_register(arguments: argparse.Namespace, settings: Settings) -> int:
 
 def describe(entry: Entry) -> str:
     """Return one line for what was granted."""
-    line = f"{entry.name}: registered as {entry.address} port {entry.port}"
+    lease = f"generation {entry.generation}, expires {_expires(entry) or 'never'}"
+    line = f"{entry.name}: on the list as {entry.address} port {entry.port}, but {NOTHING}; name --stream and --port"
     if entry.streams:
         line = f"{entry.name}: copies of {', '.join(entry.streams)} go to {entry.address} port {entry.port}"
         line += f", source {entry.source}"
@@ -122,7 +127,8 @@ def describe(entry: Entry) -> str:
         line += f", shared by group {entry.group}" if entry.group else ""
         line += f", hop limit {entry.hop_limit}" if entry.hop_limit != DEFAULT_TERMS.hop_limit else ""
         line += f", DSCP {entry.dscp}" if entry.dscp else ""
-    return f"{line}; generation {entry.generation}, expires {_expires(entry) or 'never'}, health {entry.health}"
+        lease += f", health {entry.health}"
+    return f"{line}; {lease}"
 
 
 def run_leave(arguments: argparse.Namespace, settings: Settings) -> int:

@@ -180,7 +180,7 @@ class Model:
             self.told.append((present.caller.connection, lost))
         client = self._client(request, caller)
         entry = Entry(client, caller, True, request["ttl"], request["hold"])
-        return {"client": self._enter(entry)}
+        return {"client": self._enter(entry), "receives": bool(client["streams"])}
 
     def _is_place_taken(self, request: Line, caller: Caller) -> bool:
         others = [entry.client for name, entry in self.clients.items() if name != request["name"]]

@@ -39,12 +39,16 @@ def test_register_asks_for_what_was_given(stack: Stack) -> None:
 
 
 def test_a_plain_name(stack: Stack) -> None:
-    """Without a stream and a port it is a name on the list; `--json` prints the entry."""
+    """Without a stream it is a name on the list, and receives nothing, as it says; `--json` prints the entry."""
     with PlayedGateway() as gateway:
         code, text = run(stack, "register", "me", "--json", "--gateway", gateway.endpoint)
         assert gateway.requests == [{"op": "register", "name": "me"}]
-    assert code == 0
-    assert json.loads(text)["generation"] == 1
+        assert code == 0
+        assert json.loads(text)["generation"] == 1
+        code, text = run(stack, "register", "me", "--port", "9514", "--gateway", gateway.endpoint)
+        assert (code, "but receives nothing; name --stream" in text, "health" in text) == (0, True, False)
+        gateway.clients = {"me": {"name": "me", "address": "::1", "port": 4, "health": "ok"}}
+        assert "receives nothing" in run(stack, "clients", "--gateway", gateway.endpoint)[1]
 
 
 def test_what_clients_say_of_themselves_is_seen_and_not_obeyed(stack: Stack) -> None:
