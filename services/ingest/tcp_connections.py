@@ -15,6 +15,7 @@ from shared.datagrams.limits import MAX_DATAGRAM, MAX_PAYLOAD, MAX_ROWS
 from shared.ledger import BYTES, CONNECTIONS_EXPIRED, CONNECTIONS_REFUSED, CUT_OFF, RECEIVED
 from shared.log import get_logger
 from shared.net.addresses import pack_address
+from shared.net.connection_shares import limit_of, origin_of
 from shared.process.lifecycle import descriptor_limit
 from shared.settings.model import Ingest
 
@@ -61,6 +62,7 @@ class ExporterConnection:
         self.ended = False
         self._framing = Framing()
         self._source, self._port = pack_address(peer[0].partition("%")[0]), peer[1]
+        self.origin = origin_of(peer[0])
         self._peer = f"{peer[0]} port {peer[1]}"
 
     def read(self) -> bool:
@@ -136,7 +138,9 @@ class ExporterConnections:
         self._limit = max(1, min(limits.tcp_connections, descriptor_limit() - SPARE_DESCRIPTORS))
         self._listeners: dict[socket.socket, Target] = {}
         self._paused: dict[socket.socket, Target] = {}
+        self._most_of_origin = limits.tcp_connections_per_address
         self._open: set[ExporterConnection] = set()
+        self._by_origin: Counter[str] = Counter()
         self._readable: dict[ExporterConnection, None] = {}
         """In the order in which they are due."""
 
@@ -170,10 +174,12 @@ class ExporterConnections:
                 if error.errno not in NOBODY_WAITS:
                     self._pause(listener, error)
                 return
-            if len(self._open) >= self._limit:
+            origin = origin_of(peer[0])
+            if not self._has_room(origin):
                 feed.account[CONNECTIONS_REFUSED] += 1
                 log.warning(
-                    "connection refused: the limit is reached; raise [ingest] tcp_connections",
+                    "connection refused: the limit is reached; raise [ingest] tcp_connections or "
+                    "tcp_connections_per_address",
                     stream=feed.stream,
                     limit=self._limit,
                 )
@@ -183,7 +189,13 @@ class ExporterConnections:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             connection = ExporterConnection(sock, peer, feed, account, listener)
             self._open.add(connection)
+            self._by_origin[origin] += 1
             self._selector.register(sock, selectors.EVENT_READ, lambda it=connection: self._readable.setdefault(it))
+
+    def _has_room(self, origin: str) -> bool:
+        """Whether one more may come from there: the last ones are for addresses that have none."""
+        count = self._by_origin[origin]
+        return count < self._most_of_origin and len(self._open) < limit_of(origin, self._limit, first=not count)
 
     def _pause(self, listener: socket.socket, error: OSError) -> None:
         """Accept again in a second: until then the listener would only wake the loop for nothing."""
@@ -215,6 +227,9 @@ class ExporterConnections:
     def _end(self, connection: ExporterConnection) -> None:
         self._selector.unregister(connection.socket)
         self._open.discard(connection)
+        self._by_origin[connection.origin] -= 1
+        if not self._by_origin[connection.origin]:
+            del self._by_origin[connection.origin]
         self._readable.pop(connection, None)
         connection.close()
 

@@ -214,6 +214,8 @@ class Ingest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Basis on which a worker is chosen for a datagram; by `datagram`, those of an exporter may change order."""
     tcp_connections: Count = 1024
     """Open TCP connections a worker; further ones are closed at once."""
+    tcp_connections_per_address: Count = 512
+    """Open TCP connections a worker from one address, or one /64 of IPv6."""
     tcp_idle_seconds: Seconds = 600.0
     """A TCP connection that sends nothing for this long is closed."""
     memory: Annotated[int, Meta(ge=268_435_456, le=1 << 40)] = 805_306_368

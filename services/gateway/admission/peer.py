@@ -6,6 +6,7 @@ import socket
 from dataclasses import dataclass
 
 from services.gateway.admission.rights import HERE, Rights
+from shared.net.connection_shares import origin_of
 from shared.net.sockets import peer_credentials
 
 
@@ -25,6 +26,11 @@ class Peer:
     def __str__(self) -> str:
         where = f"{self.address} port {self.port}" if self.uid is None else f"this host, user {self.uid}"
         return f"{where}, by {self.rights.holder!r}" if self.rights.holder else where
+
+    @property
+    def origin(self) -> str:
+        """The origin whose limits its connection shares."""
+        return origin_of(self.address if self.port else "")
 
     def controls(self, other: "Peer") -> bool:
         """Return whether this peer may change the entries of the other: it has the same holder, or every right."""
@@ -48,16 +54,3 @@ def identify(transport: asyncio.Transport, number: int, rights: Rights) -> Peer:
     address = ipaddress.ip_address(host.partition("%")[0])
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
     return Peer(number, str(mapped or address), port, rights)
-
-
-def origin_of(peer: Peer) -> str:
-    """Return the key by which connections share one limit: all of AF_UNIX, an IPv4 address, 64 bits of IPv6.
-
-    >>> origin_of(Peer(1, "2001:db8::1:2", 40000))
-    '2001:db8::/64'
-    """
-    if not peer.port:
-        return "AF_UNIX"
-    if ":" not in peer.address:
-        return peer.address
-    return str(ipaddress.ip_network((peer.address, 64), strict=False))  # one host has all of them (RFC 8981)

@@ -5,7 +5,7 @@ import contextlib
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
-from services.gateway.admission.peer import identify, origin_of
+from services.gateway.admission.peer import identify
 from services.gateway.admission.rights import HERE, Rights
 from services.gateway.admission.tokens import common_name
 from services.gateway.counters import REQUESTS_DELAYED, TOO_SLOW
@@ -60,7 +60,7 @@ class ClientConnection(asyncio.BufferedProtocol):
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(WRITE_SIZE)
         self._peer = identify(self._transport, next(self._open.numbers), self._rights())
-        self.origin = origin_of(self._peer)
+        self.origin = self._peer.origin
         settings, loop = self._open.settings, self._open.loop
         deadlines = Deadlines(settings, loop.time, introduced=bool(self._peer.rights.scopes))
         delay = partial(self._open.rate_limit.note_request, self.origin)

@@ -11,6 +11,7 @@ from services.gateway.handler import Handler
 from services.gateway.protocol.requests import RequestError
 from services.gateway.transport.connection import ClientConnection
 from services.gateway.transport.rate_limit import RateLimit
+from shared.net.connection_shares import limit_of
 from shared.process.memory import Memory
 from shared.settings.model import Gateway
 
@@ -19,6 +20,8 @@ AT_ONCE: Final = 32
 """Connections that begin, or end for being late, before open ones have their turn."""
 REFUSING_MAX: Final = 32
 """Connections over the limit that are answered at the same time; more are closed in silence."""
+REFUSING_MAX_OF_ORIGIN: Final = 4
+"""Those of them by TLS, from one address: handshakes that may be waited for before their result is known."""
 
 
 class OpenConnections:
@@ -35,6 +38,8 @@ class OpenConnections:
         self._limit = limit
         self._open: set[ClientConnection] = set()
         self._by_origin: Counter[str] = Counter()
+        self._beginning: Counter[str] = Counter()
+        """Handshakes under way."""
 
     def __len__(self) -> int:
         return len(self._open)
@@ -58,7 +63,8 @@ class OpenConnections:
         excess = self._by_origin[origin] - most
         if excess > 0:
             return excess, f"{origin} has reached the limit of {most} connections an address; close some"
-        return len(self._open) - self._limit, "the limit of open connections is reached; try again later"
+        limit = limit_of(origin, self._limit, first=self._by_origin[origin] == 1)
+        return len(self._open) - limit, "the limit of open connections is reached; try again later"
 
     def remove(self, connection: ClientConnection) -> None:
         """Forget a connection that is gone."""
@@ -72,9 +78,22 @@ class OpenConnections:
         for connection in [each for each in self._open if not self.handler.tokens.grant_the_same(each.holder, before)]:
             connection.drop()
 
-    def has_room(self, beginning: int) -> bool:
-        """Return whether one more may begin, with `beginning` others, to be admitted or refused."""
-        return len(self._open) + beginning < self._limit + REFUSING_MAX
+    def begin(self, origin: str) -> bool:
+        """Note a handshake that begins, unless there is no room for it; `end_beginning` ends it, admitted or not."""
+        before = self._by_origin[origin] + self._beginning[origin]
+        in_all = len(self._open) + self._beginning.total()
+        if before >= self.settings.max_connections_per_address + REFUSING_MAX_OF_ORIGIN:
+            return False
+        if in_all >= limit_of(origin, self._limit, first=not before) + REFUSING_MAX:
+            return False
+        self._beginning[origin] += 1
+        return True
+
+    def end_beginning(self, origin: str) -> None:
+        """Note that a handshake is over."""
+        self._beginning[origin] -= 1
+        if not self._beginning[origin]:
+            del self._beginning[origin]
 
     async def sweep(self) -> None:
         """End connections that are late, a few at a time: others have their turn in between."""

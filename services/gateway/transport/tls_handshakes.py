@@ -14,6 +14,7 @@ from services.gateway.transport.listeners import BACKLOG, Listener
 from services.gateway.transport.open_connections import OpenConnections
 from services.gateway.transport.tls_connection import TlsConnection, limit_buffers
 from shared.log import get_logger
+from shared.net.connection_shares import origin_of
 
 RETRY_SECONDS: Final = 1.0
 """Wait after a failed accept, for example without a descriptor to spare; asyncio waits as long too."""
@@ -32,7 +33,6 @@ class TlsAcceptor:
         self._open = connections
         self.context = context
         self._tasks: set[asyncio.Task[None]] = set()
-        self._under_way = 0
 
     def accept_on(self, listener: Listener) -> None:
         """Accept from now on."""
@@ -53,22 +53,22 @@ class TlsAcceptor:
     async def _accept(self, listener: Listener) -> None:
         while True:
             try:
-                sock, _ = await asyncio.get_running_loop().sock_accept(listener.sock)
+                sock, address = await asyncio.get_running_loop().sock_accept(listener.sock)
             except ConnectionAbortedError:  # the client has gone before it was accepted
                 continue
             except OSError as error:
                 log.warning("TLS connections can't be accepted for now", reason=error.strerror)
                 await asyncio.sleep(RETRY_SECONDS)
                 continue
-            if self._open.has_room(self._under_way):
-                self._under_way += 1
-                self._start(self._shake_hands(sock, remote=listener.remote))
+            origin = origin_of(address[0])
+            if self._open.begin(origin):
+                self._start(self._shake_hands(sock, origin, remote=listener.remote))
             else:
                 self._open.handler.counters[CONNECTIONS_REFUSED] += 1
                 sock.close()
             await asyncio.sleep(0)  # give others a turn, however many clients connect
 
-    async def _shake_hands(self, sock: socket.socket, *, remote: bool) -> None:
+    async def _shake_hands(self, sock: socket.socket, origin: str, *, remote: bool) -> None:
         seconds = self._open.settings.request_seconds
         try:
             await asyncio.get_running_loop().connect_accepted_socket(
@@ -82,4 +82,4 @@ class TlsAcceptor:
             self._open.handler.counters[HANDSHAKES_FAILED] += 1
             log.warning("a TLS handshake failed", reason=error.strerror or str(error) or type(error).__name__)
         finally:
-            self._under_way -= 1
+            self._open.end_beginning(origin)

@@ -215,8 +215,8 @@ def test_registry_over_json(gateway: Running) -> None:
 
 def test_client_that_receives_nothing_is_told(gateway: Running) -> None:
     """The answer to a `register` without streams says that nothing is received, and how that is asked for."""
-    wishes: dict[str, object]
-    for wishes in ({}, {"streams": []}, {"port": 9514, "from": ["10.0.0.0/8"]}):
+    asked: list[dict[str, object]] = [{}, {"streams": []}, {"port": 9514, "from": ["10.0.0.0/8"]}]
+    for wishes in asked:
         answer = ask_json({"op": "register", "name": "siem", "take_over": True, **wishes})
         assert (answer["ok"], answer["receives"], "streams and port" in answer["message"]) == (True, False, True)
     answer = ask_json({"op": "register", "name": "siem", "take_over": True, "streams": ["messages"], "port": 9514})

@@ -340,6 +340,22 @@ def test_connections_are_bounded(stack: Stack, bus: BusEnds) -> None:
             pass
 
 
+def test_one_address_does_not_take_all_connections(stack: Stack, bus: BusEnds) -> None:
+    """An address that opens all the connections that there may be leaves others theirs: 20 of 20 messages come."""
+    stack.configure(STREAM + "[ingest]\ntcp_connections = 60\ntcp_connections_per_address = 30\n")
+    stack.start("ingest")
+    subscriber = follow(bus)
+    with ExitStack() as silent:
+        for _ in range(60):
+            silent.enter_context(socket.create_connection(("127.0.0.1", PORT), 10, ("127.0.0.2", 0)))
+        accounts_when(bus, "ingest.1", lambda accounts: accounts["stream/messages"].get("connections_refused") == 30)
+        senders = [silent.enter_context(connect()) for _ in range(20)]
+        for number, sender in enumerate(senders):
+            sender.sendall(b"%d\n" % number)
+        came = {payload for _, _, payload in take_datagrams(subscriber, 20)}
+        assert came == {b"%d" % number for number in range(20)}
+
+
 def test_idle_connection_expires(stack: Stack, bus: BusEnds) -> None:
     """A connection that sends nothing for too long is closed; a message it had not finished is counted as cut off."""
     stack.configure(STREAM + "[ingest]\ntcp_idle_seconds = 0.2\n")

@@ -289,6 +289,21 @@ def test_handshakes_count_as_connections(site: Site) -> None:
         assert talk.ask("list")["ok"]
 
 
+def test_one_silent_address_locks_nobody_out(site: Site) -> None:
+    """However many connections of one address say nothing, before their handshake too, all others are served."""
+    site.start(entry("siem", "list"), request_seconds=60, max_connections=60, max_connections_per_address=20)
+    silent = [socket.create_connection(("127.0.0.1", PORT), 30, ("127.0.0.2", 0)) for _ in range(260)]
+    wait_until(
+        lambda: counters(site.stack).get("connections_refused", 0) >= 260 - 24, "those over its share are closed"
+    )
+    for _ in range(6):
+        with site.connect_as("siem") as talk:
+            assert talk.ask("list")["ok"]
+        assert ask_json({"op": "list"})["ok"]
+    for connection in silent:
+        connection.close()
+
+
 def test_descriptors_run_out_and_come_back(site: Site) -> None:
     """Without a descriptor to be had who is connected by TLS is served, another waits, nothing spins, it recovers."""
     gateway = site.start(entry("siem", "list"))
