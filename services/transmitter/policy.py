@@ -44,6 +44,7 @@ class Policy:
     def __init__(self, settings: Transmitter, clock: Callable[[], float]) -> None:
         self.interfaces = frozenset(settings.interfaces)
         self.ethertypes = settings.ethertype_numbers
+        self.vlans = frozenset(settings.vlans)
         self._destinations = Prefixes(settings.destinations) if settings.destinations else None
         self._sources = Prefixes(settings.sources) if settings.sources else None
         self._rate = settings.frames_per_second

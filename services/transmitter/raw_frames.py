@@ -12,7 +12,7 @@ from typing import Final
 
 from services.transmitter.next_hops import NextHops
 from services.transmitter.policy import Audit, Policy
-from shared.bus.frame_requests import ANSWER_SECONDS, MAX_SENDING_SECONDS, sending_seconds
+from shared.bus.frame_requests import ANSWER_SECONDS, MAX_SENDING_SECONDS, parse_tags, sending_seconds
 from shared.bus.messages import TransmitReply, TransmitRequest
 from shared.fanout.send_errors import NO_INTERFACE
 from shared.net.netlink import Link
@@ -158,7 +158,12 @@ class RawFrames:
         if not link.up:
             raise FrameError("unavailable", f"{name} is down, or has no carrier")
         check_frame(request, link)
-        ethertype = int.from_bytes(request.frame[12:14])
+        try:
+            vlans, ethertype = parse_tags(request.frame)
+        except ValueError as error:
+            raise FrameError("bad_request", str(error)) from None
+        if refused := [vlan for vlan in vlans if vlan not in self._policy.vlans]:
+            raise FrameError("not_permitted", f"VLAN {refused[0]}: not in [transmitter] vlans", "vlan")
         if ethertype not in self._policy.ethertypes:
             message = f"ethertype {ethertype:#06x} is not in [transmitter] ethertypes; add it there"
             raise FrameError("not_permitted", message, "ethertype")

@@ -8,6 +8,8 @@ HEADER_SIZE: Final = 14
 """Bytes of destination, source and ethertype (IEEE 802.3, 3.1.1)."""
 FCS_SIZE: Final = 4
 """Bytes of the frame check sequence."""
+VLAN_TAGS: Final = frozenset({0x8100, 0x88A8, 0x9100, 0x9200, 0x9300})
+"""Ethertypes of VLAN tags: IEEE 802.1Q's of customer and service, and those that switches used before the second."""
 UNPACED_PER_SECOND: Final = 50_000
 """An interface that takes large frames more slowly than this is slower than a gigabit."""
 ANSWER_SECONDS: Final = 2.0
@@ -59,6 +61,24 @@ def check_frame(frame: bytes, *, own_fcs: bool = False) -> bytes:
     if not least <= len(frame) <= MAX_FRAME:
         raise ValueError(f"a frame of {len(frame)} bytes; expected from {least} to {MAX_FRAME}")
     return frame
+
+
+def parse_tags(frame: bytes) -> tuple[list[int], int]:
+    """Return the VLANs that a frame is tagged with, the outermost first, and the ethertype behind all tags.
+
+    ValueError when the frame ends within them.
+
+    >>> parse_tags(bytes(12) + bytes.fromhex("88a8 6007 8100 0008 0806"))
+    ([7, 8], 2054)
+    """
+    vlans: list[int] = []
+    at = HEADER_SIZE - 2
+    while (ethertype := int.from_bytes(frame[at : at + 2])) in VLAN_TAGS:
+        if len(frame) < at + 6:
+            raise ValueError("the frame ends within a VLAN tag")
+        vlans.append(int.from_bytes(frame[at + 2 : at + 4]) & 0xFFF)
+        at += 4
+    return vlans, ethertype
 
 
 def sending_seconds(count: int, per_second: float) -> float:

@@ -256,7 +256,9 @@ class Transmitter(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     interfaces: tuple[Annotated[str, Meta(min_length=1, max_length=15)], ...] = ()
     """Raw frames leave by these only; empty: by none."""
     ethertypes: tuple[Ethertype, ...] = ()
-    """Raw frames carry these only, as numbers such as 0x0801; empty: none."""
+    """Raw frames carry these only, as numbers such as 0x0801, behind whatever VLAN tags they have; empty: none."""
+    vlans: tuple[Annotated[int, Meta(ge=0, le=4095)], ...] = ()
+    """Raw frames are tagged with these VLANs only, by each of their tags; empty: they have no tags."""
     destinations: tuple[str, ...] = (
         "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "127.0.0.0/8", "fc00::/7", "::1/128",
     )  # fmt: skip

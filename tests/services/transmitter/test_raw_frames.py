@@ -63,7 +63,7 @@ class Desk:
         self.sockets = [
             Socket(opened.enter_context(self.host.socket(socket.AF_PACKET, socket.SOCK_RAW))) for _ in range(2)
         ]
-        allowed: dict[str, Any] = {"interfaces": ("wire", "gone"), "ethertypes": (ETHERTYPE, 0x8100)}
+        allowed: dict[str, Any] = {"interfaces": ("wire", "gone"), "ethertypes": (ETHERTYPE, 0x8100), "vlans": (7,)}
         policy = Policy(Transmitter(**allowed | settings), clock)
         self.told: list[dict[str, Any]] = []
         self.audit = Audit(lambda _event, **facts: self.told.append(facts), clock)
@@ -374,6 +374,35 @@ def test_what_may_not_leave_is_refused_at_once(
     assert [facts["cause"] for facts in desk.told] == [cause] * bool(cause)
     desk.work()
     assert desk.arrived() == []
+
+
+@pytest.mark.parametrize(
+    ("tags", "cause"),
+    [
+        ("8100 0007 0806", "ethertype"),
+        ("8100 0007 8100 0007 0800", "ethertype"),
+        ("88a8 0007 8100 e007 86dd", "ethertype"),
+        ("9100 0007 0842", "ethertype"),
+        ("8100 0008 0801", "vlan"),
+        ("8100 0000 0801", "vlan"),
+        ("8100 0007 88a8 0008 0801", "vlan"),
+        ("9200 0008 9300 0007 0801", "vlan"),
+        ("8100 0007", ""),
+        ("8100 0007 8100 0007 81", ""),
+        ("8100", ""),
+    ],
+)
+def test_what_is_behind_tags_is_looked_at(desk: Desk, tags: str, cause: str) -> None:
+    """A frame leaves only if each of its tags names a VLAN that may be, and what is behind them all may leave too."""
+    desk.ask(HEADER[:12] + bytes.fromhex(tags))
+    assert desk.answer().error == ("not_permitted" if cause else "bad_request")
+    assert [facts["cause"] for facts in desk.told] == [cause] * bool(cause)
+    desk.work()
+    assert desk.arrived() == []
+    desk.ask(HEADER[:12] + bytes.fromhex("88a8 0007 8100 e007 0801") + b"payload")
+    desk.work()
+    assert desk.answer().sent == 1
+    assert len(desk.arrived()) == 1
 
 
 def test_a_check_sequence_of_its_own_is_left_to_the_driver(desk: Desk) -> None:
