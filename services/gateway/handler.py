@@ -39,8 +39,9 @@ from shared.settings.model import Settings
 Answer = Sequence[bytes]
 """Parts to be sent one after the other; they may be shared with other answers."""
 Reply = Callable[[Answer], None]
-SendFrames = Callable[[Transmit, Callable[[TransmitReply | None], None]], None]
-"""Asks the transmitter to send frames; the callback gets its reply, None when none came in time. OSError: it can't."""
+SendFrames = Callable[[Transmit, str, Callable[[TransmitReply | None], None]], None]
+"""Asks the transmitter to send frames for a holder; the callback gets its reply, None when none came in time. OSError:
+it can't."""
 LISTING_SECONDS: Final = 1.0
 """The age that `expires_in` and `health_since` in a list may have: all clients that ask meanwhile get one rendering."""
 RECEIVES_NOTHING: Final = "on the list, but receives nothing; register with streams and port to get copies"
@@ -122,7 +123,8 @@ class Handler:
                 reply(_succeed(request.id))
             case Transmit():
                 self._admission.decide_transmit(request, peer)
-                self._send_frames(request, lambda outcome: reply(self._report_frames(request, outcome)))
+                holder = peer.rights.holder
+                self._send_frames(request, holder, lambda outcome: reply(self._report_frames(request, outcome)))
             case _:
                 peer.rights.check(request)
                 reply(self._inform(request, peer))

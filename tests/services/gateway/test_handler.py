@@ -68,7 +68,7 @@ class Bus:
     def ask_served(self, _source: Source, finished: Callable[[], None]) -> None:
         finished()
 
-    def send_frames(self, _request: Transmit, finished: Callable[[TransmitReply | None], None]) -> None:
+    def send_frames(self, _request: Transmit, _holder: str, finished: Callable[[TransmitReply | None], None]) -> None:
         if self.full:
             raise OSError(errno.ENOBUFS, "the bus is full")
         self.waiting.append(finished)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from services.gateway.bus.transmissions import MAX_OPEN, Transmissions
+from services.gateway.bus.transmissions import MAX_OPEN, MAX_OPEN_OF_HOLDER, Transmissions
 from services.gateway.protocol.requests import Octets, Transmit
 from shared.bus.messages import TRANSMIT_TOPIC, Body, TransmitReply, TransmitRequest
 from shared.bus.zmq_sockets import Requests
@@ -150,10 +150,38 @@ def test_a_request_that_the_bus_refuses_is_answered_at_once() -> None:
     transmissions = Transmissions(FullBus(), requests)  # type: ignore[arg-type]
     for _ in range(2 * MAX_OPEN):
         with pytest.raises(OSError, match="the bus"):
-            transmissions.send_frames(Transmit(interface="eth1", frame=Octets(FRAME)), outcomes.append)
+            transmissions.send_frames(Transmit(interface="eth1", frame=Octets(FRAME)), "", outcomes.append)
     clock = 1e6
     requests.expire()
     assert outcomes == []
+
+
+def test_a_holder_leaves_room_for_others() -> None:
+    """However much a holder asks for, and however long that takes, others and this host may have frames sent."""
+
+    class Bus:
+        def publish(self, _topic: str, _body: Body) -> bool:
+            return True
+
+    clock, request = 0.0, Transmit(interface="eth1", frame=Octets(FRAME))
+    requests = Requests("gateway", 1, lambda: clock)
+    transmissions = Transmissions(Bus(), requests)  # type: ignore[arg-type]
+    outcomes: list[TransmitReply | None] = []
+
+    def taken(holder: str) -> int:
+        for count in range(2 * MAX_OPEN):
+            try:
+                transmissions.send_frames(request, holder, outcomes.append)
+            except OSError:
+                return count
+        raise AssertionError("without end")
+
+    assert [taken("red"), taken("blue"), taken("red")] == [MAX_OPEN_OF_HOLDER, MAX_OPEN_OF_HOLDER, 0]
+    assert taken("") == MAX_OPEN - 2 * MAX_OPEN_OF_HOLDER
+    clock = 1e6
+    requests.expire()
+    assert outcomes == [None] * MAX_OPEN
+    assert taken("red") == MAX_OPEN_OF_HOLDER
 
 
 def test_frames_are_not_for_clients_by_default(stack: Stack) -> None:
