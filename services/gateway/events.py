@@ -31,7 +31,7 @@ class History(NamedTuple):
     revision: int = 0
 
     def includes(self, epoch: str | None, revision: int) -> bool:
-        """Whether a revision that was shown together with this epoch is one of this list."""
+        """Return whether a revision that was shown together with this epoch is one of this list."""
         return epoch == self.epoch or (epoch == self.former != "" and revision == self.revision)
 
 

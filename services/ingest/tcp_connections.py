@@ -193,7 +193,7 @@ class ExporterConnections:
             self._selector.register(sock, selectors.EVENT_READ, lambda it=connection: self._readable.setdefault(it))
 
     def _has_room(self, origin: str) -> bool:
-        """Whether one more may come from there: the last ones are for addresses that have none."""
+        """Return whether one more may come from there: the last ones are for addresses that have none."""
         count = self._by_origin[origin]
         return count < self._most_of_origin and len(self._open) < limit_of(origin, self._limit, first=not count)
 

@@ -144,7 +144,7 @@ def resolve(host: str, port: int, kind: socket.SocketKind) -> list[tuple[socket.
 
 
 def are_apart(some: Iterable[str], others: Iterable[str]) -> bool:
-    """Whether no address is in a network of both.
+    """Return whether no address is in a network of both.
 
     >>> are_apart(["10.0.0.0/8"], ["10.1.0.0/16"]), are_apart(["10.0.0.0/8"], ["192.0.2.0/24", "::/0"])
     (False, True)

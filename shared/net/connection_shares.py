@@ -25,7 +25,7 @@ def origin_of(address: str) -> str:
 
 
 def is_this_host(origin: str) -> bool:
-    """Whether connections of an origin come from this host."""
+    """Return whether connections of an origin come from this host."""
     return origin == AF_UNIX or ("/" not in origin and ipaddress.ip_address(origin).is_loopback)
 
 

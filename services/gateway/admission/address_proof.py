@@ -44,7 +44,7 @@ class AddressProofs:
     clock: Callable[[], float]
     _open: OrderedDict[str, list[_Challenge]] = field(default_factory=OrderedDict)
     _sent: deque[tuple[float, str, str]] = field(default_factory=deque)
-    """When, for which holder, to which address."""
+    """Time, holder and address of each challenge."""
 
     def challenge(self, asked: Register, address: str, peer: Peer) -> RequestError:
         """Send a challenge for a `register`, unless too many went to the address; return the refusal for its client."""

@@ -43,7 +43,7 @@ class Tokens:
         return self._by_holder[holder][1] if holder in self._by_holder else NOBODY
 
     def grant_the_same(self, holder: str, other: "Tokens") -> bool:
-        """Whether these and the others have the same `[[token]]` of this name, or both none."""
+        """Return whether these and the others have the same `[[token]]` of this name, or both none."""
         return self._by_holder.get(holder) == other._by_holder.get(holder)
 
     def rights_of_certificate(self, common_name: str | None) -> Rights:

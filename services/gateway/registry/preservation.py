@@ -28,7 +28,7 @@ class Preservation:
         self._seconds = seconds
         self._since = math.inf
         self._expired: deque[tuple[float, str]] = deque()
-        """When, and whose."""
+        """Time, and whose lease."""
 
     @property
     def holds(self) -> bool:

@@ -22,7 +22,7 @@ def test_origin(address: str, origin: str, here: bool) -> None:
 
 
 def test_the_last_are_for_who_has_none() -> None:
-    """When one address has taken all that it gets, there is room for others that have none, and then for this host."""
+    """An address that has taken all its share leaves room for others that have none, and then for this host."""
     limit, open_now = 10 * KEPT, 0
     while open_now < limit_of("192.0.2.1", limit, first=not open_now):
         open_now += 1

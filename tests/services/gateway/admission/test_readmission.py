@@ -31,7 +31,7 @@ def excess(
     origin: Origin = Origin.JSON,
     allowed: tuple[str, ...] = (),
 ) -> tuple[bool, tuple[str, ...]]:
-    """Whether an entry is removed, and the streams that it keeps."""
+    """Return whether an entry is removed, and the streams that it keeps."""
     table = Table()
     table.grant(Client("c", 0, address, 9, streams=streams), peer, origin, ttl=5, proven=proven)
     destinations = Destinations(["a", "b"], [], _no, _no, allowed)
@@ -75,7 +75,7 @@ def test_what_is_not_allowed_goes(tokens: list[Token], more: dict[str, Any]) -> 
 
 
 def test_an_entry_of_this_host_needs_its_destination_too() -> None:
-    """What [gateway] destinations allowed goes with it, whoever has signed it up."""
+    """An entry that [gateway] destinations allowed goes with that setting, for every holder."""
     assert excess([], "a", peer=HERE, address="192.0.2.9") == (True, ())
 
 

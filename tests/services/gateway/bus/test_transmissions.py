@@ -157,7 +157,7 @@ def test_a_request_that_the_bus_refuses_is_answered_at_once() -> None:
 
 
 def test_a_holder_leaves_room_for_others() -> None:
-    """However much a holder asks for, and however long that takes, others and this host may have frames sent."""
+    """A holder that asks for much, for long, leaves room for frames of others and of this host."""
 
     class Bus:
         def publish(self, _topic: str, _body: Body) -> bool:

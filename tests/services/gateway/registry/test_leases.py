@@ -99,7 +99,7 @@ def test_few_missing_renewals_expire(count: int, renewing: int) -> None:
 
 
 def test_holder_does_not_stop_the_others_expiry() -> None:
-    """However many leases one holder lets lapse, the others' expire; when many holders' do at once, nothing does."""
+    """One holder that lets many leases lapse holds up no other's expiry; many holders at once suspend all."""
     registry = Table(preserve_seconds=100)
     holders = [Peer(number, "192.0.2.7", 4000, Rights(f"h{number}")) for number in range(20)]
     for number in range(30):

@@ -290,7 +290,7 @@ def test_handshakes_count_as_connections(site: Site) -> None:
 
 
 def test_one_silent_address_locks_nobody_out(site: Site) -> None:
-    """However many connections of one address say nothing, before their handshake too, all others are served."""
+    """Silent connections of one address, before their handshake too, keep no other client from being served."""
     site.start(entry("siem", "list"), request_seconds=60, max_connections=60, max_connections_per_address=20)
     silent = [socket.create_connection(("127.0.0.1", PORT), 30, ("127.0.0.2", 0)) for _ in range(260)]
     wait_until(
