@@ -332,6 +332,7 @@ def test_what_this_host_does_not_let_out_is_unreachable(site: Site, error: int) 
     def send_in_vain() -> None:
         refusing = Filter(SCMP_ACT_ALLOW)
         refusing.add(SCMP_ACT_ERRNO | error, "sendmmsg")
+        refusing.add(SCMP_ACT_ERRNO | error, "sendmsg")
         refusing.load()
         for _ in range(60):
             sent.send(make_batch([b"x"]))
