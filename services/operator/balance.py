@@ -6,7 +6,7 @@ have reached more than the worker reports *later*. Both are checked by the worke
 follows, so nothing needs to stand still while it is checked.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -62,6 +62,8 @@ class Balance:
 
     accounts: dict[str, Accounts] = field(default_factory=dict)
     """The last report of each service."""
+    workers: Sequence[str] = ()
+    """Workers that live, whether they report or not."""
     _due: dict[Origin, int] = field(default_factory=dict)
     _consumers: dict[str, _Consumer] = field(default_factory=dict)
     _compared: set[tuple[str, Origin]] = field(default_factory=set)
@@ -94,10 +96,11 @@ class Balance:
         return any(_kind(name) == kind for name in self.accounts)
 
     def silent(self) -> list[str]:
-        """Kinds of service that do not report though they have to, or are on the bus."""
+        """Kinds of service, and workers, that do not report though they have to, or are known to be there."""
         there = any(kept.get("gateway", {}).get(ORIGINAL_SENDERS) for kept in self.accounts.values())
         wanted = (*NEEDED, "transmitter") if there else NEEDED
-        return [kind for kind in wanted if not self.reports(kind)]
+        kinds = [kind for kind in wanted if not self.reports(kind)]
+        return kinds + [name for name in self.workers if name not in self.accounts and self.reports(_kind(name))]
 
     @property
     def settled(self) -> bool:

@@ -11,6 +11,7 @@ from services.operator.balance import Balance, Loss
 from services.operator.cli.arguments import Subparsers, add_command
 from services.operator.cli.tables import print_table
 from services.operator.client.bus_reader import subscribed
+from services.operator.client.living_workers import living_workers
 from shared.bus.messages import Status
 from shared.bus.status import INTERVAL_SECONDS, Reports
 from shared.ledger import (
@@ -82,7 +83,7 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
 
 def _listen(settings: Settings, seconds: float) -> Balance:
     """Take reports for a full round, and for as long as they disagree, up to `seconds`."""
-    balance, reports = Balance(), Reports()
+    balance, reports = Balance(workers=living_workers(settings.bus.path)), Reports()
     start = time.monotonic()
     with subscribed(settings, "status/") as subscriber:
         while (passed := time.monotonic() - start) < seconds:

@@ -16,6 +16,7 @@ from shutil import which
 from typing import Final
 
 from services.operator.client.bus_reader import subscribed
+from services.operator.client.living_workers import living_workers
 from services.operator.doctor.host import BACKLOG_NAME, BUDGET_NAME, HostFacts, ListeningSocket, Softnet
 from services.operator.doctor.network_paths import NetworkFacts, NetworkPath
 from services.operator.doctor.services import RawSocketFacts, ServiceFacts
@@ -168,6 +169,7 @@ def service_facts(settings: Settings, reports: list[Report], gateway: str) -> Se
         broker=broker,
         gateway=gateway,
         accounts=by_service(reports),
+        workers=[] if bus else living_workers(directory),
         descriptors={**limits, "": _hard_limit(resource.getrlimit(resource.RLIMIT_NOFILE)[1])},
         raw=_raw_sockets(settings.transmitter.user),
     )

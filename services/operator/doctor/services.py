@@ -49,6 +49,8 @@ class ServiceFacts:
     """The reason why it does not answer, if it does not."""
     accounts: Mapping[str, Accounts] = field(default_factory=dict)
     """Accounts of each service that reported."""
+    workers: Sequence[str] = ()
+    """Ingest workers that live, whether they report or not."""
     descriptors: Mapping[str, int] = field(default_factory=dict)
     """Limit of open files, by service; "": the limit that this process hands on."""
     raw: RawSocketFacts = RawSocketFacts()
@@ -103,7 +105,7 @@ def _services(facts: ServiceFacts) -> Finding:
         if facts.gateway:
             return warning("services", f"{why}, nor does the gateway answer", cure)
         return error("services", f"{why}, but a gateway answers: nothing is copied", f"{cure}; with the same settings?")
-    if silent := Balance(dict(facts.accounts)).silent():
+    if silent := Balance(dict(facts.accounts), facts.workers).silent():
         why = f"not heard on the bus: {', '.join(silent)}: not running, or stopped or stuck"
         return error("services", why, RESTART)
     return ok("services", f"heard on the bus: {', '.join(sorted(facts.accounts))}")

@@ -114,21 +114,41 @@ def test_names_a_transmitter_that_is_on_the_bus_and_silent(stack: Stack) -> None
     assert "balanced" not in text
 
 
-@pytest.mark.parametrize("stopped", ["forwarder", "transmitter", "gateway", "ingest.1", "broker"])
+@pytest.mark.parametrize("stopped", ["forwarder", "transmitter", "gateway", "ingest.2", "broker"])
 def test_names_a_service_that_hangs(open_stack: OpenStack, stopped: str) -> None:
     """The ledger ends with 69 and names a service that stands still, and doctor finds it, with what to do."""
     stack = open_stack
-    stack.start_all()
+    stack.start_all(ingest=2)
     stack.start("transmitter")
     stack[stopped].process.send_signal(signal.SIGSTOP)
     try:
         code, text = run(stack, "ledger")
         assert (code, text.count("\n")) == (69, 1)
-        assert stopped.partition(".")[0] in text.partition(" did not report")[0]
+        assert stopped in text.partition(" did not report")[0]
         _, found = run(stack, "doctor", "--json")
     finally:
         stack[stopped].process.send_signal(signal.SIGCONT)
     (services,) = [each for each in json.loads(found)["findings"] if each["name"] == "services"]
     assert services["level"] == "error"
-    assert stopped.partition(".")[0] in services["why"]
+    assert stopped in services["why"]
     assert "kill -CONT" in services["cure"]
+
+
+def test_a_worker_that_has_ended_is_not_silent(stack: Stack) -> None:
+    """One of several workers that was killed, its lock still there, is told as gone, and the rest balances."""
+    stack.start_all(ingest=2)
+    stack["ingest.2"].stop(signal.SIGKILL)
+    assert (stack.bus / "pool.2.lock").exists()
+    code, text = run(stack, "ledger")
+    assert (code, text.splitlines()[-1]) == (0, "balanced")
+
+
+def test_all_workers_that_hang_are_told_as_their_kind(stack: Stack) -> None:
+    """Where the only worker stands still, the ledger ends with 69 and names ingest."""
+    stack.start_all()
+    stack["ingest.1"].process.send_signal(signal.SIGSTOP)
+    try:
+        code, text = run(stack, "ledger", "--seconds", "2.5")
+    finally:
+        stack["ingest.1"].process.send_signal(signal.SIGCONT)
+    assert (code, "ingest did not report" in text) == (69, True)
