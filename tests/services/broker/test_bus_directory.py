@@ -77,7 +77,7 @@ def test_removed_files_are_made_anew(stack: Stack, remove: Callable[[Path], None
     stack.start("ingest.2")
     code, text = run(stack, "ledger", "--json")
     assert (code, json.loads(text)["balanced"]) == (0, True)
-    assert ask_json(SIEM | {"name": "late"})["client"]["health"] == "ok"
+    assert ask_json(SIEM | {"name": "late", "port": 9515})["client"]["health"] == "ok"
     stack["gateway"].stop(signal.SIGKILL)
     stack.start("gateway")
     listed = ask_json({"op": "list"})
