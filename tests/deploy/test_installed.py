@@ -106,7 +106,7 @@ def test_services_run_installed_and_confined(
             )
             assert manager.recv(100) == b"READY=1"
         for sock in (collector, exporter):
-            sock.settimeout(20)
+            sock.settimeout(60)
         collector.bind(("127.0.0.1", 0))
         port = collector.getsockname()[1]
         assert ask_json({"op": "register", "name": "c", "streams": ["messages"], "port": port})["ok"]

@@ -60,7 +60,7 @@ def test_whole_stack_delivers_over_tcp(stack: Stack, with_keys: bool, local: tup
         stack.start(name)
     receiver, _ = open_receiver("127.0.0.1", 9514)
     with closing(receiver):
-        receiver.settimeout(20)
+        receiver.settimeout(60)
         assert ask_json({"op": "register", "name": "siem", "streams": ["messages"], "port": 9514})["ok"]
         wait_until(lambda: ask_json({"op": "list"})["clients"]["siem"]["health"] == "ok", "copies flow")
         for _ in range(3):
@@ -84,7 +84,7 @@ def test_transmitter_that_becomes_another_user_has_its_key(open_stack: OpenStack
     secret = stack.directory / "keys" / "transmitter.secret"
     if os.geteuid() == 0:
         refused = stack.start("transmitter", ready=False)
-        assert refused.process.wait(20) == 78
+        assert refused.process.wait(60) == 78
         name = pwd.getpwuid(NOBODY).pw_name
         assert refused.text == f"{secret}: {name} can't read it; `chown {name} {secret}`, and open its directory\n"
         os.chown(secret, NOBODY, -1)
@@ -119,7 +119,7 @@ def test_beyond_loopback_takes_keys(stack: Stack, program: str, setting: str) ->
     """Off loopback without keys the start is refused with 78 and one line that says what makes them."""
     stack.configure(setting)
     running = stack.start(program, *(("watch",) if program == "operator" else ()), ready=False)
-    assert running.process.wait(20) == 78
+    assert running.process.wait(60) == 78
     assert len(running.text.splitlines()) == 1
     assert "is not loopback" in running.text
     assert "`fanwire keys DIRECTORY`" in running.text
@@ -147,7 +147,7 @@ def test_address_that_cannot_be_had_is_one_line(
         at = listen(sock)
         stack.configure(f'listen = ["{at}"]\n{make_keys(stack)}')
         broker = stack.start("broker", ready=False)
-        assert broker.process.wait(20) == 1
+        assert broker.process.wait(60) == 1
     assert len(broker.text.splitlines()) == 1
     assert at in broker.text
     assert said in broker.text

@@ -28,7 +28,7 @@ print(json.dumps(json.loads(data), indent=4))
 SENDER = """
 import socket
 sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-sock.settimeout(10)
+sock.settimeout(60)
 sock.sendto(b"Hello you there!", ("localhost", 6667))
 print(sock.recvfrom(65507)[0].decode())
 """
@@ -46,9 +46,9 @@ sock.close()
 def test_two_clients_are_on_the_list(stack: Stack) -> None:
     """Two clients that send their names see the list, the second one with both on it."""
     stack.start_all()
-    assert stack.spawn("first", [sys.executable, "-c", CLIENT, "name1"]).process.wait(20) == 0
+    assert stack.spawn("first", [sys.executable, "-c", CLIENT, "name1"]).process.wait(60) == 0
     second = stack.spawn("second", [sys.executable, "-c", CLIENT, "name2"])
-    assert second.process.wait(20) == 0
+    assert second.process.wait(60) == 0
     listed = json.loads(second.text)
     assert list(listed) == ["name1", "name2"]
     assert list(listed["name1"]) == ["address", "port", "name"]
@@ -60,7 +60,7 @@ def test_our_client_prints_the_list_with_indent_4(stack: Stack) -> None:
     """`-c -n NAME` registers NAME and prints the whole list as JSON, indented by four."""
     stack.start_all()
     client = stack.spawn("client", [sys.executable, "-m", "services.gateway", "-c", "-n", "name1"])
-    assert client.process.wait(20) == 0
+    assert client.process.wait(60) == 0
     assert client.text == json.dumps(json.loads(client.text), indent=4) + "\n"
     assert json.loads(client.text)["name1"]["name"] == "name1"
 
@@ -76,9 +76,9 @@ def test_messages_by_tcp_and_udp_are_watched_and_answered(stack: Stack) -> None:
     stack.start_all()
     watch = stack.operator("watch")
     watch.wait_for("watching")
-    assert stack.spawn("hello", [sys.executable, "-c", HELLO]).process.wait(20) == 0
+    assert stack.spawn("hello", [sys.executable, "-c", HELLO]).process.wait(60) == 0
     sender = stack.spawn("sender", [sys.executable, "-c", SENDER])
-    assert sender.process.wait(20) == 0
+    assert sender.process.wait(60) == 0
     assert sender.text == "Got your message!\n"
     watch.wait_for("): b'Hello'\n")
     watch.wait_for("): b'Hello you there!'\n")
@@ -91,12 +91,12 @@ def test_the_answering_server_prints_two_lines(stack: Stack) -> None:
     watch = stack.operator("watch", "messages", "--answering", "--count", "2")
     watch.wait_for("watching messages")
     sender = stack.spawn("sender", [sys.executable, "-c", SENDER])
-    assert sender.process.wait(20) == 0
+    assert sender.process.wait(60) == 0
     assert sender.text == "Got your message!\n"
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.sendto(b"it's \xff\n", ("127.0.0.1", 6667))
         port = sock.getsockname()[1]
-        assert watch.process.wait(20) == 0
+        assert watch.process.wait(60) == 0
     said, first, second, *rest = watch.text.split("Got connection from: ")
     assert said == "watching messages\n"
     assert re.fullmatch(r"\('127\.0\.0\.1', \d+\)\nIt said: b'Hello you there!'\n", first)

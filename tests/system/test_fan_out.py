@@ -42,7 +42,7 @@ def test_logger_reaches_collectors_signed_up_with_nc(stack: Stack) -> None:
         collector.wait_for("disk 19 is full")
         assert all(f"disk {number} is full" in collector.text for number in range(20))
     ledger = stack.operator("ledger", "--json")
-    assert ledger.process.wait(30) == 0
+    assert ledger.process.wait(60) == 0
     forwarder = json.loads(ledger.text)["services"]["forwarder.1"]
     assert forwarder["collector/siem"]["delivered"] == forwarder["collector/archive"]["delivered"] == 20
     absent = forwarder["collector/absent"]
@@ -82,7 +82,7 @@ def test_every_byte_reaches_every_collector(stack: Stack, datagrams: int) -> Non
                 in_flight = 0
         assert [each.wrong for each in collectors] == [0] * 4
         ledger = stack.operator("ledger", "--json")
-        assert ledger.process.wait(30) == 0, ledger.text
+        assert ledger.process.wait(60) == 0, ledger.text
         assert max(stack[f"ingest.{number}"].resident_mb("VmHWM") for number in (1, 2)) < 300
     services = json.loads(ledger.text)["services"]
     received = [services[f"ingest.{number}"]["stream/mixed"]["received"] for number in (1, 2)]

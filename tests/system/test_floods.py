@@ -35,7 +35,7 @@ Flood = Callable[[Stack, random.Random], None]
 
 def talk(port: int, text: bytes) -> None:
     """Say something to a TCP listener and break the connection off."""
-    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection, suppress(ConnectionError):
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection, suppress(ConnectionError):
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
         connection.sendall(text)
         connection.recv(100)
@@ -59,7 +59,7 @@ def come_and_go(_: Stack, draw: random.Random) -> None:
 
 def break_off(_: Stack, draw: random.Random) -> None:
     """Send a stream's TCP listener beginnings of messages, and counts that nobody means."""
-    with socket.create_connection(("127.0.0.1", 6667), timeout=20) as connection:
+    with socket.create_connection(("127.0.0.1", 6667), timeout=60) as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
         connection.sendall(draw.choice([b"x" * 200_000, b"99999999999 <1>", b"17 <34>", b"\n" * 1000]))
 

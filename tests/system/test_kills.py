@@ -76,4 +76,4 @@ def test_whoever_is_killed_all_goes_on(open_stack: OpenStack, name: str) -> None
         assert (running.process.poll() is None) == (running is not killed), running.text
         assert "Traceback" not in running.text
     ledger = stack.operator("ledger", "--json")
-    assert ledger.process.wait(30) == 0, ledger.text
+    assert ledger.process.wait(60) == 0, ledger.text

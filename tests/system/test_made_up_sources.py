@@ -62,7 +62,7 @@ def test_made_up_sources_fill_nothing(open_stack: OpenStack, count: int) -> None
             flooded.enter_context(open_receiver("127.0.0.1", 9110 + number, 4096)[0])
             wait_until(lambda request=request, more=more: ask_json(request | more)["ok"], "it is signed up")  # type: ignore[misc]
         assert ask_json({"op": "register", "name": "q", "streams": ["quiet"], "port": 9101})["ok"]
-        quiet.settimeout(20)
+        quiet.settimeout(60)
         services = list(open_stack.running)
         names: list[set[str]] = []
         sizes: list[dict[str, float]] = []

@@ -1,7 +1,9 @@
 """Processes near their ceilings drop by the policy, count it, and go on."""
 
 import time
+from functools import partial
 
+from shared.ledger import Accounts
 from tests.builders import BusEnds, accounts_when
 from tests.capture import Collector
 from tests.openly import OpenStack
@@ -36,16 +38,23 @@ def test_crowd_of_tiny_batches(open_stack: OpenStack) -> None:
                 open_stack[name].stop()
                 open_stack.start(name)
             wait_until(lambda: ask_json({"op": "list"})["clients"]["slow"]["health"] != "fresh", "copies flow")
-        forwarder, most = open_stack["forwarder"], 0.0
-        with Exporters(field, EXPORTERS, "10.1.0.1") as exporters:
-            for number in range(SENT):
-                exporters.send(EXPORTERS[0], bytes(60))
-                if number % 4 == 0:
-                    time.sleep(0.0003)
-                if number % 100 == 0:
-                    most = max(most, forwarder.resident_mb("RssAnon"))
-        with BusEnds(open_stack.bus) as bus:
-            accounts = accounts_when(bus, "forwarder.1", lambda found: found["collector/slow"]["expected"] == SENT)
-        found = accounts["collector/slow"]
-        assert found["dropped_memory"] > 0
+        forwarder, most, sent = open_stack["forwarder"], 0.0, 0
+        found: dict[str, int] = {}
+        with Exporters(field, EXPORTERS, "10.1.0.1") as exporters, BusEnds(open_stack.bus) as bus:
+            while not found.get("dropped_memory"):  # where the machine is busy, batches are fewer and not as tiny
+                for number in range(SENT):
+                    exporters.send(EXPORTERS[0], bytes(60))
+                    if number % 4 == 0:
+                        time.sleep(0.0003)
+                    if number % 100 == 0:
+                        most = max(most, forwarder.resident_mb("RssAnon"))
+                sent += SENT
+                assert sent < 10 * SENT, found
+                account = accounts_when(bus, "forwarder.1", partial(is_counted, sent))["collector/slow"]
+                found.update(account)
         assert most * 2**20 < CEILING
+
+
+def is_counted(sent: int, accounts: Accounts) -> bool:
+    """Return whether the slow collector's account has as many datagrams as were sent."""
+    return accounts["collector/slow"]["expected"] == sent

@@ -53,7 +53,7 @@ def fanwire(open_stack: OpenStack, host: Host, *arguments: str) -> tuple[int, st
     """Run an operator command on a host; return its exit code and what it said."""
     with host.entered():
         running = open_stack.operator(*arguments)
-    return running.process.wait(30), running.text
+    return running.process.wait(60), running.text
 
 
 SHOWN = block("services/transmitter/README.md", "frame").replace("\\\n", "")

@@ -74,9 +74,9 @@ def test_flows_through_fanwire_are_those_without_it(stack: Stack) -> None:
     for port in (9991, 2055):
         command = [softflowd, "-d", "-r", str(capture), "-v", "9", "-n", f"127.0.0.1:{port}"]
         exporter = stack.spawn(f"softflowd{port}", command)
-        assert exporter.process.wait(30) == 0, exporter.text
+        assert exporter.process.wait(60) == 0, exporter.text
     ledger = stack.operator("ledger")
-    assert ledger.process.wait(30) == 0, ledger.text
+    assert ledger.process.wait(60) == 0, ledger.text
     for running, _ in collectors:
         running.stop()
     directly, *relayed = [flows(directory) for _, directory in collectors]
@@ -126,7 +126,7 @@ def test_loss_before_fanwire_is_pinned_upstream(stack: Stack, version: int, unit
     try:
         command = [softflowd, "-d", "-r", str(capture), "-v", str(version), "-n", "127.0.0.1:2056"]
         exporter = stack.spawn("softflowd", command)
-        assert exporter.process.wait(30) == 0, exporter.text
+        assert exporter.process.wait(60) == 0, exporter.text
     finally:
         network.stop()
     assert len(network.passed) > 4
@@ -134,7 +134,7 @@ def test_loss_before_fanwire_is_pinned_upstream(stack: Stack, version: int, unit
 
     def losses() -> list[dict[str, Any]]:
         ledger = stack.operator("ledger", "--json")
-        assert ledger.process.wait(30) == 0, ledger.text
+        assert ledger.process.wait(60) == 0, ledger.text
         told: list[dict[str, Any]] = json.loads(ledger.text)["losses"]
         return [loss for loss in told if loss["place"] == "upstream"]
 
@@ -176,10 +176,10 @@ def test_flow_collector_tells_exporters_apart(open_stack: OpenStack) -> None:
             for to in ("10.2.0.2:9995", f"10.1.{number}.1:2055"):
                 with router.entered():
                     exporter = open_stack.spawn("softflowd", [softflowd, "-d", "-r", str(capture), "-v", "9", "-n", to])
-                assert exporter.process.wait(30) == 0, exporter.text
+                assert exporter.process.wait(60) == 0, exporter.text
         with relay.entered():
             ledger = open_stack.operator("ledger")
-        assert ledger.process.wait(30) == 0, ledger.text
+        assert ledger.process.wait(60) == 0, ledger.text
         for running, _ in collectors:
             running.stop()
     directly, relayed = ({path.name: flows(path) for path in directory.iterdir()} for _, directory in collectors)

@@ -183,7 +183,7 @@ def test_streams_that_did_not_change_lose_nothing(stack: Stack) -> None:
                 lambda: open_files(stack) == before, lambda: f"{open_files(stack)} descriptors, as before: {before}"
             )
             ledger = stack.operator("ledger")
-            assert ledger.process.wait(30) == 0, ledger.text
+            assert ledger.process.wait(60) == 0, ledger.text
     for reader in (one, everything):
         for exporter, numbers in reader.numbers().items():
             assert numbers == list(range(load.sent)), (

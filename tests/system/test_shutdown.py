@@ -42,7 +42,7 @@ def test_each_process_drains_under_load(stack: Stack, name: str, number: signal.
         assert ask_json({"op": "register", "name": "c", "streams": ["s"], "port": 9100})["ok"]
         load = Load(sources)
         load.start()
-        sink.settimeout(20)
+        sink.settimeout(60)
         for _ in range(1000):
             sink.recv(1000)
         assert stack[name].stop(number, seconds=DRAIN_SECONDS) == 0

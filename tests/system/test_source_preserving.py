@@ -178,7 +178,7 @@ def test_each_collector_gets_every_datagram_from_its_exporter(open_stack: OpenSt
             receivers.append(opened.enter_context(Capture(host, interface)))
             receivers.append(opened.enter_context(Collector(host, at(number, 2), 9514)))
             with host.entered():  # after a conversation the relay's kernel knows the way, and no probe is captured
-                socket.create_connection((at(3 if host is far else number, 1), 6667), timeout=20).close()
+                socket.create_connection((at(3 if host is far else number, 1), 6667), timeout=60).close()
             assert register(relay, at(number, 2), 9514, f"on{number}")["client"]["health"] == "ok"
         receivers.append(opened.enter_context(Collector(relay, at(2, 1), 9515)))
         assert register(relay, at(2, 1), 9515, "here")["client"]["health"] == "ok"

@@ -30,7 +30,7 @@ class Field:
         """A client's connection."""
         context = ssl.create_default_context(cafile=self.site.authority.certificate)
         sock = self.host.socket(socket.AF_INET, socket.SOCK_STREAM)
-        sock.settimeout(20)
+        sock.settimeout(60)
         sock.connect(("10.2.0.1", PORT))
         talk = Talk(context.wrap_socket(sock, server_hostname="10.2.0.1"))
         assert talk.ask("auth", token="secret field")["ok"]

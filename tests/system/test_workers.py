@@ -22,7 +22,7 @@ EXPORTERS = 64
 def reports(stack: Stack) -> dict[str, dict[str, dict[str, int]]]:
     """All accounts, by service."""
     ledger = stack.operator("ledger", "--json")
-    ledger.process.wait(30)
+    ledger.process.wait(60)
     services: dict[str, dict[str, dict[str, int]]] = json.loads(ledger.text)["services"]
     return services
 
@@ -52,7 +52,7 @@ def test_honcho_runs_four_workers_that_all_receive(stack: Stack, four_workers: R
         assert ask_json({"op": "register", "name": "c", "streams": ["messages"], "port": 9100})["ok"]
         for number in range(EXPORTERS * 4):
             sources[number % EXPORTERS].send(b"%d" % number)
-        sink.settimeout(20)
+        sink.settimeout(60)
         for _ in range(EXPORTERS * 4):
             sink.recv(100)
     services = reports(stack)
@@ -70,7 +70,7 @@ def test_one_that_ends_ends_all_under_honcho(stack: Stack, four_workers: Running
     """Under honcho a worker killed takes the stack with it, as deploy/README.md says."""
     announced = next(line for line in four_workers.text.splitlines() if '"service": "ingest.2"' in line)
     os.kill(json.loads(announced[announced.index("{") :])["pid"], signal.SIGKILL)
-    assert four_workers.process.wait(20) != 0
+    assert four_workers.process.wait(60) != 0
     assert "ingest.2 stopped (rc=-9)" in four_workers.text
 
 

@@ -183,7 +183,7 @@ def test_missing_key_is_one_line_everywhere(stack: Stack, name: str) -> None:
     """A program whose key is not there ends with 78 and one line that names the file and what makes keys."""
     stack.configure(f'keys = "{stack.directory}/keys"\n')
     running = stack.start(name, *(("watch",) if name == "operator" else ()), ready=False)
-    assert running.process.wait(20) == 78
+    assert running.process.wait(60) == 78
     directory = stack.directory / "keys"
     cure = f"{directory}/{name}.secret: there is no such key; make keys with `fanwire keys {directory}`"
     assert running.text.splitlines()[-1] == cure
@@ -196,7 +196,7 @@ def test_broker_with_another_pair_is_told_so(stack: Stack, keys: Path) -> None:
     (keys / "broker.public").write_bytes((keys / "ingest.public").read_bytes())
     (keys / "ingest.public").unlink()
     broker = stack.start("broker", ready=False)
-    assert broker.process.wait(20) == 78
+    assert broker.process.wait(60) == 78
     assert broker.text == f"{keys}/broker.public: not the public key of broker.secret; use the pair made together\n"
 
 

@@ -29,7 +29,7 @@ def test_a_lock_that_cannot_be_had_is_no_other_broker(stack: Stack, error: str) 
     """The broker exits with 73, and says why and the cure, where the file system or a sandbox refuses flock(2)."""
     stack.interpreter = refused(f"flock={error}")
     broker = stack.start("broker", ready=False)
-    assert broker.process.wait(10) == 73
+    assert broker.process.wait(60) == 73
     assert (
         f"lock can't be locked: {os.strerror(getattr(errno, error))}; set a [bus] directory on a local" in broker.text
     )
@@ -42,7 +42,7 @@ def test_second_broker_on_the_same_directory_is_refused(stack: Stack) -> None:
     with BusEnds(stack.bus) as bus:
         early = bus.publisher("ingest.1")
         second = stack.start("broker", ready=False)
-        assert second.process.wait(10) == 73
+        assert second.process.wait(60) == 73
         assert "another broker runs on" in second.text
         assert first.process.poll() is None
         late, subscriber = bus.publisher("ingest.2"), bus.subscriber("datagrams/")
@@ -71,7 +71,7 @@ def test_directory_that_cannot_be_made_is_one_line(stack: Stack) -> None:
     """A bus directory that can't be had ends the broker with 73 and one line that names it."""
     stack.bus.write_text("in the way")
     broker = stack.start("broker", ready=False)
-    assert broker.process.wait(10) == 73
+    assert broker.process.wait(60) == 73
     assert len(broker.text.splitlines()) == 1
     assert str(stack.bus) in broker.text
 
@@ -203,7 +203,7 @@ def test_watchdog_is_fed_while_messages_are_passed(stack: Stack, stuck: int) -> 
     """The broker feeds the watchdog while the loop that passes messages answers; when that is stuck it does not."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(stack.directory / "notify"))
-        manager.settimeout(20)
+        manager.settimeout(60)
         asked = {"NOTIFY_SOCKET": manager.getsockname(), "WATCHDOG_USEC": "1000000"}
         stack.spawn("broker", [sys.executable, "-c", STUCK.format(stuck=stuck)], **asked)
         assert manager.recv(100) == b"READY=1"

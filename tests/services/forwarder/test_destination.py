@@ -45,7 +45,7 @@ def listen(opened: ExitStack, host: str = "127.0.0.1", port: int = 0) -> socket.
     sock = opened.enter_context(socket.socket(family, socket.SOCK_DGRAM))
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16 << 20)
     sock.bind((host, port))
-    sock.settimeout(10)
+    sock.settimeout(60)
     return sock
 
 
@@ -98,7 +98,7 @@ def test_copies_have_the_hop_limit_and_dscp_asked_for(lab: None, address: str) -
     with ExitStack() as opened:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         sink = opened.enter_context(socket.socket(family, socket.SOCK_DGRAM))
-        sink.settimeout(10)
+        sink.settimeout(60)
         sink.bind((address, 0))
         if family == socket.AF_INET6:
             sink.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVHOPLIMIT, 1)
@@ -118,7 +118,7 @@ def received(sock: socket.socket, count: int) -> list[bytes]:
     sock.setblocking(False)
     with pytest.raises(BlockingIOError):
         sock.recv(1 << 16)
-    sock.settimeout(10)
+    sock.settimeout(60)
     return found
 
 

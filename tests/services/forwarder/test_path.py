@@ -39,7 +39,7 @@ class Site:
         self.opened.callback(sock.close)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16 << 20)
         sock.bind((COLLECTOR[version], PORT))
-        sock.settimeout(10)
+        sock.settimeout(60)
         return sock
 
     def send(self, version: int) -> Sent:
@@ -82,7 +82,7 @@ def receive(collector: socket.socket, count: int) -> list[bytes]:
     collector.setblocking(False)
     with pytest.raises(BlockingIOError):
         collector.recv(1 << 16)
-    collector.settimeout(10)
+    collector.settimeout(60)
     return found
 
 

@@ -48,7 +48,7 @@ class Collector:
         self.socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16 << 20)
         self.socket.bind(("127.0.0.1", 0))
-        self.socket.settimeout(10)
+        self.socket.settimeout(60)
         self.client = make_client(name, self.socket.getsockname()[1], **fields)
 
     def take(self, count: int) -> list[bytes]:
@@ -65,7 +65,7 @@ class Collector:
         except BlockingIOError:
             return found
         finally:
-            self.socket.settimeout(10)
+            self.socket.settimeout(60)
 
     def __enter__(self) -> Self:
         return self

@@ -34,7 +34,7 @@ class Registrar(threading.Thread):
         """Talk, and connect again whenever the gateway has gone."""
         while not self.ended.is_set():
             try:
-                with socket.create_connection(("127.0.0.1", 5000), timeout=20) as connection:
+                with socket.create_connection(("127.0.0.1", 5000), timeout=60) as connection:
                     lines = connection.makefile("rb")
                     with lines:
                         while not self.ended.is_set():

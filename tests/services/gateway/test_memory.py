@@ -39,7 +39,7 @@ def connect(opened: ExitStack) -> socket.socket:
     """A connection whose own kernel takes little."""
     connection = opened.enter_context(socket.socket())
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    connection.settimeout(20)
+    connection.settimeout(60)
     connection.connect(("127.0.0.1", 5000))
     return connection
 

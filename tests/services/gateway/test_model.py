@@ -247,7 +247,7 @@ class Clients(RuleBasedStateMachine):
         """The gateway is told to end, says all that it has to say, and another one is started."""
         self._gateway.process.send_signal(signal.SIGTERM)
         self._part_all()
-        assert self._gateway.process.wait(10) == 0
+        assert self._gateway.process.wait(60) == 0
         self._start([self._model])
 
     def teardown(self) -> None:

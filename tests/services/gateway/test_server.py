@@ -27,7 +27,7 @@ def gateway(stack: Stack) -> Running:
 
 def connect(port: int = 5000) -> socket.socket:
     """A connection to the gateway."""
-    return socket.create_connection(("127.0.0.1", port), timeout=30)
+    return socket.create_connection(("127.0.0.1", port), timeout=60)
 
 
 def read_all(connection: socket.socket) -> bytes:
@@ -46,7 +46,7 @@ def refusal(request: bytes) -> str:
 def client(stack: Stack, *arguments: str) -> Running:
     """The documented client, run to its end."""
     running = stack.start("gateway", "-c", *arguments, ready=False)
-    running.process.wait(30)
+    running.process.wait(60)
     return running
 
 
@@ -254,7 +254,7 @@ def test_first_line_that_is_none_ends_the_connection(gateway: Running) -> None:
 def test_netcat_speaks_it(gateway: Running) -> None:
     """`printf ... | nc -q1` gets its answers, also for a last line without newline."""
     command = """printf '{"op":"register","name":"a"}\\n{"op":"list"}' | nc -q1 127.0.0.1 5000"""
-    lines = subprocess.run(["sh", "-c", command], capture_output=True, timeout=30, check=True).stdout.splitlines()
+    lines = subprocess.run(["sh", "-c", command], capture_output=True, timeout=60, check=True).stdout.splitlines()
     assert list(json.loads(lines[1])["clients"]) == ["a"]
 
 
@@ -448,7 +448,7 @@ def test_descriptors_run_out_and_come_back(stack: Stack, gateway: Running) -> No
         assert json.loads(known.recv(65536))["ok"]
         limits = resource.prlimit(gateway.process.pid, resource.RLIMIT_NOFILE)
         resource.prlimit(gateway.process.pid, resource.RLIMIT_NOFILE, (1, limits[1]))
-        waiting.settimeout(30)
+        waiting.settimeout(60)
         waiting.connect(("127.0.0.1", 5000))
         waiting.sendall(b"waiting")
         gateway.wait_for("out of system resource")
@@ -507,7 +507,7 @@ def test_unix_listener(stack: Stack) -> None:
             assert json.loads(other.recv(65536))["ok"]
         assert f"taken over from this host, user {os.geteuid()}" in json.loads(connection.recv(65536))["message"]
     second = stack.start("gateway", ready=False)
-    assert second.process.wait(20) == 1
+    assert second.process.wait(60) == 1
     assert str(path) in second.text
     assert gateway.stop() == 0
     assert not path.exists()
@@ -525,7 +525,7 @@ def test_ipv6_listener(stack: Stack) -> None:
 def test_port_in_use(stack: Stack, gateway: Running) -> None:
     """A second gateway ends with 1 and one line that names the endpoint and how to find who has it."""
     second = stack.start("gateway", ready=False)
-    assert second.process.wait(20) == 1
+    assert second.process.wait(60) == 1
     assert "tcp://127.0.0.1:5000" in second.text
     assert "ss -ltnp" in second.text
 
@@ -536,7 +536,7 @@ def test_configured_collectors(stack: Stack) -> None:
     stack.configure(collector.format(6667))
     stack.start("broker")
     refused = stack.start("gateway", ready=False)
-    assert refused.process.wait(20) == 78
+    assert refused.process.wait(60) == 78
     assert "siem" in refused.text
     stack.configure(collector.format(9514))
     stack.start("gateway")

@@ -18,7 +18,7 @@ class Conversation:
     """A connection to the gateway that says a JSON line at a time and reads what comes."""
 
     def __init__(self, port: int = 5000) -> None:
-        self.connection = socket.create_connection(("127.0.0.1", port), timeout=20)
+        self.connection = socket.create_connection(("127.0.0.1", port), timeout=60)
         self._lines = self.connection.makefile("rb")
 
     def ask(self, op: str, **fields: Any) -> dict[str, Any]:
@@ -163,7 +163,7 @@ def test_answer_is_whole_before_too_slow(stack: Stack, talk: Any) -> None:
         actor.read()
     with socket.socket() as slow:
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        slow.settimeout(20)
+        slow.settimeout(60)
         slow.connect(("127.0.0.1", 5000))
         slow.sendall(b'{"op":"watch"}\n')
         wait_until(lambda: ask_json({"op": "list"})["ok"], "the list is on its way")
@@ -269,7 +269,7 @@ def test_who_does_not_read_is_cut_off(stack: Stack, talk: Any) -> None:
     gateway = stack.start("gateway")
     slow = socket.socket()
     slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    slow.settimeout(20)
+    slow.settimeout(60)
     slow.connect(("127.0.0.1", 5000))
     slow.sendall(b'{"op":"watch"}\n')
     watcher, actor = talk(), talk()
@@ -356,7 +356,7 @@ def test_second_gateway_on_the_same_file(stack: Stack, gateway: Running) -> None
     """A gateway on other addresses but with the same database is refused, and the first goes on."""
     stack.configure('[gateway]\nlisten = ["tcp://127.0.0.1:5005"]\n')
     second = stack.start("gateway", ready=False)
-    assert second.process.wait(20) == 1
+    assert second.process.wait(60) == 1
     assert "in use by another gateway" in second.text
     assert ask_json({"op": "list"})["ok"]
 

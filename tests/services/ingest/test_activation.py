@@ -202,7 +202,7 @@ def test_path_that_was_passed_outlives_the_worker(stack: Stack, bus: BusEnds, he
 def refusal(stack: Stack, *descriptors: int, name: str = "ingest.1") -> str:
     """The one line of a worker that does not start with these descriptors, and exits with 78."""
     worker = activate(stack, *descriptors, name=name)
-    assert worker.process.wait(20) == 78, worker.text
+    assert worker.process.wait(60) == 78, worker.text
     (line,) = worker.text.splitlines()
     return line
 

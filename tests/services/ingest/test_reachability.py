@@ -51,7 +51,7 @@ def refusal(stack: Stack, *listen: str) -> str:
     quoted = ", ".join(f'"{each}"' for each in listen)
     stack.configure(f'[[stream]]\nname = "s"\nlisten = [{quoted}]\n')
     worker = stack.start("ingest", ready=False)
-    assert worker.process.wait(20) in (1, 78)
+    assert worker.process.wait(60) in (1, 78)
     assert "Traceback" not in worker.text
     return worker.text
 

@@ -111,7 +111,7 @@ def test_renamed_stream_goes_on_under_its_new_name(stack: Stack, bus: BusEnds) -
     worker = stack.start("ingest")
     subscriber = bus.subscriber("datagrams/c/")
     sent = [b"%d" % number for number in range(100)]
-    with sender(port=7001) as sock, socket.create_connection(("127.0.0.1", 7001), timeout=10) as connection:
+    with sender(port=7001) as sock, socket.create_connection(("127.0.0.1", 7001), timeout=60) as connection:
         connection.sendall(b"first\n")
         wait_until(lambda: accounts_when(bus, "ingest.1", lambda accounts: "stream/b" in accounts), "it is there")
         stack.configure(A + B.replace('"b"', '"c"'))
@@ -127,7 +127,7 @@ def test_renamed_stream_goes_on_under_its_new_name(stack: Stack, bus: BusEnds) -
         while came[-1] != b"last":
             came += payloads(subscriber, 1)
         assert is_closed(connection)
-    with socket.create_connection(("127.0.0.1", 7001), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", 7001), timeout=60) as connection:
         connection.sendall(b"by TCP\n")
         assert payloads(subscriber, 1) == [b"by TCP"]
 
@@ -211,14 +211,14 @@ def test_connections_end_with_their_listener(stack: Stack, bus: BusEnds) -> None
     worker = stack.start("ingest")
     of_a, of_b = follow(bus, "a"), follow(bus, "b")
     with (
-        socket.create_connection(("127.0.0.1", 7000), timeout=10) as stays,
-        socket.create_connection(("127.0.0.1", 7001), timeout=10) as goes,
+        socket.create_connection(("127.0.0.1", 7000), timeout=60) as stays,
+        socket.create_connection(("127.0.0.1", 7001), timeout=60) as goes,
     ):
         stays.sendall(b"1\n")
         assert payloads(of_a, 1) == [b"1"]
         freeze(worker)
         goes.sendall(b"whole\nunfinished")
-        with socket.create_connection(("127.0.0.1", 7001), timeout=10) as waiting:
+        with socket.create_connection(("127.0.0.1", 7001), timeout=60) as waiting:
             waiting.sendall(b"waits\n")
             stack.configure(B.replace('"b"', '"a"').replace("7001", "7000"))
             worker.process.send_signal(signal.SIGHUP)

@@ -63,13 +63,13 @@ def sender(host: str = "127.0.0.1", port: int = PORT) -> Iterator[socket.socket]
     """A UDP socket connected to the worker."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.connect((host, port))
-        sock.settimeout(10)
+        sock.settimeout(60)
         yield sock
 
 
 def connect(host: str = "127.0.0.1") -> socket.socket:
     """A TCP connection to the worker."""
-    return socket.create_connection((host, PORT), timeout=10)
+    return socket.create_connection((host, PORT), timeout=60)
 
 
 def is_closed(connection: socket.socket) -> bool:
@@ -90,7 +90,7 @@ def refusal(stack: Stack, settings: str) -> tuple[int, str]:
     """The exit code and the one line of a worker that does not start with these settings."""
     stack.configure(settings)
     running = stack.start("ingest", ready=False)
-    code = running.process.wait(10)
+    code = running.process.wait(60)
     (line,) = running.text.splitlines()
     return code, line
 
@@ -100,7 +100,7 @@ def test_number_that_is_in_use_is_refused(stack: Stack, lab: None, bus: BusEnds)
     first = stack.start("ingest")
     subscriber = follow(bus)
     second = stack.start("ingest", ready=False)
-    assert second.process.wait(10) == 73
+    assert second.process.wait(60) == 73
     (line,) = second.text.splitlines()
     assert "number 1" in line
     assert "HONCHO_PROCESS_NAME" in line
@@ -165,7 +165,7 @@ def test_what_is_received_is_lent_whatever_its_sizes(stack: Stack, bus: BusEnds,
     rounds += [[*[20_000] * 20, longest], [*[20_000] * 20, longest, 20_000, longest, longest], [longest] * 40, [5]] * 2
     with socket.socket(socket.AF_INET if way == "udp" else socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.connect(("127.0.0.1", 6668) if way == "udp" else str(tmp_path / "s"))
-        sock.settimeout(10)
+        sock.settimeout(60)
         for number, lengths in enumerate(rounds):
             payloads = [(b"%d.%d," % (number, row) * (size // 4 + 1))[:size] for row, size in enumerate(lengths)]
             if way == "udp":  # a path's queue holds ten
@@ -879,7 +879,7 @@ def test_what_comes_while_draining_is_counted(stack: Stack, bus: BusEnds) -> Non
                 break
             sent += 1
             time.sleep(0.0005)
-    assert worker.process.wait(10) == 0
+    assert worker.process.wait(60) == 0
     account = worker.events("drained")[0]["stream/light"]
     # Between the last count and the close there is a moment in which one more may come.
     assert sent - 2 <= account["received"] + account["kernel_dropped"] <= sent
@@ -914,7 +914,7 @@ def test_watchdog_is_fed_by_turns(stack: Stack, lab: None, broker: bool) -> None
         stack.start("broker")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager, sender() as sock:
         manager.bind(str(stack.directory / "notify"))
-        manager.settimeout(20)
+        manager.settimeout(60)
         asked = {"NOTIFY_SOCKET": manager.getsockname(), "WATCHDOG_USEC": "1000000"}
         stack.spawn("ingest", [sys.executable, "-c", STUCK], **asked)
         for _ in range(3):

@@ -266,7 +266,7 @@ def test_settings_that_are_wrong_are_the_transmitters_to_report(lab: None, copy:
 def test_settings_from_a_pipe_are_left_to_the_transmitter(lab: None, copy: Started) -> None:
     """A pipe can be read once only, and not by the opener: it does not wait for it either."""
     os.mkfifo(copy.directory / "pipe")
-    assert copy.said("--config", str(copy.directory / "pipe"), timeout=20)["facts"]["uid"] == NOBODY
+    assert copy.said("--config", str(copy.directory / "pipe"), timeout=60)["facts"]["uid"] == NOBODY
 
 
 def test_defaults_are_those_of_the_settings() -> None:

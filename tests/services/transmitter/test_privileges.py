@@ -54,7 +54,7 @@ def said_by(copy: Started, script: str, become: Callable[[], None] | None = None
     """Run a script that uses `privileges`, as another user if told to; return its output, errors included."""
     command = [copy.interpreter if become else sys.executable, "-c", PREAMBLE + script]
     done = subprocess.run(
-        command, cwd=copy.directory, preexec_fn=become, capture_output=True, text=True, timeout=30, check=False
+        command, cwd=copy.directory, preexec_fn=become, capture_output=True, text=True, timeout=60, check=False
     )
     return done.stdout + done.stderr
 

@@ -69,7 +69,7 @@ def borrow(lending: Lending, opened: ExitStack | None = None, stream: str = STRE
 def connect(lending: Lending, opened: ExitStack, request: bytes | None = None) -> socket.socket:
     """A plain connection to a lender, which has asked for something."""
     sock = opened.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
-    sock.settimeout(10)
+    sock.settimeout(60)
     sock.connect(str(lending.path))
     if request is not None:
         sock.send(request)

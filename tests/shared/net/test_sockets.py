@@ -40,7 +40,7 @@ def test_endpoint_is_reached_by_the_families_it_names(lab: None, host: str, fami
         port = free_port()
         (sock,) = bound(opened, Endpoint("udp", host, port))
         assert not sock.getblocking()
-        sock.settimeout(10)
+        sock.settimeout(60)
         for name, family, address in (("v4", socket.AF_INET, "127.0.0.1"), ("v6", socket.AF_INET6, "::1")):
             if name in families:
                 with socket.socket(family, socket.SOCK_DGRAM) as sender:

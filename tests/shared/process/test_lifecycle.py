@@ -56,7 +56,7 @@ def start(stack: Stack, *arguments: str, **environment: str) -> Running:
 def ended(stack: Stack, *arguments: str, **environment: str) -> tuple[int, str]:
     """Run it to its end; return its exit code and all it printed."""
     running = start(stack, *arguments, **environment)
-    return running.process.wait(20), running.text
+    return running.process.wait(60), running.text
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -132,7 +132,7 @@ log.info("counted", passed=passed)
 def test_log_stays_short_whatever_is_provoked(stack: Stack) -> None:
     """Of warnings and errors each event and cause is a line a second, which tells how many; answers are all said."""
     running = stack.spawn("tested", [sys.executable, "-c", PROVOKED])
-    assert running.process.wait(30) == 0
+    assert running.process.wait(60) == 0
     seconds = running.events("counted")[0]["passed"] + 2
     assert len(running.events("reloaded")) == len(running.events("not reloaded")) == 10_000
     for cause in ("old", "new"):
@@ -174,9 +174,9 @@ def test_every_service_knows_version_and_usage(stack: Stack, service: str) -> No
     """Each service answers `--version`, and wrong usage with 64."""
     running = stack.spawn(service, [sys.executable, "-m", f"services.{service}", "--version"])
     wrong = stack.spawn(service, [sys.executable, "-m", f"services.{service}", "--colour"])
-    assert running.process.wait(20) == 0
+    assert running.process.wait(60) == 0
     assert running.text.startswith("fanwire ")
-    assert wrong.process.wait(20) == 64
+    assert wrong.process.wait(60) == 64
     assert wrong.text.startswith(f"usage: fanwire {service}")
 
 
@@ -185,7 +185,7 @@ def manager(stack: Stack) -> Iterator[socket.socket]:
     """A service manager's end of sd_notify(3)."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.bind(str(stack.directory / "notify"))
-        sock.settimeout(20)
+        sock.settimeout(60)
         yield sock
 
 

@@ -142,7 +142,7 @@ def test_start_that_would_let_anybody_in(stack: Stack, gateway: str, expected: l
     tls = f'certificate = "{certificate}"\nkey = "{key}"'
     stack.configure("[gateway]\n" + gateway.replace("{tls}", tls).replace("{open}", str(too_open)))
     running = stack.start("gateway", ready=False)
-    assert running.process.wait(20) == 78
+    assert running.process.wait(60) == 78
     (line,) = running.text.replace("Starting server...\n", "").splitlines()
     assert all(each in line for each in expected), line
 
@@ -156,4 +156,4 @@ def test_tls_on_loopback_needs_no_token(stack: Stack) -> None:
     stack.start("gateway")
     where = ["--gateway", "tls://localhost:5001", "--authority", str(authority.certificate)]
     command = stack.operator("clients", *where)
-    assert command.process.wait(20) == 0, command.text
+    assert command.process.wait(60) == 0, command.text

@@ -46,7 +46,7 @@ def seen(transmitter: PlayedTransmitter) -> bool:
 
 def send(request: dict[str, Any]) -> socket.socket:
     """A connection on which a request was sent."""
-    connection = socket.create_connection(("127.0.0.1", 5000), timeout=30)
+    connection = socket.create_connection(("127.0.0.1", 5000), timeout=60)
     connection.sendall(json.dumps(request).encode() + b"\n")
     return connection
 

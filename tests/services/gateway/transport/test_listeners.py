@@ -27,7 +27,7 @@ def test_peer_that_has_vanished(lab: None, monkeypatch: pytest.MonkeyPatch, unac
         listener.sock.listen()
         client.connect(("10.2.0.1", 5000))
         with listener.sock.accept()[0] as connection:
-            connection.settimeout(20)
+            connection.settimeout(60)
             relay.neighbour("10.2.0.2", NOBODY, "eth")
             if unacknowledged:
                 connection.send(b"an event")

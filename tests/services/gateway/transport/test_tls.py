@@ -98,7 +98,7 @@ class Talk:
 
 def raw_connection() -> socket.socket:
     """A TCP connection to the TLS port, which does not wait for acknowledgements."""
-    connection = socket.create_connection(("127.0.0.1", PORT), timeout=20)
+    connection = socket.create_connection(("127.0.0.1", PORT), timeout=60)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return connection
 

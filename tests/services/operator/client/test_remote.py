@@ -24,7 +24,7 @@ def test_token_and_its_entry(stack: Stack) -> None:
     tokens = set()
     for _ in range(2):
         command = stack.operator("token", "siem", *wishes)
-        assert command.process.wait(20) == 0
+        assert command.process.wait(60) == 0
         said, table, lines = command.text.partition("[[token]]")
         secret = said.splitlines()[1]
         (found,) = tomllib.loads(table + lines)["token"]

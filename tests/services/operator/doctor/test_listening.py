@@ -170,6 +170,6 @@ def test_without_netlink_the_rest_is_told(stack: Stack) -> None:
     stack.start_all()
     command = [*refused("socket:0:16=EAFNOSUPPORT"), "-m", "services.operator", "doctor"]
     running = stack.spawn("doctor", command)
-    assert running.process.wait(30) == 0, running.text
+    assert running.process.wait(60) == 0, running.text
     assert "(AF_NETLINK is refused) can't be seen from here" in running.text
     assert "receive buffer" in running.text
