@@ -144,7 +144,7 @@ def test_a_worker_that_has_ended_is_not_silent(stack: Stack) -> None:
 
 
 def test_all_workers_that_hang_are_told_as_their_kind(stack: Stack) -> None:
-    """Where the only worker stands still, the ledger ends with 69 and names ingest."""
+    """The ledger ends with 69 and names ingest where the only worker stands still."""
     stack.start_all()
     stack["ingest.1"].process.send_signal(signal.SIGSTOP)
     try:
