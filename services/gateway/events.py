@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Final, NamedTuple
+from typing import Final
 
 from services.gateway.registry.entry import Entry, Event
 from services.gateway.registry.registry import Registry
@@ -18,21 +18,6 @@ PUSHED_AT_ONCE: Final = 32 * 1024
 
 Push = Callable[[bytes], None]
 """Takes whole lines that answer no request."""
-
-
-class History(NamedTuple):
-    """The list that revisions are of: a number alone may be of a list that has begun anew, or was restored.
-
-    `epoch` is this start's own. It goes on from `revision` of the start whose epoch is `former`; "": from none.
-    """
-
-    epoch: str
-    former: str = ""
-    revision: int = 0
-
-    def includes(self, epoch: str | None, revision: int) -> bool:
-        """Return whether a revision that was shown together with this epoch is one of this list."""
-        return epoch == self.epoch or (epoch == self.former != "" and revision == self.revision)
 
 
 class EventFeed:

@@ -11,7 +11,7 @@ from services.gateway.admission.decision import Admission, Grant
 from services.gateway.admission.peer import Peer
 from services.gateway.admission.tokens import Tokens
 from services.gateway.counters import CROSS_PROTOCOL, REFUSED, REQUESTS, TOO_SLOW, WRONG_TOKENS
-from services.gateway.events import EventFeed, History, Push
+from services.gateway.events import EventFeed, Push
 from services.gateway.protocol.requests import (
     Auth,
     Confirm,
@@ -75,10 +75,10 @@ class Handler:
         send_frames: SendFrames,
         clock: Callable[[], float],
         tokens: Tokens,
-        history: History,
+        epoch: str,
     ) -> None:
         self.tokens = tokens
-        self._history = history
+        self._epoch = epoch
         self.counters: Counter[str] = Counter()
         self.apply_settings(settings)
         self._registry = registry
@@ -222,13 +222,13 @@ class Handler:
         self._feed.remove_watcher(peer.id)
         self._feed.push_health()  # to the other watchers: the answer holds the present state
         missed = None
-        if request.revision is not None and self._history.includes(request.epoch, request.revision):
+        if request.revision is not None and request.epoch == self._epoch:
             missed = self._feed.lines_since(request.revision)
         self._feed.add_watcher(peer.id, self._pushes[peer.id])
         if missed is None:
             return [_head(request.id), b',"clients":', *self._list()]
         return [
-            *_succeed(request.id, revision=request.revision, epoch=self._history.epoch),
+            *_succeed(request.id, revision=request.revision, epoch=self._epoch),
             missed,
             self._feed.health_lines(),
         ]
@@ -241,7 +241,7 @@ class Handler:
             clients = {entry.client.name: show_client(self._registry, entry) for entry in self._registry.entries()}
             self._listing = _encode(clients)
             self._listing_version, self._listing_until = version, now + LISTING_SECONDS
-        return [self._listing, b',"revision":%d,"epoch":%s}\n' % (version[0], _encode(self._history.epoch))]
+        return [self._listing, b',"revision":%d,"epoch":%s}\n' % (version[0], _encode(self._epoch))]
 
 
 def _identity(id: Id | None) -> dict[str, object]:

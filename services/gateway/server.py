@@ -28,7 +28,7 @@ from services.gateway.counters import (
     SENDERS_ORIGINAL,
     WATCHERS,
 )
-from services.gateway.events import EventFeed, History
+from services.gateway.events import EventFeed
 from services.gateway.handler import Handler
 from services.gateway.registry.registry import Registry
 from services.gateway.registry.store import Store
@@ -93,9 +93,8 @@ def run_gateway(settings: Settings, lifecycle: Lifecycle) -> None:
         destinations = _destinations(settings)
         _configure(settings, destinations, registry)
         _readmit(registry, tokens, destinations)
-        history = History(store.epoch, store.former_epoch, store.revision)
         server = _Server(
-            settings, lifecycle, store, registry, destinations, tokens, history, publisher, subscriber, memory
+            settings, lifecycle, store, registry, destinations, tokens, store.epoch, publisher, subscriber, memory
         )
         asyncio.run(server.run(listeners, tls))
 
@@ -178,7 +177,7 @@ class _Server:
     registry: Registry
     destinations: Destinations
     tokens: Tokens
-    history: History
+    epoch: str
     publisher: Publisher
     subscriber: Subscriber
     memory: Memory
@@ -232,7 +231,7 @@ class _Server:
             transmissions.send_frames,
             _boot_time,
             self.tokens,
-            self.history,
+            self.epoch,
         )
         limit = min(settings.max_connections, descriptor_limit() - SPARE_DESCRIPTORS)
         self._connections = OpenConnections(self._handler, settings, limit, self.memory)

@@ -35,6 +35,7 @@ INSERT INTO state VALUES (0, 0, '');
 CREATE TABLE history (epoch TEXT NOT NULL, group_secret BLOB NOT NULL);
 INSERT INTO history VALUES ('', randomblob(32));
 """,
+    "ALTER TABLE history ADD COLUMN file TEXT NOT NULL DEFAULT '';",
 )
 """The statements that make each version of the database of the one before."""
 PUT: Final = "INSERT INTO client VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET entry = excluded.entry"
@@ -69,15 +70,15 @@ class _Kept(msgspec.Struct, frozen=True):
 
 _State = tuple[Number, Number, str]
 """Revision, generation, and the host's boot id."""
-_History = tuple[str, bytes]
-"""Epoch, secret of groups."""
+_History = tuple[str, str, bytes]
+"""Epoch, the file that it is kept in, secret of groups."""
 
 
 class Store:
     """The database file, locked by this process while it is open; without a path it lasts as long as the process.
 
     `entries`, `revision` and `generation`, the last one given, are what an earlier start kept, and `group_secret` the
-    secret that the first one drew. `epoch` is this start's own, `former_epoch` that of the start that kept `revision`.
+    secret that the first one drew. `epoch` stands for the list that the revisions are of.
     """
 
     def __init__(self, path: Path | None, clock: Callable[[], float]) -> None:
@@ -142,10 +143,13 @@ class Store:
         # Write in any case: a file that can't be written must be noticed now, even where there is nothing to write.
         now = (self.revision, boot_id, boot_id)
         database.execute("UPDATE state SET revision = ?, boot_id = ? WHERE boot_id <> ?", now)
-        history = database.execute("SELECT epoch, group_secret FROM history").fetchall()
-        ((self.former_epoch, self.group_secret),) = msgspec.convert(history, tuple[_History])
-        self.epoch = secrets.token_urlsafe(12)
-        database.execute("UPDATE history SET epoch = ?", (self.epoch,))
+        history = database.execute("SELECT epoch, file, group_secret FROM history").fetchall()
+        ((self.epoch, kept_in, self.group_secret),) = msgspec.convert(history, tuple[_History])
+        file = self._path.stat() if self._path else None
+        identity = f"{file.st_dev} {file.st_ino}" if file else ""
+        if not self.epoch or kept_in != identity or former != boot_id:  # else it may be a copy, of an earlier state
+            self.epoch = secrets.token_urlsafe(12)
+            database.execute("UPDATE history SET epoch = ?, file = ?", (self.epoch, identity))
 
     def _is_damage(self, error: sqlite3.DatabaseError) -> bool:
         code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)  # text that is no UTF-8 comes without a code

@@ -91,8 +91,6 @@ class Model:
     told: list[tuple[int, Line]] = field(default_factory=list)
     epoch: str = ""
     """As the gateway says it."""
-    former: tuple[str, int] = ("", 0)
-    """The epoch before, and its last revision."""
     _expired_at: list[float] = field(default_factory=list)
     _preserving_since: float | None = None
 
@@ -118,7 +116,7 @@ class Model:
         """The answer to `watch`, and the events that follow it at once."""
         resumed, epoch = request.get("revision"), request.get("epoch")
         begin = self.revision - len(self.events)
-        known = epoch == self.epoch or (epoch, resumed) == self.former
+        known = epoch == self.epoch
         if known and resumed is not None and begin <= resumed <= self.revision:
             return {"ok": True, "id": request["id"], "revision": resumed}, self.events[resumed - begin :]
         return {"ok": True, "id": request["id"]} | self._list(request, None), ()
@@ -159,7 +157,6 @@ class Model:
 
     def restart(self) -> None:
         """Go on as another gateway: events are known from now on, leases begin anew, connections are gone."""
-        self.former = (self.epoch, self.revision)
         self.events, self._expired_at, self._preserving_since = [], [], None
         for entry in self.clients.values():
             entry.caller = replace(entry.caller, connection=0)

@@ -15,7 +15,7 @@ from services.gateway.admission.peer import Peer
 from services.gateway.admission.rights import HERE as EVERYTHING
 from services.gateway.admission.rights import NOBODY, SCOPES_NEEDED
 from services.gateway.admission.tokens import Tokens
-from services.gateway.events import EventFeed, History
+from services.gateway.events import EventFeed
 from services.gateway.handler import Answer, Handler
 from services.gateway.protocol.requests import (
     Auth,
@@ -88,7 +88,7 @@ class Handling:
         feed = EventFeed(self.table, partial(event_line, self.table), partial(health_line, self.table))
         clock, tokens = lambda: self.table.now, Tokens(())
         self.handler = Handler(
-            settings, self.table, admission, self.bus, feed, self.bus.send_frames, clock, tokens, History("e")
+            settings, self.table, admission, self.bus, feed, self.bus.send_frames, clock, tokens, "e"
         )
         self.answers: list[bytes] = []
         self.handler.add_connection(HERE, lambda _: None)

@@ -227,8 +227,7 @@ def test_resume_over_a_restart(stack: Stack, talk: Any, gateway: Running) -> Non
     ask(b"b")
     assert resumed.read()["revision"] == known["revision"] + 1
     assert "clients" not in talk().ask("watch", **since(answer, 1))
-    for step in (-1, 1):  # another list may have had the next revision too
-        assert list(talk().ask("watch", **since(known, step))["clients"]) == ["a", "b"]
+    assert list(talk().ask("watch", **since(known, -1))["clients"]) == ["a", "b"]
 
 
 @pytest.mark.parametrize("how", ["begun anew", "restored"])
