@@ -163,7 +163,7 @@ class RawFrames:
         except ValueError as error:
             raise FrameError("bad_request", str(error)) from None
         if refused := [vlan for vlan in vlans if vlan not in self._policy.vlans]:
-            raise FrameError("not_permitted", f"VLAN {refused[0]}: not in [transmitter] vlans", "vlan")
+            raise FrameError("not_permitted", f"VLAN {refused[0]} is not in [transmitter] vlans; add it there", "vlan")
         if ethertype not in self._policy.ethertypes:
             message = f"ethertype {ethertype:#06x} is not in [transmitter] ethertypes; add it there"
             raise FrameError("not_permitted", message, "ethertype")

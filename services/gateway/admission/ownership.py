@@ -82,11 +82,11 @@ def check_place(registry: Registry, client: Client, peer: Peer, origin: Origin) 
     group = registry.groups.identify(client.group, peer, origin) if client.group else ""
     place = f"{client.address} port {client.port}"
     if len(others) >= MOST_AT_A_PLACE:
-        raise RequestError("address_taken", f"{len(others)} clients are signed up at {place}; take another port")
+        raise RequestError("address_taken", f"{place} has reached the limit of {len(others)} clients; use another port")
     for other in others:
         if _get_the_same(client, group, registry.groups.for_bus(other)):
             why = f"{place} gets these datagrams as {other.client.name!r} already"
-            raise RequestError("address_taken", f"{why}; take another port, other streams or prefixes, or one group")
+            raise RequestError("address_taken", f"{why}; use another port, other streams or prefixes, or one group")
 
 
 def _get_the_same(one: Client, group: str, other: Client) -> bool:
