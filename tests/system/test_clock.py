@@ -76,7 +76,7 @@ def test_leases_and_copies_do_not_go_by_the_time_of_day(jumping: JumpingStack) -
             time.sleep(0.6)  # more than a tick of the gateway: what would expire does
             assert 0 < ask_json({"op": "list"})["clients"]["kept"]["expires_in"] < 60
             assert ask_json(renewal)["expires_in"] == 60
-        assert ask_json(collector | {"name": "short", "ttl": 1})["ok"]
+        assert ask_json(collector | {"name": "short", "port": 9101, "ttl": 1})["ok"]
         jumping.jump(-YEAR)
         wait_until(lambda: "short" not in ask_json({"op": "list"})["clients"], "its second is over")
         jumping["gateway"].stop()

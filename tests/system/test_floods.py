@@ -50,8 +50,9 @@ def ask_for_nonsense(_: Stack, draw: random.Random) -> None:
 def come_and_go(_: Stack, draw: random.Random) -> None:
     """Let the forwarder meet collectors that no route leads to, and lose them again."""
     names = [f"{draw.getrandbits(60):x}" for _ in range(50)]
-    client = {"op": "register", "streams": ["*"], "port": 9, "address": UNROUTED}
-    granted = ask(b"".join(json.dumps(client | {"name": name}).encode() + b"\n" for name in names)).splitlines()
+    client = {"op": "register", "streams": ["*"], "address": UNROUTED}
+    wishes = (client | {"name": name, "port": port} for port, name in enumerate(names, 9))
+    granted = ask(b"".join(json.dumps(wish).encode() + b"\n" for wish in wishes)).splitlines()
     leave = ({"op": "leave", "name": name, "generation": json.loads(answer)["client"]["generation"]}
              for name, answer in zip(names, granted, strict=True))  # fmt: skip
     ask(b"".join(json.dumps(each).encode() + b"\n" for each in leave))

@@ -138,12 +138,12 @@ def test_health_outlives_a_restart_of_either_side(stack: Stack) -> None:
     with flood(), listen(9515):
         until("refusing")
         until("ok", "well")
-        revision = ask_json({"op": "list"})["revision"]
+        before = ask_json({"op": "list"})
         stack["gateway"].stop(signal.SIGKILL)
         stack.start("gateway")
         until("refusing")
         until("ok", "well")
-        with watching(revision=revision) as (watcher, answer):
+        with watching(revision=before["revision"], epoch=before["epoch"]) as (watcher, answer):
             assert "clients" not in answer
             event = read_health(watcher)  # at once, though it is no news
             assert (event["name"], event["health"]) == ("siem", "refusing")
