@@ -86,7 +86,7 @@ def test_leases_and_copies_do_not_go_by_the_time_of_day(jumping: JumpingStack) -
         assert (
             after["kept"]["generation"]
             == kept["client"]["generation"]
-            < ask_json(collector | {"name": "new"})["client"]["generation"]
+            < ask_json(collector | {"name": "new", "port": 9102})["client"]["generation"]
         )
     ledger = jumping.operator("ledger")
     assert ledger.process.wait(60) == 0, ledger.text

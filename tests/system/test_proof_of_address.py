@@ -77,7 +77,7 @@ def test_own_listener_is_a_loop(open_stack: OpenStack) -> None:
         for address in ("127.0.0.1", "127.0.0.9", "::1", "10.2.0.1"):
             assert ask_json(request | {"address": address})["error"] == "loop", address
         broadcast = ask_json(request | {"address": "10.2.0.255", "port": 9})
-        assert (broadcast["error"], "that of one host" in broadcast["message"]) == ("bad_request", True)
+        assert (broadcast["error"], "the address of one host" in broadcast["message"]) == ("bad_request", True)
 
 
 def test_address_that_becomes_ours_is_a_loop(open_stack: OpenStack) -> None:
