@@ -26,14 +26,14 @@ class Field:
     def __init__(self, host: Host, relay: Host, gateway: Running, site: Site, watcher: Conversation) -> None:
         self.host, self.relay, self.gateway, self.site, self.watcher = host, relay, gateway, site, watcher
 
-    def connect(self) -> Talk:
+    def connect(self, holder: str) -> Talk:
         """A client's connection."""
         context = ssl.create_default_context(cafile=self.site.authority.certificate)
         sock = self.host.socket(socket.AF_INET, socket.SOCK_STREAM)
         sock.settimeout(60)
         sock.connect(("10.2.0.1", PORT))
         talk = Talk(context.wrap_socket(sock, server_hostname="10.2.0.1"))
-        assert talk.ask("auth", token="secret field")["ok"]
+        assert talk.ask("auth", token=f"secret {holder}")["ok"]
         return talk
 
     def link(self, state: str) -> None:
@@ -56,7 +56,7 @@ def field(open_stack: OpenStack) -> Iterator[Field]:
         relay.entered(),
     ):
         site = Site(open_stack, hosts="IP:10.2.0.1")
-        gateway = site.start(entry("field", "collect", "list"))
+        gateway = site.start(*(entry(f"field{number}", "collect", "list") for number in range(MANY)))
         watcher = Conversation()
         assert watcher.ask("watch")["ok"]
         yield Field(host, relay, gateway, site, watcher)
@@ -65,12 +65,12 @@ def field(open_stack: OpenStack) -> Iterator[Field]:
 
 @contextmanager
 def signed_up(field: Field, count: int, **terms: Any) -> Iterator[list[tuple[Talk, int]]]:
-    """Sign up a number of collectors, each on its connection; return them and the generations of their entries."""
+    """Sign up a number of collectors, each with a token and a connection of its own; return them and the generations of their entries."""
     with ExitStack() as opened:
-        talks = [opened.enter_context(field.connect()) for _ in range(count)]
+        talks = [opened.enter_context(field.connect(f"field{number}")) for number in range(count)]
         collectors = []
         for number, talk in enumerate(talks):
-            answer = talk.ask("register", name=f"c{number}", streams=["messages"], port=9514, **terms)
+            answer = talk.ask("register", name=f"c{number}", streams=["messages"], port=9514 + number, **terms)
             collectors.append((talk, answer["client"]["generation"]))
             assert field.watcher.read()["event"] == "joined"
         yield collectors

@@ -90,7 +90,7 @@ def check_place(registry: Registry, client: Client, peer: Peer, origin: Origin) 
 
 
 def _get_the_same(one: Client, group: str, other: Client) -> bool:
-    if group and group == other.group:
+    if one.source != other.source or (group and group == other.group):
         return False
     streams = {*one.streams} & {*other.streams} or ALL_STREAMS in (*one.streams, *other.streams)
     return bool(streams) and not (one.prefixes and other.prefixes and are_apart(one.prefixes, other.prefixes))

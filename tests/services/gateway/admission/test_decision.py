@@ -140,7 +140,7 @@ def test_group_has_one_source() -> None:
 def test_address_and_port_get_each_datagram_once() -> None:
     """An entry that would bring a datagram twice to one address and port is refused, whoever else has the first.
 
-    Another port, other streams or exporters, the same group and its own name are no reason; 64 entries are.
+    Another port, source, other streams or exporters, the same group and its own name are no reason; 64 entries are.
     """
     site = Site()
     site.admission = site.admit(max_clients=99)
@@ -151,13 +151,15 @@ def test_address_and_port_get_each_datagram_once() -> None:
     neighbour = Peer(9, THERE.address, 1, Rights("other", frozenset({"collect"})))
     same: list[dict[str, Any]] = [
         {}, {"streams": ("syslog", "netflow")}, {"streams": ("*",)}, {"prefixes": ("10.1.0.0/16", "::/0")},
-        {"prefixes": ()}, {"group": "h"}, {"source": "original"}, {"sample": 2},
+        {"prefixes": ()}, {"group": "h"}, {"sample": 2},
     ]  # fmt: skip
     for change in same:
         assert site.error(msgspec.structs.replace(second, **change), neighbour) == "address_taken"
     assert site.error(second) == "address_taken"
     assert site.error(msgspec.structs.replace(second, group="g"), neighbour) == "address_taken"
-    apart: list[dict[str, Any]] = [{"name": "a"}, {"port": 10}, {"group": "g"}, {"prefixes": ("11.0.0.0/8", "::/0")}]
+    apart: list[dict[str, Any]] = [
+        {"name": "a"}, {"port": 10}, {"source": "original"}, {"group": "g"}, {"prefixes": ("11.0.0.0/8", "::/0")},
+    ]  # fmt: skip
     for change in apart:
         site.admission.decide(msgspec.structs.replace(second, **change), THERE)
     site.admission.decide(msgspec.structs.replace(second, streams=("netflow",)), neighbour)
