@@ -101,12 +101,11 @@ def test_flood_has_bounds(stack: Stack, flood: Flood) -> None:
     lines = {each.name: len(each.text.splitlines()) for each in stack.running}
     memory = {each.name: each.forget_peak() for each in stack.running}
     began, turns = time.monotonic(), 0
-    while time.monotonic() - began < SECONDS:
+    while time.monotonic() - began < SECONDS or turns <= 5:  # a busy machine takes longer for as many
         flood(stack, draw)
         turns += 1
     wait_until(lambda: all(count <= descriptors[name] + 3 for name, count in costs("fd").items()), "they are closed")
     passed = time.monotonic() - began
-    assert turns > 5
     assert costs("task") == threads
     for each in stack.running:
         assert each.process.poll() is None, each.text

@@ -65,7 +65,7 @@ def field(open_stack: OpenStack) -> Iterator[Field]:
 
 @contextmanager
 def signed_up(field: Field, count: int, **terms: Any) -> Iterator[list[tuple[Talk, int]]]:
-    """Sign up a number of collectors, each with a token and a connection of its own; return them and the generations of their entries."""
+    """Sign up collectors, each with a token and a connection of its own; return them and their generations."""
     with ExitStack() as opened:
         talks = [opened.enter_context(field.connect(f"field{number}")) for number in range(count)]
         collectors = []
