@@ -385,7 +385,7 @@ def test_one_address_has_not_all_connections(stack: Stack) -> None:
         assert json.loads(connection.recv(65536))["ok"]
     answer = json.loads(ask(b"one too many"))
     assert answer["error"] == "unavailable"
-    assert "127.0.0.1 has 2 connections open" in answer["message"]
+    assert "127.0.0.1 has reached the limit of 2 connections" in answer["message"]
     with socket.create_connection(("127.0.0.1", 5000), 30, ("127.0.0.2", 0)) as other:
         other.sendall(b"other")
         assert json.loads(read_all(other))["other"]["address"] == "127.0.0.2"
@@ -408,7 +408,7 @@ def test_requests_over_the_rate_wait(stack: Stack) -> None:
     assert time.monotonic() - begin > 0.9  # 200 at once, and 20 more at their pace
     told = [line for line in lines if "event" in line]
     assert [line["event"] for line in told] == ["slowed"]
-    assert "over 20 requests a second come from 127.0.0.1" in told[0]["message"]
+    assert "more than 20 requests a second come from 127.0.0.1" in told[0]["message"]
     assert sum(line.get("ok", False) for line in lines) == 220
     with connect() as connection, contextlib.suppress(TimeoutError):
         connection.settimeout(0.5)

@@ -18,10 +18,10 @@ def test_waits_for_the_broker_and_for_every_service(stack: Stack) -> None:
 def test_names_who_is_missing_at_the_timeout(stack: Stack) -> None:
     """At the timeout it ends with 69 and the names of those that were not heard, the broker included."""
     code, text = run(stack, "ready", "broker", "ingest", "--timeout", "0.2")
-    assert (code, text) == (69, "fanwire ready: not ready after 0.2 s: broker ingest\n")
+    assert (code, text) == (69, "fanwire ready: not ready after 0.2 s, see their logs: broker ingest\n")
     stack.start("broker")
     code, text = run(stack, "ready", "--timeout", "2")
-    assert (code, text) == (69, "fanwire ready: not ready after 2 s: gateway ingest forwarder transmitter\n")
+    assert (code, text) == (69, "fanwire ready: not ready after 2 s, see their logs: gateway ingest forwarder transmitter\n")
 
 
 def test_hints_follow_the_settings() -> None:
