@@ -5,6 +5,7 @@ from tests.lab import enter_lab
 LAB_REFUSED = enter_lab()  # before other imports: unshare(2) wants a process without threads
 
 import os  # noqa: E402
+import signal  # noqa: E402
 from collections.abc import Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -20,6 +21,11 @@ from tests.stack import Stack  # noqa: E402
 settings.register_profile("fanwire", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("fanwire")
 
+
+# Programs under test heed signals, also when this run was started in the background or by nohup(1), which have them
+# ignored by all that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 if os.environ.get("PYTEST_XDIST_WORKER") and os.geteuid():
     raise_ambient(0)  # what it was given to enter the lab is not for programs under test

@@ -11,7 +11,7 @@ from tests.stack import CHECKOUT
 
 WORDS: Final = re.compile(r"[A-Za-z,;:.()'`-]+ [A-Za-z,;:.()'`-]+ [A-Za-z]+")
 """Three words in a row make a sentence, or the piece of one between two values."""
-CODE: Final = re.compile(r"CREATE TABLE|INSERT INTO|\(\.\*\)|^Object contains|^Max open files|^print ")
+CODE: Final = re.compile(r"CREATE TABLE|ALTER TABLE|INSERT INTO|\(\.\*\)|^Object contains|^Max open files|^print ")
 """SQL, and sentences of others that are searched for."""
 HELP: Final = frozenset({"help", "description", "epilog", "service_parser", "Parser", "add_command", "execute"})
 """Arguments and functions whose texts are for `--help`, or for SQLite."""
@@ -46,7 +46,6 @@ ELSEWHERE: Final[dict[str, str]] = {
     "the limit of open connections is reached; try again later": STACK,
     "the path is another worker's by now": "caught where it is raised",
     "this user may not enter it": STACK,
-    "{} has reached the limit of {} connections an address; close some": STACK,
     "{} requests of {} wait for the transmitter already": STACK,
     "{} requests wait for the transmitter already": STACK,
     "{}: the answer is not a list of clients; is this the gateway?": STACK,

@@ -256,7 +256,8 @@ def test_each_source_is_asked_on_its_own(stack: Stack, follower: Follower) -> No
         each.subscribe(REGISTRY_TOPIC)
         each.subscribe(topic)
         wait_for(each, 0)
-    wait_until(lambda: register([transmitter], PRESERVING | {"name": "first", "port": 9515})["ok"], "a transmitter is noticed")
+    first = PRESERVING | {"name": "first", "port": 9515}
+    wait_until(lambda: register([transmitter], first)["ok"], "a transmitter is noticed")
     wait_until(transmitter.ready, "our reply topic known")
     transmitter.replies = True
     assert register([transmitter], PRESERVING)["client"]["health"] == "ok"

@@ -99,4 +99,4 @@ def test_a_firewall_and_an_mtu_that_is_not_known_are_found(stack: Stack) -> None
             command = mtu.cure.partition("set the MTU: ")[2].partition(";")[0]
             relay.run(*command.split())
             (mtu,) = found_of(stack, "mtu")
-            assert "is not known" not in mtu.why
+            assert "the MTU of the way behind" not in mtu.why
