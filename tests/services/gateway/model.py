@@ -1,5 +1,6 @@
 """The answers that the gateway should give: the registry of its README, in the plainest way, by a test's clock."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
@@ -91,7 +92,7 @@ class Model:
     told: list[tuple[int, Line]] = field(default_factory=list)
     epoch: str = ""
     """As the gateway says it."""
-    _expired_at: list[float] = field(default_factory=list)
+    _expired_at: list[tuple[float, str]] = field(default_factory=list)
     _preserving_since: float | None = None
 
     def answer(self, request: Line, caller: Caller) -> Line:
@@ -137,16 +138,25 @@ class Model:
         for entry in self.clients.values():
             entry.deadlines = entry.deadlines[-1:]
         overdue = [name for name, entry in self.clients.items() if entry.over(self.now)]
-        if self._preserves(len(overdue)):
+        holders = [self.clients[name].caller.holder for name in overdue]
+        if self._preserves(holders):
             return
-        self._expired_at += [self.now] * len(overdue)
+        self._expired_at += [(self.now, holder) for holder in holders]
         self.remove(overdue, "expired")
 
-    def _preserves(self, overdue: int) -> bool:
+    def _preserves(self, overdue: list[str]) -> bool:
         begin = self.now - PRESERVE_WINDOW
-        leases = [entry for entry in self.clients.values() if entry.deadlines and not entry.over(self.now)]
-        renewed = sum(entry.renewed_at > begin for entry in leases)
-        due = renewed + overdue + sum(at > begin for at in self._expired_at)
+        came = Counter(
+            entry.caller.holder
+            for entry in self.clients.values()
+            if entry.deadlines and not entry.over(self.now) and entry.renewed_at > begin
+        )
+        lacking = Counter([*overdue, *(holder for at, holder in self._expired_at if at > begin)])
+        due, renewed = 0, 0.0
+        for holder in {*came, *lacking}:  # a holder counts as one client, each without a holder for itself
+            leases = came[holder] + lacking[holder]
+            due += 1 if holder else leases
+            renewed += came[holder] / leases if holder else came[holder]
         if not overdue or due < PRESERVE_LEAST or renewed >= PRESERVE_BELOW * due:
             self._preserving_since = None
         elif self._preserving_since is None:

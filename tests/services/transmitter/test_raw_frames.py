@@ -428,7 +428,7 @@ def test_what_is_left_at_the_end_is_answered(desk: Desk) -> None:
     assert [(reply.id, reply.sent, reply.error) for reply in desk.answers] == [
         (number, 1, "unavailable") for number in numbers
     ]
-    assert "ends" in desk.answers[0].message
+    assert "is shutting down" in desk.answers[0].message
     desk.clock.now += 10
     assert desk.work() == float("inf")
     assert desk.left == 2
