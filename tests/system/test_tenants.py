@@ -147,7 +147,7 @@ def test_what_a_token_no_longer_allows_ends(stack: Stack, by: str) -> None:
             assert lines.read().endswith((b"", b"\n"))  # to its end
         lines.close()
         assert ask_as("", {"op": "auth", "token": "secret blue"})[0]["error"] == "not_permitted"
-        # Who signs up now is served after what the gateway has taken away.
+        # A client that signs up now is served after the gateway has removed the others.
         assert ask_as("", collector("here", 9009))[0]["client"]["health"] == "ok"
         listed = ask_as("", {"op": "list"})[0]["clients"]
         assert {name: client["streams"] for name, client in listed.items()} == {
