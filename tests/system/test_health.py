@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from shared.net.sockets import enlarge_receive_buffer
 from tests.builders import BusEnds, accounts_when
 from tests.network import End, Host, veth
 from tests.openly import OpenStack
@@ -47,7 +48,7 @@ def flood(host: Host | None = None, per_second: int = 100, relay: str = "127.0.0
 def listen(port: int = 9514) -> socket.socket:
     """A collector's socket."""
     sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16 << 20)
+    enlarge_receive_buffer(sock, 16 << 20)
     sock.bind(("127.0.0.1", port))
     sock.settimeout(60)
     return sock

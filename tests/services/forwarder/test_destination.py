@@ -21,6 +21,7 @@ from shared.datagrams.gathered import Gathered
 from shared.fanout.backlog import BacklogMemory
 from shared.fanout.send_errors import MAX_SKIPS
 from shared.net.route_changes import RouteChanges
+from shared.net.sockets import enlarge_receive_buffer
 from shared.settings.model import Forwarder
 from tests.builders import SOURCES, make_batch, make_client
 from tests.services.forwarder.sent import Sent
@@ -43,7 +44,7 @@ def listen(opened: ExitStack, host: str = "127.0.0.1", port: int = 0) -> socket.
     """A collector's socket, with room for everything."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = opened.enter_context(socket.socket(family, socket.SOCK_DGRAM))
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16 << 20)
+    enlarge_receive_buffer(sock, 16 << 20)
     sock.bind((host, port))
     sock.settimeout(60)
     return sock

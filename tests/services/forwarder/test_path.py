@@ -12,6 +12,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from services.forwarder.socket_options import path_mtu
+from shared.net.sockets import enlarge_receive_buffer
 from tests.builders import make_batch, make_client
 from tests.deploy.confined import SCMP_ACT_ALLOW, SCMP_ACT_ERRNO, Filter
 from tests.network import End, Host, veth
@@ -37,7 +38,7 @@ class Site:
         """The collector's socket."""
         sock = self.siem.socket(socket.AF_INET if version == 4 else socket.AF_INET6, socket.SOCK_DGRAM)
         self.opened.callback(sock.close)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16 << 20)
+        enlarge_receive_buffer(sock, 16 << 20)
         sock.bind((COLLECTOR[version], PORT))
         sock.settimeout(60)
         return sock

@@ -21,6 +21,7 @@ from shared.bus.messages import (
 from shared.datagrams.limits import MAX_ROWS
 from shared.datagrams.routing import Router
 from shared.ledger import discrepancies
+from shared.net.sockets import enlarge_receive_buffer
 from tests.builders import (
     SOURCES,
     BusEnds,
@@ -46,7 +47,7 @@ class Collector:
 
     def __init__(self, name: str, **fields: Any) -> None:
         self.socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16 << 20)
+        enlarge_receive_buffer(self.socket, 16 << 20)
         self.socket.bind(("127.0.0.1", 0))
         self.socket.settimeout(60)
         self.client = make_client(name, self.socket.getsockname()[1], **fields)

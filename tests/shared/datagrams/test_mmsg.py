@@ -13,6 +13,7 @@ from shared.datagrams.batch import DatagramBatch
 from shared.datagrams.limits import MAX_ROWS
 from shared.datagrams.mmsg import IOVEC, MMSGHDR, SLOT, ReceiveArena, addresses_of, send
 from shared.net.addresses import unpack_address
+from shared.net.sockets import enlarge_receive_buffer
 from tests.refusing import refuse
 
 SIZES = (0, 1, 1464, 65507)
@@ -29,7 +30,7 @@ def sockets(lab: None) -> Iterator[ExitStack]:
 def bound(sockets: ExitStack, family: socket.AddressFamily, host: str = "") -> socket.socket:
     """A socket bound to loopback, or to `host`."""
     sock = sockets.enter_context(socket.socket(family, socket.SOCK_DGRAM))
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16 << 20)
+    enlarge_receive_buffer(sock, 16 << 20)
     if host == "::":
         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
     sock.bind((host or LOOPBACK[family], 0))
