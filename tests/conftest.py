@@ -4,6 +4,7 @@ from tests.lab import enter_lab
 
 LAB_REFUSED = enter_lab()  # before other imports: unshare(2) wants a process without threads
 
+import gc  # noqa: E402
 import os  # noqa: E402
 import signal  # noqa: E402
 from collections.abc import Iterator  # noqa: E402
@@ -15,7 +16,7 @@ from hypothesis import HealthCheck, settings  # noqa: E402
 from tests import once, openly, processes  # noqa: E402
 from tests.network import raise_ambient  # noqa: E402
 from tests.openly import OpenStack  # noqa: E402
-from tests.stack import Stack  # noqa: E402
+from tests.stack import Stack, warm_start  # noqa: E402
 
 # A busy machine is no reason to fail: examples may take as long as they take.
 settings.register_profile("fanwire", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -85,12 +86,17 @@ def no_leaks() -> Iterator[None]:
     before = len(list(Path("/proc/self/fd").iterdir()))
     yield
     after = len(list(Path("/proc/self/fd").iterdir()))
+    if after > before:
+        gc.collect()  # what refers to itself waits for it
+        after = len(list(Path("/proc/self/fd").iterdir()))
     assert after <= before, f"{after - before} descriptors left open"
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup() -> None:
+def pytest_runtest_setup(item: pytest.Item) -> None:
     """Forget what was started before this test and its fixtures, by pytest itself for instance."""
+    if item.get_closest_marker(processes.MARKER):
+        warm_start()  # no test has opened what lasts for all
     processes.started.clear()
 
 

@@ -37,6 +37,7 @@ NET_RAW: Final = 1 << 13
 CAPABILITY_VERSION_3: Final = 0x20080522
 PR_SET_SECUREBITS, PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, SECBIT_NOROOT = 28, 47, 2, 1  # linux/prctl.h
 SIOCETHTOOL, ETHTOOL_GTXCSUM, ETHTOOL_STXCSUM = 0x8946, 0x16, 0x17
+AF_NETLINK, NLMSG_DONE, RTM_NEWROUTE, RTM_GETROUTE, NLM_F_REQUEST_DUMP, RTN_UNICAST = 16, 3, 24, 26, 0x301, 1
 IFREQ: Final = struct.Struct("16sQ16x")
 OUTER, OUTER_HEADERS = ("192.0.2.1", "192.0.2.2"), 36  # of a tunnel: IPv4, UDP, VXLAN
 
@@ -188,10 +189,24 @@ class Host:
         self.run("ip", "neigh", "replace", address, "lladdr", mac, "dev", interface, "nud", "permanent")
 
     def assert_no_default_route(self) -> None:
-        """No route may cover everything; the kernel's own rejecting one for IPv6 is not shown."""
-        for family in ("-4", "-6"):
-            routes = self.run("ip", family, "route", "show", "table", "all", "default")
-            assert not routes, f"a way out of the lab: {routes}"
+        """No route of any table may lead everywhere; the kernel's own for IPv6, which rejects, leads nowhere."""
+        with self.socket(AF_NETLINK, socket.SOCK_RAW, 0) as routing:
+            for family in (socket.AF_INET, socket.AF_INET6):
+                routing.send(struct.pack("=IHHII B11x", 28, RTM_GETROUTE, NLM_F_REQUEST_DUMP, 1, 0, family))
+                assert not any(_lead_everywhere(routing)), "a way out of the lab: a default route"
+
+
+def _lead_everywhere(routing: socket.socket) -> Iterator[bool]:
+    """Yield for each route of a dump whether it takes any destination somewhere (rtnetlink(7), RTM_GETROUTE)."""
+    while True:
+        answer = routing.recv(1 << 16)
+        while answer:
+            length, kind = struct.unpack_from("=IH", answer)
+            if kind == NLMSG_DONE:
+                return
+            assert kind == RTM_NEWROUTE, f"netlink answers with a message of type {kind}"
+            yield answer[17] == 0 and answer[23] == RTN_UNICAST  # rtmsg: rtm_dst_len, rtm_type
+            answer = answer[(length + 3) & ~3 :]
 
 
 HERE: Final = Host(_own_namespace())

@@ -7,11 +7,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self
+
+from tests.warm_start import Process, Program, WarmStart
 
 CHECKOUT = Path(__file__).parent.parent
 DRAIN_SECONDS = 4.0
@@ -33,12 +36,33 @@ def wait_until(
         time.sleep(0.01)
 
 
+@cache
+def warm_start() -> WarmStart:
+    """Return the process that forks for this one, begun when it is first asked for."""
+    return WarmStart(CHECKOUT)
+
+
+def start(
+    command: Sequence[str],
+    streams: Sequence[IO[bytes]],
+    environment: Mapping[str, str],
+    directory: Path,
+    by_exec: bool = False,
+) -> Process:
+    """Start a command with these files as standard input, output and error; by a fork where that is as good."""
+    if not by_exec and warm_start().serves(command, environment):
+        program = Program(command[2], command[3:], environment, str(directory))
+        return warm_start().start(program, [stream.fileno() for stream in streams])
+    stdin, stdout, stderr = streams
+    return subprocess.Popen(command, stdin=stdin, stdout=stdout, stderr=stderr, env=environment, cwd=directory)
+
+
 @dataclass
 class Running:
     """A process under test; its stdout and stderr go to one file."""
 
     name: str
-    process: subprocess.Popen[bytes]
+    process: Process
     output: Path
 
     @property
@@ -112,6 +136,8 @@ class Stack:
         self.bus = directory / "bus"
         self.running: list[Running] = []
         self.interpreter, self.program = [sys.executable], CHECKOUT
+        self.by_exec = False
+        """Set it where command lines are looked at: one that was forked has that of `tests.warm_start`."""
         self.configure(settings)
 
     def configure(self, settings: str) -> None:
@@ -132,14 +158,9 @@ class Stack:
     def spawn(self, name: str, command: list[str], **environment: str) -> Running:
         """Start any command."""
         output = self.directory / f"{name}.{len(self.running)}.log"
-        with output.open("wb") as file:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env=self.environment | environment,
-                cwd=self.directory,
+        with output.open("wb") as file, Path(os.devnull).open("rb") as nothing:
+            process = start(
+                command, (nothing, file, file), self.environment | environment, self.directory, self.by_exec
             )
         running = Running(name, process, output)
         self.running.append(running)

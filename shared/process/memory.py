@@ -8,6 +8,7 @@ policy in deploy/README.md, "Memory".
 import ctypes
 import os
 import time
+import weakref
 from collections.abc import Callable
 from typing import Final
 
@@ -21,8 +22,6 @@ RESERVE: Final = 8
 TRIM_SECONDS: Final = 0.5
 SAID_SECONDS: Final = 10.0
 _PAGE: Final = os.sysconf("SC_PAGESIZE")
-_statm: Final = os.open("/proc/self/statm", os.O_RDONLY)
-"""Opened at the start: when it matters there may be no descriptor to spare."""
 _trim: Final[Callable[[int], int] | None] = getattr(ctypes.CDLL(None), "malloc_trim", None)
 """malloc_trim(3) returns freed memory to the kernel. glibc has it; other libraries return it by themselves."""
 
@@ -46,6 +45,9 @@ class Memory:
         self._setting = setting
         self._borrows = borrows
         self._look_at = self._trim_at = self._say_at = 0.0
+        # Opened at the start: when it matters there may be no descriptor to spare.
+        self._statm = os.open("/proc/self/statm", os.O_RDONLY)
+        weakref.finalize(self, os.close, self._statm)
 
     def measure(self) -> bool:
         """Return whether something has to go now; call it in each turn of a loop: it measures only when it is due."""
@@ -75,7 +77,7 @@ class Memory:
 
     def _measure(self) -> None:
         """Read the resident memory: private pages, and unless it `borrows` shared and mapped ones (proc(5), statm)."""
-        _, resident, shared, *_ = map(int, os.pread(_statm, 256, 0).split())
+        _, resident, shared, *_ = map(int, os.pread(self._statm, 256, 0).split())
         self.used = (resident - shared * self._borrows) * _PAGE
         self.most = max(self.most, self.used)
 

@@ -121,6 +121,7 @@ def test_worker_takes_the_number_it_is_given(stack: Stack) -> None:
 def test_reload_reaches_every_service_that_reads_again(stack: Stack) -> None:
     """The command for honcho's services has each of them read the settings again, and the broker go on."""
     need("pkill")
+    stack.by_exec = True
     stack.start_all()
     ours = f'pkill() {{ command pkill -P {os.getpid()} "$@"; }}\n'  # there may be other services on this machine
     paste(stack, ours + block("deploy/README.md", "reload"))
