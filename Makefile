@@ -6,6 +6,8 @@ VENV := .venv
 TEST_WORKERS ?= 4
 BIN := $(CURDIR)/$(VENV)/bin
 export PATH := $(BIN):$(PATH)
+# Without it every process that a test starts would compile all modules again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: run test quick lint soak fuzz bench bench-check clean
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryFile
 from types import TracebackType
 from typing import IO, Any, Self
 
@@ -186,7 +187,18 @@ class Stack:
 
     def operator(self, *arguments: str) -> Running:
         """Start an operator command, such as `watch`."""
-        return self.spawn(arguments[0], [sys.executable, "-m", "services.operator", *arguments])
+        return self.spawn("".join(arguments[:1]) or "fanwire", [sys.executable, "-m", "services.operator", *arguments])
+
+    def run(self, *arguments: str) -> tuple[int, str, str]:
+        """Run an operator command to its end; return its exit code, standard output and standard error."""
+        command = [sys.executable, "-m", "services.operator", *arguments]
+        with TemporaryFile() as out, TemporaryFile() as err, Path(os.devnull).open("rb") as nothing:
+            code = start(command, (nothing, out, err), self.environment, self.directory, self.by_exec).wait(
+                PATIENCE_SECONDS
+            )
+            out.seek(0)
+            err.seek(0)
+            return code, out.read().decode(), err.read().decode()
 
     def __getitem__(self, name: str) -> Running:
         return next(running for running in reversed(self.running) if running.name == name)

@@ -65,16 +65,10 @@ def test_each_command_is_in_its_module(command: str) -> None:
 )
 def test_wrong_usage_is_64(stack: Stack, arguments: tuple[str, ...]) -> None:
     """Wrong usage ends with 64 and says what was expected."""
-    finished = subprocess.run(
-        [sys.executable, "-m", "services.operator", *arguments],
-        env=stack.environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert finished.returncode == 64
-    assert finished.stderr
-    assert "Traceback" not in finished.stderr
+    code, said = run(stack, *arguments)
+    assert code == 64
+    assert said
+    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize(

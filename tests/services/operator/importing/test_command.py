@@ -1,5 +1,3 @@
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -234,9 +232,7 @@ def imported(stack: Stack, tool: str, text: str, *options: str) -> tuple[int, st
     """Return the results of `fanwire import` on a file: exit code, settings, and its other lines."""
     path = stack.directory / f"{tool}.conf"
     path.write_text(text, "latin-1")
-    command = [sys.executable, "-m", "services.operator", "import", tool, str(path), *options]
-    done = subprocess.run(command, env=stack.environment, capture_output=True, text=True, check=False)
-    return done.returncode, done.stdout, done.stderr
+    return stack.run("import", tool, str(path), *options)
 
 
 def test_whole_import_is_0(stack: Stack) -> None:
@@ -282,6 +278,4 @@ def test_wrong_file_is_78(stack: Stack, text: str) -> None:
     assert (code, printed, len(said.splitlines())) == (78, "", 1)
     assert said.startswith(f"{stack.directory}/samplicator.conf: line 2: ")
     (stack.directory / "samplicator.conf").unlink()
-    command = [sys.executable, "-m", "services.operator", "import", "samplicator", "missing.conf"]
-    done = subprocess.run(command, env=stack.environment, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (78, "missing.conf: No such file or directory\n")
+    assert stack.run("import", "samplicator", "missing.conf") == (78, "", "missing.conf: No such file or directory\n")
