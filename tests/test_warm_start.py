@@ -1,4 +1,4 @@
-"""What tests start by a fork is what they would have started by exec."""
+"""Programs that tests start by a fork behave as those that are started by exec."""
 
 import os
 import signal
