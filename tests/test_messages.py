@@ -6,14 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-import pytest
-
 from tests.provoked import everything, said
 from tests.stack import CHECKOUT
 
 WORDS: Final = re.compile(r"[A-Za-z,;:.()'`-]+ [A-Za-z,;:.()'`-]+ [A-Za-z]+")
 """Three words in a row make a sentence, or the piece of one between two values."""
-pytestmark = pytest.mark.soak  # its provocations open sockets and threads that a busy machine may leave behind
 CODE: Final = re.compile(r"CREATE TABLE|ALTER TABLE|INSERT INTO|\(\.\*\)|^Object contains|^Max open files|^print ")
 """SQL, and sentences of others that are searched for."""
 HELP: Final = frozenset({"help", "description", "epilog", "service_parser", "Parser", "add_command", "execute"})
@@ -64,9 +61,9 @@ def sentences(folder: str) -> Iterator[str]:
 
 
 def _texts(path: Path) -> Iterator[str]:
-    tree = ast.parse(path.read_text())
+    nodes = [*ast.walk(ast.parse(path.read_text()))]
     skipped: set[int] = set()
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Expr):
             skipped.add(id(node.value))
         elif isinstance(node, ast.keyword) and node.arg in HELP:
@@ -75,7 +72,7 @@ def _texts(path: Path) -> Iterator[str]:
             skipped |= {id(each) for argument in node.args for each in ast.walk(argument)}
         elif isinstance(node, ast.JoinedStr):
             skipped |= {id(value) for value in node.values}
-    yield from (text for node in ast.walk(tree) if id(node) not in skipped and (text := _text(node)))
+    yield from (text for node in nodes if id(node) not in skipped and (text := _text(node)))
 
 
 def _text(node: ast.AST) -> str:

@@ -1,5 +1,6 @@
 """A gateway, and services on the bus, played by the test, so that it decides what they say and when they fail."""
 
+import contextlib
 import json
 import socket
 import socketserver
@@ -45,13 +46,18 @@ class PlayedGateway:
 
         class Handler(socketserver.StreamRequestHandler):
             def handle(self) -> None:
-                played.connections.append(self.connection)
                 for line in self.rfile:
                     answer = played._answer(json.loads(line))
                     text = answer if isinstance(answer, str) else json.dumps(answer)
                     self.wfile.write(text.encode(errors="surrogateescape") + b"\n")
 
-        self._server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
+        class Server(socketserver.ThreadingTCPServer):
+            def get_request(self) -> tuple[socket.socket, Any]:
+                connection, address = super().get_request()
+                played.connections.append(connection)
+                return connection, address
+
+        self._server = Server(("127.0.0.1", 0), Handler)
         self.endpoint = f"tcp://127.0.0.1:{self._server.server_address[1]}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
         self._thread.start()
@@ -78,7 +84,8 @@ class PlayedGateway:
     def drop(self) -> None:
         """Close every connection, as a gateway that ends does."""
         while self.connections:
-            self.connections.pop().shutdown(socket.SHUT_RDWR)
+            with contextlib.suppress(OSError):  # its handler closes it at the same time, because the client has gone
+                self.connections.pop().shutdown(socket.SHUT_RDWR)
 
     def __enter__(self) -> Self:
         return self
@@ -86,11 +93,9 @@ class PlayedGateway:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for connection in self.connections:
-            if connection.fileno() >= 0:
-                connection.shutdown(socket.SHUT_RDWR)
         self._server.shutdown()
         self._thread.join()
+        self.drop()
         self._server.server_close()
 
 
