@@ -138,6 +138,7 @@ def test_capability_is_given_by_hand(open_stack: OpenStack) -> None:
     need("setpriv")
     interpreter, program = program_for_all()
     command = block("services/transmitter/README.md", "with-capability").replace("USER", "nobody")
+    command = command.replace("GROUP", str(NOBODY))
     command = command.replace("fanwire transmitter", f"{interpreter} -m services.transmitter")
     open_stack.bus.mkdir(mode=0o700)
     os.chown(open_stack.bus, NOBODY, -1)  # the bus is that of the user who gets the capability
@@ -147,7 +148,8 @@ def test_capability_is_given_by_hand(open_stack: OpenStack) -> None:
     running.wait_for('"ready"')
     process = Path(f"/proc/{running.process.pid}")
     status = (process / "status").read_text()
-    assert re.search(rf"^Uid:\t{NOBODY}\t", status, re.MULTILINE)
+    assert re.search(rf"^Uid:\t{NOBODY}\t{NOBODY}\t{NOBODY}\t", status, re.MULTILINE)
+    assert re.search(rf"^Gid:\t{NOBODY}\t{NOBODY}\t{NOBODY}\t", status, re.MULTILINE)
     assert re.search(r"^CapPrm:\t0+$", status, re.MULTILINE)
     opened = {str(each.readlink()) for each in (process / "fd").iterdir()}
     packet = {f"socket:[{line.split()[-1]}]" for line in (process / "net" / "packet").read_text().splitlines()}

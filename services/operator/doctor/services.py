@@ -155,8 +155,8 @@ def why_not_raw(raw: RawSocketFacts) -> tuple[str, str]:
         cure = "docker run --cap-add NET_RAW; Kubernetes: capabilities.add, and runAsUser: 0, as others lack it still"
         return "CAP_NET_RAW is not in the bounding set of programs started from here", cure
     if raw.failed:
-        cure = "as root: setpriv --reuid USER --init-groups --inh-caps +net_raw --ambient-caps +net_raw "
-        cure += "fanwire transmitter"
+        cure = "as root: setpriv --reuid USER --regid GROUP --init-groups --inh-caps +net_raw "
+        cure += "--ambient-caps +net_raw fanwire transmitter"
         if raw.no_new_privileges:
             return (
                 "this user lacks CAP_NET_RAW, and no_new_privs keeps sudo and setcap from giving it",
