@@ -20,7 +20,7 @@ from shared.bus.status import Reporter
 from shared.bus.zmq_sockets import Publisher, new_context
 from shared.datagrams.limits import MAX_ROWS
 from shared.datagrams.mmsg import ReceiveArena
-from shared.ledger import CHECKSUM_ERRORS, listener_account, new_accounts
+from shared.ledger import CHECKSUM_ERRORS, FILES_RESTORED, listener_account, new_accounts
 from shared.log import get_logger
 from shared.net.addresses import Endpoint
 from shared.net.sockets import (
@@ -155,6 +155,13 @@ class Worker:
                     self._see_off(sock)
                     self._start(self._streams[name], endpoint, fresh, {})
 
+    def _renew_lender(self) -> None:
+        """Lend at a new path where others have removed it; subscribers ask there again at a mark."""
+        if self._lender is not None and self._lender.renew():
+            self._accounts["ingest"][FILES_RESTORED] += 1
+            for feed in self._feeds.values():
+                feed.mark(time.time_ns())
+
     def _feed(self, streams: Sequence[Stream]) -> None:
         """Make feeds for new streams; tell those that already subscribe to one that it flows."""
         fresh = [stream.name for stream in streams if stream.name not in self._feeds]
@@ -257,8 +264,7 @@ class Worker:
         now = time.monotonic()
         if now >= self._reporter.due_at:
             self._renew_listeners()
-            if self._lender is not None:
-                self._lender.accept_again()
+            self._renew_lender()
             self._spreader.renew()
             self._settle()
             self._report()

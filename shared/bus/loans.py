@@ -8,14 +8,6 @@ it has given everything back.
 
 Why nobody ever sees another datagram's bytes, however long a process is stopped in the middle of sending:
 
-Passing a payload through two sockets costs four copies of it. So a worker's large payloads stay where they are, in a
-memfd of one chunk a batch; the bus carries the columns and a *loan*: which chunk, and the loan's number. Any process
-that may reach the bus may borrow: it asks at an AF_UNIX socket in the bus directory, once a worker and stream, and is
-passed the memory, to read only, and a page of its own, in which it says up to which number it has given everything
-back.
-
-Why nobody ever sends another datagram's bytes, however long it is stopped in the middle of sending:
-
 - Numbers grow, and a chunk has the number of its last loan. The worker writes into a chunk only when every borrower has
   given back that number (`Pool.lend`), so for each loan that is not given back the bytes stay as they were.
 - A borrower gives back a number when nothing refers to its payload any more: that is what the object does which every
@@ -44,6 +36,7 @@ from typing import BinaryIO, Final
 import numpy as np
 
 from shared.log import get_logger
+from shared.net.sockets import PathSocket, close_listener
 from shared.process.lifecycle import CANT_CREATE, OperatorError
 
 CHUNK: Final = 2 << 20
@@ -194,21 +187,29 @@ class Lender:
         self._lock = _lock(path)
         self._watch, self._unwatch = watch, unwatch
         self._borrowers: dict[socket.socket, Pool | None] = {}
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._listener.setblocking(False)
-        path.unlink(missing_ok=True)  # left by a predecessor that was killed
-        self._listener.bind(str(path))
-        path.chmod(0o777)  # the directory's mode decides, as for the bus
-        self._listener.listen(BACKLOG)
         self._resting = False
-        watch(self._listener, self._accept)
+        self._listener = self._listen()
+
+    def _listen(self) -> PathSocket:
+        listener = PathSocket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            listener.setblocking(False)
+            self._path.unlink(missing_ok=True)  # left by a predecessor that was killed: the lock is ours
+            listener.bind(str(self._path))
+            self._path.chmod(0o777)  # the directory's mode decides, as for the bus
+            listener.listen(BACKLOG)
+        except OSError:
+            listener.close()
+            raise
+        self._watch(listener, self._accept)
+        return listener
 
     def _accept(self) -> None:
         try:
             borrower, _ = self._listener.accept()
         except (BlockingIOError, ConnectionError):  # it has given up
             return
-        except OSError as error:  # such as no descriptors: until `accept_again` borrowers do without
+        except OSError as error:  # such as no descriptors: until `renew` borrowers do without
             log.warning("can't lend to another subscriber", path=str(self._path), error=error.strerror)
             self._unwatch(self._listener)  # it stays readable, and would wake us for nothing
             self._resting = True
@@ -220,11 +221,34 @@ class Lender:
         self._borrowers[borrower] = None
         self._watch(borrower, lambda: self._hear(borrower))
 
-    def accept_again(self) -> None:
-        """Accept again, if that has failed. Due every second."""
+    def renew(self) -> bool:
+        """Accept again, if that has failed; make the path and its lock anew where others have removed them.
+
+        Due every second. Return whether the path is a new one: nobody could ask to borrow meanwhile.
+        """
         if self._resting:
             self._resting = False
             self._watch(self._listener, self._accept)
+        try:
+            return self._make_anew()
+        except (OSError, OperatorError) as error:
+            cause = error.strerror if isinstance(error, OSError) else str(error)
+            log.error("payloads can't be lent to new subscribers, and go through the bus", cause=cause)
+            return False
+
+    def _make_anew(self) -> bool:
+        if not os.fstat(self._lock.fileno()).st_nlink:
+            lock = _lock(self._path)
+            self._lock.close()
+            self._lock = lock
+        elif self._listener.in_place:
+            return False
+        listener = self._listen()
+        self._unwatch(self._listener)
+        close_listener(self._listener)
+        self._listener = listener
+        log.warning("another program has removed a worker's pool: it was made anew", path=str(self._path))
+        return True
 
     def _hear(self, borrower: socket.socket) -> None:
         """Read a borrower's request and admit it; it sends nothing after that, so further input means its end."""
@@ -253,8 +277,7 @@ class Lender:
             self._dismiss(borrower)
         if not self._resting:
             self._unwatch(self._listener)
-        self._listener.close()
-        self._path.unlink(missing_ok=True)  # the path is still ours: the lock goes last
+        close_listener(self._listener)
         self._lock.close()
 
 

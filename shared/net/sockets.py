@@ -7,7 +7,7 @@ import struct
 from collections.abc import Callable, MutableMapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from shared.net.addresses import Endpoint, SocketAddress, resolve
 
@@ -42,6 +42,11 @@ class PathSocket(socket.socket):
 
     file: tuple[int, int] | None = None
     """Device and inode of the file made there."""
+
+    def bind(self, path: Any) -> None:
+        """Bind a path, and remember the file made there."""
+        super().bind(path)
+        self.file = _file_at(path)
 
     @property
     def in_place(self) -> bool:
@@ -143,7 +148,6 @@ def _bind_path(path: str, kind: socket.SocketKind, prepare: Prepare, mode: int) 
     try:
         sock = PathSocket(socket.AF_UNIX, kind)
         _bind(sock, path, prepare)
-        sock.file = _file_at(path)
         return sock
     finally:
         os.umask(before)

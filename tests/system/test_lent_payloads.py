@@ -294,3 +294,15 @@ def test_killed_forwarder_comes_back(stack: Stack, sink: Sink, flood: Flood) -> 
     wait_until(lambda: sink.came[0] and sink.came[0][-1] == flood.rounds - 1, "the last one comes")
     sink.check()
     assert len(given_back(stack["ingest.1"])) == 1
+
+
+def test_pool_that_others_removed_is_lent_from_again(stack: Stack, sink: Sink, flood: Flood) -> None:
+    """A subscriber that comes after another program has removed the pool is lent to; the collector misses nothing."""
+    begin(stack, 4 << 20)
+    wait_lent(stack, flood)
+    (stack.bus / "pool.1").unlink()
+    watch = stack.operator("watch", "s", "--hex")
+    watch.wait_for("watching s")
+    wait_lent(stack, flood, 2)
+    stream, collector = settle(stack, sink, flood)
+    assert collector["delivered"] == stream["published"] == flood.sent - stream["kernel_dropped"]

@@ -3,6 +3,7 @@ import gc
 import hashlib
 import mmap
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 from shared.bus.borrowing import Borrowed
 from shared.bus.loans import (
@@ -839,11 +841,11 @@ def test_accepting_that_fails_rests_until_it_is_tried_again(
     for _ in range(3):
         lending.turn()
     assert calls == [error]
-    lending.lender.accept_again()
+    lending.lender.renew()
     lending.turn()
     assert calls == [error, error]
     monkeypatch.setattr(socket.socket, "accept", accept)
-    lending.lender.accept_again()
+    lending.lender.renew()
     lending.turn()
     assert borrowed.admitted
 
@@ -860,3 +862,47 @@ def test_a_lender_that_rests_can_be_closed(lending: Lending, monkeypatch: pytest
         lending.turn()
     lending.close()
     assert not lending.path.exists()
+
+
+@pytest.mark.parametrize("removed", [("pool.1",), ("pool.1.lock",), ("pool.1", "pool.1.lock")], ids=" ".join)
+def test_what_others_remove_is_made_anew(
+    lending: Lending, opened: ExitStack, tmp_path: Path, removed: tuple[str, ...]
+) -> None:
+    """New borrowers are let in again, the former ones keep what they have, and the number stays in use."""
+    first = borrow(lending, opened)
+    for name in removed:
+        (tmp_path / name).unlink()
+    assert lending.lender.renew()
+    assert not lending.lender.renew()
+    second = borrow(lending, opened)
+    loan = lending.lend(b"payload")
+    assert loan is not None
+    assert [ask(each, *loan) for each in (first, second)] == [b"payload"] * 2
+    with pytest.raises(OperatorError, match="number 1"):
+        Lender(lending.path, 2, {}, lambda *_: None, lambda _: None)
+
+
+def test_a_number_taken_by_another_worker_is_left_to_it(lending: Lending, opened: ExitStack, tmp_path: Path) -> None:
+    """A worker whose lock was removed and taken by another leaves the path to that one, also when it ends."""
+    borrowed = borrow(lending, opened)
+    (tmp_path / "pool.1.lock").unlink()
+    with Lending(tmp_path, boot=2) as other:
+        with capture_logs() as logs:
+            assert not lending.lender.renew()
+        assert logs[0]["event"] == "payloads can't be lent to new subscribers, and go through the bus"
+        assert "number 1" in logs[0]["cause"]
+        loan = lending.lend(b"payload")
+        assert loan is not None
+        assert ask(borrowed, *loan) == b"payload"
+        lending.close()
+        assert borrow(other, opened).admitted
+    gc.collect()
+
+
+def test_a_directory_that_is_gone_is_waited_for(lending: Lending, opened: ExitStack, tmp_path: Path) -> None:
+    """A worker whose whole bus directory was removed goes on, and lends again once the directory is back."""
+    shutil.rmtree(lending.path.parent)
+    assert not lending.lender.renew()
+    lending.path.parent.mkdir()
+    assert lending.lender.renew()
+    assert borrow(lending, opened).admitted
