@@ -119,7 +119,7 @@ class CopyService(ABC, Generic[D]):
         self._reporter = Reporter(self._publisher, self._memory)
         self._health = HealthReporter(self._publisher, self.source)
         self._replica = RegistryReplica()
-        self._streams = FollowedStreams(self._subscriber)
+        self._streams = FollowedStreams(self._subscriber, bus.path)
         self._collectors = Collectors(_names(self.settings), self._streams.published, self.reach)
         self._waiting: list[tuple[float, int, ServeRequest]] = []
         self._asked_at = 0.0
@@ -254,7 +254,7 @@ class CopyService(ABC, Generic[D]):
         self._waiting = still_waiting
 
     def _report(self) -> None:
-        self._streams.forget_silent_workers()
+        self._streams.sort_out_silent_workers()
         self._reporter.report(self._accounts)
 
     def _accounts(self) -> Accounts:

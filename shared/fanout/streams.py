@@ -4,18 +4,23 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Final
 
 from shared.bus.continuity import Continuity
+from shared.bus.living_workers import living_workers
 from shared.bus.messages import Envelope, Status, datagrams_topic, status_topic
 from shared.bus.zmq_sockets import Subscriber
 from shared.ledger import BASELINE, MISSED, PUBLISHED, REACHED, TAKEN, Accounts, unparse_origin
+from shared.log import get_logger
 
 WORKERS: Final = "ingest."
 INGEST_STATUS: Final = status_topic(WORKERS)[:-1]
 STREAM: Final = "stream/"
 WORKER_SECONDS: Final = 3.0
-"""A worker that has not reported for this long is not waited for."""
+"""A worker that has not reported for this long has ended, or hangs."""
+
+log = get_logger()
 
 
 @dataclass(slots=True)
@@ -30,10 +35,14 @@ class _Worker:
 class FollowedStreams:
     """Subscribes to wanted streams, and counts what came and what should have come."""
 
-    def __init__(self, subscriber: Subscriber) -> None:
+    def __init__(self, subscriber: Subscriber, directory: Path) -> None:
         self.published: Counter[str] = Counter()
         """By stream: datagrams that workers published while it was subscribed to, whether they came or not."""
         self._subscriber = subscriber
+        self._directory = directory
+        self._living: dict[str, float] = {}
+        """By worker that lives: the time of its last report, or at which it was seen first."""
+        self._hanging: set[str] = set()
         self._topics: dict[str, str] = {}
         self._continuity = Continuity()
         self._workers: dict[tuple[str, int], _Worker] = {}
@@ -51,17 +60,21 @@ class FollowedStreams:
 
     @property
     def flowing(self) -> bool:
-        """Return whether there are workers, and each is known, by its mark, to have seen every subscription.
+        """Return whether there are workers, none hangs, and each is known to have seen every subscription.
 
-        This holds for streams that the worker has: it may not have read of a new one yet.
+        Its mark tells that. It tells of streams that the worker has: it may not have read of a new one yet.
         """
         after = time.monotonic() - WORKER_SECONDS
         heard = [(origin, worker) for origin, worker in self._workers.items() if worker.heard_at > after]
-        return bool(heard) and all(
-            worker.whole and (*origin, topic) in self._continuity.positions
-            for origin, worker in heard
-            for topic, stream in self._topics.items()
-            if stream in worker.streams or not worker.whole
+        return (
+            bool(heard)
+            and not self._hanging
+            and all(
+                worker.whole and (*origin, topic) in self._continuity.positions
+                for origin, worker in heard
+                for topic, stream in self._topics.items()
+                if stream in worker.streams or not worker.whole
+            )
         )
 
     @property
@@ -83,6 +96,7 @@ class FollowedStreams:
         worker = self._workers.setdefault((envelope.sender, envelope.boot), _Worker())
         worker.streams.update(name.removeprefix(STREAM) for name in status.accounts if name.startswith(STREAM))
         worker.heard_at = time.monotonic()
+        self._hanging.discard(envelope.sender)
         worker.whole |= status.piece + 1 == status.pieces
         missed = {}
         for topic, stream in self._topics.items():
@@ -93,10 +107,20 @@ class FollowedStreams:
                 self.published[stream] += lost
         return missed
 
-    def forget_silent_workers(self) -> None:
-        """Drop workers that have not reported for long, so that the table stays small."""
-        after = time.monotonic() - WORKER_SECONDS
+    def sort_out_silent_workers(self) -> None:
+        """Forget workers that have ended, and find those that hang: datagrams wait with them. Due each second.
+
+        On a bus without a directory here, a worker that hangs can't be told from one that has ended.
+        """
+        now = time.monotonic()
+        after = now - WORKER_SECONDS
         self._workers = {origin: worker for origin, worker in self._workers.items() if worker.heard_at > after}
+        heard = {name: self._workers[name, boot].heard_at for name, boot in self._workers}
+        self._living = {name: heard.get(name, self._living.get(name, now)) for name in living_workers(self._directory)}
+        hanging = {name for name, at in self._living.items() if at <= after}
+        for name in sorted(hanging - self._hanging):
+            log.warning("an ingest worker that runs is not heard of: it or the broker hangs", worker=name)
+        self._hanging = hanging
 
     def accounts(self) -> Accounts:
         """Return one account an origin: the count at the start, what came, what was missed, the count now."""

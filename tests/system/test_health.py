@@ -275,13 +275,19 @@ def test_no_way_for_copies_with_the_exporters_address(
 
 @pytest.mark.parametrize(
     ("source", "stopped"),
-    [("relay", "forwarder"), ("original", "transmitter"), ("relay", "ingest.1"), ("relay", "broker")],
+    [
+        ("relay", "forwarder"),
+        ("original", "transmitter"),
+        ("relay", "ingest.1"),
+        ("original", "ingest.2"),
+        ("relay", "broker"),
+    ],
 )
 def test_a_service_that_hangs_makes_collectors_wait(open_stack: OpenStack, source: str, stopped: str) -> None:
     """The collectors of a service that stands still wait, as listed and watched, until it goes on."""
     stack = open_stack
     stack.configure(PATIENT)
-    stack.start_all()
+    stack.start_all(ingest=2)
     stack.start("transmitter")
     ask_json(SIEM | {"source": source})
     ask_json(SIEM | {"name": "other", "port": 9515, "source": "original" if source == "relay" else "relay"})

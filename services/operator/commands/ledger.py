@@ -11,7 +11,7 @@ from services.operator.balance import Balance, Loss
 from services.operator.cli.arguments import Subparsers, add_command
 from services.operator.cli.tables import print_table
 from services.operator.client.bus_reader import subscribed
-from services.operator.client.living_workers import living_workers
+from shared.bus.living_workers import living_workers
 from shared.bus.messages import Status
 from shared.bus.status import INTERVAL_SECONDS, Reports
 from shared.ledger import (

@@ -3,7 +3,7 @@
 import argparse
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import compress
 from typing import Final
 
@@ -22,7 +22,8 @@ from services.operator.cli.output import (
 from services.operator.client.bus_reader import subscribed
 from shared.bus.borrowing import Borrower
 from shared.bus.continuity import Continuity
-from shared.bus.messages import Message, datagrams_topic
+from shared.bus.living_workers import living_workers
+from shared.bus.messages import Message, Status, datagrams_topic
 from shared.bus.zmq_sockets import Subscriber
 from shared.datagrams.prefixes import Prefixes, halves_of
 from shared.process.lifecycle import OK, USAGE, Lifecycle, OperatorError
@@ -31,6 +32,9 @@ from shared.settings.model import Settings
 TICK_MS: Final = 500
 PATIENCE_SECONDS: Final = 2.0
 """Ingest answers a new subscription at once; if it has not by then, it is not there."""
+SILENT_SECONDS: Final = 3.0
+"""Workers report each second."""
+REPORTS: Final = "status/ingest."
 ALL_DATAGRAMS: Final = "datagrams/"
 FORMS: Final = {"hex": as_hex, "answering": as_documented_answerer, "json": as_json}
 
@@ -59,13 +63,17 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
     printer = DatagramPrinter(output, arguments.stream or "all streams", arguments.prefix)
     lifecycle = Lifecycle()
     prefix = datagrams_topic(arguments.stream) if arguments.stream else ALL_DATAGRAMS
+    workers = Workers(living_workers(settings.bus.path))
     with subscribed(settings, prefix, Borrower) as subscriber:
-        _print_until_told(lifecycle, subscriber, printer, output)
+        subscriber.subscribe(REPORTS)
+        _print_until_told(lifecycle, subscriber, printer, workers, output)
     printer.report_progress(last=True)
     return OK
 
 
-def _print_until_told(lifecycle: Lifecycle, subscriber: Subscriber, printer: "DatagramPrinter", output: Output) -> None:
+def _print_until_told(
+    lifecycle: Lifecycle, subscriber: Subscriber, printer: "DatagramPrinter", workers: "Workers", output: Output
+) -> None:
     poller = zmq.Poller()
     poller.register(subscriber.socket, zmq.POLLIN)
     poller.register(lifecycle.fileno(), zmq.POLLIN)
@@ -76,7 +84,33 @@ def _print_until_told(lifecycle: Lifecycle, subscriber: Subscriber, printer: "Da
         while not (lifecycle.draining or output.full) and (message := subscriber.receive()):
             printer.print_message(message)
             printer.report_progress()
+            if isinstance(message.body, Status):
+                workers.note(message.envelope.sender)
         printer.report_progress()
+        workers.report_silent()  # after all that had come
+
+
+class Workers:
+    """Reports on standard error which ingest workers are heard no more, and which are back."""
+
+    def __init__(self, living: Iterable[str]) -> None:
+        self._heard_at = dict.fromkeys(living, time.monotonic())
+        self._silent: set[str] = set()
+
+    def note(self, worker: str) -> None:
+        """Note that a worker is heard, as it is each second."""
+        self._heard_at[worker] = time.monotonic()
+        if worker in self._silent:
+            self._silent.remove(worker)
+            say(f"{worker} is heard again")
+
+    def report_silent(self) -> None:
+        """Report workers that have become silent, each once."""
+        after = time.monotonic() - SILENT_SECONDS
+        silent = {worker for worker, heard_at in self._heard_at.items() if heard_at < after}
+        for worker in sorted(silent - self._silent):
+            say(f"nothing heard of {worker} for {SILENT_SECONDS:g} s: it has ended, or hangs; see `fanwire doctor`")
+        self._silent |= silent
 
 
 class DatagramPrinter:

@@ -16,11 +16,11 @@ from shutil import which
 from typing import Final
 
 from services.operator.client.bus_reader import subscribed
-from services.operator.client.living_workers import living_workers
 from services.operator.doctor.host import BACKLOG_NAME, BUDGET_NAME, HostFacts, ListeningSocket, Softnet
 from services.operator.doctor.network_paths import NetworkFacts, NetworkPath
 from services.operator.doctor.services import RawSocketFacts, ServiceFacts
 from services.operator.doctor.udp_sockets import UdpSocket, udp_sockets
+from shared.bus.living_workers import living_workers
 from shared.bus.messages import Status
 from shared.bus.status import INTERVAL_SECONDS, Report, Reports
 from shared.bus.zmq_sockets import broker_is_up, check_directory

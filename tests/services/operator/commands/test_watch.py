@@ -92,6 +92,27 @@ def test_says_that_it_waits_for_ingest(stack: Stack) -> None:
     assert watch.stop(signal.SIGTERM) == 0
 
 
+def test_says_which_worker_is_silent(stack: Stack) -> None:
+    """A worker that hangs is named once, though another goes on, and again when it is back or when it hung before."""
+    stack.start("broker")
+    for number in (1, 2):
+        stack.start(f"ingest.{number}")
+    watch = stack.operator("watch")
+    watch.wait_for("watching all streams")
+    stack["ingest.2"].process.send_signal(signal.SIGSTOP)
+    try:
+        watch.wait_for("nothing heard of ingest.2 for 3 s")
+        late = stack.operator("watch")
+        late.wait_for("nothing heard of ingest.2 for 3 s")
+    finally:
+        stack["ingest.2"].process.send_signal(signal.SIGCONT)
+    watch.wait_for("ingest.2 is heard again")
+    assert watch.text.count("nothing heard") == 1
+    assert "ingest.1" not in watch.text
+    for running in (watch, late):
+        assert running.stop(signal.SIGINT) == 0
+
+
 def test_ends_quietly_when_nobody_reads(stack: Stack) -> None:
     """The command ends with 0 and no complaint once its reader is gone, datagrams or not: `fanwire watch | head -1`."""
     stack.start("broker")

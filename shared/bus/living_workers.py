@@ -11,8 +11,8 @@ PREFIX, SUFFIX = "pool.", ".lock"
 def living_workers(directory: Path) -> list[str]:
     """Return their names, as in `ingest.2`. Locks are looked up in proc_locks(5), since trying one would take it."""
     try:
-        held = {line.split()[-3].rpartition(":")[2] for line in LOCKS.read_text().splitlines() if "FLOCK" in line}
         files = sorted(directory.glob(f"{PREFIX}*{SUFFIX}"))
+        held = {line.split()[-3].rpartition(":")[2] for line in LOCKS.read_text().splitlines() if "FLOCK" in line}
         numbers = [path.name[len(PREFIX) : -len(SUFFIX)] for path in files if str(path.stat().st_ino) in held]
     except OSError:
         return []

@@ -1,0 +1,69 @@
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+from structlog.testing import capture_logs
+
+from shared.bus.messages import Envelope, Status
+from shared.bus.zmq_sockets import Subscriber
+from shared.fanout import streams
+from shared.fanout.streams import WORKER_SECONDS, FollowedStreams
+
+
+class Workers:
+    """Ingest workers as a sender of copies hears of them, at times that the test sets."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.living = 100.0, ["ingest.1", "ingest.2"]
+        monkeypatch.setattr(streams, "time", SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr(streams, "living_workers", lambda _: self.living)
+        ignore: Callable[[str], None] = lambda _: None  # noqa: E731 - a signature for mypy
+        self.followed = FollowedStreams(cast(Subscriber, SimpleNamespace(subscribe=ignore)), Path("/bus"))
+
+    def pass_time(self, seconds: int, *reporting: tuple[str, int]) -> bool:
+        """Let seconds pass, with a report of each of these workers, by name and boot id; return whether copies flow."""
+        for _ in range(seconds):
+            self.now += 1.0
+            for name, boot in reporting:
+                envelope = Envelope(1, "status", name, boot, 0, 0)
+                self.followed.reconcile(envelope, Status(name, 1, 0, 1, 0, 1, {}))
+            self.followed.sort_out_silent_workers()
+        return self.followed.flowing
+
+
+@pytest.fixture
+def workers(monkeypatch: pytest.MonkeyPatch) -> Workers:
+    """Two workers that live."""
+    return Workers(monkeypatch)
+
+
+FIRST, SECOND, PATIENCE = ("ingest.1", 1), ("ingest.2", 2), int(WORKER_SECONDS)
+
+
+def test_one_worker_of_two_that_hangs_stops_the_flow(workers: Workers) -> None:
+    """Copies do not flow while a worker lives and is silent; it is named once, and all is well when it goes on."""
+    assert workers.pass_time(PATIENCE, FIRST, SECOND)
+    with capture_logs() as logs:
+        assert not workers.pass_time(2 * PATIENCE, FIRST)
+    assert [(line["event"], line["worker"]) for line in logs] == [
+        ("an ingest worker that runs is not heard of: it or the broker hangs", "ingest.2")
+    ]
+    assert workers.pass_time(1, FIRST, SECOND)
+
+
+def test_worker_that_has_ended_stops_nothing(workers: Workers) -> None:
+    """Copies flow from the worker that is left, all the time; a successor that hangs before its first report counts."""
+    assert workers.pass_time(PATIENCE, FIRST, SECOND)
+    workers.living = ["ingest.1"]
+    assert all(workers.pass_time(1, FIRST) for _ in range(2 * PATIENCE))
+    workers.living = ["ingest.1", "ingest.2"]
+    assert workers.pass_time(PATIENCE, FIRST)
+    assert not workers.pass_time(1, FIRST)
+
+
+def test_restarted_worker_is_no_other_one(workers: Workers) -> None:
+    """The silence of a worker's former start is of no account once its successor is heard."""
+    assert workers.pass_time(PATIENCE, FIRST, SECOND)
+    assert all(workers.pass_time(1, FIRST, ("ingest.2", 3)) for _ in range(2 * PATIENCE))
