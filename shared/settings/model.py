@@ -62,9 +62,9 @@ class Bus(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             endpoint = parse_endpoint(text, BUS_SCHEMES)
             if endpoint.port == MAX_PORT:
                 raise ValueError(f"{text!r}: expected a port up to {MAX_PORT - 1}: subscribers have the next one")
-            if not self.keys and not endpoint.is_loopback:
+            if not self.keys:  # on loopback too: every local user could publish a registry, or play the broker
                 raise ValueError(
-                    f"{text!r} is not loopback, so the bus needs keys; set [bus] keys = DIRECTORY, and make them "
+                    f"{text!r} is open to every user, so the bus needs keys; set [bus] keys = DIRECTORY, and make them "
                     "with `fanwire keys DIRECTORY`"
                 )
 

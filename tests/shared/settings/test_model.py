@@ -373,20 +373,19 @@ def test_bus_directory_without_a_runtime_directory_is_this_users(monkeypatch: py
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"listen": ("tcp://127.0.0.1:5800", "tcp://[::1]:5800", "tcp://localhost:5800")}, ""),
         ({"listen": ("tcp://0.0.0.0:5800",), "keys": "/keys"}, ""),
-        ({"connect": "tcp://127.9.9.9:5800"}, ""),
         ({"connect": "tcp://bus.example:65534", "keys": "/keys"}, ""),
-        ({"listen": ("tcp://0.0.0.0:5800",)}, "is not loopback"),
-        ({"listen": ("tcp://127.0.0.1:5800", "tcp://[::]:5800")}, "is not loopback"),
-        ({"connect": "tcp://127.0.0.1.example:5800"}, "is not loopback"),
+        ({"listen": ("tcp://0.0.0.0:5800",)}, "is open to every user"),
+        ({"listen": ("tcp://127.0.0.1:5800",)}, "is open to every user"),
+        ({"listen": ("tcp://[::1]:5800",)}, "is open to every user"),
+        ({"connect": "tcp://localhost:5800"}, "is open to every user"),
         ({"connect": "tcp://localhost:65535"}, "subscribers have the next one"),
         ({"connect": "ipc:///run/bus"}, "does not begin with tcp://"),
         ({"listen": ("tcp://localhost",)}, "expected tcp://HOST:PORT"),
     ],
 )
 def test_bus_over_tcp(fields: dict[str, Any], said: str) -> None:
-    """Endpoints of the bus are checked, and those that are not loopback take keys."""
+    """Endpoints of the bus are checked, and each takes keys, on loopback too."""
     with pytest.raises(ValueError, match=said) if said else nullcontext():
         found = Bus(**fields)
         assert [*map(str, found.endpoints), str(found.broker or "")] == [*found.listen, found.connect]
