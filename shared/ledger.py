@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 RECEIVED: Final = "received"
 """Datagrams taken from sockets."""
 BYTES: Final = "bytes"
-"""Payload bytes: of what was received (ingest), of what was delivered (forwarder)."""
+"""Payload bytes: of what was received (ingest), of what was sent (the senders)."""
 PUBLISHED: Final = "published"
 """Datagrams handed to the bus."""
 KERNEL_DROPPED: Final = "kernel_dropped"
@@ -94,15 +94,15 @@ SAMPLED_OUT: Final = "sampled_out"
 """Datagrams passed over by 1-in-N sampling."""
 SHARED_OUT: Final = "shared_out"
 """Datagrams that went to another member of its group."""
-DELIVERED: Final = "delivered"
-"""Datagrams for the collector that the kernel took."""
+SENT: Final = "sent"
+"""Copies for the collector that the kernel took. Only `AFTER_SENDING` tells of some that did not arrive."""
 HELD: Final = "held"
 """Datagrams that wait: for room in the send buffer (forwarder), or until the next hop tells its link address
 (transmitter). Only this, `exporters`, `memory` and `receive_errno` ever fall."""
 WITHHELD: Final = "withheld"
 """Datagrams not sent because the collector's port is closed, `[forwarder] withhold` (forwarder)."""
 REFUSALS: Final = "refusals"
-"""Port-unreachable answers: each means that at least one delivered datagram reached nobody (forwarder)."""
+"""Port-unreachable answers: each means that at least one copy among `sent` reached nobody (forwarder)."""
 UNREACHABLES: Final = "unreachables"
 """Other ICMP errors, such as that the host did not answer for its address."""
 PROHIBITED: Final = "prohibited"
@@ -165,6 +165,10 @@ ORIGIN: Final = re.compile(r"origin/([^/]+)/([0-9a-f]{1,16})/([^/]+)")
 Accounts = dict[str, dict[str, int]]
 
 
+AFTER_SENDING: Final = {REFUSALS: "refused", UNREACHABLES: "unreachable"}
+"""Counters of copies among `sent` that are known to have reached nobody, at least, by an ICMP error: their cause."""
+
+
 def new_accounts() -> defaultdict[str, Counter[str]]:
     """Return accounts that begin at zero when first named."""
     return defaultdict(Counter)
@@ -173,6 +177,21 @@ def new_accounts() -> defaultdict[str, Counter[str]]:
 def dropped(account: Mapping[str, int]) -> int:
     """Return the number dropped, all causes together."""
     return sum(count for name, count in account.items() if name.startswith(DROPPED))
+
+
+def lost(account: Mapping[str, int]) -> int:
+    """Return how many copies of a collector, or datagrams of a stream, are known to have reached nobody.
+
+    Datagrams of a stream that nobody wants are not lost: nobody was to get them.
+    """
+    return sum(count for name, count in account.items() if is_loss(name))
+
+
+def is_loss(counter: str) -> bool:
+    """Return whether a counter of a stream or a collector counts datagrams that are lost, each in one such counter."""
+    return counter in (MISSED, WITHHELD, KERNEL_DROPPED, REFUSALS, UNREACHABLES) or (
+        counter.startswith(DROPPED) and counter != NO_SUBSCRIBER
+    )
 
 
 class Discrepancy(NamedTuple):
@@ -216,7 +235,7 @@ def _equations(name: str, account: Mapping[str, int]) -> Iterator[tuple[int, str
     elif name.startswith("collector/"):
         yield parts(EXPECTED), EXPECTED, parts(OFFERED, MISSED)
         kept_back = parts(FILTERED, SAMPLED_OUT, SHARED_OUT, HELD, WITHHELD)
-        yield parts(OFFERED), OFFERED, kept_back + parts(DELIVERED) + dropped(account)
+        yield parts(OFFERED), OFFERED, kept_back + parts(SENT) + dropped(account)
     elif name == "broker":
         # The broker hands on what it takes and may pass. Only the subscriber can tell what a queue behind it dropped.
         for unit in ("", "_bytes"):

@@ -349,7 +349,7 @@ def _paths() -> Iterator[Provocation]:
     yield partial(check_network_paths, NetworkFacts({AT: fine}), [], [])
     six = "2001:db8::9"
     yield partial(check_network_paths, NetworkFacts({six: fine}), [collector(address=six)], [])
-    for told in (after(expected=1, offered=1, filtered=1), after(expected=1, offered=1, delivered=1)):
+    for told in (after(expected=1, offered=1, filtered=1), after(expected=1, offered=1, sent=1)):
         yield partial(where_lost, BEFORE, told, "s", "doctor")
 
 

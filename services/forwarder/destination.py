@@ -20,11 +20,11 @@ from shared.fanout.send_errors import MAX_SKIPS, NO_ROOM, RELAY_CAUSES, SaidErro
 from shared.ledger import (
     BUFFER_FULL,
     BYTES,
-    DELIVERED,
     NOT_CONNECTED,
     PROHIBITED,
     REFUSALS,
     REFUSED,
+    SENT,
     UNREACHABLES,
     WITHHELD,
 )
@@ -162,7 +162,7 @@ class Destination:
             if (number := error.errno or 0) in RELAY_CAUSES:
                 self._note(number)
         rows = sum(few.rows[:sent])
-        self.account[DELIVERED] += rows
+        self.account[SENT] += rows
         self.account[BYTES] += sum(few.sizes[:sent])
         return rows
 
@@ -247,13 +247,13 @@ class Destination:
                 return
             else:
                 self._probed_at, self._probe_at = now, now + PROBE_SECONDS
-                self.account[DELIVERED] += 1
+                self.account[SENT] += 1
                 self.account[BYTES] += len(payload)
                 rows -= 1
         self.account[WITHHELD] += rows
 
     def _deliver(self, plan: SendPlan, start: int, stop: int) -> None:
-        self.account[DELIVERED] += int(plan.rows_before[stop] - plan.rows_before[start])
+        self.account[SENT] += int(plan.rows_before[stop] - plan.rows_before[start])
         self.account[BYTES] += int(plan.bytes_before[stop] - plan.bytes_before[start])
 
     def _drop(self, plan: SendPlan, start: int, stop: int, cause: str) -> None:

@@ -18,7 +18,7 @@ from services.transmitter.plan import FramePlan
 from shared.datagrams.mmsg import send
 from shared.fanout.gso_fallback import GsoFallback
 from shared.fanout.send_errors import MAX_SKIPS, NO_ROOM, RAW_CAUSES, cause_of
-from shared.ledger import BYTES, DELIVERED
+from shared.ledger import BYTES, SENT
 
 SOL_PACKET: Final = 263
 PACKET_VNET_HDR: Final = 15
@@ -98,7 +98,7 @@ class PacketSocket:
         """Send frames to one collector; return how many have left. The rest is for `send`, which handles errors."""
         taken, _ = send(self._socket.fileno(), few.messages, 0, len(frames))
         left = frames if taken == len(frames) else frames[:taken]
-        account[DELIVERED] += sum([len(frame.rows) for frame in left])
+        account[SENT] += sum([len(frame.rows) for frame in left])
         account[BYTES] += sum([frame.size for frame in left])
         return taken
 
@@ -127,7 +127,7 @@ def _account(
         rows[part] -= lost
         sizes[part] -= int(plan.bytes_before[last] - plan.bytes_before[first])
     for account, delivered, size in zip(accounts, rows, sizes, strict=True):
-        account[DELIVERED] += delivered
+        account[SENT] += delivered
         account[BYTES] += size
 
 

@@ -7,7 +7,6 @@ from typing import Final
 from shared.client import Trouble
 from shared.ledger import (
     BUFFER_FULL,
-    DELIVERED,
     DESTINATION_REFUSED,
     DROPPED,
     INTERFACE_DOWN,
@@ -20,6 +19,7 @@ from shared.ledger import (
     RATE_LIMITED,
     REFUSALS,
     REFUSED,
+    SENT,
     SOURCE_REFUSED,
     UNREACHABLES,
     WITHHELD,
@@ -76,7 +76,7 @@ class Checkup:
 
     def examine(self, account: Mapping[str, int], now: float, *, unreachable: bool) -> Symptom | None:
         """Return the collector's trouble, None if it has none; `unreachable`: there is no way to it now."""
-        delivered, delivered_before = account.get(DELIVERED, 0), self._delivered
+        delivered, delivered_before = account.get(SENT, 0), self._delivered
         self._delivered = delivered
         causes = [name for name in account if name in CAUSES or (name.startswith(DROPPED) and name not in HARMLESS)]
         if not (unreachable or causes or self._symptoms):

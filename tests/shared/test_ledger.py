@@ -35,7 +35,7 @@ SOUND: Accounts = {
         "filtered": 5,
         "sampled_out": 6,
         "shared_out": 7,
-        "delivered": 20,
+        "sent": 20,
         "held": 2,
         "withheld": 3,
         "bytes": 4000,

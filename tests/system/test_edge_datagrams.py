@@ -100,13 +100,13 @@ def test_sources_that_nobody_has_are_claimed_towards_nobody(open_stack: OpenStac
             (copy,) = collector.read(1)
             assert (copy.source, copy.payload) == (true[address], true[address].encode())
         account = accounts_of(open_stack, relay)
-        came = {each.payload.decode() for each in relayed.read(account["relayed"]["delivered"])}
+        came = {each.payload.decode() for each in relayed.read(account["relayed"]["sent"])}
         assert came - set(true.values()) <= {"240.0.0.1", "0.1.2.3", "10.1.0.1", "::"}
         assert {"240.0.0.1", *true.values()} <= came
         for name, family in (("original", "."), ("original6", ":")):
             counts = account[name]
             assert counts["offered"] == account["relayed"]["offered"] == len(came)
-            assert counts["delivered"] == 1
+            assert counts["sent"] == 1
             assert counts.get("dropped_source_refused", 0) == sum(family in source for source in came) - 1
         for collector in (relayed, original, original6):
             collector.assert_quiet(0.1)

@@ -44,7 +44,7 @@ def test_logger_reaches_collectors_signed_up_with_nc(stack: Stack) -> None:
     ledger = stack.operator("ledger", "--json")
     assert ledger.process.wait(60) == 0
     forwarder = json.loads(ledger.text)["services"]["forwarder.1"]
-    assert forwarder["collector/siem"]["delivered"] == forwarder["collector/archive"]["delivered"] == 20
+    assert forwarder["collector/siem"]["sent"] == forwarder["collector/archive"]["sent"] == 20
     absent = forwarder["collector/absent"]
     assert absent["expected"] == 20
     assert absent["refusals"] > 0
@@ -91,5 +91,5 @@ def test_every_byte_reaches_every_collector(stack: Stack, datagrams: int) -> Non
     for number in range(4):
         account = services["forwarder.1"][f"collector/c{number}"]
         dropped = sum(count for name, count in account.items() if name.startswith("dropped_"))
-        assert account["delivered"] + dropped + account.get("missed", 0) == datagrams
-        assert account["delivered"] == collectors[number].received
+        assert account["sent"] + dropped + account.get("missed", 0) == datagrams
+        assert account["sent"] == collectors[number].received

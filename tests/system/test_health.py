@@ -188,13 +188,13 @@ def test_withheld_from_who_refuses(stack: Stack) -> None:
         began = time.monotonic()
         first = account_when(stack, lambda found: found.get("withheld"))
         second = account_when(stack, lambda found: found["withheld"] > first["withheld"] + 200)
-        assert 1 <= second["delivered"] - first["delivered"] <= time.monotonic() - began + 1
+        assert 1 <= second["sent"] - first["sent"] <= time.monotonic() - began + 1
         assert second.get("dropped_refused") == first.get("dropped_refused")
         assert listed()["health"] == "refusing"
         with listen() as collector:
             until("ok")
-            third = account_when(stack, lambda found: found["delivered"] > second["delivered"] + 50)
-            last = account_when(stack, lambda found: found["delivered"] > third["delivered"] + 50)
+            third = account_when(stack, lambda found: found["sent"] > second["sent"] + 50)
+            last = account_when(stack, lambda found: found["sent"] > third["sent"] + 50)
             assert last["withheld"] == third["withheld"]
             assert len(collector.recv(2000)) == 1000
             ledger = stack.operator("ledger", "--json")

@@ -100,12 +100,12 @@ def test_trouble_of_others_costs_a_live_collector_nothing(open_stack: OpenStack,
 
         found = by_collector(accounts_when(bus, service, all_counted))
         print(f"{source}: live {len(arrived) / count:.2%} of {count}; {found}")
-        assert found["live"]["delivered"] == found["deaf"]["delivered"] == count, found
+        assert found["live"]["sent"] == found["deaf"]["sent"] == count, found
         assert by_exporter([number_of(each.payload) for each in arrived]) == by_exporter(list(range(count)))
         if source == "relay":  # its kernel tells once a second (icmp_ratelimit, icmp(7))
             assert found["refusing"]["refusals"] > 0
         for number in range(4):
-            assert found[f"dead{number}"].get("delivered", 0) < count / 5
+            assert found[f"dead{number}"].get("sent", 0) < count / 5
 
 
 @pytest.mark.parametrize("source", ["relay", "original"])
@@ -135,8 +135,8 @@ def test_full_interface_queue_is_counted(open_stack: OpenStack, source: Source) 
             return account.get("offered") == count and not account.get("held")
 
         found = by_collector(accounts_when(bus, service, all_counted))["live"]
-        arrived += live.read(found["delivered"] - len(arrived))
-        assert len(arrived) == found["delivered"] < count
+        arrived += live.read(found["sent"] - len(arrived))
+        assert len(arrived) == found["sent"] < count
 
 
 @pytest.mark.soak

@@ -259,7 +259,7 @@ class Account:
             service = "forwarder.1" if number < world.relayed else "transmitter.1"
             account = services[service][f"collector/steady{number}"]
             self.values[f"{number} arrived"] = count
-            for counter in ("expected", "delivered", "missed", "held"):
+            for counter in ("expected", "sent", "missed", "held"):
                 self.values[f"{number} {counter}"] = account.get(counter, 0)
             self.values[f"{number} dropped"] = dropped(account)
 
@@ -272,7 +272,7 @@ class Account:
         assert grown["kernel"] == grown["kernel_dropped"]
         assert grown["received"] == grown["published"] + grown["dropped"]
         for number in self.collectors:
-            parts = sum(grown[f"{number} {part}"] for part in ("delivered", "missed", "dropped", "held"))
+            parts = sum(grown[f"{number} {part}"] for part in ("sent", "missed", "dropped", "held"))
             assert grown[f"{number} expected"] == grown["published"] == parts, number
             assert grown[f"{number} delivered"] == grown[f"{number} arrived"], number
         return grown
@@ -431,7 +431,7 @@ def whole_run(world: World, killed: Counter[str], rate: float) -> None:
                 worker, its_boot, _ = parse_origin(name)
                 taken[worker, its_boot] = max(taken[worker, its_boot], account[REACHED])
         for number in range(len(world.sinks)):
-            delivered[number] += report.accounts.get(f"collector/steady{number}", {}).get("delivered", 0)
+            delivered[number] += report.accounts.get(f"collector/steady{number}", {}).get("sent", 0)
     sent, kernel = world.traffic.sent, world.kernel_dropped()
     gone = sent - kernel - taken.total()
     print(f"sent {sent}, kernel {kernel}, taken {taken.total()}, gone {gone}; killed {dict(killed)}")

@@ -253,7 +253,7 @@ def test_a_filter_at_the_collector_is_told_of_beforehand(open_stack: OpenStack) 
         with Exporters(field, EXPORTERS[:1], "10.1.0.1") as exporters:
             exporters.send(EXPORTERS[0], b"filtered")
             wait_until(lambda: siem.counters()["TcpExtIPReversePathFilter"], "its kernel has dropped it")
-            assert account(open_stack, relay, "collector/siem")["delivered"] == 1
+            assert account(open_stack, relay, "collector/siem")["sent"] == 1
             with relay.entered():
                 doctor = open_stack.operator("doctor", "--json")
             doctor.process.wait(60)

@@ -16,7 +16,6 @@ from shared.bus.messages import Status
 from shared.bus.status import INTERVAL_SECONDS, Reports
 from shared.ledger import (
     BYTES,
-    DELIVERED,
     DROPPED,
     EXPECTED,
     FILTERED,
@@ -28,6 +27,7 @@ from shared.ledger import (
     PUBLISHED,
     RECEIVED,
     SAMPLED_OUT,
+    SENT,
     SHARED_OUT,
     TAKEN,
     WITHHELD,
@@ -139,7 +139,7 @@ def _origin_rows(balance: Balance) -> Iterator[Row]:
             yield service, worker, f"{boot:x}", stream, account.get(TAKEN, 0), account.get(MISSED, 0)
 
 
-OUTCOMES: Final = (EXPECTED, DELIVERED, FILTERED, SAMPLED_OUT, SHARED_OUT, MISSED, WITHHELD)
+OUTCOMES: Final = (EXPECTED, SENT, FILTERED, SAMPLED_OUT, SHARED_OUT, MISSED, WITHHELD)
 COLLECTOR_COLUMNS: Final = ("consumer", "collector", *(counter.replace("_", " ") for counter in OUTCOMES), "dropped")
 
 

@@ -19,7 +19,7 @@ from services.operator.client.registry_client import Entry, RegistryClient
 from services.operator.doctor.finding import Finding, error, ok, warning
 from shared.client import Source
 from shared.datagrams.limits import MAX_DATAGRAM
-from shared.ledger import DELIVERED, DROPPED, EXPECTED, MISSED, PUBLISHED, RECEIVED, Accounts, dropped
+from shared.ledger import DROPPED, EXPECTED, MISSED, PUBLISHED, RECEIVED, SENT, Accounts, dropped
 from shared.net.addresses import resolve
 from shared.net.multicast import is_multicast
 from shared.process.lifecycle import OperatorError
@@ -157,7 +157,7 @@ def where_lost(before: Ledger, after: Ledger, stream: str, collector: str) -> st
     """Return how far the datagram got, by the accounts, last step first: the streams' count other datagrams too."""
     for service, accounts in after.items():
         account = accounts.get(f"collector/{collector}", {})
-        if account.get(DELIVERED):
+        if account.get(SENT):
             return f"{service} sent it, and this host's kernel did not deliver it: rp_filter or a firewall on lo"
         if dropped(account):
             return f"{service} counts it as {', '.join(name for name in account if name.startswith(DROPPED))}"

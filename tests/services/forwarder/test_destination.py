@@ -136,7 +136,7 @@ def test_every_size_arrives_as_it_was(opened: ExitStack, host: str, segmentation
     payloads = [bytes([number]) * length for number, length in enumerate(lengths)]
     account = sent.send(make_batch(payloads))["collector/a"]
     assert received(collector, len(payloads)) == payloads
-    assert account["delivered"] == account["offered"] == len(payloads)
+    assert account["sent"] == account["offered"] == len(payloads)
     assert account["bytes"] == sum(lengths)
 
 
@@ -162,7 +162,7 @@ def test_closed_port_is_refused_and_accounted_for(opened: ExitStack) -> None:
     assert received(live, 60) == [b"one", b"three", b"seven"] * 20
     dead = accounts["collector/dead"]
     assert dead["refusals"] > 0
-    assert dead["delivered"] + dead.get("dropped_refused", 0) == dead["offered"] == 60
+    assert dead["sent"] + dead.get("dropped_refused", 0) == dead["offered"] == 60
     assert "refusals" not in accounts["collector/live"]
 
 
@@ -173,7 +173,7 @@ def test_closed_port_costs_two_sends_a_batch(opened: ExitStack) -> None:
         sent = Sent(opened, make_client("dead", closed_port(opened)), segmentation=segmentation)
         dead = sent.send(make_batch(payloads))["collector/dead"]
         assert dead["dropped_refused"] >= 97
-        assert dead["delivered"] + dead["dropped_refused"] == 100
+        assert dead["sent"] + dead["dropped_refused"] == 100
         assert dead["refusals"] >= 1
 
 
@@ -186,7 +186,7 @@ def test_an_earlier_datagrams_error_costs_the_next_one_nothing(opened: ExitStack
         kernel.errors = [error]
         account = sent.send(make_batch([b"%d" % number]))["collector/a"]
     assert received(collector, 20) == [b"%d" % number for number in range(20)]
-    assert account["delivered"] == 20
+    assert account["sent"] == 20
 
 
 def test_one_refusal_is_forgiven_and_a_second_drops_the_rest(opened: ExitStack, kernel: Kernel) -> None:
@@ -195,10 +195,10 @@ def test_one_refusal_is_forgiven_and_a_second_drops_the_rest(opened: ExitStack, 
     sent = Sent(opened, make_client("a", collector.getsockname()[1]), segmentation=False)
     kernel.errors = [errno.ECONNREFUSED]
     account = sent.send(make_batch([b"x"] * 3))["collector/a"]
-    assert (account["delivered"], account["refusals"]) == (3, 1)
+    assert (account["sent"], account["refusals"]) == (3, 1)
     kernel.errors = [errno.ECONNREFUSED] * 2
     account = sent.send(make_batch([b"x"] * 3))["collector/a"]
-    assert (account["delivered"], account["refusals"], account["dropped_refused"]) == (3, 3, 3)
+    assert (account["sent"], account["refusals"], account["dropped_refused"]) == (3, 3, 3)
 
 
 def test_collector_that_comes_back_gets_its_next_batch_whole(opened: ExitStack) -> None:
@@ -219,7 +219,7 @@ def test_refusal_is_heard_of_without_another_datagram(opened: ExitStack) -> None
     sent.collectors.refresh()
     assert sent.collectors.accounts()["collector/a"]["refusals"] == 1
     assert sent.send(make_batch([b"two"]))["collector/a"] == {
-        "delivered": 2,
+        "sent": 2,
         "bytes": 6,
         "refusals": 1,
         "offered": 2,
@@ -244,7 +244,7 @@ def test_who_refuses_gets_a_datagram_a_second(
         now += 1.0
         for _ in range(3):
             account = sent.send(make_batch(payloads))["collector/a"]
-        assert (account["delivered"], account["withheld"]) == (1 + second, 26 * second)
+        assert (account["sent"], account["withheld"]) == (1 + second, 26 * second)
         sent.collectors.refresh()
         assert account["offered"] == 1 + 27 * second
     collector = listen(opened, port=port)
@@ -273,7 +273,7 @@ def test_refused_segmentation_sends_the_rest_one_by_one(
     account = sent.send(make_batch(payloads))["collector/a"]
     expected = payloads[::sample]
     assert received(collector, len(expected)) == expected
-    assert account["delivered"] == len(expected)
+    assert account["sent"] == len(expected)
     assert kernel.segmented_errors == []
     account = sent.send(make_batch([b"same"] * 4))["collector/a"]
     assert received(collector, 4 // sample) == [b"same"] * (4 // sample)
@@ -316,7 +316,7 @@ def test_refused_segments_cost_nobody_else_in_another_thread(opened: ExitStack, 
     accounts = sent.send(make_batch(payloads, [SOURCES[each] for each in exporters]))
     for number, sock in enumerate(sockets):
         assert sorted(received(sock, 900), key=lambda each: each[:2]) == sorted(payloads, key=lambda each: each[:2])
-        assert accounts[f"collector/c{number}"]["delivered"] == 900
+        assert accounts[f"collector/c{number}"]["sent"] == 900
         assert accounts[f"collector/c{number}"]["bytes"] == sum(map(len, payloads))
 
 
@@ -337,7 +337,7 @@ def test_error_that_would_meet_the_rest_drops_the_rest(
     kernel.most, kernel.late_error = 3, error
     account = sent.send(make_batch([b"%d" % number for number in range(10)]))["collector/a"]
     assert received(collector, 3) == [b"0", b"1", b"2"]
-    assert (account["delivered"], account[cause], account["unreachables"]) == (3, 7, 2)
+    assert (account["sent"], account[cause], account["unreachables"]) == (3, 7, 2)
     assert kernel.calls == 3
 
 
@@ -392,7 +392,7 @@ def test_full_buffer_drops_and_does_not_wait(opened: ExitStack) -> None:
     sent = Sent(opened, make_client("a", collector.getsockname()[1]), send_buffer=4096)
     for _ in range(20):
         account = sent.send(make_batch([bytes(65_507)] * 8))["collector/a"]
-    assert account["delivered"] + account.get("held", 0) + account.get("dropped_buffer_full", 0) == 160
+    assert account["sent"] + account.get("held", 0) + account.get("dropped_buffer_full", 0) == 160
 
 
 def test_changed_collector_begins_a_new_account(opened: ExitStack) -> None:
@@ -432,14 +432,14 @@ def test_what_finds_no_room_waits(opened: ExitStack, kernel: Kernel, error: int,
     sent = Sent(opened, make_client("a", collector.getsockname()[1]), segmentation=segmentation)
     kernel.most, kernel.late_error = 1, error
     before = sent.send(make_batch(numbered(0, 100)))["collector/a"]
-    assert 0 < before["delivered"] < 100
-    assert before["held"] == 100 - before["delivered"]
+    assert 0 < before["sent"] < 100
+    assert before["held"] == 100 - before["sent"]
     kernel.errors = [error] * 1_000_000  # tried as often as a busy machine leaves time for
     assert sent.send(make_batch(numbered(100, 50)))["collector/a"]["held"] == before["held"] + 50
     assert sent.work()["collector/a"]["held"] == before["held"] + 50
     kernel.errors, kernel.most, kernel.late_error = [], 1 << 30, 0
     account = sent.work()["collector/a"]
-    assert (account["delivered"], account["held"]) == (150, 0)
+    assert (account["sent"], account["held"]) == (150, 0)
     sent.send(make_batch(numbered(150, 10)))
     assert received(collector, 160) == numbered(0, 160)
 

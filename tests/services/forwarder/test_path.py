@@ -104,7 +104,7 @@ def test_copies_pass_a_smaller_mtu(site: Site, filtered: bool, batches: Sequence
         sent.refresh()
     expected = [payload for batch in batches for payload in batch]
     assert sorted(receive(collector, len(expected))) == sorted(expected)
-    assert account["delivered"] == account["offered"] == len(expected)
+    assert account["sent"] == account["offered"] == len(expected)
 
 
 def mtu_of_path() -> int:
@@ -134,7 +134,7 @@ def test_a_smaller_mtu_that_is_known_costs_ipv6_nothing(
         sent.refresh()
     expected = [payload for batch in (told if route else [], *batches) for payload in batch]
     assert sorted(receive(collector, len(expected))) == sorted(expected)
-    assert account["delivered"] == account["offered"]
+    assert account["sent"] == account["offered"]
 
 
 @pytest.mark.parametrize("batch", [[bytes(1400)], [bytes(1400)] * 3, [bytes(1400), bytes(60_000)]])
@@ -146,7 +146,7 @@ def test_the_answer_that_tells_of_a_smaller_mtu_costs_no_datagram(site: Site, ba
     for _ in range(3):
         account = sent.send(make_batch(batch))["collector/siem"]
     assert sorted(receive(collector, 3 * len(batch))) == sorted(3 * batch)
-    assert account["delivered"] == account["offered"] == 3 * len(batch) + 1
+    assert account["sent"] == account["offered"] == 3 * len(batch) + 1
 
 
 def replace_prefix(site: Site) -> str:
@@ -222,7 +222,7 @@ def test_copies_come_from_the_address_of_now(site: Site, version: int, change: C
     arrived = [collector.recvfrom(100) for _ in range(30)]
     assert [payload for payload, _ in arrived] == [b"%06d" % number for number in range(30)]
     assert {source[0] for _, source in arrived[20:]} == {address}
-    assert sent.accounts()["collector/siem"]["delivered"] == 30
+    assert sent.accounts()["collector/siem"]["sent"] == 30
 
 
 def until_well(sent: Sent) -> None:
@@ -251,7 +251,7 @@ def test_what_a_router_or_firewall_refuses_is_unreachable(site: Site, version: i
         for _ in range(110):
             account = sent.send(make_batch([b"x"]))["collector/siem"]
         wait_until(lambda: sent.trouble() == "unreachable", "it is unreachable")
-    assert account["delivered"] == 111
+    assert account["sent"] == 111
     assert account["unreachables"] > 0
     assert account["prohibited"] == (account["unreachables"] if (version, kind) == (6, "prohibit") else 0)
     assert len({line["errno"] for line in logs}) == len(logs) == 1
@@ -293,7 +293,7 @@ def test_without_a_route_nothing_is_connected_and_with_one_again(site: Site, ver
         site.relay.run("ip", f"-{version}", "route", "del", *back)
     for _ in range(3):
         account = sent.send(make_batch([b"lost"] * 5))["collector/siem"]
-    assert account["delivered"] == 1
+    assert account["sent"] == 1
     assert sent.trouble() == "unreachable"
     assert sent.trouble() == "unreachable"
     if route:
@@ -302,7 +302,7 @@ def test_without_a_route_nothing_is_connected_and_with_one_again(site: Site, ver
         site.relay.run("ip", f"-{version}", "route", "add", *back)
     sent.refresh()
     account = sent.send(make_batch([b"back"]))["collector/siem"]
-    assert account["delivered"] == 2
+    assert account["sent"] == 2
     assert receive(collector, 2) == [b"before", b"back"]
 
 
@@ -370,7 +370,7 @@ def test_what_a_firewall_refuses_is_unreachable(site: Site, version: int, where:
     for _ in range(60):
         account = sent.send(make_batch([b"x"]))["collector/siem"]
     wait_until(lambda: sent.trouble() == "unreachable", "it is unreachable")
-    assert account["delivered"] == (1 if where == "relay" else 61)
+    assert account["sent"] == (1 if where == "relay" else 61)
     host.run("nft", "flush chain inet x c")
     if where == "relay":
         until_well(sent)

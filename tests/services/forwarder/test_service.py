@@ -141,8 +141,8 @@ def test_collectors_get_what_routing_says(
     }
     assert expected["one"]
     assert expected["two"]
-    accounts = accounts_when(bus, "forwarder.1", lambda found: found["collector/all"]["delivered"] == 570)
-    assert {name: accounts[f"collector/{name}"].get("delivered", 0) for name in collectors} == {
+    accounts = accounts_when(bus, "forwarder.1", lambda found: found["collector/all"]["sent"] == 570)
+    assert {name: accounts[f"collector/{name}"].get("sent", 0) for name in collectors} == {
         name: len(payloads) for name, payloads in expected.items()
     }
     assert not any(collector.waiting() for collector in collectors.values())
@@ -171,15 +171,15 @@ def test_many_collectors_are_served_side_by_side(
     assert {
         name: [each for each in came if each in set(half_sent[name])] for name, came in by_exporter(sent).items()
     } == half_sent
-    accounts = accounts_when(bus, "forwarder.1", lambda found: found["collector/c7"]["delivered"] == len(sent))
+    accounts = accounts_when(bus, "forwarder.1", lambda found: found["collector/c7"]["sent"] == len(sent))
     for number in range(8):
         account = accounts[f"collector/c{number}"]
-        assert account["delivered"] == account["offered"] == account["expected"] == len(sent)
+        assert account["sent"] == account["offered"] == account["expected"] == len(sent)
         assert account["bytes"] == sum(map(len, sent))
     account = accounts["collector/gone"]
-    assert account["offered"] == len(sent) == account["delivered"] + account["dropped_refused"]
+    assert account["offered"] == len(sent) == account["sent"] + account["dropped_refused"]
     assert account["dropped_refused"] > len(sent) // 2
-    assert accounts["collector/half"]["delivered"] == len(sent) // 2
+    assert accounts["collector/half"]["sent"] == len(sent) // 2
     assert not any(collector.waiting() for collector in (*collectors, half))
 
 
@@ -255,7 +255,7 @@ def test_stream_is_subscribed_to_while_somebody_wants_it(
     gateway.wait_served(3)
     worker.publish([b"x"])
     assert collector.take(1) == [b"x"]
-    accounts = accounts_when(bus, "forwarder.1", lambda found: found["collector/a"]["delivered"] == 1)
+    accounts = accounts_when(bus, "forwarder.1", lambda found: found["collector/a"]["sent"] == 1)
     assert accounts["collector/a"].get("missed", 0) == 0
 
 
@@ -362,7 +362,7 @@ def test_dead_collector_does_not_disturb_the_living(
     for each in payloads:
         worker.publish(each)
     assert live.take(4000) == [payload for each in payloads for payload in each]
-    accounts = accounts_when(bus, "forwarder.1", lambda found: found["collector/live"]["delivered"] == 4000)
+    accounts = accounts_when(bus, "forwarder.1", lambda found: found["collector/live"]["sent"] == 4000)
     assert accounts["collector/dead"]["refusals"] > 0
     assert accounts["collector/lost"]["dropped_not_connected"] == 4000
 
@@ -441,7 +441,7 @@ def test_forwarder_drains(stack: Stack, gateway: PlayedGateway, worker: PlayedWo
     (drained,) = forwarder.events("drained")
     assert list(discrepancies(drained["accounts"])) == []
     account = drained["accounts"]["collector/a"]
-    assert (account["delivered"], account["missed"], account["expected"]) == (2, 3, 5)
+    assert (account["sent"], account["missed"], account["expected"]) == (2, 3, 5)
 
 
 def test_forwarder_ends_although_datagrams_keep_coming(
@@ -464,4 +464,4 @@ def test_forwarder_ends_although_datagrams_keep_coming(
     assert forwarder.process.returncode == 0
     account = forwarder.events("drained")[0]["accounts"]["collector/a"]
     assert list(discrepancies({"collector/a": account})) == []
-    assert account["delivered"] == received + len(collector.waiting()) > 0
+    assert account["sent"] == received + len(collector.waiting()) > 0

@@ -83,8 +83,8 @@ def test_a_worker_that_is_gone_is_listed() -> None:
     "accounts",
     [
         {"stream/syslog": {"received": 3, "published": 1, "dropped_bus_full": 1}},
-        {"collector/siem": {"expected": 9, "offered": 8, "delivered": 8}},
-        {"collector/siem": {"expected": 8, "offered": 8, "delivered": 5, "filtered": 2}},
+        {"collector/siem": {"expected": 9, "offered": 8, "sent": 8}},
+        {"collector/siem": {"expected": 8, "offered": 8, "sent": 5, "filtered": 2}},
     ],
 )
 def test_accounts_that_do_not_add_up_within_a_service(accounts: Accounts) -> None:

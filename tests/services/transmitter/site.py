@@ -94,7 +94,7 @@ class Site:
     def until_delivered(self) -> None:
         """Send until the way is known and nothing waits."""
         self.send(b"first")
-        self.turn_until("delivered", self.account["offered"])
+        self.turn_until("sent", self.account["offered"])
 
     def send_until(self, condition: Callable[[], object], what: str) -> None:
         """Send a datagram at a time, and turn, until a condition is met."""

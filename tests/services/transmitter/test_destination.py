@@ -70,18 +70,18 @@ def test_what_comes_before_the_answer_arrives_in_order(site: Site, opened: ExitS
     site.destination = site.reach(address)
     copied = opened.enter_context(Copied(site.siem, "eth"))
     count = 0
-    while site.account["delivered"] == 0:
+    while site.account["sent"] == 0:
         site.send(*numbered(count, 20), sources=SOURCES[address])
         count += 20
         if count == 100:
-            assert (site.account["held"], site.account["delivered"]) == (100, 0)
+            assert (site.account["held"], site.account["sent"]) == (100, 0)
             answer(site, True)
         elif count % 60 == 0:  # now what is new finds the next hop usable first, now the loop does
             site.turn()
         time.sleep(0.003)
     site.send(*numbered(count, 20), sources=SOURCES[address])
     assert payloads(copied.read(count + 20)) == numbered(0, count + 20)
-    assert (site.account["delivered"], site.account["held"]) == (count + 20, 0)
+    assert (site.account["sent"], site.account["held"]) == (count + 20, 0)
 
 
 def test_what_waits_leaves_although_nothing_new_comes(site: Site, opened: ExitStack) -> None:
@@ -91,7 +91,7 @@ def test_what_waits_leaves_although_nothing_new_comes(site: Site, opened: ExitSt
     sent = [bytes([number]) * size for number, size in enumerate(sizes)]
     site.send(*sent, sources=EXPORTERS[:1])
     answer(site, True)
-    site.turn_until("delivered", len(sent))
+    site.turn_until("sent", len(sent))
     assert payloads(copied.read(len(sent))) == sent
 
 
@@ -122,7 +122,7 @@ def test_too_many_that_wait_push_out_the_oldest(site: Site, opened: ExitStack) -
     held = site.account["held"]
     assert site.account["dropped_no_neighbour"] == count - held
     answer(site, True)
-    site.turn_until("delivered", held)
+    site.turn_until("sent", held)
     assert payloads(copied.read(held)) == numbered(count - held, held)
 
 
@@ -182,7 +182,7 @@ def test_what_waits_takes_another_way_when_the_route_changes(site: Site, opened:
     site.turn()
     site.send(*numbered(0, 10), sources=EXPORTERS[:1])
     site.relay.run("ip", "route", "add", f"{SIEM4}/32", "via", "10.4.0.2")
-    site.turn_until("delivered", 10)
+    site.turn_until("sent", 10)
     assert payloads(copied.read(10)) == numbered(0, 10)
 
 
@@ -222,5 +222,5 @@ def test_collectors_wait_each_for_itself(site: Site, opened: ExitStack) -> None:
         return accounts["never"]["dropped_no_neighbour"] == 50
 
     wait_until(sent, "nothing waits any more")
-    assert [account["delivered"] for account in accounts.values()] == [50, 50, 0]
+    assert [account["sent"] for account in accounts.values()] == [50, 50, 0]
     assert sorted(payloads(copied.read(100))) == sorted(numbered(0, 50) * 2)

@@ -134,7 +134,7 @@ def test_what_is_full_for_a_moment_costs_nothing(site: Site, copied: Copied, ker
     sent = [bytes([number]) * (100 + number) for number in range(10)]
     site.send(*sent, sources=ONE)
     assert payloads(copied.read(10)) == sent
-    assert site.account["delivered"] == 10
+    assert site.account["sent"] == 10
 
 
 @pytest.mark.parametrize(("error", "cause"), [(errno.EAGAIN, "buffer_full"), (errno.ENOBUFS, "queue_full")])
@@ -147,7 +147,7 @@ def test_what_stays_full_is_waited_for_in_measure(
     kernel.afterwards = -error
     site.send(b"taken", *numbered(0, 50), sources=ONE)
     assert PATIENCE_SECONDS * 0.9 <= clock.now - began < PATIENCE_SECONDS * 1.2
-    assert (site.account["delivered"], site.account[f"dropped_{cause}"]) == (1, 50)
+    assert (site.account["sent"], site.account[f"dropped_{cause}"]) == (1, 50)
     kernel.calls = 0
     for batches in range(1, 6):
         site.send(*numbered(0, 50), sources=ONE)
@@ -191,11 +191,11 @@ def test_a_slow_interface_costs_only_those_behind_it(
         site.sender.send(batch, [(copies, ALL_ROWS) for copies in reached])
     assert time.monotonic() - began < 10 * (PATIENCE_SECONDS + 0.1)
     assert payloads(fast.read(2000)) == sent * 10
-    assert accounts[1]["delivered"] == 2000
+    assert accounts[1]["sent"] == 2000
     assert accounts[0][cause] > 0
-    assert accounts[0]["delivered"] + accounts[0][cause] == 2000
-    arrived = copied.read(accounts[0]["delivered"])
-    assert len(arrived) == accounts[0]["delivered"]
+    assert accounts[0]["sent"] + accounts[0][cause] == 2000
+    arrived = copied.read(accounts[0]["sent"])
+    assert len(arrived) == accounts[0]["sent"]
     assert accounts[0]["bytes"] == sum(map(len, payloads(arrived)))
 
 
@@ -218,7 +218,7 @@ def test_a_slow_interface_takes_a_tenth_of_the_time(
     began = time.monotonic()
     while time.monotonic() < began + 1:
         site.sender.send(batch, [(copies, ALL_ROWS) for copies in reached])
-    assert site.account["delivered"] > 1000
+    assert site.account["sent"] > 1000
     assert site.account["dropped_queue_full"] > 0
     assert slept < PATIENCE_SECONDS + (time.monotonic() - began) / PATIENCE_SHARE + 0.01
 
@@ -237,8 +237,8 @@ def test_a_full_queue_is_seen_without_ethernet_too(
     for start in range(0, 2000, 200):
         site.send(*[payload * 100 for payload in numbered(start, 200)], sources=sources)
     assert site.account["dropped_queue_full"] > 0
-    assert site.account["delivered"] + site.account["dropped_queue_full"] == 2000
-    assert len(collector.read(site.account["delivered"])) == site.account["delivered"]
+    assert site.account["sent"] + site.account["dropped_queue_full"] == 2000
+    assert len(collector.read(site.account["sent"])) == site.account["sent"]
     time.sleep(0.05)
     assert list(collector.take()) == []
 
@@ -253,11 +253,11 @@ def test_an_icmp_error_to_an_earlier_packet_costs_nothing(
     kernel.says.extend([3, -error])
     site.send(*numbered(0, 20), sources=ONE)
     assert payloads(collector.read(20)) == numbered(0, 20)
-    assert site.account["delivered"] == 20
+    assert site.account["sent"] == 20
     kernel.says.extend([3, -error, 1, -error, -error])
     with capture_logs() as logs:
         site.send(*numbered(0, 20), sources=ONE)
-    assert site.account["delivered"] < 40
+    assert site.account["sent"] < 40
     assert [(line["collector"], line["errno"]) for line in logs] == [("c", errno.errorcode[error])]
 
 
@@ -270,7 +270,7 @@ def test_errors_of_earlier_packets_cost_nobody(site: Site, opened: ExitStack, ke
     with capture_logs() as logs:
         site.send(*numbered(0, 20), sources=ONE)
     assert payloads(collector.read(20)) == numbered(0, 20)
-    assert (site.account["delivered"], logs) == (20, [])
+    assert (site.account["sent"], logs) == (20, [])
 
 
 @pytest.mark.parametrize(
@@ -291,7 +291,7 @@ def test_error_that_would_meet_the_rest_drops_the_rest(
     kernel.says.extend([3, -error])
     singles.send(*numbered(0, 50), sources=ONE)
     assert kernel.calls == 2
-    assert (singles.account["delivered"], singles.account[cause], singles.account["bytes"]) == (3, 47, 18)
+    assert (singles.account["sent"], singles.account[cause], singles.account["bytes"]) == (3, 47, 18)
     singles.send(*numbered(50, 10), sources=ONE)
     assert payloads(copied.read(13)) == numbered(0, 3) + numbered(50, 10)
 
@@ -304,7 +304,7 @@ def test_one_that_fails_costs_itself_alone(singles: Site, opened: ExitStack, ker
     singles.send(*numbered(0, 10), sources=ONE)
     assert payloads(copied.read(8)) == [*numbered(0, 2), *numbered(3, 3), *numbered(7, 3)]
     cause = f"dropped_{errno.errorcode[error].lower()}"
-    assert (singles.account["delivered"], singles.account[cause]) == (8, 2)
+    assert (singles.account["sent"], singles.account[cause]) == (8, 2)
 
 
 @pytest.mark.parametrize("address", [SIEM4, SIEM6])
@@ -321,7 +321,7 @@ def test_a_fragment_that_fails_costs_its_datagram(
     site.send(b"before", bytes(9000), b"behind", b"the end", sources=sources)
     copied.read(3)
     assert site.account["dropped_eperm"] == 1
-    assert (site.account["delivered"], site.account["bytes"]) == (3, len(b"before" + b"behind" + b"the end"))
+    assert (site.account["sent"], site.account["bytes"]) == (3, len(b"before" + b"behind" + b"the end"))
 
 
 def test_datagrams_that_all_fail_are_not_all_tried(singles: Site, kernel: Kernel) -> None:
@@ -341,12 +341,12 @@ def test_where_runs_are_refused_nothing_is_lost(
     kernel.says.extend([1, -error])
     site.send(*sent, sources=ONE)
     assert payloads(copied.read(202)) == sent
-    assert site.account["delivered"] == 202
+    assert site.account["sent"] == 202
     kernel.says.append(-error)
-    before = site.account["delivered"]
+    before = site.account["sent"]
     site.send(*numbered(0, 20), sources=ONE)
     assert site.account["dropped_" + errno.errorcode[error].lower()] == 1, "runs were tried again, and so soon"
-    assert site.account["delivered"] == before + 19
+    assert site.account["sent"] == before + 19
     later = SimpleNamespace(monotonic=lambda: time.monotonic() + 1)
     monkeypatch.setattr(services.transmitter.sender, "time", later)
     site.turn()
@@ -369,7 +369,7 @@ def test_where_runs_are_refused_to_one_all_get_theirs(site: Site, copied: Copied
     arrived = copied.read(450)
     for number, account in enumerate(accounts):
         assert payloads(datagram for datagram in arrived if datagram.port == 9600 + number) == sent
-        assert account["delivered"] == 150
+        assert account["sent"] == 150
 
 
 @pytest.mark.parametrize("error", [errno.ENETDOWN, errno.EPERM])
@@ -386,7 +386,7 @@ def test_collectors_of_rows_of_their_own_fail_alone(site: Site, copied: Copied, 
     for number in (0, 2):
         mine = payloads(datagram for datagram in arrived if datagram.port == 9600 + number)
         assert mine == sent[30 * number : 30 * number + 30]
-    assert [account["delivered"] for account in accounts] == [30, 0, 30]
+    assert [account["sent"] for account in accounts] == [30, 0, 30]
     assert [account["bytes"] for account in accounts] == [180, 0, 180]
     assert accounts[1].total() == 30
     assert kernel.calls == 3
@@ -425,8 +425,8 @@ def test_whatever_the_kernel_says_the_account_tells_what_arrived(site: Site, cop
         sent = [(source, np.random.default_rng(number).bytes(size)) for number, (source, size) in enumerate(wanted)]
         kernel.says = deque(says)
         site.send(*(payload for _, payload in sent), sources=[source for source, _ in sent])
-        arrived = copied.read(site.account["delivered"], 2)
-        assert len(arrived) == site.account["delivered"]
+        arrived = copied.read(site.account["sent"], 2)
+        assert len(arrived) == site.account["sent"]
         assert sum(map(len, payloads(arrived))) == site.account["bytes"]
         for source, came in of_source(arrived).items():
             assert is_part(came, [payload for each, payload in sent if each == source])
@@ -461,10 +461,10 @@ def test_whatever_the_kernel_says_each_collectors_account_tells_what_it_got(
         kernel.says = deque(says)
         batch = Gathered([make_batch(sent, EXPORTERS)])
         site.sender.send(batch, list(zip(reached, shares, strict=True)))
-        arrived = copied.read(sum(account["delivered"] for account in accounts), 2)
+        arrived = copied.read(sum(account["sent"] for account in accounts), 2)
         for number, (account, mine) in enumerate(zip(accounts, rows, strict=True)):
             came = [datagram for datagram in arrived if datagram.port == 9600 + number]
-            assert len(came) == account["delivered"]
+            assert len(came) == account["sent"]
             assert sum(map(len, payloads(came))) == account["bytes"]
             assert account.total() - account["bytes"] == len(mine)
             for source, found in of_source(came).items():
@@ -488,7 +488,7 @@ def test_other_interfaces_need_no_patience(site: Site, opened: ExitStack, kernel
     site.destination = site.reach("10.4.0.2")
     kernel.says.extend([-errno.EAGAIN, -errno.EAGAIN, 1])
     site.send(b"waited for")
-    assert (site.account["delivered"], site.account["dropped_buffer_full"]) == (1, 1)
+    assert (site.account["sent"], site.account["dropped_buffer_full"]) == (1, 1)
 
 
 def test_interfaces_share_a_socket_only_when_none_is_free(site: Site, opened: ExitStack) -> None:

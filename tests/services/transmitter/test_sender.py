@@ -51,7 +51,7 @@ def test_datagrams_wait_for_the_next_hop_and_arrive_in_order(opened: ExitStack) 
             site.sender.next_hops.apply_events()
         site.send(*numbered(300, 30), sources=EXPORTERS[:1])
         assert payloads(collector.read(330)) == numbered(0, 330)
-    assert (site.account["delivered"], site.account["held"]) == (330, 0)
+    assert (site.account["sent"], site.account["held"]) == (330, 0)
 
 
 def test_what_waits_too_long_is_dropped_and_counted(opened: ExitStack) -> None:
@@ -97,7 +97,7 @@ def test_route_that_goes_and_a_smaller_mtu_are_followed(opened: ExitStack) -> No
         for end, host in ((site.up, site.relay), (site.eth, site.siem)):
             host.run("ip", "link", "set", "dev", end.name, "mtu", "600")
         site.send_until(lambda: site.destination.egress.mtu == 600, "the MTU is known")
-        before = site.account["delivered"]
+        before = site.account["sent"]
         site.send(*(bytes([number]) * 1400 for number in range(20)))
         found = payloads(collector.read(before + 20))
         assert sorted(found[before:]) == [bytes([number]) * 1400 for number in range(20)]
@@ -159,7 +159,7 @@ def test_error_that_would_meet_the_rest_drops_the_rest(
     assert site.account[cause] == 50
     monkeypatch.undo()
     site.send(*numbered(0, 50))
-    assert site.account["delivered"] == 51
+    assert site.account["sent"] == 51
 
 
 def test_one_that_fails_costs_itself_alone(opened: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +181,7 @@ def test_one_that_fails_costs_itself_alone(opened: ExitStack, monkeypatch: pytes
         monkeypatch.setattr(services.transmitter.packet_socket, "send", second_fragment_fails)
         site.send(b"before", bytes(4000), b"behind", sources=EXPORTERS[:1])
         assert payloads(collector.read(3)) == [b"first", b"before", b"behind"]
-    assert (site.account["delivered"], site.account["dropped_eperm"]) == (3, 1)
+    assert (site.account["sent"], site.account["dropped_eperm"]) == (3, 1)
 
 
 def test_a_host_without_sockets_for_ipv6_counts_what_it_cannot_send(opened: ExitStack) -> None:
@@ -195,7 +195,7 @@ def test_a_host_without_sockets_for_ipv6_counts_what_it_cannot_send(opened: Exit
     assert site.account["dropped_no_route"] == 1
     site.destination = site.reach()
     site.send(b"x")
-    site.turn_until("delivered", 1)
+    site.turn_until("sent", 1)
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_policy_is_kept_whoever_is_in_the_registry(opened: ExitStack) -> None:
     site.destination = site.sender.reach(make_client("loop", 6667, address="127.0.0.1"), site.account)
     site.send(b"x")
     assert site.account["dropped_destination_refused"] == 2
-    assert site.account["delivered"] == 1
+    assert site.account["sent"] == 1
 
 
 def test_frames_per_second_holds(opened: ExitStack) -> None:
@@ -273,8 +273,8 @@ def test_collectors_share_the_frames_per_second(opened: ExitStack) -> None:
     for _ in range(300):
         site.sender.send(batch, [(copies, ALL_ROWS) for copies in reached])
         now += 0.11
-    assert sum(account["delivered"] for account in accounts) == 3000
-    assert all(account["delivered"] > 500 for account in accounts)
+    assert sum(account["sent"] for account in accounts) == 3000
+    assert all(account["sent"] > 500 for account in accounts)
 
 
 @pytest.mark.parametrize(("address", "source"), [("10.2.0.2", "192.0.2.1"), ("fd00:2::2", "2001:db8::1")])

@@ -159,7 +159,7 @@ def test_without_netlink_copies_leave_by_raw_ip(open_stack: OpenStack, opened: E
         (of, each) for of in (ONE, ONE6) for each in sent
     )
     bus.account_when("nowhere", dropped_no_route=6)
-    bus.account_when("four", delivered=3, dropped_other_family=3)
+    bus.account_when("four", sent=3, dropped_other_family=3)
     (said,) = [each for each in bus.transmitter.log if "routes and next hops can't be asked for" in each["event"]]
     assert said["reason"] == os.strerror(getattr(errno, error))
     assert bus.transmitter.process.poll() is None
@@ -195,15 +195,15 @@ def test_each_collector_gets_its_rows_from_their_sources(start: Start) -> None:
     counts = {port: sum(map(len, by_source.values())) for port, by_source in sent.items()}
     accounts = bus.accounts_when(lambda found: found.get("collector/third", {}).get("offered") == 950)
     third = accounts["collector/third"]
-    found = bus.wire.read(sum(counts.values()) + third["delivered"])
+    found = bus.wire.read(sum(counts.values()) + third["sent"])
     for port, name in names.items():
         arrived = [Arrival(each.source, each.source_port, each.payload) for each in of_port(found, port)]
         assert_complete(arrived, sent[port])
-        assert accounts[f"collector/{name}"]["delivered"] == counts[port]
+        assert accounts[f"collector/{name}"]["sent"] == counts[port]
     assert accounts["collector/all"]["dropped_other_family"] == counts[9601]
     assert accounts["collector/some"]["filtered"] == 950 - counts[9602]
-    assert third["delivered"] == len(of_port(found, 9603)) > 100
-    assert third["delivered"] + third["dropped_other_family"] == 950 - third["sampled_out"]
+    assert third["sent"] == len(of_port(found, 9603)) > 100
+    assert third["sent"] + third["dropped_other_family"] == 950 - third["sampled_out"]
     assert "collector/relayed" not in accounts
     assert {each.port for each in found} == {9600, 9601, 9602, 9603}
 
@@ -261,8 +261,8 @@ def test_nothing_leaves_to_a_destination_that_is_not_allowed(start: Start) -> No
     accounts = bus.accounts_when(lambda found: found["collector/far"].get("dropped_destination_refused") == 100)
     for name in ("outside", "six", "far"):
         assert accounts[f"collector/{name}"]["dropped_destination_refused"] == 100
-        assert "delivered" not in accounts[f"collector/{name}"]
-    assert accounts["collector/allowed"]["delivered"] == 100
+        assert "sent" not in accounts[f"collector/{name}"]
+    assert accounts["collector/allowed"]["sent"] == 100
     assert accounts["transmitter"]["dropped_destination_refused"] == 300
     (told,) = bus.transmitter.events(REFUSED)
     assert (told["cause"], told["level"]) == ("dropped_destination_refused", "warning")
@@ -305,9 +305,9 @@ def test_nothing_leaves_from_a_source_that_is_not_allowed(start: Start) -> None:
     bus.worker.publish([source.encode() for source in sources] * 10, sources)
     assert sorted({each.payload for each in bus.wire.read(20)}) == sorted([ONE.encode(), ONE6.encode()])
     bus.wire.assert_quiet()
-    four = bus.account_when("four", delivered=10)
-    six = bus.account_when("six", delivered=10)
-    here = bus.account_when("here", delivered=20)  # on this host loopback is true
+    four = bus.account_when("four", sent=10)
+    six = bus.account_when("six", sent=10)
+    here = bus.account_when("here", sent=20)  # on this host loopback is true
     assert (four["dropped_source_refused"], four["dropped_other_family"]) == (30, 20)
     assert (six["dropped_source_refused"], six["dropped_other_family"]) == (10, 40)
     assert (here["dropped_source_refused"], here["dropped_other_family"]) == (20, 20)
@@ -325,9 +325,9 @@ def test_no_copy_comes_back_to_our_own_listener(start: Start) -> None:
     bus.worker.publish([b"and again"], (ONE6,))
     accounts = bus.accounts_when(lambda found: found["collector/other ::1"].get("offered") == 2)
     for address in ours:
-        assert accounts[f"collector/other {address}"]["delivered"] == 1
+        assert accounts[f"collector/other {address}"]["sent"] == 1
         assert accounts[f"collector/loop {address}"]["dropped_destination_refused"] == 2
-    assert "delivered" not in accounts["collector/loop ::ffff:10.2.0.1"]
+    assert "sent" not in accounts["collector/loop ::ffff:10.2.0.1"]
     (told,) = bus.transmitter.events(REFUSED)
     assert (told["collector"], told["port"]) == ("loop 10.2.0.1", 6667)
 
@@ -345,7 +345,7 @@ def test_what_waited_on_the_bus_leaves_in_order(start: Start) -> None:
         sent += batch
     bus.transmitter.process.send_signal(signal.SIGCONT)
     assert payloads(bus.wire.read(len(sent))) == sent
-    assert bus.account_when("c", offered=len(sent))["delivered"] == len(sent)
+    assert bus.account_when("c", offered=len(sent))["sent"] == len(sent)
 
 
 def test_no_more_leaves_than_frames_per_second(start: Start) -> None:
@@ -359,9 +359,9 @@ def test_no_more_leaves_than_frames_per_second(start: Start) -> None:
         time.sleep(0.04)
     account = bus.accounts_when(lambda found: found["collector/c"].get("offered") == 4000)["collector/c"]
     most = 50 + 500 * (time.monotonic() - began)
-    assert 300 <= account["delivered"] <= most
-    assert account["delivered"] + account["dropped_rate_limited"] == 4000
-    assert len(bus.wire.read(account["delivered"])) == account["delivered"]
+    assert 300 <= account["sent"] <= most
+    assert account["sent"] + account["dropped_rate_limited"] == 4000
+    assert len(bus.wire.read(account["sent"])) == account["sent"]
     bus.wire.assert_quiet()
     (told,) = bus.transmitter.events(REFUSED)
     assert told["cause"] == "dropped_rate_limited"
@@ -379,7 +379,7 @@ def test_who_leaves_gets_nothing_more(start: Start) -> None:
     bus.worker.publish(numbered(10, 10), (ONE,))
     assert {each.port for each in bus.wire.read(10)} == {9600}
     bus.wire.assert_quiet()
-    accounts = bus.accounts_when(lambda found: found["collector/stays"].get("delivered") == 20)
+    accounts = bus.accounts_when(lambda found: found["collector/stays"].get("sent") == 20)
     assert not {"collector/leaves", "collector/held"} & accounts.keys()
 
 
@@ -405,7 +405,7 @@ def test_who_changes_gets_copies_as_it_is_now(start: Start) -> None:
         }
         assert marks == {expected}
     bus.wire.assert_quiet()
-    assert bus.account_when("c", delivered=10)["expected"] == 10, "what changed has an account of its own"
+    assert bus.account_when("c", sent=10)["expected"] == 10, "what changed has an account of its own"
 
 
 def test_what_waits_shows_in_the_account(start: Start) -> None:
@@ -684,7 +684,7 @@ def test_it_drains(start: Start) -> None:
     (drained,) = bus.transmitter.events("drained")
     assert list(discrepancies(drained["accounts"])) == []
     account = drained["accounts"]["collector/c"]
-    assert (account["delivered"], account["missed"], account["expected"]) == (2, 3, 5)
+    assert (account["sent"], account["missed"], account["expected"]) == (2, 3, 5)
 
 
 def test_without_sockets_nobody_is_promised_anything(start: Start, open_stack: OpenStack) -> None:
@@ -711,8 +711,8 @@ def test_accounts_go_by_the_names_that_the_ledger_knows(start: Start) -> None:
     bus.until_known(SIEM4)
     bus.serve(original("c"))
     bus.worker.publish(numbered(0, 5), (ONE,))
-    accounts = bus.accounts_when(lambda found: found["collector/c"].get("delivered") == 5)
+    accounts = bus.accounts_when(lambda found: found["collector/c"].get("sent") == 5)
     origin = f"origin/ingest.1/{bus.worker.publisher.boot:x}/messages"
     assert accounts.keys() == {"transmitter", "collector/c", origin}
-    assert accounts["collector/c"] == {"offered": 5, "expected": 5, "delivered": 5, "bytes": 30}
+    assert accounts["collector/c"] == {"offered": 5, "expected": 5, "sent": 5, "bytes": 30}
     assert accounts["transmitter"]["capabilities"] == 0

@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.fanout.health import CAUSES, EXAMINE_SECONDS, Checkup
-from shared.ledger import DELIVERED
+from shared.ledger import SENT
 
-OTHERS = ("delivered", "bytes", "filtered", "dropped_rate_limited", "dropped_source_refused", "dropped_other_family")
+OTHERS = ("sent", "bytes", "filtered", "dropped_rate_limited", "dropped_source_refused", "dropped_other_family")
 
 
 class Looked:
@@ -34,14 +34,14 @@ class Looked:
 def test_each_cause_has_its_word_and_then_is_over(cause: str, word: str) -> None:
     """A cause makes its word at the next look, with since when and of how many, and two quiet looks end it."""
     looked = Looked()
-    assert looked.look(delivered=5) == ""
-    assert looked.look(delivered=1, **{cause: 3}) == word
+    assert looked.look(sent=5) == ""
+    assert looked.look(sent=1, **{cause: 3}) == word
     assert (looked.since, looked.count) == (looked.now, 3)
-    assert looked.look(delivered=1, **{cause: 4}) == word
+    assert looked.look(sent=1, **{cause: 4}) == word
     assert (looked.since, looked.count) == (looked.now - EXAMINE_SECONDS, 7)
-    assert looked.look(delivered=1) == word
-    assert looked.look(delivered=1) == ""
-    assert looked.look(delivered=1, **{cause: 1}) == word
+    assert looked.look(sent=1) == word
+    assert looked.look(sent=1) == ""
+    assert looked.look(sent=1, **{cause: 1}) == word
     assert (looked.since, looked.count) == (looked.now, 1)
 
 
@@ -56,28 +56,28 @@ def test_what_is_not_the_collectors_fault_is_no_trouble(name: str) -> None:
 def test_an_error_that_nobody_thought_of_is_a_trouble_while_nothing_is_delivered(name: str) -> None:
     """A collector is unreachable where all fails, for any cause, until something is delivered."""
     looked = Looked()
-    assert looked.look(delivered=9) == ""
+    assert looked.look(sent=9) == ""
     assert looked.look(**{name: 3}) == "unreachable"
     assert looked.count == 3
     assert {looked.look() for _ in range(9)} == {"unreachable"}
-    assert [looked.look(delivered=1), looked.look(delivered=1)] == ["unreachable", ""]
-    assert looked.look(delivered=9, **{name: 1}) == ""
+    assert [looked.look(sent=1), looked.look(sent=1)] == ["unreachable", ""]
+    assert looked.look(sent=9, **{name: 1}) == ""
 
 
 def test_unreachable_by_icmp_lasts_while_nothing_is_sent() -> None:
     """Only sending tells whether a firewall still refuses: until then the last answer holds."""
     looked = Looked()
-    looked.look(delivered=1, unreachables=1)
+    looked.look(sent=1, unreachables=1)
     assert {looked.look() for _ in range(50)} == {"unreachable"}
-    assert [looked.look(delivered=1), looked.look()] == ["unreachable", ""]
+    assert [looked.look(sent=1), looked.look()] == ["unreachable", ""]
 
 
 def test_refusing_lasts_while_nothing_is_sent() -> None:
     """A closed port answers only who sends: until something was delivered and not refused it is taken for closed."""
     looked = Looked()
-    looked.look(delivered=1, refusals=1)
+    looked.look(sent=1, refusals=1)
     assert {looked.look() for _ in range(50)} == {"refusing"}
-    assert looked.look(delivered=1) == "refusing"
+    assert looked.look(sent=1) == "refusing"
     assert looked.look() == ""
 
 
@@ -96,7 +96,7 @@ def test_the_gravest_trouble_is_told() -> None:
     assert looked.look(dropped_buffer_full=1, dropped_refused=1) == "refusing"
     assert looked.look(unreachable=True, dropped_buffer_full=1) == "unreachable"
     for _ in range(3):
-        last = looked.look(dropped_buffer_full=1, delivered=1)
+        last = looked.look(dropped_buffer_full=1, sent=1)
     assert last == "slow"
     assert looked.count == 6
 
@@ -104,7 +104,7 @@ def test_the_gravest_trouble_is_told() -> None:
 def test_a_trouble_that_comes_and_goes_is_one() -> None:
     """A trouble at every other look does not flap."""
     looked = Looked()
-    words = [looked.look(delivered=1, dropped_buffer_full=number % 2) for number in range(1, 40)]
+    words = [looked.look(sent=1, dropped_buffer_full=number % 2) for number in range(1, 40)]
     assert set(words) == {"slow"}
 
 
@@ -129,5 +129,5 @@ def test_never_a_word_without_its_cause_and_always_an_end(history: list[tuple[bo
             assert counted or word == "unreachable"
         elif any(name in CAUSES and count for name, count in counters.items()):
             pytest.fail("a cause without a word")
-    last = [looked.look(**{DELIVERED: 1}) for _ in range(3)][-1]
+    last = [looked.look(**{SENT: 1}) for _ in range(3)][-1]
     assert last == ""

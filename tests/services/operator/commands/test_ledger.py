@@ -14,7 +14,7 @@ ORIGIN = unparse_origin("ingest.1", 1, "messages")
 WORKER: Accounts = {"stream/messages": {"received": 12, "bytes": 99, "published": 9, "dropped_no_subscriber": 3}}
 FORWARDER: Accounts = {
     ORIGIN: {"baseline": 2, "taken": 6, "missed": 1, "reached": 9},
-    "collector/[siem]": {"expected": 7, "offered": 6, "missed": 1, "delivered": 2, "filtered": 3, "dropped_refused": 1},
+    "collector/[siem]": {"expected": 7, "offered": 6, "missed": 1, "sent": 2, "filtered": 3, "dropped_refused": 1},
 }
 
 
@@ -64,7 +64,7 @@ def test_two_consumers(stack: Stack) -> None:
     stack.start("broker")
     transmitter = {
         ORIGIN: {"baseline": 4, "taken": 1, "reached": 5},
-        "collector/siem": {"expected": 1, "offered": 1, "delivered": 1},
+        "collector/siem": {"expected": 1, "offered": 1, "sent": 1},
     }
     ledger = stack.operator("ledger", "--seconds", "2.5")
     code, text = play(stack, ledger, ingest=WORKER, forwarder=FORWARDER, transmitter=transmitter)

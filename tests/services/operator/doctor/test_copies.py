@@ -22,7 +22,7 @@ def entry(health: str) -> Entry:
     ("counters", "health", "level", "why", "cure"),
     [
         ({"dropped_eperm": 60}, "unreachable", "error", "does not let copies out", "OUTPUT"),
-        ({"dropped_eperm": 60, "delivered": 9}, "ok", "warning", "does not let copies out", "seccomp"),
+        ({"dropped_eperm": 60, "sent": 9}, "ok", "warning", "does not let copies out", "seccomp"),
         (
             {"prohibited": 7, "unreachables": 8, "dropped_not_connected": 3},
             "unreachable",

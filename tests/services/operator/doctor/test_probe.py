@@ -27,7 +27,7 @@ def after(received: int = 6, published: int = 6, **account: int) -> dict[str, Ac
         (after(expected=1, offered=1, filtered=1), "forwarder.1 got it"),
         (after(expected=1, missed=1), "the bus lost it on the way to forwarder.1"),
         (after(expected=1, offered=1, dropped_refused=1), "forwarder.1 counts it as dropped_refused"),
-        (after(expected=1, offered=1, delivered=1), "forwarder.1 sent it"),
+        (after(expected=1, offered=1, sent=1), "forwarder.1 sent it"),
     ],
 )
 def test_where_it_was_lost(told: dict[str, Accounts], where: str) -> None:
