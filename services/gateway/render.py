@@ -20,7 +20,7 @@ class View(ListedClient, frozen=True, kw_only=True):
     expires_in: float | None
     health: Word
     health_since: float | None
-    health_count: int
+    lost: int
 
 
 def show_client(registry: Registry, entry: Entry) -> View:
@@ -31,7 +31,7 @@ def show_client(registry: Registry, entry: Entry) -> View:
         expires_in=registry.leases.expires_in(entry),
         health=condition.word,
         health_since=registry.seconds_in(condition) if client.streams else None,
-        health_count=condition.count,
+        lost=condition.lost,
     )
 
 
@@ -53,7 +53,7 @@ def health_line(registry: Registry, entry: Entry) -> bytes:
         generation=client.generation,
         health=condition.word,
         health_since=registry.seconds_in(condition),
-        health_count=condition.count,
+        lost=condition.lost,
     )
 
 

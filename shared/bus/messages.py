@@ -161,17 +161,20 @@ class Status(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Troubled(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """A collector with a trouble: its age, `age_ms`, when the message was made, and the datagrams lost by it so far."""
+    """A collector with a trouble, and its age, `age_ms`, when the message was made; or without one, but with losses.
+
+    `lost` counts its datagrams that are known to have reached nobody (`shared.ledger.lost`).
+    """
 
     name: Annotated[str, Meta(min_length=1, max_length=MAX_NAME)]
     generation: Number
-    trouble: Trouble
+    trouble: Trouble | None
     age_ms: Number
-    count: Number
+    lost: Number
 
 
 class Health(msgspec.Struct, array_like=True, frozen=True):
-    """One of `pieces` pieces of a list, numbered `report`: those of all collectors of `source` that have a trouble."""
+    """One of `pieces` pieces of a list, numbered `report`: the collectors of `source` that have a trouble or losses."""
 
     source: Source
     report: Number

@@ -121,13 +121,13 @@ class Collectors(Generic[D]):
         for served in self._served.values():
             served.destination.refresh()
 
-    def troubled(self, now: float) -> Iterator[tuple[Client, Symptom]]:
-        """Examine each collector, and yield those that have a trouble."""
+    def examine(self, now: float) -> Iterator[tuple[Client, Symptom | None, int]]:
+        """Examine each collector; yield those that have a trouble, or have lost datagrams, with how many."""
         for served in self._served.values():
             destination = served.destination
             symptom = served.checkup.examine(served.account, now, unreachable=destination.unreachable)
-            if symptom is not None:
-                yield destination.client, symptom
+            if symptom is not None or served.checkup.lost:
+                yield destination.client, symptom, served.checkup.lost
 
     def accounts(self) -> Accounts:
         """Return one account a collector."""

@@ -23,6 +23,7 @@ from shared.ledger import (
     SOURCE_REFUSED,
     UNREACHABLES,
     WITHHELD,
+    is_loss,
 )
 
 CAUSES: Final[Mapping[str, Trouble]] = {
@@ -43,11 +44,10 @@ QUIET_SECONDS: Final = 0.4
 
 @dataclass(slots=True)
 class Symptom:
-    """One trouble of a collector: its start, its cost in datagrams, and whether it lasts until one was delivered."""
+    """One trouble of a collector: its start, and whether it lasts until one was delivered."""
 
     trouble: Trouble
     since: float
-    count: int = 0
     lasting: bool = False
     _counted: int = 0
     _delivered: int = 0
@@ -56,7 +56,6 @@ class Symptom:
     def observe(self, counted: int, delivered: int, *, known: bool, now: float) -> bool:
         """Take in the counters and whether the trouble is `known` to be there; return whether it lasts."""
         if counted > self._counted or known:
-            self.count += counted - self._counted
             self._counted, self._delivered, self._gone_since = counted, delivered, None
         elif self._gone_since is not None:
             return now - self._gone_since < QUIET_SECONDS
@@ -66,9 +65,13 @@ class Symptom:
 
 
 class Checkup:
-    """Examines one collector, every `EXAMINE_SECONDS`."""
+    """Examines one collector, every `EXAMINE_SECONDS`.
+
+    `lost` is how many of its datagrams are known by then to have reached nobody.
+    """
 
     def __init__(self) -> None:
+        self.lost = 0
         self._before: dict[str, int] = {}
         self._delivered = 0
         self._counted: dict[Trouble, int] = {"unreachable": 0, "refusing": 0, "slow": 0}
@@ -78,7 +81,9 @@ class Checkup:
         """Return the collector's trouble, None if it has none; `unreachable`: there is no way to it now."""
         delivered, delivered_before = account.get(SENT, 0), self._delivered
         self._delivered = delivered
-        causes = [name for name in account if name in CAUSES or (name.startswith(DROPPED) and name not in HARMLESS)]
+        losses = [name for name in account if is_loss(name)]
+        self.lost = sum(account[name] for name in losses)
+        causes = [name for name in losses if name in CAUSES or (name.startswith(DROPPED) and name not in HARMLESS)]
         if not (unreachable or causes or self._symptoms):
             return None
         counted, lasting = dict(self._counted), set()

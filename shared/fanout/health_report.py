@@ -1,4 +1,4 @@
-"""Health on the bus: a sender of copies reports collectors with a trouble: at once, to late subscribers, each second.
+"""Health on the bus: collectors with a trouble, or losses; told at once, to late subscribers, and each second.
 
 The list is complete each time, so the next one makes up for a lost one.
 """
@@ -20,14 +20,14 @@ _TROUBLED_SIZE = 48
 
 
 class HealthReporter:
-    """Publishes the collectors of a source that have a trouble."""
+    """Publishes the collectors of a source that have a trouble, or have lost datagrams."""
 
     def __init__(self, publisher: Publisher, source: Source) -> None:
         self._publisher = publisher
         self._source = source
         self._topic = health_topic(source)
         self._reports = itertools.count(1)
-        self._told: list[tuple[str, int, Trouble]] = []
+        self._told: list[tuple[str, int, Trouble | None]] = []
         self._tell_at = 0.0
         self.due_at = 0.0
 
@@ -38,14 +38,16 @@ class HealthReporter:
             self._tell_at = 0.0
         return asked
 
-    def report(self, look: Callable[[float], Iterable[tuple[Client, Symptom]]], *, flowing: bool = True) -> None:
+    def report(
+        self, look: Callable[[float], Iterable[tuple[Client, Symptom | None, int]]], *, flowing: bool = True
+    ) -> None:
         """Examine the collectors; publish their troubles if they differ from the last report or a second has passed.
 
         While no copies are `flowing` nothing is published: by that silence the gateway finds that collectors wait.
         """
         now = time.monotonic()
         self.due_at = next_tick(now, EXAMINE_SECONDS)
-        troubled = [_troubled(client, symptom, now) for client, symptom in look(now)]
+        troubled = [_troubled(client, symptom, lost, now) for client, symptom, lost in look(now)]
         found = [(each.name, each.generation, each.trouble) for each in troubled]
         due = found != self._told or now >= self._tell_at
         if not (due and flowing and self._publisher.wanted(self._topic)):
@@ -56,9 +58,9 @@ class HealthReporter:
             self._publisher.publish(self._topic, Health(self._source, report, number, len(pieces), piece))
 
 
-def _troubled(client: Client, symptom: Symptom, now: float) -> Troubled:
-    age_ms, count = max(0, int((now - symptom.since) * 1000)), min(symptom.count, MAX_NUMBER)
-    return Troubled(client.name, client.generation, symptom.trouble, age_ms, count)
+def _troubled(client: Client, symptom: Symptom | None, lost: int, now: float) -> Troubled:
+    trouble, age_ms = (symptom.trouble, max(0, int((now - symptom.since) * 1000))) if symptom else (None, 0)
+    return Troubled(client.name, client.generation, trouble, age_ms, min(lost, MAX_NUMBER))
 
 
 def _size_of(troubled: Troubled) -> int:

@@ -182,7 +182,7 @@ class CopyService(ABC, Generic[D]):
         fresh, now = self._publisher.new_subscriptions(), time.monotonic()
         if now >= self._health.due_at or (fresh and self._health.asked_for(fresh)):
             self._collectors.refresh()
-            self._health.report(self._collectors.troubled, flowing=self._streams.flowing)
+            self._health.report(self._collectors.examine, flowing=self._streams.flowing)
         if now >= self._reporter.due_at or (fresh and self._reporter.asked_for(fresh)):
             self._report()
         return handled
@@ -230,7 +230,7 @@ class CopyService(ABC, Generic[D]):
         clients = self._replica.clients.values()
         self._collectors.replace(client for client in clients if client.streams and client.source == self.source)
         self._streams.subscribe_to(self._collectors.streams_wanted())
-        self._health.report(self._collectors.troubled)  # before any answer that a collector is served
+        self._health.report(self._collectors.examine)  # before any answer that a collector is served
         self._apply_at = time.monotonic() + APPLY_SHARE * (time.monotonic() - began)
 
     def _ask_for_snapshot(self) -> None:

@@ -9,7 +9,6 @@ from unittest import mock
 import msgspec
 
 import shared.net.netlink
-from services.operator.balance import Balance
 from services.operator.commands import ledger
 from services.operator.doctor.facts import by_service
 from services.operator.doctor.services import ServiceFacts, check_services
@@ -17,6 +16,7 @@ from shared.bus.messages import MessageError, Status, decode
 from shared.bus.status import Reports
 from shared.datagrams.gathered import Gathered
 from shared.datagrams.segments import group
+from shared.monitoring.balance import Balance
 from shared.net.netlink import Netlink
 from shared.process.lifecycle import UNAVAILABLE, OperatorError
 from shared.settings.model import Settings

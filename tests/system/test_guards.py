@@ -17,7 +17,15 @@ from tests.stack import CHECKOUT, Stack, wait_until
 
 SERVICES = sorted(path.name for path in (CHECKOUT / "services").iterdir() if path.is_dir() and path.name[0] != "_")
 SHARED = CHECKOUT / "shared"
-LAYERS = (("ledger", "log", "net"), ("client",), ("settings", "datagrams"), ("process",), ("bus",), ("fanout",))
+LAYERS = (
+    ("ledger", "log", "net"),
+    ("client",),
+    ("settings", "datagrams"),
+    ("process",),
+    ("bus",),
+    ("fanout",),
+    ("monitoring",),
+)
 """From the bottom; what stands side by side does not import each other."""
 RANKS = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 PURE = (
@@ -49,7 +57,6 @@ PURE = (
     "services/ingest/octet_count_framing.py",
     "services/ingest/ipfix_numbering.py",
     "services/ingest/ipfix_templates.py",
-    "services/operator/balance.py",
     "services/operator/cli/numbers.py",
     "services/operator/doctor/copies.py",
     "services/operator/doctor/finding.py",
@@ -80,6 +87,8 @@ PURE = (
     "shared/fanout/registry_replica.py",
     "shared/fanout/send_errors.py",
     "shared/ledger.py",
+    "shared/monitoring/balance.py",
+    "shared/monitoring/losses.py",
     "shared/net/printable.py",
 )
 

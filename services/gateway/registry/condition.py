@@ -13,11 +13,11 @@ Word = Literal["fresh", "ok", "waiting"] | Trouble
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """A collector's word, its start on the registry's clock, and its cost in datagrams."""
+    """A collector's word, its start on the registry's clock, and how many of its datagrams have reached nobody."""
 
     word: Word
     since: float
-    count: int = 0
+    lost: int = 0
 
 
 @dataclass(slots=True)
@@ -34,6 +34,8 @@ class Serving:
     """Grows with every change of `_conditions`."""
     _conditions: dict[tuple[str, int], Condition] = field(default_factory=dict)
     """By name and generation, for collectors that have a trouble."""
+    _lost: dict[tuple[str, int], int] = field(default_factory=dict)
+    """Likewise, for collectors that have lost datagrams."""
     _assembler: Assembler[Health] = field(default_factory=Assembler)
 
     @property
@@ -50,24 +52,26 @@ class Serving:
         self.unanswered = max(self.unanswered, revision)
 
     def note_health(self, boot: int, body: Health, now: float) -> None:
-        """Note the collectors in trouble, as the service started as `boot` reports them; the last report counts."""
+        """Note troubles and losses, as the service started as `boot` reports them; the last report counts."""
         pieces = self._assembler.add((boot, body.report), body)
         if pieces is None:
             return
+        told = [each for piece in pieces for each in piece.troubled]
+        lost = {(each.name, each.generation): each.lost for each in told if each.lost}
         conditions = {
-            (each.name, each.generation): Condition(each.trouble, now - each.age_ms / 1000, each.count)
-            for piece in pieces
-            for each in piece.troubled
+            (each.name, each.generation): Condition(each.trouble, now - each.age_ms / 1000, each.lost)
+            for each in told
+            if each.trouble
         }
-        if conditions or self._conditions:
-            self._conditions = conditions
+        if conditions or self._conditions or lost != self._lost:
+            self._conditions, self._lost = conditions, lost
             self.reported += 1
 
     def forget(self) -> None:
         """Forget all reports, since the service has gone: nothing is served until a service says so again."""
         self.note_unanswered(self.served)
         self.served = -1
-        self._conditions = {}
+        self._conditions, self._lost = {}, {}
         self._assembler.clear()
         self.reported += 1
 
@@ -80,3 +84,7 @@ class Serving:
     def trouble(self, name: str, generation: int) -> Condition | None:
         """Return the last report of a collector, if it is in trouble."""
         return self._conditions.get((name, generation))
+
+    def lost(self, name: str, generation: int) -> int:
+        """Return how many of a collector's datagrams are known to have reached nobody."""
+        return self._lost.get((name, generation), 0)

@@ -234,7 +234,11 @@ class Registry:
         word = serving.word(entry.revision) if client.streams else "ok"
         condition = serving.trouble(client.name, client.generation) if word == "ok" else None
         if condition is None:
-            condition = told if told.word == word else Condition(word, self._clock())
+            lost = serving.lost(client.name, client.generation)
+            if (told.word, told.lost) == (word, lost):
+                condition = told
+            else:
+                condition = Condition(word, told.since if told.word == word else self._clock(), lost)
         entry.condition = condition
         present = self._entries.get(client.name) is entry
         if present and condition.word != told.word and entry.revision <= self._popped_revision:

@@ -25,7 +25,7 @@ class Entry(ListedClient, frozen=True, kw_only=True):
     expires_in: float | None = None
     health: str | None = None
     health_since: float | None = None
-    health_count: int = 0
+    lost: int | None = None
 
     def __post_init__(self) -> None:
         if self.streams:  # doctor asks the kernel for the route there

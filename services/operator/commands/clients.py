@@ -20,7 +20,7 @@ from shared.settings.model import Settings
 
 COLUMNS = (
     *("name", "address", "port", "streams", "source", "from", "sample", "group", "hop limit", "dscp"),
-    *("expires", "health"),
+    *("expires", "health", "lost"),
 )
 
 NOTHING = "receives nothing"
@@ -75,7 +75,7 @@ def _row(entry: Entry) -> tuple[str | int | None, ...]:
         entry.hop_limit if entry.hop_limit != DEFAULT_TERMS.hop_limit else None,
         entry.dscp or None,
     )
-    ends = (_expires(entry), _health(entry))
+    ends = (_expires(entry), _health(entry), entry.lost if entry.streams else None)
     return (entry.name, entry.address, entry.port, *(wishes if entry.streams else [None] * len(wishes)), *ends)
 
 
@@ -84,13 +84,11 @@ def _expires(entry: Entry) -> str | None:
 
 
 def _health(entry: Entry) -> str | None:
-    """Return the word, its duration, and its cost."""
+    """Return the word, and its duration."""
     if not entry.streams:
         return NOTHING
     lasts = f" for {_duration(entry.health_since)}" if entry.health and entry.health_since is not None else ""
-    return (
-        f"{entry.health}{lasts}{f', {entry.health_count} lost' if entry.health_count else ''}" if entry.health else None
-    )
+    return f"{entry.health}{lasts}" if entry.health else None
 
 
 def _duration(seconds: float) -> str:

@@ -7,7 +7,6 @@ from typing import Final
 
 import msgspec
 
-from services.operator.balance import Balance, Loss
 from services.operator.cli.arguments import Subparsers, add_command
 from services.operator.cli.tables import print_table
 from services.operator.client.bus_reader import subscribed
@@ -32,8 +31,11 @@ from shared.ledger import (
     TAKEN,
     WITHHELD,
     is_origin,
+    lost,
     parse_origin,
 )
+from shared.monitoring.balance import Balance
+from shared.monitoring.losses import Loss
 from shared.net.printable import printable
 from shared.process.lifecycle import FAILED, OK, UNAVAILABLE, OperatorError
 from shared.settings.model import Settings
@@ -140,12 +142,18 @@ def _origin_rows(balance: Balance) -> Iterator[Row]:
 
 
 OUTCOMES: Final = (EXPECTED, SENT, FILTERED, SAMPLED_OUT, SHARED_OUT, MISSED, WITHHELD)
-COLLECTOR_COLUMNS: Final = ("consumer", "collector", *(counter.replace("_", " ") for counter in OUTCOMES), "dropped")
+COLLECTOR_COLUMNS: Final = (
+    "consumer",
+    "collector",
+    *(counter.replace("_", " ") for counter in OUTCOMES),
+    "dropped",
+    "lost",
+)
 
 
 def _collector_rows(balance: Balance) -> Iterator[Row]:
     for service, name, account in _accounts(balance, "collector/"):
-        yield service, name, *(account.get(counter, 0) for counter in OUTCOMES), _drops(account)
+        yield service, name, *(account.get(counter, 0) for counter in OUTCOMES), _drops(account), lost(account)
 
 
 MEMORY_COLUMNS: Final = ("service", "MB", "at most", "ceiling")

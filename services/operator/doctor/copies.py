@@ -5,7 +5,8 @@ from typing import Final
 
 from services.operator.client.registry_client import Entry
 from services.operator.doctor.finding import Finding, error, ok, warning
-from shared.ledger import DROPPED, PROHIBITED, UNREACHABLES, Accounts
+from shared.ledger import DROPPED, PROHIBITED, REFUSALS, REFUSED, UNREACHABLES, Accounts
+from shared.monitoring.losses import causes
 
 NOT_LET_OUT: Final = DROPPED + "eperm"
 DENIED: Final = {
@@ -21,6 +22,7 @@ DENIED: Final = {
         "copies are answered by ICMP errors: nobody has the address, a router has no route, or a firewall rejects them",
         "ping the collector; on its host and the routers: nft list ruleset, ip route get ADDRESS",
     ),
+    **dict.fromkeys((REFUSALS, REFUSED), ("its port is closed", "start the collector, or correct the port")),
 }
 """Counters that tell who denies copies, the surest first: their meaning, and the cure."""
 GLOSSARY: Final = "services/operator/README.md has the cure of each cause"
@@ -43,7 +45,7 @@ def check_copies(accounts: Mapping[str, Accounts], collectors: Sequence[Entry]) 
     yield from found
     if not (waiting or found):
         why = (
-            "copies flow, and none was dropped since its collector signed up"
+            "copies flow, and none is known to be lost since its collector signed up"
             if accounts
             else "no service sends any yet"
         )
@@ -51,13 +53,13 @@ def check_copies(accounts: Mapping[str, Accounts], collectors: Sequence[Entry]) 
 
 
 def _lost(service: str, name: str, account: Mapping[str, int], troubled: Mapping[str, object]) -> Iterator[Finding]:
-    """Yield the drops of a collector's copies by a sender, or by others as far as it hears of them."""
-    causes = {cause: count for cause, count in account.items() if cause.startswith(DROPPED) and count}
-    denied = {counter: account[counter] for counter in DENIED if account.get(counter)}
-    if not (causes or denied):
+    """Yield the losses of a collector: their causes, the meaning and the cure of the surest."""
+    counts = causes(account)
+    if not counts:
         return
-    counts = ", ".join(f"{cause} {count}" for cause, count in (causes | denied).items())
-    meaning, cure = DENIED[next(iter(denied))] if denied else ("", GLOSSARY)
-    why = f"{meaning}{'; ' * bool(meaning)}{service} counts {counts} since it signed up"
+    denied = next((counter for counter in DENIED if account.get(counter)), None)
+    meaning, cure = DENIED[denied] if denied else ("", GLOSSARY)
+    lost = ", ".join(f"{count} {cause}" for cause, count in counts.items())
+    why = f"{meaning}{'; ' * bool(meaning)}{sum(counts.values())} lost since it signed up, as {service} counts: {lost}"
     lasts = denied and name in troubled
     yield (error if lasts else warning)("copies", why, cure, name)

@@ -45,7 +45,7 @@ class Sent:
     def trouble(self) -> str:
         """Return the trouble of the only collector now, after another look."""
         self.refresh()
-        return next((symptom.trouble for _, symptom in self.collectors.troubled(time.monotonic())), "")
+        return next((symptom.trouble for _, symptom, _ in self.collectors.examine(time.monotonic()) if symptom), "")
 
     @property
     def memory_used(self) -> int:

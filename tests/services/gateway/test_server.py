@@ -199,7 +199,7 @@ def test_registry_over_json(gateway: Running) -> None:
         "hop_limit": 64,
         "dscp": 46,
         "health": "waiting",
-        "health_count": 0,
+        "lost": 0,
     }
     listed = ask_json({"op": "list"})
     assert listed["clients"]["siem"]["generation"] == generation

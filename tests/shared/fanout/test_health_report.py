@@ -32,9 +32,9 @@ class Sick:
     """Collectors that have a trouble."""
 
     def __init__(self, count: int) -> None:
-        self.troubled = [(make_client(f"é{number}" + "n" * 200), Symptom("slow", 0.0, 3)) for number in range(count)]
+        self.troubled = [(make_client(f"é{number}" + "n" * 200), Symptom("slow", 0.0), 3) for number in range(count)]
 
-    def look(self, _now: float) -> Iterable[tuple[Client, Symptom]]:
+    def look(self, _now: float) -> Iterable[tuple[Client, Symptom, int]]:
         """Look at them."""
         return self.troubled
 
@@ -53,7 +53,7 @@ def test_many_are_told_in_pieces() -> None:
     assert [body.piece for body in bus.published] == list(range(len(bus.published)))
     assert {(body.report, body.pieces) for body in bus.published} == {(1, len(bus.published))}
     told = [each.name for body in bus.published for each in body.troubled]
-    assert told == [client.name for client, _ in sick.troubled]
+    assert told == [client.name for client, *_ in sick.troubled]
 
 
 def test_told_when_it_changes_and_each_second_and_to_who_asks() -> None:

@@ -69,9 +69,13 @@ def test_trouble_shows_with_since_when_and_its_cost(registry: Table) -> None:
     assert (entry.condition, registry.seconds_in(entry.condition)) == (Condition("slow", 97.5, 7), 2.5)
     assert other.condition.word == "ok"
     registry.now = 101.0
-    registry.note_health(1, report(2))
+    registry.note_health(1, report(2, Troubled("c", generation, None, 0, 9)))
     registry.refresh_conditions()
-    assert entry.condition == Condition("ok", 101.0)
+    assert entry.condition == Condition("ok", 101.0, 9)
+    registry.now = 102.0
+    registry.note_health(1, report(3, Troubled("c", generation, None, 0, 12)))
+    registry.refresh_conditions()
+    assert entry.condition == Condition("ok", 101.0, 12)
 
 
 def test_trouble_counts_only_while_copies_flow(registry: Table) -> None:

@@ -32,7 +32,14 @@ def entry(health: str) -> Entry:
         ),
         ({"prohibited": 7, "unreachables": 7}, "ok", "warning", "a firewall rejects copies", "open the port"),
         ({"unreachables": 7}, "unreachable", "error", "or a firewall rejects them", "ping the collector"),
-        ({"dropped_queue_full": 7}, "slow", "warning", "dropped_queue_full 7", "README"),
+        (
+            {"dropped_queue_full": 7},
+            "slow",
+            "warning",
+            "7 lost since it signed up, as forwarder.1 counts: 7 queue_full",
+            "README",
+        ),
+        ({"refusals": 4, "dropped_refused": 1}, "refusing", "error", "port is closed; 5 lost", "start the collector"),
     ],
 )
 def test_copies_that_are_denied_have_their_cure(

@@ -6,46 +6,18 @@ have reached more than the worker reports *later*. Both are checked by the worke
 follows, so nothing needs to stand still while it is checked.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
-from shared.ledger import (
-    BUS_FULL,
-    DISCREPANCIES,
-    DROPPED,
-    EXPORTER_MISSED,
-    EXPORTER_MISSED_FLOWS,
-    EXPORTER_MISSED_RECORDS,
-    KERNEL_DROPPED,
-    MISSED,
-    NO_SUBSCRIBER,
-    PUBLISHED,
-    REACHED,
-    Accounts,
-    discrepancies,
-    is_origin,
-    parse_origin,
-)
+from shared.ledger import DISCREPANCIES, PUBLISHED, REACHED, Accounts, discrepancies, is_origin, parse_origin
+from shared.monitoring.losses import Loss, losses
 
-PLACES = ("upstream", "kernel", "ingest", "bus", "way out")
-"""Places on its way at which a datagram may be lost."""
 NEEDED = ("broker", "gateway", "ingest", "forwarder")
 """Services without which no copies flow."""
 ORIGINAL_SENDERS = "senders_original"
 """The gateway's count of transmitters that it sees on the bus."""
 Origin = tuple[str, int, str]
 """Worker, boot id, stream."""
-
-
-class Loss(NamedTuple):
-    """A loss: its place on the way, the service that reports it, the stream or collector, and the amount of what."""
-
-    place: str
-    service: str
-    of: str
-    lost: int
-    what: str
 
 
 @dataclass(slots=True)
@@ -129,36 +101,8 @@ class Balance:
         yield from (_say(origin) for origin in sorted(followed - self._due.keys()))
 
     def losses(self) -> list[Loss]:
-        """Return the losses, in the order of the way: upstream, kernel, ingest, bus, way out."""
-        found = [
-            loss
-            for service, accounts in sorted(self.accounts.items())
-            for name, account in sorted(accounts.items())
-            for loss in _losses(service, name, account)
-            if loss.lost > 0
-        ]
-        return sorted(found, key=lambda loss: PLACES.index(loss.place))
-
-
-def _losses(service: str, name: str, account: Mapping[str, int]) -> Iterator[Loss]:
-    """Yield the loss at each place where there may be one: mostly 0."""
-    kind, _, of = name.partition("/")
-    by_kernel = account.get(KERNEL_DROPPED, 0)
-    if kind == "stream":
-        # Datagrams that the kernel dropped are missing from the exporters' numbers too, which need not count datagrams.
-        upstream = {"datagrams": max(0, account.get(EXPORTER_MISSED, 0) - by_kernel)}
-        upstream |= {"flows": account.get(EXPORTER_MISSED_FLOWS, 0), "records": account.get(EXPORTER_MISSED_RECORDS, 0)}
-        for unit, lost in upstream.items():
-            among = ", the kernel's among them" if by_kernel and unit != "datagrams" else ""
-            yield Loss("upstream", service, of, lost, unit + among)
-        yield Loss("kernel", service, of, by_kernel, "datagrams")
-    elif is_origin(name):
-        worker, _, stream = parse_origin(name)
-        yield Loss("bus", service, stream, account.get(MISSED, 0), f"datagrams of {worker}")
-    for counter, lost in sorted(account.items()):
-        if kind in ("stream", "collector") and counter.startswith(DROPPED) and counter != NO_SUBSCRIBER:
-            place = "way out" if kind == "collector" else "bus" if counter == BUS_FULL else "ingest"
-            yield Loss(place, service, of, lost, counter.removeprefix(DROPPED))
+        """Return the losses, in the order of the way."""
+        return losses(self.accounts)
 
 
 def _kind(service: str) -> str:
