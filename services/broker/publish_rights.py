@@ -10,6 +10,7 @@ from shared.bus.messages import (
     REPLY_PREFIX,
     TRANSMIT_TOPIC,
     Envelope,
+    exporters_topic,
     health_topic,
     serve_topic,
     status_topic,
@@ -44,6 +45,8 @@ def refused_cause(role: str, topic: str, envelope: Envelope) -> str:
 
 def _may_publish(role: str, topic: str, sender: str) -> bool:
     if topic in TOPICS.get(role, ()) or (topic == status_topic(sender) and role != "operator"):
+        return True
+    if role == "ingest" and topic == exporters_topic(sender):
         return True
     for prefix in FAMILIES.get(role, ()):
         name, slash, rest = topic.removeprefix(prefix).partition("/")

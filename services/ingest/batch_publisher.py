@@ -4,9 +4,10 @@ from collections import Counter
 
 import numpy as np
 
+from services.ingest.exporter_shares import ExporterShares
 from services.ingest.flow_exporters import ExporterTracker
 from shared.bus.loans import LENT_SIZE, Loan, Pool
-from shared.bus.messages import Datagrams, datagrams_topic, inline_topic
+from shared.bus.messages import Datagrams, datagrams_topic, exporters_topic, inline_topic
 from shared.bus.zmq_sockets import Publisher
 from shared.datagrams.batch import ROW, DatagramBatch, Rows
 from shared.ledger import BUS_FULL, BYTES, NO_MEMORY, NO_SUBSCRIBER, OVERSIZED, PUBLISHED, RECEIVED
@@ -39,6 +40,8 @@ class StreamFeed:
         self._pool = pool
         self._memory = memory or Memory()
         self._inline = inline_topic(stream)
+        self._exporters_topic = exporters_topic(publisher.sender)
+        self._shares: ExporterShares | None = None
 
     def look_for(self, protocol: Protocol | None) -> None:
         """Follow exporters' numbers of a protocol from now on; if it has not changed, keep those that are known."""
@@ -78,6 +81,8 @@ class StreamFeed:
         body = Datagrams(self.stream, received_ns, number, chunk, stride)
         sent = self._publisher.publish(self.topic, body, batch)
         self.account[PUBLISHED if sent else BUS_FULL] += len(rows)
+        if self._shares:
+            self._shares.note(rows)
         if sent and loan and self._pool:
             self._pool.lent(loan)
 
@@ -86,6 +91,17 @@ class StreamFeed:
         body = Datagrams(self.stream, received_ns, self._lent)
         sent = self._publisher.publish(self.topic, body, None, (rows, payload), count)
         self.account[PUBLISHED if sent else BUS_FULL] += count
+        if self._shares:
+            self._shares.note(rows)
+
+    def tell_exporters(self) -> None:
+        """Publish the shares of exporters since the last call; count them only while somebody subscribes."""
+        if not self._publisher.wanted(self._exporters_topic):
+            self._shares = None
+        elif self._shares is None:
+            self._shares = ExporterShares(self.stream)
+        else:
+            self._publisher.publish(self._exporters_topic, self._shares.take())
 
     def mark(self, now_ns: int) -> None:
         """Tell a new subscriber the place in the sequence, by a batch without rows; owed while the bus takes none."""

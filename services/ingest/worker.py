@@ -267,6 +267,8 @@ class Worker:
             self._renew_lender()
             self._spreader.renew()
             self._settle()
+            for feed in self._feeds.values():
+                feed.tell_exporters()
             self._report()
         self._greet()  # what was published may have swallowed the edge by which the next turn would hear of one
         if self._count:

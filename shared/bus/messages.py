@@ -42,6 +42,8 @@ MAX_FRAME: Final = 65_536 + 18
 MAX_FRAMES: Final = 1_000_000
 MAX_NAME: Final = 255
 """Characters of a client's name, which has as many bytes at most."""
+MAX_TOLD: Final = 1000
+"""Exporters that a worker tells of, for each stream."""
 MAX_PIECES: Final = 4096
 """The most pieces of a list of collectors: the longest list, of the longest names, fits into fewer."""
 StreamName = Annotated[str, Meta(pattern="^[^/]{1,64}$")]
@@ -183,6 +185,23 @@ class Health(msgspec.Struct, array_like=True, frozen=True):
     troubled: list[Troubled]
 
 
+class Exporters(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """The exporters of a stream in the last `seconds`, as a worker published their `rows` datagrams.
+
+    Every `every`-th of these was looked at, and `exporters` were found. `most` has the address (16 bytes, IPv4 mapped),
+    datagrams and bytes of those with most, as they were looked at: multiply by `every`.
+    """
+
+    stream: StreamName
+    seconds: Annotated[float, Meta(gt=0)]
+    rows: Number
+    every: Annotated[int, Meta(ge=1, le=MAX_NUMBER)]
+    exporters: Number
+    most: Annotated[
+        list[tuple[Annotated[bytes, Meta(min_length=16, max_length=16)], Number, Number]], Meta(max_length=MAX_TOLD)
+    ]
+
+
 Body = (
     Datagrams
     | RegistrySnapshot
@@ -193,6 +212,7 @@ Body = (
     | TransmitReply
     | Status
     | Health
+    | Exporters
 )
 
 KINDS: Final[dict[str, type[Body]]] = {
@@ -205,6 +225,7 @@ KINDS: Final[dict[str, type[Body]]] = {
     "transmit.reply": TransmitReply,
     "status": Status,
     "health": Health,
+    "exporters": Exporters,
 }
 _NAMES: Final = {struct: kind for kind, struct in KINDS.items()}
 
@@ -244,6 +265,11 @@ def health_topic(source: Source) -> str:
     return f"{HEALTH_PREFIX}{source}/"
 
 
+def exporters_topic(service: str) -> str:
+    """The topic on which a worker tells of its exporters while anybody subscribes; begins with `EXPORTERS_PREFIX`."""
+    return f"{EXPORTERS_PREFIX}{service}/"
+
+
 def topic_family(kind: str) -> str:
     """The beginning that all topics of a kind have, so that no message passes for another kind on its topic.
 
@@ -269,6 +295,7 @@ def peek(parts: Sequence[Part]) -> tuple[str, Envelope]:
 
 
 HEALTH_PREFIX: Final = "health/"
+EXPORTERS_PREFIX: Final = "exporters/"
 REGISTRY_TOPIC: Final = "registry/"
 TRANSMIT_TOPIC: Final = "transmit/"
 

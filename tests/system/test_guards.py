@@ -89,6 +89,10 @@ PURE = (
     "shared/ledger.py",
     "shared/monitoring/balance.py",
     "shared/monitoring/losses.py",
+    "shared/monitoring/observer.py",
+    "shared/monitoring/picture.py",
+    "shared/monitoring/shares.py",
+    "shared/monitoring/verdict.py",
     "shared/net/printable.py",
 )
 

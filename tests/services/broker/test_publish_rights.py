@@ -13,7 +13,7 @@ from tests.builders import make_envelope
 OWN = {
     "broker": r"status/broker\.1/",
     "gateway": r"registry/|transmit/|serve/relay/|serve/original/|status/gateway\.1/",
-    "ingest": r"datagrams/[^/]+/|status/ingest\.1/",
+    "ingest": r"datagrams/[^/]+/|exporters/ingest\.1/|status/ingest\.1/",
     "forwarder": r"reply/[^/]+/|health/relay/|status/forwarder\.1/",
     "transmitter": r"reply/[^/]+/|health/original/|status/transmitter\.1/",
     "operator": r"transmit/",
@@ -28,6 +28,7 @@ TOPICS = (
     "reply/gateway.1.5f/",
     "health/relay/",
     "health/original/",
+    *(f"exporters/{role}.1/" for role in ROLES),
     *(f"status/{role}.1/" for role in ROLES),
 )
 

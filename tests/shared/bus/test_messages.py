@@ -20,6 +20,7 @@ from shared.bus.messages import (
     Borrow,
     Datagrams,
     Envelope,
+    Exporters,
     Health,
     MessageError,
     Part,
@@ -52,7 +53,8 @@ BODIES: dict[str, Body] = {
     "transmit.request": TransmitRequest(7, "reply/operator.1.a/", "eth1", bytes(range(60)), 3, 0.5, True),
     "transmit.reply": TransmitReply(7, 2, "unavailable", "eth1 is down"),
     "status": Status("ingest.1", 42, 0, 3, 0, 1, {"stream/messages": {"received": 2**62}}),
-    "health": Health("relay", 3, 0, 1, [Troubled("a", 7, "refusing", 1500, 2**62), Troubled("b", 8, "slow", 0, 0)]),
+    "health": Health("relay", 3, 0, 1, [Troubled("a", 7, "refusing", 1500, 2**62), Troubled("b", 8, None, 0, 5)]),
+    "exporters": Exporters("messages", 1.5, 9, 1, 2, [(b"x" * 16, 2**62, 0)]),
 }
 ENVELOPE = [VERSION, "datagrams", "ingest.1", 9, 4, 12]
 

@@ -1,0 +1,53 @@
+"""Shares of the exporters in a stream, counted while anybody asks: of every datagram, or of a sample at high rates."""
+
+import random
+import time
+from typing import Final
+
+import numpy as np
+
+from shared.bus.messages import MAX_TOLD, Exporters
+from shared.datagrams.batch import ROW, Rows
+
+EXAMINED: Final = 8192
+"""Rows looked at in a second, about: at higher rates every n-th is. To sort these takes a millisecond."""
+
+
+class ExporterShares:
+    """Notes the rows of one stream, and makes a message of them each second."""
+
+    def __init__(self, stream: str) -> None:
+        self._stream = stream
+        self._factors = np.array([random.getrandbits(64) | 1 for _ in range(2)], np.uint64)
+        self._every = 1
+        self._begin()
+
+    def _begin(self) -> None:
+        self._noted: list[Rows] = []
+        self._rows = self._next = 0
+        self._began = time.monotonic()
+
+    def note(self, rows: Rows | bytes) -> None:
+        """Note rows, dtype `ROW`, that were published."""
+        found = np.frombuffer(rows, ROW) if isinstance(rows, bytes) else rows
+        picked = found[self._next :: self._every]
+        if len(picked):
+            self._noted.append(picked.copy())  # the rows are the arena's
+        self._rows += len(found)
+        self._next = (self._next - len(found)) % self._every
+
+    def take(self) -> Exporters:
+        """Return the shares since the last call, and begin anew."""
+        noted = np.concatenate(self._noted) if self._noted else np.empty(0, ROW)
+        seconds = max(0.001, time.monotonic() - self._began)
+        # By a hash, which is sorted faster. A sender can't aim at a hash that two exporters share.
+        keys = np.ascontiguousarray(noted["address"]).view(np.uint64) @ self._factors
+        _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+        counts = np.bincount(inverse, minlength=len(first))
+        sizes = np.bincount(inverse, noted["length"], minlength=len(first)).astype(np.int64)
+        most = np.argsort(-counts, kind="stable")[:MAX_TOLD]
+        told = [(noted["address"][first[at]].tobytes(), int(counts[at]), int(sizes[at])) for at in most.tolist()]
+        message = Exporters(self._stream, seconds, self._rows, self._every, len(first), told)
+        self._every = max(1, int(self._rows / seconds) // EXAMINED)
+        self._begin()
+        return message

@@ -1,0 +1,339 @@
+"""Makes pictures of what the bus tells: status, health, the registry, and exporters. No I/O.
+
+A view subscribes to `TOPICS`, hands every message in, and asks for a picture when it wants to show one.
+"""
+
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from shared.bus.messages import (
+    EXPORTERS_PREFIX,
+    HEALTH_PREFIX,
+    REGISTRY_TOPIC,
+    Exporters,
+    Health,
+    Message,
+    RegistryChange,
+    RegistrySnapshot,
+    Status,
+)
+from shared.bus.pieces import Assembler
+from shared.bus.status import INTERVAL_SECONDS, Report, Reports
+from shared.client import Client, Trouble
+from shared.fanout.registry_replica import RegistryReplica
+from shared.ledger import (
+    BYTES,
+    DISCREPANCIES,
+    EXPECTED,
+    FILTERED,
+    HELD,
+    KERNEL_DROPPED,
+    MEMORY,
+    MEMORY_CEILING,
+    MEMORY_MOST,
+    NO_SUBSCRIBER,
+    PUBLISHED,
+    RECEIVED,
+    SAMPLED_OUT,
+    SENT,
+    SHARED_OUT,
+    Accounts,
+    lost,
+)
+from shared.monitoring.balance import Balance
+from shared.monitoring.losses import causes, losses
+from shared.monitoring.picture import (
+    RECENT_SECONDS,
+    Collector,
+    Picture,
+    RecentLoss,
+    Service,
+    Stream,
+    Word,
+    Worker,
+)
+from shared.monitoring.shares import Shares
+from shared.monitoring.verdict import judge
+
+TOPICS: Final = ("status/", HEALTH_PREFIX, REGISTRY_TOPIC, EXPORTERS_PREFIX)
+SILENT_SECONDS: Final = 3.5 * INTERVAL_SECONDS
+"""A service that has reported nothing for this long is silent."""
+FORGET_SECONDS: Final = 120.0
+"""A silent service is shown for this long."""
+ROUND_SECONDS: Final = 4.0
+"""Time of a comparison of all accounts: each service reports several times in it."""
+STEP_SECONDS: Final = 5.0
+"""The times between which `recent` losses are told apart."""
+
+
+@dataclass(slots=True)
+class _Told:
+    """A service's last report and the one before."""
+
+    report: Report
+    before: Report | None = None
+
+    def rate(self, account: str, counter: str) -> float | None:
+        """Return the growth of a counter a second; None where there are no two reports of one start."""
+        return _rate(self, lambda accounts: accounts.get(account, {}).get(counter, 0))
+
+
+@dataclass(slots=True)
+class _Past:
+    """The counts of a loss at the beginnings of the last steps."""
+
+    counts: deque[tuple[float, int]] = field(default_factory=deque)
+
+    def note(self, now: float, count: int, *, began: int) -> None:
+        """Note a count; the first one grew from `began`."""
+        if not self.counts:
+            self.counts.append((now - STEP_SECONDS, began))
+        if now - self.counts[-1][0] >= STEP_SECONDS:
+            self.counts.append((now, count))
+        while len(self.counts) > 1 and self.counts[1][0] <= now - RECENT_SECONDS:
+            self.counts.popleft()
+
+    def recent(self, count: int) -> int:
+        """Return how much has come since the oldest count; all of it where counts began anew."""
+        oldest = self.counts[0][1] if self.counts else count
+        return count - oldest if count >= oldest else count
+
+
+class Observer:
+    """Takes messages in, and makes pictures of them."""
+
+    def __init__(self) -> None:
+        self._reports = Reports()
+        self._told: dict[str, _Told] = {}
+        self._replica = RegistryReplica()
+        self._troubles: dict[str, dict[tuple[str, int], tuple[Trouble, float]]] = {}
+        """By source: the collectors that have a trouble, and its start; {} once all are told to be well."""
+        self._troubles_at: dict[str, float] = {}
+        self._assemblers: defaultdict[str, Assembler[Health]] = defaultdict(Assembler)
+        self._words: dict[tuple[str, int], tuple[Word, float | None]] = {}
+        self._shares = Shares()
+        self._past: dict[tuple[str, str, str, str], _Past] = {}
+        self._seen: set[str] = set()
+        """Services in the last picture: a loss that they did not have then began at 0."""
+        self._past_of: dict[str, _Past] = {}
+        self._round, self._round_began = Balance(), 0.0
+        self._balanced: bool | None = None
+        self._found: tuple[str, ...] = ()
+
+    @property
+    def stale(self) -> bool:
+        """Return whether a change of the registry is missing: subscribe to its topic anew, once a second at most."""
+        return self._replica.stale
+
+    @property
+    def clients(self) -> Mapping[str, Client]:
+        """The registry, as far as it is known."""
+        return self._replica.clients
+
+    @property
+    def version(self) -> int:
+        """A number that grows with every change of the registry; -1: nothing is known of it."""
+        return self._replica.version
+
+    def note(self, message: Message, now: float) -> None:
+        """Take a message in; `now` is a clock that only grows, the one of `Report.received_at` (time.monotonic)."""
+        body, envelope = message.body, message.envelope
+        if isinstance(body, Status):
+            if report := self._reports.add(envelope, body):
+                self._reports.latest.clear()  # kept here, by name
+                self._note_report(report)
+        elif isinstance(body, RegistrySnapshot | RegistryChange):
+            self._replica.apply_message(envelope, body)
+        elif isinstance(body, Health):
+            pieces = self._assemblers[body.source].add((envelope.boot, body.report), body)
+            if pieces is not None:
+                self._troubles_at[body.source] = now
+                self._troubles[body.source] = {
+                    (each.name, each.generation): (each.trouble, now - each.age_ms / 1000)
+                    for piece in pieces
+                    for each in piece.troubled
+                    if each.trouble
+                }
+        elif isinstance(body, Exporters):
+            self._shares.note(envelope.sender, body, now)
+
+    def _note_report(self, report: Report) -> None:
+        known = self._told.get(report.service)
+        same = known is not None and known.report.boot == report.boot
+        self._told[report.service] = _Told(report, known.report if known and same else None)
+        self._round.add_report(report.service, report.boot, report.received_at, report.accounts)
+
+    def picture(self, now: float) -> Picture:
+        """Return the picture as of now."""
+        self._forget(now)
+        self._compare(now)
+        accounts = {name: told.report.accounts for name, told in self._told.items() if not _silent(told, now)}
+        exporters = self._shares.exporters(self.clients.values(), self.version)
+        streams = tuple(self._streams(accounts))
+        collectors = tuple(self._collectors(accounts, now)) if self.version >= 0 else None
+        services = tuple(self._services(now))
+        found = tuple(self._losses(now))
+        verdict = judge(services, collectors, found, self._found)
+        return Picture(now, verdict, self._balanced, self._found, streams, collectors, exporters, services, found)
+
+    def _forget(self, now: float) -> None:
+        for name, told in list(self._told.items()):
+            if now - told.report.received_at > FORGET_SECONDS:
+                del self._told[name]
+        self._shares.forget(now - SILENT_SECONDS)
+
+    def _compare(self, now: float) -> None:
+        """Compare the accounts of all services, a round at a time."""
+        if now - self._round_began < ROUND_SECONDS:
+            return
+        if self._round.accounts and not self._round.silent():
+            found = tuple(self._round.discrepancies())
+            late = now - self._round_began >= 2 * ROUND_SECONDS
+            if found and not self._round.settled and not late:
+                return  # they may still catch up with each other
+            self._balanced, self._found = not found, found
+        self._round, self._round_began = Balance(), now
+
+    def _streams(self, accounts: Mapping[str, Accounts]) -> Iterator[Stream]:
+        parts: defaultdict[str, dict[str, dict[str, int]]] = defaultdict(dict)
+        for service, kept in accounts.items():
+            for name, account in kept.items():
+                if name.startswith("stream/"):
+                    parts[name.removeprefix("stream/")][service] = account
+        wanted = {stream for client in self.clients.values() for stream in client.streams} - {"*"}
+        for stream in sorted(parts.keys() | wanted):
+            by_worker, name = parts.get(stream, {}), f"stream/{stream}"
+            total: Counter[str] = Counter()
+            for account in by_worker.values():
+                total.update(account)
+            told = [self._told[worker] for worker in by_worker]
+            known = bool(by_worker)
+            yield Stream(
+                stream,
+                total[RECEIVED] if known else None,
+                _sum(each.rate(name, RECEIVED) for each in told),
+                _sum(each.rate(name, BYTES) for each in told),
+                total[PUBLISHED] if known else None,
+                total[NO_SUBSCRIBER] if known else None,
+                total[KERNEL_DROPPED] if known else None,
+                lost(total) if known else None,
+                _sum(_lost_rate(each, name) for each in told),
+                causes(total),
+                tuple(client.name for client in self.clients.values() if client.wants(stream)),
+                tuple(
+                    Worker(worker, account.get(RECEIVED, 0), self._told[worker].rate(name, RECEIVED))
+                    for worker, account in sorted(by_worker.items())
+                ),
+                self._shares.count_of(stream),
+            )
+
+    def _collectors(self, accounts: Mapping[str, Accounts], now: float) -> Iterator[Collector]:
+        senders = {
+            name.removeprefix("collector/"): service
+            for service, kept in accounts.items()
+            for name in kept
+            if name.startswith("collector/")
+        }
+        words = self._words
+        self._words = {}
+        for client in self.clients.values():
+            if not client.streams:
+                continue
+            key, service = (client.name, client.generation), senders.get(client.name)
+            health, since = self._health(key, client, service, words.get(key), now)
+            self._words[key] = health, since
+            name = f"collector/{client.name}"
+            if service is None:
+                unknown = (None,) * 8
+                yield Collector(client, health, since, None, *unknown, {}, None)
+                continue
+            told, account = self._told[service], accounts[service][name]
+            count, past = lost(account), self._past_of.get(client.name)
+            if past is None and count == 0:
+                recent = 0
+            else:
+                past = self._past_of.setdefault(client.name, _Past())
+                past.note(now, count, began=0 if key in words else count)
+                recent = past.recent(count)
+            yield Collector(
+                client,
+                health,
+                since,
+                service,
+                account.get(SENT, 0),
+                told.rate(name, SENT),
+                told.rate(name, BYTES),
+                account.get(EXPECTED, 0),
+                sum(account.get(counter, 0) for counter in (FILTERED, SAMPLED_OUT, SHARED_OUT)),
+                account.get(HELD, 0),
+                count,
+                _lost_rate(told, name),
+                causes(account),
+                recent,
+            )
+        self._past_of = {name: past for name, past in self._past_of.items() if name in self.clients}
+
+    def _health(
+        self,
+        key: tuple[str, int],
+        client: Client,
+        service: str | None,
+        before: tuple[Word, float | None] | None,
+        now: float,
+    ) -> tuple[Word, float | None]:
+        heard_at = self._troubles_at.get(client.source)
+        if heard_at is None or service is None or now - heard_at > SILENT_SECONDS:
+            word: Word = "unknown" if heard_at is None and service is None else "waiting"
+            return before if before and before[0] == word else (word, now if before else None)
+        if trouble := self._troubles[client.source].get(key):
+            return trouble
+        return before if before and before[0] == "ok" else ("ok", now if before else None)
+
+    def _services(self, now: float) -> Iterator[Service]:
+        for name, told in sorted(self._told.items()):
+            report = told.report
+            own = report.accounts.get(name.partition(".")[0], {})
+            yield Service(
+                name,
+                report.pid,
+                report.started_ns / 1e9,
+                report.received_at,
+                _silent(told, now),
+                own.get(MEMORY),
+                own.get(MEMORY_MOST),
+                own.get(MEMORY_CEILING),
+                own.get(DISCREPANCIES, 0),
+                dict(own),
+            )
+
+    def _losses(self, now: float) -> Iterator[RecentLoss]:
+        present = losses({name: told.report.accounts for name, told in self._told.items()})
+        kept: dict[tuple[str, str, str, str], _Past] = {}
+        for loss in present:
+            key = (loss.place, loss.service, loss.of, loss.what)
+            past = kept[key] = self._past.get(key) or _Past()
+            past.note(now, loss.lost, began=0 if loss.service in self._seen else loss.lost)
+            yield RecentLoss(loss, past.recent(loss.lost))
+        self._past, self._seen = kept, set(self._told)
+
+
+def _silent(told: _Told, now: float) -> bool:
+    return now - told.report.received_at > SILENT_SECONDS
+
+
+def _rate(told: _Told, count: Callable[[Accounts], int]) -> float | None:
+    before, report = told.before, told.report
+    if before is None or (seconds := report.received_at - before.received_at) < 0.1:
+        return None
+    return max(0, count(report.accounts) - count(before.accounts)) / seconds
+
+
+def _lost_rate(told: _Told, account: str) -> float | None:
+    return _rate(told, lambda accounts: lost(accounts.get(account, {})))
+
+
+def _sum(rates: Iterable[float | None]) -> float | None:
+    known = [rate for rate in rates if rate is not None]
+    return sum(known) if known else None

@@ -1,0 +1,139 @@
+"""The picture of the whole stack at one moment: hops, rates, losses and verdicts, as values. No I/O.
+
+`shared.monitoring.observer` makes it. None stands for what nothing has reported: a view shows it as unknown, not as 0.
+Rates are per second. Counts are since the service was started, or since the collector signed up.
+"""
+
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+from shared.client import Client
+from shared.monitoring.losses import Loss
+
+Level = Literal["ok", "warning", "error", "unknown"]
+Word = Literal["ok", "waiting", "unreachable", "refusing", "slow", "unknown"]
+RECENT_SECONDS: Final = 300.0
+"""Time that `recent` counts cover."""
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """A worker's part of a stream."""
+
+    name: str
+    received: int
+    rate: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """A stream's datagrams as they came in, all workers together."""
+
+    name: str
+    received: int | None
+    rate: float | None
+    byte_rate: float | None
+    published: int | None
+    untaken: int | None
+    """Datagrams dropped since nobody wants the stream."""
+    kernel_dropped: int | None
+    lost: int | None
+    lost_rate: float | None
+    causes: dict[str, int]
+    takers: tuple[str, ...]
+    """Names of the collectors that want it."""
+    workers: tuple[Worker, ...]
+    exporters: int | None
+    """Exporters that sent to it in the last seconds; at least so many, where only a sample is looked at."""
+
+
+@dataclass(frozen=True, slots=True)
+class Collector:
+    """A collector: where it is, how it does, and its account."""
+
+    client: Client
+    health: Word
+    since: float | None
+    """The start of its health on the observer's clock; None: before the observer's time."""
+    sender: str | None
+    """The service that reports its account."""
+    sent: int | None
+    rate: float | None
+    byte_rate: float | None
+    expected: int | None
+    kept_back: int | None
+    """Datagrams filtered, sampled out, or given to another member of its group: as it asked for."""
+    held: int | None
+    lost: int | None
+    lost_rate: float | None
+    causes: dict[str, int]
+    """`lost` by cause."""
+    recent: int | None
+    """Lost in the last `RECENT_SECONDS`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exporter:
+    """An exporter, in the last seconds, all of its ports together."""
+
+    address: str
+    rate: float
+    byte_rate: float
+    share: float
+    """Part of all datagrams of its streams, 0 to 1."""
+    streams: tuple[str, ...]
+    workers: tuple[str, ...]
+    takers: int
+    """Collectors that its datagrams go to, before sampling and sharing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """A process that reports, or did until lately."""
+
+    name: str
+    pid: int
+    started: float
+    """Unix time."""
+    heard_at: float
+    """The observer's clock."""
+    silent: bool
+    memory: int | None
+    memory_most: int | None
+    memory_ceiling: int | None
+    discrepancies: int
+    account: dict[str, int]
+    """The service's own account."""
+
+
+@dataclass(frozen=True, slots=True)
+class RecentLoss:
+    """A loss, and how much of it came in the last `RECENT_SECONDS`, or since the observer began."""
+
+    loss: Loss
+    recent: int
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The state of everything in a word, with the reasons, gravest first."""
+
+    level: Level = "unknown"
+    reasons: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """Everything, as of `at` on the observer's clock."""
+
+    at: float
+    verdict: Verdict
+    balanced: bool | None
+    """Whether the last comparison of all accounts came out even; None: there was none yet."""
+    discrepancies: tuple[str, ...]
+    streams: tuple[Stream, ...] = ()
+    collectors: tuple[Collector, ...] | None = None
+    exporters: tuple[Exporter, ...] | None = None
+    """Those that sent most, up to a thousand a worker and stream; None: no worker tells yet."""
+    services: tuple[Service, ...] = ()
+    losses: tuple[RecentLoss, ...] = field(default=())

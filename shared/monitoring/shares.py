@@ -1,0 +1,105 @@
+"""Exporters of the last seconds, from what the workers tell of them. No I/O."""
+
+import ipaddress
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from typing import Final
+
+from shared.bus.messages import Exporters
+from shared.client import Client
+from shared.monitoring.picture import Exporter
+from shared.net.addresses import unpack_address
+
+MESSAGES: Final = 10
+"""Messages of each worker and stream, one a second, that the shares are made of."""
+MAX_FILTERS: Final = 256
+"""Different lists of prefixes, a stream, that exporters are looked up in."""
+
+
+class Shares:
+    """The last messages of each worker and stream."""
+
+    def __init__(self) -> None:
+        self._told: defaultdict[tuple[str, str], deque[tuple[float, Exporters]]] = defaultdict(
+            lambda: deque(maxlen=MESSAGES)
+        )
+        self._filters: dict[str, Counter[tuple[str, ...]]] = {}
+        self._filters_of = -1
+
+    def note(self, worker: str, body: Exporters, now: float) -> None:
+        """Take a message in."""
+        self._told[worker, body.stream].append((now, body))
+
+    def forget(self, before: float) -> None:
+        """Forget workers that have told nothing since then."""
+        for key, told in list(self._told.items()):
+            if told[-1][0] < before:
+                del self._told[key]
+
+    def count_of(self, stream: str) -> int | None:
+        """Return how many exporters the stream has; an exporter of two workers counts twice."""
+        found = [told[-1][1].exporters for (_, of), told in self._told.items() if of == stream]
+        return sum(found) if found else None
+
+    def exporters(self, clients: Iterable[Client], version: int) -> tuple[Exporter, ...] | None:
+        """Return the exporters, those that send most first; None: nobody has told of any.
+
+        `clients` may get their datagrams; `version` changes with them.
+        """
+        if not self._told:
+            return None
+        if version != self._filters_of:
+            self._filters, self._filters_of = _filters_by_stream(clients), version
+        rates: defaultdict[bytes, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        places: defaultdict[bytes, set[tuple[str, str]]] = defaultdict(set)
+        totals: defaultdict[str, float] = defaultdict(float)
+        for (worker, stream), messages in self._told.items():
+            seconds = sum(told.seconds for _, told in messages)
+            for _, told in messages:
+                totals[stream] += told.rows / seconds
+                for address, count, size in told.most:
+                    rates[address][0] += count * told.every / seconds
+                    rates[address][1] += size * told.every / seconds
+                    places[address].add((worker, stream))
+        found = [self._exporter(address, rate, places[address], totals) for address, rate in rates.items()]
+        return tuple(sorted(found, key=lambda exporter: -exporter.rate))
+
+    def _exporter(
+        self,
+        packed: bytes,
+        rates: list[float],
+        places: set[tuple[str, str]],
+        totals: Mapping[str, float],
+    ) -> Exporter:
+        streams = tuple(sorted({stream for _, stream in places}))
+        whole, address = sum(totals[stream] for stream in streams), unpack_address(packed)
+        rate, byte_rate = rates
+        share = min(1.0, rate / whole) if whole else 0.0
+        workers = tuple(sorted({worker for worker, _ in places}))
+        takers = sum(self._takers(address, stream) for stream in streams)
+        return Exporter(address, rate, byte_rate, share, streams, workers, takers)
+
+    def _takers(self, address: str, stream: str) -> int:
+        filters = self._filters.get(stream, Counter()) + self._filters.get("*", Counter())
+        return sum(count for prefixes, count in filters.items() if not prefixes or _covers(prefixes, address))
+
+
+def _filters_by_stream(clients: Iterable[Client]) -> dict[str, Counter[tuple[str, ...]]]:
+    """Return how many collectors want each stream with each list of prefixes, the most frequent lists only."""
+    found: defaultdict[str, Counter[tuple[str, ...]]] = defaultdict(Counter)
+    for client in clients:
+        for stream in client.streams:
+            found[stream][client.prefixes] += 1
+    return {stream: Counter(dict(counts.most_common(MAX_FILTERS))) for stream, counts in found.items()}
+
+
+@lru_cache(maxsize=65_536)
+def _covers(prefixes: tuple[str, ...], address: str) -> bool:
+    where = ipaddress.ip_address(address.partition("%")[0])
+    return any(where in network for network in _networks(prefixes) if network.version == where.version)
+
+
+@lru_cache(maxsize=4096)
+def _networks(prefixes: tuple[str, ...]) -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
+    return [ipaddress.ip_network(prefix, strict=False) for prefix in prefixes]

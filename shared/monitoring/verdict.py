@@ -1,0 +1,51 @@
+"""The state of everything in one word, with its reasons. No I/O."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from shared.monitoring.balance import Balance
+from shared.monitoring.picture import Collector, Level, RecentLoss, Service, Verdict
+
+TROUBLES: Final[dict[str, Level]] = {
+    "unreachable": "error",
+    "refusing": "error",
+    "waiting": "error",
+    "slow": "warning",
+}
+"""Words of a collector's health that are a reason, gravest first."""
+
+
+def judge(
+    services: Iterable[Service],
+    collectors: Iterable[Collector] | None,
+    losses: Iterable[RecentLoss],
+    discrepancies: Sequence[str],
+) -> Verdict:
+    """Return the verdict; `discrepancies` are those of the last comparison of all accounts."""
+    services, collectors = list(services), list(collectors or ())
+    if all(service.silent for service in services):
+        return Verdict("unknown", ("no service has reported yet",))
+    reasons: list[tuple[Level, str]] = []
+    heard = {each.name: {each.name.partition(".")[0]: each.account} for each in services if not each.silent}
+    silent = [*Balance(heard).silent(), *(each.name for each in services if each.silent)]
+    if silent:
+        reasons.append(("error", f"not heard on the bus: {', '.join(dict.fromkeys(silent))}"))
+    if discrepancies:
+        reasons.append(("error", f"the accounts do not add up: {discrepancies[0]}"))
+    for word, level in TROUBLES.items():
+        if names := [each.client.name for each in collectors if each.health == word]:
+            reasons.append((level, f"{word}: {_some(names)}"))
+    places = Counter[str]()
+    for loss in losses:
+        places[loss.loss.place] += loss.recent
+    if any(places.values()):
+        lost = ", ".join(f"{count:,} ({place})" for place, count in places.items() if count)
+        reasons.append(("warning", f"lost in the last five minutes: {lost}"))
+    reasons.sort(key=lambda reason: reason[0] != "error")
+    return Verdict(reasons[0][0] if reasons else "ok", tuple(text for _, text in reasons))
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more}"

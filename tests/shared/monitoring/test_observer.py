@@ -1,0 +1,163 @@
+from typing import Any
+
+import pytest
+
+from shared.bus.messages import Body, Exporters, Health, Message, RegistrySnapshot, Status, Troubled
+from shared.client import Client
+from shared.ledger import Accounts, unparse_origin
+from shared.monitoring.losses import PLACES, kind_of
+from shared.monitoring.observer import FORGET_SECONDS, SILENT_SECONDS, Observer
+from shared.monitoring.picture import Collector, Picture
+from shared.net.addresses import pack_address
+from tests.builders import make_envelope
+
+SIEM = Client("siem", streams=("syslog",), generation=7, address="192.0.2.1", port=514, prefixes=("10.0.0.0/8",))
+OTHER = Client("other", streams=("*",), generation=8, address="192.0.2.2", port=514)
+
+
+class Told:
+    """An observer, and what is told to it in time."""
+
+    def __init__(self) -> None:
+        self.observer = Observer()
+        self.now = 1000.0
+        self._reports = 0
+
+    def tell(self, sender: str, body: Body, boot: int = 1) -> None:
+        """Hand a message in."""
+        self.observer.note(Message("", make_envelope(sender=sender, boot=boot), body), self.now)
+
+    def status(self, service: str, accounts: Accounts, boot: int = 1) -> None:
+        """Hand a report in, as if it had just come."""
+        self._reports += 1
+        self.tell(service, Status(service, 42, 10**18, self._reports, 0, 1, accounts), boot)
+        self.observer._told[service].report = _at(self.observer._told[service].report, self.now)
+
+    def picture(self, seconds: float = 0.0) -> Picture:
+        """The picture after so many seconds."""
+        self.now += seconds
+        return self.observer.picture(self.now)
+
+    def everyone(self, **siem: int) -> None:
+        """All that is needed reports, and the collector has this account."""
+        published = siem.get("sent", 0)
+        stream = {"stream/syslog": {"received": published, "published": published, "bytes": 100 * published}}
+        origin = {unparse_origin("ingest.1", 1, "syslog"): {"taken": published, "reached": published}}
+        self.status("ingest.1", stream)
+        self.status("broker.1", {})
+        self.status("gateway.1", {})
+        self.status("forwarder.1", {**origin, "collector/siem": siem})
+
+
+def _at(report: Any, now: float) -> Any:
+    return type(report)(**{name: getattr(report, name) for name in report.__slots__} | {"received_at": now})
+
+
+def collector(picture: Picture, name: str = "siem") -> Collector:
+    """The row of a collector."""
+    assert picture.collectors is not None
+    (found,) = [each for each in picture.collectors if each.client.name == name]
+    return found
+
+
+def test_nothing_reported_is_unknown() -> None:
+    """Before anything is told, nothing is 0: streams, collectors, exporters and the verdict are unknown."""
+    told = Told()
+    picture = told.picture()
+    assert (picture.collectors, picture.exporters, picture.balanced) == (None, None, None)
+    assert picture.verdict.level == "unknown"
+    told.tell("gateway.1", RegistrySnapshot(1, 0, 1, [SIEM]))
+    siem = collector(told.picture())
+    assert (siem.sent, siem.lost, siem.rate, siem.health) == (None, None, None, "unknown")
+    (stream,) = told.picture().streams
+    assert (stream.name, stream.received, stream.takers) == ("syslog", None, ("siem",))
+
+
+def test_rates_losses_and_health() -> None:
+    """Two reports make a rate; losses have causes and what of them is recent; a trouble has its start."""
+    told = Told()
+    told.tell("gateway.1", RegistrySnapshot(1, 0, 1, [SIEM, OTHER]))
+    told.everyone(sent=100, refusals=3, expected=100, offered=100)
+    told.tell("forwarder.1", Health("relay", 1, 0, 1, []))
+    first = collector(told.picture())
+    assert (first.sent, first.rate, first.lost, first.recent, first.health) == (100, None, 3, 0, "ok")
+    told.now += 2
+    told.everyone(sent=300, refusals=9, dropped_refused=1, expected=300, offered=300)
+    told.tell("forwarder.1", Health("relay", 2, 0, 1, [Troubled("siem", 7, "refusing", 500, 10)]))
+    picture = told.picture()
+    siem = collector(picture)
+    assert (siem.rate, siem.lost, siem.lost_rate, siem.recent) == (100.0, 10, 3.5, 7)
+    assert (siem.causes, siem.health, siem.since) == ({"refused": 10}, "refusing", 1001.5)
+    assert collector(picture, "other").lost is None
+    assert {(each.loss.place, each.loss.lost, each.recent) for each in picture.losses} == {
+        ("network", 9, 6),
+        ("way out", 1, 1),
+    }
+    assert picture.verdict.level == "error"
+    assert "refusing: siem" in picture.verdict.reasons
+    assert "lost in the last five minutes: 1 (way out), 6 (network)" in picture.verdict.reasons
+    (stream,) = picture.streams
+    assert (stream.rate, stream.byte_rate, stream.workers[0].name) == (100.0, 10_000.0, "ingest.1")
+
+
+def test_a_service_that_goes_silent_and_comes_back() -> None:
+    """A service that stops to report is silent and its numbers unknown; a new start of it has no rate at first."""
+    told = Told()
+    told.tell("gateway.1", RegistrySnapshot(1, 0, 1, [SIEM]))
+    told.everyone(sent=5)
+    assert told.picture().verdict.level in ("ok", "error")
+    picture = told.picture(SILENT_SECONDS + 0.1)
+    assert [each.name for each in picture.services if each.silent] == [each.name for each in picture.services]
+    assert collector(picture).sent is None
+    told.status("forwarder.1", {"collector/siem": {"sent": 1}}, boot=2)
+    siem = collector(told.picture())
+    assert (siem.sent, siem.rate) == (1, None)
+    assert [each.name for each in told.picture(FORGET_SECONDS - 1).services] == ["forwarder.1"]
+
+
+def test_the_accounts_are_compared_in_rounds() -> None:
+    """A comparison that comes out even says so; an equation that does not hold is told, until it does."""
+    told = Told()
+    for held in (0, 0, 3, 3, 3, 0, 0, 0):
+        for _ in range(5):
+            told.now += 1
+            told.everyone(sent=10, expected=10 + held, offered=10 + held)
+            picture = told.picture()
+        if held == 0 and told.now < 1011:
+            assert picture.balanced is not False
+    assert picture.balanced is True
+    assert picture.discrepancies == ()
+
+
+def test_a_discrepancy_is_in_the_verdict() -> None:
+    """An equation that does not hold makes the verdict an error that names it."""
+    told = Told()
+    for _ in range(12):
+        told.now += 1
+        told.everyone(sent=10, expected=13, offered=13)
+        picture = told.picture()
+    assert picture.balanced is False
+    assert any("the accounts do not add up: forwarder.1: collector/siem" in each for each in picture.verdict.reasons)
+
+
+def test_exporters_with_share_and_takers() -> None:
+    """Exporters are those of the last seconds, the busiest first, with share, and with who takes what they send."""
+    told = Told()
+    told.tell("gateway.1", RegistrySnapshot(1, 0, 1, [SIEM]))
+    ten, far = pack_address("10.1.2.3"), pack_address("192.0.2.9")
+    for _ in range(2):
+        told.tell("ingest.1", Exporters("syslog", 1.0, 100, 2, 2, [(ten, 40, 4000), (far, 10, 100)]))
+    first, second = told.picture().exporters or ()
+    assert (first.address, first.rate, first.byte_rate, first.share, first.takers) == ("10.1.2.3", 80, 8000, 0.8, 1)
+    assert (second.address, second.takers, second.workers) == ("192.0.2.9", 0, ("ingest.1",))
+    assert told.picture().streams[0].exporters == 2
+    assert told.picture(SILENT_SECONDS + 1).exporters is None
+
+
+@pytest.mark.parametrize(
+    ("cause", "kind"), [("kernel_dropped", "overflow"), ("withheld", "policy"), ("x", "unreachable")]
+)
+def test_kinds_of_causes(cause: str, kind: str) -> None:
+    """Overflow, what settings say, and what can't be reached are told apart."""
+    assert kind_of(cause) == kind
+    assert PLACES[0] == "upstream"
