@@ -8,7 +8,7 @@ import logging
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 _HIDDEN = "rich" not in sys.modules
 if _HIDDEN:
@@ -17,6 +17,16 @@ import structlog  # noqa: E402
 
 if _HIDDEN:
     del sys.modules["rich"]  # the operator's tables are drawn by it
+
+
+COLLECTOR_HEALTH: Final = "collector health changed"
+WORKER_CAME: Final = "worker came"
+WORKER_GONE: Final = "worker gone"
+LOSS_BEGAN: Final = "loss began"
+LOSS_ENDED: Final = "loss ended"
+DISCREPANCY: Final = "accounts do not add up"
+EVENTS: Final = (COLLECTOR_HEALTH, WORKER_CAME, WORKER_GONE, LOSS_BEGAN, LOSS_ENDED, DISCREPANCY)
+"""Events that programs may look for in the log: their names stay, and services/operator/README.md lists them."""
 
 
 def get_logger() -> Any:
@@ -48,13 +58,13 @@ def configure(admit: Callable[[str], int]) -> None:
 def _restrain(
     admit: Callable[[str], int], _logger: object, level: str, event: structlog.typing.EventDict
 ) -> structlog.typing.EventDict:
-    """Drop a line that was just logged, and later add how often; `event` and `cause` tell whether lines are the same.
+    """Drop a line that was just logged, and later add how often; `event`, `cause` and `of` tell what is the same.
 
     Lines that only the operator provokes are always logged: all that are below a warning, and an `answer`.
     """
     if event.pop("answer", False) or level in ("debug", "info"):
         return event
-    count = admit(f"{event['event']} {event.get('cause', '')}")
+    count = admit(f"{event['event']} {event.get('cause', '')} {event.get('of', '')}".rstrip())
     if not count:
         raise structlog.DropEvent
     return event if count == 1 else {**event, "suppressed": count - 1}

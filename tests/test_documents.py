@@ -16,6 +16,7 @@ from services.operator.client.lease import PASSING
 from services.operator.commands.ready import SERVICES
 from services.transmitter import raw_frames
 from shared import ledger
+from shared.log import EVENTS
 from shared.settings.file import render
 from shared.settings.model import DEFAULT_STREAM, SCOPES, Collector, Settings, Token
 from tests.documents import FRONT, SHOWN, blocks, defined, exists, pages, prose, sentences, tables, text, words
@@ -145,6 +146,11 @@ def test_counters_are_defined_once() -> None:
     unnamed = {word for word in glossary if word.startswith(("from_", "to_", "refused_from_"))}  # ZeroMQ's own
     assert glossary.keys() - unnamed - {"revision", "bus_repeated", "refused_ERROR"} == named - prefixes
     assert [word for word, cells in glossary.items() if len(cells) != 2 or not all(cells)] == []
+
+
+def test_events_are_defined_once() -> None:
+    """The table of events has every event whose name stays, once, and no other."""
+    assert tuple(defined("event")) == EVENTS
 
 
 def _is_there(path: str) -> bool:

@@ -4,8 +4,10 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
+from services.gateway.registry.condition import Word
 from services.gateway.registry.entry import Entry, Event
 from services.gateway.registry.registry import Registry
+from shared.log import COLLECTOR_HEALTH, get_logger
 
 KEPT_BYTES: Final = 4 * 1024 * 1024
 """Bytes of past events, for watchers that come back: some 10,000 events."""
@@ -15,6 +17,8 @@ TOLD_AT_ONCE: Final = 2000
 
 PUSHED_AT_ONCE: Final = 32 * 1024
 """Bytes: each piece is copied for each watcher that does not take it at once."""
+
+log = get_logger()
 
 Push = Callable[[bytes], None]
 """Takes whole lines that answer no request."""
@@ -30,6 +34,8 @@ class EventFeed:
         self._render = render
         self._render_health = render_health
         self._watchers: dict[int, Push] = {}
+        self._troubled: dict[str, Word] = {}
+        """The last word that was logged, of collectors in trouble."""
         self._past: deque[tuple[int, bytes]] = deque()
         self._past_bytes = 0
         self._begin = registry.commit()
@@ -63,6 +69,9 @@ class EventFeed:
         events = self._registry.pop_events()
         if not events:
             return
+        for event in events:
+            if event.kind in ("left", "expired"):
+                self._troubled.pop(event.entry.client.name, None)
         lines = [self._render(event) for event in events]
         self._remember(events, lines)
         self._push(lines)
@@ -72,8 +81,20 @@ class EventFeed:
         self._registry.refresh_conditions()
         self.push_events()  # the event that a collector has joined comes first
         changed = self._registry.pop_changed_words(TOLD_AT_ONCE)
+        for entry in changed:
+            self._log(entry)
         if changed and self._watchers:
             self._push([self._render_health(entry) for entry in changed])
+
+    def _log(self, entry: Entry) -> None:
+        """Log a word that is a trouble, or the end of one."""
+        name, word, lost = entry.client.name, entry.condition.word, entry.condition.lost
+        before = self._troubled.pop(name, "ok")
+        if word not in ("ok", "fresh"):
+            self._troubled[name] = word
+            log.warning(COLLECTOR_HEALTH, of=name, health=word, before=before, lost=lost)
+        elif before != "ok":
+            log.info(COLLECTOR_HEALTH, of=name, health=word, before=before, lost=lost)
 
     def health_lines(self) -> bytes:
         """Return a line for every collector that is not well now."""

@@ -6,11 +6,12 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+from shared.bus.loss_log import LossLog
 from shared.bus.messages import MAX_NUMBER, Envelope, Status, status_topic
 from shared.bus.pieces import Assembler, cut
 from shared.bus.zmq_sockets import Publisher
 from shared.ledger import DISCREPANCIES, Accounts, discrepancies
-from shared.log import get_logger
+from shared.log import DISCREPANCY, get_logger
 from shared.process.lifecycle import next_tick
 from shared.process.memory import Memory
 
@@ -37,6 +38,7 @@ class Reporter:
         """Discrepancies so far."""
         self._check_at = 0.0
         self.due_at = 0.0
+        self._losses = LossLog(publisher.sender)
 
     def asked_for(self, prefixes: Iterable[str]) -> bool:
         """Return whether one of these new subscriptions is for our status."""
@@ -52,6 +54,7 @@ class Reporter:
         kept = accounts()
         if now >= self._check_at:
             self._check(kept)
+            self._losses.note(kept, now)
             took = time.monotonic() - now
             self._check_at = now + max(INTERVAL_SECONDS, CHECK_SHARE * took)
         if wanted:
@@ -68,8 +71,9 @@ class Reporter:
         self.found += len(news)
         if news:
             log.error(
-                "the accounts of this service do not add up; please report it with `fanwire ledger --json`",
+                DISCREPANCY,
                 first=str(news[0]),
+                cure="please report it with `fanwire ledger --json`",
                 discrepancies=self.found,
             )
 

@@ -40,7 +40,7 @@ from shared.fanout.health_report import HealthReporter
 from shared.fanout.registry_replica import RegistryReplica
 from shared.fanout.streams import FollowedStreams
 from shared.ledger import Accounts
-from shared.log import get_logger
+from shared.log import WORKER_CAME, get_logger
 from shared.process.lifecycle import Lifecycle, Readiness
 from shared.process.memory import Memory
 from shared.process.reload import Reload
@@ -255,6 +255,10 @@ class CopyService(ABC, Generic[D]):
 
     def _report(self) -> None:
         self._streams.sort_out_silent_workers()
+        for event, worker in self._streams.came_and_gone:
+            if self.source == "relay":  # one of the two senders says it
+                (log.info if event == WORKER_CAME else log.warning)(event, of=worker)
+        self._streams.came_and_gone.clear()
         self._reporter.report(self._accounts)
 
     def _accounts(self) -> Accounts:

@@ -12,7 +12,7 @@ from shared.bus.living_workers import living_workers
 from shared.bus.messages import Envelope, Status, datagrams_topic, status_topic
 from shared.bus.zmq_sockets import Subscriber
 from shared.ledger import BASELINE, MISSED, PUBLISHED, REACHED, TAKEN, Accounts, unparse_origin
-from shared.log import get_logger
+from shared.log import WORKER_CAME, WORKER_GONE, get_logger
 
 WORKERS: Final = "ingest."
 INGEST_STATUS: Final = status_topic(WORKERS)[:-1]
@@ -46,6 +46,8 @@ class FollowedStreams:
         self._topics: dict[str, str] = {}
         self._continuity = Continuity()
         self._workers: dict[tuple[str, int], _Worker] = {}
+        self.came_and_gone: list[tuple[str, str]] = []
+        """Events not logged yet, each with a worker's name."""
         subscriber.subscribe(INGEST_STATUS)
 
     def subscribe_to(self, streams: Iterable[str]) -> None:
@@ -93,7 +95,10 @@ class FollowedStreams:
 
     def reconcile(self, envelope: Envelope, status: Status) -> dict[str, int]:
         """Compare a worker's own count with what came from it; return datagrams missed at the end, by stream."""
-        worker = self._workers.setdefault((envelope.sender, envelope.boot), _Worker())
+        worker = self._workers.get((envelope.sender, envelope.boot))
+        if worker is None:
+            worker = self._workers[envelope.sender, envelope.boot] = _Worker()
+            self.came_and_gone.append((WORKER_CAME, envelope.sender))
         worker.streams.update(name.removeprefix(STREAM) for name in status.accounts if name.startswith(STREAM))
         worker.heard_at = time.monotonic()
         self._hanging.discard(envelope.sender)
@@ -114,13 +119,16 @@ class FollowedStreams:
         """
         now = time.monotonic()
         after = now - WORKER_SECONDS
-        self._workers = {origin: worker for origin, worker in self._workers.items() if worker.heard_at > after}
+        silent = [origin for origin, worker in self._workers.items() if worker.heard_at <= after]
+        for origin in silent:
+            del self._workers[origin]
         heard = {name: self._workers[name, boot].heard_at for name, boot in self._workers}
         self._living = {name: heard.get(name, self._living.get(name, now)) for name in living_workers(self._directory)}
         hanging = {name for name, at in self._living.items() if at <= after}
         for name in sorted(hanging - self._hanging):
             log.warning("an ingest worker that runs is not heard of: it or the broker hangs", worker=name)
         self._hanging = hanging
+        self.came_and_gone += [(WORKER_GONE, name) for name, _ in silent if name not in hanging]
 
     def accounts(self) -> Accounts:
         """Return one account an origin: the count at the start, what came, what was missed, the count now."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from shared.ledger import DISCREPANCIES, PUBLISHED, REACHED, Accounts, discrepancies, is_origin, parse_origin
-from shared.monitoring.losses import Loss, losses
+from shared.losses import Loss, losses
 
 NEEDED = ("broker", "gateway", "ingest", "forwarder")
 """Services without which no copies flow."""

@@ -42,8 +42,8 @@ from shared.ledger import (
     Accounts,
     lost,
 )
+from shared.losses import causes, losses
 from shared.monitoring.balance import Balance
-from shared.monitoring.losses import causes, losses
 from shared.monitoring.picture import (
     RECENT_SECONDS,
     Collector,

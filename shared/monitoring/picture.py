@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from shared.client import Client
-from shared.monitoring.losses import Loss
+from shared.losses import Loss
 
 Level = Literal["ok", "warning", "error", "unknown"]
 Word = Literal["ok", "waiting", "unreachable", "refusing", "slow", "unknown"]
@@ -129,7 +129,7 @@ class Picture:
     at: float
     verdict: Verdict
     balanced: bool | None
-    """Whether the last comparison of all accounts came out even; None: there was none yet."""
+    """True if the last comparison of all accounts came out even; None: there was none yet."""
     discrepancies: tuple[str, ...]
     streams: tuple[Stream, ...] = ()
     collectors: tuple[Collector, ...] | None = None

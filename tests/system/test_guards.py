@@ -19,7 +19,7 @@ SERVICES = sorted(path.name for path in (CHECKOUT / "services").iterdir() if pat
 SHARED = CHECKOUT / "shared"
 LAYERS = (
     ("ledger", "log", "net"),
-    ("client",),
+    ("client", "losses"),
     ("settings", "datagrams"),
     ("process",),
     ("bus",),
@@ -88,7 +88,7 @@ PURE = (
     "shared/fanout/send_errors.py",
     "shared/ledger.py",
     "shared/monitoring/balance.py",
-    "shared/monitoring/losses.py",
+    "shared/losses.py",
     "shared/monitoring/observer.py",
     "shared/monitoring/picture.py",
     "shared/monitoring/shares.py",

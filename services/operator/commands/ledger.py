@@ -34,8 +34,8 @@ from shared.ledger import (
     lost,
     parse_origin,
 )
+from shared.losses import Loss
 from shared.monitoring.balance import Balance
-from shared.monitoring.losses import Loss
 from shared.net.printable import printable
 from shared.process.lifecycle import FAILED, OK, UNAVAILABLE, OperatorError
 from shared.settings.model import Settings

@@ -6,7 +6,7 @@ from typing import Final
 from services.operator.client.registry_client import Entry
 from services.operator.doctor.finding import Finding, error, ok, warning
 from shared.ledger import DROPPED, PROHIBITED, REFUSALS, REFUSED, UNREACHABLES, Accounts
-from shared.monitoring.losses import causes
+from shared.losses import causes
 
 NOT_LET_OUT: Final = DROPPED + "eperm"
 DENIED: Final = {

@@ -5,7 +5,7 @@ import pytest
 from shared.bus.messages import Body, Exporters, Health, Message, RegistrySnapshot, Status, Troubled
 from shared.client import Client
 from shared.ledger import Accounts, unparse_origin
-from shared.monitoring.losses import PLACES, kind_of
+from shared.losses import PLACES, kind_of
 from shared.monitoring.observer import FORGET_SECONDS, SILENT_SECONDS, Observer
 from shared.monitoring.picture import Collector, Picture
 from shared.net.addresses import pack_address

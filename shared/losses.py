@@ -20,7 +20,6 @@ from shared.ledger import (
     RATE_LIMITED,
     SOURCE_REFUSED,
     WITHHELD,
-    Accounts,
     is_loss,
     is_origin,
     parse_origin,
@@ -52,7 +51,7 @@ class Loss(NamedTuple):
     what: str
 
 
-def losses(accounts: Mapping[str, Accounts]) -> list[Loss]:
+def losses(accounts: Mapping[str, Mapping[str, Mapping[str, int]]]) -> list[Loss]:
     """Return the losses that services report, in the order of the way. `accounts` are those of each service."""
     found = [
         loss
