@@ -128,6 +128,8 @@ REFUSED: Final = DROPPED + "refused"
 """The collector's port is closed (forwarder)."""
 NOT_CONNECTED: Final = DROPPED + "not_connected"
 """There is no way to the collector's address: no route, or no such family here (forwarder)."""
+STOPPED: Final = DROPPED + "stopped"
+"""Still waited for the collector when the process ended (forwarder, transmitter)."""
 
 QUEUE_FULL: Final = DROPPED + "queue_full"
 """The interface's own queue took no more, ENOBUFS (transmitter)."""

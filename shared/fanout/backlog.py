@@ -106,6 +106,10 @@ class BacklogMemory:
         self._holders: OrderedDict[int, dict[int, Backlog]] = OrderedDict()
         """Holders of rows of a batch, by its id and theirs; the batch that came first is the first."""
 
+    def __bool__(self) -> bool:
+        """Return whether anything waits for any collector."""
+        return bool(self._holders)
+
     def add_holder(self, batch: Gathered, holding: Backlog, *, first: bool) -> None:
         """Note that `holding` holds rows of a batch, which is the newest, or with `first` the oldest."""
         if id(batch) not in self._holders:
@@ -130,7 +134,15 @@ class BacklogMemory:
         """Drop the oldest half: the process is short of memory."""
         self._shrink(self.used // 2, NO_MEMORY)
 
+    def clear(self, cause: str) -> None:
+        """Drop everything, under a cause."""
+        while self._holders:
+            self._drop_oldest(cause)
+
     def _shrink(self, most: int, cause: str = "") -> None:
         while self.used > most:
-            for holding in list(next(iter(self._holders.values())).values()):
-                holding.drop_oldest(cause)
+            self._drop_oldest(cause)
+
+    def _drop_oldest(self, cause: str) -> None:
+        for holding in list(next(iter(self._holders.values())).values()):
+            holding.drop_oldest(cause)

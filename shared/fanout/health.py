@@ -21,6 +21,7 @@ from shared.ledger import (
     REFUSED,
     SENT,
     SOURCE_REFUSED,
+    STOPPED,
     UNREACHABLES,
     WITHHELD,
     is_loss,
@@ -32,9 +33,9 @@ CAUSES: Final[Mapping[str, Trouble]] = {
     **dict.fromkeys((BUFFER_FULL, QUEUE_FULL, NO_MEMORY), "slow"),
 }
 """The trouble that each counter is a sign of."""
-HARMLESS: Final = frozenset({DESTINATION_REFUSED, SOURCE_REFUSED, RATE_LIMITED, OTHER_FAMILY})
-"""Drops by policy, or for the kind of a datagram, say nothing of the collector. Any other drop is an error of the
-kernel, whatever its name: where nothing is delivered meanwhile the collector is unreachable."""
+HARMLESS: Final = frozenset({DESTINATION_REFUSED, SOURCE_REFUSED, RATE_LIMITED, OTHER_FAMILY, STOPPED})
+"""Drops by policy, for the kind of a datagram, or by an end of the service say nothing of the collector. Any other drop
+is an error of the kernel, whatever its name: where nothing is delivered meanwhile the collector is unreachable."""
 LASTING: Final = frozenset({UNREACHABLES, REFUSALS, REFUSED, WITHHELD})
 """Signs that come from sending alone: while nothing more is sent they stay, until something was delivered."""
 EXAMINE_SECONDS: Final = 0.5

@@ -39,7 +39,7 @@ from shared.fanout.collectors import Collectors, D
 from shared.fanout.health_report import HealthReporter
 from shared.fanout.registry_replica import RegistryReplica
 from shared.fanout.streams import FollowedStreams
-from shared.ledger import Accounts
+from shared.ledger import STOPPED, Accounts
 from shared.log import WORKER_CAME, get_logger
 from shared.process.lifecycle import Lifecycle, Readiness
 from shared.process.memory import Memory
@@ -55,8 +55,10 @@ APPLY_SHARE: Final = 10
 REQUEST_SECONDS: Final = 5.0
 """A request whose revision has not come by then is from a gateway that is gone."""
 QUIET_SECONDS: Final = 0.25
-DRAIN_SECONDS: Final = 1.5
-"""After SIGTERM the workers may still flush: the drain ends when nothing has come for a while, or after this."""
+INPUT_SECONDS: Final = 1.5
+"""After SIGTERM the workers may still flush: input ends when nothing has come for a while, or after this."""
+DRAIN_SECONDS: Final = 2.75
+"""Time after SIGTERM for all of the drain: the process ends within 4 s though ZeroMQ may linger for one more."""
 
 log = get_logger()
 
@@ -271,15 +273,24 @@ class CopyService(ABC, Generic[D]):
         return {self.name.partition(".")[0]: service, **self._streams.accounts(), **self._collectors.accounts()}
 
     def _drain(self) -> None:
-        deadline = time.monotonic() + DRAIN_SECONDS
-        quiet_at = time.monotonic() + QUIET_SECONDS
-        while time.monotonic() < min(deadline, quiet_at):
+        """Send what still comes, then what waits for collectors; drop and count the rest before the last report."""
+        began = time.monotonic()
+        quiet_at, drained_by = began + QUIET_SECONDS, began + DRAIN_SECONDS
+        while (now := time.monotonic()) < min(quiet_at, began + INPUT_SECONDS):
             if self._turn():
                 quiet_at = time.monotonic() + QUIET_SECONDS
             else:
-                self._subscriber.socket.poll(50)
+                self._subscriber.socket.poll(self._pause_ms(quiet_at - now))
+        while self.held and (now := time.monotonic()) < drained_by:
+            self._work_at = now + self.work()
+            time.sleep(self._pause_ms(drained_by - now) / 1000)
+        self.held.clear(STOPPED)
         self._report()
         log.info("drained", service=self.name, accounts=self._collectors.accounts())
+
+    def _pause_ms(self, most: float) -> int:
+        """Milliseconds until there is work to do, `most` seconds at most."""
+        return int(max(0.0, min(most, self._work_at - time.monotonic())) * 1000) + 1
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

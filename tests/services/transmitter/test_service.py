@@ -687,6 +687,24 @@ def test_it_drains(start: Start) -> None:
     assert (account["sent"], account["missed"], account["expected"]) == (2, 3, 5)
 
 
+def test_what_waits_for_a_next_hop_is_sent_or_counted_at_the_end(start: Start) -> None:
+    """After SIGTERM what waits for a next hop's answer leaves once that has come; the rest is counted, none is held."""
+    bus = start()
+    bus.siem.run("ip", "link", "set", "dev", "eth", "arp", "off")
+    bus.serve(original("c"), original("nobody", "10.2.0.77"))
+    bus.worker.publish(numbered(0, 5), (ONE,))
+    bus.account_when("c", held=5)
+    bus.transmitter.process.send_signal(signal.SIGTERM)
+    bus.siem.run("ip", "link", "set", "dev", "eth", "arp", "on")
+    assert bus.transmitter.process.wait(DRAIN_SECONDS) == 0
+    accounts = bus.transmitter.events("drained")[0]["accounts"]
+    came, account = payloads(bus.wire.take()), accounts["collector/c"]
+    assert came == numbered(0, 5)[: len(came)]
+    assert (account["held"], account.get("delivered", 0)) == (0, len(came))
+    assert len(came) + account.get("dropped_no_neighbour", 0) == 5
+    assert accounts["collector/nobody"].items() >= {"held": 0, "dropped_no_neighbour": 5}.items()
+
+
 def test_without_sockets_nobody_is_promised_anything(start: Start, open_stack: OpenStack) -> None:
     """A transmitter without privilege subscribes to no question and no request, reports, and sends nothing."""
     bus = start()
