@@ -130,6 +130,8 @@ NOT_CONNECTED: Final = DROPPED + "not_connected"
 """There is no way to the collector's address: no route, or no such family here (forwarder)."""
 STOPPED: Final = DROPPED + "stopped"
 """Still waited for the collector when the process ended (forwarder, transmitter)."""
+LEFT: Final = DROPPED + "left"
+"""Waited for a collector that left, or moved, whose own account has ended (account of forwarder or transmitter)."""
 
 QUEUE_FULL: Final = DROPPED + "queue_full"
 """The interface's own queue took no more, ENOBUFS (transmitter)."""

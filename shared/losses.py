@@ -13,6 +13,7 @@ from shared.ledger import (
     EXPORTER_MISSED_FLOWS,
     EXPORTER_MISSED_RECORDS,
     KERNEL_DROPPED,
+    LEFT,
     MISSED,
     NO_MEMORY,
     OTHER_FAMILY,
@@ -85,6 +86,8 @@ def _losses(service: str, name: str, account: Mapping[str, int]) -> Iterator[Los
         for place, cause, lost in losses_of_collector(account):
             if place != "bus":  # told of the stream: it is one loss, however many collectors it was for
                 yield Loss(place, service, of, lost, cause)
+    else:
+        yield Loss("way out", service, "collectors that left", account.get(LEFT, 0), cause_of(LEFT))
 
 
 def causes(account: Mapping[str, int]) -> dict[str, int]:

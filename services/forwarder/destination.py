@@ -11,7 +11,7 @@ from typing import Final
 
 from services.forwarder.few import Few
 from services.forwarder.plan import SendPlan
-from services.forwarder.socket_options import HEADERS, open_socket, path_mtu, source_of_new_socket
+from services.forwarder.socket_options import HEADERS, mark_headers, open_socket, path_mtu, source_of_new_socket
 from shared.client import Client
 from shared.datagrams.mmsg import send
 from shared.fanout.backlog import Backlog, BacklogMemory
@@ -86,6 +86,12 @@ class Destination:
     def largest_segment(self) -> int:
         """Length up to which datagrams leave together by UDP_SEGMENT; 0: none leave together."""
         return self._path_segment if self._gso.usable else 0
+
+    def adopt(self, client: Client) -> None:
+        """Serve another entry of the same address and port from now on, with its hop limit and DSCP."""
+        self.client = client
+        if self._socket is not None:
+            mark_headers(self._socket, client)
 
     def refresh(self) -> None:
         """Connect if not connected, or if the source has changed; read ICMP errors, and the path's MTU."""

@@ -110,6 +110,9 @@ class ForwarderService(CopyService[Destination]):
     def _release(self, destination: Destination, now: float) -> bool:
         """Send a collector's waiting rows, oldest first, if it is time to try; return whether all of them have left."""
         first, longest = RETRY_SECONDS
+        if destination.held.paused:
+            self._stalled[destination] = longest, now + longest
+            return False
         pause, due_at = self._stalled.get(destination, (first, 0.0))
         while destination.held and now >= due_at:
             held = destination.held.pop_oldest()
@@ -127,7 +130,7 @@ class ForwarderService(CopyService[Destination]):
         now = time.monotonic()
         for destination in list(self._stalled):
             destination.held.expire(now)
-            if self._release(destination, now):
+            if not destination.held or self._release(destination, now):
                 del self._stalled[destination]
         return max(0.0, min((due_at for _, due_at in self._stalled.values()), default=math.inf) - now)
 

@@ -36,13 +36,18 @@ def open_socket(client: Client, send_buffer: int) -> socket.socket:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 0)  # never read: neither answers nor errors pile up
         sock.setsockopt(*RECVERR[sock.family], 1)
         sock.setsockopt(*MTU_DISCOVER[sock.family], PMTUDISC_DONT)
-        for option, value in zip(HEADER_OPTIONS[sock.family], (client.hop_limit, client.dscp << 2), strict=True):
-            sock.setsockopt(*option, value)
+        mark_headers(sock, client)
         sock.connect((client.address, client.port))
     except OSError:
         sock.close()
         raise
     return sock
+
+
+def mark_headers(sock: socket.socket, client: Client) -> None:
+    """Give a collector's copies its hop limit and DSCP."""
+    for option, value in zip(HEADER_OPTIONS[sock.family], (client.hop_limit, client.dscp << 2), strict=True):
+        sock.setsockopt(*option, value)
 
 
 def source_of_new_socket(client: Client) -> str:

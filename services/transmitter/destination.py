@@ -55,6 +55,11 @@ class Destination:
         self._addressing_of: bytes | None = None
         self.held = Backlog(account, NO_NEIGHBOUR, HELD_SECONDS, HELD_ROWS, HELD_BYTES, memory)
 
+    def adopt(self, client: Client) -> None:
+        """Serve another entry of the same address and port from now on, with its hop limit and DSCP."""
+        self.client = client
+        self._addressing = None
+
     @property
     def egress(self) -> Egress:
         """The way there as of now."""
@@ -103,5 +108,5 @@ class Destination:
         self.unreachable = lost
 
     def close(self) -> None:
-        """Drop datagrams that still wait: the collector has gone, or has changed."""
+        """Drop datagrams that still wait: the collector has gone, or has moved."""
         self.held.drop()

@@ -235,7 +235,7 @@ class Sender:
             egress = destination.egress
             if egress.kind is EgressKind.NONE:
                 destination.held.drop(egress.cause)
-            elif destination.must_wait(egress):
+            elif destination.held.paused or destination.must_wait(egress):
                 destination.held.expire(now)
             else:
                 self._release(destination, egress)

@@ -37,9 +37,9 @@ class CollectorRoute:
     """A collector as the router sees it. `matched` counts the rows that reached its sampling, for 1-in-N."""
 
     client: Client
+    matched: int = 0
     networks: tuple[Network, ...] = field(init=False)
     seed: np.uint64 = field(init=False)
-    matched: int = 0
 
     def __post_init__(self) -> None:
         self.networks = disjoint(self.client.prefixes)
@@ -60,15 +60,14 @@ class Router:
         self._by_stream: dict[str, _StreamRoutes] = {}
 
     def replace(self, clients: Iterable[Client]) -> None:
-        """Route to these collectors from now on; one that did not change keeps its place in its sampling."""
-        before = self._routes
+        """Route to these collectors from now on; one at the same address and port keeps its place in its sampling."""
+        before, self._routes = self._routes, {}
         self._by_stream.clear()
-        self._routes = {
-            client.name: known
-            if (known := before.get(client.name)) and known.client == client
-            else CollectorRoute(client)
-            for client in clients
-        }
+        for client in clients:
+            known = before.get(client.name)
+            if known and known.client != client:
+                known = CollectorRoute(client, known.matched) if _samples_alike(known.client, client) else None
+            self._routes[client.name] = known or CollectorRoute(client)
 
     def clients(self, stream: str) -> list[Client]:
         """The collectors that want a stream."""
@@ -123,6 +122,10 @@ class _StreamRoutes:
 def takes_all(client: Client) -> bool:
     """Return whether a client takes every row of its streams."""
     return not client.prefixes and not _picks(client)
+
+
+def _samples_alike(one: Client, other: Client) -> bool:
+    return (one.address, one.port, one.sample) == (other.address, other.port, other.sample)
 
 
 def _picks(client: Client) -> bool:

@@ -31,7 +31,8 @@ class Held:
 class Backlog:
     """The rows that one collector waits for, with limits on rows, on bytes of the batches they are in, and on seconds.
 
-    Rows beyond a limit are dropped under `cause`; `memory` is shared with the other collectors.
+    Rows beyond a limit are dropped under `cause`; `memory` is shared with the other collectors. While it is `paused`
+    nothing of it is to be sent: its collector has left, and may come back.
     """
 
     account: Counter[str]
@@ -40,8 +41,10 @@ class Backlog:
     most_rows: int
     most_bytes: int
     memory: "BacklogMemory"
+    paused: bool = False
     _queue: deque[Held] = field(default_factory=deque)
     _bytes: int = 0
+    _rows: int = 0
 
     def __bool__(self) -> bool:
         """Return whether anything waits."""
@@ -57,13 +60,14 @@ class Backlog:
         now = time.monotonic()
         self._put(Held(batch, rows, now + self.seconds))
         self.expire(now)
-        while self.account[HELD] > self.most_rows or self._bytes > self.most_bytes:
+        while self._rows > self.most_rows or self._bytes > self.most_bytes:
             self.drop_oldest()
         self.memory.make_room()
 
     def _put(self, held: Held, *, first: bool = False) -> None:
         (self._queue.appendleft if first else self._queue.append)(held)
         self.account[HELD] += held.count
+        self._rows += held.count
         self._bytes += held.batch.payload_bytes
         self.memory.add_holder(held.batch, self, first=first)
 
@@ -71,6 +75,7 @@ class Backlog:
         """Remove and return the oldest."""
         held = self._queue.popleft()
         self.account[HELD] -= held.count
+        self._rows -= held.count
         self._bytes -= held.batch.payload_bytes
         self.memory.remove_holder(held.batch, self)
         return held

@@ -1,25 +1,36 @@
 """The collectors that one service sends copies to: their destinations, the routes to them, and the account of each."""
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from typing import Final, Generic, Protocol, TypeVar
 
 from shared.client import ALL_STREAMS, Client
 from shared.datagrams.gathered import Gathered
 from shared.datagrams.routing import ALL_ROWS, Router, Selection, takes_all
+from shared.fanout.backlog import Backlog
 from shared.fanout.health import Checkup, Symptom
-from shared.ledger import EXPECTED, FILTERED, MISSED, OFFERED, SAMPLED_OUT, SHARED_OUT, Accounts
+from shared.ledger import EXPECTED, FILTERED, MISSED, OFFERED, SAMPLED_OUT, SHARED_OUT, Accounts, dropped
+
+RETURN_SECONDS: Final = 10.0
+"""Time for which a collector that has left may come back to its socket, queue and account: its connection was lost."""
+MAX_DEPARTED: Final = 256
+"""Collectors kept for that; the first to leave go first."""
 
 
 class Destination(Protocol):
     """The way in which one collector is reached."""
 
     client: Client
+    held: Backlog
 
     @property
     def unreachable(self) -> bool:
         """Return whether the way to it is known to be broken now."""
+
+    def adopt(self, client: Client) -> None:
+        """Serve another entry of the same address and port from now on."""
 
     def refresh(self) -> None:
         """Check, with every look, what may have changed on the way there."""
@@ -35,16 +46,26 @@ D = TypeVar("D", bound=Destination)
 class Served(Generic[D]):
     """A collector being served.
 
-    `baseline` counts the datagrams that its streams had carried when it signed up, and `unseen` those that had reached
-    us. `passed` counts those since then that its prefixes let pass, where it has any or takes only some of them.
+    Its account is complete up to a moment: `baseline` counts the datagrams that its streams had carried by then, and
+    `unseen` those that had reached us. `passed` counts those since then that its prefixes let pass, where it has any or
+    takes only some of them.
     """
 
     destination: D
     account: Counter[str]
-    baseline: int
-    unseen: int
+    baseline: int = 0
+    unseen: int = 0
     passed: int = 0
     checkup: Checkup = field(default_factory=Checkup)
+
+
+@dataclass(slots=True)
+class _Departed(Generic[D]):
+    """A collector that has left, until when it may come back, and the drops that its account ended with."""
+
+    served: Served[D]
+    until: float
+    dropped: int
 
 
 class Collectors(Generic[D]):
@@ -66,6 +87,9 @@ class Collectors(Generic[D]):
         """Datagrams that came, by stream, whether anybody got them or not."""
         self._reach = reach
         self._served: dict[str, Served[D]] = {}
+        self._departed: dict[str, _Departed[D]] = {}
+        self.left = 0
+        """Datagrams that waited for collectors that left, or moved."""
         self._router = Router()
 
     def set_streams(self, streams: Iterable[str]) -> None:
@@ -73,19 +97,78 @@ class Collectors(Generic[D]):
         self._streams = tuple(streams)
 
     def replace(self, clients: Iterable[Client]) -> None:
-        """Serve these collectors from now on; one that did not change keeps its destination and its account."""
-        kept: dict[str, Served[D]] = {}
+        """Serve these collectors from now on.
+
+        One that has changed, but not its address and port, keeps its destination and its account. So does one that left
+        a moment ago: its waiting copies stayed until now.
+        """
+        before, self._served = self._served, {}
         for client in clients:
-            known = self._served.get(client.name)
-            if known and known.destination.client == client:
-                kept[client.name] = self._served.pop(client.name)
-            else:
-                account: Counter[str] = Counter()
-                baseline, unseen = self._of_streams(self._published, client), self._of_streams(self._routed, client)
-                kept[client.name] = Served(self._reach(client, account), account, baseline, unseen)
-        self.close()
-        self._served = kept
-        self._router.replace(served.destination.client for served in kept.values())
+            self._served[client.name] = self._serve(client, before.pop(client.name, None))
+        until = time.monotonic() + RETURN_SECONDS
+        for name, served in before.items():
+            self._settle(served)
+            served.destination.held.paused = True
+            self._departed[name] = _Departed(served, until, dropped(served.account))
+        self._close_departed()
+        self._router.replace(served.destination.client for served in self._served.values())
+
+    def _serve(self, client: Client, known: Served[D] | None) -> Served[D]:
+        if known and known.destination.client == client:
+            return known
+        if known:
+            self._settle(known)
+        elif departed := self._departed.pop(client.name, None):
+            known = departed.served
+        if known and _place(known.destination.client) == _place(client):
+            known.destination.adopt(client)
+            known.destination.held.paused = False
+        else:
+            if known:
+                self._close(known, dropped(known.account))
+            account: Counter[str] = Counter()
+            known = Served(self._reach(client, account), account)
+        self._begin(known)
+        return known
+
+    def _close(self, served: Served[D], dropped_before: int) -> None:
+        """Close a destination whose account has ended with `dropped_before`; count what waited for it."""
+        served.destination.close()
+        self.left += dropped(served.account) - dropped_before
+
+    def _close_departed(self) -> None:
+        """Close those that have been away for too long, and the first ones beyond a number."""
+        now = time.monotonic()
+        for name, departed in list(self._departed.items()):
+            if departed.until <= now or len(self._departed) > MAX_DEPARTED:
+                self._close(departed.served, departed.dropped)
+                del self._departed[name]
+
+    def forget_departed(self) -> None:
+        """Wait no longer for collectors that have left."""
+        for departed in self._departed.values():
+            self._close(departed.served, departed.dropped)
+        self._departed = {}
+
+    def _begin(self, served: Served[D]) -> None:
+        """Let what comes from now on be counted for a collector."""
+        client = served.destination.client
+        served.baseline, served.unseen = (
+            self._of_streams(self._published, client),
+            self._of_streams(self._routed, client),
+        )
+        served.passed = 0
+
+    def _settle(self, served: Served[D]) -> None:
+        """Count what has come for a collector since this was done last."""
+        # All collectors of a stream are offered the same, so nothing is counted for one that gets nothing of a batch.
+        client, account = served.destination.client, served.account
+        offered = self._of_streams(self._routed, client) - served.unseen
+        account[EXPECTED] += self._of_streams(self._published, client) - served.baseline
+        account[OFFERED] += offered
+        if not takes_all(client):
+            account[FILTERED] += offered - served.passed
+        self._begin(served)
 
     def streams_wanted(self) -> set[str]:
         """The streams that any collector wants.
@@ -120,6 +203,7 @@ class Collectors(Generic[D]):
         """Let each destination check its way again."""
         for served in self._served.values():
             served.destination.refresh()
+        self._close_departed()
 
     def examine(self, now: float) -> Iterator[tuple[Client, Symptom | None, int]]:
         """Examine each collector; yield those that have a trouble, or have lost datagrams, with how many."""
@@ -131,19 +215,17 @@ class Collectors(Generic[D]):
 
     def accounts(self) -> Accounts:
         """Return one account a collector."""
-        return {f"collector/{name}": self._account(served) for name, served in self._served.items()}
-
-    def _account(self, served: Served[D]) -> dict[str, int]:
-        # All collectors of a stream are offered the same, so nothing is counted for one that gets nothing of a batch.
-        client = served.destination.client
-        offered = self._of_streams(self._routed, client) - served.unseen
-        account = {**served.account, OFFERED: offered}
-        if not takes_all(client):
-            account[FILTERED] = offered - served.passed
-        return {**account, EXPECTED: self._of_streams(self._published, client) - served.baseline}
+        for served in self._served.values():
+            self._settle(served)
+        return {f"collector/{name}": dict(served.account) for name, served in self._served.items()}
 
     def close(self) -> None:
         """Close all destinations."""
         for served in self._served.values():
             served.destination.close()
         self._served = {}
+        self.forget_departed()
+
+
+def _place(client: Client) -> tuple[str, int]:
+    return client.address, client.port

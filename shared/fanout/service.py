@@ -39,7 +39,7 @@ from shared.fanout.collectors import Collectors, D
 from shared.fanout.health_report import HealthReporter
 from shared.fanout.registry_replica import RegistryReplica
 from shared.fanout.streams import FollowedStreams
-from shared.ledger import STOPPED, Accounts
+from shared.ledger import LEFT, STOPPED, Accounts
 from shared.log import WORKER_CAME, get_logger
 from shared.process.lifecycle import Lifecycle, Readiness
 from shared.process.memory import Memory
@@ -268,6 +268,7 @@ class CopyService(ABC, Generic[D]):
             "revision": max(0, self._replica.revision),
             "bus_rejected": sum(self._subscriber.rejected.values()),
             "bus_repeated": self._streams.repeated,
+            LEFT: self._collectors.left,
             **self.own_account(),
         }
         return {self.name.partition(".")[0]: service, **self._streams.accounts(), **self._collectors.accounts()}
@@ -281,6 +282,7 @@ class CopyService(ABC, Generic[D]):
                 quiet_at = time.monotonic() + QUIET_SECONDS
             else:
                 self._subscriber.socket.poll(self._pause_ms(quiet_at - now))
+        self._collectors.forget_departed()
         while self.held and (now := time.monotonic()) < drained_by:
             self._work_at = now + self.work()
             time.sleep(self._pause_ms(drained_by - now) / 1000)
