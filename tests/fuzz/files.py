@@ -1,6 +1,7 @@
 """The files that an operator writes or hands over: settings, tokens, keys, other replicators' receivers."""
 
 import argparse
+import io
 import os
 import re
 import socket
@@ -18,6 +19,7 @@ from services.gateway.admission.tokens_file import read_tokens
 from services.gateway.protocol.requests import RequestError
 from services.operator.importing import command as importing
 from shared.bus.curve_keys import ROLES, load_keys, load_roles
+from shared.capture.reader import CaptureError, CaptureReader
 from shared.process.lifecycle import BAD_SETTINGS, FAILED, OK, OperatorError
 from shared.settings.file import load, render
 from shared.settings.model import Gateway, Settings, SettingsError
@@ -161,3 +163,16 @@ def samplicator(data: bytes) -> None:
 def pmacct(data: bytes) -> None:
     """A file of pmacct's tee_receivers."""
     _import("pmacct", data)
+
+
+def capture(data: bytes) -> None:
+    """A capture, of each format and byte order, gives datagrams and causes of skipped packets, or it is one line."""
+    reader = CaptureReader(io.BytesIO(data))
+    try:
+        for each in reader:
+            assert (len(each.source), len(each.destination)) == (16, 16)
+            assert each.payload in data
+    except CaptureError as error:
+        check_line(error)
+    for cause in reader.skipped:
+        assert cause.isprintable()
