@@ -1,3 +1,5 @@
+import errno
+import os
 import socket
 from contextlib import ExitStack
 from typing import Any
@@ -19,6 +21,12 @@ sizes = st.sampled_from([0, 1, 40, 100, 100, 100, 1464, 1472, 1473, 9000])
 payloads = st.lists(st.tuples(sizes, st.integers(1, 9)), min_size=1, max_size=9) | st.tuples(
     sizes, st.integers(65, 200)
 ).map(lambda run: [run])
+
+ERRORS = (
+    0, 0, 0, errno.EAGAIN, errno.ENOBUFS, errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.EMSGSIZE, errno.EINVAL,
+    errno.EIO, errno.EPERM, errno.ENOMEM,
+)  # fmt: skip
+"""Answers of the kernel to one send; 0: it is taken."""
 
 
 def drain(sock: socket.socket) -> list[bytes]:
@@ -55,6 +63,30 @@ def test_few_leave_as_many_do(lab: None, found: list[tuple[int, int]], segmentat
                 outcomes.append((accounts, [drain(sink) for sink in sinks]))
     assert outcomes[0] == outcomes[1]
     assert outcomes[0][1][0] == outcomes[0][1][1]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(payloads, st.booleans(), st.lists(st.sampled_from(ERRORS), min_size=1, max_size=12))
+def test_an_error_on_the_way_of_few_costs_and_doubles_nothing(
+    lab: None, found: list[tuple[int, int]], segmentation: bool, errors: list[int]
+) -> None:
+    """When a send of few datagrams fails at any place with any error, the way of many goes on from just there."""
+    sent = [bytes([number % 255 + 1]) * size for size, count in found for number in range(count)]
+    original, failing = socket.socket.sendmsg, list(errors)
+
+    def sendmsg(self: socket.socket, *arguments: Any) -> int:
+        if failing and (error := failing.pop(0)):
+            raise OSError(error, os.strerror(error))
+        return original(self, *arguments)
+
+    with ExitStack() as opened, pytest.MonkeyPatch.context() as patched:
+        patched.setattr(socket.socket, "sendmsg", sendmsg)
+        sink = listen(opened)
+        account = Sent(opened, make_client("c", sink.getsockname()[1]), segmentation=segmentation).send(
+            make_batch(sent)
+        )["collector/c"]
+        assert drain(sink) == sent
+        assert (account["sent"], account["bytes"]) == (len(sent), sum(map(len, sent)))
 
 
 @given(payloads, st.sampled_from([0, 100, 1472]), st.data())
