@@ -12,10 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: run test quick lint soak fuzz bench bench-check clean
 
 run: $(VENV)/installed
-	@! fanwire ready broker --timeout 0.2 >/dev/null 2>&1 || { \
-	  echo "fanwire is running already; a second copy needs a [bus] directory and ports of its own"; exit 1; }
-	@trap : INT TERM; fanwire ready --hint & hint=$$!; honcho start; code=$$?; \
-	  kill $$hint 2>/dev/null; wait $$hint 2>/dev/null; [ $$code = 130 ] || exit $$code  # 130: Ctrl-C
+	@exec fanwire run --hint
 
 test: lint
 	pytest -m 'not soak' -n $(TEST_WORKERS) --maxschedchunk 4

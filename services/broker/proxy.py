@@ -27,7 +27,7 @@ from shared.bus.zmq_sockets import (
 from shared.ledger import FILES_RESTORED, SUBSCRIBERS_CUT
 from shared.log import get_logger
 from shared.net.addresses import Endpoint
-from shared.process.lifecycle import Lifecycle, Watchdog
+from shared.process.lifecycle import Lifecycle, Manager, Watchdog
 from shared.process.memory import Memory
 from shared.process.reload import Reload
 
@@ -188,7 +188,7 @@ class Proxy:
 
     def supervise(self, lifecycle: Lifecycle, reload: Reload) -> None:
         """Report, and watch over memory, until told to drain; then wait until the rest of the stack is silent."""
-        watchdog = Watchdog()
+        watchdog, manager = Watchdog(), Manager()
         reporter = Reporter(self._publisher, self._memory)
         poller = zmq.Poller()
         poller.register(lifecycle.fileno(), zmq.POLLIN)
@@ -205,6 +205,7 @@ class Proxy:
                 self._restore_files()
                 self._report(reporter)
                 watchdog.feed()
+                manager.check()
         self._drain()
 
     def _report(self, reporter: Reporter) -> None:

@@ -21,6 +21,7 @@ COMMANDS: Final = {
     **{name: f"commands.{name}" for name in ("keys", "token", "ledger")},
     "doctor": "doctor.command",
     "ready": "commands.ready",
+    **dict.fromkeys(("run", "stop"), "commands.run"),
 }
 """The module of each command. Only that one is imported: the imports of another may take long to load."""
 
@@ -62,7 +63,7 @@ def make_parser(command: str = "") -> Parser:
     parser = Parser(
         "fanwire",
         "UDP telemetry in; a copy to every collector that signed up.",
-        epilog=f"services: fanwire {'|'.join(SERVICES)} runs one (--help, --config); `honcho start` runs all",
+        epilog=f"services: fanwire {'|'.join(SERVICES)} runs one (--help, --config); `fanwire run` runs all",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)

@@ -44,7 +44,7 @@ WITHOUT: Final = 'no raw sockets: copies with source = "original" and raw frames
 CURES: Final = {
     errno.EPERM: "CAP_NET_RAW is missing: let root start it, or its systemd unit, or `setpriv --reuid USER --regid "
     "GROUP --init-groups --inh-caps +net_raw --ambient-caps +net_raw fanwire transmitter`; to try it out, `unshare "
-    "-Urn sh -c 'ip link set lo up; honcho start'`; in a container NET_RAW must be effective for its user; a setcap on "
+    "-Urn sh -c 'ip link set lo up; fanwire run'`; in a container NET_RAW must be effective for its user; a setcap on "
     "python counts for nothing under no_new_privs",
     errno.EACCES: "a security module forbids it: see `aa-status` (AppArmor) or `ausearch -m avc` (SELinux)",
     errno.EAFNOSUPPORT: "the kernel has no AF_PACKET, or RestrictAddressFamilies= of a systemd unit leaves it out",

@@ -11,6 +11,7 @@ import contextlib
 import gc
 import os
 import resource
+import select
 import signal
 import socket
 import sys
@@ -38,6 +39,10 @@ BAD_SETTINGS: Final = 78
 
 BROKER_PATIENCE_SECONDS: Final = 2.0
 """Time that a service waits for a broker in silence: services started together find each other sooner."""
+
+MANAGER_SECONDS: Final = 1.0
+MANAGER_PID: Final = "FANWIRE_MANAGER_PID"
+"""Environment variable with the process that runs all services together (`fanwire run`): they end with it."""
 
 log = get_logger()
 
@@ -188,8 +193,35 @@ class Watchdog:
             notify("WATCHDOG=1", socket.MSG_DONTWAIT)  # a manager that is busy must not hold up the loop
 
 
+class Manager:
+    """The process that runs all services together, if there is one: without it nobody could stop them by one signal."""
+
+    def __init__(self) -> None:
+        self._check_at = float("inf")
+        if pid := os.environ.get(MANAGER_PID):
+            self._check_at = 0.0
+            try:
+                self._process: int | None = os.pidfd_open(int(pid))
+            except OSError:  # it has ended already
+                self._process = None
+
+    def check(self) -> None:
+        """Send this process SIGTERM once the manager has ended, however it has ended. Looks once a second."""
+        now = time.monotonic()
+        if now < self._check_at:
+            return
+        self._check_at = now + MANAGER_SECONDS
+        if self._process is None or select.select([self._process], [], [], 0)[0]:
+            self._check_at = float("inf")
+            log.warning("the process that ran all services has ended: this one ends too")
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 class Readiness:
-    """Logs once that a service is ready; if that takes long, logs once why it waits. Feeds the watchdog."""
+    """Logs once that a service is ready; if that takes long, logs once why it waits.
+
+    Feeds the watchdog, and heeds the end of the manager.
+    """
 
     def __init__(self, service: str, bus: Bus, broker_observed: Callable[[], bool]) -> None:
         self._service = service
@@ -197,11 +229,13 @@ class Readiness:
         self._broker_observed = broker_observed
         self._warn_at = time.monotonic() + BROKER_PATIENCE_SECONDS
         self._watchdog = Watchdog()
+        self._manager = Manager()
         self._ready = False
 
     def check(self, **facts: object) -> None:
         """Check whether the broker has been observed, and feed the watchdog: call it after every turn of the loop."""
         self._watchdog.feed()
+        self._manager.check()
         if self._ready:
             return
         if self._broker_observed():

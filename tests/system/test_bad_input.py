@@ -141,4 +141,4 @@ def test_operator_commands_without_a_broker_say_so(stack: Stack) -> None:
         running = stack.operator(command)
         assert running.process.wait(60) == os.EX_UNAVAILABLE
         assert len(running.text.splitlines()) == 1
-        assert "make run" in running.text
+        assert "fanwire run" in running.text

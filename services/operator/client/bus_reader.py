@@ -22,7 +22,7 @@ def connected(settings: Settings) -> Iterator[tuple[zmq.Context[zmq.Socket[bytes
     if not broker_is_up(settings.bus.path, link):
         where = settings.bus.connect or settings.bus.path
         raise OperatorError(
-            UNAVAILABLE, f"no broker at {where}; is fanwire running? start it with `make run` or `honcho start`"
+            UNAVAILABLE, f"no broker at {where}; is fanwire running? start it with `fanwire run`"
         )
     context = new_context()
     try:

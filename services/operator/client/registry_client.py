@@ -79,7 +79,7 @@ class UnreachableError(OperatorError):
     """There is no gateway, or it went away."""
 
     def __init__(self, endpoint: Endpoint, reason: str) -> None:
-        cure = "is fanwire running? start it with `make run` or `honcho start`, or name another by --gateway"
+        cure = "is fanwire running? start it with `fanwire run`, or name another by --gateway"
         if endpoint.scheme == "tls":
             cure = "is it running, and does it take this certificate? its log says why a handshake failed"
         super().__init__(UNAVAILABLE, f"no gateway at {endpoint} ({reason}); {cure}")

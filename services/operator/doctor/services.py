@@ -16,7 +16,7 @@ from shared.settings.model import Settings
 SPARE_DESCRIPTORS: Final = 64
 """Descriptors that a service has open besides connections or collectors, rounded up."""
 ONE_ONLY: Final = ("forwarder", "transmitter")
-START: Final = "`systemctl start fanwire.target`, or `honcho start`"
+START: Final = "`systemctl start fanwire.target`, or `fanwire run`"
 RESTART: Final = "restart it, or if `ps -eo pid,stat,args` shows T for it, `kill -CONT PID`; not running: " + START
 
 
@@ -118,7 +118,7 @@ def _alone(facts: ServiceFacts) -> Iterator[Finding]:
     several = [kind for kind in ONE_ONLY if running[kind] > 1]
     for kind in several:
         why = f"{running[kind]} of them run, and collectors get every copy from each"
-        yield error("one_sender", why, f"stop all but one: honcho start -c {kind}=1", kind)
+        yield error("one_sender", why, f"stop all but one", kind)
     if not several:
         yield ok("one_sender", "no copies are sent twice")
 

@@ -130,7 +130,7 @@ def test_without_a_broker_is_69(stack: Stack, command: tuple[str, ...]) -> None:
     code, text = run(stack, *command)
     assert (code, len(text.splitlines())) == (69, 1)
     assert f"no broker at {stack.bus}" in text
-    assert "honcho start" in text
+    assert "fanwire run" in text
 
 
 @pytest.mark.parametrize(
