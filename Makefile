@@ -53,17 +53,17 @@ $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/installed: pyproject.toml $(VENV)/bin/pip
-	pip install --quiet --disable-pip-version-check --editable .
+	pip install --quiet --disable-pip-version-check --editable '.[console]'
 	@touch $@
 
 $(VENV)/installed-for-tests: pyproject.toml $(VENV)/bin/pip
-	pip install --quiet --disable-pip-version-check --editable '.[test]'
+	pip install --quiet --disable-pip-version-check --editable '.[test,console]'
 	@touch $@ $(VENV)/installed
 
 $(VENV)/installed-for-fuzzing: pyproject.toml $(VENV)/bin/pip
-	pip install --quiet --disable-pip-version-check --editable '.[test,fuzz]'
+	pip install --quiet --disable-pip-version-check --editable '.[test,console,fuzz]'
 	@touch $@ $(VENV)/installed $(VENV)/installed-for-tests
 
 $(VENV)/installed-for-benchmarks: pyproject.toml $(VENV)/bin/pip
-	pip install --quiet --disable-pip-version-check --editable '.[test,bench]'
+	pip install --quiet --disable-pip-version-check --editable '.[test,console,bench]'
 	@touch $@ $(VENV)/installed $(VENV)/installed-for-tests

@@ -23,6 +23,7 @@ TOPICS: Final[dict[str, frozenset[str]]] = {
     "ingest": frozenset(),
     "forwarder": frozenset({health_topic("relay")}),
     "transmitter": frozenset({health_topic("original")}),
+    "console": frozenset(),
     "operator": frozenset({TRANSMIT_TOPIC}),
 }
 """Whole topics; every role but `operator` also has the topic of its own status."""

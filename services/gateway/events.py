@@ -34,8 +34,8 @@ class EventFeed:
         self._render = render
         self._render_health = render_health
         self._watchers: dict[int, Push] = {}
-        self._troubled: dict[str, Word] = {}
-        """The last word that was logged, of collectors in trouble."""
+        self._words: dict[str, Word] = {}
+        """The last word of each collector that has been served, for the log."""
         self._past: deque[tuple[int, bytes]] = deque()
         self._past_bytes = 0
         self._begin = registry.commit()
@@ -71,7 +71,7 @@ class EventFeed:
             return
         for event in events:
             if event.kind in ("left", "expired"):
-                self._troubled.pop(event.entry.client.name, None)
+                self._words.pop(event.entry.client.name, None)
         lines = [self._render(event) for event in events]
         self._remember(events, lines)
         self._push(lines)
@@ -89,11 +89,13 @@ class EventFeed:
     def _log(self, entry: Entry) -> None:
         """Log a word that is a trouble, or the end of one."""
         name, word, lost = entry.client.name, entry.condition.word, entry.condition.lost
-        before = self._troubled.pop(name, "ok")
-        if word not in ("ok", "fresh"):
-            self._troubled[name] = word
+        before = self._words.get(name)
+        if word == "fresh" or (word == "waiting" and before is None):
+            return  # it is not served yet
+        self._words[name] = word
+        if word != "ok":
             log.warning(COLLECTOR_HEALTH, of=name, health=word, before=before, lost=lost)
-        elif before != "ok":
+        elif before is not None:
             log.info(COLLECTOR_HEALTH, of=name, health=word, before=before, lost=lost)
 
     def health_lines(self) -> bytes:

@@ -15,7 +15,6 @@ from services.gateway.admission.decision import Admission, decide_configured
 from services.gateway.admission.destinations import Destinations
 from services.gateway.admission.readmission import find_excess
 from services.gateway.admission.tokens import Tokens
-from services.gateway.admission.tokens_file import read_tokens
 from services.gateway.bus.announcer import Announcer
 from services.gateway.bus.transmissions import Transmissions
 from services.gateway.counters import (
@@ -54,6 +53,7 @@ from shared.process.lifecycle import (
 )
 from shared.process.memory import Memory
 from shared.process.reload import Reload
+from shared.process.tokens_file import read_tokens
 from shared.settings.model import Settings, Token
 from shared.settings.own_listeners import udp_listeners
 

@@ -33,6 +33,7 @@ from shared.ledger import (
     MEMORY,
     MEMORY_CEILING,
     MEMORY_MOST,
+    MISSED,
     NO_SUBSCRIBER,
     PUBLISHED,
     RECEIVED,
@@ -40,6 +41,7 @@ from shared.ledger import (
     SENT,
     SHARED_OUT,
     Accounts,
+    is_origin,
     lost,
 )
 from shared.losses import causes, losses
@@ -223,7 +225,13 @@ class Observer:
                 causes(total),
                 tuple(client.name for client in self.clients.values() if client.wants(stream)),
                 tuple(
-                    Worker(worker, account.get(RECEIVED, 0), self._told[worker].rate(name, RECEIVED))
+                    Worker(
+                        worker,
+                        account.get(RECEIVED, 0),
+                        self._told[worker].rate(name, RECEIVED),
+                        account,
+                        causes(account),
+                    )
                     for worker, account in sorted(by_worker.items())
                 ),
                 self._shares.count_of(stream),
@@ -246,7 +254,7 @@ class Observer:
             self._words[key] = health, since
             name = f"collector/{client.name}"
             if service is None:
-                unknown = (None,) * 8
+                unknown = (None,) * 9
                 yield Collector(client, health, since, None, *unknown, {}, None)
                 continue
             told, account = self._told[service], accounts[service][name]
@@ -263,6 +271,7 @@ class Observer:
                 since,
                 service,
                 account.get(SENT, 0),
+                account.get(BYTES, 0),
                 told.rate(name, SENT),
                 told.rate(name, BYTES),
                 account.get(EXPECTED, 0),
@@ -305,6 +314,7 @@ class Observer:
                 own.get(MEMORY_MOST),
                 own.get(MEMORY_CEILING),
                 own.get(DISCREPANCIES, 0),
+                sum(origins) if (origins := list(_missed(report.accounts))) else None,
                 dict(own),
             )
 
@@ -317,6 +327,10 @@ class Observer:
             past.note(now, loss.lost, began=0 if loss.service in self._seen else loss.lost)
             yield RecentLoss(loss, past.recent(loss.lost))
         self._past, self._seen = kept, set(self._told)
+
+
+def _missed(accounts: Accounts) -> Iterator[int]:
+    yield from (account.get(MISSED, 0) for name, account in accounts.items() if is_origin(name))
 
 
 def _silent(told: _Told, now: float) -> bool:

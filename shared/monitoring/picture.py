@@ -23,6 +23,8 @@ class Worker:
     name: str
     received: int
     rate: float | None
+    account: dict[str, int]
+    causes: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,7 @@ class Collector:
     sender: str | None
     """The service that reports its account."""
     sent: int | None
+    bytes: int | None
     rate: float | None
     byte_rate: float | None
     expected: int | None
@@ -85,6 +88,8 @@ class Exporter:
     workers: tuple[str, ...]
     takers: int
     """Collectors that its datagrams go to, before sampling and sharing."""
+    by_stream: dict[str, float]
+    """`rate` by stream."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +107,8 @@ class Service:
     memory_most: int | None
     memory_ceiling: int | None
     discrepancies: int
+    missed: int | None
+    """Datagrams that never came by the bus; None: it takes none."""
     account: dict[str, int]
     """The service's own account."""
 

@@ -52,7 +52,8 @@ class Shares:
         if version != self._filters_of:
             self._filters, self._filters_of = _filters_by_stream(clients), version
         rates: defaultdict[bytes, list[float]] = defaultdict(lambda: [0.0, 0.0])
-        places: defaultdict[bytes, set[tuple[str, str]]] = defaultdict(set)
+        workers: defaultdict[bytes, set[str]] = defaultdict(set)
+        by_stream: defaultdict[bytes, Counter[str]] = defaultdict(Counter)
         totals: defaultdict[str, float] = defaultdict(float)
         for (worker, stream), messages in self._told.items():
             seconds = sum(told.seconds for _, told in messages)
@@ -61,28 +62,32 @@ class Shares:
                 for address, count, size in told.most:
                     rates[address][0] += count * told.every / seconds
                     rates[address][1] += size * told.every / seconds
-                    places[address].add((worker, stream))
-        found = [self._exporter(address, rate, places[address], totals) for address, rate in rates.items()]
+                    by_stream[address][stream] += count * told.every / seconds  # type: ignore[assignment]
+                    workers[address].add(worker)
+        found = [
+            self._exporter(unpack_address(packed), rate, dict(by_stream[packed]), workers[packed], totals)
+            for packed, rate in rates.items()
+        ]
         return tuple(sorted(found, key=lambda exporter: -exporter.rate))
 
     def _exporter(
         self,
-        packed: bytes,
+        address: str,
         rates: list[float],
-        places: set[tuple[str, str]],
+        by_stream: dict[str, float],
+        workers: set[str],
         totals: Mapping[str, float],
     ) -> Exporter:
-        streams = tuple(sorted({stream for _, stream in places}))
-        whole, address = sum(totals[stream] for stream in streams), unpack_address(packed)
+        streams = tuple(sorted(by_stream))
+        whole = sum(totals[stream] for stream in streams)
         rate, byte_rate = rates
         share = min(1.0, rate / whole) if whole else 0.0
-        workers = tuple(sorted({worker for worker, _ in places}))
         takers = sum(self._takers(address, stream) for stream in streams)
-        return Exporter(address, rate, byte_rate, share, streams, workers, takers)
+        return Exporter(address, rate, byte_rate, share, streams, tuple(sorted(workers)), takers, by_stream)
 
     def _takers(self, address: str, stream: str) -> int:
         filters = self._filters.get(stream, Counter()) + self._filters.get("*", Counter())
-        return sum(count for prefixes, count in filters.items() if not prefixes or _covers(prefixes, address))
+        return sum(count for prefixes, count in filters.items() if not prefixes or covers(prefixes, address))
 
 
 def _filters_by_stream(clients: Iterable[Client]) -> dict[str, Counter[tuple[str, ...]]]:
@@ -95,7 +100,8 @@ def _filters_by_stream(clients: Iterable[Client]) -> dict[str, Counter[tuple[str
 
 
 @lru_cache(maxsize=65_536)
-def _covers(prefixes: tuple[str, ...], address: str) -> bool:
+def covers(prefixes: tuple[str, ...], address: str) -> bool:
+    """Return whether an address is in one of the prefixes."""
     where = ipaddress.ip_address(address.partition("%")[0])
     return any(where in network for network in _networks(prefixes) if network.version == where.version)
 

@@ -287,6 +287,26 @@ class Transmitter(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         return frozenset(map(parse_ethertype, self.ethertypes))
 
 
+class Console(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The live page, and the metrics for Prometheus."""
+
+    listen: Annotated[tuple[str, ...], Meta(min_length=1)] = ("tcp://127.0.0.1:8080",)
+    """tcp://HOST:PORT on loopback, unix:///PATH, or tls://HOST:PORT with the gateway's certificate, key and tokens."""
+    hosts: tuple[str, ...] = ()
+    """Names, besides the addresses that it listens on, by which browsers and Prometheus may call it."""
+    memory: Ceiling = 268_435_456
+    """Bytes that the process may take; near it the past of exporters is forgotten."""
+
+    def __post_init__(self) -> None:
+        for text in self.listen:
+            parse_endpoint(text, REGISTRY_SCHEMES)
+
+    @property
+    def endpoints(self) -> tuple[Endpoint, ...]:
+        """`listen`, parsed."""
+        return tuple(parse_endpoint(text, REGISTRY_SCHEMES) for text in self.listen)
+
+
 class Collector(WrittenTerms, frozen=True, forbid_unknown_fields=True):
     """A collector that can't sign itself up; the fields of `register`."""
 
@@ -352,6 +372,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ingest: Ingest = Ingest()
     forwarder: Forwarder = Forwarder()
     transmitter: Transmitter = Transmitter()
+    console: Console = Console()
     streams: tuple[Stream, ...] = field(default=(DEFAULT_STREAM,), name="stream")
     collectors: tuple[Collector, ...] = field(default=(), name="collector")
     tokens: tuple[Token, ...] = field(default=(), name="token")

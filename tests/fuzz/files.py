@@ -15,12 +15,12 @@ from unittest import mock
 import zmq.utils.z85
 
 from services.gateway.admission.tokens import Tokens
-from services.gateway.admission.tokens_file import read_tokens
 from services.gateway.protocol.requests import RequestError
 from services.operator.importing import command as importing
 from shared.bus.curve_keys import ROLES, load_keys, load_roles
 from shared.capture.reader import CaptureError, CaptureReader
 from shared.process.lifecycle import BAD_SETTINGS, FAILED, OK, OperatorError
+from shared.process.tokens_file import read_tokens
 from shared.settings.file import load, render
 from shared.settings.model import Gateway, Settings, SettingsError
 from tests.fuzz.corpus import split_parts

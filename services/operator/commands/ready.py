@@ -17,7 +17,7 @@ from shared.net.addresses import Endpoint
 from shared.process.lifecycle import OK, UNAVAILABLE, OperatorError
 from shared.settings.model import Settings
 
-SERVICES: Final = ("broker", "gateway", "ingest", "forwarder", "transmitter")
+SERVICES: Final = ("broker", "gateway", "ingest", "forwarder", "transmitter", "console")
 LOOK_SECONDS: Final = 0.05
 HINT_PORT: Final = 9514
 ANY_ADDRESS: Final = {"localhost": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}

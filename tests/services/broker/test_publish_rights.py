@@ -16,6 +16,7 @@ OWN = {
     "ingest": r"datagrams/[^/]+/|exporters/ingest\.1/|status/ingest\.1/",
     "forwarder": r"reply/[^/]+/|health/relay/|status/forwarder\.1/",
     "transmitter": r"reply/[^/]+/|health/original/|status/transmitter\.1/",
+    "console": r"status/console\.1/",
     "operator": r"transmit/",
 }
 """Written out once more, as whole topics."""

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from services.gateway.admission.tokens_file import read_tokens
 from services.gateway.transport.tls import make_context
 from shared.process.lifecycle import BAD_SETTINGS, OperatorError
+from shared.process.tokens_file import read_tokens
 from shared.settings.model import Gateway, Settings, Token
 from tests.certificates import Authority
 from tests.stack import Stack
@@ -57,7 +57,7 @@ def test_file_that_others_may_use(file: Path, mode: int) -> None:
 
 def test_file_of_another_user(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Root may hand a file of tokens to the group of an unprivileged gateway; anybody else may not."""
-    monkeypatch.setattr("services.gateway.admission.tokens_file.os.geteuid", lambda: file.stat().st_uid + 1)
+    monkeypatch.setattr("shared.process.tokens_file.os.geteuid", lambda: file.stat().st_uid + 1)
     for mode in (0o600, 0o640, 0o660, 0o644):
         file.chmod(mode)
         if file.stat().st_uid == 0 and mode in (0o600, 0o640):

@@ -46,7 +46,7 @@ def _read_private(path: Path) -> str:
         if status.st_uid not in (0, os.geteuid()) or stat.S_IMODE(status.st_mode) & others:
             raise _unusable(
                 path,
-                "file is accessible to other users; make it mode 600, owned by root or the gateway's user: "
+                "file is accessible to other users; make it mode 600, owned by root or this service's user: "
                 f"`chmod 600 {path}`",
             )
         return file.read(MAX_TOKENS_FILE).decode()

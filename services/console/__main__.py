@@ -1,0 +1,37 @@
+"""Shows streams, collectors, exporters and losses on a live page, and as metrics for Prometheus."""
+
+import argparse
+import select
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+from shared.log import get_logger
+from shared.process.lifecycle import Lifecycle, run, service_parser
+from shared.settings.model import Settings
+
+NEEDED = ("starlette", "uvicorn", "prometheus_client")
+
+log = get_logger()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the console; return its exit code."""
+    return run(_serve, service_parser("console", __doc__).parse_args(arguments))
+
+
+def _serve(_arguments: argparse.Namespace, settings: Settings, lifecycle: Lifecycle) -> None:
+    if missing := [name for name in NEEDED if find_spec(name) is None]:
+        # It stays up, since honcho would end everything with it.
+        log.warning("there is no page and there are no metrics: pip install 'fanwire[console]'", missing=missing)
+        while not lifecycle.draining:
+            select.select([lifecycle], [], [])
+            lifecycle.heed()
+        return
+    from services.console.server import run_console
+
+    run_console(settings, lifecycle)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

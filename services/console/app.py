@@ -1,0 +1,168 @@
+"""The routes: the page and its parts, events, details, one datagram, metrics, and health for other programs."""
+
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import FileResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from services.console.metrics import exporter_metrics, render, stack_metrics
+from services.console.one_datagram import Sampler
+from services.console.views import Wish, show, show_collector, show_exporter, show_stream
+from services.console.watch import Watch
+
+PAGE: Final = Path(__file__).parent / "page"
+PARTS: Final = {
+    "page.html": "text/html; charset=utf-8",
+    "page.css": "text/css; charset=utf-8",
+    "main.js": "text/javascript; charset=utf-8",
+    "flow.js": "text/javascript; charset=utf-8",
+    "tables.js": "text/javascript; charset=utf-8",
+    "details.js": "text/javascript; charset=utf-8",
+    "drawing.js": "text/javascript; charset=utf-8",
+    "icon.svg": "image/svg+xml",
+}
+"""Files of the page, and their types."""
+MAX_PAGES: Final = 200
+MAX_TOP: Final = 1000
+MAX_TEXT: Final = 256
+UNCACHED: Final = {"cache-control": "no-store"}
+
+
+class Console:
+    """Answers requests from what the watch knows."""
+
+    def __init__(self, watch: Watch, sampler: Sampler, version: str) -> None:
+        self._watch = watch
+        self._sampler = sampler
+        self._version = version
+        self._shown: dict[tuple[Wish, bool], tuple[int, bytes]] = {}
+        """The last event of each kind, which pages that see the same share, with the number of its picture."""
+
+    def application(self) -> Starlette:
+        """Return the application."""
+        routes: dict[str, Callable[[Request], Any]] = {
+            "/": self._page,
+            "/events": self._events,
+            "/api/collectors/{name:path}": self._collector,
+            "/api/exporters/{name:path}": self._exporter,
+            "/api/streams/{name:path}": self._stream_detail,
+            "/api/datagram": self._datagram,
+            "/metrics": self._metrics,
+            "/metrics/exporters": self._exporter_metrics,
+            "/healthz": self._healthz,
+            "/readyz": self._readyz,
+            "/{part}": self._part,
+        }
+        return Starlette(routes=[Route(path, answer, methods=["GET"]) for path, answer in routes.items()])
+
+    async def _page(self, _request: Request) -> Response:
+        return FileResponse(PAGE / "page.html", media_type=PARTS["page.html"], headers={"cache-control": "no-cache"})
+
+    async def _part(self, request: Request) -> Response:
+        name = request.path_params["part"]
+        if name not in PARTS:
+            return PlainTextResponse("there is nothing here; the page is at /", 404)
+        return FileResponse(PAGE / name, media_type=PARTS[name], headers={"cache-control": "no-cache"})
+
+    async def _events(self, request: Request) -> Response:
+        if self._watch.pages >= MAX_PAGES:
+            return PlainTextResponse(f"{MAX_PAGES} pages are open already", 503)
+        query = request.query_params
+        wish = Wish(
+            query.get("collectors", "trouble"), query.get("exporters", "rate"), query.get("text", "")[:MAX_TEXT]
+        )
+        return StreamingResponse(self._stream(wish), media_type="text/event-stream", headers=UNCACHED)
+
+    async def _stream(self, wish: Wish) -> AsyncIterator[bytes]:
+        self._watch.pages += 1
+        try:
+            self._watch.current()
+            yield b"retry: 2000\n\n" + self._event(wish, whole=True)
+            seen = self._watch.number
+            while not self._watch.closing:
+                seen = await self._watch.next_picture(seen)
+                if not self._watch.closing:
+                    yield self._event(wish, whole=False)
+        finally:
+            self._watch.pages -= 1
+
+    def _event(self, wish: Wish, *, whole: bool) -> bytes:
+        number, event = self._shown.get((wish, whole), (-1, b""))
+        watch = self._watch
+        if number != watch.number:
+            view = show(watch.picture, watch.history, wish, watch.clock_offset, whole=whole)
+            view["version"] = self._version
+            event = b"data: " + msgspec.json.encode(view) + b"\n\n"
+            self._shown = {key: told for key, told in self._shown.items() if told[0] == watch.number}
+            self._shown[wish, whole] = watch.number, event
+        return event
+
+    async def _collector(self, request: Request) -> Response:
+        name, watch = request.path_params["name"], self._watch
+        found = [each for each in watch.current().collectors or () if each.client.name == name]
+        return self._detail("collector", name, show_collector(found[0], watch.clock_offset) if found else None)
+
+    async def _exporter(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        found = [each for each in self._watch.current().exporters or () if each.address == name]
+        return self._detail("exporter", name, show_exporter(found[0]) if found else None)
+
+    async def _stream_detail(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        found = [each for each in self._watch.current().streams if each.name == name]
+        return self._detail("stream", name, show_stream(found[0]) if found else None)
+
+    def _detail(self, kind: str, name: str, row: dict[str, Any] | None) -> Response:
+        history = self._watch.history
+        past = {"rates": history.rates(kind, name), "losses": history.losses(kind, name)}
+        return _json({"kind": kind, "name": name, "row": row, "at": self._watch.picture.at, **past})
+
+    async def _datagram(self, request: Request) -> Response:
+        query = request.query_params
+        found = await self._sampler.next_datagram(
+            self._watch.observer.clients,
+            stream=query.get("stream"),
+            collector=query.get("collector"),
+            exporter=query.get("exporter"),
+            streams=[each.name for each in self._watch.picture.streams],
+        )
+        return _json(found)
+
+    async def _metrics(self, request: Request) -> Response:
+        metrics = stack_metrics(self._watch.current(), self._watch.clock_offset, self._version)
+        return _exposition(request, metrics)
+
+    async def _exporter_metrics(self, request: Request) -> Response:
+        top = request.query_params.get("top", "50")
+        if not (top.isascii() and top.isdigit() and 1 <= int(top[:9]) <= MAX_TOP):
+            return PlainTextResponse(f"top: expected a number from 1 to {MAX_TOP}", 400)
+        return _exposition(request, exporter_metrics(self._watch.current(), int(top)))
+
+    async def _healthz(self, _request: Request) -> Response:
+        return PlainTextResponse("the console runs\n", headers=UNCACHED)
+
+    async def _readyz(self, _request: Request) -> Response:
+        """Answer 200 only while copies flow: every service reports, and every collector is served."""
+        picture = self._watch.current()
+        waiting = [each.client.name for each in picture.collectors or () if each.health in ("waiting", "unknown")]
+        silent = [reason for reason in picture.verdict.reasons if reason.startswith(("not heard", "no service"))]
+        if picture.collectors is None:
+            silent.append("the registry is not known yet")
+        if waiting:
+            silent.append(f"copies do not flow to: {', '.join(waiting[:10])}")
+        text = "\n".join(silent) if silent else "copies flow"
+        return PlainTextResponse(text + "\n", 503 if silent else 200, headers=UNCACHED)
+
+
+def _exposition(request: Request, metrics: Any) -> Response:
+    body, content_type = render(metrics, request.headers.get("accept", ""))
+    return Response(body, media_type=None, headers={"content-type": content_type, **UNCACHED})
+
+
+def _json(value: object) -> Response:
+    return Response(msgspec.json.encode(value), media_type="application/json", headers=UNCACHED)

@@ -1,0 +1,202 @@
+"""Metrics for Prometheus: of the picture as it is when asked for, so that series of what has gone are gone too.
+
+Labels come from the settings and the registry: stream, worker, collector, cause. Exporters have metrics of their own,
+since addresses are what there may be any number of.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Final, get_args
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector as Source
+
+from shared import ledger
+from shared.losses import cause_of
+from shared.monitoring.picture import Collector, Picture, Service, Stream, Word
+
+MAX_COLLECTORS: Final = 2000
+"""Collectors that have series; `fanwire_collectors_not_shown` tells of more."""
+HEALTHS: Final = tuple(word for word in get_args(Word) if word != "unknown")
+COLLECTOR_CAUSES: Final = tuple(
+    dict.fromkeys(
+        cause_of(counter)
+        for counter in (
+            *(
+                ledger.REFUSALS,
+                ledger.UNREACHABLES,
+                ledger.MISSED,
+                ledger.WITHHELD,
+                ledger.BUFFER_FULL,
+                ledger.NO_MEMORY,
+            ),
+            *(ledger.NOT_CONNECTED, ledger.QUEUE_FULL, ledger.NO_ROUTE, ledger.NO_NEIGHBOUR, ledger.INTERFACE_DOWN),
+            *(ledger.OTHER_FAMILY, ledger.DESTINATION_REFUSED, ledger.SOURCE_REFUSED, ledger.RATE_LIMITED),
+        )
+    )
+)
+"""Causes that are told as 0 from the beginning: a rate would miss the first loss of a series that appears with it."""
+STREAM_CAUSES: Final = tuple(
+    cause_of(counter)
+    for counter in (ledger.KERNEL_DROPPED, ledger.BUS_FULL, ledger.NO_MEMORY, ledger.OVERSIZED, ledger.CUT_OFF)
+)
+
+
+def render(metrics: Iterable[Metric], accept: str) -> tuple[bytes, str]:
+    """Return metrics in the format that was asked for, text or OpenMetrics, and its content type."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Given(metrics))
+    encoder, content_type = choose_encoder(accept)
+    return encoder(registry), content_type
+
+
+class _Given(Source):
+    """Metrics that are made already."""
+
+    def __init__(self, metrics: Iterable[Metric]) -> None:
+        self._metrics = list(metrics)
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield them."""
+        yield from self._metrics
+
+    def describe(self) -> Iterator[Metric]:
+        """Yield nothing: the registry need not compare them with any others."""
+        yield from ()
+
+
+def stack_metrics(picture: Picture, clock: float, version: str) -> Iterator[Metric]:
+    """Yield every metric but those of exporters. `clock` is what to add to the picture's times for Unix time."""
+    yield InfoMetricFamily("fanwire_build", "The version of the console.", {"version": version})
+    yield from _streams(picture.streams)
+    yield from _collectors(picture.collectors, clock)
+    yield from _services(picture.services)
+    yield from _verdict(picture)
+
+
+def _streams(streams: Iterable[Stream]) -> Iterator[Metric]:
+    received = CounterMetricFamily(
+        "fanwire_datagrams_received", "Datagrams taken from sockets.", labels=["stream", "worker"]
+    )
+    size = CounterMetricFamily("fanwire_received_bytes", "Payload bytes of them.", labels=["stream", "worker"])
+    published = CounterMetricFamily(
+        "fanwire_datagrams_published", "Datagrams handed to the bus.", labels=["stream", "worker"]
+    )
+    untaken = CounterMetricFamily(
+        "fanwire_datagrams_untaken", "Datagrams that nobody wanted.", labels=["stream", "worker"]
+    )
+    lost = CounterMetricFamily(
+        "fanwire_datagrams_lost",
+        "Datagrams lost before or in ingest, by cause; kernel_dropped ones were never received.",
+        labels=["stream", "worker", "cause"],
+    )
+    takers = GaugeMetricFamily("fanwire_stream_collectors", "Collectors that want the stream.", labels=["stream"])
+    for stream in streams:
+        takers.add_metric([stream.name], len(stream.takers))
+        for worker in stream.workers:
+            labels = [stream.name, worker.name]
+            received.add_metric(labels, worker.received)
+            size.add_metric(labels, worker.account.get(ledger.BYTES, 0))
+            published.add_metric(labels, worker.account.get(ledger.PUBLISHED, 0))
+            untaken.add_metric(labels, worker.account.get(ledger.NO_SUBSCRIBER, 0))
+            for cause, count in ({**dict.fromkeys(STREAM_CAUSES, 0), **worker.causes}).items():
+                lost.add_metric([*labels, cause], count)
+    yield from (received, size, published, untaken, lost, takers)
+
+
+def _collectors(collectors: tuple[Collector, ...] | None, clock: float) -> Iterator[Metric]:
+    if collectors is None:
+        return
+    label = ["collector"]
+    sent = CounterMetricFamily(
+        "fanwire_copies_sent", "Copies that the kernel took. It is not known whether they arrived.", labels=label
+    )
+    lost = CounterMetricFamily(
+        "fanwire_copies_lost",
+        "Copies known to have reached nobody, by cause. Some of them count as sent too: refused and unreachable.",
+        labels=["collector", "cause"],
+    )
+    kept_back = CounterMetricFamily(
+        "fanwire_copies_kept_back", "Datagrams filtered, sampled out, or given to another of the group.", labels=label
+    )
+    size = CounterMetricFamily("fanwire_sent_bytes", "Payload bytes of copies sent.", labels=label)
+    held = GaugeMetricFamily("fanwire_collector_queue_datagrams", "Copies that wait.", labels=label)
+    health = GaugeMetricFamily("fanwire_collector_health", "1 for the present health.", labels=["collector", "health"])
+    since = GaugeMetricFamily(
+        "fanwire_collector_health_since_timestamp_seconds", "The start of the present health.", labels=label
+    )
+    for collector in collectors[:MAX_COLLECTORS]:
+        name = collector.client.name
+        for word in HEALTHS if collector.health != "unknown" else ():
+            health.add_metric([name, word], float(collector.health == word))
+        if collector.since is not None:
+            since.add_metric([name], collector.since + clock)
+        if collector.sent is None:
+            continue
+        sent.add_metric([name], collector.sent)
+        size.add_metric([name], collector.bytes or 0)
+        kept_back.add_metric([name], collector.kept_back or 0)
+        held.add_metric([name], collector.held or 0)
+        for cause, count in ({**dict.fromkeys(COLLECTOR_CAUSES, 0), **collector.causes}).items():
+            lost.add_metric([name, cause], count)
+    yield from (sent, lost, kept_back, size, held, health, since)
+    yield GaugeMetricFamily("fanwire_collectors", "Collectors that are signed up.", len(collectors))
+    yield GaugeMetricFamily(
+        "fanwire_collectors_not_shown",
+        f"Collectors without series here: beyond {MAX_COLLECTORS}.",
+        max(0, len(collectors) - MAX_COLLECTORS),
+    )
+
+
+def _services(services: Iterable[Service]) -> Iterator[Metric]:
+    label = ["service"]
+    up = GaugeMetricFamily(
+        "fanwire_service_up", "1 if the service reports; 0 for two minutes after it has stopped to.", labels=label
+    )
+    started = GaugeMetricFamily("fanwire_service_start_timestamp_seconds", "The start of the service.", labels=label)
+    memory = GaugeMetricFamily("fanwire_service_memory_bytes", "Memory that it takes.", labels=label)
+    ceiling = GaugeMetricFamily("fanwire_service_memory_limit_bytes", "Memory that it may take.", labels=label)
+    wrong = CounterMetricFamily("fanwire_discrepancies", "Equations that a service found not to hold.", labels=label)
+    missed = CounterMetricFamily(
+        "fanwire_bus_missed_datagrams", "Datagrams published that never came, by consumer.", labels=label
+    )
+    for each in services:
+        up.add_metric([each.name], float(not each.silent))
+        started.add_metric([each.name], each.started)
+        wrong.add_metric([each.name], each.discrepancies)
+        if each.missed is not None:
+            missed.add_metric([each.name], each.missed)
+        if each.memory is not None and each.memory_ceiling is not None:
+            memory.add_metric([each.name], each.memory)
+            ceiling.add_metric([each.name], each.memory_ceiling)
+    yield from (up, started, memory, ceiling, wrong, missed)
+
+
+def _verdict(picture: Picture) -> Iterator[Metric]:
+    if picture.balanced is not None:
+        yield GaugeMetricFamily(
+            "fanwire_ledger_balanced", "1 if the accounts of all services add up.", picture.balanced
+        )
+    if picture.exporters is not None:
+        yield GaugeMetricFamily("fanwire_exporters", "Exporters of the last seconds.", len(picture.exporters))
+        untaken = sum(exporter.takers == 0 for exporter in picture.exporters)
+        yield GaugeMetricFamily("fanwire_exporters_untaken", "Exporters whose datagrams nobody gets.", untaken)
+
+
+def exporter_metrics(picture: Picture, top: int) -> Iterator[Metric]:
+    """Yield the rates of the busiest exporters, by address."""
+    label, exporters = ["exporter"], picture.exporters or ()
+    rate = GaugeMetricFamily(
+        "fanwire_exporter_datagrams_per_second", "Datagrams a second, over ten seconds.", labels=label
+    )
+    size = GaugeMetricFamily("fanwire_exporter_bytes_per_second", "Payload bytes a second.", labels=label)
+    takers = GaugeMetricFamily("fanwire_exporter_collectors", "Collectors that its datagrams go to.", labels=label)
+    for exporter in exporters[:top]:
+        rate.add_metric([exporter.address], round(exporter.rate, 3))
+        size.add_metric([exporter.address], round(exporter.byte_rate, 3))
+        takers.add_metric([exporter.address], exporter.takers)
+    yield from (rate, size, takers)
+    yield GaugeMetricFamily(
+        "fanwire_exporters_not_shown", f"Exporters beyond the {top} asked for.", max(0, len(exporters) - top)
+    )

@@ -1,0 +1,167 @@
+"""The console's loop: HTTP and the bus in one thread, and an end within two seconds however many pages are open."""
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import uvicorn
+
+from services.console.app import Console
+from services.console.guard import LOOPBACK, Guard
+from services.console.one_datagram import Sampler
+from services.console.watch import Watch
+from shared.bus.endpoint import open_link, queue_limit
+from shared.bus.zmq_sockets import Publisher, Subscriber, new_context
+from shared.log import get_logger
+from shared.net.addresses import Endpoint
+from shared.net.sockets import bind_endpoint, close_listener
+from shared.process.lifecycle import BAD_SETTINGS, FAILED, Lifecycle, OperatorError, Readiness, worker_name
+from shared.process.memory import Memory
+from shared.process.reload import Reload
+from shared.process.tokens_file import read_tokens
+from shared.settings.model import Settings
+
+GRACE_SECONDS: Final = 1
+"""Time for answers under way at the end; the streams of pages end at once."""
+
+log = get_logger()
+
+
+class _Server(uvicorn.Server):
+    """A server whose signals are ours."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals alone."""
+        yield
+
+
+def run_console(settings: Settings, lifecycle: Lifecycle) -> None:
+    """Run the console until told to drain."""
+    bus, name = settings.bus, worker_name("console")
+    link = open_link(bus, "console")
+    memory = Memory(settings.console.memory, "[console] memory")
+    mark = queue_limit(bus.high_water_mark, memory.ceiling)
+    with contextlib.ExitStack() as closing:
+        listeners = [(endpoint, sock) for endpoint in settings.console.endpoints for sock in _bind(endpoint)]
+        for _, sock in listeners:
+            closing.callback(close_listener, sock)
+        context = closing.enter_context(new_context())
+        publisher = closing.enter_context(contextlib.closing(Publisher(context, bus.path, name, mark, link)))
+        subscriber = closing.enter_context(contextlib.closing(Subscriber(context, bus.path, mark, link)))
+        watch = Watch(subscriber, publisher, memory)
+        console = Console(watch, Sampler(context, bus, link), _version())
+        asyncio.run(_serve(settings, lifecycle, listeners, watch, console))
+
+
+async def _serve(
+    settings: Settings,
+    lifecycle: Lifecycle,
+    listeners: Sequence[tuple[Endpoint, socket.socket]],
+    watch: Watch,
+    console: Console,
+) -> None:
+    loop, stopped = asyncio.get_running_loop(), asyncio.Event()
+    tokens = {"now": read_tokens(settings)}
+
+    def apply_settings(fresh: Settings) -> None:
+        tokens["now"] = read_tokens(fresh)
+
+    reload = Reload("console.1", lifecycle, settings, apply_settings)
+
+    def heed() -> None:
+        lifecycle.heed()
+        reload.check()
+        if lifecycle.draining:
+            stopped.set()
+
+    loop.add_reader(lifecycle.fileno(), heed)
+    loop.add_reader(watch.fileno(), watch.take)
+    app = console.application()
+    servers = []
+    for endpoint, sock in listeners:
+        remote = endpoint.scheme == "tls"
+        guard = Guard(app, _hosts(settings, endpoint, sock), (lambda: tokens["now"]) if remote else None)
+        servers.append((_server(guard, settings, endpoint), sock))
+    running = [asyncio.create_task(server.serve([sock])) for server, sock in servers]
+    readiness = Readiness("console.1", settings.bus, watch.is_ready)
+    try:
+        await watch.run(readiness, stopped, listen=list(settings.console.listen))
+    finally:
+        loop.remove_reader(lifecycle.fileno())
+        loop.remove_reader(watch.fileno())
+        for server, _ in servers:
+            server.should_exit = True
+        await asyncio.gather(*running)
+
+
+def _server(app: Guard, settings: Settings, endpoint: Endpoint) -> _Server:
+    secure: dict[str, Any] = {}
+    if endpoint.scheme == "tls":
+        certificate, key = (
+            Path(os.path.expandvars(text)) for text in (settings.gateway.certificate, settings.gateway.key)
+        )
+        secure = {"ssl_certfile": certificate, "ssl_keyfile": key}
+    config = uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        lifespan="off",
+        interface="asgi3",
+        log_config=None,
+        log_level="error",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=GRACE_SECONDS,
+        timeout_keep_alive=30,
+        limit_concurrency=512,
+        backlog=128,
+        **secure,
+    )
+    try:
+        config.load()
+    except OSError as error:
+        raise OperatorError(BAD_SETTINGS, f"[gateway] certificate and key, for [console]: {error}") from None
+    return _Server(config)
+
+
+def _bind(endpoint: Endpoint) -> list[socket.socket]:
+    """Return sockets bound to every address of an endpoint. OperatorError where that can't be, or must not."""
+    if endpoint.scheme == "tcp" and not endpoint.is_loopback:
+        raise OperatorError(
+            BAD_SETTINGS,
+            f"[console] listen: {endpoint} is not loopback; use tls://, with the gateway's certificate and tokens",
+        )
+    try:
+        return bind_endpoint(endpoint, _prepare, path_mode=0o660)
+    except OSError as error:
+        raise OperatorError(FAILED, f"{endpoint}: {error.strerror}; set another [console] listen") from None
+
+
+def _prepare(listener: socket.socket) -> None:
+    if listener.family != socket.AF_UNIX:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+
+
+def _hosts(settings: Settings, endpoint: Endpoint, sock: socket.socket) -> list[str] | None:
+    """Return the names by which browsers may call a listener; None: any, since a proxy calls it."""
+    named = [name.lower() for name in settings.console.hosts]
+    if sock.family == socket.AF_UNIX:
+        return named or None
+    address = str(sock.getsockname()[0])
+    shown = f"[{address}]" if ":" in address else address
+    return [*named, shown, endpoint.host.lower(), *(LOOPBACK if endpoint.is_loopback else ())]
+
+
+def _version() -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version("fanwire")
+    except metadata.PackageNotFoundError:
+        return "checkout"

@@ -1,0 +1,115 @@
+"""The bus, watched: messages into the observer, a picture each second, and whoever waits for it is woken."""
+
+import asyncio
+import contextlib
+import time
+from typing import Final
+
+from services.console.history import History
+from shared.bus.messages import REGISTRY_TOPIC
+from shared.bus.status import Reporter
+from shared.bus.zmq_sockets import Publisher, Subscriber
+from shared.ledger import Accounts
+from shared.monitoring.observer import TOPICS, Observer
+from shared.monitoring.picture import Picture, Verdict
+from shared.process.lifecycle import Readiness, next_tick
+from shared.process.memory import Memory
+
+PICTURE_SECONDS: Final = 1.0
+IDLE_SECONDS: Final = 5.0
+"""Between pictures while no page is open: the history takes a step."""
+LOOK_SECONDS: Final = 0.25
+"""Time by which a message may be noticed late: the bus's descriptor tells only of the first of several."""
+AFTER_REPORTS: Final = 0.15
+"""Services report at the full second; a picture is made this much later."""
+
+
+class Watch:
+    """Follows the bus; `picture` is the last one, and `next_picture` waits for another."""
+
+    def __init__(self, subscriber: Subscriber, publisher: Publisher, memory: Memory) -> None:
+        self.observer = Observer()
+        self.history = History()
+        self.picture = Picture(time.monotonic(), Verdict("unknown", ("no service has reported yet",)), None, ())
+        self.number = 0
+        """Grows with each picture."""
+        self.pages = 0
+        """Pages open now."""
+        self.closing = False
+        self._subscriber = subscriber
+        self._publisher = publisher
+        self._memory = memory
+        self._reporter = Reporter(publisher, memory)
+        self._asked_at = 0.0
+        self._made = asyncio.Condition()
+        for topic in TOPICS:
+            subscriber.subscribe(topic)
+
+    @property
+    def clock_offset(self) -> float:
+        """Seconds from the observer's clock to Unix time."""
+        return time.time() - time.monotonic()
+
+    def accounts(self) -> Accounts:
+        """Return the console's own account."""
+        return {"console": {"pages": self.pages, "bus_rejected": sum(self._subscriber.rejected.values())}}
+
+    def take(self) -> None:
+        """Take every message that has come."""
+        while message := self._subscriber.receive():
+            self.observer.note(message, time.monotonic())
+        now = time.monotonic()
+        if self.observer.stale and now - self._asked_at >= 1.0:
+            self._asked_at = now
+            self._subscriber.unsubscribe(REGISTRY_TOPIC)
+            self._subscriber.subscribe(REGISTRY_TOPIC)
+        if self._reporter.asked_for(self._publisher.new_subscriptions()) or now >= self._reporter.due_at:
+            self._reporter.report(self.accounts)
+
+    def fileno(self) -> int:
+        """Return the descriptor that wakes `take`."""
+        return self._subscriber.fileno()
+
+    def is_ready(self) -> bool:
+        """Return whether the broker has been seen."""
+        return self._publisher.ready
+
+    async def run(self, readiness: Readiness, stopped: asyncio.Event, **facts: object) -> None:
+        """Make pictures until stopped; be ready once the broker was seen, and log these facts."""
+        due_at = 0.0
+        while not stopped.is_set():
+            self.take()
+            if (now := time.monotonic()) >= due_at:
+                every = PICTURE_SECONDS if self.pages else IDLE_SECONDS
+                due_at = next_tick(now - AFTER_REPORTS, every) + AFTER_REPORTS
+                await self._make(now)
+            elif self.pages:
+                due_at = min(due_at, now + PICTURE_SECONDS)
+            readiness.check(**facts)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stopped.wait(), min(LOOK_SECONDS, max(0.01, due_at - time.monotonic())))
+        self.closing = True
+        async with self._made:
+            self._made.notify_all()
+
+    async def _make(self, now: float) -> None:
+        self.picture = self.observer.picture(now)
+        if self._memory.measure():
+            self.history.forget_exporters()
+        self.history.note(self.picture)
+        async with self._made:
+            self.number += 1
+            self._made.notify_all()
+
+    def current(self) -> Picture:
+        """Return a picture that is at most a second old."""
+        if (now := time.monotonic()) - self.picture.at > PICTURE_SECONDS:
+            self.take()
+            self.picture = self.observer.picture(now)
+        return self.picture
+
+    async def next_picture(self, seen: int) -> int:
+        """Wait for a picture after number `seen`, or the end; return its number."""
+        async with self._made:
+            await self._made.wait_for(lambda: self.number > seen or self.closing)
+        return self.number

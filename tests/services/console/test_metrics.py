@@ -1,0 +1,83 @@
+import shutil
+import subprocess
+
+import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+from prometheus_client.parser import text_string_to_metric_families as parse_text
+
+from services.console.metrics import MAX_COLLECTORS, exporter_metrics, render, stack_metrics
+from shared.losses import causes
+from tests.services.console.told import HOSTILE, busy, client, observe
+
+OPENMETRICS = "application/openmetrics-text; version=1.0.0"
+
+
+def samples(text: str, name: str) -> dict[tuple[str, ...], float]:
+    """The samples of a metric by the values of their labels, in the order of the labels' names."""
+    return {
+        tuple(sample.labels[label] for label in sorted(sample.labels)): sample.value
+        for family in parse_text(text)
+        for sample in family.samples
+        if sample.name == name
+    }
+
+
+def test_losses_are_those_of_the_account() -> None:
+    """Each cause of the account is a series with its number, and every known cause has one from the beginning."""
+    text = render(stack_metrics(busy(), 0.0, "1"), "")[0].decode()
+    lost = samples(text, "fanwire_copies_lost_total")
+    assert lost["refused", "siem"] == sum(causes({"refusals": 7}).values())
+    assert lost["refused", HOSTILE] == 10
+    assert lost["no_route", "siem"] == 0
+    assert samples(text, "fanwire_datagrams_lost_total")["bus_full", "syslog", "ingest.1"] == 10
+    assert samples(text, "fanwire_collector_health")["siem", "refusing"] == 1
+    assert samples(text, "fanwire_collector_health")["siem", "ok"] == 0
+    assert samples(text, "fanwire_exporters")[()] == 3
+
+
+def test_both_formats_are_read_back() -> None:
+    """Who asks for OpenMetrics gets it, others get text; both are read whole, hostile names among them."""
+    picture = busy()
+    text, kind = render(stack_metrics(picture, 0.0, "1"), "")
+    assert kind.startswith("text/plain")
+    opened, kind = render(stack_metrics(picture, 0.0, "1"), OPENMETRICS)
+    assert kind.startswith("application/openmetrics-text")
+    named = {
+        sample.labels.get("collector")
+        for family in parse_openmetrics(opened.decode())  # type: ignore[no-untyped-call]
+        for sample in family.samples
+        if sample.name == "fanwire_copies_sent_total"
+    }
+    assert named == {"siem", HOSTILE}
+    assert (HOSTILE,) in samples(text.decode(), "fanwire_copies_sent_total")
+
+
+def test_nothing_is_told_of_what_is_not_known() -> None:
+    """Where nobody has reported there are no series, rather than zeros; a collector that left has none either."""
+    text = render(stack_metrics(observe([client("siem")], {}).picture(0.0), 0.0, "1"), "")[0].decode()
+    assert samples(text, "fanwire_copies_sent_total") == {}
+    assert samples(text, "fanwire_collectors") == {(): 1}
+    assert "fanwire_exporters " not in text
+
+
+def test_series_are_bounded_and_it_is_told() -> None:
+    """Collectors beyond the limit have no series, and a metric says how many."""
+    clients = [client(f"c{number}", number) for number in range(MAX_COLLECTORS + 5)]
+    text = render(stack_metrics(observe(clients, {}).picture(0.0), 0.0, "1"), "")[0].decode()
+    assert samples(text, "fanwire_collectors_not_shown") == {(): 5}
+
+
+def test_exporters_by_address_and_as_many_as_asked_for() -> None:
+    """The busiest exporters come first, by address alone, and what is left out is counted."""
+    text = render(exporter_metrics(busy(), 2), "")[0].decode()
+    assert samples(text, "fanwire_exporter_datagrams_per_second") == {("10.0.0.3",): 30, ("10.0.0.2",): 20}
+    assert samples(text, "fanwire_exporters_not_shown") == {(): 1}
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="Debian's package prometheus is not installed")
+def test_promtool_finds_nothing() -> None:
+    """Prometheus's own check of names, units and help texts is content."""
+    for metrics in (stack_metrics(busy(), 0.0, "1"), exporter_metrics(busy(), 2)):
+        text = render(metrics, "")[0]
+        done = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, check=False)
+        assert (done.returncode, done.stdout + done.stderr) == (0, b"")
