@@ -298,7 +298,7 @@ def _commands() -> Iterator[Provocation]:
         yield partial(keys.run, Namespace(directory=there.parent, roles=["ingest"]), Settings())
         yield partial(keys.run, Namespace(directory=there / "below", roles=["ingest"]), Settings())
         yield partial(token._write, there, "token")
-        yield partial(collect._open_output, Namespace(write=there.parent, count=None), ExitStack())
+        yield partial(collect._open_file, Namespace(write=there.parent, count=None), ExitStack())
         yield partial(keys.run, Namespace(directory=there.parent, roles=["broker"]), Settings())
     drawn = Namespace(name="a", scopes=["list"], streams=None, destinations=None, write=None)
     yield partial(token.run, drawn, Settings())

@@ -8,7 +8,17 @@ from typing import Final
 
 from services.operator.cli.output import NO_ROOM, discard_output, escape_what_cannot_be_encoded, say
 from services.operator.commands.ready import SERVICES
-from shared.process.lifecycle import BAD_SETTINGS, FAILED, NOT_PERMITTED, OK, OperatorError, Parser, configure_logging
+from shared.process.lifecycle import (
+    BAD_SETTINGS,
+    FAILED,
+    NOT_PERMITTED,
+    OK,
+    USAGE,
+    OperatorError,
+    Parser,
+    configure_logging,
+    did_you_mean,
+)
 from shared.settings.file import load
 from shared.settings.model import SettingsError
 
@@ -16,7 +26,7 @@ INTERRUPTED: Final = 130
 """Exit code that a shell expects of a command that Ctrl-C cut short; those that run until Ctrl-C end with 0."""
 COMMANDS: Final = {
     **dict.fromkeys(("clients", "register", "leave"), "commands.clients"),
-    **{name: f"commands.{name}" for name in ("watch", "collect", "frame", "wake", "config")},
+    **{name: f"commands.{name}" for name in ("watch", "tap", "play", "collect", "frame", "wake", "config")},
     "import": "importing.command",
     **{name: f"commands.{name}" for name in ("keys", "token", "ledger")},
     "doctor": "doctor.command",
@@ -30,7 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return its exit code."""
     escape_what_cannot_be_encoded()
     arguments = sys.argv[1:] if arguments is None else arguments
-    options = make_parser(*arguments[:1]).parse_args(arguments)
+    command = next(iter(arguments), "--help")
+    if command not in COMMANDS and not command.startswith("-"):
+        say(f"fanwire: no command {command!r}{did_you_mean(command, (*COMMANDS, *SERVICES))}; `fanwire` lists all")
+        return USAGE
+    options = make_parser(command).parse_args(arguments or [command])
     configure_logging()
     try:
         code: int = options.run(options, load(options.config))

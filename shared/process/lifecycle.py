@@ -16,7 +16,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -100,6 +100,13 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=prog, description=description, **options)
         self.add_argument("--version", action=_ShowVersion, nargs=0, help="show program's version number and exit")
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Refuse what is none of an argument's choices, and name the nearest one."""
+        if action.choices is not None and value not in action.choices:
+            words = [str(word) for word in action.choices]
+            nearest = did_you_mean(str(value), words)
+            raise argparse.ArgumentError(action, f"no {value!r}{nearest}; expected one of: {', '.join(words)}")
+
     def error(self, message: str) -> NoReturn:
         """Print usage and the message to stderr, exit with 64."""
         self.print_usage(sys.stderr)
@@ -118,6 +125,17 @@ class _ShowVersion(argparse.Action):
             release = "not installed"
         print("fanwire", release)
         parser.exit()
+
+
+def did_you_mean(word: str, words: Iterable[str]) -> str:
+    """Return a question about the nearest of the words, to be put behind one that is none of them; often empty.
+
+    >>> did_you_mean("legder", ["clients", "ledger"]), did_you_mean("x", ["clients"])
+    (" (did you mean 'ledger'?)", '')
+    """
+    from difflib import get_close_matches  # for mistakes alone
+
+    return "".join(f" (did you mean {near!r}?)" for near in get_close_matches(word, list(words), 1))
 
 
 def service_parser(name: str, description: str) -> Parser:

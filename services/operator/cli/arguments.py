@@ -8,8 +8,8 @@ from services.operator.cli.numbers import parse_whole
 from shared.bus.messages import MAX_INTERFACE
 from shared.client import DEFAULT_TERMS, ListedClient
 from shared.net.addresses import pack_address, pack_network
-from shared.process.lifecycle import Parser, add_config_argument
-from shared.settings.model import Settings
+from shared.process.lifecycle import USAGE, OperatorError, Parser, add_config_argument, did_you_mean
+from shared.settings.model import Settings, Stream
 
 if TYPE_CHECKING:  # not subscriptable when the program runs
     Subparsers = argparse._SubParsersAction[Parser]
@@ -47,6 +47,17 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def positive_number(text: str) -> float:
+    """Parse a finite number above 0: the type of an argument."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, not {text!r}")
+    return number
+
+
 def whole(smallest: int, largest: int) -> Callable[[str], int]:
     """Return a parser of whole numbers from one to the other: the type of an argument."""
     return lambda text: or_usage(parse_whole, text, smallest, largest)
@@ -65,6 +76,15 @@ def or_usage(parse: Callable[..., T], *arguments: Any) -> T:
         return parse(*arguments)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def stream_named(name: str, settings: Settings) -> Stream:
+    """Return a stream of the settings. OperatorError (64) names those that there are."""
+    streams = {stream.name: stream for stream in settings.streams}
+    if name not in streams:
+        nearest = did_you_mean(name, streams)
+        raise OperatorError(USAGE, f"no stream {name!r}{nearest}; the streams are: {', '.join(streams)}")
+    return streams[name]
 
 
 def add_wishes(parser: Parser) -> None:

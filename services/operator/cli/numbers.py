@@ -1,4 +1,4 @@
-"""Whole numbers as people write them. No I/O."""
+"""Whole numbers as people write and say them. No I/O."""
 
 from typing import Final
 
@@ -15,3 +15,12 @@ def parse_whole(text: str, smallest: int, largest: int) -> int:
     if not (text.isascii() and text.isdigit() and len(text) <= MAX_DIGITS and smallest <= int(text) <= largest):
         raise ValueError(f"expected a whole number from {smallest} to {largest}, not {text!r}")
     return int(text)
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a number of things, as people say it.
+
+    >>> counted(1, "client"), counted(2, "client")
+    ('1 client', '2 clients')
+    """
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

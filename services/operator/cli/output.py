@@ -7,17 +7,21 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from itertools import islice
+from pathlib import Path
 from typing import BinaryIO, Final
 
 import msgspec
 
 from services.operator.cli.arguments import positive
 from shared.net.printable import printable
-from shared.process.lifecycle import Parser
+from shared.process.lifecycle import CANT_CREATE, USAGE, OperatorError, Parser
 
 NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
 """Errors of a file that takes no more: full disk or quota, file too long, terminal gone, or failing disk."""
+
+STANDARD_OUTPUT: Final = Path("-")
 
 Form = Callable[[str, int, bytes], bytes]
 """Turns a datagram's source address, source port and payload into the bytes to write."""
@@ -93,6 +97,31 @@ def add_output_arguments(parser: Parser) -> None:
 def add_count_argument(parser: Parser) -> None:
     """Add `--count`."""
     parser.add_argument("--count", type=positive, metavar="N", help="end after N datagrams")
+
+
+def is_capture(path: Path) -> bool:
+    """Return whether a file's name says that it is to be a capture."""
+    return path.suffix == ".pcapng"
+
+
+def open_capture(path: Path, closing: ExitStack) -> BinaryIO:
+    """Open a new file, or standard output for `-`. OperatorError when there is one already, or it can't be made."""
+    if path == STANDARD_OUTPUT:
+        if sys.stdout.isatty():
+            raise OperatorError(USAGE, "a capture is not for a terminal; name a file, or pipe it into `tshark -r -`")
+        return sys.stdout.buffer
+    try:
+        file: BinaryIO = closing.enter_context(path.open("xb", buffering=0))
+    except FileExistsError:
+        raise OperatorError(CANT_CREATE, f"{path} exists; name a new file for the capture") from None
+    except OSError as error:
+        raise cant_write(path, error) from None
+    return file
+
+
+def cant_write(path: Path, error: OSError) -> OperatorError:
+    """Return the fault of a file that can't be made."""
+    return OperatorError(CANT_CREATE, f"{path}: {error.strerror}; name a file that this user can write")
 
 
 def say(text: str) -> None:

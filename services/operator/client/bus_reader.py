@@ -21,9 +21,7 @@ def connected(settings: Settings) -> Iterator[tuple[zmq.Context[zmq.Socket[bytes
     link = open_link(settings.bus, "operator")
     if not broker_is_up(settings.bus.path, link):
         where = settings.bus.connect or settings.bus.path
-        raise OperatorError(
-            UNAVAILABLE, f"no broker at {where}; is fanwire running? start it with `fanwire run`"
-        )
+        raise OperatorError(UNAVAILABLE, f"no broker at {where}; is fanwire running? start it with `fanwire run`")
     context = new_context()
     try:
         yield context, link

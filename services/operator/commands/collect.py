@@ -9,10 +9,21 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, BinaryIO, Final
 
 from services.operator.cli.arguments import Subparsers, add_command, add_wishes, wishes
-from services.operator.cli.output import NO_ROOM, Output, add_output_arguments, as_hex, as_payload, as_text, say
+from services.operator.cli.output import (
+    NO_ROOM,
+    Output,
+    add_output_arguments,
+    as_hex,
+    as_payload,
+    as_text,
+    cant_write,
+    is_capture,
+    open_capture,
+    say,
+)
 from services.operator.client.gateway_options import access, add_gateway_arguments
 from services.operator.client.lease import Lease
 from shared.client import CHALLENGE_PREFIX
@@ -21,6 +32,9 @@ from shared.net.addresses import SocketAddress
 from shared.net.sockets import enlarge_receive_buffer, kernel_drops
 from shared.process.lifecycle import CANT_CREATE, FAILED, OK, Lifecycle, OperatorError
 from shared.settings.model import Settings
+
+if TYPE_CHECKING:
+    from services.operator.cli.capture_output import CaptureOutput
 
 ANSWER_SECONDS: Final = 3.0
 """Time that the gateway may take, on top of its own waiting: the UDP socket is not read meanwhile."""
@@ -43,7 +57,10 @@ def add_parser(subparsers: Subparsers) -> None:
     add_gateway_arguments(parser)
     add_output_arguments(parser)
     parser.add_argument(
-        "--write", type=Path, metavar="FILE", help="append payloads to FILE, a line each; print nothing"
+        "--write",
+        type=Path,
+        metavar="FILE",
+        help="append payloads to FILE, a line each, or whole datagrams to a new FILE.pcapng; print nothing",
     )
 
 
@@ -51,7 +68,7 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
     """Collect until Ctrl-C, until the terminal closes, or until the wanted number has come; then leave."""
     lifecycle = Lifecycle()
     with ExitStack() as closing:
-        output = _open_output(arguments, closing)
+        file = _open_file(arguments, closing)
         answer_seconds = ANSWER_SECONDS + settings.gateway.serve_seconds
         lease = Lease(access(arguments, settings), answer_seconds, arguments.name, wishes(arguments))
         receiver = closing.enter_context(_open_receiver(arguments.address, arguments.port or 0, lease.local))
@@ -61,6 +78,7 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
         # On AF_UNIX the gateway sees no address of ours, so it is told one.
         told = {} if arguments.address or lease.local else {"address": LOOPBACK}
         entry = lease.register(port=port, **told)
+        output = _make_output(arguments, file, (entry.address, port))
         say(f"collecting {', '.join(entry.streams)} at {entry.address} port {port} as {entry.name}")
         try:
             _write_until_drained(lifecycle, lease, receiver, output, printing=arguments.write is None)
@@ -73,15 +91,26 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
     return OK
 
 
-def _open_output(arguments: argparse.Namespace, closing: ExitStack) -> Output:
+def _open_file(arguments: argparse.Namespace, closing: ExitStack) -> BinaryIO:
     if arguments.write is None:
-        return Output(sys.stdout.buffer, as_hex if arguments.hex else as_text, arguments.count)
+        return sys.stdout.buffer
+    if is_capture(arguments.write):
+        return open_capture(arguments.write, closing)
     try:
-        file = closing.enter_context(arguments.write.open("ab", buffering=0))
+        file: BinaryIO = closing.enter_context(arguments.write.open("ab", buffering=0))
     except OSError as error:
-        raise OperatorError(
-            CANT_CREATE, f"{arguments.write}: {error.strerror}; name a file that this user can write"
-        ) from None
+        raise cant_write(arguments.write, error) from None
+    return file
+
+
+def _make_output(arguments: argparse.Namespace, file: BinaryIO, at: tuple[str, int]) -> "Output | CaptureOutput":
+    """Return the output for datagrams that come to this address and port."""
+    if arguments.write is None:
+        return Output(file, as_hex if arguments.hex else as_text, arguments.count)
+    if is_capture(arguments.write):
+        from services.operator.cli.capture_output import CaptureOutput, destination_at  # others start without numpy
+
+        return CaptureOutput(file, arguments.name, destination_at(at), arguments.count)
     return Output(file, as_payload, arguments.count)
 
 
@@ -111,7 +140,7 @@ def _await_nonce(receiver: socket.socket) -> str | None:
 
 
 def _write_until_drained(
-    lifecycle: Lifecycle, lease: Lease, receiver: socket.socket, output: Output, *, printing: bool
+    lifecycle: Lifecycle, lease: Lease, receiver: socket.socket, output: "Output | CaptureOutput", *, printing: bool
 ) -> None:
     while not (lifecycle.draining or output.full):
         poller = select.poll()

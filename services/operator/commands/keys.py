@@ -6,7 +6,7 @@ from typing import Final
 
 from services.operator.cli.arguments import Subparsers, add_command
 from shared.bus.curve_keys import ROLES, write_keys
-from shared.process.lifecycle import CANT_CREATE, OK, OperatorError
+from shared.process.lifecycle import CANT_CREATE, OK, OperatorError, did_you_mean
 from shared.settings.model import Settings
 
 DIRECTORY_MODE: Final = 0o755
@@ -22,7 +22,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def _role(text: str) -> str:
     if text not in ROLES:
-        raise argparse.ArgumentTypeError(f"expected one of {', '.join(ROLES)}, not {text!r}")
+        raise argparse.ArgumentTypeError(f"no {text!r}{did_you_mean(text, ROLES)}; expected one of: {', '.join(ROLES)}")
     return text
 
 

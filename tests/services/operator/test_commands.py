@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from services.operator.__main__ import COMMANDS, make_parser
+from services.operator.__main__ import COMMANDS, main, make_parser
 from services.operator.cli.output import Output, as_hex, as_payload, as_text
 from shared.settings.file import load, render
 from shared.settings.model import Settings
@@ -48,7 +48,6 @@ def test_each_command_is_in_its_module(command: str) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        (),
         ("nosuch",),
         ("watch", "--count", "0"),
         ("watch", "--from", "10.0.0.0/33"),
@@ -116,8 +115,9 @@ def test_output_that_cannot_be_written_is_one_line(stack: Stack, arguments: tupl
 
 
 def test_unknown_stream_names_the_streams(stack: Stack) -> None:
-    """`watch` of a stream that is not in the settings says which are."""
-    assert run(stack, "watch", "nosuch")[1].endswith("the streams are: messages\n")
+    """`watch` of a stream that is not in the settings says which are, and which one may be meant."""
+    said = "no stream 'mesages' (did you mean 'messages'?); the streams are: messages\n"
+    assert run(stack, "watch", "mesages")[1].endswith(said)
 
 
 MAC = "01:02:03:04:05:06"
@@ -176,3 +176,27 @@ def test_lines_are_as_documented() -> None:
     """The line has the address as Python shows it, and the payload as bytes or in hexadecimal."""
     assert as_text("127.0.0.1", 53411, b"Hello\n") == b"Got message from ('127.0.0.1', 53411): b'Hello\\n'\n"
     assert as_hex("::1", 1, b"\0\xff") == b"Got message from ('::1', 1): 00ff\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["legder"], "no command 'legder' (did you mean 'ledger'?); `fanwire` lists all"),
+        (["forwader"], "no command 'forwader' (did you mean 'forwarder'?)"),
+        (["import", "pmact", "file"], "no 'pmact' (did you mean 'pmacct'?); expected one of: samplicator, pmacct"),
+        (["collect", "me", "--source", "origin"], "no 'origin' (did you mean 'original'?)"),
+        (["keys", "there", "forwarde"], "no 'forwarde' (did you mean 'forwarder'?)"),
+    ],
+)
+def test_mistyped_words_are_guessed(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A command, service or choice that there is none of ends with 64, and the nearest one is named."""
+    with pytest.raises(SystemExit, match="64"):
+        sys.exit(main(arguments))
+    assert said in capsys.readouterr().err
+
+
+def test_without_a_command_all_are_listed(stack: Stack) -> None:
+    """`fanwire` alone prints the help, as `fanwire --help` does, and ends with 0."""
+    assert run(stack, "--help") == (lambda command: (command.process.wait(60), command.text))(
+        stack.spawn("fanwire", [sys.executable, "-m", "services.operator"])
+    )
