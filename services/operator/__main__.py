@@ -28,7 +28,7 @@ COMMANDS: Final = {
     **dict.fromkeys(("clients", "register", "leave"), "commands.clients"),
     **{name: f"commands.{name}" for name in ("watch", "tap", "play", "collect", "frame", "wake", "config")},
     "import": "importing.command",
-    **{name: f"commands.{name}" for name in ("keys", "token", "ledger")},
+    **{name: f"commands.{name}" for name in ("keys", "token", "status", "streams", "ledger")},
     "doctor": "doctor.command",
     "ready": "commands.ready",
     **dict.fromkeys(("run", "stop"), "commands.run"),

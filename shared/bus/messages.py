@@ -160,6 +160,8 @@ class Status(msgspec.Struct, array_like=True, frozen=True):
     piece: int
     pieces: int
     accounts: dict[str, dict[str, Annotated[int, Meta(le=MAX_NUMBER)]]]
+    release: Annotated[str, Meta(max_length=64)] = ""
+    """The version of its program; of one that does not tell it, nothing."""
 
 
 class Troubled(msgspec.Struct, array_like=True, frozen=True, gc=False):

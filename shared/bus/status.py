@@ -14,6 +14,7 @@ from shared.ledger import DISCREPANCIES, Accounts, discrepancies
 from shared.log import DISCREPANCY, get_logger
 from shared.process.lifecycle import next_tick
 from shared.process.memory import Memory
+from shared.process.release import release
 
 INTERVAL_SECONDS = 1.0
 CHECK_SHARE = 20
@@ -32,6 +33,7 @@ class Reporter:
         self._memory = memory or Memory()
         self._topic = status_topic(publisher.sender)
         self._started_ns = time.time_ns()
+        self._release = release()  # the program's own, also when another is installed while it runs
         self._reports = itertools.count(1)
         self._broken: dict[tuple[str, str], int] = {}
         self.found = 0
@@ -92,6 +94,7 @@ class Reporter:
                 piece=number,
                 pieces=len(pieces),
                 accounts=bounded,
+                release=self._release,
             )
             self._publisher.publish(self._topic, body)
 
@@ -113,6 +116,7 @@ class Report:
     number: int
     received_at: float
     accounts: Accounts
+    release: str = ""
 
 
 class Reports:
@@ -131,6 +135,8 @@ class Reports:
             return None
         accounts = {name: account for piece in pieces for name, account in piece.accounts.items()}
         began_at = assembler.began_at
-        report = Report(status.service, key[1], status.pid, status.started_ns, status.report, began_at, accounts)
+        report = Report(
+            status.service, key[1], status.pid, status.started_ns, status.report, began_at, accounts, status.release
+        )
         self.latest[key] = report
         return report

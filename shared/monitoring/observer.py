@@ -316,6 +316,7 @@ class Observer:
                 own.get(DISCREPANCIES, 0),
                 sum(origins) if (origins := list(_missed(report.accounts))) else None,
                 dict(own),
+                report.release,
             )
 
     def _losses(self, now: float) -> Iterator[RecentLoss]:

@@ -111,6 +111,8 @@ class Service:
     """Datagrams that never came by the bus; None: it takes none."""
     account: dict[str, int]
     """The service's own account."""
+    release: str = ""
+    """The version of its program; nothing where it does not tell."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ from typing import Any, Final, NoReturn
 from shared.log import configure, get_logger
 from shared.net.printable import printable
 from shared.process.log_limit import LogLimit
+from shared.process.release import release
 from shared.settings.file import load, load_again
 from shared.settings.model import Bus, Settings, SettingsError
 
@@ -117,13 +118,7 @@ class _ShowVersion(argparse.Action):
     """Prints the installed version, or a word for a checkout that is not installed."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        from importlib import metadata  # reads mail headers, which every start would pay for
-
-        try:
-            release = metadata.version("fanwire")
-        except metadata.PackageNotFoundError:
-            release = "not installed"
-        print("fanwire", release)
+        print("fanwire", release())
         parser.exit()
 
 

@@ -10,6 +10,7 @@ from services.operator.cli.arguments import (
     add_wishes,
     wishes,
 )
+from services.operator.cli.numbers import counted, lasting
 from services.operator.cli.tables import print_table
 from services.operator.client.gateway_options import access, add_gateway_arguments
 from services.operator.client.registry_client import Entry, RegistryClient
@@ -25,7 +26,6 @@ COLUMNS = (
 
 NOTHING = "receives nothing"
 """Of a client without streams, which may have been meant to be a collector."""
-UNITS = (("d", 86_400), ("h", 3_600), ("min", 60))
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -61,7 +61,7 @@ def run_clients(arguments: argparse.Namespace, settings: Settings) -> int:
         _print_json(answer.clients)
     else:
         entries = answer.entries()
-        print_table(f"{len(entries)} clients", COLUMNS, map(_row, entries.values()))
+        print_table(counted(len(entries), "client"), COLUMNS, map(_row, entries.values()))
     return OK
 
 
@@ -87,14 +87,8 @@ def _health(entry: Entry) -> str | None:
     """Return the word, and its duration."""
     if not entry.streams:
         return NOTHING
-    lasts = f" for {_duration(entry.health_since)}" if entry.health and entry.health_since is not None else ""
+    lasts = f" for {lasting(entry.health_since)}" if entry.health and entry.health_since is not None else ""
     return f"{entry.health}{lasts}" if entry.health else None
-
-
-def _duration(seconds: float) -> str:
-    """Return `5 s`, `12 min`, `3 h`, `2 d` and the like, in the largest unit of which there are at least two."""
-    unit, size = next(((unit, size) for unit, size in UNITS if seconds >= 2 * size), ("s", 1))
-    return f"{int(seconds // size)} {unit}"
 
 
 def run_register(arguments: argparse.Namespace, settings: Settings) -> int:

@@ -99,15 +99,15 @@ def _listen(settings: Settings, seconds: float) -> Balance:
 
 
 def _print(balance: Balance, found: list[str]) -> None:
-    for title, columns, rows in (
-        ("Workers", WORKER_COLUMNS, _worker_rows(balance)),
-        ("Listeners", LISTENER_COLUMNS, _listener_rows(balance)),
-        ("Origins", ORIGIN_COLUMNS, _origin_rows(balance)),
-        ("Collectors", COLLECTOR_COLUMNS, _collector_rows(balance)),
-        ("Losses", Loss._fields, balance.losses()),
-        ("Memory", MEMORY_COLUMNS, _memory_rows(balance)),
+    for title, columns, rows, totals in (
+        ("Workers", WORKER_COLUMNS, _worker_rows(balance), (RECEIVED, BYTES, PUBLISHED, "kernel dropped")),
+        ("Listeners", LISTENER_COLUMNS, _listener_rows(balance), (RECEIVED, BYTES, "kernel dropped")),
+        ("Origins", ORIGIN_COLUMNS, _origin_rows(balance), (TAKEN, MISSED)),
+        ("Collectors", COLLECTOR_COLUMNS, _collector_rows(balance), {*COLLECTOR_COLUMNS[2:]} - {"dropped"}),
+        ("Losses", Loss._fields, balance.losses(), ()),  # of datagrams, flows and records
+        ("Memory", MEMORY_COLUMNS, _memory_rows(balance), ("MB", "ceiling")),
     ):
-        print_table(title, columns, rows)
+        print_table(title, columns, rows, totals)
     said = [*(f"gone: {origin}" for origin in balance.gone()), *(found or ["balanced"])]
     print("\n".join(map(printable, said)))
 

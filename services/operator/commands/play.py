@@ -7,7 +7,7 @@ import select
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Final
 from services.operator.cli.arguments import Subparsers, add_command, positive_number, prefix, stream_named
 from services.operator.cli.numbers import counted
 from services.operator.cli.output import add_count_argument, say
+from services.operator.cli.progress import Progress
 from services.operator.client.bus_reader import subscribed
 from services.operator.client.status_reader import heard_reports
 from shared.capture.reader import CapturedDatagram, CaptureError, CaptureReader
@@ -69,8 +70,14 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
         listeners = _listeners(arguments.stream, settings)
         target = choose_target(arguments.stream, listeners, beyond_loopback=arguments.beyond_loopback)
         exporters = closing.enter_context(Exporters(target, original=arguments.source == "original"))
+        progress = closing.enter_context(Progress("datagrams sent"))
         try:
-            _play(lifecycle, _wanted(reader, arguments), exporters, 0 if arguments.flat_out else arguments.speed)
+            _play(
+                lifecycle,
+                _wanted(reader, arguments, lambda: progress.show(exporters.sent)),
+                exporters,
+                0 if arguments.flat_out else arguments.speed,
+            )
         except CaptureError as error:
             raise OperatorError(USAGE, f"{arguments.file}: {error}") from None
     return _tell(arguments, reader, exporters, target)
@@ -103,12 +110,15 @@ def choose_target(stream: str, listeners: Sequence[Endpoint], *, beyond_loopback
     return min(near or targets, key=lambda target: ":" in target[0])
 
 
-def _wanted(reader: CaptureReader, arguments: argparse.Namespace) -> Iterator[CapturedDatagram]:
+def _wanted(
+    reader: CaptureReader, arguments: argparse.Namespace, show_progress: Callable[[], None]
+) -> Iterator[CapturedDatagram]:
     network = ipaddress.ip_network(arguments.prefix) if arguments.prefix else None
     left = arguments.count or float("inf")
     for each in reader:
         if network is None or ipaddress.ip_address(unpack_address(each.source)) in network:
             yield each
+            show_progress()
             left -= 1
             if left <= 0:
                 return

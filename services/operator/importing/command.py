@@ -11,6 +11,7 @@ import msgspec
 
 from services.operator.cli.arguments import Subparsers, add_command, or_usage
 from services.operator.cli.output import say
+from services.operator.cli.progress import Progress
 from services.operator.importing import pmacct, samplicator
 from services.operator.importing.receivers import Line, parse, parse_number, to_settings
 from shared.net.addresses import parse_endpoint, resolve
@@ -61,8 +62,9 @@ def _endpoint(text: str) -> str:
 class Lookup:
     """Looks up hosts and services, and remembers the addresses of hosts."""
 
-    def __init__(self) -> None:
+    def __init__(self, progress: Progress | None = None) -> None:
         self.found: dict[str, str] = {}
+        self._progress = progress
 
     def address(self, host: str) -> str:
         """Do as `receivers.Names` says."""
@@ -73,6 +75,8 @@ class Lookup:
         if not (host and host.isprintable()):
             raise ValueError(f"{host!r} is not a host name or address")
         if host not in self.found:
+            if self._progress:
+                self._progress.show(len(self.found))
             try:
                 self.found[host] = str(resolve(host, 0, socket.SOCK_DGRAM)[0][1][0])
             except OSError as error:
@@ -91,9 +95,10 @@ def run(arguments: argparse.Namespace, _settings: Settings) -> int:
     """Print the settings; print their gaps on stderr. Return 1 when anything was left out."""
     parse_line, listen = TOOLS[arguments.tool]
     stream = Stream(name=arguments.stream, listen=tuple(arguments.listen or [listen]))
-    lookup = Lookup()
     try:
-        lines = parse(arguments.file.read_bytes().decode("utf-8", "backslashreplace"), parse_line, lookup)
+        with Progress("host names looked up") as progress:
+            lookup = Lookup(progress)
+            lines = parse(arguments.file.read_bytes().decode("utf-8", "backslashreplace"), parse_line, lookup)
         settings = to_settings(lines, stream, arguments.source)
     except OSError as error:
         raise SettingsError(f"{arguments.file}: {error.strerror}") from None

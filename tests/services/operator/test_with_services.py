@@ -3,6 +3,7 @@ import signal
 import socket
 import threading
 
+from services.operator.commands.ready import SERVICES
 from tests.services.operator.played import run
 from tests.stack import Stack, wait_until
 
@@ -24,6 +25,14 @@ def test_the_commands_with_the_services_they_are_for(stack: Stack) -> None:
     watch.wait_for(f"Got message from ('127.0.0.1', {port}): b'Hello you there!'\n")
     collect.wait_for("b'Hello you there!'\n")
     assert run(stack, "ledger")[1].endswith("balanced\n")
+    code, text = run(stack, "status")
+    assert (code, text.split()[:2]) == (0, ["5", "services"])
+    pids = {line.split()[0]: line.split()[1] for line in text.splitlines() if ".1 " in line or ".2 " in line}
+    expected = {each.name: str(each.process.pid) for each in stack.running if each.name in SERVICES or "." in each.name}
+    assert pids == {name if "." in name else f"{name}.1": pid for name, pid in expected.items()}
+    code, text = run(stack, "streams")
+    (shown,) = (line.split() for line in text.splitlines() if "udp://localhost:6667," in line)
+    assert (code, shown[0], shown[4:]) == (0, "messages", ["1", "0", "0", "siem"])
     assert collect.stop(signal.SIGINT) == watch.stop(signal.SIGINT) == 0
     assert run(stack, "leave", "me") == (0, "me has left\n")
     wait_until(lambda: run(stack, "clients", "--json")[1] == "{}\n", "nobody is left")
