@@ -118,7 +118,7 @@ def _alone(facts: ServiceFacts) -> Iterator[Finding]:
     several = [kind for kind in ONE_ONLY if running[kind] > 1]
     for kind in several:
         why = f"{running[kind]} of them run, and collectors get every copy from each"
-        yield error("one_sender", why, f"stop all but one", kind)
+        yield error("one_sender", why, "stop all but one", kind)
     if not several:
         yield ok("one_sender", "no copies are sent twice")
 

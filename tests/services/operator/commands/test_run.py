@@ -1,9 +1,9 @@
 """`fanwire run` ends whole, whatever ends it, and `fanwire stop` ends it."""
 
 import fcntl
-import re
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
