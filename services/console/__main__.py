@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 from shared.log import get_logger
-from shared.process.lifecycle import Lifecycle, run, service_parser
+from shared.process.lifecycle import MANAGER_SECONDS, Lifecycle, Manager, run, service_parser
 from shared.settings.model import Settings
 
 NEEDED = ("starlette", "uvicorn", "prometheus_client")
@@ -24,9 +24,11 @@ def _serve(_arguments: argparse.Namespace, settings: Settings, lifecycle: Lifecy
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         # It stays up, since honcho would end everything with it.
         log.warning("there is no page and there are no metrics: pip install 'fanwire[console]'", missing=missing)
+        manager = Manager()
         while not lifecycle.draining:
-            select.select([lifecycle], [], [])
+            select.select([lifecycle], [], [], MANAGER_SECONDS)
             lifecycle.heed()
+            manager.check()
         return
     from services.console.server import run_console
 

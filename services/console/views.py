@@ -22,7 +22,7 @@ View = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What a page wants to see: how each table is sorted, and a text that names contain."""
+    """The wishes of a page: the order of each table, and a text that names contain."""
 
     collectors: str = "trouble"
     exporters: str = "rate"

@@ -202,7 +202,8 @@ def test_no_process_forks() -> None:
     """Nothing starts a process that would share a ZeroMQ context with it: workers are started, and have their own."""
     for folder in ("services", "shared"):
         for path in (CHECKOUT / folder).rglob("*.py"):
-            assert not imports(path) & {"multiprocessing", "subprocess", "pty"}, path
+            starts = path == CHECKOUT / "services/operator/commands/run.py"  # which has no context any more by then
+            assert starts or not imports(path) & {"multiprocessing", "subprocess", "pty", "honcho.manager"}, path
             assert not re.search(r"\bfork(pty)?\(|ProcessPool", path.read_text()), path
 
 

@@ -20,10 +20,10 @@ from honcho.printer import Printer
 from services.operator.cli.arguments import Subparsers, add_command, positive
 from services.operator.cli.output import discard_output
 from services.operator.client.bus_reader import subscribed
+from services.operator.client.status_reader import heard_reports
 from services.operator.commands.ready import SERVICES
 from shared.bus.endpoint import open_link
-from shared.bus.messages import Status
-from shared.bus.status import INTERVAL_SECONDS, Report, Reports
+from shared.bus.status import INTERVAL_SECONDS, Report
 from shared.bus.zmq_sockets import broker_is_up
 from shared.process.lifecycle import CANT_CREATE, MANAGER_PID, NOT_PERMITTED, OK, UNAVAILABLE, OperatorError
 from shared.settings.model import Settings
@@ -32,7 +32,7 @@ ROOT: Final = Path(__file__).resolve().parents[3]
 """The directory that holds services/ and shared/, installed or in a checkout."""
 STOP_SECONDS: Final = 10.0
 """Time that services get to drain: they take up to 4 s, the sources of datagrams first."""
-STOP_ORDER: Final = ("ingest", "forwarder", "transmitter", "gateway", "broker")
+STOP_ORDER: Final = ("ingest", "forwarder", "transmitter", "gateway", "console", "broker")
 LISTEN_SECONDS: Final = 1.5 * INTERVAL_SECONDS
 ENDED_BY_USER: Final = frozenset(128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM))
 
@@ -157,7 +157,17 @@ def stop(_arguments: argparse.Namespace, settings: Settings) -> int:
     if not found:
         raise OperatorError(UNAVAILABLE, f"nothing runs on {settings.bus.path}")
     managers = {_manager_of(report) for report in found} - {0}
-    services = [(report, os.pidfd_open(report.pid)) for report in found]
+    with ExitStack() as opened:
+        services = [(report, os.pidfd_open(report.pid)) for report in found]
+        for _, process in services:
+            opened.callback(os.close, process)
+        _end(services, managers)
+    print(f"stopped: {_list(found)}")
+    return OK
+
+
+def _end(services: list[tuple[Report, int]], managers: set[int]) -> None:
+    """Send SIGTERM, and wait until all have ended; services come with descriptors of their processes."""
     deadline = time.monotonic() + STOP_SECONDS
     for pid in managers:
         os.kill(pid, signal.SIGTERM)
@@ -168,8 +178,6 @@ def stop(_arguments: argparse.Namespace, settings: Settings) -> int:
         for report, process in same:
             if not select.select([process], [], [], max(0.0, deadline - time.monotonic()))[0]:
                 raise OperatorError(UNAVAILABLE, f"{report.service} (pid {report.pid}) does not end; see its log")
-    print(f"stopped: {_list(found)}")
-    return OK
 
 
 def _manager_of(report: Report) -> int:
@@ -204,14 +212,9 @@ def _running(settings: Settings) -> list[Report]:
     """Return the last report of each service on the bus, after all had time for one; none without a broker."""
     if not broker_is_up(settings.bus.path, open_link(settings.bus, "operator")):
         return []
-    reports, deadline = Reports(), time.monotonic() + LISTEN_SECONDS
     with subscribed(settings, "status/") as subscriber:
-        while (left := deadline - time.monotonic()) > 0:
-            subscriber.socket.poll(int(left * 1000) + 1)
-            while message := subscriber.receive():
-                if isinstance(message.body, Status):
-                    reports.add(message.envelope, message.body)
-    return sorted(reports.latest.values(), key=lambda report: report.service)
+        latest = {report.service: report for report in heard_reports(subscriber, LISTEN_SECONDS)}
+    return [latest[service] for service in sorted(latest)]
 
 
 def _list(reports: Iterable[Report]) -> str:

@@ -12,8 +12,8 @@ from services.operator.cli.arguments import Subparsers, add_command
 from services.operator.cli.numbers import counted, lasting
 from services.operator.cli.tables import print_table
 from services.operator.client.bus_reader import subscribed
-from services.operator.client.living_workers import living_workers
 from services.operator.client.status_reader import heard_reports
+from shared.bus.living_workers import living_workers
 from shared.bus.status import INTERVAL_SECONDS, Report
 from shared.ledger import MEMORY, MEMORY_CEILING
 from shared.monitoring.balance import Balance

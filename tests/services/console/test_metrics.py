@@ -36,7 +36,7 @@ def test_losses_are_those_of_the_account() -> None:
 
 
 def test_both_formats_are_read_back() -> None:
-    """Who asks for OpenMetrics gets it, others get text; both are read whole, hostile names among them."""
+    """OpenMetrics goes to programs that ask for it, text to others; both are read whole, hostile names among them."""
     picture = busy()
     text, kind = render(stack_metrics(picture, 0.0, "1"), "")
     assert kind.startswith("text/plain")
@@ -53,7 +53,7 @@ def test_both_formats_are_read_back() -> None:
 
 
 def test_nothing_is_told_of_what_is_not_known() -> None:
-    """Where nobody has reported there are no series, rather than zeros; a collector that left has none either."""
+    """Series are left out where nobody has reported, rather than zeros; a collector that left has none either."""
     text = render(stack_metrics(observe([client("siem")], {}).picture(0.0), 0.0, "1"), "")[0].decode()
     assert samples(text, "fanwire_copies_sent_total") == {}
     assert samples(text, "fanwire_collectors") == {(): 1}

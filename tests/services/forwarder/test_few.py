@@ -70,7 +70,7 @@ def test_few_leave_as_many_do(lab: None, found: list[tuple[int, int]], segmentat
 def test_an_error_on_the_way_of_few_costs_and_doubles_nothing(
     lab: None, found: list[tuple[int, int]], segmentation: bool, errors: list[int]
 ) -> None:
-    """When a send of few datagrams fails at any place with any error, the way of many goes on from just there."""
+    """The way of many goes on from just where a send of few datagrams failed, whatever the place and the error."""
     sent = [bytes([number % 255 + 1]) * size for size, count in found for number in range(count)]
     original, failing = socket.socket.sendmsg, list(errors)
 

@@ -1,5 +1,6 @@
 """`fanwire run` ends whole, whatever ends it, and `fanwire stop` ends it."""
 
+import errno
 import fcntl
 import os
 import pty
@@ -8,14 +9,21 @@ import signal
 import subprocess
 import sys
 import termios
+import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
-from tests.stack import CHECKOUT, PATIENCE_SECONDS, Stack, wait_until
+from services.operator.commands import run
+from shared.bus.status import Report
+from shared.process.lifecycle import OperatorError
+from shared.settings.model import Bus, Settings
+from tests.stack import CHECKOUT, PATIENCE_SECONDS, Running, Stack, wait_until
 
 RUN = [sys.executable, "-m", "services.operator", "run"]
 FEW = (*RUN, "--only", "broker", "forwarder")
@@ -143,7 +151,7 @@ def by_stop(run: Run) -> None:
     ],
 )
 def test_nothing_is_left(stack: Stack, end: Callable[[Run], None], codes: set[int]) -> None:
-    """Whatever ends a run ends all of its services, and leaves no process and no socket."""
+    """A run that is ended by anything ends all of its services, and leaves no process and no socket."""
     with running(stack, [*FEW]) as run:
         run.wait_until_ready("broker", "forwarder")
         end(run)
@@ -194,7 +202,52 @@ def test_each_worker_has_its_number(stack: Stack) -> None:
         assert re.findall(r"([a-z]+\.\d)", said) == ["broker.1", "ingest.1", "ingest.2"]
 
 
-def test_stop_names_what_it_cannot_end(stack: Stack) -> None:
-    """Without a broker nothing runs; a bus on another host is to be stopped there."""
+IGNORING = "import signal, time; signal.signal(15, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
+
+
+@pytest.fixture
+def played(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> Running:
+    """A gateway, for who looks at its command line, that ignores SIGTERM; it is all that is heard on the bus."""
+    process = stack.spawn("gateway", [sys.executable, "-c", IGNORING, "gateway"])
+    process.wait_for("up")
+    report = Report("gateway.1", 1, process.process.pid, time.time_ns(), 1, 0.0, {})
+    monkeypatch.setattr(run, "_running", lambda _: [report])
+    monkeypatch.setattr(run, "STOP_SECONDS", 0.1)
+    return process
+
+
+def refusal(settings: Settings | None = None) -> str:
+    """Return the reason for which `fanwire stop` ends nothing."""
+    with pytest.raises(OperatorError) as refused:
+        run.stop(Namespace(), settings or Settings())
+    return str(refused.value)
+
+
+def test_stop_names_what_it_cannot_end(stack: Stack, played: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service that does not end, is systemd's, or no process here, is named with what to do."""
+    name, read_text = f"gateway.1 (pid {played.process.pid})", Path.read_text
+    assert refusal() == f"{name} does not end; see its log"
+    groups = "0::/system.slice/fanwire-gateway.service\n"
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            Path, "read_text", lambda path, **how: groups if path.name == "cgroup" else read_text(path, **how)
+        )
+        assert refusal() == f"systemd looks after {name}: systemctl stop fanwire.target"
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            Path, "read_text", lambda path, **how: "sh" if path.name == "cmdline" else read_text(path, **how)
+        )
+        assert refusal() == f"{name} is no process here; stop it in its own container"
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "kill", Mock(side_effect=PermissionError(errno.EPERM, "Operation not permitted")))
+        assert refusal() == f"{name} belongs to the user with id {os.geteuid()}; stop it as that user"
+    assert played.process.poll() is None
+    played.process.kill()
+
+
+def test_stop_needs_services_on_this_host(stack: Stack) -> None:
+    """Without a broker nothing runs; services of a bus on another host are stopped there."""
     code, _, said = stack.run("stop")
     assert (code, said) == (69, f"fanwire stop: nothing runs on {stack.bus}\n")
+    far = Settings(bus=Bus(connect="tcp://192.0.2.1:7000", keys="keys"))
+    assert refusal(far) == "the bus is on another host, tcp://192.0.2.1:7000: stop it there"
