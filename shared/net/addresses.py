@@ -43,7 +43,11 @@ def pack_network(text: str) -> tuple[bytes, int]:
     >>> pack_network("192.0.2.0/24")[1], pack_network("2001:db8::/32")[1]
     (120, 32)
     """
-    network = ipaddress.ip_network(text)
+    try:
+        network = ipaddress.ip_network(text)
+    except ValueError as error:
+        cure = f"; expected {ipaddress.ip_network(text, strict=False)}"  # else this raises the same error
+        raise ValueError(f"{error}{cure}") from None
     packed = network.network_address.packed
     return (V4_MAPPED + packed, network.prefixlen + 96) if network.version == 4 else (packed, network.prefixlen)
 

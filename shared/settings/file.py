@@ -8,7 +8,7 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final, get_args, get_type_hints
+from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Struct
@@ -29,7 +29,7 @@ def load(path: Path | None, environment: Mapping[str, str] = os.environ) -> Sett
         try:
             found = tomllib.loads(path.read_text("utf-8"))
         except OSError as error:
-            raise SettingsError(f"{where}: {error.strerror}") from None
+            raise SettingsError(f"{where}: {error.strerror}; name the file by --config or FANWIRE_CONFIG") from None
         except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, a number of thousands of digits
             raise SettingsError(f"{where}: not TOML: {error}") from None
     overrides = {name: text for name, text in environment.items() if name.startswith("FANWIRE_")}
@@ -38,7 +38,7 @@ def load(path: Path | None, environment: Mapping[str, str] = os.environ) -> Sett
     try:
         settings = msgspec.convert(found, Settings)
     except msgspec.ValidationError as error:
-        raise SettingsError(f"{where}: {_explain(str(error))}") from None
+        raise SettingsError(f"{where}: {explain(str(error))}") from None
     if len(os.fsencode(settings.bus.path)) > MAX_DIRECTORY:
         raise SettingsError(f"{where}: bus.directory: expected at most {MAX_DIRECTORY} bytes, for socket paths in it")
     return settings
@@ -125,7 +125,8 @@ def _override(found: dict[str, Any], variable: str, text: str) -> dict[str, Any]
     try:
         value = msgspec.to_builtins(msgspec.convert(text, field_type, strict=False))
     except msgspec.ValidationError as error:
-        raise SettingsError(f"{variable}: {error}") from None
+        cure = "; set it in the settings file" if "`array`" in str(error) else ""
+        raise SettingsError(f"{variable}: {_with_choices(str(error), field_type)}{cure}") from None
     return {**found, section: {**values, rest: value}}
 
 
@@ -139,14 +140,33 @@ def _known(struct: type[Struct]) -> str:
     return ", ".join(_fields(struct))
 
 
-def _explain(message: str) -> str:
-    """Turn msgspec's sentence into: key, expected value."""
+def explain(message: str, whole: type[Struct] = Settings) -> str:
+    """Turn msgspec's sentence about a file, declared by `whole`, into: key, expected value."""
     reason, _, at = message.partition(" - at `$")
     key = at.rstrip("`").removeprefix(".").replace("[...]", "")
+    declared: Any = whole
+    for part in re.sub(r"\[\d+\]", "", key).split(".") if key else ():
+        declared = _fields(_struct(declared) or whole).get(part, whole)  # a value may look like a path
     if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", reason, re.DOTALL):
-        section = re.sub(r"\[\d+\]", "", key)
-        declared = _fields(Settings).get(section, Settings)
-        struct = get_args(declared)[0] if get_args(declared) else declared
         full = f"{key}.{unknown[1]}" if key else unknown[1]
-        return f"{full}: unknown key; expected one of {_known(struct)}"
+        return f"{full}: unknown key; expected one of {_known(_struct(declared) or whole)}"
+    reason = _with_choices(reason, declared)
     return f"{key}: {reason}" if key else reason
+
+
+def _struct(declared: Any) -> type[Struct] | None:
+    """Return the struct that a type is, or that is the table of its list."""
+    types = (each for each in (declared, *get_args(declared)) if isinstance(each, type))
+    return next((each for each in types if issubclass(each, Struct)), None)
+
+
+def _with_choices(reason: str, declared: Any) -> str:
+    return f"{reason}; expected one of {', '.join(_choices(declared))}" if "enum" in reason.split("'")[0] else reason
+
+
+def _choices(declared: Any) -> Iterator[str]:
+    """Yield the texts that a type allows, where it allows no others."""
+    if get_origin(declared) is Literal:
+        yield from get_args(declared)
+    else:
+        yield from (choice for each in get_args(declared) for choice in _choices(each))
