@@ -2,24 +2,27 @@
 
 import re
 from collections import Counter
+from dataclasses import replace
 from typing import Any, get_args
 
 import msgspec
 import pytest
 
+from services.console.metrics import exporter_metrics, stack_metrics
 from services.gateway import counters as gateway_counters
 from services.gateway.protocol.requests import OPERATIONS, ErrorWord, Operation
 from services.gateway.registry.condition import Word
 from services.gateway.render import View
 from services.operator.__main__ import COMMANDS
 from services.operator.client.lease import PASSING
-from services.operator.commands.ready import SERVICES
+from services.operator.commands.ready import OPTIONAL, SERVICES
 from services.transmitter import raw_frames
 from shared import ledger
 from shared.log import EVENTS
 from shared.settings.file import render
 from shared.settings.model import DEFAULT_STREAM, SCOPES, Collector, Settings, Token
 from tests.documents import FRONT, SHOWN, blocks, defined, exists, pages, prose, sentences, tables, text, words
+from tests.services.console.told import busy
 from tests.stack import CHECKOUT
 
 FRONT_LINES, ARCHITECTURE_LINES, COLUMNS = 200, 130, 120
@@ -109,7 +112,7 @@ def test_settings_are_defined_once() -> None:
 def test_commands_are_defined_once() -> None:
     """The table of commands names every command and every service that `fanwire` knows, once, and no other."""
     named = {re.split(r" ", word.removeprefix("fanwire "))[0] for word in defined("command")}
-    assert named == {*COMMANDS, *SERVICES, "python"}
+    assert named == {*COMMANDS, *SERVICES, *OPTIONAL, "python"}
 
 
 def test_requests_are_defined_once() -> None:
@@ -151,6 +154,14 @@ def test_counters_are_defined_once() -> None:
 def test_events_are_defined_once() -> None:
     """The table of events has every event whose name stays, once, and no other."""
     assert tuple(defined("event")) == EVENTS
+
+
+def test_metrics_are_defined_once() -> None:
+    """The table of metrics has every metric of the console, once, and no other."""
+    picture = busy()
+    families = [*stack_metrics(replace(picture, balanced=True), 0.0, "1"), *exporter_metrics(picture, 2)]
+    suffixes = {"counter": "_total", "info": "_info"}
+    assert defined("metric").keys() == {f"{each.name}{suffixes.get(each.type, '')}" for each in families}
 
 
 def _is_there(path: str) -> bool:

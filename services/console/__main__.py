@@ -7,7 +7,15 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 from shared.log import get_logger
-from shared.process.lifecycle import MANAGER_SECONDS, Lifecycle, Manager, run, service_parser
+from shared.process.lifecycle import (
+    MANAGER_SECONDS,
+    Lifecycle,
+    Manager,
+    Watchdog,
+    announce_ready,
+    run,
+    service_parser,
+)
 from shared.settings.model import Settings
 
 NEEDED = ("starlette", "uvicorn", "prometheus_client")
@@ -24,8 +32,10 @@ def _serve(_arguments: argparse.Namespace, settings: Settings, lifecycle: Lifecy
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         # It stays up, since honcho would end everything with it.
         log.warning("there is no page and there are no metrics: pip install 'fanwire[console]'", missing=missing)
-        manager = Manager()
+        announce_ready("console.1", listen=[])
+        watchdog, manager = Watchdog(), Manager()
         while not lifecycle.draining:
+            watchdog.feed()
             select.select([lifecycle], [], [], MANAGER_SECONDS)
             lifecycle.heed()
             manager.check()

@@ -69,6 +69,7 @@ class _Given(Source):
 def stack_metrics(picture: Picture, clock: float, version: str) -> Iterator[Metric]:
     """Yield every metric but those of exporters. `clock` is what to add to the picture's times for Unix time."""
     yield InfoMetricFamily("fanwire_build", "The version of the console.", {"version": version})
+    yield GaugeMetricFamily("fanwire_console_timestamp_seconds", "The clock of this host.", picture.at + clock)
     yield from _streams(picture.streams)
     yield from _collectors(picture.collectors, clock)
     yield from _services(picture.services)

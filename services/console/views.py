@@ -7,6 +7,7 @@ from typing import Any, Final
 from services.console.history import History
 from shared.losses import kind_of
 from shared.monitoring.picture import Collector, Exporter, Picture, Stream
+from shared.net.addresses import pack_address
 
 MAX_ROWS: Final = 200
 """Rows of a table that a page gets; it says how many there are, and finds others by a filter."""
@@ -203,9 +204,11 @@ def flow(picture: Picture) -> View:
 
     A collector that takes several streams has of each the part that the stream has of them all.
     """
+    # The busiest, in an order that stays.
     streams = sorted(picture.streams, key=lambda each: -(each.rate or 0))[:FLOW_STREAMS]
+    streams.sort(key=lambda each: each.name)
     rates = {each.name: each.rate or 0.0 for each in streams}
-    most = (picture.exporters or ())[:FLOW_EXPORTERS]
+    most = sorted((picture.exporters or ())[:FLOW_EXPORTERS], key=lambda each: pack_address(each.address))
     links: list[View] = []
     nodes = []
     for exporter in most:
@@ -227,6 +230,7 @@ def flow(picture: Picture) -> View:
         key=lambda each: (each.health in ("ok", "unknown"), -(each.rate or 0), each.client.name),
     )
     shown, more = takers[:FLOW_COLLECTORS], takers[FLOW_COLLECTORS:]
+    shown.sort(key=lambda each: (each.health in ("ok", "unknown"), each.client.name))
     ends: list[View] = []
     copies: list[View] = []
     for collector in shown:

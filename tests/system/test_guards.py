@@ -12,6 +12,7 @@ from typing import Final
 
 import pytest
 
+from services.console.app import PARTS
 from tests.once import wheel
 from tests.stack import CHECKOUT, Stack, wait_until
 
@@ -218,7 +219,10 @@ def test_numpy_is_for_those_who_see_datagrams(module: str) -> None:
 
 def test_the_wheel_holds_one_directory_and_runs(tmp_path: Path) -> None:
     """The built wheel has `fanwire/` alone at its top, and `fanwire --help` runs from it without the checkout."""
-    top = {name.split("/")[0] for name in zipfile.ZipFile(wheel()).namelist()}
+    names = zipfile.ZipFile(wheel()).namelist()
+    top = {name.split("/")[0] for name in names}
+    assert {f"fanwire/services/console/page/{part}" for part in PARTS} <= {*names}
+    assert [name for name in names if name.endswith((".md", ".webp"))] == []
     assert {name for name in top if not name.endswith(".dist-info")} == {"fanwire"}
     zipfile.ZipFile(wheel()).extractall(tmp_path / "installed")
     # The dependencies come from this environment; the checkout is kept off the path by -P and another directory.

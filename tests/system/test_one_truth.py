@@ -25,7 +25,7 @@ COLLECTORS = {
     "no route": ("10.98.0.1", "original", "no_route"),
     "not let": ("192.0.2.7", "original", "destination_refused"),
 }
-"""Address, source of copies, and cause of losses of each collector."""
+"""The address of each, the source of its copies, and the cause that its losses have."""
 SETTINGS = PATIENT + '[[stream]]\nname = "messages"\nlisten = ["udp://10.2.0.1:6667"]\n'
 
 
@@ -47,7 +47,7 @@ def relay() -> Iterator[Host]:
 
 
 def fetch(path: str) -> str:
-    """Return the answer of the console."""
+    """The console's answer."""
     with urllib.request.urlopen(f"http://127.0.0.1:8080{path}", timeout=60) as answer:
         text: str = answer.read().decode()
         return text

@@ -26,7 +26,7 @@ const tables = {
     { title: "rate", sort: "rate", class: number, text: (row) => rate(row.rate) },
     Table.past(pasts.collectors),
     { title: "lost, 5 min", sort: "recent", class: number, text: (row) => whole(row.recent), tone: (row) => (row.recent ? "bad" : "") },
-    { title: "lost", sort: "lost", class: number, text: (row) => whole(row.lost), tone: lostTone },
+    { title: "lost", sort: "lost", class: `${number} medium`, text: (row) => whole(row.lost), tone: lostTone },
     { title: "by cause", class: "medium", make: () => html("span"), update: tags },
     { title: "waiting", sort: "held", class: `${number} wider`, text: (row) => (row.held === null ? UNKNOWN : row.held && row.rate ? `${whole(row.held)} (${(row.held / row.rate).toFixed(1)} s)` : whole(row.held)) },
     { title: "sent", class: `${number} wider`, text: (row) => whole(row.sent) },
@@ -37,7 +37,7 @@ const tables = {
     Table.past(pasts.exporters),
     { title: "share", class: number, text: (row) => share(row.share) },
     { title: "bytes", sort: "bytes", class: `${number} medium`, text: (row) => `${bytes(row.bytes)}/s` },
-    { title: "streams", text: (row) => row.streams.join(", ") },
+    { title: "streams", class: "medium", text: (row) => row.streams.join(", ") },
     { title: "worker", class: "wide", text: (row) => row.workers.join(", ") },
     { title: "collectors", sort: "untaken", class: number, text: (row) => (row.takers ? whole(row.takers) : "nobody"), tone: (row) => (row.takers ? "" : "warn") },
   ], { sorted: state.exporters, onSort: (by) => go({ exporters: by }), empty: "nobody has sent anything in the last seconds, or nobody matches the filter" }),
@@ -57,7 +57,7 @@ const tables = {
     { title: "of", text: (row) => row.of, hint: (row) => row.of },
     { title: "cause", make: () => html("span", { class: "tag" }), update: (node, row) => { say(node, spoken(row.what)); node.className = `tag ${row.kind}`; } },
     { title: "last 5 min", class: number, text: (row) => whole(row.recent), tone: (row) => (row.recent ? "bad" : "") },
-    { title: "in all", class: number, text: (row) => whole(row.lost) },
+    { title: "in all", class: `${number} medium`, text: (row) => whole(row.lost) },
     { title: "counted by", class: "medium", text: (row) => row.service },
   ], { empty: "nothing is known to be lost" }),
   services: new Table(find("services"), "Services", [
@@ -133,7 +133,7 @@ function show(view) {
     const rows = kind === "streams" ? table : table && table.rows;
     for (const row of rows || []) {
       row.key = row.name;
-      if (kind === "collectors") row.healthText = row.since === null || row.health === UNKNOWN || row.health === "ok" ? row.health : `${row.health} for ${duration(view.at - row.since)}`;
+      if (kind === "collectors" && row.since !== null && !["ok", UNKNOWN].includes(row.health)) row.lasts = `for ${duration(view.at - row.since)}`;
     }
     pasts[kind].note(rows || [], view.at);
     tables[kind].show(rows);

@@ -148,9 +148,10 @@ export function link(kind) {
 
 /** A word of health with its mark. */
 export const word = {
-  make: () => html("span", { class: "word" }),
+  make: () => html("span", { class: "word" }, html("span"), html("span", { class: "medium" })),
   update: (node, row) => {
     node.dataset.word = row.health;
-    say(node, row.healthText);
+    say(node.firstChild, row.healthText || row.health);
+    say(node.lastChild, row.lasts || "");
   },
 };

@@ -17,7 +17,9 @@ from shared.net.addresses import Endpoint
 from shared.process.lifecycle import OK, UNAVAILABLE, OperatorError
 from shared.settings.model import Settings
 
-SERVICES: Final = ("broker", "gateway", "ingest", "forwarder", "transmitter", "console")
+SERVICES: Final = ("broker", "gateway", "ingest", "forwarder", "transmitter")
+OPTIONAL: Final = ("console",)
+"""Services that copies flow without; waited for where they are named."""
 LOOK_SECONDS: Final = 0.05
 HINT_PORT: Final = 9514
 ANY_ADDRESS: Final = {"localhost": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
@@ -62,7 +64,8 @@ def _heard(settings: Settings, wanted: set[str], deadline: float) -> set[str]:
 
 
 def hints(settings: Settings) -> Iterator[str]:
-    """Yield lines that can be pasted into another terminal."""
+    """Yield lines that can be pasted into another terminal, and the address of the live page."""
+    yield from _page(settings)
     yield f"{_program()} watch  # in another terminal, as the lines below"
     listeners = [(stream, at) for stream in settings.streams for at in stream.endpoints if at.scheme == "udp"]
     for stream, listener in listeners[:1]:
@@ -71,6 +74,17 @@ def hints(settings: Settings) -> Iterator[str]:
         request = f'{{"op":"register","name":"siem","streams":["{stream.name}"],"port":{HINT_PORT}}}'
         for endpoint in near[:1]:
             yield f"printf '{request}\\n' | nc -N {_for_nc(endpoint)}"
+
+
+def _page(settings: Settings) -> Iterator[str]:
+    """Yield the address of the live page, for a browser on this host."""
+    for endpoint in settings.console.endpoints[:1]:
+        if endpoint.path:
+            yield f"the live page is at {endpoint.path}"
+        else:
+            kind = "https" if endpoint.scheme == "tls" else "http"
+            host = ANY_ADDRESS.get(endpoint.host, endpoint.host)
+            yield f"{kind}://{f'[{host}]' if ':' in host else host}:{endpoint.port}/  # the live page, in a browser"
 
 
 def _program() -> str:

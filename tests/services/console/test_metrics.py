@@ -36,7 +36,7 @@ def test_losses_are_those_of_the_account() -> None:
 
 
 def test_both_formats_are_read_back() -> None:
-    """OpenMetrics goes to programs that ask for it, text to others; both are read whole, hostile names among them."""
+    """OpenMetrics is for those that ask for it, text for others; both are read whole, hostile names too."""
     picture = busy()
     text, kind = render(stack_metrics(picture, 0.0, "1"), "")
     assert kind.startswith("text/plain")
@@ -53,7 +53,7 @@ def test_both_formats_are_read_back() -> None:
 
 
 def test_nothing_is_told_of_what_is_not_known() -> None:
-    """Series are left out where nobody has reported, rather than zeros; a collector that left has none either."""
+    """There are no series, rather than zeros, where nobody has reported."""
     text = render(stack_metrics(observe([client("siem")], {}).picture(0.0), 0.0, "1"), "")[0].decode()
     assert samples(text, "fanwire_copies_sent_total") == {}
     assert samples(text, "fanwire_collectors") == {(): 1}

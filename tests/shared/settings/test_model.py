@@ -114,7 +114,7 @@ def test_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
         ("[bus]\ncolour = 1\n", "bus.colour: unknown key; expected one of directory, high_water_mark"),
         (
             "[busses]\n",
-            "busses: unknown key; expected one of bus, broker, gateway, ingest, forwarder, transmitter, stream, ",
+            "busses: unknown key; expected one of bus, broker, gateway, ingest, forwarder, transmitter, console, ",
         ),
         (STREAM + "port = 1\n", "stream[0].port: unknown key; expected one of name, listen, reply"),
         (COLLECTOR + "prefixes = []\n", "collector[0].prefixes: unknown key; expected one of"),

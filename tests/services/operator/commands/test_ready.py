@@ -1,5 +1,5 @@
 from services.operator.commands.ready import hints
-from shared.settings.model import Gateway, Settings, Stream
+from shared.settings.model import Console, Gateway, Settings, Stream
 from tests.services.operator.played import PlayedService, finish, run
 from tests.stack import Stack
 
@@ -27,13 +27,20 @@ def test_names_who_is_missing_at_the_timeout(stack: Stack) -> None:
 
 def test_hints_follow_the_settings() -> None:
     """The lines to try name the listeners and the stream of the settings; a host of many addresses becomes one."""
-    watch, send, sign_up = hints(Settings())
+    page, watch, send, sign_up = hints(Settings())
+    assert page.startswith("http://127.0.0.1:8080/ ")
     assert watch.split()[:2][-1] == "watch"
     assert send == "echo 'Hello you there!' | nc -u -w1 127.0.0.1 6667"
     request = '{"op":"register","name":"siem","streams":["messages"],"port":9514}'
     assert sign_up == f"printf '{request}\\n' | nc -N 127.0.0.1 5000"
     stream = Stream(name="syslog", listen=("tcp://[::1]:601", "udp://[::]:514"))
-    _, send, sign_up = hints(Settings(streams=(stream,), gateway=Gateway(listen=("unix:///run/gateway.sock",))))
+    elsewhere = Settings(
+        streams=(stream,),
+        gateway=Gateway(listen=("unix:///run/gateway.sock",)),
+        console=Console(listen=("unix:///run/console.sock",)),
+    )
+    page, _, send, sign_up = hints(elsewhere)
+    assert page == "the live page is at /run/console.sock"
     assert send.endswith("nc -u -w1 ::1 514")
     assert '["syslog"]' in sign_up
     assert sign_up.endswith("nc -N -U /run/gateway.sock")
