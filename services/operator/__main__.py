@@ -29,6 +29,7 @@ COMMANDS: Final = {
     **{name: f"commands.{name}" for name in ("watch", "tap", "play", "collect", "frame", "wake", "config")},
     "import": "importing.command",
     **{name: f"commands.{name}" for name in ("keys", "token", "status", "streams", "ledger")},
+    "top": "top.command",
     "doctor": "doctor.command",
     "ready": "commands.ready",
     **dict.fromkeys(("run", "stop"), "commands.run"),

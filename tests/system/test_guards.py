@@ -68,6 +68,8 @@ PURE = (
     "services/operator/importing/pmacct.py",
     "services/operator/importing/receivers.py",
     "services/operator/importing/samplicator.py",
+    "services/operator/top/state.py",
+    "services/operator/top/views.py",
     "services/transmitter/addressing.py",
     "services/transmitter/fragments.py",
     "services/transmitter/headers.py",

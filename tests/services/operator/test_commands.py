@@ -21,8 +21,8 @@ def test_help_lists_commands_and_services(stack: Stack) -> None:
     code, text = run(stack, "--help")
     assert code == 0
     for command in (
-        *("clients", "register", "leave", "watch", "collect", "frame", "wake"),
-        *("config", "import", "keys", "token", "ledger", "doctor", "ready"),
+        *("clients", "register", "leave", "watch", "tap", "play", "collect", "frame", "wake"),
+        *("config", "import", "keys", "token", "status", "streams", "ledger", "top", "doctor", "ready"),
     ):
         assert f"    {command} " in text
     assert "fanwire broker|gateway|ingest|forwarder|transmitter" in text

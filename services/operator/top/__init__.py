@@ -1,0 +1,1 @@
+"""`fanwire top`: streams, exporters and collectors, live; `views` and `state` decide, `screen` draws."""
