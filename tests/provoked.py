@@ -62,6 +62,8 @@ from services.operator.doctor.services import RawSocketFacts, check_services, wh
 from services.operator.importing import pmacct, samplicator
 from services.operator.importing.command import Lookup
 from services.operator.importing.receivers import Line, ParseLine
+from services.operator.top.screen import draw
+from services.operator.top.state import State
 from services.transmitter.next_hops import NextHops
 from services.transmitter.policy import Audit, Policy
 from services.transmitter.privileges import _prctl, adopt
@@ -300,6 +302,7 @@ def _commands() -> Iterator[Provocation]:
         yield partial(token._write, there, "token")
         yield partial(collect._open_file, Namespace(write=there.parent, count=None), ExitStack())
         yield partial(keys.run, Namespace(directory=there.parent, roles=["broker"]), Settings())
+    yield partial(draw, State(helping=True), None, 80, 40)
     drawn = Namespace(name="a", scopes=["list"], streams=None, destinations=None, write=None)
     yield partial(token.run, drawn, Settings())
     yield partial(wake.own_mac, "gone0")
