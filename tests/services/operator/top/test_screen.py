@@ -42,7 +42,7 @@ def collector(number: int, name: str = "", **changes: object) -> Collector:
 
 def picture(count: int = 3, **changes: object) -> Picture:
     """Make a picture of one stream, so many collectors and an exporter."""
-    service = Service("ingest.1", 7, 0.0, 99.0, False, 1, 1, 9, 0, {})
+    service = Service("ingest.1", 7, 0.0, 99.0, False, 1, 1, 9, 0, None, {})
     stream = Stream("syslog", 4000, 12.5, 900.0, 4000, 0, 0, 3, 0.0, {"memory": 3}, ("c1", "c2"), (), 1)
     fields = {
         "at": 100.0,
@@ -51,7 +51,7 @@ def picture(count: int = 3, **changes: object) -> Picture:
         "discrepancies": (),
         "streams": (stream,),
         "collectors": tuple(map(collector, range(count))),
-        "exporters": (Exporter("10.1.1.1", 12.5, 900.0, 1.0, ("syslog",), ("ingest.1",), 2),),
+        "exporters": (Exporter("10.1.1.1", 12.5, 900.0, 1.0, ("syslog",), ("ingest.1",), 2, {"syslog": 12.5}),),
         "services": (service,),
         "losses": (RecentLoss(Loss("ingest", "ingest.1", "syslog", 3, "memory"), 2),),
     }
