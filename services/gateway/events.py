@@ -8,6 +8,7 @@ from services.gateway.registry.condition import Word
 from services.gateway.registry.entry import Entry, Event
 from services.gateway.registry.registry import Registry
 from shared.log import COLLECTOR_HEALTH, get_logger
+from shared.process.log_limit import LogBudget
 
 KEPT_BYTES: Final = 4 * 1024 * 1024
 """Bytes of past events, for watchers that come back: some 10,000 events."""
@@ -35,6 +36,7 @@ class EventFeed:
         self._render_health = render_health
         self._watchers: dict[int, Push] = {}
         self._words: dict[str, Word] = {}
+        self._budget = LogBudget()
         """The last word of each collector that has been served, for the log."""
         self._past: deque[tuple[int, bytes]] = deque()
         self._past_bytes = 0
@@ -93,10 +95,13 @@ class EventFeed:
         if word == "fresh" or (word == "waiting" and before is None):
             return  # it is not served yet
         self._words[name] = word
-        if word != "ok":
-            log.warning(COLLECTOR_HEALTH, of=name, health=word, before=before, lost=lost)
-        elif before is not None:
-            log.info(COLLECTOR_HEALTH, of=name, health=word, before=before, lost=lost)
+        if word == "ok" and before is None:
+            return
+        if count := self._budget.admit():
+            more = {"suppressed": count - 1} if count > 1 else {}
+            (log.info if word == "ok" else log.warning)(
+                COLLECTOR_HEALTH, of=name, health=word, before=before, lost=lost, **more
+            )
 
     def health_lines(self) -> bytes:
         """Return a line for every collector that is not well now."""

@@ -6,6 +6,7 @@ from typing import Final
 
 from shared.log import LOSS_BEGAN, LOSS_ENDED, get_logger
 from shared.losses import Loss, losses
+from shared.process.log_limit import LogBudget
 
 QUIET_SECONDS: Final = 5.0
 """A loss is over after it has not grown for this long."""
@@ -30,6 +31,7 @@ class LossLog:
         self._counts: dict[Loss, int] | None = None
         """The last count of each loss; the keys count nothing themselves."""
         self._open: dict[Loss, _Episode] = {}
+        self._budget = LogBudget()
 
     def note(self, accounts: Mapping[str, Mapping[str, int]], now: float) -> None:
         """Take in the accounts as they are now; losses of the first ones are from before."""
@@ -51,10 +53,14 @@ class LossLog:
             episode.grew_at = now
             return
         self._open[loss] = _Episode(now, began, now)
-        log.warning(LOSS_BEGAN, place=loss.place, of=loss.of, cause=loss.what, lost=count - began, total=count)
+        self._say(LOSS_BEGAN, loss, lost=count - began, total=count)
 
     def _end(self, loss: Loss, episode: _Episode, count: int | None) -> None:
         """Log the end; `count` is None where the account has gone, such as that of a collector that has left."""
         lost = {} if count is None else {"lost": max(0, count - episode.began), "total": count}
-        seconds = round(episode.grew_at - episode.began_at, 1)
-        log.warning(LOSS_ENDED, place=loss.place, of=loss.of, cause=loss.what, **lost, seconds=seconds)
+        self._say(LOSS_ENDED, loss, **lost, seconds=round(episode.grew_at - episode.began_at, 1))
+
+    def _say(self, event: str, loss: Loss, **facts: float) -> None:
+        if count := self._budget.admit():
+            more = {"suppressed": count - 1} if count > 1 else {}
+            log.warning(event, place=loss.place, of=loss.of, cause=loss.what, **facts, **more)

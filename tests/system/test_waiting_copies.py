@@ -95,7 +95,7 @@ def test_sigterm_sends_or_counts_what_waits(slow: SlowSite, rate: str, seconds: 
     slow.shape(rate)
     assert forwarder.stop(seconds=DRAIN_SECONDS) == 0
     account = forwarder.events("drained")[0]["accounts"][NAME]
-    numbers = slow.arrived(account["delivered"])
+    numbers = slow.arrived(account["sent"])
     assert sorted(set(numbers)) == numbers
     assert account["held"] == 0
     assert len(numbers) + dropped(account) == COUNT
@@ -153,7 +153,7 @@ def test_signing_up_again_keeps_what_waits(slow: SlowSite) -> None:
         slow.shape("20mbit")
         assert slow.arrived(COUNT) == list(range(total, total + COUNT))
         account = slow.accounts_when(lambda account: not account["held"])
-    assert account["expected"] == account["offered"] == account["delivered"] == total + COUNT
+    assert account["expected"] == account["offered"] == account["sent"] == total + COUNT
     assert account["bytes"] == (total + COUNT) * SIZE
 
 

@@ -700,7 +700,7 @@ def test_what_waits_for_a_next_hop_is_sent_or_counted_at_the_end(start: Start) -
     accounts = bus.transmitter.events("drained")[0]["accounts"]
     came, account = payloads(bus.wire.take()), accounts["collector/c"]
     assert came == numbered(0, 5)[: len(came)]
-    assert (account["held"], account.get("delivered", 0)) == (0, len(came))
+    assert (account["held"], account.get("sent", 0)) == (0, len(came))
     assert len(came) + account.get("dropped_no_neighbour", 0) == 5
     assert accounts["collector/nobody"].items() >= {"held": 0, "dropped_no_neighbour": 5}.items()
 

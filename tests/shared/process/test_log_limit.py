@@ -3,7 +3,7 @@ from concurrent.futures import ThreadPoolExecutor
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.process.log_limit import MAX_EVENTS, LogLimit
+from shared.process.log_limit import LINES_A_SECOND, LINES_AT_ONCE, MAX_EVENTS, LogBudget, LogLimit
 
 
 class Clock:
@@ -53,3 +53,16 @@ def test_threads_share_it() -> None:
         assert sum(threads.map(lambda _: restraint.admit("a"), range(8000))) == 1
     clock.now += 1.0
     assert restraint.admit("a") == 8000
+
+
+@given(st.lists(st.sampled_from([0.0, 0.01, 0.3, 5.0]), min_size=1, max_size=400))
+def test_lines_of_a_kind_have_a_budget(pauses: list[float]) -> None:
+    """Lines beyond the budget are left out, and the next line stands for them: none is forgotten."""
+    clock = Clock()
+    budget, began, said = LogBudget(clock), clock.now, list[int]()
+    for pause in pauses:
+        clock.now += pause
+        said.append(budget.admit())
+        assert sum(map(bool, said)) <= LINES_AT_ONCE + (clock.now - began) * LINES_A_SECOND + 1e-6
+    clock.now += 1.0
+    assert sum(said) + budget.admit() == len(pauses) + 1
