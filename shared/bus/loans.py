@@ -61,6 +61,11 @@ def pool_path(directory: Path, sender: str) -> Path:
     return directory / f"pool.{sender.partition('.')[2]}"
 
 
+def lock_path(path: Path) -> Path:
+    """Return the path of the lock that a worker with this pool path holds while it lives."""
+    return path.with_name(f"{path.name}.lock")
+
+
 def _memory(name: str, size: int, *, ours_alone: bool) -> tuple[int, mmap.mmap]:
     """Return memory of a fixed size, as a descriptor to pass on and a view to write through.
 
@@ -283,7 +288,7 @@ class Lender:
 
 def _lock(path: Path) -> BinaryIO:
     """Lock a path; the kernel releases the lock when this process ends."""
-    lock = path.with_name(f"{path.name}.lock").open("wb")
+    lock = lock_path(path).open("wb")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

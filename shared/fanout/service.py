@@ -298,6 +298,7 @@ class CopyService(ABC, Generic[D]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._collectors.close()
+        self._streams.close()
         self._subscriber.close()
         self._publisher.close()
         self._context.term()

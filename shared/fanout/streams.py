@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from shared.bus.continuity import Continuity
-from shared.bus.living_workers import living_workers
+from shared.bus.living_workers import LivingWorkers
 from shared.bus.messages import Envelope, Status, datagrams_topic, status_topic
 from shared.bus.zmq_sockets import Subscriber
 from shared.ledger import BASELINE, MISSED, PUBLISHED, REACHED, TAKEN, Accounts, unparse_origin
@@ -39,7 +39,7 @@ class FollowedStreams:
         self.published: Counter[str] = Counter()
         """By stream: datagrams that workers published while it was subscribed to, whether they came or not."""
         self._subscriber = subscriber
-        self._directory = directory
+        self._workers_here = LivingWorkers(directory)
         self._living: dict[str, float] = {}
         """By worker that lives: the time of its last report, or at which it was seen first."""
         self._hanging: set[str] = set()
@@ -123,12 +123,17 @@ class FollowedStreams:
         for origin in silent:
             del self._workers[origin]
         heard = {name: self._workers[name, boot].heard_at for name, boot in self._workers}
-        self._living = {name: heard.get(name, self._living.get(name, now)) for name in living_workers(self._directory)}
+        living = self._workers_here.among(heard)
+        self._living = {name: heard.get(name, self._living.get(name, now)) for name in living}
         hanging = {name for name, at in self._living.items() if at <= after}
         for name in sorted(hanging - self._hanging):
             log.warning("an ingest worker that runs is not heard of: it or the broker hangs", worker=name)
         self._hanging = hanging
         self.came_and_gone += [(WORKER_GONE, name) for name, _ in silent if name not in hanging]
+
+    def close(self) -> None:
+        """Look after workers no more."""
+        self._workers_here.close()
 
     def accounts(self) -> Accounts:
         """Return one account an origin: the count at the start, what came, what was missed, the count now."""

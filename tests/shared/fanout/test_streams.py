@@ -18,7 +18,8 @@ class Workers:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now, self.living = 100.0, ["ingest.1", "ingest.2"]
         monkeypatch.setattr(streams, "time", SimpleNamespace(monotonic=lambda: self.now))
-        monkeypatch.setattr(streams, "living_workers", lambda _: self.living)
+        locks = SimpleNamespace(among=lambda _: self.living)
+        monkeypatch.setattr(streams, "LivingWorkers", lambda _: locks)
         ignore: Callable[[str], None] = lambda _: None  # noqa: E731 - a signature for mypy
         self.followed = FollowedStreams(cast(Subscriber, SimpleNamespace(subscribe=ignore)), Path("/bus"))
 
