@@ -78,6 +78,7 @@ from shared.bus.zmq_sockets import new_context, prepare_directory
 from shared.client import Client
 from shared.net.addresses import Endpoint, pack_address, parse_endpoint, resolve
 from shared.net.netlink import Link
+from shared.net.queues import Queue
 from shared.process.lifecycle import OperatorError, Readiness
 from shared.process.memory import Memory
 from shared.settings.file import load
@@ -342,6 +343,7 @@ def _paths() -> Iterator[Provocation]:
     for path in (
         fine, None, replace(fine, up=False), replace(fine, next_hop=AT, neighbour=0x20), NetworkPath(True, "lo"),
         replace(fine, mtu=1400, link_mtu=1400), replace(fine, mtu=1400),
+        replace(fine, queues=[Queue(1, "tbf", 7, False)]), replace(fine, queues=[Queue(1, "tbf", 0, False)]),
     ):  # fmt: skip
         for vendor in ("", *CLOUDS):
             facts = NetworkFacts({AT: path}, listeners=[(AT, 9514)], vendor=vendor)

@@ -29,6 +29,7 @@ from shared.ledger import (
     WITHHELD,
 )
 from shared.log import get_logger
+from shared.net.queues import Queues
 from shared.net.route_changes import RouteChanges
 from shared.settings.model import Forwarder
 
@@ -59,6 +60,7 @@ class Destination:
         account: Counter[str],
         memory: BacklogMemory,
         changes: RouteChanges,
+        queues: Queues,
     ) -> None:
         self.client = client
         self.account = account
@@ -66,7 +68,9 @@ class Destination:
         self.held = Backlog(account, BUFFER_FULL, settings.queue_seconds, HELD_ROWS, settings.queue_bytes, memory)
         self._settings = settings
         self._changes = changes
-        self._changes_seen = changes.version
+        self._changes_seen = -1
+        self._queues = queues
+        self._takes_runs = True
         self._socket: socket.socket | None = None
         self._gso = GsoFallback(offered=settings.segmentation)
         self._path_segment = 0
@@ -85,7 +89,7 @@ class Destination:
     @property
     def largest_segment(self) -> int:
         """Length up to which datagrams leave together by UDP_SEGMENT; 0: none leave together."""
-        return self._path_segment if self._gso.usable else 0
+        return self._path_segment if self._gso.usable and self._takes_runs else 0
 
     def adopt(self, client: Client) -> None:
         """Serve another entry of the same address and port from now on, with its hop limit and DSCP."""
@@ -94,8 +98,10 @@ class Destination:
             mark_headers(self._socket, client)
 
     def refresh(self) -> None:
-        """Connect if not connected, or if the source has changed; read ICMP errors, and the path's MTU."""
+        """Connect if not connected, or if the source has changed; read ICMP errors, and what the path takes."""
         changed, self._changes_seen = self._changes_seen != self._changes.version, self._changes.version
+        if changed:
+            self._takes_runs = self._queues.take_runs_to(self.client.address, self._changes.version)
         if self._socket is None:
             self._socket = self._open()
         elif not (changed and self._reconnect_if_moved()):

@@ -19,6 +19,7 @@ from shared.datagrams.gathered import Gathered, portions
 from shared.datagrams.routing import Selection
 from shared.fanout.send_threads import SendThreads
 from shared.fanout.service import CopyService
+from shared.net.queues import Queues
 from shared.net.route_changes import RouteChanges
 from shared.settings.model import Settings
 
@@ -40,10 +41,11 @@ class ForwarderService(CopyService[Destination]):
         self._stalled: dict[Destination, tuple[float, float]] = {}
         """Collectors with waiting rows: seconds between tries, and the time of the next one."""
         self.route_changes = RouteChanges()
+        self._queues = Queues()
 
     def reach(self, client: Client, account: Counter[str]) -> Destination:
         """Give a collector a socket of its own."""
-        return Destination(client, self.settings.forwarder, account, self.held, self.route_changes)
+        return Destination(client, self.settings.forwarder, account, self.held, self.route_changes, self._queues)
 
     def send(self, batch: Gathered, routed: list[tuple[Destination, Selection]]) -> None:
         """Give each collector its rows.
@@ -138,7 +140,12 @@ class ForwarderService(CopyService[Destination]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         super().__exit__(kind, error, trace)
+        self.close()
+
+    def close(self) -> None:
+        """Close our own sockets; those of collectors close with them."""
         self.route_changes.close()
+        self._queues.close()
 
     def _send_to(self, _member: int, tasks: Sequence[tuple[Destination, int]]) -> list[tuple[Destination, Indices]]:
         """Send destinations their parts; return those that have not sent all of it, and their remaining rows."""

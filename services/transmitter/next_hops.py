@@ -25,6 +25,7 @@ from shared.net.netlink import (
     Netlink,
     RoutesChanged,
 )
+from shared.net.queues import Queues
 
 DISCARD_PORT: Final = 9
 """RFC 863: datagrams to this port are discarded."""
@@ -78,6 +79,8 @@ class Egress:
     hop: Hop | None = None
     mtu: int = 0
     reach: Reach = Reach.ROUTED
+    takes_runs: bool = False
+    """True for frames, unless the link's queue would lose some of a run in silence."""
 
     @property
     def local(self) -> bool:
@@ -101,6 +104,7 @@ class NextHops:
         self._probes = {family: _open_probe(family) for family in (socket.AF_INET, socket.AF_INET6)}
         self._hops: WeakValueDictionary[tuple[int, str], Hop] = WeakValueDictionary()  # a hop lives as long as its ways
         self._links = self._ask_links()
+        self._queues = Queues()
 
     @property
     def blind(self) -> bool:
@@ -173,7 +177,8 @@ class NextHops:
         reach = Reach.LINK if route.next_hop == address else Reach.ROUTED
         if not link.ethernet:
             return Egress(EgressKind.PACKETS, link=link, mtu=mtu, reach=reach)
-        return Egress(EgressKind.FRAMES, link=link, hop=self._hop(link.index, route.next_hop), mtu=mtu, reach=reach)
+        hop, takes_runs = self._hop(link.index, route.next_hop), self._queues.take_runs_by(link.index, self.version)
+        return Egress(EgressKind.FRAMES, link=link, hop=hop, mtu=mtu, reach=reach, takes_runs=takes_runs)
 
     def _hop(self, link_index: int, address: str) -> Hop:
         hop = self._hops.get((link_index, address))
@@ -228,6 +233,7 @@ class NextHops:
 
     def close(self) -> None:
         """Close all sockets."""
+        self._queues.close()
         if self._netlink is not None:
             self._netlink.close()
         for probe in self._probes.values():

@@ -36,8 +36,8 @@ HOLDING_SECONDS: Final = 0.05
 
 log = get_logger()
 
-Key = tuple[int, int, EgressKind, PacketSocket]
-"""The key of copies that can share a plan: IP version, MTU, kind of way, and socket."""
+Key = tuple[int, int, EgressKind, bool, PacketSocket]
+"""The key of copies that can share a plan: IP version, MTU, kind of way and whether it takes runs, and socket."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +108,7 @@ class Sender:
                 if rest is None:
                     continue
                 share = rest
-            by_key.setdefault((destination.version, egress.mtu, egress.kind, packet_socket), []).append(share)
+            by_key.setdefault(_key(destination, egress, packet_socket), []).append(share)
         for key, shares in by_key.items():
             self._send_all(batch, key, shares)
 
@@ -120,7 +120,7 @@ class Sender:
         framed: dict[tuple[int, int, bool], list[Frame] | None],
     ) -> Share | None:
         """Send a collector its few rows; return what is left to be sent. `framed` has what was planned of the batch."""
-        segmentation, mtu = self._segmentation and packet_socket.gso.usable, share.egress.mtu
+        segmentation, mtu = self._cuts_runs(share.egress.takes_runs, packet_socket), share.egress.mtu
         key = id(share.rows), mtu, segmentation
         if key not in framed:
             framed[key] = frames_of(batch, share.rows, mtu, segmentation=segmentation)
@@ -178,9 +178,12 @@ class Sender:
         self.audit.refuse(RATE_LIMITED, left - granted, collector=destination.client.name)
         return np.arange(granted) if rows is None else rows[:granted]
 
+    def _cuts_runs(self, way_takes_runs: bool, packet_socket: PacketSocket) -> bool:
+        return self._segmentation and way_takes_runs and packet_socket.gso.usable
+
     def _build(self, member: int, batch: Gathered, key: Key, rows: Indices | None, parts: Sequence[int]) -> FramePlan:
-        plan, (version, mtu, kind, exit_) = self._plans[member], key
-        segmentation = self._segmentation and exit_.gso.usable
+        plan, (version, mtu, kind, takes_runs, exit_) = self._plans[member], key
+        segmentation = self._cuts_runs(takes_runs, exit_)
         plan.build(batch, rows, version, mtu, link=kind is EgressKind.FRAMES, segmentation=segmentation, parts=parts)
         return plan
 
@@ -215,7 +218,7 @@ class Sender:
 
     def _release(self, destination: Destination, egress: Egress) -> None:
         """Send a collector's waiting rows, before any newer ones."""
-        key = destination.version, egress.mtu, egress.kind, self._packet_sockets.for_egress(egress, destination.version)
+        key = _key(destination, egress, self._packet_sockets.for_egress(egress, destination.version))
         while destination.held:
             held = destination.held.pop_oldest()
             self._send_same(0, held.batch, key, [Share(destination, egress, held.rows)])
@@ -245,6 +248,10 @@ class Sender:
     def close(self) -> None:
         """Close our own sockets; the raw sockets stay with their owner."""
         self.next_hops.close()
+
+
+def _key(destination: Destination, egress: Egress, packet_socket: PacketSocket) -> Key:
+    return destination.version, egress.mtu, egress.kind, egress.takes_runs, packet_socket
 
 
 def _rows_of(share: Share) -> int:

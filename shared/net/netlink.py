@@ -29,6 +29,7 @@ from pyroute2.netlink.rtnl import (
     RTNLGRP_IPV6_RULE,
     RTNLGRP_LINK,
     RTNLGRP_NEIGH,
+    RTNLGRP_TC,
 )
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 from pyroute2.netlink.rtnl.marshal import MarshalRtnl
@@ -46,7 +47,7 @@ EVENT_BUFFER: Final = 1 << 20
 EVENTS_AT_ONCE: Final = 64
 GROUPS: Final = (
     RTNLGRP_LINK, RTNLGRP_NEIGH, RTNLGRP_IPV4_IFADDR, RTNLGRP_IPV4_ROUTE, RTNLGRP_IPV4_RULE,
-    RTNLGRP_IPV6_IFADDR, RTNLGRP_IPV6_ROUTE, RTNLGRP_IPV6_RULE,
+    RTNLGRP_IPV6_IFADDR, RTNLGRP_IPV6_ROUTE, RTNLGRP_IPV6_RULE, RTNLGRP_TC,
 )  # fmt: skip
 HEADER: Final = struct.Struct("=IHHII")
 """struct nlmsghdr: length, type, flags, sequence, port."""
@@ -119,7 +120,7 @@ class Neighbour:
 
 @dataclass(frozen=True, slots=True)
 class RoutesChanged:
-    """Routes, rules or addresses have changed."""
+    """Routes, rules, addresses or queues have changed."""
 
 
 @dataclass(frozen=True, slots=True)

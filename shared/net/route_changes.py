@@ -1,4 +1,4 @@
-"""Notice that routes, rules, addresses or links have changed (rtnetlink(7)), not which. No privilege."""
+"""Notice that routes, rules, addresses, links or queues have changed (rtnetlink(7)), not which. No privilege."""
 
 import errno
 import socket
@@ -6,8 +6,8 @@ from typing import Final
 
 SOL_NETLINK: Final = 270
 NETLINK_ADD_MEMBERSHIP: Final = 1
-GROUPS: Final = (1, 5, 7, 8, 9, 11, 19)
-"""RTNLGRP_LINK; IPv4 and IPv6: _IFADDR, _ROUTE, _RULE (linux/rtnetlink.h)."""
+GROUPS: Final = (1, 4, 5, 7, 8, 9, 11, 19)
+"""RTNLGRP_LINK, _TC; IPv4 and IPv6: _IFADDR, _ROUTE, _RULE (linux/rtnetlink.h)."""
 READS_AT_ONCE: Final = 64
 
 

@@ -10,7 +10,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from shutil import which
 from typing import Final
@@ -27,6 +27,7 @@ from shared.bus.zmq_sockets import broker_is_up, check_directory
 from shared.ledger import Accounts
 from shared.net.addresses import resolve
 from shared.net.netlink import RTN_LOCAL, Link, Netlink
+from shared.net.queues import Queue, Queues
 from shared.settings.model import Settings, Stream
 from shared.settings.own_listeners import udp_listeners
 
@@ -130,16 +131,22 @@ def network_facts(
 ) -> NetworkFacts:
     """Return the routes that the kernel would take to these addresses; nothing is sent."""
     by_index = {link.index: link for link in links}
+    queued: dict[int, list[Queue]] = {}
+    with closing(Queues()) as queues:
+        for queue in queues.all():
+            queued.setdefault(queue.link_index, []).append(queue)
     mtus = [link.mtu for link in by_index.values() if link.up and link.name != LOOPBACK]
     return NetworkFacts(
-        paths={address: _network_path(netlink, by_index, address) for address in set(addresses)},
+        paths={address: _network_path(netlink, by_index, queued, address) for address in set(addresses)},
         longest_mtu=max([NetworkFacts().longest_mtu, *mtus]),
         listeners=udp_listeners(settings),
         vendor=_read("/sys/class/dmi/id/sys_vendor").strip(),
     )
 
 
-def _network_path(netlink: Netlink, links: dict[int, Link], address: str) -> NetworkPath | None:
+def _network_path(
+    netlink: Netlink, links: dict[int, Link], queued: dict[int, list[Queue]], address: str
+) -> NetworkPath | None:
     route = netlink.route(address)
     if route is None or (link := links.get(route.link_index)) is None:
         return None
@@ -153,6 +160,7 @@ def _network_path(netlink: Netlink, links: dict[int, Link], address: str) -> Net
         route.next_hop,
         state,
         mtu_known=bool(route.mtu),
+        queues=queued.get(link.index, ()),
     )
 
 

@@ -10,6 +10,7 @@ from typing import Final
 from services.operator.client.registry_client import Entry
 from services.operator.doctor.finding import Finding, error, ok, some, warning
 from shared.client import ALL_STREAMS
+from shared.net.queues import LARGEST_RUN, Queue
 from shared.settings.own_listeners import OwnListeners
 
 ETHERNET_MTU: Final = 1500
@@ -45,6 +46,7 @@ class NetworkPath:
     neighbour: int = 0
     mtu_known: bool = False
     """True if `mtu` is of the whole way: set for the route, or learnt from a router."""
+    queues: Sequence[Queue] = ()
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,10 @@ def check_network_paths(
         found = way(collector)
         return None if found is None or found.local else _mtu(collector, found, facts.longest_mtu)
 
+    def queue(collector: Entry) -> Finding | None:
+        found = way(collector)
+        return None if found is None or found.local else _queue(collector, found)
+
     yield from each("loops", collectors, loop, f"{count}, and none is one of fanwire's own listeners")
     yield from _doubles(collectors)
     yield from each(
@@ -125,6 +131,7 @@ def check_network_paths(
     yield from each("next_hop", collectors, next_hop, "no next hop is known to be silent")
     fine = f"packets of {facts.longest_mtu} bytes pass uncut, as far as known here; further on routers may cut IPv4"
     yield from each("mtu", collectors, mtu, fine)
+    yield from each("egress_queue", collectors, queue, "the queues that copies leave by have dropped nothing")
     abroad = [each.name for each in originals if not ((found := way(each)) and found.local)]
     yield _reverse_path_there(abroad)
     yield _cloud(facts.vendor, abroad)
@@ -182,6 +189,22 @@ def _mtu(collector: Entry, way: NetworkPath, longest: int) -> Finding | None:
     if way.mtu < longest:
         why = f"{way.interface} takes {way.mtu} bytes, exporters' packets may have {longest}: those leave in fragments"
         return warning("mtu", why, cure, collector.name)
+    return None
+
+
+def _queue(collector: Entry, way: NetworkPath) -> Finding | None:
+    for queue in way.queues:
+        at = f"the queue of {way.interface} ({queue.kind})"
+        if queue.dropped:
+            why = f"{at} has dropped {queue.dropped} packets: copies that it had taken before count as delivered"
+            cure = f"raise its limit, or send less by {way.interface}; see `tc -s qdisc show dev {way.interface}`"
+            return warning("egress_queue", why, cure, collector.name)
+        if not queue.takes_runs:
+            why = f"{at} takes no runs of datagrams: copies leave one by one, at more CPU"
+            cure = (
+                f"give it a burst and a limit of {LARGEST_RUN} bytes or more; see `tc qdisc show dev {way.interface}`"
+            )
+            return warning("egress_queue", why, cure, collector.name)
     return None
 
 

@@ -21,7 +21,7 @@ class Sent:
         self._relay = ForwarderService("forwarder.1", Settings(forwarder=Forwarder(**settings)))
         self.collectors = Collectors(["messages"], self.published, self._relay.reach)
         opened.callback(self.collectors.close)
-        opened.callback(self._relay.route_changes.close)
+        opened.callback(self._relay.close)
         self.collectors.replace(clients)
 
     def send(self, batch: DatagramBatch) -> dict[str, dict[str, int]]:

@@ -20,6 +20,7 @@ from services.forwarder.plan import SendPlan
 from shared.datagrams.gathered import Gathered
 from shared.fanout.backlog import BacklogMemory
 from shared.fanout.send_errors import MAX_SKIPS
+from shared.net.queues import Queues
 from shared.net.route_changes import RouteChanges
 from shared.net.sockets import enlarge_receive_buffer
 from shared.settings.model import Forwarder
@@ -410,8 +411,9 @@ def test_changed_collector_begins_a_new_account(opened: ExitStack) -> None:
 def test_destination_that_is_closed_counts_what_it_is_given(opened: ExitStack) -> None:
     """Between close and refresh every row is dropped as not connected."""
     account: Counter[str] = Counter()
-    client, changes = make_client("a", listen(opened).getsockname()[1]), opened.enter_context(closing(RouteChanges()))
-    destination = Destination(client, Forwarder(), account, BacklogMemory(1), changes)
+    client = make_client("a", listen(opened).getsockname()[1])
+    changes, queues = opened.enter_context(closing(RouteChanges())), opened.enter_context(closing(Queues()))
+    destination = Destination(client, Forwarder(), account, BacklogMemory(1), changes, queues)
     destination.close()
     plan = SendPlan()
     plan.build(Gathered([make_batch([b"x"] * 5)]), None, destination.largest_segment)

@@ -27,7 +27,18 @@ CHECKS = {
     ),
     *("receive_buffer", "kernel_drops", "send_buffer", "backlog", "budget", "udp_errors"),
     *("reverse_path", "conntrack", "clock"),
-    *("loops", "doubles", "destinations", "route", "interface", "next_hop", "mtu", "reverse_path_there", "cloud"),
+    *(
+        "loops",
+        "doubles",
+        "destinations",
+        "route",
+        "interface",
+        "next_hop",
+        "mtu",
+        "egress_queue",
+        "reverse_path_there",
+        "cloud",
+    ),
 }
 STRANGER = NOBODY - 1
 """A user who has no part in this: the bus of root is open to nobody's group."""

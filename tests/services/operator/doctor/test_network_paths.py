@@ -11,6 +11,7 @@ from services.operator.doctor.network_paths import (
     NetworkPath,
     check_network_paths,
 )
+from shared.net.queues import Queue
 from shared.settings.model import Transmitter
 
 STALE, REACHABLE = 0x04, 0x02
@@ -43,7 +44,7 @@ def test_ways_that_are_fine() -> None:
         assert complaints(facts, collector()) == []
     names = [finding.name for finding in check(facts, collector())]
     assert names == [finding.name for finding in check(facts)]
-    assert len(set(names)) == len(names) == 9
+    assert len(set(names)) == len(names) == 10
 
 
 @pytest.mark.parametrize(
@@ -55,6 +56,8 @@ def test_ways_that_are_fine() -> None:
         (NetworkPath(False, "eth0", next_hop=AT, neighbour=NUD_INCOMPLETE), "next_hop", "error"),
         (NetworkPath(False, "tun0", mtu=1400, link_mtu=1400), "mtu", "warning"),
         (NetworkPath(False, "eth0", mtu=1400, link_mtu=1500), "mtu", "warning"),
+        (NetworkPath(False, "eth0", queues=[Queue(1, "tbf", 7, True)]), "egress_queue", "warning"),
+        (NetworkPath(False, "eth0", queues=[Queue(1, "tbf", 0, False)]), "egress_queue", "warning"),
     ],
 )
 def test_ways_that_need_a_cure(way: NetworkPath | None, name: str, level: str) -> None:
