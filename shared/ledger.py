@@ -75,7 +75,7 @@ MEMORY_CEILING: Final = "memory_ceiling"
 
 # forwarder, account `origin/WORKER/BOOT/STREAM`
 BASELINE: Final = "baseline"
-"""The worker's running count when we began to follow it."""
+"""The worker's running count when this service began to follow it, before a restart of the service or after."""
 TAKEN: Final = "taken"
 """Datagrams that came."""
 MISSED: Final = "missed"
@@ -112,7 +112,7 @@ EHOSTUNREACH of the same over IPv4 (forwarder)."""
 # dropped on purpose, by cause
 DROPPED: Final = "dropped_"
 NO_SUBSCRIBER: Final = DROPPED + "no_subscriber"
-"""No service wants the stream (ingest)."""
+"""No service subscribes to the stream (ingest). A collector that wants it has them as `UNSERVED`."""
 BUS_FULL: Final = DROPPED + "bus_full"
 """The bus took no more: its queue was at the high-water mark (ingest)."""
 NO_MEMORY: Final = DROPPED + "memory"
@@ -130,6 +130,10 @@ NOT_CONNECTED: Final = DROPPED + "not_connected"
 """There is no way to the collector's address: no route, or no such family here (forwarder)."""
 STOPPED: Final = DROPPED + "stopped"
 """Still waited for the collector when the process ended (forwarder, transmitter)."""
+UNSERVED: Final = DROPPED + "unserved"
+"""Were there for the collector while its sender was not: never came to it (forwarder, transmitter)."""
+UNSURE: Final = DROPPED + "unsure"
+"""In the hands of a sender when it was killed: nobody knows whether they had left (forwarder, transmitter)."""
 LEFT: Final = DROPPED + "left"
 """Waited for a collector that left, or moved, whose own account has ended (account of forwarder or transmitter)."""
 
@@ -235,11 +239,11 @@ def _equations(name: str, account: Mapping[str, int]) -> Iterator[tuple[int, str
     elif name.startswith("listener/"):
         yield parts(TRUNCATED), TRUNCATED, 0
     elif name.startswith("origin/"):
-        yield parts(REACHED), REACHED, parts(BASELINE, TAKEN, MISSED)
+        yield parts(REACHED), REACHED, parts(BASELINE, TAKEN, MISSED, UNSERVED)
     elif name.startswith("collector/"):
-        yield parts(EXPECTED), EXPECTED, parts(OFFERED, MISSED)
+        yield parts(EXPECTED), EXPECTED, parts(OFFERED, MISSED, UNSERVED)
         kept_back = parts(FILTERED, SAMPLED_OUT, SHARED_OUT, HELD, WITHHELD)
-        yield parts(OFFERED), OFFERED, kept_back + parts(SENT) + dropped(account)
+        yield parts(OFFERED), OFFERED, kept_back + parts(SENT) + dropped(account) - parts(UNSERVED)
     elif name == "broker":
         # The broker hands on what it takes and may pass. Only the subscriber can tell what a queue behind it dropped.
         for unit in ("", "_bytes"):

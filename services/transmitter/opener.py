@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from services.transmitter.privileges import KINDS, SO_LOCK_FILTER, Opened, outside_uid, relinquish, unparse
+from services.transmitter.privileges import ACCOUNTS, KINDS, SO_LOCK_FILTER, Opened, outside_uid, relinquish, unparse
 
 PROGRAM: Final = Path(__file__).resolve().with_name("__main__.py")
 NOT_PERMITTED: Final = 77
@@ -80,6 +80,7 @@ def open_and_exec(arguments: Sequence[str]) -> int:
     try:
         if user and (directory := _bus_directory(settings)):
             environment["FANWIRE_BUS__DIRECTORY"] = _hand_on(directory, user, kept)
+            environment[ACCOUNTS] = _hand_on_accounts(directory, user, kept)
         relinquish(user)
         # It gets no descriptor either that this process was started with, or that a name service left open.
         for entry in list(Path("/proc/self/fd").iterdir()):
@@ -90,6 +91,28 @@ def open_and_exec(arguments: Sequence[str]) -> int:
         os.execve(sys.executable, command, environment)
     except OSError as error:
         return _refuse(f"{reason or 'it must give up its privileges, and failed'}: {error}")
+
+
+def _hand_on_accounts(directory: Path, user: User, kept: set[int]) -> str:
+    """Return a path by which the user reaches the file of its accounts; in root's directory it may make none."""
+    name = os.environ.get("HONCHO_PROCESS_NAME", "")
+    name = f"accounts.{name if name.startswith('transmitter.') and '/' not in name else 'transmitter.1'}"
+    try:
+        inside = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            if os.fstat(inside).st_uid:  # its owner could put another file there, to have it given away
+                raise PermissionError
+            with suppress(FileExistsError):
+                made = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=inside)
+                os.fchown(made, user.uid, user.gid)
+                os.close(made)
+            descriptor = os.open(name, os.O_RDWR | os.O_NOFOLLOW, dir_fd=inside)
+        finally:
+            os.close(inside)
+    except OSError:
+        return str(directory / name)  # the transmitter will say that it can't use it
+    kept.add(descriptor)
+    return f"/proc/self/fd/{descriptor}"
 
 
 def _refuse(reason: str) -> int:

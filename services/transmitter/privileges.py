@@ -35,6 +35,8 @@ NO_CAPABILITIES: Final = bytes(24)
 Opened = dict[str, list[socket.socket]]
 """Sockets by kind, in the order of KINDS."""
 
+ACCOUNTS: Final = "TRANSMITTER_ACCOUNTS"
+"""The environment variable by which the opener hands on the path of the accounts' file."""
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
 

@@ -1,13 +1,15 @@
 """The transmitter on the bus: the shared loop with a sender of copies, and the requested frames."""
 
+import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import ClassVar, Final, Self
 
 from services.transmitter.destination import Destination
-from services.transmitter.privileges import RawSockets
+from services.transmitter.privileges import ACCOUNTS, RawSockets
 from services.transmitter.raw_frames import RawFrames
 from services.transmitter.sender import Sender
 from shared.bus.messages import TRANSMIT_TOPIC, Message, TransmitRequest
@@ -39,6 +41,11 @@ class TransmitterService(CopyService[Destination]):
         self._sender = sender = Sender(self.settings, replace(self._sockets, packet=for_copies), self.held)
         self._frames = RawFrames(for_frames, sender.next_hops, sender.policy, sender.audit, self.publish)
         return super().__enter__()
+
+    @property
+    def accounts_file(self) -> Path:
+        """The file of the accounts, as the opener hands it on."""
+        return Path(os.environ.get(ACCOUNTS) or super().accounts_file)
 
     def topics(self) -> Iterable[str]:
         """Topics to subscribe to; without sockets none, which shows others that no service is there for them."""

@@ -22,12 +22,10 @@ class Position:
     next_sequence: int
     baseline: int
     reached: int
+    taken: int = 0
     missed: int = 0
-
-    @property
-    def taken(self) -> int:
-        """Datagrams received since `baseline`."""
-        return self.reached - self.baseline - self.missed
+    unserved: int = 0
+    """Datagrams that were published while the subscriber itself was away."""
 
 
 class Continuity:
@@ -50,6 +48,7 @@ class Continuity:
             return None
         missed = envelope.total - position.reached
         position.missed += missed
+        position.taken += count
         position.next_sequence, position.reached = envelope.sequence + 1, envelope.total + count
         return missed
 

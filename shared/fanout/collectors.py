@@ -11,10 +11,53 @@ from shared.datagrams.gathered import Gathered
 from shared.datagrams.routing import ALL_ROWS, Router, Selection, takes_all
 from shared.fanout.backlog import Backlog
 from shared.fanout.health import Checkup, Symptom
-from shared.ledger import EXPECTED, FILTERED, MISSED, OFFERED, SAMPLED_OUT, SHARED_OUT, Accounts, dropped
+from shared.fanout.kept_counts import Sheet
+from shared.ledger import (
+    BASELINE,
+    BUFFER_FULL,
+    BYTES,
+    DESTINATION_REFUSED,
+    EXPECTED,
+    FILTERED,
+    HELD,
+    INTERFACE_DOWN,
+    MISSED,
+    NO_MEMORY,
+    NO_NEIGHBOUR,
+    NO_ROUTE,
+    NOT_CONNECTED,
+    OFFERED,
+    OTHER_FAMILY,
+    PROHIBITED,
+    QUEUE_FULL,
+    RATE_LIMITED,
+    REFUSALS,
+    REFUSED,
+    SAMPLED_OUT,
+    SENT,
+    SHARED_OUT,
+    SOURCE_REFUSED,
+    STOPPED,
+    UNREACHABLES,
+    UNSERVED,
+    UNSURE,
+    WITHHELD,
+    Accounts,
+    dropped,
+)
 
 RETURN_SECONDS: Final = 10.0
 """Time for which a collector that has left may come back to its socket, queue and account: its connection was lost."""
+UNSEEN: Final = "unseen"
+PASSED: Final = "passed"
+COLLECTOR_COUNTERS: Final = (
+    *(EXPECTED, OFFERED, FILTERED, SAMPLED_OUT, SHARED_OUT, SENT, BYTES, HELD, WITHHELD, MISSED),
+    *(UNSERVED, UNSURE, STOPPED, BUFFER_FULL, NO_MEMORY, REFUSED, NOT_CONNECTED, REFUSALS, UNREACHABLES, PROHIBITED),
+    *(QUEUE_FULL, NO_ROUTE, NO_NEIGHBOUR, INTERFACE_DOWN, OTHER_FAMILY, DESTINATION_REFUSED, SOURCE_REFUSED),
+    RATE_LIMITED,
+)
+"""Counters that a collector's account may have, apart from drops that are named by an errno."""
+MARKS: Final = (BASELINE, UNSEEN, PASSED)
 MAX_DEPARTED: Final = 256
 """Collectors kept for that; the first to leave go first."""
 
@@ -46,17 +89,16 @@ D = TypeVar("D", bound=Destination)
 class Served(Generic[D]):
     """A collector being served.
 
-    Its account is complete up to a moment: `baseline` counts the datagrams that its streams had carried by then, and
-    `unseen` those that had reached us. `passed` counts those since then that its prefixes let pass, where it has any or
-    takes only some of them.
+    Its account is complete up to a moment. In `marks` are the datagrams that its streams had carried by then, BASELINE,
+    those that had reached us, UNSEEN, and those since then that its prefixes let pass, PASSED, where it has any or
+    takes only some of them. One that is `returning` was served by the last process too.
     """
 
     destination: D
     account: Counter[str]
-    baseline: int = 0
-    unseen: int = 0
-    passed: int = 0
+    marks: Counter[str]
     checkup: Checkup = field(default_factory=Checkup)
+    returning: bool = False
 
 
 @dataclass(slots=True)
@@ -80,14 +122,18 @@ class Collectors(Generic[D]):
         streams: Iterable[str],
         published: Mapping[str, int],
         reach: Callable[[Client, Counter[str]], D],
+        new_counts: Callable[[], Counter[str]] = Counter,
     ) -> None:
         self.set_streams(streams)
         self._published = published
-        self._routed: Counter[str] = Counter()
+        self._new_counts = new_counts
+        self._routed = new_counts()
         """Datagrams that came, by stream, whether anybody got them or not."""
         self._reach = reach
         self._served: dict[str, Served[D]] = {}
         self._departed: dict[str, _Departed[D]] = {}
+        self._known: dict[str, tuple[Client, Counter[str]]] = {}
+        """Collectors that the last process has served, and their accounts, until the first registry comes."""
         self.left = 0
         """Datagrams that waited for collectors that left, or moved."""
         self._router = Router()
@@ -95,6 +141,35 @@ class Collectors(Generic[D]):
     def set_streams(self, streams: Iterable[str]) -> None:
         """Set the streams that exist, for collectors that want all of them."""
         self._streams = tuple(streams)
+
+    def restore(self, sheet: Sheet) -> None:
+        """Go on from what the last process has left, before the first registry comes."""
+        self._routed.update(sheet.tables.get("routed/", {}))
+        for client in sheet.clients:
+            account = self._new_counts()
+            account.update(sheet.tables.get(f"collector/{client.name}", {}))
+            marks = Counter(sheet.tables.get(f"marks/{client.name}", {}))
+            self._count_since(client, account, marks)
+            # What had come and was not routed, or was routed and has no outcome, was in the hands of the last process.
+            account[OFFERED] = account[EXPECTED] - account[MISSED] - account[UNSERVED]
+            account[STOPPED] += account[HELD]
+            account[HELD] = 0
+            done = account[SENT] + account[WITHHELD] + dropped(account) - account[UNSERVED]
+            done += account[FILTERED] + account[SAMPLED_OUT] + account[SHARED_OUT]
+            account[UNSURE] += max(0, account[OFFERED] - done)
+            self._known[client.name] = client, account
+
+    @property
+    def clients(self) -> list[Client]:
+        """The collectors that are served."""
+        return [served.destination.client for served in self._served.values()]
+
+    def tables(self) -> dict[str, Counter[str]]:
+        """Return what is to be kept for the next process."""
+        tables = {"routed/": self._routed}
+        for name, served in self._served.items():
+            tables[f"collector/{name}"], tables[f"marks/{name}"] = served.account, served.marks
+        return tables
 
     def replace(self, clients: Iterable[Client]) -> None:
         """Serve these collectors from now on.
@@ -111,7 +186,8 @@ class Collectors(Generic[D]):
             served.destination.held.paused = True
             self._departed[name] = _Departed(served, until, dropped(served.account))
         self._close_departed()
-        self._router.replace(served.destination.client for served in self._served.values())
+        self._known = {}
+        self._router.replace(self.clients)
 
     def _serve(self, client: Client, known: Served[D] | None) -> Served[D]:
         if known and known.destination.client == client:
@@ -126,10 +202,16 @@ class Collectors(Generic[D]):
         else:
             if known:
                 self._close(known, dropped(known.account))
-            account: Counter[str] = Counter()
-            known = Served(self._reach(client, account), account)
+            known = self._new(client)
         self._begin(known)
         return known
+
+    def _new(self, client: Client) -> Served[D]:
+        before, account = self._known.get(client.name, (None, self._new_counts()))
+        if before and _place(before) != _place(client):
+            before, account = None, self._new_counts()
+        returning = before is not None and before.generation == client.generation
+        return Served(self._reach(client, account), account, self._new_counts(), Checkup(account), returning)
 
     def _close(self, served: Served[D], dropped_before: int) -> None:
         """Close a destination whose account has ended with `dropped_before`; count what waited for it."""
@@ -152,23 +234,25 @@ class Collectors(Generic[D]):
 
     def _begin(self, served: Served[D]) -> None:
         """Let what comes from now on be counted for a collector."""
-        client = served.destination.client
-        served.baseline, served.unseen = (
+        client, marks = served.destination.client, served.marks
+        marks[BASELINE], marks[UNSEEN] = (
             self._of_streams(self._published, client),
             self._of_streams(self._routed, client),
         )
-        served.passed = 0
+        marks[PASSED] = 0
 
     def _settle(self, served: Served[D]) -> None:
-        """Count what has come for a collector since this was done last."""
+        """Count in a collector's account what has come since `_begin`."""
+        self._count_since(served.destination.client, served.account, served.marks)
+        self._begin(served)
+
+    def _count_since(self, client: Client, account: Counter[str], marks: Mapping[str, int]) -> None:
         # All collectors of a stream are offered the same, so nothing is counted for one that gets nothing of a batch.
-        client, account = served.destination.client, served.account
-        offered = self._of_streams(self._routed, client) - served.unseen
-        account[EXPECTED] += self._of_streams(self._published, client) - served.baseline
+        offered = self._of_streams(self._routed, client) - marks.get(UNSEEN, 0)
+        account[EXPECTED] += self._of_streams(self._published, client) - marks.get(BASELINE, 0)
         account[OFFERED] += offered
         if not takes_all(client):
-            account[FILTERED] += offered - served.passed
-        self._begin(served)
+            account[FILTERED] += offered - marks.get(PASSED, 0)
 
     def streams_wanted(self) -> set[str]:
         """The streams that any collector wants.
@@ -186,6 +270,15 @@ class Collectors(Generic[D]):
         for client in self._router.clients(stream):
             self._served[client.name].account[MISSED] += missed
 
+    def count_unserved(self, stream: str, count: int, *, before: bool) -> None:
+        """Count datagrams of a stream that no process served: with `before`, for those that the last one served."""
+        for client in self._router.clients(stream):
+            served = self._served[client.name]
+            if served.returning or not before:
+                served.account[UNSERVED] += count
+            else:
+                served.marks[BASELINE] += count
+
     def route(self, batch: Gathered) -> list[tuple[D, Selection]]:
         """Return the rows for each collector that gets any, and count those that it does not get."""
         self._routed[batch.stream] += len(batch)
@@ -193,7 +286,7 @@ class Collectors(Generic[D]):
         for client, selection in self._router.route(batch):
             served = self._served[client.name]
             if selection is not ALL_ROWS:
-                served.passed += len(batch) - selection.filtered
+                served.marks[PASSED] += len(batch) - selection.filtered
                 served.account[SHARED_OUT] += selection.shared_out
                 served.account[SAMPLED_OUT] += selection.sampled_out
             routed.append((served.destination, selection))
@@ -215,9 +308,12 @@ class Collectors(Generic[D]):
 
     def accounts(self) -> Accounts:
         """Return one account a collector."""
-        for served in self._served.values():
-            self._settle(served)
-        return {f"collector/{name}": dict(served.account) for name, served in self._served.items()}
+        return {f"collector/{name}": self._account(served) for name, served in self._served.items()}
+
+    def _account(self, served: Served[D]) -> dict[str, int]:
+        account = Counter(served.account)
+        self._count_since(served.destination.client, account, served.marks)
+        return dict(account)
 
     def close(self) -> None:
         """Close all destinations."""

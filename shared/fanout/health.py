@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Final
 
 from shared.client import Trouble
@@ -23,8 +24,11 @@ from shared.ledger import (
     SOURCE_REFUSED,
     STOPPED,
     UNREACHABLES,
+    UNSERVED,
+    UNSURE,
     WITHHELD,
     is_loss,
+    lost,
 )
 
 CAUSES: Final[Mapping[str, Trouble]] = {
@@ -33,7 +37,9 @@ CAUSES: Final[Mapping[str, Trouble]] = {
     **dict.fromkeys((BUFFER_FULL, QUEUE_FULL, NO_MEMORY), "slow"),
 }
 """The trouble that each counter is a sign of."""
-HARMLESS: Final = frozenset({DESTINATION_REFUSED, SOURCE_REFUSED, RATE_LIMITED, OTHER_FAMILY, STOPPED})
+HARMLESS: Final = frozenset(
+    {DESTINATION_REFUSED, SOURCE_REFUSED, RATE_LIMITED, OTHER_FAMILY, STOPPED, UNSERVED, UNSURE}
+)
 """Drops by policy, for the kind of a datagram, or by an end of the service say nothing of the collector. Any other drop
 is an error of the kernel, whatever its name: where nothing is delivered meanwhile the collector is unreachable."""
 LASTING: Final = frozenset({UNREACHABLES, REFUSALS, REFUSED, WITHHELD})
@@ -71,10 +77,11 @@ class Checkup:
     `lost` is how many of its datagrams are known by then to have reached nobody.
     """
 
-    def __init__(self) -> None:
-        self.lost = 0
-        self._before: dict[str, int] = {}
-        self._delivered = 0
+    def __init__(self, account: Mapping[str, int] = MappingProxyType({})) -> None:
+        """Begin with an account: its counts so far say nothing of the present."""
+        self.lost = lost(account)
+        self._before = dict(account)
+        self._delivered = account.get(SENT, 0)
         self._counted: dict[Trouble, int] = {"unreachable": 0, "refusing": 0, "slow": 0}
         self._symptoms: dict[Trouble, Symptom] = {}
 

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import ClassVar, Final, Generic, Self
 
@@ -35,10 +36,11 @@ from shared.datagrams.batch import DatagramBatch
 from shared.datagrams.gathered import MAX_GATHERED, MAX_GATHERED_PAYLOAD, Gathered
 from shared.datagrams.routing import Selection
 from shared.fanout.backlog import BacklogMemory
-from shared.fanout.collectors import Collectors, D
+from shared.fanout.collectors import COLLECTOR_COUNTERS, MARKS, Collectors, D
 from shared.fanout.health_report import HealthReporter
+from shared.fanout.kept_counts import KeptFile, Sheet
 from shared.fanout.registry_replica import RegistryReplica
-from shared.fanout.streams import FollowedStreams
+from shared.fanout.streams import ORIGIN_COUNTERS, FollowedStreams
 from shared.ledger import LEFT, STOPPED, Accounts
 from shared.log import WORKER_CAME, get_logger
 from shared.process.lifecycle import Lifecycle, Readiness
@@ -59,6 +61,8 @@ INPUT_SECONDS: Final = 1.5
 """After SIGTERM the workers may still flush: input ends when nothing has come for a while, or after this."""
 DRAIN_SECONDS: Final = 2.75
 """Time after SIGTERM for all of the drain: the process ends within 4 s though ZeroMQ may linger for one more."""
+ROOM: Final = {"collector": COLLECTOR_COUNTERS, "marks": MARKS, "origin": ORIGIN_COUNTERS}
+"""Counters that an account may come to have."""
 
 log = get_logger()
 
@@ -83,6 +87,11 @@ class CopyService(ABC, Generic[D]):
         self.held = BacklogMemory(own.held_memory)
         """Rows that wait for any collector."""
         self._memory = Memory(own.memory, f"[{name.partition('.')[0]}] memory", borrows=True)
+
+    @property
+    def accounts_file(self) -> Path:
+        """The file in which accounts outlive this process."""
+        return self.settings.bus.path / f"accounts.{self.name}"
 
     @abstractmethod
     def reach(self, client: Client, account: Counter[str]) -> D:
@@ -121,8 +130,11 @@ class CopyService(ABC, Generic[D]):
         self._reporter = Reporter(self._publisher, self._memory)
         self._health = HealthReporter(self._publisher, self.source)
         self._replica = RegistryReplica()
-        self._streams = FollowedStreams(self._subscriber, bus.path)
-        self._collectors = Collectors(_names(self.settings), self._streams.published, self.reach)
+        self._kept = KeptFile(self.accounts_file)
+        self._left = self._kept.open()
+        self._keep_at = 0.0
+        self._streams = FollowedStreams(self._subscriber, bus.path, self._kept)
+        self._collectors = Collectors(_names(self.settings), self._streams.published, self.reach, self._kept.new_counts)
         self._waiting: list[tuple[float, int, ServeRequest]] = []
         self._asked_at = 0.0
         self._serving = -1
@@ -187,6 +199,8 @@ class CopyService(ABC, Generic[D]):
             self._health.report(self._collectors.examine, flowing=self._streams.flowing)
         if now >= self._reporter.due_at or (fresh and self._reporter.asked_for(fresh)):
             self._report()
+        if self._kept.stale and self._serving >= 0 and now >= self._keep_at:
+            self._keep()
         return handled
 
     def _take(self, message: Message) -> None:
@@ -208,6 +222,9 @@ class CopyService(ABC, Generic[D]):
         else:
             self.handle_message(message)
 
+        for unserved in self._streams.pop_unserved():
+            self._collectors.count_unserved(unserved.stream, unserved.datagrams, before=unserved.before)
+
     def _gather(self, batch: DatagramBatch) -> None:
         """Let a batch wait for others of its stream that have come too, up to the limits."""
         if self._gathered[batch.stream].rows + len(batch) > MAX_GATHERED:
@@ -228,12 +245,27 @@ class CopyService(ABC, Generic[D]):
         began = time.monotonic()
         if self._serving == self._replica.version or began < self._apply_at:
             return
+        if self._serving < 0:
+            self._restore()
         self._serving = self._replica.version
         clients = self._replica.clients.values()
         self._collectors.replace(client for client in clients if client.streams and client.source == self.source)
         self._streams.subscribe_to(self._collectors.streams_wanted())
         self._health.report(self._collectors.examine)  # before any answer that a collector is served
         self._apply_at = time.monotonic() + APPLY_SHARE * (time.monotonic() - began)
+
+    def _restore(self) -> None:
+        """Go on with the accounts and positions of the last process of this name."""
+        self._streams.restore(self._left.tables)
+        self._collectors.restore(self._left)
+        self._left = Sheet()
+
+    def _keep(self) -> None:
+        """Keep the counters that there are now; their values are stored as they change."""
+        began = time.monotonic()
+        tables = {**self._streams.tables(), **self._collectors.tables()}
+        self._kept.keep(self._collectors.clients, tables, ROOM)
+        self._keep_at = time.monotonic() + APPLY_SHARE * (time.monotonic() - began)
 
     def _ask_for_snapshot(self) -> None:
         """Subscribe anew, once a second at most, since a change was lost: the gateway then sends the whole registry."""
@@ -301,6 +333,7 @@ class CopyService(ABC, Generic[D]):
         self._streams.close()
         self._subscriber.close()
         self._publisher.close()
+        self._kept.close()
         self._context.term()
 
 

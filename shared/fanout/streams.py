@@ -1,17 +1,29 @@
 """The streams that collectors want: subscribed to, followed by sequence, and known to flow."""
 
 import time
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
-from shared.bus.continuity import Continuity
+from shared.bus.continuity import Continuity, Origin, Position
 from shared.bus.living_workers import LivingWorkers
 from shared.bus.messages import Envelope, Status, datagrams_topic, status_topic
 from shared.bus.zmq_sockets import Subscriber
-from shared.ledger import BASELINE, MISSED, PUBLISHED, REACHED, TAKEN, Accounts, unparse_origin
+from shared.fanout.kept_counts import KeptCounts, KeptFile
+from shared.ledger import (
+    BASELINE,
+    MISSED,
+    NO_SUBSCRIBER,
+    PUBLISHED,
+    REACHED,
+    TAKEN,
+    UNSERVED,
+    Accounts,
+    is_origin,
+    parse_origin,
+    unparse_origin,
+)
 from shared.log import WORKER_CAME, WORKER_GONE, get_logger
 
 WORKERS: Final = "ingest."
@@ -23,21 +35,47 @@ WORKER_SECONDS: Final = 3.0
 log = get_logger()
 
 
+SEQUENCE: Final = "sequence"
+UNWANTED: Final = "unwanted"
+"""In what is kept of an origin: the number of its next message, and one more than it has dropped for lack of
+subscribers; 0: that is not known."""
+ORIGIN_COUNTERS: Final = (SEQUENCE, REACHED, BASELINE, MISSED, UNSERVED, UNWANTED)
+
+
 @dataclass(slots=True)
 class _Worker:
     """A worker's last report: its time, the streams in it, and whether those are all."""
 
+    started_ns: int
     heard_at: float = 0.0
     streams: set[str] = field(default_factory=set)
     whole: bool = False
 
 
-class FollowedStreams:
-    """Subscribes to wanted streams, and counts what came and what should have come."""
+class Unserved(NamedTuple):
+    """Datagrams that a worker had and that never came, since this service or the bus was away.
 
-    def __init__(self, subscriber: Subscriber, directory: Path) -> None:
-        self.published: Counter[str] = Counter()
-        """By stream: datagrams that workers published while it was subscribed to, whether they came or not."""
+    With `before` this process had not begun: they are owed only to collectors that the last one served.
+    """
+
+    stream: str
+    datagrams: int
+    before: bool
+
+
+class FollowedStreams:
+    """Subscribes to wanted streams, and counts what came and what should have come, also while this service was away.
+
+    A worker publishes while anybody subscribes, as `reached` tells, and drops and counts it otherwise.
+    """
+
+    def __init__(self, subscriber: Subscriber, directory: Path, kept: KeptFile) -> None:
+        self.published = kept.new_counts()
+        """By stream: datagrams that workers had while it was subscribed to, whether they came or not."""
+        self._since = kept.new_counts()
+        """By stream: the time, in ns since 1970, since which it is wanted, by this process or by those before it."""
+        self._kept = kept
+        self._began_ns = time.time_ns()
         self._subscriber = subscriber
         self._workers_here = LivingWorkers(directory)
         self._living: dict[str, float] = {}
@@ -45,19 +83,68 @@ class FollowedStreams:
         self._hanging: set[str] = set()
         self._topics: dict[str, str] = {}
         self._continuity = Continuity()
+        self._counts: dict[Origin, KeptCounts] = {}
+        self._left: dict[Origin, Position] = {}
+        """Positions that the last process had reached, until the first message of their origin."""
+        self._unwanted: dict[Origin, int] = {}
+        """Datagrams that a worker dropped for lack of subscribers, as it told last."""
         self._workers: dict[tuple[str, int], _Worker] = {}
         self.came_and_gone: list[tuple[str, str]] = []
         """Events not logged yet, each with a worker's name."""
+        self._heard: set[Origin] = set()
+        """Origins whose worker has told of these to this process."""
+        self._unserved: list[Unserved] = []
         subscriber.subscribe(INGEST_STATUS)
+
+    def restore(self, tables: Mapping[str, Mapping[str, int]]) -> None:
+        """Go on from what the last process has left, before anything is subscribed to."""
+        self.published.update(tables.get("published/", {}))
+        self._since.update(tables.get("since/", {}))
+        for name, counts in tables.items():
+            if is_origin(name):
+                worker, boot, stream = parse_origin(name)
+                baseline, missed, unserved, reached = (
+                    counts.get(each, 0) for each in (BASELINE, MISSED, UNSERVED, REACHED)
+                )
+                taken = reached - baseline - missed - unserved
+                origin = worker, boot, datagrams_topic(stream)
+                self._left[origin] = Position(counts.get(SEQUENCE, 0), baseline, reached, taken, missed, unserved)
+                self._counts[origin] = self._kept.new_counts(counts)
+                if unwanted := counts.get(UNWANTED, 0):
+                    self._unwanted[origin] = unwanted - 1
+
+    def tables(self) -> dict[str, KeptCounts]:
+        """Return what is to be kept for the next process."""
+        known = self._continuity.positions.keys() | self._left.keys()
+        self._counts = {origin: counts for origin, counts in self._counts.items() if origin in known}
+        self._unwanted = {origin: count for origin, count in self._unwanted.items() if origin in known}
+        self._heard &= known
+        origins = {
+            unparse_origin(sender, boot, topic.split("/")[1]): counts
+            for (sender, boot, topic), counts in self._counts.items()
+        }
+        return {"published/": self.published, "since/": self._since, **origins}
 
     def subscribe_to(self, streams: Iterable[str]) -> None:
         """Subscribe to these streams and no others."""
         topics = {datagrams_topic(stream): stream for stream in streams}
+        for stream in [stream for stream, since in self._since.items() if since]:
+            if datagrams_topic(stream) not in topics:
+                self._since[stream] = 0
         for topic in topics.keys() - self._topics.keys():
+            self._since[topics[topic]] = self._since[topics[topic]] or time.time_ns()
             self._subscriber.subscribe(topic)
+        if (
+            topics.keys() - self._topics.keys()
+        ):  # each worker then reports at once: it tells how much nobody wanted so far
+            self._subscriber.unsubscribe(INGEST_STATUS)
+            self._subscriber.subscribe(INGEST_STATUS)
         for topic in self._topics.keys() - topics.keys():
             self._subscriber.unsubscribe(topic)
             self._continuity.forget(topic)
+        self._left = {origin: position for origin, position in self._left.items() if origin[2] in topics}
+        self._unwanted = {origin: count for origin, count in self._unwanted.items() if origin[2] in topics}
+        self._heard = {origin for origin in self._heard if origin[2] in topics}
         self._topics = topics
 
     @property
@@ -88,29 +175,84 @@ class FollowedStreams:
         """Note a batch; return datagrams missed before it, None when it is a repeat or no longer wanted."""
         if topic not in self._topics or not envelope.sender.startswith(WORKERS):
             return None
+        origin, stream = (envelope.sender, envelope.boot, topic), self._topics[topic]
+        left = self._left.pop(origin, None)
+        if left:
+            self._continuity.positions[origin] = left
         missed = self._continuity.observe(topic, envelope, count)
-        if missed is not None:
-            self.published[self._topics[topic]] += missed + count
+        if missed is None:
+            return None
+        position = self._continuity.positions[origin]
+        if left and missed:
+            self._count_unserved(stream, missed, before=True)
+            position.unserved, position.missed, missed = position.unserved + missed, position.missed - missed, 0
+        self.published[stream] += missed + count
+        self._keep(origin, position)
         return missed
+
+    def _keep(self, origin: Origin, position: Position) -> None:
+        counts = self._counts.get(origin)
+        if counts is None:
+            counts = self._counts[origin] = self._kept.new_counts()
+        if counts[MISSED] != position.missed or not counts[SEQUENCE]:
+            counts[BASELINE], counts[MISSED] = position.baseline, position.missed
+        if counts[UNSERVED] != position.unserved:
+            counts[UNSERVED] = position.unserved
+        counts[REACHED], counts[SEQUENCE] = position.reached, position.next_sequence
+
+    def _count_unserved(self, stream: str, count: int, *, before: bool) -> None:
+        self.published[stream] += count
+        self._unserved.append(Unserved(stream, count, before))
+
+    def pop_unserved(self) -> list[Unserved]:
+        """Return what was found to be unserved since the last call."""
+        found, self._unserved = self._unserved, []
+        return found
 
     def reconcile(self, envelope: Envelope, status: Status) -> dict[str, int]:
         """Compare a worker's own count with what came from it; return datagrams missed at the end, by stream."""
-        worker = self._workers.get((envelope.sender, envelope.boot))
+        key = envelope.sender, envelope.boot
+        worker = self._workers.get(key)
         if worker is None:
-            worker = self._workers[envelope.sender, envelope.boot] = _Worker()
+            worker = self._workers[key] = _Worker(status.started_ns)
             self.came_and_gone.append((WORKER_CAME, envelope.sender))
+            self._left = {each: left for each, left in self._left.items() if each[0] != key[0] or each[1] == key[1]}
         worker.streams.update(name.removeprefix(STREAM) for name in status.accounts if name.startswith(STREAM))
         worker.heard_at = time.monotonic()
         self._hanging.discard(envelope.sender)
         worker.whole |= status.piece + 1 == status.pieces
         missed = {}
         for topic, stream in self._topics.items():
-            account = status.accounts.get(f"stream/{stream}", {})
-            lost = self._continuity.reconcile((envelope.sender, envelope.boot, topic), account.get(PUBLISHED, 0))
+            origin = (*key, topic)
+            account, position = status.accounts.get(f"stream/{stream}"), self._continuity.positions.get(origin)
+            if account is None or position is None:
+                continue
+            lost = self._continuity.reconcile(origin, account.get(PUBLISHED, 0))
             if lost:
                 missed[stream] = lost
                 self.published[stream] += lost
+            if self._note_unwanted(origin, position, account.get(NO_SUBSCRIBER, 0), worker) or lost:
+                self._keep(origin, position)
         return missed
+
+    def _note_unwanted(self, origin: Origin, position: Position, unwanted: int, worker: _Worker) -> bool:
+        """Note the datagrams that a worker has dropped for lack of subscribers; return whether that is news."""
+        stream, before = self._topics[origin[2]], worker.started_ns < self._began_ns
+        known, first = self._unwanted.get(origin), origin not in self._heard
+        self._heard.add(origin)
+        if known == unwanted:
+            return False
+        if known is None and worker.started_ns > self._since[stream] > 0:
+            # All that it had was wanted. What it has published, to others, before it heard of us, is not taken.
+            known = 0
+            if position.baseline:
+                self._count_unserved(stream, position.baseline, before=before)
+                position.unserved, position.baseline = position.unserved + position.baseline, 0
+        if known is not None and unwanted > known:
+            self._count_unserved(stream, unwanted - known, before=before and first)
+        self._unwanted[origin] = unwanted
+        self._counts[origin][UNWANTED], self._counts[origin][BASELINE] = unwanted + 1, position.baseline
+        return True
 
     def sort_out_silent_workers(self) -> None:
         """Forget workers that have ended, and find those that hang: datagrams wait with them. Due each second.
@@ -136,13 +278,14 @@ class FollowedStreams:
         self._workers_here.close()
 
     def accounts(self) -> Accounts:
-        """Return one account an origin: the count at the start, what came, what was missed, the count now."""
+        """Return one account an origin: the count at the start, what came, what never came, the count now."""
         return {
             unparse_origin(sender, boot, self._topics[topic]): {
                 BASELINE: position.baseline,
                 TAKEN: position.taken,
                 MISSED: position.missed,
                 REACHED: position.reached,
+                **({UNSERVED: position.unserved} if position.unserved else {}),
             }
             for (sender, boot, topic), position in self._continuity.positions.items()
         }

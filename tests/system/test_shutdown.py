@@ -58,7 +58,9 @@ def test_each_process_drains_under_load(stack: Stack, name: str, number: signal.
             assert stack[other].process.poll() is None, f"{other} ended with {name}: {stack[other].text}"
             assert stack[other].stop(seconds=DRAIN_SECONDS) == 0
     assert not (stack.directory / "s").exists()
-    assert {path.name for path in stack.bus.iterdir()} == {"lock", "pool.1.lock", "registry.sqlite"}
+    assert {path.name for path in stack.bus.iterdir()} == {
+        *("lock", "pool.1.lock", "registry.sqlite", "accounts.forwarder.1"),
+    }
 
 
 @pytest.mark.parametrize("name", ["ingest.1", "forwarder", "gateway"])

@@ -65,13 +65,13 @@ def assert_relinquished(found: dict[str, Any]) -> None:
 
 @as_root
 def test_started_by_root_it_ends_as_nobody_with_its_sockets_alone(lab: None, copy: Started) -> None:
-    """Root becomes the user, with every set empty, no groups, no way back, and the sockets of each kind."""
+    """Root becomes the user, with every set empty, no groups, no way back, the sockets of each kind, and one file."""
     found = copy.said("--stay", environment={"SOME": "thing"})
     assert_relinquished(found)
     assert int(found["status"]["CapBnd"], 16) == 0
     assert found["status"]["Uid"].split() == found["status"]["Gid"].split() == [str(NOBODY)] * 4
     assert not found["status"]["Groups"]
-    assert (found["kinds"], found["descriptors"], found["reason"]) == (ALL, 3, "")
+    assert (found["kinds"], found["descriptors"], found["reason"]) == (ALL, 4, "")
     assert (found["given"], found["environment"]["SOME"]) == (["--stay"], "thing")
     facts = {"uid": NOBODY, "gid": NOBODY, "capabilities": 0, "bounding_capabilities": 0, "no_new_privs": 1}
     assert found["facts"] == facts | {"raw_sockets": 3 * opener.SOCKETS}
@@ -334,7 +334,7 @@ def test_a_closed_bus_directory_is_handed_on_as_a_descriptor(lab: None, copy: St
     environment = {"XDG_RUNTIME_DIR": str(bus.parent)}
     found = copy.said(environment=environment)
     assert (stat.S_IMODE(bus.stat().st_mode), bus.stat().st_uid) == (0o700, 0)  # made, and left for the broker to open
-    assert (found["bus"], found["descriptors"]) == ("Permission denied", 4)
+    assert (found["bus"], found["descriptors"]) == ("Permission denied", 5)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(bus / "publish"))
         listener.listen()
@@ -353,7 +353,9 @@ def test_an_open_bus_directory_keeps_its_name(lab: None, copy: Started) -> None:
     settings.write_text(f'[bus]\ndirectory = "{copy.directory}/$NAME"\n')
     found = copy.said("--config", str(settings), environment={"NAME": "there"})
     assert found["environment"]["FANWIRE_BUS__DIRECTORY"] == f"{copy.directory}/there"
-    assert found["descriptors"] == 3
+    assert found["descriptors"] == 4
+    accounts = (copy.directory / "there" / "accounts.transmitter.1").stat()
+    assert (stat.S_IMODE(accounts.st_mode), accounts.st_uid, accounts.st_gid) == (0o600, NOBODY, NOBODY)
 
 
 @as_root
@@ -370,6 +372,7 @@ def test_a_link_for_a_bus_directory_is_the_transmitters_to_refuse(lab: None, cop
     found = copy.said(environment={"FANWIRE_BUS__DIRECTORY": str(copy.directory / "link")})
     assert found["environment"]["FANWIRE_BUS__DIRECTORY"] == f"{copy.directory}/link"
     assert found["descriptors"] == 3
+    assert not list(tmp_path.iterdir())
 
 
 CLIENT = """

@@ -9,6 +9,7 @@ from structlog.testing import capture_logs
 from shared.bus.messages import Envelope, Status
 from shared.bus.zmq_sockets import Subscriber
 from shared.fanout import streams
+from shared.fanout.kept_counts import KeptFile
 from shared.fanout.streams import WORKER_SECONDS, FollowedStreams
 
 
@@ -17,11 +18,14 @@ class Workers:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now, self.living = 100.0, ["ingest.1", "ingest.2"]
-        monkeypatch.setattr(streams, "time", SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr(
+            streams, "time", SimpleNamespace(monotonic=lambda: self.now, time_ns=lambda: int(self.now * 1e9))
+        )
         locks = SimpleNamespace(among=lambda _: self.living)
         monkeypatch.setattr(streams, "LivingWorkers", lambda _: locks)
         ignore: Callable[[str], None] = lambda _: None  # noqa: E731 - a signature for mypy
-        self.followed = FollowedStreams(cast(Subscriber, SimpleNamespace(subscribe=ignore)), Path("/bus"))
+        subscriber = cast(Subscriber, SimpleNamespace(subscribe=ignore))
+        self.followed = FollowedStreams(subscriber, Path("/bus"), KeptFile(Path("/bus/accounts")))
 
     def pass_time(self, seconds: int, *reporting: tuple[str, int]) -> bool:
         """Let seconds pass, with a report of each of these workers, by name and boot id; return whether copies flow."""

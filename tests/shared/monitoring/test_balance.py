@@ -99,9 +99,8 @@ def test_losses_are_told_by_place() -> None:
         "stream/sflow": {"exporter_missed": 9, "kernel_dropped": 5, "dropped_no_subscriber": 3},
         "stream/v5": {"exporter_missed_flows": 60, "kernel_dropped": 1, "dropped_bus_full": 2, "dropped_oversized": 4},
     }
-    consumer = forwarder(reached=8, missed=6) | {
-        "collector/siem": {"missed": 6, "dropped_refused": 7, "refusals": 2, "unreachables": 1}
-    }
+    siem = {"missed": 6, "dropped_refused": 7, "dropped_unserved": 4, "refusals": 2, "unreachables": 1}
+    consumer = forwarder(reached=8, missed=6) | {"collector/siem": siem, "forwarder": {"dropped_left": 2}}
     assert [tuple(loss) for loss in balance(("forwarder.1", consumer), ("ingest.1", ingest)).losses()] == [
         ("upstream", "ingest.1", "sflow", 4, "datagrams"),
         ("upstream", "ingest.1", "v5", 60, "flows, the kernel's among them"),
@@ -111,6 +110,8 @@ def test_losses_are_told_by_place() -> None:
         ("bus", "forwarder.1", "syslog", 6, "datagrams of ingest.1"),
         ("bus", "ingest.1", "v5", 2, "bus_full"),
         ("way out", "forwarder.1", "siem", 7, "refused"),
+        ("way out", "forwarder.1", "siem", 4, "unserved"),
+        ("way out", "forwarder.1", "collectors that left", 2, "left"),
         ("network", "forwarder.1", "siem", 2, "refused"),
         ("network", "forwarder.1", "siem", 1, "unreachable"),
     ]
