@@ -13,8 +13,10 @@ WORDS: Final = re.compile(r"[A-Za-z,;:.()'`-]+ [A-Za-z,;:.()'`-]+ [A-Za-z]+")
 """Three words in a row make a sentence, or the piece of one between two values."""
 CODE: Final = re.compile(r"CREATE TABLE|ALTER TABLE|INSERT INTO|\(\.\*\)|^Object contains|^Max open files|^print ")
 """SQL, and sentences of others that are searched for."""
-HELP: Final = frozenset({"help", "description", "epilog", "service_parser", "Parser", "add_command", "execute"})
-"""Arguments and functions whose texts are for `--help`, or for SQLite."""
+HELP: Final = frozenset({"help", "description", "epilog", "service_parser", "Parser", "add_command", "execute"}) | {
+    f"{kind}MetricFamily" for kind in ("Counter", "Gauge", "Info")
+}
+"""Arguments and functions whose texts are for `--help`, for SQLite, or for the help of a metric."""
 KERNEL: Final = "a kernel without what this one has, or a sandbox"
 STACK: Final = "a whole stack, whose test looks at the exit code, the error word or the account"
 LINKS: Final = "hosts and links of a lab, whose tests look at the account, or at the errno in the log"
@@ -39,6 +41,7 @@ ELSEWHERE: Final[dict[str, str]] = {
     "message refused: malformed": STACK,
     "no copy came within {} s: {}": STACK,
     "no running transmitter has raw sockets; {}": STACK,
+    "{} pages are open already": STACK,
     "not a string": "`decoder` puts what was expected of the field in its place",
     "remove that collector: fanwire leave NAME; fanwire clients lists them": STACK,
     "the entry could not be removed, and goes with its lease: {}": STACK,

@@ -11,6 +11,7 @@ from shared.net.addresses import pack_address
 
 MAX_ROWS: Final = 200
 """Rows of a table that a page gets; it says how many there are, and finds others by a filter."""
+MAX_LOSSES: Final = 100
 SPARK_STEPS: Final = 60
 """Steps of the line in a row: five minutes."""
 FLOW_EXPORTERS: Final = 8
@@ -118,8 +119,11 @@ def show(picture: Picture, history: History, wish: Wish, clock: float, *, whole:
                 "recent": recent,
                 "kind": "overflow" if loss.place in ("upstream", "kernel") else kind_of(_cause(loss.place, loss.what)),
             }
-            for loss, recent in ((each.loss, each.recent) for each in picture.losses)
+            for loss, recent in sorted(
+                ((each.loss, each.recent) for each in picture.losses), key=lambda each: (-each[1], -each[0].lost)
+            )[:MAX_LOSSES]
         ],
+        "all_losses": len(picture.losses),
         "flow": flow(picture),
     }
 

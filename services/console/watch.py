@@ -16,6 +16,8 @@ from shared.process.lifecycle import Readiness, next_tick
 from shared.process.memory import Memory
 
 PICTURE_SECONDS: Final = 1.0
+PICTURE_SHARE: Final = 10
+"""Pictures take at most one part in this many of the time: of thousands of collectors there are fewer."""
 IDLE_SECONDS: Final = 5.0
 """Between pictures while no page is open: the history takes a step."""
 LOOK_SECONDS: Final = 0.25
@@ -40,7 +42,7 @@ class Watch:
         self._publisher = publisher
         self._memory = memory
         self._reporter = Reporter(publisher, memory)
-        self._asked_at = 0.0
+        self._asked_at = self._took = 0.0
         self._made = asyncio.Condition()
         for topic in TOPICS:
             subscriber.subscribe(topic)
@@ -83,8 +85,9 @@ class Watch:
                 every = PICTURE_SECONDS if self.pages else IDLE_SECONDS
                 due_at = next_tick(now - AFTER_REPORTS, every) + AFTER_REPORTS
                 await self._make(now)
+                due_at = max(due_at, now + PICTURE_SHARE * self._took)
             elif self.pages:
-                due_at = min(due_at, now + PICTURE_SECONDS)
+                due_at = min(due_at, self.picture.at + max(PICTURE_SECONDS, PICTURE_SHARE * self._took))
             readiness.check(**facts)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stopped.wait(), min(LOOK_SECONDS, max(0.01, due_at - time.monotonic())))
@@ -94,6 +97,7 @@ class Watch:
 
     async def _make(self, now: float) -> None:
         self.picture = self.observer.picture(now)
+        self._took = time.monotonic() - now
         if self._memory.measure():
             self.history.forget_exporters()
         self.history.note(self.picture)

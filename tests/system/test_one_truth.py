@@ -131,4 +131,6 @@ def test_every_view_has_the_same_number(open_stack: OpenStack) -> None:
         assert said == numbers
         logged = in_log(stack, "loss ended")
         assert {(name, cause): count for name, found in ledger.items() for cause, count in found.items()} == logged
+        sick = {line["of"]: line["health"] for line in stack["gateway"].events("collector health changed")}
+        assert (sick["closed"], sick["nowhere"]) == ("refusing", "unreachable")
         assert len(stack["forwarder"].events("loss began")) == len(stack["forwarder"].events("loss ended"))

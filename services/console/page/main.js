@@ -140,8 +140,8 @@ function show(view) {
     if (kind !== "streams") say(tables[kind].title, table ? counted(table) : "");
   }
   view.losses.forEach((row) => (row.key = [row.place, row.service, row.of, row.what].join("\n")));
-  view.losses.sort((one, other) => other.recent - one.recent || 0);
-  tables.losses.show(view.losses.slice(0, 100));
+  tables.losses.show(view.losses);
+  say(tables.losses.title, view.losses.length < view.all_losses ? `${whole(view.losses.length)} of ${whole(view.all_losses)}, the most recent` : "by place on the way");
   view.services.forEach((row) => {
     row.key = row.name;
     row.health = row.silent ? "silent" : "ok";

@@ -25,7 +25,7 @@ DENIED: Final = {
     **dict.fromkeys((REFUSALS, REFUSED), ("its port is closed", "start the collector, or correct the port")),
 }
 """Counters that tell who denies copies, the surest first: their meaning, and the cure."""
-GLOSSARY: Final = "services/operator/README.md has the cure of each cause"
+GLOSSARY: Final = "see the cause in services/operator/README.md"
 
 
 def check_copies(accounts: Mapping[str, Accounts], collectors: Sequence[Entry]) -> Iterator[Finding]:

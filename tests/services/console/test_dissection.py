@@ -32,7 +32,10 @@ def test_whatever_the_bytes_there_are_only_texts(payload: bytes) -> None:
             + struct.pack(">HH", 300, 4),
             {"looks like": "NetFlow v9", "source id": "6", "sets": "templates, 8 bytes; data by template 300, 4 bytes"},
         ),
-        (struct.pack(">HHIII", 10, 16, 0, 8, 9), {"looks like": "IPFIX", "domain": "9", "sets": "none"}),
+        (
+            struct.pack(">HHIII", 10, 16, 0, 8, 9),
+            {"looks like": "IPFIX", "sequence of records": "8", "domain": "9", "sets": "none"},
+        ),
         (
             struct.pack(">IIIIIII", 5, 1, 0x0A000001, 2, 3, 4000, 6),
             {"looks like": "sFlow v5", "agent": "10.0.0.1", "sub-agent": "2", "samples": "6", "uptime": "4.000 s"},

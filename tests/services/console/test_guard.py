@@ -12,6 +12,15 @@ TOKEN = Token(name="noc", hash=f"sha256:{hashlib.sha256(SECRET.encode()).hexdige
 OTHER = Token(name="box", hash=f"sha256:{hashlib.sha256(b'y').hexdigest()}", scopes=("collect",))
 
 
+SAID = {
+    405: "this service only shows; use GET",
+    421: "not called by this name; add it to [console] hosts",
+    403: "a page of another site may not ask",
+    401: "a token with scope list or admin is needed, as password or as bearer",
+    200: "ok",
+}
+
+
 async def _app(scope: object, receive: object, send: object) -> None:
     await send({"type": "http.response.start", "status": 200, "headers": []})  # type: ignore[operator]
     await send({"type": "http.response.body", "body": b"ok"})  # type: ignore[operator]
@@ -33,6 +42,7 @@ def ask(
     assert set(HEADERS) <= set(said[0]["headers"])  # type: ignore[call-overload]
     status = said[0]["status"]
     assert isinstance(status, int)
+    assert said[1]["body"] == SAID[status].encode() + b"\n" * (status != 200)
     return status
 
 

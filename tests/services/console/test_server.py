@@ -3,25 +3,36 @@
 import json
 import signal
 import socket
+import ssl
 import sys
 import time
 import urllib.error
 import urllib.request
 from contextlib import ExitStack
+from typing import Any
 
+from tests.certificates import Authority
+from tests.services.gateway.transport.test_tls import entry
 from tests.stack import PATIENT, Stack, ask_json, wait_until
 
 PAGES = 50
 
 
-def status_of(path: str, **headers: str) -> int:
-    """The status that the console answers with."""
-    request = urllib.request.Request(f"http://127.0.0.1:8080{path}", headers=headers)
+def fetch(path: str, at: str = "http://127.0.0.1:8080", **more: Any) -> tuple[int, str]:
+    """The status and the text of an answer; `more` are the headers of the request, and the TLS context."""
+    context = more.pop("context", None)
     try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return int(answer.status)
+        with urllib.request.urlopen(
+            urllib.request.Request(at + path, headers=more), timeout=60, context=context
+        ) as answer:
+            return int(answer.status), answer.read().decode()
     except urllib.error.HTTPError as error:
-        return error.code
+        return error.code, error.read().decode()
+
+
+def status_of(path: str) -> int:
+    """The status of an answer."""
+    return fetch(path)[0]
 
 
 def open_page() -> socket.socket:
@@ -39,7 +50,17 @@ def test_it_ends_in_time_however_many_pages_are_open(stack: Stack) -> None:
     stack.configure(PATIENT)
     stack.start("broker")
     stack.start("console")
-    assert (status_of("/healthz"), status_of("/readyz"), status_of("/")) == (200, 503, 200)
+    assert fetch("/healthz") == (200, "the console runs\n")
+    status, text = fetch("/readyz")
+    assert (status, "the registry is not known yet" in text) == (503, True)
+    assert "not heard on the bus" in text or "no service has reported yet" in text
+    assert status_of("/") == 200
+    assert fetch("/api/datagram?stream=nope") == (200, '{"error":"no such stream has reported"}')
+    assert fetch("/api/datagram?collector=nope") == (200, '{"error":"no such collector is signed up"}')
+    second = stack.start("console", ready=False)
+    assert second.process.wait(60) == 1
+    assert "set another [console] listen" in second.text
+    stack.running.remove(second)
     assert (status_of("/../__main__.py"), status_of("/nothing"), status_of("/metrics/exporters?top=0")) == (
         404,
         404,
@@ -48,7 +69,12 @@ def test_it_ends_in_time_however_many_pages_are_open(stack: Stack) -> None:
     for name in ("gateway", "forwarder", "ingest"):
         stack.start(name)
     ask_json({"op": "register", "name": "siem", "streams": ["messages"], "port": 9514})
-    wait_until(lambda: status_of("/readyz") == 200, "copies flow")
+    wait_until(lambda: fetch("/readyz") == (200, "copies flow\n"), lambda: f"copies flow: {fetch('/readyz')}")
+    assert fetch("/api/datagram?stream=messages") == (200, '{"error":"none came within 5 s"}')
+    stack["forwarder"].process.send_signal(signal.SIGSTOP)
+    wait_until(lambda: "copies do not flow to: siem" in fetch("/readyz")[1], "a sender that hangs is noticed")
+    stack["forwarder"].process.send_signal(signal.SIGCONT)
+    wait_until(lambda: status_of("/readyz") == 200, "copies flow again")
     with ExitStack() as pages:
         for _ in range(PAGES):
             pages.enter_context(open_page())
@@ -106,6 +132,24 @@ def test_without_its_extra_it_stays_and_says_so(stack: Stack) -> None:
     running.wait_for("pip install 'fanwire[console]'")
     assert len(running.text.splitlines()) <= 2
     assert running.stop() == 0
+
+
+def test_beyond_this_host_by_tls_and_token(stack: Stack) -> None:
+    """A tls:// listener shows the gateway's certificate, and answers only those that have a token."""
+    authority = Authority(stack.directory)
+    certificate, key = authority.sign("gateway")
+    settings = f'[gateway]\ncertificate = "{certificate}"\nkey = "{key}"\n'
+    stack.configure(
+        settings + '[console]\nlisten = ["tls://0.0.0.0:8443"]\nhosts = ["localhost"]\n' + entry("noc", "list")
+    )
+    stack.start("broker")
+    stack.start("console")
+    context = ssl.create_default_context(cafile=authority.certificate)
+    at = "https://localhost:8443"
+    assert fetch("/healthz", at, context=context)[0] == 401
+    assert fetch("/healthz", at, context=context, Authorization="Bearer wrong")[0] == 401
+    assert fetch("/healthz", at, context=context, Authorization="Bearer secret noc")[0] == 200
+    assert fetch("/healthz", at, context=context, Authorization="Bearer secret noc", Host="evil.example")[0] == 421
 
 
 def test_a_listener_beyond_this_host_needs_tls(stack: Stack) -> None:

@@ -101,7 +101,9 @@ def test_discrepancy_is_counted_and_said_once(
 
         def said() -> int:
             reporter.report(lambda: {"stream/x": account})
-            return capsys.readouterr().out.count("stream/x: received is")
+            text = capsys.readouterr().out
+            assert text.count("stream/x: received is") == text.count("please report it with `fanwire ledger --json`")
+            return text.count("stream/x: received is")
 
         assert said() == 1
         account["published"] = 4  # within the second nobody looks

@@ -37,7 +37,7 @@ def entry(health: str) -> Entry:
             "slow",
             "warning",
             "7 lost since it signed up, as forwarder.1 counts: 7 queue_full",
-            "README",
+            "see the cause in services/operator/README.md",
         ),
         ({"refusals": 4, "dropped_refused": 1}, "refusing", "error", "port is closed; 5 lost", "start the collector"),
     ],
