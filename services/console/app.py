@@ -70,6 +70,8 @@ class Console:
         return FileResponse(PAGE / name, media_type=PARTS[name], headers={"cache-control": "no-cache"})
 
     async def _events(self, request: Request) -> Response:
+        if request.method == "HEAD":
+            return Response(media_type="text/event-stream", headers=UNCACHED)
         if self._watch.pages >= MAX_PAGES:
             return PlainTextResponse(f"{MAX_PAGES} pages are open already", 503)
         query = request.query_params

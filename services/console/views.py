@@ -46,6 +46,7 @@ EXPORTER_ORDERS: Final[Mapping[str, Callable[[Exporter], Any]]] = {
     "rate": lambda each: -each.rate,
     "bytes": lambda each: -each.byte_rate,
     "name": lambda each: each.address,
+    "gaps": lambda each: -(each.missed or 0),
     "untaken": lambda each: (each.takers > 0, -each.rate),
 }
 
@@ -200,6 +201,7 @@ def show_exporter(exporter: Exporter) -> View:
         "streams": exporter.streams,
         "workers": exporter.workers,
         "takers": exporter.takers,
+        "missed": exporter.missed,
     }
 
 

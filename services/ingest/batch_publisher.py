@@ -101,7 +101,9 @@ class StreamFeed:
         elif self._shares is None:
             self._shares = ExporterShares(self.stream)
         else:
-            self._publisher.publish(self._exporters_topic, self._shares.take())
+            self._publisher.publish(
+                self._exporters_topic, self._shares.take(self.exporters.missed() if self.exporters else None)
+            )
 
     def mark(self, now_ns: int) -> None:
         """Tell a new subscriber the place in the sequence, by a batch without rows; owed while the bus takes none."""

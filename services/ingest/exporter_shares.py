@@ -2,6 +2,7 @@
 
 import random
 import time
+from collections import Counter
 from typing import Final
 
 import numpy as np
@@ -36,8 +37,8 @@ class ExporterShares:
         self._rows += len(found)
         self._next = (self._next - len(found)) % self._every
 
-    def take(self) -> Exporters:
-        """Return the shares since the last call, and begin anew."""
+    def take(self, missed: Counter[bytes] | None = None) -> Exporters:
+        """Return the shares since the last call, and begin anew; with what was `missed` of each address, if known."""
         noted = np.concatenate(self._noted) if self._noted else np.empty(0, ROW)
         seconds = max(0.001, time.monotonic() - self._began)
         # By a hash, which is sorted faster. A sender can't aim at a hash that two exporters share.
@@ -47,7 +48,15 @@ class ExporterShares:
         sizes = np.bincount(inverse, noted["length"], minlength=len(first)).astype(np.int64)
         most = np.argsort(-counts, kind="stable")[:MAX_TOLD]
         told = [(noted["address"][first[at]].tobytes(), int(counts[at]), int(sizes[at])) for at in most.tolist()]
-        message = Exporters(self._stream, seconds, self._rows, self._every, len(first), told)
+        message = Exporters(
+            self._stream,
+            seconds,
+            self._rows,
+            self._every,
+            len(first),
+            told,
+            None if missed is None else missed.most_common(MAX_TOLD),
+        )
         self._every = max(1, int(self._rows / seconds) // EXAMINED)
         self._begin()
         return message

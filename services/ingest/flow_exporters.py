@@ -34,6 +34,8 @@ NEAR: Final = 64
 """Distance, ahead or behind, within which a number of a further port belongs to ports that number as one."""
 KEY_WORDS: Final = 12
 """Words of 32 bits: identity, source address, port, and an unused one."""
+ADDRESS: Final = slice(24, 40)
+"""Bytes of a key that are the source address."""
 IDENTITY_BYTES: Final = 24
 """Bytes of a key without the part that says where its datagrams come from."""
 
@@ -195,6 +197,7 @@ class ExporterTracker:
         """Free a slot for another exporter."""
         for _, tracker in self._kinds:
             tracker.forget(slot)
+            tracker.missed.pop(slot, None)
         if self._templates is not None:
             self._templates.forget(slot)
         if self._numbering is not None:
@@ -230,6 +233,7 @@ class ExporterTracker:
                 continue
             joined[other] = slot
             tracker.merge(slot, other)
+            tracker.missed[slot] += tracker.missed.pop(other, 0)
             for key in self._keys[other]:
                 self._slots[key] = slot
                 self._keys[slot][key] = None
@@ -248,6 +252,15 @@ class ExporterTracker:
                 del self._keys[slot][key]
                 self._take_slot(key, family)
         tracker.repeated.clear()
+
+    def missed(self) -> Counter[bytes]:
+        """Return what was missed of each source address (16 bytes), as far as its exporters are followed now."""
+        found: Counter[bytes] = Counter()
+        for _, tracker in self._kinds:
+            for slot, count in tracker.missed.items():
+                if count and slot in self._keys:
+                    found[next(iter(self._keys[slot]))[ADDRESS]] += count
+        return found
 
     def settle(self, *, at_once: bool = False) -> None:
         """Count what is missing for good, and the number of exporters. Due every second; at the end `at_once`."""

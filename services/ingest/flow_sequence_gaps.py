@@ -96,6 +96,8 @@ class SequenceTracker:
         self._known = np.zeros(capacity, np.int8)
         self._uptime = np.zeros(capacity, np.int64)
         self._holes: dict[int, list[Hole]] = {}
+        self.missed: Counter[int] = Counter()
+        """By slot: the part that its present exporter has of what was missed."""
         self._account = account
         self._unit = unit
 
@@ -211,7 +213,14 @@ class SequenceTracker:
         if not -WINDOW <= series.jump <= MAX_GAP:
             self._account[EXPORTER_RESTARTS] += 1
         elif series.jump > 0:
-            self._account[self._unit if sure else EXPORTER_UNSURE] += series.jump if sure else 1
+            if sure:
+                self._count(slot, series.jump)
+            else:
+                self._account[EXPORTER_UNSURE] += 1
+
+    def _count(self, slot: int, missed: int) -> None:
+        self._account[self._unit] += missed
+        self.missed[slot] += missed
 
     def _keep(self, slot: int, holes: list[Hole]) -> None:
         """Set the gaps of an exporter that may still be filled; the oldest beyond the limit are missed."""
@@ -233,7 +242,7 @@ class SequenceTracker:
     def _count_missed(self) -> None:
         for slot in sorted(self._given_up):
             missing = self._explain(slot, self._given_up[slot])
-            self._account[self._unit] += sum(hole.stop - hole.start for hole in missing)
+            self._count(slot, sum(hole.stop - hole.start for hole in missing))
             self._counted.add(slot)
         self._given_up, self._counted, self._as_one = {}, set(), set()
 

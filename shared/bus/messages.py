@@ -49,6 +49,8 @@ MAX_PIECES: Final = 4096
 StreamName = Annotated[str, Meta(pattern="^[^/]{1,64}$")]
 """A name without `/`, so that a subscription to a stream brings no other, such as `messages/more`."""
 Number = Annotated[int, Meta(ge=0, le=MAX_NUMBER)]
+PackedAddress = Annotated[bytes, Meta(min_length=16, max_length=16)]
+"""An address of 16 bytes, IPv4 mapped into IPv6."""
 
 
 class MessageError(ValueError):
@@ -191,7 +193,8 @@ class Exporters(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """The exporters of a stream in the last `seconds`, as a worker published their `rows` datagrams.
 
     Every `every`-th of these was looked at, and `exporters` were found. `most` has the address (16 bytes, IPv4 mapped),
-    datagrams and bytes of those with most, as they were looked at: multiply by `every`.
+    datagrams and bytes of those with most, as they were looked at: multiply by `every`. `missed` has the address and
+    the gaps in its own numbers, in their unit, of those with most; None: the stream's numbers are not read.
     """
 
     stream: StreamName
@@ -199,9 +202,8 @@ class Exporters(msgspec.Struct, array_like=True, frozen=True, gc=False):
     rows: Number
     every: Annotated[int, Meta(ge=1, le=MAX_NUMBER)]
     exporters: Number
-    most: Annotated[
-        list[tuple[Annotated[bytes, Meta(min_length=16, max_length=16)], Number, Number]], Meta(max_length=MAX_TOLD)
-    ]
+    most: Annotated[list[tuple[PackedAddress, Number, Number]], Meta(max_length=MAX_TOLD)]
+    missed: Annotated[list[tuple[PackedAddress, Number]], Meta(max_length=MAX_TOLD)] | None = None
 
 
 Body = (

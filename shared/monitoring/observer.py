@@ -3,6 +3,7 @@
 A view subscribes to `TOPICS`, hands every message in, and asks for a picture when it wants to show one.
 """
 
+import math
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -117,6 +118,8 @@ class Observer:
         self._words: dict[tuple[str, int], tuple[Word, float | None]] = {}
         self._shares = Shares()
         self._past: dict[tuple[str, str, str, str], _Past] = {}
+        self._began = math.inf
+        """The time of the first message."""
         self._seen: set[str] = set()
         """Services in the last picture: a loss that they did not have then began at 0."""
         self._past_of: dict[str, _Past] = {}
@@ -142,6 +145,7 @@ class Observer:
     def note(self, message: Message, now: float) -> None:
         """Take a message in; `now` is a clock that only grows, the one of `Report.received_at` (time.monotonic)."""
         body, envelope = message.body, message.envelope
+        self._began = min(self._began, now)
         if isinstance(body, Status):
             if report := self._reports.add(envelope, body):
                 self._reports.latest.clear()  # kept here, by name
@@ -294,7 +298,8 @@ class Observer:
     ) -> tuple[Word, float | None]:
         heard_at = self._troubles_at.get(client.source)
         if heard_at is None or service is None or now - heard_at > SILENT_SECONDS:
-            word: Word = "unknown" if heard_at is None and service is None else "waiting"
+            early = not self._told or now - self._began < SILENT_SECONDS
+            word: Word = "unknown" if heard_at is None and early else "waiting"
             return before if before and before[0] == word else (word, now if before else None)
         if trouble := self._troubles[client.source].get(key):
             return trouble

@@ -90,6 +90,8 @@ class Exporter:
     """Collectors that its datagrams go to, before sampling and sharing."""
     by_stream: dict[str, float]
     """`rate` by stream."""
+    missed: int | None = None
+    """Gaps in its own numbers, in their unit, since its workers follow it; None: no stream of its has a protocol."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,8 +55,13 @@ class Shares:
         workers: defaultdict[bytes, set[str]] = defaultdict(set)
         by_stream: defaultdict[bytes, Counter[str]] = defaultdict(Counter)
         totals: defaultdict[str, float] = defaultdict(float)
+        missed: Counter[bytes] = Counter()
+        numbered: set[str] = set()
         for (worker, stream), messages in self._told.items():
             seconds = sum(told.seconds for _, told in messages)
+            if (last := messages[-1][1].missed) is not None:
+                numbered.add(stream)
+                missed.update(dict(last))
             for _, told in messages:
                 totals[stream] += told.rows / seconds
                 for address, count, size in told.most:
@@ -65,7 +70,14 @@ class Shares:
                     by_stream[address][stream] += count * told.every / seconds  # type: ignore[assignment]
                     workers[address].add(worker)
         found = [
-            self._exporter(unpack_address(packed), rate, dict(by_stream[packed]), workers[packed], totals)
+            self._exporter(
+                unpack_address(packed),
+                rate,
+                dict(by_stream[packed]),
+                workers[packed],
+                totals,
+                missed[packed] if numbered & by_stream[packed].keys() else None,
+            )
             for packed, rate in rates.items()
         ]
         return tuple(sorted(found, key=lambda exporter: -exporter.rate))
@@ -77,13 +89,14 @@ class Shares:
         by_stream: dict[str, float],
         workers: set[str],
         totals: Mapping[str, float],
+        missed: int | None,
     ) -> Exporter:
         streams = tuple(sorted(by_stream))
         whole = sum(totals[stream] for stream in streams)
         rate, byte_rate = rates
         share = min(1.0, rate / whole) if whole else 0.0
         takers = sum(self._takers(address, stream) for stream in streams)
-        return Exporter(address, rate, byte_rate, share, streams, tuple(sorted(workers)), takers, by_stream)
+        return Exporter(address, rate, byte_rate, share, streams, tuple(sorted(workers)), takers, by_stream, missed)
 
     def _takers(self, address: str, stream: str) -> int:
         filters = self._filters.get(stream, Counter()) + self._filters.get("*", Counter())

@@ -121,6 +121,7 @@ function exporterFacts(row) {
     ["streams", row.streams.join(", ")],
     ["workers", row.workers.join(", ")],
     ["collectors", row.takers ? whole(row.takers) : "nobody takes what it sends"],
+    ["gaps in its numbers", row.missed === null ? "not read: no protocol is set" : whole(row.missed)],
   ];
 }
 

@@ -37,6 +37,7 @@ const tables = {
     Table.past(pasts.exporters),
     { title: "share", class: number, text: (row) => share(row.share) },
     { title: "bytes", sort: "bytes", class: `${number} medium`, text: (row) => `${bytes(row.bytes)}/s` },
+    { title: "gaps", sort: "gaps", class: `${number} medium`, text: (row) => (row.missed === null ? "not read" : whole(row.missed)), tone: (row) => (row.missed ? "warn" : ""), hint: () => "missing of its own numbers: flows of NetFlow v5, datagrams of v9 and sFlow, records of IPFIX" },
     { title: "streams", class: "medium", text: (row) => row.streams.join(", ") },
     { title: "worker", class: "wide", text: (row) => row.workers.join(", ") },
     { title: "collectors", sort: "untaken", class: number, text: (row) => (row.takers ? whole(row.takers) : "nobody"), tone: (row) => (row.takers ? "" : "warn") },

@@ -38,7 +38,10 @@ def batch_of(sent: Sequence[Sent], stride: int = 0) -> DatagramBatch:
 
 
 def observed(protocol: Protocol, sent: Sequence[Sent], cuts: Sequence[int] = (), stride: int = 0) -> Counter[str]:
-    """Return the counts when these come in batches that begin at `cuts`, and nothing follows."""
+    """Return the counts when these come in batches that begin at `cuts`, and nothing follows.
+
+    By address they are the same in sum.
+    """
     account: Counter[str] = Counter()
     exporters = ExporterTracker(protocol, account)
     edges = [0, *sorted({cut % (len(sent) + 1) for cut in cuts}), len(sent)]
@@ -46,6 +49,9 @@ def observed(protocol: Protocol, sent: Sequence[Sent], cuts: Sequence[int] = (),
         if start < stop:
             exporters.observe(batch_of(sent[start:stop], stride))
     exporters.settle(at_once=True)
+    if not account["exporter_evictions"]:
+        units = ("exporter_missed", "exporter_missed_flows", "exporter_missed_records")
+        assert exporters.missed().total() == sum(account[unit] for unit in units)
     return +account
 
 

@@ -145,10 +145,12 @@ def test_exporters_with_share_and_takers() -> None:
     told = Told()
     told.tell("gateway.1", RegistrySnapshot(1, 0, 1, [SIEM]))
     ten, far = pack_address("10.1.2.3"), pack_address("192.0.2.9")
-    for _ in range(2):
-        told.tell("ingest.1", Exporters("syslog", 1.0, 100, 2, 2, [(ten, 40, 4000), (far, 10, 100)]))
+    for number in range(2):
+        most = [(ten, 40, 4000), (far, 10, 100)]
+        told.tell("ingest.1", Exporters("syslog", 1.0, 100, 2, 2, most, [(ten, 5 + number)]))
     first, second = told.picture().exporters or ()
     assert (first.address, first.rate, first.byte_rate, first.share, first.takers) == ("10.1.2.3", 80, 8000, 0.8, 1)
+    assert (first.missed, second.missed) == (6, 0)
     assert (second.address, second.takers, second.workers) == ("192.0.2.9", 0, ("ingest.1",))
     assert told.picture().streams[0].exporters == 2
     assert told.picture(SILENT_SECONDS + 1).exporters is None
