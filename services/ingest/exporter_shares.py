@@ -24,22 +24,24 @@ class ExporterShares:
         self._begin()
 
     def _begin(self) -> None:
-        self._noted: list[Rows] = []
+        self._noted: list[bytes] = []
         self._rows = self._next = 0
         self._began = time.monotonic()
 
     def note(self, rows: Rows | bytes) -> None:
-        """Note rows, dtype `ROW`, that were published."""
+        """Note rows, dtype `ROW`, that were published. An array is copied, since it is the arena's."""
+        if self._every == 1:
+            self._noted.append(rows if isinstance(rows, bytes) else rows.tobytes())
+            self._rows += len(self._noted[-1]) // ROW.itemsize
+            return
         found = np.frombuffer(rows, ROW) if isinstance(rows, bytes) else rows
-        picked = found[self._next :: self._every]
-        if len(picked):
-            self._noted.append(picked.copy())  # the rows are the arena's
+        self._noted.append(found[self._next :: self._every].tobytes())
         self._rows += len(found)
         self._next = (self._next - len(found)) % self._every
 
     def take(self, missed: Counter[bytes] | None = None) -> Exporters:
         """Return the shares since the last call, and begin anew; with what was `missed` of each address, if known."""
-        noted = np.concatenate(self._noted) if self._noted else np.empty(0, ROW)
+        noted = np.frombuffer(b"".join(self._noted), ROW)
         seconds = max(0.001, time.monotonic() - self._began)
         # By a hash, which is sorted faster. A sender can't aim at a hash that two exporters share.
         keys = np.ascontiguousarray(noted["address"]).view(np.uint64) @ self._factors
