@@ -78,7 +78,7 @@ def test_original_copies_arrive_or_are_counted(opened: ExitStack, queue: str) ->
 
 def check(account: dict[str, int], copied: Copied) -> None:
     """The copies that arrived are those that are counted, each once and in order."""
-    arrived = payloads(copied.read(account["delivered"]))
-    assert len(arrived) == account["delivered"] > 0
+    arrived = payloads(copied.read(account["sent"]))
+    assert len(arrived) == account["sent"] > 0
     assert len(arrived) == len({*arrived})
-    assert account["delivered"] + dropped(account) == account["offered"]
+    assert account["sent"] + dropped(account) == account["offered"]
