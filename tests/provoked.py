@@ -202,6 +202,7 @@ def _admission() -> Iterator[Provocation]:
     yield partial(registry.renew_as, "a", entry.client.generation, replace(HERE, rights=replace(SIEM, holder="other")))
     yield partial(registry.renew_as, "a", 99, ELSEWHERE)
     yield partial(registry.renew_as, "set", 1, HERE)
+    yield partial(registry.join, "set", HERE)
     yield from _places(destinations)
     unowned = Table()
     unowned.join("a", HERE)

@@ -52,7 +52,6 @@ ELSEWHERE: Final[dict[str, str]] = {
     "{} requests of {} wait for the transmitter already": STACK,
     "{} requests wait for the transmitter already": STACK,
     "{}: the answer is not a list of clients; is this the gateway?": STACK,
-    "{}: {}; name who signed its certificate by --authority": STACK,
 }
 """Sentences that no direct call brings out, and no test expects by their words, with the reason."""
 

@@ -191,7 +191,7 @@ def _check_readable(user: User, config: str | None) -> None:
     except OSError as error:
         why = "it takes CAP_SETUID and CAP_SETGID to become it"
         if error.filename:
-            why = f"it can't read {error.filename}: install it for every user (Debian's python3), or name another"
+            why = f"it can't read {error.filename}; let all users read that (Python: use Debian's), or name another"
         raise _unfit(user.name, why) from None
 
 

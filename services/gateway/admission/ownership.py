@@ -29,6 +29,8 @@ def check_replaceable(present: Entry, peer: Peer, origin: Origin, *, take_over: 
     orphaned = present.held and not present.peer.id and present.origin is origin
     if (take_over and (same or peer.rights.everything)) or (orphaned and same):
         return
+    if present.origin is Origin.SETTINGS:
+        raise RequestError("name_taken", f"{name!r} is a [[collector]] in the gateway's settings; choose another name")
     holder = present.peer.rights.holder
     raise RequestError(
         "name_taken",

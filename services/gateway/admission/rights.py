@@ -68,7 +68,10 @@ class Rights:
             )
         lacking = frozenset[Scope]() if self.everything else SCOPES_NEEDED[type(request)] - self.scopes
         if lacking and not self.holder:
-            raise _refused("a client from another host must show a certificate, or first send op auth with its token")
+            raise _refused(
+                "a client from another host must first send op auth with its token (`--token-file` of the commands), "
+                "or show a certificate"
+            )
         if lacking:
             has, lacks = (", ".join(sorted(scopes)) for scopes in (self.scopes, lacking))
             raise _refused(f"this request needs scope {lacks}, and {self.holder!r} has {has}; add it to its [[token]]")

@@ -21,7 +21,8 @@ def connected(settings: Settings) -> Iterator[tuple[zmq.Context[zmq.Socket[bytes
     link = open_link(settings.bus, "operator")
     if not broker_is_up(settings.bus.path, link):
         where = settings.bus.connect or settings.bus.path
-        raise OperatorError(UNAVAILABLE, f"no broker at {where}; is fanwire running? start it with `fanwire run`")
+        cure = "start it with `fanwire run`, or name the settings of the one that runs by --config or FANWIRE_CONFIG"
+        raise OperatorError(UNAVAILABLE, f"no broker at {where}; {cure}")
     context = new_context()
     try:
         yield context, link

@@ -94,10 +94,11 @@ class RegistryClient:
         try:
             self._connection = _connect(access)
         except ssl.SSLCertVerificationError as error:
-            raise OperatorError(
-                NOT_PERMITTED,
-                f"{access.endpoint}: {error.verify_message}; name who signed its certificate by --authority",
-            ) from None
+            cure = "name who signed its certificate by --authority"
+            if "mismatch" in error.verify_message:
+                cure = "name the gateway as its certificate does, or make another certificate for it"
+            why = error.verify_message.rstrip(".")
+            raise OperatorError(NOT_PERMITTED, f"{access.endpoint}: {why}; {cure}") from None
         except OSError as error:
             raise UnreachableError(access.endpoint, error.strerror or str(error)) from None
         self._connection.settimeout(answer_seconds)

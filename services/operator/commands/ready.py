@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -42,7 +43,8 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
         raise OperatorError(UNAVAILABLE, f"not ready after {arguments.timeout:g} s, see their logs: {names}")
     print(f"all ready: {' '.join(wanted)}")
     if arguments.hint:
-        print(*(f"    {line}" for line in hints(settings)), sep="\n")
+        named = arguments.config or os.environ.get("FANWIRE_CONFIG")
+        print(*(f"    {line}" for line in hints(settings, named)), sep="\n")
     return OK
 
 
@@ -63,10 +65,14 @@ def _heard(settings: Settings, wanted: set[str], deadline: float) -> set[str]:
     return heard
 
 
-def hints(settings: Settings) -> Iterator[str]:
-    """Yield lines that can be pasted into another terminal, and the address of the live page."""
+def hints(settings: Settings, named: Path | str | None = None) -> Iterator[str]:
+    """Yield lines that can be pasted into another terminal, and the address of the live page.
+
+    `named` is the file of the settings: without it a command there would look for another bus.
+    """
     yield from _page(settings)
-    yield f"{_program()} watch  # in another terminal, as the lines below"
+    config = f" --config {shlex.quote(str(named))}" if named else ""
+    yield f"{_program()} watch{config}  # in another terminal, as the lines below"
     listeners = [(stream, at) for stream in settings.streams for at in stream.endpoints if at.scheme == "udp"]
     for stream, listener in listeners[:1]:
         yield f"echo 'Hello you there!' | nc -u -w1 {_for_nc(listener)}"

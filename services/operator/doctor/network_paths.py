@@ -121,7 +121,7 @@ def check_network_paths(
         found = way(collector)
         return None if found is None or found.local else _queue(collector, found)
 
-    yield from each("loops", collectors, loop, f"{count}, and none is one of fanwire's own listeners")
+    yield from each("loops", collectors, loop, "no collector is one of fanwire's own listeners")
     yield from _doubles(collectors)
     yield from each(
         "destinations", originals, destination, "[transmitter] destinations covers every collector that needs it"
@@ -215,8 +215,8 @@ def _reverse_path_there(abroad: list[str]) -> Finding:
         return ok(name, "no collector on another host asks for the exporter's address")
     why = "their hosts may drop packets with the exporters' addresses, and that can't be seen from here"
     cure = (
-        "there: `sysctl net.ipv4.conf.all.rp_filter net.ipv4.conf.IFACE.rp_filter`, the larger must be 0, or 2 with a"
-        " route to the exporters; `nstat -az TcpExtIPReversePathFilter` counts drops; on switches: no uRPF"
+        "on their hosts the larger of `sysctl net.ipv4.conf.all.rp_filter net.ipv4.conf.IFACE.rp_filter` must be 0, or"
+        " 2 with a route to the exporters; `nstat -az TcpExtIPReversePathFilter` counts drops; on switches: no uRPF"
     )
     return warning(name, why, cure, some(abroad))
 
@@ -224,7 +224,7 @@ def _reverse_path_there(abroad: list[str]) -> Finding:
 def _cloud(vendor: str, abroad: list[str]) -> Finding:
     cloud = next((known for known in CLOUDS if vendor.startswith(known)), "")
     if not cloud:
-        return ok("cloud", f"no cloud known for a source/destination check: {vendor or 'the vendor is unknown'}")
+        return ok("cloud", f"no cloud is known here that checks source and destination; vendor: {vendor or 'unknown'}")
     if not abroad:
         return ok("cloud", f"{cloud}: its source/destination check does not matter to relayed copies")
     why = f"{cloud} drops packets with addresses that are not this machine's, unless told not to"

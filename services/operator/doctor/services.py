@@ -171,7 +171,8 @@ def why_not_raw(raw: RawSocketFacts) -> tuple[str, str]:
 def _descriptors(facts: ServiceFacts, service: str, wanted: int, by: str) -> Finding:
     limits = [limit for name, limit in facts.descriptors.items() if name.partition(".")[0] == service]
     limit = min(limits, default=facts.descriptors.get("", 0))
+    why = f"it may open {limit} files, and needs {wanted} for {by}"
     if limit < wanted + SPARE_DESCRIPTORS:
         cure = f"ulimit -Hn {wanted + SPARE_DESCRIPTORS}, or LimitNOFILE={wanted + SPARE_DESCRIPTORS} in its unit"
-        return warning("descriptors", f"it may open {limit} files; {by} takes {wanted}, and some more", cure, service)
-    return ok("descriptors", f"it may open {limit} files, {by} takes {wanted}", service)
+        return warning("descriptors", f"{why}, and some more", cure, service)
+    return ok("descriptors", why, service)

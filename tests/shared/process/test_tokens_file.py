@@ -91,7 +91,8 @@ def test_file_that_is_wrong(file: Path, text: str, expected: str) -> None:
 
 def test_file_that_is_not_there(tmp_path: Path) -> None:
     """A file of tokens that can't be read is named."""
-    assert "none: No such file or directory; name a file" in refusal(read_tokens, settings(tmp_path / "none"))
+    said = refusal(read_tokens, settings(tmp_path / "none"))
+    assert "none: No such file or directory; name a file with lines that `fanwire token` prints" in said
 
 
 def test_tls_files(tmp_path: Path) -> None:

@@ -68,9 +68,13 @@ def test_commands_by_tls(stack: Stack) -> None:
     assert (code, "c" in text) == (0, True)
     for arguments, expected, words in (
         (("leave", "c", *trusting, *with_token), 77, "needs scope collect"),
-        (("clients", *trusting), 77, "auth"),
-        (("clients", *where, *with_token), 77, "--authority"),
-        (("clients", "--gateway", "tls://127.0.0.2:5001", "--authority", authority), 77, "127.0.0.2"),
+        (("clients", *trusting), 77, "--token-file"),
+        (("clients", *where, *with_token), 77, "name who signed its certificate by --authority"),
+        (
+            ("clients", "--gateway", "tls://127.0.0.2:5001", "--authority", authority),
+            77,
+            "name the gateway as its certificate does",
+        ),
         (("clients", "--gateway", "tcp://localhost:5001", *with_token), 69, "no gateway at tcp://localhost:5001"),
         (("clients", "--gateway", "tcp://localhost:5000", "--authority", authority), 64, "tls://"),
         (("clients", *trusting, "--token-file", "/none"), 64, "/none: No such file"),

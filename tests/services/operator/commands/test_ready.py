@@ -26,7 +26,7 @@ def test_names_who_is_missing_at_the_timeout(stack: Stack) -> None:
 
 
 def test_hints_follow_the_settings() -> None:
-    """The lines to try name the listeners and the stream of the settings; a host of many addresses becomes one."""
+    """The lines to try name the file, listeners and stream of the settings; a host of many addresses becomes one."""
     page, watch, send, sign_up = hints(Settings())
     assert page.startswith("http://127.0.0.1:8080/ ")
     assert watch.split()[:2][-1] == "watch"
@@ -39,7 +39,8 @@ def test_hints_follow_the_settings() -> None:
         gateway=Gateway(listen=("unix:///run/gateway.sock",)),
         console=Console(listen=("unix:///run/console.sock",)),
     )
-    page, _, send, sign_up = hints(elsewhere)
+    page, watch, send, sign_up = hints(elsewhere, "my site.toml")
+    assert " watch --config 'my site.toml' " in watch
     assert page == "the live page is at /run/console.sock"
     assert send.endswith("nc -u -w1 ::1 514")
     assert '["syslog"]' in sign_up
