@@ -52,7 +52,7 @@ def test_services_that_are_fine() -> None:
         ({"accounts": heard(ingest=None, forwarder=None)}, "services", "error", "not heard on the bus: ingest, forw"),
         ({"accounts": {**HEARD, "forwarder.2": {}}}, "one_sender", "error", "2 of them"),
         ({"accounts": {**HEARD, "transmitter.1 (process 7)": RAW}}, "one_sender", "error", "2 of them"),
-        ({"accounts": heard(forwarder={"collector/siem": {"dropped_refused": 2}})}, "copies", "warning", "refused 2"),
+        ({"accounts": heard(forwarder={"collector/siem": {"dropped_refused": 2}})}, "copies", "warning", "2 refused"),
         (
             {"accounts": heard(forwarder={"collector/siem": {"dropped_eperm": 3}})},
             "copies",
