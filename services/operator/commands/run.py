@@ -21,7 +21,7 @@ from services.operator.cli.arguments import Subparsers, add_command, positive
 from services.operator.cli.output import discard_output
 from services.operator.client.bus_reader import subscribed
 from services.operator.client.status_reader import heard_reports
-from services.operator.commands.ready import SERVICES
+from services.operator.commands.ready import OPTIONAL, SERVICES
 from shared.bus.endpoint import open_link
 from shared.bus.status import INTERVAL_SECONDS, Report
 from shared.bus.zmq_sockets import broker_is_up
@@ -30,6 +30,7 @@ from shared.settings.model import Settings
 
 ROOT: Final = Path(__file__).resolve().parents[3]
 """The directory that holds services/ and shared/, installed or in a checkout."""
+ALL: Final = (*SERVICES, *OPTIONAL)
 STOP_SECONDS: Final = 10.0
 """Time that services get to drain: they take up to 4 s, the sources of datagrams first."""
 STOP_ORDER: Final = ("ingest", "forwarder", "transmitter", "gateway", "console", "broker")
@@ -40,7 +41,7 @@ ENDED_BY_USER: Final = frozenset(128 + number for number in (signal.SIGHUP, sign
 def add_parser(subparsers: Subparsers) -> None:
     """Add both commands."""
     parser = add_command(subparsers, "run", run, "run all services of this host, until Ctrl-C")
-    parser.add_argument("--only", nargs="+", choices=SERVICES, default=SERVICES, metavar="SERVICE", help="only these")
+    parser.add_argument("--only", nargs="+", choices=ALL, default=ALL, metavar="SERVICE", help="only these")
     parser.add_argument("--ingest", type=positive, default=1, metavar="N", help="ingest workers; default: %(default)s")
     parser.add_argument("--hint", action="store_true", help="print what to try next, as on a terminal")
     add_command(subparsers, "stop", stop, "end the services that run on this host")

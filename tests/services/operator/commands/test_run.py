@@ -183,6 +183,7 @@ def test_make_run_runs_everything_and_says_what_to_try(stack: Stack) -> None:
     with running(stack, make) as run:
         wait_until(lambda: "all ready: broker gateway ingest" in run.read(), lambda: f"all are ready: {run.text}")
         wait_until(lambda: "nc -N 127.0.0.1 5000" in run.read(), lambda: f"it says what to try: {run.text}")
+        run.wait_until_ready("console")
         code, _, said = stack.run("run")
         assert code == 73
         assert "fanwire is running already" in said
