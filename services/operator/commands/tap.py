@@ -176,7 +176,8 @@ def _write(
                 say(f"{_nothing(arguments)} in {QUIET_SECONDS:g} s; waiting")
     reader.report_progress(last=True)
     if output.written:
-        say(f"{counted(output.written, 'datagram')} in {arguments.write}")
+        where = "on standard output" if arguments.write == STANDARD_OUTPUT else f"in {arguments.write}"
+        say(f"{counted(output.written, 'datagram')} {where}")
     else:
         say(f"{_nothing(arguments)}; `fanwire streams` shows which streams flow")
 
