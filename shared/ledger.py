@@ -245,8 +245,8 @@ def _equations(name: str, account: Mapping[str, int]) -> Iterator[tuple[int, str
         kept_back = parts(FILTERED, SAMPLED_OUT, SHARED_OUT, HELD, WITHHELD)
         yield parts(OFFERED), OFFERED, kept_back + parts(SENT) + dropped(account) - parts(UNSERVED)
     elif name == "broker":
-        # The broker hands on what it takes and may pass. Without keys both figures are libzmq's. What it lost is told by
-        # others: workers by what they published, subscribers by what has reached them (`services.operator.balance`).
+        # The broker hands on what it takes and may pass. Without keys both figures are libzmq's. What it lost others
+        # tell: workers by what they published, subscribers by what has reached them (`shared.monitoring.balance`).
         for unit in ("", "_bytes"):
             for one, other in (("publishers", "subscribers"), ("subscribers", "publishers")):
                 passed = parts(f"to_{other}{unit}", f"refused_from_{one}{unit}")
