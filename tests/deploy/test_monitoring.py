@@ -1,4 +1,4 @@
-"""What Prometheus and Grafana are given: every metric in it is one of the console's, and Prometheus can read it."""
+"""Files for Prometheus and Grafana: every metric in them is one of the console's, and Prometheus can read them."""
 
 import json
 import re
