@@ -29,6 +29,7 @@ COLLECTOR_PORT: Final = 9100
 COLLECTOR_HOSTS: Final = 64
 SINK_BUFFER: Final = 1 << 29
 SO_ATTACH_FILTER: Final = 26
+HEX_DIGITS: Final = np.frombuffer(b"0123456789abcdef", np.uint8)
 SO_DETACH_FILTER: Final = 27
 PROBES_ALONE: Final = (
     (0x80, 0, 0, 0),  # A = length
@@ -65,7 +66,7 @@ class Offer:
         self._socket = sock
         payloads = workload.payloads()
         self.count = count = len(payloads)
-        self._payload = b"".join(payloads)
+        self._payload = np.frombuffer(bytearray(b"".join(payloads)), np.uint8)
         lengths = np.array([len(payload) for payload in payloads])
         exporters = np.array([workload.exporter(number) for number in range(count)])
         self._headers = headers = np.zeros(count, HEADERS4)
@@ -84,13 +85,19 @@ class Offer:
         headers["checksum"] = fold(ip) ^ 0xFFFF
         self._pieces = pieces = np.zeros((count, 2), IOVEC)
         pieces["base"][:, 0], pieces["len"][:, 0] = addresses_of(headers, HEADERS4.itemsize, count), HEADERS4.itemsize
-        start = np.frombuffer(self._payload, np.uint8).ctypes.data
+        start = self._payload.ctypes.data
+        self._ends = np.cumsum(lengths)
         pieces["base"][:, 1], pieces["len"][:, 1] = start + np.cumsum(lengths) - lengths, lengths
         name = SOCKADDR_LL.pack(socket.AF_PACKET, socket.htons(ETHERTYPE_IPV4), link_index, 0, 0, 6, ethernet[:6])
         self._name = np.frombuffer(name, np.uint8)
         self._messages = messages = np.zeros(count, MMSGHDR)
         messages["name"], messages["namelen"] = self._name.ctypes.data, len(name)
         messages["iov"], messages["iovlen"] = addresses_of(pieces, 2 * IOVEC.itemsize, count), 2
+
+    def number_from(self, first: int, start: int, stop: int) -> None:
+        """Give datagrams `start` to `stop` other numbers in their marks, counted from `first`."""
+        numbers = np.arange(first, first + stop - start)[:, None] >> np.arange(28, -4, -4)
+        self._payload[self._ends[start:stop, None] + np.arange(-9, -1)] = HEX_DIGITS[numbers & 15]
 
     def send(self, start: int, stop: int) -> None:
         """Put datagrams `start` to `stop` on the cable."""
