@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from services.ingest.batch_publisher import StreamFeed
 from services.ingest.replies import Replier
+from services.ingest.reuseport_sharing import leave_to_others
 from shared.bus.loans import CHUNK, LENT_SIZE
 from shared.datagrams.batch import DatagramBatch, Rows
 from shared.datagrams.limits import MAX_DATAGRAM, MAX_PAYLOAD
@@ -178,8 +179,9 @@ class DatagramReceiver:
         self._account[KERNEL_DROPPED] += fresh
 
     def refuse_input(self) -> None:
-        """Take no new datagrams: the kernel drops, and counts, those that arrive from now on."""
-        refuse_input(self._socket)
+        """Take no new datagrams: they go to another worker; without one the kernel drops, and counts, them."""
+        if not leave_to_others(self._socket):
+            refuse_input(self._socket)
 
     def finish(self) -> None:
         """Count drops last, then close: later drops would not be counted."""

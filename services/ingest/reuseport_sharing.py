@@ -7,6 +7,7 @@ Until then the kernel spreads the datagrams of a worker that is gone by addresse
 
 import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -30,6 +31,15 @@ RANDOM: Final = 0x1_0000_0000 - 0x1000 + 56
 MULTIPLIER: Final = 0x9E37_79B1
 """2**32 divided by the golden ratio: neighbouring addresses end far apart (Knuth, multiplicative hashing)."""
 
+SO_DETACH_REUSEPORT_BPF: Final = 68
+"""asm-generic/socket.h"""
+DISCARD_PORT: Final = 9
+"""RFC 863. Nothing is sent there, and nothing comes from there."""
+HERE: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+"""An address to connect to where a socket is bound to all of them."""
+NOT_CONNECTED: Final = "07"
+"""The state of an unconnected UDP socket in /proc/net/udp (TCP_CLOSE)."""
+
 STORE_IN_X, MULTIPLY, MODULO, XOR_WITH_X, JUMP, RETURN = 0x07, 0x24, 0x94, 0xAC, 0x05, 0x16
 
 log = get_logger()
@@ -44,6 +54,29 @@ def share_port(sock: socket.socket) -> None:
     if sock.family != socket.AF_UNIX:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(sock.type == socket.SOCK_STREAM))
+
+
+def leave_to_others(sock: socket.socket) -> bool:
+    """Let workers that share a UDP socket's address get its datagrams from now on; return whether there are any.
+
+    A connected socket gets what its peer sends, so the kernel chooses among the others (udp_lib_lookup). Queued
+    datagrams stay. The program goes, as it would still choose this socket: the others attach theirs again when they see
+    that it is closed.
+    """
+    if sock.family == socket.AF_UNIX or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT):
+        return False
+    address = _local_address(sock)
+    places = [line.split(None, 4) for name in ("udp", "udp6") for line in _lines(name)]
+    if sum(local == address and state == NOT_CONNECTED for _, local, _, state, _ in places) < 2:
+        return False
+    host = sock.getsockname()[0]
+    try:
+        sock.connect((HERE.get(host, host), DISCARD_PORT))
+    except OSError:
+        return False
+    with suppress(OSError):  # there is none
+        sock.setsockopt(socket.SOL_SOCKET, SO_DETACH_REUSEPORT_BPF, 0)
+    return True
 
 
 def is_shareable(endpoint: Endpoint) -> bool:

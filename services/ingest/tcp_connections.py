@@ -16,6 +16,7 @@ from shared.ledger import BYTES, CONNECTIONS_EXPIRED, CONNECTIONS_REFUSED, CUT_O
 from shared.log import get_logger
 from shared.net.addresses import pack_address
 from shared.net.connection_shares import limit_of, origin_of
+from shared.net.sockets import InheritedSocket
 from shared.process.lifecycle import descriptor_limit
 from shared.settings.model import Ingest
 
@@ -244,7 +245,13 @@ class ExporterConnections:
             self.listen(listener, feed, account)
 
     def close(self, deadline: float) -> None:
-        """Stop accepting, read what has already come on each connection, and end it."""
+        """Stop accepting, read what has already come on each connection, and end it.
+
+        Clients that wait are accepted first, unless they wait at an inherited socket, for our successor.
+        """
+        for listener in list(self._listeners):
+            if not isinstance(listener, InheritedSocket):
+                self._accept(listener)
         for listener in self._listeners:
             self._selector.unregister(listener)
         for listener in (*self._listeners, *self._paused):

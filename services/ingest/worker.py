@@ -5,6 +5,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from types import TracebackType
 from typing import Final, Self
@@ -331,6 +332,8 @@ class Worker:
         for receiver in everyone:
             while receiver in ours and receiver.receive()[0] and time.monotonic() < deadline:
                 pass
+            with suppress(KeyError):  # not read yet, or no more
+                self._selector.unregister(receiver)
             receiver.finish()
         self._receivers, self._leaving = {}, []
         self._connections.close(deadline)

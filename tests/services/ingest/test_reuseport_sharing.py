@@ -9,8 +9,9 @@ import pytest
 
 from services.broker.proxy import Proxy
 from services.ingest.reuseport_sharing import Spreader, program
-from tests.builders import BusEnds, kill_all, take
+from tests.builders import BusEnds, freeze, kill_all, take, take_mark
 from tests.stack import Stack, wait_until
+from tests.traffic import pause
 
 WORKERS = 4
 PORT = 6669
@@ -162,3 +163,61 @@ def test_program_jumps_no_further_than_its_end(spread: str) -> None:
         if operation & 7 == 5:
             assert place + 1 + max(yes, no, operand if operation == 5 else 0) < len(code)
     assert code[-1][0] == 0x16
+
+
+@pytest.mark.parametrize(
+    ("spread", "listen", "to"),
+    [
+        ("flow", "udp://127.0.0.1:6669", "127.0.0.1"),
+        ("flow", "udp://[::]:6669", "127.0.0.1"),
+        ("source", "udp://[::]:6669", "::1"),
+        ("source", "udp://0.0.0.0:6669", "127.0.0.1"),
+        ("datagram", "udp://127.0.0.1:6669", "127.0.0.1"),
+    ],
+)
+def test_workers_that_drain_leave_their_share_to_others(
+    stack: Stack, bus: BusEnds, spread: str, listen: str, to: str
+) -> None:
+    """Every datagram that is sent while workers end, one after the other, is published once, by them or by the last."""
+    stack.configure(f'[ingest]\nspread = "{spread}"\n[[stream]]\nname = "messages"\nlisten = ["{listen}"]\n')
+    for number in range(3):
+        stack.start(f"ingest.{number + 1}")
+    subscriber = bus.subscriber("datagrams/")
+    for _ in range(3):
+        take_mark(subscriber)
+    taken, sent = Counter[bytes](), 0
+    with ExitStack() as opened:
+        family = socket.AF_INET6 if ":" in to else socket.AF_INET
+        exporters = [opened.enter_context(socket.socket(family, socket.SOCK_DGRAM)) for _ in range(64)]
+        for number, sock in enumerate(exporters):
+            if family == socket.AF_INET:
+                sock.bind((SOURCES[number], 0))
+            sock.connect((to, PORT))
+
+        def receive() -> int:
+            while message := subscriber.receive():
+                if message.batch is not None:
+                    taken.update(payload for *_, payload in message.batch.datagrams())
+            return taken.total()
+
+        def send_until(condition: Callable[[], object]) -> None:
+            nonlocal sent
+            while not condition():
+                for sock in exporters:
+                    sock.send(b"%d" % sent)
+                    sent += 1
+                pause(0.002)
+                receive()
+
+        send_until(lambda: len(taken) > 500)
+        for name in ("ingest.2", "ingest.1"):
+            ending, enough = stack[name].process, sent + 6000  # a queue, so that draining takes a while
+            freeze(stack[name])
+            send_until(lambda enough=enough: sent > enough)  # type: ignore[misc]
+            for number in (signal.SIGTERM, signal.SIGCONT):
+                ending.send_signal(number)
+            send_until(lambda ending=ending: ending.poll() is not None)  # type: ignore[misc]
+        enough = sent + 500
+        send_until(lambda enough=enough: sent > enough)  # type: ignore[misc]
+        wait_until(lambda: receive() >= sent, lambda: f"{taken.total()} of {sent} are published")
+    assert taken == Counter(b"%d" % number for number in range(sent))

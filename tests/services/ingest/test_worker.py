@@ -765,6 +765,20 @@ def test_open_connection_is_drained(stack: Stack, bus: BusEnds) -> None:
     assert worker.events("drained")[0]["stream/messages"]["dropped_cut_off"] == 1
 
 
+def test_connection_that_waits_is_drained(stack: Stack, bus: BusEnds) -> None:
+    """On SIGTERM messages of clients that the worker had not accepted yet are published too."""
+    worker = stack.start("ingest")
+    subscriber = follow(bus)
+    freeze(worker)
+    with ExitStack() as opened:
+        for number in range(20):
+            opened.enter_context(connect()).sendall(b"%d\n" % number)
+        worker.process.send_signal(signal.SIGTERM)
+        assert worker.stop(signal.SIGCONT) == 0
+    expected = sorted(b"%d" % number for number in range(20))
+    assert sorted(payload for *_, payload in take_datagrams(subscriber, 20)) == expected
+
+
 def test_restarted_worker_is_another_origin(stack: Stack, bus: BusEnds) -> None:
     """After SIGKILL a worker begins its count again under a new boot id, and its senders are served again."""
     worker = stack.start("ingest")
