@@ -194,7 +194,9 @@ class Observer:
         """Compare the accounts of all services, a round at a time."""
         if now - self._round_began < ROUND_SECONDS:
             return
-        if self._round.accounts and not self._round.silent():
+        if self._round.silent():
+            self._balanced, self._found = None, ()
+        else:
             found = tuple(self._round.discrepancies())
             late = now - self._round_began >= 2 * ROUND_SECONDS
             if found and not self._round.settled and not late:

@@ -24,13 +24,14 @@ def judge(
 ) -> Verdict:
     """Return the verdict; `discrepancies` are those of the last comparison of all accounts."""
     services, collectors = list(services), list(collectors or ())
-    if all(service.silent for service in services):
+    if not services:
         return Verdict("unknown", ("no service has reported yet",))
     reasons: list[tuple[Level, str]] = []
     heard = {each.name: {each.name.partition(".")[0]: each.account} for each in services if not each.silent}
-    silent = [*Balance(heard).silent(), *(each.name for each in services if each.silent)]
-    if silent:
-        reasons.append(("error", f"not heard on the bus: {', '.join(dict.fromkeys(silent))}"))
+    named = [each.name for each in services if each.silent]
+    missing = [kind for kind in Balance(heard).silent() if not any(name.startswith(f"{kind}.") for name in named)]
+    if missing or named:
+        reasons.append(("error", f"not heard on the bus: {', '.join(missing + named)}"))
     if discrepancies:
         reasons.append(("error", f"the accounts do not add up: {discrepancies[0]}"))
     for word, level in TROUBLES.items():

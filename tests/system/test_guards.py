@@ -240,6 +240,7 @@ def test_idle_processes_cost_little(stack: Stack) -> None:
     """Idle, each process stays under 80 MB and near no CPU at all."""
     stack.start_all()
     stack.start("transmitter")
+    stack.start("console")
     shares: dict[str, float] = {}
 
     def idle() -> bool:  # on a busy machine what a start has left to do takes its time

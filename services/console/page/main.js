@@ -39,7 +39,7 @@ const tables = {
     { title: "bytes", sort: "bytes", class: `${number} medium`, text: (row) => `${bytes(row.bytes)}/s` },
     { title: "gaps", sort: "gaps", class: `${number} medium`, text: (row) => (row.missed === null ? "not read" : whole(row.missed)), tone: (row) => (row.missed ? "warn" : ""), hint: () => "missing of its own numbers: flows of NetFlow v5, datagrams of v9 and sFlow, records of IPFIX" },
     { title: "streams", class: "medium", text: (row) => row.streams.join(", ") },
-    { title: "worker", class: "wide", text: (row) => row.workers.join(", ") },
+    { title: "worker", class: "wide single", text: (row) => row.workers.join(", ") },
     { title: "collectors", sort: "untaken", class: number, text: (row) => (row.takers ? whole(row.takers) : "nobody"), tone: (row) => (row.takers ? "" : "warn") },
   ], { sorted: state.exporters, onSort: (by) => go({ exporters: by }), empty: "nobody has sent anything in the last seconds, or nobody matches the filter" }),
   streams: new Table(find("streams"), "Streams", [
@@ -51,7 +51,7 @@ const tables = {
     { title: "collectors", class: number, text: (row) => (row.takers ? whole(row.takers) : "nobody"), tone: (row) => (row.takers ? "" : "warn") },
     { title: "dropped by the kernel", class: `${number} wide`, text: (row) => whole(row.kernel), tone: (row) => (row.kernel ? "warn" : "") },
     { title: "lost", class: number, text: (row) => whole(row.lost), tone: (row) => (row.lost ? "warn" : "") },
-    { title: "workers", class: "wide", text: (row) => row.workers.map((each) => `${each.name} ${rate(each.rate)}`).join(", ") || UNKNOWN },
+    { title: "workers", class: "wide single", text: (row) => row.workers.map((each) => `${each.name} ${rate(each.rate)}`).join(", ") || UNKNOWN },
   ], { empty: "no stream" }),
   losses: new Table(find("losses"), "Losses", [
     { title: "place", text: (row) => row.place },

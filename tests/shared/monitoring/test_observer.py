@@ -109,6 +109,8 @@ def test_a_service_that_goes_silent_and_comes_back() -> None:
     picture = told.picture(SILENT_SECONDS + 0.1)
     assert [each.name for each in picture.services if each.silent] == [each.name for each in picture.services]
     assert collector(picture).sent is None
+    assert "not heard on the bus: broker.1, forwarder.1, gateway.1, ingest.1" in picture.verdict.reasons[0]
+    assert told.picture(2 * SILENT_SECONDS).balanced is None
     told.status("forwarder.1", {"collector/siem": {"sent": 1}}, boot=2)
     siem = collector(told.picture())
     assert (siem.sent, siem.rate) == (1, None)
