@@ -71,7 +71,7 @@ class Guard:
             return 405, "this service only shows; use GET", [*plain, (b"allow", b"GET, HEAD")]
         host = headers.get(b"host", b"").decode("latin-1")
         if self._hosts is not None and _name_of(host) not in self._hosts:
-            return 421, "not called by this name; add it to [console] hosts", plain
+            return 421, "the console does not know the host name in this address; add it to [console] hosts", plain
         origin = headers.get(b"origin")
         if origin is not None and origin.decode("latin-1").partition("://")[2] != host:
             return 403, "a page of another site may not ask", plain

@@ -80,7 +80,9 @@ def _streams(streams: Iterable[Stream]) -> Iterator[Metric]:
     received = CounterMetricFamily(
         "fanwire_datagrams_received", "Datagrams taken from sockets.", labels=["stream", "worker"]
     )
-    size = CounterMetricFamily("fanwire_received_bytes", "Payload bytes of them.", labels=["stream", "worker"])
+    size = CounterMetricFamily(
+        "fanwire_received_bytes", "Payload bytes of datagrams taken from sockets.", labels=["stream", "worker"]
+    )
     published = CounterMetricFamily(
         "fanwire_datagrams_published", "Datagrams handed to the bus.", labels=["stream", "worker"]
     )
@@ -153,11 +155,11 @@ def _collectors(collectors: tuple[Collector, ...] | None, clock: float) -> Itera
 def _services(services: Iterable[Service]) -> Iterator[Metric]:
     label = ["service"]
     up = GaugeMetricFamily(
-        "fanwire_service_up", "1 if the service reports; 0 for two minutes after it has stopped to.", labels=label
+        "fanwire_service_up", "1 if the service reports; 0 for two minutes after its last report.", labels=label
     )
     started = GaugeMetricFamily("fanwire_service_start_timestamp_seconds", "The start of the service.", labels=label)
-    memory = GaugeMetricFamily("fanwire_service_memory_bytes", "Memory that it takes.", labels=label)
-    ceiling = GaugeMetricFamily("fanwire_service_memory_limit_bytes", "Memory that it may take.", labels=label)
+    memory = GaugeMetricFamily("fanwire_service_memory_bytes", "Memory that the service takes.", labels=label)
+    ceiling = GaugeMetricFamily("fanwire_service_memory_limit_bytes", "Memory that the service may take.", labels=label)
     wrong = CounterMetricFamily("fanwire_discrepancies", "Equations that a service found not to hold.", labels=label)
     missed = CounterMetricFamily(
         "fanwire_bus_missed_datagrams", "Datagrams published that never came, by consumer.", labels=label
@@ -192,7 +194,9 @@ def exporter_metrics(picture: Picture, top: int) -> Iterator[Metric]:
         "fanwire_exporter_datagrams_per_second", "Datagrams a second, over ten seconds.", labels=label
     )
     size = GaugeMetricFamily("fanwire_exporter_bytes_per_second", "Payload bytes a second.", labels=label)
-    takers = GaugeMetricFamily("fanwire_exporter_collectors", "Collectors that its datagrams go to.", labels=label)
+    takers = GaugeMetricFamily(
+        "fanwire_exporter_collectors", "Collectors that the exporter's datagrams go to.", labels=label
+    )
     for exporter in exporters[:top]:
         rate.add_metric([exporter.address], round(exporter.rate, 3))
         size.add_metric([exporter.address], round(exporter.byte_rate, 3))

@@ -77,7 +77,7 @@ class Sampler:
                     if found := _pick(message, is_wanted):
                         return found
                 await asyncio.sleep(LOOK_SECONDS)
-        return {"error": f"none came within {WAIT_SECONDS:g} s"}
+        return {"error": f"no such datagram came within {WAIT_SECONDS:g} s"}
 
 
 def _pick(message: Message, is_wanted: Callable[[str], bool]) -> dict[str, Any] | None:

@@ -105,7 +105,7 @@ def choose_target(stream: str, listeners: Sequence[Endpoint], *, beyond_loopback
     targets = [(NEAREST.get(each.host, each.host), each.port) for each in listeners if not is_multicast(each.host)]
     near = [each for each in targets if ipaddress.ip_address(each[0]).is_loopback]
     if not targets or not (near or beyond_loopback):
-        cure = "--beyond-loopback allows another" if targets else "a multicast group is none"
+        cure = "--beyond-loopback allows another" if targets else "give it one that is not on a multicast group"
         raise OperatorError(USAGE, f"stream {stream} has no udp:// listener on loopback to send to; {cure}")
     return min(near or targets, key=lambda target: ":" in target[0])
 

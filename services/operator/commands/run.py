@@ -156,7 +156,9 @@ def stop(_arguments: argparse.Namespace, settings: Settings) -> int:
         raise OperatorError(UNAVAILABLE, f"the bus is on another host, {settings.bus.connect}: stop it there")
     found = _running(settings)
     if not found:
-        raise OperatorError(UNAVAILABLE, f"nothing runs on {settings.bus.path}")
+        raise OperatorError(
+            UNAVAILABLE, f"nothing runs on {settings.bus.path}; name the settings of what runs by --config"
+        )
     managers = {_manager_of(report) for report in found} - {0}
     with ExitStack() as opened:
         services = [(report, os.pidfd_open(report.pid)) for report in found]

@@ -14,7 +14,7 @@ OTHER = Token(name="box", hash=f"sha256:{hashlib.sha256(b'y').hexdigest()}", sco
 
 SAID = {
     405: "this service only shows; use GET",
-    421: "not called by this name; add it to [console] hosts",
+    421: "the console does not know the host name in this address; add it to [console] hosts",
     403: "a page of another site may not ask",
     401: "a token with scope list or admin is needed, as password or as bearer",
     200: "ok",

@@ -70,7 +70,7 @@ def test_it_ends_in_time_however_many_pages_are_open(stack: Stack) -> None:
         stack.start(name)
     ask_json({"op": "register", "name": "siem", "streams": ["messages"], "port": 9514})
     wait_until(lambda: fetch("/readyz") == (200, "copies flow\n"), lambda: f"copies flow: {fetch('/readyz')}")
-    assert fetch("/api/datagram?stream=messages") == (200, '{"error":"none came within 5 s"}')
+    assert fetch("/api/datagram?stream=messages") == (200, '{"error":"no such datagram came within 5 s"}')
     stack["forwarder"].process.send_signal(signal.SIGSTOP)
     wait_until(lambda: "copies do not flow to: siem" in fetch("/readyz")[1], "a sender that hangs is noticed")
     stack["forwarder"].process.send_signal(signal.SIGCONT)

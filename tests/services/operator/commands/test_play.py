@@ -135,7 +135,7 @@ ELSEWHERE = Endpoint("udp", "192.0.2.1", 7000)
     ("listeners", "said"),
     [
         ([ELSEWHERE], "--beyond-loopback allows another"),
-        ([Endpoint("udp", "239.1.1.1", 7000)], "multicast group is none"),
+        ([Endpoint("udp", "239.1.1.1", 7000)], "give it one that is not on a multicast group"),
     ],
 )
 def test_stays_on_loopback_unless_told(listeners: list[Endpoint], said: str) -> None:

@@ -249,6 +249,9 @@ def test_stop_names_what_it_cannot_end(stack: Stack, played: Running, monkeypatc
 def test_stop_needs_services_on_this_host(stack: Stack) -> None:
     """Without a broker nothing runs; services of a bus on another host are stopped there."""
     code, _, said = stack.run("stop")
-    assert (code, said) == (69, f"fanwire stop: nothing runs on {stack.bus}\n")
+    assert (code, said) == (
+        69,
+        f"fanwire stop: nothing runs on {stack.bus}; name the settings of what runs by --config\n",
+    )
     far = Settings(bus=Bus(connect="tcp://192.0.2.1:7000", keys="keys"))
     assert refusal(far) == "the bus is on another host, tcp://192.0.2.1:7000: stop it there"
