@@ -50,7 +50,7 @@ def _parse_keys(text: str) -> dict[str, str]:
 def _beyond_us(keys: dict[str, str]) -> str:
     """Return the reason why no setting can stand for the pool; empty when one can."""
     if unknown := keys.keys() - set(KEYS):
-        return f"{min(unknown)!r} is no key known here; pmacct ignores lines with keys that it does not know"
+        return f"{min(unknown)!r} is not a known key; pmacct ignores lines with keys that it does not know"
     if elsewhere := keys.keys() & set(ELSEWHERE):
         return f"{min(elsewhere)}; copies go out by UDP alone"
     if "tag" in keys:
@@ -67,7 +67,9 @@ def _tell_balance(balance: str, pool: int, line: Line) -> None:
         line.left_out.append(f"pool {pool}: balance-alg={balance}; receivers share by hash of source address instead")
     else:
         line.shared = False
-        line.notes.append(f"pool {pool}: pmacct ignores balance-alg={balance}, every receiver gets everything; so here")
+        line.notes.append(
+            f"pool {pool}: pmacct ignores balance-alg={balance}, every receiver gets everything; so with fanwire"
+        )
 
 
 def _parse_receiver(text: str, names: Names) -> Receiver:

@@ -67,7 +67,9 @@ def _parse_receivers(word: str, line: Line, names: Names) -> list[tuple[str, int
         if not bracket:
             raise ValueError(f"{word!r}: the bracket is not closed")
         if rest and not rest.startswith("/"):
-            line.notes.append(f"{word}: samplicator reads no port without a slash and sends to {DEFAULT_PORT}; so here")
+            line.notes.append(
+                f"{word}: samplicator reads no port without a slash and sends to {DEFAULT_PORT}; so does fanwire"
+            )
             rest = ""
         rest = rest[1:] if rest else DEFAULT_PORT
     else:

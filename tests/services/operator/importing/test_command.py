@@ -114,7 +114,7 @@ def test_pmacct_line(text: str, expected: list[Receiver]) -> None:
         ("tag=100,-150", False, 0, "left out: pool 4: tag=100,-150; a pre_tag_map says"),
         ("kafka_broker=192.0.2.1:9092", False, 0, "left out: pool 4: kafka_broker; copies go out by UDP alone"),
         ("zmq_address=192.0.2.1:9", False, 0, "left out: pool 4: zmq_address; copies go out by UDP alone"),
-        ("tags=1", False, 0, "left out: pool 4: 'tags' is no key known here"),
+        ("tags=1", False, 0, "left out: pool 4: 'tags' is not a known key"),
     ],
 )
 def test_pmacct_key(keys: str, shared: bool, receivers: int, said: str) -> None:
