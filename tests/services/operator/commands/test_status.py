@@ -3,7 +3,7 @@ import os
 import time
 
 import services.operator.commands.status
-from services.operator.commands.status import _row
+from services.operator.commands.status import _row, _started
 from shared.bus.status import Report
 from tests.services.operator.played import PlayedService, finish
 from tests.stack import Stack
@@ -18,8 +18,8 @@ def report(pid: int, started: float, release: str = "1.2.3") -> Report:
 
 def test_a_process_and_its_privilege() -> None:
     """A process of this host is shown with user and capabilities; of another nothing is claimed but what it reports."""
-    own = report(os.getpid(), time.time())
-    assert _row(own)[:4] == ("broker.1", str(os.getpid()), "0 s", "1.2.3")
+    own = report(os.getpid(), _started(os.getpid()))
+    assert _row(own)[::3] == ("broker.1", "1.2.3", 31)
     assert "unknown" not in _row(own)
     assert _row(own)[-2:] == (31, 768)
     another = report(os.getpid(), time.time() - 9 * 86_400, release="")  # the number is another process's now

@@ -29,6 +29,7 @@ def collector(number: int, name: str = "", **changes: object) -> Collector:
         "sent": 1000 * number,
         "rate": float(number),
         "byte_rate": 100.0 * number,
+        "bytes": 100_000 * number,
         "expected": 1000 * number,
         "kept_back": 0,
         "held": 0,
