@@ -16,6 +16,9 @@ MESSAGES: Final = 10
 MAX_FILTERS: Final = 256
 """Different lists of prefixes, a stream, that exporters are looked up in."""
 
+MAX_KNOWN: Final = 65_536
+"""Addresses whose collectors are remembered: to look one up in all filters takes a millisecond."""
+
 
 class Shares:
     """The last messages of each worker and stream."""
@@ -26,6 +29,8 @@ class Shares:
         )
         self._filters: dict[str, Counter[tuple[str, ...]]] = {}
         self._filters_of = -1
+        self._known_takers: dict[tuple[str, str], int] = {}
+        """Collectors of an address and stream, by these filters."""
 
     def note(self, worker: str, body: Exporters, now: float) -> None:
         """Take a message in."""
@@ -51,6 +56,7 @@ class Shares:
             return None
         if version != self._filters_of:
             self._filters, self._filters_of = _filters_by_stream(clients), version
+            self._known_takers.clear()
         rates: defaultdict[bytes, list[float]] = defaultdict(lambda: [0.0, 0.0])
         workers: defaultdict[bytes, set[str]] = defaultdict(set)
         by_stream: defaultdict[bytes, Counter[str]] = defaultdict(Counter)
@@ -99,8 +105,14 @@ class Shares:
         return Exporter(address, rate, byte_rate, share, streams, tuple(sorted(workers)), takers, by_stream, missed)
 
     def _takers(self, address: str, stream: str) -> int:
-        filters = self._filters.get(stream, Counter()) + self._filters.get("*", Counter())
-        return sum(count for prefixes, count in filters.items() if not prefixes or covers(prefixes, address))
+        known = self._known_takers.get((address, stream))
+        if known is None:
+            filters = self._filters.get(stream, Counter()) + self._filters.get("*", Counter())
+            known = sum(count for prefixes, count in filters.items() if not prefixes or covers(prefixes, address))
+            if len(self._known_takers) >= MAX_KNOWN:  # sources may be made up, ever new ones
+                self._known_takers.clear()
+            self._known_takers[address, stream] = known
+        return known
 
 
 def _filters_by_stream(clients: Iterable[Client]) -> dict[str, Counter[tuple[str, ...]]]:
