@@ -98,7 +98,7 @@ def _exporters(picture: Picture) -> list[Row] | None:
         return None
     return [
         (
-            *(each.address, each.rate, _bits(each.byte_rate), each.share, each.takers),
+            *(each.address, each.rate, _bits(each.byte_rate), each.share, each.missed, each.takers),
             *(", ".join(each.streams), ", ".join(each.workers)),
         )
         for each in picture.exporters
@@ -143,6 +143,7 @@ VIEWS: Final = (
             Column("per s", 9, show_short),
             Column("bit/s", 6, show_short),
             Column("share", 8, show_share),
+            Column("gaps", 5, show_count),
             Column("collectors", 7, show_count),
             Column("streams", 5),
             Column("workers", 3),

@@ -52,7 +52,7 @@ def picture(count: int = 3, **changes: object) -> Picture:
         "discrepancies": (),
         "streams": (stream,),
         "collectors": tuple(map(collector, range(count))),
-        "exporters": (Exporter("10.1.1.1", 12.5, 900.0, 1.0, ("syslog",), ("ingest.1",), 2, {"syslog": 12.5}),),
+        "exporters": (Exporter("10.1.1.1", 12.5, 900.0, 1.0, ("syslog",), ("ingest.1",), 2, {"syslog": 12.5}, 5),),
         "services": (service,),
         "losses": (RecentLoss(Loss("ingest", "ingest.1", "syslog", 3, "memory"), 2),),
     }
@@ -211,7 +211,7 @@ def test_lines_for_programs() -> None:
         "fanwire\twarning\tslow: c1",
         "stream\tsyslog\tper_s=12.5\treceived=4000\tbit/s=7200\texporters=1\tcollectors=2\tlost/s=0\tlost=3\t"
         "lost_by=memory 3",
-        "exporter\t10.1.1.1\tper_s=12.5\tbit/s=7200\tshare=1\tcollectors=2\tstreams=syslog\tworkers=ingest.1",
+        "exporter\t10.1.1.1\tper_s=12.5\tbit/s=7200\tshare=1\tgaps=5\tcollectors=2\tstreams=syslog\tworkers=ingest.1",
         "collector\ta\\tb\thealth=ok\tfor=60\tsent=2000\tbit/s=1600\theld=0\tlost/s=0\tlost=2\tlost_5_min=0\t"
         "lost_by=refused 2\tstreams=syslog\taddress=192.0.2.1 port 9514\tsource=relay",
     ]
