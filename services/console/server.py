@@ -21,6 +21,7 @@ from shared.net.addresses import Endpoint
 from shared.net.sockets import bind_endpoint, close_listener
 from shared.process.lifecycle import BAD_SETTINGS, FAILED, Lifecycle, OperatorError, Readiness, worker_name
 from shared.process.memory import Memory
+from shared.process.release import release
 from shared.process.reload import Reload
 from shared.process.tokens_file import read_tokens
 from shared.settings.model import Settings
@@ -54,7 +55,7 @@ def run_console(settings: Settings, lifecycle: Lifecycle) -> None:
         publisher = closing.enter_context(contextlib.closing(Publisher(context, bus.path, name, mark, link)))
         subscriber = closing.enter_context(contextlib.closing(Subscriber(context, bus.path, mark, link)))
         watch = Watch(subscriber, publisher, memory)
-        console = Console(watch, Sampler(context, bus, link), _version())
+        console = Console(watch, Sampler(context, bus, link), release())
         asyncio.run(_serve(settings, lifecycle, listeners, watch, console))
 
 
@@ -156,12 +157,3 @@ def _hosts(settings: Settings, endpoint: Endpoint, sock: socket.socket) -> list[
     address = str(sock.getsockname()[0])
     shown = f"[{address}]" if ":" in address else address
     return [*named, shown, endpoint.host.lower(), *(LOOPBACK if endpoint.is_loopback else ())]
-
-
-def _version() -> str:
-    from importlib import metadata
-
-    try:
-        return metadata.version("fanwire")
-    except metadata.PackageNotFoundError:
-        return "checkout"
