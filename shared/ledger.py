@@ -134,6 +134,8 @@ UNSERVED: Final = DROPPED + "unserved"
 """Were there for the collector while its sender was not: never came to it (forwarder, transmitter)."""
 UNSURE: Final = DROPPED + "unsure"
 """In the hands of a sender when it was killed: nobody knows whether they had left (forwarder, transmitter)."""
+OVER_SHARE: Final = DROPPED + "over_share"
+"""More than the fair share of the collector's address while not all copies could be sent (forwarder, transmitter)."""
 LEFT: Final = DROPPED + "left"
 """Waited for a collector that left, or moved, whose own account has ended (account of forwarder or transmitter)."""
 

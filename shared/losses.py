@@ -17,6 +17,7 @@ from shared.ledger import (
     MISSED,
     NO_MEMORY,
     OTHER_FAMILY,
+    OVER_SHARE,
     QUEUE_FULL,
     RATE_LIMITED,
     SOURCE_REFUSED,
@@ -32,7 +33,8 @@ PLACES: Final = ("upstream", "kernel", "ingest", "bus", "way out", "network")
 Kind = Literal["overflow", "unreachable", "policy"]
 """There was no room; there was no way, or nobody there; or settings say so."""
 _OVERFLOW: Final = frozenset(
-    name.removeprefix(DROPPED) for name in (KERNEL_DROPPED, MISSED, BUS_FULL, BUFFER_FULL, QUEUE_FULL, NO_MEMORY)
+    name.removeprefix(DROPPED)
+    for name in (KERNEL_DROPPED, MISSED, BUS_FULL, BUFFER_FULL, QUEUE_FULL, NO_MEMORY, OVER_SHARE)
 )
 _POLICY: Final = frozenset(
     name.removeprefix(DROPPED) for name in (WITHHELD, DESTINATION_REFUSED, SOURCE_REFUSED, OTHER_FAMILY, RATE_LIMITED)

@@ -10,6 +10,7 @@ from shared.client import ALL_STREAMS, Client
 from shared.datagrams.gathered import Gathered
 from shared.datagrams.routing import ALL_ROWS, Router, Selection, takes_all
 from shared.fanout.backlog import Backlog
+from shared.fanout.fair_shares import FairShares
 from shared.fanout.health import Checkup, Symptom
 from shared.fanout.kept_counts import Sheet
 from shared.ledger import (
@@ -28,6 +29,7 @@ from shared.ledger import (
     NOT_CONNECTED,
     OFFERED,
     OTHER_FAMILY,
+    OVER_SHARE,
     PROHIBITED,
     QUEUE_FULL,
     RATE_LIMITED,
@@ -54,7 +56,7 @@ COLLECTOR_COUNTERS: Final = (
     *(EXPECTED, OFFERED, FILTERED, SAMPLED_OUT, SHARED_OUT, SENT, BYTES, HELD, WITHHELD, MISSED),
     *(UNSERVED, UNSURE, STOPPED, BUFFER_FULL, NO_MEMORY, REFUSED, NOT_CONNECTED, REFUSALS, UNREACHABLES, PROHIBITED),
     *(QUEUE_FULL, NO_ROUTE, NO_NEIGHBOUR, INTERFACE_DOWN, OTHER_FAMILY, DESTINATION_REFUSED, SOURCE_REFUSED),
-    RATE_LIMITED,
+    *(RATE_LIMITED, OVER_SHARE),
 )
 """Counters that a collector's account may have, apart from drops that are named by an errno."""
 MARKS: Final = (BASELINE, UNSEEN, PASSED)
@@ -137,6 +139,7 @@ class Collectors(Generic[D]):
         self.left = 0
         """Datagrams that waited for collectors that left, or moved."""
         self._router = Router()
+        self.shares = FairShares[tuple[D, Selection]]()
 
     def set_streams(self, streams: Iterable[str]) -> None:
         """Set the streams that exist, for collectors that want all of them."""
@@ -267,6 +270,7 @@ class Collectors(Generic[D]):
 
     def count_missed(self, stream: str, missed: int) -> None:
         """Count datagrams that the bus lost of a stream, for each collector that would have been offered them."""
+        self.shares.note_loss()
         for client in self._router.clients(stream):
             self._served[client.name].account[MISSED] += missed
 
@@ -290,7 +294,20 @@ class Collectors(Generic[D]):
                 served.account[SHARED_OUT] += selection.shared_out
                 served.account[SAMPLED_OUT] += selection.sampled_out
             routed.append((served.destination, selection))
-        return routed
+        return self._share_out(batch, routed) if self.shares.watching else routed
+
+    def _share_out(self, batch: Gathered, routed: list[tuple[D, Selection]]) -> list[tuple[D, Selection]]:
+        """Return what is within the fair share of each address, and count the rest as dropped."""
+        wishes = [
+            (destination.client.address, len(batch) if rows is None else len(rows), (destination, selection))
+            for destination, selection in routed
+            for rows in (selection.indices,)
+        ]
+        within, over = self.shares.divide(wishes)
+        for destination, selection in over:
+            account = self._served[destination.client.name].account
+            account[OVER_SHARE] += len(batch) if selection.indices is None else len(selection.indices)
+        return within
 
     def refresh(self) -> None:
         """Let each destination check its way again."""

@@ -16,6 +16,7 @@ from shared.ledger import (
     NO_ROUTE,
     NOT_CONNECTED,
     OTHER_FAMILY,
+    OVER_SHARE,
     QUEUE_FULL,
     RATE_LIMITED,
     REFUSALS,
@@ -38,7 +39,7 @@ CAUSES: Final[Mapping[str, Trouble]] = {
 }
 """The trouble that each counter is a sign of."""
 HARMLESS: Final = frozenset(
-    {DESTINATION_REFUSED, SOURCE_REFUSED, RATE_LIMITED, OTHER_FAMILY, STOPPED, UNSERVED, UNSURE}
+    {DESTINATION_REFUSED, SOURCE_REFUSED, RATE_LIMITED, OTHER_FAMILY, OVER_SHARE, STOPPED, UNSERVED, UNSURE}
 )
 """Drops by policy, for the kind of a datagram, or by an end of the service say nothing of the collector. Any other drop
 is an error of the kernel, whatever its name: where nothing is delivered meanwhile the collector is unreachable."""

@@ -181,11 +181,13 @@ class CopyService(ABC, Generic[D]):
     def _turn(self) -> int:
         """Handle the messages that have come, up to a limit; return their number."""
         handled = 0
+        self._collectors.shares.begin_turn()
         while handled < TURN_MESSAGES and (message := self._subscriber.receive()):
             self._take(message)
             handled += 1
         for stream in list(self._gathered):
             self._send_gathered(stream)
+        self._collectors.shares.end_turn()
         if self._memory.measure():
             self.held.halve()
         self._work_at = time.monotonic() + self.work()

@@ -465,3 +465,25 @@ def test_forwarder_ends_although_datagrams_keep_coming(
     account = forwarder.events("drained")[0]["accounts"]["collector/a"]
     assert list(discrepancies({"collector/a": account})) == []
     assert account["sent"] == received + len(collector.waiting()) > 0
+
+
+def test_many_entries_of_one_address_cost_another_nothing(
+    stack: Stack, bus: BusEnds, gateway: PlayedGateway, worker: PlayedWorker, opened: ExitStack
+) -> None:
+    """While more copies are wanted than can be sent, an address with many entries loses some, and another none."""
+    crowd = [make_client(f"crowd{port}", port, address="127.0.0.2") for port in range(20_000, 20_150)]
+    fine = opened.enter_context(Collector("fine"))
+    for client in crowd:  # which never reads: what it has no room for is lost at its host
+        sock = opened.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        sock.bind((client.address, client.port))
+    flow(gateway, worker, 1, fine.client, *crowd)
+    payloads = [b"%d." % row + bytes(7 * row) for row in range(100)]  # of sizes that do not leave together
+    for _ in range(3):
+        freeze(stack["forwarder"])
+        for _ in range(80):
+            worker.publish(payloads)
+        stack["forwarder"].process.send_signal(signal.SIGCONT)
+        assert sorted(fine.take(8000)) == sorted(payloads * 80)
+    accounts = accounts_when(bus, "forwarder.1", lambda found: found["collector/fine"].get("sent") == 3 * 8000)
+    assert set(accounts["collector/fine"]) & {"missed", "dropped_over_share"} == set()
+    assert sum(accounts[f"collector/{client.name}"].get("dropped_over_share", 0) for client in crowd) > 0
