@@ -60,9 +60,9 @@ def test_honcho_runs_four_workers_that_all_receive(stack: Stack, four_workers: R
     assert sum(received) == EXPORTERS * 4
     assert all(received)
     children = descendants(four_workers.process.pid)
-    assert len(children) == 8
+    assert len(children) == 9
     assert four_workers.stop(signal.SIGTERM, 10) == 128 + signal.SIGTERM  # as honcho reports a signal of its own
-    assert four_workers.text.count("stopped (rc=0)") == 8, four_workers.text
+    assert four_workers.text.count("stopped (rc=0)") == 9, four_workers.text
     assert not any(Path(f"/proc/{child}").exists() for child in children)
 
 
