@@ -215,6 +215,17 @@ addEventListener("keydown", (event) => {
     find("filter").focus();
   } else if (event.key === "Escape" && find("overview").hidden) location.hash = "#/";
 });
+// A page that nobody sees takes no events: a browser has six connections for all pages of an address.
+let asleep = 0;
+document.addEventListener("visibilitychange", () => {
+  clearTimeout(asleep);
+  if (document.hidden) {
+    asleep = setTimeout(() => {
+      source.close();
+      source = null;
+    }, 20000);
+  } else if (!source) connect();
+});
 addEventListener("hashchange", route);
 route();
 if (!source) connect();
