@@ -176,8 +176,8 @@ def _write(
                 say(f"{_nothing(arguments)} in {QUIET_SECONDS:g} s; waiting")
     reader.report_progress(last=True)
     if output.written:
-        where = "to stdout" if arguments.write == STANDARD_OUTPUT else f"in {arguments.write}"
-        say(f"{counted(output.written, 'datagram')} {where}")
+        where = "standard output" if arguments.write == STANDARD_OUTPUT else arguments.write
+        say(f"{counted(output.written, 'datagram')} in {where}")
     else:
         say(f"{_nothing(arguments)}; `fanwire streams` shows which streams flow")
 
