@@ -103,13 +103,7 @@ class KeptFile:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             content = os.pread(self._file, MAX_FILE, 0)
         except OSError as error:
-            self.close()
-            log.warning(
-                "accounts end with this process, since their file can't be used; check the bus directory, and whether "
-                "another process has this name",
-                file=str(self._path),
-                error=error.strerror,
-            )
+            self._do_without(error)
             return Sheet()
         self.stale = True
         try:
@@ -119,6 +113,15 @@ class KeptFile:
                 log.warning("accounts begin anew, since their file can't be read", reason=str(error))
             return Sheet()
         return sheet
+
+    def _do_without(self, error: OSError) -> None:
+        self.close()
+        log.warning(
+            "accounts end with this process, since their file can't be used; check the bus directory, its free space, "
+            "and whether another process has this name",
+            file=str(self._path),
+            error=error.strerror,
+        )
 
     def keep(
         self, clients: Iterable[Client], tables: Mapping[str, Counter[str]], room: Mapping[str, Iterable[str]]
@@ -139,7 +142,11 @@ class KeptFile:
         begin, end = self._sheet
         at = HEADER if HEADER + size <= begin else end  # the newest sheet stays whole until this one is
         self._forget_tables()
-        view = self._mapped(at + size)
+        try:
+            view = self._mapped(at + size)
+        except OSError as error:
+            self._do_without(error)
+            return
         start = at + 8 + len(names)
         view[at:start] = SIZE.pack(len(names)) + names
         self._tables = [table for table in tables.values() if isinstance(table, KeptCounts)]
@@ -159,9 +166,9 @@ class KeptFile:
     def _mapped(self, size: int) -> memoryview:
         """Return the file's memory, which no table uses now, with this size at least."""
         if self._map is None or size > len(self._map):
+            os.posix_fallocate(self._file, 0, size)  # a store to what the disk has no room for would end the process
             if self._map is not None:
                 self._map.close()
-            os.ftruncate(self._file, size)
             self._map = mmap.mmap(self._file, size)
         return memoryview(self._map)
 

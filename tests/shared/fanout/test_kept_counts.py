@@ -1,9 +1,13 @@
+import errno
+import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import msgspec
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
@@ -101,6 +105,23 @@ def test_a_file_of_another_kind_is_begun_anew(tmp_path: Path) -> None:
     counts = kept.new_counts({"n": 2})
     kept.keep([], {"a/": counts}, {})
     kept.close()
+    assert reopened(path).tables == {"a/": {"n": 2}}
+
+
+def test_a_full_disk_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counting goes on where the disk has no room for more: one line says so, and what was kept is still there."""
+    path = tmp_path / "accounts"
+    kept = KeptFile(path)
+    kept.open()
+    counts = kept.new_counts({"n": 2})
+    kept.keep([], {"a/": counts}, {})
+    monkeypatch.setattr(os, "posix_fallocate", Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
+    with capture_logs() as logs:
+        kept.keep([], {"a/": counts, **{f"b/{number}": kept.new_counts({"n": 1}) for number in range(1000)}}, {})
+    assert (logs[0]["error"], kept.stale) == ("No space left on device", False)
+    counts["n"] += 1
+    assert counts["n"] == 3
+    monkeypatch.undo()
     assert reopened(path).tables == {"a/": {"n": 2}}
 
 
