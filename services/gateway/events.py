@@ -16,6 +16,9 @@ KEPT_BYTES: Final = 4 * 1024 * 1024
 TOLD_AT_ONCE: Final = 2000
 """Collectors whose health is pushed together: all at once would exceed the limit of what may wait for a watcher."""
 
+SETTLE_SECONDS: Final = 10.0
+"""A collector that was served for less than this, and waits, is no reason to warn: its services are being started."""
+
 PUSHED_AT_ONCE: Final = 32 * 1024
 """Bytes: each piece is copied for each watcher that does not take it at once."""
 
@@ -35,7 +38,8 @@ class EventFeed:
         self._render = render
         self._render_health = render_health
         self._watchers: dict[int, Push] = {}
-        self._words: dict[str, Word] = {}
+        self._words: dict[str, tuple[Word, float]] = {}
+        """By collector: the last word that was told of, and its start."""
         self._budget = LogBudget()
         """The last word of each collector that has been served, for the log."""
         self._past: deque[tuple[int, bytes]] = deque()
@@ -90,16 +94,17 @@ class EventFeed:
 
     def _log(self, entry: Entry) -> None:
         """Log a word that is a trouble, or the end of one."""
-        name, word, lost = entry.client.name, entry.condition.word, entry.condition.lost
-        before = self._words.get(name)
+        name, word, since, lost = entry.client.name, entry.condition.word, entry.condition.since, entry.condition.lost
+        before, began = self._words.get(name, (None, since))
         if word == "fresh" or (word == "waiting" and before is None):
             return  # it is not served yet
-        self._words[name] = word
+        self._words[name] = word, since
         if word == "ok" and before is None:
             return
+        expected = word == "ok" or (word == "waiting" and since < began + SETTLE_SECONDS)
         if count := self._budget.admit():
             more = {"suppressed": count - 1} if count > 1 else {}
-            (log.info if word == "ok" else log.warning)(
+            (log.info if expected else log.warning)(
                 COLLECTOR_HEALTH, of=name, health=word, before=before, lost=lost, **more
             )
 
