@@ -10,8 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Final, Generic, TypeVar
 
 ALERT_SECONDS: Final = 60.0
-"""After a loss on the bus, or a turn so long that there will be one, shares are watched for this long."""
-LONG_SECONDS: Final = 0.5
+"""After a loss on the bus shares are watched for this long: before, what waits may still find its time."""
 BEHIND_SECONDS: Final = 0.1
 """The service is behind when this turn, or the last one, takes longer: all that comes meanwhile waits."""
 HALF_LIFE_SECONDS: Final = 1.0
@@ -50,12 +49,10 @@ class FairShares(Generic[T]):
     def end_turn(self) -> None:
         """Note that it is done with what it took."""
         self._last_turn = self._clock() - self._turn_began
-        if self._last_turn >= LONG_SECONDS:
-            self.note_loss()
 
     @property
     def watching(self) -> bool:
-        """Return whether there was a loss or a long turn of late: else everything is within its share."""
+        """Return whether there was a loss of late: else everything is within its share."""
         return self._clock() < self._alert_until
 
     def divide(self, wishes: Sequence[tuple[str, int, T]]) -> tuple[list[T], list[T]]:

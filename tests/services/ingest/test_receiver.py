@@ -106,6 +106,8 @@ def test_receive_that_only_fails_does_not_spin(lab: None, tmp_path: Path, monkey
 class Bus:
     """Takes what a feed publishes, as the parts of a message say it."""
 
+    sender = "ingest.1"
+
     def __init__(self) -> None:
         self.taken: list[tuple[bytes, bytes]] = []
 
