@@ -43,9 +43,10 @@ class TransmitterService(CopyService[Destination]):
         return super().__enter__()
 
     @property
-    def accounts_file(self) -> Path:
-        """The file of the accounts, as the opener hands it on."""
-        return Path(os.environ.get(ACCOUNTS) or super().accounts_file)
+    def accounts_file(self) -> Path | None:
+        """The file of the accounts, as handed on by the opener; none without sockets: another one may need it."""
+        handed_on = os.environ.get(ACCOUNTS)
+        return (Path(handed_on) if handed_on else super().accounts_file) if self._sockets else None
 
     def topics(self) -> Iterable[str]:
         """Topics to subscribe to; without sockets none, which shows others that no service is there for them."""

@@ -78,7 +78,7 @@ class KeptFile:
     Without a file nothing is kept, and nothing is ever stale.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None) -> None:
         self.stale = False
         self._path = path
         self._file = -1
@@ -97,6 +97,8 @@ class KeptFile:
 
     def open(self) -> Sheet:
         """Take the file, and return what the last process has left in it; nothing where it can't be read."""
+        if self._path is None:
+            return Sheet()
         try:
             follow = 0 if self._path.parent == HANDED_ON else os.O_NOFOLLOW
             self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | follow, 0o600)

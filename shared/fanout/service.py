@@ -89,8 +89,8 @@ class CopyService(ABC, Generic[D]):
         self._memory = Memory(own.memory, f"[{name.partition('.')[0]}] memory", borrows=True)
 
     @property
-    def accounts_file(self) -> Path:
-        """The file in which accounts outlive this process."""
+    def accounts_file(self) -> Path | None:
+        """The file in which accounts outlive this process; None where it can serve nobody."""
         return self.settings.bus.path / f"accounts.{self.name}"
 
     @abstractmethod
