@@ -9,11 +9,11 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 
 import pytest
 
-from shared.ledger import dropped
+from shared.ledger import Accounts, dropped
 from shared.net.sockets import enlarge_receive_buffer
+from tests.builders import BusEnds, accounts_when
 from tests.openly import OpenStack
 from tests.stack import PATIENT, ask_json, wait_until
-from tests.system.test_workers import reports
 from tests.traffic import open_receiver, pause
 
 EXPORTERS = ("127.0.0.2", "127.0.0.3")
@@ -110,9 +110,10 @@ def test_a_restart_of_a_sender_loses_nothing_that_is_not_counted(
         sink = sinks["counted"]
         if watched:
             watch = open_stack.operator("watch", "--json")
-            wait_until(lambda: "stream/messages" in reports(open_stack)["ingest.1"], "ingest reports")
         load = Numbered()
         load.start()
+        if watched:
+            watch.wait_for("}")
         for _ in range(2):
             before = len(sink.numbers)
             wait_until(lambda before=before: len(sink.numbers) > before + 1000, "copies flow")  # type: ignore[misc]
@@ -125,16 +126,14 @@ def test_a_restart_of_a_sender_loses_nothing_that_is_not_counted(
         sent = load.stop()
         wait_until(lambda: sent - 1 in sink.numbers[-64:], "the last one has come")
 
-        def accounts() -> dict[str, dict[str, int]]:
-            return {name: reports(open_stack)[f"{sender}.1"][f"collector/{name}"] for name in PORTS}
+        def complete(found: Accounts) -> bool:
+            return all(found.get(f"collector/{name}", {}).get("expected") == sent for name in PORTS)
 
-        wait_until(
-            lambda: all(each["expected"] == sent for each in accounts().values()),
-            lambda: f"{sent} are expected: {accounts()}",
-        )
+        with BusEnds(open_stack.bus) as bus:
+            kept = accounts_when(bus, f"{sender}.1", complete)
         if watched:
             watch.stop()
-        found = accounts()
+        found = {name: kept[f"collector/{name}"] for name in PORTS}
     for name, account in found.items():
         arrived = sinks[name].numbers
         print(f"{name}: sent {sent}, arrived {len(arrived)}, account {account}")
@@ -148,8 +147,8 @@ def test_a_restart_of_a_sender_loses_nothing_that_is_not_counted(
         if number == signal.SIGTERM:
             assert unsure == 0
     assert all(number % 2 for number in sinks["some"].numbers)
-    came, kept = found["some"]["offered"], found["some"].get("dropped_unsure", 0)
-    assert abs(found["some"]["filtered"] - came / 2) <= 8 + kept  # bursts of eight, half of each
+    some = found["some"]
+    assert abs(some["filtered"] - some["offered"] / 2) <= 8 + some.get("dropped_unsure", 0)  # half of each burst of 8
     losses = {(each["of"], each["what"]): each["lost"] for each in ledger_losses(open_stack)}
     assert losses["counted", "unserved"] == found["counted"]["dropped_unserved"]
 

@@ -1,0 +1,112 @@
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from shared.client import Client
+from shared.datagrams.gathered import Gathered
+from shared.fanout.collectors import COLLECTOR_COUNTERS, MARKS, Collectors
+from shared.fanout.kept_counts import KeptFile
+from shared.ledger import discrepancies
+from tests.builders import make_batch, make_client
+
+OURS, THEIRS = "192.0.2.1", "198.51.100.1"
+
+
+class Life:
+    """The collectors of one process, whose destinations only count what they are told to; its end is a SIGKILL."""
+
+    def __init__(self, path: Path, *clients: Client) -> None:
+        self.kept = KeptFile(path)
+        sheet = self.kept.open()
+        self.published = self.kept.new_counts(sheet.tables.get("published/", {}))
+        self.collectors = Collectors[Any](["messages"], self.published, self._reach, self.kept.new_counts)
+        self.collectors.restore(sheet)
+        self.sent: dict[str, Counter[str]] = {}
+        self.collectors.replace(clients)
+        self._turn()
+
+    def _turn(self) -> None:
+        """Keep counters that are new, as the loop does after each turn."""
+        self.kept.keep(
+            self.collectors.clients,
+            cast(Any, {"published/": self.published, **self.collectors.tables()}),
+            {"collector": COLLECTOR_COUNTERS, "marks": MARKS},
+        )
+
+    def _reach(self, client: Client, account: Counter[str]) -> Any:
+        self.sent[client.name] = account
+        held = SimpleNamespace(paused=False)
+        return SimpleNamespace(client=client, held=held, adopt=lambda _: None, close=lambda: None)
+
+    def take(self, count: int, *, routed: bool = True) -> None:
+        """Take datagrams from the bus, half of them from each exporter; `routed` or not before the end."""
+        self.published["messages"] += count
+        if routed:
+            self.collectors.route(Gathered([make_batch([b""] * count, (OURS, THEIRS))]))
+        self._turn()
+
+    def end(self) -> None:
+        """Leave it as a killed process does."""
+        self.kept.close()
+
+    def account(self, name: str = "a") -> dict[str, int]:
+        """A collector's account; all add up."""
+        accounts = self.collectors.accounts()
+        assert list(discrepancies(accounts)) == []
+        return {counter: count for counter, count in accounts[f"collector/{name}"].items() if count}
+
+
+def test_a_killed_process_leaves_nothing_without_a_cause(tmp_path: Path) -> None:
+    """Copies that waited are lost, those in hand unsure, and both are in the account with which the next goes on."""
+    life = Life(tmp_path / "accounts", make_client("a"))
+    life.take(10)
+    life.sent["a"]["sent"] += 6
+    life.sent["a"]["held"] += 3  # of the ten, one was just being sent
+    life.take(4, routed=False)
+    life.end()
+    life = Life(tmp_path / "accounts", make_client("a"), make_client("new", 10))
+    expected = {"expected": 14, "offered": 14, "sent": 6, "dropped_stopped": 3, "dropped_unsure": 5}
+    assert life.account() == expected
+    assert life.account("new") == {}
+    life.take(2)
+    life.sent["a"]["sent"] += 2
+    life.sent["new"]["sent"] += 2
+    assert life.account() == expected | {"expected": 16, "offered": 16, "sent": 8}
+    life.end()
+    life = Life(tmp_path / "accounts", make_client("a"))
+    assert life.account() == expected | {"expected": 16, "offered": 16, "sent": 8}
+    life.end()
+
+
+def test_what_a_filter_left_out_is_not_unsure(tmp_path: Path) -> None:
+    """Datagrams that a killed process had filtered stay filtered; of those in hand nobody knows."""
+    some = make_client("a", prefixes=(f"{OURS}/32",))
+    life = Life(tmp_path / "accounts", some)
+    life.take(10)
+    life.sent["a"]["sent"] += 4
+    life.end()
+    life = Life(tmp_path / "accounts", some)
+    assert life.account() == {"expected": 10, "offered": 10, "filtered": 5, "sent": 4, "dropped_unsure": 1}
+    life.end()
+
+
+@pytest.mark.parametrize(
+    ("fields", "charged"), [({}, True), ({"generation": 2}, False), ({"generation": 2, "port": 10}, False)]
+)
+def test_what_nobody_served_is_owed_to_those_that_were_served(
+    tmp_path: Path, fields: dict[str, Any], charged: bool
+) -> None:
+    """A gap between two processes counts for a collector of the last one, and for none that came later."""
+    life = Life(tmp_path / "accounts", make_client("a"))
+    life.end()
+    life = Life(tmp_path / "accounts", make_client("a", **({"port": 9} | fields)))
+    life.published["messages"] += 7
+    life.collectors.count_unserved("messages", 7, before=True)
+    assert life.account() == ({"expected": 7, "dropped_unserved": 7} if charged else {})
+    life.published["messages"] += 2
+    life.collectors.count_unserved("messages", 2, before=False)
+    assert life.account()["dropped_unserved"] == (9 if charged else 2)
+    life.end()
