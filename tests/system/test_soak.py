@@ -109,8 +109,8 @@ class Traffic(threading.Thread):
 class World:
     """Exporters, a relay with all services and its own service manager, and collectors that count what comes.
 
-    `relayed` collectors of the settings get copies with our address, `preserved` ones with the exporters' own;
-    `more` settings of the bus go with it.
+    `relayed` collectors of the settings get copies with our address, `preserved` ones with the exporters' own, and
+    `grouped` ones share a stream; `more` settings of the bus go with it.
     """
 
     def __init__(
@@ -122,22 +122,24 @@ class World:
         preserved: int,
         more: str = "",
         *,
+        grouped: int = 0,
         checked: bool = False,
     ) -> None:
         self.stack, self.place, self.relay = stack, place, place.relay
-        self.relayed = relayed
-        self.sinks = opened.enter_context(place.sinks(relayed + preserved))
+        self.original = range(relayed, relayed + preserved)
+        self.grouped = range(relayed + preserved, relayed + preserved + grouped)
+        self.sinks = opened.enter_context(place.sinks(relayed + preserved + grouped))
         self.checked: list[CheckedSink] = []
         for number, sink in enumerate(self.sinks):
             if checked:  # else nothing but probes is read: the kernel counts
-                one = CheckedSink(sink, stack.directory, number, original=number >= relayed)
+                one = CheckedSink(sink, stack.directory, number, original=number in self.original)
                 self.checked.append(opened.enter_context(closing(one)))
             else:
                 sink.discard()
         self._probes: Counter[int] = Counter()
         self.held = {name: opened.enter_context(self._listener()) for name in WORKERS}
         self.restart_at: dict[str, float] = {}
-        stack.configure(more + _settings(relayed, preserved))
+        stack.configure(more + _settings(self))
         for name in SERVICES:
             self.start(name)
         self.wait_ready()
@@ -192,7 +194,7 @@ class World:
                 while True:
                     payload, source = sink.socket.recvfrom(65536)
                     self._probes[number] += 1
-                    if number >= self.relayed:
+                    if number in self.original:
                         assert source[0] == str(exporter_address(read_mark(payload)[0]))
         return [sink.dropped + self._probes[number] for number, sink in enumerate(self.sinks)]
 
@@ -246,14 +248,16 @@ class World:
         return {name: self.descriptors(name) for name in SERVICES}
 
 
-def _settings(relayed: int, preserved: int) -> str:
+def _settings(world: World) -> str:
     collectors = "".join(
         f'[[collector]]\nname = "steady{number}"\nstreams = ["*"]\naddress = "{collector_address(number)}"\n'
-        f'port = {collector_port(number)}\nsource = "{"relay" if number < relayed else "original"}"\n'
-        for number in range(relayed + preserved)
+        f'port = {collector_port(number)}\nsource = "{"original" if number in world.original else "relay"}"\n'
+        f'group = "{"shared" if number in world.grouped else ""}"\n'
+        for number in range(len(world.sinks))
     )
     stream = f'[[stream]]\nname = "{STREAM}"\nlisten = ["udp://{RELAY}:{PORT}"]\n'
     gateway = '[gateway]\ndestinations = ["10.82.0.0/24"]\nserve_seconds = 5\npreserve_seconds = 0\n'
+    gateway += f"max_clients = {len(world.sinks) + CHURNING // 2}\n"
     return gateway + stream + collectors
 
 
@@ -273,10 +277,10 @@ class Account:
                 self.values[counter] += stream.get(counter, 0)
             self.values["dropped"] += dropped(stream)
         for number, count in enumerate(world.arrived()):
-            service = "forwarder.1" if number < world.relayed else "transmitter.1"
+            service = "transmitter.1" if number in world.original else "forwarder.1"
             account = services[service][f"collector/steady{number}"]
             self.values[f"{number} arrived"] = count
-            for counter in ("expected", "sent", "missed", "held", "dropped_unsure"):
+            for counter in ("expected", "sent", "missed", "held", "shared_out", "dropped_unsure", "dropped_unserved"):
                 self.values[f"{number} {counter}"] = account.get(counter, 0)
             self.values[f"{number} dropped"] = dropped(account)
 
@@ -289,7 +293,7 @@ class Account:
         assert grown["kernel"] == grown["kernel_dropped"]
         assert grown["received"] == grown["published"] + grown["dropped"]
         for number in self.collectors:
-            parts = sum(grown[f"{number} {part}"] for part in ("sent", "missed", "dropped", "held"))
+            parts = sum(grown[f"{number} {part}"] for part in ("sent", "missed", "dropped", "held", "shared_out"))
             assert grown[f"{number} expected"] == grown["published"] == parts, number
             assert grown[f"{number} sent"] == grown[f"{number} arrived"], number
         return grown
@@ -303,7 +307,10 @@ def new_world(open_stack: OpenStack) -> Iterator[Callable[..., World]]:
 
 
 class Churn(threading.Thread):
-    """Collectors that join, leave, and die without a word, and watchers that do; ends with all of them gone."""
+    """Collectors that join, leave, and die without a word, watchers that do, and routes that move; ends with none left.
+
+    More want to join than there is room for.
+    """
 
     def __init__(self, world: World, draw: random.Random) -> None:
         super().__init__(daemon=True)
@@ -316,7 +323,7 @@ class Churn(threading.Thread):
         """Do something every now and then; a gateway that is not there is no reason to stop."""
         with self._world.relay.entered():
             while not self._ending.wait(self._draw.uniform(0.05, 0.4)):
-                action = self._draw.choice((self._join, self._join, self._leave, self._die, self._watch))
+                action = self._draw.choice((*2 * (self._join,), self._leave, self._die, self._watch, self._move))
                 with suppress(OSError, ValueError, LookupError):  # it is killed in the middle, or nobody is there
                     action()
                     self.did[action.__name__.strip("_")] += 1
@@ -353,6 +360,12 @@ class Churn(threading.Thread):
 
     def _die(self) -> None:
         self._open.pop(self._draw.choice(sorted(self._open)))[0].close()
+
+    def _move(self) -> None:
+        route = [f"{collector_address(self._draw.randrange(len(self._world.sinks)))}/32", "dev", "up"]
+        self._world.relay.run("ip", "route", "replace", *route)
+        time.sleep(0.05)
+        self._world.relay.run("ip", "route", "del", *route)
 
     def _watch(self) -> None:
         with socket.create_connection(("127.0.0.1", 5000), timeout=1) as watcher:
@@ -457,13 +470,21 @@ def whole_run(world: World, ended: Account, killed: Counter[str], rate: float) -
     print(f"sent {sent}, kernel {kernel}, taken {taken.total()}, gone {gone}; killed {dict(killed)}")
     # Nobody knows of what a worker had taken and not handed on, since it told last, a second before at most.
     assert 0 <= gone <= rate * sum(killed[name] for name in WORKERS)
+    members: list[Counter[str]] = []
     for number in ended.collectors:
-        mine = {name.partition(" ")[2]: value for name, value in ended.values.items() if name.startswith(f"{number} ")}
+        own = {name.partition(" ")[2]: value for name, value in ended.values.items() if name.startswith(f"{number} ")}
+        mine = Counter(own)
         unknown = sent - kernel - told.total() - mine["expected"]
-        print(f"steady{number}: {mine}, never taken or in no account {unknown}")
+        print(f"steady{number}: {own}, never taken or in no account {unknown}")
         assert 0 <= unknown <= rate * sum(killed[name] for name in WORKERS)
-        assert mine["expected"] == mine["sent"] + mine["missed"] + mine["dropped"]
+        assert mine["expected"] == mine["sent"] + mine["missed"] + mine["dropped"] + mine["shared_out"]
         assert 0 <= mine["arrived"] - mine["sent"] <= mine["dropped_unsure"]
+        if number in world.grouped:
+            members.append(mine)
+    came = [mine["expected"] - mine["missed"] - mine["dropped_unserved"] for mine in members]
+    taken_by_one = sum(came) - sum(mine["shared_out"] for mine in members)
+    assert len(set(came)) <= 1
+    assert 0 <= taken_by_one - sum(came[:1]) <= sum(mine["dropped_unsure"] for mine in members)
     for sink in world.checked:
         sink.assert_right()
 
@@ -477,7 +498,7 @@ def test_everything_is_killed_again_and_again(
 ) -> None:
     """Services are killed, collectors come, go and die, traffic flows: all adds up, and nothing has grown."""
     long = seconds > 100
-    world = new_world(relayed=2, preserved=2, checked=True)
+    world = new_world(relayed=2, preserved=2, grouped=2, checked=True)
     draw = chance()
     spared, once = Spared(world, seconds), Once()
     world.traffic.go(rate)
