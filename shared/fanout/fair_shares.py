@@ -11,8 +11,9 @@ from typing import Final, Generic, TypeVar
 
 ALERT_SECONDS: Final = 60.0
 """After a loss on the bus shares are watched for this long: before, what waits may still find its time."""
-BEHIND_SECONDS: Final = 0.1
-"""The service is behind when this turn, or the last one, takes longer: all that comes meanwhile waits."""
+BEHIND_SECONDS: Final = 0.5
+IDLE_SECONDS: Final = 0.001
+"""The service is behind when it has worked for so long, and never waited this long for a message."""
 HALF_LIFE_SECONDS: Final = 1.0
 
 T = TypeVar("T")
@@ -28,8 +29,7 @@ class FairShares(Generic[T]):
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._alert_until = self._halve_at = 0.0
-        self._turn_began = clock()
-        self._last_turn = 0.0
+        self._busy_since = self._turn_ended = clock()
         self._wanted: Counter[str] = Counter()
         self._given: Counter[str] = Counter()
         """Copies by address, of late: those that its collectors wanted, and those that were within its share."""
@@ -44,11 +44,13 @@ class FairShares(Generic[T]):
 
     def begin_turn(self) -> None:
         """Note that the service has begun to take what waits."""
-        self._turn_began = self._clock()
+        now = self._clock()
+        if now - self._turn_ended >= IDLE_SECONDS:
+            self._busy_since = now
 
     def end_turn(self) -> None:
         """Note that it is done with what it took."""
-        self._last_turn = self._clock() - self._turn_began
+        self._turn_ended = self._clock()
 
     @property
     def watching(self) -> bool:
@@ -61,7 +63,7 @@ class FairShares(Generic[T]):
         A wish is an address, a number of copies, and what they are for.
         """
         now = self._clock()
-        behind = max(now - self._turn_began, self._last_turn) >= BEHIND_SECONDS
+        behind = now - self._busy_since >= BEHIND_SECONDS
         if behind:
             self._alert_until = now + ALERT_SECONDS
         if now >= self._halve_at:
