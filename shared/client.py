@@ -21,6 +21,8 @@ Prefixes = Annotated[tuple[str, ...], Meta(max_length=256)]
 """Prefixes of one client, limited since readers check each: 64 of the largest clients fit a bus message."""
 Group = Annotated[str, Meta(max_length=64)]
 ALL_STREAMS = "*"
+MOST_WAITING: Final[dict[Source, int]] = {"relay": 65_536, "original": 4096}
+"""Datagrams, however small, that may wait for one collector: for room in its send buffer, or for its next hop."""
 CHALLENGE_PREFIX: Final = b"fanwire-challenge "
 """Begins the datagram that asks the host at an address to prove it; the nonce follows."""
 

@@ -4,7 +4,7 @@ Labels come from the settings and the registry: stream, worker, collector, cause
 since addresses are what there may be any number of.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, get_args
 
 from prometheus_client import CollectorRegistry
@@ -13,6 +13,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector as Source
 
 from shared import ledger
+from shared.client import MOST_WAITING
 from shared.losses import cause_of
 from shared.monitoring.picture import Collector, Picture, Service, Stream, Word
 
@@ -72,7 +73,7 @@ def stack_metrics(picture: Picture, clock: float, version: str) -> Iterator[Metr
     yield GaugeMetricFamily("fanwire_console_timestamp_seconds", "The clock of this host.", picture.at + clock)
     yield from _streams(picture.streams)
     yield from _collectors(picture.collectors, clock)
-    yield from _services(picture.services)
+    yield from _services(picture.services, picture.verdict.missing)
     yield from _verdict(picture)
 
 
@@ -125,6 +126,9 @@ def _collectors(collectors: tuple[Collector, ...] | None, clock: float) -> Itera
     )
     size = CounterMetricFamily("fanwire_sent_bytes", "Payload bytes of copies sent.", labels=label)
     held = GaugeMetricFamily("fanwire_collector_queue_datagrams", "Copies that wait.", labels=label)
+    most_held = GaugeMetricFamily(
+        "fanwire_collector_queue_limit_datagrams", "Copies that may wait, however small.", labels=label
+    )
     health = GaugeMetricFamily("fanwire_collector_health", "1 for the present health.", labels=["collector", "health"])
     since = GaugeMetricFamily(
         "fanwire_collector_health_since_timestamp_seconds", "The start of the present health.", labels=label
@@ -141,9 +145,10 @@ def _collectors(collectors: tuple[Collector, ...] | None, clock: float) -> Itera
         size.add_metric([name], collector.bytes or 0)
         kept_back.add_metric([name], collector.kept_back or 0)
         held.add_metric([name], collector.held or 0)
+        most_held.add_metric([name], MOST_WAITING[collector.client.source])
         for cause, count in ({**dict.fromkeys(COLLECTOR_CAUSES, 0), **collector.causes}).items():
             lost.add_metric([name, cause], count)
-    yield from (sent, lost, kept_back, size, held, health, since)
+    yield from (sent, lost, kept_back, size, held, most_held, health, since)
     yield GaugeMetricFamily("fanwire_collectors", "Collectors that are signed up.", len(collectors))
     yield GaugeMetricFamily(
         "fanwire_collectors_not_shown",
@@ -152,10 +157,12 @@ def _collectors(collectors: tuple[Collector, ...] | None, clock: float) -> Itera
     )
 
 
-def _services(services: Iterable[Service]) -> Iterator[Metric]:
+def _services(services: Sequence[Service], missing: Iterable[str]) -> Iterator[Metric]:
     label = ["service"]
     up = GaugeMetricFamily(
-        "fanwire_service_up", "1 if the service reports; 0 for two minutes after its last report.", labels=label
+        "fanwire_service_up",
+        "1 if the service reports; 0 for two minutes after its last report, or while none of a kind reports.",
+        labels=label,
     )
     started = GaugeMetricFamily("fanwire_service_start_timestamp_seconds", "The start of the service.", labels=label)
     memory = GaugeMetricFamily("fanwire_service_memory_bytes", "Memory that the service takes.", labels=label)
@@ -173,6 +180,8 @@ def _services(services: Iterable[Service]) -> Iterator[Metric]:
         if each.memory is not None and each.memory_ceiling is not None:
             memory.add_metric([each.name], each.memory)
             ceiling.add_metric([each.name], each.memory_ceiling)
+    for name in {*missing} - {each.name for each in services}:
+        up.add_metric([name], 0.0)
     yield from (up, started, memory, ceiling, wrong, missed)
 
 

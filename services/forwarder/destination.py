@@ -12,7 +12,7 @@ from typing import Final
 from services.forwarder.few import Few
 from services.forwarder.plan import SendPlan
 from services.forwarder.socket_options import HEADERS, mark_headers, open_socket, path_mtu, source_of_new_socket
-from shared.client import Client
+from shared.client import MOST_WAITING, Client
 from shared.datagrams.mmsg import send
 from shared.fanout.backlog import Backlog, BacklogMemory
 from shared.fanout.gso_fallback import GsoFallback
@@ -33,8 +33,6 @@ from shared.net.queues import Queues
 from shared.net.route_changes import RouteChanges
 from shared.settings.model import Forwarder
 
-HELD_ROWS: Final = 65_536
-"""Datagrams, however small, that may wait for one collector."""
 PROBE_SECONDS: Final = 1.0
 ANSWER_SECONDS: Final = 0.5
 """A probe that was not refused for this long has arrived."""
@@ -65,7 +63,8 @@ class Destination:
         self.client = client
         self.account = account
         self.full = False
-        self.held = Backlog(account, BUFFER_FULL, settings.queue_seconds, HELD_ROWS, settings.queue_bytes, memory)
+        most = MOST_WAITING["relay"]
+        self.held = Backlog(account, BUFFER_FULL, settings.queue_seconds, most, settings.queue_bytes, memory)
         self._settings = settings
         self._changes = changes
         self._changes_seen = -1

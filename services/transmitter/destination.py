@@ -7,7 +7,7 @@ from typing import Final
 from services.transmitter.addressing import Addressing, Identification
 from services.transmitter.headers import ETHERTYPE_IPV4, ETHERTYPE_IPV6
 from services.transmitter.next_hops import Egress, EgressKind, NextHops
-from shared.client import Client
+from shared.client import MOST_WAITING, Client
 from shared.datagrams.gathered import MAX_GATHERED_PAYLOAD
 from shared.fanout.backlog import Backlog, BacklogMemory
 from shared.fanout.send_errors import SaidErrors
@@ -18,9 +18,8 @@ HELD_SECONDS: Final = 1.0
 """Time that datagrams wait for the next hop to tell its link address."""
 LONG_SECONDS: Final = 0.5
 """A next hop that has not answered for this long is not there."""
-HELD_ROWS: Final = 4096
 HELD_BYTES: Final = 2 * MAX_GATHERED_PAYLOAD
-"""Datagrams, and bytes of the batches that they are in, that may wait for one collector."""
+"""Bytes of the batches that what waits for one collector is in."""
 
 
 class Destination:
@@ -53,7 +52,7 @@ class Destination:
         self._egress = Egress(EgressKind.NONE)
         self._addressing: Addressing | None = None
         self._addressing_of: bytes | None = None
-        self.held = Backlog(account, NO_NEIGHBOUR, HELD_SECONDS, HELD_ROWS, HELD_BYTES, memory)
+        self.held = Backlog(account, NO_NEIGHBOUR, HELD_SECONDS, MOST_WAITING["original"], HELD_BYTES, memory)
 
     def adopt(self, client: Client) -> None:
         """Serve another entry of the same address and port from now on, with its hop limit and DSCP."""

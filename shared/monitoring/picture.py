@@ -131,6 +131,8 @@ class Verdict:
 
     level: Level = "unknown"
     reasons: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    """Kinds of service of which none reports, and workers that do not, though they have to."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ def judge(
     """Return the verdict; `discrepancies` are those of the last comparison of all accounts."""
     services, collectors = list(services), list(collectors or ())
     if not services:
-        return Verdict("unknown", ("no service has reported yet",))
+        return Verdict("unknown", ("no service has reported yet",), tuple(Balance().silent()))
     reasons: list[tuple[Level, str]] = []
     heard = {each.name: {each.name.partition(".")[0]: each.account} for each in services if not each.silent}
     named = [each.name for each in services if each.silent]
@@ -44,7 +44,7 @@ def judge(
         lost = ", ".join(f"{count:,} ({place})" for place, count in places.items() if count)
         reasons.append(("warning", f"lost in the last five minutes: {lost}"))
     reasons.sort(key=lambda reason: reason[0] != "error")
-    return Verdict(reasons[0][0] if reasons else "ok", tuple(text for _, text in reasons))
+    return Verdict(reasons[0][0] if reasons else "ok", tuple(text for _, text in reasons), tuple(missing))
 
 
 def _some(names: Sequence[str]) -> str:

@@ -4,14 +4,19 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families as parse
 
+from services.console.metrics import render, stack_metrics
 from tests.documents import defined
+from tests.services.console.told import busy
 from tests.stack import CHECKOUT
 
 RULES = CHECKOUT / "deploy" / "prometheus" / "fanwire.rules.yml"
+RULES_TESTED = RULES.with_name("fanwire.rules.test.yml")
 CONFIG = CHECKOUT / "deploy" / "prometheus" / "prometheus.yml"
 DASHBOARD = CHECKOUT / "deploy" / "grafana" / "fanwire.json"
 METRIC = re.compile(r"\bfanwire_[a-z_]+\b")
@@ -31,6 +36,27 @@ def test_each_alert_says_what_to_do() -> None:
     alerts = text.count("- alert: ")
     assert alerts >= 10
     assert text.count("summary: ") == text.count("action: ") == text.count("severity: ") == alerts
+
+
+def test_each_alert_is_tested_with_series_of_the_console() -> None:
+    """Every alert has a test of its own, whose series have the names and the labels that the console prints."""
+    tested = RULES_TESTED.read_text()
+    assert set(re.findall("alert: (.*)", RULES.read_text())) == set(re.findall("name: (.*)", tested))
+    picture = busy()
+    services = tuple(replace(each, missed=0, memory=1, memory_ceiling=2) for each in picture.services)
+    metrics = stack_metrics(replace(picture, balanced=True, services=services), 0.0, "1")
+    text = render(metrics, "")[0].decode()
+    printed = {(sample.name, frozenset(sample.labels)) for family in parse(text) for sample in family.samples}
+    for name, labels in re.findall(r"series: '(\w+){(.*?)}'", tested):
+        of_the_console = frozenset(re.findall(r'(\w+)="', labels)) - {"instance", "job"}
+        assert name == "up" or (name, of_the_console) in printed
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="Debian's package prometheus is not installed")
+def test_each_alert_fires_and_resolves() -> None:
+    """Each alert fires while its fault lasts, no other one does, and none is left afterwards."""
+    done = subprocess.run(["promtool", "test", "rules", str(RULES_TESTED)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_dashboard_is_whole() -> None:

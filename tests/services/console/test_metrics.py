@@ -6,6 +6,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from services.console.metrics import MAX_COLLECTORS, exporter_metrics, render, stack_metrics
+from shared.client import MOST_WAITING
 from shared.losses import causes
 from tests.services.console.told import HOSTILE, busy, client, observe
 
@@ -32,6 +33,7 @@ def test_losses_are_those_of_the_account() -> None:
     assert samples(text, "fanwire_datagrams_lost_total")["bus_full", "syslog", "ingest.1"] == 10
     assert samples(text, "fanwire_collector_health")["siem", "refusing"] == 1
     assert samples(text, "fanwire_collector_health")["siem", "ok"] == 0
+    assert samples(text, "fanwire_collector_queue_limit_datagrams")["siem",] == MOST_WAITING["relay"]
     assert samples(text, "fanwire_exporters")[()] == 3
 
 
@@ -58,6 +60,17 @@ def test_nothing_is_told_of_what_is_not_known() -> None:
     assert samples(text, "fanwire_copies_sent_total") == {}
     assert samples(text, "fanwire_collectors") == {(): 1}
     assert "fanwire_exporters " not in text
+
+
+def test_what_does_not_report_has_a_series_for_as_long() -> None:
+    """Kinds of service of which none reports have a 0, however long ago the last one did; others have none."""
+    text = render(stack_metrics(busy(), 0.0, "1"), "")[0].decode()
+    assert set(samples(text, "fanwire_service_up").values()) == {1}
+    text = render(stack_metrics(observe([], {"ingest.1": {}}).picture(0.0), 0.0, "1"), "")[0].decode()
+    up = samples(text, "fanwire_service_up")
+    assert (up["ingest.1",], up["forwarder",], "ingest" in {name for (name,) in up}) == (1, 0, False)
+    text = render(stack_metrics(observe([], {}).picture(0.0), 0.0, "1"), "")[0].decode()
+    assert ("ingest",) in samples(text, "fanwire_service_up")
 
 
 def test_series_are_bounded_and_it_is_told() -> None:

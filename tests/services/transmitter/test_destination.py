@@ -9,7 +9,8 @@ import pytest
 
 import services.transmitter.sender
 import shared.fanout.backlog
-from services.transmitter.destination import HELD_BYTES, HELD_ROWS, HELD_SECONDS
+from services.transmitter.destination import HELD_BYTES, HELD_SECONDS
+from shared.client import MOST_WAITING
 from shared.datagrams.gathered import MAX_GATHERED_PAYLOAD, Gathered
 from shared.datagrams.limits import MAX_DATAGRAM
 from shared.datagrams.routing import ALL_ROWS
@@ -115,10 +116,11 @@ def test_nothing_waits_longer_than_a_second(site: Site, clock: Clock) -> None:
 def test_too_many_that_wait_push_out_the_oldest(site: Site, opened: ExitStack) -> None:
     """Beyond so many datagrams the oldest are dropped for new ones; the newest arrive, in order."""
     copied = opened.enter_context(Copied(site.siem, "eth"))
-    count = HELD_ROWS // 100 * 100 + 1000
+    most = MOST_WAITING["original"] // 100 * 100
+    count = most + 1000
     for start in range(0, count, 100):
         site.send(*numbered(start, 100), sources=EXPORTERS[:1])
-        assert site.account["held"] == min(start + 100, HELD_ROWS // 100 * 100)
+        assert site.account["held"] == min(start + 100, most)
     held = site.account["held"]
     assert site.account["dropped_no_neighbour"] == count - held
     answer(site, True)
