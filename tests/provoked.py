@@ -44,20 +44,11 @@ from services.ingest.listeners import bind_listener
 from services.ingest.worker import new_pools
 from services.operator.cli.arguments import positive
 from services.operator.client.gateway_options import access
-from services.operator.client.registry_client import (
-    Access,
-    Answer,
-    Entry,
-    RefusedError,
-    RegistryClient,
-    UnreachableError,
-)
 from services.operator.commands import collect, frame, keys, ready, token, wake
 from services.operator.commands.clients import describe, run_leave
 from services.operator.doctor.host import BACKLOG_NAME, ListeningSocket, Softnet, check_host
 from services.operator.doctor.listening import check_listening
 from services.operator.doctor.network_paths import CLOUDS, NetworkFacts, NetworkPath, check_network_paths
-from services.operator.doctor.probe import probe, where_lost
 from services.operator.doctor.services import RawSocketFacts, check_services, why_not_raw
 from services.operator.importing import pmacct, samplicator
 from services.operator.importing.command import Lookup
@@ -76,11 +67,20 @@ from shared.bus.messages import Datagrams, Envelope, TransmitReply, TransmitRequ
 from shared.bus.packing import pack
 from shared.bus.zmq_sockets import new_context, prepare_directory
 from shared.client import Client
+from shared.monitoring.probe import probe, where_lost
 from shared.net.addresses import Endpoint, pack_address, parse_endpoint, resolve
 from shared.net.netlink import Link
 from shared.net.queues import Queue
 from shared.process.lifecycle import OperatorError, Readiness
 from shared.process.memory import Memory
+from shared.process.registry_client import (
+    Access,
+    Answer,
+    Entry,
+    RefusedError,
+    RegistryClient,
+    UnreachableError,
+)
 from shared.settings.file import load
 from shared.settings.model import Bus, Gateway, Settings, Stream, Token, Transmitter, leave_room
 from tests.services.gateway.table import ELSEWHERE, HERE, Table
@@ -88,10 +88,10 @@ from tests.services.operator.doctor.test_host import FINE as HOST
 from tests.services.operator.doctor.test_listening import FINE as LISTENING
 from tests.services.operator.doctor.test_listening import SETTINGS
 from tests.services.operator.doctor.test_network_paths import AT, collector
-from tests.services.operator.doctor.test_probe import BEFORE, after
 from tests.services.operator.doctor.test_services import DENIED, HEARD, ORIGINAL, RELAY
 from tests.services.operator.doctor.test_services import FINE as SERVICES
 from tests.services.operator.played import PlayedGateway
+from tests.shared.monitoring.test_probe import BEFORE, after
 
 Provocation = Callable[[], object]
 CURVE_KEY: Final = "rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7"

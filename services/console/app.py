@@ -1,8 +1,8 @@
-"""The routes: the page and its parts, events, details, one datagram, metrics, and health for other programs."""
+"""The routes: the page and its parts, events, details, one datagram, changes, metrics, and health for programs."""
 
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 from starlette.applications import Starlette
@@ -10,6 +10,8 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from services.console.admin import Admin, Said
+from services.console.guard import ADMIN, CHANGES
 from services.console.metrics import exporter_metrics, render, stack_metrics
 from services.console.one_datagram import Sampler
 from services.console.views import Wish, show, show_collector, show_exporter, show_stream
@@ -23,6 +25,7 @@ PARTS: Final = {
     "flow.js": "text/javascript; charset=utf-8",
     "tables.js": "text/javascript; charset=utf-8",
     "details.js": "text/javascript; charset=utf-8",
+    "admin.js": "text/javascript; charset=utf-8",
     "drawing.js": "text/javascript; charset=utf-8",
     "icon.svg": "image/svg+xml",
 }
@@ -30,13 +33,26 @@ PARTS: Final = {
 MAX_PAGES: Final = 200
 MAX_TOP: Final = 1000
 MAX_TEXT: Final = 256
+MAX_BODY: Final = 4096
+"""Bytes of a request that changes something: a name, and little else."""
 UNCACHED: Final = {"cache-control": "no-store"}
+T = TypeVar("T")
+
+
+class _Removal(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
+    generation: int
+
+
+class _Probe(msgspec.Struct, forbid_unknown_fields=True):
+    stream: str
 
 
 class Console:
     """Answers requests from what the watch knows."""
 
-    def __init__(self, watch: Watch, sampler: Sampler, version: str) -> None:
+    def __init__(self, watch: Watch, sampler: Sampler, admin: Admin, version: str) -> None:
+        self.admin = admin
         self._watch = watch
         self._sampler = sampler
         self._version = version
@@ -52,13 +68,20 @@ class Console:
             "/api/exporters/{name:path}": self._exporter,
             "/api/streams/{name:path}": self._stream_detail,
             "/api/datagram": self._datagram,
+            "/api/rights": self._rights,
             "/metrics": self._metrics,
             "/metrics/exporters": self._exporter_metrics,
             "/healthz": self._healthz,
             "/readyz": self._readyz,
             "/{part}": self._part,
         }
-        return Starlette(routes=[Route(path, answer, methods=["GET"]) for path, answer in routes.items()])
+        changes = {f"{CHANGES}remove": self._remove, f"{CHANGES}probe": self._probe}
+        return Starlette(
+            routes=[
+                *(Route(path, answer, methods=["GET"]) for path, answer in routes.items()),
+                *(Route(path, answer, methods=["POST"]) for path, answer in changes.items()),
+            ]
+        )
 
     async def _page(self, _request: Request) -> Response:
         return FileResponse(PAGE / "page.html", media_type=PARTS["page.html"], headers={"cache-control": "no-cache"})
@@ -135,6 +158,19 @@ class Console:
         )
         return _json(found)
 
+    async def _rights(self, request: Request) -> Response:
+        return _json({"admin": ADMIN in request.scope})
+
+    async def _remove(self, request: Request) -> Response:
+        if (asked := await _read(request, _Removal)) is None:
+            return PlainTextResponse("expected a JSON object with the fields name and generation", 400)
+        return _said(await self.admin.remove(request.scope[ADMIN], asked.name, asked.generation))
+
+    async def _probe(self, request: Request) -> Response:
+        if (asked := await _read(request, _Probe)) is None:
+            return PlainTextResponse("expected a JSON object with the field stream", 400)
+        return _said(await self.admin.probe(request.scope[ADMIN], asked.stream))
+
     async def _metrics(self, request: Request) -> Response:
         metrics = stack_metrics(self._watch.current(), self._watch.clock_offset, self._version)
         return _exposition(request, metrics)
@@ -164,6 +200,24 @@ class Console:
 def _exposition(request: Request, metrics: Any) -> Response:
     body, content_type = render(metrics, request.headers.get("accept", ""))
     return Response(body, media_type=None, headers={"content-type": content_type, **UNCACHED})
+
+
+async def _read(request: Request, kind: type[T]) -> T | None:
+    """Return the body of a request; None when it is something else, or too long."""
+    body = bytearray()
+    async for piece in request.stream():
+        body += piece
+        if len(body) > MAX_BODY:
+            return None
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+
+
+def _said(said: Said) -> Response:
+    status, sentence = said
+    return PlainTextResponse(sentence, status, headers=UNCACHED)
 
 
 def _json(value: object) -> Response:

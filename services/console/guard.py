@@ -1,7 +1,8 @@
-"""Answers only who may ask: the Host and Origin that a browser names, and a token beyond this host. No socket.
+"""Answers only who may ask: the Host and Origin that a browser names, a token beyond this host or to change. No socket.
 
 A page of another site, open in the operator's browser, could let its own name lead to 127.0.0.1 (DNS rebinding). Its
-requests carry that name as Host.
+requests carry that name as Host. Nor may such a page change anything (CSRF): only a request of our own page, which its
+Origin says, and of JSON, which another site may not send unasked, has the credentials that the browser keeps looked at.
 """
 
 import base64
@@ -9,6 +10,7 @@ import binascii
 import hashlib
 import hmac
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Final
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -30,19 +32,36 @@ LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "[::1]"})
 SCOPES: Final = frozenset({"list", "admin"})
 """Any of these lets a token's holder look."""
 METHODS: Final = ("GET", "HEAD")
+CHANGES: Final = "/api/admin/"
+"""Below this path requests change something: by POST only, and with a token of scope `admin`, on this host too."""
+ADMIN: Final = "fanwire.admin"
+"""The key of a request's scope that has its `Holder`, if that has scope `admin`."""
+_PLAIN: Final = (b"content-type", b"text/plain; charset=utf-8")
+
+Refusal = tuple[int, str, list[tuple[bytes, bytes]]]
+"""A status, a sentence, and headers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """The name of a `[[token]]`, and the token itself, to show to the gateway."""
+
+    name: str
+    secret: str
 
 
 class Guard:
     """Stands before the application: refuses what may not ask, and adds the headers that bind browsers.
 
-    `hosts` are the names by which we may be called, None: any. `tokens`, where there is a need for one, returns those
-    that let their holders in.
+    `hosts` are the names by which we may be called, None: any. `tokens` returns those of the settings; `remote` says
+    that one is needed to look.
     """
 
     def __init__(
-        self, app: ASGIApp, hosts: Iterable[str] | None, tokens: Callable[[], Iterable[Token]] | None = None
+        self, app: ASGIApp, hosts: Iterable[str] | None, tokens: Callable[[], Iterable[Token]], *, remote: bool
     ) -> None:
         self._app = app
+        self._remote = remote
         self._hosts = None if hosts is None else frozenset(hosts)
         self._tokens = tokens
 
@@ -51,7 +70,8 @@ class Guard:
         if scope["type"] != "http":
             return
         headers = dict(scope["headers"])
-        refusal = self._refusal(scope["method"], headers)
+        token = _token_of(headers.get(b"authorization", b""), self._tokens())
+        refusal = self._refusal(scope["method"], scope["path"], headers, token)
         if refusal is not None:
             status, text, more = refusal
             await send({"type": "http.response.start", "status": status, "headers": [*HEADERS, *more]})
@@ -63,22 +83,40 @@ class Guard:
                 message["headers"] = [*message["headers"], *HEADERS]  # type: ignore[misc]
             await send(message)
 
+        if token is not None and "admin" in token.scopes:
+            scope[ADMIN] = Holder(token.name, _secret_of(headers[b"authorization"]).decode(errors="replace"))
         await self._app(scope, receive, send_bound)  # type: ignore[arg-type]
 
-    def _refusal(self, method: str, headers: dict[bytes, bytes]) -> tuple[int, str, list[tuple[bytes, bytes]]] | None:
-        plain = [(b"content-type", b"text/plain; charset=utf-8")]
-        if method not in METHODS:
-            return 405, "this service only shows; use GET", [*plain, (b"allow", b"GET, HEAD")]
+    def _refusal(self, method: str, path: str, headers: dict[bytes, bytes], token: Token | None) -> Refusal | None:
+        changes = path.startswith(CHANGES)
+        if changes and method != "POST":
+            return 405, "this changes something; use POST", [_PLAIN, (b"allow", b"POST")]
+        if not changes and method not in METHODS:
+            return 405, "this address only shows; use GET", [_PLAIN, (b"allow", b"GET, HEAD")]
         host = headers.get(b"host", b"").decode("latin-1")
         if self._hosts is not None and _name_of(host) not in self._hosts:
-            return 421, "the console does not know the host name in this address; add it to [console] hosts", plain
+            return 421, "the console does not know the host name in this address; add it to [console] hosts", [_PLAIN]
         origin = headers.get(b"origin")
         if origin is not None and origin.decode("latin-1").partition("://")[2] != host:
-            return 403, "a page of another site may not ask", plain
-        if self._tokens is not None and not _is_known(headers.get(b"authorization", b""), self._tokens()):
-            challenge = (b"www-authenticate", b'Basic realm="fanwire: any name, a token as password"')
-            return 401, "a token with scope list or admin is needed, as password or as bearer", [*plain, challenge]
+            return 403, "a page of another site may not ask", [_PLAIN]
+        if changes and origin is None:
+            return 403, "only the console's own page may change something; other programs use the gateway", [_PLAIN]
+        if changes and headers.get(b"content-type") != b"application/json":
+            return 415, "the request must be application/json", [_PLAIN]
+        if self._remote and (token is None or not SCOPES & {*token.scopes}):
+            return 401, "a token with scope list or admin is needed, as password or as bearer", _challenge(headers)
+        if changes and token is None:
+            return 401, "a known token with scope admin is needed, as bearer or as password", _challenge(headers)
+        if changes and token is not None and "admin" not in token.scopes:
+            return 403, f"{token.name!r} lacks scope admin; add it to its [[token]], or give another token", [_PLAIN]
         return None
+
+
+def _challenge(headers: dict[bytes, bytes]) -> list[tuple[bytes, bytes]]:
+    """Ask for a password, unless a token came as bearer: then our page asks, and the browser need not."""
+    bearer = headers.get(b"authorization", b"").lower().startswith(b"bearer")
+    how = b'Bearer realm="fanwire"' if bearer else b'Basic realm="fanwire: any name, a token as password"'
+    return [_PLAIN, (b"www-authenticate", how)]
 
 
 def _name_of(host: str) -> str:
@@ -91,17 +129,23 @@ def _name_of(host: str) -> str:
     return (name if colon and port.isdigit() else host).lower()
 
 
-def _is_known(authorization: bytes, tokens: Iterable[Token]) -> bool:
-    """Return whether this is one of the tokens, compared with each in constant time."""
+def _secret_of(authorization: bytes) -> bytes:
+    """Return the token in the header, as bearer or as password; nothing where there is none."""
     kind, _, value = authorization.partition(b" ")
-    secret = value.strip()
-    if kind.lower() == b"basic":
-        try:
-            secret = base64.b64decode(secret, validate=True).partition(b":")[2]
-        except binascii.Error:
-            return False
-    elif kind.lower() != b"bearer":
-        return False
+    if kind.lower() == b"bearer":
+        return value.strip()
+    if kind.lower() != b"basic":
+        return b""
+    try:
+        return base64.b64decode(value.strip(), validate=True).partition(b":")[2]
+    except binascii.Error:
+        return b""
+
+
+def _token_of(authorization: bytes, tokens: Iterable[Token]) -> Token | None:
+    """Return the one of the tokens that is shown, compared with each in constant time."""
+    if not (secret := _secret_of(authorization)):
+        return None
     digest = hashlib.sha256(secret).hexdigest()
-    known = [token.hash.partition(":")[2] for token in tokens if token.hash and SCOPES & {*token.scopes}]
-    return True in [hmac.compare_digest(digest, each) for each in known]
+    matching = [each for each in tokens if each.hash and hmac.compare_digest(digest, each.hash.partition(":")[2])]
+    return matching[0] if matching else None

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import uvicorn
 
+from services.console.admin import Admin
 from services.console.app import Console
 from services.console.guard import LOOPBACK, Guard
 from services.console.one_datagram import Sampler
@@ -55,7 +56,7 @@ def run_console(settings: Settings, lifecycle: Lifecycle) -> None:
         publisher = closing.enter_context(contextlib.closing(Publisher(context, bus.path, name, mark, link)))
         subscriber = closing.enter_context(contextlib.closing(Subscriber(context, bus.path, mark, link)))
         watch = Watch(subscriber, publisher, memory)
-        console = Console(watch, Sampler(context, bus, link), release())
+        console = Console(watch, Sampler(context, bus, link), Admin(watch, settings), release())
         asyncio.run(_serve(settings, lifecycle, listeners, watch, console))
 
 
@@ -71,6 +72,7 @@ async def _serve(
 
     def apply_settings(fresh: Settings) -> None:
         tokens["now"] = read_tokens(fresh)
+        console.admin.settings = fresh
 
     reload = Reload("console.1", lifecycle, settings, apply_settings)
 
@@ -86,7 +88,7 @@ async def _serve(
     servers = []
     for endpoint, sock in listeners:
         remote = endpoint.scheme == "tls"
-        guard = Guard(app, _hosts(settings, endpoint, sock), (lambda: tokens["now"]) if remote else None)
+        guard = Guard(app, _hosts(settings, endpoint, sock), lambda: tokens["now"], remote=remote)
         servers.append((_server(guard, settings, endpoint), sock))
     running = [asyncio.create_task(server.serve([sock])) for server, sock in servers]
     readiness = Readiness("console.1", settings.bus, watch.is_ready)

@@ -168,6 +168,7 @@ def show_collector(collector: Collector, clock: float) -> View:
     client = collector.client
     return {
         "name": client.name,
+        "generation": client.generation,
         "address": client.address,
         "port": client.port,
         "source": client.source,

@@ -142,6 +142,11 @@ class Observer:
         """A number that grows with every change of the registry; -1: nothing is known of it."""
         return self._replica.version
 
+    @property
+    def accounts(self) -> dict[str, Accounts]:
+        """The accounts of each service, as it has last reported them; other threads may ask for them too."""
+        return {name: told.report.accounts for name, told in dict(self._told).items()}
+
     def note(self, message: Message, now: float) -> None:
         """Take a message in; `now` is a clock that only grows, the one of `Report.received_at` (time.monotonic)."""
         body, envelope = message.body, message.envelope

@@ -19,15 +19,15 @@ from services.gateway.registry import registry, store
 from services.gateway.registry.entry import Origin
 from services.gateway.registry.store import Store
 from services.operator.__main__ import make_parser
-from services.operator.client import registry_client
 from services.operator.client.lease import Lease
-from services.operator.client.registry_client import Access, RegistryClient
 from services.operator.commands import collect
 from services.operator.doctor.network_paths import NetworkFacts, check_network_paths
 from shared.bus.messages import REGISTRY_TOPIC, RegistrySnapshot, decode, encode
 from shared.client import Client
 from shared.net.addresses import Endpoint
+from shared.process import registry_client
 from shared.process.lifecycle import OperatorError
+from shared.process.registry_client import Access, RegistryClient
 from shared.settings.model import Settings, Transmitter
 from tests.fuzz.corpus import split_parts
 from tests.fuzz.printing import check_line, printed

@@ -4,8 +4,8 @@ from msgspec.structs import fields
 
 from services.gateway.protocol.requests import Register
 from services.gateway.render import View
-from services.operator.client.registry_client import Entry
 from shared.client import DEFAULT_TERMS, Client, CopyTerms, WrittenTerms
+from shared.process.registry_client import Entry
 from shared.settings.model import Collector
 
 TERMS = ("streams", "source", "prefixes", "sample", "group", "hop_limit", "dscp")

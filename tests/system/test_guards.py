@@ -60,7 +60,7 @@ PURE = (
     "services/ingest/ipfix_templates.py",
     "services/operator/cli/numbers.py",
     "services/operator/doctor/copies.py",
-    "services/operator/doctor/finding.py",
+    "shared/monitoring/finding.py",
     "services/operator/doctor/host.py",
     "services/operator/doctor/listening.py",
     "services/operator/doctor/services.py",

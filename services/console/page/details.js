@@ -1,5 +1,6 @@
 // The page of one collector, exporter or stream: facts, the last 15 minutes, and one datagram.
 
+import { allowed, changeButton } from "./admin.js";
 import { UNKNOWN, area, bytes, clock, duration, html, line, rate, say, share, spoken, svg, whole } from "./drawing.js";
 
 const STEPS = 180;
@@ -23,14 +24,38 @@ export class Detail {
     this.button = html("button", { type: "button", class: "act" }, "Show me one datagram");
     this.datagram = html("div", { "aria-live": "polite" });
     this.button.addEventListener("click", () => this.sample());
+    this.changes = html("section", { hidden: true });
+    this.row = null;
+    this.showChanges();
     this.place.replaceChildren(
       html("a", { class: "back", href: "#/" }, "← all"),
       html("section", {}, html("h1", { class: "detail-title" }, this.title, this.word), this.facts),
       html("section", {}, html("h2", {}, "Last 15 minutes ", html("small", {}, "datagrams a second")), html("div", { class: "chart" }, this.chart)),
       html("section", {}, html("h2", {}, "One datagram ", html("small", {}, "the next that comes, five seconds at most")), html("div", { class: "datagram" }, this.button, this.datagram)),
+      this.changes,
     );
     this.load();
     this.timer = setInterval(() => this.load(), 5000);
+  }
+
+  /** Buttons for an admin: a collector can be removed, and a probe sent to a stream. */
+  showChanges() {
+    const { kind, name } = this;
+    if (kind === null) return;
+    this.changes.hidden = !allowed || kind === "exporter";
+    if (this.changes.hidden) this.changes.replaceChildren();
+    else if (kind === "collector")
+      this.changes.replaceChildren(
+        html("h2", {}, "Remove ", html("small", {}, "it gets no more copies until it signs up again")),
+        changeButton("Remove this collector", "Removing it …", "remove", () =>
+          this.row && confirm(`Remove the collector ${name}? It gets no more copies until it signs up again.`) ? { name, generation: this.row.generation } : null,
+        ),
+      );
+    else
+      this.changes.replaceChildren(
+        html("h2", {}, "Probe ", html("small", {}, "a marked datagram to this stream; its other collectors get a copy too")),
+        changeButton("Send a probe", "Waiting for its copy …", "probe", () => ({ stream: name })),
+      );
   }
 
   close() {
@@ -52,6 +77,7 @@ export class Detail {
 
   show({ row, rates, losses }) {
     const now = Date.now() / 1000;
+    this.row = row;
     const facts = row === null ? [["state", this.kind === "exporter" ? "has sent nothing in the last seconds" : "not there now"]] : { collector: collectorFacts, exporter: exporterFacts, stream: streamFacts }[this.kind](row);
     this.facts.replaceChildren(...facts.flatMap(([name, value]) => html("div", {}, html("dt", {}, name), html("dd", {}, String(value)))));
     this.word.hidden = !row || !row.health;

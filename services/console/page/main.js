@@ -1,5 +1,6 @@
 // The page: what it shows by its address, and the events that keep it up to date.
 
+import { adminForm } from "./admin.js";
 import { Detail } from "./details.js";
 import { UNKNOWN, bytes, clock, duration, html, rate, say, share, short, spoken, whole } from "./drawing.js";
 import { Flow } from "./flow.js";
@@ -227,5 +228,6 @@ document.addEventListener("visibilitychange", () => {
   } else if (!source) connect();
 });
 addEventListener("hashchange", route);
+adminForm(find("admin"), () => detail.showChanges());
 route();
 if (!source) connect();

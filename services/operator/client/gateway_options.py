@@ -5,9 +5,9 @@ import ssl
 from pathlib import Path
 
 from services.operator.cli.arguments import or_usage
-from services.operator.client.registry_client import Access
 from shared.net.addresses import Endpoint, parse_endpoint
 from shared.process.lifecycle import USAGE, OperatorError, Parser
+from shared.process.registry_client import Access
 from shared.settings.model import REGISTRY_SCHEMES, Settings
 
 

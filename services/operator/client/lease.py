@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from services.operator.cli.output import say
-from services.operator.client.registry_client import Access, Entry, RefusedError, RegistryClient, UnreachableError
 from shared.net.addresses import SocketAddress
+from shared.process.registry_client import Access, Entry, RefusedError, RegistryClient, UnreachableError
 
 TTL_SECONDS: Final = 30.0
 RENEW_SECONDS: Final = 10.0

@@ -13,10 +13,10 @@ from services.operator.cli.arguments import (
 from services.operator.cli.numbers import counted, lasting
 from services.operator.cli.tables import print_table
 from services.operator.client.gateway_options import access, add_gateway_arguments
-from services.operator.client.registry_client import Entry, RegistryClient
 from shared.client import DEFAULT_TERMS
 from shared.net.printable import printable
 from shared.process.lifecycle import FAILED, OK, OperatorError
+from shared.process.registry_client import Entry, RegistryClient
 from shared.settings.model import Settings
 
 COLUMNS = (

@@ -10,19 +10,19 @@ import msgspec
 from services.operator.cli.arguments import Subparsers, add_command
 from services.operator.cli.tables import print_table
 from services.operator.client.gateway_options import access, add_gateway_arguments
-from services.operator.client.registry_client import Access, Entry, RegistryClient
 from services.operator.doctor.facts import by_service, host_facts, listen, network_facts, service_facts
-from services.operator.doctor.finding import Finding, unseen
 from services.operator.doctor.host import check_host
 from services.operator.doctor.listening import check_listening
 from services.operator.doctor.listening_facts import listening_facts
 from services.operator.doctor.network_paths import check_network_paths
-from services.operator.doctor.probe import Ledger, probe
 from services.operator.doctor.services import check_services, senders_of_original
 from shared.client import ALL_STREAMS
 from shared.ledger import Accounts
+from shared.monitoring.finding import Finding, unseen
+from shared.monitoring.probe import Ledger, probe
 from shared.net.netlink import RTN_BROADCAST, RTN_LOCAL, Netlink
 from shared.process.lifecycle import FAILED, OK, USAGE, OperatorError
+from shared.process.registry_client import Access, Entry, RegistryClient
 from shared.settings.model import Settings, Stream
 
 COLUMNS: Final = ("check", "level", "of", "why", "cure")

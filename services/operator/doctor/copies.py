@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
-from services.operator.client.registry_client import Entry
-from services.operator.doctor.finding import Finding, error, ok, warning
 from shared.ledger import DROPPED, PROHIBITED, REFUSALS, REFUSED, UNREACHABLES, Accounts
 from shared.losses import causes
+from shared.monitoring.finding import Finding, error, ok, warning
+from shared.process.registry_client import Entry
 
 NOT_LET_OUT: Final = DROPPED + "eperm"
 DENIED: Final = {

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from services.operator.doctor.finding import Finding, ok, unseen, warning
+from shared.monitoring.finding import Finding, ok, unseen, warning
 from shared.settings.model import Settings
 
 BACKLOG: Final = 10_000

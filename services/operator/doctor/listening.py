@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from services.operator.doctor.finding import Finding, error, ok, warning
 from shared.ledger import RECEIVE_ERRNO, RECEIVE_ERRORS, Accounts
+from shared.monitoring.finding import Finding, error, ok, warning
 from shared.net.multicast import is_multicast
 from shared.settings.model import Settings
 

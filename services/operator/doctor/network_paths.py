@@ -7,10 +7,10 @@ from itertools import product
 from shlex import quote
 from typing import Final
 
-from services.operator.client.registry_client import Entry
-from services.operator.doctor.finding import Finding, error, ok, some, warning
 from shared.client import ALL_STREAMS
+from shared.monitoring.finding import Finding, error, ok, some, warning
 from shared.net.queues import LARGEST_RUN, Queue
+from shared.process.registry_client import Entry
 from shared.settings.own_listeners import OwnListeners
 
 ETHERNET_MTU: Final = 1500

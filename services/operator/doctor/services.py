@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from services.operator.client.registry_client import Entry
 from services.operator.doctor.copies import check_copies
-from services.operator.doctor.finding import Finding, error, ok, some, warning
 from shared.ledger import FILES_RESTORED, Accounts
 from shared.monitoring.balance import Balance
+from shared.monitoring.finding import Finding, error, ok, some, warning
+from shared.process.registry_client import Entry
 from shared.settings.model import Settings
 
 SPARE_DESCRIPTORS: Final = 64

@@ -1,10 +1,11 @@
 import asyncio
 import base64
 import hashlib
+from typing import Any
 
 import pytest
 
-from services.console.guard import HEADERS, Guard
+from services.console.guard import ADMIN, CHANGES, HEADERS, Guard
 from shared.settings.model import Token
 
 SECRET = "x" * 40
@@ -12,38 +13,65 @@ TOKEN = Token(name="noc", hash=f"sha256:{hashlib.sha256(SECRET.encode()).hexdige
 OTHER = Token(name="box", hash=f"sha256:{hashlib.sha256(b'y').hexdigest()}", scopes=("collect",))
 
 
+ADMIN_SECRET = "a" * 40
+ADMIN_TOKEN = Token(name="boss", hash=f"sha256:{hashlib.sha256(ADMIN_SECRET.encode()).hexdigest()}", scopes=("admin",))
 SAID = {
-    405: "this service only shows; use GET",
-    421: "the console does not know the host name in this address; add it to [console] hosts",
-    403: "a page of another site may not ask",
-    401: "a token with scope list or admin is needed, as password or as bearer",
-    200: "ok",
+    405: ("this address only shows; use GET", "this changes something; use POST"),
+    421: ("the console does not know the host name in this address; add it to [console] hosts",),
+    403: (
+        "a page of another site may not ask",
+        "only the console's own page may change something; other programs use the gateway",
+        "'noc' lacks scope admin; add it to its [[token]], or give another token",
+    ),
+    415: ("the request must be application/json",),
+    401: (
+        "a token with scope list or admin is needed, as password or as bearer",
+        "a known token with scope admin is needed, as bearer or as password",
+    ),
+    200: ("ok", "ok, boss"),
 }
 
 
-async def _app(scope: object, receive: object, send: object) -> None:
-    await send({"type": "http.response.start", "status": 200, "headers": []})  # type: ignore[operator]
-    await send({"type": "http.response.body", "body": b"ok"})  # type: ignore[operator]
+async def _app(scope: Any, receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send(
+        {"type": "http.response.body", "body": b"ok, " + scope[ADMIN].name.encode() if ADMIN in scope else b"ok"}
+    )
 
 
 def ask(
-    method: str = "GET", *, tokens: bool = False, hosts: tuple[str, ...] | None = ("relay", "[::1]"), **headers: str
+    method: str = "GET",
+    *,
+    path: str = "/",
+    remote: bool = False,
+    hosts: tuple[str, ...] | None = ("relay", "[::1]"),
+    **headers: str,
 ) -> int:
     """The status of the answer to a request with these headers; every answer binds the browser."""
+    return ask_whole(method, path, remote, hosts, headers)[0]
+
+
+def ask_whole(
+    method: str, path: str, remote: bool, hosts: tuple[str, ...] | None, headers: dict[str, str]
+) -> tuple[int, str]:
+    """The same, with the sentence."""
     said: list[dict[str, object]] = []
 
     async def send(message: dict[str, object]) -> None:
         said.append(message)
 
-    guard = Guard(_app, hosts, (lambda: [TOKEN, OTHER]) if tokens else None)
-    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
-    scope = {"type": "http", "method": method, "headers": raw}
+    guard = Guard(_app, hosts, lambda: [TOKEN, OTHER, ADMIN_TOKEN], remote=remote)
+    raw = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+    scope = {"type": "http", "method": method, "path": path, "headers": raw}
     asyncio.run(guard(scope, None, send))  # type: ignore[arg-type]
     assert set(HEADERS) <= set(said[0]["headers"])  # type: ignore[call-overload]
     status = said[0]["status"]
     assert isinstance(status, int)
-    assert said[1]["body"] == SAID[status].encode() + b"\n" * (status != 200)
-    return status
+    body = said[1]["body"]
+    assert isinstance(body, bytes)
+    sentence = body.decode().rstrip("\n")
+    assert sentence in SAID[status]
+    return status, sentence
 
 
 @pytest.mark.parametrize(
@@ -75,7 +103,8 @@ def test_a_page_of_another_site_is_refused(origin: str, status: int) -> None:
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "PATCH"])
 def test_nothing_can_be_changed(method: str) -> None:
-    """Only what reads is answered."""
+    """Only what reads is answered, whatever token is shown; what changes something is below a path of its own."""
+    assert ask(method, host="relay", origin="http://relay", authorization=f"Bearer {ADMIN_SECRET}") == 405
     assert ask(method, host="relay") == 405
     assert ask("HEAD", host="relay") == 200
 
@@ -86,9 +115,9 @@ def test_a_token_is_needed_beyond_this_host() -> None:
     def basic(password: str) -> str:
         return "Basic " + base64.b64encode(f"me:{password}".encode()).decode()
 
-    assert ask(host="relay", tokens=True) == 401
+    assert ask(host="relay", remote=True) == 401
     for right in (basic(SECRET), f"Bearer {SECRET}", f"bearer {SECRET}"):
-        assert ask(host="relay", tokens=True, authorization=right) == 200
+        assert ask(host="relay", remote=True, authorization=right) == 200
     for wrong in (
         basic("y"),
         "Bearer y",
@@ -97,4 +126,50 @@ def test_a_token_is_needed_beyond_this_host() -> None:
         "Digest x",
         "Basic " + base64.b64encode(b"no colon").decode(),
     ):
-        assert ask(host="relay", tokens=True, authorization=wrong) == 401
+        assert ask(host="relay", remote=True, authorization=wrong) == 401
+
+
+RIGHT = {
+    "host": "relay:8080",
+    "origin": "http://relay:8080",
+    "content-type": "application/json",
+    "authorization": f"Bearer {ADMIN_SECRET}",
+}
+
+
+@pytest.mark.parametrize("remote", [False, True])
+@pytest.mark.parametrize(
+    ("method", "changes", "status", "sentence"),
+    [
+        ("POST", {}, 200, "ok, boss"),
+        ("POST", {"authorization": "Basic " + base64.b64encode(f"x:{ADMIN_SECRET}".encode()).decode()}, 200, ""),
+        ("GET", {}, 405, "this changes something; use POST"),
+        ("HEAD", {}, 405, "this changes something"),
+        ("PUT", {}, 405, "this changes something"),
+        ("OPTIONS", {}, 405, "this changes something"),
+        ("POST", {"host": "evil.example", "origin": "http://evil.example"}, 421, "does not know the host name"),
+        ("POST", {"origin": "http://evil.example"}, 403, "a page of another site"),
+        ("POST", {"origin": "null"}, 403, "a page of another site"),
+        ("POST", {"origin": None}, 403, "only the console's own page"),
+        ("POST", {"content-type": "text/plain"}, 415, "the request must be application/json"),
+        ("POST", {"content-type": None}, 415, "the request must be application/json"),
+        ("POST", {"authorization": None}, 401, "a"),
+        ("POST", {"authorization": "Bearer unknown"}, 401, "a"),
+        ("POST", {"authorization": f"Bearer {SECRET}"}, 403, "'noc' lacks scope admin"),
+    ],
+)
+def test_only_an_admin_changes_something(
+    method: str, changes: dict[str, str | None], status: int, sentence: str, remote: bool
+) -> None:
+    """A change is asked for by POST, by our page, as JSON, with a token of scope admin, on this host too."""
+    headers = {name: value for name, value in {**RIGHT, **changes}.items() if value is not None}
+    found = ask_whole(method, f"{CHANGES}remove", remote, ("relay",), headers)
+    assert found[0] == status
+    assert sentence in found[1]
+
+
+def test_who_may_change_something_is_told_to_the_page() -> None:
+    """A request that only shows has the admin's name with it where the token is an admin's, and else nobody's."""
+    for secret, sentence in ((ADMIN_SECRET, "ok, boss"), (SECRET, "ok"), ("unknown", "ok")):
+        headers = {"host": "relay", "authorization": f"Bearer {secret}"}
+        assert ask_whole("GET", "/api/rights", False, ("relay",), headers) == (200, sentence)

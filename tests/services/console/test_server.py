@@ -1,5 +1,6 @@
 """The console as a process: what it costs nobody, and how it ends."""
 
+import asyncio
 import json
 import signal
 import socket
@@ -8,9 +9,14 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, cast
 
+from services.console.admin import Admin
+from services.console.guard import Holder
+from services.console.watch import Watch
+from shared.settings.model import Gateway, Settings
 from tests.certificates import Authority
 from tests.services.gateway.transport.test_tls import entry
 from tests.stack import PATIENT, Stack, ask_json, wait_until
@@ -19,15 +25,26 @@ PAGES = 50
 
 
 def fetch(path: str, at: str = "http://127.0.0.1:8080", **more: Any) -> tuple[int, str]:
-    """The status and the text of an answer; `more` are the headers of the request, and the TLS context."""
-    context = more.pop("context", None)
+    """The status and the text of an answer; `more` are the headers of the request, its body, and the TLS context."""
+    context, data = more.pop("context", None), more.pop("data", None)
     try:
         with urllib.request.urlopen(
-            urllib.request.Request(at + path, headers=more), timeout=60, context=context
+            urllib.request.Request(at + path, data, headers=more), timeout=60, context=context
         ) as answer:
             return int(answer.status), answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
+
+
+def change(what: str, body: object, secret: str = "secret boss") -> tuple[int, str]:
+    """The answer to our own page, when it asks for a change with this token."""
+    return fetch(
+        f"/api/admin/{what}",
+        data=json.dumps(body).encode(),
+        Origin="http://127.0.0.1:8080",
+        Authorization=f"Bearer {secret}",
+        **{"Content-Type": "application/json"},
+    )
 
 
 def status_of(path: str) -> int:
@@ -159,3 +176,82 @@ def test_a_listener_beyond_this_host_needs_tls(stack: Stack) -> None:
     running = stack.start("console", ready=False)
     assert running.process.wait(60) == 78
     assert "is not loopback; use tls://" in running.text
+
+
+CHANGED = """
+[[stream]]
+name = "messages"
+listen = ["udp://127.0.0.1:6667"]
+[[stream]]
+name = "other"
+listen = ["tcp://127.0.0.1:6668"]
+[[collector]]
+name = "fixed"
+address = "127.0.0.1"
+port = 9515
+streams = ["messages"]
+"""
+
+
+def test_an_admin_removes_a_collector_and_sends_a_probe(stack: Stack) -> None:
+    """With a token of scope admin a collector is removed, and a probe comes back; each refusal is a sentence.
+
+    A probe under way does not keep the console from ending.
+    """
+    stack.configure(PATIENT + CHANGED + entry("boss", "admin") + entry("noc", "list"))
+    stack.start_all()
+    console = stack.start("console")
+    siem = ask_json({"op": "register", "name": "siem", "streams": ["messages"], "port": 9514})["client"]
+
+    assert fetch("/api/rights") == (200, '{"admin":false}')
+    assert fetch("/api/rights", Authorization="Bearer secret noc") == (200, '{"admin":false}')
+    assert fetch("/api/rights", Authorization="Bearer secret boss") == (200, '{"admin":true}')
+    wanted = {"name": "siem", "generation": siem["generation"]}
+    assert change("remove", wanted, "secret noc")[0] == 403
+    assert change("nothing", {})[0] == 404
+    bodies: tuple[object, ...] = ({}, [], {**wanted, "more": 1}, {**wanted, "name": "n" * 5000})
+    for body in bodies:
+        assert change("remove", body) == (400, "expected a JSON object with the fields name and generation")
+    assert change("probe", {}) == (400, "expected a JSON object with the field stream")
+    assert change("remove", {**wanted, "generation": siem["generation"] + 1})[0] == 409
+    assert "siem" in ask_json({"op": "list"})["clients"]
+
+    assert change("remove", wanted) == (200, "siem has been removed")
+    assert list(ask_json({"op": "list"})["clients"]) == ["fixed"]
+    fixed = ask_json({"op": "list"})["clients"]["fixed"]
+    status, sentence = change("remove", {"name": "fixed", "generation": fixed["generation"]})
+    assert (status, "change it there" in sentence) == (409, True)
+
+    assert change("probe", {"stream": "gone"}) == (404, "no stream 'gone' in the settings of this host")
+    assert "no udp:// listener" in change("probe", {"stream": "other"})[1]
+    with ThreadPoolExecutor() as threads:
+        both = sorted(threads.map(lambda _: change("probe", {"stream": "messages"}), range(2)))
+    assert [status for status, _ in both] == [200, 409]
+    assert both[0][1].startswith("ok: sent from 127.")
+    assert both[1][1] == "another probe is under way; wait some seconds"
+    assert list(ask_json({"op": "list"})["clients"]) == ["fixed"]
+    assert [line["by"] for line in console.events("client removed by an admin")] == ["boss"]
+    assert {line["stream"] for line in console.events("probe sent by an admin")} == {"messages", "other"}
+
+    stack["gateway"].stop()
+    status, sentence = change("remove", wanted)
+    assert (status, "no gateway at tcp://127.0.0.1:5000" in sentence) == (503, True)
+
+    stack.start("gateway")
+    probes = len(console.events("probe sent by an admin"))
+    with ThreadPoolExecutor() as threads:
+        threads.submit(change, "probe", {"stream": "messages"})
+        wait_until(lambda: len(console.events("probe sent by an admin")) > probes, "a probe is under way")
+        began = time.monotonic()
+        assert console.stop() == 0
+        assert time.monotonic() - began < 4, "it does not wait for the probe"
+
+
+def test_a_gateway_on_this_host_is_needed() -> None:
+    """A gateway that listens by tls:// alone is not asked, since the console could not know its certificate."""
+    gateway = Gateway(listen=("tls://0.0.0.0:5001",), certificate="gateway.pem", key="gateway.key")
+    admin = Admin(cast(Watch, None), Settings(gateway=gateway))
+    assert asyncio.run(admin.remove(Holder("boss", "secret boss"), "siem", 1)) == (
+        503,
+        "the console asks the gateway on this host only; add tcp://127.0.0.1:5000 to [gateway] listen",
+    )

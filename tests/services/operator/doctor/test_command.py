@@ -89,7 +89,7 @@ def test_a_stack_that_runs(open_stack: OpenStack) -> None:
     assert told["probe_original"] == f"sent from {sent_from} to 127.0.0.1 port 6667, its copy came from {sent_from}"
     assert told["probe_relay"].endswith("its copy came from 127.0.0.1")
     said = finish(collect)[1]
-    assert said.count("fanwire doctor: a probe of stream messages, to be ignored by others") == 2
+    assert said.count("fanwire: a probe of stream messages, to be ignored by others") == 2
     assert json.loads(run(open_stack, "clients", "--json")[1]) == {}
 
 

@@ -4,9 +4,9 @@ from contextlib import ExitStack
 import msgspec
 import pytest
 
-from services.operator.client.registry_client import Entry
 from services.operator.doctor.copies import check_copies
-from services.operator.doctor.finding import Finding
+from shared.monitoring.finding import Finding
+from shared.process.registry_client import Entry
 from tests.network import End, Host, veth
 from tests.refusing import refused
 from tests.services.operator.played import run

@@ -3,7 +3,6 @@ from typing import Any
 
 import pytest
 
-from services.operator.doctor.finding import Finding
 from services.operator.doctor.host import (
     BACKLOG_NAME,
     BUDGET_NAME,
@@ -13,6 +12,7 @@ from services.operator.doctor.host import (
     Softnet,
     check_host,
 )
+from shared.monitoring.finding import Finding
 from shared.settings.model import Settings, Stream
 
 ASKED = Settings().streams[0].receive_buffer

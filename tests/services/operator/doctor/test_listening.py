@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from services.operator.doctor.finding import Finding
 from services.operator.doctor.listening import ListeningFacts, PathSeen, check_listening
 from shared.ledger import Accounts
+from shared.monitoring.finding import Finding
 from shared.settings.model import Settings, Stream
 from tests.network import End, Host, veth
 from tests.refusing import refused

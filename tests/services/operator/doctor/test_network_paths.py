@@ -2,8 +2,6 @@ from typing import Any
 
 import pytest
 
-from services.operator.client.registry_client import Entry
-from services.operator.doctor.finding import Finding
 from services.operator.doctor.network_paths import (
     NUD_FAILED,
     NUD_INCOMPLETE,
@@ -11,7 +9,9 @@ from services.operator.doctor.network_paths import (
     NetworkPath,
     check_network_paths,
 )
+from shared.monitoring.finding import Finding
 from shared.net.queues import Queue
+from shared.process.registry_client import Entry
 from shared.settings.model import Transmitter
 
 STALE, REACHABLE = 0x04, 0x02

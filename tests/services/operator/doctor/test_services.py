@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from services.operator.client.registry_client import Entry
-from services.operator.doctor.finding import Finding, some
 from services.operator.doctor.services import RawSocketFacts, ServiceFacts, check_services, why_not_raw
 from shared.ledger import Accounts
+from shared.monitoring.finding import Finding, some
+from shared.process.registry_client import Entry
 from shared.settings.model import Settings
 
 RAW: Accounts = {"transmitter": {"raw_sockets": 24}}

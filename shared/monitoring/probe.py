@@ -15,14 +15,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import Final
 
-from services.operator.client.registry_client import Entry, RegistryClient
-from services.operator.doctor.finding import Finding, error, ok, warning
 from shared.client import Source
 from shared.datagrams.limits import MAX_DATAGRAM
 from shared.ledger import DROPPED, EXPECTED, MISSED, PUBLISHED, RECEIVED, SENT, Accounts, dropped
+from shared.monitoring.finding import Finding, error, ok, warning
 from shared.net.addresses import resolve
 from shared.net.multicast import is_multicast
 from shared.process.lifecycle import OperatorError
+from shared.process.registry_client import Entry, RegistryClient
 from shared.settings.model import Stream
 
 Ledger = Mapping[str, Accounts]
@@ -57,8 +57,8 @@ def probe(
             "try another by --probe",
             subject,
         )
-    nonce, collector = secrets.token_hex(8), f"doctor-{os.getpid()}"
-    payload = f"fanwire doctor: a probe of stream {stream.name}, to be ignored by others; {nonce}".encode()
+    nonce, collector = secrets.token_hex(8), f"probe-{os.getpid()}"
+    payload = f"fanwire: a probe of stream {stream.name}, to be ignored by others; {nonce}".encode()
     try:
         with ExitStack() as closing:
             exporter = closing.enter_context(_bind(_claimed(target[0])))

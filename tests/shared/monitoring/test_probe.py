@@ -1,8 +1,8 @@
 import pytest
 
-from services.operator.client.registry_client import RegistryClient
-from services.operator.doctor.probe import probe, where_lost
 from shared.ledger import Accounts
+from shared.monitoring.probe import probe, where_lost
+from shared.process.registry_client import RegistryClient
 from shared.settings.model import Stream
 
 BEFORE: dict[str, Accounts] = {"ingest.1": {"stream/s": {"received": 5, "published": 5}}}

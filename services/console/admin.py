@@ -1,0 +1,124 @@
+"""Changes that an admin asks for on the page. They go to the gateway with the admin's token, which decides on them.
+
+What waits for an answer does so in a thread of its own, which does not keep the console from ending.
+"""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Final, TypeVar
+
+from services.console.guard import Holder
+from services.console.watch import Watch
+from shared.bus.status import INTERVAL_SECONDS
+from shared.client import Source
+from shared.log import PROBED_BY_ADMIN, REMOVED_BY_ADMIN, get_logger
+from shared.monitoring.balance import ORIGINAL_SENDERS
+from shared.monitoring.finding import Finding
+from shared.monitoring.probe import Ledger, probe
+from shared.process.lifecycle import UNAVAILABLE, OperatorError
+from shared.process.registry_client import Access, RefusedError, RegistryClient
+from shared.settings.model import Settings, Stream
+
+ANSWER_SECONDS: Final = 5.0
+REPORTED_SECONDS: Final = INTERVAL_SECONDS + 0.3
+"""Within which every service has reported anew, and the watch has noticed."""
+MAX_NAME_SHOWN: Final = 100
+
+Said = tuple[int, str]
+"""The status of an answer, and its sentence."""
+T = TypeVar("T")
+
+log = get_logger()
+
+
+class Admin:
+    """Removes clients and sends probes; every answer is a sentence."""
+
+    def __init__(self, watch: Watch, settings: Settings) -> None:
+        self.settings = settings
+        self._watch = watch
+        self._probing = False
+
+    async def remove(self, holder: Holder, name: str, generation: int) -> Said:
+        """Remove a client, unless it has signed up anew since it was seen."""
+
+        def leave() -> None:
+            with self._open_registry(holder) as registry:
+                registry.ask("leave", name=name, generation=generation)
+
+        try:
+            await _in_thread(leave)
+        except RefusedError as refused:
+            return 409, str(refused)
+        except OperatorError as error:
+            return 503, str(error)
+        log.info(REMOVED_BY_ADMIN, client=name, by=holder.name)
+        return 200, f"{name} has been removed"
+
+    async def probe(self, holder: Holder, name: str) -> Said:
+        """Send a probe to a stream, for copies with each source that this host can send; say how it went."""
+        stream = next((each for each in self.settings.streams if each.name == name), None)
+        if stream is None:
+            return 404, f"no stream {name[:MAX_NAME_SHOWN]!r} in the settings of this host"
+        if self._probing:
+            return 409, "another probe is under way; wait some seconds"
+        log.info(PROBED_BY_ADMIN, stream=name, by=holder.name)
+        self._probing = True
+        try:
+            found = [await _in_thread(self._probe_of(holder, stream, source)) for source in self._sources()]
+        finally:
+            self._probing = False
+        return 200, "\n".join(f"{each.level}: {each.why}" + (f"; {each.cure}" if each.cure else "") for each in found)
+
+    def _sources(self) -> tuple[Source, ...]:
+        accounts = [each.account for each in self._watch.current().services if each.name.startswith("gateway.")]
+        return ("relay", "original") if any(each.get(ORIGINAL_SENDERS) for each in accounts) else ("relay",)
+
+    def _probe_of(self, holder: Holder, stream: Stream, source: Source) -> Callable[[], Finding]:
+        takers = [each for each in self._watch.observer.clients.values() if each.wants(stream.name)]
+        neighbours = list(dict.fromkeys(each.address for each in takers))
+
+        def read_ledger() -> Ledger:
+            time.sleep(REPORTED_SECONDS)
+            return self._watch.observer.accounts
+
+        return lambda: probe(lambda: self._open_registry(holder), stream, source, read_ledger, neighbours)
+
+    def _open_registry(self, holder: Holder) -> RegistryClient:
+        endpoint = next((each for each in self.settings.gateway.endpoints if each.scheme != "tls"), None)
+        if endpoint is None:
+            raise OperatorError(
+                UNAVAILABLE,
+                "the console asks the gateway on this host only; add tcp://127.0.0.1:5000 to [gateway] listen",
+            )
+        patience = ANSWER_SECONDS + self.settings.gateway.serve_seconds
+        return RegistryClient(Access(endpoint, token=holder.secret), patience)
+
+
+async def _in_thread(work: Callable[[], T]) -> T:
+    """Return the result of work that waits. asyncio's own threads would have to end before the console could."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
+
+    def settle(result: T | None, error: BaseException | None) -> None:
+        if done.cancelled():
+            return
+        if error is not None:
+            done.set_exception(error)
+        else:
+            done.set_result(result)  # type: ignore[arg-type]
+
+    def run() -> None:
+        result, error = None, None
+        try:
+            result = work()
+        except Exception as raised:
+            error = raised
+        with suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(settle, result, error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return await done
