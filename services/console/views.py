@@ -60,6 +60,7 @@ def show(picture: Picture, history: History, wish: Wish, clock: float, *, whole:
         "at": round(picture.at + clock, 2),
         "verdict": {"level": picture.verdict.level, "reasons": picture.verdict.reasons},
         "balanced": picture.balanced,
+        "recent_seconds": round(picture.recent_seconds),
         "totals": {
             "received": _sum(each.rate for each in picture.streams),
             "bytes": _sum(each.byte_rate for each in picture.streams),

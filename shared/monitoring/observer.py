@@ -186,8 +186,11 @@ class Observer:
         collectors = tuple(self._collectors(accounts, now)) if self.version >= 0 else None
         services = tuple(self._services(now))
         found = tuple(self._losses(now))
-        verdict = judge(services, collectors, found, self._found)
-        return Picture(now, verdict, self._balanced, self._found, streams, collectors, exporters, services, found)
+        seconds = min(RECENT_SECONDS, max(0.0, now - self._began))
+        verdict = judge(services, collectors, found, self._found, seconds)
+        return Picture(
+            *(now, verdict, self._balanced, self._found, streams, collectors, exporters, services, found, seconds)
+        )
 
     def _forget(self, now: float) -> None:
         for name, told in list(self._told.items()):
@@ -274,7 +277,7 @@ class Observer:
                 recent = 0
             else:
                 past = self._past_of.setdefault(client.name, _Past())
-                past.note(now, count, began=0 if key in words else count)
+                past.note(now, count, began=0 if service in self._seen else count)
                 recent = past.recent(count)
             yield Collector(
                 client,

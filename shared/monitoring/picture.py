@@ -150,3 +150,5 @@ class Picture:
     """Those that sent most, up to a thousand a worker and stream; None: no worker tells yet."""
     services: tuple[Service, ...] = ()
     losses: tuple[RecentLoss, ...] = field(default=())
+    recent_seconds: float = RECENT_SECONDS
+    """Time that `recent` counts cover: less, where the observer has not been there for so long."""

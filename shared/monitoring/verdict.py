@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Final
 
 from shared.monitoring.balance import Balance
-from shared.monitoring.picture import Collector, Level, RecentLoss, Service, Verdict
+from shared.monitoring.picture import RECENT_SECONDS, Collector, Level, RecentLoss, Service, Verdict
 
 TROUBLES: Final[dict[str, Level]] = {
     "unreachable": "error",
@@ -21,8 +21,12 @@ def judge(
     collectors: Iterable[Collector] | None,
     losses: Iterable[RecentLoss],
     discrepancies: Sequence[str],
+    recent_seconds: float,
 ) -> Verdict:
-    """Return the verdict; `discrepancies` are those of the last comparison of all accounts."""
+    """Return the verdict; `discrepancies` are those of the last comparison of all accounts.
+
+    `recent_seconds` are what the losses' `recent` covers.
+    """
     services, collectors = list(services), list(collectors or ())
     if not services:
         return Verdict("unknown", ("no service has reported yet",), tuple(Balance().silent()))
@@ -42,9 +46,13 @@ def judge(
         places[loss.loss.place] += loss.recent
     if any(places.values()):
         lost = ", ".join(f"{count:,} ({place})" for place, count in places.items() if count)
-        reasons.append(("warning", f"lost in the last five minutes: {lost}"))
+        reasons.append(("warning", f"lost in the last {_lasting(recent_seconds)}: {lost}"))
     reasons.sort(key=lambda reason: reason[0] != "error")
     return Verdict(reasons[0][0] if reasons else "ok", tuple(text for _, text in reasons), tuple(missing))
+
+
+def _lasting(seconds: float) -> str:
+    return "five minutes" if seconds >= RECENT_SECONDS else f"{max(1.0, seconds):.0f} s"
 
 
 def _some(names: Sequence[str]) -> str:

@@ -93,20 +93,21 @@ function memory(node, row, cell) {
   say(node.lastChild, row.ceiling ? `${bytes(row.memory)} of ${bytes(row.ceiling)}` : bytes(row.memory));
 }
 
-function showTotals(totals, collectors, exporters) {
+function showTotals(totals, collectors, exporters, seconds) {
   const troubled = totals.troubled;
   const tiles = [
     ["received", rate(totals.received), ""],
     ["payload", totals.bytes === null ? UNKNOWN : `${bytes(totals.bytes)}/s`, ""],
     ["copies sent", rate(totals.sent), ""],
-    ["lost in 5 min", whole(totals.lost), totals.lost ? "bad" : ""],
+    [`lost in ${duration(seconds)}`, whole(totals.lost), totals.lost ? "bad" : ""],
     ["collectors", collectors ? (troubled ? `${whole(troubled)} of ${whole(collectors.all)} in trouble` : whole(collectors.all)) : UNKNOWN, troubled ? "bad" : ""],
     ["exporters", exporters ? (totals.untaken ? `${whole(exporters.all)}, ${whole(totals.untaken)} untaken` : whole(exporters.all)) : UNKNOWN, totals.untaken ? "warn" : ""],
   ];
   const list = find("totals");
   if (!list.firstChild) list.append(...tiles.map(([name]) => html("div", {}, html("dd"), html("dt", {}, name))));
-  tiles.forEach(([, text, tone], at) => {
+  tiles.forEach(([name, text, tone], at) => {
     const cell = list.children[at].firstChild;
+    say(list.children[at].lastChild, name);
     say(cell, text);
     cell.className = text === UNKNOWN ? "unknown" : tone;
   });
@@ -129,7 +130,7 @@ function show(view) {
   }
   document.title = view.verdict.level === "ok" ? "fanwire" : `${VERDICTS[view.verdict.level]} – fanwire`;
   say(find("version"), `version ${view.version}`);
-  showTotals(view.totals, view.collectors, view.exporters);
+  showTotals(view.totals, view.collectors, view.exporters, view.recent_seconds);
   for (const kind of ["collectors", "exporters", "streams"]) {
     const table = view[kind];
     const rows = kind === "streams" ? table : table && table.rows;

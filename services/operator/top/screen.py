@@ -9,7 +9,7 @@ from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.text import Text
 
-from services.operator.cli.numbers import counted
+from services.operator.cli.numbers import counted, lasting
 from services.operator.top.state import KEYS, State
 from services.operator.top.views import UNKNOWN, VIEWS, Column, Row, select, show_short
 from shared.monitoring.picture import Picture
@@ -54,7 +54,8 @@ def _sums(picture: Picture) -> Text:
     went = _sum([collector.rate for collector in picture.collectors or ()])
     lost = sum(loss.recent for loss in picture.losses)
     running = counted(sum(not service.silent for service in picture.services), "service")
-    return Text(f"{running}, {came} datagrams/s in, {went} copies/s out, {lost:,} lost in 5 min")
+    seen = lasting(picture.recent_seconds)
+    return Text(f"{running}, {came} datagrams/s in, {went} copies/s out, {lost:,} lost in {seen}")
 
 
 def _sum(rates: Sequence[float | None]) -> str:

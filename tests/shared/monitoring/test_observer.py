@@ -7,7 +7,7 @@ from shared.client import Client
 from shared.ledger import Accounts, unparse_origin
 from shared.losses import PLACES, kind_of
 from shared.monitoring.observer import FORGET_SECONDS, SILENT_SECONDS, Observer
-from shared.monitoring.picture import Collector, Picture
+from shared.monitoring.picture import RECENT_SECONDS, Collector, Picture
 from shared.net.addresses import pack_address
 from tests.builders import make_envelope
 
@@ -95,9 +95,25 @@ def test_rates_losses_and_health() -> None:
     }
     assert picture.verdict.level == "error"
     assert "refusing: siem" in picture.verdict.reasons
-    assert "lost in the last five minutes: 1 (way out), 6 (network)" in picture.verdict.reasons
+    assert "lost in the last 2 s: 1 (way out), 6 (network)" in picture.verdict.reasons
     (stream,) = picture.streams
     assert (stream.rate, stream.byte_rate, stream.workers[0].name) == (100.0, 10_000.0, "ingest.1")
+
+
+def test_a_row_and_the_losses_agree_on_what_is_recent() -> None:
+    """What is lost of a collector that signs up while all is watched is recent, in its row and by cause."""
+    told = Told()
+    told.tell("gateway.1", RegistrySnapshot(1, 0, 1, []))
+    told.everyone()
+    told.picture()
+    told.now += RECENT_SECONDS
+    told.tell("gateway.1", RegistrySnapshot(2, 0, 1, [SIEM]))
+    told.everyone(sent=80, refusals=73, expected=80, offered=80)
+    told.picture()
+    told.everyone(sent=100, refusals=90, expected=100, offered=100)
+    picture = told.picture()
+    assert [collector(picture).recent] == [each.recent for each in picture.losses] == [90]
+    assert "lost in the last five minutes: 90 (network)" in picture.verdict.reasons
 
 
 def test_a_service_that_goes_silent_and_comes_back() -> None:
