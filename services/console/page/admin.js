@@ -16,13 +16,13 @@ async function change(what, body) {
   }
 }
 
-/** A button that asks for a change, and the sentence that answers; `body()` is what to send, null: it was not meant. */
+/** A button that asks for a change, and the sentence that answers; `body()` is what to send, or a text: why nothing is. */
 export function changeButton(title, busy, what, body) {
   const button = html("button", { type: "button", class: "act" }, title);
   const answer = html("p", { class: "answer", role: "status" });
   button.addEventListener("click", async () => {
     const asked = body();
-    if (asked === null) return;
+    if (typeof asked === "string") return say(answer, asked);
     button.disabled = true;
     say(button, busy);
     say(answer, "");
@@ -47,11 +47,14 @@ export function adminForm(place, onChange) {
 
   async function look(quiet) {
     let right = false;
+    give.disabled = true; // one token at a time
     try {
       const found = await fetch("/api/rights", { headers: headers() });
       right = found.ok && (await found.json()).admin;
     } catch {
       return say(answer, quiet ? "" : "no answer: the connection is broken");
+    } finally {
+      give.disabled = false;
     }
     if (!right) token = null;
     allowed = right;

@@ -47,9 +47,10 @@ export class Detail {
     else if (kind === "collector")
       this.changes.replaceChildren(
         html("h2", {}, "Remove ", html("small", {}, "it gets no more copies until it signs up again")),
-        changeButton("Remove this collector", "Removing it …", "remove", () =>
-          this.row && confirm(`Remove the collector ${name}? It gets no more copies until it signs up again.`) ? { name, generation: this.row.generation } : null,
-        ),
+        changeButton("Remove this collector", "Removing it …", "remove", () => {
+          if (!this.row) return "it is not there now";
+          return confirm(`Remove the collector ${name}? It gets no more copies until it signs up again.`) ? { name, generation: this.row.generation } : "";
+        }),
       );
     else
       this.changes.replaceChildren(

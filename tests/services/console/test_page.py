@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.services.gateway.transport.test_tls import entry
 from tests.stack import PATIENCE_SECONDS, PATIENT, Stack, ask_json, wait_until
 
 CHROMIUM = shutil.which("chromium")
@@ -25,7 +26,7 @@ def test_the_page_beside_a_running_stack(stack: Stack) -> None:
 
     Names are text, nothing is wider than the window, and the console says nothing of an error.
     """
-    stack.configure(PATIENT)
+    stack.configure(PATIENT + entry("boss", "admin") + entry("noc", "list"))
     stack.start_all()
     stack.start("console")
     for name, port in (("siem", 9514), (HOSTILE, 9515)):
@@ -41,7 +42,9 @@ def test_the_page_beside_a_running_stack(stack: Stack) -> None:
         errors: list[str] = []
         page.on("console", lambda message: errors.extend([message.text] * (message.type == "error")))
         page.on("pageerror", lambda error: errors.append(str(error)))
-        page.on("dialog", lambda dialog: errors.append(f"a name became markup: {dialog}"))
+        page.on(
+            "dialog", lambda dialog: errors.extend([dialog.message] * ("Remove the collector" not in dialog.message))
+        )
         page.goto("http://127.0.0.1:8080/")
 
         def row(name: str) -> str:
@@ -67,11 +70,44 @@ def test_the_page_beside_a_running_stack(stack: Stack) -> None:
             return "auth.crit" in page.locator("#detail").inner_text()
 
         wait_until(shown, "a datagram is shown with its priority")
+        check_changes(page)
         stack["console"].stop()
         wait_until(lambda: "no connection" in page.locator("#link").inner_text(), "the page says that it is alone")
         errors = [error for error in errors if "ERR_" not in error]
         assert errors == []
         browser.close()
+
+
+def check_changes(page: Any) -> None:
+    """Buttons that change something are there for as long as a token with scope admin is; a collector is removed."""
+    remove = page.get_by_role("button", name="Remove this collector")
+    page.locator("#admin summary").click()
+    check_access(page)
+    for secret in ("wrong", "secret noc"):
+        page.get_by_label("Token with scope admin").fill(secret)
+        page.keyboard.press("Enter")
+        page.get_by_role("button", name="Give it", disabled=False).wait_for()
+        assert "This token is not known, or it lacks scope admin" in page.locator("#admin").inner_text()
+        assert remove.count() == 0
+    page.get_by_label("Token with scope admin").fill("secret boss")
+    page.keyboard.press("Enter")
+    page.goto("http://127.0.0.1:8080/#/stream/messages")
+    page.get_by_role("button", name="Send a probe").click()
+    wait_until(lambda: "ok: sent from 127." in page.locator("#detail").inner_text(), "the probe comes back")
+    check_access(page)
+    page.goto("http://127.0.0.1:8080/#/collector/siem")
+    wait_until(lambda: "9514" in page.locator("#detail").inner_text(), "its facts are there")
+    with page.expect_event("dialog") as asked:
+        page.once("dialog", lambda dialog: dialog.dismiss())
+        remove.click()
+    assert "Remove the collector siem?" in asked.value.message
+    assert "siem" in ask_json({"op": "list"})["clients"]
+    page.once("dialog", lambda dialog: dialog.accept())
+    remove.click()
+    wait_until(lambda: "siem has been removed" in page.locator("#detail").inner_text(), "it is removed")
+    assert list(ask_json({"op": "list"})["clients"]) == [HOSTILE]
+    page.get_by_role("button", name="Forget it").click()
+    wait_until(lambda: remove.count() == 0, "there are no buttons any more")
 
 
 def check_widths(page: Any) -> None:
@@ -81,6 +117,11 @@ def check_widths(page: Any) -> None:
             page.set_viewport_size({"width": width, "height": 900})
             page.emulate_media(color_scheme=scheme)
             assert page.evaluate("document.documentElement.scrollWidth") <= width
+    check_access(page)
+
+
+def check_access(page: Any) -> None:
+    """Axe finds nothing on the page as it is now, where axe is there."""
     if AXE:
         page.evaluate(Path(AXE).read_text())
         found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
