@@ -17,8 +17,8 @@ from shared.process.lifecycle import (
     OperatorError,
     Parser,
     configure_logging,
-    did_you_mean,
 )
+from shared.settings.explain import did_you_mean
 from shared.settings.file import load
 from shared.settings.model import SettingsError
 

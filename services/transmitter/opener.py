@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from services.transmitter.privileges import ACCOUNTS, KINDS, SO_LOCK_FILTER, Opened, outside_uid, relinquish, unparse
+from shared.settings.location import settings_file
 
 PROGRAM: Final = Path(__file__).resolve().with_name("__main__.py")
 NOT_PERMITTED: Final = 77
@@ -123,17 +124,17 @@ def _refuse(reason: str) -> int:
 def _read(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     """Return the options and settings that matter here; the transmitter will report any errors in them."""
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
-    parser.add_argument("--config")
+    parser.add_argument("--config", type=Path)
     parser.add_argument("--require-privilege", action="store_true")
     options = parser.parse_args([])
     with suppress(argparse.ArgumentError):
         options, _ = parser.parse_known_args(arguments)
-    options.config = options.config or os.environ.get("FANWIRE_CONFIG")
-    if not options.config or not Path(options.config).is_file():
+    options.config = settings_file(options.config)
+    if not options.config or not options.config.is_file():
         options.config = None  # no pipe either: what is read from it here would be missing from the settings
         return options, {}
     try:
-        return options, tomllib.loads(Path(options.config).read_text("utf-8"))
+        return options, tomllib.loads(options.config.read_text("utf-8"))
     except (OSError, ValueError, RecursionError):
         return options, {}
 
@@ -183,7 +184,7 @@ def _acting_as(user: User) -> Iterator[None]:
         os.setegid(group)
 
 
-def _check_readable(user: User, config: str | None) -> None:
+def _check_readable(user: User, config: Path | None) -> None:
     try:
         with _acting_as(user):
             for path in (sys.executable, os.__file__, str(PROGRAM), config or os.__file__):

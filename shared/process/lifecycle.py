@@ -16,7 +16,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -26,6 +26,7 @@ from shared.log import configure, get_logger
 from shared.net.printable import printable
 from shared.process.log_limit import LogLimit
 from shared.process.release import release
+from shared.settings.explain import did_you_mean
 from shared.settings.file import load, load_again
 from shared.settings.model import Bus, Settings, SettingsError
 
@@ -120,17 +121,6 @@ class _ShowVersion(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         print("fanwire", release())
         parser.exit()
-
-
-def did_you_mean(word: str, words: Iterable[str]) -> str:
-    """Return a question about the nearest of the words, to be put behind one that is none of them; often empty.
-
-    >>> did_you_mean("legder", ["clients", "ledger"]), did_you_mean("x", ["clients"])
-    (" (did you mean 'ledger'?)", '')
-    """
-    from difflib import get_close_matches  # for mistakes alone
-
-    return "".join(f" (did you mean {near!r}?)" for near in get_close_matches(word, list(words), 1))
 
 
 def service_parser(name: str, description: str) -> Parser:

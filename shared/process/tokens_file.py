@@ -10,7 +10,7 @@ import msgspec
 from msgspec import Struct, field
 
 from shared.process.lifecycle import BAD_SETTINGS, OperatorError
-from shared.settings.file import explain
+from shared.settings.explain import explain
 from shared.settings.model import Settings, Token
 
 MAX_TOKENS_FILE: Final = 16 * 1024 * 1024
@@ -26,13 +26,15 @@ def read_tokens(settings: Settings) -> tuple[Token, ...]:
     if not settings.gateway.tokens:
         return settings.tokens
     path = Path(os.path.expandvars(settings.gateway.tokens))
+    written = None
     try:
-        found = msgspec.convert(tomllib.loads(_read_private(path)), _TokensFile).tokens
+        written = tomllib.loads(_read_private(path))
+        found = msgspec.convert(written, _TokensFile).tokens
         settings.check_tokens(tokens := settings.tokens + found)
     except OSError as error:
         raise _unusable(path, f"{error.strerror}; name a file with lines that `fanwire token` prints") from None
     except msgspec.ValidationError as error:
-        raise _unusable(path, explain(str(error), _TokensFile)) from None
+        raise _unusable(path, explain(str(error), _TokensFile, written)) from None
     except (ValueError, RecursionError) as error:
         raise _unusable(path, str(error)) from None
     return tokens

@@ -4,25 +4,26 @@ The environment overrides every scalar of a section: `FANWIRE_GATEWAY__MAX_CLIEN
 """
 
 import os
-import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Final, get_args
 
 import msgspec
 from msgspec import Struct
 
+from shared.settings.explain import did_you_mean, explain, keys, with_choices
+from shared.settings.location import VARIABLE, settings_file
 from shared.settings.model import Settings, SettingsError
 
 MAX_DIRECTORY: Final = 107 - len("/pool.999999999")
 """Bytes that sun_path (unix(7)) leaves for the bus directory."""
-NOT_SETTINGS: Final = frozenset({"FANWIRE_CONFIG"})
+NOT_SETTINGS: Final = frozenset({VARIABLE})
 
 
 def load(path: Path | None, environment: Mapping[str, str] = os.environ) -> Settings:
-    """Read `path`, else the file that FANWIRE_CONFIG names, else the defaults; then the environment. SettingsError."""
-    path = _named_file(path, environment)
+    """Read the settings file, else the defaults; then the environment. SettingsError."""
+    path = settings_file(path, environment)
     where, found = "settings", {}
     if path is not None:
         where = str(path)
@@ -38,22 +39,18 @@ def load(path: Path | None, environment: Mapping[str, str] = os.environ) -> Sett
     try:
         settings = msgspec.convert(found, Settings)
     except msgspec.ValidationError as error:
-        raise SettingsError(f"{where}: {explain(str(error))}") from None
+        raise SettingsError(f"{where}: {explain(str(error), Settings, found)}") from None
     if len(os.fsencode(settings.bus.path)) > MAX_DIRECTORY:
-        raise SettingsError(f"{where}: bus.directory: expected at most {MAX_DIRECTORY} bytes, for socket paths in it")
+        raise SettingsError(f"{where}: [bus] directory: expected at most {MAX_DIRECTORY} bytes, for socket paths in it")
     return settings
 
 
 def load_again(path: Path | None, environment: Mapping[str, str] = os.environ) -> Settings:
     """Read the settings as `load` did before; SettingsError too when their source can be read only once."""
-    named = _named_file(path, environment)
+    named = settings_file(path, environment)
     if named is not None and named.exists() and not named.is_file():
         raise SettingsError(f"{named}: not a regular file, so it can't be read a second time; restart instead")
     return load(path, environment)
-
-
-def _named_file(path: Path | None, environment: Mapping[str, str]) -> Path | None:
-    return path or (Path(named) if (named := environment.get("FANWIRE_CONFIG")) else None)
 
 
 def differing(one: Struct, other: Struct, prefix: str = "") -> Iterator[str]:
@@ -108,7 +105,7 @@ def _toml(value: Any) -> str:
 def _override(found: dict[str, Any], variable: str, text: str) -> dict[str, Any]:
     """Return `found` with the scalar that an environment variable names set to its text, read as its type."""
     section, _, rest = variable.removeprefix("FANWIRE_").lower().partition("__")
-    sections = _fields(Settings)
+    sections = keys(Settings)
     if not rest and not section.startswith(tuple(sections)):
         return found  # another program's variable; a section with one underscore too few is a mistake
     if section not in sections or not rest:
@@ -119,54 +116,13 @@ def _override(found: dict[str, Any], variable: str, text: str) -> dict[str, Any]
     values = found.get(section, {})
     if not isinstance(values, dict):
         return found  # the file is wrong there, and is refused when it is converted
-    field_type = _fields(sections[section]).get(rest)
+    field_type = keys(sections[section]).get(rest)
     if field_type is None:
-        raise SettingsError(f"{variable}: not a setting; [{section}] has {_known(sections[section])}")
+        there = keys(sections[section])
+        raise SettingsError(f"{variable}: not a setting{did_you_mean(rest, there)}; [{section}] has {', '.join(there)}")
     try:
         value = msgspec.to_builtins(msgspec.convert(text, field_type, strict=False))
     except msgspec.ValidationError as error:
         cure = "; set it in the settings file" if "`array`" in str(error) else ""
-        raise SettingsError(f"{variable}: {_with_choices(str(error), field_type)}{cure}") from None
+        raise SettingsError(f"{variable}: {with_choices(str(error), field_type)}{cure}") from None
     return {**found, section: {**values, rest: value}}
-
-
-def _fields(struct: type[Struct]) -> dict[str, Any]:
-    """Return the keys of a section as they are written in the file, each with its type."""
-    hints = get_type_hints(struct, include_extras=True)
-    return {entry.encode_name: hints[entry.name] for entry in msgspec.structs.fields(struct)}
-
-
-def _known(struct: type[Struct]) -> str:
-    return ", ".join(_fields(struct))
-
-
-def explain(message: str, whole: type[Struct] = Settings) -> str:
-    """Turn msgspec's sentence about a file, declared by `whole`, into: key, expected value."""
-    reason, _, at = message.partition(" - at `$")
-    key = at.rstrip("`").removeprefix(".").replace("[...]", "")
-    declared: Any = whole
-    for part in re.sub(r"\[\d+\]", "", key).split(".") if key else ():
-        declared = _fields(_struct(declared) or whole).get(part, whole)  # a value may look like a path
-    if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", reason, re.DOTALL):
-        full = f"{key}.{unknown[1]}" if key else unknown[1]
-        return f"{full}: unknown key; expected one of {_known(_struct(declared) or whole)}"
-    reason = _with_choices(reason, declared)
-    return f"{key}: {reason}" if key else reason
-
-
-def _struct(declared: Any) -> type[Struct] | None:
-    """Return the struct that a type is, or that is the table of its list."""
-    types = (each for each in (declared, *get_args(declared)) if isinstance(each, type))
-    return next((each for each in types if issubclass(each, Struct)), None)
-
-
-def _with_choices(reason: str, declared: Any) -> str:
-    return f"{reason}; expected one of {', '.join(_choices(declared))}" if "enum" in reason.split("'")[0] else reason
-
-
-def _choices(declared: Any) -> Iterator[str]:
-    """Yield the texts that a type allows, where it allows no others."""
-    if get_origin(declared) is Literal:
-        yield from get_args(declared)
-    else:
-        yield from (choice for each in get_args(declared) for choice in _choices(each))

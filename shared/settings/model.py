@@ -1,7 +1,8 @@
 """Each setting, declared once: its type, its default, its constraints. `shared/settings/file` reads them."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Final, Literal, get_args
 
@@ -10,6 +11,7 @@ from msgspec import Meta, Struct, field
 from shared.client import ALL_STREAMS, WrittenTerms
 from shared.net.addresses import Endpoint, pack_address, pack_network, parse_endpoint
 from shared.net.printable import printable
+from shared.settings.explain import did_you_mean
 
 BUS_SCHEMES: Final = ("tcp",)
 STREAM_SCHEMES: Final = ("udp", "tcp", "unixgram")
@@ -97,11 +99,20 @@ class Bus(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return Path(f"/tmp/fanwire-{os.geteuid()}") if "$" in text else Path(text)
 
 
+def check_each(key: str, parse: Callable[[str], object], texts: Iterable[str]) -> None:
+    """Raise ValueError, with the key, when one of its texts can't be parsed."""
+    for text in texts:
+        try:
+            parse(text)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None
+
+
 def leave_room(key: str, most: int, memory: int) -> None:
     """Raise ValueError when a setting may take over half of the memory that a process has."""
     if most > memory // 2:
         raise ValueError(
-            f"{key} may take {most} bytes, over half of memory, {memory}; lower the one or raise the other"
+            f"{key}: may take {most} bytes, over half of memory, {memory}; lower the one or raise the other"
         )
 
 
@@ -160,10 +171,8 @@ class Gateway(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         leave_room("max_clients", self.max_clients * CLIENT_BYTES, self.memory)
-        for text in self.listen:
-            parse_endpoint(text, REGISTRY_SCHEMES)
-        for prefix in self.destinations:
-            pack_network(prefix)
+        check_each("listen", partial(parse_endpoint, schemes=REGISTRY_SCHEMES), self.listen)
+        check_each("destinations", pack_network, self.destinations)
 
     @property
     def endpoints(self) -> tuple[Endpoint, ...]:
@@ -192,8 +201,7 @@ class Stream(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     counted."""
 
     def __post_init__(self) -> None:
-        for text in self.listen:
-            parse_endpoint(text, STREAM_SCHEMES)
+        check_each("listen", partial(parse_endpoint, schemes=STREAM_SCHEMES), self.listen)
 
     @property
     def endpoints(self) -> tuple[Endpoint, ...]:
@@ -276,8 +284,8 @@ class Transmitter(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
     def __post_init__(self) -> None:
         leave_room("held_memory", self.held_memory, self.memory)
-        for prefix in (*self.destinations, *self.sources):
-            pack_network(prefix)
+        check_each("destinations", pack_network, self.destinations)
+        check_each("sources", pack_network, self.sources)
         for ethertype in self.ethertypes:
             parse_ethertype(ethertype)
 
@@ -298,8 +306,7 @@ class Console(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Bytes that the process may take; near it the past of exporters is forgotten."""
 
     def __post_init__(self) -> None:
-        for text in self.listen:
-            parse_endpoint(text, REGISTRY_SCHEMES)
+        check_each("listen", partial(parse_endpoint, schemes=REGISTRY_SCHEMES), self.listen)
 
     @property
     def endpoints(self) -> tuple[Endpoint, ...]:
@@ -316,9 +323,8 @@ class Collector(WrittenTerms, frozen=True, forbid_unknown_fields=True):
     port: Port
 
     def __post_init__(self) -> None:
-        pack_address(self.address)
-        for prefix in self.prefixes:
-            pack_network(prefix)
+        check_each("address", pack_address, [self.address])
+        check_each("from", pack_network, self.prefixes)
 
 
 class Token(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -338,9 +344,8 @@ class Token(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         if (self.hash is None) == (self.certificate is None):
-            raise ValueError(f"token {self.name!r}: expected either hash or certificate")
-        for prefix in self.destinations:
-            pack_network(prefix)
+            raise ValueError("expected either hash or certificate")
+        check_each("destinations", pack_network, self.destinations)
 
 
 DEFAULT_STREAM: Final = Stream(
@@ -397,19 +402,23 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
                 'exporter sends; set spread to "source" or "flow", or remove the protocol'
             )
         for collector in self.collectors:
-            if unknown := set(collector.streams) - {*names, ALL_STREAMS}:
-                raise ValueError(
-                    f"collector {collector.name!r}: there is no stream {unknown.pop()!r}; name a [[stream]]"
-                )
+            _check_streams(f'[[collector]] "{collector.name}"', collector.streams, names)
         self.check_tokens(self.tokens)
 
     def check_tokens(self, tokens: Sequence[Token]) -> None:
         """Raise ValueError unless these can be told apart, and name streams that exist."""
-        known = {ALL_STREAMS, *(stream.name for stream in self.streams)}
+        names = [stream.name for stream in self.streams]
         for key in ("name", "hash", "certificate"):
             values = [value for token in tokens if (value := getattr(token, key)) is not None]
             if twice := {value for value in values if values.count(value) > 1}:
                 raise ValueError(f"duplicate token {key} {twice.pop()!r}; give each its own")
         for token in tokens:
-            if unknown := set(token.streams) - known:
-                raise ValueError(f"token {token.name!r}: there is no stream {unknown.pop()!r}; name a [[stream]]")
+            _check_streams(f'[[token]] "{token.name}"', token.streams, names)
+
+
+def _check_streams(entry: str, wanted: Iterable[str], names: Sequence[str]) -> None:
+    """Raise ValueError, with the entry, when one of the streams that it names is not there."""
+    for name in wanted:
+        if name not in (*names, ALL_STREAMS):
+            nearest = did_you_mean(name, names)
+            raise ValueError(f"{entry} streams: there is no stream {name!r}{nearest}; name a [[stream]]")

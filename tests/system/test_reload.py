@@ -220,8 +220,8 @@ def test_bad_file_keeps_the_old_settings(stack: Stack) -> None:
     stack.start_all()
     for text, says in (
         ("[[stream]\n", "not TOML"),
-        ("[ingest]\ncolour = 1\n", "ingest.colour: unknown key"),
-        ('[[stream]]\nname = "a"\nlisten = 5\n', "stream[0].listen: Expected"),
+        ("[ingest]\ncolour = 1\n", "[ingest] colour: unknown key"),
+        ('[[stream]]\nname = "a"\nlisten = 5\n', '[[stream]] "a" listen: Expected'),
         (A + SIEM.replace('"b"', '"x"'), "there is no stream 'x'; name a [[stream]]"),
     ):
         stack.configure(text)

@@ -6,7 +6,8 @@ from typing import Final
 
 from services.operator.cli.arguments import Subparsers, add_command
 from shared.bus.curve_keys import ROLES, write_keys
-from shared.process.lifecycle import CANT_CREATE, OK, OperatorError, did_you_mean
+from shared.process.lifecycle import CANT_CREATE, OK, OperatorError
+from shared.settings.explain import did_you_mean
 from shared.settings.model import Settings
 
 DIRECTORY_MODE: Final = 0o755

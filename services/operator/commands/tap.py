@@ -25,7 +25,8 @@ from shared.datagrams.prefixes import Prefixes, halves_of
 from shared.datagrams.routing import Router
 from shared.fanout.registry_replica import RegistryReplica
 from shared.net.addresses import resolve
-from shared.process.lifecycle import FAILED, OK, UNAVAILABLE, USAGE, Lifecycle, OperatorError, did_you_mean
+from shared.process.lifecycle import FAILED, OK, UNAVAILABLE, USAGE, Lifecycle, OperatorError
+from shared.settings.explain import did_you_mean
 from shared.settings.model import Settings, Stream
 
 REGISTRY_SECONDS: Final = 3.0

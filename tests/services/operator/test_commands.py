@@ -1,12 +1,14 @@
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
 from services.operator.__main__ import COMMANDS, main, make_parser
 from services.operator.cli.output import Output, as_hex, as_payload, as_text
+from services.operator.commands import config
 from shared.settings.file import load, render
 from shared.settings.model import Settings
 from tests.services.operator.played import PlayedGateway, finish, run
@@ -148,7 +150,7 @@ def test_bad_settings_are_78(stack: Stack) -> None:
     stack.configure("[gateway]\nlissen = []\n")
     code, text = run(stack, "config")
     assert (code, len(text.splitlines())) == (78, 1)
-    assert "gateway.lissen" in text
+    assert "[gateway] lissen: unknown key (did you mean 'listen'?)" in text
 
 
 def test_config_prints_what_load_reads(stack: Stack, tmp_path: Path) -> None:
@@ -158,7 +160,20 @@ def test_config_prints_what_load_reads(stack: Stack, tmp_path: Path) -> None:
     again.write_text(text)
     assert code == 0
     assert load(again, {}) == load(tmp_path / "fanwire.toml", {}) != Settings()
-    assert render(load(again, {})) == text
+    source, _, rest = text.partition("\n")
+    assert (source, render(load(again, {}))) == (f"# read from {tmp_path}/fanwire.toml", rest)
+
+
+def test_config_says_where_settings_are_from(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`config` names the variables that count, and says so where there is no file."""
+    monkeypatch.setenv("FANWIRE_CONFIG", "")
+    assert config.run(Namespace(config=None), Settings()) == 0
+    monkeypatch.setenv("FANWIRE_BUS__POOL", "0")
+    assert config.run(Namespace(config=None), Settings()) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("#")]
+    assert said == ["# no settings file: the defaults", "# no settings file: the defaults", "# with FANWIRE_BUS__POOL"]
 
 
 def test_output_ends_at_its_count(tmp_path: Path) -> None:

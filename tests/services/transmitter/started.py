@@ -92,6 +92,9 @@ class Started:
         shutil.copy(CHECKOUT / "services/__init__.py", package.parent)
         for module in MODULES:
             shutil.copy(CHECKOUT / f"services/transmitter/{module}.py", package)
+        for module in ("shared/__init__", "shared/settings/__init__", "shared/settings/location"):
+            (directory / module).parent.mkdir(exist_ok=True)
+            shutil.copy(CHECKOUT / f"{module}.py", (directory / module).parent)
         (package / "unprivileged.py").write_text(STAND_IN)
 
     def run(

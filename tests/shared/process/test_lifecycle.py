@@ -156,7 +156,7 @@ def test_bad_settings_exit_78(stack: Stack) -> None:
     stack.configure("[ingest]\nfill_ms = true\n")
     code, text = ended(stack)
     assert code == 78
-    assert text.startswith(f"{stack.directory}/fanwire.toml: ingest.fill_ms: Expected `float`")
+    assert text.startswith(f"{stack.directory}/fanwire.toml: [ingest] fill_ms: Expected `float`")
     assert len(text.splitlines()) == 1
 
 

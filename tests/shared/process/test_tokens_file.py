@@ -72,7 +72,10 @@ def test_file_of_another_user(file: Path, monkeypatch: pytest.MonkeyPatch) -> No
         ("[[token", "tokens.toml: "),
         ("\xff", "tokens.toml: "),
         ("[bus]\n", "bus: unknown key; expected one of token"),
-        (ENTRY.replace("list", "read"), "token[0].scopes[0]: Invalid enum value 'read'; expected one of list, collect"),
+        (
+            ENTRY.replace("list", "read"),
+            "[[token]] \"siem\" scopes: Invalid enum value 'read'; expected one of list, collect",
+        ),
         (ENTRY.replace(HASH, "secret"), "Expected `str` matching regex"),
         (ENTRY.replace("hash", "# "), "expected either hash or certificate"),
         (ENTRY + 'certificate = "siem"\n', "expected either hash or certificate"),

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from shared.settings import location
 from shared.settings.file import load, render
 from shared.settings.model import Bus, Collector, Settings, SettingsError, Stream
 
@@ -98,6 +99,24 @@ def test_file_named_by_the_environment_is_read(tmp_path: Path) -> None:
     assert load(given_path, environment).bus.high_water_mark == 2
 
 
+def test_installed_program_finds_a_file_that_nobody_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """/etc goes before the user's own directory, a named file before both; a checkout looks for none."""
+    system, own = tmp_path / "etc" / "fanwire.toml", tmp_path / "home" / "fanwire" / "fanwire.toml"
+    monkeypatch.setattr(location, "SYSTEM", system)
+    environment = {"XDG_CONFIG_HOME": str(tmp_path / "home")}
+    assert location.settings_file(None, environment, look=True) is None
+    for path in (own, system):
+        path.parent.mkdir(parents=True)
+        path.touch()
+        assert location.settings_file(None, environment, look=True) == path
+    assert location.settings_file(own, environment, look=True) == own
+    named = environment | {"FANWIRE_CONFIG": str(own)}
+    assert location.settings_file(None, named, look=True) == own
+    assert location.settings_file(None, environment | {"FANWIRE_CONFIG": ""}, look=True) is None
+    assert location.IS_CHECKOUT
+    assert location.settings_file(None, environment) is None
+
+
 def test_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     """A file that is missing, or a directory, is named with the reason."""
     for path, reason in ((tmp_path / "missing.toml", "No such file"), (tmp_path, "Is a directory")):
@@ -111,56 +130,64 @@ def test_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
         ("[bus\n", "not TOML: "),
         ("a = " + "[" * 100_000, "not TOML: "),
         ("a = " + "9" * 5000, "not TOML: "),
-        ("[bus]\ncolour = 1\n", "bus.colour: unknown key; expected one of directory, high_water_mark"),
+        ("[bus]\ncolour = 1\n", "[bus] colour: unknown key; expected one of directory, high_water_mark"),
         (
             "[busses]\n",
-            "busses: unknown key; expected one of bus, broker, gateway, ingest, forwarder, transmitter, console, ",
+            "busses: unknown key (did you mean 'bus'?); expected one of bus, broker, gateway, ingest, ",
         ),
-        (STREAM + "port = 1\n", "stream[0].port: unknown key; expected one of name, listen, reply"),
-        (COLLECTOR + "prefixes = []\n", "collector[0].prefixes: unknown key; expected one of"),
+        (STREAM + "port = 1\n", '[[stream]] "a" port: unknown key; expected one of name, listen, reply'),
+        (COLLECTOR + "prefixes = []\n", '[[collector]] "a" prefixes: unknown key; expected one of'),
         ('[bus]\n"a\\nb" = 1\n', "unknown key; expected one of directory, high_water_mark"),
-        ('[bus]\nhigh_water_mark = "many"\n', "bus.high_water_mark: Expected `int`, got `str`"),
-        ("[bus]\nhigh_water_mark = true\n", "bus.high_water_mark: Expected `int`, got `bool`"),
-        ("[bus]\nhigh_water_mark = 1.5\n", "bus.high_water_mark: Expected `int`, got `float`"),
-        ("[bus]\nhigh_water_mark = 0\n", "bus.high_water_mark: Expected `int` >= 1"),
-        ("[bus]\nhigh_water_mark = 1e400\n", "bus.high_water_mark: Expected `int`"),
-        (f"[bus]\nhigh_water_mark = {2**70}\n", "bus.high_water_mark: "),
-        ("[ingest]\ntcp_idle_seconds = nan\n", "ingest.tcp_idle_seconds: Expected `float`"),
-        ("[ingest]\ntcp_idle_seconds = inf\n", "ingest.tcp_idle_seconds: Expected `float` <= 86400"),
-        ("[ingest]\nfill_ms = 200\n", "ingest.fill_ms: Expected `float` <= 100.0"),
-        ("[gateway]\nlisten = [1]\n", "gateway.listen[0]: Expected `str`, got `int`"),
-        ("[gateway]\nlease_seconds = 1979-05-27\n", "gateway.lease_seconds: Expected `float`"),
-        ("[gateway]\nserve_seconds = 1\nlisten = 'tcp://localhost:1'\n", "gateway.listen: Expected `array`, got `str`"),
-        ("[gateway]\nlisten = ['udp://localhost:1']\n", "gateway: 'udp://localhost:1' does not begin with tcp://"),
+        ('[bus]\nhigh_water_mark = "many"\n', "[bus] high_water_mark: Expected `int`, got `str`"),
+        ("[bus]\nhigh_water_mark = true\n", "[bus] high_water_mark: Expected `int`, got `bool`"),
+        ("[bus]\nhigh_water_mark = 1.5\n", "[bus] high_water_mark: Expected `int`, got `float`"),
+        ("[bus]\nhigh_water_mark = 0\n", "[bus] high_water_mark: Expected `int` >= 1"),
+        ("[bus]\nhigh_water_mark = 1e400\n", "[bus] high_water_mark: Expected `int`"),
+        (f"[bus]\nhigh_water_mark = {2**70}\n", "[bus] high_water_mark: "),
+        ("[ingest]\ntcp_idle_seconds = nan\n", "[ingest] tcp_idle_seconds: Expected `float`"),
+        ("[ingest]\ntcp_idle_seconds = inf\n", "[ingest] tcp_idle_seconds: Expected `float` <= 86400"),
+        ("[ingest]\nfill_ms = 200\n", "[ingest] fill_ms: Expected `float` <= 100.0"),
+        ("[gateway]\nlisten = [1]\n", "[gateway] listen: Expected `str`, got `int`"),
+        ("[gateway]\nlease_seconds = 1979-05-27\n", "[gateway] lease_seconds: Expected `float`"),
+        ("[gateway]\nserve_seconds = 1\nlisten = 'tcp://localhost:1'\n", "[gateway] listen: Expected `array`"),
+        (
+            "[gateway]\nlisten = ['udp://localhost:1']\n",
+            "[gateway] listen: 'udp://localhost:1' does not begin with tcp://",
+        ),
         ("[gateway]\nlisten = ['tcp://localhost:0']\n", "expected tcp://HOST:PORT with a port from 1 to 65535"),
-        ("bus = 3\n", "bus: Expected `object`, got `int`"),
-        ("stream = 3\n", "stream: Expected `array`, got `int`"),
-        ('[[stream]]\nname = "a"\nlisten = []\n', "stream[0].listen: Expected `array` of length >= 1"),
-        ('[[stream]]\nname = "a"\n', "stream[0]: Object missing required field `listen`"),
-        (STREAM.replace('"a"', '"a/b"'), "stream[0].name: Expected `str` matching regex"),
-        (STREAM + 'reply = "' + "x" * 1025 + '"\n', "stream[0].reply: Expected `str` of length <= 1024"),
+        ("bus = 3\n", "[bus]: Expected `object`, got `int`"),
+        ("[stream]\nname = 'a'\n", "; write [[stream]], as there may be several, not [stream]"),
+        ("[[bus]]\n", "[bus]: Expected `object`, got `array`; write [bus], as there is only one, not [[bus]]"),
+        (COLLECTOR.replace("streams", "stream"), "\"a\" stream: unknown key (did you mean 'streams'?)"),
+        (COLLECTOR.replace("messages", "mesages"), "no stream 'mesages' (did you mean 'messages'?)"),
+        ("[[stream]]\nlisten = ['udp://localhost:1']\n", "[[stream]] number 1: Object missing required field `name`"),
+        ("stream = 3\n", "[[stream]]: Expected `array`, got `int`"),
+        ('[[stream]]\nname = "a"\nlisten = []\n', '[[stream]] "a" listen: Expected `array` of length >= 1'),
+        ('[[stream]]\nname = "a"\n', '[[stream]] "a": Object missing required field `listen`'),
+        (STREAM.replace('"a"', '"a/b"'), '[[stream]] "a/b" name: Expected `str` matching regex'),
+        (STREAM + 'reply = "' + "x" * 1025 + '"\n', '[[stream]] "a" reply: Expected `str` of length <= 1024'),
         (STREAM + STREAM, "duplicate stream name 'a'"),
-        (STREAM.replace(":1", ""), "stream[0]: 'udp://localhost': expected udp://HOST:PORT"),
-        (STREAM + 'protocol = "netflow9"\n', "'netflow9'; expected one of netflow, ipfix, sflow"),
+        (STREAM.replace(":1", ""), "listen: 'udp://localhost': expected udp://HOST:PORT"),
+        (STREAM + 'protocol = "netflow9"\n', "(did you mean 'netflow'?); expected one of netflow, ipfix, sflow"),
         (
             '[ingest]\nspread = "datagram"\n' + STREAM + 'protocol = "sflow"\n',
             "stream 'a' has a protocol, and [ingest] spread is \"datagram\": no worker sees all",
         ),
-        ("[broker]\nmemory = 1000\n", "broker.memory: Expected `int` >= 67108864"),
-        ("[forwarder]\nmemory = 268435456\n", "forwarder: held_memory may take 268435456 bytes, over half of memory"),
-        ("[transmitter]\nmemory = 268435456\n", "transmitter: held_memory may take 268435456 bytes, over half"),
-        ("[gateway]\nmax_clients = 100000\n", "gateway: max_clients may take 409600000 bytes, over half of memory"),
-        ("[ingest]\ntcp_connections = 5000\n", "ingest: tcp_connections may take 491520000 bytes, over half of memory"),
+        ("[broker]\nmemory = 1000\n", "[broker] memory: Expected `int` >= 67108864"),
+        ("[forwarder]\nmemory = 268435456\n", "[forwarder] held_memory: may take 268435456 bytes, over half of memory"),
+        ("[transmitter]\nmemory = 268435456\n", "[transmitter] held_memory: may take 268435456 bytes, over half"),
+        ("[gateway]\nmax_clients = 100000\n", "[gateway] max_clients: may take 409600000 bytes, over half of memory"),
+        ("[ingest]\ntcp_connections = 5000\n", "[ingest] tcp_connections: may take 491520000 bytes, over half"),
         (COLLECTOR + COLLECTOR, "duplicate collector name 'a'"),
-        (COLLECTOR.replace("messages", "traps"), "collector 'a': there is no stream 'traps'; name a [[stream]]"),
-        (COLLECTOR.replace("192.0.2.9", "siem.example"), "collector[0]: 'siem.example' does not appear to be an IP"),
-        (COLLECTOR + 'from = ["10.0.0.1/8"]\n', "collector[0]: 10.0.0.1/8 has host bits set; expected 10.0.0.0/8"),
-        (COLLECTOR + 'from = ["ten"]\n', "collector[0]: 'ten' does not appear to be an IPv4 or IPv6 network"),
-        (COLLECTOR.replace("= 9", "= 0"), "collector[0].port: Expected `int` >= 1"),
-        (COLLECTOR.replace("= 9", "= 65536"), "collector[0].port: Expected `int` <= 65535"),
-        (COLLECTOR + "sample = 0\n", "collector[0].sample: Expected `int` >= 1"),
-        (COLLECTOR + 'source = "forged"\n', "collector[0].source: Invalid enum value 'forged'; expected one of"),
-        ('[ingest]\nspread = "a - at `$.b"\n', "ingest.spread"),
+        (COLLECTOR.replace("messages", "traps"), "\"a\" streams: there is no stream 'traps'; name a [[stream]]"),
+        (COLLECTOR.replace("192.0.2.9", "siem.example"), "address: 'siem.example' does not appear to be an IP"),
+        (COLLECTOR + 'from = ["10.0.0.1/8"]\n', "from: 10.0.0.1/8 has host bits set; expected 10.0.0.0/8"),
+        (COLLECTOR + 'from = ["ten"]\n', "from: 'ten' does not appear to be an IPv4 or IPv6 network"),
+        (COLLECTOR.replace("= 9", "= 0"), '[[collector]] "a" port: Expected `int` >= 1'),
+        (COLLECTOR.replace("= 9", "= 65536"), '[[collector]] "a" port: Expected `int` <= 65535'),
+        (COLLECTOR + "sample = 0\n", '[[collector]] "a" sample: Expected `int` >= 1'),
+        (COLLECTOR + 'source = "forged"\n', '[[collector]] "a" source: Invalid enum value'),
+        ('[ingest]\nspread = "a - at `$.b"\n', "[ingest] spread: Invalid enum value 'a - at `$.b'; expected"),
     ],
 )
 def test_bad_setting_is_one_line_with_file_key_and_what_was_expected(tmp_path: Path, text: str, expected: str) -> None:
@@ -212,7 +239,7 @@ def test_lists_are_for_the_file() -> None:
         ("FANWIRE_BUS__HIGH_WATER_MARK", "", "Expected `int`"),
         ("FANWIRE_FORWARDER__SEGMENTATION", "perhaps", "Expected `bool`"),
         ("FANWIRE_INGEST__TCP_IDLE_SECONDS", "nan", "Expected `float`"),
-        ("FANWIRE_INGEST__SPREAD", "flows", "Invalid enum value 'flows'; expected one of flow, source, datagram"),
+        ("FANWIRE_INGEST__SPREAD", "flows", "enum value 'flows' (did you mean 'flow'?); expected one of flow, source"),
         ("FANWIRE_GATEWAY__LISTEN", "tcp://localhost:1", "Expected `array`, got `str`; set it in the settings file"),
         ("FANWIRE_BUS__COLOUR", "1", "not a setting; [bus] has directory, high_water_mark"),
         ("FANWIRE_BUS_HIGH_WATER_MARK", "1", "not a setting; expected FANWIRE_SECTION__KEY"),
