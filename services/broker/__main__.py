@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from services.broker.ipc_peers import transmitters_group
-from services.broker.proxy import Proxy
+from services.broker.proxy import Proxy, check_broker
 from services.broker.stalled_subscribers import CUT_OFF_RESERVE
 from shared.process.lifecycle import Lifecycle, announce_ready, run, service_parser
 from shared.process.memory import Memory
@@ -15,7 +15,9 @@ from shared.settings.model import Settings
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the broker; return its exit code."""
-    return run(_serve, service_parser("broker", __doc__).parse_args(arguments))
+    return run(
+        _serve, service_parser("broker", __doc__).parse_args(arguments), lambda settings: check_broker(settings.bus)
+    )
 
 
 def _serve(_arguments: argparse.Namespace, settings: Settings, lifecycle: Lifecycle) -> None:

@@ -21,6 +21,8 @@ from shared.bus.status import Reporter
 from shared.bus.zmq_sockets import (
     HELLO_TOPIC,
     Publisher,
+    broker_is_up,
+    check_directory,
     configure,
     new_context,
 )
@@ -30,6 +32,7 @@ from shared.net.addresses import Endpoint
 from shared.process.lifecycle import Lifecycle, Manager, Watchdog
 from shared.process.memory import Memory
 from shared.process.reload import Reload
+from shared.settings.model import Bus
 
 QUIET_SECONDS: Final = 0.3
 DRAIN_SECONDS: Final = 2.0
@@ -44,6 +47,17 @@ log = get_logger()
 
 Passing = Callable[[Socket, Socket, Socket], None]
 """Passes messages between publishers and subscribers until the third socket says `TERMINATE`; it counts from zero."""
+
+
+def check_broker(bus: Bus) -> None:
+    """Raise what a broker of this bus would raise here, and bind nothing for long; where one runs, try no port."""
+    if bus.path.exists():
+        check_directory(bus.path)
+    if bus.key_directory:
+        CurveAuth(bus.key_directory)
+    for side in ENDPOINTS if not broker_is_up(bus.path) else ():
+        with new_context() as context, context.socket(zmq.XPUB) as sock:
+            bind_tcp(sock, bus.endpoints, side)
 
 
 class Proxy:

@@ -25,11 +25,22 @@ log = get_logger()
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the console; return its exit code."""
-    return run(_serve, service_parser("console", __doc__).parse_args(arguments))
+    return run(_serve, service_parser("console", __doc__).parse_args(arguments), _check)
+
+
+def _check(settings: Settings) -> None:
+    if not _missing():
+        from services.console.server import check_console
+
+        check_console(settings)
+
+
+def _missing() -> list[str]:
+    return [name for name in NEEDED if find_spec(name) is None]
 
 
 def _serve(_arguments: argparse.Namespace, settings: Settings, lifecycle: Lifecycle) -> None:
-    if missing := [name for name in NEEDED if find_spec(name) is None]:
+    if missing := _missing():
         # It stays up, since honcho would end everything with it.
         log.warning("there is no page and there are no metrics: pip install 'fanwire[console]'", missing=missing)
         announce_ready("console.1", listen=[])

@@ -5,6 +5,7 @@ import contextlib
 import os
 import socket
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,10 +17,10 @@ from services.console.guard import LOOPBACK, Guard
 from services.console.one_datagram import Sampler
 from services.console.watch import Watch
 from shared.bus.endpoint import open_link, queue_limit
-from shared.bus.zmq_sockets import Publisher, Subscriber, new_context
+from shared.bus.zmq_sockets import Publisher, Subscriber, broker_is_up, new_context
 from shared.log import get_logger
 from shared.net.addresses import Endpoint
-from shared.net.sockets import bind_endpoint, close_listener
+from shared.net.sockets import Bind, bind_endpoint, close_listener, try_endpoint
 from shared.process.lifecycle import BAD_SETTINGS, FAILED, Lifecycle, OperatorError, Readiness, worker_name
 from shared.process.memory import Memory
 from shared.process.release import release
@@ -58,6 +59,23 @@ def run_console(settings: Settings, lifecycle: Lifecycle) -> None:
         watch = Watch(subscriber, publisher, memory)
         console = Console(watch, Sampler(context, bus, link), Admin(watch, settings), release())
         asyncio.run(_serve(settings, lifecycle, listeners, watch, console))
+
+
+def check_console(settings: Settings) -> None:
+    """Raise what a console with these settings would raise here, and bind nothing for long.
+
+    Where a broker runs, ports are not tried: its console has them.
+    """
+    read_tokens(settings)
+    port_too = not broker_is_up(settings.bus.path, open_link(settings.bus, "console"))
+    for endpoint in settings.console.endpoints:
+        _server(Guard(_refuse, None, list, remote=False), settings, endpoint)
+        for sock in _bind(endpoint, partial(try_endpoint, made=settings.bus.path, port_too=port_too)):
+            sock.close()
+
+
+async def _refuse(*_: object) -> None:
+    """Answer nothing: the application of a server that is not to serve."""
 
 
 async def _serve(
@@ -133,7 +151,7 @@ def _server(app: Guard, settings: Settings, endpoint: Endpoint) -> _Server:
     return _Server(config)
 
 
-def _bind(endpoint: Endpoint) -> list[socket.socket]:
+def _bind(endpoint: Endpoint, bind: Bind = bind_endpoint) -> list[socket.socket]:
     """Return sockets bound to every address of an endpoint. OperatorError where that can't be, or must not."""
     if endpoint.scheme == "tcp" and not endpoint.is_loopback:
         raise OperatorError(
@@ -141,7 +159,7 @@ def _bind(endpoint: Endpoint) -> list[socket.socket]:
             f"[console] listen: {endpoint} is not loopback; use tls://, with the gateway's certificate and tokens",
         )
     try:
-        return bind_endpoint(endpoint, _prepare, path_mode=0o660)
+        return bind(endpoint, _prepare, path_mode=0o660)
     except OSError as error:
         raise OperatorError(FAILED, f"{endpoint}: {error.strerror}; set another [console] listen") from None
 

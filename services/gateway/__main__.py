@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from services.gateway.documented_client import sign_up
-from services.gateway.server import run_gateway
+from services.gateway.server import check_gateway, run_gateway
 from shared.process.lifecycle import Lifecycle, run, service_parser
 from shared.settings.model import Settings
 
@@ -16,7 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = service_parser("gateway", __doc__)
     parser.add_argument("-c", "--client", action="store_true", help="be the client: sign up, print the list, end")
     parser.add_argument("-n", "--name", default="name", help="the client's name (default: %(default)s)")
-    return run(_main, parser.parse_args(arguments))
+    return run(_main, parser.parse_args(arguments), check_gateway)
 
 
 def _main(arguments: argparse.Namespace, settings: Settings, lifecycle: Lifecycle) -> None:

@@ -38,9 +38,11 @@ from services.gateway.transport.open_connections import AT_ONCE, OpenConnections
 from services.gateway.transport.tls import check_listener, make_context
 from services.gateway.transport.tls_handshakes import TlsAcceptor
 from shared.bus.endpoint import open_link, queue_limit
-from shared.bus.zmq_sockets import Publisher, Requests, Subscriber, new_context, prepare_directory
+from shared.bus.zmq_sockets import Publisher, Requests, Subscriber, broker_is_up, new_context, prepare_directory
+from shared.client import Client
 from shared.ledger import FILES_RESTORED, Accounts
 from shared.log import get_logger
+from shared.net.sockets import try_endpoint
 from shared.process.lifecycle import (
     BAD_SETTINGS,
     FAILED,
@@ -99,6 +101,19 @@ def run_gateway(settings: Settings, lifecycle: Lifecycle) -> None:
         asyncio.run(server.run(listeners, tls))
 
 
+def check_gateway(settings: Settings) -> None:
+    """Raise what a gateway with these settings would raise here, and bind nothing for long; leave the registry alone.
+
+    Where a broker runs, ports are not tried: its gateway has them.
+    """
+    declared, link = read_tokens(settings), open_link(settings.bus, "gateway")
+    _tls_context(settings, declared)
+    bind = partial(try_endpoint, made=settings.bus.path, port_too=not broker_is_up(settings.bus.path, link))
+    with listening(settings.gateway.endpoints, bind) as listeners:
+        _tokens(settings, declared, listeners)
+    _configured(settings, _destinations(settings))
+
+
 def _tls_context(settings: Settings, declared: Sequence[Token]) -> ssl.SSLContext | None:
     secure = any(endpoint.scheme == "tls" for endpoint in settings.gateway.endpoints)
     return make_context(settings.gateway, declared) if secure else None
@@ -136,12 +151,15 @@ def _configure(settings: Settings, destinations: Destinations, registry: Registr
 
     OperatorError, with nothing changed, when one of them can't be admitted.
     """
+    registry.configure(_configured(settings, destinations))
+    _expel_loops(destinations, registry)
+
+
+def _configured(settings: Settings, destinations: Destinations) -> list[Client]:
     try:
-        clients = decide_configured(destinations, settings.collectors)
+        return decide_configured(destinations, settings.collectors)
     except ValueError as error:
         raise OperatorError(BAD_SETTINGS, str(error)) from None
-    registry.configure(clients)
-    _expel_loops(destinations, registry)
 
 
 def _expel_loops(destinations: Destinations, registry: Registry) -> None:

@@ -6,19 +6,24 @@ import socket
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 from services.ingest.reuseport_sharing import share_port
+from shared.bus.endpoint import open_link
+from shared.bus.zmq_sockets import broker_is_up
 from shared.log import get_logger
 from shared.net.addresses import Endpoint, resolve
 from shared.net.bpf import refuse_mapped_sources
 from shared.net.multicast import is_multicast, join_group
-from shared.net.sockets import InheritedSocket, PathSocket, bind_endpoint, close_listener, inherited
+from shared.net.sockets import InheritedSocket, PathSocket, bind_endpoint, close_listener, inherited, try_endpoint
 from shared.process.lifecycle import BAD_SETTINGS, FAILED, OperatorError
-from shared.settings.model import Stream
+from shared.settings.model import Settings, Stream
 
 TCP_BACKLOG: Final = 1024
+UNPRIVILEGED_PORT: Final = 1024
+"""The first port that a user may bind, unless net.ipv4.ip_unprivileged_port_start says otherwise."""
 
 StreamEndpoint = tuple[str, Endpoint]
 """A stream's name, and one of its endpoints."""
@@ -76,14 +81,44 @@ def reopen(
 
 def refuse_doubles(listening: Mapping[StreamEndpoint, Iterable[socket.socket]]) -> None:
     """Raise OperatorError for an address of two streams: by SO_REUSEPORT the kernel would split its datagrams."""
-    bound = set()
-    for (stream, endpoint), sock in ((listener, sock) for listener, sockets in listening.items() for sock in sockets):
-        address = sock.type, sock.getsockname()
-        if address in bound:
+    bound: set[object] = set()
+    for (stream, endpoint), sockets in listening.items():
+        at: set[object] = {(sock.type, sock.getsockname()[0], endpoint.port) for sock in sockets if not endpoint.path}
+        at |= {endpoint.path} - {""}
+        if at & bound:
             raise OperatorError(
-                BAD_SETTINGS, f"stream {stream}: {endpoint} is the address of another listener too; give each its own"
+                BAD_SETTINGS,
+                f"{_title(stream)}: {endpoint} is the address of another listener too; give each its own",
             )
-        bound.add(address)
+        bound |= at
+
+
+def check_listeners(settings: Settings) -> None:
+    """Raise what a worker with these settings would raise here for its listeners or its key; bind nothing for long.
+
+    The ports are left alone where a broker runs, since its workers may have them, and below 1024, which systemd binds.
+    """
+    link = open_link(settings.bus, "ingest")
+    running = broker_is_up(settings.bus.path, link)
+    listening: dict[StreamEndpoint, list[socket.socket]] = {}
+    try:
+        for stream in settings.streams:
+            for endpoint in stream.endpoints:
+                port_too = not running and endpoint.port >= UNPRIVILEGED_PORT
+                bind = partial(try_endpoint, made=settings.bus.path, port_too=port_too)
+                check_reply(stream, endpoint)
+                with _explained(stream, endpoint):
+                    listening[stream.name, endpoint] = bind(endpoint, partial(_prepare, endpoint))
+        refuse_doubles(listening)
+    finally:
+        for sock in (sock for sockets in listening.values() for sock in sockets):
+            sock.close()
+
+
+def _prepare(endpoint: Endpoint, sock: socket.socket) -> None:
+    share_port(sock)
+    if is_multicast(endpoint.host):
+        join_group(sock, endpoint.host)
 
 
 def bind_listener(stream: Stream, endpoint: Endpoint, held: list[socket.socket]) -> list[socket.socket]:
@@ -91,18 +126,11 @@ def bind_listener(stream: Stream, endpoint: Endpoint, held: list[socket.socket])
 
     OperatorError when none can be had, or one is in use.
     """
-    group = endpoint.host if is_multicast(endpoint.host) else ""
-
-    def prepare(sock: socket.socket) -> None:
-        share_port(sock)
-        if group:
-            join_group(sock, group)
-
     with _explained(stream, endpoint):
-        sockets = bind_endpoint(endpoint, prepare, held=held)
+        sockets = bind_endpoint(endpoint, partial(_prepare, endpoint), held=held)
         for sock in sockets:
-            if group and isinstance(sock, InheritedSocket):
-                join_group(sock, group)
+            if is_multicast(endpoint.host) and isinstance(sock, InheritedSocket):
+                join_group(sock, endpoint.host)
             if endpoint.host == "::" and sock.family == socket.AF_INET:
                 log.warning("this host has no IPv6: listening by IPv4 alone", stream=stream.name, listen=str(endpoint))
             if sock.type == socket.SOCK_STREAM and not isinstance(sock, InheritedSocket):
@@ -144,7 +172,7 @@ class Upkeep:
         if not endpoint.path or (sock.in_place if isinstance(sock, PathSocket) else Path(endpoint.path).is_socket()):
             return None
         if isinstance(sock, InheritedSocket):
-            name = f"stream {stream.name}: {endpoint}"
+            name = f"{_title(stream.name)}: {endpoint}"
             raise OperatorError(FAILED, f"{name}: another program has removed its path; restart the socket unit")
         (fresh,) = bind_listener(stream, endpoint, [])
         log.warning("bound the path again: another program had removed it", stream=stream.name, listen=str(endpoint))
@@ -164,11 +192,11 @@ def _explained(stream: Stream, endpoint: Endpoint) -> Iterator[None]:
         yield
     except socket.gaierror as error:
         raise OperatorError(
-            BAD_SETTINGS, f"stream {stream.name}: {endpoint}: {error.strerror}; name a host that resolves"
+            BAD_SETTINGS, f"{_title(stream.name)}: {endpoint}: {error.strerror}; name a host that resolves"
         ) from None
     except OSError as error:
         raise OperatorError(
-            FAILED, f"stream {stream.name}: {endpoint}: {error.strerror or error}{_cure(endpoint, error)}"
+            FAILED, f"{_title(stream.name)}: {endpoint}: {error.strerror or error}{_cure(endpoint, error)}"
         ) from None
 
 
@@ -177,9 +205,13 @@ def _refuse_reply(stream: Stream, endpoint: Endpoint) -> None:
     if not all(ipaddress.ip_address(address[0].partition("%")[0]).is_loopback for _, address in addresses):
         raise OperatorError(
             BAD_SETTINGS,
-            f"stream {stream.name}: a reply on {endpoint} would let forged sources aim it at others; "
+            f"{_title(stream.name)}: a reply on {endpoint} would let forged sources aim it at others; "
             "remove reply, listen on loopback, or set reply_beyond_loopback = true",
         )
+
+
+def _title(stream: str) -> str:
+    return f'[[stream]] "{stream}" listen'
 
 
 def _cure(endpoint: Endpoint, error: OSError) -> str:

@@ -71,7 +71,7 @@ def open_and_exec(arguments: Sequence[str]) -> int:
         user = find_user(_setting(settings, "transmitter", "user", DEFAULT_USER))
         if user:
             _check_readable(user, options.config)
-        opened = open_sockets()
+        opened = open_sockets() if not options.check else {}
     except OSError as error:
         user, reason = None, f"{WITHOUT}{error.strerror}"
         if options.require_privilege:
@@ -79,7 +79,7 @@ def open_and_exec(arguments: Sequence[str]) -> int:
     kept = {0, 1, 2, *(sock.fileno() for sockets in opened.values() for sock in sockets)}
     environment = {name: text for name, text in os.environ.items() if not name.startswith(("LD_", "PYTHON"))}
     try:
-        if user and (directory := _bus_directory(settings)):
+        if user and not options.check and (directory := _bus_directory(settings)):
             environment["FANWIRE_BUS__DIRECTORY"] = _hand_on(directory, user, kept)
             environment[ACCOUNTS] = _hand_on_accounts(directory, user, kept)
         relinquish(user)
@@ -126,6 +126,7 @@ def _read(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
     parser.add_argument("--config", type=Path)
     parser.add_argument("--require-privilege", action="store_true")
+    parser.add_argument("--check", action="store_true")
     options = parser.parse_args([])
     with suppress(argparse.ArgumentError):
         options, _ = parser.parse_known_args(arguments)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from services.transmitter.privileges import adopt, prove
 from services.transmitter.service import TransmitterService
+from shared.bus.endpoint import open_link
 from shared.log import get_logger
 from shared.process.lifecycle import Lifecycle, run, service_parser, worker_name
 from shared.settings.model import Settings
@@ -19,7 +20,11 @@ def main(arguments: Sequence[str]) -> int:
         "--require-privilege", action="store_true", help="exit with 77 rather than go on without raw sockets"
     )
     parser.add_argument("--inherited", required=True, help=argparse.SUPPRESS)
-    return run(_serve, parser.parse_args(arguments))
+    return run(_serve, parser.parse_args(arguments), _check)
+
+
+def _check(settings: Settings) -> None:
+    open_link(settings.bus, "transmitter")
 
 
 def _serve(arguments: argparse.Namespace, settings: Settings, lifecycle: Lifecycle) -> None:

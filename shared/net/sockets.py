@@ -7,7 +7,7 @@ import struct
 from collections.abc import Callable, MutableMapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from shared.net.addresses import Endpoint, SocketAddress, resolve
 
@@ -35,6 +35,13 @@ MEMINFO: Final = struct.Struct("=9I")
 
 Prepare = Callable[[socket.socket], None]
 """Sets options before a socket is bound; accepted connections inherit most of them."""
+
+
+class Bind(Protocol):
+    """Binds every address of an endpoint."""
+
+    def __call__(self, endpoint: Endpoint, prepare: Prepare, path_mode: int = ...) -> list[socket.socket]:
+        """Return the sockets. OSError."""
 
 
 class PathSocket(socket.socket):
@@ -111,6 +118,28 @@ def bind_endpoint(
             return bind_endpoint(replace(endpoint, host="0.0.0.0"), prepare, held=held)
         raise lacking
     return bound
+
+
+def try_endpoint(
+    endpoint: Endpoint,
+    prepare: Prepare,
+    path_mode: int = 0o666,  # noqa: ARG001  # nothing is made at a path
+    *,
+    made: Path,
+    port_too: bool,
+) -> list[socket.socket]:
+    """Bind every address of an endpoint as `bind_endpoint` does, in vain: a running service loses nothing by it.
+
+    The port is another one, unless it is wanted too. A path is not bound; its directory is looked at, unless it is
+    `made` at the start. OSError as from `bind_endpoint`.
+    """
+    if not endpoint.path:
+        return bind_endpoint(endpoint if port_too else replace(endpoint, port=0), prepare)
+    parent = Path(endpoint.path).parent
+    if parent != made and not os.access(parent, os.W_OK | os.X_OK):
+        number = errno.EACCES if parent.is_dir() else errno.ENOENT
+        raise OSError(number, os.strerror(number))
+    return []
 
 
 def _take(held: list[socket.socket], kind: socket.SocketKind, address: SocketAddress | str) -> socket.socket | None:

@@ -124,9 +124,10 @@ class _ShowVersion(argparse.Action):
 
 
 def service_parser(name: str, description: str) -> Parser:
-    """Return the parser of a service, with `--config`; the service adds its own arguments."""
+    """Return the parser of a service, with `--config` and `--check`; the service adds its own arguments."""
     parser = Parser(f"fanwire {name}", description)
     add_config_argument(parser)
+    parser.add_argument("--check", action="store_true", help="say whether it could use its settings here, and end")
     return parser
 
 
@@ -142,9 +143,18 @@ def worker_name(service: str) -> str:
     return name if prefix == service and number.isascii() and number.isdigit() else f"{service}.1"
 
 
-def run(main: Callable[[argparse.Namespace, Settings, Lifecycle], None], arguments: argparse.Namespace) -> int:
-    """Run a service to its end and return its exit code; a fault that the operator can mend ends in one line."""
+def run(
+    main: Callable[[argparse.Namespace, Settings, Lifecycle], None],
+    arguments: argparse.Namespace,
+    check: Callable[[Settings], object],
+) -> int:
+    """Run a service to its end and return its exit code; a fault that the operator can mend ends in one line.
+
+    `check` is run instead for `--check`: it raises what `main` would, and leaves everything as it is.
+    """
     configure_logging()
+    if arguments.check:
+        return _check(lambda: check(load(arguments.config)))
     raise_descriptor_limit()
     gc.freeze()  # the objects made so far stay; the collector need not look at them again under load
     try:
@@ -159,6 +169,18 @@ def run(main: Callable[[argparse.Namespace, Settings, Lifecycle], None], argumen
     except PermissionError as error:
         log.error(f"{error.filename}: {error.strerror}")
         return NOT_PERMITTED
+    return OK
+
+
+def _check(check: Callable[[], object]) -> int:
+    try:
+        check()
+    except (SettingsError, OperatorError) as error:
+        print(error)
+        return BAD_SETTINGS
+    except OSError as error:
+        print(printable(f"{error.filename}: {error.strerror}"))
+        return BAD_SETTINGS
     return OK
 
 

@@ -201,12 +201,20 @@ def test_structlog_is_loaded_in_one_place() -> None:
     assert [str(path.relative_to(CHECKOUT)) for path in paths if "structlog" in imports(path)] == ["shared/log.py"]
 
 
+STARTERS: Final = {
+    CHECKOUT / "services/operator/commands/run.py",
+    CHECKOUT / "services/operator/client/programs.py",
+}
+"""Those that start programs, and have no ZeroMQ context any more by then."""
+
+
 def test_no_process_forks() -> None:
     """Nothing starts a process that would share a ZeroMQ context with it: workers are started, and have their own."""
     for folder in ("services", "shared"):
         for path in (CHECKOUT / folder).rglob("*.py"):
-            starts = path == CHECKOUT / "services/operator/commands/run.py"  # which has no context any more by then
-            assert starts or not imports(path) & {"multiprocessing", "subprocess", "pty", "honcho.manager"}, path
+            assert path in STARTERS or not imports(path) & {"multiprocessing", "subprocess", "pty", "honcho.manager"}, (
+                path
+            )
             assert not re.search(r"\bfork(pty)?\(|ProcessPool", path.read_text()), path
 
 

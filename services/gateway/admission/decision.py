@@ -124,5 +124,5 @@ def decide_configured(destinations: Destinations, collectors: Iterable[Collector
             clients.append(client)
         except (RequestError, OSError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
-            raise ValueError(f"[[collector]] {collector.name!r}: {reason}") from None
+            raise ValueError(f'[[collector]] "{collector.name}": {reason}') from None
     return clients

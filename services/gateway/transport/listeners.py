@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from shared.net.addresses import Endpoint
-from shared.net.sockets import bind_endpoint, close_listener
+from shared.net.sockets import Bind, bind_endpoint, close_listener
 from shared.process.lifecycle import FAILED, OperatorError
 
 BACKLOG: Final = 1024
@@ -49,13 +49,13 @@ class Listener:
 
 
 @contextlib.contextmanager
-def listening(endpoints: Iterable[Endpoint]) -> Iterator[list[Listener]]:
+def listening(endpoints: Iterable[Endpoint], bind: Bind = bind_endpoint) -> Iterator[list[Listener]]:
     """Yield listeners bound to every address of every endpoint; close them and remove their files in the end."""
     with contextlib.ExitStack() as stack:
         listeners: list[Listener] = []
         for endpoint in endpoints:
             try:
-                opened = bind_endpoint(endpoint, _prepare, path_mode=0o600)
+                opened = bind(endpoint, _prepare, path_mode=0o600)
             except OSError as error:
                 raise OperatorError(FAILED, f"{endpoint}: {_cure(error)}") from None
             for sock in opened:

@@ -20,6 +20,7 @@ from honcho.printer import Printer
 from services.operator.cli.arguments import Subparsers, add_command, positive
 from services.operator.cli.output import discard_output
 from services.operator.client.bus_reader import subscribed
+from services.operator.client.programs import command, environment
 from services.operator.client.status_reader import heard_reports
 from services.operator.commands.ready import OPTIONAL, SERVICES
 from shared.bus.endpoint import open_link
@@ -28,8 +29,6 @@ from shared.bus.zmq_sockets import broker_is_up
 from shared.process.lifecycle import CANT_CREATE, MANAGER_PID, NOT_PERMITTED, OK, UNAVAILABLE, OperatorError
 from shared.settings.model import Settings
 
-ROOT: Final = Path(__file__).resolve().parents[3]
-"""The directory that holds services/ and shared/, installed or in a checkout."""
 ALL: Final = (*SERVICES, *OPTIONAL)
 STOP_SECONDS: Final = 10.0
 """Time that services get to drain: they take up to 4 s, the sources of datagrams first."""
@@ -55,25 +54,17 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
             f"fanwire is running already, on {settings.bus.path}: {_list(found)}. `fanwire stop` ends it; "
             "a second copy needs a [bus] directory and ports of its own",
         )
-    configured = ["--config", str(arguments.config)] if arguments.config else []
     manager = _Services()
     for service in arguments.only:
         for number in range(arguments.ingest if service == "ingest" else 1):
             name = f"{service}.{number + 1}"
-            command = [sys.executable, "-P", "-m", f"services.{service}", *configured]
-            manager.add_process(name, f"exec {shlex.join(command)}", env=_environment(name))
+            manager.add_process(name, f"exec {shlex.join(command(service, arguments.config))}", env=environment(name))
     hint = arguments.hint or sys.stdout.isatty()
     with ExitStack() as stack:
         if hint and set(SERVICES) <= set(arguments.only):
-            stack.enter_context(_hinting(configured))
+            stack.enter_context(_hinting(arguments.config))
         manager.loop()
     return OK if manager.returncode in ENDED_BY_USER else int(manager.returncode or OK)
-
-
-def _environment(name: str) -> dict[str, str]:
-    """Return a service's environment: its name, our code, and the process whose end ends it."""
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    return {**os.environ, "PYTHONPATH": path, "HONCHO_PROCESS_NAME": name, MANAGER_PID: str(os.getpid())}
 
 
 class _Output:
@@ -139,10 +130,10 @@ class _Services(Manager):  # type: ignore[misc]  # honcho has no types
 
 
 @contextmanager
-def _hinting(configured: list[str]) -> Iterator[None]:
+def _hinting(config: Path | None) -> Iterator[None]:
     """Let `fanwire ready --hint` print meanwhile, once all services are ready."""
-    command = [sys.executable, "-P", "-m", "services.operator", "ready", "--hint", *configured]
-    with subprocess.Popen(command, env=_environment(""), start_new_session=True) as process:
+    hint = command("operator", config, "ready", "--hint")
+    with subprocess.Popen(hint, env=environment(""), start_new_session=True) as process:
         yield
         process.kill()
 

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -10,6 +11,8 @@ import msgspec
 from services.operator.cli.arguments import Subparsers, add_command
 from services.operator.cli.tables import print_table
 from services.operator.client.gateway_options import access, add_gateway_arguments
+from services.operator.client.programs import refusals
+from services.operator.commands.ready import OPTIONAL, SERVICES
 from services.operator.doctor.facts import by_service, host_facts, listen, network_facts, service_facts
 from services.operator.doctor.host import check_host
 from services.operator.doctor.listening import check_listening
@@ -18,7 +21,7 @@ from services.operator.doctor.network_paths import check_network_paths
 from services.operator.doctor.services import check_services, senders_of_original
 from shared.client import ALL_STREAMS
 from shared.ledger import Accounts
-from shared.monitoring.finding import Finding, unseen
+from shared.monitoring.finding import Finding, error, ok, unseen, warning
 from shared.monitoring.probe import Ledger, probe
 from shared.net.netlink import RTN_BROADCAST, RTN_LOCAL, Netlink
 from shared.process.lifecycle import FAILED, OK, USAGE, OperatorError
@@ -47,7 +50,8 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
     streams = {stream.name: stream for stream in settings.streams}
     if arguments.probe is not None and arguments.probe not in streams:
         raise OperatorError(USAGE, f"no stream {arguments.probe!r}; the streams are: {', '.join(streams)}")
-    findings = list(_examine(settings, access(arguments, settings), streams.get(arguments.probe)))
+    probed = streams.get(arguments.probe)
+    findings = list(_examine(settings, access(arguments, settings), probed, arguments.config))
     counts = {level: sum(finding.level == level for finding in findings) for level in LEVELS}
     if arguments.json:
         print(msgspec.json.format(msgspec.json.encode({**counts, "findings": findings}), indent=2).decode())
@@ -59,7 +63,17 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
     return FAILED if counts["error"] else OK
 
 
-def _examine(settings: Settings, gateway: Access, probed: Stream | None) -> Iterator[Finding]:
+def _check_settings(config: Path | None, *, runs: bool) -> Iterator[Finding]:
+    """Yield what a service would refuse at its start. Those that run may do so as a user who may do more."""
+    refused = refusals((*SERVICES, *OPTIONAL), config)
+    found = warning if runs else error
+    for service, why in refused.items():
+        yield found("settings", f"at its start it would say: {why}", "see `fanwire config --check`", service)
+    if not refused:
+        yield ok("settings", "no service would refuse them")
+
+
+def _examine(settings: Settings, gateway: Access, probed: Stream | None, config: Path | None) -> Iterator[Finding]:
     def open_registry() -> RegistryClient:
         return RegistryClient(gateway, ANSWER_SECONDS + settings.gateway.serve_seconds)
 
@@ -68,6 +82,7 @@ def _examine(settings: Settings, gateway: Access, probed: Stream | None) -> Iter
 
     collectors, silent = _collectors(settings, open_registry)
     facts = service_facts(settings, listen(settings), silent)
+    yield from _check_settings(config, runs=facts.broker is not False)
     yield from check_services(facts, settings, collectors)
     try:
         netlink = Netlink()

@@ -147,7 +147,8 @@ def test_port_in_use_keeps_the_old_settings(stack: Stack, bus: BusEnds, kind: so
         new = f'"udp://127.0.0.1:7004", "unixgram://{path}", "tcp://127.0.0.1:7004", "{scheme}://127.0.0.1:7005"'
         settings = A + B.replace('"b"', '"c"') + f'[[stream]]\nname = "d"\nlisten = [{new}]\n'
         said = reload(stack, worker, settings)
-    assert said.startswith(f"not reloaded, the old settings stay: stream d: {scheme}://127.0.0.1:7005: Address already")
+    title = '[[stream]] "d" listen'
+    assert said.startswith(f"not reloaded, the old settings stay: {title}: {scheme}://127.0.0.1:7005: Address already")
     assert len(worker.text.splitlines()) == lines + 1
     assert listeners(worker) == before
     assert not path.exists()
@@ -165,11 +166,11 @@ def test_port_in_use_keeps_the_old_settings(stack: Stack, bus: BusEnds, kind: so
     [
         (
             A + B.replace("7001", "7000"),
-            "stream b: udp://127.0.0.1:7000 is the address of another listener too; give each its own",
+            '[[stream]] "b" listen: udp://127.0.0.1:7000 is the address of another listener too; give each its own',
         ),
-        (A.replace("127.0.0.1", "0.0.0.0") + 'reply = "x"\n', "stream a: a reply on udp://0.0.0.0:7000"),
-        (A + B.replace("127.0.0.1", "nobody.invalid"), "stream b: udp://nobody.invalid:7001: "),
-        (A + B.replace("127.0.0.1", "192.0.2.1"), "stream b: udp://192.0.2.1:7001: Cannot assign"),
+        (A.replace("127.0.0.1", "0.0.0.0") + 'reply = "x"\n', '[[stream]] "a" listen: a reply on udp://0.0.0.0:7000'),
+        (A + B.replace("127.0.0.1", "nobody.invalid"), '[[stream]] "b" listen: udp://nobody.invalid:7001: '),
+        (A + B.replace("127.0.0.1", "192.0.2.1"), '[[stream]] "b" listen: udp://192.0.2.1:7001: Cannot assign'),
     ],
 )
 def test_listener_that_may_not_be_keeps_the_old_settings(stack: Stack, bus: BusEnds, settings: str, says: str) -> None:

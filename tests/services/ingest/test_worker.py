@@ -460,7 +460,7 @@ def test_address_that_cannot_be_had_is_one_line(stack: Stack, lab: None, endpoin
     """A host nobody knows, a name that is none, and an address that is not ours end the start with one line."""
     exit_code, line = refusal(stack, f'[[stream]]\nname = "a"\nlisten = ["{endpoint}"]\n')
     assert exit_code == code
-    assert f"stream a: {endpoint}: " in line
+    assert f'a\\" listen: {endpoint}: ' in line
 
 
 def test_worker_waits_for_a_broker(stack: Stack, lab: None) -> None:
@@ -855,7 +855,7 @@ def test_two_streams_cannot_share_an_address(stack: Stack, lab: None) -> None:
     both = "".join(f'[[stream]]\nname = "{name}"\nlisten = ["udp://127.0.0.1:6667"]\n' for name in "ab")
     code, said = refusal(stack, both)
     assert code == 78
-    assert "stream b: udp://127.0.0.1:6667 is the address of another listener too; give each its own" in said
+    assert 'b\\" listen: udp://127.0.0.1:6667 is the address of another listener too; give each its own' in said
 
 
 def test_running_out_of_descriptors_costs_nobody_else(stack: Stack, bus: BusEnds) -> None:

@@ -14,6 +14,7 @@ from tests.stack import PATIENT, Stack, wait_until
 
 CHECKS = {
     *(
+        "settings",
         "bus",
         "bus_kept",
         "listeners",
@@ -68,6 +69,18 @@ def collector(name: str, address: str, port: int = 9514, source: str = "relay") 
     )
 
 
+def test_what_a_service_would_refuse(stack: Stack) -> None:
+    """Before the start, what a service would refuse is an error of that service, in its own words."""
+    stack.configure('[console]\nlisten = ["tcp://192.0.2.1:8080"]\n')
+    _, found = doctor(stack)
+    (finding,) = [each for each in found if each["name"] == "settings"]
+    assert (finding["level"], finding["subject"]) == ("error", "console")
+    assert finding["cure"] == "see `fanwire config --check`"
+    assert finding["why"].startswith(
+        "at its start it would say: [console] listen: tcp://192.0.2.1:8080 is not loopback"
+    )
+
+
 def test_a_stack_that_runs(open_stack: OpenStack) -> None:
     """With everything running it ends with 0, lists every check, and sends nothing."""
     open_stack.configure(PATIENT)
@@ -78,6 +91,7 @@ def test_a_stack_that_runs(open_stack: OpenStack) -> None:
     code, found = doctor(open_stack)
     assert (code, errors(found)) == (0, [])
     assert {finding["name"] for finding in found} == CHECKS
+    assert "no service would refuse them" in [finding["why"] for finding in found]
     assert "Got message" not in collect.text
     assert collect.process.poll() is None
 
@@ -169,14 +183,14 @@ def test_without_services(stack: Stack) -> None:
     code, found = doctor(stack)
     assert code == 1
     assert {finding["name"] for finding in found} == CHECKS
-    assert errors(found) == [("loops", "me"), ("route", "siem")]
+    assert errors(found) == [("settings", "gateway"), ("loops", "me"), ("route", "siem")]
     (gateway,) = [finding for finding in found if finding["name"] == "gateway"]
     assert "no gateway at tcp://127.0.0.1:5000 (Connection refused)" in gateway["why"]
     assert not stack.bus.exists()
     code, text = run(stack, "doctor")
-    assert (code, text.splitlines()[-1].split(",")[0]) == (1, "errors: 2")
+    assert (code, text.splitlines()[-1].split(",")[0]) == (1, "errors: 3")
     rows = [line.split()[:3] for line in text.splitlines() if " error " in line]
-    assert rows == [["loops", "error", "me"], ["route", "error", "siem"]]
+    assert rows == [["settings", "error", "gateway"], ["loops", "error", "me"], ["route", "error", "siem"]]
 
 
 def test_the_probe_without_services(stack: Stack) -> None:
