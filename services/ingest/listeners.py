@@ -10,8 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from services.ingest.reuseport_sharing import share_port
+from services.ingest.reuseport_sharing import is_shareable, share_port
 from shared.bus.endpoint import open_link
+from shared.bus.port_sharers import workers_of_other_buses
 from shared.bus.zmq_sockets import broker_is_up
 from shared.log import get_logger
 from shared.net.addresses import Endpoint, resolve
@@ -107,6 +108,7 @@ def check_listeners(settings: Settings) -> None:
                 port_too = not running and endpoint.port >= UNPRIVILEGED_PORT
                 bind = partial(try_endpoint, made=settings.bus.path, port_too=port_too)
                 check_reply(stream, endpoint)
+                refuse_shared(stream, endpoint, settings)
                 with _explained(stream, endpoint):
                     listening[stream.name, endpoint] = bind(endpoint, partial(_prepare, endpoint))
         refuse_doubles(listening)
@@ -177,6 +179,19 @@ class Upkeep:
         (fresh,) = bind_listener(stream, endpoint, [])
         log.warning("bound the path again: another program had removed it", stream=stream.name, listen=str(endpoint))
         return fresh
+
+
+def refuse_shared(stream: Stream, endpoint: Endpoint, settings: Settings) -> None:
+    """Raise OperatorError where another bus's worker listens; all members of a multicast group get everything."""
+    if settings.ingest.share_ports or not is_shareable(endpoint):
+        return
+    for worker in workers_of_other_buses(endpoint, settings.bus.path):
+        raise OperatorError(
+            FAILED,
+            f"{_title(stream.name)}: {endpoint}: the ingest worker with pid {worker.pid}, of the bus in "
+            f"{worker.directory}, listens there: each would get a part of the datagrams; stop that one, listen "
+            "elsewhere, or set [ingest] share_ports = true",
+        )
 
 
 def check_reply(stream: Stream, endpoint: Endpoint) -> None:

@@ -11,7 +11,14 @@ from types import TracebackType
 from typing import Final, Self
 
 from services.ingest.batch_publisher import StreamFeed
-from services.ingest.listeners import StreamEndpoint, Upkeep, reopen, take_inherited, warn_of_small_buffers
+from services.ingest.listeners import (
+    StreamEndpoint,
+    Upkeep,
+    refuse_shared,
+    reopen,
+    take_inherited,
+    warn_of_small_buffers,
+)
 from services.ingest.receiver import DatagramReceiver
 from services.ingest.reuseport_sharing import Spreader, is_shareable
 from services.ingest.tcp_connections import ExporterConnections
@@ -121,6 +128,8 @@ class Worker:
             for endpoint in stream.endpoints
             if is_shareable(endpoint) or self._name.endswith(".1")
         }
+        for listener in wanted.keys() - self._listening.keys():
+            refuse_shared(wanted[listener], listener[1], self._settings)
         listening, gone = reopen(wanted, self._listening, held)
         for sock in gone:
             self._see_off(sock)

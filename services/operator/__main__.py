@@ -20,7 +20,7 @@ from shared.process.lifecycle import (
 )
 from shared.settings.explain import did_you_mean
 from shared.settings.file import load
-from shared.settings.model import SettingsError
+from shared.settings.model import Settings, SettingsError
 
 INTERRUPTED: Final = 130
 """Exit code that a shell expects of a command that Ctrl-C cut short; those that run until Ctrl-C end with 0."""
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = make_parser(command).parse_args(arguments or [command])
     configure_logging()
     try:
-        code: int = options.run(options, load(options.config))
+        code: int = options.run(options, _settings(options))
         sys.stdout.flush()
     except SettingsError as error:
         print(error, file=sys.stderr)
@@ -71,6 +71,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     return code
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    """Return the settings; if they can't be used, the defaults, for a command that needs only the gateway's address."""
+    try:
+        return load(options.config)
+    except SettingsError as error:
+        if not options.goes_by_defaults:
+            raise
+        endpoint = getattr(options, "gateway", None) or Settings().gateway.listen[0]
+        say(str(error))
+        say(f"these settings can't be used: asking the gateway at {endpoint}")
+        return Settings()
 
 
 def make_parser(command: str = "") -> Parser:

@@ -220,6 +220,8 @@ class Ingest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The longest that a datagram may wait for others under steady load, in milliseconds; 0: it never waits."""
     spread: Spread = "flow"
     """Basis on which a worker is chosen for a datagram; by `datagram`, those of an exporter may change order."""
+    share_ports: bool = False
+    """Listen also where workers of another bus do: each then gets a part of what comes."""
     tcp_connections: Count = 1024
     """Open TCP connections a worker; further ones are closed at once."""
     tcp_connections_per_address: Count = 512

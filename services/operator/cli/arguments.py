@@ -25,7 +25,7 @@ def add_command(subparsers: Subparsers, name: str, run: Run, description: str) -
     """Add a command that has `--config` and is run by `run`."""
     parser = subparsers.add_parser(name, help=description, description=description)
     add_config_argument(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, goes_by_defaults=False)
     return parser
 
 

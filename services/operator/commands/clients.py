@@ -31,6 +31,7 @@ NOTHING = "receives nothing"
 def add_parser(subparsers: Subparsers) -> None:
     """Add the three commands."""
     listing = add_command(subparsers, "clients", run_clients, "list the clients")
+    listing.set_defaults(goes_by_defaults=True)  # it changes nothing, should another fanwire answer there
     register = add_command(subparsers, "register", run_register, "sign up a client, or a collector for streams")
     leave = add_command(subparsers, "leave", run_leave, "remove a client")
     for parser in (listing, register, leave):

@@ -33,6 +33,8 @@ class ListeningFacts:
     """True if the multicast group is joined, on its interface if it names one."""
     unassigned: Mapping[str, str] = field(default_factory=dict)
     """Addresses that no interface of this host has."""
+    shared: Mapping[str, str] = field(default_factory=dict)
+    """The worker of another bus that listens there too."""
 
 
 def check_listening(facts: ListeningFacts, accounts: Mapping[str, Accounts], settings: Settings) -> Iterator[Finding]:
@@ -61,6 +63,9 @@ def _listener(facts: ListeningFacts, stream: str, listen: str, group: bool) -> I
     if address := facts.unassigned.get(listen):
         why = f"{listen}: no interface of this host has {address}: nothing arrives"
         yield error(name, why, "ip address show; add it, or listen elsewhere", stream)
+    if worker := facts.shared.get(listen):
+        why = f"{listen}: {worker} listens there too: each gets a part of the datagrams"
+        yield error(name, why, "stop that one, or give one of them another port", stream)
     path = facts.paths.get(listen)
     if path is None:
         return

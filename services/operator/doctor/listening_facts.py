@@ -4,11 +4,12 @@ import ipaddress
 import socket
 import stat
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 from services.operator.doctor.listening import ListeningFacts, PathSeen
+from shared.bus.port_sharers import workers_of_other_buses
 from shared.net.addresses import Endpoint, resolve
 from shared.net.multicast import is_multicast
 from shared.settings.model import Settings
@@ -25,7 +26,14 @@ def listening_facts(settings: Settings, is_local: IsLocal | None) -> ListeningFa
         paths={str(each): _path_seen(Path(each.path)) for each in endpoints if each.path},
         groups={str(each): _is_joined(each.host, joined) for each in endpoints if is_multicast(each.host)},
         unassigned=found,
+        shared={} if settings.ingest.share_ports else dict(_shared(endpoints, settings.bus.path)),
     )
+
+
+def _shared(endpoints: Iterable[Endpoint], directory: Path) -> Iterator[tuple[str, str]]:
+    for endpoint in endpoints:
+        for worker in () if is_multicast(endpoint.host) else workers_of_other_buses(endpoint, directory):
+            yield str(endpoint), f"the ingest worker with pid {worker.pid}, of the bus in {worker.directory},"
 
 
 def _path_seen(path: Path) -> PathSeen:

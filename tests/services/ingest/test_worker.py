@@ -2,6 +2,7 @@ import errno
 import gc
 import os
 import random
+import re
 import signal
 import socket
 import struct
@@ -19,6 +20,7 @@ import pytest
 from services.broker.proxy import Proxy
 from services.ingest.tcp_connections import SPARE_DESCRIPTORS
 from services.ingest.worker import new_pools
+from services.operator.doctor.listening_facts import listening_facts
 from shared.bus.continuity import Continuity
 from shared.bus.loans import CHUNK, GRACE_SECONDS, Room
 from shared.bus.messages import Datagrams
@@ -27,6 +29,7 @@ from shared.datagrams.limits import MAX_DATAGRAM
 from shared.ledger import Accounts, discrepancies
 from shared.net.addresses import LOCAL_SENDER, unpack_address
 from shared.net.sockets import checksum_errors, receive_buffer
+from shared.settings.file import load
 from tests.builders import BusEnds, Datagram, accounts_when, freeze, kill_all, take, take_datagrams, take_mark
 from tests.forging import forging
 from tests.services.ingest.flows import netflow_v9
@@ -461,6 +464,37 @@ def test_address_that_cannot_be_had_is_one_line(stack: Stack, lab: None, endpoin
     exit_code, line = refusal(stack, f'[[stream]]\nname = "a"\nlisten = ["{endpoint}"]\n')
     assert exit_code == code
     assert f'a\\" listen: {endpoint}: ' in line
+
+
+def test_port_of_another_bus_is_refused(stack: Stack, lab: None) -> None:
+    """A port of another bus's worker ends the start with one line that names both; those of one bus share it."""
+    text = '[[stream]]\nname = "a"\nlisten = ["{}://{}:6671"]\n'
+    stack.configure('[[stream]]\nname = "a"\nlisten = ["udp://127.0.0.1:6671", "tcp://[::]:6671"]\n')
+    stack.start("broker")
+    first = stack.start("ingest.1")
+    stack.start("ingest.2")
+    other = f'[bus]\ndirectory = "{stack.directory}/other"\n'
+    mine = stack.directory / "fanwire.toml"
+    for scheme, host in (("udp", "127.0.0.1"), ("udp", "0.0.0.0"), ("udp", "[::]"), ("tcp", "127.0.0.1")):
+        mine.write_text(other + text.format(scheme, host))
+        refused = stack.start("ingest", ready=False)
+        assert refused.process.wait(60) == 1
+        (line,) = refused.log
+        named = re.search(
+            r"the ingest worker with pid (\d+), of the bus in (\S+), listens there: each would", line["event"]
+        )
+        assert named
+        assert (int(named[1]) in (first.process.pid, stack["ingest.2"].process.pid), named[2]) == (True, str(stack.bus))
+        assert "stop that one, listen elsewhere, or set [ingest] share_ports = true" in line["event"]
+    for apart in (text.format("udp", "127.0.0.2"), text.format("udp", "127.0.0.1") + "[ingest]\nshare_ports = true\n"):
+        mine.write_text(other + apart)
+        sharing = stack.start("ingest", ready=False)
+        sharing.wait_for("waiting for the broker")
+        if apart != text.format("udp", "127.0.0.2"):
+            stack.configure(text.format("udp", "127.0.0.1"))
+            (told,) = listening_facts(load(mine, {}), None).shared.values()
+            assert told == f"the ingest worker with pid {sharing.process.pid}, of the bus in {stack.directory}/other,"
+        sharing.stop()
 
 
 def test_worker_waits_for_a_broker(stack: Stack, lab: None) -> None:

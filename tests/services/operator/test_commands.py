@@ -153,6 +153,19 @@ def test_bad_settings_are_78(stack: Stack) -> None:
     assert "[gateway] lissen: unknown key (did you mean 'listen'?)" in text
 
 
+def test_clients_are_listed_without_settings(stack: Stack, lab: None) -> None:
+    """A settings file that can't be used does not keep `clients` from the gateway at the default address."""
+    stack.start("broker")
+    stack.start("gateway")
+    stack.configure("[gateway]\nlissen = []\n")
+    code, said, complaint = stack.run("clients")
+    assert (code, "0 clients" in said) == (0, True)
+    first, second = complaint.splitlines()
+    assert "[gateway] lissen: unknown key" in first
+    assert second == "these settings can't be used: asking the gateway at tcp://127.0.0.1:5000"
+    assert stack.run("leave", "siem")[0] == 78
+
+
 def test_config_prints_what_load_reads(stack: Stack, tmp_path: Path) -> None:
     """`config` prints the effective settings as a file that gives the same settings again."""
     code, text = run(stack, "config")

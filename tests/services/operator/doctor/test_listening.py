@@ -56,6 +56,14 @@ def test_what_needs_a_cure(facts: dict[str, Any], account: dict[str, int], name:
     assert trouble.cure
 
 
+def test_worker_of_another_bus() -> None:
+    """Its process and its bus are named, with the cure."""
+    told = "the ingest worker with pid 7, of the bus in /run/x,"
+    (trouble,) = [each for each in check(ListeningFacts(shared={LISTEN[1]: told})) if each.level != "ok"]
+    assert trouble.why == f"{LISTEN[1]}: {told} listens there too: each gets a part of the datagrams"
+    assert trouble.cure == "stop that one, or give one of them another port"
+
+
 def configure(stack: Stack, *listen: str) -> None:
     """Settings with one stream."""
     quoted = ", ".join(f'"{each}"' for each in listen)
