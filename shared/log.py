@@ -1,4 +1,4 @@
-"""The log: structlog, for people on a terminal, else one JSON object a line.
+"""The log: structlog, lines for people or one JSON object a line.
 
 Everything that logs gets its logger here, so that structlog is loaded without rich, for which it looks: that is a sixth
 of every start, and 3 MB, for drawing tracebacks that are text before they get there.
@@ -39,17 +39,25 @@ def get_logger() -> Any:
     return structlog.get_logger()
 
 
-def configure(admit: Callable[[str], int]) -> None:
-    """Log to stderr. `admit` is asked of each warning and error how many it stands for; 0 drops it."""
+def configure(admit: Callable[[str], int], form: str, *, timed: bool) -> None:
+    """Log to stderr. `admit` is asked of each warning and error how many it stands for; 0 drops it.
+
+    `form` is that of the lines, as `[log] format` has it; `timed`: another program puts the time before those for
+    people.
+    """
     terminal = sys.stderr.isatty()
+    text = form == "text" or (form == "auto" and terminal)
+    stamp: list[structlog.typing.Processor] = []
+    if not (text and timed):
+        stamp = [structlog.processors.TimeStamper(fmt="%H:%M:%S" if text else "iso", utc=not text)]
     renderer: structlog.typing.Processor = (
-        structlog.dev.ConsoleRenderer() if terminal else structlog.processors.JSONRenderer()
+        structlog.dev.ConsoleRenderer(colors=terminal) if text else structlog.processors.JSONRenderer()
     )
     structlog.configure(
         processors=[
             partial(_restrain, admit),
             structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="%H:%M:%S" if terminal else "iso", utc=not terminal),
+            *stamp,
             structlog.processors.format_exc_info,
             renderer,
         ],

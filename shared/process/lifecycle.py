@@ -159,7 +159,9 @@ def run(
     gc.freeze()  # the objects made so far stay; the collector need not look at them again under load
     try:
         lifecycle = Lifecycle(partial(load_again, arguments.config))  # before reading: no later SIGHUP is missed
-        main(arguments, load(arguments.config), lifecycle)
+        settings = load(arguments.config)
+        configure_logging(settings.log.format)
+        main(arguments, settings, lifecycle)
     except SettingsError as error:
         print(error, file=sys.stderr)
         return BAD_SETTINGS
@@ -184,9 +186,9 @@ def _check(check: Callable[[], object]) -> int:
     return OK
 
 
-def configure_logging() -> None:
-    """Log to stderr, and limit repeated warnings and errors."""
-    configure(LogLimit().admit)
+def configure_logging(form: str = "auto") -> None:
+    """Log to stderr, and limit repeated warnings and errors; `form` is `[log] format`."""
+    configure(LogLimit().admit, form, timed=MANAGER_PID in os.environ)
 
 
 def raise_descriptor_limit() -> None:

@@ -316,6 +316,13 @@ class Console(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return tuple(parse_endpoint(text, REGISTRY_SCHEMES) for text in self.listen)
 
 
+class Log(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The log of every service, on standard error."""
+
+    format: Literal["auto", "text", "json"] = "auto"
+    """Lines for people, or a JSON object each; `auto`: for people on a terminal, also by way of `fanwire run`."""
+
+
 class Collector(WrittenTerms, frozen=True, forbid_unknown_fields=True):
     """A collector that can't sign itself up; the fields of `register`."""
 
@@ -380,6 +387,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     forwarder: Forwarder = Forwarder()
     transmitter: Transmitter = Transmitter()
     console: Console = Console()
+    log: Log = Log()
     streams: tuple[Stream, ...] = field(default=(DEFAULT_STREAM,), name="stream")
     collectors: tuple[Collector, ...] = field(default=(), name="collector")
     tokens: tuple[Token, ...] = field(default=(), name="token")

@@ -55,10 +55,14 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
             "a second copy needs a [bus] directory and ports of its own",
         )
     manager = _Services()
+    on_terminal = settings.log.format == "auto" and sys.stdout.isatty()
+    form = {"FANWIRE_LOG__FORMAT": "text"} if on_terminal else {}
     for service in arguments.only:
         for number in range(arguments.ingest if service == "ingest" else 1):
             name = f"{service}.{number + 1}"
-            manager.add_process(name, f"exec {shlex.join(command(service, arguments.config))}", env=environment(name))
+            manager.add_process(
+                name, f"exec {shlex.join(command(service, arguments.config))}", env=environment(name) | form
+            )
     hint = arguments.hint or sys.stdout.isatty()
     with ExitStack() as stack:
         if hint and set(SERVICES) <= set(arguments.only):

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -44,7 +45,7 @@ parser.add_argument("--start", type=float, default=0)
 parser.add_argument("--drain", type=float, default=0)
 parser.add_argument("--fail", action="store_true")
 parser.add_argument("--bug", action="store_true")
-sys.exit(run(serve, parser.parse_args()))
+sys.exit(run(serve, parser.parse_args(), lambda settings: None))
 """
 
 
@@ -141,6 +142,24 @@ def test_log_stays_short_whatever_is_provoked(stack: Stack) -> None:
     *_, last = refused = running.events("refused")
     assert (len(refused) <= seconds, last["reason"]) == (True, "y")
     assert sum(1 + line.get("suppressed", 0) for line in refused) == 10_001
+
+
+@pytest.mark.parametrize(
+    ("form", "environment", "line"),
+    [
+        ("auto", {}, r'\{"event": "starting", "level": "info", "timestamp": "20.*Z"\}'),
+        ("json", {"FANWIRE_MANAGER_PID": "1"}, r'\{"event": "starting", "level": "info", "timestamp": "20.*Z"\}'),
+        ("text", {}, r"\d\d:\d\d:\d\d \[info +\] starting"),
+        ("text", {"FANWIRE_MANAGER_PID": "1"}, r"\[info +\] starting"),
+    ],
+)
+def test_log_has_the_form_that_is_asked_for(stack: Stack, form: str, environment: dict[str, str], line: str) -> None:
+    """JSON where it is no terminal, or what `[log] format` says; without the time where another program puts it."""
+    stack.configure(f'[log]\nformat = "{form}"\n')
+    running = start(stack, **environment)
+    running.wait_for("ready")
+    running.stop()
+    assert re.match(line, running.text)
 
 
 def test_bug_shows(stack: Stack) -> None:

@@ -58,7 +58,7 @@ class Run:
     def wait_until_ready(self, *services: str) -> None:
         """Wait until services are."""
         wait_until(
-            lambda: all(f'"service": "{name}' in self.read() for name in services) and self.text.count('"ready"') >= 2,
+            lambda: all(re.search(rf"\[info +\] ready +.*service={name}", self.read()) for name in services),
             lambda: f"{services} are ready: {self.text}",
         )
 
