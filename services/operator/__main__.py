@@ -32,6 +32,7 @@ COMMANDS: Final = {
     "top": "top.command",
     "doctor": "doctor.command",
     "ready": "commands.ready",
+    "completion": "commands.completion",
     **dict.fromkeys(("run", "stop"), "commands.run"),
 }
 """The module of each command. Only that one is imported: the imports of another may take long to load."""

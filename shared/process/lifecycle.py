@@ -126,9 +126,14 @@ class _ShowVersion(argparse.Action):
 def service_parser(name: str, description: str) -> Parser:
     """Return the parser of a service, with `--config` and `--check`; the service adds its own arguments."""
     parser = Parser(f"fanwire {name}", description)
+    add_service_arguments(parser)
+    return parser
+
+
+def add_service_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of every service."""
     add_config_argument(parser)
     parser.add_argument("--check", action="store_true", help="say whether it could use its settings here, and end")
-    return parser
 
 
 def add_config_argument(parser: argparse.ArgumentParser) -> None:

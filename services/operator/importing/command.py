@@ -29,7 +29,7 @@ def add_parser(subparsers: Subparsers) -> None:
     """Add the command."""
     parser = add_command(subparsers, "import", run, "print settings made of another replicator's receiver file")
     parser.add_argument(
-        "tool", choices=TOOLS, help="the program of the file: samplicator's -c FILE, or pmacct's tee_receivers"
+        "tool", choices=tuple(TOOLS), help="the program of the file: samplicator's -c FILE, or pmacct's tee_receivers"
     )
     parser.add_argument("file", type=Path, metavar="FILE")
     parser.add_argument("--stream", type=_stream_name, default="imported", metavar="NAME", help="default: imported")
