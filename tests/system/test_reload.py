@@ -252,9 +252,9 @@ def test_what_takes_a_restart_is_said(stack: Stack) -> None:
     [
         (
             SIEM.replace('"b"', '"a"').replace("9103", "7000"),
-            "'siem': 127.0.0.1 port 7000 is one of fanwire's own",
+            '"siem": 127.0.0.1 port 7000 is one of fanwire\'s own',
         ),
-        (SIEM.replace('"b"', '"a"').replace('"127.0.0.1"', '"127.255.255.255"'), "'siem': address: 127.255.255.255"),
+        (SIEM.replace('"b"', '"a"').replace('"127.0.0.1"', '"127.255.255.255"'), '"siem": address: 127.255.255.255'),
     ],
 )
 def test_bad_collector_keeps_the_old_ones(stack: Stack, collector: str, says: str) -> None:

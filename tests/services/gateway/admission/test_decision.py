@@ -133,7 +133,7 @@ def test_group_has_one_source() -> None:
     members = [Collector("a", ("syslog",), "192.0.2.9", 9, group="g"), Collector("b", ("*",), "192.0.2.9", 8)]
     assert len(decide_configured(site.destinations, [*members, Collector("c", ("*",), "192.0.2.9", 7)])) == 3
     mixed = Collector("c", ("*",), "192.0.2.9", 7, group="g", source="original")
-    with pytest.raises(ValueError, match=r"'c': group: 'g' has members with source \"relay\""):
+    with pytest.raises(ValueError, match='"c": group: \'g\' has members with source "relay"'):
         decide_configured(site.destinations, [*members, mixed])
 
 
@@ -176,7 +176,7 @@ def test_configured_collectors_have_the_same_destinations(site: Site) -> None:
     (client,) = decide_configured(site.destinations, [fine])
     assert (client.name, client.address, client.streams) == ("a", "192.0.2.9", ("syslog",))
     for address, port, why in (("192.0.2.1", 514, "loop|own listeners"), ("192.0.2.255", 9, "a broadcast address")):
-        with pytest.raises(ValueError, match=rf"'b': .*({why})"):
+        with pytest.raises(ValueError, match=rf'"b": .*({why})'):
             decide_configured(site.destinations, [fine, Collector("b", ("*",), address, port)])
 
 
@@ -190,7 +190,7 @@ def test_kernel_that_can_not_tell_is_no_refusal() -> None:
     site.destinations = site.admission.destinations = Destinations(["syslog"], [], fail, fail)
     with pytest.raises(OSError, match="Too many"):
         site.admission.decide(Register("c", streams=("syslog",), port=9), THERE)
-    with pytest.raises(ValueError, match=r"'a': Too many open files"):
+    with pytest.raises(ValueError, match=r'"a": Too many open files'):
         decide_configured(site.destinations, [Collector("a", ("syslog",), "192.0.2.9", 9)])
 
 
