@@ -101,7 +101,7 @@ def test_rates_losses_and_health() -> None:
 
 
 def test_a_row_and_the_losses_agree_on_what_is_recent() -> None:
-    """What is lost of a collector that signs up while all is watched is recent, in its row and by cause."""
+    """A loss of a collector that signs up while all is watched is recent, in its row and by cause."""
     told = Told()
     told.tell("gateway.1", RegistrySnapshot(1, 0, 1, []))
     told.everyone()
