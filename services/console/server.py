@@ -105,7 +105,7 @@ async def _serve(
     app = console.application()
     servers = []
     for endpoint, sock in listeners:
-        remote = endpoint.scheme == "tls"
+        remote = endpoint.scheme == "https"
         guard = Guard(app, _hosts(settings, endpoint, sock), lambda: tokens["now"], remote=remote)
         servers.append((_server(guard, settings, endpoint), sock))
     running = [asyncio.create_task(server.serve([sock])) for server, sock in servers]
@@ -122,7 +122,7 @@ async def _serve(
 
 def _server(app: Guard, settings: Settings, endpoint: Endpoint) -> _Server:
     secure: dict[str, Any] = {}
-    if endpoint.scheme == "tls":
+    if endpoint.scheme == "https":
         certificate, key = (
             Path(os.path.expandvars(text)) for text in (settings.gateway.certificate, settings.gateway.key)
         )
@@ -153,10 +153,10 @@ def _server(app: Guard, settings: Settings, endpoint: Endpoint) -> _Server:
 
 def _bind(endpoint: Endpoint, bind: Bind = bind_endpoint) -> list[socket.socket]:
     """Return sockets bound to every address of an endpoint. OperatorError where that can't be, or must not."""
-    if endpoint.scheme == "tcp" and not endpoint.is_loopback:
+    if endpoint.scheme == "http" and not endpoint.is_loopback:
         raise OperatorError(
             BAD_SETTINGS,
-            f"[console] listen: {endpoint} is not loopback; use tls://, with the gateway's certificate and tokens",
+            f"[console] listen: {endpoint} is not loopback; use https://, with the gateway's certificate and tokens",
         )
     try:
         return bind(endpoint, _prepare, path_mode=0o660)

@@ -16,6 +16,8 @@ UCRED: Final = struct.Struct("=iII")
 KINDS: Final = {
     "tcp": socket.SOCK_STREAM,
     "tls": socket.SOCK_STREAM,
+    "http": socket.SOCK_STREAM,
+    "https": socket.SOCK_STREAM,
     "unix": socket.SOCK_STREAM,
     "udp": socket.SOCK_DGRAM,
     "unixgram": socket.SOCK_DGRAM,

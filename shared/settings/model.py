@@ -16,6 +16,7 @@ from shared.settings.explain import did_you_mean
 BUS_SCHEMES: Final = ("tcp",)
 STREAM_SCHEMES: Final = ("udp", "tcp", "unixgram")
 REGISTRY_SCHEMES: Final = ("tcp", "unix", "tls")
+CONSOLE_SCHEMES: Final = ("http", "https", "unix")
 MAX_PORT: Final = 65_535
 CLIENT_BYTES: Final = 4096
 """Bytes that an entry of the registry takes in the gateway."""
@@ -300,20 +301,20 @@ class Transmitter(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 class Console(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The live page, and the metrics for Prometheus."""
 
-    listen: Annotated[tuple[str, ...], Meta(min_length=1)] = ("tcp://127.0.0.1:8080",)
-    """tcp://HOST:PORT on loopback, unix:///PATH, or tls://HOST:PORT with the gateway's certificate, key and tokens."""
+    listen: Annotated[tuple[str, ...], Meta(min_length=1)] = ("http://127.0.0.1:8080",)
+    """http://HOST:PORT on loopback, unix:///PATH, or https://HOST:PORT with the gateway's certificate and tokens."""
     hosts: tuple[str, ...] = ()
     """Names, besides the addresses that it listens on, by which browsers and Prometheus may call it."""
     memory: Ceiling = 268_435_456
     """Bytes that the process may take; near it the past of exporters is forgotten."""
 
     def __post_init__(self) -> None:
-        check_each("listen", partial(parse_endpoint, schemes=REGISTRY_SCHEMES), self.listen)
+        check_each("listen", partial(parse_endpoint, schemes=CONSOLE_SCHEMES), self.listen)
 
     @property
     def endpoints(self) -> tuple[Endpoint, ...]:
         """`listen`, parsed."""
-        return tuple(parse_endpoint(text, REGISTRY_SCHEMES) for text in self.listen)
+        return tuple(parse_endpoint(text, CONSOLE_SCHEMES) for text in self.listen)
 
 
 class Log(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -6,6 +6,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -88,9 +89,8 @@ def _page(settings: Settings) -> Iterator[str]:
         if endpoint.path:
             yield f"the live page is at {endpoint.path}"
         else:
-            kind = "https" if endpoint.scheme == "tls" else "http"
-            host = ANY_ADDRESS.get(endpoint.host, endpoint.host)
-            yield f"{kind}://{f'[{host}]' if ':' in host else host}:{endpoint.port}/  # the live page, in a browser"
+            reached = replace(endpoint, host=ANY_ADDRESS.get(endpoint.host, endpoint.host))
+            yield f"{reached}/  # the live page, in a browser"
 
 
 def _program() -> str:

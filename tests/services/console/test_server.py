@@ -152,12 +152,12 @@ def test_without_its_extra_it_stays_and_says_so(stack: Stack) -> None:
 
 
 def test_beyond_this_host_by_tls_and_token(stack: Stack) -> None:
-    """A tls:// listener shows the gateway's certificate, and answers only those that have a token."""
+    """An https:// listener shows the gateway's certificate, and answers only those that have a token."""
     authority = Authority(stack.directory)
     certificate, key = authority.sign("gateway")
     settings = f'[gateway]\ncertificate = "{certificate}"\nkey = "{key}"\n'
     stack.configure(
-        settings + '[console]\nlisten = ["tls://0.0.0.0:8443"]\nhosts = ["localhost"]\n' + entry("noc", "list")
+        settings + '[console]\nlisten = ["https://0.0.0.0:8443"]\nhosts = ["localhost"]\n' + entry("noc", "list")
     )
     stack.start("broker")
     stack.start("console")
@@ -170,12 +170,12 @@ def test_beyond_this_host_by_tls_and_token(stack: Stack) -> None:
 
 
 def test_a_listener_beyond_this_host_needs_tls(stack: Stack) -> None:
-    """A tcp:// listener that is not loopback ends the start with 78 and the cure."""
-    stack.configure('[console]\nlisten = ["tcp://0.0.0.0:8080"]\n')
+    """An http:// listener that is not loopback ends the start with 78 and the cure."""
+    stack.configure('[console]\nlisten = ["http://0.0.0.0:8080"]\n')
     stack.start("broker")
     running = stack.start("console", ready=False)
     assert running.process.wait(60) == 78
-    assert "is not loopback; use tls://" in running.text
+    assert "is not loopback; use https://" in running.text
 
 
 CHANGED = """

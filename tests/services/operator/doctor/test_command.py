@@ -71,13 +71,13 @@ def collector(name: str, address: str, port: int = 9514, source: str = "relay") 
 
 def test_what_a_service_would_refuse(stack: Stack) -> None:
     """Before the start, what a service would refuse is an error of that service, in its own words."""
-    stack.configure('[console]\nlisten = ["tcp://192.0.2.1:8080"]\n')
+    stack.configure('[console]\nlisten = ["http://192.0.2.1:8080"]\n')
     _, found = doctor(stack)
     (finding,) = [each for each in found if each["name"] == "settings"]
     assert (finding["level"], finding["subject"]) == ("error", "console")
     assert finding["cure"] == "see `fanwire config --check`"
     assert finding["why"].startswith(
-        "at its start it would say: [console] listen: tcp://192.0.2.1:8080 is not loopback"
+        "at its start it would say: [console] listen: http://192.0.2.1:8080 is not loopback"
     )
 
 
