@@ -80,7 +80,12 @@ def _restrain(
     count = admit(f"{event['event']} {event.get('cause', '')} {event.get('of', '')}".rstrip())
     if not count:
         raise structlog.DropEvent
-    return event if count == 1 else {**event, "suppressed": count - 1}
+    return {**event, **suppressed(count)}
+
+
+def suppressed(count: int) -> dict[str, int]:
+    """Return the field of a line that stands for `count` of its kind: how many were left out, if any were."""
+    return {"suppressed": count - 1} if count > 1 else {}
 
 
 class _Hand(logging.Handler):

@@ -7,7 +7,7 @@ from typing import Final
 from services.gateway.registry.condition import Word
 from services.gateway.registry.entry import Entry, Event
 from services.gateway.registry.registry import Registry
-from shared.log import COLLECTOR_HEALTH, get_logger
+from shared.log import COLLECTOR_HEALTH, get_logger, suppressed
 from shared.process.log_limit import LogBudget
 
 KEPT_BYTES: Final = 4 * 1024 * 1024
@@ -103,9 +103,8 @@ class EventFeed:
             return
         expected = word == "ok" or (word == "waiting" and since < began + SETTLE_SECONDS)
         if count := self._budget.admit():
-            more = {"suppressed": count - 1} if count > 1 else {}
             (log.info if expected else log.warning)(
-                COLLECTOR_HEALTH, of=name, health=word, before=before, lost=lost, **more
+                COLLECTOR_HEALTH, of=name, health=word, before=before, lost=lost, **suppressed(count)
             )
 
     def health_lines(self) -> bytes:

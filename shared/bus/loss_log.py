@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from shared.log import LOSS_BEGAN, LOSS_ENDED, get_logger
+from shared.log import LOSS_BEGAN, LOSS_ENDED, get_logger, suppressed
 from shared.losses import Loss, losses
 from shared.process.log_limit import LogBudget
 
@@ -62,5 +62,4 @@ class LossLog:
 
     def _say(self, event: str, loss: Loss, **facts: float) -> None:
         if count := self._budget.admit():
-            more = {"suppressed": count - 1} if count > 1 else {}
-            log.warning(event, place=loss.place, of=loss.of, cause=loss.what, **facts, **more)
+            log.warning(event, place=loss.place, of=loss.of, cause=loss.what, **facts, **suppressed(count))

@@ -153,7 +153,7 @@ class Collectors(Generic[D]):
             account.update(sheet.tables.get(f"collector/{client.name}", {}))
             marks = Counter(sheet.tables.get(f"marks/{client.name}", {}))
             self._count_since(client, account, marks)
-            # What had come and was not routed, or was routed and has no outcome, was in the hands of the last process.
+            # The last process had in its hands all that had come and has no outcome, routed or not.
             account[OFFERED] = account[EXPECTED] - account[MISSED] - account[UNSERVED]
             account[STOPPED] += account[HELD]
             account[HELD] = 0

@@ -103,7 +103,7 @@ def test_plays_exporters_on_loopback(stack: Stack, tmp_path: Path) -> None:
         command = listener.start(path, "--source", "original", "--count", "1")
         assert command.process.wait(60) == 1
         assert "can't send from 10.1.2.3 to 127.0.0.1: Cannot assign requested address; leave" in command.text
-        # What is behind a tear is not sent, and Ctrl-C ends a pause.
+        # Datagrams behind a tear are not sent, and Ctrl-C ends a pause.
         torn = tmp_path / "torn.pcapng"
         torn.write_bytes(Path(path).read_bytes()[:-1])
         command = listener.start(str(torn), "--speed", "1000")
