@@ -12,25 +12,25 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
+from shared.net.netlink_format import (
+    ATTRIBUTE,
+    ENDS,
+    KERNEL,
+    NLM_F_DUMP,
+    RECEIVE_SIZE,
+    attributes,
+    messages,
+    request,
+)
+
 LARGEST_RUN: Final = 70_000
 """Bytes of the largest run as a queue counts it, with the headers of each datagram."""
 TICK: Final = 64e-9
 """Seconds of a PSCHED tick (linux/include/net/pkt_sched.h, PSCHED_SHIFT)."""
 ANSWER_SECONDS: Final = 2.0
-RECEIVE_SIZE: Final = 1 << 17
-KERNEL: Final = (0, 0)
-NLM_F_REQUEST: Final = 1
-NLM_F_DUMP: Final = 0x300
-NLMSG_ERROR: Final = 2
-NLMSG_DONE: Final = 3
 RTM_GETLINK: Final = 18
 RTM_GETROUTE: Final = 26
 RTM_GETQDISC: Final = 38
-HEADER: Final = struct.Struct("=IHHII")
-"""struct nlmsghdr: length, type, flags, sequence, port."""
-ATTRIBUTE: Final = struct.Struct("=HH")
-NESTED: Final = 0x3FFF
-"""The bits of an attribute's type without NLA_F_NESTED and NLA_F_NET_BYTEORDER."""
 TCMSG: Final = struct.Struct("=B3xiIII")
 """struct tcmsg: family, link, handle, parent, info."""
 IFINFOMSG: Final = struct.Struct("=BxHiII")
@@ -49,8 +49,6 @@ NUMBER: Final = struct.Struct("=I")
 RATE64: Final = struct.Struct("=Q")
 SINGLE: Final = ("", "veth")
 """Kinds of links that have no other one below."""
-
-Attributes = dict[int, bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +104,7 @@ class Queues:
         """Return the links that may have others below."""
         found = set()
         for body in self._ask(RTM_GETLINK, IFINFOMSG.pack(0, 0, 0, 0, 0)):
-            info = _attributes(_attributes(body[IFINFOMSG.size :]).get(IFLA_LINKINFO, b""))
+            info = attributes(attributes(body[IFINFOMSG.size :]).get(IFLA_LINKINFO, b""))
             if info.get(IFLA_INFO_KIND, b"").rstrip(b"\0").decode() not in SINGLE:
                 found.add(IFINFOMSG.unpack_from(body)[2])
         return found
@@ -116,7 +114,7 @@ class Queues:
         packed = socket.inet_pton(family, address)
         question = RTMSG.pack(family, 8 * len(packed), 0, 0, 0, 0, 0, 0, 0) + ATTRIBUTE.pack(4 + len(packed), RTA_DST)
         for body in self._ask(RTM_GETROUTE, question + packed, flags=0):
-            if by := _attributes(body[RTMSG.size :]).get(RTA_OIF):
+            if by := attributes(body[RTMSG.size :]).get(RTA_OIF):
                 return int(*NUMBER.unpack(by))
         return None
 
@@ -125,26 +123,21 @@ class Queues:
         if self._questions is None:
             return []
         self._sequence += 1
-        size = HEADER.size + len(question)
-        header = HEADER.pack(size, kind, NLM_F_REQUEST | flags, self._sequence, 0)
         try:
-            self._questions.sendto(header + question, KERNEL)
+            self._questions.sendto(request(kind, flags, self._sequence, question), KERNEL)
             return list(self._answers(self._questions, several=bool(flags)))
         except OSError:
             return []
 
     def _answers(self, questions: socket.socket, *, several: bool) -> Iterator[bytes]:
         while True:
-            data, at = questions.recv(RECEIVE_SIZE), 0
-            while at + HEADER.size <= len(data):
-                size, kind, _, sequence, _ = HEADER.unpack_from(data, at)
+            for kind, sequence, body in messages(questions.recv(RECEIVE_SIZE)):
                 if sequence == self._sequence:  # else it answers a question that was given up
-                    if kind in (NLMSG_ERROR, NLMSG_DONE):
+                    if kind in ENDS:
                         return
-                    yield data[at + HEADER.size : at + size]
+                    yield body
                     if not several:
                         return
-                at += max(size, HEADER.size) + 3 & ~3
 
     def close(self) -> None:
         """Close the socket."""
@@ -163,9 +156,9 @@ def _open() -> socket.socket | None:
 
 def _queue(body: bytes) -> Queue:
     _, link_index, *_ = TCMSG.unpack_from(body)
-    found = _attributes(body[TCMSG.size :])
+    found = attributes(body[TCMSG.size :])
     kind = found[TCA_KIND].rstrip(b"\0").decode()
-    counted = _attributes(found.get(TCA_STATS2, b"")).get(TCA_STATS_QUEUE, bytes(DROPS.size))
+    counted = attributes(found.get(TCA_STATS2, b"")).get(TCA_STATS_QUEUE, bytes(DROPS.size))
     most = LARGEST_OF.get(kind)
     takes_runs = most is None or most(found.get(TCA_OPTIONS, b"")) >= LARGEST_RUN
     (dropped,) = DROPS.unpack_from(counted)
@@ -174,7 +167,7 @@ def _queue(body: bytes) -> Queue:
 
 def _largest_of_tbf(options: bytes) -> float:
     """Return the bytes of the largest packet that a token bucket neither cuts nor refuses (net/sched/sch_tbf.c)."""
-    found = _attributes(options)
+    found = attributes(options)
     rate, peak, limit, burst, _ = TBF.unpack_from(found[TCA_TBF_PARMS])
     (rate,) = RATE64.unpack(found[TCA_TBF_RATE64]) if TCA_TBF_RATE64 in found else (rate,)
     return 0.0 if peak else min(limit, burst * TICK * rate)  # with a peak rate it takes little more than one packet
@@ -185,12 +178,3 @@ LARGEST_OF: Final[Mapping[str, Callable[[bytes], float]]] = {
     "bfifo": lambda options: float(*NUMBER.unpack_from(options)),
 }
 """By kind: the largest packet that a queue takes whole, in bytes. Those of other kinds count packets, not bytes."""
-
-
-def _attributes(data: bytes) -> Attributes:
-    found, at = {}, 0
-    while at + ATTRIBUTE.size <= len(data):
-        size, kind = ATTRIBUTE.unpack_from(data, at)
-        found[kind & NESTED] = data[at + ATTRIBUTE.size : at + size]
-        at += max(size, ATTRIBUTE.size) + 3 & ~3
-    return found

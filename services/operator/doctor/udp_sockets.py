@@ -7,23 +7,18 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
+from shared.net.netlink_format import ENDS, KERNEL, NLM_F_DUMP, RECEIVE_SIZE, attributes, messages, request
+
 NETLINK_SOCK_DIAG: Final = 4
 SOCK_DIAG_BY_FAMILY: Final = 20
-NLM_F_REQUEST_DUMP: Final = 0x301
-NLMSG_ERROR: Final = 2
-NLMSG_DONE: Final = 3
-HEADER: Final = struct.Struct("=IHHII")
-"""struct nlmsghdr: length, type, flags, sequence, port."""
 REQUEST: Final = struct.Struct("=BBBxI48x")
 """struct inet_diag_req_v2 (linux/inet_diag.h): family, protocol, extensions, states; and no filter."""
 ANSWER: Final = struct.Struct("=4xH2x16s48x")
 """struct inet_diag_msg: the port, in network order, and the address a socket is bound to; the rest is not read."""
-ATTRIBUTE: Final = struct.Struct("=HH")
 INET_DIAG_SKMEMINFO: Final = 7
 MEMINFO: Final = struct.Struct("=4xI24xI")
 """Of nine u32: bytes of receive buffer, and datagrams dropped (linux/sock_diag.h)."""
 ALL_STATES: Final = 0xFFFFFFFF
-RECEIVE_SIZE: Final = 1 << 17
 ANSWER_SECONDS: Final = 2.0
 
 
@@ -50,27 +45,20 @@ def _ask(family: int) -> Iterator[UdpSocket]:
     with socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC, NETLINK_SOCK_DIAG) as questions:
         questions.settimeout(ANSWER_SECONDS)
         body = REQUEST.pack(family, socket.IPPROTO_UDP, 1 << INET_DIAG_SKMEMINFO - 1, ALL_STATES)
-        header = HEADER.pack(HEADER.size + len(body), SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST_DUMP, 1, 0)
-        questions.sendto(header + body, (0, 0))
+        questions.sendto(request(SOCK_DIAG_BY_FAMILY, NLM_F_DUMP, 1, body), KERNEL)
         while True:
-            data, at = questions.recv(RECEIVE_SIZE), 0
-            while at < len(data):
-                size, kind, *_ = HEADER.unpack_from(data, at)
-                if kind in (NLMSG_ERROR, NLMSG_DONE):
+            for kind, _, answer in messages(questions.recv(RECEIVE_SIZE)):
+                if kind in ENDS:
                     return
-                yield from parse_answer(family, data[at + HEADER.size : at + size])
-                at += max(size, HEADER.size) + 3 & ~3
+                yield from parse_answer(family, answer)
 
 
 def parse_answer(family: int, data: bytes) -> Iterator[UdpSocket]:
     """Yield the socket of a struct inet_diag_msg, unless it says nothing of memory. struct.error."""
     port, packed = ANSWER.unpack_from(data)
     address = socket.inet_ntop(family, packed[: 4 if family == socket.AF_INET else 16])
-    at = ANSWER.size
-    while at < len(data):
-        size, kind = ATTRIBUTE.unpack_from(data, at)
-        if kind == INET_DIAG_SKMEMINFO:
-            buffer, dropped = MEMINFO.unpack_from(data, at + ATTRIBUTE.size)
-            # The kernel doubles the size that is asked for, for its own records.
-            yield UdpSocket(address, socket.ntohs(port), buffer // 2, dropped)
-        at += max(size, ATTRIBUTE.size) + 3 & ~3
+    memory = attributes(data[ANSWER.size :]).get(INET_DIAG_SKMEMINFO)
+    if memory is not None:
+        buffer, dropped = MEMINFO.unpack_from(memory)
+        # The kernel doubles the size that is asked for, for its own records.
+        yield UdpSocket(address, socket.ntohs(port), buffer // 2, dropped)

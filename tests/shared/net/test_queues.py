@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.net.queues import ATTRIBUTE, TCA_KIND, TCA_OPTIONS, TCMSG, Queue, Queues
+from shared.net.netlink_format import ATTRIBUTE
+from shared.net.queues import TCA_KIND, TCA_OPTIONS, TCMSG, Queue, Queues
 from tests.network import End, Host, veth
 
 FAR = "10.2.0.2"
