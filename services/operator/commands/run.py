@@ -169,7 +169,7 @@ def _end(services: list[tuple[Report, int]], managers: set[int]) -> None:
     deadline = time.monotonic() + STOP_SECONDS
     for pid in managers:
         os.kill(pid, signal.SIGTERM)
-    for name in SERVICES if managers else STOP_ORDER:
+    for name in STOP_ORDER:
         same = [(report, process) for report, process in services if report.service.partition(".")[0] == name]
         for _, process in () if managers else same:
             signal.pidfd_send_signal(process, signal.SIGTERM)
