@@ -30,14 +30,15 @@ from services.gateway.admission.rights import NOBODY, Rights
 from services.gateway.admission.tokens import Tokens
 from services.gateway.documented_client import sign_up
 from services.gateway.handler import Handler
-from services.gateway.protocol.decoder import MAX_LINE, Decoder, parse_name, parse_request
+from services.gateway.protocol.client_names import parse_name
+from services.gateway.protocol.decoder import MAX_LINE, Decoder, parse_request
 from services.gateway.protocol.requests import EXPECTED, Auth, ListClients, Register, RequestError, SignUp
 from services.gateway.registry.entry import Origin
 from services.gateway.registry.store import Store, _Kept, _parse
 from services.gateway.server import _readmit
 from services.gateway.transport import listeners as gateway_listeners
-from services.gateway.transport.deadlines import too_slow_reader
 from services.gateway.transport.listeners import Listener
+from services.gateway.transport.slow_readers import too_slow_reader
 from services.gateway.transport.tls import check_listener, make_context
 from services.ingest import listeners as ingest_listeners
 from services.ingest.listeners import bind_listener

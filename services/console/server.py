@@ -21,9 +21,9 @@ from shared.bus.zmq_sockets import Publisher, Subscriber, broker_is_up, new_cont
 from shared.log import get_logger
 from shared.net.addresses import Endpoint
 from shared.net.sockets import Bind, bind_endpoint, close_listener, try_endpoint
+from shared.process.installed_version import release
 from shared.process.lifecycle import BAD_SETTINGS, FAILED, Lifecycle, OperatorError, Readiness, worker_name
 from shared.process.memory import Memory
-from shared.process.release import release
 from shared.process.reload import Reload
 from shared.process.tokens_file import read_tokens
 from shared.settings.model import Settings

@@ -11,7 +11,7 @@ from services.gateway.admission.decision import Admission, Grant
 from services.gateway.admission.peer import Peer
 from services.gateway.admission.tokens import Tokens
 from services.gateway.counters import CROSS_PROTOCOL, REFUSED, REQUESTS, TOO_SLOW, WRONG_TOKENS
-from services.gateway.events import EventFeed, Push
+from services.gateway.event_feed import EventFeed, Push
 from services.gateway.protocol.requests import (
     Auth,
     Confirm,

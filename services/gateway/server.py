@@ -27,7 +27,7 @@ from services.gateway.counters import (
     SENDERS_ORIGINAL,
     WATCHERS,
 )
-from services.gateway.events import EventFeed
+from services.gateway.event_feed import EventFeed
 from services.gateway.handler import Handler
 from services.gateway.registry.registry import Registry
 from services.gateway.registry.store import Store

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any, Final
@@ -11,7 +11,7 @@ import numpy as np
 
 from shared.datagrams.batch import FEW_ROWS, ROW, Indices
 from shared.datagrams.gathered import Gathered
-from shared.datagrams.prefixes import Prefixes, halves_of
+from shared.datagrams.prefix_set import Prefixes, halves_of
 from shared.datagrams.segments import Mask
 from shared.net.addresses import pack_address
 from shared.process.log_limit import LogLimit
@@ -29,6 +29,9 @@ FIRST_OCTET: Final = 16
 BURST_SECONDS: Final = 0.1
 """Share of a second's allowance that may leave at once."""
 
+Refusal = tuple[str, str]
+"""A cause, and the sentence for the client."""
+
 
 class Reach(Enum):
     """The distance of a collector, as far as sources matter: on this host, on a link of it, or behind a router."""
@@ -42,9 +45,9 @@ class Policy:
     """The rules of the settings."""
 
     def __init__(self, settings: Transmitter, clock: Callable[[], float]) -> None:
-        self.interfaces = frozenset(settings.interfaces)
-        self.ethertypes = settings.ethertype_numbers
-        self.vlans = frozenset(settings.vlans)
+        self._interfaces = frozenset(settings.interfaces)
+        self._ethertypes = settings.ethertype_numbers
+        self._vlans = frozenset(settings.vlans)
         self._destinations = Prefixes(settings.destinations) if settings.destinations else None
         self._sources = Prefixes(settings.sources) if settings.sources else None
         self._rate = settings.frames_per_second
@@ -57,6 +60,20 @@ class Policy:
         halves = np.frombuffer(pack_address(address), ">u8").astype(np.uint64).reshape(1, 2)
         covered = self._destinations is not None and bool(self._destinations.match(halves)[0])
         return covered and not NOBODYS.match(halves)[0]
+
+    def refuse_interface(self, interface: str) -> Refusal | None:
+        """Return why no client's frame may leave by an interface; None: it may."""
+        if interface in self._interfaces:
+            return None
+        return "interface", f"{interface} is not in [transmitter] interfaces; add it there"
+
+    def refuse_frame(self, vlans: Sequence[int], ethertype: int) -> Refusal | None:
+        """Return why a client's frame with these tags may not leave; None: it may."""
+        if refused := [vlan for vlan in vlans if vlan not in self._vlans]:
+            return "vlan", f"VLAN {refused[0]} is not in [transmitter] vlans; add it there"
+        if ethertype not in self._ethertypes:
+            return "ethertype", f"ethertype {ethertype:#06x} is not in [transmitter] ethertypes; add it there"
+        return None
 
     def refused_sources(self, batch: Gathered, reach: Reach) -> Mask | None:
         """Return the rows that may not be copied to a collector, as bool, shape (n,); None: all may."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from services.transmitter.next_hops import NextHops
-from services.transmitter.policy import Audit, Policy
+from services.transmitter.policy import Audit, Policy, Refusal
 from shared.bus.frame_requests import ANSWER_SECONDS, MAX_SENDING_SECONDS, parse_tags, sending_seconds
 from shared.bus.messages import TransmitReply, TransmitRequest
 from shared.fanout.send_errors import NO_INTERFACE
@@ -148,8 +148,7 @@ class RawFrames:
 
     def _check(self, request: TransmitRequest) -> None:
         name = request.interface
-        if name not in self._policy.interfaces:
-            raise FrameError("not_permitted", f"{name} is not in [transmitter] interfaces; add it there", "interface")
+        self._obey(self._policy.refuse_interface(name))
         link = self._next_hops.link(name)
         if self._next_hops.blind:
             raise FrameError("unavailable", f"{name}: links can't be seen here (AF_NETLINK is refused)")
@@ -159,14 +158,16 @@ class RawFrames:
             raise FrameError("unavailable", f"{name} is down, or has no carrier")
         check_frame(request, link)
         try:
-            vlans, ethertype = parse_tags(request.frame)
+            tags = parse_tags(request.frame)
         except ValueError as error:
             raise FrameError("bad_request", str(error)) from None
-        if refused := [vlan for vlan in vlans if vlan not in self._policy.vlans]:
-            raise FrameError("not_permitted", f"VLAN {refused[0]} is not in [transmitter] vlans; add it there", "vlan")
-        if ethertype not in self._policy.ethertypes:
-            message = f"ethertype {ethertype:#06x} is not in [transmitter] ethertypes; add it there"
-            raise FrameError("not_permitted", message, "ethertype")
+        self._obey(self._policy.refuse_frame(*tags))
+
+    @staticmethod
+    def _obey(refusal: Refusal | None) -> None:
+        if refusal is not None:
+            cause, message = refusal
+            raise FrameError("not_permitted", message, cause)
 
     def _refuse(self, request: TransmitRequest, error: FrameError, sent: int = 0) -> None:
         self.counters[REFUSED] += 1

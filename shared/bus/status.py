@@ -12,9 +12,9 @@ from shared.bus.pieces import Assembler, cut
 from shared.bus.zmq_sockets import Publisher
 from shared.ledger import DISCREPANCIES, Accounts, discrepancies
 from shared.log import DISCREPANCY, get_logger
+from shared.process.installed_version import release
 from shared.process.lifecycle import next_tick
 from shared.process.memory import Memory
-from shared.process.release import release
 
 INTERVAL_SECONDS = 1.0
 CHECK_SHARE = 20

@@ -15,7 +15,7 @@ from shared.client import Client
 from shared.datagrams.batch import Indices
 from shared.datagrams.gathered import Mask
 from shared.datagrams.prefix_index import Network, PrefixIndex, disjoint
-from shared.datagrams.prefixes import Datagrams
+from shared.datagrams.prefix_set import Datagrams
 from shared.datagrams.sampling import hash_sources, sample_rows, share_rows
 
 

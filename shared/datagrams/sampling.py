@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from shared.datagrams.batch import Indices
 from shared.datagrams.gathered import Mask
-from shared.datagrams.prefixes import Datagrams, halves_of
+from shared.datagrams.prefix_set import Datagrams, halves_of
 
 Hashes = npt.NDArray[np.uint64]
 _GOLDEN: Final = np.uint64(0x9E3779B97F4A7C15)

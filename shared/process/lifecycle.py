@@ -24,8 +24,8 @@ from typing import Any, Final, NoReturn
 
 from shared.log import configure, get_logger
 from shared.net.printable import printable
+from shared.process.installed_version import release
 from shared.process.log_limit import LogLimit
-from shared.process.release import release
 from shared.settings.explain import did_you_mean
 from shared.settings.file import load, load_again
 from shared.settings.model import Bus, Settings, SettingsError

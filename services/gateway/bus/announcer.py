@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Final
 
 from services.gateway.bus.serving import CallLater, ServingQuery
-from services.gateway.events import EventFeed
+from services.gateway.event_feed import EventFeed
 from services.gateway.registry.registry import Registry
 from shared.bus.messages import (
     HEALTH_PREFIX,

@@ -5,13 +5,13 @@ The first byte decides: `{` begins JSON lines, anything else is a name, as in th
 
 import json
 import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
 from msgspec import Struct
 
+from services.gateway.protocol.client_names import check_name, parse_name
 from services.gateway.protocol.requests import (
     EXPECTED,
     FRAME_EXPECTED,
@@ -27,8 +27,6 @@ from services.gateway.protocol.requests import (
 
 MAX_LINE: Final = 64 * 1024
 """Bytes of a JSON line without its newline: the longest sensible `register` has under 10,000."""
-MAX_NAME: Final = 255
-"""Bytes of UTF-8."""
 
 
 class _Head(Struct, frozen=True):
@@ -40,7 +38,6 @@ class _Head(Struct, frozen=True):
 
 _operations: Final = msgspec.json.Decoder(Operation, dec_hook=parse_octets)
 _heads: Final = msgspec.json.Decoder(_Head)
-_HTTP: Final = re.compile(rb"[A-Z]{3,20} [^\r\n]* HTTP/\d")
 
 
 class Decoder:
@@ -106,35 +103,6 @@ class Decoder:
         del self._buffer[: stop + 1]
         self._scanned = 0
         return data
-
-
-def parse_name(data: bytes) -> str:
-    r"""Return the name that a client of the documented protocol sent. `RequestError` when it is none.
-
-    >>> parse_name(b"router-7\r\n")
-    'router-7'
-    """
-    try:
-        if _HTTP.match(data):
-            message = "this is no HTTP server; send a name, or one JSON object a line"
-            raise RequestError("bad_request", message, cross_protocol=True)
-        return check_name(data[: MAX_NAME + 3].rstrip(b"\r\n"))
-    except RequestError as refused:
-        refused.closes = True
-        raise
-
-
-def check_name(data: bytes) -> str:
-    """Return the text of a name, from either protocol; `bad_name` when it breaks a rule."""
-    if not 1 <= len(data) <= MAX_NAME:
-        raise RequestError("bad_name", f"expected a name of 1 to {MAX_NAME} bytes")
-    try:
-        name = data.decode()
-    except UnicodeDecodeError:
-        raise RequestError("bad_name", "expected a name in UTF-8") from None
-    if any(unicodedata.category(character) == "Cc" for character in name):
-        raise RequestError("bad_name", "the name has control characters; send the name alone")
-    return name
 
 
 def parse_request(line: bytes) -> Operation:

@@ -1,8 +1,8 @@
 """The table of clients and their leases. No I/O; the clock and the store for changes are handed in.
 
 It checks nothing: `admission/decision.py` has decided before whether a change may be made. Every change is an event
-with a revision of its own. Changes gather for the bus until `commit` puts them into one message. Code that shows a
-revision to the bus commits first, so a revision always means the same content.
+with a number of its own (`revisions.py`). Code that shows a revision to the bus commits first, so a revision always
+means the same content.
 """
 
 import itertools
@@ -16,16 +16,14 @@ from typing import Final, Protocol, get_args
 import msgspec
 
 from services.gateway.admission.peer import Peer
-from services.gateway.protocol.names_list import NamesList
+from services.gateway.protocol.names_answer import NamesList
 from services.gateway.registry.condition import Condition, Serving
 from services.gateway.registry.entry import Entry, Event, EventKind, Origin
 from services.gateway.registry.groups import SECRET_BYTES, Groups
 from services.gateway.registry.leases import Leases
+from services.gateway.registry.revisions import Revisions
 from shared.bus.messages import Health, RegistryChange
 from shared.client import Client, Source, Streams
-
-MAX_CHANGE: Final = 64
-"""Clients in one change: the largest entry has under 16 KB, and a bus message at most 1 MiB."""
 
 RETURN_SECONDS: Final = 30.0
 """The lease, after a restart of the gateway, of an entry that was held by a connection."""
@@ -65,12 +63,7 @@ class Registry:
         self._clock = clock
         self._keep = keep
         self._generation = first_generation - 1
-        self._revision = self._committed = 0
-        self._joined: dict[str, Client] = {}
-        self._left: set[str] = set()
-        self._changes: list[RegistryChange] = []
-        self._events: list[Event] = []
-        self._popped_revision = 0
+        self._revisions = Revisions()
         self._refreshed_version: tuple[int, ...] = ()
         self._word_changed: dict[str, Entry] = {}
 
@@ -107,7 +100,7 @@ class Registry:
 
         With `hold` the entry lasts no longer than the peer's connection.
         """
-        event = self._entering(client, peer, origin, 1, self._revision + 1, ttl, hold, proven)
+        event = self._entering(client, peer, origin, 1, self._revisions.next(), ttl, hold, proven)
         self._record([event])
         self._replace(event.entry)
         return event.entry
@@ -136,7 +129,7 @@ class Registry:
 
     def restore(self, entries: Iterable[Entry], revision: int) -> None:
         """Enter the entries that an earlier start kept, as they were at `revision`; each lease begins anew."""
-        self._revision = self._committed = revision
+        self._revisions.restore(revision)
         for entry in entries:
             if entry.held and not entry.ttl:
                 entry.ttl = RETURN_SECONDS  # the restart ended its connection, and the client may come back
@@ -150,11 +143,13 @@ class Registry:
         wanted = {client.name: client for client in clients}
         present = [entry for entry in self._entries.values() if entry.origin is Origin.SETTINGS]
         gone = [entry for entry in present if entry.client.name not in wanted]
-        events = [Event("left", self._revision + number, entry) for number, entry in enumerate(gone, 1)]
+        events = [Event("left", self._revisions.next(number), entry) for number, entry in enumerate(gone, 1)]
         fresh = [client for client in wanted.values() if not self._is_configured(client)]
         for number, client in enumerate(fresh, 1):
             peer = Peer(0, client.address, client.port)
-            events.append(self._entering(client, peer, Origin.SETTINGS, number, self._revision + len(gone) + number))
+            events.append(
+                self._entering(client, peer, Origin.SETTINGS, number, self._revisions.next(len(gone) + number))
+            )
         if events:
             self._record(events)
         self._drop(gone)
@@ -184,7 +179,7 @@ class Registry:
         if not narrowed:
             return
         events: list[Event] = []
-        for revision, (entry, streams) in enumerate(narrowed, self._revision + 1):
+        for revision, (entry, streams) in enumerate(narrowed, self._revisions.next()):
             client = msgspec.structs.replace(entry.client, streams=streams)
             events.append(Event("changed", revision, replace(entry, client=client, revision=revision)))
         self._record(events)
@@ -205,23 +200,15 @@ class Registry:
 
     def commit(self) -> int:
         """Put the changes so far into one for the bus, and return the revision that the registry is at."""
-        if self._joined or self._left:
-            change = RegistryChange(self._committed, self._revision, list(self._joined.values()), sorted(self._left))
-            self._changes.append(change)
-            self._committed = self._revision
-            self._joined, self._left = {}, set()
-        return self._revision
+        return self._revisions.commit()
 
     def pop_events(self) -> list[Event]:
         """Return every change since the last call, in order."""
-        events, self._events = self._events, []
-        self._popped_revision = self._revision
-        return events
+        return self._revisions.pop_events()
 
     def pop_changes(self) -> list[RegistryChange]:
         """Return the committed changes since the last call."""
-        changes, self._changes = self._changes, []
-        return changes
+        return self._revisions.pop_changes()
 
     def note_health(self, boot: int, body: Health) -> None:
         """Note the report of collectors by a service that sends copies, started as `boot`."""
@@ -241,7 +228,7 @@ class Registry:
                 condition = Condition(word, told.since if told.word == word else self._clock(), lost)
         entry.condition = condition
         present = self._entries.get(client.name) is entry
-        if present and condition.word != told.word and entry.revision <= self._popped_revision:
+        if present and condition.word != told.word and entry.revision <= self._revisions.popped:
             self._word_changed[client.name] = entry
 
     def refresh_conditions(self) -> None:
@@ -301,7 +288,7 @@ class Registry:
     def _remove(self, entries: Sequence[Entry], kind: EventKind) -> None:
         if not entries:
             return
-        self._record([Event(kind, self._revision + number, entry) for number, entry in enumerate(entries, 1)])
+        self._record([Event(kind, self._revisions.next(number), entry) for number, entry in enumerate(entries, 1)])
         self._drop(entries)
 
     def _drop(self, entries: Iterable[Entry]) -> None:
@@ -324,14 +311,5 @@ class Registry:
         self._keep(events, generation)
         self._generation = generation
         for event in events:
-            client = event.entry.client
-            self._revision = event.revision
-            self._events.append(event)
-            if event.kind in ("joined", "changed"):
-                self._joined[client.name] = self.groups.for_bus(event.entry)
-                self._left.discard(client.name)
-            else:
-                self._joined.pop(client.name, None)
-                self._left.add(client.name)
-            if len(self._joined) + len(self._left) >= MAX_CHANGE:
-                self.commit()
+            joins = event.kind in ("joined", "changed")
+            self._revisions.note(event, self.groups.for_bus(event.entry) if joins else event.entry.client)

@@ -15,7 +15,8 @@ from msgspec import Struct
 from services.gateway.protocol.decoder import MAX_LINE, Decoder
 from services.gateway.protocol.requests import Request, RequestError, SignUp
 from services.gateway.render import json_line
-from services.gateway.transport.deadlines import Deadlines, too_slow_reader
+from services.gateway.transport.deadlines import Deadlines
+from services.gateway.transport.slow_readers import PushedLines, too_slow_reader
 from shared.settings.model import Gateway
 
 WRITE_SIZE: Final = 64 * 1024
@@ -104,7 +105,7 @@ class Conversation:
 
     __slots__ = (
         "_after", "_decoder", "_delay", "_delay_told", "_discarded", "_due", "_origin", "_outgoing",
-        "_pushed", "_pushed_bytes", "_settings", "_stalled", "_unread", "deadlines", "ended", "reading", "state",
+        "_pushed", "_settings", "_stalled", "_unread", "deadlines", "ended", "reading", "state",
     )  # fmt: skip
 
     def __init__(self, settings: Gateway, deadlines: Deadlines, origin: str, delay: Callable[[], float]) -> None:
@@ -119,8 +120,7 @@ class Conversation:
         self._stalled = False  # the client does not read what is written
         self._outgoing: Iterator[bytes] | None = None
         self._after = After.NEXT_REQUEST
-        self._pushed: deque[bytes] = deque()
-        self._pushed_bytes = 0
+        self._pushed = PushedLines(settings.output_buffer)
         self._discarded = 0
         self._due: deque[Action] = deque()
         self.reading = True  # not while a client sends faster than it reads answers
@@ -135,7 +135,7 @@ class Conversation:
     @property
     def buffered(self) -> int:
         """Bytes held: of requests, and of pushed lines."""
-        return self._decoder.buffered + self._pushed_bytes
+        return self._decoder.buffered + self._pushed.size
 
     def receive(self, data: bytes) -> None:
         """Note bytes that were read."""
@@ -199,10 +199,9 @@ class Conversation:
         if self.over or self._after is After.CUT_OFF:
             return
         self._pushed.append(lines)
-        self._pushed_bytes += len(lines)
-        if self._pushed_bytes > self._settings.output_buffer and (self._stalled or self.state is ANSWERING):
+        if self._pushed.too_many and (self._stalled or self.state is ANSWERING):
             self._after = After.CUT_OFF
-            self._drop_pushed()
+            self._pushed.clear()
             if self.state is not ANSWERING:  # else a part of the answer may be written: all of it comes first
                 self._cut_off()
 
@@ -222,7 +221,7 @@ class Conversation:
         if self.over:
             self._cut(Step.ABORT)
         elif self._stalled and needed and self.state is not ANSWERING:
-            self._drop_pushed()
+            self._pushed.clear()
             self._cut_off()
         elif self._stalled:
             self._cut(Step.ABORT_SLOW)
@@ -242,8 +241,8 @@ class Conversation:
                 if piece := next(self._outgoing, b""):
                     return Write(piece)
                 self._end_answer()
-            elif self._pushed:  # before the next answer: no event may follow a list that shows its result already
-                return Write(self._pop_pushed())
+            elif self._pushed.size:  # before the next answer: no event may follow a list that shows its result already
+                return Write(self._pushed.pop())
             elif self._after is After.FINISH:
                 self._finish()
             elif self._unread and self.state is not WAITING_TURN:
@@ -319,18 +318,9 @@ class Conversation:
         self.state = CLOSED
         self.deadlines.suspend()
         self._outgoing = None
-        self._drop_pushed()
+        self._pushed.clear()
         self._due.clear()
         self._due.append(step)
-
-    def _pop_pushed(self) -> bytes:
-        lines = self._pushed.popleft()
-        self._pushed_bytes -= len(lines)
-        return lines
-
-    def _drop_pushed(self) -> None:
-        self._pushed.clear()
-        self._pushed_bytes = 0
 
 
 def split_answer(parts: Sequence[bytes]) -> Iterator[bytes]:

@@ -66,12 +66,3 @@ class Deadlines:
         else:
             why = f"no request received within {settings.idle_seconds:g} s"
         return RequestError("too_slow", why, closes=True)
-
-
-def too_slow_reader() -> RequestError:
-    """Return the refusal of a client that reads events too slowly: it may go on from its last revision."""
-    return RequestError(
-        "too_slow",
-        "events came faster than you read them; watch again from the last revision that you have",
-        closes=True,
-    )

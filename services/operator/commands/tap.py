@@ -21,7 +21,7 @@ from shared.bus.messages import REGISTRY_TOPIC, Message, RegistryChange, Registr
 from shared.bus.zmq_sockets import Subscriber
 from shared.client import ALL_STREAMS, Client
 from shared.datagrams.batch import DatagramBatch, Indices
-from shared.datagrams.prefixes import Prefixes, halves_of
+from shared.datagrams.prefix_set import Prefixes, halves_of
 from shared.datagrams.routing import Router
 from shared.fanout.registry_replica import RegistryReplica
 from shared.net.addresses import resolve

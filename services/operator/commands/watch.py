@@ -25,7 +25,7 @@ from shared.bus.borrowing import Borrower
 from shared.bus.living_workers import living_workers
 from shared.bus.messages import Status, datagrams_topic
 from shared.bus.zmq_sockets import Subscriber
-from shared.datagrams.prefixes import Prefixes, halves_of
+from shared.datagrams.prefix_set import Prefixes, halves_of
 from shared.process.lifecycle import OK, Lifecycle
 from shared.settings.model import Settings
 

@@ -15,7 +15,7 @@ from services.gateway.admission.peer import Peer
 from services.gateway.admission.rights import HERE as EVERYTHING
 from services.gateway.admission.rights import NOBODY, SCOPES_NEEDED
 from services.gateway.admission.tokens import Tokens
-from services.gateway.events import EventFeed
+from services.gateway.event_feed import EventFeed
 from services.gateway.handler import Answer, Handler
 from services.gateway.protocol.requests import (
     Auth,

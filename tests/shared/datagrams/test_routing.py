@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from shared.client import Client
 from shared.datagrams.batch import DatagramBatch
-from shared.datagrams.prefixes import Prefixes, halves_of
+from shared.datagrams.prefix_set import Prefixes, halves_of
 from shared.datagrams.routing import Router, Selection
 from tests.builders import make_batch, make_client
 

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.gateway.protocol.decoder import MAX_LINE, Decoder, parse_name, parse_request
+from services.gateway.protocol.client_names import parse_name
+from services.gateway.protocol.decoder import MAX_LINE, Decoder, parse_request
 from services.gateway.protocol.requests import (
     Confirm,
     Leave,

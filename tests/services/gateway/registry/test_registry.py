@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from services.gateway.admission.destinations import Destinations
 from services.gateway.admission.peer import Peer
 from services.gateway.registry.entry import Event
-from services.gateway.registry.registry import MAX_CHANGE
+from services.gateway.registry.revisions import MAX_CHANGE
 from shared.bus.messages import MAX_MESSAGE, RegistryChange
 from shared.client import Client
 from shared.settings.model import Collector
-from tests.services.gateway.protocol.test_names_list import listed
+from tests.services.gateway.protocol.test_names_answer import listed
 from tests.services.gateway.table import ELSEWHERE, HERE, Table
 
 

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from services.gateway.protocol.names_list import BLOCK, NamesList
+from services.gateway.protocol.names_answer import BLOCK, NamesList
 from shared.client import Client
 
 

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.gateway import events as feed_module
+from services.gateway import event_feed as feed_module
 from services.gateway.admission.peer import Peer
-from services.gateway.events import EventFeed
+from services.gateway.event_feed import EventFeed
 from services.gateway.registry.entry import Origin
 from services.gateway.registry.registry import Registry
 from services.gateway.render import event_line, health_line

@@ -1,0 +1,65 @@
+"""The number of each event of the registry, and the events that wait for watchers and for the bus. No I/O."""
+
+from typing import Final
+
+from services.gateway.registry.entry import Event
+from shared.bus.messages import RegistryChange
+from shared.client import Client
+
+MAX_CHANGE: Final = 64
+"""Clients in one change: the largest entry has under 16 KB, and a bus message at most 1 MiB."""
+
+
+class Revisions:
+    """Numbers events from `last` + 1 on. For the bus they gather until `commit` puts them into one change."""
+
+    def __init__(self) -> None:
+        self.last = 0
+        self.popped = 0
+        """The last revision that `pop_events` has returned."""
+        self._committed = 0
+        self._joined: dict[str, Client] = {}
+        self._left: set[str] = set()
+        self._changes: list[RegistryChange] = []
+        self._events: list[Event] = []
+
+    def restore(self, last: int) -> None:
+        """Go on from the last revision of an earlier start."""
+        self.last = self._committed = last
+
+    def next(self, number: int = 1) -> int:
+        """Return the revision of the `number`th event from now on."""
+        return self.last + number
+
+    def note(self, event: Event, client: Client) -> None:
+        """Note an event that has happened; `client` is its entry as the bus shows it."""
+        self.last = event.revision
+        self._events.append(event)
+        if event.kind in ("joined", "changed"):
+            self._joined[client.name] = client
+            self._left.discard(client.name)
+        else:
+            self._joined.pop(client.name, None)
+            self._left.add(client.name)
+        if len(self._joined) + len(self._left) >= MAX_CHANGE:
+            self.commit()
+
+    def commit(self) -> int:
+        """Put the events so far into one change for the bus, and return the last revision."""
+        if self._joined or self._left:
+            change = RegistryChange(self._committed, self.last, list(self._joined.values()), sorted(self._left))
+            self._changes.append(change)
+            self._committed = self.last
+            self._joined, self._left = {}, set()
+        return self.last
+
+    def pop_events(self) -> list[Event]:
+        """Return every event since the last call, in order."""
+        events, self._events = self._events, []
+        self.popped = self.last
+        return events
+
+    def pop_changes(self) -> list[RegistryChange]:
+        """Return the committed changes since the last call."""
+        changes, self._changes = self._changes, []
+        return changes

@@ -1,0 +1,46 @@
+"""Lines pushed to a client, and the refusal `too_slow` of one that does not read them in time. No I/O."""
+
+from collections import deque
+
+from services.gateway.protocol.requests import RequestError
+
+
+class PushedLines:
+    """The lines that wait to be written to one client; `size` is their number of bytes."""
+
+    __slots__ = ("_lines", "_most", "size")
+
+    def __init__(self, most: int) -> None:
+        self._lines: deque[bytes] = deque()
+        self._most = most
+        self.size = 0
+
+    @property
+    def too_many(self) -> bool:
+        """Return whether more bytes wait than `[gateway] output_buffer` allows."""
+        return self.size > self._most
+
+    def append(self, lines: bytes) -> None:
+        """Add whole lines."""
+        self._lines.append(lines)
+        self.size += len(lines)
+
+    def pop(self) -> bytes:
+        """Return the oldest lines, which wait no more."""
+        lines = self._lines.popleft()
+        self.size -= len(lines)
+        return lines
+
+    def clear(self) -> None:
+        """Drop all that waits."""
+        self._lines.clear()
+        self.size = 0
+
+
+def too_slow_reader() -> RequestError:
+    """Return the refusal of a client that reads events too slowly: it may go on from its last revision."""
+    return RequestError(
+        "too_slow",
+        "events came faster than you read them; watch again from the last revision that you have",
+        closes=True,
+    )
