@@ -82,8 +82,11 @@ from shared.process.registry_client import (
     RegistryClient,
     UnreachableError,
 )
+from shared.settings.entries import Stream, Token
 from shared.settings.file import load
-from shared.settings.model import Bus, Gateway, Settings, Stream, Token, Transmitter, leave_room
+from shared.settings.model import Settings
+from shared.settings.tables import Bus, Gateway, Transmitter
+from shared.settings.values import leave_room
 from tests.services.gateway.table import ELSEWHERE, HERE, Table
 from tests.services.operator.doctor.test_host import FINE as HOST
 from tests.services.operator.doctor.test_listening import FINE as LISTENING

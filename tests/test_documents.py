@@ -19,8 +19,10 @@ from services.operator.commands.ready import OPTIONAL, SERVICES
 from services.transmitter import raw_frames
 from shared import ledger
 from shared.log import EVENTS
+from shared.settings.entries import Collector, Token
 from shared.settings.file import render
-from shared.settings.model import DEFAULT_STREAM, SCOPES, Collector, Settings, Token
+from shared.settings.model import DEFAULT_STREAM, Settings
+from shared.settings.values import SCOPES
 from tests.documents import FRONT, SHOWN, blocks, defined, exists, pages, prose, sentences, tables, text, words
 from tests.services.console.told import busy
 from tests.stack import CHECKOUT

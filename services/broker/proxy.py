@@ -32,7 +32,7 @@ from shared.net.addresses import Endpoint
 from shared.process.lifecycle import Lifecycle, Manager, Watchdog
 from shared.process.memory import Memory
 from shared.process.reload import Reload
-from shared.settings.model import Bus
+from shared.settings.tables import Bus
 
 QUIET_SECONDS: Final = 0.3
 DRAIN_SECONDS: Final = 2.0

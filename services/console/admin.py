@@ -20,7 +20,8 @@ from shared.monitoring.finding import Finding
 from shared.monitoring.probe import Ledger, probe
 from shared.process.lifecycle import UNAVAILABLE, OperatorError
 from shared.process.registry_client import Access, RefusedError, RegistryClient
-from shared.settings.model import Settings, Stream
+from shared.settings.entries import Stream
+from shared.settings.model import Settings
 
 ANSWER_SECONDS: Final = 5.0
 REPORTED_SECONDS: Final = INTERVAL_SECONDS + 0.3

@@ -15,7 +15,7 @@ from typing import Final
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from shared.settings.model import Token
+from shared.settings.entries import Token
 
 HEADERS: Final = (
     (

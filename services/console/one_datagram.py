@@ -18,7 +18,7 @@ from shared.bus.messages import Message, datagrams_topic
 from shared.bus.zmq_sockets import Subscriber
 from shared.client import Client
 from shared.monitoring.shares import covers
-from shared.settings.model import Bus
+from shared.settings.tables import Bus
 
 WAIT_SECONDS: Final = 5.0
 MAX_SHOWN: Final = 2048

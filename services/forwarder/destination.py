@@ -31,7 +31,7 @@ from shared.ledger import (
 from shared.log import get_logger
 from shared.net.queues import Queues
 from shared.net.route_changes import RouteChanges
-from shared.settings.model import Forwarder
+from shared.settings.tables import Forwarder
 
 PROBE_SECONDS: Final = 1.0
 ANSWER_SECONDS: Final = 0.5

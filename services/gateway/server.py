@@ -56,7 +56,8 @@ from shared.process.lifecycle import (
 from shared.process.memory import Memory
 from shared.process.reload import Reload
 from shared.process.tokens_file import read_tokens
-from shared.settings.model import Settings, Token
+from shared.settings.entries import Token
+from shared.settings.model import Settings
 from shared.settings.own_listeners import udp_listeners
 
 TICK_SECONDS: Final = 0.25

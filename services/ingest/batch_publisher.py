@@ -12,7 +12,7 @@ from shared.bus.zmq_sockets import Publisher
 from shared.datagrams.batch import ROW, DatagramBatch, Rows
 from shared.ledger import BUS_FULL, BYTES, NO_MEMORY, NO_SUBSCRIBER, OVERSIZED, PUBLISHED, RECEIVED
 from shared.process.memory import Memory
-from shared.settings.model import Protocol
+from shared.settings.entries import Protocol
 
 
 class StreamFeed:

@@ -21,7 +21,7 @@ from services.ingest.ipfix_numbering import Numbering
 from services.ingest.ipfix_templates import Templates
 from shared.datagrams.batch import DatagramBatch
 from shared.ledger import EXPORTER_EVICTIONS, EXPORTER_UNSURE, EXPORTERS, NOT_FLOW
-from shared.settings.model import Protocol
+from shared.settings.entries import Protocol
 
 MAX_EXPORTERS: Final = 16_384
 """Exporters followed at a time by a worker and stream: sources can be forged by the million. The longest silent goes

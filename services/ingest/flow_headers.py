@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from shared.datagrams.batch import DatagramBatch
 from shared.ledger import EXPORTER_MISSED, EXPORTER_MISSED_FLOWS, EXPORTER_MISSED_RECORDS
-from shared.settings.model import Protocol
+from shared.settings.entries import Protocol
 
 Integers = npt.NDArray[np.int64]
 Bytes = npt.NDArray[np.uint8]

@@ -20,7 +20,8 @@ from shared.net.bpf import refuse_mapped_sources
 from shared.net.multicast import is_multicast, join_group
 from shared.net.sockets import InheritedSocket, PathSocket, bind_endpoint, close_listener, inherited, try_endpoint
 from shared.process.lifecycle import BAD_SETTINGS, FAILED, OperatorError
-from shared.settings.model import Settings, Stream
+from shared.settings.entries import Stream
+from shared.settings.model import Settings
 
 TCP_BACKLOG: Final = 1024
 UNPRIVILEGED_PORT: Final = 1024

@@ -24,7 +24,7 @@ from shared.net.bpf import (
     attach,
 )
 from shared.net.multicast import is_multicast
-from shared.settings.model import Spread
+from shared.settings.tables import Spread
 
 RANDOM: Final = 0x1_0000_0000 - 0x1000 + 56
 """SKF_AD_OFF + SKF_AD_RANDOM: loading it gives a random number."""

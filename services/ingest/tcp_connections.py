@@ -18,7 +18,7 @@ from shared.net.addresses import pack_address
 from shared.net.connection_shares import limit_of, origin_of
 from shared.net.sockets import InheritedSocket
 from shared.process.lifecycle import descriptor_limit
-from shared.settings.model import Ingest
+from shared.settings.tables import Ingest
 
 READ_SIZE: Final = 16_384
 TURN_SECONDS: Final = 0.002

@@ -41,7 +41,8 @@ from shared.net.sockets import (
 from shared.process.lifecycle import Lifecycle, Readiness
 from shared.process.memory import Memory
 from shared.process.reload import Reload
-from shared.settings.model import Settings, Stream
+from shared.settings.entries import Stream
+from shared.settings.model import Settings
 
 DRAIN_SECONDS: Final = 2.0
 """Time, after SIGTERM, for the datagrams that the kernel has queued."""

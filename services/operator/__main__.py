@@ -18,9 +18,9 @@ from shared.process.lifecycle import (
     Parser,
     configure_logging,
 )
-from shared.settings.explain import did_you_mean
+from shared.settings.explain import SettingsError, did_you_mean
 from shared.settings.file import load
-from shared.settings.model import Settings, SettingsError
+from shared.settings.model import Settings
 
 INTERRUPTED: Final = 130
 """Exit code that a shell expects of a command that Ctrl-C cut short; those that run until Ctrl-C end with 0."""

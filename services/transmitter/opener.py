@@ -25,7 +25,7 @@ PROGRAM: Final = Path(__file__).resolve().with_name("__main__.py")
 NOT_PERMITTED: Final = 77
 DEFAULT_USER: Final = "nobody"
 DEFAULT_DIRECTORY: Final = "$XDG_RUNTIME_DIR/fanwire"
-"""The default in `shared.settings.model`, which needs more than the standard library."""
+"""The default in `shared.settings.tables`, which needs more than the standard library."""
 SOCKETS: Final = 8
 """Sockets of each kind: an interface that is stuck fills the send buffer of one, and traffic by others goes on. Two of
 AF_PACKET are for requested frames (`raw_frames`)."""

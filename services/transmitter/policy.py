@@ -15,7 +15,7 @@ from shared.datagrams.prefix_set import Prefixes, halves_of
 from shared.datagrams.segments import Mask
 from shared.net.addresses import pack_address
 from shared.process.log_limit import LogLimit
-from shared.settings.model import Transmitter
+from shared.settings.tables import Transmitter
 
 AUDIT_SECONDS: Final = 60.0
 NOBODYS: Final = Prefixes(["0.0.0.0/8", "224.0.0.0/3", "::/128", "ff00::/8"])

@@ -16,7 +16,7 @@ from typing import Final
 
 import zmq
 
-from shared.settings.model import SettingsError
+from shared.settings.explain import SettingsError
 
 BROKER: Final = "broker"
 ROLES: Final = (BROKER, "gateway", "ingest", "forwarder", "transmitter", "console", "operator")

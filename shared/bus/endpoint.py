@@ -10,7 +10,7 @@ import zmq
 from shared.bus.curve_keys import Keys, load_keys
 from shared.datagrams.limits import MAX_PAYLOAD, MAX_ROWS, ROW_SIZE
 from shared.net.addresses import Endpoint
-from shared.settings.model import Bus
+from shared.settings.tables import Bus
 
 HEARTBEAT_MS: Final = 5000
 """Between two questions over TCP whether the other end is there; a host that loses power sends no farewell."""

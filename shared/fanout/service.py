@@ -46,7 +46,8 @@ from shared.log import WORKER_CAME, get_logger
 from shared.process.lifecycle import Lifecycle, Readiness
 from shared.process.memory import Memory
 from shared.process.reload import Reload
-from shared.settings.model import Forwarder, Settings, Transmitter
+from shared.settings.model import Settings
+from shared.settings.tables import Forwarder, Transmitter
 
 TURN_MESSAGES: Final = 256
 """Bus messages handled in a row before housekeeping gets its turn."""

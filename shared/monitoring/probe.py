@@ -23,7 +23,7 @@ from shared.net.addresses import resolve
 from shared.net.multicast import is_multicast
 from shared.process.lifecycle import OperatorError
 from shared.process.registry_client import Entry, RegistryClient
-from shared.settings.model import Stream
+from shared.settings.entries import Stream
 
 Ledger = Mapping[str, Accounts]
 """Accounts by service."""

@@ -26,9 +26,10 @@ from shared.log import configure, get_logger
 from shared.net.printable import printable
 from shared.process.installed_version import release
 from shared.process.log_limit import LogLimit
-from shared.settings.explain import did_you_mean
+from shared.settings.explain import SettingsError, did_you_mean
 from shared.settings.file import load, load_again
-from shared.settings.model import Bus, Settings, SettingsError
+from shared.settings.model import Settings
+from shared.settings.tables import Bus
 
 OK: Final = 0
 FAILED: Final = 1

@@ -10,8 +10,10 @@ import msgspec
 
 from shared.log import get_logger
 from shared.process.lifecycle import Lifecycle, OperatorError
+from shared.settings.entries import Collector, Stream, Token
+from shared.settings.explain import SettingsError
 from shared.settings.file import differing
-from shared.settings.model import Collector, Settings, SettingsError, Stream, Token
+from shared.settings.model import Settings
 
 RELOADED: Final = frozenset({"stream", "collector", "token"})
 """The keys that are read again."""

@@ -10,8 +10,9 @@ import msgspec
 from msgspec import Struct, field
 
 from shared.process.lifecycle import BAD_SETTINGS, OperatorError
+from shared.settings.entries import Token
 from shared.settings.explain import explain
-from shared.settings.model import Settings, Token
+from shared.settings.model import Settings
 
 MAX_TOKENS_FILE: Final = 16 * 1024 * 1024
 """Bytes: some 60,000 tokens; each `auth` compares with them all."""

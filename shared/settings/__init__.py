@@ -1,1 +1,1 @@
-"""The settings: each declared once (`model`), read from file and environment (`file`)."""
+"""The settings: each declared once, in `tables` or `entries`; together in `model`; read from file and environment."""

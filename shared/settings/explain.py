@@ -7,6 +7,15 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import msgspec
 from msgspec import Struct
 
+from shared.net.printable import printable
+
+
+class SettingsError(ValueError):
+    """Settings that can't be used: one line with file, key and what was expected."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
+
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:
     """Return a question about the nearest of the words, to be put behind one that is none of them; often empty.

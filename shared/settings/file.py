@@ -12,9 +12,9 @@ from typing import Any, Final, get_args
 import msgspec
 from msgspec import Struct
 
-from shared.settings.explain import did_you_mean, explain, keys, with_choices
+from shared.settings.explain import SettingsError, did_you_mean, explain, keys, with_choices
 from shared.settings.location import VARIABLE, settings_file
-from shared.settings.model import Settings, SettingsError
+from shared.settings.model import Settings
 
 MAX_DIRECTORY: Final = 107 - len("/pool.999999999")
 """Bytes that sun_path (unix(7)) leaves for the bus directory."""

@@ -14,7 +14,9 @@ from services.transmitter.opener import SEND_BUFFER, SOCKETS
 from shared.net.addresses import resolve
 from shared.net.sockets import KINDS
 from shared.process.lifecycle import BAD_SETTINGS, NOT_PERMITTED, USAGE
-from shared.settings.model import DEFAULT_STREAM, Forwarder, Settings, Stream
+from shared.settings.entries import Stream
+from shared.settings.model import DEFAULT_STREAM, Settings
+from shared.settings.tables import Forwarder
 from tests.documents import block
 from tests.stack import CHECKOUT
 

@@ -13,7 +13,7 @@ from services.ingest.flow_sequence_gaps import MAX_GAP
 from services.ingest.ipfix_templates import FIRST_DATA, MAX_SETS, MAX_TEMPLATES, SET_HEADER, Templates, read_templates
 from services.ingest.octet_count_framing import Framing
 from shared.datagrams.limits import MAX_DATAGRAM
-from shared.settings.model import Protocol
+from shared.settings.entries import Protocol
 from tests.services.ingest.test_flow_sequence_gaps import Reference, batch_of
 
 MAX_ARRIVALS: Final = 64

@@ -21,8 +21,10 @@ from shared.bus.curve_keys import ROLES, load_keys, load_roles
 from shared.capture.reader import CaptureError, CaptureReader
 from shared.process.lifecycle import BAD_SETTINGS, FAILED, OK, OperatorError
 from shared.process.tokens_file import read_tokens
+from shared.settings.explain import SettingsError
 from shared.settings.file import load, render
-from shared.settings.model import Gateway, Settings, SettingsError
+from shared.settings.model import Settings
+from shared.settings.tables import Gateway
 from tests.fuzz.corpus import split_parts
 from tests.fuzz.printing import check_line, printed
 

@@ -28,7 +28,8 @@ from shared.net.addresses import Endpoint
 from shared.process import registry_client
 from shared.process.lifecycle import OperatorError
 from shared.process.registry_client import Access, RegistryClient
-from shared.settings.model import Settings, Transmitter
+from shared.settings.model import Settings
+from shared.settings.tables import Transmitter
 from tests.fuzz.corpus import split_parts
 from tests.fuzz.printing import check_line, printed
 

@@ -6,7 +6,7 @@ from services.gateway.protocol.requests import Register
 from services.gateway.render import View
 from shared.client import DEFAULT_TERMS, Client, CopyTerms, WrittenTerms
 from shared.process.registry_client import Entry
-from shared.settings.model import Collector
+from shared.settings.entries import Collector
 
 TERMS = ("streams", "source", "prefixes", "sample", "group", "hop_limit", "dscp")
 

@@ -11,7 +11,7 @@ import pytest
 
 from shared.bus.curve_keys import ROLES, write_keys
 from shared.bus.endpoint import open_link
-from shared.settings.model import Bus
+from shared.settings.tables import Bus
 from tests.builders import BusEnds, accounts_when, kill_all
 from tests.openly import NOBODY, OpenStack
 from tests.services.operator.played import run

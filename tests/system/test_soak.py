@@ -22,7 +22,8 @@ from shared.bus.messages import Status
 from shared.bus.status import Reports
 from shared.ledger import REACHED, dropped, is_origin, parse_origin
 from shared.net.sockets import kernel_drops
-from shared.settings.model import Bus, Settings
+from shared.settings.model import Settings
+from shared.settings.tables import Bus
 from tests.benchmarks.site import PORT, RELAY, Site, collector_address, collector_port, exporter_address, site
 from tests.benchmarks.workloads import SYSLOG, Workload, read_mark
 from tests.builders import BusEnds

@@ -30,7 +30,8 @@ from services.gateway.protocol.requests import (
 from services.gateway.registry.entry import Entry, Origin
 from services.gateway.registry.registry import Registry
 from shared.client import Client, Source
-from shared.settings.model import Collector, Gateway
+from shared.settings.entries import Collector
+from shared.settings.tables import Gateway
 
 
 class Grant(NamedTuple):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from services.gateway.admission.peer import Peer
 from services.gateway.protocol.requests import Register, RequestError
 from shared.client import ALL_STREAMS, Client
-from shared.settings.model import Collector
+from shared.settings.entries import Collector
 from shared.settings.own_listeners import OwnListeners
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address

@@ -8,7 +8,7 @@ from services.gateway.registry.entry import Entry, Origin
 from services.gateway.registry.registry import Registry
 from shared.client import ALL_STREAMS, Client, Source
 from shared.net.addresses import are_apart
-from shared.settings.model import Gateway
+from shared.settings.tables import Gateway
 
 _OTHER_SOURCE: Final[dict[Source, Source]] = {"relay": "original", "original": "relay"}
 

@@ -24,7 +24,7 @@ from services.gateway.protocol.requests import (
     WatchClients,
 )
 from shared.client import ALL_STREAMS
-from shared.settings.model import SCOPES, Scope
+from shared.settings.values import SCOPES, Scope
 
 SCOPES_NEEDED: Final[dict[type[Request], frozenset[Scope]]] = {
     Auth: frozenset(),

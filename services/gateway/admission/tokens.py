@@ -8,7 +8,7 @@ from typing import Any
 
 from services.gateway.admission.rights import NOBODY, Rights
 from services.gateway.protocol.requests import RequestError
-from shared.settings.model import Token
+from shared.settings.entries import Token
 
 
 class Tokens:

@@ -8,7 +8,7 @@ from msgspec import Meta, Struct, field
 from shared.bus.frame_requests import check_frame, make_frame, parse_hex, parse_mac, sending_seconds
 from shared.bus.messages import MAX_FRAMES, MAX_INTERFACE, Number
 from shared.client import WrittenTerms
-from shared.settings.model import Ethertype, Port, parse_ethertype
+from shared.settings.values import Ethertype, Port, parse_ethertype
 
 MAX_ITEMS: Final = 64
 """Streams or prefixes in one `register`; keeps an entry so small that 64 of them fit a bus message."""

@@ -17,7 +17,7 @@ from services.gateway.protocol.requests import Request, RequestError, SignUp
 from services.gateway.render import json_line
 from services.gateway.transport.deadlines import Deadlines
 from services.gateway.transport.slow_readers import PushedLines, too_slow_reader
-from shared.settings.model import Gateway
+from shared.settings.tables import Gateway
 
 WRITE_SIZE: Final = 64 * 1024
 """Bytes of one write, and the transport's high-water mark: the most that a client that does not read can hold here."""

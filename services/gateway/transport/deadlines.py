@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Final
 
 from services.gateway.protocol.requests import RequestError
-from shared.settings.model import Gateway
+from shared.settings.tables import Gateway
 
 SILENT_SECONDS: Final = 0.2
 """A TLS connection is closed when nothing has come for this long after the last answer."""

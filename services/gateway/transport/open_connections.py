@@ -13,7 +13,7 @@ from services.gateway.transport.connection import ClientConnection
 from services.gateway.transport.rate_limit import RateLimit
 from shared.net.connection_shares import limit_of
 from shared.process.memory import Memory
-from shared.settings.model import Gateway
+from shared.settings.tables import Gateway
 
 READ_SIZE: Final = 64 * 1024
 AT_ONCE: Final = 32

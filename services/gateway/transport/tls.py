@@ -8,7 +8,8 @@ from pathlib import Path
 
 from services.gateway.transport.listeners import Listener
 from shared.process.lifecycle import BAD_SETTINGS, OperatorError
-from shared.settings.model import Gateway, Token
+from shared.settings.entries import Token
+from shared.settings.tables import Gateway
 
 
 def check_listener(listener: Listener, tokens: Iterable[Token]) -> None:

@@ -9,8 +9,9 @@ from shared.bus.messages import MAX_INTERFACE
 from shared.client import DEFAULT_TERMS, ListedClient
 from shared.net.addresses import pack_address, pack_network
 from shared.process.lifecycle import USAGE, OperatorError, Parser, add_config_argument
+from shared.settings.entries import Stream
 from shared.settings.explain import did_you_mean
-from shared.settings.model import Settings, Stream
+from shared.settings.model import Settings
 
 if TYPE_CHECKING:  # not subscriptable when the program runs
     Subparsers = argparse._SubParsersAction[Parser]

@@ -8,7 +8,8 @@ from services.operator.cli.arguments import or_usage
 from shared.net.addresses import Endpoint, parse_endpoint
 from shared.process.lifecycle import USAGE, OperatorError, Parser
 from shared.process.registry_client import Access
-from shared.settings.model import REGISTRY_SCHEMES, Settings
+from shared.settings.model import Settings
+from shared.settings.tables import REGISTRY_SCHEMES
 
 
 def add_gateway_arguments(parser: Parser) -> None:

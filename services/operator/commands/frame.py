@@ -12,7 +12,8 @@ from services.operator.client.transmit import transmit
 from shared.bus.frame_requests import make_frame, parse_hex, parse_mac
 from shared.bus.messages import MAX_FRAME, MAX_FRAMES
 from shared.process.lifecycle import USAGE, OperatorError
-from shared.settings.model import Settings, parse_ethertype
+from shared.settings.model import Settings
+from shared.settings.values import parse_ethertype
 
 
 def add_parser(subparsers: Subparsers) -> None:

@@ -26,8 +26,9 @@ from shared.datagrams.routing import Router
 from shared.fanout.registry_replica import RegistryReplica
 from shared.net.addresses import resolve
 from shared.process.lifecycle import FAILED, OK, UNAVAILABLE, USAGE, Lifecycle, OperatorError
+from shared.settings.entries import Stream
 from shared.settings.explain import did_you_mean
-from shared.settings.model import Settings, Stream
+from shared.settings.model import Settings
 
 REGISTRY_SECONDS: Final = 3.0
 """Time that the gateway may take to tell who is registered."""

@@ -14,7 +14,9 @@ import msgspec
 from services.operator.cli.arguments import Subparsers, add_command, prefix
 from services.operator.cli.output import say
 from shared.process.lifecycle import CANT_CREATE, OK, USAGE, OperatorError
-from shared.settings.model import SCOPES, Settings, Token
+from shared.settings.entries import Token
+from shared.settings.model import Settings
+from shared.settings.values import SCOPES
 
 TOKEN_BYTES: Final = 32
 """256 bits: a plain hash of it reveals nothing, see services/gateway/admission/rights.py."""

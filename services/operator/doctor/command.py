@@ -26,7 +26,8 @@ from shared.monitoring.probe import Ledger, probe
 from shared.net.netlink import RTN_BROADCAST, RTN_LOCAL, Netlink
 from shared.process.lifecycle import FAILED, OK, USAGE, OperatorError
 from shared.process.registry_client import Access, Entry, RegistryClient
-from shared.settings.model import Settings, Stream
+from shared.settings.entries import Stream
+from shared.settings.model import Settings
 
 COLUMNS: Final = ("check", "level", "of", "why", "cure")
 LEVELS: Final = ("error", "warning", "ok")

@@ -28,7 +28,8 @@ from shared.ledger import Accounts
 from shared.net.addresses import resolve
 from shared.net.netlink import RTN_LOCAL, Link, Netlink
 from shared.net.queues import Queue, Queues
-from shared.settings.model import Settings, Stream
+from shared.settings.entries import Stream
+from shared.settings.model import Settings
 from shared.settings.own_listeners import udp_listeners
 
 SYSCTLS: Final = (

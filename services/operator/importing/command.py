@@ -16,8 +16,11 @@ from services.operator.importing import pmacct, samplicator
 from services.operator.importing.receivers import Line, parse, parse_number, to_settings
 from shared.net.addresses import parse_endpoint, resolve
 from shared.process.lifecycle import FAILED, OK
+from shared.settings.entries import STREAM_SCHEMES, Stream
+from shared.settings.explain import SettingsError
 from shared.settings.file import render
-from shared.settings.model import STREAM_SCHEMES, Name, Settings, SettingsError, Stream
+from shared.settings.model import Settings
+from shared.settings.values import Name
 
 TOOLS: Final = {
     "samplicator": (samplicator.parse_line, samplicator.DEFAULT_LISTEN),

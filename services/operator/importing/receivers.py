@@ -12,7 +12,9 @@ import msgspec
 
 from services.operator.cli.numbers import parse_whole
 from shared.client import Source
-from shared.settings.model import Collector, Settings, Stream, Transmitter
+from shared.settings.entries import Collector, Stream
+from shared.settings.model import Settings
+from shared.settings.tables import Transmitter
 
 
 class Names(Protocol):

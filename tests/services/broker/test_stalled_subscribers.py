@@ -13,7 +13,7 @@ from shared.bus.messages import Datagrams, datagrams_topic
 from shared.bus.zmq_sockets import Publisher, Subscriber
 from shared.ledger import discrepancies
 from shared.process.memory import Memory
-from shared.settings.model import Bus
+from shared.settings.tables import Bus
 from tests.builders import BusEnds, accounts_when, make_batch, wait_wanted
 from tests.stack import Stack, wait_until
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from services.console.guard import ADMIN, CHANGES, HEADERS, Guard
-from shared.settings.model import Token
+from shared.settings.entries import Token
 
 SECRET = "x" * 40
 TOKEN = Token(name="noc", hash=f"sha256:{hashlib.sha256(SECRET.encode()).hexdigest()}", scopes=("list",))

@@ -16,7 +16,8 @@ from typing import Any, cast
 from services.console.admin import Admin
 from services.console.guard import Holder
 from services.console.watch import Watch
-from shared.settings.model import Gateway, Settings
+from shared.settings.model import Settings
+from shared.settings.tables import Gateway
 from tests.certificates import Authority
 from tests.services.gateway.transport.test_tls import entry
 from tests.stack import PATIENT, Stack, ask_json, wait_until

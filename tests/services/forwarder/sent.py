@@ -10,7 +10,8 @@ from shared.datagrams.batch import DatagramBatch
 from shared.datagrams.gathered import Gathered
 from shared.fanout.collectors import Collectors
 from shared.ledger import discrepancies
-from shared.settings.model import Forwarder, Settings
+from shared.settings.model import Settings
+from shared.settings.tables import Forwarder
 
 
 class Sent:

@@ -23,7 +23,7 @@ from shared.fanout.send_errors import MAX_SKIPS
 from shared.net.queues import Queues
 from shared.net.route_changes import RouteChanges
 from shared.net.sockets import enlarge_receive_buffer
-from shared.settings.model import Forwarder
+from shared.settings.tables import Forwarder
 from tests.builders import SOURCES, make_batch, make_client
 from tests.services.forwarder.sent import Sent
 from tests.stack import wait_until

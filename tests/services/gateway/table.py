@@ -11,7 +11,7 @@ from services.gateway.protocol.requests import RequestError
 from services.gateway.registry.entry import Entry, Origin
 from services.gateway.registry.registry import Keep, Registry, keep_nothing
 from shared.client import Client, Source
-from shared.settings.model import Gateway
+from shared.settings.tables import Gateway
 
 HERE: Final = Peer(1, "127.0.0.1", 4000)
 ELSEWHERE: Final = Peer(2, "192.0.2.7", 4001, Rights("siem", frozenset({"collect"})))

@@ -37,7 +37,8 @@ from services.gateway.registry.entry import Event
 from services.gateway.render import event_line, health_line
 from shared.bus.messages import TransmitReply
 from shared.client import Source
-from shared.settings.model import Gateway, Settings
+from shared.settings.model import Settings
+from shared.settings.tables import Gateway
 from tests.services.gateway.table import HERE, Table
 
 REQUESTS: list[Request] = [

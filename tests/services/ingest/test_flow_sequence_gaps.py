@@ -20,7 +20,7 @@ from services.ingest.flow_sequence_gaps import (
 )
 from shared.datagrams.batch import DatagramBatch, make_rows
 from shared.net.addresses import pack_address
-from shared.settings.model import Protocol
+from shared.settings.entries import Protocol
 from tests.services.ingest import flows
 
 WRAP = 1 << 32

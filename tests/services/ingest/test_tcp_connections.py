@@ -10,7 +10,7 @@ import pytest
 from services.ingest.batch_publisher import StreamFeed
 from services.ingest.tcp_connections import ExporterConnections
 from shared.ledger import RECEIVED
-from shared.settings.model import Ingest
+from shared.settings.tables import Ingest
 from tests.builders import BusEnds
 
 SENDERS = 20

@@ -15,7 +15,8 @@ from shared.datagrams.gathered import Gathered
 from shared.datagrams.routing import ALL_ROWS
 from shared.fanout.backlog import BacklogMemory
 from shared.ledger import EXPECTED, discrepancies
-from shared.settings.model import Settings, Transmitter
+from shared.settings.model import Settings
+from shared.settings.tables import Transmitter
 from tests.builders import make_batch, make_client
 from tests.capture import Arrival, Capture, Datagram
 from tests.network import End, Host, veth

@@ -19,7 +19,7 @@ import pytest
 from services.transmitter import opener
 from services.transmitter.privileges import Opened, unparse
 from shared.process import lifecycle
-from shared.settings.model import Bus, Transmitter
+from shared.settings.tables import Bus, Transmitter
 from tests.deploy.confined import SCMP_ACT_ALLOW, SCMP_ACT_ERRNO, SCMP_CMP_EQ, Comparison, Filter
 from tests.network import NET_RAW
 from tests.services.transmitter.started import IS_ROOT, NOBODY, Started, as_nobody, as_nobody_with_net_raw, started

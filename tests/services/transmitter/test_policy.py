@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from services.transmitter.policy import AUDIT_SECONDS, Audit, Policy, Reach, Verdicts
 from shared.datagrams.gathered import Gathered
-from shared.settings.model import Transmitter
+from shared.settings.tables import Transmitter
 from tests.builders import make_batch
 
 V4, V6 = "192.0.2.1", "2001:db8::1"

@@ -15,7 +15,7 @@ from services.transmitter.policy import Audit, Policy
 from services.transmitter.raw_frames import FRAMES_AT_ONCE, MAX_JOBS, RawFrames
 from shared.bus.frame_requests import ANSWER_SECONDS, sending_seconds
 from shared.bus.messages import TransmitReply, TransmitRequest
-from shared.settings.model import Transmitter
+from shared.settings.tables import Transmitter
 from tests.capture import Capture
 from tests.network import End, Host, veth
 from tests.stack import wait_until

@@ -19,7 +19,8 @@ from services.transmitter.sender import Sender
 from shared.datagrams.gathered import Gathered
 from shared.datagrams.routing import ALL_ROWS
 from shared.fanout.backlog import BacklogMemory
-from shared.settings.model import Settings, Transmitter
+from shared.settings.model import Settings
+from shared.settings.tables import Transmitter
 from tests.builders import make_batch, make_client
 from tests.capture import Collector
 from tests.services.transmitter.site import EXPORTERS, SIEM4, SIEM6, Copied, Site, numbered, open_raw, payloads

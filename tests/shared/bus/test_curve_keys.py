@@ -6,7 +6,7 @@ import pytest
 import zmq
 
 from shared.bus.curve_keys import ROLES, load_keys, load_roles, write_keys
-from shared.settings.model import SettingsError
+from shared.settings.explain import SettingsError
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@ import pytest
 from shared.ledger import Accounts
 from shared.monitoring.probe import probe, where_lost
 from shared.process.registry_client import RegistryClient
-from shared.settings.model import Stream
+from shared.settings.entries import Stream
 
 BEFORE: dict[str, Accounts] = {"ingest.1": {"stream/s": {"received": 5, "published": 5}}}
 

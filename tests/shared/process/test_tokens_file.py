@@ -8,7 +8,9 @@ import pytest
 from services.gateway.transport.tls import make_context
 from shared.process.lifecycle import BAD_SETTINGS, OperatorError
 from shared.process.tokens_file import read_tokens
-from shared.settings.model import Gateway, Settings, Token
+from shared.settings.entries import Token
+from shared.settings.model import Settings
+from shared.settings.tables import Gateway
 from tests.certificates import Authority
 from tests.stack import Stack
 

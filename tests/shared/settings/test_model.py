@@ -9,8 +9,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shared.settings import location
+from shared.settings.entries import Collector, Stream
+from shared.settings.explain import SettingsError
 from shared.settings.file import load, render
-from shared.settings.model import Bus, Collector, Settings, SettingsError, Stream
+from shared.settings.model import Settings
+from shared.settings.tables import Bus
 
 FULL = """
 [bus]

@@ -2,7 +2,8 @@ from collections.abc import Iterable
 
 import pytest
 
-from shared.settings.model import Settings, Stream
+from shared.settings.entries import Stream
+from shared.settings.model import Settings
 from shared.settings.own_listeners import OwnListeners, udp_listeners
 
 LOCAL = {"127.0.0.1", "127.0.0.9", "10.2.0.1", "::1", "fd00:2::1"}

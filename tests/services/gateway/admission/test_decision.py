@@ -14,7 +14,8 @@ from services.gateway.admission.rights import NOBODY, Rights
 from services.gateway.protocol.requests import Confirm, Leave, Octets, Register, Renew, RequestError, SignUp, Transmit
 from services.gateway.registry.entry import Origin
 from shared.client import CHALLENGE_PREFIX, Source
-from shared.settings.model import Collector, Gateway
+from shared.settings.entries import Collector
+from shared.settings.tables import Gateway
 from tests.services.gateway.table import Table
 
 SIEM = Rights("siem", frozenset({"collect", "list"}), streams=("syslog",), names=True)

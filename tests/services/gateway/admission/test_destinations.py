@@ -6,7 +6,7 @@ from services.gateway.admission.destinations import Destinations
 from services.gateway.admission.peer import Peer
 from services.gateway.admission.rights import Rights
 from services.gateway.protocol.requests import Register, RequestError
-from shared.settings.model import Collector
+from shared.settings.entries import Collector
 
 LOCAL = {"127.0.0.1", "127.9.9.9", "::1", "192.0.2.1"}
 LISTENERS = [("127.0.0.1", 6667), ("::1", 6667), ("0.0.0.0", 514), ("::", 2055)]

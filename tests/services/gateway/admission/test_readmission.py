@@ -10,7 +10,7 @@ from services.gateway.admission.rights import Rights
 from services.gateway.admission.tokens import Tokens
 from services.gateway.registry.entry import Origin
 from shared.client import Client
-from shared.settings.model import Token
+from shared.settings.entries import Token
 from tests.services.gateway.table import HERE, Table
 
 RED = Peer(0, "192.0.2.7", 4000, Rights("red"))

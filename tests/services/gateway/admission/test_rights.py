@@ -16,7 +16,7 @@ from services.gateway.protocol.requests import (
     Transmit,
     WatchClients,
 )
-from shared.settings.model import Scope
+from shared.settings.values import Scope
 
 REQUESTS: dict[str, Request] = {
     "auth": Auth(token="x"),

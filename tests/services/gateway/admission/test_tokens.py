@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from services.gateway.admission.rights import NOBODY, Rights
 from services.gateway.admission.tokens import Tokens, common_name
 from services.gateway.protocol.requests import RequestError
-from shared.settings.model import Scope, Token
+from shared.settings.entries import Token
+from shared.settings.values import Scope
 
 
 def token(name: str, secret: str, *scopes: Scope, **fields: Any) -> Token:

@@ -12,7 +12,7 @@ from services.gateway.registry.entry import Event
 from services.gateway.registry.revisions import MAX_CHANGE
 from shared.bus.messages import MAX_MESSAGE, RegistryChange
 from shared.client import Client
-from shared.settings.model import Collector
+from shared.settings.entries import Collector
 from tests.services.gateway.protocol.test_names_answer import listed
 from tests.services.gateway.table import ELSEWHERE, HERE, Table
 

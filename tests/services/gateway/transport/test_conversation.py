@@ -23,7 +23,7 @@ from services.gateway.transport.conversation import (
     split_answer,
 )
 from services.gateway.transport.deadlines import Deadlines
-from shared.settings.model import Gateway
+from shared.settings.tables import Gateway
 
 SETTINGS = Gateway(idle_seconds=100, request_seconds=5, output_buffer=4096)
 LINE = b'{"op":"streams"}\n'

@@ -4,7 +4,7 @@ import pytest
 
 from services.gateway.transport.deadlines import SILENT_SECONDS, Deadlines
 from services.gateway.transport.slow_readers import too_slow_reader
-from shared.settings.model import Gateway
+from shared.settings.tables import Gateway
 
 SETTINGS = Gateway(idle_seconds=100, request_seconds=5)
 

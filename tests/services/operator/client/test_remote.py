@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from services.operator.commands.token import TOKEN_BYTES
-from shared.settings.model import Token
+from shared.settings.entries import Token
 from tests.network import End, Host, veth
 from tests.openly import OpenStack
 from tests.services.gateway.transport.test_tls import Site, entry

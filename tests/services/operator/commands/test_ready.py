@@ -1,5 +1,7 @@
 from services.operator.commands.ready import hints
-from shared.settings.model import Console, Gateway, Settings, Stream
+from shared.settings.entries import Stream
+from shared.settings.model import Settings
+from shared.settings.tables import Console, Gateway
 from tests.services.operator.played import PlayedService, finish, run
 from tests.stack import Stack
 

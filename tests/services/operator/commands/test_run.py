@@ -22,7 +22,8 @@ import pytest
 from services.operator.commands import run
 from shared.bus.status import Report
 from shared.process.lifecycle import OperatorError
-from shared.settings.model import Bus, Settings
+from shared.settings.model import Settings
+from shared.settings.tables import Bus
 from tests.stack import CHECKOUT, PATIENCE_SECONDS, Running, Stack, wait_until
 
 RUN = [sys.executable, "-m", "services.operator", "run"]

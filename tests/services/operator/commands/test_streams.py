@@ -1,7 +1,8 @@
 from dataclasses import replace
 
 from services.operator.commands.streams import _rows
-from shared.settings.model import Settings, Stream
+from shared.settings.entries import Stream
+from shared.settings.model import Settings
 from tests.services.operator.top.test_screen import picture
 
 

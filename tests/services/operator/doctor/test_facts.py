@@ -12,7 +12,9 @@ from services.operator.doctor.host import HostFacts, ListeningSocket
 from services.operator.doctor.network_paths import NUD_FAILED, NUD_INCOMPLETE, NetworkFacts
 from shared.bus.status import Report
 from shared.net.netlink import Netlink
-from shared.settings.model import Bus, Settings, Stream
+from shared.settings.entries import Stream
+from shared.settings.model import Settings
+from shared.settings.tables import Bus
 from tests.network import End, Host, tunnel, veth
 from tests.stack import Stack, wait_until
 

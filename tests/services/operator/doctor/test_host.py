@@ -13,7 +13,8 @@ from services.operator.doctor.host import (
     check_host,
 )
 from shared.monitoring.finding import Finding
-from shared.settings.model import Settings, Stream
+from shared.settings.entries import Stream
+from shared.settings.model import Settings
 
 ASKED = Settings().streams[0].receive_buffer
 FINE = HostFacts(

@@ -11,7 +11,8 @@ import pytest
 from services.operator.doctor.listening import ListeningFacts, PathSeen, check_listening
 from shared.ledger import Accounts
 from shared.monitoring.finding import Finding
-from shared.settings.model import Settings, Stream
+from shared.settings.entries import Stream
+from shared.settings.model import Settings
 from tests.network import End, Host, veth
 from tests.refusing import refused
 from tests.services.operator.doctor.test_command import doctor, errors

@@ -12,7 +12,7 @@ from services.operator.doctor.network_paths import (
 from shared.monitoring.finding import Finding
 from shared.net.queues import Queue
 from shared.process.registry_client import Entry
-from shared.settings.model import Transmitter
+from shared.settings.tables import Transmitter
 
 STALE, REACHABLE = 0x04, 0x02
 AT = "10.2.0.2"

@@ -1,0 +1,74 @@
+"""The entries of lists, `[[stream]]`, `[[collector]]` and `[[token]]`: each setting's type, default and constraints."""
+
+from functools import partial
+from typing import Annotated, Final, Literal
+
+from msgspec import Meta, Struct
+
+from shared.client import ALL_STREAMS, WrittenTerms
+from shared.net.addresses import Endpoint, pack_address, pack_network, parse_endpoint
+from shared.settings.values import Bytes, Name, Port, Scope, check_each
+
+STREAM_SCHEMES: Final = ("udp", "tcp", "unixgram")
+
+Protocol = Literal["netflow", "ipfix", "sflow"]
+"""NetFlow v5 and v9, IPFIX, or sFlow v5: their numbers tell what was lost before it came."""
+
+
+class Stream(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Datagrams under one name, from any number of listeners."""
+
+    name: Name
+    listen: Annotated[tuple[str, ...], Meta(min_length=1)]
+    """udp://HOST:PORT, tcp://HOST:PORT or unixgram:///PATH; a multicast group with its interface behind %."""
+    reply: Annotated[str, Meta(max_length=1024)] | None = None
+    """Sent back to the sender of every UDP datagram; none by default."""
+    reply_beyond_loopback: bool = False
+    """Without it a reply is refused on a listener that is not loopback: forged sources would aim it at others."""
+    receive_buffer: Bytes = 33_554_432
+    """Bytes asked of the kernel for each UDP socket."""
+    protocol: Protocol | None = None
+    """Protocol of its UDP listeners, to count what is missing from the exporters' own numbers; none: nothing is
+    counted."""
+
+    def __post_init__(self) -> None:
+        check_each("listen", partial(parse_endpoint, schemes=STREAM_SCHEMES), self.listen)
+
+    @property
+    def endpoints(self) -> tuple[Endpoint, ...]:
+        """`listen`, parsed."""
+        return tuple(parse_endpoint(text, STREAM_SCHEMES) for text in self.listen)
+
+
+class Collector(WrittenTerms, frozen=True, forbid_unknown_fields=True):
+    """A collector that can't sign itself up; the fields of `register`."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=255)]
+    streams: Annotated[tuple[str, ...], Meta(min_length=1, max_length=64)]
+    address: str
+    port: Port
+
+    def __post_init__(self) -> None:
+        check_each("address", pack_address, [self.address])
+        check_each("from", pack_network, self.prefixes)
+
+
+class Token(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A client that may use the gateway from elsewhere: known by the token it sends, or by the certificate it shows."""
+
+    name: Name
+    """The holder: entries belong to it, from whichever connection they were made."""
+    hash: Annotated[str, Meta(pattern=r"^sha256:[0-9a-f]{64}$")] | None = None
+    """SHA-256 of its token, as `fanwire token` prints it."""
+    certificate: Annotated[str, Meta(min_length=1, max_length=64)] | None = None
+    """The subject's common name in its certificate, which stays when the certificate is renewed."""
+    scopes: Annotated[tuple[Scope, ...], Meta(min_length=1)]
+    streams: Annotated[tuple[str, ...], Meta(min_length=1)] = (ALL_STREAMS,)
+    """Streams that it may sign up for."""
+    destinations: tuple[str, ...] = ()
+    """Networks to which it may have copies sent without proof."""
+
+    def __post_init__(self) -> None:
+        if (self.hash is None) == (self.certificate is None):
+            raise ValueError("expected either hash or certificate")
+        check_each("destinations", pack_network, self.destinations)

@@ -1,0 +1,264 @@
+"""The tables that are there once, such as `[gateway]`: each setting's type, default and constraints."""
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Final, Literal
+
+from msgspec import Meta, Struct
+
+from shared.net.addresses import Endpoint, pack_network, parse_endpoint
+from shared.settings.values import (
+    MAX_PORT,
+    Bytes,
+    Ceiling,
+    Count,
+    Ethertype,
+    Seconds,
+    check_each,
+    leave_room,
+    parse_ethertype,
+)
+
+BUS_SCHEMES: Final = ("tcp",)
+REGISTRY_SCHEMES: Final = ("tcp", "unix", "tls")
+CONSOLE_SCHEMES: Final = ("http", "https", "unix")
+CLIENT_BYTES: Final = 4096
+"""Bytes that an entry of the registry takes in the gateway."""
+CONNECTION_BYTES: Final = 98_304
+"""Bytes that a TCP connection to ingest may take: the longest message, unfinished, and one more read."""
+
+
+class Bus(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The bus, at which the processes meet."""
+
+    directory: str = "$XDG_RUNTIME_DIR/fanwire"
+    """Holds the ipc sockets; without XDG_RUNTIME_DIR a directory of this user under /tmp."""
+    high_water_mark: Annotated[int, Meta(ge=1, le=65_536)] = 256
+    """Messages a queue of the bus holds before it drops, each up to 256 datagrams or 512 KiB."""
+    pool: Annotated[int, Meta(ge=0, le=1 << 30)] = 67_108_864
+    """Bytes of memory that a worker may lend a stream's payloads in; 0: all go through the bus."""
+    listen: tuple[str, ...] = ()
+    """tcp://HOST:PORT where the broker takes connections besides ipc, publishers at PORT, subscribers at PORT + 1."""
+    connect: str = ""
+    """tcp://HOST:PORT of a broker on another host; "": the one in the directory."""
+    keys: str = ""
+    """Directory of the services' keys, made by `fanwire keys`; "": any process that may enter the bus directory is
+    trusted."""
+
+    def __post_init__(self) -> None:
+        for text in (*self.listen, *((self.connect,) if self.connect else ())):
+            endpoint = parse_endpoint(text, BUS_SCHEMES)
+            if endpoint.port == MAX_PORT:
+                raise ValueError(f"{text!r}: expected a port up to {MAX_PORT - 1}: subscribers have the next one")
+            if not self.keys:  # on loopback too: every local user could publish a registry, or play the broker
+                raise ValueError(
+                    f"{text!r} is open to every user, so the bus needs keys; set [bus] keys = DIRECTORY, and make them "
+                    "with `fanwire keys DIRECTORY`"
+                )
+
+    @property
+    def endpoints(self) -> tuple[Endpoint, ...]:
+        """`listen`, parsed."""
+        return tuple(parse_endpoint(text, BUS_SCHEMES) for text in self.listen)
+
+    @property
+    def broker(self) -> Endpoint | None:
+        """`connect`, parsed."""
+        return parse_endpoint(self.connect, BUS_SCHEMES) if self.connect else None
+
+    @property
+    def key_directory(self) -> Path | None:
+        """`keys` with variables filled in."""
+        return Path(os.path.expandvars(self.keys)) if self.keys else None
+
+    @property
+    def lent(self) -> int:
+        """Bytes that a worker may lend: memory can't be lent to another host."""
+        return 0 if self.connect else self.pool
+
+    @property
+    def path(self) -> Path:
+        """The directory with variables filled in: systemd's RUNTIME_DIRECTORY, XDG_RUNTIME_DIR, or /tmp."""
+        if self.directory == Bus().directory and (runtime := os.environ.get("RUNTIME_DIRECTORY")):
+            return Path(runtime.partition(":")[0])
+        text = os.path.expandvars(self.directory)
+        return Path(f"/tmp/fanwire-{os.geteuid()}") if "$" in text else Path(text)
+
+
+class Broker(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The broker, which passes messages between the services."""
+
+    memory: Ceiling = 805_306_368
+    """Bytes that the process may take; from half of it on subscribers that read nothing are cut off."""
+
+
+class Gateway(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The client registry."""
+
+    listen: Annotated[tuple[str, ...], Meta(min_length=1)] = ("tcp://127.0.0.1:5000",)
+    """tcp://HOST:PORT on loopback, unix:///PATH, or tls://HOST:PORT."""
+    certificate: str = ""
+    """A PEM file: what tls:// listeners show, and the certificates of its issuers. Variables as in `database`."""
+    key: str = ""
+    """A PEM file: the certificate's private key."""
+    client_authorities: str = ""
+    """A PEM file: clients may show a certificate that one of these has signed; "": none is asked for."""
+    tokens: str = ""
+    """A file with more [[token]], readable by its owner only; "": none."""
+    names_beyond_loopback: bool = False
+    """Allow the names protocol to clients with a certificate on a listener that is not loopback."""
+    destinations: tuple[str, ...] = ()
+    """Networks to which any client that may sign up may have copies sent without proof."""
+    max_clients: Count = 10_000
+    max_clients_per_holder: Count = 1000
+    """Clients signed up with one token or certificate."""
+    max_connections: Count = 4096
+    """Open at once; one more is answered `unavailable` and closed."""
+    max_connections_per_address: Count = 2048
+    """Likewise from one address, /64 prefix of IPv6, or by AF_UNIX; many may share one behind NAT or on this host."""
+    requests_per_second: Count = 2000
+    """Requests from one such address; faster ones, beyond 10 s worth of them, are read and answered at this rate."""
+    request_seconds: Seconds = 5.0
+    """From a request's first byte to its last, and for a client to take its answer."""
+    idle_seconds: Seconds = 120.0
+    """A connection that sends nothing is closed after this; one that holds a lease is not."""
+    lease_seconds: Annotated[float, Meta(ge=0, le=31_536_000)] = 0.0
+    """Lifetime of an entry made by the names protocol; 0: until it is replaced or removed."""
+    output_buffer: Bytes = 1_048_576
+    """Bytes that may wait for a client that watches; one that reads more slowly than the list changes is cut off."""
+    database: str = "$STATE_DIRECTORY/registry.sqlite"
+    """File that keeps the registry over a restart; without STATE_DIRECTORY (systemd) in the bus directory; "": none."""
+    preserve_seconds: Annotated[float, Meta(ge=0, le=86_400)] = 900.0
+    """The longest time in which nothing expires while over 15 % of the renewals due within a minute are missing; 0:
+    none."""
+    serve_seconds: Seconds = 0.5
+    """Time that an answer to `register` waits for forwarder or transmitter to say that copies flow."""
+    allow_transmit: bool = False
+    """Allow clients to send raw frames by the transmitter, with `transmit`; its own policy applies besides."""
+    memory: Ceiling = 402_653_184
+    """Bytes that the process may take; near it, connections with most data waiting are cut off."""
+
+    def __post_init__(self) -> None:
+        leave_room("max_clients", self.max_clients * CLIENT_BYTES, self.memory)
+        check_each("listen", partial(parse_endpoint, schemes=REGISTRY_SCHEMES), self.listen)
+        check_each("destinations", pack_network, self.destinations)
+
+    @property
+    def endpoints(self) -> tuple[Endpoint, ...]:
+        """`listen`, parsed."""
+        return tuple(parse_endpoint(text, REGISTRY_SCHEMES) for text in self.listen)
+
+
+Spread = Literal["flow", "source", "datagram"]
+"""Basis of the choice of worker: addresses and ports, the source address alone, or nothing: any worker."""
+
+
+class Ingest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The workers that take datagrams in."""
+
+    fill_ms: Annotated[float, Meta(ge=0, le=100)] = 4.0
+    """The longest that a datagram may wait for others under steady load, in milliseconds; 0: it never waits."""
+    spread: Spread = "flow"
+    """Basis on which a worker is chosen for a datagram; by `datagram`, those of an exporter may change order."""
+    share_ports: bool = False
+    """Listen also where workers of another bus do: each then gets a part of what comes."""
+    tcp_connections: Count = 1024
+    """Open TCP connections a worker; further ones are closed at once."""
+    tcp_connections_per_address: Count = 512
+    """Open TCP connections a worker from one address, or one /64 of IPv6."""
+    tcp_idle_seconds: Seconds = 600.0
+    """A TCP connection that sends nothing for this long is closed."""
+    memory: Annotated[int, Meta(ge=268_435_456, le=1 << 40)] = 805_306_368
+    """Bytes that a worker may take; near it new datagrams are dropped. Half of what is beyond 128 MiB may be lent."""
+
+    def __post_init__(self) -> None:
+        leave_room("tcp_connections", self.tcp_connections * CONNECTION_BYTES, self.memory)
+
+
+class Forwarder(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Sends copies from this host's own address."""
+
+    send_buffer: Bytes = 65_536
+    """Bytes asked of the kernel for each collector's socket, which takes twice that. It is small so that the kernel
+    does not silently drop what waits in it for a next hop that does not answer (unres_qlen_bytes, arp(7))."""
+    queue_seconds: Annotated[float, Meta(ge=0, le=60)] = 1.0
+    """Time that datagrams wait for room in a collector's send buffer; 0: they are dropped at once."""
+    queue_bytes: Bytes = 16_777_216
+    """Bytes of batches that may wait for one collector."""
+    held_memory: Bytes = 268_435_456
+    """Bytes of batches that may wait for all collectors together."""
+    segmentation: bool = True
+    """Send runs of equal length by UDP_SEGMENT where the kernel can."""
+    withhold: bool = False
+    """Give a collector whose port is closed one datagram a second, until one is not refused."""
+    memory: Ceiling = 1_073_741_824
+    """Bytes that the process may take; near it the oldest waiting batches are dropped."""
+
+    def __post_init__(self) -> None:
+        leave_room("held_memory", self.held_memory, self.memory)
+
+
+class Transmitter(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Copies from the exporter's own address, and raw frames: these settings, not the clients, say what it may do."""
+
+    user: Annotated[str, Meta(min_length=1, max_length=64)] = "nobody"
+    """User that it becomes once its sockets are open, when it was started as root."""
+    interfaces: tuple[Annotated[str, Meta(min_length=1, max_length=15)], ...] = ()
+    """Raw frames leave by these only; empty: by none."""
+    ethertypes: tuple[Ethertype, ...] = ()
+    """Raw frames carry these only, as numbers such as 0x0801, behind whatever VLAN tags they have; empty: none."""
+    vlans: tuple[Annotated[int, Meta(ge=0, le=4095)], ...] = ()
+    """Raw frames are tagged with these VLANs only, by each of their tags; empty: they have no tags."""
+    destinations: tuple[str, ...] = (
+        "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "127.0.0.0/8", "fc00::/7", "::1/128",
+    )  # fmt: skip
+    """Source-preserving copies go nowhere else."""
+    sources: tuple[str, ...] = ()
+    """Prefixes of the sources that copies may claim; empty: any address that a datagram came from."""
+    frames_per_second: Annotated[int, Meta(ge=0, le=1_000_000_000)] = 0
+    """Of copies and raw frames together; 0: no limit."""
+    held_memory: Bytes = 268_435_456
+    """Bytes of batches that may wait for next hops to tell their link addresses, for all collectors together."""
+    segmentation: bool = True
+    """Hand the kernel runs of equal length as one frame (UDP_L4 GSO) where it can."""
+    memory: Ceiling = 805_306_368
+    """Bytes that the process may take; near it the oldest waiting batches are dropped."""
+
+    def __post_init__(self) -> None:
+        leave_room("held_memory", self.held_memory, self.memory)
+        check_each("destinations", pack_network, self.destinations)
+        check_each("sources", pack_network, self.sources)
+        for ethertype in self.ethertypes:
+            parse_ethertype(ethertype)
+
+    @property
+    def ethertype_numbers(self) -> frozenset[int]:
+        """`ethertypes` as numbers."""
+        return frozenset(map(parse_ethertype, self.ethertypes))
+
+
+class Console(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The live page, and the metrics for Prometheus."""
+
+    listen: Annotated[tuple[str, ...], Meta(min_length=1)] = ("http://127.0.0.1:8080",)
+    """http://HOST:PORT on loopback, unix:///PATH, or https://HOST:PORT with the gateway's certificate and tokens."""
+    hosts: tuple[str, ...] = ()
+    """Names, besides the addresses that it listens on, by which browsers and Prometheus may call it."""
+    memory: Ceiling = 268_435_456
+    """Bytes that the process may take; near it the past of exporters is forgotten."""
+
+    def __post_init__(self) -> None:
+        check_each("listen", partial(parse_endpoint, schemes=CONSOLE_SCHEMES), self.listen)
+
+    @property
+    def endpoints(self) -> tuple[Endpoint, ...]:
+        """`listen`, parsed."""
+        return tuple(parse_endpoint(text, CONSOLE_SCHEMES) for text in self.listen)
+
+
+class Log(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The log of every service, on standard error."""
+
+    format: Literal["auto", "text", "json"] = "auto"
+    """Lines for people, or a JSON object each; `auto`: for people on a terminal, also by way of `fanwire run`."""
