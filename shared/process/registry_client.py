@@ -33,13 +33,14 @@ class Entry(ListedClient, frozen=True, kw_only=True):
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """Fields that an answer may have. `client` and `clients` stay JSON, for `--json` to print whole."""
+    """Fields that an answer may have. `client`, `clients` and `streams` stay JSON: `--json` prints them whole."""
 
     ok: bool
     error: str = ""
     message: str = ""
     client: msgspec.Raw = msgspec.Raw(b"null")
     clients: msgspec.Raw = msgspec.Raw(b"{}")
+    streams: msgspec.Raw = msgspec.Raw(b"{}")
 
     def entry(self) -> Entry:
         """Return the client granted by `register`."""
@@ -48,6 +49,10 @@ class Answer(msgspec.Struct, frozen=True):
     def entries(self) -> dict[str, Entry]:
         """Return the clients of `list`, by name."""
         return _decode(self.clients, dict[str, Entry])
+
+    def stream_names(self) -> list[str]:
+        """Return the names in the answer to `streams`."""
+        return list(_decode(self.streams, dict[str, msgspec.Raw]))
 
 
 class _Told(msgspec.Struct, frozen=True):

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from services.operator.cli.arguments import or_usage
 from shared.net.addresses import Endpoint, parse_endpoint
-from shared.process.lifecycle import USAGE, OperatorError, Parser
+from shared.process.lifecycle import USAGE, OperatorError
 from shared.process.registry_client import Access
 from shared.settings.model import Settings
 from shared.settings.tables import REGISTRY_SCHEMES
 
 
-def add_gateway_arguments(parser: Parser) -> None:
+def add_gateway_arguments(parser: argparse.ArgumentParser) -> None:
     """Add `--gateway ENDPOINT` and the options of TLS; a token is never an argument, others could read it."""
     parser.add_argument(
         "--gateway",

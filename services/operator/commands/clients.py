@@ -38,8 +38,8 @@ def add_parser(subparsers: Subparsers) -> None:
         add_gateway_arguments(parser)
     for parser in (listing, register):
         parser.add_argument("--json", action="store_true", help="print the registry's answer as JSON")
-    for parser in (register, leave):
-        parser.add_argument("name", metavar="NAME")
+    register.add_argument("name", metavar="NAME")
+    leave.add_argument("name", metavar="CLIENT")
     register.add_argument(
         "--stream", dest="streams", action="append", metavar="STREAM", help="a stream to receive, or *; may be repeated"
     )

@@ -3,14 +3,20 @@ import subprocess
 
 import pytest
 
-from tests.stack import Stack
+from tests.stack import Stack, ask_json
 
-COMPLETE = r"""
-source completion.bash
-COMP_WORDS=(fanwire "$@") COMP_CWORD=$# COMPREPLY=()
-$(complete -p fanwire | sed 's/.*-F \([^ ]*\).*/\1/') fanwire "${@: -1}"
-echo "${COMPREPLY[@]}"
-"""
+COMPLETE = {
+    "bash": r"""
+source ./script
+COMP_WORDS=($1)
+[[ $1 == *' ' ]] && COMP_WORDS+=("")
+COMP_CWORD=$((${#COMP_WORDS[@]} - 1)) COMP_LINE=$1 COMPREPLY=()
+$(complete -p fanwire | sed 's/.*-F \([^ ]*\).*/\1/') fanwire "${COMP_WORDS[-1]}"
+printf '%s\n' "${COMPREPLY[@]}"
+""",
+    "fish": r"""source ./script; complete -C "$argv[1]" | string replace -r '\t.*' '' """,
+}
+"""Each prints the completions of a line; zsh completes nothing without a terminal."""
 
 
 def script(stack: Stack, shell: str) -> str:
@@ -20,20 +26,46 @@ def script(stack: Stack, shell: str) -> str:
     return said
 
 
-def test_bash_completes_commands_services_and_options(stack: Stack) -> None:
-    """The script for bash completes what the parsers of commands and services know."""
-    (stack.directory / "completion.bash").write_text(script(stack, "bash"))
-    for words, expected in (
-        (["le"], "leave ledger"),
-        (["gateway", "--c"], "--config --check"),
-        (["doctor", "--pr"], "--probe"),
-        (["completion", "f"], "fish"),
-        (["collect", "siem", "--source", "o"], "original"),
+def complete(stack: Stack, shell: str, line: str) -> list[str]:
+    """Return the completions of the last word."""
+    command = [shell, "-c", COMPLETE[shell], *(["bash"] if shell == "bash" else []), line]
+    environment = stack.environment | {"HOME": str(stack.directory)}
+    done = subprocess.run(command, cwd=stack.directory, env=environment, capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+    return sorted(done.stdout.split())
+
+
+@pytest.mark.parametrize("shell", COMPLETE)
+def test_shells_complete_commands_options_and_names(stack: Stack, shell: str) -> None:
+    """A shell completes what the parsers know, and names of streams and clients, of the gateway that the line names.
+
+    A name that the shell would expand is left out. Where nothing runs, no name is offered, and nothing is said.
+    """
+    if not shutil.which(shell):
+        pytest.skip(f"{shell} is not here")
+    (stack.directory / "script").write_text(script(stack, shell))
+    for line, expected in (
+        ("fanwire le", ["leave", "ledger"]),
+        ("fanwire gateway --c", ["--check", "--config"]),
+        ("fanwire completion f", ["fish"]),
+        ("fanwire collect siem --source o", ["original"]),
+        ("fanwire frame l", ["lo"]),
+        ("fanwire leave s", []),
     ):
-        done = subprocess.run(
-            ["bash", "-c", COMPLETE, "bash", *words], cwd=stack.directory, capture_output=True, text=True, check=True
-        )
-        assert (done.stdout.strip(), done.stderr) == (expected, "")
+        assert complete(stack, shell, line) == expected
+    elsewhere = stack.directory / "gateway.socket"
+    stack.configure(f'[gateway]\nlisten = ["unix://{elsewhere}", "tcp://127.0.0.1:5000"]')
+    stack.start("broker")
+    stack.start("gateway")
+    for port, name in enumerate(("siem", "$(touch${IFS}x)", "-s"), 9000):
+        assert ask_json({"op": "register", "name": name, "streams": ["messages"], "port": port})["ok"]
+    assert complete(stack, shell, "fanwire leave ") == ["siem"]
+    assert complete(stack, shell, "fanwire watch m") == ["messages"]
+    stack.configure("[gateway]\nlisten = ['tcp://127.0.0.1:1']")
+    assert complete(stack, shell, "fanwire tap s") == []
+    assert complete(stack, shell, f"fanwire clients --gateway unix://{elsewhere} --help") != ["siem"]
+    assert complete(stack, shell, f"fanwire leave --gateway unix://{elsewhere} s") == ["siem"]
+    assert not (stack.directory / "x").exists()
 
 
 @pytest.mark.parametrize("shell", ["zsh", "fish"])
