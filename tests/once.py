@@ -6,7 +6,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -26,6 +27,16 @@ def begin() -> None:
 def end() -> None:
     """Remove the directory, with all that is in it. For the process that started the run."""
     shutil.rmtree(os.environ.pop(VARIABLE))
+
+
+@contextmanager
+def made_for_run() -> Iterator[None]:
+    """Have the directory meanwhile, for runs that are not pytest's."""
+    begin()
+    try:
+        yield
+    finally:
+        end()
 
 
 def made_once(name: str, make: Callable[[Path], None]) -> Path:

@@ -20,6 +20,7 @@ from tests.benchmarks.report import Results, plot, slower, summarize, table
 from tests.benchmarks.site import Offer, Site, site
 from tests.benchmarks.workloads import BY_NAME, Workload
 from tests.lab import enter_lab
+from tests.once import made_for_run
 
 RMEM_MAX: Final = Path("/proc/sys/net/core/rmem_max")
 BACKLOG_BUFFER: Final = 1 << 29
@@ -141,11 +142,14 @@ def main() -> int:
     options = parse()
     if os.geteuid() != 0:
         sys.exit("needs root: for receive buffers that hold a backlog, for raw sockets, and for network namespaces")
-    if options.paced:
-        with large_buffers():
-            return paced_run.run(options)
+    with large_buffers(), made_for_run():
+        return paced_run.run(options) if options.paced else run_all(options)
+
+
+def run_all(options: argparse.Namespace) -> int:
+    """Measure by the backlog method, and by what else the options ask for; print, save; return the exit code."""
     results = Results("python -m tests.benchmarks " + " ".join(sys.argv[1:]))
-    with large_buffers(), bare.compiled() as program:
+    with bare.compiled() as program:
         if refused := enter_lab():
             sys.exit(f"needs a network namespace of its own, and {refused}")
         for workload in (BY_NAME[name] for name in options.workload):
