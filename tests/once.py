@@ -31,7 +31,7 @@ def end() -> None:
 
 @contextmanager
 def made_for_run() -> Iterator[None]:
-    """Have the directory meanwhile, for runs that are not pytest's."""
+    """Hold the directory meanwhile, for runs that are not pytest's."""
     begin()
     try:
         yield
