@@ -190,6 +190,7 @@ class Collectors(Generic[D]):
             self._departed[name] = _Departed(served, until, dropped(served.account))
         self._close_departed()
         self._known = {}
+        self._routed.update(dict.fromkeys(self.streams_wanted(), 0))
         self._router.replace(self.clients)
 
     def _serve(self, client: Client, known: Served[D] | None) -> Served[D]:
@@ -255,7 +256,7 @@ class Collectors(Generic[D]):
         account[EXPECTED] += self._of_streams(self._published, client) - marks.get(BASELINE, 0)
         account[OFFERED] += offered
         if not takes_all(client):
-            account[FILTERED] += offered - marks.get(PASSED, 0)
+            account[FILTERED] += max(0, offered - marks.get(PASSED, 0))  # less is of a batch that was being routed
 
     def streams_wanted(self) -> set[str]:
         """The streams that any collector wants.
@@ -285,7 +286,6 @@ class Collectors(Generic[D]):
 
     def route(self, batch: Gathered) -> list[tuple[D, Selection]]:
         """Return the rows for each collector that gets any, and count those that it does not get."""
-        self._routed[batch.stream] += len(batch)
         routed = []
         for client, selection in self._router.route(batch):
             served = self._served[client.name]
@@ -294,6 +294,7 @@ class Collectors(Generic[D]):
                 served.account[SHARED_OUT] += selection.shared_out
                 served.account[SAMPLED_OUT] += selection.sampled_out
             routed.append((served.destination, selection))
+        self._routed[batch.stream] += len(batch)  # last: a kill in between makes too few filtered, and hides no loss
         return self._share_out(batch, routed) if self.shares.watching else routed
 
     def _share_out(self, batch: Gathered, routed: list[tuple[D, Selection]]) -> list[tuple[D, Selection]]:

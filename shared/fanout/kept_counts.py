@@ -3,6 +3,9 @@
 A store to mapped memory is a store to the file, without a system call; it is there after SIGKILL too (mmap(2)). The
 file begins with the place of its newest sheet, which is replaced by one store of 8 bytes. A sheet has a directory that
 names the tables and their counters, and behind it the counts, 8 bytes each.
+
+A process may be killed between any two stores. So what has to change together changes while the file is `suspended`,
+and gets into it with the next sheet, at once.
 """
 
 import fcntl
@@ -21,7 +24,7 @@ from shared.bus.zmq_sockets import HANDED_ON
 from shared.client import Client
 from shared.log import get_logger
 
-MAGIC: Final = int.from_bytes(b"fanwire1", "little")
+MAGIC: Final = int.from_bytes(b"fanwire2", "little")
 HEADER: Final = 16
 """Bytes before the first sheet: the magic number, and the place of the newest sheet; 0: there is none."""
 SIZE: Final = struct.Struct("<q")
@@ -75,11 +78,12 @@ class KeptCounts(Counter[str]):
 class KeptFile:
     """The file in which one process keeps its counters; `stale` says that some have no place there yet.
 
-    Without a file nothing is kept, and nothing is ever stale.
+    While it is `suspended` it stays as it is, whatever is counted. Without a file nothing is kept, and nothing is ever
+    stale or suspended.
     """
 
     def __init__(self, path: Path | None) -> None:
-        self.stale = False
+        self.stale = self.suspended = False
         self._path = path
         self._file = -1
         self._map: mmap.mmap | None = None
@@ -94,6 +98,12 @@ class KeptFile:
 
     def _note_change(self) -> None:
         self.stale = self._file >= 0
+
+    def suspend(self) -> None:
+        """Leave the file as it is until the next `keep`, which replaces all of it at once."""
+        if not self.suspended:
+            self._forget_tables()
+            self.stale = self.suspended = self._file >= 0
 
     def open(self) -> Sheet:
         """Take the file, and return what the last process has left in it; nothing where it can't be read."""
@@ -113,6 +123,7 @@ class KeptFile:
         except (ValueError, msgspec.MsgspecError) as error:
             if content:
                 log.warning("accounts begin anew, since their file can't be read", reason=str(error))
+            os.truncate(self._file, 0)
             return Sheet()
         return sheet
 
@@ -129,7 +140,7 @@ class KeptFile:
         self, clients: Iterable[Client], tables: Mapping[str, Counter[str]], room: Mapping[str, Iterable[str]]
     ) -> None:
         """Keep these tables, and no others, from now on; `room` has counters to expect by kind, as in `kind/name`."""
-        self.stale = False
+        self.stale = self.suspended = False
         if self._file < 0:
             return
         sets: dict[tuple[str, ...], int] = {}
@@ -147,6 +158,7 @@ class KeptFile:
         try:
             view = self._mapped(at + size)
         except OSError as error:
+            os.truncate(self._file, 0)  # a successor would take what is sent from now on for unserved
             self._do_without(error)
             return
         start = at + 8 + len(names)
@@ -157,7 +169,8 @@ class KeptFile:
             table.keep(view[start:stop].cast("q"), places[number])
             start = stop
         header = view[:HEADER].cast("q")
-        header[0], header[1] = MAGIC, at
+        header[1] = at  # by this store the sheet takes the place of the one before; in a new file by the next
+        header[0] = MAGIC
         self._sheet = at, start
 
     def _forget_tables(self) -> None:
@@ -183,7 +196,7 @@ class KeptFile:
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
-        self.stale = False
+        self.stale = self.suspended = False
 
 
 def read_sheet(content: bytes) -> tuple[Sheet, tuple[int, int]]:

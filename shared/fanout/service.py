@@ -191,6 +191,7 @@ class CopyService(ABC, Generic[D]):
         self._collectors.shares.end_turn()
         if self._memory.measure():
             self.held.halve()
+        self._resume_keeping()
         self._work_at = time.monotonic() + self.work()
         if self._serving != self._replica.version:
             self._apply()
@@ -240,6 +241,7 @@ class CopyService(ABC, Generic[D]):
             self._send_gathered(batch.stream)
 
     def _send_gathered(self, stream: str) -> None:
+        self._resume_keeping()
         gathered = Gathered(self._gathered.pop(stream).batches)
         self.send(gathered, self._collectors.route(gathered))
 
@@ -248,12 +250,14 @@ class CopyService(ABC, Generic[D]):
         began = time.monotonic()
         if self._serving == self._replica.version or began < self._apply_at:
             return
+        self._kept.suspend()
         if self._serving < 0:
             self._restore()
         self._serving = self._replica.version
         clients = self._replica.clients.values()
         self._collectors.replace(client for client in clients if client.streams and client.source == self.source)
         self._streams.subscribe_to(self._collectors.streams_wanted())
+        self._keep()
         self._health.report(self._collectors.examine)  # before any answer that a collector is served
         self._apply_at = time.monotonic() + APPLY_SHARE * (time.monotonic() - began)
 
@@ -262,6 +266,11 @@ class CopyService(ABC, Generic[D]):
         self._streams.restore(self._left.tables)
         self._collectors.restore(self._left)
         self._left = Sheet()
+
+    def _resume_keeping(self) -> None:
+        """Keep counters again before anything is sent: of each copy sent the file tells that it was taken."""
+        if self._kept.suspended:
+            self._keep()
 
     def _keep(self) -> None:
         """Keep the counters that there are now; their values are stored as they change."""

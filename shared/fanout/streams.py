@@ -1,6 +1,7 @@
 """The streams that collectors want: subscribed to, followed by sequence, and known to flow."""
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,11 +36,11 @@ WORKER_SECONDS: Final = 3.0
 log = get_logger()
 
 
-SEQUENCE: Final = "sequence"
 UNWANTED: Final = "unwanted"
-"""In what is kept of an origin: the number of its next message, and one more than it has dropped for lack of
-subscribers; 0: that is not known."""
-ORIGIN_COUNTERS: Final = (SEQUENCE, REACHED, BASELINE, MISSED, UNSERVED, UNWANTED)
+"""In what is kept of an origin: one more than it has dropped for lack of subscribers; 0: that is not known."""
+ORIGIN_COUNTERS: Final = (REACHED, BASELINE, MISSED, UNSERVED, UNWANTED)
+SETTLED: Final = "settled/"
+"""The table of what is kept of each stream: the datagrams published on it less what its origins have reached."""
 
 
 @dataclass(slots=True)
@@ -70,7 +71,7 @@ class FollowedStreams:
     """
 
     def __init__(self, subscriber: Subscriber, directory: Path, kept: KeptFile) -> None:
-        self.published = kept.new_counts()
+        self.published: Counter[str] = Counter()
         """By stream: datagrams that workers had while it was subscribed to, whether they came or not."""
         self._since = kept.new_counts()
         """By stream: the time, in ns since 1970, since which it is wanted, by this process or by those before it."""
@@ -98,7 +99,7 @@ class FollowedStreams:
 
     def restore(self, tables: Mapping[str, Mapping[str, int]]) -> None:
         """Go on from what the last process has left, before anything is subscribed to."""
-        self.published.update(tables.get("published/", {}))
+        self.published.update(tables.get(SETTLED, {}))
         self._since.update(tables.get("since/", {}))
         for name, counts in tables.items():
             if is_origin(name):
@@ -108,22 +109,27 @@ class FollowedStreams:
                 )
                 taken = reached - baseline - missed - unserved
                 origin = worker, boot, datagrams_topic(stream)
-                self._left[origin] = Position(counts.get(SEQUENCE, 0), baseline, reached, taken, missed, unserved)
+                self._left[origin] = Position(0, baseline, reached, taken, missed, unserved)
                 self._counts[origin] = self._kept.new_counts(counts)
+                self.published[stream] += reached
                 if unwanted := counts.get(UNWANTED, 0):
                     self._unwanted[origin] = unwanted - 1
 
     def tables(self) -> dict[str, KeptCounts]:
-        """Return what is to be kept for the next process."""
+        """Return what is to be kept for the next process.
+
+        A batch is noted there by one store, that of what its origin has reached: what was published follows from it.
+        """
         known = self._continuity.positions.keys() | self._left.keys()
         self._counts = {origin: counts for origin, counts in self._counts.items() if origin in known}
         self._unwanted = {origin: count for origin, count in self._unwanted.items() if origin in known}
         self._heard &= known
-        origins = {
-            unparse_origin(sender, boot, topic.split("/")[1]): counts
-            for (sender, boot, topic), counts in self._counts.items()
-        }
-        return {"published/": self.published, "since/": self._since, **origins}
+        settled, origins = Counter(self.published), {}
+        for (sender, boot, topic), counts in self._counts.items():
+            stream = topic.split("/")[1]
+            origins[unparse_origin(sender, boot, stream)] = counts
+            settled[stream] -= counts[REACHED]
+        return {SETTLED: self._kept.new_counts(settled), "since/": self._since, **origins}
 
     def subscribe_to(self, streams: Iterable[str]) -> None:
         """Subscribe to these streams and no others."""
@@ -194,11 +200,14 @@ class FollowedStreams:
         counts = self._counts.get(origin)
         if counts is None:
             counts = self._counts[origin] = self._kept.new_counts()
-        if counts[MISSED] != position.missed or not counts[SEQUENCE]:
-            counts[BASELINE], counts[MISSED] = position.baseline, position.missed
-        if counts[UNSERVED] != position.unserved:
-            counts[UNSERVED] = position.unserved
-        counts[REACHED], counts[SEQUENCE] = position.reached, position.next_sequence
+            self._kept.suspend()
+        elif counts[BASELINE] != position.baseline or counts[UNSERVED] != position.unserved:
+            self._kept.suspend()
+        counts[REACHED] = position.reached  # what is not known to be missed, from here on, was in our hands
+        if counts[MISSED] != position.missed:
+            counts[MISSED] = position.missed
+        if self._kept.suspended:
+            counts[BASELINE], counts[UNSERVED] = position.baseline, position.unserved
 
     def _count_unserved(self, stream: str, count: int, *, before: bool) -> None:
         self.published[stream] += count
@@ -251,7 +260,8 @@ class FollowedStreams:
         if known is not None and unwanted > known:
             self._count_unserved(stream, unwanted - known, before=before and first)
         self._unwanted[origin] = unwanted
-        self._counts[origin][UNWANTED], self._counts[origin][BASELINE] = unwanted + 1, position.baseline
+        self._kept.suspend()
+        self._counts[origin][UNWANTED] = unwanted + 1
         return True
 
     def sort_out_silent_workers(self) -> None:
