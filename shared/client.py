@@ -16,11 +16,13 @@ Dscp = Annotated[int, Meta(ge=0, le=63)]
 Generation = Annotated[int, Meta(ge=0, le=1 << 62)]
 """Within the bus's limit for numbers, `shared.bus.messages.MAX_NUMBER`."""
 Streams = Annotated[tuple[str, ...], Meta(max_length=64)]
-"""Streams of one client; with 64 prefixes beside them, 64 of the largest clients that sign up fit a bus message."""
+"""Streams of one client; with 64 prefixes beside them, 56 of the largest clients that sign up fit a bus message."""
 Prefixes = Annotated[tuple[str, ...], Meta(max_length=256)]
-"""Prefixes of one client, limited since readers check each: 64 of the largest clients fit a bus message."""
+"""Prefixes of one client, limited since readers check each: 56 of the largest clients fit a bus message."""
 Group = Annotated[str, Meta(max_length=64)]
 ALL_STREAMS = "*"
+MAX_REASON: Final = 200
+"""Characters of the reason for withholding."""
 MOST_WAITING: Final[dict[Source, int]] = {"relay": 65_536, "original": 4096}
 """Datagrams, however small, that may wait for one collector: for room in its send buffer, or for its next hop."""
 CHALLENGE_PREFIX: Final = b"fanwire-challenge "
@@ -66,15 +68,28 @@ DEFAULT_TERMS: Final = WrittenTerms("")
 """The terms of a client that asks for nothing in particular."""
 
 
-class Client(CopyTerms, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+class Withheld(msgspec.Struct, frozen=True):
+    """An admin's order to send a collector nothing: the holder of the token that gave it, its Unix time, its reason.
+
+    `by` is empty for an admin on this host without a token.
+    """
+
+    by: Annotated[str, Meta(max_length=255)]
+    since: float
+    reason: Annotated[str, Meta(max_length=MAX_REASON)] = ""
+
+
+class Client(CopyTerms, frozen=True, omit_defaults=True):
     """One entry on the bus. With `streams` it is a collector and gets copies at `address`, `port`; else it is a name.
 
-    `generation` never repeats, so a late `renew` or `leave` can't touch a successor of the same name.
+    `generation` never repeats, so a late `renew` or `leave` can't touch a successor of the same name. A collector that
+    is `withheld` gets no copies until an admin releases it.
     """
 
     generation: Generation
     address: str
     port: Annotated[int, Meta(ge=0, le=65_535)]
+    withheld: Withheld | None = None
 
     def __post_init__(self) -> None:
         if self.streams:  # the senders of copies rely on it

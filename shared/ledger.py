@@ -101,6 +101,8 @@ HELD: Final = "held"
 (transmitter). Only this, `exporters`, `memory` and `receive_errno` ever fall."""
 WITHHELD: Final = "withheld"
 """Datagrams not sent because the collector's port is closed, `[forwarder] withhold` (forwarder)."""
+WITHHELD_BY_ADMIN: Final = "withheld_by_admin"
+"""Datagrams not sent because an admin withholds the collector's copies. They are no loss: nobody was to get them."""
 REFUSALS: Final = "refusals"
 """Port-unreachable answers: each means that at least one copy among `sent` reached nobody (forwarder)."""
 UNREACHABLES: Final = "unreachables"
@@ -244,7 +246,7 @@ def _equations(name: str, account: Mapping[str, int]) -> Iterator[tuple[int, str
         yield parts(REACHED), REACHED, parts(BASELINE, TAKEN, MISSED, UNSERVED)
     elif name.startswith("collector/"):
         yield parts(EXPECTED), EXPECTED, parts(OFFERED, MISSED, UNSERVED)
-        kept_back = parts(FILTERED, SAMPLED_OUT, SHARED_OUT, HELD, WITHHELD)
+        kept_back = parts(FILTERED, SAMPLED_OUT, SHARED_OUT, HELD, WITHHELD, WITHHELD_BY_ADMIN)
         yield parts(OFFERED), OFFERED, kept_back + parts(SENT) + dropped(account) - parts(UNSERVED)
     elif name == "broker":
         # The broker hands on what it takes and may pass. Without keys both figures are libzmq's. What it lost others

@@ -27,9 +27,11 @@ LOSS_ENDED: Final = "loss ended"
 DISCREPANCY: Final = "accounts do not add up"
 REMOVED_BY_ADMIN: Final = "client removed by an admin"
 PROBED_BY_ADMIN: Final = "probe sent by an admin"
+WITHHELD_BY_ADMIN: Final = "copies withheld by an admin"
+RELEASED_BY_ADMIN: Final = "copies released by an admin"
 EVENTS: Final = (
     *(COLLECTOR_HEALTH, WORKER_CAME, WORKER_GONE, LOSS_BEGAN, LOSS_ENDED, DISCREPANCY),
-    *(REMOVED_BY_ADMIN, PROBED_BY_ADMIN),
+    *(REMOVED_BY_ADMIN, PROBED_BY_ADMIN, WITHHELD_BY_ADMIN, RELEASED_BY_ADMIN),
 )
 """Events that programs may look for in the log: their names stay, and services/operator/README.md lists them."""
 

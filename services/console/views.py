@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from services.console.history import History
 from shared.losses import kind_of
-from shared.monitoring.picture import Collector, Exporter, Picture, Stream
+from shared.monitoring.picture import NO_TROUBLE, Collector, Exporter, Picture, Stream
 from shared.net.addresses import pack_address
 
 MAX_ROWS: Final = 200
@@ -32,7 +32,7 @@ class Wish:
 
 
 _RANKS: Final = {
-    word: rank for rank, word in enumerate(("unreachable", "refusing", "waiting", "slow", "unknown", "ok"))
+    word: rank for rank, word in enumerate(("unreachable", "refusing", "waiting", "slow", "withheld", "unknown", "ok"))
 }
 COLLECTOR_ORDERS: Final[Mapping[str, Callable[[Collector], Any]]] = {
     "trouble": lambda each: (_RANKS[each.health], -(each.recent or 0), each.client.name),
@@ -66,9 +66,7 @@ def show(picture: Picture, history: History, wish: Wish, clock: float, *, whole:
             "bytes": _sum(each.byte_rate for each in picture.streams),
             "sent": None if collectors is None else _sum(each.rate for each in collectors),
             "lost": sum(each.recent for each in picture.losses) if picture.services else None,
-            "troubled": None
-            if collectors is None
-            else sum(each.health not in ("ok", "unknown") for each in collectors),
+            "troubled": None if collectors is None else sum(each.health not in NO_TROUBLE for each in collectors),
             "untaken": untaken,
         },
         "streams": [
@@ -185,6 +183,8 @@ def show_collector(collector: Collector, clock: float) -> View:
         "bytes": _round(collector.byte_rate),
         "expected": collector.expected,
         "kept_back": collector.kept_back,
+        "withheld": collector.withheld,
+        "order": client.withheld,
         "held": collector.held,
         "lost": collector.lost,
         "losing": _round(collector.lost_rate),
@@ -235,17 +235,17 @@ def flow(picture: Picture) -> View:
         links += [{"from": None, "to": stream, "rate": _round(rate)} for stream, rate in others.items()]
     takers = sorted(
         picture.collectors or (),
-        key=lambda each: (each.health in ("ok", "unknown"), -(each.rate or 0), each.client.name),
+        key=lambda each: (each.health in NO_TROUBLE, -(each.rate or 0), each.client.name),
     )
     shown, more = takers[:FLOW_COLLECTORS], takers[FLOW_COLLECTORS:]
-    shown.sort(key=lambda each: (each.health in ("ok", "unknown"), each.client.name))
+    shown.sort(key=lambda each: (each.health in NO_TROUBLE, each.client.name))
     ends: list[View] = []
     copies: list[View] = []
     for collector in shown:
         ends.append(_end(collector.client.name, collector.health, [collector]))
         copies += _copies(collector.client.name, [collector], rates)
     if more:
-        troubled = any(each.health not in ("ok", "unknown") for each in more)
+        troubled = any(each.health not in NO_TROUBLE for each in more)
         ends.append(_end(None, "waiting" if troubled else "ok", more) | {"count": len(more)})
         copies += _copies(None, more, rates)
     return {

@@ -101,7 +101,7 @@ class EventFeed:
         self._words[name] = word, since
         if word == "ok" and before is None:
             return
-        expected = word == "ok" or (word == "waiting" and since < began + SETTLE_SECONDS)
+        expected = word in ("ok", "withheld") or (word == "waiting" and since < began + SETTLE_SECONDS)
         if count := self._budget.admit():
             (log.info if expected else log.warning)(
                 COLLECTOR_HEALTH, of=name, health=word, before=before, lost=lost, **suppressed(count)

@@ -21,19 +21,22 @@ from services.gateway.protocol.requests import (
     ListClients,
     ListStreams,
     Register,
+    Release,
     Renew,
     Request,
     RequestError,
     SignUp,
     Transmit,
     WatchClients,
+    Withhold,
 )
 from services.gateway.registry.entry import Entry, Origin
 from services.gateway.registry.registry import Registry
 from services.gateway.render import json_line, show_client
 from shared.bus.frame_requests import describe_failure
 from shared.bus.messages import TransmitReply
-from shared.client import Source
+from shared.client import Source, Withheld
+from shared.log import RELEASED_BY_ADMIN, WITHHELD_BY_ADMIN, get_logger
 from shared.settings.model import Settings
 
 Answer = Sequence[bytes]
@@ -45,10 +48,12 @@ it can't."""
 LISTING_SECONDS: Final = 1.0
 """The age that `expires_in` and `health_since` in a list may have: all clients that ask meanwhile get one rendering."""
 RECEIVES_NOTHING: Final = "on the list, but receives nothing; register with streams and port to get copies"
+COPIES_WITHHELD: Final = "on the list, but an admin withholds the copies; `withheld` says since when and why"
 MAX_WRONG_TOKENS: Final = 3
 """Wrong tokens of one connection; then it is closed, and a further try costs another handshake."""
 WORDS: Final[tuple[ErrorWord, ...]] = get_args(ErrorWord)
 
+log = get_logger()
 _encode: Final = msgspec.json.Encoder().encode
 
 
@@ -76,6 +81,7 @@ class Handler:
         clock: Callable[[], float],
         tokens: Tokens,
         epoch: str,
+        unix_time: Callable[[], float],
     ) -> None:
         self.tokens = tokens
         self._epoch = epoch
@@ -87,6 +93,7 @@ class Handler:
         self._feed = feed
         self._send_frames = send_frames
         self._clock = clock
+        self._unix_time = unix_time
         self._pushes: dict[int, Push] = {}
         self._wrong_tokens: Counter[int] = Counter()
         self._listing = b""
@@ -121,6 +128,8 @@ class Handler:
             case Leave():
                 self._registry.release(self._admission.decide_change(request, peer))
                 reply(_succeed(request.id))
+            case Withhold() | Release():
+                self._order(request, peer, reply)
             case Transmit():
                 self._admission.decide_transmit(request, peer)
                 holder = peer.rights.holder
@@ -172,12 +181,37 @@ class Handler:
 
         def finished() -> None:
             self._registry.refresh_condition(entry)
-            receives = bool(entry.client.streams)
-            note = {} if receives else {"message": RECEIVES_NOTHING}
+            receives = bool(entry.client.streams) and not entry.client.withheld
+            note = {} if receives else {"message": COPIES_WITHHELD if entry.client.withheld else RECEIVES_NOTHING}
             reply(_succeed(request.id, client=show_client(self._registry, entry), receives=receives, **note))
 
         if entry.client.streams:
             self._announcer.ask_served(entry.client.source, finished)
+        else:
+            finished()
+
+    def _order(self, request: Withhold | Release, peer: Peer, reply: Reply) -> None:
+        """Withhold a collector's copies, or let them flow again; answer once its sender knows."""
+        name, registry = request.name, self._registry
+        if isinstance(request, Withhold):
+            entry = self._admission.decide_withhold(request, peer)
+            before = registry.withheld.get(name)
+            since = before.since if before else self._unix_time()
+            registry.withhold(entry, Withheld(peer.rights.holder, since, request.reason))
+            log.info(WITHHELD_BY_ADMIN, client=name, by=str(peer), reason=request.reason)
+        else:
+            self._admission.decide_release(request, peer)
+            registry.end_withholding(name)
+            log.info(RELEASED_BY_ADMIN, client=name, by=str(peer))
+
+        def finished() -> None:
+            if entry := registry.find(name):
+                registry.refresh_condition(entry)
+            reply(_succeed(request.id, client=show_client(registry, entry) if entry else None))
+
+        present = registry.find(name)
+        if present and present.client.streams:
+            self._announcer.ask_served(present.client.source, finished)
         else:
             finished()
 
@@ -241,7 +275,8 @@ class Handler:
             clients = {entry.client.name: show_client(self._registry, entry) for entry in self._registry.entries()}
             self._listing = _encode(clients)
             self._listing_version, self._listing_until = version, now + LISTING_SECONDS
-        return [self._listing, b',"revision":%d,"epoch":%s}\n' % (version[0], _encode(self._epoch))]
+        rest = {"withheld": self._registry.withheld, "revision": version[0], "epoch": self._epoch}
+        return [self._listing, b"," + json_line(**rest)[1:]]
 
 
 def _identity(id: Id | None) -> dict[str, object]:

@@ -8,7 +8,7 @@ from msgspec.structs import asdict
 from services.gateway.registry.condition import Word
 from services.gateway.registry.entry import Entry, Event
 from services.gateway.registry.registry import Registry
-from shared.client import ListedClient
+from shared.client import ListedClient, Withheld
 
 _encode: Final = msgspec.json.Encoder().encode
 
@@ -21,6 +21,7 @@ class View(ListedClient, frozen=True, kw_only=True):
     health: Word
     health_since: float | None
     lost: int
+    withheld: Withheld | None
 
 
 def show_client(registry: Registry, entry: Entry) -> View:

@@ -92,7 +92,7 @@ def run_gateway(settings: Settings, lifecycle: Lifecycle) -> None:
         first_generation = max(store.generation + 1, time.time_ns() // 1000)
         preserve_seconds = settings.gateway.preserve_seconds
         registry = Registry(_boot_time, first_generation, store.keep, preserve_seconds, store.group_secret)
-        registry.restore(store.entries, store.revision)
+        registry.restore(store.entries, store.revision, store.withheld)
         destinations = _destinations(settings)
         _configure(settings, destinations, registry)
         _readmit(registry, tokens, destinations)
@@ -251,6 +251,7 @@ class _Server:
             _boot_time,
             self.tokens,
             self.epoch,
+            time.time,
         )
         limit = min(settings.max_connections, descriptor_limit() - SPARE_DESCRIPTORS)
         self._connections = OpenConnections(self._handler, settings, limit, self.memory)

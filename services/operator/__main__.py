@@ -26,6 +26,7 @@ INTERRUPTED: Final = 130
 """Exit code that a shell expects of a command that Ctrl-C cut short; those that run until Ctrl-C end with 0."""
 COMMANDS: Final = {
     **dict.fromkeys(("clients", "register", "leave"), "commands.clients"),
+    **dict.fromkeys(("withhold", "release"), "commands.withhold"),
     **{name: f"commands.{name}" for name in ("watch", "tap", "play", "collect", "frame", "wake", "config")},
     "import": "importing.command",
     **{name: f"commands.{name}" for name in ("keys", "token", "status", "streams", "ledger")},

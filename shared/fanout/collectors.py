@@ -44,6 +44,7 @@ from shared.ledger import (
     UNSERVED,
     UNSURE,
     WITHHELD,
+    WITHHELD_BY_ADMIN,
     Accounts,
     dropped,
 )
@@ -53,8 +54,20 @@ RETURN_SECONDS: Final = 10.0
 UNSEEN: Final = "unseen"
 PASSED: Final = "passed"
 COLLECTOR_COUNTERS: Final = (
-    *(EXPECTED, OFFERED, FILTERED, SAMPLED_OUT, SHARED_OUT, SENT, BYTES, HELD, WITHHELD, MISSED),
-    *(UNSERVED, UNSURE, STOPPED, BUFFER_FULL, NO_MEMORY, REFUSED, NOT_CONNECTED, REFUSALS, UNREACHABLES, PROHIBITED),
+    *(EXPECTED, OFFERED, FILTERED, SAMPLED_OUT, SHARED_OUT, SENT, BYTES, HELD, WITHHELD, WITHHELD_BY_ADMIN),
+    *(
+        MISSED,
+        UNSERVED,
+        UNSURE,
+        STOPPED,
+        BUFFER_FULL,
+        NO_MEMORY,
+        REFUSED,
+        NOT_CONNECTED,
+        REFUSALS,
+        UNREACHABLES,
+        PROHIBITED,
+    ),
     *(QUEUE_FULL, NO_ROUTE, NO_NEIGHBOUR, INTERFACE_DOWN, OTHER_FAMILY, DESTINATION_REFUSED, SOURCE_REFUSED),
     *(RATE_LIMITED, OVER_SHARE),
 )
@@ -158,7 +171,7 @@ class Collectors(Generic[D]):
             account[STOPPED] += account[HELD]
             account[HELD] = 0
             done = account[SENT] + account[WITHHELD] + dropped(account) - account[UNSERVED]
-            done += account[FILTERED] + account[SAMPLED_OUT] + account[SHARED_OUT]
+            done += account[FILTERED] + account[SAMPLED_OUT] + account[SHARED_OUT] + account[WITHHELD_BY_ADMIN]
             account[UNSURE] += max(0, account[OFFERED] - done)
             self._known[client.name] = client, account
 
@@ -203,6 +216,8 @@ class Collectors(Generic[D]):
         if known and _place(known.destination.client) == _place(client):
             known.destination.adopt(client)
             known.destination.held.paused = False
+            if client.withheld:
+                known.destination.held.drop(WITHHELD_BY_ADMIN)
         else:
             if known:
                 self._close(known, dropped(known.account))
@@ -293,21 +308,22 @@ class Collectors(Generic[D]):
                 served.marks[PASSED] += len(batch) - selection.filtered
                 served.account[SHARED_OUT] += selection.shared_out
                 served.account[SAMPLED_OUT] += selection.sampled_out
-            routed.append((served.destination, selection))
+            if client.withheld:
+                served.account[WITHHELD_BY_ADMIN] += _count(batch, selection)
+            else:
+                routed.append((served.destination, selection))
         self._routed[batch.stream] += len(batch)  # last: a kill in between makes too few filtered, and hides no loss
         return self._share_out(batch, routed) if self.shares.watching else routed
 
     def _share_out(self, batch: Gathered, routed: list[tuple[D, Selection]]) -> list[tuple[D, Selection]]:
         """Return what is within the fair share of each address, and count the rest as dropped."""
         wishes = [
-            (destination.client.address, len(batch) if rows is None else len(rows), (destination, selection))
+            (destination.client.address, _count(batch, selection), (destination, selection))
             for destination, selection in routed
-            for rows in (selection.indices,)
         ]
         within, over = self.shares.divide(wishes)
         for destination, selection in over:
-            account = self._served[destination.client.name].account
-            account[OVER_SHARE] += len(batch) if selection.indices is None else len(selection.indices)
+            self._served[destination.client.name].account[OVER_SHARE] += _count(batch, selection)
         return within
 
     def refresh(self) -> None:
@@ -339,6 +355,10 @@ class Collectors(Generic[D]):
             served.destination.close()
         self._served = {}
         self.forget_departed()
+
+
+def _count(batch: Gathered, selection: Selection) -> int:
+    return len(batch) if selection.indices is None else len(selection.indices)
 
 
 def _place(client: Client) -> tuple[str, int]:

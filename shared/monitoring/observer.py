@@ -41,6 +41,7 @@ from shared.ledger import (
     SAMPLED_OUT,
     SENT,
     SHARED_OUT,
+    WITHHELD_BY_ADMIN,
     Accounts,
     is_origin,
     lost,
@@ -268,7 +269,7 @@ class Observer:
             self._words[key] = health, since
             name = f"collector/{client.name}"
             if service is None:
-                unknown = (None,) * 9
+                unknown = (None,) * 10
                 yield Collector(client, health, since, None, *unknown, {}, None)
                 continue
             told, account = self._told[service], accounts[service][name]
@@ -290,6 +291,7 @@ class Observer:
                 told.rate(name, BYTES),
                 account.get(EXPECTED, 0),
                 sum(account.get(counter, 0) for counter in (FILTERED, SAMPLED_OUT, SHARED_OUT)),
+                account.get(WITHHELD_BY_ADMIN, 0),
                 account.get(HELD, 0),
                 count,
                 _lost_rate(told, name),
@@ -307,6 +309,8 @@ class Observer:
         now: float,
     ) -> tuple[Word, float | None]:
         heard_at = self._troubles_at.get(client.source)
+        if client.withheld:
+            return before if before and before[0] == "withheld" else ("withheld", now if before else None)
         if heard_at is None or service is None or now - heard_at > SILENT_SECONDS:
             early = not self._told or now - self._began < SILENT_SECONDS
             word: Word = "unknown" if heard_at is None and early else "waiting"

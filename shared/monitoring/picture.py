@@ -11,7 +11,9 @@ from shared.client import Client
 from shared.losses import Loss
 
 Level = Literal["ok", "warning", "error", "unknown"]
-Word = Literal["ok", "waiting", "unreachable", "refusing", "slow", "unknown"]
+Word = Literal["ok", "waiting", "unreachable", "refusing", "slow", "withheld", "unknown"]
+NO_TROUBLE: Final = frozenset({"ok", "withheld", "unknown"})
+"""Words of collectors for whom there is nothing to do; what is withheld is so on purpose."""
 RECENT_SECONDS: Final = 300.0
 """Time that `recent` counts cover."""
 
@@ -66,6 +68,8 @@ class Collector:
     expected: int | None
     kept_back: int | None
     """Datagrams filtered, sampled out, or given to another member of its group: as it asked for."""
+    withheld: int | None
+    """Datagrams not sent because an admin withholds them."""
     held: int | None
     lost: int | None
     lost_rate: float | None

@@ -47,6 +47,8 @@ def judge(
     if any(places.values()):
         lost = ", ".join(f"{count:,} ({place})" for place, count in places.items() if count)
         reasons.append(("warning", f"lost in the last {_lasting(recent_seconds)}: {lost}"))
+    if names := [each.client.name for each in collectors if each.health == "withheld"]:
+        reasons.append(("ok", f"withheld by an admin: {_some(names)}"))
     reasons.sort(key=lambda reason: reason[0] != "error")
     return Verdict(reasons[0][0] if reasons else "ok", tuple(text for _, text in reasons), tuple(missing))
 

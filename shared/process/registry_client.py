@@ -8,7 +8,7 @@ from typing import Any, Final, Self, TypeVar
 
 import msgspec
 
-from shared.client import ListedClient
+from shared.client import ListedClient, Withheld
 from shared.net.addresses import Endpoint, SocketAddress, pack_address
 from shared.process.lifecycle import FAILED, NOT_PERMITTED, UNAVAILABLE, USAGE, OperatorError
 
@@ -26,6 +26,7 @@ class Entry(ListedClient, frozen=True, kw_only=True):
     health: str | None = None
     health_since: float | None = None
     lost: int | None = None
+    withheld: Withheld | None = None
 
     def __post_init__(self) -> None:
         if self.streams:  # doctor asks the kernel for the route there
@@ -41,6 +42,7 @@ class Answer(msgspec.Struct, frozen=True):
     client: msgspec.Raw = msgspec.Raw(b"null")
     clients: msgspec.Raw = msgspec.Raw(b"{}")
     streams: msgspec.Raw = msgspec.Raw(b"{}")
+    withheld: dict[str, Withheld] = msgspec.field(default_factory=dict)
 
     def entry(self) -> Entry:
         """Return the client granted by `register`."""

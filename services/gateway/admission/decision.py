@@ -21,10 +21,12 @@ from services.gateway.protocol.requests import (
     Confirm,
     Leave,
     Register,
+    Release,
     Renew,
     RequestError,
     SignUp,
     Transmit,
+    Withhold,
     no_transmitter,
 )
 from services.gateway.registry.entry import Entry, Origin
@@ -98,6 +100,23 @@ class Admission:
         """Return the entry that may be renewed or removed."""
         peer.rights.check(request)
         return check_changeable(self._registry.find(request.name), request.name, request.generation, peer)
+
+    def decide_withhold(self, request: Withhold, peer: Peer) -> Entry:
+        """Return the entry of the collector whose copies may be withheld."""
+        peer.rights.check(request)
+        entry = self._registry.find(request.name)
+        if entry is None or not entry.client.streams:
+            raise RequestError("bad_name", f"no collector is signed up as {request.name!r}; op list shows all")
+        withheld = self._registry.withheld
+        if request.name not in withheld and len(withheld) >= self._settings.max_clients:
+            raise RequestError("registry_full", f"{len(withheld)} names are withheld already; release some first")
+        return entry
+
+    def decide_release(self, request: Release, peer: Peer) -> None:
+        """Return if a name may be released; raise `RequestError` if not."""
+        peer.rights.check(request)
+        if request.name not in self._registry.withheld:
+            raise RequestError("bad_name", f"{request.name!r} is not withheld; there is nothing to release")
 
     def decide_transmit(self, request: Transmit, peer: Peer) -> None:
         """Return if the frames may be sent; raise `RequestError` if not."""

@@ -16,12 +16,14 @@ from services.gateway.protocol.requests import (
     ListClients,
     ListStreams,
     Register,
+    Release,
     Renew,
     Request,
     RequestError,
     SignUp,
     Transmit,
     WatchClients,
+    Withhold,
 )
 from shared.client import ALL_STREAMS
 from shared.settings.values import SCOPES, Scope
@@ -35,6 +37,8 @@ SCOPES_NEEDED: Final[dict[type[Request], frozenset[Scope]]] = {
     Renew: frozenset({"collect"}),
     Leave: frozenset({"collect"}),
     Confirm: frozenset({"collect"}),
+    Withhold: frozenset({"admin"}),
+    Release: frozenset({"admin"}),
     Transmit: frozenset({"transmit"}),
     SignUp: frozenset({"collect", "list"}),
 }

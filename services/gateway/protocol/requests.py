@@ -7,11 +7,11 @@ from msgspec import Meta, Struct, field
 
 from shared.bus.frame_requests import check_frame, make_frame, parse_hex, parse_mac, sending_seconds
 from shared.bus.messages import MAX_FRAMES, MAX_INTERFACE, Number
-from shared.client import WrittenTerms
+from shared.client import MAX_REASON, WrittenTerms
 from shared.settings.values import Ethertype, Port, parse_ethertype
 
 MAX_ITEMS: Final = 64
-"""Streams or prefixes in one `register`; keeps an entry so small that 64 of them fit a bus message."""
+"""Streams or prefixes in one `register`; keeps an entry so small that 56 of them fit a bus message."""
 YEAR_SECONDS: Final = 31_536_000
 MAX_WAITING_SECONDS: Final = 60.0
 """Time that the frames of one request may take at their pace: its connection waits for the answer meanwhile."""
@@ -88,6 +88,19 @@ class Leave(_Request, frozen=True, tag="leave"):
 
     name: str
     generation: Number
+
+
+class Withhold(_Request, frozen=True, tag="withhold"):
+    """Stops the copies to a collector, and to any later one of its name. The entry stays."""
+
+    name: str
+    reason: Annotated[str, Meta(max_length=MAX_REASON)] = ""
+
+
+class Release(_Request, frozen=True, tag="release"):
+    """Lets a collector have its copies again."""
+
+    name: str
 
 
 class ListClients(_Request, frozen=True, tag="list"):
@@ -173,10 +186,15 @@ def parse_octets(kind: type, value: object) -> Octets:
     return Mac(parse_mac(value)) if kind is Mac else Octets(parse_hex(value))
 
 
-Operation = Auth | Register | Renew | Leave | ListClients | WatchClients | Confirm | ListStreams | Transmit
+Operation = (
+    Auth | Register | Renew | Leave | Withhold | Release | ListClients | WatchClients | Confirm | ListStreams | Transmit
+)
 Request = SignUp | Operation
 
-OPERATIONS: Final = ("auth", "register", "renew", "leave", "list", "watch", "confirm", "streams", "transmit")
+OPERATIONS: Final = (
+    *("auth", "register", "renew", "leave", "withhold", "release"),
+    *("list", "watch", "confirm", "streams", "transmit"),
+)
 EXPECTED: Final = {
     "id": "a string of at most 128 characters or a whole number of 64 bits",
     "name": "a string",
@@ -184,6 +202,7 @@ EXPECTED: Final = {
     "generation": "the whole number that `register` answered",
     "revision": "the whole number that `list`, `watch` or an event showed",
     "epoch": "the text that `list` or `watch` showed with the revision",
+    "reason": f"a string of at most {MAX_REASON} characters",
     "nonce": "the text after `fanwire-challenge ` in the datagram",
     "streams": f"a list of at most {MAX_ITEMS} stream names",
     "port": "a whole number from 1 to 65535",

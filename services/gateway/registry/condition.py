@@ -7,8 +7,9 @@ from shared.bus.messages import Health
 from shared.bus.pieces import Assembler
 from shared.client import Trouble
 
-Word = Literal["fresh", "ok", "waiting"] | Trouble
-"""State of a collector's copies: nobody was asked yet, they flow, no answer came in time, or the reported trouble."""
+Word = Literal["fresh", "ok", "waiting", "withheld"] | Trouble
+"""State of a collector's copies: nobody was asked yet, they flow, no answer came in time, an admin withholds them, or
+the reported trouble."""
 
 
 @dataclass(frozen=True, slots=True)

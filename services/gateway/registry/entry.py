@@ -1,16 +1,23 @@
 """A client's entry in the registry: its owner, its origin, its lease, and the event of a change."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from types import MappingProxyType
 from typing import Final, Literal
 
 from services.gateway.admission.peer import Peer
 from services.gateway.registry.condition import Condition
-from shared.client import Client
+from shared.client import Client, Withheld
 
 NOT_REFRESHED: Final = Condition("fresh", 0.0)
 
 EventKind = Literal["joined", "changed", "left", "expired"]
+
+
+Orders = Mapping[str, Withheld | None]
+"""Orders to withhold copies, by the name of the collector; None: it has ended."""
+NO_ORDERS: Final[Orders] = MappingProxyType({})
 
 
 class Origin(StrEnum):

@@ -17,13 +17,13 @@ import msgspec
 
 from services.gateway.admission.peer import Peer
 from services.gateway.protocol.names_answer import NamesList
-from services.gateway.registry.condition import Condition, Serving
-from services.gateway.registry.entry import Entry, Event, EventKind, Origin
+from services.gateway.registry.condition import Condition, Serving, Word
+from services.gateway.registry.entry import NO_ORDERS, Entry, Event, EventKind, Orders, Origin
 from services.gateway.registry.groups import SECRET_BYTES, Groups
 from services.gateway.registry.leases import Leases
 from services.gateway.registry.revisions import Revisions
 from shared.bus.messages import Health, RegistryChange
-from shared.client import Client, Source, Streams
+from shared.client import Client, Source, Streams, Withheld
 
 RETURN_SECONDS: Final = 30.0
 """The lease, after a restart of the gateway, of an entry that was held by a connection."""
@@ -32,11 +32,11 @@ RETURN_SECONDS: Final = 30.0
 class Keep(Protocol):
     """Stores changes before they are made, all or none; OSError when it can't."""
 
-    def __call__(self, events: Sequence[Event], generation: int) -> None:
-        """Store `events`; `generation` is the last one given."""
+    def __call__(self, events: Sequence[Event], generation: int, withheld: Orders = NO_ORDERS) -> None:
+        """Store `events`, and orders that came or ended; `generation` is the last one given."""
 
 
-def keep_nothing(events: Sequence[Event], generation: int) -> None:
+def keep_nothing(events: Sequence[Event], generation: int, withheld: Orders = NO_ORDERS) -> None:
     """Store nothing, for a registry that ends with its process."""
 
 
@@ -56,6 +56,8 @@ class Registry:
         self.collectors = 0
         self.serving: dict[Source, Serving] = {source: Serving() for source in get_args(Source)}
         self.leases = Leases(clock, preserve_seconds)
+        self.withheld: dict[str, Withheld] = {}
+        """Orders by name: they outlast the entry, so that a collector does not end one by signing up anew."""
         self._entries: dict[str, Entry] = {}
         self._held: dict[int, set[str]] = {}
         self._by_holder: Counter[str] = Counter()
@@ -118,8 +120,12 @@ class Registry:
     ) -> Event:
         """Return the event that enters a client, as the `number`th of those entered together."""
         kind: EventKind = "changed" if client.name in self._entries else "joined"
-        client = msgspec.structs.replace(client, generation=self._generation + number)
+        client = self._complete(client, self._generation + number)
         return Event(kind, revision, Entry(client, origin, peer, ttl, math.inf, revision, hold, self._clock(), proven))
+
+    def _complete(self, client: Client, generation: int) -> Client:
+        """Return a client with what it does not ask for itself."""
+        return msgspec.structs.replace(client, generation=generation, withheld=self.withheld.get(client.name))
 
     def _replace(self, entry: Entry) -> None:
         present = self._entries.get(entry.client.name)
@@ -127,9 +133,10 @@ class Registry:
             self._forget(present)
         self._enter(entry)
 
-    def restore(self, entries: Iterable[Entry], revision: int) -> None:
-        """Enter the entries that an earlier start kept, as they were at `revision`; each lease begins anew."""
+    def restore(self, entries: Iterable[Entry], revision: int, withheld: Orders = NO_ORDERS) -> None:
+        """Enter the entries and orders that an earlier start kept, as they were at `revision`; leases begin anew."""
         self._revisions.restore(revision)
+        self._obey(withheld)
         for entry in entries:
             if entry.held and not entry.ttl:
                 entry.ttl = RETURN_SECONDS  # the restart ended its connection, and the client may come back
@@ -158,7 +165,7 @@ class Registry:
 
     def _is_configured(self, client: Client) -> bool:
         entry = self._entries.get(client.name)
-        same = entry and entry.client == msgspec.structs.replace(client, generation=entry.client.generation)
+        same = entry and entry.client == self._complete(client, entry.client.generation)
         return entry is not None and entry.origin is Origin.SETTINGS and bool(same)
 
     def renew(self, entry: Entry) -> float | None:
@@ -176,13 +183,26 @@ class Registry:
 
     def narrow(self, narrowed: Sequence[tuple[Entry, Streams]]) -> None:
         """Leave entries these streams only; each keeps its generation, and its lease begins anew."""
-        if not narrowed:
-            return
-        events: list[Event] = []
-        for revision, (entry, streams) in enumerate(narrowed, self._revisions.next()):
-            client = msgspec.structs.replace(entry.client, streams=streams)
-            events.append(Event("changed", revision, replace(entry, client=client, revision=revision)))
-        self._record(events)
+        self._amend([(entry, msgspec.structs.replace(entry.client, streams=streams)) for entry, streams in narrowed])
+
+    def withhold(self, entry: Entry, order: Withheld) -> None:
+        """Send an entry's collector nothing from now on, nor any later one of its name; else as `narrow`."""
+        self._amend([(entry, msgspec.structs.replace(entry.client, withheld=order))], {entry.client.name: order})
+
+    def end_withholding(self, name: str) -> None:
+        """Let the collector of this name have copies again, if it is here; else as `narrow`."""
+        entry = self._entries.get(name)
+        amended = [(entry, msgspec.structs.replace(entry.client, withheld=None))] if entry else []
+        self._amend(amended, {name: None})
+
+    def _amend(self, amended: Sequence[tuple[Entry, Client]], orders: Orders = NO_ORDERS) -> None:
+        """Give entries these clients, which have their names, addresses and generations."""
+        events = [
+            Event("changed", revision, replace(entry, client=client, revision=revision))
+            for revision, (entry, client) in enumerate(amended, self._revisions.next())
+        ]
+        if events or orders:
+            self._record(events, orders)
         for event in events:
             self._replace(event.entry)
 
@@ -218,7 +238,7 @@ class Registry:
         """Update an entry's condition; note a changed word, unless the entry's event has still to be sent."""
         client, told = entry.client, entry.condition
         serving = self.serving[client.source]
-        word = serving.word(entry.revision) if client.streams else "ok"
+        word = _word_without_report(client) or serving.word(entry.revision)
         condition = serving.trouble(client.name, client.generation) if word == "ok" else None
         if condition is None:
             lost = serving.lost(client.name, client.generation)
@@ -256,7 +276,7 @@ class Registry:
 
     def _enter(self, entry: Entry) -> None:
         client = entry.client
-        entry.condition = Condition("fresh" if client.streams else "ok", self._clock())
+        entry.condition = Condition(_word_without_report(client) or "fresh", self._clock())
         self._entries[client.name] = entry
         self._by_holder[entry.peer.rights.holder] += 1
         self.names.put(client)
@@ -305,11 +325,26 @@ class Registry:
             return False
         return True
 
-    def _record(self, events: Sequence[Event]) -> None:
+    def _obey(self, orders: Orders) -> None:
+        for name, order in orders.items():
+            if order is None:
+                self.withheld.pop(name, None)
+            else:
+                self.withheld[name] = order
+
+    def _record(self, events: Sequence[Event], orders: Orders = NO_ORDERS) -> None:
         """Store changes, and note them for the bus and for watchers."""
-        generation = max(self._generation, *(event.entry.client.generation for event in events))
-        self._keep(events, generation)
+        generation = max([self._generation, *(event.entry.client.generation for event in events)])
+        self._keep(events, generation, orders)
         self._generation = generation
+        self._obey(orders)
         for event in events:
             joins = event.kind in ("joined", "changed")
             self._revisions.note(event, self.groups.for_bus(event.entry) if joins else event.entry.client)
+
+
+def _word_without_report(client: Client) -> Word | None:
+    """Return the word of a client whose copies do not flow, whatever the services report."""
+    if not client.streams:
+        return "ok"
+    return "withheld" if client.withheld else None

@@ -6,8 +6,8 @@ from services.gateway.registry.entry import Event
 from shared.bus.messages import RegistryChange
 from shared.client import Client
 
-MAX_CHANGE: Final = 64
-"""Clients in one change: the largest entry has under 16 KB, and a bus message at most 1 MiB."""
+MAX_CHANGE: Final = 56
+"""Clients in one change: the largest entry has under 18 KB, and a bus message at most 1 MiB."""
 
 
 class Revisions:

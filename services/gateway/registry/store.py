@@ -18,9 +18,9 @@ import msgspec
 
 from services.gateway.admission.peer import Peer
 from services.gateway.admission.rights import Rights
-from services.gateway.registry.entry import Entry, Event, Origin
+from services.gateway.registry.entry import NO_ORDERS, Entry, Event, Orders, Origin
 from shared.bus.messages import Number
-from shared.client import Client
+from shared.client import Client, Withheld
 from shared.log import get_logger
 from shared.process.kept_directory import KeptDirectory
 from shared.process.lifecycle import FAILED, OperatorError
@@ -36,6 +36,7 @@ CREATE TABLE history (epoch TEXT NOT NULL, group_secret BLOB NOT NULL);
 INSERT INTO history VALUES ('', randomblob(32));
 """,
     "ALTER TABLE history ADD COLUMN file TEXT NOT NULL DEFAULT '';",
+    "CREATE TABLE withheld (name TEXT PRIMARY KEY, withheld TEXT NOT NULL);",
 )
 """The statements that make each version of the database of the one before."""
 PUT: Final = "INSERT INTO client VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET entry = excluded.entry"
@@ -78,7 +79,8 @@ class Store:
     """The database file, locked by this process while it is open; without a path it lasts as long as the process.
 
     `entries`, `revision` and `generation`, the last one given, are what an earlier start kept, and `group_secret` the
-    secret that the first one drew. `epoch` stands for the list that the revisions are of.
+    secret that the first one drew. `withheld` are the orders to withhold copies, by name. `epoch` stands for the list
+    that the revisions are of.
     """
 
     def __init__(self, path: Path | None, clock: Callable[[], float]) -> None:
@@ -136,6 +138,10 @@ class Store:
             raise ValueError(found)
         rows = database.execute("SELECT name, entry FROM client ORDER BY rowid").fetchall()
         self.entries = [_parse(name, text, clock()) for name, text in msgspec.convert(rows, list[tuple[str, str]])]
+        orders = msgspec.convert(
+            database.execute("SELECT name, withheld FROM withheld").fetchall(), list[tuple[str, str]]
+        )
+        self.withheld = {name: msgspec.json.decode(text, type=Withheld) for name, text in orders}
         state = database.execute("SELECT revision, generation, boot_id FROM state").fetchall()
         ((self.revision, self.generation, former),) = msgspec.convert(state, tuple[_State])
         if former not in ("", boot_id):
@@ -157,15 +163,20 @@ class Store:
             return os.access(self._path, os.W_OK)  # then the file's own header makes it read-only
         return code & PRIMARY not in NO_DAMAGE
 
-    def keep(self, events: Sequence[Event], generation: int) -> None:
+    def keep(self, events: Sequence[Event], generation: int, withheld: Orders = NO_ORDERS) -> None:
         """Write changes, all or none; OSError when they can't be written."""
         try:
             with self._transaction():
                 for event in events:
                     self._write(event)
-                self._database.execute(
-                    "UPDATE state SET revision = ?, generation = ?", (events[-1].revision, generation)
-                )
+                for name, order in withheld.items():
+                    self._database.execute("DELETE FROM withheld WHERE name = ?", (name,))
+                    if order is not None:
+                        text = msgspec.json.encode(order).decode()
+                        self._database.execute("INSERT INTO withheld VALUES (?, ?)", (name, text))
+                if events:
+                    last = events[-1].revision, generation
+                    self._database.execute("UPDATE state SET revision = ?, generation = ?", last)
         except sqlite3.Error as error:
             if not self._failed:
                 log.error(

@@ -7,7 +7,7 @@ from pathlib import Path
 from services.operator.cli.arguments import or_usage
 from shared.net.addresses import Endpoint, parse_endpoint
 from shared.process.lifecycle import USAGE, OperatorError
-from shared.process.registry_client import Access
+from shared.process.registry_client import Access, RegistryClient
 from shared.settings.model import Settings
 from shared.settings.tables import REGISTRY_SCHEMES
 
@@ -60,3 +60,8 @@ def _context(arguments: argparse.Namespace) -> ssl.SSLContext:
         files = ", ".join(str(path) for path in (arguments.authority, arguments.certificate, arguments.key) if path)
         raise OperatorError(USAGE, f"{files}: {error.strerror or error}; expected PEM files") from None
     return context
+
+
+def open_registry(arguments: argparse.Namespace, settings: Settings) -> RegistryClient:
+    """Connect to the gateway of `--gateway`, else of the settings."""
+    return RegistryClient(access(arguments, settings), 10.0 + settings.gateway.serve_seconds)

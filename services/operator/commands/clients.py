@@ -12,11 +12,12 @@ from services.operator.cli.arguments import (
 )
 from services.operator.cli.numbers import counted, lasting
 from services.operator.cli.tables import print_table
-from services.operator.client.gateway_options import access, add_gateway_arguments
+from services.operator.client.gateway_options import add_gateway_arguments, open_registry
+from services.operator.commands.withhold import describe as describe_order
 from shared.client import DEFAULT_TERMS
 from shared.net.printable import printable
 from shared.process.lifecycle import FAILED, OK, OperatorError
-from shared.process.registry_client import Entry, RegistryClient
+from shared.process.registry_client import Entry
 from shared.settings.model import Settings
 
 COLUMNS = (
@@ -49,11 +50,6 @@ def add_parser(subparsers: Subparsers) -> None:
     leave.add_argument("--generation", type=int, metavar="N", help="leave only as this generation")
 
 
-def open_registry(arguments: argparse.Namespace, settings: Settings) -> RegistryClient:
-    """Connect to the gateway of `--gateway`, else of the settings."""
-    return RegistryClient(access(arguments, settings), 10.0 + settings.gateway.serve_seconds)
-
-
 def run_clients(arguments: argparse.Namespace, settings: Settings) -> int:
     """Print the registry."""
     with open_registry(arguments, settings) as registry:
@@ -63,6 +59,8 @@ def run_clients(arguments: argparse.Namespace, settings: Settings) -> int:
     else:
         entries = answer.entries()
         print_table(counted(len(entries), "client"), COLUMNS, map(_row, entries.values()))
+        for name, order in answer.withheld.items():
+            print(printable(describe_order(name, order, here=name in entries)))
     return OK
 
 

@@ -80,6 +80,8 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
         entry = lease.register(port=port, **told)
         output = _make_output(arguments, file, (entry.address, port))
         say(f"collecting {', '.join(entry.streams)} at {entry.address} port {port} as {entry.name}")
+        if entry.withheld:
+            say(f"an admin withholds the copies: {entry.withheld.reason or 'no reason given'}")
         try:
             _write_until_drained(lifecycle, lease, receiver, output, printing=arguments.write is None)
         except OSError as error:

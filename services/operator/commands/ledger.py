@@ -30,6 +30,7 @@ from shared.ledger import (
     SHARED_OUT,
     TAKEN,
     WITHHELD,
+    WITHHELD_BY_ADMIN,
     is_origin,
     lost,
     parse_origin,
@@ -141,7 +142,7 @@ def _origin_rows(balance: Balance) -> Iterator[Row]:
             yield service, worker, f"{boot:x}", stream, account.get(TAKEN, 0), account.get(MISSED, 0)
 
 
-OUTCOMES: Final = (EXPECTED, SENT, FILTERED, SAMPLED_OUT, SHARED_OUT, MISSED, WITHHELD)
+OUTCOMES: Final = (EXPECTED, SENT, FILTERED, SAMPLED_OUT, SHARED_OUT, MISSED, WITHHELD, WITHHELD_BY_ADMIN)
 COLLECTOR_COLUMNS: Final = (
     "consumer",
     "collector",

@@ -30,7 +30,11 @@ GLOSSARY: Final = "see the cause in services/operator/README.md"
 
 def check_copies(accounts: Mapping[str, Accounts], collectors: Sequence[Entry]) -> Iterator[Finding]:
     """Yield collectors that get nothing, or too little; `accounts` are those of each service that reports."""
-    troubled = {each.name: each.health for each in collectors if each.health not in (None, "ok")}
+    for each in collectors:
+        if order := each.withheld:
+            why = f"an admin withholds its copies{f': {order.reason}' if order.reason else ''}"
+            yield warning("copies", why, f"`fanwire release {each.name}` lets them flow again", each.name)
+    troubled = {each.name: each.health for each in collectors if each.health not in (None, "ok", "withheld")}
     waiting = [name for name, health in troubled.items() if health == "waiting"]
     for name in waiting:
         why = "its sender has not confirmed that copies flow, or is silent by now"

@@ -65,6 +65,7 @@ def run(path: Path) -> int:
         clock_gettime=lambda _: clock.now,
         time_ns=lambda: int(START * 1e9),  # it stands still: what was kept alone keeps generations apart
         monotonic=time.monotonic,
+        time=lambda: START,
     )
     with (
         mock.patch.multiple(server, time=times, TICK_SECONDS=0.005),

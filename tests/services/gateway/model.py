@@ -9,6 +9,8 @@ Line = dict[str, Any]
 
 MAX_CLIENTS: Final = 12
 NAMES_TTL: Final = 20.0
+ORDER: Final = {"by": "", "since": 1000.0, "reason": ""}
+"""An order to withhold copies; the gateway's Unix time stands still."""
 PRESERVE_SECONDS: Final = 40.0
 SETTINGS: Final = (
     f"[gateway]\nmax_clients = {MAX_CLIENTS}\nlease_seconds = {NAMES_TTL}\npreserve_seconds = {PRESERVE_SECONDS}\n"
@@ -90,6 +92,7 @@ class Model:
     clients: dict[str, Entry] = field(default_factory=dict)
     events: list[Line] = field(default_factory=list)
     told: list[tuple[int, Line]] = field(default_factory=list)
+    withheld: set[str] = field(default_factory=set)
     epoch: str = ""
     """As the gateway says it."""
     _expired_at: list[tuple[float, str]] = field(default_factory=list)
@@ -97,9 +100,14 @@ class Model:
 
     def answer(self, request: Line, caller: Caller) -> Line:
         """Do what a request says, and return its answer."""
-        said: Line = {"register": self._register, "renew": self._renew, "leave": self._leave, "list": self._list}[
-            request["op"]
-        ](request, caller)
+        said: Line = {
+            "register": self._register,
+            "renew": self._renew,
+            "leave": self._leave,
+            "list": self._list,
+            "withhold": self._withhold,
+            "release": self._release,
+        }[request["op"]](request, caller)
         return {"ok": "error" not in said, "id": request["id"]} | said
 
     def sign_up(self, name: str, caller: Caller) -> Line:
@@ -187,7 +195,30 @@ class Model:
             self.told.append((present.caller.connection, lost))
         client = self._client(request, caller)
         entry = Entry(client, caller, True, request["ttl"], request["hold"])
-        return {"client": self._enter(entry), "receives": bool(client["streams"])}
+        return {"client": self._enter(entry), "receives": bool(client["streams"]) and not client["withheld"]}
+
+    def _withhold(self, request: Line, caller: Caller) -> Line:
+        name, entry = request["name"], self.clients.get(request["name"])
+        if caller.holder:
+            return {"error": "not_permitted"}
+        if entry is None or not entry.client["streams"]:
+            return {"error": "bad_name"}
+        if name not in self.withheld and len(self.withheld) >= MAX_CLIENTS:
+            return {"error": "registry_full"}
+        self.withheld.add(name)
+        return {"client": self._amend(entry, ORDER)}
+
+    def _release(self, request: Line, caller: Caller) -> Line:
+        name, entry = request["name"], self.clients.get(request["name"])
+        if caller.holder:
+            return {"error": "not_permitted"}
+        if name not in self.withheld:
+            return {"error": "bad_name"}
+        self.withheld.remove(name)
+        return {"client": self._amend(entry, None) if entry else None}
+
+    def _amend(self, entry: Entry, order: Line | None) -> Line:
+        return self._enter(replace(entry, client=entry.client | {"withheld": order}))
 
     def _is_place_taken(self, request: Line, caller: Caller) -> bool:
         others = [entry.client for name, entry in self.clients.items() if name != request["name"]]
@@ -219,7 +250,8 @@ class Model:
 
     def _list(self, _request: Line, _caller: Caller | None) -> Line:
         clients = {name: entry.listed(self.now) for name, entry in self.clients.items()}
-        return {"clients": clients, "revision": self.revision}
+        withheld = dict.fromkeys(self.withheld, ORDER)
+        return {"clients": clients, "withheld": withheld, "revision": self.revision}
 
     def _client(self, request: Line, caller: Caller) -> Line:
         self.generation += 1
@@ -227,7 +259,8 @@ class Model:
             key: request[key] for key in ("name", "streams", "port") if key in request
         }
         plain = {"source": "relay", "from": [], "sample": 1, "group": "", "hop_limit": 64, "dscp": 0}
-        return fields | plain | {"address": caller.address, "generation": self.generation}
+        order = ORDER if request["name"] in self.withheld else None
+        return fields | plain | {"address": caller.address, "generation": self.generation, "withheld": order}
 
     def _enter(self, entry: Entry) -> Line:
         name = entry.client["name"]

@@ -26,14 +26,16 @@ from services.gateway.protocol.requests import (
     Octets,
     Operation,
     Register,
+    Release,
     Renew,
     Request,
     RequestError,
     SignUp,
     Transmit,
     WatchClients,
+    Withhold,
 )
-from services.gateway.registry.entry import Event
+from services.gateway.registry.entry import NO_ORDERS, Event, Orders
 from services.gateway.render import event_line, health_line
 from shared.bus.messages import TransmitReply
 from shared.client import Source
@@ -47,6 +49,8 @@ REQUESTS: list[Request] = [
     Register("c"),
     Renew(name="c", generation=1),
     Leave(name="c", generation=1),
+    Withhold(name="c"),
+    Release(name="c"),
     ListClients(),
     WatchClients(),
     Confirm(name="c", nonce="n"),
@@ -81,7 +85,7 @@ class Handling:
     def __init__(self) -> None:
         self.disk_full = False
         self.bus = Bus()
-        self.table = Table(keep=lambda events, generation: self._keep(events, generation))
+        self.table = Table(keep=lambda *kept: self._keep(*kept))
         destinations = Destinations(["messages"], [], lambda _: False, lambda _: False)
         settings = Settings(gateway=Gateway(allow_transmit=True))
         proofs = AddressProofs(lambda *_: None, lambda: 0.0)
@@ -89,12 +93,12 @@ class Handling:
         feed = EventFeed(self.table, partial(event_line, self.table), partial(health_line, self.table))
         clock, tokens = lambda: self.table.now, Tokens(())
         self.handler = Handler(
-            settings, self.table, admission, self.bus, feed, self.bus.send_frames, clock, tokens, "e"
+            settings, self.table, admission, self.bus, feed, self.bus.send_frames, clock, tokens, "e", lambda: 1700.0
         )
         self.answers: list[bytes] = []
         self.handler.add_connection(HERE, lambda _: None)
 
-    def _keep(self, _events: Sequence[Event], _generation: int) -> None:
+    def _keep(self, _events: Sequence[Event], _generation: int, _withheld: Orders = NO_ORDERS) -> None:
         if self.disk_full:
             raise OSError(errno.EIO, "the registry can't be written to disk just now")
 
@@ -134,12 +138,13 @@ def test_every_request_is_asked_for_its_rights(handling: Handling) -> None:
 
 def test_what_the_disk_can_not_keep_is_unavailable(handling: Handling) -> None:
     """A change that can't be written is refused with a sentence that says so, and nothing is changed."""
-    handling.handle(Register("there"))
+    handling.handle(Register("there", streams=("messages",), port=9))
     entry = handling.table.find("there")
     assert entry is not None
     handling.disk_full = True
     announced = handling.bus.announced
-    for request in (Register("c"), SignUp("c"), Leave(name="there", generation=entry.client.generation)):
+    leave = Leave(name="there", generation=entry.client.generation)
+    for request in (Register("c"), SignUp("c"), leave, Withhold(name="there")):
         with pytest.raises(RequestError) as refused:
             handling.handle(request)
         assert refused.value.error == "unavailable"
@@ -188,3 +193,45 @@ def test_renewal_is_announced_to_nobody(handling: Handling) -> None:
     handling.handle(Renew(name="c", generation=generation, id="r"))
     assert handling.last() == {"ok": True, "id": "r", "expires_in": 60.0}
     assert handling.bus.announced == announced
+
+
+def test_order_to_withhold_outlasts_the_entry(handling: Handling) -> None:
+    """A withheld collector stays so when it renews, moves, leaves and comes back, until an admin releases its name."""
+    siem = Register("siem", streams=("messages",), port=9, ttl=60.0)
+    handling.handle(siem)
+    generation = handling.last()["client"]["generation"]
+    handling.handle(Withhold(name="siem", reason="too slow", id=1))
+    order = {"by": "", "since": 1700.0, "reason": "too slow"}
+    shown = handling.last()["client"]
+    assert (shown["generation"], shown["health"], shown["withheld"]) == (generation, "withheld", order)
+    handling.handle(Renew(name="siem", generation=generation))
+    assert handling.last()["ok"]
+    for request in (siem, Register("siem", streams=("messages",), port=10)):
+        handling.handle(request)
+        answer = handling.last()
+        assert (answer["client"]["withheld"], answer["receives"]) == (order, False)
+        assert "an admin withholds" in answer["message"]
+    handling.handle(Leave(name="siem", generation=answer["client"]["generation"]))
+    handling.handle(siem)
+    assert handling.last()["client"]["withheld"] == order
+    handling.handle(Withhold(name="siem", reason="still"))
+    assert handling.last()["client"]["withheld"] == order | {"reason": "still"}
+    handling.handle(Release(name="siem"))
+    shown = handling.last()["client"]
+    assert (shown["withheld"], shown["health"]) == (None, "fresh")
+    handling.handle(siem)
+    assert handling.last()["receives"]
+
+
+def test_name_that_has_gone_is_released(handling: Handling) -> None:
+    """An order for a collector that is not here any more can be ended; one that never was can't be withheld."""
+    handling.handle(Register("siem", streams=("messages",), port=9))
+    handling.handle(Withhold(name="siem"))
+    handling.handle(Leave(name="siem", generation=handling.last()["client"]["generation"]))
+    handling.handle(Release(name="siem"))
+    assert (handling.last(), handling.table.withheld) == ({"ok": True, "client": None}, {})
+    handling.handle(Register("nameonly"))
+    for request in (Release(name="siem"), Withhold(name="siem"), Withhold(name="nameonly")):
+        with pytest.raises(RequestError) as refused:
+            handling.handle(request)
+        assert refused.value.error == "bad_name"

@@ -37,7 +37,8 @@ registers = st.fixed_dictionaries(
 of_entries = st.fixed_dictionaries(
     {"op": st.sampled_from(["renew", "renew", "leave"]), "name": names, "generation": st.sampled_from([0, 0, 0, -1, 1])}
 )
-requests = st.one_of(registers, of_entries, st.just({"op": "list"}))
+orders = st.fixed_dictionaries({"op": st.sampled_from(["withhold", "release"]), "name": names})
+requests = st.one_of(registers, of_entries, orders, st.just({"op": "list"}))
 bursts = st.lists(requests, min_size=1, max_size=4) | st.builds(
     lambda request: [request | {"name": f"n{number}"} for number in range(MAX_CLIENTS)], registers
 )
@@ -48,7 +49,7 @@ def predicted(line: Line) -> Line:
     if "error" in line:
         assert line["message"]
     kept = {key: value for key, value in line.items() if key not in NOT_PREDICTED}
-    if "client" in kept:
+    if kept.get("client"):
         kept["client"] = predicted(kept["client"])
     if "clients" in kept:
         kept["clients"] = {name: predicted(client) for name, client in kept["clients"].items()}
@@ -174,6 +175,11 @@ class Clients(RuleBasedStateMachine):
     @rule(place=places, request=of_entries)
     def renew_or_leave(self, place: int, request: Line) -> None:
         """Somebody does something about an entry."""
+        self._ask(place, [request])
+
+    @rule(place=places, request=orders)
+    def withhold_or_release(self, place: int, request: Line) -> None:
+        """Somebody may decide whether a collector gets copies, or may not."""
         self._ask(place, [request])
 
     @rule(place=places, requests=bursts)

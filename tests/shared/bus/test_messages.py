@@ -205,7 +205,9 @@ def test_each_wrong_part_is_refused_under_its_cause(changes: dict[str, Any], cau
         {"prefixes": ["::/0"] * 257},
         {"streams": ["a"] * 65},
         {"source": "forged"},
-        {"colour": "red"},
+        {"withheld": True},
+        {"withheld": {"by": "ops"}},
+        {"withheld": {"by": "ops", "since": 1.0, "reason": "x" * 201}},
     ],
 )
 def test_client_that_no_copy_can_be_sent_to_is_refused(fields: dict[str, Any]) -> None:

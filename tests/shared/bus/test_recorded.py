@@ -55,3 +55,11 @@ def test_fields_that_come_later_are_passed_over(kind: str) -> None:
     topic, envelope, body, *arrays = parts_of(VERSION, kind)
     later = [msgpack.packb([*msgpack.unpackb(part), {"new": [1, b"2"]}]) for part in (envelope, body)]
     assert decode([topic, *later, *arrays]).body == decode([topic, envelope, body, *arrays]).body
+
+
+def test_field_of_a_client_that_comes_later_is_passed_over() -> None:
+    """A registry whose clients have a field that this release does not know is read without it."""
+    topic, envelope, body = parts_of(VERSION, "registry.snapshot")
+    *before, clients = msgpack.unpackb(body)
+    later = msgpack.packb([*before, [client | {"new": [1, b"2"]} for client in clients]])
+    assert decode([topic, envelope, later]).body == decode([topic, envelope, body]).body

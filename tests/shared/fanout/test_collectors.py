@@ -3,9 +3,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import msgspec
 import pytest
 
-from shared.client import Client
+from shared.client import Client, Withheld
 from shared.datagrams.gathered import Gathered
 from shared.fanout.collectors import COLLECTOR_COUNTERS, MARKS, Collectors
 from shared.fanout.kept_counts import KeptFile
@@ -38,8 +39,15 @@ class Life:
 
     def _reach(self, client: Client, account: Counter[str]) -> Any:
         self.sent[client.name] = account
-        held = SimpleNamespace(paused=False)
-        return SimpleNamespace(client=client, held=held, adopt=lambda _: None, close=lambda: None)
+
+        def drop(cause: str) -> None:
+            account[cause] += account["held"]
+            account["held"] = 0
+
+        held = SimpleNamespace(paused=False, drop=drop)
+        destination = SimpleNamespace(client=client, held=held, close=lambda: None)
+        destination.adopt = lambda client: setattr(destination, "client", client)
+        return destination
 
     def take(self, count: int, *, routed: bool = True) -> None:
         """Take datagrams from the bus, half of them from each exporter; `routed` or not before the end."""
@@ -78,6 +86,29 @@ def test_a_killed_process_leaves_nothing_without_a_cause(tmp_path: Path) -> None
     life.end()
     life = Life(tmp_path / "accounts", make_client("a"))
     assert life.account() == expected | {"expected": 16, "offered": 16, "sent": 8}
+    life.end()
+
+
+def test_what_an_admin_withholds_is_counted_apart(tmp_path: Path) -> None:
+    """A withheld collector gets nothing of what it would have got, nor what waited; released it gets all that comes."""
+    some = make_client("a", prefixes=(f"{OURS}/32",))
+    withheld = msgspec.structs.replace(some, withheld=Withheld("ops", 1.0))
+    life = Life(tmp_path / "accounts", some)
+    life.take(10)
+    life.sent["a"].update(sent=2, held=3)
+    life.collectors.replace([withheld])
+    assert life.account() == {"expected": 10, "offered": 10, "filtered": 5, "sent": 2, "withheld_by_admin": 3}
+    assert life.collectors.route(Gathered([make_batch([b""] * 4, (OURS, THEIRS))])) == []
+    life.published["messages"] += 4
+    kept_back = {"expected": 14, "offered": 14, "filtered": 7, "sent": 2, "withheld_by_admin": 5}
+    assert life.account() == kept_back
+    life.end()
+    life = Life(tmp_path / "accounts", withheld)
+    assert life.account() == kept_back
+    life.collectors.replace([some])
+    life.take(2)
+    life.sent["a"]["sent"] += 1
+    assert life.account() == kept_back | {"expected": 16, "offered": 16, "filtered": 8, "sent": 3}
     life.end()
 
 

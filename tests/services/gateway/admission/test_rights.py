@@ -9,12 +9,14 @@ from services.gateway.protocol.requests import (
     ListStreams,
     Octets,
     Register,
+    Release,
     Renew,
     Request,
     RequestError,
     SignUp,
     Transmit,
     WatchClients,
+    Withhold,
 )
 from shared.settings.values import Scope
 
@@ -26,6 +28,8 @@ REQUESTS: dict[str, Request] = {
     "register": Register(name="c"),
     "renew": Renew(name="c", generation=1),
     "leave": Leave(name="c", generation=1),
+    "withhold": Withhold(name="c"),
+    "release": Release(name="c"),
     "confirm": Confirm(name="c", nonce="n"),
     "transmit": Transmit(interface="eth0", frame=Octets(bytes(14))),
     "name": SignUp("c"),

@@ -16,10 +16,12 @@ from services.gateway.protocol.requests import (
     Mac,
     Octets,
     Register,
+    Release,
     RequestError,
     SignUp,
     Transmit,
     WatchClients,
+    Withhold,
 )
 
 Outcome = tuple[object, ...]
@@ -67,7 +69,16 @@ def cut(data: bytes, places: list[int]) -> list[bytes]:
 
 lines = st.one_of(
     st.binary(max_size=80),
-    st.sampled_from([b'{"op":"list"}', b'{"op":"streams","id":1}', b'{"op":"nope","id":"a"}', b"{", b'{"op":"list"']),
+    st.sampled_from(
+        [
+            b'{"op":"withhold","name":"a"}',
+            b'{"op":"list"}',
+            b'{"op":"streams","id":1}',
+            b'{"op":"nope","id":"a"}',
+            b"{",
+            b'{"op":"list"',
+        ]
+    ),
     st.dictionaries(
         st.sampled_from(["op", "name", "port", "id", "x"]), st.text("ab\0é{", max_size=5) | st.integers() | st.none()
     ).map(lambda fields: json.dumps(fields).encode()),
@@ -191,6 +202,10 @@ def test_port_is_a_whole_number(port: str) -> None:
         ({"op": "register", "name": "a", "dscp": 64}, "dscp: expected a whole number from 0 to 63"),
         ({"op": "register", "name": "a", "ttl": -1}, "ttl: expected"),
         ({"op": "register", "name": "a", "ttl": 1e308}, "ttl: expected"),
+        ({"op": "withhold"}, "name is missing"),
+        ({"op": "withhold", "name": "a", "reason": "x" * 201}, "reason: expected a string of at most 200 characters"),
+        ({"op": "withhold", "name": "a", "generation": 1}, "no field `generation`"),
+        ({"op": "release", "name": "a", "reason": "x"}, "no field `reason`"),
         ({"op": "leave", "name": "a", "generation": "1"}, "generation: expected"),
         ({"op": "renew", "name": "a", "generation": 1.0}, "generation: expected"),
         ({"op": "renew", "name": "a", "generation": True}, "generation: expected"),
@@ -222,6 +237,8 @@ def test_requests_are_typed() -> None:
     register = parse_request(b'{"op":"register","name":"s","streams":["*"],"port":9,"from":["10.0.0.0/8"],"ttl":5}\r')
     assert register == Register(name="s", streams=("*",), port=9, prefixes=("10.0.0.0/8",), ttl=5.0)
     assert parse_request(b'{"op":"leave","name":"s","generation":3,"id":"q"}') == Leave(name="s", generation=3, id="q")
+    assert parse_request(b'{"op":"withhold","name":"s","reason":"r"}') == Withhold(name="s", reason="r")
+    assert parse_request(b'{"op":"release","name":"s"}') == Release(name="s")
     assert parse_request(b'{"op":"watch","revision":7,"epoch":"e"}') == WatchClients(revision=7, epoch="e")
     assert parse_request(b'{"op":"confirm","name":"s","nonce":"n"}') == Confirm(name="s", nonce="n")
 

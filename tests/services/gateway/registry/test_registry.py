@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from services.gateway.admission.destinations import Destinations
 from services.gateway.admission.peer import Peer
-from services.gateway.registry.entry import Event
+from services.gateway.registry.entry import NO_ORDERS, Event, Orders
 from services.gateway.registry.revisions import MAX_CHANGE
 from shared.bus.messages import MAX_MESSAGE, RegistryChange
-from shared.client import Client
+from shared.client import MAX_REASON, Client, Withheld
 from shared.settings.entries import Collector
 from tests.services.gateway.protocol.test_names_answer import listed
 from tests.services.gateway.table import ELSEWHERE, HERE, Table
@@ -78,7 +78,9 @@ def test_largest_change_fits_a_message() -> None:
         group="g" * 64,
     )
     everywhere = Destinations(largest.streams, (), lambda _: False, lambda _: False)
-    change = RegistryChange(1, 2, [everywhere.resolve_configured(largest)] * MAX_CHANGE, [])
+    order = Withheld("\U0001f4e6" * 255, 1.0, "\U0001f4e6" * MAX_REASON)
+    client = msgspec.structs.replace(everywhere.resolve_configured(largest), withheld=order)
+    change = RegistryChange(1, 2, [client] * MAX_CHANGE, [])
     assert len(msgspec.msgpack.encode(change)) <= MAX_MESSAGE
 
 
@@ -99,7 +101,7 @@ def test_every_change_is_an_event(registry: Table) -> None:
 def test_change_that_is_not_kept_is_not_made() -> None:
     """A change that can't be written is refused, and everything is as before."""
 
-    def fail(events: Sequence[Event], generation: int) -> None:
+    def fail(events: Sequence[Event], generation: int, withheld: Orders = NO_ORDERS) -> None:
         if broken:
             raise OSError(errno.ENOSPC, "no space")
 
@@ -121,7 +123,7 @@ def test_settings_that_can_not_be_kept_change_nothing() -> None:
     """No collector of the settings comes, goes or changes where one of them could not be written."""
     kept: list[list[str]] = []
 
-    def keep(events: Sequence[Event], generation: int) -> None:
+    def keep(events: Sequence[Event], generation: int, withheld: Orders = NO_ORDERS) -> None:
         kept.append([event.kind for event in events])
         if broken:
             raise OSError(errno.ENOSPC, "no space")
@@ -158,6 +160,23 @@ def test_configured_collectors_are_those_of_the_settings(registry: Table) -> Non
     assert registry.present == ["own", "a", "c"]
 
 
+def test_collector_of_the_settings_stays_withheld(registry: Table) -> None:
+    """The same settings change nothing of it; new ones do not end the order, nor does its going and coming back."""
+    client, order = Client("siem", 0, "10.0.0.1", 9, streams=("messages",)), Withheld("ops", 1.0)
+    registry.configure([client])
+    registry.withhold(next(iter(registry.entries())), order)
+    revision = registry.commit()
+    for configured, changed in (([client], False), ([msgspec.structs.replace(client, port=10)], True)):
+        registry.configure(configured)
+        assert [entry.client.withheld for entry in registry.entries()] == [order]
+        assert (registry.commit() > revision) == changed
+    registry.configure([])
+    registry.configure([client])
+    assert [entry.client.withheld for entry in registry.entries()] == [order]
+    registry.end_withholding("siem")
+    assert [entry.client.withheld for entry in registry.entries()] == [None]
+
+
 def follow(changes: list[RegistryChange]) -> dict[str, Client]:
     """Return the registry of a subscriber that applies every change."""
     clients: dict[str, Client] = {}
@@ -168,7 +187,11 @@ def follow(changes: list[RegistryChange]) -> dict[str, Client]:
     return clients
 
 
-steps = st.tuples(st.sampled_from(["join", "release", "expire", "commit"]), st.integers(0, 6), st.integers(0, 3))
+steps = st.tuples(
+    st.sampled_from(["join", "release", "expire", "withhold", "end_withholding", "commit"]),
+    st.integers(0, 6),
+    st.integers(0, 3),
+)
 
 
 @given(st.lists(steps, max_size=60))
@@ -185,6 +208,10 @@ def test_changes_lead_to_the_registry(actions: list[tuple[str, int, int]]) -> No
         elif action == "expire":
             registry.now += 1
             registry.expire()
+        elif action == "withhold" and (entry := registry.find(name)):
+            registry.withhold(entry, Withheld("ops", float(ttl)))
+        elif action == "end_withholding":
+            registry.end_withholding(name)
         else:
             registry.commit()
     registry.commit()

@@ -12,7 +12,7 @@ from services.gateway.registry import store as store_module
 from services.gateway.registry.entry import Entry, Event, Origin
 from services.gateway.registry.registry import Registry
 from services.gateway.registry.store import SKIPPED, Store
-from shared.client import Client
+from shared.client import Client, Withheld
 from shared.process.lifecycle import OperatorError
 
 HERE = Peer(7, "127.0.0.1", 4000, Rights("holder"))
@@ -32,7 +32,7 @@ def opened(path: Path | None) -> Store:
 def registry_on(store: Store) -> Registry:
     """A registry that goes on from what is kept."""
     registry = Registry(lambda: 0.0, store.generation + 1, store.keep)
-    registry.restore(store.entries, store.revision)
+    registry.restore(store.entries, store.revision, store.withheld)
     return registry
 
 
@@ -83,7 +83,7 @@ def test_secret_of_groups_outlives_a_restart(path: Path) -> None:
             secrets.append(store.group_secret)
             join(registry_on(store), "one")
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
-        database.execute("DROP TABLE history")
+        database.executescript("DROP TABLE history; DROP TABLE withheld")
         database.execute("PRAGMA user_version = 1")
     for _ in range(2):
         with opened(path) as store:
@@ -91,6 +91,34 @@ def test_secret_of_groups_outlives_a_restart(path: Path) -> None:
             assert [entry.client.name for entry in store.entries] == ["one"]
     assert secrets[0] == secrets[1] != secrets[2] == secrets[3]
     assert [len(secret) for secret in secrets] == [32] * 4
+
+
+def test_orders_to_withhold_outlive_a_restart(path: Path) -> None:
+    """They are there again, with or without their collector; a file of before there were any has none."""
+    order = Withheld("ops", 12.5, "too slow")
+    with opened(path) as store:
+        registry = registry_on(store)
+        for name in ("stays", "goes"):
+            registry.withhold(join(registry, name), order)
+        gone = registry.find("goes")
+        assert gone
+        registry.release(gone)
+    with opened(path) as store:
+        registry = registry_on(store)
+        assert registry.withheld == {"stays": order, "goes": order}
+        assert [entry.client.withheld for entry in registry.entries()] == [order]
+        assert join(registry, "goes").client.withheld == order
+        registry.end_withholding("stays")
+        registry.release(join(registry, "goes"))
+        registry.end_withholding("goes")
+    with opened(path) as store:
+        assert registry_on(store).withheld == {}
+        assert [entry.client.withheld for entry in store.entries] == [None]
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
+        database.execute("DROP TABLE withheld")
+        database.execute("PRAGMA user_version = 3")
+    with opened(path) as store:
+        assert (store.withheld, [entry.client.name for entry in store.entries]) == ({}, ["stays"])
 
 
 def test_without_a_file_nothing_is_kept(tmp_path: Path) -> None:
