@@ -37,6 +37,7 @@ from shared.bus.frame_requests import describe_failure
 from shared.bus.messages import TransmitReply
 from shared.client import Source, Withheld
 from shared.log import RELEASED_BY_ADMIN, WITHHELD_BY_ADMIN, get_logger
+from shared.net.printable import printable
 from shared.settings.model import Settings
 
 Answer = Sequence[bytes]
@@ -198,7 +199,7 @@ class Handler:
             before = registry.withheld.get(name)
             since = before.since if before else self._unix_time()
             registry.withhold(entry, Withheld(peer.rights.holder, since, request.reason))
-            log.info(WITHHELD_BY_ADMIN, client=name, by=str(peer), reason=request.reason)
+            log.info(WITHHELD_BY_ADMIN, client=name, by=str(peer), reason=printable(request.reason))
         else:
             self._admission.decide_release(request, peer)
             registry.end_withholding(name)

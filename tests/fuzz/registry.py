@@ -23,7 +23,7 @@ from services.operator.client.lease import Lease
 from services.operator.commands import collect
 from services.operator.doctor.network_paths import NetworkFacts, check_network_paths
 from shared.bus.messages import REGISTRY_TOPIC, RegistrySnapshot, decode, encode
-from shared.client import Client
+from shared.client import Client, Withheld
 from shared.net.addresses import Endpoint
 from shared.process import registry_client
 from shared.process.lifecycle import OperatorError
@@ -35,9 +35,10 @@ from tests.fuzz.printing import check_line, printed
 
 _destinations: Final = Destinations(["messages"], [("127.0.0.1", 6667)], lambda _: False, lambda _: False)
 _peer: Final = Peer(1, "192.0.2.1", 40_000)
+ORDERS: Final = ("withhold siem --reason slow", "release siem")
 _commands: Final = [
     make_parser().parse_args(command.split())
-    for command in ("clients", "clients --json", "register siem --stream messages", "leave siem", "leave a")
+    for command in ("clients", "clients --json", "register siem --stream messages", "leave siem", "leave a", *ORDERS)
 ]
 _silent: Final = structlog.wrap_logger(structlog.ReturnLogger(), processors=[])
 _access: Final = Access(Endpoint("tcp", "127.0.0.1", 5000))
@@ -150,7 +151,7 @@ def _go_on(path: Path, data: bytes) -> None:
         with mock.patch.object(store, "log", _silent), Store(path, lambda: 0.0) as kept:
             aside = list(path.parent.glob(f"{path.name}.damaged-*"))
             entries = registry.Registry(lambda: 0.0, kept.generation + 1, kept.keep)
-            entries.restore(kept.entries, kept.revision)
+            entries.restore(kept.entries, kept.revision, kept.withheld)
             assert not (aside and kept.entries)
             _check_told(entries)
             joined = entries.grant(_client("new"), _peer, Origin.JSON)
@@ -195,6 +196,7 @@ def _genuine(*, beside: bool) -> tuple[bytes, bytes]:
             entries = registry.Registry(lambda: 0.0, 1, kept.keep)
             granted = {name: entries.grant(_client(name), _peer, Origin.JSON, ttl=5) for name in ("a", "b", "c")}
             entries.release(granted["b"])
+            entries.withhold(granted["c"], Withheld("ops", 1.0, "slow"))
             if beside:
                 return path.read_bytes(), path.with_name(f"{path.name}-wal").read_bytes()
         return path.read_bytes(), b""
