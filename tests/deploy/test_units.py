@@ -146,7 +146,7 @@ def test_no_unit_holds_a_secret() -> None:
     """No unit sets a key, token or password: any user may ask systemd for what it sets."""
     for unit in SERVICES:
         names = {line.partition("=")[0] for line in lines(unit, "Environment")}
-        assert names <= {"FANWIRE_CONFIG", "OPENBLAS_NUM_THREADS", "HONCHO_PROCESS_NAME"}
+        assert names <= {"FANWIRE_CONFIG", "OPENBLAS_NUM_THREADS", "HONCHO_PROCESS_NAME", "BOOT_ID"}
         assert not lines(unit, "EnvironmentFile") + lines(unit, "PassEnvironment")
     assert "LoadCredential=" in (CHECKOUT / "deploy" / "README.md").read_text()
 

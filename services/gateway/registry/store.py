@@ -50,10 +50,15 @@ NO_DAMAGE: Final = frozenset({
 PRIMARY: Final = 0xFF
 """The part of an error's code that an extended code extends."""
 BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
+"""Also an environment variable, by which systemd tells it to a service that it shows no more of /proc than processes."""
 SKIPPED: Final = 1 << 20
 """Revisions passed over after a restart of the host: more than can have been lost with it."""
 
 log = get_logger()
+
+
+def _boot_id() -> str:
+    return (os.environ.get("BOOT_ID") or BOOT_ID.read_text()).strip().replace("-", "")
 
 
 class _Kept(msgspec.Struct, frozen=True):
@@ -122,7 +127,7 @@ class Store:
             raise _DamagedError(str(error)) from None
 
     def _load(self, clock: Callable[[], float]) -> None:
-        database, boot_id = self._database, BOOT_ID.read_text().strip()
+        database, boot_id = self._database, _boot_id()
         version = database.execute("PRAGMA user_version").fetchone()[0]
         if version > len(SCHEMA):
             raise OperatorError(

@@ -276,6 +276,19 @@ def test_revision_skips_when_the_host_has_started_anew(
             assert store.revision == 1 + SKIPPED
 
 
+def test_boot_id_comes_from_systemd_where_the_file_is_hidden(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The variable that the unit sets says the same as the file, which the unit's sandbox hides: no revision skips."""
+    known = store_module.BOOT_ID.read_text().strip()
+    with opened(path) as store:
+        join(registry_on(store), "one")
+    monkeypatch.setattr(store_module, "BOOT_ID", tmp_path / "hidden")
+    monkeypatch.setenv("BOOT_ID", known.replace("-", ""))
+    with opened(path) as store:
+        assert store.revision == 1
+
+
 def test_keep_is_all_or_nothing(path: Path) -> None:
     """Of several changes at once either all are written or none."""
     with opened(path) as store:
