@@ -48,6 +48,10 @@ class CopyTerms(_Named, frozen=True, kw_only=True):
     hop_limit: HopLimit = 64
     dscp: Dscp = 0
 
+    def wants(self, stream: str) -> bool:
+        """Return whether copies of `stream` go to this client."""
+        return stream in self.streams or ALL_STREAMS in self.streams
+
     @property
     def terms(self) -> dict[str, Any]:
         """The fields above by name, to make another of the structs that have them."""
@@ -96,10 +100,6 @@ class Client(CopyTerms, frozen=True, omit_defaults=True):
             pack_address(self.address)
         for prefix in self.prefixes:
             pack_network(prefix)
-
-    def wants(self, stream: str) -> bool:
-        """Return whether copies of `stream` go to this client."""
-        return stream in self.streams or ALL_STREAMS in self.streams
 
 
 class ListedClient(WrittenTerms, frozen=True):

@@ -22,6 +22,10 @@ if _HIDDEN:
 COLLECTOR_HEALTH: Final = "collector health changed"
 WORKER_CAME: Final = "worker came"
 WORKER_GONE: Final = "worker gone"
+HOST_MOVED: Final = "host name has another address"
+HOST_UNANSWERED: Final = "host name has no answer"
+HOST_ANSWERED: Final = "host name has an answer again"
+HOST_REFUSED: Final = "host name leads to an address that is refused"
 LOSS_BEGAN: Final = "loss began"
 LOSS_ENDED: Final = "loss ended"
 DISCREPANCY: Final = "accounts do not add up"
@@ -30,7 +34,9 @@ PROBED_BY_ADMIN: Final = "probe sent by an admin"
 WITHHELD_BY_ADMIN: Final = "copies withheld by an admin"
 RELEASED_BY_ADMIN: Final = "copies released by an admin"
 EVENTS: Final = (
-    *(COLLECTOR_HEALTH, WORKER_CAME, WORKER_GONE, LOSS_BEGAN, LOSS_ENDED, DISCREPANCY),
+    *(COLLECTOR_HEALTH, WORKER_CAME, WORKER_GONE),
+    *(HOST_MOVED, HOST_UNANSWERED, HOST_ANSWERED, HOST_REFUSED),
+    *(LOSS_BEGAN, LOSS_ENDED, DISCREPANCY),
     *(REMOVED_BY_ADMIN, PROBED_BY_ADMIN, WITHHELD_BY_ADMIN, RELEASED_BY_ADMIN),
 )
 """Events that programs may look for in the log: their names stay, and services/operator/README.md lists them."""

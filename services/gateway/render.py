@@ -3,6 +3,7 @@
 from typing import Final
 
 import msgspec
+from msgspec import UNSET, UnsetType
 from msgspec.structs import asdict
 
 from services.gateway.registry.condition import Word
@@ -22,6 +23,8 @@ class View(ListedClient, frozen=True, kw_only=True):
     health_since: float | None
     lost: int
     withheld: Withheld | None
+    host: str | UnsetType = UNSET
+    """Its host name in the settings; only where it has one."""
 
 
 def show_client(registry: Registry, entry: Entry) -> View:
@@ -33,6 +36,7 @@ def show_client(registry: Registry, entry: Entry) -> View:
         health=condition.word,
         health_since=registry.seconds_in(condition) if client.streams else None,
         lost=condition.lost,
+        host=entry.host or UNSET,
     )
 
 

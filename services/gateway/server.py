@@ -11,12 +11,13 @@ from functools import partial
 from typing import Any, Final
 
 from services.gateway.admission.address_proof import AddressProofs
-from services.gateway.admission.decision import Admission, decide_configured
+from services.gateway.admission.decision import Admission
 from services.gateway.admission.destinations import Destinations
 from services.gateway.admission.readmission import find_excess
 from services.gateway.admission.tokens import Tokens
 from services.gateway.bus.announcer import Announcer
 from services.gateway.bus.transmissions import Transmissions
+from services.gateway.configured import Configured, check_configured
 from services.gateway.counters import (
     ACCOUNT,
     BUS_REJECTED,
@@ -39,12 +40,10 @@ from services.gateway.transport.tls import check_listener, make_context
 from services.gateway.transport.tls_handshakes import TlsAcceptor
 from shared.bus.endpoint import open_link, queue_limit
 from shared.bus.zmq_sockets import Publisher, Requests, Subscriber, broker_is_up, new_context, prepare_directory
-from shared.client import Client
 from shared.ledger import FILES_RESTORED, Accounts
 from shared.log import get_logger
 from shared.net.sockets import try_endpoint
 from shared.process.lifecycle import (
-    BAD_SETTINGS,
     FAILED,
     Lifecycle,
     OperatorError,
@@ -94,10 +93,21 @@ def run_gateway(settings: Settings, lifecycle: Lifecycle) -> None:
         registry = Registry(_boot_time, first_generation, store.keep, preserve_seconds, store.group_secret)
         registry.restore(store.entries, store.revision, store.withheld)
         destinations = _destinations(settings)
-        _configure(settings, destinations, registry)
+        configured = Configured(settings, destinations, registry)
+        _expel_loops(destinations, registry)
         _readmit(registry, tokens, destinations)
         server = _Server(
-            settings, lifecycle, store, registry, destinations, tokens, store.epoch, publisher, subscriber, memory
+            settings,
+            lifecycle,
+            store,
+            registry,
+            configured,
+            destinations,
+            tokens,
+            store.epoch,
+            publisher,
+            subscriber,
+            memory,
         )
         asyncio.run(server.run(listeners, tls))
 
@@ -112,7 +122,7 @@ def check_gateway(settings: Settings) -> None:
     bind = partial(try_endpoint, made=settings.bus.path, port_too=not broker_is_up(settings.bus.path, link))
     with listening(settings.gateway.endpoints, bind) as listeners:
         _tokens(settings, declared, listeners)
-    _configured(settings, _destinations(settings))
+    check_configured(settings, _destinations(settings))
 
 
 def _tls_context(settings: Settings, declared: Sequence[Token]) -> ssl.SSLContext | None:
@@ -147,22 +157,6 @@ def _destinations(settings: Settings) -> Destinations:
     )
 
 
-def _configure(settings: Settings, destinations: Destinations, registry: Registry) -> None:
-    """Enter the collectors of the settings, and remove entries that their listeners have made loops.
-
-    OperatorError, with nothing changed, when one of them can't be admitted.
-    """
-    registry.configure(_configured(settings, destinations))
-    _expel_loops(destinations, registry)
-
-
-def _configured(settings: Settings, destinations: Destinations) -> list[Client]:
-    try:
-        return decide_configured(destinations, settings.collectors)
-    except ValueError as error:
-        raise OperatorError(BAD_SETTINGS, str(error)) from None
-
-
 def _expel_loops(destinations: Destinations, registry: Registry) -> None:
     """Remove collectors whose copies would come back: a listener or an address may be newer than the entry."""
     if loops := [entry for entry in registry.entries() if destinations.find_loop(entry.client)]:
@@ -194,6 +188,7 @@ class _Server:
     lifecycle: Lifecycle
     store: Store
     registry: Registry
+    configured: Configured
     destinations: Destinations
     tokens: Tokens
     epoch: str
@@ -292,7 +287,8 @@ class _Server:
         destinations, declared, before = _destinations(settings), read_tokens(settings), self.tokens
         tls, tokens = _tls_context(settings, declared), _tokens(settings, declared, self._listeners)
         try:
-            _configure(settings, destinations, self.registry)
+            self.configured.apply(settings, destinations)
+            _expel_loops(destinations, self.registry)
             _readmit(self.registry, tokens, destinations)
         except OSError as error:
             raise OperatorError(FAILED, str(error.strerror)) from None
@@ -305,9 +301,11 @@ class _Server:
         self._announcer.announce_soon()
 
     async def _tick_until_stopped(self) -> None:
-        readiness = Readiness("gateway", self.settings.bus, lambda: self.publisher.ready)
+        readiness = Readiness("gateway", self.settings.bus, lambda: self.publisher.ready and self.configured.settled)
         while not self._stopped.is_set():
             self.registry.expire()
+            if self.configured.tick():
+                self._announcer.announce_soon()
             self._look_after_registry()
             await self._connections.sweep()
             self._announcer.tick(self._accounts)

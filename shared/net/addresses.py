@@ -1,6 +1,7 @@
 """Addresses as the bus carries them (16 bytes, IPv4 mapped into IPv6) and as people write them."""
 
 import ipaddress
+import re
 import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,6 +10,12 @@ from typing import Final, cast
 
 V4_MAPPED: Final = bytes(10) + b"\xff\xff"
 """The first 12 bytes of an IPv4 address mapped into IPv6 (RFC 4291, 2.5.5.2)."""
+
+MAX_NAME: Final = 253
+_LABEL: Final = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
+"""An underscore is in no host name, but in many zones of sites."""
+_NUMBER: Final = re.compile(r"[0-9]+|0[xX][0-9A-Fa-f]*")
+"""A number, which inet_aton(3) reads as a part of an address."""
 
 LOCAL_SENDER: Final = V4_MAPPED + bytes((127, 0, 0, 1))
 """Stands for a sender on an AF_UNIX socket, which has no address of its own; its port is 0."""
@@ -35,6 +42,26 @@ def unpack_address(packed: bytes) -> str:
     if packed.startswith(V4_MAPPED):
         return socket.inet_ntop(socket.AF_INET, packed[12:])
     return socket.inet_ntop(socket.AF_INET6, packed)
+
+
+def is_host_name(text: str) -> bool:
+    """Return whether `text` can be a host's name (RFC 1123, 2.1), and is nothing that resolvers take for an address.
+
+    >>> [is_host_name(text) for text in ("siem.example.net", "siem", "192.0.2.300", "0x7f000001", "a b")]
+    [True, True, False, False, False]
+    """
+    *_, last = labels = text.removesuffix(".").split(".")
+    return len(text) <= MAX_NAME and all(map(_LABEL.fullmatch, labels)) and not _NUMBER.fullmatch(last)
+
+
+def check_host(text: str) -> None:
+    """Raise ValueError unless `text` is an address or can be a host's name."""
+    if not is_host_name(text):
+        try:
+            pack_address(text)
+        except ValueError as error:
+            known = error if "scope" in str(error) else f"{text!r} is neither an IP address nor a host name"
+            raise ValueError(known) from None
 
 
 def pack_network(text: str) -> tuple[bytes, int]:

@@ -27,6 +27,7 @@ class Entry(ListedClient, frozen=True, kw_only=True):
     health_since: float | None = None
     lost: int | None = None
     withheld: Withheld | None = None
+    host: str = ""
 
     def __post_init__(self) -> None:
         if self.streams:  # doctor asks the kernel for the route there

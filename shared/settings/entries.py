@@ -6,7 +6,7 @@ from typing import Annotated, Final, Literal
 from msgspec import Meta, Struct
 
 from shared.client import ALL_STREAMS, WrittenTerms
-from shared.net.addresses import Endpoint, pack_address, pack_network, parse_endpoint
+from shared.net.addresses import Endpoint, check_host, is_host_name, pack_network, parse_endpoint
 from shared.settings.values import Bytes, Name, Port, Scope, check_each
 
 STREAM_SCHEMES: Final = ("udp", "tcp", "unixgram")
@@ -46,11 +46,17 @@ class Collector(WrittenTerms, frozen=True, forbid_unknown_fields=True):
     name: Annotated[str, Meta(min_length=1, max_length=255)]
     streams: Annotated[tuple[str, ...], Meta(min_length=1, max_length=64)]
     address: str
+    """An address, or a host name, which the gateway looks up every `[gateway] resolve_seconds`."""
     port: Port
 
     def __post_init__(self) -> None:
-        check_each("address", pack_address, [self.address])
+        check_each("address", check_host, [self.address])
         check_each("from", pack_network, self.prefixes)
+
+    @property
+    def host(self) -> str:
+        """`address`, where it is a host name; else nothing."""
+        return self.address if is_host_name(self.address) else ""
 
 
 class Token(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -132,6 +132,8 @@ class Gateway(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     preserve_seconds: Annotated[float, Meta(ge=0, le=86_400)] = 900.0
     """The longest time in which nothing expires while over 15 % of the renewals due within a minute are missing; 0:
     none."""
+    resolve_seconds: Annotated[float, Meta(ge=1, le=86_400)] = 60.0
+    """Time after which the host name of a [[collector]] is looked up again."""
     serve_seconds: Seconds = 0.5
     """Time that an answer to `register` waits for forwarder or transmitter to say that copies flow."""
     allow_transmit: bool = False

@@ -131,17 +131,17 @@ class Admission:
 
 
 def decide_configured(destinations: Destinations, collectors: Iterable[Collector]) -> list[Client]:
-    """Return the entries of the collectors in the settings; the same destinations are refused to them.
+    """Return the entries of the collectors in the settings that have addresses; the same are refused to them.
 
-    ValueError names the collector that can't be admitted.
+    ValueError names the collector that can't be admitted, by its address or its group.
     """
     clients = []
     sources: dict[str, Source] = {}
     for collector in collectors:
         try:
-            client = destinations.resolve_configured(collector)
-            check_same_source(client, sources.setdefault(client.group, client.source))
-            clients.append(client)
+            check_same_source(collector, sources.setdefault(collector.group, collector.source))
+            if not collector.host:
+                clients.append(destinations.resolve_configured(collector))
         except (RequestError, OSError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise ValueError(f'[[collector]] "{collector.name}": {reason}') from None

@@ -6,7 +6,7 @@ from services.gateway.admission.peer import Peer
 from services.gateway.protocol.requests import RequestError
 from services.gateway.registry.entry import Entry, Origin
 from services.gateway.registry.registry import Registry
-from shared.client import ALL_STREAMS, Client, Source
+from shared.client import ALL_STREAMS, Client, CopyTerms, Source
 from shared.net.addresses import are_apart
 from shared.settings.tables import Gateway
 
@@ -98,7 +98,7 @@ def _get_the_same(one: Client, group: str, other: Client) -> bool:
     return bool(streams) and not (one.prefixes and other.prefixes and are_apart(one.prefixes, other.prefixes))
 
 
-def check_same_source(client: Client, source: Source) -> None:
+def check_same_source(client: CopyTerms, source: Source) -> None:
     """Raise `RequestError` unless a member of a group takes copies of the source that the others do."""
     if client.group and client.source != source:
         raise RequestError(

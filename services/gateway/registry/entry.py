@@ -34,7 +34,8 @@ class Entry:
 
     `revision` is that in which the client joined; `expires_at` is infinite without `ttl`. An entry that is `held` lasts
     no longer than its peer's connection. An entry kept from an earlier start has no connection any more. `proven`: its
-    peer has shown that copies arrive at its address. `condition` is that of its last refresh.
+    peer has shown that copies arrive at its address. `condition` is that of its last refresh. `host` is the name
+    that the settings have in place of the address.
     """
 
     client: Client
@@ -47,6 +48,7 @@ class Entry:
     renewed_at: float
     proven: bool = False
     condition: Condition = NOT_REFRESHED
+    host: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,9 @@ import itertools
 import math
 import secrets
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Final, Protocol, get_args
 
 import msgspec
@@ -142,31 +143,34 @@ class Registry:
                 entry.ttl = RETURN_SECONDS  # the restart ended its connection, and the client may come back
             self._enter(entry)
 
-    def configure(self, clients: Iterable[Client]) -> None:
+    def configure(self, clients: Iterable[Client], hosts: Mapping[str, str] = MappingProxyType({})) -> None:
         """Make exactly these the collectors of the settings, or change nothing; unchanged ones stay as they are.
 
-        A collector of the settings replaces a client that has signed up under its name.
+        A collector of the settings replaces a client that has signed up under its name. `hosts` has the host names of
+        those that the settings name so.
         """
         wanted = {client.name: client for client in clients}
         present = [entry for entry in self._entries.values() if entry.origin is Origin.SETTINGS]
         gone = [entry for entry in present if entry.client.name not in wanted]
         events = [Event("left", self._revisions.next(number), entry) for number, entry in enumerate(gone, 1)]
-        fresh = [client for client in wanted.values() if not self._is_configured(client)]
+        fresh = [client for client in wanted.values() if not self._is_configured(client, hosts.get(client.name, ""))]
         for number, client in enumerate(fresh, 1):
             peer = Peer(0, client.address, client.port)
-            events.append(
-                self._entering(client, peer, Origin.SETTINGS, number, self._revisions.next(len(gone) + number))
-            )
+            revision = self._revisions.next(len(gone) + number)
+            event = self._entering(client, peer, Origin.SETTINGS, number, revision)
+            event.entry.host = hosts.get(client.name, "")
+            events.append(event)
         if events:
             self._record(events)
         self._drop(gone)
         for event in events[len(gone) :]:
             self._replace(event.entry)
 
-    def _is_configured(self, client: Client) -> bool:
+    def _is_configured(self, client: Client, host: str) -> bool:
         entry = self._entries.get(client.name)
-        same = entry and entry.client == self._complete(client, entry.client.generation)
-        return entry is not None and entry.origin is Origin.SETTINGS and bool(same)
+        if entry is None or entry.origin is not Origin.SETTINGS or entry.host != host:
+            return False
+        return entry.client == self._complete(client, entry.client.generation)
 
     def renew(self, entry: Entry) -> float | None:
         """Restart the lease of an entry; return the seconds until it expires."""

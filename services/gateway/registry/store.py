@@ -50,7 +50,7 @@ NO_DAMAGE: Final = frozenset({
 PRIMARY: Final = 0xFF
 """The part of an error's code that an extended code extends."""
 BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
-"""Also an environment variable, by which systemd tells it to a service that it shows no more of /proc than processes."""
+"""Also an environment variable: systemd tells it to a service that sees no more of /proc than processes."""
 SKIPPED: Final = 1 << 20
 """Revisions passed over after a restart of the host: more than can have been lost with it."""
 
@@ -72,6 +72,7 @@ class _Kept(msgspec.Struct, frozen=True):
     held: bool
     holder: str = ""
     proven: bool = True  # so it may have been when an earlier version wrote it
+    host: str = ""
 
 
 _State = tuple[Number, Number, str]
@@ -222,7 +223,8 @@ class Store:
             return
         peer = entry.peer
         holder = peer.rights.holder
-        kept = _Kept(entry.client, entry.origin, peer.address, peer.port, entry.ttl, entry.held, holder, entry.proven)
+        lease = (entry.ttl, entry.held, holder, entry.proven)
+        kept = _Kept(entry.client, entry.origin, peer.address, peer.port, *lease, entry.host)
         self._database.execute(PUT, (entry.client.name, msgspec.json.encode(kept).decode()))
 
     @contextlib.contextmanager
@@ -254,7 +256,9 @@ def _parse(name: str, text: str, now: float) -> Entry:
     if kept.client.name != name:
         raise ValueError(f"{kept.client.name!r} is kept as {name!r}")
     peer = Peer(0, kept.address, kept.port, Rights(kept.holder))
-    return Entry(kept.client, kept.origin, peer, kept.ttl, float("inf"), 0, kept.held, now, kept.proven)
+    entry = Entry(kept.client, kept.origin, peer, kept.ttl, float("inf"), 0, kept.held, now, kept.proven)
+    entry.host = kept.host
+    return entry
 
 
 def _set_aside(path: Path) -> Path:

@@ -75,7 +75,8 @@ def _row(entry: Entry) -> tuple[str | int | None, ...]:
         entry.dscp or None,
     )
     ends = (_expires(entry), _health(entry), entry.lost if entry.streams else None)
-    return (entry.name, entry.address, entry.port, *(wishes if entry.streams else [None] * len(wishes)), *ends)
+    address = f"{entry.address} ({entry.host})" if entry.host else entry.address
+    return (entry.name, address, entry.port, *(wishes if entry.streams else [None] * len(wishes)), *ends)
 
 
 def _expires(entry: Entry) -> str | None:

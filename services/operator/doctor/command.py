@@ -15,6 +15,7 @@ from services.operator.client.programs import refusals
 from services.operator.commands.ready import OPTIONAL, SERVICES
 from services.operator.doctor.facts import by_service, host_facts, listen, network_facts, service_facts
 from services.operator.doctor.host import check_host
+from services.operator.doctor.host_names import check_host_names, look_up
 from services.operator.doctor.listening import check_listening
 from services.operator.doctor.listening_facts import listening_facts
 from services.operator.doctor.network_paths import check_network_paths
@@ -23,10 +24,11 @@ from shared.client import ALL_STREAMS
 from shared.ledger import Accounts
 from shared.monitoring.finding import Finding, error, ok, unseen, warning
 from shared.monitoring.probe import Ledger, probe
+from shared.net.host_lookups import Host
 from shared.net.netlink import RTN_BROADCAST, RTN_LOCAL, Netlink
 from shared.process.lifecycle import FAILED, OK, USAGE, OperatorError
 from shared.process.registry_client import Access, Entry, RegistryClient
-from shared.settings.entries import Stream
+from shared.settings.entries import Collector, Stream
 from shared.settings.model import Settings
 
 COLUMNS: Final = ("check", "level", "of", "why", "cure")
@@ -81,10 +83,12 @@ def _examine(settings: Settings, gateway: Access, probed: Stream | None, config:
     def read_ledger() -> Ledger:
         return by_service(listen(settings))
 
-    collectors, silent = _collectors(settings, open_registry)
+    hosts = look_up(settings)
+    collectors, silent = _collectors(settings, open_registry, hosts)
     facts = service_facts(settings, listen(settings), silent)
     yield from _check_settings(config, runs=facts.broker is not False)
     yield from check_services(facts, settings, collectors)
+    yield from check_host_names(settings, hosts, None if silent else collectors)
     try:
         netlink = Netlink()
     except OSError:
@@ -116,13 +120,21 @@ def _examine_network(
     yield from check_network_paths(seen, collectors, settings.transmitter.destinations)
 
 
-def _collectors(settings: Settings, open_registry: Callable[[], RegistryClient]) -> tuple[list[Entry], str]:
+def _collectors(
+    settings: Settings, open_registry: Callable[[], RegistryClient], hosts: Mapping[str, Host]
+) -> tuple[list[Entry], str]:
     """Return the collectors of the registry; if it does not answer, those of the settings, and the reason."""
     try:
         with open_registry() as registry:
             entries = registry.ask("list").entries().values()
     except OperatorError as silent:
-        return [msgspec.convert(msgspec.to_builtins(each), Entry) for each in settings.collectors], str(
-            silent
-        ).partition(";")[0]
+        reason = str(silent).partition(";")[0]
+        return [entry for collector in settings.collectors for entry in _entry(collector, hosts)], reason
     return [entry for entry in entries if entry.streams], ""
+
+
+def _entry(collector: Collector, hosts: Mapping[str, Host]) -> Iterator[Entry]:
+    """Yield the entry that the gateway would make of a collector; none where its host name has no address."""
+    address = next(iter(hosts[collector.host].addresses), "") if collector.host else collector.address
+    if address:
+        yield msgspec.convert({**msgspec.to_builtins(collector), "address": address}, Entry)

@@ -21,7 +21,8 @@ from shared.fanout.collectors import Collectors
 from shared.fanout.kept_counts import KeptFile
 from shared.fanout.streams import FollowedStreams
 from shared.ledger import FILTERED, WITHHELD, Accounts, discrepancies
-from shared.settings.model import Bus, Settings
+from shared.settings.model import Settings
+from shared.settings.tables import Bus
 from tests.builders import make_batch, make_client, make_envelope
 from tests.traffic import open_receiver
 

@@ -41,7 +41,7 @@ group = "pair"
 [[collector]]
 name = "all"
 streams = ["*"]
-address = "2001:db8::9"
+address = "siem.example.net"
 port = 9995
 source = "original"
 """
@@ -89,6 +89,7 @@ def test_file_is_read(tmp_path: Path) -> None:
     assert [stream.name for stream in found.streams] == ["syslog", "net-flow.v9"]
     assert found.collectors[0].prefixes == ("10.0.0.0/8", "2001:db8::/32")
     assert found.collectors[1].source == "original"
+    assert [collector.host for collector in found.collectors] == ["", "siem.example.net"]
     assert found.gateway == Settings().gateway
 
 
@@ -183,7 +184,11 @@ def test_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
         ("[ingest]\ntcp_connections = 5000\n", "[ingest] tcp_connections: may take 491520000 bytes, over half"),
         (COLLECTOR + COLLECTOR, "duplicate collector name 'a'"),
         (COLLECTOR.replace("messages", "traps"), "\"a\" streams: there is no stream 'traps'; name a [[stream]]"),
-        (COLLECTOR.replace("192.0.2.9", "siem.example"), "address: 'siem.example' does not appear to be an IP"),
+        (
+            COLLECTOR.replace("192.0.2.9", "192.0.2.300"),
+            "address: '192.0.2.300' is neither an IP address nor a host name",
+        ),
+        (COLLECTOR.replace("192.0.2.9", "fe80::1%eth0"), "address: 'fe80::1%eth0' has a scope (%)"),
         (COLLECTOR + 'from = ["10.0.0.1/8"]\n', "from: 10.0.0.1/8 has host bits set; expected 10.0.0.0/8"),
         (COLLECTOR + 'from = ["ten"]\n', "from: 'ten' does not appear to be an IPv4 or IPv6 network"),
         (COLLECTOR.replace("= 9", "= 0"), '[[collector]] "a" port: Expected `int` >= 1'),
