@@ -3,7 +3,7 @@
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from types import TracebackType
 from typing import ClassVar, Final
@@ -46,6 +46,10 @@ class ForwarderService(CopyService[Destination]):
     def reach(self, client: Client, account: Counter[str]) -> Destination:
         """Give a collector a socket of its own."""
         return Destination(client, self.settings.forwarder, account, self.held, self.route_changes, self._queues)
+
+    def descriptors(self) -> Iterable[int]:
+        """Return the descriptor that signals a changed route, where there is one."""
+        return () if self.route_changes.blind else (self.route_changes.fileno(),)
 
     def send(self, batch: Gathered, routed: list[tuple[Destination, Selection]]) -> None:
         """Give each collector its rows.

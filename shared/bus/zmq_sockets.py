@@ -144,10 +144,10 @@ class Publisher:
 
     def new_subscriptions(self) -> list[str]:
         """Read what subscribers sent since the last call; return the prefixes newly subscribed to, each once."""
-        if not self._readable():
+        if not self.readable():
             return []
         fresh: dict[str, None] = {}
-        while self._readable():
+        while self.readable():
             said = self._socket.recv(zmq.NOBLOCK)
             self._wanted.clear()
             prefix = said[1:]
@@ -158,7 +158,8 @@ class Publisher:
                 self._subscriptions.discard(prefix)
         return list(fresh)
 
-    def _readable(self) -> bool:
+    def readable(self) -> bool:
+        """Return whether subscribers have sent something since `new_subscriptions`."""
         return bool(int(self._socket.get(EVENTS)) & POLLIN)
 
     def wanted(self, topic: str) -> bool:

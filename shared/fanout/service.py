@@ -5,6 +5,7 @@ registry whose `source` is theirs.
 """
 
 import math
+import select
 import time
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
@@ -13,8 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import ClassVar, Final, Generic, Self
-
-import zmq
 
 from shared.bus.borrowing import Borrower
 from shared.bus.endpoint import open_link, queue_limit
@@ -51,6 +50,10 @@ from shared.settings.tables import Forwarder, Transmitter
 
 TURN_MESSAGES: Final = 256
 """Bus messages handled in a row before housekeeping gets its turn."""
+SOON_SECONDS: Final = 0.005
+"""Time after which what could not be done at once is tried again: to apply a registry, or to answer."""
+UNMEASURED: Final = 1 << 20
+"""Bytes of payload that may come before the process's memory is measured again."""
 MAX_WAITING: Final = 1024
 """Requests kept until copies flow; the gateway gives up on one long before there are this many."""
 APPLY_SHARE: Final = 10
@@ -139,7 +142,11 @@ class CopyService(ABC, Generic[D]):
         self._waiting: list[tuple[float, int, ServeRequest]] = []
         self._asked_at = 0.0
         self._serving = -1
-        self._apply_at = self._work_at = 0.0
+        self._apply_at = self._work_at = self._upkeep_at = 0.0
+        self._more = False
+        """True if there may be messages that no descriptor tells of: ZeroMQ's signals once."""
+        self._taken = 0
+        """Bytes of payload that have come since the memory was measured."""
         self._gathered: defaultdict[str, _Waiting] = defaultdict(_Waiting)
         """Batches that wait, by stream."""
         for topic in self.topics():
@@ -159,25 +166,21 @@ class CopyService(ABC, Generic[D]):
         """Serve until told to drain, then until the workers are silent."""
         readiness = Readiness(self.name, self.settings.bus, lambda: self._publisher.ready)
         reload = Reload(self.name, lifecycle, self.settings, self.apply_settings)
-        poller = zmq.Poller()
-        poller.register(self._subscriber.socket, zmq.POLLIN)
-        poller.register(self._publisher.socket, zmq.POLLIN)
-        for descriptor in (lifecycle.fileno(), *self.descriptors()):
-            poller.register(descriptor, zmq.POLLIN)
-        while not lifecycle.draining:
-            if (lifecycle.fileno(), zmq.POLLIN) in poller.poll(self._patience_ms()):
-                lifecycle.heed()
-            self._turn()
-            reload.check()
-            readiness.check()
+        with select.epoll() as waking:
+            messages, subscriptions = self._subscriber.fileno(), self._publisher.fileno()
+            for descriptor in (messages, subscriptions, lifecycle.fileno(), *self.descriptors()):
+                waking.register(descriptor, select.EPOLLIN)
+            while not lifecycle.draining:
+                woken = waking.poll(0 if self._more else max(0.0, self._upkeep_at - time.monotonic()))
+                if any(descriptor != messages for descriptor, _ in woken):
+                    self._upkeep_at = 0.0
+                    lifecycle.heed()
+                self._turn()
+                if self._must_keep_up:
+                    self._keep_up()
+                    reload.check()
+                    readiness.check()
         self._drain()
-
-    def _patience_ms(self) -> int:
-        if self._waiting or self._serving != self._replica.version:
-            return 5
-        return (
-            int(max(0.0, min(self._reporter.due_at, self._health.due_at, self._work_at) - time.monotonic()) * 1000) + 1
-        )
 
     def _turn(self) -> int:
         """Handle the messages that have come, up to a limit; return their number."""
@@ -189,6 +192,19 @@ class CopyService(ABC, Generic[D]):
         for stream in list(self._gathered):
             self._send_gathered(stream)
         self._collectors.shares.end_turn()
+        self._more = handled == TURN_MESSAGES
+        return handled
+
+    @property
+    def _must_keep_up(self) -> bool:
+        """Return whether anything beside messages is due, or may be by what they have brought."""
+        if self.held or self._kept.stale or self._taken >= UNMEASURED:
+            return True
+        return time.monotonic() >= self._upkeep_at
+
+    def _keep_up(self) -> None:
+        """Do what is due beside sending copies, and set the time at which something will be."""
+        self._taken = 0
         if self._memory.measure():
             self.held.halve()
         self._resume_keeping()
@@ -205,16 +221,24 @@ class CopyService(ABC, Generic[D]):
             self._report()
         if self._kept.stale and self._serving >= 0 and now >= self._keep_at:
             self._keep()
-        return handled
+        self._upkeep_at = min(self._reporter.due_at, self._health.due_at, self._work_at)
+        if self._waiting or self._serving != self._replica.version:
+            self._upkeep_at = min(self._upkeep_at, now + SOON_SECONDS)
+        if self._publisher.readable():  # the signal of its descriptor was swallowed by what was published
+            self._upkeep_at = 0.0
 
     def _take(self, message: Message) -> None:
         body, envelope = message.body, message.envelope
+        if message.batch is None:
+            self._upkeep_at = 0.0  # for what becomes due by it
         if message.batch is not None:
             missed = self._streams.note_batch(message.topic, envelope, len(message.batch))
             if missed:
                 self._collectors.count_missed(message.batch.stream, missed)
             if missed is not None and len(message.batch):
                 self._gather(message.batch)
+            else:
+                self._upkeep_at = 0.0  # a mark: copies may flow now
         elif isinstance(body, RegistrySnapshot | RegistryChange):
             if not self._replica.apply_message(envelope, body) and self._replica.stale:
                 self._ask_for_snapshot()
@@ -226,7 +250,7 @@ class CopyService(ABC, Generic[D]):
         else:
             self.handle_message(message)
 
-        for unserved in self._streams.pop_unserved():
+        for unserved in self._streams.pop_unserved() if self._streams.unserved else ():
             self._collectors.count_unserved(unserved.stream, unserved.datagrams, before=unserved.before)
 
     def _gather(self, batch: DatagramBatch) -> None:
@@ -237,6 +261,7 @@ class CopyService(ABC, Generic[D]):
         waiting.batches.append(batch)
         waiting.rows += len(batch)
         waiting.payload += len(batch.payload)
+        self._taken += len(batch.payload)
         if waiting.payload >= MAX_GATHERED_PAYLOAD:
             self._send_gathered(batch.stream)
 
@@ -322,7 +347,9 @@ class CopyService(ABC, Generic[D]):
         began = time.monotonic()
         quiet_at, drained_by = began + QUIET_SECONDS, began + DRAIN_SECONDS
         while (now := time.monotonic()) < min(quiet_at, began + INPUT_SECONDS):
-            if self._turn():
+            handled = self._turn()
+            self._keep_up()
+            if handled:
                 quiet_at = time.monotonic() + QUIET_SECONDS
             else:
                 self._subscriber.socket.poll(self._pause_ms(quiet_at - now))

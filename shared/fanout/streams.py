@@ -213,6 +213,11 @@ class FollowedStreams:
         self.published[stream] += count
         self._unserved.append(Unserved(stream, count, before))
 
+    @property
+    def unserved(self) -> bool:
+        """Return whether `pop_unserved` has anything to return."""
+        return bool(self._unserved)
+
     def pop_unserved(self) -> list[Unserved]:
         """Return what was found to be unserved since the last call."""
         found, self._unserved = self._unserved, []

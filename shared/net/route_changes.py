@@ -21,6 +21,15 @@ class RouteChanges:
         self.version = 0
         self._events = _open()
 
+    @property
+    def blind(self) -> bool:
+        """True if changes can't be seen."""
+        return self._events is None
+
+    def fileno(self) -> int:
+        """Return the descriptor that is readable when events have come; -1 when changes can't be seen."""
+        return self._events.fileno() if self._events else -1
+
     def read(self) -> None:
         """Read the events that have come."""
         self.version += self._events is None or self._drain(self._events)
