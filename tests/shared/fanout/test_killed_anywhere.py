@@ -68,7 +68,7 @@ class Sender:
         self.arrived: Counter[str] = Counter()
         self.workers = [Worker("ingest.1", 1), Worker("ingest.2", 2)]
         self.published = self.theirs = 0
-        """What workers have had, and what of it has come and is not from our exporter."""
+        """The datagrams that workers have had; those of them that have come, and are not from our exporter."""
         self.moments: dict[Moment, None] = {}
         self.revision = 0
 
@@ -102,7 +102,12 @@ class Sender:
         self.clients = clients
         self.take(RegistrySnapshot(self.revision, 0, 1, list(clients)), "gateway.1", 1)
         while self.service._serving != self.service._replica.version:
-            self.service._turn()
+            self.turn()
+
+    def turn(self) -> None:
+        """Let it do what is due."""
+        self.service._turn()
+        self.service._keep_up()
 
     def publish(self, number: int, count: int, *, lost: int = 0) -> None:
         """Let a worker publish, before that some datagrams that the bus loses."""
@@ -159,32 +164,32 @@ def live(sender: Sender) -> None:
         sender.publish(2, 0)
         sender.report(1)
         sender.report(2)
-        sender.service._turn()  # only now they are told to be served
+        sender.turn()  # only now they are told to be served
         sender.publish(1, 7)
-        sender.service._turn()
+        sender.turn()
         sender.publish(2, 5, lost=2)
-        sender.service._turn()
+        sender.turn()
         sender.report(2, lost=3)
-        sender.service._turn()
+        sender.turn()
     sender._have(1, published=6)  # nobody serves
     with sender.serving():
         sender.register(*steady, make_client("guest", sender.ports["guest"], generation=3))
         sender.publish(1, 4)
         sender.publish(2, 3)
         sender.report(1, dropped=4)
-        sender.service._turn()
+        sender.turn()
         sender.register(*sender.steady(sample=2))
         sender.publish(1, 6)
-        sender.service._turn()
+        sender.turn()
         sender.register(*steady)
         sender.publish(1, 6)
-        sender.service._turn()
+        sender.turn()
         sender.workers[1] = Worker("ingest.2", 3, time.time_ns())
         sender.publish(2, 0)
         sender.publish(2, 5)
         sender.report(2)
         sender.publish(2, 5)
-        sender.service._turn()
+        sender.turn()
 
 
 def status_of(worker: Worker) -> Status:
