@@ -78,4 +78,4 @@ def _parse_receiver(text: str, names: Names) -> Receiver:
         raise ValueError(f"{text!r}: expected HOST:PORT")
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
-    return Receiver(names.address(host), names.port(port))
+    return Receiver(names.receiver(host), names.port(port))

@@ -4,8 +4,9 @@ Each tool has a module with a `parse_line`; `left_out` names what it can't expre
 """
 
 import ipaddress
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Protocol
 
 import msgspec
@@ -18,10 +19,13 @@ from shared.settings.tables import Transmitter
 
 
 class Names(Protocol):
-    """Looks up the names in a file. ValueError when there is no such thing."""
+    """Looks up the names in a file. ValueError when a text can't be one."""
 
     def address(self, host: str) -> str:
-        """Return the first address of a host; an address stands for itself."""
+        """Return the first address of a host; an address stands for itself. LookupError when it has none now."""
+
+    def receiver(self, host: str) -> str:
+        """Return an address as it is written in settings, or a host name that settings may have, answered or not."""
 
     def port(self, service: str) -> int:
         """Return the number of a UDP service; a number stands for itself."""
@@ -29,7 +33,7 @@ class Names(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Receiver:
-    """A receiver of copies of some sources (none: of all), 1 in `sample` of them."""
+    """A receiver of copies of some sources (none: of all), 1 in `sample` of them; `address` may be a host name."""
 
     address: str
     port: int
@@ -53,7 +57,7 @@ ParseLine = Callable[[str, Line, Names], None]
 
 
 def parse(text: str, parse_line: ParseLine, names: Names) -> list[Line]:
-    """Read a file; ValueError names the line that could not be understood."""
+    """Read a file; ValueError names the line that could not be understood. One with an unknown host is left out."""
     lines = []
     for number, content in enumerate(text.split("\n"), 1):
         line = Line(number)
@@ -61,17 +65,25 @@ def parse(text: str, parse_line: ParseLine, names: Names) -> list[Line]:
             parse_line(content, line, names)
         except ValueError as error:
             raise ValueError(f"line {number}: {error}") from None
+        except LookupError as error:
+            line = Line(number, left_out=[str(error.args[0])])
         lines.append(line)
     return lines
 
 
-def to_settings(lines: Sequence[Line], stream: Stream, source: Source) -> Settings:
-    """Return one stream, and a collector a receiver, named by its line. ValueError names the line."""
+def to_settings(
+    lines: Sequence[Line], stream: Stream, source: Source, hosts: Mapping[str, str] = MappingProxyType({})
+) -> Settings:
+    """Return one stream, and a collector a receiver, named by its line; `hosts` has addresses of host names.
+
+    ValueError names the line.
+    """
     collectors = tuple(collector for line in lines for collector in _collectors(line, stream.name, source))
     destinations = Transmitter().destinations
     if source == "original":
         allowed = [ipaddress.ip_network(text) for text in destinations]
-        addresses = dict.fromkeys(ipaddress.ip_address(collector.address) for collector in collectors)
+        known = [hosts.get(each.host, "") if each.host else each.address for each in collectors]
+        addresses = dict.fromkeys(ipaddress.ip_address(address) for address in known if address)
         beyond = [each for each in addresses if not any(each in network for network in allowed)]
         destinations += tuple(f"{each}/{each.max_prefixlen}" for each in beyond)
     return Settings(streams=(stream,), collectors=collectors, transmitter=Transmitter(destinations=destinations))

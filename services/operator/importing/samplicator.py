@@ -79,7 +79,7 @@ def _parse_receivers(word: str, line: Line, names: Names) -> list[tuple[str, int
     interval, comma, ttl = rest.partition(",")
     sample = parse_number(interval, 1, 1_000_000, f"{word}: interval") if interval else 1
     hop_limit = parse_number(ttl, 1, 255, f"{word}: TTL") if comma else DEFAULT_TTL
-    address = names.address(host)
+    address = names.receiver(host)
     return [(address, port, sample, hop_limit) for port in _parse_ports(ports, names)]
 
 

@@ -20,8 +20,11 @@ class Known:
     def address(self, host: str) -> str:
         known = {"collector.example": "192.0.2.7", "router.example": "10.1.2.3"}
         if host not in known and not set(host) <= set("0123456789abcdef.:"):
-            raise ValueError(f"host {host!r}: not known")
+            raise LookupError(f"host {host!r} has no address: not known")
         return known.get(host, host)
+
+    def receiver(self, host: str) -> str:
+        return host
 
     def port(self, service: str) -> int:
         return 514 if service == "syslog" else parse_number(service, 1, 65_535, "port")
@@ -40,7 +43,7 @@ def lines_of(text: str, parse_line: ParseLine) -> list[Line]:
         ("10.0.0.0/255.0.0.0: 192.0.2.1", [Receiver("192.0.2.1", 2000, ("10.0.0.0/8",))]),
         ("10.0.0.0/8:192.0.2.1/9 # why", [Receiver("192.0.2.1", 9, ("10.0.0.0/8",))]),
         ("  10.1.2.3 : 192.0.2.1/9/10\r", [Receiver("192.0.2.1", 9, ("10.1.2.3/32",), 10)]),
-        ("router.example: collector.example/syslog", [Receiver("192.0.2.7", 514, ("10.1.2.3/32",))]),
+        ("router.example: collector.example/syslog", [Receiver("collector.example", 514, ("10.1.2.3/32",))]),
         ("0.0.0.0/0: 192.0.2.1/9/10,3", [Receiver("192.0.2.1", 9, (), 10, 3)]),
         ("0.0.0.0: 192.0.2.1/9/,255", [Receiver("192.0.2.1", 9, (), 1, 255)]),
         ("[::]/0: [2001:db8::1]/9 2001:db8::2", [Receiver("2001:db8::1", 9), Receiver("2001:db8::2", 2000)]),
@@ -90,7 +93,7 @@ def test_surprise_of_samplicator_is_told(text: str, expected: str) -> None:
     [
         ("! id=1\n\n", []),
         ("id=1\tip=192.0.2.1:2100", [Receiver("192.0.2.1", 2100)]),
-        ("ip='collector.example:syslog' id=1", [Receiver("192.0.2.7", 514)]),
+        ("ip='collector.example:syslog' id=1", [Receiver("collector.example", 514)]),
         ("id=1 ip='192.0.2.1:9, 192.0.2.2:9'", [Receiver("192.0.2.1", 9), Receiver("192.0.2.2", 9)]),
         ("id=3 ip=[2001:db8::1]:9,192.0.2.1:9", [Receiver("2001:db8::1", 9), Receiver("192.0.2.1", 9)]),
     ],
@@ -140,7 +143,6 @@ def test_pmacct_key(keys: str, shared: bool, receivers: int, said: str) -> None:
         (samplicator.parse_line, "10.0.0.0/8: 192.0.2.1/65535+2", "port range: expected a whole number from 1 to 1"),
         (samplicator.parse_line, "10.0.0.0/8: 192.0.2.1/9+99999999999", "port range: "),
         (samplicator.parse_line, f"10.0.0.0/8: 192.0.2.1/7-{99999:025}", "port range: "),
-        (samplicator.parse_line, "10.0.0.0/8: nobody.example", "host 'nobody.example': not known"),
         (pmacct.parse_line, "ip=192.0.2.1:9", "id: expected a whole number from 1"),
         (pmacct.parse_line, "id=0 ip=192.0.2.1:9", "id: expected a whole number from 1"),
         (pmacct.parse_line, "id=1", "expected ip=HOST:PORT"),
@@ -248,6 +250,21 @@ def test_whole_import_is_0(stack: Stack) -> None:
     (collector,) = found.collectors
     assert (collector.streams, collector.source, collector.port) == (("flows",), "original", 9)
     assert (collector.sample, collector.prefixes) == (4, ("10.0.0.0/8",))
+
+
+def test_hosts_without_an_address_are_named(stack: Stack) -> None:
+    """A receiver keeps its name, to be looked up later; a rule whose source has none is left out; the rest is there."""
+    text = "10.0.0.0/8: siem.invalid/9 127.0.0.1/7\nrouter.invalid: 127.0.0.1/8\n0.0.0.0: localhost/9 0x7f000001/6\n"
+    code, printed, said = imported(stack, "samplicator", text, "--source", "original")
+    assert code == 1
+    (left_out, unknown) = said.splitlines()
+    assert left_out.startswith("line 2: left out: host 'router.invalid' has no address: ")
+    assert unknown.startswith("host 'siem.invalid' has no address now: ")
+    assert unknown.endswith("fanwire looks it up again while it runs; add its address to [transmitter] destinations")
+    stack.configure(printed)
+    found = load(stack.directory / "fanwire.toml", {})
+    places = [(each.address, each.port) for each in found.collectors]
+    assert places == [("siem.invalid", 9), ("127.0.0.1", 7), ("localhost", 9), ("127.0.0.1", 6)]
 
 
 def test_original_may_go_where_the_file_says(stack: Stack) -> None:
