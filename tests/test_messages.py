@@ -11,7 +11,9 @@ from tests.stack import CHECKOUT
 
 WORDS: Final = re.compile(r"[A-Za-z,;:.()'`-]+ [A-Za-z,;:.()'`-]+ [A-Za-z]+")
 """Three words in a row make a sentence, or the piece of one between two values."""
-CODE: Final = re.compile(r"CREATE TABLE|ALTER TABLE|INSERT INTO|\(\.\*\)|^Object contains|^Max open files|^print ")
+CODE: Final = re.compile(
+    r"CREATE TABLE|ALTER TABLE|INSERT INTO|\(\.\*\)|^Object contains|^Expected `|^Cannot over|^Max open files|^print "
+)
 """SQL, and sentences of others that are searched for."""
 HELP: Final = frozenset({"help", "description", "epilog", "service_parser", "Parser", "add_command", "execute"}) | {
     f"{kind}MetricFamily" for kind in ("Counter", "Gauge", "Info")

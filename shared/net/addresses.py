@@ -60,8 +60,11 @@ def check_host(text: str) -> None:
         try:
             pack_address(text)
         except ValueError as error:
-            known = error if "scope" in str(error) else f"{text!r} is neither an IP address nor a host name"
-            raise ValueError(known) from None
+            if "scope" in str(error):
+                raise
+            has_port = text.rpartition(":")[2].isdigit() and "." in text
+            hint = "; the port has a key of its own" if has_port else ""
+            raise ValueError(f"{text!r} is neither an IP address nor a host name{hint}") from None
 
 
 def pack_network(text: str) -> tuple[bytes, int]:

@@ -11,7 +11,7 @@ from msgspec import Struct, field
 
 from shared.process.lifecycle import BAD_SETTINGS, OperatorError
 from shared.settings.entries import Token
-from shared.settings.explain import explain
+from shared.settings.explain import explain, explain_toml
 from shared.settings.model import Settings
 
 MAX_TOKENS_FILE: Final = 16 * 1024 * 1024
@@ -27,16 +27,19 @@ def read_tokens(settings: Settings) -> tuple[Token, ...]:
     if not settings.gateway.tokens:
         return settings.tokens
     path = Path(os.path.expandvars(settings.gateway.tokens))
-    written = None
+    written, text = None, ""
     try:
-        written = tomllib.loads(_read_private(path))
+        text = _read_private(path)
+        written = tomllib.loads(text)
         found = msgspec.convert(written, _TokensFile).tokens
         settings.check_tokens(tokens := settings.tokens + found)
     except OSError as error:
         raise _unusable(path, f"{error.strerror}; name a file with lines that `fanwire token` prints") from None
     except msgspec.ValidationError as error:
-        raise _unusable(path, explain(str(error), _TokensFile, written)) from None
-    except (ValueError, RecursionError) as error:
+        raise _unusable(path, explain(error, _TokensFile, written, text)) from None
+    except (tomllib.TOMLDecodeError, UnicodeError, RecursionError) as error:
+        raise _unusable(path, explain_toml(error)) from None
+    except ValueError as error:
         raise _unusable(path, str(error)) from None
     return tokens
 

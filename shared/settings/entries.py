@@ -64,7 +64,9 @@ class Token(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     name: Name
     """The holder: entries belong to it, from whichever connection they were made."""
-    hash: Annotated[str, Meta(pattern=r"^sha256:[0-9a-f]{64}$")] | None = None
+    hash: Annotated[str, Meta(pattern=r"^sha256:[0-9a-f]{64}$", description="as `fanwire token` prints it")] | None = (
+        None
+    )
     """SHA-256 of its token, as `fanwire token` prints it."""
     certificate: Annotated[str, Meta(min_length=1, max_length=64)] | None = None
     """The subject's common name in its certificate, which stays when the certificate is renewed."""
@@ -76,5 +78,5 @@ class Token(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         if (self.hash is None) == (self.certificate is None):
-            raise ValueError("expected either hash or certificate")
+            raise ValueError("hash: expected this or certificate, and not both")
         check_each("destinations", pack_network, self.destinations)

@@ -12,7 +12,7 @@ from typing import Any, Final, get_args
 import msgspec
 from msgspec import Struct
 
-from shared.settings.explain import SettingsError, did_you_mean, explain, keys, with_choices
+from shared.settings.explain import SettingsError, did_you_mean, expected, explain, explain_toml, keys
 from shared.settings.location import VARIABLE, settings_file
 from shared.settings.model import Settings
 
@@ -24,22 +24,23 @@ NOT_SETTINGS: Final = frozenset({VARIABLE})
 def load(path: Path | None, environment: Mapping[str, str] = os.environ) -> Settings:
     """Read the settings file, else the defaults; then the environment. SettingsError."""
     path = settings_file(path, environment)
-    where, found = "settings", {}
+    where, found, text = "settings", {}, ""
     if path is not None:
         where = str(path)
         try:
-            found = tomllib.loads(path.read_text("utf-8"))
+            text = path.read_text("utf-8-sig")  # some editors begin a file with a mark
+            found = tomllib.loads(text)
         except OSError as error:
             raise SettingsError(f"{where}: {error.strerror}; name the file by --config or FANWIRE_CONFIG") from None
         except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, a number of thousands of digits
-            raise SettingsError(f"{where}: not TOML: {error}") from None
+            raise SettingsError(f"{where}: {explain_toml(error)}") from None
     overrides = {name: text for name, text in environment.items() if name.startswith("FANWIRE_")}
     for name in sorted(overrides.keys() - NOT_SETTINGS):
         found = _override(found, name, overrides[name])
     try:
         settings = msgspec.convert(found, Settings)
     except msgspec.ValidationError as error:
-        raise SettingsError(f"{where}: {explain(str(error), Settings, found)}") from None
+        raise SettingsError(f"{where}: {explain(error, Settings, found, text)}") from None
     if len(os.fsencode(settings.bus.path)) > MAX_DIRECTORY:
         raise SettingsError(f"{where}: [bus] directory: expected at most {MAX_DIRECTORY} bytes, for socket paths in it")
     return settings
@@ -124,5 +125,5 @@ def _override(found: dict[str, Any], variable: str, text: str) -> dict[str, Any]
         value = msgspec.to_builtins(msgspec.convert(text, field_type, strict=False))
     except msgspec.ValidationError as error:
         cure = "; set it in the settings file" if "`array`" in str(error) else ""
-        raise SettingsError(f"{variable}: {with_choices(str(error), field_type)}{cure}") from None
+        raise SettingsError(f"{variable}: {expected(str(error), field_type)}{cure}") from None
     return {**found, section: {**values, rest: value}}

@@ -44,11 +44,11 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         names = [stream.name for stream in self.streams]
         for kind, all_names in (("stream", names), ("collector", [entry.name for entry in self.collectors])):
             if twice := {name for name in all_names if all_names.count(name) > 1}:
-                raise ValueError(f"duplicate {kind} name {twice.pop()!r}; give each its own")
+                raise ValueError(f'[[{kind}]] "{twice.pop()}" name: another one has it; give each its own')
         numbered = [stream.name for stream in self.streams if stream.protocol]
         if numbered and self.ingest.spread == "datagram":
             raise ValueError(
-                f'stream {numbered[0]!r} has a protocol, and [ingest] spread is "datagram": no worker sees all that an '
+                f'[[stream]] "{numbered[0]}" protocol: with [ingest] spread = "datagram" no worker sees all that an '
                 'exporter sends; set spread to "source" or "flow", or remove the protocol'
             )
         for collector in self.collectors:
@@ -59,9 +59,10 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         """Raise ValueError unless these can be told apart, and name streams that exist."""
         names = [stream.name for stream in self.streams]
         for key in ("name", "hash", "certificate"):
-            values = [value for token in tokens if (value := getattr(token, key)) is not None]
-            if twice := {value for value in values if values.count(value) > 1}:
-                raise ValueError(f"duplicate token {key} {twice.pop()!r}; give each its own")
+            values = [getattr(token, key) for token in tokens]
+            for number, token in enumerate(tokens):
+                if values[number] is not None and values[number] in values[:number]:
+                    raise ValueError(f'[[token]] "{token.name}" {key}: another one has it; give each its own')
         for token in tokens:
             _check_streams(f'[[token]] "{token.name}"', token.streams, names)
 

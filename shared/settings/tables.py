@@ -47,15 +47,18 @@ class Bus(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     trusted."""
 
     def __post_init__(self) -> None:
-        for text in (*self.listen, *((self.connect,) if self.connect else ())):
-            endpoint = parse_endpoint(text, BUS_SCHEMES)
-            if endpoint.port == MAX_PORT:
-                raise ValueError(f"{text!r}: expected a port up to {MAX_PORT - 1}: subscribers have the next one")
-            if not self.keys:  # on loopback too: every local user could publish a registry, or play the broker
-                raise ValueError(
-                    f"{text!r} is open to every user, so the bus needs keys; set [bus] keys = DIRECTORY, and make them "
-                    "with `fanwire keys DIRECTORY`"
-                )
+        check_each("listen", self._check_endpoint, self.listen)
+        check_each("connect", self._check_endpoint, [self.connect] if self.connect else [])
+
+    def _check_endpoint(self, text: str) -> None:
+        endpoint = parse_endpoint(text, BUS_SCHEMES)
+        if endpoint.port == MAX_PORT:
+            raise ValueError(f"{text!r}: expected a port up to {MAX_PORT - 1}: subscribers have the next one")
+        if not self.keys:  # on loopback too: every local user could publish a registry, or play the broker
+            raise ValueError(
+                f"{text!r} is open to every user, so the bus needs keys; set [bus] keys = DIRECTORY, and make them "
+                "with `fanwire keys DIRECTORY`"
+            )
 
     @property
     def endpoints(self) -> tuple[Endpoint, ...]:
@@ -231,8 +234,7 @@ class Transmitter(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         leave_room("held_memory", self.held_memory, self.memory)
         check_each("destinations", pack_network, self.destinations)
         check_each("sources", pack_network, self.sources)
-        for ethertype in self.ethertypes:
-            parse_ethertype(ethertype)
+        check_each("ethertypes", parse_ethertype, self.ethertypes)
 
     @property
     def ethertype_numbers(self) -> frozenset[int]:

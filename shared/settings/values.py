@@ -1,13 +1,20 @@
 """Kinds of values, which several settings have, and their checks. No I/O."""
 
 from collections.abc import Callable, Iterable
-from typing import Annotated, Final, Literal, get_args
+from typing import Annotated, Final, Literal, TypeVar, get_args
 
 from msgspec import Meta
 
+T = TypeVar("T")
 MAX_PORT: Final = 65_535
 
-Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Name = Annotated[
+    str,
+    Meta(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
+        description="up to 64 letters, digits, and behind the first also . _ and -",
+    ),
+]
 Count = Annotated[int, Meta(ge=1, le=1_000_000)]
 Port = Annotated[int, Meta(ge=1, le=MAX_PORT)]
 Seconds = Annotated[float, Meta(gt=0, le=86_400)]
@@ -20,11 +27,11 @@ Ethertype = int | str
 """A number, or its text as in `"0x0801"`."""
 
 
-def check_each(key: str, parse: Callable[[str], object], texts: Iterable[str]) -> None:
-    """Raise ValueError, with the key, when one of its texts can't be parsed."""
-    for text in texts:
+def check_each(key: str, parse: Callable[[T], object], values: Iterable[T]) -> None:
+    """Raise ValueError, with the key, when one of its values can't be parsed."""
+    for value in values:
         try:
-            parse(text)
+            parse(value)
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from None
 

@@ -175,7 +175,7 @@ def test_bad_settings_exit_78(stack: Stack) -> None:
     stack.configure("[ingest]\nfill_ms = true\n")
     code, text = ended(stack)
     assert code == 78
-    assert text.startswith(f"{stack.directory}/fanwire.toml: [ingest] fill_ms: Expected `float`")
+    assert text.startswith(f"{stack.directory}/fanwire.toml: line 4: [ingest] fill_ms: expected a number from 0")
     assert len(text.splitlines()) == 1
 
 
