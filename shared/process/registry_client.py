@@ -53,9 +53,15 @@ class Answer(msgspec.Struct, frozen=True):
         """Return the clients of `list`, by name."""
         return _decode(self.clients, dict[str, Entry])
 
-    def stream_names(self) -> list[str]:
-        """Return the names in the answer to `streams`."""
-        return list(_decode(self.streams, dict[str, msgspec.Raw]))
+    def listeners(self) -> dict[str, tuple[str, ...]]:
+        """Return the endpoints in the answer to `streams`, by name of the stream."""
+        return {name: each.listen for name, each in _decode(self.streams, dict[str, _Stream]).items()}
+
+
+class _Stream(msgspec.Struct, frozen=True):
+    """A stream in the answer to `streams`."""
+
+    listen: tuple[str, ...] = ()
 
 
 class _Told(msgspec.Struct, frozen=True):

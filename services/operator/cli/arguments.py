@@ -8,9 +8,7 @@ from services.operator.cli.numbers import parse_whole
 from shared.bus.messages import MAX_INTERFACE
 from shared.client import DEFAULT_TERMS, ListedClient
 from shared.net.addresses import pack_address, pack_network
-from shared.process.lifecycle import USAGE, OperatorError, Parser, add_config_argument
-from shared.settings.entries import Stream
-from shared.settings.explain import did_you_mean
+from shared.process.lifecycle import Parser, add_config_argument
 from shared.settings.model import Settings
 
 if TYPE_CHECKING:  # not subscriptable when the program runs
@@ -78,15 +76,6 @@ def or_usage(parse: Callable[..., T], *arguments: Any) -> T:
         return parse(*arguments)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def stream_named(name: str, settings: Settings) -> Stream:
-    """Return a stream of the settings. OperatorError (64) names those that there are."""
-    streams = {stream.name: stream for stream in settings.streams}
-    if name not in streams:
-        nearest = did_you_mean(name, streams)
-        raise OperatorError(USAGE, f"no stream {name!r}{nearest}; the streams are: {', '.join(streams)}")
-    return streams[name]
 
 
 def add_wishes(parser: Parser) -> None:

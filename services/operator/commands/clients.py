@@ -13,6 +13,7 @@ from services.operator.cli.arguments import (
 from services.operator.cli.numbers import counted, lasting
 from services.operator.cli.tables import print_table
 from services.operator.client.gateway_options import add_gateway_arguments, open_registry
+from services.operator.client.running_streams import unknown_explained
 from services.operator.commands.withhold import describe as describe_order
 from shared.client import DEFAULT_TERMS
 from shared.net.printable import printable
@@ -98,7 +99,7 @@ def run_register(arguments: argparse.Namespace, settings: Settings) -> int:
         request["ttl"] = arguments.ttl
     if arguments.take_over:
         request["take_over"] = True
-    with open_registry(arguments, settings) as registry:
+    with open_registry(arguments, settings) as registry, unknown_explained(settings):
         answer = registry.ask("register", **request)
     if arguments.json:
         _print_json(answer.client)

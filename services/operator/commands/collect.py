@@ -26,6 +26,7 @@ from services.operator.cli.output import (
 )
 from services.operator.client.gateway_options import access, add_gateway_arguments
 from services.operator.client.lease import Lease
+from services.operator.client.running_streams import unknown_explained
 from shared.client import CHALLENGE_PREFIX
 from shared.datagrams.limits import MAX_DATAGRAM
 from shared.net.addresses import SocketAddress
@@ -77,7 +78,8 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
         port = receiver.getsockname()[1]
         # On AF_UNIX the gateway sees no address of ours, so it is told one.
         told = {} if arguments.address or lease.local else {"address": LOOPBACK}
-        entry = lease.register(port=port, **told)
+        with unknown_explained(settings):
+            entry = lease.register(port=port, **told)
         output = _make_output(arguments, file, (entry.address, port))
         say(f"collecting {', '.join(entry.streams)} at {entry.address} port {port} as {entry.name}")
         if entry.withheld:

@@ -105,7 +105,7 @@ def _names(kind: str, line: str, settings: Settings) -> Iterator[str]:
     signal.alarm(ANSWER_SECONDS)
     with RegistryClient(access(typed, load(typed.config) if typed.config else settings), ANSWER_SECONDS) as registry:
         if kind != "clients":
-            yield from registry.ask("streams").stream_names()
+            yield from registry.ask("streams").listeners()
         if kind != "streams":
             yield from (
                 name for name, each in registry.ask("list").entries().items() if kind == "clients" or each.streams

@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from services.operator.cli.arguments import Subparsers, add_command, positive_number, prefix, stream_named
+from services.operator.cli.arguments import Subparsers, add_command, positive_number, prefix
 from services.operator.cli.numbers import counted
 from services.operator.cli.output import add_count_argument, say
 from services.operator.cli.progress import Progress
 from services.operator.client.bus_reader import subscribed
+from services.operator.client.running_streams import stream_named
 from services.operator.client.status_reader import heard_reports
 from shared.capture.reader import CapturedDatagram, CaptureError, CaptureReader
 from shared.ledger import listener_account
@@ -41,7 +42,7 @@ def add_parser(subparsers: Subparsers) -> None:
     """Add the command."""
     parser = add_command(subparsers, "play", run, "send the UDP payloads of a capture to a stream of this host")
     parser.add_argument("file", type=Path, metavar="FILE", help="pcapng or pcap, as tap, tcpdump or Wireshark write it")
-    parser.add_argument("--stream", required=True, metavar="STREAM", help="a stream of the settings, whose ingest runs")
+    parser.add_argument("--stream", required=True, metavar="STREAM", help="a stream whose ingest runs")
     pace = parser.add_mutually_exclusive_group()
     pace.add_argument(
         "--speed", type=positive_number, default=1.0, metavar="N", help="N times as fast as captured; default: 1"

@@ -12,6 +12,7 @@ from services.operator.cli.arguments import Subparsers, add_command
 from services.operator.cli.numbers import counted, lasting
 from services.operator.cli.tables import print_table
 from services.operator.client.bus_reader import subscribed
+from services.operator.client.running_streams import running_streams, tell_difference
 from services.operator.client.status_reader import heard_reports
 from shared.bus.living_workers import living_workers
 from shared.bus.status import INTERVAL_SECONDS, Report
@@ -48,6 +49,7 @@ def run(_arguments: argparse.Namespace, settings: Settings) -> int:
         *((name, None, "does not report", *[None] * 5) for name in missing),
     ]
     print_table(counted(len(reports), "service"), COLUMNS, rows, ("MB", "ceiling"))
+    tell_difference(running_streams(settings), settings)
     return UNAVAILABLE if missing else OK
 
 

@@ -1,15 +1,17 @@
 """`fanwire streams`: every stream, its listeners, its rate and losses, and who takes it."""
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Final
 
 from services.operator.cli.arguments import Subparsers, add_command
 from services.operator.cli.numbers import counted
 from services.operator.cli.tables import Cell, print_table
 from services.operator.client.observing import picture_with_rates
+from services.operator.client.running_streams import streams_of
 from shared.monitoring.picture import Picture
 from shared.process.lifecycle import OK
+from shared.settings.entries import Stream
 from shared.settings.model import Settings
 
 COLUMNS: Final = ("stream", "listens on", "protocol", "exporters", "received", "per second", "lost", "taken by")
@@ -24,19 +26,19 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(_arguments: argparse.Namespace, settings: Settings) -> int:
-    """Print the streams of the settings, and those that somebody waits for or has."""
-    rows = list(_rows(picture_with_rates(settings), settings))
+    """Print the streams that run, those of the settings where nobody tells, and those that somebody waits for."""
+    streams = streams_of(settings)
+    rows = list(_rows(picture_with_rates(settings), streams, settings))
     print_table(counted(len(rows), "stream"), COLUMNS, rows, ("received", "per second", "lost"))
     return OK
 
 
-def _rows(picture: Picture, settings: Settings) -> Iterator[tuple[Cell, ...]]:
+def _rows(picture: Picture, streams: Mapping[str, Stream], settings: Settings) -> Iterator[tuple[Cell, ...]]:
     seen = {stream.name: stream for stream in picture.streams}
-    told = {stream.name: stream for stream in settings.streams}
-    for name in [*told, *(seen.keys() - told.keys())]:
-        stream, setting = seen.get(name), told.get(name)
-        listens = ", ".join(setting.listen) if setting else "no listener in these settings"
-        protocol = setting.protocol if setting else None
+    protocols = {stream.name: stream.protocol for stream in settings.streams}
+    for name in [*streams, *(seen.keys() - streams.keys())]:
+        stream, protocol = seen.get(name), protocols.get(name)
+        listens = ", ".join(streams[name].listen) if name in streams else "no listener"
         if stream is None:
             yield name, listens, protocol, UNKNOWN, UNKNOWN, UNKNOWN, UNKNOWN, _takers(picture, ())
             continue

@@ -16,6 +16,7 @@ from services.operator.cli.numbers import counted
 from services.operator.cli.output import NO_ROOM, STANDARD_OUTPUT, add_count_argument, open_capture, say
 from services.operator.client.bus_reader import subscribed
 from services.operator.client.datagram_reader import DatagramReader
+from services.operator.client.running_streams import streams_of
 from shared.bus.borrowing import Borrower
 from shared.bus.messages import REGISTRY_TOPIC, Message, RegistryChange, RegistrySnapshot, datagrams_topic
 from shared.bus.zmq_sockets import Subscriber
@@ -52,7 +53,7 @@ def add_parser(subparsers: Subparsers) -> None:
 def run(arguments: argparse.Namespace, settings: Settings) -> int:
     """Write until Ctrl-C, until the time is over, or until the wanted number was written."""
     lifecycle = Lifecycle()
-    streams = {stream.name: stream for stream in settings.streams}
+    streams = streams_of(settings)
     with ExitStack() as closing:
         subscriber = closing.enter_context(subscribed(settings, REGISTRY_TOPIC, Borrower))
         stream = streams.get(arguments.what)

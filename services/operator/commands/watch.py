@@ -9,7 +9,7 @@ from typing import Final
 
 import zmq
 
-from services.operator.cli.arguments import Subparsers, add_command, prefix, stream_named
+from services.operator.cli.arguments import Subparsers, add_command, prefix
 from services.operator.cli.output import (
     Output,
     add_count_argument,
@@ -21,6 +21,7 @@ from services.operator.cli.output import (
 )
 from services.operator.client.bus_reader import subscribed
 from services.operator.client.datagram_reader import DatagramReader
+from services.operator.client.running_streams import stream_named
 from shared.bus.borrowing import Borrower
 from shared.bus.living_workers import living_workers
 from shared.bus.messages import Status, datagrams_topic

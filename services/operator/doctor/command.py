@@ -12,6 +12,7 @@ from services.operator.cli.arguments import Subparsers, add_command
 from services.operator.cli.tables import print_table
 from services.operator.client.gateway_options import access, add_gateway_arguments
 from services.operator.client.programs import refusals
+from services.operator.client.running_streams import CURE, difference, running_streams, stream_named
 from services.operator.commands.ready import OPTIONAL, SERVICES
 from services.operator.doctor.facts import by_service, host_facts, listen, network_facts, service_facts
 from services.operator.doctor.host import check_host
@@ -26,7 +27,7 @@ from shared.monitoring.finding import Finding, error, ok, unseen, warning
 from shared.monitoring.probe import Ledger, probe
 from shared.net.host_lookups import Host
 from shared.net.netlink import RTN_BROADCAST, RTN_LOCAL, Netlink
-from shared.process.lifecycle import FAILED, OK, USAGE, OperatorError
+from shared.process.lifecycle import FAILED, OK, OperatorError
 from shared.process.registry_client import Access, Entry, RegistryClient
 from shared.settings.entries import Collector, Stream
 from shared.settings.model import Settings
@@ -50,10 +51,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(arguments: argparse.Namespace, settings: Settings) -> int:
     """Check everything; return 1 when there are errors."""
-    streams = {stream.name: stream for stream in settings.streams}
-    if arguments.probe is not None and arguments.probe not in streams:
-        raise OperatorError(USAGE, f"no stream {arguments.probe!r}; the streams are: {', '.join(streams)}")
-    probed = streams.get(arguments.probe)
+    probed = None if arguments.probe is None else stream_named(arguments.probe, settings)
     findings = list(_examine(settings, access(arguments, settings), probed, arguments.config))
     counts = {level: sum(finding.level == level for finding in findings) for level in LEVELS}
     if arguments.json:
@@ -88,6 +86,8 @@ def _examine(settings: Settings, gateway: Access, probed: Stream | None, config:
     facts = service_facts(settings, listen(settings), silent)
     yield from _check_settings(config, runs=facts.broker is not False)
     yield from check_services(facts, settings, collectors)
+    if (running := running_streams(settings)) is not None and (found := difference(running, settings)):
+        yield warning("streams", found, CURE)
     yield from check_host_names(settings, hosts, None if silent else collectors)
     try:
         netlink = Netlink()

@@ -7,6 +7,8 @@ from services.operator.commands.ready import SERVICES
 from tests.services.operator.played import run
 from tests.stack import Stack, wait_until
 
+STREAM = '[[stream]]\nname = "{}"\nlisten = ["udp://127.0.0.1:{}"]\n'
+
 
 def test_the_commands_with_the_services_they_are_for(stack: Stack) -> None:
     """Signed up, sent to, watched, collected, accounted for and taken off the list, by commands alone."""
@@ -63,3 +65,29 @@ def test_ledger_balances_while_datagrams_flow(stack: Stack) -> None:
     answer = json.loads(text)
     assert (code, answer["discrepancies"]) == (0, [])
     assert [line.split()[0] for line in answer["gone"]] == ["ingest.2"]
+
+
+def test_commands_say_where_their_streams_are_not_those_that_run(stack: Stack) -> None:
+    """They go by the streams of the running services, and name each difference to their own settings, with a cure."""
+    stack.configure(STREAM.format("syslog", 7000) + STREAM.format("netflow", 7001))
+    for name in ("broker", "gateway", "ingest"):
+        stack.start(name)
+    stack.configure(STREAM.format("syslog", 7009) + STREAM.format("traps", 7002))
+    sides = ("only the running services have netflow", "only these settings have traps", "other listeners run syslog")
+    for arguments, expected in (
+        (("streams",), 0),
+        (("status",), 69),  # no forwarder runs
+        (("watch", "traps"), 64),
+        (("tap", "traps", "--write", "-"), 64),
+        (("play", "none.pcapng", "--stream", "traps"), 64),
+        (("register", "siem", "--stream", "traps", "--port", "9514"), 1),
+        (("collect", "siem", "--stream", "traps"), 1),
+    ):
+        code, printed, said = stack.run(*arguments)
+        assert code == expected, (arguments, said)
+        assert all(side in said for side in (*sides, "reload the services by SIGHUP, or name")), (arguments, said)
+        if arguments[0] == "streams":
+            assert all(listen in printed for listen in ("udp://127.0.0.1:7000", "udp://127.0.0.1:7001"))
+    watch = stack.operator("watch", "netflow")
+    watch.wait_for("watching netflow")
+    assert watch.stop(signal.SIGINT) == 0
