@@ -11,7 +11,7 @@ from starlette.responses import FileResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 
 from services.console.admin import Admin, Said
-from services.console.guard import ADMIN, CHANGES
+from services.console.guard import ADMIN, CHANGES, MAY_SEE
 from services.console.metrics import exporter_metrics, render, stack_metrics
 from services.console.one_datagram import Sampler
 from services.console.views import Wish, show, show_collector, show_exporter, show_stream
@@ -101,9 +101,11 @@ class Console:
         wish = Wish(
             query.get("collectors", "trouble"), query.get("exporters", "rate"), query.get("text", "")[:MAX_TEXT]
         )
-        return StreamingResponse(self._stream(wish), media_type="text/event-stream", headers=UNCACHED)
+        return StreamingResponse(
+            self._stream(wish, request.scope[MAY_SEE]), media_type="text/event-stream", headers=UNCACHED
+        )
 
-    async def _stream(self, wish: Wish) -> AsyncIterator[bytes]:
+    async def _stream(self, wish: Wish, may_see: Callable[[], bool]) -> AsyncIterator[bytes]:
         self._watch.pages += 1
         try:
             self._watch.current()
@@ -111,6 +113,8 @@ class Console:
             seen = self._watch.number
             while not self._watch.closing:
                 seen = await self._watch.next_picture(seen)
+                if not may_see():
+                    return
                 if not self._watch.closing:
                     yield self._event(wish, whole=False)
         finally:

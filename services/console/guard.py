@@ -36,6 +36,8 @@ CHANGES: Final = "/api/admin/"
 """Below this path requests change something: by POST only, and with a token of scope `admin`, on this host too."""
 ADMIN: Final = "fanwire.admin"
 """The key of a request's scope that has its `Holder`, if that has scope `admin`."""
+MAY_SEE: Final = "fanwire.may_see"
+"""The key of a request's scope that has a function: may an answer that lasts go on? Its token may be revoked."""
 _PLAIN: Final = (b"content-type", b"text/plain; charset=utf-8")
 
 Refusal = tuple[int, str, list[tuple[bytes, bytes]]]
@@ -85,6 +87,7 @@ class Guard:
 
         if token is not None and "admin" in token.scopes:
             scope[ADMIN] = Holder(token.name, _secret_of(headers[b"authorization"]).decode(errors="replace"))
+        scope[MAY_SEE] = lambda: not self._remote or token in {*self._tokens()}
         await self._app(scope, receive, send_bound)  # type: ignore[arg-type]
 
     def _refusal(self, method: str, path: str, headers: dict[bytes, bytes], token: Token | None) -> Refusal | None:

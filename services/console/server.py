@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import ssl
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -89,7 +90,9 @@ async def _serve(
     tokens = {"now": read_tokens(settings)}
 
     def apply_settings(fresh: Settings) -> None:
-        tokens["now"] = read_tokens(fresh)
+        declared = read_tokens(fresh)
+        _renew_certificate(settings, [server.config.ssl for server, _ in servers if server.config.ssl])
+        tokens["now"] = declared
         console.admin.settings = fresh
 
     reload = Reload("console.1", lifecycle, settings, apply_settings)
@@ -103,7 +106,7 @@ async def _serve(
     loop.add_reader(lifecycle.fileno(), heed)
     loop.add_reader(watch.fileno(), watch.take)
     app = console.application()
-    servers = []
+    servers: list[tuple[_Server, socket.socket]] = []
     for endpoint, sock in listeners:
         remote = endpoint.scheme == "https"
         guard = Guard(app, _hosts(settings, endpoint, sock), lambda: tokens["now"], remote=remote)
@@ -123,10 +126,7 @@ async def _serve(
 def _server(app: Guard, settings: Settings, endpoint: Endpoint) -> _Server:
     secure: dict[str, Any] = {}
     if endpoint.scheme == "https":
-        certificate, key = (
-            Path(os.path.expandvars(text)) for text in (settings.gateway.certificate, settings.gateway.key)
-        )
-        secure = {"ssl_certfile": certificate, "ssl_keyfile": key}
+        secure = dict(zip(("ssl_certfile", "ssl_keyfile"), _certificate(settings), strict=True))
     config = uvicorn.Config(
         app,
         http="h11",
@@ -147,8 +147,29 @@ def _server(app: Guard, settings: Settings, endpoint: Endpoint) -> _Server:
     try:
         config.load()
     except OSError as error:
-        raise OperatorError(BAD_SETTINGS, f"[gateway] certificate and key, for [console]: {error}") from None
+        raise _unusable(error) from None
     return _Server(config)
+
+
+def _certificate(settings: Settings) -> tuple[Path, Path]:
+    """Return the gateway's certificate and its key, which browsers are shown too."""
+    gateway = settings.gateway
+    return Path(os.path.expandvars(gateway.certificate)), Path(os.path.expandvars(gateway.key))
+
+
+def _renew_certificate(settings: Settings, contexts: Sequence[ssl.SSLContext]) -> None:
+    """Show the present content of the files at handshakes from now on; OperatorError, with nothing changed."""
+    if not contexts:
+        return
+    try:
+        for context in (ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), *contexts):  # files that do not fit change nothing
+            context.load_cert_chain(*_certificate(settings))
+    except OSError as error:
+        raise _unusable(error) from None
+
+
+def _unusable(error: OSError) -> OperatorError:
+    return OperatorError(BAD_SETTINGS, f"[gateway] certificate and key, for [console]: {error}")
 
 
 def _bind(endpoint: Endpoint, bind: Bind = bind_endpoint) -> list[socket.socket]:

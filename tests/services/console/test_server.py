@@ -157,17 +157,30 @@ def test_beyond_this_host_by_tls_and_token(stack: Stack) -> None:
     authority = Authority(stack.directory)
     certificate, key = authority.sign("gateway")
     settings = f'[gateway]\ncertificate = "{certificate}"\nkey = "{key}"\n'
-    stack.configure(
-        settings + '[console]\nlisten = ["https://0.0.0.0:8443"]\nhosts = ["localhost"]\n' + entry("noc", "list")
-    )
+    console_settings = settings + '[console]\nlisten = ["https://0.0.0.0:8443"]\nhosts = ["localhost"]\n'
+    stack.configure(console_settings + entry("noc", "list"))
     stack.start("broker")
-    stack.start("console")
+    console = stack.start("console")
     context = ssl.create_default_context(cafile=authority.certificate)
     at = "https://localhost:8443"
     assert fetch("/healthz", at, context=context)[0] == 401
     assert fetch("/healthz", at, context=context, Authorization="Bearer wrong")[0] == 401
     assert fetch("/healthz", at, context=context, Authorization="Bearer secret noc")[0] == 200
     assert fetch("/healthz", at, context=context, Authorization="Bearer secret noc", Host="evil.example")[0] == 421
+    assert ssl.get_server_certificate(("localhost", 8443)) == certificate.read_text()
+    with context.wrap_socket(socket.create_connection(("localhost", 8443)), server_hostname="localhost") as page:
+        page.sendall(b"GET /events HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer secret noc\r\n\r\n")
+        page.settimeout(30)
+        assert page.recv(1000).startswith(b"HTTP/1.1 200")
+        renewed = authority.sign("gateway")[0].read_text()
+        stack.configure(console_settings + entry("boss", "admin"))
+        assert console.reload()["changed"] == ["token noc", "token boss"]
+        rest = b"".join(iter(lambda: page.recv(65536), b"0\r\n\r\n"))
+        assert rest.count(b"data: ") <= 2  # its token was revoked: the stream has ended
+    assert ssl.get_server_certificate(("localhost", 8443)) == renewed
+    authority.sign("other")[1].replace(key)
+    assert "not reloaded, the old settings stay: [gateway] certificate and key" in console.reload()["event"]
+    assert ssl.get_server_certificate(("localhost", 8443)) == renewed
 
 
 def test_a_listener_beyond_this_host_needs_tls(stack: Stack) -> None:

@@ -258,6 +258,19 @@ def test_certificate_or_token(site: Site) -> None:
         gateway.stop()
 
 
+def test_renewed_certificate(site: Site) -> None:
+    """A reload shows the files' present content at the next handshake; files that do not fit leave the former one."""
+    gateway = site.start(entry("siem", "list"))
+    with site.connect_as("siem") as talk:
+        renewed = site.authority.sign("gateway")[0].read_text()
+        assert gateway.reload()["event"] == "reloaded"
+        assert ssl.get_server_certificate(("127.0.0.1", PORT)) == renewed
+        assert talk.ask("list")["ok"]  # by the former one
+    site.authority.sign("other")[1].replace(site.key)
+    assert "not reloaded, the old settings stay: [gateway] certificate and key" in gateway.reload()["event"]
+    assert ssl.get_server_certificate(("127.0.0.1", PORT)) == renewed
+
+
 def test_another_protocol_on_the_port(site: Site) -> None:
     """Plain bytes, a close, and silence end the handshake, cost nobody else anything, and are counted."""
     gateway = site.start(entry("siem", "list"), request_seconds=0.5)
