@@ -1,5 +1,5 @@
 # `make run` starts everything, `make test` checks everything, `make quick` what takes under a minute; each sets up what
-# it needs in .venv first.
+# it needs in .venv first. `make dist` and `make deb` make packages of it.
 PYTHON ?= python3
 VENV := .venv
 # Tests wait about as much as they work: twice as many as a small machine has cores.
@@ -9,7 +9,7 @@ export PATH := $(BIN):$(PATH)
 # Without it every process that a test starts would compile all modules again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: run test quick lint soak fuzz bench bench-check clean
+.PHONY: run test quick lint soak fuzz bench bench-check dist deb clean
 
 run: $(VENV)/installed
 	@exec fanwire run --hint
@@ -42,8 +42,18 @@ bench: $(VENV)/installed-for-benchmarks
 bench-check: $(VENV)/installed-for-benchmarks
 	python -m tests.benchmarks --check $(BENCH)
 
+# What goes to a package index, and a bill of materials; deploy/RELEASE.md says what else a release takes.
+dist: $(VENV)/installed-for-packages
+	rm -rf dist
+	python -m build --quiet --outdir dist .
+	python -m twine check --strict dist/*.whl dist/*.tar.gz
+	cyclonedx-py environment --output-reproducible --pyproject pyproject.toml --output-file dist/sbom.cdx.json
+
+deb:
+	deploy/debian/build dist
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) dist
 
 $(VENV)/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -67,3 +77,7 @@ $(VENV)/installed-for-fuzzing: pyproject.toml $(VENV)/bin/pip
 $(VENV)/installed-for-benchmarks: pyproject.toml $(VENV)/bin/pip
 	pip install --quiet --disable-pip-version-check --editable '.[test,console,bench]'
 	@touch $@ $(VENV)/installed $(VENV)/installed-for-tests
+
+$(VENV)/installed-for-packages: pyproject.toml $(VENV)/bin/pip
+	pip install --quiet --disable-pip-version-check --editable '.[all,package]'
+	@touch $@ $(VENV)/installed
