@@ -6,6 +6,7 @@ A subscriber trusts the kind of a message, so a kind on a topic of another famil
 from typing import Final
 
 from shared.bus.messages import (
+    AGAIN_PREFIX,
     REGISTRY_TOPIC,
     REPLY_PREFIX,
     TRANSMIT_TOPIC,
@@ -28,11 +29,11 @@ TOPICS: Final[dict[str, frozenset[str]]] = {
 }
 """Whole topics; every role but `operator` also has the topic of its own status."""
 FAMILIES: Final[dict[str, tuple[str, ...]]] = {
-    "ingest": ("datagrams/",),
+    "ingest": ("datagrams/", AGAIN_PREFIX + "{sender}/"),
     "forwarder": (REPLY_PREFIX,),
     "transmitter": (REPLY_PREFIX,),
 }
-"""Beginnings of topics to which one name is added: a stream's, or one that the sender of a request chose."""
+"""Beginnings of topics to which one name is added: a stream's, a service's, or one that a request's sender chose."""
 
 
 def refused_cause(role: str, topic: str, envelope: Envelope) -> str:
@@ -49,7 +50,8 @@ def _may_publish(role: str, topic: str, sender: str) -> bool:
         return True
     if role == "ingest" and topic == exporters_topic(sender):
         return True
-    for prefix in FAMILIES.get(role, ()):
+    for family in FAMILIES.get(role, ()):
+        prefix = family.format(sender=sender)
         name, slash, rest = topic.removeprefix(prefix).partition("/")
         if topic.startswith(prefix) and name and slash and not rest:
             return True

@@ -6,6 +6,7 @@ import numpy as np
 
 from services.ingest.exporter_shares import ExporterShares
 from services.ingest.flow_exporters import ExporterTracker
+from services.ingest.held_batches import HeldBatches
 from shared.bus.loans import LENT_SIZE, Loan, Pool
 from shared.bus.messages import Datagrams, datagrams_topic, exporters_topic, inline_topic
 from shared.bus.zmq_sockets import Publisher
@@ -28,6 +29,7 @@ class StreamFeed:
         account: Counter[str],
         pool: Pool | None = None,
         memory: Memory | None = None,
+        held: HeldBatches | None = None,
     ) -> None:
         self.stream = stream
         self.topic = datagrams_topic(stream)
@@ -39,6 +41,7 @@ class StreamFeed:
         self._publisher = publisher
         self._pool = pool
         self._memory = memory or Memory()
+        self._held = held or HeldBatches(publisher)
         self._inline = inline_topic(stream)
         self._exporters_topic = exporters_topic(publisher.sender)
         self._shares: ExporterShares | None = None
@@ -51,11 +54,16 @@ class StreamFeed:
             self.exporters = ExporterTracker(protocol, self.account) if protocol else None
             self._protocol = protocol
 
+    @property
+    def wanted(self) -> bool:
+        """Return whether anybody subscribes to the stream, or will again after a restart."""
+        return self._publisher.wanted(self.topic) or self._held.wants(self.stream)
+
     def receive(self, count: int, size: int) -> bool:
         """Count datagrams received, `size` bytes together; return whether anybody wants them, else drop them."""
         self.account[RECEIVED] += count
         self.account[BYTES] += size
-        wanted = self._publisher.wanted(self.topic)
+        wanted = self.wanted
         if wanted and not self._memory.short:
             return True
         self.account[NO_MEMORY if wanted else NO_SUBSCRIBER] += count
@@ -68,7 +76,7 @@ class StreamFeed:
 
     def lend(self, size: int) -> Loan | None:
         """Return memory for a payload of `size` bytes that is to be lent; None when it is to go through the bus."""
-        if self._pool is None or size < LENT_SIZE or self._publisher.wanted(self._inline):
+        if self._pool is None or size < LENT_SIZE or self._held.due_at or self._publisher.wanted(self._inline):
             return None
         return self._pool.lend()
 
@@ -85,12 +93,16 @@ class StreamFeed:
             self._shares.note(rows)
         if sent and loan and self._pool:
             self._pool.lent(loan)
+        elif sent and self._held.due_at:
+            self._held.add(self.stream, received_ns, len(rows), rows.tobytes(), bytes(payload))
 
     def publish_few(self, received_ns: int, count: int, rows: bytes, payload: bytes) -> None:
         """Put a few datagrams that were counted by `receive` on the bus, as the arrays are sent."""
         body = Datagrams(self.stream, received_ns, self._lent)
         sent = self._publisher.publish(self.topic, body, None, (rows, payload), count)
         self.account[PUBLISHED if sent else BUS_FULL] += count
+        if sent and self._held.due_at:
+            self._held.add(self.stream, received_ns, count, rows, payload)
         if self._shares:
             self._shares.note(rows)
 

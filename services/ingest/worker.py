@@ -1,5 +1,6 @@
 """One ingest worker: its listeners, its publisher, and the loop that moves datagrams from one to the other."""
 
+import math
 import selectors
 import socket
 import time
@@ -11,6 +12,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from services.ingest.batch_publisher import StreamFeed
+from services.ingest.held_batches import HeldBatches
 from services.ingest.listeners import (
     StreamEndpoint,
     Upkeep,
@@ -106,6 +108,7 @@ class Worker:
         self._context = new_context()
         limit = queue_limit(bus.high_water_mark, self._memory.ceiling)
         self._publisher = Publisher(self._context, bus.path, self._name, limit, link)
+        self._held = HeldBatches(self._publisher, limit)
         self._reporter = Reporter(self._publisher, self._memory)
         try:
             path, boot = pool_path(bus.path, self._name), self._publisher.boot
@@ -179,7 +182,7 @@ class Worker:
         self._pools.update(new_pools(fresh, self._settings.bus.lent, self._room))
         for name in fresh:
             account = self._accounts[f"stream/{name}"]
-            feed = StreamFeed(name, self._publisher, account, self._pools.get(name), self._memory)
+            feed = StreamFeed(name, self._publisher, account, self._pools.get(name), self._memory, self._held)
             self._feeds[name] = feed
             if self._publisher.wanted(feed.topic):
                 feed.mark(time.time_ns())
@@ -263,7 +266,8 @@ class Worker:
 
     def _turn(self) -> None:
         """Wait for something to do, and do it."""
-        patience = 0.0 if self._leaving else max(0.0, self._reporter.due_at - time.monotonic())
+        due_at = min(self._reporter.due_at, self._held.due_at or math.inf)
+        patience = 0.0 if self._leaving else max(0.0, due_at - time.monotonic())
         ready = self._selector.select(patience)
         self._count = self._size = 0
         if self._greeting in [key for key, _ in ready]:
@@ -273,6 +277,8 @@ class Worker:
             key.data()
         self._connections.read_due()
         now = time.monotonic()
+        if self._held.due_at and now >= self._held.due_at:
+            self._held.hand_on(short=self._memory.short)
         if now >= self._reporter.due_at:
             self._renew_listeners()
             self._renew_lender()
@@ -314,6 +320,7 @@ class Worker:
             for feed in self._feeds.values():
                 if any(feed.topic.startswith(prefix) for prefix in prefixes):
                     feed.mark(time.time_ns())
+            self._held.heed(prefixes, [name for name, feed in self._feeds.items() if feed.wanted])
             if self._reporter.asked_for(prefixes):
                 self._report()
 

@@ -90,6 +90,15 @@ class Datagrams(msgspec.Struct, array_like=True, frozen=True, gc=False):
     stride: Annotated[int, Meta(ge=0, le=MAX_DATAGRAM)] = 0
 
 
+class Again(Datagrams, frozen=True):
+    """A batch again, with the numbers of its message, for a sender of copies that was being restarted.
+
+    Without rows it ends a portion, and tells how many batches are `left`.
+    """
+
+    left: Number = 0
+
+
 class RegistrySnapshot(msgspec.Struct, array_like=True, frozen=True):
     """One of `pieces` pieces of the whole registry at `revision`."""
 
@@ -208,6 +217,7 @@ class Exporters(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
 Body = (
     Datagrams
+    | Again
     | RegistrySnapshot
     | RegistryChange
     | ServeRequest
@@ -221,6 +231,7 @@ Body = (
 
 KINDS: Final[dict[str, type[Body]]] = {
     "datagrams": Datagrams,
+    "again": Again,
     "registry.snapshot": RegistrySnapshot,
     "registry.change": RegistryChange,
     "serve.request": ServeRequest,
@@ -252,6 +263,16 @@ def datagrams_topic(stream: str) -> str:
 def inline_topic(stream: str) -> str:
     """The topic of subscribers that can't borrow: while it has any, a stream's payloads are in the messages."""
     return f"inline/{stream}/"
+
+
+def hold_topic(sender: str) -> str:
+    """The topic to which a sender of copies subscribes as it ends: workers hold batches for its successor from then."""
+    return f"{HOLD_PREFIX}{sender}/"
+
+
+def again_topic(worker: str, sender: str) -> str:
+    """The topic to which that successor subscribes for each portion of what a worker has held, which comes on it."""
+    return f"{AGAIN_PREFIX}{worker}/{sender}/"
 
 
 def status_topic(service: str) -> str:
@@ -299,6 +320,8 @@ def peek(parts: Sequence[Part]) -> tuple[str, Envelope]:
 
 
 HEALTH_PREFIX: Final = "health/"
+HOLD_PREFIX: Final = "hold/"
+AGAIN_PREFIX: Final = "again/"
 EXPORTERS_PREFIX: Final = "exporters/"
 REGISTRY_TOPIC: Final = "registry/"
 TRANSMIT_TOPIC: Final = "transmit/"
@@ -351,7 +374,7 @@ def _decode(parts: Sequence[Part], borrow: Borrow) -> Message:
         if len(parts) != 3:
             raise MessageError("malformed", f"{envelope.kind} with {len(parts)} parts")
         return Message(topic, envelope, body)
-    if topic != datagrams_topic(body.stream):
+    if topic != datagrams_topic(body.stream) and not (isinstance(body, Again) and topic.startswith(AGAIN_PREFIX)):
         raise MessageError("malformed", f"datagrams of stream {body.stream[:40]!r} on topic {topic[:40]!r}")
     if len(parts) != (5 if body.chunk is None else 4):
         raise MessageError("malformed", f"datagrams with {len(parts)} parts")

@@ -197,15 +197,30 @@ class Publisher:
             batch=batch,
         )
         parts += arrays
+        if not self._send(parts):
+            return False
+        numbering.sequence += 1
+        numbering.total += len(batch) if batch is not None else count
+        return True
+
+    def _send(self, parts: Sequence[Part]) -> bool:
         try:
             for part in parts[:-1]:
                 self._socket.send(part, MORE)
             self._socket.send(parts[-1], NOBLOCK)
         except zmq.Again:
             return False
-        numbering.sequence += 1
-        numbering.total += len(batch) if batch is not None else count
         return True
+
+    def position(self, topic: str) -> tuple[int, int]:
+        """Return the number of messages, and of datagrams, that were published on a topic."""
+        numbering = self._numbering.get(topic, _Numbering())
+        return numbering.sequence, numbering.total
+
+    def repeat(self, topic: str, body: Body, sequence: int, total: int, arrays: Sequence[Part]) -> bool:
+        """Put a message on the bus under the numbers of another one. Return False when the queue is full."""
+        parts = encode(topic, body, sender=self.sender, boot=self.boot, sequence=sequence, total=total)
+        return self._send([*parts, *arrays])
 
     def close(self) -> None:
         """Stop publishing; what is queued is still sent while the context lingers."""
@@ -272,7 +287,7 @@ class Subscriber:
             except MessageError as error:
                 self._reject(error)
             else:
-                if self._borrower and isinstance(message.body, Datagrams) and message.body.chunk is None:
+                if self._borrower and type(message.body) is Datagrams and message.body.chunk is None:
                     self._borrower.note_lending(message.envelope, message.body, is_mark=not message.batch)
                 return message
 

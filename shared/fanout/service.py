@@ -39,6 +39,7 @@ from shared.fanout.collectors import COLLECTOR_COUNTERS, MARKS, Collectors, D
 from shared.fanout.health_report import HealthReporter
 from shared.fanout.kept_counts import KeptFile, Sheet
 from shared.fanout.registry_replica import RegistryReplica
+from shared.fanout.resumption import Resumption
 from shared.fanout.streams import ORIGIN_COUNTERS, FollowedStreams
 from shared.ledger import LEFT, STOPPED, Accounts
 from shared.log import WORKER_CAME, get_logger
@@ -138,6 +139,7 @@ class CopyService(ABC, Generic[D]):
         self._left = self._kept.open()
         self._keep_at = 0.0
         self._streams = FollowedStreams(self._subscriber, bus.path, self._kept)
+        self._resumption = Resumption(self.name, self._subscriber)
         self._collectors = Collectors(_names(self.settings), self._streams.published, self.reach, self._kept.new_counts)
         self._waiting: list[tuple[float, int, ServeRequest]] = []
         self._asked_at = 0.0
@@ -187,8 +189,11 @@ class CopyService(ABC, Generic[D]):
         handled = 0
         self._collectors.shares.begin_turn()
         while handled < TURN_MESSAGES and (message := self._subscriber.receive()):
-            self._take(message)
+            for each in self._resumption.order(message):
+                self._take(each)
             handled += 1
+        for each in self._resumption.overdue():
+            self._take(each)
         for stream in list(self._gathered):
             self._send_gathered(stream)
         self._collectors.shares.end_turn()
@@ -276,12 +281,14 @@ class CopyService(ABC, Generic[D]):
         if self._serving == self._replica.version or began < self._apply_at:
             return
         self._kept.suspend()
-        if self._serving < 0:
+        if first := self._serving < 0:
             self._restore()
         self._serving = self._replica.version
         clients = self._replica.clients.values()
         self._collectors.replace(client for client in clients if client.streams and client.source == self.source)
         self._streams.subscribe_to(self._collectors.streams_wanted())
+        if first:
+            self._resumption.begin(self._streams.workers_left)
         self._keep()
         self._health.report(self._collectors.examine)  # before any answer that a collector is served
         self._apply_at = time.monotonic() + APPLY_SHARE * (time.monotonic() - began)
@@ -344,6 +351,8 @@ class CopyService(ABC, Generic[D]):
 
     def _drain(self) -> None:
         """Send what still comes, then what waits for collectors; drop and count the rest before the last report."""
+        if self._collectors.clients:
+            self._resumption.hand_over()
         began = time.monotonic()
         quiet_at, drained_by = began + QUIET_SECONDS, began + DRAIN_SECONDS
         while (now := time.monotonic()) < min(quiet_at, began + INPUT_SECONDS):

@@ -154,6 +154,11 @@ class FollowedStreams:
         self._topics = topics
 
     @property
+    def workers_left(self) -> set[tuple[str, int]]:
+        """Names and boot ids of the workers that the last process followed, and that have sent nothing since."""
+        return {origin[:2] for origin in self._left}
+
+    @property
     def flowing(self) -> bool:
         """Return whether there are workers, none hangs, and each is known to have seen every subscription.
 

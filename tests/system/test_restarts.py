@@ -101,10 +101,10 @@ def served(stack: OpenStack, source: str) -> Iterator[dict[str, Sink]]:
         ("original", signal.SIGKILL, True),
     ],
 )
-def test_a_restart_of_a_sender_loses_nothing_that_is_not_counted(
+def test_a_restart_of_a_sender_loses_nothing_and_a_kill_nothing_that_is_not_counted(
     open_stack: OpenStack, source: str, number: signal.Signals, watched: bool
 ) -> None:
-    """Two restarts under load, whether or not others read the stream meanwhile: sent is arrived plus lost by cause."""
+    """Twice under load, whether or not others read the stream meanwhile: sent is arrived plus lost by cause."""
     sender = "forwarder" if source == "relay" else "transmitter"
     with served(open_stack, source) as sinks:
         sink = sinks["counted"]
@@ -124,7 +124,7 @@ def test_a_restart_of_a_sender_loses_nothing_that_is_not_counted(
         before = len(sink.numbers)
         wait_until(lambda: len(sink.numbers) > before + 1000, "copies flow again")
         sent = load.stop()
-        wait_until(lambda: sent - 1 in sink.numbers[-64:], "the last one has come")
+        wait_until(lambda: sent - 1 in sink.numbers[-4096:], "the last one has come")
 
         def complete(found: Accounts) -> bool:
             return all(found.get(f"collector/{name}", {}).get("expected") == sent for name in PORTS)
@@ -142,15 +142,16 @@ def test_a_restart_of_a_sender_loses_nothing_that_is_not_counted(
             assert its == sorted(set(its)), "none came twice, and each in its exporter's order"
         lost, unsure = dropped(account) + account.get("missed", 0), account.get("dropped_unsure", 0)
         left_out = account.get("filtered", 0) + account.get("sampled_out", 0)
-        assert account["dropped_unserved"] >= 2 * 200
-        assert lost - unsure <= sent - left_out - len(arrived) <= lost
         if number == signal.SIGTERM:
-            assert unsure == 0
+            assert lost == 0
+        else:
+            assert account["dropped_unserved"] >= 2 * 200
+        assert lost - unsure <= sent - left_out - len(arrived) <= lost
     assert all(number % 2 for number in sinks["some"].numbers)
     some = found["some"]
     assert abs(some["filtered"] - some["offered"] / 2) <= 8 + some.get("dropped_unsure", 0)  # half of each burst of 8
     losses = {(each["of"], each["what"]): each["lost"] for each in ledger_losses(open_stack)}
-    assert losses["counted", "unserved"] == found["counted"]["dropped_unserved"]
+    assert losses.get(("counted", "unserved"), 0) == found["counted"].get("dropped_unserved", 0)
 
 
 def ledger_losses(stack: OpenStack) -> list[dict[str, object]]:

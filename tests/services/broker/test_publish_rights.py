@@ -13,7 +13,7 @@ from tests.builders import make_envelope
 OWN = {
     "broker": r"status/broker\.1/",
     "gateway": r"registry/|transmit/|serve/relay/|serve/original/|status/gateway\.1/",
-    "ingest": r"datagrams/[^/]+/|exporters/ingest\.1/|status/ingest\.1/",
+    "ingest": r"datagrams/[^/]+/|again/ingest\.1/[^/]+/|exporters/ingest\.1/|status/ingest\.1/",
     "forwarder": r"reply/[^/]+/|health/relay/|status/forwarder\.1/",
     "transmitter": r"reply/[^/]+/|health/original/|status/transmitter\.1/",
     "console": r"status/console\.1/",
@@ -53,6 +53,8 @@ PIECES = st.sampled_from([*TOPICS, *(topic[:-1] for topic in TOPICS), "/", "//",
 
 @given(st.sampled_from(ROLES), st.lists(PIECES | st.text(max_size=4), max_size=4).map("".join))
 @example("ingest", "datagramsX/")
+@example("ingest", "again/ingest.1/forwarder.1/")
+@example("ingest", "again/ingest.2/forwarder.1/")
 @example("ingest", "datagrams//")
 @example("ingest", "datagrams/")
 @example("ingest", "datagrams/a/../registry/")

@@ -16,6 +16,7 @@ from shared.bus.messages import (
     MAX_NUMBER,
     MAX_TOPIC,
     VERSION,
+    Again,
     Body,
     Borrow,
     Datagrams,
@@ -32,6 +33,7 @@ from shared.bus.messages import (
     TransmitReply,
     TransmitRequest,
     Troubled,
+    again_topic,
     borrow_nothing,
     datagrams_topic,
     decode,
@@ -46,6 +48,7 @@ CAUSES = {"malformed", "bad_version", "unknown_kind", "not_borrowed"}
 CLIENT = Client("a", 7, "192.0.2.9", 2055, streams=("messages",), prefixes=("192.0.2.0/24",), sample=3, group="g")
 BODIES: dict[str, Body] = {
     "datagrams": Datagrams("messages", 1_700_000_000_000_000_000),
+    "again": Again("messages", 1_700_000_000_000_000_000, left=3),
     "registry.snapshot": RegistrySnapshot(5, 0, 1, [CLIENT, Client("b", 8, "::1", 1)]),
     "registry.change": RegistryChange(5, 6, [CLIENT], ["b"]),
     "serve.request": ServeRequest(1, "reply/gateway.1.a/", 6),
@@ -56,14 +59,16 @@ BODIES: dict[str, Body] = {
     "health": Health("relay", 3, 0, 1, [Troubled("a", 7, "refusing", 1500, 2**62), Troubled("b", 8, None, 0, 5)]),
     "exporters": Exporters("messages", 1.5, 9, 1, 2, [(b"x" * 16, 2**62, 0)]),
 }
+BATCHES = {"datagrams": datagrams_topic("messages"), "again": again_topic("ingest.1", "forwarder.1")}
+"""Topics of the kinds that have arrays."""
 ENVELOPE = [VERSION, "datagrams", "ingest.1", 9, 4, 12]
 
 
 def encoded(kind: str) -> list[Part]:
     """A sound message of a kind."""
-    topic, batch = "registry/", None
-    if kind == "datagrams":
-        topic, batch = datagrams_topic("messages"), make_batch([b"", b"one", b"three"], ["192.0.2.1", "::1"])
+    topic, batch = BATCHES.get(kind, "registry/"), None
+    if kind in BATCHES:
+        batch = make_batch([b"", b"one", b"three"], ["192.0.2.1", "::1"])
     return encode(topic, BODIES[kind], sender="ingest.1", boot=9, sequence=4, total=12, batch=batch)
 
 
@@ -84,7 +89,7 @@ def test_every_kind_comes_back(kind: str) -> None:
     assert message.body == BODIES[kind]
     assert list(msgspec.structs.astuple(message.envelope)) == [VERSION, kind, *ENVELOPE[2:]]
     assert message.topic == bytes(parts[0]).decode()
-    assert (message.batch is not None) == (kind == "datagrams")
+    assert (message.batch is not None) == (kind in BATCHES)
 
 
 def test_batch_is_a_view_of_the_received_parts() -> None:
@@ -257,7 +262,7 @@ def test_health_that_nobody_could_mean_is_refused(body: list[object], cause: str
     assert cause_of([b"health/relay/", msgpack.packb([VERSION, "health", *ENVELOPE[2:]]), msgpack.packb(body)]) == cause
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "datagrams"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in BATCHES])
 @pytest.mark.parametrize("extra", [[b""], [b"", b""]])
 def test_arrays_belong_to_datagrams_alone(kind: str, extra: list[Part]) -> None:
     """Parts after the body of any other kind make the message malformed."""
@@ -341,7 +346,7 @@ values = st.recursive(
 def test_arbitrary_bodies_raise_nothing_else(kind: str, body: object, rows: bytes, payload: bytes) -> None:
     """Any msgpack value as the body of any kind is taken or refused by MessageError."""
     envelope = msgpack.packb([VERSION, kind, *ENVELOPE[2:]])
-    arrays = [rows, payload] if kind == "datagrams" else []
+    arrays = [rows, payload] if kind in BATCHES else []
     assert cause_of([b"registry/", envelope, msgpack.packb(body), *arrays]) in {*CAUSES, ""}
 
 

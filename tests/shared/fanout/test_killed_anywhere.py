@@ -156,7 +156,7 @@ class Sender:
 
 
 def live(sender: Sender) -> None:
-    """All that moves accounts: gaps, ends, restarts, filters that change, collectors that come and go."""
+    """Go through gaps, ends, restarts, filters that change, and collectors that come and go."""
     steady = sender.steady()
     with sender.serving():
         sender.register(*steady)

@@ -1,0 +1,134 @@
+"""Batches held for a sender of copies that is being restarted, so that its successor gets what came meanwhile.
+
+A sender that ends asks for it by a subscription, and its successor asks for the batches by another one
+(`shared.fanout.resumption`). At other times nothing is held.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
+
+from shared.bus.messages import HOLD_PREFIX, Again, again_topic, datagrams_topic
+from shared.bus.zmq_sockets import Publisher
+
+HOLD_SECONDS: Final = 15.0
+"""Time for a restart: a sender ends within 4 s, and its successor has to start."""
+MAX_HELD: Final = 32 << 20
+"""Bytes held for one sender; the oldest batches go first."""
+BATCH_OVERHEAD: Final = 512
+"""Bytes that a held batch takes beyond its columns and payloads, about."""
+MAX_SENDERS: Final = 4
+"""Senders for which batches are held at once. There are two."""
+PORTION_SHARE: Final = 4
+"""A portion is one part in this many of what the queues on the way hold: live batches need them too."""
+RETRY_SECONDS: Final = 0.01
+END: Final = "end"
+"""The stream that the end of a portion names."""
+
+
+class _Batch(NamedTuple):
+    """A batch as it was published: `sequence` and `total` are those of its message."""
+
+    body: Again
+    sequence: int
+    total: int
+    rows: bytes
+    payload: bytes
+
+    @property
+    def size(self) -> int:
+        """Bytes that it takes."""
+        return BATCH_OVERHEAD + len(self.rows) + len(self.payload)
+
+
+@dataclass(slots=True)
+class _Held:
+    """The batches of these streams that one sender gets, oldest first; `asked_for` while its successor wants some.
+
+    `ends` counts the processes of that name that have ended and whose successor has not got everything.
+    """
+
+    streams: frozenset[str] = frozenset()
+    until: float = 0.0
+    ends: int = 0
+    asked_for: bool = False
+    size: int = 0
+    batches: deque[_Batch] = field(default_factory=deque)
+
+
+class HeldBatches:
+    """What a worker holds for senders of copies. `due_at` is when there is more to do, None while nothing is held."""
+
+    def __init__(self, publisher: Publisher, queue_limit: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
+        self.due_at: float | None = None
+        self._publisher = publisher
+        self._portion = max(1, queue_limit // PORTION_SHARE)
+        self._clock = clock
+        self._held: dict[str, _Held] = {}
+        """By the name of the sender."""
+
+    def wants(self, stream: str) -> bool:
+        """Return whether batches of a stream are held."""
+        return any(stream in held.streams for held in self._held.values())
+
+    def heed(self, prefixes: Iterable[str], streams: Iterable[str]) -> None:
+        """Heed new subscriptions: those that ask to hold these streams, and those that ask for what is held."""
+        asking = again_topic(self._publisher.sender, "")[:-1]
+        for prefix in prefixes:
+            if name := _name_behind(HOLD_PREFIX, prefix):
+                held = self._of(name)
+                held.streams, held.ends = frozenset(streams), held.ends + 1
+            elif name := _name_behind(asking, prefix):
+                self._of(name).asked_for = True
+
+    def _of(self, name: str) -> _Held:
+        while name not in self._held and len(self._held) >= MAX_SENDERS:
+            del self._held[next(iter(self._held))]
+        held = self._held.setdefault(name, _Held())
+        self.due_at = self._clock()
+        held.until = self.due_at + HOLD_SECONDS
+        return held
+
+    def add(self, stream: str, received_ns: int, count: int, rows: bytes, payload: bytes) -> None:
+        """Hold a batch that has just been published, unless nobody wants it held."""
+        sequence, total = self._publisher.position(datagrams_topic(stream))
+        batch = _Batch(Again(stream, received_ns), sequence - 1, total - count, rows, payload)
+        for held in self._held.values():
+            if stream in held.streams:
+                held.batches.append(batch)
+                held.size += batch.size
+                while held.size > MAX_HELD:
+                    held.size -= held.batches.popleft().size
+
+    def hand_on(self, *, short: bool) -> None:
+        """Hand on a portion of what is asked for; let go of the rest in time, or when memory is `short`."""
+        now, self.due_at = self._clock(), None
+        for name, held in list(self._held.items()):
+            if short:
+                held.batches.clear()
+                held.size = 0
+            if held.asked_for and self._publish(name, held):
+                held.ends -= 1
+            if (held.ends <= 0 and not held.asked_for) or held.until <= now:
+                del self._held[name]
+            else:
+                due_at = now + RETRY_SECONDS if held.asked_for else held.until
+                self.due_at = min(due_at, self.due_at or due_at)
+
+    def _publish(self, name: str, held: _Held) -> bool:
+        """Publish a portion and its end; return whether nothing is left. A full queue makes it try again."""
+        topic = again_topic(self._publisher.sender, name)
+        for _ in range(min(self._portion, len(held.batches))):
+            batch = held.batches[0]
+            if not self._publisher.repeat(topic, batch.body, batch.sequence, batch.total, (batch.rows, batch.payload)):
+                return False
+            held.size -= held.batches.popleft().size
+        left = len(held.batches)
+        held.asked_for = not self._publisher.repeat(topic, Again(END, 0, left=left), 0, 0, (b"", b""))
+        return not left and not held.asked_for
+
+
+def _name_behind(beginning: str, prefix: str) -> str:
+    return prefix.removeprefix(beginning).removesuffix("/") if prefix.startswith(beginning) else ""

@@ -1,0 +1,89 @@
+"""Going on where the last process of this name has stopped: what came meanwhile goes before what comes now.
+
+A sender that ends asks the workers to hold their batches (`hold_topic`), and its successor asks for them
+(`again_topic`). Until a worker has handed on all of them, its other messages wait. So nothing is lost, and copies are
+in order. What comes both ways is a repeat, which its position tells.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Final
+
+from shared.bus.messages import Again, Message, again_topic, datagrams_topic, hold_topic
+from shared.bus.zmq_sockets import Subscriber
+from shared.log import get_logger
+
+PATIENCE_SECONDS: Final = 2.0
+"""Time for the next message of what was held. A worker that has ended, or is of an earlier release, sends none."""
+MAX_WAITING: Final = 2048
+MAX_WAITING_BYTES: Final = 64 << 20
+"""Messages that wait, and their payload: beyond that nothing is waited for any more."""
+
+Worker = tuple[str, int]
+"""Name and boot id."""
+
+log = get_logger()
+
+
+class Resumption:
+    """Asks for what was held, and puts the messages of each worker in order."""
+
+    def __init__(self, name: str, subscriber: Subscriber, clock: Callable[[], float] = time.monotonic) -> None:
+        self._name = name
+        self._subscriber = subscriber
+        self._clock = clock
+        self._awaited: set[Worker] = set()
+        """Workers that still have to hand on what they have held."""
+        self._waiting: defaultdict[Worker, list[Message]] = defaultdict(list)
+        self._messages = self._bytes = self._resumed = 0
+        self._deadline = 0.0
+
+    def hand_over(self) -> None:
+        """Ask workers to hold what they publish from now on: this process ends."""
+        self._subscriber.subscribe(hold_topic(self._name))
+
+    def begin(self, workers: Iterable[Worker]) -> None:
+        """Ask for what these workers, which the last process followed, have held; after the streams are subscribed."""
+        self._awaited = set(workers)
+        self._deadline = self._clock() + PATIENCE_SECONDS
+        for worker, _ in self._awaited:
+            self._subscriber.subscribe(again_topic(worker, self._name))
+
+    def order(self, message: Message) -> Sequence[Message]:
+        """Return the messages that are to be handled now that this one has come."""
+        body, worker = message.body, (message.envelope.sender, message.envelope.boot)
+        if not self._awaited:
+            return () if isinstance(body, Again) else (message,)
+        if not isinstance(body, Again):
+            return self._defer(worker, message) if worker in self._awaited else (message,)
+        self._deadline = self._clock() + PATIENCE_SECONDS
+        if message.batch:
+            self._resumed += len(message.batch)
+            return (replace(message, topic=datagrams_topic(body.stream)),)
+        if not body.left:
+            return self._release([worker])
+        self._subscriber.unsubscribe(topic := again_topic(worker[0], self._name))
+        self._subscriber.subscribe(topic)
+        return ()
+
+    def overdue(self) -> Sequence[Message]:
+        """Return the messages that need not wait any more, as nothing was handed on for a while."""
+        return self._release(list(self._awaited)) if self._awaited and self._clock() >= self._deadline else ()
+
+    def _defer(self, worker: Worker, message: Message) -> Sequence[Message]:
+        self._waiting[worker].append(message)
+        self._messages += 1
+        self._bytes += len(message.batch.payload) if message.batch else 0
+        full = self._messages > MAX_WAITING or self._bytes > MAX_WAITING_BYTES
+        return self._release(list(self._awaited)) if full else ()
+
+    def _release(self, workers: Sequence[Worker]) -> Sequence[Message]:
+        """Wait for these workers no more; return their messages that waited."""
+        for worker in workers:
+            self._awaited.discard(worker)
+            self._subscriber.unsubscribe(again_topic(worker[0], self._name))
+        if not self._awaited and self._resumed:
+            log.info("copies go on where the last process has stopped", service=self._name, datagrams=self._resumed)
+        return [message for worker in workers for message in self._waiting.pop(worker, ())]
