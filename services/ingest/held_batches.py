@@ -59,7 +59,7 @@ class _Held:
 
 
 class HeldBatches:
-    """What a worker holds for senders of copies. `due_at` is when there is more to do, None while nothing is held."""
+    """Batches held for senders of copies. `due_at` is the time at which there is more to do, None: nothing is held."""
 
     def __init__(self, publisher: Publisher, queue_limit: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
         self.due_at: float | None = None

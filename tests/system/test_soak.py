@@ -410,7 +410,8 @@ class Spared:
         """Return the processes to kill by now."""
         number, within = divmod(passed, self._part)
         spared = SERVICES[min(int(number), len(SERVICES) - 1)]
-        if within > self._part / 4 and spared not in self._world.restart_at:
+        started = spared in self._first or '"event": "ready"' in self._world.stack[spared].text
+        if within > self._part / 4 and spared not in self._world.restart_at and started:
             size = self._world.own_mb(spared), self._world.descriptors(spared)
             self._first.setdefault(spared, size)
             self._last[spared] = size

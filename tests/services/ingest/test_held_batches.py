@@ -19,7 +19,7 @@ class Bus:
         self.held = HeldBatches(cast(Publisher, self), 8, lambda: self.now)
 
     def position(self, _topic: str) -> tuple[int, int]:
-        """What was published."""
+        """Return the numbers of what was published."""
         return self.total, self.total
 
     def repeat(self, topic: str, body: Any, _sequence: int, total: int, arrays: Sequence[Part]) -> bool:
@@ -78,7 +78,7 @@ def test_successor_that_ends_at_once_has_a_successor_too() -> None:
 
 
 def test_full_queue_delays_what_is_handed_on() -> None:
-    """What the bus refuses is handed on a moment later, its end too."""
+    """A refused batch is handed on a moment later, and so is the end."""
     bus = Bus()
     bus.ask(HOLD)
     bus.publish(b"a", b"b")

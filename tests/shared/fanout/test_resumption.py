@@ -37,7 +37,7 @@ class Successor:
 
 
 def names(messages: Sequence[Message]) -> list[str]:
-    """What the messages say."""
+    """Return the payloads of messages, or their kinds."""
     return [bytes(each.batch.payload).decode() if each.batch else type(each.body).__name__ for each in messages]
 
 
