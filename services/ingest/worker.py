@@ -48,6 +48,11 @@ from shared.settings.model import Settings
 
 DRAIN_SECONDS: Final = 2.0
 """Time, after SIGTERM, for the datagrams that the kernel has queued."""
+GREET_SECONDS: Final = 0.02
+"""Time after publishing until new subscriptions are looked for: their signal may be gone, and a look costs as much as
+a datagram."""
+UNMEASURED: Final = 1 << 20
+"""Bytes that may be received before the process's memory is measured again."""
 FIRST_WAIT_SECONDS: Final = 0.0003
 """Time that datagrams wait for others that come right behind them, after a pause."""
 OWN_MEMORY: Final = 128 << 20
@@ -100,7 +105,9 @@ class Worker:
         self._spreader = Spreader(settings.ingest.spread)
         self._fill_seconds = settings.ingest.fill_ms / 1000
         self._received_at = self._wait_seconds = 0.0
-        self._count = self._size = 0
+        self._count = self._size = self._unmeasured = 0
+        self._upkeep_at = 0.0
+        self._greet_at = math.inf
 
     def __enter__(self) -> Self:
         bus = self._settings.bus
@@ -123,6 +130,7 @@ class Worker:
         """Listen as these settings say. OperatorError, with nothing changed, when a listener can't be had."""
         self._listen(settings.streams, [])
         self._report()  # at once: services that wait for streams to flow learn from it which there are
+        self._upkeep_at = 0.0
 
     def _listen(self, streams: Sequence[Stream], held: Sequence[socket.socket]) -> None:
         """Open exactly the listeners of these streams; leave unchanged ones alone."""
@@ -221,6 +229,7 @@ class Worker:
         self._spreader.remove(sock)
         receiver.refuse_input()
         self._leaving.append(receiver)
+        self._upkeep_at = 0.0
 
     def _take_rest(self) -> None:
         """Read one turn's worth from sockets that are to be closed; close those that have nothing more."""
@@ -233,7 +242,7 @@ class Worker:
         self._selector.register(sock, selectors.EVENT_READ, handle)
 
     def _read(self, receiver: DatagramReceiver) -> None:
-        self._selector.register(receiver, selectors.EVENT_READ, lambda: self._receive(receiver))
+        self._selector.register(receiver, selectors.EVENT_READ)
 
     def _receive(self, receiver: DatagramReceiver) -> None:
         count, size = receiver.receive()
@@ -245,17 +254,14 @@ class Worker:
         listening = [text for stream in self._settings.streams for text in stream.listen]
         readiness = Readiness(self._name, self._settings.bus, lambda: self._publisher.ready)
         reload = Reload(self._name, lifecycle, self._settings, self.apply_settings)
-        # Registered to wake the loop; each turn checks both anyway.
         self._selector.register(lifecycle, selectors.EVENT_READ, lifecycle.heed)
-        self._greeting = self._selector.register(self._publisher, selectors.EVENT_READ, lambda: None)
+        self._selector.register(self._publisher, selectors.EVENT_READ, self._greet)
         while not lifecycle.draining:
             self._turn()
-            if self._held_back and self._publisher.ready:
-                self._begin()
-            if self._leaving:
-                self._take_rest()
-            reload.check()
-            readiness.check(listen=listening)
+            if time.monotonic() >= self._upkeep_at:
+                self._keep_up()
+                reload.check()
+                readiness.check(listen=listening)
         self._drain()
 
     def _begin(self) -> None:
@@ -265,21 +271,43 @@ class Worker:
         self._held_back = {}
 
     def _turn(self) -> None:
-        """Wait for something to do, and do it."""
-        due_at = min(self._reporter.due_at, self._held.due_at or math.inf)
-        patience = 0.0 if self._leaving else max(0.0, due_at - time.monotonic())
-        ready = self._selector.select(patience)
+        """Wait for datagrams, or until something else is to be done; receive and publish them."""
+        due_at = min(self._upkeep_at, self._greet_at, self._held.due_at or math.inf)
+        ready = self._selector.select(max(0.0, due_at - time.monotonic()))
         self._count = self._size = 0
-        if self._greeting in [key for key, _ in ready]:
-            self._greet()  # first, so that datagrams that come now go to new subscribers
-        self._memory.measure()
         for key, _ in ready:
-            key.data()
+            if not isinstance(key.fileobj, DatagramReceiver):  # new subscribers before datagrams that come now
+                key.data()
+                self._upkeep_at = 0.0
+        for key, _ in ready:
+            if isinstance(key.fileobj, DatagramReceiver):
+                self._receive(key.fileobj)
         self._connections.read_due()
         now = time.monotonic()
+        if self._count:
+            self._greet_at = min(self._greet_at, now + GREET_SECONDS)
+            self._unmeasured += self._size
+            if self._unmeasured >= UNMEASURED or self._memory.short:
+                self._measure()
+        if now >= self._greet_at:
+            self._greet()
         if self._held.due_at and now >= self._held.due_at:
             self._held.hand_on(short=self._memory.short)
-        if now >= self._reporter.due_at:
+        if self._count:
+            self._let_fill(now)
+
+    def _measure(self) -> None:
+        self._unmeasured = 0
+        self._memory.measure()
+
+    def _keep_up(self) -> None:
+        """Do what is due beside receiving."""
+        self._measure()
+        if self._held_back and self._publisher.ready:
+            self._begin()
+        if self._leaving:
+            self._take_rest()
+        if time.monotonic() >= self._reporter.due_at:
             self._renew_listeners()
             self._renew_lender()
             self._spreader.renew()
@@ -287,9 +315,8 @@ class Worker:
             for feed in self._feeds.values():
                 feed.tell_exporters()
             self._report()
-        self._greet()  # what was published may have swallowed the edge by which the next turn would hear of one
-        if self._count:
-            self._let_fill(now)
+        self._greet()  # what was published may have swallowed the signal by which the next turn would hear of one
+        self._upkeep_at = 0.0 if self._leaving else self._reporter.due_at
 
     def _let_fill(self, now: float) -> None:
         """Wait a moment while datagrams keep coming: waking for each costs more than handling it.
@@ -313,6 +340,7 @@ class Worker:
 
         Repeat this until there are none: publishing may swallow the edge that signals the next one.
         """
+        self._greet_at = math.inf
         for feed in self._feeds.values():
             if feed.owes_mark:
                 feed.mark(time.time_ns())
@@ -323,6 +351,8 @@ class Worker:
             self._held.heed(prefixes, [name for name, feed in self._feeds.items() if feed.wanted])
             if self._reporter.asked_for(prefixes):
                 self._report()
+        if any(feed.owes_mark for feed in self._feeds.values()):
+            self._greet_at = time.monotonic() + GREET_SECONDS
 
     def _settle(self, *, at_once: bool = False) -> None:
         for feed in self._feeds.values():

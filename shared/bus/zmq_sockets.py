@@ -123,6 +123,8 @@ class Publisher:
         # mark a send is refused and counted; the default loses it in silence.
         self._socket.set(zmq.XPUB_VERBOSE, 1)
         self._socket.set(zmq.XPUB_NODROP, 1)
+        self._send = super(zmq.Socket, self._socket).send
+        """Without pyzmq's options of other socket types, which take longer than the call."""
         link.connect(self._socket, directory, "publish")
 
     @property
@@ -206,8 +208,8 @@ class Publisher:
     def _send(self, parts: Sequence[Part]) -> bool:
         try:
             for part in parts[:-1]:
-                self._socket.send(part, MORE)
-            self._socket.send(parts[-1], NOBLOCK)
+                self._send(part, MORE)
+            self._send(parts[-1], NOBLOCK)
         except zmq.Again:
             return False
         return True

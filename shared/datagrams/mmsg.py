@@ -91,6 +91,7 @@ class ReceiveArena:
         self._names_as_bytes = self.names.view(np.uint8).reshape(-1).data
         self._whole, self._single = self._vector(1)
         self._numbers = self._whole.view(np.uint32).reshape(-1).data
+        self._name_sizes = np.full(MAX_ROWS, SOCKADDR.itemsize, np.uint32).data
         self._split, self._pieces = self._vector(2)
         self._at = {id(headers): headers.ctypes.data for headers in (self._whole, self._split)}
         for pieces in (self._single, self._pieces):
@@ -152,7 +153,10 @@ class ReceiveArena:
 
     def restore(self, count: int) -> None:
         """Undo what the kernel wrote into the first `count` headers; due before the next `receive`."""
-        self.headers["namelen"][:count] = SOCKADDR.itemsize
+        if self.headers is self._whole:
+            self._numbers[2 : 16 * count : 16] = self._name_sizes[:count]
+        else:
+            self.headers["namelen"][:count] = SOCKADDR.itemsize
 
     def lengths(self, count: int) -> npt.NDArray[np.uint32]:
         """Sizes of the received datagrams, uint32, shape (count,): a view. One of `SLOT` bytes may have been cut."""
