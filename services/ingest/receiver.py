@@ -12,17 +12,18 @@ import numpy.typing as npt
 from services.ingest.batch_publisher import StreamFeed
 from services.ingest.replies import Replier
 from services.ingest.reuseport_sharing import leave_to_others
+from services.ingest.trains import split_trains
 from shared.bus.loans import CHUNK, LENT_SIZE
 from shared.datagrams.batch import DatagramBatch, Rows
-from shared.datagrams.limits import MAX_DATAGRAM, MAX_PAYLOAD
-from shared.datagrams.mmsg import ReceiveArena
+from shared.datagrams.limits import MAX_DATAGRAM, MAX_PAYLOAD, MAX_ROWS
+from shared.datagrams.mmsg import UDP_GRO, ReceiveArena
 from shared.ledger import BYTES, KERNEL_DROPPED, RECEIVE_ERRNO, RECEIVE_ERRORS, RECEIVED, TRUNCATED
 from shared.log import get_logger
 from shared.net.addresses import LOCAL_SENDER
 from shared.net.bpf import refuse_input
 from shared.net.sockets import InheritedSocket, close_listener, kernel_drops
 
-FEW_ROWS: Final = 16
+FEW_ROWS: Final = 64
 """Datagrams; handled one by one they cost less than as columns."""
 SMALLEST_STRIDE: Final = 256
 """Bytes, for datagrams of different lengths: a power of two not below the longest."""
@@ -35,10 +36,20 @@ log = get_logger()
 
 
 class DatagramReceiver:
-    """Receives from one UDP or AF_UNIX datagram socket; `account` is the listener's own."""
+    """Receives from one UDP or AF_UNIX datagram socket; `account` is the listener's own.
+
+    With `trains` the kernel may hand over many datagrams of one exporter as one piece (UDP_GRO, udp(7)).
+    """
 
     def __init__(
-        self, sock: socket.socket, feed: StreamFeed, account: Counter[str], arena: ReceiveArena, reply: bytes | None
+        self,
+        sock: socket.socket,
+        feed: StreamFeed,
+        account: Counter[str],
+        arena: ReceiveArena,
+        reply: bytes | None,
+        *,
+        trains: bool = False,
     ) -> None:
         self._socket = sock
         self._feed = feed
@@ -54,6 +65,7 @@ class DatagramReceiver:
                 self._kernel_dropped = kernel_drops(sock)
         self._stride = 0
         """Distance of the next datagrams in lent memory; 0: there may be too little to lend."""
+        self._trains = takes_trains(sock, wanted=trains and not reply)
         self.assign_stream(feed, account, reply)
 
     def assign_stream(self, feed: StreamFeed, account: Counter[str], reply: bytes | None) -> None:
@@ -75,7 +87,9 @@ class DatagramReceiver:
         arena = self._arena
         loan = self._feed.lend(LENT_SIZE) if self._stride else None
         try:
-            count = arena.receive(self._socket.fileno(), loan.memory if loan else None, self._stride)
+            count = arena.receive(
+                self._socket.fileno(), loan.memory if loan else None, self._stride, trains=self._trains
+            )
         except (
             OSError
         ) as error:  # an ICMP error to a reply of ours, or the kernel short of memory: the next call goes on
@@ -85,6 +99,8 @@ class DatagramReceiver:
             self._failures = self._account[RECEIVE_ERRNO] = 0
         if count == 0:
             return 0, 0
+        if self._trains and (segments := arena.segments(count)).any():
+            return self._take_trains(count, segments)
         if count <= FEW_ROWS and self._plain and loan is None:
             few = arena.lengths_of_few(count)
             if sum(few) < LENT_SIZE:
@@ -115,8 +131,38 @@ class DatagramReceiver:
         if self._replier:
             self._replier.reply(arena, count)
         arena.restore(count)
-        self._stride = stride_for(longest, equal=size == longest * count) if size >= LENT_SIZE else 0
+        self._stride = 0
+        if size >= LENT_SIZE and not self._trains:
+            self._stride = stride_for(longest, equal=size == longest * count)
         return count, size
+
+    def _take_trains(self, count: int, segments: Lengths) -> tuple[int, int]:
+        """Take datagrams of which some came together; they stand end to end as they came."""
+        received_ns, arena = time.time_ns(), self._arena
+        counts, lengths = split_trains(arena.lengths(count), segments)
+        datagrams, size = len(lengths), int(lengths.sum())
+        rows = np.repeat(arena.rows(count, self._family), counts)
+        rows["length"] = lengths
+        self._account[RECEIVED] += datagrams
+        self._account[BYTES] += size
+        wanted = self._feed.receive(datagrams, size)
+        payload = memoryview(arena.payload(0, count)) if wanted or self._numbered else memoryview(b"")
+        if self._numbered:
+            self._numbered.observe(DatagramBatch(self._feed.stream, received_ns, rows, payload))
+        arena.restore(count)
+        ends = np.append(0, np.cumsum(lengths))
+        start = 0 if wanted else datagrams
+        while start < datagrams:
+            loan = self._feed.lend(size)
+            fits = np.searchsorted(ends, ends[start] + (CHUNK if loan else MAX_PAYLOAD), "right") - 1
+            stop = min(start + MAX_ROWS, int(fits))
+            part = payload[ends[start] : ends[stop]]
+            if loan:
+                loan.memory[: len(part)] = part
+                part = loan.memory[: len(part)]
+            self._feed.publish(received_ns, rows[start:stop], part, loan)
+            start = stop
+        return datagrams, size
 
     def _take_few(self, lengths: list[int]) -> tuple[int, int]:
         """Take what has come without arrays, which cost more than a few datagrams do."""
@@ -191,6 +237,18 @@ class DatagramReceiver:
     def close(self) -> None:
         """Close the socket, and remove the path of an AF_UNIX one unless it was inherited."""
         close_listener(self._socket)
+
+
+def takes_trains(sock: socket.socket, *, wanted: bool) -> bool:
+    """Return whether a socket takes trains: what it was once told stays, for there may be some in its queue."""
+    if sock.family == socket.AF_UNIX or isinstance(sock, InheritedSocket):
+        return False  # who passed it may have asked for control messages that take the room
+    try:
+        if wanted:
+            sock.setsockopt(socket.IPPROTO_UDP, UDP_GRO, 1)
+        return bool(sock.getsockopt(socket.IPPROTO_UDP, UDP_GRO))
+    except OSError:  # before Linux 5.0
+        return False
 
 
 def stride_for(longest: int, *, equal: bool) -> int:

@@ -164,7 +164,7 @@ class Worker:
             self._accept(sock, feed, account)
         else:
             granted[stream.receive_buffer] = enlarge_receive_buffer(sock, stream.receive_buffer)
-            self._receive_from(sock, feed, account, stream.reply)
+            self._receive_from(sock, feed, account, stream)
 
     def _renew_listeners(self) -> None:
         """Bind paths again that others have removed, and join groups again whose interface is another one."""
@@ -202,12 +202,14 @@ class Worker:
             self._connections.leave(sock)
             self._begin_with(sock, partial(self._connections.listen, sock, feed, account))
 
-    def _receive_from(self, sock: socket.socket, feed: StreamFeed, account: Counter[str], reply: str | None) -> None:
-        answer = reply.encode() if reply else None
+    def _receive_from(self, sock: socket.socket, feed: StreamFeed, account: Counter[str], stream: Stream) -> None:
+        answer = stream.reply.encode() if stream.reply else None
         if receiver := self._receivers.get(sock):
             receiver.assign_stream(feed, account, answer)
             return
-        receiver = self._receivers[sock] = DatagramReceiver(sock, feed, account, self._arena, answer)
+        receiver = self._receivers[sock] = DatagramReceiver(
+            sock, feed, account, self._arena, answer, trains=stream.trains
+        )
         self._spreader.add(sock)
         self._begin_with(sock, partial(self._read, receiver))
 

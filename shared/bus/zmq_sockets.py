@@ -199,13 +199,13 @@ class Publisher:
             batch=batch,
         )
         parts += arrays
-        if not self._send(parts):
+        if not self._put(parts):
             return False
         numbering.sequence += 1
         numbering.total += len(batch) if batch is not None else count
         return True
 
-    def _send(self, parts: Sequence[Part]) -> bool:
+    def _put(self, parts: Sequence[Part]) -> bool:
         try:
             for part in parts[:-1]:
                 self._send(part, MORE)
@@ -222,7 +222,7 @@ class Publisher:
     def repeat(self, topic: str, body: Body, sequence: int, total: int, arrays: Sequence[Part]) -> bool:
         """Put a message on the bus under the numbers of another one. Return False when the queue is full."""
         parts = encode(topic, body, sender=self.sender, boot=self.boot, sequence=sequence, total=total)
-        return self._send([*parts, *arrays])
+        return self._put([*parts, *arrays])
 
     def close(self) -> None:
         """Stop publishing; what is queued is still sent while the context lingers."""

@@ -45,6 +45,9 @@ SOCKADDR: Final = np.dtype(
     }
 )
 """struct sockaddr_in and sockaddr_in6 in one: family and port stand at the same place in both."""
+CONTROL: Final = np.dtype([("len", "u8"), ("level", "i4"), ("type", "i4"), ("segment", "i4"), ("_pad", "u1", 4)])
+"""struct cmsghdr with the int that UDP_GRO brings, padded as CMSG_SPACE does."""
+UDP_GRO: Final = 104
 assert ctypes.sizeof(ctypes.c_void_p) == 8, "fanwire needs a 64-bit Linux"
 assert (IOVEC.itemsize, MMSGHDR.itemsize, SOCKADDR.itemsize) == (16, 64, 28)
 
@@ -93,6 +96,10 @@ class ReceiveArena:
         self._numbers = self._whole.view(np.uint32).reshape(-1).data
         self._name_sizes = np.full(MAX_ROWS, SOCKADDR.itemsize, np.uint32).data
         self._split, self._pieces = self._vector(2)
+        self._controls = np.zeros(MAX_ROWS, CONTROL)
+        self._whole["control"] = addresses_of(self._controls, CONTROL.itemsize, MAX_ROWS)
+        self._without_room = MAX_ROWS
+        """Headers, from the first on, that may leave no room for a control message."""
         self._at = {id(headers): headers.ctypes.data for headers in (self._whole, self._split)}
         for pieces in (self._single, self._pieces):
             pieces["base"][:, -1], pieces["len"][:, -1] = slots, SLOT
@@ -110,21 +117,29 @@ class ReceiveArena:
         headers["iov"], headers["iovlen"] = addresses_of(iovecs, pieces * IOVEC.itemsize, MAX_ROWS), pieces
         return headers, iovecs
 
-    def receive(self, descriptor: int, place: memoryview | None = None, stride: int = 0) -> int:
+    def receive(
+        self, descriptor: int, place: memoryview | None = None, stride: int = 0, *, trains: bool = False
+    ) -> int:
         """Receive what is there, at most `MAX_ROWS` datagrams, without waiting; return their number.
 
         OSError of the kernel.
 
         With a `place` the first `stride` bytes of each datagram go there, one datagram every `stride` bytes, and only
         the bytes beyond them go into its slot: datagrams that are no longer need not be moved afterwards.
+        Without a place, and with `trains`, `segments` tells afterwards which are several datagrams.
         """
         self._place, self._stride, self._joined = place, stride, None
         self.headers, most = self._whole, MAX_ROWS
+        if trains:
+            self.headers["controllen"][: self._without_room] = CONTROL.itemsize
+            self._without_room = 0
         if place is not None:
             self.headers, most = self._split, min(MAX_ROWS, len(place) // stride)
             start = np.uint64(np.frombuffer(place, np.uint8).ctypes.data)
             self._pieces["base"][:, 0], self._pieces["len"][:, 0] = self._number * np.uint64(stride) + start, stride
         self._count = count = self._receive(descriptor, most)
+        if self.headers is self._whole:
+            self._without_room = max(self._without_room, count)
         if count >= 0:
             return count
         number = ctypes.get_errno()
@@ -161,6 +176,13 @@ class ReceiveArena:
     def lengths(self, count: int) -> npt.NDArray[np.uint32]:
         """Sizes of the received datagrams, uint32, shape (count,): a view. One of `SLOT` bytes may have been cut."""
         return self.headers["len"][:count]
+
+    def segments(self, count: int) -> npt.NDArray[np.uint32]:
+        """Lengths that the received trains are to be cut at, uint32, shape (count,); 0 for a single datagram."""
+        controls = self._controls[:count]
+        told = self._whole["controllen"][:count] >= CONTROL.itemsize - 4
+        told &= (controls["level"] == socket.IPPROTO_UDP) & (controls["type"] == UDP_GRO)
+        return np.where(told, controls["segment"], 0).astype(np.uint32)
 
     def lengths_of_few(self, count: int) -> list[int]:
         """As `lengths`, for a few datagrams that were received without a place."""

@@ -27,6 +27,8 @@ class Stream(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Without it a reply is refused on a listener that is not loopback: forged sources would aim it at others."""
     receive_buffer: Bytes = 33_554_432
     """Bytes asked of the kernel for each UDP socket."""
+    trains: bool = False
+    """Lets the kernel hand over datagrams that come right behind each other as one piece; a dropped one counts once."""
     protocol: Protocol | None = None
     """Protocol of its UDP listeners, to count what is missing from the exporters' own numbers; none: nothing is
     counted."""
