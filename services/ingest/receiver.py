@@ -13,7 +13,7 @@ from services.ingest.batch_publisher import StreamFeed
 from services.ingest.replies import Replier
 from services.ingest.reuseport_sharing import leave_to_others
 from services.ingest.trains import split_trains
-from shared.bus.loans import CHUNK, LENT_SIZE
+from shared.bus.loans import CHUNK, LENT_SIZE, Loan
 from shared.datagrams.batch import DatagramBatch, Rows
 from shared.datagrams.limits import MAX_DATAGRAM, MAX_PAYLOAD, MAX_ROWS
 from shared.datagrams.mmsg import UDP_GRO, ReceiveArena
@@ -25,6 +25,8 @@ from shared.net.sockets import InheritedSocket, close_listener, kernel_drops
 
 FEW_ROWS: Final = 64
 """Datagrams; handled one by one they cost less than as columns."""
+MAX_TRAINS: Final = 64
+"""Pieces received at once where each may be a train: more would not stay in the cache until they are copied."""
 SMALLEST_STRIDE: Final = 256
 """Bytes, for datagrams of different lengths: a power of two not below the longest."""
 MAX_FAILURES: Final = 100
@@ -65,7 +67,8 @@ class DatagramReceiver:
                 self._kernel_dropped = kernel_drops(sock)
         self._stride = 0
         """Distance of the next datagrams in lent memory; 0: there may be too little to lend."""
-        self._trains = takes_trains(sock, wanted=trains and not reply)
+        self._trains = MAX_ROWS if takes_trains(sock, wanted=trains and not reply) else 0
+        """Pieces that the next call may bring where each may be a train; 0: none is."""
         self.assign_stream(feed, account, reply)
 
     def assign_stream(self, feed: StreamFeed, account: Counter[str], reply: bytes | None) -> None:
@@ -100,7 +103,7 @@ class DatagramReceiver:
         if count == 0:
             return 0, 0
         if self._trains and (segments := arena.segments(count)).any():
-            return self._take_trains(count, segments)
+            return self._take_trains(count, segments, loan)
         if count <= FEW_ROWS and self._plain and loan is None:
             few = arena.lengths_of_few(count)
             if sum(few) < LENT_SIZE:
@@ -131,12 +134,12 @@ class DatagramReceiver:
         if self._replier:
             self._replier.reply(arena, count)
         arena.restore(count)
-        self._stride = 0
-        if size >= LENT_SIZE and not self._trains:
-            self._stride = stride_for(longest, equal=size == longest * count)
+        self._stride = stride_for(longest, equal=size == longest * count) if size >= LENT_SIZE else 0
+        if self._trains:
+            self._stride, self._trains = 0, MAX_ROWS
         return count, size
 
-    def _take_trains(self, count: int, segments: Lengths) -> tuple[int, int]:
+    def _take_trains(self, count: int, segments: Lengths, loan: Loan | None) -> tuple[int, int]:
         """Take datagrams of which some came together; they stand end to end as they came."""
         received_ns, arena = time.time_ns(), self._arena
         counts, lengths = split_trains(arena.lengths(count), segments)
@@ -146,14 +149,29 @@ class DatagramReceiver:
         self._account[RECEIVED] += datagrams
         self._account[BYTES] += size
         wanted = self._feed.receive(datagrams, size)
-        payload = memoryview(arena.payload(0, count)) if wanted or self._numbered else memoryview(b"")
+        # Equal trains that fill their places stand end to end in lent memory; the next ones are received like these.
+        piece, per_piece = int(arena.lengths(count)[0]), int(counts[0])
+        alike = bool((arena.lengths(count) == piece).all() and (counts == per_piece).all())
+        if loan and alike and piece == self._stride and size >= LENT_SIZE and datagrams <= MAX_ROWS:
+            payload = loan.memory[:size]
+        else:
+            payload, loan = memoryview(arena.payload(0, count)), None
         if self._numbered:
             self._numbered.observe(DatagramBatch(self._feed.stream, received_ns, rows, payload))
+        if wanted and loan:
+            self._feed.publish(received_ns, rows, payload, loan)
+        elif wanted:
+            self._publish_stretches(received_ns, rows, payload)
         arena.restore(count)
-        ends = np.append(0, np.cumsum(lengths))
-        start = 0 if wanted else datagrams
-        while start < datagrams:
-            loan = self._feed.lend(size)
+        self._stride, self._trains = (piece, MAX_ROWS // per_piece) if alike else (0, MAX_TRAINS)
+        return datagrams, size
+
+    def _publish_stretches(self, received_ns: int, rows: Rows, payload: memoryview) -> None:
+        """Put datagrams that stand end to end on the bus, in as many batches as needed."""
+        ends = np.append(0, np.cumsum(rows["length"], dtype=np.int64))
+        start = 0
+        while start < len(rows):
+            loan = self._feed.lend(int(ends[-1] - ends[start]))
             fits = np.searchsorted(ends, ends[start] + (CHUNK if loan else MAX_PAYLOAD), "right") - 1
             stop = min(start + MAX_ROWS, int(fits))
             part = payload[ends[start] : ends[stop]]
@@ -162,7 +180,6 @@ class DatagramReceiver:
                 part = loan.memory[: len(part)]
             self._feed.publish(received_ns, rows[start:stop], part, loan)
             start = stop
-        return datagrams, size
 
     def _take_few(self, lengths: list[int]) -> tuple[int, int]:
         """Take what has come without arrays, which cost more than a few datagrams do."""

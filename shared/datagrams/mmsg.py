@@ -97,9 +97,8 @@ class ReceiveArena:
         self._name_sizes = np.full(MAX_ROWS, SOCKADDR.itemsize, np.uint32).data
         self._split, self._pieces = self._vector(2)
         self._controls = np.zeros(MAX_ROWS, CONTROL)
-        self._whole["control"] = addresses_of(self._controls, CONTROL.itemsize, MAX_ROWS)
-        self._without_room = MAX_ROWS
-        """Headers, from the first on, that may leave no room for a control message."""
+        for headers in (self._whole, self._split):
+            headers["control"] = addresses_of(self._controls, CONTROL.itemsize, MAX_ROWS)
         self._at = {id(headers): headers.ctypes.data for headers in (self._whole, self._split)}
         for pieces in (self._single, self._pieces):
             pieces["base"][:, -1], pieces["len"][:, -1] = slots, SLOT
@@ -117,29 +116,25 @@ class ReceiveArena:
         headers["iov"], headers["iovlen"] = addresses_of(iovecs, pieces * IOVEC.itemsize, MAX_ROWS), pieces
         return headers, iovecs
 
-    def receive(
-        self, descriptor: int, place: memoryview | None = None, stride: int = 0, *, trains: bool = False
-    ) -> int:
+    def receive(self, descriptor: int, place: memoryview | None = None, stride: int = 0, *, trains: int = 0) -> int:
         """Receive what is there, at most `MAX_ROWS` datagrams, without waiting; return their number.
 
         OSError of the kernel.
 
         With a `place` the first `stride` bytes of each datagram go there, one datagram every `stride` bytes, and only
         the bytes beyond them go into its slot: datagrams that are no longer need not be moved afterwards.
-        Without a place, and with `trains`, `segments` tells afterwards which are several datagrams.
+        With `trains`, at most so many pieces are received, and `segments` tells which of them are several datagrams.
         """
         self._place, self._stride, self._joined = place, stride, None
         self.headers, most = self._whole, MAX_ROWS
-        if trains:
-            self.headers["controllen"][: self._without_room] = CONTROL.itemsize
-            self._without_room = 0
         if place is not None:
             self.headers, most = self._split, min(MAX_ROWS, len(place) // stride)
             start = np.uint64(np.frombuffer(place, np.uint8).ctypes.data)
             self._pieces["base"][:, 0], self._pieces["len"][:, 0] = self._number * np.uint64(stride) + start, stride
+        if trains:
+            most = min(most, trains)
+            self.headers["controllen"][:most] = CONTROL.itemsize
         self._count = count = self._receive(descriptor, most)
-        if self.headers is self._whole:
-            self._without_room = max(self._without_room, count)
         if count >= 0:
             return count
         number = ctypes.get_errno()
@@ -180,7 +175,7 @@ class ReceiveArena:
     def segments(self, count: int) -> npt.NDArray[np.uint32]:
         """Lengths that the received trains are to be cut at, uint32, shape (count,); 0 for a single datagram."""
         controls = self._controls[:count]
-        told = self._whole["controllen"][:count] >= CONTROL.itemsize - 4
+        told = self.headers["controllen"][:count] >= CONTROL.itemsize - 4
         told &= (controls["level"] == socket.IPPROTO_UDP) & (controls["type"] == UDP_GRO)
         return np.where(told, controls["segment"], 0).astype(np.uint32)
 

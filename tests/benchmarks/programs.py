@@ -184,7 +184,7 @@ def running(name: str, task: Task, site: Site) -> Iterator[Program]:
 def _fanwire(stack: OpenStack, task: Task) -> Program:
     streams = "".join(
         f'[[stream]]\nname = "bench{number}"\nlisten = ["udp://{RELAY}:{PORT + number}"]\n'
-        f"receive_buffer = {task.buffer}\n"
+        f"receive_buffer = {task.buffer}\ntrains = {str(task.workload == 'trains').lower()}\n"
         for number in range(task.streams)
     )
     collectors = "".join(

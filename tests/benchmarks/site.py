@@ -15,7 +15,7 @@ from typing import Final
 
 import numpy as np
 
-from services.transmitter.headers import ETHERTYPE_IPV4, HEADERS4, LINK_SIZE, NEEDS_CSUM, UDP, fold
+from services.transmitter.headers import ETHERTYPE_IPV4, GSO_UDP_L4, HEADERS4, LINK_SIZE, NEEDS_CSUM, UDP, fold
 from services.transmitter.packet_socket import PACKET_VNET_HDR, SOCKADDR_LL, SOL_PACKET
 from shared.datagrams.mmsg import IOVEC, MMSGHDR, addresses_of, send
 from shared.net.sockets import MEMINFO, SO_MEMINFO, enlarge_receive_buffer, enlarge_send_buffer
@@ -66,6 +66,7 @@ class Offer:
         self._socket = sock
         payloads = workload.payloads()
         self.count = count = len(payloads)
+        self._together = together = workload.burst if workload.trains else 1
         self._payload = np.frombuffer(bytearray(b"".join(payloads)), np.uint8)
         lengths = np.array([len(payload) for payload in payloads])
         exporters = np.array([workload.exporter(number) for number in range(count)])
@@ -73,7 +74,10 @@ class Offer:
         headers["flags"], headers["csum_start"], headers["csum_offset"] = NEEDS_CSUM, 34, 6
         headers["ethernet"] = np.frombuffer(ethernet + ETHERTYPE_IPV4.to_bytes(2), "V14")
         headers["version"], headers["hop_limit"], headers["protocol"] = 0x45, 64, UDP
-        headers["length"], headers["udp_length"] = lengths + 28, lengths + 8
+        sizes = lengths * together
+        headers["length"], headers["udp_length"] = sizes + 28, sizes + 8
+        if workload.trains:
+            headers["gso_type"], headers["gso_size"], headers["header_length"] = GSO_UDP_L4, lengths, 42
         sources = b"".join(exporter_address(each).packed for each in range(workload.exporters))
         headers["source"] = np.frombuffer(sources, "V4")[exporters]
         headers["destination"] = np.frombuffer(socket.inet_aton(RELAY), "V4")
@@ -87,12 +91,13 @@ class Offer:
         pieces["base"][:, 0], pieces["len"][:, 0] = addresses_of(headers, HEADERS4.itemsize, count), HEADERS4.itemsize
         start = self._payload.ctypes.data
         self._ends = np.cumsum(lengths)
-        pieces["base"][:, 1], pieces["len"][:, 1] = start + np.cumsum(lengths) - lengths, lengths
+        pieces["base"][:, 1], pieces["len"][:, 1] = start + np.cumsum(lengths) - lengths, sizes
         name = SOCKADDR_LL.pack(socket.AF_PACKET, socket.htons(ETHERTYPE_IPV4), link_index, 0, 0, 6, ethernet[:6])
         self._name = np.frombuffer(name, np.uint8)
-        self._messages = messages = np.zeros(count, MMSGHDR)
+        messages = np.zeros(count, MMSGHDR)
         messages["name"], messages["namelen"] = self._name.ctypes.data, len(name)
         messages["iov"], messages["iovlen"] = addresses_of(pieces, 2 * IOVEC.itemsize, count), 2
+        self._messages = messages[::together].copy()
 
     def number_from(self, first: int, start: int, stop: int) -> None:
         """Give datagrams `start` to `stop` other numbers in their marks, counted from `first`."""
@@ -100,7 +105,8 @@ class Offer:
         self._payload[self._ends[start:stop, None] + np.arange(-9, -1)] = HEX_DIGITS[numbers & 15]
 
     def send(self, start: int, stop: int) -> None:
-        """Put datagrams `start` to `stop` on the cable."""
+        """Put datagrams `start` to `stop` on the cable, and whole trains."""
+        start, stop = start // self._together, -(-stop // self._together)
         while start < stop:
             taken, _ = send(self._socket.fileno(), self._messages, start, stop)
             start += taken
