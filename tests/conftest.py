@@ -14,7 +14,7 @@ import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
 from tests import once, openly, processes  # noqa: E402
-from tests.network import raise_ambient  # noqa: E402
+from tests.capabilities import raise_ambient  # noqa: E402
 from tests.openly import OpenStack  # noqa: E402
 from tests.stack import Stack, warm_start  # noqa: E402
 
@@ -80,23 +80,26 @@ def open_stack(lab: None) -> Iterator[OpenStack]:
         yield running
 
 
+def _descriptors() -> int:
+    """Return how many are open, apart from those that last for all tests."""
+    return len(list(Path("/proc/self/fd").iterdir())) - warm_start.cache_info().currsize
+
+
 @pytest.fixture(autouse=True)
 def no_leaks() -> Iterator[None]:
     """A test leaves no descriptor of its own process open."""
-    before = len(list(Path("/proc/self/fd").iterdir()))
+    before = _descriptors()
     yield
-    after = len(list(Path("/proc/self/fd").iterdir()))
+    after = _descriptors()
     if after > before:
         gc.collect()  # what refers to itself waits for it
-        after = len(list(Path("/proc/self/fd").iterdir()))
+        after = _descriptors()
     assert after <= before, f"{after - before} descriptors left open"
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Forget what was started before this test and its fixtures, by pytest itself for instance."""
-    if item.get_closest_marker(processes.MARKER):
-        warm_start()  # no test has opened what lasts for all
     processes.started.clear()
 
 

@@ -35,6 +35,13 @@ def enter_lab() -> str:
     return ""
 
 
+def enter_network(descriptor: int) -> None:
+    """Move this thread into the network namespace that the descriptor holds, setns(2)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.setns(descriptor, CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
 def assert_entered() -> None:
     """Refuse to make any device outside of the run's own namespace."""
     assert _entered, "not in a network namespace of our own: enter_lab() first"

@@ -22,65 +22,22 @@ from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Final, Self
 from zlib import crc32
 
 import pytest
 
-from tests.lab import CLONE_NEWNET, assert_entered, assert_no_way_out
+from tests.capabilities import ambient, check
+from tests.lab import CLONE_NEWNET, assert_entered, assert_no_way_out, enter_network
 from tests.stack import wait_until
 
-EVERYTHING: Final = (1 << 64) - 1  # sets of capabilities, see linux/capability.h
-NET_RAW: Final = 1 << 13
-CAPABILITY_VERSION_3: Final = 0x20080522
-PR_SET_SECUREBITS, PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, SECBIT_NOROOT = 28, 47, 2, 1  # linux/prctl.h
 SIOCETHTOOL, ETHTOOL_GTXCSUM, ETHTOOL_STXCSUM = 0x8946, 0x16, 0x17
 AF_NETLINK, NLMSG_DONE, RTM_NEWROUTE, RTM_GETROUTE, NLM_F_REQUEST_DUMP, RTN_UNICAST = 16, 3, 24, 26, 0x301, 1
 IFREQ: Final = struct.Struct("16sQ16x")
 OUTER, OUTER_HEADERS = ("192.0.2.1", "192.0.2.2"), 36  # of a tunnel: IPv4, UDP, VXLAN
 
 _libc = ctypes.CDLL(None, use_errno=True)
-
-
-def _check(result: int) -> int:
-    if result < 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return result
-
-
-def raise_ambient(kept: int = EVERYTHING) -> int:
-    """Let programs keep those of this thread's capabilities that are in `kept`; return what they kept before.
-
-    A user who is not root loses them at exec(2) unless they are inheritable and ambient, see capabilities(7); root gets
-    all of them, unless SECBIT_NOROOT says that root is a user like others. Also for preexec_fn.
-    """
-    header, sets = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0), (ctypes.c_uint32 * 6)()
-    _check(_libc.capget(header, sets))  # effective, permitted, inheritable: the low words, then the high ones
-    permitted, before = (sets[number] | sets[number + 3] << 32 for number in (1, 2))
-    sets[2], sets[5] = permitted & kept & 0xFFFFFFFF, (permitted & kept) >> 32
-    _check(_libc.capset(header, sets))  # what is no longer inheritable is no longer ambient
-    for number in range(64):
-        if permitted & kept & 1 << number:
-            _check(_libc.prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, number, 0, 0))
-    if os.geteuid() == 0 and NET_RAW in (kept, before):
-        _check(_libc.prctl(PR_SET_SECUREBITS, SECBIT_NOROOT if kept == NET_RAW else 0, 0, 0, 0))
-    return before
-
-
-with_net_raw = partial(raise_ambient, NET_RAW)
-"""For preexec_fn: the program has CAP_NET_RAW and no other capability, as under systemd's AmbientCapabilities."""
-
-
-@contextmanager
-def ambient(kept: int = EVERYTHING) -> Iterator[None]:
-    """Programs that this thread starts meanwhile have those of its capabilities."""
-    before = raise_ambient(kept)
-    try:
-        yield
-    finally:
-        raise_ambient(before)
 
 
 def run_privileged(command: list[str], text: str = "") -> str:
@@ -103,7 +60,7 @@ def _coming_back() -> Iterator[None]:
         yield
     finally:
         try:
-            _check(_libc.setns(before, CLONE_NEWNET))
+            enter_network(before)
         finally:
             os.close(before)
 
@@ -119,7 +76,7 @@ class Host:
         if shutil.which("nstat") is None:
             pytest.skip("ip and nstat, of iproute2, are not installed")
         with _coming_back():
-            _check(_libc.unshare(CLONE_NEWNET))
+            check(_libc.unshare(CLONE_NEWNET))
             self.descriptor = _own_namespace()
             self.run("ip", "link", "set", "lo", "up")
             assert_no_way_out()
@@ -141,7 +98,7 @@ class Host:
         assert_entered()
         assert self.descriptor is not None, "this host is gone, or was never entered by `with`"
         with _coming_back():
-            _check(_libc.setns(self.descriptor, CLONE_NEWNET))
+            enter_network(self.descriptor)
             yield
 
     def run(self, *command: str, text: str = "") -> str:

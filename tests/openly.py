@@ -14,9 +14,9 @@ from typing import Final
 
 import pytest
 
-from tests.network import NET_RAW, ambient
+from tests.capabilities import NET_RAW, ambient
 from tests.once import made_once
-from tests.stack import CHECKOUT, Running, Stack
+from tests.stack import CHECKOUT, FORKED, Running, Stack
 
 NOBODY: Final = 65534
 PACKAGES: Final = ("msgpack", "msgspec", "numpy", "pyroute2", "structlog", "zmq")
@@ -50,7 +50,9 @@ def program_for_all() -> tuple[str, Path]:
     if not _nobody_runs(interpreter, "-c", version):
         wanted = ".".join(map(str, sys.version_info[:2]))
         pytest.skip(f"needs a Python {wanted} that user nobody can read, and neither {sys.executable} nor Debian's is")
-    return interpreter, made_once("program", partial(_copy_program, interpreter))
+    program = made_once("program", partial(_copy_program, interpreter))
+    FORKED[interpreter, str(program)] = ("services.transmitter",)
+    return interpreter, program
 
 
 def _copy_program(interpreter: str, directory: Path) -> None:

@@ -13,9 +13,9 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryFile
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any, Final, Self
 
-from tests.warm_start import Process, Program, WarmStart
+from tests.warm_start import PROGRAMS, Process, WarmStart
 
 CHECKOUT = Path(__file__).parent.parent
 DRAIN_SECONDS = 4.0
@@ -37,10 +37,21 @@ def wait_until(
         time.sleep(0.01)
 
 
+FORKED: Final = {(sys.executable, str(CHECKOUT)): PROGRAMS}
+"""Programs that are started by a fork, by interpreter and directory."""
+
+
 @cache
-def warm_start() -> WarmStart:
-    """Return the process that forks for this one, begun when it is first asked for."""
-    return WarmStart(CHECKOUT)
+def warm_start(interpreter: str, checkout: str) -> WarmStart:
+    """Return the process that forks, begun when it is first asked for."""
+    return WarmStart(interpreter, checkout, FORKED[interpreter, checkout])
+
+
+def find_warm_start(command: Sequence[str], environment: Mapping[str, str]) -> WarmStart | None:
+    """Return what forks if a command, started here and now, would find in a fork what it finds by exec; else None."""
+    chosen = command[0], environment.get("PYTHONPATH", "")
+    found = warm_start(*chosen) if chosen in FORKED else None
+    return found if found and found.serves(command, environment) else None
 
 
 def start(
@@ -51,9 +62,8 @@ def start(
     by_exec: bool = False,
 ) -> Process:
     """Start a command with these files as standard input, output and error; by a fork where that is as good."""
-    if not by_exec and warm_start().serves(command, environment):
-        program = Program(command[2], command[3:], environment, str(directory))
-        return warm_start().start(program, [stream.fileno() for stream in streams])
+    if not by_exec and (found := find_warm_start(command, environment)):
+        return found.start(command, environment, directory, [stream.fileno() for stream in streams])
     stdin, stdout, stderr = streams
     return subprocess.Popen(command, stdin=stdin, stdout=stdout, stderr=stderr, env=environment, cwd=directory)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.capabilities import NET_RAW, ambient, with_net_raw
 from tests.capture import (
     Arrival,
     Capture,
@@ -23,19 +24,7 @@ from tests.capture import (
     reassemble,
 )
 from tests.forging import forging
-from tests.network import (
-    ETHTOOL_GTXCSUM,
-    HERE,
-    NET_RAW,
-    End,
-    Host,
-    ambient,
-    run_privileged,
-    sink,
-    tunnel,
-    veth,
-    with_net_raw,
-)
+from tests.network import ETHTOOL_GTXCSUM, HERE, End, Host, run_privileged, sink, tunnel, veth
 from tests.stack import wait_until
 
 pytestmark = pytest.mark.usefixtures("lab")

@@ -1,15 +1,21 @@
 """Programs that tests start by a fork behave as those that are started by exec."""
 
 import os
+import re
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.network import Host
-from tests.stack import Stack, warm_start
+from tests.openly import OpenStack
+from tests.stack import Running, Stack, find_warm_start
+from tests.warm_start import INHERITED
 
+NAMESPACE = Path("/proc/thread-self/ns/net")
 CONFIG = [sys.executable, "-m", "services.operator", "config"]
 
 
@@ -36,19 +42,56 @@ def test_a_signal_is_told_as_popen_tells_it(stack: Stack, by_exec: bool) -> None
 
 
 def test_other_surroundings_are_left_to_exec(stack: Stack) -> None:
-    """Nothing is forked where it would have another namespace, umask, locale, interpreter or checkout."""
-    serves, environment = warm_start().serves, stack.environment
-    assert serves(CONFIG, environment)
-    assert not serves(CONFIG, environment | {"PYTHONIOENCODING": "ascii"})
-    assert not serves(CONFIG, environment | {"LC_ALL": "C"})
-    assert not serves(CONFIG, environment | {"PYTHONPATH": "/"})
-    assert not serves(["/usr/bin/python3", *CONFIG[1:]], environment)
-    assert not serves(["env", *CONFIG], environment)
-    with Host() as elsewhere, elsewhere.entered():
-        assert not serves(CONFIG, environment)
+    """Nothing is forked where it would have another umask, locale, interpreter or checkout."""
+    environment = stack.environment
+    assert find_warm_start(CONFIG, environment)
+    assert not find_warm_start(CONFIG, environment | {"PYTHONIOENCODING": "ascii"})
+    assert not find_warm_start(CONFIG, environment | {"LC_ALL": "C"})
+    assert not find_warm_start(CONFIG, environment | {"PYTHONPATH": "/"})
+    assert not find_warm_start(["/usr/bin/python3", *CONFIG[1:]], environment)
+    assert not find_warm_start(["env", *CONFIG], environment)
     before = os.umask(0o077)
     try:
-        assert not serves(CONFIG, environment)
+        assert not find_warm_start(CONFIG, environment)
     finally:
         os.umask(before)
-    assert serves(CONFIG, environment)
+    assert find_warm_start(CONFIG, environment)
+
+
+def test_a_service_is_on_the_host_where_it_is_started(stack: Stack) -> None:
+    """Its network namespace is that of the thread that starts it."""
+    with Host() as elsewhere, elsewhere.entered():
+        assert find_warm_start(CONFIG, stack.environment)
+        here = NAMESPACE.readlink()
+        broker = stack.start("broker")
+    assert Path(f"/proc/{broker.process.pid}/ns/net").readlink() == here != NAMESPACE.readlink()
+
+
+@pytest.mark.parametrize("name", ["broker", "transmitter"])
+def test_a_service_has_the_rights_that_an_exec_leaves_it(open_stack: OpenStack, name: str) -> None:
+    """User, capabilities, signals, directory and descriptors are the same either way, also after the opener's exec."""
+    forked, executed = (rights(started) for started in either_way(open_stack, name))
+    assert forked == executed
+
+
+def either_way(stack: OpenStack, name: str) -> Iterator[Running]:
+    """Start a service by a fork, then by exec."""
+    if name != "broker":
+        stack.start("broker")
+    for stack.by_exec in (False, True):
+        yield (service := stack.start(name))
+        assert service.stop() == 0
+
+
+def rights(service: Running) -> dict[str, Any]:
+    """Return what a process was given, by proc(5)."""
+    of = Path(f"/proc/{service.process.pid}")
+    status = dict(line.split(":", 1) for line in (of / "status").read_text().splitlines())
+    descriptors: list[str] | None = None
+    if not os.geteuid():  # others may not look at a transmitter's
+        descriptors = sorted(re.sub("[0-9]+", "", str(entry.readlink())) for entry in (of / "fd").iterdir())
+    return {
+        "descriptors": descriptors,
+        "owner": of.stat().st_uid,  # root's if it is not dumpable
+        **{name: status[name] for name in (*INHERITED, "CapInh", "CapAmb", "SigCgt")},
+    }

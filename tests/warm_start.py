@@ -1,9 +1,9 @@
 """Starts the product's programs by a fork of a process that has imported them, which costs a tenth of an exec.
 
 What runs is what `python -m services.NAME` runs: the same module as `__main__`, with its own arguments, environment,
-directory, output and signals. Where a program would find something else than this process has (another network
-namespace, other privileges or limits, another interpreter or locale), it is started by exec instead; so are those whose
-memory or command line a test looks at.
+directory, output and signals, in the network namespace and with the capabilities of the thread that starts it. Where a
+program would find something else than this process has (another user, other limits, another interpreter or locale), it
+is started by exec instead; so are those whose memory or command line a test looks at.
 """
 
 import atexit
@@ -18,24 +18,29 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, NoReturn, Protocol
 
-PRELOADED: Final = (
-    "services.broker.__main__",
-    "services.gateway.__main__",
-    "services.ingest.__main__",
-    "services.forwarder.__main__",
-    "services.operator.__main__",
+from tests.capabilities import ambient, keep_only
+from tests.lab import enter_network
+
+PROGRAMS: Final = tuple(
+    f"services.{name}" for name in ("broker", "console", "forwarder", "gateway", "ingest", "operator", "transmitter")
 )
-PROGRAMS: Final = frozenset(name.removesuffix(".__main__") for name in PRELOADED)
+IMPORTED_LATER: Final = {
+    "services.console": ("services.console.server",),
+    "services.transmitter": ("services.transmitter.opener", "services.transmitter.unprivileged"),
+}
+"""Modules that a program imports when it has begun; for the operator, each command has its own."""
 READ_AT_START: Final = ("PYTHON", "LANG", "LC_", "OPENBLAS")
 """Beginnings of variables that the interpreter, or a library, reads before any of our code runs."""
-INHERITED: Final = ("Uid", "Gid", "Groups", "Umask", "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb", "NoNewPrivs",
-                    "Seccomp", "SigIgn", "SigBlk", "Cpus_allowed")  # fmt: skip
+INHERITED: Final = ("Uid", "Gid", "Groups", "Umask", "CapPrm", "CapEff", "CapBnd", "NoNewPrivs", "Seccomp", "SigIgn",
+                    "SigBlk", "Cpus_allowed")  # fmt: skip
 """Attributes that a process has from the one that starts it, as proc(5) names them."""
+COMMAND: Final = "import sys; sys.path.append(sys.argv[1]); from tests.warm_start import main; sys.path.pop(); main()"
+"""Runs `main` with the checkout's tests/, and with programs from elsewhere if PYTHONPATH says so."""
 
 
 class Process(Protocol):
@@ -68,6 +73,8 @@ class Program:
     arguments: Sequence[str]
     environment: Mapping[str, str]
     directory: str
+    capabilities: int | None = None
+    """Those that an exec would leave it; None for root, which keeps what it has."""
 
 
 class _Forked:
@@ -113,24 +120,31 @@ class _Forked:
 
 
 class WarmStart:
-    """The process that forks, as seen by tests."""
+    """The process that forks, as seen by tests: an interpreter that has imported programs from a directory."""
 
-    def __init__(self, checkout: Path) -> None:
+    def __init__(self, interpreter: str, checkout: str, programs: Sequence[str]) -> None:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            command = [sys.executable, "-m", "tests.warm_start", str(theirs.fileno())]
-            environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}  # what has threads can't be forked
-            self._process = subprocess.Popen(command, env=environment, cwd=checkout, pass_fds=[theirs.fileno()])
+        with theirs, ambient() if os.geteuid() else nullcontext():  # to enter other network namespaces
+            command = [
+                interpreter,
+                "-P",
+                "-c",
+                COMMAND,
+                str(Path(__file__).parent.parent),
+                str(theirs.fileno()),
+                *programs,
+            ]
+            environment = os.environ | {"PYTHONPATH": checkout, "OPENBLAS_NUM_THREADS": "1"}  # threads don't fork
+            self._process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()])
         assert self._control.recv(16) == b"ready"
-        self._has, self._path = _inherited(), str(checkout)
+        self._programs, self._has = programs, _inherited()
         atexit.register(self._end)
 
     def serves(self, command: Sequence[str], environment: Mapping[str, str]) -> bool:
-        """Return whether this command, started from here and now, finds there what it would find by exec."""
+        """Return whether this command of its interpreter, started from here and now, finds what it would by exec."""
         return (
-            list(command[:2]) == [sys.executable, "-m"]
-            and command[2] in PROGRAMS
-            and environment.get("PYTHONPATH") == self._path
+            command[1] == "-m"
+            and command[2] in self._programs
             and all(
                 os.environ.get(name) == environment.get(name)
                 for name in environment.keys() | os.environ.keys()
@@ -139,30 +153,42 @@ class WarmStart:
             and _inherited() == self._has
         )
 
-    def start(self, program: Program, streams: Sequence[int]) -> Process:
-        """Start it with these descriptors as standard input, output and error."""
-        ours, theirs = os.pipe()
+    def start(
+        self, command: Sequence[str], environment: Mapping[str, str], directory: Path, streams: Sequence[int]
+    ) -> Process:
+        """Start a program with these descriptors as standard input, output and error."""
+        program = Program(command[2], command[3:], environment, str(directory), _capabilities_after_exec())
         request = json.dumps(vars(program), default=dict).encode()
+        ours, theirs = os.pipe()
+        network = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
         try:
-            socket.send_fds(self._control, [request], [*streams, theirs])
+            socket.send_fds(self._control, [request], [*streams, theirs, network])
             return _Forked(int(self._control.recv(16)), ours)
         finally:
             os.close(theirs)
+            os.close(network)
 
     def _end(self) -> None:
         self._control.close()
         self._process.wait()
 
 
-def _inherited() -> dict[str, Any]:
-    """Return the attributes that a program started now would have from this thread."""
+def _status() -> dict[str, str]:
     lines = Path("/proc/thread-self/status").read_text().splitlines()
-    status = dict(line.split(":", 1) for line in lines)
+    return dict(line.split(":", 1) for line in lines)
+
+
+def _inherited() -> dict[str, Any]:
+    """Return the attributes that a program started now would have from this thread, apart from what it is told."""
+    status = _status()
     return {
-        **{name: status[name] for name in INHERITED},
-        "net": Path("/proc/thread-self/ns/net").stat().st_ino,
+        **{name: status[name] for name in (*INHERITED, *(() if os.geteuid() else ("CapInh", "CapAmb")))},
         **{name: resource.getrlimit(getattr(resource, name)) for name in dir(resource) if name.startswith("RLIMIT_")},
     }
+
+
+def _capabilities_after_exec() -> int | None:
+    return int(_status()["CapAmb"], 16) if os.geteuid() else None
 
 
 def _serve(control: socket.socket) -> Program | None:
@@ -180,43 +206,83 @@ def _serve(control: socket.socket) -> Program | None:
                     os.write(status, os.waitpid(pid, 0)[1].to_bytes(8))
                 os.close(status)
                 continue
-            request, descriptors, _, _ = socket.recv_fds(control, 1 << 17, 4)
+            request, descriptors, _, _ = socket.recv_fds(control, 1 << 17, 5)
             if not request:
                 return None
-            *streams, status = descriptors
+            *streams, status, network = descriptors
             pid = os.fork()
             if pid == 0:
                 control.close()
+                if os.fstat(network).st_ino != Path("/proc/self/ns/net").stat().st_ino:
+                    enter_network(network)
                 for number, descriptor in enumerate(streams):
                     os.dup2(descriptor, number)
                 os.closerange(3, max([*descriptors, *running, *(status for _, status in running.values())]) + 1)
                 return Program(**json.loads(request))
             control.send(b"%d" % pid)
-            for descriptor in streams:
+            for descriptor in (*streams, network):
                 os.close(descriptor)
             watched = os.pidfd_open(pid)
             running[watched] = pid, status
             poll.register(watched, select.POLLIN)
 
 
-def _main(control: int) -> None:
-    for name in PRELOADED:
-        importlib.import_module(name)
-        del sys.modules[name]  # runs again, as __main__
-    for name in sorted(set(COMMANDS.values())):
-        importlib.import_module(f"services.operator.{name}")
+def _import(programs: Sequence[str]) -> None:
+    for name in programs:
+        main = importlib.import_module(f"{name}.__main__")
+        for module in IMPORTED_LATER.get(name, ()):
+            importlib.import_module(module)
+        for command in sorted(set(getattr(main, "COMMANDS", {}).values())):
+            importlib.import_module(f"{name}.{command}")
+        del sys.modules[f"{name}.__main__"]  # runs again, as __main__
+
+
+class _Replaced(BaseException):
+    """The transmitter's opener has ended, and the transmitter begins in its place: arguments and environment."""
+
+
+_ended: Final[list[_Replaced]] = []
+"""Keeps what the opener referred to: sockets, which are now the transmitter's, would be closed otherwise."""
+
+
+def _replace(path: str, command: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
+    """Do in the opener's process what its execve(2) does there: see to `_run`."""
+    interpreter, isolated, _, *arguments = command
+    assert (path, interpreter, isolated) == (sys.executable, sys.executable, "-I")
+    raise _Replaced(arguments, environment)
+
+
+def _run(program: Program) -> None:
+    """Become the program, until it ends."""
+    if program.capabilities is not None:
+        keep_only(program.capabilities)
+    os.chdir(program.directory)
+    if program.module == "services.transmitter":
+        vars(os)["execve"] = _replace
+    try:
+        _execute(program.module, program.arguments, program.environment)
+    except _Replaced as replaced:
+        _ended.append(replaced)
+    if _ended:
+        for entry in list(Path("/proc/self/fd").iterdir()):
+            with suppress(OSError):  # the listing's own is closed by now
+                if not os.get_inheritable(int(entry.name)):
+                    os.close(int(entry.name))
+        _execute(program.module, *_ended[0].args)
+
+
+def _execute(module: str, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv[1:] = arguments
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def main() -> None:
+    """Import the programs named on the command line, then run one of them in each fork that is asked for."""
+    _, control, *programs = sys.argv[1:]
+    _import(programs)
     gc.collect()
     gc.freeze()
-    program = _serve(socket.socket(fileno=control))
-    if program is not None:
-        os.environ.clear()
-        os.environ.update(program.environment)
-        os.chdir(program.directory)
-        sys.argv[1:] = program.arguments
-        runpy.run_module(program.module, run_name="__main__", alter_sys=True)
-
-
-if __name__ == "__main__":
-    from services.operator.__main__ import COMMANDS
-
-    _main(int(sys.argv[1]))
+    if program := _serve(socket.socket(fileno=int(control))):
+        _run(program)

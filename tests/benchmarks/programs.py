@@ -174,6 +174,7 @@ def running(name: str, task: Task, site: Site) -> Iterator[Program]:
     """A program at work on the relay's host."""
     with ExitStack() as opened:
         stack = opened.enter_context(open_stack())
+        stack.by_exec = True  # as users start them
         opened.enter_context(site.relay.entered())
         program = _fanwire(stack, task) if name == "fanwire" else _peer(stack, name, task)
         # What is stopped, after an error, would not end by itself, nor end its own children.

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.capabilities import ambient
 from tests.deploy import confined
 from tests.deploy.test_units import INSTALLED, SERVICES, UNITS, lines, need
-from tests.network import ambient
 from tests.once import wheel
 from tests.stack import Running, Stack, ask_json, wait_until
 

@@ -27,6 +27,7 @@ fill_ms = 0
 
 def test_crowd_of_tiny_batches(open_stack: OpenStack) -> None:
     """A slow collector for which very many tiny batches wait: the oldest half goes each time that memory is short."""
+    open_stack.by_exec = True  # memory is to be the forwarder's own
     with small_site(open_stack) as (field, relay, siem), Collector(siem, "10.2.0.2", LIVE):
         open_stack.configure(
             f'{SETTINGS}{CROWDED}[[collector]]\nname = "slow"\nstreams = ["*"]\naddress = "10.2.0.2"\nport = {LIVE}\n'

@@ -8,9 +8,10 @@ from typing import Final
 from shared.bus.messages import TRANSMIT_TOPIC, TransmitReply, TransmitRequest
 from shared.bus.zmq_sockets import Publisher, Requests, Subscriber
 from tests.builders import BusEnds, take, wait_wanted
+from tests.capabilities import ambient
 from tests.capture import Capture
 from tests.documents import block
-from tests.network import End, Host, ambient, veth
+from tests.network import End, Host, veth
 from tests.openly import OpenStack
 from tests.stack import Running, ask_json, wait_until
 from tests.system.test_fan_out import need

@@ -20,6 +20,7 @@ CONNECTIONS = 1000
 @pytest.fixture
 def gateway(stack: Stack) -> Running:
     """A gateway with little memory, and the broker it needs."""
+    stack.by_exec = True  # its memory is to be its own
     stack.configure(f"[gateway]\nmemory = {CEILING}\nrequest_seconds = 60\n")
     stack.start("broker")
     return stack.start("gateway")

@@ -5,7 +5,8 @@ import pytest
 
 from services.operator.checksum_offload import checksum_offload, switch_checksum_offload
 from tests.builders import BusEnds
-from tests.network import HERE, NET_RAW, End, Host, ambient, veth
+from tests.capabilities import NET_RAW, ambient
+from tests.network import HERE, End, Host, veth
 from tests.services.operator.played import PlayedTransmitter, finish
 from tests.stack import Running, Stack
 

@@ -15,7 +15,7 @@ from typing import Any, Final
 import pytest
 
 from services.transmitter.privileges import outside_uid
-from tests.network import with_net_raw
+from tests.capabilities import with_net_raw
 from tests.stack import CHECKOUT
 
 NOBODY: Final = 65534

@@ -20,8 +20,8 @@ from services.transmitter import opener
 from services.transmitter.privileges import Opened, unparse
 from shared.process import lifecycle
 from shared.settings.tables import Bus, Transmitter
+from tests.capabilities import NET_RAW
 from tests.deploy.confined import SCMP_ACT_ALLOW, SCMP_ACT_ERRNO, SCMP_CMP_EQ, Comparison, Filter
-from tests.network import NET_RAW
 from tests.services.transmitter.started import IS_ROOT, NOBODY, Started, as_nobody, as_nobody_with_net_raw, started
 from tests.stack import CHECKOUT, Stack
 

@@ -10,7 +10,7 @@ import pytest
 
 from services.transmitter import opener, privileges
 from services.transmitter.privileges import KINDS, RawSockets, adopt, outside_uid, prove, unparse
-from tests.network import raise_ambient
+from tests.capabilities import raise_ambient
 from tests.services.transmitter.started import (
     IS_ROOT,
     PR_SET_KEEPCAPS,
