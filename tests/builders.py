@@ -1,7 +1,6 @@
 """Builds what several tests need: batches, envelopes, clients, and the test's own ends of the bus."""
 
 import signal
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -243,7 +242,7 @@ class PlayedGateway:
         self.publisher = bus.publisher("gateway.1")
         self._requests = Requests("gateway.1", self.publisher.boot)
         self.replies = bus.subscriber(self._requests.topic)
-        time.sleep(0.2)  # the subscription has to reach who answers, which can't be seen from here
+        wait_wanted(self.publisher, self._requests.topic)  # here, and so on its way to those that answer
 
     def announce(self, revision: int, *clients: Client) -> None:
         """Publish the whole registry, to somebody who has subscribed to it."""

@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, settings  # noqa: E402
 from tests import once, openly, processes  # noqa: E402
 from tests.capabilities import raise_ambient  # noqa: E402
 from tests.openly import OpenStack  # noqa: E402
-from tests.stack import Stack, warm_start  # noqa: E402
+from tests.stack import Stack  # noqa: E402
+from tests.warm_start import lasting  # noqa: E402
 
 # A busy machine is no reason to fail: examples may take as long as they take.
 settings.register_profile("fanwire", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -27,6 +28,7 @@ settings.load_profile("fanwire")
 # ignored by all that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 if os.environ.get("PYTEST_XDIST_WORKER") and os.geteuid():
     raise_ambient(0)  # what it was given to enter the lab is not for programs under test
@@ -82,7 +84,7 @@ def open_stack(lab: None) -> Iterator[OpenStack]:
 
 def _descriptors() -> int:
     """Return how many are open, apart from those that last for all tests."""
-    return len(list(Path("/proc/self/fd").iterdir())) - warm_start.cache_info().currsize
+    return len(list(Path("/proc/self/fd").iterdir())) - len(lasting)
 
 
 @pytest.fixture(autouse=True)

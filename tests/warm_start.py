@@ -43,6 +43,10 @@ COMMAND: Final = "import sys; sys.path.append(sys.argv[1]); from tests.warm_star
 """Runs `main` with the checkout's tests/, and with programs from elsewhere if PYTHONPATH says so."""
 
 
+lasting: Final[list[int]] = []
+"""Descriptors that stay open as long as this process: those by which others are told to fork."""
+
+
 class Process(Protocol):
     """The part of subprocess.Popen that tests use, whichever way the process was started."""
 
@@ -137,6 +141,7 @@ class WarmStart:
             environment = os.environ | {"PYTHONPATH": checkout, "OPENBLAS_NUM_THREADS": "1"}  # threads don't fork
             self._process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()])
         assert self._control.recv(16) == b"ready"
+        lasting.append(self._control.fileno())
         self._programs, self._has = programs, _inherited()
         atexit.register(self._end)
 

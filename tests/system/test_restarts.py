@@ -149,7 +149,9 @@ def test_a_restart_of_a_sender_loses_nothing_and_a_kill_nothing_that_is_not_coun
         assert lost - unsure <= sent - left_out - len(arrived) <= lost
     assert all(number % 2 for number in sinks["some"].numbers)
     some = found["some"]
-    assert abs(some["filtered"] - some["offered"] / 2) <= 8 + some.get("dropped_unsure", 0)  # half of each burst of 8
+    # Half of each burst of 8, and what was under way to one or the other at a kill: more where bursts have piled up.
+    unsure = max(account.get("dropped_unsure", 0) for account in found.values())
+    assert abs(some["filtered"] - some["offered"] / 2) <= 8 + unsure
     losses = {(each["of"], each["what"]): each["lost"] for each in ledger_losses(open_stack)}
     assert losses.get(("counted", "unserved"), 0) == found["counted"].get("dropped_unserved", 0)
 
