@@ -55,7 +55,7 @@ def await_all(collectors: list[CheckingCollector], count: int) -> None:
     wait_until(lambda: all(each.received >= count for each in collectors), f"{count} datagrams at every collector")
 
 
-@pytest.mark.parametrize("datagrams", [30_000, pytest.param(1_000_000, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("datagrams", [10_000, pytest.param(1_000_000, marks=pytest.mark.soak)])
 def test_every_byte_reaches_every_collector(stack: Stack, datagrams: int) -> None:
     """Mixed sizes from many exporters, IPv4 and IPv6, two workers, four collectors: every copy equal and in order."""
     stack.configure(f'{PATIENT}[[stream]]\nname = "mixed"\nlisten = ["udp://127.0.0.1:7000", "udp://[::1]:7000"]\n')

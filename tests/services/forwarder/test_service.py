@@ -488,7 +488,7 @@ def test_many_entries_of_one_address_cost_another_nothing(
     missed = accounts["collector/fine"]["missed"]
     fine.take(accounts["collector/fine"]["sent"])
     payloads = [b"%d." % row + bytes(7 * row) for row in range(100)]  # of sizes that do not leave together
-    for _ in range(3):
+    for _ in range(2):
         freeze(stack["forwarder"])
         for _ in range(80):
             worker.publish(payloads)
