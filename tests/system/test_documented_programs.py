@@ -5,8 +5,6 @@ import re
 import socket
 import sys
 
-import pytest
-
 from tests.stack import Stack, ask, wait_until
 
 # The documented TCP client: connect, send the name, read to the end.

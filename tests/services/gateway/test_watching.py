@@ -139,8 +139,8 @@ def test_list_behind_what_a_watcher_has_not_read(stack: Stack, talk: Any) -> Non
     stack.start("gateway")
     slow, actor = talk(), talk()
     slow.ask("watch")
-    for _ in range(60):
-        actor.connection.sendall(b'{"op":"register","name":"n"}\n' * 200)
+    for _ in range(20):
+        actor.connection.sendall(b'{"op":"register","name":"%s"}\n' % (b"n" * 250) * 200)
         for _ in range(200):
             assert actor.read()["ok"]
     slow.connection.sendall(b'{"op":"list"}\n')
@@ -273,8 +273,8 @@ def test_who_does_not_read_is_cut_off(stack: Stack, talk: Any) -> None:
     watcher, actor = talk(), talk()
     begin = watcher.ask("watch")["revision"]
     before = gateway.resident_mb()
-    for _ in range(5000):
-        actor.connection.sendall(b'{"op":"register","name":"n"}\n')
+    for _ in range(2000):
+        actor.connection.sendall(b'{"op":"register","name":"%s"}\n' % (b"n" * 250))
         assert actor.read()["ok"]
         assert watcher.read()["revision"] == (begin := begin + 1)
     assert gateway.resident_mb() - before < 20
