@@ -45,12 +45,17 @@ class _Graph:
     """References from function to function, each found out once."""
 
     def __init__(self) -> None:
-        self._referred: dict[
-            int, tuple[object, list[object]]
-        ] = {}  # with what has the id, so that nothing else gets it
+        # Each with what has the id, so that nothing else gets it.
+        self._referred: dict[int, tuple[object, list[object]]] = {}
+        self._starts: dict[int, bool] = {}
 
     def starts(self, found: object) -> bool:
         """Return whether `found`, or anything of tests/ that its names lead to, refers to what starts processes."""
+        if id(found) not in self._starts:
+            self._starts[id(found)] = self._finds_starter(found)
+        return self._starts[id(found)]
+
+    def _finds_starter(self, found: object) -> bool:
         seen, waiting = set[int](), [found]
         while waiting:
             each = waiting.pop()
