@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from services.console.guard import Holder
 from services.console.watch import Watch
@@ -36,7 +36,7 @@ log = get_logger()
 
 
 class Admin:
-    """Removes clients and sends probes; every answer is a sentence."""
+    """Removes, withholds and releases clients, and sends probes; every answer is a sentence."""
 
     def __init__(self, watch: Watch, settings: Settings) -> None:
         self.settings = settings
@@ -45,19 +45,33 @@ class Admin:
 
     async def remove(self, holder: Holder, name: str, generation: int) -> Said:
         """Remove a client, unless it has signed up anew since it was seen."""
+        said = await self._ask(holder, f"{name} has been removed", "leave", name=name, generation=generation)
+        if said[0] == 200:
+            log.info(REMOVED_BY_ADMIN, client=name, by=holder.name)
+        return said
 
-        def leave() -> None:
+    async def withhold(self, holder: Holder, name: str, reason: str) -> Said:
+        """Stop the copies to a collector; the gateway logs it."""
+        return await self._ask(holder, f"{name} gets no copies now", "withhold", name=name, reason=reason)
+
+    async def release(self, holder: Holder, name: str) -> Said:
+        """Let a collector have its copies again; the gateway logs it."""
+        return await self._ask(holder, f"{name} gets its copies again", "release", name=name)
+
+    async def _ask(self, holder: Holder, done: str, op: str, **fields: Any) -> Said:
+        """Have the gateway do something; `done` is the sentence if it does."""
+
+        def ask() -> None:
             with self._open_registry(holder) as registry:
-                registry.ask("leave", name=name, generation=generation)
+                registry.ask(op, **fields)
 
         try:
-            await _in_thread(leave)
+            await _in_thread(ask)
         except RefusedError as refused:
             return 409, str(refused)
         except OperatorError as error:
             return 503, str(error)
-        log.info(REMOVED_BY_ADMIN, client=name, by=holder.name)
-        return 200, f"{name} has been removed"
+        return 200, done
 
     async def probe(self, holder: Holder, name: str) -> Said:
         """Send a probe to a stream, for copies with each source that this host can send; say how it went."""

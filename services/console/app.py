@@ -44,6 +44,15 @@ class _Removal(msgspec.Struct, forbid_unknown_fields=True):
     generation: int
 
 
+class _Order(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
+    reason: str = ""
+
+
+class _Release(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
+
+
 class _Probe(msgspec.Struct, forbid_unknown_fields=True):
     stream: str
 
@@ -75,11 +84,16 @@ class Console:
             "/readyz": self._readyz,
             "/{part}": self._part,
         }
-        changes = {f"{CHANGES}remove": self._remove, f"{CHANGES}probe": self._probe}
+        changes: dict[str, Callable[[Request], Any]] = {
+            "remove": self._remove,
+            "withhold": self._withhold,
+            "release": self._release,
+            "probe": self._probe,
+        }
         return Starlette(
             routes=[
                 *(Route(path, answer, methods=["GET"]) for path, answer in routes.items()),
-                *(Route(path, answer, methods=["POST"]) for path, answer in changes.items()),
+                *(Route(CHANGES + change, answer, methods=["POST"]) for change, answer in changes.items()),
             ]
         )
 
@@ -169,6 +183,16 @@ class Console:
         if (asked := await _read(request, _Removal)) is None:
             return PlainTextResponse("expected a JSON object with the fields name and generation", 400)
         return _said(await self.admin.remove(request.scope[ADMIN], asked.name, asked.generation))
+
+    async def _withhold(self, request: Request) -> Response:
+        if (asked := await _read(request, _Order)) is None:
+            return PlainTextResponse("expected a JSON object with the field name, and reason", 400)
+        return _said(await self.admin.withhold(request.scope[ADMIN], asked.name, asked.reason))
+
+    async def _release(self, request: Request) -> Response:
+        if (asked := await _read(request, _Release)) is None:
+            return PlainTextResponse("expected a JSON object with the field name", 400)
+        return _said(await self.admin.release(request.scope[ADMIN], asked.name))
 
     async def _probe(self, request: Request) -> Response:
         if (asked := await _read(request, _Probe)) is None:

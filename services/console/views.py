@@ -165,6 +165,9 @@ def show_stream(stream: Stream) -> View:
 def show_collector(collector: Collector, clock: float) -> View:
     """Return a collector's row."""
     client = collector.client
+    since = None if collector.since is None else collector.since + clock
+    if client.withheld:
+        since = client.withheld.since
     return {
         "name": client.name,
         "generation": client.generation,
@@ -176,7 +179,7 @@ def show_collector(collector: Collector, clock: float) -> View:
         "sample": client.sample,
         "group": client.group[:8],
         "health": collector.health,
-        "since": None if collector.since is None else round(collector.since + clock, 1),
+        "since": None if since is None else round(since, 1),
         "sender": collector.sender,
         "sent": collector.sent,
         "rate": _round(collector.rate),

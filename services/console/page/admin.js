@@ -16,9 +16,12 @@ async function change(what, body) {
   }
 }
 
-/** A button that asks for a change, and the sentence that answers; `body()` is what to send, or a text: why nothing is. */
-export function changeButton(title, busy, what, body) {
-  const button = html("button", { type: "button", class: "act" }, title);
+/**
+ * A button that asks for a change, and the sentence that answers; `body()` is what to send, or a text: why nothing is.
+ * `title()` and `what()` may change: `refresh` of the element shows that.
+ */
+export function changeButton(title, busy, what, body, after = () => {}) {
+  const button = html("button", { type: "button", class: "act" }, title());
   const answer = html("p", { class: "answer", role: "status" });
   button.addEventListener("click", async () => {
     const asked = body();
@@ -26,13 +29,16 @@ export function changeButton(title, busy, what, body) {
     button.disabled = true;
     say(button, busy);
     say(answer, "");
-    const { done, text } = await change(what, asked);
+    const { done, text } = await change(what(), asked);
     button.disabled = false;
-    say(button, title);
+    await after();
+    say(button, title());
     say(answer, text.trim());
     answer.classList.toggle("bad", !done || text.startsWith("error"));
   });
-  return html("div", { class: "datagram" }, button, answer);
+  const element = html("div", { class: "datagram" }, button, answer);
+  element.refresh = () => button.disabled || say(button, title());
+  return element;
 }
 
 /** The form in which the token is given; `onChange` is called when there are buttons, or none any more. */

@@ -38,24 +38,39 @@ export class Detail {
     this.timer = setInterval(() => this.load(), 5000);
   }
 
-  /** Buttons for an admin: a collector can be removed, and a probe sent to a stream. */
+  /** Buttons for an admin: a collector can be withheld, released and removed, and a probe sent to a stream. */
   showChanges() {
     const { kind, name } = this;
     if (kind === null) return;
     this.changes.hidden = !allowed || kind === "exporter";
+    const withheld = () => this.row && this.row.order;
+    this.withholding = null;
     if (this.changes.hidden) this.changes.replaceChildren();
-    else if (kind === "collector")
+    else if (kind === "collector") {
+      this.withholding = changeButton(
+        () => (withheld() ? "Release its copies" : "Withhold its copies"),
+        "Telling its sender …",
+        () => (withheld() ? "release" : "withhold"),
+        () => {
+          if (withheld()) return { name };
+          const reason = prompt(`Withhold the copies of ${name}? It stays signed up, and gets none until they are released. The reason, if you like:`);
+          return reason === null ? "" : { name, reason };
+        },
+        () => this.load(),
+      );
       this.changes.replaceChildren(
+        html("h2", {}, "Withhold ", html("small", {}, "it stays signed up, and gets no copies until they are released")),
+        this.withholding,
         html("h2", {}, "Remove ", html("small", {}, "it gets no more copies until it signs up again")),
-        changeButton("Remove this collector", "Removing it …", "remove", () => {
+        changeButton(() => "Remove this collector", "Removing it …", () => "remove", () => {
           if (!this.row) return "it is not there now";
           return confirm(`Remove the collector ${name}? It gets no more copies until it signs up again.`) ? { name, generation: this.row.generation } : "";
         }),
       );
-    else
+    } else
       this.changes.replaceChildren(
         html("h2", {}, "Probe ", html("small", {}, "a marked datagram to this stream; its other collectors get a copy too")),
-        changeButton("Send a probe", "Waiting for its copy …", "probe", () => ({ stream: name })),
+        changeButton(() => "Send a probe", "Waiting for its copy …", () => "probe", () => ({ stream: name })),
       );
   }
 
@@ -86,6 +101,7 @@ export class Detail {
       this.word.dataset.word = row.health;
       say(this.word, row.since === null ? row.health : `${row.health} for ${duration(now - row.since)}, since ${clock(row.since)}`);
     }
+    if (this.withholding) this.withholding.refresh();
     drawChart(this.chart, rates, losses);
   }
 
@@ -133,11 +149,18 @@ function collectorFacts(row) {
     ["lost by cause", row.lost === null ? UNKNOWN : causes.join(", ") || "none"],
     ["waiting", whole(row.held)],
     ["filtered, sampled or shared out", whole(row.kept_back)],
+    ...(row.order || row.withheld ? [["withheld by an admin", whole(row.withheld)]] : []),
+    ...(row.order ? [["withheld since", order(row.order)]] : []),
     ["from", row.from.join(", ") || "every exporter"],
     ...(row.sample > 1 ? [["sample", `1 in ${row.sample}`]] : []),
     ...(row.group ? [["group", row.group]] : []),
     ["counted by", row.sender || UNKNOWN],
   ];
+}
+
+function order({ by, since, reason }) {
+  const when = new Date(since * 1000).toLocaleString("en-GB");
+  return `${when}${by ? `, by ${by}` : ""}${reason ? `: ${reason}` : ""}`;
 }
 
 function exporterFacts(row) {

@@ -86,7 +86,7 @@ export class Flow {
     }
     for (const copy of flow.copies) {
       const end = outgoing.get(named(copy.to));
-      const bad = end && !["ok", "unknown", "slow"].includes(end.health);
+      const bad = end && !["ok", "unknown", "slow", "withheld"].includes(end.health);
       put(`out ${copy.from} ${named(copy.to)}`, streams.get(copy.from), end, at.middle + BAR, at.right, copy.rate || 0, bad ? "bad" : "");
     }
     this.drop(this.bands, used);
@@ -139,7 +139,7 @@ export class Flow {
     }
     for (const node of columns.outgoing) {
       const middle = node.y + node.height / 2;
-      const bad = !["ok", "unknown", "slow"].includes(node.health);
+      const bad = !["ok", "unknown", "slow", "withheld"].includes(node.health);
       bar(`bar out ${node.key}`, node, at.right, bad ? "bad" : node.value ? "" : "idle");
       const x = at.right + BAR + (node.losing > 0 ? 24 : 7);
       text(`name out ${node.key}`, x, middle - 1, node.name === null ? `${node.count} others` : node.name, "", "start");
@@ -147,7 +147,7 @@ export class Flow {
         leak(`leak out ${node.key}`, at.right + BAR, middle - 6, node.losing, node.kinds[0] || "unreachable");
         text(`rate out ${node.key}`, x, middle + 12, `−${rate(node.losing)} ${narrow ? "" : spoken(node.causes[0] || "lost")}`, "lost", "start");
       } else {
-        text(`rate out ${node.key}`, x, middle + 12, bad ? node.health : rate(node.rate), bad ? "lost" : "rate", "start");
+        text(`rate out ${node.key}`, x, middle + 12, bad || node.health === "withheld" ? node.health : rate(node.rate), bad ? "lost" : "rate", "start");
       }
     }
     if (!columns.outgoing.length) text("none out", at.right + BAR + 7, 60, "nobody", "rate", "start");

@@ -43,7 +43,10 @@ def test_the_page_beside_a_running_stack(stack: Stack) -> None:
         page.on("console", lambda message: errors.extend([message.text] * (message.type == "error")))
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on(
-            "dialog", lambda dialog: errors.extend([dialog.message] * ("Remove the collector" not in dialog.message))
+            "dialog",
+            lambda dialog: errors.extend(
+                [dialog.message] * (not dialog.message.startswith(("Remove the collector", "Withhold the copies")))
+            ),
         )
         page.goto("http://127.0.0.1:8080/")
 
@@ -102,12 +105,26 @@ def check_changes(page: Any) -> None:
         remove.click()
     assert "Remove the collector siem?" in asked.value.message
     assert "siem" in ask_json({"op": "list"})["clients"]
+    check_withholding(page)
     page.once("dialog", lambda dialog: dialog.accept())
     remove.click()
     wait_until(lambda: "siem has been removed" in page.locator("#detail").inner_text(), "it is removed")
     assert list(ask_json({"op": "list"})["clients"]) == [HOSTILE]
     page.get_by_role("button", name="Forget it").click()
     wait_until(lambda: remove.count() == 0, "there are no buttons any more")
+
+
+def check_withholding(page: Any) -> None:
+    """The page of a collector says that its copies are withheld, since when and why; the same button releases them."""
+    page.once("dialog", lambda dialog: dialog.accept(HOSTILE))
+    page.get_by_role("button", name="Withhold its copies").click()
+    wait_until(lambda: f"by boss: {HOSTILE}" in page.locator("#detail").inner_text(), "the reason is shown, as text")
+    assert "withheld for" in page.locator("#detail h1").inner_text()
+    check_access(page)
+    assert ask_json({"op": "list"})["withheld"]["siem"]["by"] == "boss"
+    page.get_by_role("button", name="Release its copies").click()
+    page.get_by_role("button", name="Withhold its copies").wait_for()
+    assert ask_json({"op": "list"})["withheld"] == {}
 
 
 def check_widths(page: Any) -> None:

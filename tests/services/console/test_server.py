@@ -230,6 +230,17 @@ def test_an_admin_removes_a_collector_and_sends_a_probe(stack: Stack) -> None:
     assert change("remove", {**wanted, "generation": siem["generation"] + 1})[0] == 409
     assert "siem" in ask_json({"op": "list"})["clients"]
 
+    for body in ({}, {"name": "siem", "reason": 1}):
+        assert change("withhold", body) == (400, "expected a JSON object with the field name, and reason")
+    assert change("release", {"name": "siem"})[0] == 409
+    assert change("withhold", {"name": "siem", "reason": "slow"}, "secret noc")[0] == 403
+    assert change("withhold", {"name": "siem", "reason": "slow"}) == (200, "siem gets no copies now")
+    assert ask_json({"op": "list"})["withheld"]["siem"].items() >= {"by": "boss", "reason": "slow"}.items()
+    wait_until(lambda: 'health="withheld"} 1.0' in fetch("/metrics")[1], "metrics say so too")
+    assert change("release", {"name": "siem"}) == (200, "siem gets its copies again")
+    (line,) = stack["gateway"].events("copies withheld by an admin")
+    assert (line["client"], line["reason"], "by 'boss'" in line["by"]) == ("siem", "slow", True)
+
     assert change("remove", wanted) == (200, "siem has been removed")
     assert list(ask_json({"op": "list"})["clients"]) == ["fixed"]
     fixed = ask_json({"op": "list"})["clients"]["fixed"]

@@ -1,9 +1,10 @@
 from typing import Any
 
+import msgspec
 import pytest
 
 from shared.bus.messages import Body, Exporters, Health, Message, RegistrySnapshot, Status, Troubled
-from shared.client import Client
+from shared.client import Client, Withheld
 from shared.ledger import Accounts, unparse_origin
 from shared.losses import PLACES, kind_of
 from shared.monitoring.observer import FORGET_SECONDS, SILENT_SECONDS, Observer
@@ -181,3 +182,18 @@ def test_kinds_of_causes(cause: str, kind: str) -> None:
     """Overflow, what settings say, and what can't be reached are told apart."""
     assert kind_of(cause) == kind
     assert PLACES[0] == "upstream"
+
+
+def test_withheld_collector_is_no_trouble() -> None:
+    """It is told apart, whatever its sender reports of it, and what it does not get is no loss."""
+    told = Told()
+    for revision, withheld in ((1, None), (2, Withheld("ops", 1.0)), (3, None)):
+        client = msgspec.structs.replace(SIEM, withheld=withheld)
+        told.tell("gateway.1", RegistrySnapshot(revision, 0, 1, [client]))
+        told.tell("forwarder.1", Health("relay", revision, 0, 1, [Troubled("siem", 7, "refusing", 0, 0)]))
+        told.everyone(expected=14, offered=14, sent=5, withheld_by_admin=9)
+        found = told.picture(1.0)
+        siem = collector(found)
+        assert (siem.health, siem.withheld, siem.lost) == ("withheld" if withheld else "refusing", 9, 0)
+        reasons = ("withheld by an admin: siem",) if withheld else ("refusing: siem",)
+        assert (found.verdict.level, found.verdict.reasons) == ("ok" if withheld else "error", reasons)

@@ -5,6 +5,7 @@ import msgspec
 import pytest
 
 from services.operator.doctor.copies import check_copies
+from shared.client import Withheld
 from shared.monitoring.finding import Finding
 from shared.process.registry_client import Entry
 from tests.network import End, Host, veth
@@ -50,6 +51,15 @@ def test_copies_that_are_denied_have_their_cure(
     assert (found.name, found.level, found.subject) == ("copies", level, "siem")
     assert why in found.why
     assert cure in found.cure
+
+
+def test_withheld_copies_are_said_to_be() -> None:
+    """A collector whose copies an admin withholds is a warning with the reason, and no fault of any service."""
+    held = msgspec.structs.replace(entry("withheld"), withheld=Withheld("ops", 1.0, "too slow"))
+    found = list(check_copies({"forwarder.1": {"collector/siem": {"withheld_by_admin": 9}}}, [held]))
+    assert [(each.level, each.subject) for each in found] == [("warning", "siem"), ("ok", "")]
+    assert found[0].why == "an admin withholds its copies: too slow"
+    assert "fanwire release siem" in found[0].cure
 
 
 def found_of(stack: Stack, name: str) -> list[Finding]:
