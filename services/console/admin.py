@@ -59,7 +59,7 @@ class Admin:
         return await self._ask(holder, f"{name} gets its copies again", "release", name=name)
 
     async def _ask(self, holder: Holder, done: str, op: str, **fields: Any) -> Said:
-        """Have the gateway do something; `done` is the sentence if it does."""
+        """Ask the gateway to do something; `done` is the sentence if it does."""
 
         def ask() -> None:
             with self._open_registry(holder) as registry:

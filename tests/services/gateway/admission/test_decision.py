@@ -11,9 +11,19 @@ from services.gateway.admission.decision import Admission, Grant, decide_configu
 from services.gateway.admission.destinations import Destinations
 from services.gateway.admission.peer import Peer
 from services.gateway.admission.rights import NOBODY, Rights
-from services.gateway.protocol.requests import Confirm, Leave, Octets, Register, Renew, RequestError, SignUp, Transmit
+from services.gateway.protocol.requests import (
+    Confirm,
+    Leave,
+    Octets,
+    Register,
+    Renew,
+    RequestError,
+    SignUp,
+    Transmit,
+    Withhold,
+)
 from services.gateway.registry.entry import Origin
-from shared.client import CHALLENGE_PREFIX, Source
+from shared.client import CHALLENGE_PREFIX, Source, Withheld
 from shared.settings.entries import Collector
 from shared.settings.tables import Gateway
 from tests.services.gateway.table import Table
@@ -238,3 +248,15 @@ def test_frames_take_the_setting_a_scope_and_a_transmitter(
     with pytest.raises(RequestError) as refused:
         site.admission.decide_transmit(request, peer)
     assert refused.value.error == expected
+
+
+def test_no_more_names_are_withheld_than_there_may_be_clients(site: Site) -> None:
+    """An order outlasts its collector, so their number has a limit; one that is there already may be given anew."""
+    boss = Peer(8, "127.0.0.1", 4001)
+    site.table.collect("siem")
+    site.table.withheld["gone"] = Withheld("", 1.0)
+    with pytest.raises(RequestError, match="1 names are withheld already; release some first") as refused:
+        site.admission.decide_withhold(Withhold(name="siem"), boss)
+    assert refused.value.error == "registry_full"
+    site.table.withheld = {"siem": Withheld("", 1.0)}
+    assert site.admission.decide_withhold(Withhold(name="siem"), boss).client.name == "siem"

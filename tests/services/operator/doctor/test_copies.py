@@ -59,7 +59,7 @@ def test_withheld_copies_are_said_to_be() -> None:
     found = list(check_copies({"forwarder.1": {"collector/siem": {"withheld_by_admin": 9}}}, [held]))
     assert [(each.level, each.subject) for each in found] == [("warning", "siem"), ("ok", "")]
     assert found[0].why == "an admin withholds its copies: too slow"
-    assert "fanwire release siem" in found[0].cure
+    assert found[0].cure == "`fanwire release siem` lets them flow again"
 
 
 def found_of(stack: Stack, name: str) -> list[Finding]:
