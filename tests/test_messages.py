@@ -12,9 +12,9 @@ from tests.stack import CHECKOUT
 WORDS: Final = re.compile(r"[A-Za-z,;:.()'`-]+ [A-Za-z,;:.()'`-]+ [A-Za-z]+")
 """Three words in a row make a sentence, or the piece of one between two values."""
 CODE: Final = re.compile(
-    r"CREATE TABLE|ALTER TABLE|INSERT INTO|\(\.\*\)|^Object contains|^Expected `|^Cannot over|^Max open files|^print "
+    r"CREATE TABLE|ALTER TABLE|INSERT INTO|\(\.\*\)|^Object contains|^Expected `|^Cannot over|^Max open files|^print |^function "
 )
-"""SQL, and sentences of others that are searched for."""
+"""SQL, a script of a shell, and sentences of others that are searched for."""
 HELP: Final = frozenset({"help", "description", "epilog", "service_parser", "Parser", "add_command", "execute"}) | {
     f"{kind}MetricFamily" for kind in ("Counter", "Gauge", "Info")
 }
@@ -41,11 +41,11 @@ ELSEWHERE: Final[dict[str, str]] = {
     "# {} was {} at the import\n": STACK,
     "[gateway] client_authorities: expected a PEM file, for each [[token]] that has a certificate": STACK,
     "message refused: malformed": STACK,
+    "no answer from the gateway within {} s": STACK,
     "no copy came within {} s: {}": STACK,
     "no running transmitter has raw sockets; {}": STACK,
     "{} pages are open already": STACK,
     "not a string": "`decoder` puts what was expected of the field in its place",
-    "remove that collector: fanwire leave NAME; fanwire clients lists them": STACK,
     "the entry could not be removed, and goes with its lease: {}": STACK,
     "the lease was not renewed: {}": STACK,
     "the limit of open connections is reached; try again later": STACK,

@@ -49,7 +49,7 @@ def tell_difference(running: Listeners | None, settings: Settings) -> None:
 
 @contextmanager
 def unknown_explained(settings: Settings) -> Iterator[None]:
-    """Where the gateway refuses a stream meanwhile, print how its streams and those of the settings differ."""
+    """Print how its streams and those of the settings differ, where the gateway refuses a stream meanwhile."""
     try:
         yield
     except RefusedError as refused:
