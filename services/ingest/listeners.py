@@ -57,12 +57,16 @@ def reopen(
     wanted: Mapping[StreamEndpoint, Stream],
     before: Mapping[StreamEndpoint, list[socket.socket]],
     held: Iterable[socket.socket],
+    settings: Settings,
 ) -> tuple[dict[StreamEndpoint, list[socket.socket]], list[socket.socket]]:
     """Return the sockets of the listeners that are wanted, and the sockets that no listener uses any more.
 
     A listener that was there before keeps its sockets. A new one is served by sockets that are left of others, or that
     are `held`, as far as they have its addresses. OperatorError when one can't be had, with everything as it was.
     """
+    new = wanted.keys() - before.keys()
+    for listener in new:
+        refuse_shared(wanted[listener], listener[1], settings)
     spare = [*held, *(sock for listener in before.keys() - wanted.keys() for sock in before[listener])]
     had = frozenset(spare)
     listening: dict[StreamEndpoint, list[socket.socket]] = {}
@@ -72,6 +76,8 @@ def reopen(
             listening[listener] = before.get(listener) or bind_listener(stream, listener[1], spare)
         refuse_doubles(listening)
         refuse_left_over(spare)
+        for listener in new:  # again: another one may have begun at the same time
+            refuse_shared(wanted[listener], listener[1], settings, listening[listener])
     except OperatorError:
         for listener in listening.keys() - before.keys():
             for sock in listening[listener]:
@@ -182,11 +188,14 @@ class Upkeep:
         return fresh
 
 
-def refuse_shared(stream: Stream, endpoint: Endpoint, settings: Settings) -> None:
-    """Raise OperatorError where another bus's worker listens; all members of a multicast group get everything."""
+def refuse_shared(stream: Stream, endpoint: Endpoint, settings: Settings, own: Iterable[socket.socket] = ()) -> None:
+    """Raise OperatorError where another bus's worker listens besides our `own` sockets.
+
+    All members of a multicast group get everything.
+    """
     if settings.ingest.share_ports or not is_shareable(endpoint):
         return
-    for worker in workers_of_other_buses(endpoint, settings.bus.path):
+    for worker in workers_of_other_buses(endpoint, settings.bus.path, own):
         raise OperatorError(
             FAILED,
             f"{_title(stream.name)}: {endpoint}: the ingest worker with pid {worker.pid}, of the bus in "

@@ -16,7 +16,6 @@ from services.ingest.held_batches import HeldBatches
 from services.ingest.listeners import (
     StreamEndpoint,
     Upkeep,
-    refuse_shared,
     reopen,
     take_inherited,
     warn_of_small_buffers,
@@ -140,9 +139,7 @@ class Worker:
             for endpoint in stream.endpoints
             if is_shareable(endpoint) or self._name.endswith(".1")
         }
-        for listener in wanted.keys() - self._listening.keys():
-            refuse_shared(wanted[listener], listener[1], self._settings)
-        listening, gone = reopen(wanted, self._listening, held)
+        listening, gone = reopen(wanted, self._listening, held, self._settings)
         for sock in gone:
             self._see_off(sock)
         self._feed(streams)

@@ -7,8 +7,9 @@ directory (`shared.bus.loans`). Those that this process may not see, as in anoth
 import ipaddress
 import os
 import re
+import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -29,9 +30,13 @@ class Sharer(NamedTuple):
     directory: str
 
 
-def workers_of_other_buses(endpoint: Endpoint, directory: Path) -> list[Sharer]:
-    """Return the workers that listen at an address of the endpoint, for another bus than that in `directory`."""
-    if endpoint.scheme not in TABLES or not (sockets := set(_listening(endpoint))):
+def workers_of_other_buses(endpoint: Endpoint, directory: Path, own: Iterable[socket.socket] = ()) -> list[Sharer]:
+    """Return the workers that listen at an address of the endpoint, for another bus than that in `directory`.
+
+    `own` are sockets of this process there.
+    """
+    known = {f"socket:[{os.fstat(sock.fileno()).st_ino}]" for sock in own}
+    if endpoint.scheme not in TABLES or not (sockets := set(_listening(endpoint)) - known):
         return []
     ours = os.path.realpath(directory)
     return [each for each in _workers(sockets) if each.directory != ours]
