@@ -36,7 +36,6 @@ from services.gateway.protocol.requests import EXPECTED, Auth, ListClients, Regi
 from services.gateway.registry.entry import Origin
 from services.gateway.registry.store import Store, _Kept, _parse
 from services.gateway.server import _readmit
-from services.gateway.transport import listeners as gateway_listeners
 from services.gateway.transport.listeners import Listener
 from services.gateway.transport.slow_readers import too_slow_reader
 from services.gateway.transport.tls import check_listener, make_context
@@ -72,6 +71,7 @@ from shared.monitoring.probe import probe, where_lost
 from shared.net.addresses import Endpoint, pack_address, parse_endpoint, resolve
 from shared.net.netlink import Link
 from shared.net.queues import Queue
+from shared.net.sockets import explain_bind
 from shared.process.lifecycle import OperatorError, Readiness
 from shared.process.memory import Memory
 from shared.process.registry_client import (
@@ -236,7 +236,7 @@ def _starts() -> Iterator[Provocation]:
     for gateway in (Gateway(), missing):
         yield partial(make_context, gateway, [])
     for number in (errno.EADDRINUSE, errno.EACCES):
-        yield partial(gateway_listeners._cure, OSError(number, "why"))
+        yield partial(explain_bind, OSError(number, "why"), "[gateway] listen")
     for endpoint in (Endpoint("udp", "192.0.2.1", 514), Endpoint("unixgram", path="/run/x")):
         for number in (errno.EADDRINUSE, errno.ENODEV, errno.EADDRNOTAVAIL, errno.ENOENT, errno.EACCES):
             yield partial(ingest_listeners._cure, endpoint, OSError(number, "why"))

@@ -21,7 +21,7 @@ from shared.bus.endpoint import open_link, queue_limit
 from shared.bus.zmq_sockets import Publisher, Subscriber, broker_is_up, new_context
 from shared.log import get_logger
 from shared.net.addresses import Endpoint
-from shared.net.sockets import Bind, bind_endpoint, close_listener, try_endpoint
+from shared.net.sockets import Bind, bind_endpoint, close_listener, explain_bind, try_endpoint
 from shared.process.installed_version import release
 from shared.process.lifecycle import BAD_SETTINGS, FAILED, Lifecycle, OperatorError, Readiness, worker_name
 from shared.process.memory import Memory
@@ -182,7 +182,7 @@ def _bind(endpoint: Endpoint, bind: Bind = bind_endpoint) -> list[socket.socket]
     try:
         return bind(endpoint, _prepare, path_mode=0o660)
     except OSError as error:
-        raise OperatorError(FAILED, f"{endpoint}: {error.strerror}; set another [console] listen") from None
+        raise OperatorError(FAILED, f"{endpoint}: {explain_bind(error, '[console] listen')}") from None
 
 
 def _prepare(listener: socket.socket) -> None:

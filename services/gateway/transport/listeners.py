@@ -1,7 +1,6 @@
 """Listening sockets for clients, and questions to the kernel: is an address this host's, is it broadcast."""
 
 import contextlib
-import errno
 import ipaddress
 import socket
 from collections.abc import Iterable, Iterator
@@ -9,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from shared.net.addresses import Endpoint
-from shared.net.sockets import Bind, bind_endpoint, close_listener
+from shared.net.sockets import Bind, bind_endpoint, close_listener, explain_bind
 from shared.process.lifecycle import FAILED, OperatorError
 
 BACKLOG: Final = 1024
@@ -57,17 +56,11 @@ def listening(endpoints: Iterable[Endpoint], bind: Bind = bind_endpoint) -> Iter
             try:
                 opened = bind(endpoint, _prepare, path_mode=0o600)
             except OSError as error:
-                raise OperatorError(FAILED, f"{endpoint}: {_cure(error)}") from None
+                raise OperatorError(FAILED, f"{endpoint}: {explain_bind(error, '[gateway] listen')}") from None
             for sock in opened:
                 stack.callback(close_listener, sock)
             listeners += (Listener(endpoint, sock) for sock in opened)
         yield listeners
-
-
-def _cure(error: OSError) -> str:
-    if error.errno == errno.EADDRINUSE:
-        return "in use; see by which process with `ss -ltnp` (`ss -lxp` for a path), or set another [gateway] listen"
-    return f"{error.strerror}; set another [gateway] listen"
 
 
 def _prepare(listener: socket.socket) -> None:
