@@ -4,6 +4,11 @@ A message is multipart: the topic, an envelope, a body, and for datagrams two ar
 are msgpack, each message kind one Struct below. The envelope decides: its first two fields are version and kind,
 and a receiver that knows neither counts the message and drops it without reading on.
 
+While a stack is upgraded, services of two neighbouring releases are on one bus. A field that is new stands behind those
+of before, under the same version: each release passes over what it does not know. A new version is for messages that
+the release before could not read; this one then reads those of the version before, too
+(tests/shared/bus/recorded has them).
+
 Decoding never raises anything but `MessageError`, whatever the bytes.
 """
 

@@ -24,7 +24,9 @@ from shared.bus.zmq_sockets import HANDED_ON
 from shared.client import Client
 from shared.log import get_logger
 
-MAGIC: Final = int.from_bytes(b"fanwire2", "little")
+NAME: Final = b"fanwire"
+MAGIC: Final = int.from_bytes(NAME + b"2", "little")
+"""Begins the file; the digit is its version. A release that knows another one begins the accounts anew."""
 HEADER: Final = 16
 """Bytes before the first sheet: the magic number, and the place of the newest sheet; 0: there is none."""
 SIZE: Final = struct.Struct("<q")
@@ -202,7 +204,7 @@ class KeptFile:
 def read_sheet(content: bytes) -> tuple[Sheet, tuple[int, int]]:
     """Return the newest sheet of a file's content, and where it begins and ends. ValueError or MsgspecError: none."""
     if len(content) < HEADER or SIZE.unpack_from(content)[0] != MAGIC:
-        raise ValueError("damaged")
+        raise ValueError("of another version of fanwire" if content.startswith(NAME) else "damaged")
     (at,) = SIZE.unpack_from(content, 8)
     if not HEADER <= at <= len(content) - 8 or at % 8:
         raise ValueError("damaged")

@@ -38,7 +38,11 @@ INSERT INTO history VALUES ('', randomblob(32));
     "ALTER TABLE history ADD COLUMN file TEXT NOT NULL DEFAULT '';",
     "CREATE TABLE withheld (name TEXT PRIMARY KEY, withheld TEXT NOT NULL);",
 )
-"""The statements that make each version of the database of the one before."""
+"""The statements that make each version of the database of the one before, from the first on.
+
+A field of an entry that an earlier release must not lose comes with a step too, if an empty one: that release then
+refuses the file. tests/services/gateway/registry/recorded has a file of each version.
+"""
 PUT: Final = "INSERT INTO client VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET entry = excluded.entry"
 """Keeps the row, and so the order of first registration."""
 NO_DAMAGE: Final = frozenset({

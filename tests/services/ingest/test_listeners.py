@@ -19,7 +19,7 @@ STREAM = Stream(name="a", listen=("udp://127.0.0.1:6671",))
 
 @pytest.fixture
 def opened() -> Iterator[ExitStack]:
-    """What another bus's worker has open."""
+    """Hold what another bus's worker has open."""
     with ExitStack() as stack:
         yield stack
 

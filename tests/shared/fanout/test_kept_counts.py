@@ -97,11 +97,15 @@ def test_a_file_that_another_process_has_is_left_alone(tmp_path: Path) -> None:
 def test_a_file_of_another_kind_is_begun_anew(tmp_path: Path) -> None:
     """Anything that is no file of this version is replaced by the first sheet."""
     path = tmp_path / "accounts"
-    path.write_bytes(b"x" * 5000)
-    kept = KeptFile(path)
-    with capture_logs() as logs:
-        assert kept.open() == Sheet()
-    assert logs[0]["event"] == "accounts begin anew, since their file can't be read"
+    for content, reason in ((b"x" * 5000, "damaged"), (b"fanwire1" + bytes(5000), "of another version of fanwire")):
+        path.write_bytes(content)
+        kept = KeptFile(path)
+        with capture_logs() as logs:
+            assert kept.open() == Sheet()
+        assert logs[0]["event"] == "accounts begin anew, since their file can't be read"
+        assert logs[0]["reason"] == reason
+        kept.close()
+    kept.open()
     counts = kept.new_counts({"n": 2})
     kept.keep([], {"a/": counts}, {})
     kept.close()

@@ -1,0 +1,10 @@
+PRAGMA user_version = 2;
+BEGIN TRANSACTION;
+CREATE TABLE client (name TEXT PRIMARY KEY, entry TEXT NOT NULL);
+INSERT INTO "client" VALUES('siem','{"client":{"name":"siem","generation":1,"address":"192.0.2.9","port":514,"streams":["a","b"],"source":"original","prefixes":["10.0.0.0/8"],"sample":10,"group":"g","hop_limit":3,"dscp":46},"origin":"json","address":"192.0.2.7","port":4000,"ttl":5.0,"held":true,"holder":"holder","proven":true}');
+INSERT INTO "client" VALUES('n','{"client":{"name":"n","generation":2,"address":"192.0.2.8","port":4001},"origin":"names","address":"192.0.2.7","port":4000,"ttl":0.0,"held":false,"holder":"holder","proven":false}');
+CREATE TABLE history (epoch TEXT NOT NULL, group_secret BLOB NOT NULL);
+INSERT INTO "history" VALUES('UnjDs6Zb7WqbCuHR',X'8516A85526B4C3C97DB5475C388909D6598799D02482EA62E67BC236416484D3');
+CREATE TABLE state (revision INTEGER NOT NULL, generation INTEGER NOT NULL, boot_id TEXT NOT NULL);
+INSERT INTO "state" VALUES(2,2,'00000000-0000-0000-0000-000000000001');
+COMMIT;
