@@ -55,14 +55,14 @@ class Configured:
         OperatorError, with nothing changed, when one of them can't be admitted; OSError when it can't be stored.
         """
         self._enter(_decide(settings, destinations), settings, destinations)
-        self._settings, self._destinations = settings, destinations
-        self._lookups.follow(collector.host for collector in _named(settings))
-        names = {collector.name for collector in _named(settings)}
+        self._settings, self._destinations, self._named = settings, destinations, list(_named(settings))
+        self._lookups.follow(collector.host for collector in self._named)
+        names = {collector.name for collector in self._named}
         self._refused = {name: why for name, why in self._refused.items() if name in names}
 
     def tick(self) -> bool:
         """Follow what was answered since the last call; return whether an address may have changed."""
-        refused = {collector.host for collector in _named(self._settings) if collector.name in self._refused}
+        refused = {collector.host for collector in self._named if collector.name in self._refused}
         for host in self._lookups.tick():
             self._log_answer(host)
             addresses = frozenset(self._lookups[host].addresses)
@@ -119,7 +119,7 @@ class Configured:
 
     def _log_answer(self, host: str) -> None:
         """Log the begin and the end of a time without an answer."""
-        kept = {each.name: self._present(each) or None for each in _named(self._settings) if each.host == host}
+        kept = {each.name: self._present(each) or None for each in self._named if each.host == host}
         if (trouble := self._lookups[host].trouble) and host not in self._unanswered:
             self._unanswered.add(host)
             log.warning(HOST_UNANSWERED, of=host, reason=trouble, kept=kept)

@@ -2,18 +2,20 @@
 
 import socket
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from threading import Thread
-from typing import Final
+from typing import Final, TypeVar
 
 from shared.net.addresses import resolve
 
+T = TypeVar("T")
 AT_ONCE: Final = 8
-"""Threads: names beyond them wait until one ends."""
+"""Threads: names beyond them wait until one is free."""
 LATE_SECONDS: Final = 10.0
-"""Time after which a name that is being looked up counts as one without an answer; what comes later is taken."""
+"""Time after which a name that is due counts as one without an answer; what comes later is taken."""
 RETRY_SECONDS: Final = 5.0
 """Time after which a name without an answer is looked up again, if it is not due sooner."""
 
@@ -30,8 +32,8 @@ class Host:
     began_at: float | None = None
 
 
-_Answer = tuple[str, tuple[str, ...], str]
-"""Name, addresses, trouble."""
+_Answer = tuple[str, tuple[str, ...], str] | None
+"""Name, addresses, trouble; None: a thread has ended."""
 
 
 class HostLookups:
@@ -41,8 +43,9 @@ class HostLookups:
         self._seconds = seconds
         self._clock = clock
         self._hosts: dict[str, Host] = {}
+        self._due: SimpleQueue[str] = SimpleQueue()
         self._answers: SimpleQueue[_Answer] = SimpleQueue()
-        self._running = 0
+        self._threads = 0
 
     @property
     def settled(self) -> bool:
@@ -58,42 +61,48 @@ class HostLookups:
 
     def tick(self) -> Collection[str]:
         """Take the answers that have come, begin what is due; return the names that were answered, or not in time."""
-        told = {}
-        while answer := self._next_answer():
+        told = self._take_answers()
+        now = self._clock()
+        for name, host in self._hosts.items():
+            if host.began_at is None and now >= host.due_at:
+                host.began_at = now
+                self._due.put(name)
+            elif host.began_at is not None and now >= host.began_at + LATE_SECONDS and not host.trouble:
+                host.trouble, host.settled = f"no answer within {LATE_SECONDS:.0f} s", True
+                told.append(name)
+        with suppress(RuntimeError):  # as many threads as this process may have: at a later call
+            for _ in range(min(AT_ONCE - self._threads, self._due.qsize())):
+                Thread(target=self._look_up, name="host lookups", daemon=True).start()  # not waited for at the end
+                self._threads += 1
+        return told
+
+    def _take_answers(self) -> list[str]:
+        told = []
+        for answer in _emptied(self._answers):
+            if answer is None:
+                self._threads -= 1
+                continue
             name, addresses, trouble = answer
-            self._running -= 1
             if host := self._hosts.get(name):
                 again = self._seconds if addresses else min(self._seconds, RETRY_SECONDS)
                 host.addresses, host.trouble, host.settled = addresses or host.addresses, trouble, True
                 host.began_at, host.due_at = None, self._clock() + again
-                told[name] = host
-        now = self._clock()
-        for name, host in self._hosts.items():
-            if host.began_at is None and now >= host.due_at and self._running < AT_ONCE:
-                self._begin(name)
-                host.began_at = now
-            elif host.began_at is not None and now >= host.began_at + LATE_SECONDS and not host.trouble:
-                host.trouble, host.settled = f"no answer within {LATE_SECONDS:.0f} s", True
-                told[name] = host
+                told.append(name)
         return told
 
-    def _next_answer(self) -> _Answer | None:
-        try:
-            return self._answers.get_nowait()
-        except Empty:
-            return None
+    def _look_up(self) -> None:
+        for name in _emptied(self._due):
+            try:
+                found = resolve(name, 0, socket.SOCK_DGRAM)
+            except OSError as error:
+                self._answers.put((name, (), error.strerror or str(error)))
+            else:
+                self._answers.put((name, tuple(dict.fromkeys(str(at[0]) for _, at in found)), ""))
+        self._answers.put(None)
 
-    def _begin(self, name: str) -> None:
-        self._running += 1
-        try:  # a daemon does not keep the process from ending
-            Thread(target=self._look_up, args=(name,), name=f"look up {name}", daemon=True).start()
-        except RuntimeError as error:  # as many as this process may have
-            self._answers.put((name, (), str(error)))
 
-    def _look_up(self, name: str) -> None:
-        try:
-            found = resolve(name, 0, socket.SOCK_DGRAM)
-        except OSError as error:
-            self._answers.put((name, (), error.strerror or str(error)))
-        else:
-            self._answers.put((name, tuple(dict.fromkeys(str(at[0]) for _, at in found)), ""))
+def _emptied(queue: SimpleQueue[T]) -> Iterator[T]:
+    """Yield what is in the queue until nothing is."""
+    with suppress(Empty):
+        while True:
+            yield queue.get_nowait()
