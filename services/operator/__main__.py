@@ -19,7 +19,7 @@ from shared.process.lifecycle import (
     configure_logging,
 )
 from shared.settings.explain import SettingsError, did_you_mean
-from shared.settings.file import load
+from shared.settings.file import load, load_listeners
 from shared.settings.model import Settings
 
 INTERRUPTED: Final = 130
@@ -76,16 +76,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _settings(options: argparse.Namespace) -> Settings:
-    """Return the settings; if they can't be used, the defaults, for a command that needs only the gateway's address."""
+    """Return the settings; if they can't be used, the gateway's address alone, for a command that needs no more."""
     try:
         return load(options.config)
     except SettingsError as error:
         if not options.goes_by_defaults:
             raise
-        endpoint = getattr(options, "gateway", None) or Settings().gateway.listen[0]
+        settings = load_listeners(options.config)
+        listen = sorted(settings.gateway.listen, key=lambda text: text.startswith("tls:"))
         say(str(error))
-        say(f"these settings can't be used: asking the gateway at {endpoint}")
-        return Settings()
+        say(f"these settings can't be used: asking the gateway at {getattr(options, 'gateway', None) or listen[0]}")
+        return settings
 
 
 def make_parser(command: str = "") -> Parser:

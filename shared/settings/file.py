@@ -6,6 +6,7 @@ The environment overrides every scalar of a section: `FANWIRE_GATEWAY__MAX_CLIEN
 import os
 import tomllib
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, get_args
 
@@ -15,6 +16,7 @@ from msgspec import Struct
 from shared.settings.explain import SettingsError, did_you_mean, expected, explain, explain_toml, keys
 from shared.settings.location import VARIABLE, settings_file
 from shared.settings.model import Settings
+from shared.settings.tables import Gateway
 
 MAX_DIRECTORY: Final = 107 - len("/pool.999999999")
 """Bytes that sun_path (unix(7)) leaves for the bus directory."""
@@ -24,16 +26,8 @@ NOT_SETTINGS: Final = frozenset({VARIABLE})
 def load(path: Path | None, environment: Mapping[str, str] = os.environ) -> Settings:
     """Read the settings file, else the defaults; then the environment. SettingsError."""
     path = settings_file(path, environment)
-    where, found, text = "settings", {}, ""
-    if path is not None:
-        where = str(path)
-        try:
-            text = path.read_text("utf-8-sig")  # some editors begin a file with a mark
-            found = tomllib.loads(text)
-        except OSError as error:
-            raise SettingsError(f"{where}: {error.strerror}; name the file by --config or FANWIRE_CONFIG") from None
-        except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, a number of thousands of digits
-            raise SettingsError(f"{where}: {explain_toml(error)}") from None
+    where = "settings" if path is None else str(path)
+    text, found = ("", {}) if path is None else _parsed(path)
     overrides = {name: text for name, text in environment.items() if name.startswith("FANWIRE_")}
     for name in sorted(overrides.keys() - NOT_SETTINGS):
         found = _override(found, name, overrides[name])
@@ -44,6 +38,27 @@ def load(path: Path | None, environment: Mapping[str, str] = os.environ) -> Sett
     if len(os.fsencode(settings.bus.path)) > MAX_DIRECTORY:
         raise SettingsError(f"{where}: [bus] directory: expected at most {MAX_DIRECTORY} bytes, for socket paths in it")
     return settings
+
+
+def _parsed(path: Path) -> tuple[str, dict[str, Any]]:
+    """Return the text of a file, and its values."""
+    try:
+        text = path.read_text("utf-8-sig")  # some editors begin a file with a mark
+        return text, tomllib.loads(text)
+    except OSError as error:
+        raise SettingsError(f"{path}: {error.strerror}; name the file by --config or FANWIRE_CONFIG") from None
+    except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, a number of thousands of digits
+        raise SettingsError(f"{path}: {explain_toml(error)}") from None
+
+
+def load_listeners(path: Path | None, environment: Mapping[str, str] = os.environ) -> Settings:
+    """Return settings in which the gateway's listeners alone are those of a file that is wrong elsewhere, if it is."""
+    path = settings_file(path, environment)
+    with suppress(SettingsError, LookupError, TypeError, msgspec.ValidationError):
+        if path is not None:
+            listen = _parsed(path)[1]["gateway"]["listen"]
+            return Settings(gateway=msgspec.convert({"listen": listen}, Gateway))
+    return Settings()
 
 
 def load_again(path: Path | None, environment: Mapping[str, str] = os.environ) -> Settings:

@@ -153,16 +153,25 @@ def test_bad_settings_are_78(stack: Stack) -> None:
     assert "[gateway] lissen: unknown key (did you mean 'listen'?)" in text
 
 
+ASKING = "these settings can't be used: asking the gateway at"
+
+
 def test_clients_are_listed_without_settings(stack: Stack, lab: None) -> None:
-    """A settings file that can't be used does not keep `clients` from the gateway at the default address."""
+    """A settings file that can't be used does not keep `clients` from the gateway, whose address it still tells."""
+    listen = f'[gateway]\nlisten = ["tls://127.0.0.1:9", "unix://{stack.directory}/gateway.sock"]\n'
+    stack.configure(f"[gateway]\nlisten = ['tcp://127.0.0.1:5000', 'unix://{stack.directory}/gateway.sock']\n")
     stack.start("broker")
     stack.start("gateway")
+    stack.configure(f"{listen}lissen = []\n")
+    code, _, complaint = stack.run("clients")
+    said = complaint.splitlines()[-1]
+    assert (code, said) == (0, f"{ASKING} unix://{stack.directory}/gateway.sock")
     stack.configure("[gateway]\nlissen = []\n")
     code, said, complaint = stack.run("clients")
     assert (code, "0 clients" in said) == (0, True)
     first, second = complaint.splitlines()
     assert "[gateway] lissen: unknown key" in first
-    assert second == "these settings can't be used: asking the gateway at tcp://127.0.0.1:5000"
+    assert second == f"{ASKING} tcp://127.0.0.1:5000"
     assert stack.run("leave", "siem")[0] == 78
 
 
