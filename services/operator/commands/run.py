@@ -3,7 +3,6 @@
 import argparse
 import os
 import select
-import shlex
 import signal
 import subprocess
 import sys
@@ -11,11 +10,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
+from functools import partial
 from pathlib import Path
-from typing import Final, TextIO
+from typing import Any, Final, TextIO
 
 from honcho.manager import Manager
 from honcho.printer import Printer
+from honcho.process import Popen, Process
 
 from services.operator.cli.arguments import Subparsers, add_command, positive
 from services.operator.cli.output import discard_output
@@ -60,9 +61,7 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
     for service in arguments.only:
         for number in range(arguments.ingest if service == "ingest" else 1):
             name = f"{service}.{number + 1}"
-            manager.add_process(
-                name, f"exec {shlex.join(command(service, arguments.config))}", env=environment(name) | form
-            )
+            manager.add_process(name, command(service, arguments.config), env=environment(name) | form)
     hint = arguments.hint or sys.stdout.isatty()
     with ExitStack() as stack:
         if hint and set(SERVICES) <= set(arguments.only):
@@ -104,6 +103,14 @@ class _Output:
         self.ended()
 
 
+class _Service(Process):  # type: ignore[misc]  # honcho has no types
+    """A service, started without the shell that honcho would use: an image need not have one."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._child_ctor = partial(Popen, shell=False)
+
+
 class _Services(Manager):  # type: ignore[misc]  # honcho has no types
     """The services of a run. They end with the first that ends, by a signal, and when nobody reads the output."""
 
@@ -111,6 +118,7 @@ class _Services(Manager):  # type: ignore[misc]  # honcho has no types
         output = _Output(sys.stdout)
         output.ended = self._end
         super().__init__(Printer(output))
+        self._process_ctor = _Service
         self.returncode: int | None = None
         self._ending = False
         signal.signal(signal.SIGHUP, lambda *_: self._end())
