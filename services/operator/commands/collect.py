@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
         output = _make_output(arguments, file, (entry.address, port))
         say(f"collecting {', '.join(entry.streams)} at {entry.address} port {port} as {entry.name}")
         if entry.withheld:
-            say(f"an admin withholds the copies: {entry.withheld.reason or 'no reason given'}")
+            say(f"an admin withholds the copies{f': {entry.withheld.reason}' if entry.withheld.reason else ''}")
         try:
             _write_until_drained(lifecycle, lease, receiver, output, printing=arguments.write is None)
         except OSError as error:
