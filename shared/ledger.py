@@ -7,6 +7,7 @@ counted per batch, never per datagram, and published with its status each second
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 # ingest: accounts `stream/NAME`, and where a socket can tell `listener/NAME/ENDPOINT`
@@ -199,6 +200,7 @@ def lost(account: Mapping[str, int]) -> int:
     return sum(count for name, count in account.items() if is_loss(name))
 
 
+@lru_cache(1024)
 def is_loss(counter: str) -> bool:
     """Return whether a counter of a stream or a collector counts datagrams that are lost, each in one such counter."""
     return counter in (MISSED, WITHHELD, KERNEL_DROPPED, REFUSALS, UNREACHABLES) or (

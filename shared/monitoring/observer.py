@@ -295,7 +295,7 @@ class Observer:
                 account.get(HELD, 0),
                 count,
                 _lost_rate(told, name),
-                causes(account),
+                causes(account) if count else {},
                 recent,
             )
         self._past_of = {name: past for name, past in self._past_of.items() if name in self.clients}

@@ -29,10 +29,11 @@ pytestmark = [
     pytest.mark.skipif(PROMETHEUS is None, reason="Debian's package prometheus is not installed"),
 ]
 RELAY, SIEM = "10.2.0.1", "10.2.0.2"
+PATIENCE: Final = "queue_seconds = 8"
 SETTINGS: Final = f"""high_water_mark = 64
 {PATIENT}destinations = ["10.2.0.0/24"]
 [forwarder]
-queue_seconds = 8
+{PATIENCE}
 [[stream]]
 name = "messages"
 listen = ["udp://{RELAY}:6667", "tcp://{RELAY}:6667"]
@@ -193,18 +194,18 @@ def slow_link(site: Site) -> Iterator[Act]:
 def memory_high(site: Site) -> Iterator[Act]:
     """What waits for a collector fills most of the room that the forwarder has."""
 
-    def restart(more: str) -> None:
+    def restart(forwarder: str) -> None:
         site.stack["forwarder"].stop()
-        site.stack.configure(SETTINGS.replace("[forwarder]\n", f"[forwarder]\n{more}"))
+        site.stack.configure(SETTINGS.replace(PATIENCE, forwarder))
         site.stack.start("forwarder")
 
     (idle,) = site.query("query", query='fanwire_service_memory_bytes{service="forwarder.1"}')["result"]
     ceiling = 1 << 26
     waiting = int(0.84 * ceiling) - int(idle["value"][1])  # at 7 / 8 of the ceiling it would let go of half
-    restart(f"memory = {ceiling}\nheld_memory = {waiting}\nqueue_bytes = {waiting}\n")
+    restart(f"queue_seconds = 60\nmemory = {ceiling}\nheld_memory = {waiting}\nqueue_bytes = {waiting}")
     with contextmanager(slow_link)(site):
         yield lambda: site.send(5000, 1400)
-    restart("")
+    restart(PATIENCE)
 
 
 def discrepancy(site: Site) -> Iterator[Act]:

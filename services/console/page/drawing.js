@@ -89,7 +89,11 @@ export function spark() {
   return { element: svg("svg", { class: "spark", viewBox: "0 0 108 22", preserveAspectRatio: "none", "aria-hidden": "true" }, fill, edge), fill, edge };
 }
 
-export function drawSpark({ fill, edge }, values) {
+export function drawSpark(node, values) {
+  const said = values.join();
+  if (node.said === said) return;
+  node.said = said;
+  const { fill, edge } = node;
   const most = Math.max(1, ...values.filter((value) => value !== null)) * 1.08;
   fill.setAttribute("d", area(values, 108, 22, most, STEPS));
   edge.setAttribute("d", line(values, 108, 22, most, STEPS));

@@ -18,12 +18,16 @@ export class Flow {
     place.append(this.root);
     this.kept = new Map();
     this.flow = null;
-    new ResizeObserver(() => this.flow && this.draw(this.flow)).observe(place);
+    this.width = place.clientWidth; // read while it is drawn, it would have the page laid out twice
+    new ResizeObserver(() => {
+      this.width = place.clientWidth;
+      if (this.flow) this.draw(this.flow);
+    }).observe(place);
   }
 
   draw(flow) {
     this.flow = flow;
-    const width = Math.max(300, this.place.clientWidth - 20);
+    const width = Math.max(300, this.width - 20);
     const narrow = width < 560;
     const labels = narrow ? width * 0.27 : Math.min(250, width * 0.22);
     const left = labels;
