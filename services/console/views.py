@@ -248,7 +248,7 @@ def flow(picture: Picture) -> View:
         ends.append(_end(collector.client.name, collector.health, [collector]))
         copies += _copies(collector.client.name, [collector], rates)
     if more:
-        troubled = any(each.health not in NO_TROUBLE for each in more)
+        troubled = all(each.health not in NO_TROUBLE for each in more)
         ends.append(_end(None, "waiting" if troubled else "ok", more) | {"count": len(more)})
         copies += _copies(None, more, rates)
     return {
