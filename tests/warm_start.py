@@ -14,6 +14,7 @@ import os
 import resource
 import runpy
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -246,6 +247,7 @@ class _Replaced(BaseException):
     """The transmitter's opener has ended, and the transmitter begins in its place: arguments and environment."""
 
 
+_fork_exec: Final = vars(subprocess)["_fork_exec"]
 _ended: Final[list[_Replaced]] = []
 """Keeps what the opener referred to: sockets, which are now the transmitter's, would be closed otherwise."""
 
@@ -283,11 +285,46 @@ def _execute(module: str, arguments: Sequence[str], environment: Mapping[str, st
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
+def _fork_program(
+    args: Sequence[str], executables: Sequence[bytes], close_fds: bool, kept: Any, cwd: Any, env: Any, *more: Any
+) -> int:
+    """Do in the place of subprocess's fork and exec, for programs that a command starts: it has imported them too."""
+    interpreter, *options, program = (*map(os.fsdecode, args[:4]), "")[:4]
+    if (interpreter, *options) != (sys.executable, "-P", "-m") or program not in PROGRAMS or env is None:
+        pid: int = _fork_exec(args, executables, close_fds, kept, cwd, env, *more)
+        return pid
+    stdin, _, _, stdout, _, stderr = more[:6]
+    pid = os.fork()
+    if pid:
+        return pid
+    for number, descriptor in enumerate((stdin, stdout, stderr)):
+        if descriptor >= 0:
+            os.dup2(descriptor, number)
+    os.closerange(3, 1 << 10)
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.SIG_DFL)
+    sys.stdout = os.fdopen(1, "w", closefd=False)
+    sys.stderr = os.fdopen(2, "w", closefd=False, errors="backslashreplace")
+    environment = dict(os.fsdecode(each).split("=", 1) for each in env)
+    code = 1
+    try:
+        _run(Program(program, [*map(os.fsdecode, args[4:])], environment, "."))
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
 def main() -> None:
     """Import the programs named on the command line, then run one of them in each fork that is asked for."""
     _, control, *programs = sys.argv[1:]
     _import(programs)
     gc.collect()
     gc.freeze()
+    if "services.operator" in programs:
+        vars(subprocess)["_fork_exec"] = _fork_program
     if program := _serve(socket.socket(fileno=int(control))):
         _run(program)
