@@ -20,7 +20,7 @@ MAX_HELD: Final = 32 << 20
 BATCH_OVERHEAD: Final = 512
 """Bytes that a held batch takes beyond its columns and payloads, about."""
 MAX_SENDERS: Final = 4
-"""Senders for which batches are held at once. There are two."""
+"""Senders for which batches are held at once. There are two, and each may be restarted again at once."""
 PORTION_SHARE: Final = 4
 """A portion is one part in this many of what the queues on the way hold: live batches need them too."""
 RETRY_SECONDS: Final = 0.01
@@ -45,14 +45,10 @@ class _Batch(NamedTuple):
 
 @dataclass(slots=True)
 class _Held:
-    """The batches of these streams that one sender gets, oldest first; `asked_for` while its successor wants some.
-
-    `ends` counts the processes of that name that have ended and whose successor has not got everything.
-    """
+    """The batches of these streams that one sender gets, oldest first; `asked_for` while its successor wants some."""
 
     streams: frozenset[str] = frozenset()
     until: float = 0.0
-    ends: int = 0
     asked_for: bool = False
     size: int = 0
     batches: deque[_Batch] = field(default_factory=deque)
@@ -78,8 +74,7 @@ class HeldBatches:
         asking = again_topic(self._publisher.sender, "")[:-1]
         for prefix in prefixes:
             if name := _name_behind(HOLD_PREFIX, prefix):
-                held = self._of(name)
-                held.streams, held.ends = frozenset(streams), held.ends + 1
+                self._of(name).streams = frozenset(streams)
             elif name := _name_behind(asking, prefix):
                 self._of(name).asked_for = True
 
@@ -109,9 +104,7 @@ class HeldBatches:
             if short:
                 held.batches.clear()
                 held.size = 0
-            if held.asked_for and self._publish(name, held):
-                held.ends -= 1
-            if (held.ends <= 0 and not held.asked_for) or held.until <= now:
+            if (held.asked_for and self._publish(name, held)) or held.until <= now:
                 del self._held[name]
             else:
                 due_at = now + RETRY_SECONDS if held.asked_for else held.until

@@ -96,8 +96,7 @@ def open_and_exec(arguments: Sequence[str]) -> int:
 
 def _hand_on_accounts(directory: Path, user: User, kept: set[int]) -> str:
     """Return a path by which the user reaches the file of its accounts; in root's directory it may make none."""
-    name = os.environ.get("HONCHO_PROCESS_NAME", "")
-    name = f"accounts.{name if name.startswith('transmitter.') and '/' not in name else 'transmitter.1'}"
+    name = "accounts.transmitter"
     try:
         inside = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:

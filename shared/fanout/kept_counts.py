@@ -108,14 +108,17 @@ class KeptFile:
             self.stale = self.suspended = self._file >= 0
 
     def open(self) -> Sheet:
-        """Take the file, and return what the last process has left in it; nothing where it can't be read."""
+        """Take the file, and return what the last process has left in it; nothing where it can't be read.
+
+        BlockingIOError: another process has it.
+        """
         if self._path is None:
             return Sheet()
         try:
-            follow = 0 if self._path.parent == HANDED_ON else os.O_NOFOLLOW
-            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | follow, 0o600)
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._file = _lock(self._path)
             content = os.pread(self._file, MAX_FILE, 0)
+        except BlockingIOError:
+            raise
         except OSError as error:
             self._do_without(error)
             return Sheet()
@@ -129,11 +132,25 @@ class KeptFile:
             return Sheet()
         return sheet
 
+    def renew(self) -> bool:
+        """Make the file anew where another program has removed it; return whether that was so. Due every second."""
+        if self._path is None or self._file < 0 or os.fstat(self._file).st_nlink or self._path.parent == HANDED_ON:
+            return False
+        try:
+            fresh = _lock(self._path)
+        except OSError:  # the next look tries again
+            return False
+        self.close()
+        self._file, self._sheet = fresh, (HEADER, HEADER)
+        os.truncate(fresh, 0)
+        self.suspend()
+        log.warning("another program has removed the file of accounts: it was made anew", file=str(self._path))
+        return True
+
     def _do_without(self, error: OSError) -> None:
         self.close()
         log.warning(
-            "accounts end with this process, since their file can't be used; check the bus directory, its free space, "
-            "and whether another process has this name",
+            "accounts end with this process: their file can't be used; check the bus directory and its free space",
             file=str(self._path),
             error=error.strerror,
         )
@@ -199,6 +216,18 @@ class KeptFile:
             os.close(self._file)
             self._file = -1
         self.stale = self.suspended = False
+
+
+def _lock(path: Path) -> int:
+    """Open and lock a file, and return its descriptor. BlockingIOError: another process has it."""
+    follow = 0 if path.parent == HANDED_ON else os.O_NOFOLLOW
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | follow, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def read_sheet(content: bytes) -> tuple[Sheet, tuple[int, int]]:

@@ -1,20 +1,25 @@
 """Going on where the last process of this name has stopped: what came meanwhile goes before what comes now.
 
 A sender that ends asks the workers to hold their batches (`hold_topic`), and its successor asks for them
-(`again_topic`). Until a worker has handed on all of them, its other messages wait. So nothing is lost, and copies are
-in order. What comes both ways is a repeat, which its position tells.
+(`again_topic`), by a name that no other reader of the bus knows. Until a worker has handed on all of them, its other
+messages wait. So nothing is lost, and copies are in order. What comes both ways is a repeat, which its position tells.
 """
 
+import secrets
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
 from shared.bus.messages import Again, Message, again_topic, datagrams_topic, hold_topic
 from shared.bus.zmq_sockets import Subscriber
+from shared.fanout.kept_counts import KeptCounts
 from shared.log import get_logger
 
+TABLE: Final = "resumption/"
+KEY: Final = "key"
+"""Table and counter by which a process leaves a secret to its successor."""
 PATIENCE_SECONDS: Final = 2.0
 """Time for the next message of what was held. A worker that has ended, or is of an earlier release, sends none."""
 MAX_WAITING: Final = 2048
@@ -30,9 +35,18 @@ log = get_logger()
 class Resumption:
     """Asks for what was held, and puts the messages of each worker in order."""
 
-    def __init__(self, name: str, subscriber: Subscriber, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        name: str,
+        subscriber: Subscriber,
+        new_counts: Callable[[Mapping[str, int]], KeptCounts],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._name = name
         self._subscriber = subscriber
+        self._own = new_counts({KEY: secrets.randbits(62)})
+        self._held_for = ""
+        """The name for which the last process has asked to hold batches."""
         self._clock = clock
         self._awaited: set[Worker] = set()
         """Workers that still have to hand on what they have held."""
@@ -42,14 +56,22 @@ class Resumption:
 
     def hand_over(self) -> None:
         """Ask workers to hold what they publish from now on: this process ends."""
-        self._subscriber.subscribe(hold_topic(self._name))
+        self._subscriber.subscribe(hold_topic(f"{self._name}.{self._own[KEY]:x}"))
 
-    def begin(self, workers: Iterable[Worker]) -> None:
-        """Ask for what these workers, which the last process followed, have held; after the streams are subscribed."""
+    def tables(self) -> dict[str, KeptCounts]:
+        """Return what is to be kept for the next process."""
+        return {TABLE: self._own}
+
+    def begin(self, workers: Iterable[Worker], tables: Mapping[str, Mapping[str, int]]) -> None:
+        """Ask for what these workers, which the last process followed, have held; after the streams are subscribed.
+
+        `tables` are those that it has kept.
+        """
+        self._held_for = f"{self._name}.{tables.get(TABLE, {}).get(KEY, 0):x}"
         self._awaited = set(workers)
         self._deadline = self._clock() + PATIENCE_SECONDS
         for worker, _ in self._awaited:
-            self._subscriber.subscribe(again_topic(worker, self._name))
+            self._subscriber.subscribe(again_topic(worker, self._held_for))
 
     def order(self, message: Message) -> Sequence[Message]:
         """Return the messages that are to be handled now that this one has come."""
@@ -64,7 +86,7 @@ class Resumption:
             return (replace(message, topic=datagrams_topic(body.stream)),)
         if not body.left:
             return self._release([worker])
-        self._subscriber.unsubscribe(topic := again_topic(worker[0], self._name))
+        self._subscriber.unsubscribe(topic := again_topic(worker[0], self._held_for))
         self._subscriber.subscribe(topic)
         return ()
 
@@ -83,7 +105,7 @@ class Resumption:
         """Wait for these workers no more; return their messages that waited."""
         for worker in workers:
             self._awaited.discard(worker)
-            self._subscriber.unsubscribe(again_topic(worker[0], self._name))
+            self._subscriber.unsubscribe(again_topic(worker[0], self._held_for))
         if not self._awaited and self._resumed:
             log.info("copies go on where the last process has stopped", service=self._name, datagrams=self._resumed)
         return [message for worker in workers for message in self._waiting.pop(worker, ())]

@@ -41,9 +41,9 @@ from shared.fanout.kept_counts import KeptFile, Sheet
 from shared.fanout.registry_replica import RegistryReplica
 from shared.fanout.resumption import Resumption
 from shared.fanout.streams import ORIGIN_COUNTERS, FollowedStreams
-from shared.ledger import LEFT, STOPPED, Accounts
+from shared.ledger import FILES_RESTORED, LEFT, STOPPED, Accounts
 from shared.log import WORKER_CAME, get_logger
-from shared.process.lifecycle import Lifecycle, Readiness
+from shared.process.lifecycle import CANT_CREATE, Lifecycle, OperatorError, Readiness
 from shared.process.memory import Memory
 from shared.process.reload import Reload
 from shared.settings.model import Settings
@@ -96,7 +96,7 @@ class CopyService(ABC, Generic[D]):
     @property
     def accounts_file(self) -> Path | None:
         """The file in which accounts outlive this process; None where it can serve nobody."""
-        return self.settings.bus.path / f"accounts.{self.name}"
+        return self.settings.bus.path / f"accounts.{self.name.partition('.')[0]}"
 
     @abstractmethod
     def reach(self, client: Client, account: Counter[str]) -> D:
@@ -127,7 +127,14 @@ class CopyService(ABC, Generic[D]):
 
     def __enter__(self) -> Self:
         bus = self.settings.bus
-        link = open_link(bus, self.name.partition(".")[0])
+        kind = self.name.partition(".")[0]
+        self._kept = KeptFile(self.accounts_file)
+        try:
+            self._left = self._kept.open()
+        except BlockingIOError:
+            told = f"another {kind} runs on {bus.path}: collectors would get each copy twice; stop it first"
+            raise OperatorError(CANT_CREATE, told) from None
+        link = open_link(bus, kind)
         self._context = new_context()
         mark = queue_limit(bus.high_water_mark, self._memory.ceiling)
         self._publisher = Publisher(self._context, bus.path, self.name, mark, link)
@@ -135,15 +142,13 @@ class CopyService(ABC, Generic[D]):
         self._reporter = Reporter(self._publisher, self._memory)
         self._health = HealthReporter(self._publisher, self.source)
         self._replica = RegistryReplica()
-        self._kept = KeptFile(self.accounts_file)
-        self._left = self._kept.open()
         self._keep_at = 0.0
         self._streams = FollowedStreams(self._subscriber, bus.path, self._kept)
-        self._resumption = Resumption(self.name, self._subscriber)
+        self._resumption = Resumption(self.name, self._subscriber, self._kept.new_counts)
         self._collectors = Collectors(_names(self.settings), self._streams.published, self.reach, self._kept.new_counts)
         self._waiting: list[tuple[float, int, ServeRequest]] = []
         self._asked_at = 0.0
-        self._serving = -1
+        self._serving, self._restored = -1, 0
         self._apply_at = self._work_at = self._upkeep_at = 0.0
         self._more = False
         """True if there may be messages that no descriptor tells of: ZeroMQ's signals once."""
@@ -288,7 +293,8 @@ class CopyService(ABC, Generic[D]):
         self._collectors.replace(client for client in clients if client.streams and client.source == self.source)
         self._streams.subscribe_to(self._collectors.streams_wanted())
         if first:
-            self._resumption.begin(self._streams.workers_left)
+            self._resumption.begin(self._streams.workers_left, self._left.tables)
+            self._left = Sheet()
         self._keep()
         self._health.report(self._collectors.examine)  # before any answer that a collector is served
         self._apply_at = time.monotonic() + APPLY_SHARE * (time.monotonic() - began)
@@ -297,7 +303,6 @@ class CopyService(ABC, Generic[D]):
         """Go on with the accounts and positions of the last process of this name."""
         self._streams.restore(self._left.tables)
         self._collectors.restore(self._left)
-        self._left = Sheet()
 
     def _resume_keeping(self) -> None:
         """Keep counters again before anything is sent: of each copy sent the file tells that it was taken."""
@@ -307,7 +312,7 @@ class CopyService(ABC, Generic[D]):
     def _keep(self) -> None:
         """Keep the counters that there are now; their values are stored as they change."""
         began = time.monotonic()
-        tables = {**self._streams.tables(), **self._collectors.tables()}
+        tables = {**self._resumption.tables(), **self._streams.tables(), **self._collectors.tables()}
         self._kept.keep(self._collectors.clients, tables, ROOM)
         self._keep_at = time.monotonic() + APPLY_SHARE * (time.monotonic() - began)
 
@@ -332,6 +337,7 @@ class CopyService(ABC, Generic[D]):
         self._waiting = still_waiting
 
     def _report(self) -> None:
+        self._restored += self._kept.renew()
         self._streams.sort_out_silent_workers()
         for event, worker in self._streams.came_and_gone:
             if self.source == "relay":  # one of the two senders says it
@@ -345,6 +351,7 @@ class CopyService(ABC, Generic[D]):
             "bus_rejected": sum(self._subscriber.rejected.values()),
             "bus_repeated": self._streams.repeated,
             LEFT: self._collectors.left,
+            FILES_RESTORED: self._restored,
             **self.own_account(),
         }
         return {self.name.partition(".")[0]: service, **self._streams.accounts(), **self._collectors.accounts()}

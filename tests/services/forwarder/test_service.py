@@ -23,6 +23,7 @@ from shared.datagrams.limits import MAX_ROWS
 from shared.datagrams.routing import Router
 from shared.ledger import Accounts, discrepancies
 from shared.net.sockets import enlarge_receive_buffer
+from shared.process.lifecycle import CANT_CREATE
 from tests.builders import (
     SOURCES,
     BusEnds,
@@ -504,3 +505,17 @@ def is_settled(published: int, accounts: Accounts) -> bool:
     """Return whether all that was published has come to an account, or was missed."""
     fine = accounts.get("collector/fine", {})
     return fine.get("missed", 0) > 0 and fine["expected"] == fine["missed"] + fine["sent"] == published
+
+
+def test_a_second_forwarder_of_a_bus_is_refused(stack: Stack) -> None:
+    """Each copy would leave twice: the second one ends and says so, also after others have removed the first's file."""
+    stack.start("broker")
+    forwarder = stack.start("forwarder")
+    accounts = stack.bus / "accounts.forwarder"
+    second = stack.start("forwarder.2", ready=False)
+    assert second.process.wait(60) == CANT_CREATE
+    assert f"another forwarder runs on {stack.bus}: collectors would get each copy twice" in second.text
+    accounts.unlink()
+    wait_until(accounts.exists, "the accounts are made anew")
+    assert "another program has removed the file of accounts" in forwarder.text
+    assert stack.start("forwarder", ready=False).process.wait(60) == CANT_CREATE

@@ -354,7 +354,7 @@ def test_an_open_bus_directory_keeps_its_name(lab: None, copy: Started) -> None:
     found = copy.said("--config", str(settings), environment={"NAME": "there"})
     assert found["environment"]["FANWIRE_BUS__DIRECTORY"] == f"{copy.directory}/there"
     assert found["descriptors"] == 4
-    accounts = (copy.directory / "there" / "accounts.transmitter.1").stat()
+    accounts = (copy.directory / "there" / "accounts.transmitter").stat()
     assert (stat.S_IMODE(accounts.st_mode), accounts.st_uid, accounts.st_gid) == (0o600, NOBODY, NOBODY)
 
 

@@ -81,17 +81,38 @@ def test_counts_outlive_sigkill(tmp_path: Path) -> None:
 
 
 def test_a_file_that_another_process_has_is_left_alone(tmp_path: Path) -> None:
-    """Two of one name do not share a file: the second goes on without, and says so; its counts count all the same."""
+    """A second process of one kind is told so, and leaves the file as it is."""
     first, second = KeptFile(tmp_path / "accounts"), KeptFile(tmp_path / "accounts")
     first.open()
-    with capture_logs() as logs:
-        assert second.open() == Sheet()
-    assert "accounts end with this process, since their file can't be used" in logs[0]["event"]
-    counts = second.new_counts()
-    second.keep([], {"a/": counts}, {})
-    counts["n"] += 1
-    assert (counts, second.stale) == ({"n": 1}, False)
+    first.keep([], {"a/": first.new_counts({"n": 2})}, {})
+    with pytest.raises(BlockingIOError):
+        second.open()
     first.close()
+    assert reopened(tmp_path / "accounts").tables == {"a/": {"n": 2}}
+
+
+def test_a_file_that_others_remove_is_made_anew(tmp_path: Path) -> None:
+    """Counts are in a new file within the next look, also where their directory is gone for a while."""
+    path = tmp_path / "bus" / "accounts"
+    path.parent.mkdir()
+    kept = KeptFile(path)
+    kept.open()
+    counts = kept.new_counts({"n": 2})
+    kept.keep([], {"a/": counts}, {})
+    assert not kept.renew()
+    path.unlink()
+    path.parent.rmdir()
+    assert not kept.renew()
+    counts["n"] += 1
+    path.parent.mkdir()
+    with capture_logs() as logs:
+        assert kept.renew()
+    assert logs[0]["event"] == "another program has removed the file of accounts: it was made anew"
+    assert kept.suspended
+    kept.keep([], {"a/": counts}, {})
+    counts["n"] += 1
+    kept.close()
+    assert reopened(path).tables == {"a/": {"n": 4}}
 
 
 def test_a_file_of_another_kind_is_begun_anew(tmp_path: Path) -> None:
@@ -122,6 +143,7 @@ def test_a_full_disk_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(os, "posix_fallocate", Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
     with capture_logs() as logs:
         kept.keep([], {"a/": counts, **{f"b/{number}": kept.new_counts({"n": 1}) for number in range(1000)}}, {})
+    assert "accounts end with this process: their file can't be used" in logs[0]["event"]
     assert (logs[0]["error"], kept.stale) == ("No space left on device", False)
     counts["n"] += 1
     assert counts["n"] == 3

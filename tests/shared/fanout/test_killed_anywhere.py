@@ -59,7 +59,7 @@ class Sender:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.path = directory / "accounts.forwarder.1"
+        self.path = directory / "accounts.forwarder"
         self.sockets = {name: open_receiver("127.0.0.1", 0)[0] for name in (*STEADY, "guest")}
         for sock in self.sockets.values():
             sock.setblocking(False)

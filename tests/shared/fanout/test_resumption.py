@@ -5,6 +5,7 @@ from structlog.testing import capture_logs
 
 from shared.bus.messages import Again, Datagrams, Envelope, Message, Status, again_topic, hold_topic
 from shared.bus.zmq_sockets import Subscriber
+from shared.fanout.kept_counts import KeptFile
 from shared.fanout.resumption import MAX_WAITING, PATIENCE_SECONDS, Resumption
 from tests.builders import make_batch
 
@@ -17,8 +18,8 @@ class Successor:
     def __init__(self) -> None:
         self.now = 10.0
         self.subscriptions: list[str] = []
-        self.resumption = Resumption("forwarder.1", cast(Subscriber, self), lambda: self.now)
-        self.resumption.begin([FIRST, SECOND])
+        self.resumption = Resumption("forwarder.1", cast(Subscriber, self), KeptFile(None).new_counts, lambda: self.now)
+        self.resumption.begin([FIRST, SECOND], {"resumption/": {"key": 0xABC}})
 
     def subscribe(self, prefix: str) -> None:
         """Note it."""
@@ -52,7 +53,7 @@ def test_what_was_held_goes_first() -> None:
     assert successor.hear(FIRST, STATUS) == []
     assert successor.hear(FIRST, HELD, b"held") == ["held"]
     assert successor.hear(FIRST, MORE) == []
-    assert sorted(successor.subscriptions) == [again_topic(name, "forwarder.1") for name, _ in (FIRST, SECOND)]
+    assert sorted(successor.subscriptions) == [again_topic(name, "forwarder.1.abc") for name, _ in (FIRST, SECOND)]
     assert successor.hear(SECOND, END) == []
     assert successor.hear(SECOND, LIVE, b"other") == ["other"]
     assert successor.hear(FIRST, HELD, b"rest") == ["rest"]
@@ -80,7 +81,9 @@ def test_nobody_is_waited_for_too_long() -> None:
 
 
 def test_end_of_a_sender_asks_for_its_successor() -> None:
-    """A sender that ends asks all workers to hold what they publish."""
+    """A sender that ends asks all workers to hold batches, by a name that it leaves to its successor alone."""
     successor = Successor()
     successor.resumption.hand_over()
-    assert hold_topic("forwarder.1") in successor.subscriptions
+    (kept,) = successor.resumption.tables().values()
+    assert hold_topic(f"forwarder.1.{kept['key']:x}") in successor.subscriptions
+    assert kept != Successor().resumption.tables()["resumption/"]
