@@ -56,6 +56,12 @@ EXPORTERS: Final = "exporters"
 NOT_FLOW: Final = "not_flow"
 """Datagrams that are not of the stream's protocol; they go on like all others."""
 
+# ingest, account `ENDED` + `BOOT/STREAM`: what a start of the worker had published and dropped when it ended
+ENDED: Final = "ended/"
+ENDED_NAME: Final = re.compile(r"ended/([0-9a-f]{1,16})/([^/]+)")
+STARTED: Final = "started_ns"
+"""The time at which it was started, in ns since 1970."""
+
 # ingest, account `host`
 CHECKSUM_ERRORS: Final = "checksum_errors"
 """UDP datagrams for any receiver that this host's kernel has dropped for a wrong checksum (InCsumErrors)."""

@@ -40,8 +40,8 @@ from services.gateway.transport.listeners import Listener
 from services.gateway.transport.slow_readers import too_slow_reader
 from services.gateway.transport.tls import check_listener, make_context
 from services.ingest import listeners as ingest_listeners
+from services.ingest.batch_publisher import new_pools
 from services.ingest.listeners import bind_listener
-from services.ingest.worker import new_pools
 from services.operator.cli.arguments import positive
 from services.operator.client.gateway_options import access
 from services.operator.commands import collect, frame, keys, ready, token, wake

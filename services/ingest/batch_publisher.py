@@ -7,13 +7,17 @@ import numpy as np
 from services.ingest.exporter_shares import ExporterShares
 from services.ingest.flow_exporters import ExporterTracker
 from services.ingest.held_batches import HeldBatches
-from shared.bus.loans import LENT_SIZE, Loan, Pool
+from shared.bus.kept_counts import KeptCounts, KeptFile
+from shared.bus.loans import CHUNK, LENT_SIZE, Loan, Pool, Room
 from shared.bus.messages import Datagrams, datagrams_topic, exporters_topic, inline_topic
 from shared.bus.zmq_sockets import Publisher
 from shared.datagrams.batch import ROW, DatagramBatch, Rows
 from shared.ledger import BUS_FULL, BYTES, NO_MEMORY, NO_SUBSCRIBER, OVERSIZED, PUBLISHED, RECEIVED
+from shared.log import get_logger
 from shared.process.memory import Memory
 from shared.settings.entries import Protocol
+
+log = get_logger()
 
 
 class StreamFeed:
@@ -30,6 +34,7 @@ class StreamFeed:
         pool: Pool | None = None,
         memory: Memory | None = None,
         held: HeldBatches | None = None,
+        totals: KeptCounts | None = None,
     ) -> None:
         self.stream = stream
         self.topic = datagrams_topic(stream)
@@ -42,6 +47,7 @@ class StreamFeed:
         self._pool = pool
         self._memory = memory or Memory()
         self._held = held or HeldBatches(publisher)
+        self._totals = KeptFile(None).new_counts() if totals is None else totals
         self._inline = inline_topic(stream)
         self._exporters_topic = exporters_topic(publisher.sender)
         self._shares: ExporterShares | None = None
@@ -67,6 +73,7 @@ class StreamFeed:
         if wanted and not self._memory.short:
             return True
         self.account[NO_MEMORY if wanted else NO_SUBSCRIBER] += count
+        self._totals[NO_SUBSCRIBER] = self.account[NO_SUBSCRIBER]
         return False
 
     def refuse_oversized(self, count: int) -> None:
@@ -89,6 +96,7 @@ class StreamFeed:
         body = Datagrams(self.stream, received_ns, number, chunk, stride)
         sent = self._publisher.publish(self.topic, body, batch)
         self.account[PUBLISHED if sent else BUS_FULL] += len(rows)
+        self._totals[PUBLISHED] = self.account[PUBLISHED]
         if self._shares:
             self._shares.note(rows)
         if sent and loan and self._pool:
@@ -101,6 +109,7 @@ class StreamFeed:
         body = Datagrams(self.stream, received_ns, self._lent)
         sent = self._publisher.publish(self.topic, body, None, (rows, payload), count)
         self.account[PUBLISHED if sent else BUS_FULL] += count
+        self._totals[PUBLISHED] = self.account[PUBLISHED]
         if sent and self._held.due_at:
             self._held.add(self.stream, received_ns, count, rows, payload)
         if self._shares:
@@ -128,3 +137,18 @@ class StreamFeed:
     def _lent(self) -> int:
         """The number of the last loan."""
         return self._pool.number if self._pool else 0
+
+
+def new_pools(streams: list[str], size: int, room: Room) -> dict[str, Pool]:
+    """Return memory to lend payloads in; none when it is switched off, or when the kernel gives none."""
+    if size < CHUNK:
+        return {}
+    try:
+        return {stream: Pool(stream, size, room) for stream in streams}
+    except OSError as error:
+        log.warning(
+            "payloads go through the bus, which is slower: no shared memory can be made",
+            error=str(error),
+            needs="Linux 5.1",
+        )
+        return {}

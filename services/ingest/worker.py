@@ -11,8 +11,9 @@ from functools import partial
 from types import TracebackType
 from typing import Final, Self
 
-from services.ingest.batch_publisher import StreamFeed
+from services.ingest.batch_publisher import StreamFeed, new_pools
 from services.ingest.held_batches import HeldBatches
+from services.ingest.kept_totals import KeptTotals
 from services.ingest.listeners import (
     StreamEndpoint,
     Upkeep,
@@ -24,7 +25,7 @@ from services.ingest.receiver import DatagramReceiver
 from services.ingest.reuseport_sharing import Spreader, is_shareable
 from services.ingest.tcp_connections import ExporterConnections
 from shared.bus.endpoint import open_link, queue_limit
-from shared.bus.loans import CHUNK, Lender, Pool, Room, pool_path
+from shared.bus.loans import Lender, Pool, Room, pool_path
 from shared.bus.status import Reporter
 from shared.bus.zmq_sockets import Publisher, new_context
 from shared.datagrams.limits import MAX_ROWS
@@ -62,21 +63,6 @@ RECORD_SIZE: Final = 1024
 log = get_logger()
 
 
-def new_pools(streams: list[str], size: int, room: Room) -> dict[str, Pool]:
-    """Return memory to lend payloads in; none when it is switched off, or when the kernel gives none."""
-    if size < CHUNK:
-        return {}
-    try:
-        return {stream: Pool(stream, size, room) for stream in streams}
-    except OSError as error:
-        log.warning(
-            "payloads go through the bus, which is slower: no shared memory can be made",
-            error=str(error),
-            needs="Linux 5.1",
-        )
-        return {}
-
-
 class Worker:
     """Receives on every listener of every stream and publishes what comes."""
 
@@ -96,6 +82,7 @@ class Worker:
         self._pools: dict[str, Pool] = {}
         self._memory = Memory(settings.ingest.memory, "[ingest] memory")
         self._lender: Lender | None = None
+        self._totals = KeptTotals()
         self._room = Room((settings.ingest.memory - OWN_MEMORY) // 2)
         self._connections = ExporterConnections(self._selector, settings.ingest)
         self._held_back: dict[socket.socket, Callable[[], object]] = {}
@@ -119,6 +106,8 @@ class Worker:
         try:
             path, boot = pool_path(bus.path, self._name), self._publisher.boot
             self._lender = Lender(path, boot, self._pools, self._watch, self._selector.unregister)
+            ended = self._totals.open(bus.path / f"accounts.{self._name}", boot)
+            self._accounts.update({name: Counter(counts) for name, counts in ended.items()})
             self._listen(self._settings.streams, take_inherited())
         except BaseException:
             self._close()
@@ -187,12 +176,15 @@ class Worker:
         self._pools.update(new_pools(fresh, self._settings.bus.lent, self._room))
         for name in fresh:
             account = self._accounts[f"stream/{name}"]
-            feed = StreamFeed(name, self._publisher, account, self._pools.get(name), self._memory, self._held)
+            feed = StreamFeed(
+                name, self._publisher, account, self._pools.get(name), self._memory, self._held, self._totals.of(name)
+            )
             self._feeds[name] = feed
             if self._publisher.wanted(feed.topic):
                 feed.mark(time.time_ns())
         for stream in streams:
             self._feeds[stream.name].look_for(stream.protocol)
+        self._totals.keep()
 
     def _accept(self, sock: socket.socket, feed: StreamFeed, account: Counter[str]) -> None:
         if self._connections.feed(sock) is not feed:
@@ -362,6 +354,7 @@ class Worker:
         for receiver in self._receivers.values():
             receiver.count_kernel_drops()
         self._connections.expire()
+        self._totals.keep()
         self._accounts["host"][CHECKSUM_ERRORS] = checksum_errors()
         self._reporter.report(lambda: self._accounts)
 
@@ -397,6 +390,7 @@ class Worker:
             receiver.close()
         if self._lender is not None:
             self._lender.close()
+        self._totals.close()
         for pool in self._pools.values():
             pool.close()
         self._selector.close()

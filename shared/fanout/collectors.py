@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final, Generic, Protocol, TypeVar
 
+from shared.bus.kept_counts import Sheet
 from shared.client import ALL_STREAMS, Client
 from shared.datagrams.gathered import Gathered
 from shared.datagrams.routing import ALL_ROWS, Router, Selection, takes_all
 from shared.fanout.backlog import Backlog
 from shared.fanout.fair_shares import FairShares
 from shared.fanout.health import Checkup, Symptom
-from shared.fanout.kept_counts import Sheet
 from shared.ledger import (
     BASELINE,
     BUFFER_FULL,

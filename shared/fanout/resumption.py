@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
+from shared.bus.kept_counts import KeptCounts
 from shared.bus.messages import Again, Message, again_topic, datagrams_topic, hold_topic
 from shared.bus.zmq_sockets import Subscriber
-from shared.fanout.kept_counts import KeptCounts
 from shared.log import get_logger
 
 TABLE: Final = "resumption/"

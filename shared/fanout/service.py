@@ -17,6 +17,7 @@ from typing import ClassVar, Final, Generic, Self
 
 from shared.bus.borrowing import Borrower
 from shared.bus.endpoint import open_link, queue_limit
+from shared.bus.kept_counts import KeptFile, Sheet
 from shared.bus.messages import (
     REGISTRY_TOPIC,
     Body,
@@ -37,7 +38,6 @@ from shared.datagrams.routing import Selection
 from shared.fanout.backlog import BacklogMemory
 from shared.fanout.collectors import COLLECTOR_COUNTERS, MARKS, Collectors, D
 from shared.fanout.health_report import HealthReporter
-from shared.fanout.kept_counts import KeptFile, Sheet
 from shared.fanout.registry_replica import RegistryReplica
 from shared.fanout.resumption import Resumption
 from shared.fanout.streams import ORIGIN_COUNTERS, FollowedStreams

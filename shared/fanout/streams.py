@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from shared.bus.continuity import Continuity, Origin, Position
+from shared.bus.kept_counts import KeptCounts, KeptFile
 from shared.bus.living_workers import LivingWorkers
 from shared.bus.messages import Envelope, Status, datagrams_topic, status_topic
 from shared.bus.zmq_sockets import Subscriber
-from shared.fanout.kept_counts import KeptCounts, KeptFile
 from shared.ledger import (
     BASELINE,
+    ENDED_NAME,
     MISSED,
     NO_SUBSCRIBER,
     PUBLISHED,
     REACHED,
+    STARTED,
     TAKEN,
     UNSERVED,
     Accounts,
@@ -235,12 +237,13 @@ class FollowedStreams:
         if worker is None:
             worker = self._workers[key] = _Worker(status.started_ns)
             self.came_and_gone.append((WORKER_CAME, envelope.sender))
-            self._left = {each: left for each, left in self._left.items() if each[0] != key[0] or each[1] == key[1]}
         worker.streams.update(name.removeprefix(STREAM) for name in status.accounts if name.startswith(STREAM))
         worker.heard_at = time.monotonic()
         self._hanging.discard(envelope.sender)
-        worker.whole |= status.piece + 1 == status.pieces
-        missed = {}
+        missed = self._note_ends(envelope.sender, status)
+        if not worker.whole and status.piece + 1 == status.pieces:
+            worker.whole = True
+            self._left = {each: left for each, left in self._left.items() if each[0] != key[0] or each[1] == key[1]}
         for topic, stream in self._topics.items():
             origin = (*key, topic)
             account, position = status.accounts.get(f"stream/{stream}"), self._continuity.positions.get(origin)
@@ -248,20 +251,49 @@ class FollowedStreams:
                 continue
             lost = self._continuity.reconcile(origin, account.get(PUBLISHED, 0))
             if lost:
-                missed[stream] = lost
+                missed[stream] += lost
                 self.published[stream] += lost
-            if self._note_unwanted(origin, position, account.get(NO_SUBSCRIBER, 0), worker) or lost:
+            if self._note_unwanted(origin, position, account.get(NO_SUBSCRIBER, 0), worker.started_ns) or lost:
                 self._keep(origin, position)
         return missed
 
-    def _note_unwanted(self, origin: Origin, position: Position, unwanted: int, worker: _Worker) -> bool:
+    def _note_ends(self, sender: str, status: Status) -> Counter[str]:
+        """Note with what the starts of a worker before this one have ended; return the datagrams missed, by stream.
+
+        Nobody tells of what a killed one had published and not got to us but its successor.
+        """
+        missed: Counter[str] = Counter()
+        for name, account in status.accounts.items():
+            found = ENDED_NAME.fullmatch(name)
+            if found is None or (topic := datagrams_topic(found[2])) not in self._topics:
+                continue
+            stream, origin, started_ns = found[2], (sender, int(found[1], 16), topic), account.get(STARTED, 0)
+            followed = self._continuity.positions.get(origin)
+            position = followed or self._left.pop(origin, None)
+            if position is None and not 0 < self._since[stream] < started_ns:
+                continue  # it was there before anybody wanted the stream
+            position = self._continuity.positions[origin] = position or Position(0, 0, 0)
+            if lost := self._continuity.reconcile(origin, account.get(PUBLISHED, 0)):
+                if followed:
+                    missed[stream] += lost
+                    self.published[stream] += lost
+                else:
+                    position.missed, position.unserved = position.missed - lost, position.unserved + lost
+                    self._count_unserved(stream, lost, before=started_ns < self._began_ns)
+            if lost or not followed:
+                self._keep(origin, position)
+            if self._note_unwanted(origin, position, account.get(NO_SUBSCRIBER, 0), started_ns):
+                self._keep(origin, position)
+        return missed
+
+    def _note_unwanted(self, origin: Origin, position: Position, unwanted: int, started_ns: int) -> bool:
         """Note the datagrams that a worker has dropped for lack of subscribers; return whether that is news."""
-        stream, before = self._topics[origin[2]], worker.started_ns < self._began_ns
+        stream, before = self._topics[origin[2]], started_ns < self._began_ns
         known, first = self._unwanted.get(origin), origin not in self._heard
         self._heard.add(origin)
         if known == unwanted:
             return False
-        if known is None and worker.started_ns > self._since[stream] > 0:
+        if known is None and started_ns > self._since[stream] > 0:
             # All that it had was wanted. What it has published, to others, before it heard of us, is not taken.
             known = 0
             if position.baseline:

@@ -156,6 +156,36 @@ def test_a_restart_of_a_sender_loses_nothing_and_a_kill_nothing_that_is_not_coun
     assert losses.get(("counted", "unserved"), 0) == found["counted"].get("dropped_unserved", 0)
 
 
+@pytest.mark.parametrize("watched", [True, False])
+def test_what_a_killed_worker_had_is_counted_by_a_sender_that_was_away(open_stack: OpenStack, watched: bool) -> None:
+    """Worker and forwarder are both killed: the worker's successor tells how much there was, published or unwanted."""
+    with served(open_stack, "relay") as sinks, ExitStack() as opened:
+        if watched:
+            opened.callback(open_stack.operator("watch", "--json").stop)
+        sent = 0
+        for away in (False, True, True):
+            if away and sent == 40:
+                open_stack["forwarder"].stop(signal.SIGKILL)
+            with BusEnds(open_stack.bus) as bus, socket.socket(type=socket.SOCK_DGRAM) as exporter:
+                exporter.bind((EXPORTERS[1], 0))
+                for number in range(sent, sent + 40):
+                    exporter.sendto(number.to_bytes(4), (OURS, 6667))
+                sent += 40
+                accounts_when(bus, "ingest.1", lambda found: found["stream/messages"]["received"] == 40)
+            if not away:
+                wait_until(lambda: len(sinks["counted"].numbers) == 40, "copies have come")
+            open_stack["ingest.1"].stop(signal.SIGKILL)
+            open_stack.start("ingest.1")
+        open_stack.start("forwarder")
+        with BusEnds(open_stack.bus) as bus:
+            kept = accounts_when(bus, "forwarder.1", lambda found: found["collector/counted"]["expected"] == sent)
+        ledger_losses(open_stack)
+    assert sinks["counted"].numbers == [*range(40)]
+    assert kept["collector/counted"]["dropped_unserved"] == 80
+    assert sinks["some"].numbers == [*range(0, 40, 3)]
+    assert kept["collector/some"]["dropped_unserved"] == 80
+
+
 def ledger_losses(stack: OpenStack) -> list[dict[str, object]]:
     """The ledger's losses; it must be balanced."""
     asked = stack.operator("ledger", "--json", "--seconds", "20")

@@ -89,7 +89,7 @@ def test_each_process_drains_under_load(stack: Stack, name: str, number: signal.
             assert stack[other].stop(seconds=DRAIN_SECONDS) == 0
     assert not (stack.directory / "s").exists()
     assert {path.name for path in stack.bus.iterdir()} == {
-        *("lock", "pool.1.lock", "registry.sqlite", "accounts.forwarder"),
+        *("lock", "pool.1.lock", "registry.sqlite", "accounts.forwarder", "accounts.ingest.1"),
     }
 
 

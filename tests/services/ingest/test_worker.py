@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 from services.broker.proxy import Proxy
+from services.ingest.batch_publisher import new_pools
 from services.ingest.tcp_connections import SPARE_DESCRIPTORS
-from services.ingest.worker import new_pools
 from services.operator.doctor.listening_facts import listening_facts
 from shared.bus.continuity import Continuity
 from shared.bus.loans import CHUNK, GRACE_SECONDS, Room

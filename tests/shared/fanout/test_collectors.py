@@ -6,10 +6,10 @@ from typing import Any, cast
 import msgspec
 import pytest
 
+from shared.bus.kept_counts import KeptFile
 from shared.client import Client, Withheld
 from shared.datagrams.gathered import Gathered
 from shared.fanout.collectors import COLLECTOR_COUNTERS, MARKS, Collectors
-from shared.fanout.kept_counts import KeptFile
 from shared.ledger import discrepancies
 from tests.builders import make_batch, make_client
 

@@ -12,13 +12,14 @@ from typing import Any, NamedTuple, cast
 import pytest
 
 from services.forwarder.service import ForwarderService
+from shared.bus import kept_counts
+from shared.bus.kept_counts import KeptFile
 from shared.bus.messages import Body, Datagrams, Message, RegistrySnapshot, Status, datagrams_topic
 from shared.bus.zmq_sockets import Subscriber
 from shared.client import Client
 from shared.datagrams.gathered import Gathered
-from shared.fanout import collectors, kept_counts, service, streams
+from shared.fanout import collectors, service, streams
 from shared.fanout.collectors import Collectors
-from shared.fanout.kept_counts import KeptFile
 from shared.fanout.streams import FollowedStreams
 from shared.ledger import FILTERED, WITHHELD, Accounts, discrepancies
 from shared.settings.model import Settings

@@ -3,9 +3,9 @@ from typing import Any, cast
 
 from structlog.testing import capture_logs
 
+from shared.bus.kept_counts import KeptFile
 from shared.bus.messages import Again, Datagrams, Envelope, Message, Status, again_topic, hold_topic
 from shared.bus.zmq_sockets import Subscriber
-from shared.fanout.kept_counts import KeptFile
 from shared.fanout.resumption import MAX_WAITING, PATIENCE_SECONDS, Resumption
 from tests.builders import make_batch
 

@@ -6,10 +6,10 @@ from typing import cast
 import pytest
 from structlog.testing import capture_logs
 
+from shared.bus.kept_counts import KeptFile
 from shared.bus.messages import Envelope, Status
 from shared.bus.zmq_sockets import Subscriber
 from shared.fanout import streams
-from shared.fanout.kept_counts import KeptFile
 from shared.fanout.streams import WORKER_SECONDS, FollowedStreams
 
 

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from shared.fanout.kept_counts import HEADER, KeptFile, Sheet, read_sheet
+from shared.bus.kept_counts import HEADER, KeptFile, Sheet, read_sheet
 from tests.builders import make_client
 from tests.stack import CHECKOUT
 
@@ -66,7 +66,7 @@ def test_counts_outlive_sigkill(tmp_path: Path) -> None:
     """Every count that was stored before a SIGKILL is in the file."""
     code = (
         "import os, signal, sys, pathlib\n"
-        "from shared.fanout.kept_counts import KeptFile\n"
+        "from shared.bus.kept_counts import KeptFile\n"
         "kept = KeptFile(pathlib.Path(sys.argv[1]))\n"
         "kept.open()\n"
         "counts = kept.new_counts()\n"
