@@ -38,9 +38,10 @@ fuzz: $(VENV)/installed-for-fuzzing
 bench: $(VENV)/installed-for-benchmarks
 	python -m tests.benchmarks $(BENCH)
 
-# What has become slower beside the same relays than in tests/benchmarks/recorded.json.
+# What has become slower beside the same relays than in tests/benchmarks/recorded.json and recorded_paced.json.
 bench-check: $(VENV)/installed-for-benchmarks
 	python -m tests.benchmarks --check $(BENCH)
+	python -m tests.benchmarks --check --paced $(BENCH)
 
 # What goes to a package index, and a bill of materials; deploy/RELEASE.md says what else a release takes.
 dist: $(VENV)/installed-for-packages

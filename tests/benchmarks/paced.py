@@ -39,6 +39,8 @@ SOURCE: Final = Path(__file__).with_name("paced.c")
 BUFFER: Final = 1 << 25
 """Bytes: fanwire's own default."""
 WARM_SECONDS: Final = 0.7
+IDLE_SECONDS: Final = 4.0
+"""The work of an idle service comes once or twice a second."""
 MARGIN_SECONDS: Final = 0.1
 """Time for which the sender goes on after what is measured."""
 QUIET_SECONDS: Final = 1.5
@@ -99,7 +101,7 @@ class Measured:
     def idle(self, seconds: float) -> Reading:
         """Measure the cost of the program with nothing to do."""
         time.sleep(WARM_SECONDS)
-        cpu, wakeups = _spent(self.program, seconds)
+        cpu, wakeups = _spent(self.program, max(seconds, IDLE_SECONDS))
         return Reading(cpu, wakeups, {}, 0, 0, 0, True)
 
     def run(self, load: Load, seconds: float) -> Reading:

@@ -12,6 +12,7 @@ from tests.benchmarks.report import SLOWER, describe_machine
 
 LATER: Final = 1.5
 """A lateness of so many times that of the record, and half a millisecond more, is a regression."""
+TITLES: Final = {"samplicate": "samplicator"}
 SHORT_OF: Final = 0.97
 """Of the rate, less offered means that the exporters did not keep up: such a cell says so."""
 
@@ -75,34 +76,51 @@ def summarize(program: str, way: str, fan_out: int, load: Load, readings: Sequen
 
 
 def table(cells: Sequence[Cell]) -> str:
-    """A line a load in Markdown, fanwire first, then its peers."""
+    """Return lines in Markdown, a load each: fanwire first, then its peers, each with its CPU as part of theirs."""
     programs = list(dict.fromkeys(cell.program for cell in cells))
     by_task: dict[tuple[str, int, Load], dict[str, Cell]] = {}
-    for cell in cells:
+    for cell in sorted(cells, key=lambda cell: (cell.load.rate, cell.way != "relay", cell.fan_out)):
         by_task.setdefault(cell.task, {})[cell.program] = cell
-    heads = ["load", "way", "collectors", "datagrams/s"]
+    loads = {(load.workload, load.sources, load.spacing) for _, _, load in by_task}
+    heads = [*["load"][: len(loads) - 1], "datagrams/s", "way", "collectors"]
     for program in programs:
-        heads += [f"{program} CPU %", "p50, p99, p99.9 ms", "wake-ups/s", "lost"]
+        heads += [f"{TITLES.get(program, program)}: CPU %", "p50, p99 ms", "wake-ups/s"]
+        heads += ["fanwire's CPU"] if program != "fanwire" else []
     lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
     for (way, fan_out, load), row in by_task.items():
-        words = [f"{load.workload}, {load.sources} {load.spacing}", way, str(fan_out), f"{load.rate:,}"]
+        words = [f"{load.workload}, {load.sources} {load.spacing}"][: len(loads) - 1]
+        words += [f"{load.rate:,}", way, str(fan_out)]
         for program in programs:
             words += _words(row.get(program))
+            words += [_ratio(row["fanwire"], row.get(program))] if program != "fanwire" else []
         lines.append("| " + " | ".join(words) + " |")
     return "\n".join(lines)
 
 
+def cpu_words(cell: Cell) -> str:
+    """Return the CPU in per cent of a core."""
+    return f"{cell.cpu_total:.{2 if cell.cpu_total < 1 else 1 if cell.cpu_total < 10 else 0}f}"
+
+
+def lost_words(cell: Cell) -> str:
+    """Return the loss, if there is one, to stand behind the CPU."""
+    return f" (lost {cell.lost:.1%})" if cell.lost >= 0.0005 else ""
+
+
+def late_words(cell: Cell) -> str:
+    """Return p50 and p99 in ms; nothing without a load."""
+    late = [cell.late_us[name] / 1000 for name in ("p50", "p99") if name in cell.late_us]
+    return ", ".join(f"{ms:.2f}" if ms < 1 else f"{ms:.1f}" for ms in late)
+
+
 def _words(cell: Cell | None) -> list[str]:
-    if cell is None:
-        return [""] * 4
-    late = ", ".join(f"{us / 1000:.2f}" for us in cell.late_us.values())
-    lost = f"{cell.lost:.2%}" if cell.lost else "0"
-    return [
-        f"{cell.cpu_total:.2f}" if cell.cpu_total < 10 else f"{cell.cpu_total:.0f}",
-        late,
-        f"{cell.wakeups:,.0f}",
-        lost,
-    ]
+    return [cpu_words(cell) + lost_words(cell), late_words(cell), f"{cell.wakeups:,.0f}"] if cell else [""] * 3
+
+
+def _ratio(fanwire: Cell, other: Cell | None) -> str:
+    if other is None or not fanwire.load.rate or not other.cpu_total:
+        return ""
+    return f"{fanwire.cpu_total / other.cpu_total:.{1 if fanwire.cpu_total > 3 * other.cpu_total else 2}f} times"
 
 
 def write(path: Path, command: str, cells: Sequence[Cell]) -> None:

@@ -8,7 +8,7 @@ from itertools import product
 from pathlib import Path
 from typing import Final
 
-from tests.benchmarks import bare, kernel_copies, paced, paced_report
+from tests.benchmarks import bare, kernel_copies, paced, paced_record, paced_report
 from tests.benchmarks.paced import BUFFER, SPACINGS, Load, Measured, Reading
 from tests.benchmarks.paced_report import Cell
 from tests.benchmarks.programs import Task, available
@@ -17,7 +17,6 @@ from tests.benchmarks.workloads import BY_NAME
 from tests.lab import enter_lab
 
 RATES: Final = (0, 100, 1_000, 10_000, 50_000, 100_000)
-RECORDED: Final = Path(__file__).with_name("recorded_paced.json")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -29,8 +28,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--sources", type=int, nargs="*", default=[16], help="number of exporters, such as 1 16 500")
     group.add_argument("--spacing", nargs="*", choices=SPACINGS, default=["even"])
     group.add_argument("--seconds", type=float, default=3.0, help="how long each rate is measured, in each round")
+    group.add_argument("--no-nft", dest="nft", action="store_false", help="leave out the kernel's own copying")
     group.add_argument("--settings", default="", help="more settings for fanwire, as in a settings file")
     group.add_argument("--markdown", action="store_true", help="also print a table to paste")
+    group.add_argument(
+        "--record", action="store_true", help="keep the run as what later ones are checked against, and in the READMEs"
+    )
 
 
 def loads(options: argparse.Namespace, workload: str) -> Iterator[Load]:
@@ -44,6 +47,8 @@ def loads(options: argparse.Namespace, workload: str) -> Iterator[Load]:
 
 def run(options: argparse.Namespace) -> int:
     """Measure, print, save; return the exit code. To be called with large buffers allowed."""
+    if options.check and not paced_record.JSON.exists():
+        sys.exit(f"nothing to compare with: make {paced_record.JSON.name} by --paced --record first")
     cells: list[Cell] = []
     with bare.compiled(paced.SOURCE) as tool:
         if tool is None:
@@ -61,7 +66,9 @@ def run(options: argparse.Namespace) -> int:
         print(f"\n{paced_report.table(cells)}")
     if options.json:
         paced_report.write(options.json, "python -m tests.benchmarks " + " ".join(sys.argv[1:]), cells)
-    found = paced_report.worse(paced_report.read(RECORDED), cells) if options.check else []
+    if options.record:
+        paced_record.keep("python -m tests.benchmarks " + " ".join(sys.argv[1:]), cells)
+    found = paced_report.worse(paced_report.read(paced_record.JSON), cells) if options.check else []
     for sentence in found:
         print(f"worse: {sentence}")
     return int(bool(found))
@@ -70,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
 def run_group(task: Task, here: Site, tool: Path, options: argparse.Namespace) -> list[Cell]:
     """All loads at one fan-out and way: each round starts every program once."""
     names = list(available(task, ["fanwire", *options.peers]))
-    names += [kernel_copies.NAME] if kernel_copies.available(task) else []
+    names += [kernel_copies.NAME] if kernel_copies.available(task) and options.nft else []
     found: dict[tuple[Load, str], list[Reading]] = {}
     for _ in range(options.rounds):
         for name in names:

@@ -197,7 +197,7 @@ class Chunks:
 def test_trains_are_received_as_their_datagrams_are(
     lab: None, host: str, lends: bool, turns: list[list[tuple[int, int, int, int]]], times: int
 ) -> None:
-    """As trains or one by one, the same datagrams give the same rows, in their order, payload and accounts."""
+    """The same datagrams give the same rows in order, payload and accounts, as trains or one by one."""
     outcomes = []
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with ExitStack() as opened:
