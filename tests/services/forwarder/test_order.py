@@ -1,5 +1,5 @@
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
@@ -87,12 +87,16 @@ def test_addresses_with_one_hash_only_make_waves_smaller() -> None:
     assert ordered(rows) == list(range(300))
 
 
-def test_rows_of_different_exporters_stand_longest_first() -> None:
-    """The lengths fall once where each exporter has one row, and twice where each has two."""
+def test_a_wave_ends_for_an_exporter_where_its_rows_grow() -> None:
+    """Rows stand longest first in each wave, and an exporter's next wave begins with a row that is longer."""
     draw = random.Random(5)
-    rows = [(draw.randrange(MAX_DATAGRAM + 1), pack_address(f"10.1.0.{number % 20}")) for number in range(40)]
-    lengths = [rows[row][0] for row in ordered(rows)]
-    assert lengths == sorted(lengths[:20], reverse=True) + sorted(lengths[20:], reverse=True)
+    rows = [(draw.randrange(300), pack_address(f"10.1.0.{number % 20}")) for number in range(200)]
+    last, wave, waves = dict[bytes, int](), Counter[bytes](), []
+    for length, source in rows:
+        wave[source] += length > last.get(source, MAX_DATAGRAM)
+        last[source] = length
+        waves.append(wave[source])
+    assert ordered(rows) == sorted(range(200), key=lambda row: (waves[row], -rows[row][0]))
 
 
 @pytest.mark.parametrize("version", [4, 6])
