@@ -61,6 +61,8 @@ from shared.settings.own_listeners import udp_listeners
 
 TICK_SECONDS: Final = 0.25
 """Time by which a deadline may be noticed late."""
+IDLE_TICK_SECONDS: Final = 1.0
+"""The same, while nobody is connected and no lease runs."""
 LOOPS_SECONDS: Final = 1.0
 """Time for which copies may come back when this host gets an address that they go to."""
 DRAIN_SECONDS: Final = 1.5
@@ -310,8 +312,11 @@ class _Server:
             await self._connections.sweep()
             self._announcer.tick(self._accounts)
             readiness.check(listen=self.settings.gateway.listen)
+            awaited = len(self._connections) or self.registry.leases.active
+            tick, now = TICK_SECONDS if awaited else IDLE_TICK_SECONDS, time.monotonic()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopped.wait(), next_tick(now := time.monotonic(), TICK_SECONDS) - now)
+                async with asyncio.timeout(next_tick(now, tick) - now):
+                    await self._stopped.wait()
 
     def _look_after_registry(self) -> None:
         """Check once a second: a collector's address may have become one of this host's, or the file may be gone."""

@@ -38,16 +38,26 @@ class HealthReporter:
             self._tell_at = 0.0
         return asked
 
+    def hasten(self) -> None:
+        """Note that copies are sent again: examine the collectors in half a second at the latest."""
+        self.due_at = min(self.due_at, next_tick(time.monotonic(), EXAMINE_SECONDS))
+
     def report(
-        self, look: Callable[[float], Iterable[tuple[Client, Symptom | None, int]]], *, flowing: bool = True
+        self,
+        look: Callable[[float], Iterable[tuple[Client, Symptom | None, int]]],
+        *,
+        flowing: bool = True,
+        idle: bool = False,
     ) -> None:
         """Examine the collectors; publish their troubles if they differ from the last report or a second has passed.
 
-        While no copies are `flowing` nothing is published: by that silence the gateway finds that collectors wait.
+        While no copies are `flowing` nothing is published: by that silence the gateway finds that collectors wait. An
+        `idle` service, which has sent nothing since the last report, examines them each second, others twice as often.
         """
         now = time.monotonic()
-        self.due_at = next_tick(now, EXAMINE_SECONDS)
         troubled = [_troubled(client, symptom, lost, now) for client, symptom, lost in look(now)]
+        rests = idle and not any(each.trouble for each in troubled)
+        self.due_at = next_tick(now, REPEAT_SECONDS if rests else EXAMINE_SECONDS)
         found = [(each.name, each.generation, each.trouble) for each in troubled]
         due = found != self._told or now >= self._tell_at
         if not (due and flowing and self._publisher.wanted(self._topic)):

@@ -154,6 +154,8 @@ class CopyService(ABC, Generic[D]):
         """True if there may be messages that no descriptor tells of: ZeroMQ's signals once."""
         self._taken = 0
         """Bytes of payload that have come since the memory was measured."""
+        self._idle = True
+        """True if no copies were sent since the collectors were examined."""
         self._gathered: defaultdict[str, _Waiting] = defaultdict(_Waiting)
         """Batches that wait, by stream."""
         for topic in self.topics():
@@ -226,7 +228,8 @@ class CopyService(ABC, Generic[D]):
         fresh, now = self._publisher.new_subscriptions(), time.monotonic()
         if now >= self._health.due_at or (fresh and self._health.asked_for(fresh)):
             self._collectors.refresh()
-            self._health.report(self._collectors.examine, flowing=self._streams.flowing)
+            self._health.report(self._collectors.examine, flowing=self._streams.flowing, idle=self._idle)
+            self._idle = True
         if now >= self._reporter.due_at or (fresh and self._reporter.asked_for(fresh)):
             self._report()
         if self._kept.stale and self._serving >= 0 and now >= self._keep_at:
@@ -239,16 +242,14 @@ class CopyService(ABC, Generic[D]):
 
     def _take(self, message: Message) -> None:
         body, envelope = message.body, message.envelope
-        if message.batch is None:
-            self._upkeep_at = 0.0  # for what becomes due by it
+        if not (message.batch or isinstance(body, Status)) or self._waiting:
+            self._upkeep_at = 0.0  # for what becomes due by it, such as an answer
         if message.batch is not None:
             missed = self._streams.note_batch(message.topic, envelope, len(message.batch))
             if missed:
                 self._collectors.count_missed(message.batch.stream, missed)
             if missed is not None and len(message.batch):
                 self._gather(message.batch)
-            else:
-                self._upkeep_at = 0.0  # a mark: copies may flow now
         elif isinstance(body, RegistrySnapshot | RegistryChange):
             if not self._replica.apply_message(envelope, body) and self._replica.stale:
                 self._ask_for_snapshot()
@@ -276,6 +277,10 @@ class CopyService(ABC, Generic[D]):
             self._send_gathered(batch.stream)
 
     def _send_gathered(self, stream: str) -> None:
+        if self._idle:
+            self._idle = False
+            self._health.hasten()
+            self._upkeep_at = min(self._upkeep_at, self._health.due_at)
         self._resume_keeping()
         gathered = Gathered(self._gathered.pop(stream).batches)
         self.send(gathered, self._collectors.route(gathered))

@@ -61,6 +61,7 @@ PURE = (
     "services/ingest/octet_count_framing.py",
     "services/ingest/ipfix_numbering.py",
     "services/ingest/ipfix_templates.py",
+    "services/ingest/trains.py",
     "services/operator/cli/numbers.py",
     "services/operator/doctor/copies.py",
     "shared/monitoring/finding.py",
