@@ -139,7 +139,7 @@ def test_words_are_defined_once() -> None:
 
 def test_counters_are_defined_once() -> None:
     """The glossary has every counter that there is a name for, once, with its meaning and its cure, and no other."""
-    prefixes = {ledger.DROPPED, gateway_counters.ACCOUNT, gateway_counters.REFUSED}
+    prefixes = {ledger.DROPPED, ledger.ENDED, gateway_counters.ACCOUNT, gateway_counters.REFUSED}
     named = {
         value
         for module in (ledger, gateway_counters)

@@ -1,4 +1,4 @@
-"""What a worker has published of each stream, kept where its successor finds it: also of one that was killed.
+"""Totals of what a worker has published of each stream, kept where its successor finds them, also after a kill.
 
 A sender of copies that was away then learns from the successor how much there was, and counts what it did not get.
 """

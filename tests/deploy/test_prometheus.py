@@ -192,7 +192,7 @@ def slow_link(site: Site) -> Iterator[Act]:
 
 
 def memory_high(site: Site) -> Iterator[Act]:
-    """What waits for a collector fills most of the room that the forwarder has."""
+    """Copies that wait for a collector fill most of the room that the forwarder has."""
 
     def restart(forwarder: str) -> None:
         site.stack["forwarder"].stop()
