@@ -75,8 +75,8 @@ def explain(error: msgspec.ValidationError, whole: type[Struct], found: Any, tex
         if key:
             declared = keys(table_of(declared) or whole).get(key, whole)  # a value may look like a path
     if entry := re.match(r'\[\[(\w+)\]\] "(.*)" (\w+): ', reason):  # of several entries together: it names one itself
-        names = [each.get("name") for each in found.get(entry[1], ())]
-        places = [entry[1], len(names) - 1 - names[::-1].index(entry[2]), entry[3]] if entry[2] in names else []
+        numbers = [number for number, each in enumerate(found[entry[1]]) if each.get("name") == entry[2]]
+        places = [entry[1], numbers[-1], entry[3]]
         reason = reason[entry.end() :]
     elif unknown := re.fullmatch(r"Object contains unknown field `(.*)`", reason, re.DOTALL):
         places.append(unknown[1])
