@@ -87,7 +87,7 @@ class Guard:
 
         if token is not None and "admin" in token.scopes:
             scope[ADMIN] = Holder(token.name, _secret_of(headers[b"authorization"]).decode(errors="replace"))
-        scope[MAY_SEE] = lambda: not self._remote or token in {*self._tokens()}
+        scope[MAY_SEE] = lambda: not self._remote or any(each == token for each in self._tokens())
         await self._app(scope, receive, send_bound)  # type: ignore[arg-type]
 
     def _refusal(self, method: str, path: str, headers: dict[bytes, bytes], token: Token | None) -> Refusal | None:
