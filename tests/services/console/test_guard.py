@@ -84,6 +84,9 @@ def ask_whole(
         ("evil.example", 421),
         ("", 421),
         ("relay.evil:80", 421),
+        ("10.0.0.1.evil.example", 421),
+        ("10.0.0.1:8443", 200),
+        ("[2001:db8::1]:8443", 200),
     ],
 )
 def test_a_name_that_is_not_ours_is_refused(host: str, status: int) -> None:
