@@ -48,7 +48,11 @@ dist: $(VENV)/installed-for-packages
 	rm -rf dist
 	python -m build --quiet --outdir dist .
 	python -m twine check --strict dist/*.whl dist/*.tar.gz
-	cyclonedx-py environment --output-reproducible --pyproject pyproject.toml --output-file dist/sbom.cdx.json
+	python -m venv --without-pip dist/run
+	pip --python dist/run/bin/python install --quiet "$$(echo dist/fanwire-*.whl)[all]"
+	cyclonedx-py environment --output-reproducible --pyproject pyproject.toml --output-file dist/sbom.cdx.json \
+	  dist/run/bin/python
+	rm -r dist/run
 
 deb:
 	deploy/debian/build dist
