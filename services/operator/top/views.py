@@ -163,7 +163,7 @@ VIEWS: Final = (
             Column("held", 5, show_count),
             Column("lost/s", 6, show_short, "rates"),
             Column("lost", 8, show_count, "totals"),
-            Column("lost 5 min", 7, show_count),
+            Column("lost lately", 7, show_count),
             Column("lost by", 3),
             Column("streams", 2),
             Column("address", 1),

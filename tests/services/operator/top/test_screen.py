@@ -100,7 +100,7 @@ def test_a_frame_fits(width: int, key: str, mode: str) -> None:
 def test_wide_and_narrow() -> None:
     """A wide terminal has every column; a narrow one has health, rate and losses."""
     wide, narrow = (shown(draw(press("3"), picture(), width, 24)) for width in (200, 80))
-    names = "collector health for per s▼ bit/s held lost/s lost 5 min lost by streams address source"
+    names = "collector health for per s▼ bit/s held lost/s lost lately lost by streams address source"
     assert " ".join(wide[4].split()) == names
     assert wide[5].split()[:5] == ["c2", "ok", "60", "s", "2"]
     assert {"collector", "health", "s▼", "lost/s"} <= {*narrow[4].split()}
@@ -213,7 +213,7 @@ def test_lines_for_programs() -> None:
         "stream\tsyslog\tper_s=12.5\treceived=4000\tbit/s=7200\texporters=1\tcollectors=2\tlost/s=0\tlost=3\t"
         "lost_by=memory 3",
         "exporter\t10.1.1.1\tper_s=12.5\tbit/s=7200\tshare=1\tgaps=5\tcollectors=2\tstreams=syslog\tworkers=ingest.1",
-        "collector\ta\\tb\thealth=ok\tfor=60\tsent=2000\tbit/s=1600\theld=0\tlost/s=0\tlost=2\tlost_5_min=0\t"
+        "collector\ta\\tb\thealth=ok\tfor=60\tsent=2000\tbit/s=1600\theld=0\tlost/s=0\tlost=2\tlost_lately=0\t"
         "lost_by=refused 2\tstreams=syslog\taddress=192.0.2.1 port 9514\tsource=relay",
     ]
 
