@@ -1,4 +1,4 @@
-"""Runs a module with system calls refused by seccomp, as containers do: `refusing.py RULES -m MODULE ARGUMENT...`.
+"""Runs a module with system calls refused by seccomp, as containers do: `RULES -m MODULE ARGUMENT...`.
 
 RULES are separated by commas. `recvmmsg=ENOSYS` refuses a call; `socket:0:10=EAFNOSUPPORT` if argument 0 is 10.
 """
@@ -6,7 +6,6 @@ RULES are separated by commas. `recvmmsg=ENOSYS` refuses a call; `socket:0:10=EA
 import errno
 import runpy
 import sys
-from pathlib import Path
 
 
 def refuse(rules: str) -> None:
@@ -24,11 +23,10 @@ def refuse(rules: str) -> None:
 
 def refused(rules: str) -> list[str]:
     """The interpreter under these rules, to be continued by `-m` and a module."""
-    return [sys.executable, str(Path(__file__)), rules]
+    return [sys.executable, "-m", "tests.refusing", rules]
 
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).parent.parent)
     refuse(sys.argv[1])
     del sys.argv[:3]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

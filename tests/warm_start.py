@@ -22,13 +22,19 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Final, NoReturn, Protocol
 
 from tests.capabilities import ambient, keep_only
 from tests.lab import enter_network
 
-PROGRAMS: Final = tuple(
-    f"services.{name}" for name in ("broker", "console", "forwarder", "gateway", "ingest", "operator", "transmitter")
+PROGRAMS: Final = (
+    *(f"services.{name}" for name in ("broker", "console", "forwarder", "gateway", "ingest", "operator")),
+    "services.transmitter",
+    "tests.refusing",
+    "tests.services.gateway.clocked",
+    "tests.services.gateway.crowd",
+    "tests.traffic",
 )
 IMPORTED_LATER: Final = {
     "services.console": ("services.console.server",),
@@ -75,6 +81,7 @@ class Program:
     """A program to run, and its surroundings."""
 
     module: str
+    """Its name; empty for a script, which is the first argument, as after `-c`."""
     arguments: Sequence[str]
     environment: Mapping[str, str]
     directory: str
@@ -149,8 +156,7 @@ class WarmStart:
     def serves(self, command: Sequence[str], environment: Mapping[str, str]) -> bool:
         """Return whether this command of its interpreter, started from here and now, finds what it would by exec."""
         return (
-            command[1] == "-m"
-            and command[2] in self._programs
+            (command[1] == "-c" or (command[1] == "-m" and command[2] in self._programs))
             and all(
                 os.environ.get(name) == environment.get(name)
                 for name in environment.keys() | os.environ.keys()
@@ -163,7 +169,8 @@ class WarmStart:
         self, command: Sequence[str], environment: Mapping[str, str], directory: Path, streams: Sequence[int]
     ) -> Process:
         """Start a program with these descriptors as standard input, output and error."""
-        program = Program(command[2], command[3:], environment, str(directory), _capabilities_after_exec())
+        module, arguments = ("", command[2:]) if command[1] == "-c" else (command[2], command[3:])
+        program = Program(module, arguments, environment, str(directory), _capabilities_after_exec())
         request = json.dumps(vars(program), default=dict).encode()
         ours, theirs = os.pipe()
         network = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
@@ -234,13 +241,15 @@ def _serve(control: socket.socket) -> Program | None:
 
 
 def _import(programs: Sequence[str]) -> None:
-    for name in programs:
-        main = importlib.import_module(f"{name}.__main__")
+    mains = {name: f"{name}.__main__" if name.startswith("services.") else name for name in programs}
+    for name, main in mains.items():
+        loaded = importlib.import_module(main)
         for module in IMPORTED_LATER.get(name, ()):
             importlib.import_module(module)
-        for command in sorted(set(getattr(main, "COMMANDS", {}).values())):
+        for command in sorted(set(getattr(loaded, "COMMANDS", {}).values())):
             importlib.import_module(f"{name}.{command}")
-        del sys.modules[f"{name}.__main__"]  # runs again, as __main__
+    for main in mains.values():
+        del sys.modules[main]  # runs again, as __main__
 
 
 class _Replaced(BaseException):
@@ -281,8 +290,13 @@ def _run(program: Program) -> None:
 def _execute(module: str, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environment)
-    sys.argv[1:] = arguments
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    if module:
+        sys.argv[1:] = arguments
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    else:
+        script, *sys.argv[1:] = arguments
+        sys.modules["__main__"] = ModuleType("__main__")
+        exec(compile(script, "<string>", "exec"), vars(sys.modules["__main__"]))
 
 
 def _fork_program(

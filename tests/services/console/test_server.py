@@ -145,7 +145,7 @@ def test_without_its_extra_it_stays_and_says_so(stack: Stack) -> None:
     hide = "import sys, runpy; sys.modules['uvicorn'] = None; import importlib.util as u; f = u.find_spec\n"
     hide += "u.find_spec = lambda name, *a: None if name == 'uvicorn' else f(name, *a)\n"
     hide += "sys.argv[0] = 'console'; runpy.run_module('services.console', run_name='__main__')"
-    stack.interpreter = [sys.executable, "-c", hide]
+    stack.interpreter, stack.by_exec = [sys.executable, "-c", hide], True  # a fork would have loaded it
     running = stack.spawn("console", stack.interpreter)
     running.wait_for("pip install 'fanwire[console]'")
     assert len(running.text.splitlines()) <= 2

@@ -35,6 +35,7 @@ def test_each_command_loads_what_it_needs(stack: Stack) -> None:
     script = (
         "import sys; from services.operator.__main__ import make_parser; make_parser('clients'); print(*sys.modules)"
     )
+    stack.by_exec = True  # what is forked has loaded them all
     loaded = finish(stack.spawn("loading", [sys.executable, "-c", script]))[1].split()
     assert "services.operator.commands.clients" in loaded
     assert not {"services.operator.doctor.command", "pyroute2", "importlib.metadata"} & set(loaded)
