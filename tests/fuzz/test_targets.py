@@ -33,7 +33,7 @@ def test_kept_inputs_are_taken_or_refused(name: str) -> None:
 def test_mutations_are_taken_or_refused(name: str) -> None:
     """Some hundred mutations of the kept inputs, and bytes at random, do no harm."""
 
-    @settings(max_examples=150)
+    @settings(max_examples=75)
     @given(st.one_of(mutated(read_corpus(name)), st.binary(max_size=200)))
     def fuzz(data: bytes) -> None:
         TARGETS[name](data)

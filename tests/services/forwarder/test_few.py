@@ -40,7 +40,7 @@ def drain(sock: socket.socket) -> list[bytes]:
             return found
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=75, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(payloads, st.booleans(), st.booleans())
 def test_few_leave_as_many_do(lab: None, found: list[tuple[int, int]], segmentation: bool, filtered: bool) -> None:
     """One by one or planned with arrays, collectors get the same copies in order, and the accounts are the same."""

@@ -58,7 +58,7 @@ def ordered(rows: list[tuple[int, bytes]]) -> list[int]:
     return found
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(st.lists(st.tuples(lengths_of_rows, addresses), min_size=1, max_size=200))
 def test_no_exporters_order_changes(rows: list[tuple[int, bytes]]) -> None:
     """Every row is there once, and those of each exporter stand in the order they came, whatever their addresses."""

@@ -66,7 +66,7 @@ def by_source(datagrams: Iterable[tuple[str, bytes]]) -> dict[str, list[bytes]]:
     return found
 
 
-@settings(max_examples=150)
+@settings(max_examples=75)
 @given(lengths_of_batches, largest_segments, st.integers(1, len(SOURCES)), st.data())
 def test_sends_are_exactly_the_selected_rows(
     lengths: list[int], largest_segment: int, sources: int, data: st.DataObject

@@ -79,7 +79,7 @@ def datagram(kind: str, number: int, count: int, part: int, uptime: int = 1000) 
     return flows.sflow(number, uptime, "2001:db8::5" if kind == "sflow6" else "192.0.2.5", part, bytes(count))
 
 
-@settings(max_examples=150)
+@settings(max_examples=75)
 @given(
     kind=st.sampled_from(KINDS),
     seed=st.integers(0, 1 << 32),
@@ -262,7 +262,7 @@ steps = st.tuples(
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @example(
     [(0, jump, count, 1_000_000, True) for jump, count in ((0, 4), (1, 4), (WINDOW, 0), (-WINDOW - 5, 1), (0, 1))],
     [],
@@ -309,7 +309,7 @@ fragments = st.sampled_from([
 ])  # fmt: skip
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(
     st.lists(st.lists(st.binary(max_size=60) | fragments, max_size=4).map(b"".join), max_size=30),
     st.sampled_from(["netflow", "ipfix", "sflow"]),

@@ -158,7 +158,7 @@ def split(stream: bytes, at: list[int]) -> list[bytes]:
     return [stream[start:stop] for start, stop in pairwise(edges)]
 
 
-@settings(max_examples=150)
+@settings(max_examples=75)
 @given(st.lists(frames, max_size=8), st.lists(st.integers(0, 300), max_size=12))
 def test_messages_are_those_that_were_framed(framed: list[tuple[bytes, bytes]], at: list[int]) -> None:
     """Messages under any mix of framings, split anywhere, come out as they were."""
@@ -171,7 +171,7 @@ fragments = st.sampled_from(
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(st.lists(fragments | st.binary(max_size=5), max_size=20).map(b"".join), st.lists(st.integers(0, 100)))
 def test_however_it_is_split_it_is_the_same(stream: bytes, at: list[int]) -> None:
     """Arbitrary bytes never raise, and how they are split into reads changes nothing."""

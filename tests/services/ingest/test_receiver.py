@@ -44,7 +44,7 @@ def cuts(lengths: list[int], most: int) -> list[tuple[int, int]]:
     return found
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(
     st.lists(st.tuples(sizes | st.integers(0, SLOT), st.integers(1, 60)), min_size=1, max_size=20),
     st.sampled_from([MAX_DATAGRAM, MAX_PAYLOAD, CHUNK]),

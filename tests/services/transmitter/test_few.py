@@ -26,7 +26,7 @@ class View:
         self.messages, self.frames = FEW.messages, frames
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(runs, st.sampled_from([1280, 1500, 9000]), st.booleans(), st.integers(1, 3), st.integers(0, 1 << 32), st.data())
 def test_few_frames_hold_what_planned_ones_do(
     found: list[tuple[int, int, int]], mtu: int, segmentation: bool, cuts: int, first: int, data: st.DataObject

@@ -118,7 +118,7 @@ def by_source(rows: list[tuple[str, int, bytes]]) -> dict[tuple[str, int], list[
     return found
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(
     st.sampled_from([4, 6]),
     runs,
@@ -159,7 +159,7 @@ def test_frames_hold_exactly_the_selected_rows(
     assert max(map(len, memory_of(PLAN))) <= longest
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(
     st.sampled_from([4, 6]),
     runs,

@@ -478,7 +478,7 @@ class Script:
 steps = st.tuples(st.integers(0, 12), st.integers(0, 3), st.integers(0, 15))
 
 
-@settings(max_examples=150)
+@settings(max_examples=75)
 @given(st.integers(1, 4), st.lists(steps, max_size=80))
 def test_what_is_held_never_changes(chunks: int, acts: list[tuple[int, int, int]]) -> None:
     """Held payloads stay and others can be lent, however borrowers come, read, lose, hold, give back and go."""

@@ -327,7 +327,7 @@ def test_longest_messages_take_bounded_memory(kind: str, body: bytes) -> None:
     assert peak_mb([b"t/", msgpack.packb([VERSION, kind, "ingest.9", *ENVELOPE[3:]]), body]) < 60
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(st.lists(st.binary(max_size=100), max_size=7))
 def test_arbitrary_parts_raise_nothing_else(parts: list[bytes]) -> None:
     """Arbitrary bytes in any number of parts are refused by MessageError, with a cause that is counted."""
@@ -341,7 +341,7 @@ values = st.recursive(
 )
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(st.sampled_from(sorted(KINDS)), st.lists(values, max_size=7) | values, st.binary(max_size=60), st.binary())
 def test_arbitrary_bodies_raise_nothing_else(kind: str, body: object, rows: bytes, payload: bytes) -> None:
     """Any msgpack value as the body of any kind is taken or refused by MessageError."""
@@ -350,7 +350,7 @@ def test_arbitrary_bodies_raise_nothing_else(kind: str, body: object, rows: byte
     assert cause_of([b"registry/", envelope, msgpack.packb(body), *arrays]) in {*CAUSES, ""}
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(st.sampled_from(sorted(KINDS)), st.data())
 def test_damaged_messages_raise_nothing_else(kind: str, data: st.DataObject) -> None:
     """A sound message with bytes flipped, parts lost, doubled or cut is taken or refused by MessageError."""
@@ -478,7 +478,7 @@ def test_loan_and_payload_exclude_each_other(body: list[object], arrays: list[by
 numbers = st.integers(0, 70_000) | st.integers(-1, 2**64 - 1) | st.sampled_from([0, 1, MAX_NUMBER, MAX_NUMBER + 1])
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(
     numbers, numbers, numbers | st.just(5), st.binary(max_size=100) | st.just(ROWS), st.lists(st.binary(), max_size=2)
 )

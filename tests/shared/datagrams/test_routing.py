@@ -75,7 +75,7 @@ def wants(client: Client, source: str) -> bool:
     return not client.prefixes or any(address in network for network in map(unmapped, client.prefixes))
 
 
-@settings(max_examples=150)
+@settings(max_examples=75)
 @given(registries, st.lists(batches, min_size=1, max_size=3))
 def test_rows_are_those_of_a_model_that_looks_at_each_datagram(
     registry: list[Client], several: list[DatagramBatch]

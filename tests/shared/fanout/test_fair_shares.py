@@ -26,7 +26,7 @@ def behind(clock: Clock) -> FairShares[str]:
     return shares
 
 
-@given(st.dictionaries(st.sampled_from("abcdefgh"), st.integers(1, 1000), min_size=1), st.integers(1, 40))
+@given(st.dictionaries(st.sampled_from("abcdefgh"), st.integers(1, 1000), min_size=1), st.integers(1, 12))
 def test_who_wants_less_than_a_share_gets_all(wanted: dict[str, int], rounds: int) -> None:
     """While the service is behind, the address that wants least always gets all of it; nobody alone is limited."""
     clock, got = Clock(), Counter[str]()

@@ -369,7 +369,7 @@ def test_an_event_that_nobody_can_read_counts_as_lost(played: PlayedKernel) -> N
     assert list(Netlink().events()) == [EventsLost(), EventsLost(), Neighbour(2, "10.2.0.2", 2, bytes(6))]
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(st.one_of(nearly_genuine(), st.binary(max_size=100)))
 def test_what_nobody_can_read_ends_nothing(said: bytes) -> None:
     """An answer is an answer or none, and an event an event, whatever bytes come."""

@@ -396,7 +396,7 @@ lines = st.sampled_from(
 )
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.text() | st.lists(lines | st.text(max_size=12), max_size=12).map("\n".join))
 def test_arbitrary_text_raises_nothing_else(tmp_path: Path, text: str) -> None:
     """A file is settings, or refused in one line that names it, whatever stands in it."""
