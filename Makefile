@@ -2,8 +2,8 @@
 # it needs in .venv first. `make dist` and `make deb` make packages of it.
 PYTHON ?= python3
 VENV := .venv
-# Tests wait about as much as they work: twice as many as a small machine has cores.
-TEST_WORKERS ?= 4
+# Tests wait more than they work: three times as many as a small machine has cores.
+TEST_WORKERS ?= 6
 BIN := $(CURDIR)/$(VENV)/bin
 export PATH := $(BIN):$(PATH)
 # Without it every process that a test starts would compile all modules again.
