@@ -89,9 +89,8 @@ def _places(batch: Gathered) -> list[int]:
 
 
 def fold(total: int) -> int:
-    """The one's complement sum of 16-bit words, in 16 bits (RFC 1071)."""
-    total = (total & 0xFFFF) + (total >> 16)
-    return (total & 0xFFFF) + (total >> 16)
+    """The one's complement sum of 16-bit words, in 16 bits (RFC 1071); `total` is their sum, which is not 0."""
+    return (total - 1) % 0xFFFF + 1
 
 
 class FewFrames:
@@ -101,10 +100,12 @@ class FewFrames:
         self.messages = np.zeros(FEW_ROWS, MMSGHDR)
         self._headers, self._pieces = np.zeros(FEW_ROWS * ROOM, np.uint8), np.zeros(2 * FEW_ROWS, IOVEC)
         self._name = np.zeros(32, np.uint8)
+        self._name_bytes, self._name_size = self._name.data, 0
         self._header_bytes, self._piece_bytes = self._headers.data, self._pieces.view(np.uint8).data
         self._headers_at, self._pieces_at = self._headers.ctypes.data, self._pieces.ctypes.data
         self.messages["name"] = self._name.ctypes.data
         self._messages = self.messages.view(np.uint8).data
+        self.messages_at = self.messages.ctypes.data
         self._frames: list[Frame] = []
 
     def build(self, frames: list[Frame]) -> None:
@@ -121,23 +122,27 @@ class FewFrames:
 
     def address(self, to: Addressing, name: bytes, numbers: Identification) -> None:
         """Address all frames to a collector."""
-        self._name[: len(name)] = np.frombuffer(name, np.uint8)
-        self.messages["namelen"][: len(self._frames)] = len(name)
-        address, tos, limit = to.address, to.dscp << 2, to.hop_limit
-        to_sum, number = sum(_WORDS.unpack(address)), numbers.draw(sum(len(frame.rows) for frame in self._frames))
-        fixed = (0x45 << 8) + tos + (limit << 8) + UDP + to_sum
-        out, start = self._header_bytes, HEADERS - 28 - 10
-        for place, frame in enumerate(self._frames):
-            udp_size, ident = frame.size + UDP_SIZE, number & 0xFFFF
+        self._name_bytes[: len(name)] = name
+        if len(name) != self._name_size:
+            self.messages["namelen"] = self._name_size = len(name)
+        address, port, tos, limit = to.address, to.port, to.dscp << 2, to.hop_limit
+        ethernet, to_sum = to.ethernet, sum(_WORDS.unpack(address)) + UDP
+        number = numbers.draw(sum([len(frame.rows) for frame in self._frames]))
+        fixed, out, start = (0x45 << 8) + tos + (limit << 8) + to_sum, self._header_bytes, HEADERS - 28 - 10
+        at = 0
+        for frame in self._frames:
+            udp_size, ident, source, segment = frame.size + UDP_SIZE, number & 0xFFFF, frame.source, frame.segment
             number += len(frame.rows)
-            size, source_sum = udp_size + IP_SIZE, sum(_WORDS.unpack(frame.source))
-            kind, segment = (GSO_UDP_L4, frame.segment) if frame.segment else (GSO_NONE, 0)
-            _LINK.pack_into(out, ROOM * place, NEEDS_CSUM, kind, start + 28, segment, start + IP_SIZE, 6, to.ethernet)
+            high, low = _WORDS.unpack(source)
+            size, source_sum = udp_size + IP_SIZE, high + low
+            kind = GSO_UDP_L4 if segment else GSO_NONE
+            _LINK.pack_into(out, at, NEEDS_CSUM, kind, start + 28, segment, start + IP_SIZE, 6, ethernet)
             _PACKET.pack_into(
-                out, ROOM * place + LINK_SIZE, 0x45, tos, size, ident, 0, limit, UDP,
-                fold(fixed + source_sum + size + ident) ^ 0xFFFF, frame.source, address,
-                frame.port, to.port, udp_size, fold(source_sum + to_sum + UDP + udp_size),
+                out, at + LINK_SIZE, 0x45, tos, size, ident, 0, limit, UDP,
+                fold(fixed + source_sum + size + ident) ^ 0xFFFF, source, address,
+                frame.port, port, udp_size, fold(source_sum + to_sum + udp_size),
             )  # fmt: skip
+            at += ROOM
 
     def rest(self, sent: int) -> Indices:
         """The rows that are left when the first frames have gone."""

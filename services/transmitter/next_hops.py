@@ -6,7 +6,7 @@ import socket
 import struct
 import time
 from dataclasses import dataclass, replace
-from enum import Enum, auto
+from enum import IntEnum, auto
 from typing import Final
 from weakref import WeakValueDictionary
 
@@ -61,7 +61,7 @@ class Hop:
         return bool(self.state & NUD_USABLE) and bool(self.link_address)
 
 
-class EgressKind(Enum):
+class EgressKind(IntEnum):
     """The kind of way to a collector: frames to a next hop, raw IP that the kernel routes, or none."""
 
     FRAMES = auto()

@@ -96,7 +96,7 @@ class PacketSocket:
 
     def send_few(self, few: FewFrames, frames: list[Frame], account: Counter[str]) -> int:
         """Send frames to one collector; return how many have left. The rest is for `send`, which handles errors."""
-        taken, _ = send(self._socket.fileno(), few.messages, 0, len(frames))
+        taken, _ = send(self._socket.fileno(), few.messages_at, 0, len(frames))
         left = frames if taken == len(frames) else frames[:taken]
         account[SENT] += sum([len(frame.rows) for frame in left])
         account[BYTES] += sum([frame.size for frame in left])

@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import Enum, auto
+from enum import IntEnum, auto
 from typing import Any, Final
 
 import numpy as np
@@ -33,7 +33,7 @@ Refusal = tuple[str, str]
 """A cause, and the sentence for the client."""
 
 
-class Reach(Enum):
+class Reach(IntEnum):
     """The distance of a collector, as far as sources matter: on this host, on a link of it, or behind a router."""
 
     HOST = auto()

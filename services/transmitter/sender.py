@@ -100,7 +100,8 @@ class Sender:
                 destination.held.hold(batch, rows)
                 self._holding.add(destination)
                 continue
-            self._release(destination, egress)
+            if destination.held:
+                self._release(destination, egress)
             packet_socket = self._packet_sockets.for_egress(egress, destination.version)
             share = Share(destination, egress, rows)
             if len(batch) <= FEW_ROWS and destination.version == 4 and egress.kind is EgressKind.FRAMES:

@@ -266,13 +266,15 @@ class ReceiveArena:
         return parts
 
 
-def send(descriptor: int, headers: npt.NDArray[np.void], start: int, stop: int) -> tuple[int, int]:
+def send(descriptor: int, headers: npt.NDArray[np.void] | int, start: int, stop: int) -> tuple[int, int]:
     """Send messages `start` to `stop` of a `MMSGHDR` array without waiting; return (number taken, errno).
+
+    Instead of the array there may be its memory address, which numpy takes longer to tell than a short call takes.
 
     The errno is that of the first message when none was taken, else 0: the kernel reports an error in the middle by
     taking fewer.
     """
-    at = headers.ctypes.data + start * MMSGHDR.itemsize
+    at = (headers if isinstance(headers, int) else headers.ctypes.data) + start * MMSGHDR.itemsize
     count = int(_libc.sendmmsg(descriptor, at, stop - start, socket.MSG_DONTWAIT))
     if count < 0 and ctypes.get_errno() == errno.ENOSYS:  # a sandbox refuses it
         if not _refused:
