@@ -278,12 +278,12 @@ class Subscriber:
         while True:
             if not int(self._socket.get(EVENTS)) & POLLIN:
                 return None
-            frames = [self._socket.recv(NOBLOCK, copy=False)]
-            while frames[-1].more:
-                frames.append(self._socket.recv(NOBLOCK, copy=False))
-            # Small parts as bytes; the arrays stay where ZeroMQ received them, kept alive by the views on them.
-            parts: list[Part] = [frame.bytes for frame in frames[:3]]
-            parts += [frame.buffer for frame in frames[3:6]]
+            frame = self._socket.recv(NOBLOCK, copy=False)
+            parts: list[Part] = [frame.bytes]
+            while frame.more:
+                frame = self._socket.recv(NOBLOCK, copy=False)
+                # Small parts as bytes; the arrays stay where ZeroMQ received them, kept alive by the views on them.
+                parts.append(frame.bytes if len(parts) < 3 else frame.buffer)
             try:
                 message = decode(parts, self._borrower.borrow if self._borrower else borrow_nothing)
             except MessageError as error:
