@@ -104,7 +104,7 @@ def cpu_words(cell: Cell) -> str:
 
 def lost_words(cell: Cell) -> str:
     """Return the loss, if there is one, to stand behind the CPU."""
-    return f" (lost {cell.lost:.1%})" if cell.lost >= 0.0005 else ""
+    return f" (lost {100 * cell.lost:.1f} %)" if cell.lost >= 0.0005 else ""
 
 
 def late_words(cell: Cell) -> str:
