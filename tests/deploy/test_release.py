@@ -1,4 +1,4 @@
-"""What a package index gets to know."""
+"""The description and the files that a package index gets."""
 
 import email
 import tomllib
