@@ -312,7 +312,7 @@ class _Server:
             await self._connections.sweep()
             self._announcer.tick(self._accounts)
             readiness.check(listen=self.settings.gateway.listen)
-            awaited = len(self._connections) or self.registry.leases.active
+            awaited = len(self._connections) or self.registry.leases.active or not self.configured.settled
             tick, now = TICK_SECONDS if awaited else IDLE_TICK_SECONDS, time.monotonic()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(next_tick(now, tick) - now):
