@@ -42,8 +42,9 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 def run_privileged(command: list[str], text: str = "") -> str:
     """Run a command that has this process's capabilities; return its output, or raise with its stderr."""
+    found = {**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}  # where tc and nft are, for plain users too
     with ambient():
-        done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, input=text, capture_output=True, text=True, check=False, env=found)
     assert done.returncode == 0, f"{' '.join(command)}: {done.stderr or done.stdout}"
     return done.stdout
 

@@ -137,17 +137,10 @@ class WarmStart:
     def __init__(self, interpreter: str, checkout: str, programs: Sequence[str]) -> None:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs, ambient() if os.geteuid() else nullcontext():  # to enter other network namespaces
-            command = [
-                interpreter,
-                "-P",
-                "-c",
-                COMMAND,
-                str(Path(__file__).parent.parent),
-                str(theirs.fileno()),
-                *programs,
-            ]
+            command = [interpreter, "-P", "-c", COMMAND, str(Path(__file__).parent.parent), str(theirs.fileno())]
             environment = os.environ | {"PYTHONPATH": checkout, "OPENBLAS_NUM_THREADS": "1"}  # threads don't fork
             self._process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()])
+        self._control.send(json.dumps(programs).encode())  # on its command line others would take them for services
         assert self._control.recv(16) == b"ready"
         lasting.append(self._control.fileno())
         self._programs, self._has = programs, _inherited()
@@ -333,12 +326,13 @@ def _fork_program(
 
 
 def main() -> None:
-    """Import the programs named on the command line, then run one of them in each fork that is asked for."""
-    _, control, *programs = sys.argv[1:]
+    """Import the programs that are named first, then run one of them in each fork that is asked for."""
+    control = socket.socket(fileno=int(sys.argv[2]))
+    programs = json.loads(control.recv(1 << 12))
     _import(programs)
     gc.collect()
     gc.freeze()
     if "services.operator" in programs:
         vars(subprocess)["_fork_exec"] = _fork_program
-    if program := _serve(socket.socket(fileno=int(control))):
+    if program := _serve(control):
         _run(program)
