@@ -30,7 +30,7 @@ from shared.bus.messages import (
     serve_topic,
 )
 from shared.bus.status import Reporter
-from shared.bus.zmq_sockets import Publisher, Subscriber, new_context
+from shared.bus.zmq_sockets import Publisher, Subscriber, check_directory, new_context
 from shared.client import Client, Source
 from shared.datagrams.batch import DatagramBatch
 from shared.datagrams.gathered import MAX_GATHERED, MAX_GATHERED_PAYLOAD, Gathered
@@ -128,6 +128,7 @@ class CopyService(ABC, Generic[D]):
     def __enter__(self) -> Self:
         bus = self.settings.bus
         kind = self.name.partition(".")[0]
+        check_directory(bus.path)  # makes it for the file of accounts, where the broker has not yet
         self._kept = KeptFile(self.accounts_file)
         try:
             self._left = self._kept.open()

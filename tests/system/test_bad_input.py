@@ -84,6 +84,7 @@ def test_start_without_the_broker_says_so(stack: Stack, name: str) -> None:
     service = stack.start(name, ready=False)
     service.wait_for("waiting for the broker")
     assert service.process.poll() is None
+    assert "accounts end" not in service.text, "the bus directory is there for its file of accounts"
     stack.start("broker")
     service.wait_for('"event": "ready"')
 
