@@ -19,8 +19,8 @@ MAX_HELD: Final = 32 << 20
 """Bytes held for one sender; the oldest batches go first."""
 BATCH_OVERHEAD: Final = 512
 """Bytes that a held batch takes beyond its columns and payloads, about."""
-MAX_SENDERS: Final = 4
-"""Senders for which batches are held at once. There are two, and each may be restarted again at once."""
+MAX_SENDERS: Final = 16
+"""Senders for which batches are held at once; who asks later gets nothing. There are two, and some may follow them."""
 PORTION_SHARE: Final = 4
 """A portion is one part in this many of what the queues on the way hold: live batches need them too."""
 RETRY_SECONDS: Final = 0.01
@@ -79,11 +79,12 @@ class HeldBatches:
                 self._of(name).asked_for = True
 
     def _of(self, name: str) -> _Held:
-        while name not in self._held and len(self._held) >= MAX_SENDERS:
-            del self._held[next(iter(self._held))]
-        held = self._held.setdefault(name, _Held())
-        self.due_at = self._clock()
-        held.until = self.due_at + HOLD_SECONDS
+        """Return what is held for a sender; beyond the limit what is forgotten at once."""
+        held = self._held.get(name, _Held())
+        if name in self._held or len(self._held) < MAX_SENDERS:
+            self._held[name] = held
+            self.due_at = self._clock()
+        held.until = self._clock() + HOLD_SECONDS
         return held
 
     def add(self, stream: str, received_ns: int, count: int, rows: bytes, payload: bytes) -> None:
