@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 # Tests wait more than they work: three times as many as a small machine has cores.
 TEST_WORKERS ?= 6
-BIN := $(CURDIR)/$(VENV)/bin
+BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 # Without it every process that a test starts would compile all modules again.
 unexport PYTHONDONTWRITEBYTECODE

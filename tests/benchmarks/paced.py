@@ -45,7 +45,8 @@ MARGIN_SECONDS: Final = 0.1
 """Time for which the sender goes on after what is measured."""
 QUIET_SECONDS: Final = 1.5
 """After which what has not come is lost."""
-REST_SECONDS: Final = 0.05
+REST_SECONDS: Final = 0.3
+"""Pause after which the last copies have come, also on a busy machine."""
 PROBES: Final = 4000
 """Datagrams a second, of all collectors together, whose lateness is looked at."""
 SPACINGS: Final = {"even": (1, 1, 0), "bursts": (20, 30, 0), "trains": (16, 16, 1)}
