@@ -92,7 +92,7 @@ def test_full_queue_delays_what_is_handed_on() -> None:
 
 
 def test_what_is_held_has_bounds() -> None:
-    """Nobody comes, memory is short, or there is too much of it: the oldest go. Of many senders the last get nothing."""
+    """Nobody comes, memory is short, or there is too much: the oldest go. Of many senders the last get nothing."""
     bus = Bus()
     bus.ask(HOLD)
     bus.publish(b"a")
