@@ -24,7 +24,6 @@ from shared.bus.messages import (
     Message,
     RegistryChange,
     RegistrySnapshot,
-    ServeReply,
     ServeRequest,
     Status,
     serve_topic,
@@ -40,6 +39,7 @@ from shared.fanout.collectors import COLLECTOR_COUNTERS, MARKS, Collectors, D
 from shared.fanout.health_report import HealthReporter
 from shared.fanout.registry_replica import RegistryReplica
 from shared.fanout.resumption import Resumption
+from shared.fanout.serve_requests import ServeRequests
 from shared.fanout.streams import ORIGIN_COUNTERS, FollowedStreams
 from shared.ledger import FILES_RESTORED, LEFT, STOPPED, Accounts
 from shared.log import WORKER_CAME, get_logger
@@ -55,12 +55,8 @@ SOON_SECONDS: Final = 0.005
 """Time after which what could not be done at once is tried again: to apply a registry, or to answer."""
 UNMEASURED: Final = 1 << 20
 """Bytes of payload that may come before the process's memory is measured again."""
-MAX_WAITING: Final = 1024
-"""Requests kept until copies flow; the gateway gives up on one long before there are this many."""
 APPLY_SHARE: Final = 10
 """Applying registry changes takes at most one part in this many of the loop's time; changes wait for each other."""
-REQUEST_SECONDS: Final = 5.0
-"""A request whose revision has not come by then is from a gateway that is gone."""
 QUIET_SECONDS: Final = 0.25
 INPUT_SECONDS: Final = 1.5
 """After SIGTERM the workers may still flush: input ends when nothing has come for a while, or after this."""
@@ -147,7 +143,7 @@ class CopyService(ABC, Generic[D]):
         self._streams = FollowedStreams(self._subscriber, bus.path, self._kept)
         self._resumption = Resumption(self.name, self._subscriber, self._kept.new_counts)
         self._collectors = Collectors(_names(self.settings), self._streams.published, self.reach, self._kept.new_counts)
-        self._waiting: list[tuple[float, int, ServeRequest]] = []
+        self._requests = ServeRequests(self._publisher, self._replica)
         self._asked_at = 0.0
         self._serving, self._restored = -1, 0
         self._apply_at = self._work_at = self._upkeep_at = 0.0
@@ -224,8 +220,8 @@ class CopyService(ABC, Generic[D]):
         self._work_at = time.monotonic() + self.work()
         if self._serving != self._replica.version:
             self._apply()
-        if self._waiting:
-            self._answer()
+        if self._requests and self._serving == self._replica.version and self._streams.flowing:
+            self._requests.answer()
         fresh, now = self._publisher.new_subscriptions(), time.monotonic()
         if now >= self._health.due_at or (fresh and self._health.asked_for(fresh)):
             self._collectors.refresh()
@@ -236,14 +232,14 @@ class CopyService(ABC, Generic[D]):
         if self._kept.stale and self._serving >= 0 and now >= self._keep_at:
             self._keep()
         self._upkeep_at = min(self._reporter.due_at, self._health.due_at, self._work_at)
-        if self._waiting or self._serving != self._replica.version:
+        if self._requests or self._serving != self._replica.version:
             self._upkeep_at = min(self._upkeep_at, now + SOON_SECONDS)
         if self._publisher.readable():  # the signal of its descriptor was swallowed by what was published
             self._upkeep_at = 0.0
 
     def _take(self, message: Message) -> None:
         body, envelope = message.body, message.envelope
-        if not (message.batch or isinstance(body, Status)) or self._waiting:
+        if not (message.batch or isinstance(body, Status)) or self._requests:
             self._upkeep_at = 0.0  # for what becomes due by it, such as an answer
         if message.batch is not None:
             missed = self._streams.note_batch(message.topic, envelope, len(message.batch))
@@ -254,8 +250,8 @@ class CopyService(ABC, Generic[D]):
         elif isinstance(body, RegistrySnapshot | RegistryChange):
             if not self._replica.apply_message(envelope, body) and self._replica.stale:
                 self._ask_for_snapshot()
-        elif isinstance(body, ServeRequest) and len(self._waiting) < MAX_WAITING:
-            self._waiting.append((time.monotonic() + REQUEST_SECONDS, envelope.boot, body))
+        elif isinstance(body, ServeRequest):
+            self._requests.add(envelope.boot, body)
         elif isinstance(body, Status):
             for stream, missed in self._streams.reconcile(envelope, body).items():
                 self._collectors.count_missed(stream, missed)
@@ -329,18 +325,6 @@ class CopyService(ABC, Generic[D]):
         self._asked_at = time.monotonic()
         self._subscriber.unsubscribe(REGISTRY_TOPIC)
         self._subscriber.subscribe(REGISTRY_TOPIC)
-
-    def _answer(self) -> None:
-        """Answer those that asked whether we serve a revision, once we do and its streams flow."""
-        if not self._waiting or self._serving != self._replica.version or not self._streams.flowing:
-            return
-        now, still_waiting = time.monotonic(), []
-        for expires_at, boot, request in self._waiting:
-            if self._replica.holds(boot, request.revision):
-                self._publisher.publish(request.reply, ServeReply(request.id, self._replica.revision))
-            elif expires_at > now:
-                still_waiting.append((expires_at, boot, request))
-        self._waiting = still_waiting
 
     def _report(self) -> None:
         self._restored += self._kept.renew()
