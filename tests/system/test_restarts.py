@@ -171,7 +171,7 @@ def test_what_a_killed_worker_had_is_counted_by_a_sender_that_was_away(open_stac
                 for number in range(sent, sent + 40):
                     exporter.sendto(number.to_bytes(4), (OURS, 6667))
                 sent += 40
-                accounts_when(bus, "ingest.1", lambda found: found["stream/messages"]["received"] == 40)
+                accounts_when(bus, "ingest.1", lambda found: found["stream/messages"].get("received") == 40)
             if not away:
                 wait_until(lambda: len(sinks["counted"].numbers) == 40, "copies have come")
             open_stack["ingest.1"].stop(signal.SIGKILL)
