@@ -200,6 +200,7 @@ def test_registry_over_json(gateway: Running) -> None:
         "dscp": 46,
         "health": "waiting",
         "lost": 0,
+        "withheld": None,
     }
     listed = ask_json({"op": "list"})
     assert listed["clients"]["siem"]["generation"] == generation
