@@ -9,7 +9,7 @@ export PATH := $(BIN):$(PATH)
 # Without it every process that a test starts would compile all modules again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: run test quick lint soak fuzz bench bench-check dist deb clean
+.PHONY: run test quick lint soak fuzz bench bench-check dist deb test-deb clean
 
 run: $(VENV)/installed
 	@exec fanwire run --hint
@@ -56,6 +56,11 @@ dist: $(VENV)/installed-for-packages
 
 deb:
 	deploy/debian/build dist
+
+# The package in a Debian of its own that boots: installed, upgraded under load, purged. As root.
+test-deb: deb $(VENV)/installed-for-tests
+	mmdebstrap --quiet --variant=minbase --include=dbus,iproute2,python3,systemd,systemd-sysv bookworm dist/debian.tar
+	pytest -m soak tests/deploy/test_package.py
 
 clean:
 	rm -rf $(VENV) dist
