@@ -18,6 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -280,6 +281,28 @@ def _run(program: Program) -> None:
         _execute(program.module, *_ended[0].args)
 
 
+def _run_to_the_end(program: Program) -> None:
+    """Become the program, and end as the interpreter does, but without freeing objects one by one.
+
+    That is two thirds of what a start costs. An end with a word, a bug, or output that can't be written is left to the
+    interpreter.
+    """
+    code = 0
+    try:
+        _run(program)
+    except SystemExit as ended:
+        if isinstance(ended.code, str):
+            raise
+        code = ended.code or 0
+    vars(threading)["_shutdown"]()  # waits for the other threads
+    vars(atexit)["_run_exitfuncs"]()
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code & 0xFF)
+    sys.exit(code)
+
+
 def _execute(module: str, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environment)
@@ -314,15 +337,11 @@ def _fork_program(
     sys.stdout = os.fdopen(1, "w", closefd=False)
     sys.stderr = os.fdopen(2, "w", closefd=False, errors="backslashreplace")
     environment = dict(os.fsdecode(each).split("=", 1) for each in env)
-    code = 1
     try:
-        _run(Program(program, [*map(os.fsdecode, args[4:])], environment, "."))
-    except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else 1
+        _run_to_the_end(Program(program, [*map(os.fsdecode, args[4:])], environment, "."))
     finally:
-        sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)
+        os._exit(1)
 
 
 def main() -> None:
@@ -335,4 +354,4 @@ def main() -> None:
     if "services.operator" in programs:
         vars(subprocess)["_fork_exec"] = _fork_program
     if program := _serve(control):
-        _run(program)
+        _run_to_the_end(program)

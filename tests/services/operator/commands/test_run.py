@@ -210,6 +210,7 @@ IGNORING = "import signal, time; signal.signal(15, signal.SIG_IGN); print('up', 
 @pytest.fixture
 def played(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> Running:
     """A gateway, for who looks at its command line, that ignores SIGTERM; it is all that is heard on the bus."""
+    stack.by_exec = True  # its command line is looked at
     process = stack.spawn("gateway", [sys.executable, "-c", IGNORING, "gateway"])
     process.wait_for("up")
     report = Report("gateway.1", 1, process.process.pid, time.time_ns(), 1, 0.0, {})
