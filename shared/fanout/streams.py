@@ -253,9 +253,20 @@ class FollowedStreams:
             if lost:
                 missed[stream] += lost
                 self.published[stream] += lost
-            if self._note_unwanted(origin, position, account.get(NO_SUBSCRIBER, 0), worker.started_ns) or lost:
+            unwanted = account.get(NO_SUBSCRIBER, 0)
+            if self._note_unwanted(origin, position, unwanted, self._started(origin, worker)) or lost:
                 self._keep(origin, position)
         return missed
+
+    def _started(self, origin: Origin, worker: _Worker) -> int:
+        """Return the time of a worker's start, in ns since 1970, as far as it matters here.
+
+        It is later than our wish for the stream if we have followed a predecessor, even where the clock was set back.
+        """
+        if origin in self._unwanted or worker.started_ns > self._since[self._topics[origin[2]]]:
+            return worker.started_ns
+        followed = any((name, topic) == (origin[0], origin[2]) for name, _, topic in self._unwanted)
+        return self._since[self._topics[origin[2]]] + 1 if followed else worker.started_ns
 
     def _note_ends(self, sender: str, status: Status) -> Counter[str]:
         """Note with what the starts of a worker before this one have ended; return the datagrams missed, by stream.

@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
@@ -177,9 +177,9 @@ class World:
         for name in SERVICES:
             self.stack[name].wait_for('"event": "ready"', 60)
 
-    def kill(self, name: str) -> None:
-        """SIGKILL; it is started again a moment later."""
-        self.stack[name].stop(signal.SIGKILL)
+    def kill(self, name: str, number: signal.Signals) -> None:
+        """End a service by this signal; it is started again a moment later."""
+        self.stack[name].stop(number)
         self.restart_at[name] = time.monotonic() + RESTART_SECONDS
 
     def tend(self) -> None:
@@ -438,9 +438,14 @@ class Once:
 
 
 def stir(
-    world: World, draw: random.Random, seconds: float, pause: float, victims: Callable[[float], list[str]]
+    world: World,
+    draw: random.Random,
+    seconds: float,
+    pause: float,
+    victims: Callable[[float], list[str]],
+    how: Sequence[signal.Signals] = (signal.SIGKILL,),
 ) -> Counter[str]:
-    """Kill one of `victims`, by the time, every `pause` seconds or so; return how often each was."""
+    """End one of `victims`, by the time, every `pause` seconds or so, by a signal of `how`; return how often each."""
     killed: Counter[str] = Counter()
     began = next_at = time.monotonic()
     while (passed := time.monotonic() - began) < seconds or world.restart_at:
@@ -449,7 +454,8 @@ def stir(
             alive = [name for name in victims(passed) if name not in world.restart_at]
             if alive:
                 victim = draw.choice(alive)
-                world.kill(victim)
+                number = draw.choice(how)
+                world.kill(victim, number)
                 killed[victim] += 1
             next_at = time.monotonic() + draw.uniform(0.1, 2) * pause
         time.sleep(0.02)
@@ -506,7 +512,7 @@ def whole_run(world: World, ended: Account, killed: Counter[str], rate: float) -
 def test_everything_is_killed_again_and_again(
     new_world: Callable[..., World], seconds: float, rate: float, pause: float
 ) -> None:
-    """Services are killed, collectors come, go and die, traffic flows: all adds up, and nothing has grown."""
+    """Services are killed or end, collectors come, go and die, traffic flows: all adds up, and nothing has grown."""
     long = seconds > 10
     world = new_world(relayed=2, preserved=2, grouped=2, checked=True)
     draw = chance()
@@ -519,7 +525,8 @@ def test_everything_is_killed_again_and_again(
     churn = Churn(world, random.Random(draw.random()))
     churn.start()
     world.traffic.go(rate)
-    killed = stir(world, draw, seconds, pause, spared.victims if long else once.victims)
+    how = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM) if long else (signal.SIGKILL,)
+    killed = stir(world, draw, seconds, pause, spared.victims if long else once.victims, how)
     churn.end()
     print(f"collectors: {dict(churn.did)}")
     world.wait_ready()

@@ -7,7 +7,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from shared.bus.kept_counts import KeptFile
-from shared.bus.messages import Envelope, Status
+from shared.bus.messages import Envelope, Status, datagrams_topic
 from shared.bus.zmq_sockets import Subscriber
 from shared.fanout import streams
 from shared.fanout.streams import WORKER_SECONDS, FollowedStreams
@@ -24,7 +24,7 @@ class Workers:
         locks = SimpleNamespace(among=lambda _: self.living)
         monkeypatch.setattr(streams, "LivingWorkers", lambda _: locks)
         ignore: Callable[[str], None] = lambda _: None  # noqa: E731 - a signature for mypy
-        subscriber = cast(Subscriber, SimpleNamespace(subscribe=ignore))
+        subscriber = cast(Subscriber, SimpleNamespace(subscribe=ignore, unsubscribe=ignore))
         self.followed = FollowedStreams(subscriber, Path("/bus"), KeptFile(Path("/bus/accounts")))
 
     def pass_time(self, seconds: int, *reporting: tuple[str, int]) -> bool:
@@ -72,3 +72,23 @@ def test_restarted_worker_is_no_other_one(workers: Workers) -> None:
     """The silence of a worker's former start is of no account once its successor is heard."""
     assert workers.pass_time(PATIENCE, FIRST, SECOND)
     assert all(workers.pass_time(1, FIRST, ("ingest.2", 3)) for _ in range(2 * PATIENCE))
+
+
+def test_a_clock_that_was_set_back_hides_no_loss(workers: Workers) -> None:
+    """Datagrams that a new worker had published before it heard of us are owed, whatever its clock says."""
+    followed, topic = workers.followed, datagrams_topic("s")
+    followed.subscribe_to(["s"])
+
+    def hear(boot: int, published: int) -> None:
+        envelope = Envelope(1, "status", "ingest.1", boot, 0, published)
+        followed.note_batch(topic, envelope, 0)
+        account = {"stream/s": {"published": published}}
+        followed.reconcile(envelope, Status("ingest.1", 1, int(workers.now * 1e9), 1, 0, 1, account))
+
+    workers.now -= 10  # this worker was there before us
+    hear(1, 7)
+    assert followed.published["s"] == 0
+    workers.now -= 3600
+    hear(2, 50)
+    assert followed.published["s"] == 50
+    assert [unserved.datagrams for unserved in followed.pop_unserved()] == [50]
