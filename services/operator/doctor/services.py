@@ -152,7 +152,7 @@ def why_not_raw(raw: RawSocketFacts) -> tuple[str, str]:
     if raw.failed == errno.EAFNOSUPPORT:
         return "the kernel has no AF_PACKET, or a unit's RestrictAddressFamilies= leaves it out", "systemctl cat UNIT"
     if raw.failed and not raw.in_bounds:
-        cure = "docker run --cap-add NET_RAW; Kubernetes: capabilities.add, and runAsUser: 0, as others lack it still"
+        cure = "in a container: NET_RAW for it, and the image's python-net-raw, as in deploy/container/compose.yaml"
         return "CAP_NET_RAW is not in the bounding set of programs started from here", cure
     if raw.failed:
         cure = "as root: setpriv --reuid USER --regid GROUP --init-groups --inh-caps +net_raw "

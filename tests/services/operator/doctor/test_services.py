@@ -99,7 +99,7 @@ def test_a_collector_whose_copies_nobody_vouches_for() -> None:
         (RawSocketFacts(), "", ""),
         (DENIED, "this user lacks", "setpriv --reuid USER --regid GROUP "),
         (RawSocketFacts(errno.EPERM, no_new_privileges=True), "no_new_privs", "allowPrivilegeEscalation"),
-        (RawSocketFacts(errno.EPERM, in_bounds=False), "not in the bounding set", "--cap-add NET_RAW"),
+        (RawSocketFacts(errno.EPERM, in_bounds=False), "not in the bounding set", "python-net-raw"),
         (RawSocketFacts(errno.EACCES), "security module", "aa-status"),
         (RawSocketFacts(errno.EAFNOSUPPORT), "AF_PACKET", "systemctl cat"),
         (RawSocketFacts(unfit="nobody can't read python"), "can't read python", "[transmitter] user"),
