@@ -20,7 +20,7 @@ def add_parser(subparsers: Subparsers) -> None:
     release = add_command(subparsers, "release", run_release, "let the copies to a withheld collector flow again")
     for parser in (withhold, release):
         add_gateway_arguments(parser)
-        parser.add_argument("name", metavar="NAME")
+        parser.add_argument("name", metavar="CLIENT")
     withhold.add_argument(
         "--reason", default="", metavar="TEXT", help=f"shown wherever it is listed; at most {MAX_REASON} characters"
     )
