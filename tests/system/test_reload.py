@@ -221,7 +221,7 @@ def test_bad_file_keeps_the_old_settings(stack: Stack) -> None:
     for text, says in (
         ("[[stream]\n", "not TOML"),
         ("[ingest]\ncolour = 1\n", "[ingest] colour: unknown key"),
-        ('[[stream]]\nname = "a"\nlisten = 5\n', '[[stream]] "a" listen: Expected'),
+        ('[[stream]]\nname = "a"\nlisten = 5\n', '[[stream]] "a" listen: expected'),
         (A + SIEM.replace('"b"', '"x"'), "there is no stream 'x'; name a [[stream]]"),
     ):
         stack.configure(text)

@@ -1,6 +1,5 @@
 import signal
 import socket
-import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -10,6 +9,7 @@ import pytest
 from services.broker.proxy import Proxy
 from services.ingest.reuseport_sharing import Spreader, program
 from tests.builders import BusEnds, freeze, kill_all, take, take_mark
+from tests.network import run_privileged
 from tests.stack import Stack, wait_until
 from tests.traffic import pause
 
@@ -110,7 +110,7 @@ def test_exporter_stays_with_its_worker(stack: Stack, bus: BusEnds, spread: str)
 @pytest.mark.parametrize("prefix", ["127.2.0.", "fd00::"])
 def test_source_is_its_address_whatever_its_ports(stack: Stack, bus: BusEnds, prefix: str) -> None:
     """Spread by source, all ports of an exporter go to one worker; 100 exporters go to all workers, IPv6 too."""
-    subprocess.run(["ip", "route", "replace", "local", "fd00::/64", "dev", "lo"], check=True)
+    run_privileged(["ip", "route", "replace", "local", "fd00::/64", "dev", "lo"])
     site = Site(stack, bus, "source")
     chosen = []
     for number in range(1, 101):
