@@ -39,7 +39,7 @@ def test_balanced_accounts(stack: Stack) -> None:
     assert (code, text.splitlines()[-1]) == (0, "balanced")
     collector, loss = [line.split() for line in text.splitlines() if "[siem]" in line]
     assert loss == ["way", "out", "forwarder.1", "[siem]", "1", "refused"]
-    assert collector == ["forwarder.1", "[siem]", "7", "2", "3", "0", "0", "1", "0", "refused", "1", "2"]
+    assert collector == ["forwarder.1", "[siem]", "7", "2", "3", "0", "0", "1", "0", "0", "refused", "1", "2"]
     assert "no_subscriber 3" in text
 
 
