@@ -39,7 +39,7 @@ class Sink(threading.Thread):
 
     def __init__(self, port: int) -> None:
         super().__init__(daemon=True)
-        self._socket, _ = open_receiver("127.0.0.1", port, 1 << 28)
+        self._socket, self.room = open_receiver("127.0.0.1", port, 1 << 28)
         self._socket.settimeout(0.1)
         self._stopping = threading.Event()
         self.came: list[list[int]] = [[] for _ in range(EXPORTERS)]
@@ -192,8 +192,15 @@ def stack(stack: Stack) -> Iterator[Stack]:
     kill_all(stack)
 
 
+@pytest.fixture
+def roomy(sink: Sink) -> None:
+    """For a test that loses nothing, however long a busy machine keeps its collector waiting."""
+    if sink.room < 1 << 20:
+        pytest.skip("needs a receive buffer of 1 MB: CAP_NET_ADMIN in the first user namespace, or net.core.rmem_max")
+
+
 @pytest.mark.parametrize("pool", [4 << 20, None, 0, 1])
-def test_all_arrive_intact(stack: Stack, sink: Sink, flood: Flood, pool: int | None) -> None:
+def test_all_arrive_intact(stack: Stack, sink: Sink, roomy: None, flood: Flood, pool: int | None) -> None:
     """Copies of bursts arrive intact, once and in order, lent from much or little memory or not at all."""
     begin(stack, pool)
     if pool is None or pool > 1:
@@ -205,7 +212,9 @@ def test_all_arrive_intact(stack: Stack, sink: Sink, flood: Flood, pool: int | N
 
 
 @pytest.mark.parametrize("pool", [4 << 20, None])
-def test_stopped_forwarder_sends_what_it_held(stack: Stack, sink: Sink, flood: Flood, pool: int | None) -> None:
+def test_stopped_forwarder_sends_what_it_held(
+    stack: Stack, sink: Sink, roomy: None, flood: Flood, pool: int | None
+) -> None:
     """A forwarder stopped in the middle again and again sends no byte of another datagram, and all is accounted for."""
     begin(stack, pool)
     wait_lent(stack, flood)
@@ -224,7 +233,7 @@ def test_stopped_forwarder_sends_what_it_held(stack: Stack, sink: Sink, flood: F
     settle(stack, sink, flood)
 
 
-def test_stopped_reader_costs_the_collector_nothing(stack: Stack, sink: Sink, flood: Flood) -> None:
+def test_stopped_reader_costs_the_collector_nothing(stack: Stack, sink: Sink, roomy: None, flood: Flood) -> None:
     """While `fanwire watch` stands still and holds all memory, copies go on by the bus, and it prints no wrong byte."""
     begin(stack, 4 << 20)
     watch = stack.operator("watch", "s", "--hex")
