@@ -89,13 +89,13 @@ class Flood:
         self._sources = sources
         self.rounds = 0
 
-    def run(self, rounds: int, between: Callable[[int], object] = lambda _: None, seconds: float = 0.0005) -> None:
-        """Send so many rounds of one datagram each, a pause after every second; `between` is told of each."""
+    def run(self, rounds: int, between: Callable[[int], object] = lambda _: None, seconds: float = 0.002) -> None:
+        """Send so many rounds of one datagram each, a pause after every eighth; `between` is told of each."""
         for number in range(rounds):
             for exporter, sock in enumerate(self._sources):
                 sock.send(payload(exporter, self.rounds))
             self.rounds += 1
-            if self.rounds % 2 == 0:  # a plain user's receive buffers hold 200 kB
+            if self.rounds % 8 == 0:
                 pause(seconds)
             between(number)
 
@@ -177,7 +177,7 @@ def wait_lent(stack: Stack, flood: Flood, borrowers: int = 1) -> None:
     before: list[int] = []
 
     def lent() -> bool:
-        flood.run(16, seconds=0.0025)
+        flood.run(16, seconds=0.01)
         now = given_back(stack["ingest.1"])
         before[:] = before or (now if len(now) == borrowers else [])
         return len(now) == borrowers and bool(before) and min(now) > max(before)
@@ -205,7 +205,7 @@ def test_all_arrive_intact(stack: Stack, sink: Sink, roomy: None, flood: Flood, 
     begin(stack, pool)
     if pool is None or pool > 1:
         wait_lent(stack, flood)
-    flood.run(600, seconds=0.005)
+    flood.run(600, seconds=0.02)
     stream, collector = settle(stack, sink, flood)
     assert bool(given_back(stack["ingest.1"])) == (pool is None or pool > 1)
     assert stream["published"] == flood.sent - stream["kernel_dropped"] == collector["sent"] == sink.count
@@ -241,7 +241,7 @@ def test_stopped_reader_costs_the_collector_nothing(stack: Stack, sink: Sink, ro
     wait_lent(stack, flood, 2)
     settle(stack, sink, flood)
     freeze(watch)
-    flood.run(400, seconds=0.005)
+    flood.run(400, seconds=0.02)
     stream, collector = settle(stack, sink, flood)
     assert collector["sent"] == stream["published"]
     assert min(given_back(stack["ingest.1"])) < max(given_back(stack["ingest.1"]))
@@ -265,7 +265,7 @@ def test_killed_reader_gives_its_memory_back(stack: Stack, sink: Sink, flood: Fl
     watch.wait_for("watching s")
     wait_lent(stack, flood, 2)
     freeze(watch)
-    flood.run(200, seconds=0.005)
+    flood.run(200, seconds=0.02)
     watch.process.kill()
     watch.process.wait()
     wait_lent(stack, flood, 1)
@@ -299,7 +299,7 @@ def test_killed_forwarder_comes_back(stack: Stack, sink: Sink, flood: Flood) -> 
         flood.run(50)
         stack.start("forwarder")
         wait_lent(stack, flood)
-    flood.run(200, seconds=0.005)
+    flood.run(200, seconds=0.02)
     wait_until(lambda: sink.came[0] and sink.came[0][-1] == flood.rounds - 1, "the last one comes")
     sink.check()
     assert len(given_back(stack["ingest.1"])) == 1
