@@ -14,7 +14,12 @@ unexport PYTHONDONTWRITEBYTECODE
 run: $(VENV)/installed
 	@exec fanwire run --hint
 
-test: lint
+# Tests wait now and then: mypy and ruff run beside them.
+test: $(VENV)/installed-for-tests
+	@$(MAKE) --no-print-directory -j2 lint run-tests
+
+.PHONY: run-tests
+run-tests:
 	pytest -m 'not soak' -n $(TEST_WORKERS) --maxschedchunk 4
 
 # What starts no process: decisions, formats, settings, and sockets of the test's own.

@@ -517,5 +517,5 @@ def test_a_second_forwarder_of_a_bus_is_refused(stack: Stack) -> None:
     assert f"another forwarder runs on {stack.bus}: collectors would get each copy twice" in second.text
     accounts.unlink()
     wait_until(accounts.exists, "the accounts are made anew")
-    assert "another program has removed the file of accounts" in forwarder.text
+    forwarder.wait_for("another program has removed the file of accounts")
     assert stack.start("forwarder", ready=False).process.wait(60) == CANT_CREATE
