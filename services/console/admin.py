@@ -103,7 +103,7 @@ class Admin:
         return lambda: probe(lambda: self._open_registry(holder), stream, source, read_ledger, neighbours)
 
     def _open_registry(self, holder: Holder) -> RegistryClient:
-        endpoint = next((each for each in self.settings.gateway.endpoints if each.scheme != "tls"), None)
+        endpoint = self.settings.gateway.near
         if endpoint is None:
             raise OperatorError(
                 UNAVAILABLE,

@@ -15,7 +15,7 @@ from services.gateway.registry.entry import Origin
 from services.gateway.registry.registry import Registry
 from shared.client import Client
 from shared.log import HOST_ANSWERED, HOST_MOVED, HOST_REFUSED, HOST_UNANSWERED, get_logger
-from shared.net.host_lookups import HostLookups
+from shared.net.host_lookups import HostLookups, look_up
 from shared.process.lifecycle import BAD_SETTINGS, OperatorError
 from shared.settings.entries import Collector
 from shared.settings.model import Settings
@@ -131,15 +131,10 @@ class Configured:
 def check_configured(settings: Settings, destinations: Destinations) -> None:
     """Raise OperatorError when a collector could not be admitted; a name without an answer may get one later."""
     _decide(settings, destinations)
-    lookups = HostLookups(settings.gateway.resolve_seconds)
-    lookups.follow(collector.host for collector in _named(settings))
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not lookups.settled and time.monotonic() < deadline:
-        lookups.tick()
-        time.sleep(0.01)
+    hosts = look_up((collector.host for collector in _named(settings)), PATIENCE_SECONDS)
     for collector in _named(settings):
         try:
-            if address := choose_address(collector, lookups[collector.host].addresses, "", settings):
+            if address := choose_address(collector, hosts[collector.host].addresses, "", settings):
                 _at(collector, address, destinations)
         except (ValueError, RequestError, OSError) as refused:
             why = f'[[collector]] "{collector.name}": host name {collector.host}: {refused}'

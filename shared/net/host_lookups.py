@@ -1,5 +1,6 @@
 """Lookups of host names, again and again, in threads of their own: getaddrinfo(3) may take a minute to give up."""
 
+import math
 import socket
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -18,6 +19,8 @@ LATE_SECONDS: Final = 10.0
 """Time after which a name that is due counts as one without an answer; what comes later is taken."""
 RETRY_SECONDS: Final = 5.0
 """Time after which a name without an answer is looked up again, if it is not due sooner."""
+LOOK_SECONDS: Final = 0.01
+"""Time between two looks for answers of one who waits for them."""
 
 
 @dataclass(slots=True)
@@ -99,6 +102,17 @@ class HostLookups:
             else:
                 self._answers.put((name, tuple(dict.fromkeys(str(at[0]) for _, at in found)), ""))
         self._answers.put(None)
+
+
+def look_up(names: Iterable[str], patience_seconds: float) -> dict[str, Host]:
+    """Look up each name once; what is not `settled` after that time in seconds has got no answer yet."""
+    lookups, asked = HostLookups(math.inf), set(names)
+    lookups.follow(asked)
+    deadline = time.monotonic() + patience_seconds
+    while not lookups.settled and time.monotonic() < deadline:
+        lookups.tick()
+        time.sleep(LOOK_SECONDS)
+    return {name: lookups[name] for name in asked}
 
 
 def _emptied(queue: SimpleQueue[T]) -> Iterator[T]:

@@ -154,6 +154,11 @@ class Gateway(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         """`listen`, parsed."""
         return tuple(parse_endpoint(text, REGISTRY_SCHEMES) for text in self.listen)
 
+    @property
+    def near(self) -> Endpoint | None:
+        """The first listener that this host's own clients reach without TLS; None: there is none."""
+        return next((endpoint for endpoint in self.endpoints if endpoint.scheme != "tls"), None)
+
 
 Spread = Literal["flow", "source", "datagram"]
 """Basis of the choice of worker: addresses and ports, the source address alone, or nothing: any worker."""

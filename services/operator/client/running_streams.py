@@ -19,11 +19,11 @@ Listeners = Mapping[str, tuple[str, ...]]
 
 def running_streams(settings: Settings) -> Listeners | None:
     """Return the streams that the gateway of these settings has; None where none on this host answers."""
-    near = [endpoint for endpoint in settings.gateway.endpoints if endpoint.scheme != "tls"]
-    if not near:
+    near = settings.gateway.near
+    if near is None:
         return None
     try:
-        with RegistryClient(Access(near[0]), ANSWER_SECONDS) as registry:
+        with RegistryClient(Access(near), ANSWER_SECONDS) as registry:
             return registry.ask("streams").listeners()
     except (OperatorError, OSError):
         return None

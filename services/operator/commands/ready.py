@@ -77,10 +77,9 @@ def hints(settings: Settings, named: Path | str | None = None) -> Iterator[str]:
     listeners = [(stream, at) for stream in settings.streams for at in stream.endpoints if at.scheme == "udp"]
     for stream, listener in listeners[:1]:
         yield f"echo 'Hello you there!' | nc -u -w1 {_for_nc(listener)}"
-        near = [endpoint for endpoint in settings.gateway.endpoints if endpoint.scheme != "tls"]
         request = f'{{"op":"register","name":"siem","streams":["{stream.name}"],"port":{HINT_PORT}}}'
-        for endpoint in near[:1]:
-            yield f"printf '{request}\\n' | nc -N {_for_nc(endpoint)}"
+        if near := settings.gateway.near:
+            yield f"printf '{request}\\n' | nc -N {_for_nc(near)}"
 
 
 def _page(settings: Settings) -> Iterator[str]:

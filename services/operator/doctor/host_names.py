@@ -1,11 +1,11 @@
 """Host names of the settings' collectors: whether they have addresses, and where the gateway sends copies for them."""
 
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
 from shared.monitoring.finding import Finding, error, ok, warning
-from shared.net.host_lookups import Host, HostLookups
+from shared.net import host_lookups
+from shared.net.host_lookups import Host
 from shared.process.registry_client import Entry
 from shared.settings.model import Settings
 
@@ -15,14 +15,7 @@ MEND: Final = "correct the name, or mend the resolver: `getent ahosts NAME` asks
 
 def look_up(settings: Settings) -> dict[str, Host]:
     """Return the present addresses of each host name that the settings have."""
-    names = {collector.host for collector in settings.collectors if collector.host}
-    lookups = HostLookups(settings.gateway.resolve_seconds)
-    lookups.follow(names)
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not lookups.settled and time.monotonic() < deadline:
-        lookups.tick()
-        time.sleep(0.01)
-    return {name: lookups[name] for name in names}
+    return host_lookups.look_up((each.host for each in settings.collectors if each.host), PATIENCE_SECONDS)
 
 
 def check_host_names(
