@@ -112,7 +112,9 @@ async def _serve(
         guard = Guard(app, _hosts(settings, endpoint, sock), lambda: tokens["now"], remote=remote)
         servers.append((_server(guard, settings, endpoint), sock))
     running = [asyncio.create_task(server.serve([sock])) for server, sock in servers]
-    readiness = Readiness("console.1", settings.bus, watch.is_ready)
+    readiness = Readiness(
+        "console.1", settings.bus, lambda: watch.is_ready() and all(server.started for server, _ in servers)
+    )
     try:
         await watch.run(readiness, stopped, listen=list(settings.console.listen))
     finally:
