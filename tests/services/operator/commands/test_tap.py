@@ -103,6 +103,7 @@ def test_writes_what_a_collector_should_get(stack: Stack) -> None:
         ingest.publish([b"other"], 0, source="198.51.100.1")
         ingest.publish([b"one", b"two", b"three"], 1)
         command.wait_for("tapping siem")
+        wait_until(lambda: len(captured(path)) == 2, "one and three are written before the entry changes")
         gateway.change(2, joined=[make_client("siem", 9514, **wants)])
         totals = itertools.count(4)
 
