@@ -385,11 +385,13 @@ def test_registry_that_is_not_kept(stack: Stack) -> None:
 
 
 def test_missing_renewals_are_said(stack: Stack, talk: Any) -> None:
-    """Nothing expires when most renewals fail to come, and the log and the account say so."""
+    """No more expire once over 15 % of the renewals fail to come, and the log says so."""
     stack.start("broker")
     gateway = stack.start("gateway")
     actor = talk()
     for number in range(12):
-        actor.ask("register", name=f"n{number}", ttl=0.2)
+        actor.ask("register", name=f"n{number}", ttl=60)
+    shorter = "".join(f'{{"op":"register","name":"n{number}","ttl":0.2}}\n' for number in range(12))
+    actor.connection.sendall(shorter.encode())
     gateway.wait_for("too many renewals are missing at once")
-    assert len(ask_json({"op": "list"})["clients"]) == 12
+    assert len(ask_json({"op": "list"})["clients"]) >= 11, "one of twelve is under 15 %, two are over"
