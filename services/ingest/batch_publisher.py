@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 
 from services.ingest.exporter_shares import ExporterShares
-from services.ingest.flow_exporters import ExporterTracker
+from services.ingest.flows.exporters import ExporterTracker
 from services.ingest.held_batches import HeldBatches
 from shared.bus.kept_counts import KeptCounts, KeptFile
 from shared.bus.loans import CHUNK, LENT_SIZE, Loan, Pool, Room

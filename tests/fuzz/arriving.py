@@ -7,14 +7,21 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from services.ingest.flow_exporters import ExporterTracker
-from services.ingest.flow_headers import AGENT_WORDS, IPFIX_HEADER
-from services.ingest.flow_sequence_gaps import MAX_GAP
-from services.ingest.ipfix_templates import FIRST_DATA, MAX_SETS, MAX_TEMPLATES, SET_HEADER, Templates, read_templates
+from services.ingest.flows.export_headers import AGENT_WORDS, IPFIX_HEADER
+from services.ingest.flows.exporters import ExporterTracker
+from services.ingest.flows.ipfix_templates import (
+    FIRST_DATA,
+    MAX_SETS,
+    MAX_TEMPLATES,
+    SET_HEADER,
+    Templates,
+    read_templates,
+)
+from services.ingest.flows.sequence_gaps import MAX_GAP
 from services.ingest.octet_count_framing import Framing
 from shared.datagrams.limits import MAX_DATAGRAM
 from shared.settings.entries import Protocol
-from tests.services.ingest.test_flow_sequence_gaps import Reference, batch_of
+from tests.services.ingest.flows.test_sequence_gaps import Reference, batch_of
 
 MAX_ARRIVALS: Final = 64
 SOURCES: Final = ("192.0.2.1", "192.0.2.2", "2001:db8::1", "::ffff:0:0")

@@ -8,10 +8,10 @@ from contextlib import ExitStack, closing
 
 import pytest
 
-from services.ingest.flow_exporters import MAX_EXPORTERS
+from services.ingest.flows.exporters import MAX_EXPORTERS
 from tests.forging import forged, forging
 from tests.openly import OpenStack
-from tests.services.ingest.flows import netflow_v9
+from tests.services.ingest.flows.exported import netflow_v9
 from tests.stack import PATIENCE_SECONDS, PATIENT, ask_json, wait_until
 from tests.traffic import open_receiver
 

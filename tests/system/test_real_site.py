@@ -21,7 +21,7 @@ from tests.capture import Collector
 from tests.documents import block
 from tests.network import End, Host, veth
 from tests.openly import OpenStack
-from tests.services.ingest.flows import netflow_v5
+from tests.services.ingest.flows.exported import netflow_v5
 from tests.stack import CHECKOUT, Running, wait_until
 from tests.system.test_fan_out import need
 

@@ -32,7 +32,7 @@ from shared.net.sockets import checksum_errors, receive_buffer
 from shared.settings.file import load
 from tests.builders import BusEnds, Datagram, accounts_when, freeze, kill_all, take, take_datagrams, take_mark
 from tests.forging import forging
-from tests.services.ingest.flows import netflow_v9
+from tests.services.ingest.flows.exported import netflow_v9
 from tests.services.transmitter.started import IS_ROOT, as_nobody, readable_interpreter
 from tests.stack import Stack, wait_until
 

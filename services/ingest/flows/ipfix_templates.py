@@ -10,7 +10,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from services.ingest.flow_headers import IPFIX_HEADER, Bytes, Integers, gather
+from services.ingest.flows.export_headers import IPFIX_HEADER, Bytes, Integers, gather
 from shared.datagrams.batch import DatagramBatch
 
 SET_HEADER: Final = 4

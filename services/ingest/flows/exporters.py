@@ -15,10 +15,10 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from services.ingest.flow_headers import KINDS, Headers, Integers, Kind, read_heads
-from services.ingest.flow_sequence_gaps import Hole, Mask, SequenceTracker
-from services.ingest.ipfix_numbering import Numbering
-from services.ingest.ipfix_templates import Templates
+from services.ingest.flows.export_headers import KINDS, Headers, Integers, Kind, read_heads
+from services.ingest.flows.ipfix_numbering import Numbering
+from services.ingest.flows.ipfix_templates import Templates
+from services.ingest.flows.sequence_gaps import Hole, Mask, SequenceTracker
 from shared.datagrams.batch import DatagramBatch
 from shared.ledger import EXPORTER_EVICTIONS, EXPORTER_UNSURE, EXPORTERS, NOT_FLOW
 from shared.settings.entries import Protocol

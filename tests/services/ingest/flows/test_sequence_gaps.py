@@ -8,8 +8,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from services.ingest.flow_exporters import MAX_PORTS, ExporterTracker
-from services.ingest.flow_sequence_gaps import (
+from services.ingest.flows.exporters import MAX_PORTS, ExporterTracker
+from services.ingest.flows.sequence_gaps import (
     MAX_GAP,
     MAX_HOLES,
     MAX_PARKED,
@@ -21,10 +21,10 @@ from services.ingest.flow_sequence_gaps import (
 from shared.datagrams.batch import DatagramBatch, make_rows
 from shared.net.addresses import pack_address
 from shared.settings.entries import Protocol
-from tests.services.ingest import flows
+from tests.services.ingest.flows import exported
 
 WRAP = 1 << 32
-TEMPLATE = flows.a_set(2, flows.template(256, [4, 4, 2]))
+TEMPLATE = exported.a_set(2, exported.template(256, [4, 4, 2]))
 Sent = tuple[str, bytes] | tuple[str, bytes, int]
 """Source, payload, and a port, 2055 unless told."""
 
@@ -71,12 +71,12 @@ def datagram(kind: str, number: int, count: int, part: int, uptime: int = 1000) 
     """A datagram of a kind; those that number flows or records take `count`, the others one."""
     number %= WRAP
     if kind == "v5":
-        return flows.netflow_v5(number, count, uptime, engine=(part, 7))
+        return exported.netflow_v5(number, count, uptime, engine=(part, 7))
     if kind == "v9":
-        return flows.netflow_v9(number, uptime, source_id=part, rest=bytes(count))
+        return exported.netflow_v9(number, uptime, source_id=part, rest=bytes(count))
     if kind == "ipfix":
-        return flows.ipfix(number, TEMPLATE, flows.a_set(256, bytes(10 * count + count % 4)), domain=part)
-    return flows.sflow(number, uptime, "2001:db8::5" if kind == "sflow6" else "192.0.2.5", part, bytes(count))
+        return exported.ipfix(number, TEMPLATE, exported.a_set(256, bytes(10 * count + count % 4)), domain=part)
+    return exported.sflow(number, uptime, "2001:db8::5" if kind == "sflow6" else "192.0.2.5", part, bytes(count))
 
 
 @settings(max_examples=75)
@@ -292,7 +292,7 @@ def test_any_sequence_is_followed_as_one_by_one(
     at = [origin] * 3
     for part, jump, count, uptime, _ in walk:
         number = (at[part] + jump) % WRAP
-        sent.append(("192.0.2.1", flows.netflow_v5(number, count + 1, uptime, engine=(part, 0))))
+        sent.append(("192.0.2.1", exported.netflow_v5(number, count + 1, uptime, engine=(part, 0))))
         by_uptime[part].take(number, count + 1, uptime, sure=True)
         at[part] = number + count + 1
     account = observed("netflow", sent, cuts)
@@ -303,9 +303,10 @@ def test_any_sequence_is_followed_as_one_by_one(
 
 
 fragments = st.sampled_from([
-    flows.netflow_v5(1, 2), flows.netflow_v9(3), flows.sflow(4), flows.sflow(4, agent="2001:db8::1"), TEMPLATE,
-    flows.ipfix(9, TEMPLATE, flows.a_set(256, bytes(20))), flows.ipfix(9, TEMPLATE * 20), flows.a_set(3, b"\0"),
-    flows.ipfix(9, flows.a_set(2, b"\x01\x00\xff\xff" + bytes(60))), b"\0\x0a\0\x10", b"\0\x0a\0\x14" + bytes(16),
+    exported.netflow_v5(1, 2), exported.netflow_v9(3), exported.sflow(4), exported.sflow(4, agent="2001:db8::1"),
+    TEMPLATE, exported.ipfix(9, TEMPLATE, exported.a_set(256, bytes(20))), exported.ipfix(9, TEMPLATE * 20),
+    exported.a_set(3, b"\0"), exported.ipfix(9, exported.a_set(2, b"\x01\x00\xff\xff" + bytes(60))),
+    b"\0\x0a\0\x10", b"\0\x0a\0\x14" + bytes(16),
 ])  # fmt: skip
 
 
@@ -334,7 +335,7 @@ def test_arbitrary_bytes_are_counted(payloads: list[bytes], protocol: Protocol, 
 @pytest.mark.parametrize("kind", KINDS)
 def test_datagrams_of_the_protocol_are_no_strangers(kind: str) -> None:
     """A datagram of the protocol is taken for one, and one of another protocol is `not_flow`."""
-    other = flows.netflow_v9(1) if PROTOCOLS[kind] != "netflow" else flows.sflow(1)
+    other = exported.netflow_v9(1) if PROTOCOLS[kind] != "netflow" else exported.sflow(1)
     sent = from_one(datagram(kind, 7, 3, 0), other, b"", datagram(kind, 7 + (3 if kind in UNITS else 1), 3, 0))
     assert observed(PROTOCOLS[kind], sent) == {"not_flow": 2, "exporters": 1}
 
@@ -342,7 +343,8 @@ def test_datagrams_of_the_protocol_are_no_strangers(kind: str) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        flows.netflow_v5(1, 2)[:-1], flows.netflow_v5(1, 2) + b"\0", flows.netflow_v5(1, 0), flows.netflow_v9(1)[:19],
+        exported.netflow_v5(1, 2)[:-1], exported.netflow_v5(1, 2) + b"\0", exported.netflow_v5(1, 0),
+        exported.netflow_v9(1)[:19],
     ],
 )  # fmt: skip
 def test_header_that_does_not_fit_its_datagram_is_none(wrong: bytes) -> None:
@@ -354,34 +356,36 @@ def test_gap_is_missed_a_moment_later() -> None:
     """A gap counts when it was not filled for a second; numbers that fill it before are not missed."""
     account: Counter[str] = Counter()
     exporters = ExporterTracker("netflow", account)
-    exporters.observe(batch_of(from_one(*map(flows.netflow_v9, (1, 4)))))
+    exporters.observe(batch_of(from_one(*map(exported.netflow_v9, (1, 4)))))
     exporters.settle()
     assert account["exporter_missed"] == 0
-    exporters.observe(batch_of(from_one(flows.netflow_v9(3))))
+    exporters.observe(batch_of(from_one(exported.netflow_v9(3))))
     exporters.settle()
     assert (account["exporter_missed"], account["exporter_reordered"]) == (1, 1)
-    exporters.observe(batch_of(from_one(flows.netflow_v9(2))))  # too late
+    exporters.observe(batch_of(from_one(exported.netflow_v9(2))))  # too late
     exporters.settle()
     assert (account["exporter_missed"], account["exporter_reordered"]) == (1, 2)
 
 
 def test_restart_is_no_loss() -> None:
     """An exporter that has been up for less long, or falls back far, begins anew; what it loses then is missed."""
-    later = flows.netflow_v9(500, uptime=90_000)
-    by_uptime = [later, flows.netflow_v9(0, uptime=10), flows.netflow_v9(2, uptime=20)]
+    later = exported.netflow_v9(500, uptime=90_000)
+    by_uptime = [later, exported.netflow_v9(0, uptime=10), exported.netflow_v9(2, uptime=20)]
     assert observed("netflow", from_one(*by_uptime)) == {"exporters": 1, "exporter_restarts": 1, "exporter_missed": 1}
-    by_number = [flows.sflow(1_000_000), flows.sflow(0), flows.sflow(2)]
+    by_number = [exported.sflow(1_000_000), exported.sflow(0), exported.sflow(2)]
     assert observed("sflow", from_one(*by_number)) == {"exporters": 1, "exporter_restarts": 1, "exporter_missed": 1}
-    wrapped = [flows.netflow_v9(1, uptime=WRAP - 5), flows.netflow_v9(2, uptime=100_000)]
+    wrapped = [exported.netflow_v9(1, uptime=WRAP - 5), exported.netflow_v9(2, uptime=100_000)]
     assert observed("netflow", from_one(*wrapped)) == {"exporters": 1}
 
 
 def test_exporters_are_told_apart_by_what_they_say() -> None:
     """One address may have several engines, source ids or domains; an sFlow agent may have several addresses."""
-    engines = [flows.netflow_v5(number, engine=engine) for number, engine in ((5, (0, 1)), (90, (0, 2)), (700, (1, 1)))]
-    ids = [flows.netflow_v9(number, source_id=number) for number in (5, 90)]
+    engines = [
+        exported.netflow_v5(number, engine=engine) for number, engine in ((5, (0, 1)), (90, (0, 2)), (700, (1, 1)))
+    ]
+    ids = [exported.netflow_v9(number, source_id=number) for number in (5, 90)]
     assert observed("netflow", from_one(*engines, *ids)) == {"exporters": 5}
-    agent = [("192.0.2.1", flows.sflow(5)), ("192.0.2.2", flows.sflow(6)), ("2001:db8::1", flows.sflow(8))]
+    agent = [("192.0.2.1", exported.sflow(5)), ("192.0.2.2", exported.sflow(6)), ("2001:db8::1", exported.sflow(8))]
     assert observed("sflow", agent) == {"exporters": 1, "exporter_missed": 1}
 
 
@@ -390,7 +394,7 @@ def test_number_of_exporters_is_bounded() -> None:
     account: Counter[str] = Counter()
     exporters = ExporterTracker("netflow", account, capacity=2)
     for source_id, number in ((1, 1), (1, 4), (2, 1), (3, 1), (2, 3), (1, 900)):
-        exporters.observe(batch_of(from_one(flows.netflow_v9(number, source_id=source_id))))
+        exporters.observe(batch_of(from_one(exported.netflow_v9(number, source_id=source_id))))
     exporters.settle(at_once=True)
     assert +account == {"exporter_evictions": 2, "exporter_missed": 3, "exporters": 2}
 
@@ -398,54 +402,56 @@ def test_number_of_exporters_is_bounded() -> None:
 class TestTemplates:
     def test_records_are_counted_by_templates(self) -> None:
         """Data of several templates, options too, of any order of sets, with padding: its records are counted."""
-        learned = flows.ipfix(
+        learned = exported.ipfix(
             0,
-            flows.a_set(2, flows.template(256, [4, 4]) + flows.template(257, [1, 8], enterprise=True)),
-            flows.a_set(3, flows.options_template(300, [4, 2])),
+            exported.a_set(2, exported.template(256, [4, 4]) + exported.template(257, [1, 8], enterprise=True)),
+            exported.a_set(3, exported.options_template(300, [4, 2])),
         )
-        data = flows.ipfix(
-            0, flows.a_set(300, bytes(6)), flows.a_set(256, bytes(8 * 3 + 2)), flows.a_set(257, bytes(9 * 2))
+        data = exported.ipfix(
+            0, exported.a_set(300, bytes(6)), exported.a_set(256, bytes(8 * 3 + 2)), exported.a_set(257, bytes(9 * 2))
         )
-        assert observed("ipfix", from_one(learned, data, flows.ipfix(6))) == {"exporters": 1}
-        assert observed("ipfix", from_one(learned, data, flows.ipfix(8)))["exporter_missed_records"] == 2
+        assert observed("ipfix", from_one(learned, data, exported.ipfix(6))) == {"exporters": 1}
+        assert observed("ipfix", from_one(learned, data, exported.ipfix(8)))["exporter_missed_records"] == 2
 
     @pytest.mark.parametrize(
         "unsure",
         [
-            flows.a_set(258, bytes(20)),
-            flows.a_set(256, bytes(20))[:-2],
+            exported.a_set(258, bytes(20)),
+            exported.a_set(256, bytes(20))[:-2],
             b"\x01\x00\x00\x00",
-            flows.a_set(256, b"") * 17,
+            exported.a_set(256, b"") * 17,
         ],
     )
     def test_only_what_is_certain_is_missed(self, unsure: bytes) -> None:
         """Behind a datagram whose records can't be counted nothing is missed, however far the next one is."""
-        begin = [flows.ipfix(0, TEMPLATE), flows.ipfix(0)]
-        sent = from_one(*begin, flows.ipfix(0, unsure), flows.ipfix(50), flows.ipfix(53))
+        begin = [exported.ipfix(0, TEMPLATE), exported.ipfix(0)]
+        sent = from_one(*begin, exported.ipfix(0, unsure), exported.ipfix(50), exported.ipfix(53))
         assert observed("ipfix", sent) == {"exporters": 1, "exporter_unsure": 1, "exporter_missed_records": 3}
 
     def test_records_that_vary_in_length_are_not_counted(self) -> None:
         """Of a template with a field that says its own length, a datagram's records are not known."""
-        varying = flows.a_set(2, flows.template(256, [4, 0xFFFF]))
-        sent = from_one(flows.ipfix(0, varying), flows.ipfix(0, flows.a_set(256, bytes(30))), flows.ipfix(9))
+        varying = exported.a_set(2, exported.template(256, [4, 0xFFFF]))
+        sent = from_one(
+            exported.ipfix(0, varying), exported.ipfix(0, exported.a_set(256, bytes(30))), exported.ipfix(9)
+        )
         assert observed("ipfix", sent) == {"exporters": 1, "exporter_unsure": 1}
 
     def test_template_that_changes_counts_from_then_on(self) -> None:
         """The receive call in which a template becomes another is unsure; afterwards records are counted by the new."""
-        new = flows.a_set(2, flows.template(256, [20]))
-        before = from_one(flows.ipfix(0, TEMPLATE, flows.a_set(256, bytes(20))), flows.ipfix(2))
-        change = from_one(flows.ipfix(2, new, flows.a_set(256, bytes(20))))
-        after = from_one(flows.ipfix(3, flows.a_set(256, bytes(20))), flows.ipfix(5))
+        new = exported.a_set(2, exported.template(256, [20]))
+        before = from_one(exported.ipfix(0, TEMPLATE, exported.a_set(256, bytes(20))), exported.ipfix(2))
+        change = from_one(exported.ipfix(2, new, exported.a_set(256, bytes(20))))
+        after = from_one(exported.ipfix(3, exported.a_set(256, bytes(20))), exported.ipfix(5))
         account = observed("ipfix", [*before, *change, *after], cuts=[2, 3])
         assert account == {"exporters": 1, "exporter_unsure": 1, "exporter_missed_records": 1}
 
     def test_more_templates_than_are_read_at_once_are_forgotten(self) -> None:
         """A flood of templates costs bounded work: who sends it is followed again when its templates come again."""
         flood = [
-            ("192.0.2.1", flows.ipfix(0, *(flows.a_set(2, flows.template(256 + at, [1] * 300)),), domain=at))
+            ("192.0.2.1", exported.ipfix(0, *(exported.a_set(2, exported.template(256 + at, [1] * 300)),), domain=at))
             for at in range(30)
         ]
-        data = [("192.0.2.1", flows.ipfix(0, flows.a_set(256 + at, bytes(300)), domain=at)) for at in range(30)]
+        data = [("192.0.2.1", exported.ipfix(0, exported.a_set(256 + at, bytes(300)), domain=at)) for at in range(30)]
         account = observed("ipfix", [*flood, *data], cuts=[30])
         assert 0 < account["exporter_unsure"] < 30
         assert observed("ipfix", [*flood, *flood, *data], cuts=[30, 60])["exporter_unsure"] < account["exporter_unsure"]
@@ -456,9 +462,9 @@ def test_large_batch_with_a_hostile_sender_among_others() -> None:
     draw = np.random.default_rng(5)
     sent = []
     for number in range(200):
-        sent.append(("192.0.2.1", flows.netflow_v9(number)))
-        sent.append(("192.0.2.66", flows.netflow_v9(int(draw.integers(WRAP)))))
-    account = observed("netflow", [*sent, ("192.0.2.1", flows.netflow_v9(203))])
+        sent.append(("192.0.2.1", exported.netflow_v9(number)))
+        sent.append(("192.0.2.66", exported.netflow_v9(int(draw.integers(WRAP)))))
+    account = observed("netflow", [*sent, ("192.0.2.1", exported.netflow_v9(203))])
     alone = observed("netflow", [each for each in sent if each[0] == "192.0.2.66"])
     assert account["exporter_missed"] - alone["exporter_missed"] == 3
     assert alone["exporter_restarts"] > 100
@@ -490,8 +496,8 @@ class TestSeveralProcesses:
         """Two processes whose numbers run on miss nothing, by two ports and by one, whichever way they lie."""
         sent: list[Sent] = []
         for number in range(67):
-            sent.append(("192.0.2.1", flows.netflow_v9((begins[0] + number) % WRAP), 2055))
-            sent.append(("192.0.2.1", flows.netflow_v9((begins[1] + number) % WRAP), port))
+            sent.append(("192.0.2.1", exported.netflow_v9((begins[0] + number) % WRAP), 2055))
+            sent.append(("192.0.2.1", exported.netflow_v9((begins[1] + number) % WRAP), port))
         account = observed_in_calls(sent, most)
         assert account == {"exporters": 1 if port == 2055 else 2}
 
@@ -517,7 +523,7 @@ class TestSeveralProcesses:
             process = draw.randrange(processes)
             if draw.random() >= loss:
                 came.append((process, number[process]))
-                sent.append(("192.0.2.1", flows.netflow_v9(number[process]), 2055 + process * own_ports))
+                sent.append(("192.0.2.1", exported.netflow_v9(number[process]), 2055 + process * own_ports))
             number[process] += 1
         missed = 0
         for process in range(processes):
@@ -534,7 +540,7 @@ class TestSeveralProcesses:
     def test_what_goes_on_by_another_port_is_one(self) -> None:
         """One process that takes a port for each datagram is followed as one, with what it loses, by few slots."""
         numbers = [number for number in range(1, 300) if number % 10 or number < 10]
-        sent: list[Sent] = [("192.0.2.1", flows.netflow_v9(number), 10_000 + number) for number in numbers]
+        sent: list[Sent] = [("192.0.2.1", exported.netflow_v9(number), 10_000 + number) for number in numbers]
         for most in (1, 50):
             account = observed_in_calls(sent, most)
             assert account == {"exporters": 1, "exporter_missed": len(range(10, 300, 10))}
@@ -548,7 +554,7 @@ class TestSeveralProcesses:
     def test_ports_that_fill_each_others_gaps_are_joined(self, ports: list[int], lost: set[int], most: int) -> None:
         """One numbering over several ports never misses more than was lost, however it is dealt out."""
         sent: list[Sent] = [
-            ("192.0.2.1", flows.netflow_v9(number), 2055 + port)
+            ("192.0.2.1", exported.netflow_v9(number), 2055 + port)
             for number, port in enumerate(ports)
             if number not in lost
         ]
@@ -558,14 +564,14 @@ class TestSeveralProcesses:
     def test_gaps_that_another_port_fills_join_it(self) -> None:
         """Two ports found to be of one numbering are one exporter from then on, whose losses are all missed."""
         dealt: list[Sent] = [
-            ("192.0.2.1", flows.netflow_v9(number), 2055 + number % 2) for number in range(100) if number != 60
+            ("192.0.2.1", exported.netflow_v9(number), 2055 + number % 2) for number in range(100) if number != 60
         ]
         assert observed_in_calls(dealt, 20) == {"exporters": 1, "exporter_missed": 1}
 
     def test_agents_of_one_address_on_several_hosts_are_apart(self) -> None:
         """Two hosts whose sFlow agents give the same address, as containers do, are two exporters."""
         sent = [
-            (f"192.0.2.{1 + number % 2}", flows.sflow(number // 2 + 90_000 * (number % 2), agent="127.0.0.1"))
+            (f"192.0.2.{1 + number % 2}", exported.sflow(number // 2 + 90_000 * (number % 2), agent="127.0.0.1"))
             for number in range(100)
         ]
         assert observed("sflow", sent) == {"exporters": 2}
@@ -576,20 +582,20 @@ class TestSeveralProcesses:
         for number in range(50):
             for process, begin in enumerate((1_000, 900_000)):
                 if (number, process) != (20, 1):
-                    sent.append(("192.0.2.1", flows.netflow_v5(begin + 30 * number, 30), 2055 + process))
+                    sent.append(("192.0.2.1", exported.netflow_v5(begin + 30 * number, 30), 2055 + process))
         assert observed_in_calls(sent, 9) == {"exporters": 2, "exporter_missed_flows": 30}
 
     def test_a_jump_counts_once_the_series_before_is_silent(self) -> None:
         """An exporter that skips far and never goes back has lost that; it counts in a minute, at the end as unsure."""
         account: Counter[str] = Counter()
         exporters = ExporterTracker("netflow", account)
-        exporters.observe(batch_of(from_one(*map(flows.netflow_v9, (1, 2, 5000)))))
+        exporters.observe(batch_of(from_one(*map(exported.netflow_v9, (1, 2, 5000)))))
         for _ in range(PARKED_SECONDS):
             exporters.settle()
         assert not account["exporter_missed"]
         exporters.settle()
         assert account["exporter_missed"] == 5000 - 3
-        exporters.observe(batch_of(from_one(flows.netflow_v9(50_000))))
+        exporters.observe(batch_of(from_one(exported.netflow_v9(50_000))))
         exporters.settle(at_once=True)
         assert (account["exporter_missed"], account["exporter_unsure"]) == (5000 - 3, 1)
 
@@ -597,9 +603,9 @@ class TestSeveralProcesses:
         """Of one that takes port after port the first are forgotten, which evicts nobody."""
         account: Counter[str] = Counter()
         exporters = ExporterTracker("netflow", account, capacity=MAX_PORTS + 10)
-        exporters.observe(batch_of([("192.0.2.9", flows.netflow_v9(5))]))
+        exporters.observe(batch_of([("192.0.2.9", exported.netflow_v9(5))]))
         for number in range(3 * MAX_PORTS):
-            exporters.observe(batch_of([("192.0.2.1", flows.netflow_v9(number), 3000 + number)]))
-        exporters.observe(batch_of([("192.0.2.9", flows.netflow_v9(7))]))
+            exporters.observe(batch_of([("192.0.2.1", exported.netflow_v9(number), 3000 + number)]))
+        exporters.observe(batch_of([("192.0.2.9", exported.netflow_v9(7))]))
         exporters.settle(at_once=True)
         assert +account == {"exporters": 2, "exporter_missed": 1}

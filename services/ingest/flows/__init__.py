@@ -1,0 +1,5 @@
+"""Flow exporters: the numbers in NetFlow, IPFIX and sFlow headers, and what is missing between them. No I/O.
+
+`exporters` tells exporters apart by what `export_headers` reads; `sequence_gaps` follows the numbers of each. IPFIX
+numbers data records: `ipfix_templates` counts those of a datagram, `ipfix_numbering` finds where its number stands.
+"""
