@@ -10,8 +10,8 @@ import msgpack
 import numpy as np
 import zmq
 
-from shared.bus.borrowing import Borrower
 from shared.bus.endpoint import DIRECT, BusLink
+from shared.bus.loans.borrower import Borrower
 from shared.bus.messages import (
     REGISTRY_TOPIC,
     VERSION,

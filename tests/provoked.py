@@ -62,7 +62,7 @@ from services.transmitter.raw_frames import MAX_JOBS, RawFrames
 from services.transmitter.raw_frames import _explain as explain_frame
 from shared.bus.curve_keys import load_keys, load_roles
 from shared.bus.frame_requests import make_frame, parse_mac, parse_tags
-from shared.bus.loans import Room, _lock
+from shared.bus.loans.lender import Room, _lock
 from shared.bus.messages import Datagrams, Envelope, TransmitReply, TransmitRequest, borrow_nothing, decode, encode
 from shared.bus.packing import pack
 from shared.bus.zmq_sockets import new_context, prepare_directory

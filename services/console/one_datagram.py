@@ -64,12 +64,11 @@ class Sampler:
             return await self._wait(wanted, is_wanted)
 
     async def _wait(self, streams: Sequence[str], is_wanted: Callable[[str], bool]) -> dict[str, Any]:
-        borrowing = await asyncio.to_thread(import_module, "shared.bus.borrowing")  # with numpy, which takes a moment
+        # With numpy, which takes a moment.
+        lent = await asyncio.to_thread(import_module, "shared.bus.loans.borrower")
         bus = self._bus
         deadline = time.monotonic() + WAIT_SECONDS
-        with closing(
-            Subscriber(self._context, bus.path, bus.high_water_mark, self._link, borrowing.Borrower)
-        ) as subscriber:
+        with closing(Subscriber(self._context, bus.path, bus.high_water_mark, self._link, lent.Borrower)) as subscriber:
             for stream in streams:
                 subscriber.subscribe(datagrams_topic(stream))
             while time.monotonic() < deadline:

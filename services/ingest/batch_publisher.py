@@ -8,7 +8,7 @@ from services.ingest.exporter_shares import ExporterShares
 from services.ingest.flows.exporters import ExporterTracker
 from services.ingest.held_batches import HeldBatches
 from shared.bus.kept_counts import KeptCounts, KeptFile
-from shared.bus.loans import CHUNK, LENT_SIZE, Loan, Pool, Room
+from shared.bus.loans.lender import CHUNK, LENT_SIZE, Loan, Pool, Room
 from shared.bus.messages import Datagrams, datagrams_topic, exporters_topic, inline_topic
 from shared.bus.zmq_sockets import Publisher
 from shared.datagrams.batch import ROW, DatagramBatch, Rows

@@ -13,7 +13,7 @@ from services.ingest.batch_publisher import StreamFeed
 from services.ingest.replies import Replier
 from services.ingest.reuseport_sharing import leave_to_others
 from services.ingest.trains import split_trains
-from shared.bus.loans import CHUNK, LENT_SIZE, Loan
+from shared.bus.loans.lender import CHUNK, LENT_SIZE, Loan
 from shared.datagrams.batch import DatagramBatch, Rows
 from shared.datagrams.limits import MAX_DATAGRAM, MAX_PAYLOAD, MAX_ROWS
 from shared.datagrams.mmsg import UDP_GRO, ReceiveArena

@@ -25,7 +25,7 @@ from services.ingest.receiver import DatagramReceiver
 from services.ingest.reuseport_sharing import Spreader, is_shareable
 from services.ingest.tcp_connections import ExporterConnections
 from shared.bus.endpoint import open_link, queue_limit
-from shared.bus.loans import Lender, Pool, Room, pool_path
+from shared.bus.loans.lender import Lender, Pool, Room, pool_path
 from shared.bus.status import Reporter
 from shared.bus.zmq_sockets import Publisher, new_context
 from shared.datagrams.limits import MAX_ROWS

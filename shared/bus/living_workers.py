@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from shared.bus.loans import lock_path, pool_path
+from shared.bus.loans.lender import lock_path, pool_path
 
 LOCKS: Final = "/proc/locks"
 """Locks are looked up there (proc_locks(5)), since trying one would take it."""

@@ -38,7 +38,7 @@ from shared.log import get_logger
 from shared.process.lifecycle import CANT_CREATE, OperatorError
 
 if TYPE_CHECKING:
-    from shared.bus.borrowing import Borrower
+    from shared.bus.loans.borrower import Borrower
     from shared.datagrams.batch import DatagramBatch
 
 HELLO_TOPIC: Final = "broker/"

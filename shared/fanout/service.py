@@ -15,9 +15,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import ClassVar, Final, Generic, Self
 
-from shared.bus.borrowing import Borrower
 from shared.bus.endpoint import open_link, queue_limit
 from shared.bus.kept_counts import KeptFile, Sheet
+from shared.bus.loans.borrower import Borrower
 from shared.bus.messages import (
     REGISTRY_TOPIC,
     Body,

@@ -12,7 +12,7 @@ from shared.process.lifecycle import UNAVAILABLE, OperatorError
 from shared.settings.model import Settings
 
 if TYPE_CHECKING:
-    from shared.bus.borrowing import Borrower
+    from shared.bus.loans.borrower import Borrower
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from services.operator.cli.output import NO_ROOM, STANDARD_OUTPUT, add_count_arg
 from services.operator.client.bus_reader import subscribed
 from services.operator.client.datagram_reader import DatagramReader
 from services.operator.client.running_streams import streams_of
-from shared.bus.borrowing import Borrower
+from shared.bus.loans.borrower import Borrower
 from shared.bus.messages import REGISTRY_TOPIC, Message, RegistryChange, RegistrySnapshot, datagrams_topic
 from shared.bus.zmq_sockets import Subscriber
 from shared.client import ALL_STREAMS, Client

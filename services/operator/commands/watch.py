@@ -22,8 +22,8 @@ from services.operator.cli.output import (
 from services.operator.client.bus_reader import subscribed
 from services.operator.client.datagram_reader import DatagramReader
 from services.operator.client.running_streams import stream_named
-from shared.bus.borrowing import Borrower
 from shared.bus.living_workers import living_workers
+from shared.bus.loans.borrower import Borrower
 from shared.bus.messages import Status, datagrams_topic
 from shared.bus.zmq_sockets import Subscriber
 from shared.datagrams.prefix_set import Prefixes, halves_of

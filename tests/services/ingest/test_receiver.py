@@ -21,7 +21,7 @@ from services.ingest.receiver import (
     next_stretch,
     stride_for,
 )
-from shared.bus.loans import CHUNK, Loan, Pool
+from shared.bus.loans.lender import CHUNK, Loan, Pool
 from shared.bus.zmq_sockets import Publisher
 from shared.datagrams.batch import ROW, DatagramBatch
 from shared.datagrams.limits import MAX_DATAGRAM, MAX_PAYLOAD, MAX_ROWS

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from services.broker.proxy import Proxy
-from shared.bus.loans import GRACE_SECONDS
+from shared.bus.loans.lender import GRACE_SECONDS
 from shared.bus.zmq_sockets import Subscriber
 from shared.ledger import Accounts, discrepancies
 from tests.builders import BusEnds, accounts_when, freeze, kill_all, take_datagrams, take_mark

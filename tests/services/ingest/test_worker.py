@@ -22,7 +22,7 @@ from services.ingest.batch_publisher import new_pools
 from services.ingest.tcp_connections import SPARE_DESCRIPTORS
 from services.operator.doctor.listening_facts import listening_facts
 from shared.bus.continuity import Continuity
-from shared.bus.loans import CHUNK, GRACE_SECONDS, Room
+from shared.bus.loans.lender import CHUNK, GRACE_SECONDS, Room
 from shared.bus.messages import Datagrams
 from shared.bus.zmq_sockets import Subscriber
 from shared.datagrams.limits import MAX_DATAGRAM

@@ -47,7 +47,7 @@ from tests.builders import (
     wait_unwanted,
     wait_wanted,
 )
-from tests.shared.bus.lending import LendingWorker, PoolClock
+from tests.shared.bus.loans.lending import LendingWorker, PoolClock
 from tests.stack import Stack, wait_until
 
 TOPIC = datagrams_topic("messages")

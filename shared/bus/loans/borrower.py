@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from shared.bus.loans import ANSWER, CHUNK, PAGE, pool_path
+from shared.bus.loans.lender import ANSWER, CHUNK, PAGE, pool_path
 from shared.bus.messages import Datagrams, Envelope, MessageError, Part, datagrams_topic, inline_topic
 
 MAX_UNREADABLE: Final = 256

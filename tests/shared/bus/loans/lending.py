@@ -10,9 +10,9 @@ from typing import Self
 
 import pytest
 
-import shared.bus.loans
+import shared.bus.loans.lender
 from services.ingest.batch_publisher import StreamFeed
-from shared.bus.loans import CHUNK, GRACE_SECONDS, Lender, Pool, pool_path
+from shared.bus.loans.lender import CHUNK, GRACE_SECONDS, Lender, Pool, pool_path
 from shared.datagrams.batch import DatagramBatch
 from tests.builders import BusEnds, make_batch
 
@@ -106,7 +106,7 @@ class PoolClock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0
-        monkeypatch.setattr(shared.bus.loans, "time", SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr(shared.bus.loans.lender, "time", SimpleNamespace(monotonic=lambda: self.now))
 
     def pass_grace(self) -> None:
         """Let the time pass for which nothing is lent."""

@@ -22,8 +22,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from shared.bus.borrowing import Borrowed
-from shared.bus.loans import (
+from shared.bus.loans.borrower import Borrowed
+from shared.bus.loans.lender import (
     ANSWER,
     CHUNK,
     GRACE_SECONDS,
@@ -36,7 +36,7 @@ from shared.bus.loans import (
     pool_path,
 )
 from shared.process.lifecycle import CANT_CREATE, OperatorError
-from tests.shared.bus.lending import Lending, PoolClock
+from tests.shared.bus.loans.lending import Lending, PoolClock
 from tests.stack import CHECKOUT, wait_until
 
 STREAM = "messages"
@@ -714,7 +714,7 @@ def test_streams_have_memory_of_their_own(tmp_path: Path, opened: ExitStack) -> 
 BORROWER = """
 import hashlib, sys
 from pathlib import Path
-from shared.bus.borrowing import Borrowed
+from shared.bus.loans.borrower import Borrowed
 
 borrowed, held = Borrowed(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])), []
 print("asked", flush=True)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from shared.bus.borrowing import MAX_UNREADABLE, Borrowed, Borrower
+from shared.bus.loans.borrower import MAX_UNREADABLE, Borrowed, Borrower
 from shared.bus.messages import Datagrams, Envelope, MessageError, inline_topic
 from tests.builders import make_envelope
-from tests.shared.bus.lending import Lending
+from tests.shared.bus.loans.lending import Lending
 
 STREAM = "messages"
 
