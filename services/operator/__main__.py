@@ -27,7 +27,9 @@ INTERRUPTED: Final = 130
 COMMANDS: Final = {
     **dict.fromkeys(("clients", "register", "leave"), "commands.clients"),
     **dict.fromkeys(("withhold", "release"), "commands.withhold"),
-    **{name: f"commands.{name}" for name in ("watch", "tap", "play", "collect", "frame", "wake", "config")},
+    "watch": "commands.watch",
+    **{name: f"commands.captures.{name}" for name in ("tap", "play")},
+    **{name: f"commands.{name}" for name in ("collect", "frame", "wake", "config")},
     "import": "importing.command",
     **{name: f"commands.{name}" for name in ("keys", "token", "status", "streams", "ledger")},
     "top": "top.command",

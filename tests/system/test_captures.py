@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.services.operator.commands.test_tap import captured, tap
+from tests.services.operator.commands.captures.test_tap import captured, tap
 from tests.stack import PATIENT, Running, Stack
 from tests.traffic import exporters, payload
 

@@ -10,8 +10,8 @@ from typing import Any, cast
 
 import pytest
 
-from services.operator.commands import play
-from services.operator.commands.play import Exporters, choose_target
+from services.operator.commands.captures import play
+from services.operator.commands.captures.play import Exporters, choose_target
 from shared.capture.pcapng import Destination
 from shared.capture.reader import CapturedDatagram
 from shared.capture.writer import CaptureWriter

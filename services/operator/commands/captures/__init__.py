@@ -1,0 +1,1 @@
+"""Commands that write captures of what passes the bus, and that play captures to a stream."""
