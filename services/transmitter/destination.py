@@ -4,9 +4,9 @@ import socket
 from collections import Counter
 from typing import Final
 
-from services.transmitter.addressing import Addressing, Identification
-from services.transmitter.headers import ETHERTYPE_IPV4, ETHERTYPE_IPV6
 from services.transmitter.next_hops import Egress, EgressKind, NextHops
+from services.transmitter.packets.addressing import Addressing, Identification
+from services.transmitter.packets.headers import ETHERTYPE_IPV4, ETHERTYPE_IPV6
 from shared.client import MOST_WAITING, Client
 from shared.datagrams.gathered import MAX_GATHERED_PAYLOAD
 from shared.fanout.backlog import Backlog, BacklogMemory

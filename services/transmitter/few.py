@@ -10,8 +10,8 @@ from typing import Final
 
 import numpy as np
 
-from services.transmitter.addressing import Addressing, Identification
-from services.transmitter.headers import GSO_NONE, GSO_UDP_L4, LINK_SIZE, NEEDS_CSUM, UDP, UDP_SIZE
+from services.transmitter.packets.addressing import Addressing, Identification
+from services.transmitter.packets.headers import GSO_NONE, GSO_UDP_L4, LINK_SIZE, NEEDS_CSUM, UDP, UDP_SIZE
 from services.transmitter.plan import largest_payload
 from shared.datagrams.batch import Indices
 from shared.datagrams.gathered import Gathered

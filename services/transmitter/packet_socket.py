@@ -9,11 +9,11 @@ from typing import Final
 
 import numpy as np
 
-from services.transmitter.addressing import Addressing
 from services.transmitter.destination import Destination
 from services.transmitter.few import FewFrames, Frame
-from services.transmitter.headers import ETHERTYPE_IPV4, ETHERTYPE_IPV6
 from services.transmitter.next_hops import Egress, EgressKind
+from services.transmitter.packets.addressing import Addressing
+from services.transmitter.packets.headers import ETHERTYPE_IPV4, ETHERTYPE_IPV6
 from services.transmitter.plan import FramePlan
 from shared.datagrams.mmsg import send
 from shared.fanout.gso_fallback import GsoFallback

@@ -12,9 +12,9 @@ from typing import Final, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from services.transmitter.addressing import Addressing, AddressingColumns, Identification
-from services.transmitter.fragments import Fragments
-from services.transmitter.headers import (
+from services.transmitter.packets.addressing import Addressing, AddressingColumns, Identification
+from services.transmitter.packets.fragments import Fragments
+from services.transmitter.packets.headers import (
     FRAGMENT,
     FRAGMENT_HEADER,
     FRAGMENT_SIZE,

@@ -11,11 +11,11 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from services.transmitter.addressing import Identification
 from services.transmitter.destination import Destination
 from services.transmitter.few import FEW_ROWS, FewFrames, Frame, frames_of
 from services.transmitter.next_hops import Egress, EgressKind, NextHops
 from services.transmitter.packet_socket import PacketSocket, PacketSockets
+from services.transmitter.packets.addressing import Identification
 from services.transmitter.plan import FramePlan, largest_payload
 from services.transmitter.policy import Admitted, Audit, Policy, Verdicts
 from services.transmitter.privileges import RawSockets

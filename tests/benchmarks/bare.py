@@ -22,9 +22,9 @@ from typing import Final
 import numpy as np
 
 from services.forwarder.plan import SendPlan
-from services.transmitter.addressing import Addressing, Identification
-from services.transmitter.headers import ETHERTYPE_IPV4
 from services.transmitter.packet_socket import PACKET_VNET_HDR, SOCKADDR_LL, SOL_PACKET
+from services.transmitter.packets.addressing import Addressing, Identification
+from services.transmitter.packets.headers import ETHERTYPE_IPV4
 from services.transmitter.plan import FramePlan
 from shared.datagrams.batch import DatagramBatch, make_rows
 from shared.datagrams.gathered import MAX_GATHERED, Gathered

@@ -15,8 +15,8 @@ from typing import Final
 
 import numpy as np
 
-from services.transmitter.headers import ETHERTYPE_IPV4, GSO_UDP_L4, HEADERS4, LINK_SIZE, NEEDS_CSUM, UDP, fold
 from services.transmitter.packet_socket import PACKET_VNET_HDR, SOCKADDR_LL, SOL_PACKET
+from services.transmitter.packets.headers import ETHERTYPE_IPV4, GSO_UDP_L4, HEADERS4, LINK_SIZE, NEEDS_CSUM, UDP, fold
 from shared.datagrams.mmsg import IOVEC, MMSGHDR, addresses_of, send
 from shared.net.sockets import MEMINFO, SO_MEMINFO, enlarge_receive_buffer, enlarge_send_buffer
 from tests.benchmarks.workloads import MARK_SIZE, PROBE, Workload

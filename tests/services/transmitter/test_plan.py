@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.transmitter.addressing import Addressing, Identification
-from services.transmitter.headers import GSO_UDP_L4, LINK_SIZE, NEEDS_CSUM
+from services.transmitter.packets.addressing import Addressing, Identification
+from services.transmitter.packets.headers import GSO_UDP_L4, LINK_SIZE, NEEDS_CSUM
 from services.transmitter.plan import FramePlan
 from shared.datagrams.batch import DatagramBatch, make_rows
 from shared.datagrams.gathered import Gathered

@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.transmitter.headers import sum_payloads
+from services.transmitter.packets.headers import sum_payloads
 from shared.datagrams.batch import DatagramBatch
 from shared.datagrams.gathered import Gathered
 from tests.builders import make_batch

@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from services.transmitter.headers import LINK_HEADER, Headers, Sums, sum_addresses
+from services.transmitter.packets.headers import LINK_HEADER, Headers, Sums, sum_addresses
 from shared.datagrams.sampling import Hashes
 
 
