@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from typing import Final
 
-from services.forwarder.few import Few
+from services.forwarder.few_rows import Few
 from services.forwarder.plan import SendPlan
 from services.forwarder.socket_options import HEADERS, mark_headers, open_socket, path_mtu, source_of_new_socket
 from shared.client import MOST_WAITING, Client

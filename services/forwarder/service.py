@@ -11,7 +11,7 @@ from typing import ClassVar, Final
 import numpy as np
 
 from services.forwarder.destination import Destination
-from services.forwarder.few import Few, few_of
+from services.forwarder.few_rows import Few, few_of
 from services.forwarder.plan import SendPlan
 from shared.client import Client, Source
 from shared.datagrams.batch import Indices

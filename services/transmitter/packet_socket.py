@@ -10,7 +10,7 @@ from typing import Final
 import numpy as np
 
 from services.transmitter.destination import Destination
-from services.transmitter.few import FewFrames, Frame
+from services.transmitter.few_rows import FewFrames, Frame
 from services.transmitter.next_hops import Egress, EgressKind
 from services.transmitter.packets.addressing import Addressing
 from services.transmitter.packets.headers import ETHERTYPE_IPV4, ETHERTYPE_IPV6

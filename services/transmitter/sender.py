@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from services.transmitter.destination import Destination
-from services.transmitter.few import FEW_ROWS, FewFrames, Frame, frames_of
+from services.transmitter.few_rows import FEW_ROWS, FewFrames, Frame, frames_of
 from services.transmitter.next_hops import Egress, EgressKind, NextHops
 from services.transmitter.packet_socket import PacketSocket, PacketSockets
 from services.transmitter.packets.addressing import Identification

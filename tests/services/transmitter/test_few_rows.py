@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from services.transmitter.few import FEW_ROWS, FewFrames, frames_of
+from services.transmitter.few_rows import FEW_ROWS, FewFrames, frames_of
 from services.transmitter.packets.addressing import Identification
 from services.transmitter.plan import largest_payload
 from tests.services.transmitter.test_plan import PLAN, by_source, gathered, memory_of, runs, sent, target

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import services.forwarder.service
-from services.forwarder.few import FEW_ROWS, few_of
+from services.forwarder.few_rows import FEW_ROWS, few_of
 from shared.datagrams.gathered import Gathered
 from shared.net.sockets import enlarge_receive_buffer
 from tests.builders import make_batch, make_client
