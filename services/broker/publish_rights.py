@@ -5,14 +5,15 @@ A subscriber trusts the kind of a message, so a kind on a topic of another famil
 
 from typing import Final
 
+from shared.bus.fields import REPLY_PREFIX
 from shared.bus.messages import (
     AGAIN_PREFIX,
     REGISTRY_TOPIC,
-    REPLY_PREFIX,
     TRANSMIT_TOPIC,
     Envelope,
     exporters_topic,
     health_topic,
+    offload_topic,
     serve_topic,
     status_topic,
     topic_family,
@@ -24,6 +25,7 @@ TOPICS: Final[dict[str, frozenset[str]]] = {
     "ingest": frozenset(),
     "forwarder": frozenset({health_topic("relay")}),
     "transmitter": frozenset({health_topic("original")}),
+    "offload": frozenset({offload_topic("relay"), offload_topic("original")}),
     "console": frozenset(),
     "operator": frozenset({TRANSMIT_TOPIC}),
 }

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Final
 import msgspec
 from msgspec import Meta
 
+from shared.bus.fields import MAX_NUMBER, REPLY_PREFIX, Number, PackedAddress, ReplyTopic, StreamName
+from shared.bus.offload_messages import KernelCopies, MarkGeneration, OffloadReply
 from shared.bus.packing import pack, unpack
 from shared.client import Client, Source, Trouble
 from shared.datagrams.limits import MAX_DATAGRAM
@@ -34,12 +36,8 @@ MAX_ENVELOPE: Final = 512
 """Bytes: names in topics and envelopes are short; anything longer is not fanwire's."""
 
 Part = bytes | memoryview
-MAX_NUMBER: Final = 1 << 62
-"""Far enough below 2**64, the end of msgpack's integers, that a receiver can add to a number and send the sum."""
 SENDER: Final = r"^[a-z]+\.[0-9]{1,9}$"
 """A service and its number, as in `ingest.2`."""
-REPLY_PREFIX: Final = "reply/"
-ReplyTopic = Annotated[str, Meta(max_length=128, pattern=f"^{REPLY_PREFIX}.*/$")]
 MAX_INTERFACE: Final = 15
 """IFNAMSIZ less its final zero (netdevice(7))."""
 MAX_FRAME: Final = 65_536 + 18
@@ -51,11 +49,6 @@ MAX_TOLD: Final = 1000
 """Exporters that a worker tells of, for each stream."""
 MAX_PIECES: Final = 4096
 """The most pieces of a list of collectors: the longest list, of the longest names, fits into fewer."""
-StreamName = Annotated[str, Meta(pattern="^[^/]{1,64}$")]
-"""A name without `/`, so that a subscription to a stream brings no other, such as `messages/more`."""
-Number = Annotated[int, Meta(ge=0, le=MAX_NUMBER)]
-PackedAddress = Annotated[bytes, Meta(min_length=16, max_length=16)]
-"""An address of 16 bytes, IPv4 mapped into IPv6."""
 
 
 class MessageError(ValueError):
@@ -86,6 +79,8 @@ class Datagrams(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
     With a `chunk` the payload is not in the message, but lent by the sender there (`shared.bus.loans`). `loan` is the
     number of that loan, otherwise of the last one before. Each datagram is at a multiple of `stride` if there is one.
+    The kernel has copied each for all that are in the `KernelCopies` of `generation`; 0: for nobody. An `Again` that
+    ends a portion tells how many batches are `left`.
     """
 
     stream: StreamName
@@ -93,15 +88,15 @@ class Datagrams(msgspec.Struct, array_like=True, frozen=True, gc=False):
     loan: Number = 0
     chunk: Number | None = None
     stride: Annotated[int, Meta(ge=0, le=MAX_DATAGRAM)] = 0
+    left: Number = 0
+    generation: MarkGeneration = 0
 
 
 class Again(Datagrams, frozen=True):
     """A batch again, with the numbers of its message, for a sender of copies that was being restarted.
 
-    Without rows it ends a portion, and tells how many batches are `left`.
+    Without rows it ends a portion.
     """
-
-    left: Number = 0
 
 
 class RegistrySnapshot(msgspec.Struct, array_like=True, frozen=True):
@@ -232,6 +227,8 @@ Body = (
     | Status
     | Health
     | Exporters
+    | KernelCopies
+    | OffloadReply
 )
 
 KINDS: Final[dict[str, type[Body]]] = {
@@ -246,6 +243,8 @@ KINDS: Final[dict[str, type[Body]]] = {
     "status": Status,
     "health": Health,
     "exporters": Exporters,
+    "offload.copies": KernelCopies,
+    "offload.reply": OffloadReply,
 }
 _NAMES: Final = {struct: kind for kind, struct in KINDS.items()}
 
@@ -293,6 +292,11 @@ def serve_topic(source: Source) -> str:
 def health_topic(source: Source) -> str:
     """The topic of the `Health` of a source's collectors; it begins with `HEALTH_PREFIX`."""
     return f"{HEALTH_PREFIX}{source}/"
+
+
+def offload_topic(source: Source) -> str:
+    """The topic of the `KernelCopies` of a source's collectors: the sender of its other copies subscribes to it."""
+    return f"offload/{source}/"
 
 
 def exporters_topic(service: str) -> str:

@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+from shared.bus.fields import MAX_NUMBER
 from shared.bus.loss_log import LossLog
-from shared.bus.messages import MAX_NUMBER, Envelope, Status, status_topic
+from shared.bus.messages import Envelope, Status, status_topic
 from shared.bus.pieces import Assembler, cut
 from shared.bus.zmq_sockets import Publisher
 from shared.ledger import DISCREPANCIES, Accounts, discrepancies

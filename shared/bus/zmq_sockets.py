@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Final
 import zmq
 
 from shared.bus.endpoint import DIRECT, BusLink, ipc_endpoint
+from shared.bus.fields import REPLY_PREFIX
 from shared.bus.messages import (
     MAX_MESSAGE,
     MAX_TOPIC,
-    REPLY_PREFIX,
     Body,
     Datagrams,
     Message,

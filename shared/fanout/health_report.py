@@ -7,7 +7,8 @@ import itertools
 import time
 from collections.abc import Callable, Iterable
 
-from shared.bus.messages import MAX_NUMBER, Health, Troubled, health_topic
+from shared.bus.fields import MAX_NUMBER
+from shared.bus.messages import Health, Troubled, health_topic
 from shared.bus.pieces import cut
 from shared.bus.zmq_sockets import Publisher
 from shared.client import Client, Source, Trouble

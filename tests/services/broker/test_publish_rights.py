@@ -16,6 +16,7 @@ OWN = {
     "ingest": r"datagrams/[^/]+/|again/ingest\.1/[^/]+/|exporters/ingest\.1/|status/ingest\.1/",
     "forwarder": r"reply/[^/]+/|health/relay/|status/forwarder\.1/",
     "transmitter": r"reply/[^/]+/|health/original/|status/transmitter\.1/",
+    "offload": r"offload/relay/|offload/original/|status/offload\.1/",
     "console": r"status/console\.1/",
     "operator": r"transmit/",
 }
@@ -29,6 +30,8 @@ TOPICS = (
     "reply/gateway.1.5f/",
     "health/relay/",
     "health/original/",
+    "offload/relay/",
+    "offload/original/",
     *(f"exporters/{role}.1/" for role in ROLES),
     *(f"status/{role}.1/" for role in ROLES),
 )

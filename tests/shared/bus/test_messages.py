@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shared.bus.fields import MAX_NUMBER
 from shared.bus.messages import (
     KINDS,
     MAX_ENVELOPE,
     MAX_MESSAGE,
-    MAX_NUMBER,
     MAX_TOPIC,
     VERSION,
     Again,
@@ -39,6 +39,7 @@ from shared.bus.messages import (
     decode,
     encode,
 )
+from shared.bus.offload_messages import KernelCopies, KernelServed, OffloadReply
 from shared.client import Client
 from shared.datagrams.batch import DatagramBatch
 from shared.datagrams.limits import MAX_DATAGRAM, MAX_ROWS
@@ -58,6 +59,8 @@ BODIES: dict[str, Body] = {
     "status": Status("ingest.1", 42, 0, 3, 0, 1, {"stream/messages": {"received": 2**62}}),
     "health": Health("relay", 3, 0, 1, [Troubled("a", 7, "refusing", 1500, 2**62), Troubled("b", 8, None, 0, 5)]),
     "exporters": Exporters("messages", 1.5, 9, 1, 2, [(b"x" * 16, 2**62, 0)]),
+    "offload.copies": KernelCopies(4095, 2**62, "reply/offload.1.a/", 0, 1, [KernelServed(CLIENT, ("messages",))]),
+    "offload.reply": OffloadReply(2**62),
 }
 BATCHES = {"datagrams": datagrams_topic("messages"), "again": again_topic("ingest.1", "forwarder.1")}
 """Topics of the kinds that have arrays."""
