@@ -10,7 +10,7 @@ from msgspec import Struct, field
 from shared.client import ALL_STREAMS
 from shared.settings.entries import Collector, Stream, Token
 from shared.settings.explain import did_you_mean
-from shared.settings.tables import Broker, Bus, Console, Forwarder, Gateway, Ingest, Log, Transmitter
+from shared.settings.tables import Broker, Bus, Console, Forwarder, Gateway, Ingest, Log, Offload, Transmitter
 
 DEFAULT_STREAM: Final = Stream(
     name="messages", listen=("udp://localhost:6667", "tcp://localhost:6667"), reply="Got your message!"
@@ -26,6 +26,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ingest: Ingest = Ingest()
     forwarder: Forwarder = Forwarder()
     transmitter: Transmitter = Transmitter()
+    offload: Offload = Offload()
     console: Console = Console()
     log: Log = Log()
     streams: tuple[Stream, ...] = field(default=(DEFAULT_STREAM,), name="stream")

@@ -25,6 +25,9 @@ REGISTRY_SCHEMES: Final = ("tcp", "unix", "tls")
 CONSOLE_SCHEMES: Final = ("http", "https", "unix")
 CLIENT_BYTES: Final = 4096
 """Bytes that an entry of the registry takes in the gateway."""
+LEAST_GENERATIONS: Final = 0xFF
+MOST_GENERATIONS: Final = 0xFFFF
+"""`shared.bus.offload_messages.MAX_GENERATION`."""
 CONNECTION_BYTES: Final = 98_304
 """Bytes that a TCP connection to ingest may take: the longest message, unfinished, and one more read."""
 
@@ -245,6 +248,36 @@ class Transmitter(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     def ethertype_numbers(self) -> frozenset[int]:
         """`ethertypes` as numbers."""
         return frozenset(map(parse_ethertype, self.ethertypes))
+
+
+class Offload(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Copies that the kernel makes by itself, by rules that follow the registry."""
+
+    interfaces: tuple[Annotated[str, Meta(min_length=1, max_length=15)], ...] = ()
+    """Interfaces where datagrams arrive that the kernel may copy; empty: none, and all copies are made by fanwire."""
+    destinations: tuple[str, ...] = ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7")
+    """Copies by the kernel go nowhere else."""
+    mark_mask: Annotated[int, Meta(ge=1, le=0xFFFFFFFF)] = 0xFFF00000
+    """The bits of a datagram's mark by which ingest is told which rules have copied it; other bits are left alone."""
+    user: Annotated[str, Meta(min_length=1, max_length=64)] = "nobody"
+    """User that both its processes become, when it was started as root."""
+    memory: Ceiling = 268_435_456
+    """Bytes that the planner may take."""
+
+    def __post_init__(self) -> None:
+        check_each("destinations", pack_network, self.destinations)
+        if self.generations & (self.generations + 1) or not LEAST_GENERATIONS <= self.generations <= MOST_GENERATIONS:
+            raise ValueError(f"mark_mask: {self.mark_mask:#010x} is not 8 to 16 bits side by side, as 0xfff00000 is")
+
+    @property
+    def mark_shift(self) -> int:
+        """Bits of a mark below those of the mask."""
+        return (self.mark_mask & -self.mark_mask).bit_length() - 1
+
+    @property
+    def generations(self) -> int:
+        """The highest generation that a mark has room for."""
+        return self.mark_mask >> self.mark_shift
 
 
 class Console(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

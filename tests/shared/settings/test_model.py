@@ -215,6 +215,18 @@ def test_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
         ("[broker]\nmemory = 1000\n", "[broker] memory: expected a whole number from 67108864"),
         ("[forwarder]\nmemory = 268435456\n", "[forwarder] held_memory: may take 268435456 bytes, over half of memory"),
         ("[transmitter]\nmemory = 268435456\n", "[transmitter] held_memory: may take 268435456 bytes, over half"),
+        (
+            "[offload]\nmark_mask = 0x7f\n",
+            "line 2: [offload] mark_mask: 0x0000007f is not 8 to 16 bits side by side, as 0xfff00000 is",
+        ),
+        (
+            "[offload]\nmark_mask = 0xff00ff00\n",
+            "[offload] mark_mask: 0xff00ff00 is not 8 to 16 bits side by side, as 0xfff00000 is",
+        ),
+        (
+            "[offload]\nmark_mask = 0xffffff\n",
+            "[offload] mark_mask: 0x00ffffff is not 8 to 16 bits side by side, as 0xfff00000 is",
+        ),
         ("[gateway]\nmax_clients = 100000\n", "[gateway] max_clients: may take 409600000 bytes, over half of memory"),
         ("[ingest]\ntcp_connections = 5000\n", "[ingest] tcp_connections: may take 491520000 bytes, over half"),
         (COLLECTOR + COLLECTOR, 'line 7: [[collector]] "a" name: another one has it; give each its own'),
