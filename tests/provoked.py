@@ -57,7 +57,7 @@ from services.operator.top.screen import draw
 from services.operator.top.state import State
 from services.transmitter.next_hops import NextHops
 from services.transmitter.policy import Audit, Policy
-from services.transmitter.privileges import _prctl, adopt
+from services.transmitter.privileges import adopt
 from services.transmitter.raw_frames import MAX_JOBS, RawFrames
 from services.transmitter.raw_frames import _explain as explain_frame
 from shared.bus.curve_keys import load_keys, load_roles
@@ -74,6 +74,7 @@ from shared.net.queues import Queue
 from shared.net.sockets import explain_bind
 from shared.process.lifecycle import OperatorError, Readiness
 from shared.process.memory import Memory
+from shared.process.privileges import _prctl
 from shared.process.registry_client import (
     Access,
     Answer,

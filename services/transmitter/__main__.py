@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from services.transmitter.opener import open_and_exec
 
         return open_and_exec(given)
-    from services.transmitter.privileges import harden
+    from shared.process.privileges import harden
 
     harden()  # an exec made this process dumpable again: one of the same user could take the sockets from it
     from services.transmitter.unprivileged import main as serve

@@ -34,7 +34,7 @@ class Nftables:
     """A connection to nf_tables; it needs CAP_NET_ADMIN, for each message anew."""
 
     def __init__(self) -> None:
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_NETFILTER)
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC, NETLINK_NETFILTER)
         self._socket.bind((0, 0))
         self._socket.settimeout(ANSWER_SECONDS)
         with suppress(PermissionError):  # in a user namespace: the limits of the host then hold

@@ -20,7 +20,7 @@ def main() -> int:
     """Be the service; PROGRAM is where it is, and the copied tests are beside this file."""
     before = set(sys.modules)
     sys.path[:0] = [os.environ["PROGRAM"], str(Path(__file__).parent)]
-    from services.transmitter.privileges import harden
+    from shared.process.privileges import harden
 
     harden()
     import shared.process.lifecycle

@@ -14,16 +14,21 @@ from typing import Any, Final
 
 import pytest
 
-from services.transmitter.privileges import outside_uid
+from shared.process.privileges import outside_uid
 from tests.capabilities import with_net_raw
 from tests.stack import CHECKOUT
 
 NOBODY: Final = 65534
 PR_SET_KEEPCAPS: Final = 8
 MODULES: Final = ("__init__", "__main__", "opener", "privileges")
+SHARED: Final = (
+    *("shared/__init__", "shared/settings/__init__", "shared/settings/location"),
+    *("shared/process/__init__", "shared/process/opener", "shared/process/privileges"),
+)
 STAND_IN: Final = """
 import ctypes, json, os, resource, socket, sys
-from services.transmitter.privileges import adopt, own_status, prove
+from services.transmitter.privileges import adopt, prove
+from shared.process.privileges import own_status
 
 def reached():
     with socket.socket(socket.AF_UNIX) as probe:
@@ -92,7 +97,7 @@ class Started:
         shutil.copy(CHECKOUT / "services/__init__.py", package.parent)
         for module in MODULES:
             shutil.copy(CHECKOUT / f"services/transmitter/{module}.py", package)
-        for module in ("shared/__init__", "shared/settings/__init__", "shared/settings/location"):
+        for module in SHARED:
             (directory / module).parent.mkdir(exist_ok=True)
             shutil.copy(CHECKOUT / f"{module}.py", (directory / module).parent)
         (package / "unprivileged.py").write_text(STAND_IN)

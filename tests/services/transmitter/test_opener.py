@@ -19,6 +19,7 @@ import pytest
 from services.transmitter import opener
 from services.transmitter.privileges import Opened, unparse
 from shared.process import lifecycle
+from shared.process import opener as shared_opener
 from shared.settings.tables import Bus, Transmitter
 from tests.capabilities import NET_RAW
 from tests.deploy.confined import SCMP_ACT_ALLOW, SCMP_ACT_ERRNO, SCMP_CMP_EQ, Comparison, Filter
@@ -33,6 +34,7 @@ STDLIB = sys.stdlib_module_names
 ALL = [opener.SOCKETS] * 3
 HELD = ("CapInh", "CapPrm", "CapEff", "CapAmb")
 PACKAGE = CHECKOUT / "services/transmitter"
+OURS = ("shared/settings/location", "shared/process/opener", "shared/process/privileges")
 THIRD_PARTY = {"msgpack", "msgspec", "numpy", "pyroute2", "structlog", "zmq"}
 """Packages that the transmitter may import besides the standard library and ourselves."""
 BROUGHT_ALONG = {"cython_runtime", "markdown_it", "mdurl", "psutil", "pygments", "rich", "typing_extensions"}
@@ -271,9 +273,9 @@ def test_settings_from_a_pipe_are_left_to_the_transmitter(lab: None, copy: Start
 
 def test_defaults_are_those_of_the_settings() -> None:
     """The opener can't import them, and agrees with them all the same."""
-    assert lifecycle.NOT_PERMITTED == opener.NOT_PERMITTED
-    assert Transmitter().user == opener.DEFAULT_USER
-    assert Bus().directory == opener.DEFAULT_DIRECTORY
+    assert lifecycle.NOT_PERMITTED == shared_opener.NOT_PERMITTED
+    assert Transmitter().user == shared_opener.DEFAULT_USER
+    assert Bus().directory == shared_opener.DEFAULT_DIRECTORY
 
 
 def test_wrong_usage_is_the_transmitters_to_report(lab: None, copy: Started) -> None:
@@ -378,7 +380,7 @@ def test_a_link_for_a_bus_directory_is_the_transmitters_to_refuse(lab: None, cop
 CLIENT = """
 import os, sys
 import zmq
-from services.transmitter.privileges import relinquish
+from shared.process.privileges import relinquish
 handle = os.open(sys.argv[1], os.O_PATH | os.O_DIRECTORY)
 relinquish(("nobody", 65534, 65534))
 with zmq.Context() as context, context.socket(zmq.SUB) as subscriber:
@@ -464,11 +466,13 @@ def imported(path: Path) -> set[str]:
     return plain | {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
 
 
-@pytest.mark.parametrize("module", ["__init__", "__main__", "opener", "privileges", "../../shared/settings/location"])
+@pytest.mark.parametrize(
+    "module", ["__init__", "__main__", "opener", "privileges", *(f"../../{path}" for path in OURS)]
+)
 def test_what_runs_with_privilege_imports_the_standard_library_alone(module: str) -> None:
     """No third-party code, and no other code of ours, runs before the privileges are gone."""
     ours = {f"services.transmitter.{name}" for name in ("opener", "privileges", "unprivileged")}
-    ours.add("shared.settings.location")
+    ours |= {path.replace("/", ".") for path in OURS}
     others = {name for name in imported(PACKAGE / f"{module}.py") if name.partition(".")[0] not in STDLIB} - ours
     assert not others
     assert (module == "__main__") == ("services.transmitter.unprivileged" in imported(PACKAGE / f"{module}.py"))

@@ -8,8 +8,11 @@ from itertools import chain
 
 import pytest
 
-from services.transmitter import opener, privileges
-from services.transmitter.privileges import KINDS, RawSockets, adopt, outside_uid, prove, unparse
+from services.transmitter import opener
+from services.transmitter import privileges as transmitter_privileges
+from services.transmitter.privileges import KINDS, RawSockets, adopt, prove, unparse
+from shared.process import privileges
+from shared.process.privileges import outside_uid
 from tests.capabilities import raise_ambient
 from tests.services.transmitter.started import (
     IS_ROOT,
@@ -26,7 +29,9 @@ PREAMBLE = """
 import os, socket, sys
 sys.path.insert(0, ".")
 from services.transmitter import privileges
-from services.transmitter.privileges import RawSockets, prove, relinquish
+from services.transmitter.privileges import RawSockets, prove
+from shared.process import privileges as given_up
+from shared.process.privileges import relinquish
 none, one = RawSockets(reason="none"), RawSockets(packet=(socket.socket(),))
 """
 as_root = pytest.mark.skipif(not IS_ROOT, reason="needs root, who can become another user")
@@ -135,7 +140,7 @@ def test_proof_fails_where_an_exec_could_gain_privileges(lab: None, copy: Starte
 
 def test_proof_fails_where_a_raw_socket_can_be_had(lab: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A raw socket that opens is one too many, whatever /proc says."""
-    monkeypatch.setattr(privileges, "own_status", lambda: RELINQUISHED)
+    monkeypatch.setattr(transmitter_privileges, "own_status", lambda: RELINQUISHED)
     with pytest.raises(PermissionError, match="it could open another raw socket: packet"):
         prove(RawSockets(reason="none"))
 
@@ -166,11 +171,11 @@ def test_proof_fails_where_root_can_be_had(copy: Started) -> None:
 def test_who_can_empty_the_bounding_set_must(copy: Started) -> None:
     """With CAP_SETPCAP, a capability that stays in the bounding set ends the opener."""
     script = """
-def refuse(option, value, kernels=privileges._prctl):
-    if (option, value) == (privileges.PR_CAPBSET_DROP, 13):
+def refuse(option, value, kernels=given_up._prctl):
+    if (option, value) == (given_up.PR_CAPBSET_DROP, 13):
         raise PermissionError(1, "refused")
     kernels(option, value)
-privileges._prctl = refuse
+given_up._prctl = refuse
 relinquish(("nobody", 65534, 65534))
 """
     assert "PermissionError: [Errno 1] refused" in said_by(copy, script)
