@@ -55,7 +55,6 @@ from services.operator.importing.command import Lookup
 from services.operator.importing.receivers import Line, ParseLine
 from services.operator.top.screen import draw
 from services.operator.top.state import State
-from services.transmitter.next_hops import NextHops
 from services.transmitter.policy import Audit, Policy
 from services.transmitter.privileges import adopt
 from services.transmitter.raw_frames import MAX_JOBS, RawFrames
@@ -67,6 +66,7 @@ from shared.bus.messages import Datagrams, Envelope, TransmitReply, TransmitRequ
 from shared.bus.packing import pack
 from shared.bus.zmq_sockets import new_context, prepare_directory
 from shared.client import Client
+from shared.fanout.next_hops import NextHops
 from shared.monitoring.probe import probe, where_lost
 from shared.net.addresses import Endpoint, pack_address, parse_endpoint, resolve
 from shared.net.netlink import Link

@@ -4,12 +4,12 @@ import socket
 from collections import Counter
 from typing import Final
 
-from services.transmitter.next_hops import Egress, EgressKind, NextHops
 from services.transmitter.packets.addressing import Addressing, Identification
 from services.transmitter.packets.headers import ETHERTYPE_IPV4, ETHERTYPE_IPV6
 from shared.client import MOST_WAITING, Client
 from shared.datagrams.gathered import MAX_GATHERED_PAYLOAD
 from shared.fanout.backlog import Backlog, BacklogMemory
+from shared.fanout.next_hops import Egress, EgressKind, NextHops
 from shared.fanout.send_errors import SaidErrors
 from shared.ledger import NO_NEIGHBOUR
 from shared.net.netlink import NUD_FAILED

@@ -11,12 +11,12 @@ import numpy as np
 
 from services.transmitter.destination import Destination
 from services.transmitter.few_rows import FewFrames, Frame
-from services.transmitter.next_hops import Egress, EgressKind
 from services.transmitter.packets.addressing import Addressing
 from services.transmitter.packets.headers import ETHERTYPE_IPV4, ETHERTYPE_IPV6
 from services.transmitter.plan import FramePlan
 from shared.datagrams.mmsg import send
 from shared.fanout.gso_fallback import GsoFallback
+from shared.fanout.next_hops import Egress, EgressKind
 from shared.fanout.send_errors import MAX_SKIPS, NO_ROOM, RAW_CAUSES, cause_of
 from shared.ledger import BYTES, SENT
 

@@ -4,7 +4,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import IntEnum, auto
 from typing import Any, Final
 
 import numpy as np
@@ -13,6 +12,7 @@ from shared.datagrams.batch import FEW_ROWS, ROW, Indices
 from shared.datagrams.gathered import Gathered
 from shared.datagrams.prefix_set import Prefixes, halves_of
 from shared.datagrams.segments import Mask
+from shared.fanout.reach import Reach
 from shared.net.addresses import pack_address
 from shared.process.log_limit import LogLimit
 from shared.settings.tables import Transmitter
@@ -31,14 +31,6 @@ BURST_SECONDS: Final = 0.1
 
 Refusal = tuple[str, str]
 """A cause, and the sentence for the client."""
-
-
-class Reach(IntEnum):
-    """The distance of a collector, as far as sources matter: on this host, on a link of it, or behind a router."""
-
-    HOST = auto()
-    LINK = auto()
-    ROUTED = auto()
 
 
 class Policy:

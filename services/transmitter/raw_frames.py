@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from services.transmitter.next_hops import NextHops
 from services.transmitter.policy import Audit, Policy, Refusal
 from shared.bus.frame_requests import ANSWER_SECONDS, MAX_SENDING_SECONDS, parse_tags, sending_seconds
 from shared.bus.messages import TransmitReply, TransmitRequest
+from shared.fanout.next_hops import NextHops
 from shared.fanout.send_errors import NO_INTERFACE
 from shared.net.netlink import Link
 

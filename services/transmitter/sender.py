@@ -13,7 +13,6 @@ import numpy as np
 
 from services.transmitter.destination import Destination
 from services.transmitter.few_rows import FEW_ROWS, FewFrames, Frame, frames_of
-from services.transmitter.next_hops import Egress, EgressKind, NextHops
 from services.transmitter.packet_socket import PacketSocket, PacketSockets
 from services.transmitter.packets.addressing import Identification
 from services.transmitter.plan import FramePlan, largest_payload
@@ -24,6 +23,7 @@ from shared.datagrams.batch import Indices
 from shared.datagrams.gathered import Gathered, portions
 from shared.datagrams.routing import Selection
 from shared.fanout.backlog import BacklogMemory
+from shared.fanout.next_hops import Egress, EgressKind, NextHops
 from shared.fanout.send_threads import MEMBERS, SendThreads
 from shared.ledger import DESTINATION_REFUSED, NO_ROUTE, OTHER_FAMILY, RATE_LIMITED, SOURCE_REFUSED
 from shared.log import get_logger

@@ -7,13 +7,13 @@ from contextlib import ExitStack, closing
 from typing import Any
 
 from services.transmitter.destination import Destination
-from services.transmitter.next_hops import DISCARD_PORT
 from services.transmitter.opener import open_socket
 from services.transmitter.privileges import KINDS, RawSockets
 from services.transmitter.sender import Sender
 from shared.datagrams.gathered import Gathered
 from shared.datagrams.routing import ALL_ROWS
 from shared.fanout.backlog import BacklogMemory
+from shared.fanout.next_hops import DISCARD_PORT
 from shared.ledger import EXPECTED, discrepancies
 from shared.settings.model import Settings
 from shared.settings.tables import Transmitter

@@ -18,10 +18,10 @@ from structlog.testing import capture_logs
 import services.transmitter.packet_socket
 import services.transmitter.sender
 import shared.datagrams.mmsg
-from services.transmitter.next_hops import Egress, EgressKind
 from services.transmitter.packet_socket import PATIENCE_SECONDS, PATIENCE_SHARE, PacketSockets
 from shared.datagrams.gathered import Gathered
 from shared.datagrams.routing import ALL_ROWS, Selection
+from shared.fanout.next_hops import Egress, EgressKind
 from shared.fanout.send_errors import MAX_SKIPS
 from tests.builders import make_batch
 from tests.capture import Collector, Datagram

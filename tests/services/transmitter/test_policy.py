@@ -3,8 +3,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.transmitter.policy import AUDIT_SECONDS, Audit, Policy, Reach, Verdicts
+from services.transmitter.policy import AUDIT_SECONDS, Audit, Policy, Verdicts
 from shared.datagrams.gathered import Gathered
+from shared.fanout.reach import Reach
 from shared.settings.tables import Transmitter
 from tests.builders import make_batch
 

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 import services.transmitter.raw_frames
-from services.transmitter.next_hops import NextHops
 from services.transmitter.policy import Audit, Policy
 from services.transmitter.raw_frames import FRAMES_AT_ONCE, MAX_JOBS, RawFrames
 from shared.bus.frame_requests import ANSWER_SECONDS, sending_seconds
 from shared.bus.messages import TransmitReply, TransmitRequest
+from shared.fanout.next_hops import NextHops
 from shared.settings.tables import Transmitter
 from tests.capture import Capture
 from tests.network import End, Host, veth

@@ -14,12 +14,13 @@ import pytest
 
 import services.transmitter.packet_socket
 import shared.datagrams.mmsg
-from services.transmitter.policy import Policy, Reach
+from services.transmitter.policy import Policy
 from services.transmitter.sender import Sender
 from shared.datagrams.gathered import Gathered
 from shared.datagrams.mmsg import MMSGHDR
 from shared.datagrams.routing import ALL_ROWS
 from shared.fanout.backlog import BacklogMemory
+from shared.fanout.reach import Reach
 from shared.settings.model import Settings
 from shared.settings.tables import Transmitter
 from tests.builders import make_batch, make_client

@@ -16,7 +16,6 @@ from typing import Any
 import msgpack
 import pytest
 
-from services.transmitter.next_hops import DISCARD_PORT
 from shared.bus.messages import (
     REGISTRY_TOPIC,
     TRANSMIT_TOPIC,
@@ -29,6 +28,7 @@ from shared.bus.messages import (
 )
 from shared.client import Client
 from shared.datagrams.limits import MAX_DATAGRAM
+from shared.fanout.next_hops import DISCARD_PORT
 from shared.ledger import Accounts, discrepancies
 from tests.builders import (
     BusEnds,

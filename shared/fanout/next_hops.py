@@ -10,7 +10,7 @@ from enum import IntEnum, auto
 from typing import Final
 from weakref import WeakValueDictionary
 
-from services.transmitter.policy import Reach
+from shared.fanout.reach import Reach
 from shared.ledger import INTERFACE_DOWN, NO_ROUTE
 from shared.log import get_logger
 from shared.net.netlink import (

@@ -10,15 +10,15 @@ from weakref import ref
 
 import pytest
 
-import services.transmitter.next_hops
-from services.transmitter.next_hops import (
+import shared.fanout.next_hops
+from shared.fanout.next_hops import (
     ASK_AGAIN_SECONDS,
     DISCARD_PORT,
     EgressKind,
     Hop,
     NextHops,
 )
-from services.transmitter.policy import Reach
+from shared.fanout.reach import Reach
 from shared.ledger import INTERFACE_DOWN, NO_ROUTE
 from shared.net.netlink import EventsLost
 from tests.capture import Capture, Datagram
@@ -379,7 +379,7 @@ MTUS = [f"link set dev up mtu {1300 + number}" for number in range(100)]
 def test_busy_changes_cost_a_part_of_the_time(area: Area, monkeypatch: pytest.MonkeyPatch, commands: list[str]) -> None:
     """Ways are asked for at most ten times a second, however often routes or links change; the last change counts."""
     clock = Clock()
-    monkeypatch.setattr(services.transmitter.next_hops, "time", clock)
+    monkeypatch.setattr(shared.fanout.next_hops, "time", clock)
     area.next_hops.apply_events()
     clock.now += 1
     area.next_hops.apply_events()
@@ -400,7 +400,7 @@ def test_busy_changes_cost_a_part_of_the_time(area: Area, monkeypatch: pytest.Mo
 def test_lost_events_cost_a_part_of_the_time(area: Area, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel is asked for everything at most ten times a second, however often events are lost."""
     clock = Clock()
-    monkeypatch.setattr(services.transmitter.next_hops, "time", clock)
+    monkeypatch.setattr(shared.fanout.next_hops, "time", clock)
     monkeypatch.setattr(area.next_hops._netlink, "events", lambda: iter([EventsLost()]))
     area.next_hops.apply_events()
     start = area.next_hops.version
