@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Annotated, Final
 import msgspec
 from msgspec import Meta
 
-from shared.bus.fields import MAX_NUMBER, REPLY_PREFIX, Number, PackedAddress, ReplyTopic, StreamName
+from shared.bus.exporters_message import Exporters
+from shared.bus.fields import MAX_NUMBER, REPLY_PREFIX, Number, ReplyTopic, StreamName
 from shared.bus.offload_messages import KernelCopies, MarkGeneration, OffloadReply
-from shared.bus.packing import pack, unpack
+from shared.bus.packing import pack, pack_values, unpack
 from shared.client import Client, Source, Trouble
-from shared.datagrams.limits import MAX_DATAGRAM
+from shared.datagrams.limits import MAX_DATAGRAM, MAX_ROWS
 
 if TYPE_CHECKING:
     from shared.datagrams.batch import DatagramBatch
@@ -45,8 +46,8 @@ MAX_FRAME: Final = 65_536 + 18
 MAX_FRAMES: Final = 1_000_000
 MAX_NAME: Final = 255
 """Characters of a client's name, which has as many bytes at most."""
-MAX_TOLD: Final = 1000
-"""Exporters that a worker tells of, for each stream."""
+PLAIN_FIELDS: Final = 5
+"""Fields of `Datagrams` before `left`, which only an `Again` needs."""
 MAX_PIECES: Final = 4096
 """The most pieces of a list of collectors: the longest list, of the longest names, fits into fewer."""
 
@@ -79,8 +80,8 @@ class Datagrams(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
     With a `chunk` the payload is not in the message, but lent by the sender there (`shared.bus.loans`). `loan` is the
     number of that loan, otherwise of the last one before. Each datagram is at a multiple of `stride` if there is one.
-    The kernel has copied each for all that are in the `KernelCopies` of `generation`; 0: for nobody. An `Again` that
-    ends a portion tells how many batches are `left`.
+    The kernel has copied each for all that are in the `KernelCopies` of `generation`; 0: for nobody. Where rows differ,
+    `generations` has two bytes for each. An `Again` that ends a portion tells how many batches are `left`.
     """
 
     stream: StreamName
@@ -90,6 +91,7 @@ class Datagrams(msgspec.Struct, array_like=True, frozen=True, gc=False):
     stride: Annotated[int, Meta(ge=0, le=MAX_DATAGRAM)] = 0
     left: Number = 0
     generation: MarkGeneration = 0
+    generations: Annotated[bytes, Meta(max_length=2 * MAX_ROWS)] = b""
 
 
 class Again(Datagrams, frozen=True):
@@ -196,23 +198,6 @@ class Health(msgspec.Struct, array_like=True, frozen=True):
     piece: Annotated[int, Meta(ge=0, lt=MAX_PIECES)]
     pieces: Annotated[int, Meta(ge=1, le=MAX_PIECES)]
     troubled: list[Troubled]
-
-
-class Exporters(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """The exporters of a stream in the last `seconds`, as a worker published their `rows` datagrams.
-
-    Every `every`-th of these was looked at, and `exporters` were found. `most` has the address (16 bytes, IPv4 mapped),
-    datagrams and bytes of those with most, as they were looked at: multiply by `every`. `missed` has the address and
-    the gaps in its own numbers, in their unit, of those with most; None: the stream's numbers are not read.
-    """
-
-    stream: StreamName
-    seconds: Annotated[float, Meta(gt=0)]
-    rows: Number
-    every: Annotated[int, Meta(ge=1, le=MAX_NUMBER)]
-    exporters: Number
-    most: Annotated[list[tuple[PackedAddress, Number, Number]], Meta(max_length=MAX_TOLD)]
-    missed: Annotated[list[tuple[PackedAddress, Number]], Meta(max_length=MAX_TOLD)] | None = None
 
 
 Body = (
@@ -341,12 +326,21 @@ def encode(
 ) -> list[Part]:
     """Return the parts of a message. The arrays are the batch's own buffers, not copies; a lent payload is left out."""
     envelope = Envelope(VERSION, _NAMES[type(body)], sender, boot, sequence, total)
-    parts: list[Part] = [topic.encode(), pack(envelope), pack(body)]
+    packed = _pack_batch(body) if isinstance(body, Datagrams) else pack(body)
+    parts: list[Part] = [topic.encode(), pack(envelope), packed]
     if batch is not None:
         parts.append(batch.rows.tobytes())
     if batch is not None and not (isinstance(body, Datagrams) and body.chunk is not None):
         parts.append(batch.payload)
     return parts
+
+
+def _pack_batch(body: Datagrams) -> bytes:
+    """Pack the body of a batch; one without a generation is what it was before there were any."""
+    fields = msgspec.structs.astuple(body)
+    if not (body.generation or body.generations):
+        fields = fields[: PLAIN_FIELDS + isinstance(body, Again)]
+    return pack_values(fields)
 
 
 Borrow = Callable[[Envelope, Datagrams, int], Part]
@@ -391,13 +385,14 @@ def _decode(parts: Sequence[Part], borrow: Borrow) -> Message:
 
 
 def _decode_batch(envelope: Envelope, body: Datagrams, parts: Sequence[Part], borrow: Borrow) -> "DatagramBatch":
-    from shared.datagrams.batch import DatagramBatch, read_rows  # others start without numpy
+    from shared.datagrams.batch import DatagramBatch, read_generations, read_rows  # others start without numpy
 
     rows = read_rows(parts[3])
+    generations = read_generations(len(rows), body.generation, body.generations)
     if body.chunk is None:
         payload = parts[4]
     else:
         payload = borrow(envelope, body, body.stride * len(rows) or int(rows["length"].sum()))
-    batch = DatagramBatch(body.stream, body.received_ns, rows, payload, body.stride)
+    batch = DatagramBatch(body.stream, body.received_ns, rows, payload, body.stride, generations)
     batch.check()
     return batch

@@ -52,6 +52,12 @@ def pack(struct: msgspec.Struct) -> bytes:
     return packed
 
 
+def pack_values(values: tuple[object, ...]) -> bytes:
+    """Return the first fields of an array-like struct as `pack` does, without those behind them."""
+    packed: bytes = _packer.pack(values)
+    return packed
+
+
 def unpack(part: bytes | memoryview, kind: type[T]) -> T:
     """Return the struct in `part`, whose size the caller has bounded; ValueError or MsgspecError when there is none."""
     found = msgpack.unpackb(

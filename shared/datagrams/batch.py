@@ -26,6 +26,7 @@ assert ROW.itemsize == ROW_SIZE
 
 Rows = npt.NDArray[np.void]
 Indices = npt.NDArray[np.intp]
+Generations = npt.NDArray[np.uint16]
 
 
 @dataclass(eq=False)
@@ -34,6 +35,8 @@ class DatagramBatch:
 
     `rows` has dtype `ROW`, shape (n,), and may be a read-only view of a received part. `payload` is any C-contiguous
     buffer; the batch keeps it alive. `received_ns` is the wall clock at the receive call, in nanoseconds.
+    `generations`, shape (n,), tells by which set of rules the kernel has copied each row already, 0: by none; where
+    there is no such array it has copied none.
     """
 
     stream: str
@@ -41,6 +44,7 @@ class DatagramBatch:
     rows: Rows
     payload: bytes | memoryview
     stride: int = 0
+    generations: Generations | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -100,6 +104,19 @@ def make_rows(lengths: npt.ArrayLike, addresses: npt.NDArray[np.uint8] | list[by
     packed = addresses if isinstance(addresses, np.ndarray) else np.frombuffer(b"".join(addresses), np.uint8)
     rows["address"] = packed.reshape(-1, 16)
     return rows
+
+
+def read_generations(count: int, same: int, column: bytes) -> Generations | None:
+    """Return the generation of each of `count` rows: all the `same`, or two bytes each in `column`; None: all are 0.
+
+    ValueError when the column has another length.
+    """
+    if column:
+        found = np.frombuffer(column, "<u2")
+        if len(found) != count:
+            raise ValueError(f"{len(found)} generations for {count} datagrams")
+        return found
+    return np.full(count, same, np.uint16) if same else None
 
 
 def read_rows(part: bytes | memoryview) -> Rows:

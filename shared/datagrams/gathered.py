@@ -12,7 +12,7 @@ from typing import Final, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from shared.datagrams.batch import FEW_ROWS, ROW, DatagramBatch, Indices, Rows
+from shared.datagrams.batch import FEW_ROWS, ROW, DatagramBatch, Generations, Indices, Rows
 from shared.datagrams.limits import MAX_ROWS
 from shared.net.addresses import V4_MAPPED
 
@@ -56,6 +56,17 @@ class Gathered:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @cached_property
+    def generations(self) -> Generations | None:
+        """The generation of the kernel's rules that has copied each row, uint16, shape (n,); None: none was copied."""
+        if all(batch.generations is None for batch in self.batches):
+            return None
+        found = [
+            np.zeros(len(batch), np.uint16) if batch.generations is None else batch.generations
+            for batch in self.batches
+        ]
+        return found[0] if len(found) == 1 else np.concatenate(found)
 
     @property
     def payload_bytes(self) -> int:

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+from shared.bus.exporters_message import Exporters
 from shared.bus.messages import (
     EXPORTERS_PREFIX,
     HEALTH_PREFIX,
     REGISTRY_TOPIC,
-    Exporters,
     Health,
     Message,
     RegistryChange,

@@ -1,6 +1,7 @@
 """Pictures for tests of the console, made of what is told to an observer."""
 
-from shared.bus.messages import Exporters, Health, Message, RegistrySnapshot, Status, Troubled
+from shared.bus.exporters_message import Exporters
+from shared.bus.messages import Health, Message, RegistrySnapshot, Status, Troubled
 from shared.client import Client
 from shared.ledger import Accounts
 from shared.monitoring.observer import Observer

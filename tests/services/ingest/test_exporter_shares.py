@@ -4,7 +4,8 @@ from hypothesis import strategies as st
 
 from services.ingest import exporter_shares
 from services.ingest.exporter_shares import ExporterShares
-from shared.bus.messages import MAX_TOLD, decode, encode, exporters_topic
+from shared.bus.exporters_message import MAX_TOLD
+from shared.bus.messages import decode, encode, exporters_topic
 from shared.datagrams.batch import ROW, Rows
 
 

@@ -8,7 +8,7 @@ import msgpack
 import msgspec
 import pytest
 
-from shared.bus.messages import KINDS, VERSION, decode
+from shared.bus.messages import KINDS, VERSION, decode, encode
 from shared.bus.packing import pack
 
 RECORDED = {
@@ -48,6 +48,15 @@ def test_recorded_messages_are_read(version: int, kind: str) -> None:
     if message.batch is not None:
         assert [len(payload) for *_, payload in message.batch.datagrams()] == [0, 3, 5]
         assert bytes(message.batch.payload) == parts[4]
+
+
+@pytest.mark.parametrize("kind", ["datagrams", "again"])
+def test_batch_that_the_kernel_has_not_copied_is_as_it_always_was(kind: str) -> None:
+    """A batch without a generation is, to the byte, the message that releases before generations sent and read."""
+    parts = parts_of(1, kind)
+    message, sender = decode(parts), "ingest.1"
+    numbers = {"boot": message.envelope.boot, "sequence": message.envelope.sequence, "total": message.envelope.total}
+    assert encode(message.topic, message.body, sender=sender, **numbers, batch=message.batch)[:3] == parts[:3]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,4 +1,5 @@
 import gc
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -33,6 +34,21 @@ def test_the_rows_of_all_batches_follow_each_other(found: list[list[tuple[bytes,
     assert list(whole.payloads(np.arange(len(whole)))) == [payload for payload, _ in expected]
     assert whole.payload_bytes == sum(len(payload) for payload, _ in expected)
     assert whole.stream == "messages"
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.sampled_from([None, 0, 1, 65_535])), min_size=1, max_size=4))
+def test_each_row_keeps_its_generation(found: list[tuple[int, int | None]]) -> None:
+    """Rows that the kernel has copied, by whatever generation, and others stay what they were when gathered."""
+    batches = [
+        replace(make_batch([b""] * count), generations=None if same is None else np.full(count, same, np.uint16))
+        for count, same in found
+    ]
+    whole = Gathered(batches)
+    if all(same is None for _, same in found):
+        assert whole.generations is None
+    else:
+        assert whole.generations is not None
+        assert whole.generations.tolist() == [same or 0 for count, same in found for _ in range(count)]
 
 
 def strided(batch: DatagramBatch, stride: int) -> DatagramBatch:

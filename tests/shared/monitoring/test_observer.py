@@ -3,7 +3,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from shared.bus.messages import Body, Exporters, Health, Message, RegistrySnapshot, Status, Troubled
+from shared.bus.exporters_message import Exporters
+from shared.bus.messages import Body, Health, Message, RegistrySnapshot, Status, Troubled
 from shared.client import Client, Withheld
 from shared.ledger import Accounts, unparse_origin
 from shared.losses import PLACES, kind_of
