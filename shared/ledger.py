@@ -66,6 +66,14 @@ STARTED: Final = "started_ns"
 CHECKSUM_ERRORS: Final = "checksum_errors"
 """UDP datagrams for any receiver that this host's kernel has dropped for a wrong checksum (InCsumErrors)."""
 
+# ingest, account `ingest`, where the kernel may copy datagrams
+MARK_SOCKETS: Final = "mark_sockets"
+"""UDP sockets at which it reads which datagrams the kernel has copied already: a gauge."""
+MARK_BLIND: Final = "mark_blind"
+"""UDP sockets at which it can't: the kernel must copy nothing that arrives there. A gauge."""
+MARKS_UNREAD: Final = "marks_unread"
+"""Datagrams that came without their mark, though it was asked for: the kernel may have copied them."""
+
 # every service, account named like its kind
 DISCREPANCIES: Final = "discrepancies"
 """Equations that did not hold when checked, each second; one that stays broken by the same amount counts once."""

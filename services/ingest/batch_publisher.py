@@ -11,7 +11,7 @@ from shared.bus.kept_counts import KeptCounts, KeptFile
 from shared.bus.loans.lender import CHUNK, LENT_SIZE, Loan, Pool, Room
 from shared.bus.messages import Datagrams, datagrams_topic, exporters_topic, inline_topic
 from shared.bus.zmq_sockets import Publisher
-from shared.datagrams.batch import ROW, DatagramBatch, Rows
+from shared.datagrams.batch import ROW, DatagramBatch, Generations, Rows
 from shared.ledger import BUS_FULL, BYTES, NO_MEMORY, NO_SUBSCRIBER, OVERSIZED, PUBLISHED, RECEIVED
 from shared.log import get_logger
 from shared.process.memory import Memory
@@ -88,12 +88,21 @@ class StreamFeed:
         return self._pool.lend()
 
     def publish(
-        self, received_ns: int, rows: Rows, payload: bytes | memoryview, loan: Loan | None = None, stride: int = 0
+        self,
+        received_ns: int,
+        rows: Rows,
+        payload: bytes | memoryview,
+        loan: Loan | None = None,
+        stride: int = 0,
+        copied: Generations | None = None,
     ) -> None:
-        """Put datagrams that were counted by `receive` on the bus; with a loan `payload` is in its memory."""
+        """Put datagrams that were counted by `receive` on the bus; with a loan `payload` is in its memory.
+
+        `copied` tells the generation by which the kernel has copied each, None: it has copied none.
+        """
         batch = DatagramBatch(self.stream, received_ns, rows, payload, stride)
         number, chunk = (loan.number, loan.chunk) if loan else (self._lent, None)
-        body = Datagrams(self.stream, received_ns, number, chunk, stride)
+        body = self._body(received_ns, number, chunk, stride, copied)
         sent = self._publisher.publish(self.topic, body, batch)
         self.account[PUBLISHED if sent else BUS_FULL] += len(rows)
         self._totals[PUBLISHED] = self.account[PUBLISHED]
@@ -102,18 +111,30 @@ class StreamFeed:
         if sent and loan and self._pool:
             self._pool.lent(loan)
         elif sent and self._held.due_at:
-            self._held.add(self.stream, received_ns, len(rows), rows.tobytes(), bytes(payload))
+            self._held.add(body, len(rows), rows.tobytes(), bytes(payload))
 
-    def publish_few(self, received_ns: int, count: int, rows: bytes, payload: bytes) -> None:
+    def publish_few(
+        self, received_ns: int, count: int, rows: bytes, payload: bytes, copied: Generations | None = None
+    ) -> None:
         """Put a few datagrams that were counted by `receive` on the bus, as the arrays are sent."""
-        body = Datagrams(self.stream, received_ns, self._lent)
+        body = self._body(received_ns, self._lent, None, 0, copied)
         sent = self._publisher.publish(self.topic, body, None, (rows, payload), count)
         self.account[PUBLISHED if sent else BUS_FULL] += count
         self._totals[PUBLISHED] = self.account[PUBLISHED]
         if sent and self._held.due_at:
-            self._held.add(self.stream, received_ns, count, rows, payload)
+            self._held.add(body, count, rows, payload)
         if self._shares:
             self._shares.note(rows)
+
+    def _body(
+        self, received_ns: int, loan: int, chunk: int | None, stride: int, copied: Generations | None
+    ) -> Datagrams:
+        if copied is None:
+            return Datagrams(self.stream, received_ns, loan, chunk, stride)
+        first = int(copied[0])
+        alike = bool((copied == first).all())
+        column = b"" if alike else copied.tobytes()
+        return Datagrams(self.stream, received_ns, loan, chunk, stride, 0, first if alike else 0, column)
 
     def tell_exporters(self) -> None:
         """Publish the shares of exporters since the last call; count them only while somebody subscribes."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
-from shared.bus.messages import HOLD_PREFIX, Again, again_topic, datagrams_topic
+from shared.bus.messages import HOLD_PREFIX, Again, Datagrams, again_topic, datagrams_topic
 from shared.bus.zmq_sockets import Publisher
 
 HOLD_SECONDS: Final = 15.0
@@ -87,12 +87,13 @@ class HeldBatches:
         held.until = self._clock() + HOLD_SECONDS
         return held
 
-    def add(self, stream: str, received_ns: int, count: int, rows: bytes, payload: bytes) -> None:
+    def add(self, body: Datagrams, count: int, rows: bytes, payload: bytes) -> None:
         """Hold a batch that has just been published, unless nobody wants it held."""
-        sequence, total = self._publisher.position(datagrams_topic(stream))
-        batch = _Batch(Again(stream, received_ns), sequence - 1, total - count, rows, payload)
+        sequence, total = self._publisher.position(datagrams_topic(body.stream))
+        again = Again(body.stream, body.received_ns, generation=body.generation, generations=body.generations)
+        batch = _Batch(again, sequence - 1, total - count, rows, payload)
         for held in self._held.values():
-            if stream in held.streams:
+            if body.stream in held.streams:
                 held.batches.append(batch)
                 held.size += batch.size
                 while held.size > MAX_HELD:

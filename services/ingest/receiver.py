@@ -10,11 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from services.ingest.batch_publisher import StreamFeed
+from services.ingest.marks import MarkReader
 from services.ingest.replies import Replier
 from services.ingest.reuseport_sharing import leave_to_others
 from services.ingest.trains import split_trains
 from shared.bus.loans.lender import CHUNK, LENT_SIZE, Loan
-from shared.datagrams.batch import DatagramBatch, Rows
+from shared.datagrams.batch import DatagramBatch, Generations, Rows
 from shared.datagrams.limits import MAX_DATAGRAM, MAX_PAYLOAD, MAX_ROWS
 from shared.datagrams.mmsg import UDP_GRO, ReceiveArena
 from shared.ledger import BYTES, KERNEL_DROPPED, RECEIVE_ERRNO, RECEIVE_ERRORS, RECEIVED, TRUNCATED
@@ -40,7 +41,8 @@ log = get_logger()
 class DatagramReceiver:
     """Receives from one UDP or AF_UNIX datagram socket; `account` is the listener's own.
 
-    With `trains` the kernel may hand over many datagrams of one exporter as one piece (UDP_GRO, udp(7)).
+    With `trains` the kernel may hand over many datagrams of one exporter as one piece (UDP_GRO, udp(7)). `marks` reads
+    which of them it has copied already.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class DatagramReceiver:
         reply: bytes | None,
         *,
         trains: bool = False,
+        marks: MarkReader | None = None,
     ) -> None:
         self._socket = sock
         self._feed = feed
@@ -69,6 +72,7 @@ class DatagramReceiver:
         """Distance of the next datagrams in lent memory; 0: there may be too little to lend."""
         self._trains = MAX_ROWS if takes_trains(sock, wanted=trains and not reply) else 0
         """Pieces that the next call may bring where each may be a train; 0: none is."""
+        self._marks = marks if marks and marks.begin(sock) else None
         self.assign_stream(feed, account, reply)
 
     def assign_stream(self, feed: StreamFeed, account: Counter[str], reply: bytes | None) -> None:
@@ -81,6 +85,11 @@ class DatagramReceiver:
         self._replier = Replier(self._socket, reply, feed.account) if reply and self._family != socket.AF_UNIX else None
         self._plain = self._numbered is None and self._replier is None and self._family != socket.AF_UNIX
 
+    @property
+    def reads_marks(self) -> bool | None:
+        """Return whether it can tell what the kernel has copied; None: it is no UDP socket."""
+        return None if self._family == socket.AF_UNIX else self._marks is not None
+
     def fileno(self) -> int:
         """The socket's descriptor."""
         return self._socket.fileno()
@@ -91,7 +100,11 @@ class DatagramReceiver:
         loan = self._feed.lend(LENT_SIZE) if self._stride else None
         try:
             count = arena.receive(
-                self._socket.fileno(), loan.memory if loan else None, self._stride, trains=self._trains
+                self._socket.fileno(),
+                loan.memory if loan else None,
+                self._stride,
+                trains=self._trains,
+                marks=self._marks is not None,
             )
         except (
             OSError
@@ -102,12 +115,13 @@ class DatagramReceiver:
             self._failures = self._account[RECEIVE_ERRNO] = 0
         if count == 0:
             return 0, 0
+        copied = self._marks.generations(arena, count) if self._marks else None
         if self._trains and (segments := arena.segments(count)).any():
-            return self._take_trains(count, segments, loan)
+            return self._take_trains(count, segments, loan, copied)
         if count <= FEW_ROWS and self._plain and loan is None:
             few = arena.lengths_of_few(count)
             if sum(few) < LENT_SIZE:
-                return self._take_few(few)
+                return self._take_few(few, copied)
         received_ns = time.time_ns()
         lengths = arena.lengths(count)
         size, longest = int(np.add.reduce(lengths)), int(np.maximum.reduce(lengths))
@@ -128,9 +142,9 @@ class DatagramReceiver:
             if self._family == socket.AF_UNIX:
                 rows["address"] = np.frombuffer(LOCAL_SENDER, np.uint8)
             if loan and size >= LENT_SIZE and longest <= self._stride:
-                self._feed.publish(received_ns, rows, loan.memory[: count * self._stride], loan, self._stride)
+                self._feed.publish(received_ns, rows, loan.memory[: count * self._stride], loan, self._stride, copied)
             else:
-                self._compact(received_ns, rows, lengths, size, longest)
+                self._compact(received_ns, rows, lengths, size, longest, copied)
         if self._replier:
             self._replier.reply(arena, count)
         arena.restore(count)
@@ -139,13 +153,16 @@ class DatagramReceiver:
             self._stride, self._trains = 0, MAX_ROWS
         return count, size
 
-    def _take_trains(self, count: int, segments: Lengths, loan: Loan | None) -> tuple[int, int]:
+    def _take_trains(
+        self, count: int, segments: Lengths, loan: Loan | None, copied: Generations | None
+    ) -> tuple[int, int]:
         """Take datagrams of which some came together; they stand end to end as they came."""
         received_ns, arena = time.time_ns(), self._arena
         counts, lengths = split_trains(arena.lengths(count), segments)
         datagrams, size = len(lengths), int(lengths.sum())
         rows = np.repeat(arena.rows(count, self._family), counts)
         rows["length"] = lengths
+        copied = None if copied is None else np.repeat(copied, counts)
         self._account[RECEIVED] += datagrams
         self._account[BYTES] += size
         wanted = self._feed.receive(datagrams, size)
@@ -159,14 +176,14 @@ class DatagramReceiver:
         if self._numbered:
             self._numbered.observe(DatagramBatch(self._feed.stream, received_ns, rows, payload))
         if wanted and loan:
-            self._feed.publish(received_ns, rows, payload, loan)
+            self._feed.publish(received_ns, rows, payload, loan, copied=copied)
         elif wanted:
-            self._publish_stretches(received_ns, rows, payload)
+            self._publish_stretches(received_ns, rows, payload, copied)
         arena.restore(count)
         self._stride, self._trains = (piece, MAX_ROWS // per_piece) if alike else (0, MAX_TRAINS)
         return datagrams, size
 
-    def _publish_stretches(self, received_ns: int, rows: Rows, payload: memoryview) -> None:
+    def _publish_stretches(self, received_ns: int, rows: Rows, payload: memoryview, copied: Generations | None) -> None:
         """Put datagrams that stand end to end on the bus, in as many batches as needed."""
         ends = np.append(0, np.cumsum(rows["length"], dtype=np.int64))
         start = 0
@@ -178,10 +195,11 @@ class DatagramReceiver:
             if loan:
                 loan.memory[: len(part)] = part
                 part = loan.memory[: len(part)]
-            self._feed.publish(received_ns, rows[start:stop], part, loan)
+            some = None if copied is None else copied[start:stop]
+            self._feed.publish(received_ns, rows[start:stop], part, loan, copied=some)
             start = stop
 
-    def _take_few(self, lengths: list[int]) -> tuple[int, int]:
+    def _take_few(self, lengths: list[int], copied: Generations | None) -> tuple[int, int]:
         """Take what has come without arrays, which cost more than a few datagrams do."""
         count, size = len(lengths), sum(lengths)
         received_ns = time.time_ns()
@@ -190,23 +208,32 @@ class DatagramReceiver:
         account[BYTES] += size
         if self._feed.receive(count, size):
             rows, payload = arena.rows_of_few(lengths, self._family), arena.payload_of_few(lengths)
-            self._feed.publish_few(received_ns, count, rows, payload)
+            self._feed.publish_few(received_ns, count, rows, payload, copied)
         arena.restore(count)
         self._stride = 0
         return count, size
 
-    def _compact(self, received_ns: int, rows: Rows, lengths: Lengths, size: int, longest: int) -> None:
+    def _compact(
+        self,
+        received_ns: int,
+        rows: Rows,
+        lengths: Lengths,
+        size: int,
+        longest: int,
+        copied: Generations | None,
+    ) -> None:
         """Put datagrams that did not come to their place on the bus, end to end and in as many batches as needed."""
         start = 0
         if size <= MAX_PAYLOAD and longest <= MAX_DATAGRAM and self._feed.lend(size) is None:
-            self._feed.publish(received_ns, rows, self._arena.payload(0, len(lengths)))
+            self._feed.publish(received_ns, rows, self._arena.payload(0, len(lengths)), copied=copied)
             return
         while start < len(lengths):
             loan = self._feed.lend(size)
             start, stop = next_stretch(lengths, start, CHUNK if loan else MAX_PAYLOAD)
             if start < stop:
                 payload = self._arena.payload(start, stop, loan.memory if loan else None)
-                self._feed.publish(received_ns, rows[start:stop], payload, loan)
+                some = None if copied is None else copied[start:stop]
+                self._feed.publish(received_ns, rows[start:stop], payload, loan, copied=some)
             start = stop
 
     def _fail(self, error: OSError) -> None:

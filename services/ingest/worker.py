@@ -21,6 +21,7 @@ from services.ingest.listeners import (
     take_inherited,
     warn_of_small_buffers,
 )
+from services.ingest.marks import MarkReader
 from services.ingest.receiver import DatagramReceiver
 from services.ingest.reuseport_sharing import Spreader, is_shareable
 from services.ingest.tcp_connections import ExporterConnections
@@ -89,6 +90,7 @@ class Worker:
         """The functions that begin to read inherited sockets."""
         self._upkeep = Upkeep()
         self._spreader = Spreader(settings.ingest.spread)
+        self._marks = MarkReader(settings.offload, self._accounts["ingest"])
         self._fill_seconds = settings.ingest.fill_ms / 1000
         self._received_at = self._wait_seconds = 0.0
         self._count = self._size = self._unmeasured = 0
@@ -197,7 +199,7 @@ class Worker:
             receiver.assign_stream(feed, account, answer)
             return
         receiver = self._receivers[sock] = DatagramReceiver(
-            sock, feed, account, self._arena, answer, trains=stream.trains
+            sock, feed, account, self._arena, answer, trains=stream.trains, marks=self._marks
         )
         self._spreader.add(sock)
         self._begin_with(sock, partial(self._read, receiver))
@@ -242,7 +244,6 @@ class Worker:
 
     def run(self, lifecycle: Lifecycle) -> None:
         """Move datagrams until told to drain; ready once bound and once a broker has been seen."""
-        listening = [text for stream in self._settings.streams for text in stream.listen]
         readiness = Readiness(self._name, self._settings.bus, lambda: self._publisher.ready)
         reload = Reload(self._name, lifecycle, self._settings, self.apply_settings)
         self._selector.register(lifecycle, selectors.EVENT_READ, lifecycle.heed)
@@ -252,7 +253,7 @@ class Worker:
             if time.monotonic() >= self._upkeep_at:
                 self._keep_up()
                 reload.check()
-                readiness.check(listen=listening)
+                readiness.check(listen=[text for stream in self._settings.streams for text in stream.listen])
         self._drain()
 
     def _begin(self) -> None:
@@ -354,6 +355,7 @@ class Worker:
         for receiver in self._receivers.values():
             receiver.count_kernel_drops()
         self._connections.expire()
+        self._marks.count_sockets(each.reads_marks for each in self._receivers.values())
         self._totals.keep()
         self._accounts["host"][CHECKSUM_ERRORS] = checksum_errors()
         self._reporter.report(lambda: self._accounts)

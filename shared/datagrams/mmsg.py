@@ -45,9 +45,11 @@ SOCKADDR: Final = np.dtype(
     }
 )
 """struct sockaddr_in and sockaddr_in6 in one: family and port stand at the same place in both."""
-CONTROL: Final = np.dtype([("len", "u8"), ("level", "i4"), ("type", "i4"), ("segment", "i4"), ("_pad", "u1", 4)])
-"""struct cmsghdr with the int that UDP_GRO brings, padded as CMSG_SPACE does."""
+CONTROL: Final = np.dtype([("len", "u8"), ("level", "i4"), ("type", "i4"), ("value", "u4"), ("_pad", "u1", 4)])
+"""struct cmsghdr with the number that UDP_GRO and SO_RCVMARK bring, padded as CMSG_SPACE does."""
 UDP_GRO: Final = 104
+SO_MARK: Final = 36
+"""Type of the control message that SO_RCVMARK brings, in front of that of UDP_GRO."""
 assert ctypes.sizeof(ctypes.c_void_p) == 8, "fanwire needs a 64-bit Linux"
 assert (IOVEC.itemsize, MMSGHDR.itemsize, SOCKADDR.itemsize) == (16, 64, 28)
 
@@ -96,9 +98,10 @@ class ReceiveArena:
         self._numbers = self._whole.view(np.uint32).reshape(-1).data
         self._name_sizes = np.full(MAX_ROWS, SOCKADDR.itemsize, np.uint32).data
         self._split, self._pieces = self._vector(2)
-        self._controls = np.zeros(MAX_ROWS, CONTROL)
+        self._controls = np.zeros((MAX_ROWS, 2), CONTROL)
         for headers in (self._whole, self._split):
-            headers["control"] = addresses_of(self._controls, CONTROL.itemsize, MAX_ROWS)
+            headers["control"] = addresses_of(self._controls, 2 * CONTROL.itemsize, MAX_ROWS)
+        self._marks = False
         self._at = {id(headers): headers.ctypes.data for headers in (self._whole, self._split)}
         for pieces in (self._single, self._pieces):
             pieces["base"][:, -1], pieces["len"][:, -1] = slots, SLOT
@@ -116,7 +119,15 @@ class ReceiveArena:
         headers["iov"], headers["iovlen"] = addresses_of(iovecs, pieces * IOVEC.itemsize, MAX_ROWS), pieces
         return headers, iovecs
 
-    def receive(self, descriptor: int, place: memoryview | None = None, stride: int = 0, *, trains: int = 0) -> int:
+    def receive(
+        self,
+        descriptor: int,
+        place: memoryview | None = None,
+        stride: int = 0,
+        *,
+        trains: int = 0,
+        marks: bool = False,
+    ) -> int:
         """Receive what is there, at most `MAX_ROWS` datagrams, without waiting; return their number.
 
         OSError of the kernel.
@@ -124,8 +135,9 @@ class ReceiveArena:
         With a `place` the first `stride` bytes of each datagram go there, one datagram every `stride` bytes, and only
         the bytes beyond them go into its slot: datagrams that are no longer need not be moved afterwards.
         With `trains`, at most so many pieces are received, and `segments` tells which of them are several datagrams.
+        With `marks` the socket brings them (SO_RCVMARK), for `marks`.
         """
-        self._place, self._stride, self._joined = place, stride, None
+        self._place, self._stride, self._joined, self._marks = place, stride, None, marks
         self.headers, most = self._whole, MAX_ROWS
         if place is not None:
             self.headers, most = self._split, min(MAX_ROWS, len(place) // stride)
@@ -133,7 +145,8 @@ class ReceiveArena:
             self._pieces["base"][:, 0], self._pieces["len"][:, 0] = self._number * np.uint64(stride) + start, stride
         if trains:
             most = min(most, trains)
-            self.headers["controllen"][:most] = CONTROL.itemsize
+        if trains or marks:
+            self.headers["controllen"][:most] = (bool(trains) + marks) * CONTROL.itemsize
         self._count = count = self._receive(descriptor, most)
         if count >= 0:
             return count
@@ -174,10 +187,21 @@ class ReceiveArena:
 
     def segments(self, count: int) -> npt.NDArray[np.uint32]:
         """Lengths that the received trains are to be cut at, uint32, shape (count,); 0 for a single datagram."""
-        controls = self._controls[:count]
-        told = self.headers["controllen"][:count] >= CONTROL.itemsize - 4
-        told &= (controls["level"] == socket.IPPROTO_UDP) & (controls["type"] == UDP_GRO)
-        return np.where(told, controls["segment"], 0).astype(np.uint32)
+        return self._told(count, int(self._marks), socket.IPPROTO_UDP, UDP_GRO)[0]
+
+    def marks(self, count: int) -> tuple[npt.NDArray[np.uint32], int]:
+        """Return the marks of what was received with `marks`, uint32, shape (count,), and how many were not told."""
+        values, told = self._told(count, 0, socket.SOL_SOCKET, SO_MARK)
+        return values, count - int(np.count_nonzero(told))
+
+    def _told(
+        self, count: int, place: int, level: int, kind: int
+    ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.bool_]]:
+        """Return the numbers of the control messages at a place, 0 where another or none is there, and where it is."""
+        controls = self._controls[:count, place]
+        told = self.headers["controllen"][:count] >= (place + 1) * CONTROL.itemsize - 4
+        told &= (controls["level"] == level) & (controls["type"] == kind)
+        return np.where(told, controls["value"], np.uint32(0)), told
 
     def lengths_of_few(self, count: int) -> list[int]:
         """As `lengths`, for a few datagrams that were received without a place."""

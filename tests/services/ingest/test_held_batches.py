@@ -3,7 +3,7 @@ from typing import Any, cast
 
 from services.ingest import held_batches
 from services.ingest.held_batches import BATCH_OVERHEAD, HOLD_SECONDS, MAX_SENDERS, HeldBatches
-from shared.bus.messages import Again, Part, again_topic, hold_topic
+from shared.bus.messages import Again, Datagrams, Part, again_topic, hold_topic
 from shared.bus.zmq_sockets import Publisher
 
 HOLD, AGAIN = hold_topic("forwarder.1"), again_topic("ingest.1", "forwarder.1")
@@ -35,7 +35,7 @@ class Bus:
         for payload in payloads:
             self.total += 1
             if self.held.due_at:
-                self.held.add(stream, 0, 1, b"row", payload)
+                self.held.add(Datagrams(stream, 0), 1, b"row", payload)
 
     def ask(self, *prefixes: str, short: bool = False) -> list[bytes]:
         """Let these subscriptions come; return what is handed on then, an end of a portion as the number left."""
