@@ -5,92 +5,102 @@ like, byte for byte.
 """
 
 import struct
-from dataclasses import dataclass
+from array import array
+from collections.abc import Iterable
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
 from services.transmitter.packets.addressing import Addressing, Identification
-from services.transmitter.packets.headers import GSO_NONE, GSO_UDP_L4, LINK_SIZE, NEEDS_CSUM, UDP, UDP_SIZE
+from services.transmitter.packets.headers import GSO_NONE, GSO_UDP_L4, LINK_SIZE, NEEDS_CSUM, UDP, UDP_SIZE, VNET_SIZE
 from services.transmitter.plan import largest_payload
 from shared.datagrams.batch import Indices
 from shared.datagrams.gathered import Gathered
-from shared.datagrams.mmsg import IOVEC, MMSGHDR
+from shared.datagrams.mmsg import IOVEC, MMSGHDR, addresses_of
 from shared.datagrams.segments import MAX_SEGMENTS, MAX_SEND
 
-FEW_ROWS: Final = 64
+FEW_ROWS: Final = 256
+"""Rows. It is the loop over rows, not over frames, that arrays would save."""
 ROOM: Final = 64
 """Bytes kept for a frame's headers, of which there are 52."""
 HEADERS: Final = LINK_SIZE + 28
 IP_SIZE: Final = 20
-_ROW: Final = struct.Struct("<HH12x4s")
-_LINK: Final = struct.Struct("=BBHHHH14s")
-_PACKET: Final = struct.Struct("!BBHHHBBH4s4sHHHH")
-_WORDS: Final = struct.Struct("!HH")
-_PIECE: Final = struct.Struct("=QQ")
-_NAME: Final = struct.Struct("=QQ")
+_ROW: Final = struct.Struct("<H18s")
+"""Length, then port and address, which tell a source from another."""
+_SOURCE: Final = struct.Struct("<H12x4s")
+_LINK: Final = struct.Struct("=BBHHHH14sBB")
+_PACKET: Final = struct.Struct("!26sHH4sH4s4sHHHH")
+"""All headers. The first 26 bytes are those of `_LINK`, which frames that are cut at one length have in common."""
+_FLAGS: Final = struct.Struct("!HBB")
+_COUNT: Final = 3
+"""Place of the number of pieces in a `MMSGHDR`, in words of 8 bytes."""
 
 
-@dataclass(slots=True)
 class Frame:
-    """Rows of one source that leave together, cut at `segment` if that is not 0; `pieces` are where payloads are."""
+    """Rows of one source that leave together, cut at `segment` if that is not 0; `pieces` are where payloads are.
 
-    source: bytes
-    port: int
-    rows: list[int]
-    pieces: list[tuple[int, int]]
-    size: int
-    segment: int
+    Pieces are addresses and lengths in turn.
+    """
+
+    __slots__ = ("address", "longest", "pieces", "port", "rows", "segment", "size", "source")
+
+    def __init__(self, source: bytes, row: int, place: int, length: int) -> None:
+        self.source, self.rows, self.pieces = source, [row], [place, length]
+        self.size = self.longest = length
+        self.segment = self.port = 0
+        self.address = b""
 
 
 def frames_of(batch: Gathered, rows: Indices | None, mtu: int, *, segmentation: bool) -> list[Frame] | None:
     """Return the rows of these (None: all), of IPv4 sources, that go in one frame; None when one has to be cut."""
-    numbers = range(len(batch)) if rows is None else rows.tolist()
-    columns, places, largest = list(_ROW.iter_unpack(batch.rows.tobytes())), _places(batch), largest_payload(4, mtu)
+    columns: Iterable[tuple[int, bytes]] = _ROW.iter_unpack(batch.packed)
+    places: Iterable[int] = _places(batch)
+    numbers: Iterable[int] = range(len(batch))
+    if rows is not None:
+        numbers, every, everywhere = rows.tolist(), list(columns), list(places)
+        columns, places = [every[number] for number in numbers], [everywhere[number] for number in numbers]
+    largest = largest_payload(4, mtu)
     frames: list[Frame] = []
-    last_of: dict[tuple[int, bytes], Frame] = {}
-    for number in numbers:
-        length, port, source = columns[number]
-        if length > largest:
-            return None
-        place = places[number]
-        frame = last_of.get((port, source))
-        if segmentation and frame is not None and _joins(frame, length):
+    open_: dict[bytes, Frame] = {}
+    for number, (length, source), place in zip(numbers, columns, places, strict=True):
+        frame = open_.get(source) if segmentation else None
+        if (
+            frame is not None
+            and 0 < length <= frame.longest
+            and frame.size + length <= MAX_SEND
+            and len(frame.rows) < MAX_SEGMENTS
+        ):
             frame.rows.append(number)
-            frame.segment = frame.segment or frame.size
             frame.size += length
-            before, size = frame.pieces[-1]
-            if before + size == place:
-                frame.pieces[-1] = before, size + length
+            frame.segment = frame.longest
+            pieces = frame.pieces
+            if pieces[-2] + pieces[-1] == place:
+                pieces[-1] += length
             else:
-                frame.pieces.append((place, length))
-            if length < frame.segment:
-                del last_of[port, source]  # a shorter one is the last of its frame
-            continue
-        frame = last_of[port, source] = Frame(source, port, [number], [(place, length)], length, 0)
-        frames.append(frame)
+                pieces += place, length
+            if length < frame.longest:
+                del open_[source]  # a shorter one is the last of its frame
+        elif length > largest:
+            return None
+        else:
+            frame = open_[source] = Frame(source, number, place, length)
+            frames.append(frame)
     return frames
-
-
-def _joins(frame: Frame, length: int) -> bool:
-    longest = frame.segment or frame.size
-    return 0 < length <= longest and len(frame.rows) < MAX_SEGMENTS and frame.size + length <= MAX_SEND
 
 
 def _places(batch: Gathered) -> list[int]:
     """Memory address of each payload."""
-    places = []
+    places: list[int] = []
     for each in batch.batches:
-        at = np.frombuffer(each.payload, np.uint8).ctypes.data if len(each.payload) else 0
+        at = np.frombuffer(each.payload, np.uint8).__array_interface__["data"][0] if len(each.payload) else 0
+        if each.stride:
+            places += range(at, at + each.stride * len(each), each.stride)
+            continue
         for length in each.length_list:
             places.append(at)
-            at += each.stride or length
+            at += length
     return places
-
-
-def fold(total: int) -> int:
-    """The one's complement sum of 16-bit words, in 16 bits (RFC 1071); `total` is their sum, which is not 0."""
-    return (total - 1) % 0xFFFF + 1
 
 
 class FewFrames:
@@ -98,27 +108,46 @@ class FewFrames:
 
     def __init__(self) -> None:
         self.messages = np.zeros(FEW_ROWS, MMSGHDR)
-        self._headers, self._pieces = np.zeros(FEW_ROWS * ROOM, np.uint8), np.zeros(2 * FEW_ROWS, IOVEC)
+        self._headers, self._pieces = np.zeros(FEW_ROWS * ROOM, np.uint8), np.zeros((FEW_ROWS, 1 + MAX_SEGMENTS), IOVEC)
         self._name = np.zeros(32, np.uint8)
         self._name_bytes, self._name_size = self._name.data, 0
-        self._header_bytes, self._piece_bytes = self._headers.data, self._pieces.view(np.uint8).data
-        self._headers_at, self._pieces_at = self._headers.ctypes.data, self._pieces.ctypes.data
+        self._pieces["base"][:, 0] = addresses_of(self._headers, ROOM, FEW_ROWS)
+        self._pieces["len"][:, 0] = HEADERS
         self.messages["name"] = self._name.ctypes.data
-        self._messages = self.messages.view(np.uint8).data
+        self.messages["iov"] = addresses_of(self._pieces, self._pieces.strides[0], FEW_ROWS)
+        self._header_bytes = self._headers.data
+        self._message_words, self._piece_words = _words_of(self.messages), _words_of(self._pieces)
         self.messages_at = self.messages.ctypes.data
         self._frames: list[Frame] = []
+        self.rows = self.size = 0
+        """Datagrams in all frames, and their bytes."""
 
     def build(self, frames: list[Frame]) -> None:
         """Point the messages at headers, which `address` fills in, and at payloads."""
+        if frames is self._frames:
+            return
         self._frames = frames
-        at = 0
-        for number, frame in enumerate(frames):
-            _NAME.pack_into(self._messages, 64 * number + 16, self._pieces_at + 16 * at, 1 + len(frame.pieces))
-            _PIECE.pack_into(self._piece_bytes, 16 * at, self._headers_at + ROOM * number, HEADERS)
-            at += 1
-            for piece in frame.pieces:
-                _PIECE.pack_into(self._piece_bytes, 16 * at, *piece)
-                at += 1
+        messages, words, block, message = (
+            self._message_words,
+            self._piece_words,
+            2 * (1 + MAX_SEGMENTS),
+            MMSGHDR.itemsize // 8,
+        )
+        rows = size = 0
+        count, at = _COUNT, 2
+        for frame in frames:
+            pieces = frame.pieces
+            used = len(pieces)
+            messages[count] = 1 + used // 2
+            if used == 2:
+                words[at], words[at + 1] = pieces
+            else:
+                words[at : at + used] = array("Q", pieces)
+            frame.port, frame.address = _SOURCE.unpack(frame.source)
+            rows += len(frame.rows)
+            size += frame.size
+            count, at = count + message, at + block
+        self.rows, self.size = rows, size
 
     def address(self, to: Addressing, name: bytes, numbers: Identification) -> None:
         """Address all frames to a collector."""
@@ -126,24 +155,41 @@ class FewFrames:
         if len(name) != self._name_size:
             self.messages["namelen"] = self._name_size = len(name)
         address, port, tos, limit = to.address, to.port, to.dscp << 2, to.hop_limit
-        ethernet, to_sum = to.ethernet, sum(_WORDS.unpack(address)) + UDP
-        number = numbers.draw(sum([len(frame.rows) for frame in self._frames]))
-        fixed, out, start = (0x45 << 8) + tos + (limit << 8) + to_sum, self._header_bytes, HEADERS - 28 - 10
-        at = 0
+        # Modulo 65535 a number is the sum of its 16-bit words, which is what a checksum is made of.
+        to_sum = int.from_bytes(address) + UDP
+        fixed, flags, out = (0x45 << 8) + tos + (limit << 8) + to_sum, _FLAGS.pack(0, limit, UDP), self._header_bytes
+        starts: dict[int, bytes] = {}
+        number, at = numbers.draw(self.rows), 0
         for frame in self._frames:
-            udp_size, ident, source, segment = frame.size + UDP_SIZE, number & 0xFFFF, frame.source, frame.segment
+            udp_size, ident, source, segment = frame.size + UDP_SIZE, number & 0xFFFF, frame.address, frame.segment
+            start = starts.get(segment)
+            if start is None:
+                kind = GSO_UDP_L4 if segment else GSO_NONE
+                start = starts[segment] = _LINK.pack(
+                    NEEDS_CSUM,
+                    kind,
+                    HEADERS - VNET_SIZE,
+                    segment,
+                    HEADERS - VNET_SIZE - UDP_SIZE,
+                    6,
+                    to.ethernet,
+                    0x45,
+                    tos,
+                )
             number += len(frame.rows)
-            high, low = _WORDS.unpack(source)
-            size, source_sum = udp_size + IP_SIZE, high + low
-            kind = GSO_UDP_L4 if segment else GSO_NONE
-            _LINK.pack_into(out, at, NEEDS_CSUM, kind, start + 28, segment, start + IP_SIZE, 6, ethernet)
+            size, source_sum = udp_size + IP_SIZE, int.from_bytes(source)
             _PACKET.pack_into(
-                out, at + LINK_SIZE, 0x45, tos, size, ident, 0, limit, UDP,
-                fold(fixed + source_sum + size + ident) ^ 0xFFFF, source, address,
-                frame.port, port, udp_size, fold(source_sum + to_sum + udp_size),
+                out, at, start, size, ident, flags,
+                (fixed + source_sum + size + ident - 1) % 0xFFFF + 1 ^ 0xFFFF, source, address,
+                frame.port, port, udp_size, (source_sum + to_sum + udp_size - 1) % 0xFFFF + 1,
             )  # fmt: skip
             at += ROOM
 
     def rest(self, sent: int) -> Indices:
         """The rows that are left when the first frames have gone."""
         return np.array(sorted(row for frame in self._frames[sent:] for row in frame.rows), np.intp)
+
+
+def _words_of(array: npt.NDArray[np.void]) -> memoryview:
+    """Return memory as words of 8 bytes."""
+    return array.view(np.uint8).reshape(-1).data.cast("Q")

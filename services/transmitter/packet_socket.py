@@ -40,15 +40,16 @@ class PacketSocket:
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
-        self.gso = GsoFallback(offered=sock.family == socket.AF_PACKET)
-        if sock.family == socket.AF_PACKET:
+        self._takes_frames = sock.family == socket.AF_PACKET
+        self.gso = GsoFallback(offered=self._takes_frames)
+        if self._takes_frames:
             sock.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
         self._patience = PATIENCE_SECONDS
         self._patience_at = time.monotonic()
 
     def name(self, addressing: Addressing) -> bytes:
         """Return the socket address that messages to a collector carry."""
-        if self._socket.family == socket.AF_PACKET:
+        if self._takes_frames:
             ethertype = ETHERTYPE_IPV4 if addressing.version == 4 else ETHERTYPE_IPV6
             protocol = socket.htons(ethertype)
             return SOCKADDR_LL.pack(socket.AF_PACKET, protocol, addressing.link_index, 0, 0, 6, addressing.ethernet[:6])
@@ -63,7 +64,7 @@ class PacketSocket:
         without segmentation.
         """
         at, skips, stop = 0, 0, plan.units
-        forgiven = plan.frames if self._socket.family == socket.AF_PACKET else -1
+        forgiven = plan.frames if self._takes_frames else -1
         dropped: list[tuple[int, int, str]] = []
         while at < plan.frames:
             taken, error = send(self._socket.fileno(), plan.messages, at, plan.frames)
@@ -97,9 +98,9 @@ class PacketSocket:
     def send_few(self, few: FewFrames, frames: list[Frame], account: Counter[str]) -> int:
         """Send frames to one collector; return how many have left. The rest is for `send`, which handles errors."""
         taken, _ = send(self._socket.fileno(), few.messages_at, 0, len(frames))
-        left = frames if taken == len(frames) else frames[:taken]
-        account[SENT] += sum([len(frame.rows) for frame in left])
-        account[BYTES] += sum([frame.size for frame in left])
+        whole = taken == len(frames)
+        account[SENT] += few.rows if whole else sum([len(frame.rows) for frame in frames[:taken]])
+        account[BYTES] += few.size if whole else sum([frame.size for frame in frames[:taken]])
         return taken
 
     def _wait(self) -> bool:

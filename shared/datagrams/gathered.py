@@ -52,7 +52,9 @@ class Gathered:
         self.batches = tuple(batches)
         # Joined as bytes: numpy would handle each field by itself.
         rows = [each.rows for each in batches]
-        self.rows: Rows = rows[0] if len(rows) == 1 else np.frombuffer(b"".join(each.data for each in rows), ROW)
+        self.packed = rows[0].tobytes() if len(rows) == 1 else b"".join([each.data for each in rows])
+        """The rows as bytes, for where they are few."""
+        self.rows: Rows = rows[0] if len(rows) == 1 else np.frombuffer(self.packed, ROW)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -100,8 +102,8 @@ class Gathered:
     def all_ipv4(self) -> bool:
         """Return whether every source is an IPv4 address."""
         if len(self.rows) <= FEW_ROWS:
-            packed = self.rows.tobytes()
-            return all(packed[at : at + 12] == V4_MAPPED for at in range(4, len(packed), ROW.itemsize))
+            packed = self.packed
+            return {packed[at : at + 12] for at in range(4, len(packed), ROW.itemsize)} <= {V4_MAPPED}
         return bool(self.ipv4.all())
 
     @cached_property
