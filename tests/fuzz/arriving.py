@@ -9,17 +9,13 @@ import numpy as np
 
 from services.ingest.flows.export_headers import AGENT_WORDS, IPFIX_HEADER
 from services.ingest.flows.exporters import ExporterTracker
-from services.ingest.flows.ipfix_templates import (
-    FIRST_DATA,
-    MAX_SETS,
-    MAX_TEMPLATES,
-    SET_HEADER,
-    Templates,
-    read_templates,
-)
+from services.ingest.flows.ipfix_templates import MAX_TEMPLATES, Templates
 from services.ingest.flows.sequence_gaps import MAX_GAP
+from services.ingest.flows.sets import FIRST_DATA, MAX_SETS, SET_HEADER, read_templates, walk_sets
+from services.ingest.flows.template_cache import MAX_BYTES
 from services.ingest.octet_count_framing import Framing
 from shared.datagrams.limits import MAX_DATAGRAM
+from shared.net.addresses import pack_address, unpack_address
 from shared.settings.entries import Protocol
 from tests.services.ingest.flows.test_sequence_gaps import Reference, batch_of
 
@@ -169,7 +165,8 @@ def ipfix(data: bytes) -> None:
     counted = Templates()
     for arrival in arrivals:
         batch = batch_of([(arrival.source, arrival.payload)])
-        counts, sure = counted.count(batch, np.array([0]), np.array([0]))
+        start, length, buffer = np.array([0]), batch.lengths, np.frombuffer(arrival.payload, np.uint8)
+        counts, sure = counted.count(buffer, walk_sets(buffer, start, length, IPFIX_HEADER), np.array([0]))
         assert (int(counts[0]), bool(sure[0])) == _count_records(arrival.payload, templates)
         assert 0 <= counts[0] <= len(arrival.payload)
 
@@ -180,7 +177,8 @@ def _count_records(payload: bytes, templates: dict[int, int]) -> tuple[int, bool
     changed = set()
     for number, content in sets:
         if number in (2, 3):
-            for template, length in read_templates(content, options=number == 3):
+            for each in read_templates(content, options=number == 3):
+                template, length = each.id, each.record_length
                 if templates.get(template, length) != length:
                     changed.add(template)
                 if template in templates or len(templates) < MAX_TEMPLATES:
@@ -205,3 +203,41 @@ def _sets(payload: bytes) -> tuple[list[tuple[int, bytes]], bool]:
         sets.append((number, payload[at + SET_HEADER : at + size]))
         at += size
     return sets, True
+
+
+def templates(data: bytes) -> None:
+    """Templates kept of NetFlow v9 and IPFIX datagrams came from their exporters, are bounded, and can be read again."""
+    arrivals = split_arrivals(data)
+    for protocol in ("netflow", "ipfix"):
+        exporters = ExporterTracker(protocol, Counter(), MAX_ARRIVALS)
+        exporters.templates.renewing = True
+        with np.errstate(all="raise"):
+            for call in _calls(arrivals):
+                exporters.observe(batch_of([(arrival.source, arrival.payload) for arrival in call]))
+                _check_kept(exporters, arrivals)
+
+
+def _check_kept(exporters: ExporterTracker, arrivals: list[Arrival]) -> None:
+    kept = exporters.kept_templates(0)
+    cache = exporters.templates.cache
+    assert cache.size <= MAX_BYTES
+    assert sum(len(ready.payload) for ready in kept) <= cache.size
+    for ready in (*kept, *exporters.templates.renewals):
+        header = 20 if ready.payload[:2] == b"\x00\x09" else 16
+        sets = ready.payload[header:]
+        assert any(_holds(arrival, ready.address, sets) for arrival in arrivals)
+        anew = ExporterTracker("netflow" if header == 20 else "ipfix", Counter(), 1)
+        anew.observe(batch_of([(unpack_address(ready.address), ready.payload)]))
+        assert not anew.templates.cache.size or anew.kept_templates(0)
+
+
+def _holds(arrival: Arrival, address: bytes, sets: bytes) -> bool:
+    """Return whether a datagram of that source has all of these sets, in this order."""
+    at, found = 0, 0
+    while at < len(sets):
+        size = int.from_bytes(sets[at + 2 : at + 4])
+        found = arrival.payload.find(sets[at : at + size], found) + size
+        if pack_address(arrival.source) != address or found < size:
+            return False
+        at += size
+    return True

@@ -128,14 +128,18 @@ def sflow(batch: DatagramBatch, heads: Words, kind: int) -> Headers:
 
 
 class Kind(NamedTuple):
-    """A kind of datagram: the function that reads it from a batch and its heads, and the counter for its gaps."""
+    """A kind of datagram: the function that reads it from a batch and its heads, and the counter for its gaps.
+
+    Sets stand behind its header of `header` bytes; 0: it has none.
+    """
 
     read: Callable[[DatagramBatch, Words], Headers]
     unit: str
+    header: int = 0
 
 
 KINDS: Final[Mapping[Protocol, tuple[Kind, ...]]] = {
-    "netflow": (Kind(netflow_v5, EXPORTER_MISSED_FLOWS), Kind(netflow_v9, EXPORTER_MISSED)),
-    "ipfix": (Kind(ipfix, EXPORTER_MISSED_RECORDS),),
+    "netflow": (Kind(netflow_v5, EXPORTER_MISSED_FLOWS), Kind(netflow_v9, EXPORTER_MISSED, V9_HEADER)),
+    "ipfix": (Kind(ipfix, EXPORTER_MISSED_RECORDS, IPFIX_HEADER),),
     "sflow": tuple(Kind(partial(sflow, kind=kind), EXPORTER_MISSED) for kind in AGENT_WORDS),
 }

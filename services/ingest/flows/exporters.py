@@ -9,16 +9,20 @@ import secrets
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-from services.ingest.flows.export_headers import KINDS, Headers, Integers, Kind, read_heads
+from services.ingest.flows.export_headers import KINDS, Headers, Integers, Kind, Words, read_heads
 from services.ingest.flows.ipfix_numbering import Numbering
 from services.ingest.flows.ipfix_templates import Templates
-from services.ingest.flows.sequence_gaps import Hole, Mask, SequenceTracker
+from services.ingest.flows.sequence_gaps import WINDOW, Hole, Mask, SequenceTracker, nearest
+from services.ingest.flows.sets import walk_sets
+from services.ingest.flows.template_cache import Ready
+from services.ingest.flows.template_reader import TemplateReader
 from shared.datagrams.batch import DatagramBatch
 from shared.ledger import EXPORTER_EVICTIONS, EXPORTER_UNSURE, EXPORTERS, NOT_FLOW
 from shared.settings.entries import Protocol
@@ -59,7 +63,7 @@ class ExporterTracker:
     """
 
     def __init__(self, protocol: Protocol, account: Counter[str], capacity: int = MAX_EXPORTERS) -> None:
-        self._kinds = [(kind.read, self._tracker(kind, account, capacity)) for kind in KINDS[protocol]]
+        self._kinds = [(kind, self._tracker(kind, account, capacity)) for kind in KINDS[protocol]]
         self._account = account
         self._capacity = capacity
         self._slots: OrderedDict[bytes, int] = OrderedDict()
@@ -70,7 +74,8 @@ class ExporterTracker:
         self._families: dict[bytes, Family] = {}
         self._identities: dict[int, bytes] = {}
         self._to_join: list[tuple[SequenceTracker, int, int]] = []
-        self._templates = Templates() if protocol == "ipfix" else None
+        self.templates = TemplateReader()
+        self._lengths = Templates() if protocol == "ipfix" else None
         self._numbering = Numbering(capacity) if protocol == "ipfix" else None
         self._factors = np.frombuffer(secrets.token_bytes(4 * KEY_WORDS), np.uint64) | np.uint64(1)
 
@@ -82,21 +87,26 @@ class ExporterTracker:
         """Note the datagrams of one receive call, in their order."""
         strangers = len(batch)
         heads = read_heads(batch)
-        for read, tracker in self._kinds:
-            headers = read(batch, heads)
+        for kind, tracker in self._kinds:
+            headers = kind.read(batch, heads)
             strangers -= len(headers.rows)
             if len(headers.rows):
-                self._follow(batch, headers, tracker)
+                self._follow(batch, heads, headers, tracker, kind.header)
         if strangers:
             self._account[NOT_FLOW] += strangers
 
-    def _follow(self, batch: DatagramBatch, headers: Headers, tracker: SequenceTracker) -> None:
+    def _follow(
+        self, batch: DatagramBatch, heads: Words, headers: Headers, tracker: SequenceTracker, header: int
+    ) -> None:
         order, first, slots = self._arrange(batch, headers, tracker)
-        counts, sure = headers.count, np.ones(len(order), bool)
-        if self._templates is not None:
+        rows, counts, sure = headers.rows, headers.count, np.ones(len(order), bool)
+        if header:
+            buffer = np.frombuffer(batch.payload, np.uint8)
+            sets = walk_sets(buffer, batch.offsets[rows], batch.lengths[rows], header)
             of_rows = np.empty(len(order), np.int64)
             of_rows[order] = slots[np.cumsum(first) - 1]
-            counts, sure = self._templates.count(batch, headers.rows, of_rows)
+        if self._lengths is not None:
+            counts, sure = self._lengths.count(buffer, sets, of_rows)
             self._account[EXPORTER_UNSURE] += int(np.count_nonzero(~sure))
         number, counts, sure = headers.number[order], counts[order], sure[order]
         if self._numbering is not None:
@@ -104,8 +114,24 @@ class ExporterTracker:
             for slot in anew:
                 tracker.forget(slot)
         tracker.track(slots, first, number, counts, headers.uptime[order], sure)
+        if header:
+            begun = {int(of_rows[row]): int(row) for row in order[tracker.fallen_back]}
+            self.templates.read(batch, heads[rows], rows, sets, of_rows, begun)
         self._join()
         self._part(tracker)
+
+    def kept_templates(self, now_ns: int) -> list[Ready]:
+        """Return templates and options data of all exporters, as datagrams that each would send now."""
+        for kind, tracker in self._kinds:
+            if kind.header:
+                return self.templates.cache.datagrams(now_ns, partial(self._due, tracker))
+        return []
+
+    def _due(self, tracker: SequenceTracker, slot: int) -> int:
+        """Return the number that an exporter is to send next, as far as is known."""
+        due = tracker.due(slot)
+        later = self._numbering.due(slot) if self._numbering else due
+        return later if 0 < nearest(later - due) <= WINDOW else due
 
     def _arrange(
         self, batch: DatagramBatch, headers: Headers, tracker: SequenceTracker
@@ -165,7 +191,7 @@ class ExporterTracker:
         family = self._families.setdefault(key[:IDENTITY_BYTES], Family())
         # IPFIX numbers each transport session by itself (RFC 7011, 3.1), and has templates for each.
         within = NEAR if family.joined else 0
-        slots = family.last() if self._templates is None else ()
+        slots = family.last() if self._lengths is None else ()
         others = (each for each in slots if ended.get(each, (-1, 0))[0] < row)
         slot = next((each for each in others if tracker.is_due(each, number, within, *ended.get(each, ())[1:])), None)
         if slot is None:
@@ -198,8 +224,9 @@ class ExporterTracker:
         for _, tracker in self._kinds:
             tracker.forget(slot)
             tracker.missed.pop(slot, None)
-        if self._templates is not None:
-            self._templates.forget(slot)
+        self.templates.forget(slot)
+        if self._lengths is not None:
+            self._lengths.forget(slot)
         if self._numbering is not None:
             self._numbering.forget(slot)
         identity = self._identities.pop(slot)
@@ -213,7 +240,7 @@ class ExporterTracker:
         """Return the gaps that are missing for sure; where another port has filled some, both are joined soon."""
         for other in self._families[self._identities[slot]].last():
             left = tracker.unfilled(slot, other, holes) if other != slot else holes
-            if left != holes and self._templates is None:
+            if left != holes and self._lengths is None:
                 self._to_join.append((tracker, slot, other))
             elif left != holes:
                 self._account[EXPORTER_UNSURE] += 1
@@ -238,6 +265,7 @@ class ExporterTracker:
                 self._slots[key] = slot
                 self._keys[slot][key] = None
             self._families[self._identities[slot]].joined = True
+            self.templates.move(other, slot)
             self._release(other)
 
     def _part(self, tracker: SequenceTracker) -> None:

@@ -29,6 +29,10 @@ class Numbering:
         """Free a slot for another exporter."""
         self._shown[slot], self._count[slot] = 0, -1
 
+    def due(self, slot: int) -> int:
+        """Return the number that is to come next as most read the document: the last one and its records, if known."""
+        return int(self._number[slot]) + (max(0, int(self._count[slot])) if self._shown[slot] >= 0 else 0)
+
     def unify(
         self, slots: Integers, first: Mask, numbers: Integers, counts: Integers, sure: Mask
     ) -> tuple[Integers, Integers, Mask, list[int]]:

@@ -10,17 +10,10 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from services.ingest.flows.export_headers import IPFIX_HEADER, Bytes, Integers, gather
-from shared.datagrams.batch import DatagramBatch
+from services.ingest.flows.export_headers import Bytes, Integers
+from services.ingest.flows.sets import FIRST_DATA, IPFIX, MAX_SETS, TEMPLATE_SETS, Sets, read_templates
 
-SET_HEADER: Final = 4
-TEMPLATES, OPTIONS_TEMPLATES, FIRST_DATA = 2, 3, 256
-VARIABLE: Final = 0xFFFF
-"""The length of a field that gives its own."""
-ENTERPRISE: Final = 0x8000
-"""Marks a field that four more bytes describe."""
-MAX_SETS: Final = 16
-"""Sets of a datagram that are read: empty ones are four bytes."""
+TEMPLATES, OPTIONS_TEMPLATES = TEMPLATE_SETS[IPFIX]
 MAX_READ: Final = 16_384
 """Bytes of template sets read a receive call: they cost 40 µs a KiB. Sets that are known are only recognized."""
 MAX_LOOKS: Final = 2
@@ -39,16 +32,6 @@ class _Known:
     seen: set[int] = field(default_factory=set)
 
 
-@dataclass(frozen=True, slots=True)
-class _Sets:
-    """The sets of some datagrams: the datagram of each, its id, and its content in the buffer."""
-
-    owner: Integers
-    id: Integers
-    start: Integers
-    stop: Integers
-
-
 class Templates:
     """The templates of every exporter, by slot."""
 
@@ -59,16 +42,15 @@ class Templates:
         """Free a slot for another exporter."""
         self._known.pop(slot, None)
 
-    def count(self, batch: DatagramBatch, rows: Integers, slots: Integers) -> tuple[Integers, npt.NDArray[np.bool_]]:
+    def count(self, buffer: Bytes, sets: Sets, slots: Integers) -> tuple[Integers, npt.NDArray[np.bool_]]:
         """Return the number of data records of each datagram, and whether that is all; learn its templates."""
-        buffer = np.frombuffer(batch.payload, np.uint8)
-        sets, sure = _walk(buffer, batch.offsets[rows], batch.lengths[rows])
+        sure = sets.whole.copy()
         changed = self._learn(buffer, sets, slots)
         data = np.flatnonzero(sets.id >= FIRST_DATA)
         owner, size = sets.owner[data], (sets.stop - sets.start)[data]
         which, inverse = np.unique(slots[owner] << 16 | sets.id[data], return_inverse=True)
         lengths = np.array([0 if key in changed else self._length(key) for key in which.tolist()], np.int64)[inverse]
-        counts = np.zeros(len(rows), np.int64)
+        counts = np.zeros(len(slots), np.int64)
         np.add.at(counts, owner, size // np.maximum(lengths, 1) * (lengths > 0))
         sure[owner[lengths == 0]] = False
         return counts, sure
@@ -77,7 +59,7 @@ class Templates:
         known = self._known.get(key >> 16)
         return known.lengths.get(key & 0xFFFF, 0) if known else 0
 
-    def _learn(self, buffer: Bytes, sets: _Sets, slots: Integers) -> set[int]:
+    def _learn(self, buffer: Bytes, sets: Sets, slots: Integers) -> set[int]:
         """Read template sets that are new; return (slot, template) of those that have changed."""
         changed: set[int] = set()
         found = np.flatnonzero((sets.id == TEMPLATES) | (sets.id == OPTIONS_TEMPLATES))
@@ -101,7 +83,8 @@ class Templates:
     def _read(self, slot: int, content: bytes, kind: int) -> set[int]:
         known = self._known.setdefault(slot, _Known())
         changed = set()
-        for template, length in read_templates(content, options=kind == OPTIONS_TEMPLATES):
+        for each in read_templates(content, options=kind == OPTIONS_TEMPLATES):
+            template, length = each.id, each.record_length
             if known.lengths.get(template, length) != length:
                 changed.add(slot << 16 | template)
                 known.seen.clear()
@@ -110,46 +93,3 @@ class Templates:
         if len(known.seen) < MAX_SEEN:
             known.seen.add(hash((kind, content)))
         return changed
-
-
-def _walk(buffer: Bytes, start: Integers, length: Integers) -> tuple[_Sets, npt.NDArray[np.bool_]]:
-    """Return the sets of all datagrams, all first ones, then all second ones; and which datagrams are complete."""
-    sure = np.ones(len(start), bool)
-    owner, at, end = np.arange(len(start)), start + IPFIX_HEADER, start + length
-    found: list[tuple[Integers, ...]] = []
-    for _ in range(MAX_SETS):
-        more = at < end
-        owner, at, end = owner[more], at[more], end[more]
-        if not len(owner):
-            break
-        header = gather(buffer, at, SET_HEADER).view(">u2").astype(np.int64)
-        size = header[:, 1]
-        sound = (at + SET_HEADER <= end) & (size >= SET_HEADER) & (at + size <= end)
-        sure[owner[~sound]] = False
-        owner, at, end, size = owner[sound], at[sound], end[sound], size[sound]
-        found.append((owner, header[sound, 0], at + SET_HEADER, at + size))
-        at = at + size
-    sure[owner[at < end]] = False
-    columns = [np.concatenate(column) for column in zip(*found, strict=True)] if found else [np.zeros(0, np.int64)] * 4
-    return _Sets(*columns), sure
-
-
-def read_templates(content: bytes, *, options: bool) -> list[tuple[int, int]]:
-    """Return (id, record length) of each complete template of a set, length 0 if that varies."""
-    found: list[tuple[int, int]] = []
-    at, header = 0, 6 if options else 4
-    while at + header <= len(content):
-        template, fields = int.from_bytes(content[at : at + 2]), int.from_bytes(content[at + 2 : at + 4])
-        at += header
-        length, varies = 0, False
-        for _ in range(fields):
-            if at + 4 > len(content):
-                return found
-            size = int.from_bytes(content[at + 2 : at + 4])
-            varies |= size == VARIABLE
-            length += size
-            at += 8 if content[at] & ENTERPRISE >> 8 else 4
-        if template < FIRST_DATA or at > len(content):
-            return found  # padding, or no template at all
-        found.append((template, 0 if varies else length))
-    return found

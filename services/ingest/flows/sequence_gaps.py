@@ -96,6 +96,8 @@ class SequenceTracker:
         self._known = np.zeros(capacity, np.int8)
         self._uptime = np.zeros(capacity, np.int64)
         self._holes: dict[int, list[Hole]] = {}
+        self.fallen_back: Integers = np.zeros(0, np.int64)
+        """Datagrams of the last call, by place, that are far behind, or of an exporter that was restarted."""
         self.missed: Counter[int] = Counter()
         """By slot: the part that its present exporter has of what was missed."""
         self._account = account
@@ -116,7 +118,10 @@ class SequenceTracker:
         regular = (known == NEW) | (ahead == 0) | ((known == AT_LEAST) & (ahead > 0) & (ahead <= MAX_GAP))
         regular &= (known == NEW) | (_signed(uptime - up_before) >= -UPTIME_SLACK_MS)
         last = np.append(first[1:], True)
-        if not regular.all():
+        self.fallen_back = np.flatnonzero(~regular)
+        if len(self.fallen_back):
+            behind = (ahead < -WINDOW) | (_signed(uptime - up_before) < -UPTIME_SLACK_MS)
+            self.fallen_back = np.flatnonzero(~regular & behind)
             groups = np.cumsum(first) - 1
             odd = np.zeros(len(slots), bool)
             odd[groups[~regular]] = True
@@ -140,7 +145,7 @@ class SequenceTracker:
 
     def _take(self, slot: int, numbers: Integers, counts: Integers, uptime: Integers, *, sure: bool) -> None:
         """Note a stretch of an exporter's datagrams, contiguous in number. Not `sure`: the last may take more."""
-        ahead = _nearest(numbers[0] - self._next[slot])
+        ahead = nearest(numbers[0] - self._next[slot])
         if self._is_far(slot, ahead, int(counts[0])):
             ahead = self._change_series(slot, int(numbers[0]), int(uptime[0]))
         due, known = int(self._next[slot]), int(self._known[slot])
@@ -151,7 +156,7 @@ class SequenceTracker:
             return
         start = due + ahead
         stop = start + int((numbers[-1] + counts[-1] - numbers[0]) & 0xFFFFFFFF)
-        if known != NEW and _nearest(uptime[0] - self._uptime[slot]) < -UPTIME_SLACK_MS:
+        if known != NEW and nearest(uptime[0] - self._uptime[slot]) < -UPTIME_SLACK_MS:
             self._account[EXPORTER_RESTARTS] += 1
             self._miss(slot, self._holes.pop(slot, []))
             known = NEW
@@ -184,7 +189,7 @@ class SequenceTracker:
         A series that does not continue counts when too many are parked, or when it has been parked for too long.
         """
         parked = self._parked.setdefault(slot, [])
-        jump = _nearest(number - self._next[slot])
+        jump = nearest(number - self._next[slot])
         found = next((each for each in parked if _goes_on(each, number, uptime)), None)
         current = Parked(
             int(self._next[slot]),
@@ -205,7 +210,7 @@ class SequenceTracker:
         self._begun[slot] = found.next
         if found.holes:
             self._holes[slot] = found.holes
-        return _nearest(number - found.next)
+        return nearest(number - found.next)
 
     def _end_series(self, slot: int, series: Parked, *, sure: bool = True) -> None:
         """Count the jump away from a series, as it has not continued; not `sure`: it still may."""
@@ -282,7 +287,11 @@ class SequenceTracker:
         if due is None and self._known[slot] == NEW:
             return False
         expected = int(self._next[slot]) if due is None else due
-        return -within <= _nearest(number - expected) <= within
+        return -within <= nearest(number - expected) <= within
+
+    def due(self, slot: int) -> int:
+        """Return the number that a slot's exporter is to send next, as far as is known, modulo 2**32."""
+        return int(self._next[slot]) & 0xFFFFFFFF
 
     def unfilled(self, slot: int, other: int, holes: list[Hole]) -> list[Hole]:
         """Return gaps of a slot less numbers that came by another slot: all of them unless both number as one.
@@ -318,7 +327,7 @@ class SequenceTracker:
 
     def _shift(self, slot: int, near: int) -> int:
         """Return the offset that brings a slot's numbers to the count in which `near` stands."""
-        return near + _nearest(self._next[slot] - near) - int(self._next[slot])
+        return near + nearest(self._next[slot] - near) - int(self._next[slot])
 
     def _received(self, slot: int, near: int) -> list[tuple[int, int]]:
         """Return the stretches of numbers that a slot has had, in the count in which `near` stands."""
@@ -330,8 +339,8 @@ class SequenceTracker:
 
 def _goes_on(series: Parked, number: int, uptime: int) -> bool:
     """Return whether a number is of a series: near to what is due, by an exporter that was not restarted."""
-    near = -WINDOW <= _nearest(number - series.next) <= (WINDOW if series.known == EXACT else MAX_GAP)
-    return near and _nearest(uptime - series.uptime) >= -UPTIME_SLACK_MS
+    near = -WINDOW <= nearest(number - series.next) <= (WINDOW if series.known == EXACT else MAX_GAP)
+    return near and nearest(uptime - series.uptime) >= -UPTIME_SLACK_MS
 
 
 def _overlap(one: Iterable[tuple[int, int]], other: Sequence[tuple[int, int]]) -> bool:
@@ -356,6 +365,6 @@ def _signed(numbers: Integers) -> Integers:
     return ((numbers + 0x80000000) & 0xFFFFFFFF) - 0x80000000
 
 
-def _nearest(number: int | np.int64) -> int:
+def nearest(number: int | np.int64) -> int:
     """Return one difference modulo 2**32 in the same way."""
     return (int(number) + 0x80000000 & 0xFFFFFFFF) - 0x80000000
