@@ -206,7 +206,7 @@ def _sets(payload: bytes) -> tuple[list[tuple[int, bytes]], bool]:
 
 
 def templates(data: bytes) -> None:
-    """Templates kept of NetFlow v9 and IPFIX datagrams came from their exporters, are bounded, and can be read again."""
+    """Templates kept of NetFlow v9 and IPFIX came from their exporters, are bounded, and can be read again."""
     arrivals = split_arrivals(data)
     for protocol in ("netflow", "ipfix"):
         exporters = ExporterTracker(protocol, Counter(), MAX_ARRIVALS)
