@@ -13,7 +13,8 @@ ALERT_SECONDS: Final = 60.0
 """After a loss on the bus shares are watched for this long: before, what waits may still find its time."""
 BEHIND_SECONDS: Final = 0.5
 IDLE_SECONDS: Final = 0.001
-"""The service is behind when it has worked for so long, and never waited this long for a message."""
+"""The service is behind when it has worked for so long, and never waited this long for a message. What it does between
+messages, such as a report on thousands of collectors, is work."""
 HALF_LIFE_SECONDS: Final = 1.0
 
 T = TypeVar("T")
@@ -29,7 +30,7 @@ class FairShares(Generic[T]):
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._alert_until = self._halve_at = 0.0
-        self._busy_since = self._turn_ended = clock()
+        self._busy_since = self._wait_began = clock()
         self._wanted: Counter[str] = Counter()
         self._given: Counter[str] = Counter()
         """Copies by address, of late: those that its collectors wanted, and those that were within its share."""
@@ -42,15 +43,15 @@ class FairShares(Generic[T]):
             self._given.clear()
         self._alert_until = now + ALERT_SECONDS
 
-    def begin_turn(self) -> None:
-        """Note that the service has begun to take what waits."""
-        now = self._clock()
-        if now - self._turn_ended >= IDLE_SECONDS:
-            self._busy_since = now
+    def begin_wait(self) -> None:
+        """Note that the service begins to wait for messages."""
+        self._wait_began = self._clock()
 
-    def end_turn(self) -> None:
-        """Note that it is done with what it took."""
-        self._turn_ended = self._clock()
+    def end_wait(self) -> None:
+        """Note that messages have come, or something else to do."""
+        now = self._clock()
+        if now - self._wait_began >= IDLE_SECONDS:
+            self._busy_since = now
 
     @property
     def watching(self) -> bool:

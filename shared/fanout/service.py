@@ -177,7 +177,9 @@ class CopyService(ABC, Generic[D]):
             for descriptor in (messages, subscriptions, lifecycle.fileno(), *self.descriptors()):
                 waking.register(descriptor, select.EPOLLIN)
             while not lifecycle.draining:
+                self._collectors.shares.begin_wait()
                 woken = waking.poll(0 if self._more else max(0.0, self._upkeep_at - time.monotonic()))
+                self._collectors.shares.end_wait()
                 if any(descriptor != messages for descriptor, _ in woken):
                     self._upkeep_at = 0.0
                     lifecycle.heed()
@@ -191,7 +193,6 @@ class CopyService(ABC, Generic[D]):
     def _turn(self) -> int:
         """Handle the messages that have come, up to a limit; return their number."""
         handled = 0
-        self._collectors.shares.begin_turn()
         while handled < TURN_MESSAGES and (message := self._subscriber.receive()):
             for each in self._resumption.order(message):
                 self._take(each)
@@ -200,7 +201,6 @@ class CopyService(ABC, Generic[D]):
             self._take(each)
         for stream in list(self._gathered):
             self._send_gathered(stream)
-        self._collectors.shares.end_turn()
         self._more = handled == TURN_MESSAGES
         return handled
 
@@ -358,7 +358,9 @@ class CopyService(ABC, Generic[D]):
             if handled:
                 quiet_at = time.monotonic() + QUIET_SECONDS
             else:
+                self._collectors.shares.begin_wait()
                 self._subscriber.socket.poll(self._pause_ms(quiet_at - now))
+                self._collectors.shares.end_wait()
         self._collectors.forget_departed()
         while self.held and (now := time.monotonic()) < drained_by:
             self._work_at = now + self.work()

@@ -19,11 +19,17 @@ class Clock:
 def behind(clock: Clock) -> FairShares[str]:
     """Shares of a service that has lost messages, and is behind."""
     shares = FairShares[str](clock)
-    clock.now += 2 * IDLE_SECONDS
-    shares.begin_turn()
+    wait(shares, clock)
     shares.note_loss()
     clock.now += 2 * BEHIND_SECONDS
     return shares
+
+
+def wait(shares: FairShares[str], clock: Clock, seconds: float = 2 * IDLE_SECONDS) -> None:
+    """Wait for a message, until it comes after so many seconds."""
+    shares.begin_wait()
+    clock.now += seconds
+    shares.end_wait()
 
 
 @given(st.dictionaries(st.sampled_from("abcdefgh"), st.integers(1, 1000), min_size=1), st.integers(1, 12))
@@ -64,12 +70,12 @@ def test_nobody_is_limited_while_there_is_time() -> None:
     assert shares.watching
     assert shares.divide(wishes)[0] == ["a", "b"]
     assert shares.divide(wishes) == (["b"], ["a"])
-    shares.end_turn()
-    shares.begin_turn()
+    wait(shares, clock, 0.0)
     assert shares.divide(wishes) == (["b"], ["a"])  # messages waited already
-    shares.end_turn()
     clock.now += 2 * IDLE_SECONDS
-    shares.begin_turn()
+    wait(shares, clock, 0.0)
+    assert shares.divide(wishes) == (["b"], ["a"])  # a report took its time, and messages waited meanwhile
+    wait(shares, clock)
     assert shares.divide(wishes) == (["a", "b"], [])
     clock.now += ALERT_SECONDS
     assert not shares.watching
