@@ -5,16 +5,18 @@ requests carry that name as Host. Nor may such a page change anything (CSRF): on
 Origin says, and of JSON, which another site may not send unasked, has the credentials that the browser keeps looked at.
 """
 
+import asyncio
 import base64
 import binascii
 import hashlib
 import hmac
 import ipaddress
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from shared.settings.entries import Token
 
@@ -39,6 +41,10 @@ ADMIN: Final = "fanwire.admin"
 """The key of a request's scope that has its `Holder`, if that has scope `admin`."""
 MAY_SEE: Final = "fanwire.may_see"
 """The key of a request's scope that has a function: may an answer that lasts go on? Its token may be revoked."""
+LINGER_SECONDS: Final = 1.0
+LINGER_BYTES: Final = 64 * 1024
+"""Time for the rest of a request that is not needed, and its size: what is unread when a connection is closed resets
+it, and the answer may be lost on its way (RFC 9112, 9.6)."""
 _PLAIN: Final = (b"content-type", b"text/plain; charset=utf-8")
 
 Refusal = tuple[int, str, list[tuple[bytes, bytes]]]
@@ -75,21 +81,25 @@ class Guard:
         headers = dict(scope["headers"])
         token = _token_of(headers.get(b"authorization", b""), self._tokens())
         refusal = self._refusal(scope["method"], scope["path"], headers, token)
+        request = _Request(receive)
         if refusal is not None:
             status, text, more = refusal
+            await request.read_rest()
             await send({"type": "http.response.start", "status": status, "headers": [*HEADERS, *more]})
             await send({"type": "http.response.body", "body": text.encode() + b"\n"})
             return
 
         async def send_bound(message: dict[str, object]) -> None:
             if message["type"] == "http.response.start":
+                if scope["method"] == "POST":
+                    await request.read_rest()
                 message["headers"] = [*message["headers"], *HEADERS]  # type: ignore[misc]
             await send(message)
 
         if token is not None and "admin" in token.scopes:
             scope[ADMIN] = Holder(token.name, _secret_of(headers[b"authorization"]).decode(errors="replace"))
         scope[MAY_SEE] = lambda: not self._remote or any(each == token for each in self._tokens())
-        await self._app(scope, receive, send_bound)  # type: ignore[arg-type]
+        await self._app(scope, request.receive, send_bound)  # type: ignore[arg-type]
 
     def _refusal(self, method: str, path: str, headers: dict[bytes, bytes], token: Token | None) -> Refusal | None:
         changes = path.startswith(CHANGES)
@@ -114,6 +124,27 @@ class Guard:
         if changes and token is not None and "admin" not in token.scopes:
             return 403, f"{token.name!r} lacks scope admin; add it to its [[token]], or give another token", [_PLAIN]
         return None
+
+
+class _Request:
+    """The body of a request, piece by piece, and whether all of it has been read."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._read = False
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self._read = not message.get("more_body", False)
+        return message
+
+    async def read_rest(self) -> None:
+        """Read what is left of it, within the limits, and forget it."""
+        size = 0
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_SECONDS):
+                while not self._read and size < LINGER_BYTES:
+                    size += len((await self.receive()).get("body", b""))
 
 
 def _challenge(headers: dict[bytes, bytes]) -> list[tuple[bytes, bytes]]:
