@@ -12,6 +12,7 @@ import pytest
 import zmq
 
 from shared.bus.zmq_sockets import publish_endpoint, subscribe_endpoint
+from shared.process.log_limit import LINES_AT_ONCE
 from tests.stack import Stack, ask, ask_json, wait_until
 from tests.system.test_bad_input import garbage
 
@@ -111,7 +112,7 @@ def test_flood_has_bounds(stack: Stack, flood: Flood) -> None:
         assert each.process.poll() is None, each.text
         assert "Traceback" not in each.text
         assert each.resident_mb("VmHWM") - memory[each.name] < MOST_MB.get(each.name, 300), each.name
-        assert len(each.text.splitlines()) - lines[each.name] <= 4 * passed + 4, each.text
+        assert len(each.text.splitlines()) - lines[each.name] <= LINES_AT_ONCE + 4 * passed, each.text
     assert sum(path.stat().st_size for path in stack.bus.iterdir()) < 20_000_000
     with (
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sink,

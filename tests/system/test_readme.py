@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -198,8 +199,8 @@ def test_second_host_takes_datagrams_in(stack: Stack) -> None:
             with branch.entered():
                 stack.start("ingest.11")
             assert ask_json({"op": "register", "name": "siem", "streams": ["messages"], "port": 9514})["ok"]
-            with branch.entered():
-                paste(stack, "echo 'from afar' | nc -u -w1 127.0.0.1 6667")
+            with branch.entered(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+                sender.sendto(b"from afar", ("127.0.0.1", 6667))
             siem.read(1)
 
 

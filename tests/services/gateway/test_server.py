@@ -16,6 +16,7 @@ from shared.bus.messages import Status
 from shared.bus.status import Reports
 from shared.bus.zmq_sockets import Subscriber, new_context
 from tests.stack import Running, Stack, ask, ask_json, wait_until
+from tests.system.test_fan_out import need
 
 
 @pytest.fixture
@@ -254,6 +255,7 @@ def test_first_line_that_is_none_ends_the_connection(gateway: Running) -> None:
 
 def test_netcat_speaks_it(gateway: Running) -> None:
     """`printf ... | nc -q1` gets its answers, also for a last line without newline."""
+    need("nc")
     command = """printf '{"op":"register","name":"a"}\\n{"op":"list"}' | nc -q1 127.0.0.1 5000"""
     lines = subprocess.run(["sh", "-c", command], capture_output=True, timeout=60, check=True).stdout.splitlines()
     assert list(json.loads(lines[1])["clients"]) == ["a"]
