@@ -53,6 +53,19 @@ def made_once(name: str, make: Callable[[Path], None]) -> Path:
     return made
 
 
+@contextmanager
+def first_alone(name: str) -> Iterator[None]:
+    """Let the first of all workers do something alone, while the others wait: what it leaves on disk serves them."""
+    done = Path(os.environ[VARIABLE], f"{name}.done")
+    with done.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            yield
+            done.touch()
+            return
+    yield
+
+
 def wheel() -> Path:
     """Return the wheel of this checkout."""
     (built,) = made_once("wheel", _build_wheel).glob("fanwire-*.whl")
