@@ -52,7 +52,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection(session: pytest.Session) -> Generator[None, object, object]:
-    """Let one worker import all tests first: in a fresh clone it compiles them, which takes six others as long each."""
+    """Let one worker import all tests before the others: in a fresh clone each would compile all of them."""
     with once.first_alone("collected") if hasattr(session.config, "workerinput") else nullcontext():
         return (yield)
 
