@@ -1,5 +1,6 @@
 """XSUB to XPUB in ZeroMQ's own loop (`zmq_proxy_steerable`), with its statistics; with keys, in a loop of our own."""
 
+import math
 import struct
 import threading
 import time
@@ -210,7 +211,11 @@ class Proxy:
         for monitor in self._auth.monitors if self._auth else ():
             poller.register(monitor, zmq.POLLIN)
         while not lifecycle.draining:
-            if (lifecycle.fileno(), zmq.POLLIN) in poller.poll(self._stalled.relieve_memory()):
+            left_ms = math.ceil(1000 * max(0.0, reporter.due_at - time.monotonic()))
+            ready = poller.poll(min(self._stalled.relieve_memory(), left_ms))
+            if not ready and time.monotonic() < reporter.due_at:
+                continue
+            if (lifecycle.fileno(), zmq.POLLIN) in ready:
                 lifecycle.heed()
                 reload.check()
             if self._auth is not None:

@@ -31,8 +31,8 @@ CUT_OFF_RESERVE: Final = 2
 LAST_RESERVE: Final = 4
 """Nothing passes when it is one part in this many, into which the queues of publishers have to fit."""
 NEAR_MS: Final = 20
-FAR_MS: Final = 250
-FASTEST: Final = 1 << 30
+FAR_MS: Final = 334
+FASTEST: Final = 10**9
 """Milliseconds between two checks while little memory is taken; bytes a second that the bus brings at most."""
 
 log = get_logger()

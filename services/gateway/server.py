@@ -50,6 +50,7 @@ from shared.process.lifecycle import (
     Readiness,
     descriptor_limit,
     next_tick,
+    pause_for,
     worker_name,
 )
 from shared.process.memory import Memory
@@ -198,6 +199,7 @@ class _Server:
     subscriber: Subscriber
     memory: Memory
     _loops_at: float = 0.0
+    _tick_at: float = 0.0
 
     async def run(self, listeners: list[Listener], tls: ssl.SSLContext | None) -> None:
         """Accept clients on these listeners until told to drain; `tls` is for the secure ones."""
@@ -206,11 +208,12 @@ class _Server:
         self._listeners = listeners
         self._build(loop)
         self._reload = Reload(self.publisher.sender, self.lifecycle, self.settings, self._apply_settings)
-        self._stopped = asyncio.Event()
+        self._stopped = False
+        self._awake = asyncio.Event()
         for source, act in (
             (self.lifecycle, self._heed_signal),
             (self.publisher, self._announcer.flush),
-            (self.subscriber, self._announcer.receive_messages),
+            (self.subscriber, self._receive_messages),
         ):
             loop.add_reader(source.fileno(), act)
         async with self._accepting(loop, listeners, tls):
@@ -282,7 +285,14 @@ class _Server:
         self.lifecycle.heed()
         self._reload.check()
         if self.lifecycle.draining:
-            self._stopped.set()
+            self._stopped = True
+            self._awake.set()
+
+    def _receive_messages(self) -> None:
+        """Handle what has come on the bus, and have the tick follow at once if it is due."""
+        self._announcer.receive_messages()
+        if time.monotonic() >= self._tick_at:
+            self._awake.set()
 
     def _apply_settings(self, settings: Settings) -> None:
         """Use the streams, collectors and tokens of these settings; OperatorError when they can't be used."""
@@ -304,7 +314,7 @@ class _Server:
 
     async def _tick_until_stopped(self) -> None:
         readiness = Readiness("gateway", self.settings.bus, lambda: self.publisher.ready and self.configured.settled)
-        while not self._stopped.is_set():
+        while not self._stopped:
             self.registry.expire()
             if self.configured.tick():
                 self._announcer.announce_soon()
@@ -314,9 +324,11 @@ class _Server:
             readiness.check(listen=self.settings.gateway.listen)
             awaited = len(self._connections) or self.registry.leases.active or not self.configured.settled
             tick, now = TICK_SECONDS if awaited else IDLE_TICK_SECONDS, time.monotonic()
+            self._tick_at = next_tick(now, tick)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(next_tick(now, tick) - now):
-                    await self._stopped.wait()
+                async with asyncio.timeout(pause_for(self._tick_at - now)):
+                    await self._awake.wait()
+            self._awake.clear()
 
     def _look_after_registry(self) -> None:
         """Check once a second: a collector's address may have become one of this host's, or the file may be gone."""

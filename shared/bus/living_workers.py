@@ -28,6 +28,11 @@ class LivingWorkers:
         files = sorted(directory.glob(lock_path(pool_path(directory, "ingest.*")).name))
         self._known = {f"ingest.{path.name.split('.')[1]}" for path in files}
 
+    def all_in(self, names: Iterable[str]) -> bool:
+        """Return whether these are all that there may be, so that nobody need be looked for."""
+        self._known.update(names)
+        return self._known == set(names)
+
     def among(self, names: Iterable[str] = ()) -> list[str]:
         """Return the workers that live, of these and of those that were there at the start, as in `ingest.2`."""
         self._known.update(names)

@@ -43,7 +43,7 @@ from shared.fanout.serve_requests import ServeRequests
 from shared.fanout.streams import ORIGIN_COUNTERS, FollowedStreams
 from shared.ledger import FILES_RESTORED, LEFT, STOPPED, Accounts
 from shared.log import WORKER_CAME, get_logger
-from shared.process.lifecycle import CANT_CREATE, Lifecycle, OperatorError, Readiness
+from shared.process.lifecycle import CANT_CREATE, Lifecycle, OperatorError, Readiness, pause_for
 from shared.process.memory import Memory
 from shared.process.reload import Reload
 from shared.settings.model import Settings
@@ -178,7 +178,7 @@ class CopyService(ABC, Generic[D]):
                 waking.register(descriptor, select.EPOLLIN)
             while not lifecycle.draining:
                 self._collectors.shares.begin_wait()
-                woken = waking.poll(0 if self._more else max(0.0, self._upkeep_at - time.monotonic()))
+                woken = waking.poll(0 if self._more else pause_for(self._upkeep_at - time.monotonic()))
                 self._collectors.shares.end_wait()
                 if any(descriptor != messages for descriptor, _ in woken):
                     self._upkeep_at = 0.0

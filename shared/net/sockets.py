@@ -1,5 +1,6 @@
 """Listening sockets, bound or inherited, and what Linux offers beyond the stdlib: forced buffers, drop counts."""
 
+import contextlib
 import errno
 import os
 import socket
@@ -237,14 +238,23 @@ def kernel_drops(sock: socket.socket) -> int:
 
 def checksum_errors() -> int:
     """Return the UDP datagrams that this network namespace's kernel has dropped for a wrong checksum, IPv4 and IPv6."""
-    lines = Path("/proc/self/net/snmp").read_text().splitlines()
-    names, values = (line.split() for line in lines if line.startswith("Udp:"))
-    errors = int(dict(zip(names, values, strict=True)).get("InCsumErrors", 0))
-    of_ipv6 = Path("/proc/self/net/snmp6")
-    if of_ipv6.exists():  # not where IPv6 is switched off
-        pairs = (line.split() for line in of_ipv6.read_text().splitlines())
-        errors += sum(int(value) for name, value in pairs if name == "Udp6InCsumErrors")
+    names, values = (
+        line.split() for line in _read_proc("/proc/self/net/snmp").splitlines() if line.startswith(b"Udp:")
+    )
+    errors = int(dict(zip(names, values, strict=True)).get(b"InCsumErrors", 0))
+    with contextlib.suppress(FileNotFoundError):  # where IPv6 is switched off
+        _, _, rest = _read_proc("/proc/self/net/snmp6").partition(b"Udp6InCsumErrors")
+        errors += int(rest.partition(b"\n")[0] or 0)
     return errors
+
+
+def _read_proc(path: str) -> bytes:
+    """Return a short file of the kernel's; a third of the calls that a file object makes."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(descriptor, 1 << 16)
+    finally:
+        os.close(descriptor)
 
 
 def bound_endpoint(scheme: str, sock: socket.socket) -> Endpoint:

@@ -47,6 +47,9 @@ MANAGER_SECONDS: Final = 1.0
 MANAGER_PID: Final = "FANWIRE_MANAGER_PID"
 """Environment variable with the process that runs all services together (`fanwire run`): they end with it."""
 
+SHARED_SECONDS: Final = 0.05
+"""Time by which regular work may be late."""
+
 log = get_logger()
 
 
@@ -297,6 +300,18 @@ def next_tick(now: float, seconds: float) -> float:
     12.5
     """
     return (now // seconds + 1) * seconds
+
+
+def pause_for(left: float) -> float:
+    """Return how long to wait for regular work that is due in `left` seconds, unless a message comes.
+
+    That is a moment longer when it is not due soon: messages that others send at a tick come just behind it, and one
+    wake-up then serves both.
+
+    >>> pause_for(0.02), pause_for(0.75)
+    (0.02, 0.8)
+    """
+    return left + SHARED_SECONDS if left > 2 * SHARED_SECONDS else max(0.0, left)
 
 
 def notify(state: str, flags: int = 0) -> None:

@@ -21,7 +21,9 @@ class Workers:
         monkeypatch.setattr(
             streams, "time", SimpleNamespace(monotonic=lambda: self.now, time_ns=lambda: int(self.now * 1e9))
         )
-        locks = SimpleNamespace(among=lambda _: self.living)
+        locks = SimpleNamespace(
+            among=lambda _: self.living, all_in=lambda heard: {"ingest.1", "ingest.2"} <= set(heard)
+        )
         monkeypatch.setattr(streams, "LivingWorkers", lambda _: locks)
         ignore: Callable[[str], None] = lambda _: None  # noqa: E731 - a signature for mypy
         subscriber = cast(Subscriber, SimpleNamespace(subscribe=ignore, unsubscribe=ignore))
