@@ -5,7 +5,8 @@ A subscriber trusts the kind of a message, so a kind on a topic of another famil
 
 from typing import Final
 
-from shared.bus.fields import REPLY_PREFIX
+from shared.bus.fields import REPLAY_PREFIX, REPLY_PREFIX
+from shared.bus.journal_messages import JOURNAL_TOPIC
 from shared.bus.messages import (
     AGAIN_PREFIX,
     REGISTRY_TOPIC,
@@ -23,8 +24,9 @@ TOPICS: Final[dict[str, frozenset[str]]] = {
     "broker": frozenset(),
     "gateway": frozenset({REGISTRY_TOPIC, TRANSMIT_TOPIC, serve_topic("relay"), serve_topic("original")}),
     "ingest": frozenset(),
-    "forwarder": frozenset({health_topic("relay")}),
-    "transmitter": frozenset({health_topic("original")}),
+    "forwarder": frozenset({health_topic("relay"), JOURNAL_TOPIC}),
+    "transmitter": frozenset({health_topic("original"), JOURNAL_TOPIC}),
+    "journal": frozenset(),
     "offload": frozenset({offload_topic("relay"), offload_topic("original")}),
     "console": frozenset(),
     "operator": frozenset({TRANSMIT_TOPIC}),
@@ -34,6 +36,7 @@ FAMILIES: Final[dict[str, tuple[str, ...]]] = {
     "ingest": ("datagrams/", AGAIN_PREFIX + "{sender}/"),
     "forwarder": (REPLY_PREFIX,),
     "transmitter": (REPLY_PREFIX,),
+    "journal": (REPLAY_PREFIX,),
 }
 """Beginnings of topics to which one name is added: a stream's, a service's, or one that a request's sender chose."""
 

@@ -20,10 +20,12 @@ import msgspec
 from msgspec import Meta
 
 from shared.bus.exporters_message import Exporters
-from shared.bus.fields import MAX_NUMBER, REPLY_PREFIX, Number, ReplyTopic, StreamName
+from shared.bus.fields import MAX_NUMBER, REPLAY_PREFIX, REPLY_PREFIX, Number, ReplyTopic, SenderName, StreamName
+from shared.bus.health_message import Health
+from shared.bus.journal_messages import JournalPortion, JournalRead, Replayed
 from shared.bus.offload_messages import KernelCopies, MarkGeneration, OffloadReply
 from shared.bus.packing import pack, pack_values, unpack
-from shared.client import Client, Source, Trouble
+from shared.client import Client, Source
 from shared.datagrams.limits import MAX_DATAGRAM, MAX_ROWS
 
 if TYPE_CHECKING:
@@ -37,19 +39,13 @@ MAX_ENVELOPE: Final = 512
 """Bytes: names in topics and envelopes are short; anything longer is not fanwire's."""
 
 Part = bytes | memoryview
-SENDER: Final = r"^[a-z]+\.[0-9]{1,9}$"
-"""A service and its number, as in `ingest.2`."""
 MAX_INTERFACE: Final = 15
 """IFNAMSIZ less its final zero (netdevice(7))."""
 MAX_FRAME: Final = 65_536 + 18
 """Bytes: the largest MTU there is (loopback's), an Ethernet header with a VLAN tag."""
 MAX_FRAMES: Final = 1_000_000
-MAX_NAME: Final = 255
-"""Characters of a client's name, which has as many bytes at most."""
 PLAIN_FIELDS: Final = 5
 """Fields of `Datagrams` before `left`, which only an `Again` needs."""
-MAX_PIECES: Final = 4096
-"""The most pieces of a list of collectors: the longest list, of the longest names, fits into fewer."""
 
 
 class MessageError(ValueError):
@@ -69,7 +65,7 @@ class Envelope(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
     version: int
     kind: str
-    sender: Annotated[str, Meta(pattern=SENDER)]
+    sender: SenderName
     boot: Number
     sequence: Number
     total: Number
@@ -177,29 +173,6 @@ class Status(msgspec.Struct, array_like=True, frozen=True):
     """The version of its program; of one that does not tell it, nothing."""
 
 
-class Troubled(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """A collector with a trouble, and its age, `age_ms`, when the message was made; or without one, but with losses.
-
-    `lost` counts its datagrams that are known to have reached nobody (`shared.ledger.lost`).
-    """
-
-    name: Annotated[str, Meta(min_length=1, max_length=MAX_NAME)]
-    generation: Number
-    trouble: Trouble | None
-    age_ms: Number
-    lost: Number
-
-
-class Health(msgspec.Struct, array_like=True, frozen=True):
-    """One of `pieces` pieces of a list, numbered `report`: the collectors of `source` that have a trouble or losses."""
-
-    source: Source
-    report: Number
-    piece: Annotated[int, Meta(ge=0, lt=MAX_PIECES)]
-    pieces: Annotated[int, Meta(ge=1, le=MAX_PIECES)]
-    troubled: list[Troubled]
-
-
 Body = (
     Datagrams
     | Again
@@ -214,6 +187,9 @@ Body = (
     | Exporters
     | KernelCopies
     | OffloadReply
+    | Replayed
+    | JournalPortion
+    | JournalRead
 )
 
 KINDS: Final[dict[str, type[Body]]] = {
@@ -228,6 +204,9 @@ KINDS: Final[dict[str, type[Body]]] = {
     "status": Status,
     "health": Health,
     "exporters": Exporters,
+    "replay.batch": Replayed,
+    "replay.portion": JournalPortion,
+    "journal.read": JournalRead,
     "offload.copies": KernelCopies,
     "offload.reply": OffloadReply,
 }
@@ -236,7 +215,7 @@ _NAMES: Final = {struct: kind for kind, struct in KINDS.items()}
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """A message taken from the bus; `batch` is there when the body is `Datagrams`."""
+    """A message taken from the bus; `batch` is there when the body is `Datagrams` or `Replayed`."""
 
     topic: str
     envelope: Envelope
@@ -371,12 +350,16 @@ def _decode(parts: Sequence[Part], borrow: Borrow) -> Message:
     if len(parts[2]) > MAX_MESSAGE:
         raise MessageError("malformed", f"body of {len(parts[2])} bytes")
     body = unpack(parts[2], KINDS[envelope.kind])
-    if not isinstance(body, Datagrams):
+    if not isinstance(body, Datagrams | Replayed):
         if isinstance(body, Status) and body.service != envelope.sender:
             raise MessageError("malformed", f"status of {body.service[:40]!r} from {envelope.sender}")
         if len(parts) != 3:
             raise MessageError("malformed", f"{envelope.kind} with {len(parts)} parts")
         return Message(topic, envelope, body)
+    if isinstance(body, Replayed):
+        if len(parts) != 5 or not topic.startswith(REPLAY_PREFIX):
+            raise MessageError("malformed", f"batch out of the journal on {topic[:40]!r} in {len(parts)} parts")
+        return Message(topic, envelope, body, _decode_batch(envelope, Datagrams(body.stream, body.received_ns), parts))
     if topic != datagrams_topic(body.stream) and not (isinstance(body, Again) and topic.startswith(AGAIN_PREFIX)):
         raise MessageError("malformed", f"datagrams of stream {body.stream[:40]!r} on topic {topic[:40]!r}")
     if len(parts) != (5 if body.chunk is None else 4):
@@ -384,7 +367,9 @@ def _decode(parts: Sequence[Part], borrow: Borrow) -> Message:
     return Message(topic, envelope, body, _decode_batch(envelope, body, parts, borrow))
 
 
-def _decode_batch(envelope: Envelope, body: Datagrams, parts: Sequence[Part], borrow: Borrow) -> "DatagramBatch":
+def _decode_batch(
+    envelope: Envelope, body: Datagrams, parts: Sequence[Part], borrow: Borrow = borrow_nothing
+) -> "DatagramBatch":
     from shared.datagrams.batch import DatagramBatch, read_generations, read_rows  # others start without numpy
 
     rows = read_rows(parts[3])

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Final
 import zmq
 
 from shared.bus.endpoint import DIRECT, BusLink, ipc_endpoint
-from shared.bus.fields import REPLY_PREFIX
+from shared.bus.fields import REPLAY_PREFIX, REPLY_PREFIX
 from shared.bus.messages import (
     MAX_MESSAGE,
     MAX_TOPIC,
@@ -187,7 +187,7 @@ class Publisher:
         numbering = self._numbering.get(topic)
         if numbering is None:
             numbering = _Numbering()
-            if not topic.startswith(REPLY_PREFIX):  # the receiver of a reply chooses its topic: nothing is kept for it
+            if not topic.startswith((REPLY_PREFIX, REPLAY_PREFIX)):  # who receives them chooses: nothing is kept for it
                 self._numbering[topic] = numbering
         parts = encode(
             topic,

@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable, Iterable
 
 from shared.bus.fields import MAX_NUMBER
-from shared.bus.messages import Health, Troubled, health_topic
+from shared.bus.health_message import Health, Troubled
+from shared.bus.messages import health_topic
 from shared.bus.pieces import cut
 from shared.bus.zmq_sockets import Publisher
 from shared.client import Client, Source, Trouble

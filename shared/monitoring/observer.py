@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from shared.bus.exporters_message import Exporters
+from shared.bus.health_message import Health
 from shared.bus.messages import (
     EXPORTERS_PREFIX,
     HEALTH_PREFIX,
     REGISTRY_TOPIC,
-    Health,
     Message,
     RegistryChange,
     RegistrySnapshot,

@@ -12,10 +12,10 @@ from typing import Final
 from services.gateway.bus.serving import CallLater, ServingQuery
 from services.gateway.event_feed import EventFeed
 from services.gateway.registry.registry import Registry
+from shared.bus.health_message import Health
 from shared.bus.messages import (
     HEALTH_PREFIX,
     REGISTRY_TOPIC,
-    Health,
     RegistryChange,
     RegistrySnapshot,
     ServeReply,

@@ -23,7 +23,8 @@ from services.gateway.registry.entry import NO_ORDERS, Entry, Event, EventKind, 
 from services.gateway.registry.groups import SECRET_BYTES, Groups
 from services.gateway.registry.leases import Leases
 from services.gateway.registry.revisions import Revisions
-from shared.bus.messages import Health, RegistryChange
+from shared.bus.health_message import Health
+from shared.bus.messages import RegistryChange
 from shared.client import Client, Source, Streams, Withheld
 
 RETURN_SECONDS: Final = 30.0

@@ -1,7 +1,8 @@
 """Pictures for tests of the console, made of what is told to an observer."""
 
 from shared.bus.exporters_message import Exporters
-from shared.bus.messages import Health, Message, RegistrySnapshot, Status, Troubled
+from shared.bus.health_message import Health, Troubled
+from shared.bus.messages import Message, RegistrySnapshot, Status
 from shared.client import Client
 from shared.ledger import Accounts
 from shared.monitoring.observer import Observer

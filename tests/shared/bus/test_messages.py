@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from shared.bus.exporters_message import Exporters
 from shared.bus.fields import MAX_NUMBER
+from shared.bus.health_message import Health, Troubled
+from shared.bus.journal_messages import JournalPlace, JournalPortion, JournalRead, Replayed, WorkerPosition
 from shared.bus.messages import (
     KINDS,
     MAX_ENVELOPE,
@@ -22,7 +24,6 @@ from shared.bus.messages import (
     Borrow,
     Datagrams,
     Envelope,
-    Health,
     MessageError,
     Part,
     RegistryChange,
@@ -32,7 +33,6 @@ from shared.bus.messages import (
     Status,
     TransmitReply,
     TransmitRequest,
-    Troubled,
     again_topic,
     borrow_nothing,
     datagrams_topic,
@@ -61,8 +61,26 @@ BODIES: dict[str, Body] = {
     "exporters": Exporters("messages", 1.5, 9, 1, 2, [(b"x" * 16, 2**62, 0)]),
     "offload.copies": KernelCopies(4095, 2**62, "reply/offload.1.a/", 0, 1, [KernelServed(CLIENT, ("messages",))]),
     "offload.reply": OffloadReply(2**62),
+    "replay.batch": Replayed(7, "messages", 1_700_000_000_000_000_000, "ingest.2", 2**62, 5, 30),
+    "replay.portion": JournalPortion(
+        7, 1, [WorkerPosition("ingest.2", 2**62, 6, 33, 1)], JournalPlace(12, 4096), True, 4, 5, "unavailable", "why"
+    ),
+    "journal.read": JournalRead(
+        7,
+        "replay/forwarder.1.5f/",
+        "messages",
+        3,
+        [WorkerPosition("ingest.2", 2**62, 5, 30)],
+        9,
+        10,
+        JournalPlace(2, 3),
+    ),
 }
-BATCHES = {"datagrams": datagrams_topic("messages"), "again": again_topic("ingest.1", "forwarder.1")}
+BATCHES = {
+    "datagrams": datagrams_topic("messages"),
+    "again": again_topic("ingest.1", "forwarder.1"),
+    "replay.batch": "replay/forwarder.1.5f/",
+}
 """Topics of the kinds that have arrays."""
 ENVELOPE = [VERSION, "datagrams", "ingest.1", 9, 4, 12]
 
@@ -106,7 +124,7 @@ def test_batch_is_a_view_of_the_received_parts() -> None:
     assert not batch.rows.flags.writeable
 
 
-@pytest.mark.parametrize("kind", BATCHES)
+@pytest.mark.parametrize("kind", ["datagrams", "again"])
 def test_rows_come_with_the_generation_that_the_kernel_has_copied_them_by(kind: str) -> None:
     """A batch tells the generation of all its rows, or of each; one that nobody else has copied tells none."""
     batch = make_batch([b"", b"one", b"three"])
@@ -297,6 +315,15 @@ def test_health_that_nobody_could_mean_is_refused(body: list[object], cause: str
 def test_arrays_belong_to_datagrams_alone(kind: str, extra: list[Part]) -> None:
     """Parts after the body of any other kind make the message malformed."""
     assert cause_of([*encoded(kind), *extra]) == "malformed"
+
+
+def test_batch_out_of_the_journal_is_one_only_on_a_readers_topic() -> None:
+    """A batch of the journal without its payload, or on the topic of a stream, is malformed."""
+    topic, *rest = encoded("replay.batch")
+    for parts in ([topic, *rest[:-1]], [b"datagrams/messages/", *rest], [b"again/ingest.1/forwarder.1/", *rest]):
+        assert cause_of(parts) == "malformed"
+        with pytest.raises(MessageError, match="batch out of the journal on"):
+            decode(parts)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 4, 6, 1000])

@@ -1,6 +1,7 @@
 from collections.abc import Iterable
 
-from shared.bus.messages import MAX_MESSAGE, Body, Health, encode, health_topic
+from shared.bus.health_message import Health
+from shared.bus.messages import MAX_MESSAGE, Body, encode, health_topic
 from shared.client import Client
 from shared.fanout import health_report
 from shared.fanout.health import Symptom

@@ -4,7 +4,8 @@ import msgspec
 import pytest
 
 from shared.bus.exporters_message import Exporters
-from shared.bus.messages import Body, Health, Message, RegistrySnapshot, Status, Troubled
+from shared.bus.health_message import Health, Troubled
+from shared.bus.messages import Body, Message, RegistrySnapshot, Status
 from shared.client import Client, Withheld
 from shared.ledger import Accounts, unparse_origin
 from shared.losses import PLACES, kind_of

@@ -8,9 +8,9 @@ from typing import Any, get_args
 import pytest
 import zmq
 
+from shared.bus.health_message import Health
 from shared.bus.messages import (
     REGISTRY_TOPIC,
-    Health,
     Message,
     RegistryChange,
     RegistrySnapshot,

@@ -29,9 +29,9 @@ def test_keys_replaces_nothing(stack: Stack) -> None:
 
 def test_keys_of_unknown_roles_are_64(stack: Stack) -> None:
     """A role that is none is wrong usage, and the roles are named."""
-    code, text = run(stack, "keys", str(stack.directory / "keys"), "journal")
+    code, text = run(stack, "keys", str(stack.directory / "keys"), "clerk")
     assert code == 64
-    assert "no 'journal'; expected one of: broker, gateway" in text
+    assert "no 'clerk'; expected one of: broker, gateway" in text
 
 
 def test_keys_that_cannot_be_made_are_73(stack: Stack) -> None:
