@@ -21,6 +21,8 @@ BYTE_ORDER: Final = 0x1A2B3C4D
 LINKTYPE_RAW: Final = 101
 """A packet begins with its IPv4 or IPv6 header."""
 END_OF_OPTIONS, IF_NAME, IF_TSRESOL, IF_TSOFFSET, USER_APPLICATION = 0, 2, 9, 14, 4
+CUSTOM_BYTES: Final = 2989
+"""An option that begins with a Private Enterprise Number, and that programs keep which do not know it."""
 NANOSECONDS: Final = 9
 """Times are in units of 10 to the minus 9 seconds."""
 UDP: Final = 17
@@ -83,14 +85,14 @@ class Destination:
 
 def section_block(application: str) -> bytes:
     """Return the block that a file begins with; its section ends with the file, or where another begins."""
-    options = _option(USER_APPLICATION, application.encode()) + _option(END_OF_OPTIONS)
+    options = make_option(USER_APPLICATION, application.encode()) + make_option(END_OF_OPTIONS)
     return _block(SECTION, struct.pack("<IHHq", BYTE_ORDER, 1, 0, -1) + options)
 
 
 def interface_block(name: str) -> bytes:
     """Return the block of a section's only interface. libpcap 1.10 takes no second one whose link type is RAW."""
-    options = _option(IF_NAME, name.encode()) + _option(IF_TSRESOL, bytes([NANOSECONDS])) + _option(END_OF_OPTIONS)
-    return _block(INTERFACE, struct.pack("<HHI", LINKTYPE_RAW, 0, 0) + options)
+    options = make_option(IF_NAME, name.encode()) + make_option(IF_TSRESOL, bytes([NANOSECONDS]))
+    return _block(INTERFACE, struct.pack("<HHI", LINKTYPE_RAW, 0, 0) + options + make_option(END_OF_OPTIONS))
 
 
 def _block(kind: int, body: bytes) -> bytes:
@@ -98,16 +100,18 @@ def _block(kind: int, body: bytes) -> bytes:
     return struct.pack("<II", kind, length) + body + struct.pack("<I", length)
 
 
-def _option(code: int, value: bytes = b"") -> bytes:
+def make_option(code: int, value: bytes = b"") -> bytes:
+    """Return an option of a block."""
     return struct.pack("<HH", code, len(value)) + value + bytes(-len(value) % 4)
 
 
 def packet_heads(
-    batch: DatagramBatch, rows: Indices, destination: Destination
+    batch: DatagramBatch, rows: Indices, destination: Destination, options: int = 0
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Return the bytes before each payload of these n rows and behind the last: uint8, shape (n + 1, HEAD6.itemsize).
 
-    And the offsets at which it begins and ends in each line, int64, shape (n + 1,) each.
+    And the offsets at which it begins and ends in each line, int64, shape (n + 1,) each. The first packet's block has
+    room for this many bytes of options, which go behind its payload and padding.
     """
     count = len(rows)
     lengths = batch.lengths[rows]
@@ -120,6 +124,7 @@ def packet_heads(
     heads = heads4[:count]
     heads["type"] = ENHANCED
     heads["block_length"] = BLOCK_HEAD + captured + padding + TRAILER
+    heads["block_length"][:1] += options
     heads4["trailer"][1:] = heads["block_length"]
     heads["time_high"], heads["time_low"] = batch.received_ns >> 32 & 0xFFFFFFFF, batch.received_ns & 0xFFFFFFFF
     heads["captured"] = heads["original"] = captured

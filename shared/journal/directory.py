@@ -1,0 +1,109 @@
+"""The journal's directory: one for each stream in it, with that stream's segments. One journal at a time writes there.
+
+A start reads the names of all segments, and of those that a journal left open the end: what is not whole is cut off.
+"""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from shared.journal.records import Identity, RecordError
+from shared.journal.segment_reader import SegmentReader
+from shared.journal.segment_writer import seal_segment, sync_directory
+from shared.journal.segments import Segment, parse_name
+
+DIRECTORY_MODE: Final = 0o750
+CHECKED: Final = 32 * 1024 * 1024
+"""Bytes at the end of a segment left open whose checksums are looked at. What stands before was on the disk long ago;
+should it be damaged, readers find out."""
+
+
+@dataclass(slots=True)
+class Recovered:
+    """A segment that was left open: what it is now, None for one without a whole record, and what was cut off."""
+
+    left: Segment
+    now: Segment | None
+    cut: int
+    last: dict[str, tuple[Identity, int]]
+    """By worker: the identity of its last batch, and the datagrams in that."""
+
+
+class Lock:
+    """The right to write in the directory, made if it is not there. BlockingIOError when another journal has it."""
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(DIRECTORY_MODE, parents=True, exist_ok=True)
+        self._descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._descriptor)
+            raise
+
+    def close(self) -> None:
+        """Give it back."""
+        os.close(self._descriptor)
+
+
+def streams_in(directory: Path) -> list[str]:
+    """Return the streams that have a directory. OSError when it can't be read."""
+    return sorted(each.name for each in os.scandir(directory) if each.is_dir(follow_symlinks=False))
+
+
+def segments_in(directory: Path, stream: str, *, bad: bool = False) -> list[Segment]:
+    """Return the segments of a stream in their order, those set aside only if wanted. OSError of the kernel."""
+    try:
+        names = [each.name for each in (directory / stream).iterdir()]
+    except FileNotFoundError:
+        return []
+    found = [segment for name in names if (segment := parse_name(stream, name)) and (bad or not segment.is_bad)]
+    return sorted(found, key=lambda segment: segment.number)
+
+
+def recover(directory: Path, stream: str) -> Iterator[Recovered]:
+    """Seal what a journal has left open in a stream's directory; one without a whole record is set aside, or removed.
+
+    OSError of the kernel. Nobody else may write there.
+    """
+    for segment in segments_in(directory, stream):
+        if segment.is_open:
+            yield _recover(directory / stream, segment)
+
+
+def _recover(directory: Path, segment: Segment) -> Recovered:
+    path, last = directory / segment.name, dict[str, tuple[Identity, int]]()
+    with SegmentReader(path, segment) as reader:
+        size, start, end = reader.size, reader.header_size(), 0
+        for head in reader.heads():
+            try:
+                if head.offset >= size - CHECKED:
+                    reader.read(head)
+            except RecordError:
+                continue
+            end = head.end
+            last[head.identity.worker] = head.identity, head.rows
+    if not end and size <= max(start, 1):  # nothing was in it
+        seal_segment(directory, segment, empty=True)
+        return Recovered(segment, None, 0, last)
+    if not end:
+        return Recovered(segment, set_aside(directory, segment), size, last)
+    if end < size:
+        os.truncate(path, end)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    return Recovered(segment, seal_segment(directory, segment, empty=False), size - end, last)
+
+
+def set_aside(directory: Path, segment: Segment) -> Segment:
+    """Mark a segment as one that can't be read; return it as it is now. `directory` is the stream's."""
+    bad = Segment(segment.stream, segment.number, segment.began_ns, segment.is_open, is_bad=True)
+    (directory / segment.name).rename(directory / bad.name)
+    sync_directory(directory)
+    return bad

@@ -1,0 +1,185 @@
+"""Reads a stream's past out of its segments: from positions on, a portion at a time, or between two times."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from shared.bus.journal_messages import JournalPlace, JournalRead, WorkerPosition
+from shared.capture.pcapng import Destination
+from shared.datagrams.batch import DatagramBatch
+from shared.journal.records import Head, Identity, RecordError
+from shared.journal.segment_reader import SegmentReader
+from shared.journal.segments import LATE_NS, Segment, first_for
+
+MAX_PASSED: Final = 4096
+"""Records that a portion passes over in search of the first one: some 20 ms. A further portion goes on from there."""
+
+Segments = Callable[[], Sequence[Segment]]
+"""Returns the segments that a stream has now, in their order."""
+
+
+@dataclass(slots=True)
+class Portion:
+    """Batches with their identities, and how to go on; fields as in `JournalPortion`."""
+
+    batches: list[tuple[Identity, DatagramBatch]] = field(default_factory=list)
+    positions: dict[str, WorkerPosition] = field(default_factory=dict)
+    place: JournalPlace | None = None
+    at_end: bool = False
+    expired: int = 0
+    missing: int = 0
+    damaged: int = 0
+    """Bytes in which there is no whole record."""
+
+
+class _PortionReader:
+    """Fills one portion."""
+
+    def __init__(self, wanted: JournalRead) -> None:
+        self._wanted = wanted
+        self.portion = Portion(positions={each.worker: each for each in wanted.positions}, place=wanted.place)
+        self._rows, self._payload, self._passed = wanted.rows, wanted.payload, 0
+        self._met: set[str] = set()
+        """Workers of which a batch was met."""
+        self._from_the_first = False
+
+    def read(self, directory: Path, segments: Segments) -> Portion:
+        """Read from where the portion before has ended, or else from where the first batch may be."""
+        some = segments()
+        index, offset = self._start(some)
+        while index < len(some):
+            segment = some[index]
+            try:
+                with SegmentReader(directory / segment.name, segment) as reader:
+                    full = self._read_segment(reader, offset)
+                    self.portion.damaged += reader.damaged
+            except FileNotFoundError:  # retention was quicker, or it was sealed in the meantime
+                before, some = some, segments()
+                index = next((at for at, each in enumerate(some) if each.number >= segment.number), len(some))
+                if list(before) == list(some):
+                    index += 1
+                offset = offset if index < len(some) and some[index].number == segment.number else 0
+                continue
+            if full:
+                return self.portion
+            index, offset = index + 1, 0
+        self.portion.at_end = True
+        return self.portion
+
+    def _start(self, some: Sequence[Segment]) -> tuple[int, int]:
+        place = self._wanted.place
+        if place is not None:
+            for index, segment in enumerate(some):
+                if segment.number >= place.segment:
+                    self._from_the_first = index == 0 and segment.number > place.segment
+                    return index, place.offset if segment.number == place.segment else 0
+            return len(some), 0
+        since_ns = min([self._wanted.since_ns, *(each.received_ns for each in self._wanted.positions)])
+        index = first_for(some, since_ns)
+        self._from_the_first = index == 0
+        return index, 0
+
+    def _read_segment(self, reader: SegmentReader, offset: int) -> bool:
+        """Read on in a segment; return whether the portion is full."""
+        segment = reader.segment.number
+        for head in reader.heads(offset):
+            self.portion.place = JournalPlace(segment, head.offset)
+            if self._passed >= MAX_PASSED and not self.portion.batches:
+                return True
+            if not self._is_wanted(head):
+                self._passed += 1
+                self._met.add(head.identity.worker)
+            elif not self._read_batch(reader, head):
+                return True
+            self.portion.place = JournalPlace(segment, head.end)
+        return False
+
+    def _is_wanted(self, head: Head) -> bool:
+        position, identity = self.portion.positions.get(head.identity.worker), head.identity
+        if position is None:
+            return head.received_ns >= self._wanted.since_ns
+        if position.boot == identity.boot:
+            return identity.sequence >= position.sequence
+        return head.received_ns > position.received_ns
+
+    def _read_batch(self, reader: SegmentReader, head: Head) -> bool:
+        """Add a batch to the portion, if it is not damaged; return False when there is no room for it."""
+        if self.portion.batches and head.rows > self._rows:
+            return False
+        try:
+            batch, _ = reader.read(head)
+        except RecordError:
+            self.portion.damaged += head.size
+            return True
+        if self.portion.batches and len(batch.payload) > self._payload:
+            return False
+        identity, worker = head.identity, head.identity.worker
+        self._note_gap(identity)
+        self._met.add(worker)
+        self.portion.positions[worker] = WorkerPosition(
+            worker, identity.boot, identity.sequence + 1, identity.total + head.rows, head.received_ns
+        )
+        self._rows, self._payload = self._rows - head.rows, self._payload - len(batch.payload)
+        self.portion.batches.append((identity, batch))
+        return True
+
+    def _note_gap(self, identity: Identity) -> None:
+        position = self.portion.positions.get(identity.worker)
+        if position is None:
+            return
+        gap = max(0, identity.total - (position.total if position.boot == identity.boot else 0))
+        if self._from_the_first and identity.worker not in self._met:
+            self.portion.expired += gap
+        else:
+            self.portion.missing += gap
+
+
+def read_portion(directory: Path, segments: Segments, wanted: JournalRead) -> Portion:
+    """Return the next batches that a `JournalRead` asks for; `directory` is the stream's. OSError of the kernel."""
+    return _PortionReader(wanted).read(directory, segments)
+
+
+@dataclass(slots=True)
+class Past:
+    """The batches of a stream that were received in a span of time, the oldest segment first."""
+
+    directory: Path
+    segments: Sequence[Segment]
+    since_ns: int
+    until_ns: int
+    damaged: int = 0
+    """Bytes passed over so far."""
+    place: JournalPlace | None = None
+    """Place of the batch that was yielded last; None before the first."""
+
+    def batches(self, start: JournalPlace | None = None) -> Iterator[tuple[DatagramBatch, Destination]]:
+        """Yield batches with where they were sent to; from a place on, if one is given. OSError of the kernel."""
+        for segment in self.segments[first_for(self.segments, self.since_ns) :]:
+            if segment.began_ns > self.until_ns + LATE_NS:
+                return
+            if start is not None and segment.number < start.segment:
+                continue
+            offset = start.offset if start is not None and segment.number == start.segment else 0
+            with self._open(segment) as reader:
+                for head in reader.heads(offset):
+                    if not self.since_ns <= head.received_ns < self.until_ns:
+                        continue
+                    try:
+                        batch = reader.read(head)
+                    except RecordError:
+                        self.damaged += head.size
+                        continue
+                    self.place = JournalPlace(segment.number, head.offset)
+                    yield batch
+                self.damaged += reader.damaged
+
+    def _open(self, segment: Segment) -> SegmentReader:
+        """Open a segment, under its other name if it was sealed in the meantime."""
+        try:
+            return SegmentReader(self.directory / segment.name, segment)
+        except FileNotFoundError:
+            if not segment.is_open:
+                raise
+            sealed = Segment(segment.stream, segment.number, segment.began_ns)
+            return SegmentReader(self.directory / sealed.name, sealed)

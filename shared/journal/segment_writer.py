@@ -1,0 +1,102 @@
+"""Writes a segment: record behind record, each whole or not there at all as far as a reader can tell."""
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Final
+
+from shared.capture.pcapng import Destination, interface_block, section_block
+from shared.datagrams.batch import DatagramBatch
+from shared.journal.records import Identity, Record
+from shared.journal.segments import Segment
+
+MODE: Final = 0o640
+
+
+def header(stream: str) -> bytes:
+    """Return what a segment begins with: a section and its only interface, the stream."""
+    return section_block("fanwire journal") + interface_block(stream)
+
+
+class SegmentWriter:
+    """A segment that is being written. FileExistsError or another OSError when it can't be made.
+
+    `directory` is the stream's. An OSError leaves what was written before it whole, and the next record may be tried.
+    """
+
+    def __init__(self, directory: Path, segment: Segment, destination: Destination) -> None:
+        self.segment = segment
+        self.rows = 0
+        self._directory, self._destination = directory, destination
+        self._path = directory / segment.name
+        self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, MODE)
+        self.size = 0
+        """Bytes of whole records and what stands before them."""
+        start = header(segment.stream)
+        try:
+            if os.write(self._descriptor, start) < len(start):
+                raise OSError(28, os.strerror(28), str(self._path))
+        except OSError:
+            os.close(self._descriptor)
+            self._path.unlink()
+            raise
+        self.size = self._empty_size = len(start)
+
+    @property
+    def empty(self) -> bool:
+        """Return whether there is no record in it."""
+        return self.size == self._empty_size
+
+    def append(self, identity: Identity, batch: DatagramBatch) -> int:
+        """Append a batch; return the bytes that it takes. OSError: nothing was appended."""
+        record = Record(identity, batch, self.segment.began_ns, self._destination)
+        try:
+            record.append_to(self._descriptor)
+        except OSError:
+            self._take_back()
+            raise
+        self.size += record.size
+        self.rows += len(batch)
+        return record.size
+
+    def _take_back(self) -> None:
+        """Remove the part of a record that was written; where that fails, readers find no whole record in it."""
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._descriptor, self.size)
+        os.lseek(self._descriptor, self.size, os.SEEK_SET)
+
+    def sync(self) -> None:
+        """Bring what was appended to the disk (fdatasync(2)); any thread may do it. OSError of the kernel."""
+        os.fdatasync(self._descriptor)
+
+    def seal(self) -> Segment:
+        """Bring all to the disk, close the file and give it its last name; remove it if it is empty.
+
+        OSError: it is closed, and still has the name of an open one.
+        """
+        try:
+            if not self.empty:
+                os.fdatasync(self._descriptor)
+        finally:
+            os.close(self._descriptor)
+        return seal_segment(self._directory, self.segment, empty=self.empty)
+
+
+def seal_segment(directory: Path, segment: Segment, *, empty: bool) -> Segment:
+    """Give a segment that is written no more its last name, or remove it; return it as it is now."""
+    sealed = Segment(segment.stream, segment.number, segment.began_ns)
+    if empty:
+        (directory / segment.name).unlink()
+    else:
+        (directory / segment.name).rename(directory / sealed.name)
+    sync_directory(directory)
+    return sealed
+
+
+def sync_directory(directory: Path) -> None:
+    """Bring names of files to the disk. OSError of the kernel."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
