@@ -126,6 +126,30 @@ PROHIBITED: Final = "prohibited"
 """Those of them by which a firewall or router prohibits copies, EACCES; over IPv6 alone, since the kernel makes
 EHOSTUNREACH of the same over IPv4 (forwarder)."""
 
+# journal, account `journal/STREAM`; what came to it is in its accounts `origin/WORKER/BOOT/STREAM`
+WRITTEN: Final = "written"
+"""Datagrams that were written to the journal, of those `taken`."""
+EXPIRED: Final = "expired"
+"""Datagrams that retention has removed."""
+READ: Final = "read"
+"""Datagrams that were handed to readers, such as a sender of copies whose collector was away."""
+READERS_REFUSED: Final = "readers_refused"
+"""Requests of readers that were answered with an error (account `journal`)."""
+SEGMENTS: Final = "segments"
+"""Segments that are there: a gauge."""
+KEPT_BYTES: Final = "kept_bytes"
+"""Bytes that they take: a gauge."""
+OLDEST: Final = "oldest_ns"
+"""The time since which there is something, in ns since 1970; 0: there is nothing: a gauge."""
+CUT_BYTES: Final = "cut_bytes"
+"""Bytes at the ends of segments that were not whole when the journal began, after a power cut."""
+DAMAGED_BYTES: Final = "damaged_bytes"
+"""Bytes in which readers found no whole batch."""
+SET_ASIDE: Final = "segments_set_aside"
+"""Segments in which nothing could be read."""
+WRITE_ERRNO: Final = "write_errno"
+"""Errno of the last write; 0 once one has succeeded: a gauge."""
+
 # dropped on purpose, by cause
 DROPPED: Final = "dropped_"
 NO_SUBSCRIBER: Final = DROPPED + "no_subscriber"
@@ -153,6 +177,10 @@ UNSURE: Final = DROPPED + "unsure"
 """In the hands of a sender when it was killed: nobody knows whether they had left (forwarder, transmitter)."""
 OVER_SHARE: Final = DROPPED + "over_share"
 """More than the fair share of the collector's address while not all copies could be sent (forwarder, transmitter)."""
+DISK_FULL: Final = DROPPED + "disk_full"
+"""Not kept, since the disk had no room (journal)."""
+DISK_ERROR: Final = DROPPED + "disk_error"
+"""Not kept, since the disk failed (journal)."""
 LEFT: Final = DROPPED + "left"
 """Waited for a collector that left, or moved, whose own account has ended (account of forwarder or transmitter)."""
 
@@ -264,6 +292,8 @@ def _equations(name: str, account: Mapping[str, int]) -> Iterator[tuple[int, str
         yield parts(EXPECTED), EXPECTED, parts(OFFERED, MISSED, UNSERVED)
         kept_back = parts(FILTERED, SAMPLED_OUT, SHARED_OUT, HELD, WITHHELD, WITHHELD_BY_ADMIN)
         yield parts(OFFERED), OFFERED, kept_back + parts(SENT) + dropped(account) - parts(UNSERVED)
+    elif name.startswith("journal/"):
+        yield parts(TAKEN), TAKEN, parts(WRITTEN) + dropped(account)
     elif name == "broker":
         # The broker hands on what it takes and may pass. Without keys both figures are libzmq's. What it lost others
         # tell: workers by what they published, subscribers by what has reached them (`shared.monitoring.balance`).

@@ -33,6 +33,7 @@ ELSEWHERE: Final[dict[str, str]] = {
     "can't read a TCP connection: it is closed": KERNEL,
     "can't lend to another subscriber": KERNEL,
     "error in the gateway's loop": KERNEL,
+    "the disk is slow: the next start seals the segments that are open now": KERNEL,
     "the bus can't be bound anew; the broker tries again each second": KERNEL,
     "copies have another source address now: this host's addresses or routes have changed": LINKS,
     "copies to a collector fail; check its host, its port and the route": LINKS,

@@ -24,8 +24,9 @@ MAX_PORTION_PAYLOAD: Final = 8 * 1024 * 1024
 class WorkerPosition(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """The place that a reader has reached in what a worker published on a stream since its boot.
 
-    `sequence` and `total` are those that the worker's next message has if nothing is missing. `received_ns` is that of
-    the last batch before it: it tells whether another boot of the worker comes before or behind this one.
+    `sequence` and `total` are those that the worker's next message has if nothing is missing; a `total` that stands
+    within a message brings that one again. `received_ns` is that of the last batch before it: it tells whether another
+    boot of the worker comes before or behind this one.
     """
 
     worker: SenderName

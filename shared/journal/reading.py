@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from shared.bus.journal_messages import JournalPlace, JournalRead, WorkerPosition
+from shared.bus.journal_messages import MAX_PORTION_ROWS, JournalPlace, JournalRead, WorkerPosition
 from shared.capture.pcapng import Destination
 from shared.datagrams.batch import DatagramBatch
 from shared.journal.records import Head, Identity, RecordError
-from shared.journal.segment_reader import SegmentReader
+from shared.journal.segment_reader import SegmentReader, open_segment
 from shared.journal.segments import LATE_NS, Segment, first_for
 
 MAX_PASSED: Final = 4096
@@ -31,13 +31,15 @@ class Portion:
     missing: int = 0
     damaged: int = 0
     """Bytes in which there is no whole record."""
+    unreadable: list[Segment] = field(default_factory=list)
+    """Sealed segments in which there is none at all."""
 
 
 class _PortionReader:
     """Fills one portion."""
 
-    def __init__(self, wanted: JournalRead) -> None:
-        self._wanted = wanted
+    def __init__(self, wanted: JournalRead, most_batches: int) -> None:
+        self._wanted, self._most_batches = wanted, most_batches
         self.portion = Portion(positions={each.worker: each for each in wanted.positions}, place=wanted.place)
         self._rows, self._payload, self._passed = wanted.rows, wanted.payload, 0
         self._met: set[str] = set()
@@ -48,22 +50,20 @@ class _PortionReader:
         """Read from where the portion before has ended, or else from where the first batch may be."""
         some = segments()
         index, offset = self._start(some)
-        while index < len(some):
-            segment = some[index]
+        for segment in some[index:]:
             try:
-                with SegmentReader(directory / segment.name, segment) as reader:
-                    full = self._read_segment(reader, offset)
-                    self.portion.damaged += reader.damaged
-            except FileNotFoundError:  # retention was quicker, or it was sealed in the meantime
-                before, some = some, segments()
-                index = next((at for at, each in enumerate(some) if each.number >= segment.number), len(some))
-                if list(before) == list(some):
-                    index += 1
-                offset = offset if index < len(some) and some[index].number == segment.number else 0
+                reader = open_segment(directory, segment)
+            except FileNotFoundError:  # retention was quicker
+                offset = 0
                 continue
+            with reader:
+                full = self._read_segment(reader, offset)
+                self.portion.damaged += reader.damaged
+                if not (full or offset or segment.is_open or reader.found):
+                    self.portion.unreadable.append(segment)
             if full:
                 return self.portion
-            index, offset = index + 1, 0
+            offset = 0
         self.portion.at_end = True
         return self.portion
 
@@ -100,12 +100,13 @@ class _PortionReader:
         if position is None:
             return head.received_ns >= self._wanted.since_ns
         if position.boot == identity.boot:
-            return identity.sequence >= position.sequence
+            return identity.total + head.rows > position.total
         return head.received_ns > position.received_ns
 
     def _read_batch(self, reader: SegmentReader, head: Head) -> bool:
         """Add a batch to the portion, if it is not damaged; return False when there is no room for it."""
-        if self.portion.batches and head.rows > self._rows:
+        some = self.portion.batches
+        if len(some) >= self._most_batches or (some and head.rows > self._rows):
             return False
         try:
             batch, _ = reader.read(head)
@@ -135,9 +136,11 @@ class _PortionReader:
             self.portion.missing += gap
 
 
-def read_portion(directory: Path, segments: Segments, wanted: JournalRead) -> Portion:
+def read_portion(
+    directory: Path, segments: Segments, wanted: JournalRead, most_batches: int = MAX_PORTION_ROWS
+) -> Portion:
     """Return the next batches that a `JournalRead` asks for; `directory` is the stream's. OSError of the kernel."""
-    return _PortionReader(wanted).read(directory, segments)
+    return _PortionReader(wanted, most_batches).read(directory, segments)
 
 
 @dataclass(slots=True)
@@ -161,25 +164,22 @@ class Past:
             if start is not None and segment.number < start.segment:
                 continue
             offset = start.offset if start is not None and segment.number == start.segment else 0
-            with self._open(segment) as reader:
-                for head in reader.heads(offset):
-                    if not self.since_ns <= head.received_ns < self.until_ns:
-                        continue
-                    try:
-                        batch = reader.read(head)
-                    except RecordError:
-                        self.damaged += head.size
-                        continue
-                    self.place = JournalPlace(segment.number, head.offset)
-                    yield batch
-                self.damaged += reader.damaged
+            try:
+                reader = open_segment(self.directory, segment)
+            except FileNotFoundError:  # retention was quicker
+                continue
+            with reader:
+                yield from self._batches_of(reader, offset)
+                self.damaged += reader.damaged + (0 if segment.is_open else reader.size - reader.end)
 
-    def _open(self, segment: Segment) -> SegmentReader:
-        """Open a segment, under its other name if it was sealed in the meantime."""
-        try:
-            return SegmentReader(self.directory / segment.name, segment)
-        except FileNotFoundError:
-            if not segment.is_open:
-                raise
-            sealed = Segment(segment.stream, segment.number, segment.began_ns)
-            return SegmentReader(self.directory / sealed.name, sealed)
+    def _batches_of(self, reader: SegmentReader, offset: int) -> Iterator[tuple[DatagramBatch, Destination]]:
+        for head in reader.heads(offset):
+            if not self.since_ns <= head.received_ns < self.until_ns:
+                continue
+            try:
+                batch = reader.read(head)
+            except RecordError:
+                self.damaged += head.size
+                continue
+            self.place = JournalPlace(reader.segment.number, head.offset)
+            yield batch

@@ -35,6 +35,17 @@ MAX_HEADER: Final = 4096
 """Bytes that the blocks before the first record take at most."""
 
 
+def open_segment(directory: Path, segment: Segment) -> "SegmentReader":
+    """Open a segment of the stream in `directory`, under its other name if it was sealed in the meantime. OSError."""
+    try:
+        return SegmentReader(directory / segment.name, segment)
+    except FileNotFoundError:
+        if not segment.is_open:
+            raise
+    sealed = Segment(segment.stream, segment.number, segment.began_ns)
+    return SegmentReader(directory / sealed.name, sealed)
+
+
 class SegmentReader:
     """The records of a file. OSError when it can't be opened or read."""
 
@@ -46,6 +57,8 @@ class SegmentReader:
         """Bytes passed over so far, because no whole record is in them."""
         self.end = 0
         """The byte behind the last record that was found."""
+        self.found = 0
+        """Records that were found."""
 
     @property
     def size(self) -> int:
@@ -69,6 +82,7 @@ class SegmentReader:
                     return
                 self.damaged += max(0, head.offset - self.end)
             last, self.end = head, head.end
+            self.found += 1
             yield head
 
     def read(self, head: Head) -> tuple[DatagramBatch, Destination]:

@@ -32,6 +32,8 @@ class Stream(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     protocol: Protocol | None = None
     """Protocol of its UDP listeners, to count what is missing from the exporters' own numbers; none: nothing is
     counted."""
+    journal: bool = False
+    """Keep its datagrams in the journal."""
 
     def __post_init__(self) -> None:
         check_each("listen", partial(parse_endpoint, schemes=STREAM_SCHEMES), self.listen)

@@ -10,7 +10,18 @@ from msgspec import Struct, field
 from shared.client import ALL_STREAMS
 from shared.settings.entries import Collector, Stream, Token
 from shared.settings.explain import did_you_mean
-from shared.settings.tables import Broker, Bus, Console, Forwarder, Gateway, Ingest, Log, Offload, Transmitter
+from shared.settings.tables import (
+    Broker,
+    Bus,
+    Console,
+    Forwarder,
+    Gateway,
+    Ingest,
+    Journal,
+    Log,
+    Offload,
+    Transmitter,
+)
 
 DEFAULT_STREAM: Final = Stream(
     name="messages", listen=("udp://localhost:6667", "tcp://localhost:6667"), reply="Got your message!"
@@ -27,11 +38,17 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     forwarder: Forwarder = Forwarder()
     transmitter: Transmitter = Transmitter()
     offload: Offload = Offload()
+    journal: Journal = Journal()
     console: Console = Console()
     log: Log = Log()
     streams: tuple[Stream, ...] = field(default=(DEFAULT_STREAM,), name="stream")
     collectors: tuple[Collector, ...] = field(default=(), name="collector")
     tokens: tuple[Token, ...] = field(default=(), name="token")
+
+    @property
+    def journaled(self) -> tuple[str, ...]:
+        """The streams that are kept in the journal."""
+        return tuple(stream.name for stream in self.streams if stream.journal)
 
     @property
     def database(self) -> Path | None:

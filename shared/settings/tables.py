@@ -280,6 +280,35 @@ class Offload(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return self.mark_mask >> self.mark_shift
 
 
+class Journal(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The journal, which keeps what comes in streams with `journal = true`."""
+
+    directory: str = "$STATE_DIRECTORY/journal"
+    """Directory of the segments; without STATE_DIRECTORY (systemd) one of this user's under XDG_STATE_HOME."""
+    bytes: Annotated[int, Meta(ge=1 << 20, le=1 << 50)] = 10_737_418_240
+    """The most that segments take; the oldest go first."""
+    age_seconds: Annotated[float, Meta(ge=0, le=3_153_600_000)] = 604_800.0
+    """The longest that a segment is kept; 0: as long as there is room."""
+    min_free: Annotated[int, Meta(ge=0, le=1 << 50)] = 1_073_741_824
+    """Bytes that stay free on the disk, whoever takes them: the oldest segments go first; 0: none."""
+    sync_seconds: Annotated[float, Meta(ge=0.01, le=3600)] = 0.5
+    """The longest time of which a power cut takes what was written; a killed process loses nothing of that."""
+    memory: Ceiling = 402_653_184
+    """Bytes that the process may take; near it nobody gets to read in the journal."""
+
+    @property
+    def path(self) -> Path:
+        """The directory with variables filled in."""
+        state = os.environ.get("STATE_DIRECTORY", "").partition(":")[0] or str(_user_state())
+        return Path(os.path.expandvars(self.directory.replace("$STATE_DIRECTORY", state)))
+
+
+def _user_state() -> Path:
+    """Return the directory in which programs of this user keep their state (XDG Base Directory Specification)."""
+    home = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    return Path(home).expanduser() / "fanwire"
+
+
 class Console(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The live page, and the metrics for Prometheus."""
 

@@ -92,7 +92,7 @@ PURE = (
     "shared/client.py",
     "shared/bus/fields.py",
     "shared/bus/journal_messages.py",
-    "shared/bus/report_messages.py",
+    "shared/bus/health_message.py",
     "shared/datagrams/batch.py",
     "shared/datagrams/gathered.py",
     "shared/datagrams/prefix_index.py",

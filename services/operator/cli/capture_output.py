@@ -7,21 +7,10 @@ from typing import BinaryIO
 
 import numpy as np
 
-from shared.capture.pcapng import UNKNOWN4, UNKNOWN6, Destination
+from shared.capture.destination import pack_unscoped
+from shared.capture.pcapng import Destination
 from shared.capture.writer import CaptureWriter
 from shared.datagrams.batch import DatagramBatch, Indices, make_rows
-from shared.net.addresses import pack_address
-
-
-def destination_at(*places: tuple[str, int]) -> Destination:
-    """Return the destination of datagrams that came to these addresses; an unspecified one stays unknown."""
-    four = [_pack(address) for address, _ in places if ":" not in address]
-    six = [_pack(address) for address, _ in places if ":" in address]
-    return Destination(places[0][1] if places else 0, *four[:1] or [UNKNOWN4], *six[:1] or [UNKNOWN6])
-
-
-def _pack(address: str) -> bytes:
-    return pack_address(address.partition("%")[0])  # headers have no room for a scope
 
 
 class CaptureOutput:
@@ -43,7 +32,7 @@ class CaptureOutput:
         some = list(islice(datagrams, None if self._count is None else self._count - self.written))
         if some:
             addresses, ports, payloads = zip(*some, strict=True)
-            rows = make_rows([len(each) for each in payloads], [*map(_pack, addresses)], ports)
+            rows = make_rows([len(each) for each in payloads], [*map(pack_unscoped, addresses)], ports)
             self.write_rows(DatagramBatch(self._interface, time.time_ns(), rows, b"".join(payloads)))
 
     def write_rows(self, batch: DatagramBatch, rows: Indices | None = None) -> None:

@@ -112,7 +112,8 @@ def _make_output(arguments: argparse.Namespace, file: BinaryIO, at: tuple[str, i
     if arguments.write is None:
         return Output(file, as_hex if arguments.hex else as_text, arguments.count)
     if is_capture(arguments.write):
-        from services.operator.cli.capture_output import CaptureOutput, destination_at  # others start without numpy
+        from services.operator.cli.capture_output import CaptureOutput  # others start without numpy
+        from shared.capture.destination import destination_at
 
         return CaptureOutput(file, arguments.name, destination_at(at), arguments.count)
     return Output(file, as_payload, arguments.count)

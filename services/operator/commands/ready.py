@@ -20,7 +20,7 @@ from shared.process.lifecycle import OK, UNAVAILABLE, OperatorError
 from shared.settings.model import Settings
 
 SERVICES: Final = ("broker", "gateway", "ingest", "forwarder", "transmitter")
-OPTIONAL: Final = ("console",)
+OPTIONAL: Final = ("journal", "console")
 """Services that copies flow without; waited for where they are named."""
 LOOK_SECONDS: Final = 0.05
 HINT_PORT: Final = 9514

@@ -33,7 +33,7 @@ from shared.settings.model import Settings
 ALL: Final = (*SERVICES, *OPTIONAL)
 STOP_SECONDS: Final = 10.0
 """Time that services get to drain: they take up to 4 s, the sources of datagrams first."""
-STOP_ORDER: Final = ("ingest", "forwarder", "transmitter", "gateway", "console", "broker")
+STOP_ORDER: Final = ("ingest", "forwarder", "transmitter", "gateway", "journal", "console", "broker")
 LISTEN_SECONDS: Final = 1.5 * INTERVAL_SECONDS
 ENDED_BY_USER: Final = frozenset(128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM))
 

@@ -1,9 +1,8 @@
 """`fanwire tap`: writes the datagrams of a stream, or those for a collector, into a capture as they pass the bus."""
 
 import argparse
-import socket
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
@@ -11,7 +10,7 @@ import numpy as np
 import zmq
 
 from services.operator.cli.arguments import Subparsers, add_command, positive_number, prefix
-from services.operator.cli.capture_output import CaptureOutput, destination_at
+from services.operator.cli.capture_output import CaptureOutput
 from services.operator.cli.numbers import counted
 from services.operator.cli.output import NO_ROOM, STANDARD_OUTPUT, add_count_argument, open_capture, say
 from services.operator.client.bus_reader import subscribed
@@ -20,12 +19,12 @@ from services.operator.client.running_streams import streams_of
 from shared.bus.loans.borrower import Borrower
 from shared.bus.messages import REGISTRY_TOPIC, Message, RegistryChange, RegistrySnapshot, datagrams_topic
 from shared.bus.zmq_sockets import Subscriber
+from shared.capture.destination import destination_at, destination_of
 from shared.client import ALL_STREAMS, Client
 from shared.datagrams.batch import DatagramBatch, Indices
 from shared.datagrams.prefix_set import Prefixes, halves_of
 from shared.datagrams.routing import Router
 from shared.fanout.registry_replica import RegistryReplica
-from shared.net.addresses import resolve
 from shared.process.lifecycle import FAILED, OK, UNAVAILABLE, USAGE, Lifecycle, OperatorError
 from shared.settings.entries import Stream
 from shared.settings.explain import did_you_mean
@@ -76,13 +75,7 @@ class StreamTap:
 
     def __init__(self, stream: Stream) -> None:
         self.topics = [datagrams_topic(stream.name)]
-        places = []
-        for endpoint in stream.endpoints:
-            if endpoint.scheme == "udp":
-                with suppress(OSError):
-                    found = resolve(endpoint.host, endpoint.port, socket.SOCK_DGRAM)
-                    places += [(str(at[0]), endpoint.port) for _, at in found]
-        self.destination = destination_at(*places)
+        self.destination = destination_of(stream.endpoints)
 
     def heed(self, message: Message) -> None:
         """Ignore the registry: a stream is the same for all."""

@@ -1,0 +1,96 @@
+"""The thread that waits for the disk: it syncs, seals and removes, so that taking batches does not wait."""
+
+import contextlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
+from typing import Final, TypeVar
+
+from shared.journal.segment_reader import SegmentReader
+from shared.journal.segment_writer import SegmentWriter, sync_directory
+from shared.journal.segments import Segment
+from shared.log import get_logger
+
+Job = Callable[[], None]
+R = TypeVar("R")
+JOIN_SECONDS: Final = 2.5
+"""Time that the disk may take at the end; the process has to end within 4 s."""
+
+log = get_logger()
+
+
+class DiskThread:
+    """Does jobs in their order; what they have found is applied when the loop calls `collect`."""
+
+    def __init__(self) -> None:
+        self._jobs: SimpleQueue[Job | None] = SimpleQueue()
+        self._done: SimpleQueue[Job] = SimpleQueue()
+        self._thread = Thread(target=self._run, name="disk", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job()
+
+    def submit(self, job: Callable[[], Job]) -> None:
+        """Do a job when its turn comes; the function that it returns is for the loop to call."""
+        self._jobs.put(lambda: self._done.put(job()))
+
+    def collect(self) -> None:
+        """Apply what has been done since the last call."""
+        while not self._done.empty():
+            self._done.get()()
+
+    def close(self) -> bool:
+        """Do all jobs that are there, and end; return whether they were done in time."""
+        self._jobs.put(None)
+        self._thread.join(JOIN_SECONDS)
+        self.collect()
+        return not self._thread.is_alive()
+
+
+def sync(writers: list[SegmentWriter]) -> OSError | None:
+    """Bring segments to the disk; return the first error."""
+    failed = None
+    for writer in writers:
+        try:
+            writer.sync()
+        except OSError as error:
+            failed = failed or error
+    return failed
+
+
+def seal(writer: SegmentWriter) -> Segment | OSError:
+    """Seal a segment; return it as it is then, or the error. With an error the next start seals it."""
+    try:
+        return writer.seal()
+    except OSError as error:
+        return error
+
+
+def remove(directory: Path, segment: Segment, rows: int | None) -> tuple[int, OSError | None]:
+    """Remove a segment of the stream in `directory`; return the datagrams in it: counted here where `rows` is None."""
+    path = directory / segment.name
+    if rows is None:
+        rows = _count_rows(path, segment)
+    try:
+        path.unlink(missing_ok=True)
+        sync_directory(directory)
+    except OSError as error:
+        return rows, error
+    return rows, None
+
+
+def _count_rows(path: Path, segment: Segment) -> int:
+    """Return the datagrams in a segment, as far as it can be read."""
+    with contextlib.suppress(OSError), SegmentReader(path, segment) as reader:
+        return sum(head.rows for head in reader.heads())
+    return 0
+
+
+def free_on(directory: Path) -> int:
+    """Return the bytes that this user can still write on the directory's disk. OSError of the kernel."""
+    found = os.statvfs(directory)
+    return found.f_bavail * found.f_frsize

@@ -1,0 +1,91 @@
+"""Those who read in the journal by the bus: their requests wait in turn, and each gets one portion."""
+
+from collections import deque
+from collections.abc import Mapping
+from typing import Final, Protocol
+
+from services.journal.stream_journal import StreamJournal
+from shared.bus.journal_messages import JournalPortion, JournalRead, Replayed
+from shared.bus.messages import Body
+from shared.datagrams.batch import DatagramBatch
+from shared.journal.reading import Portion, read_portion
+from shared.log import get_logger
+
+MAX_WAITING: Final = 64
+"""Requests that may wait; each reader has one under way."""
+MAX_BATCHES: Final = 64
+"""Batches in a portion, whatever their size: fewer than a queue of the bus holds."""
+
+log = get_logger()
+
+
+class Publish(Protocol):
+    """Puts a message on the bus; returns False when the queue is full."""
+
+    def __call__(self, topic: str, body: Body, batch: DatagramBatch | None = None) -> bool:
+        """Publish."""
+
+
+class Readers:
+    """Answers requests, one when its turn comes."""
+
+    def __init__(self, publish: Publish, streams: Mapping[str, StreamJournal]) -> None:
+        self._publish, self._streams = publish, streams
+        self._waiting: deque[JournalRead] = deque()
+        self.refused = 0
+        """Requests that were answered with an error."""
+
+    def __bool__(self) -> bool:
+        return bool(self._waiting)
+
+    def add(self, request: JournalRead, *, memory_short: bool) -> None:
+        """Let a request wait for its turn, or refuse it."""
+        if len(self._waiting) >= MAX_WAITING or memory_short:
+            why = "the journal's memory is short" if memory_short else f"{MAX_WAITING} requests wait already"
+            self._refuse(request, "unavailable", f"{why}; ask again in a second")
+        else:
+            self._waiting.append(request)
+
+    def answer(self) -> None:
+        """Answer the request that has waited longest."""
+        request = self._waiting.popleft()
+        stream = self._streams.get(request.stream)
+        if stream is None:
+            self._refuse(request, "unknown_stream", f"the journal does not keep stream {request.stream}")
+            return
+        try:
+            portion = read_portion(stream.directory, stream.segments, request, MAX_BATCHES)
+        except OSError as error:
+            stream.note_disk_error(error)
+            self._refuse(request, "unavailable", f"the journal can't be read: {error.strerror}")
+            return
+        for segment in portion.unreadable:
+            stream.set_aside(segment)
+        if self._send(request, portion):
+            stream.note_read(sum(len(batch) for _, batch in portion.batches), portion.damaged)
+
+    def _send(self, request: JournalRead, portion: Portion) -> bool:
+        """Send a portion; return False when the bus takes no more: the reader, which gets no end, asks anew."""
+        for identity, batch in portion.batches:
+            numbers = identity.worker, identity.boot, identity.sequence, identity.total
+            body = Replayed(request.id, batch.stream, batch.received_ns, *numbers)
+            if not self._publish(request.reply, body, batch):
+                return False
+        return self._publish(
+            request.reply,
+            JournalPortion(
+                id=request.id,
+                batches=len(portion.batches),
+                positions=list(portion.positions.values()),
+                place=portion.place,
+                at_end=portion.at_end,
+                expired=portion.expired,
+                missing=portion.missing,
+            ),
+        )
+
+    def _refuse(self, request: JournalRead, error: str, message: str) -> None:
+        self.refused += 1
+        positions, place = request.positions, request.place
+        body = JournalPortion(request.id, 0, positions, place, at_end=False, error=error, message=message)
+        self._publish(request.reply, body)

@@ -1,0 +1,262 @@
+"""The journal's loop: batches in from the bus, onto the disk; portions out to readers; what is too much removed."""
+
+import select
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+from services.journal import disk_thread
+from services.journal.disk_thread import DiskThread, free_on
+from services.journal.readers import Readers
+from services.journal.stream_journal import StreamJournal
+from shared.bus.endpoint import open_link, queue_limit
+from shared.bus.journal_messages import JOURNAL_TOPIC, JournalRead
+from shared.bus.kept_counts import KeptFile
+from shared.bus.loans.borrower import Borrower
+from shared.bus.messages import Datagrams, Message, Status
+from shared.bus.status import Reporter
+from shared.bus.zmq_sockets import Publisher, Subscriber, check_directory, new_context
+from shared.capture.destination import destination_of
+from shared.fanout.streams import FollowedStreams
+from shared.journal.directory import Lock, segments_in, streams_in
+from shared.journal.records import Identity
+from shared.journal.retention import Limits, expired
+from shared.ledger import BASELINE, REACHED, READERS_REFUSED, Accounts, unparse_origin
+from shared.log import get_logger
+from shared.process.lifecycle import CANT_CREATE, Lifecycle, OperatorError, Readiness
+from shared.process.memory import Memory
+from shared.process.reload import Reload
+from shared.settings.model import Settings
+
+TURN_MESSAGES: Final = 256
+"""Bus messages handled in a row before a reader and housekeeping get their turn."""
+QUIET_SECONDS: Final = 0.25
+INPUT_SECONDS: Final = 1.0
+"""After SIGTERM the workers may still flush: input ends when nothing has come for a while, or after this."""
+UPKEEP_SECONDS: Final = 1.0
+
+log = get_logger()
+
+
+class JournalService:
+    """Keeps the journaled streams, and answers readers."""
+
+    def __init__(self, name: str, settings: Settings) -> None:
+        self.name, self._settings = name, settings
+        self._memory = Memory(settings.journal.memory, "[journal] memory", borrows=True)
+        own = settings.journal
+        self._limits = Limits(own.bytes, own.age_seconds, own.min_free)
+        self._streams: dict[str, StreamJournal] = {}
+        self._journaled: set[str] = set()
+        """Those of them that are kept now."""
+        self._positions: dict[str, dict[str, int]] = {}
+        """Places that the last journal had reached, by the name of the origin's account."""
+
+    def __enter__(self) -> Self:
+        bus, own = self._settings.bus, self._settings.journal
+        check_directory(bus.path)
+        self._lock = _lock(own.path)
+        self._disk = DiskThread()
+        try:
+            self._open_streams(self._settings)
+        except OperatorError:
+            self._disk.close()
+            self._lock.close()
+            raise
+        link = open_link(bus, "journal")
+        self._context = new_context()
+        mark = queue_limit(bus.high_water_mark, self._memory.ceiling)
+        self._publisher = Publisher(self._context, bus.path, self.name, mark, link)
+        self._subscriber = Subscriber(self._context, bus.path, mark, link, Borrower)
+        self._reporter = Reporter(self._publisher, self._memory)
+        self._readers = Readers(self._publisher.publish, self._streams)
+        self._followed = FollowedStreams(self._subscriber, bus.path, KeptFile(None))
+        self._followed.restore(self._positions)
+        self._subscriber.subscribe(JOURNAL_TOPIC)
+        self._followed.subscribe_to(self._journaled)
+        self._upkeep_at = self._sync_at = 0.0
+        self._syncing = False
+        return self
+
+    def _open_streams(self, settings: Settings) -> None:
+        """Keep the streams of these settings. OperatorError: their directory can't be used; then nothing changes.
+
+        What there is of streams that were kept once can be read, until retention has removed it.
+        """
+        own, places = settings.journal, {each.name: each.endpoints for each in settings.streams}
+        fresh: dict[str, StreamJournal] = {}
+        for name in {*settings.journaled, *_once_kept(own.path)} - self._streams.keys():
+            fresh[name] = StreamJournal(name, own.path, own.bytes, self._disk)
+            try:
+                last = fresh[name].open()
+            except OSError as error:
+                raise OperatorError(CANT_CREATE, f"{own.path / name}: {error.strerror}; {CURE}") from None
+            for identity, rows in last.values():
+                reached = identity.total + rows
+                account = unparse_origin(identity.worker, identity.boot, name)
+                self._positions[account] = {REACHED: reached, BASELINE: reached}
+        self._streams.update(fresh)
+        for name in self._journaled - {*settings.journaled}:
+            self._streams[name].seal()
+        self._journaled = {*settings.journaled}
+        for name in self._journaled:
+            self._streams[name].destination = destination_of(places[name])
+
+    def _apply_settings(self, settings: Settings) -> None:
+        self._open_streams(settings)
+        self._followed.subscribe_to(self._journaled)
+
+    def run(self, lifecycle: Lifecycle) -> None:
+        """Serve until told to drain, then until the workers are silent."""
+        readiness = Readiness(self.name, self._settings.bus, lambda: self._publisher.ready)
+        reload = Reload(self.name, lifecycle, self._settings, self._apply_settings)
+        with select.epoll() as waking:
+            for descriptor in (self._subscriber.fileno(), self._publisher.fileno(), lifecycle.fileno()):
+                waking.register(descriptor, select.EPOLLIN)
+            more = True
+            while not lifecycle.draining:
+                waking.poll(0 if more or self._readers else max(0.0, self._due_at - time.monotonic()))
+                lifecycle.heed()
+                more = self._turn() == TURN_MESSAGES
+                self._keep_up()
+                reload.check()
+                readiness.check(directory=str(self._settings.journal.path), streams=sorted(self._journaled))
+        self._drain()
+
+    @property
+    def _due_at(self) -> float:
+        """Return the time at which something is due that no message brings."""
+        unsynced = any(stream.unsynced for stream in self._streams.values())
+        return min(self._upkeep_at, self._reporter.due_at, self._sync_at if unsynced else self._upkeep_at)
+
+    def _turn(self) -> int:
+        """Handle the messages that have come, up to a limit, and one reader; return the number of messages."""
+        handled = 0
+        while handled < TURN_MESSAGES and (message := self._subscriber.receive()):
+            self._take(message)
+            handled += 1
+        if self._readers:
+            self._readers.answer()
+        return handled
+
+    def _take(self, message: Message) -> None:
+        body, envelope, batch = message.body, message.envelope, message.batch
+        if batch is not None and type(body) is Datagrams:
+            if self._followed.note_batch(message.topic, envelope, len(batch)) is not None and len(batch):
+                identity = Identity(envelope.sender, envelope.boot, envelope.sequence, envelope.total)
+                self._streams[batch.stream].append(identity, batch)
+        elif isinstance(body, JournalRead):
+            self._readers.add(body, memory_short=self._memory.short)
+        elif isinstance(body, Status):
+            self._followed.reconcile(envelope, body)
+        self._followed.pop_unserved()
+
+    def _keep_up(self) -> None:
+        """Sync, seal, remove and report what is due."""
+        self._memory.measure()
+        self._disk.collect()
+        now = time.monotonic()
+        if now >= self._sync_at and not self._syncing:
+            self._sync()
+            self._sync_at = now + self._settings.journal.sync_seconds
+        if now >= self._upkeep_at:
+            self._upkeep_at = now + UPKEEP_SECONDS
+            for stream in self._streams.values():
+                stream.keep_up()
+            self._retain()
+        fresh = self._publisher.new_subscriptions()
+        if now >= self._reporter.due_at or (fresh and self._reporter.asked_for(fresh)):
+            self._report()
+
+    def _sync(self) -> None:
+        """Let the disk's thread sync what was written since it did so last."""
+        streams = [stream for stream in self._streams.values() if stream.unsynced]
+        writers = [writer for stream in streams for writer in stream.writers()]
+        if not writers:
+            return
+        self._syncing = True
+
+        def work() -> disk_thread.Job:
+            error = disk_thread.sync(writers)
+
+            def apply() -> None:
+                self._syncing = False
+                if error:
+                    streams[0].note_disk_error(error)
+
+            return apply
+
+        self._disk.submit(work)
+
+    def _retain(self) -> None:
+        """Remove what is too much, too old, or in the way of others on the disk."""
+        try:
+            free = free_on(self._settings.journal.path)
+        except OSError:  # the directory is gone: writing says so
+            return
+        kept = [each for stream in self._streams.values() for each in stream.kept()]
+        for going in expired(kept, self._limits, time.time_ns(), free):
+            self._streams[going.segment.stream].remove(going)
+
+    def _report(self) -> None:
+        self._followed.sort_out_silent_workers()
+        self._followed.came_and_gone.clear()  # the forwarder says it
+        self._reporter.report(self._accounts)
+
+    def _accounts(self) -> Accounts:
+        own = {
+            "bus_rejected": sum(self._subscriber.rejected.values()),
+            "bus_repeated": self._followed.repeated,
+            READERS_REFUSED: self._readers.refused,
+        }
+        streams = {f"journal/{name}": dict(stream.report()) for name, stream in self._streams.items()}
+        return {"journal": own, **streams, **self._followed.accounts()}
+
+    def _drain(self) -> None:
+        """Write what still comes, and seal all segments."""
+        began = time.monotonic()
+        quiet_at = began + QUIET_SECONDS
+        while (now := time.monotonic()) < min(quiet_at, began + INPUT_SECONDS):
+            if self._turn():
+                quiet_at = time.monotonic() + QUIET_SECONDS
+            else:
+                self._subscriber.socket.poll(int((quiet_at - now) * 1000) + 1)
+        for stream in self._streams.values():
+            stream.seal()
+        if not self._disk.close():
+            log.warning("the disk is slow: the next start seals the segments that are open now")
+        self._report()
+        log.info("drained", service=self.name, accounts={name: s.report() for name, s in self._streams.items()})
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._followed.close()
+        self._subscriber.close()
+        self._publisher.close()
+        self._context.term()
+        self._lock.close()
+
+
+CURE: Final = "set [journal] directory to one of this user's"
+
+
+def _lock(directory: Path) -> Lock:
+    try:
+        return Lock(directory)
+    except BlockingIOError:
+        told = f"another journal writes in {directory}: stop it first, or set another [journal] directory"
+        raise OperatorError(CANT_CREATE, told) from None
+    except OSError as error:
+        raise OperatorError(CANT_CREATE, f"{directory}: {error.strerror}; {CURE}") from None
+
+
+def _once_kept(directory: Path) -> list[str]:
+    """Return the streams of which there are segments, as far as this user may look."""
+    found = []
+    for name in streams_in(directory):
+        with suppress(OSError):
+            found += [name] if segments_in(directory, name, bad=True) else []
+    return found

@@ -1,0 +1,252 @@
+"""The journal of one stream: the segment that is written, those that are there, and what became of each datagram."""
+
+import contextlib
+import errno
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from services.journal import disk_thread
+from services.journal.disk_thread import DiskThread
+from shared.capture.pcapng import Destination
+from shared.datagrams.batch import DatagramBatch
+from shared.journal.directory import DIRECTORY_MODE, recover, segments_in, set_aside
+from shared.journal.records import Identity
+from shared.journal.retention import Kept
+from shared.journal.segment_reader import SegmentReader
+from shared.journal.segment_writer import SegmentWriter
+from shared.journal.segments import Segment
+from shared.ledger import (
+    CUT_BYTES,
+    DAMAGED_BYTES,
+    DISK_ERROR,
+    DISK_FULL,
+    EXPIRED,
+    KEPT_BYTES,
+    OLDEST,
+    READ,
+    SEGMENTS,
+    SET_ASIDE,
+    TAKEN,
+    WRITE_ERRNO,
+    WRITTEN,
+)
+from shared.log import get_logger
+
+SEGMENT_BYTES: Final = 128 * 1024 * 1024
+SEGMENT_SECONDS: Final = 60.0
+"""A segment is sealed at this size or age: what retention removes at once, and the error of a search by time."""
+RETRY_SECONDS: Final = 1.0
+"""After an error of the disk nothing is written for this long: a disk that fails would hold up the loop each time."""
+NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+log = get_logger()
+
+
+class StreamJournal:
+    """Appends a stream's batches to segments below `directory`, which this process has locked."""
+
+    def __init__(self, stream: str, directory: Path, most_bytes: int, disk: DiskThread) -> None:
+        self.stream = stream
+        self.destination = Destination()
+        """The destination in the headers of what is written."""
+        self.directory = directory / stream
+        self.account: Counter[str] = Counter()
+        self._segment_bytes = min(SEGMENT_BYTES, most_bytes // 8)
+        self._disk = disk
+        self._kept: dict[int, Kept] = {}
+        """Segments that are there, by number, without the one that is written now."""
+        self._rows: dict[int, int] = {}
+        """Datagrams of those that this process has written."""
+        self._writer: SegmentWriter | None = None
+        self._written_ns = 0
+        self._seal_at = self._retry_at = 0.0
+        self._failing: str | None = None
+        self._unwritten = 0
+        """Datagrams dropped since writing began to fail."""
+        self._next_number = 1
+        self.unsynced = False
+
+    def open(self) -> dict[str, tuple[Identity, int]]:
+        """Seal what the last journal has left open, and learn what is there.
+
+        Return, by worker, the identity of the last batch in the journal and its number of datagrams.
+        """
+        last: dict[str, tuple[Identity, int]] = {}
+        self.directory.mkdir(DIRECTORY_MODE, parents=True, exist_ok=True)
+        for each in recover(self.directory.parent, self.stream):
+            last |= each.last
+            self.account[CUT_BYTES] += each.cut if each.now and not each.now.is_bad else 0
+            if each.now and each.now.is_bad:
+                self._note_bad(each.now)
+            elif each.cut:
+                log.warning(
+                    "a segment was not whole: its end was cut off", segment=each.left.name, stream=self.stream,
+                    cut_bytes=each.cut,
+                )  # fmt: skip
+        for segment in segments_in(self.directory.parent, self.stream, bad=True):
+            with contextlib.suppress(FileNotFoundError):
+                found = (self.directory / segment.name).stat()
+                self._kept[segment.number] = Kept(segment, found.st_size, found.st_mtime_ns)
+        self._next_number = max(self._kept, default=0) + 1
+        return last or self._last_identities()
+
+    def _last_identities(self) -> dict[str, tuple[Identity, int]]:
+        """Return the last batch of each worker in the newest segment."""
+        found: dict[str, tuple[Identity, int]] = {}
+        for segment in self.segments()[-1:]:
+            with contextlib.suppress(OSError), SegmentReader(self.directory / segment.name, segment) as reader:
+                for head in reader.heads():
+                    found[head.identity.worker] = head.identity, head.rows
+        return found
+
+    def _note_bad(self, segment: Segment) -> None:
+        self.account[SET_ASIDE] += 1
+        log.error("nothing can be read in a segment: it is set aside", segment=segment.name, stream=self.stream)
+
+    def append(self, identity: Identity, batch: DatagramBatch) -> None:
+        """Write a batch; where that fails, count it and go on."""
+        self.account[TAKEN] += len(batch)
+        if self._failing and time.monotonic() < self._retry_at:
+            self._drop(self._failing, len(batch))
+            return
+        try:
+            writer = self._writer or self._begin(batch.received_ns)
+            writer.append(identity, batch)
+        except OSError as error:
+            self._fail(error)
+            self._drop(self._failing or DISK_ERROR, len(batch))
+            return
+        if self._failing:
+            self._recovered()
+        self.account[WRITTEN] += len(batch)
+        self._written_ns, self.unsynced = time.time_ns(), True
+        if writer.size >= self._segment_bytes:
+            self.seal()
+
+    def _begin(self, received_ns: int) -> SegmentWriter:
+        """Begin the next segment."""
+        segment = Segment(self.stream, self._next_number, received_ns, is_open=True)
+        try:
+            self._writer = SegmentWriter(self.directory, segment, self.destination)
+        except FileNotFoundError:  # another program has removed the directory
+            self.directory.mkdir(DIRECTORY_MODE, parents=True, exist_ok=True)
+            self._writer = SegmentWriter(self.directory, segment, self.destination)
+        self._next_number += 1
+        self._seal_at = time.monotonic() + SEGMENT_SECONDS
+        return self._writer
+
+    def _drop(self, cause: str, rows: int) -> None:
+        self.account[cause] += rows
+        self._unwritten += rows
+
+    def _fail(self, error: OSError) -> None:
+        self._retry_at = time.monotonic() + RETRY_SECONDS
+        self._failing = DISK_FULL if error.errno in NO_ROOM else DISK_ERROR
+        self.account[WRITE_ERRNO] = error.errno or errno.EIO
+        cure = "free some of the disk, or lower [journal] bytes" if self._failing == DISK_FULL else "look at the disk"
+        log.error(
+            "the journal can't write: datagrams come to collectors as ever, and are not kept", error=error.strerror,
+            of=self.stream, directory=str(self.directory), cure=cure,
+        )  # fmt: skip
+        if self._writer and not self._writer.empty:
+            self.seal()  # retention removes only what is sealed
+
+    def _recovered(self) -> None:
+        self._failing = None
+        self.account[WRITE_ERRNO] = 0
+        log.info("the journal writes again", stream=self.stream, not_kept=self._unwritten)
+        self._unwritten = 0
+
+    def keep_up(self) -> None:
+        """Seal the segment that is written once it is old enough. Due each second."""
+        if self._writer and time.monotonic() >= self._seal_at:
+            self.seal()
+
+    def seal(self) -> None:
+        """Write no more to the present segment; the disk's thread seals it."""
+        writer, self._writer = self._writer, None
+        if writer is None:
+            return
+        number = writer.segment.number
+        self._kept[number] = Kept(writer.segment, writer.size, self._written_ns)
+        self._rows[number] = writer.rows
+
+        def apply(result: Segment | OSError) -> None:
+            if writer.empty or number not in self._kept:
+                self._kept.pop(number, None)
+            elif isinstance(result, Segment):
+                self._kept[number] = replace(self._kept[number], segment=result)
+            else:
+                self.note_disk_error(result)
+
+        self._in_thread(lambda: disk_thread.seal(writer), apply)
+
+    def writers(self) -> list[SegmentWriter]:
+        """Return what is to be synced, and consider it done."""
+        self.unsynced = False
+        return [self._writer] if self._writer else []
+
+    def note_disk_error(self, error: OSError) -> None:
+        """Report an error of the disk by which nothing is known to be lost."""
+        log.error("the journal's disk fails", error=error.strerror, of=self.stream, directory=str(self.directory))
+
+    def kept(self) -> list[Kept]:
+        """Return the segments that are there, the one that is written among them."""
+        writer = self._writer
+        return [*self._kept.values(), *([Kept(writer.segment, writer.size, self._written_ns)] if writer else [])]
+
+    def segments(self) -> list[Segment]:
+        """Return the segments that can be read, in their order."""
+        readable = [each.segment for each in self.kept() if not each.segment.is_bad]
+        return sorted(readable, key=lambda segment: segment.number)
+
+    def remove(self, going: Kept) -> None:
+        """Let the disk's thread remove a segment, and count what was in it."""
+        number = going.segment.number
+        del self._kept[number]
+        known = self._rows.pop(number, None)
+
+        def apply(result: tuple[int, OSError | None]) -> None:
+            rows, error = result
+            if error is None:
+                self.account[EXPIRED] += rows
+            else:
+                self._kept[number] = going
+                self.note_disk_error(error)
+
+        self._in_thread(lambda: disk_thread.remove(self.directory, going.segment, known), apply)
+
+    def note_read(self, rows: int, damaged: int) -> None:
+        """Count what readers got, and the damaged bytes that were passed over for it."""
+        self.account[READ] += rows
+        if damaged:
+            self.account[DAMAGED_BYTES] += damaged
+            log.warning("a part of the journal is damaged: it was passed over", of=self.stream, damaged_bytes=damaged)
+
+    def set_aside(self, segment: Segment) -> None:
+        """Set a sealed segment aside in which no record can be read."""
+        try:
+            bad = set_aside(self.directory, segment)
+        except OSError as error:
+            self.note_disk_error(error)
+            return
+        self._kept[segment.number] = replace(self._kept[segment.number], segment=bad)
+        self._note_bad(bad)
+
+    def report(self) -> Mapping[str, int]:
+        """Return the account, with gauges of what is there."""
+        kept = self.kept()
+        oldest = min((each.segment.began_ns for each in kept if not each.segment.is_bad), default=0)
+        gauges = {SEGMENTS: len(kept), KEPT_BYTES: sum(each.size for each in kept), OLDEST: oldest}
+        return {**self.account, **gauges}
+
+    def _in_thread(self, job: Callable[[], disk_thread.R], apply: Callable[[disk_thread.R], None]) -> None:
+        def work() -> Callable[[], None]:
+            result = job()
+            return lambda: apply(result)
+
+        self._disk.submit(work)

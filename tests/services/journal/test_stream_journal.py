@@ -1,0 +1,102 @@
+import errno
+import os
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from services.journal import stream_journal
+from services.journal.disk_thread import DiskThread
+from services.journal.readers import MAX_WAITING, Readers
+from services.journal.stream_journal import StreamJournal
+from shared.bus.journal_messages import JournalPortion, JournalRead
+from shared.bus.messages import Body
+from shared.datagrams.batch import DatagramBatch
+from shared.journal.directory import segments_in
+from shared.journal.segment_writer import SegmentWriter
+from shared.ledger import DISK_ERROR, SEGMENTS, TAKEN, WRITE_ERRNO, WRITTEN
+from tests.shared.journal.filled import batch_of, identities
+from tests.stack import wait_until
+
+
+@pytest.fixture
+def disk() -> Iterator[DiskThread]:
+    """The thread that waits for the disk."""
+    thread = DiskThread()
+    yield thread
+    assert thread.close()
+
+
+def test_an_error_of_the_disk_is_counted_and_passes(
+    tmp_path: Path, disk: DiskThread, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Batches that the disk refuses are counted under their cause; once it takes them again, all is as before."""
+    journal = StreamJournal("flows", tmp_path, 1 << 30, disk)
+    journal.open()
+    monkeypatch.setattr(stream_journal, "RETRY_SECONDS", 0.0)
+    three = identities(rows=[2, 2, 2])
+    batch = batch_of([("192.0.2.1", 1, b"one"), ("192.0.2.1", 1, b"two")])
+    journal.append(three[0], batch)
+
+    def fail(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as failing:
+        failing.setattr(SegmentWriter, "append", fail)
+        journal.append(three[1], batch)
+    failed = journal.report()
+    assert (failed[TAKEN], failed[WRITTEN], failed[DISK_ERROR], failed[WRITE_ERRNO]) == (4, 2, 2, errno.EIO)
+    assert "look at the disk" in capsys.readouterr().out
+    journal.append(three[2], batch)
+    assert (journal.report()[WRITTEN], journal.report()[WRITE_ERRNO]) == (4, 0)
+    journal.note_disk_error(OSError(errno.EIO, "Input/output error"))
+    assert "the journal's disk fails" in capsys.readouterr().out
+    journal.seal()
+
+
+def test_segments_are_sealed_by_size_and_age(tmp_path: Path, disk: DiskThread, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A segment is sealed once it is large enough, or old enough though nothing comes; numbers grow over restarts."""
+    monkeypatch.setattr(stream_journal, "SEGMENT_SECONDS", 0.0)
+    for start in range(2):
+        journal = StreamJournal("flows", tmp_path, 8 * 4096, disk)
+        journal.open()
+        for identity in identities(rows=[1] * 4):
+            journal.append(identity, batch_of([("192.0.2.1", 1, bytes(1500))]))
+        assert len(journal.segments()) == 2 * start + 2
+        journal.keep_up()
+        wait_until(partial(_sealed, journal, disk), "all are sealed")
+    assert [(each.number, each.is_open) for each in segments_in(tmp_path, "flows")] == [
+        (number, False) for number in (1, 2, 3, 4)
+    ]
+    assert journal.report()[SEGMENTS] == 4
+
+
+def _sealed(journal: StreamJournal, disk: DiskThread) -> bool:
+    disk.collect()
+    return not any(each.is_open for each in journal.segments())
+
+
+def test_readers_wait_in_turn_up_to_a_limit(tmp_path: Path, disk: DiskThread) -> None:
+    """Requests beyond the limit, or while memory is short, are refused at once, with a word and what to do."""
+    said: list[JournalPortion] = []
+
+    def publish(topic: str, body: Body, batch: DatagramBatch | None = None) -> bool:
+        assert isinstance(body, JournalPortion), (topic, batch)
+        said.append(body)
+        return True
+
+    journal = StreamJournal("flows", tmp_path, 1 << 30, disk)
+    journal.open()
+    readers = Readers(publish, {"flows": journal})
+    request = JournalRead(1, "replay/forwarder.1.a/", "flows", 0, [])
+    for _ in range(MAX_WAITING + 1):
+        readers.add(request, memory_short=False)
+    readers.add(request, memory_short=True)
+    assert [each.error for each in said] == ["unavailable", "unavailable"]
+    assert said[0].message == f"{MAX_WAITING} requests wait already; ask again in a second"
+    assert "memory is short" in said[1].message
+    assert readers.refused == 2
+    while readers:
+        readers.answer()
+    assert [(each.error, each.at_end) for each in said[2:]] == [("", True)] * MAX_WAITING
