@@ -1,21 +1,12 @@
 """Shows streams, collectors, exporters and losses on a live page, and as metrics for Prometheus."""
 
 import argparse
-import select
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 
 from shared.log import get_logger
-from shared.process.lifecycle import (
-    MANAGER_SECONDS,
-    Lifecycle,
-    Manager,
-    Watchdog,
-    announce_ready,
-    run,
-    service_parser,
-)
+from shared.process.lifecycle import Lifecycle, run, service_parser, stay_up
 from shared.settings.model import Settings
 
 NEEDED = ("starlette", "uvicorn", "prometheus_client")
@@ -41,15 +32,8 @@ def _missing() -> list[str]:
 
 def _serve(_arguments: argparse.Namespace, settings: Settings, lifecycle: Lifecycle) -> None:
     if missing := _missing():
-        # It stays up, since honcho would end everything with it.
         log.warning("there is no page and there are no metrics: pip install 'fanwire[console]'", missing=missing)
-        announce_ready("console.1", listen=[])
-        watchdog, manager = Watchdog(), Manager()
-        while not lifecycle.draining:
-            watchdog.feed()
-            select.select([lifecycle], [], [], MANAGER_SECONDS)
-            lifecycle.heed()
-            manager.check()
+        stay_up("console.1", lifecycle)
         return
     from services.console.server import run_console
 

@@ -4,12 +4,12 @@ from collections import Counter
 
 import numpy as np
 
-from services.ingest.exporter_shares import ExporterShares
 from services.ingest.flows.exporters import ExporterTracker
-from services.ingest.held_batches import HeldBatches
 from shared.bus.kept_counts import KeptCounts, KeptFile
 from shared.bus.loans.lender import CHUNK, LENT_SIZE, Loan, Pool, Room
 from shared.bus.messages import Datagrams, datagrams_topic, exporters_topic, inline_topic
+from shared.bus.publishing.exporter_shares import ExporterShares
+from shared.bus.publishing.held_batches import HeldBatches
 from shared.bus.zmq_sockets import Publisher
 from shared.datagrams.batch import ROW, DatagramBatch, Generations, Rows
 from shared.ledger import BUS_FULL, BYTES, NO_MEMORY, NO_SUBSCRIBER, OVERSIZED, PUBLISHED, RECEIVED

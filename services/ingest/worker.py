@@ -12,8 +12,6 @@ from types import TracebackType
 from typing import Final, Self
 
 from services.ingest.batch_publisher import StreamFeed, new_pools
-from services.ingest.held_batches import HeldBatches
-from services.ingest.kept_totals import KeptTotals
 from services.ingest.listeners import (
     StreamEndpoint,
     Upkeep,
@@ -27,6 +25,8 @@ from services.ingest.reuseport_sharing import Spreader, is_shareable
 from services.ingest.tcp_connections import ExporterConnections
 from shared.bus.endpoint import open_link, queue_limit
 from shared.bus.loans.lender import Lender, Pool, Room, pool_path
+from shared.bus.publishing.held_batches import HeldBatches
+from shared.bus.publishing.kept_totals import KeptTotals
 from shared.bus.status import Reporter
 from shared.bus.zmq_sockets import Publisher, new_context
 from shared.datagrams.limits import MAX_ROWS

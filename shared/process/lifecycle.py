@@ -285,6 +285,17 @@ class Readiness:
             log.warning(event, service=self._service, **where)
 
 
+def stay_up(service: str, lifecycle: Lifecycle) -> None:
+    """Do nothing until told to end, for a service that is switched off: if it ended, honcho would end all others."""
+    announce_ready(service, listen=[])
+    watchdog, manager = Watchdog(), Manager()
+    while not lifecycle.draining:
+        watchdog.feed()
+        select.select([lifecycle], [], [], MANAGER_SECONDS)
+        lifecycle.heed()
+        manager.check()
+
+
 def announce_ready(service: str, **facts: object) -> None:
     """Report that the service can serve now: in the log, and to systemd."""
     log.info("ready", service=service, pid=os.getpid(), **facts)

@@ -1,7 +1,6 @@
 """The tokens that the settings declare, and those of the file that `[gateway] tokens` names."""
 
 import os
-import stat
 import tomllib
 from pathlib import Path
 from typing import Final
@@ -10,10 +9,12 @@ import msgspec
 from msgspec import Struct, field
 
 from shared.process.lifecycle import BAD_SETTINGS, OperatorError
+from shared.process.private_file import read_private
 from shared.settings.entries import Token
 from shared.settings.explain import explain, explain_toml
 from shared.settings.model import Settings
 
+SETTING: Final = "[gateway] tokens"
 MAX_TOKENS_FILE: Final = 16 * 1024 * 1024
 """Bytes: some 60,000 tokens; each `auth` compares with them all."""
 
@@ -29,7 +30,7 @@ def read_tokens(settings: Settings) -> tuple[Token, ...]:
     path = Path(os.path.expandvars(settings.gateway.tokens))
     written, text = None, ""
     try:
-        text = _read_private(path)
+        text = read_private(path, SETTING, MAX_TOKENS_FILE).decode()
         written = tomllib.loads(text)
         found = msgspec.convert(written, _TokensFile).tokens
         settings.check_tokens(tokens := settings.tokens + found)
@@ -44,22 +45,5 @@ def read_tokens(settings: Settings) -> tuple[Token, ...]:
     return tokens
 
 
-def _read_private(path: Path) -> str:
-    """Read a file that other users can neither read, which would show the rights, nor write, which would let them in.
-
-    A group may be able to read a file of root's: systemd gives a service its credentials this way.
-    """
-    with path.open("rb") as file:
-        status = os.fstat(file.fileno())
-        others = 0o077 if status.st_uid == os.geteuid() else 0o037
-        if status.st_uid not in (0, os.geteuid()) or stat.S_IMODE(status.st_mode) & others:
-            raise _unusable(
-                path,
-                "file is accessible to other users; make it mode 600, owned by root or this service's user: "
-                f"`chmod 600 {path}`",
-            )
-        return file.read(MAX_TOKENS_FILE).decode()
-
-
 def _unusable(path: Path, reason: str) -> OperatorError:
-    return OperatorError(BAD_SETTINGS, f"[gateway] tokens: {path}: {reason}")
+    return OperatorError(BAD_SETTINGS, f"{SETTING}: {path}: {reason}")

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from services.forwarder.plan import UDP_SEGMENT
 from services.ingest import receiver as receiving
 from services.ingest.batch_publisher import StreamFeed
-from services.ingest.held_batches import HeldBatches
 from services.ingest.marks import SO_RCVMARK, SO_RXQ_OVFL, MarkReader
 from services.ingest.receiver import DatagramReceiver
 from shared.bus.loans.lender import CHUNK, Loan, Pool
 from shared.bus.messages import Datagrams, hold_topic
+from shared.bus.publishing.held_batches import HeldBatches
 from shared.bus.zmq_sockets import Publisher
 from shared.datagrams.batch import DatagramBatch, read_generations, read_rows
 from shared.datagrams.mmsg import SO_MARK, ReceiveArena

@@ -1,9 +1,9 @@
 from collections.abc import Sequence
 from typing import Any, cast
 
-from services.ingest import held_batches
-from services.ingest.held_batches import BATCH_OVERHEAD, HOLD_SECONDS, MAX_SENDERS, HeldBatches
 from shared.bus.messages import Again, Datagrams, Part, again_topic, hold_topic
+from shared.bus.publishing import held_batches
+from shared.bus.publishing.held_batches import BATCH_OVERHEAD, HOLD_SECONDS, MAX_SENDERS, HeldBatches
 from shared.bus.zmq_sockets import Publisher
 
 HOLD, AGAIN = hold_topic("forwarder.1"), again_topic("ingest.1", "forwarder.1")

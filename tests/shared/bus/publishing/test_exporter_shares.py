@@ -2,10 +2,10 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.ingest import exporter_shares
-from services.ingest.exporter_shares import ExporterShares
 from shared.bus.exporters_message import MAX_TOLD
 from shared.bus.messages import decode, encode, exporters_topic
+from shared.bus.publishing import exporter_shares
+from shared.bus.publishing.exporter_shares import ExporterShares
 from shared.datagrams.batch import ROW, Rows
 
 

@@ -1,0 +1,1 @@
+"""Duties of those who publish datagrams, ingest and uplink: totals for a successor, held batches, exporters."""
