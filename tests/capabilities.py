@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, Final
 
 EVERYTHING: Final = (1 << 64) - 1  # sets of capabilities, see linux/capability.h
+NET_ADMIN: Final = 1 << 12
 NET_RAW: Final = 1 << 13
 CAPABILITY_VERSION_3: Final = 0x20080522
 PR_SET_SECUREBITS, PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, SECBIT_NOROOT = 28, 47, 2, 1  # linux/prctl.h

@@ -14,7 +14,7 @@ from typing import Final
 
 import pytest
 
-from tests.capabilities import NET_RAW, ambient
+from tests.capabilities import NET_ADMIN, NET_RAW, ambient
 from tests.once import made_once
 from tests.stack import CHECKOUT, FORKED, Running, Stack
 
@@ -70,27 +70,31 @@ def _copy_program(interpreter: str, directory: Path) -> None:
     subprocess.run([interpreter, "-m", "compileall", "-q", str(directory)], check=True)
 
 
+CAPABILITY: Final = {"transmitter": NET_RAW, "offload": NET_ADMIN}
+
+
 class OpenStack(Stack):
-    """A stack with a transmitter: it becomes nobody when root starts it, and has CAP_NET_RAW alone otherwise."""
+    """A stack with a transmitter and offload: they become nobody when root starts them, else have one capability."""
 
     def start(self, name: str, *arguments: str, ready: bool = True) -> Running:
-        """Start a service; a transmitter so that it gets its raw sockets."""
-        if not name.startswith("transmitter"):
+        """Start a service; one that begins with a privilege so that it has that."""
+        service = name.partition(".")[0]
+        if service not in CAPABILITY:
             return super().start(name, *arguments, ready=ready)
-        with self.opening():
+        with self.opening(CAPABILITY[service]):
             return super().start(name, *arguments, ready=ready)
 
     @contextmanager
-    def opening(self) -> Iterator[None]:
-        """Let programs started meanwhile open raw sockets; `interpreter` and `program` are readable by everybody."""
-        with self._program(), ambient(NET_RAW) if os.geteuid() else nullcontext():
+    def opening(self, capability: int = NET_RAW) -> Iterator[None]:
+        """Let programs started meanwhile have a capability; `interpreter` and `program` are readable by everybody."""
+        with self._program(), ambient(capability) if os.geteuid() else nullcontext():
             yield
 
-    def start_without_privilege(self, name: str = "transmitter") -> Running:
+    def start_without_privilege(self, name: str = "transmitter", *arguments: str, ready: bool = True) -> Running:
         """Start a service as a plain user, a transmitter as one who may not open raw sockets."""
         become = f"--reuid={NOBODY} --regid={NOBODY} --clear-groups" if os.geteuid() == 0 else "--no-new-privs"
         with self._program("setpriv", *become.split()):
-            return super().start(name)
+            return super().start(name, *arguments, ready=ready)
 
     @contextmanager
     def _program(self, *prefix: str) -> Iterator[None]:

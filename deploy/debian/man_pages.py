@@ -15,7 +15,7 @@ from argparse_manpage.manpage import Manpage
 sys.path.insert(0, fanwire.__path__[0])  # as the installed program does
 
 from services.operator.commands.completion import whole_parser
-from services.operator.commands.ready import OPTIONAL, SERVICES
+from services.operator.commands.ready import OPT_IN, OPTIONAL, SERVICES
 from shared.process.installed_version import release
 from shared.process.lifecycle import Parser
 from shared.settings.location import SYSTEM, VARIABLE
@@ -74,7 +74,7 @@ def main(directory: Path) -> None:
     """Write all pages."""
     whole = whole_parser()
     (commands,) = (action for action in whole._actions if isinstance(action, argparse._SubParsersAction))
-    services = [*SERVICES, *OPTIONAL]
+    services = [*SERVICES, *OPT_IN, *OPTIONAL]
     own = [name for name in commands.choices if name not in services]
     about = ".BR fanwire (1)\n.br\nSettings, protocol and counters: /usr/share/doc/fanwire"
     pages = {}

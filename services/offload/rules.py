@@ -65,6 +65,11 @@ class Marks:
     mask: int
     shift: int
 
+    def require_none(self) -> bytes:
+        """Return the instructions that end the rule for a packet with a mark in our bits, which is somebody else's."""
+        ours = struct.pack("=I", self.mask)
+        return load_meta(Meta.MARK, R0) + bitwise(R0, R0, ours, bytes(4)) + compare(R0, bytes(4))
+
     def set_to(self, generation: int) -> bytes:
         """Return the instructions that mark a packet, and leave all other bits."""
         kept, ours = struct.pack("=I", ~self.mask & 0xFFFFFFFF), struct.pack("=I", generation << self.shift & self.mask)
@@ -109,7 +114,7 @@ class Renderer:
             if goals:
                 for chain in base_chains:
                     listeners = self._batch.add_map(len(goals[0][0]), goals)
-                    self._batch.add_rule(chain, _find_listener(version, listeners))
+                    self._batch.add_rule(chain, _find_listener(version, listeners, self._marks))
 
     def _add_stream(self, stream: StreamCopies, version: int) -> str:
         copies = {place: self._plan.copies[place] for place in stream.copies}
@@ -179,10 +184,11 @@ def _pad(address: bytes, port: int) -> bytes:
     return address + port.to_bytes(2, "big") + bytes(2)
 
 
-def _find_listener(version: int, listeners: int) -> bytes:
+def _find_listener(version: int, listeners: int, marks: Marks) -> bytes:
     """Go to the chain of a stream with a whole datagram, without options, that came to this host for its listener."""
     _, destination, length = ADDRESS_OFFSET[version]
     came = load_meta(Meta.PACKET_TYPE, R0) + compare(R0, b"\0")  # PACKET_HOST: not what a promiscuous link has seen
+    came += marks.require_none()
     if version == 4:
         # With a VLAN tag the ethertype is another one: its datagrams are for the VLAN's own interface.
         whole = load(Base.LINK, 12, 2, R0) + compare(R0, b"\x08\x00")

@@ -34,7 +34,8 @@ class KernelCopies(msgspec.Struct, array_like=True, frozen=True):
     """One of `pieces` pieces of what a generation serves, of the collectors of one source.
 
     Generations are used again after minutes: one with a higher `serial`, or of another boot, replaces the one before.
-    A subscriber that has all pieces publishes an `OffloadReply` on `reply`, each time that it has got them.
+    A subscriber that has all pieces publishes an `OffloadReply` on `reply`, each time that it has got them, once it
+    serves `revision` of the registry of the gateway with the boot id `registry`, of which they were made.
     """
 
     generation: Annotated[int, Meta(ge=1, le=MAX_GENERATION)]
@@ -43,6 +44,8 @@ class KernelCopies(msgspec.Struct, array_like=True, frozen=True):
     piece: Number
     pieces: Annotated[int, Meta(ge=1)]
     served: list[KernelServed]
+    registry: Number = 0
+    revision: Number = 0
 
 
 class OffloadReply(msgspec.Struct, array_like=True, frozen=True, gc=False):

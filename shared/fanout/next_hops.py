@@ -5,6 +5,7 @@ import os
 import socket
 import struct
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from enum import IntEnum, auto
 from typing import Final
@@ -122,9 +123,19 @@ class NextHops:
         """Return the link of a name."""
         return next((link for link in self._links.values() if link.name == name), None)
 
-    def apply_events(self) -> None:
-        """Apply the changes that netlink reports."""
-        for event in self._netlink.events() if self._netlink else ():
+    @property
+    def links(self) -> Collection[Link]:
+        """Return the links that there are."""
+        return self._links.values()
+
+    def addresses(self) -> list[str]:
+        """Return every address of this host; none without netlink."""
+        return self._netlink.addresses() if self._netlink else []
+
+    def apply_events(self) -> int:
+        """Apply the changes that netlink reports; return their number."""
+        events = [*self._netlink.events()] if self._netlink else []
+        for event in events:
             match event:
                 case Neighbour():
                     if hop := self._hops.get((event.link_index, event.address)):
@@ -141,6 +152,7 @@ class NextHops:
                     self.stale = self._events_lost = True
         if self.stale and time.monotonic() >= self._ask_again_at:
             self._ask_anew()
+        return len(events)
 
     def _ask_anew(self) -> None:
         """Let ways be asked for anew; after lost events, all other remembered facts too."""

@@ -18,6 +18,11 @@ class RegistryReplica:
         self._boot = -1
         self._assembler = Assembler[RegistrySnapshot]()
 
+    @property
+    def boot(self) -> int:
+        """The boot id of the gateway that this registry is of; -1: of none yet."""
+        return self._boot
+
     def apply_message(self, envelope: Envelope, body: RegistrySnapshot | RegistryChange) -> bool:
         """Apply a message; return whether it changed the registry."""
         changed = self._change(envelope, body) if isinstance(body, RegistryChange) else self._snapshot(envelope, body)

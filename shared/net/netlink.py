@@ -16,6 +16,7 @@ from pyroute2.netlink.exceptions import NetlinkDecodeError
 from pyroute2.netlink.rtnl import (
     RTM_DELLINK,
     RTM_DELNEIGH,
+    RTM_GETADDR,
     RTM_GETLINK,
     RTM_GETNEIGH,
     RTM_GETROUTE,
@@ -31,6 +32,7 @@ from pyroute2.netlink.rtnl import (
     RTNLGRP_NEIGH,
     RTNLGRP_TC,
 )
+from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 from pyroute2.netlink.rtnl.marshal import MarshalRtnl
 from pyroute2.netlink.rtnl.ndmsg import ndmsg
@@ -177,6 +179,11 @@ class Netlink:
         answers = self._ask(question, RTM_GETNEIGH, _neighbour)
         return answers[0] if answers else Neighbour(link_index, address, 0, b"")
 
+    def addresses(self) -> list[str]:
+        """Return every address of this host."""
+        found = self._ask(ifaddrmsg(), RTM_GETADDR, _own_address, NLM_F_DUMP)
+        return [address for address in found if address]
+
     def _ask(self, question: nlmsg, kind: int, read: Callable[[Any], T], flags: int = 0) -> list[T]:
         """Return the answers; none where the kernel answers with an error, such as ENETUNREACH, or does not answer."""
         self._sequence += 1
@@ -279,6 +286,10 @@ def _link(message: Any) -> Link:
         message.get_attr("IFLA_MTU") or 0,
         message["flags"] & IFF_UP != 0 and message["flags"] & IFF_RUNNING != 0,
     )
+
+
+def _own_address(message: Any) -> str:
+    return message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS") or ""  # the latter may be a peer's
 
 
 def _route(message: Any, address: str) -> Route | None:

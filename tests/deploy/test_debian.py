@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from services.operator.__main__ import COMMANDS
-from services.operator.commands.ready import OPTIONAL, SERVICES
+from services.operator.commands.ready import OPT_IN, OPTIONAL, SERVICES
 from tests.deploy.test_units import UNITS, service_of
 from tests.documents import block
 from tests.stack import CHECKOUT
@@ -46,7 +46,8 @@ def test_every_command_and_service_has_a_man_page(tmp_path: Path) -> None:
 
     man_pages.main(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {
-        "fanwire.1", *(f"fanwire-{name}.1" for name in COMMANDS), *(f"fanwire-{name}.8" for name in SERVICES + OPTIONAL)
+        "fanwire.1", *(f"fanwire-{name}.1" for name in COMMANDS),
+        *(f"fanwire-{name}.8" for name in SERVICES + OPT_IN + OPTIONAL),
     }  # fmt: skip
     told = (tmp_path / "fanwire-transmitter.8").read_text().replace("\\", "")
     assert "--require-privilege" in told

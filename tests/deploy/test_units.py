@@ -157,15 +157,18 @@ def test_reload_is_a_hangup(unit: Path) -> None:
     assert lines(unit, "ExecReload") == ["kill -HUP $MAINPID"]
 
 
-def test_only_the_transmitter_has_a_capability() -> None:
-    """CAP_NET_RAW is in the transmitter's unit, ambient and bounded; the others have an empty bounding set."""
+CAPABILITIES = {"transmitter": "CAP_NET_RAW", "offload": "CAP_NET_ADMIN"}
+
+
+def test_two_services_have_one_capability_each() -> None:
+    """The capability is in the unit, ambient and bounded; the other units have an empty bounding set."""
     for unit in SERVICES:
-        transmitting = service_of(unit) == "transmitter"
-        assert lines(unit, "CapabilityBoundingSet") == (["CAP_NET_RAW"] if transmitting else [""])
-        assert lines(unit, "AmbientCapabilities") == (["CAP_NET_RAW"] if transmitting else [])
-        assert lines(unit, "ExecStart")[0].endswith(" --require-privilege") == transmitting
+        capability = CAPABILITIES.get(service_of(unit), "")
+        assert lines(unit, "CapabilityBoundingSet") == [capability]
+        assert lines(unit, "AmbientCapabilities") == ([capability] if capability else [])
+        assert lines(unit, "ExecStart")[0].endswith(" --require-privilege") == bool(capability)
         settings = "\n".join(line for line in unit.read_text().splitlines() if not line.startswith("#"))
-        assert settings.count("CAP_") == 2 * transmitting
+        assert settings.count("CAP_") == 2 * bool(capability)
 
 
 def test_sockets_are_those_of_the_built_in_stream() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from services.operator.cli.arguments import Subparsers, add_command
 from services.operator.client.programs import refusals
-from services.operator.commands.ready import OPTIONAL, SERVICES
+from services.operator.commands.ready import OPT_IN, OPTIONAL, SERVICES
 from shared.net.printable import printable
 from shared.process.lifecycle import BAD_SETTINGS, OK
 from shared.settings.file import NOT_SETTINGS, render
@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
 
 
 def _check(config: Path | None, source: str) -> int:
-    refused = refusals((*SERVICES, *OPTIONAL), config)
+    refused = refusals((*SERVICES, *OPT_IN, *OPTIONAL), config)
     for service, why in refused.items():
         print(printable(f"{service}: {why}"))
     if not refused:

@@ -22,6 +22,8 @@ from shared.settings.model import Settings
 SERVICES: Final = ("broker", "gateway", "ingest", "forwarder", "transmitter")
 OPTIONAL: Final = ("journal", "console")
 """Services that copies flow without; waited for where they are named."""
+OPT_IN: Final = ("offload",)
+"""Services that do nothing unless the settings ask for them."""
 LOOK_SECONDS: Final = 0.05
 HINT_PORT: Final = 9514
 ANY_ADDRESS: Final = {"localhost": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}

@@ -23,17 +23,17 @@ from services.operator.cli.output import discard_output
 from services.operator.client.bus_reader import subscribed
 from services.operator.client.programs import command, environment
 from services.operator.client.status_reader import heard_reports
-from services.operator.commands.ready import OPTIONAL, SERVICES
+from services.operator.commands.ready import OPT_IN, OPTIONAL, SERVICES
 from shared.bus.endpoint import open_link
 from shared.bus.status import INTERVAL_SECONDS, Report
 from shared.bus.zmq_sockets import broker_is_up
 from shared.process.lifecycle import CANT_CREATE, MANAGER_PID, NOT_PERMITTED, OK, UNAVAILABLE, OperatorError
 from shared.settings.model import Settings
 
-ALL: Final = (*SERVICES, *OPTIONAL)
+ALL: Final = (*SERVICES, *OPT_IN, *OPTIONAL)
 STOP_SECONDS: Final = 10.0
 """Time that services get to drain: they take up to 4 s, the sources of datagrams first."""
-STOP_ORDER: Final = ("ingest", "forwarder", "transmitter", "gateway", "journal", "console", "broker")
+STOP_ORDER: Final = ("offload", "ingest", "forwarder", "transmitter", "gateway", "journal", "console", "broker")
 LISTEN_SECONDS: Final = 1.5 * INTERVAL_SECONDS
 ENDED_BY_USER: Final = frozenset(128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM))
 
@@ -41,7 +41,7 @@ ENDED_BY_USER: Final = frozenset(128 + number for number in (signal.SIGHUP, sign
 def add_parser(subparsers: Subparsers) -> None:
     """Add both commands."""
     parser = add_command(subparsers, "run", run, "run all services of this host, until Ctrl-C")
-    parser.add_argument("--only", nargs="+", choices=ALL, default=ALL, metavar="SERVICE", help="only these")
+    parser.add_argument("--only", nargs="+", choices=ALL, default=(), metavar="SERVICE", help="only these")
     parser.add_argument("--ingest", type=positive, default=1, metavar="N", help="ingest workers; default: %(default)s")
     parser.add_argument("--hint", action="store_true", help="print what to try next, as on a terminal")
     add_command(subparsers, "stop", stop, "end the services that run on this host")
@@ -49,7 +49,8 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(arguments: argparse.Namespace, settings: Settings) -> int:
     """Run services until a signal, or until one of them ends; return the exit code of the first that failed."""
-    if "broker" in arguments.only and (found := _running(settings)):
+    services = arguments.only or (*SERVICES, *(OPT_IN if settings.offload.interfaces else ()), *OPTIONAL)
+    if "broker" in services and (found := _running(settings)):
         raise OperatorError(
             CANT_CREATE,
             f"fanwire is running already, on {settings.bus.path}: {_list(found)}. `fanwire stop` ends it; "
@@ -58,13 +59,13 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
     manager = _Services()
     on_terminal = settings.log.format == "auto" and sys.stdout.isatty()
     form = {"FANWIRE_LOG__FORMAT": "text"} if on_terminal else {}
-    for service in arguments.only:
+    for service in services:
         for number in range(arguments.ingest if service == "ingest" else 1):
             name = f"{service}.{number + 1}"
             manager.add_process(name, command(service, arguments.config), env=environment(name) | form)
     hint = arguments.hint or sys.stdout.isatty()
     with ExitStack() as stack:
-        if hint and set(SERVICES) <= set(arguments.only):
+        if hint and set(SERVICES) <= set(services):
             stack.enter_context(_hinting(arguments.config))
         manager.loop()
     return OK if manager.returncode in ENDED_BY_USER else int(manager.returncode or OK)

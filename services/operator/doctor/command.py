@@ -13,7 +13,7 @@ from services.operator.cli.tables import print_table
 from services.operator.client.gateway_options import access, add_gateway_arguments
 from services.operator.client.programs import refusals
 from services.operator.client.running_streams import CURE, difference, running_streams, stream_named
-from services.operator.commands.ready import OPTIONAL, SERVICES
+from services.operator.commands.ready import OPT_IN, OPTIONAL, SERVICES
 from services.operator.doctor.facts import by_service, host_facts, listen, network_facts, service_facts
 from services.operator.doctor.host import check_host
 from services.operator.doctor.host_names import check_host_names, look_up
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
 
 def _check_settings(config: Path | None, *, runs: bool) -> Iterator[Finding]:
     """Yield what a service would refuse at its start. Those that run may do so as a user who may do more."""
-    refused = refusals((*SERVICES, *OPTIONAL), config)
+    refused = refusals((*SERVICES, *OPT_IN, *OPTIONAL), config)
     found = warning if runs else error
     for service, why in refused.items():
         yield found("settings", f"at its start it would say: {why}", "see `fanwire config --check`", service)

@@ -19,7 +19,6 @@ from services.operator.client.bus_reader import subscribed
 from services.operator.doctor.host import BACKLOG_NAME, BUDGET_NAME, HostFacts, ListeningSocket, Softnet
 from services.operator.doctor.network_paths import NetworkFacts, NetworkPath
 from services.operator.doctor.services import RawSocketFacts, ServiceFacts
-from services.operator.doctor.udp_sockets import UdpSocket, udp_sockets
 from shared.bus.living_workers import living_workers
 from shared.bus.messages import Status
 from shared.bus.status import INTERVAL_SECONDS, Report, Reports
@@ -28,6 +27,7 @@ from shared.ledger import Accounts
 from shared.net.addresses import resolve
 from shared.net.netlink import RTN_LOCAL, Link, Netlink
 from shared.net.queues import Queue, Queues
+from shared.net.udp_sockets import UdpSocket, udp_sockets
 from shared.settings.entries import Stream
 from shared.settings.model import Settings
 from shared.settings.own_listeners import udp_listeners

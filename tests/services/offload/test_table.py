@@ -31,7 +31,7 @@ COUNT = 40
 MARKED_BEFORE = """table netdev before {
     chain in {
         type filter hook ingress device in priority -1
-        meta mark set 0xabc12345
+        meta mark set 0x00012345
     }
 }
 """

@@ -13,8 +13,8 @@ NETLINK_SOCK_DIAG: Final = 4
 SOCK_DIAG_BY_FAMILY: Final = 20
 REQUEST: Final = struct.Struct("=BBBxI48x")
 """struct inet_diag_req_v2 (linux/inet_diag.h): family, protocol, extensions, states; and no filter."""
-ANSWER: Final = struct.Struct("=4xH2x16s48x")
-"""struct inet_diag_msg: the port, in network order, and the address a socket is bound to; the rest is not read."""
+ANSWER: Final = struct.Struct("=4xHH16s16s32x")
+"""struct inet_diag_msg: the ports, in network order, that a socket is bound and connected to, and the addresses."""
 INET_DIAG_SKMEMINFO: Final = 7
 MEMINFO: Final = struct.Struct("=4xI24xI")
 """Of nine u32: bytes of receive buffer, and datagrams dropped (linux/sock_diag.h)."""
@@ -24,10 +24,15 @@ ANSWER_SECONDS: Final = 2.0
 
 @dataclass(frozen=True, slots=True)
 class UdpSocket:
-    """The address of a socket, bytes of receive buffer as they were asked for, and datagrams dropped there."""
+    """The address of a socket, bytes of receive buffer as they were asked for, and datagrams dropped there.
+
+    `peer` and `peer_port` are what it is connected to; of one that is not, the address and the port are 0.
+    """
 
     address: str
     port: int
+    peer: str
+    peer_port: int
     receive_buffer: int
     dropped: int
 
@@ -55,10 +60,11 @@ def _ask(family: int) -> Iterator[UdpSocket]:
 
 def parse_answer(family: int, data: bytes) -> Iterator[UdpSocket]:
     """Yield the socket of a struct inet_diag_msg, unless it says nothing of memory. struct.error."""
-    port, packed = ANSWER.unpack_from(data)
-    address = socket.inet_ntop(family, packed[: 4 if family == socket.AF_INET else 16])
+    port, peer_port, packed, packed_peer = ANSWER.unpack_from(data)
+    length = 4 if family == socket.AF_INET else 16
+    address, peer = (socket.inet_ntop(family, each[:length]) for each in (packed, packed_peer))
     memory = attributes(data[ANSWER.size :]).get(INET_DIAG_SKMEMINFO)
     if memory is not None:
         buffer, dropped = MEMINFO.unpack_from(memory)
         # The kernel doubles the size that is asked for, for its own records.
-        yield UdpSocket(address, socket.ntohs(port), buffer // 2, dropped)
+        yield UdpSocket(address, socket.ntohs(port), peer, socket.ntohs(peer_port), buffer // 2, dropped)

@@ -1,0 +1,246 @@
+"""The plan: for each collector the copies that the kernel makes, or the reason why it can't. Pure; no I/O.
+
+A generation serves a collector entirely or not at all: every datagram with its mark was copied for each collector in
+it. So what depends on a collector decides whether it is in the plan. What depends on a datagram, such as its length,
+holds for all collectors of the plan: the rules let other datagrams go up unmarked.
+"""
+
+import ipaddress
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+import msgspec
+
+from services.offload.kernel_plan import MAX_INTERFACES, NO_COPIES, Copy, KernelPlan, Listener, Prefix, StreamCopies
+from services.offload.source_classes import divide
+from shared.client import Client, Trouble
+from shared.net.addresses import V4_MAPPED, are_apart, pack_network
+
+MAX_RENDERED: Final = 20_000
+"""Copies that the chains of one plan may hold: overlapping prefixes have a chain for each set of collectors."""
+
+OVERLAPPING: Final = "the prefixes of too many collectors overlap"
+
+Place = tuple[str, int]
+"""An address and a port."""
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """The frames to a collector: link, link addresses, MTU."""
+
+    link_index: int
+    next_hop: bytes
+    link_address: bytes
+    mtu: int
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """The facts that a plan is made of, beside the registry: all of it may change at any moment.
+
+    `listeners` has the UDP addresses and ports of each stream at which datagrams of other hosts come. `way_to` finds
+    the way to an address, or the reason why the kernel's copies have none. `relays` has, by collector's address and
+    port, the address and port that the forwarder sends from. `interfaces` are those of the settings that are there,
+    with their MTU.
+    """
+
+    listeners: Mapping[str, Collection[Place]]
+    interfaces: Mapping[str, int]
+    way_to: Callable[[str], Way | str]
+    relays: Mapping[Place, Place]
+    troubled: Mapping[tuple[str, int], Trouble | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The limits of the settings: networks that copies go to, for all and for those with the exporter's address."""
+
+    destinations: tuple[str, ...]
+    original_destinations: tuple[str, ...]
+    rate_limited: bool = False
+    """`[transmitter] frames_per_second`: the kernel's copies would not count."""
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A collector in the plan, with those of its streams that the kernel copies."""
+
+    client: Client
+    streams: tuple[str, ...]
+    copy: Copy
+    mtu: int
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A plan: the collectors served, by IP version; and the reasons why others are not, by name."""
+
+    served: Mapping[int, tuple[Served, ...]]
+    reasons: Mapping[str, str]
+    interfaces: tuple[str, ...] = ()
+    streams: Mapping[int, tuple[StreamCopies, ...]] = field(default_factory=dict)
+    """By IP version, with generation 1 and places in that version's list: `number` gives them their own."""
+
+    @property
+    def rules(self) -> tuple[object, ...]:
+        """Everything that rules and generations are made of: plans that are equal in it need no hand-over."""
+        return tuple(
+            (version, self.interfaces, self.served[version], self.streams[version]) for version in self.versions
+        )
+
+    @property
+    def versions(self) -> tuple[int, ...]:
+        """The IP versions that need a generation."""
+        return tuple(version for version, served in self.served.items() if served)
+
+
+def make_plan(clients: Iterable[Client], facts: Facts, limits: Limits, counter_of: Callable[[str], int]) -> Planned:
+    """Return the plan for these clients; `counter_of` gives a name its number, always the same."""
+    reasons: dict[str, str] = {}
+    found: dict[int, list[Served]] = {4: [], 6: []}
+    for client in clients:
+        if not client.streams:
+            continue
+        served = _serve(client, facts, limits, counter_of)
+        if isinstance(served, str):
+            reasons[client.name] = served
+        else:
+            found[_version(client.address)].append(served)
+    for version, served_all in found.items():
+        kept, dropped = _within_bounds(served_all, version)
+        found[version] = kept
+        reasons |= dict.fromkeys((each.client.name for each in dropped), OVERLAPPING)
+    streams = {version: _streams(served, version, facts, counter_of) for version, served in found.items()}
+    return Planned(
+        {version: tuple(served) for version, served in found.items()},
+        reasons,
+        tuple(sorted(facts.interfaces))[:MAX_INTERFACES],
+        streams,
+    )
+
+
+def _version(address: str) -> int:
+    return 6 if ":" in address else 4
+
+
+def _serve(client: Client, facts: Facts, limits: Limits, counter_of: Callable[[str], int]) -> Served | str:
+    """Return how a collector is served, or the reason why it is not."""
+    reason = _reason_without_way(client, facts, limits)
+    if reason:
+        return reason
+    version = _version(client.address)
+    streams = tuple(
+        name
+        for name, places in facts.listeners.items()
+        if client.wants(name) and any(_version(address) == version for address, _ in places)
+    )
+    if not facts.interfaces:
+        return "no interface of [offload] interfaces is there"
+    if not streams:
+        return f"no stream of it has a udp:// listener for other hosts over IPv{version}"
+    prefixes = tuple(_prefixes(client, version))
+    if client.prefixes and not prefixes:
+        return f"no prefix of it is of IPv{version}"
+    relay = facts.relays.get((client.address, client.port)) if client.source == "relay" else None
+    if client.source == "relay" and relay is None:
+        return "the forwarder has no socket for it"
+    way = facts.way_to(client.address)
+    if isinstance(way, str):
+        return way
+    copy = Copy(
+        client.name,
+        counter_of(f"collector/{client.name}"),
+        way.link_index,
+        way.next_hop,
+        way.link_address,
+        ipaddress.ip_address(client.address).packed,
+        client.port,
+        ipaddress.ip_address(relay[0]).packed if relay else b"",
+        relay[1] if relay else 0,
+        client.hop_limit,
+        client.dscp,
+        prefixes,
+        client.sample,
+    )
+    return Served(client, streams, copy, way.mtu)
+
+
+def _reason_without_way(client: Client, facts: Facts, limits: Limits) -> str:
+    """Return why a collector can't be served, whatever the way to it; empty: nothing is known against it."""
+    if client.withheld:
+        return "its copies are withheld"
+    if client.group:
+        return "it shares its streams with a group, by a hash that the kernel has not"
+    if trouble := facts.troubled.get((client.name, client.generation)):
+        return f"it is {trouble}"
+    if not _inside(client.address, limits.destinations):
+        return "its address is not in [offload] destinations"
+    if client.source == "original" and not _inside(client.address, limits.original_destinations):
+        return "its address is not in [transmitter] destinations"
+    if client.source == "original" and limits.rate_limited:
+        return "[transmitter] frames_per_second limits its copies"
+    return ""
+
+
+def _inside(address: str, networks: Iterable[str]) -> bool:
+    return not are_apart([address], networks)
+
+
+def _prefixes(client: Client, version: int) -> Iterable[Prefix]:
+    """Yield the prefixes of a client that are of this version."""
+    for text in client.prefixes:
+        packed, bits = pack_network(text)
+        if packed.startswith(V4_MAPPED) and bits >= 96:
+            if version == 4:
+                yield Prefix(packed[12:], bits - 96)
+        elif version == 6:
+            yield Prefix(packed, bits)
+
+
+def kernel_plan(planned: Planned, generations: Mapping[int, int]) -> KernelPlan:
+    """Return the plan for the applier, marked with a generation for each IP version."""
+    copies: list[Copy] = []
+    streams: list[StreamCopies] = []
+    for version in planned.versions:
+        first = len(copies)
+        copies += [each.copy for each in planned.served[version]]
+        streams += [
+            msgspec.structs.replace(
+                stream, generation=generations[version], copies=tuple(first + place for place in stream.copies)
+            )
+            for stream in planned.streams[version]
+        ]
+    return KernelPlan(planned.interfaces, tuple(copies), tuple(streams)) if copies else NO_COPIES
+
+
+def _within_bounds(served: list[Served], version: int) -> tuple[list[Served], list[Served]]:
+    """Return who can be served within the bounds of a plan, and who can't."""
+    filtered = {place: each.copy.prefixes for place, each in enumerate(served) if each.copy.prefixes}
+    sets = {places for _, places in divide(filtered, 32 if version == 4 else 128)}
+    if sum(map(len, sets)) <= MAX_RENDERED:
+        return served, []
+    return [each for each in served if not each.copy.prefixes], [each for each in served if each.copy.prefixes]
+
+
+def _streams(
+    served: Iterable[Served], version: int, facts: Facts, counter_of: Callable[[str], int]
+) -> tuple[StreamCopies, ...]:
+    """Return the copies of each stream that has any."""
+    arriving = max(facts.interfaces.values(), default=0)
+    found = []
+    served = list(served)
+    for name, places in facts.listeners.items():
+        copies = tuple(place for place, each in enumerate(served) if name in each.streams)
+        listeners = tuple(
+            Listener(ipaddress.ip_address(address).packed, port)
+            for address, port in sorted(places)
+            if _version(address) == version
+        )
+        if copies:
+            leaving = min(served[place].mtu for place in copies)
+            longest = leaving if leaving < arriving else 0
+            counter = counter_of(f"stream/{name}/{version}")
+            found.append(StreamCopies(name, 1, counter, listeners, copies, longest))
+    return tuple(found)

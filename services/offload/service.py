@@ -1,0 +1,322 @@
+"""The planner on the bus: registry, health and workers in; generations out to the senders; plans to the applier."""
+
+import itertools
+import select
+import socket
+import time
+from collections import Counter
+from types import TracebackType
+from typing import Final, Self, get_args
+
+from services.offload.channel import Answer, ClosedError, Request, UnfitError, receive, send
+from services.offload.handover import Handover
+from services.offload.planner import Limits, Place, Planned, kernel_plan, make_plan
+from services.offload.surroundings import Surroundings
+from services.offload.workers import Workers
+from shared.bus.endpoint import open_link, queue_limit
+from shared.bus.messages import (
+    HEALTH_PREFIX,
+    REGISTRY_TOPIC,
+    Health,
+    Message,
+    RegistryChange,
+    RegistrySnapshot,
+    Status,
+    offload_topic,
+    status_topic,
+)
+from shared.bus.offload_messages import OffloadReply
+from shared.bus.pieces import Assembler
+from shared.bus.status import Reporter
+from shared.bus.zmq_sockets import Publisher, Requests, Subscriber, new_context
+from shared.client import Source, Trouble
+from shared.fanout.registry_replica import RegistryReplica
+from shared.ledger import Accounts
+from shared.log import get_logger
+from shared.process.lifecycle import UNAVAILABLE, Lifecycle, OperatorError, Readiness
+from shared.process.memory import Memory
+from shared.process.reload import Reload
+from shared.settings.model import Settings
+
+SOURCES: Final[tuple[Source, ...]] = get_args(Source)
+ANSWER_SECONDS: Final = 10.0
+"""Time for the applier to answer: a plan of 10,000 copies takes two."""
+PLAN_SECONDS: Final = 0.2
+"""Plans follow one another no faster: each takes two generations, of which there are ten a second."""
+PLAN_SHARE: Final = 10
+"""Planning takes at most one part in this many of the time."""
+LOOK_SECONDS: Final = 0.25
+"""Time by which what no descriptor tells of is noticed late: the forwarder's sockets, an answer that did not come."""
+TICK_SECONDS: Final = 1.0
+KNOWN_SECONDS: Final = 5.0
+"""A sender that does not answer for so long is told again, of a new plan."""
+FAILED_SECONDS: Final = 2.0
+"""A plan that the kernel or the settings have refused is tried again after this time."""
+
+log = get_logger()
+
+
+class OffloadService:
+    """Keeps the kernel's rules as the registry has it. Without a channel to an applier it is idle, for a `reason`."""
+
+    def __init__(self, name: str, settings: Settings, channel: socket.socket | None, reason: str) -> None:
+        self.name = name
+        self.settings = settings
+        self._channel = channel
+        self._reason = reason
+        self._memory = Memory(settings.offload.memory, "[offload] memory")
+        transmitter = settings.transmitter
+        self._limits = Limits(
+            settings.offload.destinations, transmitter.destinations, transmitter.frames_per_second > 0
+        )
+        self._next_number = itertools.count()
+        self._numbers: dict[str, int] = {}
+        """Of counters, by what they count."""
+        self._counted: Counter[str] = Counter()
+        self._last: dict[int, int] = {}
+        """Counters as they were last read, by number: a table that was made anew begins at 0."""
+        self._planned = Planned({}, {})
+        self._refused: Planned | None = None
+        self._troubles: dict[Source, dict[tuple[str, int], Trouble | None]] = {}
+        self._health = {source: Assembler[Health]() for source in SOURCES}
+        self._dirty = True
+        self._requests_made = 0
+        self._plan_at = self._tick_at = self._refused_at = self._asked_at = self._pending_since = 0.0
+        self._relayed: set[Place] = set()
+        """Places of the collectors whose copies the forwarder would send."""
+
+    def __enter__(self) -> Self:
+        bus = self.settings.bus
+        link = open_link(bus, "offload")
+        self._context = new_context()
+        mark = queue_limit(bus.high_water_mark, self._memory.ceiling)
+        self._publisher = Publisher(self._context, bus.path, self.name, mark, link)
+        self._subscriber = Subscriber(self._context, bus.path, mark, link)
+        self._reply = Requests(self.name, self._publisher.boot).topic
+        self._reporter = Reporter(self._publisher, self._memory)
+        self._replica = RegistryReplica()
+        self._workers = Workers(time.monotonic)
+        self._handover = Handover(self.settings.offload.generations, lambda: time.clock_gettime(time.CLOCK_BOOTTIME))
+        self._surroundings: Surroundings | None = None
+        if self._channel is not None:
+            self._channel.settimeout(ANSWER_SECONDS)
+            self._surroundings = Surroundings(self.settings)
+            for topic in (REGISTRY_TOPIC, HEALTH_PREFIX, status_topic("ingest.").rstrip("/"), self._reply):
+                self._subscriber.subscribe(topic)
+        return self
+
+    def run(self, lifecycle: Lifecycle) -> None:
+        """Serve until told to drain; then no rules are left."""
+        readiness = Readiness(self.name, self.settings.bus, lambda: self._publisher.ready)
+        reload = Reload(self.name, lifecycle, self.settings, self._apply_settings)
+        with select.epoll() as waking:
+            for descriptor in (self._subscriber.fileno(), self._publisher.fileno(), lifecycle.fileno()):
+                waking.register(descriptor, select.EPOLLIN)
+            if self._surroundings and not self._surroundings.next_hops.blind:
+                waking.register(self._surroundings.next_hops.fileno(), select.EPOLLIN)
+            if self._channel is not None:
+                waking.register(self._channel.fileno(), select.EPOLLIN)
+            while not lifecycle.draining:
+                waking.poll(max(0.0, self._wake_at() - time.monotonic()))
+                lifecycle.heed()
+                self._turn()
+                reload.check()
+                readiness.check()
+        self._drain()
+
+    def _wake_at(self) -> float:
+        if self._channel is None:
+            return self._reporter.due_at
+        return min(self._reporter.due_at, time.monotonic() + LOOK_SECONDS)
+
+    def _turn(self) -> None:
+        while message := self._subscriber.receive():
+            self._note(message)
+        self._note_subscriptions()
+        if self._channel is not None and self._surroundings is not None:
+            self._follow_surroundings(self._surroundings)
+            self._plan(self._surroundings)
+            self._hand_over()
+            self._tell()
+        if time.monotonic() >= self._reporter.due_at:
+            self._count()
+            self._reporter.report(self._accounts)
+
+    def _note(self, message: Message) -> None:
+        body, envelope = message.body, message.envelope
+        if isinstance(body, RegistrySnapshot | RegistryChange):
+            if self._replica.apply_message(envelope, body):
+                self._note_registry()
+            if self._replica.stale and time.monotonic() >= self._asked_at + 1.0:
+                self._asked_at = time.monotonic()
+                self._subscriber.unsubscribe(REGISTRY_TOPIC)
+                self._subscriber.subscribe(REGISTRY_TOPIC)
+        elif isinstance(body, Health):
+            pieces = self._health[body.source].add((envelope.boot, body.report), body)
+            if pieces is not None:
+                told = {(each.name, each.generation): each.trouble for piece in pieces for each in piece.troubled}
+                self._dirty |= told != self._troubles.get(body.source)
+                self._troubles[body.source] = told
+        elif isinstance(body, Status):
+            self._dirty |= self._workers.note(envelope, body)
+        elif isinstance(body, OffloadReply):
+            source: Source = "relay" if envelope.sender.startswith("forwarder.") else "original"
+            self._handover.note_reply(source, body.serial)
+
+    def _note_registry(self) -> None:
+        self._dirty = True
+        collectors = [client for client in self._replica.clients.values() if client.streams]
+        self._relayed = {(client.address, client.port) for client in collectors if client.source == "relay"}
+        kept = {f"collector/{client.name}" for client in collectors}
+        self._numbers = {
+            what: number for what, number in self._numbers.items() if what in kept or what.startswith("stream/")
+        }
+
+    def _note_subscriptions(self) -> None:
+        """Tell a new sender every generation that it may meet, and anybody our status."""
+        fresh = self._publisher.new_subscriptions()
+        if fresh and self._reporter.asked_for(fresh):
+            self._reporter.due_at = 0.0
+        for source in SOURCES:
+            topic = offload_topic(source)
+            if any(topic.startswith(prefix) for prefix in fresh):
+                for told in self._handover.told():
+                    for body in told.messages(self._reply):
+                        self._publisher.publish(topic, body)
+
+    def _follow_surroundings(self, surroundings: Surroundings) -> None:
+        now = time.monotonic()
+        self._dirty |= surroundings.apply_events()
+        if now >= self._tick_at:
+            self._tick_at = now + TICK_SECONDS
+            surroundings.next_hops.refresh()
+            self._handover.expire()
+            self._memory.measure()
+            self._dirty |= self._workers.expire()
+        self._dirty |= surroundings.sockets_changed(self._relayed)
+
+    def _plan(self, surroundings: Surroundings) -> None:
+        """Make a plan of what is known now, if anything has changed."""
+        began = time.monotonic()
+        if not self._dirty or began < self._plan_at or self._replica.version < 0:
+            return
+        self._dirty = False
+        reason = self._workers.reason()
+        facts = surroundings.gather({key: each for told in self._troubles.values() for key, each in told.items()})
+        clients = self._replica.clients.values()
+        if reason:
+            self._planned = Planned({}, {client.name: reason for client in clients if client.streams})
+        else:
+            self._planned = make_plan(clients, facts, self._limits, self._number)
+        self._plan_at = time.monotonic() + max(PLAN_SECONDS, PLAN_SHARE * (time.monotonic() - began))
+
+    def _number(self, what: str) -> int:
+        if what not in self._numbers:
+            self._numbers[what] = next(self._next_number)
+        return self._numbers[what]
+
+    def _hand_over(self) -> None:
+        handover, now = self._handover, time.monotonic()
+        if self._refused is not None and now >= self._refused_at + FAILED_SECONDS:
+            self._refused = None
+        waiting = handover.pending
+        if waiting is None or now >= self._pending_since + KNOWN_SECONDS:
+            live = handover.live.planned if handover.live else Planned({}, {})
+            if self._planned.rules == live.rules or self._planned == self._refused:
+                return
+            handover.begin(self._planned, (max(0, self._replica.boot), max(0, self._replica.revision)))
+            self._pending_since = now
+            self._tell()
+        elif waiting.known_to([source for source in SOURCES if self._publisher.wanted(offload_topic(source))]):
+            self._apply(waiting.planned)
+
+    def _apply(self, planned: Planned) -> None:
+        assert self._handover.pending is not None
+        self._count()
+        plan = kernel_plan(planned, self._handover.pending.generations)
+        answer = self._ask(Request("apply", self._next_request(), plan))
+        if answer.error:
+            log.error("the kernel's rules stay as they were: a plan was refused", reason=answer.error)
+            self._refused, self._refused_at = planned, time.monotonic()
+            self._handover.give_up()
+        else:
+            self._handover.complete()
+
+    def _tell(self) -> None:
+        """Publish the generations that are new, to the senders that subscribe."""
+        while self._handover.fresh:
+            told = self._handover.fresh.pop(0)
+            for source in SOURCES:
+                for body in told.messages(self._reply):
+                    if self._publisher.wanted(offload_topic(source)):
+                        self._publisher.publish(offload_topic(source), body)
+
+    def _next_request(self) -> int:
+        self._requests_made += 1
+        return self._requests_made
+
+    def _ask(self, request: Request) -> Answer:
+        """Ask the applier, and wait for its answer. OperatorError when it is gone: only a new start brings another."""
+        assert self._channel is not None
+        try:
+            send(self._channel, request)
+            while (answer := receive(self._channel, Answer)).number != request.number:
+                pass
+        except (ClosedError, UnfitError, TimeoutError) as error:
+            told = f"the applier has ended, and its rules with it ({type(error).__name__}); start offload again"
+            raise OperatorError(UNAVAILABLE, told) from None
+        return answer
+
+    def _count(self) -> None:
+        """Read the kernel's counters."""
+        if self._channel is None or self._handover.live is None:
+            return
+        answer = self._ask(Request("count", self._next_request()))
+        names = {number: what for what, number in self._numbers.items()}
+        for number, packets, _ in answer.counters:
+            before = self._last.get(number, 0)
+            if number in names:  # else of a collector that has left
+                self._counted[names[number]] += packets - (before if before <= packets else 0)
+        self._last = {number: packets for number, packets, _ in answer.counters}
+
+    def _accounts(self) -> Accounts:
+        own = {
+            "applier": int(self._channel is not None),
+            "collectors_served": len(self._served),
+            "revision": max(0, self._replica.revision),
+            "bus_rejected": sum(self._subscriber.rejected.values()),
+        }
+        return {"offload": own}
+
+    @property
+    def _served(self) -> set[str]:
+        """The names of the collectors that the kernel serves now."""
+        served = self._handover.live.planned.served if self._handover.live else {}
+        return {each.client.name for some in served.values() for each in some}
+
+    def _apply_settings(self, settings: Settings) -> None:
+        if self._surroundings is not None:
+            answer = self._ask(Request("reload", self._next_request()))
+            if answer.error:
+                raise OperatorError(UNAVAILABLE, answer.error)
+            self._surroundings.apply_settings(settings)
+            self._dirty = True
+
+    def _drain(self) -> None:
+        """Take the rules away; the generations that were told of stay known to the senders."""
+        if self._channel is not None and self._handover.live is not None:
+            self._ask(Request("apply", self._next_request(), kernel_plan(Planned({}, {}), {})))
+            self._handover.forget_live()
+        self._reporter.report(self._accounts)
+        log.info("drained", service=self.name)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._surroundings is not None:
+            self._surroundings.close()
+        if self._channel is not None:
+            self._channel.close()
+        self._subscriber.close()
+        self._publisher.close()
+        self._context.term()

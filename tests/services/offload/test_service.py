@@ -1,0 +1,221 @@
+"""Offload as a process, between a bus that the test plays and the kernel's rules on a relay of its own."""
+
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from shared.bus.messages import Status, offload_topic, status_topic
+from shared.bus.offload_messages import KernelCopies, OffloadReply
+from shared.client import Client, Source
+from shared.process.lifecycle import UNAVAILABLE
+from tests.builders import BusEnds, PlayedGateway, make_client, wait_wanted
+from tests.capture import Collector
+from tests.openly import OpenStack
+from tests.services.offload.site import EXPORTERS, OUT, PORT, RELAY, SIEMS, Listening, OffloadSite, exporters
+from tests.stack import Running, wait_until
+
+pytestmark = pytest.mark.usefixtures("lab")
+SETTINGS = f"""
+[[stream]]
+name = "netflow"
+listen = ["udp://0.0.0.0:{PORT}", "udp://[::]:{PORT}"]
+[offload]
+interfaces = ["in"]
+"""
+
+
+class PlayedSender:
+    """A forwarder or transmitter that knows what it is told, and answers when it is to."""
+
+    def __init__(self, bus: BusEnds, source: Source) -> None:
+        name = "forwarder.1" if source == "relay" else "transmitter.1"
+        self.publisher = bus.publisher(name)
+        self.subscriber = bus.subscriber(offload_topic(source))
+        self.told: dict[int, KernelCopies] = {}
+        self.answering = True
+        self._pending: list[KernelCopies] = []
+
+    def turn(self) -> None:
+        """Take what has come, and answer it."""
+        while message := self.subscriber.receive():
+            assert isinstance(message.body, KernelCopies)
+            self.told[message.body.generation] = message.body
+            self._pending.append(message.body)
+        self.publisher.new_subscriptions()
+        while self.answering and self._pending and self.publisher.wanted(self._pending[0].reply):
+            body = self._pending.pop(0)
+            self.publisher.publish(body.reply, OffloadReply(body.serial))
+
+    def is_told(self) -> bool:
+        """Take what has come; return whether that is a generation."""
+        self.turn()
+        return bool(self.told)
+
+    def served(self, generation: int) -> set[str]:
+        """The names of those whom a generation serves."""
+        return {each.client.name for each in self.told[generation].served}
+
+
+@dataclass
+class Played:
+    """Everything around offload."""
+
+    stack: OpenStack
+    site: OffloadSite
+    bus: BusEnds
+    gateway: PlayedGateway
+    senders: dict[Source, PlayedSender]
+    offload: Running
+
+    def report(self, **counters: int) -> None:
+        """Report as a worker."""
+        body = Status("ingest.1", 1, 0, 1, 0, 1, {"ingest": counters or {"mark_sockets": 2}})
+        self.worker.publish(status_topic("ingest.1"), body)
+
+    def __post_init__(self) -> None:
+        self.worker = self.bus.publisher("ingest.1")
+        wait_wanted(self.worker, status_topic("ingest.1"))
+
+    def marked(self, listener: Listening, sock: socket.socket, version: int = 4) -> int:
+        """Send a datagram, and return the generation that it comes up with."""
+        for sender in self.senders.values():
+            sender.turn()
+        sock.sendto(b"probe", (RELAY[version], PORT))
+        return listener.read(1)[0].mark >> 20
+
+    def is_refused(self) -> bool:
+        """Let the senders answer; return whether the kernel has refused a plan."""
+        for sender in self.senders.values():
+            sender.turn()
+        return bool(self.offload.events("the kernel's rules stay as they were: a plan was refused"))
+
+    def wait_marked(self, listener: Listening, sock: socket.socket, names: set[str], version: int = 4) -> int:
+        """Wait until the kernel serves these collectors; return the generation."""
+        found = [0]
+
+        def is_served() -> bool:
+            self.report()
+            found[0] = self.marked(listener, sock, version)
+            return bool(found[0]) and self.senders["relay"].served(found[0]) == names
+
+        wait_until(is_served, lambda: f"the kernel serves {names}: {self.offload.text}")
+        return found[0]
+
+
+@contextmanager
+def played(open_stack: OpenStack) -> Iterator[Played]:
+    """Offload on a relay, with both senders."""
+    open_stack.configure(SETTINGS)
+    open_stack.start("broker")
+    with OffloadSite() as site, BusEnds(open_stack.bus) as bus:
+        with site.relay.entered():
+            offload = open_stack.start("offload")
+        gateway = PlayedGateway(bus)
+        senders: dict[Source, PlayedSender] = {source: PlayedSender(bus, source) for source in ("relay", "original")}
+        around = Played(open_stack, site, bus, gateway, senders, offload)
+        yield around
+        around.offload.stop()
+
+
+def original(name: str, number: int, version: int = 4, **more: object) -> Client:
+    """A collector of copies with the exporter's address."""
+    return make_client(
+        name, 9000 + number, address=SIEMS[version][number], streams=("netflow",), source="original", **more
+    )
+
+
+def test_collectors_are_served_once_senders_know_it(open_stack: OpenStack) -> None:
+    """Rules go in after each sender has answered, follow joins and leaves, and go with offload."""
+    with played(open_stack) as around, ExitStack() as opened:
+        site, senders = around.site, around.senders
+        listener = opened.enter_context(Listening(site.relay, RELAY[4], PORT))
+        socks = opened.enter_context(exporters(site))
+        first = opened.enter_context(Collector(site.siem, SIEMS[4][0], 9000))
+        second = opened.enter_context(Collector(site.siem, SIEMS[4][1], 9001))
+        senders["original"].answering = False
+        around.report()
+        around.gateway.announce(1, original("first", 0))
+        wait_until(senders["original"].is_told, "the transmitter is told")
+        assert around.marked(listener, socks[0]) == 0
+        senders["original"].answering = True
+        generation = around.wait_marked(listener, socks[0], {"first"})
+        (told,) = senders["relay"].told[generation].served
+        assert (told.client.address, told.streams) == (SIEMS[4][0], ("netflow",))
+        assert (senders["relay"].told[generation].registry, senders["relay"].told[generation].revision) == (
+            around.gateway.publisher.boot,
+            1,
+        )
+        came = len(list(first.take()))
+        assert came >= 1
+
+        relayed = make_client(
+            "second", 9001, address=SIEMS[4][1], streams=("netflow",), prefixes=(EXPORTERS[4][1] + "/32",)
+        )
+        sending = opened.enter_context(site.relay.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        sending.connect((SIEMS[4][1], 9001))
+        around.gateway.change(2, [relayed])
+        around.wait_marked(listener, socks[0], {"first", "second"})
+        second.assert_quiet()
+        assert around.marked(listener, socks[1])
+        (copy,) = second.read(1)
+        assert (copy.source, copy.source_port) == (OUT[4], sending.getsockname()[1])
+
+        around.gateway.change(3, left=["first"])
+        around.wait_marked(listener, socks[0], {"second"})
+        first.read(1)
+        first.assert_quiet(0.1)
+        list(first.take())
+        around.offload.stop()
+        assert around.marked(listener, socks[0]) == 0
+
+
+def test_killed_applier_ends_rules_and_planner(open_stack: OpenStack) -> None:
+    """Without its applier the planner ends, and says why: only a new start brings another."""
+    with played(open_stack) as around, ExitStack() as opened:
+        site = around.site
+        listener = opened.enter_context(Listening(site.relay, RELAY[4], PORT))
+        socks = opened.enter_context(exporters(site))
+        siem = opened.enter_context(Collector(site.siem, SIEMS[4][0], 9000))
+        around.report()
+        around.gateway.announce(1, original("first", 0))
+        around.wait_marked(listener, socks[0], {"first"})
+        pid = around.offload.process.pid
+        (applier,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        os.kill(int(applier), signal.SIGKILL)
+        around.offload.wait_for("the applier has ended, and its rules with it (ClosedError); start offload again")
+        assert around.offload.process.wait(20) == UNAVAILABLE
+        list(siem.take())
+        assert around.marked(listener, socks[0]) == 0
+        siem.assert_quiet()
+
+
+def test_killed_planner_leaves_no_rules(open_stack: OpenStack) -> None:
+    """With the planner the applier ends, and the rules with it; a new one takes over with other generations."""
+    with played(open_stack) as around, ExitStack() as opened:
+        site = around.site
+        listener = opened.enter_context(Listening(site.relay, RELAY[6], PORT))
+        socks = opened.enter_context(exporters(site, 6))
+        siem = opened.enter_context(Collector(site.siem, SIEMS[6][0], 9000))
+        around.report()
+        around.gateway.announce(1, original("first", 0, 6))
+        before = around.wait_marked(listener, socks[0], {"first"}, 6)
+        around.offload.process.kill()
+        around.offload.process.wait()
+        wait_until(lambda: around.marked(listener, socks[0], 6) == 0, "the rules are gone")
+        list(siem.take())
+        siem.assert_quiet()
+        site.table.replace(site.plan([]))  # as of a second fanwire on the host
+        with site.relay.entered():
+            around.offload = around.stack.start("offload")
+        around.gateway.announce(2, original("first", 0, 6))
+        around.report()
+        wait_until(around.is_refused, "the table is found to be another's")
+        site.connection.close()
+        assert around.wait_marked(listener, socks[0], {"first"}, 6) != before
+        assert siem.read(1)
