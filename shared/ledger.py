@@ -118,6 +118,8 @@ WITHHELD: Final = "withheld"
 """Datagrams not sent because the collector's port is closed, `[forwarder] withhold` (forwarder)."""
 WITHHELD_BY_ADMIN: Final = "withheld_by_admin"
 """Datagrams not sent because an admin withholds the collector's copies. They are no loss: nobody was to get them."""
+BY_KERNEL: Final = "by_kernel"
+"""Datagrams that came, and of which the kernel had sent the copy already, by rules of offload."""
 REFUSALS: Final = "refusals"
 """Port-unreachable answers: each means that at least one copy among `sent` reached nobody (forwarder)."""
 UNREACHABLES: Final = "unreachables"
@@ -125,6 +127,11 @@ UNREACHABLES: Final = "unreachables"
 PROHIBITED: Final = "prohibited"
 """Those of them by which a firewall or router prohibits copies, EACCES; over IPv6 alone, since the kernel makes
 EHOSTUNREACH of the same over IPv4 (forwarder)."""
+
+# forwarder and transmitter, own account
+BY_KERNEL_LATE: Final = "by_kernel_late"
+"""Copies that the kernel sent by rules that had not followed yet: to a collector that had left or moved, or of what it
+wanted no more."""
 
 # journal, account `journal/STREAM`; what came to it is in its accounts `origin/WORKER/BOOT/STREAM`
 WRITTEN: Final = "written"
@@ -175,6 +182,9 @@ UNSERVED: Final = DROPPED + "unserved"
 """Were there for the collector while its sender was not: never came to it (forwarder, transmitter)."""
 UNSURE: Final = DROPPED + "unsure"
 """In the hands of a sender when it was killed: nobody knows whether they had left (forwarder, transmitter)."""
+UNPLANNED: Final = DROPPED + "unplanned"
+"""Marked by rules in the kernel that offload has not told of: nobody knows who has got copies (forwarder,
+transmitter)."""
 OVER_SHARE: Final = DROPPED + "over_share"
 """More than the fair share of the collector's address while not all copies could be sent (forwarder, transmitter)."""
 DISK_FULL: Final = DROPPED + "disk_full"
@@ -291,7 +301,7 @@ def _equations(name: str, account: Mapping[str, int]) -> Iterator[tuple[int, str
     elif name.startswith("collector/"):
         yield parts(EXPECTED), EXPECTED, parts(OFFERED, MISSED, UNSERVED)
         kept_back = parts(FILTERED, SAMPLED_OUT, SHARED_OUT, HELD, WITHHELD, WITHHELD_BY_ADMIN)
-        yield parts(OFFERED), OFFERED, kept_back + parts(SENT) + dropped(account) - parts(UNSERVED)
+        yield parts(OFFERED), OFFERED, kept_back + parts(SENT, BY_KERNEL) + dropped(account) - parts(UNSERVED)
     elif name.startswith("journal/"):
         yield parts(TAKEN), TAKEN, parts(WRITTEN) + dropped(account)
     elif name == "broker":

@@ -25,9 +25,11 @@ from shared.bus.messages import (
     Status,
     datagrams_topic,
     encode,
+    offload_topic,
     serve_topic,
     status_topic,
 )
+from shared.bus.offload_messages import KernelCopies, KernelServed, OffloadReply
 from shared.bus.packing import MAX_ITEMS
 from shared.bus.status import Reports
 from shared.bus.zmq_sockets import Publisher, Requests, Subscriber, new_context
@@ -200,9 +202,9 @@ class PlayedWorker:
         self.publisher = bus.publisher(name)
         self.published = self._sequence = 0
 
-    def publish(self, payloads: Sequence[bytes], sources: Sequence[str] = SOURCES) -> None:
-        """Publish a batch."""
-        self._send(payloads, sources, self._sequence, self.published)
+    def publish(self, payloads: Sequence[bytes], sources: Sequence[str] = SOURCES, generation: int = 0) -> None:
+        """Publish a batch, which the kernel has copied for those that this generation serves."""
+        self._send(payloads, sources, self._sequence, self.published, generation)
         self.lose(len(payloads))
 
     def repeat(self, payloads: Sequence[bytes]) -> None:
@@ -214,10 +216,12 @@ class PlayedWorker:
         self._sequence += 1
         self.published += count
 
-    def _send(self, payloads: Sequence[bytes], sources: Sequence[str], sequence: int, total: int) -> None:
+    def _send(
+        self, payloads: Sequence[bytes], sources: Sequence[str], sequence: int, total: int, generation: int = 0
+    ) -> None:
         parts = encode(
             datagrams_topic("messages"),
-            Datagrams("messages", 0),
+            Datagrams("messages", 0, generation=generation),
             sender=self.publisher.sender,
             boot=self.publisher.boot,
             sequence=sequence,
@@ -264,6 +268,31 @@ class PlayedGateway:
         """Wait until it is said that a revision is served."""
         number = self.ask(revision)
         assert take(self.replies).body == ServeReply(number, revision)
+
+
+class PlayedOffload:
+    """An offload service played by the test: it tells the sender of a source what the kernel copies."""
+
+    def __init__(self, bus: BusEnds, source: Source = "relay") -> None:
+        self.publisher = bus.publisher("offload.1")
+        self._topic = offload_topic(source)
+        self._reply = f"reply/offload.1.{self.publisher.boot:x}/"
+        self.replies = bus.subscriber(self._reply)
+        wait_wanted(self.publisher, self._reply)
+        self._serial = 0
+
+    def tell(self, generation: int, *clients: Client, registry: int = 0, revision: int = 0) -> int:
+        """Tell the sender of a generation that serves these; return the serial that it answers with."""
+        wait_wanted(self.publisher, self._topic)
+        self._serial += 1
+        served = [KernelServed(client, ("messages",)) for client in clients]
+        body = KernelCopies(generation, self._serial, self._reply, 0, 1, served, registry, revision)
+        self.publisher.publish(self._topic, body)
+        return self._serial
+
+    def wait_known(self, serial: int) -> None:
+        """Wait until the sender has said that it knows what it was told under this serial."""
+        assert take(self.replies).body == OffloadReply(serial)
 
 
 def flow(gateway: PlayedGateway, worker: PlayedWorker, revision: int, *clients: Client) -> None:

@@ -187,6 +187,7 @@ def show_collector(collector: Collector, clock: float) -> View:
         "expected": collector.expected,
         "kept_back": collector.kept_back,
         "withheld": collector.withheld,
+        "by_kernel": collector.by_kernel,
         "order": client.withheld,
         "held": collector.held,
         "lost": collector.lost,

@@ -5,7 +5,7 @@ when the collector is the one of its group that the source's hash picks, and las
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -24,12 +24,19 @@ class Selection:
     """The rows of a batch that go to one collector; `indices` None means all of them.
 
     The counts say what became of the other rows. Collectors whose selection is all rows share what is made for them.
+    The kernel has sent copies `by_kernel`; of `unplanned` rows nobody knows whether it has.
     """
 
     indices: Indices | None
     filtered: int = 0
     shared_out: int = 0
     sampled_out: int = 0
+    by_kernel: int = 0
+    unplanned: int = 0
+
+
+LeaveOut = Callable[[Client, Mask], tuple[Mask, Selection]]
+"""Returns which of the rows that a collector wants are left to us, and what became of the others."""
 
 
 @dataclass(slots=True)
@@ -80,12 +87,12 @@ class Router:
             self._by_stream[stream] = found
         return found
 
-    def route(self, batch: Datagrams) -> list[tuple[Client, Selection]]:
+    def route(self, batch: Datagrams, leave_out: LeaveOut | None = None) -> list[tuple[Client, Selection]]:
         """Return the selection of each collector that wants the batch's stream and has a prefix that matches a source.
 
-        Collectors with the same prefixes share a selection.
+        Collectors with the same prefixes share a selection. Samples are taken of what `leave_out` leaves to us.
         """
-        return self._routes_of(batch.stream).route(batch)
+        return self._routes_of(batch.stream).route(batch, leave_out)
 
 
 class _StreamRoutes:
@@ -104,7 +111,7 @@ class _StreamRoutes:
         ]
         self._picking = [route for route in routes if _picks(route.client)]
 
-    def route(self, batch: Datagrams) -> list[tuple[Client, Selection]]:
+    def route(self, batch: Datagrams, leave_out: LeaveOut | None) -> list[tuple[Client, Selection]]:
         """Do as `Router.route` says."""
         if not len(batch) or not (self._sets or self._picking):
             return self._everything
@@ -115,7 +122,7 @@ class _StreamRoutes:
             routed += [(client, selection) for client in self._filtered[number]]
         if self._picking:
             sets = list(self._sets)
-            routed += _pick(batch, self._picking, {sets[number]: rows for number, rows in matched})
+            routed += _pick(batch, self._picking, {sets[number]: rows for number, rows in matched}, leave_out)
         return routed
 
 
@@ -134,7 +141,10 @@ def _picks(client: Client) -> bool:
 
 
 def _pick(
-    batch: Datagrams, routes: list[CollectorRoute], rows_of: dict[tuple[Network, ...], Indices]
+    batch: Datagrams,
+    routes: list[CollectorRoute],
+    rows_of: dict[tuple[Network, ...], Indices],
+    leave_out: LeaveOut | None,
 ) -> list[tuple[Client, Selection]]:
     """Return selections of collectors that sample or share; `rows_of` has, by set of networks, the rows that pass."""
     wanted = {}
@@ -145,7 +155,8 @@ def _pick(
         wanted[route.client.name] = passing
     picked = _pick_members(batch, routes, wanted)
     return [
-        (route.client, _select(route, wanted[route.client.name], picked.get(route.client.name))) for route in routes
+        (route.client, _select(route, wanted[route.client.name], picked.get(route.client.name), leave_out))
+        for route in routes
     ]
 
 
@@ -166,14 +177,19 @@ def _pick_members(batch: Datagrams, routes: list[CollectorRoute], wanted: dict[s
     return picked
 
 
-def _select(route: CollectorRoute, wanted: Mask, picked: Mask | None) -> Selection:
-    matching = np.flatnonzero(wanted if picked is None else picked)
+def _select(route: CollectorRoute, wanted: Mask, picked: Mask | None, leave_out: LeaveOut | None) -> Selection:
+    rows, left = wanted if picked is None else picked, ALL_ROWS
+    passed, kept = int(np.count_nonzero(wanted)), int(np.count_nonzero(rows))
+    if leave_out and route.client.sample > 1:
+        rows, left = leave_out(route.client, rows)
+    matching = np.flatnonzero(rows)
     sampled = sample_rows(matching, route.client.sample, route.matched)
     route.matched += len(matching)
-    passed = int(np.count_nonzero(wanted))
     return Selection(
         sampled,
         filtered=len(wanted) - passed,
-        shared_out=passed - len(matching),
-        sampled_out=len(matching) - len(sampled),
+        shared_out=passed - kept,
+        sampled_out=len(matching) - len(sampled) + left.sampled_out,
+        by_kernel=left.by_kernel,
+        unplanned=left.unplanned,
     )

@@ -13,9 +13,11 @@ from shared.datagrams.routing import ALL_ROWS, Router, Selection, takes_all
 from shared.fanout.backlog import Backlog
 from shared.fanout.fair_shares import FairShares
 from shared.fanout.health import Checkup, Symptom
+from shared.fanout.kernel_copies import KernelRules
 from shared.ledger import (
     BASELINE,
     BUFFER_FULL,
+    BY_KERNEL,
     BYTES,
     DESTINATION_REFUSED,
     EXPECTED,
@@ -40,6 +42,7 @@ from shared.ledger import (
     SHARED_OUT,
     SOURCE_REFUSED,
     STOPPED,
+    UNPLANNED,
     UNREACHABLES,
     UNSERVED,
     UNSURE,
@@ -54,7 +57,7 @@ RETURN_SECONDS: Final = 10.0
 UNSEEN: Final = "unseen"
 PASSED: Final = "passed"
 COLLECTOR_COUNTERS: Final = (
-    *(EXPECTED, OFFERED, FILTERED, SAMPLED_OUT, SHARED_OUT, SENT, BYTES, HELD, WITHHELD, WITHHELD_BY_ADMIN),
+    *(EXPECTED, OFFERED, FILTERED, SAMPLED_OUT, SHARED_OUT, SENT, BYTES, HELD, WITHHELD, WITHHELD_BY_ADMIN, BY_KERNEL),
     *(
         MISSED,
         UNSERVED,
@@ -69,7 +72,7 @@ COLLECTOR_COUNTERS: Final = (
         PROHIBITED,
     ),
     *(QUEUE_FULL, NO_ROUTE, NO_NEIGHBOUR, INTERFACE_DOWN, OTHER_FAMILY, DESTINATION_REFUSED, SOURCE_REFUSED),
-    *(RATE_LIMITED, OVER_SHARE),
+    *(RATE_LIMITED, OVER_SHARE, UNPLANNED),
 )
 """Counters that a collector's account may have, apart from drops that are named by an errno."""
 MARKS: Final = (BASELINE, UNSEEN, PASSED)
@@ -129,7 +132,7 @@ class Collectors(Generic[D]):
     """Every collector whose copies this process sends.
 
     `published` counts each stream's datagrams (see `Streams`); `reach` makes a collector's destination, which counts
-    its work in the account that it is given.
+    its work in the account that it is given; `rules` knows what the kernel has copied already.
     """
 
     def __init__(
@@ -137,6 +140,7 @@ class Collectors(Generic[D]):
         streams: Iterable[str],
         published: Mapping[str, int],
         reach: Callable[[Client, Counter[str]], D],
+        rules: KernelRules,
         new_counts: Callable[[], Counter[str]] = Counter,
     ) -> None:
         self.set_streams(streams)
@@ -151,6 +155,9 @@ class Collectors(Generic[D]):
         """Collectors that the last process has served, and their accounts, until the first registry comes."""
         self.left = 0
         """Datagrams that waited for collectors that left, or moved."""
+        self.rules = rules
+        self.by_kernel_late = 0
+        """Copies that the kernel sent after its rules should have changed."""
         self._router = Router()
         self.shares = FairShares[tuple[D, Selection]]()
 
@@ -170,7 +177,7 @@ class Collectors(Generic[D]):
             account[OFFERED] = account[EXPECTED] - account[MISSED] - account[UNSERVED]
             account[STOPPED] += account[HELD]
             account[HELD] = 0
-            done = account[SENT] + account[WITHHELD] + dropped(account) - account[UNSERVED]
+            done = account[SENT] + account[BY_KERNEL] + account[WITHHELD] + dropped(account) - account[UNSERVED]
             done += account[FILTERED] + account[SAMPLED_OUT] + account[SHARED_OUT] + account[WITHHELD_BY_ADMIN]
             account[UNSURE] += max(0, account[OFFERED] - done)
             self._known[client.name] = client, account
@@ -205,6 +212,7 @@ class Collectors(Generic[D]):
         self._known = {}
         self._routed.update(dict.fromkeys(self.streams_wanted(), 0))
         self._router.replace(self.clients)
+        self.rules.follow(self.clients)
 
     def _serve(self, client: Client, known: Served[D] | None) -> Served[D]:
         if known and known.destination.client == client:
@@ -302,16 +310,23 @@ class Collectors(Generic[D]):
     def route(self, batch: Gathered) -> list[tuple[D, Selection]]:
         """Return the rows for each collector that gets any, and count those that it does not get."""
         routed = []
-        for client, selection in self._router.route(batch):
-            served = self._served[client.name]
+        copied = self.rules.copied(batch)
+        for client, selected in self._router.route(batch, copied.leave_out if copied else None):
+            served, selection = self._served[client.name], selected
+            if copied:
+                if client.sample == 1:
+                    selection = copied.divide(client, selected, _count(batch, selected))
+                served.account[BY_KERNEL] += selection.by_kernel
+                served.account[UNPLANNED] += selection.unplanned
             if selection is not ALL_ROWS:
                 served.marks[PASSED] += len(batch) - selection.filtered
                 served.account[SHARED_OUT] += selection.shared_out
                 served.account[SAMPLED_OUT] += selection.sampled_out
             if client.withheld:
                 served.account[WITHHELD_BY_ADMIN] += _count(batch, selection)
-            else:
+            elif selection.indices is None or len(selection.indices):
                 routed.append((served.destination, selection))
+        self.by_kernel_late += copied.late if copied else 0
         self._routed[batch.stream] += len(batch)  # last: a kill in between makes too few filtered, and hides no loss
         return self._share_out(batch, routed) if self.shares.watching else routed
 

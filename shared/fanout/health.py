@@ -24,6 +24,7 @@ from shared.ledger import (
     SENT,
     SOURCE_REFUSED,
     STOPPED,
+    UNPLANNED,
     UNREACHABLES,
     UNSERVED,
     UNSURE,
@@ -39,7 +40,7 @@ CAUSES: Final[Mapping[str, Trouble]] = {
 }
 """The trouble that each counter is a sign of."""
 HARMLESS: Final = frozenset(
-    {DESTINATION_REFUSED, SOURCE_REFUSED, RATE_LIMITED, OTHER_FAMILY, OVER_SHARE, STOPPED, UNSERVED, UNSURE}
+    {DESTINATION_REFUSED, SOURCE_REFUSED, RATE_LIMITED, OTHER_FAMILY, OVER_SHARE, STOPPED, UNPLANNED, UNSERVED, UNSURE}
 )
 """Drops by policy, for the kind of a datagram, or by an end of the service say nothing of the collector. Any other drop
 is an error of the kernel, whatever its name: where nothing is delivered meanwhile the collector is unreachable."""

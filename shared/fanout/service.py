@@ -8,9 +8,8 @@ import math
 import select
 import time
 from abc import ABC, abstractmethod
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import ClassVar, Final, Generic, Self
@@ -26,22 +25,27 @@ from shared.bus.messages import (
     RegistrySnapshot,
     ServeRequest,
     Status,
+    offload_topic,
     serve_topic,
 )
+from shared.bus.offload_messages import KernelCopies
 from shared.bus.status import Reporter
 from shared.bus.zmq_sockets import Publisher, Subscriber, check_directory, new_context
 from shared.client import Client, Source
 from shared.datagrams.batch import DatagramBatch
-from shared.datagrams.gathered import MAX_GATHERED, MAX_GATHERED_PAYLOAD, Gathered
+from shared.datagrams.gathered import Gathered
 from shared.datagrams.routing import Selection
+from shared.fanout.awaited_rules import AwaitedRules
 from shared.fanout.backlog import BacklogMemory
 from shared.fanout.collectors import COLLECTOR_COUNTERS, MARKS, Collectors, D
 from shared.fanout.health_report import HealthReporter
+from shared.fanout.kernel_copies import KernelRules
 from shared.fanout.registry_replica import RegistryReplica
 from shared.fanout.resumption import Resumption
 from shared.fanout.serve_requests import ServeRequests
 from shared.fanout.streams import ORIGIN_COUNTERS, FollowedStreams
-from shared.ledger import FILES_RESTORED, LEFT, STOPPED, Accounts
+from shared.fanout.waiting_batches import WaitingBatches
+from shared.ledger import BY_KERNEL_LATE, FILES_RESTORED, LEFT, STOPPED, Accounts
 from shared.log import WORKER_CAME, get_logger
 from shared.process.lifecycle import CANT_CREATE, Lifecycle, OperatorError, Readiness, pause_for
 from shared.process.memory import Memory
@@ -66,15 +70,6 @@ ROOM: Final = {"collector": COLLECTOR_COUNTERS, "marks": MARKS, "origin": ORIGIN
 """Counters that an account may come to have."""
 
 log = get_logger()
-
-
-@dataclass(slots=True)
-class _Waiting:
-    """Batches of a stream that wait for more, with their rows and bytes of payload together."""
-
-    batches: list[DatagramBatch] = field(default_factory=list)
-    rows: int = 0
-    payload: int = 0
 
 
 class CopyService(ABC, Generic[D]):
@@ -104,7 +99,7 @@ class CopyService(ABC, Generic[D]):
 
     def topics(self) -> Iterable[str]:
         """Topics to subscribe to besides streams; the sender of a request sees by them what this service can do."""
-        return (REGISTRY_TOPIC, serve_topic(self.source))
+        return (REGISTRY_TOPIC, serve_topic(self.source), offload_topic(self.source))
 
     def descriptors(self) -> Iterable[int]:
         """Further descriptors that wake the loop when they become readable."""
@@ -142,7 +137,9 @@ class CopyService(ABC, Generic[D]):
         self._keep_at = 0.0
         self._streams = FollowedStreams(self._subscriber, bus.path, self._kept)
         self._resumption = Resumption(self.name, self._subscriber, self._kept.new_counts)
-        self._collectors = Collectors(_names(self.settings), self._streams.published, self.reach, self._kept.new_counts)
+        rules, new_counts = KernelRules(self.source), self._kept.new_counts
+        self._collectors = Collectors(_names(self.settings), self._streams.published, self.reach, rules, new_counts)
+        self._awaited = AwaitedRules(rules, self._publisher, self._replica)
         self._requests = ServeRequests(self._publisher, self._replica)
         self._asked_at = 0.0
         self._serving, self._restored = -1, 0
@@ -153,8 +150,7 @@ class CopyService(ABC, Generic[D]):
         """Bytes of payload that have come since the memory was measured."""
         self._idle = True
         """True if no copies were sent since the collectors were examined."""
-        self._gathered: defaultdict[str, _Waiting] = defaultdict(_Waiting)
-        """Batches that wait, by stream."""
+        self._gathered = WaitingBatches()
         for topic in self.topics():
             self._subscriber.subscribe(topic)
         return self
@@ -195,12 +191,12 @@ class CopyService(ABC, Generic[D]):
         handled = 0
         while handled < TURN_MESSAGES and (message := self._subscriber.receive()):
             for each in self._resumption.order(message):
-                self._take(each)
+                self._take_all(self._awaited.order(each))
             handled += 1
         for each in self._resumption.overdue():
-            self._take(each)
-        for stream in list(self._gathered):
-            self._send_gathered(stream)
+            self._take_all(self._awaited.order(each))
+        self._take_all(self._awaited.overdue())
+        self._send_all()
         self._more = handled == TURN_MESSAGES
         return handled
 
@@ -222,6 +218,8 @@ class CopyService(ABC, Generic[D]):
             self._apply()
         if self._requests and self._serving == self._replica.version and self._streams.flowing:
             self._requests.answer()
+        if self._awaited and self._serving == self._replica.version:
+            self._awaited.answer()
         fresh, now = self._publisher.new_subscriptions(), time.monotonic()
         if now >= self._health.due_at or (fresh and self._health.asked_for(fresh)):
             self._collectors.refresh()
@@ -232,10 +230,14 @@ class CopyService(ABC, Generic[D]):
         if self._kept.stale and self._serving >= 0 and now >= self._keep_at:
             self._keep()
         self._upkeep_at = min(self._reporter.due_at, self._health.due_at, self._work_at)
-        if self._requests or self._serving != self._replica.version:
+        if self._requests or self._awaited or self._serving != self._replica.version:
             self._upkeep_at = min(self._upkeep_at, now + SOON_SECONDS)
         if self._publisher.readable():  # the signal of its descriptor was swallowed by what was published
             self._upkeep_at = 0.0
+
+    def _take_all(self, messages: Iterable[Message]) -> None:
+        for message in messages:
+            self._take(message)
 
     def _take(self, message: Message) -> None:
         body, envelope = message.body, message.envelope
@@ -252,6 +254,9 @@ class CopyService(ABC, Generic[D]):
                 self._ask_for_snapshot()
         elif isinstance(body, ServeRequest):
             self._requests.add(envelope.boot, body)
+        elif isinstance(body, KernelCopies):
+            self._send_all()  # what has come before was copied by other rules of the same number
+            self._take_all(self._awaited.note(envelope, body))
         elif isinstance(body, Status):
             for stream, missed in self._streams.reconcile(envelope, body).items():
                 self._collectors.count_missed(stream, missed)
@@ -263,15 +268,15 @@ class CopyService(ABC, Generic[D]):
 
     def _gather(self, batch: DatagramBatch) -> None:
         """Let a batch wait for others of its stream that have come too, up to the limits."""
-        if self._gathered[batch.stream].rows + len(batch) > MAX_GATHERED:
+        if not self._gathered.has_room(batch):
             self._send_gathered(batch.stream)
-        waiting = self._gathered[batch.stream]
-        waiting.batches.append(batch)
-        waiting.rows += len(batch)
-        waiting.payload += len(batch.payload)
         self._taken += len(batch.payload)
-        if waiting.payload >= MAX_GATHERED_PAYLOAD:
+        if not self._gathered.add(batch):
             self._send_gathered(batch.stream)
+
+    def _send_all(self) -> None:
+        for stream in self._gathered.streams:
+            self._send_gathered(stream)
 
     def _send_gathered(self, stream: str) -> None:
         if self._idle:
@@ -279,7 +284,7 @@ class CopyService(ABC, Generic[D]):
             self._health.hasten()
             self._upkeep_at = min(self._upkeep_at, self._health.due_at)
         self._resume_keeping()
-        gathered = Gathered(self._gathered.pop(stream).batches)
+        gathered = self._gathered.gather(stream)
         self.send(gathered, self._collectors.route(gathered))
 
     def _apply(self) -> None:
@@ -341,6 +346,7 @@ class CopyService(ABC, Generic[D]):
             "bus_rejected": sum(self._subscriber.rejected.values()),
             "bus_repeated": self._streams.repeated,
             LEFT: self._collectors.left,
+            BY_KERNEL_LATE: self._collectors.by_kernel_late,
             FILES_RESTORED: self._restored,
             **self.own_account(),
         }
@@ -361,6 +367,8 @@ class CopyService(ABC, Generic[D]):
                 self._collectors.shares.begin_wait()
                 self._subscriber.socket.poll(self._pause_ms(quiet_at - now))
                 self._collectors.shares.end_wait()
+        self._take_all(self._awaited.give_up())
+        self._send_all()
         self._collectors.forget_departed()
         while self.held and (now := time.monotonic()) < drained_by:
             self._work_at = now + self.work()

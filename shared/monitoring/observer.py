@@ -25,6 +25,7 @@ from shared.bus.status import INTERVAL_SECONDS, Report, Reports
 from shared.client import Client, Trouble
 from shared.fanout.registry_replica import RegistryReplica
 from shared.ledger import (
+    BY_KERNEL,
     BYTES,
     DISCREPANCIES,
     EXPECTED,
@@ -79,9 +80,9 @@ class _Told:
     report: Report
     before: Report | None = None
 
-    def rate(self, account: str, counter: str) -> float | None:
-        """Return the growth of a counter a second; None where there are no two reports of one start."""
-        return _rate(self, lambda accounts: accounts.get(account, {}).get(counter, 0))
+    def rate(self, account: str, *counters: str) -> float | None:
+        """Return the growth of counters a second, together; None where there are no two reports of one start."""
+        return _rate(self, lambda accounts: sum(accounts.get(account, {}).get(each, 0) for each in counters))
 
 
 @dataclass(slots=True)
@@ -269,7 +270,7 @@ class Observer:
             self._words[key] = health, since
             name = f"collector/{client.name}"
             if service is None:
-                unknown = (None,) * 10
+                unknown = (None,) * 11
                 yield Collector(client, health, since, None, *unknown, {}, None)
                 continue
             told, account = self._told[service], accounts[service][name]
@@ -287,11 +288,12 @@ class Observer:
                 service,
                 account.get(SENT, 0),
                 account.get(BYTES, 0),
-                told.rate(name, SENT),
+                told.rate(name, SENT, BY_KERNEL),
                 told.rate(name, BYTES),
                 account.get(EXPECTED, 0),
                 sum(account.get(counter, 0) for counter in (FILTERED, SAMPLED_OUT, SHARED_OUT)),
                 account.get(WITHHELD_BY_ADMIN, 0),
+                account.get(BY_KERNEL, 0),
                 account.get(HELD, 0),
                 count,
                 _lost_rate(told, name),

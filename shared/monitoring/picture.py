@@ -65,12 +65,15 @@ class Collector(msgspec.Struct, frozen=True, gc=False):
     sent: int | None
     bytes: int | None
     rate: float | None
+    """Copies a second, by us and by the kernel; of bytes only those that we sent are known."""
     byte_rate: float | None
     expected: int | None
     kept_back: int | None
     """Datagrams filtered, sampled out, or given to another member of its group: as it asked for."""
     withheld: int | None
     """Datagrams not sent because an admin withholds them."""
+    by_kernel: int | None
+    """Datagrams of which the kernel had sent the copy."""
     held: int | None
     lost: int | None
     lost_rate: float | None

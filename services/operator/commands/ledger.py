@@ -14,6 +14,7 @@ from shared.bus.living_workers import living_workers
 from shared.bus.messages import Status
 from shared.bus.status import INTERVAL_SECONDS, Reports
 from shared.ledger import (
+    BY_KERNEL,
     BYTES,
     DROPPED,
     EXPECTED,
@@ -142,7 +143,7 @@ def _origin_rows(balance: Balance) -> Iterator[Row]:
             yield service, worker, f"{boot:x}", stream, account.get(TAKEN, 0), account.get(MISSED, 0)
 
 
-OUTCOMES: Final = (EXPECTED, SENT, FILTERED, SAMPLED_OUT, SHARED_OUT, MISSED, WITHHELD, WITHHELD_BY_ADMIN)
+OUTCOMES: Final = (EXPECTED, SENT, BY_KERNEL, FILTERED, SAMPLED_OUT, SHARED_OUT, MISSED, WITHHELD, WITHHELD_BY_ADMIN)
 COLLECTOR_COLUMNS: Final = (
     "consumer",
     "collector",

@@ -9,6 +9,7 @@ from services.forwarder.service import ForwarderService
 from shared.datagrams.batch import DatagramBatch
 from shared.datagrams.gathered import Gathered
 from shared.fanout.collectors import Collectors
+from shared.fanout.kernel_copies import KernelRules
 from shared.ledger import discrepancies
 from shared.settings.model import Settings
 from shared.settings.tables import Forwarder
@@ -20,7 +21,7 @@ class Sent:
     def __init__(self, opened: ExitStack, *clients: Any, **settings: Any) -> None:
         self.published: Counter[str] = Counter()
         self._relay = ForwarderService("forwarder.1", Settings(forwarder=Forwarder(**settings)))
-        self.collectors = Collectors(["messages"], self.published, self._relay.reach)
+        self.collectors = Collectors(["messages"], self.published, self._relay.reach, KernelRules("relay"))
         opened.callback(self.collectors.close)
         opened.callback(self._relay.close)
         self.collectors.replace(clients)

@@ -10,6 +10,7 @@ from shared.bus.kept_counts import KeptFile
 from shared.client import Client, Withheld
 from shared.datagrams.gathered import Gathered
 from shared.fanout.collectors import COLLECTOR_COUNTERS, MARKS, Collectors
+from shared.fanout.kernel_copies import KernelRules
 from shared.ledger import discrepancies
 from tests.builders import make_batch, make_client
 
@@ -23,7 +24,9 @@ class Life:
         self.kept = KeptFile(path)
         sheet = self.kept.open()
         self.published = self.kept.new_counts(sheet.tables.get("published/", {}))
-        self.collectors = Collectors[Any](["messages"], self.published, self._reach, self.kept.new_counts)
+        self.collectors = Collectors[Any](
+            ["messages"], self.published, self._reach, KernelRules("relay"), self.kept.new_counts
+        )
         self.collectors.restore(sheet)
         self.sent: dict[str, Counter[str]] = {}
         self.collectors.replace(clients)

@@ -20,6 +20,7 @@ from shared.client import Client
 from shared.datagrams.gathered import Gathered
 from shared.fanout import collectors, service, streams
 from shared.fanout.collectors import Collectors
+from shared.fanout.kernel_copies import KernelRules
 from shared.fanout.streams import FollowedStreams
 from shared.ledger import FILTERED, WITHHELD, Accounts, discrepancies
 from shared.settings.model import Settings
@@ -213,7 +214,7 @@ def succeed(moment: Moment, path: Path) -> Accounts:
     def reach(client: Client, account: Counter[str]) -> Any:
         return SimpleNamespace(client=client, account=account, held=SimpleNamespace(paused=False))
 
-    served = Collectors[Any](["messages"], followed.published, reach, kept.new_counts)
+    served = Collectors[Any](["messages"], followed.published, reach, KernelRules("relay"), kept.new_counts)
     try:
         followed.restore(sheet.tables)
         served.restore(sheet)

@@ -32,6 +32,7 @@ def collector(number: int, name: str = "", **changes: object) -> Collector:
         "bytes": 100_000 * number,
         "expected": 1000 * number,
         "kept_back": 0,
+        "by_kernel": 0,
         "withheld": 0,
         "held": 0,
         "lost": number,

@@ -1,0 +1,262 @@
+"""Copies that the kernel has made already: of which rows of a batch, and for which collectors. No I/O.
+
+Rules in the kernel follow the registry a moment later, so an entry of a generation may differ from today's. For a row
+with that generation's mark the entry of the rules says what was copied, and today's entry what is wanted. The collector
+gets from us what it wants and the kernel has not copied.
+"""
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Final, NamedTuple
+
+import msgspec
+import numpy as np
+
+from shared.bus.messages import Envelope
+from shared.bus.offload_messages import KernelCopies, KernelServed
+from shared.bus.pieces import Assembler
+from shared.client import Client, Source
+from shared.datagrams.batch import Generations, Indices
+from shared.datagrams.gathered import Gathered, Mask
+from shared.datagrams.routing import Router, Selection
+
+MAX_ENTRIES: Final = 500_000
+"""Of all generations together, some 100 bytes each; beyond it the generation that was used longest ago is forgotten."""
+
+NO_ROWS: Final = np.empty(0, np.intp)
+NOTHING_LEFT_OUT: Final = Selection(None)
+Entries = dict[str, Client]
+"""Entries of rules, by name."""
+
+
+@dataclass(slots=True)
+class _Rules:
+    """The rules of one generation, by stream, as the offload service with boot id `boot` has numbered them.
+
+    `matched` has, by stream and name, the rows that an entry with sampling has matched.
+    """
+
+    boot: int
+    serial: int
+    streams: dict[str, Entries]
+    matched: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    @property
+    def size(self) -> int:
+        """The number of entries."""
+        return sum(map(len, self.streams.values()))
+
+
+@dataclass(slots=True)
+class _Standing:
+    """The entries of a generation for a stream, compared with those of today.
+
+    `same` have today's entry, `changed` another one.
+    """
+
+    stream: str
+    same: Entries
+    changed: Entries
+    router: Router
+    matched: Counter[tuple[str, str]]
+
+    def copies(self, entry: Client, rows: int) -> int:
+        """Return how many copies the kernel makes of rows that an entry matches: the first, and each n-th after it."""
+        if entry.sample == 1:
+            return rows
+        before = self.matched[self.stream, entry.name]
+        self.matched[self.stream, entry.name] += rows
+        return -(-(before + rows) // entry.sample) - -(-before // entry.sample)
+
+
+class _Planned(NamedTuple):
+    """The rows that an entry of the rules has matched, their number, and that of the copies made of them."""
+
+    rows: Mask
+    rows_matched: int
+    made: int
+
+
+class KernelRules:
+    """The generations of rules that the kernel has copied by, or may have."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._rules: OrderedDict[int, _Rules] = OrderedDict()
+        """By generation; the one that was used last is the last."""
+        self._entries = 0
+        self._today: Mapping[str, Client] = {}
+        self._standings: dict[tuple[int, str], _Standing] = {}
+        self._assembler = Assembler[KernelCopies]()
+        self._given_up: set[int] = set()
+        """Generations that nobody has told of in time."""
+
+    def note(self, envelope: Envelope, body: KernelCopies) -> bool:
+        """Take in a piece of a generation; return whether all of it is known now."""
+        pieces = self._assembler.add((envelope.boot, body.generation, body.serial), body)
+        if pieces is None:
+            return False
+        known = self._rules.get(body.generation)
+        if known and known.boot == envelope.boot and known.serial >= body.serial:
+            return True
+        self._forget(body.generation)
+        streams: dict[str, Entries] = {}
+        for served in (served for piece in pieces for served in piece.served):
+            self._enter(served, streams)
+        rules = self._rules[body.generation] = _Rules(envelope.boot, body.serial, streams)
+        self._given_up.discard(body.generation)
+        self._entries += rules.size
+        while self._entries > MAX_ENTRIES and len(self._rules) > 1:
+            self._forget(next(iter(self._rules)))
+        return True
+
+    def _enter(self, served: KernelServed, streams: dict[str, Entries]) -> None:
+        today = self._today.get(served.client.name)
+        client = today if today == served.client else served.client  # generations differ little: most share an entry
+        for stream in served.streams:
+            streams.setdefault(stream, {})[client.name] = client
+
+    def _forget(self, generation: int) -> None:
+        if rules := self._rules.pop(generation, None):
+            self._entries -= rules.size
+            self._standings = {key: each for key, each in self._standings.items() if key[0] != generation}
+
+    def follow(self, clients: Iterable[Client]) -> None:
+        """Compare with these collectors from now on."""
+        self._today = {client.name: client for client in clients}
+        self._standings.clear()
+
+    def know(self, generations: Generations) -> bool:
+        """Return whether the rules of each row are known, or given up."""
+        return all(each in self._rules or each in self._given_up for each in _distinct(generations))
+
+    def give_up(self, generations: Generations) -> list[int]:
+        """Wait no longer to be told of these; return those that nobody has told of."""
+        unknown = [each for each in _distinct(generations) if each not in self._rules]
+        self._given_up.update(unknown)
+        return unknown
+
+    def copied(self, batch: Gathered) -> "CopiedRows | None":
+        """Return which rows the kernel has copied; None where it has copied none."""
+        generations = batch.generations
+        if generations is None or not (distinct := _distinct(generations)):
+            return None
+        standings = {}
+        for generation in distinct:
+            if generation in self._rules:
+                self._rules.move_to_end(generation)
+                standings[generation] = self._standing(generation, batch.stream)
+        return CopiedRows(batch, distinct, standings, self._source)
+
+    def _standing(self, generation: int, stream: str) -> _Standing:
+        found = self._standings.get((generation, stream))
+        if found is None:
+            found = self._standings[generation, stream] = self._compare(self._rules[generation], stream)
+        return found
+
+    def _compare(self, rules: _Rules, stream: str) -> _Standing:
+        entries = rules.streams.get(stream, {})
+        same, changed, router = {}, {}, Router()
+        for name, entry in entries.items():
+            today = self._today.get(name)
+            if today and today.generation == entry.generation and today.wants(stream):
+                same[name] = entry
+            elif entry.source == self._source or (today and _place(today) == _place(entry)):
+                changed[name] = entry
+        router.replace(msgspec.structs.replace(entry, sample=1, group="") for entry in changed.values())
+        return _Standing(stream, same, changed, router, rules.matched)
+
+
+class CopiedRows:
+    """The rows of one batch that the kernel has copied, or may have.
+
+    `late` counts copies by entries that are not today's, as far as today's entry does not want them.
+    """
+
+    def __init__(
+        self, batch: Gathered, generations: list[int], standings: dict[int, _Standing], source: Source
+    ) -> None:
+        column = batch.generations
+        assert column is not None
+        self._masks: dict[int, Mask] = {each: column == each for each in generations}
+        self._standings = standings
+        unknown = [mask for each, mask in self._masks.items() if each not in standings]
+        self._source = source
+        self._unknown = np.logical_or.reduce(unknown) if unknown else None
+        self._whole = len(generations) == 1 and not unknown and bool(self._masks[generations[0]].all())
+        self._all = np.ones(len(batch), np.bool_)
+        self._divided: dict[tuple[int, tuple[int, ...]], tuple[Selection, Selection]] = {}
+        """By the id of a selection and the generations that serve the collector: the selection, and the rest of it."""
+        self._changed: dict[tuple[int, str], _Planned] = {}
+        self.late = 0
+        for generation, standing in standings.items():
+            for client, selection in standing.router.route(batch) if standing.changed else ():
+                rows = self._masks[generation]
+                if selection.indices is not None:
+                    rows = rows & _mask(selection.indices, len(batch))
+                entry, count = standing.changed[client.name], int(np.count_nonzero(rows))
+                made = standing.copies(entry, count)
+                self._changed[generation, client.name] = _Planned(rows, count, made)
+                if entry.source == source:
+                    self.late += made
+
+    def leave_out(self, client: Client, rows: Mask) -> tuple[Mask, Selection]:
+        """Return which of the rows that a collector wants are left to us, and what became of the others."""
+        by_kernel = passed_over = unplanned = 0
+        for generation, standing in self._standings.items():
+            entry, planned = standing.same.get(client.name), self._changed.get((generation, client.name))
+            if entry is not None:
+                hit = rows & self._masks[generation]
+                count = int(np.count_nonzero(hit))
+                made = standing.copies(entry, count)
+            elif planned is not None and _place(client) == _place(standing.changed[client.name]):
+                hit = rows & planned.rows
+                count = int(np.count_nonzero(hit))
+                made = planned.made * count // planned.rows_matched if count else 0
+                self.late -= made * (standing.changed[client.name].source == self._source)
+            else:
+                continue
+            by_kernel, passed_over, rows = by_kernel + made, passed_over + count - made, rows & ~hit
+        if self._unknown is not None:
+            unplanned = int(np.count_nonzero(rows & self._unknown))
+            rows = rows & ~self._unknown
+        return rows, Selection(None, sampled_out=passed_over, by_kernel=by_kernel, unplanned=unplanned)
+
+    def divide(self, client: Client, selection: Selection, count: int) -> Selection:
+        """Return what is left to us of the `count` rows selected for a collector that takes no sample."""
+        serving = tuple(each for each, standing in self._standings.items() if client.name in standing.same)
+        changed = bool(self._changed) and any((each, client.name) in self._changed for each in self._standings)
+        if not (serving or changed or self._unknown is not None):
+            return selection
+        if self._whole and serving:
+            return replace(selection, indices=NO_ROWS, by_kernel=count)
+        key = id(selection), serving
+        if not changed and key in self._divided:
+            return self._divided[key][1]
+        wanted = self._all if selection.indices is None else _mask(selection.indices, len(self._all))
+        rest, left = self.leave_out(client, wanted)
+        divided = selection
+        if left != NOTHING_LEFT_OUT:
+            divided = replace(left, indices=np.flatnonzero(rest))
+            divided = replace(divided, filtered=selection.filtered, shared_out=selection.shared_out)
+        if not changed:
+            self._divided[key] = selection, divided
+        return divided
+
+
+def _mask(rows: Indices, count: int) -> Mask:
+    found = np.zeros(count, np.bool_)
+    found[rows] = True
+    return found
+
+
+def _distinct(generations: Generations) -> list[int]:
+    first = int(generations[0]) if len(generations) else 0
+    if (generations == first).all():
+        return [first] if first else []
+    return [each for each in np.unique(generations).tolist() if each]
+
+
+def _place(client: Client) -> tuple[str, int]:
+    return client.address, client.port
