@@ -306,7 +306,7 @@ def encode(
     """Return the parts of a message. The arrays are the batch's own buffers, not copies; a lent payload is left out."""
     envelope = Envelope(VERSION, _NAMES[type(body)], sender, boot, sequence, total)
     packed = _pack_batch(body) if isinstance(body, Datagrams) else pack(body)
-    parts: list[Part] = [topic.encode(), pack(envelope), packed]
+    parts: list[Part] = [topic.encode(), pack_values(msgspec.structs.astuple(envelope)), packed]
     if batch is not None:
         parts.append(batch.rows.tobytes())
     if batch is not None and not (isinstance(body, Datagrams) and body.chunk is not None):

@@ -59,11 +59,16 @@ class Gathered:
     def __len__(self) -> int:
         return len(self.rows)
 
-    @cached_property
+    @property
     def generations(self) -> Generations | None:
         """The generation of the kernel's rules that has copied each row, uint16, shape (n,); None: none was copied."""
-        if all(batch.generations is None for batch in self.batches):
-            return None
+        for batch in self.batches:
+            if batch.generations is not None:
+                return self._generations
+        return None
+
+    @cached_property
+    def _generations(self) -> Generations:
         found = [
             np.zeros(len(batch), np.uint16) if batch.generations is None else batch.generations
             for batch in self.batches

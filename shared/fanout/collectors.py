@@ -310,7 +310,7 @@ class Collectors(Generic[D]):
     def route(self, batch: Gathered) -> list[tuple[D, Selection]]:
         """Return the rows for each collector that gets any, and count those that it does not get."""
         routed = []
-        copied = self.rules.copied(batch)
+        copied = None if batch.generations is None else self.rules.copied(batch)
         for client, selected in self._router.route(batch, copied.leave_out if copied else None):
             served, selection = self._served[client.name], selected
             if copied:
