@@ -33,7 +33,7 @@ from shared.bus.offload_messages import KernelCopies, KernelServed, OffloadReply
 from shared.bus.packing import MAX_ITEMS
 from shared.bus.status import Reports
 from shared.bus.zmq_sockets import Publisher, Requests, Subscriber, new_context
-from shared.client import Client, Source
+from shared.client import ALL_STREAMS, Client, Source
 from shared.datagrams.batch import ROW, DatagramBatch, make_rows
 from shared.ledger import Accounts, discrepancies
 from shared.net.addresses import pack_address
@@ -282,10 +282,16 @@ class PlayedOffload:
         self._serial = 0
 
     def tell(self, generation: int, *clients: Client, registry: int = 0, revision: int = 0) -> int:
-        """Tell the sender of a generation that serves these; return the serial that it answers with."""
+        """Tell the sender of a generation that serves these; return the serial that it answers with.
+
+        Of collectors of all streams it serves the copies of `messages`.
+        """
         wait_wanted(self.publisher, self._topic)
         self._serial += 1
-        served = [KernelServed(client, ("messages",)) for client in clients]
+        served = [
+            KernelServed(client, ("messages",) if ALL_STREAMS in client.streams else client.streams)
+            for client in clients
+        ]
         body = KernelCopies(generation, self._serial, self._reply, 0, 1, served, registry, revision)
         self.publisher.publish(self._topic, body)
         return self._serial
