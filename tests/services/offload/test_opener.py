@@ -79,7 +79,7 @@ def test_without_privilege_it_says_what_is_missing(open_stack: OpenStack) -> Non
 
 @pytest.mark.parametrize("text", ["", "x", "-1", "1048577", "9" * 30])
 def test_only_the_opener_hands_a_channel_on(text: str) -> None:
-    """Whatever is no socket of the opener's ends the start."""
+    """A value that names no socket of the opener's ends the start."""
     with pytest.raises(PermissionError, match="--inherited is for the opener only, and does not name its socket"):
         adopt(text)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other, pytest.raises(PermissionError):

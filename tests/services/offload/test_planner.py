@@ -122,7 +122,7 @@ def test_reasons_of_this_host_and_of_settings() -> None:
 
 
 def test_overlapping_prefixes_are_bounded() -> None:
-    """Where each source is wanted by another set of collectors, those with prefixes are left to the senders."""
+    """Collectors with prefixes are left to the senders when each source is wanted by another set of them."""
     drawn, nets = random.Random(1), [f"10.0.{number}.0/24" for number in range(256)]
     many = [client(f"c{number}", prefixes=tuple(drawn.sample(nets, 128))) for number in range(200)]
     planned = plan(client("all"), *many)
