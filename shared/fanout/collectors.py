@@ -314,10 +314,11 @@ class Collectors(Generic[D]):
         for client, selected in self._router.route(batch, copied.leave_out if copied else None):
             served, selection = self._served[client.name], selected
             if copied:
-                if client.sample == 1:
-                    selection = copied.divide(client, selected, _count(batch, selected))
-                served.account[BY_KERNEL] += selection.by_kernel
-                served.account[UNPLANNED] += selection.unplanned
+                selection = copied.divide(client, selected)
+                if selection.by_kernel:
+                    served.account[BY_KERNEL] += selection.by_kernel
+                if selection.unplanned:
+                    served.account[UNPLANNED] += selection.unplanned
             if selection is not ALL_ROWS:
                 served.marks[PASSED] += len(batch) - selection.filtered
                 served.account[SHARED_OUT] += selection.shared_out

@@ -24,7 +24,6 @@ from shared.datagrams.routing import Router, Selection
 MAX_ENTRIES: Final = 500_000
 """Of all generations together, some 100 bytes each; beyond it the generation that was used longest ago is forgotten."""
 
-NO_ROWS: Final = np.empty(0, np.intp)
 NOTHING_LEFT_OUT: Final = Selection(None)
 Entries = dict[str, Client]
 """Entries of rules, by name."""
@@ -184,7 +183,6 @@ class CopiedRows:
         unknown = [mask for each, mask in self._masks.items() if each not in standings]
         self._source = source
         self._unknown = np.logical_or.reduce(unknown) if unknown else None
-        self._whole = len(generations) == 1 and not unknown and bool(self._masks[generations[0]].all())
         self._all = np.ones(len(batch), np.bool_)
         self._divided: dict[tuple[int, tuple[int, ...]], tuple[Selection, Selection]] = {}
         """By the id of a selection and the generations that serve the collector: the selection, and the rest of it."""
@@ -223,14 +221,14 @@ class CopiedRows:
             rows = rows & ~self._unknown
         return rows, Selection(None, sampled_out=passed_over, by_kernel=by_kernel, unplanned=unplanned)
 
-    def divide(self, client: Client, selection: Selection, count: int) -> Selection:
-        """Return what is left to us of the `count` rows selected for a collector that takes no sample."""
-        serving = tuple(each for each, standing in self._standings.items() if client.name in standing.same)
+    def divide(self, client: Client, selection: Selection) -> Selection:
+        """Return what is left to us of the rows selected for a collector; its sample was taken of what is left."""
+        if client.sample > 1:
+            return selection
+        serving = tuple([each for each, standing in self._standings.items() if client.name in standing.same])
         changed = bool(self._changed) and any((each, client.name) in self._changed for each in self._standings)
         if not (serving or changed or self._unknown is not None):
             return selection
-        if self._whole and serving:
-            return replace(selection, indices=NO_ROWS, by_kernel=count)
         key = id(selection), serving
         if not changed and key in self._divided:
             return self._divided[key][1]
