@@ -16,7 +16,7 @@ from shared.process.log_limit import LINES_AT_ONCE
 from tests.stack import Stack, ask, ask_json, wait_until
 from tests.system.test_bad_input import garbage
 
-SECONDS = 2.0
+SECONDS = 1.0
 MOST_MB = {"gateway": 60}
 """By how much a process may grow, others by 300: full queues of the bus, and the memory that payloads are lent in."""
 RESET = b"\1\0\0\0\0\0\0\0"

@@ -11,8 +11,6 @@ from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
 
-import pytest
-
 from tests.stack import CHECKOUT, Running, Stack, ask_json, wait_until
 from tests.traffic import exporters, open_receiver, pause
 
@@ -32,21 +30,20 @@ def descendants(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-@pytest.fixture
-def four_workers(stack: Stack) -> Running:
-    """`honcho start -c ingest=4`, ready."""
+def start_honcho(stack: Stack, *arguments: str) -> Running:
+    """Run `honcho start` with these arguments."""
     honcho = shutil.which("honcho", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     assert honcho
-    running = stack.spawn("honcho", [honcho, "-d", str(CHECKOUT), "start", "-c", "ingest=4"])
+    return stack.spawn("honcho", [honcho, "-d", str(CHECKOUT), "start", *arguments])
+
+
+def test_honcho_runs_four_workers_that_all_receive(stack: Stack) -> None:
+    """`honcho start -c ingest=4` gives four workers, the exporters spread over all of them; SIGTERM ends all with 0."""
+    honcho = start_honcho(stack, "-c", "ingest=4")
     for number in range(4):
-        running.wait_for(f'"service": "ingest.{number + 1}"')
+        honcho.wait_for(f'"service": "ingest.{number + 1}"')
     ready = stack.operator("ready")
     assert ready.process.wait(60) == 0, ready.text
-    return running
-
-
-def test_honcho_runs_four_workers_that_all_receive(stack: Stack, four_workers: Running) -> None:
-    """`honcho start -c ingest=4` gives four workers, the exporters spread over all of them; SIGTERM ends all with 0."""
     processes = len((CHECKOUT / "Procfile").read_text().splitlines()) + 3
     sink, _ = open_receiver("127.0.0.1", 9100)
     with closing(sink), exporters(EXPORTERS, 6667) as sources:
@@ -60,19 +57,23 @@ def test_honcho_runs_four_workers_that_all_receive(stack: Stack, four_workers: R
     received = [services[f"ingest.{number + 1}"]["stream/messages"]["received"] for number in range(4)]
     assert sum(received) == EXPORTERS * 4
     assert all(received)
-    children = descendants(four_workers.process.pid)
+    children = descendants(honcho.process.pid)
     assert len(children) == processes
-    assert four_workers.stop(signal.SIGTERM, 10) == 128 + signal.SIGTERM  # as honcho reports a signal of its own
-    assert four_workers.text.count("stopped (rc=0)") == processes, four_workers.text
+    assert honcho.stop(signal.SIGTERM, 10) == 128 + signal.SIGTERM  # as honcho reports a signal of its own
+    assert honcho.text.count("stopped (rc=0)") == processes, honcho.text
     assert not any(Path(f"/proc/{child}").exists() for child in children)
 
 
-def test_one_that_ends_ends_all_under_honcho(stack: Stack, four_workers: Running) -> None:
+def test_one_that_ends_ends_all_under_honcho(stack: Stack) -> None:
     """Under honcho a worker killed takes the stack with it, as deploy/README.md says."""
-    announced = next(line for line in four_workers.text.splitlines() if '"service": "ingest.2"' in line)
+    honcho = start_honcho(stack, "-c", "ingest=2", "broker", "ingest")
+    for number in range(2):
+        honcho.wait_for(f'"service": "ingest.{number + 1}"')
+    announced = next(line for line in honcho.text.splitlines() if '"service": "ingest.2"' in line)
     os.kill(json.loads(announced[announced.index("{") :])["pid"], signal.SIGKILL)
-    assert four_workers.process.wait(60) != 0
-    assert "ingest.2 stopped (rc=-9)" in four_workers.text
+    assert honcho.process.wait(60) != 0
+    assert "ingest.2 stopped (rc=-9)" in honcho.text
+    assert "broker.1 stopped (rc=0)" in honcho.text
 
 
 class Flood(threading.Thread):
