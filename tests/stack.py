@@ -31,10 +31,11 @@ def wait_until(
     condition: Callable[[], object], what: str | Callable[[], str], seconds: float = PATIENCE_SECONDS
 ) -> None:
     """Poll until `condition()` is true; AssertionError with `what`, as of then, when it does not become so."""
-    deadline = time.monotonic() + seconds
+    began = time.monotonic()
     while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what() if callable(what) else what}"
-        time.sleep(0.01)
+        waited = time.monotonic() - began
+        assert waited < seconds, f"not within {seconds} s: {what() if callable(what) else what}"
+        time.sleep(min(max(0.01, waited / 20), 0.05))  # what takes long is looked at less often
 
 
 FORKED: Final = {(sys.executable, str(CHECKOUT)): PROGRAMS}

@@ -302,7 +302,8 @@ def test_a_service_that_hangs_makes_collectors_wait(open_stack: OpenStack, sourc
             assert event["health"] == "waiting"
             assert listed()["health"] == "waiting"
             if stopped in ("forwarder", "transmitter"):
-                assert listed("other")["health"] == "ok"
+                until("ok", "other")
+                assert listed()["health"] == "waiting"
         finally:
             stack[stopped].process.send_signal(signal.SIGCONT)
         until("ok")
