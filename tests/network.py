@@ -29,10 +29,11 @@ from zlib import crc32
 import pytest
 
 from tests.capabilities import ambient, check
-from tests.lab import CLONE_NEWNET, assert_entered, assert_no_way_out, enter_network
+from tests.lab import CLONE_NEWNET, assert_entered, assert_no_way_out, bring_loopback_up, enter_network
 from tests.stack import wait_until
 
 SIOCETHTOOL, ETHTOOL_GTXCSUM, ETHTOOL_STXCSUM = 0x8946, 0x16, 0x17
+RTM_NEWLINK, RTM_GETLINK, NLM_F_REQUEST, IFLA_IFNAME, IFLA_OPERSTATE, IF_OPER_UP = 16, 18, 1, 3, 16, 6
 AF_NETLINK, NLMSG_DONE, RTM_NEWROUTE, RTM_GETROUTE, NLM_F_REQUEST_DUMP, RTN_UNICAST = 16, 3, 24, 26, 0x301, 1
 IFREQ: Final = struct.Struct("16sQ16x")
 OUTER, OUTER_HEADERS = ("192.0.2.1", "192.0.2.2"), 36  # of a tunnel: IPv4, UDP, VXLAN
@@ -79,7 +80,7 @@ class Host:
         with _coming_back():
             check(_libc.unshare(CLONE_NEWNET))
             self.descriptor = _own_namespace()
-            self.run("ip", "link", "set", "lo", "up")
+            bring_loopback_up()
             assert_no_way_out()
         for name in ("all", "default"):
             self.sysctl(f"net.ipv4.conf.{name}.rp_filter", 0)  # the larger of `all` and the interface's counts
@@ -193,8 +194,20 @@ class End:
         return request[1]
 
     def works(self) -> bool:
-        """Return whether it and its other end are up."""
-        return bool(self.host.link(self.name)["operstate"] == "UP")
+        """Return whether it and its other end are up: asked of the kernel, since this is asked very often."""
+        name = self.name.encode().ljust(16, b"\0")
+        request = struct.pack("=IHHII 16x HH", 52, RTM_GETLINK, NLM_F_REQUEST, 1, 0, 20, IFLA_IFNAME) + name
+        with self.host.socket(AF_NETLINK, socket.SOCK_RAW, 0) as routing:
+            routing.send(request)
+            answer = routing.recv(1 << 16)
+        kind, at = struct.unpack_from("=4xH", answer)[0], 32
+        assert kind == RTM_NEWLINK, f"netlink answers with a message of type {kind}"
+        while at < len(answer):
+            length, attribute = struct.unpack_from("=HH", answer, at)
+            if attribute == IFLA_OPERSTATE:
+                return answer[at + 4] == IF_OPER_UP
+            at += (length + 3) & ~3
+        return False
 
     def make(self, kind: str, more: str = "", over: str = "") -> None:
         """Make the interface, `over` another; skip the test if this kernel has none of the kind, else fail it."""
