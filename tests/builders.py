@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -174,7 +175,7 @@ def take_mark(subscriber: Subscriber, stream: str = "messages") -> None:
 
 
 def accounts_when(bus: BusEnds, service: str, condition: Callable[[Accounts], object]) -> Accounts:
-    """A service's accounts, which must add up, as soon as they meet a condition."""
+    """A service's accounts, which must add up, as soon as they meet a condition; one that is not there yet meets none."""
     subscriber, reports, last = bus.subscriber(status_topic(service)), Reports(), Accounts()
 
     def met() -> bool:
@@ -183,7 +184,8 @@ def accounts_when(bus: BusEnds, service: str, condition: Callable[[Accounts], ob
         if report := reports.add(message.envelope, message.body):
             assert list(discrepancies(report.accounts)) == []
             last.update(report.accounts)
-            return bool(condition(report.accounts))
+            with suppress(KeyError):
+                return bool(condition(report.accounts))
         return False
 
     try:
