@@ -28,7 +28,7 @@ COMMANDS: Final = {
     **dict.fromkeys(("clients", "register", "leave"), "commands.clients"),
     **dict.fromkeys(("withhold", "release"), "commands.withhold"),
     "watch": "commands.watch",
-    **{name: f"commands.captures.{name}" for name in ("tap", "play")},
+    **{name: f"commands.captures.{name}" for name in ("tap", "play", "export", "replay")},
     **{name: f"commands.{name}" for name in ("collect", "frame", "wake", "config")},
     "import": "importing.command",
     **{name: f"commands.{name}" for name in ("keys", "token", "status", "streams", "ledger")},

@@ -6,13 +6,19 @@ import socket
 from collections.abc import Callable, Iterable
 
 from shared.net.addresses import resolve
+from shared.settings.entries import Stream
 from shared.settings.model import Settings
 
 
 def udp_listeners(settings: Settings) -> list[tuple[str, int]]:
     """Return address and port of every UDP listener of every stream; an unknown host name has none."""
+    return listening_addresses(settings.streams)
+
+
+def listening_addresses(streams: Iterable[Stream]) -> list[tuple[str, int]]:
+    """Return address and port of every UDP listener of these streams; an unknown host name has none."""
     found: list[tuple[str, int]] = []
-    for endpoint in (endpoint for stream in settings.streams for endpoint in stream.endpoints):
+    for endpoint in (endpoint for stream in streams for endpoint in stream.endpoints):
         if endpoint.scheme == "udp":
             with contextlib.suppress(OSError):
                 found += [

@@ -3,7 +3,10 @@
 import sys
 import time
 from types import TracebackType
-from typing import Final, Self
+from typing import TYPE_CHECKING, Final, Self
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
 
 QUIET_SECONDS: Final = 1.0
 """Work that is done by then shows nothing."""
@@ -35,3 +38,35 @@ class Progress:
         if self._shown:
             sys.stderr.write(CLEARED)
             sys.stderr.flush()
+
+
+class Bar:
+    """Shows a bar with the share that is done, a count, and the time that is left; nothing without a terminal."""
+
+    def __init__(self, done: str) -> None:
+        self._done = done
+        self._bar: RichProgress | None = None
+        self._show_at = 0.0
+
+    def show(self, count: int, share: float) -> None:
+        """Show the count and the share, from 0 to 1, if it is time."""
+        if self._bar is not None and (now := time.monotonic()) >= self._show_at:
+            self._show_at = now + STEP_SECONDS
+            self._bar.update(self._bar.task_ids[0], completed=share, description=f"{count} {self._done}")
+
+    def __enter__(self) -> Self:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+            columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._bar.add_task(f"0 {self._done}", total=1.0)
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()

@@ -1,0 +1,144 @@
+import os
+import pty
+import signal
+import socket
+import sys
+
+import msgspec
+
+from tests.services.operator.commands.captures.test_export import fill
+from tests.stack import PATIENT, Stack, ask_json
+
+SETTINGS = (
+    PATIENT
+    + """
+[journal]
+directory = "{directory}"
+[[stream]]
+name = "messages"
+listen = ["udp://127.0.0.1:6667"]
+"""
+)
+
+
+def journaled(stack: Stack) -> list[bytes]:
+    """Fill a journal, and name it in the settings; return the payloads in it."""
+    directory = stack.directory / "journal"
+    put = fill(directory)
+    stack.configure(SETTINGS.format(directory=directory))
+    return [payload for *_, payload in put]
+
+
+def receiver() -> socket.socket:
+    """A collector's socket."""
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    sock.bind(("127.0.0.1", 0))
+    sock.settimeout(60)
+    return sock
+
+
+def waiting(sock: socket.socket) -> list[bytes]:
+    """Return what the socket has received."""
+    sock.setblocking(False)
+    found = []
+    try:
+        while True:
+            found.append(sock.recv(1 << 16))
+    except BlockingIOError:
+        return found
+
+
+def test_the_past_comes_again_to_a_collector(stack: Stack) -> None:
+    """A collector by name, or an address, gets the past in its order; never a listener of fanwire."""
+    payloads = journaled(stack)
+    stack.start("broker")
+    stack.start("gateway")
+    with receiver() as sock:
+        port = sock.getsockname()[1]
+        ask_json({"op": "register", "name": "siem", "streams": ["messages"], "port": port})
+        code, _, said = stack.run("replay", "--stream", "flows", "--to", "siem", "--rate", "100000")
+        assert (code, waiting(sock)) == (0, payloads)
+        assert f"120 datagrams of flows sent to 127.0.0.1 port {port}" in said
+        flags = ("--source", "10.0.2.0/24", "--to", f"127.0.0.1:{port}", "--speed", "1000")
+        code, _, said = stack.run("replay", "--stream", "flows", *flags)
+        assert (code, waiting(sock)) == (0, payloads[2::4])
+        _, _, said = stack.run("replay", "--stream", "flows", "--until", "1h ago", "--to", f"127.0.0.1:{port}")
+        assert "warning: there is no datagram of flows in this time" in said
+    for to, words in (
+        ("127.0.0.1:6667", "127.0.0.1 port 6667 is one of fanwire's own listeners: the past would be taken for new"),
+        ("siam", "no collector 'siam'; did you mean 'siem'? the collectors are: siem"),
+        ("localhost:9", "--to: 'localhost:9' is no ADDRESS:PORT such as 192.0.2.20:2055"),
+        ("192.0.2.1:9", "can't send to 192.0.2.1 port 9: Network is unreachable"),
+        ("239.1.1.1:9", "239.1.1.1 is the address of a group; expected that of one host"),
+    ):
+        code, _, said = stack.run("replay", "--stream", "flows", "--to", to)
+        assert (code, words.split(";")[0] in said) == (1 if to.startswith("192") else 64, True), said
+    assert stack.run("leave", "siem")[0] == 0
+    assert "there is no collector" in stack.run("replay", "--stream", "flows", "--to", "siem")[2]
+
+
+def test_a_replay_goes_on_where_it_was_interrupted(stack: Stack) -> None:
+    """After Ctrl-C the same command sends the rest, and no datagram twice; its file is gone at the end."""
+    payloads = journaled(stack)
+    place = stack.directory / "place"
+    found: list[bytes] = []
+    with receiver() as sock:
+        to = f"127.0.0.1:{sock.getsockname()[1]}"
+        flags = ("--stream", "flows", "--to", to, "--resume", str(place), "--rate")
+        for _ in range(2):
+            replay = stack.operator("replay", *flags, "40")
+            found += [sock.recv(1 << 16) for _ in range(10)]
+            assert replay.stop(signal.SIGINT) == 0
+            assert "the same command goes on from here" in replay.text
+            found += waiting(sock)
+            sock.settimeout(60)
+            assert msgspec.json.decode(place.read_bytes())["sent"] == len(found)
+        assert found == payloads[: len(found)]
+        assert len(found) < len(payloads)
+        code, _, said = stack.run("replay", "--stream", "flows", "--to", "127.0.0.1:9", "--resume", str(place))
+        assert (code, f"it is of a replay of flows to {to}; name another file, or remove it" in said) == (64, True)
+        code, _, said = stack.run("replay", *flags, "100000")
+        assert (code, found + waiting(sock)) == (0, payloads)
+        assert f"going on behind {len(found)} datagrams, until " in said
+        assert not place.exists()
+        place.write_text("{}")
+        code, _, said = stack.run("replay", *flags, "100000")
+        assert (code, "it is no file of `fanwire replay`; remove it" in said) == (64, True)
+
+
+def test_nobody_listens(stack: Stack) -> None:
+    """Datagrams that reach nobody are counted, and the exit code is 1."""
+    journaled(stack)
+    with receiver() as sock:
+        to = f"127.0.0.1:{sock.getsockname()[1]}"
+    code, _, said = stack.run("replay", "--stream", "flows", "--to", to, "--rate", "100000")
+    assert code == 1
+    assert "not sent: nobody listens" in said
+
+
+def test_a_bar_shows_how_far_it_is(stack: Stack) -> None:
+    """On a terminal there is a bar with a share and a count, which is gone at the end."""
+    payloads = journaled(stack)
+    ours, theirs = pty.openpty()
+    with receiver() as sock:
+        to = f"127.0.0.1:{sock.getsockname()[1]}"
+        command = [sys.executable, "-m", "services.operator", "replay", "--stream", "flows", "--to", to]
+        pid = os.posix_spawn(
+            sys.executable,
+            [*command, "--rate", "200"],
+            stack.environment | {"TERM": "xterm", "COLUMNS": "100"},
+            file_actions=[(os.POSIX_SPAWN_DUP2, theirs, 2)],
+        )
+        os.close(theirs)
+        assert [sock.recv(1 << 16) for _ in payloads] == payloads
+        _, code = os.waitpid(pid, 0)
+    shown = b""
+    while True:
+        try:
+            shown += os.read(ours, 1 << 16)
+        except OSError:
+            break
+    os.close(ours)
+    assert code == 0
+    assert b"%" in shown
+    assert b"datagrams sent" in shown
