@@ -175,7 +175,7 @@ def take_mark(subscriber: Subscriber, stream: str = "messages") -> None:
 
 
 def accounts_when(bus: BusEnds, service: str, condition: Callable[[Accounts], object]) -> Accounts:
-    """A service's accounts, which must add up, as soon as they meet a condition; one that is not there yet meets none."""
+    """A service's accounts, which must add up, as soon as they meet a condition; one not there yet meets none."""
     subscriber, reports, last = bus.subscriber(status_topic(service)), Reports(), Accounts()
 
     def met() -> bool:

@@ -14,10 +14,10 @@ from services.offload.planner import Limits, Place, Planned, kernel_plan, make_p
 from services.offload.surroundings import Surroundings
 from services.offload.workers import Workers
 from shared.bus.endpoint import open_link, queue_limit
+from shared.bus.health_message import Health
 from shared.bus.messages import (
     HEALTH_PREFIX,
     REGISTRY_TOPIC,
-    Health,
     Message,
     RegistryChange,
     RegistrySnapshot,

@@ -66,7 +66,7 @@ class HandoverMachine(RuleBasedStateMachine):
 
     @invariant()
     def marks_on_the_way_are_known(self) -> None:
-        """Whatever mark a datagram may carry, the sender knows whom the kernel has served, and so would a new one."""
+        """For each mark on the way the sender knows whom the kernel has served, and so would a new one."""
         live = self.handover.live
         for told in live.told.values() if live else ():
             self.marks[told.generation] = (self.now, frozenset(each.client.name for each in told.served))

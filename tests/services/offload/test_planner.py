@@ -99,7 +99,7 @@ def test_longer_datagrams_go_up_where_a_way_takes_less_than_arrives() -> None:
     ],
 )
 def test_each_who_is_not_served_has_a_reason(fields: dict[str, Any], reason: str) -> None:
-    """What the kernel can't do, or may not, is said for each collector."""
+    """The reason is said for each collector that the kernel can't serve, or may not."""
     planned = plan(client("other", "10.2.0.1"), client(**fields))
     assert planned.reasons == {"siem": reason}
     assert [each.client.name for some in planned.served.values() for each in some] == ["other"]
