@@ -211,6 +211,18 @@ SOURCE_REFUSED: Final = DROPPED + "source_refused"
 RATE_LIMITED: Final = DROPPED + "rate_limited"
 """Datagrams above `frames_per_second` (transmitter)."""
 
+# offload, account `rules/NAME` of a collector, `marks/STREAM` of a stream, and its own
+COPIED: Final = "copied"
+"""Copies that the kernel's rules have counted. A train of datagrams (UDP_GRO, GSO) counts once."""
+MARKED: Final = "marked"
+"""Datagrams that the rules have marked: those that went on to ingest and that had been copied for all served."""
+APPLIER: Final = "applier"
+"""1 while the process with CAP_NET_ADMIN is there: a gauge."""
+COLLECTORS_SERVED: Final = "collectors_served"
+"""Collectors that the rules serve now: a gauge."""
+PLANS_REFUSED: Final = "plans_refused"
+"""Plans that the kernel, or the applier by the settings, has refused."""
+
 # broker, account `broker`
 BUS_REFUSED: Final = "bus_refused"
 """Connections to the bus that were refused: they had no key, or one that is not on the list."""

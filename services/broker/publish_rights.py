@@ -19,6 +19,7 @@ from shared.bus.messages import (
     status_topic,
     topic_family,
 )
+from shared.bus.offload_messages import PATHS_TOPIC
 
 TOPICS: Final[dict[str, frozenset[str]]] = {
     "broker": frozenset(),
@@ -27,7 +28,7 @@ TOPICS: Final[dict[str, frozenset[str]]] = {
     "forwarder": frozenset({health_topic("relay"), JOURNAL_TOPIC}),
     "transmitter": frozenset({health_topic("original"), JOURNAL_TOPIC}),
     "journal": frozenset(),
-    "offload": frozenset({offload_topic("relay"), offload_topic("original")}),
+    "offload": frozenset({offload_topic("relay"), offload_topic("original"), PATHS_TOPIC}),
     "console": frozenset(),
     "operator": frozenset({TRANSMIT_TOPIC}),
 }

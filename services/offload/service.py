@@ -25,13 +25,14 @@ from shared.bus.messages import (
     offload_topic,
     status_topic,
 )
-from shared.bus.offload_messages import OffloadReply
-from shared.bus.pieces import Assembler
+from shared.bus.offload_messages import PATHS_TOPIC, CollectorPath, OffloadPaths, OffloadReply, Way
+from shared.bus.packing import pack
+from shared.bus.pieces import Assembler, cut
 from shared.bus.status import Reporter
 from shared.bus.zmq_sockets import Publisher, Requests, Subscriber, new_context
 from shared.client import Source, Trouble
 from shared.fanout.registry_replica import RegistryReplica
-from shared.ledger import Accounts
+from shared.ledger import APPLIER, COLLECTORS_SERVED, COPIED, MARKED, PLANS_REFUSED, Accounts
 from shared.log import get_logger
 from shared.process.lifecycle import UNAVAILABLE, Lifecycle, OperatorError, Readiness
 from shared.process.memory import Memory
@@ -50,6 +51,8 @@ LOOK_SECONDS: Final = 0.25
 TICK_SECONDS: Final = 1.0
 KNOWN_SECONDS: Final = 5.0
 """A sender that does not answer for so long is told again, of a new plan."""
+BEING_TOLD: Final = "its sender is being told of it"
+"""The reason of a collector that the plan serves and the rules do not yet."""
 FAILED_SECONDS: Final = 2.0
 """A plan that the kernel or the settings have refused is tried again after this time."""
 
@@ -80,7 +83,7 @@ class OffloadService:
         self._troubles: dict[Source, dict[tuple[str, int], Trouble | None]] = {}
         self._health = {source: Assembler[Health]() for source in SOURCES}
         self._dirty = True
-        self._requests_made = 0
+        self._requests_made = self._paths_told = self._plans_refused = 0
         self._plan_at = self._tick_at = self._refused_at = self._asked_at = self._pending_since = 0.0
         self._relayed: set[Place] = set()
         """Places of the collectors whose copies the forwarder would send."""
@@ -140,6 +143,7 @@ class OffloadService:
             self._tell()
         if time.monotonic() >= self._reporter.due_at:
             self._count()
+            self._tell_paths()
             self._reporter.report(self._accounts)
 
     def _note(self, message: Message) -> None:
@@ -171,11 +175,12 @@ class OffloadService:
         self._numbers = {
             what: number for what, number in self._numbers.items() if what in kept or what.startswith("stream/")
         }
+        self._counted = Counter({what: count for what, count in self._counted.items() if what in self._numbers})
 
     def _note_subscriptions(self) -> None:
         """Tell a new sender every generation that it may meet, and anybody our status."""
         fresh = self._publisher.new_subscriptions()
-        if fresh and self._reporter.asked_for(fresh):
+        if any(self._reporter.asked_for([prefix]) or PATHS_TOPIC.startswith(prefix) for prefix in fresh):
             self._reporter.due_at = 0.0
         for source in SOURCES:
             topic = offload_topic(source)
@@ -236,6 +241,7 @@ class OffloadService:
         plan = kernel_plan(planned, self._handover.pending.generations)
         answer = self._ask(Request("apply", self._next_request(), plan))
         if answer.error:
+            self._plans_refused += 1
             log.error("the kernel's rules stay as they were: a plan was refused", reason=answer.error)
             self._refused, self._refused_at = planned, time.monotonic()
             self._handover.give_up()
@@ -250,6 +256,27 @@ class OffloadService:
                 for body in told.messages(self._reply):
                     if self._publisher.wanted(offload_topic(source)):
                         self._publisher.publish(offload_topic(source), body)
+
+    def _tell_paths(self) -> None:
+        """Publish the way of each collector, to those who ask for it."""
+        if self._surroundings is None or not self._publisher.wanted(PATHS_TOPIC):
+            return
+        served, leaves_as_packets = self._served, self._surroundings.leaves_as_packets
+        told: list[CollectorPath] = []
+        for client in (client for client in self._replica.clients.values() if client.streams):
+            way: Way = "frames"
+            if client.name in served:
+                way = "kernel"
+            elif client.source == "relay":
+                way = "relay"
+            elif leaves_as_packets(client.address):
+                way = "packets"
+            reason = "" if way == "kernel" else self._planned.reasons.get(client.name, BEING_TOLD)
+            told.append(CollectorPath(client.name, way, reason))
+        pieces = cut(told, lambda path: len(pack(path)))
+        self._paths_told += 1
+        for number, piece in enumerate(pieces):
+            self._publisher.publish(PATHS_TOPIC, OffloadPaths(self._paths_told, number, len(pieces), piece))
 
     def _next_request(self) -> int:
         self._requests_made += 1
@@ -281,12 +308,21 @@ class OffloadService:
 
     def _accounts(self) -> Accounts:
         own = {
-            "applier": int(self._channel is not None),
-            "collectors_served": len(self._served),
+            APPLIER: int(self._channel is not None),
+            COLLECTORS_SERVED: len(self._served),
+            PLANS_REFUSED: self._plans_refused,
             "revision": max(0, self._replica.revision),
             "bus_rejected": sum(self._subscriber.rejected.values()),
         }
-        return {"offload": own}
+        counted: Accounts = {}
+        for what, count in self._counted.items():
+            kind, _, name = what.partition("/")
+            if kind == "collector":
+                counted[f"rules/{name}"] = {COPIED: count}
+            else:
+                marked = counted.setdefault(f"marks/{name.rpartition('/')[0]}", {MARKED: 0})
+                marked[MARKED] += count
+        return {"offload": own, **counted}
 
     @property
     def _served(self) -> set[str]:

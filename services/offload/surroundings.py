@@ -85,10 +85,18 @@ class Surroundings:
                 found.add((address, port))
         return found
 
-    def _way_to(self, address: str) -> Way | str:
+    def _egress(self, address: str) -> Egress:
         egress = self._ways.get(address)
         if egress is None:
             egress = self._ways[address] = self.next_hops.egress_to(address)
+        return egress
+
+    def leaves_as_packets(self, address: str) -> bool:
+        """Return whether copies to an address leave as packets: without Ethernet, or on this host."""
+        return self._egress(address).kind is EgressKind.PACKETS
+
+    def _way_to(self, address: str) -> Way | str:
+        egress = self._egress(address)
         if egress.kind is EgressKind.NONE:
             return WITHOUT.get(egress.cause, "there is no route to it")
         if egress.kind is EgressKind.PACKETS or egress.link is None or egress.hop is None:

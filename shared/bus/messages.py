@@ -23,7 +23,7 @@ from shared.bus.exporters_message import Exporters
 from shared.bus.fields import MAX_NUMBER, REPLAY_PREFIX, REPLY_PREFIX, Number, ReplyTopic, SenderName, StreamName
 from shared.bus.health_message import Health
 from shared.bus.journal_messages import JournalPortion, JournalRead, Replayed
-from shared.bus.offload_messages import KernelCopies, MarkGeneration, OffloadReply
+from shared.bus.offload_messages import KernelCopies, MarkGeneration, OffloadPaths, OffloadReply
 from shared.bus.packing import pack, pack_values, unpack
 from shared.client import Client, Source
 from shared.datagrams.limits import MAX_DATAGRAM, MAX_ROWS
@@ -190,6 +190,7 @@ Body = (
     | Replayed
     | JournalPortion
     | JournalRead
+    | OffloadPaths
 )
 
 KINDS: Final[dict[str, type[Body]]] = {
@@ -209,6 +210,7 @@ KINDS: Final[dict[str, type[Body]]] = {
     "journal.read": JournalRead,
     "offload.copies": KernelCopies,
     "offload.reply": OffloadReply,
+    "offload.paths": OffloadPaths,
 }
 _NAMES: Final = {struct: kind for kind, struct in KINDS.items()}
 

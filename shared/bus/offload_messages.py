@@ -5,7 +5,7 @@ leaves out, for datagrams with that mark, the collectors that the generation ser
 before its rules go in, and puts them in once each sender that subscribes has answered.
 """
 
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 import msgspec
 from msgspec import Meta
@@ -15,6 +15,7 @@ from shared.client import Client, Streams
 
 MAX_GENERATION: Final = 0xFFFF
 """The most that a mask of marks can have room for: sixteen bits."""
+PATHS_TOPIC: Final = "offload/paths/"
 MarkGeneration = Annotated[int, Meta(ge=0, le=MAX_GENERATION)]
 """A generation; 0: the datagram has no mark of offload's, and the kernel has copied it for nobody."""
 
@@ -46,6 +47,28 @@ class KernelCopies(msgspec.Struct, array_like=True, frozen=True):
     served: list[KernelServed]
     registry: Number = 0
     revision: Number = 0
+
+
+Way = Literal["kernel", "frames", "packets", "relay"]
+"""The way of a collector's copies: the kernel makes them; else the transmitter, as frames or as raw IP; or the
+forwarder."""
+
+
+class CollectorPath(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """The way of a collector's copies, and the reason why the kernel does not make them; empty: it does."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=255)]
+    way: Way
+    reason: Annotated[str, Meta(max_length=200)] = ""
+
+
+class OffloadPaths(msgspec.Struct, array_like=True, frozen=True):
+    """One of `pieces` pieces of a list, numbered `report`: the ways of all collectors, while anybody subscribes."""
+
+    report: Number
+    piece: Number
+    pieces: Annotated[int, Meta(ge=1)]
+    paths: list[CollectorPath]
 
 
 class OffloadReply(msgspec.Struct, array_like=True, frozen=True, gc=False):

@@ -1,6 +1,7 @@
 """`fanwire clients`, `register` and `leave`: the registry, from a terminal."""
 
 import argparse
+from collections.abc import Mapping
 
 import msgspec
 
@@ -13,8 +14,10 @@ from services.operator.cli.arguments import (
 from services.operator.cli.numbers import counted, lasting
 from services.operator.cli.tables import print_table
 from services.operator.client.gateway_options import add_gateway_arguments, open_registry
+from services.operator.client.offload_paths import heard_paths
 from services.operator.client.running_streams import unknown_explained
 from services.operator.commands.withhold import describe as describe_order
+from shared.bus.offload_messages import CollectorPath
 from shared.client import DEFAULT_TERMS
 from shared.net.printable import printable
 from shared.process.lifecycle import FAILED, OK, OperatorError
@@ -55,11 +58,14 @@ def run_clients(arguments: argparse.Namespace, settings: Settings) -> int:
     """Print the registry."""
     with open_registry(arguments, settings) as registry:
         answer = registry.ask("list")
+    paths = {} if arguments.gateway else heard_paths(settings)  # those of another gateway are others
     if arguments.json:
-        _print_json(answer.clients)
+        _print_json(_with_paths(answer.clients, paths) if paths else answer.clients)
     else:
         entries = answer.entries()
-        print_table(counted(len(entries), "client"), COLUMNS, map(_row, entries.values()))
+        columns = (*COLUMNS, "path") if paths else COLUMNS
+        rows = (_row(entry) + ((_path(paths.get(name)),) if paths else ()) for name, entry in entries.items())
+        print_table(counted(len(entries), "client"), columns, rows)
         for name, order in answer.withheld.items():
             print(printable(describe_order(name, order, here=name in entries)))
     return OK
@@ -78,6 +84,22 @@ def _row(entry: Entry) -> tuple[str | int | None, ...]:
     ends = (_expires(entry), _health(entry), entry.lost if entry.streams else None)
     address = f"{entry.address} ({entry.host})" if entry.host else entry.address
     return (entry.name, address, entry.port, *(wishes if entry.streams else [None] * len(wishes)), *ends)
+
+
+def _path(path: CollectorPath | None) -> str | None:
+    """Return the way of a collector's copies, and the reason why it is not the kernel."""
+    if path is None:
+        return None
+    return f"{path.way}: {path.reason}" if path.reason else path.way
+
+
+def _with_paths(clients: msgspec.Raw, paths: Mapping[str, CollectorPath]) -> msgspec.Raw:
+    """Return the registry's answer with the way of each collector's copies in its entry."""
+    found: dict[str, dict[str, object]] = msgspec.json.decode(bytes(clients))
+    for name, entry in found.items():
+        if path := paths.get(name):
+            entry |= {"path": path.way, "path_reason": path.reason}
+    return msgspec.Raw(msgspec.json.encode(found))
 
 
 def _expires(entry: Entry) -> str | None:

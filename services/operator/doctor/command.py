@@ -11,12 +11,14 @@ import msgspec
 from services.operator.cli.arguments import Subparsers, add_command
 from services.operator.cli.tables import print_table
 from services.operator.client.gateway_options import access, add_gateway_arguments
+from services.operator.client.offload_paths import heard_paths
 from services.operator.client.programs import refusals
 from services.operator.client.running_streams import CURE, difference, running_streams, stream_named
 from services.operator.commands.ready import OPT_IN, OPTIONAL, SERVICES
 from services.operator.doctor.facts import by_service, host_facts, listen, network_facts, service_facts
 from services.operator.doctor.host import check_host
 from services.operator.doctor.host_names import check_host_names, look_up
+from services.operator.doctor.kernel_copies import check_kernel_copies
 from services.operator.doctor.listening import check_listening
 from services.operator.doctor.listening_facts import listening_facts
 from services.operator.doctor.network_paths import check_network_paths
@@ -86,6 +88,7 @@ def _examine(settings: Settings, gateway: Access, probed: Stream | None, config:
     facts = service_facts(settings, listen(settings), silent)
     yield from _check_settings(config, runs=facts.broker is not False)
     yield from check_services(facts, settings, collectors)
+    yield from check_kernel_copies(settings, facts.accounts, heard_paths(settings))
     if (running := running_streams(settings)) is not None and (found := difference(running, settings)):
         yield warning("streams", found, CURE)
     yield from check_host_names(settings, hosts, None if silent else collectors)

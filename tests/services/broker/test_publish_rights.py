@@ -16,7 +16,7 @@ OWN = {
     "ingest": r"datagrams/[^/]+/|again/ingest\.1/[^/]+/|exporters/ingest\.1/|status/ingest\.1/",
     "forwarder": r"reply/[^/]+/|journal/|health/relay/|status/forwarder\.1/",
     "transmitter": r"reply/[^/]+/|journal/|health/original/|status/transmitter\.1/",
-    "offload": r"offload/relay/|offload/original/|status/offload\.1/",
+    "offload": r"offload/relay/|offload/original/|offload/paths/|status/offload\.1/",
     "journal": r"replay/[^/]+/|status/journal\.1/",
     "console": r"status/console\.1/",
     "operator": r"transmit/",
@@ -35,6 +35,7 @@ TOPICS = (
     "health/original/",
     "offload/relay/",
     "offload/original/",
+    "offload/paths/",
     *(f"exporters/{role}.1/" for role in ROLES),
     *(f"status/{role}.1/" for role in ROLES),
 )

@@ -66,7 +66,7 @@ class HandoverMachine(RuleBasedStateMachine):
 
     @invariant()
     def marks_on_the_way_are_known(self) -> None:
-        """For each mark on the way the sender knows whom the kernel has served, and so would a new one."""
+        """A sender knows whom the kernel has served for each mark that a datagram may carry; a new one would, too."""
         live = self.handover.live
         for told in live.told.values() if live else ():
             self.marks[told.generation] = (self.now, frozenset(each.client.name for each in told.served))

@@ -32,7 +32,7 @@ def check(plan: KernelPlan) -> None:
 
 
 def test_plan_within_the_settings_passes() -> None:
-    """What the settings allow passes, and so does a plan of no copies."""
+    """A plan within the settings passes, and so does one of no copies."""
     check(PLAN)
     check(KernelPlan((), (), ()))
 

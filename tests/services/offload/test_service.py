@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from shared.bus.messages import Status, offload_topic, status_topic
-from shared.bus.offload_messages import KernelCopies, OffloadReply
+from shared.bus.offload_messages import PATHS_TOPIC, CollectorPath, KernelCopies, OffloadPaths, OffloadReply
+from shared.bus.zmq_sockets import Subscriber
 from shared.client import Client, Source
 from shared.process.lifecycle import UNAVAILABLE
-from tests.builders import BusEnds, PlayedGateway, make_client, wait_wanted
+from tests.builders import BusEnds, PlayedGateway, accounts_when, make_client, take, wait_wanted
 from tests.capture import Collector
 from tests.openly import OpenStack
 from tests.services.offload.site import EXPORTERS, OUT, PORT, RELAY, SIEMS, Listening, OffloadSite, exporters
@@ -123,6 +124,13 @@ def played(open_stack: OpenStack) -> Iterator[Played]:
         around.offload.stop()
 
 
+def told_paths(subscriber: Subscriber) -> list[CollectorPath]:
+    """The next list of ways."""
+    message = take(subscriber)
+    assert isinstance(message.body, OffloadPaths)
+    return message.body.paths
+
+
 def original(name: str, number: int, version: int = 4, **more: object) -> Client:
     """A collector of copies with the exporter's address."""
     return make_client(
@@ -142,9 +150,12 @@ def test_collectors_are_served_once_senders_know_it(open_stack: OpenStack) -> No
         around.report()
         around.gateway.announce(1, original("first", 0))
         wait_until(senders["original"].is_told, "the transmitter is told")
+        paths = around.bus.subscriber(PATHS_TOPIC)
+        assert told_paths(paths) == [CollectorPath("first", "frames", "its sender is being told of it")]
         assert around.marked(listener, socks[0]) == 0
         senders["original"].answering = True
         generation = around.wait_marked(listener, socks[0], {"first"})
+        wait_until(lambda: told_paths(paths) == [CollectorPath("first", "kernel")], "the way is told")
         (told,) = senders["relay"].told[generation].served
         assert (told.client.address, told.streams) == (SIEMS[4][0], ("netflow",))
         assert (senders["relay"].told[generation].registry, senders["relay"].told[generation].revision) == (
@@ -165,6 +176,11 @@ def test_collectors_are_served_once_senders_know_it(open_stack: OpenStack) -> No
         assert around.marked(listener, socks[1])
         (copy,) = second.read(1)
         assert (copy.source, copy.source_port) == (OUT[4], sending.getsockname()[1])
+
+        accounts = accounts_when(around.bus, "offload.1", lambda found: found.get("rules/second"))
+        assert accounts["offload"]["collectors_served"] == 2
+        assert accounts["rules/second"] == {"copied": 1}
+        assert accounts["marks/netflow"]["marked"] >= accounts["rules/first"]["copied"] > 1
 
         around.gateway.change(3, left=["first"])
         around.wait_marked(listener, socks[0], {"second"})

@@ -10,6 +10,7 @@ from services.offload.nftables.connection import Nftables
 from services.offload.rules import Marks, Sources
 from services.offload.table import Table
 from tests.capture import Capture, Collector
+from tests.documents import block
 from tests.services.offload.site import (
     EXPORTERS,
     MASK,
@@ -167,6 +168,21 @@ def test_plans_replace_each_other_at_one_moment_and_counters_go_on() -> None:
         assert [each.payload for each in siem.read(100)] == [str(number).encode() for number in range(100)]
         siem.assert_quiet()
         assert {packets for packets, _ in site.table.counters().values()} == {100}
+
+
+@needs_nft
+def test_static_recipe_of_the_readme_copies() -> None:
+    """The table that README shows makes a copy of each datagram, by the names and addresses of a site."""
+    with OffloadSite() as site, Collector(site.siem, SIEMS[4][0], 9995) as siem, exporters(site) as socks:
+        names = {"02:00:00:00:02:01": site.out.link_address, "02:00:00:00:02:02": site.siem_end.link_address}
+        recipe = block("services/offload/README.md", "static")
+        for shown, here in {**names, "eth0": "in", "eth1": "out", "10.2.0.11": SIEMS[4][0], "2055": str(PORT)}.items():
+            assert shown in recipe
+            recipe = recipe.replace(shown, here)
+        site.relay.run("nft", "-f", "-", text=recipe)
+        for number in range(4):
+            socks[number].sendto(b"static", (RELAY[4], PORT))
+        assert [each.source for each in siem.read(4)] == EXPORTERS[4]
 
 
 @needs_nft

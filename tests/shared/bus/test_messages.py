@@ -39,7 +39,7 @@ from shared.bus.messages import (
     decode,
     encode,
 )
-from shared.bus.offload_messages import KernelCopies, KernelServed, OffloadReply
+from shared.bus.offload_messages import CollectorPath, KernelCopies, KernelServed, OffloadPaths, OffloadReply
 from shared.client import Client
 from shared.datagrams.batch import DatagramBatch
 from shared.datagrams.limits import MAX_DATAGRAM, MAX_ROWS
@@ -75,6 +75,7 @@ BODIES: dict[str, Body] = {
         10,
         JournalPlace(2, 3),
     ),
+    "offload.paths": OffloadPaths(3, 0, 1, [CollectorPath("a", "kernel"), CollectorPath("b", "relay", "it is slow")]),
 }
 BATCHES = {
     "datagrams": datagrams_topic("messages"),

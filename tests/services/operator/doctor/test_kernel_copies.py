@@ -1,0 +1,45 @@
+from services.operator.doctor.kernel_copies import check_kernel_copies
+from shared.bus.offload_messages import CollectorPath
+from shared.ledger import Accounts
+from shared.settings.model import Settings
+from shared.settings.tables import Offload
+
+SETTINGS = Settings(offload=Offload(interfaces=("eth0",)))
+PATHS = {
+    "a": CollectorPath("a", "kernel"),
+    "b": CollectorPath("b", "frames", "it is slow"),
+    "c": CollectorPath("c", "relay", "its copies are withheld"),
+}
+
+
+def told(
+    settings: Settings, accounts: dict[str, Accounts], paths: dict[str, CollectorPath]
+) -> list[tuple[str, str, str]]:
+    """Level, subject and sentence of each finding."""
+    return [(each.level, each.subject, each.why) for each in check_kernel_copies(settings, accounts, paths)]
+
+
+def test_ways_are_told_with_their_reasons() -> None:
+    """The collectors that the kernel serves are one finding; each other one has its own, with way and reason."""
+    accounts: dict[str, Accounts] = {"offload.1": {"offload": {"applier": 1}}}
+    assert told(SETTINGS, accounts, PATHS) == [
+        ("ok", "", "the kernel makes the copies of a"),
+        ("ok", "b", "by frames, not by the kernel: it is slow"),
+        ("ok", "c", "by relay, not by the kernel: its copies are withheld"),
+    ]
+    assert told(SETTINGS, accounts, {}) == [("ok", "", "the kernel makes no copies now")]
+
+
+def test_offload_that_does_nothing_is_told_where_it_is_asked_for() -> None:
+    """Without a report, or without its capability, a warning says so; without interfaces nothing is said."""
+    assert told(Settings(), {}, {}) == []
+    assert told(SETTINGS, {"ingest.1": {"ingest": {}}}, {}) == [
+        ("warning", "", "[offload] interfaces are set, and offload does not report")
+    ]
+    (silent,) = check_kernel_copies(SETTINGS, {}, {})
+    assert silent.cure == "start it; see its log"
+    (unfit,) = check_kernel_copies(SETTINGS, {"offload.1": {"offload": {}}}, {})
+    assert unfit.cure == "its log has the cure"
+    assert told(SETTINGS, {"offload.1": {"offload": {"applier": 0}}}, PATHS) == [
+        ("warning", "", "offload has no CAP_NET_ADMIN: the kernel makes no copies")
+    ]
