@@ -23,7 +23,6 @@ from shared.bus.messages import (
     RegistrySnapshot,
     Status,
     offload_topic,
-    status_topic,
 )
 from shared.bus.offload_messages import PATHS_TOPIC, CollectorPath, OffloadPaths, OffloadReply, Way
 from shared.bus.packing import pack
@@ -40,6 +39,7 @@ from shared.process.reload import Reload
 from shared.settings.model import Settings
 
 SOURCES: Final[tuple[Source, ...]] = get_args(Source)
+REPORTS: Final = tuple(f"status/{service}." for service in ("ingest", "forwarder", "transmitter"))
 ANSWER_SECONDS: Final = 10.0
 """Time for the applier to answer: a plan of 10,000 copies takes two."""
 PLAN_SECONDS: Final = 0.2
@@ -98,13 +98,13 @@ class OffloadService:
         self._reply = Requests(self.name, self._publisher.boot).topic
         self._reporter = Reporter(self._publisher, self._memory)
         self._replica = RegistryReplica()
-        self._workers = Workers(time.monotonic)
+        self._workers = Workers(time.monotonic, lambda source: self._publisher.wanted(offload_topic(source)))
         self._handover = Handover(self.settings.offload.generations, lambda: time.clock_gettime(time.CLOCK_BOOTTIME))
         self._surroundings: Surroundings | None = None
         if self._channel is not None:
             self._channel.settimeout(ANSWER_SECONDS)
             self._surroundings = Surroundings(self.settings)
-            for topic in (REGISTRY_TOPIC, HEALTH_PREFIX, status_topic("ingest.").rstrip("/"), self._reply):
+            for topic in (REGISTRY_TOPIC, HEALTH_PREFIX, *REPORTS, self._reply):
                 self._subscriber.subscribe(topic)
         return self
 
@@ -194,7 +194,7 @@ class OffloadService:
         self._dirty |= surroundings.apply_events()
         if now >= self._tick_at:
             self._tick_at = now + TICK_SECONDS
-            surroundings.next_hops.refresh()
+            surroundings.refresh()
             self._handover.expire()
             self._memory.measure()
             self._dirty |= self._workers.expire()

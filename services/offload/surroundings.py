@@ -49,6 +49,13 @@ class Surroundings:
         """Apply the changes that the kernel reports; return whether there were any."""
         return self.next_hops.apply_events() > 0 or self._found_at != self.next_hops.version
 
+    def refresh(self) -> None:
+        """Get next hops confirmed, as the kernel does for its own traffic: copies by rules do not. Due every second."""
+        for egress in self._ways.values():
+            if egress.hop is not None:
+                egress.hop.used = True
+        self.next_hops.refresh()
+
     def sockets_changed(self, collectors: Collection[Place]) -> bool:
         """Return whether the forwarder's sockets are others than before, for collectors at these places.
 
@@ -101,7 +108,6 @@ class Surroundings:
             return WITHOUT.get(egress.cause, "there is no route to it")
         if egress.kind is EgressKind.PACKETS or egress.link is None or egress.hop is None:
             return "it is on this host" if egress.local else "the link to it is not Ethernet"
-        egress.hop.used = True  # so that the kernel is asked to confirm it, each second
         if not egress.hop.usable:
             self.next_hops.resolve(egress.hop)
         if not egress.hop.usable:

@@ -16,7 +16,7 @@ from shared.bus.zmq_sockets import Subscriber
 from shared.client import Client, Source
 from shared.process.lifecycle import UNAVAILABLE
 from tests.builders import BusEnds, PlayedGateway, accounts_when, make_client, take, wait_wanted
-from tests.capture import Collector
+from tests.capture import Capture, Collector
 from tests.openly import OpenStack
 from tests.services.offload.site import EXPORTERS, OUT, PORT, RELAY, SIEMS, Listening, OffloadSite, exporters
 from tests.stack import Running, wait_until
@@ -189,6 +189,26 @@ def test_collectors_are_served_once_senders_know_it(open_stack: OpenStack) -> No
         list(first.take())
         around.offload.stop()
         assert around.marked(listener, socks[0]) == 0
+
+
+def test_next_hop_that_moves_is_followed(open_stack: OpenStack) -> None:
+    """With another link address of the collector's host, or of a router, the rules are others at once."""
+    with played(open_stack) as around, ExitStack() as opened:
+        site = around.site
+        listener = opened.enter_context(Listening(site.relay, RELAY[4], PORT))
+        socks = opened.enter_context(exporters(site))
+        around.report()
+        around.gateway.announce(1, original("first", 0))
+        before = around.wait_marked(listener, socks[0], {"first"})
+        with Capture(site.siem, "eth") as wire:
+            site.siem.run("ip", "link", "set", "dev", "eth", "address", "02:00:00:00:77:01")
+            site.relay.neighbour(SIEMS[4][0], "02:00:00:00:77:01", "out")
+            wait_until(lambda: around.wait_marked(listener, socks[0], {"first"}) != before, "the rules are others")
+            list(wire.take())
+            assert around.marked(listener, socks[0]) != before
+            assert {each.macs[1] for each in wire.read(1)} == {"02:00:00:00:77:01"}
+        site.relay.run("ip", "link", "set", "dev", "out", "down")
+        wait_until(lambda: around.marked(listener, socks[0]) == 0, "nobody is served by a link that is down")
 
 
 def test_killed_applier_ends_rules_and_planner(open_stack: OpenStack) -> None:
