@@ -3,6 +3,7 @@
 Datagrams that the kernel does not take are dropped and counted.
 """
 
+import contextlib
 import errno
 import socket
 import time
@@ -95,6 +96,8 @@ class Destination:
         self.client = client
         if self._socket is not None:
             mark_headers(self._socket, client)
+            with contextlib.suppress(OSError):  # no way now: the next look shows it
+                self._socket.connect(self._socket.getpeername())  # with a new DSCP the kernel has forgotten the route
 
     def refresh(self) -> None:
         """Connect if not connected, or if the source has changed; read ICMP errors, and what the path takes."""

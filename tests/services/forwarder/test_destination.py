@@ -8,6 +8,7 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -112,6 +113,19 @@ def test_copies_have_the_hop_limit_and_dscp_asked_for(lab: None, address: str) -
         Sent(opened, client).send(make_batch([b"one"]))
         _, controls, _, _ = sink.recvmsg(100, 200)
         assert sorted(data[0] for _, _, data in controls) == [17, 46 << 2]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_collector_that_wants_another_dscp_goes_on_getting_copies(opened: ExitStack, host: str) -> None:
+    """With a new DSCP the kernel forgets the route of the socket, which must not pass for a route that is gone."""
+    sink = listen(opened, host)
+    client = make_client("c", sink.getsockname()[1], address=host)
+    sent = Sent(opened, client)
+    sent.send(make_batch([b"before"]))
+    sent.collectors.replace([msgspec.structs.replace(client, generation=2, dscp=8)])
+    assert sent.trouble() == ""
+    assert sent.send(make_batch([b"after"]))["collector/c"]["sent"] == 2
+    assert received(sink, 2) == [b"before", b"after"]
 
 
 def received(sock: socket.socket, count: int) -> list[bytes]:
