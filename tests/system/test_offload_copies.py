@@ -1,0 +1,252 @@
+"""Copies by the kernel and copies by us on a relay with every service: whatever changes, each datagram comes once."""
+
+import ipaddress
+import json
+import random
+import signal
+import socket
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import pytest
+
+from shared.ledger import Accounts
+from tests.builders import BusEnds, accounts_when
+from tests.openly import OpenStack
+from tests.services.offload.site import EXPORTERS, OUT, PORT, RELAY, SIEMS, OffloadSite
+from tests.stack import wait_until
+
+SETTINGS: Final = f"""
+[gateway]
+destinations = ["10.2.0.0/24", "fd02::/64"]
+serve_seconds = 10
+[[stream]]
+name = "netflow"
+listen = ["udp://0.0.0.0:{PORT}", "udp://[::]:{PORT}"]
+[offload]
+interfaces = ["in"]
+"""
+NAMES: Final = ("a", "b", "c", "d")
+TERMS: Final[tuple[dict[str, Any], ...]] = (
+    {},
+    {"from": ["10.1.0.10/31"]},
+    {"from": ["10.1.0.12/32", "fd01::/64"]},
+    {"from": ["10.1.0.0/24", "fd01::10/128"], "hop_limit": 9},
+    {"dscp": 8},
+)
+KINDS: Final = ("relay", "original")
+FAR: Final = 10
+LARGE: Final = 3000
+"""Bytes of a datagram that comes in fragments."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A collector as it has signed up."""
+
+    version: int
+    address: str
+    port: int
+    source: str
+    prefixes: tuple[str, ...]
+    generation: int
+
+    def wants(self, exporter: str) -> bool:
+        """Return whether it gets copies of an exporter's datagrams."""
+        address = ipaddress.ip_address(exporter)
+        if self.source == "original" and address.version != self.version:
+            return False
+        return not self.prefixes or any(address in ipaddress.ip_network(prefix) for prefix in self.prefixes)
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """Its address and port."""
+        return self.address, self.port
+
+
+@dataclass
+class Owed:
+    """A datagram, and where a copy of it has to come, or may."""
+
+    exporter: str
+    must: dict[str, tuple[str, int]] = field(default_factory=dict)
+    may: set[tuple[str, int]] = field(default_factory=set)
+
+
+class Around:
+    """All services on a relay, its collectors, and what each of them has got."""
+
+    def __init__(self, stack: OpenStack, site: OffloadSite, opened: ExitStack, draw: random.Random) -> None:
+        self.stack, self.site, self.draw = stack, site, draw
+        self.entries: dict[str, Entry] = {}
+        self._past: dict[str, list[Entry]] = defaultdict(list)
+        """Entries of before, whose copies the kernel may still make."""
+        self._owed: dict[int, Owed] = {}
+        self._came: defaultdict[tuple[str, int], Counter[int]] = defaultdict(Counter)
+        self.number = 0
+        with site.relay.entered():
+            self._gateway = opened.enter_context(socket.create_connection(("127.0.0.1", 5000), timeout=60))
+        self._answers = opened.enter_context(self._gateway.makefile("rb"))
+        self._exporters = {}
+        for version in (4, 6):
+            for number, address in enumerate(EXPORTERS[version]):
+                self._exporters[address] = opened.enter_context(site.exporting(number, version))
+        self._sinks: dict[tuple[str, int], socket.socket] = {}
+        self._opened = opened
+
+    def _sink(self, version: int, address: str, port: int) -> None:
+        if (address, port) not in self._sinks:
+            family = socket.AF_INET6 if version == 6 else socket.AF_INET
+            sock = self._sinks[address, port] = self._opened.enter_context(
+                self.site.siem.socket(family, socket.SOCK_DGRAM)
+            )
+            sock.bind((address, port))
+            sock.setsockopt(socket.SOL_SOCKET, 33, 1 << 25)
+            sock.setblocking(False)
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """Send the gateway a request and return the answer."""
+        self._gateway.sendall(json.dumps(request).encode() + b"\n")
+        answer: dict[str, Any] = json.loads(self._answers.readline())
+        assert answer["ok"], answer
+        return answer
+
+    def register(self, name: str, version: int, number: int, source: str, terms: dict[str, Any]) -> None:
+        """Sign a collector up, or up anew."""
+        address, port = SIEMS[version][number], 9000 + (NAMES.index(name) if name in NAMES else 50)
+        port += 100 * KINDS.index(source)  # who changes the kind at one place may get both for a moment, of two senders
+        self._sink(version, address, port)
+        if name in self.entries:
+            self._past[name].append(self.entries[name])
+        request = {"op": "register", "name": name, "streams": ["netflow"], "address": address, "port": port}
+        found = self.ask(**request, source=source, take_over=True, **terms)["client"]
+        prefixes = tuple(terms.get("from", ()))
+        self.entries[name] = Entry(version, address, port, source, prefixes, found["generation"])
+
+    def change(self) -> None:
+        """Let a collector join, change, move or leave."""
+        name, draw = self.draw.choice(NAMES), self.draw
+        if name in self.entries and draw.random() < 0.2:
+            self._past[name].append(self.entries[name])
+            self.ask(op="leave", name=name, generation=self.entries.pop(name).generation)
+        else:
+            self.register(name, draw.choice((4, 6)), draw.randint(0, 1), draw.choice(KINDS), draw.choice(TERMS))
+        entry = self.entries.get(name)
+        for owed in self._owed.values():
+            wanted = entry is not None and entry.wants(owed.exporter)
+            if wanted and entry:
+                owed.may.add(entry.place)
+            if not wanted or not entry or owed.must.get(name) != entry.place:
+                owed.must.pop(name, None)
+
+    def export(self) -> None:
+        """Let a datagram arrive."""
+        exporter, large = self.draw.choice(list(self._exporters)), self.draw.random() < 0.2
+        version = 6 if ":" in exporter else 4
+        self.number += 1
+        owed = self._owed[self.number] = Owed(exporter)
+        owed.must = {name: each.place for name, each in self.entries.items() if each.wants(exporter)}
+        past = (each for entries in self._past.values() for each in entries if each.wants(exporter))
+        owed.may = {*owed.must.values(), *(each.place for each in past)}
+        payload = self.number.to_bytes(4) + bytes(LARGE if large else 100 + self.number % 900)
+        self._exporters[exporter].sendto(payload, (RELAY[version], PORT))
+
+    def wait_for_rules(self, bus: BusEnds) -> None:
+        """Let datagrams arrive until the kernel copies some of them."""
+
+        def is_copied(accounts: Accounts) -> bool:
+            self.export()
+            return accounts.get("rules/steady", {}).get("copied", 0) > 0
+
+        accounts_when(bus, "offload.1", is_copied)
+        self.look()
+
+    def look(self) -> None:
+        """Wait until all that is owed has come; nothing has come twice, or to whom did not want it."""
+        owing = [(place, number) for number, owed in self._owed.items() for place in owed.must.values()]
+        wait_until(lambda: self._read() and all(self._came[place][number] for place, number in owing), self._missing)
+        for place, came in self._came.items():
+            twice = [number for number, count in came.items() if count > 1]
+            assert not twice, f"datagrams {twice[:9]} came to {place} twice"
+            unwanted = [number for number in came if number in self._owed and place not in self._owed[number].may]
+            assert not unwanted, f"datagrams {unwanted[:9]} came to {place}, where nobody wanted them"
+        self._owed = {}
+
+    def _read(self) -> bool:
+        for place, sock in self._sinks.items():
+            try:
+                while True:
+                    payload, peer = sock.recvfrom(1 << 16)
+                    number = int.from_bytes(payload[:4])
+                    self._came[place][number] += 1
+                    if number in self._owed:
+                        assert peer[0] in (self._owed[number].exporter, *OUT.values()), peer
+            except BlockingIOError:
+                pass
+        return True
+
+    def _missing(self) -> str:
+        missing = [
+            (name, number, owed.exporter)
+            for number, owed in self._owed.items()
+            for name, place in owed.must.items()
+            if not self._came[place][number]
+        ]
+        return f"all comes; {len(missing)} datagrams do not: {missing[:9]}"
+
+    def came(self, name: str) -> int:
+        """The number of datagrams that came to a collector."""
+        return self._came[self.entries[name].place].total()
+
+    def restart(self, name: str, number: signal.Signals) -> None:
+        """End a service and start it again; datagrams arrive meanwhile."""
+        self.stack[name].stop(number)
+        for _ in range(9):
+            self.export()
+        with self.site.relay.entered():
+            self.stack.start(name)
+
+
+@contextmanager
+def around(stack: OpenStack, draw: random.Random) -> Iterator[Around]:
+    """Everything runs on the relay."""
+    stack.configure(SETTINGS)
+    with OffloadSite() as site, ExitStack() as opened:
+        with site.relay.entered():
+            for name in ("broker", "gateway", "forwarder", "ingest", "transmitter", "offload"):
+                stack.start(name)
+        yield Around(stack, site, opened, draw)
+
+
+@pytest.mark.parametrize("changes", [40, pytest.param(10_000, marks=pytest.mark.soak)])
+def test_each_datagram_comes_once_by_the_kernel_or_by_us(open_stack: OpenStack, changes: int) -> None:
+    """IPv4, IPv6 and fragments, relayed and with the exporter's address, while collectors join, leave and change."""
+    draw = random.Random(changes)
+    with around(open_stack, draw) as site, BusEnds(open_stack.bus) as bus:
+        site.register("steady", 4, 3, "original", {})
+        site.wait_for_rules(bus)
+        for number in range(changes):
+            site.change()
+            for _ in range(draw.randint(1, 9)):
+                site.export()
+            if number % FAR == FAR - 1:
+                site.look()
+            if number == changes // 2:
+                site.restart("transmitter", signal.SIGTERM)
+                site.look()
+        accounts = accounts_when(bus, "transmitter.1", lambda told: told["collector/steady"]["offered"] == site.number)
+        account = accounts["collector/steady"]
+        assert site.came("steady") == account["sent"] + account["by_kernel"]
+        assert account["by_kernel"] > site.number // 10
+        rules = accounts_when(bus, "offload.1", lambda told: told["rules/steady"]["copied"] >= account["by_kernel"])
+        assert rules["rules/steady"]["copied"] == account["by_kernel"]
+        site.restart("offload", signal.SIGKILL)
+        site.look()
+        site.wait_for_rules(bus)
+        for _ in range(9):
+            site.export()
+        site.look()
+        assert open_stack.run("ledger")[0] == 0
