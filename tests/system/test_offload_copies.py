@@ -236,7 +236,7 @@ def test_each_datagram_comes_once_by_the_kernel_or_by_us(open_stack: OpenStack, 
                 site.look()
             if number == changes // 2:
                 site.restart("transmitter", signal.SIGTERM)
-                site.look()
+        site.look()
         accounts = accounts_when(bus, "transmitter.1", lambda told: told["collector/steady"]["offered"] == site.number)
         account = accounts["collector/steady"]
         assert site.came("steady") == account["sent"] + account["by_kernel"]
