@@ -1,0 +1,169 @@
+"""What the journal costs: `python -m tests.benchmarks.journal [DIRECTORY]`; by default its files are in memory.
+
+It prints CPU a datagram for writing and reading back, what a journal takes that is fed as fast as it can, and the time
+of a start and of an export with a million datagrams in 100 segments. No network is used.
+"""
+
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from shared.bus.messages import Datagrams, datagrams_topic
+from shared.capture.pcapng import Destination
+from shared.datagrams.batch import DatagramBatch
+from shared.journal.records import Identity
+from shared.journal.segment_reader import SegmentReader
+from shared.journal.segment_writer import SegmentWriter
+from shared.journal.segments import SECOND, Segment
+from shared.ledger import WRITTEN
+from tests.builders import BusEnds, accounts_when, make_batch, wait_wanted
+from tests.stack import Stack
+
+SOURCES: Final = [f"10.0.{number // 250}.{number % 250 + 1}" for number in range(500)]
+BOOT: Final = 12_345_678_912_345
+LENGTHS: Final[dict[str, Callable[[], int]]] = {
+    "200 bytes": lambda: 200,
+    "syslog, 80 to 400 bytes": lambda: random.randint(80, 400),
+    "400 bytes": lambda: 400,
+    "1,464 bytes": lambda: 1464,
+}
+RUNS: Final = 5
+STEADY_RATE, STEADY_ROWS = 200_000, 2_000_000
+SEGMENTS, SEGMENT_ROWS, BATCH_ROWS = 100, 10_000, 100
+MINUTE: Final = 60 * SECOND
+
+
+def batch_of(rows: int, length: Callable[[], int]) -> DatagramBatch:
+    """Return a batch of random payloads."""
+    return make_batch([random.randbytes(length()) for _ in range(rows)], SOURCES)
+
+
+def again(batch: DatagramBatch, at_ns: int) -> DatagramBatch:
+    """Return a batch as if it had just been received: nothing about it is known yet."""
+    return DatagramBatch(batch.stream, at_ns, batch.rows, batch.payload)
+
+
+def write(directory: Path, number: int, batch: DatagramBatch, count: int) -> tuple[float, Segment]:
+    """Write a segment of this many batches; return the µs of CPU a datagram, and the segment."""
+    segment = Segment("messages", number, batch.received_ns, is_open=True)
+    writer = SegmentWriter(directory, segment, Destination())
+    began = time.process_time()
+    for at in range(count):
+        writer.append(Identity("ingest.1", BOOT, at, at * len(batch)), again(batch, batch.received_ns))
+    took = time.process_time() - began
+    return took / count / len(batch) * 1e6, writer.seal()
+
+
+def read(path: Path, segment: Segment) -> float:
+    """Read a segment; return the µs of CPU a datagram."""
+    began, rows = time.process_time(), 0
+    with SegmentReader(path, segment) as reader:
+        for head in reader.heads():
+            rows += len(reader.read(head)[0])
+    return (time.process_time() - began) / rows * 1e6
+
+
+def measure_files(directory: Path) -> None:
+    """Print what writing and reading cost, by length and rows of a batch."""
+    print(f"{'datagrams':26}{'rows':>6}{'write µs':>10}{'read µs':>9}{'bytes more':>12}")
+    for name, length in LENGTHS.items():
+        for rows in (1024, 256, 64, 16):
+            if rows * length() > 1 << 19:
+                continue
+            batch = batch_of(rows, length)
+            count = max(1, min(60_000 // rows, (64 << 20) // len(batch.payload)))
+            writes, reads, more = [], [], 0.0
+            for number in range(RUNS):
+                took, segment = write(directory, number, batch, count)
+                path = directory / segment.name
+                writes.append(took)
+                reads.append(read(path, segment))
+                more = path.stat().st_size / count / rows - len(batch.payload) / rows
+                path.unlink()
+            print(f"{name:26}{rows:6}{min(writes):10.2f}{min(reads):9.2f}{more:12.0f}")
+
+
+def settings(directory: Path) -> str:
+    """Return settings by which stream `messages` is kept there."""
+    return (
+        f'[journal]\ndirectory = "{directory}"\nmin_free = 0\n'
+        '[[stream]]\nname = "messages"\nlisten = ["udp://127.0.0.1:6667"]\njournal = true\n'
+    )
+
+
+def measure_service(stack: Stack, rows: int = 256) -> None:
+    """Print what a journal takes of a steady rate, and its CPU a datagram, for datagrams of 400 bytes."""
+    stack.start("broker")
+    journal = stack.start("journal")
+    topic, body = datagrams_topic("messages"), Datagrams("messages", time.time_ns())
+    batch, count = make_batch([random.randbytes(400) for _ in range(rows)], SOURCES), STEADY_ROWS // rows
+    with BusEnds(stack.bus) as bus:
+        publisher = bus.publisher()
+        wait_wanted(publisher, topic)
+        cpu, began = journal.cpu_seconds(), time.monotonic()
+        for number in range(count):
+            time.sleep(max(0.0, began + number * rows / STEADY_RATE - time.monotonic()))
+            publisher.publish(topic, body, batch)
+        took = time.monotonic() - began
+        time.sleep(2)  # what is on its way
+        cpu = journal.cpu_seconds() - cpu
+        written = accounts_when(bus, "journal.1", bool)["journal/messages"][WRITTEN]
+    print(
+        f"service: of {count * rows / took:,.0f} datagrams of 400 bytes a second {written / count / rows:.1%} written, "
+        f"{cpu / written * 1e6:.2f} µs of CPU each, {journal.resident_mb('VmHWM'):.0f} MB at most"
+    )
+    journal.stop()
+
+
+def measure_start(stack: Stack, directory: Path) -> None:
+    """Print the time of a start, and of an export of one minute of one exporter, with a million datagrams there."""
+    shutil.rmtree(directory, ignore_errors=True)
+    (directory / "messages").mkdir(parents=True)
+    batch = batch_of(BATCH_ROWS, lambda: 1000)
+    now_ns = time.time_ns() - SEGMENTS * MINUTE
+    step = MINUTE * BATCH_ROWS // SEGMENT_ROWS
+    size = 0
+    for number in range(SEGMENTS):
+        began_ns = now_ns + number * MINUTE
+        segment = Segment("messages", number + 1, began_ns, is_open=True)
+        writer = SegmentWriter(directory / "messages", segment, Destination())
+        for at in range(SEGMENT_ROWS // BATCH_ROWS):
+            total = number * SEGMENT_ROWS + at * BATCH_ROWS
+            writer.append(Identity("ingest.1", BOOT, total // BATCH_ROWS, total), again(batch, began_ns + at * step))
+        size += writer.size
+        if number + 1 < SEGMENTS:
+            writer.seal()  # the last one is left open, as by a kill
+    print(f"{SEGMENTS} segments, {SEGMENTS * SEGMENT_ROWS:,} datagrams, {size / 1e9:.1f} GB:")
+    stack.start("broker")
+    began = time.monotonic()
+    journal = stack.start("journal")
+    print(f"  start: {time.monotonic() - began:.2f} s until it is ready, {journal.resident_mb():.0f} MB")
+    began = time.monotonic()
+    code, _, said = stack.run(
+        *("export", "--stream", "messages", "--from", "50m ago", "--until", "49m ago", "--source", f"{SOURCES[7]}/32"),
+        *("--write", str(stack.directory / "minute.pcapng")),
+    )
+    print(f"  export of a minute of one exporter: {time.monotonic() - began:.2f} s ({said.strip()}, exit code {code})")
+    journal.stop()
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Measure all in a directory of its own."""
+    with tempfile.TemporaryDirectory(dir=arguments[0] if arguments else "/dev/shm") as name:
+        directory = Path(name)
+        measure_files(directory)
+        kept = directory / "kept"
+        for measure in (measure_service, partial(measure_start, directory=kept)):
+            place = Path(tempfile.mkdtemp(dir=directory))
+            with Stack(place, settings(kept)) as stack:
+                measure(stack)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
