@@ -8,6 +8,8 @@ from shared.ledger import (
     BUFFER_FULL,
     BUS_FULL,
     DESTINATION_REFUSED,
+    DISK_ERROR,
+    DISK_FULL,
     DROPPED,
     EXPORTER_MISSED,
     EXPORTER_MISSED_FLOWS,
@@ -27,14 +29,27 @@ from shared.ledger import (
     parse_origin,
 )
 
-PLACES: Final = ("upstream", "kernel", "ingest", "bus", "way out", "network")
-"""Places on its way at which a datagram may be lost. `network` is all behind this host, as far as ICMP tells."""
+PLACES: Final = ("upstream", "kernel", "ingest", "bus", "way out", "network", "journal")
+"""Places on its way at which a datagram may be lost. `network` is all behind this host, as far as ICMP tells.
+
+What the journal does not keep is lost for those who look at the past, and no copy is lost by it.
+"""
 
 Kind = Literal["overflow", "unreachable", "policy"]
 """There was no room; there was no way, or nobody there; or settings say so."""
 _OVERFLOW: Final = frozenset(
     name.removeprefix(DROPPED)
-    for name in (KERNEL_DROPPED, MISSED, BUS_FULL, BUFFER_FULL, QUEUE_FULL, NO_MEMORY, OVER_SHARE)
+    for name in (
+        KERNEL_DROPPED,
+        MISSED,
+        BUS_FULL,
+        BUFFER_FULL,
+        QUEUE_FULL,
+        NO_MEMORY,
+        OVER_SHARE,
+        DISK_FULL,
+        DISK_ERROR,
+    )
 )
 _POLICY: Final = frozenset(
     name.removeprefix(DROPPED) for name in (WITHHELD, DESTINATION_REFUSED, SOURCE_REFUSED, OTHER_FAMILY, RATE_LIMITED)
@@ -88,6 +103,9 @@ def _losses(service: str, name: str, account: Mapping[str, int]) -> Iterator[Los
         for place, cause, lost in losses_of_collector(account):
             if place != "bus":  # told of the stream: it is one loss, however many collectors it was for
                 yield Loss(place, service, of, lost, cause)
+    elif kind == "journal" and of:
+        for cause, lost in causes(account).items():
+            yield Loss("journal", service, of, lost, cause)
     else:
         yield Loss("way out", service, "collectors that left", account.get(LEFT, 0), cause_of(LEFT))
 

@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector as Source
 from shared import ledger
 from shared.client import MOST_WAITING
 from shared.losses import cause_of
-from shared.monitoring.picture import Collector, Picture, Service, Stream, Word
+from shared.monitoring.picture import Collector, KeptStream, Picture, Service, Stream, Word
 
 MAX_COLLECTORS: Final = 2000
 """Collectors that have series; `fanwire_collectors_not_shown` tells of more."""
@@ -74,6 +74,7 @@ def stack_metrics(picture: Picture, clock: float, version: str) -> Iterator[Metr
     yield from _streams(picture.streams)
     yield from _collectors(picture.collectors, clock)
     yield from _services(picture.services, picture.verdict.missing)
+    yield from _journal(picture.kept)
     yield from _verdict(picture)
 
 
@@ -191,6 +192,39 @@ def _services(services: Sequence[Service], missing: Iterable[str]) -> Iterator[M
     for name in {*missing} - {each.name for each in services}:
         up.add_metric([name], 0.0)
     yield from (up, started, memory, ceiling, wrong, missed)
+
+
+def _journal(kept: Iterable[KeptStream]) -> Iterator[Metric]:
+    label = ["stream"]
+    written = CounterMetricFamily(
+        "fanwire_journal_datagrams_written", "Datagrams written to the journal.", labels=label
+    )
+    dropped = CounterMetricFamily(
+        "fanwire_journal_datagrams_dropped",
+        "Datagrams that the journal could not write, by cause; their copies are not affected.",
+        labels=["stream", "cause"],
+    )
+    expired = CounterMetricFamily(
+        "fanwire_journal_datagrams_expired", "Datagrams that retention has removed.", labels=label
+    )
+    read = CounterMetricFamily("fanwire_journal_datagrams_read", "Datagrams read again.", labels=label)
+    size = GaugeMetricFamily("fanwire_journal_bytes", "Bytes that the journal's segments take.", labels=label)
+    oldest = GaugeMetricFamily(
+        "fanwire_journal_oldest_timestamp_seconds", "The time since which there is something.", labels=label
+    )
+    failing = GaugeMetricFamily("fanwire_journal_failing", "1 if the last write has failed.", labels=label)
+    for each in kept:
+        account = each.account
+        written.add_metric([each.stream], account.get(ledger.WRITTEN, 0))
+        for cause in (ledger.DISK_FULL, ledger.DISK_ERROR):
+            dropped.add_metric([each.stream, cause_of(cause)], account.get(cause, 0))
+        expired.add_metric([each.stream], account.get(ledger.EXPIRED, 0))
+        read.add_metric([each.stream], account.get(ledger.READ, 0))
+        size.add_metric([each.stream], account.get(ledger.KEPT_BYTES, 0))
+        if oldest_ns := account.get(ledger.OLDEST, 0):
+            oldest.add_metric([each.stream], oldest_ns / 1e9)
+        failing.add_metric([each.stream], float(account.get(ledger.WRITE_ERRNO, 0) > 0))
+    yield from (written, dropped, expired, read, size, oldest, failing)
 
 
 def _verdict(picture: Picture) -> Iterator[Metric]:

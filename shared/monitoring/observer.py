@@ -52,6 +52,7 @@ from shared.monitoring.balance import Balance
 from shared.monitoring.picture import (
     RECENT_SECONDS,
     Collector,
+    KeptStream,
     Picture,
     RecentLoss,
     Service,
@@ -191,7 +192,9 @@ class Observer:
         seconds = min(RECENT_SECONDS, max(0.0, now - self._began))
         verdict = judge(services, collectors, found, self._found, seconds)
         return Picture(
-            *(now, verdict, self._balanced, self._found, streams, collectors, exporters, services, found, seconds)
+            *(now, verdict, self._balanced, self._found, streams, collectors, exporters, services, found),
+            kept=tuple(_kept(accounts)),
+            recent_seconds=seconds,
         )
 
     def _forget(self, now: float) -> None:
@@ -353,6 +356,13 @@ class Observer:
 
 def _missed(accounts: Accounts) -> Iterator[int]:
     yield from (account.get(MISSED, 0) for name, account in accounts.items() if is_origin(name))
+
+
+def _kept(accounts: Mapping[str, Accounts]) -> Iterator[KeptStream]:
+    for service, told in sorted(accounts.items()):
+        for name, account in sorted(told.items()):
+            if name.startswith("journal/"):
+                yield KeptStream(name.removeprefix("journal/"), service, account)
 
 
 def _silent(told: _Told, now: float) -> bool:

@@ -126,6 +126,15 @@ class Service:
 
 
 @dataclass(frozen=True, slots=True)
+class KeptStream:
+    """A stream in a journal, with its account (`shared.ledger`)."""
+
+    stream: str
+    service: str
+    account: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
 class RecentLoss:
     """A loss, and how much of it came in the last `RECENT_SECONDS`, or since the observer began."""
 
@@ -158,5 +167,7 @@ class Picture:
     """Those that sent most, up to a thousand a worker and stream; None: no worker tells yet."""
     services: tuple[Service, ...] = ()
     losses: tuple[RecentLoss, ...] = field(default=())
+    kept: tuple[KeptStream, ...] = ()
+    """Streams that a journal which reports keeps, or has kept."""
     recent_seconds: float = RECENT_SECONDS
     """Time that `recent` counts cover: less, where the observer has not been there for so long."""

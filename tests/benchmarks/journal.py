@@ -1,4 +1,4 @@
-"""What the journal costs: `python -m tests.benchmarks.journal [DIRECTORY]`; by default its files are in memory.
+"""Measures the journal: `python -m tests.benchmarks.journal [DIRECTORY]`; by default its files are in memory.
 
 It prints CPU a datagram for writing and reading back, what a journal takes that is fed as fast as it can, and the time
 of a start and of an export with a million datagrams in 100 segments. No network is used.

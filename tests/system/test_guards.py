@@ -80,6 +80,7 @@ PURE = (
     "services/operator/doctor/copies.py",
     "shared/monitoring/finding.py",
     "services/operator/doctor/host.py",
+    "services/operator/doctor/journal.py",
     "services/operator/doctor/kernel_copies.py",
     "services/operator/doctor/listening.py",
     "services/operator/doctor/services.py",

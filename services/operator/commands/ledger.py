@@ -3,6 +3,7 @@
 import argparse
 import time
 from collections.abc import Iterator, Mapping
+from datetime import datetime
 from typing import Final
 
 import msgspec
@@ -18,20 +19,26 @@ from shared.ledger import (
     BYTES,
     DROPPED,
     EXPECTED,
+    EXPIRED,
     FILTERED,
+    KEPT_BYTES,
     KERNEL_DROPPED,
     MEMORY,
     MEMORY_CEILING,
     MEMORY_MOST,
     MISSED,
+    OLDEST,
     PUBLISHED,
+    READ,
     RECEIVED,
     SAMPLED_OUT,
+    SEGMENTS,
     SENT,
     SHARED_OUT,
     TAKEN,
     WITHHELD,
     WITHHELD_BY_ADMIN,
+    WRITTEN,
     is_origin,
     lost,
     parse_origin,
@@ -105,6 +112,7 @@ def _print(balance: Balance, found: list[str]) -> None:
         ("Workers", WORKER_COLUMNS, _worker_rows(balance), (RECEIVED, BYTES, PUBLISHED, "kernel dropped")),
         ("Listeners", LISTENER_COLUMNS, _listener_rows(balance), (RECEIVED, BYTES, "kernel dropped")),
         ("Origins", ORIGIN_COLUMNS, _origin_rows(balance), (TAKEN, MISSED)),
+        ("Journal", JOURNAL_COLUMNS, _journal_rows(balance), {*JOURNAL_COLUMNS[2:]} - {"dropped", "since"}),
         ("Collectors", COLLECTOR_COLUMNS, _collector_rows(balance), {*COLLECTOR_COLUMNS[2:]} - {"dropped"}),
         ("Losses", Loss._fields, balance.losses(), ()),  # of datagrams, flows and records
         ("Memory", MEMORY_COLUMNS, _memory_rows(balance), ("MB", "ceiling")),
@@ -156,6 +164,18 @@ COLLECTOR_COLUMNS: Final = (
 def _collector_rows(balance: Balance) -> Iterator[Row]:
     for service, name, account in _accounts(balance, "collector/"):
         yield service, name, *(account.get(counter, 0) for counter in OUTCOMES), _drops(account), lost(account)
+
+
+JOURNAL_COLUMNS: Final = ("service", "stream", TAKEN, WRITTEN, "dropped", EXPIRED, READ, SEGMENTS, "MB", "since")
+
+
+def _journal_rows(balance: Balance) -> Iterator[Row]:
+    for service, name, account in _accounts(balance, "journal/"):
+        taken, written, expired, read, segments, size, oldest_ns = (
+            account.get(counter, 0) for counter in (TAKEN, WRITTEN, EXPIRED, READ, SEGMENTS, KEPT_BYTES, OLDEST)
+        )
+        since = f"{datetime.fromtimestamp(oldest_ns / 1e9):%F %T}" if oldest_ns else ""
+        yield service, name, taken, written, _drops(account), expired, read, segments, size >> 20, since
 
 
 MEMORY_COLUMNS: Final = ("service", "MB", "at most", "ceiling")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from services.operator.doctor.copies import check_copies
+from services.operator.doctor.journal import check_journal
 from shared.ledger import FILES_RESTORED, Accounts
 from shared.monitoring.balance import Balance
 from shared.monitoring.finding import Finding, error, ok, some, warning
@@ -70,6 +71,8 @@ def check_services(facts: ServiceFacts, settings: Settings, collectors: Sequence
     yield from _alone(facts)
     yield _gateway(facts)
     yield from check_copies(facts.accounts, collectors)
+    if facts.broker:
+        yield from check_journal(facts.accounts, settings)
     yield _raw_sockets(facts, [each.name for each in collectors if each.source == "original"])
     yield _descriptors(facts, "gateway", settings.gateway.max_connections, "[gateway] max_connections")
     yield _descriptors(facts, "forwarder", len(collectors), "the collectors that are signed up")

@@ -24,6 +24,7 @@ def test_a_page_gets_what_it_wished_for() -> None:
         ("network", "siem", 7),
         ("way out", HOSTILE, 10),
         ("bus", "syslog", 10),
+        ("journal", "syslog", 10),
     }
     assert show(picture, History(), Wish("nonsense", "nonsense"), 0.0, whole=False)["collectors"]["found"] == 2
 

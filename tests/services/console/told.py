@@ -42,6 +42,9 @@ def busy(now: float | None = None) -> Picture:
                 "collector/siem": {"expected": 890, "offered": 890, "sent": 890, "refusals": 7, "bytes": 9000},
                 f"collector/{HOSTILE}": {"expected": 890, "offered": 890, "sent": 880, "dropped_refused": 10},
             },
+            "journal.1": {
+                "journal/syslog": {"taken": 890, "written": 880, "dropped_disk_full": 10, "oldest_ns": 10**18}
+            },
             "broker.1": {},
             "gateway.1": {"gateway": {"memory": 5, "memory_most": 6, "memory_ceiling": 7}},
         },
