@@ -156,7 +156,7 @@ def run_all(options: argparse.Namespace) -> int:
             with site(workload.mtu) as here:
                 offer = here.offer(workload)
                 run_backlog(results, workload, here, offer, options)
-                if program and 1 in options.fan_out:
+                if program and 1 in options.fan_out and not workload.whole:
                     run_bare(results, workload, here, offer, program, options.rounds)
                 if options.ladder:
                     run_ladder(results, workload, here, offer, options)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from tests.benchmarks.site import COLLECTOR_PORT, PORT, RELAY, Site, collector_address, collector_port, exporter_address
+from tests.benchmarks.workloads import BY_NAME
 from tests.openly import OpenStack, open_stack
 from tests.stack import Running
 
@@ -185,7 +186,7 @@ def running(name: str, task: Task, site: Site) -> Iterator[Program]:
 def _fanwire(stack: OpenStack, task: Task) -> Program:
     streams = "".join(
         f'[[stream]]\nname = "bench{number}"\nlisten = ["udp://{RELAY}:{PORT + number}"]\n'
-        f"receive_buffer = {task.buffer}\ntrains = {str(task.workload == 'trains').lower()}\n"
+        f"receive_buffer = {task.buffer}\ntrains = {str(BY_NAME[task.workload].trains).lower()}\n"
         for number in range(task.streams)
     )
     collectors = "".join(

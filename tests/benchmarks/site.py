@@ -17,7 +17,7 @@ import numpy as np
 
 from services.transmitter.packet_socket import PACKET_VNET_HDR, SOCKADDR_LL, SOL_PACKET
 from services.transmitter.packets.headers import ETHERTYPE_IPV4, GSO_UDP_L4, HEADERS4, LINK_SIZE, NEEDS_CSUM, UDP, fold
-from shared.datagrams.mmsg import IOVEC, MMSGHDR, addresses_of, send
+from shared.datagrams.mmsg import IOVEC, MMSGHDR, UDP_GRO, addresses_of, send
 from shared.net.sockets import MEMINFO, SO_MEMINFO, enlarge_receive_buffer, enlarge_send_buffer
 from tests.benchmarks.workloads import MARK_SIZE, PROBE, Workload
 from tests.network import End, Host, veth
@@ -117,10 +117,13 @@ class Offer:
 
 
 class Sink:
-    """A collector's socket."""
+    """A collector's socket; with `whole` it takes pieces of so many bytes a datagram (UDP_GRO, udp(7))."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, whole: int = 0) -> None:
         self.socket = sock
+        self.whole = whole
+        if whole:
+            sock.setsockopt(socket.IPPROTO_UDP, UDP_GRO, 1)
 
     def discard(self) -> None:
         """From now on queue probes alone; the others are dropped by a filter, and counted."""
@@ -135,7 +138,9 @@ class Sink:
         marks = []
         while True:
             try:
-                marks.append(self.socket.recv(65536)[-MARK_SIZE:])
+                piece = self.socket.recv(65536)
+                ends = range(self.whole, len(piece) + 1, self.whole) if self.whole else (len(piece),)
+                marks += [piece[end - MARK_SIZE : end] for end in ends]
             except BlockingIOError:
                 return marks
 
@@ -199,8 +204,8 @@ class Site:
         return Offer(workload, self._sender, index, ethernet)
 
     @contextmanager
-    def sinks(self, fan_out: int) -> Iterator[list[Sink]]:
-        """Start a number of collectors."""
+    def sinks(self, fan_out: int, whole: int = 0) -> Iterator[list[Sink]]:
+        """Start a number of collectors; see `Sink` for `whole`."""
         with ExitStack() as opened:
             found = []
             for number in range(fan_out):
@@ -208,7 +213,7 @@ class Site:
                 enlarge_receive_buffer(sock, SINK_BUFFER)
                 sock.bind((collector_address(number), collector_port(number)))
                 sock.setblocking(False)
-                found.append(Sink(sock))
+                found.append(Sink(sock, whole))
             yield found
 
 

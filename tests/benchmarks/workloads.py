@@ -30,6 +30,9 @@ class Workload:
     """Number of ports that they send to, each exporter to one."""
     trains: bool = False
     """True if a burst comes as one piece, as a network card hands it over."""
+    whole: bool = False
+    """True if collectors take such pieces too, so that nothing cuts them on the sender's time: behind a cable a card
+    does that, or another host's kernel. All datagrams are equally long then."""
 
     def exporter(self, number: int) -> int:
         """Return the exporter of the datagram with that number."""
@@ -57,6 +60,7 @@ SYSLOG: Final = b"<134>1 2026-01-01T00:00:00Z router app 1 - - "
 WORKLOADS: Final = (
     Workload("netflow", 40_000, 16, 16, lambda _: 1464, NETFLOW),
     Workload("trains", 40_000, 16, 16, lambda _: 1464, NETFLOW, trains=True),
+    Workload("cable", 40_000, 16, 16, lambda _: 1464, NETFLOW, trains=True, whole=True),
     Workload("syslog", 60_000, 500, 1, lambda draw: min(400, max(80, int(draw.lognormvariate(5.2, 0.4)))), SYSLOG),
     Workload("sflow", 40_000, 64, 4, lambda draw: draw.randint(64, 350) * 4, SFLOW),
     Workload("small", 80_000, 4, 64, lambda _: 200, SYSLOG),
