@@ -113,13 +113,23 @@ SENT: Final = "sent"
 """Copies for the collector that the kernel took. Only `AFTER_SENDING` tells of some that did not arrive."""
 HELD: Final = "held"
 """Datagrams that wait: for room in the send buffer (forwarder), or until the next hop tells its link address
-(transmitter). Only this, `exporters`, `memory` and `receive_errno` ever fall."""
+(transmitter). Only this, `templates_held`, `exporters`, `memory` and `receive_errno` ever fall."""
 WITHHELD: Final = "withheld"
 """Datagrams not sent because the collector's port is closed, `[forwarder] withhold` (forwarder)."""
 WITHHELD_BY_ADMIN: Final = "withheld_by_admin"
 """Datagrams not sent because an admin withholds the collector's copies. They are no loss: nobody was to get them."""
 BY_KERNEL: Final = "by_kernel"
 """Datagrams that came, and of which the kernel had sent the copy already, by rules of offload."""
+TEMPLATES: Final = "templates"
+"""Datagrams with templates of flow exporters that were made for the collector, beside its copies: when it joins, and
+where it gets only some of an exporter's datagrams."""
+TEMPLATES_SENT: Final = "templates_sent"
+"""Those of them that the kernel took."""
+TEMPLATES_HELD: Final = "templates_held"
+"""Those of them that wait, as in `held`."""
+TEMPLATES_LOST: Final = "templates_lost"
+"""Those of them that were dropped or withheld, under whatever cause."""
+TEMPLATE_COUNTERS: Final = (TEMPLATES, TEMPLATES_SENT, TEMPLATES_HELD, TEMPLATES_LOST)
 REFUSALS: Final = "refusals"
 """Port-unreachable answers: each means that at least one copy among `sent` reached nobody (forwarder)."""
 UNREACHABLES: Final = "unreachables"
@@ -238,6 +248,14 @@ SUBSCRIBERS_CUT: Final = "subscribers_cut"
 SUMMED: Final = (RECEIVED, BYTES, KERNEL_DROPPED)
 """Counters of a stream that are the sums over its listeners."""
 
+COLLECTOR_COUNTERS: Final = (
+    *(EXPECTED, OFFERED, FILTERED, SAMPLED_OUT, SHARED_OUT, SENT, BYTES, HELD, WITHHELD, WITHHELD_BY_ADMIN, BY_KERNEL),
+    *(MISSED, UNSERVED, UNSURE, STOPPED, BUFFER_FULL, NO_MEMORY, REFUSED, NOT_CONNECTED, REFUSALS, UNREACHABLES),
+    *(PROHIBITED, QUEUE_FULL, NO_ROUTE, NO_NEIGHBOUR, INTERFACE_DOWN, OTHER_FAMILY, DESTINATION_REFUSED),
+    *(SOURCE_REFUSED, RATE_LIMITED, OVER_SHARE, UNPLANNED, *TEMPLATE_COUNTERS),
+)
+"""Counters that a collector's account may have, apart from drops that are named by an errno."""
+
 ORIGIN: Final = re.compile(r"origin/([^/]+)/([0-9a-f]{1,16})/([^/]+)")
 Accounts = dict[str, dict[str, int]]
 
@@ -313,6 +331,7 @@ def _equations(name: str, account: Mapping[str, int]) -> Iterator[tuple[int, str
     elif name.startswith("collector/"):
         yield parts(EXPECTED), EXPECTED, parts(OFFERED, MISSED, UNSERVED)
         kept_back = parts(FILTERED, SAMPLED_OUT, SHARED_OUT, HELD, WITHHELD, WITHHELD_BY_ADMIN)
+        yield parts(TEMPLATES), TEMPLATES, parts(TEMPLATES_SENT, TEMPLATES_HELD, TEMPLATES_LOST)
         yield parts(OFFERED), OFFERED, kept_back + parts(SENT, BY_KERNEL) + dropped(account) - parts(UNSERVED)
     elif name.startswith("journal/"):
         yield parts(TAKEN), TAKEN, parts(WRITTEN) + dropped(account)

@@ -34,7 +34,7 @@ TOPICS: Final[dict[str, frozenset[str]]] = {
 }
 """Whole topics; every role but `operator` also has the topic of its own status."""
 FAMILIES: Final[dict[str, tuple[str, ...]]] = {
-    "ingest": ("datagrams/", AGAIN_PREFIX + "{sender}/"),
+    "ingest": ("datagrams/", AGAIN_PREFIX + "{sender}/", "templates/", "renewals/"),
     "forwarder": (REPLY_PREFIX,),
     "transmitter": (REPLY_PREFIX,),
     "journal": (REPLAY_PREFIX,),

@@ -176,8 +176,9 @@ class Destination:
             if (number := error.errno or 0) in RELAY_CAUSES:
                 self._note(number)
         rows = sum(few.rows[:sent])
-        self.account[SENT] += rows
-        self.account[BYTES] += sum(few.sizes[:sent])
+        account = self.held.account_of(templates=few.templates)
+        account[SENT] += rows
+        account[BYTES] += sum(few.sizes[:sent])
         return rows
 
     def _send(self, plan: SendPlan, at: int, stop: int) -> int:
@@ -248,7 +249,7 @@ class Destination:
 
     def _withhold(self, plan: SendPlan, at: int, stop: int) -> None:
         """Send one datagram, unless the fate of the last one is still unknown; keep back the rest."""
-        rows = int(plan.rows_before[stop] - plan.rows_before[at])
+        rows, account = int(plan.rows_before[stop] - plan.rows_before[at]), self._account_of(plan)
         now = time.monotonic()
         if self._probed_at is None and now >= self._probe_at and self._socket is not None:
             payload = plan.first_datagram(at)
@@ -261,17 +262,21 @@ class Destination:
                 return
             else:
                 self._probed_at, self._probe_at = now, now + PROBE_SECONDS
-                self.account[SENT] += 1
-                self.account[BYTES] += len(payload)
+                account[SENT] += 1
+                account[BYTES] += len(payload)
                 rows -= 1
-        self.account[WITHHELD] += rows
+        account[WITHHELD] += rows
+
+    def _account_of(self, plan: SendPlan) -> Counter[str]:
+        return self.held.account_of(templates=plan.templates)
 
     def _deliver(self, plan: SendPlan, start: int, stop: int) -> None:
-        self.account[SENT] += int(plan.rows_before[stop] - plan.rows_before[start])
-        self.account[BYTES] += int(plan.bytes_before[stop] - plan.bytes_before[start])
+        account = self._account_of(plan)
+        account[SENT] += int(plan.rows_before[stop] - plan.rows_before[start])
+        account[BYTES] += int(plan.bytes_before[stop] - plan.bytes_before[start])
 
     def _drop(self, plan: SendPlan, start: int, stop: int, cause: str) -> None:
-        self.account[cause] += int(plan.rows_before[stop] - plan.rows_before[start])
+        self._account_of(plan)[cause] += int(plan.rows_before[stop] - plan.rows_before[start])
 
     def _disconnect(self) -> None:
         """Close the socket; `refresh` opens another."""

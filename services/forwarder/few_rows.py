@@ -24,9 +24,10 @@ class Few:
     `rows` and `sizes` are how many datagrams and bytes each send holds.
     """
 
-    __slots__ = ("controls", "rows", "segment", "sends", "sizes")
+    __slots__ = ("controls", "rows", "segment", "sends", "sizes", "templates")
 
     def __init__(self, sends: list[list[memoryview]], rows: list[int], sizes: list[int], segment: int) -> None:
+        self.templates = False
         self.sends = sends
         self.rows = rows
         self.sizes = sizes

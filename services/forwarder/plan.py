@@ -42,6 +42,8 @@ class SendPlan:
         self._iovec_at = addresses_of(self._iovecs, IOVEC.itemsize, MAX_GATHERED)
         self._control_at = addresses_of(self._controls, CONTROL.itemsize, MAX_GATHERED)
         self.sends = self.rows = 0
+        self.templates = False
+        """True if the rows are templates, which are counted apart."""
         self._rows_of_batch: Indices | None = None
         self._first_sends = [0, 0]
         self._first_vectors = np.zeros(0, np.int64)
@@ -71,7 +73,7 @@ class SendPlan:
             order = by_length(batch.words if indices is None else batch.words[indices], lengths)
             indices, lengths = order if indices is None else indices[order], lengths[order]
             starts = group(lengths, largest_segment)
-        self._rows_of_batch = indices
+        self._rows_of_batch, self.templates = indices, batch.templates
         pointers = batch.pointers if indices is None else batch.pointers[indices]
         begins, counts = pieces(pointers, lengths, starts)
         self.sends = sends = len(starts)

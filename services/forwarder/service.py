@@ -61,8 +61,9 @@ class ForwarderService(CopyService[Destination]):
             return
         by_segment: dict[int, dict[int, tuple[Selection, list[Destination]]]] = {}
         for destination, selection in routed:
-            if destination.held and not self._release(destination, time.monotonic()):
-                destination.held.hold(batch, selection.indices)
+            held, now = destination.held, time.monotonic()
+            if (held and not self._release(destination, now)) or (held.paced_until and held.paced(now)):
+                self._hold(batch, destination, selection.indices)
                 continue
             wanted = by_segment.setdefault(destination.largest_segment, {})
             wanted.setdefault(id(selection), (selection, []))[1].append(destination)
@@ -81,9 +82,11 @@ class ForwarderService(CopyService[Destination]):
         for destination, selection in routed:
             key = (id(selection), destination.largest_segment)
             if key not in planned:
-                planned[key] = few_of(batch, selection.indices, destination.largest_segment)
+                planned[key] = few = few_of(batch, selection.indices, destination.largest_segment)
+                if few:
+                    few.templates = batch.templates
             few = planned[key]
-            if few is None or destination.held:
+            if few is None or destination.held or destination.held.paced_until:
                 left.append((destination, selection))
             elif (sent := destination.send_few(few)) < (count := sum(few.rows)):
                 rows = selection.indices
@@ -101,8 +104,11 @@ class ForwarderService(CopyService[Destination]):
         for destination, rest in behind:
             left = rest if destination.full else self._send_rest(batch, destination, rest)
             if len(left):
-                destination.held.hold(batch, left)
-                self._stalled.setdefault(destination, (RETRY_SECONDS[0], 0.0))
+                self._hold(batch, destination, left)
+
+    def _hold(self, batch: Gathered, destination: Destination, rows: Indices | None) -> None:
+        destination.held.hold(batch, rows)
+        self._stalled.setdefault(destination, (RETRY_SECONDS[0], 0.0))
 
     def _send_rest(self, batch: Gathered, destination: Destination, rows: Indices) -> Indices:
         """Send rows to one collector, without segments where those are refused; return the rows without room."""
@@ -121,6 +127,9 @@ class ForwarderService(CopyService[Destination]):
             return False
         pause, due_at = self._stalled.get(destination, (first, 0.0))
         while destination.held and now >= due_at:
+            if destination.held.paced(now):
+                self._stalled[destination] = first, destination.held.paced_until
+                break
             held = destination.held.pop_oldest()
             rows = np.arange(len(held.batch)) if held.rows is None else held.rows
             if len(left := self._send_rest(held.batch, destination, rows)):

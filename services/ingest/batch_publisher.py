@@ -1,10 +1,13 @@
 """A stream's way onto the bus: every datagram received is published, or dropped under a cause."""
 
+import time
 from collections import Counter
+from collections.abc import Collection
 
 import numpy as np
 
 from services.ingest.flows.exporters import ExporterTracker
+from services.ingest.template_feed import TemplateFeed
 from shared.bus.kept_counts import KeptCounts, KeptFile
 from shared.bus.loans.lender import CHUNK, LENT_SIZE, Loan, Pool, Room
 from shared.bus.messages import Datagrams, datagrams_topic, exporters_topic, inline_topic
@@ -41,7 +44,7 @@ class StreamFeed:
         self.account = account
         self.exporters: ExporterTracker | None = None
         """The exporters, followed by their own numbers; None: the numbers are not read."""
-        self.owes_mark = False
+        self._owes_mark = False
         self._protocol: Protocol | None = None
         self._publisher = publisher
         self._pool = pool
@@ -51,6 +54,7 @@ class StreamFeed:
         self._inline = inline_topic(stream)
         self._exporters_topic = exporters_topic(publisher.sender)
         self._shares: ExporterShares | None = None
+        self._templates = TemplateFeed(stream, publisher)
 
     def look_for(self, protocol: Protocol | None) -> None:
         """Follow exporters' numbers of a protocol from now on; if it has not changed, keep those that are known."""
@@ -59,6 +63,12 @@ class StreamFeed:
                 self.exporters.settle(at_once=True)
             self.exporters = ExporterTracker(protocol, self.account) if protocol else None
             self._protocol = protocol
+
+    def observe(self, batch: DatagramBatch) -> None:
+        """Follow the exporters of datagrams of one receive call, before these are published."""
+        if self.exporters:
+            self.exporters.observe(batch)
+            self._templates.observe(self.exporters)
 
     @property
     def wanted(self) -> bool:
@@ -147,12 +157,23 @@ class StreamFeed:
                 self._exporters_topic, self._shares.take(self.exporters.missed() if self.exporters else None)
             )
 
+    def greet(self, prefixes: Collection[str]) -> None:
+        """Tell new subscribers the place in the sequence, or the templates, as they ask for; and what is owed."""
+        if self._owes_mark or any(self.topic.startswith(prefix) for prefix in prefixes):
+            self.mark(time.time_ns())
+        self._templates.greet(prefixes, self.exporters)
+
+    @property
+    def owing(self) -> bool:
+        """Return whether the bus did not take what new subscribers are to be told."""
+        return self._owes_mark or self._templates.owing
+
     def mark(self, now_ns: int) -> None:
-        """Tell a new subscriber the place in the sequence, by a batch without rows; owed while the bus takes none."""
+        """Tell the place in the sequence, by a batch without rows; owed while the bus takes none."""
         if self._pool:
             self._pool.hold_back()
         empty = DatagramBatch(self.stream, now_ns, np.empty(0, ROW), b"")
-        self.owes_mark = not self._publisher.publish(self.topic, Datagrams(self.stream, now_ns, self._lent), empty)
+        self._owes_mark = not self._publisher.publish(self.topic, Datagrams(self.stream, now_ns, self._lent), empty)
 
     @property
     def _lent(self) -> int:

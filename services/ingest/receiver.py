@@ -137,7 +137,7 @@ class DatagramReceiver:
         rows = arena.rows(count, self._family) if is_wanted or self._numbered else None
         if rows is not None and self._numbered:
             payload, stride = arena.located(count)
-            self._numbered.observe(DatagramBatch(self._feed.stream, received_ns, rows, payload, stride))
+            self._feed.observe(DatagramBatch(self._feed.stream, received_ns, rows, payload, stride))
         if rows is not None and is_wanted:
             if self._family == socket.AF_UNIX:
                 rows["address"] = np.frombuffer(LOCAL_SENDER, np.uint8)
@@ -174,7 +174,7 @@ class DatagramReceiver:
         else:
             payload, loan = memoryview(arena.payload(0, count)), None
         if self._numbered:
-            self._numbered.observe(DatagramBatch(self._feed.stream, received_ns, rows, payload))
+            self._feed.observe(DatagramBatch(self._feed.stream, received_ns, rows, payload))
         if wanted and loan:
             self._feed.publish(received_ns, rows, payload, loan, copied=copied)
         elif wanted:

@@ -328,22 +328,20 @@ class Worker:
         self._received_at = now
 
     def _greet(self) -> None:
-        """Tell new subscribers of a stream its place in the sequence, and send new subscribers of our status a report.
+        """Answer new subscribers of a stream or of its templates, and send new subscribers of our status a report.
 
         Repeat this until there are none: publishing may swallow the edge that signals the next one.
         """
         self._greet_at = math.inf
         for feed in self._feeds.values():
-            if feed.owes_mark:
-                feed.mark(time.time_ns())
+            feed.greet(())
         while prefixes := self._publisher.new_subscriptions():
             for feed in self._feeds.values():
-                if any(feed.topic.startswith(prefix) for prefix in prefixes):
-                    feed.mark(time.time_ns())
+                feed.greet(prefixes)
             self._held.heed(prefixes, [name for name, feed in self._feeds.items() if feed.wanted])
             if self._reporter.asked_for(prefixes):
                 self._report()
-        if any(feed.owes_mark for feed in self._feeds.values()):
+        if any(feed.owing for feed in self._feeds.values()):
             self._greet_at = time.monotonic() + GREET_SECONDS
 
     def _settle(self, *, at_once: bool = False) -> None:

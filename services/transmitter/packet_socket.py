@@ -92,7 +92,8 @@ class PacketSocket:
                     "copies to a collector fail; check its host, its port and the route", error
                 )
             at = plan.first_frame(last)
-        _account(plan, stop, dropped, [destination.account for destination in destinations])
+        accounts = [destination.held.account_of(templates=plan.templates) for destination in destinations]
+        _account(plan, stop, dropped, accounts)
         return int(plan.rows_before[stop])
 
     def send_few(self, few: FewFrames, frames: list[Frame], account: Counter[str]) -> int:

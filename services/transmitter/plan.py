@@ -69,6 +69,8 @@ class FramePlan:
             (version, link): _Vector(MAX_GATHERED, version, link=link) for version in IP_SIZE for link in (True, False)
         }
         self.rows = self.frames = 0
+        self.templates = False
+        """True if the rows are templates, which are counted apart."""
 
     def build(
         self,
@@ -92,7 +94,7 @@ class FramePlan:
         order, begins = by_source(batch.words if rows is None else batch.words[rows], parts)
         if order is not None:
             rows = order if rows is None else rows[order]
-        self._rows_of_batch = rows
+        self._rows_of_batch, self.templates = rows, batch.templates
         self.rows = len(begins)
         lengths = batch.lengths if rows is None else batch.lengths[rows]
         largest = largest_payload(version, mtu)

@@ -90,18 +90,17 @@ class Sender:
         for destination, selection in routed[first:] + routed[:first]:
             wanted = len(batch) if selection.indices is None else len(selection.indices)
             egress = destination.egress
-            if not wanted or not self._may_go(destination, egress, wanted):
+            account = destination.held.account_of(templates=batch.templates)
+            if not wanted or not self._may_go(destination, egress, wanted, account):
                 continue
             admitted = verdicts.admit(selection.indices, destination.version, egress.reach)
-            rows = self._admit(destination, admitted, wanted)
+            rows = self._admit(destination, admitted, wanted, account)
             if rows is not None and not len(rows):
                 continue
-            if destination.must_wait(egress):
+            if destination.must_wait(egress) or not self._release(destination, egress):
                 destination.held.hold(batch, rows)
                 self._holding.add(destination)
                 continue
-            if destination.held:
-                self._release(destination, egress)
             packet_socket = self._packet_sockets.for_egress(egress, destination.version)
             share = Share(destination, egress, rows)
             if len(batch) <= FEW_ROWS and destination.version == 4 and egress.kind is EgressKind.FRAMES:
@@ -131,7 +130,8 @@ class Sender:
         to, destination = share.destination.addressing(share.egress), share.destination
         self._few.build(frames)
         self._few.address(to, packet_socket.name(to), destination.numbers)
-        sent = packet_socket.send_few(self._few, frames, destination.account)
+        account = destination.held.account_of(templates=batch.templates)
+        sent = packet_socket.send_few(self._few, frames, account)
         return None if sent == len(frames) else replace(share, rows=self._few.rest(sent))
 
     def _send_all(self, batch: Gathered, key: Key, shares: list[Share]) -> None:
@@ -150,7 +150,7 @@ class Sender:
             rows = sum(map(_rows_of, portion))
             self._threads.share(lambda member, part: self._send_each(member, batch, key, part), portion, rows)
 
-    def _may_go(self, destination: Destination, egress: Egress, wanted: int) -> bool:
+    def _may_go(self, destination: Destination, egress: Egress, wanted: int, account: Counter[str]) -> bool:
         """Return whether anything may go to a collector; if not, drop its rows under the cause."""
         client, cause = destination.client, egress.cause
         if not cause and not self._packet_sockets.have_one_for(egress, destination.version):
@@ -160,12 +160,14 @@ class Sender:
             cause = DESTINATION_REFUSED
             self.audit.refuse(cause, wanted, collector=client.name, address=client.address, port=client.port)
         if cause:
-            destination.account[cause] += wanted
+            account[cause] += wanted
         return not cause
 
-    def _admit(self, destination: Destination, admitted: Admitted, wanted: int) -> Indices | None:
+    def _admit(
+        self, destination: Destination, admitted: Admitted, wanted: int, account: Counter[str]
+    ) -> Indices | None:
         """Return the rows that go to a collector (None: all); drop the others, each under its cause."""
-        account, rows = destination.account, admitted.rows
+        rows = admitted.rows
         if admitted.other_family:
             account[OTHER_FAMILY] += admitted.other_family
         if admitted.refused:
@@ -217,12 +219,15 @@ class Sender:
         plan.address(addressings, names, [share.destination.numbers for share in shares])
         return exit_.send(plan, [share.destination for share in shares])
 
-    def _release(self, destination: Destination, egress: Egress) -> None:
-        """Send a collector's waiting rows, before any newer ones."""
-        key = _key(destination, egress, self._packet_sockets.for_egress(egress, destination.version))
-        while destination.held:
+    def _release(self, destination: Destination, egress: Egress) -> bool:
+        """Send a collector's waiting rows, before any newer ones; return whether newer ones need not wait."""
+        while not (paced := destination.held.paced_until > 0 and destination.held.paced(time.monotonic())):
+            if not destination.held:
+                break
+            key = _key(destination, egress, self._packet_sockets.for_egress(egress, destination.version))
             held = destination.held.pop_oldest()
             self._send_same(0, held.batch, key, [Share(destination, egress, held.rows)])
+        return not paced
 
     def work(self) -> float:
         """Apply network changes, send waiting rows that can be sent now, drop those that have waited too long.
@@ -244,7 +249,11 @@ class Sender:
             else:
                 self._release(destination, egress)
         self._holding = {destination for destination in self._holding if destination.held}
-        return HOLDING_SECONDS if self._holding or self.next_hops.stale else REFRESH_SECONDS
+        paced = [destination.held.paced_until - now for destination in self._holding]
+        return min(
+            HOLDING_SECONDS if self._holding or self.next_hops.stale else REFRESH_SECONDS,
+            max([seconds for seconds in paced if seconds > 0], default=REFRESH_SECONDS),
+        )
 
     def close(self) -> None:
         """Close our own sockets; the raw sockets stay with their owner."""

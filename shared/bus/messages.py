@@ -25,6 +25,7 @@ from shared.bus.health_message import Health
 from shared.bus.journal_messages import JournalPortion, JournalRead, Replayed
 from shared.bus.offload_messages import KernelCopies, MarkGeneration, OffloadPaths, OffloadReply
 from shared.bus.packing import pack, pack_values, unpack
+from shared.bus.template_messages import Renewals, Templates
 from shared.client import Client, Source
 from shared.datagrams.limits import MAX_DATAGRAM, MAX_ROWS
 
@@ -191,6 +192,8 @@ Body = (
     | JournalPortion
     | JournalRead
     | OffloadPaths
+    | Templates
+    | Renewals
 )
 
 KINDS: Final[dict[str, type[Body]]] = {
@@ -211,6 +214,8 @@ KINDS: Final[dict[str, type[Body]]] = {
     "offload.copies": KernelCopies,
     "offload.reply": OffloadReply,
     "offload.paths": OffloadPaths,
+    "templates": Templates,
+    "renewals": Renewals,
 }
 _NAMES: Final = {struct: kind for kind, struct in KINDS.items()}
 

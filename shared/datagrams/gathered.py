@@ -45,10 +45,14 @@ def portions(items: Iterable[T], rows_of: Callable[[T], int]) -> Iterator[list[T
 
 
 class Gathered:
-    """Datagrams of one stream, in the order they came; `rows` has dtype `ROW`, shape (n,)."""
+    """Datagrams of one stream, in the order they came; `rows` has dtype `ROW`, shape (n,).
 
-    def __init__(self, batches: Sequence[DatagramBatch]) -> None:
+    `templates` says that they were made of what ingest had kept of flow exporters: sent, they are no copies.
+    """
+
+    def __init__(self, batches: Sequence[DatagramBatch], *, templates: bool = False) -> None:
         self.stream = batches[0].stream
+        self.templates = templates
         self.batches = tuple(batches)
         # Joined as bytes: numpy would handle each field by itself.
         rows = [each.rows for each in batches]

@@ -5,7 +5,7 @@ when the collector is the one of its group that the source's hash picks, and las
 """
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -15,7 +15,7 @@ from shared.client import Client
 from shared.datagrams.batch import Indices
 from shared.datagrams.gathered import Mask
 from shared.datagrams.prefix_index import Network, PrefixIndex, disjoint
-from shared.datagrams.prefix_set import Datagrams
+from shared.datagrams.prefix_set import Datagrams, Prefixes, halves_of
 from shared.datagrams.sampling import hash_sources, sample_rows, share_rows
 
 
@@ -94,6 +94,22 @@ class Router:
         """
         return self._routes_of(batch.stream).route(batch, leave_out)
 
+    def takers(self, batch: Datagrams, names: Collection[str]) -> list[tuple[Client, Mask, Mask]]:
+        """Return, for those of these collectors that want the batch's stream, the rows that their prefixes let pass.
+
+        The second mask has those among them that go to no other member of their group. Sampling counts none.
+        """
+        routes = self._routes_of(batch.stream).all
+        members = [route for route in routes if route.client.group]
+        asked = [route for route in routes if route.client.name in names]
+        passing = {route.client.name: _passing(batch, route.client) for route in (*members, *asked)}
+        own = passing | _pick_members(batch, members, passing)
+        return [(route.client, passing[route.client.name], own[route.client.name]) for route in asked]
+
+    def picking(self, stream: str) -> dict[str, str]:
+        """Return the collectors that get only some of what their prefixes let pass of a stream, and their groups."""
+        return {each.client.name: each.client.group for each in self._routes_of(stream).all if _picks(each.client)}
+
 
 class _StreamRoutes:
     """The routes of one stream, sorted by the work needed to find their rows."""
@@ -129,6 +145,11 @@ class _StreamRoutes:
 def takes_all(client: Client) -> bool:
     """Return whether a client takes every row of its streams."""
     return not client.prefixes and not _picks(client)
+
+
+def _passing(batch: Datagrams, client: Client) -> Mask:
+    """Return the rows that a client's prefixes let pass, without an index: for batches that are rare."""
+    return Prefixes(client.prefixes).match(halves_of(batch)) if client.prefixes else np.full(len(batch), True)
 
 
 def _samples_alike(one: Client, other: Client) -> bool:

@@ -7,10 +7,24 @@ collector's send buffer.
 import time
 from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass, field
+from typing import Final
 
 from shared.datagrams.batch import Indices
 from shared.datagrams.gathered import Gathered
-from shared.ledger import HELD, NO_MEMORY
+from shared.ledger import (
+    HELD,
+    NO_MEMORY,
+    SENT,
+    TEMPLATES,
+    TEMPLATES_HELD,
+    TEMPLATES_LOST,
+    TEMPLATES_SENT,
+    WITHHELD,
+    dropped,
+)
+
+PACE_SECONDS: Final = 0.005
+"""Pause behind each batch of templates: who joins has a small receive buffer, perhaps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +46,8 @@ class Backlog:
     """The rows that one collector waits for, with limits on rows, on bytes of the batches they are in, and on seconds.
 
     Rows beyond a limit are dropped under `cause`; `memory` is shared with the other collectors. While it is `paused`
-    nothing of it is to be sent: its collector has left, and may come back.
+    nothing of it is to be sent: its collector has left, and may come back. Templates are counted apart, in `templates`,
+    and leave at a pace.
     """
 
     account: Counter[str]
@@ -42,6 +57,9 @@ class Backlog:
     most_bytes: int
     memory: "BacklogMemory"
     paused: bool = False
+    templates: Counter[str] = field(default_factory=Counter)
+    paced_until: float = 0.0
+    """The time before which nothing is to be sent, as templates have just left; 0: there is none."""
     _queue: deque[Held] = field(default_factory=deque)
     _bytes: int = 0
     _rows: int = 0
@@ -55,6 +73,31 @@ class Backlog:
         """Seconds that the oldest has waited; 0 when nothing waits."""
         return time.monotonic() - self._queue[0].expires_at + self.seconds if self._queue else 0.0
 
+    def account_of(self, *, templates: bool) -> Counter[str]:
+        """Return the account of templates, or of copies."""
+        return self.templates if templates else self.account
+
+    def paced(self, now: float) -> bool:
+        """Return whether the next are to wait for a moment; not once many copies wait behind them."""
+        if self.paced_until and (now >= self.paced_until or self._rows > self.most_rows // 2):
+            self.paced_until = 0.0
+        return self.paced_until > 0
+
+    def pace(self) -> None:
+        """Let the next wait for a moment."""
+        self.paced_until = time.monotonic() + PACE_SECONDS
+
+    def count_templates(self, made: int = 0) -> None:
+        """Count templates that were made, and what has become of templates since the last time, beside the copies."""
+        account, found = self.account, self.templates
+        if not (made or found):
+            return
+        account[TEMPLATES] += made
+        account[TEMPLATES_SENT] += found.pop(SENT, 0)
+        account[TEMPLATES_LOST] += dropped(found) + found[WITHHELD]
+        account[TEMPLATES_HELD] = found[HELD]
+        self.templates = Counter({HELD: found[HELD]} if found[HELD] else {})
+
     def hold(self, batch: Gathered, rows: Indices | None) -> None:
         """Keep rows, behind those that wait already; drop the oldest beyond the limits."""
         now = time.monotonic()
@@ -66,16 +109,19 @@ class Backlog:
 
     def _put(self, held: Held, *, first: bool = False) -> None:
         (self._queue.appendleft if first else self._queue.append)(held)
-        self.account[HELD] += held.count
-        self._rows += held.count
+        self.account_of(templates=held.batch.templates)[HELD] += held.count
+        self._rows += 0 if held.batch.templates else held.count
         self._bytes += held.batch.payload_bytes
         self.memory.add_holder(held.batch, self, first=first)
 
     def pop_oldest(self) -> Held:
         """Remove and return the oldest."""
         held = self._queue.popleft()
-        self.account[HELD] -= held.count
-        self._rows -= held.count
+        self.account_of(templates=held.batch.templates)[HELD] -= held.count
+        if held.batch.templates:
+            self.pace()
+        else:
+            self._rows -= held.count
         self._bytes -= held.batch.payload_bytes
         self.memory.remove_holder(held.batch, self)
         return held
@@ -96,7 +142,8 @@ class Backlog:
 
     def drop_oldest(self, cause: str = "") -> None:
         """Drop the rows of the oldest batch that are held."""
-        self.account[cause or self.cause] += self.pop_oldest().count
+        held = self.pop_oldest()
+        self.account_of(templates=held.batch.templates)[cause or self.cause] += held.count
 
 
 class BacklogMemory:

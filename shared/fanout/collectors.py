@@ -2,13 +2,13 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final, Generic, Protocol, TypeVar
 
 from shared.bus.kept_counts import Sheet
 from shared.client import ALL_STREAMS, Client
-from shared.datagrams.gathered import Gathered
+from shared.datagrams.gathered import Gathered, Mask
 from shared.datagrams.routing import ALL_ROWS, Router, Selection, takes_all
 from shared.fanout.backlog import Backlog
 from shared.fanout.fair_shares import FairShares
@@ -16,34 +16,20 @@ from shared.fanout.health import Checkup, Symptom
 from shared.fanout.kernel_copies import KernelRules
 from shared.ledger import (
     BASELINE,
-    BUFFER_FULL,
     BY_KERNEL,
-    BYTES,
-    DESTINATION_REFUSED,
     EXPECTED,
     FILTERED,
     HELD,
-    INTERFACE_DOWN,
     MISSED,
-    NO_MEMORY,
-    NO_NEIGHBOUR,
-    NO_ROUTE,
-    NOT_CONNECTED,
     OFFERED,
-    OTHER_FAMILY,
     OVER_SHARE,
-    PROHIBITED,
-    QUEUE_FULL,
-    RATE_LIMITED,
-    REFUSALS,
-    REFUSED,
     SAMPLED_OUT,
     SENT,
     SHARED_OUT,
-    SOURCE_REFUSED,
     STOPPED,
+    TEMPLATES_HELD,
+    TEMPLATES_LOST,
     UNPLANNED,
-    UNREACHABLES,
     UNSERVED,
     UNSURE,
     WITHHELD,
@@ -56,25 +42,6 @@ RETURN_SECONDS: Final = 10.0
 """Time for which a collector that has left may come back to its socket, queue and account: its connection was lost."""
 UNSEEN: Final = "unseen"
 PASSED: Final = "passed"
-COLLECTOR_COUNTERS: Final = (
-    *(EXPECTED, OFFERED, FILTERED, SAMPLED_OUT, SHARED_OUT, SENT, BYTES, HELD, WITHHELD, WITHHELD_BY_ADMIN, BY_KERNEL),
-    *(
-        MISSED,
-        UNSERVED,
-        UNSURE,
-        STOPPED,
-        BUFFER_FULL,
-        NO_MEMORY,
-        REFUSED,
-        NOT_CONNECTED,
-        REFUSALS,
-        UNREACHABLES,
-        PROHIBITED,
-    ),
-    *(QUEUE_FULL, NO_ROUTE, NO_NEIGHBOUR, INTERFACE_DOWN, OTHER_FAMILY, DESTINATION_REFUSED, SOURCE_REFUSED),
-    *(RATE_LIMITED, OVER_SHARE, UNPLANNED),
-)
-"""Counters that a collector's account may have, apart from drops that are named by an errno."""
 MARKS: Final = (BASELINE, UNSEEN, PASSED)
 MAX_DEPARTED: Final = 256
 """Collectors kept for that; the first to leave go first."""
@@ -159,6 +126,8 @@ class Collectors(Generic[D]):
         self.by_kernel_late = 0
         """Copies that the kernel sent after its rules should have changed."""
         self._router = Router()
+        self.joined: list[tuple[Client, Client | None]] = []
+        """Collectors that need templates anew, and as what each was served until now, for the caller to clear."""
         self.shares = FairShares[tuple[D, Selection]]()
 
     def set_streams(self, streams: Iterable[str]) -> None:
@@ -176,7 +145,8 @@ class Collectors(Generic[D]):
             # The last process had in its hands all that had come and has no outcome, routed or not.
             account[OFFERED] = account[EXPECTED] - account[MISSED] - account[UNSERVED]
             account[STOPPED] += account[HELD]
-            account[HELD] = 0
+            account[TEMPLATES_LOST] += account[TEMPLATES_HELD]
+            account[HELD] = account[TEMPLATES_HELD] = 0
             done = account[SENT] + account[BY_KERNEL] + account[WITHHELD] + dropped(account) - account[UNSERVED]
             done += account[FILTERED] + account[SAMPLED_OUT] + account[SHARED_OUT] + account[WITHHELD_BY_ADMIN]
             account[UNSURE] += max(0, account[OFFERED] - done)
@@ -217,6 +187,7 @@ class Collectors(Generic[D]):
     def _serve(self, client: Client, known: Served[D] | None) -> Served[D]:
         if known and known.destination.client == client:
             return known
+        before, fresh = known.destination.client if known else None, True
         if known:
             self._settle(known)
         elif departed := self._departed.pop(client.name, None):
@@ -229,7 +200,10 @@ class Collectors(Generic[D]):
         else:
             if known:
                 self._close(known, dropped(known.account))
-            known = self._new(client)
+            known, before = self._new(client), None
+            fresh = not known.returning
+        if fresh and not client.withheld:
+            self.joined.append((client, None if before and before.withheld else before))
         self._begin(known)
         return known
 
@@ -292,11 +266,15 @@ class Collectors(Generic[D]):
     def _of_streams(self, counts: Mapping[str, int], client: Client) -> int:
         return sum(count for stream, count in counts.items() if client.wants(stream))
 
-    def count_missed(self, stream: str, missed: int) -> None:
+    def count_missed(self, stream: str, missed: int, joining: Collection[str] = ()) -> None:
         """Count datagrams that the bus lost of a stream, for each collector that would have been offered them."""
         self.shares.note_loss()
         for client in self._router.clients(stream):
-            self._served[client.name].account[MISSED] += missed
+            served = self._served[client.name]
+            if client.name in joining:
+                served.marks[BASELINE] += missed
+            else:
+                served.account[MISSED] += missed
 
     def count_unserved(self, stream: str, count: int, *, before: bool) -> None:
         """Count datagrams of a stream that no process served: with `before`, for those that the last one served."""
@@ -307,8 +285,8 @@ class Collectors(Generic[D]):
             else:
                 served.marks[BASELINE] += count
 
-    def route(self, batch: Gathered) -> list[tuple[D, Selection]]:
-        """Return the rows for each collector that gets any, and count those that it does not get."""
+    def route(self, batch: Gathered, joining: Collection[str] = ()) -> list[tuple[D, Selection]]:
+        """Return the rows for each collector that gets any, and count others; those that are `joining` get none yet."""
         routed = []
         copied = None if batch.generations is None else self.rules.copied(batch)
         for client, selected in self._router.route(batch, copied.leave_out if copied else None):
@@ -323,7 +301,9 @@ class Collectors(Generic[D]):
                 served.marks[PASSED] += len(batch) - selection.filtered
                 served.account[SHARED_OUT] += selection.shared_out
                 served.account[SAMPLED_OUT] += selection.sampled_out
-            if client.withheld:
+            if client.name in joining:
+                self._pass_over(served, _count(batch, selection), selection)
+            elif client.withheld:
                 served.account[WITHHELD_BY_ADMIN] += _count(batch, selection)
             elif selection.indices is None or len(selection.indices):
                 routed.append((served.destination, selection))
@@ -342,10 +322,27 @@ class Collectors(Generic[D]):
             self._served[destination.client.name].account[OVER_SHARE] += _count(batch, selection)
         return within
 
+    def _pass_over(self, served: Served[D], count: int, selection: Selection) -> None:
+        """Leave rows of a selection out of an account: they came before its collector joined."""
+        served.marks[BASELINE] += count
+        served.marks[UNSEEN] += count
+        if selection is not ALL_ROWS:
+            served.marks[PASSED] -= count
+
+    def route_templates(self, batch: Gathered, names: Collection[str]) -> list[tuple[D, Mask, Mask]]:
+        """Return the destinations of some collectors, unless withheld, and what `Router.takers` says of each."""
+        taken = self._router.takers(batch, names)
+        return [(self._served[each.name].destination, rows, own) for each, rows, own in taken if not each.withheld]
+
+    def picking(self, stream: str) -> dict[str, str]:
+        """Return the collectors that get only some of what their prefixes let pass of a stream, and their groups."""
+        return self._router.picking(stream)
+
     def refresh(self) -> None:
         """Let each destination check its way again."""
         for served in self._served.values():
             served.destination.refresh()
+            served.destination.held.count_templates()
         self._close_departed()
 
     def examine(self, now: float) -> Iterator[tuple[Client, Symptom | None, int]]:
@@ -361,6 +358,7 @@ class Collectors(Generic[D]):
         return {f"collector/{name}": self._account(served) for name, served in self._served.items()}
 
     def _account(self, served: Served[D]) -> dict[str, int]:
+        served.destination.held.count_templates()
         account = Counter(served.account)
         self._count_since(served.destination.client, account, served.marks)
         return dict(account)

@@ -9,7 +9,7 @@ import select
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import ClassVar, Final, Generic, Self
@@ -30,6 +30,7 @@ from shared.bus.messages import (
 )
 from shared.bus.offload_messages import KernelCopies
 from shared.bus.status import Reporter
+from shared.bus.template_messages import Renewals, Templates
 from shared.bus.zmq_sockets import Publisher, Subscriber, check_directory, new_context
 from shared.client import Client, Source
 from shared.datagrams.batch import DatagramBatch
@@ -37,15 +38,16 @@ from shared.datagrams.gathered import Gathered
 from shared.datagrams.routing import Selection
 from shared.fanout.awaited_rules import AwaitedRules
 from shared.fanout.backlog import BacklogMemory
-from shared.fanout.collectors import COLLECTOR_COUNTERS, MARKS, Collectors, D
+from shared.fanout.collectors import MARKS, Collectors, D
 from shared.fanout.health_report import HealthReporter
 from shared.fanout.kernel_copies import KernelRules
 from shared.fanout.registry_replica import RegistryReplica
 from shared.fanout.resumption import Resumption
 from shared.fanout.serve_requests import ServeRequests
 from shared.fanout.streams import ORIGIN_COUNTERS, FollowedStreams
+from shared.fanout.templates import TemplateDelivery
 from shared.fanout.waiting_batches import WaitingBatches
-from shared.ledger import BY_KERNEL_LATE, FILES_RESTORED, LEFT, STOPPED, Accounts
+from shared.ledger import BY_KERNEL_LATE, COLLECTOR_COUNTERS, FILES_RESTORED, LEFT, STOPPED, Accounts
 from shared.log import WORKER_CAME, get_logger
 from shared.process.lifecycle import CANT_CREATE, Lifecycle, OperatorError, Readiness, pause_for
 from shared.process.memory import Memory
@@ -66,8 +68,6 @@ INPUT_SECONDS: Final = 1.5
 """After SIGTERM the workers may still flush: input ends when nothing has come for a while, or after this."""
 DRAIN_SECONDS: Final = 2.75
 """Time after SIGTERM for all of the drain: the process ends within 4 s though ZeroMQ may linger for one more."""
-ROOM: Final = {"collector": COLLECTOR_COUNTERS, "marks": MARKS, "origin": ORIGIN_COUNTERS}
-"""Counters that an account may come to have."""
 
 log = get_logger()
 
@@ -138,12 +138,14 @@ class CopyService(ABC, Generic[D]):
         self._streams = FollowedStreams(self._subscriber, bus.path, self._kept)
         self._resumption = Resumption(self.name, self._subscriber, self._kept.new_counts)
         rules, new_counts = KernelRules(self.source), self._kept.new_counts
-        self._collectors = Collectors(_names(self.settings), self._streams.published, self.reach, rules, new_counts)
+        names = [stream.name for stream in self.settings.streams]
+        self._collectors = Collectors(names, self._streams.published, self.reach, rules, new_counts)
         self._awaited = AwaitedRules(rules, self._publisher, self._replica)
+        self._templates = TemplateDelivery(self._subscriber, self._collectors, self.send, self._send_all)
+        self._templates.set_streams(self.settings.streams)
         self._requests = ServeRequests(self._publisher, self._replica)
-        self._asked_at = 0.0
         self._serving, self._restored = -1, 0
-        self._apply_at = self._work_at = self._upkeep_at = 0.0
+        self._asked_at = self._apply_at = self._work_at = self._upkeep_at = 0.0
         self._more = False
         """True if there may be messages that no descriptor tells of: ZeroMQ's signals once."""
         self._taken = 0
@@ -161,7 +163,8 @@ class CopyService(ABC, Generic[D]):
 
     def apply_settings(self, settings: Settings) -> None:
         """Use the streams of these settings."""
-        self._collectors.set_streams(_names(settings))
+        self._collectors.set_streams(stream.name for stream in settings.streams)
+        self._templates.set_streams(settings.streams)
         self._streams.subscribe_to(self._collectors.streams_wanted())
 
     def run(self, lifecycle: Lifecycle) -> None:
@@ -216,9 +219,10 @@ class CopyService(ABC, Generic[D]):
         self._work_at = time.monotonic() + self.work()
         if self._serving != self._replica.version:
             self._apply()
-        if self._requests and self._serving == self._replica.version and self._streams.flowing:
+        self._templates.settle(self._streams)
+        if self._requests and self._serving == self._replica.version and self._streams.flowing and not self._templates:
             self._requests.answer()
-        if self._awaited and self._serving == self._replica.version:
+        if self._awaited and self._serving == self._replica.version and not self._templates:
             self._awaited.answer()
         fresh, now = self._publisher.new_subscriptions(), time.monotonic()
         if now >= self._health.due_at or (fresh and self._health.asked_for(fresh)):
@@ -230,7 +234,7 @@ class CopyService(ABC, Generic[D]):
         if self._kept.stale and self._serving >= 0 and now >= self._keep_at:
             self._keep()
         self._upkeep_at = min(self._reporter.due_at, self._health.due_at, self._work_at)
-        if self._requests or self._awaited or self._serving != self._replica.version:
+        if self._requests or self._awaited or self._templates or self._serving != self._replica.version:
             self._upkeep_at = min(self._upkeep_at, now + SOON_SECONDS)
         if self._publisher.readable():  # the signal of its descriptor was swallowed by what was published
             self._upkeep_at = 0.0
@@ -244,11 +248,14 @@ class CopyService(ABC, Generic[D]):
         if not (message.batch or isinstance(body, Status)) or self._requests:
             self._upkeep_at = 0.0  # for what becomes due by it, such as an answer
         if message.batch is not None:
+            joining = self._templates.before_batch(message.batch.stream, (envelope.sender, envelope.boot))
             missed = self._streams.note_batch(message.topic, envelope, len(message.batch))
             if missed:
-                self._collectors.count_missed(message.batch.stream, missed)
+                self._collectors.count_missed(message.batch.stream, missed, joining)
             if missed is not None and len(message.batch):
-                self._gather(message.batch)
+                self._gather(message.batch, joining)
+        elif isinstance(body, Templates | Renewals):
+            self._templates.take(message)
         elif isinstance(body, RegistrySnapshot | RegistryChange):
             if not self._replica.apply_message(envelope, body) and self._replica.stale:
                 self._ask_for_snapshot()
@@ -262,30 +269,29 @@ class CopyService(ABC, Generic[D]):
                 self._collectors.count_missed(stream, missed)
         else:
             self.handle_message(message)
-
         for unserved in self._streams.pop_unserved() if self._streams.unserved else ():
             self._collectors.count_unserved(unserved.stream, unserved.datagrams, before=unserved.before)
 
-    def _gather(self, batch: DatagramBatch) -> None:
+    def _gather(self, batch: DatagramBatch, joining: Collection[str]) -> None:
         """Let a batch wait for others of its stream that have come too, up to the limits."""
-        if not self._gathered.has_room(batch):
+        if joining or not self._gathered.has_room(batch):
             self._send_gathered(batch.stream)
         self._taken += len(batch.payload)
-        if not self._gathered.add(batch):
-            self._send_gathered(batch.stream)
+        if not self._gathered.add(batch) or joining:
+            self._send_gathered(batch.stream, joining)
 
     def _send_all(self) -> None:
         for stream in self._gathered.streams:
             self._send_gathered(stream)
 
-    def _send_gathered(self, stream: str) -> None:
+    def _send_gathered(self, stream: str, joining: Collection[str] = ()) -> None:
         if self._idle:
             self._idle = False
             self._health.hasten()
             self._upkeep_at = min(self._upkeep_at, self._health.due_at)
         self._resume_keeping()
         gathered = self._gathered.gather(stream)
-        self.send(gathered, self._collectors.route(gathered))
+        self.send(gathered, self._collectors.route(gathered, joining))
 
     def _apply(self) -> None:
         """Serve the registry as it is now, unless that was done a moment ago: then wait for further changes."""
@@ -299,6 +305,7 @@ class CopyService(ABC, Generic[D]):
         clients = self._replica.clients.values()
         self._collectors.replace(client for client in clients if client.streams and client.source == self.source)
         self._streams.subscribe_to(self._collectors.streams_wanted())
+        self._templates.follow_collectors()
         if first:
             self._resumption.begin(self._streams.workers_left, self._left.tables)
             self._left = Sheet()
@@ -320,7 +327,8 @@ class CopyService(ABC, Generic[D]):
         """Keep the counters that there are now; their values are stored as they change."""
         began = time.monotonic()
         tables = {**self._resumption.tables(), **self._streams.tables(), **self._collectors.tables()}
-        self._kept.keep(self._collectors.clients, tables, ROOM)
+        room = {"collector": COLLECTOR_COUNTERS, "marks": MARKS, "origin": ORIGIN_COUNTERS}
+        self._kept.keep(self._collectors.clients, tables, room)
         self._keep_at = time.monotonic() + APPLY_SHARE * (time.monotonic() - began)
 
     def _ask_for_snapshot(self) -> None:
@@ -390,7 +398,3 @@ class CopyService(ABC, Generic[D]):
         self._publisher.close()
         self._kept.close()
         self._context.term()
-
-
-def _names(settings: Settings) -> list[str]:
-    return [stream.name for stream in settings.streams]

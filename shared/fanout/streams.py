@@ -161,6 +161,12 @@ class FollowedStreams:
         return {origin[:2] for origin in self._left}
 
     @property
+    def workers(self) -> set[tuple[str, int]]:
+        """Names and boot ids of the workers that have reported lately."""
+        after = time.monotonic() - WORKER_SECONDS
+        return {origin for origin, worker in self._workers.items() if worker.heard_at > after}
+
+    @property
     def flowing(self) -> bool:
         """Return whether there are workers, none hangs, and each is known to have seen every subscription.
 

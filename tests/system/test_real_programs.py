@@ -1,16 +1,20 @@
 """Telemetry of programs nobody here wrote, collected by programs nobody here wrote, through fanwire."""
 
 import json
+import signal
 import socket
 import struct
 import subprocess
 import threading
-from contextlib import ExitStack
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.builders import BusEnds, accounts_when
 from tests.network import End, Host, veth
 from tests.openly import OpenStack
 from tests.stack import PATIENT, Running, Stack, ask_json, wait_until
@@ -186,3 +190,112 @@ def test_flow_collector_tells_exporters_apart(open_stack: OpenStack) -> None:
     assert len(directly) == 3
     assert {len(found) for found in directly.values()} == {FLOWS}
     assert relayed == directly
+
+
+FLOW_FIELDS = [(8, 4), (12, 4), (7, 2), (11, 2), (4, 1), (2, 4), (1, 4), (21, 4), (22, 4)]
+"""Source, destination, their ports, protocol, packets, bytes, and the uptime at the last and the first of them."""
+SAMPLING_FIELDS = [(34, 4), (35, 1)]
+PACKETS, SAMPLED = 10, 100
+
+
+def field_specifiers(fields: Sequence[tuple[int, int]]) -> bytes:
+    """Fields as templates describe them."""
+    return b"".join(struct.pack(">HH", *field) for field in fields)
+
+
+class RareTemplates:
+    """An exporter of NetFlow v9 or IPFIX that told its templates, and its sampling rate, once at its start."""
+
+    def __init__(self, version: int) -> None:
+        self._version, self._number, self._began = version, 0, time.time()
+        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self._socket.bind(("127.0.0.9", 0))
+        self._socket.connect(("127.0.0.1", 2055))
+        scope, records = [(1 if version == 9 else 149, 4)], field_specifiers(SAMPLING_FIELDS)
+        head = (300, 4, 8) if version == 9 else (300, 3, 1)
+        self._send(0 if version == 9 else 2, struct.pack(">HH", 256, 9) + field_specifiers(FLOW_FIELDS), 0)
+        self._send(1 if version == 9 else 3, struct.pack(">HHH", *head) + field_specifiers(scope) + records, 0)
+        self._send(300, struct.pack(">IIB", 0, SAMPLED, 1), 1)
+
+    def flow(self, number: int) -> None:
+        """Send one flow of `PACKETS` packets."""
+        uptime = 60_000
+        record = struct.pack(
+            ">4s4sHHBII", bytes((10, 9, 0, number)), bytes((10, 9, 1, 1)), number, 53, 17, PACKETS, 999
+        )
+        self._send(256, record + struct.pack(">II", uptime, uptime - 1000), 1)
+
+    def _send(self, number: int, content: bytes, records: int) -> None:
+        body = struct.pack(">HH", number, 4 + len(content)) + content
+        now = int(time.time())
+        if self._version == 9:
+            self._socket.send(struct.pack(">HHIIII", 9, 1, 61_000, now, self._number, 5) + body)
+        else:
+            self._socket.send(struct.pack(">HHIII", 10, 16 + len(body), now, self._number, 5) + body)
+        self._number += 1 if self._version == 9 else records
+
+    def close(self) -> None:
+        """Close its socket."""
+        self._socket.close()
+
+
+def start_late(stack: Stack, version: int) -> RareTemplates:
+    """Start everything, and an exporter that tells its templates and flows before any collector is there."""
+    protocol = "ipfix" if version == 10 else "netflow"
+    stream = f'[[stream]]\nname = "flows"\nlisten = ["udp://127.0.0.1:2055"]\nprotocol = "{protocol}"\n'
+    stack.configure(PATIENT + stream)
+    stack.start_all()
+    exporter = RareTemplates(version)
+    for number in range(1, 4):
+        exporter.flow(number)
+    return exporter
+
+
+def join_late(exporter: RareTemplates, name: str, port: int) -> None:
+    """Sign a collector up, and send three flows more."""
+    with closing(exporter):
+        answer = ask_json({"op": "register", "name": name, "streams": ["flows"], "port": port})
+        assert answer["client"]["health"] == "ok"
+        for number in range(100, 103):
+            exporter.flow(number)
+
+
+@pytest.mark.parametrize("version", [9, 10])
+def test_a_collector_that_joins_late_files_the_first_flow(stack: Stack, version: int) -> None:
+    """`nfcapd`, begun after an exporter has told its templates, files the first flow it gets, and misses no number."""
+    exporter = start_late(stack, version)
+    nfcapd, directory = start_nfcapd(stack, 9995)
+    join_late(exporter, "nfcapd", 9995)
+    with BusEnds(stack.bus) as bus:
+        accounts_when(bus, "forwarder.1", lambda accounts: accounts["collector/nfcapd"].get("sent") == 3)
+    nfcapd.stop()
+    filed = [line.split() for line in flows(directory)]
+    assert [(source, packets) for source, _, packets, _ in filed] == [
+        (f"10.9.0.{number}", str(PACKETS)) for number in range(100, 103)
+    ]
+    assert "Sequence Errors: 0" in nfcapd.text
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("version", [9, 10])
+def test_a_collector_that_joins_late_knows_the_sampling_rate(stack: Stack, version: int) -> None:
+    """`nfacctd` of pmacct, begun after that was told once, multiplies the first flow it gets by the sampling rate."""
+    nfacctd = need("nfacctd")
+    exporter = start_late(stack, version)
+    settings, filed = stack.directory / "nfacctd.conf", stack.directory / "filed.csv"
+    settings.write_text(
+        "daemonize: false\nnfacctd_ip: 127.0.0.1\nnfacctd_port: 9995\nnfacctd_renormalize: true\nplugins: print\n"
+        "aggregate: src_host\nprint_output: csv\nprint_output_file_append: true\nprint_refresh_time: 1\n"
+        f"print_output_file: {filed}\n"
+    )
+    running = stack.spawn("nfacctd", [nfacctd, "-f", str(settings)])
+    running.wait_for("Purging cache - END")  # before that it takes nothing, though it listens
+    join_late(exporter, "nfacctd", 9995)
+    try:
+        wait_until(lambda: filed.exists() and "10.9.0.102," in filed.read_text(), lambda: f"flows: {running.text}", 10)
+    finally:
+        running.stop(signal.SIGINT)
+    found = sorted(line for line in filed.read_text().splitlines() if line.startswith("10.9."))
+    assert [line.split(",")[:2] for line in found] == [
+        [f"10.9.0.{number}", str(PACKETS * SAMPLED)] for number in range(100, 103)
+    ]

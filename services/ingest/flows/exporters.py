@@ -9,7 +9,6 @@ import secrets
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice
 from typing import Final
 
@@ -122,14 +121,15 @@ class ExporterTracker:
 
     def kept_templates(self, now_ns: int) -> list[Ready]:
         """Return templates and options data of all exporters, as datagrams that each would send now."""
-        for kind, tracker in self._kinds:
-            if kind.header:
-                return self.templates.cache.datagrams(now_ns, partial(self._due, tracker))
-        return []
+        return self.templates.cache.datagrams(now_ns, self._due)
 
-    def _due(self, tracker: SequenceTracker, slot: int) -> int:
-        """Return the number that an exporter is to send next, as far as is known."""
-        due = tracker.due(slot)
+    def number_aside_anew(self) -> None:
+        """Let the numbers for those who get only templates go on where those of the exporters are now."""
+        self.templates.cache.number_aside_anew(self._due)
+
+    def _due(self, slot: int) -> int:
+        """Return the number that an exporter with templates is to send next, as far as is known."""
+        due = next(tracker.due(slot) for kind, tracker in self._kinds if kind.header)
         later = self._numbering.due(slot) if self._numbering else due
         return later if 0 < nearest(later - due) <= WINDOW else due
 

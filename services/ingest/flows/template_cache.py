@@ -289,6 +289,11 @@ class TemplateCache:
         domain.aside = domain.aside + domain.takes(piece) & WRAP
         return ready
 
+    def number_aside_anew(self, due: Callable[[int], int]) -> None:
+        """Let the numbers for those who get only templates go on where those of their exporters are now."""
+        for slot, domain in self._domains.items():
+            domain.aside = due(slot)
+
     def datagrams(self, now_ns: int, due: Callable[[int], int]) -> list[Ready]:
         """Return all that is kept as datagrams, numbered so that what their exporters send next continues them.
 

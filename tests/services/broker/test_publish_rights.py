@@ -13,7 +13,7 @@ from tests.builders import make_envelope
 OWN = {
     "broker": r"status/broker\.1/",
     "gateway": r"registry/|transmit/|serve/relay/|serve/original/|status/gateway\.1/",
-    "ingest": r"datagrams/[^/]+/|again/ingest\.1/[^/]+/|exporters/ingest\.1/|status/ingest\.1/",
+    "ingest": r"(datagrams|templates|renewals)/[^/]+/|again/ingest\.1/[^/]+/|exporters/ingest\.1/|status/ingest\.1/",
     "forwarder": r"reply/[^/]+/|journal/|health/relay/|status/forwarder\.1/",
     "transmitter": r"reply/[^/]+/|journal/|health/original/|status/transmitter\.1/",
     "offload": r"offload/relay/|offload/original/|offload/paths/|status/offload\.1/",
@@ -24,6 +24,8 @@ OWN = {
 """Written out once more, as whole topics."""
 TOPICS = (
     "datagrams/messages/",
+    "templates/netflow/",
+    "renewals/netflow/",
     "registry/",
     "transmit/",
     "serve/relay/",

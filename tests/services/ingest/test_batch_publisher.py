@@ -34,7 +34,7 @@ def test_mark_that_the_bus_refuses_is_owed(stack: Stack) -> None:
 
         def owed() -> bool:
             feed.mark(0)
-            return feed.owes_mark
+            return feed.owing
 
         freeze(broker)
         wait_until(owed, "the bus is full")

@@ -40,6 +40,7 @@ from shared.bus.messages import (
     encode,
 )
 from shared.bus.offload_messages import CollectorPath, KernelCopies, KernelServed, OffloadPaths, OffloadReply
+from shared.bus.template_messages import Renewals, TemplateDatagram, Templates
 from shared.client import Client
 from shared.datagrams.batch import DatagramBatch
 from shared.datagrams.limits import MAX_DATAGRAM, MAX_ROWS
@@ -76,6 +77,10 @@ BODIES: dict[str, Body] = {
         JournalPlace(2, 3),
     ),
     "offload.paths": OffloadPaths(3, 0, 1, [CollectorPath("a", "kernel"), CollectorPath("b", "relay", "it is slow")]),
+    "templates": Templates(
+        "netflow", 1, 2, [TemplateDatagram(bytes(10) + b"\xff\xff\n\0\0\1", 2055, bytes(16), 2**32 - 1)]
+    ),
+    "renewals": Renewals("netflow", [TemplateDatagram(bytes(16), 0, bytes(65507), 0)]),
 }
 BATCHES = {
     "datagrams": datagrams_topic("messages"),

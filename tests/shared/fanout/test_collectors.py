@@ -9,9 +9,9 @@ import pytest
 from shared.bus.kept_counts import KeptFile
 from shared.client import Client, Withheld
 from shared.datagrams.gathered import Gathered
-from shared.fanout.collectors import COLLECTOR_COUNTERS, MARKS, Collectors
+from shared.fanout.collectors import MARKS, Collectors
 from shared.fanout.kernel_copies import KernelRules
-from shared.ledger import discrepancies
+from shared.ledger import COLLECTOR_COUNTERS, discrepancies
 from tests.builders import make_batch, make_client
 
 OURS, THEIRS = "192.0.2.1", "198.51.100.1"
@@ -47,7 +47,7 @@ class Life:
             account[cause] += account["held"]
             account["held"] = 0
 
-        held = SimpleNamespace(paused=False, drop=drop)
+        held = SimpleNamespace(paused=False, drop=drop, count_templates=lambda: None)
         destination = SimpleNamespace(client=client, held=held, close=lambda: None)
         destination.adopt = lambda client: setattr(destination, "client", client)
         return destination

@@ -89,7 +89,7 @@ class Site:
         self.generation = self.serial = self.entry = self.revision = self.told = 0
 
     def _reach(self, client: Client, account: Counter[str]) -> Any:
-        held = SimpleNamespace(paused=False, drop=lambda _: None)
+        held = SimpleNamespace(paused=False, drop=lambda _: None, count_templates=lambda: None)
         reached = SimpleNamespace(client=client, account=account, held=held, close=lambda: None)
         reached.adopt = lambda fresh: setattr(reached, "client", fresh)
         return reached

@@ -212,7 +212,9 @@ def succeed(moment: Moment, path: Path) -> Accounts:
     followed = FollowedStreams(subscriber, path.parent, kept)
 
     def reach(client: Client, account: Counter[str]) -> Any:
-        return SimpleNamespace(client=client, account=account, held=SimpleNamespace(paused=False))
+        return SimpleNamespace(
+            client=client, account=account, held=SimpleNamespace(paused=False, count_templates=lambda: None)
+        )
 
     served = Collectors[Any](["messages"], followed.published, reach, KernelRules("relay"), kept.new_counts)
     try:
