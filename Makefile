@@ -82,15 +82,15 @@ $(VENV)/installed: pyproject.toml $(VENV)/bin/pip
 	@touch $@
 
 $(VENV)/installed-for-tests: pyproject.toml $(VENV)/bin/pip
-	pip install --quiet --disable-pip-version-check --editable '.[test,console]'
+	pip install --quiet --disable-pip-version-check --editable '.[test,console,uplink]'
 	@touch $@ $(VENV)/installed
 
 $(VENV)/installed-for-fuzzing: pyproject.toml $(VENV)/bin/pip
-	pip install --quiet --disable-pip-version-check --editable '.[test,console,fuzz]'
+	pip install --quiet --disable-pip-version-check --editable '.[test,console,uplink,fuzz]'
 	@touch $@ $(VENV)/installed $(VENV)/installed-for-tests
 
 $(VENV)/installed-for-benchmarks: pyproject.toml $(VENV)/bin/pip
-	pip install --quiet --disable-pip-version-check --editable '.[test,console,bench]'
+	pip install --quiet --disable-pip-version-check --editable '.[test,console,uplink,bench]'
 	@touch $@ $(VENV)/installed $(VENV)/installed-for-tests
 
 $(VENV)/installed-for-packages: pyproject.toml $(VENV)/bin/pip

@@ -112,8 +112,8 @@ SHARED_OUT: Final = "shared_out"
 SENT: Final = "sent"
 """Copies for the collector that the kernel took. Only `AFTER_SENDING` tells of some that did not arrive."""
 HELD: Final = "held"
-"""Datagrams that wait: for room in the send buffer (forwarder), or until the next hop tells its link address
-(transmitter). Only this, `templates_held`, `exporters`, `memory` and `receive_errno` ever fall."""
+"""Datagrams that wait: for room in the send buffer (forwarder), until the next hop tells its link address (transmitter),
+or for JetStream (uplink). Only this, `templates_held`, `connected`, `exporters`, `memory` and `receive_errno` ever fall."""
 WITHHELD: Final = "withheld"
 """Datagrams not sent because the collector's port is closed, `[forwarder] withhold` (forwarder)."""
 WITHHELD_BY_ADMIN: Final = "withheld_by_admin"
@@ -167,6 +167,24 @@ SET_ASIDE: Final = "segments_set_aside"
 WRITE_ERRNO: Final = "write_errno"
 """Errno of the last write; 0 once one has succeeded: a gauge."""
 
+# uplink, account `sending/STREAM`: what other sites are to have. `taken`, `held` and causes are as elsewhere
+ACKNOWLEDGED: Final = "acknowledged"
+"""Datagrams that JetStream has said it keeps."""
+
+# uplink, account `arriving/SITE/WORKER/BOOT/STREAM`: what another site's worker has published, as `origin/` here
+REPEATED: Final = "repeated"
+"""Datagrams that came again, and were dropped: they are none of `taken`."""
+
+# uplink, account `uplink`
+CONNECTED: Final = "connected"
+"""1 while there is a connection to a NATS server: a gauge."""
+SERVER_CONNECTIONS: Final = "server_connections"
+"""Connections to NATS servers that were made."""
+MESSAGES_REFUSED: Final = "messages_refused"
+"""Messages that the server refused: this site may not publish there, or JetStream takes no more."""
+MESSAGES_UNREADABLE: Final = "messages_unreadable"
+"""Messages from other sites that were none of fanwire's, or said another origin than their subject."""
+
 # dropped on purpose, by cause
 DROPPED: Final = "dropped_"
 NO_SUBSCRIBER: Final = DROPPED + "no_subscriber"
@@ -187,7 +205,7 @@ REFUSED: Final = DROPPED + "refused"
 NOT_CONNECTED: Final = DROPPED + "not_connected"
 """There is no way to the collector's address: no route, or no such family here (forwarder)."""
 STOPPED: Final = DROPPED + "stopped"
-"""Still waited for the collector when the process ended (forwarder, transmitter)."""
+"""Still waited for the collector, or for JetStream, when the process ended (forwarder, transmitter, uplink)."""
 UNSERVED: Final = DROPPED + "unserved"
 """Were there for the collector while its sender was not: never came to it (forwarder, transmitter)."""
 UNSURE: Final = DROPPED + "unsure"
@@ -232,6 +250,14 @@ COLLECTORS_SERVED: Final = "collectors_served"
 """Collectors that the rules serve now: a gauge."""
 PLANS_REFUSED: Final = "plans_refused"
 """Plans that the kernel, or the applier by the settings, has refused."""
+SERVER_AWAY: Final = DROPPED + "server_away"
+"""More than may wait had to, while there was no connection to a NATS server, or no JetStream (uplink)."""
+SERVER_SLOW: Final = DROPPED + "server_slow"
+"""More than may wait had to, while JetStream acknowledged too slowly (uplink)."""
+SERVER_REFUSED: Final = DROPPED + "server_refused"
+"""The NATS server does not let this site publish there (uplink)."""
+SERVER_LIMIT: Final = DROPPED + "server_limit"
+"""A batch was larger than the NATS server's `max_payload`, or than its stream's `max_msg_size` (uplink)."""
 
 # broker, account `broker`
 BUS_REFUSED: Final = "bus_refused"
@@ -256,6 +282,7 @@ COLLECTOR_COUNTERS: Final = (
 )
 """Counters that a collector's account may have, apart from drops that are named by an errno."""
 
+ARRIVING: Final = re.compile(r"arriving/([^/]+)/([^/]+)/([0-9a-f]{1,16})/([^/]+)")
 ORIGIN: Final = re.compile(r"origin/([^/]+)/([0-9a-f]{1,16})/([^/]+)")
 Accounts = dict[str, dict[str, int]]
 
@@ -326,7 +353,9 @@ def _equations(name: str, account: Mapping[str, int]) -> Iterator[tuple[int, str
         yield parts(RECEIVED), RECEIVED, parts(PUBLISHED) + dropped(account)
     elif name.startswith("listener/"):
         yield parts(TRUNCATED), TRUNCATED, 0
-    elif name.startswith("origin/"):
+    elif name.startswith("sending/"):
+        yield parts(TAKEN), TAKEN, parts(ACKNOWLEDGED, HELD) + dropped(account)
+    elif name.startswith(("origin/", "arriving/")):
         yield parts(REACHED), REACHED, parts(BASELINE, TAKEN, MISSED, UNSERVED)
     elif name.startswith("collector/"):
         yield parts(EXPECTED), EXPECTED, parts(OFFERED, MISSED, UNSERVED)
@@ -366,3 +395,14 @@ def parse_origin(name: str) -> tuple[str, int, str]:
 def unparse_origin(worker: str, boot: int, stream: str) -> str:
     """Return the name of the account that follows a stream of a worker since its boot."""
     return f"origin/{worker}/{boot:x}/{stream}"
+
+
+def parse_arriving(name: str) -> tuple[str, str, int, str] | None:
+    """Return site, worker, boot id and stream of an account of another site's worker; None where it is another's."""
+    found = ARRIVING.fullmatch(name)
+    return (found[1], found[2], int(found[3], 16), found[4]) if found else None
+
+
+def unparse_arriving(site: str, worker: str, boot: int, stream: str) -> str:
+    """Return the name of the account that follows a stream of a worker at another site since its boot."""
+    return f"arriving/{site}/{worker}/{boot:x}/{stream}"

@@ -22,15 +22,20 @@ from shared.ledger import (
     OVER_SHARE,
     QUEUE_FULL,
     RATE_LIMITED,
+    SERVER_LIMIT,
+    SERVER_REFUSED,
+    SERVER_SLOW,
     SOURCE_REFUSED,
     WITHHELD,
     is_loss,
     is_origin,
+    parse_arriving,
     parse_origin,
 )
 
-PLACES: Final = ("upstream", "kernel", "ingest", "bus", "way out", "network", "journal")
-"""Places on its way at which a datagram may be lost. `network` is all behind this host, as far as ICMP tells.
+PLACES: Final = ("upstream", "kernel", "ingest", "bus", "uplink", "way out", "network", "journal")
+"""Places on its way at which a datagram may be lost. `uplink` is between sites; `network` is all behind this host, as
+far as ICMP tells.
 
 What the journal does not keep is lost for those who look at the past, and no copy is lost by it.
 """
@@ -40,19 +45,16 @@ Kind = Literal["overflow", "unreachable", "policy"]
 _OVERFLOW: Final = frozenset(
     name.removeprefix(DROPPED)
     for name in (
-        KERNEL_DROPPED,
-        MISSED,
-        BUS_FULL,
-        BUFFER_FULL,
-        QUEUE_FULL,
-        NO_MEMORY,
-        OVER_SHARE,
-        DISK_FULL,
-        DISK_ERROR,
+        *(KERNEL_DROPPED, MISSED, BUS_FULL, BUFFER_FULL, QUEUE_FULL, NO_MEMORY, OVER_SHARE),
+        *(DISK_FULL, DISK_ERROR, SERVER_SLOW),
     )
 )
 _POLICY: Final = frozenset(
-    name.removeprefix(DROPPED) for name in (WITHHELD, DESTINATION_REFUSED, SOURCE_REFUSED, OTHER_FAMILY, RATE_LIMITED)
+    name.removeprefix(DROPPED)
+    for name in (
+        *(WITHHELD, DESTINATION_REFUSED, SOURCE_REFUSED, OTHER_FAMILY, RATE_LIMITED),
+        *(SERVER_REFUSED, SERVER_LIMIT),
+    )
 )
 
 
@@ -99,6 +101,12 @@ def _losses(service: str, name: str, account: Mapping[str, int]) -> Iterator[Los
     elif is_origin(name):
         worker, _, stream = parse_origin(name)
         yield Loss("bus", service, stream, account.get(MISSED, 0), f"datagrams of {worker}")
+    elif kind == "sending":
+        for cause, lost in causes(account).items():
+            yield Loss("uplink", service, of, lost, cause)
+    elif arriving := parse_arriving(name):
+        site, worker, _, stream = arriving
+        yield Loss("uplink", service, stream, account.get(MISSED, 0), f"datagrams of {worker} at {site}")
     elif kind == "collector":
         for place, cause, lost in losses_of_collector(account):
             if place != "bus":  # told of the stream: it is one loss, however many collectors it was for

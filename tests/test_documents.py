@@ -15,7 +15,7 @@ from services.gateway.registry.condition import Word
 from services.gateway.render import View
 from services.operator.__main__ import COMMANDS
 from services.operator.client.lease import PASSING
-from services.operator.commands.ready import OPTIONAL, SERVICES
+from services.operator.commands.ready import OPT_IN, OPTIONAL, SERVICES
 from services.transmitter import raw_frames
 from shared import ledger
 from shared.log import EVENTS
@@ -114,7 +114,7 @@ def test_settings_are_defined_once() -> None:
 def test_commands_are_defined_once() -> None:
     """The table of commands names every command and every service that `fanwire` knows, once, and no other."""
     named = {re.split(r" ", word.removeprefix("fanwire "))[0] for word in defined("command")}
-    assert named == {*COMMANDS, *SERVICES, *OPTIONAL, "python"}
+    assert named == {*COMMANDS, *SERVICES, *OPTIONAL, *OPT_IN, "python"}
 
 
 def test_requests_are_defined_once() -> None:

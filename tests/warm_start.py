@@ -32,6 +32,7 @@ from tests.lab import enter_network
 PROGRAMS: Final = (
     *(f"services.{name}" for name in ("broker", "console", "forwarder", "gateway", "ingest", "operator")),
     "services.transmitter",
+    "services.uplink",
     "tests.refusing",
     "tests.services.gateway.clocked",
     "tests.services.gateway.crowd",
@@ -39,6 +40,7 @@ PROGRAMS: Final = (
 )
 IMPORTED_LATER: Final = {
     "services.console": ("services.console.server",),
+    "services.uplink": ("services.uplink.service",),
     "services.transmitter": ("services.transmitter.opener", "services.transmitter.unprivileged"),
 }
 """Modules that a program imports when it has begun; for the operator, each command has its own."""

@@ -30,11 +30,13 @@ TOPICS: Final[dict[str, frozenset[str]]] = {
     "journal": frozenset(),
     "offload": frozenset({offload_topic("relay"), offload_topic("original"), PATHS_TOPIC}),
     "console": frozenset(),
+    "uplink": frozenset(),
     "operator": frozenset({TRANSMIT_TOPIC}),
 }
 """Whole topics; every role but `operator` also has the topic of its own status."""
 FAMILIES: Final[dict[str, tuple[str, ...]]] = {
     "ingest": ("datagrams/", AGAIN_PREFIX + "{sender}/", "templates/", "renewals/"),
+    "uplink": ("datagrams/", AGAIN_PREFIX + "{sender}/"),
     "forwarder": (REPLY_PREFIX,),
     "transmitter": (REPLY_PREFIX,),
     "journal": (REPLAY_PREFIX,),
@@ -54,7 +56,7 @@ def refused_cause(role: str, topic: str, envelope: Envelope) -> str:
 def _may_publish(role: str, topic: str, sender: str) -> bool:
     if topic in TOPICS.get(role, ()) or (topic == status_topic(sender) and role != "operator"):
         return True
-    if role == "ingest" and topic == exporters_topic(sender):
+    if role in ("ingest", "uplink") and topic == exporters_topic(sender):
         return True
     for family in FAMILIES.get(role, ()):
         prefix = family.format(sender=sender)

@@ -19,7 +19,10 @@ import zmq
 from shared.settings.explain import SettingsError
 
 BROKER: Final = "broker"
-ROLES: Final = (BROKER, "gateway", "ingest", "forwarder", "transmitter", "offload", "journal", "console", "operator")
+ROLES: Final = (
+    *(BROKER, "gateway", "ingest", "forwarder", "transmitter"),
+    *("offload", "journal", "console", "uplink", "operator"),
+)
 
 FORM: Final = re.compile(rb"[!-~]{40}")
 """Of 32 bytes in Z85 (ZeroMQ RFC 32); libzmq would read up to a NUL."""

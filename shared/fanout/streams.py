@@ -29,8 +29,8 @@ from shared.ledger import (
 )
 from shared.log import WORKER_CAME, WORKER_GONE, get_logger
 
-WORKERS: Final = "ingest."
-INGEST_STATUS: Final = status_topic(WORKERS)[:-1]
+WORKERS: Final = ("ingest.", "uplink.")
+"""Beginnings of the names of those that publish datagrams: uplink, what other sites have sent."""
 STREAM: Final = "stream/"
 WORKER_SECONDS: Final = 3.0
 """A worker that has not reported for this long has ended, or hangs."""
@@ -72,7 +72,9 @@ class FollowedStreams:
     A worker publishes while anybody subscribes, as `reached` tells, and drops and counts it otherwise.
     """
 
-    def __init__(self, subscriber: Subscriber, directory: Path, kept: KeptFile) -> None:
+    def __init__(
+        self, subscriber: Subscriber, directory: Path, kept: KeptFile, kinds: tuple[str, ...] = WORKERS
+    ) -> None:
         self.published: Counter[str] = Counter()
         """By stream: datagrams that workers had while it was subscribed to, whether they came or not."""
         self._since = kept.new_counts()
@@ -97,7 +99,10 @@ class FollowedStreams:
         self._heard: set[Origin] = set()
         """Origins whose worker has told of these to this process."""
         self._unserved: list[Unserved] = []
-        subscriber.subscribe(INGEST_STATUS)
+        self._kinds = kinds
+        self._status = tuple(status_topic(each)[:-1] for each in kinds)
+        for prefix in self._status:
+            subscriber.subscribe(prefix)
 
     def restore(self, tables: Mapping[str, Mapping[str, int]]) -> None:
         """Go on from what the last process has left, before anything is subscribed to."""
@@ -145,8 +150,9 @@ class FollowedStreams:
         if (
             topics.keys() - self._topics.keys()
         ):  # each worker then reports at once: it tells how much nobody wanted so far
-            self._subscriber.unsubscribe(INGEST_STATUS)
-            self._subscriber.subscribe(INGEST_STATUS)
+            for prefix in self._status:
+                self._subscriber.unsubscribe(prefix)
+                self._subscriber.subscribe(prefix)
         for topic in self._topics.keys() - topics.keys():
             self._subscriber.unsubscribe(topic)
             self._continuity.forget(topic)
@@ -192,7 +198,7 @@ class FollowedStreams:
 
     def note_batch(self, topic: str, envelope: Envelope, count: int) -> int | None:
         """Note a batch; return datagrams missed before it, None when it is a repeat or no longer wanted."""
-        if topic not in self._topics or not envelope.sender.startswith(WORKERS):
+        if topic not in self._topics or not envelope.sender.startswith(self._kinds):
             return None
         origin, stream = (envelope.sender, envelope.boot, topic), self._topics[topic]
         left = self._left.pop(origin, None)

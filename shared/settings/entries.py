@@ -19,8 +19,9 @@ class Stream(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Datagrams under one name, from any number of listeners."""
 
     name: Name
-    listen: Annotated[tuple[str, ...], Meta(min_length=1)]
-    """udp://HOST:PORT, tcp://HOST:PORT or unixgram:///PATH; a multicast group with its interface behind %."""
+    listen: tuple[str, ...]
+    """udp://HOST:PORT, tcp://HOST:PORT or unixgram:///PATH; a multicast group with its interface behind %.
+    Empty where the stream comes from other sites alone."""
     reply: Annotated[str, Meta(max_length=1024)] | None = None
     """Sent back to the sender of every UDP datagram; none by default."""
     reply_beyond_loopback: bool = False

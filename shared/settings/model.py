@@ -22,6 +22,7 @@ from shared.settings.tables import (
     Offload,
     Transmitter,
 )
+from shared.settings.uplink import ALL, Uplink
 
 DEFAULT_STREAM: Final = Stream(
     name="messages", listen=("udp://localhost:6667", "tcp://localhost:6667"), reply="Got your message!"
@@ -40,6 +41,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     offload: Offload = Offload()
     journal: Journal = Journal()
     console: Console = Console()
+    uplink: Uplink = Uplink()
     log: Log = Log()
     streams: tuple[Stream, ...] = field(default=(DEFAULT_STREAM,), name="stream")
     collectors: tuple[Collector, ...] = field(default=(), name="collector")
@@ -69,9 +71,19 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
                 f'[[stream]] "{numbered[0]}" protocol: with [ingest] spread = "datagram" no worker sees all that an '
                 'exporter sends; set spread to "source" or "flow", or remove the protocol'
             )
+        self._check_uplink(names)
         for collector in self.collectors:
             _check_streams(f'[[collector]] "{collector.name}"', collector.streams, names)
         self.check_tokens(self.tokens)
+
+    def _check_uplink(self, names: Sequence[str]) -> None:
+        """Raise ValueError where `[uplink]` names none of these streams, or where one can come from nowhere."""
+        taken = [text.partition("/")[2] for text in self.uplink.receive]
+        _check_streams("[uplink]", self.uplink.send, names, "send")
+        _check_streams("[uplink]", taken, names, "receive")
+        for stream in self.streams:
+            if not stream.listen and not (self.uplink.servers and {stream.name, ALL} & set(taken)):
+                raise ValueError(f'[[stream]] "{stream.name}" listen: expected a listener, unless [uplink] receives it')
 
     def check_tokens(self, tokens: Sequence[Token]) -> None:
         """Raise ValueError unless these can be told apart, and name streams that exist."""
@@ -85,9 +97,9 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             _check_streams(f'[[token]] "{token.name}"', token.streams, names)
 
 
-def _check_streams(entry: str, wanted: Iterable[str], names: Sequence[str]) -> None:
+def _check_streams(entry: str, wanted: Iterable[str], names: Sequence[str], key: str = "streams") -> None:
     """Raise ValueError, with the entry, when one of the streams that it names is not there."""
     for name in wanted:
         if name not in (*names, ALL_STREAMS):
             nearest = did_you_mean(name, names)
-            raise ValueError(f"{entry} streams: there is no stream {name!r}{nearest}; name a [[stream]]")
+            raise ValueError(f"{entry} {key}: there is no stream {name!r}{nearest}; name a [[stream]]")

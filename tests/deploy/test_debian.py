@@ -47,7 +47,7 @@ def test_every_command_and_service_has_a_man_page(tmp_path: Path) -> None:
     man_pages.main(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {
         "fanwire.1", *(f"fanwire-{name}.1" for name in COMMANDS),
-        *(f"fanwire-{name}.8" for name in SERVICES + OPT_IN + OPTIONAL),
+        *(f"fanwire-{name}.8" for name in (*SERVICES, *OPT_IN, *OPTIONAL)),
     }  # fmt: skip
     told = (tmp_path / "fanwire-transmitter.8").read_text().replace("\\", "")
     assert "--require-privilege" in told

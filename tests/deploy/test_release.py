@@ -24,6 +24,8 @@ def test_the_wheel_tells_an_index_what_it_needs() -> None:
     assert isinstance(payload, bytes)
     assert payload.decode().strip() == (CHECKOUT / "README.md").read_text().strip()
     needs = {extra: {line for line in told.get_all("Requires-Dist", ()) if line.endswith(f"'{extra}'")}
-             for extra in ("all", "console")}  # fmt: skip
-    assert {line.partition(";")[0] for line in needs["all"]} == {line.partition(";")[0] for line in needs["console"]}
-    assert len(needs["all"]) == len(project["optional-dependencies"]["console"])
+             for extra in ("all", "console", "uplink")}  # fmt: skip
+    parts = needs["console"] | needs["uplink"]
+    assert {line.partition(";")[0] for line in needs["all"]} == {line.partition(";")[0] for line in parts}
+    extras = project["optional-dependencies"]
+    assert len(needs["all"]) == len(extras["console"]) + len(extras["uplink"])

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from services.operator.commands.ready import OPT_IN
 from services.transmitter.opener import SEND_BUFFER, SOCKETS
 from shared.net.addresses import resolve
 from shared.net.sockets import KINDS
@@ -106,7 +107,7 @@ def test_every_service_has_a_unit() -> None:
     units = [service_of(unit) for unit in SERVICES]
     assert sorted(units) == sorted(found)
     also = " ".join(lines(UNITS / "fanwire.target", "Also")).split()
-    assert sorted(also) == sorted(unit.name.replace("@", "@1") for unit in SERVICES)
+    assert sorted(also) == sorted(unit.name.replace("@", "@1") for unit in SERVICES if service_of(unit) not in OPT_IN)
 
 
 @pytest.mark.parametrize("unit", SERVICES, ids=service_of)
@@ -208,12 +209,13 @@ def test_kernel_grants_what_the_services_ask_for() -> None:
 
 
 def test_enabling_the_target_enables_everything(tmp_path: Path) -> None:
-    """`systemctl enable fanwire.target` has every service started with it; another worker is one more instance."""
+    """`systemctl enable fanwire.target` has services started with it, but those by choice; a worker is an instance."""
     need("systemctl")
     units = tmp_path / "etc" / "systemd" / "system"
     shutil.copytree(UNITS, units)
     enable = ["systemctl", f"--root={tmp_path}", "enable", "fanwire.target", "fanwire-ingest@2.service"]
     subprocess.run(enable, capture_output=True, check=True)
     wanted = {path.name for path in (units / "fanwire.target.wants").iterdir()}
-    assert wanted == {unit.name.replace("@", "@1") for unit in SERVICES} | {"fanwire-ingest@2.service"}
+    brought = {unit.name.replace("@", "@1") for unit in SERVICES if service_of(unit) not in OPT_IN}
+    assert wanted == brought | {"fanwire-ingest@2.service"}
     assert (units / "multi-user.target.wants" / "fanwire.target").is_symlink()

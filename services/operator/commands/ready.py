@@ -5,7 +5,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -22,8 +22,11 @@ from shared.settings.model import Settings
 SERVICES: Final = ("broker", "gateway", "ingest", "forwarder", "transmitter")
 OPTIONAL: Final = ("journal", "console")
 """Services that copies flow without; waited for where they are named."""
-OPT_IN: Final = ("offload",)
-"""Services that do nothing unless the settings ask for them."""
+OPT_IN: Final[dict[str, Callable[[Settings], object]]] = {
+    "offload": lambda settings: settings.offload.interfaces,
+    "uplink": lambda settings: settings.uplink.servers,
+}
+"""Services that run where the settings ask for them, and what asks."""
 LOOK_SECONDS: Final = 0.05
 HINT_PORT: Final = 9514
 ANY_ADDRESS: Final = {"localhost": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}

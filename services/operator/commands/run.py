@@ -33,7 +33,17 @@ from shared.settings.model import Settings
 ALL: Final = (*SERVICES, *OPT_IN, *OPTIONAL)
 STOP_SECONDS: Final = 10.0
 """Time that services get to drain: they take up to 4 s, the sources of datagrams first."""
-STOP_ORDER: Final = ("offload", "ingest", "forwarder", "transmitter", "gateway", "journal", "console", "broker")
+STOP_ORDER: Final = (
+    "offload",
+    "ingest",
+    "uplink",
+    "forwarder",
+    "transmitter",
+    "gateway",
+    "journal",
+    "console",
+    "broker",
+)
 LISTEN_SECONDS: Final = 1.5 * INTERVAL_SECONDS
 ENDED_BY_USER: Final = frozenset(128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM))
 
@@ -49,7 +59,8 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(arguments: argparse.Namespace, settings: Settings) -> int:
     """Run services until a signal, or until one of them ends; return the exit code of the first that failed."""
-    services = arguments.only or (*SERVICES, *(OPT_IN if settings.offload.interfaces else ()), *OPTIONAL)
+    asked_for = (service for service, asks in OPT_IN.items() if asks(settings))
+    services = arguments.only or (*SERVICES, *asked_for, *OPTIONAL)
     if "broker" in services and (found := _running(settings)):
         raise OperatorError(
             CANT_CREATE,

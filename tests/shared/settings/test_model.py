@@ -197,7 +197,7 @@ def test_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
         ("stream = 3\n", "line 1: stream: expected a list in brackets, got a whole number"),
         (
             '[[stream]]\nname = "a"\nlisten = []\n',
-            '[[stream]] "a" listen: expected a list in brackets that is not empty',
+            '[[stream]] "a" listen: expected a listener, unless [uplink] receives it',
         ),
         ('[[stream]]\nname = "a"\n', '[[stream]] "a": listen is missing'),
         (STREAM.replace('"a"', '"a/b"'), '[[stream]] "a/b" name: expected a text in quotes: up to 64 letters'),

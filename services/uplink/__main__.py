@@ -1,0 +1,42 @@
+"""Exchanges streams with other sites by NATS JetStream; without `[uplink] servers` it does nothing."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+from shared.process.lifecycle import UNAVAILABLE, Lifecycle, OperatorError, run, service_parser, stay_up, worker_name
+from shared.settings.model import Settings
+
+NEEDED = ("nats", "nkeys")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the uplink; return its exit code."""
+    return run(_serve, service_parser("uplink", __doc__).parse_args(arguments), _check)
+
+
+def _check(settings: Settings) -> None:
+    if settings.uplink.servers:
+        if missing := [name for name in NEEDED if find_spec(name) is None]:
+            told = f"[uplink] servers: needs {' and '.join(missing)}: pip install 'fanwire[uplink]'"
+            raise OperatorError(UNAVAILABLE, told)
+        from services.uplink.access import check_access
+
+        check_access(settings.uplink)
+
+
+def _serve(_arguments: argparse.Namespace, settings: Settings, lifecycle: Lifecycle) -> None:
+    name = worker_name("uplink")
+    if not settings.uplink.servers:
+        stay_up(name, lifecycle)
+        return
+    _check(settings)
+    from services.uplink.service import Service
+
+    with Service(name, settings) as service:
+        service.run(lifecycle)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""Access to the NATS servers: the TLS context, and who this site is, read anew for each connection."""
+
+import contextlib
+import ssl
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import nkeys
+from nats.aio.client import RawCredentials
+
+from shared.process.lifecycle import BAD_SETTINGS, OperatorError
+from shared.process.private_file import read_private
+from shared.settings.uplink import Uplink, expanded
+
+MAX_SECRET: Final = 65_536
+"""Bytes of a file of credentials: a JWT of some kilobytes, and a seed."""
+
+
+def check_access(uplink: Uplink) -> None:
+    """Raise OperatorError where a file can't be used."""
+    credentials(uplink)
+    tls_context(uplink)
+
+
+def credentials(uplink: Uplink) -> dict[str, Any]:
+    """Return how this site proves itself, as arguments of nats-py's `connect`. OperatorError."""
+    for setting, path in (("credentials", expanded(uplink.credentials)), ("nkey", expanded(uplink.nkey))):
+        if path is None:
+            continue
+        try:
+            text = read_private(path, f"[uplink] {setting}", MAX_SECRET).decode()
+            seed = _seed_in(text)
+            nkeys.from_seed(bytearray(seed.encode())).wipe()
+        except OperatorError:
+            raise
+        except OSError as error:
+            raise _unusable(setting, path, f"{error.strerror}") from None
+        except Exception:  # nkeys has many errors; none of their texts may show what is in the file
+            raise _unusable(setting, path, "no seed of a user's nkey in it, a line that begins with SU") from None
+        return {"nkeys_seed_str": seed} if setting == "nkey" else {"user_credentials": RawCredentials(text)}
+    return {}
+
+
+def _seed_in(text: str) -> str:
+    return next(line for line in map(str.strip, text.splitlines()) if line.startswith("SU"))
+
+
+def tls_context(uplink: Uplink) -> ssl.SSLContext:
+    """Return the context of connections by TLS. OperatorError when its files can't be used."""
+    context = ssl.create_default_context()
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    authority, certificate, key = map(expanded, (uplink.authority, uplink.certificate, uplink.key))
+    if authority:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # checks names, and trusts nobody else
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        with _reporting("authority", authority):
+            context.load_verify_locations(authority)
+    if certificate and key:
+        with _reporting("key", key):
+            read_private(key, "[uplink] key", MAX_SECRET)
+        with _reporting("certificate and key", certificate, key):
+            context.load_cert_chain(certificate, key, password=str)  # no password: OpenSSL must not ask the terminal
+    return context
+
+
+@contextlib.contextmanager
+def _reporting(setting: str, *paths: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:  # errors of OpenSSL are OSErrors too, and name no file
+        reason = error.reason if isinstance(error, ssl.SSLError) and error.reason else error.strerror
+        raise OperatorError(
+            BAD_SETTINGS, f"[uplink] {setting}: {', '.join(map(str, paths))}: {reason}; expected PEM, unencrypted"
+        ) from None
+
+
+def _unusable(setting: str, path: Path, reason: str) -> OperatorError:
+    return OperatorError(BAD_SETTINGS, f"[uplink] {setting}: {path}: {reason}")

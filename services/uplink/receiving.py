@@ -1,0 +1,154 @@
+"""Messages of other sites: pulled from JetStream by a durable consumer for each of them, and handed on in order."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import Final
+
+import msgspec
+from nats.aio.msg import Msg
+from nats.errors import Error as NatsError
+from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
+from nats.js.errors import NotFoundError
+
+from services.uplink.packs import Arrived, read_pack
+from services.uplink.session import REQUEST_SECONDS, Session, reason
+from services.uplink.subjects import kept_stream, parse_subject, stream_subjects
+from shared.bus.messages import MessageError
+from shared.ledger import MESSAGES_UNREADABLE
+from shared.log import get_logger
+
+PULLED: Final = 256
+PULLED_BYTES: Final = 8 << 20
+"""Messages, and bytes, that are asked for at once: on a link of 80 ms these keep 100 MB/s going."""
+EXPIRE_SECONDS: Final = 30
+HEARTBEAT_SECONDS: Final = 5
+"""After two heartbeats that did not come, messages are asked for anew."""
+RETRY_SECONDS: Final = 1.0
+PAUSE_SECONDS: Final = 0.25
+ACK_WAIT_SECONDS: Final = 30.0
+"""Time after which JetStream sends again what was not acknowledged; longer than a message waits for an earlier one."""
+MAX_ACK_PENDING: Final = 2 * PULLED
+HEARTBEAT: Final = "100"
+OVER: Final = ("404", "408")
+"""Ends of a request in due time: there is nothing, or it has expired."""
+USED_UP: Final = ("Batch Completed", "Message Size Exceeds MaxBytes")
+"""Ends of a request whose messages, or bytes, are used up."""
+
+log = get_logger()
+
+
+class Receiver:
+    """Takes the streams of one other site; `deliver` handles a message and returns once it may be acknowledged."""
+
+    def __init__(
+        self,
+        site: str,
+        streams: Sequence[str],
+        account: Counter[str],
+        deliver: Callable[[Session, Arrived], Awaitable[None]],
+    ) -> None:
+        self.site = site
+        self.streams = streams
+        self._account = account
+        self._deliver = deliver
+        self._left = 0
+        self._heard_at = 0.0
+        self._lost = False
+        self._asked = 0
+
+    async def run(self, session: Session) -> None:
+        """Receive by this connection until it ends."""
+        self._asked_anew = asyncio.Event()
+        inbox = f"{session.inboxes}.from.{self.site}"
+        await session.client.subscribe(f"{inbox}.*", cb=partial(self._take, session))
+        while True:
+            if await self._has_consumer(session):
+                await self._pull(session, inbox)
+            await asyncio.sleep(RETRY_SECONDS)
+
+    async def _has_consumer(self, session: Session) -> bool:
+        """Return whether there is a consumer of these streams; make it, or change it, where that is needed."""
+        manager, stream = session.client.jsm(timeout=REQUEST_SECONDS), kept_stream(self.site)
+        wanted = sorted(stream_subjects(self.site, each) for each in self.streams)
+        name = f"to-{session.uplink.site}"
+        config = ConsumerConfig(
+            name=name,
+            durable_name=name,
+            deliver_policy=DeliverPolicy.NEW,
+            ack_policy=AckPolicy.EXPLICIT,
+            ack_wait=ACK_WAIT_SECONDS,
+            max_ack_pending=MAX_ACK_PENDING,
+            filter_subjects=wanted,
+        )
+        what = f"site {self.site}"
+        try:
+            try:
+                found = (await manager.consumer_info(stream, name)).config
+                filters = found.filter_subjects or [found.filter_subject or ""]
+                if sorted(filters) != wanted:
+                    await manager.add_consumer(stream, config)
+            except NotFoundError:
+                await manager.stream_info(stream)
+                await manager.add_consumer(stream, config)
+                log.info("made the consumer by which this site receives", stream=stream, consumer=name)
+        except NotFoundError:
+            session.troubles.say(what, f"site {self.site} has no stream in JetStream yet: nothing comes from there")
+            return False
+        except (NatsError, OSError, TimeoutError) as error:
+            session.troubles.say(what, f"can't receive from site {self.site}: {reason(error)}; it is tried again")
+            return False
+        session.troubles.end(what, f"site {self.site} can be received")
+        return True
+
+    async def _pull(self, session: Session, inbox: str) -> None:
+        """Ask for messages again and again; return when the consumer may be gone."""
+        loop, name = asyncio.get_running_loop(), f"to-{session.uplink.site}"
+        request = {
+            "batch": PULLED,
+            "max_bytes": PULLED_BYTES,
+            "expires": EXPIRE_SECONDS * 10**9,
+            "idle_heartbeat": HEARTBEAT_SECONDS * 10**9,
+        }
+        subject = f"$JS.API.CONSUMER.MSG.NEXT.{kept_stream(self.site)}.{name}"
+        self._lost = False
+        while not self._lost:
+            self._left, self._heard_at = PULLED, loop.time()
+            self._asked_anew.clear()
+            self._asked += 1
+            await session.client.publish(subject, msgspec.json.encode(request), f"{inbox}.{self._asked}")
+            while not self._asked_anew.is_set() and loop.time() < self._heard_at + 2 * HEARTBEAT_SECONDS:
+                await session.wait(self._asked_anew, HEARTBEAT_SECONDS)
+
+    async def _take(self, session: Session, message: Msg) -> None:
+        self._heard_at = asyncio.get_running_loop().time()
+        headers = message.headers or {}
+        if status := headers.get("Status") if not message.data else None:
+            # A status comes on the inbox of its request: that of an earlier one tells nothing any more.
+            if status == HEARTBEAT or message.subject.rpartition(".")[2] != str(self._asked):
+                return
+            told = headers.get("Description", "")
+            if status not in OVER and told not in USED_UP:
+                self._lost = True
+                session.troubles.say(f"site {self.site}", f"JetStream hands on nothing of site {self.site}: {told}")
+            self._asked_anew.set()
+            return
+        await self._read(session, message)
+        self._heard_at = asyncio.get_running_loop().time()
+        self._left -= 1
+        if self._left <= 0:
+            self._asked_anew.set()
+
+    async def _read(self, session: Session, message: Msg) -> None:
+        try:
+            origin = parse_subject(message.subject)
+            if origin.site != self.site or origin.stream not in self.streams:
+                raise MessageError("malformed", "of another site or stream than was asked for")
+            arrived = read_pack(origin, message.data, message.reply)
+        except (MessageError, ValueError) as error:
+            self._account[MESSAGES_UNREADABLE] += 1
+            log.warning("a message of another site is dropped", site=self.site, reason=str(error)[:200])
+            await session.acknowledge(message.reply, b"+TERM")
+            return
+        await self._deliver(session, arrived)

@@ -1,0 +1,287 @@
+"""One connection to a NATS server, from its begin to its end. Another one begins with nothing of it.
+
+nats-py could connect again by itself. But then it first sends what it had not yet sent, and so changes the order.
+"""
+
+import asyncio
+import itertools
+import re
+import secrets
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import suppress
+from typing import Any, Final, Self
+
+import msgspec
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.errors import Error as NatsError
+from nats.errors import MaxPayloadError
+from nats.js.errors import NotFoundError
+
+from services.uplink.access import credentials, tls_context
+from services.uplink.outbox import Outbox
+from services.uplink.server_checks import check_server, check_stream, wanted_stream
+from services.uplink.subjects import kept_stream, site_subjects, unparse_subject
+from services.uplink.troubles import Troubles
+from shared.ledger import MESSAGES_REFUSED, SERVER_LIMIT, SERVER_REFUSED
+from shared.log import get_logger
+from shared.net.addresses import Endpoint
+from shared.settings.uplink import Uplink
+
+CONNECT_SECONDS: Final = 5
+CLOSE_SECONDS: Final = 1.0
+"""Time for a farewell: a server that is gone does not answer one by TLS."""
+PING_SECONDS: Final = 5
+"""Between two questions whether the server is there; after three without an answer the connection ends."""
+REQUEST_SECONDS: Final = 5.0
+ACKNOWLEDGE_SECONDS: Final = 4.0
+"""Time for JetStream to acknowledge a message; then all that is under way goes again."""
+LOOK_SECONDS: Final = 0.25
+STREAM_SECONDS: Final = 5.0
+"""Between two attempts to find or to make this site's stream."""
+ANSWERS_AWAITED: Final = 4
+"""Answers that are known, for each message that may be under way: one that was sent again may have several to come."""
+TOO_LARGE: Final = 10054
+"""JetStream's error of a message above its stream's `max_msg_size` (nats-server, server/errors.json)."""
+NO_RESPONDERS: Final = "503"
+FORBIDDEN: Final = re.compile(r"permissions violation for (publish|subscription) to \"?([^\"\s]+)", re.IGNORECASE)
+
+log = get_logger()
+
+
+class AckError(msgspec.Struct):
+    """JetStream's reason to refuse a message."""
+
+    code: int = 0
+    err_code: int = 0
+    description: str = ""
+
+
+class Ack(msgspec.Struct):
+    """JetStream's answer to a message that was published."""
+
+    error: AckError | None = None
+    duplicate: bool = False
+
+
+_read_ack: Final = msgspec.json.Decoder(Ack).decode
+
+
+class SessionError(Exception):
+    """A connection can't be made, or can't be used."""
+
+
+class _OpeningError(Exception):
+    """The first error at the opening of a connection."""
+
+
+class Session:
+    """A connection: it sends what the outbox has, and tells it what JetStream says."""
+
+    def __init__(self, uplink: Uplink, outbox: Outbox, account: Counter[str], troubles: Troubles) -> None:
+        self.client = Client()
+        self.ended = asyncio.Event()
+        self.wake = asyncio.Event()
+        """Set it when the outbox may have something to send."""
+        self.uplink = uplink
+        self.troubles = troubles
+        self.inboxes = f"_INBOX_{uplink.site}.{secrets.token_hex(8)}"
+        """The beginning of subjects for answers: no other site may subscribe to them."""
+        self._outbox = outbox
+        self._account = account
+        self._numbers: dict[str, str] = {}
+        """The number of each message under way, by the token of its answer."""
+        self._tokens = itertools.count()
+        self._opening: asyncio.Task[Any] | None = None
+
+    async def open(self, endpoint: Endpoint) -> Self:
+        """Connect to a server. SessionError says why that failed."""
+        self._opening = asyncio.current_task()
+        try:
+            await self.client.connect(
+                servers=[str(endpoint)],
+                name=f"fanwire {self.uplink.site}",
+                allow_reconnect=False,
+                connect_timeout=CONNECT_SECONDS,
+                ping_interval=PING_SECONDS,
+                inbox_prefix=f"_INBOX_{self.uplink.site}",
+                no_echo=True,
+                error_cb=self._note_error,
+                disconnected_cb=self._note_end,
+                closed_cb=self._note_end,
+                tls=tls_context(self.uplink) if endpoint.scheme == "tls" else None,
+                **credentials(self.uplink),
+            )
+        except (NatsError, OSError, TimeoutError, _OpeningError) as error:
+            await self.close()
+            raise SessionError(f"can't connect to {endpoint}: {reason(error)}") from None
+        finally:
+            self._opening = None
+        # A server, or who stands before it, may say that it has no TLS: nats-py then goes on without.
+        if endpoint.scheme == "tls" and not self.client._server_info.get("tls_required"):
+            await self.close()
+            raise SessionError(
+                f"can't connect to {endpoint}: it does not ask for TLS; set tls in the server's settings"
+            )
+        version = self.client.connected_server_version
+        for fault in check_server((version.major, version.minor, version.patch), self.client.max_payload):
+            log.warning(fault, server=str(endpoint))
+        return self
+
+    async def run(self, *others: Callable[[Self], Coroutine[Any, Any, None]]) -> None:
+        """Send, and do what the others do with this connection, until it ends."""
+        await self.client.subscribe(f"{self.inboxes}.ack.*", cb=self._note_ack)
+        self._outbox.connect()
+        work = [self._send(), self._look_after(), self._find_stream(), *(other(self) for other in others)]
+        tasks = [asyncio.create_task(each) for each in work]
+        end = asyncio.create_task(self._until_end())
+        try:
+            await asyncio.wait([*tasks, end], return_when=asyncio.FIRST_COMPLETED)
+            for task in tasks:
+                if task.done() and not task.cancelled() and not self.ended.is_set():
+                    task.result()  # a fault of ours shows
+        finally:
+            self._outbox.disconnect()
+            for task in (*tasks, end):
+                task.cancel()
+            await asyncio.gather(*tasks, end, return_exceptions=True)
+            await self.close()
+
+    async def close(self) -> None:
+        """End the connection."""
+        self._opening = None
+        with suppress(NatsError, OSError, TimeoutError):
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await self.client.close()
+
+    async def acknowledge(self, reply: str, word: bytes = b"+ACK") -> None:
+        """Tell JetStream that a message needs not come again; if it does not get that, it sends it again."""
+        with suppress(NatsError, OSError):
+            await self.client.publish(reply, word)
+
+    @staticmethod
+    async def wait(event: asyncio.Event, seconds: float) -> None:
+        """Wait for an event, up to a time."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await event.wait()
+
+    async def _note_end(self) -> None:
+        self.ended.set()
+
+    async def _note_error(self, error: Exception) -> None:
+        if asyncio.current_task() is self._opening:
+            raise _OpeningError(reason(error))  # nats-py would try the same server again, for ever
+        if found := FORBIDDEN.search(str(error)):
+            what, subject = found.groups()
+            if what == "publish" and subject.lower().startswith(site_subjects("")[:-2]):
+                self._account[MESSAGES_REFUSED] += max(1, self._outbox.drop_subject(subject, SERVER_REFUSED))
+                self.wake.set()
+            self.troubles.say(
+                f"permission {subject}",
+                f"the NATS server does not let site {self.uplink.site} {_VERBS[what]} {subject}: check its permissions",
+            )
+        elif not self.ended.is_set():
+            self.troubles.say("connection", f"the connection to the NATS server fails: {reason(error)}")
+
+    async def _send(self) -> None:
+        """Send what waits, as far as it may be under way."""
+        while True:
+            while pack := self._outbox.next():
+                token = f"{next(self._tokens):x}"
+                self._numbers[token] = pack.number
+                if len(self._numbers) > ANSWERS_AWAITED * self.uplink.in_flight:
+                    del self._numbers[next(iter(self._numbers))]
+                try:
+                    await self.client.publish(
+                        unparse_subject(pack.origin),
+                        pack.payload,
+                        f"{self.inboxes}.ack.{token}",
+                        {"Nats-Msg-Id": pack.number},
+                    )
+                except MaxPayloadError:
+                    self._outbox.drop(self._numbers.pop(token), SERVER_LIMIT)
+                    told = f"a message of {len(pack.payload)} bytes is above the NATS server's max_payload: dropped"
+                    self.troubles.say("max_payload", f"{told}; set max_payload: 1MB")
+                except (NatsError, OSError):
+                    self.ended.set()
+                    return
+            self.wake.clear()
+            pause = self._outbox.pause_left() or LOOK_SECONDS
+            await self.wait(self.wake, pause)
+
+    async def _look_after(self) -> None:
+        """Send again what is not acknowledged in time."""
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            if self._outbox.overdue(ACKNOWLEDGE_SECONDS):
+                told = f"JetStream has not acknowledged a message within {ACKNOWLEDGE_SECONDS:g} s; is its disk full?"
+                self._fail(told)
+
+    async def _note_ack(self, message: Msg) -> None:
+        number = self._numbers.pop(message.subject.rpartition(".")[2], None)
+        self.wake.set()
+        if number is None:
+            return
+        if (message.headers or {}).get("Status") == NO_RESPONDERS:
+            subjects = site_subjects(self.uplink.site)
+            self._fail(f"no stream of JetStream takes {subjects}: it is missing, has no leader, or JetStream is off")
+            return
+        try:
+            ack = _read_ack(message.data)
+        except msgspec.MsgspecError:
+            ack = Ack(AckError(description="an answer that can't be read"))
+        if ack.error is None:
+            self._outbox.acknowledge(number)
+            self.troubles.end("JetStream", "JetStream acknowledges again")
+        elif ack.error.err_code == TOO_LARGE:
+            self._account[MESSAGES_REFUSED] += 1
+            self._outbox.drop(number, SERVER_LIMIT)
+            self.troubles.say("max_payload", f"JetStream drops a message that is too large: {ack.error.description}")
+        else:
+            self._account[MESSAGES_REFUSED] += 1
+            self._fail(f"JetStream refuses what this site sends: {ack.error.description}; it is tried again")
+
+    def _fail(self, told: str) -> None:
+        if self._outbox.fail():
+            self.troubles.say("JetStream", told)
+
+    async def _find_stream(self) -> None:
+        """Find this site's stream, or make it; say what is wrong with it."""
+        manager, name = self.client.jsm(timeout=REQUEST_SECONDS), kept_stream(self.uplink.site)
+        while self.uplink.send:
+            try:
+                try:
+                    found = (await manager.stream_info(name)).config
+                except NotFoundError:
+                    if not self.uplink.create:
+                        raise SessionError(f"there is no stream {name} in JetStream; make it, or set create") from None
+                    found = (await manager.add_stream(wanted_stream(self.uplink))).config
+                    log.info("made the stream of this site in JetStream", stream=name, replicas=self.uplink.replicas)
+                self.troubles.end("stream", "the stream of this site is there")
+                for fault in check_stream(found, self.uplink):
+                    log.warning(fault)
+                break
+            except (NatsError, OSError, TimeoutError, SessionError) as error:
+                told = str(error) if isinstance(error, SessionError) else f"can't find or make {name}: {reason(error)}"
+                self.troubles.say("stream", told)
+            await asyncio.sleep(STREAM_SECONDS)
+        await self._until_end()
+
+    async def _until_end(self) -> None:
+        await self.ended.wait()
+
+
+_VERBS: Final = {"publish": "publish to", "subscription": "subscribe to"}
+
+
+def reason(error: BaseException) -> str:
+    """Return what an error says; some of nats-py's say nothing but their name, and all begin with its own."""
+    return str(error).removeprefix("nats: ") or type(error).__name__
+
+
+def rotated(endpoints: tuple[Endpoint, ...]) -> Iterator[Endpoint]:
+    """Yield the servers in turn, for ever, from one that was drawn: so that not all sites use the same."""
+    first = secrets.randbelow(len(endpoints))
+    return itertools.islice(itertools.cycle(endpoints), first, None)

