@@ -112,8 +112,9 @@ SHARED_OUT: Final = "shared_out"
 SENT: Final = "sent"
 """Copies for the collector that the kernel took. Only `AFTER_SENDING` tells of some that did not arrive."""
 HELD: Final = "held"
-"""Datagrams that wait: for room in the send buffer (forwarder), until the next hop tells its link address (transmitter),
-or for JetStream (uplink). Only this, `templates_held`, `connected`, `exporters`, `memory` and `receive_errno` ever fall."""
+"""Datagrams that wait: for room in the send buffer (forwarder), until the next hop tells its link address
+(transmitter), or for JetStream (uplink). Only this, `templates_held`, `connected`, `exporters`, `memory` and
+`receive_errno` ever fall."""
 WITHHELD: Final = "withheld"
 """Datagrams not sent because the collector's port is closed, `[forwarder] withhold` (forwarder)."""
 WITHHELD_BY_ADMIN: Final = "withheld_by_admin"

@@ -20,9 +20,10 @@ from shared.process.lifecycle import OK, UNAVAILABLE, OperatorError
 from shared.settings.model import Settings
 
 SERVICES: Final = ("broker", "gateway", "ingest", "forwarder", "transmitter")
-OPTIONAL: Final = ("journal", "console")
+OPTIONAL: Final = ("console",)
 """Services that copies flow without; waited for where they are named."""
 OPT_IN: Final[dict[str, Callable[[Settings], object]]] = {
+    "journal": lambda settings: any(stream.journal for stream in settings.streams),
     "offload": lambda settings: settings.offload.interfaces,
     "uplink": lambda settings: settings.uplink.servers,
 }
