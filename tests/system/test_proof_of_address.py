@@ -45,9 +45,10 @@ def test_nothing_but_challenges_until_it_is_proven(open_stack: OpenStack, source
             refused = ask_json(request | {"name": f"c{number}"})
             assert refused["error"] == "unproven_address"
             exporters.send(("10.2.0.1", 4000), b"not yet")
+        receiver.settimeout(60)
+        challenges = [receiver.recv(65_536) for _ in range(3)]
         pause(0.3)
-        challenges = drain(receiver)
-        assert len(challenges) == 3
+        assert drain(receiver) == []
         assert all(each.startswith(CHALLENGE_PREFIX) and len(each) < 64 for each in challenges)
         assert ask_json({"op": "list"})["clients"] == {}
         nonce = challenges[0].removeprefix(CHALLENGE_PREFIX).decode()

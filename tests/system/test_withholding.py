@@ -3,7 +3,6 @@
 import json
 import signal
 import socket
-import time
 from contextlib import ExitStack, closing
 
 from shared.ledger import Accounts
@@ -49,14 +48,23 @@ def test_withheld_copies_are_counted_and_come_again(open_stack: OpenStack) -> No
         assert [(each["event"], each["client"]["withheld"]["reason"]) for each in changes] == [
             ("changed", "maintenance")
         ] * 2
-        time.sleep(0.2)  # what had left before the answer arrives
-        arrived = {name: len(sinks[name].numbers) for name in WITHHELD}
+        arrived = dict[str, int]()
 
-        def goes_on(sends: int = 1000) -> None:
+        def others_get_copies(sends: int) -> None:
             sent, others = load.sent, len(sinks["others"].numbers)
             wait_until(lambda: load.sent > sent + sends, "more is sent meanwhile")
             wait_until(lambda: len(sinks["others"].numbers) > others + sends // 2, "others get their copies")
+
+        def at_rest() -> bool:
+            arrived.update({name: len(sinks[name].numbers) for name in WITHHELD})
+            others_get_copies(200)
+            return arrived == {name: len(sinks[name].numbers) for name in WITHHELD}
+
+        def goes_on() -> None:
+            others_get_copies(1000)
             assert {name: len(sinks[name].numbers) for name in WITHHELD} == arrived
+
+        wait_until(at_rest, "what had left before the answer has arrived")
 
         goes_on()
         open_stack["gateway"].stop(signal.SIGKILL)
