@@ -11,6 +11,7 @@ from collections import Counter
 from typing import Final
 
 from services.forwarder.few_rows import Few
+from services.forwarder.mixed_rows import MixedRows
 from services.forwarder.plan import SendPlan
 from services.forwarder.socket_options import HEADERS, mark_headers, open_socket, path_mtu, source_of_new_socket
 from shared.client import MOST_WAITING, Client
@@ -160,26 +161,20 @@ class Destination:
             return plan.rows_of(part)
         return int(plan.rows_before[self._send(plan, first, stop)] - plan.rows_before[first])
 
-    def send_few(self, few: Few) -> int:
-        """Send datagrams; return how many have left. The rest is for `send`, which handles errors.
+    def send_few(self, few: Few | MixedRows) -> int:
+        """Send datagrams; return the number of sends that have left. The rest is for `send`, which handles errors.
 
         An error that may be the answer to an earlier datagram is noted here, since the kernel tells it once.
         """
         if self._withholding or self._socket is None:
             return 0
-        sent = 0
-        try:
-            for buffers in few.sends:
-                self._socket.sendmsg(buffers, few.controls)
-                sent += 1
-        except OSError as error:
-            if (number := error.errno or 0) in RELAY_CAUSES:
-                self._note(number)
-        rows = sum(few.rows[:sent])
+        sent, error = few.send(self._socket)
+        if error in RELAY_CAUSES:
+            self._note(error)
         account = self.held.account_of(templates=few.templates)
-        account[SENT] += rows
+        account[SENT] += sum(few.rows[:sent])
         account[BYTES] += sum(few.sizes[:sent])
-        return rows
+        return sent
 
     def _send(self, plan: SendPlan, at: int, stop: int) -> int:
         """Send or drop sends `at` to `stop`; return the number of the first that was neither, else `stop`."""

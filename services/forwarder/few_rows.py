@@ -1,5 +1,6 @@
 """A few datagrams as plain objects: below some number of rows arrays cost more than they save. No I/O."""
 
+import socket
 import struct
 from socket import IPPROTO_UDP
 from typing import Final
@@ -11,8 +12,8 @@ from shared.datagrams.batch import Indices
 from shared.datagrams.gathered import Gathered
 from shared.datagrams.segments import MAX_SEGMENTS, MAX_SEND
 
-FEW_ROWS: Final = 16
-"""Rows of different lengths; more of them are planned with arrays."""
+FEW_ROWS: Final = 4
+"""Rows of different lengths; more of them are for `mixed_rows`."""
 MOST_EQUAL: Final = 512
 """Rows; more are shared out among threads when there are several collectors."""
 _SIZE: Final = struct.Struct("=H")
@@ -33,6 +34,22 @@ class Few:
         self.sizes = sizes
         self.segment = segment
         self.controls = [(IPPROTO_UDP, UDP_SEGMENT, _SIZE.pack(segment))] if segment else []
+
+    def send(self, sock: socket.socket) -> tuple[int, int]:
+        """Send; return the number of sends that have left, and the errno that ended it, else 0."""
+        sent = 0
+        try:
+            for buffers in self.sends:
+                sock.sendmsg(buffers, self.controls)
+                sent += 1
+        except OSError as error:
+            return sent, error.errno or 0
+        return sent, 0
+
+    def rest(self, sent: int, indices: Indices | None) -> Indices:
+        """Return the rows of the batch that are left of these when the first sends have gone."""
+        first = sum(self.rows[:sent])
+        return np.arange(first, sum(self.rows)) if indices is None else indices[first:]
 
 
 def equal_of(batch: Gathered, largest_segment: int) -> Few | None:

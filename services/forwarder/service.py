@@ -12,6 +12,7 @@ import numpy as np
 
 from services.forwarder.destination import Destination
 from services.forwarder.few_rows import Few, few_of
+from services.forwarder.mixed_rows import MixedRows, Vector, mixed_of
 from services.forwarder.plan import SendPlan
 from shared.client import Client, Source
 from shared.datagrams.batch import Indices
@@ -37,6 +38,7 @@ class ForwarderService(CopyService[Destination]):
     def __init__(self, name: str, settings: Settings) -> None:
         super().__init__(name, settings, settings.forwarder)
         self._plan = SendPlan()
+        self._vector = Vector()
         self._threads = SendThreads()
         self._stalled: dict[Destination, tuple[float, float]] = {}
         """Collectors with waiting rows: seconds between tries, and the time of the next one."""
@@ -77,21 +79,21 @@ class ForwarderService(CopyService[Destination]):
         self, batch: Gathered, routed: list[tuple[Destination, Selection]]
     ) -> list[tuple[Destination, Selection]]:
         """Send collectors their rows where these are few and nothing hinders that; return what is left to be sent."""
-        planned: dict[tuple[int, int], Few | None] = {}
+        planned: dict[tuple[int, int], Few | MixedRows | None] = {}
         left = []
         for destination, selection in routed:
             key = (id(selection), destination.largest_segment)
             if key not in planned:
-                planned[key] = few = few_of(batch, selection.indices, destination.largest_segment)
+                planned[key] = few = few_of(batch, selection.indices, destination.largest_segment) or mixed_of(
+                    batch, selection.indices, destination.largest_segment, self._vector
+                )
                 if few:
                     few.templates = batch.templates
             few = planned[key]
             if few is None or destination.held or destination.held.paced_until:
                 left.append((destination, selection))
-            elif (sent := destination.send_few(few)) < (count := sum(few.rows)):
-                rows = selection.indices
-                rest = np.arange(sent, count) if rows is None else rows[sent:]
-                left.append((destination, Selection(rest)))
+            elif (sent := destination.send_few(few)) < len(few.rows):
+                left.append((destination, Selection(few.rest(sent, selection.indices))))
         return left
 
     def _transmit(self, batch: Gathered, parts: list[Part], largest_segment: int) -> None:

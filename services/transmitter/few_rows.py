@@ -55,7 +55,7 @@ class Frame:
 def frames_of(batch: Gathered, rows: Indices | None, mtu: int, *, segmentation: bool) -> list[Frame] | None:
     """Return the rows of these (None: all), of IPv4 sources, that go in one frame; None when one has to be cut."""
     columns: Iterable[tuple[int, bytes]] = _ROW.iter_unpack(batch.packed)
-    places: Iterable[int] = _places(batch)
+    places: Iterable[int] = batch.places
     numbers: Iterable[int] = range(len(batch))
     if rows is not None:
         numbers, every, everywhere = rows.tolist(), list(columns), list(places)
@@ -87,20 +87,6 @@ def frames_of(batch: Gathered, rows: Indices | None, mtu: int, *, segmentation: 
             frame = open_[source] = Frame(source, number, place, length)
             frames.append(frame)
     return frames
-
-
-def _places(batch: Gathered) -> list[int]:
-    """Memory address of each payload."""
-    places: list[int] = []
-    for each in batch.batches:
-        at = np.frombuffer(each.payload, np.uint8).__array_interface__["data"][0] if len(each.payload) else 0
-        if each.stride:
-            places += range(at, at + each.stride * len(each), each.stride)
-            continue
-        for length in each.length_list:
-            places.append(at)
-            at += length
-    return places
 
 
 class FewFrames:

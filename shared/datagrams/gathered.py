@@ -122,6 +122,20 @@ class Gathered:
             return _pointers(self.batches[0])
         return np.concatenate([_pointers(batch) for batch in self.batches])
 
+    @property
+    def places(self) -> list[int]:
+        """The pointers as plain numbers: where rows are few these are quicker."""
+        places: list[int] = []
+        for each in self.batches:
+            at = np.frombuffer(each.payload, np.uint8).__array_interface__["data"][0] if len(each.payload) else 0
+            if each.stride:
+                places += range(at, at + each.stride * len(each), each.stride)
+                continue
+            for length in each.length_list:
+                places.append(at)
+                at += length
+        return places
+
     def payloads(self, rows: Indices) -> Iterator[bytes]:
         """Yield copies of some payloads."""
         for pointer, length in zip(self.pointers[rows].tolist(), self.lengths[rows].tolist(), strict=True):

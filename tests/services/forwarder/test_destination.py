@@ -69,7 +69,8 @@ class Kernel:
         self.most = 1 << 30
         self.calls = 0
         monkeypatch.setattr(services.forwarder.destination, "send", self.send)
-        monkeypatch.setattr(services.forwarder.service, "few_of", lambda *_: None)  # which go by another call
+        for few in ("few_of", "mixed_of"):  # which go by other calls
+            monkeypatch.setattr(services.forwarder.service, few, lambda *_: None)
 
     def send(self, descriptor: int, headers: Headers, start: int, stop: int) -> tuple[int, int]:
         """Fail as told, else take what may be taken. `segmented_errors`: of segmented sends, in turn."""

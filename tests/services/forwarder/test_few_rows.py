@@ -1,7 +1,9 @@
+import ctypes
 import errno
 import os
 import socket
 from contextlib import ExitStack
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -9,8 +11,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import services.forwarder.mixed_rows
 import services.forwarder.service
 from services.forwarder.few_rows import FEW_ROWS, few_of
+from services.forwarder.mixed_rows import MIXED_ROWS, Vector, mixed_of
+from services.forwarder.plan import CONTROL
+from shared.datagrams import mmsg
 from shared.datagrams.gathered import Gathered
 from shared.net.sockets import enlarge_receive_buffer
 from tests.builders import make_batch, make_client
@@ -40,13 +46,20 @@ def drain(sock: socket.socket) -> list[bytes]:
             return found
 
 
+def by_exporter(found: list[bytes]) -> list[list[bytes]]:
+    """Payloads of two exporters that send in turn, by the number that each begins with; empty ones by themselves."""
+    return [[payload for payload in found if payload[:1] and payload[0] % 2 == first] for first in (0, 1)] + [
+        [payload for payload in found if not payload]
+    ]
+
+
 @settings(max_examples=75, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(payloads, st.booleans(), st.booleans())
 def test_few_leave_as_many_do(lab: None, found: list[tuple[int, int]], segmentation: bool, filtered: bool) -> None:
-    """One by one or planned with arrays, collectors get the same copies in order, and the accounts are the same."""
+    """One by one or with arrays, collectors get each exporter's copies in order, and the accounts are the same."""
+    every = [size for size, count in found for _ in range(count)]
     batch = make_batch(
-        [bytes([number % 255 + 1]) * size for size, count in found for number in range(count)],
-        ["192.0.2.1", "198.51.100.2"],
+        [bytes([number % 254 + 1]) * size for number, size in enumerate(every)], ["192.0.2.1", "198.51.100.2"]
     )
     wants: dict[str, Any] = {"prefixes": ("192.0.2.0/24",)} if filtered else {}
     outcomes = []
@@ -54,13 +67,14 @@ def test_few_leave_as_many_do(lab: None, found: list[tuple[int, int]], segmentat
         for few in (True, False):
             if not few:
                 patched.setattr(services.forwarder.service, "few_of", lambda *_: None)
+                patched.setattr(services.forwarder.service, "mixed_of", lambda *_: None)
             with ExitStack() as opened:
                 sinks = [listen(opened, "127.0.0.1") for _ in range(2)]
                 for sink in sinks:
                     enlarge_receive_buffer(sink, 1 << 24)
                 clients = [make_client(f"c{n}", sink.getsockname()[1], **wants) for n, sink in enumerate(sinks)]
                 accounts = Sent(opened, *clients, segmentation=segmentation).send(batch)
-                outcomes.append((accounts, [drain(sink) for sink in sinks]))
+                outcomes.append((accounts, [by_exporter(drain(sink)) for sink in sinks]))
     assert outcomes[0] == outcomes[1]
     assert outcomes[0][1][0] == outcomes[0][1][1]
 
@@ -70,17 +84,28 @@ def test_few_leave_as_many_do(lab: None, found: list[tuple[int, int]], segmentat
 def test_an_error_on_the_way_of_few_costs_and_doubles_nothing(
     lab: None, found: list[tuple[int, int]], segmentation: bool, errors: list[int]
 ) -> None:
-    """The way of many goes on from just where a send of few datagrams failed, whatever the place and the error."""
+    """The way of many goes on from just where a send of few datagrams failed, whatever the place and the error.
+
+    The kernel tells of an error by taking fewer messages of a vector, or none.
+    """
     sent = [bytes([number % 255 + 1]) * size for size, count in found for number in range(count)]
     original, failing = socket.socket.sendmsg, list(errors)
+    whole = mmsg.send
 
     def sendmsg(self: socket.socket, *arguments: Any) -> int:
         if failing and (error := failing.pop(0)):
             raise OSError(error, os.strerror(error))
         return original(self, *arguments)
 
+    def send(descriptor: int, headers: Any, start: int, stop: int) -> tuple[int, int]:
+        for at in range(start, stop):
+            if failing and (error := failing.pop(0)):
+                return whole(descriptor, headers, start, at) if at > start else (0, error)
+        return whole(descriptor, headers, start, stop)
+
     with ExitStack() as opened, pytest.MonkeyPatch.context() as patched:
         patched.setattr(socket.socket, "sendmsg", sendmsg)
+        patched.setattr(services.forwarder.mixed_rows, "send", send)
         sink = listen(opened)
         account = Sent(opened, make_client("c", sink.getsockname()[1]), segmentation=segmentation).send(
             make_batch(sent)
@@ -106,3 +131,58 @@ def test_few_hold_exactly_the_selected_rows(found: list[tuple[int, int]], larges
     assert b"".join(bytes(piece) for pieces in few.sends for piece in pieces) == b"".join(wanted)
     assert all(rows == 1 for rows in few.rows) or few.segment
     assert not few.segment or (few.segment <= largest and few.segment == len(wanted[0]))
+
+
+VECTOR = Vector()
+"""One for all tests, as a forwarder has: what earlier rows left in its memory must not show."""
+
+
+@given(payloads, st.sampled_from([0, 100, 1472]), st.integers(1, 3), st.data())
+def test_mixed_rows_hold_exactly_the_selected_ones(
+    found: list[tuple[int, int]], largest: int, exporters: int, data: st.DataObject
+) -> None:
+    """Each exporter's rows are sent once and in order; a send is cut at one length, and its last may be shorter."""
+    every = [size for size, count in found for _ in range(count)]
+    sources = [f"192.0.2.{number}" for number in range(1, exporters + 1)]
+    batch = Gathered([make_batch([bytes([n % 255 + 1]) * size for n, size in enumerate(every)], sources)])
+    chosen = data.draw(st.none() | st.lists(st.booleans(), min_size=len(batch), max_size=len(batch)).filter(any))
+    rows = None if chosen is None else np.flatnonzero(np.array(chosen, np.bool_))
+    mixed = mixed_of(batch, rows, largest, VECTOR)
+    if mixed is None:
+        assert len(batch) > MIXED_ROWS
+        return
+    wanted = list(range(len(batch))) if rows is None else rows.tolist()
+    assert mixed.rest(0, rows).tolist() == wanted
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(services.forwarder.mixed_rows, "send", lambda *_: (0, 0))
+        with socket.socket() as sock:
+            mixed.send(sock)
+    messages = VECTOR.messages[: len(mixed.rows)]
+    sent = [sizes_of(message) for message in messages]
+    assert [(len(each), sum(each)) for each in sent] == list(zip(mixed.rows, mixed.sizes, strict=True))
+    assert sorted(size for each in sent for size in each) == sorted(every[row] for row in wanted)
+    for message, each in zip(messages, sent, strict=True):
+        segment = segment_of(message)
+        assert not segment or (set(each[:-1]) == {segment} and 0 < each[-1] <= segment <= largest)
+        assert bool(segment) == (len(each) > 1)
+    left = [set(mixed.rest(number, rows).tolist()) for number in range(len(sent) + 1)]
+    gone = [sorted(before - after) for before, after in pairwise(left)]
+    for exporter in range(exporters):
+        assert [row for each in gone for row in each if row % exporters == exporter] == [
+            row for row in wanted if row % exporters == exporter
+        ]
+
+
+def sizes_of(message: Any) -> list[int]:
+    """The sizes of the pieces of a message."""
+    memory = ctypes.string_at(int(message["iov"]), int(message["iovlen"]) * mmsg.IOVEC.itemsize)
+    sizes: list[int] = np.frombuffer(memory, mmsg.IOVEC)["len"].tolist()
+    return sizes
+
+
+def segment_of(message: Any) -> int:
+    """The length at which the kernel cuts a message; 0 where it does not."""
+    if not message["control"]:
+        return 0
+    control = np.frombuffer(ctypes.string_at(int(message["control"]), int(message["controllen"])), CONTROL)[0]
+    return int(control["size"])
