@@ -246,7 +246,7 @@ class Site:
         return sum(self._came[port].total() for port in PORTS[name])
 
 
-@pytest.mark.parametrize("changes", [60, pytest.param(10_000, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("changes", [40, pytest.param(10_000, marks=pytest.mark.soak)])
 def test_each_datagram_comes_once_whatever_changes(open_stack: OpenStack, changes: int) -> None:
     """Collectors join, leave, move and change, rules follow late, and the forwarder is restarted under it."""
     open_stack.configure(f'{PATIENT}[offload]\ninterfaces = ["lo"]\n{STREAM}')

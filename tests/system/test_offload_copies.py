@@ -219,6 +219,7 @@ def around(stack: OpenStack, draw: random.Random) -> Iterator[Around]:
             for name in ("broker", "gateway", "forwarder", "ingest", "transmitter", "offload"):
                 stack.start(name)
         yield Around(stack, site, opened, draw)
+        stack["offload"].stop()
 
 
 @pytest.mark.parametrize("changes", [40, pytest.param(10_000, marks=pytest.mark.soak)])
