@@ -32,7 +32,7 @@ UNKNOWN4, UNKNOWN6 = V4_MAPPED + bytes(4), bytes(16)
 """The unspecified addresses, as a destination that is not known."""
 
 _BLOCK: Final = [
-    ("pad", "V3"),
+    ("pad", "V4"),
     ("trailer", "<u4"),
     ("type", "<u4"),
     ("block_length", "<u4"),
@@ -68,8 +68,11 @@ HEAD4: Final = np.dtype([
     *_UDP,
     ("room", "V20"),
 ])  # fmt: skip
-"""The bytes between two payloads: the end of one block (padding, its length again), and the beginning of the next."""
-PAD, TRAILER, BLOCK_HEAD = 3, 4, 28
+"""The bytes between two payloads: the end of one block (padding, its length again), and the beginning of the next.
+
+Of the four bytes of padding at most three are written.
+"""
+PAD, TRAILER, BLOCK_HEAD = 4, 4, 28
 BEFORE_IP: Final = PAD + TRAILER + BLOCK_HEAD
 assert HEAD4.itemsize == HEAD6.itemsize == BEFORE_IP + 48
 
@@ -105,14 +108,18 @@ def make_option(code: int, value: bytes = b"") -> bytes:
     return struct.pack("<HH", code, len(value)) + value + bytes(-len(value) % 4)
 
 
-def packet_heads(
-    batch: DatagramBatch, rows: Indices, destination: Destination, options: int = 0
-) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return the bytes before each payload of these n rows and behind the last: uint8, shape (n + 1, HEAD6.itemsize).
+Heads = tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64], npt.NDArray[np.int64]]
+
+
+def packet_heads(batch: DatagramBatch, rows: Indices | None, destination: Destination, options: int = 0) -> Heads:
+    """Return the bytes before each payload of these n rows and behind the last, uint8, shape (n + 1, m).
 
     And the offsets at which it begins and ends in each line, int64, shape (n + 1,) each. The first packet's block has
-    room for this many bytes of options, which go behind its payload and padding.
+    room for this many bytes of options, which go behind its payload and padding. None: all rows.
     """
+    if rows is None and all_ipv4(batch):
+        return _heads_of_four(batch, destination, options)
+    rows = np.arange(len(batch)) if rows is None else rows
     count = len(rows)
     lengths = batch.lengths[rows]
     addresses = batch.rows["address"][rows]
@@ -139,12 +146,60 @@ def packet_heads(
             fill(head, addresses[some], destination)
             if len(some) < count:
                 of_family[some] = head
-    _complete_six(batch, rows, heads6, six)
+    if len(six):
+        heads6["udp_checksum"][six] = _checksums_of_six(batch, rows[six], heads6[six])
     begins, ends = np.full(count + 1, PAD), np.full(count + 1, PAD + TRAILER)
     begins[0] = PAD + TRAILER
     begins[1:] -= padding
     ends[:count] = BEFORE_IP + captured - lengths
     return lines, begins, ends
+
+
+def all_ipv4(batch: DatagramBatch) -> bool:
+    """Return whether every source is an IPv4 address."""
+    words = _words(batch)
+    return bool(((words[:, 3] == _MAPPED) & ((words[:, 1] | words[:, 2]) == 0)).all())
+
+
+def _words(batch: DatagramBatch) -> npt.NDArray[np.uint32]:
+    """Return rows as five numbers each, shape (n, 5): length and, above it, port; then the address."""
+    return np.ascontiguousarray(batch.rows).view("<u4").reshape(len(batch), -1)
+
+
+def _heads_of_four(batch: DatagramBatch, destination: Destination, options: int) -> Heads:
+    """Do as `packet_heads` for a batch of IPv4 alone, in half the time: lines of 16 numbers, filled by column."""
+    count, words = len(batch), _words(batch)
+    template = _FOUR.copy()
+    template[5], template[6] = batch.received_ns >> 32 & 0xFFFFFFFF, batch.received_ns & 0xFFFFFFFF
+    template[13] = int.from_bytes(destination.four[12:], "little")
+    template[14] = int.from_bytes(destination.port.to_bytes(2), "little") << 16
+    lines = np.empty((count + 1, len(template)), "<u4")
+    lines[:] = template
+    halves = lines.view("<u2")
+    length = words[:, 0] & 0xFFFF
+    captured = length + (20 + UDP_SIZE)
+    size = (captured + 3 & 0xFFFFFFFC) + (BLOCK_HEAD + TRAILER)
+    size[0] += options
+    lines[1:, 1] = lines[:-1, 3] = size
+    lines[:-1, 7] = lines[:-1, 8] = captured
+    halves[:-1, 19] = captured.astype(">u2").view("<u2")
+    lines[:-1, 12] = words[:, 4]
+    halves[:-1, 28] = (words[:, 0] >> 16).astype(">u2").view("<u2")
+    halves[:-1, 30] = (length + UDP_SIZE).astype(">u2").view("<u2")
+    # RFC 1071, 2(B): the sum may be taken in either byte order.
+    sums = halves[:-1, 18:28].sum(axis=1, dtype=np.uint32)
+    sums = (sums & 0xFFFF) + (sums >> 16)
+    halves[:-1, 23] = ~((sums & 0xFFFF) + (sums >> 16)) & 0xFFFF
+    begins, ends = np.empty(count + 1, np.int64), np.full(count + 1, 64)
+    begins[0], begins[1:] = PAD + TRAILER, PAD - (-captured.astype(np.int64) & 3)
+    ends[-1] = PAD + TRAILER
+    return lines.view(np.uint8), begins, ends
+
+
+_MAPPED: Final = int.from_bytes(V4_MAPPED[8:], "little")
+_FOUR: Final = np.zeros(16, "<u4")
+_FOUR[2], _FOUR[9], _FOUR[11] = ENHANCED, 0x45, UDP << 8 | HOP_LIMIT
+"""The line of a packet of IPv4: padding, trailer, the seven numbers of a block's head, five of IP, two of UDP."""
 
 
 def _fill_four(head: npt.NDArray[np.void], sources: npt.NDArray[np.uint8], destination: Destination) -> None:
@@ -164,14 +219,19 @@ def _fill_six(head: npt.NDArray[np.void], sources: npt.NDArray[np.uint8], destin
     head["source"], head["destination"] = sources, np.frombuffer(destination.six, np.uint8)
 
 
-def _complete_six(batch: DatagramBatch, rows: Indices, heads: npt.NDArray[np.void], six: Indices) -> None:
-    """Fill in UDP checksums, which IPv6 demands (RFC 8200, 8.1)."""
-    payload, offsets = memoryview(batch.payload), batch.offsets
-    for at in six.tolist():
-        head, start = heads[at], int(offsets[rows[at]])
-        length = int(head["udp_length"])
-        ends = head["source"].tobytes() + head["destination"].tobytes()
-        rest = struct.pack("!II4H", length, UDP, head["source_port"], head["port"], length, 0)
-        text = payload[start : start + length - UDP_SIZE]
-        # Modulo 65535 the bytes read as one number are the sum of their 16-bit words, since 65536 is 1.
-        heads["udp_checksum"][at] = 0xFFFF - int.from_bytes(ends + rest + text + bytes(length % 2)) % 0xFFFF
+def _checksums_of_six(
+    batch: DatagramBatch, rows: Indices, heads: npt.NDArray[np.void]
+) -> npt.NDArray[np.unsignedinteger]:
+    """Return UDP checksums, which IPv6 demands (RFC 8200, 8.1), of rows whose headers are there."""
+    ends = np.concatenate([heads["source"], heads["destination"]], axis=1).view(">u2").sum(axis=1, dtype=np.int64)
+    rest = 2 * heads["udp_length"].astype(np.int64) + UDP + heads["source_port"] + heads["port"]
+    # Sums of the bytes before each place, at even places and at odd ones.
+    payload = np.frombuffer(batch.payload, np.uint8) if len(batch.payload) else np.empty(0, np.uint8)
+    before = [np.concatenate([[0], np.cumsum(payload[parity::2], dtype=np.int64)]) for parity in (0, 1)]
+    starts = batch.offsets[rows]
+    stops = starts + batch.lengths[rows]
+    even = before[0][(stops + 1) // 2] - before[0][(starts + 1) // 2]
+    odd = before[1][stops // 2] - before[1][starts // 2]
+    high, low = np.where(starts % 2, odd, even), np.where(starts % 2, even, odd)
+    checksums: npt.NDArray[np.unsignedinteger] = (0xFFFF - (ends + rest + 256 * high + low) % 0xFFFF).astype(np.uint16)
+    return checksums

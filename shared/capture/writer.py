@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from shared.capture.pcapng import PAD, Destination, interface_block, packet_heads, section_block
 from shared.datagrams.batch import DatagramBatch, Indices
-from shared.datagrams.mmsg import IOVEC, addresses_of
+from shared.datagrams.mmsg import IOVEC
 
 MAX_PIECES: Final = os.sysconf("SC_IOV_MAX")
 _libc: Final = ctypes.CDLL(None, use_errno=True)
@@ -31,9 +31,8 @@ class CaptureWriter:
 
     def write(self, batch: DatagramBatch, rows: Indices | None = None, destination: Destination | None = None) -> None:
         """Write these rows of a batch in their order, by default all, at a destination other than the usual one."""
-        rows = np.arange(len(batch)) if rows is None else rows
-        written = PacketPieces(batch, rows, destination or self._destination)
-        written.append_to(self._descriptor)
+        if len(batch) and (rows is None or len(rows)):
+            PacketPieces(batch, rows, destination or self._destination).append_to(self._descriptor)
 
 
 class PacketPieces:
@@ -42,42 +41,32 @@ class PacketPieces:
     `options` go into the block of the first packet. The batch has to live as long as this object.
     """
 
-    def __init__(self, batch: DatagramBatch, rows: Indices, destination: Destination, options: bytes = b"") -> None:
+    def __init__(
+        self, batch: DatagramBatch, rows: Indices | None, destination: Destination, options: bytes = b""
+    ) -> None:
         lines, begins, ends = packet_heads(batch, rows, destination, len(options))
         payload = np.frombuffer(batch.payload, np.uint8) if len(batch.payload) else np.empty(0, np.uint8)
+        option = np.frombuffer(options, np.uint8) if options else None
         self._kept_alive = lines, payload, options
-        self._pieces = np.zeros(2 * len(rows) + 1, IOVEC)
-        self._fill(self._pieces, batch, rows, begins, ends)
-        if options:  # behind the first payload and its padding, before the rest of the second line
-            padding = self._pieces[2:3].copy()
-            padding["len"] = PAD - begins[1]
-            self._pieces["base"][2] += padding["len"][0]
-            self._pieces["len"][2] -= padding["len"][0]
-            option = np.array([(np.frombuffer(options, np.uint8).ctypes.data, len(options))], IOVEC)
-            self._pieces = np.concatenate([self._pieces[:2], padding, option, self._pieces[2:]])
-
-    def _fill(
-        self,
-        pieces: npt.NDArray[np.void],
-        batch: DatagramBatch,
-        rows: Indices,
-        begins: npt.NDArray[np.int64],
-        ends: npt.NDArray[np.int64],
-    ) -> None:
-        lines, payload, _ = self._kept_alive
-        pieces["base"][::2] = addresses_of(lines, lines.strides[0], len(lines)) + begins.astype(np.uint64)
-        pieces["len"][::2] = ends - begins
-        pieces["base"][1::2] = payload.ctypes.data + batch.offsets[rows].astype(np.uint64)
-        pieces["len"][1::2] = batch.lengths[rows]
-
-    @property
-    def size(self) -> int:
-        """Bytes of all pieces together."""
-        return int(self._pieces["len"].sum())
+        ahead = 2 if option is not None else 0
+        # Pairs of address and size; with options two more, behind the first payload and its padding.
+        self._pieces = np.empty((2 * len(lines) - 1 + ahead, 2), np.uint64)
+        pieces, offsets, lengths = self._pieces[ahead:], batch.offsets[:-1], batch.lengths
+        if rows is not None:
+            offsets, lengths = offsets[rows], lengths[rows]
+        pieces[::2, 0] = np.arange(len(lines)) * lines.strides[0] + lines.ctypes.data + begins
+        pieces[::2, 1] = ends - begins
+        pieces[1::2, 0], pieces[1::2, 1] = offsets + payload.ctypes.data, lengths
+        if option is not None:
+            padding = PAD - int(begins[1])
+            self._pieces[:2] = pieces[:2]
+            self._pieces[2] = pieces[2, 0], padding
+            self._pieces[3] = option.ctypes.data, len(option)
+            self._pieces[4] = pieces[2, 0] + np.uint64(padding), pieces[2, 1] - np.uint64(padding)
 
     def append_to(self, descriptor: int) -> None:
         """Write all. OSError of the kernel, after part of it perhaps."""
-        _write_pieces(descriptor, self._pieces)
+        _write_pieces(descriptor, self._pieces.view(IOVEC)[:, 0])
 
 
 def _write_pieces(descriptor: int, pieces: npt.NDArray[np.void]) -> None:
@@ -90,6 +79,9 @@ def _write_pieces(descriptor: int, pieces: npt.NDArray[np.void]) -> None:
             if (number := ctypes.get_errno()) == errno.EINTR:
                 continue
             raise OSError(number, os.strerror(number))
+        if written == int(some["len"].sum()):
+            at += len(some)
+            continue
         ends = np.cumsum(some["len"])
         done = int(np.searchsorted(ends, written, "right"))
         at += done

@@ -21,6 +21,7 @@ from shared.capture.pcapng import (
     TRAILER,
     UDP_SIZE,
     Destination,
+    all_ipv4,
     make_option,
 )
 from shared.capture.writer import PacketPieces
@@ -92,17 +93,17 @@ class Record:
 
     def __init__(self, identity: Identity, batch: DatagramBatch, began_ns: int, destination: Destination) -> None:
         packed = pack_payload(batch)
-        lengths = batch.lengths
-        is_six = _is_six(batch)
-        families = int(is_six[0]) if (is_six == is_six[0]).all() else MIXED
-        captured = lengths + (HEADERS4, HEADERS6)[families] if families != MIXED else lengths + HEADERS4 + 20 * is_six
+        families, captured = ALL_FOUR, batch.lengths + HEADERS4
+        if not all_ipv4(batch):
+            is_six = _is_six(batch)
+            families, captured = ALL_SIX if is_six.all() else MIXED, captured + 20 * is_six
         worker, stream = identity.worker.encode(), batch.stream.encode()
         tail = worker + stream + batch.rows["length"].tobytes()
         if families == MIXED:
             tail += np.packbits(is_six).tobytes()
         data_size = _FIXED.size + len(tail)
         options_size = OPTION_HEAD + data_size + -data_size % 4 + 4
-        size = int((captured + -captured % 4).sum()) + len(batch) * (BLOCK_HEAD + TRAILER) + options_size
+        size = int((captured + 3 & ~3).sum()) + len(batch) * (BLOCK_HEAD + TRAILER) + options_size
         option_at = BLOCK_HEAD + int(captured[0]) + -int(captured[0]) % 4 + OPTION_HEAD
         numbers = (began_ns, batch.received_ns, identity.boot, identity.sequence, identity.total)
         names = (len(worker), len(stream))
@@ -111,7 +112,7 @@ class Record:
         data = data[:8] + struct.pack("<I", crc) + data[12:]
         options = make_option(CUSTOM_BYTES, ENTERPRISE + data) + make_option(END_OF_OPTIONS)
         self._batch = packed
-        self._pieces = PacketPieces(packed, np.arange(len(batch)), destination, options)
+        self._pieces = PacketPieces(packed, None, destination, options)
         self.size = size
 
     def append_to(self, descriptor: int) -> None:
