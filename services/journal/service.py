@@ -113,12 +113,14 @@ class JournalService:
         readiness = Readiness(self.name, self._settings.bus, lambda: self._publisher.ready)
         reload = Reload(self.name, lifecycle, self._settings, self._apply_settings)
         with select.epoll() as waking:
-            for descriptor in (self._subscriber.fileno(), self._publisher.fileno(), lifecycle.fileno()):
+            signals = lifecycle.fileno()
+            for descriptor in (self._subscriber.fileno(), self._publisher.fileno(), signals):
                 waking.register(descriptor, select.EPOLLIN)
             more = True
             while not lifecycle.draining:
-                waking.poll(0 if more or self._readers else max(0.0, self._due_at - time.monotonic()))
-                lifecycle.heed()
+                woken = waking.poll(0 if more or self._readers else max(0.0, self._due_at - time.monotonic()))
+                if any(descriptor == signals for descriptor, _ in woken):
+                    lifecycle.heed()
                 more = self._turn() == TURN_MESSAGES
                 self._keep_up()
                 reload.check()

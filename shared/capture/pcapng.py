@@ -117,7 +117,7 @@ def packet_heads(batch: DatagramBatch, rows: Indices | None, destination: Destin
     And the offsets at which it begins and ends in each line, int64, shape (n + 1,) each. The first packet's block has
     room for this many bytes of options, which go behind its payload and padding. None: all rows.
     """
-    if rows is None and all_ipv4(batch):
+    if rows is None and batch.all_ipv4:
         return _heads_of_four(batch, destination, options)
     rows = np.arange(len(batch)) if rows is None else rows
     count = len(rows)
@@ -155,20 +155,9 @@ def packet_heads(batch: DatagramBatch, rows: Indices | None, destination: Destin
     return lines, begins, ends
 
 
-def all_ipv4(batch: DatagramBatch) -> bool:
-    """Return whether every source is an IPv4 address."""
-    words = _words(batch)
-    return bool(((words[:, 3] == _MAPPED) & ((words[:, 1] | words[:, 2]) == 0)).all())
-
-
-def _words(batch: DatagramBatch) -> npt.NDArray[np.uint32]:
-    """Return rows as five numbers each, shape (n, 5): length and, above it, port; then the address."""
-    return np.ascontiguousarray(batch.rows).view("<u4").reshape(len(batch), -1)
-
-
 def _heads_of_four(batch: DatagramBatch, destination: Destination, options: int) -> Heads:
     """Do as `packet_heads` for a batch of IPv4 alone, in half the time: lines of 16 numbers, filled by column."""
-    count, words = len(batch), _words(batch)
+    count, words = len(batch), batch.words
     template = _FOUR.copy()
     template[5], template[6] = batch.received_ns >> 32 & 0xFFFFFFFF, batch.received_ns & 0xFFFFFFFF
     template[13] = int.from_bytes(destination.four[12:], "little")
@@ -196,7 +185,6 @@ def _heads_of_four(batch: DatagramBatch, destination: Destination, options: int)
     return lines.view(np.uint8), begins, ends
 
 
-_MAPPED: Final = int.from_bytes(V4_MAPPED[8:], "little")
 _FOUR: Final = np.zeros(16, "<u4")
 _FOUR[2], _FOUR[9], _FOUR[11] = ENHANCED, 0x45, UDP << 8 | HOP_LIMIT
 """The line of a packet of IPv4: padding, trailer, the seven numbers of a block's head, five of IP, two of UDP."""

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shared.datagrams.limits import MAX_DATAGRAM, MAX_ROWS, ROW_SIZE
-from shared.net.addresses import unpack_address
+from shared.net.addresses import V4_MAPPED, unpack_address
 
 FEW_ROWS: Final = 64
 """Lengths of so few are sooner summed up as plain numbers."""
@@ -24,6 +24,8 @@ ROW: Final = np.dtype([("length", "<u2"), ("port", "<u2"), ("address", "u1", (16
 """One datagram's columns, 20 bytes: payload length, source port, source address (IPv4 mapped into IPv6)."""
 assert ROW.itemsize == ROW_SIZE
 
+MAPPED: Final = int.from_bytes(V4_MAPPED[8:], "little")
+"""The third word of an IPv4 address mapped into IPv6; the two before it are 0."""
 Rows = npt.NDArray[np.void]
 Indices = npt.NDArray[np.intp]
 Generations = npt.NDArray[np.uint16]
@@ -68,6 +70,17 @@ class DatagramBatch:
         offsets = np.zeros(len(self.rows) + 1, np.int64)
         np.cumsum(self.lengths, out=offsets[1:])
         return offsets
+
+    @cached_property
+    def words(self) -> npt.NDArray[np.uint32]:
+        """Rows as five numbers each, uint32, shape (n, 5): length and, above it, port; then the address. A view."""
+        return np.ascontiguousarray(self.rows).view("<u4").reshape(len(self.rows), -1)
+
+    @cached_property
+    def all_ipv4(self) -> bool:
+        """Return whether every source is an IPv4 address."""
+        words = self.words
+        return bool(((words[:, 3] == MAPPED) & ((words[:, 1] | words[:, 2]) == 0)).all())
 
     def check(self) -> None:
         """Raise ValueError when an invariant does not hold."""

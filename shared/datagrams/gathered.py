@@ -12,7 +12,7 @@ from typing import Final, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from shared.datagrams.batch import FEW_ROWS, ROW, DatagramBatch, Generations, Indices, Rows
+from shared.datagrams.batch import FEW_ROWS, MAPPED, ROW, DatagramBatch, Generations, Indices, Rows
 from shared.datagrams.limits import MAX_ROWS
 from shared.net.addresses import V4_MAPPED
 
@@ -20,8 +20,6 @@ MAX_GATHERED: Final = 4 * MAX_ROWS
 """Rows; more would save little, and delay the first of them."""
 MAX_GATHERED_PAYLOAD: Final = 8 << 20
 """Bytes; from here on no further batch is added."""
-MAPPED: Final = int.from_bytes(V4_MAPPED[8:], "little")
-"""The third word of an IPv4 address mapped into IPv6; the two before it are 0."""
 Mask = npt.NDArray[np.bool_]
 Words = npt.NDArray[np.uint32]
 

@@ -21,7 +21,6 @@ from shared.capture.pcapng import (
     TRAILER,
     UDP_SIZE,
     Destination,
-    all_ipv4,
     make_option,
 )
 from shared.capture.writer import PacketPieces
@@ -92,9 +91,9 @@ class Record:
     """A batch ready to be written: its blocks in memory, and how many bytes they are."""
 
     def __init__(self, identity: Identity, batch: DatagramBatch, began_ns: int, destination: Destination) -> None:
-        packed = pack_payload(batch)
+        packed = batch = pack_payload(batch)
         families, captured = ALL_FOUR, batch.lengths + HEADERS4
-        if not all_ipv4(batch):
+        if not batch.all_ipv4:
             is_six = _is_six(batch)
             families, captured = ALL_SIX if is_six.all() else MIXED, captured + 20 * is_six
         worker, stream = identity.worker.encode(), batch.stream.encode()
