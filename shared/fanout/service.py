@@ -275,7 +275,7 @@ class CopyService(ABC, Generic[D]):
     def _gather(self, batch: DatagramBatch, joining: Collection[str]) -> None:
         """Let a batch wait for others of its stream that have come too, up to the limits."""
         if joining or not self._gathered.has_room(batch):
-            self._send_gathered(batch.stream)
+            self._send_all()
         self._taken += len(batch.payload)
         if not self._gathered.add(batch) or joining:
             self._send_gathered(batch.stream, joining)

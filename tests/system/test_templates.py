@@ -1,6 +1,8 @@
 """Collectors of flow streams join between templates, and have them all the same."""
 
 import socket
+import threading
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
@@ -9,7 +11,7 @@ from typing import Any, Self
 
 import pytest
 
-from shared.net.sockets import enlarge_receive_buffer
+from shared.net.sockets import enlarge_receive_buffer, kernel_drops
 from tests.builders import BusEnds, accounts_when
 from tests.openly import OpenStack
 from tests.services.ingest.flows import exported
@@ -259,3 +261,59 @@ def test_shares_filters_and_orders_of_an_admin(stack: Stack, exporters: list[Exp
         assert all(knows([each for some in got.values() for each in some], exporter) for exporter in exporters)
         code, said, _ = stack.run("ledger")
         assert code == 0, said
+
+
+@pytest.mark.parametrize("source", ["relay", "original"])
+@pytest.mark.parametrize("count", [4, pytest.param(200, marks=pytest.mark.soak)])
+def test_joining_under_load(open_stack: OpenStack, source: str, count: int) -> None:
+    """Collectors that join while datagrams flow miss no template, and others lose nothing."""
+    start(open_stack, ingest=2)
+    with ExitStack() as opened:
+        many = [
+            opened.enter_context(Exporter(version, f"127.{version}.{number // 200}.{number % 200 + 1}"))
+            for version in PORTS
+            for number in range(count)
+        ]
+        for number, exporter in enumerate(many):
+            exporter.domain = number
+        steady = opened.enter_context(Collector("steady", source=source)).join()
+        for exporter in many:
+            exporter.tell()
+        stop = threading.Event()
+
+        def flood() -> None:
+            while not stop.is_set():
+                for exporter in many:
+                    exporter.flow()
+                    time.sleep(0.0002)
+
+        flooding = threading.Thread(target=flood)
+        flooding.start()
+        try:
+            for number in range(5):
+                joined = opened.enter_context(Collector(f"siem{number}", source=source))
+                joined.join()
+                known: dict[int, dict[int, bytes]] = defaultdict(dict)
+                numbers, due = dict[int, int](), dict[int, int]()
+                while len(numbers) < len(many):
+                    kept = read(joined.sock.recv(65_535))
+                    for kind, content in kept.sets:
+                        if kind < 256:
+                            known[kept.domain][int.from_bytes(content[:2])] = content
+                        else:
+                            assert kind in known[kept.domain] or kernel_drops(joined.sock)
+                    if kept.sets[-1][0] == 256:
+                        numbers.setdefault(kept.domain, kept.number)
+                    else:
+                        due[kept.domain] = kept.number + takes(kept, kept.version)
+                assert kernel_drops(joined.sock) == 0, "this host is too busy"
+                assert numbers == due
+                assert all({256, 300} <= known[number].keys() for number in range(len(many)))
+        finally:
+            stop.set()
+            flooding.join()
+        came = steady.take([exporter.sent[-1] for exporter in many])
+        if source == "original":
+            assert {exporter.source: exporter.sent for exporter in many} == came
+        else:
+            assert sum(map(len, came.values())) == sum(len(exporter.sent) for exporter in many)

@@ -15,9 +15,10 @@ from services.ingest.flows.sets import IPFIX, SET_HEADER, TEMPLATE_SETS, V9, Set
 from services.ingest.flows.template_cache import Arrived, Ready, TemplateCache
 from shared.datagrams.batch import DatagramBatch
 
-MAX_READ: Final = 16_384
-"""Bytes that may be read and kept a receive call, about: they cost 60 µs a KiB. An exporter that sends more is
-forgotten. What comes again is only recognized."""
+MAX_READ: Final = 1 << 20
+READ_PER_SECOND: Final = 512 << 10
+"""Bytes that may be read at once, and on average: they cost 60 µs a KiB. An exporter that sends more is forgotten. What
+comes again is only recognized. Hundreds of exporters may begin at the same time."""
 KEY_COST: Final = 32
 """Bytes of that for each key."""
 MAX_RENEWALS: Final = 4096
@@ -36,6 +37,8 @@ class TemplateReader:
         self.cache = TemplateCache()
         self.renewing = False
         self.renewals: list[Ready] = []
+        self._budget, self._budget_ns = MAX_READ, 0
+        """Bytes that may be read, as of a time."""
         self._options: Integers | None = np.zeros(0, np.int64)
         """The data sets that are options data, in order; None: find out again."""
 
@@ -66,21 +69,23 @@ class TemplateReader:
             return
         call = _Call(batch, words, rows, sets, version)
         waiting = call.pick(defining)  # in order, which a heap may be
-        queued, skipped, budget = {each.owner for each in waiting}, set[int](), MAX_READ
+        queued, skipped = {each.owner for each in waiting}, set[int]()
+        self._refill(batch.received_ns)
         while waiting:
             picked = heapq.heappop(waiting)
             slot = int(slots[picked.owner])
             if slot in skipped or picked.owner < begun.get(slot, 0):
                 continue
             piece = self.cache.recognize(slot, picked.arrived)
-            if piece is None and budget <= 0:
+            if piece is None and self._budget <= 0:
                 skipped.add(slot)
                 self.forget(slot)
                 continue
             if piece is None:
                 known = self.cache.options_of(slot)
                 piece = self.cache.learn(slot, call.with_all_sets(picked))
-                budget -= sum(map(len, picked.arrived.sets)) + (len(piece.body) + KEY_COST * piece.keys if piece else 0)
+                self._budget -= sum(map(len, picked.arrived.sets))
+                self._budget -= len(piece.body) + KEY_COST * piece.keys if piece else 0
                 if self.cache.options_of(slot) != known:
                     self._options = None
                     fresh = np.isin(keys, [slot << 16 | id for id in self.cache.options_of(slot) - known])
@@ -91,6 +96,11 @@ class TemplateReader:
                             heapq.heappush(waiting, later)
             if piece is not None and self.renewing and len(self.renewals) < MAX_RENEWALS:
                 self.renewals.append(self.cache.renewal(slot, piece, picked.arrived))
+
+    def _refill(self, now_ns: int) -> None:
+        passed = max(0, now_ns - self._budget_ns)
+        self._budget = min(MAX_READ, self._budget + passed * READ_PER_SECOND // 10**9)
+        self._budget_ns = now_ns
 
     def _are_options(self, keys: Integers) -> npt.NDArray[np.bool_]:
         if self._options is None:
