@@ -1,5 +1,7 @@
 """The kernel's word on the rules: every copy decoded and verified as it came, and every datagram that went up."""
 
+import ipaddress
+import random
 import shutil
 import socket
 
@@ -84,6 +86,39 @@ def test_copies_are_made_by_their_terms_and_the_datagram_goes_up_as_it_came(
             assert {each.header.destination for each in by_port[9000 + number]} == {SIEMS[version][number]}
         counted = {name: packets for name, (packets, _) in site.table.counters().items()}
         assert counted == {f"c{100 + number}": len(keys[9000 + number]) for number in range(5)} | {f"c{version}": COUNT}
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_each_source_reaches_those_whose_prefixes_cover_it(version: int) -> None:
+    """However prefixes overlap, and whatever rules were there before, each collector gets what its own ask for."""
+    drawn, bits = random.Random(version), 32 if version == 4 else 128
+    nets = [ipaddress.ip_network(f"{at}/{bits - cut}", strict=False) for at in EXPORTERS[version] for cut in range(4)]
+    nets += [
+        ipaddress.ip_network(f"{RELAY[version]}/{bits - 8}", strict=False),
+        ipaddress.ip_network(f"{OUT[version]}"),
+    ]
+    with OffloadSite() as site, Capture(site.siem, "eth") as wire, exporters(site, version) as socks:
+        for generation in range(1, 9):
+            asked = [drawn.sample(nets, drawn.randrange(4)) for _ in range(20)]
+            relayed = {"source": packed(OUT[version]), "source_port": 4000}
+            copies = [
+                site.copy(
+                    place % 5, 9000 + place, version, counter=200 + place, prefixes=tuple(map(prefix, map(str, some)))
+                )
+                for place, some in enumerate(asked)
+            ]
+            copies = [msgspec.structs.replace(copy, **(relayed if drawn.randrange(2) else {})) for copy in copies]
+            site.table.replace(site.plan(copies, generation, version))
+            for number, sock in enumerate(socks):
+                sock.sendto(b"%d" % number, (RELAY[version], PORT))
+            wanted = sorted(
+                (9000 + place, b"%d" % number)
+                for place, some in enumerate(asked)
+                for number, source in enumerate(EXPORTERS[version])
+                if not some or any(ipaddress.ip_address(source) in net for net in some)
+            )
+            assert sorted((each.port, each.payload) for each in wire.read(len(wanted))) == wanted
+        wire.assert_quiet()
 
 
 def test_what_the_kernel_is_not_to_copy_goes_up_unmarked() -> None:
