@@ -90,7 +90,7 @@ def test_copies_are_made_by_their_terms_and_the_datagram_goes_up_as_it_came(
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_each_source_reaches_those_whose_prefixes_cover_it(version: int) -> None:
-    """However prefixes overlap, and whatever rules were there before, each collector gets what its own ask for."""
+    """Each collector gets what its own prefixes ask for, though they overlap, and other rules were there before."""
     drawn, bits = random.Random(version), 32 if version == 4 else 128
     nets = [ipaddress.ip_network(f"{at}/{bits - cut}", strict=False) for at in EXPORTERS[version] for cut in range(4)]
     nets += [
