@@ -32,6 +32,8 @@ PAUSE_SECONDS: Final = (0.02, 0.25)
 PAUSE_SHARE: Final = 4
 """Pause between two questions, at least and at most, and in times that the last answers took: they may be long.
 Collectors that join meanwhile share the next one."""
+ANSWERING: Final = "ingest."
+"""Beginning of the names of those who keep templates; uplink does not read what other sites have sent."""
 BURST: Final = 64
 BURSTS: Final = 20
 """Datagrams that leave at once, and the bursts in which all leave unless these are too short: `Backlog.pace` is between
@@ -139,10 +141,11 @@ class TemplateDelivery(Generic[D]):
         """End the rounds that all living workers have answered, or for which there was time enough; begin others."""
         if not self:
             return
-        workers, now = streams.workers, self._clock()
+        known, now = streams.workers, self._clock()
+        workers = {worker for worker in known if worker[0].startswith(ANSWERING)}
         for stream, asked in list(self._rounds.items()):
             late = now >= asked.asked_at + PATIENCE_SECONDS
-            if not late and not (workers and workers <= asked.answered):
+            if not late and not (known and workers <= asked.answered):
                 continue
             if late and workers:
                 names = sorted(name for name, _ in workers - asked.answered)
@@ -156,7 +159,7 @@ class TemplateDelivery(Generic[D]):
 
     def before_batch(self, stream: str, worker: Worker) -> Collection[str]:
         """Send what is to be sent before a batch of a worker; return the collectors that get no copies of it yet."""
-        waiting = self._joining(stream, worker) if self else ()
+        waiting = self._joining(stream, worker) if self and worker[0].startswith(ANSWERING) else ()
         if self._came and (came := self._came.pop((stream, worker), None)):
             self._deliver(stream, came, self._renewed.get(stream, {}).keys() - waiting, came=True)
         return waiting

@@ -196,6 +196,16 @@ def test_a_collector_that_joins_gets_templates_first(
         account = accounts_when(bus, service, counted)["collector/siem"]
         assert account["templates"] == account["templates_sent"] == count
         assert "templates_sent" not in accounts_when(bus, service, lambda _: True)["collector/early"]
+        open_stack[service.partition(".")[0]].stop()
+        open_stack.start(service.partition(".")[0])
+        with Collector("later", source=source) as later:
+            later.join()
+            for exporter in exporters:
+                exporter.flow()
+            got = later.take([exporter.sent[-1] for exporter in exporters])
+            assert all(knows([each for some in got.values() for each in some], exporter) for exporter in exporters)
+            live = early.take([exporter.sent[-1] for exporter in exporters])
+            assert sum(map(len, live.values())) == len(exporters)  # and no templates: it had them all
 
 
 def knows(came: Sequence[bytes], exporter: Exporter) -> bool:

@@ -28,6 +28,7 @@ from tests.builders import make_batch, make_client, make_envelope
 
 STREAM = Stream(name="netflow", listen=("udp://127.0.0.1:2055",), protocol="netflow")
 WORKERS = [("ingest.1", 7), ("ingest.2", 8)]
+UPLINK = ("uplink.1", 9)
 OURS, THEIRS = "192.0.2.1", "198.51.100.1"
 
 
@@ -112,9 +113,10 @@ class Sender:
 
     def pass_time(self, seconds: float = PAUSE_SECONDS[1]) -> None:
         """Let what is due be done, then time pass, and what is due then be done."""
-        self.templates.settle(cast(FollowedStreams, SimpleNamespace(workers={*WORKERS})))
+        streams = cast(FollowedStreams, SimpleNamespace(workers={*WORKERS, UPLINK}))
+        self.templates.settle(streams)
         self.now += seconds
-        self.templates.settle(cast(FollowedStreams, SimpleNamespace(workers={*WORKERS})))
+        self.templates.settle(streams)
 
     def got(self, name: str) -> list[bytes]:
         """Return what a collector got since the last call; its account adds up, and tells copies from templates."""
@@ -222,6 +224,18 @@ def test_a_worker_that_does_not_answer_is_not_waited_for() -> None:
     assert line["workers"] == ["ingest.2"]
     sender.live(TWO, b"1")
     assert texts(sender.got("a")) == ["one", "1"]
+
+
+def test_nobody_waits_for_uplink() -> None:
+    """What other sites have sent goes to a collector at once: nobody keeps templates of that."""
+    sender = Sender()
+    sender.serve(make_client("a"))
+    sender.live(UPLINK, b"1")
+    for worker in WORKERS:
+        sender.answer(worker)
+    sender.pass_time(0)
+    assert not sender.templates
+    assert texts(sender.got("a")) == ["1"]
 
 
 def test_filters_and_orders_hold_for_templates() -> None:
