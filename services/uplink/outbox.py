@@ -62,6 +62,11 @@ class Outbox:
         return self.size < self._most
 
     @property
+    def waiting(self) -> bool:
+        """Return whether any message is not under way."""
+        return bool(self._waiting)
+
+    @property
     def empty(self) -> bool:
         """Return whether nothing waits, nor is under way."""
         return not self._known

@@ -49,6 +49,8 @@ TURN_MESSAGES: Final = 256
 SENDING: Final = "sending/"
 WAITING_SHARE: Final = 3
 """One part in this many of the memory ceiling may wait for JetStream."""
+FILL_SECONDS: Final = 0.02
+"""Time for which the bus is left alone while a message fills: its queue holds what comes in many times that."""
 BUSY_SECONDS: Final = 0.005
 """Time until a batch is tried again that the bus did not take."""
 RECONNECT_SECONDS: Final = (0.1, 5.0)
@@ -148,9 +150,10 @@ class Service:
                 lifecycle.heed()
                 reload.check()
                 readiness.check(site=self._uplink.site)
-                await self._pause(self._due_in())
+                await self._wait(self._due_in())
                 if exchange.done():
                     exchange.result()
+            loop.remove_reader(lifecycle.fileno())  # readable from now on
             await self._drain()
         finally:
             for descriptor in (self._batches.fileno(), self._publisher.fileno(), lifecycle.fileno()):
@@ -163,6 +166,18 @@ class Service:
     def _wake(self) -> None:
         if self._woken is not None and not self._woken.done():
             self._woken.set_result(None)
+
+    async def _wait(self, seconds: float) -> None:
+        """Wait for what comes; while a message fills, look at the bus now and then: to wake costs more than to read."""
+        if seconds <= 0 or not any(packer.datagrams for packer in self._packers.values()):
+            await self._pause(seconds)
+            return
+        loop, descriptor = asyncio.get_running_loop(), self._batches.fileno()
+        loop.remove_reader(descriptor)
+        try:
+            await self._pause(min(seconds, FILL_SECONDS))
+        finally:
+            loop.add_reader(descriptor, self._wake)
 
     async def _pause(self, seconds: float) -> None:
         """Let others run, and wait until there is something to do."""

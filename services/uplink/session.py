@@ -208,20 +208,22 @@ class Session:
                     self.ended.set()
                     return
             self.wake.clear()
-            pause = self._outbox.pause_left() or LOOK_SECONDS
-            await self.wait(self.wake, pause)
+            if pause := self._outbox.pause_left():
+                await self.wait(self.wake, pause)
+            else:
+                await self.wake.wait()
 
     async def _look_after(self) -> None:
         """Send again what is not acknowledged in time."""
         while True:
             await asyncio.sleep(LOOK_SECONDS)
+            self.wake.set()
             if self._outbox.overdue(ACKNOWLEDGE_SECONDS):
                 told = f"JetStream has not acknowledged a message within {ACKNOWLEDGE_SECONDS:g} s; is its disk full?"
                 self._fail(told)
 
     async def _note_ack(self, message: Msg) -> None:
         number = self._numbers.pop(message.subject.rpartition(".")[2], None)
-        self.wake.set()
         if number is None:
             return
         if (message.headers or {}).get("Status") == NO_RESPONDERS:
@@ -234,6 +236,8 @@ class Session:
             ack = Ack(AckError(description="an answer that can't be read"))
         if ack.error is None:
             self._outbox.acknowledge(number)
+            if self._outbox.waiting:
+                self.wake.set()
             self.troubles.end("JetStream", "JetStream acknowledges again")
         elif ack.error.err_code == TOO_LARGE:
             self._account[MESSAGES_REFUSED] += 1
