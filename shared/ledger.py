@@ -179,6 +179,8 @@ REPEATED: Final = "repeated"
 # uplink, account `uplink`
 CONNECTED: Final = "connected"
 """1 while there is a connection to a NATS server: a gauge."""
+SERVER_FAULTS: Final = "server_faults"
+"""Faults that were found with the NATS server, or with this site's stream there, at the last connection: a gauge."""
 SERVER_CONNECTIONS: Final = "server_connections"
 """Connections to NATS servers that were made."""
 MESSAGES_REFUSED: Final = "messages_refused"

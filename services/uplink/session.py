@@ -24,7 +24,7 @@ from services.uplink.outbox import Outbox
 from services.uplink.server_checks import check_server, check_stream, wanted_stream
 from services.uplink.subjects import kept_stream, site_subjects, unparse_subject
 from services.uplink.troubles import Troubles
-from shared.ledger import MESSAGES_REFUSED, SERVER_LIMIT, SERVER_REFUSED
+from shared.ledger import MESSAGES_REFUSED, SERVER_FAULTS, SERVER_LIMIT, SERVER_REFUSED
 from shared.log import get_logger
 from shared.net.addresses import Endpoint
 from shared.settings.uplink import Uplink
@@ -125,9 +125,14 @@ class Session:
                 f"can't connect to {endpoint}: it does not ask for TLS; set tls in the server's settings"
             )
         version = self.client.connected_server_version
+        self._account[SERVER_FAULTS] = 0
         for fault in check_server((version.major, version.minor, version.patch), self.client.max_payload):
-            log.warning(fault, server=str(endpoint))
+            self._note_fault(fault)
         return self
+
+    def _note_fault(self, fault: str) -> None:
+        self._account[SERVER_FAULTS] += 1
+        self.troubles.say(f"fault {fault}", fault)
 
     async def run(self, *others: Callable[[Self], Coroutine[Any, Any, None]]) -> None:
         """Send, and do what the others do with this connection, until it ends."""
@@ -265,7 +270,7 @@ class Session:
                     log.info("made the stream of this site in JetStream", stream=name, replicas=self.uplink.replicas)
                 self.troubles.end("stream", "the stream of this site is there")
                 for fault in check_stream(found, self.uplink):
-                    log.warning(fault)
+                    self._note_fault(fault)
                 break
             except (NatsError, OSError, TimeoutError, SessionError) as error:
                 told = str(error) if isinstance(error, SessionError) else f"can't find or make {name}: {reason(error)}"

@@ -84,6 +84,7 @@ PURE = (
     "services/operator/doctor/kernel_copies.py",
     "services/operator/doctor/listening.py",
     "services/operator/doctor/services.py",
+    "services/operator/doctor/uplink.py",
     "services/operator/doctor/network_paths.py",
     "services/operator/importing/pmacct.py",
     "services/operator/importing/receivers.py",

@@ -23,6 +23,7 @@ from services.operator.doctor.listening import check_listening
 from services.operator.doctor.listening_facts import listening_facts
 from services.operator.doctor.network_paths import check_network_paths
 from services.operator.doctor.services import check_services, senders_of_original
+from services.operator.doctor.uplink import check_uplink
 from shared.client import ALL_STREAMS
 from shared.ledger import Accounts
 from shared.monitoring.finding import Finding, error, ok, unseen, warning
@@ -89,6 +90,7 @@ def _examine(settings: Settings, gateway: Access, probed: Stream | None, config:
     yield from _check_settings(config, runs=facts.broker is not False)
     yield from check_services(facts, settings, collectors)
     yield from check_kernel_copies(settings, facts.accounts, heard_paths(settings))
+    yield from check_uplink(facts.accounts, settings)
     if (running := running_streams(settings)) is not None and (found := difference(running, settings)):
         yield warning("streams", found, CURE)
     yield from check_host_names(settings, hosts, None if silent else collectors)

@@ -1,0 +1,36 @@
+"""The uplink, where settings switch it on: heard, connected, and nothing lost on the way to other sites. No I/O."""
+
+from collections.abc import Iterator, Mapping
+from typing import Final
+
+from shared.ledger import CONNECTED, HELD, SERVER_FAULTS, Accounts, dropped
+from shared.losses import causes
+from shared.monitoring.finding import Finding, error, ok, warning
+from shared.settings.model import Settings
+
+NAME: Final = "uplink"
+LOG: Final = "see the uplink's log: it says what is wrong, and where"
+
+
+def check_uplink(accounts: Mapping[str, Accounts], settings: Settings) -> Iterator[Finding]:
+    """Yield every finding about it; none where there are no servers."""
+    if not settings.uplink.servers:
+        return
+    found = [kept for name, kept in accounts.items() if name.startswith("uplink.")]
+    if not found:
+        cure = "`systemctl enable --now fanwire-uplink`, or `fanwire run`"
+        yield error(NAME, "not heard on the bus: nothing goes to other sites, and nothing comes from there", cure)
+        return
+    (kept, *_) = found
+    own = kept.get("uplink", {})
+    waiting = sum(account.get(HELD, 0) for name, account in kept.items() if name.startswith("sending/"))
+    if not own.get(CONNECTED):
+        yield error(NAME, f"no connection to a NATS server; {waiting} datagrams wait for one", LOG)
+    elif faults := own.get(SERVER_FAULTS, 0):
+        yield warning(NAME, f"{faults} faults of the NATS server or of this site's stream there", LOG)
+    else:
+        yield ok(NAME, f"connected to a NATS server; {waiting} datagrams wait for it")
+    for name, account in sorted(kept.items()):
+        if name.startswith("sending/") and (lost := dropped(account)):
+            told = ", ".join(f"{count} {cause}" for cause, count in causes(account).items())
+            yield warning(NAME, f"{lost} datagrams did not get to JetStream: {told}", LOG, name.partition("/")[2])

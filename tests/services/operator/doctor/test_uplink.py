@@ -1,0 +1,50 @@
+import pytest
+
+from services.operator.doctor.uplink import check_uplink
+from shared.ledger import Accounts
+from shared.settings.model import Settings
+from shared.settings.uplink import Uplink
+
+ON = Settings(uplink=Uplink(servers=("nats://127.0.0.1:4222",), site="berlin"))
+
+
+def uplink(own: dict[str, int], **sending: int) -> dict[str, Accounts]:
+    """The accounts of an uplink that sends `flows`."""
+    return {"forwarder.1": {}, "uplink.1": {"uplink": own, "sending/flows": {"taken": 9, **sending}}}
+
+
+def test_an_uplink_that_is_off_is_not_asked_for() -> None:
+    """Without servers there is nothing to say."""
+    assert list(check_uplink(uplink({}), Settings())) == []
+
+
+@pytest.mark.parametrize(
+    ("accounts", "expected"),
+    [
+        ({"forwarder.1": {}}, [("error", "not heard on the bus: nothing goes to other sites, and nothing comes")]),
+        (uplink({"connected": 1}, held=3), [("ok", "connected to a NATS server; 3 datagrams wait for it")]),
+        (uplink({"connected": 0}, held=3), [("error", "no connection to a NATS server; 3 datagrams wait for one")]),
+        (
+            uplink({"connected": 1, "server_faults": 2}),
+            [("warning", "2 faults of the NATS server or of this site's stream there")],
+        ),
+        (
+            uplink({"connected": 1}, dropped_server_away=7, dropped_server_slow=1),
+            [
+                ("ok", "connected to a NATS server; 0 datagrams wait"),
+                ("warning", "8 datagrams did not get to JetStream: 7 server_away, 1 server_slow"),
+            ],
+        ),
+    ],
+)
+def test_what_is_wrong_is_found(accounts: dict[str, Accounts], expected: list[tuple[str, str]]) -> None:
+    """A missing uplink, one without connection, a bad server and losses are findings; else it is well."""
+    found = list(check_uplink(accounts, ON))
+    assert len(found) == len(expected)
+    for finding, (level, why) in zip(found, expected, strict=True):
+        assert finding.level == level
+        assert finding.why.startswith(why)
+        if "not heard" in why:
+            assert finding.cure == "`systemctl enable --now fanwire-uplink`, or `fanwire run`"
+        elif level != "ok":
+            assert finding.cure == "see the uplink's log: it says what is wrong, and where"
