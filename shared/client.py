@@ -21,6 +21,8 @@ Prefixes = Annotated[tuple[str, ...], Meta(max_length=256)]
 """Prefixes of one client, limited since readers check each: 56 of the largest clients fit a bus message."""
 Group = Annotated[str, Meta(max_length=64)]
 ALL_STREAMS = "*"
+MAX_PLACES: Final = 64
+"""Workers, each at each stream, whose place is known of one collector; the rest begin by time."""
 MAX_REASON: Final = 200
 """Characters of the reason for withholding."""
 MOST_WAITING: Final[dict[Source, int]] = {"relay": 65_536, "original": 4096}
@@ -83,17 +85,51 @@ class Withheld(msgspec.Struct, frozen=True):
     reason: Annotated[str, Meta(max_length=MAX_REASON)] = ""
 
 
+class Place(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """The place that a collector has reached in what a worker published on a stream since its boot.
+
+    `total` datagrams are behind it, and `sequence` is the number of the message that comes next; `received_ns` is the
+    time of the last one.
+    """
+
+    stream: str
+    worker: Annotated[str, Meta(pattern=r"^[a-z]+\.[0-9]{1,9}$")]
+    boot: Generation
+    sequence: Generation
+    total: Generation
+    received_ns: Generation = 0
+
+
+Places = Annotated[tuple[Place, ...], Meta(max_length=MAX_PLACES)]
+
+
+class Resume(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The past that a collector is to have of these streams before live copies of them; without any, of all.
+
+    Of a worker in `places` it gets what comes behind; of others what was received at `since_ns` or later. If the sender
+    of its copies has served the name under `generation`, it knows better where it has left.
+    """
+
+    since_ns: Generation
+    generation: Generation = 0
+    places: Places = ()
+    streams: Streams = ()
+
+
 class Client(CopyTerms, frozen=True, omit_defaults=True):
     """One entry on the bus. With `streams` it is a collector and gets copies at `address`, `port`; else it is a name.
 
     `generation` never repeats, so a late `renew` or `leave` can't touch a successor of the same name. A collector that
-    is `withheld` gets no copies until an admin releases it.
+    is `withheld` gets no copies until an admin releases it. One that has to `resume` gets the past first. One with
+    `catch_up` gets from the journal whatever it would otherwise miss.
     """
 
     generation: Generation
     address: str
     port: Annotated[int, Meta(ge=0, le=65_535)]
     withheld: Withheld | None = None
+    catch_up: bool = False
+    resume: Resume | None = None
 
     def __post_init__(self) -> None:
         if self.streams:  # the senders of copies rely on it

@@ -113,8 +113,13 @@ SENT: Final = "sent"
 """Copies for the collector that the kernel took. Only `AFTER_SENDING` tells of some that did not arrive."""
 HELD: Final = "held"
 """Datagrams that wait: for room in the send buffer (forwarder), until the next hop tells its link address
-(transmitter), or for JetStream (uplink). Only this, `templates_held`, `connected`, `exporters`, `memory` and
-`receive_errno` ever fall."""
+(transmitter), or for JetStream (uplink). Only this, `deferred`, `templates_held`, `connected`, `exporters`, `memory`
+and `receive_errno` ever fall."""
+DEFERRED: Final = "deferred"
+"""Datagrams that wait in the journal for a collector that was away, or that catches up: a gauge."""
+LEFT_BEHIND: Final = "left_behind"
+"""Datagrams that were deferred when the collector left, or signed up anew, or that did not reach it while it was away
+and caught up by itself. They are owed to its name, and are no loss of this account."""
 WITHHELD: Final = "withheld"
 """Datagrams not sent because the collector's port is closed, `[forwarder] withhold` (forwarder)."""
 WITHHELD_BY_ADMIN: Final = "withheld_by_admin"
@@ -222,6 +227,10 @@ DISK_FULL: Final = DROPPED + "disk_full"
 """Not kept, since the disk had no room (journal)."""
 DISK_ERROR: Final = DROPPED + "disk_error"
 """Not kept, since the disk failed (journal)."""
+EXPIRED_UNREAD: Final = DROPPED + "expired_unread"
+"""The journal removed them before the collector had caught up that far (forwarder, transmitter)."""
+NOT_JOURNALED: Final = DROPPED + "not_journaled"
+"""The collector was to have them from the journal, which never had them (forwarder, transmitter)."""
 LEFT: Final = DROPPED + "left"
 """Waited for a collector that left, or moved, whose own account has ended (account of forwarder or transmitter)."""
 
@@ -282,6 +291,7 @@ COLLECTOR_COUNTERS: Final = (
     *(MISSED, UNSERVED, UNSURE, STOPPED, BUFFER_FULL, NO_MEMORY, REFUSED, NOT_CONNECTED, REFUSALS, UNREACHABLES),
     *(PROHIBITED, QUEUE_FULL, NO_ROUTE, NO_NEIGHBOUR, INTERFACE_DOWN, OTHER_FAMILY, DESTINATION_REFUSED),
     *(SOURCE_REFUSED, RATE_LIMITED, OVER_SHARE, UNPLANNED, *TEMPLATE_COUNTERS),
+    *(LEFT_BEHIND, EXPIRED_UNREAD, NOT_JOURNALED),
 )
 """Counters that a collector's account may have, apart from drops that are named by an errno."""
 
@@ -362,7 +372,7 @@ def _equations(name: str, account: Mapping[str, int]) -> Iterator[tuple[int, str
         yield parts(REACHED), REACHED, parts(BASELINE, TAKEN, MISSED, UNSERVED)
     elif name.startswith("collector/"):
         yield parts(EXPECTED), EXPECTED, parts(OFFERED, MISSED, UNSERVED)
-        kept_back = parts(FILTERED, SAMPLED_OUT, SHARED_OUT, HELD, WITHHELD, WITHHELD_BY_ADMIN)
+        kept_back = parts(FILTERED, SAMPLED_OUT, SHARED_OUT, HELD, DEFERRED, LEFT_BEHIND, WITHHELD, WITHHELD_BY_ADMIN)
         yield parts(TEMPLATES), TEMPLATES, parts(TEMPLATES_SENT, TEMPLATES_HELD, TEMPLATES_LOST)
         yield parts(OFFERED), OFFERED, kept_back + parts(SENT, BY_KERNEL) + dropped(account) - parts(UNSERVED)
     elif name.startswith("journal/"):

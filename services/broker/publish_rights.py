@@ -6,7 +6,7 @@ A subscriber trusts the kind of a message, so a kind on a topic of another famil
 from typing import Final
 
 from shared.bus.fields import REPLAY_PREFIX, REPLY_PREFIX
-from shared.bus.journal_messages import JOURNAL_TOPIC
+from shared.bus.journal_messages import JOURNAL_TOPIC, catch_up_topic
 from shared.bus.messages import (
     AGAIN_PREFIX,
     REGISTRY_TOPIC,
@@ -25,8 +25,8 @@ TOPICS: Final[dict[str, frozenset[str]]] = {
     "broker": frozenset(),
     "gateway": frozenset({REGISTRY_TOPIC, TRANSMIT_TOPIC, serve_topic("relay"), serve_topic("original")}),
     "ingest": frozenset(),
-    "forwarder": frozenset({health_topic("relay"), JOURNAL_TOPIC}),
-    "transmitter": frozenset({health_topic("original"), JOURNAL_TOPIC}),
+    "forwarder": frozenset({health_topic("relay"), JOURNAL_TOPIC, catch_up_topic("relay")}),
+    "transmitter": frozenset({health_topic("original"), JOURNAL_TOPIC, catch_up_topic("original")}),
     "journal": frozenset(),
     "offload": frozenset({offload_topic("relay"), offload_topic("original"), PATHS_TOPIC}),
     "console": frozenset(),

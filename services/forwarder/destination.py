@@ -119,6 +119,15 @@ class Destination:
             except OSError:  # its route is gone
                 self._disconnect()
 
+    def read_errors(self) -> None:
+        """Note an ICMP error that has come since the last datagram was sent."""
+        if self._socket is not None:
+            self._note(self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+
+    def seek(self) -> None:
+        """Connect if that is possible now, and read what was answered."""
+        self.refresh()
+
     def _open(self) -> socket.socket | None:
         try:
             return open_socket(self.client, self._settings.send_buffer)

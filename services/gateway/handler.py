@@ -178,12 +178,15 @@ class Handler:
         self._announcer.announce_soon()
 
     def _register(self, request: Register | Confirm, peer: Peer, reply: Reply) -> None:
-        entry = self._grant(self._admission.decide(request, peer), peer)
+        granted = self._admission.decide(request, peer)
+        entry = self._grant(granted, peer)
 
         def finished() -> None:
             self._registry.refresh_condition(entry)
             receives = bool(entry.client.streams) and not entry.client.withheld
-            note = {} if receives else {"message": COPIES_WITHHELD if entry.client.withheld else RECEIVES_NOTHING}
+            note = {"message": granted.note} if granted.note else {}
+            if not receives:
+                note = {"message": COPIES_WITHHELD if entry.client.withheld else RECEIVES_NOTHING}
             reply(_succeed(request.id, client=show_client(self._registry, entry), receives=receives, **note))
 
         if entry.client.streams:
@@ -217,7 +220,7 @@ class Handler:
             finished()
 
     def _grant(self, granted: Grant, peer: Peer) -> Entry:
-        client, origin, ttl, hold, proven, _ = granted
+        client, origin, ttl, hold, proven, _, _ = granted
         entry = self._registry.grant(client, peer, origin, ttl=ttl, hold=hold, proven=proven)
         replaced = granted.replaced
         if replaced is not None and replaced.peer.id != peer.id and granted.origin is replaced.origin is Origin.JSON:

@@ -8,6 +8,7 @@ from msgspec.structs import asdict
 
 from services.gateway.registry.condition import Word
 from services.gateway.registry.entry import Entry, Event
+from services.gateway.registry.pasts import Progress
 from services.gateway.registry.registry import Registry
 from shared.client import ListedClient, Withheld
 
@@ -23,6 +24,9 @@ class View(ListedClient, frozen=True, kw_only=True):
     health_since: float | None
     lost: int
     withheld: Withheld | None
+    catch_up: bool | UnsetType = UNSET
+    catching_up: Progress | UnsetType = UNSET
+    """Only of one that gets from the journal what it misses; and of one that is being given it now."""
     host: str | UnsetType = UNSET
     """Its host name in the settings; only where it has one."""
 
@@ -30,8 +34,12 @@ class View(ListedClient, frozen=True, kw_only=True):
 def show_client(registry: Registry, entry: Entry) -> View:
     """Return an entry as it is shown now, in the condition of its last refresh."""
     client, condition = entry.client, entry.condition
+    shown = asdict(client)
+    del shown["resume"]
+    shown["catch_up"] = client.catch_up or UNSET
     return View(
-        **asdict(client),
+        **shown,
+        catching_up=registry.pasts.progress(entry) or UNSET,
         expires_in=registry.leases.expires_in(entry),
         health=condition.word,
         health_since=registry.seconds_in(condition) if client.streams else None,

@@ -30,6 +30,7 @@ from services.gateway.counters import (
 )
 from services.gateway.event_feed import EventFeed
 from services.gateway.handler import Handler
+from services.gateway.registry.pasts import Pasts
 from services.gateway.registry.registry import Registry
 from services.gateway.registry.store import Store
 from services.gateway.render import event_line, health_line
@@ -93,7 +94,10 @@ def run_gateway(settings: Settings, lifecycle: Lifecycle) -> None:
         tokens = _tokens(settings, declared, listeners)
         first_generation = max(store.generation + 1, time.time_ns() // 1000)
         preserve_seconds = settings.gateway.preserve_seconds
-        registry = Registry(_boot_time, first_generation, store.keep, preserve_seconds, store.group_secret)
+        pasts = Pasts(time.time, store.keep_pasts, settings.gateway.max_clients)
+        pasts.journaled = frozenset(settings.journaled)
+        pasts.restore(store.pasts)
+        registry = Registry(_boot_time, first_generation, store.keep, preserve_seconds, store.group_secret, pasts)
         registry.restore(store.entries, store.revision, store.withheld)
         destinations = _destinations(settings)
         configured = Configured(settings, destinations, registry)
@@ -304,6 +308,7 @@ class _Server:
             _readmit(self.registry, tokens, destinations)
         except OSError as error:
             raise OperatorError(FAILED, str(error.strerror)) from None
+        self.registry.pasts.journaled = frozenset(settings.journaled)
         self.destinations = self._admission.destinations = destinations
         self.tokens = self._handler.tokens = tokens
         self._handler.apply_settings(settings)
@@ -336,6 +341,8 @@ class _Server:
         if now >= self._loops_at:
             self._loops_at = now + LOOPS_SECONDS
             self.store.keep_file()
+            with contextlib.suppress(OSError):
+                self.registry.pasts.prune()
             with contextlib.suppress(OSError):  # the kernel can't tell just now
                 _expel_loops(self.destinations, self.registry)
 

@@ -93,7 +93,7 @@ class StreamFeed:
 
     def lend(self, size: int) -> Loan | None:
         """Return memory for a payload of `size` bytes that is to be lent; None when it is to go through the bus."""
-        if self._pool is None or size < LENT_SIZE or self._held.due_at or self._publisher.wanted(self._inline):
+        if self._pool is None or size < LENT_SIZE or self._held.whole or self._publisher.wanted(self._inline):
             return None
         return self._pool.lend()
 
@@ -120,7 +120,7 @@ class StreamFeed:
             self._shares.note(rows)
         if sent and loan and self._pool:
             self._pool.lent(loan)
-        elif sent and self._held.due_at:
+        elif sent and self._held.due_at and self._held.wants(self.stream):
             self._held.add(body, len(rows), rows.tobytes(), bytes(payload))
 
     def publish_few(
@@ -131,7 +131,7 @@ class StreamFeed:
         sent = self._publisher.publish(self.topic, body, None, (rows, payload), count)
         self.account[PUBLISHED if sent else BUS_FULL] += count
         self._totals[PUBLISHED] = self.account[PUBLISHED]
-        if sent and self._held.due_at:
+        if sent and self._held.due_at and self._held.wants(self.stream):
             self._held.add(body, count, rows, payload)
         if self._shares:
             self._shares.note(rows)

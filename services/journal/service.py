@@ -19,6 +19,7 @@ from shared.bus.messages import Datagrams, Message, Status
 from shared.bus.status import Reporter
 from shared.bus.zmq_sockets import Publisher, Subscriber, check_directory, new_context
 from shared.capture.destination import destination_of
+from shared.fanout.resumption import Resumption
 from shared.fanout.streams import FollowedStreams
 from shared.journal.directory import Lock, segments_in, streams_in
 from shared.journal.records import Identity
@@ -74,8 +75,11 @@ class JournalService:
         self._readers = Readers(self._publisher.publish, self._streams)
         self._followed = FollowedStreams(self._subscriber, bus.path, KeptFile(None))
         self._followed.restore(self._positions)
+        self._resumption = Resumption(self.name, self._subscriber)
         self._subscriber.subscribe(JOURNAL_TOPIC)
         self._followed.subscribe_to(self._journaled)
+        self._resumption.hand_over()  # from now on: it may be killed
+        self._resumption.begin(self._followed.workers_left, {})
         self._upkeep_at = self._sync_at = 0.0
         self._syncing = False
         return self
@@ -137,15 +141,18 @@ class JournalService:
         """Handle the messages that have come, up to a limit, and one reader; return the number of messages."""
         handled = 0
         while handled < TURN_MESSAGES and (message := self._subscriber.receive()):
-            self._take(message)
+            for each in self._resumption.order(message):
+                self._take(each)
             handled += 1
+        for each in self._resumption.overdue():
+            self._take(each)
         if self._readers:
             self._readers.answer()
         return handled
 
     def _take(self, message: Message) -> None:
         body, envelope, batch = message.body, message.envelope, message.batch
-        if batch is not None and type(body) is Datagrams:
+        if batch is not None and isinstance(body, Datagrams):
             if self._followed.note_batch(message.topic, envelope, len(batch)) is not None and len(batch):
                 identity = Identity(envelope.sender, envelope.boot, envelope.sequence, envelope.total)
                 self._streams[batch.stream].append(identity, batch)

@@ -106,6 +106,14 @@ class Destination:
             lost = self.unreachable or bool(egress.hop.state & NUD_FAILED) or self.held.waited_seconds >= LONG_SECONDS
         self.unreachable = lost
 
+    def read_errors(self) -> None:
+        """Do nothing: errors go to the exporter whose address the copies have."""
+
+    def seek(self) -> None:
+        """Ask the next hop for its link address, if it is not known."""
+        self.must_wait(self.egress)
+        self.refresh()
+
     def close(self) -> None:
         """Drop datagrams that still wait: the collector has gone, or has moved."""
         self.held.drop()

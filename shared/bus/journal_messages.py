@@ -6,16 +6,20 @@ comes until the reader asks again, so it sets the pace. The journal keeps nothin
 restarted goes on where the reader is.
 """
 
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 import msgspec
 from msgspec import Meta
 
 from shared.bus.fields import Number, ReplayTopic, SenderName, StreamName
+from shared.client import Place, Source
 
 JOURNAL_TOPIC: Final = "journal/"
 MAX_WORKERS: Final = 1024
 """Workers in a request, each with its position."""
+CATCH_UP_PREFIX: Final = "catchup/"
+MAX_BEHIND: Final = 64
+"""Collectors in one report of those that catch up, or have left."""
 MAX_PORTION_ROWS: Final = 1 << 16
 MAX_PORTION_PAYLOAD: Final = 8 * 1024 * 1024
 """The most of a stream in one portion: some milliseconds of the journal's time."""
@@ -94,3 +98,32 @@ class JournalPortion(msgspec.Struct, array_like=True, frozen=True, gc=False):
     missing: Number = 0
     error: str = ""
     message: str = ""
+
+
+class Behind(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """A collector that is owed the past: one that has `left`, that is `catching_up`, or that is `level` since.
+
+    It has had what is before its `places`, and of other workers what was received before `since_ns`. It is still to get
+    `rows`, the next of them received `age_ms` ago, at `per_second` datagrams a second; as far as is known.
+    """
+
+    name: Annotated[str, Meta(min_length=1, max_length=255)]
+    generation: Number
+    state: Literal["left", "catching_up", "level"]
+    since_ns: Number
+    places: Annotated[list[Place], Meta(max_length=1024)]
+    rows: Number = 0
+    age_ms: Number = 0
+    per_second: Number = 0
+
+
+class CatchUpReport(msgspec.Struct, array_like=True, frozen=True):
+    """Some of the collectors of a source that are owed the past; what is said of each stands for itself."""
+
+    source: Source
+    behind: Annotated[list[Behind], Meta(max_length=MAX_BEHIND)]
+
+
+def catch_up_topic(source: Source) -> str:
+    """The topic of the `CatchUpReport`s on a source's collectors; it begins with `CATCH_UP_PREFIX`."""
+    return f"{CATCH_UP_PREFIX}{source}/"

@@ -22,7 +22,7 @@ from msgspec import Meta
 from shared.bus.exporters_message import Exporters
 from shared.bus.fields import MAX_NUMBER, REPLAY_PREFIX, REPLY_PREFIX, Number, ReplyTopic, SenderName, StreamName
 from shared.bus.health_message import Health
-from shared.bus.journal_messages import JournalPortion, JournalRead, Replayed
+from shared.bus.journal_messages import CatchUpReport, JournalPortion, JournalRead, Replayed
 from shared.bus.offload_messages import KernelCopies, MarkGeneration, OffloadPaths, OffloadReply
 from shared.bus.packing import pack, pack_values, unpack
 from shared.bus.template_messages import Renewals, Templates
@@ -194,6 +194,7 @@ Body = (
     | OffloadPaths
     | Templates
     | Renewals
+    | CatchUpReport
 )
 
 KINDS: Final[dict[str, type[Body]]] = {
@@ -216,6 +217,7 @@ KINDS: Final[dict[str, type[Body]]] = {
     "offload.paths": OffloadPaths,
     "templates": Templates,
     "renewals": Renewals,
+    "catchup": CatchUpReport,
 }
 _NAMES: Final = {struct: kind for kind, struct in KINDS.items()}
 

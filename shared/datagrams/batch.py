@@ -82,6 +82,14 @@ class DatagramBatch:
         words = self.words
         return bool(((words[:, 3] == MAPPED) & ((words[:, 1] | words[:, 2]) == 0)).all())
 
+    def part(self, first: int, stop: int) -> "DatagramBatch":
+        """Return the rows from `first` up to `stop`, as views of these."""
+        if first == 0 and stop == len(self.rows):
+            return self
+        payload = memoryview(self.payload)[int(self.offsets[first]) : int(self.offsets[stop])]
+        marks = None if self.generations is None else self.generations[first:stop]
+        return DatagramBatch(self.stream, self.received_ns, self.rows[first:stop], payload, self.stride, marks)
+
     def check(self) -> None:
         """Raise ValueError when an invariant does not hold."""
         count = len(self.rows)

@@ -3,23 +3,26 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Final, Generic, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Final, Generic
 
 from shared.bus.kept_counts import Sheet
 from shared.client import ALL_STREAMS, Client
 from shared.datagrams.gathered import Gathered, Mask
 from shared.datagrams.routing import ALL_ROWS, Router, Selection, takes_all
-from shared.fanout.backlog import Backlog
 from shared.fanout.fair_shares import FairShares
 from shared.fanout.health import Checkup, Symptom
 from shared.fanout.kernel_copies import KernelRules
+from shared.fanout.past_routes import PastRoutes
+from shared.fanout.served import PASSED, UNSEEN, D, Served, count_rows
 from shared.ledger import (
     BASELINE,
     BY_KERNEL,
+    DEFERRED,
     EXPECTED,
     FILTERED,
     HELD,
+    LEFT_BEHIND,
     MISSED,
     OFFERED,
     OVER_SHARE,
@@ -40,50 +43,8 @@ from shared.ledger import (
 
 RETURN_SECONDS: Final = 10.0
 """Time for which a collector that has left may come back to its socket, queue and account: its connection was lost."""
-UNSEEN: Final = "unseen"
-PASSED: Final = "passed"
-MARKS: Final = (BASELINE, UNSEEN, PASSED)
 MAX_DEPARTED: Final = 256
 """Collectors kept for that; the first to leave go first."""
-
-
-class Destination(Protocol):
-    """The way in which one collector is reached."""
-
-    client: Client
-    held: Backlog
-
-    @property
-    def unreachable(self) -> bool:
-        """Return whether the way to it is known to be broken now."""
-
-    def adopt(self, client: Client) -> None:
-        """Serve another entry of the same address and port from now on."""
-
-    def refresh(self) -> None:
-        """Check, with every look, what may have changed on the way there."""
-
-    def close(self) -> None:
-        """Release what is held for it."""
-
-
-D = TypeVar("D", bound=Destination)
-
-
-@dataclass(slots=True)
-class Served(Generic[D]):
-    """A collector being served.
-
-    Its account is complete up to a moment. In `marks` are the datagrams that its streams had carried by then, BASELINE,
-    those that had reached us, UNSEEN, and those since then that its prefixes let pass, PASSED, where it has any or
-    takes only some of them. One that is `returning` was served by the last process too.
-    """
-
-    destination: D
-    account: Counter[str]
-    marks: Counter[str]
-    checkup: Checkup = field(default_factory=Checkup)
-    returning: bool = False
 
 
 @dataclass(slots=True)
@@ -126,6 +87,8 @@ class Collectors(Generic[D]):
         self.by_kernel_late = 0
         """Copies that the kernel sent after its rules should have changed."""
         self._router = Router()
+        self.past = PastRoutes(self)
+        self._deferred: Callable[[str], int] = lambda _name: 0
         self.joined: list[tuple[Client, Client | None]] = []
         """Collectors that need templates anew, and as what each was served until now, for the caller to clear."""
         self.shares = FairShares[tuple[D, Selection]]()
@@ -133,6 +96,10 @@ class Collectors(Generic[D]):
     def set_streams(self, streams: Iterable[str]) -> None:
         """Set the streams that exist, for collectors that want all of them."""
         self._streams = tuple(streams)
+
+    def defer_by(self, deferred: Callable[[str], int]) -> None:
+        """Use `deferred` to find how many of the datagrams that are owed to a collector wait in the journal."""
+        self._deferred = deferred
 
     def restore(self, sheet: Sheet) -> None:
         """Go on from what the last process has left, before the first registry comes."""
@@ -149,6 +116,7 @@ class Collectors(Generic[D]):
             account[HELD] = account[TEMPLATES_HELD] = 0
             done = account[SENT] + account[BY_KERNEL] + account[WITHHELD] + dropped(account) - account[UNSERVED]
             done += account[FILTERED] + account[SAMPLED_OUT] + account[SHARED_OUT] + account[WITHHELD_BY_ADMIN]
+            done += account[LEFT_BEHIND] + self._deferred(client.name)
             account[UNSURE] += max(0, account[OFFERED] - done)
             self._known[client.name] = client, account
 
@@ -183,6 +151,7 @@ class Collectors(Generic[D]):
         self._routed.update(dict.fromkeys(self.streams_wanted(), 0))
         self._router.replace(self.clients)
         self.rules.follow(self.clients)
+        self.past.refresh()
 
     def _serve(self, client: Client, known: Served[D] | None) -> Served[D]:
         if known and known.destination.client == client:
@@ -269,18 +238,24 @@ class Collectors(Generic[D]):
     def count_missed(self, stream: str, missed: int, joining: Collection[str] = ()) -> None:
         """Count datagrams that the bus lost of a stream, for each collector that would have been offered them."""
         self.shares.note_loss()
+        behind = self.past.behind(stream)
         for client in self._router.clients(stream):
             served = self._served[client.name]
-            if client.name in joining:
+            if client.name in behind:
+                served.account[OFFERED] += missed
+            elif client.name in joining:
                 served.marks[BASELINE] += missed
             else:
                 served.account[MISSED] += missed
 
-    def count_unserved(self, stream: str, count: int, *, before: bool) -> None:
+    def count_unserved(self, stream: str, count: int, *, before: bool, published: bool = True) -> None:
         """Count datagrams of a stream that no process served: with `before`, for those that the last one served."""
+        behind = self.past.behind(stream) if published else ()
         for client in self._router.clients(stream):
             served = self._served[client.name]
-            if served.returning or not before:
+            if client.name in behind:
+                served.account[OFFERED] += count
+            elif served.returning or not before:
                 served.account[UNSERVED] += count
             else:
                 served.marks[BASELINE] += count
@@ -288,9 +263,12 @@ class Collectors(Generic[D]):
     def route(self, batch: Gathered, joining: Collection[str] = ()) -> list[tuple[D, Selection]]:
         """Return the rows for each collector that gets any, and count others; those that are `joining` get none yet."""
         routed = []
+        behind = self.past.behind(batch.stream)
         copied = None if batch.generations is None else self.rules.copied(batch)
         for client, selected in self._router.route(batch, copied.leave_out if copied else None):
             served, selection = self._served[client.name], selected
+            if client.name in behind:
+                continue
             if copied:
                 selection = copied.divide(client, selected)
                 if selection.by_kernel:
@@ -302,24 +280,33 @@ class Collectors(Generic[D]):
                 served.account[SHARED_OUT] += selection.shared_out
                 served.account[SAMPLED_OUT] += selection.sampled_out
             if client.name in joining:
-                self._pass_over(served, _count(batch, selection), selection)
+                self._pass_over(served, count_rows(batch, selection), selection)
             elif client.withheld:
-                served.account[WITHHELD_BY_ADMIN] += _count(batch, selection)
+                served.account[WITHHELD_BY_ADMIN] += count_rows(batch, selection)
             elif selection.indices is None or len(selection.indices):
                 routed.append((served.destination, selection))
+        for name in behind:
+            self._served[name].marks[PASSED] += len(batch)
         self.by_kernel_late += copied.late if copied else 0
         self._routed[batch.stream] += len(batch)  # last: a kill in between makes too few filtered, and hides no loss
         return self._share_out(batch, routed) if self.shares.watching else routed
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._served
+
+    def __getitem__(self, name: str) -> Served[D]:
+        """Return a collector that is served."""
+        return self._served[name]
+
     def _share_out(self, batch: Gathered, routed: list[tuple[D, Selection]]) -> list[tuple[D, Selection]]:
         """Return what is within the fair share of each address, and count the rest as dropped."""
         wishes = [
-            (destination.client.address, _count(batch, selection), (destination, selection))
+            (destination.client.address, count_rows(batch, selection), (destination, selection))
             for destination, selection in routed
         ]
         within, over = self.shares.divide(wishes)
         for destination, selection in over:
-            self._served[destination.client.name].account[OVER_SHARE] += _count(batch, selection)
+            self._served[destination.client.name].account[OVER_SHARE] += count_rows(batch, selection)
         return within
 
     def _pass_over(self, served: Served[D], count: int, selection: Selection) -> None:
@@ -361,6 +348,8 @@ class Collectors(Generic[D]):
         served.destination.held.count_templates()
         account = Counter(served.account)
         self._count_since(served.destination.client, account, served.marks)
+        if deferred := self._deferred(served.destination.client.name):
+            account[DEFERRED] = deferred
         return dict(account)
 
     def close(self) -> None:
@@ -369,10 +358,6 @@ class Collectors(Generic[D]):
             served.destination.close()
         self._served = {}
         self.forget_departed()
-
-
-def _count(batch: Gathered, selection: Selection) -> int:
-    return len(batch) if selection.indices is None else len(selection.indices)
 
 
 def _place(client: Client) -> tuple[str, int]:

@@ -2,7 +2,7 @@
 
 from shared.bus.messages import Envelope, RegistryChange, RegistrySnapshot
 from shared.bus.pieces import Assembler
-from shared.client import Client
+from shared.client import Client, Source
 
 
 class RegistryReplica:
@@ -28,6 +28,10 @@ class RegistryReplica:
         changed = self._change(envelope, body) if isinstance(body, RegistryChange) else self._snapshot(envelope, body)
         self.version += changed
         return changed
+
+    def collectors(self, source: Source) -> dict[str, Client]:
+        """Return the collectors that take copies of a source, by name."""
+        return {name: each for name, each in self.clients.items() if each.streams and each.source == source}
 
     def holds(self, boot: int, revision: int) -> bool:
         """Return whether this is at least `revision` of the gateway that started as `boot`."""

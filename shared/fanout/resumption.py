@@ -1,7 +1,8 @@
 """Going on where the last process of this name has stopped: what came meanwhile goes before what comes now.
 
 A sender that ends asks the workers to hold their batches (`hold_topic`), and its successor asks for them
-(`again_topic`), by a name that no other reader of the bus knows. Until a worker has handed on all of them, its other
+(`again_topic`), by a name that no other reader of the bus knows. A journal has no secret: for it the latest batches
+stand, and stay when they were handed on. Until a worker has handed on all of them, its other
 messages wait. So nothing is lost, and copies are in order. What comes both ways is a repeat, which its position tells.
 """
 
@@ -39,12 +40,12 @@ class Resumption:
         self,
         name: str,
         subscriber: Subscriber,
-        new_counts: Callable[[Mapping[str, int]], KeptCounts],
+        new_counts: Callable[[Mapping[str, int]], KeptCounts] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._name = name
         self._subscriber = subscriber
-        self._own = new_counts({KEY: secrets.randbits(62)})
+        self._own = new_counts({KEY: secrets.randbits(62)}) if new_counts else None
         self._held_for = ""
         """The name for which the last process has asked to hold batches."""
         self._clock = clock
@@ -56,18 +57,19 @@ class Resumption:
 
     def hand_over(self) -> None:
         """Ask workers to hold what they publish from now on: this process ends."""
-        self._subscriber.subscribe(hold_topic(f"{self._name}.{self._own[KEY]:x}"))
+        own = f"{self._name}.{self._own[KEY]:x}" if self._own else self._name
+        self._subscriber.subscribe(hold_topic(own))
 
     def tables(self) -> dict[str, KeptCounts]:
         """Return what is to be kept for the next process."""
-        return {TABLE: self._own}
+        return {TABLE: self._own} if self._own else {}
 
     def begin(self, workers: Iterable[Worker], tables: Mapping[str, Mapping[str, int]]) -> None:
         """Ask for what these workers, which the last process followed, have held; after the streams are subscribed.
 
         `tables` are those that it has kept.
         """
-        self._held_for = f"{self._name}.{tables.get(TABLE, {}).get(KEY, 0):x}"
+        self._held_for = f"{self._name}.{tables.get(TABLE, {}).get(KEY, 0):x}" if self._own else self._name
         self._awaited = set(workers)
         self._deadline = self._clock() + PATIENCE_SECONDS
         for worker, _ in self._awaited:

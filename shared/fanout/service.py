@@ -4,15 +4,11 @@ Forwarder and transmitter are such services. They reach collectors in different 
 registry whose `source` is theirs.
 """
 
-import math
 import select
 import time
-from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Collection, Iterable
-from pathlib import Path
 from types import TracebackType
-from typing import ClassVar, Final, Generic, Self
+from typing import Final, Self
 
 from shared.bus.endpoint import open_link, queue_limit
 from shared.bus.kept_counts import KeptFile, Sheet
@@ -20,40 +16,38 @@ from shared.bus.loans.borrower import Borrower
 from shared.bus.messages import (
     REGISTRY_TOPIC,
     Body,
+    Datagrams,
     Message,
     RegistryChange,
     RegistrySnapshot,
     ServeRequest,
     Status,
-    offload_topic,
-    serve_topic,
 )
 from shared.bus.offload_messages import KernelCopies
 from shared.bus.status import Reporter
 from shared.bus.template_messages import Renewals, Templates
 from shared.bus.zmq_sockets import Publisher, Subscriber, check_directory, new_context
-from shared.client import Client, Source
 from shared.datagrams.batch import DatagramBatch
 from shared.datagrams.gathered import Gathered
 from shared.datagrams.routing import Selection
 from shared.fanout.awaited_rules import AwaitedRules
-from shared.fanout.backlog import BacklogMemory
-from shared.fanout.collectors import MARKS, Collectors, D
+from shared.fanout.catch_up import JOURNAL, CatchUp
+from shared.fanout.collectors import Collectors
+from shared.fanout.copy_sender import CopySender
 from shared.fanout.health_report import HealthReporter
 from shared.fanout.kernel_copies import KernelRules
 from shared.fanout.registry_replica import RegistryReplica
 from shared.fanout.resumption import Resumption
 from shared.fanout.serve_requests import ServeRequests
+from shared.fanout.served import MARKS, D
 from shared.fanout.streams import ORIGIN_COUNTERS, FollowedStreams
 from shared.fanout.templates import TemplateDelivery
 from shared.fanout.waiting_batches import WaitingBatches
 from shared.ledger import BY_KERNEL_LATE, COLLECTOR_COUNTERS, FILES_RESTORED, LEFT, STOPPED, Accounts
 from shared.log import WORKER_CAME, get_logger
 from shared.process.lifecycle import CANT_CREATE, Lifecycle, OperatorError, Readiness, pause_for
-from shared.process.memory import Memory
 from shared.process.reload import Reload
 from shared.settings.model import Settings
-from shared.settings.tables import Forwarder, Transmitter
 
 TURN_MESSAGES: Final = 256
 """Bus messages handled in a row before housekeeping gets its turn."""
@@ -61,6 +55,8 @@ SOON_SECONDS: Final = 0.005
 """Time after which what could not be done at once is tried again: to apply a registry, or to answer."""
 UNMEASURED: Final = 1 << 20
 """Bytes of payload that may come before the process's memory is measured again."""
+BUSY_SECONDS: Final = 0.05
+"""Time for which collectors that catch up wait while live copies do."""
 APPLY_SHARE: Final = 10
 """Applying registry changes takes at most one part in this many of the loop's time; changes wait for each other."""
 QUIET_SECONDS: Final = 0.25
@@ -72,49 +68,8 @@ DRAIN_SECONDS: Final = 2.75
 log = get_logger()
 
 
-class CopyService(ABC, Generic[D]):
-    """Sends copies to the collectors of one `source`; subclasses differ in `reach` and `send`."""
-
-    source: ClassVar[Source]
-
-    def __init__(self, name: str, settings: Settings, own: Forwarder | Transmitter) -> None:
-        self.name = name
-        self.settings = settings
-        self.held = BacklogMemory(own.held_memory)
-        """Rows that wait for any collector."""
-        self._memory = Memory(own.memory, f"[{name.partition('.')[0]}] memory", borrows=True)
-
-    @property
-    def accounts_file(self) -> Path | None:
-        """The file in which accounts outlive this process; None where it can serve nobody."""
-        return self.settings.bus.path / f"accounts.{self.name.partition('.')[0]}"
-
-    @abstractmethod
-    def reach(self, client: Client, account: Counter[str]) -> D:
-        """Return the destination of a collector; it counts what it sends and drops in `account`."""
-
-    @abstractmethod
-    def send(self, batch: Gathered, routed: list[tuple[D, Selection]]) -> None:
-        """Give each collector its rows."""
-
-    def topics(self) -> Iterable[str]:
-        """Topics to subscribe to besides streams; the sender of a request sees by them what this service can do."""
-        return (REGISTRY_TOPIC, serve_topic(self.source), offload_topic(self.source))
-
-    def descriptors(self) -> Iterable[int]:
-        """Further descriptors that wake the loop when they become readable."""
-        return ()
-
-    def handle_message(self, message: Message) -> None:
-        """Handle a message of a kind that is this service's alone."""
-
-    def work(self) -> float:
-        """Do what a descriptor or the time has brought; return the seconds until there may be more to do."""
-        return math.inf
-
-    def own_account(self) -> dict[str, int]:
-        """Counters of the service itself."""
-        return {}
+class CopyService(CopySender[D]):
+    """The loop of a sender of copies."""
 
     def __enter__(self) -> Self:
         bus = self.settings.bus
@@ -128,10 +83,10 @@ class CopyService(ABC, Generic[D]):
             raise OperatorError(CANT_CREATE, told) from None
         link = open_link(bus, kind)
         self._context = new_context()
-        mark = queue_limit(bus.high_water_mark, self._memory.ceiling)
+        mark = queue_limit(bus.high_water_mark, self.memory.ceiling)
         self._publisher = Publisher(self._context, bus.path, self.name, mark, link)
         self._subscriber = Subscriber(self._context, bus.path, mark, link, Borrower)
-        self._reporter = Reporter(self._publisher, self._memory)
+        self._reporter = Reporter(self._publisher, self.memory)
         self._health = HealthReporter(self._publisher, self.source)
         self._replica = RegistryReplica()
         self._keep_at = 0.0
@@ -140,6 +95,10 @@ class CopyService(ABC, Generic[D]):
         rules, new_counts = KernelRules(self.source), self._kept.new_counts
         names = [stream.name for stream in self.settings.streams]
         self._collectors = Collectors(names, self._streams.published, self.reach, rules, new_counts)
+        self._catch_up = CatchUp(
+            self._publisher, self._subscriber, self._streams, self._collectors, new_counts, self._send_past
+        )
+        self._catch_up.use(self.settings)
         self._awaited = AwaitedRules(rules, self._publisher, self._replica)
         self._templates = TemplateDelivery(self._subscriber, self._collectors, self.send, self._send_all)
         self._templates.set_streams(self.settings.streams)
@@ -165,6 +124,7 @@ class CopyService(ABC, Generic[D]):
         """Use the streams of these settings."""
         self._collectors.set_streams(stream.name for stream in settings.streams)
         self._templates.set_streams(settings.streams)
+        self._catch_up.use(settings)
         self._streams.subscribe_to(self._collectors.streams_wanted())
 
     def run(self, lifecycle: Lifecycle) -> None:
@@ -176,8 +136,9 @@ class CopyService(ABC, Generic[D]):
             for descriptor in (messages, subscriptions, lifecycle.fileno(), *self.descriptors()):
                 waking.register(descriptor, select.EPOLLIN)
             while not lifecycle.draining:
+                due_at = min(self._upkeep_at, self._catch_up.due_at)
                 self._collectors.shares.begin_wait()
-                woken = waking.poll(0 if self._more else pause_for(self._upkeep_at - time.monotonic()))
+                woken = waking.poll(0 if self._more else pause_for(due_at - time.monotonic()))
                 self._collectors.shares.end_wait()
                 if any(descriptor != messages for descriptor, _ in woken):
                     self._upkeep_at = 0.0
@@ -201,7 +162,16 @@ class CopyService(ABC, Generic[D]):
         self._take_all(self._awaited.overdue())
         self._send_all()
         self._more = handled == TURN_MESSAGES
+        self._send_owed()
         return handled
+
+    def _send_owed(self) -> None:
+        """Go on with collectors that catch up, if that is due; live copies and templates go first."""
+        late = time.monotonic() - self._catch_up.due_at
+        if late >= (BUSY_SECONDS if self._more else 0.0) and not self._templates:
+            if self._kept.stale:
+                self._keep()  # a place that is not kept would be lost with this process
+            self._catch_up.step()
 
     @property
     def _must_keep_up(self) -> bool:
@@ -213,7 +183,7 @@ class CopyService(ABC, Generic[D]):
     def _keep_up(self) -> None:
         """Do what is due beside sending copies, and set the time at which something will be."""
         self._taken = 0
-        if self._memory.measure():
+        if self.memory.measure():
             self.held.halve()
         self._resume_keeping()
         self._work_at = time.monotonic() + self.work()
@@ -227,10 +197,13 @@ class CopyService(ABC, Generic[D]):
         fresh, now = self._publisher.new_subscriptions(), time.monotonic()
         if now >= self._health.due_at or (fresh and self._health.asked_for(fresh)):
             self._collectors.refresh()
+            self._catch_up.look_for_absent()
             self._health.report(self._collectors.examine, flowing=self._streams.flowing, idle=self._idle)
             self._idle = True
         if now >= self._reporter.due_at or (fresh and self._reporter.asked_for(fresh)):
             self._report()
+        if fresh:
+            self._catch_up.tell_again(fresh)
         if self._kept.stale and self._serving >= 0 and now >= self._keep_at:
             self._keep()
         self._upkeep_at = min(self._reporter.due_at, self._health.due_at, self._work_at)
@@ -244,6 +217,14 @@ class CopyService(ABC, Generic[D]):
             self._take(message)
 
     def _take(self, message: Message) -> None:
+        if self._catch_up.handle(message):
+            return
+        counted = self._catch_up.counted()
+        self._handle(message)
+        if counted:
+            self._catch_up.note_counted(counted)
+
+    def _handle(self, message: Message) -> None:
         body, envelope = message.body, message.envelope
         if not (message.batch or isinstance(body, Status)) or self._requests:
             self._upkeep_at = 0.0  # for what becomes due by it, such as an answer
@@ -253,6 +234,8 @@ class CopyService(ABC, Generic[D]):
             if missed:
                 self._collectors.count_missed(message.batch.stream, missed, joining)
             if missed is not None and len(message.batch):
+                if isinstance(body, Datagrams):
+                    self._catch_up.note_live(envelope, body, message.batch)
                 self._gather(message.batch, joining)
         elif isinstance(body, Templates | Renewals):
             self._templates.take(message)
@@ -264,13 +247,15 @@ class CopyService(ABC, Generic[D]):
         elif isinstance(body, KernelCopies):
             self._send_all()  # what has come before was copied by other rules of the same number
             self._take_all(self._awaited.note(envelope, body))
+        elif isinstance(body, Status) and envelope.sender.startswith(JOURNAL):
+            self._catch_up.note_status(envelope, body)
         elif isinstance(body, Status):
             for stream, missed in self._streams.reconcile(envelope, body).items():
                 self._collectors.count_missed(stream, missed)
         else:
             self.handle_message(message)
-        for unserved in self._streams.pop_unserved() if self._streams.unserved else ():
-            self._collectors.count_unserved(unserved.stream, unserved.datagrams, before=unserved.before)
+        for stream, count, before, published in self._streams.pop_unserved() if self._streams.unserved else ():
+            self._collectors.count_unserved(stream, count, before=before, published=published)
 
     def _gather(self, batch: DatagramBatch, joining: Collection[str]) -> None:
         """Let a batch wait for others of its stream that have come too, up to the limits."""
@@ -290,8 +275,16 @@ class CopyService(ABC, Generic[D]):
             self._health.hasten()
             self._upkeep_at = min(self._upkeep_at, self._health.due_at)
         self._resume_keeping()
+        self._catch_up.before_sending(stream)
         gathered = self._gathered.gather(stream)
         self.send(gathered, self._collectors.route(gathered, joining))
+        self._catch_up.after_sending(stream)
+
+    def _send_past(self, batch: Gathered, routed: list[tuple[D, Selection]]) -> None:
+        """Send a collector datagrams out of the journal."""
+        self._idle = False
+        self._resume_keeping()
+        self.send(batch, routed)
 
     def _apply(self) -> None:
         """Serve the registry as it is now, unless that was done a moment ago: then wait for further changes."""
@@ -302,9 +295,11 @@ class CopyService(ABC, Generic[D]):
         if first := self._serving < 0:
             self._restore()
         self._serving = self._replica.version
-        clients = self._replica.clients.values()
-        self._collectors.replace(client for client in clients if client.streams and client.source == self.source)
+        clients = self._replica.collectors(self.source)
+        self._catch_up.note_leaving(clients)
+        self._collectors.replace(clients.values())
         self._streams.subscribe_to(self._collectors.streams_wanted())
+        self._catch_up.follow(clients, first=first)
         self._templates.follow_collectors()
         if first:
             self._resumption.begin(self._streams.workers_left, self._left.tables)
@@ -316,6 +311,7 @@ class CopyService(ABC, Generic[D]):
     def _restore(self) -> None:
         """Go on with the accounts and positions of the last process of this name."""
         self._streams.restore(self._left.tables)
+        self._catch_up.restore(self._left.clients, self._left.tables)
         self._collectors.restore(self._left)
 
     def _resume_keeping(self) -> None:
@@ -326,7 +322,8 @@ class CopyService(ABC, Generic[D]):
     def _keep(self) -> None:
         """Keep the counters that there are now; their values are stored as they change."""
         began = time.monotonic()
-        tables = {**self._resumption.tables(), **self._streams.tables(), **self._collectors.tables()}
+        parts = (self._resumption, self._streams, self._catch_up, self._collectors)
+        tables = {name: table for part in parts for name, table in part.tables().items()}
         room = {"collector": COLLECTOR_COUNTERS, "marks": MARKS, "origin": ORIGIN_COUNTERS}
         self._kept.keep(self._collectors.clients, tables, room)
         self._keep_at = time.monotonic() + APPLY_SHARE * (time.monotonic() - began)
@@ -342,6 +339,7 @@ class CopyService(ABC, Generic[D]):
     def _report(self) -> None:
         self._restored += self._kept.renew()
         self._streams.sort_out_silent_workers()
+        self._catch_up.report()
         for event, worker in self._streams.came_and_gone:
             if self.source == "relay":  # one of the two senders says it
                 (log.info if event == WORKER_CAME else log.warning)(event, of=worker)

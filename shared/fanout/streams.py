@@ -58,12 +58,14 @@ class _Worker:
 class Unserved(NamedTuple):
     """Datagrams that a worker had and that never came, since this service or the bus was away.
 
-    With `before` this process had not begun: they are owed only to collectors that the last one served.
+    With `before` this process had not begun: they are owed only to collectors that the last one served. Those that were
+    not `published`, for lack of subscribers, no journal has.
     """
 
     stream: str
     datagrams: int
     before: bool
+    published: bool = True
 
 
 class FollowedStreams:
@@ -161,6 +163,16 @@ class FollowedStreams:
         self._heard = {origin for origin in self._heard if origin[2] in topics}
         self._topics = topics
 
+    def positions(self, stream: str) -> dict[tuple[str, int], Position]:
+        """Return the positions in a stream that this process, or the last one, has reached, by worker and boot id."""
+        topic = datagrams_topic(stream)
+        known = self._left | self._continuity.positions
+        return {origin[:2]: position for origin, position in known.items() if origin[2] == topic}
+
+    def wanted_since(self, stream: str) -> int:
+        """Return the time, in ns since 1970, since which a stream is wanted; 0: it is not."""
+        return self._since.get(stream, 0)
+
     @property
     def workers_left(self) -> set[tuple[str, int]]:
         """Names and boot ids of the workers that the last process followed, and that have sent nothing since."""
@@ -228,9 +240,9 @@ class FollowedStreams:
         if self._kept.suspended:
             counts[BASELINE], counts[UNSERVED] = position.baseline, position.unserved
 
-    def _count_unserved(self, stream: str, count: int, *, before: bool) -> None:
+    def _count_unserved(self, stream: str, count: int, *, before: bool, published: bool = True) -> None:
         self.published[stream] += count
-        self._unserved.append(Unserved(stream, count, before))
+        self._unserved.append(Unserved(stream, count, before, published))
 
     @property
     def unserved(self) -> bool:
@@ -323,7 +335,7 @@ class FollowedStreams:
                 self._count_unserved(stream, position.baseline, before=before)
                 position.unserved, position.baseline = position.unserved + position.baseline, 0
         if known is not None and unwanted > known:
-            self._count_unserved(stream, unwanted - known, before=before and first)
+            self._count_unserved(stream, unwanted - known, before=before and first, published=False)
         self._unwanted[origin] = unwanted
         self._kept.suspend()
         self._counts[origin][UNWANTED] = unwanted + 1

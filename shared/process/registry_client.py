@@ -18,6 +18,15 @@ CONNECT_SECONDS: Final = 3.0
 READ_SIZE: Final = 1 << 18
 
 
+class Progress(msgspec.Struct, frozen=True):
+    """A collector's way back to live copies, by the past that it is being given."""
+
+    rows: int = 0
+    seconds: float = 0.0
+    per_second: int = 0
+    level_in: float | None = None
+
+
 class Entry(ListedClient, frozen=True, kw_only=True):
     """A client as the registry lists it. Fields that a newer registry adds are ignored."""
 
@@ -28,6 +37,7 @@ class Entry(ListedClient, frozen=True, kw_only=True):
     lost: int | None = None
     withheld: Withheld | None = None
     host: str = ""
+    catching_up: Progress | None = None
 
     def __post_init__(self) -> None:
         if self.streams:  # doctor asks the kernel for the route there

@@ -53,6 +53,8 @@ class Collector(WrittenTerms, frozen=True, forbid_unknown_fields=True):
     address: str
     """An address, or a host name, which the gateway looks up every `[gateway] resolve_seconds`."""
     port: Port
+    catch_up: bool = False
+    """Gets later, from the journal, what it misses of streams that have one."""
 
     def __post_init__(self) -> None:
         check_each("address", check_host, [self.address])

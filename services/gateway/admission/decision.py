@@ -6,6 +6,8 @@ An OSError of the kernel, when it is asked about an address, passes through: the
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+import msgspec
+
 from services.gateway.admission.address_proof import AddressProofs, proven_before
 from services.gateway.admission.destinations import Destinations
 from services.gateway.admission.ownership import (
@@ -17,6 +19,7 @@ from services.gateway.admission.ownership import (
     check_same_source,
 )
 from services.gateway.admission.peer import Peer
+from services.gateway.admission.since import grant_past
 from services.gateway.protocol.requests import (
     Confirm,
     Leave,
@@ -37,7 +40,10 @@ from shared.settings.tables import Gateway
 
 
 class Grant(NamedTuple):
-    """A client that may be entered, its lease, whether its address is proven, and the entry that it replaces."""
+    """A client that may be entered, its lease, whether its address is proven, and the entry that it replaces.
+
+    `note` says what it lacks of the past that it has asked for.
+    """
 
     client: Client
     origin: Origin
@@ -45,6 +51,7 @@ class Grant(NamedTuple):
     hold: bool
     proven: bool
     replaced: Entry | None
+    note: str = ""
 
 
 class Admission:
@@ -85,7 +92,9 @@ class Admission:
         check_group(self._registry, client, peer, origin, present)
         check_room(self._registry, peer.rights.holder, self._settings, present)
         check_place(self._registry, client, peer, origin)
-        return Grant(client, origin, asked.ttl, asked.hold, proven, present)
+        resume, catch_up, note = grant_past(asked, present, peer.rights.holder, self._registry.pasts)
+        client = msgspec.structs.replace(client, resume=resume, catch_up=catch_up)
+        return Grant(client, origin, asked.ttl, asked.hold, proven, present, note)
 
     def _asked(self, request: SignUp | Register | Confirm, peer: Peer) -> Register:
         match request:

@@ -61,7 +61,8 @@ class Destinations:
         address = parse_address(collector.address)
         self._check_destination(address)
         self._check_loop(address, collector.port)
-        return Client(**collector.terms, generation=0, address=str(address), port=collector.port)
+        terms, catch_up = collector.terms, collector.catch_up
+        return Client(**terms, generation=0, address=str(address), port=collector.port, catch_up=catch_up)
 
     def need_proof(self, request: Register, peer: Peer) -> bool:
         """Return whether the peer has to prove first that copies arrive at its destination."""

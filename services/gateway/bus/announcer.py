@@ -4,6 +4,7 @@ Nothing is left out for a subscriber that keeps up: changes wait in order while 
 whole registry replaces them.
 """
 
+import contextlib
 import time
 from collections import deque
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from services.gateway.bus.serving import CallLater, ServingQuery
 from services.gateway.event_feed import EventFeed
 from services.gateway.registry.registry import Registry
 from shared.bus.health_message import Health
+from shared.bus.journal_messages import CATCH_UP_PREFIX, CatchUpReport
 from shared.bus.messages import (
     HEALTH_PREFIX,
     REGISTRY_TOPIC,
@@ -61,6 +63,7 @@ class Announcer:
         }
         self._subscriber.subscribe(requests.topic)
         self._subscriber.subscribe(HEALTH_PREFIX)
+        self._subscriber.subscribe(CATCH_UP_PREFIX)
         self._reporter = Reporter(publisher, memory)
         self._waiting: deque[RegistrySnapshot | RegistryChange] = deque()
         self._owes_snapshot = False
@@ -116,6 +119,13 @@ class Announcer:
             elif isinstance(body, Health):
                 self._queries[body.source].note_heard()
                 self._registry.note_health(message.envelope.boot, body)
+            elif isinstance(body, CatchUpReport):
+                self._note_behind(body)
+
+    def _note_behind(self, body: CatchUpReport) -> None:
+        with contextlib.suppress(OSError):  # it can't be stored now, which the store has logged; it is told again
+            self._registry.note_behind(body)
+            self.announce_soon()
 
     def _note_subscriptions(self) -> bool:
         """Note new subscriptions; return whether one of them needs something now."""

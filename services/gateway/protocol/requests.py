@@ -75,6 +75,7 @@ class Register(WrittenTerms, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ttl: Annotated[float, Meta(ge=0, le=YEAR_SECONDS)] = 0.0
     hold: bool = False
     take_over: bool = False
+    since: Annotated[float, Meta(ge=0, le=YEAR_SECONDS)] | Annotated[str, Meta(max_length=64)] | None = None
 
 
 class Renew(_Request, frozen=True, tag="renew"):
@@ -217,6 +218,7 @@ EXPECTED: Final = {
     "ttl": f"seconds from 0 to {YEAR_SECONDS}",
     "hold": "true or false",
     "take_over": "true or false",
+    "since": 'seconds ago, a time such as "2026-11-30T03:12:00Z", or "left"',
 }
 _HEX: Final = "hexadecimal digits, two a byte"
 _MAC: Final = "a MAC address such as 01:02:03:04:05:06"

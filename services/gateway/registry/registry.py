@@ -22,8 +22,10 @@ from services.gateway.registry.condition import Condition, Serving, Word
 from services.gateway.registry.entry import NO_ORDERS, Entry, Event, EventKind, Orders, Origin
 from services.gateway.registry.groups import SECRET_BYTES, Groups
 from services.gateway.registry.leases import Leases
+from services.gateway.registry.pasts import NO_PASTS, Gone, Pasts
 from services.gateway.registry.revisions import Revisions
 from shared.bus.health_message import Health
+from shared.bus.journal_messages import CatchUpReport
 from shared.bus.messages import RegistryChange
 from shared.client import Client, Source, Streams, Withheld
 
@@ -34,11 +36,22 @@ RETURN_SECONDS: Final = 30.0
 class Keep(Protocol):
     """Stores changes before they are made, all or none; OSError when it can't."""
 
-    def __call__(self, events: Sequence[Event], generation: int, withheld: Orders = NO_ORDERS) -> None:
-        """Store `events`, and orders that came or ended; `generation` is the last one given."""
+    def __call__(
+        self,
+        events: Sequence[Event],
+        generation: int,
+        withheld: Orders = NO_ORDERS,
+        pasts: Gone = NO_PASTS,
+    ) -> None:
+        """Store `events`, orders that came or ended, and places left; `generation` is the last one given."""
 
 
-def keep_nothing(events: Sequence[Event], generation: int, withheld: Orders = NO_ORDERS) -> None:
+def keep_nothing(
+    events: Sequence[Event],
+    generation: int,
+    withheld: Orders = NO_ORDERS,
+    pasts: Gone = NO_PASTS,
+) -> None:
     """Store nothing, for a registry that ends with its process."""
 
 
@@ -52,11 +65,13 @@ class Registry:
         keep: Keep = keep_nothing,
         preserve_seconds: float = 0.0,
         group_secret: bytes | None = None,
+        pasts: Pasts | None = None,
     ) -> None:
         self.groups = Groups(group_secret or secrets.token_bytes(SECRET_BYTES))
         self.names = NamesList()
         self.collectors = 0
         self.serving: dict[Source, Serving] = {source: Serving() for source in get_args(Source)}
+        self.pasts = pasts or Pasts(clock)
         self.leases = Leases(clock, preserve_seconds)
         self.withheld: dict[str, Withheld] = {}
         """Orders by name: they outlast the entry, so that a collector does not end one by signing up anew."""
@@ -142,6 +157,8 @@ class Registry:
         for entry in entries:
             if entry.held and not entry.ttl:
                 entry.ttl = RETURN_SECONDS  # the restart ended its connection, and the client may come back
+            if entry.client.resume:
+                entry.client = msgspec.structs.replace(entry.client, resume=self.pasts.resumed(entry))
             self._enter(entry)
 
     def configure(self, clients: Iterable[Client], hosts: Mapping[str, str] = MappingProxyType({})) -> None:
@@ -151,12 +168,16 @@ class Registry:
         those that the settings name so.
         """
         wanted = {client.name: client for client in clients}
-        present = [entry for entry in self._entries.values() if entry.origin is Origin.SETTINGS]
-        gone = [entry for entry in present if entry.client.name not in wanted]
+        configured = [entry for entry in self._entries.values() if entry.origin is Origin.SETTINGS]
+        gone = [entry for entry in configured if entry.client.name not in wanted]
         events = [Event("left", self._revisions.next(number), entry) for number, entry in enumerate(gone, 1)]
         fresh = [client for client in wanted.values() if not self._is_configured(client, hosts.get(client.name, ""))]
         for number, client in enumerate(fresh, 1):
             peer = Peer(0, client.address, client.port)
+            if client.catch_up:
+                present = self._entries.get(client.name)
+                left = self.pasts.left(client.name, client.streams, peer.rights.holder, present)
+                client = msgspec.structs.replace(client, resume=left)
             revision = self._revisions.next(len(gone) + number)
             event = self._entering(client, peer, Origin.SETTINGS, number, revision)
             event.entry.host = hosts.get(client.name, "")
@@ -171,7 +192,8 @@ class Registry:
         entry = self._entries.get(client.name)
         if entry is None or entry.origin is not Origin.SETTINGS or entry.host != host:
             return False
-        return entry.client == self._complete(client, entry.client.generation)
+        wanted = msgspec.structs.replace(client, resume=entry.client.resume)
+        return entry.client == self._complete(wanted, entry.client.generation)
 
     def renew(self, entry: Entry) -> float | None:
         """Restart the lease of an entry; return the seconds until it expires."""
@@ -210,6 +232,18 @@ class Registry:
             self._record(events, orders)
         for event in events:
             self._replace(event.entry)
+
+    def note_behind(self, body: CatchUpReport) -> None:
+        """Note the report of a sender on collectors that catch up, or have left. OSError when it can't be stored."""
+        level = []
+        for told in body.behind:
+            entry = self._entries.get(told.name)
+            if entry and entry.client.source != body.source:
+                entry = None
+            self.pasts.note_behind(told, entry)
+            if entry and told.state == "level" and entry.client.generation == told.generation and entry.client.resume:
+                level.append((entry, msgspec.structs.replace(entry.client, resume=None)))
+        self._amend(level)
 
     def holds_any(self, peer: Peer) -> bool:
         """Return whether an entry lasts as long as this peer's connection."""
@@ -310,6 +344,13 @@ class Registry:
             if not held:
                 del self._held[entry.peer.id]
 
+    def _ends_one(self, event: Event) -> bool:
+        """Return whether an event ends an entry: it removes it, or puts one of another generation in its place."""
+        present = self._entries.get(event.entry.client.name)
+        return present is not None and (
+            event.kind != "changed" or present.client.generation != event.entry.client.generation
+        )
+
     def _remove(self, entries: Sequence[Entry], kind: EventKind) -> None:
         if not entries:
             return
@@ -340,7 +381,10 @@ class Registry:
     def _record(self, events: Sequence[Event], orders: Orders = NO_ORDERS) -> None:
         """Store changes, and note them for the bus and for watchers."""
         generation = max([self._generation, *(event.entry.client.generation for event in events)])
-        self._keep(events, generation, orders)
+        gone = [self._entries[event.entry.client.name] for event in events if self._ends_one(event)]
+        pasts = {entry.client.name: past for entry in gone if (past := self.pasts.left_by(entry))}
+        self._keep(events, generation, orders, pasts)
+        self.pasts.note(pasts)
         self._generation = generation
         self._obey(orders)
         for event in events:

@@ -19,6 +19,7 @@ import msgspec
 from services.gateway.admission.peer import Peer
 from services.gateway.admission.rights import Rights
 from services.gateway.registry.entry import NO_ORDERS, Entry, Event, Orders, Origin
+from services.gateway.registry.pasts import NO_PASTS, Gone, Past
 from shared.bus.fields import Number
 from shared.client import Client, Withheld
 from shared.log import get_logger
@@ -37,6 +38,7 @@ INSERT INTO history VALUES ('', randomblob(32));
 """,
     "ALTER TABLE history ADD COLUMN file TEXT NOT NULL DEFAULT '';",
     "CREATE TABLE withheld (name TEXT PRIMARY KEY, withheld TEXT NOT NULL);",
+    "CREATE TABLE past (name TEXT PRIMARY KEY, past TEXT NOT NULL);",
 )
 """The statements that make each version of the database of the one before, from the first on.
 
@@ -89,7 +91,8 @@ class Store:
     """The database file, locked by this process while it is open; without a path it lasts as long as the process.
 
     `entries`, `revision` and `generation`, the last one given, are what an earlier start kept, and `group_secret` the
-    secret that the first one drew. `withheld` are the orders to withhold copies, by name. `epoch` stands for the list
+    secret that the first one drew. `withheld` are the orders to withhold copies, by name, and
+    `pasts` the places that collectors have reached. `epoch` stands for the list
     that the revisions are of.
     """
 
@@ -152,6 +155,9 @@ class Store:
             database.execute("SELECT name, withheld FROM withheld").fetchall(), list[tuple[str, str]]
         )
         self.withheld = {name: msgspec.json.decode(text, type=Withheld) for name, text in orders}
+        rows = database.execute("SELECT name, past FROM past ORDER BY rowid").fetchall()
+        pasts = msgspec.convert(rows, list[tuple[str, str]])
+        self.pasts = {name: msgspec.json.decode(text, type=Past) for name, text in pasts}
         state = database.execute("SELECT revision, generation, boot_id FROM state").fetchall()
         ((self.revision, self.generation, former),) = msgspec.convert(state, tuple[_State])
         if former not in ("", boot_id):
@@ -173,7 +179,13 @@ class Store:
             return os.access(self._path, os.W_OK)  # then the file's own header makes it read-only
         return code & PRIMARY not in NO_DAMAGE
 
-    def keep(self, events: Sequence[Event], generation: int, withheld: Orders = NO_ORDERS) -> None:
+    def keep(
+        self,
+        events: Sequence[Event],
+        generation: int,
+        withheld: Orders = NO_ORDERS,
+        pasts: Gone = NO_PASTS,
+    ) -> None:
         """Write changes, all or none; OSError when they can't be written."""
         try:
             with self._transaction():
@@ -184,6 +196,8 @@ class Store:
                     if order is not None:
                         text = msgspec.json.encode(order).decode()
                         self._database.execute("INSERT INTO withheld VALUES (?, ?)", (name, text))
+                for name, past in pasts.items():
+                    self._write_past(name, past)
                 if events:
                     last = events[-1].revision, generation
                     self._database.execute("UPDATE state SET revision = ?, generation = ?", last)
@@ -197,6 +211,20 @@ class Store:
             self._failed = True
             raise OSError(errno.EIO, "the registry can't be written to disk just now") from None
         self._failed = False
+
+    def keep_pasts(self, changed: Gone) -> None:
+        """Write the places that these names have reached, all or none; OSError when they can't be written."""
+        try:
+            with self._transaction():
+                for name, past in changed.items():
+                    self._write_past(name, past)
+        except sqlite3.Error:
+            raise OSError(errno.EIO, "the registry can't be written to disk just now") from None
+
+    def _write_past(self, name: str, past: Past | None) -> None:
+        self._database.execute("DELETE FROM past WHERE name = ?", (name,))
+        if past is not None:
+            self._database.execute("INSERT INTO past VALUES (?, ?)", (name, msgspec.json.encode(past).decode()))
 
     def keep_file(self) -> None:
         """Make the file anew if others have removed it. Due every second."""

@@ -102,9 +102,24 @@ def add_wishes(parser: Parser) -> None:
         "--hop-limit", type=whole(1, 255), metavar="N", help=f"hop limit of the copies (IPv4: TTL); {hop_limit}"
     )
     parser.add_argument("--dscp", type=whole(0, 63), metavar="N", help=f"DSCP of the copies; {dscp}")
+    parser.add_argument(
+        "--since",
+        type=seconds_or_text,
+        metavar="SINCE",
+        help="first what the journal has since then: seconds ago, a time, or `left`: where this name has left",
+    )
 
 
 def wishes(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the fields of a `register` request that were given; the registry knows the defaults."""
     fields = zip(ListedClient.__struct_encode_fields__, ListedClient.__struct_fields__, strict=True)
-    return {key: value for key, field in fields if field != "name" and (value := getattr(arguments, field)) is not None}
+    wanted = [(key, field) for key, field in fields if field != "name"] + [("since", "since")]
+    return {key: value for key, field in wanted if (value := getattr(arguments, field)) is not None}
+
+
+def seconds_or_text(text: str) -> float | str:
+    """Return a number of seconds, or what else was given: the registry knows what it may be."""
+    try:
+        return float(text)
+    except ValueError:
+        return text

@@ -57,17 +57,22 @@ class Lease:
             self._registry = RegistryClient(self._access, self._answer_seconds)
         entry = self._ask_for_entry(self._registry)
         self._generation, self._attempts = entry.generation, 0
+        if "since" in self._wishes:
+            self._wishes["since"] = "left"  # it has had the past, or has begun to
         self._due_at = time.monotonic() + RENEW_SECONDS
         return entry
 
     def _ask_for_entry(self, registry: RegistryClient) -> Entry:
         try:
-            return registry.ask("register", **self._wishes).entry()
+            answer = registry.ask("register", **self._wishes)
         except RefusedError as refused:
             nonce = self.prove() if refused.error == "unproven_address" else None
             if nonce is None:
                 raise
-            return registry.ask("confirm", name=self._name, nonce=nonce).entry()
+            answer = registry.ask("confirm", name=self._name, nonce=nonce)
+        if "since" in self._wishes and answer.message:
+            say(answer.message)
+        return answer.entry()
 
     def heed(self) -> None:
         """Print the reason why the connection became readable, and sign up again."""

@@ -26,7 +26,7 @@ from shared.settings.model import Settings
 
 COLUMNS = (
     *("name", "address", "port", "streams", "source", "from", "sample", "group", "hop limit", "dscp"),
-    *("expires", "health", "lost"),
+    *("expires", "health", "lost", "catching up"),
 )
 
 NOTHING = "receives nothing"
@@ -81,7 +81,7 @@ def _row(entry: Entry) -> tuple[str | int | None, ...]:
         entry.hop_limit if entry.hop_limit != DEFAULT_TERMS.hop_limit else None,
         entry.dscp or None,
     )
-    ends = (_expires(entry), _health(entry), entry.lost if entry.streams else None)
+    ends = (_expires(entry), _health(entry), entry.lost if entry.streams else None, _behind(entry))
     address = f"{entry.address} ({entry.host})" if entry.host else entry.address
     return (entry.name, address, entry.port, *(wishes if entry.streams else [None] * len(wishes)), *ends)
 
@@ -114,6 +114,14 @@ def _health(entry: Entry) -> str | None:
     return f"{entry.health}{lasts}" if entry.health else None
 
 
+def _behind(entry: Entry) -> str | None:
+    """Return how far a collector that is being given the past is behind, and when it will be level."""
+    if (progress := entry.catching_up) is None:
+        return None
+    level = "" if progress.level_in is None else f", level again in {lasting(progress.level_in)}"
+    return f"{progress.rows} datagrams, {lasting(progress.seconds)} behind{level}"
+
+
 def run_register(arguments: argparse.Namespace, settings: Settings) -> int:
     """Sign up a client; print what was granted."""
     request = {"name": arguments.name, **wishes(arguments)}
@@ -127,6 +135,8 @@ def run_register(arguments: argparse.Namespace, settings: Settings) -> int:
         _print_json(answer.client)
     else:
         print(printable(describe(answer.entry())))
+        if arguments.since is not None and answer.message:
+            print(printable(answer.message))
     return OK
 
 

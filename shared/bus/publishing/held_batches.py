@@ -1,7 +1,8 @@
 """Batches held for a sender of copies that is being restarted, so that its successor gets what came meanwhile.
 
 A sender that ends asks for it by a subscription, and its successor asks for the batches by another one
-(`shared.fanout.resumption`). At other times nothing is held.
+(`shared.fanout.resumption`). For a journal the latest batches of its streams stand, since it may be killed: it has that
+subscription from its start. Payloads that are lent are not among them. At other times nothing is held.
 """
 
 import time
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
-from shared.bus.messages import HOLD_PREFIX, Again, Datagrams, again_topic, datagrams_topic
+from shared.bus.messages import HOLD_PREFIX, Again, Datagrams, again_topic, datagrams_topic, hold_topic
 from shared.bus.zmq_sockets import Publisher
 
 HOLD_SECONDS: Final = 15.0
@@ -24,6 +25,10 @@ MAX_SENDERS: Final = 16
 PORTION_SHARE: Final = 4
 """A portion is one part in this many of what the queues on the way hold: live batches need them too."""
 RETRY_SECONDS: Final = 0.01
+STANDING_SECONDS: Final = 1.0
+"""Time by which a batch that stands may be let go late."""
+JOURNAL: Final = "journal."
+"""Begins the name of a journal, for which batches stand."""
 END: Final = "end"
 """The stream that the end of a portion names."""
 
@@ -36,6 +41,7 @@ class _Batch(NamedTuple):
     total: int
     rows: bytes
     payload: bytes
+    held_at: float
 
     @property
     def size(self) -> int:
@@ -50,8 +56,12 @@ class _Held:
     streams: frozenset[str] = frozenset()
     until: float = 0.0
     asked_for: bool = False
+    standing: bool = False
+    """The latest batches are held at any time, for a journal that may be killed."""
     size: int = 0
     batches: deque[_Batch] = field(default_factory=deque)
+    handed_on: int = 0
+    """Of those that stand, the number that were handed on already."""
 
 
 class HeldBatches:
@@ -59,6 +69,8 @@ class HeldBatches:
 
     def __init__(self, publisher: Publisher, queue_limit: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
         self.due_at: float | None = None
+        self.journaled: frozenset[str] = frozenset()
+        """The streams that a journal keeps."""
         self._publisher = publisher
         self._portion = max(1, queue_limit // PORTION_SHARE)
         self._clock = clock
@@ -67,14 +79,24 @@ class HeldBatches:
 
     def wants(self, stream: str) -> bool:
         """Return whether batches of a stream are held."""
-        return any(stream in held.streams for held in self._held.values())
+        return any(stream in self._streams_of(held) for held in self._held.values())
+
+    @property
+    def whole(self) -> bool:
+        """Return whether everything is held, whatever its size: no payload is to be lent."""
+        return any(not held.standing for held in self._held.values())
+
+    def _streams_of(self, held: _Held) -> frozenset[str]:
+        return self.journaled if held.standing else held.streams
 
     def heed(self, prefixes: Iterable[str], streams: Iterable[str]) -> None:
         """Heed new subscriptions: those that ask to hold these streams, and those that ask for what is held."""
         asking = again_topic(self._publisher.sender, "")[:-1]
         for prefix in prefixes:
             if name := _name_behind(HOLD_PREFIX, prefix):
-                self._of(name).streams = frozenset(streams)
+                held = self._of(name)
+                held.standing, held.streams = name.startswith(JOURNAL), frozenset(streams)
+                held.handed_on = 0  # to another one, which was killed
             elif name := _name_behind(asking, prefix):
                 self._of(name).asked_for = True
 
@@ -91,13 +113,13 @@ class HeldBatches:
         """Hold a batch that has just been published, unless nobody wants it held."""
         sequence, total = self._publisher.position(datagrams_topic(body.stream))
         again = Again(body.stream, body.received_ns, generation=body.generation, generations=body.generations)
-        batch = _Batch(again, sequence - 1, total - count, rows, payload)
+        batch = _Batch(again, sequence - 1, total - count, rows, payload, self._clock())
         for held in self._held.values():
-            if body.stream in held.streams:
+            if body.stream in self._streams_of(held):
                 held.batches.append(batch)
                 held.size += batch.size
                 while held.size > MAX_HELD:
-                    held.size -= held.batches.popleft().size
+                    _drop_oldest(held)
 
     def hand_on(self, *, short: bool) -> None:
         """Hand on a portion of what is asked for; let go of the rest in time, or when memory is `short`."""
@@ -105,24 +127,50 @@ class HeldBatches:
         for name, held in list(self._held.items()):
             if short:
                 held.batches.clear()
-                held.size = 0
-            if (held.asked_for and self._publish(name, held)) or held.until <= now:
+                held.size = held.handed_on = 0
+            if held.standing:
+                self._look_after(name, held, now)
+            elif (held.asked_for and self._publish(name, held)) or held.until <= now:
                 del self._held[name]
             else:
                 due_at = now + RETRY_SECONDS if held.asked_for else held.until
                 self.due_at = min(due_at, self.due_at or due_at)
 
+    def _look_after(self, name: str, held: _Held, now: float) -> None:
+        """Hand on what is asked for of batches that stand, and let go of old ones; of all when nobody wants them."""
+        if self._publisher.wanted(hold_topic(name)):
+            held.until = now + HOLD_SECONDS
+        while held.batches and held.batches[0].held_at <= now - HOLD_SECONDS:
+            _drop_oldest(held)
+        if held.asked_for:
+            self._publish(name, held)
+        if held.until <= now:
+            del self._held[name]
+            return
+        due_at = now + (RETRY_SECONDS if held.asked_for else STANDING_SECONDS)
+        self.due_at = min(due_at, self.due_at or due_at)
+
     def _publish(self, name: str, held: _Held) -> bool:
         """Publish a portion and its end; return whether nothing is left. A full queue makes it try again."""
         topic = again_topic(self._publisher.sender, name)
-        for _ in range(min(self._portion, len(held.batches))):
-            batch = held.batches[0]
+        for _ in range(min(self._portion, len(held.batches) - held.handed_on)):
+            batch = held.batches[held.handed_on]
             if not self._publisher.repeat(topic, batch.body, batch.sequence, batch.total, (batch.rows, batch.payload)):
                 return False
-            held.size -= held.batches.popleft().size
-        left = len(held.batches)
+            if held.standing:
+                held.handed_on += 1
+            else:
+                _drop_oldest(held)
+        left = len(held.batches) - held.handed_on
         held.asked_for = not self._publisher.repeat(topic, Again(END, 0, left=left), 0, 0, (b"", b""))
+        if not left and not held.asked_for:
+            held.handed_on = 0
         return not left and not held.asked_for
+
+
+def _drop_oldest(held: _Held) -> None:
+    held.size -= held.batches.popleft().size
+    held.handed_on = max(0, held.handed_on - 1)
 
 
 def _name_behind(beginning: str, prefix: str) -> str:

@@ -36,6 +36,7 @@ from services.gateway.protocol.requests import (
     Withhold,
 )
 from services.gateway.registry.entry import NO_ORDERS, Event, Orders
+from services.gateway.registry.pasts import NO_PASTS, Gone
 from services.gateway.render import event_line, health_line
 from shared.bus.messages import TransmitReply
 from shared.client import Source
@@ -98,7 +99,9 @@ class Handling:
         self.answers: list[bytes] = []
         self.handler.add_connection(HERE, lambda _: None)
 
-    def _keep(self, _events: Sequence[Event], _generation: int, _withheld: Orders = NO_ORDERS) -> None:
+    def _keep(
+        self, _events: Sequence[Event], _generation: int, _withheld: Orders = NO_ORDERS, _pasts: Gone = NO_PASTS
+    ) -> None:
         if self.disk_full:
             raise OSError(errno.EIO, "the registry can't be written to disk just now")
 

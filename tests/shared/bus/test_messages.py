@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from shared.bus.exporters_message import Exporters
 from shared.bus.fields import MAX_NUMBER
 from shared.bus.health_message import Health, Troubled
-from shared.bus.journal_messages import JournalPlace, JournalPortion, JournalRead, Replayed, WorkerPosition
+from shared.bus.journal_messages import (
+    Behind,
+    CatchUpReport,
+    JournalPlace,
+    JournalPortion,
+    JournalRead,
+    Replayed,
+    WorkerPosition,
+)
 from shared.bus.messages import (
     KINDS,
     MAX_ENVELOPE,
@@ -41,7 +49,7 @@ from shared.bus.messages import (
 )
 from shared.bus.offload_messages import CollectorPath, KernelCopies, KernelServed, OffloadPaths, OffloadReply
 from shared.bus.template_messages import Renewals, TemplateDatagram, Templates
-from shared.client import Client
+from shared.client import Client, Place
 from shared.datagrams.batch import DatagramBatch
 from shared.datagrams.limits import MAX_DATAGRAM, MAX_ROWS
 from tests.builders import heavy_bodies, make_batch
@@ -65,6 +73,9 @@ BODIES: dict[str, Body] = {
     "replay.batch": Replayed(7, "messages", 1_700_000_000_000_000_000, "ingest.2", 2**62, 5, 30),
     "replay.portion": JournalPortion(
         7, 1, [WorkerPosition("ingest.2", 2**62, 6, 33, 1)], JournalPlace(12, 4096), True, 4, 5, "unavailable", "why"
+    ),
+    "catchup": CatchUpReport(
+        "relay", [Behind("a", 7, "catching_up", 3, [Place("messages", "ingest.2", 2**62, 6, 33, 1)], 9, 10, 11)]
     ),
     "journal.read": JournalRead(
         7,

@@ -9,8 +9,9 @@ import pytest
 from shared.bus.kept_counts import KeptFile
 from shared.client import Client, Withheld
 from shared.datagrams.gathered import Gathered
-from shared.fanout.collectors import MARKS, Collectors
+from shared.fanout.collectors import Collectors
 from shared.fanout.kernel_copies import KernelRules
+from shared.fanout.served import MARKS
 from shared.ledger import COLLECTOR_COUNTERS, discrepancies
 from tests.builders import make_batch, make_client
 

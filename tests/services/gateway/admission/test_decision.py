@@ -61,7 +61,7 @@ class Site:
 
     def enter(self, granted: Grant, peer: Peer = THERE) -> None:
         """Enter what was granted."""
-        client, origin, ttl, hold, proven, _ = granted
+        client, origin, ttl, hold, proven, *_ = granted
         self.table.grant(client, peer, origin, ttl=ttl, hold=hold, proven=proven)
 
 

@@ -7,6 +7,7 @@ import pytest
 from services.gateway.admission.peer import Peer
 from services.gateway.admission.rights import Rights
 from services.gateway.registry.entry import NO_ORDERS, Entry, Event, Orders, Origin
+from services.gateway.registry.pasts import NO_PASTS, Gone
 from services.gateway.registry.preservation import WINDOW_SECONDS
 from services.gateway.registry.registry import RETURN_SECONDS
 from shared.client import Client
@@ -38,7 +39,12 @@ def test_lease_expires_unless_renewed(registry: Table) -> None:
 def test_expiry_that_is_not_kept_comes_later() -> None:
     """An entry whose time is up, or whose connection is gone, stays while that can't be written; then it goes."""
 
-    def fail(events: Sequence[Event], generation: int, withheld: Orders = NO_ORDERS) -> None:
+    def fail(
+        events: Sequence[Event],
+        generation: int,
+        withheld: Orders = NO_ORDERS,
+        pasts: Gone = NO_PASTS,
+    ) -> None:
         if broken:
             raise OSError(errno.ENOSPC, "no space")
 

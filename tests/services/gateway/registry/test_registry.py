@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from services.gateway.admission.destinations import Destinations
 from services.gateway.admission.peer import Peer
 from services.gateway.registry.entry import NO_ORDERS, Event, Orders
+from services.gateway.registry.pasts import NO_PASTS, Gone
 from services.gateway.registry.revisions import MAX_CHANGE
 from shared.bus.messages import MAX_MESSAGE, RegistryChange
 from shared.client import MAX_REASON, Client, Withheld
@@ -101,7 +102,12 @@ def test_every_change_is_an_event(registry: Table) -> None:
 def test_change_that_is_not_kept_is_not_made() -> None:
     """A change that can't be written is refused, and everything is as before."""
 
-    def fail(events: Sequence[Event], generation: int, withheld: Orders = NO_ORDERS) -> None:
+    def fail(
+        events: Sequence[Event],
+        generation: int,
+        withheld: Orders = NO_ORDERS,
+        pasts: Gone = NO_PASTS,
+    ) -> None:
         if broken:
             raise OSError(errno.ENOSPC, "no space")
 
@@ -123,7 +129,12 @@ def test_settings_that_can_not_be_kept_change_nothing() -> None:
     """No collector of the settings comes, goes or changes where one of them could not be written."""
     kept: list[list[str]] = []
 
-    def keep(events: Sequence[Event], generation: int, withheld: Orders = NO_ORDERS) -> None:
+    def keep(
+        events: Sequence[Event],
+        generation: int,
+        withheld: Orders = NO_ORDERS,
+        pasts: Gone = NO_PASTS,
+    ) -> None:
         kept.append([event.kind for event in events])
         if broken:
             raise OSError(errno.ENOSPC, "no space")

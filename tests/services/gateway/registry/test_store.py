@@ -83,7 +83,7 @@ def test_secret_of_groups_outlives_a_restart(path: Path) -> None:
             secrets.append(store.group_secret)
             join(registry_on(store), "one")
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
-        database.executescript("DROP TABLE history; DROP TABLE withheld")
+        database.executescript("DROP TABLE history; DROP TABLE withheld; DROP TABLE past")
         database.execute("PRAGMA user_version = 1")
     for _ in range(2):
         with opened(path) as store:
@@ -115,7 +115,7 @@ def test_orders_to_withhold_outlive_a_restart(path: Path) -> None:
         assert registry_on(store).withheld == {}
         assert [entry.client.withheld for entry in store.entries] == [None]
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
-        database.execute("DROP TABLE withheld")
+        database.executescript("DROP TABLE withheld; DROP TABLE past")
         database.execute("PRAGMA user_version = 3")
     with opened(path) as store:
         assert (store.withheld, [entry.client.name for entry in store.entries]) == ({}, ["stays"])

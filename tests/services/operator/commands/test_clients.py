@@ -6,7 +6,7 @@ from tests.services.operator.played import PlayedGateway, run
 from tests.stack import Stack
 
 SIEM = {"--stream": "messages", "--port": "9514", "--from": "10.0.0.0/8", "--sample": "4", "--group": "g"}
-COPIES = {"--source": "original", "--hop-limit": "3", "--dscp": "46"}
+COPIES = {"--source": "original", "--hop-limit": "3", "--dscp": "46", "--since": "60"}
 
 
 def test_register_asks_for_what_was_given(stack: Stack) -> None:
@@ -28,6 +28,7 @@ def test_register_asks_for_what_was_given(stack: Stack) -> None:
                 "source": "original",
                 "hop_limit": 3,
                 "dscp": 46,
+                "since": 60.0,
                 "ttl": 60.0,
                 "take_over": True,
             }
@@ -36,6 +37,23 @@ def test_register_asks_for_what_was_given(stack: Stack) -> None:
     assert "siem: copies of messages go to 127.0.0.1 port 9514, source original" in text
     assert "hop limit 3, DSCP 46" in text
     assert "generation 1, expires in 60 s" in text
+
+
+def test_a_collector_that_catches_up_is_seen_to(stack: Stack) -> None:
+    """`clients` shows how far it is behind and when it will be level, as far as the registry knows."""
+    entry = {"name": "siem", "address": "192.0.2.1", "port": 9, "streams": ["a"]}
+    with PlayedGateway() as gateway:
+        known = {"rows": 1200, "seconds": 75.2, "per_second": 600, "level_in": 4.0}
+        gateway.clients = {
+            "siem": {**entry, "catching_up": known},
+            "new": {**entry, "name": "new", "catching_up": {**known, "level_in": None}},
+        }
+        text = run(stack, "clients", "--gateway", gateway.endpoint)[1]
+        assert "1200 datagrams, 75 s behind, level again in 4 s" in text
+        assert text.count("level again in") == 1
+        register = "register", "siem", "--stream", "a", "--since", "left", "--gateway", gateway.endpoint
+        assert run(stack, *register)[0] == 0
+        assert gateway.requests[-1]["since"] == "left"
 
 
 def test_a_plain_name(stack: Stack) -> None:

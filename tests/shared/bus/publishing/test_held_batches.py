@@ -14,6 +14,7 @@ class Bus:
 
     def __init__(self) -> None:
         self.sender, self.room, self.now, self.total = "ingest.1", 1000, 50.0, 0
+        self.subscribed = True
         self.taken: list[tuple[str, int, int, bytes]] = []
         """Topic, total, batches left, and payload of what was handed on."""
         self.held = HeldBatches(cast(Publisher, self), 8, lambda: self.now)
@@ -29,6 +30,10 @@ class Bus:
         if self.room >= 0:
             self.taken.append((topic, total, body.left, bytes(arrays[1])))
         return self.room >= 0
+
+    def wanted(self, _topic: str) -> bool:
+        """Return whether a subscription stands."""
+        return self.subscribed
 
     def publish(self, *payloads: bytes, stream: str = "messages") -> None:
         """Publish datagrams, one a batch."""
@@ -110,3 +115,32 @@ def test_what_is_held_has_bounds() -> None:
     bus.publish(b"a")
     assert bus.ask(again_topic("ingest.1", f"forwarder.{1 + MAX_SENDERS}")) == []
     assert bus.ask(AGAIN) == [b"a", b"0 left"]
+
+
+def test_the_latest_batches_stand_for_a_journal() -> None:
+    """As long as it is there, and for a restart; they may be handed on again, and old ones are let go."""
+    bus = Bus()
+    bus.held.journaled = frozenset({"messages"})
+    bus.ask(hold_topic("journal.1"))
+    assert not bus.held.whole
+    bus.publish(b"a", b"b", b"c")
+    bus.publish(b"x", stream="other")
+    again = again_topic("ingest.1", "journal.1")
+    assert bus.ask(again) == [b"a", b"b", b"1 left"]
+    assert bus.ask(hold_topic("journal.1"), again) == [b"a", b"b", b"1 left"]  # the first asker was killed
+    assert bus.ask(again) == [b"c", b"0 left"]
+    bus.now += HOLD_SECONDS / 2
+    bus.publish(b"d")
+    assert bus.ask(again) == [b"a", b"b", b"2 left"]
+    assert bus.ask(again) == [b"c", b"d", b"0 left"]
+    bus.now += HOLD_SECONDS / 2
+    assert bus.ask(again) == [b"d", b"0 left"]
+    bus.subscribed = False
+    bus.now += HOLD_SECONDS - 1
+    bus.publish(b"e")
+    assert bus.ask() == []
+    assert bus.held.wants("messages")
+    bus.now += 1
+    bus.ask()
+    assert not bus.held.wants("messages")
+    assert bus.held.due_at is None

@@ -1,0 +1,170 @@
+"""The places that collectors have reached in their streams, by name: those that have left, and those that catch up.
+
+They outlast the entry, for a name that comes back and asks for what it has missed. The earlier holder's are never
+another's. No I/O; the store is handed in.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import Final
+
+import msgspec
+
+from services.gateway.registry.entry import Entry
+from shared.bus.journal_messages import Behind
+from shared.client import ALL_STREAMS, MAX_PLACES, Generation, Places, Resume, Streams
+
+STORE_SECONDS: Final = 5.0
+"""Time by which the place that is kept of a collector that catches up may be old; its sender keeps a newer one."""
+
+
+class Past(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The place that a name has reached under a generation, in these streams.
+
+    It has had what was received before `since_ns`, and of the workers in `places` what is before these.
+    """
+
+    holder: str
+    generation: Generation
+    since_ns: Generation
+    streams: Streams
+    places: Places = ()
+
+
+Gone = Mapping[str, Past | None]
+"""Places that names have reached; None: nothing is known of one any more."""
+NO_PASTS: Final[Gone] = MappingProxyType({})
+Keep = Callable[[Gone], None]
+"""Stores what is known of these names now. OSError when it can't."""
+
+
+class Progress(msgspec.Struct, frozen=True):
+    """A collector's way back, as JSON has it: datagrams and seconds behind, its pace, and seconds until it is level.
+
+    `level_in` is None while that can't be told: it gets no more than comes anew, or nothing at all.
+    """
+
+    rows: int
+    seconds: float
+    per_second: int
+    level_in: float | None
+
+
+class Pasts:
+    """Places by name, at most `most` of them and none older than `age_seconds`."""
+
+    def __init__(
+        self,
+        unix_time: Callable[[], float],
+        keep: Keep = lambda _changed: None,
+        most: int = 10_000,
+        age_seconds: float = 604_800.0,
+    ) -> None:
+        self.journaled: frozenset[str] = frozenset()
+        """The streams that have a journal."""
+        self.unix_time = unix_time
+        self._keep = keep
+        self._most = most
+        self._age_seconds = age_seconds
+        self._pasts: dict[str, Past] = {}
+        self._progress: dict[str, tuple[int, Progress]] = {}
+        """By name: the generation that catches up, and what its sender told of it last."""
+        self._rows: dict[str, tuple[float, int]] = {}
+        """By name: the time of the report before the last one, and the datagrams that were to come then."""
+        self._kept_at: dict[str, float] = {}
+
+    def restore(self, pasts: Mapping[str, Past]) -> None:
+        """Go on with what an earlier start has kept."""
+        self._pasts = dict(pasts)
+
+    def left(self, name: str, streams: Iterable[str], holder: str, present: Entry | None) -> Resume | None:
+        """Return where a name has left these streams, under this holder; None: that is not known.
+
+        `present` is the entry of that name, if there is one: it is to be replaced.
+        """
+        past = self._pasts.get(name) if present is None else self.left_by(present)
+        if past is None or past.holder != holder:
+            return None
+        both = tuple(stream for stream in self.journaled_of(streams) if stream in past.streams)
+        return Resume(past.since_ns, past.generation, past.places, both) if both else None
+
+    def progress(self, entry: Entry) -> Progress | None:
+        """Return how far an entry is behind, while it catches up."""
+        generation, progress = self._progress.get(entry.client.name, (-1, None))
+        if generation == entry.client.generation:
+            return progress
+        return Progress(0, 0.0, 0, None) if entry.client.resume else None
+
+    def journaled_of(self, streams: Iterable[str]) -> tuple[str, ...]:
+        """Return those of some streams that have a journal."""
+        wanted = set(streams)
+        return tuple(sorted(self.journaled if ALL_STREAMS in wanted else self.journaled & wanted))
+
+    def left_by(self, entry: Entry) -> Past | None:
+        """Return the place that is to be kept of an entry that goes, or is replaced by another; None: of none."""
+        client = entry.client
+        streams = self.journaled_of(client.streams)
+        if not streams:
+            return None
+        known = self._pasts.get(client.name)
+        places = known.places if known and known.generation == client.generation else ()
+        past = Past(entry.peer.rights.holder, client.generation, self._now_ns(), streams, places)
+        if client.resume and not places:  # it had not begun to catch up
+            past = msgspec.structs.replace(past, since_ns=client.resume.since_ns, places=client.resume.places)
+        return past
+
+    def note(self, changed: Gone) -> None:
+        """Note what is known of these names now, which is stored already; None: nothing."""
+        for name, past in changed.items():
+            self._pasts.pop(name, None)
+            if past is not None:
+                self._pasts[name] = past
+
+    def note_behind(self, told: Behind, present: Entry | None) -> None:
+        """Note the report of a collector that catches up, or has left; `present` is the entry of its name."""
+        known, places = self._pasts.get(told.name), tuple(told.places[-MAX_PLACES:])
+        if told.state == "left":
+            if known and known.generation == told.generation:
+                past = msgspec.structs.replace(known, since_ns=told.since_ns, places=places)
+                self._put({told.name: past})
+        elif present is not None and present.client.generation == told.generation:
+            if told.state == "level":
+                self._progress.pop(told.name, None)
+                return
+            self._note_progress(told)
+            if self.unix_time() >= self._kept_at.get(told.name, 0.0) + STORE_SECONDS:
+                self._kept_at[told.name] = self.unix_time()
+                streams = self.journaled_of(present.client.streams)
+                holder = present.peer.rights.holder
+                self._put({told.name: Past(holder, told.generation, told.since_ns, streams, places)})
+
+    def _note_progress(self, told: Behind) -> None:
+        now = self.unix_time()
+        before_at, before = self._rows.get(told.name, (0.0, told.rows))
+        gains = (before - told.rows) / (now - before_at) if now > before_at else 0.0
+        level_in = round(told.rows / gains, 1) if gains > 0 else (0.0 if not told.rows else None)
+        self._rows[told.name] = now, told.rows
+        progress = Progress(told.rows, told.age_ms / 1000, told.per_second, level_in)
+        self._progress[told.name] = told.generation, progress
+
+    def resumed(self, entry: Entry) -> Resume | None:
+        """Return where an entry that an earlier start has left catching up goes on, as far as its sender told."""
+        resume, past = entry.client.resume, self._pasts.get(entry.client.name)
+        if resume is None or past is None or past.generation != entry.client.generation:
+            return resume
+        return msgspec.structs.replace(resume, since_ns=past.since_ns, places=past.places)
+
+    def prune(self) -> None:
+        """Forget what is too old, and the first of what is too much."""
+        after = self._now_ns() - int(self._age_seconds * 1e9)
+        gone = [name for name, past in self._pasts.items() if past.since_ns < after]
+        gone += list(self._pasts)[: max(0, len(self._pasts) - len(gone) - self._most)]
+        if gone:
+            self._put(dict.fromkeys(gone))
+
+    def _put(self, changed: Gone) -> None:
+        self._keep(changed)
+        self.note(changed)
+
+    def _now_ns(self) -> int:
+        return int(self.unix_time() * 1e9)

@@ -1,0 +1,168 @@
+"""The latest live batches of one stream, kept while a collector catches up on it: from them it goes on to live copies.
+
+A batch stays until it is old and the journal is known to have it. What a killed journal has missed stays until all that
+catch up have it. Pure: it decides and keeps, and reads nothing but its clock.
+"""
+
+import time
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
+
+from shared.datagrams.batch import DatagramBatch
+
+SECONDS: Final = 2.0
+"""Time for which a batch is kept at least: longer than the journal takes to have it and to be asked for it."""
+MOST_BYTES: Final = 96 << 20
+"""Bytes kept of a stream at most; the oldest batches go first, whether or not the journal has them."""
+OVERHEAD: Final = 1024
+"""Bytes that a batch takes beyond its columns and payloads, about."""
+
+Worker = tuple[str, int]
+"""Name and boot id of a worker."""
+
+
+class Numbered(NamedTuple):
+    """A batch with its place in what its worker has published on the stream: `total` datagrams came before it."""
+
+    worker: Worker
+    sequence: int
+    total: int
+    batch: DatagramBatch
+
+    @property
+    def end(self) -> int:
+        """The worker's count behind it."""
+        return self.total + len(self.batch)
+
+    @property
+    def size(self) -> int:
+        """Bytes that it takes, about."""
+        return OVERHEAD + 20 * len(self.batch) + len(self.batch.payload)
+
+
+@dataclass(slots=True)
+class _Run:
+    """The kept batches of one worker, in order; from `whole_from` on none is missing between them."""
+
+    whole_from: int
+    end: int
+    confirmed: int = 0
+    """The journal is known to have everything before."""
+    batches: deque[Numbered] = field(default_factory=deque)
+    patch: list[Numbered] = field(default_factory=list)
+    """Older batches that the journal may lack."""
+
+
+class Window:
+    """The kept batches of a stream: in the order in which they came, numbered from `first` up to `stop`."""
+
+    def __init__(
+        self, clock: Callable[[], float] = time.monotonic, seconds: float = SECONDS, most_bytes: int = MOST_BYTES
+    ) -> None:
+        self.first = self.stop = 0
+        self.size = 0
+        self._clock = clock
+        self._seconds = seconds
+        self._most_bytes = most_bytes
+        self._order: deque[tuple[float, Numbered]] = deque()
+        self._runs: dict[Worker, _Run] = {}
+        self._journal_boot = -1
+        self._opening: dict[Worker, int] = {}
+        """The counts that the journal told of first since it was started."""
+        self._suspect: dict[Worker, tuple[int, int]] = {}
+        """By worker: the range of its count that the journal may lack, since it was restarted."""
+        self._open: set[Worker] = set()
+        """Workers of which the journal has told only that count: what it took first comes behind."""
+
+    def add(self, numbered: Numbered) -> None:
+        """Keep a batch that has just come; those of a worker come in the order of its count."""
+        run = self._runs.get(numbered.worker)
+        if run is None:
+            run = self._runs[numbered.worker] = _Run(numbered.total, numbered.total)
+        if run.end != numbered.total:
+            run.whole_from = numbered.total
+        run.end = numbered.end
+        run.batches.append(numbered)
+        self._order.append((self._clock(), numbered))
+        self.stop += 1
+        self.size += numbered.size
+        self.trim()
+
+    def confirm(self, boot: int, reached: Mapping[Worker, int]) -> None:
+        """Note what the journal, started as `boot`, has reached of each worker.
+
+        One that was restarted may lack what lies between its predecessor's last report and the first that it took: that
+        is at most what it reports first, or if that is its predecessor's, what it reports next.
+        """
+        if boot != self._journal_boot:
+            self._journal_boot, self._opening = boot, {}
+        for worker, count in reached.items():
+            run = self._runs.get(worker)
+            confirmed = run.confirmed if run else 0
+            opening = self._opening.setdefault(worker, count)
+            if worker in self._open or count == opening:
+                begin, end = self._suspect.get(worker, (confirmed, count))
+                self._suspect[worker] = min(begin, confirmed), max(end, count)
+                (self._open.add if count == opening else self._open.discard)(worker)
+            if run:
+                run.confirmed = max(confirmed, count)
+        self.trim()
+
+    def trim(self) -> None:
+        """Let go of what is old, if the journal has it, and of what is too much."""
+        now = self._clock()
+        while self._order:
+            since, numbered = self._order[0]
+            run = self._runs[numbered.worker]
+            old = since + self._seconds <= now and numbered.end <= run.confirmed
+            if not old and self.size <= self._most_bytes:
+                break
+            self._order.popleft()
+            self.first += 1
+            run.batches.popleft()
+            begin, end = self._suspect.get(numbered.worker, (0, 0))
+            if old and numbered.end > begin and numbered.total < end:
+                run.patch.append(numbered)
+            else:
+                self.size -= numbered.size
+            run.whole_from = max(run.whole_from, numbered.end)
+
+    def forget(self, passed: Mapping[Worker, int]) -> None:
+        """Let go of what the journal may lack and all that catch up have passed; of others' workers, of all of it."""
+        for worker, run in self._runs.items():
+            count = passed.get(worker, 0)
+            kept = [each for each in run.patch if each.end > count]
+            self.size -= sum(each.size for each in run.patch) - sum(each.size for each in kept)
+            run.patch = kept
+            if worker in self._suspect and self._suspect[worker][1] <= count:
+                del self._suspect[worker]
+
+    def covers(self, worker: Worker, position: int, reached: int) -> bool:
+        """Return whether all of a worker's count from `position` up to `reached` is here."""
+        if position >= reached:
+            return True
+        run = self._runs.get(worker)
+        return run is not None and run.end == reached and run.whole_from <= position
+
+    def whole_from(self, worker: Worker, reached: int) -> int:
+        """Return the count from which on all of a worker's batches up to `reached` are here."""
+        run = self._runs.get(worker)
+        return run.whole_from if run is not None and run.end == reached else reached
+
+    def at(self, number: int) -> Numbered:
+        """Return a batch by its number."""
+        return self._order[number - self.first][1]
+
+    def find(self, worker: Worker, position: int) -> Numbered | None:
+        """Return the first kept batch of a worker that ends behind `position`."""
+        run = self._runs.get(worker)
+        if run is None:
+            return None
+        for batches in (run.patch, run.batches):
+            number = bisect_right(batches, position, key=lambda each: each.end)
+            if number < len(batches):
+                return batches[number]
+        return None

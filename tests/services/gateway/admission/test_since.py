@@ -1,0 +1,152 @@
+"""The past that a collector asks for: from when on, of which streams, and whose it is."""
+
+from typing import Any
+
+import pytest
+
+from services.gateway.admission.peer import Peer
+from services.gateway.admission.rights import Rights
+from services.gateway.admission.since import PastGrant, grant_past
+from services.gateway.protocol.requests import Register, RequestError
+from services.gateway.registry.entry import Origin
+from services.gateway.registry.pasts import Pasts
+from shared.bus.journal_messages import Behind, CatchUpReport
+from shared.client import Client, Place, Resume
+from tests.services.gateway.table import Table
+
+NOW = 1_000_000.0
+OURS, THEIRS = Peer(1, "192.0.2.1", 4000, Rights("ours")), Peer(2, "192.0.2.2", 4000, Rights("theirs"))
+PLACES = (Place("flows", "ingest.1", 7, 3, 99, 5), Place("logs", "ingest.1", 7, 4, 88, 5))
+
+
+class Site:
+    """A registry whose streams `flows` and `logs` have a journal, and what it has stored of places."""
+
+    def __init__(self) -> None:
+        self.stored: dict[str, Any] = {}
+        self.table = Table()
+        self.table.pasts = Pasts(lambda: NOW, self.stored.update, most=3)
+        self.table.pasts.journaled = frozenset({"flows", "logs"})
+
+    def ask(self, since: float | str | None, *streams: str, peer: Peer = OURS) -> PastGrant:
+        """Ask for the past as `siem`."""
+        asked = Register(name="siem", streams=streams or ("flows",), port=9, since=since)
+        return grant_past(asked, self.table.find("siem"), peer.rights.holder, self.table.pasts)
+
+    def join(self, *streams: str, peer: Peer = OURS, resume: Resume | None = None) -> int:
+        """Enter `siem`; return its generation."""
+        client = Client("siem", generation=0, address="192.0.2.1", port=9, streams=streams or ("flows",), resume=resume)
+        return self.table.grant(client, peer, Origin.JSON).client.generation
+
+    def leave(self) -> None:
+        """Let it leave."""
+        entry = self.table.find("siem")
+        assert entry
+        self.table.release(entry)
+
+    def tell(self, generation: int, state: Any, **more: Any) -> None:
+        """Let the forwarder tell of it."""
+        behind = Behind("siem", generation, state, 5, list(PLACES), **more)
+        self.table.note_behind(CatchUpReport("relay", [behind]))
+
+
+@pytest.fixture
+def site() -> Site:
+    """Nobody is signed up."""
+    return Site()
+
+
+def test_since_is_seconds_ago_or_a_time(site: Site) -> None:
+    """Both become the time that the sender goes by, of the streams that have a journal; what lacks one is said."""
+    assert site.ask(None) == PastGrant()
+    assert site.ask(60) == PastGrant(Resume(999_940 * 10**9, streams=("flows",)))
+    assert site.ask("1970-01-02T00:00:00Z", "*").resume == Resume(86_400 * 10**9, streams=("flows", "logs"))
+    assert site.ask(60, "flows", "traps").note == "there is no journal of traps: only live copies of it"
+
+
+@pytest.mark.parametrize(
+    ("since", "streams", "said"),
+    [
+        ("yesterday", ("flows",), 'expected seconds ago, a time such as "2026-11-30T03:12:00Z", or "left"'),
+        ("2100-01-01T00:00:00Z", ("flows",), "that time is still to come; expected one that has passed"),
+        (60, ("traps",), "none of the streams has a journal; leave it out, or set journal = true in [[stream]]"),
+    ],
+)
+def test_a_past_that_can_not_be_had_is_refused(site: Site, since: float | str, streams: Any, said: str) -> None:
+    """The refusal says what was wrong, and what to do."""
+    with pytest.raises(RequestError, match="since: ") as refused:
+        site.ask(since, *streams)
+    assert (refused.value.error, said in str(refused.value)) == ("bad_request", True)
+    asked = Register(name="siem", since=since)
+    with pytest.raises(RequestError, match="since: a client without streams has no past"):
+        grant_past(asked, None, "", site.table.pasts)
+
+
+def test_left_is_where_its_sender_saw_it_leave(site: Site) -> None:
+    """A name that comes back gets the places that the sender told of the generation that it had, and no other."""
+    unknown = site.ask("left")
+    assert (unknown.resume, unknown.catch_up) == (None, True)
+    assert unknown.note == "it is not known where 'siem' has left: live copies only, from now on"
+    generation = site.join("flows", "traps")
+    here = site.ask("left")
+    assert here == PastGrant(Resume(int(NOW * 1e9), generation, (), ("flows",)), catch_up=True)
+    site.leave()
+    assert site.ask("left").resume == Resume(int(NOW * 1e9), generation, (), ("flows",))
+    site.tell(generation - 1, "left")
+    assert site.ask("left").resume == Resume(int(NOW * 1e9), generation, (), ("flows",))
+    site.tell(generation, "left")
+    assert site.ask("left", "*").resume == Resume(5, generation, PLACES, ("flows",))
+    assert site.stored["siem"].places == PLACES
+
+
+def test_the_past_of_another_holder_is_not_had(site: Site) -> None:
+    """A holder that takes a name over, or signs up under it later, does not get what the former one has missed."""
+    generation = site.join()
+    assert site.ask("left", peer=THEIRS).resume is None
+    site.leave()
+    site.tell(generation, "left")
+    assert site.ask("left", peer=THEIRS).resume is None
+    assert site.ask("left").resume
+    site.join(peer=THEIRS)
+    site.leave()
+    assert site.ask("left").resume is None
+
+
+def test_a_collector_is_level_when_its_sender_says_so(site: Site) -> None:
+    """Until then its entry shows how far it is behind, and the place that it has reached is kept."""
+    resume = Resume(1, 0, (), ("flows",))
+    generation = site.join(resume=resume)
+    entry = site.table.find("siem")
+    assert entry
+    progress = site.table.pasts.progress(entry)
+    assert progress
+    assert progress.level_in is None
+    site.tell(generation, "catching_up", rows=500, age_ms=1500, per_second=70)
+    progress = site.table.pasts.progress(entry)
+    assert progress
+    assert (progress.rows, progress.seconds, progress.per_second) == (500, 1.5, 70)
+    assert site.table.pasts.resumed(entry) == replace_resume(resume, 5)
+    site.tell(generation - 1, "level")
+    assert entry.client.resume
+    site.tell(generation, "level")
+    level = site.table.find("siem")
+    assert level
+    assert (level.client.resume, level.client.generation, site.table.pasts.progress(level)) == (None, generation, None)
+
+
+def replace_resume(resume: Resume, since_ns: int) -> Resume:
+    """Return it with the time and the places that the sender has told."""
+    return Resume(since_ns, resume.generation, PLACES, resume.streams)
+
+
+def test_places_are_bounded(site: Site) -> None:
+    """Only so many names are kept, the first of them go first, and none that is too old."""
+    for name in "abcde":
+        client = Client(name, generation=0, address="192.0.2.1", port=9, streams=("flows",))
+        site.table.release(site.table.grant(client, OURS, Origin.JSON))
+    site.table.pasts.prune()
+    kept = [name for name in "abcde" if site.table.pasts.left(name, ["flows"], "ours", None)]
+    assert (kept, site.stored) == (["c", "d", "e"], {"a": None, "b": None})
+    site.table.pasts.unix_time = lambda: NOW + 700_000
+    site.table.pasts.prune()
+    assert set(site.stored.values()) == {None}

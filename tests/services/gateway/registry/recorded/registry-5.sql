@@ -1,0 +1,15 @@
+PRAGMA user_version = 5;
+BEGIN TRANSACTION;
+CREATE TABLE client (name TEXT PRIMARY KEY, entry TEXT NOT NULL);
+INSERT INTO "client" VALUES('siem','{"client":{"name":"siem","generation":1,"address":"192.0.2.9","port":514,"withheld":{"by":"ops","since":1.0,"reason":"too slow"},"streams":["a","b"],"source":"original","prefixes":["10.0.0.0/8"],"sample":10,"group":"g","hop_limit":3,"dscp":46,"catch_up":true,"resume":{"since_ns":5,"generation":6,"places":[["a","ingest.1",7,8,9,10]],"streams":["a"]}},"origin":"json","address":"192.0.2.7","port":4000,"ttl":5.0,"held":true,"holder":"holder","proven":true,"host":""}');
+INSERT INTO "client" VALUES('n','{"client":{"name":"n","generation":2,"address":"192.0.2.8","port":4001},"origin":"names","address":"192.0.2.7","port":4000,"ttl":0.0,"held":false,"holder":"holder","proven":false,"host":""}');
+INSERT INTO "client" VALUES('named','{"client":{"name":"named","generation":3,"address":"192.0.2.6","port":9,"streams":["a"]},"origin":"settings","address":"192.0.2.6","port":9,"ttl":0.0,"held":false,"holder":"","proven":false,"host":"siem.example.net"}');
+CREATE TABLE history (epoch TEXT NOT NULL, group_secret BLOB NOT NULL, file TEXT NOT NULL DEFAULT '');
+INSERT INTO "history" VALUES('q_0W6YIoqXHdXoOm',X'9243317D5FAC2EBC85236F19CC339B29DED1D3F0453F0933FD61E6B84486DB5A','1 2');
+CREATE TABLE state (revision INTEGER NOT NULL, generation INTEGER NOT NULL, boot_id TEXT NOT NULL);
+INSERT INTO "state" VALUES(4,3,'00000000-0000-0000-0000-000000000001');
+CREATE TABLE withheld (name TEXT PRIMARY KEY, withheld TEXT NOT NULL);
+INSERT INTO "withheld" VALUES('siem','{"by":"ops","since":1.0,"reason":"too slow"}');
+CREATE TABLE past (name TEXT PRIMARY KEY, past TEXT NOT NULL);
+INSERT INTO "past" VALUES('gone','{"holder":"holder","generation":2,"since_ns":5,"streams":["a"],"places":[["a","ingest.1",7,8,9,10]]}');
+COMMIT;
