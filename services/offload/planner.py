@@ -171,6 +171,8 @@ def _reason_without_way(client: Client, facts: Facts, limits: Limits) -> str:
     """Return why a collector can't be served, whatever the way to it; empty: nothing is known against it."""
     if client.withheld:
         return "its copies are withheld"
+    if client.resume or client.catch_up:
+        return "it catches up from the journal: the kernel does not know where it has got to"
     if client.group:
         return "it shares its streams with a group, by a hash that the kernel has not"
     if trouble := facts.troubled.get((client.name, client.generation)):

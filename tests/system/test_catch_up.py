@@ -308,3 +308,56 @@ def test_twenty_kills_during_catching_up(open_stack: OpenStack, source: str, see
     """Likewise twenty times, at random, over a catch-up that lasts."""
     lost = kill_and_catch_up(open_stack, source, 20, 120_000, 4000, seed)
     assert lost <= 20 * 128
+
+
+@pytest.mark.soak
+def test_three_catch_up_at_once_and_live_ones_lose_nothing(open_stack: OpenStack) -> None:
+    """Three are at different places of the past while two get live copies: each has all of it, once and in order."""
+    places = {"first": "relay", "second": "original", "third": "relay"}
+    with served(open_stack), ExitStack() as opened:
+        names = (*places, "relay", "original")
+        sinks = {name: opened.enter_context(closing(Counted(9514 + n))) for n, name in enumerate(names)}
+        for sink in sinks.values():
+            sink.start()
+        for name in ("relay", "original"):
+            register(name, name, 9514 + names.index(name))
+        granted = {name: register(name, source, 9514 + names.index(name)) for name, source in places.items()}
+        load = Exporters(5000)
+        load.start()
+        for name in places:
+            here = sum(load.sent)
+            wait_until(lambda here=here: sum(load.sent) > here + 20_000, "time passes")  # type: ignore[misc]
+            leave(name, granted[name])
+        here = sum(load.sent)
+        wait_until(lambda: sum(load.sent) > here + 100_000, "time passes")
+        for name, source in places.items():
+            register(name, source, 9514 + names.index(name), since="left")
+        for name in places:
+            wait_level(name)
+        sent = load.stop()
+        for name, sink in sinks.items():
+            wait_until(lambda sink=sink: sink.count >= sent, lambda sink=sink, name=name: f"{name}: {sink.count}")  # type: ignore[misc]
+            sink.assert_whole(load.sent)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("source", ["relay", "original"])
+def test_a_minute_away_at_twenty_thousand_a_second(open_stack: OpenStack, source: str) -> None:
+    """A collector that is stopped for a minute under 20,000 datagrams a second has each of them once, and in order."""
+    with served(open_stack), closing(Counted(9514)) as away:
+        away.start()
+        granted = register("away", source, 9514)
+        load = Exporters(20_000)
+        load.start()
+        wait_until(lambda: away.count > 20_000, "copies flow")
+        leave("away", granted)
+        began = time.monotonic()
+        wait_until(lambda: time.monotonic() > began + 60, "a minute passes", 90)
+        register("away", source, 9514, since="left")
+        began = time.monotonic()
+        wait_until(lambda: entry("away") and "catching_up" not in entry("away"), lambda: f"{entry('away')}", 300)
+        took, behind = time.monotonic() - began, sum(load.sent)
+        sent = load.stop()
+        wait_until(lambda: away.count >= sent, lambda: f"{away.count} of {sent}")
+        print(source, "sent", sent, "level after", round(took, 1), "s, at", behind)
+        away.assert_whole(load.sent)

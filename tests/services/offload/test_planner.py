@@ -12,7 +12,7 @@ from services.offload.kernel_plan import NO_COPIES, Copy, Listener
 from services.offload.planner import Facts, Limits, Planned, Way, kernel_plan, make_plan
 from services.offload.policy import Policy
 from services.offload.source_classes import divide
-from shared.client import Client, Withheld
+from shared.client import Client, Resume, Withheld
 from shared.settings.entries import Stream
 from shared.settings.model import Settings
 from shared.settings.tables import Offload
@@ -86,6 +86,8 @@ def test_longer_datagrams_go_up_where_a_way_takes_less_than_arrives() -> None:
     ("fields", "reason"),
     [
         ({"withheld": Withheld("", 0.0)}, "its copies are withheld"),
+        ({"resume": Resume(1)}, "it catches up from the journal: the kernel does not know where it has got to"),
+        ({"catch_up": True}, "it catches up from the journal: the kernel does not know where it has got to"),
         ({"group": "g"}, "it shares its streams with a group, by a hash that the kernel has not"),
         ({"address": "192.0.2.1"}, "its address is not in [offload] destinations"),
         ({"address": "10.3.0.1"}, "its address is not in [transmitter] destinations"),
