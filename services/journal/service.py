@@ -37,6 +37,8 @@ QUIET_SECONDS: Final = 0.25
 INPUT_SECONDS: Final = 1.0
 """After SIGTERM the workers may still flush: input ends when nothing has come for a while, or after this."""
 UPKEEP_SECONDS: Final = 1.0
+PATIENCE_SECONDS: Final = 5.0
+"""Time for the next message of what was held for it: longer than for senders of copies, as nobody waits for it live."""
 
 log = get_logger()
 
@@ -75,7 +77,7 @@ class JournalService:
         self._readers = Readers(self._publisher.publish, self._streams)
         self._followed = FollowedStreams(self._subscriber, bus.path, KeptFile(None))
         self._followed.restore(self._positions)
-        self._resumption = Resumption(self.name, self._subscriber)
+        self._resumption = Resumption(self.name, self._subscriber, patience=PATIENCE_SECONDS)
         self._subscriber.subscribe(JOURNAL_TOPIC)
         self._followed.subscribe_to(self._journaled)
         self._resumption.hand_over()  # from now on: it may be killed

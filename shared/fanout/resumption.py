@@ -42,8 +42,10 @@ class Resumption:
         subscriber: Subscriber,
         new_counts: Callable[[Mapping[str, int]], KeptCounts] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        patience: float = PATIENCE_SECONDS,
     ) -> None:
         self._name = name
+        self._patience = patience
         self._subscriber = subscriber
         self._own = new_counts({KEY: secrets.randbits(62)}) if new_counts else None
         self._held_for = ""
@@ -71,7 +73,7 @@ class Resumption:
         """
         self._held_for = f"{self._name}.{tables.get(TABLE, {}).get(KEY, 0):x}" if self._own else self._name
         self._awaited = set(workers)
-        self._deadline = self._clock() + PATIENCE_SECONDS
+        self._deadline = self._clock() + self._patience
         for worker, _ in self._awaited:
             self._subscriber.subscribe(again_topic(worker, self._held_for))
 
@@ -82,7 +84,7 @@ class Resumption:
             return () if isinstance(body, Again) else (message,)
         if not isinstance(body, Again):
             return self._defer(worker, message) if worker in self._awaited else (message,)
-        self._deadline = self._clock() + PATIENCE_SECONDS
+        self._deadline = self._clock() + self._patience
         if message.batch:
             self._resumed += len(message.batch)
             return (replace(message, topic=datagrams_topic(body.stream)),)
