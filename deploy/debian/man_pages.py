@@ -39,7 +39,7 @@ class _MadeError(Exception):
 
 def service_parser(name: str) -> Parser:
     """Return the parser of a service: its `main` is run until it parses."""
-    module = "transmitter.unprivileged" if name == "transmitter" else f"{name}.__main__"
+    module = f"{name}.unprivileged" if name in ("transmitter", "offload") else f"{name}.__main__"
 
     def stop(parser: Parser, _: object) -> None:
         raise _MadeError(parser)
