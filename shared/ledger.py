@@ -136,6 +136,9 @@ TEMPLATES_HELD: Final = "templates_held"
 TEMPLATES_LOST: Final = "templates_lost"
 """Those of them that were dropped or withheld, under whatever cause."""
 TEMPLATE_COUNTERS: Final = (TEMPLATES, TEMPLATES_SENT, TEMPLATES_HELD, TEMPLATES_LOST)
+BY_KERNEL_UNSEEN: Final = "by_kernel_unseen"
+"""Datagrams among `missed` and `dropped_unserved` that came while the kernel served the collector: it has got those
+that rules had marked, and how many these were is not known. So at most this many of its losses are none."""
 REFUSALS: Final = "refusals"
 """Port-unreachable answers: each means that at least one copy among `sent` reached nobody (forwarder)."""
 UNREACHABLES: Final = "unreachables"
@@ -290,7 +293,7 @@ COLLECTOR_COUNTERS: Final = (
     *(EXPECTED, OFFERED, FILTERED, SAMPLED_OUT, SHARED_OUT, SENT, BYTES, HELD, WITHHELD, WITHHELD_BY_ADMIN, BY_KERNEL),
     *(MISSED, UNSERVED, UNSURE, STOPPED, BUFFER_FULL, NO_MEMORY, REFUSED, NOT_CONNECTED, REFUSALS, UNREACHABLES),
     *(PROHIBITED, QUEUE_FULL, NO_ROUTE, NO_NEIGHBOUR, INTERFACE_DOWN, OTHER_FAMILY, DESTINATION_REFUSED),
-    *(SOURCE_REFUSED, RATE_LIMITED, OVER_SHARE, UNPLANNED, *TEMPLATE_COUNTERS),
+    *(SOURCE_REFUSED, RATE_LIMITED, OVER_SHARE, UNPLANNED, BY_KERNEL_UNSEEN, *TEMPLATE_COUNTERS),
     *(LEFT_BEHIND, EXPIRED_UNREAD, NOT_JOURNALED),
 )
 """Counters that a collector's account may have, apart from drops that are named by an errno."""

@@ -18,6 +18,7 @@ from shared.fanout.served import PASSED, UNSEEN, D, Served, count_rows
 from shared.ledger import (
     BASELINE,
     BY_KERNEL,
+    BY_KERNEL_UNSEEN,
     DEFERRED,
     EXPECTED,
     FILTERED,
@@ -247,6 +248,7 @@ class Collectors(Generic[D]):
                 served.marks[BASELINE] += missed
             else:
                 served.account[MISSED] += missed
+                self._count_unseen(client, stream, missed)
 
     def count_unserved(self, stream: str, count: int, *, before: bool, published: bool = True) -> None:
         """Count datagrams of a stream that no process served: with `before`, for those that the last one served."""
@@ -257,14 +259,19 @@ class Collectors(Generic[D]):
                 served.account[OFFERED] += count
             elif served.returning or not before:
                 served.account[UNSERVED] += count
+                self._count_unseen(client, stream, count)
             else:
                 served.marks[BASELINE] += count
+
+    def _count_unseen(self, client: Client, stream: str, count: int) -> None:
+        if self.rules.serve(client, stream):
+            self._served[client.name].account[BY_KERNEL_UNSEEN] += count
 
     def route(self, batch: Gathered, joining: Collection[str] = ()) -> list[tuple[D, Selection]]:
         """Return the rows for each collector that gets any, and count others; those that are `joining` get none yet."""
         routed = []
         behind = self.past.behind(batch.stream)
-        copied = None if batch.generations is None else self.rules.copied(batch)
+        copied = self.rules.copied(batch)
         for client, selected in self._router.route(batch, copied.leave_out if copied else None):
             served, selection = self._served[client.name], selected
             if client.name in behind:

@@ -90,6 +90,8 @@ class KernelRules:
         self._assembler = Assembler[KernelCopies]()
         self._given_up: set[int] = set()
         """Generations that nobody has told of in time."""
+        self._latest: dict[str, int] = {}
+        """By stream: the generation of the last row that had one, 0 once a batch has none."""
 
     def note(self, envelope: Envelope, body: KernelCopies) -> bool:
         """Take in a piece of a generation; return whether all of it is known now."""
@@ -130,6 +132,14 @@ class KernelRules:
         """Return whether the rules of each row are known, or given up."""
         return all(each in self._rules or each in self._given_up for each in _distinct(generations))
 
+    def serve(self, client: Client, stream: str) -> bool:
+        """Return whether a collector was served by the rules that have copied of the last batch of a stream.
+
+        Before the first copy it is enough that any rules serve it, such as those told to a process that has just begun.
+        """
+        latest = [self._latest[stream]] if stream in self._latest else list(self._rules)
+        return any(each in self._rules and client.name in self._standing(each, stream).same for each in latest)
+
     def give_up(self, generations: Generations) -> list[int]:
         """Wait no longer to be told of these; return those that nobody has told of."""
         unknown = [each for each in _distinct(generations) if each not in self._rules]
@@ -140,8 +150,11 @@ class KernelRules:
         """Return which rows the kernel has copied; None where it has copied none."""
         generations = batch.generations
         if generations is None or not (distinct := _distinct(generations)):
+            if self._latest:
+                self._latest[batch.stream] = 0
             return None
         standings = {}
+        self._latest[batch.stream] = int(generations[np.flatnonzero(generations)[-1]])
         for generation in distinct:
             if generation in self._rules:
                 self._rules.move_to_end(generation)

@@ -326,6 +326,28 @@ def test_entry_of_rules_that_sampled_leaves_nothing_to_us() -> None:
     assert counts(site, "a") == {"by_kernel": 3, "sampled_out": 2}
 
 
+def test_datagrams_that_never_came_may_have_been_copied() -> None:
+    """Of a collector that the kernel serves, datagrams that are lost on the way to us are told apart."""
+    site = site_of(0, 0, in_rules=False)
+    a, _ = site.registry.values()
+    site.published["messages"] += 2
+    site.collectors.count_missed("messages", 1)
+    site.rules.note(*told(3, 1, [a]))
+    site.rules.note(*told(4, 2, []))
+    site.collectors.count_missed("messages", 1)
+    routed(site, [0, 3, 0])
+    site.published["messages"] += 6
+    site.collectors.count_missed("messages", 3)
+    site.collectors.count_unserved("messages", 3, before=False)
+    assert counts(site, "a") == {"by_kernel": 1, "missed": 5, "dropped_unserved": 3, "by_kernel_unseen": 7}
+    assert counts(site, "b") == {"missed": 5, "dropped_unserved": 3}
+    for marks in ([4], [0]):
+        routed(site, marks)
+        site.published["messages"] += 1
+        site.collectors.count_missed("messages", 1)
+    assert counts(site, "a")["by_kernel_unseen"] == 7
+
+
 def test_collectors_with_the_same_rows_left_share_them() -> None:
     """Those that the same generations serve share what is left, as a plan for sending is shared."""
     site = site_of(0, 0, 0, in_rules=False)
