@@ -74,6 +74,11 @@ MARK_BLIND: Final = "mark_blind"
 MARKS_UNREAD: Final = "marks_unread"
 """Datagrams that came without their mark, though it was asked for: the kernel may have copied them."""
 
+# ingest, account `stream/NAME`
+MARKS_READ: Final = "marks_read"
+"""Datagrams that came with a mark of rules; a train counts once. They are all that the rules have marked, but for those
+that the kernel has dropped."""
+
 # every service, account named like its kind
 DISCREPANCIES: Final = "discrepancies"
 """Equations that did not hold when checked, each second; one that stays broken by the same amount counts once."""

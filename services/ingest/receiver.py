@@ -18,7 +18,7 @@ from shared.bus.loans.lender import CHUNK, LENT_SIZE, Loan
 from shared.datagrams.batch import DatagramBatch, Generations, Rows
 from shared.datagrams.limits import MAX_DATAGRAM, MAX_PAYLOAD, MAX_ROWS
 from shared.datagrams.mmsg import UDP_GRO, ReceiveArena
-from shared.ledger import BYTES, KERNEL_DROPPED, RECEIVE_ERRNO, RECEIVE_ERRORS, RECEIVED, TRUNCATED
+from shared.ledger import BYTES, KERNEL_DROPPED, MARKS_READ, RECEIVE_ERRNO, RECEIVE_ERRORS, RECEIVED, TRUNCATED
 from shared.log import get_logger
 from shared.net.addresses import LOCAL_SENDER
 from shared.net.bpf import refuse_input
@@ -116,6 +116,8 @@ class DatagramReceiver:
         if count == 0:
             return 0, 0
         copied = self._marks.generations(arena, count) if self._marks else None
+        if copied is not None:
+            self._feed.account[MARKS_READ] += int(np.count_nonzero(copied))
         if self._trains and (segments := arena.segments(count)).any():
             return self._take_trains(count, segments, loan, copied)
         if count <= FEW_ROWS and self._plain and loan is None:

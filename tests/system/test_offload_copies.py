@@ -244,6 +244,8 @@ def test_each_datagram_comes_once_by_the_kernel_or_by_us(open_stack: OpenStack, 
         assert account["by_kernel"] > site.number // 10
         rules = accounts_when(bus, "offload.1", lambda told: told["rules/steady"]["copied"] >= account["by_kernel"])
         assert rules["rules/steady"]["copied"] == account["by_kernel"]
+        read = accounts_when(bus, "ingest.1", lambda told: told["stream/netflow"]["received"] == site.number)
+        assert read["stream/netflow"]["marks_read"] == rules["marks/netflow"]["marked"]
         site.restart("offload", signal.SIGKILL)
         site.look()
         site.wait_for_rules(bus)

@@ -112,7 +112,8 @@ def test_each_datagram_goes_on_with_the_generation_of_its_mark(
         sock.bind((host, 0))
         sender.connect(sock.getsockname()[:2])
         bus, account = Bus(), Counter[str]()
-        feed = StreamFeed("messages", cast(Publisher, bus), Counter(), cast(Pool, Chunks()) if lends else None)
+        counts = Counter[str]()
+        feed = StreamFeed("messages", cast(Publisher, bus), counts, cast(Pool, Chunks()) if lends else None)
         reader = MarkReader(OFFLOAD, account)
         receiver = DatagramReceiver(sock, feed, Counter(), ReceiveArena(), None, trains=trains, marks=reader)
         assert receiver.reads_marks
@@ -127,6 +128,8 @@ def test_each_datagram_goes_on_with_the_generation_of_its_mark(
                 pass
     assert bus.taken == expected
     assert account == {}
+    if not trains:
+        assert counts["marks_read"] == sum(generation > 0 for generation, _ in expected)
 
 
 def test_marks_are_read_only_where_the_kernel_may_copy(lab: None) -> None:
