@@ -151,13 +151,15 @@ def first_block_size(start: bytes) -> int:
     if len(start) < BLOCK_HEAD:
         raise RecordError("the block is cut short")
     kind, size, captured = struct.unpack_from("<II12xI", start)
-    if kind != ENHANCED or size > MAX_BLOCK or captured > size:
+    if kind != ENHANCED or not BLOCK_HEAD <= size <= MAX_BLOCK or captured > size:
         raise RecordError("no block of a datagram")
     return int(size)
 
 
 def parse_head(block: bytes, offset: int, began_ns: int) -> Head:
     """Read a record's head from its first block. RecordError when that is none of the segment that began then."""
+    if len(block) < BLOCK_HEAD:
+        raise RecordError("the block is cut short")
     (captured,) = struct.unpack_from("<I", block, BLOCK_HEAD - 8)
     option_at = BLOCK_HEAD + captured + -captured % 4 + OPTION_HEAD
     return parse_option(block[option_at:], option_at, offset, began_ns)

@@ -5,14 +5,15 @@ import random
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from shared.bus.journal_messages import WorkerPosition
+from shared.capture.pcapng import make_option
 from shared.capture.reader import CaptureReader
 from shared.datagrams.batch import DatagramBatch
 from shared.journal.directory import Lock, Recovered, recover, segments_in, streams_in
-from shared.journal.records import Identity
+from shared.journal.records import MAGIC, Identity
 from shared.journal.segment_writer import SegmentWriter, header
 from shared.journal.segments import Segment
 from tests.shared.journal.filled import (
@@ -118,6 +119,27 @@ def test_random_bytes_changed_anywhere(
     assert [each[0].sequence for each in found] == sorted({each[0].sequence for each in found})
     last = found[-1][0].total + len(found[-1][2]) if found else 0
     assert sum(len(rows) for *_, rows in found) + portion.missing + portion.expired == last
+
+
+pieces = st.sampled_from([
+    *(MAGIC, header("flows"), bytes(16), b"\6\0\0\0" + bytes(24), b"\6\0\0\0\x10\0\0\0", b"\xff" * 40),
+    make_option(2989, MAGIC * 9),
+])  # fmt: skip
+
+
+@given(st.lists(pieces | st.binary(max_size=80), max_size=12).map(b"".join), st.booleans())
+@example(b"\6" + bytes(3), True)
+@example(header("flows") + b"\6" + bytes(40), True)
+def test_no_bytes_do_any_harm(tmp_path_factory: pytest.TempPathFactory, image: bytes, is_open: bool) -> None:
+    """A segment may hold any bytes: a start and a reader go on, and nothing is read out of them."""
+    directory = tmp_path_factory.mktemp("any") / "flows"
+    directory.mkdir()
+    segment = Segment("flows", 1, NOW, is_open)
+    (directory / segment.name).write_bytes(image)
+    found, portion = read_all(directory)
+    assert (found, portion.at_end) == ([], True)
+    recovered(directory)
+    assert read_all(directory)[0] == []
 
 
 def _bounds(directory: Path, batches: Batches, began_ns: int) -> list[tuple[int, int]]:
