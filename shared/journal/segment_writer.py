@@ -27,6 +27,8 @@ class SegmentWriter:
     def __init__(self, directory: Path, segment: Segment, destination: Destination) -> None:
         self.segment = segment
         self.rows = 0
+        self._named = False
+        """True if its name is on the disk."""
         self._directory, self._destination = directory, destination
         self._path = directory / segment.name
         self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, MODE)
@@ -66,8 +68,14 @@ class SegmentWriter:
         os.lseek(self._descriptor, self.size, os.SEEK_SET)
 
     def sync(self) -> None:
-        """Bring what was appended to the disk (fdatasync(2)); any thread may do it. OSError of the kernel."""
+        """Bring what was appended to the disk (fdatasync(2)), and at first its name, too. OSError of the kernel.
+
+        Another thread may do it, if it is the one that seals, too.
+        """
         os.fdatasync(self._descriptor)
+        if not self._named:
+            sync_directory(self._directory)
+            self._named = True
 
     def seal(self) -> Segment:
         """Bring all to the disk, close the file and give it its last name; remove it if it is empty.
