@@ -69,12 +69,10 @@ class _PortionReader:
 
     def _start(self, some: Sequence[Segment]) -> tuple[int, int]:
         place = self._wanted.place
-        if place is not None:
-            for index, segment in enumerate(some):
-                if segment.number >= place.segment:
-                    self._from_the_first = index == 0 and segment.number > place.segment
-                    return index, place.offset if segment.number == place.segment else 0
-            return len(some), 0
+        if place is not None and some and place.segment <= some[-1].number:  # else numbers have begun anew
+            index = next(at for at, segment in enumerate(some) if segment.number >= place.segment)
+            self._from_the_first = index == 0 and some[index].number > place.segment
+            return index, place.offset if some[index].number == place.segment else 0
         since_ns = min([self._wanted.since_ns, *(each.received_ns for each in self._wanted.positions)])
         index = first_for(some, since_ns)
         self._from_the_first = index == 0

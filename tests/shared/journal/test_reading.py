@@ -1,0 +1,96 @@
+from pathlib import Path
+
+import pytest
+
+from shared.bus.journal_messages import JournalPlace, JournalRead, WorkerPosition
+from shared.datagrams.batch import DatagramBatch
+from shared.journal.directory import segments_in
+from shared.journal.reading import read_portion
+from shared.journal.records import Identity
+from shared.journal.segments import SECOND
+from tests.shared.journal.filled import NOW, as_written, batch_of, identities, read_all, times, write_segment
+
+Batches = list[tuple[Identity, DatagramBatch]]
+
+
+def batches_of(worker: str, boot: int, count: int, at_ns: int = NOW) -> Batches:
+    """Return batches of two rows, one a second."""
+    return [
+        (identity, batch_of([("192.0.2.1", 1, f"{worker} {boot} {identity.sequence}".encode())] * 2, at))
+        for identity, at in zip(identities(worker, boot, rows=[2] * count), times(count), strict=True)
+        for at in [at - NOW + at_ns]
+    ]
+
+
+@pytest.fixture
+def two_workers(tmp_path: Path) -> tuple[Path, Batches]:
+    """A journal in three segments: two workers in turn, the first of which is started anew in the middle."""
+    one, two = batches_of("ingest.1", 5, 6), batches_of("ingest.2", 9, 12)
+    again = batches_of("ingest.1", 3, 6, NOW + 6 * SECOND)  # boot ids do not grow
+    order = [each for pair in zip([*one, *again], two, strict=True) for each in pair]
+    for number in range(3):
+        write_segment(tmp_path / "flows", order[8 * number : 8 * number + 8], number + 1)
+    return tmp_path / "flows", order
+
+
+@pytest.mark.parametrize("rows", [1, 5, 1000])
+@pytest.mark.parametrize("use_places", [True, False])
+def test_every_worker_goes_on_from_its_own_position(
+    two_workers: tuple[Path, Batches], rows: int, use_places: bool
+) -> None:
+    """From each worker's position on all comes, over its restart, in the order written, in portions of any size."""
+    directory, order = two_workers
+    for first in range(7):
+        for second in (0, 3, 11):
+            start = (
+                WorkerPosition("ingest.1", 5, first, 2 * first, NOW + (first - 1) * SECOND),
+                WorkerPosition("ingest.2", 9, second, 2 * second, NOW + (second - 1) * SECOND),
+            )
+            expected = [
+                as_written(*each)
+                for each in order
+                if (each[0].worker == "ingest.2" and each[0].sequence >= second)
+                or (each[0].worker == "ingest.1" and (each[0].boot == 3 or each[0].sequence >= first))
+            ]
+            found, portion = read_all(directory, *start, rows=rows, use_places=use_places)
+            assert found == expected
+            assert (portion.missing, portion.expired, portion.damaged) == (0, 0, 0)
+            assert portion.positions["ingest.1"].boot == 3
+
+
+def test_a_position_within_a_batch_brings_it_again(two_workers: tuple[Path, Batches]) -> None:
+    """A reader that has had a part of a batch gets all of it; one that had all does not."""
+    directory, _ = two_workers
+    for total, first in ((2, 1), (3, 1), (4, 2)):
+        found, _ = read_all(directory, WorkerPosition("ingest.2", 9, 99, total, NOW), since_ns=1 << 62)
+        assert found[0][0].sequence == first
+
+
+def test_since_a_time_for_workers_that_are_not_known(two_workers: tuple[Path, Batches]) -> None:
+    """Without a position all that came at that time or later is read, and nothing before it counts as missing."""
+    directory, order = two_workers
+    found, portion = read_all(directory, since_ns=NOW + 4 * SECOND)
+    assert found == [as_written(*each) for each in order if each[1].received_ns >= NOW + 4 * SECOND]
+    assert (portion.missing, portion.expired) == (0, 0)
+
+
+@pytest.mark.parametrize("place", [JournalPlace(99, 0), JournalPlace(2, 12345), JournalPlace(1, 1 << 40), None])
+def test_a_place_that_is_none_does_no_harm(two_workers: tuple[Path, Batches], place: JournalPlace | None) -> None:
+    """A place that is of another journal, or within a record, costs a search and no batch that follows it."""
+    directory, order = two_workers
+    start = [WorkerPosition("ingest.1", 3, 5, 10, NOW + 10 * SECOND), WorkerPosition("ingest.2", 9, 11, 22, NOW)]
+    wanted = JournalRead(1, "replay/forwarder.1.a/", "flows", 0, start, place=place)
+    portion = read_portion(directory, lambda: segments_in(directory.parent, "flows"), wanted)
+    assert [as_written(*each) for each in portion.batches] == [as_written(*each) for each in order[-2:]]
+
+
+def test_a_segment_that_is_sealed_or_removed_meanwhile(two_workers: tuple[Path, Batches]) -> None:
+    """A list of segments that is out of date is read all the same: sealed ones by their other name, gone ones not."""
+    directory, order = two_workers
+    stale = segments_in(directory.parent, "flows")
+    (directory / stale[0].name).unlink()
+    stale = [type(each)(each.stream, each.number, each.began_ns, is_open=each.number == 3) for each in stale]
+    wanted = JournalRead(1, "replay/forwarder.1.a/", "flows", 0, [], rows=1 << 16)
+    portion = read_portion(directory, lambda: stale, wanted)
+    assert [as_written(*each) for each in portion.batches] == [as_written(*each) for each in order[8:]]
+    assert portion.at_end
