@@ -131,6 +131,9 @@ def _collectors(collectors: tuple[Collector, ...] | None, clock: float) -> Itera
     by_kernel = CounterMetricFamily(
         "fanwire_copies_by_kernel", "Copies that the kernel sent by rules of offload.", labels=label
     )
+    templates = CounterMetricFamily(
+        "fanwire_templates_sent", "Datagrams with templates of flow exporters that were sent besides.", labels=label
+    )
     size = CounterMetricFamily("fanwire_sent_bytes", "Payload bytes of copies sent.", labels=label)
     held = GaugeMetricFamily("fanwire_collector_queue_datagrams", "Copies that wait.", labels=label)
     most_held = GaugeMetricFamily(
@@ -153,11 +156,12 @@ def _collectors(collectors: tuple[Collector, ...] | None, clock: float) -> Itera
         kept_back.add_metric([name], collector.kept_back or 0)
         withheld.add_metric([name], collector.withheld or 0)
         by_kernel.add_metric([name], collector.by_kernel or 0)
+        templates.add_metric([name], collector.templates or 0)
         held.add_metric([name], collector.held or 0)
         most_held.add_metric([name], MOST_WAITING[collector.client.source])
         for cause, count in ({**dict.fromkeys(COLLECTOR_CAUSES, 0), **collector.causes}).items():
             lost.add_metric([name, cause], count)
-    yield from (sent, lost, kept_back, withheld, by_kernel, size, held, most_held, health, since)
+    yield from (sent, lost, kept_back, withheld, by_kernel, templates, size, held, most_held, health, since)
     yield GaugeMetricFamily("fanwire_collectors", "Collectors that are signed up.", len(collectors))
     yield GaugeMetricFamily(
         "fanwire_collectors_not_shown",

@@ -188,6 +188,7 @@ def show_collector(collector: Collector, clock: float) -> View:
         "kept_back": collector.kept_back,
         "withheld": collector.withheld,
         "by_kernel": collector.by_kernel,
+        "templates": collector.templates,
         "order": client.withheld,
         "held": collector.held,
         "lost": collector.lost,

@@ -27,7 +27,7 @@ from shared.fanout.streams import FollowedStreams
 from shared.log import get_logger
 from shared.settings.entries import Stream
 
-PATIENCE_SECONDS: Final = 2.0
+PATIENCE_SECONDS: Final = 5.0
 """Time for the workers to answer; one of an earlier release does not. Copies flow without templates then."""
 PAUSE_SECONDS: Final = (0.02, 0.25)
 PAUSE_SHARE: Final = 4

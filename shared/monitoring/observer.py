@@ -42,6 +42,7 @@ from shared.ledger import (
     SAMPLED_OUT,
     SENT,
     SHARED_OUT,
+    TEMPLATES_SENT,
     WITHHELD_BY_ADMIN,
     Accounts,
     is_origin,
@@ -273,7 +274,7 @@ class Observer:
             self._words[key] = health, since
             name = f"collector/{client.name}"
             if service is None:
-                unknown = (None,) * 11
+                unknown = (None,) * 12
                 yield Collector(client, health, since, None, *unknown, {}, None)
                 continue
             told, account = self._told[service], accounts[service][name]
@@ -297,6 +298,7 @@ class Observer:
                 sum(account.get(counter, 0) for counter in (FILTERED, SAMPLED_OUT, SHARED_OUT)),
                 account.get(WITHHELD_BY_ADMIN, 0),
                 account.get(BY_KERNEL, 0),
+                account.get(TEMPLATES_SENT, 0),
                 account.get(HELD, 0),
                 count,
                 _lost_rate(told, name),

@@ -74,6 +74,8 @@ class Collector(msgspec.Struct, frozen=True, gc=False):
     """Datagrams not sent because an admin withholds them."""
     by_kernel: int | None
     """Datagrams of which the kernel had sent the copy."""
+    templates: int | None
+    """Datagrams with templates of flow exporters that were sent besides."""
     held: int | None
     lost: int | None
     lost_rate: float | None

@@ -145,6 +145,7 @@ function collectorFacts(row) {
     ["bytes now", row.bytes === null ? UNKNOWN : `${bytes(row.bytes)}/s`],
     ["sent", whole(row.sent)],
     ...(row.by_kernel ? [["sent by the kernel itself", whole(row.by_kernel)]] : []),
+    ...(row.templates ? [["templates sent besides", whole(row.templates)]] : []),
     ["lost", whole(row.lost)],
     ["lost in the last 5 min", whole(row.recent)],
     ["lost by cause", row.lost === null ? UNKNOWN : causes.join(", ") || "none"],

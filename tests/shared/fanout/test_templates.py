@@ -227,7 +227,7 @@ def test_a_worker_that_does_not_answer_is_not_waited_for() -> None:
 
 
 def test_nobody_waits_for_uplink() -> None:
-    """What other sites have sent goes to a collector at once: nobody keeps templates of that."""
+    """Datagrams of other sites go to a collector at once, since nobody keeps their templates."""
     sender = Sender()
     sender.serve(make_client("a"))
     sender.live(UPLINK, b"1")

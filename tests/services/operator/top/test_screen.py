@@ -33,6 +33,7 @@ def collector(number: int, name: str = "", **changes: object) -> Collector:
         "expected": 1000 * number,
         "kept_back": 0,
         "by_kernel": 0,
+        "templates": 0,
         "withheld": 0,
         "held": 0,
         "lost": number,
