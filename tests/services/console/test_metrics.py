@@ -34,6 +34,7 @@ def test_losses_are_those_of_the_account() -> None:
     assert samples(text, "fanwire_collector_health")["siem", "refusing"] == 1
     assert samples(text, "fanwire_collector_health")["siem", "ok"] == 0
     assert samples(text, "fanwire_collector_queue_limit_datagrams")["siem",] == MOST_WAITING["relay"]
+    assert samples(text, "fanwire_templates_sent_total")["siem",] == 3
     assert samples(text, "fanwire_exporters")[()] == 3
 
 

@@ -39,7 +39,15 @@ def busy(now: float | None = None) -> Picture:
         {
             "ingest.1": {"stream/syslog": {"received": 900, "published": 890, "bytes": 9000, "dropped_bus_full": 10}},
             "forwarder.1": {
-                "collector/siem": {"expected": 890, "offered": 890, "sent": 890, "refusals": 7, "bytes": 9000},
+                "collector/siem": {
+                    "expected": 890,
+                    "offered": 890,
+                    "sent": 890,
+                    "templates": 3,
+                    "templates_sent": 3,
+                    "refusals": 7,
+                    "bytes": 9000,
+                },
                 f"collector/{HOSTILE}": {"expected": 890, "offered": 890, "sent": 880, "dropped_refused": 10},
             },
             "journal.1": {
