@@ -39,6 +39,7 @@ from shared.datagrams.batch import ROW, DatagramBatch, make_rows
 from shared.ledger import Accounts, discrepancies
 from shared.net.addresses import pack_address
 from tests.stack import Running, Stack, wait_until
+from tests.warm_start import Process
 
 Datagram = tuple[str, int, bytes]
 SOURCES = [f"192.0.2.{number}" for number in range(6)] + [f"2001:db8::{number}" for number in range(6)]
@@ -313,12 +314,17 @@ def flow(gateway: PlayedGateway, worker: PlayedWorker, revision: int, *clients: 
 
 
 def freeze(running: Running) -> None:
-    """Stop a process, and wait until none of its threads runs any more; SIGCONT lets it go on."""
-    running.process.send_signal(signal.SIGSTOP)
-    tasks = Path(f"/proc/{running.process.pid}/task")
+    """Stop a service, and wait until none of its threads runs any more; SIGCONT lets it go on."""
+    freeze_process(running.process, running.name)
+
+
+def freeze_process(process: Process, name: str) -> None:
+    """Stop any process so."""
+    process.send_signal(signal.SIGSTOP)
+    tasks = Path(f"/proc/{process.pid}/task")
     wait_until(
         lambda: all(stat.read_text().rpartition(")")[2].split()[0] == "T" for stat in tasks.glob("*/stat")),
-        f"{running.name} stands still",
+        f"{name} stands still",
     )
 
 

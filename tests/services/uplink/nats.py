@@ -12,6 +12,7 @@ from typing import Self
 
 import pytest
 
+from tests.builders import freeze_process
 from tests.lab import assert_entered
 from tests.stack import wait_until
 
@@ -71,6 +72,11 @@ class NatsServer:
             self.process.send_signal(number)
             self.process.wait(30)
             self.process = None
+
+    def freeze(self) -> None:
+        """Let it stand still, from when this returns, until it gets SIGCONT."""
+        assert self.process is not None
+        freeze_process(self.process, "the NATS server")
 
     def __enter__(self) -> Self:
         self.start()

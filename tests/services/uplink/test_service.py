@@ -256,7 +256,7 @@ def test_what_finds_no_room_is_counted(stack: Stack, tmp_path: Path) -> None:
         uplink = stack["uplink"]
         uplink.wait_for("made the stream of this site")
         assert server.process is not None
-        server.process.send_signal(signal.SIGSTOP)
+        server.freeze()
         overfill(stack, bus, "dropped_server_slow", "JetStream acknowledges too slowly: datagrams for other sites")
         server.process.send_signal(signal.SIGCONT)
         uplink.wait_for("there is room again for what waits for JetStream")

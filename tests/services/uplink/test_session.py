@@ -4,7 +4,6 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator
-from functools import partial
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -306,7 +305,7 @@ def test_a_server_that_does_not_answer(plain: NatsServer, monkeypatch: pytest.Mo
     try:
         tried.run(
             tried.says("JetStream has not acknowledged a message within 0.2 s; is its disk full?"),
-            partial(plain.process.send_signal, signal.SIGSTOP),
+            plain.freeze,
         )
     finally:
         plain.process.send_signal(signal.SIGCONT)
