@@ -14,6 +14,7 @@ from shared.journal.directory import segments_in
 from shared.net.sockets import enlarge_receive_buffer
 from tests.builders import BusEnds, accounts_when
 from tests.stack import PATIENT, Stack, ask_json, wait_until
+from tests.traffic import payload
 
 SETTINGS = (
     PATIENT
@@ -91,3 +92,34 @@ def test_live_copies_know_nothing_of_the_journals_fate(stack: Stack) -> None:
         assert kept(directory) == sent[-100:]
         code, said, _ = stack.run("ledger")
         assert (code, said.splitlines()[-1]) == (0, "balanced"), said
+
+
+def test_it_has_every_byte_that_came(stack: Stack) -> None:
+    """Datagrams of all sizes, lent ones among them, are in the journal as they were sent, each exporter's in order."""
+    directory = stack.directory / "journal"
+    stack.configure(SETTINGS.format(directory=directory).replace("1048576", "1073741824"))
+    stack.start("broker")
+    journal = stack.start("journal")
+    stack.start("ingest")
+    exporters = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(3)]
+    with BusEnds(stack.bus) as bus:
+        accounts_when(bus, "journal.1", lambda now: any(name.startswith("origin/") for name in now))
+        sent: dict[int, list[bytes]] = {}
+        for number, exporter in enumerate(exporters):
+            exporter.bind((f"127.0.0.{number + 1}", 0))
+            sent[exporter.getsockname()[1]] = [payload(number, each) for each in range(200)]
+        for each in range(200):
+            for exporter in exporters:
+                exporter.sendto(sent[exporter.getsockname()[1]][each], ("127.0.0.1", 6667))
+        told = accounts_when(bus, "journal.1", lambda now: now["journal/messages"].get("written", 0) == 600)
+        assert sum(kept.get("missed", 0) for kept in told.values()) == 0
+    for exporter in exporters:
+        exporter.close()
+    assert journal.stop() == 0
+    found: dict[int, list[bytes]] = {port: [] for port in sent}
+    for segment in segments_in(directory, "messages"):
+        with (directory / "messages" / segment.name).open("rb") as file:
+            for datagram in CaptureReader(file):
+                found[datagram.source_port].append(datagram.payload)
+                assert datagram.port == 6667
+    assert found == sent
