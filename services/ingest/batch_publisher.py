@@ -118,10 +118,10 @@ class StreamFeed:
         self._totals[PUBLISHED] = self.account[PUBLISHED]
         if self._shares:
             self._shares.note(rows)
+        if sent and self._held.due_at and self._held.wants(self.stream):
+            self._held.add(body, len(rows), rows.tobytes(), batch.packed())
         if sent and loan and self._pool:
             self._pool.lent(loan)
-        elif sent and self._held.due_at and self._held.wants(self.stream):
-            self._held.add(body, len(rows), rows.tobytes(), bytes(payload))
 
     def publish_few(
         self, received_ns: int, count: int, rows: bytes, payload: bytes, copied: Generations | None = None

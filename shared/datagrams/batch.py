@@ -82,6 +82,13 @@ class DatagramBatch:
         words = self.words
         return bool(((words[:, 3] == MAPPED) & ((words[:, 1] | words[:, 2]) == 0)).all())
 
+    def packed(self) -> bytes:
+        """Return a copy of the payloads, end to end."""
+        if not self.stride:
+            return bytes(self.payload)
+        payload, starts = memoryview(self.payload), range(0, len(self.rows) * self.stride, self.stride)
+        return b"".join([payload[at : at + length] for at, length in zip(starts, self.length_list, strict=True)])
+
     def part(self, first: int, stop: int) -> "DatagramBatch":
         """Return the rows from `first` up to `stop`, as views of these."""
         if first == 0 and stop == len(self.rows):

@@ -2,7 +2,7 @@
 
 A sender that ends asks for it by a subscription, and its successor asks for the batches by another one
 (`shared.fanout.resumption`). For a journal the latest batches of its streams stand, since it may be killed: it has that
-subscription from its start. Payloads that are lent are not among them. At other times nothing is held.
+subscription from its start. At other times nothing is held.
 """
 
 import time

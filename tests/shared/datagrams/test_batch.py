@@ -104,3 +104,14 @@ def test_addresses_may_be_a_column() -> None:
     packed = [bytes(range(16)), bytes(reversed(range(16)))]
     column = np.frombuffer(b"".join(packed), np.uint8).reshape(2, 16)
     assert make_rows([1, 2], packed, [3, 4]).tobytes() == make_rows([1, 2], column, [3, 4]).tobytes()
+
+
+def test_parts_and_payloads_of_a_batch_in_place() -> None:
+    """Rows of a batch, and its payloads packed, are the same whether they stand end to end or at a distance."""
+    payloads = [b"one", b"", b"three", b"4"]
+    close = make_batch(payloads)
+    apart = DatagramBatch("messages", 1, close.rows, b"".join(each.ljust(8, b"-") for each in payloads), 8)
+    assert close.packed() == apart.packed() == b"onethree4"
+    for batch in (close, apart):
+        assert [payload for _, _, payload in batch.part(1, 3).datagrams()] == [b"", b"three"]
+        assert batch.part(0, 4) is batch
