@@ -59,6 +59,7 @@ class _Guard:
     While copies wait for it, `held` has by stream where the first of them began.
     """
 
+    account: Counter[str]
     signs: int
     unsent: Counter[str]
     last: tuple[str, dict[Worker, int]] = field(default_factory=lambda: ("", {}))
@@ -83,7 +84,10 @@ class Absences(Generic[D]):
         for client in clients:
             if client.catch_up and (streams := list(streams_of(client))):
                 account = self._collectors[client.name].account
-                self._guards[client.name] = before.get(client.name) or _Guard(signs(account), unsent(account))
+                guard = before.get(client.name)
+                if guard is None or guard.account is not account:
+                    guard = _Guard(account, signs(account), unsent(account))
+                self._guards[client.name] = guard
                 for stream in streams:
                     self._streams.setdefault(stream, []).append(client.name)
 
