@@ -66,7 +66,10 @@ class Surroundings:
         self._look_at = time.monotonic() + SOCKETS_SECONDS
         before = self._relays
         connected = [each for each in udp_sockets() if (each.peer, each.peer_port) in collectors] if collectors else []
-        self._relays = {(each.peer, each.peer_port): (each.address, each.port) for each in reversed(connected)}
+        found = {(each.peer, each.peer_port): (each.address, each.port) for each in reversed(connected)}
+        # While the forwarder is restarted, the kernel goes on with the sources of before.
+        kept = {place: own for place, own in before.items() if place in collectors and own[0] in self._own}
+        self._relays = kept | found
         return before != self._relays
 
     def gather(self, troubled: Mapping[tuple[str, int], Trouble | None]) -> Facts:

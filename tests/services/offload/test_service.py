@@ -182,6 +182,12 @@ def test_collectors_are_served_once_senders_know_it(open_stack: OpenStack) -> No
         assert accounts["rules/second"] == {"copied": 1}
         assert accounts["marks/netflow"]["marked"] >= accounts["rules/first"]["copied"] > 1
 
+        sending.close()  # as of a forwarder that is restarted
+        copied = accounts["rules/second"]["copied"]
+        assert around.marked(listener, socks[1])
+        accounts_when(around.bus, "offload.1", lambda found: found["rules/second"]["copied"] > copied)
+        around.wait_marked(listener, socks[0], {"first", "second"})
+
         around.gateway.change(3, left=["first"])
         around.wait_marked(listener, socks[0], {"second"})
         first.read(1)

@@ -2,6 +2,8 @@ import json
 
 import pytest
 
+from shared.bus.offload_messages import PATHS_TOPIC, CollectorPath, OffloadPaths
+from tests.builders import BusEnds, wait_unwanted, wait_wanted
 from tests.services.operator.played import PlayedGateway, run
 from tests.stack import Stack
 
@@ -138,3 +140,31 @@ def test_an_answer_from_something_else_is_one_line(stack: Stack, answer: str) ->
         code, text = run(stack, "clients", "--gateway", gateway.endpoint)
     assert (code, text.count("\n")) == (69, 1)
     assert "not from a fanwire gateway" in text
+
+
+def test_ways_of_copies_are_told_where_offload_is_asked_for(stack: Stack) -> None:
+    """With `[offload] interfaces` the table and `--json` have each collector's path, as offload tells it on the bus."""
+    entry = {"address": "192.0.2.1", "port": 9, "streams": ["messages"], "health": "ok"}
+    with PlayedGateway() as gateway:
+        gateway.clients = {name: {"name": name, **entry} for name in ("fast", "slow", "new")}
+        stack.configure(f'[gateway]\nlisten = ["{gateway.endpoint}"]\n[offload]\ninterfaces = ["eth0"]\n')
+        stack.start("broker")
+        with BusEnds(stack.bus) as bus:
+            publisher = bus.publisher("offload.1")
+            told = [CollectorPath("fast", "kernel"), CollectorPath("slow", "frames", "it is slow")]
+            for options in ((), ("--json",)):
+                asking = stack.operator("clients", *options)
+                wait_wanted(publisher, PATHS_TOPIC)
+                publisher.publish(PATHS_TOPIC, OffloadPaths(1, 0, 1, told))
+                assert asking.process.wait(20) == 0
+                wait_unwanted(publisher, PATHS_TOPIC)
+                text = asking.text
+                if options:
+                    ways = {
+                        name: (each.get("path"), each.get("path_reason")) for name, each in json.loads(text).items()
+                    }
+                    assert ways == {"fast": ("kernel", ""), "slow": ("frames", "it is slow"), "new": (None, None)}
+                else:
+                    assert "path" in text
+                    assert "kernel" in text
+                    assert "frames: it is slow" in " ".join(text.split())
