@@ -65,10 +65,19 @@ class Marks:
     mask: int
     shift: int
 
-    def require_none(self) -> bytes:
-        """Return the instructions that end the rule for a packet with a mark in our bits, which is somebody else's."""
-        ours = struct.pack("=I", self.mask)
-        return load_meta(Meta.MARK, R0) + bitwise(R0, R0, ours, bytes(4)) + compare(R0, bytes(4))
+    def clear(self) -> bytes:
+        """Return the instructions that take our bits from a UDP packet for this host that comes with them.
+
+        Ingest would read them as a generation of ours. It has those of fragments too, which no other rule is for.
+        """
+        ours, others = struct.pack("=I", self.mask), struct.pack("=I", ~self.mask & 0xFFFFFFFF)
+        has_ours = (
+            load_meta(Meta.MARK, R0) + bitwise(R0, R0 + 1, ours, bytes(4)) + compare(R0 + 1, bytes(4), Op.NOT_EQUAL)
+        )
+        is_udp = load_meta(Meta.PROTOCOL, R0 + 1) + compare(R0 + 1, b"\x11")
+        return (
+            has_ours + _for_this_host(R0 + 1) + is_udp + bitwise(R0, R0, others, bytes(4)) + store_meta(Meta.MARK, R0)
+        )
 
     def set_to(self, generation: int) -> bytes:
         """Return the instructions that mark a packet, and leave all other bits."""
@@ -105,6 +114,8 @@ class Renderer:
     def add(self, base_chains: Iterable[str]) -> None:
         """Add everything; each of the base chains is empty, and leads to it."""
         base_chains = list(base_chains)
+        for chain in base_chains:
+            self._batch.add_rule(chain, self._marks.clear())
         for version in ADDRESS_OFFSET:
             streams = [stream for stream in self._plan.streams if _version(stream) == version]
             goals: list[Element] = []
@@ -114,7 +125,7 @@ class Renderer:
             if goals:
                 for chain in base_chains:
                     listeners = self._batch.add_map(len(goals[0][0]), goals)
-                    self._batch.add_rule(chain, _find_listener(version, listeners, self._marks))
+                    self._batch.add_rule(chain, _find_listener(version, listeners))
 
     def _add_stream(self, stream: StreamCopies, version: int) -> str:
         copies = {place: self._plan.copies[place] for place in stream.copies}
@@ -184,11 +195,10 @@ def _pad(address: bytes, port: int) -> bytes:
     return address + port.to_bytes(2, "big") + bytes(2)
 
 
-def _find_listener(version: int, listeners: int, marks: Marks) -> bytes:
+def _find_listener(version: int, listeners: int) -> bytes:
     """Go to the chain of a stream with a whole datagram, without options, that came to this host for its listener."""
     _, destination, length = ADDRESS_OFFSET[version]
-    came = load_meta(Meta.PACKET_TYPE, R0) + compare(R0, b"\0")  # PACKET_HOST: not what a promiscuous link has seen
-    came += marks.require_none()
+    came = _for_this_host(R0)
     if version == 4:
         # With a VLAN tag the ethertype is another one: its datagrams are for the VLAN's own interface.
         whole = load(Base.LINK, 12, 2, R0) + compare(R0, b"\x08\x00")
@@ -201,6 +211,11 @@ def _find_listener(version: int, listeners: int, marks: Marks) -> bytes:
         whole += load(Base.NETWORK, 6, 1, R0) + compare(R0, b"\x11")
     key = load(Base.NETWORK, destination, length, R0) + load(Base.TRANSPORT, 2, 2, R0 + length // 4)
     return came + whole + key + look_up(R0, listeners)
+
+
+def _for_this_host(register: int) -> bytes:
+    """End the rule for what a promiscuous link has seen: other types than PACKET_HOST."""
+    return load_meta(Meta.PACKET_TYPE, register) + compare(register, b"\0")
 
 
 def _let_longer_go_up(longest: int, version: int) -> bytes:

@@ -5,6 +5,7 @@ import select
 import socket
 import time
 from collections import Counter
+from contextlib import suppress
 from types import TracebackType
 from typing import Final, Self, get_args
 
@@ -42,6 +43,8 @@ SOURCES: Final[tuple[Source, ...]] = get_args(Source)
 REPORTS: Final = tuple(f"status/{service}." for service in ("ingest", "forwarder", "transmitter"))
 ANSWER_SECONDS: Final = 10.0
 """Time for the applier to answer: a plan of 10,000 copies takes two."""
+DRAIN_SECONDS: Final = 2.0
+"""Time for it after SIGTERM: honcho kills after five."""
 PLAN_SECONDS: Final = 0.2
 """Plans follow one another no faster: each takes two generations, of which there are ten a second."""
 PLAN_SHARE: Final = 10
@@ -341,7 +344,9 @@ class OffloadService:
     def _drain(self) -> None:
         """Take the rules away; the generations that were told of stay known to the senders."""
         if self._channel is not None and self._handover.live is not None:
-            self._ask(Request("apply", self._next_request(), kernel_plan(Planned({}, {}), {})))
+            self._channel.settimeout(DRAIN_SECONDS)
+            with suppress(OperatorError):  # it ends with this process, and the rules with it
+                self._ask(Request("apply", self._next_request(), kernel_plan(Planned({}, {}), {})))
             self._handover.forget_live()
         self._reporter.report(self._accounts)
         log.info("drained", service=self.name)

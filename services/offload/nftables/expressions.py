@@ -31,6 +31,7 @@ class Op(IntEnum):
     """A comparison."""
 
     EQUAL = 0
+    NOT_EQUAL = 1
     GREATER = 4
 
 
@@ -38,6 +39,7 @@ class Meta(IntEnum):
     """A fact that the kernel knows of a packet beside its bytes."""
 
     MARK = 3
+    PROTOCOL = 16
     PACKET_TYPE = 19
 
 

@@ -34,7 +34,7 @@ COUNT = 40
 MARKED_BEFORE = """table netdev before {
     chain in {
         type filter hook ingress device in priority -1
-        meta mark set 0x00012345
+        meta mark set 0xabc12345
     }
 }
 """
@@ -168,6 +168,8 @@ def test_datagrams_without_checksum_and_marks_of_others_stay_as_they_are() -> No
             socks[0].setsockopt(socket.SOL_SOCKET, SO_NO_CHECK, 1)
             socks[0].sendto(b"no checksum", (RELAY[4], PORT))
             assert [(each.payload, each.mark) for each in listener.read(1)] == [(b"no checksum", 7 << 20 | 0x12345)]
+            socks[1].sendto(b"x" * 3000, (RELAY[4], PORT))
+            assert [each.mark for each in listener.read(1)] == [0x12345]
         sources = [(each.source, each.source_port, each.payload) for each in siem.read(2)]
         assert sources == [(EXPORTERS[4][0], 2000, b"no checksum"), (OUT[4], 4000, b"no checksum")]
 
