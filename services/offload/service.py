@@ -11,6 +11,7 @@ from typing import Final, Self, get_args
 
 from services.offload.channel import Answer, ClosedError, Request, UnfitError, receive, send
 from services.offload.handover import Handover
+from services.offload.mark_watch import MarkWatch
 from services.offload.planner import Limits, Place, Planned, kernel_plan, make_plan
 from services.offload.surroundings import Surroundings
 from services.offload.workers import Workers
@@ -102,6 +103,7 @@ class OffloadService:
         self._reporter = Reporter(self._publisher, self._memory)
         self._replica = RegistryReplica()
         self._workers = Workers(time.monotonic, lambda source: self._publisher.wanted(offload_topic(source)))
+        self._marks = MarkWatch(time.monotonic)
         self._handover = Handover(self.settings.offload.generations, lambda: time.clock_gettime(time.CLOCK_BOOTTIME))
         self._surroundings: Surroundings | None = None
         if self._channel is not None:
@@ -201,7 +203,20 @@ class OffloadService:
             self._handover.expire()
             self._memory.measure()
             self._dirty |= self._workers.expire()
+            self._watch_marks()
         self._dirty |= surroundings.sockets_changed(self._relayed)
+
+    def _watch_marks(self) -> None:
+        """Compare what the rules have marked with what ingest has read of it."""
+        marked: Counter[str] = Counter()
+        for what, count in self._counted.items():
+            kind, _, stream = what.partition("/")
+            if kind == "stream":
+                marked[stream.rpartition("/")[0]] += count
+        if self._marks.note(marked, self._workers.marks_read(), reporting=self._workers.reporting):
+            self._dirty = True
+            if self._marks.reason:
+                log.error("the kernel makes no copies", reason=self._marks.reason)
 
     def _plan(self, surroundings: Surroundings) -> None:
         """Make a plan of what is known now, if anything has changed."""
@@ -209,7 +224,7 @@ class OffloadService:
         if not self._dirty or began < self._plan_at or self._replica.version < 0:
             return
         self._dirty = False
-        reason = self._workers.reason()
+        reason = self._workers.reason() or self._marks.reason
         facts = surroundings.gather({key: each for told in self._troubles.values() for key, each in told.items()})
         clients = self._replica.clients.values()
         if reason:

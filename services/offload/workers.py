@@ -1,12 +1,13 @@
 """The processes that must know of the kernel's copies: workers that read marks, senders that are told. No I/O."""
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Final
 
 from shared.bus.messages import Envelope, Status
 from shared.bus.status import Report, Reports
 from shared.client import Source
-from shared.ledger import MARK_BLIND, MARK_SOCKETS, MARKS_UNREAD
+from shared.ledger import KERNEL_DROPPED, MARK_BLIND, MARK_SOCKETS, MARKS_READ, MARKS_UNREAD
 
 SILENT_SECONDS: Final = 3.5
 """A process that has not reported for so long has ended, or is stopped."""
@@ -47,6 +48,21 @@ class Workers:
         self._unread[report.service] = unread
         self._seen[report.service] = self._clock()
         self._blind[report.service] = grown or not own.get(MARK_SOCKETS) or bool(own.get(MARK_BLIND))
+
+    @property
+    def reporting(self) -> bool:
+        """Return whether a worker has reported of late."""
+        return any(seen >= self._clock() - SILENT_SECONDS for seen in self._seen.values())
+
+    def marks_read(self) -> Counter[str]:
+        """Return, by stream, the datagrams of all workers that came with a mark, or that the kernel has dropped."""
+        found: Counter[str] = Counter()
+        for report in self._reports.latest.values():
+            for name, account in report.accounts.items():
+                kind, _, stream = name.partition("/")
+                if kind == "stream":
+                    found[stream] += account.get(MARKS_READ, 0) + account.get(KERNEL_DROPPED, 0)
+        return found
 
     def expire(self) -> bool:
         """Forget processes that have ended; return whether `reason` has changed."""

@@ -69,6 +69,7 @@ PURE = (
     "services/offload/copy_rules.py",
     "services/offload/handover.py",
     "services/offload/kernel_plan.py",
+    "services/offload/mark_watch.py",
     "services/offload/nftables/attributes.py",
     "services/offload/nftables/expressions.py",
     "services/offload/nftables/messages.py",

@@ -73,10 +73,14 @@ class Played:
     gateway: PlayedGateway
     senders: dict[Source, PlayedSender]
     offload: Running
+    reports: int = 0
 
     def report(self, **counters: int) -> None:
         """Report as a worker."""
-        body = Status("ingest.1", 1, 0, 1, 0, 1, {"ingest": counters or {"mark_sockets": 2}})
+        self.reports += 1  # as of marks that have come
+        read = {"marks_read": self.reports}
+        accounts = {"ingest": counters or {"mark_sockets": 2}, "stream/netflow": read}
+        body = Status("ingest.1", 1, 0, self.reports, 0, 1, accounts)
         self.worker.publish(status_topic("ingest.1"), body)
 
     def __post_init__(self) -> None:

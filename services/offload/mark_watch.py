@@ -1,0 +1,52 @@
+"""Comparison of the marks that rules have set with those that ingest has read. No I/O; the clock is handed in.
+
+A rule of another program that sets a whole mark takes ours away. The senders would then send what the kernel has sent.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+UNREAD: Final = 16
+"""Marks in a row of which none has come: fewer may be datagrams that the host's firewall drops, or wrong checksums."""
+UNREAD_SECONDS: Final = 3.0
+"""Time that they have to come: workers report each second."""
+AGAIN_SECONDS: Final = 600.0
+"""Time after which the rules are tried again."""
+
+
+@dataclass(slots=True)
+class _Stream:
+    """The counts when marks came last, and that time."""
+
+    marked: int
+    read: int
+    at: float
+
+
+class MarkWatch:
+    """Follows the counts of each stream; `reason` says of which one marks are taken away."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._streams: dict[str, _Stream] = {}
+        self._until = 0.0
+        self.reason = ""
+
+    def note(self, marked: Mapping[str, int], read: Mapping[str, int], *, reporting: bool) -> bool:
+        """Note what the rules have marked and what has been read of it, or dropped, since any time in the past.
+
+        Return whether `reason` has changed. While no worker is `reporting`, nothing can be said.
+        """
+        now, before = self._clock(), self.reason
+        if self.reason and now >= self._until:
+            self.reason = ""
+            self._streams.clear()
+        for stream, count in marked.items():
+            known = self._streams.get(stream)
+            if known is None or not reporting or read.get(stream, 0) != known.read or count < known.marked:
+                self._streams[stream] = _Stream(count, read.get(stream, 0), now)
+            elif count - known.marked >= UNREAD and now >= known.at + UNREAD_SECONDS and not self.reason:
+                self.reason = f"another program takes the marks of stream {stream} away; see [offload] mark_mask"
+                self._until = now + AGAIN_SECONDS
+        return before != self.reason
