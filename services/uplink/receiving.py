@@ -30,6 +30,7 @@ PAUSE_SECONDS: Final = 0.25
 ACK_WAIT_SECONDS: Final = 30.0
 """Time after which JetStream sends again what was not acknowledged; longer than a message waits for an earlier one."""
 MAX_ACK_PENDING: Final = 2 * PULLED
+NEXT: Final = "next"
 HEARTBEAT: Final = "100"
 OVER: Final = ("404", "408")
 """Ends of a request in due time: there is nothing, or it has expired."""
@@ -48,11 +49,14 @@ class Receiver:
         streams: Sequence[str],
         account: Counter[str],
         deliver: Callable[[Session, Arrived], Awaitable[None]],
+        resumed: Counter[str],
     ) -> None:
         self.site = site
         self.streams = streams
         self._account = account
         self._deliver = deliver
+        self._resumed = resumed
+        """Kept also over a kill: the place in the stream from which a consumer that is just being made anew begins."""
         self._left = 0
         self._heard_at = 0.0
         self._lost = False
@@ -76,7 +80,6 @@ class Receiver:
         config = ConsumerConfig(
             name=name,
             durable_name=name,
-            deliver_policy=DeliverPolicy.NEW,
             ack_policy=AckPolicy.EXPLICIT,
             ack_wait=ACK_WAIT_SECONDS,
             max_ack_pending=MAX_ACK_PENDING,
@@ -85,13 +88,25 @@ class Receiver:
         what = f"site {self.site}"
         try:
             try:
-                found = (await manager.consumer_info(stream, name)).config
-                filters = found.filter_subjects or [found.filter_subject or ""]
-                if sorted(filters) != wanted:
-                    await manager.add_consumer(stream, config)
+                info = await manager.consumer_info(stream, name)
+                filters = info.config.filter_subjects or [info.config.filter_subject or ""]
+                if info.num_ack_pending and info.ack_floor:
+                    # It was handed to a connection that has ended, and would come again after `ack_wait`, behind newer.
+                    self._resumed[NEXT] = info.ack_floor.stream_seq + 1
+                    await manager.delete_consumer(stream, name)
+                    await manager.add_consumer(stream, self._from_start(config))
+                    self._resumed[NEXT] = 0
+                elif sorted(filters) != wanted:
+                    await manager.add_consumer(
+                        stream,
+                        config.evolve(
+                            deliver_policy=info.config.deliver_policy, opt_start_seq=info.config.opt_start_seq
+                        ),
+                    )
             except NotFoundError:
                 await manager.stream_info(stream)
-                await manager.add_consumer(stream, config)
+                await manager.add_consumer(stream, self._from_start(config))
+                self._resumed[NEXT] = 0
                 log.info("made the consumer by which this site receives", stream=stream, consumer=name)
         except NotFoundError:
             session.troubles.say(what, f"site {self.site} has no stream in JetStream yet: nothing comes from there")
@@ -101,6 +116,12 @@ class Receiver:
             return False
         session.troubles.end(what, f"site {self.site} can be received")
         return True
+
+    def _from_start(self, config: ConsumerConfig) -> ConsumerConfig:
+        """Return the settings of a consumer that begins with what comes from now on, or where one before it was."""
+        if start := self._resumed[NEXT]:
+            return config.evolve(deliver_policy=DeliverPolicy.BY_START_SEQUENCE, opt_start_seq=start)
+        return config.evolve(deliver_policy=DeliverPolicy.NEW)
 
     async def _pull(self, session: Session, inbox: str) -> None:
         """Ask for messages again and again; return when the consumer may be gone."""

@@ -14,7 +14,7 @@ from services.uplink.batches import BusBatches, Taken
 from services.uplink.feeds import GREET_SECONDS, Feeds
 from services.uplink.outbox import Outbox
 from services.uplink.packs import Arrived, Packer
-from services.uplink.receiving import Receiver
+from services.uplink.receiving import NEXT, Receiver
 from services.uplink.session import Session, SessionError, rotated
 from services.uplink.subjects import Origin
 from services.uplink.troubles import Troubles
@@ -47,6 +47,7 @@ from shared.settings.model import Settings
 
 TURN_MESSAGES: Final = 256
 SENDING: Final = "sending/"
+RESUMED: Final = "resumed/"
 WAITING_SHARE: Final = 3
 """One part in this many of the memory ceiling may wait for JetStream."""
 FILL_SECONDS: Final = 0.02
@@ -110,7 +111,11 @@ class Service:
         self._batches = BusBatches(self.name, self._subscriber, bus.path, self._kept)
         self._arrivals = Arrivals(time.monotonic)
         self._turns = asyncio.Lock()
-        self._receivers = [Receiver(site, names, self._account, self._deliver) for site, names in received.items()]
+        self._resumed = {f"{RESUMED}{site}": self._kept.new_counts() for site in received}
+        self._receivers = [
+            Receiver(site, names, self._account, self._deliver, self._resumed[f"{RESUMED}{site}"])
+            for site, names in received.items()
+        ]
         self._begin(left, self._uplink.sent(streams))
         return self
 
@@ -122,6 +127,8 @@ class Service:
                 account.update(counts)
                 account[UNSURE] += account[HELD]  # it was in the hands of the last process when that was killed
                 account[HELD] = 0
+            elif name in self._resumed:
+                self._resumed[name].update(counts)
         for stream in sent:
             self._outbox.accounts[stream].update()  # there from the start
         self._arrivals.restore(left.tables)
@@ -281,7 +288,7 @@ class Service:
 
     def _keep(self) -> None:
         """Keep the counters that there are now; their values are stored as they change."""
-        tables = {**self._batches.tables(), **self._sending, **self._arriving}
+        tables = {**self._batches.tables(), **self._sending, **self._arriving, **self._resumed}
         self._kept.keep([], tables, {**self._batches.room(), **_ROOM})
 
     async def _stay_connected(self) -> None:
@@ -394,7 +401,7 @@ class Service:
         self._context.term()
 
 
-_ROOM: Final = {"sending": (TAKEN, ACKNOWLEDGED, HELD), "arriving": POSITION_COUNTERS}
+_ROOM: Final = {"sending": (TAKEN, ACKNOWLEDGED, HELD), "arriving": POSITION_COUNTERS, "resumed": (NEXT,)}
 _NO_ROOM: Final = (
     "no more may wait for the NATS servers: datagrams for other sites are dropped until one can be reached",
     "JetStream acknowledges too slowly: datagrams for other sites are dropped",
