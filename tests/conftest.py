@@ -6,6 +6,7 @@ LAB_REFUSED = enter_lab()  # before other imports: unshare(2) wants a process wi
 
 import gc  # noqa: E402
 import os  # noqa: E402
+import resource  # noqa: E402
 import signal  # noqa: E402
 from collections.abc import Generator, Iterator  # noqa: E402
 from contextlib import nullcontext  # noqa: E402
@@ -104,9 +105,13 @@ def _descriptors() -> int:
 
 @pytest.fixture(autouse=True)
 def no_leaks() -> Iterator[None]:
-    """A test leaves no descriptor of its own process open."""
-    before = _descriptors()
+    """A test leaves no descriptor of its own process open, and allows itself no more than before.
+
+    With other limits everything after it would be started by exec, see `tests.warm_start`.
+    """
+    before, limits = _descriptors(), resource.getrlimit(resource.RLIMIT_NOFILE)
     yield
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == limits, "another limit of descriptors is left"
     after = _descriptors()
     if after > before:
         gc.collect()  # what refers to itself waits for it

@@ -350,15 +350,19 @@ def test_client_that_ends_and_does_not_read(stack: Stack) -> None:
 
 def test_two_thousand_connections(stack: Stack) -> None:
     """Two thousand connections at once are all answered."""
-    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     stack.start("broker")
     stack.start("gateway")
-    connections = [connect() for _ in range(2000)]
-    for number, connection in enumerate(connections):
-        connection.sendall(b"n%d" % number)
-    for number, connection in enumerate(connections):
-        assert f"n{number}" in json.loads(read_all(connection))
-        connection.close()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1], limits[1]))
+    try:
+        connections = [connect() for _ in range(2000)]
+        for number, connection in enumerate(connections):
+            connection.sendall(b"n%d" % number)
+        for number, connection in enumerate(connections):
+            assert f"n{number}" in json.loads(read_all(connection))
+            connection.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_one_connection_too_many(stack: Stack) -> None:
