@@ -3,11 +3,14 @@
 import socket
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from tests.services.uplink.nats import NatsServer, free_port
 from tests.stack import Running, Stack, ask_json, wait_until
 from tests.traffic import open_receiver
+
+KEPT: Final = 1 << 30
+"""Bytes of a stream: JetStream reserves them, and a small disk has fewer than the default."""
 
 
 class Site(Stack):
@@ -21,7 +24,8 @@ class Site(Stack):
         self.gateway = free_port()
         self.settings = (
             f'[gateway]\nlisten = ["tcp://127.0.0.1:{self.gateway}"]\nserve_seconds = 10\n'
-            f'[uplink]\nservers = ["{server.address}"]\nsite = "{name}"\n{uplink}\n{more}\n{streams}'
+            f'[uplink]\nservers = ["{server.address}"]\nsite = "{name}"\nkeep_bytes = {KEPT}\n'
+            f"{uplink}\n{more}\n{streams}"
         )
         super().__init__(directory, self.settings)
 

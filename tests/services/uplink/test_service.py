@@ -249,7 +249,9 @@ def test_the_extra_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_finds_no_room_is_counted(stack: Stack, tmp_path: Path) -> None:
     """As much waits as may; the rest is dropped under its cause, told once, and memory stays below its ceiling."""
     with NatsServer(tmp_path) as server, BusEnds(stack.bus) as bus:
-        settings = f'servers = ["{server.address}"]\nsite = "a"\nsend = ["*"]\nmemory = 120000000\n'
+        settings = (
+            f'servers = ["{server.address}"]\nsite = "a"\nsend = ["*"]\nmemory = 120000000\nkeep_bytes = 1073741824\n'
+        )
         stack.configure(f"[uplink]\n{settings}")
         for name in ("broker", "ingest", "uplink"):
             stack.start(name)

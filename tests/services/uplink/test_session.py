@@ -41,7 +41,7 @@ class Tried:
     """An uplink without a bus: it sends what a test offers, and notes what has come."""
 
     def __init__(self, server: NatsServer, site: str = "berlin", **settings: Any) -> None:
-        settings = {"servers": [server.address], "site": site, "send": ["flows"], **settings}
+        settings = {"servers": [server.address], "site": site, "send": ["flows"], "keep_bytes": 1 << 24, **settings}
         self.uplink = msgspec.convert(settings, Uplink)
         self.counted: Counter[str] = Counter()
         self.outbox = Outbox(1 << 24, 4, lambda _: self.counted, time.monotonic)
@@ -49,6 +49,7 @@ class Tried:
         self.troubles = Troubles()
         self.receivers: list[Receiver] = []
         self.came: list[bytes] = []
+        self.acknowledging = True
         self.said: list[str] = []
         """Events of the log."""
 
@@ -60,7 +61,8 @@ class Tried:
         for message in arrived.batches:
             assert message.batch is not None
             self.came += [payload for _, _, payload in message.batch.datagrams()]
-        await session.acknowledge(arrived.reply)
+        if self.acknowledging:
+            await session.acknowledge(arrived.reply)
 
     def offer(self, *payloads: bytes) -> None:
         """Let messages of a datagram wait."""
@@ -340,6 +342,26 @@ def test_a_site_without_a_stream_is_waited_for(plain: NatsServer) -> None:
     reader.run(reader.says("JetStream hands on nothing of site late: Consumer Deleted"), admin.start)
     admin.join()
     reader.run(reader.says("made the consumer"))
+
+
+def test_what_a_dead_connection_had_got_comes_first(plain: NatsServer) -> None:
+    """Messages that came and were not acknowledged come again with the next connection, at once and before newer."""
+    sender, reader = Tried(plain, "lasting"), Tried(plain, "reader", send=[])
+    sender.run(sender.says("made the stream"))
+    reader.receive_from("lasting")
+    reader.run(reader.says("made the consumer"))
+    sender.offer(b"one")
+    sender.run(lambda: sender.counted[ACKNOWLEDGED] == 1)
+    reader.run(lambda: reader.came == [b"one"])
+    sender.offer(b"two", b"three")
+    sender.run(lambda: sender.counted[ACKNOWLEDGED] == 3)
+    reader.acknowledging = False
+    reader.run(lambda: reader.came == [b"one", b"two", b"three"])
+    sender.offer(b"four")
+    sender.run(lambda: sender.counted[ACKNOWLEDGED] == 4)
+    reader.acknowledging = True
+    reader.run(lambda: len(reader.came) == 6)
+    assert reader.came == [b"one", b"two", b"three", b"two", b"three", b"four"]
 
 
 def test_more_than_is_asked_for_at_once(plain: NatsServer, monkeypatch: pytest.MonkeyPatch) -> None:
