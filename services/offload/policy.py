@@ -85,7 +85,9 @@ class Policy:
 
 
 def is_own_address(packed: bytes) -> bool:
-    """Return whether an address is this host's: only then a socket can have it."""
+    """Return whether an address is this host's: only then a socket can have it. 0.0.0.0 and :: are nobody's."""
+    if not any(packed):
+        return False
     with suppress(OSError):
         with socket.socket(socket.AF_INET if len(packed) == 4 else socket.AF_INET6, socket.SOCK_DGRAM) as probe:
             probe.bind((str(ipaddress.ip_address(packed)), 0))

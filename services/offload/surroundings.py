@@ -66,7 +66,9 @@ class Surroundings:
         self._look_at = time.monotonic() + SOCKETS_SECONDS
         before = self._relays
         connected = [each for each in udp_sockets() if (each.peer, each.peer_port) in collectors] if collectors else []
-        found = {(each.peer, each.peer_port): (each.address, each.port) for each in reversed(connected)}
+        # A socket that is being connected has no address of its own yet.
+        ready = [each for each in reversed(connected) if int(ipaddress.ip_address(each.address)) and each.port]
+        found = {(each.peer, each.peer_port): (each.address, each.port) for each in ready}
         # While the forwarder is restarted, the kernel goes on with the sources of before.
         kept = {place: own for place, own in before.items() if place in collectors and own[0] in self._own}
         self._relays = kept | found

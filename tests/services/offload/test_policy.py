@@ -108,6 +108,8 @@ def test_plan_that_grows_in_the_kernel_is_refused() -> None:
 def test_own_addresses_are_known_by_the_kernel(lab: None) -> None:
     """An address is ours if a socket can have it."""
     assert is_own_address(socket.inet_aton("127.0.0.1"))
+    assert not is_own_address(packed("0.0.0.0"))
+    assert not is_own_address(packed("::"))
     assert not is_own_address(packed("192.0.2.1"))
     assert not is_own_address(packed("2001:db8::1"))
 
