@@ -14,6 +14,7 @@ from typing import Any, Final
 import pytest
 
 from shared.ledger import Accounts
+from shared.net.sockets import enlarge_receive_buffer
 from tests.builders import BusEnds, accounts_when
 from tests.openly import OpenStack
 from tests.services.offload.site import EXPORTERS, OUT, PORT, RELAY, SIEMS, OffloadSite
@@ -104,7 +105,7 @@ class Around:
                 self.site.siem.socket(family, socket.SOCK_DGRAM)
             )
             sock.bind((address, port))
-            sock.setsockopt(socket.SOL_SOCKET, 33, 1 << 25)
+            enlarge_receive_buffer(sock, 1 << 25)  # for a plain user, as far as the kernel allows
             sock.setblocking(False)
 
     def ask(self, **request: Any) -> dict[str, Any]:
