@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 
 from services.journal.idle import wait_for_streams
-from shared.bus.endpoint import open_link
-from shared.process.lifecycle import CANT_CREATE, Lifecycle, OperatorError, run, service_parser, worker_name
+from shared.bus.endpoint import has_key, open_link
+from shared.process.lifecycle import CANT_CREATE, Lifecycle, OperatorError, run, service_parser, stay_up, worker_name
 from shared.settings.model import Settings
 
 
@@ -17,8 +17,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _check(settings: Settings) -> None:
-    open_link(settings.bus, "journal")
     if settings.journaled:
+        open_link(settings.bus, "journal")
         there = settings.journal.path
         while not there.exists():
             there = there.parent
@@ -29,6 +29,9 @@ def _check(settings: Settings) -> None:
 
 def _serve(_arguments: argparse.Namespace, settings: Settings, lifecycle: Lifecycle) -> None:
     name = worker_name("journal")
+    if not (settings.journaled or has_key(settings.bus, "journal")):
+        stay_up(name, lifecycle)  # keys that an earlier release has made have none for it
+        return
     if not settings.journaled:
         settings = wait_for_streams(name, settings, lifecycle)
     if not lifecycle.draining:

@@ -9,7 +9,7 @@ from services.offload.opener import NOT_WANTED
 from services.offload.service import OffloadService
 from shared.bus.endpoint import open_link
 from shared.log import get_logger
-from shared.process.lifecycle import Lifecycle, run, service_parser, worker_name
+from shared.process.lifecycle import Lifecycle, run, service_parser, stay_up, worker_name
 from shared.process.privileges import SETS, own_status
 from shared.settings.model import Settings
 
@@ -27,16 +27,21 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _check(settings: Settings) -> None:
-    open_link(settings.bus, "offload")
+    if settings.offload.interfaces:
+        open_link(settings.bus, "offload")
 
 
 def _serve(arguments: argparse.Namespace, settings: Settings, lifecycle: Lifecycle) -> None:
     channel, reason = adopt(arguments.inherited)
     if held := [name for name in SETS if int(own_status()[name], 16)]:
         raise PermissionError(errno.EPERM, f"it still holds capabilities: {', '.join(held)}", "offload refuses to run")
+    name = worker_name("offload")
+    if not settings.offload.interfaces:
+        stay_up(name, lifecycle)
+        return
     if reason:
         log.warning(reason)
-    with OffloadService(worker_name("offload"), settings, channel, reason) as service:
+    with OffloadService(name, settings, channel, reason) as service:
         service.run(lifecycle)
 
 

@@ -10,6 +10,7 @@ import zmq
 from shared.bus.curve_keys import Keys, load_keys
 from shared.datagrams.limits import MAX_PAYLOAD, MAX_ROWS, ROW_SIZE
 from shared.net.addresses import Endpoint
+from shared.settings.explain import SettingsError
 from shared.settings.tables import Bus
 
 HEARTBEAT_MS: Final = 5000
@@ -62,6 +63,15 @@ DIRECT: Final = BusLink()
 def open_link(bus: Bus, role: str) -> BusLink:
     """The link that the settings name for a role. SettingsError when it lacks a key."""
     return BusLink(bus.broker, load_keys(bus.key_directory, role) if bus.key_directory else None)
+
+
+def has_key(bus: Bus, role: str) -> bool:
+    """Return whether a role may connect: it has its key, or the bus asks for none."""
+    try:
+        open_link(bus, role)
+    except SettingsError:
+        return False
+    return True
 
 
 def queue_limit(high_water_mark: int, memory_ceiling: int) -> int:
