@@ -177,12 +177,13 @@ def take_mark(subscriber: Subscriber, stream: str = "messages") -> None:
 
 def accounts_when(bus: BusEnds, service: str, condition: Callable[[Accounts], object]) -> Accounts:
     """A service's accounts, which must add up, as soon as they meet a condition; one not there yet meets none."""
-    subscriber, reports, last = bus.subscriber(status_topic(service)), Reports(), Accounts()
+    subscriber, reports, last = bus.subscriber("status/"), Reports(), Accounts()
 
     def met() -> bool:
         message = take(subscriber)
         assert isinstance(message.body, Status)
-        if report := reports.add(message.envelope, message.body):
+        report = reports.add(message.envelope, message.body)
+        if report and report.service == service:
             assert list(discrepancies(report.accounts)) == []
             last.update(report.accounts)
             with suppress(KeyError):
@@ -192,7 +193,7 @@ def accounts_when(bus: BusEnds, service: str, condition: Callable[[Accounts], ob
     try:
         wait_until(met, "the accounts are as they should be")
     except AssertionError as error:
-        error.add_note(f"they are {last}")
+        error.add_note("\n".join(f"{each.service}: {each.accounts}" for each in reports.latest.values()))
         raise
     subscriber.close()
     return last
