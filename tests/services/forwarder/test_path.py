@@ -3,6 +3,7 @@
 import errno
 import shutil
 import socket
+import time
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -114,6 +115,12 @@ def mtu_of_path() -> int:
         return path_mtu(sock)
 
 
+def wait_for_mtu() -> None:
+    """Wait until the host knows the MTU. The kernel tells new sockets a moment before those that are connected."""
+    wait_until(lambda: mtu_of_path() == SMALL_MTU, "the MTU is known")
+    time.sleep(0.05)
+
+
 @pytest.mark.parametrize("route", ["", "mtu 1300"])
 @pytest.mark.parametrize("batches", [SINGLES, MIXED, RUNS], ids=["singles", "mixed", "runs"])
 def test_a_smaller_mtu_that_is_known_costs_ipv6_nothing(
@@ -127,7 +134,7 @@ def test_a_smaller_mtu_that_is_known_costs_ipv6_nothing(
     told = [bytes(1400)]
     sent.send(make_batch(told))
     if not route:
-        wait_until(lambda: mtu_of_path() == SMALL_MTU, "the MTU is known")
+        wait_for_mtu()
         sent.refresh()
     for batch in batches:
         account = sent.send(make_batch(batch))["collector/siem"]
@@ -142,7 +149,7 @@ def test_the_answer_that_tells_of_a_smaller_mtu_costs_no_datagram(site: Site, ba
     """The ICMPv6 error that tells of the MTU does not cost the datagrams behind the one that it answers."""
     collector, sent = site.listen(6), site.send(6)
     sent.send(make_batch(batch[:1]))
-    wait_until(lambda: mtu_of_path() == SMALL_MTU, "the MTU is known")
+    wait_for_mtu()
     for _ in range(3):
         account = sent.send(make_batch(batch))["collector/siem"]
     assert sorted(receive(collector, 3 * len(batch))) == sorted(3 * batch)
