@@ -3,8 +3,8 @@
 import errno
 import shutil
 import socket
-import time
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
