@@ -352,7 +352,7 @@ class FollowedStreams:
         for origin in silent:
             del self._workers[origin]
         heard = {name: self._workers[name, boot].heard_at for name, boot in self._workers}
-        # Who is heard does not hang, whether it lives or has just ended.
+        # A worker that is heard does not hang, whether it lives or has just ended.
         living = list(heard) if self._workers_here.all_in(heard) else self._workers_here.among(heard)
         self._living = {name: heard.get(name, self._living.get(name, now)) for name in living}
         hanging = {name for name, at in self._living.items() if at <= after}

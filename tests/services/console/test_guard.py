@@ -63,7 +63,7 @@ def ask_whole(
         return {"type": "http.request", "body": piece, "more_body": bool(body_sent)}
 
     async def send(message: dict[str, object]) -> None:
-        # What is unread when the connection is closed may cost the client this answer.
+        # Unread bytes when the connection is closed may cost the client this answer.
         assert not body_sent or (method in METHODS and message.get("status", 200) == 200)
         said.append(message)
 
