@@ -14,7 +14,7 @@ Trouble = Literal["unreachable", "refusing", "slow"]
 HopLimit = Annotated[int, Meta(ge=1, le=255)]
 Dscp = Annotated[int, Meta(ge=0, le=63)]
 Generation = Annotated[int, Meta(ge=0, le=1 << 62)]
-"""Within the bus's limit for numbers, `shared.bus.fields.MAX_NUMBER`."""
+"""Within the bus's limit for numbers, `shared.bus.bodies.fields.MAX_NUMBER`."""
 Streams = Annotated[tuple[str, ...], Meta(max_length=64)]
 """Streams of one client; with 64 prefixes beside them, 56 of the largest clients that sign up fit a bus message."""
 Prefixes = Annotated[tuple[str, ...], Meta(max_length=256)]

@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Final, Literal, NamedTuple
 
-from shared.ledger import (
+from shared.ledger.accounts import is_origin, parse_arriving, parse_origin
+from shared.ledger.counters import (
     AFTER_SENDING,
     BUFFER_FULL,
     BUS_FULL,
@@ -27,11 +28,8 @@ from shared.ledger import (
     SERVER_SLOW,
     SOURCE_REFUSED,
     WITHHELD,
-    is_loss,
-    is_origin,
-    parse_arriving,
-    parse_origin,
 )
+from shared.ledger.equations import is_loss
 
 PLACES: Final = ("upstream", "kernel", "ingest", "bus", "uplink", "way out", "network", "journal")
 """Places on its way at which a datagram may be lost. `uplink` is between sites; `network` is all behind this host, as
@@ -119,7 +117,7 @@ def _losses(service: str, name: str, account: Mapping[str, int]) -> Iterator[Los
 
 
 def causes(account: Mapping[str, int]) -> dict[str, int]:
-    """Return what a stream or a collector has lost, by cause; together they are `shared.ledger.lost`.
+    """Return what a stream or a collector has lost, by cause; together they are `shared.ledger.equations.lost`.
 
     A copy that was refused before it left, and one that was refused on its way, have the same cause.
     """

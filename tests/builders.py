@@ -11,6 +11,8 @@ import msgpack
 import numpy as np
 import zmq
 
+from shared.bus.bodies.offload_messages import KernelCopies, KernelServed, OffloadReply
+from shared.bus.bodies.packing import MAX_ITEMS
 from shared.bus.endpoint import DIRECT, BusLink
 from shared.bus.loans.borrower import Borrower
 from shared.bus.messages import (
@@ -30,13 +32,12 @@ from shared.bus.messages import (
     serve_topic,
     status_topic,
 )
-from shared.bus.offload_messages import KernelCopies, KernelServed, OffloadReply
-from shared.bus.packing import MAX_ITEMS
 from shared.bus.status import Reports
 from shared.bus.zmq_sockets import Publisher, Requests, Subscriber, new_context
 from shared.client import ALL_STREAMS, Client, Source
 from shared.datagrams.batch import ROW, DatagramBatch, make_rows
-from shared.ledger import Accounts, discrepancies
+from shared.ledger.accounts import Accounts
+from shared.ledger.equations import discrepancies
 from shared.net.addresses import pack_address
 from tests.stack import Running, Stack, wait_until
 from tests.warm_start import Process

@@ -44,8 +44,10 @@ from services.ingest.batch_publisher import new_pools
 from services.ingest.listeners import bind_listener
 from services.operator.cli.arguments import positive
 from services.operator.client.gateway_options import access
-from services.operator.commands import collect, frame, keys, ready, token, wake
+from services.operator.commands import collect, keys, token
 from services.operator.commands.clients import describe, run_leave
+from services.operator.commands.frames import frame, wake
+from services.operator.commands.running import ready
 from services.operator.doctor.host import BACKLOG_NAME, ListeningSocket, Softnet, check_host
 from services.operator.doctor.listening import check_listening
 from services.operator.doctor.network_paths import CLOUDS, NetworkFacts, NetworkPath, check_network_paths
@@ -59,14 +61,14 @@ from services.transmitter.policy import Audit, Policy
 from services.transmitter.privileges import adopt
 from services.transmitter.raw_frames import MAX_JOBS, RawFrames
 from services.transmitter.raw_frames import _explain as explain_frame
+from shared.bus.bodies.packing import pack
 from shared.bus.curve_keys import load_keys, load_roles
 from shared.bus.frame_requests import make_frame, parse_mac, parse_tags
 from shared.bus.loans.lender import Room, _lock
 from shared.bus.messages import Datagrams, Envelope, TransmitReply, TransmitRequest, borrow_nothing, decode, encode
-from shared.bus.packing import pack
 from shared.bus.zmq_sockets import new_context, prepare_directory
 from shared.client import Client
-from shared.fanout.next_hops import NextHops
+from shared.fanout.sending.next_hops import NextHops
 from shared.monitoring.probe import probe, where_lost
 from shared.net.addresses import Endpoint, pack_address, parse_endpoint, resolve
 from shared.net.netlink import Link

@@ -15,9 +15,9 @@ from services.gateway.registry.condition import Word
 from services.gateway.render import View
 from services.operator.__main__ import COMMANDS
 from services.operator.client.lease import PASSING
-from services.operator.commands.ready import OPT_IN, OPTIONAL, SERVICES
+from services.operator.commands.running.ready import OPT_IN, OPTIONAL, SERVICES
 from services.transmitter import raw_frames
-from shared import ledger
+from shared.ledger import accounts, counters
 from shared.log import EVENTS
 from shared.settings.entries import Collector, Token
 from shared.settings.file import render
@@ -139,10 +139,10 @@ def test_words_are_defined_once() -> None:
 
 def test_counters_are_defined_once() -> None:
     """The glossary has every counter that there is a name for, once, with its meaning and its cure, and no other."""
-    prefixes = {ledger.DROPPED, ledger.ENDED, gateway_counters.ACCOUNT, gateway_counters.REFUSED}
+    prefixes = {counters.DROPPED, accounts.ENDED, gateway_counters.ACCOUNT, gateway_counters.REFUSED}
     named = {
         value
-        for module in (ledger, gateway_counters)
+        for module in (counters, gateway_counters)
         for name, value in vars(module).items()
         if name.isupper() and isinstance(value, str)
     }

@@ -15,7 +15,7 @@ from argparse_manpage.manpage import Manpage
 sys.path.insert(0, fanwire.__path__[0])  # as the installed program does
 
 from services.operator.commands.completion import whole_parser
-from services.operator.commands.ready import OPT_IN, OPTIONAL, SERVICES
+from services.operator.commands.running.ready import OPT_IN, OPTIONAL, SERVICES
 from shared.process.installed_version import release
 from shared.process.lifecycle import Parser
 from shared.settings.location import SYSTEM, VARIABLE

@@ -14,7 +14,7 @@ from zmq.utils import z85
 from zmq.utils.monitor import recv_monitor_message
 
 from shared.bus.curve_keys import BROKER, load_keys, load_roles
-from shared.ledger import BUS_REFUSED
+from shared.ledger.counters import BUS_REFUSED
 from shared.log import get_logger
 from shared.settings.explain import SettingsError
 

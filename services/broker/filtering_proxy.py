@@ -11,7 +11,7 @@ import zmq
 
 from services.broker.publish_rights import refused_cause
 from shared.bus.messages import MessageError, peek
-from shared.ledger import REFUSED_MALFORMED, REFUSED_SENDER, REFUSED_TOPIC
+from shared.ledger.counters import REFUSED_MALFORMED, REFUSED_SENDER, REFUSED_TOPIC
 from shared.log import get_logger
 
 BURST: Final = 1000

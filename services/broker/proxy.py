@@ -27,7 +27,7 @@ from shared.bus.zmq_sockets import (
     configure,
     new_context,
 )
-from shared.ledger import FILES_RESTORED, SUBSCRIBERS_CUT
+from shared.ledger.counters import FILES_RESTORED, SUBSCRIBERS_CUT
 from shared.log import get_logger
 from shared.net.addresses import Endpoint
 from shared.process.lifecycle import Lifecycle, Manager, Watchdog

@@ -5,8 +5,9 @@ A subscriber trusts the kind of a message, so a kind on a topic of another famil
 
 from typing import Final
 
-from shared.bus.fields import REPLAY_PREFIX, REPLY_PREFIX
-from shared.bus.journal_messages import JOURNAL_TOPIC, catch_up_topic
+from shared.bus.bodies.fields import REPLAY_PREFIX, REPLY_PREFIX
+from shared.bus.bodies.journal_messages import JOURNAL_TOPIC, catch_up_topic
+from shared.bus.bodies.offload_messages import PATHS_TOPIC
 from shared.bus.messages import (
     AGAIN_PREFIX,
     REGISTRY_TOPIC,
@@ -19,7 +20,6 @@ from shared.bus.messages import (
     status_topic,
     topic_family,
 )
-from shared.bus.offload_messages import PATHS_TOPIC
 
 TOPICS: Final[dict[str, frozenset[str]]] = {
     "broker": frozenset(),

@@ -12,8 +12,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector as Source
 
-from shared import ledger
 from shared.client import MOST_WAITING
+from shared.ledger import counters
 from shared.losses import cause_of
 from shared.monitoring.picture import Collector, KeptStream, Picture, Service, Stream, Word
 
@@ -25,22 +25,34 @@ COLLECTOR_CAUSES: Final = tuple(
         cause_of(counter)
         for counter in (
             *(
-                ledger.REFUSALS,
-                ledger.UNREACHABLES,
-                ledger.MISSED,
-                ledger.WITHHELD,
-                ledger.BUFFER_FULL,
-                ledger.NO_MEMORY,
+                counters.REFUSALS,
+                counters.UNREACHABLES,
+                counters.MISSED,
+                counters.WITHHELD,
+                counters.BUFFER_FULL,
+                counters.NO_MEMORY,
             ),
-            *(ledger.NOT_CONNECTED, ledger.QUEUE_FULL, ledger.NO_ROUTE, ledger.NO_NEIGHBOUR, ledger.INTERFACE_DOWN),
-            *(ledger.OTHER_FAMILY, ledger.DESTINATION_REFUSED, ledger.SOURCE_REFUSED, ledger.RATE_LIMITED),
+            *(
+                counters.NOT_CONNECTED,
+                counters.QUEUE_FULL,
+                counters.NO_ROUTE,
+                counters.NO_NEIGHBOUR,
+                counters.INTERFACE_DOWN,
+            ),
+            *(counters.OTHER_FAMILY, counters.DESTINATION_REFUSED, counters.SOURCE_REFUSED, counters.RATE_LIMITED),
         )
     )
 )
 """Causes that are told as 0 from the beginning: a rate would miss the first loss of a series that appears with it."""
 STREAM_CAUSES: Final = tuple(
     cause_of(counter)
-    for counter in (ledger.KERNEL_DROPPED, ledger.BUS_FULL, ledger.NO_MEMORY, ledger.OVERSIZED, ledger.CUT_OFF)
+    for counter in (
+        counters.KERNEL_DROPPED,
+        counters.BUS_FULL,
+        counters.NO_MEMORY,
+        counters.OVERSIZED,
+        counters.CUT_OFF,
+    )
 )
 
 
@@ -102,9 +114,9 @@ def _streams(streams: Iterable[Stream]) -> Iterator[Metric]:
         for worker in stream.workers:
             labels = [stream.name, worker.name]
             received.add_metric(labels, worker.received)
-            size.add_metric(labels, worker.account.get(ledger.BYTES, 0))
-            published.add_metric(labels, worker.account.get(ledger.PUBLISHED, 0))
-            untaken.add_metric(labels, worker.account.get(ledger.NO_SUBSCRIBER, 0))
+            size.add_metric(labels, worker.account.get(counters.BYTES, 0))
+            published.add_metric(labels, worker.account.get(counters.PUBLISHED, 0))
+            untaken.add_metric(labels, worker.account.get(counters.NO_SUBSCRIBER, 0))
             for cause, count in ({**dict.fromkeys(STREAM_CAUSES, 0), **worker.causes}).items():
                 lost.add_metric([*labels, cause], count)
     yield from (received, size, published, untaken, lost, takers)
@@ -219,15 +231,15 @@ def _journal(kept: Iterable[KeptStream]) -> Iterator[Metric]:
     failing = GaugeMetricFamily("fanwire_journal_failing", "1 if the last write has failed.", labels=label)
     for each in kept:
         account = each.account
-        written.add_metric([each.stream], account.get(ledger.WRITTEN, 0))
-        for cause in (ledger.DISK_FULL, ledger.DISK_ERROR):
+        written.add_metric([each.stream], account.get(counters.WRITTEN, 0))
+        for cause in (counters.DISK_FULL, counters.DISK_ERROR):
             dropped.add_metric([each.stream, cause_of(cause)], account.get(cause, 0))
-        expired.add_metric([each.stream], account.get(ledger.EXPIRED, 0))
-        read.add_metric([each.stream], account.get(ledger.READ, 0))
-        size.add_metric([each.stream], account.get(ledger.KEPT_BYTES, 0))
-        if oldest_ns := account.get(ledger.OLDEST, 0):
+        expired.add_metric([each.stream], account.get(counters.EXPIRED, 0))
+        read.add_metric([each.stream], account.get(counters.READ, 0))
+        size.add_metric([each.stream], account.get(counters.KEPT_BYTES, 0))
+        if oldest_ns := account.get(counters.OLDEST, 0):
             oldest.add_metric([each.stream], oldest_ns / 1e9)
-        failing.add_metric([each.stream], float(account.get(ledger.WRITE_ERRNO, 0) > 0))
+        failing.add_metric([each.stream], float(account.get(counters.WRITE_ERRNO, 0) > 0))
     yield from (written, dropped, expired, read, size, oldest, failing)
 
 

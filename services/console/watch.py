@@ -9,7 +9,7 @@ from services.console.history import History
 from shared.bus.messages import REGISTRY_TOPIC
 from shared.bus.status import Reporter
 from shared.bus.zmq_sockets import Publisher, Subscriber
-from shared.ledger import Accounts
+from shared.ledger.accounts import Accounts
 from shared.monitoring.observer import TOPICS, Observer
 from shared.monitoring.picture import Picture, Verdict
 from shared.process.lifecycle import Readiness, next_tick

@@ -16,10 +16,10 @@ from services.forwarder.plan import SendPlan
 from services.forwarder.socket_options import HEADERS, mark_headers, open_socket, path_mtu, source_of_new_socket
 from shared.client import MOST_WAITING, Client
 from shared.datagrams.mmsg import send
-from shared.fanout.backlog import Backlog, BacklogMemory
-from shared.fanout.gso_fallback import GsoFallback
-from shared.fanout.send_errors import MAX_SKIPS, NO_ROOM, RELAY_CAUSES, SaidErrors, cause_of
-from shared.ledger import (
+from shared.fanout.sending.backlog import Backlog, BacklogMemory
+from shared.fanout.sending.gso_fallback import GsoFallback
+from shared.fanout.sending.send_errors import MAX_SKIPS, NO_ROOM, RELAY_CAUSES, SaidErrors, cause_of
+from shared.ledger.counters import (
     BUFFER_FULL,
     BYTES,
     NOT_CONNECTED,

@@ -18,7 +18,7 @@ from shared.client import Client, Source
 from shared.datagrams.batch import Indices
 from shared.datagrams.gathered import Gathered, portions
 from shared.datagrams.routing import Selection
-from shared.fanout.send_threads import SendThreads
+from shared.fanout.sending.send_threads import SendThreads
 from shared.fanout.service import CopyService
 from shared.net.queues import Queues
 from shared.net.route_changes import RouteChanges

@@ -41,7 +41,8 @@ from services.gateway.transport.tls import check_listener, make_context
 from services.gateway.transport.tls_handshakes import TlsAcceptor
 from shared.bus.endpoint import open_link, queue_limit
 from shared.bus.zmq_sockets import Publisher, Requests, Subscriber, broker_is_up, new_context, prepare_directory
-from shared.ledger import FILES_RESTORED, Accounts
+from shared.ledger.accounts import Accounts
+from shared.ledger.counters import FILES_RESTORED
 from shared.log import get_logger
 from shared.net.sockets import try_endpoint
 from shared.process.lifecycle import (

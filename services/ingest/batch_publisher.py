@@ -15,7 +15,7 @@ from shared.bus.publishing.exporter_shares import ExporterShares
 from shared.bus.publishing.held_batches import HeldBatches
 from shared.bus.zmq_sockets import Publisher
 from shared.datagrams.batch import ROW, DatagramBatch, Generations, Rows
-from shared.ledger import BUS_FULL, BYTES, NO_MEMORY, NO_SUBSCRIBER, OVERSIZED, PUBLISHED, RECEIVED
+from shared.ledger.counters import BUS_FULL, BYTES, NO_MEMORY, NO_SUBSCRIBER, OVERSIZED, PUBLISHED, RECEIVED
 from shared.log import get_logger
 from shared.process.memory import Memory
 from shared.settings.entries import Protocol

@@ -10,7 +10,7 @@ import numpy as np
 
 from shared.datagrams.batch import Generations
 from shared.datagrams.mmsg import ReceiveArena
-from shared.ledger import MARK_BLIND, MARK_SOCKETS, MARKS_UNREAD
+from shared.ledger.counters import MARK_BLIND, MARK_SOCKETS, MARKS_UNREAD
 from shared.log import get_logger
 from shared.settings.tables import Offload
 

@@ -18,7 +18,7 @@ from shared.bus.loans.lender import CHUNK, LENT_SIZE, Loan
 from shared.datagrams.batch import DatagramBatch, Generations, Rows
 from shared.datagrams.limits import MAX_DATAGRAM, MAX_PAYLOAD, MAX_ROWS
 from shared.datagrams.mmsg import UDP_GRO, ReceiveArena
-from shared.ledger import BYTES, KERNEL_DROPPED, MARKS_READ, RECEIVE_ERRNO, RECEIVE_ERRORS, RECEIVED, TRUNCATED
+from shared.ledger.counters import BYTES, KERNEL_DROPPED, MARKS_READ, RECEIVE_ERRNO, RECEIVE_ERRORS, RECEIVED, TRUNCATED
 from shared.log import get_logger
 from shared.net.addresses import LOCAL_SENDER
 from shared.net.bpf import refuse_input

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shared.datagrams.mmsg import IOVEC, ReceiveArena, send
-from shared.ledger import REPLIED, REPLY_FAILED
+from shared.ledger.counters import REPLIED, REPLY_FAILED
 
 MAX_ATTEMPTS: Final = 16
 """Send calls a batch: each destination that the kernel refuses costs one, and forged sources may all be refused."""

@@ -12,7 +12,7 @@ from services.ingest.batch_publisher import StreamFeed
 from services.ingest.octet_count_framing import Framing
 from shared.datagrams.batch import make_rows
 from shared.datagrams.limits import MAX_DATAGRAM, MAX_PAYLOAD, MAX_ROWS
-from shared.ledger import BYTES, CONNECTIONS_EXPIRED, CONNECTIONS_REFUSED, CUT_OFF, RECEIVED
+from shared.ledger.counters import BYTES, CONNECTIONS_EXPIRED, CONNECTIONS_REFUSED, CUT_OFF, RECEIVED
 from shared.log import get_logger
 from shared.net.addresses import pack_address
 from shared.net.connection_shares import limit_of, origin_of

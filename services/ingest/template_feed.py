@@ -6,7 +6,7 @@ from typing import Final
 
 from services.ingest.flows.exporters import ExporterTracker
 from services.ingest.flows.template_cache import Ready
-from shared.bus.template_messages import Renewals, TemplateDatagram, Templates, renewals_topic, templates_topic
+from shared.bus.bodies.template_messages import Renewals, TemplateDatagram, Templates, renewals_topic, templates_topic
 from shared.bus.zmq_sockets import Publisher
 
 MAX_DATAGRAMS: Final = 1024

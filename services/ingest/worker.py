@@ -31,7 +31,8 @@ from shared.bus.status import Reporter
 from shared.bus.zmq_sockets import Publisher, new_context
 from shared.datagrams.limits import MAX_ROWS
 from shared.datagrams.mmsg import ReceiveArena
-from shared.ledger import CHECKSUM_ERRORS, FILES_RESTORED, listener_account, new_accounts
+from shared.ledger.accounts import listener_account, new_accounts
+from shared.ledger.counters import CHECKSUM_ERRORS, FILES_RESTORED
 from shared.log import get_logger
 from shared.net.addresses import Endpoint
 from shared.net.sockets import (

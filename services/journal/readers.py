@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Final, Protocol
 
 from services.journal.stream_journal import StreamJournal
-from shared.bus.journal_messages import JournalPortion, JournalRead, Replayed
+from shared.bus.bodies.journal_messages import JournalPortion, JournalRead, Replayed
 from shared.bus.messages import Body
 from shared.datagrams.batch import DatagramBatch
 from shared.journal.reading import Portion, read_portion

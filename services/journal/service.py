@@ -11,8 +11,8 @@ from services.journal import disk_thread
 from services.journal.disk_thread import DiskThread, free_on
 from services.journal.readers import Readers
 from services.journal.stream_journal import StreamJournal
+from shared.bus.bodies.journal_messages import JOURNAL_TOPIC, JournalRead
 from shared.bus.endpoint import open_link, queue_limit
-from shared.bus.journal_messages import JOURNAL_TOPIC, JournalRead
 from shared.bus.kept_counts import KeptFile
 from shared.bus.loans.borrower import Borrower
 from shared.bus.messages import Datagrams, Message, Status
@@ -24,7 +24,8 @@ from shared.fanout.streams import FollowedStreams
 from shared.journal.directory import Lock, segments_in, streams_in
 from shared.journal.records import Identity
 from shared.journal.retention import Limits, expired
-from shared.ledger import BASELINE, REACHED, READERS_REFUSED, Accounts, unparse_origin
+from shared.ledger.accounts import Accounts, unparse_origin
+from shared.ledger.counters import BASELINE, REACHED, READERS_REFUSED
 from shared.log import get_logger
 from shared.process.lifecycle import CANT_CREATE, Lifecycle, OperatorError, Readiness
 from shared.process.memory import Memory

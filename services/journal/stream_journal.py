@@ -19,7 +19,7 @@ from shared.journal.retention import Kept
 from shared.journal.segment_reader import SegmentReader
 from shared.journal.segment_writer import SegmentWriter
 from shared.journal.segments import Segment
-from shared.ledger import (
+from shared.ledger.counters import (
     CUT_BYTES,
     DAMAGED_BYTES,
     DISK_ERROR,

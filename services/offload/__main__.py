@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     harden()  # an exec made this process dumpable again: one of the same user could take its socket
     if given[0] == "--applier":
-        from services.offload.applier import main as apply
+        from services.offload.applying.applier import main as apply
 
         return apply(given)
     from services.offload.unprivileged import main as serve

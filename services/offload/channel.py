@@ -10,7 +10,7 @@ import msgspec
 from msgspec import Meta
 
 from services.offload.kernel_plan import KernelPlan
-from shared.bus.packing import pack, unpack
+from shared.bus.bodies.packing import pack, unpack
 
 LENGTH: Final = struct.Struct(">I")
 MAX_REQUEST: Final = 16 << 20

@@ -10,13 +10,15 @@ from types import TracebackType
 from typing import Final, Self, get_args
 
 from services.offload.channel import Answer, ClosedError, Request, UnfitError, receive, send
-from services.offload.handover import Handover
-from services.offload.mark_watch import MarkWatch
-from services.offload.planner import Limits, Place, Planned, kernel_plan, make_plan
-from services.offload.surroundings import Surroundings
-from services.offload.workers import Workers
+from services.offload.planning.handover import Handover
+from services.offload.planning.mark_watch import MarkWatch
+from services.offload.planning.planner import Limits, Place, Planned, kernel_plan, make_plan
+from services.offload.planning.surroundings import Surroundings
+from services.offload.planning.workers import Workers
+from shared.bus.bodies.health_message import Health
+from shared.bus.bodies.offload_messages import PATHS_TOPIC, CollectorPath, OffloadPaths, OffloadReply, Way
+from shared.bus.bodies.packing import pack
 from shared.bus.endpoint import open_link, queue_limit
-from shared.bus.health_message import Health
 from shared.bus.messages import (
     HEALTH_PREFIX,
     REGISTRY_TOPIC,
@@ -26,14 +28,13 @@ from shared.bus.messages import (
     Status,
     offload_topic,
 )
-from shared.bus.offload_messages import PATHS_TOPIC, CollectorPath, OffloadPaths, OffloadReply, Way
-from shared.bus.packing import pack
 from shared.bus.pieces import Assembler, cut
 from shared.bus.status import Reporter
 from shared.bus.zmq_sockets import Publisher, Requests, Subscriber, new_context
 from shared.client import Source, Trouble
 from shared.fanout.registry_replica import RegistryReplica
-from shared.ledger import APPLIER, COLLECTORS_SERVED, COPIED, MARKED, PLANS_REFUSED, Accounts
+from shared.ledger.accounts import Accounts
+from shared.ledger.counters import APPLIER, COLLECTORS_SERVED, COPIED, MARKED, PLANS_REFUSED
 from shared.log import get_logger
 from shared.process.lifecycle import UNAVAILABLE, Lifecycle, OperatorError, Readiness
 from shared.process.memory import Memory

@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import Final
 
 from services.operator.cli.output import NO_ROOM, discard_output, escape_what_cannot_be_encoded, say
-from services.operator.commands.ready import SERVICES
+from services.operator.commands.running.ready import SERVICES
 from shared.process.lifecycle import (
     BAD_SETTINGS,
     FAILED,
@@ -29,14 +29,15 @@ COMMANDS: Final = {
     **dict.fromkeys(("withhold", "release"), "commands.withhold"),
     "watch": "commands.watch",
     **{name: f"commands.captures.{name}" for name in ("tap", "play", "export", "replay")},
-    **{name: f"commands.{name}" for name in ("collect", "frame", "wake", "config")},
+    **{name: f"commands.{name}" for name in ("collect", "config")},
+    **{name: f"commands.frames.{name}" for name in ("frame", "wake")},
     "import": "importing.command",
-    **{name: f"commands.{name}" for name in ("keys", "token", "status", "streams", "ledger")},
+    **{name: f"commands.{name}" for name in ("keys", "token", "streams", "ledger")},
+    **{name: f"commands.running.{name}" for name in ("ready", "status")},
     "top": "top.command",
     "doctor": "doctor.command",
-    "ready": "commands.ready",
     "completion": "commands.completion",
-    **dict.fromkeys(("run", "stop"), "commands.run"),
+    **dict.fromkeys(("run", "stop"), "commands.running.run"),
 }
 """The module of each command. Only that one is imported: the imports of another may take long to load."""
 

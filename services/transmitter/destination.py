@@ -8,10 +8,10 @@ from services.transmitter.packets.addressing import Addressing, Identification
 from services.transmitter.packets.headers import ETHERTYPE_IPV4, ETHERTYPE_IPV6
 from shared.client import MOST_WAITING, Client
 from shared.datagrams.gathered import MAX_GATHERED_PAYLOAD
-from shared.fanout.backlog import Backlog, BacklogMemory
-from shared.fanout.next_hops import Egress, EgressKind, NextHops
-from shared.fanout.send_errors import SaidErrors
-from shared.ledger import NO_NEIGHBOUR
+from shared.fanout.sending.backlog import Backlog, BacklogMemory
+from shared.fanout.sending.next_hops import Egress, EgressKind, NextHops
+from shared.fanout.sending.send_errors import SaidErrors
+from shared.ledger.counters import NO_NEIGHBOUR
 from shared.net.netlink import NUD_FAILED
 
 HELD_SECONDS: Final = 1.0

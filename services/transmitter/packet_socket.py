@@ -15,10 +15,10 @@ from services.transmitter.packets.addressing import Addressing
 from services.transmitter.packets.headers import ETHERTYPE_IPV4, ETHERTYPE_IPV6
 from services.transmitter.plan import FramePlan
 from shared.datagrams.mmsg import send
-from shared.fanout.gso_fallback import GsoFallback
-from shared.fanout.next_hops import Egress, EgressKind
-from shared.fanout.send_errors import MAX_SKIPS, NO_ROOM, RAW_CAUSES, cause_of
-from shared.ledger import BYTES, SENT
+from shared.fanout.sending.gso_fallback import GsoFallback
+from shared.fanout.sending.next_hops import Egress, EgressKind
+from shared.fanout.sending.send_errors import MAX_SKIPS, NO_ROOM, RAW_CAUSES, cause_of
+from shared.ledger.counters import BYTES, SENT
 
 SOL_PACKET: Final = 263
 PACKET_VNET_HDR: Final = 15

@@ -12,7 +12,7 @@ from shared.datagrams.batch import FEW_ROWS, ROW, Indices
 from shared.datagrams.gathered import Gathered
 from shared.datagrams.prefix_set import Prefixes, halves_of
 from shared.datagrams.segments import Mask
-from shared.fanout.reach import Reach
+from shared.fanout.sending.reach import Reach
 from shared.net.addresses import pack_address
 from shared.process.log_limit import LogLimit
 from shared.settings.tables import Transmitter

@@ -13,8 +13,8 @@ from typing import Final
 from services.transmitter.policy import Audit, Policy, Refusal
 from shared.bus.frame_requests import ANSWER_SECONDS, MAX_SENDING_SECONDS, parse_tags, sending_seconds
 from shared.bus.messages import TransmitReply, TransmitRequest
-from shared.fanout.next_hops import NextHops
-from shared.fanout.send_errors import NO_INTERFACE
+from shared.fanout.sending.next_hops import NextHops
+from shared.fanout.sending.send_errors import NO_INTERFACE
 from shared.net.netlink import Link
 
 SO_NOFCS: Final = 43

@@ -22,10 +22,10 @@ from shared.client import Client
 from shared.datagrams.batch import Indices
 from shared.datagrams.gathered import Gathered, portions
 from shared.datagrams.routing import Selection
-from shared.fanout.backlog import BacklogMemory
-from shared.fanout.next_hops import Egress, EgressKind, NextHops
-from shared.fanout.send_threads import MEMBERS, SendThreads
-from shared.ledger import DESTINATION_REFUSED, NO_ROUTE, OTHER_FAMILY, RATE_LIMITED, SOURCE_REFUSED
+from shared.fanout.sending.backlog import BacklogMemory
+from shared.fanout.sending.next_hops import Egress, EgressKind, NextHops
+from shared.fanout.sending.send_threads import MEMBERS, SendThreads
+from shared.ledger.counters import DESTINATION_REFUSED, NO_ROUTE, OTHER_FAMILY, RATE_LIMITED, SOURCE_REFUSED
 from shared.log import get_logger
 from shared.settings.model import Settings
 from shared.settings.own_listeners import OwnListeners, udp_listeners

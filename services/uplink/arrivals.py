@@ -11,16 +11,8 @@ from typing import Final, NamedTuple
 
 from services.uplink.packs import Arrived
 from shared.bus.continuity import MAX_GAP
-from shared.ledger import (
-    BASELINE,
-    MISSED,
-    REACHED,
-    REPEATED,
-    TAKEN,
-    Accounts,
-    parse_arriving,
-    unparse_arriving,
-)
+from shared.ledger.accounts import Accounts, parse_arriving, unparse_arriving
+from shared.ledger.counters import BASELINE, MISSED, REACHED, REPEATED, TAKEN
 
 HOLD_SECONDS: Final = 10.0
 """Time that messages wait for an earlier one: longer than its sender waits for an acknowledgement, see `sending`."""

@@ -15,7 +15,7 @@ from shared.bus.zmq_sockets import Subscriber
 from shared.datagrams.batch import DatagramBatch
 from shared.fanout.resumption import Resumption
 from shared.fanout.streams import ORIGIN_COUNTERS, FollowedStreams
-from shared.ledger import Accounts
+from shared.ledger.accounts import Accounts
 
 OWN_WORKERS: Final = ("ingest.",)
 """The workers whose batches may leave: what came from another site has `uplink.` as its worker, and stays here."""

@@ -14,7 +14,8 @@ from shared.bus.publishing.held_batches import HeldBatches
 from shared.bus.publishing.kept_totals import KeptTotals
 from shared.bus.zmq_sockets import Publisher
 from shared.datagrams.batch import ROW, DatagramBatch
-from shared.ledger import BYTES, NO_SUBSCRIBER, PUBLISHED, RECEIVED, Accounts
+from shared.ledger.accounts import Accounts
+from shared.ledger.counters import BYTES, NO_SUBSCRIBER, PUBLISHED, RECEIVED
 
 GREET_SECONDS: Final = 0.02
 """Time after publishing until new subscriptions are looked for, whose signal may be gone."""

@@ -11,13 +11,7 @@ from typing import Final
 
 from services.uplink.packs import Pack
 from services.uplink.subjects import unparse_subject
-from shared.ledger import (
-    ACKNOWLEDGED,
-    HELD,
-    SERVER_AWAY,
-    SERVER_SLOW,
-    TAKEN,
-)
+from shared.ledger.counters import ACKNOWLEDGED, HELD, SERVER_AWAY, SERVER_SLOW, TAKEN
 
 FIRST_PAUSE_SECONDS: Final = 0.1
 LONGEST_PAUSE_SECONDS: Final = 5.0

@@ -16,7 +16,7 @@ from services.uplink.packs import Arrived, read_pack
 from services.uplink.session import REQUEST_SECONDS, Session, reason
 from services.uplink.subjects import kept_stream, parse_subject, stream_subjects
 from shared.bus.messages import MessageError
-from shared.ledger import MESSAGES_UNREADABLE
+from shared.ledger.counters import MESSAGES_UNREADABLE
 from shared.log import get_logger
 
 PULLED: Final = 256

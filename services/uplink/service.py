@@ -25,7 +25,8 @@ from shared.bus.publishing.held_batches import HeldBatches
 from shared.bus.publishing.kept_totals import KeptTotals
 from shared.bus.status import Reporter
 from shared.bus.zmq_sockets import Publisher, Subscriber, check_directory, new_context
-from shared.ledger import (
+from shared.ledger.accounts import Accounts, unparse_arriving
+from shared.ledger.counters import (
     ACKNOWLEDGED,
     CONNECTED,
     FILES_RESTORED,
@@ -36,8 +37,6 @@ from shared.ledger import (
     TAKEN,
     UNSERVED,
     UNSURE,
-    Accounts,
-    unparse_arriving,
 )
 from shared.log import get_logger
 from shared.process.lifecycle import CANT_CREATE, Lifecycle, OperatorError, Readiness

@@ -24,7 +24,7 @@ from services.uplink.outbox import Outbox
 from services.uplink.server_checks import check_server, check_stream, wanted_stream
 from services.uplink.subjects import kept_stream, site_subjects, unparse_subject
 from services.uplink.troubles import Troubles
-from shared.ledger import MESSAGES_REFUSED, SERVER_FAULTS, SERVER_LIMIT, SERVER_REFUSED
+from shared.ledger.counters import MESSAGES_REFUSED, SERVER_FAULTS, SERVER_LIMIT, SERVER_REFUSED
 from shared.log import get_logger
 from shared.net.addresses import Endpoint
 from shared.settings.uplink import Uplink

@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Annotated, Final
 import msgspec
 from msgspec import Meta
 
-from shared.bus.exporters_message import Exporters
-from shared.bus.fields import MAX_NUMBER, REPLAY_PREFIX, REPLY_PREFIX, Number, ReplyTopic, SenderName, StreamName
-from shared.bus.health_message import Health
-from shared.bus.journal_messages import CatchUpReport, JournalPortion, JournalRead, Replayed
-from shared.bus.offload_messages import KernelCopies, MarkGeneration, OffloadPaths, OffloadReply
-from shared.bus.packing import pack, pack_values, unpack
-from shared.bus.template_messages import Renewals, Templates
+from shared.bus.bodies.exporters_message import Exporters
+from shared.bus.bodies.fields import MAX_NUMBER, REPLAY_PREFIX, REPLY_PREFIX, Number, ReplyTopic, SenderName, StreamName
+from shared.bus.bodies.health_message import Health
+from shared.bus.bodies.journal_messages import CatchUpReport, JournalPortion, JournalRead, Replayed
+from shared.bus.bodies.offload_messages import KernelCopies, MarkGeneration, OffloadPaths, OffloadReply
+from shared.bus.bodies.packing import pack, pack_values, unpack
+from shared.bus.bodies.template_messages import Renewals, Templates
 from shared.client import Client, Source
 from shared.datagrams.limits import MAX_DATAGRAM, MAX_ROWS
 
@@ -161,7 +161,7 @@ class TransmitReply(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
 
 class Status(msgspec.Struct, array_like=True, frozen=True):
-    """One of `pieces` pieces of a service's accounts, numbered `report`; `shared.ledger` says what they hold."""
+    """One of `pieces` pieces of a service's accounts, numbered `report`: see `shared.ledger.counters`."""
 
     service: str
     pid: int

@@ -6,12 +6,14 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from shared.bus.fields import MAX_NUMBER
+from shared.bus.bodies.fields import MAX_NUMBER
 from shared.bus.loss_log import LossLog
 from shared.bus.messages import Envelope, Status, status_topic
 from shared.bus.pieces import Assembler, cut
 from shared.bus.zmq_sockets import Publisher
-from shared.ledger import DISCREPANCIES, Accounts, discrepancies
+from shared.ledger.accounts import Accounts
+from shared.ledger.counters import DISCREPANCIES
+from shared.ledger.equations import discrepancies
 from shared.log import DISCREPANCY, get_logger
 from shared.process.installed_version import release
 from shared.process.lifecycle import next_tick

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Final
 
 import zmq
 
+from shared.bus.bodies.fields import REPLAY_PREFIX, REPLY_PREFIX
 from shared.bus.endpoint import DIRECT, BusLink, ipc_endpoint
-from shared.bus.fields import REPLAY_PREFIX, REPLY_PREFIX
 from shared.bus.messages import (
     MAX_MESSAGE,
     MAX_TOPIC,

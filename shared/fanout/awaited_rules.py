@@ -10,8 +10,8 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from shared.bus.bodies.offload_messages import KernelCopies, OffloadReply
 from shared.bus.messages import Envelope, Message
-from shared.bus.offload_messages import KernelCopies, OffloadReply
 from shared.bus.zmq_sockets import Publisher
 from shared.fanout.kernel_copies import KernelRules
 from shared.fanout.registry_replica import RegistryReplica

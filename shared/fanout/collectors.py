@@ -10,12 +10,13 @@ from shared.bus.kept_counts import Sheet
 from shared.client import ALL_STREAMS, Client
 from shared.datagrams.gathered import Gathered, Mask
 from shared.datagrams.routing import ALL_ROWS, Router, Selection, takes_all
-from shared.fanout.fair_shares import FairShares
 from shared.fanout.health import Checkup, Symptom
 from shared.fanout.kernel_copies import KernelRules
-from shared.fanout.past_routes import PastRoutes
+from shared.fanout.past.past_routes import PastRoutes
+from shared.fanout.sending.fair_shares import FairShares
 from shared.fanout.served import PASSED, UNSEEN, D, Served, count_rows
-from shared.ledger import (
+from shared.ledger.accounts import Accounts
+from shared.ledger.counters import (
     BASELINE,
     BY_KERNEL,
     BY_KERNEL_UNSEEN,
@@ -38,9 +39,8 @@ from shared.ledger import (
     UNSURE,
     WITHHELD,
     WITHHELD_BY_ADMIN,
-    Accounts,
-    dropped,
 )
+from shared.ledger.equations import dropped
 
 RETURN_SECONDS: Final = 10.0
 """Time for which a collector that has left may come back to its socket, queue and account: its connection was lost."""

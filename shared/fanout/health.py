@@ -6,7 +6,7 @@ from types import MappingProxyType
 from typing import Final
 
 from shared.client import Trouble
-from shared.ledger import (
+from shared.ledger.counters import (
     BUFFER_FULL,
     DESTINATION_REFUSED,
     DROPPED,
@@ -29,9 +29,8 @@ from shared.ledger import (
     UNSERVED,
     UNSURE,
     WITHHELD,
-    is_loss,
-    lost,
 )
+from shared.ledger.equations import is_loss, lost
 
 CAUSES: Final[Mapping[str, Trouble]] = {
     **dict.fromkeys((UNREACHABLES, NOT_CONNECTED, NO_ROUTE, NO_NEIGHBOUR, INTERFACE_DOWN), "unreachable"),

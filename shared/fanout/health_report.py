@@ -7,8 +7,8 @@ import itertools
 import time
 from collections.abc import Callable, Iterable
 
-from shared.bus.fields import MAX_NUMBER
-from shared.bus.health_message import Health, Troubled
+from shared.bus.bodies.fields import MAX_NUMBER
+from shared.bus.bodies.health_message import Health, Troubled
 from shared.bus.messages import health_topic
 from shared.bus.pieces import cut
 from shared.bus.zmq_sockets import Publisher

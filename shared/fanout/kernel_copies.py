@@ -13,8 +13,8 @@ from typing import Final, NamedTuple
 import msgspec
 import numpy as np
 
+from shared.bus.bodies.offload_messages import KernelCopies, KernelServed
 from shared.bus.messages import Envelope
-from shared.bus.offload_messages import KernelCopies, KernelServed
 from shared.bus.pieces import Assembler
 from shared.client import Client, Source
 from shared.datagrams.batch import Generations, Indices

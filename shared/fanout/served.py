@@ -7,9 +7,9 @@ from typing import Final, Generic, Protocol, TypeVar
 from shared.client import Client
 from shared.datagrams.gathered import Gathered
 from shared.datagrams.routing import Selection
-from shared.fanout.backlog import Backlog
 from shared.fanout.health import Checkup
-from shared.ledger import BASELINE
+from shared.fanout.sending.backlog import Backlog
+from shared.ledger.counters import BASELINE
 
 UNSEEN: Final = "unseen"
 PASSED: Final = "passed"

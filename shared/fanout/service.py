@@ -10,6 +10,8 @@ from collections.abc import Collection, Iterable
 from types import TracebackType
 from typing import Final, Self
 
+from shared.bus.bodies.offload_messages import KernelCopies
+from shared.bus.bodies.template_messages import Renewals, Templates
 from shared.bus.endpoint import open_link, queue_limit
 from shared.bus.kept_counts import KeptFile, Sheet
 from shared.bus.loans.borrower import Borrower
@@ -23,27 +25,26 @@ from shared.bus.messages import (
     ServeRequest,
     Status,
 )
-from shared.bus.offload_messages import KernelCopies
 from shared.bus.status import Reporter
-from shared.bus.template_messages import Renewals, Templates
 from shared.bus.zmq_sockets import Publisher, Subscriber, check_directory, new_context
 from shared.datagrams.batch import DatagramBatch
 from shared.datagrams.gathered import Gathered
 from shared.datagrams.routing import Selection
 from shared.fanout.awaited_rules import AwaitedRules
-from shared.fanout.catch_up import JOURNAL, CatchUp
 from shared.fanout.collectors import Collectors
-from shared.fanout.copy_sender import CopySender
 from shared.fanout.health_report import HealthReporter
 from shared.fanout.kernel_copies import KernelRules
+from shared.fanout.past.catch_up import JOURNAL, CatchUp
 from shared.fanout.registry_replica import RegistryReplica
 from shared.fanout.resumption import Resumption
+from shared.fanout.sending.copy_sender import CopySender
 from shared.fanout.serve_requests import ServeRequests
 from shared.fanout.served import MARKS, D
 from shared.fanout.streams import ORIGIN_COUNTERS, FollowedStreams
 from shared.fanout.templates import TemplateDelivery
 from shared.fanout.waiting_batches import WaitingBatches
-from shared.ledger import BY_KERNEL_LATE, COLLECTOR_COUNTERS, FILES_RESTORED, LEFT, STOPPED, Accounts
+from shared.ledger.accounts import Accounts
+from shared.ledger.counters import BY_KERNEL_LATE, COLLECTOR_COUNTERS, FILES_RESTORED, LEFT, STOPPED
 from shared.log import WORKER_CAME, get_logger
 from shared.process.lifecycle import CANT_CREATE, Lifecycle, OperatorError, Readiness, pause_for
 from shared.process.reload import Reload

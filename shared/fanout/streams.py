@@ -12,21 +12,8 @@ from shared.bus.kept_counts import KeptCounts, KeptFile
 from shared.bus.living_workers import LivingWorkers
 from shared.bus.messages import Envelope, Status, datagrams_topic, status_topic
 from shared.bus.zmq_sockets import Subscriber
-from shared.ledger import (
-    BASELINE,
-    ENDED_NAME,
-    MISSED,
-    NO_SUBSCRIBER,
-    PUBLISHED,
-    REACHED,
-    STARTED,
-    TAKEN,
-    UNSERVED,
-    Accounts,
-    is_origin,
-    parse_origin,
-    unparse_origin,
-)
+from shared.ledger.accounts import ENDED_NAME, Accounts, is_origin, parse_origin, unparse_origin
+from shared.ledger.counters import BASELINE, MISSED, NO_SUBSCRIBER, PUBLISHED, REACHED, STARTED, TAKEN, UNSERVED
 from shared.log import WORKER_CAME, WORKER_GONE, get_logger
 
 WORKERS: Final = ("ingest.", "uplink.")

@@ -15,8 +15,8 @@ from typing import Final, Generic
 
 import numpy as np
 
+from shared.bus.bodies.template_messages import Renewals, TemplateDatagram, Templates, renewals_topic, templates_topic
 from shared.bus.messages import Message
-from shared.bus.template_messages import Renewals, TemplateDatagram, Templates, renewals_topic, templates_topic
 from shared.bus.zmq_sockets import Subscriber
 from shared.datagrams.batch import DatagramBatch, make_rows
 from shared.datagrams.gathered import Gathered, Mask

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from shared.bus.journal_messages import MAX_PORTION_ROWS, JournalPlace, JournalRead, WorkerPosition
+from shared.bus.bodies.journal_messages import MAX_PORTION_ROWS, JournalPlace, JournalRead, WorkerPosition
 from shared.capture.pcapng import Destination
 from shared.datagrams.batch import DatagramBatch
 from shared.journal.records import Head, Identity, RecordError

@@ -9,7 +9,9 @@ follows, so nothing needs to stand still while it is checked.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from shared.ledger import DISCREPANCIES, PUBLISHED, REACHED, Accounts, discrepancies, is_origin, parse_origin
+from shared.ledger.accounts import Accounts, is_origin, parse_origin
+from shared.ledger.counters import DISCREPANCIES, PUBLISHED, REACHED
+from shared.ledger.equations import discrepancies
 from shared.losses import Loss, losses
 
 NEEDED = ("broker", "gateway", "ingest", "forwarder")

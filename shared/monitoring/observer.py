@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from shared.bus.exporters_message import Exporters
-from shared.bus.health_message import Health
+from shared.bus.bodies.exporters_message import Exporters
+from shared.bus.bodies.health_message import Health
 from shared.bus.messages import (
     EXPORTERS_PREFIX,
     HEALTH_PREFIX,
@@ -24,7 +24,8 @@ from shared.bus.pieces import Assembler
 from shared.bus.status import INTERVAL_SECONDS, Report, Reports
 from shared.client import Client, Trouble
 from shared.fanout.registry_replica import RegistryReplica
-from shared.ledger import (
+from shared.ledger.accounts import Accounts, is_origin
+from shared.ledger.counters import (
     BY_KERNEL,
     BYTES,
     DISCREPANCIES,
@@ -44,10 +45,8 @@ from shared.ledger import (
     SHARED_OUT,
     TEMPLATES_SENT,
     WITHHELD_BY_ADMIN,
-    Accounts,
-    is_origin,
-    lost,
 )
+from shared.ledger.equations import lost
 from shared.losses import causes, losses
 from shared.monitoring.balance import Balance
 from shared.monitoring.picture import (

@@ -17,7 +17,9 @@ from typing import Final
 
 from shared.client import Source
 from shared.datagrams.limits import MAX_DATAGRAM
-from shared.ledger import DROPPED, EXPECTED, MISSED, PUBLISHED, RECEIVED, SENT, Accounts, dropped
+from shared.ledger.accounts import Accounts
+from shared.ledger.counters import DROPPED, EXPECTED, MISSED, PUBLISHED, RECEIVED, SENT
+from shared.ledger.equations import dropped
 from shared.monitoring.finding import Finding, error, ok, warning
 from shared.net.addresses import resolve
 from shared.net.multicast import is_multicast

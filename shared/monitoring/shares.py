@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Final
 
-from shared.bus.exporters_message import Exporters
+from shared.bus.bodies.exporters_message import Exporters
 from shared.client import Client
 from shared.monitoring.picture import Exporter
 from shared.net.addresses import unpack_address

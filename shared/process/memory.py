@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable
 from typing import Final
 
-from shared.ledger import MEMORY, MEMORY_CEILING, MEMORY_MOST
+from shared.ledger.counters import MEMORY, MEMORY_CEILING, MEMORY_MOST
 from shared.log import get_logger
 
 LOOK_SECONDS: Final = 0.01

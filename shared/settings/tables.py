@@ -27,7 +27,7 @@ CLIENT_BYTES: Final = 4096
 """Bytes that an entry of the registry takes in the gateway."""
 LEAST_GENERATIONS: Final = 0xFF
 MOST_GENERATIONS: Final = 0xFFFF
-"""`shared.bus.offload_messages.MAX_GENERATION`."""
+"""`shared.bus.bodies.offload_messages.MAX_GENERATION`."""
 CONNECTION_BYTES: Final = 98_304
 """Bytes that a TCP connection to ingest may take: the longest message, unfinished, and one more read."""
 

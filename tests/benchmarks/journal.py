@@ -21,7 +21,7 @@ from shared.journal.records import Identity
 from shared.journal.segment_reader import SegmentReader
 from shared.journal.segment_writer import SegmentWriter
 from shared.journal.segments import SECOND, Segment
-from shared.ledger import WRITTEN
+from shared.ledger.counters import WRITTEN
 from tests.builders import BusEnds, accounts_when, make_batch, wait_wanted
 from tests.stack import Stack
 

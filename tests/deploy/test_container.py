@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from services.operator.commands.ready import OPTIONAL, SERVICES
+from services.operator.commands.running.ready import OPTIONAL, SERVICES
 from shared.settings.file import load
 from tests.deploy.test_units import UNITS, lines
 from tests.documents import block

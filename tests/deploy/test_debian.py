@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from services.operator.__main__ import COMMANDS
-from services.operator.commands.ready import OPT_IN, OPTIONAL, SERVICES
+from services.operator.commands.running.ready import OPT_IN, OPTIONAL, SERVICES
 from tests.deploy.test_units import UNITS, service_of
 from tests.documents import block
 from tests.stack import CHECKOUT

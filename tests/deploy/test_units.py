@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from services.operator.commands.ready import OPT_IN
+from services.operator.commands.running.ready import OPT_IN
 from services.transmitter.opener import SEND_BUFFER, SOCKETS
 from shared.net.addresses import resolve
 from shared.net.sockets import KINDS

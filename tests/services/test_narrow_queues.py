@@ -6,7 +6,7 @@ from contextlib import ExitStack, closing
 
 import pytest
 
-from shared.ledger import dropped
+from shared.ledger.equations import dropped
 from tests.builders import make_batch, make_client
 from tests.network import End, Host, veth
 from tests.services.forwarder.sent import Sent

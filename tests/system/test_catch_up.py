@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from shared.ledger import Accounts, dropped
+from shared.ledger.accounts import Accounts
+from shared.ledger.equations import dropped
 from shared.net.sockets import enlarge_receive_buffer
 from tests.builders import BusEnds, accounts_when
 from tests.openly import OpenStack

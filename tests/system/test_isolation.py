@@ -10,7 +10,7 @@ from contextlib import ExitStack, closing, contextmanager
 import pytest
 
 from shared.client import Source
-from shared.ledger import Accounts
+from shared.ledger.accounts import Accounts
 from tests.builders import BusEnds, accounts_when
 from tests.capture import Arrival, Collector
 from tests.network import Host

@@ -11,8 +11,8 @@ from typing import Any, Final, Self
 
 import pytest
 
+from shared.bus.bodies.offload_messages import OffloadReply
 from shared.bus.messages import REGISTRY_TOPIC, RegistryChange, RegistrySnapshot, offload_topic
-from shared.bus.offload_messages import OffloadReply
 from shared.client import Client
 from shared.datagrams.mmsg import SO_MARK
 from shared.fanout.registry_replica import RegistryReplica

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from shared.ledger import dropped
+from shared.ledger.equations import dropped
 from tests.openly import OpenStack
 from tests.stack import PATIENT, ask_json, wait_until
 from tests.traffic import open_receiver, pause

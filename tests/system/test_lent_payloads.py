@@ -16,7 +16,8 @@ import pytest
 
 from shared.bus.messages import Status
 from shared.bus.status import Reports
-from shared.ledger import Accounts, discrepancies, dropped
+from shared.ledger.accounts import Accounts
+from shared.ledger.equations import discrepancies, dropped
 from tests.builders import BusEnds, freeze, kill_all
 from tests.stack import Running, Stack, ask_json, wait_until
 from tests.traffic import exporters, open_receiver, pause

@@ -3,7 +3,7 @@
 import time
 from functools import partial
 
-from shared.ledger import Accounts
+from shared.ledger.accounts import Accounts
 from tests.builders import BusEnds, accounts_when
 from tests.capture import Collector
 from tests.openly import OpenStack

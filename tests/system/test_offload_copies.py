@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import pytest
 
-from shared.ledger import Accounts
+from shared.ledger.accounts import Accounts
 from shared.net.sockets import enlarge_receive_buffer
 from tests.builders import BusEnds, accounts_when
 from tests.openly import OpenStack

@@ -11,7 +11,7 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from shared.ledger import lost
+from shared.ledger.equations import lost
 from shared.losses import causes
 from tests.network import End, Host, veth
 from tests.openly import OpenStack

@@ -2,7 +2,7 @@
 
 import pytest
 
-from services.operator.commands.ready import OPT_IN
+from services.operator.commands.running.ready import OPT_IN
 from shared.bus.curve_keys import ROLES, write_keys
 from tests.stack import Stack
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.ledger import dropped
+from shared.ledger.equations import dropped
 from tests.builders import freeze, kill_all
 from tests.stack import DRAIN_SECONDS, Stack, ask_json, wait_until
 from tests.traffic import exporters, open_receiver, pause

@@ -22,7 +22,9 @@ import pytest
 from shared.bus.messages import Status
 from shared.bus.status import Reports
 from shared.datagrams.limits import MAX_ROWS
-from shared.ledger import REACHED, dropped, is_origin, parse_origin
+from shared.ledger.accounts import is_origin, parse_origin
+from shared.ledger.counters import REACHED
+from shared.ledger.equations import dropped
 from shared.net.sockets import kernel_drops
 from shared.settings.model import Settings
 from shared.settings.tables import Bus

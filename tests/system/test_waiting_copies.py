@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 
 import pytest
 
-from shared.ledger import Accounts, dropped
+from shared.ledger.accounts import Accounts
+from shared.ledger.equations import dropped
 from tests.builders import BusEnds, accounts_when
 from tests.capture import Collector
 from tests.network import Host

@@ -5,7 +5,7 @@ import signal
 import socket
 from contextlib import ExitStack, closing
 
-from shared.ledger import Accounts
+from shared.ledger.accounts import Accounts
 from tests.builders import BusEnds, accounts_when
 from tests.openly import OpenStack
 from tests.stack import PATIENT, ask_json, wait_until

@@ -13,8 +13,9 @@ from typing import Final
 from services.gateway.bus.serving import CallLater, ServingQuery
 from services.gateway.event_feed import EventFeed
 from services.gateway.registry.registry import Registry
-from shared.bus.health_message import Health
-from shared.bus.journal_messages import CATCH_UP_PREFIX, CatchUpReport
+from shared.bus.bodies.health_message import Health
+from shared.bus.bodies.journal_messages import CATCH_UP_PREFIX, CatchUpReport
+from shared.bus.bodies.packing import pack
 from shared.bus.messages import (
     HEALTH_PREFIX,
     REGISTRY_TOPIC,
@@ -23,12 +24,11 @@ from shared.bus.messages import (
     ServeReply,
     TransmitReply,
 )
-from shared.bus.packing import pack
 from shared.bus.pieces import cut
 from shared.bus.status import Reporter
 from shared.bus.zmq_sockets import Publisher, Requests, Subscriber
 from shared.client import Source
-from shared.ledger import Accounts
+from shared.ledger.accounts import Accounts
 from shared.process.memory import Memory
 
 GATHER_SECONDS: Final = 0.002

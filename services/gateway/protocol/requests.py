@@ -5,7 +5,7 @@ from typing import Annotated, Final, Literal
 
 from msgspec import Meta, Struct, field
 
-from shared.bus.fields import Number
+from shared.bus.bodies.fields import Number
 from shared.bus.frame_requests import check_frame, make_frame, parse_hex, parse_mac, sending_seconds
 from shared.bus.messages import MAX_FRAMES, MAX_INTERFACE
 from shared.client import MAX_REASON, WrittenTerms

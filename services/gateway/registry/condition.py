@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from shared.bus.health_message import Health
+from shared.bus.bodies.health_message import Health
 from shared.bus.pieces import Assembler
 from shared.client import Trouble
 

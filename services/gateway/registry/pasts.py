@@ -11,7 +11,7 @@ from typing import Final
 import msgspec
 
 from services.gateway.registry.entry import Entry
-from shared.bus.journal_messages import Behind
+from shared.bus.bodies.journal_messages import Behind
 from shared.client import ALL_STREAMS, MAX_PLACES, Generation, Places, Resume, Streams
 
 STORE_SECONDS: Final = 5.0

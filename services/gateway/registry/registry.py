@@ -24,8 +24,8 @@ from services.gateway.registry.groups import SECRET_BYTES, Groups
 from services.gateway.registry.leases import Leases
 from services.gateway.registry.pasts import NO_PASTS, Gone, Pasts
 from services.gateway.registry.revisions import Revisions
-from shared.bus.health_message import Health
-from shared.bus.journal_messages import CatchUpReport
+from shared.bus.bodies.health_message import Health
+from shared.bus.bodies.journal_messages import CatchUpReport
 from shared.bus.messages import RegistryChange
 from shared.client import Client, Source, Streams, Withheld
 

@@ -20,7 +20,7 @@ from services.gateway.admission.peer import Peer
 from services.gateway.admission.rights import Rights
 from services.gateway.registry.entry import NO_ORDERS, Entry, Event, Orders, Origin
 from services.gateway.registry.pasts import NO_PASTS, Gone, Past
-from shared.bus.fields import Number
+from shared.bus.bodies.fields import Number
 from shared.client import Client, Withheld
 from shared.log import get_logger
 from shared.process.kept_directory import KeptDirectory

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shared.datagrams.batch import DatagramBatch
-from shared.ledger import EXPORTER_MISSED, EXPORTER_MISSED_FLOWS, EXPORTER_MISSED_RECORDS
+from shared.ledger.counters import EXPORTER_MISSED, EXPORTER_MISSED_FLOWS, EXPORTER_MISSED_RECORDS
 from shared.settings.entries import Protocol
 
 Integers = npt.NDArray[np.int64]

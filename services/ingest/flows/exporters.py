@@ -23,7 +23,7 @@ from services.ingest.flows.sets import walk_sets
 from services.ingest.flows.template_cache import Ready
 from services.ingest.flows.template_reader import TemplateReader
 from shared.datagrams.batch import DatagramBatch
-from shared.ledger import EXPORTER_EVICTIONS, EXPORTER_UNSURE, EXPORTERS, NOT_FLOW
+from shared.ledger.counters import EXPORTER_EVICTIONS, EXPORTER_UNSURE, EXPORTERS, NOT_FLOW
 from shared.settings.entries import Protocol
 
 MAX_EXPORTERS: Final = 16_384

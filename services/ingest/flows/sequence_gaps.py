@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from services.ingest.flows.export_headers import Integers
-from shared.ledger import EXPORTER_REORDERED, EXPORTER_RESTARTS, EXPORTER_UNSURE
+from shared.ledger.counters import EXPORTER_REORDERED, EXPORTER_RESTARTS, EXPORTER_UNSURE
 
 MAX_HOLES: Final = 8
 """Gaps of one exporter that overtaken datagrams may still fill."""

@@ -12,7 +12,7 @@ import numpy as np
 from services.operator.cli.arguments import prefix
 from services.operator.cli.output import say
 from services.operator.cli.times import FORMS, parse_time
-from shared.bus.journal_messages import JournalPlace
+from shared.bus.bodies.journal_messages import JournalPlace
 from shared.capture.pcapng import Destination
 from shared.datagrams.batch import DatagramBatch, Indices
 from shared.datagrams.prefix_set import Prefixes, halves_of

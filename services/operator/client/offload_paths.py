@@ -4,7 +4,7 @@ import time
 from typing import Final
 
 from services.operator.client.bus_reader import subscribed
-from shared.bus.offload_messages import PATHS_TOPIC, CollectorPath, OffloadPaths
+from shared.bus.bodies.offload_messages import PATHS_TOPIC, CollectorPath, OffloadPaths
 from shared.bus.pieces import Assembler
 from shared.process.lifecycle import OperatorError
 from shared.settings.model import Settings

@@ -17,7 +17,7 @@ from services.operator.client.gateway_options import add_gateway_arguments, open
 from services.operator.client.offload_paths import heard_paths
 from services.operator.client.running_streams import unknown_explained
 from services.operator.commands.withhold import describe as describe_order
-from shared.bus.offload_messages import CollectorPath
+from shared.bus.bodies.offload_messages import CollectorPath
 from shared.client import DEFAULT_TERMS
 from shared.net.printable import printable
 from shared.process.lifecycle import FAILED, OK, OperatorError

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from services.operator.cli.arguments import Subparsers, add_command
 from services.operator.client.gateway_options import access, add_gateway_arguments
-from services.operator.commands.ready import OPT_IN, OPTIONAL, SERVICES
+from services.operator.commands.running.ready import OPT_IN, OPTIONAL, SERVICES
 from shared.process.lifecycle import OK, UNAVAILABLE, OperatorError, Parser, add_config_argument, add_service_arguments
 from shared.process.registry_client import RegistryClient
 from shared.settings.file import load

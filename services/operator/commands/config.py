@@ -6,7 +6,7 @@ from pathlib import Path
 
 from services.operator.cli.arguments import Subparsers, add_command
 from services.operator.client.programs import refusals
-from services.operator.commands.ready import OPT_IN, OPTIONAL, SERVICES
+from services.operator.commands.running.ready import OPT_IN, OPTIONAL, SERVICES
 from shared.net.printable import printable
 from shared.process.lifecycle import BAD_SETTINGS, OK
 from shared.settings.file import NOT_SETTINGS, render

@@ -14,7 +14,8 @@ from services.operator.client.bus_reader import subscribed
 from shared.bus.living_workers import living_workers
 from shared.bus.messages import Status
 from shared.bus.status import INTERVAL_SECONDS, Reports
-from shared.ledger import (
+from shared.ledger.accounts import is_origin, parse_origin
+from shared.ledger.counters import (
     BY_KERNEL,
     BYTES,
     DROPPED,
@@ -39,10 +40,8 @@ from shared.ledger import (
     WITHHELD,
     WITHHELD_BY_ADMIN,
     WRITTEN,
-    is_origin,
-    lost,
-    parse_origin,
 )
+from shared.ledger.equations import lost
 from shared.losses import Loss
 from shared.monitoring.balance import Balance
 from shared.net.printable import printable

@@ -14,7 +14,7 @@ from services.operator.client.gateway_options import access, add_gateway_argumen
 from services.operator.client.offload_paths import heard_paths
 from services.operator.client.programs import refusals
 from services.operator.client.running_streams import CURE, difference, running_streams, stream_named
-from services.operator.commands.ready import OPT_IN, OPTIONAL, SERVICES
+from services.operator.commands.running.ready import OPT_IN, OPTIONAL, SERVICES
 from services.operator.doctor.facts import by_service, host_facts, listen, network_facts, service_facts
 from services.operator.doctor.host import check_host
 from services.operator.doctor.host_names import check_host_names, look_up
@@ -25,7 +25,7 @@ from services.operator.doctor.network_paths import check_network_paths
 from services.operator.doctor.services import check_services, senders_of_original
 from services.operator.doctor.uplink import check_uplink
 from shared.client import ALL_STREAMS
-from shared.ledger import Accounts
+from shared.ledger.accounts import Accounts
 from shared.monitoring.finding import Finding, error, ok, unseen, warning
 from shared.monitoring.probe import Ledger, probe
 from shared.net.host_lookups import Host

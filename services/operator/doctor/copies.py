@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
-from shared.ledger import DROPPED, PROHIBITED, REFUSALS, REFUSED, UNREACHABLES, Accounts
+from shared.ledger.accounts import Accounts
+from shared.ledger.counters import DROPPED, PROHIBITED, REFUSALS, REFUSED, UNREACHABLES
 from shared.losses import causes
 from shared.monitoring.finding import Finding, error, ok, warning
 from shared.process.registry_client import Entry

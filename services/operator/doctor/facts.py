@@ -23,7 +23,7 @@ from shared.bus.living_workers import living_workers
 from shared.bus.messages import Status
 from shared.bus.status import INTERVAL_SECONDS, Report, Reports
 from shared.bus.zmq_sockets import broker_is_up, check_directory
-from shared.ledger import Accounts
+from shared.ledger.accounts import Accounts
 from shared.net.addresses import resolve
 from shared.net.netlink import RTN_LOCAL, Link, Netlink
 from shared.net.queues import Queue, Queues

@@ -4,7 +4,8 @@ import os
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 
-from shared.ledger import DAMAGED_BYTES, KEPT_BYTES, OLDEST, SET_ASIDE, WRITE_ERRNO, Accounts
+from shared.ledger.accounts import Accounts
+from shared.ledger.counters import DAMAGED_BYTES, KEPT_BYTES, OLDEST, SET_ASIDE, WRITE_ERRNO
 from shared.monitoring.finding import Finding, error, ok, warning
 from shared.settings.model import Settings
 

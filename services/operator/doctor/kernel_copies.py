@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator, Mapping
 
-from shared.bus.offload_messages import CollectorPath
-from shared.ledger import APPLIER, Accounts
+from shared.bus.bodies.offload_messages import CollectorPath
+from shared.ledger.accounts import Accounts
+from shared.ledger.counters import APPLIER
 from shared.monitoring.finding import Finding, ok, some, warning
 from shared.settings.model import Settings
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from shared.ledger import RECEIVE_ERRNO, RECEIVE_ERRORS, Accounts
+from shared.ledger.accounts import Accounts
+from shared.ledger.counters import RECEIVE_ERRNO, RECEIVE_ERRORS
 from shared.monitoring.finding import Finding, error, ok, warning
 from shared.net.multicast import is_multicast
 from shared.settings.model import Settings

@@ -8,7 +8,8 @@ from typing import Final
 
 from services.operator.doctor.copies import check_copies
 from services.operator.doctor.journal import check_journal
-from shared.ledger import FILES_RESTORED, Accounts
+from shared.ledger.accounts import Accounts
+from shared.ledger.counters import FILES_RESTORED
 from shared.monitoring.balance import Balance
 from shared.monitoring.finding import Finding, error, ok, some, warning
 from shared.process.registry_client import Entry

@@ -3,7 +3,9 @@
 from collections.abc import Iterator, Mapping
 from typing import Final
 
-from shared.ledger import CONNECTED, HELD, SERVER_FAULTS, Accounts, dropped
+from shared.ledger.accounts import Accounts
+from shared.ledger.counters import CONNECTED, HELD, SERVER_FAULTS
+from shared.ledger.equations import dropped
 from shared.losses import causes
 from shared.monitoring.finding import Finding, error, ok, warning
 from shared.settings.model import Settings

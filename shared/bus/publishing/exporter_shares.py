@@ -7,7 +7,7 @@ from typing import Final
 
 import numpy as np
 
-from shared.bus.exporters_message import MAX_TOLD, Exporters
+from shared.bus.bodies.exporters_message import MAX_TOLD, Exporters
 from shared.datagrams.batch import ROW, Rows
 
 EXAMINED: Final = 8192

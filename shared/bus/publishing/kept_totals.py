@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Final
 
 from shared.bus.kept_counts import KeptCounts, KeptFile
-from shared.ledger import ENDED, NO_SUBSCRIBER, PUBLISHED, STARTED, Accounts
+from shared.ledger.accounts import ENDED, Accounts
+from shared.ledger.counters import NO_SUBSCRIBER, PUBLISHED, STARTED
 
 MAX_ENDED: Final = 256
 """Accounts of streams of predecessors that are told: the newest."""

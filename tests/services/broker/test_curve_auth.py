@@ -24,7 +24,8 @@ from shared.bus.messages import (
 )
 from shared.bus.zmq_sockets import publish_endpoint, subscribe_endpoint
 from shared.client import Client
-from shared.ledger import BUS_REFUSED, REFUSED_MALFORMED, REFUSED_SENDER, REFUSED_TOPIC, Accounts
+from shared.ledger.accounts import Accounts
+from shared.ledger.counters import BUS_REFUSED, REFUSED_MALFORMED, REFUSED_SENDER, REFUSED_TOPIC
 from shared.settings.tables import Bus
 from tests.builders import BusEnds, accounts_when, kill_all, make_batch, make_client, take, wait_wanted
 from tests.stack import Stack, wait_until

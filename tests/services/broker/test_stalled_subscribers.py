@@ -11,7 +11,7 @@ from shared.bus.curve_keys import ROLES, write_keys
 from shared.bus.endpoint import DIRECT, open_link
 from shared.bus.messages import Datagrams, datagrams_topic
 from shared.bus.zmq_sockets import Publisher, Subscriber
-from shared.ledger import discrepancies
+from shared.ledger.equations import discrepancies
 from shared.process.memory import Memory
 from shared.settings.tables import Bus
 from tests.builders import BusEnds, accounts_when, make_batch, wait_wanted

@@ -1,10 +1,10 @@
 """Pictures for tests of the console, made of what is told to an observer."""
 
-from shared.bus.exporters_message import Exporters
-from shared.bus.health_message import Health, Troubled
+from shared.bus.bodies.exporters_message import Exporters
+from shared.bus.bodies.health_message import Health, Troubled
 from shared.bus.messages import Message, RegistrySnapshot, Status
 from shared.client import Client
-from shared.ledger import Accounts
+from shared.ledger.accounts import Accounts
 from shared.monitoring.observer import Observer
 from shared.monitoring.picture import Picture
 from shared.net.addresses import pack_address

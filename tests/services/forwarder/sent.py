@@ -10,7 +10,7 @@ from shared.datagrams.batch import DatagramBatch
 from shared.datagrams.gathered import Gathered
 from shared.fanout.collectors import Collectors
 from shared.fanout.kernel_copies import KernelRules
-from shared.ledger import discrepancies
+from shared.ledger.equations import discrepancies
 from shared.settings.model import Settings
 from shared.settings.tables import Forwarder
 

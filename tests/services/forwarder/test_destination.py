@@ -19,8 +19,8 @@ import shared.datagrams.mmsg
 from services.forwarder.destination import ANSWER_SECONDS, Destination
 from services.forwarder.plan import SendPlan
 from shared.datagrams.gathered import Gathered
-from shared.fanout.backlog import BacklogMemory
-from shared.fanout.send_errors import MAX_SKIPS
+from shared.fanout.sending.backlog import BacklogMemory
+from shared.fanout.sending.send_errors import MAX_SKIPS
 from shared.net.queues import Queues
 from shared.net.route_changes import RouteChanges
 from shared.net.sockets import enlarge_receive_buffer

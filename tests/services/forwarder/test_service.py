@@ -20,7 +20,8 @@ from shared.bus.messages import (
 )
 from shared.datagrams.limits import MAX_ROWS
 from shared.datagrams.routing import Router
-from shared.ledger import Accounts, discrepancies
+from shared.ledger.accounts import Accounts
+from shared.ledger.equations import discrepancies
 from shared.net.sockets import enlarge_receive_buffer
 from shared.process.lifecycle import CANT_CREATE
 from tests.builders import (

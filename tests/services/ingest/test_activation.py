@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from services.broker.proxy import Proxy
-from shared.ledger import Accounts
+from shared.ledger.accounts import Accounts
 from shared.net.sockets import kernel_drops
 from tests.builders import BusEnds, accounts_when, freeze, kill_all, take_datagrams, take_mark, wait_wanted
 from tests.stack import Running, Stack

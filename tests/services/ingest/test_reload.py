@@ -14,7 +14,8 @@ import pytest
 from services.broker.proxy import Proxy
 from shared.bus.loans.lender import GRACE_SECONDS
 from shared.bus.zmq_sockets import Subscriber
-from shared.ledger import Accounts, discrepancies
+from shared.ledger.accounts import Accounts
+from shared.ledger.equations import discrepancies
 from tests.builders import BusEnds, accounts_when, freeze, kill_all, take_datagrams, take_mark
 from tests.services.ingest.test_activation import activate_ready, held, listen
 from tests.services.ingest.test_worker import follow, is_closed, sender, take_shaped

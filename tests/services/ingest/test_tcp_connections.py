@@ -9,7 +9,7 @@ import pytest
 
 from services.ingest.batch_publisher import StreamFeed
 from services.ingest.tcp_connections import ExporterConnections
-from shared.ledger import RECEIVED
+from shared.ledger.counters import RECEIVED
 from shared.settings.tables import Ingest
 from tests.builders import BusEnds
 

@@ -26,7 +26,8 @@ from shared.bus.loans.lender import CHUNK, GRACE_SECONDS, Room
 from shared.bus.messages import Datagrams
 from shared.bus.zmq_sockets import Subscriber
 from shared.datagrams.limits import MAX_DATAGRAM
-from shared.ledger import Accounts, discrepancies
+from shared.ledger.accounts import Accounts
+from shared.ledger.equations import discrepancies
 from shared.net.addresses import LOCAL_SENDER, unpack_address
 from shared.net.sockets import checksum_errors, receive_buffer
 from shared.settings.file import load

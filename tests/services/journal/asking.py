@@ -2,7 +2,7 @@
 
 import itertools
 
-from shared.bus.journal_messages import (
+from shared.bus.bodies.journal_messages import (
     JOURNAL_TOPIC,
     JournalPlace,
     JournalPortion,

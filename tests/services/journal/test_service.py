@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from shared.bus.journal_messages import WorkerPosition
+from shared.bus.bodies.journal_messages import WorkerPosition
 from shared.capture.reader import CaptureReader
 from shared.journal.directory import segments_in
-from shared.ledger import EXPIRED, KEPT_BYTES, SEGMENTS, SET_ASIDE, TAKEN, UNSERVED, WRITE_ERRNO, WRITTEN
+from shared.ledger.counters import EXPIRED, KEPT_BYTES, SEGMENTS, SET_ASIDE, TAKEN, UNSERVED, WRITE_ERRNO, WRITTEN
 from shared.process.lifecycle import CANT_CREATE
 from shared.settings.file import load
 from tests.builders import SOURCES, BusEnds, PlayedWorker, accounts_when, make_batch, wait_unwanted, wait_wanted

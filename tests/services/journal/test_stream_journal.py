@@ -10,12 +10,12 @@ from services.journal import stream_journal
 from services.journal.disk_thread import DiskThread
 from services.journal.readers import MAX_WAITING, Readers
 from services.journal.stream_journal import StreamJournal
-from shared.bus.journal_messages import JournalPortion, JournalRead
+from shared.bus.bodies.journal_messages import JournalPortion, JournalRead
 from shared.bus.messages import Body
 from shared.datagrams.batch import DatagramBatch
 from shared.journal.directory import segments_in
 from shared.journal.segment_writer import SegmentWriter
-from shared.ledger import DISK_ERROR, SEGMENTS, TAKEN, WRITE_ERRNO, WRITTEN
+from shared.ledger.counters import DISK_ERROR, SEGMENTS, TAKEN, WRITE_ERRNO, WRITTEN
 from tests.shared.journal.filled import batch_of, identities
 from tests.stack import wait_until
 

@@ -9,10 +9,10 @@ from typing import Any, Final, Self
 
 import msgspec
 
+from services.offload.applying.nftables.connection import Nftables
+from services.offload.applying.rules import Marks, Sources
+from services.offload.applying.table import Table
 from services.offload.kernel_plan import Copy, KernelPlan, Listener, Prefix, StreamCopies
-from services.offload.nftables.connection import Nftables
-from services.offload.rules import Marks, Sources
-from services.offload.table import Table
 from tests.capture import Arrival, Receiver
 from tests.network import End, Host, veth
 

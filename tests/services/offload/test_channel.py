@@ -22,7 +22,7 @@ from services.offload.channel import (
     receive,
     send,
 )
-from tests.services.offload.test_policy import PLAN
+from tests.services.offload.applying.test_policy import PLAN
 
 
 @pytest.fixture

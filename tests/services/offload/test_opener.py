@@ -101,7 +101,7 @@ def test_what_runs_with_all_privileges_imports_the_standard_library_alone(module
 
 def test_the_applier_loads_no_bus() -> None:
     """The process with the capability has no code to reach the bus, a route or a name server."""
-    script = "import sys, services.offload.applier; print(*sys.modules)"
+    script = "import sys, services.offload.applying.applier; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], cwd=CHECKOUT, capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split())
     assert not loaded & {"zmq", "numpy", "pyroute2", "shared.bus.zmq_sockets", "shared.net.netlink"}

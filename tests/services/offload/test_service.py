@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from shared.bus.bodies.offload_messages import PATHS_TOPIC, CollectorPath, KernelCopies, OffloadPaths, OffloadReply
 from shared.bus.messages import Status, offload_topic, status_topic
-from shared.bus.offload_messages import PATHS_TOPIC, CollectorPath, KernelCopies, OffloadPaths, OffloadReply
 from shared.bus.zmq_sockets import Subscriber
 from shared.client import Client, Source
 from shared.process.lifecycle import UNAVAILABLE

@@ -3,7 +3,7 @@ import signal
 import socket
 import threading
 
-from services.operator.commands.ready import SERVICES
+from services.operator.commands.running.ready import SERVICES
 from tests.services.operator.played import run
 from tests.stack import Stack, wait_until
 

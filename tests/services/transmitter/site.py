@@ -12,9 +12,10 @@ from services.transmitter.privileges import KINDS, RawSockets
 from services.transmitter.sender import Sender
 from shared.datagrams.gathered import Gathered
 from shared.datagrams.routing import ALL_ROWS
-from shared.fanout.backlog import BacklogMemory
-from shared.fanout.next_hops import DISCARD_PORT
-from shared.ledger import EXPECTED, discrepancies
+from shared.fanout.sending.backlog import BacklogMemory
+from shared.fanout.sending.next_hops import DISCARD_PORT
+from shared.ledger.counters import EXPECTED
+from shared.ledger.equations import discrepancies
 from shared.settings.model import Settings
 from shared.settings.tables import Transmitter
 from tests.builders import make_batch, make_client

@@ -8,13 +8,13 @@ from contextlib import ExitStack
 import pytest
 
 import services.transmitter.sender
-import shared.fanout.backlog
+import shared.fanout.sending.backlog
 from services.transmitter.destination import HELD_BYTES, HELD_SECONDS
 from shared.client import MOST_WAITING
 from shared.datagrams.gathered import MAX_GATHERED_PAYLOAD, Gathered
 from shared.datagrams.limits import MAX_DATAGRAM
 from shared.datagrams.routing import ALL_ROWS
-from shared.ledger import discrepancies
+from shared.ledger.equations import discrepancies
 from tests.builders import make_batch
 from tests.capture import Collector
 from tests.network import End, Host, veth
@@ -40,7 +40,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The clock of what waits and of who lets it wait."""
     clock = Clock()
-    for module in (shared.fanout.backlog, services.transmitter.sender):
+    for module in (shared.fanout.sending.backlog, services.transmitter.sender):
         monkeypatch.setattr(module, "time", clock)
     return clock
 

@@ -18,7 +18,7 @@ from services.transmitter.sender import Sender
 from shared.datagrams.batch import DatagramBatch, make_rows
 from shared.datagrams.gathered import Gathered
 from shared.datagrams.routing import ALL_ROWS
-from shared.fanout.backlog import BacklogMemory
+from shared.fanout.sending.backlog import BacklogMemory
 from shared.net.addresses import pack_address
 from shared.settings.model import Settings
 from tests.builders import make_client

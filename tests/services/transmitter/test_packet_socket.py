@@ -21,8 +21,8 @@ import shared.datagrams.mmsg
 from services.transmitter.packet_socket import PATIENCE_SECONDS, PATIENCE_SHARE, PacketSockets
 from shared.datagrams.gathered import Gathered
 from shared.datagrams.routing import ALL_ROWS, Selection
-from shared.fanout.next_hops import Egress, EgressKind
-from shared.fanout.send_errors import MAX_SKIPS
+from shared.fanout.sending.next_hops import Egress, EgressKind
+from shared.fanout.sending.send_errors import MAX_SKIPS
 from tests.builders import make_batch
 from tests.capture import Collector, Datagram
 from tests.network import End, Host, tunnel, veth

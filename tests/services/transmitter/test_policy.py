@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from services.transmitter.policy import AUDIT_SECONDS, Audit, Policy, Verdicts
 from shared.datagrams.gathered import Gathered
-from shared.fanout.reach import Reach
+from shared.fanout.sending.reach import Reach
 from shared.settings.tables import Transmitter
 from tests.builders import make_batch
 

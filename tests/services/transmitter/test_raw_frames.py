@@ -14,7 +14,7 @@ from services.transmitter.policy import Audit, Policy
 from services.transmitter.raw_frames import FRAMES_AT_ONCE, MAX_JOBS, RawFrames
 from shared.bus.frame_requests import ANSWER_SECONDS, sending_seconds
 from shared.bus.messages import TransmitReply, TransmitRequest
-from shared.fanout.next_hops import NextHops
+from shared.fanout.sending.next_hops import NextHops
 from shared.settings.tables import Transmitter
 from tests.capture import Capture
 from tests.network import End, Host, veth

@@ -19,8 +19,8 @@ from services.transmitter.sender import Sender
 from shared.datagrams.gathered import Gathered
 from shared.datagrams.mmsg import MMSGHDR
 from shared.datagrams.routing import ALL_ROWS
-from shared.fanout.backlog import BacklogMemory
-from shared.fanout.reach import Reach
+from shared.fanout.sending.backlog import BacklogMemory
+from shared.fanout.sending.reach import Reach
 from shared.settings.model import Settings
 from shared.settings.tables import Transmitter
 from tests.builders import make_batch, make_client

@@ -28,8 +28,9 @@ from shared.bus.messages import (
 )
 from shared.client import Client
 from shared.datagrams.limits import MAX_DATAGRAM
-from shared.fanout.next_hops import DISCARD_PORT
-from shared.ledger import Accounts, discrepancies
+from shared.fanout.sending.next_hops import DISCARD_PORT
+from shared.ledger.accounts import Accounts
+from shared.ledger.equations import discrepancies
 from tests.builders import (
     BusEnds,
     PlayedGateway,

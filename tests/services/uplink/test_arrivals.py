@@ -11,7 +11,7 @@ from services.uplink.packs import UNKNOWN, Arrived
 from services.uplink.subjects import Origin
 from shared.bus.continuity import MAX_GAP
 from shared.bus.messages import Datagrams, Message, datagrams_topic
-from shared.ledger import discrepancies
+from shared.ledger.equations import discrepancies
 from tests.builders import make_batch, make_envelope
 
 ORIGIN = Origin("bonn", "messages", "ingest.1")

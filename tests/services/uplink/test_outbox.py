@@ -5,15 +5,8 @@ import pytest
 from services.uplink.outbox import LONGEST_PAUSE_SECONDS, Outbox
 from services.uplink.packs import Pack
 from services.uplink.subjects import Origin, unparse_subject
-from shared.ledger import (
-    ACKNOWLEDGED,
-    HELD,
-    SERVER_AWAY,
-    SERVER_REFUSED,
-    SERVER_SLOW,
-    STOPPED,
-    discrepancies,
-)
+from shared.ledger.counters import ACKNOWLEDGED, HELD, SERVER_AWAY, SERVER_REFUSED, SERVER_SLOW, STOPPED
+from shared.ledger.equations import discrepancies
 
 ORIGIN = Origin("berlin", "flows", "ingest.1")
 

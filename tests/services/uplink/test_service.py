@@ -13,7 +13,8 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from services.uplink import __main__ as program
-from shared.ledger import Accounts, discrepancies
+from shared.ledger.accounts import Accounts
+from shared.ledger.equations import discrepancies
 from shared.process.lifecycle import CANT_CREATE, OperatorError
 from shared.settings.model import Settings
 from shared.settings.uplink import Uplink

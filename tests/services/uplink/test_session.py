@@ -26,7 +26,7 @@ from services.uplink.session import Session, SessionError
 from services.uplink.subjects import Origin
 from services.uplink.troubles import Troubles
 from shared.bus.messages import Datagrams, Message
-from shared.ledger import ACKNOWLEDGED, HELD, MESSAGES_REFUSED, SERVER_FAULTS, SERVER_LIMIT, SERVER_REFUSED
+from shared.ledger.counters import ACKNOWLEDGED, HELD, MESSAGES_REFUSED, SERVER_FAULTS, SERVER_LIMIT, SERVER_REFUSED
 from shared.process.lifecycle import OperatorError
 from shared.settings.uplink import Uplink
 from tests.builders import make_batch, make_envelope

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.ledger import discrepancies
+from shared.ledger.equations import discrepancies
 from tests.builders import BusEnds, accounts_when
 from tests.services.uplink.nats import NatsServer, free_port
 from tests.services.uplink.sites import Site, away, exporter, flows, home

@@ -4,7 +4,7 @@ import pytest
 
 from shared.bus import loss_log
 from shared.bus.loss_log import QUIET_SECONDS, LossLog
-from shared.ledger import Accounts
+from shared.ledger.accounts import Accounts
 
 
 def said(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.bus.exporters_message import Exporters
-from shared.bus.fields import MAX_NUMBER
-from shared.bus.health_message import Health, Troubled
-from shared.bus.journal_messages import (
+from shared.bus.bodies.exporters_message import Exporters
+from shared.bus.bodies.fields import MAX_NUMBER
+from shared.bus.bodies.health_message import Health, Troubled
+from shared.bus.bodies.journal_messages import (
     Behind,
     CatchUpReport,
     JournalPlace,
@@ -21,6 +21,8 @@ from shared.bus.journal_messages import (
     Replayed,
     WorkerPosition,
 )
+from shared.bus.bodies.offload_messages import CollectorPath, KernelCopies, KernelServed, OffloadPaths, OffloadReply
+from shared.bus.bodies.template_messages import Renewals, TemplateDatagram, Templates
 from shared.bus.messages import (
     KINDS,
     MAX_ENVELOPE,
@@ -47,8 +49,6 @@ from shared.bus.messages import (
     decode,
     encode,
 )
-from shared.bus.offload_messages import CollectorPath, KernelCopies, KernelServed, OffloadPaths, OffloadReply
-from shared.bus.template_messages import Renewals, TemplateDatagram, Templates
 from shared.client import Client, Place
 from shared.datagrams.batch import DatagramBatch
 from shared.datagrams.limits import MAX_DATAGRAM, MAX_ROWS

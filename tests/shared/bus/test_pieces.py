@@ -4,8 +4,8 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shared.bus.bodies.packing import pack
 from shared.bus.messages import RegistrySnapshot
-from shared.bus.packing import pack
 from shared.bus.pieces import PIECE_SIZE, Assembler, cut
 from shared.client import Client
 

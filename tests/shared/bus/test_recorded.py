@@ -8,8 +8,8 @@ import msgpack
 import msgspec
 import pytest
 
+from shared.bus.bodies.packing import pack
 from shared.bus.messages import KINDS, VERSION, decode, encode
-from shared.bus.packing import pack
 
 RECORDED = {
     int(path.stem.rpartition("-")[2]): json.loads(path.read_text())

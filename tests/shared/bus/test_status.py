@@ -7,7 +7,7 @@ import pytest
 from shared.bus.messages import Envelope, Status
 from shared.bus.pieces import PIECE_SIZE
 from shared.bus.status import INTERVAL_SECONDS, Reporter, Reports
-from shared.ledger import Accounts
+from shared.ledger.accounts import Accounts
 from tests.builders import BusEnds, make_envelope, take, wait_wanted
 from tests.stack import Stack
 

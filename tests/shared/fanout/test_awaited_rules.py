@@ -5,8 +5,8 @@ from typing import Any, cast
 import numpy as np
 from structlog.testing import capture_logs
 
+from shared.bus.bodies.offload_messages import KernelCopies, OffloadReply
 from shared.bus.messages import Body, Datagrams, Message, Status
-from shared.bus.offload_messages import KernelCopies, OffloadReply
 from shared.bus.zmq_sockets import Publisher
 from shared.datagrams.batch import DatagramBatch
 from shared.fanout.awaited_rules import (

@@ -12,7 +12,8 @@ from shared.datagrams.gathered import Gathered
 from shared.fanout.collectors import Collectors
 from shared.fanout.kernel_copies import KernelRules
 from shared.fanout.served import MARKS
-from shared.ledger import COLLECTOR_COUNTERS, discrepancies
+from shared.ledger.counters import COLLECTOR_COUNTERS
+from shared.ledger.equations import discrepancies
 from tests.builders import make_batch, make_client
 
 OURS, THEIRS = "192.0.2.1", "198.51.100.1"

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.fanout.health import CAUSES, EXAMINE_SECONDS, Checkup
-from shared.ledger import SENT, lost
+from shared.ledger.counters import SENT
+from shared.ledger.equations import lost
 
 OTHERS = ("sent", "bytes", "filtered", "dropped_rate_limited", "dropped_source_refused", "dropped_other_family")
 

@@ -1,6 +1,6 @@
 from collections.abc import Iterable
 
-from shared.bus.health_message import Health
+from shared.bus.bodies.health_message import Health
 from shared.bus.messages import MAX_MESSAGE, Body, encode, health_topic
 from shared.client import Client
 from shared.fanout import health_report

@@ -10,15 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shared.bus.bodies.offload_messages import KernelCopies, KernelServed
 from shared.bus.messages import Envelope
-from shared.bus.offload_messages import KernelCopies, KernelServed
 from shared.client import Client, Withheld
 from shared.datagrams.gathered import Gathered
 from shared.datagrams.limits import MAX_ROWS
 from shared.fanout import kernel_copies
 from shared.fanout.collectors import Collectors
 from shared.fanout.kernel_copies import KernelRules
-from shared.ledger import discrepancies
+from shared.ledger.equations import discrepancies
 from tests.builders import make_batch, make_client, make_envelope
 
 NAMES = ("a", "b", "c")

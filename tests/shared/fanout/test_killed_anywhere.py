@@ -22,7 +22,9 @@ from shared.fanout import collectors, service, streams
 from shared.fanout.collectors import Collectors
 from shared.fanout.kernel_copies import KernelRules
 from shared.fanout.streams import FollowedStreams
-from shared.ledger import FILTERED, WITHHELD, Accounts, discrepancies
+from shared.ledger.accounts import Accounts
+from shared.ledger.counters import FILTERED, WITHHELD
+from shared.ledger.equations import discrepancies
 from shared.settings.model import Settings
 from shared.settings.tables import Bus
 from tests.builders import make_batch, make_client, make_envelope

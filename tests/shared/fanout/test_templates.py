@@ -10,18 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
+from shared.bus.bodies.template_messages import Renewals, TemplateDatagram, Templates
 from shared.bus.messages import Message
-from shared.bus.template_messages import Renewals, TemplateDatagram, Templates
 from shared.bus.zmq_sockets import Subscriber
 from shared.client import Client, Withheld
 from shared.datagrams.gathered import Gathered
 from shared.datagrams.routing import Selection
-from shared.fanout.backlog import Backlog, BacklogMemory
 from shared.fanout.collectors import Collectors
 from shared.fanout.kernel_copies import KernelRules
+from shared.fanout.sending.backlog import Backlog, BacklogMemory
 from shared.fanout.streams import FollowedStreams
 from shared.fanout.templates import BURST, BURSTS, PATIENCE_SECONDS, PAUSE_SECONDS, TemplateDelivery
-from shared.ledger import BYTES, SENT, discrepancies
+from shared.ledger.counters import BYTES, SENT
+from shared.ledger.equations import discrepancies
 from shared.net.addresses import pack_address
 from shared.settings.entries import Stream
 from tests.builders import make_batch, make_client, make_envelope

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from itertools import count
 from pathlib import Path
 
-from shared.bus.journal_messages import JournalPlace, JournalRead, WorkerPosition
+from shared.bus.bodies.journal_messages import JournalPlace, JournalRead, WorkerPosition
 from shared.capture.pcapng import Destination
 from shared.datagrams.batch import DatagramBatch, make_rows
 from shared.journal.directory import segments_in

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.bus.journal_messages import JournalPlace, JournalRead, WorkerPosition
+from shared.bus.bodies.journal_messages import JournalPlace, JournalRead, WorkerPosition
 from shared.datagrams.batch import DatagramBatch
 from shared.journal.directory import segments_in
 from shared.journal.reading import read_portion

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from shared.bus.journal_messages import WorkerPosition
+from shared.bus.bodies.journal_messages import WorkerPosition
 from shared.capture.pcapng import make_option
 from shared.capture.reader import CaptureReader
 from shared.datagrams.batch import DatagramBatch

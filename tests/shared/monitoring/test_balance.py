@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.ledger import Accounts, unparse_origin
+from shared.ledger.accounts import Accounts, unparse_origin
 from shared.monitoring.balance import Balance
 
 BOOT = 0xB0

@@ -3,11 +3,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from shared.bus.exporters_message import Exporters
-from shared.bus.health_message import Health, Troubled
+from shared.bus.bodies.exporters_message import Exporters
+from shared.bus.bodies.health_message import Health, Troubled
 from shared.bus.messages import Body, Message, RegistrySnapshot, Status
 from shared.client import Client, Withheld
-from shared.ledger import Accounts, unparse_origin
+from shared.ledger.accounts import Accounts, unparse_origin
 from shared.losses import PLACES, kind_of
 from shared.monitoring.observer import FORGET_SECONDS, SILENT_SECONDS, Observer
 from shared.monitoring.picture import RECENT_SECONDS, Collector, Picture

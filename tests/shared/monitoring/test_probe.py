@@ -1,6 +1,6 @@
 import pytest
 
-from shared.ledger import Accounts
+from shared.ledger.accounts import Accounts
 from shared.monitoring.probe import probe, where_lost
 from shared.process.registry_client import RegistryClient
 from shared.settings.entries import Stream

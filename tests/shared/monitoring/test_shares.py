@@ -1,6 +1,6 @@
 import pytest
 
-from shared.bus.exporters_message import Exporters
+from shared.bus.bodies.exporters_message import Exporters
 from shared.client import Client
 from shared.monitoring import shares
 from shared.monitoring.shares import Shares

@@ -21,7 +21,7 @@ from services.operator.client.bus_reader import subscribed
 from services.operator.client.running_streams import stream_named
 from services.operator.client.status_reader import heard_reports
 from shared.capture.reader import CapturedDatagram, CaptureError, CaptureReader
-from shared.ledger import listener_account
+from shared.ledger.accounts import listener_account
 from shared.net.addresses import Endpoint, parse_endpoint, unpack_address
 from shared.net.multicast import is_multicast
 from shared.process.lifecycle import FAILED, OK, UNAVAILABLE, USAGE, Lifecycle, OperatorError

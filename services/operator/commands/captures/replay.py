@@ -19,7 +19,7 @@ from services.operator.cli.progress import Bar
 from services.operator.client.gateway_options import add_gateway_arguments, open_registry
 from services.operator.client.journal_past import Wanted, add_past_arguments, find_past, shown, tell_damage
 from services.operator.client.running_streams import streams_of
-from shared.bus.journal_messages import JournalPlace
+from shared.bus.bodies.journal_messages import JournalPlace
 from shared.net.addresses import pack_address, parse_endpoint
 from shared.net.multicast import is_multicast
 from shared.net.netlink import RTN_BROADCAST, RTN_LOCAL, Netlink

@@ -10,7 +10,7 @@ from services.gateway.admission.since import PastGrant, grant_past
 from services.gateway.protocol.requests import Register, RequestError
 from services.gateway.registry.entry import Origin
 from services.gateway.registry.pasts import Pasts
-from shared.bus.journal_messages import Behind, CatchUpReport
+from shared.bus.bodies.journal_messages import Behind, CatchUpReport
 from shared.client import Client, Place, Resume
 from tests.services.gateway.table import Table
 

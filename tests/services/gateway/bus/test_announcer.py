@@ -8,7 +8,7 @@ from typing import Any, get_args
 import pytest
 import zmq
 
-from shared.bus.health_message import Health
+from shared.bus.bodies.health_message import Health
 from shared.bus.messages import (
     REGISTRY_TOPIC,
     Message,

@@ -3,7 +3,7 @@ import pytest
 from services.gateway.registry.condition import Condition
 from services.gateway.registry.entry import Entry
 from services.gateway.registry.registry import Registry
-from shared.bus.health_message import Health, Troubled
+from shared.bus.bodies.health_message import Health, Troubled
 from tests.services.gateway.table import Table
 
 

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from shared.bus.offload_messages import PATHS_TOPIC, CollectorPath, OffloadPaths
+from shared.bus.bodies.offload_messages import PATHS_TOPIC, CollectorPath, OffloadPaths
 from tests.builders import BusEnds, wait_unwanted, wait_wanted
 from tests.services.operator.played import PlayedGateway, run
 from tests.stack import Stack

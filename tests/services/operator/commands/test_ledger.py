@@ -5,7 +5,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from shared.ledger import Accounts, unparse_origin
+from shared.ledger.accounts import Accounts, unparse_origin
 from tests.openly import OpenStack
 from tests.services.operator.played import PlayedService, finish, run
 from tests.stack import Running, Stack

@@ -3,7 +3,7 @@ import errno
 import pytest
 
 from services.operator.doctor.journal import check_journal
-from shared.ledger import Accounts
+from shared.ledger.accounts import Accounts
 from shared.settings.entries import Stream
 from shared.settings.model import Settings
 

@@ -1,6 +1,6 @@
 from services.operator.doctor.kernel_copies import check_kernel_copies
-from shared.bus.offload_messages import CollectorPath
-from shared.ledger import Accounts
+from shared.bus.bodies.offload_messages import CollectorPath
+from shared.ledger.accounts import Accounts
 from shared.settings.model import Settings
 from shared.settings.tables import Offload
 

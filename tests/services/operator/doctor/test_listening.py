@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from services.operator.doctor.listening import ListeningFacts, PathSeen, check_listening
-from shared.ledger import Accounts
+from shared.ledger.accounts import Accounts
 from shared.monitoring.finding import Finding
 from shared.settings.entries import Stream
 from shared.settings.model import Settings

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from services.operator.doctor.services import RawSocketFacts, ServiceFacts, check_services, why_not_raw
-from shared.ledger import Accounts
+from shared.ledger.accounts import Accounts
 from shared.monitoring.finding import Finding, some
 from shared.process.registry_client import Entry
 from shared.settings.model import Settings

@@ -1,7 +1,7 @@
 import pytest
 
 from services.operator.doctor.uplink import check_uplink
-from shared.ledger import Accounts
+from shared.ledger.accounts import Accounts
 from shared.settings.model import Settings
 from shared.settings.uplink import Uplink
 

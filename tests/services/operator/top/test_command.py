@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from shared.ledger import unparse_origin
+from shared.ledger.accounts import unparse_origin
 from tests.builders import BusEnds, PlayedGateway, make_client, wait_wanted
 from tests.services.operator.played import PlayedService, finish, run
 from tests.stack import Stack, wait_until

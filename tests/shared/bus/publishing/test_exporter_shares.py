@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.bus.exporters_message import MAX_TOLD
+from shared.bus.bodies.exporters_message import MAX_TOLD
 from shared.bus.messages import decode, encode, exporters_topic
 from shared.bus.publishing import exporter_shares
 from shared.bus.publishing.exporter_shares import ExporterShares

@@ -16,7 +16,7 @@ from shared.capture.pcapng import Destination
 from shared.capture.reader import CapturedDatagram
 from shared.capture.writer import CaptureWriter
 from shared.datagrams.batch import DatagramBatch, make_rows
-from shared.ledger import listener_account
+from shared.ledger.accounts import listener_account
 from shared.net.addresses import Endpoint, pack_address
 from shared.process.lifecycle import Lifecycle, OperatorError
 from tests.services.operator.played import PlayedService

@@ -1,0 +1,109 @@
+"""The applier's own check of a plan against the settings: what the planner may not ask for, whoever it is by now."""
+
+import ipaddress
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Final
+
+from services.offload.applying.rules import Sources
+from services.offload.kernel_plan import Copy, KernelPlan, Prefix, StreamCopies
+from services.offload.source_classes import divide
+from shared.net.addresses import V4_MAPPED, are_apart, pack_network
+from shared.settings.model import Settings
+
+NOBODYS: Final = ("0.0.0.0/8", "127.0.0.0/8", "224.0.0.0/3", "::/127", "ff00::/8")
+"""Networks that no copy comes from or goes to: this network, loopback, multicast, reserved (RFC 6890)."""
+LOCAL: Final = ("169.254.0.0/16", "fe80::/10")
+"""Sources that are true on their own link only: their copies are the transmitter's affair."""
+MAX_RENDERED: Final = 40_000
+"""Copies in all chains: twice what a planner asks for."""
+GROUP_BIT: Final = 1
+"""In the first byte of a MAC address: for many."""
+
+
+class RefusedError(ValueError):
+    """A plan that the settings do not allow."""
+
+
+class Policy:
+    """The bounds of the settings. `is_ours` tells whether an address is this host's."""
+
+    def __init__(self, settings: Settings, is_ours: Callable[[bytes], bool] | None = None) -> None:
+        self._interfaces = frozenset(settings.offload.interfaces)
+        self._destinations = settings.offload.destinations
+        self._original = settings.transmitter.destinations
+        self._ports = frozenset(
+            endpoint.port for stream in settings.streams for endpoint in stream.endpoints if endpoint.scheme == "udp"
+        )
+        self._streams = frozenset(stream.name for stream in settings.streams)
+        self._generations = settings.offload.generations
+        self._is_ours = is_ours or is_own_address
+
+    def check(self, plan: KernelPlan) -> None:
+        """Raise RefusedError unless every part of the plan is allowed."""
+        for interface in plan.interfaces:
+            if interface not in self._interfaces:
+                raise RefusedError(f"interface {interface} is not in [offload] interfaces")
+        for copy in plan.copies:
+            self._check_copy(copy)
+        for stream in plan.streams:
+            self._check_stream(stream, plan)
+
+    def _check_copy(self, copy: Copy) -> None:
+        if len(copy.address) not in (4, 16) or len(copy.source) not in (0, len(copy.address)):
+            raise RefusedError(f"addresses of {len(copy.address)} and {len(copy.source)} bytes")
+        to = str(ipaddress.ip_address(copy.address))
+        if are_apart([to], self._destinations) or not are_apart([to], NOBODYS):
+            raise RefusedError(f"destination {to} is not in [offload] destinations")
+        if not copy.source and are_apart([to], self._original):
+            raise RefusedError(f"destination {to} is not in [transmitter] destinations")
+        if bool(copy.source) != bool(copy.source_port):
+            raise RefusedError(f"source port {copy.source_port} of {len(copy.source)} bytes of address")
+        if copy.source and not self._is_ours(copy.source):
+            raise RefusedError(f"source {ipaddress.ip_address(copy.source)} is not an address of this host")
+        if copy.next_hop[0] & GROUP_BIT or not any(copy.next_hop):
+            raise RefusedError(f"next hop {copy.next_hop.hex(':')} is no station's")
+        for prefix in copy.prefixes:
+            if len(prefix.address) != len(copy.address) or prefix.length > 8 * len(prefix.address):
+                raise RefusedError("a prefix of another IP version")
+
+    def _check_stream(self, stream: StreamCopies, plan: KernelPlan) -> None:
+        if stream.name not in self._streams:
+            raise RefusedError(f"stream {stream.name} is not in the settings")
+        if stream.generation > self._generations:
+            raise RefusedError(f"generation {stream.generation} is not within [offload] mark_mask")
+        length = len(stream.listeners[0].address)
+        for listener in stream.listeners:
+            if listener.port not in self._ports or len(listener.address) != length or length not in (4, 16):
+                raise RefusedError(f"port {listener.port} is not one of a udp:// listener")
+        if any(place >= len(plan.copies) or len(plan.copies[place].address) != length for place in stream.copies):
+            raise RefusedError("copies that the plan has not")
+        filtered = {place: plan.copies[place].prefixes for place in stream.copies if plan.copies[place].prefixes}
+        if sum(map(len, {places for _, places in divide(filtered, 8 * length)})) > MAX_RENDERED:
+            raise RefusedError(f"more than {MAX_RENDERED} copies in chains")
+
+
+def is_own_address(packed: bytes) -> bool:
+    """Return whether an address is this host's: only then a socket can have it. 0.0.0.0 and :: are nobody's."""
+    if not any(packed):
+        return False
+    with suppress(OSError):
+        with socket.socket(socket.AF_INET if len(packed) == 4 else socket.AF_INET6, socket.SOCK_DGRAM) as probe:
+            probe.bind((str(ipaddress.ip_address(packed)), 0))
+        return True
+    return False
+
+
+def sources_of(settings: Settings) -> Sources:
+    """Return the sources that the kernel's copies are not of."""
+    return Sources(_prefixes(NOBODYS), _prefixes(LOCAL), _prefixes(settings.transmitter.sources))
+
+
+def _prefixes(texts: tuple[str, ...]) -> tuple[Prefix, ...]:
+    found = []
+    for text in texts:
+        packed, bits = pack_network(text)
+        ipv4 = packed.startswith(V4_MAPPED) and bits >= 96
+        found.append(Prefix(packed[12:], bits - 96) if ipv4 else Prefix(packed, bits))
+    return tuple(found)

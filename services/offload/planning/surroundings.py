@@ -1,0 +1,124 @@
+"""The facts of this host that a plan is made of: listeners, addresses, links, next hops, the forwarder's sockets."""
+
+import ipaddress
+import socket
+import time
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from typing import Final
+
+from services.offload.planning.planner import Facts, Place, Way
+from shared.client import Trouble
+from shared.fanout.sending.next_hops import Egress, EgressKind, NextHops
+from shared.ledger.counters import INTERFACE_DOWN
+from shared.net.addresses import resolve
+from shared.net.multicast import is_multicast
+from shared.net.udp_sockets import udp_sockets
+from shared.settings.model import Settings
+
+SOCKETS_SECONDS: Final = 0.25
+WITHOUT: Final = {INTERFACE_DOWN: "the link to it is down"}
+"""Reasons by the cause for which there is no way; by any other there is no route."""
+
+
+class Surroundings:
+    """Follows the kernel's tables, and looks up the rest when a plan is made."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.next_hops = NextHops()
+        self._ways: dict[str, Egress] = {}
+        self._found_at = -1
+        self._own: list[str] = []
+        self._relays: dict[Place, Place] = {}
+        self._look_at = 0.0
+        self._wanted = settings.offload.interfaces
+        self.apply_settings(settings)
+
+    def apply_settings(self, settings: Settings) -> None:
+        """Use the streams of these settings from now on."""
+        self._endpoints: dict[str, list[Place]] = {}
+        for stream in settings.streams:
+            places = self._endpoints[stream.name] = []
+            for endpoint in stream.endpoints:
+                if endpoint.scheme == "udp":
+                    with suppress(OSError):  # ingest says that there is no such name
+                        found = resolve(endpoint.host, endpoint.port, socket.SOCK_DGRAM)
+                        places += [(str(at[0]).partition("%")[0], endpoint.port) for _, at in found]
+
+    def apply_events(self) -> bool:
+        """Apply the changes that the kernel reports; return whether there were any."""
+        return self.next_hops.apply_events() > 0 or self._found_at != self.next_hops.version
+
+    def refresh(self) -> None:
+        """Get next hops confirmed, as the kernel does for its own traffic: copies by rules do not. Due every second."""
+        for egress in self._ways.values():
+            if egress.hop is not None:
+                egress.hop.used = True
+        self.next_hops.refresh()
+
+    def sockets_changed(self, collectors: Collection[Place]) -> bool:
+        """Return whether the forwarder's sockets are others than before, for collectors at these places.
+
+        It looks a few times a second.
+        """
+        if time.monotonic() < self._look_at:
+            return False
+        self._look_at = time.monotonic() + SOCKETS_SECONDS
+        before = self._relays
+        connected = [each for each in udp_sockets() if (each.peer, each.peer_port) in collectors] if collectors else []
+        # A socket that is being connected has no address of its own yet.
+        ready = [each for each in reversed(connected) if int(ipaddress.ip_address(each.address)) and each.port]
+        found = {(each.peer, each.peer_port): (each.address, each.port) for each in ready}
+        # While the forwarder is restarted, the kernel goes on with the sources of before.
+        kept = {place: own for place, own in before.items() if place in collectors and own[0] in self._own}
+        self._relays = kept | found
+        return before != self._relays
+
+    def gather(self, troubled: Mapping[tuple[str, int], Trouble | None]) -> Facts:
+        """Return the facts as they are now, with the collectors that are in trouble."""
+        if self._found_at != self.next_hops.version:
+            self._found_at = self.next_hops.version
+            self._ways.clear()
+            own = self.next_hops.addresses()
+            self._own = [address for address in own if not ipaddress.ip_address(address).is_loopback]
+        ethernet = [link for link in self.next_hops.links if link.ethernet]
+        interfaces = {link.name: link.mtu for link in ethernet if link.name in self._wanted}
+        listeners = {name: self._expanded(places) for name, places in self._endpoints.items()}
+        return Facts(listeners, interfaces, self._way_to, self._relays, troubled)
+
+    def _expanded(self, places: list[Place]) -> set[Place]:
+        """Return the places with all of this host's addresses in the place of 0.0.0.0 and ::, which is dual-stack."""
+        found: set[Place] = set()
+        for address, port in places:
+            ip = ipaddress.ip_address(address)
+            if not int(ip):
+                found |= {(own, port) for own in self._own if ip.version == 6 or ":" not in own}
+            elif not ip.is_loopback and not is_multicast(address):
+                found.add((address, port))
+        return found
+
+    def _egress(self, address: str) -> Egress:
+        egress = self._ways.get(address)
+        if egress is None:
+            egress = self._ways[address] = self.next_hops.egress_to(address)
+        return egress
+
+    def leaves_as_packets(self, address: str) -> bool:
+        """Return whether copies to an address leave as packets: without Ethernet, or on this host."""
+        return self._egress(address).kind is EgressKind.PACKETS
+
+    def _way_to(self, address: str) -> Way | str:
+        egress = self._egress(address)
+        if egress.kind is EgressKind.NONE:
+            return WITHOUT.get(egress.cause, "there is no route to it")
+        if egress.kind is EgressKind.PACKETS or egress.link is None or egress.hop is None:
+            return "it is on this host" if egress.local else "the link to it is not Ethernet"
+        if not egress.hop.usable:
+            self.next_hops.resolve(egress.hop)
+        if not egress.hop.usable:
+            return "the link address of its next hop is not known"
+        return Way(egress.link.index, egress.hop.link_address, egress.link.address, egress.mtu)
+
+    def close(self) -> None:
+        """Follow nothing more."""
+        self.next_hops.close()

@@ -1,0 +1,1 @@
+"""Commands that send a raw Ethernet frame through the transmitter."""

@@ -1,0 +1,242 @@
+"""`fanwire run` and `fanwire stop`: all services of this host, by honcho's Manager, and their end."""
+
+import argparse
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, TextIO
+
+from honcho.manager import Manager
+from honcho.printer import Printer
+from honcho.process import Popen, Process
+
+from services.operator.cli.arguments import Subparsers, add_command, positive
+from services.operator.cli.output import discard_output
+from services.operator.client.bus_reader import subscribed
+from services.operator.client.programs import command, environment
+from services.operator.client.status_reader import heard_reports
+from services.operator.commands.running.ready import OPT_IN, OPTIONAL, SERVICES
+from shared.bus.endpoint import open_link
+from shared.bus.status import INTERVAL_SECONDS, Report
+from shared.bus.zmq_sockets import broker_is_up
+from shared.process.lifecycle import CANT_CREATE, MANAGER_PID, NOT_PERMITTED, OK, UNAVAILABLE, OperatorError
+from shared.settings.model import Settings
+
+ALL: Final = (*SERVICES, *OPT_IN, *OPTIONAL)
+STOP_SECONDS: Final = 10.0
+"""Time that services get to drain: they take up to 4 s, the sources of datagrams first."""
+STOP_ORDER: Final = (
+    "offload",
+    "ingest",
+    "uplink",
+    "forwarder",
+    "transmitter",
+    "gateway",
+    "journal",
+    "console",
+    "broker",
+)
+LISTEN_SECONDS: Final = 1.5 * INTERVAL_SECONDS
+ENDED_BY_USER: Final = frozenset(128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM))
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add both commands."""
+    parser = add_command(subparsers, "run", run, "run all services of this host, until Ctrl-C")
+    parser.add_argument("--only", nargs="+", choices=ALL, default=(), metavar="SERVICE", help="only these")
+    parser.add_argument("--ingest", type=positive, default=1, metavar="N", help="ingest workers; default: %(default)s")
+    parser.add_argument("--hint", action="store_true", help="print what to try next, as on a terminal")
+    add_command(subparsers, "stop", stop, "end the services that run on this host")
+
+
+def run(arguments: argparse.Namespace, settings: Settings) -> int:
+    """Run services until a signal, or until one of them ends; return the exit code of the first that failed."""
+    asked_for = (service for service, asks in OPT_IN.items() if asks(settings))
+    services = arguments.only or (*SERVICES, *asked_for, *OPTIONAL)
+    if "broker" in services and (found := _running(settings)):
+        raise OperatorError(
+            CANT_CREATE,
+            f"fanwire is running already, on {settings.bus.path}: {_list(found)}. `fanwire stop` ends it; "
+            "a second copy needs a [bus] directory and ports of its own",
+        )
+    manager = _Services()
+    on_terminal = settings.log.format == "auto" and sys.stdout.isatty()
+    form = {"FANWIRE_LOG__FORMAT": "text"} if on_terminal else {}
+    for service in services:
+        for number in range(arguments.ingest if service == "ingest" else 1):
+            name = f"{service}.{number + 1}"
+            manager.add_process(name, command(service, arguments.config), env=environment(name) | form)
+    hint = arguments.hint or sys.stdout.isatty()
+    with ExitStack() as stack:
+        if hint and set(SERVICES) <= set(services):
+            stack.enter_context(_hinting(arguments.config))
+        manager.loop()
+    return OK if manager.returncode in ENDED_BY_USER else int(manager.returncode or OK)
+
+
+class _Output:
+    """Standard output, whose end, a closed pipe or terminal, is no error: `ended` is called, once."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file: TextIO | None = file
+        self.ended: Callable[[], object] = lambda: None
+
+    def isatty(self) -> bool:
+        """Return whether it is a terminal: then honcho uses colours."""
+        return self._file is not None and self._file.isatty()
+
+    def write(self, text: str) -> None:
+        """Write, unless nobody reads any more."""
+        try:
+            if self._file is not None:
+                self._file.write(text)
+        except OSError:
+            self._end()
+
+    def flush(self) -> None:
+        """Flush likewise."""
+        try:
+            if self._file is not None:
+                self._file.flush()
+        except OSError:
+            self._end()
+
+    def _end(self) -> None:
+        self._file = None
+        discard_output()
+        self.ended()
+
+
+class _Service(Process):  # type: ignore[misc]  # honcho has no types
+    """A service, started without the shell that honcho would use: an image need not have one."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._child_ctor = partial(Popen, shell=False)
+
+
+class _Services(Manager):  # type: ignore[misc]  # honcho has no types
+    """The services of a run. They end with the first that ends, by a signal, and when nobody reads the output."""
+
+    def __init__(self) -> None:
+        output = _Output(sys.stdout)
+        output.ended = self._end
+        super().__init__(Printer(output))
+        self._process_ctor = _Service
+        self.returncode: int | None = None
+        self._ending = False
+        signal.signal(signal.SIGHUP, lambda *_: self._end())
+
+    def _end(self) -> None:
+        """End all, since the terminal has closed, or the program that reads the output has ended."""
+        if self.returncode is None:
+            self.returncode = 128 + signal.SIGHUP
+        self.terminate()
+
+    def terminate(self) -> None:
+        """End all; while some are not started yet, as soon as they are: honcho knows no pids of those."""
+        self._ending = True
+        if self._all_started():
+            super().terminate()
+
+    def _system_print(self, data: str) -> None:
+        super()._system_print(data)
+        if self._ending and self._all_started():
+            super().terminate()
+
+
+@contextmanager
+def _hinting(config: Path | None) -> Iterator[None]:
+    """Let `fanwire ready --hint` print meanwhile, once all services are ready."""
+    hint = command("operator", config, "ready", "--hint")
+    with subprocess.Popen(hint, env=environment(""), start_new_session=True) as process:
+        yield
+        process.kill()
+
+
+def stop(_arguments: argparse.Namespace, settings: Settings) -> int:
+    """End what runs; OperatorError (69, 77) if nothing does, if it is not ours to end, or if something remains.
+
+    SIGTERM goes to `fanwire run`. Services that were started by hand end in the order of the datagrams' way.
+    """
+    if settings.bus.connect:
+        raise OperatorError(UNAVAILABLE, f"the bus is on another host, {settings.bus.connect}: stop it there")
+    found = _running(settings)
+    if not found:
+        raise OperatorError(
+            UNAVAILABLE, f"nothing runs on {settings.bus.path}; name the settings of what runs by --config"
+        )
+    managers = {_manager_of(report) for report in found} - {0}
+    with ExitStack() as opened:
+        services = [(report, os.pidfd_open(report.pid)) for report in found]
+        for _, process in services:
+            opened.callback(os.close, process)
+        _end(services, managers)
+    print(f"stopped: {_list(found)}")
+    return OK
+
+
+def _end(services: list[tuple[Report, int]], managers: set[int]) -> None:
+    """Send SIGTERM, and wait until all have ended; services come with descriptors of their processes."""
+    deadline = time.monotonic() + STOP_SECONDS
+    for pid in managers:
+        os.kill(pid, signal.SIGTERM)
+    for name in STOP_ORDER:
+        same = [(report, process) for report, process in services if report.service.partition(".")[0] == name]
+        for _, process in () if managers else same:
+            signal.pidfd_send_signal(process, signal.SIGTERM)
+        for report, process in same:
+            if not select.select([process], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                raise OperatorError(UNAVAILABLE, f"{report.service} (pid {report.pid}) does not end; see its log")
+
+
+def _manager_of(report: Report) -> int:
+    """Return the pid of the `fanwire run` that a service belongs to; 0: it was started by itself, or does not tell.
+
+    OperatorError: the process is another one here, another user's, or one that systemd would start again.
+    """
+    name, process = f"{report.service} (pid {report.pid})", Path("/proc", str(report.pid))
+    try:
+        ours = report.service.partition(".")[0] in (process / "cmdline").read_text(errors="replace")
+        group = (process / "cgroup").read_text()
+    except FileNotFoundError:
+        ours, group = False, ""
+    if not ours:
+        raise OperatorError(UNAVAILABLE, f"{name} is no process here; stop it in its own container")
+    if "/fanwire-" in group:
+        raise OperatorError(UNAVAILABLE, f"systemd looks after {name}: systemctl stop fanwire.target")
+    try:
+        os.kill(report.pid, 0)
+        told = (process / "environ").read_text(errors="replace").split("\0")
+    except PermissionError as error:
+        if error.filename:  # the transmitter's environment is nobody's to read
+            return 0
+        owner = process.stat().st_uid
+        raise OperatorError(
+            NOT_PERMITTED, f"{name} belongs to the user with id {owner}; stop it as that user"
+        ) from None
+    return int(dict(each.partition("=")[::2] for each in told).get(MANAGER_PID, 0))
+
+
+def _running(settings: Settings) -> list[Report]:
+    """Return the last report of each service on the bus, after all had time for one; none without a broker."""
+    if not broker_is_up(settings.bus.path, open_link(settings.bus, "operator")):
+        return []
+    with subscribed(settings, "status/") as subscriber:
+        latest = {report.service: report for report in heard_reports(subscriber, LISTEN_SECONDS)}
+    return [latest[service] for service in sorted(latest)]
+
+
+def _list(reports: Iterable[Report]) -> str:
+    return ", ".join(
+        f"{report.service} (pid {report.pid}, since {datetime.fromtimestamp(report.started_ns / 1e9):%F %T})"
+        for report in reports
+    )

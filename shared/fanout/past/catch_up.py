@@ -1,0 +1,400 @@
+"""Collectors that are owed the past: the sender reads it for them from the journal, and paces what it sends them.
+
+A collector that has left, or was away, comes back to live copies by a `Pursuit` of each of its streams. The gateway
+keeps where each has got to, by the reports of this module, and tells it back with the registry.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Final, Generic
+
+from shared.bus.bodies.journal_messages import (
+    JOURNAL_TOPIC,
+    MAX_BEHIND,
+    Behind,
+    CatchUpReport,
+    catch_up_topic,
+)
+from shared.bus.continuity import Position
+from shared.bus.messages import Datagrams, Envelope, Message, Status, status_topic
+from shared.bus.zmq_sockets import Publisher, Subscriber
+from shared.client import MAX_PLACES, Client, Place, Source
+from shared.datagrams.batch import DatagramBatch
+from shared.datagrams.gathered import Gathered
+from shared.datagrams.routing import Selection
+from shared.fanout.collectors import Collectors
+from shared.fanout.past.absences import Absences
+from shared.fanout.past.journal_questions import JournalQuestions, Pursued, reached_by_stream
+from shared.fanout.past.past_sender import STEP_ROWS, PastSender
+from shared.fanout.past.places_left import PlacesLeft
+from shared.fanout.past.pursuit import GENERATION, Pursuit, State
+from shared.fanout.past.window import Numbered, Window, Worker
+from shared.fanout.served import D
+from shared.fanout.streams import FollowedStreams
+from shared.log import get_logger
+from shared.settings.model import Settings
+
+JOURNAL: Final = "journal."
+JOURNAL_STATUS: Final = status_topic(JOURNAL)[:-1]
+BURST_SECONDS: Final = 0.02
+"""A sender that was busy for so long makes up for it."""
+IDLE_SECONDS: Final = 0.05
+"""Time after which one is looked at again that gets nothing now."""
+ABSENT_SECONDS: Final = 30.0
+"""A journal that is gone for so long is not waited for: its collectors go on with live copies."""
+REPORT_SECONDS: Final = 1.0
+STRAY_NS: Final = 10_000_000_000
+"""A worker that has begun this long before a collector left, and is not known, is none of which it had anything."""
+TABLE: Final = "past/"
+ALIVE: Final = "alive/"
+ALIVE_NS: Final = "alive_ns"
+
+log = get_logger()
+
+
+class CatchUp(Generic[D]):
+    """Brings the collectors of one sender back to live copies.
+
+    `send` gives collectors their rows, as of live batches. `due_at` is the time at which there is more to do.
+    """
+
+    def __init__(
+        self,
+        publisher: Publisher,
+        subscriber: Subscriber,
+        streams: FollowedStreams,
+        collectors: Collectors[D],
+        new_counts: Callable[[], Counter[str]],
+        send: Callable[[Gathered, list[tuple[D, Selection]]], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.due_at = float("inf")
+        self._source: Source = "relay" if publisher.sender.startswith("forwarder.") else "original"
+        self._publisher = publisher
+        self._subscriber = subscriber
+        self._streams = streams
+        self._collectors = collectors
+        self._new_counts = new_counts
+        self._past = PastSender(collectors, send, clock)
+        self._absences = Absences(collectors, streams.positions)
+        self._clock = clock
+        self._questions = JournalQuestions(publisher, clock)
+        self._pursued: dict[tuple[str, str], Pursued] = {}
+        """By collector and stream."""
+        self._tables: dict[tuple[str, str], Counter[str]] = {}
+        self._windows: dict[str, Window] = {}
+        self._left = PlacesLeft()
+        self._alive = new_counts()
+        self._away_ns = 0
+        """The time at which the last process ended, about; 0: there was none."""
+        self._stepped_at = self._clock()
+        self._journal_seen_at = self._clock()
+        self._report_at = 0.0
+        self._level: dict[str, int] = {}
+        """Collectors that are level, by name, until the registry says that they have nothing to resume."""
+        self._begun: Mapping[str, int] = {}
+        """The collectors that are served, by generation."""
+        self._before: tuple[Client, ...] = ()
+        """The collectors that the last process served, until the first registry comes."""
+        collectors.defer_by(self.deferred)
+
+    def use(self, settings: Settings) -> None:
+        """Use the journaled streams of these settings, and their pace."""
+        self._journaled, self._per_second = frozenset(settings.journaled), settings.journal.catch_up_per_second
+
+    def restore(self, clients: Iterable[Client], tables: Mapping[str, Mapping[str, int]]) -> None:
+        """Go on with the pursuits that the last process has left, before the collectors' accounts are restored."""
+        self._before = tuple(clients)
+        generations = {client.name: client.generation for client in self._before}
+        self._away_ns = tables.get(ALIVE, {}).get(ALIVE_NS, 0)
+        for table, kept in tables.items():
+            if table.startswith(TABLE):
+                _, stream, name = table.split("/", 2)
+                if kept.get(GENERATION) == generations.get(name, -1):
+                    counts = self._new_counts()
+                    counts.update(kept)
+                    self._begin(name, kept[GENERATION], stream, 0, counts)
+
+    def tables(self) -> dict[str, Counter[str]]:
+        """Return what is to be kept for the next process."""
+        past = {f"{TABLE}{stream}/{name}": counts for (name, stream), counts in self._tables.items()}
+        return {ALIVE: self._alive, **past}
+
+    def deferred(self, name: str) -> int:
+        """Return how many of the datagrams that a collector is owed wait in the journal."""
+        return sum(
+            each.pursuit.deferred(self._streams.positions(stream))
+            for (of, stream), each in self._pursued.items()
+            if of == name
+        )
+
+    def note_leaving(self, clients: Mapping[str, Client]) -> None:
+        """Note where collectors have got to that `clients`, the new ones, have no more, or under a new generation."""
+        for client in (*self._collectors.clients, *self._before):
+            new = clients.get(client.name)
+            if new is None or new.generation != client.generation:
+                self._leave(client)
+            else:
+                for stream in self._streams_of(client) - self._streams_of(new):
+                    self._end(client.name, stream)
+        self._before = ()
+
+    def _leave(self, client: Client) -> None:
+        streams = self._streams_of(client)
+        if streams:
+            places: list[Place] = []
+            since_ns = time.time_ns()
+            for stream in sorted(streams):
+                places += self._places(client.name, stream, since_ns)
+                if pursued := self._pursued.get((client.name, stream)):
+                    since_ns = min(since_ns, pursued.pursuit.since_ns or since_ns)
+            self._left.note(client, since_ns - STRAY_NS, places)
+            self._publish([self._left.report(client.name)])
+        for stream in streams:
+            if (client.name, stream) in self._pursued:
+                if client.name in self._collectors:
+                    count = self._pursued[client.name, stream].pursuit.deferred(self._streams.positions(stream))
+                    self._collectors.past.count_left_behind(client.name, count)
+                self._end(client.name, stream)
+        self._level.pop(client.name, None)
+
+    def _places(self, name: str, stream: str, now_ns: int) -> Iterator[Place]:
+        """Yield the places that a collector has reached in a stream: behind live copies, unless it catches up."""
+        if pursued := self._pursued.get((name, stream)):
+            yield from pursued.pursuit.places()
+            return
+        received_ns = max(now_ns - STRAY_NS, self._streams.wanted_since(stream))
+        for worker, position in self._streams.positions(stream).items():
+            yield Place(stream, *worker, position.next_sequence, position.reached, received_ns)
+
+    def follow(self, clients: Mapping[str, Client], *, first: bool) -> None:
+        """Begin the pursuits that these collectors need; with `first` they are the first of this process."""
+        for name, stream in list(self._pursued):
+            served = clients.get(name)
+            if served is None or stream not in self._streams_of(served):
+                self._end(name, stream)
+            elif first:  # the last process has left it
+                self._collectors.past.set_behind(name, stream)
+        for client in clients.values():
+            returning = first and self._collectors[client.name].returning
+            for stream in self._streams_to_begin(client) if not returning else self._streams_of(client):
+                if (client.name, stream) not in self._pursued and self._begins(client, returning):
+                    self._pursue(client, stream, returning=returning)
+            if client.resume is None:
+                self._level.pop(client.name, None)
+        self._begun = {client.name: client.generation for client in clients.values()}
+        self._watch()
+
+    def _watch(self) -> None:
+        self._absences.watch(
+            self._collectors.clients,
+            lambda client: [each for each in self._streams_of(client) if (client.name, each) not in self._pursued],
+        )
+
+    def _streams_to_begin(self, client: Client) -> set[str]:
+        streams = self._streams_of(client)
+        return streams.intersection(client.resume.streams or streams) if client.resume else streams
+
+    def _begins(self, client: Client, returning: bool) -> bool:
+        """Return whether a collector that does not catch up has to begin to: it is new, or this process is."""
+        if returning:  # it was served by the last process; what is kept of that tells if it was level
+            return client.catch_up
+        return client.resume is not None and self._begun.get(client.name) != client.generation
+
+    def _pursue(self, client: Client, stream: str, *, returning: bool) -> None:
+        followed = self._streams.positions(stream)
+        counts = self._new_counts()
+        if returning or client.resume is None:
+            since = max(1, self._away_ns - STRAY_NS)
+            pursued = self._begin(client.name, client.generation, stream, since, counts)
+            places = (
+                Place(stream, *worker, each.next_sequence, each.reached, since) for worker, each in followed.items()
+            )
+            pursued.pursuit.begin(places, followed)
+        else:
+            resume = self._left.resume(client.name, client.resume)
+            pursued = self._begin(client.name, client.generation, stream, max(1, resume.since_ns), counts)
+            pursued.pursuit.begin(resume.places, followed)
+        log.info("a collector begins to catch up", collector=client.name, stream=stream)
+
+    def _begin(self, name: str, generation: int, stream: str, since_ns: int, counts: Counter[str]) -> Pursued:
+        counts[GENERATION] = generation
+        pursued = Pursued(name, generation, Pursuit(stream, since_ns, counts, self._clock))
+        if not self._pursued:
+            self._subscriber.subscribe(self._questions.topic)
+            self._subscriber.subscribe(JOURNAL_STATUS)
+            self._journal_seen_at = self._stepped_at = self._clock()
+        self._pursued[name, stream], self._tables[name, stream] = pursued, counts
+        self._windows.setdefault(stream, Window(self._clock))
+        if name in self._collectors:
+            self._collectors.past.set_behind(name, stream)
+        self.due_at = 0.0
+        return pursued
+
+    def _end(self, name: str, stream: str) -> None:
+        if self._pursued.pop((name, stream), None) is None:
+            return
+        del self._tables[name, stream]
+        self._new_counts()  # makes the file stale: it is to be kept without this table
+        self._collectors.past.end_behind(name, stream)
+        if not any(of == stream for _, of in self._pursued):
+            self._windows.pop(stream, None)
+        if not self._pursued:
+            self._subscriber.unsubscribe(self._questions.topic)
+            self._subscriber.unsubscribe(JOURNAL_STATUS)
+            self.due_at = float("inf")
+
+    def _streams_of(self, client: Client) -> set[str]:
+        """Return the streams with a journal that a collector wants."""
+        return {stream for stream in self._journaled if client.wants(stream)}
+
+    def counted(self) -> dict[str, dict[Worker, tuple[int, int]]]:
+        """Return baseline and count reached of each worker of the streams on which a collector catches up."""
+        return {
+            stream: {worker: (each.baseline, each.reached) for worker, each in self._streams.positions(stream).items()}
+            for stream in self._windows
+        }
+
+    def note_counted(self, before: Mapping[str, Mapping[Worker, tuple[int, int]]]) -> None:
+        """Note that workers' counts have moved on from `before`: what a collector has had already is not owed twice."""
+        for (name, stream), pursued in self._pursued.items():
+            pursuit, had = pursued.pursuit, 0
+            for worker, position in self._streams.positions(stream).items():
+                baseline, reached = before[stream].get(worker, (position.baseline, position.baseline))
+                had += pursuit.passed_before(worker, position.baseline, baseline)
+                had += pursuit.passed_before(worker, reached, position.reached)
+            if had:
+                self._collectors.past.excuse(name, had)
+
+    def note_live(self, envelope: Envelope, body: Datagrams, batch: DatagramBatch) -> None:
+        """Keep a live batch for those that catch up on its stream."""
+        if (window := self._windows.get(batch.stream)) is not None:
+            if body.chunk is not None:  # its memory is the worker's
+                batch = replace(batch, payload=bytes(batch.payload))
+            window.add(Numbered((envelope.sender, envelope.boot), envelope.sequence, envelope.total, batch))
+            self.due_at = min(self.due_at, self._clock())
+        self._absences.note_live((envelope.sender, envelope.boot), batch.stream, envelope.total)
+
+    def before_sending(self, stream: str) -> None:
+        """Begin to catch up with collectors whose last live copies are found not to have arrived."""
+        self._put_away(self._absences.before_sending(stream))
+
+    def after_sending(self, stream: str) -> None:
+        """Likewise with those that live copies of a stream did not reach just now."""
+        self._put_away(self._absences.after_sending(stream))
+
+    def look_for_absent(self) -> None:
+        """Likewise with those that copies wait for in vain."""
+        self._put_away(self._absences.waiting())
+
+    def _put_away(self, names: Iterable[str]) -> None:
+        for name in names:
+            client, owed_from = self._collectors[name].destination.client, self._absences.leave(name)
+            log.info("a collector is away: what it misses comes later, from the journal", collector=name)
+            for stream in self._streams_of(client):
+                if (name, stream) not in self._pursued:
+                    since = max(time.time_ns() - STRAY_NS, self._streams.wanted_since(stream))
+                    pursued = self._begin(name, client.generation, stream, since, self._new_counts())
+                    places = (Place(stream, *worker, 0, total, since) for worker, total in owed_from(stream).items())
+                    waiting = self._absences.unsent_from(stream)
+                    pursued.pursuit.begin(places, self._streams.positions(stream), waiting)
+                    self._past.note_away(pursued)
+            self._watch()
+
+    def handle(self, message: Message) -> bool:
+        """Handle a message of the journal; return whether it is one."""
+        handled = self._questions.handle(message, self._pursued.values())
+        if handled:
+            self.due_at = 0.0
+        return handled
+
+    def note_status(self, envelope: Envelope, status: Status) -> None:
+        """Note what the journal has, as its status tells."""
+        reached = reached_by_stream(status)
+        for stream, window in self._windows.items():
+            window.confirm(envelope.boot, reached.get(stream, {}))
+
+    def step(self) -> None:
+        """Ask the journal, send what is due, and let those that are level have live copies."""
+        now = self._clock()
+        if not self._pursued:
+            self.due_at = float("inf")
+            return
+        elapsed, self._stepped_at = now - self._stepped_at, now
+        share = self._per_second / len(self._pursued)
+        here = self._publisher.wanted(JOURNAL_TOPIC)
+        if here:
+            self._journal_seen_at = now
+        busy = False
+        followed: dict[str, dict[Worker, Position]] = {}
+        for key, pursued in list(self._pursued.items()):
+            positions = followed.setdefault(key[1], self._streams.positions(key[1]))
+            pursued.allowance = min(pursued.allowance + elapsed * share, max(1.0, BURST_SECONDS * share))
+            busy |= self._past.send_due(pursued, self._windows[key[1]], positions)
+            if here:
+                self._questions.ask(pursued, now)
+            self._settle(pursued, positions, gone=now >= self._journal_seen_at + ABSENT_SECONDS)
+        self.due_at = now + (min(BURST_SECONDS / 2, max(0.001, STEP_ROWS / 2 / share)) if busy else IDLE_SECONDS)
+        if now >= self._report_at:
+            self._report_at = now + REPORT_SECONDS
+            self._tidy(followed)
+
+    def _settle(self, pursued: Pursued, followed: Mapping[Worker, Position], *, gone: bool) -> None:
+        """Find out whether a collector is level now."""
+        pursuit = pursued.pursuit
+        window = self._windows[pursuit.stream]
+        for step in pursuit.give_up(window, followed, at_once=gone):
+            self._past.perform(pursued, step)
+        if self._collectors[pursued.name].destination.held:
+            return  # it may still be found to be away
+        if pursuit.check(window, followed, at_once=gone) is State.LIVE:
+            log.info("a collector has caught up", collector=pursued.name, stream=pursuit.stream)
+            self._end(pursued.name, pursuit.stream)
+            self._watch()
+            if not any(name == pursued.name for name, _ in self._pursued):
+                self._level[pursued.name] = pursued.generation
+                self._report_at = 0.0
+
+    def _tidy(self, followed: Mapping[str, Mapping[Worker, Position]]) -> None:
+        for stream, window in self._windows.items():
+            passed: dict[Worker, int] = {}
+            pursuits = [each.pursuit for (_, of), each in self._pursued.items() if of == stream]
+            for worker in followed.get(stream, {}):
+                passed[worker] = min((each.totals.get(worker, 0) for each in pursuits), default=0)
+            window.forget(passed)
+
+    def tell_again(self, fresh: Iterable[str]) -> None:
+        """Tell a gateway that has just come which collectors have left, and where they have got to."""
+        if any(catch_up_topic(self._source).startswith(prefix) for prefix in fresh):
+            self._publish(self._left.reports())
+
+    def report(self) -> None:
+        """Tell the gateway which collectors are behind, or level again. Due every second."""
+        now = time.time_ns()
+        self._alive[ALIVE_NS] = now
+        behind = {name: each.generation for (name, _), each in self._pursued.items()}
+        told = [self._report_of(name, generation, now) for name, generation in behind.items()]
+        told += [Behind(name, generation, "level", 0, []) for name, generation in self._level.items()]
+        self._level = {name: each for name, each in self._level.items() if self._resumes(name)}
+        self._past.paces.clear()
+        self._publish(told)
+
+    def _resumes(self, name: str) -> bool:
+        """Return whether the registry still has something to resume for a collector."""
+        return name in self._collectors and self._collectors[name].destination.client.resume is not None
+
+    def _report_of(self, name: str, generation: int, now_ns: int) -> Behind:
+        pursuits = [each.pursuit for (of, _), each in self._pursued.items() if of == name]
+        places = [place for each in pursuits for place in each.places()]
+        rows = sum(each.behind(self._streams.positions(each.stream)) for each in pursuits)
+        since_ns, oldest_ns = min(each.since_ns for each in pursuits), min(each.newest_ns for each in pursuits)
+        age_ms = max(0, now_ns - oldest_ns) // 1_000_000
+        pace = self._past.paces[name]
+        return Behind(name, generation, "catching_up", since_ns, places[-MAX_PLACES:], rows, age_ms, pace)
+
+    def _publish(self, told: list[Behind]) -> None:
+        topic = catch_up_topic(self._source)
+        for first in range(0, len(told) if self._publisher.wanted(topic) else 0, MAX_BEHIND):
+            self._publisher.publish(topic, CatchUpReport(self._source, told[first : first + MAX_BEHIND]))

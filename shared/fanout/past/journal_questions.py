@@ -1,0 +1,131 @@
+"""Questions to the journal: a portion at a time for each collector that catches up."""
+
+import itertools
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Final
+
+from shared.bus.bodies.fields import REPLAY_PREFIX
+from shared.bus.bodies.journal_messages import JOURNAL_TOPIC, JournalPortion, JournalRead, Replayed
+from shared.bus.messages import Message, Status
+from shared.bus.zmq_sockets import Publisher
+from shared.client import Place
+from shared.fanout.past.pursuit import Pursuit, State
+from shared.fanout.past.window import Numbered, Worker
+from shared.ledger.accounts import is_origin, parse_origin
+from shared.ledger.counters import REACHED
+from shared.log import get_logger
+
+PORTION_ROWS: Final = 4096
+PORTION_PAYLOAD: Final = 1 << 20
+"""The most asked of the journal at once; the next is asked for when half of it is left."""
+ANSWER_SECONDS: Final = 5.0
+"""A question without an answer for so long is asked again."""
+AGAIN_SECONDS: Final = 0.05
+"""Time after which a journal that was at its end is asked again."""
+REFUSED_SECONDS: Final = 1.0
+"""Likewise after a refusal."""
+
+log = get_logger()
+
+
+@dataclass(slots=True)
+class _Question:
+    """A question to the journal for a pursuit, and what has come of the answer."""
+
+    id: int
+    until: float
+    batches: list[Numbered] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Pursued:
+    """A pursuit under way: its question, its allowance in datagrams, and the time before which it asks nothing."""
+
+    name: str
+    generation: int
+    pursuit: Pursuit
+    question: _Question | None = None
+    allowance: float = 0.0
+    ask_at: float = 0.0
+    away: bool = False
+    """True while the collector is not known to get anything: it is tried again at `try_at`."""
+    try_at: float = 0.0
+    last: Place | None = None
+    """The place at which the last step began, which may still be found not to have arrived."""
+    signs: int = 0
+    unsent: Counter[str] = field(default_factory=Counter)
+    """Counts of the collector's account before that step (`shared.fanout.past.absences`)."""
+
+
+class JournalQuestions:
+    """Asks on the bus; answers come on `topic`, which is this process's alone."""
+
+    def __init__(self, publisher: Publisher, clock: Callable[[], float] = time.monotonic) -> None:
+        self.topic = f"{REPLAY_PREFIX}{publisher.sender}.{publisher.boot:x}/"
+        self._publisher = publisher
+        self._clock = clock
+        self._ids = itertools.count(1)
+
+    def ask(self, pursued: Pursued, now: float) -> None:
+        """Ask for more, if it is time to."""
+        pursuit = pursued.pursuit
+        if pursued.question:
+            if now < pursued.question.until:
+                return
+            pursued.question = None
+        if pursuit.state is not State.READING or now < pursued.ask_at or pursuit.queued > PORTION_ROWS // 2:
+            return
+        number, since_ns = next(self._ids), max(1, pursuit.since_ns)
+        most = PORTION_ROWS, PORTION_PAYLOAD
+        request = JournalRead(
+            number, self.topic, pursuit.stream, since_ns, pursuit.positions(), *most, place=pursuit.reader
+        )
+        if self._publisher.publish(JOURNAL_TOPIC, request):
+            pursued.question = _Question(number, now + ANSWER_SECONDS)
+
+    def handle(self, message: Message, asking: Iterable[Pursued]) -> bool:
+        """Take what has come for those that are `asking`; return whether it is of the journal."""
+        body = message.body
+        if isinstance(body, Replayed):
+            pursued = _asked_by(body.read, asking)
+            if pursued and pursued.question and message.batch is not None:
+                numbered = Numbered((body.worker, body.boot), body.sequence, body.total, message.batch)
+                pursued.question.batches.append(numbered)
+            return True
+        if isinstance(body, JournalPortion):
+            if pursued := _asked_by(body.id, asking):
+                self._take_portion(pursued, body)
+            return True
+        return False
+
+    def _take_portion(self, pursued: Pursued, portion: JournalPortion) -> None:
+        question, pursued.question = pursued.question, None
+        now = self._clock()
+        if portion.error:
+            why = portion.message or portion.error
+            log.warning("the journal can't be read", collector=pursued.name, stream=pursued.pursuit.stream, reason=why)
+            pursued.ask_at = now + REFUSED_SECONDS
+            return
+        if question is None or portion.batches != len(question.batches):
+            pursued.ask_at = now + AGAIN_SECONDS  # the rest was lost on the way
+            return
+        pursued.pursuit.queue(question.batches)
+        pursued.pursuit.note_portion(portion.place, portion.positions, portion.expired, at_end=portion.at_end)
+        pursued.ask_at = now + AGAIN_SECONDS if portion.at_end else 0.0
+
+
+def _asked_by(number: int, asking: Iterable[Pursued]) -> Pursued | None:
+    return next((each for each in asking if each.question and each.question.id == number), None)
+
+
+def reached_by_stream(status: Status) -> dict[str, dict[Worker, int]]:
+    """Return, by stream and worker, the count that the journal has reached, as its status tells."""
+    reached: dict[str, dict[Worker, int]] = {}
+    for name, account in status.accounts.items():
+        if is_origin(name):
+            worker, boot, stream = parse_origin(name)
+            reached.setdefault(stream, {})[worker, boot] = account.get(REACHED, 0)
+    return reached

@@ -1,0 +1,113 @@
+"""Collectors that get no live copies of a stream, since they catch up: their rows of the past, and their accounts."""
+
+from collections.abc import Collection
+from typing import Generic, Protocol
+
+from shared.client import Client
+from shared.datagrams.gathered import Gathered
+from shared.datagrams.routing import Router, Selection
+from shared.fanout.served import PASSED, UNSEEN, D, Served, count_rows
+from shared.ledger.counters import (
+    BASELINE,
+    EXPECTED,
+    EXPIRED_UNREAD,
+    FILTERED,
+    LEFT_BEHIND,
+    NOT_JOURNALED,
+    OFFERED,
+    SAMPLED_OUT,
+    SHARED_OUT,
+    WITHHELD_BY_ADMIN,
+)
+
+
+class ServedByName(Protocol[D]):
+    """The collectors that are served."""
+
+    @property
+    def clients(self) -> list[Client]:
+        """Return their entries."""
+
+    def __getitem__(self, name: str) -> Served[D]:
+        """Return one of them."""
+
+
+class PastRoutes(Generic[D]):
+    """The collectors that are behind, by stream, each with the routes by which it gets the past."""
+
+    def __init__(self, collectors: ServedByName[D]) -> None:
+        self._collectors = collectors
+        self._behind: dict[str, dict[str, Router]] = {}
+
+    def behind(self, stream: str) -> Collection[str]:
+        """Return the names of those that get no live copies of a stream."""
+        return self._behind.get(stream, ())
+
+    def refresh(self) -> None:
+        """Use the present entries, since collectors have changed."""
+        for behind in self._behind.values():
+            for name in behind:
+                behind[name] = self._new_router(name)
+
+    def set_behind(self, name: str, stream: str) -> None:
+        """Give a collector no live copies of a stream from now on."""
+        self._behind.setdefault(stream, {})[name] = self._new_router(name)
+
+    def end_behind(self, name: str, stream: str) -> None:
+        """Give a collector live copies of a stream again."""
+        if behind := self._behind.get(stream):
+            behind.pop(name, None)
+            if not behind:
+                del self._behind[stream]
+
+    def _new_router(self, name: str) -> Router:
+        """Return routes for one collector, and those with whom it shares."""
+        clients, own = self._collectors.clients, self._collectors[name].destination.client
+        router = Router()
+        router.replace(each for each in clients if each.name == name or (own.group and each.group == own.group))
+        return router
+
+    def count_discovered(self, name: str, count: int) -> None:
+        """Count datagrams of the past that are owed to a collector, and that its account did not have so far."""
+        account = self._collectors[name].account
+        account[EXPECTED] += count
+        account[OFFERED] += count
+
+    def count_unread(self, name: str, missing: int, expired: int) -> None:
+        """Count datagrams that a collector was to have from the journal and that are not there."""
+        account = self._collectors[name].account
+        if expired:
+            account[EXPIRED_UNREAD] += expired
+        if missing > expired:
+            account[NOT_JOURNALED] += missing - expired
+
+    def count_left_behind(self, name: str, count: int) -> None:
+        """Count datagrams that waited in the journal for a collector that leaves or begins anew."""
+        self._collectors[name].account[LEFT_BEHIND] += count
+
+    def excuse(self, name: str, count: int) -> None:
+        """Count datagrams that now come live, and that a collector has had from the journal before, not once more."""
+        marks = self._collectors[name].marks
+        marks[BASELINE] += count
+        marks[UNSEEN] += count
+        marks[PASSED] -= count
+
+    def route_past(self, name: str, batch: Gathered) -> list[tuple[D, Selection]]:
+        """Return the rows of a batch of the past that its collector gets, and count those that it does not get."""
+        served, router = self._collectors[name], self._behind[batch.stream][name]
+        account, client = served.account, served.destination.client
+        selection = next((rows for each, rows in router.route(batch) if each.name == name), None)
+        if selection is None:
+            account[FILTERED] += len(batch)
+            return []
+        for counter, count in (
+            (FILTERED, selection.filtered),
+            (SHARED_OUT, selection.shared_out),
+            (SAMPLED_OUT, selection.sampled_out),
+        ):
+            if count:
+                account[counter] += count
+        if client.withheld:
+            account[WITHHELD_BY_ADMIN] += count_rows(batch, selection)
+            return []
+        return [(served.destination, selection)]

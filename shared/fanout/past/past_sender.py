@@ -1,0 +1,116 @@
+"""Sends collectors what is next of the past; one that is away gets one datagram at a time, until it is back."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Final, Generic
+
+from shared.bus.continuity import Position
+from shared.datagrams.gathered import Gathered
+from shared.datagrams.routing import Selection
+from shared.fanout.collectors import Collectors
+from shared.fanout.past.absences import put_off, signs, unsent
+from shared.fanout.past.journal_questions import Pursued
+from shared.fanout.past.pursuit import Step
+from shared.fanout.past.window import Window, Worker
+from shared.fanout.served import D
+
+STEP_ROWS: Final = 128
+"""Datagrams that a collector gets in a row: half of what the smallest receive buffer holds."""
+ANSWER_SECONDS: Final = 0.5
+"""A datagram that was not refused for so long has arrived."""
+AGAIN_SECONDS: Final = 0.5
+"""Time until one that is away is tried again."""
+
+
+class PastSender(Generic[D]):
+    """Takes the steps of pursuits. `paces` counts by name the datagrams of the past that were sent since a report."""
+
+    def __init__(
+        self,
+        collectors: Collectors[D],
+        send: Callable[[Gathered, list[tuple[D, Selection]]], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.paces: Counter[str] = Counter()
+        self._collectors = collectors
+        self._send = send
+        self._clock = clock
+
+    def note_away(self, pursued: Pursued) -> None:
+        """Note that a collector is away: it is tried in a while."""
+        pursued.away, pursued.last = True, None
+        pursued.try_at = self._clock() + AGAIN_SECONDS
+
+    def send_due(self, pursued: Pursued, window: Window, followed: Mapping[Worker, Position]) -> bool:
+        """Send a collector what it may have now; return whether there is more."""
+        destination = self._collectors[pursued.name].destination
+        if pursued.away and not self._is_back(pursued, followed):
+            return False
+        while pursued.allowance >= 1:
+            if destination.held:
+                return self._stays(pursued, followed)
+            most = 1 if pursued.away else min(STEP_ROWS, int(pursued.allowance))
+            step = pursued.pursuit.next_step(window, followed, most)
+            if step is None:
+                self._stays(pursued, followed)
+                return False
+            if not self._try(pursued, step, followed) or pursued.away:
+                return False
+        return True
+
+    def _is_back(self, pursued: Pursued, followed: Mapping[Worker, Position]) -> bool:
+        """Return whether one that was away may be sent to: a first datagram, and more once that was not refused."""
+        if self._clock() < pursued.try_at:
+            return False
+        destination = self._collectors[pursued.name].destination
+        destination.seek()
+        if not self._stays(pursued, followed) or destination.unreachable:
+            pursued.try_at = self._clock() + AGAIN_SECONDS
+            return False
+        pursued.away = pursued.last is None  # else its first datagram has arrived
+        return True
+
+    def _try(self, pursued: Pursued, step: Step, followed: Mapping[Worker, Position]) -> bool:
+        """Take a step, and take it back if the collector is found to be away; return whether it is not."""
+        served = self._collectors[pursued.name]
+        if served.destination.client.catch_up and pursued.last:
+            served.destination.read_errors()
+            if not self._stays(pursued, followed):
+                return False
+        pursued.signs, pursued.unsent = signs(served.account), unsent(served.account)
+        place = pursued.pursuit.place(step)
+        self.perform(pursued, step)
+        pursued.last = place
+        pursued.try_at = self._clock() + ANSWER_SECONDS
+        return self._stays(pursued, followed)
+
+    def _stays(self, pursued: Pursued, followed: Mapping[Worker, Position]) -> bool:
+        """Take the last step back if its datagrams did not arrive; return whether they have, as far as is known."""
+        served = self._collectors[pursued.name]
+        if pursued.last is None or not served.destination.client.catch_up:
+            return True
+        waits_in_vain = bool(served.destination.held) and served.destination.unreachable
+        if signs(served.account) <= pursued.signs and not waits_in_vain:
+            return True
+        put_off(served, pursued.unsent)
+        owed_again = pursued.pursuit.rewind(pursued.last, followed)
+        if owed_again:
+            self._collectors.past.count_discovered(pursued.name, owed_again)
+        self.note_away(pursued)
+        return False
+
+    def perform(self, pursued: Pursued, step: Step) -> None:
+        """Send a step's datagrams. A process that is killed in between leaves at most these unsure."""
+        if step.discovered:
+            self._collectors.past.count_discovered(pursued.name, step.discovered)
+        pursued.pursuit.advance(step)
+        if step.missing:
+            self._collectors.past.count_unread(pursued.name, step.missing, step.expired)
+        if step.batch is None or not len(step.batch):
+            return
+        pursued.allowance -= len(step.batch)
+        self.paces[pursued.name] += len(step.batch)
+        batch = Gathered([step.batch])
+        if routed := self._collectors.past.route_past(pursued.name, batch):
+            self._send(batch, routed)

@@ -1,0 +1,383 @@
+"""One collector's way back to the live copies of one stream: its place, what it gets next, and when it is level.
+
+It reads the journal until the window of live batches covers the rest, then the window until nothing is left. All of it
+is decided by the running counts of workers, and nothing by time. Pure.
+"""
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from types import MappingProxyType
+from typing import Final
+
+import numpy as np
+
+from shared.bus.bodies.journal_messages import JournalPlace, WorkerPosition
+from shared.bus.continuity import Position
+from shared.client import Place
+from shared.datagrams.batch import ROW, DatagramBatch
+from shared.fanout.past.window import Numbered, Window, Worker
+
+PATIENCE_SECONDS: Final = 5.0
+"""Time for which the journal may be at its end, and have less than was published, before that counts as missing."""
+STRAY_SECONDS: Final = 5.0
+"""Time after which a worker of the past of which nothing comes live is taken for one that has ended."""
+TOTAL, SEQUENCE, RECEIVED, COUNTED = "", "/sequence", "/received", "/counted"
+"""Endings of the counters that are kept of a worker. The first and the last are one more than they say; 0: none."""
+SINCE: Final = "since_ns"
+GENERATION: Final = "generation"
+
+
+class State(Enum):
+    """The source of what a collector gets next."""
+
+    READING = "reading"
+    WINDOW = "window"
+    LIVE = "live"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Datagrams that a collector gets next, and how its place moves with them.
+
+    `missing` were published before them and can't be had; `expired` of these the journal has removed. `discovered` of
+    all of them were not among those that the collector was known to be owed.
+    """
+
+    numbered: Numbered
+    batch: DatagramBatch | None
+    stop: int
+    missing: int = 0
+    expired: int = 0
+    discovered: int = 0
+
+
+class Pursuit:
+    """A collector's place in a stream. `counts` keeps it, for the next process if they are kept counts.
+
+    Of workers without a place it is owed what was received at `since_ns` or later. `counted` says from which count on
+    its account has a worker's datagrams as owed already; of a worker that is not followed it has none.
+    """
+
+    def __init__(
+        self, stream: str, since_ns: int, counts: Counter[str], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.stream = stream
+        self.since_ns = since_ns
+        self.state = State.READING
+        self.reader: JournalPlace | None = None
+        """The place in the journal's files at which its last portion ended."""
+        self.newest_ns = since_ns
+        """The time at which the last datagrams that it got were received."""
+        self._counts = counts
+        self._clock = clock
+        self._totals: dict[Worker, int] = {}
+        self._sequences: dict[Worker, int] = {}
+        self._received: dict[Worker, int] = {}
+        self._counted: dict[Worker, int] = {}
+        self._queue: deque[Numbered] = deque()
+        self._fetched: dict[Worker, WorkerPosition] = {}
+        self._expired = 0
+        self._at_end = False
+        """The journal had no more than what is queued."""
+        self._number = 0
+        """Of the window's next batch."""
+        self._stray_at: dict[Worker, float] = {}
+        """The time of the last datagrams of workers of which they had not come live."""
+        self._short_since: float | None = None
+        """The time since which the journal has been at its end, and less was there than was published."""
+        if since_ns:
+            counts[SINCE] = since_ns
+        self._restore()
+
+    def _restore(self) -> None:
+        counts = self._counts
+        self.since_ns = counts.get(SINCE, self.since_ns)
+        for name in counts:
+            worker = _parse(name)
+            if worker and counts[name]:
+                self._totals[worker] = counts[name] - 1
+                self._sequences[worker] = counts.get(name + SEQUENCE, 0)
+                self._received[worker] = counts.get(name + RECEIVED, 0)
+            if name.endswith(COUNTED) and counts[name] and (worker := _parse(name.removesuffix(COUNTED))):
+                self._counted[worker] = counts[name] - 1
+        self.newest_ns = max((self.newest_ns, *self._received.values()))
+
+    @property
+    def queued(self) -> int:
+        """Datagrams that the journal has sent and that the collector has still to get."""
+        return sum(len(each.batch) for each in self._queue)
+
+    @property
+    def totals(self) -> Mapping[Worker, int]:
+        """The place reached of each worker."""
+        return self._totals
+
+    def places(self) -> Iterator[Place]:
+        """Yield its places."""
+        for worker, total in self._totals.items():
+            yield Place(self.stream, *worker, self._sequences.get(worker, 0), total, self._received.get(worker, 0))
+
+    def begin(
+        self,
+        places: Iterable[Place],
+        followed: Mapping[Worker, Position],
+        waiting: Mapping[Worker, int] = MappingProxyType({}),
+    ) -> None:
+        """Begin at these places; what came until now is not among what the collector's account has as owed.
+
+        What is `waiting` to be routed is: from these counts on.
+        """
+        for place in places:
+            if place.stream == self.stream:
+                worker = place.worker, place.boot
+                self._move(worker, place.total)
+                self._pass_batch(worker, place.sequence, place.received_ns)
+        for worker, position in followed.items():
+            counted = min(position.reached, waiting.get(worker, position.reached))
+            self._counted[worker] = counted
+            self._counts[_name(worker) + COUNTED] = counted + 1
+
+    def begin_here(self, followed: Mapping[Worker, Position]) -> None:
+        """Begin at what has come: from here on the collector gets nothing live."""
+        now_ns = time.time_ns()
+        self.begin(
+            (
+                Place(self.stream, *worker, each.next_sequence, each.reached, now_ns)
+                for worker, each in followed.items()
+            ),
+            followed,
+        )
+
+    def deferred(self, followed: Mapping[Worker, Position]) -> int:
+        """Return how many of the datagrams that its account has as owed it has still to get."""
+        return sum(
+            max(0, each.reached - max(self._totals.get(worker, 0), self._counted.get(worker, each.baseline)))
+            for worker, each in followed.items()
+        )
+
+    def behind(self, followed: Mapping[Worker, Position]) -> int:
+        """Return how many datagrams it has still to get, of the workers that are followed, as far as is known."""
+        return sum(
+            max(0, each.reached - self._totals.get(worker, self._counted.get(worker, each.baseline)))
+            for worker, each in followed.items()
+        )
+
+    def passed_before(self, worker: Worker, start: int, stop: int) -> int:
+        """Return how many of a worker's datagrams from `start` to `stop`, which now come live, it has had already."""
+        ahead = min(stop, self._totals.get(worker, 0)) - start
+        return max(0, ahead)
+
+    def positions(self) -> list[WorkerPosition]:
+        """Return the places from which the journal is to be read on: behind what it has sent already."""
+        found = {
+            worker: WorkerPosition(*worker, self._sequences.get(worker, 0), total, self._received.get(worker, 0))
+            for worker, total in self._totals.items()
+        }
+        return list((found | self._fetched).values())
+
+    def queue(self, portion: Iterable[Numbered]) -> None:
+        """Take what the journal has sent."""
+        for numbered in portion:
+            self._queue.append(numbered)
+            self._short_since = None
+            self._fetched[numbered.worker] = WorkerPosition(
+                *numbered.worker, numbered.sequence + 1, numbered.end, numbered.batch.received_ns
+            )
+
+    def note_portion(
+        self, place: JournalPlace | None, positions: Iterable[WorkerPosition], expired: int, *, at_end: bool
+    ) -> None:
+        """Note how the journal has ended a portion; `at_end`: it has no more now."""
+        self.reader, self._at_end = place, at_end
+        self._expired += expired
+        for each in positions:
+            worker = each.worker, each.boot
+            known = self._fetched.get(worker)
+            if known is None or each.total > known.total:
+                self._fetched[worker] = each
+
+    def next_step(self, window: Window, followed: Mapping[Worker, Position], most: int) -> Step | None:
+        """Return what the collector gets next, at most `most` datagrams; None: there is nothing now."""
+        while self._queue:
+            numbered = self._queue[0]
+            at = self._place(numbered, followed)
+            if numbered.end <= at:
+                self._queue.popleft()
+                continue
+            if numbered.total > at:
+                kept = window.find(numbered.worker, at)
+                if kept and kept.total < numbered.total:
+                    numbered = kept
+                if numbered.total > at and self._awaits(numbered, followed):
+                    return None
+            return self._step(numbered, at, most, followed)
+        while self.state is State.WINDOW and self._number < window.stop:
+            if self._number < window.first:
+                self._read_again()
+                return None
+            numbered = window.at(self._number)
+            at = self._totals.get(numbered.worker, 0)
+            if numbered.end <= at:
+                self._number += 1
+            elif numbered.total > at:  # it did not come to us, but perhaps to the journal
+                self._read_again()
+            else:
+                return self._step(numbered, at, most, followed)
+        return None
+
+    def _place(self, numbered: Numbered, followed: Mapping[Worker, Position]) -> int:
+        """Return the place reached of a batch's worker: it begins with the first that is had, or that is owed."""
+        known, position = self._totals.get(numbered.worker), followed.get(numbered.worker)
+        if known is not None:
+            return known
+        owed_from = self._counted.get(numbered.worker, position.baseline) if position else numbered.total
+        return min(numbered.total, owed_from)
+
+    def _awaits(self, numbered: Numbered, followed: Mapping[Worker, Position]) -> bool:
+        """Return whether what is missing before a batch of the journal may still come live."""
+        position = followed.get(numbered.worker)
+        if position is None or position.reached >= numbered.total:
+            self._short_since = None
+            return False
+        self._short_since = self._clock() if self._short_since is None else self._short_since
+        return self._clock() < self._short_since + PATIENCE_SECONDS
+
+    def _step(self, numbered: Numbered, at: int, most: int, followed: Mapping[Worker, Position]) -> Step:
+        start = max(at, numbered.total)
+        first = start - numbered.total
+        last = min(len(numbered.batch), first + most)
+        missing, stop = start - at, numbered.total + last
+        expired = min(missing, self._expired)
+        discovered = self._discovered(numbered.worker, at, stop, followed)
+        return Step(numbered, numbered.batch.part(first, last), stop, missing, expired, discovered)
+
+    def _discovered(self, worker: Worker, start: int, stop: int, followed: Mapping[Worker, Position]) -> int:
+        """Return how many datagrams from `start` to `stop` the collector's account does not have as owed now."""
+        position = followed.get(worker)
+        if position is None:
+            return stop - start
+        counted = self._counted.get(worker, position.baseline)
+        return max(0, min(stop, counted) - start) + max(0, stop - max(start, position.reached, counted))
+
+    def advance(self, step: Step) -> None:
+        """Move the collector's place behind a step."""
+        worker, numbered = step.numbered.worker, step.numbered
+        self._expired -= step.expired
+        self._move(worker, step.stop)
+        if numbered.sequence != self._sequences.get(worker) or step.stop == numbered.end:
+            done = step.stop == numbered.end
+            self._pass_batch(worker, numbered.sequence + done, numbered.batch.received_ns)
+        self.newest_ns = max(self.newest_ns, numbered.batch.received_ns)
+        self._stray_at[worker] = self._clock()
+
+    def place(self, step: Step) -> Place:
+        """Return the place at which a step begins, behind what is missing before it."""
+        worker, batch = step.numbered.worker, step.numbered.batch
+        start = step.stop - (len(step.batch) if step.batch is not None else 0)
+        return Place(self.stream, *worker, step.numbered.sequence, start, batch.received_ns)
+
+    def rewind(self, place: Place, followed: Mapping[Worker, Position]) -> int:
+        """Go back to a place; return how many datagrams are owed once more that its account has had an outcome of.
+
+        Those that it did not have as owed when they were sent are found to be owed when they are sent again.
+        """
+        worker = place.worker, place.boot
+        before, position = self._totals.get(worker, place.total), followed.get(worker)
+        self._move(worker, place.total)
+        self._pass_batch(worker, place.sequence, place.received_ns)
+        self._queue.clear()
+        self.reader = None  # that is behind what is to be read again
+        self._read_again()
+        if position is None:
+            return 0
+        counted = self._counted.get(worker, position.baseline)
+        return max(0, min(before, position.reached) - max(place.total, counted))
+
+    def check(self, window: Window, followed: Mapping[Worker, Position], *, at_once: bool = False) -> State:
+        """Return the state that it is in now; `at_once`: no more is awaited of the journal."""
+        if self._queue:
+            return self.state
+        if self.state is State.READING and (self._at_end or at_once):
+            self._begin_at_ends(followed)
+            if all(self._covered(window, worker, each) for worker, each in followed.items()):
+                self.state, self._number, self._short_since = State.WINDOW, window.first, None
+            elif self._short_since is None:
+                self._short_since = self._clock()
+        if self.state is State.WINDOW and self._number == window.stop:
+            ahead = [self._totals.get(worker, 0) - each.reached for worker, each in followed.items()]
+            if any(each < 0 for each in ahead):
+                self._read_again()
+            elif not self._strays(followed):
+                self.state = State.LIVE
+        return self.state
+
+    def give_up(self, window: Window, followed: Mapping[Worker, Position], *, at_once: bool = False) -> list[Step]:
+        """Return steps over what neither the journal nor the window has, if the journal was given time to have it."""
+        if self._queue or self.state is not State.READING:
+            return []
+        waited = self._short_since is not None and self._clock() >= self._short_since + PATIENCE_SECONDS
+        if not (at_once or waited):
+            return []
+        self._begin_at_ends(followed)
+        steps = []
+        for worker, each in followed.items():
+            at = self._totals.get(worker, 0)
+            if not self._covered(window, worker, each):
+                stop = max(at, window.whole_from(worker, each.reached))
+                nothing = Numbered(worker, self._sequences.get(worker, 0), stop, _NOTHING)
+                steps.append(Step(nothing, None, stop, stop - at, 0, self._discovered(worker, at, stop, followed)))
+        self._short_since = None
+        return steps
+
+    def _begin_at_ends(self, followed: Mapping[Worker, Position]) -> None:
+        """Give each worker of which the journal had nothing a place: its end in the journal, or what is owed of it."""
+        for worker, each in followed.items():
+            if worker not in self._totals:
+                known = self._fetched.get(worker)
+                owed_from = self._counted.get(worker, each.baseline)
+                self._move(worker, min(owed_from, known.total) if known else owed_from)
+                sequence, received = (known.sequence, known.received_ns) if known else (0, self.since_ns)
+                self._pass_batch(worker, sequence, received)
+
+    def _covered(self, window: Window, worker: Worker, position: Position) -> bool:
+        return window.covers(worker, self._totals.get(worker, 0), position.reached)
+
+    def _strays(self, followed: Mapping[Worker, Position]) -> bool:
+        """Return whether a worker's datagrams may still come live that the collector has had from the journal."""
+        now = self._clock()
+        ahead = {
+            worker
+            for worker, total in self._totals.items()
+            if worker not in followed or followed[worker].reached < total
+        }
+        self._stray_at = {worker: self._stray_at.get(worker, now) for worker in ahead}
+        return any(at > now - STRAY_SECONDS for at in self._stray_at.values())
+
+    def _read_again(self) -> None:
+        self.state, self._at_end, self._short_since = State.READING, False, None
+        self._fetched.clear()
+
+    def _move(self, worker: Worker, total: int) -> None:
+        self._totals[worker] = total
+        self._counts[_name(worker)] = total + 1
+
+    def _pass_batch(self, worker: Worker, sequence: int, received_ns: int) -> None:
+        self._sequences[worker], self._received[worker] = sequence, received_ns
+        self._counts[_name(worker) + SEQUENCE] = sequence
+        self._counts[_name(worker) + RECEIVED] = received_ns
+
+
+def _name(worker: Worker) -> str:
+    return f"{worker[0]}/{worker[1]:x}"
+
+
+def _parse(name: str) -> Worker | None:
+    """Return the worker whose place is kept under a name; None: it is the name of something else."""
+    worker, slash, boot = name.partition("/")
+    return (worker, int(boot, 16)) if slash and "/" not in boot else None
+
+
+_NOTHING: Final = DatagramBatch("", 0, np.empty(0, ROW), b"")

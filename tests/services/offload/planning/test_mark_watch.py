@@ -1,0 +1,42 @@
+from services.offload.planning.mark_watch import AGAIN_SECONDS, UNREAD, UNREAD_SECONDS, MarkWatch
+
+
+class Watched:
+    """A watch on a clock that the test moves."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.watch = MarkWatch(lambda: self.now)
+
+    def note(self, marked: int, read: int, *, reporting: bool = True) -> str:
+        """Note counts a second later; return the reason then."""
+        self.now += 1
+        before = self.watch.reason
+        assert self.watch.note({"syslog": marked}, {"syslog": read}, reporting=reporting) == (
+            before != self.watch.reason
+        )
+        return self.watch.reason
+
+
+def test_marks_that_do_not_come_are_noticed() -> None:
+    """Once enough marks were set, and none has come for seconds, the stream is named; later it is tried again."""
+    watched = Watched()
+    assert watched.note(0, 0) == ""
+    for second in range(int(UNREAD_SECONDS)):
+        reason = watched.note(UNREAD * (second + 1), 0)
+    assert reason == "another program takes the marks of stream syslog away; see [offload] mark_mask"
+    watched.now += AGAIN_SECONDS
+    assert watched.note(1000, 0) == ""
+
+
+def test_marks_that_come_late_or_to_nobody_are_no_reason() -> None:
+    """Not while they come, are few, no worker reports, or the counters begin anew."""
+    watched = Watched()
+    for second in range(20):
+        assert watched.note(1000 * second, 1000 * second - 500) == ""
+    for _ in range(20):
+        assert watched.note(19_000 + UNREAD - 1, 18_500) == ""
+    for second in range(20):
+        assert watched.note(20_000 * second, 18_500, reporting=False) == ""
+    assert watched.note(5, 18_500) == ""
+    assert watched.note(10, 18_500) == ""

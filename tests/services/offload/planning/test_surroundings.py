@@ -1,0 +1,72 @@
+import pytest
+
+from services.offload.planning.planner import Way
+from services.offload.planning.surroundings import Surroundings
+from shared.settings.entries import Stream
+from shared.settings.model import Settings
+from shared.settings.tables import Offload
+from tests.network import End, Host, tunnel, veth
+from tests.stack import wait_until
+
+pytestmark = pytest.mark.usefixtures("lab")
+SETTINGS = Settings(
+    streams=(
+        Stream(name="any", listen=("udp://0.0.0.0:2055",)),
+        Stream(name="both", listen=("udp://[::]:514", "tcp://[::]:514")),
+        Stream(name="one", listen=("udp://10.1.0.1:6343", "udp://127.0.0.1:6343", "udp://239.1.1.1:6343")),
+        Stream(name="unknown", listen=("udp://host.invalid:1",)),
+    ),
+    offload=Offload(interfaces=("near", "absent")),
+)
+
+
+def test_facts_of_a_host_are_found_and_followed() -> None:
+    """Listeners, interfaces and ways are those of the kernel's tables, and change with them."""
+    with Host() as relay, Host() as siem:
+        near, far = End(relay, "near", "10.1.0.1/24 fd01::1/64"), End(siem, "far", "10.1.0.2/24 fd01::2/64")
+        with relay.entered():
+            surroundings = Surroundings(SETTINGS)
+        with veth(near, far, mtu=1400):
+            wait_until(lambda: surroundings.apply_events() and surroundings.gather({}).interfaces, "the link is seen")
+            facts = surroundings.gather({("siem", 1): "slow"})
+            assert facts.troubled == {("siem", 1): "slow"}
+            assert facts.interfaces == {"near": 1400}
+            link_local = {address for address, _ in facts.listeners["both"] if address.startswith("fe80:")}
+            assert facts.listeners == {
+                "any": {("10.1.0.1", 2055)},
+                "both": {("10.1.0.1", 514), ("fd01::1", 514), *((address, 514) for address in link_local)},
+                "one": {("10.1.0.1", 6343)},
+                "unknown": set(),
+            }
+            found: list[Way | str] = []
+
+            def is_known() -> bool:
+                surroundings.next_hops.refresh()
+                surroundings.apply_events()
+                found[:] = [surroundings.gather({}).way_to("10.1.0.2")]
+                return isinstance(found[0], Way)
+
+            wait_until(is_known, lambda: f"the neighbour is known: {found}")
+            macs = [bytes.fromhex(end.link_address.replace(":", "")) for end in (far, near)]
+            assert found == [Way(int(relay.link("near")["ifindex"]), macs[0], macs[1], 1400)]
+            way_to = facts.way_to
+            assert way_to("10.1.0.1") == "it is on this host"
+            assert way_to("192.0.2.1") == "there is no route to it"
+            assert way_to("10.1.0.77") == "the link address of its next hop is not known"
+            with tunnel(End(relay, "tun", "10.5.0.1/24"), End(siem, "tun", "10.5.0.2/24")):
+                wait_until(
+                    lambda: (
+                        (surroundings.apply_events(), surroundings.gather({}))[1].way_to("10.5.0.2")
+                        == "the link to it is not Ethernet"
+                    ),
+                    "the tunnel is seen",
+                )
+            siem.run("ip", "link", "set", "dev", "far", "down")
+            wait_until(
+                lambda: (
+                    (surroundings.apply_events(), surroundings.gather({}))[1].way_to("10.1.0.2")
+                    in ("the link to it is down", "there is no route to it")
+                ),
+                "the link is seen to be down",
+            )
+        surroundings.close()

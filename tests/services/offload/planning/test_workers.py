@@ -1,0 +1,73 @@
+from services.offload.planning.workers import SILENT_SECONDS, Workers
+from shared.bus.messages import Status
+from shared.client import Source
+from tests.builders import make_envelope
+
+
+class Reporting:
+    """Workers that report, on a clock that the test moves."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.told: set[Source] = {"relay", "original"}
+        self.workers = Workers(lambda: self.now, self.told.__contains__)
+        self._number = 0
+
+    def report(self, name: str = "ingest.1", **counters: int) -> bool:
+        """Report; return whether the reason has changed."""
+        self._number += 1
+        status = Status(name, 1, 0, self._number, 0, 1, {name.partition(".")[0]: counters})
+        return self.workers.note(make_envelope(sender=name), status)
+
+
+def test_kernel_copies_once_every_worker_reads_marks() -> None:
+    """Before the first report, and while any worker reads none, the kernel must not copy."""
+    reporting = Reporting()
+    assert reporting.workers.reason() == "no ingest worker has reported that it reads marks"
+    assert reporting.report(mark_sockets=2)
+    assert reporting.workers.reason() == ""
+    assert not reporting.report(mark_sockets=2)
+    assert reporting.report("ingest.2")
+    assert reporting.workers.reason() == "ingest.2 does not read marks: what the kernel has copied would be sent again"
+    assert reporting.report("ingest.2", mark_sockets=2)
+    assert reporting.report("ingest.2", mark_sockets=2, mark_blind=1)
+    assert reporting.report("ingest.2", mark_sockets=2)
+    assert reporting.report("ingest.2", mark_sockets=2, marks_unread=5)
+    assert not reporting.report("ingest.2", mark_sockets=2, marks_unread=6)
+    assert reporting.report("ingest.2", mark_sockets=2, marks_unread=6)
+    assert reporting.workers.reason() == ""
+    assert not reporting.report("forwarder.1")
+
+
+def test_sender_that_does_not_ask_is_of_an_older_release() -> None:
+    """While a forwarder, or a transmitter with raw sockets, would send again what was copied, there are no rules."""
+    reporting = Reporting()
+    reporting.report(mark_sockets=2)
+    reporting.told.clear()
+    assert not reporting.report("transmitter.1")
+    assert reporting.report("forwarder.1")
+    assert reporting.workers.reason() == "forwarder.1 does not ask what the kernel has copied: it would send that again"
+    reporting.told.add("relay")
+    assert reporting.report("forwarder.1")
+    assert reporting.workers.reason() == ""
+    assert reporting.report("transmitter.1", raw_sockets=24)
+    reporting.now += SILENT_SECONDS + 1
+    reporting.report(mark_sockets=2)
+    assert reporting.workers.expire()
+    assert reporting.workers.reason() == ""
+
+
+def test_worker_that_has_ended_is_forgotten_but_the_last_that_could_read() -> None:
+    """While ingest is restarted the kernel goes on copying; a blind worker that has ended is no reason any more."""
+    reporting = Reporting()
+    reporting.report(mark_sockets=2)
+    reporting.report("ingest.2")
+    reporting.now += SILENT_SECONDS - 1
+    reporting.report(mark_sockets=2)
+    assert not reporting.workers.expire()
+    reporting.now += 2
+    assert reporting.workers.expire()
+    assert reporting.workers.reason() == ""
+    reporting.now += 100
+    assert not reporting.workers.expire()
+    assert reporting.workers.reason() == ""
