@@ -91,7 +91,7 @@ def test_only_the_opener_hands_a_channel_on(text: str) -> None:
 @pytest.mark.parametrize("module", ["__init__", "__main__", "opener"])
 def test_what_runs_with_all_privileges_imports_the_standard_library_alone(module: str) -> None:
     """No third-party code runs before the privileges are reduced to one."""
-    ours = PRIVILEGED | {f"services.offload.{name}" for name in ("opener", "applier", "unprivileged")}
+    ours = PRIVILEGED | {f"services.offload.{name}" for name in ("opener", "applying.applier", "unprivileged")}
     others = {
         name for name in imported(PACKAGE / f"{module}.py") if name.partition(".")[0] not in sys.stdlib_module_names
     }
