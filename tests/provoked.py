@@ -56,7 +56,7 @@ from services.operator.importing import pmacct, samplicator
 from services.operator.importing.command import Lookup
 from services.operator.importing.receivers import Line, ParseLine
 from services.operator.top.screen import draw
-from services.operator.top.state import State
+from services.operator.top.state import ScreenState
 from services.transmitter.policy import Audit, Policy
 from services.transmitter.privileges import adopt
 from services.transmitter.raw_frames import MAX_JOBS, RawFrames
@@ -311,7 +311,7 @@ def _commands() -> Iterator[Provocation]:
         yield partial(token._write, there, "token")
         yield partial(collect._open_file, Namespace(write=there.parent, count=None), ExitStack())
         yield partial(keys.run, Namespace(directory=there.parent, roles=["broker"]), Settings())
-    yield partial(draw, State(helping=True), None, 80, 40)
+    yield partial(draw, ScreenState(helping=True), None, 80, 40)
     drawn = Namespace(name="a", scopes=["list"], streams=None, destinations=None, write=None)
     yield partial(token.run, drawn, Settings())
     yield partial(wake.own_mac, "gone0")

@@ -12,7 +12,7 @@ from services.console.metrics import exporter_metrics, stack_metrics
 from services.gateway import counters as gateway_counters
 from services.gateway.protocol.requests import OPERATIONS, ErrorWord, Operation
 from services.gateway.registry.condition import Word
-from services.gateway.render import View
+from services.gateway.render import EntryView
 from services.operator.__main__ import COMMANDS
 from services.operator.client.lease import PASSING
 from services.operator.commands.running.ready import OPT_IN, OPTIONAL, SERVICES
@@ -125,7 +125,7 @@ def test_requests_are_defined_once() -> None:
     for op, (asked, _) in requests.items():
         fields = set(kinds[op].__struct_encode_fields__) - {"id"}
         assert _in_backticks(asked) - {"leave"} == fields, op
-    assert _in_backticks(requests["register"][1]) <= {"client", *View.__struct_encode_fields__}
+    assert _in_backticks(requests["register"][1]) <= {"client", *EntryView.__struct_encode_fields__}
 
 
 def test_words_are_defined_once() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from services.forwarder.plan import UDP_SEGMENT
 from shared.datagrams.batch import Indices
 from shared.datagrams.gathered import Gathered
-from shared.datagrams.segments import MAX_SEGMENTS, MAX_SEND
+from shared.datagrams.gso_runs import MAX_SEGMENTS, MAX_SEND
 
 FEW_ROWS: Final = 4
 """Rows of different lengths; more of them are for `mixed_rows`."""

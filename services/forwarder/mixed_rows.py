@@ -12,8 +12,8 @@ import numpy as np
 from services.forwarder.plan import CONTROL, UDP_SEGMENT
 from shared.datagrams.batch import Indices
 from shared.datagrams.gathered import Gathered
+from shared.datagrams.gso_runs import MAX_SEGMENTS, MAX_SEND
 from shared.datagrams.mmsg import IOVEC, MMSGHDR, addresses_of, send
-from shared.datagrams.segments import MAX_SEGMENTS, MAX_SEND
 
 MIXED_ROWS: Final = 128
 """Rows; more are shared out among threads when there are several collectors."""

@@ -6,7 +6,7 @@ import numpy as np
 
 from shared.datagrams.batch import Indices
 from shared.datagrams.gathered import Words
-from shared.datagrams.segments import Lengths
+from shared.datagrams.gso_runs import Lengths
 
 LONGEST: Final = np.uint16(0xFFFF)
 _SPREAD: Final = np.array([0, 0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F], np.uint32)

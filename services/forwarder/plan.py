@@ -13,8 +13,8 @@ import numpy as np
 from services.forwarder.order import by_length
 from shared.datagrams.batch import Indices
 from shared.datagrams.gathered import MAX_GATHERED, Gathered
+from shared.datagrams.gso_runs import group, pieces
 from shared.datagrams.mmsg import IOVEC, MMSGHDR, addresses_of
-from shared.datagrams.segments import group, pieces
 
 UDP_SEGMENT: Final = 103
 CONTROL: Final = np.dtype([("len", "u8"), ("level", "i4"), ("type", "i4"), ("size", "u2"), ("_pad", "u1", 6)])

@@ -15,7 +15,7 @@ from shared.client import ListedClient, Withheld
 _encode: Final = msgspec.json.Encoder().encode
 
 
-class View(ListedClient, frozen=True, kw_only=True):
+class EntryView(ListedClient, frozen=True, kw_only=True):
     """An entry in full, as clients see it."""
 
     generation: int
@@ -31,13 +31,13 @@ class View(ListedClient, frozen=True, kw_only=True):
     """Its host name in the settings; only where it has one."""
 
 
-def show_client(registry: Registry, entry: Entry) -> View:
+def show_client(registry: Registry, entry: Entry) -> EntryView:
     """Return an entry as it is shown now, in the condition of its last refresh."""
     client, condition = entry.client, entry.condition
     shown = asdict(client)
     del shown["resume"]
     shown["catch_up"] = client.catch_up or UNSET
-    return View(
+    return EntryView(
         **shown,
         catching_up=registry.pasts.progress(entry) or UNSET,
         expires_in=registry.leases.expires_in(entry),

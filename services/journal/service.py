@@ -23,7 +23,7 @@ from shared.fanout.resumption import Resumption
 from shared.fanout.streams import FollowedStreams
 from shared.journal.directory import Lock, segments_in, streams_in
 from shared.journal.records import Identity
-from shared.journal.retention import Limits, expired
+from shared.journal.retention import Bounds, expired
 from shared.ledger.accounts import Accounts, unparse_origin
 from shared.ledger.counters import BASELINE, REACHED, READERS_REFUSED
 from shared.log import get_logger
@@ -51,7 +51,7 @@ class JournalService:
         self.name, self._settings = name, settings
         self._memory = Memory(settings.journal.memory, "[journal] memory", borrows=True)
         own = settings.journal
-        self._limits = Limits(own.bytes, own.age_seconds, own.min_free)
+        self._limits = Bounds(own.bytes, own.age_seconds, own.min_free)
         self._streams: dict[str, StreamJournal] = {}
         self._journaled: set[str] = set()
         """Those of them that are kept now."""

@@ -17,8 +17,8 @@ from services.transmitter.packets.headers import GSO_NONE, GSO_UDP_L4, LINK_SIZE
 from services.transmitter.plan import largest_payload
 from shared.datagrams.batch import Indices
 from shared.datagrams.gathered import Gathered
+from shared.datagrams.gso_runs import MAX_SEGMENTS, MAX_SEND
 from shared.datagrams.mmsg import IOVEC, MMSGHDR, addresses_of
-from shared.datagrams.segments import MAX_SEGMENTS, MAX_SEND
 
 FEW_ROWS: Final = 256
 """Rows. It is the loop over rows, not over frames, that arrays would save."""

@@ -1,7 +1,7 @@
 """Plans rows of a batch with their own source address: the rows that share a frame, and the headers of each. No I/O.
 
 Rows are put in order by source, without changing the order within a source. Neighbours of one source and of equal
-length become one frame that the kernel or the device cuts up (`shared.datagrams.segments`). Datagrams longer than the
+length become one frame that the kernel or the device cuts up (`shared.datagrams.gso_runs`). Datagrams longer than the
 path's MTU become fragments. Where there is no Ethernet, the same headers without their link part go out as raw IP
 packets.
 """
@@ -39,9 +39,9 @@ from services.transmitter.packets.headers import (
 from services.transmitter.sources import by_source, hash_addresses, hash_sources
 from shared.datagrams.batch import Indices
 from shared.datagrams.gathered import MAX_GATHERED, Gathered
+from shared.datagrams.gso_runs import group, pieces
 from shared.datagrams.mmsg import IOVEC, MMSGHDR, addresses_of
 from shared.datagrams.sampling import mix
-from shared.datagrams.segments import group, pieces
 
 SMALLEST_MTU: Final = {4: 68, 6: 1280}
 """The MTU that every link has (RFC 791, 3.2; RFC 8200, 5): less is a mistake, and would cost endless fragments."""

@@ -10,8 +10,8 @@ import numpy as np
 
 from shared.datagrams.batch import FEW_ROWS, ROW, Indices
 from shared.datagrams.gathered import Gathered
+from shared.datagrams.gso_runs import Mask
 from shared.datagrams.prefix_set import Prefixes, halves_of
-from shared.datagrams.segments import Mask
 from shared.fanout.sending.reach import Reach
 from shared.net.addresses import pack_address
 from shared.process.log_limit import LogLimit

@@ -142,7 +142,7 @@ def read_portion(
 
 
 @dataclass(slots=True)
-class Past:
+class PastBatches:
     """The batches of a stream that were received in a span of time, the oldest segment first."""
 
     directory: Path

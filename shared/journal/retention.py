@@ -16,7 +16,7 @@ class Kept:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class Bounds:
     """The bounds of the journal: bytes and age of what is kept, and bytes that stay free on its disk; 0: no bound."""
 
     size: int
@@ -24,17 +24,17 @@ class Limits:
     free: int
 
 
-def expired(kept: Iterable[Kept], limits: Limits, now_ns: int, free: int) -> list[Kept]:
+def expired(kept: Iterable[Kept], limits: Bounds, now_ns: int, free: int) -> list[Kept]:
     """Return what has to go for the limits to be met, oldest first; `free` bytes are free on the disk now.
 
     Segments that are being written are counted, and stay.
 
     >>> one, two = (Kept(Segment("s", n, n * SECOND), 100, (n + 1) * SECOND) for n in (1, 2))
-    >>> [each.segment.number for each in expired([two, one], Limits(150, 0, 0), 9 * SECOND, 0)]
+    >>> [each.segment.number for each in expired([two, one], Bounds(150, 0, 0), 9 * SECOND, 0)]
     [1]
-    >>> [each.segment.number for each in expired([two, one], Limits(0, 6.5, 0), 9 * SECOND, 0)]
+    >>> [each.segment.number for each in expired([two, one], Bounds(0, 6.5, 0), 9 * SECOND, 0)]
     [1]
-    >>> [each.segment.number for each in expired([two, one], Limits(0, 0, 500), 9 * SECOND, 350)]
+    >>> [each.segment.number for each in expired([two, one], Bounds(0, 0, 500), 9 * SECOND, 350)]
     [1, 2]
     """
     kept = sorted(kept, key=lambda each: (each.ended_ns, each.segment.stream, each.segment.number))

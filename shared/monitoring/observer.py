@@ -58,7 +58,7 @@ from shared.monitoring.picture import (
     Service,
     Stream,
     Word,
-    Worker,
+    WorkerShare,
 )
 from shared.monitoring.shares import Shares
 from shared.monitoring.verdict import judge
@@ -244,7 +244,7 @@ class Observer:
                 causes(total),
                 tuple(client.name for client in self.clients.values() if client.wants(stream)),
                 tuple(
-                    Worker(
+                    WorkerShare(
                         worker,
                         account.get(RECEIVED, 0),
                         self._told[worker].rate(name, RECEIVED),

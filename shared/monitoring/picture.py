@@ -21,7 +21,7 @@ RECENT_SECONDS: Final = 300.0
 
 
 @dataclass(frozen=True, slots=True)
-class Worker:
+class WorkerShare:
     """A worker's part of a stream."""
 
     name: str
@@ -48,7 +48,7 @@ class Stream:
     causes: dict[str, int]
     takers: tuple[str, ...]
     """Names of the collectors that want it."""
-    workers: tuple[Worker, ...]
+    workers: tuple[WorkerShare, ...]
     exporters: int | None
     """Exporters that sent to it in the last seconds; at least so many, where only a sample is looked at."""
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from services.ingest.flows.export_headers import AGENT_WORDS, IPFIX_HEADER
 from services.ingest.flows.exporters import ExporterTracker
-from services.ingest.flows.ipfix_templates import MAX_TEMPLATES, Templates
+from services.ingest.flows.ipfix_templates import MAX_TEMPLATES, TemplateTable
 from services.ingest.flows.sequence_gaps import MAX_GAP
 from services.ingest.flows.sets import FIRST_DATA, MAX_SETS, SET_HEADER, read_templates, walk_sets
 from services.ingest.flows.template_cache import MAX_BYTES
@@ -162,7 +162,7 @@ def ipfix(data: bytes) -> None:
     arrivals = split_arrivals(data)
     _account("ipfix", arrivals)
     templates: dict[int, int] = {}
-    counted = Templates()
+    counted = TemplateTable()
     for arrival in arrivals:
         batch = batch_of([(arrival.source, arrival.payload)])
         start, length, buffer = np.array([0]), batch.lengths, np.frombuffer(arrival.payload, np.uint8)

@@ -15,7 +15,7 @@ from services.operator.doctor.services import ServiceFacts, check_services
 from shared.bus.messages import MessageError, Status, decode
 from shared.bus.status import Reports
 from shared.datagrams.gathered import Gathered
-from shared.datagrams.segments import group
+from shared.datagrams.gso_runs import group
 from shared.monitoring.balance import Balance
 from shared.net.netlink import Netlink
 from shared.process.lifecycle import UNAVAILABLE, OperatorError

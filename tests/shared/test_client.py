@@ -3,7 +3,7 @@ import pytest
 from msgspec.structs import fields
 
 from services.gateway.protocol.requests import Register
-from services.gateway.render import View
+from services.gateway.render import EntryView
 from shared.client import DEFAULT_TERMS, Client, CopyTerms, WrittenTerms
 from shared.process.registry_client import Entry
 from shared.settings.entries import Collector
@@ -11,7 +11,7 @@ from shared.settings.entries import Collector
 TERMS = ("streams", "source", "prefixes", "sample", "group", "hop_limit", "dscp")
 
 
-@pytest.mark.parametrize("kind", [Client, Collector, Register, View, Entry])
+@pytest.mark.parametrize("kind", [Client, Collector, Register, EntryView, Entry])
 def test_terms_have_one_default_everywhere(kind: type[CopyTerms]) -> None:
     """Every struct with the terms of a client has all of them, with the same defaults; only the bus says `prefixes`."""
     declared = {field.name: field for field in fields(kind)}

@@ -118,7 +118,7 @@ PURE = (
     "shared/datagrams/prefix_set.py",
     "shared/datagrams/routing.py",
     "shared/datagrams/sampling.py",
-    "shared/datagrams/segments.py",
+    "shared/datagrams/gso_runs.py",
     "shared/fanout/registry_replica.py",
     "shared/fanout/sending/send_errors.py",
     "shared/journal/retention.py",

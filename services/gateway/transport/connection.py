@@ -15,9 +15,9 @@ from services.gateway.transport.conversation import (
     WRITE_SIZE,
     Action,
     Conversation,
+    ConversationState,
     Handle,
     Refuse,
-    State,
     Step,
     Write,
     WriteLastWords,
@@ -194,7 +194,7 @@ class ClientConnection(asyncio.BufferedProtocol):
             self._transport.abort()
 
     def _handle(self, request: Request) -> None:
-        if self.conversation.state is not State.ANSWERING or self._transport.is_closing():
+        if self.conversation.state is not ConversationState.ANSWERING or self._transport.is_closing():
             return  # the client has gone while its request waited
         try:
             if isinstance(request, Auth):

@@ -25,7 +25,7 @@ LINGER_BYTES: Final = 64 * 1024 * 1024
 """Bytes discarded from a client that goes on sending after the last answer."""
 
 
-class State(Enum):
+class ConversationState(Enum):
     """The state of a conversation."""
 
     IDLE = auto()
@@ -42,7 +42,7 @@ class State(Enum):
     """The connection is cut."""
 
 
-IDLE, RECEIVING, ANSWERING, WAITING_TURN, LINGERING, CLOSED = State
+IDLE, RECEIVING, ANSWERING, WAITING_TURN, LINGERING, CLOSED = ConversationState
 OVER: Final = (LINGERING, CLOSED)
 
 

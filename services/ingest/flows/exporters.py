@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from services.ingest.flows.export_headers import KINDS, Headers, Integers, Kind, Words, read_heads
 from services.ingest.flows.ipfix_numbering import Numbering
-from services.ingest.flows.ipfix_templates import Templates
+from services.ingest.flows.ipfix_templates import TemplateTable
 from services.ingest.flows.sequence_gaps import WINDOW, Hole, Mask, SequenceTracker, nearest
 from services.ingest.flows.sets import walk_sets
 from services.ingest.flows.template_cache import Ready
@@ -74,7 +74,7 @@ class ExporterTracker:
         self._identities: dict[int, bytes] = {}
         self._to_join: list[tuple[SequenceTracker, int, int]] = []
         self.templates = TemplateReader()
-        self._lengths = Templates() if protocol == "ipfix" else None
+        self._lengths = TemplateTable() if protocol == "ipfix" else None
         self._numbering = Numbering(capacity) if protocol == "ipfix" else None
         self._factors = np.frombuffer(secrets.token_bytes(4 * KEY_WORDS), np.uint64) | np.uint64(1)
 

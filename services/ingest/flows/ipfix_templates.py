@@ -32,7 +32,7 @@ class _Known:
     seen: set[int] = field(default_factory=set)
 
 
-class Templates:
+class TemplateTable:
     """The templates of every exporter, by slot."""
 
     def __init__(self) -> None:

@@ -34,7 +34,7 @@ Key = int | tuple[int, bytes]
 """A template by its id; or a record of options data by its template and what it is about."""
 
 
-class Arrived(NamedTuple):
+class DefiningDatagram(NamedTuple):
     """A datagram that may define something: where it came from, its header's facts, its sets, and whether that is all.
 
     `sets` are those of templates and of what is known as options data, as they came, with their headers. `whole` says
@@ -68,7 +68,7 @@ class Ready(NamedTuple):
 
 
 @dataclass(slots=True)
-class Piece:
+class Definitions:
     """The part of one datagram that defines: sets as they came, and the keys of which they are the latest.
 
     `count` is for the header of NetFlow v9. `records` are the numbers that it takes as a datagram of IPFIX.
@@ -99,7 +99,7 @@ class Domain:
     clock_ns: int = 0
     """The time at which it told these two."""
     size: int = PIECE_BYTES
-    pieces: dict[int, Piece] = field(default_factory=dict)
+    pieces: dict[int, Definitions] = field(default_factory=dict)
     by_body: dict[bytes, int] = field(default_factory=dict)
     latest: dict[Key, int] = field(default_factory=dict)
     """By key: the number of its piece."""
@@ -108,7 +108,7 @@ class Domain:
     """Ids of the options templates among them."""
     last: int = 0
 
-    def recognize(self, arrived: Arrived) -> Piece | None:
+    def recognize(self, arrived: DefiningDatagram) -> Definitions | None:
         """Return what is kept of a datagram if it defines the same as before, else None."""
         number = self.by_body.get(b"".join(arrived.sets))
         piece = None if number is None else self.pieces[number]
@@ -118,7 +118,7 @@ class Domain:
         piece.seen_ns = arrived.received_ns
         return piece
 
-    def learn(self, arrived: Arrived) -> Piece | None:
+    def learn(self, arrived: DefiningDatagram) -> Definitions | None:
         """Keep what a datagram defines; return it, None when there is nothing."""
         keys: list[Key] = []
         parts, records, whole, defines = [], 0, arrived.whole, False
@@ -140,9 +140,11 @@ class Domain:
         self._set_clock(arrived)
         count = arrived.records if whole and self.version == V9 else len(keys)
         latest = set(keys)
-        return self._keep(Piece(b"".join(parts), count, records, defines, arrived.received_ns, len(latest)), latest)
+        return self._keep(
+            Definitions(b"".join(parts), count, records, defines, arrived.received_ns, len(latest)), latest
+        )
 
-    def _set_clock(self, arrived: Arrived) -> None:
+    def _set_clock(self, arrived: DefiningDatagram) -> None:
         self.address, self.port = arrived.address, arrived.port
         self.seconds, self.uptime, self.clock_ns = arrived.seconds, arrived.uptime, arrived.received_ns
 
@@ -162,7 +164,7 @@ class Domain:
         taken_back = not all(template.lengths for template in found)
         return [] if taken_back else [each.id for each in found if each.id in self.templates]
 
-    def _keep(self, piece: Piece, keys: set[Key]) -> Piece:
+    def _keep(self, piece: Definitions, keys: set[Key]) -> Definitions:
         for key in keys:
             self._release(key)
         if (number := self.by_body.get(piece.body)) is not None:
@@ -212,15 +214,15 @@ class Domain:
         for number in [number for number, piece in self.pieces.items() if piece.seen_ns < before_ns]:
             self._drop(number)
 
-    def in_order(self) -> list[Piece]:
+    def in_order(self) -> list[Definitions]:
         """Return the pieces in an order in which each record comes after its template."""
         return sorted(self.pieces.values(), key=lambda piece: not piece.defines)
 
-    def takes(self, piece: Piece) -> int:
+    def takes(self, piece: Definitions) -> int:
         """Return the quantity of numbers that a piece takes as a datagram of its own."""
         return 1 if self.version == V9 else piece.records
 
-    def datagram(self, piece: Piece, number: int, now_ns: int) -> bytes:
+    def datagram(self, piece: Definitions, number: int, now_ns: int) -> bytes:
         """Return a datagram with a piece, as the exporter would send it now."""
         passed = max(0, now_ns - self.clock_ns)
         seconds = self.seconds + passed // 10**9 & WRAP
@@ -239,7 +241,7 @@ class TemplateCache:
         """The one that was silent for longest is the first."""
         self.size = 0
 
-    def recognize(self, slot: int, arrived: Arrived) -> Piece | None:
+    def recognize(self, slot: int, arrived: DefiningDatagram) -> Definitions | None:
         """Return what is kept of a datagram if it defines the same as before, else None."""
         domain = self._domains.get(slot)
         if domain is None or (piece := domain.recognize(arrived)) is None:
@@ -247,7 +249,7 @@ class TemplateCache:
         self._domains.move_to_end(slot)
         return piece
 
-    def learn(self, slot: int, arrived: Arrived) -> Piece | None:
+    def learn(self, slot: int, arrived: DefiningDatagram) -> Definitions | None:
         """Keep what a datagram defines; return it, None when there is nothing."""
         known = self._domains.get(slot)
         domain = known or Domain(arrived.version, arrived.domain, arrived.address, arrived.port, arrived.number)
@@ -281,7 +283,7 @@ class TemplateCache:
         if slot in self._domains and to not in self._domains:
             self._domains[to] = self._domains.pop(slot)
 
-    def renewal(self, slot: int, piece: Piece, arrived: Arrived) -> Ready:
+    def renewal(self, slot: int, piece: Definitions, arrived: DefiningDatagram) -> Ready:
         """Return a datagram with what has just come, under its own number."""
         domain = self._domains[slot]
         payload = domain.datagram(piece, arrived.number, arrived.received_ns)
@@ -315,5 +317,5 @@ class TemplateCache:
         return found
 
 
-def _size_of(piece: Piece) -> int:
+def _size_of(piece: Definitions) -> int:
     return PIECE_BYTES + len(piece.body) + len(piece.latest) * KEY_BYTES

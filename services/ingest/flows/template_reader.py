@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from services.ingest.flows.export_headers import Integers, Words
 from services.ingest.flows.sets import IPFIX, SET_HEADER, TEMPLATE_SETS, V9, Sets
-from services.ingest.flows.template_cache import Arrived, Ready, TemplateCache
+from services.ingest.flows.template_cache import DefiningDatagram, Ready, TemplateCache
 from shared.datagrams.batch import DatagramBatch
 
 MAX_READ: Final = 1 << 20
@@ -116,7 +116,7 @@ class _Picked(NamedTuple):
     """A datagram that defines something, with the sets by which it was picked."""
 
     owner: int
-    arrived: Arrived
+    arrived: DefiningDatagram
 
 
 class _Call:
@@ -146,7 +146,7 @@ class _Call:
             picked.append(
                 _Picked(
                     owner,
-                    Arrived(
+                    DefiningDatagram(
                         version, addresses[16 * at : 16 * at + 16], ports[at], words[domain], words[number],
                         words[seconds], words[uptime], words[0] & 0xFFFF, received_ns, some, whole[at],
                     ),
@@ -154,7 +154,7 @@ class _Call:
             )  # fmt: skip
         return picked
 
-    def with_all_sets(self, picked: _Picked) -> Arrived:
+    def with_all_sets(self, picked: _Picked) -> DefiningDatagram:
         """Return a picked datagram with all of its sets."""
         ((_, arrived),) = self.pick(self._sets.owner == picked.owner)
         return arrived

@@ -17,7 +17,7 @@ from shared.capture.pcapng import Destination
 from shared.datagrams.batch import DatagramBatch, Indices
 from shared.datagrams.prefix_set import Prefixes, halves_of
 from shared.journal.directory import segments_in, streams_in
-from shared.journal.reading import Past
+from shared.journal.reading import PastBatches
 from shared.journal.segments import SECOND
 from shared.process.lifecycle import CANT_CREATE, USAGE, OperatorError, Parser
 from shared.settings.explain import did_you_mean
@@ -41,7 +41,7 @@ def add_past_arguments(parser: Parser) -> None:
 class Wanted:
     """A part of the past: batches between two times, and of their rows those of some exporters."""
 
-    past: Past
+    past: PastBatches
     prefixes: Prefixes | None
     began_ns: int
     """The time at which it begins, or at which there is something."""
@@ -84,7 +84,7 @@ def find_past(arguments: argparse.Namespace, settings: Settings) -> Wanted:
         nearest = did_you_mean(arguments.stream, streams)
         there = f"it keeps: {', '.join(streams)}" if streams else "it keeps nothing yet"
         raise OperatorError(USAGE, f"the journal has nothing of {arguments.stream!r}{nearest}; {there}")
-    past = Past(directory / arguments.stream, segments, since_ns, until_ns)
+    past = PastBatches(directory / arguments.stream, segments, since_ns, until_ns)
     first_ns = min(segment.began_ns for segment in segments)
     if since_ns and since_ns < first_ns and until_ns > first_ns:
         say(f"the journal begins at {shown(first_ns)}: there is nothing of {arguments.stream} before")

@@ -12,7 +12,7 @@ from services.operator.cli.arguments import (
     wishes,
 )
 from services.operator.cli.numbers import counted, lasting
-from services.operator.cli.tables import print_table
+from services.operator.cli.text_tables import print_table
 from services.operator.client.gateway_options import add_gateway_arguments, open_registry
 from services.operator.client.offload_paths import heard_paths
 from services.operator.client.running_streams import unknown_explained

@@ -9,7 +9,7 @@ from typing import Final
 import msgspec
 
 from services.operator.cli.arguments import Subparsers, add_command
-from services.operator.cli.tables import print_table
+from services.operator.cli.text_tables import print_table
 from services.operator.client.bus_reader import subscribed
 from shared.bus.living_workers import living_workers
 from shared.bus.messages import Status

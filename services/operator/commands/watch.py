@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
     wanted = Prefixes([arguments.prefix]) if arguments.prefix else None
     lifecycle = Lifecycle()
     prefix = datagrams_topic(arguments.stream) if arguments.stream else ALL_DATAGRAMS
-    workers = Workers(living_workers(settings.bus.path))
+    workers = WorkerWatch(living_workers(settings.bus.path))
     with subscribed(settings, prefix, Borrower) as subscriber:
         subscriber.subscribe(REPORTS)
         _print_until_told(lifecycle, subscriber, reader, wanted, workers, output)
@@ -75,7 +75,7 @@ def _print_until_told(
     subscriber: Subscriber,
     reader: DatagramReader,
     wanted: Prefixes | None,
-    workers: "Workers",
+    workers: "WorkerWatch",
     output: Output,
 ) -> None:
     poller = zmq.Poller()
@@ -96,7 +96,7 @@ def _print_until_told(
         workers.report_silent()  # after all that had come
 
 
-class Workers:
+class WorkerWatch:
     """Reports on standard error which ingest workers are heard no more, and which are back."""
 
     def __init__(self, living: Iterable[str]) -> None:

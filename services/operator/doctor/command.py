@@ -9,7 +9,7 @@ from typing import Final
 import msgspec
 
 from services.operator.cli.arguments import Subparsers, add_command
-from services.operator.cli.tables import print_table
+from services.operator.cli.text_tables import print_table
 from services.operator.client.gateway_options import access, add_gateway_arguments
 from services.operator.client.offload_paths import heard_paths
 from services.operator.client.programs import refusals

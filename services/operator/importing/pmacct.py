@@ -3,7 +3,7 @@
 import re
 from typing import Final
 
-from services.operator.importing.receivers import Line, Names, Receiver, parse_number
+from services.operator.importing.receivers import ForeignReceiver, Line, Names, parse_number
 
 DEFAULT_LISTEN: Final = "udp://[::]:2100"
 KEYS: Final = ("id", "ip", "tag", "balance-alg", "src_port", "kafka_broker", "kafka_topic", "zmq_address")
@@ -72,10 +72,10 @@ def _tell_balance(balance: str, pool: int, line: Line) -> None:
         )
 
 
-def _parse_receiver(text: str, names: Names) -> Receiver:
+def _parse_receiver(text: str, names: Names) -> ForeignReceiver:
     host, colon, port = text.rpartition(":")
     if not (colon and host):
         raise ValueError(f"{text!r}: expected HOST:PORT")
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
-    return Receiver(names.receiver(host), names.port(port))
+    return ForeignReceiver(names.receiver(host), names.port(port))

@@ -32,7 +32,7 @@ class Names(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Receiver:
+class ForeignReceiver:
     """A receiver of copies of some sources (none: of all), 1 in `sample` of them; `address` may be a host name."""
 
     address: str
@@ -47,7 +47,7 @@ class Line:
     """A line of a file: its receivers, whether they share the sources, and messages about it for a person."""
 
     number: int
-    receivers: list[Receiver] = field(default_factory=list)
+    receivers: list[ForeignReceiver] = field(default_factory=list)
     shared: bool = False
     left_out: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

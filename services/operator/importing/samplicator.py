@@ -6,7 +6,7 @@ Every line that matches a datagram's source applies, not only the first; a sourc
 import ipaddress
 from typing import Final
 
-from services.operator.importing.receivers import Line, Names, Receiver, parse_number
+from services.operator.importing.receivers import ForeignReceiver, Line, Names, parse_number
 
 DEFAULT_PORT: Final = "2000"
 DEFAULT_LISTEN: Final = "udp://[::]:2000"
@@ -26,7 +26,8 @@ def parse_line(text: str, line: Line, names: Names) -> None:
     receivers = [each for word in text[colon + 1 :].split() for each in _parse_receivers(word, line, names)]
     if prefixes is not None:
         line.receivers += [
-            Receiver(address, port, prefixes, sample, hop_limit) for address, port, sample, hop_limit in receivers
+            ForeignReceiver(address, port, prefixes, sample, hop_limit)
+            for address, port, sample, hop_limit in receivers
         ]
     if not receivers:
         line.notes.append("it names no receiver")

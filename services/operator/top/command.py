@@ -11,7 +11,7 @@ import zmq
 
 from services.operator.cli.arguments import Subparsers, add_command, positive
 from services.operator.client.observing import RATES_SECONDS, Watched, watched
-from services.operator.top.state import State
+from services.operator.top.state import ScreenState
 from services.operator.top.terminal import Terminal
 from services.operator.top.views import VIEWS, lines
 from shared.monitoring.picture import Picture
@@ -36,7 +36,7 @@ def add_parser(subparsers: Subparsers) -> None:
 def run(arguments: argparse.Namespace, settings: Settings) -> int:
     """Show until `q` or Ctrl-C, or so many times."""
     lifecycle = Lifecycle()
-    state = State(view_number=NAMES.index(arguments.view))
+    state = ScreenState(view_number=NAMES.index(arguments.view))
     is_terminal = sys.stdout.isatty() and os.environ.get("TERM", "") not in DUMB
     if is_terminal and arguments.count is None:
         with Terminal() as terminal:
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
     return OK
 
 
-def _print(bus: Watched, lifecycle: Lifecycle, state: State, count: int, *, as_frames: bool) -> None:
+def _print(bus: Watched, lifecycle: Lifecycle, state: ScreenState, count: int, *, as_frames: bool) -> None:
     """Print whole pictures, the first as soon as rates are known."""
     due_at = time.monotonic() + RATES_SECONDS
     poller = _poller(bus, lifecycle)
@@ -60,7 +60,7 @@ def _print(bus: Watched, lifecycle: Lifecycle, state: State, count: int, *, as_f
             print(_draw(state, picture, 0) if as_frames else "\n".join(lines(picture)), flush=True)
 
 
-def _watch(settings: Settings, lifecycle: Lifecycle, state: State, terminal: Terminal) -> None:
+def _watch(settings: Settings, lifecycle: Lifecycle, state: ScreenState, terminal: Terminal) -> None:
     """Show the bus on the terminal, whether it is there or not."""
     while not (lifecycle.draining or state.ended):
         try:
@@ -72,7 +72,9 @@ def _watch(settings: Settings, lifecycle: Lifecycle, state: State, terminal: Ter
             _show(None, lifecycle, state, terminal, str(error).partition(";")[0])
 
 
-def _show(bus: Watched | None, lifecycle: Lifecycle, state: State, terminal: Terminal, said: str = "waiting") -> None:
+def _show(
+    bus: Watched | None, lifecycle: Lifecycle, state: ScreenState, terminal: Terminal, said: str = "waiting"
+) -> None:
     """Draw each second, and at once what a key changes; without a bus return after a second, to try again."""
     poller = _poller(bus, lifecycle)
     if terminal.input is not None:
@@ -96,7 +98,7 @@ def _show(bus: Watched | None, lifecycle: Lifecycle, state: State, terminal: Ter
             terminal.show(_draw(state, picture, said=said))
 
 
-def _draw(state: State, picture: Picture | None, height: int | None = None, said: str = "") -> str:
+def _draw(state: ScreenState, picture: Picture | None, height: int | None = None, said: str = "") -> str:
     from services.operator.top.screen import draw  # loads rich
 
     size = shutil.get_terminal_size()

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from services.operator.cli.numbers import counted, lasting
-from services.operator.top.state import KEYS, State
+from services.operator.top.state import KEYS, ScreenState
 from services.operator.top.views import UNKNOWN, VIEWS, Column, Row, select, show_short
 from shared.monitoring.picture import Picture
 from shared.net.printable import printable
@@ -25,7 +25,7 @@ AROUND: Final = 6
 """Lines that are no rows: three above the view's name, that, the columns' names, and the keys."""
 
 
-def draw(state: State, picture: Picture | None, width: int, height: int, said: str = "") -> str:
+def draw(state: ScreenState, picture: Picture | None, width: int, height: int, said: str = "") -> str:
     """Return a frame of at most this many lines, without a line feed at its end; `said` stands in for a picture.
 
     A height of 0 shows all rows.
@@ -43,7 +43,7 @@ def draw(state: State, picture: Picture | None, width: int, height: int, said: s
     return capture.get().rstrip("\n")
 
 
-def _head(state: State, picture: Picture | None, said: str) -> Text:
+def _head(state: ScreenState, picture: Picture | None, said: str) -> Text:
     level = picture.verdict.level if picture else "unknown"
     line = Text.assemble(("fanwire", "bold"), "  ", (level if picture else said, STYLES[level]))
     return line.append(time.strftime("  %H:%M:%S") + ("  paused" if state.paused else ""))
@@ -63,7 +63,7 @@ def _sum(rates: Sequence[float | None]) -> str:
     return show_short(sum(known)) if known else UNKNOWN
 
 
-def _table(state: State, picture: Picture, width: int, height: int) -> list[Text]:
+def _table(state: ScreenState, picture: Picture, width: int, height: int) -> list[Text]:
     view, sorting = state.view, state.sorting
     tabs = Text()
     for number, each in enumerate(VIEWS, 1):
@@ -133,7 +133,7 @@ def _sized(text: str, size: int, *, left: bool) -> str:
     return text + " " * (size - cell_len(text)) if left else " " * (size - cell_len(text)) + text
 
 
-def _foot(state: State) -> Text:
+def _foot(state: ScreenState) -> Text:
     if state.typing:
         return Text(f"filter: {state.filter}_", "reverse")
     other = "rates" if state.mode == "totals" else "totals"

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Final
 
-from services.operator.top.views import VIEWS, Mode, View
+from services.operator.top.views import VIEWS, Mode, TableView
 
 KEYS: Final = (
     ("1 2 3, Tab", "streams, exporters, collectors; the next of them"),
@@ -29,7 +29,7 @@ class Sorting:
 
 
 @dataclass(slots=True)
-class State:
+class ScreenState:
     """The state of the screen."""
 
     view_number: int = 0
@@ -49,7 +49,7 @@ class State:
     sortings: dict[str, Sorting] = field(default_factory=lambda: {view.name: Sorting(view.by) for view in VIEWS})
 
     @property
-    def view(self) -> View:
+    def view(self) -> TableView:
         """The view that is shown."""
         return VIEWS[self.view_number]
 

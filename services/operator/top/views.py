@@ -66,7 +66,7 @@ class Column:
 
 
 @dataclass(frozen=True, slots=True)
-class View:
+class TableView:
     """A table of the picture. `by` is the number of the column that it is sorted by at first, largest first."""
 
     name: str
@@ -120,7 +120,7 @@ def _collectors(picture: Picture) -> list[Row] | None:
 
 
 VIEWS: Final = (
-    View(
+    TableView(
         "streams",
         (
             Column("stream", 10),
@@ -136,7 +136,7 @@ VIEWS: Final = (
         _streams,
         by=1,
     ),
-    View(
+    TableView(
         "exporters",
         (
             Column("exporter", 10),
@@ -151,7 +151,7 @@ VIEWS: Final = (
         _exporters,
         by=1,
     ),
-    View(
+    TableView(
         "collectors",
         (
             Column("collector", 10),

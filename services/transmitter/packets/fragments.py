@@ -4,7 +4,7 @@ import numpy as np
 import numpy.typing as npt
 
 from services.transmitter.packets.headers import FRAGMENT_SIZE, IP_SIZE, UDP_SIZE, Sums
-from shared.datagrams.segments import Mask
+from shared.datagrams.gso_runs import Mask
 
 
 class Fragments:

@@ -29,7 +29,7 @@ from shared.fanout.past.absences import Absences
 from shared.fanout.past.journal_questions import JournalQuestions, Pursued, reached_by_stream
 from shared.fanout.past.past_sender import STEP_ROWS, PastSender
 from shared.fanout.past.places_left import PlacesLeft
-from shared.fanout.past.pursuit import GENERATION, Pursuit, State
+from shared.fanout.past.pursuit import GENERATION, Pursuit, PursuitState
 from shared.fanout.past.window import Numbered, Window, Worker
 from shared.fanout.served import D
 from shared.fanout.streams import FollowedStreams
@@ -349,7 +349,7 @@ class CatchUp(Generic[D]):
             self._past.perform(pursued, step)
         if self._collectors[pursued.name].destination.held:
             return  # it may still be found to be away
-        if pursuit.check(window, followed, at_once=gone) is State.LIVE:
+        if pursuit.check(window, followed, at_once=gone) is PursuitState.LIVE:
             log.info("a collector has caught up", collector=pursued.name, stream=pursuit.stream)
             self._end(pursued.name, pursuit.stream)
             self._watch()

@@ -12,7 +12,7 @@ from shared.bus.bodies.journal_messages import JOURNAL_TOPIC, JournalPortion, Jo
 from shared.bus.messages import Message, Status
 from shared.bus.zmq_sockets import Publisher
 from shared.client import Place
-from shared.fanout.past.pursuit import Pursuit, State
+from shared.fanout.past.pursuit import Pursuit, PursuitState
 from shared.fanout.past.window import Numbered, Worker
 from shared.ledger.accounts import is_origin, parse_origin
 from shared.ledger.counters import REACHED
@@ -76,7 +76,7 @@ class JournalQuestions:
             if now < pursued.question.until:
                 return
             pursued.question = None
-        if pursuit.state is not State.READING or now < pursued.ask_at or pursuit.queued > PORTION_ROWS // 2:
+        if pursuit.state is not PursuitState.READING or now < pursued.ask_at or pursuit.queued > PORTION_ROWS // 2:
             return
         number, since_ns = next(self._ids), max(1, pursuit.since_ns)
         most = PORTION_ROWS, PORTION_PAYLOAD

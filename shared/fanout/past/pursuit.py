@@ -30,7 +30,7 @@ SINCE: Final = "since_ns"
 GENERATION: Final = "generation"
 
 
-class State(Enum):
+class PursuitState(Enum):
     """The source of what a collector gets next."""
 
     READING = "reading"
@@ -66,7 +66,7 @@ class Pursuit:
     ) -> None:
         self.stream = stream
         self.since_ns = since_ns
-        self.state = State.READING
+        self.state = PursuitState.READING
         self.reader: JournalPlace | None = None
         """The place in the journal's files at which its last portion ended."""
         self.newest_ns = since_ns
@@ -214,7 +214,7 @@ class Pursuit:
                 if numbered.total > at and self._awaits(numbered, followed):
                     return None
             return self._step(numbered, at, most, followed)
-        while self.state is State.WINDOW and self._number < window.stop:
+        while self.state is PursuitState.WINDOW and self._number < window.stop:
             if self._number < window.first:
                 self._read_again()
                 return None
@@ -296,27 +296,27 @@ class Pursuit:
         counted = self._counted.get(worker, position.baseline)
         return max(0, min(before, position.reached) - max(place.total, counted))
 
-    def check(self, window: Window, followed: Mapping[Worker, Position], *, at_once: bool = False) -> State:
+    def check(self, window: Window, followed: Mapping[Worker, Position], *, at_once: bool = False) -> PursuitState:
         """Return the state that it is in now; `at_once`: no more is awaited of the journal."""
         if self._queue:
             return self.state
-        if self.state is State.READING and (self._at_end or at_once):
+        if self.state is PursuitState.READING and (self._at_end or at_once):
             self._begin_at_ends(followed)
             if all(self._covered(window, worker, each) for worker, each in followed.items()):
-                self.state, self._number, self._short_since = State.WINDOW, window.first, None
+                self.state, self._number, self._short_since = PursuitState.WINDOW, window.first, None
             elif self._short_since is None:
                 self._short_since = self._clock()
-        if self.state is State.WINDOW and self._number == window.stop:
+        if self.state is PursuitState.WINDOW and self._number == window.stop:
             ahead = [self._totals.get(worker, 0) - each.reached for worker, each in followed.items()]
             if any(each < 0 for each in ahead):
                 self._read_again()
             elif not self._strays(followed):
-                self.state = State.LIVE
+                self.state = PursuitState.LIVE
         return self.state
 
     def give_up(self, window: Window, followed: Mapping[Worker, Position], *, at_once: bool = False) -> list[Step]:
         """Return steps over what neither the journal nor the window has, if the journal was given time to have it."""
-        if self._queue or self.state is not State.READING:
+        if self._queue or self.state is not PursuitState.READING:
             return []
         waited = self._short_since is not None and self._clock() >= self._short_since + PATIENCE_SECONDS
         if not (at_once or waited):
@@ -357,7 +357,7 @@ class Pursuit:
         return any(at > now - STRAY_SECONDS for at in self._stray_at.values())
 
     def _read_again(self) -> None:
-        self.state, self._at_end, self._short_since = State.READING, False, None
+        self.state, self._at_end, self._short_since = PursuitState.READING, False, None
         self._fetched.clear()
 
     def _move(self, worker: Worker, total: int) -> None:

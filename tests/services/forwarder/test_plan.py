@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from services.forwarder.plan import UDP_SEGMENT, SendPlan
 from shared.datagrams.batch import DatagramBatch
 from shared.datagrams.gathered import Gathered
+from shared.datagrams.gso_runs import MAX_SEGMENTS, MAX_SEND
 from shared.datagrams.limits import MAX_DATAGRAM, MAX_ROWS
 from shared.datagrams.mmsg import IOVEC
-from shared.datagrams.segments import MAX_SEGMENTS, MAX_SEND
 from tests.builders import SOURCES, make_batch
 
 PLAN = SendPlan()

@@ -18,9 +18,9 @@ from services.transmitter.packets.headers import GSO_UDP_L4, LINK_SIZE, NEEDS_CS
 from services.transmitter.plan import FramePlan
 from shared.datagrams.batch import DatagramBatch, make_rows
 from shared.datagrams.gathered import Gathered
+from shared.datagrams.gso_runs import MAX_SEGMENTS
 from shared.datagrams.limits import MAX_DATAGRAM
 from shared.datagrams.mmsg import IOVEC
-from shared.datagrams.segments import MAX_SEGMENTS
 from shared.net.addresses import pack_address
 from tests.capture import Datagram, Header, Packet, parse_ipv4, parse_ipv6, parse_udp, reassemble
 

@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
             raise OperatorError(USAGE, f"{arguments.file}: {error.strerror}") from None
         listeners = _listeners(arguments.stream, settings)
         target = choose_target(arguments.stream, listeners, beyond_loopback=arguments.beyond_loopback)
-        exporters = closing.enter_context(Exporters(target, original=arguments.source == "original"))
+        exporters = closing.enter_context(ExporterSockets(target, original=arguments.source == "original"))
         progress = closing.enter_context(Progress("datagrams sent"))
         try:
             _play(
@@ -125,7 +125,9 @@ def _wanted(
                 return
 
 
-def _play(lifecycle: Lifecycle, datagrams: Iterator[CapturedDatagram], exporters: "Exporters", speed: float) -> None:
+def _play(
+    lifecycle: Lifecycle, datagrams: Iterator[CapturedDatagram], exporters: "ExporterSockets", speed: float
+) -> None:
     """Send the datagrams, at their pace times `speed`; 0: without pauses. Times that go back are no pause."""
     began, first_ns = time.monotonic(), -1
     for each in datagrams:
@@ -138,7 +140,7 @@ def _play(lifecycle: Lifecycle, datagrams: Iterator[CapturedDatagram], exporters
 
 
 @dataclass(slots=True)
-class Exporters:
+class ExporterSockets:
     """The sockets of a play: one for each exporter, the one that was used longest ago is closed when they are many."""
 
     target: tuple[str, int]
@@ -200,7 +202,7 @@ class Exporters:
         self._taken.add(address)
         return address
 
-    def __enter__(self) -> "Exporters":
+    def __enter__(self) -> "ExporterSockets":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -218,7 +220,9 @@ def _bind(sock: socket.socket, address: str, port: int) -> None:
         sock.bind((address, 0))
 
 
-def _tell(arguments: argparse.Namespace, reader: CaptureReader, exporters: Exporters, target: tuple[str, int]) -> int:
+def _tell(
+    arguments: argparse.Namespace, reader: CaptureReader, exporters: ExporterSockets, target: tuple[str, int]
+) -> int:
     """Say what was sent and what was not; return the exit code."""
     here = {unpack_address(source): address for source, address in exporters.addresses.items()}
     moved = [f"{source} as {address}" for source, address in here.items() if source != address]

@@ -32,7 +32,7 @@ KEEP_SECONDS: Final = 1.0
 """Between two notes of the place in the file of `--resume`: after a kill as much is sent twice."""
 
 
-class Place(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class Bookmark(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """The content of the file of `--resume`: what is replayed, and the next datagram."""
 
     stream: str
@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
     lifecycle = Lifecycle()
     wanted = find_past(arguments, settings)
     address, port = _find_target(arguments, settings)
-    place = Place(
+    place = Bookmark(
         stream=arguments.stream,
         to=arguments.to,
         source=arguments.source,
@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
         place = _read_place(arguments.resume, place)
         wanted.past.since_ns, wanted.past.until_ns = place.since_ns, place.until_ns
     with ExitStack() as stack:
-        sender = stack.enter_context(Sender(address, port))
+        sender = stack.enter_context(ReplaySender(address, port))
         bar = stack.enter_context(Bar("datagrams sent"))
         whole = _replay(lifecycle, wanted, sender, place, bar, arguments)
     _keep(arguments.resume, place, whole=whole)
@@ -129,7 +129,7 @@ def _refuse_loop(address: str, port: int, settings: Settings) -> None:
 
 
 @dataclass(slots=True)
-class Sender:
+class ReplaySender:
     """Sends payloads to one address from an address of this host."""
 
     address: str
@@ -139,7 +139,7 @@ class Sender:
     """Datagrams that could not be sent, by the error."""
     _socket: socket.socket = field(init=False)
 
-    def __enter__(self) -> "Sender":
+    def __enter__(self) -> "ReplaySender":
         family = socket.AF_INET6 if ":" in self.address else socket.AF_INET
         self._socket = socket.socket(family, socket.SOCK_DGRAM)
         try:
@@ -165,7 +165,7 @@ class Sender:
 
 
 def _replay(
-    lifecycle: Lifecycle, wanted: Wanted, sender: Sender, place: Place, bar: Bar, arguments: argparse.Namespace
+    lifecycle: Lifecycle, wanted: Wanted, sender: ReplaySender, place: Bookmark, bar: Bar, arguments: argparse.Namespace
 ) -> bool:
     """Send datagrams at their pace, and note the place; return whether all were sent."""
     pace = Pace(arguments.rate, arguments.speed)
@@ -213,10 +213,10 @@ class Pace:
         return self._began + after - time.monotonic()
 
 
-def _read_place(path: Path, fresh: Place) -> Place:
+def _read_place(path: Path, fresh: Bookmark) -> Bookmark:
     """Return the place in a file, or the fresh one where there is no file. OperatorError: it is of another replay."""
     try:
-        kept = msgspec.json.decode(path.read_bytes(), type=Place)
+        kept = msgspec.json.decode(path.read_bytes(), type=Bookmark)
     except FileNotFoundError:
         return fresh
     except OSError as error:
@@ -230,7 +230,7 @@ def _read_place(path: Path, fresh: Place) -> Place:
     return kept
 
 
-def _keep(path: Path | None, place: Place, *, whole: bool) -> None:
+def _keep(path: Path | None, place: Bookmark, *, whole: bool) -> None:
     """Write the place into the file, at once; remove it when all was sent."""
     if path is None:
         return
@@ -245,7 +245,7 @@ def _keep(path: Path | None, place: Place, *, whole: bool) -> None:
         raise cant_write(path, error) from None
 
 
-def _tell(arguments: argparse.Namespace, wanted: Wanted, sender: Sender, place: Place, *, whole: bool) -> int:
+def _tell(arguments: argparse.Namespace, wanted: Wanted, sender: ReplaySender, place: Bookmark, *, whole: bool) -> int:
     """Say what was sent and what was not; return the exit code."""
     say(f"{counted(sender.sent, 'datagram')} of {arguments.stream} sent to {sender.address} port {sender.port}")
     for cause, number in sender.refused.items():

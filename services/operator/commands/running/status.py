@@ -10,7 +10,7 @@ from typing import Final
 
 from services.operator.cli.arguments import Subparsers, add_command
 from services.operator.cli.numbers import counted, lasting
-from services.operator.cli.tables import print_table
+from services.operator.cli.text_tables import print_table
 from services.operator.client.bus_reader import subscribed
 from services.operator.client.running_streams import running_streams, tell_difference
 from services.operator.client.status_reader import heard_reports

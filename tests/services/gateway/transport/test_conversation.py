@@ -14,9 +14,9 @@ from services.gateway.transport.conversation import (
     WRITE_SIZE,
     Action,
     Conversation,
+    ConversationState,
     Handle,
     Refuse,
-    State,
     Step,
     Write,
     WriteLastWords,
@@ -48,7 +48,7 @@ class Played:
         self.performed: list[Action] = []
 
     @property
-    def state(self) -> State:
+    def state(self) -> ConversationState:
         return self.told.state
 
     @property
@@ -74,21 +74,21 @@ class Played:
         return self.act()
 
 
-def reach(state: State) -> Played:
+def reach(state: ConversationState) -> Played:
     """A conversation in a state."""
     played = Played()
-    if state is State.RECEIVING:
+    if state is ConversationState.RECEIVING:
         played.receive(b"{")
-    elif state is State.ANSWERING:
+    elif state is ConversationState.ANSWERING:
         played.receive(LINE)
-    elif state is State.WAITING_TURN:
+    elif state is ConversationState.WAITING_TURN:
         played.receive(LINE + b"{")
         played.told.answer([b"a\n"])
         assert played.act() == ["Write", "give way"]
-    elif state is State.LINGERING:
+    elif state is ConversationState.LINGERING:
         played.told.drain()
         assert played.act() == ["half-close"]
-    elif state is State.CLOSED:
+    elif state is ConversationState.CLOSED:
         played.told.drop()
         assert played.act() == ["abort"]
     assert played.state is state
@@ -110,10 +110,10 @@ INPUTS: dict[str, Callable[[Conversation], object]] = {
     "drain": lambda told: told.drain(),
     "drop": lambda told: told.drop(),
 }
-IDLE, RECEIVING, ANSWERING, TURN, LINGERING, CLOSED = State
-SAME: dict[str, tuple[State | None, list[str]]] = dict.fromkeys(INPUTS, (None, []))
+IDLE, RECEIVING, ANSWERING, TURN, LINGERING, CLOSED = ConversationState
+SAME: dict[str, tuple[ConversationState | None, list[str]]] = dict.fromkeys(INPUTS, (None, []))
 ENDS = {"abandon": (LINGERING, []), "drop": (CLOSED, ["abort"])}
-TRANSITIONS: dict[State, dict[str, tuple[State | None, list[str]]]] = {
+TRANSITIONS: dict[ConversationState, dict[str, tuple[ConversationState | None, list[str]]]] = {
     IDLE: SAME
     | ENDS
     | {
@@ -176,7 +176,9 @@ NO_DEADLINE = {("expire", ANSWERING), ("expire needed", ANSWERING), ("expire", T
         if (given, state) not in OURS | NO_DEADLINE
     ],
 )
-def test_every_input_in_every_state(state: State, given: str, after: State, actions: list[str]) -> None:
+def test_every_input_in_every_state(
+    state: ConversationState, given: str, after: ConversationState, actions: list[str]
+) -> None:
     """Each input leads from each state to one state, and to these actions in this order."""
     played = reach(state)
     INPUTS[given](played.told)
@@ -184,8 +186,8 @@ def test_every_input_in_every_state(state: State, given: str, after: State, acti
     assert played.act() == []
 
 
-@pytest.mark.parametrize("state", State)
-def test_deadline_of_every_state(state: State) -> None:
+@pytest.mark.parametrize("state", ConversationState)
+def test_deadline_of_every_state(state: ConversationState) -> None:
     """A client has time for what it is to do next; while the gateway is to act there is no deadline."""
     expected = {IDLE: 100.0, RECEIVING: 5.0, LINGERING: 5.0, ANSWERING: math.inf, TURN: math.inf, CLOSED: math.inf}
     assert reach(state).deadline == expected[state]

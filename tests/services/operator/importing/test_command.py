@@ -5,7 +5,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from services.operator.importing import pmacct, samplicator
-from services.operator.importing.receivers import Line, ParseLine, Receiver, parse, parse_number, to_settings
+from services.operator.importing.receivers import ForeignReceiver, Line, ParseLine, parse, parse_number, to_settings
 from shared.settings.file import load, render
 from shared.settings.model import DEFAULT_STREAM
 from tests.stack import Stack
@@ -40,18 +40,21 @@ def lines_of(text: str, parse_line: ParseLine) -> list[Line]:
     [
         ("", []),
         ("  # a comment\n\n", []),
-        ("10.0.0.0/255.0.0.0: 192.0.2.1", [Receiver("192.0.2.1", 2000, ("10.0.0.0/8",))]),
-        ("10.0.0.0/8:192.0.2.1/9 # why", [Receiver("192.0.2.1", 9, ("10.0.0.0/8",))]),
-        ("  10.1.2.3 : 192.0.2.1/9/10\r", [Receiver("192.0.2.1", 9, ("10.1.2.3/32",), 10)]),
-        ("router.example: collector.example/syslog", [Receiver("collector.example", 514, ("10.1.2.3/32",))]),
-        ("0.0.0.0/0: 192.0.2.1/9/10,3", [Receiver("192.0.2.1", 9, (), 10, 3)]),
-        ("0.0.0.0: 192.0.2.1/9/,255", [Receiver("192.0.2.1", 9, (), 1, 255)]),
-        ("[::]/0: [2001:db8::1]/9 2001:db8::2", [Receiver("2001:db8::1", 9), Receiver("2001:db8::2", 2000)]),
-        ("0.0.0.0/0: 192.0.2.1/7-9/2", [Receiver("192.0.2.1", port, (), 2) for port in (7, 8, 9)]),
-        ("0.0.0.0/0: 192.0.2.1/7+2", [Receiver("192.0.2.1", port) for port in (7, 8)]),
+        ("10.0.0.0/255.0.0.0: 192.0.2.1", [ForeignReceiver("192.0.2.1", 2000, ("10.0.0.0/8",))]),
+        ("10.0.0.0/8:192.0.2.1/9 # why", [ForeignReceiver("192.0.2.1", 9, ("10.0.0.0/8",))]),
+        ("  10.1.2.3 : 192.0.2.1/9/10\r", [ForeignReceiver("192.0.2.1", 9, ("10.1.2.3/32",), 10)]),
+        ("router.example: collector.example/syslog", [ForeignReceiver("collector.example", 514, ("10.1.2.3/32",))]),
+        ("0.0.0.0/0: 192.0.2.1/9/10,3", [ForeignReceiver("192.0.2.1", 9, (), 10, 3)]),
+        ("0.0.0.0: 192.0.2.1/9/,255", [ForeignReceiver("192.0.2.1", 9, (), 1, 255)]),
+        (
+            "[::]/0: [2001:db8::1]/9 2001:db8::2",
+            [ForeignReceiver("2001:db8::1", 9), ForeignReceiver("2001:db8::2", 2000)],
+        ),
+        ("0.0.0.0/0: 192.0.2.1/7-9/2", [ForeignReceiver("192.0.2.1", port, (), 2) for port in (7, 8, 9)]),
+        ("0.0.0.0/0: 192.0.2.1/7+2", [ForeignReceiver("192.0.2.1", port) for port in (7, 8)]),
     ],
 )
-def test_samplicator_line(text: str, expected: list[Receiver]) -> None:
+def test_samplicator_line(text: str, expected: list[ForeignReceiver]) -> None:
     """Sources, masks, defaults, intervals, times to live and port ranges are read as samplicator reads them."""
     lines = lines_of(text, samplicator.parse_line)
     assert [receiver for line in lines for receiver in line.receivers] == expected
@@ -92,13 +95,13 @@ def test_surprise_of_samplicator_is_told(text: str, expected: str) -> None:
     ("text", "expected"),
     [
         ("! id=1\n\n", []),
-        ("id=1\tip=192.0.2.1:2100", [Receiver("192.0.2.1", 2100)]),
-        ("ip='collector.example:syslog' id=1", [Receiver("collector.example", 514)]),
-        ("id=1 ip='192.0.2.1:9, 192.0.2.2:9'", [Receiver("192.0.2.1", 9), Receiver("192.0.2.2", 9)]),
-        ("id=3 ip=[2001:db8::1]:9,192.0.2.1:9", [Receiver("2001:db8::1", 9), Receiver("192.0.2.1", 9)]),
+        ("id=1\tip=192.0.2.1:2100", [ForeignReceiver("192.0.2.1", 2100)]),
+        ("ip='collector.example:syslog' id=1", [ForeignReceiver("collector.example", 514)]),
+        ("id=1 ip='192.0.2.1:9, 192.0.2.2:9'", [ForeignReceiver("192.0.2.1", 9), ForeignReceiver("192.0.2.2", 9)]),
+        ("id=3 ip=[2001:db8::1]:9,192.0.2.1:9", [ForeignReceiver("2001:db8::1", 9), ForeignReceiver("192.0.2.1", 9)]),
     ],
 )
-def test_pmacct_line(text: str, expected: list[Receiver]) -> None:
+def test_pmacct_line(text: str, expected: list[ForeignReceiver]) -> None:
     """A pool's receivers are read in any order of keys."""
     lines = lines_of(text, pmacct.parse_line)
     assert [receiver for line in lines for receiver in line.receivers] == expected

@@ -9,7 +9,7 @@ from rich.cells import cell_len
 
 from services.operator.top import terminal, views
 from services.operator.top.screen import draw
-from services.operator.top.state import KEYS, State
+from services.operator.top.state import KEYS, ScreenState
 from services.operator.top.terminal import split_keys
 from services.operator.top.views import VIEWS, lines, select
 from shared.client import Client
@@ -67,9 +67,9 @@ def shown(frame: str) -> list[str]:
     return [line.rstrip() for line in re.sub(r"\x1b\[[0-9;]*m", "", frame).split("\n")]
 
 
-def press(*keys: str, start: State | None = None) -> State:
+def press(*keys: str, start: ScreenState | None = None) -> ScreenState:
     """Return the state after some keys."""
-    pressed = start or State()
+    pressed = start or ScreenState()
     for key in keys:
         pressed.press(key)
     return pressed
@@ -183,13 +183,13 @@ def test_keys() -> None:
     assert all(keys in helped and does in helped for keys, does in KEYS)
     assert not press("?", "x").helping
     assert press("?", "q").ended
-    assert shown(draw(State(), None, 80, 24, "no broker at /x"))[0].startswith("fanwire  no broker at /x")
+    assert shown(draw(ScreenState(), None, 80, 24, "no broker at /x"))[0].startswith("fanwire  no broker at /x")
 
 
 @given(st.lists(st.sampled_from([*"123sSr/tp?hjk\t\n\x7f", "up", "down", "page up", "end", "escape"]), max_size=30))
 def test_any_keys_give_a_frame(keys: list[str]) -> None:
     """After any keys there is a frame of the terminal's size."""
-    chosen = State()
+    chosen = ScreenState()
     for key in keys:
         chosen.press(key)
         frame = shown(draw(chosen, picture(40), 80, 12))
@@ -202,9 +202,9 @@ def test_no_color(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
     colour = re.compile(r"\x1b\[(?:\d+;)*(?:3\d|9\d)[;m]")
-    assert colour.search(draw(State(), picture(), 80, 24))
+    assert colour.search(draw(ScreenState(), picture(), 80, 24))
     monkeypatch.setenv("NO_COLOR", "1")
-    assert not colour.search(draw(State(), picture(), 80, 24))
+    assert not colour.search(draw(ScreenState(), picture(), 80, 24))
 
 
 def test_lines_for_programs() -> None:
@@ -223,7 +223,7 @@ def test_lines_for_programs() -> None:
 def test_pasted_text_is_many_keys() -> None:
     """Keys that come together are told apart, sequences of a terminal among them; unknown ones are ignored."""
     assert split_keys("\x1bOA\x1b[1;5Cé") == ["up", "\x1b[1;5C", "é"]
-    assert press(*split_keys("\x1b[1;5C")) == State()
+    assert press(*split_keys("\x1b[1;5C")) == ScreenState()
 
 
 def test_text_is_sorted_as_text() -> None:

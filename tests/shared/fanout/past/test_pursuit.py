@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from shared.bus.bodies.journal_messages import WorkerPosition
 from shared.bus.continuity import Continuity, Position
-from shared.fanout.past.pursuit import PATIENCE_SECONDS, STRAY_SECONDS, Pursuit, State
+from shared.fanout.past.pursuit import PATIENCE_SECONDS, STRAY_SECONDS, Pursuit, PursuitState
 from shared.fanout.past.window import SECONDS, Numbered, Window, Worker
 from tests.builders import make_batch, make_envelope
 
@@ -70,7 +70,7 @@ class World:
             self.journal.append(numbered)
         if not lost:
             self.on_the_way.append(numbered)
-        if lost and (not self.journal_up or self.pursuit.state is State.LIVE):
+        if lost and (not self.journal_up or self.pursuit.state is PursuitState.LIVE):
             self.lost.update((worker, number) for number in range(total, total + count))
 
     def deliver(self, most: int) -> None:
@@ -82,7 +82,7 @@ class World:
             before = known.reached if known else numbered.total
             envelope = make_envelope(10**9 + numbered.total, numbered.total, boot=boot, sender=name)
             assert self.live.observe(TOPIC, envelope, len(numbered.batch)) is not None
-            if self.pursuit.state is State.LIVE:  # what was lost before it is a loss of live copies
+            if self.pursuit.state is PursuitState.LIVE:  # what was lost before it is a loss of live copies
                 first = before if known else 0
                 self.lost.update((numbered.worker, number) for number in range(first, numbered.total))
                 self.receive(numbered.worker, numbered.total, numbered.end)
@@ -105,7 +105,7 @@ class World:
 
     def read(self) -> None:
         """Let the journal answer a question with a portion, whole or not."""
-        if not self.journal_up or self.pursuit.queued or self.pursuit.state is not State.READING:
+        if not self.journal_up or self.pursuit.queued or self.pursuit.state is not PursuitState.READING:
             return
         positions = {(each.worker, each.boot): each for each in self.pursuit.positions()}
         due = [each for each in self.journal if each.worker not in positions or each.end > positions[each.worker].total]
@@ -118,7 +118,7 @@ class World:
 
     def step(self) -> None:
         """Let the collector get something."""
-        if self.pursuit.state is State.LIVE:
+        if self.pursuit.state is PursuitState.LIVE:
             return
         for _ in range(self.random.randint(1, 4)):
             step = self.pursuit.next_step(self.window, self.followed, self.random.randint(1, 7))
@@ -143,7 +143,7 @@ class World:
 
     def check_account(self) -> None:
         """Assert that what the collector is owed is what it got, what is missing, and what is deferred."""
-        if self.pursuit.state is not State.LIVE:
+        if self.pursuit.state is not PursuitState.LIVE:
             counted = self.pursuit._counted
             came = sum(each.reached - counted.get(worker, each.baseline) for worker, each in self.followed.items())
             expected = came + self.discovered - self.excused
@@ -193,7 +193,7 @@ def test_each_datagram_comes_once_and_in_order_whatever_happens(seed: int) -> No
                 world.now += world.random.choice((0.01, SECONDS / 2))
             case 17:
                 world.start_worker(world.random.choice(("ingest.1", "ingest.2", "ingest.3")))
-            case 18 if killed < 2 and world.pursuit.state is not State.LIVE:
+            case 18 if killed < 2 and world.pursuit.state is not PursuitState.LIVE:
                 killed += 1
                 world.restart_sender()
             case 19 if world.journal_up and down < 2:
@@ -207,14 +207,14 @@ def test_each_datagram_comes_once_and_in_order_whatever_happens(seed: int) -> No
     world.journal_up = True
     world.journal_boot += 1
     for _ in range(2000):
-        if world.pursuit.state is State.LIVE:
+        if world.pursuit.state is PursuitState.LIVE:
             break
         world.deliver(100)
         world.tell_heads()
         world.read()
         world.step()
-        world.now += STRAY_SECONDS if world.pursuit.state is State.WINDOW else PATIENCE_SECONDS / 4
-    assert world.pursuit.state is State.LIVE
+        world.now += STRAY_SECONDS if world.pursuit.state is PursuitState.WINDOW else PATIENCE_SECONDS / 4
+    assert world.pursuit.state is PursuitState.LIVE
     for _ in range(5):
         world.publish()
     world.deliver(10**6)

@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 
 from services.operator.commands.captures import play
-from services.operator.commands.captures.play import Exporters, choose_target
+from services.operator.commands.captures.play import ExporterSockets, choose_target
 from shared.capture.pcapng import Destination
 from shared.capture.reader import CapturedDatagram
 from shared.capture.writer import CaptureWriter
@@ -161,7 +161,7 @@ def test_pace(monkeypatch: pytest.MonkeyPatch, speed: float, waits: list[float])
     sent: list[Any] = []
     datagrams = [CapturedDatagram(at * NANOSECONDS, b"", 0, b"", 0, b"") for at in (10, 11, 10, 15, 15)]
     lifecycle = cast(Lifecycle, SimpleNamespace(draining=False))
-    play._play(lifecycle, iter(datagrams), cast(Exporters, SimpleNamespace(send=sent.append)), speed)
+    play._play(lifecycle, iter(datagrams), cast(ExporterSockets, SimpleNamespace(send=sent.append)), speed)
     assert (sent, waited) == (datagrams, waits)
 
 
@@ -171,7 +171,7 @@ def test_more_exporters_than_sockets(lab: None, monkeypatch: pytest.MonkeyPatch)
     for host in ("127.0.0.1", "::1"):
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM) as receiver:
             receiver.bind((host, 0))
-            with Exporters((host, receiver.getsockname()[1]), original=False) as exporters:
+            with ExporterSockets((host, receiver.getsockname()[1]), original=False) as exporters:
                 for number in [*range(play.MAX_SOCKETS + 9), *range(3)]:
                     source = pack_address(str(ipaddress.IPv4Address((10 << 24) + 0xFFFFF0 + number)))
                     exporters.send(CapturedDatagram(0, source, 30_000, b"", 0, number.to_bytes(2)))

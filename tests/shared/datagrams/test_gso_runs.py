@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.datagrams.segments import MAX_SEND, group
+from shared.datagrams.gso_runs import MAX_SEND, group
 
 
 def grouped(lengths: list[int], largest_segment: int = 65_508, apart: list[int] | None = None) -> list[list[int]]:

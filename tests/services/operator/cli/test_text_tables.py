@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from services.operator.cli.progress import Progress
-from services.operator.cli.tables import print_table
+from services.operator.cli.text_tables import print_table
 
 COLUMNS = ("service", "collector", "expected", "filtered", "sampled out", "withheld", "cause")
 ROWS = [
