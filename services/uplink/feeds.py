@@ -1,5 +1,6 @@
 """The way of other sites' batches onto this bus: the uplink publishes them as a worker does, under its own numbers."""
 
+import math
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -86,6 +87,8 @@ class Feeds:
         self._publisher = publisher
         self._held = held
         self._totals = totals
+        self.greet_at = 0.0
+        """The time at which new subscriptions are to be looked for."""
         self._by_stream = {stream: Feed(stream, publisher, held, totals.of(stream)) for stream in streams}
         totals.keep()
 
@@ -95,8 +98,13 @@ class Feeds:
     def __contains__(self, stream: str) -> bool:
         return stream in self._by_stream
 
+    def note_published(self) -> None:
+        """Note that batches were published: the signal of a new subscription may be gone."""
+        self.greet_at = min(self.greet_at, time.monotonic() + GREET_SECONDS)
+
     def greet(self) -> list[str]:
         """Mark the place for new subscribers; return all prefixes newly subscribed to."""
+        self.greet_at = math.inf
         told: list[str] = []
         feeds = self._by_stream.values()
         for feed in feeds:

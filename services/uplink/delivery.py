@@ -1,0 +1,76 @@
+"""The way in: messages of other sites are put in order, and their batches go onto this host's bus."""
+
+import asyncio
+import time
+from collections.abc import Mapping
+from typing import Final
+
+from services.uplink.arrivals import Arrivals, keys_of
+from services.uplink.feeds import Feeds
+from services.uplink.packs import Arrived
+from services.uplink.session import Session
+from shared.bus.kept_counts import KeptCounts, KeptFile
+from shared.ledger.accounts import Accounts, unparse_arriving
+
+BUSY_SECONDS: Final = 0.005
+"""Time until a batch is tried again that the bus did not take."""
+
+
+class Delivery:
+    """Publishes each batch once and in order; acknowledges a message once all of it is on the bus."""
+
+    def __init__(self, feeds: Feeds, kept: KeptFile, tables: Mapping[str, Mapping[str, int]]) -> None:
+        self._feeds = feeds
+        self._kept = kept
+        self._arrivals = Arrivals(time.monotonic)
+        self._arrivals.restore(tables)
+        self._turns = asyncio.Lock()
+        self._positions: dict[str, KeptCounts] = {}
+
+    async def deliver(self, session: Session, arrived: Arrived) -> None:
+        """Publish what another site has sent, if it is its turn."""
+        async with self._turns:
+            await self._handle(session, self._arrivals.order(arrived))
+        self._feeds.note_published()
+
+    async def release_overdue(self, session: Session) -> None:
+        """Publish what has waited long enough for an earlier message, until the connection ends."""
+        while True:
+            await asyncio.sleep(1.0)
+            async with self._turns:
+                await self._handle(session, self._arrivals.overdue())
+
+    async def _handle(self, session: Session, ready: list[Arrived]) -> None:
+        while ready:
+            each = ready.pop(0)
+            await self._publish(each)
+            await session.acknowledge(each.reply)
+            ready[:0] = self._arrivals.follow(each)
+
+    async def _publish(self, arrived: Arrived) -> None:
+        feed = self._feeds[arrived.origin.stream]
+        for message, (key, total, count) in zip(arrived.batches, keys_of(arrived), strict=True):
+            assert message.batch is not None
+            had = self._arrivals.had(key, total, count)
+            while had < count and not feed.publish(message.batch, had):
+                await asyncio.sleep(BUSY_SECONDS)
+            self._arrivals.note(key, total, count)
+            self._keep_position(unparse_arriving(*key), self._arrivals.positions[key].account())
+
+    def _keep_position(self, name: str, counts: dict[str, int]) -> None:
+        kept = self._positions.get(name)
+        if kept is None:
+            kept = self._positions[name] = self._kept.new_counts()
+        for counter, count in counts.items():
+            if kept[counter] != count:
+                kept[counter] = count
+
+    def tables(self) -> dict[str, KeptCounts]:
+        """Return what is to be kept for the next process."""
+        return self._positions
+
+    def report(self) -> Accounts:
+        """Return an account of each worker of other sites."""
+        found = self._arrivals.accounts()
+        self._positions = {name: kept for name, kept in self._positions.items() if name in found}
+        return found
