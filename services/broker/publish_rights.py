@@ -30,7 +30,7 @@ TOPICS: Final[dict[str, frozenset[str]]] = {
     "journal": frozenset(),
     "offload": frozenset({offload_topic("relay"), offload_topic("original"), PATHS_TOPIC}),
     "console": frozenset(),
-    "uplink": frozenset(),
+    "uplink": frozenset({JOURNAL_TOPIC}),
     "operator": frozenset({TRANSMIT_TOPIC}),
 }
 """Whole topics; every role but `operator` also has the topic of its own status."""

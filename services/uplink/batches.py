@@ -1,20 +1,17 @@
-"""Sources of the batches that other sites are to have: the bus now, a journal when there is one.
+"""Batches that other sites are to have, as they come by the bus, and what the journal says."""
 
-A source is *patient* if what is not read now can be read later. Of an impatient one, such as the bus, everything is
-read at once, and what finds no room is lost and counted.
-"""
-
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import ClassVar, Final, NamedTuple, Protocol
+from typing import Final, NamedTuple
 
-from services.uplink.packs import Pack
+from shared.bus.continuity import Position
 from shared.bus.kept_counts import KeptCounts, KeptFile
-from shared.bus.messages import Message, Status
+from shared.bus.messages import Datagrams, Message, Status
 from shared.bus.zmq_sockets import Subscriber
 from shared.datagrams.batch import DatagramBatch
+from shared.fanout.past.window import Worker
 from shared.fanout.resumption import Resumption
-from shared.fanout.streams import ORIGIN_COUNTERS, FollowedStreams
+from shared.fanout.streams import ORIGIN_COUNTERS, FollowedStreams, Unserved
 from shared.ledger.accounts import Accounts
 
 OWN_WORKERS: Final = ("ingest.",)
@@ -22,37 +19,22 @@ OWN_WORKERS: Final = ("ingest.",)
 
 
 class Taken(NamedTuple):
-    """A batch that is to be sent, with the message that brought it."""
+    """A batch that is to be sent, with the message that brought it; datagrams that were `missed` before it."""
 
     message: Message
     batch: DatagramBatch
-
-
-class BatchSource(Protocol):
-    """Batches of workers of this host, each once, in order."""
-
-    patient: ClassVar[bool]
-
-    def fileno(self) -> int:
-        """Return the descriptor that wakes whoever waits for batches; it is edge-triggered."""
-
-    def read(self, most: int) -> Iterator[Taken]:
-        """Yield what has come, of up to `most` messages."""
-
-    def acknowledged(self, pack: Pack) -> None:
-        """Note that JetStream keeps these batches: a journal's cursor may go on."""
-
-    def accounts(self) -> Accounts:
-        """Return the accounts of what came, and of what never did."""
+    missed: int = 0
 
 
 class BusBatches:
     """Batches as they come by the bus, also those that workers held while an uplink was restarted."""
 
-    patient: ClassVar[bool] = False
-
-    def __init__(self, name: str, subscriber: Subscriber, directory: Path, kept: KeptFile) -> None:
+    def __init__(
+        self, name: str, subscriber: Subscriber, directory: Path, kept: KeptFile, others: Callable[[Message], None]
+    ) -> None:
         self._subscriber = subscriber
+        self._others = others
+        """Takes messages that are none of a worker's."""
         self._streams = FollowedStreams(subscriber, directory, kept, OWN_WORKERS)
         self._resumption = Resumption(name, subscriber, kept.new_counts)
         self.more = False
@@ -80,20 +62,24 @@ class BusBatches:
         self.more = handled == most
 
     def _take(self, message: Message) -> Iterator[Taken]:
-        if isinstance(message.body, Status):
-            self._streams.reconcile(message.envelope, message.body)
-        elif message.batch is not None:
+        body = message.body
+        if isinstance(body, Status) and message.envelope.sender.startswith(OWN_WORKERS):
+            self._streams.reconcile(message.envelope, body)
+        elif isinstance(body, Datagrams) and message.batch is not None:
             count = len(message.batch)
-            if self._streams.note_batch(message.topic, message.envelope, count) is not None and count:
-                yield Taken(message, message.batch)
+            missed = self._streams.note_batch(message.topic, message.envelope, count)
+            if missed is not None and count:
+                yield Taken(message, message.batch, missed)
+        else:
+            self._others(message)
 
-    def acknowledged(self, pack: Pack) -> None:
-        """Do nothing: what has passed on the bus can't be read again."""
+    def unserved(self) -> list[Unserved]:
+        """Return what was there while no uplink was, or before it was heard, as found since the last call."""
+        return self._streams.pop_unserved()
 
-    def unserved(self) -> Iterator[tuple[str, int]]:
-        """Yield streams, and datagrams that were there while no uplink was, since the last call."""
-        for each in self._streams.pop_unserved():
-            yield each.stream, each.datagrams
+    def positions(self, stream: str) -> dict[Worker, Position]:
+        """Return the places in a stream that workers' counts have reached, as far as they came by the bus."""
+        return self._streams.positions(stream)
 
     def hand_over(self) -> None:
         """Ask workers to hold what they publish from now on: this process ends."""

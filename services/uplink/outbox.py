@@ -6,7 +6,7 @@ reaches JetStream is in order, but where a server fails between two messages; `a
 """
 
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Final
 
 from services.uplink.packs import Pack
@@ -39,6 +39,8 @@ class Outbox:
         self.accounts = _Accounts(new_account)
         """By stream of this host. What a caller has noted as taken is held until it has another fate."""
         self.connected = False
+        self.on_settled: Callable[[Pack], None] = _ignore
+        """Called with each message that needs not be sent any more."""
         self.size = 0
         """Bytes that wait or are under way."""
         self._most = most
@@ -71,16 +73,30 @@ class Outbox:
         account[TAKEN] += datagrams
         account[HELD] += datagrams
 
+    @property
+    def half(self) -> int:
+        """Return the bytes that there is room for in its half for what can be had again, later."""
+        return self._most // 2 - self.size
+
+    @property
+    def full_because(self) -> str:
+        """Return the cause of what is dropped when there is no room."""
+        return SERVER_SLOW if self.connected else SERVER_AWAY
+
     def put(self, pack: Pack) -> str:
         """Let a message wait, or drop it where there is no room; return the cause then."""
         if self.size + len(pack.payload) > self._most:
-            cause = SERVER_SLOW if self.connected else SERVER_AWAY
+            cause = self.full_because
             self._settle(pack, cause)
             return cause
+        self.add(pack)
+        return ""
+
+    def add(self, pack: Pack) -> None:
+        """Let a message wait whose room the caller has seen to."""
         self._waiting.append(pack)
         self._known[pack.number] = pack
         self.size += len(pack.payload)
-        return ""
 
     def next(self) -> Pack | None:
         """Return the message that is to be sent now, and note that it is; None: not now."""
@@ -117,10 +133,11 @@ class Outbox:
         found = [each for each, pack in self._known.items() if unparse_subject(pack.origin).lower() == subject.lower()]
         return sum(self.drop(number, fate) for number in found)
 
-    def drop_all(self, fate: str) -> None:
-        """Drop all that is left."""
-        for number in list(self._known):
-            self.drop(number, fate)
+    def drop_all(self, fate: str, but: Container[str]) -> None:
+        """Drop all that is left, `but` what is of these streams."""
+        for number, pack in list(self._known.items()):
+            if pack.origin.stream not in but:
+                self.drop(number, fate)
 
     def fail(self) -> bool:
         """Send all again that is under way, in order, after a pause; return whether anything is."""
@@ -159,3 +176,8 @@ class Outbox:
 
     def _settle(self, pack: Pack, fate: str) -> None:
         self.settle(pack.origin.stream, pack.datagrams, fate)
+        self.on_settled(pack)
+
+
+def _ignore(_: Pack) -> None:
+    """Nobody wants to know."""

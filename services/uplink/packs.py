@@ -31,7 +31,11 @@ LARGEST_BATCH: Final = MAX_PAYLOAD + (1 << 16)
 
 @dataclass(frozen=True, slots=True)
 class Pack:
-    """A message that is to be sent: its origin, and what it has of it."""
+    """A message that is to be sent: its origin, and what it has of it.
+
+    `first` and `last` are sequence numbers of batches. `stop` is the worker's running count behind it, `received_ns`
+    the time of its last batch.
+    """
 
     origin: Origin
     boot: int
@@ -39,6 +43,8 @@ class Pack:
     last: int
     datagrams: int
     payload: bytes
+    stop: int = 0
+    received_ns: int = 0
 
     @property
     def number(self) -> str:
@@ -53,15 +59,15 @@ class Pack:
 class Packer:
     """Makes messages of the batches that one worker's start has published on a stream."""
 
-    def __init__(self, origin: Origin, boot: int) -> None:
+    def __init__(self, origin: Origin, boot: int, after: int = UNKNOWN) -> None:
         self.origin = origin
         self.boot = boot
         self.size = 0
         self.since = 0.0
         """The time of the first batch that waits here, as the caller notes it."""
         self.datagrams = 0
-        self._after = UNKNOWN
-        self._reached = 0
+        self._after = after
+        self._reached = self._received_ns = 0
         self._first = self._last = 0
         self._lengths: list[bytes] = []
         self._parts: list[Part] = []
@@ -89,6 +95,7 @@ class Packer:
         self._lengths.append(LENGTHS.pack(*lengths))
         self._parts += parts
         self._last, self._reached = envelope.sequence, envelope.total + len(batch)
+        self._received_ns = body.received_ns
         self.size += LENGTHS.size + sum(lengths)
         self.datagrams += len(batch)
 
@@ -101,7 +108,8 @@ class Packer:
         """Return the message of the batches that wait here; begin another one."""
         head = HEAD.pack(MARK, len(self._lengths), self._after)
         payload = b"".join((head, *self._lengths, *self._parts))
-        pack = Pack(self.origin, self.boot, self._first, self._last, self.datagrams, payload)
+        numbers = self._first, self._last, self.datagrams
+        pack = Pack(self.origin, self.boot, *numbers, payload, self._reached, self._received_ns)
         self._after = self._reached
         self._lengths, self._parts = [], []
         self.size = self.datagrams = 0

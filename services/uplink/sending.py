@@ -1,19 +1,30 @@
-"""The way out: batches of the bus are packed into messages, which wait for JetStream in the outbox."""
+"""The way out: batches are packed into messages, which wait for JetStream in the outbox.
+
+Batches come by the bus. Those of a journaled stream that find no room are left to the journal, and read from there
+later (`journaled`). Of other streams they are dropped and counted.
+"""
 
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Final
 
-from services.uplink.batches import BusBatches, Taken
+from services.uplink.batches import BusBatches
+from services.uplink.journal_reading import JournalReading
+from services.uplink.journaled import JournaledStream
 from services.uplink.outbox import Outbox
-from services.uplink.packs import Packer
+from services.uplink.packs import FULL, LARGEST_BATCH, UNKNOWN, Packer
 from services.uplink.subjects import Origin
 from services.uplink.troubles import Troubles
 from shared.bus.kept_counts import KeptCounts, KeptFile
+from shared.bus.messages import VERSION, Datagrams, Envelope, Message, datagrams_topic
+from shared.datagrams.batch import DatagramBatch
+from shared.fanout.past.pursuit import Step
 from shared.ledger.accounts import Accounts
-from shared.ledger.counters import HELD, NO_MEMORY, SERVER_SLOW, STOPPED, TAKEN, UNSERVED, UNSURE
+from shared.ledger.counters import ACKNOWLEDGED, EXPIRED_UNREAD, HELD, NO_MEMORY, NOT_JOURNALED, SERVER_SLOW, STOPPED, TAKEN, UNSERVED, UNSURE
+from shared.ledger.equations import dropped
+)
 from shared.process.memory import Memory
 from shared.settings.uplink import Uplink
 
@@ -35,6 +46,7 @@ class Sending:
         self,
         uplink: Uplink,
         batches: BusBatches,
+        journal: JournalReading,
         kept: KeptFile,
         memory: Memory,
         troubles: Troubles,
@@ -50,6 +62,8 @@ class Sending:
         self._memory = memory
         self._troubles = troubles
         self._offered = offered
+        self._journal = journal
+        self.outbox.on_settled = journal.note_settled
         self._packers: dict[_Key, Packer] = {}
         self._packed_at: defaultdict[_Key, float] = defaultdict(lambda: -math.inf)
 
@@ -57,56 +71,115 @@ class Sending:
         self.accounts[f"{SENDING}{stream}"] = account = self._kept.new_counts()
         return account
 
-    def begin(self, streams: tuple[str, ...], tables: Mapping[str, Mapping[str, int]]) -> None:
+    def begin(
+        self, streams: tuple[str, ...], journaled: Container[str], tables: Mapping[str, Mapping[str, int]]
+    ) -> None:
         """Send these streams, and go on with the accounts and positions that the last process has left."""
         for name, counts in tables.items():
             if name.startswith(SENDING):
                 account = self.outbox.accounts[name.removeprefix(SENDING)]
                 account.update(counts)
+        self._batches.begin(streams, tables)
+        owed = self._journal.begin([each for each in streams if each in journaled], self._batches, tables)
+        for stream in streams:
+            account = self.outbox.accounts[stream]  # there from the start
+            if stream in owed:
+                account[HELD] = owed[stream]
+                account[TAKEN] = owed[stream] + account[ACKNOWLEDGED] + dropped(account)
+        for stream, account in self.outbox.accounts.items():
+            if stream not in owed:
                 account[UNSURE] += account[HELD]  # it was in the hands of the last process when that was killed
                 account[HELD] = 0
-        for stream in streams:
-            self.outbox.accounts[stream].update()  # there from the start
-        self._batches.begin(streams, tables)
 
     @property
     def filling(self) -> bool:
-        """Return whether any message is being filled."""
-        return any(packer.datagrams for packer in self._packers.values())
+        """Return whether any message is being filled, and nothing else is awaited."""
+        return not self._journal.awaits and any(packer.datagrams for packer in self._packers.values())
 
     @property
     def due_at(self) -> float:
-        """Return the time at which a message is to go, however full it is."""
-        return min((self._due_at(packer) for packer in self._packers.values() if packer.datagrams), default=math.inf)
+        """Return the time at which a message is to go, however full it is, or the journal is to be looked at."""
+        due = [self._due_at(packer) for packer in self._packers.values() if packer.datagrams]
+        return min([*due, self._journal.due_at])
 
     def turn(self) -> None:
-        """Take what has come by the bus, and let full messages go."""
+        """Take what has come by the bus, read on in the journal, and let full messages go."""
         for taken in self._batches.read(TURN_MESSAGES):
-            self._pack(taken)
-        for stream, count in self._batches.unserved():
-            self.outbox.take(stream, count)
-            self.outbox.settle(stream, count, UNSERVED)
+            stream = taken.batch.stream
+            journaled = self._journal.streams.get(stream)
+            if journaled is None:
+                self.outbox.take(stream, len(taken.batch))
+            elif journaled.is_broken_by(taken):
+                self._defer(journaled)
+            if journaled and journaled.pursued:
+                journaled.keep(taken)
+            else:
+                self._pack(taken.message, taken.batch)
+        self._note_unserved()
+        for journaled, step in self._journal.steps(self._has_room):
+            self._take_past(journaled, step)
         now = time.monotonic()
-        for key, packer in self._packers.items():
+        for key, packer in list(self._packers.items()):
             if packer.datagrams and now >= self._due_at(packer):
                 self._close(key, packer, now)
 
-    def _pack(self, taken: Taken) -> None:
-        message, batch = taken
+    def _note_unserved(self) -> None:
+        for each in self._batches.unserved():
+            if not each.published or each.stream not in self._journal.streams:
+                self._take_lost(each.stream, each.datagrams)
+        for stream, journaled in self._journal.streams.items():
+            owed = journaled.newly_owed()
+            self.outbox.take(stream, owed.datagrams)
+            self._take_lost(stream, owed.lost)
+
+    def _take_lost(self, stream: str, datagrams: int) -> None:
+        self.outbox.take(stream, datagrams)
+        self.outbox.settle(stream, datagrams, UNSERVED)
+
+    def _pack(self, message: Message, batch: DatagramBatch) -> None:
         envelope = message.envelope
         key = (envelope.sender, envelope.boot, batch.stream)
         packer, now = self._packers.get(key), time.monotonic()
         if packer is None:
             origin = Origin(self._site, batch.stream, envelope.sender)
-            packer = self._packers[key] = Packer(origin, envelope.boot)
+            journaled = self._journal.streams.get(batch.stream)
+            after = journaled.cursors.passed(key[:2]) if journaled else UNKNOWN
+            packer = self._packers[key] = Packer(origin, envelope.boot, after)
         if not packer.datagrams:
             packer.since = now
             if now - self._packed_at[key] > 4 * self._fill:  # a lone batch goes at once
                 packer.since -= self._fill
-        self.outbox.take(batch.stream, len(batch))
         packer.add(message, batch)
         if packer.full:
             self._close(key, packer, now)
+
+    def _has_room(self) -> bool:
+        """Return whether there is room for a batch out of the journal, once what is being filled has gone."""
+        filling = sum(packer.size for packer in self._packers.values())
+        return self.outbox.half > filling + FULL + LARGEST_BATCH and not self._memory.short
+
+    def _take_past(self, journaled: JournaledStream, step: Step) -> None:
+        """Take what goes next out of the journal; count what it does not have."""
+        stream, ((name, boot), sequence, _, _), batch = journaled.stream, step.numbered, step.batch
+        self.outbox.take(stream, step.discovered)
+        if step.missing:
+            key = name, boot, stream
+            if (packer := self._packers.get(key)) and packer.datagrams:
+                self._close(key, packer, time.monotonic())
+            journaled.cursors.skip(key[:2], step.stop - (len(batch) if batch is not None else 0))
+            self.outbox.settle(stream, step.expired, EXPIRED_UNREAD)
+            self.outbox.settle(stream, step.missing - step.expired, NOT_JOURNALED)
+        if batch is not None:
+            total = step.stop - len(batch)
+            envelope = Envelope(VERSION, "datagrams", name, boot, sequence, total)
+            self._pack(Message(datagrams_topic(stream), envelope, Datagrams(stream, batch.received_ns), batch), batch)
+
+    def _defer(self, journaled: JournaledStream) -> None:
+        """Leave what has found no room to the journal, and all that comes behind it."""
+        for key in [key for key in self._packers if key[2] == journaled.stream]:
+            del self._packers[key]
+        journaled.defer()
+        self._troubles.say("room", "datagrams for other sites wait in the journal until there is room for them")
 
     def _due_at(self, packer: Packer) -> float:
         return packer.since + self._fill
@@ -115,10 +188,17 @@ class Sending:
         self._packed_at[key] = now
         pack = packer.close()
         self._memory.measure()
-        if self._memory.short:
+        if journaled := self._journal.streams.get(pack.origin.stream):
+            full = self._memory.short or self.outbox.half < len(pack.payload)
+            if full and journaled.pursued is None:
+                self._defer(journaled)
+                return
+            journaled.cursors.put(pack)
+            self.outbox.add(pack)
+        elif self._memory.short:
             self.outbox.settle(pack.origin.stream, pack.datagrams, NO_MEMORY)
             return
-        if cause := self.outbox.put(pack):
+        elif cause := self.outbox.put(pack):
             self._troubles.say("room", _NO_ROOM[cause == SERVER_SLOW])
         self._offered()
 
@@ -132,11 +212,12 @@ class Sending:
     def keep_up(self) -> None:
         """Do what is due each second."""
         self._batches.keep_up()
+        self._journal.keep_up()
         now = time.monotonic()
         for key, packer in list(self._packers.items()):
             if not packer.datagrams and now - self._packed_at[key] > FORGET_SECONDS:
                 del self._packers[key], self._packed_at[key]
-        if self.outbox.room:
+        if self.outbox.room and not self._journal.behind:
             self._troubles.end("room", "there is room again for what waits for JetStream")
 
     def taken(self) -> int:
@@ -144,12 +225,12 @@ class Sending:
         return sum(account[TAKEN] for account in self.accounts.values())
 
     def finish(self) -> None:
-        """Drop what is left, as this process ends."""
-        self.outbox.drop_all(STOPPED)
+        """Drop what is left, as this process ends; what is in the journal the next one sends."""
+        self.outbox.drop_all(STOPPED, self._journal.streams)
 
     def tables(self) -> dict[str, KeptCounts]:
         """Return what is to be kept for the next process."""
-        return {**self._batches.tables(), **self.accounts}
+        return {**self._batches.tables(), **self.accounts, **self._journal.tables()}
 
     def report(self) -> Accounts:
         """Return the accounts of what came by the bus, and of what became of it."""

@@ -11,8 +11,10 @@ from typing import Final, Self
 
 from services.uplink.arrivals import POSITION_COUNTERS
 from services.uplink.batches import BusBatches
+from services.uplink.cursors import CURSOR_COUNTERS
 from services.uplink.delivery import Delivery
 from services.uplink.feeds import Feeds
+from services.uplink.journal_reading import JournalReading
 from services.uplink.receiving import NEXT, Receiver
 from services.uplink.sending import Sending
 from services.uplink.session import Session, SessionError, rotated
@@ -35,6 +37,8 @@ from shared.settings.model import Settings
 RESUMED: Final = "resumed/"
 FILL_SECONDS: Final = 0.02
 """Time for which the bus is left alone while a message fills: its queue holds what comes in many times that."""
+WINDOW_SHARE: Final = 8
+"""One part in this many of the memory ceiling is for live batches of journaled streams whose turn comes later."""
 RECONNECT_SECONDS: Final = (0.1, 5.0)
 """Time between two attempts to connect, from the first to the longest."""
 QUIET_SECONDS: Final = 0.25
@@ -80,8 +84,11 @@ class Service:
         self._held = HeldBatches(self._publisher, mark)
         into = dict.fromkeys(stream for streams in received.values() for stream in streams)
         self._feeds = Feeds(into, self._publisher, self._held, self._totals)
-        self._batches = BusBatches(self.name, self._subscriber, bus.path, self._kept)
-        self._sending = Sending(self._uplink, self._batches, self._kept, self._memory, self._troubles, self._offered)
+        window = self._uplink.memory // WINDOW_SHARE
+        journal = JournalReading(self._publisher, self._subscriber, self._kept.new_counts, window)
+        self._batches = BusBatches(self.name, self._subscriber, bus.path, self._kept, journal.handle)
+        parts = self._batches, journal, self._kept, self._memory, self._troubles
+        self._sending = Sending(self._uplink, *parts, self._offered)
         self._delivery = Delivery(self._feeds, self._kept, left.tables)
         self._resumed = {f"{RESUMED}{site}": self._kept.new_counts() for site in received}
         for name, counts in self._resumed.items():
@@ -90,7 +97,7 @@ class Service:
             Receiver(site, names, self._account, self._delivery.deliver, self._resumed[f"{RESUMED}{site}"])
             for site, names in received.items()
         ]
-        self._sending.begin(self._uplink.sent(streams), left.tables)
+        self._sending.begin(self._uplink.sent(streams), self._settings.journaled, left.tables)
         return self
 
     def _offered(self) -> None:
@@ -263,4 +270,9 @@ class Service:
         self._context.term()
 
 
-_ROOM: Final = {"sending": (TAKEN, ACKNOWLEDGED, HELD), "arriving": POSITION_COUNTERS, "resumed": (NEXT,)}
+_ROOM: Final = {
+    "sending": (TAKEN, ACKNOWLEDGED, HELD),
+    "arriving": POSITION_COUNTERS,
+    "resumed": (NEXT,),
+    "cursor": CURSOR_COUNTERS,
+}
