@@ -44,7 +44,7 @@ class EventFeed:
         """The last word of each collector that has been served, for the log."""
         self._past: deque[tuple[int, bytes]] = deque()
         self._past_bytes = 0
-        self._begin = registry.commit()
+        self._begin = registry.revision
         """The revision before the first of the past events."""
 
     def __len__(self) -> int:
@@ -66,7 +66,7 @@ class EventFeed:
     def lines_since(self, revision: int) -> bytes | None:
         """Return the lines of all events after `revision`; None when they are no longer known, or not yet."""
         self.push_events()
-        if not self._begin <= revision <= self._registry.commit():
+        if not self._begin <= revision <= self._registry.revision:
             return None
         return b"".join(line for number, line in self._past if number > revision)
 

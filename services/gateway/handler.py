@@ -279,7 +279,7 @@ class Handler:
             clients = {entry.client.name: show_client(self._registry, entry) for entry in self._registry.entries()}
             self._listing = _encode(clients)
             self._listing_version, self._listing_until = version, now + LISTING_SECONDS
-        rest = {"withheld": self._registry.withheld, "revision": version[0], "epoch": self._epoch}
+        rest = {"withheld": self._registry.withheld, "revision": self._registry.revision, "epoch": self._epoch}
         return [self._listing, b"," + json_line(**rest)[1:]]
 
 

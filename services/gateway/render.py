@@ -61,7 +61,7 @@ def health_line(registry: Registry, entry: Entry) -> bytes:
     client, condition = entry.client, entry.condition
     return json_line(
         event="health",
-        revision=registry.commit(),
+        revision=registry.revision,
         name=client.name,
         generation=client.generation,
         health=condition.word,

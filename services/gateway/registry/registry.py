@@ -12,47 +12,27 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Final, Protocol, get_args
+from typing import Final, TypeVar, get_args
 
 import msgspec
 
 from services.gateway.admission.peer import Peer
 from services.gateway.protocol.names_answer import NamesList
+from services.gateway.registry.changes import Change, Keep, keep_nothing
 from services.gateway.registry.condition import Condition, Serving, Word
 from services.gateway.registry.entry import NO_ORDERS, Entry, Event, EventKind, Orders, Origin
 from services.gateway.registry.groups import SECRET_BYTES, Groups
 from services.gateway.registry.leases import Leases
-from services.gateway.registry.pasts import NO_PASTS, Gone, Pasts
+from services.gateway.registry.pasts import Pasts
 from services.gateway.registry.revisions import Revisions
 from shared.bus.bodies.health_message import Health
 from shared.bus.bodies.journal_messages import CatchUpReport
 from shared.bus.messages import RegistryChange
 from shared.client import Client, Source, Streams, Withheld
 
+T = TypeVar("T")
 RETURN_SECONDS: Final = 30.0
 """The lease, after a restart of the gateway, of an entry that was held by a connection."""
-
-
-class Keep(Protocol):
-    """Stores changes before they are made, all or none; OSError when it can't."""
-
-    def __call__(
-        self,
-        events: Sequence[Event],
-        generation: int,
-        withheld: Orders = NO_ORDERS,
-        pasts: Gone = NO_PASTS,
-    ) -> None:
-        """Store `events`, orders that came or ended, and places left; `generation` is the last one given."""
-
-
-def keep_nothing(
-    events: Sequence[Event],
-    generation: int,
-    withheld: Orders = NO_ORDERS,
-    pasts: Gone = NO_PASTS,
-) -> None:
-    """Store nothing, for a registry that ends with its process."""
 
 
 class Registry:
@@ -81,8 +61,11 @@ class Registry:
         self._at: dict[tuple[str, int], dict[str, Entry]] = {}
         self._clock = clock
         self._keep = keep
+        self._planned: list[Change] | None = None
         self._generation = first_generation - 1
         self._revisions = Revisions()
+        self.revision = 0
+        """That of the list. The bus has a count of its own, which differs where several nodes share the list."""
         self._refreshed_version: tuple[int, ...] = ()
         self._word_changed: dict[str, Entry] = {}
 
@@ -119,9 +102,8 @@ class Registry:
 
         With `hold` the entry lasts no longer than the peer's connection.
         """
-        event = self._entering(client, peer, origin, 1, self._revisions.next(), ttl, hold, proven)
-        self._record([event])
-        self._replace(event.entry)
+        event = self._entering(client, peer, origin, 1, self.revision + 1, ttl, hold, proven)
+        self._make([event])
         return event.entry
 
     def _entering(
@@ -153,6 +135,7 @@ class Registry:
     def restore(self, entries: Iterable[Entry], revision: int, withheld: Orders = NO_ORDERS) -> None:
         """Enter the entries and orders that an earlier start kept, as they were at `revision`; leases begin anew."""
         self._revisions.restore(revision)
+        self.revision = revision
         self._obey(withheld)
         for entry in entries:
             if entry.held and not entry.ttl:
@@ -170,7 +153,7 @@ class Registry:
         wanted = {client.name: client for client in clients}
         configured = [entry for entry in self._entries.values() if entry.origin is Origin.SETTINGS]
         gone = [entry for entry in configured if entry.client.name not in wanted]
-        events = [Event("left", self._revisions.next(number), entry) for number, entry in enumerate(gone, 1)]
+        events = [Event("left", revision, entry) for revision, entry in enumerate(gone, self.revision + 1)]
         fresh = [client for client in wanted.values() if not self._is_configured(client, hosts.get(client.name, ""))]
         for number, client in enumerate(fresh, 1):
             peer = Peer(0, client.address, client.port)
@@ -178,15 +161,12 @@ class Registry:
                 present = self._entries.get(client.name)
                 left = self.pasts.left(client.name, client.streams, peer.rights.holder, present)
                 client = msgspec.structs.replace(client, resume=left)
-            revision = self._revisions.next(len(gone) + number)
+            revision = self.revision + len(gone) + number
             event = self._entering(client, peer, Origin.SETTINGS, number, revision)
             event.entry.host = hosts.get(client.name, "")
             events.append(event)
         if events:
-            self._record(events)
-        self._drop(gone)
-        for event in events[len(gone) :]:
-            self._replace(event.entry)
+            self._make(events)
 
     def _is_configured(self, client: Client, host: str) -> bool:
         entry = self._entries.get(client.name)
@@ -226,12 +206,10 @@ class Registry:
         """Give entries these clients, which have their names, addresses and generations."""
         events = [
             Event("changed", revision, replace(entry, client=client, revision=revision))
-            for revision, (entry, client) in enumerate(amended, self._revisions.next())
+            for revision, (entry, client) in enumerate(amended, self.revision + 1)
         ]
         if events or orders:
-            self._record(events, orders)
-        for event in events:
-            self._replace(event.entry)
+            self._make(events, orders)
 
     def note_behind(self, body: CatchUpReport) -> None:
         """Note the report of a sender on collectors that catch up, or have left. OSError when it can't be stored."""
@@ -352,15 +330,12 @@ class Registry:
         )
 
     def _remove(self, entries: Sequence[Entry], kind: EventKind) -> None:
-        if not entries:
-            return
-        self._record([Event(kind, self._revisions.next(number), entry) for number, entry in enumerate(entries, 1)])
-        self._drop(entries)
+        if entries:
+            self._make([Event(kind, revision, entry) for revision, entry in enumerate(entries, self.revision + 1)])
 
-    def _drop(self, entries: Iterable[Entry]) -> None:
-        for entry in entries:
-            self._forget(self._entries.pop(entry.client.name))
-            self.names.remove(entry.client.name)
+    def _drop(self, entry: Entry) -> None:
+        self._forget(self._entries.pop(entry.client.name))
+        self.names.remove(entry.client.name)
 
     def _remove_or_retry(self, entries: Sequence[Entry], kind: EventKind) -> bool:
         """Remove entries without a request; what can't be stored now is tried again by `expire`."""
@@ -378,18 +353,40 @@ class Registry:
             else:
                 self.withheld[name] = order
 
-    def _record(self, events: Sequence[Event], orders: Orders = NO_ORDERS) -> None:
-        """Store changes, and note them for the bus and for watchers."""
+    def plan(self, act: Callable[[], T]) -> tuple[T, list[Change]]:
+        """Return what `act` returns, and the changes that it would make by methods of this registry; make none."""
+        planned: list[Change] = []
+        self._planned = planned
+        try:
+            return act(), planned
+        finally:
+            self._planned = None
+
+    def _make(self, events: Sequence[Event], orders: Orders = NO_ORDERS) -> None:
+        """Store a change and make it; or note it, while changes are only planned."""
         generation = max([self._generation, *(event.entry.client.generation for event in events)])
         gone = [self._entries[event.entry.client.name] for event in events if self._ends_one(event)]
         pasts = {entry.client.name: past for entry in gone if (past := self.pasts.left_by(entry))}
+        change = Change(events, orders, pasts, generation)
+        if self._planned is not None:
+            self._planned.append(change)
+            return
         self._keep(events, generation, orders, pasts)
-        self.pasts.note(pasts)
-        self._generation = generation
-        self._obey(orders)
-        for event in events:
-            joins = event.kind in ("joined", "changed")
-            self._revisions.note(event, self.groups.for_bus(event.entry) if joins else event.entry.client)
+        self.apply(change)
+
+    def apply(self, change: Change) -> None:
+        """Make a change that is stored, and note it for the bus and for watchers."""
+        self.pasts.note(change.pasts)
+        self._generation = max(self._generation, change.generation)
+        self._obey(change.orders)
+        for event in change.events:
+            entry, self.revision = event.entry, event.revision
+            if event.kind in ("joined", "changed"):
+                entry.revision = self._revisions.note(event, self.groups.for_bus(entry))
+                self._replace(entry)
+            else:
+                self._revisions.note(event, entry.client)
+                self._drop(entry)
 
 
 def _word_without_report(client: Client) -> Word | None:

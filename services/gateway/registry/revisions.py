@@ -27,13 +27,9 @@ class Revisions:
         """Go on from the last revision of an earlier start."""
         self.last = self._committed = last
 
-    def next(self, number: int = 1) -> int:
-        """Return the revision of the `number`th event from now on."""
-        return self.last + number
-
-    def note(self, event: Event, client: Client) -> None:
-        """Note an event that has happened; `client` is its entry as the bus shows it."""
-        self.last = event.revision
+    def note(self, event: Event, client: Client) -> int:
+        """Note an event that has happened; `client` is its entry as the bus shows it. Return the bus's revision."""
+        self.last += 1
         self._events.append(event)
         if event.kind in ("joined", "changed"):
             self._joined[client.name] = client
@@ -43,6 +39,7 @@ class Revisions:
             self._left.add(client.name)
         if len(self._joined) + len(self._left) >= MAX_CHANGE:
             self.commit()
+        return self.last
 
     def commit(self) -> int:
         """Put the events so far into one change for the bus, and return the last revision."""

@@ -8,8 +8,9 @@ from services.gateway.admission.ownership import check_changeable, check_replace
 from services.gateway.admission.peer import Peer
 from services.gateway.admission.rights import Rights
 from services.gateway.protocol.requests import RequestError
+from services.gateway.registry.changes import Keep, keep_nothing
 from services.gateway.registry.entry import Entry, Origin
-from services.gateway.registry.registry import Keep, Registry, keep_nothing
+from services.gateway.registry.registry import Registry
 from shared.client import Client, Source
 from shared.settings.tables import Gateway
 
