@@ -21,7 +21,7 @@ def _check(settings: Settings) -> None:
         if missing := [name for name in NEEDED if find_spec(name) is None]:
             told = f"[uplink] servers: needs {' and '.join(missing)}: pip install 'fanwire[uplink]'"
             raise OperatorError(UNAVAILABLE, told)
-        from services.uplink.access import check_access
+        from shared.nats.access import check_access
 
         check_access(settings.uplink)
 

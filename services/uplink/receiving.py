@@ -13,11 +13,12 @@ from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 from nats.js.errors import NotFoundError
 
 from services.uplink.packs import Arrived, read_pack
-from services.uplink.session import REQUEST_SECONDS, Session, reason
+from services.uplink.session import REQUEST_SECONDS, Session
 from services.uplink.subjects import kept_stream, parse_subject, stream_subjects
 from shared.bus.messages import MessageError
 from shared.ledger.counters import MESSAGES_UNREADABLE
 from shared.log import get_logger
+from shared.nats.connection import reason
 
 PULLED: Final = 256
 PULLED_BYTES: Final = 8 << 20

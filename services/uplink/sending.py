@@ -16,7 +16,7 @@ from services.uplink.journaled import JournaledStream
 from services.uplink.outbox import Outbox
 from services.uplink.packs import FULL, LARGEST_BATCH, UNKNOWN, Packer
 from services.uplink.subjects import Origin
-from services.uplink.troubles import Troubles
+from shared.nats.troubles import Troubles
 from shared.bus.kept_counts import KeptCounts, KeptFile
 from shared.bus.messages import VERSION, Datagrams, Envelope, Message, datagrams_topic
 from shared.datagrams.batch import DatagramBatch

@@ -17,8 +17,7 @@ from services.uplink.feeds import Feeds
 from services.uplink.journal_reading import JournalReading
 from services.uplink.receiving import NEXT, Receiver
 from services.uplink.sending import Sending
-from services.uplink.session import Session, SessionError, rotated
-from services.uplink.troubles import Troubles
+from services.uplink.session import Session, SessionError
 from shared.bus.endpoint import open_link, queue_limit
 from shared.bus.kept_counts import KeptFile
 from shared.bus.loans.borrower import Borrower
@@ -29,6 +28,8 @@ from shared.bus.zmq_sockets import Publisher, Subscriber, check_directory, new_c
 from shared.ledger.accounts import Accounts
 from shared.ledger.counters import ACKNOWLEDGED, CONNECTED, FILES_RESTORED, HELD, SERVER_CONNECTIONS, TAKEN
 from shared.log import get_logger
+from shared.nats.connection import rotated
+from shared.nats.troubles import Troubles
 from shared.process.lifecycle import CANT_CREATE, Lifecycle, OperatorError, Readiness
 from shared.process.memory import Memory
 from shared.process.reload import Reload

@@ -8,7 +8,7 @@ import itertools
 import re
 import secrets
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any, Final, Self
 
@@ -19,19 +19,16 @@ from nats.errors import Error as NatsError
 from nats.errors import MaxPayloadError
 from nats.js.errors import NotFoundError
 
-from services.uplink.access import credentials, tls_context
 from services.uplink.outbox import Outbox
 from services.uplink.server_checks import check_server, check_stream, wanted_stream
 from services.uplink.subjects import kept_stream, site_subjects, unparse_subject
-from services.uplink.troubles import Troubles
 from shared.ledger.counters import MESSAGES_REFUSED, SERVER_FAULTS, SERVER_LIMIT, SERVER_REFUSED
 from shared.log import get_logger
+from shared.nats.connection import ConnectError, close_connection, open_connection, reason
+from shared.nats.troubles import Troubles
 from shared.net.addresses import Endpoint
 from shared.settings.uplink import Uplink
 
-CONNECT_SECONDS: Final = 5
-CLOSE_SECONDS: Final = 1.0
-"""Time for a farewell: a server that is gone does not answer one by TLS."""
 PING_SECONDS: Final = 5
 """Between two questions whether the server is there; after three without an answer the connection ends."""
 REQUEST_SECONDS: Final = 5.0
@@ -72,10 +69,6 @@ class SessionError(Exception):
     """A connection can't be made, or can't be used."""
 
 
-class _OpeningError(Exception):
-    """The first error at the opening of a connection."""
-
-
 class Session:
     """A connection: it sends what the outbox has, and tells it what JetStream says."""
 
@@ -93,37 +86,13 @@ class Session:
         self._numbers: dict[str, str] = {}
         """The number of each message under way, by the token of its answer."""
         self._tokens = itertools.count()
-        self._opening: asyncio.Task[Any] | None = None
 
     async def open(self, endpoint: Endpoint) -> Self:
         """Connect to a server. SessionError says why that failed."""
-        self._opening = asyncio.current_task()
         try:
-            await self.client.connect(
-                servers=[str(endpoint)],
-                name=f"fanwire {self.uplink.site}",
-                allow_reconnect=False,
-                connect_timeout=CONNECT_SECONDS,
-                ping_interval=PING_SECONDS,
-                inbox_prefix=f"_INBOX_{self.uplink.site}",
-                no_echo=True,
-                error_cb=self._note_error,
-                disconnected_cb=self._note_end,
-                closed_cb=self._note_end,
-                tls=tls_context(self.uplink) if endpoint.scheme == "tls" else None,
-                **credentials(self.uplink),
-            )
-        except (NatsError, OSError, TimeoutError, _OpeningError) as error:
-            await self.close()
-            raise SessionError(f"can't connect to {endpoint}: {reason(error)}") from None
-        finally:
-            self._opening = None
-        # A server, or who stands before it, may say that it has no TLS: nats-py then goes on without.
-        if endpoint.scheme == "tls" and not self.client._server_info.get("tls_required"):
-            await self.close()
-            raise SessionError(
-                f"can't connect to {endpoint}: it does not ask for TLS; set tls in the server's settings"
-            )
+            await open_connection(self.client, self.uplink, endpoint, self._note_end, self._note_error, PING_SECONDS)
+        except ConnectError as error:
+            raise SessionError(str(error)) from None
         version = self.client.connected_server_version
         self._account[SERVER_FAULTS] = 0
         for fault in check_server((version.major, version.minor, version.patch), self.client.max_payload):
@@ -155,10 +124,7 @@ class Session:
 
     async def close(self) -> None:
         """End the connection."""
-        self._opening = None
-        with suppress(NatsError, OSError, TimeoutError):
-            async with asyncio.timeout(CLOSE_SECONDS):
-                await self.client.close()
+        await close_connection(self.client)
 
     async def acknowledge(self, reply: str, word: bytes = b"+ACK") -> None:
         """Tell JetStream that a message needs not come again; if it does not get that, it sends it again."""
@@ -176,8 +142,6 @@ class Session:
         self.ended.set()
 
     async def _note_error(self, error: Exception) -> None:
-        if asyncio.current_task() is self._opening:
-            raise _OpeningError(reason(error))  # nats-py would try the same server again, for ever
         if found := FORBIDDEN.search(str(error)):
             what, subject = found.groups()
             if what == "publish" and subject.lower().startswith(site_subjects("")[:-2]):
@@ -283,14 +247,3 @@ class Session:
 
 
 _VERBS: Final = {"publish": "publish to", "subscription": "subscribe to"}
-
-
-def reason(error: BaseException) -> str:
-    """Return what an error says; some of nats-py's say nothing but their name, and all begin with its own."""
-    return str(error).removeprefix("nats: ") or type(error).__name__
-
-
-def rotated(endpoints: tuple[Endpoint, ...]) -> Iterator[Endpoint]:
-    """Yield the servers in turn, for ever, from one that was drawn: so that not all sites use the same."""
-    first = secrets.randbelow(len(endpoints))
-    return itertools.islice(itertools.cycle(endpoints), first, None)

@@ -23,7 +23,7 @@ LAYERS = (
     ("client", "losses"),
     ("settings", "datagrams"),
     ("process", "capture"),
-    ("bus",),
+    ("bus", "nats"),
     ("journal",),
     ("fanout",),
     ("monitoring",),

@@ -17,16 +17,16 @@ from structlog.testing import capture_logs
 
 from services.uplink import receiving
 from services.uplink import session as module
-from services.uplink.access import check_access
 from services.uplink.outbox import Outbox
 from services.uplink.packs import Arrived, Pack, Packer
 from services.uplink.receiving import Receiver
 from services.uplink.server_checks import check_server, check_stream, wanted_stream
 from services.uplink.session import Session, SessionError
 from services.uplink.subjects import Origin
-from services.uplink.troubles import Troubles
 from shared.bus.messages import Datagrams, Message
 from shared.ledger.counters import ACKNOWLEDGED, HELD, MESSAGES_REFUSED, SERVER_FAULTS, SERVER_LIMIT, SERVER_REFUSED
+from shared.nats.access import check_access
+from shared.nats.troubles import Troubles
 from shared.process.lifecycle import OperatorError
 from shared.settings.uplink import Uplink
 from tests.builders import make_batch, make_envelope

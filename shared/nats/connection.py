@@ -1,0 +1,90 @@
+"""One connection to a NATS server: opened with this site's rights, by TLS where the settings say so."""
+
+import asyncio
+import itertools
+import secrets
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
+from typing import Final
+
+from nats.aio.client import Client
+from nats.errors import Error as NatsError
+
+from shared.nats.access import credentials, tls_context
+from shared.net.addresses import Endpoint
+from shared.settings.uplink import Uplink
+
+CONNECT_SECONDS: Final = 5
+CLOSE_SECONDS: Final = 1.0
+"""Time for a farewell: a server that is gone does not answer one by TLS."""
+
+
+class ConnectError(Exception):
+    """A connection can't be made."""
+
+
+class _OpeningError(Exception):
+    """The first error at the opening of a connection."""
+
+
+async def open_connection(
+    client: Client,
+    uplink: Uplink,
+    endpoint: Endpoint,
+    ended: Callable[[], Awaitable[None]],
+    failed: Callable[[Exception], Awaitable[None]],
+    ping_seconds: int,
+) -> None:
+    """Connect `client` to a server; `failed` gets later errors, `ended` is called at its end. ConnectError.
+
+    nats-py could connect again by itself. But then it first sends what it had not yet sent, and so changes the order.
+    """
+    opening = asyncio.current_task()
+
+    async def note_error(error: Exception) -> None:
+        if asyncio.current_task() is opening:
+            raise _OpeningError(reason(error))  # nats-py would try the same server again, for ever
+        await failed(error)
+
+    try:
+        await client.connect(
+            servers=[str(endpoint)],
+            name=f"fanwire {uplink.site}",
+            allow_reconnect=False,
+            connect_timeout=CONNECT_SECONDS,
+            ping_interval=ping_seconds,
+            inbox_prefix=f"_INBOX_{uplink.site}",
+            no_echo=True,
+            error_cb=note_error,
+            disconnected_cb=ended,
+            closed_cb=ended,
+            tls=tls_context(uplink) if endpoint.scheme == "tls" else None,
+            **credentials(uplink),
+        )
+    except (NatsError, OSError, TimeoutError, _OpeningError) as error:
+        await close_connection(client)
+        raise ConnectError(f"can't connect to {endpoint}: {reason(error)}") from None
+    finally:
+        opening = None
+    # A server, or who stands before it, may say that it has no TLS: nats-py then goes on without.
+    if endpoint.scheme == "tls" and not client._server_info.get("tls_required"):
+        await close_connection(client)
+        raise ConnectError(f"can't connect to {endpoint}: it does not ask for TLS; set tls in the server's settings")
+
+
+async def close_connection(client: Client) -> None:
+    """End a connection."""
+    with suppress(NatsError, OSError, TimeoutError):
+        async with asyncio.timeout(CLOSE_SECONDS):
+            await client.close()
+
+
+def reason(error: BaseException) -> str:
+    """Return what an error says; some of nats-py's say nothing but their name, and all begin with its own."""
+    return str(error).removeprefix("nats: ") or type(error).__name__
+
+
+def rotated(endpoints: tuple[Endpoint, ...]) -> Iterator[Endpoint]:
+    """Yield the servers in turn, for ever, from one that was drawn: so that not all sites use the same."""
+    first = secrets.randbelow(len(endpoints))
+    return itertools.islice(itertools.cycle(endpoints), first, None)
