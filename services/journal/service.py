@@ -12,12 +12,11 @@ from services.journal.disk_thread import DiskThread, free_on
 from services.journal.readers import Readers
 from services.journal.stream_journal import StreamJournal
 from shared.bus.bodies.journal_messages import JOURNAL_TOPIC, JournalRead
-from shared.bus.endpoint import open_link, queue_limit
+from shared.bus.connection import BusConnection
 from shared.bus.kept_counts import KeptFile
 from shared.bus.loans.borrower import Borrower
 from shared.bus.messages import Datagrams, Message, Status
-from shared.bus.status import Reporter
-from shared.bus.zmq_sockets import Publisher, Subscriber, check_directory, new_context
+from shared.bus.zmq_sockets import check_directory
 from shared.capture.destination import destination_of
 from shared.fanout.resumption import Resumption
 from shared.fanout.streams import FollowedStreams
@@ -69,12 +68,9 @@ class JournalService:
             self._disk.close()
             self._lock.close()
             raise
-        link = open_link(bus, "journal")
-        self._context = new_context()
-        mark = queue_limit(bus.high_water_mark, self._memory.ceiling)
-        self._publisher = Publisher(self._context, bus.path, self.name, mark, link)
-        self._subscriber = Subscriber(self._context, bus.path, mark, link, Borrower)
-        self._reporter = Reporter(self._publisher, self._memory)
+        self._bus = BusConnection(self.name, bus, self._memory, Borrower)
+        self._publisher, self._subscriber = self._bus.publisher, self._bus.subscriber
+        self._reporter = self._bus.reporter
         self._readers = Readers(self._publisher.publish, self._streams)
         self._followed = FollowedStreams(self._subscriber, bus.path, KeptFile(None))
         self._followed.restore(self._positions)
@@ -246,9 +242,7 @@ class JournalService:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._followed.close()
-        self._subscriber.close()
-        self._publisher.close()
-        self._context.term()
+        self._bus.close()
         self._lock.close()
 
 

@@ -18,7 +18,7 @@ from services.offload.planning.workers import Workers
 from shared.bus.bodies.health_message import Health
 from shared.bus.bodies.offload_messages import PATHS_TOPIC, CollectorPath, OffloadPaths, OffloadReply, Way
 from shared.bus.bodies.packing import pack
-from shared.bus.endpoint import open_link, queue_limit
+from shared.bus.connection import BusConnection
 from shared.bus.messages import (
     HEALTH_PREFIX,
     REGISTRY_TOPIC,
@@ -29,8 +29,7 @@ from shared.bus.messages import (
     offload_topic,
 )
 from shared.bus.pieces import Assembler, cut
-from shared.bus.status import Reporter
-from shared.bus.zmq_sockets import Publisher, Requests, Subscriber, new_context
+from shared.bus.zmq_sockets import Requests
 from shared.client import Source, Trouble
 from shared.fanout.registry_replica import RegistryReplica
 from shared.ledger.accounts import Accounts
@@ -94,14 +93,10 @@ class OffloadService:
         """Places of the collectors whose copies the forwarder would send."""
 
     def __enter__(self) -> Self:
-        bus = self.settings.bus
-        link = open_link(bus, "offload")
-        self._context = new_context()
-        mark = queue_limit(bus.high_water_mark, self._memory.ceiling)
-        self._publisher = Publisher(self._context, bus.path, self.name, mark, link)
-        self._subscriber = Subscriber(self._context, bus.path, mark, link)
+        self._bus = BusConnection(self.name, self.settings.bus, self._memory)
+        self._publisher, self._subscriber = self._bus.publisher, self._bus.subscriber
+        self._reporter = self._bus.reporter
         self._reply = Requests(self.name, self._publisher.boot).topic
-        self._reporter = Reporter(self._publisher, self._memory)
         self._replica = RegistryReplica()
         self._workers = Workers(time.monotonic, lambda source: self._publisher.wanted(offload_topic(source)))
         self._marks = MarkWatch(time.monotonic)
@@ -374,6 +369,4 @@ class OffloadService:
             self._surroundings.close()
         if self._channel is not None:
             self._channel.close()
-        self._subscriber.close()
-        self._publisher.close()
-        self._context.term()
+        self._bus.close()

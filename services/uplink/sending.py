@@ -16,15 +16,25 @@ from services.uplink.journaled import JournaledStream
 from services.uplink.outbox import Outbox
 from services.uplink.packs import FULL, LARGEST_BATCH, UNKNOWN, Packer
 from services.uplink.subjects import Origin
-from shared.nats.troubles import Troubles
 from shared.bus.kept_counts import KeptCounts, KeptFile
 from shared.bus.messages import VERSION, Datagrams, Envelope, Message, datagrams_topic
 from shared.datagrams.batch import DatagramBatch
 from shared.fanout.past.pursuit import Step
 from shared.ledger.accounts import Accounts
-from shared.ledger.counters import ACKNOWLEDGED, EXPIRED_UNREAD, HELD, NO_MEMORY, NOT_JOURNALED, SERVER_SLOW, STOPPED, TAKEN, UNSERVED, UNSURE
-from shared.ledger.equations import dropped
+from shared.ledger.counters import (
+    ACKNOWLEDGED,
+    EXPIRED_UNREAD,
+    HELD,
+    NO_MEMORY,
+    NOT_JOURNALED,
+    SERVER_SLOW,
+    STOPPED,
+    TAKEN,
+    UNSERVED,
+    UNSURE,
 )
+from shared.ledger.equations import dropped
+from shared.nats.troubles import Troubles
 from shared.process.memory import Memory
 from shared.settings.uplink import Uplink
 

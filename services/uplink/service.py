@@ -18,13 +18,12 @@ from services.uplink.journal_reading import JournalReading
 from services.uplink.receiving import NEXT, Receiver
 from services.uplink.sending import Sending
 from services.uplink.session import Session, SessionError
-from shared.bus.endpoint import open_link, queue_limit
+from shared.bus.connection import BusConnection
 from shared.bus.kept_counts import KeptFile
 from shared.bus.loans.borrower import Borrower
 from shared.bus.publishing.held_batches import HeldBatches
 from shared.bus.publishing.kept_totals import KeptTotals
-from shared.bus.status import Reporter
-from shared.bus.zmq_sockets import Publisher, Subscriber, check_directory, new_context
+from shared.bus.zmq_sockets import check_directory
 from shared.ledger.accounts import Accounts
 from shared.ledger.counters import ACKNOWLEDGED, CONNECTED, FILES_RESTORED, HELD, SERVER_CONNECTIONS, TAKEN
 from shared.log import get_logger
@@ -73,16 +72,13 @@ class Service:
         except BlockingIOError:
             told = f"another uplink runs on {bus.path}: other sites would get everything twice; stop it first"
             raise OperatorError(CANT_CREATE, told) from None
-        link = open_link(bus, "uplink")
-        self._context = new_context()
-        mark = queue_limit(bus.high_water_mark, self._uplink.memory)
-        self._publisher = Publisher(self._context, bus.path, self.name, mark, link)
-        self._subscriber = Subscriber(self._context, bus.path, mark, link, Borrower)
-        self._reporter = Reporter(self._publisher, self._memory)
+        self._bus = BusConnection(self.name, bus, self._memory, Borrower)
+        self._publisher, self._subscriber = self._bus.publisher, self._bus.subscriber
+        self._reporter = self._bus.reporter
         self._totals = KeptTotals()
         self._ended = self._totals.open(bus.path / f"accounts.{self.name}", self._publisher.boot)
         received = self._uplink.received(streams)
-        self._held = HeldBatches(self._publisher, mark)
+        self._held = HeldBatches(self._publisher, self._bus.mark)
         into = dict.fromkeys(stream for streams in received.values() for stream in streams)
         self._feeds = Feeds(into, self._publisher, self._held, self._totals)
         window = self._uplink.memory // WINDOW_SHARE
@@ -264,11 +260,9 @@ class Service:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._batches.close()
-        self._subscriber.close()
-        self._publisher.close()
         self._totals.close()
         self._kept.close()
-        self._context.term()
+        self._bus.close()
 
 
 _ROOM: Final = {

@@ -12,7 +12,7 @@ from typing import Final, Self
 
 from shared.bus.bodies.offload_messages import KernelCopies
 from shared.bus.bodies.template_messages import Renewals, Templates
-from shared.bus.endpoint import open_link, queue_limit
+from shared.bus.connection import BusConnection
 from shared.bus.kept_counts import KeptFile, Sheet
 from shared.bus.loans.borrower import Borrower
 from shared.bus.messages import (
@@ -25,8 +25,7 @@ from shared.bus.messages import (
     ServeRequest,
     Status,
 )
-from shared.bus.status import Reporter
-from shared.bus.zmq_sockets import Publisher, Subscriber, check_directory, new_context
+from shared.bus.zmq_sockets import check_directory
 from shared.datagrams.batch import DatagramBatch
 from shared.datagrams.gathered import Gathered
 from shared.datagrams.routing import Selection
@@ -82,12 +81,9 @@ class CopyService(CopySender[D]):
         except BlockingIOError:
             told = f"another {kind} runs on {bus.path}: collectors would get each copy twice; stop it first"
             raise OperatorError(CANT_CREATE, told) from None
-        link = open_link(bus, kind)
-        self._context = new_context()
-        mark = queue_limit(bus.high_water_mark, self.memory.ceiling)
-        self._publisher = Publisher(self._context, bus.path, self.name, mark, link)
-        self._subscriber = Subscriber(self._context, bus.path, mark, link, Borrower)
-        self._reporter = Reporter(self._publisher, self.memory)
+        self._bus = BusConnection(self.name, bus, self.memory, Borrower)
+        self._publisher, self._subscriber = self._bus.publisher, self._bus.subscriber
+        self._reporter = self._bus.reporter
         self._health = HealthReporter(self._publisher, self.source)
         self._replica = RegistryReplica()
         self._keep_at = 0.0
@@ -393,7 +389,5 @@ class CopyService(CopySender[D]):
     ) -> None:
         self._collectors.close()
         self._streams.close()
-        self._subscriber.close()
-        self._publisher.close()
         self._kept.close()
-        self._context.term()
+        self._bus.close()
