@@ -17,7 +17,7 @@ from shared.bus.continuity import Position
 from shared.bus.kept_counts import KeptCounts
 from shared.datagrams.limits import MAX_ROWS
 from shared.fanout.past.journal_questions import Pursued
-from shared.fanout.past.pursuit import Pursuit, State, Step
+from shared.fanout.past.pursuit import Pursuit, PursuitState, Step
 from shared.fanout.past.window import Numbered, Window, Worker
 from shared.log import get_logger
 
@@ -141,7 +141,7 @@ class JournaledStream:
         pursuit, positions = self.pursued.pursuit, self._positions()
         for step in pursuit.give_up(self._window, positions, at_once=gone):
             yield self._advance(pursuit, step)
-        if pursuit.check(self._window, positions, at_once=gone) is State.LIVE:
+        if pursuit.check(self._window, positions, at_once=gone) is PursuitState.LIVE:
             self.pursued, self._window = None, self._new_window()
             log.info("what other sites are to have has been read from the journal", stream=self.stream)
 

@@ -119,7 +119,7 @@ def test_what_finds_no_room_is_dropped_under_its_cause(clock: Clock) -> None:
     box.disconnect()
     assert offer(box, 3) == [SERVER_AWAY]
     assert box.accounts["flows"] == {"taken": 8, HELD: 4, SERVER_SLOW: 2, SERVER_AWAY: 2}
-    box.drop_all(STOPPED)
+    box.drop_all(STOPPED, ())
     assert box.empty
     assert box.accounts["flows"][STOPPED] == 4
     assert balanced(box)
