@@ -93,13 +93,11 @@ class JournalService:
         for name in {*settings.journaled, *_once_kept(own.path)} - self._streams.keys():
             fresh[name] = StreamJournal(name, own.path, own.bytes, self._disk)
             try:
-                last = fresh[name].open()
+                fresh[name].open()
             except OSError as error:
                 raise OperatorError(CANT_CREATE, f"{own.path / name}: {error.strerror}; {CURE}") from None
-            for identity, rows in last.values():
-                reached = identity.total + rows
-                account = unparse_origin(identity.worker, identity.boot, name)
-                self._positions[account] = {REACHED: reached, BASELINE: reached}
+            for worker, (boot, total) in fresh[name].reached.items():
+                self._positions[unparse_origin(worker, boot, name)] = {REACHED: total, BASELINE: total}
         self._streams.update(fresh)
         for name in self._journaled - {*settings.journaled}:
             self._streams[name].seal()

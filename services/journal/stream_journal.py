@@ -13,10 +13,9 @@ from services.journal import disk_thread
 from services.journal.disk_thread import DiskThread
 from shared.capture.pcapng import Destination
 from shared.datagrams.batch import DatagramBatch
-from shared.journal.directory import DIRECTORY_MODE, recover, segments_in, set_aside
-from shared.journal.records import Identity
+from shared.journal.directory import DIRECTORY_MODE, find_reached, recover, segments_in, set_aside
+from shared.journal.records import Identity, Reached
 from shared.journal.retention import Kept
-from shared.journal.segment_reader import SegmentReader
 from shared.journal.segment_writer import SegmentWriter
 from shared.journal.segments import Segment
 from shared.ledger.counters import (
@@ -55,6 +54,8 @@ class StreamJournal:
         """The destination in the headers of what is written."""
         self.directory = directory / stream
         self.account: Counter[str] = Counter()
+        self.reached: dict[str, Reached] = {}
+        """By worker: what it has reached with its last batch here."""
         self._segment_bytes = min(SEGMENT_BYTES, most_bytes // 8)
         self._disk = disk
         self._kept: dict[int, Kept] = {}
@@ -70,15 +71,12 @@ class StreamJournal:
         self._next_number = 1
         self.unsynced = False
 
-    def open(self) -> dict[str, tuple[Identity, int]]:
-        """Seal what the last journal has left open, and learn what is there.
-
-        Return, by worker, the identity of the last batch in the journal and its number of datagrams.
-        """
-        last: dict[str, tuple[Identity, int]] = {}
+    def open(self) -> None:
+        """Seal what the last journal has left open, and learn what is there, and what workers have reached."""
+        known: dict[int, dict[str, Reached]] = {}
         self.directory.mkdir(DIRECTORY_MODE, parents=True, exist_ok=True)
         for each in recover(self.directory.parent, self.stream):
-            last |= each.last
+            known[each.left.number] = each.reached
             self.account[CUT_BYTES] += each.cut if each.now and not each.now.is_bad else 0
             if each.now and each.now.is_bad:
                 self._note_bad(each.now)
@@ -92,16 +90,7 @@ class StreamJournal:
                 found = (self.directory / segment.name).stat()
                 self._kept[segment.number] = Kept(segment, found.st_size, found.st_mtime_ns)
         self._next_number = max(self._kept, default=0) + 1
-        return last or self._last_identities()
-
-    def _last_identities(self) -> dict[str, tuple[Identity, int]]:
-        """Return the last batch of each worker in the newest segment."""
-        found: dict[str, tuple[Identity, int]] = {}
-        for segment in self.segments()[-1:]:
-            with contextlib.suppress(OSError), SegmentReader(self.directory / segment.name, segment) as reader:
-                for head in reader.heads():
-                    found[head.identity.worker] = head.identity, head.rows
-        return found
+        self.reached = find_reached(self.directory.parent, self.stream, known)
 
     def _note_bad(self, segment: Segment) -> None:
         self.account[SET_ASIDE] += 1
@@ -123,6 +112,7 @@ class StreamJournal:
         if self._failing:
             self._recovered()
         self.account[WRITTEN] += len(batch)
+        self.reached[identity.worker] = Reached(identity.boot, identity.total + len(batch))
         self._written_ns, self.unsynced = time.time_ns(), True
         if writer.size >= self._segment_bytes:
             self.seal()
@@ -131,10 +121,10 @@ class StreamJournal:
         """Begin the next segment."""
         segment = Segment(self.stream, self._next_number, received_ns, is_open=True)
         try:
-            self._writer = SegmentWriter(self.directory, segment, self.destination)
+            self._writer = SegmentWriter(self.directory, segment, self.destination, self.reached)
         except FileNotFoundError:  # another program has removed the directory
             self.directory.mkdir(DIRECTORY_MODE, parents=True, exist_ok=True)
-            self._writer = SegmentWriter(self.directory, segment, self.destination)
+            self._writer = SegmentWriter(self.directory, segment, self.destination, self.reached)
         self._next_number += 1
         self._seal_at = time.monotonic() + SEGMENT_SECONDS
         return self._writer

@@ -86,9 +86,12 @@ class Destination:
     six: bytes = UNKNOWN6
 
 
-def section_block(application: str) -> bytes:
-    """Return the block that a file begins with; its section ends with the file, or where another begins."""
-    options = make_option(USER_APPLICATION, application.encode()) + make_option(END_OF_OPTIONS)
+def section_block(application: str, more: bytes = b"") -> bytes:
+    """Return the block that a file begins with; its section ends with the file, or where another begins.
+
+    `more` are options besides.
+    """
+    options = make_option(USER_APPLICATION, application.encode()) + more + make_option(END_OF_OPTIONS)
     return _block(SECTION, struct.pack("<IHHq", BYTE_ORDER, 1, 0, -1) + options)
 
 

@@ -5,12 +5,13 @@ A start reads the names of all segments, and of those that a journal left open t
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from shared.journal.records import Identity, RecordError
+from shared.journal.records import Reached, RecordError
 from shared.journal.segment_reader import SegmentReader
 from shared.journal.segment_writer import seal_segment, sync_directory
 from shared.journal.segments import Segment, parse_name
@@ -20,6 +21,9 @@ CHECKED: Final = 32 * 1024 * 1024
 """Bytes at the end of a segment left open whose checksums are looked at. What stands before was on the disk long ago;
 should it be damaged, readers find out."""
 
+MOST_LOOKED_AT: Final = 4
+"""Segments in which workers are looked for, while none of them tells what workers had reached before it."""
+
 
 @dataclass(slots=True)
 class Recovered:
@@ -28,8 +32,8 @@ class Recovered:
     left: Segment
     now: Segment | None
     cut: int
-    last: dict[str, tuple[Identity, int]]
-    """By worker: the identity of its last batch, and the datagrams in that."""
+    reached: dict[str, Reached]
+    """By worker: what it has reached with its last batch here."""
 
 
 class Lock:
@@ -64,6 +68,22 @@ def segments_in(directory: Path, stream: str, *, bad: bool = False) -> list[Segm
     return sorted(found, key=lambda segment: segment.number)
 
 
+def find_reached(directory: Path, stream: str, known: Mapping[int, Mapping[str, Reached]]) -> dict[str, Reached]:
+    """Return what each worker has reached with the batches that are there of a stream.
+
+    The newest segment tells it, unless its beginning is damaged; then those before it do. By number, `known` has what
+    was read of some segments already.
+    """
+    found: dict[str, Reached] = {}
+    for segment in reversed(segments_in(directory, stream)[-MOST_LOOKED_AT:]):
+        with suppress(OSError), SegmentReader(directory / stream / segment.name, segment) as reader:
+            own = known.get(segment.number) or {head.identity.worker: head.reached for head in reader.heads()}
+            found = {**own, **found}
+            if (before := reader.reached_before()) is not None:
+                return before | found
+    return found
+
+
 def recover(directory: Path, stream: str) -> Iterator[Recovered]:
     """Seal what a journal has left open in a stream's directory; one without a whole record is set aside, or removed.
 
@@ -75,7 +95,7 @@ def recover(directory: Path, stream: str) -> Iterator[Recovered]:
 
 
 def _recover(directory: Path, segment: Segment) -> Recovered:
-    path, last = directory / segment.name, dict[str, tuple[Identity, int]]()
+    path, reached = directory / segment.name, dict[str, Reached]()
     with SegmentReader(path, segment) as reader:
         size, start, end = reader.size, reader.header_size(), 0
         for head in reader.heads():
@@ -85,12 +105,12 @@ def _recover(directory: Path, segment: Segment) -> Recovered:
             except RecordError:
                 continue
             end = head.end
-            last[head.identity.worker] = head.identity, head.rows
+            reached[head.identity.worker] = head.reached
     if not end and size <= max(start, 1):  # nothing was in it
         seal_segment(directory, segment, empty=True)
-        return Recovered(segment, None, 0, last)
+        return Recovered(segment, None, 0, reached)
     if not end:
-        return Recovered(segment, set_aside(directory, segment), size, last)
+        return Recovered(segment, set_aside(directory, segment), size, reached)
     if end < size:
         os.truncate(path, end)
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -98,7 +118,7 @@ def _recover(directory: Path, segment: Segment) -> Recovered:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-    return Recovered(segment, seal_segment(directory, segment, empty=False), size - end, last)
+    return Recovered(segment, seal_segment(directory, segment, empty=False), size - end, reached)
 
 
 def set_aside(directory: Path, segment: Segment) -> Segment:

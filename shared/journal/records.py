@@ -8,7 +8,7 @@ a CRC over what is read back: identity, rows and payloads. The rest of the heade
 import struct
 import zlib
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -64,6 +64,13 @@ class Identity:
     total: int
 
 
+class Reached(NamedTuple):
+    """A worker's start, and the datagrams that it has published on the stream since then."""
+
+    boot: int
+    total: int
+
+
 @dataclass(frozen=True, slots=True)
 class Head:
     """Everything of a record but its rows and payloads; `offset` is where it begins in its segment."""
@@ -85,6 +92,11 @@ class Head:
     def end(self) -> int:
         """Return where the next record begins."""
         return self.offset + self.size
+
+    @property
+    def reached(self) -> Reached:
+        """Return what its worker has reached with it."""
+        return Reached(self.identity.boot, self.identity.total + self.rows)
 
 
 class Record:

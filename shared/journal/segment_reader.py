@@ -14,10 +14,12 @@ from typing import Final, Self
 
 from shared.capture.pcapng import BLOCK_HEAD, INTERFACE, SECTION, Destination
 from shared.datagrams.batch import DatagramBatch
+from shared.journal.reached import parse_reached
 from shared.journal.records import (
     MAGIC,
     MAX_OPTION,
     Head,
+    Reached,
     RecordError,
     first_block_size,
     parse_head,
@@ -31,7 +33,7 @@ WINDOW: Final = 32 * 1024
 """Bytes read at a time while heads are looked at: those of many small records, or of a large one."""
 SEARCHED: Final = 1 << 20
 """Bytes read at a time in search of a record."""
-MAX_HEADER: Final = 4096
+MAX_HEADER: Final = WINDOW
 """Bytes that the blocks before the first record take at most."""
 
 
@@ -107,6 +109,11 @@ class SegmentReader:
                 return 0
             at += size
         return at if at <= len(start) else 0
+
+    def reached_before(self) -> dict[str, Reached] | None:
+        """Return what each worker had reached when the segment began; None: its beginning does not tell."""
+        start = os.pread(self._descriptor, MAX_HEADER, 0)
+        return parse_reached(start[: int.from_bytes(start[4:8], "little")])
 
     def _head_at(self, offset: int, size: int) -> Head | None:
         try:

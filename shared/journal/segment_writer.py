@@ -2,29 +2,39 @@
 
 import contextlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 from shared.capture.pcapng import Destination, interface_block, section_block
 from shared.datagrams.batch import DatagramBatch
-from shared.journal.records import Identity, Record
+from shared.journal.reached import reached_option
+from shared.journal.records import Identity, Reached, Record
 from shared.journal.segments import Segment
 
 MODE: Final = 0o640
 
 
-def header(stream: str) -> bytes:
-    """Return what a segment begins with: a section and its only interface, the stream."""
-    return section_block("fanwire journal") + interface_block(stream)
+def header(stream: str, reached: Mapping[str, Reached] = MappingProxyType({})) -> bytes:
+    """Return what a segment begins with: a section, which tells what workers have reached, and the stream."""
+    return section_block("fanwire journal", reached_option(reached)) + interface_block(stream)
 
 
 class SegmentWriter:
     """A segment that is being written. FileExistsError or another OSError when it can't be made.
 
     `directory` is the stream's. An OSError leaves what was written before it whole, and the next record may be tried.
+    `reached` is what workers have reached before this segment.
     """
 
-    def __init__(self, directory: Path, segment: Segment, destination: Destination) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        segment: Segment,
+        destination: Destination,
+        reached: Mapping[str, Reached] = MappingProxyType({}),
+    ) -> None:
         self.segment = segment
         self.rows = 0
         self._named = False
@@ -34,7 +44,7 @@ class SegmentWriter:
         self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, MODE)
         self.size = 0
         """Bytes of whole records and what stands before them."""
-        start = header(segment.stream)
+        start = header(segment.stream, reached)
         try:
             if os.write(self._descriptor, start) < len(start):
                 raise OSError(28, os.strerror(28), str(self._path))

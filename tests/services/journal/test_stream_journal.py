@@ -13,7 +13,9 @@ from services.journal.stream_journal import StreamJournal
 from shared.bus.bodies.journal_messages import JournalPortion, JournalRead
 from shared.bus.messages import Body
 from shared.datagrams.batch import DatagramBatch
+from shared.journal import reached
 from shared.journal.directory import segments_in
+from shared.journal.records import Identity, Reached
 from shared.journal.segment_writer import SegmentWriter
 from shared.ledger.counters import DISK_ERROR, SEGMENTS, TAKEN, WRITE_ERRNO, WRITTEN
 from tests.shared.journal.filled import batch_of, identities
@@ -70,6 +72,33 @@ def test_segments_are_sealed_by_size_and_age(tmp_path: Path, disk: DiskThread, m
         (number, False) for number in (1, 2, 3, 4)
     ]
     assert journal.report()[SEGMENTS] == 4
+
+
+def write_two_workers(directory: Path, disk: DiskThread, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill six segments: the first with two workers, the others with one of them."""
+    monkeypatch.setattr(stream_journal, "SEGMENT_BYTES", 1)
+    journal = StreamJournal("flows", directory, 1 << 30, disk)
+    journal.open()
+    journal.append(Identity("ingest.2", 7, 0, 40), batch_of([("192.0.2.1", 1, b"once")]))
+    for identity in identities(rows=[1] * 5):
+        journal.append(identity, batch_of([("192.0.2.1", 1, b"one")]))
+    wait_until(partial(_sealed, journal, disk), "all are sealed")
+
+
+@pytest.mark.parametrize("damaged", [0, 1, 3])
+def test_a_start_knows_workers_of_older_segments(
+    tmp_path: Path, disk: DiskThread, monkeypatch: pytest.MonkeyPatch, damaged: int
+) -> None:
+    """A worker that has nothing in the newest segment is known all the same, also where its beginning is damaged."""
+    write_two_workers(tmp_path, disk, monkeypatch)
+    for segment in segments_in(tmp_path, "flows")[6 - damaged :]:
+        path = tmp_path / "flows" / segment.name
+        image = bytearray(path.read_bytes())
+        image[image.index(reached.MAGIC) + 9] ^= 1
+        path.write_bytes(image)
+    journal = StreamJournal("flows", tmp_path, 1 << 30, disk)
+    journal.open()
+    assert journal.reached == {"ingest.1": Reached(9, 5), "ingest.2": Reached(7, 41)}
 
 
 def _sealed(journal: StreamJournal, disk: DiskThread) -> bool:
