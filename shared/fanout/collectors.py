@@ -6,6 +6,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final, Generic
 
+import msgspec
+
 from shared.bus.kept_counts import Sheet
 from shared.client import ALL_STREAMS, Client
 from shared.datagrams.gathered import Gathered, Mask
@@ -158,6 +160,8 @@ class Collectors(Generic[D]):
         if known and known.destination.client == client:
             return known
         before, fresh = known.destination.client if known else None, True
+        if known and msgspec.structs.replace(known.destination.client, resume=client.resume) == client:
+            fresh = False  # it is level now
         if known:
             self._settle(known)
         elif departed := self._departed.pop(client.name, None):

@@ -92,13 +92,15 @@ class CopyService(CopySender[D]):
         rules, new_counts = KernelRules(self.source), self._kept.new_counts
         names = [stream.name for stream in self.settings.streams]
         self._collectors = Collectors(names, self._streams.published, self.reach, rules, new_counts)
+        self._templates = TemplateDelivery(self._subscriber, self._collectors, self.send, self._send_all)
+        self._templates.set_streams(self.settings.streams)
         self._catch_up = CatchUp(
-            self._publisher, self._subscriber, self._streams, self._collectors, new_counts, self._send_past
+            *(self._publisher, self._subscriber, self._streams, self._collectors, new_counts),
+            self._send_past,
+            self._templates,
         )
         self._catch_up.use(self.settings)
         self._awaited = AwaitedRules(rules, self._publisher, self._replica)
-        self._templates = TemplateDelivery(self._subscriber, self._collectors, self.send, self._send_all)
-        self._templates.set_streams(self.settings.streams)
         self._requests = ServeRequests(self._publisher, self._replica)
         self._serving, self._restored = -1, 0
         self._asked_at = self._apply_at = self._work_at = self._upkeep_at = 0.0

@@ -94,6 +94,7 @@ class TemplateDelivery(Generic[D]):
         self._rounds: dict[str, _Round] = {}
         self._next: dict[str, _Round] = {}
         """Collectors for which the workers are not asked yet, by stream."""
+        self._keep: Callable[[str, str, Sequence[TemplateDatagram]], bool] = lambda _name, _stream, _datagrams: False
         self._due_at: dict[str, float] = {}
         """The time before which the workers are not asked again, by stream."""
 
@@ -104,6 +105,15 @@ class TemplateDelivery(Generic[D]):
     def set_streams(self, streams: Iterable[Stream]) -> None:
         """Set the streams whose exporters may have templates."""
         self._streams = tuple(stream.name for stream in streams if stream.protocol in ("netflow", "ipfix"))
+
+    def keep_by(self, keep: Callable[[str, str, Sequence[TemplateDatagram]], bool]) -> None:
+        """Use `keep` to put off what is kept of a stream for a collector; it returns False for one that gets it now."""
+        self._keep = keep
+
+    def ask(self, name: str, stream: str) -> None:
+        """Ask for the templates of a stream for a collector that is served already."""
+        if stream in self._streams:
+            self._next.setdefault(stream, _Round()).add(name, joining=False)
 
     def follow_collectors(self) -> None:
         """Ask for the templates that collectors need that have joined; follow what comes if any has a share."""
@@ -185,9 +195,15 @@ class TemplateDelivery(Generic[D]):
             if body.piece == 0:
                 asked.begun.add(worker)
             if worker in asked.begun and worker not in asked.answered:
-                self._deliver(body.stream, body.datagrams, asked.joining | asked.served, came=False)
+                names = asked.joining | asked.served
+                now = {name for name in names if not self._keep(name, body.stream, body.datagrams)}
+                self._deliver(body.stream, body.datagrams, now, came=False)
                 if body.piece + 1 >= body.pieces:
                     asked.answered.add(worker)
+
+    def send(self, stream: str, datagrams: Sequence[TemplateDatagram], name: str) -> None:
+        """Send a collector templates of exporters that it gets."""
+        self._deliver(stream, datagrams, {name}, came=False)
 
     def _deliver(
         self, stream: str, datagrams: Sequence[TemplateDatagram], names: Collection[str], *, came: bool

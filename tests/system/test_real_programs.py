@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -239,12 +240,19 @@ class RareTemplates:
         self._socket.close()
 
 
-def start_late(stack: Stack, version: int) -> RareTemplates:
-    """Start everything, and an exporter that tells its templates and flows before any collector is there."""
+def start_late(stack: Stack, version: int, more: str = "") -> RareTemplates:
+    """Start everything, and an exporter that tells its templates and flows before any collector is there.
+
+    With `more` settings, of the stream and others, the journal is started too.
+    """
     protocol = "ipfix" if version == 10 else "netflow"
     stream = f'[[stream]]\nname = "flows"\nlisten = ["udp://127.0.0.1:2055"]\nprotocol = "{protocol}"\n'
-    stack.configure(PATIENT + stream)
+    stack.configure(PATIENT + stream + more)
     stack.start_all()
+    if more:
+        stack.start("journal")
+        with BusEnds(stack.bus) as bus:
+            accounts_when(bus, "journal.1", lambda accounts: any(name.startswith("origin/") for name in accounts))
     exporter = RareTemplates(version)
     for number in range(1, 4):
         exporter.flow(number)
@@ -274,6 +282,38 @@ def test_a_collector_that_joins_late_files_the_first_flow(stack: Stack, version:
         (f"10.9.0.{number}", str(PACKETS)) for number in range(100, 103)
     ]
     assert "Sequence Errors: 0" in nfcapd.text
+
+
+@pytest.mark.parametrize("version", [9, 10])
+def test_a_collector_that_catches_up_files_the_first_flow(stack: Stack, version: int) -> None:
+    """`nfcapd` is given a past without templates, then is away and restarted: it files each flow, and misses none."""
+    collector = (
+        '[[collector]]\nname = "siem"\nstreams = ["flows"]\naddress = "127.0.0.1"\nport = 9995\ncatch_up = true\n'
+    )
+    journal = f'journal = true\n{collector}[journal]\ndirectory = "{stack.directory / "journal"}"\nmin_free = 0\n'
+    with closing(start_late(stack, version, journal)) as exporter, BusEnds(stack.bus) as bus:
+
+        def has(account: str, counter: str, count: int) -> None:
+            service = "journal.1" if account.startswith("journal") else "forwarder.1"
+            accounts_when(bus, service, lambda accounts: accounts.get(account, {}).get(counter) == count)
+
+        has("journal/flows", "written", 6)
+        began = time.time()
+        for number in range(4, 7):
+            exporter.flow(number)
+        has("journal/flows", "written", 9)
+        late, filed = start_nfcapd(stack, 9996)
+        since = datetime.fromtimestamp(began, UTC).isoformat()
+        answer = ask_json({"op": "register", "name": "late", "streams": ["flows"], "port": 9996, "since": since})
+        assert answer["ok"], answer
+        has("collector/late", "sent", 3)
+        siem, again = start_nfcapd(stack, 9995)
+        wait_until(lambda: not ask_json({"op": "list"})["clients"]["siem"].get("catching_up"), "it is level")
+        for running, directory, first in ((late, filed, 4), (siem, again, 1)):
+            running.stop()
+            sources = [line.split()[0] for line in flows(directory)]
+            assert sources == [f"10.9.0.{number}" for number in range(first, 7)]
+            assert "Sequence Errors: 0" in running.text
 
 
 @pytest.mark.soak

@@ -58,13 +58,16 @@ class DefiningDatagram(NamedTuple):
 class Ready(NamedTuple):
     """A datagram to be sent: from where, and its payload, which numbers it as if the exporter had just sent it.
 
-    Whoever gets nothing else of that exporter finds no gap between these datagrams under the number `aside`.
+    Whoever gets nothing else of that exporter finds no gap between these datagrams under the number `aside`. Its number
+    is by `back` less than that of what the exporter sends next. What came before `since_ns` may be defined otherwise.
     """
 
     address: bytes
     port: int
     payload: bytes
     aside: int
+    back: int = 0
+    since_ns: int = 0
 
 
 @dataclass(slots=True)
@@ -94,6 +97,8 @@ class Domain:
     port: int
     aside: int
     """The number due next where only its templates go."""
+    since_ns: int = 0
+    """The time at which a template last took the place of another, or the exporter began anew; 0: neither is known."""
     seconds: int = 0
     uptime: int = 0
     clock_ns: int = 0
@@ -125,7 +130,7 @@ class Domain:
         for each in arrived.sets:
             found, number, content = [], int.from_bytes(each[:2]), each[SET_HEADER:]
             if number in TEMPLATE_SETS[self.version]:
-                found += self._define(content, options=number == TEMPLATE_SETS[self.version][1])
+                found += self._define(content, arrived.received_ns, options=number == TEMPLATE_SETS[self.version][1])
                 defines |= bool(found)
             elif (template := self.templates.get(number)) and template.options:
                 found += [(number, scope) for scope in scopes_of(content, template)]
@@ -148,13 +153,14 @@ class Domain:
         self.address, self.port = arrived.address, arrived.port
         self.seconds, self.uptime, self.clock_ns = arrived.seconds, arrived.uptime, arrived.received_ns
 
-    def _define(self, content: bytes, *, options: bool) -> list[Key]:
+    def _define(self, content: bytes, received_ns: int, *, options: bool) -> list[Key]:
         """Learn the templates of a set; return their ids, none if it takes some back, or is not one of templates."""
         found = read_templates(content, options=options, version=self.version)
         for template in found:
             before = self.templates.get(template.id)
             if before is not None and before != template:
                 self._forget(template.id)
+                self.since_ns = received_ns
             if template.lengths:
                 self.templates[template.id] = template
                 if options:
@@ -239,6 +245,8 @@ class TemplateCache:
     def __init__(self) -> None:
         self._domains: OrderedDict[int, Domain] = OrderedDict()
         """The one that was silent for longest is the first."""
+        self._forgotten: set[int] = set()
+        """Slots of which something else was known before."""
         self.size = 0
 
     def recognize(self, slot: int, arrived: DefiningDatagram) -> Definitions | None:
@@ -252,7 +260,10 @@ class TemplateCache:
     def learn(self, slot: int, arrived: DefiningDatagram) -> Definitions | None:
         """Keep what a datagram defines; return it, None when there is nothing."""
         known = self._domains.get(slot)
-        domain = known or Domain(arrived.version, arrived.domain, arrived.address, arrived.port, arrived.number)
+        since_ns = arrived.received_ns if slot in self._forgotten else 0
+        domain = known or Domain(
+            *(arrived.version, arrived.domain, arrived.address, arrived.port, arrived.number), since_ns
+        )
         size = known.size if known else 0
         piece = domain.learn(arrived)
         self.size += domain.size - size
@@ -275,6 +286,7 @@ class TemplateCache:
 
     def forget(self, slot: int) -> None:
         """Drop what is kept of an exporter: it has gone, was restarted, or sent what was not read."""
+        self._forgotten.add(slot)
         if found := self._domains.pop(slot, None):
             self.size -= found.size
 
@@ -312,7 +324,8 @@ class TemplateCache:
             back = sum(map(domain.takes, pieces))
             for piece in pieces:
                 payload = domain.datagram(piece, number - back, now_ns)
-                found.append(Ready(domain.address, domain.port, payload, domain.aside - back & WRAP))
+                aside = domain.aside - back & WRAP
+                found.append(Ready(domain.address, domain.port, payload, aside, back, domain.since_ns))
                 back -= domain.takes(piece)
         return found
 

@@ -14,12 +14,18 @@ from shared.datagrams.limits import MAX_DATAGRAM
 
 
 class TemplateDatagram(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """A datagram to be sent: its source, its payload, and the number instead of its own for who gets only such ones."""
+    """A datagram to be sent: its source, its payload, and the number instead of its own for who gets only such ones.
+
+    `back` is by how much its number is less than that of what its exporter sends next. `since_ns` is the time, in ns
+    since 1970, before which the exporter may have defined the same otherwise; 0: nothing is known of that.
+    """
 
     address: PackedAddress
     port: Annotated[int, Meta(ge=0, le=0xFFFF)]
     payload: Annotated[bytes, Meta(min_length=16, max_length=MAX_DATAGRAM)]
     aside: Annotated[int, Meta(ge=0, le=0xFFFFFFFF)]
+    back: Number = 0
+    since_ns: Number = 0
 
 
 class Templates(msgspec.Struct, array_like=True, frozen=True, gc=False):

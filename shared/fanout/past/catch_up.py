@@ -10,17 +10,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Final, Generic
 
-from shared.bus.bodies.journal_messages import (
-    JOURNAL_TOPIC,
-    MAX_BEHIND,
-    Behind,
-    CatchUpReport,
-    catch_up_topic,
-)
+from shared.bus.bodies.journal_messages import JOURNAL_TOPIC, Behind
+from shared.bus.bodies.template_messages import TemplateDatagram
 from shared.bus.continuity import Position
 from shared.bus.messages import Datagrams, Envelope, Message, Status, status_topic
 from shared.bus.zmq_sockets import Publisher, Subscriber
-from shared.client import MAX_PLACES, Client, Place, Source
+from shared.client import MAX_PLACES, Client, Place
 from shared.datagrams.batch import DatagramBatch
 from shared.datagrams.gathered import Gathered
 from shared.datagrams.routing import Selection
@@ -28,11 +23,12 @@ from shared.fanout.collectors import Collectors
 from shared.fanout.past.absences import Absences
 from shared.fanout.past.journal_questions import JournalQuestions, Pursued, reached_by_stream
 from shared.fanout.past.past_sender import STEP_ROWS, PastSender
-from shared.fanout.past.places_left import PlacesLeft
+from shared.fanout.past.progress import Progress
 from shared.fanout.past.pursuit import GENERATION, Pursuit, PursuitState
 from shared.fanout.past.window import Numbered, Window, Worker
 from shared.fanout.served import D
 from shared.fanout.streams import FollowedStreams
+from shared.fanout.templates import TemplateDelivery
 from shared.log import get_logger
 from shared.settings.model import Settings
 
@@ -68,16 +64,16 @@ class CatchUp(Generic[D]):
         collectors: Collectors[D],
         new_counts: Callable[[], Counter[str]],
         send: Callable[[Gathered, list[tuple[D, Selection]]], None],
+        templates: TemplateDelivery[D],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.due_at = float("inf")
-        self._source: Source = "relay" if publisher.sender.startswith("forwarder.") else "original"
         self._publisher = publisher
         self._subscriber = subscriber
         self._streams = streams
         self._collectors = collectors
         self._new_counts = new_counts
-        self._past = PastSender(collectors, send, clock)
+        self._past = PastSender(collectors, send, templates, clock)
         self._absences = Absences(collectors, streams.positions)
         self._clock = clock
         self._questions = JournalQuestions(publisher, clock)
@@ -85,20 +81,19 @@ class CatchUp(Generic[D]):
         """By collector and stream."""
         self._tables: dict[tuple[str, str], Counter[str]] = {}
         self._windows: dict[str, Window] = {}
-        self._left = PlacesLeft()
+        self._progress = Progress(publisher, "relay" if publisher.sender.startswith("forwarder.") else "original")
         self._alive = new_counts()
         self._away_ns = 0
         """The time at which the last process ended, about; 0: there was none."""
         self._stepped_at = self._clock()
         self._journal_seen_at = self._clock()
         self._report_at = 0.0
-        self._level: dict[str, int] = {}
-        """Collectors that are level, by name, until the registry says that they have nothing to resume."""
         self._begun: Mapping[str, int] = {}
         """The collectors that are served, by generation."""
         self._before: tuple[Client, ...] = ()
         """The collectors that the last process served, until the first registry comes."""
         collectors.defer_by(self.deferred)
+        templates.keep_by(self.keep_templates)
 
     def use(self, settings: Settings) -> None:
         """Use the journaled streams of these settings, and their pace."""
@@ -150,15 +145,14 @@ class CatchUp(Generic[D]):
                 places += self._places(client.name, stream, since_ns)
                 if pursued := self._pursued.get((client.name, stream)):
                     since_ns = min(since_ns, pursued.pursuit.since_ns or since_ns)
-            self._left.note(client, since_ns - STRAY_NS, places)
-            self._publish([self._left.report(client.name)])
+            self._progress.note_left(client, since_ns - STRAY_NS, places)
         for stream in streams:
             if (client.name, stream) in self._pursued:
                 if client.name in self._collectors:
                     count = self._pursued[client.name, stream].pursuit.deferred(self._streams.positions(stream))
                     self._collectors.past.count_left_behind(client.name, count)
                 self._end(client.name, stream)
-        self._level.pop(client.name, None)
+        self._progress.forget_level(client.name)
 
     def _places(self, name: str, stream: str, now_ns: int) -> Iterator[Place]:
         """Yield the places that a collector has reached in a stream: behind live copies, unless it catches up."""
@@ -183,7 +177,7 @@ class CatchUp(Generic[D]):
                 if (client.name, stream) not in self._pursued and self._begins(client, returning):
                     self._pursue(client, stream, returning=returning)
             if client.resume is None:
-                self._level.pop(client.name, None)
+                self._progress.forget_level(client.name)
         self._begun = {client.name: client.generation for client in clients.values()}
         self._watch()
 
@@ -214,7 +208,7 @@ class CatchUp(Generic[D]):
             )
             pursued.pursuit.begin(places, followed)
         else:
-            resume = self._left.resume(client.name, client.resume)
+            resume = self._progress.resume(client.name, client.resume)
             pursued = self._begin(client.name, client.generation, stream, max(1, resume.since_ns), counts)
             pursued.pursuit.begin(resume.places, followed)
         log.info("a collector begins to catch up", collector=client.name, stream=stream)
@@ -230,6 +224,7 @@ class CatchUp(Generic[D]):
         self._windows.setdefault(stream, Window(self._clock))
         if name in self._collectors:
             self._collectors.past.set_behind(name, stream)
+        self._past.ask_templates(pursued)
         self.due_at = 0.0
         return pursued
 
@@ -352,9 +347,10 @@ class CatchUp(Generic[D]):
         if pursuit.check(window, followed, at_once=gone) is PursuitState.LIVE:
             log.info("a collector has caught up", collector=pursued.name, stream=pursuit.stream)
             self._end(pursued.name, pursuit.stream)
+            self._past.send_rest(pursued)
             self._watch()
             if not any(name == pursued.name for name, _ in self._pursued):
-                self._level[pursued.name] = pursued.generation
+                self._progress.note_level(pursued.name, pursued.generation)
                 self._report_at = 0.0
 
     def _tidy(self, followed: Mapping[str, Mapping[Worker, Position]]) -> None:
@@ -365,10 +361,15 @@ class CatchUp(Generic[D]):
                 passed[worker] = min((each.totals.get(worker, 0) for each in pursuits), default=0)
             window.forget(passed)
 
+    def keep_templates(self, name: str, stream: str, datagrams: Iterable[TemplateDatagram]) -> bool:
+        """Keep templates of a stream for a collector that catches up on it; return whether it does."""
+        if (pursued := self._pursued.get((name, stream))) is not None:
+            pursued.templates.add(datagrams, pursued.pursuit.newest_ns)
+        return pursued is not None
+
     def tell_again(self, fresh: Iterable[str]) -> None:
         """Tell a gateway that has just come which collectors have left, and where they have got to."""
-        if any(catch_up_topic(self._source).startswith(prefix) for prefix in fresh):
-            self._publish(self._left.reports())
+        self._progress.tell_again(fresh)
 
     def report(self) -> None:
         """Tell the gateway which collectors are behind, or level again. Due every second."""
@@ -376,10 +377,8 @@ class CatchUp(Generic[D]):
         self._alive[ALIVE_NS] = now
         behind = {name: each.generation for (name, _), each in self._pursued.items()}
         told = [self._report_of(name, generation, now) for name, generation in behind.items()]
-        told += [Behind(name, generation, "level", 0, []) for name, generation in self._level.items()]
-        self._level = {name: each for name, each in self._level.items() if self._resumes(name)}
+        self._progress.report(told, self._resumes)
         self._past.paces.clear()
-        self._publish(told)
 
     def _resumes(self, name: str) -> bool:
         """Return whether the registry still has something to resume for a collector."""
@@ -393,8 +392,3 @@ class CatchUp(Generic[D]):
         age_ms = max(0, now_ns - oldest_ns) // 1_000_000
         pace = self._past.paces[name]
         return Behind(name, generation, "catching_up", since_ns, places[-MAX_PLACES:], rows, age_ms, pace)
-
-    def _publish(self, told: list[Behind]) -> None:
-        topic = catch_up_topic(self._source)
-        for first in range(0, len(told) if self._publisher.wanted(topic) else 0, MAX_BEHIND):
-            self._publisher.publish(topic, CatchUpReport(self._source, told[first : first + MAX_BEHIND]))

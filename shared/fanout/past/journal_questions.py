@@ -12,6 +12,7 @@ from shared.bus.bodies.journal_messages import JOURNAL_TOPIC, JournalPortion, Jo
 from shared.bus.messages import Message, Status
 from shared.bus.zmq_sockets import Publisher
 from shared.client import Place
+from shared.fanout.past.past_templates import PastTemplates
 from shared.fanout.past.pursuit import Pursuit, PursuitState
 from shared.fanout.past.window import Numbered, Worker
 from shared.ledger.accounts import is_origin, parse_origin
@@ -58,6 +59,7 @@ class Pursued:
     signs: int = 0
     unsent: Counter[str] = field(default_factory=Counter)
     """Counts of the collector's account before that step (`shared.fanout.past.absences`)."""
+    templates: PastTemplates = field(default_factory=PastTemplates)
 
 
 class JournalQuestions:

@@ -11,9 +11,11 @@ from shared.datagrams.routing import Selection
 from shared.fanout.collectors import Collectors
 from shared.fanout.past.absences import put_off, signs, unsent
 from shared.fanout.past.journal_questions import Pursued
+from shared.fanout.past.past_templates import PastTemplates
 from shared.fanout.past.pursuit import Step
 from shared.fanout.past.window import Window, Worker
 from shared.fanout.served import D
+from shared.fanout.templates import TemplateDelivery
 
 STEP_ROWS: Final = 128
 """Datagrams that a collector gets in a row: half of what the smallest receive buffer holds."""
@@ -30,17 +32,32 @@ class PastSender(Generic[D]):
         self,
         collectors: Collectors[D],
         send: Callable[[Gathered, list[tuple[D, Selection]]], None],
+        templates: TemplateDelivery[D],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.paces: Counter[str] = Counter()
         self._collectors = collectors
         self._send = send
+        self._templates = templates
         self._clock = clock
 
     def note_away(self, pursued: Pursued) -> None:
-        """Note that a collector is away: it is tried in a while."""
+        """Note that a collector is away: it is tried in a while, and may have lost all templates by then."""
+        if pursued.away:
+            pursued.templates.put_back()
+        else:
+            self.ask_templates(pursued)
         pursued.away, pursued.last = True, None
         pursued.try_at = self._clock() + AGAIN_SECONDS
+
+    def ask_templates(self, pursued: Pursued) -> None:
+        """Ask for the templates that a collector may need before what comes next."""
+        pursued.templates = PastTemplates()
+        self._templates.ask(pursued.name, pursued.pursuit.stream)
+
+    def send_rest(self, pursued: Pursued) -> None:
+        """Send one that is level the templates of exporters that were not in the past."""
+        self._templates.send(pursued.pursuit.stream, pursued.templates.pop_rest(), pursued.name)
 
     def send_due(self, pursued: Pursued, window: Window, followed: Mapping[Worker, Position]) -> bool:
         """Send a collector what it may have now; return whether there is more."""
@@ -95,6 +112,7 @@ class PastSender(Generic[D]):
             return True
         put_off(served, pursued.unsent)
         owed_again = pursued.pursuit.rewind(pursued.last, followed)
+        pursued.question = None  # its answer is what comes behind the place that was left
         if owed_again:
             self._collectors.past.count_discovered(pursued.name, owed_again)
         self.note_away(pursued)
@@ -109,7 +127,9 @@ class PastSender(Generic[D]):
             self._collectors.past.count_unread(pursued.name, step.missing, step.expired)
         if step.batch is None or not len(step.batch):
             return
-        pursued.allowance -= len(step.batch)
+        templates = pursued.templates.pop_for(step.batch)
+        self._templates.send(pursued.pursuit.stream, templates, pursued.name)
+        pursued.allowance -= len(step.batch) + len(templates)
         self.paces[pursued.name] += len(step.batch)
         batch = Gathered([step.batch])
         if routed := self._collectors.past.route_past(pursued.name, batch):

@@ -13,6 +13,7 @@ from shared.datagrams.batch import Indices
 from shared.datagrams.gathered import Gathered
 from shared.ledger.counters import (
     HELD,
+    LEFT_BEHIND,
     NO_MEMORY,
     SENT,
     TEMPLATES,
@@ -94,7 +95,7 @@ class Backlog:
             return
         account[TEMPLATES] += made
         account[TEMPLATES_SENT] += found.pop(SENT, 0)
-        account[TEMPLATES_LOST] += dropped(found) + found[WITHHELD]
+        account[TEMPLATES_LOST] += dropped(found) + found[WITHHELD] + found[LEFT_BEHIND]
         account[TEMPLATES_HELD] = found[HELD]
         self.templates = Counter({HELD: found[HELD]} if found[HELD] else {})
 

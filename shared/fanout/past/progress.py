@@ -1,0 +1,64 @@
+"""Tells the gateway of collectors that catch up, are level, or have left, and where they have got to; it keeps that."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final
+
+from shared.bus.bodies.journal_messages import MAX_BEHIND, Behind, CatchUpReport, catch_up_topic
+from shared.bus.zmq_sockets import Publisher
+from shared.client import MAX_PLACES, Client, Place, Resume, Source
+
+MAX_LEFT: Final = 1024
+"""Collectors that have left and are told of again to a gateway that was restarted; the first to leave go first."""
+
+
+class Progress:
+    """The reports of one sender of copies."""
+
+    def __init__(self, publisher: Publisher, source: Source) -> None:
+        self._publisher = publisher
+        self._source = source
+        self._topic = catch_up_topic(source)
+        self._left: dict[str, tuple[int, int, tuple[Place, ...]]] = {}
+        """Collectors that have left, each with the generation and the places that it had."""
+        self._level: dict[str, int] = {}
+        """Collectors that are level, with their generation, until the registry has nothing to resume for them."""
+
+    def note_left(self, client: Client, since_ns: int, places: Sequence[Place]) -> None:
+        """Tell that a collector has left: it has had what was received before `since_ns`, or is before its places."""
+        self._left.pop(client.name, None)
+        self._left[client.name] = client.generation, since_ns, tuple(places[-MAX_PLACES:])
+        while len(self._left) > MAX_LEFT:
+            del self._left[next(iter(self._left))]
+        self._publish([self._report_left(client.name)])
+
+    def resume(self, name: str, resume: Resume) -> Resume:
+        """Return where a name goes on: where it was seen to leave, if under the generation that the registry means."""
+        generation, since_ns, places = self._left.get(name, (0, 0, ()))
+        return Resume(since_ns, generation, places) if generation and generation == resume.generation else resume
+
+    def _report_left(self, name: str) -> Behind:
+        generation, since_ns, places = self._left[name]
+        return Behind(name, generation, "left", max(1, since_ns), list(places))
+
+    def note_level(self, name: str, generation: int) -> None:
+        """Note that a collector is level: the next report says so."""
+        self._level[name] = generation
+
+    def forget_level(self, name: str) -> None:
+        """Note that a collector has nothing to resume, or is gone."""
+        self._level.pop(name, None)
+
+    def tell_again(self, fresh: Iterable[str]) -> None:
+        """Tell a gateway that has just come which collectors have left, and where they have got to."""
+        if any(self._topic.startswith(prefix) for prefix in fresh):
+            self._publish([self._report_left(name) for name in self._left])
+
+    def report(self, told: Sequence[Behind], resumes: Callable[[str], bool]) -> None:
+        """Tell which collectors are behind, or level again: for as long as the registry says that one resumes."""
+        self._publish([*told, *(Behind(name, each, "level", 0, []) for name, each in self._level.items())])
+        self._level = {name: each for name, each in self._level.items() if resumes(name)}
+
+    def _publish(self, told: Sequence[Behind]) -> None:
+        for first in range(0, len(told) if self._publisher.wanted(self._topic) else 0, MAX_BEHIND):
+            report = CatchUpReport(self._source, list(told[first : first + MAX_BEHIND]))
+            self._publisher.publish(self._topic, report)
