@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import Any, Final, TypeVar
 
 from services.console.guard import Holder
-from services.console.watch import Watch
+from services.console.watch import PICTURE_SECONDS, Watch
 from shared.bus.status import INTERVAL_SECONDS
 from shared.client import Source
 from shared.log import PROBED_BY_ADMIN, REMOVED_BY_ADMIN, get_logger
@@ -24,7 +24,7 @@ from shared.settings.entries import Stream
 from shared.settings.model import Settings
 
 ANSWER_SECONDS: Final = 5.0
-REPORTED_SECONDS: Final = INTERVAL_SECONDS + 0.3
+REPORTED_SECONDS: Final = INTERVAL_SECONDS + PICTURE_SECONDS + 0.3
 """Within which every service has reported anew, and the watch has noticed."""
 MAX_NAME_SHOWN: Final = 100
 

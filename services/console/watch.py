@@ -20,10 +20,19 @@ PICTURE_SHARE: Final = 10
 """Pictures take at most one part in this many of a core: of thousands of collectors there are fewer."""
 IDLE_SECONDS: Final = 5.0
 """Between pictures while no page is open: the history takes a step."""
-LOOK_SECONDS: Final = 0.25
-"""Time by which a message may be noticed late: the bus's descriptor tells only of the first of several."""
+START_SECONDS: Final = 0.05
+"""Between looks for the broker, until it is seen."""
 AFTER_REPORTS: Final = 0.15
-"""Services report at the full second; a picture is made this much later."""
+"""Services report at the full second; messages are taken, and a picture is made, this much later."""
+
+
+def next_look(now: float, seconds: float) -> float:
+    """Return when to take messages next: a moment behind the reports of services.
+
+    >>> next_look(12.0, 1.0), next_look(12.25, 5.0)
+    (12.15, 15.15)
+    """
+    return next_tick(now - AFTER_REPORTS, seconds) + AFTER_REPORTS
 
 
 class Watch:
@@ -69,8 +78,8 @@ class Watch:
             self._reporter.report(self.accounts)
 
     def fileno(self) -> int:
-        """Return the descriptor that wakes `take`."""
-        return self._subscriber.fileno()
+        """Return the descriptor that wakes `take`: somebody asks for our report. Messages wait for the next look."""
+        return self._publisher.fileno()
 
     def is_ready(self) -> bool:
         """Return whether the broker has been seen."""
@@ -81,16 +90,17 @@ class Watch:
         due_at = 0.0
         while not stopped.is_set():
             self.take()
-            if (now := time.monotonic()) >= due_at:
-                every = PICTURE_SECONDS if self.pages else IDLE_SECONDS
-                due_at = next_tick(now - AFTER_REPORTS, every) + AFTER_REPORTS
+            now = time.monotonic()
+            if self.pages:
+                due_at = min(due_at, self.picture.at + max(PICTURE_SECONDS, PICTURE_SHARE * self._took))
+            if now >= due_at:
+                due_at = next_look(now, PICTURE_SECONDS if self.pages else IDLE_SECONDS)
                 await self._make(now)
                 due_at = max(due_at, now + PICTURE_SHARE * self._took)
-            elif self.pages:
-                due_at = min(due_at, self.picture.at + max(PICTURE_SECONDS, PICTURE_SHARE * self._took))
             readiness.check(**facts)
+            look_at = min(due_at, next_look(now, PICTURE_SECONDS)) if self.is_ready() else now + START_SECONDS
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(stopped.wait(), min(LOOK_SECONDS, max(0.01, due_at - time.monotonic())))
+                await asyncio.wait_for(stopped.wait(), max(0.01, look_at - time.monotonic()))
         self.closing = True
         async with self._made:
             self._made.notify_all()

@@ -36,9 +36,9 @@ from shared.ledger.counters import CHECKSUM_ERRORS, FILES_RESTORED
 from shared.log import get_logger
 from shared.net.addresses import Endpoint
 from shared.net.sockets import (
+    ChecksumErrors,
     InheritedSocket,
     bound_endpoint,
-    checksum_errors,
     enlarge_receive_buffer,
     receive_buffer,
 )
@@ -91,6 +91,7 @@ class Worker:
         """The functions that begin to read inherited sockets."""
         self._upkeep = Upkeep()
         self._spreader = Spreader(settings.ingest.spread)
+        self._checksum_errors = ChecksumErrors()
         self._marks = MarkReader(settings.offload, self._accounts["ingest"])
         self._fill_seconds = settings.ingest.fill_ms / 1000
         self._received_at = self._wait_seconds = 0.0
@@ -357,7 +358,7 @@ class Worker:
         self._connections.expire()
         self._marks.count_sockets(each.reads_marks for each in self._receivers.values())
         self._totals.keep()
-        self._accounts["host"][CHECKSUM_ERRORS] = checksum_errors()
+        self._accounts["host"][CHECKSUM_ERRORS] = self._checksum_errors.count()
         self._reporter.report(lambda: self._accounts)
 
     def _drain(self) -> None:

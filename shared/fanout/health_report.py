@@ -1,9 +1,10 @@
 """Health on the bus: collectors with a trouble, or losses; told at once, to late subscribers, and each second.
 
-The list is complete each time, so the next one makes up for a lost one.
+The list is complete each time, so the next one makes up for a lost one. Without collectors there is nothing to repeat.
 """
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterable
 
@@ -50,21 +51,25 @@ class HealthReporter:
         *,
         flowing: bool = True,
         idle: bool = False,
+        serving: bool = True,
     ) -> None:
         """Examine the collectors; publish their troubles if they differ from the last report or a second has passed.
 
         While no copies are `flowing` nothing is published: by that silence the gateway finds that collectors wait. An
         `idle` service, which has sent nothing since the last report, examines them each second, others twice as often.
+        One that is not `serving` has no collectors.
         """
         now = time.monotonic()
         troubled = [_troubled(client, symptom, lost, now) for client, symptom, lost in look(now)]
         rests = idle and not any(each.trouble for each in troubled)
         self.due_at = next_tick(now, REPEAT_SECONDS if rests else EXAMINE_SECONDS)
+        if serving:
+            self._tell_at = min(self._tell_at, self.due_at)
         found = [(each.name, each.generation, each.trouble) for each in troubled]
         due = found != self._told or now >= self._tell_at
         if not (due and flowing and self._publisher.wanted(self._topic)):
             return
-        self._told, self._tell_at = found, next_tick(now, REPEAT_SECONDS)
+        self._told, self._tell_at = found, next_tick(now, REPEAT_SECONDS) if serving else math.inf
         pieces, report = cut(troubled, _size_of), next(self._reports)
         for number, piece in enumerate(pieces):
             self._publisher.publish(self._topic, Health(self._source, report, number, len(pieces), piece))

@@ -197,7 +197,8 @@ class CopyService(CopySender[D]):
         if now >= self._health.due_at or (fresh and self._health.asked_for(fresh)):
             self._collectors.refresh()
             self._catch_up.look_for_absent()
-            self._health.report(self._collectors.examine, flowing=self._streams.flowing, idle=self._idle)
+            serving, flowing = bool(self._collectors.clients), self._streams.flowing
+            self._health.report(self._collectors.examine, flowing=flowing, idle=self._idle, serving=serving)
             self._idle = True
         if now >= self._reporter.due_at or (fresh and self._reporter.asked_for(fresh)):
             self._report()
@@ -304,7 +305,7 @@ class CopyService(CopySender[D]):
             self._resumption.begin(self._streams.workers_left, self._left.tables)
             self._left = Sheet()
         self._keep()
-        self._health.report(self._collectors.examine)  # before any answer that a collector is served
+        self._health.report(self._collectors.examine, serving=bool(clients))  # before any answer that one is served
         self._apply_at = time.monotonic() + APPLY_SHARE * (time.monotonic() - began)
 
     def _restore(self) -> None:

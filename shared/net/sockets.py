@@ -5,6 +5,7 @@ import errno
 import os
 import socket
 import struct
+import time
 from collections.abc import Callable, MutableMapping
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ KINDS: Final = {
     "unixgram": socket.SOCK_DGRAM,
 }
 """The kind of socket that serves a scheme."""
+CHECKSUM_SECONDS: Final = 4.5
 NOT_HERE: Final = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 """Errors of a host without IPv6 for one of several addresses of a name; the others serve."""
 
@@ -246,6 +248,19 @@ def checksum_errors() -> int:
         _, _, rest = _read_proc("/proc/self/net/snmp6").partition(b"Udp6InCsumErrors")
         errors += int(rest.partition(b"\n")[0] or 0)
     return errors
+
+
+class ChecksumErrors:
+    """`checksum_errors`, read every few seconds: the kernel takes as long for it as a worker for a whole report."""
+
+    def __init__(self) -> None:
+        self._count, self._read_at = 0, 0.0
+
+    def count(self) -> int:
+        """Return what was read last."""
+        if (now := time.monotonic()) >= self._read_at:
+            self._count, self._read_at = checksum_errors(), now + CHECKSUM_SECONDS
+        return self._count
 
 
 def _read_proc(path: str) -> bytes:

@@ -219,13 +219,13 @@ class Watchdog:
         ours = os.environ.get("WATCHDOG_PID") in (None, str(os.getpid()))
         seconds = int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6 if ours else 0.0
         self._interval = seconds / 4
-        self._due_at = 0.0 if seconds else float("inf")
+        self.due_at = 0.0 if seconds else float("inf")
 
     def feed(self) -> None:
         """Tell systemd when it is due. Call it after each turn of a loop that did its work, and from nowhere else."""
         now = time.monotonic()
-        if now >= self._due_at:
-            self._due_at = now + self._interval
+        if now >= self.due_at:
+            self.due_at = now + self._interval
             notify("WATCHDOG=1", socket.MSG_DONTWAIT)  # a manager that is busy must not hold up the loop
 
 
@@ -234,20 +234,22 @@ class Manager:
 
     def __init__(self) -> None:
         self._check_at = float("inf")
+        self.watched: list[int] = []
+        """Its descriptor, which becomes readable when it ends."""
         if pid := os.environ.get(MANAGER_PID):
             self._check_at = 0.0
-            try:
-                self._process: int | None = os.pidfd_open(int(pid))
-            except OSError:  # it has ended already
-                self._process = None
+            with contextlib.suppress(OSError):  # it has ended already
+                self.watched = [os.pidfd_open(int(pid))]
 
     def check(self) -> None:
-        """Send this process SIGTERM once the manager has ended, however it has ended. Looks once a second."""
-        now = time.monotonic()
-        if now < self._check_at:
-            return
-        self._check_at = now + MANAGER_SECONDS
-        if self._process is None or select.select([self._process], [], [], 0)[0]:
+        """Do what `heed` does, once a second."""
+        if (now := time.monotonic()) >= self._check_at:
+            self._check_at = now + MANAGER_SECONDS
+            self.heed()
+
+    def heed(self) -> None:
+        """Send this process SIGTERM once the manager has ended, however it has ended."""
+        if self._check_at != float("inf") and (not self.watched or select.select(self.watched, [], [], 0)[0]):
             self._check_at = float("inf")
             log.warning("the process that ran all services has ended: this one ends too")
             os.kill(os.getpid(), signal.SIGTERM)
@@ -291,9 +293,10 @@ def stay_up(service: str, lifecycle: Lifecycle) -> None:
     watchdog, manager = Watchdog(), Manager()
     while not lifecycle.draining:
         watchdog.feed()
-        select.select([lifecycle], [], [], MANAGER_SECONDS)
+        left = watchdog.due_at - time.monotonic()
+        select.select([lifecycle.fileno(), *manager.watched], [], [], None if left == float("inf") else max(0.0, left))
         lifecycle.heed()
-        manager.check()
+        manager.heed()
 
 
 def announce_ready(service: str, **facts: object) -> None:
