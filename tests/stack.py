@@ -246,3 +246,26 @@ def ask_json(request: dict[str, Any], port: int = 5000, host: str = "127.0.0.1")
     """Send one JSON line and return the answer to it."""
     answer: dict[str, Any] = json.loads(ask(json.dumps(request).encode() + b"\n", port, host))
     return answer
+
+
+def flows_to(name: str, port: int = 5000, host: str = "127.0.0.1") -> bool:
+    """Return whether copies flow to a collector, as the gateway's list tells."""
+    return ask_json({"op": "list"}, port, host)["clients"][name]["health"] not in ("fresh", "waiting")
+
+
+def sign_up(request: dict[str, Any], port: int = 5000, host: str = "127.0.0.1") -> dict[str, Any]:
+    """Sign a collector up, and wait until copies flow to it; return its entry as the gateway's answer shows it.
+
+    The gateway answers at once while it has not heard of a service that sends such copies. One that has just begun may
+    be ready before the gateway has heard of it, and what is sent then is not owed to the collector.
+    """
+    answer: dict[str, Any] = {}
+
+    def is_signed_up() -> bool:
+        answer.update(ask_json({"op": "register"} | request, port, host))
+        return bool(answer["ok"])
+
+    wait_until(is_signed_up, lambda: f"{request['name']} is signed up: {answer}")
+    wait_until(lambda: flows_to(request["name"], port, host), f"copies flow to {request['name']}")
+    entry: dict[str, Any] = answer["client"]
+    return entry

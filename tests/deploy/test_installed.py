@@ -20,7 +20,7 @@ from tests.capabilities import ambient
 from tests.deploy import confined
 from tests.deploy.test_units import INSTALLED, SERVICES, UNITS, lines, need
 from tests.once import wheel
-from tests.stack import Running, Stack, ask_json, wait_until
+from tests.stack import Running, Stack, sign_up, wait_until
 
 BROKER = UNITS / "fanwire-broker.service"
 PRIVILEGED = (UNITS / "fanwire-transmitter.service", UNITS / "fanwire-offload.service")
@@ -109,7 +109,7 @@ def test_services_run_installed_and_confined(
             sock.settimeout(60)
         collector.bind(("127.0.0.1", 0))
         port = collector.getsockname()[1]
-        assert ask_json({"op": "register", "name": "c", "streams": ["messages"], "port": port})["ok"]
+        sign_up({"name": "c", "streams": ["messages"], "port": port})
         exporter.sendto(b"Hello", ("127.0.0.1", 6667))
         assert collector.recv(100) == b"Hello"
         assert exporter.recv(100) == b"Got your message!"

@@ -16,7 +16,7 @@ from shared.bus.messages import REGISTRY_TOPIC, TRANSMIT_TOPIC, VERSION, datagra
 from shared.bus.zmq_sockets import publish_endpoint
 from tests.builders import heavy_bodies
 from tests.openly import OpenStack
-from tests.stack import Stack, ask_json, wait_until
+from tests.stack import Stack, sign_up
 from tests.traffic import open_receiver
 
 TOPICS = (
@@ -51,8 +51,7 @@ def test_garbage_on_every_topic_disturbs_nobody(open_stack: OpenStack) -> None:
         sinks = [open_receiver("127.0.0.1", port)[0] for port in (9100, 9101)]
         with closing(sinks[0]), closing(sinks[1]), closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as sender:
             for port, source in ((9100, "relay"), (9101, "original")):
-                request = {"op": "register", "name": source, "streams": ["messages"], "port": port, "source": source}
-                wait_until(lambda request=request: ask_json(request)["ok"], "it is signed up")  # type: ignore[misc]
+                sign_up({"name": source, "streams": ["messages"], "port": port, "source": source})
             for sink in sinks:
                 sink.settimeout(60)
             for number in range(50):

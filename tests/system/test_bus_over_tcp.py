@@ -15,7 +15,7 @@ from shared.settings.tables import Bus
 from tests.builders import BusEnds, accounts_when, kill_all
 from tests.openly import NOBODY, OpenStack
 from tests.services.operator.played import run
-from tests.stack import PATIENT, Stack, ask_json, wait_until
+from tests.stack import PATIENT, Stack, sign_up, wait_until
 from tests.traffic import open_receiver
 
 LISTEN = 'listen = ["tcp://localhost:5800"]\n'
@@ -59,8 +59,7 @@ def test_whole_stack_delivers_over_tcp(stack: Stack, local: tuple[str, ...]) -> 
     receiver, _ = open_receiver("127.0.0.1", 9514)
     with closing(receiver):
         receiver.settimeout(60)
-        assert ask_json({"op": "register", "name": "siem", "streams": ["messages"], "port": 9514})["ok"]
-        wait_until(lambda: ask_json({"op": "list"})["clients"]["siem"]["health"] == "ok", "copies flow")
+        sign_up({"name": "siem", "streams": ["messages"], "port": 9514})
         for _ in range(3):
             send(*PAYLOADS)
             assert [receiver.recv(65_536) for _ in PAYLOADS] == PAYLOADS

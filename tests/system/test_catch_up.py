@@ -18,7 +18,7 @@ from shared.ledger.equations import dropped
 from shared.net.sockets import enlarge_receive_buffer
 from tests.builders import BusEnds, accounts_when
 from tests.openly import OpenStack
-from tests.stack import PATIENT, ask_json, wait_until
+from tests.stack import PATIENT, ask_json, sign_up, wait_until
 from tests.traffic import open_receiver, pause
 
 EXPORTERS = [f"127.0.1.{number}" for number in range(1, 17)]
@@ -106,16 +106,13 @@ class Counted(threading.Thread):
 
 
 def register(name: str, source: str, port: int, **more: Any) -> dict[str, Any]:
-    """Sign up; return the answer."""
-    request = {"op": "register", "name": name, "streams": ["messages"], "port": port, "source": source, **more}
-    answer = ask_json(request)
-    assert answer["ok"], answer
-    return answer
+    """Sign up; return the entry."""
+    return sign_up({"name": name, "streams": ["messages"], "port": port, "source": source, **more})
 
 
 def leave(name: str, granted: dict[str, Any]) -> None:
     """Leave."""
-    assert ask_json({"op": "leave", "name": name, "generation": granted["client"]["generation"]})["ok"]
+    assert ask_json({"op": "leave", "name": name, "generation": granted["generation"]})["ok"]
 
 
 def entry(name: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.stack import CHECKOUT, PATIENT, Stack, ask_json, wait_until
+from tests.stack import CHECKOUT, PATIENT, Stack, ask_json, sign_up, wait_until
 from tests.traffic import open_receiver
 
 YEAR = 365 * 86_400.0
@@ -64,10 +64,9 @@ def test_leases_and_copies_do_not_go_by_the_time_of_day(jumping: JumpingStack) -
     receiver, _ = open_receiver("127.0.0.1", 9100)
     with closing(receiver), closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as sender:
         receiver.settimeout(60)
-        collector = {"op": "register", "streams": ["messages"], "port": 9100}
-        kept = ask_json(collector | {"name": "kept", "ttl": 60})
-        assert kept["ok"]
-        renewal = {"op": "renew", "name": "kept", "generation": kept["client"]["generation"]}
+        collector = {"streams": ["messages"], "port": 9100}
+        kept = sign_up(collector | {"name": "kept", "ttl": 60})
+        renewal = {"op": "renew", "name": "kept", "generation": kept["generation"]}
         for seconds in (YEAR, -YEAR):
             jumping.jump(seconds)
             for number in range(5):
@@ -76,18 +75,15 @@ def test_leases_and_copies_do_not_go_by_the_time_of_day(jumping: JumpingStack) -
             time.sleep(0.6)  # more than a tick of the gateway: what would expire does
             assert 0 < ask_json({"op": "list"})["clients"]["kept"]["expires_in"] < 60
             assert ask_json(renewal)["expires_in"] == 60
-        assert ask_json(collector | {"name": "short", "port": 9101, "ttl": 1})["ok"]
+        sign_up(collector | {"name": "short", "port": 9101, "ttl": 1})
         jumping.jump(-YEAR)
         wait_until(lambda: "short" not in ask_json({"op": "list"})["clients"], "its second is over")
         jumping["gateway"].stop()
         jumping.start("gateway")
         after = ask_json({"op": "list"})["clients"]
         assert list(after) == ["kept"]
-        assert (
-            after["kept"]["generation"]
-            == kept["client"]["generation"]
-            < ask_json(collector | {"name": "new", "port": 9102})["client"]["generation"]
-        )
+        new = sign_up(collector | {"name": "new", "port": 9102})
+        assert after["kept"]["generation"] == kept["generation"] < new["generation"]
     ledger = jumping.operator("ledger")
     assert ledger.process.wait(60) == 0, ledger.text
 

@@ -13,7 +13,7 @@ import zmq
 
 from shared.bus.zmq_sockets import publish_endpoint, subscribe_endpoint
 from shared.process.log_limit import LINES_AT_ONCE
-from tests.stack import Stack, ask, ask_json, wait_until
+from tests.stack import Stack, ask, sign_up, wait_until
 from tests.system.test_bad_input import garbage
 
 SECONDS = 1.0
@@ -91,7 +91,7 @@ def test_flood_has_bounds(stack: Stack, flood: Flood) -> None:
     """Under a flood every process stays, with its threads; memory, descriptors, files and log grow by little."""
     stack.configure(SETTINGS)
     stack.start_all()
-    assert ask_json({"op": "register", "name": "fine", "streams": ["*"], "port": 9514})["ok"]
+    sign_up({"name": "fine", "streams": ["*"], "port": 9514})
     draw = random.Random(1)
     flood(stack, draw)
 

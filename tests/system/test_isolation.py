@@ -15,7 +15,7 @@ from tests.builders import BusEnds, accounts_when
 from tests.capture import Arrival, Collector
 from tests.network import Host
 from tests.openly import OpenStack
-from tests.stack import ask_json, wait_until
+from tests.stack import flows_to, wait_until
 from tests.system.test_source_preserving import EXPORTERS, SETTINGS, Exporters, Flood, number_of, small_site
 
 LIVE, REFUSING, DEAF = 9514, 9, 9515
@@ -84,10 +84,7 @@ def test_trouble_of_others_costs_a_live_collector_nothing(open_stack: OpenStack,
             open_stack["gateway"].stop()
             open_stack.start("gateway")
             open_stack.start("transmitter")
-            wait_until(
-                lambda: {each["health"] for each in ask_json({"op": "list"})["clients"].values()} != {"fresh"},
-                "copies flow",
-            )
+            wait_until(lambda: flows_to("live"), "copies flow")
         service = "forwarder.1" if source == "relay" else "transmitter.1"
         bus = opened.enter_context(BusEnds(open_stack.bus))
         accounts_when(bus, service, lambda found: len(by_collector(found)) == 7)
@@ -123,7 +120,7 @@ def test_full_interface_queue_is_counted(open_stack: OpenStack, source: Source) 
             open_stack["gateway"].stop()
             open_stack.start("gateway")
             open_stack.start("transmitter")
-            wait_until(lambda: ask_json({"op": "list"})["clients"]["live"]["health"] != "fresh", "copies flow")
+            wait_until(lambda: flows_to("live"), "copies flow")
         service = "forwarder.1" if source == "relay" else "transmitter.1"
         bus = opened.enter_context(BusEnds(open_stack.bus))
         accounts_when(bus, service, lambda found: "live" in by_collector(found))

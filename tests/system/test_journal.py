@@ -13,7 +13,7 @@ from shared.capture.reader import CaptureReader
 from shared.journal.directory import segments_in
 from shared.net.sockets import enlarge_receive_buffer
 from tests.builders import BusEnds, accounts_when
-from tests.stack import PATIENT, Stack, ask_json, wait_until
+from tests.stack import PATIENT, Stack, sign_up, wait_until
 from tests.traffic import payload
 
 SETTINGS = (
@@ -62,8 +62,7 @@ def test_live_copies_know_nothing_of_the_journals_fate(stack: Stack) -> None:
         collector.bind(("127.0.0.1", 0))
         collector.settimeout(60)
         port = collector.getsockname()[1]
-        answer = ask_json({"op": "register", "name": "siem", "streams": ["messages"], "port": port})
-        assert answer["ok"], answer
+        sign_up({"name": "siem", "streams": ["messages"], "port": port})
         sent: list[bytes] = []
 
         def send(count: int) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from shared.ledger.equations import dropped
 from tests.openly import OpenStack
-from tests.stack import PATIENT, ask_json, wait_until
+from tests.stack import PATIENT, ask_json, sign_up, wait_until
 from tests.traffic import open_receiver, pause
 
 EXPORTER = "127.0.0.2"
@@ -52,8 +52,7 @@ def test_whoever_is_killed_all_goes_on(open_stack: OpenStack, name: str) -> None
     with closing(sink):
         sink.setblocking(False)
         for source in ("relay", "original"):
-            request = {"op": "register", "name": source, "streams": ["messages"], "port": 9514, "source": source}
-            wait_until(lambda request=request: ask_json(request)["ok"], f"{source} is signed up")  # type: ignore[misc]
+            sign_up({"name": source, "streams": ["messages"], "port": 9514, "source": source})
         flood.start()
 
         def both_reach(number: int) -> bool:

@@ -18,8 +18,9 @@ from shared.bus.messages import Status
 from shared.bus.status import Reports
 from shared.ledger.accounts import Accounts
 from shared.ledger.equations import discrepancies, dropped
+from shared.net.sockets import kernel_drops
 from tests.builders import BusEnds, freeze, kill_all
-from tests.stack import Running, Stack, ask_json, wait_until
+from tests.stack import Running, Stack, sign_up, wait_until
 from tests.traffic import exporters, open_receiver, pause
 
 EXPORTERS = 6
@@ -40,7 +41,7 @@ class Sink(threading.Thread):
 
     def __init__(self, port: int) -> None:
         super().__init__(daemon=True)
-        self._socket, self.room = open_receiver("127.0.0.1", port, 1 << 28)
+        self._socket, _ = open_receiver("127.0.0.1", port, 1 << 28)
         self._socket.settimeout(0.1)
         self._stopping = threading.Event()
         self.came: list[list[int]] = [[] for _ in range(EXPORTERS)]
@@ -50,6 +51,11 @@ class Sink(threading.Thread):
     def count(self) -> int:
         """Copies so far."""
         return sum(map(len, self.came)) + len(self.wrong)
+
+    @property
+    def lost(self) -> int:
+        """Copies so far that the kernel has dropped, as this thread did not read fast enough for its receive buffer."""
+        return kernel_drops(self._socket)
 
     def quiet(self, seconds: float) -> bool:
         """Return whether nothing comes for a while."""
@@ -127,7 +133,7 @@ def begin(stack: Stack, pool: int | None) -> None:
     stream = '[[stream]]\nname = "s"\nlisten = ["udp://127.0.0.1:7000"]\nreceive_buffer = 268435456\n'
     stack.configure(f"{line}{stream}")
     stack.start_all()
-    assert ask_json({"op": "register", "name": "c", "streams": ["s"], "port": 9100})["ok"]
+    sign_up({"name": "c", "streams": ["s"], "port": 9100})
 
 
 def settle(stack: Stack, sink: Sink, flood: Flood) -> tuple[Counter[str], Counter[str]]:
@@ -151,10 +157,12 @@ def settle(stack: Stack, sink: Sink, flood: Flood) -> tuple[Counter[str], Counte
             return (
                 stream["received"] + stream["kernel_dropped"] == flood.sent
                 and collector["expected"] == stream["published"]
-                and sink.count == collector["sent"]
+                and sink.count + sink.lost == collector["sent"]
             )
 
-        wait_until(all_accounted_for, lambda: f"sent {flood.sent}, came {sink.count}, accounts {found()}")
+        wait_until(
+            all_accounted_for, lambda: f"sent {flood.sent}, came {sink.count}, lost {sink.lost}, accounts {found()}"
+        )
     stream, collector = found()
     assert collector["sent"] + dropped(collector) + collector["missed"] == stream["published"]
     sink.check()
@@ -193,15 +201,8 @@ def stack(stack: Stack) -> Iterator[Stack]:
     kill_all(stack)
 
 
-@pytest.fixture
-def roomy(sink: Sink) -> None:
-    """For a test that loses nothing, however long a busy machine keeps its collector waiting."""
-    if sink.room < 1 << 20:
-        pytest.skip("needs a receive buffer of 1 MB: CAP_NET_ADMIN in the first user namespace, or net.core.rmem_max")
-
-
 @pytest.mark.parametrize("pool", [4 << 20, None, 0, 1])
-def test_all_arrive_intact(stack: Stack, sink: Sink, roomy: None, flood: Flood, pool: int | None) -> None:
+def test_all_arrive_intact(stack: Stack, sink: Sink, flood: Flood, pool: int | None) -> None:
     """Copies of bursts arrive intact, once and in order, lent from much or little memory or not at all."""
     begin(stack, pool)
     if pool is None or pool > 1:
@@ -209,13 +210,11 @@ def test_all_arrive_intact(stack: Stack, sink: Sink, roomy: None, flood: Flood, 
     flood.run(600, seconds=0.02)
     stream, collector = settle(stack, sink, flood)
     assert bool(given_back(stack["ingest.1"])) == (pool is None or pool > 1)
-    assert stream["published"] == flood.sent - stream["kernel_dropped"] == collector["sent"] == sink.count
+    assert stream["published"] == flood.sent - stream["kernel_dropped"] == collector["sent"] == sink.count + sink.lost
 
 
 @pytest.mark.parametrize("pool", [4 << 20, None])
-def test_stopped_forwarder_sends_what_it_held(
-    stack: Stack, sink: Sink, roomy: None, flood: Flood, pool: int | None
-) -> None:
+def test_stopped_forwarder_sends_what_it_held(stack: Stack, sink: Sink, flood: Flood, pool: int | None) -> None:
     """A forwarder stopped in the middle again and again sends no byte of another datagram, and all is accounted for."""
     begin(stack, pool)
     wait_lent(stack, flood)
@@ -234,7 +233,7 @@ def test_stopped_forwarder_sends_what_it_held(
     settle(stack, sink, flood)
 
 
-def test_stopped_reader_costs_the_collector_nothing(stack: Stack, sink: Sink, roomy: None, flood: Flood) -> None:
+def test_stopped_reader_costs_the_collector_nothing(stack: Stack, sink: Sink, flood: Flood) -> None:
     """While `fanwire watch` stands still and holds all memory, copies go on by the bus, and it prints no wrong byte."""
     begin(stack, 4 << 20)
     watch = stack.operator("watch", "s", "--hex")

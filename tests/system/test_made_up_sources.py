@@ -5,6 +5,7 @@ import random
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from services.ingest.flows.exporters import MAX_EXPORTERS
 from tests.forging import forged, forging
 from tests.openly import OpenStack
 from tests.services.ingest.flows.exported import netflow_v9
-from tests.stack import PATIENCE_SECONDS, PATIENT, ask_json, wait_until
+from tests.stack import PATIENCE_SECONDS, PATIENT, sign_up, wait_until
 from tests.traffic import open_receiver
 
 SETTINGS = f"""{PATIENT}
@@ -55,13 +56,12 @@ def test_made_up_sources_fill_nothing(open_stack: OpenStack, count: int) -> None
         closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as sender,
         forging() as forger,
     ):
-        wanted = [("relay", {}), ("original", {}), ("relay", {"group": "g"}), ("original", {"from": ["127.0.0.0/9"]})]
-        for number, (source, more) in enumerate(wanted):
-            request = {"op": "register", "name": f"c{number}", "streams": ["flooded"], "port": 9110 + number}
-            request |= {"source": source}
+        original = {"source": "original"}
+        kinds: list[dict[str, Any]] = [{}, original, {"group": "g"}, original | {"from": ["127.0.0.0/9"]}]
+        for number, kind in enumerate(kinds):
             flooded.enter_context(open_receiver("127.0.0.1", 9110 + number, 4096)[0])
-            wait_until(lambda request=request, more=more: ask_json(request | more)["ok"], "it is signed up")  # type: ignore[misc]
-        assert ask_json({"op": "register", "name": "q", "streams": ["quiet"], "port": 9101})["ok"]
+            sign_up({"name": f"c{number}", "streams": ["flooded"], "port": 9110 + number} | kind)
+        sign_up({"name": "q", "streams": ["quiet"], "port": 9101})
         quiet.settimeout(60)
         services = list(open_stack.running)
         names: list[set[str]] = []

@@ -7,7 +7,7 @@ from shared.ledger.accounts import Accounts
 from tests.builders import BusEnds, accounts_when
 from tests.capture import Collector
 from tests.openly import OpenStack
-from tests.stack import ask_json, wait_until
+from tests.stack import flows_to, wait_until
 from tests.system.test_isolation import LIVE
 from tests.system.test_source_preserving import EXPORTERS, SETTINGS, Exporters, small_site
 
@@ -38,7 +38,7 @@ def test_crowd_of_tiny_batches(open_stack: OpenStack) -> None:
             for name in ("gateway", "forwarder", "ingest.1"):
                 open_stack[name].stop()
                 open_stack.start(name)
-            wait_until(lambda: ask_json({"op": "list"})["clients"]["slow"]["health"] != "fresh", "copies flow")
+            wait_until(lambda: flows_to("slow"), "copies flow")
         forwarder, most, sent = open_stack["forwarder"], 0.0, 0
         found: dict[str, int] = {}
         with Exporters(field, EXPORTERS, "10.1.0.1") as exporters, BusEnds(open_stack.bus) as bus:

@@ -18,7 +18,7 @@ from tests.documents import block
 from tests.network import End, Host, veth
 from tests.openly import NOBODY, OpenStack, program_for_all
 from tests.services.transmitter.started import IS_ROOT
-from tests.stack import PATIENT, Stack, ask_json, wait_until
+from tests.stack import PATIENT, Stack, ask_json, sign_up, wait_until
 from tests.system.test_fan_out import need
 
 TOUR: Final = (
@@ -198,7 +198,7 @@ def test_second_host_takes_datagrams_in(stack: Stack) -> None:
             stack.configure(here(block("services/broker/README.md", "second-host"), branch_keys))
             with branch.entered():
                 stack.start("ingest.11")
-            assert ask_json({"op": "register", "name": "siem", "streams": ["messages"], "port": 9514})["ok"]
+            sign_up({"name": "siem", "streams": ["messages"], "port": 9514})
             with branch.entered(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
                 sender.sendto(b"from afar", ("127.0.0.1", 6667))
             siem.read(1)

@@ -18,7 +18,7 @@ import pytest
 from tests.builders import BusEnds, accounts_when
 from tests.network import End, Host, veth
 from tests.openly import OpenStack
-from tests.stack import PATIENT, Running, Stack, ask_json, wait_until
+from tests.stack import PATIENT, Running, Stack, sign_up, wait_until
 from tests.system.test_fan_out import need
 
 FLOWS = 200
@@ -74,8 +74,7 @@ def test_flows_through_fanwire_are_those_without_it(stack: Stack) -> None:
     write_capture(capture)
     collectors = [start_nfcapd(stack, port) for port in (9991, 9992, 9993)]
     for port in (9992, 9993):
-        request = {"op": "register", "name": f"nfcapd{port}", "streams": ["netflow"], "port": port}
-        assert ask_json(request)["client"]["health"] == "ok"
+        sign_up({"name": f"nfcapd{port}", "streams": ["netflow"], "port": port})
     for port in (9991, 2055):
         command = [softflowd, "-d", "-r", str(capture), "-v", "9", "-n", f"127.0.0.1:{port}"]
         exporter = stack.spawn(f"softflowd{port}", command)
@@ -173,8 +172,8 @@ def test_flow_collector_tells_exporters_apart(open_stack: OpenStack) -> None:
             open_stack.start("transmitter")
         collectors = [start_sorting_nfcapd(open_stack, siem, port) for port in (9995, 9996)]
         with relay.entered():
-            request = {"op": "register", "name": "n", "streams": ["netflow"], "port": 9996, "source": "original"}
-            assert ask_json(request | {"address": "10.2.0.2"})["client"]["health"] == "ok"
+            request = {"name": "n", "streams": ["netflow"], "port": 9996, "source": "original"}
+            sign_up(request | {"address": "10.2.0.2"})
         for number, router in enumerate(routers):
             capture = open_stack.directory / f"traffic{number}.pcap"
             write_capture(capture, network=20 + number)
@@ -262,8 +261,7 @@ def start_late(stack: Stack, version: int, more: str = "") -> RareTemplates:
 def join_late(exporter: RareTemplates, name: str, port: int) -> None:
     """Sign a collector up, and send three flows more."""
     with closing(exporter):
-        answer = ask_json({"op": "register", "name": name, "streams": ["flows"], "port": port})
-        assert answer["client"]["health"] == "ok"
+        sign_up({"name": name, "streams": ["flows"], "port": port})
         for number in range(100, 103):
             exporter.flow(number)
 

@@ -15,7 +15,7 @@ import pytest
 
 from tests.builders import BusEnds, accounts_when
 from tests.openly import OpenStack
-from tests.stack import PATIENT, Stack, ask_json, wait_until
+from tests.stack import PATIENT, Stack, ask_json, sign_up, wait_until
 from tests.traffic import exporters, open_receiver, pause
 
 A = f'{PATIENT}[[stream]]\nname = "a"\nlisten = ["udp://127.0.0.1:7000"]\n'
@@ -160,8 +160,8 @@ def test_streams_that_did_not_change_lose_nothing(stack: Stack) -> None:
     with exporters(4, 7000) as sources:
         load = Load(sources)
         with running(one, everything, siem, some):
-            assert ask_json({"op": "register", "name": "one", "streams": ["a"], "port": 9101})["ok"]
-            assert ask_json({"op": "register", "name": "everything", "streams": ["*"], "port": 9102})["ok"]
+            sign_up({"name": "one", "streams": ["a"], "port": 9101})
+            sign_up({"name": "everything", "streams": ["*"], "port": 9102})
             with running(load):
                 before: list[int] = []
                 for number in range(3 * len(CYCLE)):
@@ -278,7 +278,7 @@ def test_client_of_a_stream_that_is_gone_stays(stack: Stack) -> None:
     stack.start_all()
     reader = Reader(9101)
     with running(reader), exporters(1, 7001) as (sock,):
-        signed = ask_json({"op": "register", "name": "one", "streams": ["b"], "port": 9101})["client"]
+        signed = sign_up({"name": "one", "streams": ["b"], "port": 9101})
         for settings in (A, A + B):
             stack.configure(settings)
             for name in ("gateway", "forwarder", "ingest.1"):
@@ -303,8 +303,7 @@ def test_transmitter_follows_streams_and_listeners(open_stack: OpenStack) -> Non
         reader = Reader(9101)
         with running(reader):
             for name, port in (("one", 9101), ("loop", 7002)):
-                sign_up = {"op": "register", "name": name, "streams": ["*"], "port": port, "source": "original"}
-                assert ask_json(sign_up)["ok"]
+                sign_up({"name": name, "streams": ["*"], "port": port, "source": "original"})
             stack.configure(A + B + C)
             for name in ("transmitter", "ingest"):
                 assert stack[name].reload()["level"] == "info", name

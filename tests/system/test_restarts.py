@@ -14,7 +14,7 @@ from shared.ledger.equations import dropped
 from shared.net.sockets import enlarge_receive_buffer
 from tests.builders import BusEnds, accounts_when
 from tests.openly import OpenStack
-from tests.stack import PATIENT, ask_json, wait_until
+from tests.stack import PATIENT, sign_up, wait_until
 from tests.traffic import open_receiver, pause
 
 EXPORTERS = ("127.0.0.2", "127.0.0.3")
@@ -86,10 +86,10 @@ def served(stack: OpenStack, source: str) -> Iterator[dict[str, Sink]]:
         sinks = {name: opened.enter_context(closing(Sink(port))) for name, port in PORTS.items()}
         for name, sink in sinks.items():
             sink.start()
-            request = {"op": "register", "name": name, "streams": ["messages"], "port": PORTS[name], "source": source}
+            request = {"name": name, "streams": ["messages"], "port": PORTS[name], "source": source}
             if name == "some":
                 request |= {"from": [f"{EXPORTERS[1]}/32"], "sample": 3}
-            wait_until(lambda request=request: ask_json(request)["ok"], f"{name} is signed up")  # type: ignore[misc]
+            sign_up(request)
         yield sinks
 
 

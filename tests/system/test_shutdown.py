@@ -10,7 +10,7 @@ import pytest
 
 from shared.ledger.equations import dropped
 from tests.builders import freeze, kill_all
-from tests.stack import DRAIN_SECONDS, Stack, ask_json, wait_until
+from tests.stack import DRAIN_SECONDS, Stack, ask_json, sign_up, wait_until
 from tests.traffic import exporters, open_receiver, pause
 
 
@@ -65,7 +65,7 @@ def test_each_process_drains_under_load(stack: Stack, name: str, number: signal.
     stack.start_all()
     sink, _ = open_receiver("127.0.0.1", 9100)
     with closing(sink), exporters(4, 7000) as sources:
-        assert ask_json({"op": "register", "name": "c", "streams": ["s"], "port": 9100})["ok"]
+        sign_up({"name": "c", "streams": ["s"], "port": 9100})
         load = Load(sources)
         load.start()
         arrived = Arrived(sink)
@@ -99,7 +99,7 @@ def test_each_process_ends_beside_a_broker_that_stands_still(stack: Stack, name:
     stack.configure('[[stream]]\nname = "s"\nlisten = ["udp://127.0.0.1:7000"]\n')
     stack.start_all()
     with exporters(4, 7000) as sources:
-        assert ask_json({"op": "register", "name": "c", "streams": ["s"], "port": 9100})["ok"]
+        sign_up({"name": "c", "streams": ["s"], "port": 9100})
         freeze(stack["broker"])
         load = Load(sources)
         load.start()
@@ -117,7 +117,7 @@ def test_stopping_everything_loses_nothing_that_was_taken(stack: Stack) -> None:
     stack.start_all()
     sink, _ = open_receiver("127.0.0.1", 9100)
     with closing(sink), exporters(4, 6667) as sources:
-        assert ask_json({"op": "register", "name": "c", "streams": ["messages"], "port": 9100})["ok"]
+        sign_up({"name": "c", "streams": ["messages"], "port": 9100})
         for number in range(400):
             sources[number % 4].send(b"%d" % number)
         for running in stack.running:

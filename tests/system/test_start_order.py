@@ -8,7 +8,7 @@ from contextlib import closing
 import pytest
 
 from tests.openly import OpenStack
-from tests.stack import PATIENT, ask_json, wait_until
+from tests.stack import PATIENT, sign_up
 from tests.traffic import open_receiver
 
 SERVICES = ("broker", "gateway", "ingest.1", "ingest.2", "forwarder", "transmitter")
@@ -27,8 +27,7 @@ def test_any_order_ends_in_delivery(open_stack: OpenStack, seed: int) -> None:
     receiver, _ = open_receiver("127.0.0.1", 9100)
     with closing(receiver), closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as sender:
         for source in ("relay", "original"):
-            request = {"op": "register", "name": source, "streams": ["messages"], "port": 9100, "source": source}
-            wait_until(lambda request=request: ask_json(request)["ok"], f"{source} is signed up")  # type: ignore[misc]
+            sign_up({"name": source, "streams": ["messages"], "port": 9100, "source": source})
         receiver.settimeout(60)
         for number in range(20):
             sender.sendto(b"%d" % number, ("127.0.0.1", 6667))

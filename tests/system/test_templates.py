@@ -24,7 +24,7 @@ from tests.services.ingest.flows.test_template_reader import (
     known_of,
     read,
 )
-from tests.stack import PATIENT, Stack, ask_json
+from tests.stack import PATIENT, Stack, ask_json, sign_up
 
 PORTS = {9: 2055, 10: 4739}
 STREAMS = {9: "netflow", 10: "ipfix"}
@@ -89,12 +89,11 @@ class Collector:
         self.sock.bind(("127.0.0.1", 0))
         self.sock.settimeout(60)
         self.name = name
-        self.request = {"op": "register", "name": name, "streams": streams, "port": self.sock.getsockname()[1]} | fields
+        self.request = {"name": name, "streams": streams, "port": self.sock.getsockname()[1]} | fields
 
     def join(self) -> Self:
         """Sign up."""
-        answer = ask_json(self.request)
-        assert answer.get("client", {}).get("health") == "ok", answer
+        sign_up(self.request)
         return self
 
     def take(self, last: Sequence[bytes]) -> dict[Source, list[bytes]]:

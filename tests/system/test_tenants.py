@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.services.gateway.transport.test_tls import entry
-from tests.stack import PATIENT, Stack, ask, wait_until
+from tests.stack import PATIENT, Stack, ask, sign_up, wait_until
 from tests.traffic import open_receiver
 
 STREAM = '[[stream]]\nname = "messages"\nlisten = ["udp://127.0.0.1:6667"]\n'
@@ -95,6 +95,7 @@ def site(stack: Stack) -> Stack:
     """A relay with two tenants, red and blue."""
     stack.configure(PATIENT + entry("red", "collect", "list") + entry("blue", "collect", "list") + STREAM)
     stack.start_all()
+    sign_up({"name": "first", "streams": ["messages"], "port": 9})  # from then on the gateway knows the forwarder
     return stack
 
 

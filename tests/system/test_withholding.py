@@ -8,7 +8,7 @@ from contextlib import ExitStack, closing
 from shared.ledger.accounts import Accounts
 from tests.builders import BusEnds, accounts_when
 from tests.openly import OpenStack
-from tests.stack import PATIENT, ask_json, wait_until
+from tests.stack import PATIENT, ask_json, sign_up, wait_until
 from tests.system.test_restarts import Numbered, Sink, ledger_losses
 
 SOURCES = {"plain": ("relay", 9514), "kept": ("original", 9515), "others": ("relay", 9516)}
@@ -17,11 +17,10 @@ WITHHELD = ("plain", "kept")
 SETTINGS = PATIENT + '[[collector]]\nname = "plain"\nstreams = ["messages"]\naddress = "127.0.0.1"\nport = 9514\n'
 
 
-def register(name: str) -> bool:
+def register(name: str) -> None:
     """Sign up, as a collector does at each of its starts."""
     source, port = SOURCES[name]
-    request = {"op": "register", "name": name, "streams": ["messages"], "port": port, "source": source}
-    return bool(ask_json(request | {"take_over": True})["ok"])
+    sign_up({"name": name, "streams": ["messages"], "port": port, "source": source, "take_over": True})
 
 
 def test_withheld_copies_are_counted_and_come_again(open_stack: OpenStack) -> None:
@@ -35,7 +34,7 @@ def test_withheld_copies_are_counted_and_come_again(open_stack: OpenStack) -> No
         for sink in sinks.values():
             sink.start()
         for name in ("kept", "others"):
-            wait_until(lambda name=name: register(name), f"{name} is signed up")  # type: ignore[misc]
+            register(name)
         watcher = opened.enter_context(socket.create_connection(("127.0.0.1", 5000)))
         watcher.sendall(b'{"op":"watch"}\n')
         told = opened.enter_context(watcher.makefile("rb"))
@@ -69,7 +68,7 @@ def test_withheld_copies_are_counted_and_come_again(open_stack: OpenStack) -> No
         goes_on()
         open_stack["gateway"].stop(signal.SIGKILL)
         open_stack.start("gateway")
-        wait_until(lambda: register("kept"), "it is signed up anew")
+        register("kept")
         goes_on()
         listed = ask_json({"op": "list"})["clients"]
         assert {name: listed[name]["health"] for name in SOURCES} == dict.fromkeys(WITHHELD, "withheld") | {

@@ -11,7 +11,7 @@ from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
 
-from tests.stack import CHECKOUT, Running, Stack, ask_json, wait_until
+from tests.stack import CHECKOUT, Running, Stack, sign_up, wait_until
 from tests.traffic import exporters, open_receiver, pause
 
 EXPORTERS = 64
@@ -47,7 +47,7 @@ def test_honcho_runs_four_workers_that_all_receive(stack: Stack) -> None:
     processes = len((CHECKOUT / "Procfile").read_text().splitlines()) + 3
     sink, _ = open_receiver("127.0.0.1", 9100)
     with closing(sink), exporters(EXPORTERS, 6667) as sources:
-        assert ask_json({"op": "register", "name": "c", "streams": ["messages"], "port": 9100})["ok"]
+        sign_up({"name": "c", "streams": ["messages"], "port": 9100})
         for number in range(EXPORTERS * 4):
             sources[number % EXPORTERS].send(b"%d" % number)
         sink.settimeout(60)
@@ -105,7 +105,7 @@ def test_killed_worker_loses_only_what_it_held(stack: Stack) -> None:
     stack.start_all(ingest=4)
     sink, _ = open_receiver("127.0.0.1", 9100)
     with closing(sink), exporters(EXPORTERS, 6667) as sources:
-        assert ask_json({"op": "register", "name": "c", "streams": ["messages"], "port": 9100})["ok"]
+        sign_up({"name": "c", "streams": ["messages"], "port": 9100})
         flood = Flood(sources)
         flood.start()
         wait_until(lambda: flood.sent > 50, "the flood runs")

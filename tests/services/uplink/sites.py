@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tests.services.uplink.nats import NatsServer, free_port
-from tests.stack import Running, Stack, ask_json, wait_until
+from tests.stack import Running, Stack, sign_up, wait_until
 from tests.traffic import open_receiver
 
 KEPT: Final = 1 << 30
@@ -42,10 +42,7 @@ class Site(Stack):
     def sign_up(self, stream: str, port: int, **more: Any) -> socket.socket:
         """Sign a collector up, and return its socket."""
         receiver, _ = open_receiver("127.0.0.1", port)
-        answer = ask_json(
-            {"op": "register", "name": f"at{port}", "streams": [stream], "port": port, **more}, self.gateway
-        )
-        assert answer["ok"], answer
+        sign_up({"name": f"at{port}", "streams": [stream], "port": port, **more}, self.gateway)
         return receiver
 
 

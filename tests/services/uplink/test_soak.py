@@ -12,7 +12,7 @@ from shared.ledger.equations import discrepancies
 from tests.builders import BusEnds, accounts_when
 from tests.services.uplink.nats import NatsServer, free_port
 from tests.services.uplink.sites import Site, away, exporter, flows, home
-from tests.stack import ask_json, wait_until
+from tests.stack import sign_up, wait_until
 from tests.traffic import CheckingCollector, payload
 
 EXPORTERS, LARGEST, KILLS = 8, 9000, 20
@@ -68,8 +68,7 @@ def test_kills_and_restarts_under_load(sites: tuple[NatsServer, Site, Site, int]
     """Each datagram arrives once, in order and whole, while server and uplinks end and begin again and again."""
     server, a, b, port = sites
     collector = CheckingCollector(b, "127.0.0.1", 9531, LARGEST)
-    answer = ask_json({"op": "register", "name": "c", "streams": ["flows"], "port": 9531}, b.gateway)
-    assert answer["ok"], answer
+    sign_up({"name": "c", "streams": ["flows"], "port": 9531}, b.gateway)
     with Load(port) as load:
         for round_number in range(KILLS):
             before = collector.received
