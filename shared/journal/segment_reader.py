@@ -105,8 +105,8 @@ class SegmentReader:
             kind, size = struct.unpack_from("<II", start, at)
             if kind not in (SECTION, INTERFACE):
                 return at
-            if size < 12 or size > MAX_HEADER:
-                return 0
+            if size < 12 or size > MAX_HEADER or start[at + size - 4 : at + size] != start[at + 4 : at + 8]:
+                return 0  # each block tells its size at both ends
             at += size
         return at if at <= len(start) else 0
 

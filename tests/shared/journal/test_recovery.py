@@ -121,6 +121,20 @@ def test_random_bytes_changed_anywhere(
     assert sum(len(rows) for *_, rows in found) + portion.missing + portion.expired == last
 
 
+@pytest.mark.parametrize("sealed", [True, False])
+@pytest.mark.parametrize("size", [0, 12, 80, 256, 2**16])
+def test_a_header_of_another_size_costs_no_batch(tmp_path: Path, size: int, sealed: bool) -> None:
+    """All batches are served where the first block tells a size that leads into one of them, or anywhere."""
+    directory = tmp_path / "flows"
+    batches = some_batches(12, rows=1)
+    path = directory / write_segment(directory, batches, sealed=sealed).name
+    image = bytearray(path.read_bytes())
+    image[4:8] = size.to_bytes(4, "little")
+    path.write_bytes(image)
+    recovered(directory)
+    assert read_all(directory)[0] == written(batches)
+
+
 pieces = st.sampled_from([
     *(MAGIC, header("flows"), bytes(16), b"\6\0\0\0" + bytes(24), b"\6\0\0\0\x10\0\0\0", b"\xff" * 40),
     make_option(2989, MAGIC * 9),
