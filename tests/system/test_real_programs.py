@@ -18,7 +18,7 @@ import pytest
 from tests.builders import BusEnds, accounts_when
 from tests.network import End, Host, veth
 from tests.openly import OpenStack
-from tests.stack import PATIENT, Running, Stack, sign_up, wait_until
+from tests.stack import PATIENT, Running, Stack, ask_json, sign_up, wait_until
 from tests.system.test_fan_out import need
 
 FLOWS = 200

@@ -65,7 +65,7 @@ class Registry:
         self._generation = first_generation - 1
         self._revisions = Revisions()
         self.revision = 0
-        """That of the list. The bus has a count of its own, which differs where several nodes share the list."""
+        """Revision of the list. The bus has a count of its own, which differs where several nodes share the list."""
         self._refreshed_version: tuple[int, ...] = ()
         self._word_changed: dict[str, Entry] = {}
 
