@@ -15,7 +15,8 @@ from prometheus_client.registry import Collector as Source
 from shared.client import MOST_WAITING
 from shared.ledger import counters
 from shared.losses import cause_of
-from shared.monitoring.picture import Collector, KeptStream, Picture, Service, Stream, Word
+from shared.monitoring.kept import KeptStream
+from shared.monitoring.picture import Collector, Picture, Service, Stream, Word
 
 MAX_COLLECTORS: Final = 2000
 """Collectors that have series; `fanwire_collectors_not_shown` tells of more."""
@@ -152,6 +153,16 @@ def _collectors(collectors: tuple[Collector, ...] | None, clock: float) -> Itera
         "fanwire_collector_queue_limit_datagrams", "Copies that may wait, however small.", labels=label
     )
     health = GaugeMetricFamily("fanwire_collector_health", "1 for the present health.", labels=["collector", "health"])
+    behind = GaugeMetricFamily(
+        "fanwire_collector_behind_datagrams",
+        "Datagrams of the past that it has still to get, while it catches up.",
+        labels=["collector", "stream"],
+    )
+    reached = GaugeMetricFamily(
+        "fanwire_collector_reached_timestamp_seconds",
+        "The time of the last datagram that it got, while it catches up.",
+        labels=["collector", "stream"],
+    )
     since = GaugeMetricFamily(
         "fanwire_collector_health_since_timestamp_seconds", "The start of the present health.", labels=label
     )
@@ -170,10 +181,14 @@ def _collectors(collectors: tuple[Collector, ...] | None, clock: float) -> Itera
         by_kernel.add_metric([name], collector.by_kernel or 0)
         templates.add_metric([name], collector.templates or 0)
         held.add_metric([name], collector.held or 0)
+        for owed in collector.owed:
+            behind.add_metric([name, owed.stream], owed.datagrams)
+            reached.add_metric([name, owed.stream], owed.since)
         most_held.add_metric([name], MOST_WAITING[collector.client.source])
         for cause, count in ({**dict.fromkeys(COLLECTOR_CAUSES, 0), **collector.causes}).items():
             lost.add_metric([name, cause], count)
     yield from (sent, lost, kept_back, withheld, by_kernel, templates, size, held, most_held, health, since)
+    yield from (behind, reached)
     yield GaugeMetricFamily("fanwire_collectors", "Collectors that are signed up.", len(collectors))
     yield GaugeMetricFamily(
         "fanwire_collectors_not_shown",
@@ -228,6 +243,10 @@ def _journal(kept: Iterable[KeptStream]) -> Iterator[Metric]:
     oldest = GaugeMetricFamily(
         "fanwire_journal_oldest_timestamp_seconds", "The time since which there is something.", labels=label
     )
+    newest = GaugeMetricFamily(
+        "fanwire_journal_newest_timestamp_seconds", "The time of the last datagram written.", labels=label
+    )
+    limit = GaugeMetricFamily("fanwire_journal_limit_bytes", "Bytes that all streams may take together.", labels=[])
     failing = GaugeMetricFamily("fanwire_journal_failing", "1 if the last write has failed.", labels=label)
     for each in kept:
         account = each.account
@@ -236,11 +255,14 @@ def _journal(kept: Iterable[KeptStream]) -> Iterator[Metric]:
             dropped.add_metric([each.stream, cause_of(cause)], account.get(cause, 0))
         expired.add_metric([each.stream], account.get(counters.EXPIRED, 0))
         read.add_metric([each.stream], account.get(counters.READ, 0))
-        size.add_metric([each.stream], account.get(counters.KEPT_BYTES, 0))
-        if oldest_ns := account.get(counters.OLDEST, 0):
-            oldest.add_metric([each.stream], oldest_ns / 1e9)
+        size.add_metric([each.stream], each.size)
+        for metric, at in ((oldest, each.since), (newest, each.until)):
+            if at is not None:
+                metric.add_metric([each.stream], at)
+        if each.limit and not limit.samples:
+            limit.add_metric([], each.limit)
         failing.add_metric([each.stream], float(account.get(counters.WRITE_ERRNO, 0) > 0))
-    yield from (written, dropped, expired, read, size, oldest, failing)
+    yield from (written, dropped, expired, read, size, limit, oldest, newest, failing)
 
 
 def _verdict(picture: Picture) -> Iterator[Metric]:

@@ -5,13 +5,17 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from services.console.history import History
+from shared.ledger.counters import WRITE_ERRNO
 from shared.losses import kind_of
+from shared.monitoring.kept import KeptStream
 from shared.monitoring.picture import NO_TROUBLE, Collector, Exporter, Picture, Stream
 from shared.net.addresses import pack_address
 
 MAX_ROWS: Final = 200
 """Rows of a table that a page gets; it says how many there are, and finds others by a filter."""
 MAX_LOSSES: Final = 100
+MAX_OWED: Final = 5
+"""Collectors that a row of the journal names."""
 SPARK_STEPS: Final = 60
 """Steps of the line in a row: five minutes."""
 FLOW_EXPORTERS: Final = 8
@@ -124,6 +128,7 @@ def show(picture: Picture, history: History, wish: Wish, clock: float, *, whole:
             )[:MAX_LOSSES]
         ],
         "all_losses": len(picture.losses),
+        "journal": [show_kept(each, collectors or ()) for each in picture.kept],
         "flow": flow(picture),
     }
 
@@ -142,6 +147,26 @@ def _table(
     found = [row for row in rows if text.lower() in names(row).lower()] if text else rows
     shown = sorted(found, key=order)[:MAX_ROWS]
     return {"all": len(rows), "found": len(found), "rows": [render(row) for row in shown]}
+
+
+def show_kept(kept: KeptStream, collectors: Iterable[Collector]) -> View:
+    """Return the row of a stream in the journal, with the collectors that are owed some of it."""
+    owed = [
+        {"collector": past.collector, "datagrams": past.datagrams}
+        for each in collectors
+        for past in each.owed
+        if past.stream == kept.stream
+    ]
+    return {
+        "stream": kept.stream,
+        "since": kept.since,
+        "until": kept.until,
+        "bytes": kept.size,
+        "limit": kept.limit,
+        "failing": bool(kept.account.get(WRITE_ERRNO)),
+        "owed": owed[:MAX_OWED],
+        "all_owed": len(owed),
+    }
 
 
 def show_stream(stream: Stream) -> View:
@@ -195,6 +220,15 @@ def show_collector(collector: Collector, clock: float) -> View:
         "losing": _round(collector.lost_rate),
         "recent": collector.recent,
         "causes": collector.causes,
+        "owed": [
+            {
+                "stream": each.stream,
+                "datagrams": each.datagrams,
+                "since": round(each.since, 1),
+                "level_in": _round(each.level_in),
+            }
+            for each in collector.owed
+        ],
     }
 
 

@@ -24,7 +24,7 @@ from shared.journal.directory import Lock, segments_in, streams_in
 from shared.journal.records import Identity
 from shared.journal.retention import Bounds, expired
 from shared.ledger.accounts import Accounts, unparse_origin
-from shared.ledger.counters import BASELINE, REACHED, READERS_REFUSED
+from shared.ledger.counters import BASELINE, KEPT_LIMIT, REACHED, READERS_REFUSED
 from shared.log import get_logger
 from shared.process.lifecycle import CANT_CREATE, Lifecycle, OperatorError, Readiness
 from shared.process.memory import Memory
@@ -216,6 +216,7 @@ class JournalService:
             "bus_rejected": sum(self._subscriber.rejected.values()),
             "bus_repeated": self._followed.repeated,
             READERS_REFUSED: self._readers.refused,
+            KEPT_LIMIT: self._limits.size,
         }
         streams = {f"journal/{name}": dict(stream.report()) for name, stream in self._streams.items()}
         return {"journal": own, **streams, **self._followed.accounts()}

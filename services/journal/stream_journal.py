@@ -25,6 +25,7 @@ from shared.ledger.counters import (
     DISK_FULL,
     EXPIRED,
     KEPT_BYTES,
+    NEWEST,
     OLDEST,
     READ,
     SEGMENTS,
@@ -63,7 +64,7 @@ class StreamJournal:
         self._rows: dict[int, int] = {}
         """Datagrams of those that this process has written."""
         self._writer: SegmentWriter | None = None
-        self._written_ns = 0
+        self._written_ns = self._newest_ns = 0
         self._seal_at = self._retry_at = 0.0
         self._failing: str | None = None
         self._unwritten = 0
@@ -113,7 +114,7 @@ class StreamJournal:
             self._recovered()
         self.account[WRITTEN] += len(batch)
         self.reached[identity.worker] = Reached(identity.boot, identity.total + len(batch))
-        self._written_ns, self.unsynced = time.time_ns(), True
+        self._written_ns, self._newest_ns, self.unsynced = time.time_ns(), batch.received_ns, True
         if writer.size >= self._segment_bytes:
             self.seal()
 
@@ -231,7 +232,8 @@ class StreamJournal:
         """Return the account, with gauges of what is there."""
         kept = self.kept()
         oldest = min((each.segment.began_ns for each in kept if not each.segment.is_bad), default=0)
-        gauges = {SEGMENTS: len(kept), KEPT_BYTES: sum(each.size for each in kept), OLDEST: oldest}
+        size = sum(each.size for each in kept)
+        gauges = {SEGMENTS: len(kept), KEPT_BYTES: size, OLDEST: oldest, NEWEST: self._newest_ns}
         return {**self.account, **gauges}
 
     def _in_thread(self, job: Callable[[], disk_thread.R], apply: Callable[[disk_thread.R], None]) -> None:

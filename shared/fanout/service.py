@@ -356,7 +356,8 @@ class CopyService(CopySender[D]):
             FILES_RESTORED: self._restored,
             **self.own_account(),
         }
-        return {self.name.partition(".")[0]: service, **self._streams.accounts(), **self._collectors.accounts()}
+        streams, collectors, past = (each.accounts() for each in (self._streams, self._collectors, self._catch_up))
+        return {self.name.partition(".")[0]: service, **streams, **collectors, **past}
 
     def _drain(self) -> None:
         """Send what still comes, then what waits for collectors; drop and count the rest before the last report."""

@@ -10,6 +10,7 @@ Accounts = dict[str, dict[str, int]]
 ENDED: Final = "ended/"
 ENDED_NAME: Final = re.compile(r"ended/([0-9a-f]{1,16})/([^/]+)")
 ARRIVING: Final = re.compile(r"arriving/([^/]+)/([^/]+)/([0-9a-f]{1,16})/([^/]+)")
+OWED_NAME: Final = re.compile(r"owed/([^/]+)/(.+)", re.DOTALL)
 ORIGIN: Final = re.compile(r"origin/([^/]+)/([0-9a-f]{1,16})/([^/]+)")
 
 
@@ -51,3 +52,14 @@ def parse_arriving(name: str) -> tuple[str, str, int, str] | None:
 def unparse_arriving(site: str, worker: str, boot: int, stream: str) -> str:
     """Return the name of the account that follows a stream of a worker at another site since its boot."""
     return f"arriving/{site}/{worker}/{boot:x}/{stream}"
+
+
+def parse_owed(name: str) -> tuple[str, str] | None:
+    """Return stream and collector of an account of what the past owes it; None where it is another's."""
+    found = OWED_NAME.fullmatch(name)
+    return (found[1], found[2]) if found else None
+
+
+def unparse_owed(stream: str, collector: str) -> str:
+    """Return the name of the account of what waits in the journal of a stream for a collector."""
+    return f"owed/{stream}/{collector}"

@@ -49,10 +49,10 @@ from shared.ledger.counters import (
 from shared.ledger.equations import lost
 from shared.losses import causes, losses
 from shared.monitoring.balance import Balance
+from shared.monitoring.kept import Owed, kept_streams, owed
 from shared.monitoring.picture import (
     RECENT_SECONDS,
     Collector,
-    KeptStream,
     Picture,
     RecentLoss,
     Service,
@@ -84,6 +84,11 @@ class _Told:
     def rate(self, account: str, *counters: str) -> float | None:
         """Return the growth of counters a second, together; None where there are no two reports of one start."""
         return _rate(self, lambda accounts: sum(accounts.get(account, {}).get(each, 0) for each in counters))
+
+    def owed(self) -> Iterator[Owed]:
+        """Yield what it owes collectors out of the journal."""
+        before = self.before or self.report
+        yield from owed(self.report.accounts, before.accounts, self.report.received_at - before.received_at)
 
 
 @dataclass(slots=True)
@@ -193,7 +198,7 @@ class Observer:
         verdict = judge(services, collectors, found, self._found, seconds)
         return Picture(
             *(now, verdict, self._balanced, self._found, streams, collectors, exporters, services, found),
-            kept=tuple(_kept(accounts)),
+            kept=tuple(kept_streams(accounts)),
             recent_seconds=seconds,
         )
 
@@ -263,6 +268,10 @@ class Observer:
             for name in kept
             if name.startswith("collector/")
         }
+        behind: defaultdict[str, list[Owed]] = defaultdict(list)
+        for told in self._told.values():
+            for each in told.owed():
+                behind[each.collector].append(each)
         words = self._words
         self._words = {}
         for client in self.clients.values():
@@ -303,6 +312,7 @@ class Observer:
                 _lost_rate(told, name),
                 causes(account) if count else {},
                 recent,
+                tuple(behind.get(client.name, ())),
             )
         self._past_of = {name: past for name, past in self._past_of.items() if name in self.clients}
 
@@ -357,13 +367,6 @@ class Observer:
 
 def _missed(accounts: Accounts) -> Iterator[int]:
     yield from (account.get(MISSED, 0) for name, account in accounts.items() if is_origin(name))
-
-
-def _kept(accounts: Mapping[str, Accounts]) -> Iterator[KeptStream]:
-    for service, told in sorted(accounts.items()):
-        for name, account in sorted(told.items()):
-            if name.startswith("journal/"):
-                yield KeptStream(name.removeprefix("journal/"), service, account)
 
 
 def _silent(told: _Told, now: float) -> bool:

@@ -11,6 +11,7 @@ import msgspec
 
 from shared.client import Client
 from shared.losses import Loss
+from shared.monitoring.kept import KeptStream, Owed
 
 Level = Literal["ok", "warning", "error", "unknown"]
 Word = Literal["ok", "waiting", "unreachable", "refusing", "slow", "withheld", "unknown"]
@@ -83,6 +84,8 @@ class Collector(msgspec.Struct, frozen=True, gc=False):
     """`lost` by cause."""
     recent: int | None
     """Lost in the last `RECENT_SECONDS`."""
+    owed: tuple[Owed, ...] = ()
+    """By stream: the past that it has still to get, while it catches up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,15 +128,6 @@ class Service:
     """The service's own account."""
     release: str = ""
     """The version of its program; nothing where it does not tell."""
-
-
-@dataclass(frozen=True, slots=True)
-class KeptStream:
-    """A stream in a journal, with its account (`shared.ledger`)."""
-
-    stream: str
-    service: str
-    account: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True)

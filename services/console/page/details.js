@@ -150,6 +150,7 @@ function collectorFacts(row) {
     ["lost in the last 5 min", whole(row.recent)],
     ["lost by cause", row.lost === null ? UNKNOWN : causes.join(", ") || "none"],
     ["waiting", whole(row.held)],
+    ...row.owed.map((each) => [`still to get of ${each.stream}`, `${whole(each.datagrams)}, received since ${clock(each.since)}${each.level_in === null ? "" : `; level in ${duration(each.level_in)}`}`]),
     ["filtered, sampled or shared out", whole(row.kept_back)],
     ...(row.order || row.withheld ? [["withheld by an admin", whole(row.withheld)]] : []),
     ...(row.order ? [["withheld since", order(row.order)]] : []),

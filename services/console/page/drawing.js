@@ -37,6 +37,7 @@ export const bytes = (value) => (value === null || value === undefined ? UNKNOWN
 export const share = (value) => `${(100 * value).toFixed(value < 0.0995 ? 1 : 0)} %`;
 /** A cause in words: "not_connected" is "not connected". */
 export const spoken = (cause) => cause.replaceAll("_", " ");
+export const moment = (seconds) => new Date(seconds * 1000).toLocaleString("en-GB");
 export const clock = (seconds) => new Date(seconds * 1000).toLocaleTimeString("en-GB");
 
 /** "5 s", "12 min", "3 h", "2 d". */

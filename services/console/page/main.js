@@ -2,7 +2,7 @@
 
 import { adminForm } from "./admin.js";
 import { Detail } from "./details.js";
-import { UNKNOWN, bytes, clock, duration, html, rate, say, share, short, spoken, whole } from "./drawing.js";
+import { UNKNOWN, bytes, clock, duration, html, moment, rate, say, share, short, spoken, whole } from "./drawing.js";
 import { Flow } from "./flow.js";
 import { Pasts, Table, link, word } from "./tables.js";
 
@@ -62,6 +62,14 @@ const tables = {
     { title: "in all", class: `${number} medium`, text: (row) => whole(row.lost) },
     { title: "counted by", class: "medium", text: (row) => row.service },
   ], { empty: "nothing is known to be lost" }),
+  journal: new Table(find("journal"), "Journal", [
+    { title: "stream", text: (row) => row.stream },
+    { title: "since", text: (row) => (row.since === null ? UNKNOWN : moment(row.since)) },
+    { title: "until", class: "medium", text: (row) => (row.until === null ? UNKNOWN : clock(row.until)) },
+    { title: "size", class: number, text: (row) => (row.limit ? `${bytes(row.bytes)} of ${bytes(row.limit)}` : bytes(row.bytes)) },
+    { title: "state", text: (row) => (row.failing ? "can't write" : "writes"), tone: (row) => (row.failing ? "bad" : "") },
+    { title: "owed to", text: (row) => row.owed.map((each) => `${each.collector} ${short(each.datagrams)}`).join(", ") + (row.all_owed > row.owed.length ? ` and ${row.all_owed - row.owed.length} more` : "") || "nobody" },
+  ], { empty: "no stream is kept" }),
   services: new Table(find("services"), "Services", [
     { title: "service", text: (row) => row.name },
     { title: "state", ...word },
@@ -145,6 +153,9 @@ function show(view) {
   view.losses.forEach((row) => (row.key = [row.place, row.service, row.of, row.what].join("\n")));
   tables.losses.show(view.losses);
   say(tables.losses.title, view.losses.length < view.all_losses ? `${whole(view.losses.length)} of ${whole(view.all_losses)}, the most recent` : "by place on the way");
+  find("journal").hidden = view.journal.length === 0;
+  view.journal.forEach((row) => (row.key = row.stream));
+  tables.journal.show(view.journal);
   view.services.forEach((row) => {
     row.key = row.name;
     row.health = row.silent ? "silent" : "ok";

@@ -18,17 +18,17 @@ from shared.ledger.accounts import is_origin, parse_origin
 from shared.ledger.counters import (
     BY_KERNEL,
     BYTES,
+    DEFERRED,
     DROPPED,
     EXPECTED,
     EXPIRED,
     FILTERED,
-    KEPT_BYTES,
     KERNEL_DROPPED,
+    LEFT_BEHIND,
     MEMORY,
     MEMORY_CEILING,
     MEMORY_MOST,
     MISSED,
-    OLDEST,
     PUBLISHED,
     READ,
     RECEIVED,
@@ -44,6 +44,7 @@ from shared.ledger.counters import (
 from shared.ledger.equations import lost
 from shared.losses import Loss
 from shared.monitoring.balance import Balance
+from shared.monitoring.kept import kept_streams, owed
 from shared.net.printable import printable
 from shared.process.lifecycle import FAILED, OK, UNAVAILABLE, OperatorError
 from shared.settings.model import Settings
@@ -111,7 +112,7 @@ def _print(balance: Balance, found: list[str]) -> None:
         ("Workers", WORKER_COLUMNS, _worker_rows(balance), (RECEIVED, BYTES, PUBLISHED, "kernel dropped")),
         ("Listeners", LISTENER_COLUMNS, _listener_rows(balance), (RECEIVED, BYTES, "kernel dropped")),
         ("Origins", ORIGIN_COLUMNS, _origin_rows(balance), (TAKEN, MISSED)),
-        ("Journal", JOURNAL_COLUMNS, _journal_rows(balance), {*JOURNAL_COLUMNS[2:]} - {"dropped", "since"}),
+        *_past_tables(balance),
         ("Collectors", COLLECTOR_COLUMNS, _collector_rows(balance), {*COLLECTOR_COLUMNS[2:]} - {"dropped"}),
         ("Losses", Loss._fields, balance.losses(), ()),  # of datagrams, flows and records
         ("Memory", MEMORY_COLUMNS, _memory_rows(balance), ("MB", "ceiling")),
@@ -150,7 +151,10 @@ def _origin_rows(balance: Balance) -> Iterator[Row]:
             yield service, worker, f"{boot:x}", stream, account.get(TAKEN, 0), account.get(MISSED, 0)
 
 
-OUTCOMES: Final = (EXPECTED, SENT, BY_KERNEL, FILTERED, SAMPLED_OUT, SHARED_OUT, MISSED, WITHHELD, WITHHELD_BY_ADMIN)
+OUTCOMES: Final = (
+    *(EXPECTED, SENT, BY_KERNEL, FILTERED, SAMPLED_OUT, SHARED_OUT, MISSED, WITHHELD, WITHHELD_BY_ADMIN),
+    *(DEFERRED, LEFT_BEHIND),
+)
 COLLECTOR_COLUMNS: Final = (
     "consumer",
     "collector",
@@ -165,16 +169,53 @@ def _collector_rows(balance: Balance) -> Iterator[Row]:
         yield service, name, *(account.get(counter, 0) for counter in OUTCOMES), _drops(account), lost(account)
 
 
-JOURNAL_COLUMNS: Final = ("service", "stream", TAKEN, WRITTEN, "dropped", EXPIRED, READ, SEGMENTS, "MB", "since")
+Table = tuple[str, tuple[str, ...], list[Row], set[str]]
+"""Title, columns, rows, and the columns with a sum."""
+
+
+def _past_tables(balance: Balance) -> Iterator[Table]:
+    """Yield the tables of the journal, if there is anything in them."""
+    if kept := list(_journal_rows(balance)):
+        yield "Journal", JOURNAL_COLUMNS, kept, {*JOURNAL_COLUMNS[2:]} - {"dropped", "since", "until"}
+    if rows := list(_owed_rows(balance)):
+        yield "Owed", OWED_COLUMNS, rows, {"datagrams"}
+
+
+OWED_COLUMNS: Final = ("consumer", "collector", "stream", "datagrams", "since")
+
+
+def _owed_rows(balance: Balance) -> Iterator[Row]:
+    for service, accounts in sorted(balance.accounts.items()):
+        for each in owed(accounts):
+            yield service, each.collector, each.stream, each.datagrams, _time(each.since)
+
+
+def _time(at: float | None) -> str:
+    return f"{datetime.fromtimestamp(at):%F %T}" if at else ""
+
+
+JOURNAL_COLUMNS: Final = (
+    "service",
+    "stream",
+    TAKEN,
+    WRITTEN,
+    "dropped",
+    EXPIRED,
+    READ,
+    SEGMENTS,
+    "MB",
+    "since",
+    "until",
+)
 
 
 def _journal_rows(balance: Balance) -> Iterator[Row]:
-    for service, name, account in _accounts(balance, "journal/"):
-        taken, written, expired, read, segments, size, oldest_ns = (
-            account.get(counter, 0) for counter in (TAKEN, WRITTEN, EXPIRED, READ, SEGMENTS, KEPT_BYTES, OLDEST)
+    for each in kept_streams(balance.accounts):
+        taken, written, expired, read, segments = (
+            each.account.get(counter, 0) for counter in (TAKEN, WRITTEN, EXPIRED, READ, SEGMENTS)
         )
-        since = f"{datetime.fromtimestamp(oldest_ns / 1e9):%F %T}" if oldest_ns else ""
-        yield service, name, taken, written, _drops(account), expired, read, segments, size >> 20, since
+        ends = each.size >> 20, _time(each.since), _time(each.until)
+        yield each.service, each.stream, taken, written, _drops(each.account), expired, read, segments, *ends
 
 
 MEMORY_COLUMNS: Final = ("service", "MB", "at most", "ceiling")

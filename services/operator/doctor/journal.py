@@ -7,6 +7,7 @@ from datetime import datetime
 from shared.ledger.accounts import Accounts
 from shared.ledger.counters import DAMAGED_BYTES, KEPT_BYTES, OLDEST, SET_ASIDE, WRITE_ERRNO
 from shared.monitoring.finding import Finding, error, ok, warning
+from shared.monitoring.kept import owed
 from shared.settings.model import Settings
 
 START = "`systemctl start fanwire-journal`, or `fanwire journal`"
@@ -23,6 +24,11 @@ def check_journal(accounts: Mapping[str, Accounts], settings: Settings) -> Itera
         yield error("journal", "it is to be kept, and no journal on the bus keeps it", START, stream)
     for stream, account in sorted(kept.items()):
         yield _check_stream(stream, account, settings)
+    for told in accounts.values():
+        for each in owed(told):
+            since = datetime.fromtimestamp(each.since)
+            why = f"{each.datagrams:,} datagrams of {each.stream}, received since {since:%F %T}, are still owed to it"
+            yield ok("journal", why, each.collector)
 
 
 def _check_stream(stream: str, account: Mapping[str, int], settings: Settings) -> Finding:

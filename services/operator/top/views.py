@@ -1,11 +1,14 @@
-"""Views of a picture as rows of values: streams, exporters, collectors. No I/O."""
+"""Views of a picture as rows of values: streams, exporters, collectors, the journal. No I/O."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Final, Literal
 
 from services.operator.cli.numbers import lasting
-from shared.monitoring.picture import Picture
+from shared.losses import causes
+from shared.monitoring.picture import Collector, Picture
 from shared.net.printable import printable
 
 Value = str | float | None
@@ -111,12 +114,48 @@ def _collectors(picture: Picture) -> list[Row] | None:
     return [
         (
             *(each.client.name, each.health, None if each.since is None else picture.at - each.since),
-            *(each.rate, each.sent, _bits(each.byte_rate), each.held, each.lost_rate, each.lost, each.recent),
+            *(each.rate, each.sent, _bits(each.byte_rate), each.held, _owed(each), _level_in(each)),
+            *(each.lost_rate, each.lost, each.recent),
             *(_why(each.causes), ", ".join(each.client.streams)),
             *(f"{each.client.address} port {each.client.port}", each.client.source),
         )
         for each in picture.collectors
     ]
+
+
+def _owed(collector: Collector) -> int | None:
+    return None if collector.sent is None else sum(each.datagrams for each in collector.owed)
+
+
+def _level_in(collector: Collector) -> float | None:
+    """Return the seconds until a collector is level; 0: it is."""
+    if collector.sent is None:
+        return None
+    known = [each.level_in for each in collector.owed]
+    return max((each for each in known if each is not None), default=0.0) if None not in known else None
+
+
+def _journal(picture: Picture) -> list[Row]:
+    owed: Counter[str] = Counter()
+    for each in picture.collectors or ():
+        owed.update({past.stream: past.datagrams for past in each.owed})
+    return [
+        (
+            *(
+                each.stream,
+                _time(each.since),
+                _time(each.until),
+                each.size,
+                each.size / each.limit if each.limit else None,
+            ),
+            *(owed[each.stream], _why(causes(each.account)), each.service),
+        )
+        for each in picture.kept
+    ]
+
+
+def _time(at: float | None) -> str:
+    return "" if at is None else f"{datetime.fromtimestamp(at):%F %T}"
 
 
 VIEWS: Final = (
@@ -161,6 +200,8 @@ VIEWS: Final = (
             Column("sent", 9, show_count, "totals"),
             Column("bit/s", 4, show_short),
             Column("held", 5, show_count),
+            Column("behind", 6, show_count),
+            Column("level in", 5, lasting),
             Column("lost/s", 6, show_short, "rates"),
             Column("lost", 8, show_count, "totals"),
             Column("lost lately", 7, show_count),
@@ -172,8 +213,23 @@ VIEWS: Final = (
         _collectors,
         by=3,
     ),
+    TableView(
+        "journal",
+        (
+            Column("stream", 10),
+            Column("since", 9),
+            Column("until", 7),
+            Column("bytes", 8, show_short),
+            Column("of limit", 6, show_share),
+            Column("owed", 8, show_count),
+            Column("not kept", 5),
+            Column("service", 1),
+        ),
+        _journal,
+        by=3,
+    ),
 )
-"""In the order of their keys, 1 to 3."""
+"""In the order of their keys, 1 to 4."""
 
 
 def select(rows: Sequence[Row], text: str, by: int, *, descending: bool) -> list[Row]:

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Final, Generic
 
-from shared.bus.bodies.journal_messages import JOURNAL_TOPIC, Behind
+from shared.bus.bodies.journal_messages import JOURNAL_TOPIC
 from shared.bus.bodies.template_messages import TemplateDatagram
 from shared.bus.continuity import Position
 from shared.bus.messages import Datagrams, Envelope, Message, Status, status_topic
 from shared.bus.zmq_sockets import Publisher, Subscriber
-from shared.client import MAX_PLACES, Client, Place
+from shared.client import Client, Place
 from shared.datagrams.batch import DatagramBatch
 from shared.datagrams.gathered import Gathered
 from shared.datagrams.routing import Selection
@@ -29,6 +29,8 @@ from shared.fanout.past.window import Numbered, Window, Worker
 from shared.fanout.served import D
 from shared.fanout.streams import FollowedStreams
 from shared.fanout.templates import TemplateDelivery
+from shared.ledger.accounts import Accounts, unparse_owed
+from shared.ledger.counters import OWED, OWED_FROM
 from shared.log import get_logger
 from shared.settings.model import Settings
 
@@ -373,22 +375,23 @@ class CatchUp(Generic[D]):
 
     def report(self) -> None:
         """Tell the gateway which collectors are behind, or level again. Due every second."""
-        now = time.time_ns()
-        self._alive[ALIVE_NS] = now
-        behind = {name: each.generation for (name, _), each in self._pursued.items()}
-        told = [self._report_of(name, generation, now) for name, generation in behind.items()]
-        self._progress.report(told, self._resumes)
+        self._alive[ALIVE_NS] = time.time_ns()
+        pursued: dict[str, list[Pursued]] = {}
+        for each in self._pursued.values():
+            pursued.setdefault(each.name, []).append(each)
+        self._progress.report(pursued.values(), self._streams.positions, self._past.paces, self._resumes)
         self._past.paces.clear()
+
+    def accounts(self) -> Accounts:
+        """Return one account a collector that catches up and stream: what it has still to get, and from when on."""
+        return {
+            unparse_owed(stream, name): {
+                OWED: each.pursuit.behind(self._streams.positions(stream)),
+                OWED_FROM: each.pursuit.newest_ns,
+            }
+            for (name, stream), each in self._pursued.items()
+        }
 
     def _resumes(self, name: str) -> bool:
         """Return whether the registry still has something to resume for a collector."""
         return name in self._collectors and self._collectors[name].destination.client.resume is not None
-
-    def _report_of(self, name: str, generation: int, now_ns: int) -> Behind:
-        pursuits = [each.pursuit for (of, _), each in self._pursued.items() if of == name]
-        places = [place for each in pursuits for place in each.places()]
-        rows = sum(each.behind(self._streams.positions(each.stream)) for each in pursuits)
-        since_ns, oldest_ns = min(each.since_ns for each in pursuits), min(each.newest_ns for each in pursuits)
-        age_ms = max(0, now_ns - oldest_ns) // 1_000_000
-        pace = self._past.paces[name]
-        return Behind(name, generation, "catching_up", since_ns, places[-MAX_PLACES:], rows, age_ms, pace)

@@ -1,11 +1,16 @@
 """Tells the gateway of collectors that catch up, are level, or have left, and where they have got to; it keeps that."""
 
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final
 
 from shared.bus.bodies.journal_messages import MAX_BEHIND, Behind, CatchUpReport, catch_up_topic
+from shared.bus.continuity import Position
 from shared.bus.zmq_sockets import Publisher
 from shared.client import MAX_PLACES, Client, Place, Resume, Source
+from shared.fanout.past.journal_questions import Pursued
+from shared.fanout.past.window import Worker
 
 MAX_LEFT: Final = 1024
 """Collectors that have left and are told of again to a gateway that was restarted; the first to leave go first."""
@@ -53,8 +58,26 @@ class Progress:
         if any(self._topic.startswith(prefix) for prefix in fresh):
             self._publish([self._report_left(name) for name in self._left])
 
-    def report(self, told: Sequence[Behind], resumes: Callable[[str], bool]) -> None:
-        """Tell which collectors are behind, or level again: for as long as the registry says that one resumes."""
+    def report(
+        self,
+        behind: Iterable[Sequence[Pursued]],
+        positions: Callable[[str], Mapping[Worker, Position]],
+        paces: Counter[str],
+        resumes: Callable[[str], bool],
+    ) -> None:
+        """Tell which collectors are behind, or level again: for as long as the registry says that one resumes.
+
+        `behind` has the pursuits of each collector. `positions` are those of a stream's workers, and `paces` the
+        datagrams of the past that collectors got in the last second.
+        """
+        now_ns, told = time.time_ns(), []
+        for pursued in behind:
+            name, pursuits = pursued[0].name, [each.pursuit for each in pursued]
+            places = [place for each in pursuits for place in each.places()]
+            rows = sum(each.behind(positions(each.stream)) for each in pursuits)
+            since_ns, oldest_ns = min(each.since_ns for each in pursuits), min(each.newest_ns for each in pursuits)
+            numbers = rows, max(0, now_ns - oldest_ns) // 1_000_000, paces[name]
+            told.append(Behind(name, pursued[0].generation, "catching_up", since_ns, places[-MAX_PLACES:], *numbers))
         self._publish([*told, *(Behind(name, each, "level", 0, []) for name, each in self._level.items())])
         self._level = {name: each for name, each in self._level.items() if resumes(name)}
 

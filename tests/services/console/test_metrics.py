@@ -55,6 +55,19 @@ def test_both_formats_are_read_back() -> None:
     assert (HOSTILE,) in samples(text.decode(), "fanwire_copies_sent_total")
 
 
+def test_the_past_that_is_owed_has_series_while_it_is() -> None:
+    """A collector that catches up has its datagrams and the time that it has reached, by stream; others have none."""
+    told = {
+        family.name: [(sample.labels, sample.value) for sample in family.samples]
+        for family in stack_metrics(busy(), 0.0, "1")
+        if "behind" in family.name or "reached" in family.name or "limit_bytes" in family.name
+    }
+    labels = {"collector": HOSTILE, "stream": "syslog"}
+    assert told["fanwire_collector_behind_datagrams"] == [(labels, 5)]
+    assert told["fanwire_collector_reached_timestamp_seconds"] == [(labels, 7.0)]
+    assert told["fanwire_journal_limit_bytes"] == [({}, 99)]
+
+
 def test_nothing_is_told_of_what_is_not_known() -> None:
     """There are no series, rather than zeros, where nobody has reported."""
     text = render(stack_metrics(observe([client("siem")], {}).picture(0.0), 0.0, "1"), "")[0].decode()

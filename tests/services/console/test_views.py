@@ -29,6 +29,16 @@ def test_a_page_gets_what_it_wished_for() -> None:
     assert show(picture, History(), Wish("nonsense", "nonsense"), 0.0, whole=False)["collectors"]["found"] == 2
 
 
+def test_the_journal_and_whom_it_owes() -> None:
+    """A row of the journal names collectors that are owed some of it, and theirs tells how much."""
+    view = show(busy(), History(), Wish(), 0.0, whole=False)
+    (kept,) = view["journal"]
+    assert (kept["stream"], kept["limit"], kept["since"], kept["failing"]) == ("syslog", 99, 10.0**9, False)
+    assert kept["owed"] == [{"collector": HOSTILE, "datagrams": 5}]
+    owed = {row["name"]: row["owed"] for row in view["collectors"]["rows"]}
+    assert owed == {"siem": [], HOSTILE: [{"stream": "syslog", "datagrams": 5, "since": 7.0, "level_in": None}]}
+
+
 def test_many_collectors_are_a_few_rows_and_nodes() -> None:
     """Of 10,000 collectors a page gets those that it asked for, and the diagram has one node for the rest."""
     clients = [client(f"c{number:05}", number) for number in range(10_000)]

@@ -49,9 +49,11 @@ def busy(now: float | None = None) -> Picture:
                     "bytes": 9000,
                 },
                 f"collector/{HOSTILE}": {"expected": 890, "offered": 890, "sent": 880, "dropped_refused": 10},
+                f"owed/syslog/{HOSTILE}": {"owed": 5, "owed_from_ns": 7 * 10**9},
             },
             "journal.1": {
-                "journal/syslog": {"taken": 890, "written": 880, "dropped_disk_full": 10, "oldest_ns": 10**18}
+                "journal": {"kept_limit_bytes": 99},
+                "journal/syslog": {"taken": 890, "written": 880, "dropped_disk_full": 10, "oldest_ns": 10**18},
             },
             "broker.1": {},
             "gateway.1": {"gateway": {"memory": 5, "memory_most": 6, "memory_ceiling": 7}},

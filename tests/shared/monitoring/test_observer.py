@@ -186,6 +186,25 @@ def test_kinds_of_causes(cause: str, kind: str) -> None:
     assert PLACES[0] == "upstream"
 
 
+def test_a_collector_that_catches_up_is_owed_some_of_the_past() -> None:
+    """Its row has what it is owed by stream, and how long that takes at the pace since the last report."""
+    told = Told()
+    told.tell("gateway.1", RegistrySnapshot(1, 0, 1, [SIEM, OTHER]))
+    for seconds, owed in ((0.0, 900), (2.0, 700)):
+        told.now += seconds
+        past = {"owed/syslog/siem": {"owed": owed, "owed_from_ns": 5 * 10**9}, "owed/flows/other": {"owed": 3}}
+        told.status("forwarder.1", {"collector/siem": {"sent": 5}, "collector/other": {}, **past})
+    told.status(
+        "journal.1", {"journal": {"kept_limit_bytes": 9}, "journal/syslog": {"kept_bytes": 3, "oldest_ns": 10**9}}
+    )
+    picture = told.picture()
+    (row,) = collector(picture).owed
+    assert (row.stream, row.datagrams, row.since, row.level_in) == ("syslog", 700, 5.0, 7.0)
+    assert [(each.stream, each.level_in) for each in collector(picture, "other").owed] == [("flows", None)]
+    (kept,) = picture.kept
+    assert (kept.stream, kept.size, kept.limit, kept.since, kept.until) == ("syslog", 3, 9, 1.0, None)
+
+
 def test_withheld_collector_is_no_trouble() -> None:
     """It is told apart, whatever its sender reports of it, and what it does not get is no loss."""
     told = Told()

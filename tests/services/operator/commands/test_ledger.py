@@ -2,6 +2,7 @@ import json
 import signal
 import time
 from contextlib import ExitStack
+from datetime import datetime
 
 import pytest
 
@@ -40,8 +41,45 @@ def test_balanced_accounts(stack: Stack) -> None:
     assert (code, text.splitlines()[-1]) == (0, "balanced")
     collector, loss = [line.split() for line in text.splitlines() if "[siem]" in line]
     assert loss == ["way", "out", "forwarder.1", "[siem]", "1", "refused"]
-    assert collector == ["forwarder.1", "[siem]", "9", "2", "2", "3", "0", "0", "1", "0", "0", "refused", "1", "2"]
+    assert collector == [
+        "forwarder.1",
+        "[siem]",
+        "9",
+        "2",
+        "2",
+        "3",
+        "0",
+        "0",
+        "1",
+        "0",
+        "0",
+        "0",
+        "0",
+        "refused",
+        "1",
+        "2",
+    ]
     assert "no_subscriber 3" in text
+    assert "Journal" not in text
+    assert "Owed" not in text
+
+
+def test_the_journal_and_what_it_owes(stack: Stack) -> None:
+    """Of a kept stream it tells from when to when, and of a collector that catches up how much and since when."""
+    stack.start("broker")
+    account = {"expected": 9, "offered": 9, "sent": 2, "deferred": 3, "left_behind": 3, "dropped_expired_unread": 1}
+    forwarder = {ORIGIN: FORWARDER[ORIGIN], "collector/siem": account}
+    forwarder["owed/messages/siem"] = {"owed": 3, "owed_from_ns": 1_795_000_000_000_000_000}
+    kept = {"taken": 4, "written": 4, "kept_bytes": 5 << 20, "oldest_ns": 1_795_000_000_000_000_000}
+    accounts = {"journal": {"kept_limit_bytes": 9 << 20}, "journal/messages": kept | {"newest_ns": 0}}
+    code, text = play(stack, stack.operator("ledger"), ingest=WORKER, forwarder=forwarder, journal=accounts)
+    assert (code, text.splitlines()[-1]) == (0, "balanced")
+    at = f"{datetime.fromtimestamp(1_795_000_000):%F %T}".split()
+    rows = [line.split() for line in text.splitlines()]
+    assert ["journal.1", "messages", "4", "4", "0", "0", "0", "5", *at] in rows
+    assert ["forwarder.1", "siem", "messages", "3", *at] in rows
+    collector = next(row for row in rows if row[:2] == ["forwarder.1", "siem"] and len(row) > 7)
+    assert collector[11:] == ["3", "3", "expired_unread", "1", "1"]
 
 
 def test_discrepancies_within_and_between_services(stack: Stack) -> None:

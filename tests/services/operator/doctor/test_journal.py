@@ -41,6 +41,14 @@ def test_each_state_has_its_finding(accounts: dict[str, Accounts], level: str, w
     assert bool(found.cure) == (level != "ok")
 
 
+def test_a_collector_that_is_owed_datagrams_has_a_line() -> None:
+    """It tells how many of which stream, and since when; that is no fault."""
+    owed = {"forwarder.1": {"owed/flows/siem": {"owed": 1234, "owed_from_ns": 1_795_000_000_000_000_000}}}
+    _, found = check_journal(heard() | owed, KEPT)
+    assert (found.level, found.subject) == ("ok", "siem")
+    assert found.why.startswith("1,234 datagrams of flows, received since 2026-")
+
+
 def test_without_a_kept_stream_nothing_is_said() -> None:
     """A journal that keeps nothing is no subject."""
     assert list(check_journal({"broker.1": {}, "journal.1": {"journal": {}}}, Settings())) == []

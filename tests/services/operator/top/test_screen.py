@@ -14,6 +14,7 @@ from services.operator.top.terminal import split_keys
 from services.operator.top.views import VIEWS, lines, select
 from shared.client import Client
 from shared.losses import Loss
+from shared.monitoring.kept import KeptStream, Owed
 from shared.monitoring.picture import Collector, Exporter, Picture, RecentLoss, Service, Stream, Verdict
 
 HOSTILE = "<img>[red]\x1b[2Jé漢"
@@ -58,6 +59,7 @@ def picture(count: int = 3, **changes: object) -> Picture:
         "exporters": (Exporter("10.1.1.1", 12.5, 900.0, 1.0, ("syslog",), ("ingest.1",), 2, {"syslog": 12.5}, 5),),
         "services": (service,),
         "losses": (RecentLoss(Loss("ingest", "ingest.1", "syslog", 3, "memory"), 2),),
+        "kept": (KeptStream("syslog", "journal.1", {"kept_bytes": 5, "dropped_disk_full": 7}, 50),),
     }
     return Picture(**(fields | changes))  # type: ignore[arg-type]
 
@@ -83,7 +85,7 @@ def test_examples_in_the_docstrings_hold(module: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("width", [40, 80, 200])
-@pytest.mark.parametrize("key", ["1", "2", "3"])
+@pytest.mark.parametrize("key", ["1", "2", "3", "4"])
 @pytest.mark.parametrize("mode", ["", "t"])
 def test_a_frame_fits(width: int, key: str, mode: str) -> None:
     """At any width no line is wider and no frame is higher; the first column and the one of the order are there."""
@@ -94,7 +96,7 @@ def test_a_frame_fits(width: int, key: str, mode: str) -> None:
         assert len(frame) <= 24
         assert [line for line in frame if cell_len(line) > width] == []
         names = frame[4]
-        assert names.startswith(chosen.view.name.removesuffix("s"))
+        assert names.startswith(chosen.view.columns[0].name)
         assert chosen.view.columns[chosen.sorting.by].name in names
         chosen.press("s")
 
@@ -102,12 +104,12 @@ def test_a_frame_fits(width: int, key: str, mode: str) -> None:
 def test_wide_and_narrow() -> None:
     """A wide terminal has every column; a narrow one has health, rate and losses."""
     wide, narrow = (shown(draw(press("3"), picture(), width, 24)) for width in (200, 80))
-    names = "collector health for per s▼ bit/s held lost/s lost lately lost by streams address source"
+    names = "collector health for per s▼ bit/s held behind level in lost/s lost lately lost by streams address source"
     assert " ".join(wide[4].split()) == names
     assert wide[5].split()[:5] == ["c2", "ok", "60", "s", "2"]
     assert {"collector", "health", "s▼", "lost/s"} <= {*narrow[4].split()}
     assert wide[:3][1:] == ["slow: c1", "1 service, 12 datagrams/s in, 3 copies/s out, 2 lost in 5 min"]
-    assert wide[3].split() == ["1", "streams", "1", "2", "exporters", "1", "3", "collectors", "3"]
+    assert wide[3].split() == ["1", "streams", "1", "2", "exporters", "1", "3", "collectors", "3", "4", "journal", "1"]
 
 
 def test_names_are_text() -> None:
@@ -171,7 +173,9 @@ def test_filter() -> None:
 
 def test_keys() -> None:
     """Views follow each other, the order goes from column to column that the mode has, help and pause are seen."""
-    assert [press(*["\t"] * count).view.name for count in range(4)] == ["streams", "exporters", "collectors", "streams"]
+    assert [press(*["\t"] * count).view.name for count in range(5)] == [
+        *("streams", "exporters", "collectors", "journal", "streams")
+    ]
     chosen = press("s", "s")
     assert chosen.view.columns[chosen.sorting.by].name == "exporters"
     assert press("S", start=press()).sorting.by == 0
@@ -209,14 +213,16 @@ def test_no_color(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_lines_for_programs() -> None:
     """Each row is a line of kind, name and NAME=VALUE between tabs; what is not known is left out."""
-    some = picture(collectors=(collector(2, "a\tb", rate=None),))
+    owed = (Owed("a\tb", "syslog", 70, 1.0, 9.0),)
+    some = picture(collectors=(collector(2, "a\tb", rate=None, owed=owed),))
     assert lines(some) == [
         "fanwire\twarning\tslow: c1",
         "stream\tsyslog\tper_s=12.5\treceived=4000\tbit/s=7200\texporters=1\tcollectors=2\tlost/s=0\tlost=3\t"
         "lost_by=memory 3",
         "exporter\t10.1.1.1\tper_s=12.5\tbit/s=7200\tshare=1\tgaps=5\tcollectors=2\tstreams=syslog\tworkers=ingest.1",
-        "collector\ta\\tb\thealth=ok\tfor=60\tsent=2000\tbit/s=1600\theld=0\tlost/s=0\tlost=2\tlost_lately=0\t"
-        "lost_by=refused 2\tstreams=syslog\taddress=192.0.2.1 port 9514\tsource=relay",
+        "collector\ta\\tb\thealth=ok\tfor=60\tsent=2000\tbit/s=1600\theld=0\tbehind=70\tlevel_in=9\t"
+        "lost/s=0\tlost=2\tlost_lately=0\tlost_by=refused 2\tstreams=syslog\taddress=192.0.2.1 port 9514\tsource=relay",
+        "journal\tsyslog\tbytes=5\tof_limit=0.1\towed=70\tnot_kept=disk_full 7\tservice=journal.1",
     ]
 
 
