@@ -28,6 +28,7 @@ from services.gateway.admission.ownership import MOST_AT_A_PLACE, check_place
 from services.gateway.admission.peer import Peer
 from services.gateway.admission.rights import NOBODY, Rights
 from services.gateway.admission.tokens import Tokens
+from services.gateway.admission.upkeep import readmit
 from services.gateway.documented_client import sign_up
 from services.gateway.handler import Handler
 from services.gateway.protocol.client_names import parse_name
@@ -35,7 +36,6 @@ from services.gateway.protocol.decoder import MAX_LINE, Decoder, parse_request
 from services.gateway.protocol.requests import EXPECTED, Auth, ListClients, Register, RequestError, SignUp
 from services.gateway.registry.entry import Origin
 from services.gateway.registry.store import Store, _Kept, _parse
-from services.gateway.server import _readmit
 from services.gateway.transport.listeners import Listener
 from services.gateway.transport.slow_readers import too_slow_reader
 from services.gateway.transport.tls import check_listener, make_context
@@ -226,7 +226,7 @@ def _places(destinations: Destinations) -> Iterator[Provocation]:
         client = Client(name, 0, "192.0.2.7", 9, streams=("messages", "s"))
         owned.grant(client, replace(ELSEWHERE, rights=replace(SIEM, holder=holder)), Origin.JSON)
     siem = Token(name="siem", hash=f"sha256:{'0' * 64}", scopes=("collect",), streams=("s",))
-    yield partial(_readmit, owned, Tokens([siem]), destinations)
+    yield partial(readmit, owned, Tokens([siem]), destinations)
 
 
 def _starts() -> Iterator[Provocation]:

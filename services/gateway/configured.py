@@ -83,11 +83,14 @@ class Configured:
             before[collector.name] = self._present(collector)
             if client := self._place(collector, before[collector.name], settings, destinations):
                 clients.append(client)
-        self._registry.configure(clients, hosts)
-        for client in clients:
-            if client.address != before.get(client.name, client.address):
-                was = before[client.name] or None
-                log.info(HOST_MOVED, of=client.name, host=hosts[client.name], address=client.address, before=was)
+
+        def done(_: None) -> None:
+            for client in clients:
+                if client.address != before.get(client.name, client.address):
+                    was = before[client.name] or None
+                    log.info(HOST_MOVED, of=client.name, host=hosts[client.name], address=client.address, before=was)
+
+        self._registry.changes.make(lambda: self._registry.configure(clients, hosts), done)
 
     def _present(self, collector: Collector) -> str:
         """Return the address that the collector has by this host name."""

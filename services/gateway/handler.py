@@ -30,6 +30,7 @@ from services.gateway.protocol.requests import (
     WatchClients,
     Withhold,
 )
+from services.gateway.registry.changes import ignore
 from services.gateway.registry.entry import Entry, Origin
 from services.gateway.registry.registry import Registry
 from services.gateway.render import json_line, show_client
@@ -85,7 +86,7 @@ class Handler:
         unix_time: Callable[[], float],
     ) -> None:
         self.tokens = tokens
-        self._epoch = epoch
+        self.epoch = epoch
         self.counters: Counter[str] = Counter()
         self.apply_settings(settings)
         self._registry = registry
@@ -111,7 +112,7 @@ class Handler:
         try:
             self._dispatch(request, peer, reply)
         except OSError as error:  # of the kernel or the disk
-            raise RequestError("unavailable", f"{error.strerror}; try again") from None
+            raise unavailable(error) from None
         if not isinstance(request, Renew):  # renewals are most of the requests, and no news for others
             self._announcer.announce_soon()
 
@@ -119,16 +120,21 @@ class Handler:
         """Get each request decided, by what it changes or only by the rights of the peer, and perform it."""
         match request:
             case SignUp():
-                self._grant(self._admission.decide(request, peer), peer)
-                reply(self._registry.names.render())
+                self._register(request, peer, reply)
             case Register() | Confirm():
                 self._register(request, peer, reply)
             case Renew():
-                expires_in = self._registry.renew(self._admission.decide_change(request, peer))
-                reply(_succeed(request.id, expires_in=expires_in))
+                self._registry.changes.renew(
+                    lambda: self._admission.decide_change(request, peer),
+                    lambda entry: reply(_succeed(request.id, expires_in=self._registry.leases.expires_in(entry))),
+                    self._refusing(request, reply),
+                )
             case Leave():
-                self._registry.release(self._admission.decide_change(request, peer))
-                reply(_succeed(request.id))
+                self._registry.changes.make(
+                    lambda: self._registry.release(self._admission.decide_change(request, peer)),
+                    lambda _: reply(_succeed(request.id)),
+                    self._refusing(request, reply),
+                )
             case Withhold() | Release():
                 self._order(request, peer, reply)
             case Transmit():
@@ -173,14 +179,44 @@ class Handler:
         self._pushes.pop(peer.id, None)
         self._wrong_tokens.pop(peer.id, None)
         self._feed.remove_watcher(peer.id)
-        if not by_us:
-            self._registry.release_held(peer)
+        if not by_us and self._registry.holds_any(peer):
+            self._registry.changes.make(lambda: self._registry.release_held(peer), ignore)
         self._announcer.announce_soon()
 
-    def _register(self, request: Register | Confirm, peer: Peer, reply: Reply) -> None:
-        granted = self._admission.decide(request, peer)
-        entry = self._grant(granted, peer)
+    def is_connected(self, peer: Peer) -> bool:
+        """Return whether a peer's connection is open."""
+        return peer.id in self._pushes
 
+    def _refusing(self, request: Request, reply: Reply) -> Callable[[Exception], None]:
+        """Return a function that answers a request with a refusal which came later."""
+
+        def refuse(error: Exception) -> None:
+            if isinstance(error, OSError):
+                error = unavailable(error)
+            if not isinstance(error, RequestError):
+                raise error
+            reply(self.refuse(error, None if isinstance(request, SignUp) else request.id))
+
+        return refuse
+
+    def _register(self, request: SignUp | Register | Confirm, peer: Peer, reply: Reply) -> None:
+        asked = self._admission.read(request, peer)
+
+        def grant() -> tuple[Grant, Entry]:
+            granted = self._admission.decide(asked, peer)
+            client, origin, ttl, hold, proven, _, _ = granted
+            return granted, self._registry.grant(client, peer, origin, ttl=ttl, hold=hold, proven=proven)
+
+        def done(granted: tuple[Grant, Entry]) -> None:
+            self._note_granted(*granted, peer)
+            if isinstance(request, SignUp):
+                reply(self._registry.names.render())
+            else:
+                self._answer_registered(request, *granted, reply)
+
+        self._registry.changes.make(grant, done, self._refusing(request, reply))
+
+    def _answer_registered(self, request: Register | Confirm, granted: Grant, entry: Entry, reply: Reply) -> None:
         def finished() -> None:
             self._registry.refresh_condition(entry)
             receives = bool(entry.client.streams) and not entry.client.withheld
@@ -197,35 +233,39 @@ class Handler:
     def _order(self, request: Withhold | Release, peer: Peer, reply: Reply) -> None:
         """Withhold a collector's copies, or let them flow again; answer once its sender knows."""
         name, registry = request.name, self._registry
-        if isinstance(request, Withhold):
-            entry = self._admission.decide_withhold(request, peer)
-            before = registry.withheld.get(name)
-            since = before.since if before else self._unix_time()
-            registry.withhold(entry, Withheld(peer.rights.holder, since, request.reason))
-            log.info(WITHHELD_BY_ADMIN, client=name, by=str(peer), reason=printable(request.reason))
-        else:
-            self._admission.decide_release(request, peer)
-            registry.end_withholding(name)
-            log.info(RELEASED_BY_ADMIN, client=name, by=str(peer))
+
+        def order() -> None:
+            if isinstance(request, Withhold):
+                entry = self._admission.decide_withhold(request, peer)
+                before = registry.withheld.get(name)
+                since = before.since if before else self._unix_time()
+                registry.withhold(entry, Withheld(peer.rights.holder, since, request.reason))
+            else:
+                self._admission.decide_release(request, peer)
+                registry.end_withholding(name)
 
         def finished() -> None:
             if entry := registry.find(name):
                 registry.refresh_condition(entry)
             reply(_succeed(request.id, client=show_client(registry, entry) if entry else None))
 
-        present = registry.find(name)
-        if present and present.client.streams:
-            self._announcer.ask_served(present.client.source, finished)
-        else:
-            finished()
+        def done(_: None) -> None:
+            if isinstance(request, Withhold):
+                log.info(WITHHELD_BY_ADMIN, client=name, by=str(peer), reason=printable(request.reason))
+            else:
+                log.info(RELEASED_BY_ADMIN, client=name, by=str(peer))
+            present = registry.find(name)
+            if present and present.client.streams:
+                self._announcer.ask_served(present.client.source, finished)
+            else:
+                finished()
 
-    def _grant(self, granted: Grant, peer: Peer) -> Entry:
-        client, origin, ttl, hold, proven, _, _ = granted
-        entry = self._registry.grant(client, peer, origin, ttl=ttl, hold=hold, proven=proven)
+        registry.changes.make(order, done, self._refusing(request, reply))
+
+    def _note_granted(self, granted: Grant, entry: Entry, peer: Peer) -> None:
         replaced = granted.replaced
-        if replaced is not None and replaced.peer.id != peer.id and granted.origin is replaced.origin is Origin.JSON:
+        if replaced is not None and replaced.peer.id != peer.id and entry.origin is replaced.origin is Origin.JSON:
             self._push_taken_over(replaced, peer)
-        return entry
 
     def _push_taken_over(self, replaced: Entry, peer: Peer) -> None:
         if push := self._pushes.get(replaced.peer.id):
@@ -260,13 +300,13 @@ class Handler:
         self._feed.remove_watcher(peer.id)
         self._feed.push_health()  # to the other watchers: the answer holds the present state
         missed = None
-        if request.revision is not None and request.epoch == self._epoch:
+        if request.revision is not None and request.epoch == self.epoch:
             missed = self._feed.lines_since(request.revision)
         self._feed.add_watcher(peer.id, self._pushes[peer.id])
         if missed is None:
             return [_head(request.id), b',"clients":', *self._list()]
         return [
-            *_succeed(request.id, revision=request.revision, epoch=self._epoch),
+            *_succeed(request.id, revision=request.revision, epoch=self.epoch),
             missed,
             self._feed.health_lines(),
         ]
@@ -279,8 +319,13 @@ class Handler:
             clients = {entry.client.name: show_client(self._registry, entry) for entry in self._registry.entries()}
             self._listing = _encode(clients)
             self._listing_version, self._listing_until = version, now + LISTING_SECONDS
-        rest = {"withheld": self._registry.withheld, "revision": self._registry.revision, "epoch": self._epoch}
+        rest = {"withheld": self._registry.withheld, "revision": self._registry.revision, "epoch": self.epoch}
         return [self._listing, b"," + json_line(**rest)[1:]]
+
+
+def unavailable(error: OSError) -> RequestError:
+    """Return the refusal for an error of the kernel, the disk or the cluster."""
+    return RequestError("unavailable", f"{error.strerror}; try again")
 
 
 def _identity(id: Id | None) -> dict[str, object]:

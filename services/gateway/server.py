@@ -5,16 +5,16 @@ import contextlib
 import errno
 import ssl
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from services.gateway.admission.address_proof import AddressProofs
 from services.gateway.admission.decision import Admission
 from services.gateway.admission.destinations import Destinations
-from services.gateway.admission.readmission import find_excess
 from services.gateway.admission.tokens import Tokens
+from services.gateway.admission.upkeep import expel_loops, readmit
 from services.gateway.bus.announcer import Announcer
 from services.gateway.bus.transmissions import Transmissions
 from services.gateway.configured import Configured, check_configured
@@ -29,18 +29,19 @@ from services.gateway.counters import (
     WATCHERS,
 )
 from services.gateway.event_feed import EventFeed
+from services.gateway.from_settings import check_cluster, destinations_of, opened_store, tls_context, tokens_of
 from services.gateway.handler import Handler
-from services.gateway.registry.pasts import Pasts
+from services.gateway.registry.changes import ignore, never_keep
+from services.gateway.registry.pasts import Gone, Pasts
 from services.gateway.registry.registry import Registry
 from services.gateway.registry.store import Store
 from services.gateway.render import event_line, health_line
 from services.gateway.transport.connection import ClientConnection
-from services.gateway.transport.listeners import BACKLOG, Listener, is_broadcast, is_local, listening, send_datagram
+from services.gateway.transport.listeners import BACKLOG, Listener, listening, send_datagram
 from services.gateway.transport.open_connections import AT_ONCE, OpenConnections
-from services.gateway.transport.tls import check_listener, make_context
 from services.gateway.transport.tls_handshakes import TlsAcceptor
 from shared.bus.endpoint import open_link, queue_limit
-from shared.bus.zmq_sockets import Publisher, Requests, Subscriber, broker_is_up, new_context, prepare_directory
+from shared.bus.zmq_sockets import Publisher, Requests, Subscriber, broker_is_up, new_context
 from shared.ledger.accounts import Accounts
 from shared.ledger.counters import FILES_RESTORED
 from shared.log import get_logger
@@ -58,9 +59,10 @@ from shared.process.lifecycle import (
 from shared.process.memory import Memory
 from shared.process.reload import Reload
 from shared.process.tokens_file import read_tokens
-from shared.settings.entries import Token
 from shared.settings.model import Settings
-from shared.settings.own_listeners import udp_listeners
+
+if TYPE_CHECKING:
+    from services.gateway.cluster.member import Member
 
 TICK_SECONDS: Final = 0.25
 """Time by which a deadline may be noticed late."""
@@ -70,6 +72,8 @@ LOOPS_SECONDS: Final = 1.0
 """Time for which copies may come back when this host gets an address that they go to."""
 DRAIN_SECONDS: Final = 1.5
 """Time for the answers under way at SIGTERM; the bus lingers for another second."""
+CLUSTER_SECONDS: Final = 5.0
+"""Time that a start waits for the registry of a cluster; then it goes on with what it has known last."""
 SPARE_DESCRIPTORS: Final = 64
 """Descriptors kept for listeners, the bus, and connections being refused."""
 
@@ -81,29 +85,38 @@ def run_gateway(settings: Settings, lifecycle: Lifecycle) -> None:
     print("Starting server...", flush=True)  # as the documented server does
     bus = settings.bus
     declared = read_tokens(settings)
-    tls = _tls_context(settings, declared)
+    tls = tls_context(settings, declared)
     link, name = open_link(bus, "gateway"), worker_name("gateway")
     memory = Memory(settings.gateway.memory, "[gateway] memory")
     mark = queue_limit(bus.high_water_mark, memory.ceiling)
     with (
         listening(settings.gateway.endpoints) as listeners,
-        _opened(settings) as store,
+        opened_store(settings, _boot_time) as store,
         new_context() as context,
         contextlib.closing(Publisher(context, bus.path, name, mark, link)) as publisher,
         contextlib.closing(Subscriber(context, bus.path, mark, link)) as subscriber,
     ):
-        tokens = _tokens(settings, declared, listeners)
+        tokens = tokens_of(settings, declared, listeners)
         first_generation = max(store.generation + 1, time.time_ns() // 1000)
         preserve_seconds = settings.gateway.preserve_seconds
-        pasts = Pasts(time.time, store.keep_pasts, settings.gateway.max_clients)
+        member: Member | None = None
+
+        def keep_pasts(changed: Gone) -> None:
+            (store if member is None else member).keep_pasts(changed)
+
+        pasts = Pasts(time.time, keep_pasts, settings.gateway.max_clients)
         pasts.journaled = frozenset(settings.journaled)
         pasts.restore(store.pasts)
-        registry = Registry(_boot_time, first_generation, store.keep, preserve_seconds, store.group_secret, pasts)
+        shared = bool(settings.uplink.registry)
+        keep = never_keep if shared else store.keep
+        registry = Registry(_boot_time, first_generation, keep, preserve_seconds, store.group_secret, pasts)
+        if shared:
+            member = _join(settings, registry, store, publisher.boot)
         registry.restore(store.entries, store.revision, store.withheld)
-        destinations = _destinations(settings)
+        destinations = destinations_of(settings)
         configured = Configured(settings, destinations, registry)
-        _expel_loops(destinations, registry)
-        _readmit(registry, tokens, destinations)
+        registry.changes.make(partial(expel_loops, destinations, registry), ignore)
+        registry.changes.make(partial(readmit, registry, tokens, destinations), ignore)
         server = _Server(
             settings,
             lifecycle,
@@ -116,6 +129,7 @@ def run_gateway(settings: Settings, lifecycle: Lifecycle) -> None:
             publisher,
             subscriber,
             memory,
+            member,
         )
         asyncio.run(server.run(listeners, tls))
 
@@ -126,68 +140,24 @@ def check_gateway(settings: Settings) -> None:
     Where a broker runs, ports are not tried: its gateway has them.
     """
     declared, link = read_tokens(settings), open_link(settings.bus, "gateway")
-    _tls_context(settings, declared)
+    tls_context(settings, declared)
+    check_cluster(settings)
     bind = partial(try_endpoint, made=settings.bus.path, port_too=not broker_is_up(settings.bus.path, link))
     with listening(settings.gateway.endpoints, bind) as listeners:
-        _tokens(settings, declared, listeners)
-    check_configured(settings, _destinations(settings))
+        tokens_of(settings, declared, listeners)
+    check_configured(settings, destinations_of(settings))
 
 
-def _tls_context(settings: Settings, declared: Sequence[Token]) -> ssl.SSLContext | None:
-    secure = any(endpoint.scheme == "tls" for endpoint in settings.gateway.endpoints)
-    return make_context(settings.gateway, declared) if secure else None
+def _join(settings: Settings, registry: Registry, store: Store, boot: int) -> "Member":
+    """Return this node's part in the registry that the settings share."""
+    check_cluster(settings)
+    from services.gateway.cluster.member import Member
 
-
-def _tokens(settings: Settings, declared: Sequence[Token], listeners: Iterable[Listener]) -> Tokens:
-    for listener in listeners:
-        check_listener(listener, declared)
-    return Tokens(declared, names_beyond_loopback=settings.gateway.names_beyond_loopback)
+    return Member(settings, registry, store, boot)
 
 
 def _boot_time() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
-
-
-def _opened(settings: Settings) -> Store:
-    path = settings.database
-    if path is not None and path.parent == settings.bus.path:
-        prepare_directory(path.parent)  # the broker may not have come yet
-    return Store(path, _boot_time)
-
-
-def _destinations(settings: Settings) -> Destinations:
-    return Destinations(
-        [stream.name for stream in settings.streams],
-        udp_listeners(settings),
-        is_local,
-        is_broadcast,
-        settings.gateway.destinations,
-    )
-
-
-def _expel_loops(destinations: Destinations, registry: Registry) -> None:
-    """Remove collectors whose copies would come back: a listener or an address may be newer than the entry."""
-    if loops := [entry for entry in registry.entries() if destinations.find_loop(entry.client)]:
-        log.warning(
-            "collector removed: its address is one of fanwire's own listeners (loop)",
-            clients=[entry.client.name for entry in loops[:10]],
-            count=len(loops),
-        )
-        registry.expel(loops)
-
-
-def _readmit(registry: Registry, tokens: Tokens, destinations: Destinations) -> None:
-    """Take from entries what today's tokens and settings do not allow."""
-    excess = find_excess(registry.entries(), tokens, destinations)
-    narrowed = [entry for entry, _ in excess.narrowed]
-    for event, entries in (
-        ("client removed: its token or [gateway] destinations do not allow it any more", excess.removed),
-        ("client narrowed to the streams that its token still allows", narrowed),
-    ):
-        if entries:
-            log.warning(event, clients=[entry.client.name for entry in entries[:10]], count=len(entries))
-    registry.expel(excess.removed)
-    registry.narrow(excess.narrowed)
 
 
 @dataclass
@@ -203,6 +173,7 @@ class _Server:
     publisher: Publisher
     subscriber: Subscriber
     memory: Memory
+    member: "Member | None" = None
     _loops_at: float = 0.0
     _tick_at: float = 0.0
 
@@ -214,7 +185,13 @@ class _Server:
         self._build(loop)
         self._reload = Reload(self.publisher.sender, self.lifecycle, self.settings, self._apply_settings)
         self._stopped = False
+        self._making: set[str] = set()
         self._awake = asyncio.Event()
+        self._began = time.monotonic()
+        if self.member:
+            self.member.changed = self._follow_cluster
+            self.member.changes.connected = self._handler.is_connected
+            self.member.begin()
         for source, act in (
             (self.lifecycle, self._heed_signal),
             (self.publisher, self._announcer.flush),
@@ -225,6 +202,8 @@ class _Server:
             await self._tick_until_stopped()
             loop.remove_reader(self.lifecycle.fileno())
         await self._connections.drain(DRAIN_SECONDS)
+        if self.member:
+            await self.member.end()
         self._announcer.flush()
 
     def _build(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -285,6 +264,16 @@ class _Server:
         if acceptor:
             await acceptor.stop()
 
+    def _follow_cluster(self) -> None:
+        """Announce what other nodes have changed."""
+        self._handler.epoch = self.store.epoch
+        self._announcer.announce_soon()
+
+    def _is_settled(self) -> bool:
+        """Return whether the list is as it is to be, as far as that can be waited for."""
+        waits = self.member is not None and not self.member.synced
+        return self.configured.settled and (not waits or time.monotonic() > self._began + CLUSTER_SECONDS)
+
     def _heed_signal(self) -> None:
         """Act on a signal."""
         self.lifecycle.heed()
@@ -301,12 +290,12 @@ class _Server:
 
     def _apply_settings(self, settings: Settings) -> None:
         """Use the streams, collectors and tokens of these settings; OperatorError when they can't be used."""
-        destinations, declared, before = _destinations(settings), read_tokens(settings), self.tokens
-        tls, tokens = _tls_context(settings, declared), _tokens(settings, declared, self._listeners)
+        destinations, declared, before = destinations_of(settings), read_tokens(settings), self.tokens
+        tls, tokens = tls_context(settings, declared), tokens_of(settings, declared, self._listeners)
         try:
             self.configured.apply(settings, destinations)
-            _expel_loops(destinations, self.registry)
-            _readmit(self.registry, tokens, destinations)
+            self.registry.changes.make(partial(expel_loops, destinations, self.registry), ignore)
+            self.registry.changes.make(partial(readmit, self.registry, tokens, destinations), ignore)
         except OSError as error:
             raise OperatorError(FAILED, str(error.strerror)) from None
         self.registry.pasts.journaled = frozenset(settings.journaled)
@@ -319,9 +308,12 @@ class _Server:
         self._announcer.announce_soon()
 
     async def _tick_until_stopped(self) -> None:
-        readiness = Readiness("gateway", self.settings.bus, lambda: self.publisher.ready and self.configured.settled)
+        readiness = Readiness("gateway", self.settings.bus, lambda: self.publisher.ready and self._is_settled())
         while not self._stopped:
-            self.registry.expire()
+            if self.registry.leases.due:
+                self._make_once("expire", self.registry.expire)
+            if self.member:
+                self.member.check()
             if self.configured.tick():
                 self._announcer.announce_soon()
             self._look_after_registry()
@@ -345,7 +337,17 @@ class _Server:
             with contextlib.suppress(OSError):
                 self.registry.pasts.prune()
             with contextlib.suppress(OSError):  # the kernel can't tell just now
-                _expel_loops(self.destinations, self.registry)
+                self._make_once("loops", lambda: expel_loops(self.destinations, self.registry))
+
+    def _make_once(self, what: str, act: Callable[[], None]) -> None:
+        """Make a change that is due, unless it waits already."""
+        if what not in self._making:
+            self._making.add(what)
+            try:
+                self.registry.changes.make(act, lambda _: self._making.discard(what))
+            except OSError:
+                self._making.discard(what)
+                raise
 
     def _accounts(self) -> Accounts:
         account = {
@@ -359,7 +361,7 @@ class _Server:
             SENDERS_ORIGINAL: int(self._announcer.sends_copies("original")),
             BUS_REJECTED: sum(self.subscriber.rejected.values()),
         }
-        return {ACCOUNT: account}
+        return {ACCOUNT: account | (self.member.accounts() if self.member else {})}
 
     def _report_trouble(self, _loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """Log an error of the loop, such as an accept without a descriptor to spare."""

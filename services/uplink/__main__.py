@@ -3,12 +3,10 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 
-from shared.process.lifecycle import UNAVAILABLE, Lifecycle, OperatorError, run, service_parser, stay_up, worker_name
+from shared.nats.installed import check_installed
+from shared.process.lifecycle import Lifecycle, run, service_parser, stay_up, worker_name
 from shared.settings.model import Settings
-
-NEEDED = ("nats", "nkeys")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -18,9 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _check(settings: Settings) -> None:
     if settings.uplink.servers:
-        if missing := [name for name in NEEDED if find_spec(name) is None]:
-            told = f"[uplink] servers: needs {' and '.join(missing)}: pip install 'fanwire[uplink]'"
-            raise OperatorError(UNAVAILABLE, told)
+        check_installed(settings.uplink)
         from shared.nats.access import check_access
 
         check_access(settings.uplink)

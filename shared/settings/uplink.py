@@ -29,6 +29,8 @@ class Uplink(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Streams of this host that other sites may have; `["*"]`: all."""
     receive: tuple[str, ...] = ()
     """SITE/STREAM: streams of other sites that appear here under the same name; SITE/*: all that this host has."""
+    registry: str = ""
+    """The registry that this node shares with others: all that name the same one have the same clients; "": its own."""
     credentials: str = ""
     """A file of NATS credentials (.creds), readable by its owner only; "": none."""
     nkey: str = ""
@@ -62,6 +64,10 @@ class Uplink(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             raise ValueError(f"site: expected {SITE_FORM}")
         check_each("send", _check_stream, self.send)
         check_each("receive", self._check_received, self.receive)
+        if self.registry and not SITE.fullmatch(self.registry):
+            raise ValueError(f"registry: expected {SITE_FORM}")
+        if self.registry and not self.servers:
+            raise ValueError("registry: needs servers, which keep it")
         if bool(self.certificate) != bool(self.key):
             raise ValueError("certificate: expected both a certificate and its key, or neither")
         if self.credentials and self.nkey:

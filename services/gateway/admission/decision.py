@@ -54,6 +54,14 @@ class Grant(NamedTuple):
     note: str = ""
 
 
+class Asked(NamedTuple):
+    """A request to be registered, the way that it came, and whether it proves its address."""
+
+    wishes: Register
+    origin: Origin
+    confirmed: bool
+
+
 class Admission:
     """Decides about every request that changes the registry or sends; a refusal is raised as `RequestError`.
 
@@ -76,13 +84,18 @@ class Admission:
         self._sends_frames = sends_frames
         self.destinations = destinations
 
-    def decide(self, request: SignUp | Register | Confirm, peer: Peer) -> Grant:
-        """Return the grant of a request; of several reasons against it, the first in this order is the answer."""
+    def read(self, request: SignUp | Register | Confirm, peer: Peer) -> Asked:
+        """Return all that a request asks for; a nonce is good for once."""
         peer.rights.check(request)
-        asked, origin = self._asked(request, peer), Origin.NAMES if isinstance(request, SignUp) else Origin.JSON
+        origin = Origin.NAMES if isinstance(request, SignUp) else Origin.JSON
+        return Asked(self._asked(request, peer), origin, isinstance(request, Confirm))
+
+    def decide(self, request: Asked | SignUp | Register | Confirm, peer: Peer) -> Grant:
+        """Return the grant of a request; of several reasons against it, the first in this order is the answer."""
+        asked, origin, confirmed = request if isinstance(request, Asked) else self.read(request, peer)
         present = self._registry.find(asked.name)
         client = self.destinations.resolve(asked, peer)
-        proven = isinstance(request, Confirm) or proven_before(present, client, peer)
+        proven = confirmed or proven_before(present, client, peer)
         if not proven and self.destinations.need_proof(asked, peer):
             raise self._proofs.challenge(asked, client.address, peer)
         if client.source == "original" and not self._sends_copies("original"):

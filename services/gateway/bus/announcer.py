@@ -12,6 +12,7 @@ from typing import Final
 
 from services.gateway.bus.serving import CallLater, ServingQuery
 from services.gateway.event_feed import EventFeed
+from services.gateway.registry.changes import ignore
 from services.gateway.registry.registry import Registry
 from shared.bus.bodies.health_message import Health
 from shared.bus.bodies.journal_messages import CATCH_UP_PREFIX, CatchUpReport
@@ -124,7 +125,7 @@ class Announcer:
 
     def _note_behind(self, body: CatchUpReport) -> None:
         with contextlib.suppress(OSError):  # it can't be stored now, which the store has logged; it is told again
-            self._registry.note_behind(body)
+            self._registry.changes.make(lambda: self._registry.note_behind(body), ignore, ignore)
             self.announce_soon()
 
     def _note_subscriptions(self) -> bool:

@@ -34,6 +34,16 @@ def keep_nothing(
     """Store nothing, for a registry that ends with its process."""
 
 
+def never_keep(
+    events: Sequence[Event],  # noqa: ARG001
+    generation: int,  # noqa: ARG001
+    withheld: Orders = NO_ORDERS,  # noqa: ARG001
+    pasts: Gone = NO_PASTS,  # noqa: ARG001
+) -> None:
+    """Refuse to store a change that went past `Changes`, where it is others' too."""
+    raise AssertionError("a change of the cluster's registry goes by Registry.changes")
+
+
 @dataclass(frozen=True, slots=True)
 class Change:
     """Events that are stored and made together, orders that came or ended, and places left.
@@ -66,3 +76,34 @@ class Changes(Protocol):
         self, find: Callable[[], Entry], done: Callable[[Entry], None], failed: Callable[[Exception], None]
     ) -> None:
         """Give the entry that `find` returns its whole lease; as `make`."""
+
+
+class LocalChanges:
+    """Makes each change at once; `renew_lease` begins the lease of an entry anew."""
+
+    def __init__(self, renew_lease: Callable[[Entry], object]) -> None:
+        self._renew_lease = renew_lease
+
+    def make(
+        self,
+        act: Callable[[], T],
+        done: Callable[[T], None],
+        failed: Callable[[Exception], None] | None = None,  # noqa: ARG002
+    ) -> None:
+        """Make a change now; what it raises passes through."""
+        done(act())
+
+    def renew(
+        self,
+        find: Callable[[], Entry],
+        done: Callable[[Entry], None],
+        failed: Callable[[Exception], None],  # noqa: ARG002
+    ) -> None:
+        """Renew a lease now; what `find` raises passes through."""
+        entry = find()
+        self._renew_lease(entry)
+        done(entry)
+
+
+def ignore(_: object) -> None:
+    """Do nothing more, whether a change was made or not."""

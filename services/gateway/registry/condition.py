@@ -5,7 +5,7 @@ from typing import Literal
 
 from shared.bus.bodies.health_message import Health
 from shared.bus.pieces import Assembler
-from shared.client import Trouble
+from shared.client import Client, Trouble
 
 Word = Literal["fresh", "ok", "waiting", "withheld"] | Trouble
 """State of a collector's copies: nobody was asked yet, they flow, no answer came in time, an admin withholds them, or
@@ -89,3 +89,10 @@ class Serving:
     def lost(self, name: str, generation: int) -> int:
         """Return how many of a collector's datagrams are known to have reached nobody."""
         return self._lost.get((name, generation), 0)
+
+
+def word_without_report(client: Client) -> Word | None:
+    """Return the word of a client whose copies do not flow, whatever the services report."""
+    if not client.streams:
+        return "ok"
+    return "withheld" if client.withheld else None

@@ -12,7 +12,8 @@ from shared.client import Client, Withheld
 
 NOT_REFRESHED: Final = Condition("fresh", 0.0)
 
-EventKind = Literal["joined", "changed", "left", "expired"]
+EventKind = Literal["joined", "changed", "left", "expired", "renewed"]
+"""`renewed`, at another node than before, is no event for watchers or the bus."""
 
 
 Orders = Mapping[str, Withheld | None]
@@ -36,6 +37,9 @@ class Entry:
     no longer than its peer's connection. An entry kept from an earlier start has no connection any more. `proven`: its
     peer has shown that copies arrive at its address. `condition` is that of its last refresh. `host` is the name
     that the settings have in place of the address.
+
+    Where several nodes share the registry, `home` is the node that measures the lease. `node` is the one where the
+    client signed up, and `boot` that of its gateway, which has the connection of an entry that is held.
     """
 
     client: Client
@@ -49,6 +53,9 @@ class Entry:
     proven: bool = False
     condition: Condition = NOT_REFRESHED
     host: str = ""
+    home: str = ""
+    node: str = ""
+    boot: int = 0
 
 
 @dataclass(frozen=True, slots=True)

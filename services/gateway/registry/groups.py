@@ -6,6 +6,7 @@ nobody can work out which member gets the datagrams of a source: the routers' ha
 
 import hashlib
 from collections import Counter
+from collections.abc import Iterable
 from typing import Final
 
 import msgspec
@@ -22,13 +23,13 @@ class Groups:
     """The groups that there are, and how many members take copies of which source."""
 
     def __init__(self, secret: bytes) -> None:
-        self._secret = secret
+        self.secret = secret
         self._members: Counter[tuple[str, Source]] = Counter()
 
     def identify(self, group: str, peer: Peer, origin: Origin) -> str:
         """Return the bus's identifier of a group: those of the settings are apart from those of any client."""
         owner = msgspec.json.encode((origin is Origin.SETTINGS, peer.rights.holder, group))
-        return hashlib.blake2b(owner, digest_size=IDENTIFIER_BYTES, key=self._secret).hexdigest()
+        return hashlib.blake2b(owner, digest_size=IDENTIFIER_BYTES, key=self.secret).hexdigest()
 
     def for_bus(self, entry: Entry) -> Client:
         """Return the client as the bus has it."""
@@ -36,6 +37,13 @@ class Groups:
         if not client.group:
             return client
         return msgspec.structs.replace(client, group=self.identify(client.group, entry.peer, entry.origin))
+
+    def change_secret(self, secret: bytes, members: Iterable[Entry]) -> None:
+        """Make identifiers with another secret from now on, of these members too."""
+        self.secret = secret
+        self._members.clear()
+        for entry in members:
+            self.note(entry, 1)
 
     def note(self, entry: Entry, change: int) -> None:
         """Note a member that has come (1) or gone (-1)."""

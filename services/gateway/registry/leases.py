@@ -11,6 +11,8 @@ class Leases:
     """The leases of all entries; `clock` gives seconds, `preserve_seconds` limits the time without expiry."""
 
     def __init__(self, clock: Callable[[], float], preserve_seconds: float) -> None:
+        self.measures: Callable[[Entry], bool] = lambda _entry: True
+        """Says whether this gateway measures an entry's lease; in a cluster its home does."""
         self._clock = clock
         self._preservation = Preservation(preserve_seconds)
         self._next_expiry = math.inf
@@ -26,8 +28,9 @@ class Leases:
         return self._preservation.holds
 
     def begin(self, entry: Entry) -> None:
-        """Give an entry its whole lease, from now on."""
-        if entry.ttl:
+        """Give an entry its whole lease, from now on, if it is measured here."""
+        entry.expires_at = math.inf
+        if entry.ttl and self.measures(entry):
             entry.renewed_at = self._clock()
             entry.expires_at = entry.renewed_at + entry.ttl
             self._next_expiry = min(self._next_expiry, entry.expires_at)
@@ -38,16 +41,27 @@ class Leases:
             entry.expires_at = self._next_expiry = min(entry.expires_at, self._clock())
 
     def expires_in(self, entry: Entry) -> float | None:
-        """Return the seconds until an entry expires; None: it does not."""
+        """Return the seconds until an entry expires; None: it does not. All of its time where another measures it."""
+        if entry.ttl and not self.measures(entry):
+            return entry.ttl
         return None if entry.expires_at == math.inf else round(max(0.0, entry.expires_at - self._clock()), 3)
 
-    def expire(self, entries: Collection[Entry], remove: Callable[[list[Entry]], bool]) -> None:
-        """Remove the entries whose time is up, by `remove`; when it returns False they are tried again."""
+    def note_expired(self, entry: Entry) -> None:
+        """Note that an entry has expired, wherever its lease was measured."""
+        self._preservation.note_expired([entry], self._clock())
+
+    @property
+    def due(self) -> bool:
+        """Return whether the time of an entry may be up."""
+        return self._clock() >= self._next_expiry
+
+    def expire(self, entries: Collection[Entry], remove: Callable[[list[Entry]], None]) -> None:
+        """Remove the entries whose time is up, by `remove`; those that are still there are tried again."""
         now = self._clock()
-        if now < self._next_expiry:
+        if not self.due:
             return
         overdue = [entry for entry in entries if entry.expires_at <= now]
         self._preservation.judge(entries, overdue, now)
-        if overdue and not self.preserving and remove(overdue):
-            self._preservation.note_expired(overdue, now)
+        if overdue and not self.preserving:
+            remove(overdue)
         self._next_expiry = min((entry.expires_at for entry in entries), default=math.inf)

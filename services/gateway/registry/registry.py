@@ -8,7 +8,6 @@ means the same content.
 import itertools
 import math
 import secrets
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
@@ -18,10 +17,11 @@ import msgspec
 
 from services.gateway.admission.peer import Peer
 from services.gateway.protocol.names_answer import NamesList
-from services.gateway.registry.changes import Change, Keep, keep_nothing
-from services.gateway.registry.condition import Condition, Serving, Word
+from services.gateway.registry.changes import Change, Changes, Keep, LocalChanges, keep_nothing
+from services.gateway.registry.condition import Condition, Serving, word_without_report
 from services.gateway.registry.entry import NO_ORDERS, Entry, Event, EventKind, Orders, Origin
 from services.gateway.registry.groups import SECRET_BYTES, Groups
+from services.gateway.registry.index import Index
 from services.gateway.registry.leases import Leases
 from services.gateway.registry.pasts import Pasts
 from services.gateway.registry.revisions import Revisions
@@ -49,28 +49,33 @@ class Registry:
     ) -> None:
         self.groups = Groups(group_secret or secrets.token_bytes(SECRET_BYTES))
         self.names = NamesList()
-        self.collectors = 0
         self.serving: dict[Source, Serving] = {source: Serving() for source in get_args(Source)}
         self.pasts = pasts or Pasts(clock)
         self.leases = Leases(clock, preserve_seconds)
         self.withheld: dict[str, Withheld] = {}
         """Orders by name: they outlast the entry, so that a collector does not end one by signing up anew."""
         self._entries: dict[str, Entry] = {}
-        self._held: dict[int, set[str]] = {}
-        self._by_holder: Counter[str] = Counter()
-        self._at: dict[tuple[str, int], dict[str, Entry]] = {}
+        self._index = Index()
+        self.node, self.boot = "", 0
+        """The node that this is, and the boot of its gateway, where several nodes share the list."""
         self._clock = clock
         self._keep = keep
+        self.changes: Changes = LocalChanges(self.renew)
         self._planned: list[Change] | None = None
         self._generation = first_generation - 1
         self._revisions = Revisions()
         self.revision = 0
-        """Revision of the list. The bus has a count of its own, which differs where several nodes share the list."""
+        """The revision of the list. The bus has a count of its own, which differs where several nodes share the list."""
         self._refreshed_version: tuple[int, ...] = ()
         self._word_changed: dict[str, Entry] = {}
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    @property
+    def collectors(self) -> int:
+        """The number of entries that get copies."""
+        return self._index.collectors
 
     def entries(self) -> Collection[Entry]:
         """Return every entry, in order of first registration."""
@@ -82,11 +87,11 @@ class Registry:
 
     def count_of_holder(self, holder: str) -> int:
         """Return the number of entries that belong to a holder."""
-        return self._by_holder[holder]
+        return self._index.by_holder[holder]
 
     def at(self, address: str, port: int) -> Collection[Entry]:
         """Return the collectors whose copies go to this address and port."""
-        return self._at.get((address, port), {}).values()
+        return self._index.at(address, port)
 
     def grant(
         self,
@@ -120,7 +125,10 @@ class Registry:
         """Return the event that enters a client, as the `number`th of those entered together."""
         kind: EventKind = "changed" if client.name in self._entries else "joined"
         client = self._complete(client, self._generation + number)
-        return Event(kind, revision, Entry(client, origin, peer, ttl, math.inf, revision, hold, self._clock(), proven))
+        entry = Entry(client, origin, peer, ttl, math.inf, revision, hold, self._clock(), proven)
+        entry.home = entry.node = self.node
+        entry.boot = self.boot
+        return Event(kind, revision, entry)
 
     def _complete(self, client: Client, generation: int) -> Client:
         """Return a client with what it does not ask for itself."""
@@ -151,8 +159,8 @@ class Registry:
         those that the settings name so.
         """
         wanted = {client.name: client for client in clients}
-        configured = [entry for entry in self._entries.values() if entry.origin is Origin.SETTINGS]
-        gone = [entry for entry in configured if entry.client.name not in wanted]
+        own = (each for each in self._entries.values() if each.origin is Origin.SETTINGS and each.node == self.node)
+        gone = [entry for entry in own if entry.client.name not in wanted]
         events = [Event("left", revision, entry) for revision, entry in enumerate(gone, self.revision + 1)]
         fresh = [client for client in wanted.values() if not self._is_configured(client, hosts.get(client.name, ""))]
         for number, client in enumerate(fresh, 1):
@@ -179,6 +187,10 @@ class Registry:
         """Restart the lease of an entry; return the seconds until it expires."""
         self.leases.begin(entry)
         return self.leases.expires_in(entry)
+
+    def move(self, entry: Entry) -> None:
+        """Measure an entry's lease here from now on, though another node was its home."""
+        self._make([Event("renewed", self.revision, replace(entry, home=self.node))])
 
     def release(self, entry: Entry) -> None:
         """Remove an entry at its client's request."""
@@ -225,11 +237,11 @@ class Registry:
 
     def holds_any(self, peer: Peer) -> bool:
         """Return whether an entry lasts as long as this peer's connection."""
-        return peer.id in self._held
+        return bool(self._index.held_by(peer.id))
 
     def release_held(self, peer: Peer) -> None:
         """Remove the entries that lasted as long as this peer's connection."""
-        self._remove_or_retry([self._entries[name] for name in self._held.get(peer.id, ())], "left")
+        self._remove_or_retry([self._entries[name] for name in self._index.held_by(peer.id)], "left")
 
     def expire(self) -> None:
         """Remove the entries whose time is up."""
@@ -255,7 +267,7 @@ class Registry:
         """Update an entry's condition; note a changed word, unless the entry's event has still to be sent."""
         client, told = entry.client, entry.condition
         serving = self.serving[client.source]
-        word = _word_without_report(client) or serving.word(entry.revision)
+        word = word_without_report(client) or serving.word(entry.revision)
         condition = serving.trouble(client.name, client.generation) if word == "ok" else None
         if condition is None:
             lost = serving.lost(client.name, client.generation)
@@ -293,34 +305,18 @@ class Registry:
 
     def _enter(self, entry: Entry) -> None:
         client = entry.client
-        entry.condition = Condition(_word_without_report(client) or "fresh", self._clock())
+        entry.condition = Condition(word_without_report(client) or "fresh", self._clock())
         self._entries[client.name] = entry
-        self._by_holder[entry.peer.rights.holder] += 1
+        self._index.enter(entry)
         self.names.put(client)
         self.groups.note(entry, 1)
         if client.streams:
-            self.collectors += 1
-            self._at.setdefault((client.address, client.port), {})[client.name] = entry
             self.serving[client.source].newest = entry.revision
-        if entry.held:
-            self._held.setdefault(entry.peer.id, set()).add(client.name)
         self.leases.begin(entry)
 
     def _forget(self, entry: Entry) -> None:
-        self._by_holder[entry.peer.rights.holder] -= 1
-        client = entry.client
-        if client.streams:
-            self.collectors -= 1
-            place = self._at[client.address, client.port]
-            del place[client.name]
-            if not place:
-                del self._at[client.address, client.port]
+        self._index.forget(entry)
         self.groups.note(entry, -1)
-        if entry.held:
-            held = self._held[entry.peer.id]
-            held.discard(entry.client.name)
-            if not held:
-                del self._held[entry.peer.id]
 
     def _ends_one(self, event: Event) -> bool:
         """Return whether an event ends an entry: it removes it, or puts one of another generation in its place."""
@@ -337,14 +333,12 @@ class Registry:
         self._forget(self._entries.pop(entry.client.name))
         self.names.remove(entry.client.name)
 
-    def _remove_or_retry(self, entries: Sequence[Entry], kind: EventKind) -> bool:
+    def _remove_or_retry(self, entries: Sequence[Entry], kind: EventKind) -> None:
         """Remove entries without a request; what can't be stored now is tried again by `expire`."""
         try:
             self._remove(entries, kind)
         except OSError:
             self.leases.end(entries)
-            return False
-        return True
 
     def _obey(self, orders: Orders) -> None:
         for name, order in orders.items():
@@ -353,14 +347,19 @@ class Registry:
             else:
                 self.withheld[name] = order
 
-    def plan(self, act: Callable[[], T]) -> tuple[T, list[Change]]:
-        """Return what `act` returns, and the changes that it would make by methods of this registry; make none."""
-        planned: list[Change] = []
+    def plan(self, act: Callable[[], T], ahead: int = 0) -> tuple[T, list[Change]]:
+        """Return what `act` returns, and the changes that it would make by methods of this registry; make none.
+
+        They get the revisions and generations behind those of `ahead` events that are planned already.
+        """
+        now, planned = (self.revision, self._generation), list[Change]()
         self._planned = planned
+        self.revision, self._generation = self.revision + ahead, self._generation + ahead
         try:
             return act(), planned
         finally:
             self._planned = None
+            self.revision, self._generation = now
 
     def _make(self, events: Sequence[Event], orders: Orders = NO_ORDERS) -> None:
         """Store a change and make it; or note it, while changes are only planned."""
@@ -381,16 +380,20 @@ class Registry:
         self._obey(change.orders)
         for event in change.events:
             entry, self.revision = event.entry, event.revision
-            if event.kind in ("joined", "changed"):
+            if event.kind == "renewed":
+                self._put_silently(entry)
+            elif event.kind in ("joined", "changed"):
                 entry.revision = self._revisions.note(event, self.groups.for_bus(entry))
                 self._replace(entry)
             else:
                 self._revisions.note(event, entry.client)
-                self._drop(entry)
+                self._drop(self._entries[entry.client.name])
+                if event.kind == "expired":
+                    self.leases.note_expired(entry)
 
-
-def _word_without_report(client: Client) -> Word | None:
-    """Return the word of a client whose copies do not flow, whatever the services report."""
-    if not client.streams:
-        return "ok"
-    return "withheld" if client.withheld else None
+    def _put_silently(self, entry: Entry) -> None:
+        """Put an entry in place of itself: neither its copies nor its condition change."""
+        present = self._entries[entry.client.name]
+        self._forget(present)
+        self._enter(entry)
+        entry.revision, entry.condition = present.revision, present.condition

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final, Self
 
 import msgspec
+from msgspec.structs import asdict
 
 from services.gateway.admission.peer import Peer
 from services.gateway.admission.rights import Rights
@@ -79,6 +80,14 @@ class _Kept(msgspec.Struct, frozen=True):
     holder: str = ""
     proven: bool = True  # so it may have been when an earlier version wrote it
     host: str = ""
+
+
+class _KeptOfCluster(_Kept, frozen=True):
+    """An entry of a registry that several nodes share, in its file of its own."""
+
+    home: str = ""
+    node: str = ""
+    boot: int = 0
 
 
 _State = tuple[Number, Number, str]
@@ -212,6 +221,13 @@ class Store:
             raise OSError(errno.EIO, "the registry can't be written to disk just now") from None
         self._failed = False
 
+    def keep_identity(self, epoch: str, group_secret: bytes) -> None:
+        """Keep the identity of a list that is another's, of which this file has what was known last."""
+        if (epoch, group_secret) != (self.epoch, self.group_secret):
+            self.epoch, self.group_secret = epoch, group_secret
+            with contextlib.suppress(sqlite3.Error):
+                self._database.execute("UPDATE history SET epoch = ?, group_secret = ?", (epoch, group_secret))
+
     def keep_pasts(self, changed: Gone) -> None:
         """Write the places that these names have reached, all or none; OSError when they can't be written."""
         try:
@@ -257,6 +273,8 @@ class Store:
         holder = peer.rights.holder
         lease = (entry.ttl, entry.held, holder, entry.proven)
         kept = _Kept(entry.client, entry.origin, peer.address, peer.port, *lease, entry.host)
+        if entry.home:
+            kept = _KeptOfCluster(**asdict(kept), home=entry.home, node=entry.node, boot=entry.boot)
         self._database.execute(PUT, (entry.client.name, msgspec.json.encode(kept).decode()))
 
     @contextlib.contextmanager
@@ -284,12 +302,12 @@ class _DamagedError(Exception):
 
 
 def _parse(name: str, text: str, now: float) -> Entry:
-    kept = msgspec.json.decode(text, type=_Kept)
+    kept = msgspec.json.decode(text, type=_KeptOfCluster)
     if kept.client.name != name:
         raise ValueError(f"{kept.client.name!r} is kept as {name!r}")
     peer = Peer(0, kept.address, kept.port, Rights(kept.holder))
     entry = Entry(kept.client, kept.origin, peer, kept.ttl, float("inf"), 0, kept.held, now, kept.proven)
-    entry.host = kept.host
+    entry.host, entry.home, entry.node, entry.boot = kept.host, kept.home, kept.node, kept.boot
     return entry
 
 

@@ -1,0 +1,42 @@
+"""Removal of entries that may not stay: what is newer than they are speaks against them."""
+
+from services.gateway.admission.destinations import Destinations, parse_address
+from services.gateway.admission.readmission import find_excess
+from services.gateway.admission.tokens import Tokens
+from services.gateway.registry.entry import Entry
+from services.gateway.registry.registry import Registry
+from shared.log import get_logger
+
+log = get_logger()
+
+
+def expel_loops(destinations: Destinations, registry: Registry) -> None:
+    """Remove collectors whose copies would come back: a listener or an address may be newer than the entry."""
+    mine = (entry for entry in registry.entries() if not _is_reached_elsewhere(entry, registry.node))
+    if loops := [entry for entry in mine if destinations.find_loop(entry.client)]:
+        log.warning(
+            "collector removed: its address is one of fanwire's own listeners (loop)",
+            clients=[entry.client.name for entry in loops[:10]],
+            count=len(loops),
+        )
+        registry.expel(loops)
+
+
+def _is_reached_elsewhere(entry: Entry, node: str) -> bool:
+    """Return whether an entry's address is one of another node's loopback."""
+    return entry.node not in ("", node) and parse_address(entry.client.address or "::").is_loopback
+
+
+def readmit(registry: Registry, tokens: Tokens, destinations: Destinations) -> None:
+    """Take from entries what today's tokens and settings do not allow."""
+    measured = [entry for entry in registry.entries() if registry.leases.measures(entry)]
+    excess = find_excess(measured, tokens, destinations)
+    narrowed = [entry for entry, _ in excess.narrowed]
+    for event, entries in (
+        ("client removed: its token or [gateway] destinations do not allow it any more", excess.removed),
+        ("client narrowed to the streams that its token still allows", narrowed),
+    ):
+        if entries:
+            log.warning(event, clients=[entry.client.name for entry in entries[:10]], count=len(entries))
+    registry.expel(excess.removed)
+    registry.narrow(excess.narrowed)

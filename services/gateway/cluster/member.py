@@ -1,0 +1,267 @@
+"""Membership of the cluster: the connection of this node, its session, and the records that it writes."""
+
+import asyncio
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Final
+
+from nats.aio.client import Client
+
+from services.gateway.cluster.changes import PAST_SECONDS, ClusterChanges
+from services.gateway.cluster.keys import META, SESSION
+from services.gateway.cluster.log import BucketLog, LogError, OvertakenError, Write
+from services.gateway.cluster.records import Left, ListIdentity, Session, encode, key_of
+from services.gateway.cluster.replica import Replica
+from services.gateway.cluster.sessions import SESSION_SECONDS, Sessions
+from services.gateway.counters import (
+    REGISTRY_CONNECTED,
+    REGISTRY_DAMAGED,
+    REGISTRY_OVERTAKEN,
+    REGISTRY_UNAVAILABLE,
+    SESSIONS_LIVE,
+)
+from services.gateway.registry.pasts import Gone as Places
+from services.gateway.registry.registry import Registry
+from services.gateway.registry.store import Store
+from shared.log import get_logger
+from shared.nats.connection import ConnectError, close_connection, open_connection, reason, rotated
+from shared.nats.troubles import Troubles
+from shared.process.lifecycle import OperatorError
+from shared.settings.model import Settings
+
+BEAT_SECONDS: Final = 1.0
+"""Time between two records of the session."""
+SURE_SECONDS: Final = 0.05
+"""The shortest time between two, however many renewals wait for one."""
+SESSION_TTL_SECONDS: Final = 3600
+ENDED_TTL_SECONDS: Final = 86_400
+REACH_SECONDS: Final = 2.0
+PING_SECONDS: Final = 2
+RECONNECT_SECONDS: Final = (0.1, 2.0)
+FAILURES: Final = 3
+"""Failures to write the session, after which another server is tried."""
+ANEW_SECONDS: Final = 43_200.0
+"""Time away after which the whole log is read: marks of what has gone may have gone too."""
+
+log = get_logger()
+
+
+class Member:
+    """The gateway's part in the cluster. `begin` it in the loop, and `end` it there."""
+
+    def __init__(self, settings: Settings, registry: Registry, store: Store, boot: int) -> None:
+        uplink = self._uplink = settings.uplink
+        self.sessions = Sessions(uplink.site, boot)
+        self.synced = False
+        """True once the log has been read to its end."""
+        self.changed: Callable[[], None] = lambda: None
+        registry.node, registry.boot = uplink.site, boot
+        self.replica = Replica(registry, self.sessions, store, time.monotonic, self._note_record)
+        limits = settings.gateway.max_clients, settings.gateway.max_clients_per_holder
+        self.changes = ClusterChanges(self.replica, *limits)
+        registry.changes = self.changes
+        self._troubles = Troubles()
+        self._pasts: dict[str, Write] = {}
+        self._past_wanted = asyncio.Event()
+        self._client: Client | None = None
+        self._created = ""
+        self._left_at = -ANEW_SECONDS
+        self._count = 0
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def begin(self) -> None:
+        """Connect, and take part from now on."""
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(self._stay_connected()), loop.create_task(self.changes.run())]
+
+    def check(self) -> None:
+        """Raise what one of the tasks has failed with: a fault of ours shows."""
+        for task in self._tasks:
+            if task.done() and not task.cancelled():
+                task.result()
+
+    async def end(self) -> None:
+        """End this node's session, so that others need not wait for that, and the connection."""
+        log_now = self.changes.log
+        if log_now is not None and self.changes.available.is_set() and self.sessions.member:
+            ended = Session(node=self.sessions.own, boot=self.sessions.boot, count=self._count + 1, live=False)
+            with suppress(LogError, OvertakenError):
+                await self._write_session(log_now, ended, self.sessions.position)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def accounts(self) -> dict[str, int]:
+        """Return the counters of the cluster's registry."""
+        return {
+            REGISTRY_CONNECTED: int(self.changes.available.is_set()),
+            REGISTRY_DAMAGED: self.replica.damaged,
+            REGISTRY_OVERTAKEN: self.changes.overtaken,
+            REGISTRY_UNAVAILABLE: self.changes.refused,
+            SESSIONS_LIVE: len(self.sessions.live()),
+        }
+
+    def keep_pasts(self, changed: Places) -> None:
+        """Write the places that names have reached, some time soon."""
+        for name, past in changed.items():
+            record = Left(name=name, past=past)
+            self._pasts[name] = Write(key_of(record), encode(record), PAST_SECONDS)
+        self._past_wanted.set()
+
+    def _note_record(self) -> None:
+        self.changes.note_position()
+        self.changed()
+
+    async def _stay_connected(self) -> None:
+        """Connect to one server after the other; use each as long as it lasts."""
+        shortest, longest = RECONNECT_SECONDS
+        pause = shortest
+        for endpoint in rotated(self._uplink.endpoints):
+            began, self._client, ended = time.monotonic(), Client(), asyncio.Event()
+            try:
+                await open_connection(
+                    self._client, self._uplink, endpoint, _setting(ended), self._note_error, PING_SECONDS
+                )
+                await self._take_part(self._client, ended)
+                self._troubles.say("registry", f"the connection to {endpoint} has ended; trying again")
+            except (ConnectError, OperatorError, LogError) as error:
+                self._troubles.say("registry", f"{error}; trying again")
+            finally:
+                if self.synced:
+                    self._left_at = time.monotonic()
+                self.synced = False
+                self.changes.log = None
+                self.changes.lose()
+                await close_connection(self._client)
+            pause = shortest if time.monotonic() - began > longest else min(longest, 2 * pause)
+            await asyncio.sleep(pause)
+
+    async def _note_error(self, error: Exception) -> None:
+        self._troubles.say("registry", f"the connection to the NATS server fails: {reason(error)}")
+
+    async def _take_part(self, client: Client, ended: asyncio.Event) -> None:
+        """Follow the log and write to it, until the connection ends or fails. LogError."""
+        bucket = BucketLog(client, self._uplink.registry, f"_INBOX_{self._uplink.site}.{secrets.token_hex(8)}")
+        last = await bucket.open(self._uplink.replicas, create=self._uplink.create)
+        for fault in bucket.faults:
+            self._troubles.say(f"fault {fault}", fault)
+        long_away = time.monotonic() > self._left_at + ANEW_SECONDS
+        anew = long_away or bucket.created != self._created or last < self.replica.position
+        self._created = bucket.created
+        self.replica.begin(anew=anew)
+        caught_up = asyncio.Event()
+        follow = bucket.follow(self.replica.position, self.replica.receive, caught_up.set)
+        tasks = [
+            asyncio.create_task(each) for each in (follow, self._write(bucket, caught_up), self._write_pasts(bucket))
+        ]
+        tasks.append(asyncio.create_task(_wait(ended)))
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _write(self, bucket: BucketLog, caught_up: asyncio.Event) -> None:
+        await caught_up.wait()
+        self.replica.caught_up()
+        self.sessions.hear_anew(time.monotonic())
+        if not self.replica.epoch:
+            identity = ListIdentity(epoch=secrets.token_urlsafe(12), group_secret=self.replica.registry.groups.secret)
+            with suppress(OvertakenError):
+                await bucket.write([Write(META, encode(identity))], 0, META)
+        self.synced = True
+        self.changes.log = bucket
+        await self._keep_session(bucket)
+
+    async def _keep_session(self, bucket: BucketLog) -> None:
+        """Write this node's session each second, and at once where somebody waits for that."""
+        failures = 0
+        while True:
+            began = time.monotonic()
+            if self._count and (usurper := self.sessions.usurper) and began < usurper.heard_at + SESSION_SECONDS:
+                self.changes.lose()
+                self._troubles.say("node", f"another gateway is node {self.sessions.own}: set another [uplink] site")
+                await asyncio.sleep(BEAT_SECONDS)
+                continue
+            self._troubles.end("node", "no other gateway has the name of this node any more")
+            waiting = self.changes.take_waiting()
+            self._count += 1
+            record = Session(node=self.sessions.own, boot=self.sessions.boot, count=self._count)
+            try:
+                await self._write_session(bucket, record, self.sessions.position)
+            except (OvertakenError, LogError) as error:
+                self.changes.put_back(waiting)
+                failures += 1
+                if isinstance(error, LogError):
+                    self.changes.lose()
+                    self._troubles.say("registry", f"{error}; nothing can be registered here meanwhile")
+                    if failures >= FAILURES:
+                        raise
+                await asyncio.sleep(SURE_SECONDS)
+                continue
+            failures = 0
+            self._note_available()
+            for each in waiting:
+                each.act()
+            await self._end_overdue(bucket)
+            await asyncio.sleep(SURE_SECONDS)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(max(0.0, began + BEAT_SECONDS - time.monotonic())):
+                    await self.changes.wanted.wait()
+
+    async def _write_session(self, bucket: BucketLog, record: Session, expected: int) -> None:
+        """Write a session's record and wait until it has come back. LogError; OvertakenError."""
+        key = SESSION + record.node
+        ttl = SESSION_TTL_SECONDS if record.live else ENDED_TTL_SECONDS
+        try:
+            position = await bucket.write([Write(key, encode(record), ttl)], expected, key)
+        except OvertakenError as error:
+            if error.position == 0:
+                self.sessions.forget(record.node)
+            else:
+                await self.changes.reach(error.position, REACH_SECONDS)
+            raise
+        if not await self.changes.reach(position, REACH_SECONDS):
+            raise LogError("the registry of the cluster does not come back from the NATS server")
+
+    def _note_available(self) -> None:
+        self._troubles.end("registry", "the cluster's registry can be written again")
+        if not self.changes.available.is_set():
+            log.info("takes part in the cluster's registry", node=self.sessions.own, live=self.sessions.live())
+            self.changes.available.set()
+            self.changes.wake.set()
+
+    async def _end_overdue(self, bucket: BucketLog) -> None:
+        """End the sessions of nodes that have not written for too long."""
+        for known in self.sessions.overdue(time.monotonic()):
+            record = known.record
+            ended = Session(node=record.node, boot=record.boot, count=record.count, live=False)
+            with suppress(OvertakenError, LogError):
+                await self._write_session(bucket, ended, known.position)
+                log.warning("a node has gone: its clients' leases are measured by another one", node=record.node)
+
+    async def _write_pasts(self, bucket: BucketLog) -> None:
+        while True:
+            await self._past_wanted.wait()
+            self._past_wanted.clear()
+            while self._pasts:
+                name, write = next(iter(self._pasts.items()))
+                await bucket.put(write)
+                if self._pasts[name] is write:
+                    del self._pasts[name]
+
+
+def _setting(event: asyncio.Event) -> Callable[[], Awaitable[None]]:
+    async def set_it() -> None:
+        event.set()
+
+    return set_it
+
+
+async def _wait(event: asyncio.Event) -> None:
+    await event.wait()
