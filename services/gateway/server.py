@@ -72,7 +72,7 @@ LOOPS_SECONDS: Final = 1.0
 """Time for which copies may come back when this host gets an address that they go to."""
 DRAIN_SECONDS: Final = 1.5
 """Time for the answers under way at SIGTERM; the bus lingers for another second."""
-CLUSTER_SECONDS: Final = 5.0
+CLUSTER_SECONDS: Final = 2.0
 """Time that a start waits for the registry of a cluster; then it goes on with what it has known last."""
 SPARE_DESCRIPTORS: Final = 64
 """Descriptors kept for listeners, the bus, and connections being refused."""

@@ -65,7 +65,8 @@ class Registry:
         self._generation = first_generation - 1
         self._revisions = Revisions()
         self.revision = 0
-        """The revision of the list. The bus has a count of its own, which differs where several nodes share the list."""
+        """The revision of the list. The bus has a count of its own: another one where several nodes share the list."""
+        self._silent = 0
         self._refreshed_version: tuple[int, ...] = ()
         self._word_changed: dict[str, Entry] = {}
 
@@ -301,7 +302,7 @@ class Registry:
     def version(self) -> tuple[int, ...]:
         """Return numbers that change with any entry or its health; the first is the revision."""
         told = [(serving.served, serving.unanswered, serving.reported) for serving in self.serving.values()]
-        return self.commit(), *itertools.chain.from_iterable(told)
+        return self.commit(), self._silent, *itertools.chain.from_iterable(told)
 
     def _enter(self, entry: Entry) -> None:
         client = entry.client
@@ -393,6 +394,7 @@ class Registry:
 
     def _put_silently(self, entry: Entry) -> None:
         """Put an entry in place of itself: neither its copies nor its condition change."""
+        self._silent += 1
         present = self._entries[entry.client.name]
         self._forget(present)
         self._enter(entry)

@@ -19,6 +19,16 @@ def read(tmp_path: Path, text: str) -> Settings:
     return load(tmp_path / "fanwire.toml", {})
 
 
+def test_a_shared_registry_needs_servers() -> None:
+    """The registry of a cluster has a name that can be a bucket's, and servers that keep it."""
+    for registry, servers, said in (
+        ("a b", ["nats://127.0.0.1:4222"], "registry: expected up to 32 letters"),
+        ("berlin", [], "registry: needs servers, which keep it"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            msgspec.convert({"servers": servers, "site": "a", "registry": registry}, Uplink)
+
+
 def test_uplink_is_off_by_default() -> None:
     """Without servers nothing leaves and nothing comes."""
     assert Settings().uplink == Uplink()

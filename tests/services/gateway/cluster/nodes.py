@@ -1,15 +1,24 @@
 """Nodes for tests: gateways with brokers of their own, which share a registry in one, or three, NATS servers."""
 
+import asyncio
+import json
 import signal
-import time
+from collections.abc import Callable, Coroutine
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeVar
 
+import nats
+from nats.aio.client import Client
+from nats.errors import Error as NatsError
+
+from services.gateway.cluster.keys import stream_name
+from tests.services.gateway.test_server import counters
 from tests.services.uplink.nats import NatsServer, free_port
 from tests.stack import Stack, ask_json, wait_until
 
+T = TypeVar("T")
 REGISTRY: Final = "of-test"
 
 
@@ -59,7 +68,8 @@ class Node(Stack):
             f'[uplink]\nservers = {servers.addresses}\nsite = "{name}"\nregistry = "{REGISTRY}"\n'
             f"replicas = {len(servers.each)}\n{uplink}\n{more if not more.startswith('#gateway') else ''}"
         )
-        super().__init__(directory, settings.replace("'", '"'))
+        self.settings = settings.replace("'", '"')
+        super().__init__(directory, self.settings)
 
     def begin(self) -> Self:
         """Start it, and wait until it takes part."""
@@ -104,6 +114,36 @@ def agree(*nodes: Node) -> None:
     wait_until(lambda: all(each == lists()[0] for each in lists()), lambda: str(lists()))
 
 
-def until(seconds: float) -> float:
-    """Return the time at which some seconds are over."""
-    return time.monotonic() + seconds
+def leader_of(servers: Servers) -> NatsServer:
+    """Return the server that leads the bucket, once there is one."""
+    found: list[str] = []
+
+    async def ask(client: Client) -> bool:
+        try:
+            answer = json.loads((await client.request(f"$JS.API.STREAM.INFO.{stream_name(REGISTRY)}", b"", 2)).data)
+        except (NatsError, TimeoutError):
+            return False
+        found.append(answer.get("cluster", {}).get("leader", ""))
+        return bool(found[-1])
+
+    wait_until(lambda: in_loop(servers, ask), "the bucket has a leader")
+    return servers.each[int(found[-1][1:])]
+
+
+def accounts_of(node: Node) -> dict[str, int]:
+    """Return the account of a node's gateway."""
+    return counters(node)
+
+
+def in_loop(servers: Servers, work: Callable[[Client], Coroutine[Any, Any, T]]) -> T:
+    """Do some work with a connection to a server, as somebody who is no gateway."""
+
+    async def run() -> T:
+        running = next(server for server in servers.each if server.process is not None)
+        client = await nats.connect(running.address, allow_reconnect=False)
+        try:
+            return await work(client)
+        finally:
+            await client.close()
+
+    return asyncio.run(run())

@@ -1,11 +1,20 @@
 """The registry that two nodes share: whatever one of them has answered holds at the other."""
 
+import json
+import signal
+import socket
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
+from nats.aio.client import Client
 
-from tests.services.gateway.cluster.nodes import Node, Servers, agree
+from services.gateway.cluster.keys import subject_of, unparse_name
+from tests.services.gateway.cluster.nodes import REGISTRY, Node, Servers, accounts_of, agree, in_loop
+from tests.services.gateway.test_watching import Conversation
+from tests.stack import wait_until
+from tests.traffic import open_receiver
 
 pytestmark = pytest.mark.usefixtures("lab")
 
@@ -17,17 +26,236 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
         yield servers
 
 
+@pytest.fixture(scope="module")
+def both(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Node, Node]]:
+    """Two nodes that share a registry: `b` has a forwarder too."""
+    directory = tmp_path_factory.mktemp("nodes")
+    with Node(directory / "a", "a", servers) as a, Node(directory / "b", "b", servers) as b:
+        a.begin()
+        b.begin()
+        b.start("ingest")
+        b.start("forwarder")
+        yield a, b
+
+
 @pytest.fixture
-def nodes(servers: Servers, tmp_path: Path) -> Iterator[tuple[Node, Node]]:
-    """Two nodes that share a registry of their own."""
-    with Node(tmp_path / "a", "a", servers) as a, Node(tmp_path / "b", "b", servers) as b:
-        yield a.begin(), b.begin()
+def nodes(both: tuple[Node, Node]) -> Iterator[tuple[Node, Node]]:
+    """The two nodes, with an empty list before and after."""
+    yield both
+    a, _ = both
+    for name, client in a.clients().items():
+        assert a.ask("leave", name=name, generation=client["generation"])["ok"]
+    agree(*both)
 
 
 def test_an_entry_is_everywhere(nodes: tuple[Node, Node]) -> None:
-    """An entry that one node has answered is at the other, with its generation and the same revision."""
+    """An entry that one node has answered is at the other with generation and revision, and copies flow from there."""
     a, b = nodes
-    answer = a.register("siem", streams=["messages"], port=9514)
-    assert answer["ok"], answer
+    receiver, _ = open_receiver("127.0.0.1", 0)
+    port = receiver.getsockname()[1]
+    with closing(receiver), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as exporter:
+        answer = a.register("siem.1 münchen", streams=["messages"], port=port)
+        assert answer["ok"], answer
+        agree(a, b)
+        assert b.clients()["siem.1 münchen"]["generation"] == answer["client"]["generation"]
+        wait_until(lambda: b.clients()["siem.1 münchen"]["health"] == "ok", lambda: str(b.clients()))
+        exporter.sendto(b"by the other node", ("127.0.0.1", 6667))
+        assert receiver.recv(100) == b"by the other node"
+
+
+def test_ownership_holds_across_nodes(nodes: tuple[Node, Node]) -> None:
+    """A name that one node has given is taken at the other; a generation that one has replaced is stale at both."""
+    a, b = nodes
+    first = a.register("siem", hold=False)["client"]
+    refused = b.register("siem")
+    assert refused["error"] == "name_taken"
+    second = b.register("siem", take_over=True)["client"]
+    assert second["generation"] > first["generation"]
+    for node in nodes:
+        assert node.ask("renew", name="siem", generation=first["generation"])["error"] == "stale_generation"
+        assert node.ask("leave", name="siem", generation=first["generation"])["error"] == "stale_generation"
+        assert node.ask("renew", name="siem", generation=second["generation"])["ok"]
+
+
+def test_a_place_is_given_once(nodes: tuple[Node, Node]) -> None:
+    """Two names can't have the same datagrams sent to one address and port, whichever nodes they ask."""
+    a, b = nodes
+    assert a.register("one", streams=["messages"], port=9600, address="127.0.0.1")["ok"]
+    assert b.register("two", streams=["messages"], port=9600, address="127.0.0.1")["error"] == "address_taken"
+
+
+def test_a_lease_moves_with_the_client(nodes: tuple[Node, Node]) -> None:
+    """A renewal at another node moves the lease there; without any the entry expires, once, at both."""
+    a, b = nodes
+    client = a.register("moving", ttl=3)["client"]
+    assert client["expires_in"] > 2
+    for node in (b, a, b, b):
+        renewed = node.ask("renew", name="moving", generation=client["generation"])
+        assert renewed["expires_in"] > 2.5, renewed
+    before = a.ask("list")["revision"]
+    a.lists()
     agree(a, b)
-    assert b.clients()["siem"]["generation"] == answer["client"]["generation"]
+    assert a.ask("list")["revision"] == before + 1
+
+
+def test_what_a_connection_holds_ends_with_it(nodes: tuple[Node, Node]) -> None:
+    """An entry that a connection to one node holds is not free for others at any, and leaves all with it."""
+    a, b = nodes
+    with closing(Conversation(a.gateway)) as held:
+        assert held.ask("register", name="held", hold=True)["ok"]
+        b.lists("held")
+        assert b.register("held")["error"] == "name_taken"
+    b.lists()
+    a.lists()
+
+
+def test_watchers_go_on_at_another_node(nodes: tuple[Node, Node]) -> None:
+    """Events of all nodes come to a watcher of any, each with the next revision, and it may go on at another node."""
+    a, b = nodes
+    with closing(Conversation(b.gateway)) as watcher:
+        answer = watcher.ask("watch")
+        revision, epoch = answer["revision"], answer["epoch"]
+        first = a.register("first")["client"]
+        b.register("second")
+        a.ask("leave", name="first", generation=first["generation"])
+        events = [each for each in watcher.follow(revision + 3) if each["event"] != "health"]
+        named = [(each["event"], each.get("name") or each["client"]["name"]) for each in events]
+        assert named == [("joined", "first"), ("joined", "second"), ("left", "first")]
+        assert [each["revision"] for each in events] == [revision + 1, revision + 2, revision + 3]
+    with closing(Conversation(a.gateway)) as watcher:
+        assert "clients" not in watcher.ask("watch", revision=revision + 1, epoch=epoch)
+        assert [watcher.read()["event"], watcher.read()["event"]] == ["joined", "left"]
+
+
+def test_withholding_is_of_the_name_at_all_nodes(nodes: tuple[Node, Node]) -> None:
+    """An order that one node was given holds at the other, for an entry that signs up later too, until its end."""
+    a, b = nodes
+    assert a.register("siem", streams=["messages"], port=9601)["ok"]
+    assert b.ask("withhold", name="siem", reason="noise")["client"]["withheld"]["reason"] == "noise"
+    agree(a, b)
+    assert a.register("siem", streams=["messages"], port=9602, take_over=True)["receives"] is False
+    agree(a, b)
+    assert a.ask("release", name="siem")["client"]["withheld"] is None
+    agree(a, b)
+
+
+def test_the_names_protocol_is_of_all_nodes(nodes: tuple[Node, Node]) -> None:
+    """A name that signs up by itself gets the list of all nodes."""
+    a, b = nodes
+    a.register("by-json")
+    b.lists("by-json")
+    with socket.create_connection(("127.0.0.1", b.gateway)) as connection:
+        connection.sendall(b"by-name")
+        connection.settimeout(30)
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert {*json.loads(answer)} == {"by-json", "by-name"}
+    a.lists("by-json", "by-name")
+
+
+def test_records_of_others_are_set_aside(servers: Servers, nodes: tuple[Node, Node]) -> None:
+    """Records that no gateway wrote are counted, and neither change the list nor stop it."""
+    a, b = nodes
+    assert a.register("kept")["ok"]
+    agree(a, b)
+    before = [accounts_of(node)["registry_damaged"] for node in nodes]
+    values = [b"", b"{}", b"\xff", b'{"kind": "gone"}', b"[" * 20_000]
+
+    async def write(client: Client) -> None:
+        for value in values:
+            await client.request(subject_of(REGISTRY, f"list.client.{unparse_name('kept')}"), value, 5)
+        await client.request(subject_of(REGISTRY, "list.other"), b"x", 5)
+
+    in_loop(servers, write)
+    wait_until(
+        lambda: [accounts_of(node)["registry_damaged"] for node in nodes] == [count + 6 for count in before],
+        lambda: str([accounts_of(node) for node in nodes]),
+    )
+    for node in nodes:
+        node.lists("kept")
+        assert "a record of the cluster's registry can't be read" in node["gateway"].text
+    assert b.register("next")["ok"]
+    agree(a, b)
+
+
+def test_a_killed_gateway_comes_back(servers: Servers, tmp_path: Path) -> None:
+    """A gateway that is killed has its entries when it is back; what its connections held is free for their clients."""
+    with Node(tmp_path / "c", "c", servers) as c, Node(tmp_path / "d", "d", servers) as d:
+        c.begin()
+        d.begin()
+        held = Conversation(c.gateway)
+        assert held.ask("register", name="held-at-c", hold=True)["ok"]
+        lasting = c.register("lasting", ttl=600)["client"]
+        d.lists("held-at-c", "lasting")
+        c["gateway"].stop(signal.SIGKILL)
+        held.close()
+        c.start("gateway")
+        c.takes_part()
+        agree(c, d)
+        assert d.clients()["held-at-c"]["expires_in"] is not None
+        assert d.register("held-at-c", hold=False)["ok"]
+        assert c.ask("renew", name="lasting", generation=lasting["generation"])["ok"]
+        for name, client in d.clients().items():
+            assert d.ask("leave", name=name, generation=client["generation"])["ok"]
+
+
+def test_without_the_servers_nothing_is_promised(tmp_path: Path) -> None:
+    """With no server the list stays, also over a restart, and changes are refused; later all goes on as it was."""
+    (tmp_path / "servers").mkdir()
+    with Servers(tmp_path / "servers", 1) as servers, Node(tmp_path / "a", "a", servers) as a:
+        a.begin()
+        client = a.register("kept", ttl=2)["client"]
+        (server,) = servers.each
+        server.stop()
+        wait_until(lambda: not accounts_of(a)["registry_connected"], "the gateway sees that the server has gone")
+        for request in (
+            {"op": "register", "name": "late"},
+            {"op": "renew", "name": "kept", "generation": client["generation"]},
+            {"op": "leave", "name": "kept", "generation": client["generation"]},
+        ):
+            answer = a.ask(**request)
+            assert answer["error"] == "unavailable"
+            assert "the cluster has no quorum, or can't be reached from this node" in answer["message"]
+        a.lists("kept")
+        a["gateway"].stop()
+        a.start("gateway")
+        a.lists("kept")
+        server.start()
+        a.takes_part()
+        a.lists()  # its lease has passed
+        assert a.register("again")["ok"]
+
+
+def test_settings_of_all_nodes_make_one_entry(servers: Servers, tmp_path: Path) -> None:
+    """A collector that several nodes have in their settings is one entry; its maker can remove it by a reload."""
+    collector = '[[collector]]\nname = "fixed"\nstreams = ["messages"]\naddress = "127.0.0.9"\nport = 9700\n'
+    with (
+        Node(tmp_path / "e", "e", servers, more=collector) as e,
+        Node(tmp_path / "f", "f", servers, more=collector) as f,
+    ):
+        e.begin()
+        e.lists("fixed")
+        made = e.clients()["fixed"]["generation"]
+        f.begin()
+        agree(e, f)
+        assert f.clients()["fixed"]["generation"] == made
+        assert f.register("fixed")["error"] == "name_taken"
+        e.configure(e.settings.replace(collector, ""))
+        e["gateway"].reload()
+        f.lists()
+
+
+def test_two_gateways_of_one_name_do_not_both_take_part(servers: Servers, tmp_path: Path) -> None:
+    """The gateway that was started last has the name; the other one says so, and promises nothing."""
+    with Node(tmp_path / "g", "g", servers) as first, Node(tmp_path / "h", "g", servers) as second:
+        first.begin()
+        second.begin()
+        first["gateway"].wait_for("another gateway is node g: set another [uplink] site")
+        assert second.register("mine")["ok"]
+        answer = first.register("late")
+        assert answer["error"] == "unavailable"
+        second["gateway"].stop()
+        first["gateway"].wait_for("no other gateway has the name of this node any more")
+        second.start("gateway")
+        second.takes_part()
+        client = second.clients()["mine"]
+        assert second.ask("leave", name="mine", generation=client["generation"])["ok"]

@@ -1,0 +1,116 @@
+"""Registry operations of several clients at several nodes, while servers and gateways are killed and frozen."""
+
+import random
+import signal
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from threading import Event
+from typing import Final
+
+import pytest
+
+from tests.services.gateway.cluster.history import Call, Client, History, faults
+from tests.services.gateway.cluster.nodes import Node, Servers, agree, leader_of
+from tests.stack import wait_until
+
+pytestmark = pytest.mark.usefixtures("lab")
+NAMES: Final = ("one", "two", "three")
+
+
+def run(directory: Path, nodes: int, rounds: int, seed: int) -> History:
+    """Run clients while this number of troubles comes and goes; check the history and return it."""
+    history, stop, chance = History(), Event(), random.Random(seed)
+    (directory / "servers").mkdir()
+    with ExitStack() as all_ends:
+        servers = all_ends.enter_context(Servers(directory / "servers", 3))
+        found = [all_ends.enter_context(Node(directory / name, name, servers)) for name in "abc"[:nodes]]
+        for node in found:
+            node.begin()
+        clients = [Client(history, found, NAMES, seed + number, stop) for number in range(4)]
+        for client in clients:
+            client.start()
+        for number in range(rounds):
+            time.sleep(chance.uniform(0.5, 1.5))
+            _trouble(number, chance, servers, found)
+        stop.set()
+        for client in clients:
+            client.join(60)
+        agree(*found)
+        last = {name: client["generation"] for name, client in found[0].clients().items()}
+        for node in found:
+            assert "Traceback" not in node["gateway"].text
+    contradictions = faults(history, NAMES, last)
+    assert not contradictions, "\n".join(contradictions)
+    return history
+
+
+def _trouble(number: int, chance: random.Random, servers: Servers, nodes: list[Node]) -> None:
+    """Cause a trouble and end it: the leader killed, it frozen, a gateway killed, another server killed."""
+    leader = leader_of(servers)
+    kind = number % 4
+    if kind in (0, 3):
+        server = leader if kind == 0 else chance.choice([each for each in servers.each if each is not leader])
+        server.stop()
+        time.sleep(chance.uniform(0.5, 7))
+        server.start()
+    elif kind == 1:
+        leader.freeze()
+        time.sleep(chance.uniform(1, 12))
+        assert leader.process is not None
+        leader.process.send_signal(signal.SIGCONT)
+    else:
+        node = chance.choice(nodes)
+        node["gateway"].stop(signal.SIGKILL)
+        if chance.random() < 0.5:  # for so long that others measure the leases of its entries
+            said = "a node has gone: its clients' leases are measured by another one"
+            wait_until(lambda: any(said in each["gateway"].text for each in nodes if each is not node), said)
+        node.start("gateway")
+    for node in nodes:
+        wait_until(lambda node=node: node.register(f"probe-{node.name}", take_over=True)["ok"], "it goes on")  # type: ignore[misc]
+
+
+def test_no_answer_is_lost_or_stale(tmp_path: Path) -> None:
+    """The leader of the servers is killed under load: each answer of two nodes holds, and both agree at the end."""
+    history = run(tmp_path, nodes=2, rounds=1, seed=1)
+    words = [call.word for call in history.calls]
+    assert words.count("ok") > 30
+    assert {call.node for call in history.calls if call.ok} == {"a", "b"}
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(100, 104))
+def test_no_answer_is_lost_or_stale_for_long(tmp_path: Path, seed: int) -> None:
+    """The same with three nodes, while servers and gateways are killed and frozen, again and again."""
+    history = run(tmp_path, nodes=3, rounds=16, seed=seed)
+    assert sum(call.ok for call in history.calls) > 300
+
+
+def test_the_check_finds_what_it_is_for() -> None:
+    """A history that is made up with each fault is found to have it; one without is not."""
+
+    def call(op: str, generation: int, begin: float, end: float, word: str = "ok", take_over: bool = False) -> Call:
+        return Call(op, "one", "a", begin, generation, take_over, end, word)
+
+    good = [
+        call("register", 1, 0, 1),
+        call("renew", 1, 2, 3),
+        call("register", 2, 2, 4, take_over=True),
+        call("renew", 1, 3.5, 5),
+        call("leave", 2, 6, 7),
+        call("register", 3, 6.5, 8),
+    ]
+    assert faults(History(good), ["one"], {"one": 3}) == []
+    for more, last, said in (
+        ([call("renew", 2, 9, 10)], 3, "stale ok"),
+        ([call("leave", 1, 9, 10)], 3, "stale ok"),
+        ([], 2, "lost"),
+        ([], 0, "lost"),
+        ([], 4, "nobody asked for"),
+        ([call("leave", 3, 9, 10)], 3, "there again"),
+        ([call("register", 4, 9, 10)], 4, "a name given twice"),
+        ([call("register", 3, 9, 10, take_over=True)], 3, "one generation for two"),
+        ([call("register", 4, -2, -1, take_over=True)], 4, "generations against time"),
+    ):
+        (found, *_) = faults(History([*good, *more]), ["one"], {"one": last} if last else {})
+        assert found.startswith(said)
