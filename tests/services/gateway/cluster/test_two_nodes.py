@@ -3,6 +3,8 @@
 import json
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -13,7 +15,7 @@ from nats.aio.client import Client
 from services.gateway.cluster.keys import subject_of, unparse_name
 from tests.services.gateway.cluster.nodes import REGISTRY, Node, Servers, accounts_of, agree, in_loop
 from tests.services.gateway.test_watching import Conversation
-from tests.stack import wait_until
+from tests.stack import CHECKOUT, wait_until
 from tests.traffic import open_receiver
 
 pytestmark = pytest.mark.usefixtures("lab")
@@ -200,7 +202,6 @@ def test_a_killed_gateway_comes_back(servers: Servers, tmp_path: Path) -> None:
 
 def test_without_the_servers_nothing_is_promised(tmp_path: Path) -> None:
     """With no server the list stays, also over a restart, and changes are refused; later all goes on as it was."""
-    (tmp_path / "servers").mkdir()
     with Servers(tmp_path / "servers", 1) as servers, Node(tmp_path / "a", "a", servers) as a:
         a.begin()
         client = a.register("kept", ttl=2)["client"]
@@ -242,6 +243,17 @@ def test_settings_of_all_nodes_make_one_entry(servers: Servers, tmp_path: Path) 
         e.configure(e.settings.replace(collector, ""))
         e["gateway"].reload()
         f.lists()
+
+
+def test_a_host_of_its_own_loads_nothing_of_it() -> None:
+    """A gateway without the setting loads nothing of NATS, of asking it, or of the cluster."""
+    script = "import sys, services.gateway.__main__, services.gateway.server; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=CHECKOUT, capture_output=True, text=True, check=True)
+    loaded = done.stdout.split()
+    assert "services.gateway.server" in loaded
+    assert {"nats", "nkeys", "services.gateway.cluster", "shared.nats.access", "shared.nats.connection"} & {
+        *loaded
+    } == set()
 
 
 def test_two_gateways_of_one_name_do_not_both_take_part(servers: Servers, tmp_path: Path) -> None:
