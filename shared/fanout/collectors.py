@@ -278,10 +278,11 @@ class Collectors(Generic[D]):
         copied = self.rules.copied(batch)
         for client, selected in self._router.route(batch, copied.leave_out if copied else None):
             served, selection = self._served[client.name], selected
+            if copied:
+                selection = copied.divide(client, selected)
             if client.name in behind:
                 continue
             if copied:
-                selection = copied.divide(client, selected)
                 if selection.by_kernel:
                     served.account[BY_KERNEL] += selection.by_kernel
                 if selection.unplanned:

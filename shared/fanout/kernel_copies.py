@@ -17,7 +17,7 @@ from shared.bus.bodies.offload_messages import KernelCopies, KernelServed
 from shared.bus.messages import Envelope
 from shared.bus.pieces import Assembler
 from shared.client import Client, Source
-from shared.datagrams.batch import Generations, Indices
+from shared.datagrams.batch import DatagramBatch, Generations, Indices
 from shared.datagrams.gathered import Gathered, Mask
 from shared.datagrams.routing import Router, Selection
 
@@ -145,6 +145,23 @@ class KernelRules:
         unknown = [each for each in _distinct(generations) if each not in self._rules]
         self._given_up.update(unknown)
         return unknown
+
+    def entries_for(self, client: Client, batch: DatagramBatch) -> dict[int, Client | None]:
+        """Return, by generation of a batch, the entry by which rules copy to a collector's address and port.
+
+        A generation that nobody has told of has None, one that does not copy to it is left out.
+        """
+        found: dict[int, Client | None] = {}
+        for generation in _distinct(batch.generations) if batch.generations is not None else ():
+            rules = self._rules.get(generation)
+            entry = rules.streams.get(batch.stream, {}).get(client.name) if rules else None
+            if rules is None or (entry and _place(entry) == _place(client)):
+                found[generation] = entry
+        return found
+
+    def __bool__(self) -> bool:
+        """Return whether any rules are known, so that the kernel may copy."""
+        return bool(self._rules)
 
     def copied(self, batch: Gathered) -> "CopiedRows | None":
         """Return which rows the kernel has copied; None where it has copied none."""

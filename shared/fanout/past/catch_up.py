@@ -270,7 +270,9 @@ class CatchUp(Generic[D]):
         if (window := self._windows.get(batch.stream)) is not None:
             if body.chunk is not None:  # its memory is the worker's
                 batch = replace(batch, payload=bytes(batch.payload))
-            window.add(Numbered((envelope.sender, envelope.boot), envelope.sequence, envelope.total, batch))
+            numbered = Numbered((envelope.sender, envelope.boot), envelope.sequence, envelope.total, batch)
+            window.add(numbered)
+            self._past.note_copied(self._pursued.values(), numbered)
             self.due_at = min(self.due_at, self._clock())
         self._absences.note_live((envelope.sender, envelope.boot), batch.stream, envelope.total)
 
@@ -295,15 +297,13 @@ class CatchUp(Generic[D]):
                     since = max(time.time_ns() - STRAY_NS, self._streams.wanted_since(stream))
                     pursued = self._begin(name, client.generation, stream, since, self._new_counts())
                     places = (Place(stream, *worker, 0, total, since) for worker, total in owed_from(stream).items())
-                    waiting = self._absences.unsent_from(stream)
-                    pursued.pursuit.begin(places, self._streams.positions(stream), waiting)
+                    pursued.pursuit.begin(places, self._streams.positions(stream), self._absences.unsent_from(stream))
                     self._past.note_away(pursued)
             self._watch()
 
     def handle(self, message: Message) -> bool:
         """Handle a message of the journal; return whether it is one."""
-        handled = self._questions.handle(message, self._pursued.values())
-        if handled:
+        if handled := self._questions.handle(message, self._pursued.values()):
             self.due_at = 0.0
         return handled
 
@@ -321,14 +321,14 @@ class CatchUp(Generic[D]):
             return
         elapsed, self._stepped_at = now - self._stepped_at, now
         share = self._per_second / len(self._pursued)
-        here = self._publisher.wanted(JOURNAL_TOPIC)
-        if here:
+        if here := self._publisher.wanted(JOURNAL_TOPIC):
             self._journal_seen_at = now
         busy = False
         followed: dict[str, dict[Worker, Position]] = {}
         for key, pursued in list(self._pursued.items()):
             positions = followed.setdefault(key[1], self._streams.positions(key[1]))
             pursued.allowance = min(pursued.allowance + elapsed * share, max(1.0, BURST_SECONDS * share))
+            pursued.pursuit.behind_live = bool(self._collectors.rules)
             busy |= self._past.send_due(pursued, self._windows[key[1]], positions)
             if here:
                 self._questions.ask(pursued, now)

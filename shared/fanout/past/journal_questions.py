@@ -12,6 +12,7 @@ from shared.bus.bodies.journal_messages import JOURNAL_TOPIC, JournalPortion, Jo
 from shared.bus.messages import Message, Status
 from shared.bus.zmq_sockets import Publisher
 from shared.client import Place
+from shared.fanout.past.copied_meanwhile import CopiedMeanwhile
 from shared.fanout.past.past_templates import PastTemplates
 from shared.fanout.past.pursuit import Pursuit, PursuitState
 from shared.fanout.past.window import Numbered, Worker
@@ -48,6 +49,7 @@ class Pursued:
     name: str
     generation: int
     pursuit: Pursuit
+    copied: CopiedMeanwhile = field(default_factory=CopiedMeanwhile)
     question: _Question | None = None
     allowance: float = 0.0
     ask_at: float = 0.0

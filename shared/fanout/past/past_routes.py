@@ -1,14 +1,20 @@
 """Collectors that get no live copies of a stream, since they catch up: their rows of the past, and their accounts."""
 
 from collections.abc import Collection
+from dataclasses import replace
+from functools import partial
 from typing import Generic, Protocol
 
+import numpy as np
+
 from shared.client import Client
-from shared.datagrams.gathered import Gathered
+from shared.datagrams.gathered import Gathered, Mask
 from shared.datagrams.routing import Router, Selection
+from shared.fanout.past.copied_meanwhile import Outcomes, leave_out
 from shared.fanout.served import PASSED, UNSEEN, D, Served, count_rows
 from shared.ledger.counters import (
     BASELINE,
+    BY_KERNEL,
     EXPECTED,
     EXPIRED_UNREAD,
     FILTERED,
@@ -17,6 +23,7 @@ from shared.ledger.counters import (
     OFFERED,
     SAMPLED_OUT,
     SHARED_OUT,
+    UNPLANNED,
     WITHHELD_BY_ADMIN,
 )
 
@@ -92,22 +99,41 @@ class PastRoutes(Generic[D]):
         marks[UNSEEN] += count
         marks[PASSED] -= count
 
-    def route_past(self, name: str, batch: Gathered) -> list[tuple[D, Selection]]:
+    def route_past(self, name: str, batch: Gathered, outcomes: Outcomes | None = None) -> list[tuple[D, Selection]]:
         """Return the rows of a batch of the past that its collector gets, and count those that it does not get."""
         served, router = self._collectors[name], self._behind[batch.stream][name]
         account, client = served.account, served.destination.client
-        selection = next((rows for each, rows in router.route(batch) if each.name == name), None)
+        copied = partial(_leave_out, name, outcomes) if outcomes is not None else None
+        selection = next((rows for each, rows in router.route(batch, copied) if each.name == name), None)
         if selection is None:
             account[FILTERED] += len(batch)
             return []
+        if outcomes is not None and client.sample == 1:
+            selection = _without(selection, outcomes)
         for counter, count in (
             (FILTERED, selection.filtered),
             (SHARED_OUT, selection.shared_out),
             (SAMPLED_OUT, selection.sampled_out),
+            (BY_KERNEL, selection.by_kernel),
+            (UNPLANNED, selection.unplanned),
         ):
             if count:
                 account[counter] += count
         if client.withheld:
             account[WITHHELD_BY_ADMIN] += count_rows(batch, selection)
             return []
-        return [(served.destination, selection)]
+        return [(served.destination, selection)] if selection.indices is None or len(selection.indices) else []
+
+
+def _leave_out(name: str, outcomes: Outcomes, client: Client, rows: Mask) -> tuple[Mask, Selection]:
+    """Return which of the rows that a collector samples are left to us; those of others in its group all are."""
+    return leave_out(outcomes, rows) if client.name == name else (rows, Selection(None))
+
+
+def _without(selection: Selection, outcomes: Outcomes) -> Selection:
+    """Return what is left to us of a selection of all these rows, and what became of the others."""
+    rows = np.full(len(outcomes), selection.indices is None)
+    if selection.indices is not None:
+        rows[selection.indices] = True
+    rest, left = leave_out(outcomes, rows)
+    return replace(left, indices=np.flatnonzero(rest), filtered=selection.filtered, shared_out=selection.shared_out)

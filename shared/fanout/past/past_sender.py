@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Final, Generic
 
 from shared.bus.continuity import Position
@@ -13,7 +13,7 @@ from shared.fanout.past.absences import put_off, signs, unsent
 from shared.fanout.past.journal_questions import Pursued
 from shared.fanout.past.past_templates import PastTemplates
 from shared.fanout.past.pursuit import Step
-from shared.fanout.past.window import Window, Worker
+from shared.fanout.past.window import Numbered, Window, Worker
 from shared.fanout.served import D
 from shared.fanout.templates import TemplateDelivery
 
@@ -40,6 +40,13 @@ class PastSender(Generic[D]):
         self._send = send
         self._templates = templates
         self._clock = clock
+
+    def note_copied(self, catching_up: Iterable[Pursued], live: Numbered) -> None:
+        """Note what rules have copied of a live batch to those that catch up: they served them a moment ago."""
+        for pursued in catching_up if live.batch.generations is not None else ():
+            if pursued.pursuit.stream == live.batch.stream and pursued.name in self._collectors:
+                client = self._collectors[pursued.name].destination.client
+                pursued.copied.note(live, self._collectors.rules.entries_for(client, live.batch))
 
     def note_away(self, pursued: Pursued) -> None:
         """Note that a collector is away: it is tried in a while, and may have lost all templates by then."""
@@ -131,6 +138,7 @@ class PastSender(Generic[D]):
         self._templates.send(pursued.pursuit.stream, templates, pursued.name)
         pursued.allowance -= len(step.batch) + len(templates)
         self.paces[pursued.name] += len(step.batch)
-        batch = Gathered([step.batch])
-        if routed := self._collectors.past.route_past(pursued.name, batch):
+        batch, worker = Gathered([step.batch]), step.numbered.worker
+        outcomes = pursued.copied.outcomes(worker, step.stop - len(step.batch), step.stop)
+        if routed := self._collectors.past.route_past(pursued.name, batch, outcomes):
             self._send(batch, routed)

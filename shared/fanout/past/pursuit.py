@@ -71,6 +71,8 @@ class Pursuit:
         """The place in the journal's files at which its last portion ended."""
         self.newest_ns = since_ns
         """The time at which the last datagrams that it got were received."""
+        self.behind_live = False
+        """True: nothing of the journal goes before what comes live, which rules may have copied."""
         self._counts = counts
         self._clock = clock
         self._totals: dict[Worker, int] = {}
@@ -88,6 +90,8 @@ class Pursuit:
         """The time of the last datagrams of workers of which they had not come live."""
         self._short_since: float | None = None
         """The time since which the journal has been at its end, and less was there than was published."""
+        self._ahead_since: float | None = None
+        """The time since which the journal has had a batch that did not come live."""
         if since_ns:
             counts[SINCE] = since_ns
         self._restore()
@@ -207,6 +211,8 @@ class Pursuit:
             if numbered.end <= at:
                 self._queue.popleft()
                 continue
+            if self.behind_live and self._comes_live(numbered, followed):
+                return None
             if numbered.total > at:
                 kept = window.find(numbered.worker, at)
                 if kept and kept.total < numbered.total:
@@ -235,6 +241,15 @@ class Pursuit:
             return known
         owed_from = self._counted.get(numbered.worker, position.baseline) if position else numbered.total
         return min(numbered.total, owed_from)
+
+    def _comes_live(self, numbered: Numbered, followed: Mapping[Worker, Position]) -> bool:
+        """Return whether a batch that the journal has may still come live; with the next one it is known to be lost."""
+        position = followed.get(numbered.worker)
+        if position is None or position.reached >= numbered.end:
+            self._ahead_since = None
+            return False
+        self._ahead_since = self._clock() if self._ahead_since is None else self._ahead_since
+        return self._clock() < self._ahead_since + PATIENCE_SECONDS
 
     def _awaits(self, numbered: Numbered, followed: Mapping[Worker, Position]) -> bool:
         """Return whether what is missing before a batch of the journal may still come live."""
