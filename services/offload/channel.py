@@ -23,10 +23,13 @@ CHUNK: Final = 1 << 16
 T = TypeVar("T", bound=msgspec.Struct)
 
 
+RequestKind = Literal["apply", "count", "reload"]
+
+
 class Request(msgspec.Struct, array_like=True, frozen=True):
     """The planner's request: to apply a plan, to read the counters, or to read the settings again."""
 
-    kind: Literal["apply", "count", "reload"]
+    kind: RequestKind
     number: Annotated[int, Meta(ge=0, le=1 << 62)]
     plan: KernelPlan | None = None
 

@@ -2,14 +2,12 @@
 
 import itertools
 import select
-import socket
 import time
 from collections import Counter
-from contextlib import suppress
 from types import TracebackType
 from typing import Final, Self, get_args
 
-from services.offload.channel import Answer, ClosedError, Request, UnfitError, receive, send
+from services.offload.planning.applier_link import ApplierLink
 from services.offload.planning.handover import Handover
 from services.offload.planning.mark_watch import MarkWatch
 from services.offload.planning.planner import Limits, Place, Planned, kernel_plan, make_plan
@@ -42,10 +40,8 @@ from shared.settings.model import Settings
 
 SOURCES: Final[tuple[Source, ...]] = get_args(Source)
 REPORTS: Final = tuple(f"status/{service}." for service in ("ingest", "forwarder", "transmitter"))
-ANSWER_SECONDS: Final = 10.0
-"""Time for the applier to answer: a plan of 10,000 copies takes two."""
 DRAIN_SECONDS: Final = 2.0
-"""Time for it after SIGTERM: honcho kills after five."""
+"""Time for the applier to answer after SIGTERM: honcho kills after five."""
 PLAN_SECONDS: Final = 0.2
 """Plans follow one another no faster: each takes two generations, of which there are ten a second."""
 PLAN_SHARE: Final = 10
@@ -64,13 +60,17 @@ log = get_logger()
 
 
 class OffloadService:
-    """Keeps the kernel's rules as the registry has it. Without a channel to an applier it is idle, for a `reason`."""
+    """Keeps the kernel's rules as the registry has it. Without an applier it says why, and the senders make all copies.
 
-    def __init__(self, name: str, settings: Settings, channel: socket.socket | None, reason: str) -> None:
+    With `applier_required` it ends where its applier does: who starts it again brings another one.
+    """
+
+    def __init__(self, name: str, settings: Settings, applier: ApplierLink, *, applier_required: bool) -> None:
         self.name = name
         self.settings = settings
-        self._channel = channel
-        self._reason = reason
+        self._applier = applier
+        self._applier_required = applier_required
+        self._without_applier = False
         self._memory = Memory(settings.offload.memory, "[offload] memory")
         transmitter = settings.transmitter
         self._limits = Limits(
@@ -87,7 +87,7 @@ class OffloadService:
         self._troubles: dict[Source, dict[tuple[str, int], Trouble | None]] = {}
         self._health = {source: Assembler[Health]() for source in SOURCES}
         self._dirty = True
-        self._requests_made = self._paths_told = self._plans_refused = 0
+        self._paths_told = self._plans_refused = 0
         self._plan_at = self._tick_at = self._refused_at = self._asked_at = self._pending_since = 0.0
         self._relayed: set[Place] = set()
         """Places of the collectors whose copies the forwarder would send."""
@@ -102,8 +102,7 @@ class OffloadService:
         self._marks = MarkWatch(time.monotonic)
         self._handover = Handover(self.settings.offload.generations, lambda: time.clock_gettime(time.CLOCK_BOOTTIME))
         self._surroundings: Surroundings | None = None
-        if self._channel is not None:
-            self._channel.settimeout(ANSWER_SECONDS)
+        if self._applier.channel is not None:
             self._surroundings = Surroundings(self.settings)
             for topic in (REGISTRY_TOPIC, HEALTH_PREFIX, *REPORTS, self._reply):
                 self._subscriber.subscribe(topic)
@@ -118,8 +117,8 @@ class OffloadService:
                 waking.register(descriptor, select.EPOLLIN)
             if self._surroundings and not self._surroundings.next_hops.blind:
                 waking.register(self._surroundings.next_hops.fileno(), select.EPOLLIN)
-            if self._channel is not None:
-                waking.register(self._channel.fileno(), select.EPOLLIN)
+            if self._applier.channel is not None:
+                waking.register(self._applier.channel.fileno(), select.EPOLLIN)
             while not lifecycle.draining:
                 waking.poll(max(0.0, self._wake_at() - time.monotonic()))
                 lifecycle.heed()
@@ -129,7 +128,7 @@ class OffloadService:
         self._drain()
 
     def _wake_at(self) -> float:
-        if self._channel is None:
+        if self._surroundings is None:
             return self._reporter.due_at
         return min(self._reporter.due_at, time.monotonic() + LOOK_SECONDS)
 
@@ -137,7 +136,9 @@ class OffloadService:
         while message := self._subscriber.receive():
             self._note(message)
         self._note_subscriptions()
-        if self._channel is not None and self._surroundings is not None:
+        if self._surroundings is not None:
+            if self._applier.ended and not self._without_applier:
+                self._go_on_without()
             self._follow_surroundings(self._surroundings)
             self._plan(self._surroundings)
             self._hand_over()
@@ -220,7 +221,7 @@ class OffloadService:
         if not self._dirty or began < self._plan_at or self._replica.version < 0:
             return
         self._dirty = False
-        reason = self._workers.reason() or self._marks.reason
+        reason = self._applier.reason or self._workers.reason() or self._marks.reason
         facts = surroundings.gather({key: each for told in self._troubles.values() for key, each in told.items()})
         clients = self._replica.clients.values()
         if reason:
@@ -236,6 +237,8 @@ class OffloadService:
 
     def _hand_over(self) -> None:
         handover, now = self._handover, time.monotonic()
+        if self._applier.ended:
+            return
         if self._refused is not None and now >= self._refused_at + FAILED_SECONDS:
             self._refused = None
         waiting = handover.pending
@@ -252,14 +255,13 @@ class OffloadService:
     def _apply(self, planned: Planned) -> None:
         assert self._handover.pending is not None
         self._count()
-        plan = kernel_plan(planned, self._handover.pending.generations)
-        answer = self._ask(Request("apply", self._next_request(), plan))
-        if answer.error:
+        answer = self._applier.ask("apply", kernel_plan(planned, self._handover.pending.generations))
+        if answer.error and not self._applier.ended:
             self._plans_refused += 1
             log.error("the kernel's rules stay as they were: a plan was refused", reason=answer.error)
             self._refused, self._refused_at = planned, time.monotonic()
             self._handover.give_up()
-        else:
+        elif not answer.error:
             self._handover.complete()
 
     def _tell(self) -> None:
@@ -292,37 +294,33 @@ class OffloadService:
         for number, piece in enumerate(pieces):
             self._publisher.publish(PATHS_TOPIC, OffloadPaths(self._paths_told, number, len(pieces), piece))
 
-    def _next_request(self) -> int:
-        self._requests_made += 1
-        return self._requests_made
-
-    def _ask(self, request: Request) -> Answer:
-        """Ask the applier, and wait for its answer. OperatorError when it is gone: only a new start brings another."""
-        assert self._channel is not None
-        try:
-            send(self._channel, request)
-            while (answer := receive(self._channel, Answer)).number != request.number:
-                pass
-        except (ClosedError, UnfitError, TimeoutError) as error:
-            told = f"the applier has ended, and its rules with it ({type(error).__name__}); start offload again"
-            raise OperatorError(UNAVAILABLE, told) from None
-        return answer
+    def _go_on_without(self) -> None:
+        """Let the senders make all copies from now on: no privilege is left to start another applier with."""
+        told = f"{self._applier.reason}; start offload again"
+        if self._applier_required:
+            raise OperatorError(UNAVAILABLE, told)
+        log.error("the kernel makes no copies", reason=told)
+        self._without_applier = True
+        self._handover.give_up()
+        self._handover.forget_live()
+        self._dirty = True
 
     def _count(self) -> None:
         """Read the kernel's counters."""
-        if self._channel is None or self._handover.live is None:
+        if self._handover.live is None:
             return
-        answer = self._ask(Request("count", self._next_request()))
+        answer = self._applier.ask("count")
         names = {number: what for what, number in self._numbers.items()}
         for number, packets, _ in answer.counters:
             before = self._last.get(number, 0)
             if number in names:  # else of a collector that has left
                 self._counted[names[number]] += packets - (before if before <= packets else 0)
-        self._last = {number: packets for number, packets, _ in answer.counters}
+        if not answer.error:
+            self._last = {number: packets for number, packets, _ in answer.counters}
 
     def _accounts(self) -> Accounts:
         own = {
-            APPLIER: int(self._channel is not None),
+            APPLIER: int(self._applier.channel is not None),
             COLLECTORS_SERVED: len(self._served),
             PLANS_REFUSED: self._plans_refused,
             "revision": max(0, self._replica.revision),
@@ -346,18 +344,16 @@ class OffloadService:
 
     def _apply_settings(self, settings: Settings) -> None:
         if self._surroundings is not None:
-            answer = self._ask(Request("reload", self._next_request()))
-            if answer.error:
+            answer = self._applier.ask("reload")
+            if answer.error and not self._applier.ended:
                 raise OperatorError(UNAVAILABLE, answer.error)
             self._surroundings.apply_settings(settings)
             self._dirty = True
 
     def _drain(self) -> None:
         """Take the rules away; the generations that were told of stay known to the senders."""
-        if self._channel is not None and self._handover.live is not None:
-            self._channel.settimeout(DRAIN_SECONDS)
-            with suppress(OperatorError):  # it ends with this process, and the rules with it
-                self._ask(Request("apply", self._next_request(), kernel_plan(Planned({}, {}), {})))
+        if self._handover.live is not None:
+            self._applier.ask("apply", kernel_plan(Planned({}, {}), {}), DRAIN_SECONDS)
             self._handover.forget_live()
         self._reporter.report(self._accounts)
         log.info("drained", service=self.name)
@@ -367,6 +363,5 @@ class OffloadService:
     ) -> None:
         if self._surroundings is not None:
             self._surroundings.close()
-        if self._channel is not None:
-            self._channel.close()
+        self._applier.close()
         self._bus.close()

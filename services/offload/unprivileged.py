@@ -6,6 +6,7 @@ import socket
 from collections.abc import Sequence
 
 from services.offload.opener import NOT_WANTED
+from services.offload.planning.applier_link import ApplierLink
 from services.offload.service import OffloadService
 from shared.bus.endpoint import open_link
 from shared.log import get_logger
@@ -20,7 +21,9 @@ def main(arguments: Sequence[str]) -> int:
     """Run the planner, with the applier's channel if there is one; return its exit code."""
     parser = service_parser("offload", "Lets the kernel make the copies that it can make.")
     parser.add_argument(
-        "--require-privilege", action="store_true", help="exit with 77 rather than go on without an applier"
+        "--require-privilege",
+        action="store_true",
+        help="exit with 77 rather than start without an applier, with 69 rather than go on without it",
     )
     parser.add_argument("--inherited", required=True, help=argparse.SUPPRESS)
     return run(_serve, parser.parse_args(arguments), _check)
@@ -41,7 +44,8 @@ def _serve(arguments: argparse.Namespace, settings: Settings, lifecycle: Lifecyc
         return
     if reason:
         log.warning(reason)
-    with OffloadService(name, settings, channel, reason) as service:
+    link = ApplierLink(channel, reason)
+    with OffloadService(name, settings, link, applier_required=arguments.require_privilege) as service:
         service.run(lifecycle)
 
 

@@ -114,13 +114,13 @@ class Played:
 
 
 @contextmanager
-def played(open_stack: OpenStack) -> Iterator[Played]:
+def played(open_stack: OpenStack, *arguments: str) -> Iterator[Played]:
     """Offload on a relay, with both senders."""
     open_stack.configure(SETTINGS)
     open_stack.start("broker")
     with OffloadSite() as site, BusEnds(open_stack.bus) as bus:
         with site.relay.entered():
-            offload = open_stack.start("offload")
+            offload = open_stack.start("offload", *arguments)
         gateway = PlayedGateway(bus)
         senders: dict[Source, PlayedSender] = {source: PlayedSender(bus, source) for source in ("relay", "original")}
         around = Played(open_stack, site, bus, gateway, senders, offload)
@@ -221,9 +221,11 @@ def test_next_hop_that_moves_is_followed(open_stack: OpenStack) -> None:
         wait_until(lambda: around.marked(listener, socks[0]) == 0, "nobody is served by a link that is down")
 
 
-def test_killed_applier_ends_rules_and_planner(open_stack: OpenStack) -> None:
-    """Without its applier the planner ends, and says why: only a new start brings another."""
-    with played(open_stack) as around, ExitStack() as opened:
+@pytest.mark.parametrize("required", [False, True])
+def test_killed_applier_takes_its_rules_along(open_stack: OpenStack, required: bool) -> None:
+    """The planner goes on without it and says so; where an applier is required it ends, for a supervisor's sake."""
+    arguments = ("--require-privilege",) if required else ()
+    with played(open_stack, *arguments) as around, ExitStack() as opened:
         site = around.site
         listener = opened.enter_context(Listening(site.relay, RELAY[4], PORT))
         socks = opened.enter_context(exporters(site))
@@ -234,11 +236,23 @@ def test_killed_applier_ends_rules_and_planner(open_stack: OpenStack) -> None:
         pid = around.offload.process.pid
         (applier,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         os.kill(int(applier), signal.SIGKILL)
-        around.offload.wait_for("the applier has ended, and its rules with it (ClosedError); start offload again")
-        assert around.offload.process.wait(20) == UNAVAILABLE
+        wait_until(lambda: around.marked(listener, socks[0]) == 0, "the rules are gone")
         list(siem.take())
-        assert around.marked(listener, socks[0]) == 0
         siem.assert_quiet()
+        around.offload.wait_for("the applier has ended, and its rules with it (ClosedError); start offload again")
+        if required:
+            assert around.offload.process.wait(20) == UNAVAILABLE
+            return
+        assert not around.offload.reload()["event"].startswith("not")
+        accounts = accounts_when(around.bus, "offload.1", lambda told: not told["offload"]["applier"])
+        assert accounts["offload"]["collectors_served"] == 0
+        around.gateway.change(2, [original("second", 1)])
+        paths = around.bus.subscriber(PATHS_TOPIC)
+        reason = "the applier has ended, and its rules with it (ClosedError)"
+        ways = [CollectorPath(name, "frames", reason) for name in ("first", "second")]
+        wait_until(lambda: told_paths(paths) == ways, "the ways are told")
+        assert around.marked(listener, socks[0]) == 0
+        assert len(around.offload.events("the kernel makes no copies")) == 1
 
 
 def test_killed_planner_leaves_no_rules(open_stack: OpenStack) -> None:

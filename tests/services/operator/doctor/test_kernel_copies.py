@@ -41,5 +41,5 @@ def test_offload_that_does_nothing_is_told_where_it_is_asked_for() -> None:
     (unfit,) = check_kernel_copies(SETTINGS, {"offload.1": {"offload": {}}}, {})
     assert unfit.cure == "its log has the cure"
     assert told(SETTINGS, {"offload.1": {"offload": {"applier": 0}}}, PATHS) == [
-        ("warning", "", "offload has no CAP_NET_ADMIN: the kernel makes no copies")
+        ("warning", "", "offload has no process with CAP_NET_ADMIN: the kernel makes no copies")
     ]
