@@ -8,8 +8,8 @@ import socket
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Final
+from dataclasses import dataclass, field, replace
+from typing import Any, BinaryIO, Final
 
 import pytest
 
@@ -30,7 +30,9 @@ listen = ["udp://0.0.0.0:{PORT}", "udp://[::]:{PORT}"]
 [offload]
 interfaces = ["in"]
 """
-NAMES: Final = ("a", "b", "c", "d")
+NAMES: Final = tuple("abcdefghijkl")
+AT_ONCE: Final = 8
+"""Collectors that change at the same time."""
 TERMS: Final[tuple[dict[str, Any], ...]] = (
     {},
     {"from": ["10.1.0.10/31"]},
@@ -39,7 +41,7 @@ TERMS: Final[tuple[dict[str, Any], ...]] = (
     {"dscp": 8},
 )
 KINDS: Final = ("relay", "original")
-FAR: Final = 10
+FAR: Final = 2 * AT_ONCE
 LARGE: Final = 3000
 """Bytes of a datagram that comes in fragments."""
 
@@ -88,15 +90,21 @@ class Around:
         self._owed: dict[int, Owed] = {}
         self._came: defaultdict[tuple[str, int], Counter[int]] = defaultdict(Counter)
         self.number = 0
-        with site.relay.entered():
-            self._gateway = opened.enter_context(socket.create_connection(("127.0.0.1", 5000), timeout=60))
-        self._answers = opened.enter_context(self._gateway.makefile("rb"))
         self._exporters = {}
         for version in (4, 6):
             for number, address in enumerate(EXPORTERS[version]):
                 self._exporters[address] = opened.enter_context(site.exporting(number, version))
         self._sinks: dict[tuple[str, int], socket.socket] = {}
+        self._connections: dict[str, tuple[socket.socket, BinaryIO]] = {}
         self._opened = opened
+
+    def _connect(self, name: str) -> tuple[socket.socket, BinaryIO]:
+        """A connection to the gateway for a collector: those of several are asked for at the same time."""
+        if name not in self._connections:
+            with self.site.relay.entered():
+                gateway = self._opened.enter_context(socket.create_connection(("127.0.0.1", 5000), timeout=60))
+            self._connections[name] = gateway, self._opened.enter_context(gateway.makefile("rb"))
+        return self._connections[name]
 
     def _sink(self, version: int, address: str, port: int) -> None:
         if (address, port) not in self._sinks:
@@ -108,33 +116,45 @@ class Around:
             enlarge_receive_buffer(sock, 1 << 25)  # for a plain user, as far as the kernel allows
             sock.setblocking(False)
 
-    def ask(self, **request: Any) -> dict[str, Any]:
-        """Send the gateway a request and return the answer."""
-        self._gateway.sendall(json.dumps(request).encode() + b"\n")
-        answer: dict[str, Any] = json.loads(self._answers.readline())
-        assert answer["ok"], answer
-        return answer
+    def draw_entry(self) -> tuple[int, int, str, dict[str, Any]]:
+        """Draw a collector's version, number of its address, kind, and terms."""
+        return self.draw.choice((4, 6)), self.draw.randint(0, 1), self.draw.choice(KINDS), self.draw.choice(TERMS)
 
-    def register(self, name: str, version: int, number: int, source: str, terms: dict[str, Any]) -> None:
-        """Sign a collector up, or up anew."""
-        address, port = SIEMS[version][number], 9000 + (NAMES.index(name) if name in NAMES else 50)
-        port += 100 * KINDS.index(source)  # who changes the kind at one place may get both for a moment, of two senders
-        self._sink(version, address, port)
-        if name in self.entries:
-            self._past[name].append(self.entries[name])
-        request = {"op": "register", "name": name, "streams": ["netflow"], "address": address, "port": port}
-        found = self.ask(**request, source=source, take_over=True, **terms)["client"]
-        prefixes = tuple(terms.get("from", ()))
-        self.entries[name] = Entry(version, address, port, source, prefixes, found["generation"])
+    def change(self, wanted: dict[str, tuple[int, int, str, dict[str, Any]] | None]) -> None:
+        """Let collectors join, change, move or, where nothing is wanted for them, leave, all at the same time."""
+        for name, drawn in wanted.items():
+            request: dict[str, Any] = {"name": name}
+            if name in self.entries:
+                self._past[name].append(self.entries[name])
+            if drawn is None:
+                request |= {"op": "leave", "generation": self.entries.pop(name).generation}
+            else:
+                version, number, source, terms = drawn
+                address, port = SIEMS[version][number], 9000 + (NAMES.index(name) if name in NAMES else 50)
+                # One that changes the kind at one place may get both for a moment, of two senders.
+                port += 100 * KINDS.index(source)
+                self._sink(version, address, port)
+                request |= {"op": "register", "streams": ["netflow"], "address": address, "port": port, **terms}
+                request |= {"source": source, "take_over": True}
+                prefixes = tuple(terms.get("from", ()))
+                self.entries[name] = Entry(version, address, port, source, prefixes, 0)
+            self._connect(name)[0].sendall(json.dumps(request).encode() + b"\n")
+        for name in wanted:
+            answer: dict[str, Any] = json.loads(self._connect(name)[1].readline())
+            assert answer["ok"], answer
+            if name in self.entries:
+                self.entries[name] = replace(self.entries[name], generation=answer["client"]["generation"])
+            self._owe_anew(name)
 
-    def change(self) -> None:
-        """Let a collector join, change, move or leave."""
-        name, draw = self.draw.choice(NAMES), self.draw
-        if name in self.entries and draw.random() < 0.2:
-            self._past[name].append(self.entries[name])
-            self.ask(op="leave", name=name, generation=self.entries.pop(name).generation)
-        else:
-            self.register(name, draw.choice((4, 6)), draw.randint(0, 1), draw.choice(KINDS), draw.choice(TERMS))
+    def change_some(self) -> None:
+        """Draw some collectors, and what becomes of them."""
+        names = self.draw.sample(NAMES, AT_ONCE)
+        self.change(
+            {name: None if name in self.entries and self.draw.random() < 0.2 else self.draw_entry() for name in names}
+        )
+
+    def _owe_anew(self, name: str) -> None:
+        """Note that a collector wants other datagrams, or elsewhere, from now on: those under way may come or not."""
         entry = self.entries.get(name)
         for owed in self._owed.values():
             wanted = entry is not None and entry.wants(owed.exporter)
@@ -228,15 +248,15 @@ def test_each_datagram_comes_once_by_the_kernel_or_by_us(open_stack: OpenStack, 
     """IPv4, IPv6 and fragments, relayed and with the exporter's address, while collectors join, leave and change."""
     draw = random.Random(changes)
     with around(open_stack, draw) as site, BusEnds(open_stack.bus) as bus:
-        site.register("steady", 4, 3, "original", {})
+        site.change({"steady": (4, 3, "original", {})})
         site.wait_for_rules(bus)
-        for number in range(changes):
-            site.change()
-            for _ in range(draw.randint(1, 9)):
+        for number in range(0, changes, AT_ONCE):
+            site.change_some()
+            for _ in range(draw.randint(10, 90)):
                 site.export()
-            if number % FAR == FAR - 1:
+            if number % FAR < AT_ONCE:
                 site.look()
-            if number == changes // 2:
+            if changes // 2 - AT_ONCE < number <= changes // 2:
                 site.restart("transmitter", signal.SIGTERM)
         site.look()
         accounts = accounts_when(bus, "transmitter.1", lambda told: told["collector/steady"]["offered"] == site.number)

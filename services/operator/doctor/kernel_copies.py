@@ -22,7 +22,9 @@ def check_kernel_copies(
         yield warning(NAME, "[offload] interfaces are set, and offload does not report", "start it; see its log")
         return
     if not any(own.get(APPLIER) for own in reported):
-        yield warning(NAME, "offload has no process with CAP_NET_ADMIN: the kernel makes no copies", "its log has the cure")
+        yield warning(
+            NAME, "offload has no process with CAP_NET_ADMIN: the kernel makes no copies", "its log has the cure"
+        )
         return
     served = [path.name for path in paths.values() if path.way == "kernel"]
     yield ok(NAME, f"the kernel makes the copies of {some(served)}" if served else "the kernel makes no copies now")
