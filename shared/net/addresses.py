@@ -73,6 +73,24 @@ def pack_network(text: str) -> tuple[bytes, int]:
     >>> pack_network("192.0.2.0/24")[1], pack_network("2001:db8::/32")[1]
     (120, 32)
     """
+    return _pack_plainly(text) or _pack_network(text)
+
+
+def _pack_plainly(text: str) -> tuple[bytes, int] | None:
+    """Return a prefix in the form that most have, a tenth of the time below; None: it has another, or is none."""
+    address, slash, length = text.partition("/")
+    try:
+        packed = socket.inet_pton(socket.AF_INET6 if ":" in address else socket.AF_INET, address)
+    except (OSError, UnicodeEncodeError, ValueError):
+        return None
+    size = 8 * len(packed)
+    bits = size if not slash else int(length) if length.isascii() and length.isdigit() and len(length) < 4 else -1
+    if not 0 <= bits <= size or int.from_bytes(packed) & (1 << size - bits) - 1:
+        return None
+    return (V4_MAPPED + packed, bits + 96) if size == 32 else (packed, bits)
+
+
+def _pack_network(text: str) -> tuple[bytes, int]:
     try:
         network = ipaddress.ip_network(text)
     except ValueError as error:
@@ -190,6 +208,16 @@ def are_apart(some: Iterable[str], others: Iterable[str]) -> bool:
             return False
         reach[side] = max(reach[side], last)
     return True
+
+
+def is_inside(address: str, networks: Iterable[str]) -> bool:
+    """Return whether an address is in one of these networks.
+
+    >>> is_inside("10.1.0.1", ["192.0.2.0/24", "10.0.0.0/8"]), is_inside("10.1.0.1", ["::/0"])
+    (True, False)
+    """
+    at, _ = _span(address)
+    return any(first <= at <= last for first, last in map(_span, networks))
 
 
 @lru_cache(maxsize=8192)  # entries are compared with many others

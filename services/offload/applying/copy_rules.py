@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Final
 
 from services.offload.applying.nftables.expressions import (
@@ -112,15 +113,25 @@ def make_copies(copies: Sequence[Copy], counter_of: dict[int, str], phase: int =
     """
     layout = LAYOUTS[version_of(copies[0])]
     made = [take_one_in(copies[0].sample, phase, R0)] if copies[0].sample > 1 else []
-    made += [field.save() for field in layout.fields]
+    made.append(_save(version_of(copies[0])))
     before: Copy | None = None
     for copy in sorted(copies, key=lambda each: bool(each.source)):
         made.append(_write_headers(layout, copy, before))
         made.append(count(counter_of[copy.counter]))
         made.append(duplicate(copy.link_index, R0 + layout.spare))
         before = copy
-    made += [field.restore() for field in layout.fields]
+    made.append(_restore(version_of(copies[0])))
     return b"".join(made)
+
+
+@cache
+def _save(version: int) -> bytes:
+    return b"".join(field.save() for field in LAYOUTS[version].fields)
+
+
+@cache
+def _restore(version: int) -> bytes:
+    return b"".join(field.restore() for field in LAYOUTS[version].fields)
 
 
 def _write_headers(layout: _Layout, copy: Copy, before: Copy | None) -> bytes:

@@ -1,6 +1,5 @@
 """The applier's own check of a plan against the settings: what the planner may not ask for, whoever it is by now."""
 
-import ipaddress
 import socket
 from collections.abc import Callable
 from contextlib import suppress
@@ -9,7 +8,7 @@ from typing import Final
 from services.offload.applying.rules import Sources
 from services.offload.kernel_plan import Copy, KernelPlan, Prefix, StreamCopies
 from services.offload.source_classes import divide
-from shared.net.addresses import V4_MAPPED, are_apart, pack_network
+from shared.net.addresses import V4_MAPPED, is_inside, pack_network
 from shared.settings.model import Settings
 
 NOBODYS: Final = ("0.0.0.0/8", "127.0.0.0/8", "224.0.0.0/3", "::/127", "ff00::/8")
@@ -47,21 +46,22 @@ class Policy:
                 raise RefusedError(f"interface {interface} is not in [offload] interfaces")
         for copy in plan.copies:
             self._check_copy(copy)
+        for source in {copy.source for copy in plan.copies if copy.source}:
+            if not self._is_ours(source):
+                raise RefusedError(f"source {_text(source)} is not an address of this host")
         for stream in plan.streams:
             self._check_stream(stream, plan)
 
     def _check_copy(self, copy: Copy) -> None:
         if len(copy.address) not in (4, 16) or len(copy.source) not in (0, len(copy.address)):
             raise RefusedError(f"addresses of {len(copy.address)} and {len(copy.source)} bytes")
-        to = str(ipaddress.ip_address(copy.address))
-        if are_apart([to], self._destinations) or not are_apart([to], NOBODYS):
+        to = _text(copy.address)
+        if not is_inside(to, self._destinations) or is_inside(to, NOBODYS):
             raise RefusedError(f"destination {to} is not in [offload] destinations")
-        if not copy.source and are_apart([to], self._original):
+        if not copy.source and not is_inside(to, self._original):
             raise RefusedError(f"destination {to} is not in [transmitter] destinations")
         if bool(copy.source) != bool(copy.source_port):
             raise RefusedError(f"source port {copy.source_port} of {len(copy.source)} bytes of address")
-        if copy.source and not self._is_ours(copy.source):
-            raise RefusedError(f"source {ipaddress.ip_address(copy.source)} is not an address of this host")
         if copy.next_hop[0] & GROUP_BIT or not any(copy.next_hop):
             raise RefusedError(f"next hop {copy.next_hop.hex(':')} is no station's")
         for prefix in copy.prefixes:
@@ -90,9 +90,13 @@ def is_own_address(packed: bytes) -> bool:
         return False
     with suppress(OSError):
         with socket.socket(socket.AF_INET if len(packed) == 4 else socket.AF_INET6, socket.SOCK_DGRAM) as probe:
-            probe.bind((str(ipaddress.ip_address(packed)), 0))
+            probe.bind((_text(packed), 0))
         return True
     return False
+
+
+def _text(packed: bytes) -> str:
+    return socket.inet_ntop(socket.AF_INET if len(packed) == 4 else socket.AF_INET6, packed)
 
 
 def sources_of(settings: Settings) -> Sources:

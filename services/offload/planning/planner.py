@@ -5,7 +5,6 @@ it. So what depends on a collector decides whether it is in the plan. What depen
 holds for all collectors of the plan: the rules let other datagrams go up unmarked.
 """
 
-import ipaddress
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
@@ -15,7 +14,7 @@ import msgspec
 from services.offload.kernel_plan import MAX_INTERFACES, NO_COPIES, Copy, KernelPlan, Listener, Prefix, StreamCopies
 from services.offload.source_classes import divide
 from shared.client import Client, Trouble
-from shared.net.addresses import V4_MAPPED, are_apart, pack_network
+from shared.net.addresses import V4_MAPPED, is_inside, pack_network
 
 MAX_RENDERED: Final = 20_000
 """Copies that the chains of one plan may hold: overlapping prefixes have a chain for each set of collectors."""
@@ -121,6 +120,12 @@ def make_plan(clients: Iterable[Client], facts: Facts, limits: Limits, counter_o
     )
 
 
+def _packed(address: str) -> bytes:
+    """Return an address as 4 or 16 bytes."""
+    packed, _ = pack_network(address)
+    return packed if _version(address) == 6 else packed[12:]
+
+
 def _version(address: str) -> int:
     return 6 if ":" in address else 4
 
@@ -155,9 +160,9 @@ def _serve(client: Client, facts: Facts, limits: Limits, counter_of: Callable[[s
         way.link_index,
         way.next_hop,
         way.link_address,
-        ipaddress.ip_address(client.address).packed,
+        _packed(client.address),
         client.port,
-        ipaddress.ip_address(relay[0]).packed if relay else b"",
+        _packed(relay[0]) if relay else b"",
         relay[1] if relay else 0,
         client.hop_limit,
         client.dscp,
@@ -177,17 +182,13 @@ def _reason_without_way(client: Client, facts: Facts, limits: Limits) -> str:
         return "it shares its streams with a group, by a hash that the kernel has not"
     if trouble := facts.troubled.get((client.name, client.generation)):
         return f"it is {trouble}"
-    if not _inside(client.address, limits.destinations):
+    if not is_inside(client.address, limits.destinations):
         return "its address is not in [offload] destinations"
-    if client.source == "original" and not _inside(client.address, limits.original_destinations):
+    if client.source == "original" and not is_inside(client.address, limits.original_destinations):
         return "its address is not in [transmitter] destinations"
     if client.source == "original" and limits.rate_limited:
         return "[transmitter] frames_per_second limits its copies"
     return ""
-
-
-def _inside(address: str, networks: Iterable[str]) -> bool:
-    return not are_apart([address], networks)
 
 
 def _prefixes(client: Client, version: int) -> Iterable[Prefix]:
@@ -236,9 +237,7 @@ def _streams(
     for name, places in facts.listeners.items():
         copies = tuple(place for place, each in enumerate(served) if name in each.streams)
         listeners = tuple(
-            Listener(ipaddress.ip_address(address).packed, port)
-            for address, port in sorted(places)
-            if _version(address) == version
+            Listener(_packed(address), port) for address, port in sorted(places) if _version(address) == version
         )
         if copies:
             leaving = min(served[place].mtu for place in copies)

@@ -6,6 +6,7 @@ that fails, and begins with registers of unknown content.
 
 import struct
 from enum import IntEnum
+from functools import lru_cache
 from typing import Final
 
 from services.offload.applying.nftables.attributes import attribute, nested, number, text
@@ -15,6 +16,8 @@ R0: Final = 8
 VERDICT: Final = 0
 """The register whose content decides what comes next."""
 LIST_ELEMENT: Final = 1
+KEPT: Final = 256
+"""Instructions that are kept once made: thousands of copies have the same ones."""
 MAP_NAME: Final = "__map%d"
 """The name of a map that belongs to one rule: the kernel puts a number in."""
 
@@ -75,11 +78,13 @@ def _value(kind: int, value: bytes) -> bytes:
     return nested(kind, attribute(1, value))
 
 
+@lru_cache(maxsize=KEPT)
 def load(base: Base, offset: int, length: int, register: int) -> bytes:
     """Read bytes of a header into registers; the rest of the last one is 0."""
     return _expression("payload", number(1, register), number(2, base), number(3, offset), number(4, length))
 
 
+@lru_cache(maxsize=KEPT)
 def store(base: Base, offset: int, length: int, register: int, checksum: Checksum = Checksum.NONE) -> bytes:
     """Write bytes of registers into a header, and correct checksums by the difference."""
     inet = bool(checksum & Checksum.IPV4_HEADER)
@@ -97,7 +102,13 @@ def store(base: Base, offset: int, length: int, register: int, checksum: Checksu
 
 def immediate(register: int, value: bytes) -> bytes:
     """Set registers to a value."""
-    return _expression("immediate", number(1, register), _value(2, value))
+    return _before_value(register, len(value)) + value + bytes(-len(value) % 4)
+
+
+@lru_cache(maxsize=KEPT)
+def _before_value(register: int, size: int) -> bytes:
+    """Return the beginning of an `immediate`, which ends in its value: all those of one size have the same."""
+    return _expression("immediate", number(1, register), _value(2, bytes(size)))[: -(size + 3 & ~3)]
 
 
 def compare(register: int, value: bytes, op: Op = Op.EQUAL) -> bytes:
@@ -138,6 +149,7 @@ def count(name: str) -> bytes:
     return _expression("objref", number(1, 1), text(2, name))
 
 
+@lru_cache(maxsize=KEPT)
 def duplicate(link_index: int, register: int) -> bytes:
     """Send a copy of the frame, as it is now, by a link."""
     return immediate(register, struct.pack("=I", link_index)) + _expression("dup", number(2, register))
