@@ -20,7 +20,6 @@ from tests.services.uplink.nats import NatsServer
 from tests.services.uplink.test_session import seed_and_key
 
 pytestmark = pytest.mark.usefixtures("lab")
-PAGE = "services/gateway/README.md"
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +146,7 @@ def test_a_bucket_is_looked_at(server: NatsServer) -> None:
 
 
 def test_a_server_that_stands_still_is_noticed(tmp_path: Path) -> None:
-    """Who follows a log hears within some seconds that nothing comes any more, though the connection is open."""
+    """A follower of a log hears within some seconds that nothing comes any more, though the connection is open."""
     with NatsServer(tmp_path) as server:
 
         async def work(log: BucketLog) -> None:
@@ -175,8 +174,8 @@ def test_the_permissions_of_the_page_are_enough(tmp_path: Path) -> None:
     nkey = tmp_path / "berlin-1.nk"
     nkey.write_text(f"{seed}\n")
     nkey.chmod(0o600)
-    rights = block(PAGE, "registry-permissions")
-    settings = tomllib.loads(block(PAGE, "cluster-registry"))["uplink"]
+    rights = block("services/gateway/README.md", "registry-permissions")
+    settings = tomllib.loads(block("services/gateway/README.md", "cluster-registry"))["uplink"]
     text = (
         f'jetstream {{ store_dir: "{tmp_path}/jetstream" }}\ntls {{ cert_file: "{certificate}", key_file: "{key}" }}\n'
         "accounts { fanwire { jetstream: enabled\n"
