@@ -2,6 +2,7 @@
 
 from typing import Final
 
+from services.gateway.admission.destinations import parse_address
 from services.gateway.admission.peer import Peer
 from services.gateway.protocol.requests import RequestError
 from services.gateway.registry.entry import Entry, Origin
@@ -76,9 +77,15 @@ def check_group(registry: Registry, client: Client, peer: Peer, origin: Origin, 
     check_same_source(client, other if groups.count(identifier, other) > itself else client.source)
 
 
+def is_reached_elsewhere(entry: Entry, node: str) -> bool:
+    """Return whether an entry's address is one of another node's loopback: there it is another place."""
+    return entry.node not in ("", node) and parse_address(entry.client.address).is_loopback
+
+
 def check_place(registry: Registry, client: Client, peer: Peer, origin: Origin) -> None:
     """Raise `RequestError` when another entry has datagrams sent to the same address and port that this one would."""
-    others = [each for each in registry.at(client.address, client.port) if each.client.name != client.name]
+    there = (each for each in registry.at(client.address, client.port) if each.client.name != client.name)
+    others = [each for each in there if not is_reached_elsewhere(each, registry.node)]
     if not client.streams or not others:
         return
     group = registry.groups.identify(client.group, peer, origin) if client.group else ""

@@ -1,9 +1,9 @@
 """Removal of entries that may not stay: what is newer than they are speaks against them."""
 
-from services.gateway.admission.destinations import Destinations, parse_address
+from services.gateway.admission.destinations import Destinations
+from services.gateway.admission.ownership import is_reached_elsewhere
 from services.gateway.admission.readmission import find_excess
 from services.gateway.admission.tokens import Tokens
-from services.gateway.registry.entry import Entry
 from services.gateway.registry.registry import Registry
 from shared.log import get_logger
 
@@ -12,7 +12,7 @@ log = get_logger()
 
 def expel_loops(destinations: Destinations, registry: Registry) -> None:
     """Remove collectors whose copies would come back: a listener or an address may be newer than the entry."""
-    mine = (entry for entry in registry.entries() if not _is_reached_elsewhere(entry, registry.node))
+    mine = (entry for entry in registry.entries() if not is_reached_elsewhere(entry, registry.node))
     if loops := [entry for entry in mine if destinations.find_loop(entry.client)]:
         log.warning(
             "collector removed: its address is one of fanwire's own listeners (loop)",
@@ -20,11 +20,6 @@ def expel_loops(destinations: Destinations, registry: Registry) -> None:
             count=len(loops),
         )
         registry.expel(loops)
-
-
-def _is_reached_elsewhere(entry: Entry, node: str) -> bool:
-    """Return whether an entry's address is one of another node's loopback."""
-    return entry.node not in ("", node) and parse_address(entry.client.address or "::").is_loopback
 
 
 def readmit(registry: Registry, tokens: Tokens, destinations: Destinations) -> None:

@@ -191,7 +191,14 @@ class Member:
             self._troubles.end("node", "no other gateway has the name of this node any more")
             waiting = self.changes.take_waiting()
             self._count += 1
-            record = Session(node=self.sessions.own, boot=self.sessions.boot, count=self._count)
+            registry = self.replica.registry
+            record = Session(
+                node=self.sessions.own,
+                boot=self.sessions.boot,
+                count=self._count,
+                revision=registry.revision,
+                generation=registry.generation,
+            )
             try:
                 await self._write_session(bucket, record, self.sessions.position)
             except (OvertakenError, LogError) as error:

@@ -81,12 +81,17 @@ class Left(msgspec.Struct, frozen=True, tag="past", tag_field="kind", kw_only=Tr
 
 
 class Session(msgspec.Struct, frozen=True, tag="session", tag_field="kind", kw_only=True):
-    """The session of a node's gateway, and its count of these records; not `live`: it has ended."""
+    """The session of a node's gateway, and its count of these records; not `live`: it has ended.
+
+    `revision` and `generation` are the last ones of the list: records of what has gone do not stay for ever.
+    """
 
     node: Node
     boot: Number
     count: Number
     live: bool = True
+    revision: Number = 0
+    generation: Number = 0
 
 
 class ListIdentity(msgspec.Struct, frozen=True, tag="meta", tag_field="kind", kw_only=True):

@@ -161,6 +161,7 @@ class Replica:
                 change = Change((), NO_ORDERS, {record.name: record.past}, 0)
                 self._make(change)
             case Session():
+                self._note_last(record.revision, record.generation)
                 if self.sessions.note(record, position, self._clock()):
                     self.measure_anew()
             case ListIdentity():
@@ -202,9 +203,15 @@ class Replica:
                 if present is not None:
                     kind: EventKind = "expired" if record.expired else "left"
                     self._make(Change([Event(kind, revision, present)], NO_ORDERS, NO_PASTS, record.generation))
+                self._note_last(revision, record.generation)
             case Ordered():
                 self._make(self._ordered(record, revision))
-        registry.revision = revision
+        self._note_last(revision)
+
+    def _note_last(self, revision: int, generation: int = 0) -> None:
+        """Note numbers that were given, though their record may have been replaced before it came here."""
+        self.registry.apply(Change((), NO_ORDERS, NO_PASTS, generation))
+        self.registry.revision = max(self.registry.revision, revision)
 
     def _ordered(self, record: Ordered, revision: int) -> Change:
         present, orders = self.registry.find(record.name), {record.name: record.order}

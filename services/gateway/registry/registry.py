@@ -11,13 +11,13 @@ import secrets
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Final, TypeVar, get_args
+from typing import Final, get_args
 
 import msgspec
 
 from services.gateway.admission.peer import Peer
 from services.gateway.protocol.names_answer import NamesList
-from services.gateway.registry.changes import Change, Changes, Keep, LocalChanges, keep_nothing
+from services.gateway.registry.changes import Change, Changes, Keep, LocalChanges, T, keep_nothing
 from services.gateway.registry.condition import Condition, Serving, word_without_report
 from services.gateway.registry.entry import NO_ORDERS, Entry, Event, EventKind, Orders, Origin
 from services.gateway.registry.groups import SECRET_BYTES, Groups
@@ -30,7 +30,6 @@ from shared.bus.bodies.journal_messages import CatchUpReport
 from shared.bus.messages import RegistryChange
 from shared.client import Client, Source, Streams, Withheld
 
-T = TypeVar("T")
 RETURN_SECONDS: Final = 30.0
 """The lease, after a restart of the gateway, of an entry that was held by a connection."""
 
@@ -62,7 +61,7 @@ class Registry:
         self._keep = keep
         self.changes: Changes = LocalChanges(self.renew)
         self._planned: list[Change] | None = None
-        self._generation = first_generation - 1
+        self.generation = first_generation - 1  # the last one given
         self._revisions = Revisions()
         self.revision = 0
         """The revision of the list. The bus has a count of its own: another one where several nodes share the list."""
@@ -125,7 +124,7 @@ class Registry:
     ) -> Event:
         """Return the event that enters a client, as the `number`th of those entered together."""
         kind: EventKind = "changed" if client.name in self._entries else "joined"
-        client = self._complete(client, self._generation + number)
+        client = self._complete(client, self.generation + number)
         entry = Entry(client, origin, peer, ttl, math.inf, revision, hold, self._clock(), proven)
         entry.home = entry.node = self.node
         entry.boot = self.boot
@@ -353,18 +352,18 @@ class Registry:
 
         They get the revisions and generations behind those of `ahead` events that are planned already.
         """
-        now, planned = (self.revision, self._generation), list[Change]()
+        now, planned = (self.revision, self.generation), list[Change]()
         self._planned = planned
-        self.revision, self._generation = self.revision + ahead, self._generation + ahead
+        self.revision, self.generation = self.revision + ahead, self.generation + ahead
         try:
             return act(), planned
         finally:
             self._planned = None
-            self.revision, self._generation = now
+            self.revision, self.generation = now
 
     def _make(self, events: Sequence[Event], orders: Orders = NO_ORDERS) -> None:
         """Store a change and make it; or note it, while changes are only planned."""
-        generation = max([self._generation, *(event.entry.client.generation for event in events)])
+        generation = max([self.generation, *(event.entry.client.generation for event in events)])
         gone = [self._entries[event.entry.client.name] for event in events if self._ends_one(event)]
         pasts = {entry.client.name: past for entry in gone if (past := self.pasts.left_by(entry))}
         change = Change(events, orders, pasts, generation)
@@ -377,7 +376,7 @@ class Registry:
     def apply(self, change: Change) -> None:
         """Make a change that is stored, and note it for the bus and for watchers."""
         self.pasts.note(change.pasts)
-        self._generation = max(self._generation, change.generation)
+        self.generation = max(self.generation, change.generation)
         self._obey(change.orders)
         for event in change.events:
             entry, self.revision = event.entry, event.revision

@@ -112,6 +112,7 @@ class Node(Stack):
         addresses = servers.addresses if only is None else [servers.addresses[only]]
         settings = (
             f'[gateway]\nlisten = ["tcp://127.0.0.1:{self.gateway}"]\nserve_seconds = 0.2\n'
+            f'destinations = ["192.0.2.0/24"]\n'
             f'database = "{directory}/registry.sqlite"\n'
             f'[uplink]\nservers = {addresses}\nsite = "{name}"\nregistry = "{REGISTRY}"\n'
             f"plain_beyond_loopback = true\nreplicas = {len(servers.each)}\n{uplink}\n{more}"

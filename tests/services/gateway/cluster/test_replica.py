@@ -64,7 +64,8 @@ class Member:
 
     def live(self, *, live: bool = True) -> None:
         """Write the session."""
-        record = Session(node=self.sessions.own, boot=self.sessions.boot, count=1, live=live)
+        last = {"revision": self.registry.revision, "generation": self.registry.generation}
+        record = Session(node=self.sessions.own, boot=self.sessions.boot, count=1, live=live, **last)
         self.log.write(key_of(record), encode(record))
 
     def end(self, other: "Member") -> None:
@@ -137,6 +138,27 @@ def _skipped(late: Member, other: Member) -> bool:
     """Return whether the lists are the same but for the revision: records of what is gone may be gone too."""
     late.registry.revision = other.registry.revision
     return bool(late.content == other.content)
+
+
+def test_numbers_are_given_once() -> None:
+    """An entry that came and went before a node read of it has had its generation and revisions, also for that node."""
+    log = Log()
+    a, b, late = (Member(log, node) for node in ("a", "b", "late"))
+    a.change("grant", "one")
+    a.follow()
+    a.change("release", "one")
+    for member in (a, b):
+        member.follow()
+    assert (b.registry.revision, b.registry.generation) == (2, a.registry.generation)
+    b.change("grant", "one")
+    b.follow()
+    assert _one(b).client.generation > a.registry.generation
+    b.change("release", "one")
+    b.follow()
+    b.live()
+    log.kept = {key: kept for key, kept in log.kept.items() if key.startswith("session.")}  # a day later
+    late.follow()
+    assert (late.registry.revision, late.registry.generation) == (b.registry.revision, b.registry.generation)
 
 
 def test_a_revision_is_of_one_content() -> None:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from nats.aio.client import Client
@@ -80,10 +81,14 @@ def test_ownership_holds_across_nodes(nodes: tuple[Node, Node]) -> None:
 
 
 def test_a_place_is_given_once(nodes: tuple[Node, Node]) -> None:
-    """Two names can't have the same datagrams sent to one address and port, whichever nodes they ask."""
+    """Two names can't have the same datagrams sent to one place, at any node; each node's loopback is its own."""
     a, b = nodes
-    assert a.register("one", streams=["messages"], port=9600, address="127.0.0.1")["ok"]
-    assert b.register("two", streams=["messages"], port=9600, address="127.0.0.1")["error"] == "address_taken"
+    place: dict[str, Any] = {"streams": ["messages"], "port": 9600}
+    assert a.register("one", address="192.0.2.1", **place)["ok"]
+    assert b.register("two", address="192.0.2.1", **place)["error"] == "address_taken"
+    assert a.register("three", address="127.0.0.1", **place)["ok"]
+    assert b.register("four", address="127.0.0.1", **place)["ok"]
+    assert b.register("five", address="127.0.0.1", **place)["error"] == "address_taken"
 
 
 def test_a_lease_moves_with_the_client(nodes: tuple[Node, Node]) -> None:
