@@ -22,6 +22,7 @@ from services.gateway.counters import (
     REGISTRY_UNAVAILABLE,
     SESSIONS_LIVE,
 )
+from services.gateway.registry.changes import ignore
 from services.gateway.registry.pasts import Gone as Places
 from services.gateway.registry.registry import Registry
 from services.gateway.registry.store import Store
@@ -149,8 +150,14 @@ class Member:
             self._troubles.say(f"fault {fault}", fault)
         long_away = time.monotonic() > self._left_at + ANEW_SECONDS
         anew = long_away or bucket.created != self._created or last < self.replica.position
+        lost = self._created not in ("", bucket.created)
+        if lost:
+            log.error("the bucket of the cluster's registry was lost: it is made anew of what this node has")
+            self.replica.epoch = ""
         self._created = bucket.created
-        self.replica.begin(anew=anew)
+        self.replica.begin(anew=anew, restoring=lost)
+        if lost:
+            self.changes.make(self.replica.restore, ignore)
         caught_up = asyncio.Event()
         follow = bucket.follow(self.replica.position, self.replica.receive, caught_up.set)
         tasks = [

@@ -64,6 +64,8 @@ class Proposal:
 class _Seen:
     """The names met while the whole log is read."""
 
+    restoring: bool
+    """What this gateway has and the log has not is to be written anew: the log has begun anew."""
     clients: set[str] = field(default_factory=set)
     orders: set[str] = field(default_factory=set)
 
@@ -92,6 +94,8 @@ class Replica:
         self._numbers = 0
         self._proposals: dict[int, Proposal] = {}
         self._seen: _Seen | None = None
+        self._unlisted: set[str] = set()
+        self._unlisted_orders: set[str] = set()
         self._uncached: list[Change] = []
         registry.leases.measures = sessions.measures
 
@@ -124,11 +128,15 @@ class Replica:
             return Gone(by=by, revision=event.revision, name=client.name, generation=client.generation, expired=expired)
         return record_of(event.entry, by, event.revision)
 
-    def begin(self, *, anew: bool) -> None:
-        """Expect the records behind `position`; `anew`: the whole log, from its first record on."""
+    def begin(self, *, anew: bool, restoring: bool = False) -> None:
+        """Expect the records behind `position`; `anew`: the whole log, from its first record on.
+
+        What is not among these has gone then; `restoring`: it is in `unlisted` instead.
+        """
         if anew:
             self.position = self.list_position = 0
-            self._seen = _Seen()
+            self._seen = _Seen(restoring)
+            self.sessions.known.clear()
 
     def receive(self, position: int, key: str, data: bytes) -> None:
         """Apply the record at a position; one that can't be read is counted, and changes nothing."""
@@ -168,10 +176,10 @@ class Replica:
                 self._identify(record)
 
     def _apply_listed(self, record: Entered | Gone | Ordered) -> None:
+        name = record.client.name if isinstance(record, Entered) else record.name
         if self._seen is not None:
-            (self._seen.orders if isinstance(record, Ordered) else self._seen.clients).add(
-                record.client.name if isinstance(record, Entered) else record.name
-            )
+            (self._seen.orders if isinstance(record, Ordered) else self._seen.clients).add(name)
+        (self._unlisted_orders if isinstance(record, Ordered) else self._unlisted).discard(name)
         proposal = self._proposals.get(record.by.change) if self.identity == (record.by.node, record.by.boot) else None
         if proposal is None or record.by.part not in proposal.missing:
             self._apply_foreign(record)
@@ -270,7 +278,10 @@ class Replica:
         """Note that all records that there were have come: what was not among them has gone."""
         seen, self._seen = self._seen, None
         registry = self.registry
-        if seen is not None:
+        if seen is not None and seen.restoring:
+            self._unlisted = {entry.client.name for entry in registry.entries()} - seen.clients
+            self._unlisted_orders = {*registry.withheld} - seen.orders
+        elif seen is not None:
             for entry in [each for each in registry.entries() if each.client.name not in seen.clients]:
                 self._make(Change([Event("left", registry.revision, entry)], NO_ORDERS, NO_PASTS, 0))
             for name in [name for name in registry.withheld if name not in seen.orders]:
@@ -278,6 +289,15 @@ class Replica:
                 self._make(self._ordered(Ordered(by=by, revision=0, name=name), registry.revision))
             self._changed()
         self._flush_cache()
+
+    def restore(self) -> None:
+        """Write anew what a log that has begun anew has not; to be planned."""
+        registry = self.registry
+        for name in self._unlisted_orders:
+            registry.order(name, registry.withheld[name])
+        registry.narrow(
+            [(entry, entry.client.streams) for entry in registry.entries() if entry.client.name in self._unlisted]
+        )
 
     def _make(self, change: Change) -> None:
         self.registry.apply(change)

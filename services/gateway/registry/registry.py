@@ -27,7 +27,6 @@ from services.gateway.registry.pasts import Pasts
 from services.gateway.registry.revisions import Revisions
 from shared.bus.bodies.health_message import Health
 from shared.bus.bodies.journal_messages import CatchUpReport
-from shared.bus.messages import RegistryChange
 from shared.client import Client, Source, Streams, Withheld
 
 RETURN_SECONDS: Final = 30.0
@@ -63,6 +62,7 @@ class Registry:
         self._planned: list[Change] | None = None
         self.generation = first_generation - 1  # the last one given
         self._revisions = Revisions()
+        self.pop_events, self.pop_changes = self._revisions.pop_events, self._revisions.pop_changes
         self.revision = 0
         """The revision of the list. The bus has a count of its own: another one where several nodes share the list."""
         self._silent = 0
@@ -206,13 +206,17 @@ class Registry:
 
     def withhold(self, entry: Entry, order: Withheld) -> None:
         """Send an entry's collector nothing from now on, nor any later one of its name; else as `narrow`."""
-        self._amend([(entry, msgspec.structs.replace(entry.client, withheld=order))], {entry.client.name: order})
+        self.order(entry.client.name, order)
 
     def end_withholding(self, name: str) -> None:
         """Let the collector of this name have copies again, if it is here; else as `narrow`."""
+        self.order(name, None)
+
+    def order(self, name: str, order: Withheld | None) -> None:
+        """Note an order for the collector of this name, whether it is here or not; else as `narrow`."""
         entry = self._entries.get(name)
-        amended = [(entry, msgspec.structs.replace(entry.client, withheld=None))] if entry else []
-        self._amend(amended, {name: None})
+        amended = [(entry, msgspec.structs.replace(entry.client, withheld=order))] if entry else []
+        self._amend(amended, {name: order})
 
     def _amend(self, amended: Sequence[tuple[Entry, Client]], orders: Orders = NO_ORDERS) -> None:
         """Give entries these clients, which have their names, addresses and generations."""
@@ -250,14 +254,6 @@ class Registry:
     def commit(self) -> int:
         """Put the changes so far into one for the bus, and return the revision that the registry is at."""
         return self._revisions.commit()
-
-    def pop_events(self) -> list[Event]:
-        """Return every change since the last call, in order."""
-        return self._revisions.pop_events()
-
-    def pop_changes(self) -> list[RegistryChange]:
-        """Return the committed changes since the last call."""
-        return self._revisions.pop_changes()
 
     def note_health(self, boot: int, body: Health) -> None:
         """Note the report of collectors by a service that sends copies, started as `boot`."""

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from nats.aio.client import Client
 
-from services.gateway.cluster.keys import subject_of, unparse_name
+from services.gateway.cluster.keys import stream_name, subject_of, unparse_name
 from tests.services.gateway.cluster.nodes import REGISTRY, Node, Servers, accounts_of, agree, in_loop
 from tests.services.gateway.test_watching import Conversation
 from tests.stack import CHECKOUT, wait_until
@@ -203,6 +203,31 @@ def test_a_killed_gateway_comes_back(servers: Servers, tmp_path: Path) -> None:
         assert c.ask("renew", name="lasting", generation=lasting["generation"])["ok"]
         for name, client in d.clients().items():
             assert d.ask("leave", name=name, generation=client["generation"])["ok"]
+
+
+def test_a_lost_bucket_is_made_anew(servers: Servers, nodes: tuple[Node, Node]) -> None:
+    """Where the bucket is deleted, the nodes that run write it anew: no entry and no order is lost."""
+    a, b = nodes
+    generation = a.register("kept", streams=["messages"], port=9603)["client"]["generation"]
+    assert b.register("other")["ok"]
+    assert b.ask("withhold", name="kept")["ok"]
+    agree(a, b)
+    before = a.ask("list")["revision"]
+
+    async def delete(client: Client) -> None:
+        await client.request(f"$JS.API.STREAM.DELETE.{stream_name(REGISTRY)}", b"", 5)
+
+    in_loop(servers, delete)
+    for node in nodes:
+        node["gateway"].wait_for("the bucket of the cluster's registry was lost")
+    wait_until(lambda: a.ask("list")["revision"] > before, "it is written anew")
+    wait_until(lambda: b.register("late")["ok"], "the registry can be written")
+    agree(a, b)
+    a.lists("kept", "other", "late")
+    assert a.clients()["kept"]["generation"] == generation
+    assert a.clients()["kept"]["withheld"] is not None
+    assert a.ask("release", name="kept")["ok"]
+    agree(a, b)
 
 
 def test_without_the_servers_nothing_is_promised(tmp_path: Path) -> None:
