@@ -310,8 +310,7 @@ class _Server:
     async def _tick_until_stopped(self) -> None:
         readiness = Readiness("gateway", self.settings.bus, lambda: self.publisher.ready and self._is_settled())
         while not self._stopped:
-            if self.registry.leases.due:
-                self._make_once("expire", self.registry.expire)
+            self._make_once("expire", self.registry.expire)
             if self.member:
                 self.member.check()
             if self.configured.tick():

@@ -50,15 +50,10 @@ class Leases:
         """Note that an entry has expired, wherever its lease was measured."""
         self._preservation.note_expired([entry], self._clock())
 
-    @property
-    def due(self) -> bool:
-        """Return whether the time of an entry may be up."""
-        return self._clock() >= self._next_expiry
-
     def expire(self, entries: Collection[Entry], remove: Callable[[list[Entry]], None]) -> None:
         """Remove the entries whose time is up, by `remove`; those that are still there are tried again."""
         now = self._clock()
-        if not self.due:
+        if now < self._next_expiry:
             return
         overdue = [entry for entry in entries if entry.expires_at <= now]
         self._preservation.judge(entries, overdue, now)
