@@ -37,6 +37,7 @@ BEAT_SECONDS: Final = 1.0
 SURE_SECONDS: Final = 0.05
 """The shortest time between two, however many renewals wait for one."""
 SESSION_TTL_SECONDS: Final = 3600
+END_SECONDS: Final = 1.0
 ENDED_TTL_SECONDS: Final = 86_400
 REACH_SECONDS: Final = 2.0
 PING_SECONDS: Final = 2
@@ -70,6 +71,7 @@ class Member:
         self._created = ""
         self._left_at = -ANEW_SECONDS
         self._count = 0
+        self._ending = False
         self._tasks: list[asyncio.Task[None]] = []
 
     def begin(self) -> None:
@@ -85,11 +87,12 @@ class Member:
 
     async def end(self) -> None:
         """End this node's session, so that others need not wait for that, and the connection."""
-        log_now = self.changes.log
-        if log_now is not None and self.changes.available.is_set() and self.sessions.member:
-            ended = Session(node=self.sessions.own, boot=self.sessions.boot, count=self._count + 1, live=False)
-            with suppress(LogError, OvertakenError):
-                await self._write_session(log_now, ended, self.sessions.position)
+        self._ending, bucket = True, self.changes.log
+        with suppress(LogError, TimeoutError):
+            async with asyncio.timeout(END_SECONDS):
+                while bucket is not None and self.changes.available.is_set() and self.sessions.member:
+                    with suppress(OvertakenError):  # by the last record of the session itself
+                        await self._write_session(bucket, self._session(live=False), self.sessions.position)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -188,7 +191,7 @@ class Member:
     async def _keep_session(self, bucket: BucketLog) -> None:
         """Write this node's session each second, and at once where somebody waits for that."""
         failures = 0
-        while True:
+        while not self._ending:
             began = time.monotonic()
             if self._count and (usurper := self.sessions.usurper) and began < usurper.heard_at + SESSION_SECONDS:
                 self.changes.lose()
@@ -197,17 +200,8 @@ class Member:
                 continue
             self._troubles.end("node", "no other gateway has the name of this node any more")
             waiting = self.changes.take_waiting()
-            self._count += 1
-            registry = self.replica.registry
-            record = Session(
-                node=self.sessions.own,
-                boot=self.sessions.boot,
-                count=self._count,
-                revision=registry.revision,
-                generation=registry.generation,
-            )
             try:
-                await self._write_session(bucket, record, self.sessions.position)
+                await self._write_session(bucket, self._session(live=True), self.sessions.position)
             except (OvertakenError, LogError) as error:
                 self.changes.put_back(waiting)
                 failures += 1
@@ -227,6 +221,20 @@ class Member:
             with suppress(TimeoutError):
                 async with asyncio.timeout(max(0.0, began + BEAT_SECONDS - time.monotonic())):
                     await self.changes.wanted.wait()
+        await asyncio.Event().wait()  # until this task is cancelled
+
+    def _session(self, *, live: bool) -> Session:
+        """Return the next record of this node's session."""
+        self._count += 1
+        own, last = self.sessions, self.replica.registry
+        return Session(
+            node=own.own,
+            boot=own.boot,
+            count=self._count,
+            live=live,
+            revision=last.revision,
+            generation=last.generation,
+        )
 
     async def _write_session(self, bucket: BucketLog, record: Session, expected: int) -> None:
         """Write a session's record and wait until it has come back. LogError; OvertakenError."""

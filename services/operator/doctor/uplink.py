@@ -18,6 +18,8 @@ def check_uplink(accounts: Mapping[str, Accounts], settings: Settings) -> Iterat
     """Yield every finding about it; none where there are no servers."""
     if not settings.uplink.servers:
         return
+    if settings.uplink.registry:
+        yield from _check_registry(accounts)
     found = [kept for name, kept in accounts.items() if name.startswith("uplink.")]
     if not found:
         cure = "`systemctl enable --now fanwire-uplink`, or `fanwire run`"
@@ -36,3 +38,16 @@ def check_uplink(accounts: Mapping[str, Accounts], settings: Settings) -> Iterat
         if name.startswith("sending/") and (lost := dropped(account)):
             told = ", ".join(f"{count} {cause}" for cause, count in causes(account).items())
             yield warning(NAME, f"{lost} datagrams did not get to JetStream: {told}", LOG, name.partition("/")[2])
+
+
+def _check_registry(accounts: Mapping[str, Accounts]) -> Iterator[Finding]:
+    """Yield the finding about the registry that this node shares with others."""
+    own = next((kept["gateway"] for name, kept in accounts.items() if name.startswith("gateway.")), {})
+    if not own.get("registry_connected"):
+        told = "this node can't change the registry of the cluster: no quorum, or no connection"
+        yield error(NAME, told, "see the gateway's log; `register` and `renew` are refused meanwhile")
+    else:
+        yield ok(NAME, f"shares its registry: {own.get('sessions_live', 0)} nodes take part")
+    if damaged := own.get("registry_damaged", 0):
+        told = f"{damaged} records of the cluster's registry are damaged, or nobody's of ours"
+        yield warning(NAME, told, "let only gateways write to its bucket")

@@ -48,3 +48,18 @@ def test_what_is_wrong_is_found(accounts: dict[str, Accounts], expected: list[tu
             assert finding.cure == "`systemctl enable --now fanwire-uplink`, or `fanwire run`"
         elif level != "ok":
             assert finding.cure == "see the uplink's log: it says what is wrong, and where"
+
+
+def test_the_shared_registry_is_looked_at() -> None:
+    """A node that can't write to the registry of its cluster, and damaged records there, are findings."""
+    shared = Settings(uplink=Uplink(servers=("nats://127.0.0.1:4222",), site="berlin", registry="berlin"))
+    for gateway, levels, said in (
+        ({"registry_connected": 1, "sessions_live": 3}, ["ok"], "shares its registry: 3 nodes take part"),
+        ({"registry_connected": 0}, ["error"], "this node can't change the registry of the cluster"),
+        ({"registry_connected": 1, "registry_damaged": 2}, ["ok", "warning"], "2 records of the cluster's registry"),
+    ):
+        accounts = {**uplink({"connected": 1}), "gateway.1": {"gateway": gateway}}
+        *found, _ = check_uplink(accounts, shared)
+        assert [finding.level for finding in found] == levels
+        assert found[-1].why.startswith(said)
+        assert next(check_uplink(accounts, ON)).why.startswith("connected")
