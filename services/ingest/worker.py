@@ -96,8 +96,7 @@ class Worker:
         self._fill_seconds = settings.ingest.fill_ms / 1000
         self._received_at = self._wait_seconds = 0.0
         self._count = self._size = self._unmeasured = 0
-        self._upkeep_at = 0.0
-        self._greet_at = math.inf
+        self._upkeep_at, self._greet_at = 0.0, math.inf
 
     def __enter__(self) -> Self:
         bus = self._settings.bus

@@ -43,13 +43,12 @@ class Frame:
     Pieces are addresses and lengths in turn.
     """
 
-    __slots__ = ("address", "longest", "pieces", "port", "rows", "segment", "size", "source")
+    __slots__ = ("longest", "pieces", "rows", "segment", "size", "source")
 
     def __init__(self, source: bytes, row: int, place: int, length: int) -> None:
         self.source, self.rows, self.pieces = source, [row], [place, length]
         self.size = self.longest = length
-        self.segment = self.port = 0
-        self.address = b""
+        self.segment = 0
 
 
 def frames_of(batch: Gathered, rows: Indices | None, mtu: int, *, segmentation: bool) -> list[Frame] | None:
@@ -105,6 +104,8 @@ class FewFrames:
         self._message_words, self._piece_words = _words_of(self.messages), _words_of(self._pieces)
         self.messages_at = self.messages.ctypes.data
         self._frames: list[Frame] = []
+        self._unaddressed: list[tuple[int, int, int, int, bytes, int, int, int]] = []
+        """Of each frame what its headers hold for every collector: see `build`."""
         self.rows = self.size = 0
         """Datagrams in all frames, and their bytes."""
 
@@ -119,6 +120,7 @@ class FewFrames:
             2 * (1 + MAX_SEGMENTS),
             MMSGHDR.itemsize // 8,
         )
+        unaddressed = []
         rows = size = 0
         count, at = _COUNT, 2
         for frame in frames:
@@ -129,11 +131,25 @@ class FewFrames:
                 words[at], words[at + 1] = pieces
             else:
                 words[at : at + used] = array("Q", pieces)
-            frame.port, frame.address = _SOURCE.unpack(frame.source)
-            rows += len(frame.rows)
+            port, source = _SOURCE.unpack(frame.source)
+            held, udp_size, source_sum = len(frame.rows), frame.size + UDP_SIZE, int.from_bytes(source)
+            ip_size = udp_size + IP_SIZE
+            unaddressed.append(
+                (
+                    held,
+                    frame.segment,
+                    ip_size,
+                    udp_size,
+                    source,
+                    port,
+                    source_sum + ip_size - 1,
+                    source_sum + udp_size - 1,
+                )
+            )
+            rows += held
             size += frame.size
             count, at = count + message, at + block
-        self.rows, self.size = rows, size
+        self._unaddressed, self.rows, self.size = unaddressed, rows, size
 
     def address(self, to: Addressing, name: bytes, numbers: Identification) -> None:
         """Address all frames to a collector."""
@@ -144,14 +160,13 @@ class FewFrames:
         # Modulo 65535 a number is the sum of its 16-bit words, which is what a checksum is made of.
         to_sum = int.from_bytes(address) + UDP
         fixed, flags, out = (0x45 << 8) + tos + (limit << 8) + to_sum, _FLAGS.pack(0, limit, UDP), self._header_bytes
-        starts: dict[int, bytes] = {}
+        pack_into, last, start = _PACKET.pack_into, -1, b""
         number, at = numbers.draw(self.rows), 0
-        for frame in self._frames:
-            udp_size, ident, source, segment = frame.size + UDP_SIZE, number & 0xFFFF, frame.address, frame.segment
-            start = starts.get(segment)
-            if start is None:
-                kind = GSO_UDP_L4 if segment else GSO_NONE
-                start = starts[segment] = _LINK.pack(
+        for held, segment, ip_size, udp_size, source, source_port, ip_sum, udp_sum in self._unaddressed:
+            ident = number & 0xFFFF
+            if segment != last:
+                last, kind = segment, GSO_UDP_L4 if segment else GSO_NONE
+                start = _LINK.pack(
                     NEEDS_CSUM,
                     kind,
                     HEADERS - VNET_SIZE,
@@ -162,13 +177,11 @@ class FewFrames:
                     0x45,
                     tos,
                 )
-            number += len(frame.rows)
-            size, source_sum = udp_size + IP_SIZE, int.from_bytes(source)
-            _PACKET.pack_into(
-                out, at, start, size, ident, flags,
-                (fixed + source_sum + size + ident - 1) % 0xFFFF + 1 ^ 0xFFFF, source, address,
-                frame.port, port, udp_size, (source_sum + to_sum + udp_size - 1) % 0xFFFF + 1,
+            pack_into(
+                out, at, start, ip_size, ident, flags, (fixed + ip_sum + ident) % 0xFFFF + 1 ^ 0xFFFF, source, address,
+                source_port, port, udp_size, (to_sum + udp_sum) % 0xFFFF + 1,
             )  # fmt: skip
+            number += held
             at += ROOM
 
     def rest(self, sent: int) -> Indices:

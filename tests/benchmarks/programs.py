@@ -17,6 +17,8 @@ from tests.benchmarks.workloads import BY_NAME
 from tests.openly import OpenStack, open_stack
 from tests.stack import Running
 
+RESTING: Final = ["journal", "offload", "console", "uplink"]
+"""Services that `make run` starts too. Here they have nothing to do, but the console follows the others' reports."""
 Way = Literal["relay", "original"]
 WAYS: Final[tuple[Way, ...]] = ("relay", "original")
 
@@ -198,6 +200,7 @@ def _fanwire(stack: OpenStack, task: Task) -> Program:
     sender = "transmitter" if task.way == "original" else "forwarder"
     workers = [f"ingest.{number + 1}" for number in range(task.workers)]
     others = ["gateway", *(["forwarder" if sender == "transmitter" else "transmitter"] if task.whole else [])]
+    others += RESTING if task.whole else []
     for each in ("broker", *others, sender, *workers):
         stack.start(each)
     counted = [*workers, "broker", sender, *(others if task.whole else [])]

@@ -94,3 +94,20 @@ def test_nothing_is_told_while_no_copies_flow() -> None:
     assert bus.published == []
     reporter.report(Sick(1).look)
     assert len(bus.published) == 1
+
+
+def test_without_collectors_it_is_told_once() -> None:
+    """A service without collectors repeats nothing, answers who asks, and repeats its report from its first one on."""
+    bus, reporter = make()
+    nobody = Sick(0)
+    for _ in range(2):
+        reporter.report(nobody.look, serving=False)
+        reporter._tell_at -= health_report.REPEAT_SECONDS
+    assert len(bus.published) == 1
+    assert reporter.asked_for(["health/"])
+    reporter.report(nobody.look, serving=False)
+    assert len(bus.published) == 2
+    for _ in range(2):
+        reporter.report(nobody.look)
+        reporter._tell_at -= health_report.REPEAT_SECONDS
+    assert len(bus.published) == 3

@@ -4,12 +4,14 @@ import re
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
-from shared.process.lifecycle import Watchdog, worker_name
+from shared.process.lifecycle import MANAGER_SECONDS, Watchdog, worker_name
 from tests.stack import Running, Stack, wait_until
 
 SERVICE = """
@@ -314,3 +316,22 @@ def test_settings_from_a_pipe_are_not_read_again(stack: Stack) -> None:
     path.write_text('[[stream]]\nname = "one"\nlisten = ["udp://127.0.0.1:1"]\n')
     running.wait_for("ready")
     assert "can't be read a second time" in running.reload()["event"]
+
+
+def test_one_that_is_switched_off_sleeps_until_its_manager_ends(stack: Stack) -> None:
+    """It does not wake while the process that runs all services lives, and ends with it."""
+    manager = stack.spawn("manager", ["sleep", "600"])
+    resting = stack.spawn(
+        "resting", [sys.executable, "-m", "services.uplink"], FANWIRE_MANAGER_PID=str(manager.process.pid)
+    )
+    stat = Path(f"/proc/{resting.process.pid}/status")
+    wait_until(lambda: resting.events("ready") and "\nState:\tS" in stat.read_text(), "it rests")
+
+    def slept() -> str:
+        return stat.read_text().partition("\nvoluntary_ctxt_switches:")[2]
+
+    before = slept()
+    time.sleep(MANAGER_SECONDS + 0.2)
+    assert slept() == before
+    manager.process.kill()
+    assert resting.process.wait(60) == 0
