@@ -1,11 +1,12 @@
 """Builds what several tests need: batches, envelopes, clients, and the test's own ends of the bus."""
 
 import signal
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Final, Self
 
 import msgpack
 import numpy as np
@@ -176,19 +177,32 @@ def take_mark(subscriber: Subscriber, stream: str = "messages") -> None:
     assert not len(message.batch)
 
 
+ASK_SECONDS: Final = 0.1
+
+
 def accounts_when(bus: BusEnds, service: str, condition: Callable[[Accounts], object]) -> Accounts:
-    """A service's accounts, which must add up, as soon as they meet a condition; one not there yet meets none."""
-    subscriber, reports, last = bus.subscriber("status/"), Reports(), Accounts()
+    """A service's accounts, which must add up, as soon as they meet a condition; one not there yet meets none.
+
+    A service reports each second, and to each new subscriber: to ask it more often, this subscribes again and again.
+    """
+    subscriber, reports, last, topic = bus.subscriber("status/"), Reports(), Accounts(), status_topic(service)
+    asked_at = 0.0
 
     def met() -> bool:
-        message = take(subscriber)
-        assert isinstance(message.body, Status)
-        report = reports.add(message.envelope, message.body)
-        if report and report.service == service:
-            assert list(discrepancies(report.accounts)) == []
-            last.update(report.accounts)
-            with suppress(KeyError):
-                return bool(condition(report.accounts))
+        nonlocal asked_at
+        if time.monotonic() >= asked_at + ASK_SECONDS:
+            asked_at = time.monotonic()
+            subscriber.subscribe(topic)
+            subscriber.unsubscribe(topic)
+        while message := subscriber.receive():
+            assert isinstance(message.body, Status)
+            report = reports.add(message.envelope, message.body)
+            if report and report.service == service:
+                assert list(discrepancies(report.accounts)) == []
+                last.update(report.accounts)
+                with suppress(KeyError):
+                    if condition(report.accounts):
+                        return True
         return False
 
     try:
@@ -269,10 +283,18 @@ class PlayedGateway:
         self.publisher.publish(self._serve, ServeRequest(number, self._requests.topic, revision))
         return number
 
-    def wait_served(self, revision: int) -> None:
-        """Wait until it is said that a revision is served."""
+    def wait_served(self, revision: int, meanwhile: Callable[[], object] = lambda: None) -> None:
+        """Wait until it is said that a revision is served; call `meanwhile` again and again until then."""
         number = self.ask(revision)
-        assert take(self.replies).body == ServeReply(number, revision)
+        answers: list[Message] = []
+
+        def answered() -> bool:
+            meanwhile()
+            answers.extend(filter(None, [self.replies.receive()]))
+            return bool(answers)
+
+        wait_until(answered, f"revision {revision} is served")
+        assert answers[0].body == ServeReply(number, revision)
 
 
 class PlayedOffload:
@@ -307,12 +329,12 @@ class PlayedOffload:
 
 
 def flow(gateway: PlayedGateway, worker: PlayedWorker, revision: int, *clients: Client) -> None:
-    """Announce a registry, and wait until copies flow to it."""
+    """Announce a registry, and wait until copies flow to it; a worker that reports no more would not count as one."""
     gateway.announce(revision, *clients)
     wait_wanted(worker.publisher, datagrams_topic("messages"))
     worker.report()
     worker.publish([])
-    gateway.wait_served(revision)
+    gateway.wait_served(revision, worker.report)
 
 
 def freeze(running: Running) -> None:

@@ -236,7 +236,7 @@ def test_change_adds_and_removes(gateway: PlayedGateway, worker: PlayedWorker, o
     worker.publish([b"one"])
     assert (leaves.take(1), stays.take(1)) == ([b"one"], [b"one"])
     gateway.change(2, [joins.client], ["leaves"])
-    gateway.wait_served(2)
+    gateway.wait_served(2, worker.report)
     worker.publish([b"two"])
     assert (stays.take(1), joins.take(1)) == ([b"two"], [b"two"])
     assert leaves.waiting() == []
@@ -280,11 +280,11 @@ def test_question_is_answered_once_and_only_when_served(
     collector = opened.enter_context(Collector("a"))
     flow(gateway, worker, 1, collector.client)
     ahead = gateway.ask(2)
-    gateway.wait_served(1)
+    gateway.wait_served(1, worker.report)
     assert gateway.replies.receive() is None
     gateway.change(2, [opened.enter_context(Collector("b")).client])
     assert take(gateway.replies).body == ServeReply(ahead, 2)
-    gateway.wait_served(2)
+    gateway.wait_served(2, worker.report)
     assert gateway.replies.receive() is None
 
 
@@ -379,7 +379,7 @@ def test_lost_change_is_healed_by_the_whole_registry(
     gateway.change(3, left=["a"])
     wait_until(lambda: REGISTRY_TOPIC in gateway.publisher.new_subscriptions(), "the registry is asked for")
     gateway.announce(3, second.client)
-    gateway.wait_served(3)
+    gateway.wait_served(3, worker.report)
     worker.publish([b"x"])
     assert second.take(1) == [b"x"]
     assert first.waiting() == []

@@ -88,7 +88,7 @@ class Bus:
         """Announce a change, and wait until it is served."""
         self._revision += 1
         self.gateway.change(self._revision, joined, left)
-        self.gateway.wait_served(self._revision)
+        self.gateway.wait_served(self._revision, self.worker.report)
 
     def accounts_when(self, condition: Callable[[Accounts], object]) -> Accounts:
         """The transmitter's accounts, as soon as they meet a condition; they must add up."""
