@@ -265,7 +265,9 @@ def tunnel(a: End, b: End, mtu: int = 1400) -> Iterator[None]:
     below = [End(end.host, f"{end.name}-below", f"{outer}/30") for end, outer in zip((a, b), OUTER, strict=True)]
     with veth(below[0], below[1], mtu=mtu + OUTER_HEADERS):
         try:
-            for end, far in zip((a, b), reversed(OUTER), strict=True):
+            for end, far, lower, peer in zip((a, b), reversed(OUTER), below, reversed(below), strict=True):
+                # Nobody has to be asked: a busy machine answers late, and too much would wait for that.
+                end.host.neighbour(far, peer.link_address, lower.name)
                 end.make("vxlan", "gpe external dstport 4790")
                 networks = [ipaddress.ip_interface(address).network for address in end.addresses.split()]
                 routes = [f"route add {network} encap ip id 1 dst {far} dev {end.name}" for network in networks]

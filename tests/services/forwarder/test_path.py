@@ -1,13 +1,14 @@
 """Relayed copies on their way: links of other MTUs, sources that change, firewalls and routes that refuse."""
 
 import errno
+import os
 import shutil
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from structlog.testing import capture_logs
@@ -108,17 +109,21 @@ def test_copies_pass_a_smaller_mtu(site: Site, filtered: bool, batches: Sequence
     assert account["sent"] == account["offered"] == len(expected)
 
 
-def mtu_of_path() -> int:
-    """The MTU that a socket opened now knows of the way to the collector."""
-    with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sock:
-        sock.connect((COLLECTOR[6], PORT))
-        return path_mtu(sock)
+def mtus_of_path() -> Iterator[int]:
+    """Yield the MTUs that this process's sockets to the collector know of the way, and that one opened now knows."""
+    with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as fresh:
+        fresh.connect((COLLECTOR[6], PORT))
+        for link in list(Path("/proc/self/fd").iterdir()):
+            with suppress(OSError):  # gone, or connected to nobody
+                if os.readlink(link).startswith("socket:"):  # noqa: PTH115 - it is no path
+                    with socket.socket(fileno=os.dup(int(link.name))) as sock:
+                        if sock.family == socket.AF_INET6 and sock.getpeername()[:2] == (COLLECTOR[6], PORT):
+                            yield path_mtu(sock)
 
 
 def wait_for_mtu() -> None:
-    """Wait until the host knows the MTU. The kernel tells new sockets a moment before those that are connected."""
-    wait_until(lambda: mtu_of_path() == SMALL_MTU, "the MTU is known")
-    time.sleep(0.05)
+    """Wait until all know the MTU. The kernel tells new sockets a moment before those that are connected."""
+    wait_until(lambda: set(mtus_of_path()) == {SMALL_MTU}, lambda: f"the MTU is known: {list(mtus_of_path())}")
 
 
 @pytest.mark.parametrize("route", ["", "mtu 1300"])
