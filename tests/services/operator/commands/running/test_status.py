@@ -30,10 +30,11 @@ def test_a_process_and_its_privilege() -> None:
 def test_a_service_that_is_missing(stack: Stack) -> None:
     """A service that has to report and does not is named, and the command ends with 69."""
     stack.start("broker")
-    status = stack.operator("status")
     with PlayedService(stack.bus, "ingest.1") as ingest:
-        ingest.wait_for_subscriber("status/")
-        ingest.report({"ingest": {"memory": 1 << 20, "memory_ceiling": 2 << 20}})
+        status = stack.operator("status")
+        while status.process.poll() is None:
+            ingest.report({"ingest": {"memory": 1 << 20, "memory_ceiling": 2 << 20}})
+            time.sleep(0.05)
         code, text = finish(status)
     rows = [line.split() for line in text.splitlines()]
     assert code == 69
