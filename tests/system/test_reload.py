@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
+from shared.log import WORKER_CAME, WORKER_GONE
 from tests.builders import BusEnds, accounts_when
 from tests.openly import OpenStack
-from tests.stack import PATIENT, Stack, ask_json, sign_up, wait_until
+from tests.stack import PATIENT, Running, Stack, ask_json, sign_up, wait_until
 from tests.traffic import exporters, open_receiver, pause
 
 A = f'{PATIENT}[[stream]]\nname = "a"\nlisten = ["udp://127.0.0.1:7000"]\n'
@@ -214,6 +215,11 @@ def test_last_of_many_hangups_counts(stack: Stack) -> None:
         assert running.process.poll() is None
 
 
+def lines_of(service: Running) -> list[str]:
+    """Return what it has printed, but for workers that report late on a busy machine."""
+    return [line for line in service.text.splitlines() if WORKER_CAME not in line and WORKER_GONE not in line]
+
+
 def test_bad_file_keeps_the_old_settings(stack: Stack) -> None:
     """Settings that can't be used cost one line at each service, which goes on as before."""
     stack.configure(A)
@@ -226,11 +232,11 @@ def test_bad_file_keeps_the_old_settings(stack: Stack) -> None:
     ):
         stack.configure(text)
         for name in ("broker", "gateway", "forwarder", "ingest.1"):
-            lines = len(stack[name].text.splitlines())
+            lines = len(lines_of(stack[name]))
             said = stack[name].reload()
             assert said["event"].startswith(f"not reloaded, the old settings stay: {stack.directory}/fanwire.toml: ")
             assert says in said["event"]
-            assert len(stack[name].text.splitlines()) == lines + 1
+            assert len(lines_of(stack[name])) == lines + 1
             assert stack[name].process.poll() is None
         assert list(ask_json({"op": "streams"})["streams"]) == ["a"]
 
