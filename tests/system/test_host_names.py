@@ -1,5 +1,6 @@
 """Collectors that the settings name by host: copies follow the name, and a resolver that is silent costs nothing."""
 
+import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,21 +30,21 @@ def receiving(address: str) -> Iterator[socket.socket]:
         yield sock
 
 
-def count(sock: socket.socket) -> int:
-    """Return the number of datagrams that have come since the last call."""
+def count(sock: socket.socket, payload: bytes = b"x") -> int:
+    """Return the number of datagrams of this payload that have come since the last call."""
     came = 0
     while True:
         try:
-            came += bool(sock.recv(100))
+            came += sock.recv(100) == payload
         except BlockingIOError:
             return came
 
 
-def send(times: int = 1) -> None:
+def send(times: int = 1, payload: bytes = b"x") -> None:
     """Send datagrams to the stream."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
         for _ in range(times):
-            sender.sendto(b"x", ("127.0.0.1", LISTEN))
+            sender.sendto(payload, ("127.0.0.1", LISTEN))
 
 
 def wait_for(sock: socket.socket) -> None:
@@ -58,19 +59,19 @@ def wait_for(sock: socket.socket) -> None:
 
 
 def only_at(one: socket.socket, other: socket.socket) -> bool:
-    """Send 5 datagrams; return whether one got them all, and the other nothing."""
-    count(one), count(other)
-    send(5)
+    """Send 5 datagrams that are no earlier ones, late; return whether one got them all, and the other nothing."""
+    payload = os.urandom(16)
+    send(5, payload)
     came = 0
 
     def all_came() -> bool:
         nonlocal came
-        came += count(one)
+        came += count(one, payload)
         return came >= 5
 
     wait_until(all_came, "five copies")
     pause(0.2)
-    return (came + count(one), count(other)) == (5, 0)
+    return (came + count(one, payload), count(other, payload)) == (5, 0)
 
 
 def event_is(stack: Stack, event: str, **facts: object) -> Callable[[], bool]:
