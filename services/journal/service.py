@@ -33,6 +33,9 @@ from shared.settings.model import Settings
 
 TURN_MESSAGES: Final = 256
 """Bus messages handled in a row before a reader and housekeeping get their turn."""
+FILL_SECONDS: Final = 0.01
+BUSY_SECONDS: Final = 0.02
+"""Time for which messages gather, while some came as lately as this: a queue of the bus holds many times that."""
 QUIET_SECONDS: Final = 0.25
 INPUT_SECONDS: Final = 1.0
 """After SIGTERM the workers may still flush: input ends when nothing has come for a while, or after this."""
@@ -113,16 +116,24 @@ class JournalService:
         """Serve until told to drain, then until the workers are silent."""
         readiness = Readiness(self.name, self._settings.bus, lambda: self._publisher.ready)
         reload = Reload(self.name, lifecycle, self._settings, self._apply_settings)
-        with select.epoll() as waking:
-            signals = lifecycle.fileno()
-            for descriptor in (self._subscriber.fileno(), self._publisher.fileno(), signals):
+        signals, busy_until, handled = lifecycle.fileno(), 0.0, TURN_MESSAGES
+        with select.epoll() as waking, select.epoll() as filling:
+            for descriptor in (self._publisher.fileno(), signals):
                 waking.register(descriptor, select.EPOLLIN)
-            more = True
+                filling.register(descriptor, select.EPOLLIN)
+            waking.register(self._subscriber.fileno(), select.EPOLLIN)
             while not lifecycle.draining:
-                woken = waking.poll(0 if more or self._readers else max(0.0, self._due_at - time.monotonic()))
+                now = time.monotonic()
+                if handled == TURN_MESSAGES or self._readers:
+                    woken = waking.poll(0)
+                elif handled and now < busy_until:  # to wake for each message costs as much as to write it
+                    woken = filling.poll(FILL_SECONDS)
+                else:
+                    woken = waking.poll(max(0.0, self._due_at - now))
+                busy_until = now + BUSY_SECONDS if handled else busy_until
                 if any(descriptor == signals for descriptor, _ in woken):
                     lifecycle.heed()
-                more = self._turn() == TURN_MESSAGES
+                handled = self._turn()
                 self._keep_up()
                 reload.check()
                 readiness.check(directory=str(self._settings.journal.path), streams=sorted(self._journaled))
