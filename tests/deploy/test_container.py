@@ -34,6 +34,21 @@ def test_every_service_has_a_container(services: dict[str, Any]) -> None:
         assert [each["mem_limit"].upper()] == lines(unit, "MemoryMax")
 
 
+def test_the_journal_has_a_volume_of_its_own(services: dict[str, Any]) -> None:
+    """It is as confined as the gateway, has its unit's memory and no network, and is asked whether it is ready."""
+    file = yaml.safe_load((CONTAINER / "compose.yaml").read_text())
+    journal, gateway = file["services"]["journal"], services["gateway"]
+    assert journal["profiles"] == ["journal"]
+    assert journal["network_mode"] == "none"
+    same = ("cap_drop", "security_opt", "user", "read_only", "environment", "restart")
+    assert {key: journal[key] for key in same} == {key: gateway[key] for key in same}
+    (unit,) = UNITS.glob("fanwire-journal.service")
+    assert [journal["mem_limit"].upper()] == lines(unit, "MemoryMax")
+    assert journal["healthcheck"]["test"][:4] == ["CMD", "fanwire", "ready", "journal"]
+    assert {*journal["volumes"]} - {*gateway["volumes"]} == {"journal:/var/lib/fanwire"}
+    assert "journal" in file["volumes"]
+
+
 def test_only_the_transmitter_has_a_capability(services: dict[str, Any]) -> None:
     """NET_RAW is the transmitter's alone; nothing runs as root, and nothing else may gain a privilege."""
     for name, each in services.items():

@@ -47,6 +47,21 @@ def test_every_service_has_a_container() -> None:
     assert "/readyz" in containers()["console"]["readinessProbe"]["exec"]["command"][-1]
 
 
+def test_the_journal_has_a_volume_of_its_own() -> None:
+    """Its container is as confined as the gateway's, has its unit's memory, and a claim that no other mounts."""
+    (each,) = read("journal/journal.yaml")[0]["spec"]["template"]["spec"]["containers"]
+    gateway = containers()["gateway"]
+    assert each["securityContext"] == gateway["securityContext"]
+    assert {*map(str, gateway["env"])} == {*map(str, each["env"])}
+    (unit,) = UNITS.glob("fanwire-journal.service")
+    assert [each["resources"]["limits"]["memory"].removesuffix("i")] == lines(unit, "MemoryMax")
+    assert each["livenessProbe"]["exec"]["command"][:3] == ["fanwire", "ready", "journal"]
+    (claim,) = yaml.safe_load((KUBERNETES / "journal" / "claim.yaml").read_text())
+    name = claim["value"]["metadata"]["name"]
+    assert {"name": name, "mountPath": "/var/lib/fanwire"} in each["volumeMounts"]
+    assert name not in {mount["name"] for other in containers().values() for mount in other["volumeMounts"]}
+
+
 def test_only_the_transmitter_has_a_capability() -> None:
     """NET_RAW is the transmitter's alone; nothing else can gain a privilege, and nothing runs as root."""
     for name, each in containers().items():
