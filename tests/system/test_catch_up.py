@@ -334,26 +334,3 @@ def test_three_catch_up_at_once_and_live_ones_lose_nothing(open_stack: OpenStack
         for name, sink in sinks.items():
             wait_until(lambda sink=sink: sink.count >= sent, lambda sink=sink, name=name: f"{name}: {sink.count}")  # type: ignore[misc]
             sink.assert_whole(load.sent)
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("source", ["relay", "original"])
-def test_a_minute_away_at_twenty_thousand_a_second(open_stack: OpenStack, source: str) -> None:
-    """A collector that is stopped for a minute under 20,000 datagrams a second has each of them once, and in order."""
-    with served(open_stack), closing(Counted(9514)) as away:
-        away.start()
-        granted = register("away", source, 9514)
-        load = Exporters(20_000)
-        load.start()
-        wait_until(lambda: away.count > 20_000, "copies flow")
-        leave("away", granted)
-        began = time.monotonic()
-        wait_until(lambda: time.monotonic() > began + 60, "a minute passes", 90)
-        register("away", source, 9514, since="left")
-        began = time.monotonic()
-        wait_until(lambda: entry("away") and "catching_up" not in entry("away"), lambda: f"{entry('away')}", 300)
-        took, behind = time.monotonic() - began, sum(load.sent)
-        sent = load.stop()
-        wait_until(lambda: away.count >= sent, lambda: f"{away.count} of {sent}")
-        print(source, "sent", sent, "level after", round(took, 1), "s, at", behind)
-        away.assert_whole(load.sent)
