@@ -35,6 +35,8 @@ class Stream(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     counted."""
     journal: bool = False
     """Keep its datagrams in the journal."""
+    offload: bool = True
+    """Let the kernel copy what it can; else one sender makes all copies of a collector, and none overtakes another."""
 
     def __post_init__(self) -> None:
         check_each("listen", partial(parse_endpoint, schemes=STREAM_SCHEMES), self.listen)

@@ -32,10 +32,11 @@ class Policy:
         self._interfaces = frozenset(settings.offload.interfaces)
         self._destinations = settings.offload.destinations
         self._original = settings.transmitter.destinations
+        streams = [stream for stream in settings.streams if stream.offload]
         self._ports = frozenset(
-            endpoint.port for stream in settings.streams for endpoint in stream.endpoints if endpoint.scheme == "udp"
+            endpoint.port for stream in streams for endpoint in stream.endpoints if endpoint.scheme == "udp"
         )
-        self._streams = frozenset(stream.name for stream in settings.streams)
+        self._streams = frozenset(stream.name for stream in streams)
         self._generations = settings.offload.generations
         self._is_ours = is_ours or is_own_address
 
@@ -70,7 +71,7 @@ class Policy:
 
     def _check_stream(self, stream: StreamCopies, plan: KernelPlan) -> None:
         if stream.name not in self._streams:
-            raise RefusedError(f"stream {stream.name} is not in the settings")
+            raise RefusedError(f"stream {stream.name} is not in the settings, or kept from offload")
         if stream.generation > self._generations:
             raise RefusedError(f"generation {stream.generation} is not within [offload] mark_mask")
         length = len(stream.listeners[0].address)

@@ -144,7 +144,7 @@ def _serve(client: Client, facts: Facts, limits: Limits, counter_of: Callable[[s
     if not facts.interfaces:
         return "no interface of [offload] interfaces is there"
     if not streams:
-        return f"no stream of it has a udp:// listener for other hosts over IPv{version}"
+        return f"its streams have no udp:// listener for other hosts over IPv{version}, or offload = false"
     prefixes = tuple(_prefixes(client, version))
     if client.prefixes and not prefixes:
         return f"no prefix of it is of IPv{version}"

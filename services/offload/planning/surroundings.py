@@ -37,7 +37,7 @@ class Surroundings:
     def apply_settings(self, settings: Settings) -> None:
         """Use the streams of these settings from now on."""
         self._endpoints: dict[str, list[Place]] = {}
-        for stream in settings.streams:
+        for stream in (stream for stream in settings.streams if stream.offload):
             places = self._endpoints[stream.name] = []
             for endpoint in stream.endpoints:
                 if endpoint.scheme == "udp":

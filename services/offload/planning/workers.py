@@ -27,6 +27,9 @@ class Workers:
         self._unread: dict[str, int] = {}
         self._senders: dict[str, float] = {}
         """The times at which senders of copies have reported."""
+        self._asking: dict[str, int] = {}
+        """The boot ids with which they did so while they were told: if they are told no more, they have ended."""
+        self._boots: dict[str, int] = {}
         self._told = self.reason()
 
     def note(self, envelope: Envelope, status: Status) -> bool:
@@ -38,7 +41,9 @@ class Workers:
         if kind == "ingest":
             self._note_worker(report)
         elif kind == "forwarder" or report.accounts.get(kind, {}).get("raw_sockets"):
-            self._senders[report.service] = self._clock()
+            self._senders[report.service], self._boots[report.service] = self._clock(), envelope.boot
+            if self._is_told(SENDERS[kind]):
+                self._asking[report.service] = envelope.boot
         return self._changed()
 
     def _note_worker(self, report: Report) -> None:
@@ -79,7 +84,11 @@ class Workers:
             return "no ingest worker has reported that it reads marks"
         if blind := sorted(name for name, blind in self._blind.items() if blind):
             return f"{blind[0]} does not read marks: what the kernel has copied would be sent again"
-        untold = sorted(name for name in self._senders if not self._is_told(SENDERS[name.partition(".")[0]]))
+        untold = sorted(
+            name
+            for name in self._senders
+            if self._asking.get(name) != self._boots[name] and not self._is_told(SENDERS[name.partition(".")[0]])
+        )
         return f"{untold[0]} does not ask what the kernel has copied: it would send that again" if untold else ""
 
     def _changed(self) -> bool:

@@ -13,7 +13,10 @@ from shared.settings.tables import Offload, Transmitter
 from tests.services.offload.site import packed, prefix
 
 SETTINGS = Settings(
-    streams=(Stream(name="netflow", listen=("udp://0.0.0.0:2055", "tcp://0.0.0.0:601")),),
+    streams=(
+        Stream(name="netflow", listen=("udp://0.0.0.0:2055", "tcp://0.0.0.0:601")),
+        Stream(name="ordered", listen=("udp://0.0.0.0:2056",), offload=False),
+    ),
     offload=Offload(interfaces=("eth0",), destinations=("10.0.0.0/8", "fd00::/8")),
     transmitter=Transmitter(destinations=("10.2.0.0/16",), sources=("10.0.0.0/8", "2001:db8::/32")),
 )
@@ -74,7 +77,9 @@ def test_no_setting_allows_what_is_nobodys(address: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"name": "syslog"}, "stream syslog is not in the settings"),
+        ({"name": "syslog"}, "stream syslog is not in the settings, or kept from offload"),
+        ({"name": "ordered"}, "stream ordered is not in the settings, or kept from offload"),
+        ({"listeners": (Listener(packed("10.1.0.1"), 2056),)}, "port 2056 is not one of a udp:// listener"),
         ({"generation": 4096}, "generation 4096 is not within [offload] mark_mask"),
         ({"listeners": (Listener(packed("10.1.0.1"), 601),)}, "port 601 is not one of a udp:// listener"),
         ({"listeners": (Listener(packed("10.1.0.1"), 22),)}, "port 22 is not one of a udp:// listener"),

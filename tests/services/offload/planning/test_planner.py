@@ -28,7 +28,7 @@ FACTS = Facts(
     lambda _: WAY,
     RELAYS,
 )
-WITHOUT_LISTENER = "no stream of it has a udp:// listener for other hosts over IPv"
+WITHOUT_LISTENER = "its streams have no udp:// listener for other hosts over IPv{}, or offload = false"
 LIMITS = Limits(("10.0.0.0/8", "fd00::/8"), ("10.2.0.0/16", "fd02::/16"))
 
 
@@ -91,10 +91,10 @@ def test_longer_datagrams_go_up_where_a_way_takes_less_than_arrives() -> None:
         ({"group": "g"}, "it shares its streams with a group, by a hash that the kernel has not"),
         ({"address": "192.0.2.1"}, "its address is not in [offload] destinations"),
         ({"address": "10.3.0.1"}, "its address is not in [transmitter] destinations"),
-        ({"streams": ("messages",)}, WITHOUT_LISTENER + "4"),
+        ({"streams": ("messages",)}, WITHOUT_LISTENER.format(4)),
         (
             {"address": "fd02::1", "streams": ("syslog",)},
-            "no stream of it has a udp:// listener for other hosts over IPv6",
+            WITHOUT_LISTENER.format(6),
         ),
         ({"prefixes": ("fd00::/8",)}, "no prefix of it is of IPv4"),
         ({"source": "relay", "port": 10}, "the forwarder has no socket for it"),

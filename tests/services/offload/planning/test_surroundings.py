@@ -14,6 +14,7 @@ SETTINGS = Settings(
         Stream(name="any", listen=("udp://0.0.0.0:2055",)),
         Stream(name="both", listen=("udp://[::]:514", "tcp://[::]:514")),
         Stream(name="one", listen=("udp://10.1.0.1:6343", "udp://127.0.0.1:6343", "udp://239.1.1.1:6343")),
+        Stream(name="ordered", listen=("udp://0.0.0.0:2056",), offload=False),
         Stream(name="unknown", listen=("udp://host.invalid:1",)),
     ),
     offload=Offload(interfaces=("near", "absent")),

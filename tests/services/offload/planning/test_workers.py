@@ -13,11 +13,11 @@ class Reporting:
         self.workers = Workers(lambda: self.now, self.told.__contains__)
         self._number = 0
 
-    def report(self, name: str = "ingest.1", **counters: int) -> bool:
+    def report(self, name: str = "ingest.1", boot: int = 1, **counters: int) -> bool:
         """Report; return whether the reason has changed."""
         self._number += 1
         status = Status(name, 1, 0, self._number, 0, 1, {name.partition(".")[0]: counters})
-        return self.workers.note(make_envelope(sender=name), status)
+        return self.workers.note(make_envelope(sender=name, boot=boot), status)
 
 
 def test_kernel_copies_once_every_worker_reads_marks() -> None:
@@ -54,6 +54,20 @@ def test_sender_that_does_not_ask_is_of_an_older_release() -> None:
     reporting.now += SILENT_SECONDS + 1
     reporting.report(mark_sockets=2)
     assert reporting.workers.expire()
+    assert reporting.workers.reason() == ""
+
+
+def test_sender_that_is_killed_is_no_reason() -> None:
+    """It does not ask any more, since it is gone: the kernel goes on copying until its successor has begun."""
+    reporting = Reporting()
+    reporting.report(mark_sockets=2)
+    reporting.report("transmitter.1", raw_sockets=24)
+    reporting.told.clear()
+    assert not reporting.report(mark_sockets=2)
+    assert reporting.report("transmitter.1", boot=2, raw_sockets=24)
+    assert reporting.workers.reason().startswith("transmitter.1 does not ask")
+    reporting.told.add("original")
+    assert reporting.report("transmitter.1", boot=2, raw_sockets=24)
     assert reporting.workers.reason() == ""
 
 

@@ -1,0 +1,147 @@
+"""A relay with every service, exporters that send numbered datagrams through it, and collectors that count them."""
+
+import socket
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
+from typing import Any, Final
+
+from shared.ledger.accounts import Accounts
+from shared.net.sockets import enlarge_receive_buffer
+from tests.builders import BusEnds, accounts_when
+from tests.openly import OpenStack
+from tests.services.offload.site import EXPORTERS, PORT, RELAY, SIEMS, OffloadSite
+from tests.stack import ask_json, wait_until
+from tests.traffic import pause
+
+PER_SECOND: Final = 1500
+
+
+class Exporting(threading.Thread):
+    """Exporters that send numbered datagrams in turn until told to stop; some come in fragments."""
+
+    def __init__(self, site: OffloadSite, opened: ExitStack) -> None:
+        super().__init__(daemon=True)
+        self.sent = 0
+        self._sockets = [opened.enter_context(site.exporting(number)) for number in range(len(EXPORTERS[4]))]
+        self._stopping = threading.Event()
+
+    def run(self) -> None:
+        """Send evenly."""
+        while not self._stopping.is_set():
+            sock = self._sockets[self.sent % len(self._sockets)]
+            sock.sendto(self.sent.to_bytes(4) + bytes(3000 if self.sent % 50 == 0 else 200), (RELAY[4], PORT))
+            self.sent += 1
+            pause(1 / PER_SECOND)
+
+    def stop(self) -> int:
+        """Stop; return how many were sent."""
+        self._stopping.set()
+        if self.ident is not None:
+            self.join()
+        return self.sent
+
+
+class Counted(threading.Thread):
+    """A collector's socket, and how often each number has come."""
+
+    def __init__(self, site: OffloadSite, address: str, port: int) -> None:
+        super().__init__(daemon=True)
+        self.came: Counter[int] = Counter()
+        self._socket = site.siem.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        enlarge_receive_buffer(self._socket, 1 << 25)
+        self._socket.bind((address, port))
+        self._socket.settimeout(0.1)
+        self._ending = False
+
+    def run(self) -> None:
+        """Read until told to end."""
+        while not self._ending:
+            with suppress(TimeoutError):
+                self.came[int.from_bytes(self._socket.recv(4096)[:4])] += 1
+
+    def close(self) -> None:
+        """End."""
+        self._ending = True
+        self.join()
+        self._socket.close()
+
+
+class Relay:
+    """All services on a relay with a journal, and one collector."""
+
+    def __init__(self, stack: OpenStack, site: OffloadSite, bus: BusEnds, source: str) -> None:
+        self.stack, self.site, self._bus = stack, site, bus
+        self._terms = {"streams": ["netflow"], "address": SIEMS[4][0], "port": 9000, "source": source}
+        self.sender = "forwarder.1" if source == "relay" else "transmitter.1"
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """Ask the gateway."""
+        with self.site.relay.entered():
+            answer = ask_json(request)
+        assert answer["ok"], answer
+        return answer
+
+    def register(self, **more: Any) -> None:
+        """Sign the collector up, anew if it is there."""
+        self.ask(op="register", name="siem", take_over=True, **self._terms, **more)
+
+    def wait_level(self) -> None:
+        """Wait until the collector does not catch up any more."""
+        wait_until(
+            lambda: "catching_up" not in self.ask(op="list")["clients"]["siem"],
+            lambda: f"it is level: {self.ask(op='list')}",
+        )
+
+    def copied(self) -> int:
+        """Copies that the kernel has counted, of a collector that it serves."""
+        return accounts_when(self._bus, "offload.1", lambda _: True).get("rules/siem", {}).get("copied", 0)
+
+    def wait_for_rules(self) -> None:
+        """Wait until the kernel copies for the collector."""
+        before = self.copied()
+        wait_until(
+            lambda: self.copied() > before, lambda: f"{self.stack['offload'].text[-2000:]} {self.ask(op='list')}"
+        )
+
+    def account(self, came: int) -> dict[str, int]:
+        """The collector's account once it has as many copies as have come."""
+
+        def is_whole(accounts: Accounts) -> bool:
+            account = accounts.get("collector/siem", {})
+            return account.get("sent", 0) + account.get("by_kernel", 0) == came
+
+        return accounts_when(self._bus, self.sender, is_whole)["collector/siem"]
+
+
+@contextmanager
+def relay(stack: OpenStack, source: str) -> Iterator[tuple[Relay, Exporting, Counted]]:
+    """Everything runs on the relay; the exporters and the collector are other hosts."""
+    stack.configure(
+        f"""
+[gateway]
+destinations = ["10.2.0.0/24"]
+serve_seconds = 10
+[[stream]]
+name = "netflow"
+listen = ["udp://0.0.0.0:{PORT}"]
+journal = true
+[journal]
+directory = "{stack.directory}/journal"
+min_free = 0
+[offload]
+interfaces = ["in"]
+"""
+    )
+    with OffloadSite() as site, ExitStack() as opened:
+        with site.relay.entered():
+            for name in ("broker", "gateway", "forwarder", "ingest", "transmitter", "journal", "offload"):
+                stack.start(name)
+        bus = opened.enter_context(BusEnds(stack.bus))
+        came = opened.enter_context(closing(Counted(site, SIEMS[4][0], 9000)))
+        exporting = Exporting(site, opened)
+        came.start()
+        opened.callback(exporting.stop)
+        yield Relay(stack, site, bus, source), exporting, came
+        stack["offload"].stop()

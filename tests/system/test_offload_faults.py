@@ -1,0 +1,114 @@
+"""Faults around copies by the kernel: each process killed, rules flushed, a next hop that moves, links that go."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.openly import OpenStack
+from tests.services.offload.site import SIEMS
+from tests.stack import wait_until
+from tests.system.offload_relay import Counted, Exporting, Relay, relay
+from tests.traffic import pause
+
+pytestmark = pytest.mark.usefixtures("lab")
+LATE_SECONDS = 5.0
+"""Copies go on within one second, where the machine is not busy with other tests."""
+MOVED = "02:00:00:00:77:01"
+
+
+class Fault:
+    """A fault, and what the collector has got since then."""
+
+    def __init__(self, exporting: Exporting, came: Counted, cause: Callable[[], object]) -> None:
+        self._came = came
+        self._first = exporting.sent
+        began = time.monotonic()
+        cause()
+        at = exporting.sent
+        wait_until(lambda: any(number > at for number in list(came.came)[-100:]), "copies go on")
+        self.took = time.monotonic() - began
+        pause(0.5)
+        self._stop = exporting.sent
+
+    def came_whole(self) -> bool:
+        """Return whether all have come that fit in a packet."""
+        return not self.lost(whole=True)
+
+    def lost(self, *, whole: bool = False) -> list[int]:
+        """The numbers that have not come of those sent meanwhile; with `whole` of those alone that fit in a packet."""
+        return [
+            number
+            for number in range(self._first, self._stop)
+            if not self._came.came[number] and not (whole and number % 50 == 0)
+        ]
+
+
+def kill(site: Relay, name: str) -> None:
+    """End a service at once, and start it anew a moment later."""
+    site.stack[name].stop(signal.SIGKILL)
+    pause(0.2)
+    with site.site.relay.entered():
+        site.stack.start(name, ready=False)
+
+
+def kill_applier(site: Relay) -> None:
+    """End the half that has the capability."""
+    pid = site.stack["offload"].process.pid
+    (applier,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    os.kill(int(applier), signal.SIGKILL)
+
+
+def test_faults_neither_double_nor_stop_copies(open_stack: OpenStack) -> None:
+    """What fits in a packet comes once whatever is killed; the rest is lost with who had it in its hands, at most."""
+    with relay(open_stack, "original") as (site, exporting, came):
+        site.register()
+        exporting.start()
+        site.wait_for_rules()
+        took = {}
+
+        def suffer(what: str, cause: Callable[[], object]) -> Fault:
+            fault = Fault(exporting, came, cause)
+            took[what] = fault.took
+            return fault
+
+        flushed = suffer("flush ruleset", lambda: site.site.relay.run("nft", "flush", "ruleset"))
+        planner = suffer("planner", lambda: kill(site, "offload"))
+        site.wait_for_rules()
+        applier = suffer("applier", lambda: kill_applier(site))
+        site.stack["offload"].stop()
+        with site.site.relay.entered():
+            site.stack.start("offload")
+        site.wait_for_rules()
+        wait_until(lambda: not any(each.lost() for each in (flushed, planner, applier)), "these lose nothing")
+        for name in ("gateway", "transmitter", "forwarder", "journal", "broker"):
+            fault = suffer(name, partial(kill, site, name))
+            wait_until(fault.came_whole, f"all that rules copy come in spite of {name}")
+            site.wait_for_rules()
+        suffer("ingest", lambda: kill(site, "ingest"))  # with what lay in its socket
+        site.wait_for_rules()
+
+        def move() -> None:
+            site.site.siem.run("ip", "link", "set", "dev", "eth", "address", MOVED)
+            site.site.relay.neighbour(SIEMS[4][0], MOVED, "out")
+
+        suffer("next hop moves", move)
+        site.wait_for_rules()
+
+        def change_links() -> None:
+            for name in ("out", "in"):
+                site.site.relay.run("ip", "link", "set", "dev", name, "down")
+                pause(0.3)
+                site.site.relay.run("ip", "link", "set", "dev", name, "up")
+
+        suffer("links down and up", change_links)
+        site.wait_for_rules()
+        exporting.stop()
+        twice = [number for number, count in came.came.items() if count > 1]
+        assert not twice, f"{len(twice)} came twice, from {twice[0]} on"
+        assert max(took.values()) < LATE_SECONDS, took
+        print(took)
