@@ -7,13 +7,13 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from services.ingest.flows.export_headers import AGENT_WORDS, IPFIX_HEADER
 from services.ingest.flows.exporters import ExporterTracker
 from services.ingest.flows.ipfix_templates import MAX_TEMPLATES, TemplateTable
 from services.ingest.flows.sequence_gaps import MAX_GAP
 from services.ingest.flows.sets import FIRST_DATA, MAX_SETS, SET_HEADER, read_templates, walk_sets
 from services.ingest.flows.template_cache import MAX_BYTES
 from services.ingest.octet_count_framing import Framing
+from shared.datagrams.export_headers import AGENT_WORDS, IPFIX_HEADER
 from shared.datagrams.limits import MAX_DATAGRAM
 from shared.net.addresses import pack_address, unpack_address
 from shared.settings.entries import Protocol

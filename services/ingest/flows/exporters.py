@@ -15,7 +15,6 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from services.ingest.flows.export_headers import KINDS, Headers, Integers, Kind, Words, read_heads
 from services.ingest.flows.ipfix_numbering import Numbering
 from services.ingest.flows.ipfix_templates import TemplateTable
 from services.ingest.flows.sequence_gaps import WINDOW, Hole, Mask, SequenceTracker, nearest
@@ -23,6 +22,7 @@ from services.ingest.flows.sets import walk_sets
 from services.ingest.flows.template_cache import Ready
 from services.ingest.flows.template_reader import TemplateReader
 from shared.datagrams.batch import DatagramBatch
+from shared.datagrams.export_headers import KINDS, Headers, Integers, Kind, Words, read_heads
 from shared.ledger.counters import EXPORTER_EVICTIONS, EXPORTER_UNSURE, EXPORTERS, NOT_FLOW
 from shared.settings.entries import Protocol
 

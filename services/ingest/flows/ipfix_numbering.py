@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from services.ingest.flows.export_headers import Integers
+from shared.datagrams.export_headers import Integers
 
 CERTAIN: Final = 8
 """Limit of the datagrams that count for a finding: this many in a row have to show the opposite."""

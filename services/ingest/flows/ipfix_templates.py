@@ -10,8 +10,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from services.ingest.flows.export_headers import Bytes, Integers
 from services.ingest.flows.sets import FIRST_DATA, IPFIX, MAX_SETS, TEMPLATE_SETS, Sets, read_templates
+from shared.datagrams.export_headers import Bytes, Integers
 
 TEMPLATES, OPTIONS_TEMPLATES = TEMPLATE_SETS[IPFIX]
 MAX_READ: Final = 16_384

@@ -21,7 +21,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from services.ingest.flows.export_headers import Integers
+from shared.datagrams.export_headers import Integers
 from shared.ledger.counters import EXPORTER_REORDERED, EXPORTER_RESTARTS, EXPORTER_UNSURE
 
 MAX_HOLES: Final = 8

@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from services.ingest.flows.export_headers import Bytes, Integers, gather
+from shared.datagrams.export_headers import Bytes, Integers, gather
 
 SET_HEADER: Final = 4
 FIRST_DATA: Final = 256

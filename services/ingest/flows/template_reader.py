@@ -10,10 +10,10 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from services.ingest.flows.export_headers import Integers, Words
 from services.ingest.flows.sets import IPFIX, SET_HEADER, TEMPLATE_SETS, V9, Sets
 from services.ingest.flows.template_cache import DefiningDatagram, Ready, TemplateCache
 from shared.datagrams.batch import DatagramBatch
+from shared.datagrams.export_headers import Integers, Words
 
 MAX_READ: Final = 1 << 20
 READ_PER_SECOND: Final = 512 << 10

@@ -13,7 +13,6 @@ import numpy.typing as npt
 
 from shared.datagrams.batch import DatagramBatch
 from shared.ledger.counters import EXPORTER_MISSED, EXPORTER_MISSED_FLOWS, EXPORTER_MISSED_RECORDS
-from shared.settings.entries import Protocol
 
 Integers = npt.NDArray[np.int64]
 Bytes = npt.NDArray[np.uint8]
@@ -138,7 +137,7 @@ class Kind(NamedTuple):
     header: int = 0
 
 
-KINDS: Final[Mapping[Protocol, tuple[Kind, ...]]] = {
+KINDS: Final[Mapping[str, tuple[Kind, ...]]] = {
     "netflow": (Kind(netflow_v5, EXPORTER_MISSED_FLOWS), Kind(netflow_v9, EXPORTER_MISSED, V9_HEADER)),
     "ipfix": (Kind(ipfix, EXPORTER_MISSED_RECORDS, IPFIX_HEADER),),
     "sflow": tuple(Kind(partial(sflow, kind=kind), EXPORTER_MISSED) for kind in AGENT_WORDS),
