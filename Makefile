@@ -9,7 +9,7 @@ export PATH := $(BIN):$(PATH)
 # Without it every process that a test starts would compile all modules again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: run test quick lint soak fuzz bench bench-check dist deb test-deb clean
+.PHONY: run test quick lint soak fuzz bench bench-check dist deb test-deb cluster clean
 
 run: $(VENV)/installed
 	@exec fanwire run --hint
@@ -66,6 +66,10 @@ deb:
 test-deb: deb $(VENV)/installed-for-tests
 	mmdebstrap --quiet --variant=minbase --include=dbus,iproute2,python3,systemd,systemd-sysv bookworm dist/debian.tar
 	pytest -m soak tests/deploy/test_package.py
+
+# Three relays and three NATS servers in network namespaces, to try and to kill; as root or as a plain user.
+cluster: $(VENV)/installed-for-tests
+	@exec python -m deploy.ha.cluster
 
 clean:
 	rm -rf $(VENV) dist
