@@ -1,4 +1,3 @@
-import json
 import os
 import re
 import signal
@@ -29,12 +28,12 @@ class Cluster:
                 [sys.executable, "-m", "deploy.ha.cluster"], cwd=CHECKOUT, env=self._environment, stdout=log, stderr=log
             )
 
-    def on(self, *command: str) -> str:
+    def on(self, *command: str, may_fail: bool = False) -> str:
         """Run a command at a node; return its output."""
         done = subprocess.run(
             [CHECKOUT / "deploy/ha/on", *command], env=self._environment, capture_output=True, text=True, check=False
         )
-        assert done.returncode == 0, done.stderr
+        assert may_fail or done.returncode == 0, done.stderr
         return done.stdout
 
     def printed(self, text: str) -> bool:
@@ -65,8 +64,8 @@ def test_a_node_dies_and_the_cluster_goes_on(lab: None) -> None:
     with cluster() as running:
         sent, counted = Sent(running.place.directory / "sent"), Counted(running.place.directory / "came")
         (holder,) = (node for node in "ab" if " 10.99.0.10/" in running.on(node, "ip", "-4", "address"))
-        assert json.loads(running.on("c", "fanwire", "streams", "--json"))
-        running.on(holder, "kill", "-9", "-1")
+        assert "siem" in running.on("c", "fanwire", "clients")
+        running.on(holder, "kill", "-9", "-1", may_fail=True)  # kill(1) of procps ends with 1 then
         first = sent.count
         wait_until(lambda: sent.count > first + 5000, "exporters go on")
         wait_until(lambda: not len(counted.lost(first + 5000, first + 5000 - TRAIN)), "the other node takes in")

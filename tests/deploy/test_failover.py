@@ -1,6 +1,9 @@
 """What deploy/ha has for the address that exporters send to, with real keepalived and BIRD."""
 
 import re
+import signal
+import socket
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -23,8 +26,9 @@ from tests.deploy.failover import (
     need_root,
     relay,
 )
+from tests.documents import block
 from tests.network import End, Host, veth
-from tests.stack import wait_until
+from tests.stack import CHECKOUT, wait_until
 
 VIP, SIEM, ANYCAST, ROUTER = "10.20.0.10", "10.20.0.20", "192.0.2.50", "10.20.0.1"
 NODES: Final = ("10.20.0.11", "10.20.0.12")
@@ -38,6 +42,13 @@ name = "siem"
 streams = ["syslog"]
 address = "{SIEM}"
 port = 9514
+"""
+REPLYING: Final = f"""
+[[stream]]
+name = "ask"
+listen = ["udp://{VIP}:515"]
+reply = "here"
+reply_beyond_loopback = true
 """
 ROUTER_CONF: Final = f"""
 router id {ROUTER};
@@ -60,6 +71,7 @@ class World:
         self, relays: list[Relay], sent: Sent, rate: int, siem: Counted, serving: Callable[[], list[Relay]], most: int
     ) -> None:
         self.relays, self.sent, self.rate, self.siem = relays, sent, rate, siem
+        self.exporters: Host | None = None
         self.serving = serving
         """Returns the relays that the network sends datagrams to: `most` while all is well."""
         self._most = most
@@ -106,8 +118,9 @@ def keepalived(rate: int) -> Iterator[World]:
         segment = Segment(opened)
         sources = opened.enter_context(host_at(segment, SOURCES))
         sink = opened.enter_context(host_at(segment, f"{SIEM}/16"))
-        relays = [opened.enter_context(relay(segment, f"{node}/16", SETTINGS)) for node in NODES]
+        relays = [opened.enter_context(relay(segment, f"{node}/16", SETTINGS + REPLYING)) for node in NODES]
         for each, node in zip(relays, NODES, strict=True):
+            each.host.sysctl("net.ipv4.ip_nonlocal_bind", 1)
             each.start(*SERVICES)
             conf = configured(each.stack.directory, node)
             files = [str(each.stack.directory / f"{name}.pid") for name in ("keepalived", "vrrp")]
@@ -117,6 +130,7 @@ def keepalived(rate: int) -> Iterator[World]:
         wait_until(lambda: len(holders(relays)) == 1, "one has the address")
         sent = opened.enter_context(exporters(sources, directory, "10.20.1.1", f"{VIP}:514", rate))
         world = World(relays, sent, rate, siem, lambda: holders(relays), 1)
+        world.exporters = sources
         wait_until(world.is_whole, lambda: relays[0].stack["keepalived"].text)
         world.flows()
         yield world
@@ -125,20 +139,56 @@ def keepalived(rate: int) -> Iterator[World]:
 def configured(directory: Path, node: str) -> Path:
     """Write keepalived.conf for a node, with nothing but addresses and the place of the check changed."""
     text = (HA / "keepalived.conf").read_text()
-    check = directory / "fanwire-ready"
-    check.write_bytes((HA / "fanwire-ready").read_bytes())
-    check.chmod(0o755)
+    install = block("deploy/ha/README.md", "ha-install").replace("/usr/local/bin/", f"{directory}/")
+    subprocess.run(install, shell=True, cwd=CHECKOUT, check=True)
     peer = next(each for each in NODES if each != node)
     text = re.sub(r"^\$THIS=.*$", f"$THIS={node}", text, flags=re.MULTILINE)
     text = re.sub(r"^\$PEER=.*$", f"$PEER={peer}", text, flags=re.MULTILINE)
     path = directory / "keepalived.conf"
-    path.write_text(text.replace("/usr/local/bin/fanwire-ready", str(check)))
+    path.write_text(text.replace("/usr/local/bin", str(directory)))
     return path
+
+
+@pytest.mark.parametrize("program", ["keepalived", "bird"])
+def test_files_are_sound(lab: None, tmp_path: Path, program: str) -> None:
+    """The programs' own checks find nothing wrong with the files, and do find a mistake."""
+    found = need_root(program) if program == "keepalived" else need(program)
+    path = HA / f"{program}.conf"
+    command = [found, *({"keepalived": ["-t", "-f"], "bird": ["-p", "-c"]}[program])]
+    with Host() as host, host.entered():
+        End(host, "eth0").make("bridge")  # keepalived wants to know the interface
+        sound = tmp_path / "sound.conf"
+        sound.write_text(path.read_text().replace("/usr/local/bin/fanwire-ready", str(HA / "fanwire-ready")))
+        done = subprocess.run([*command, sound], capture_output=True, text=True, check=False)
+        # keepalived 2.2.7 ends by SIGTERM after a sound file with scripts of other users.
+        assert (done.stdout, done.stderr, done.returncode in (0, -signal.SIGTERM)) == ("", "", True)
+        broken = tmp_path / "broken.conf"
+        broken.write_text(sound.read_text().replace("interface", "interfaces").replace("neighbor", "neighbour"))
+        assert subprocess.run([*command, broken], capture_output=True, text=True, check=False).stderr
+
+
+def test_readme_agrees_with_files() -> None:
+    """The file by which a relay hands over, and the paths of programs, are the same in README and files."""
+    _, standby = block("deploy/ha/README.md", "ha-switch").split()
+    assert f":-{standby}}}" in (HA / "fanwire-ready").read_text()
+    *_, place = block("deploy/ha/README.md", "ha-install").split()
+    for name, program in (("keepalived.conf", "fanwire-ready"), ("fanwire-announce.service", "fanwire-announce")):
+        assert f"{place}{program}" in (HA / name).read_text()
 
 
 def holders(relays: list[Relay]) -> list[Relay]:
     """Return the relays that have the address."""
     return [each for each in relays if f" {VIP}/" in each.host.run("ip", "-4", "address", "show", "dev", "eth0")]
+
+
+def replies(world: World) -> bool:
+    """Return whether an answer comes from the address that was asked: a connected socket takes no other."""
+    assert world.exporters is not None
+    with world.exporters.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(60)
+        sock.connect((VIP, 515))
+        sock.send(b"who?")
+        return sock.recv(100) == b"here"
 
 
 def is_preferred(each: Relay) -> bool:
@@ -155,6 +205,7 @@ def test_the_address_moves(lab: None) -> None:
         planned = world.lose(first.standby.touch, world.others(first), "the address moves")
         assert planned["gap"] < 1
         (second,) = holders(world.relays)
+        assert replies(world)
         # Both are unready now: the address stays where it is, rather than nowhere.
         world.lose(second.standby.touch, lambda: "from 100 to 80" in second.stack["keepalived"].text, "it is unready")
         assert holders(world.relays) == [second]

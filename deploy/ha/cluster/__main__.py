@@ -6,11 +6,10 @@ import shutil
 import signal
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import IO, Final
 
-from deploy.ha.cluster.layout import CHECKOUT, HOSTS, Place, environment, first_child
+from deploy.ha.cluster.layout import CHECKOUT, DIRECTORY, HOSTS, Place, environment, first_child
 
 END_SECONDS: Final = 15.0
 USER_NAMESPACE: Final = ("--user", "--preserve-credentials")
@@ -53,22 +52,23 @@ def run(place: Place, lock: IO[str]) -> int:
         [*unshare, sys.executable, "-m", "deploy.ha.cluster.inside"],
         stdin=subprocess.PIPE,
         cwd=CHECKOUT,
+        env=os.environ | {DIRECTORY: str(place.directory)},
         start_new_session=True,
         pass_fds=(lock.fileno(),),  # held as long as anything of it runs
     )
     place.pid("cluster").write_text(first_child(cluster.pid))
     try:
-        cluster.wait()
+        return min(cluster.wait(), 1)
     except KeyboardInterrupt:
         print("ending", flush=True)
     assert cluster.stdin is not None
-    with suppress(BrokenPipeError):
-        cluster.stdin.close()
+    cluster.stdin.close()
     try:
-        return min(cluster.wait(END_SECONDS), 0)
+        cluster.wait(END_SECONDS)
     except subprocess.TimeoutExpired:
         cluster.kill()
         return 1
+    return 0
 
 
 def interrupt(number: int, _: object) -> None:

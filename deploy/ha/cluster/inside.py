@@ -61,8 +61,8 @@ def is_ready(host: Host) -> bool:
     return subprocess.run(host.there(str(HA / "fanwire-ready")), check=False).returncode == 0
 
 
-def main() -> None:
-    """Run the cluster."""
+def main() -> int:
+    """Run the cluster; return the exit code."""
     place = Place()
     host_has = {name for _, name in socket.if_nameindex()}
     assert host_has <= {"lo"}, f"refusing to start outside of a network namespace of its own, which has {host_has}"
@@ -86,6 +86,7 @@ def main() -> None:
                 if waited(lambda: counted.state[traffic.CAME] > 0):
                     tell(place)
                     watch(place)
+                    return 0
     finally:
         for host in hosts.values():
             host.end()
@@ -93,6 +94,7 @@ def main() -> None:
             helper.terminate()
         for process in (*helpers, *(host.process for host in hosts.values())):
             process.wait()
+    return 1
 
 
 def waited(condition: Callable[[], object]) -> bool:
@@ -177,4 +179,4 @@ def watch(place: Place) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -23,6 +23,8 @@ HOSTS: Final = {
     "exporters": " ".join(f"10.99.1.{number + 1}" for number in range(EXPORTERS)),
 }
 """Their addresses, all in one network of 16 bits."""
+DIRECTORY: Final = "FANWIRE_CLUSTER"
+"""Environment variable with the directory, for processes of the cluster."""
 PORT, COLLECTOR_PORT = 514, 9514
 
 
@@ -30,7 +32,10 @@ PORT, COLLECTOR_PORT = 514, 9514
 class Place:
     """The directory of the one cluster that a user has."""
 
-    directory: Path = Path(os.environ.get("XDG_RUNTIME_DIR", "/tmp")) / f"fanwire-cluster-{os.getuid()}"
+    directory: Path = Path(
+        os.environ.get(DIRECTORY)  # within a user namespace the user has another number
+        or Path(os.environ.get("XDG_RUNTIME_DIR", "/tmp"), f"fanwire-cluster-{os.getuid()}")
+    )
 
     @property
     def lock(self) -> Path:
