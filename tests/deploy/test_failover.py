@@ -1,4 +1,4 @@
-"""What deploy/ha has for the address that exporters send to, with real keepalived and BIRD."""
+"""The address that exporters send to moves between relays, as deploy/ha has it, with real keepalived and BIRD."""
 
 import re
 import signal

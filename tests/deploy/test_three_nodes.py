@@ -1,0 +1,60 @@
+"""A cluster of three nodes under load: nodes die, are parted from the others, and are upgraded one by one."""
+
+import os
+import random
+from functools import partial
+from typing import Final
+
+import pytest
+
+from tests.deploy.three_nodes import Cluster, three_nodes, worst
+from tests.stack import wait_until
+
+RATE: Final = int(os.environ.get("FANWIRE_CLUSTER_RATE", "30000"))
+PARTED_SECONDS: Final = 30.0
+
+pytestmark = pytest.mark.soak
+
+
+def test_a_node_is_killed_ten_times(lab: None) -> None:
+    """A dead node costs a bounded time, at each collector; what was answered `ok` is there afterwards."""
+    with three_nodes(RATE) as cluster:
+        for _ in range(10):
+            register_everywhere(cluster)
+            holder, name = cluster.holder(), random.choice(list(cluster.nodes))
+            told = cluster.suffer(partial(cluster.kill, name), cluster.holder, "a node has the address")
+            print(f"{name} killed, {holder} had the address: {worst(told)}", flush=True)
+            cluster.start(name)
+            wait_until(cluster.is_whole, "all nodes are ready", 120)
+        nothing_is_forgotten(cluster)
+
+
+def test_a_node_is_parted_from_the_others(lab: None) -> None:
+    """A node without network for 30 s costs a bounded time; it comes back by itself, and no registration is lost."""
+    with three_nodes(RATE) as cluster:
+        for name in (cluster.holder(), *cluster.nodes):
+            register_everywhere(cluster)
+            told = cluster.suffer(partial(cluster.part, name, PARTED_SECONDS), cluster.is_whole, "all nodes are ready")
+            print(f"{name} parted: {worst(told)}", flush=True)
+        nothing_is_forgotten(cluster)
+
+
+def test_all_nodes_are_upgraded(lab: None) -> None:
+    """Each node hands over, ends, and starts again."""
+    with three_nodes(RATE) as cluster:
+        for name in cluster.nodes:
+            register_everywhere(cluster)
+            told = cluster.suffer(partial(cluster.upgrade, name), cluster.is_whole, "all nodes are ready")
+            print(f"{name} upgraded: {worst(told)}", flush=True)
+        nothing_is_forgotten(cluster)
+
+
+def register_everywhere(cluster: Cluster) -> None:
+    """Sign a few clients up at each node."""
+    assert all(cluster.register(name) for name in cluster.nodes for _ in range(3))
+
+
+def nothing_is_forgotten(cluster: Cluster) -> None:
+    """Every client whose registration was answered is on the list."""
+    listed = set[str]().union(*(cluster.listed(name) for name in cluster.nodes))
+    assert cluster.answered <= listed

@@ -1,0 +1,214 @@
+"""Three nodes of a cluster, each a relay and a NATS server, with an address that they share, and 12 collectors.
+
+Without `[uplink] nodes` in this version, each node serves four collectors of its own, of what all three take in.
+"""
+
+import random
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from deploy.ha.cluster.traffic import SILENCE_NS, Counted, Sent
+from shared.settings.model import Settings
+from tests.deploy.failover import (
+    HA,
+    Relay,
+    Segment,
+    collectors,
+    exporters,
+    figures,
+    host_at,
+    need,
+    need_root,
+    relay,
+)
+from tests.stack import ask_json, wait_until
+
+NODES: Final = {"a": "10.20.0.11", "b": "10.20.0.12", "c": "10.20.0.13"}
+ADDRESS, SIEM, FIRST = "10.20.0.10", "10.20.0.20", "10.20.1.1"
+EXPORTERS: Final = " ".join(f"10.20.1.{number}/16" for number in range(1, 201))
+RELAYED, ORIGINAL = range(9500, 9506), range(9510, 9516)
+SHARED: Final = hasattr(Settings().uplink, "nodes")
+SERVICES: Final = ("broker", "gateway", "forwarder", "transmitter", "uplink", "ingest", "console")
+CALM_SECONDS: Final = 6.0
+"""After an event, before figures are taken."""
+
+
+class Cluster:
+    """The nodes, what was sent, and what each collector got."""
+
+    def __init__(self, nodes: dict[str, Relay], sent: Sent, counted: dict[int, Counted], rate: int) -> None:
+        self.nodes, self.sent, self.counted, self.rate = nodes, sent, counted, rate
+        self.answered: set[str] = set()
+        """Names whose registration was answered with `ok`."""
+
+    def holder(self) -> str:
+        """Return the node that has the address."""
+        found = [
+            name
+            for name, node in self.nodes.items()
+            if f" {ADDRESS}/" in node.host.run("ip", "-4", "address", "show", "dev", "eth0")
+        ]
+        return found[0] if len(found) == 1 else ""
+
+    def register(self, node: str) -> bool:
+        """Sign a client up at a node; return whether that was answered with `ok`."""
+        name = f"client-{node}-{random.getrandbits(32):08x}"
+        with self.nodes[node].host.entered():
+            try:
+                answer = ask_json({"op": "register", "name": name})
+            except (OSError, ValueError):
+                return False
+        if answer["ok"]:
+            self.answered.add(name)
+        return bool(answer["ok"])
+
+    def listed(self, node: str) -> set[str]:
+        """Return the names that a node lists."""
+        with self.nodes[node].host.entered():
+            return set(ask_json({"op": "list"})["clients"])
+
+    def suffer(self, event: Callable[[], object], over: Callable[[], object], what: str) -> dict[int, dict[str, float]]:
+        """Do something; return each collector's figures, by its port, from then until a while after it is over."""
+        first = self.sent.count - self.rate // 10
+        before = {port: each.doubled() for port, each in self.counted.items()}
+        for each in self.counted.values():
+            each.state[SILENCE_NS] = 0
+        event()
+        wait_until(over, what, 120)
+        time.sleep(CALM_SECONDS)
+        sent = self.sent.count
+        time.sleep(CALM_SECONDS)
+        told = {port: figures(each, sent, self.rate, first) for port, each in self.counted.items()}
+        return {port: each | {"doubled": each["doubled"] - before[port]} for port, each in told.items()}
+
+    def kill(self, name: str) -> None:
+        """Kill relay and NATS server of a node, all at once."""
+        mortal = [each for each in self.nodes[name].stack.running if each.name != "keepalived"]
+        for each in mortal:
+            if each.process.poll() is None:
+                each.process.send_signal(signal.SIGKILL)
+        for each in mortal:
+            each.process.wait(30)
+
+    def start(self, name: str) -> None:
+        """Start relay and NATS server of a node."""
+        directory = self.nodes[name].stack.directory
+        self.nodes[name].spawn("nats", need("nats-server"), "-c", str(directory / "nats.conf"))
+        self.nodes[name].start(*SERVICES)
+
+    def stop(self, name: str) -> None:
+        """Let a node hand over, then end relay and NATS server, as for an upgrade."""
+        node = self.nodes[name]
+        node.standby.touch()
+        wait_until(lambda: self.holder() not in ("", name), "another node has the address")
+        for service in ("ingest", "uplink", "forwarder", "transmitter", "gateway", "console", "broker", "nats"):
+            node.stack[service].stop(signal.SIGTERM)
+
+    def upgrade(self, name: str) -> None:
+        """Stop a node and start it again, perhaps as another version."""
+        self.stop(name)
+        self.start(name)
+        self.nodes[name].standby.unlink()
+        wait_until(self.nodes[name].is_ready, "the node is ready")
+
+    def part(self, name: str, seconds: float) -> None:
+        """Part a node from all others for a while."""
+        link = ("ip", "link", "set", "eth0")
+        self.nodes[name].host.run(*link, "down")
+        time.sleep(seconds)
+        self.nodes[name].host.run(*link, "up")
+
+    def is_whole(self) -> bool:
+        """Return whether all nodes are ready."""
+        return bool(self.holder()) and all(node.is_ready() for node in self.nodes.values())
+
+
+@contextmanager
+def three_nodes(rate: int) -> Iterator[Cluster]:
+    """Start all; datagrams flow to every collector when this is entered."""
+    keepalived = need_root("keepalived")
+    need("nats-server")
+    with ExitStack() as opened:
+        segment = Segment(opened)
+        sources = opened.enter_context(host_at(segment, EXPORTERS))
+        sink = opened.enter_context(host_at(segment, f"{SIEM}/16"))
+        nodes = {name: opened.enter_context(relay(segment, f"{at}/16", settings(name))) for name, at in NODES.items()}
+        for name, node in nodes.items():
+            (node.stack.directory / "nats.conf").write_text(nats(name, node.stack.directory))
+            (node.stack.directory / "keepalived.conf").write_text(shared_address(name))
+        directory = nodes["a"].stack.directory
+        counted = dict(zip(RELAYED, opened.enter_context(collectors(sink, directory, SIEM, RELAYED)), strict=True))
+        original = opened.enter_context(collectors(sink, directory, SIEM, ORIGINAL, FIRST))
+        counted |= dict(zip(ORIGINAL, original, strict=True))
+        sent = Sent(directory / "sent", new=True)
+        cluster = Cluster(nodes, sent, counted, rate)
+        for name in nodes:
+            cluster.start(name)
+        for node in nodes.values():
+            files = [str(node.stack.directory / name) for name in ("keepalived.conf", "keepalived.pid", "vrrp.pid")]
+            node.spawn("keepalived", keepalived, "-nlD", "-f", files[0], "-p", files[1], "-r", files[2])
+        wait_until(cluster.is_whole, "all nodes are ready", 120)
+        time.sleep(CALM_SECONDS)  # streams of JetStream and their consumers are made
+        cluster.sent = opened.enter_context(exporters(sources, directory, FIRST, f"{ADDRESS}:514", rate))
+        wait_until(lambda: all(len(each.lost(1000)) < 1000 for each in counted.values()), "all collectors get some", 60)
+        yield cluster
+
+
+def settings(name: str) -> str:
+    """Return the settings of a relay."""
+    servers = [NODES[name], *(at for other, at in NODES.items() if other != name)]
+    named = ", ".join(f'"nats://{at}:4222"' for at in servers)
+    sites = ", ".join(f'"{other}"' for other in NODES)
+    others = ", ".join(f'"{other}/*"' for other in NODES if other != name)
+    cluster = f'nodes = [{sites}]\nregistry = "try"' if SHARED else f'send = ["*"]\nreceive = [{others}]'
+    text = f"""
+[uplink]
+servers = [{named}]
+plain_beyond_loopback = true
+site = "{name}"
+replicas = 3
+keep_bytes = {1 << 30}
+{cluster}
+[[stream]]
+name = "syslog"
+listen = ["udp://0.0.0.0:514"]
+"""
+    for source, ports in (("relay", RELAYED), ("original", ORIGINAL)):
+        for port in ports:
+            if SHARED or list(NODES)[port % len(NODES)] == name:
+                text += f'[[collector]]\nname = "at{port}"\nstreams = ["syslog"]\n'
+                text += f'address = "{SIEM}"\nport = {port}\nsource = "{source}"\n'
+    return text
+
+
+def nats(name: str, directory: Path) -> str:
+    """Return the settings of a NATS server."""
+    routes = ", ".join(f'"nats://{at}:6222"' for other, at in NODES.items() if other != name)
+    return f"""
+server_name: "{name}"
+listen: "{NODES[name]}:4222"
+log_file: "{directory}/nats.log"
+jetstream {{ store_dir: "{directory}/jetstream", sync_interval: always }}
+cluster {{ name: "fanwire", listen: "{NODES[name]}:6222", routes: [{routes}] }}
+"""
+
+
+def shared_address(name: str) -> str:
+    """Return deploy/ha/keepalived.conf for one of three nodes."""
+    text = (HA / "keepalived.conf").read_text()
+    peers = "\n    ".join(at for other, at in NODES.items() if other != name)
+    for variable, value in {"THIS": NODES[name], "ADDRESS": f"{ADDRESS}/16"}.items():
+        text = re.sub(rf"^\${variable}=.*$", f"${variable}={value}", text, flags=re.MULTILINE)
+    return text.replace("    $PEER\n", f"    {peers}\n").replace(
+        "/usr/local/bin/fanwire-ready", str(HA / "fanwire-ready")
+    )
+
+
+def worst(told: dict[int, dict[str, float]]) -> dict[str, Any]:
+    """Return the most that any collector lost, had doubled, and so on."""
+    return {name: max(each[name] for each in told.values()) for name in next(iter(told.values()))}
