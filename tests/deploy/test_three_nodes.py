@@ -22,10 +22,10 @@ def test_a_node_is_killed_ten_times(lab: None) -> None:
         for _ in range(10):
             register_everywhere(cluster)
             holder, name = cluster.holder(), random.choice(list(cluster.nodes))
-            told = cluster.suffer(partial(cluster.kill, name), cluster.holder, "a node has the address")
+            told = cluster.suffer(partial(cluster.kill, name), cluster.holder)
             print(f"{name} killed, {holder} had the address: {worst(told)}", flush=True)
             cluster.start(name)
-            wait_until(cluster.is_whole, "all nodes are ready", 120)
+            wait_until(cluster.is_whole, cluster.state, 120)
         nothing_is_forgotten(cluster)
 
 
@@ -34,7 +34,7 @@ def test_a_node_is_parted_from_the_others(lab: None) -> None:
     with three_nodes(RATE) as cluster:
         for name in (cluster.holder(), *cluster.nodes):
             register_everywhere(cluster)
-            told = cluster.suffer(partial(cluster.part, name, PARTED_SECONDS), cluster.is_whole, "all nodes are ready")
+            told = cluster.suffer(partial(cluster.part, name, PARTED_SECONDS), cluster.is_whole)
             print(f"{name} parted: {worst(told)}", flush=True)
         nothing_is_forgotten(cluster)
 
@@ -44,7 +44,7 @@ def test_all_nodes_are_upgraded(lab: None) -> None:
     with three_nodes(RATE) as cluster:
         for name in cluster.nodes:
             register_everywhere(cluster)
-            told = cluster.suffer(partial(cluster.upgrade, name), cluster.is_whole, "all nodes are ready")
+            told = cluster.suffer(partial(cluster.upgrade, name), cluster.is_whole)
             print(f"{name} upgraded: {worst(told)}", flush=True)
         nothing_is_forgotten(cluster)
 

@@ -72,14 +72,14 @@ class Cluster:
         with self.nodes[node].host.entered():
             return set(ask_json({"op": "list"})["clients"])
 
-    def suffer(self, event: Callable[[], object], over: Callable[[], object], what: str) -> dict[int, dict[str, float]]:
+    def suffer(self, event: Callable[[], object], over: Callable[[], object]) -> dict[int, dict[str, float]]:
         """Do something; return each collector's figures, by its port, from then until a while after it is over."""
         first = self.sent.count - self.rate // 10
         before = {port: each.doubled() for port, each in self.counted.items()}
         for each in self.counted.values():
             each.state[SILENCE_NS] = 0
         event()
-        wait_until(over, what, 120)
+        wait_until(over, self.state, 120)
         time.sleep(CALM_SECONDS)
         sent = self.sent.count
         time.sleep(CALM_SECONDS)
@@ -123,6 +123,14 @@ class Cluster:
         time.sleep(seconds)
         self.nodes[name].host.run(*link, "up")
 
+    def state(self) -> str:
+        """Return the reasons that nodes give for not being ready."""
+        asked = {
+            name: node.host.run("curl", "-s", "http://127.0.0.1:8080/readyz").strip()
+            for name, node in self.nodes.items()
+        }
+        return f"all nodes are ready; {self.holder() or 'none'} has the address, {asked}"
+
     def is_whole(self) -> bool:
         """Return whether all nodes are ready."""
         return bool(self.holder()) and all(node.is_ready() for node in self.nodes.values())
@@ -152,7 +160,7 @@ def three_nodes(rate: int) -> Iterator[Cluster]:
         for node in nodes.values():
             files = [str(node.stack.directory / name) for name in ("keepalived.conf", "keepalived.pid", "vrrp.pid")]
             node.spawn("keepalived", keepalived, "-nlD", "-f", files[0], "-p", files[1], "-r", files[2])
-        wait_until(cluster.is_whole, "all nodes are ready", 120)
+        wait_until(cluster.is_whole, cluster.state, 120)
         time.sleep(CALM_SECONDS)  # streams of JetStream and their consumers are made
         cluster.sent = opened.enter_context(exporters(sources, directory, FIRST, f"{ADDRESS}:514", rate))
         wait_until(lambda: all(len(each.lost(1000)) < 1000 for each in counted.values()), "all collectors get some", 60)
