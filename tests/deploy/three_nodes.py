@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from deploy.ha.cluster.traffic import SILENCE_NS, Counted, Sent
+from deploy.ha.cluster.traffic import CAME, SILENCE_NS, Counted, Sent
 from shared.settings.model import Settings
 from tests.deploy.failover import (
     HA,
@@ -163,7 +163,7 @@ def three_nodes(rate: int) -> Iterator[Cluster]:
         wait_until(cluster.is_whole, cluster.state, 120)
         time.sleep(CALM_SECONDS)  # streams of JetStream and their consumers are made
         cluster.sent = opened.enter_context(exporters(sources, directory, FIRST, f"{ADDRESS}:514", rate))
-        wait_until(lambda: all(len(each.lost(1000)) < 1000 for each in counted.values()), "all collectors get some", 60)
+        wait_until(lambda: all(each.state[CAME] for each in counted.values()), "all collectors get some", 120)
         yield cluster
 
 
