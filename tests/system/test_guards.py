@@ -62,7 +62,7 @@ PURE = (
     "services/gateway/transport/deadlines.py",
     "services/gateway/transport/rate_limit.py",
     "services/gateway/transport/slow_readers.py",
-    "services/ingest/flows/export_headers.py",
+    "shared/datagrams/export_headers.py",
     "services/ingest/flows/exporters.py",
     "services/ingest/flows/ipfix_numbering.py",
     "services/ingest/flows/ipfix_templates.py",

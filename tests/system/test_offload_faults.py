@@ -64,7 +64,7 @@ def kill_applier(site: Relay) -> None:
 
 
 def test_faults_neither_double_nor_stop_copies(open_stack: OpenStack) -> None:
-    """What fits in a packet comes once whatever is killed; the rest is lost with who had it in its hands, at most."""
+    """A datagram that fits in a packet comes once, whatever is killed; others are lost at most with their holder."""
     with relay(open_stack, "original") as (site, exporting, came):
         site.register()
         exporting.start()

@@ -65,7 +65,7 @@ class _Seen:
     """The names met while the whole log is read."""
 
     restoring: bool
-    """What this gateway has and the log has not is to be written anew: the log has begun anew."""
+    """The entries that this gateway has and the log has not are to be written anew: the log has begun anew."""
     clients: set[str] = field(default_factory=set)
     orders: set[str] = field(default_factory=set)
 

@@ -206,7 +206,7 @@ def test_a_killed_gateway_comes_back(servers: Servers, tmp_path: Path) -> None:
 
 
 def test_a_lost_bucket_is_made_anew(servers: Servers, nodes: tuple[Node, Node]) -> None:
-    """Where the bucket is deleted, the nodes that run write it anew: no entry and no order is lost."""
+    """After the bucket was deleted, the nodes that run write it anew: no entry and no order is lost."""
     a, b = nodes
     generation = a.register("kept", streams=["messages"], port=9603)["client"]["generation"]
     assert b.register("other")["ok"]

@@ -62,4 +62,5 @@ def test_the_shared_registry_is_looked_at() -> None:
         *found, _ = check_uplink(accounts, shared)
         assert [finding.level for finding in found] == levels
         assert found[-1].why.startswith(said)
+        assert (found[-1].cure == "let only gateways write to its bucket") == (levels[-1] == "warning")
         assert next(check_uplink(accounts, ON)).why.startswith("connected")
