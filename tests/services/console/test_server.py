@@ -88,11 +88,13 @@ def test_it_ends_in_time_however_many_pages_are_open(stack: Stack) -> None:
         stack.start(name)
     ask_json({"op": "register", "name": "siem", "streams": ["messages"], "port": 9514})
     wait_until(lambda: fetch("/readyz") == (200, "copies flow\n"), lambda: f"copies flow: {fetch('/readyz')}")
-    assert fetch("/api/datagram?stream=messages") == (200, '{"error":"no such datagram came within 5 s"}')
-    stack["forwarder"].process.send_signal(signal.SIGSTOP)
-    wait_until(lambda: "copies do not flow to: siem" in fetch("/readyz")[1], "a sender that hangs is noticed")
-    stack["forwarder"].process.send_signal(signal.SIGCONT)
-    wait_until(lambda: status_of("/readyz") == 200, "copies flow again")
+    with ThreadPoolExecutor() as threads:
+        waiting = threads.submit(fetch, "/api/datagram?stream=messages")
+        stack["forwarder"].process.send_signal(signal.SIGSTOP)
+        wait_until(lambda: "copies do not flow to: siem" in fetch("/readyz")[1], "a sender that hangs is noticed")
+        stack["forwarder"].process.send_signal(signal.SIGCONT)
+        wait_until(lambda: status_of("/readyz") == 200, "copies flow again")
+        assert waiting.result() == (200, '{"error":"no such datagram came within 5 s"}')
     with ExitStack() as pages:
         for _ in range(PAGES):
             pages.enter_context(open_page())

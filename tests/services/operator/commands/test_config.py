@@ -19,25 +19,36 @@ def test_what_a_service_would_refuse_is_said_before_it_starts(stack: Stack, lab:
     """`config --check` prints the words of each service, for what no look at the file alone can tell."""
     loop = '[[collector]]\nname = "siem"\nstreams = ["a"]\naddress = "127.0.0.1"\nport = 7000\n'
     keys = stack.directory / "keys"
-    for settings, service, why in (
-        (A.format('"udp://localhost:7000"'), "ingest", '[[stream]] "a" listen: udp://localhost:7000 is the address of'),
-        (A.format('"udp://192.0.2.1:7001"'), "ingest", "requested address; no interface of this host has"),
-        (A.format('"udp://nobody.invalid:7001"'), "ingest", "name a host that resolves"),
-        (A.format('"unixgram:///nowhere/log"'), "ingest", "No such file or directory; make its directory"),
-        (A.format('"udp://0.0.0.0:7001"') + 'reply = "x"\n', "ingest", "a reply on udp://0.0.0.0:7001 would let"),
-        (A.format("") + loop, "gateway", '[[collector]] "siem": '),
-        (TLS, "gateway", "[gateway] certificate and key: expected a PEM file each"),
-        (f'[gateway]\ntokens = "{stack.directory}/none"\n', "gateway", "No such file or directory; name a file with"),
-        ('[gateway]\nlisten = ["tcp://192.0.2.1:5000"]\n', "gateway", "192.0.2.1:5000: Cannot assign requested"),
-        ('[console]\nlisten = ["unix:///nowhere/x"]\n', "console", "unix:///nowhere/x: No such file or directory"),
-        ("", "forwarder", f"{keys}/forwarder.secret: there is no such key; make keys with `fanwire keys"),
+    tokens = f'[gateway]\ntokens = "{stack.directory}/none"\n'
+    elsewhere = '[gateway]\nlisten = ["tcp://192.0.2.1:5000"]\n'
+    no_path = '[console]\nlisten = ["unix:///nowhere/x"]\n'
+    for settings, refusals in (
+        (A.format('"udp://localhost:7000"') + TLS, {
+            "ingest": '[[stream]] "a" listen: udp://localhost:7000 is the address of',
+            "gateway": "[gateway] certificate and key: expected a PEM file each",
+        }),
+        (A.format('"udp://192.0.2.1:7001"') + tokens, {
+            "ingest": "requested address; no interface of this host has",
+            "gateway": "No such file or directory; name a file with",
+        }),
+        (A.format('"udp://nobody.invalid:7001"') + elsewhere + no_path, {
+            "ingest": "name a host that resolves",
+            "gateway": "192.0.2.1:5000: Cannot assign requested",
+            "console": "unix:///nowhere/x: No such file or directory",
+        }),
+        (A.format('"unixgram:///nowhere/log"') + loop, {
+            "ingest": "No such file or directory; make its directory",
+            "gateway": '[[collector]] "siem": ',
+        }),
+        (A.format('"udp://0.0.0.0:7001"') + 'reply = "x"\n', {"ingest": "a reply on udp://0.0.0.0:7001 would let"}),
     ):  # fmt: skip
-        if service == "forwarder":
-            (stack.directory / "fanwire.toml").write_text(f'[bus]\ndirectory = "{stack.bus}"\nkeys = "{keys}"\n')
-            code, said, _ = stack.run("config", "--check")
-            assert (code, f"{service}: {why}" in said, "transmitter: " in said) == (78, True, True)
-        else:
-            assert why in check(stack, settings).get(service, ""), settings
+        refused = check(stack, settings)
+        for service, why in refusals.items():
+            assert why in refused.get(service, ""), settings
+    (stack.directory / "fanwire.toml").write_text(f'[bus]\ndirectory = "{stack.bus}"\nkeys = "{keys}"\n')
+    code, said, _ = stack.run("config", "--check")
+    why = f"forwarder: {keys}/forwarder.secret: there is no such key; make keys with `fanwire keys"
+    assert (code, why in said, "transmitter: " in said) == (78, True, True)
     assert not stack.bus.exists()
 
 
