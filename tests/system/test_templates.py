@@ -227,8 +227,12 @@ def test_shares_filters_and_orders_of_an_admin(stack: Stack, exporters: list[Exp
         def join(name: str, **fields: Any) -> Collector:
             return opened.enter_context(Collector(name, **fields)).join()
 
+        def told(accounts: dict[str, dict[str, int]]) -> bool:
+            return all(accounts[f"stream/{name}"]["received"] == 4 for name in STREAMS.values())
+
         for exporter in exporters:
             exporter.tell()
+        accounts_when(bus, "ingest.1", told)
         filtered, sampling = join("filtered", **{"from": ["127.0.9.1/32"]}), join("sampling", sample=100)
         members = [join(f"member{number}", group="shared") for number in range(3)]
         withheld = join("withheld")
@@ -245,7 +249,8 @@ def test_shares_filters_and_orders_of_an_admin(stack: Stack, exporters: list[Exp
 
         def routed(accounts: dict[str, dict[str, int]]) -> bool:
             came = [each["baseline"] + each["taken"] for name, each in accounts.items() if name.startswith("origin/")]
-            return sum(came) == count
+            waits = [each.get("held", 0) + each.get("templates_held", 0) for each in accounts.values()]
+            return sum(came) == count and not any(waits)
 
         accounts_when(bus, "forwarder.1", routed)
         came = {each.name: each.waiting() for each in (filtered, sampling, *members)}
