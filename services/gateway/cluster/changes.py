@@ -119,7 +119,8 @@ class ClusterChanges:
         except (RequestError, OSError) as refused:
             failed(refused)
             return
-        if not entry.ttl or self._registry.leases.measures(entry):
+        # A renewal anywhere else moves the entry: a home that wakes after its end can't expire what was renewed since.
+        if not entry.ttl or (entry.home == self._registry.node and self._registry.leases.measures(entry)):
             self._registry.renew(entry)
             done(entry)
             return

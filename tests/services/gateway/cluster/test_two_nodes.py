@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from nats.aio.client import Client
 
 from services.gateway.cluster.keys import stream_name, subject_of, unparse_name
+from tests.builders import freeze_process
 from tests.services.gateway.cluster.nodes import REGISTRY, Node, Servers, accounts_of, agree, in_loop
 from tests.services.gateway.test_watching import Conversation
 from tests.stack import CHECKOUT, wait_until
@@ -203,6 +205,27 @@ def test_a_killed_gateway_comes_back(servers: Servers, tmp_path: Path) -> None:
         assert c.ask("renew", name="lasting", generation=lasting["generation"])["ok"]
         for name, client in d.clients().items():
             assert d.ask("leave", name=name, generation=client["generation"])["ok"]
+
+
+@pytest.mark.soak
+def test_a_home_that_slept_expires_nothing_renewed_since(servers: Servers, tmp_path: Path) -> None:
+    """A gateway that stands still beyond its session and a lease, and goes on, leaves what was renewed elsewhere."""
+    with Node(tmp_path / "i", "i", servers) as i, Node(tmp_path / "j", "j", servers) as j:
+        i.begin()
+        j.begin()
+        client = i.register("renewed", ttl=12)["client"]
+        i.register("silent", ttl=12)
+        agree(i, j)
+        freeze_process(i["gateway"].process, "the gateway")
+        j["gateway"].wait_for("a node has gone: its clients' leases are measured by another one")
+        assert j.ask("renew", name="renewed", generation=client["generation"])["ok"]
+        i["gateway"].process.send_signal(signal.SIGCONT)
+        for _ in range(20):
+            renewed = j.ask("renew", name="renewed", generation=client["generation"])
+            assert renewed["ok"], renewed
+            time.sleep(0.5)
+        wait_until(lambda: {*i.clients()} == {*j.clients()} == {"renewed"}, lambda: f"{i.clients()} {j.clients()}")
+        assert i.ask("leave", name="renewed", generation=client["generation"])["ok"]
 
 
 def test_a_lost_bucket_is_made_anew(servers: Servers, nodes: tuple[Node, Node]) -> None:
