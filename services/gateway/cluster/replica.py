@@ -234,15 +234,14 @@ class Replica:
         client = msgspec.structs.replace(record.client, withheld=order)
         present = self.registry.find(client.name)
         generation = record.client.generation
-        if present is not None and present.client == client and present.host == record.host:
-            moved = replace(present, home=record.home, ttl=record.ttl)
-            self._make(Change([Event("renewed", self.registry.revision, moved)], NO_ORDERS, NO_PASTS, generation))
-            return
         entry = entry_of(record, self._clock())
         entry.client = client
-        if present is not None and present.client.generation == generation:
+        if present is not None and present.client.generation == generation and present.peer.id > 0:
             entry.peer = present.peer
         self._disown(entry)
+        if present is not None and present.client == client and present.host == record.host:
+            self._make(Change([Event("renewed", self.registry.revision, entry)], NO_ORDERS, NO_PASTS, generation))
+            return
         kind: EventKind = "joined" if present is None else "changed"
         self._make(Change([Event(kind, revision, entry)], NO_ORDERS, NO_PASTS, generation))
 

@@ -1,6 +1,7 @@
 """Replicas of one log: they agree, whatever came between, and whichever of them has written it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -223,6 +224,33 @@ def test_what_a_gone_gateway_held_is_nobodys() -> None:
         member.follow()
         assert (_one(member).peer.id, _one(member).ttl) == (0, RETURN_SECONDS)
     assert _one(again).expires_at < float("inf")
+
+
+def test_a_start_with_what_was_known_last() -> None:
+    """A gateway that begins with the list of an earlier start has the same of it as one that begins with nothing."""
+    log = Log()
+    a, b = Member(log, "a"), Member(log, "b", boot=1)
+    a.live()
+    b.live()
+    for member, name in ((a, "one"), (b, "two"), (a, "gone")):
+        member.follow()
+        member.change("grant", name, hold=True)
+    b.follow()
+    known = [replace(entry, peer=replace(entry.peer, id=0)) for entry in b.registry.entries()]
+    a.follow()
+    a.change("release", "gone")
+    again, fresh = Member(log, "b", boot=2), Member(log, "b", boot=2)
+    again.registry.restore(known, b.registry.revision)
+    assert len(again.registry) == 3
+    again.live()
+    for member in (again, fresh):
+        member.follow()
+        peers = {entry.client.name: (entry.peer.id, entry.ttl) for entry in member.registry.entries()}
+        assert peers == {"one": (-1, 0), "two": (0, RETURN_SECONDS)}
+    again.end(a)
+    again.follow()
+    assert _one(again).peer.id == 0
+    assert _one(again).expires_at < float("inf"), "nobody else measures it"
 
 
 def test_a_silent_session_is_overdue() -> None:
