@@ -105,7 +105,7 @@ class FewFrames:
         self.messages_at = self.messages.ctypes.data
         self._frames: list[Frame] = []
         self._unaddressed: list[tuple[int, int, int, int, bytes, int, int, int]] = []
-        """Of each frame what its headers hold for every collector: see `build`."""
+        """Parts of each frame's headers that are the same for every collector."""
         self.rows = self.size = 0
         """Datagrams in all frames, and their bytes."""
 
@@ -134,18 +134,8 @@ class FewFrames:
             port, source = _SOURCE.unpack(frame.source)
             held, udp_size, source_sum = len(frame.rows), frame.size + UDP_SIZE, int.from_bytes(source)
             ip_size = udp_size + IP_SIZE
-            unaddressed.append(
-                (
-                    held,
-                    frame.segment,
-                    ip_size,
-                    udp_size,
-                    source,
-                    port,
-                    source_sum + ip_size - 1,
-                    source_sum + udp_size - 1,
-                )
-            )
+            sums = source_sum + ip_size - 1, source_sum + udp_size - 1
+            unaddressed.append((held, frame.segment, ip_size, udp_size, source, port, *sums))
             rows += held
             size += frame.size
             count, at = count + message, at + block
