@@ -64,7 +64,7 @@ class StreamCopies(msgspec.Struct, array_like=True, frozen=True):
     """The copies of a stream's datagrams of one IP version, by their places in the plan's list.
 
     Datagrams of more than `longest` bytes, IP header and all, are left alone; 0: there are none. What was copied is
-    marked with `generation`, and counted by `counter`.
+    marked with `generation`, and counted by `counter`; if it is `unseen`, it ends there instead.
     """
 
     name: Annotated[str, Meta(max_length=64)]
@@ -73,6 +73,7 @@ class StreamCopies(msgspec.Struct, array_like=True, frozen=True):
     listeners: Annotated[tuple[Listener, ...], Meta(min_length=1, max_length=MAX_LISTENERS)]
     copies: Annotated[tuple[Index, ...], Meta(max_length=MAX_COPIES)]
     longest: Annotated[int, Meta(ge=0, le=65_535)] = 0
+    unseen: bool = False
 
 
 class KernelPlan(msgspec.Struct, array_like=True, frozen=True):

@@ -31,7 +31,7 @@ from shared.bus.zmq_sockets import Requests
 from shared.client import Source, Trouble
 from shared.fanout.registry_replica import RegistryReplica
 from shared.ledger.accounts import Accounts
-from shared.ledger.counters import APPLIER, COLLECTORS_SERVED, COPIED, MARKED, PLANS_REFUSED
+from shared.ledger.counters import APPLIER, COLLECTORS_SERVED, COPIED, MARKED, PLANS_REFUSED, UNSEEN
 from shared.log import get_logger
 from shared.process.lifecycle import UNAVAILABLE, Lifecycle, OperatorError, Readiness
 from shared.process.memory import Memory
@@ -74,7 +74,10 @@ class OffloadService:
         self._memory = Memory(settings.offload.memory, "[offload] memory")
         transmitter = settings.transmitter
         self._limits = Limits(
-            settings.offload.destinations, transmitter.destinations, transmitter.frames_per_second > 0
+            settings.offload.destinations,
+            transmitter.destinations,
+            settings.offload.unseen,
+            rate_limited=transmitter.frames_per_second > 0,
         )
         self._next_number = itertools.count()
         self._numbers: dict[str, int] = {}
@@ -175,7 +178,7 @@ class OffloadService:
         self._relayed = {(client.address, client.port) for client in collectors if client.source == "relay"}
         kept = {f"collector/{client.name}" for client in collectors}
         self._numbers = {
-            what: number for what, number in self._numbers.items() if what in kept or what.startswith("stream/")
+            what: number for what, number in self._numbers.items() if what in kept or not what.startswith("collector/")
         }
         self._counted = Counter({what: count for what, count in self._counted.items() if what in self._numbers})
 
@@ -332,8 +335,8 @@ class OffloadService:
             if kind == "collector":
                 counted[f"rules/{name}"] = {COPIED: count}
             else:
-                marked = counted.setdefault(f"marks/{name.rpartition('/')[0]}", {MARKED: 0})
-                marked[MARKED] += count
+                marked = counted.setdefault(f"marks/{name.rpartition('/')[0]}", {MARKED: 0, UNSEEN: 0})
+                marked[MARKED if kind == "stream" else UNSEEN] += count
         return {"offload": own, **counted}
 
     @property

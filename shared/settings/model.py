@@ -72,6 +72,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
                 'exporter sends; set spread to "source" or "flow", or remove the protocol'
             )
         self._check_uplink(names)
+        self._check_unseen(names)
         for collector in self.collectors:
             _check_streams(f'[[collector]] "{collector.name}"', collector.streams, names)
         self.check_tokens(self.tokens)
@@ -84,6 +85,20 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         for stream in self.streams:
             if not stream.listen and not (self.uplink.servers and {stream.name, ALL} & set(taken)):
                 raise ValueError(f'[[stream]] "{stream.name}" listen: expected a listener, unless [uplink] receives it')
+
+    def _check_unseen(self, names: Sequence[str]) -> None:
+        """Raise ValueError where `[offload] unseen` names a stream that more than its collectors have to see."""
+        _check_streams("[offload]", self.offload.unseen, names, "unseen")
+        sent = {ALL, *names} & set(self.uplink.send) if self.uplink.servers else set()
+        for stream in (stream for stream in self.streams if stream.name in self.offload.unseen):
+            seers = {
+                "journal": stream.journal,
+                "protocol": bool(stream.protocol),
+                "reply": stream.reply is not None,
+                "[uplink] send": bool(sent & {stream.name, ALL}),
+            }
+            if seer := next((name for name, sees in seers.items() if sees), ""):
+                raise ValueError(f'[offload] unseen: "{stream.name}" has {seer}, which sees all of it; leave one out')
 
     def check_tokens(self, tokens: Sequence[Token]) -> None:
         """Raise ValueError unless these can be told apart, and name streams that exist."""

@@ -259,6 +259,8 @@ class Offload(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Copies by the kernel go nowhere else."""
     mark_mask: Annotated[int, Meta(ge=1, le=0xFFFFFFFF)] = 0xFFF00000
     """The bits of a datagram's mark by which ingest is told which rules have copied it; other bits are left alone."""
+    unseen: tuple[str, ...] = ()
+    """Streams whose datagrams end in the kernel once it has copied them for all: ingest does not see them."""
     user: Annotated[str, Meta(min_length=1, max_length=64)] = "nobody"
     """User that both its processes become, when it was started as root."""
     memory: Ceiling = 268_435_456

@@ -38,6 +38,7 @@ class Policy:
         )
         self._streams = frozenset(stream.name for stream in streams)
         self._generations = settings.offload.generations
+        self._unseen = frozenset(settings.offload.unseen)
         self._is_ours = is_ours or is_own_address
 
     def check(self, plan: KernelPlan) -> None:
@@ -72,6 +73,8 @@ class Policy:
     def _check_stream(self, stream: StreamCopies, plan: KernelPlan) -> None:
         if stream.name not in self._streams:
             raise RefusedError(f"stream {stream.name} is not in the settings, or kept from offload")
+        if stream.unseen and stream.name not in self._unseen:
+            raise RefusedError(f"stream {stream.name} is not in [offload] unseen")
         if stream.generation > self._generations:
             raise RefusedError(f"generation {stream.generation} is not within [offload] mark_mask")
         length = len(stream.listeners[0].address)

@@ -142,7 +142,8 @@ class Renderer:
         for copy in (copy for copy in copies.values() if not copy.prefixes and copy.sample > 1):
             self._batch.add_rule(chain, decide(Verdict.JUMP, self._chain_of([copy], version)))
         self._add_copies(chain, [copy for copy in copies.values() if not copy.prefixes and copy.sample == 1], version)
-        self._batch.add_rule(chain, self._marks.set_to(stream.generation), count(self._counters[stream.counter]))
+        end = decide(Verdict.DROP) if stream.unseen else b""
+        self._batch.add_rule(chain, self._marks.set_to(stream.generation), count(self._counters[stream.counter]), end)
         return chain
 
     def _add_classes(self, copies: dict[int, Copy], version: int) -> list[tuple[int, Element | None]]:

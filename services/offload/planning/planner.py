@@ -58,6 +58,8 @@ class Limits:
 
     destinations: tuple[str, ...]
     original_destinations: tuple[str, ...]
+    unseen: tuple[str, ...] = ()
+    """`[offload] unseen`: streams that only collectors want."""
     rate_limited: bool = False
     """`[transmitter] frames_per_second`: the kernel's copies would not count."""
 
@@ -97,6 +99,7 @@ class Planned:
 
 def make_plan(clients: Iterable[Client], facts: Facts, limits: Limits, counter_of: Callable[[str], int]) -> Planned:
     """Return the plan for these clients; `counter_of` gives a name its number, always the same."""
+    clients = list(clients)
     reasons: dict[str, str] = {}
     found: dict[int, list[Served]] = {4: [], 6: []}
     for client in clients:
@@ -111,7 +114,11 @@ def make_plan(clients: Iterable[Client], facts: Facts, limits: Limits, counter_o
         kept, dropped = _within_bounds(served_all, version)
         found[version] = kept
         reasons |= dict.fromkeys((each.client.name for each in dropped), OVERLAPPING)
-    streams = {version: _streams(served, version, facts, counter_of) for version, served in found.items()}
+    left = [client for client in clients if client.name in reasons]
+    streams = {
+        version: _streams(served, version, facts, counter_of, {*limits.unseen} - _seen(left, found, version, facts))
+        for version, served in found.items()
+    }
     return Planned(
         {version: tuple(served) for version, served in found.items()},
         reasons,
@@ -227,13 +234,22 @@ def _within_bounds(served: list[Served], version: int) -> tuple[list[Served], li
     return [each for each in served if not each.copy.prefixes], [each for each in served if each.copy.prefixes]
 
 
+def _seen(left: Iterable[Client], served: Mapping[int, list[Served]], version: int, facts: Facts) -> set[str]:
+    """Return the streams of which datagrams of this IP version have to go up, for a collector that a sender serves.
+
+    One that the kernel serves is served in its own version; copies from the exporter's address have no other.
+    """
+    others = [each.client for each in served[10 - version] if each.client.source == "relay"]
+    needing = [client for client in left if client.source == "relay" or _version(client.address) == version]
+    return {stream for stream in facts.listeners if any(client.wants(stream) for client in (*needing, *others))}
+
+
 def _streams(
-    served: Iterable[Served], version: int, facts: Facts, counter_of: Callable[[str], int]
+    served: list[Served], version: int, facts: Facts, counter_of: Callable[[str], int], unseen: Collection[str]
 ) -> tuple[StreamCopies, ...]:
-    """Return the copies of each stream that has any."""
+    """Return the copies of each stream that has any, of collectors of one IP version."""
     arriving = max(facts.interfaces.values(), default=0)
     found = []
-    served = list(served)
     for name, places in facts.listeners.items():
         copies = tuple(place for place, each in enumerate(served) if name in each.streams)
         listeners = tuple(
@@ -242,6 +258,6 @@ def _streams(
         if copies:
             leaving = min(served[place].mtu for place in copies)
             longest = leaving if leaving < arriving else 0
-            counter = counter_of(f"stream/{name}/{version}")
-            found.append(StreamCopies(name, 1, counter, listeners, copies, longest))
+            counter = counter_of(f"{'unseen' if name in unseen else 'stream'}/{name}/{version}")
+            found.append(StreamCopies(name, 1, counter, listeners, copies, longest, name in unseen))
     return tuple(found)

@@ -230,6 +230,11 @@ def test_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
         ("[gateway]\nmax_clients = 100000\n", "[gateway] max_clients: may take 409600000 bytes, over half of memory"),
         ("[ingest]\ntcp_connections = 5000\n", "[ingest] tcp_connections: may take 491520000 bytes, over half"),
         (COLLECTOR + COLLECTOR, 'line 7: [[collector]] "a" name: another one has it; give each its own'),
+        ('[offload]\nunseen = ["traps"]\n', "[offload] unseen: there is no stream 'traps'; name a [[stream]]"),
+        (
+            '[offload]\nunseen = ["x"]\n[[stream]]\nname = "x"\nlisten = ["udp://localhost:1"]\njournal = true\n',
+            '[offload] unseen: "x" has journal, which sees all of it; leave one out',
+        ),
         (COLLECTOR.replace("messages", "traps"), "\"a\" streams: there is no stream 'traps'; name a [[stream]]"),
         (
             COLLECTOR.replace("192.0.2.9", "192.0.2.300"),

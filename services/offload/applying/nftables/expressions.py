@@ -49,6 +49,7 @@ class Meta(IntEnum):
 class Verdict(IntEnum):
     """The way on: out of the chains, or to another chain."""
 
+    DROP = 0
     ACCEPT = 1
     JUMP = -3
     GOTO = -4

@@ -80,6 +80,7 @@ def test_no_setting_allows_what_is_nobodys(address: str) -> None:
         ({"name": "syslog"}, "stream syslog is not in the settings, or kept from offload"),
         ({"name": "ordered"}, "stream ordered is not in the settings, or kept from offload"),
         ({"listeners": (Listener(packed("10.1.0.1"), 2056),)}, "port 2056 is not one of a udp:// listener"),
+        ({"unseen": True}, "stream netflow is not in [offload] unseen"),
         ({"generation": 4096}, "generation 4096 is not within [offload] mark_mask"),
         ({"listeners": (Listener(packed("10.1.0.1"), 601),)}, "port 601 is not one of a udp:// listener"),
         ({"listeners": (Listener(packed("10.1.0.1"), 22),)}, "port 22 is not one of a udp:// listener"),

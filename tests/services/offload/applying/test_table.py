@@ -207,6 +207,22 @@ def test_plans_replace_each_other_at_one_moment_and_counters_go_on() -> None:
         assert {packets for packets, _ in site.table.counters().values()} == {100}
 
 
+def test_what_nobody_else_sees_ends_in_the_kernel() -> None:
+    """A stream that is unseen goes up no more, but for what the kernel does not copy."""
+    with OffloadSite() as site, Collector(site.siem, SIEMS[4][0], 9000) as siem, exporters(site) as socks:
+        plan = site.plan([site.copy(0, 9000)])
+        streams = tuple(msgspec.structs.replace(each, unseen=True) for each in plan.streams)
+        site.table.replace(msgspec.structs.replace(plan, streams=streams))
+        with Listening(site.relay, RELAY[4], PORT) as listener:
+            for payload in (b"one", bytes(3000), b"two"):
+                socks[0].sendto(payload, (RELAY[4], PORT))
+            assert [each.payload for each in siem.read(2)] == [b"one", b"two"]
+            (up,) = listener.read(1)
+            assert (len(up.payload), up.mark) == (3000, 0)
+            listener.assert_quiet(0.1)
+        assert {packets for packets, _ in site.table.counters().values()} == {2}
+
+
 @needs_nft
 def test_static_recipe_of_the_readme_copies() -> None:
     """The table that README shows makes a copy of each datagram, by the names and addresses of a site."""

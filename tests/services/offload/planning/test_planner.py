@@ -82,6 +82,26 @@ def test_longer_datagrams_go_up_where_a_way_takes_less_than_arrives() -> None:
     assert [each.longest for each in both.streams[4]] == [1400]
 
 
+def unseen(*clients: Client) -> list[tuple[str, int]]:
+    """The streams, by IP version, whose datagrams end in the kernel where the settings let two of them."""
+    planned = plan(*clients, limits=replace(LIMITS, unseen=("netflow", "syslog")))
+    return [(each.name, version) for version, streams in planned.streams.items() for each in streams if each.unseen]
+
+
+def test_stream_ends_in_the_kernel_where_all_are_served() -> None:
+    """A collector left to a sender, or a relay's of the other IP version, has its datagrams go up for all."""
+    four, six = client("four"), client("six", "fd02::1")
+    relayed = client("siem", "fd02::1", source="relay", port=9)
+    assert unseen(four, six) == [("netflow", 4), ("netflow", 6)]
+    assert unseen(four, client("all", "10.2.0.2", streams=("*",))) == [("netflow", 4), ("syslog", 4)]
+    assert unseen(four, client("g", "10.2.0.2", group="g")) == []
+    assert unseen(four, six, client("g", "fd02::2", group="g")) == [("netflow", 4)]
+    assert unseen(four, client("g", "10.2.0.2", group="g", streams=("syslog",))) == [("netflow", 4)]
+    assert plan(relayed).served[6]
+    assert unseen(four, relayed) == [("netflow", 6)]
+    assert not plan(four, six).streams[4][0].unseen
+
+
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
