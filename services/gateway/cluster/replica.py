@@ -55,7 +55,6 @@ class Proposal:
     """Changes that were written, or may be: by part, and the parts that have not come back yet."""
 
     parts: list[Change]
-    records: list[Record]
     missing: set[int]
     landed: Callable[[], None]
 
@@ -111,7 +110,7 @@ class Replica:
         records: list[Record] = []
         for number, part in enumerate(parts):
             records.append(self._record(part, Identity(*self.identity, self._numbers, number)))
-        self._proposals[self._numbers] = Proposal(parts, records, set(range(len(parts))), landed)
+        self._proposals[self._numbers] = Proposal(parts, set(range(len(parts))), landed)
         if len(self._proposals) > PROPOSALS_MAX:
             del self._proposals[next(iter(self._proposals))]
         pasts = {name: past for change in changes for name, past in change.pasts.items()}

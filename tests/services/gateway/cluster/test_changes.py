@@ -1,0 +1,212 @@
+"""Changes of a shared registry, on a log in memory: written together, decided anew, unsure, refused, released."""
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+import pytest
+
+from services.gateway.admission.peer import Peer
+from services.gateway.cluster import changes as module
+from services.gateway.cluster.changes import ClusterChanges
+from services.gateway.cluster.log import LogError, OvertakenError, Write
+from services.gateway.protocol.requests import RequestError
+from services.gateway.registry.entry import Entry, Origin
+from shared.client import Client
+from tests.services.gateway.cluster.test_replica import Log, Member
+
+MOST = 200
+
+
+class Node(Member):
+    """A node whose changes are asked for as the gateway does; `before` is done once before its next write."""
+
+    def __init__(self, log: Log, node: str) -> None:
+        super().__init__(log, node)
+        self.live()
+        self.follow()
+        self.changes = ClusterChanges(self.replica, MOST, MOST)
+        self.registry.changes = self.changes
+        self.before: Callable[[], None] | None = None
+        self.unsure = False
+        """The next write lands, and its answer is lost."""
+        self.writes = 0
+        self.answers: list[object] = []
+
+    async def write(self, writes: Sequence[Write], expected: int) -> int:
+        """Write records as JetStream does."""
+        before, self.before = self.before, None
+        if before:
+            before()
+        last = max([at for key, (at, _) in self.log.kept.items() if key.startswith("list.")], default=0)
+        if last != expected:
+            raise OvertakenError(last)
+        for each in writes:
+            self.log.write(each.key, each.data)
+        self.writes += 1
+        position = self.log.last
+        asyncio.get_running_loop().call_later(0.01, self._read)
+        if self.unsure:
+            self.unsure = False
+            raise LogError("no answer")
+        return position
+
+    def _read(self) -> None:
+        self.follow()
+        self.changes.note_position()
+
+    def register(self, name: str, port: int, peer: Peer | None = None, *, hold: bool = False) -> None:
+        """Ask for an entry; a name that is there is taken."""
+        client = Client(name, 0, "192.0.2.1", port, streams=("messages",))
+
+        def grant() -> Entry:
+            if self.registry.find(name):
+                raise RequestError("name_taken", "taken")
+            return self.registry.grant(client, peer or Peer(5, "192.0.2.1", 9), Origin.JSON, hold=hold)
+
+        self.changes.make(grant, self.answers.append, self.answers.append)
+
+    @property
+    def words(self) -> list[str]:
+        """The answers, in short."""
+        return [str(each) if isinstance(each, Exception) else each.client.name for each in self.answers]  # type: ignore[attr-defined]
+
+
+def run(node: Node, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Run a node's changes while some work is done."""
+
+    async def both() -> None:
+        task = asyncio.create_task(node.changes.run())
+        node.changes.log = node  # type: ignore[assignment]
+        node.changes.available.set()
+        async with asyncio.timeout(30):
+            await work()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(both())
+
+
+async def until(condition: Callable[[], object], node: Node) -> None:
+    """Wait for a condition; who waits for what others have written gets it."""
+    while not condition():
+        for each in node.changes.take_waiting():
+            each.act()
+        await asyncio.sleep(0.005)
+
+
+def test_what_is_apart_is_written_together() -> None:
+    """Many that have nothing in common share a write; of two with one name the second is decided behind the first."""
+    node = Node(Log(), "a")
+
+    async def work() -> None:
+        for number in range(50):
+            node.register(f"of {number}", number)
+        node.register("of 7", 99)
+        await until(lambda: len(node.answers) == 51, node)
+
+    run(node, work)
+    assert node.words[:50] == [f"of {number}" for number in range(50)]
+    assert node.words[50] == "taken"
+    assert node.writes == 1
+    generations = [entry.client.generation for entry in node.registry.entries()]
+    assert len({*generations}) == 50
+    assert node.registry.revision == 50
+
+
+def test_the_limit_is_not_passed_together() -> None:
+    """Near the limit of clients each is decided by itself."""
+    node = Node(Log(), "a")
+
+    async def work() -> None:
+        for number in range(MOST + 3):
+            node.register(f"of {number}", number)
+        await until(lambda: len(node.answers) == MOST + 3, node)
+
+    run(node, work)
+    assert node.writes >= 4 + 3
+
+
+def test_who_is_overtaken_decides_anew() -> None:
+    """Another node that is first with the same name has it, and one that is first with another name does not matter."""
+    log = Log()
+    node, other = Node(log, "a"), Member(log, "b")
+
+    def first(name: str) -> Callable[[], None]:
+        def write() -> None:
+            other.follow()
+            other.change("grant", name)
+            node._read()
+
+        return write
+
+    async def work() -> None:
+        node.before = first("other")
+        node.register("mine", 1)
+        await until(lambda: node.answers, node)
+        node.before = first("theirs")
+        node.register("theirs", 2)
+        await until(lambda: len(node.answers) == 2, node)
+
+    run(node, work)
+    assert node.words == ["mine", "taken"]
+    assert node.changes.overtaken == 2
+    other.follow()
+    assert node.content == other.content
+
+
+def test_an_answer_that_was_lost_is_found() -> None:
+    """A record whose answer was lost is noticed when it comes back: the change is made once, and answered."""
+    node = Node(Log(), "a")
+
+    async def work() -> None:
+        node.unsure = True
+        node.register("mine", 1)
+        await until(lambda: not node.changes.available.is_set(), node)
+        await asyncio.sleep(0.05)
+        node.changes.available.set()
+        node.changes.wake.set()
+        await until(lambda: node.answers, node)
+
+    run(node, work)
+    assert node.words == ["mine"]
+    assert node.writes == 1
+
+
+def test_without_a_quorum_all_is_refused_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waits for too long is refused; once that is known, the next one at once. Renewals are too."""
+    monkeypatch.setattr(module, "PATIENCE_SECONDS", 0.2)
+    node = Node(Log(), "a")
+
+    async def work() -> None:
+        node.register("mine", 1)
+        await until(lambda: node.answers, node)
+        node.unsure = True
+        node.follow = lambda: None  # type: ignore[method-assign]
+        node.register("unsure", 2)
+        await until(lambda: len(node.answers) == 2, node)
+        node.register("late", 3)
+        node.changes.renew(lambda: next(iter(node.registry.entries())), node.answers.append, node.answers.append)
+        await asyncio.sleep(0.5)
+
+    run(node, work)
+    assert node.words[0] == "mine"
+    late, *away = node.answers[1:]
+    assert "the request may have been granted, or may be granted yet" in str(late)
+    assert len(away) == 2
+    assert all("the cluster has no quorum" in str(each) for each in away)
+    assert node.changes.refused == 3
+
+
+def test_a_connection_that_ended_meanwhile_holds_nothing() -> None:
+    """An entry whose connection ends before its record comes back leaves again."""
+    node = Node(Log(), "a")
+    node.changes.connected = lambda _peer: False
+
+    async def work() -> None:
+        node.register("mine", 1, hold=True)
+        await until(lambda: node.answers, node)
+        await until(lambda: node.registry.find("mine") is None, node)
+
+    run(node, work)
+    assert node.registry.revision == 2
