@@ -62,10 +62,10 @@ async def open_connection(
             **credentials(uplink),
         )
     except (NatsError, OSError, TimeoutError, _OpeningError) as error:
+        opening = None  # the farewell may fail too
         await close_connection(client)
         raise ConnectError(f"can't connect to {endpoint}: {reason(error)}") from None
-    finally:
-        opening = None
+    opening = None
     # A server, or who stands before it, may say that it has no TLS: nats-py then goes on without.
     if endpoint.scheme == "tls" and not client._server_info.get("tls_required"):
         await close_connection(client)

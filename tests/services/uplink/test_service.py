@@ -15,6 +15,7 @@ from nats.aio.msg import Msg
 from services.uplink import __main__ as program
 from shared.ledger.accounts import Accounts
 from shared.ledger.equations import discrepancies
+from shared.nats import installed
 from shared.process.lifecycle import CANT_CREATE, OperatorError
 from shared.settings.model import Settings
 from shared.settings.uplink import Uplink
@@ -241,7 +242,7 @@ def test_without_servers_nothing_is_there(stack: Stack) -> None:
 
 def test_the_extra_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the packages of the extra the check says which are missing, and what installs them."""
-    monkeypatch.setattr(program, "find_spec", lambda name: None if name == "nats" else object())
+    monkeypatch.setattr(installed, "find_spec", lambda name: None if name == "nats" else object())
     with pytest.raises(OperatorError) as refused:
         program._check(Settings(uplink=Uplink(servers=("nats://127.0.0.1:1",), site="a")))
     assert str(refused.value) == "[uplink] servers: needs nats: pip install 'fanwire[uplink]'"
