@@ -11,8 +11,10 @@ import pytest
 from services.offload.applying.nftables.connection import Nftables
 from services.offload.applying.rules import Marks, Sources
 from services.offload.applying.table import Table
+from services.offload.kernel_plan import Listener
 from tests.capture import Capture, Collector
 from tests.documents import block
+from tests.network import End
 from tests.services.offload.site import (
     EXPORTERS,
     MASK,
@@ -86,6 +88,56 @@ def test_copies_are_made_by_their_terms_and_the_datagram_goes_up_as_it_came(
             assert {each.header.destination for each in by_port[9000 + number]} == {SIEMS[version][number]}
         counted = {name: packets for name, (packets, _) in site.table.counters().items()}
         assert counted == {f"c{100 + number}": len(keys[9000 + number]) for number in range(5)} | {f"c{version}": COUNT}
+
+
+@pytest.mark.parametrize("checksum_offload", [False, True])
+def test_what_comes_by_a_vlan_is_copied_on_its_own_interface(checksum_offload: bool) -> None:
+    """There it has no tag any more; rules of the cable leave alone what has one, and others' rules what has none."""
+    with OffloadSite(checksum_offload) as site, Collector(site.siem, SIEMS[4][0], 9000) as siem:
+        ends = End(site.exporter, "eth.7", "10.7.0.10/24"), End(site.relay, "in.7", "10.7.0.1/24")
+        for end in ends:
+            end.make("vlan", "id 7", over=end.name.partition(".")[0])
+            end.bring_up(1500, checksum_offload)
+        plan = site.plan([site.copy(0, 9000)])
+        listeners = (Listener(packed("10.7.0.1"), PORT), Listener(packed(RELAY[4]), PORT))
+        streams = (msgspec.structs.replace(plan.streams[0], listeners=listeners),)
+        marks = []
+        with site.exporter.socket(socket.AF_INET, socket.SOCK_DGRAM) as tagged, exporters(site) as socks:
+            tagged.bind(("10.7.0.10", 2007))
+            with Listening(site.relay, "0.0.0.0", PORT) as listener:
+                for interfaces in (("in",), ("in.7",), ("in", "in.7")):
+                    site.table.replace(msgspec.structs.replace(plan, interfaces=interfaces, streams=streams))
+                    for sock, to in ((socks[0], RELAY[4]), (tagged, "10.7.0.1")):
+                        sock.sendto(str(interfaces).encode(), (to, PORT))
+                        marks.append(listener.read(1)[0].mark >> 20)
+        assert marks == [7, 0, 0, 7, 7, 7]
+        came = [(each.source, each.source_port, each.payload) for each in siem.read(4)]
+        cable, vlan = (EXPORTERS[4][0], 2000), ("10.7.0.10", 2007)
+        both = str(("in", "in.7")).encode()
+        assert came == [(*cable, b"('in',)"), (*vlan, b"('in.7',)"), (*cable, both), (*vlan, both)]
+        siem.assert_quiet()
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_datagrams_are_copied_wherever_they_arrive(version: int) -> None:
+    """Several interfaces share listeners, counters and a generation; copies may leave where the datagram came from."""
+    family, network = (socket.AF_INET, "10.1.0.0/24") if version == 4 else (socket.AF_INET6, "fd01::/64")
+    with OffloadSite() as site, Collector(site.siem, SIEMS[version][0], 9000) as siem:
+        site.siem.route(network, OUT[version])
+        plan = site.plan([site.copy(0, 9000, version, source=packed(OUT[version]), source_port=4000)], version=version)
+        site.table.replace(msgspec.structs.replace(plan, interfaces=("in", "out")))
+        with (
+            Listening(site.relay, RELAY[version], PORT) as listener,
+            exporters(site, version) as socks,
+            site.siem.socket(family, socket.SOCK_DGRAM) as far,
+        ):
+            far.bind((SIEMS[version][1], 3000))
+            for number in range(10):
+                (socks[0] if number % 2 else far).sendto(bytes([number]), (RELAY[version], PORT))
+            assert {each.mark >> 20 for each in listener.read(10)} == {7}
+        assert sorted(each.payload[0] for each in siem.read(10)) == list(range(10))
+        siem.assert_quiet()
+        assert {packets for packets, _ in site.table.counters().values()} == {10}
 
 
 @pytest.mark.parametrize("version", [4, 6])
