@@ -8,7 +8,7 @@ from itertools import product
 from pathlib import Path
 from typing import Final
 
-from tests.benchmarks import bare, kernel_copies, paced, paced_record, paced_report
+from tests.benchmarks import bare, kernel_copies, kernel_path, paced, paced_record, paced_report
 from tests.benchmarks.paced import BUFFER, SPACINGS, Load, Measured, Reading
 from tests.benchmarks.paced_report import Cell
 from tests.benchmarks.programs import Task, available
@@ -30,6 +30,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seconds", type=float, default=3.0, help="how long each rate is measured, in each round")
     group.add_argument("--no-nft", dest="nft", action="store_false", help="leave out the kernel's own copying")
     group.add_argument("--settings", default="", help="more settings for fanwire, as in a settings file")
+    group.add_argument(
+        "--kernel", action="store_true", help="measure offload beside samplicator instead, with the kernel's CPU"
+    )
     group.add_argument("--markdown", action="store_true", help="also print a table to paste")
     group.add_argument(
         "--record", action="store_true", help="keep the run as what later ones are checked against, and in the READMEs"
@@ -55,6 +58,10 @@ def run(options: argparse.Namespace) -> int:
             sys.exit("needs a C compiler: on Debian, apt-get install gcc libc6-dev")
         if refused := enter_lab():
             sys.exit(f"needs a network namespace of its own, and {refused}")
+        if options.kernel:
+            beyond = kernel_path.run(options, tool)
+            print("".join(f"beyond: {sentence}\n" for sentence in beyond))
+            return int(bool(beyond))
         for workload, fan_out, way in product(
             options.workload or ["small"], options.fan_out or [1, 4], options.way or ["relay"]
         ):

@@ -155,6 +155,8 @@ def nfcapd(task: Task, directory: Path) -> Sequence[str] | None:
     return ["nfcapd", "-b", RELAY, "-p", str(PORT), "-B", str(task.buffer), "-w", str(directory), *repeaters]
 
 
+FANWIRE: Final = ("fanwire", "offload", "unseen")
+"""fanwire as it is, and with what the settings of its task add."""
 PEERS: Final[dict[str, Command]] = {
     "samplicate": samplicate,
     "nfacctd": nfacctd,
@@ -179,7 +181,7 @@ def running(name: str, task: Task, site: Site) -> Iterator[Program]:
         stack = opened.enter_context(open_stack())
         stack.by_exec = True  # as users start them
         opened.enter_context(site.relay.entered())
-        program = _fanwire(stack, task) if name == "fanwire" else _peer(stack, name, task)
+        program = _fanwire(stack, task) if name in FANWIRE else _peer(stack, name, task)
         # What is stopped, after an error, would not end by itself, nor end its own children.
         opened.callback(program.signal, signal.SIGCONT)
         yield program
@@ -200,11 +202,16 @@ def _fanwire(stack: OpenStack, task: Task) -> Program:
     sender = "transmitter" if task.way == "original" else "forwarder"
     workers = [f"ingest.{number + 1}" for number in range(task.workers)]
     others = ["gateway", *(["forwarder" if sender == "transmitter" else "transmitter"] if task.whole else [])]
-    others += RESTING if task.whole else []
-    for each in ("broker", *others, sender, *workers):
+    offload = ["offload"] if "[offload]" in task.settings else []
+    others += [each for each in RESTING if each not in offload] if task.whole else []
+    for each in ("broker", *others, sender, *workers, *offload):
         stack.start(each)
-    counted = [*workers, "broker", sender, *(others if task.whole else [])]
-    return Program("fanwire", {name: stack[name].process.pid for name in counted})
+    counted = [*workers, "broker", sender, *(others if task.whole else []), *offload]
+    pids = {name: stack[name].process.pid for name in counted}
+    if offload:
+        (applier,) = Path(f"/proc/{pids['offload']}/task/{pids['offload']}/children").read_text().split()
+        pids["applier"] = int(applier)
+    return Program("fanwire", pids)
 
 
 def _share(task: Task, collector: int) -> list[str]:
