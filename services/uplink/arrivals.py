@@ -97,10 +97,10 @@ class Arrivals:
                 return [each]
         return []
 
-    def overdue(self) -> list[Arrived]:
-        """Return the messages that have waited long enough."""
-        now = self._clock()
-        due = [each for each in self.positions.values() if each.held and each.held_until <= now]
+    def overdue(self, site: str) -> list[Arrived]:
+        """Return the messages of a site that have waited long enough."""
+        now, some = self._clock(), self.positions.items()
+        due = [each for key, each in some if key.site == site and each.held and each.held_until <= now]
         return [arrived for position in due for arrived in self._release(position)]
 
     @property

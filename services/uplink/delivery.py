@@ -2,16 +2,20 @@
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from typing import Final
 
 from services.uplink.arrivals import Arrivals, keys_of
 from services.uplink.feeds import Feeds
 from services.uplink.packs import Arrived
+from services.uplink.readers import LATE_NS, PATIENCE_SECONDS, Readers
 from services.uplink.session import Session
 from shared.bus.kept_counts import KeptCounts, KeptFile
 from shared.ledger.accounts import Accounts, unparse_arriving
 
+ASK_SECONDS: Final = 0.02
+"""Time for readers of the bus to say how far they are."""
 BUSY_SECONDS: Final = 0.005
 """Time until a batch is tried again that the bus did not take."""
 
@@ -19,17 +23,31 @@ BUSY_SECONDS: Final = 0.005
 class Delivery:
     """Publishes each batch once and in order; acknowledges a message once all of it is on the bus."""
 
-    def __init__(self, feeds: Feeds, kept: KeptFile, tables: Mapping[str, Mapping[str, int]]) -> None:
+    def __init__(
+        self,
+        feeds: Feeds,
+        kept: KeptFile,
+        tables: Mapping[str, Mapping[str, int]],
+        readers: Readers,
+        ask_readers: Callable[[], None],
+        read_own: Callable[[], None],
+    ) -> None:
         self._feeds = feeds
         self._kept = kept
         self._arrivals = Arrivals(time.monotonic)
         self._arrivals.restore(tables)
-        self._turns = asyncio.Lock()
+        self._read_own = read_own
+        """Takes what has come by the bus: what this site has is to be known before its doubles come."""
+        self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        """By site: one that is late keeps no other waiting."""
+        self._readers = readers
+        self._ask_readers = ask_readers
+        """Lets them report at once."""
         self._positions: dict[str, KeptCounts] = {}
 
     async def deliver(self, session: Session, arrived: Arrived) -> None:
         """Publish what another site has sent, if it is its turn."""
-        async with self._turns:
+        async with self._turns[arrived.origin.site]:
             await self._handle(session, self._arrivals.order(arrived))
         self._feeds.note_published()
 
@@ -37,8 +55,9 @@ class Delivery:
         """Publish what has waited long enough for an earlier message, until the connection ends."""
         while True:
             await asyncio.sleep(1.0)
-            async with self._turns:
-                await self._handle(session, self._arrivals.overdue())
+            for site, turn in list(self._turns.items()):
+                async with turn:
+                    await self._handle(session, self._arrivals.overdue(site))
 
     async def _handle(self, session: Session, ready: list[Arrived]) -> None:
         while ready:
@@ -52,10 +71,26 @@ class Delivery:
         for message, (key, total, count) in zip(arrived.batches, keys_of(arrived), strict=True):
             assert message.batch is not None
             had = self._arrivals.had(key, total, count)
-            while had < count and not feed.publish(message.batch, had):
-                await asyncio.sleep(BUSY_SECONDS)
+            batch = message.batch.part(had, count)
+            if had < count and feed.tells_doubles:
+                self._read_own()
+                batch = feed.without_doubles(key.site, batch)
+            if len(batch):
+                if time.time_ns() - batch.received_ns > LATE_NS:
+                    await self._wait_for_readers(feed.stream)
+                while not feed.publish(batch):
+                    await asyncio.sleep(BUSY_SECONDS)
+                self._readers.note_published(feed.stream, feed.published)
             self._arrivals.note(key, total, count)
             self._keep_position(unparse_arriving(*key), self._arrivals.positions[key].account())
+
+    async def _wait_for_readers(self, stream: str) -> None:
+        until = time.monotonic() + PATIENCE_SECONDS
+        while not self._readers.follow(stream) and time.monotonic() < until:
+            self._ask_readers()
+            await asyncio.sleep(ASK_SECONDS)
+        if not self._readers.follow(stream):
+            self._readers.leave_behind(stream)
 
     def _keep_position(self, name: str, counts: dict[str, int]) -> None:
         kept = self._positions.get(name)

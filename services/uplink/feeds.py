@@ -3,11 +3,12 @@
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Final
 
 import numpy as np
 
+from services.uplink.doubles import OWN, Doubles, without
 from shared.bus.kept_counts import KeptCounts
 from shared.bus.messages import Datagrams, datagrams_topic, exporters_topic
 from shared.bus.publishing.exporter_shares import ExporterShares
@@ -16,7 +17,7 @@ from shared.bus.publishing.kept_totals import KeptTotals
 from shared.bus.zmq_sockets import Publisher
 from shared.datagrams.batch import ROW, DatagramBatch
 from shared.ledger.accounts import Accounts
-from shared.ledger.counters import BYTES, NO_SUBSCRIBER, PUBLISHED, RECEIVED
+from shared.ledger.counters import BYTES, DOUBLE, NO_SUBSCRIBER, PUBLISHED, RECEIVED
 
 GREET_SECONDS: Final = 0.02
 """Time after publishing until new subscriptions are looked for, whose signal may be gone."""
@@ -25,8 +26,11 @@ GREET_SECONDS: Final = 0.02
 class Feed:
     """One stream, as other sites send it."""
 
-    def __init__(self, stream: str, publisher: Publisher, held: HeldBatches, totals: KeptCounts) -> None:
+    def __init__(
+        self, stream: str, publisher: Publisher, held: HeldBatches, totals: KeptCounts, doubles: Doubles | None
+    ) -> None:
         self.stream = stream
+        self._doubles = doubles
         self.topic = datagrams_topic(stream)
         self.account: Counter[str] = Counter()
         self.owes_mark = False
@@ -37,16 +41,40 @@ class Feed:
         self._shares: ExporterShares | None = None
 
     @property
+    def published(self) -> int:
+        """Return our count of what was put on the bus."""
+        return self.account[PUBLISHED]
+
+    @property
     def wanted(self) -> bool:
         """Return whether anybody subscribes to it, or will again after a restart."""
         return self._publisher.wanted(self.topic) or self._held.wants(self.stream)
 
-    def publish(self, batch: DatagramBatch, had: int) -> bool:
-        """Put a batch on the bus but for its first `had` rows; False, with nothing done, while the bus takes no more.
+    @property
+    def tells_doubles(self) -> bool:
+        """Return whether its datagrams have numbers of their exporters."""
+        return self._doubles is not None
+
+    def without_doubles(self, site: str, batch: DatagramBatch) -> DatagramBatch:
+        """Return a batch of a site without what another one has sent already, which is counted."""
+        if self._doubles is None or (found := self._doubles.find(site, batch)) is None:
+            return batch
+        self.account[DOUBLE] += int(found.sum())
+        self.account[RECEIVED] += int(found.sum())
+        self.account[BYTES] += int(batch.lengths[found].sum())
+        return without(batch, found)
+
+    def note_own(self, batch: DatagramBatch) -> None:
+        """Note a batch of this site: what comes of it from elsewhere is a double."""
+        if self._doubles:
+            self._doubles.find(OWN, batch)
+
+    def publish(self, batch: DatagramBatch) -> bool:
+        """Put a batch on the bus; False, with nothing done, while the bus takes no more.
 
         While nobody wants the stream it is counted and dropped, as ingest does.
         """
-        rows, payload = batch.rows[had:], memoryview(batch.payload)[int(batch.offsets[had]) :]
+        rows, payload = batch.rows, batch.payload
         wanted = self.wanted
         if wanted:
             arrays = (rows.tobytes(), payload)
@@ -83,13 +111,25 @@ class Feed:
 class Feeds:
     """The streams that other sites send here, and those who subscribe to them."""
 
-    def __init__(self, streams: Iterable[str], publisher: Publisher, held: HeldBatches, totals: KeptTotals) -> None:
+    def __init__(
+        self,
+        protocols: Mapping[str, str | None],
+        publisher: Publisher,
+        held: HeldBatches,
+        totals: KeptTotals,
+        doubles_bytes: int,
+    ) -> None:
         self._publisher = publisher
         self._held = held
         self._totals = totals
         self.greet_at = 0.0
         """The time at which new subscriptions are to be looked for."""
-        self._by_stream = {stream: Feed(stream, publisher, held, totals.of(stream)) for stream in streams}
+        self._by_stream = {
+            stream: Feed(
+                stream, publisher, held, totals.of(stream), Doubles(protocol, doubles_bytes) if protocol else None
+            )
+            for stream, protocol in protocols.items()
+        }
         totals.keep()
 
     def __getitem__(self, stream: str) -> Feed:
@@ -97,6 +137,11 @@ class Feeds:
 
     def __contains__(self, stream: str) -> bool:
         return stream in self._by_stream
+
+    def note_own(self, batch: DatagramBatch) -> None:
+        """Note a batch of this site, of a stream that comes from other sites too."""
+        if feed := self._by_stream.get(batch.stream):
+            feed.note_own(batch)
 
     def note_published(self) -> None:
         """Note that batches were published: the signal of a new subscription may be gone."""

@@ -67,6 +67,8 @@ class JournalReading:
     def handle(self, message: Message) -> None:
         """Take what the journal says."""
         if isinstance(message.body, Status):
+            if not message.envelope.sender.startswith(JOURNAL):
+                return
             reached = reached_by_stream(message.body)
             for stream, journaled in self.streams.items():
                 journaled.confirm(message.envelope.boot, reached.get(stream, {}))

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from services.uplink.subjects import Origin
-from shared.bus.messages import Datagrams, Message, MessageError, Part, datagrams_topic, decode, encode
+from shared.bus.messages import Datagrams, Envelope, Message, MessageError, Part, datagrams_topic, decode, encode
 from shared.datagrams.batch import DatagramBatch
-from shared.datagrams.limits import MAX_PAYLOAD
+from shared.datagrams.limits import MAX_PAYLOAD, MAX_ROWS, ROW_SIZE
 
 MARK: Final = b"FWU1"
 """Begins each message; the digit is the version of this format."""
@@ -25,6 +25,8 @@ UNKNOWN: Final = -1
 FULL: Final = 450_000
 """Bytes of a message beyond which no further batch goes into it: with larger ones JetStream gains little."""
 MAX_BATCHES: Final = 4096
+JOIN_NS: Final = 5_000_000
+"""Batches that were received so soon after another join it, and have its time of receipt."""
 LARGEST_BATCH: Final = MAX_PAYLOAD + (1 << 16)
 """Bytes that one batch may take, its rows and numbers among them: what `max_payload` of a server has to allow."""
 
@@ -56,6 +58,46 @@ class Pack:
         return f"{self.boot:x}/{worker}/{stream}/{self.first}-{self.last}"
 
 
+class _Joined:
+    """Batches that follow each other, and become one: what one costs, here and there, is hardly by its datagrams."""
+
+    def __init__(self, envelope: Envelope, received_ns: int) -> None:
+        self.count = self.size = 0
+        self._envelope = envelope
+        self._received_ns = received_ns
+        self._rows: list[Part] = []
+        self._payloads: list[Part] = []
+
+    def takes(self, envelope: Envelope, batch: DatagramBatch) -> bool:
+        """Return whether a batch may go in: behind the last, received soon after the first, and where it fits."""
+        return (
+            envelope.total == self._envelope.total + self.count
+            and 0 <= batch.received_ns - self._received_ns <= JOIN_NS
+            and self.count + len(batch) <= MAX_ROWS
+            and self.size + len(batch.payload) <= MAX_PAYLOAD
+        )
+
+    def add(self, batch: DatagramBatch, payload: Part) -> None:
+        """Take a batch, whose payloads stand end to end."""
+        self._rows.append(batch.rows.tobytes())
+        self._payloads.append(payload)
+        self.count += len(batch)
+        self.size += len(payload)
+
+    def parts(self, origin: Origin) -> list[Part]:
+        """Return envelope, body, and in any number of pieces the rows and the payload."""
+        envelope, topic = self._envelope, datagrams_topic(origin.stream)
+        head = encode(
+            topic,
+            Datagrams(origin.stream, self._received_ns),
+            sender=envelope.sender,
+            boot=envelope.boot,
+            sequence=envelope.sequence,
+            total=envelope.total,
+        )
+        return [*head[1:], *self._rows, *self._payloads]
+
+
 class Packer:
     """Makes messages of the batches that one worker's start has published on a stream."""
 
@@ -71,33 +113,31 @@ class Packer:
         self._first = self._last = 0
         self._lengths: list[bytes] = []
         self._parts: list[Part] = []
+        self._joined: _Joined | None = None
 
     def add(self, message: Message, batch: DatagramBatch) -> None:
         """Let a batch into the message; its memory is copied now only where it is lent."""
         envelope, body = message.envelope, message.body
         assert isinstance(body, Datagrams)
-        payload = _without_gaps(batch) if batch.stride else batch.payload
-        if body.chunk is not None and not batch.stride:
-            payload = bytes(payload)
-        plain = DatagramBatch(body.stream, body.received_ns, batch.rows, payload)
-        parts = encode(
-            message.topic,
-            Datagrams(body.stream, body.received_ns),
-            sender=envelope.sender,
-            boot=envelope.boot,
-            sequence=envelope.sequence,
-            total=envelope.total,
-            batch=plain,
-        )[1:]
-        lengths = [len(part) for part in parts]
-        if not self._parts:
+        payload = batch.packed() if batch.stride or body.chunk is not None else batch.payload
+        if not self.datagrams:
             self._first = envelope.sequence
-        self._lengths.append(LENGTHS.pack(*lengths))
-        self._parts += parts
+        if self._joined is None or not self._joined.takes(envelope, batch):
+            self._end_batch()
+            self._joined = _Joined(envelope, body.received_ns)
+        self._joined.add(batch, payload)
         self._last, self._reached = envelope.sequence, envelope.total + len(batch)
         self._received_ns = body.received_ns
-        self.size += LENGTHS.size + sum(lengths)
+        self.size += ROW_SIZE * len(batch) + len(payload)
         self.datagrams += len(batch)
+
+    def _end_batch(self) -> None:
+        joined, self._joined = self._joined, None
+        if joined:
+            parts = joined.parts(self.origin)
+            self._lengths.append(LENGTHS.pack(len(parts[0]), len(parts[1]), ROW_SIZE * joined.count, joined.size))
+            self._parts += parts
+            self.size += LENGTHS.size + len(parts[0]) + len(parts[1])
 
     @property
     def full(self) -> bool:
@@ -106,6 +146,7 @@ class Packer:
 
     def close(self) -> Pack:
         """Return the message of the batches that wait here; begin another one."""
+        self._end_batch()
         head = HEAD.pack(MARK, len(self._lengths), self._after)
         payload = b"".join((head, *self._lengths, *self._parts))
         numbers = self._first, self._last, self.datagrams
@@ -114,11 +155,6 @@ class Packer:
         self._lengths, self._parts = [], []
         self.size = self.datagrams = 0
         return pack
-
-
-def _without_gaps(batch: DatagramBatch) -> bytes:
-    view, stride = memoryview(batch.payload), batch.stride
-    return b"".join([view[at * stride : at * stride + length] for at, length in enumerate(batch.length_list)])
 
 
 class Arrived(NamedTuple):

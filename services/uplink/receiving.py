@@ -1,6 +1,7 @@
 """Messages of other sites: pulled from JetStream by a durable consumer for each of them, and handed on in order."""
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
@@ -16,13 +17,18 @@ from services.uplink.packs import Arrived, read_pack
 from services.uplink.session import REQUEST_SECONDS, Session
 from services.uplink.subjects import kept_stream, parse_subject, stream_subjects
 from shared.bus.messages import MessageError
-from shared.ledger.counters import MESSAGES_UNREADABLE
+from shared.ledger.counters import LATE_MS, MESSAGES_UNREADABLE, WAITING_MESSAGES
 from shared.log import get_logger
 from shared.nats.connection import reason
 
 PULLED: Final = 256
-PULLED_BYTES: Final = 8 << 20
-"""Messages, and bytes, that are asked for at once: on a link of 80 ms these keep 100 MB/s going."""
+PULLED_BYTES: Final = (2 << 20, 8 << 20)
+"""Messages, and the least and the most bytes, that are asked for at once: the most keep 50 MB/s going over 80 ms.
+
+On a slow link it is what comes in `PULL_SECONDS`: a server closes the connection of who takes too long to read, and
+sends again what is not acknowledged in time. The least has room for the largest message.
+"""
+PULL_SECONDS: Final = 3.0
 EXPIRE_SECONDS: Final = 30
 HEARTBEAT_SECONDS: Final = 5
 """After two heartbeats that did not come, messages are asked for anew."""
@@ -51,6 +57,7 @@ class Receiver:
         account: Counter[str],
         deliver: Callable[[Session, Arrived], Awaitable[None]],
         resumed: Counter[str],
+        lag: Counter[str],
     ) -> None:
         self.site = site
         self.streams = streams
@@ -58,7 +65,8 @@ class Receiver:
         self._deliver = deliver
         self._resumed = resumed
         """Kept also over a kill: the place in the stream from which a consumer that is just being made anew begins."""
-        self._left = 0
+        self._lag = lag
+        self._left = self._came = 0
         self._heard_at = 0.0
         self._lost = False
         self._asked = 0
@@ -127,21 +135,26 @@ class Receiver:
     async def _pull(self, session: Session, inbox: str) -> None:
         """Ask for messages again and again; return when the consumer may be gone."""
         loop, name = asyncio.get_running_loop(), f"to-{session.uplink.site}"
-        request = {
-            "batch": PULLED,
-            "max_bytes": PULLED_BYTES,
-            "expires": EXPIRE_SECONDS * 10**9,
-            "idle_heartbeat": HEARTBEAT_SECONDS * 10**9,
-        }
+        size, most = PULLED_BYTES
         subject = f"$JS.API.CONSUMER.MSG.NEXT.{kept_stream(self.site)}.{name}"
         self._lost = False
         while not self._lost:
             self._left, self._heard_at = PULLED, loop.time()
             self._asked_anew.clear()
             self._asked += 1
+            self._came = 0
+            request = {
+                "batch": PULLED,
+                "max_bytes": size,
+                "expires": EXPIRE_SECONDS * 10**9,
+                "idle_heartbeat": HEARTBEAT_SECONDS * 10**9,
+            }
+            began = loop.time()
             await session.client.publish(subject, msgspec.json.encode(request), f"{inbox}.{self._asked}")
             while not self._asked_anew.is_set() and loop.time() < self._heard_at + 2 * HEARTBEAT_SECONDS:
                 await session.wait(self._asked_anew, HEARTBEAT_SECONDS)
+            rate = self._came / max(0.001, loop.time() - began)
+            size = max(PULLED_BYTES[0], min(most, int(PULL_SECONDS * rate)))
 
     async def _take(self, session: Session, message: Msg) -> None:
         self._heard_at = asyncio.get_running_loop().time()
@@ -156,6 +169,8 @@ class Receiver:
                 session.troubles.say(f"site {self.site}", f"JetStream hands on nothing of site {self.site}: {told}")
             self._asked_anew.set()
             return
+        self._lag[WAITING_MESSAGES] = message.metadata.num_pending
+        self._came += len(message.data)
         await self._read(session, message)
         self._heard_at = asyncio.get_running_loop().time()
         self._left -= 1
@@ -174,3 +189,6 @@ class Receiver:
             await session.acknowledge(message.reply, b"+TERM")
             return
         await self._deliver(session, arrived)
+        newest = arrived.batches[-1].batch
+        assert newest is not None
+        self._lag[LATE_MS] = max(0, time.time_ns() - newest.received_ns) // 1_000_000

@@ -50,7 +50,7 @@ _Key = tuple[str, int, str]
 
 
 class Sending:
-    """Packs batches; `offered` is called when a message waits to be sent."""
+    """Packs batches; `offered` is called when a message waits, `note_own` with each batch that comes."""
 
     def __init__(
         self,
@@ -61,6 +61,7 @@ class Sending:
         memory: Memory,
         troubles: Troubles,
         offered: Callable[[], None],
+        note_own: Callable[[DatagramBatch], None],
     ) -> None:
         self.accounts: dict[str, KeptCounts] = {}
         """By `sending/STREAM`."""
@@ -72,6 +73,7 @@ class Sending:
         self._memory = memory
         self._troubles = troubles
         self._offered = offered
+        self._note_own = note_own
         self._journal = journal
         self.outbox.on_settled = journal.note_settled
         self._packers: dict[_Key, Packer] = {}
@@ -116,6 +118,7 @@ class Sending:
         """Take what has come by the bus, read on in the journal, and let full messages go."""
         for taken in self._batches.read(TURN_MESSAGES):
             stream = taken.batch.stream
+            self._note_own(taken.batch)
             journaled = self._journal.streams.get(stream)
             if journaled is None:
                 self.outbox.take(stream, len(taken.batch))

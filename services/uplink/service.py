@@ -15,12 +15,14 @@ from services.uplink.cursors import CURSOR_COUNTERS
 from services.uplink.delivery import Delivery
 from services.uplink.feeds import Feeds
 from services.uplink.journal_reading import JournalReading
+from services.uplink.readers import Readers
 from services.uplink.receiving import NEXT, Receiver
 from services.uplink.sending import Sending
 from services.uplink.session import Session, SessionError
 from shared.bus.connection import BusConnection
 from shared.bus.kept_counts import KeptFile
 from shared.bus.loans.borrower import Borrower
+from shared.bus.messages import Message, Status, status_topic
 from shared.bus.publishing.held_batches import HeldBatches
 from shared.bus.publishing.kept_totals import KeptTotals
 from shared.bus.zmq_sockets import check_directory
@@ -34,11 +36,17 @@ from shared.process.memory import Memory
 from shared.process.reload import Reload
 from shared.settings.model import Settings
 
+READERS: Final = ("forwarder.", "transmitter.", "journal.")
+READERS_SECONDS: Final = 5.0
+"""Time for which their reports are read after they were asked."""
 RESUMED: Final = "resumed/"
+RECEIVING: Final = "receiving/"
 FILL_SECONDS: Final = 0.02
 """Time for which the bus is left alone while a message fills: its queue holds what comes in many times that."""
 WINDOW_SHARE: Final = 8
 """One part in this many of the memory ceiling is for live batches of journaled streams whose turn comes later."""
+DOUBLES_SHARE: Final = 32
+"""Likewise for the numbers of flow exporters' last datagrams."""
 RECONNECT_SECONDS: Final = (0.1, 5.0)
 """Time between two attempts to connect, from the first to the longest."""
 QUIET_SECONDS: Final = 0.25
@@ -61,7 +69,7 @@ class Service:
         self._troubles = Troubles()
         self._session: Session | None = None
         self._woken: asyncio.Future[None] | None = None
-        self._upkeep_at = 0.0
+        self._upkeep_at = self._asked_at = 0.0
 
     def __enter__(self) -> Self:
         bus, streams = self._settings.bus, tuple(stream.name for stream in self._settings.streams)
@@ -79,23 +87,51 @@ class Service:
         self._ended = self._totals.open(bus.path / f"accounts.{self.name}", self._publisher.boot)
         received = self._uplink.received(streams)
         self._held = HeldBatches(self._publisher, self._bus.mark)
-        into = dict.fromkeys(stream for streams in received.values() for stream in streams)
-        self._feeds = Feeds(into, self._publisher, self._held, self._totals)
+        into = {stream for streams in received.values() for stream in streams}
+        protocols = {each.name: each.protocol for each in self._settings.streams if each.name in into}
+        doubles = self._uplink.memory // DOUBLES_SHARE // max(1, len(into))
+        self._feeds = Feeds(protocols, self._publisher, self._held, self._totals, doubles)
         window = self._uplink.memory // WINDOW_SHARE
-        journal = JournalReading(self._publisher, self._subscriber, self._kept.new_counts, window)
-        self._batches = BusBatches(self.name, self._subscriber, bus.path, self._kept, journal.handle)
+        self._readers = Readers(self.name, self._publisher.boot)
+        self._journal = journal = JournalReading(self._publisher, self._subscriber, self._kept.new_counts, window)
+        self._batches = BusBatches(self.name, self._subscriber, bus.path, self._kept, self._note_other)
         parts = self._batches, journal, self._kept, self._memory, self._troubles
-        self._sending = Sending(self._uplink, *parts, self._offered)
-        self._delivery = Delivery(self._feeds, self._kept, left.tables)
+        self._sending = Sending(self._uplink, *parts, self._offered, self._feeds.note_own)
+        self._delivery = Delivery(
+            self._feeds, self._kept, left.tables, self._readers, self._ask_readers, self._sending.turn
+        )
         self._resumed = {f"{RESUMED}{site}": self._kept.new_counts() for site in received}
         for name, counts in self._resumed.items():
             counts.update(left.tables.get(name, {}))
+        self._lags: dict[str, Counter[str]] = {f"{RECEIVING}{site}": Counter() for site in received}
         self._receivers = [
-            Receiver(site, names, self._account, self._delivery.deliver, self._resumed[f"{RESUMED}{site}"])
-            for site, names in received.items()
+            Receiver(site, names, self._account, self._delivery.deliver, resumed, lag)
+            for (site, names), resumed, lag in zip(
+                received.items(), self._resumed.values(), self._lags.values(), strict=True
+            )
         ]
         self._sending.begin(self._uplink.sent(streams), self._settings.journaled, left.tables)
         return self
+
+    def _note_other(self, message: Message) -> None:
+        """Take a message that is none of a worker's: of the journal, or of a reader of the bus."""
+        if isinstance(message.body, Status):
+            self._readers.note_report(message.envelope.sender, message.body)
+        self._journal.handle(message)
+
+    def _ask_readers(self) -> None:
+        """Let readers of the bus say how far they are: a new subscription to their status makes them report."""
+        self._forget_readers(0.0)
+        self._asked_at = time.monotonic()
+        for reader in READERS:
+            self._subscriber.subscribe(status_topic(reader)[:-1])
+
+    def _forget_readers(self, seconds: float) -> None:
+        """Listen to them no more, if they were not asked for so long."""
+        if self._asked_at and time.monotonic() >= self._asked_at + seconds:
+            self._asked_at = 0.0
+            for reader in READERS:
+                self._subscriber.unsubscribe(status_topic(reader)[:-1])
 
     def _offered(self) -> None:
         if self._session is not None:
@@ -186,6 +222,7 @@ class Service:
         if now >= self._upkeep_at:
             self._memory.measure()
             self._feeds.keep_up()
+            self._forget_readers(READERS_SECONDS)
             self._sending.keep_up()
             self._account[FILES_RESTORED] += self._kept.renew()
             self._report()
@@ -231,6 +268,7 @@ class Service:
             **self._feeds.accounts(),
             **self._sending.report(),
             **self._delivery.report(),
+            **{name: dict(lag) for name, lag in self._lags.items()},
         }
 
     async def _drain(self) -> None:

@@ -188,6 +188,12 @@ ACKNOWLEDGED: Final = "acknowledged"
 REPEATED: Final = "repeated"
 """Datagrams that came again, and were dropped: they are none of `taken`."""
 
+# uplink, account `receiving/SITE`: how far this host is behind another site
+WAITING_MESSAGES: Final = "waiting_messages"
+"""Messages of the site that were still in JetStream when the last one came: a gauge."""
+LATE_MS: Final = "late_ms"
+"""Milliseconds from receipt of the last datagrams at the site, by its clock, until they were on this bus: a gauge."""
+
 # uplink, account `uplink`
 CONNECTED: Final = "connected"
 """1 while there is a connection to a NATS server: a gauge."""
@@ -204,6 +210,10 @@ MESSAGES_UNREADABLE: Final = "messages_unreadable"
 DROPPED: Final = "dropped_"
 NO_SUBSCRIBER: Final = DROPPED + "no_subscriber"
 """No service subscribes to the stream (ingest). A collector that wants it has them as `UNSERVED`."""
+DOUBLE: Final = DROPPED + "double"
+"""An exporter feeds two sites, and the other one's has come already (uplink)."""
+NO_LOSS: Final = (NO_SUBSCRIBER, DOUBLE)
+"""Causes under which nobody lacks anything."""
 BUS_FULL: Final = DROPPED + "bus_full"
 """The bus took no more: its queue was at the high-water mark (ingest)."""
 NO_MEMORY: Final = DROPPED + "memory"

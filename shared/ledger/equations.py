@@ -17,7 +17,7 @@ from shared.ledger.counters import (
     KERNEL_DROPPED,
     LEFT_BEHIND,
     MISSED,
-    NO_SUBSCRIBER,
+    NO_LOSS,
     OFFERED,
     PUBLISHED,
     REACHED,
@@ -49,7 +49,7 @@ def dropped(account: Mapping[str, int]) -> int:
 def lost(account: Mapping[str, int]) -> int:
     """Return how many copies of a collector, or datagrams of a stream, are known to have reached nobody.
 
-    Datagrams of a stream that nobody wants are not lost: nobody was to get them.
+    Datagrams of a stream that nobody wants are not lost: nobody was to get them. Nor are doubles.
     """
     return sum(count for name, count in account.items() if is_loss(name))
 
@@ -58,7 +58,7 @@ def lost(account: Mapping[str, int]) -> int:
 def is_loss(counter: str) -> bool:
     """Return whether a counter of a stream or a collector counts datagrams that are lost, each in one such counter."""
     return counter in (MISSED, WITHHELD, KERNEL_DROPPED, REFUSALS, UNREACHABLES) or (
-        counter.startswith(DROPPED) and counter != NO_SUBSCRIBER
+        counter.startswith(DROPPED) and counter not in NO_LOSS
     )
 
 

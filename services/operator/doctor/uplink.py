@@ -4,14 +4,25 @@ from collections.abc import Iterator, Mapping
 from typing import Final
 
 from shared.ledger.accounts import Accounts
-from shared.ledger.counters import CONNECTED, HELD, SERVER_FAULTS
+from shared.ledger.counters import CONNECTED, HELD, LATE_MS, SERVER_FAULTS, WAITING_MESSAGES
 from shared.ledger.equations import dropped
 from shared.losses import causes
 from shared.monitoring.finding import Finding, error, ok, warning
 from shared.settings.model import Settings
 
 NAME: Final = "uplink"
+SLOW: Final = "see whether it falls; else the link is too slow, or the senders of copies here are"
+LATE_SECONDS: Final = 10.0
 LOG: Final = "see the uplink's log: it says what is wrong, and where"
+
+
+def _lag(site: str, account: Mapping[str, int]) -> Finding:
+    """Return how far this host is behind another site."""
+    late, waiting = account.get(LATE_MS, 0) / 1000, account.get(WAITING_MESSAGES, 0)
+    told = f"site {site}: the last datagrams came {late:.1f} s late, and {waiting} messages waited in JetStream"
+    if waiting and late > LATE_SECONDS:
+        return warning(NAME, told, SLOW, site)
+    return ok(NAME, told)
 
 
 def check_uplink(accounts: Mapping[str, Accounts], settings: Settings) -> Iterator[Finding]:
@@ -35,6 +46,8 @@ def check_uplink(accounts: Mapping[str, Accounts], settings: Settings) -> Iterat
     else:
         yield ok(NAME, f"connected to a NATS server; {waiting} datagrams wait for it")
     for name, account in sorted(kept.items()):
+        if name.startswith("receiving/"):
+            yield _lag(name.partition("/")[2], account)
         if name.startswith("sending/") and (lost := dropped(account)):
             told = ", ".join(f"{count} {cause}" for cause, count in causes(account).items())
             yield warning(NAME, f"{lost} datagrams did not get to JetStream: {told}", LOG, name.partition("/")[2])

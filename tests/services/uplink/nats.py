@@ -1,4 +1,4 @@
-"""A real NATS server with JetStream, on loopback of the run's own namespace."""
+"""Real NATS servers with JetStream, on loopback of the run's own namespace: one, or a cluster."""
 
 import shutil
 import signal
@@ -45,6 +45,11 @@ class NatsServer:
         return f"{self.scheme}://{self.host}:{self.port}"
 
     @property
+    def addresses(self) -> list[str]:
+        """Likewise, as a list."""
+        return [self.address]
+
+    @property
     def log(self) -> Path:
         """Its log."""
         return self.directory / "nats.log"
@@ -87,3 +92,43 @@ class NatsServer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+
+class NatsCluster:
+    """Servers that keep copies of each other's streams; each may be stopped and started alone."""
+
+    def __init__(self, directory: Path, count: int = 3) -> None:
+        ports = [free_port() for _ in range(count)]
+        routes = ", ".join(f'"nats://127.0.0.1:{port}"' for port in ports)
+        self.servers = []
+        for number, port in enumerate(ports):
+            own = directory / f"nats{number}"
+            own.mkdir()
+            cluster = "" if count == 1 else f'cluster {{ name: c, listen: "127.0.0.1:{port}", routes: [{routes}] }}'
+            self.servers.append(NatsServer(own, f'server_name: "n{number}"\n{cluster}\n'))
+
+    @property
+    def addresses(self) -> list[str]:
+        """The addresses for `[uplink] servers`."""
+        return [server.address for server in self.servers]
+
+    def _has_leader(self) -> bool:
+        return any("cluster new metadata leader" in server.log.read_text() for server in self.servers)
+
+    @property
+    def pids(self) -> list[int]:
+        """The processes that run."""
+        return [server.process.pid for server in self.servers if server.process]
+
+    def __enter__(self) -> Self:
+        for server in self.servers:
+            server.start()
+        if len(self.servers) > 1:
+            wait_until(self._has_leader, "the cluster has a leader")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for server in self.servers:
+            server.stop()

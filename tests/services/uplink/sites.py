@@ -1,30 +1,39 @@
 """Sites for tests: whole stacks on bus directories of their own, which meet at a NATS server."""
 
+import json
 import socket
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Final
 
-from tests.services.uplink.nats import NatsServer, free_port
-from tests.stack import Running, Stack, sign_up, wait_until
+from tests.openly import OpenStack
+from tests.services.uplink.nats import NatsCluster, NatsServer, free_port
+from tests.stack import Running, sign_up, wait_until
 from tests.traffic import open_receiver
 
 KEPT: Final = 1 << 30
 """Bytes of a stream: JetStream reserves them, and a small disk has fewer than the default."""
 
 
-class Site(Stack):
+class Site(OpenStack):
     """A stack with an uplink; its streams have a listener where it is their home."""
 
     def __init__(
-        self, directory: Path, name: str, server: NatsServer, streams: str, uplink: str = "", more: str = ""
+        self,
+        directory: Path,
+        name: str,
+        server: NatsServer | NatsCluster,
+        streams: str,
+        uplink: str = "",
+        more: str = "",
     ) -> None:
         directory.mkdir()
         self.name = name
         self.gateway = free_port()
         self.settings = (
             f'[gateway]\nlisten = ["tcp://127.0.0.1:{self.gateway}"]\nserve_seconds = 10\n'
-            f'[uplink]\nservers = ["{server.address}"]\nsite = "{name}"\nkeep_bytes = {KEPT}\n'
+            'destinations = ["10.0.0.0/8"]\n'
+            f'[uplink]\nservers = {json.dumps(server.addresses)}\nsite = "{name}"\nkeep_bytes = {KEPT}\n'
             f"{uplink}\n{more}\n{streams}"
         )
         super().__init__(directory, self.settings)

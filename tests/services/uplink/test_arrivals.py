@@ -99,9 +99,9 @@ def test_an_earlier_message_is_waited_for_and_then_missed() -> None:
     flat(handle(found, found.order(arrived(UNKNOWN, (0, 10)))))
     assert found.order(arrived(20, (20, 5))) == []
     assert found.order(arrived(25, (25, 5))) == []
-    assert found.overdue() == []
+    assert found.overdue("bonn") == []
     clock.now = HOLD_SECONDS
-    assert flat(handle(found, found.overdue())) == list(range(20, 30))
+    assert flat(handle(found, found.overdue("bonn"))) == list(range(20, 30))
     assert not found.holding
     assert flat(handle(found, found.order(arrived(10, (10, 10))))) == []  # too late: it would be out of order
     assert found.positions[KEY].account()["missed"] == 10

@@ -20,6 +20,7 @@ from shared.process.lifecycle import CANT_CREATE, OperatorError
 from shared.settings.model import Settings
 from shared.settings.uplink import Uplink
 from tests.builders import BusEnds, accounts_when, take_datagrams
+from tests.services.ingest.flows.exported import netflow_v9
 from tests.services.uplink.nats import NatsServer, free_port
 from tests.services.uplink.sites import Site, away, exporter, flows, home, receive
 from tests.stack import CHECKOUT, Stack, wait_until
@@ -35,14 +36,13 @@ class Pair:
         self.ports = {"bonn": free_port(), "berlin": free_port()}
         only = free_port()
         settings = {
-            "bonn": ('send = ["*"]\nreceive = ["berlin/flows"]', home("only.v9", only)),
-            "berlin": ('send = ["flows"]\nreceive = ["bonn/*"]', away("only.v9")),
+            "bonn": ('send = ["*"]\nreceive = ["berlin/flows", "berlin/dual"]', home("only.v9", only)),
+            "berlin": ('send = ["flows", "dual"]\nreceive = ["bonn/*"]', away("only.v9")),
         }
         self.only = only
+        self.dual = {name: free_port() for name in settings}
         self.sites = {
-            name: stack.enter_context(
-                Site(directory / name, name, self.server, home("flows", self.ports[name]) + stream, uplink)
-            )
+            name: stack.enter_context(Site(directory / name, name, self.server, self._streams(name) + stream, uplink))
             for name, (uplink, stream) in settings.items()
         }
         for site in self.sites.values():
@@ -54,6 +54,9 @@ class Pair:
         self.collectors = {
             name: stack.enter_context(closing(site.sign_up("flows", next(ports)))) for name, site in self.sites.items()
         }
+
+    def _streams(self, name: str) -> str:
+        return home("flows", self.ports[name]) + home("dual", self.dual[name]) + 'protocol = "netflow"\n'
 
     def send(self, site: str, *payloads: bytes, source: str = "127.0.0.7") -> tuple[str, int]:
         """Send datagrams to a site's `flows`; return where from."""
@@ -147,6 +150,25 @@ def test_a_stream_that_has_no_listener_here(pair: Pair) -> None:
     with closing(pair.berlin.sign_up("only.v9", 9524)) as collector, closing(exporter("127.0.0.7")) as sock:
         sock.sendto(b"far away", ("127.0.0.1", pair.only))
         assert receive(collector, 1) == [b"far away"]
+
+
+def test_an_exporter_that_feeds_two_sites_is_one_exporter(pair: Pair) -> None:
+    """Datagrams that an exporter sends to both sites come once at each, by its numbers; what one lacks comes too."""
+    payloads = [netflow_v9(number, uptime=number * 10) for number in range(100)]
+    with closing(pair.berlin.sign_up("dual", 9525)) as collector, closing(exporter("127.0.0.9")) as sock:
+        for payload in payloads[:90]:
+            sock.sendto(payload, ("127.0.0.1", pair.dual["berlin"]))
+        pair.accounts("berlin", lambda accounts: accounts["sending/dual"]["taken"] == 90)
+        for payload in payloads:
+            sock.sendto(payload, ("127.0.0.1", pair.dual["bonn"]))
+        assert sorted(receive(collector, 100)) == sorted(payloads)
+        found = pair.accounts("berlin", lambda accounts: accounts["stream/dual"]["received"] >= 100)
+        assert found["stream/dual"]["dropped_double"] == 90
+        collector.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            collector.recv(100)
+    code, text, _ = pair.berlin.run("ledger")
+    assert (code, text.splitlines()[-1]) == (0, "balanced"), text
 
 
 def test_a_killed_server_costs_nothing(pair: Pair, collectors: dict[str, socket.socket]) -> None:

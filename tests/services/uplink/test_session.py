@@ -55,7 +55,7 @@ class Tried:
 
     def receive_from(self, site: str) -> None:
         """Receive `flows` of a site from now on."""
-        self.receivers = [Receiver(site, ["flows"], self.account, self._deliver, Counter())]
+        self.receivers = [Receiver(site, ["flows"], self.account, self._deliver, Counter(), Counter())]
 
     async def _deliver(self, session: Session, arrived: Arrived) -> None:
         for message in arrived.batches:

@@ -69,3 +69,17 @@ def test_the_shared_registry_is_looked_at() -> None:
         assert found[-1].why.startswith(said)
         assert found[-1].cure == cures[levels[-1]]
         assert next(check_uplink(accounts, ON)).why.startswith("connected")
+
+
+def test_how_late_other_sites_come_is_told() -> None:
+    """A site whose datagrams come late while more of them wait is a warning; late alone, as after an outage, is not."""
+    for waiting, late, level in ((5, 12_500, "warning"), (0, 12_500, "ok"), (5, 900, "ok")):
+        found = uplink({"connected": 1})
+        found["uplink.1"]["receiving/bonn"] = {"waiting_messages": waiting, "late_ms": late}
+        (_, finding) = check_uplink(found, ON)
+        assert finding.level == level
+        assert finding.why == (
+            f"site bonn: the last datagrams came {late / 1000:.1f} s late, and {waiting} messages waited in JetStream"
+        )
+        slow = "see whether it falls; else the link is too slow, or the senders of copies here are"
+        assert finding.cure == (slow if level == "warning" else "")
