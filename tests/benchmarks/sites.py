@@ -2,11 +2,13 @@
 
 `python -m tests.benchmarks.sites` runs two stacks and one NATS server in a network namespace of its own, at steady
 rates of 220 bytes. CPU is from /proc/PID/schedstat of each process, lateness from the send call to the receive call of
-a collector of the other site. `--drain N` also measures how fast N datagrams that wait in JetStream are taken.
+a collector of the other site. `--servers 3` runs three servers, and JetStream keeps three copies. `--drain N` also
+measures how fast N datagrams get from relay to relay that have waited for the servers.
 """
 
 import argparse
 import itertools
+import os
 import signal
 import socket
 import statistics
@@ -18,14 +20,17 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Final
 
+from tests.benchmarks.site_model import predict
 from tests.builders import BusEnds, accounts_when
 from tests.lab import enter_lab
-from tests.services.uplink.nats import NatsServer, free_port
+from tests.services.uplink.nats import NatsCluster, free_port
 from tests.services.uplink.sites import Site, away, exporter, flows, home
 from tests.stack import CHECKOUT, wait_until
 
 UDP_SEGMENT: Final = 103
 """Socket option by which the kernel cuts one buffer into datagrams (udp(7))."""
+MEMORY: Final = 3 << 30
+"""Ceiling of an uplink: what waits in it at the end is to find room."""
 SIZE: Final = 220
 EXPORTERS: Final = 16
 RATES: Final = (100, 1000, 10_000, 30_000, 60_000)
@@ -71,21 +76,22 @@ def receive(sock: socket.socket, sender: "subprocess.Popen[bytes]") -> list[floa
         late.append((time.monotonic_ns() - int.from_bytes(buffer[:8], "little")) / 1e6)
 
 
-def measure(a: Site, b: Site, server: NatsServer, port: int, collector: socket.socket, rate: int) -> None:
+def measure(a: Site, b: Site, servers: NatsCluster, port: int, collector: socket.socket, rate: int) -> None:
     """Print one row."""
-    assert server.process is not None
-    pids = {"out": a.uplink.process.pid, "in": b.uplink.process.pid, "server": server.process.pid}
-    before = {name: cpu_seconds(pid) for name, pid in pids.items()}
+    pids = {"out": [a.uplink.process.pid], "in": [b.uplink.process.pid], "server": servers.pids}
+    before = {name: sum(map(cpu_seconds, some)) for name, some in pids.items()}
     command = [sys.executable, "-m", "tests.benchmarks.sites", "--send", f"{port},{rate},{SECONDS}"]
     with subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.PIPE) as sender:
         late = receive(collector, sender)
         assert sender.stdout is not None
         sent = int(sender.stdout.read())
-    cost = {name: (cpu_seconds(pid) - before[name]) / len(late) * 1e6 for name, pid in pids.items()}
+    cost = {name: (sum(map(cpu_seconds, some)) - before[name]) / len(late) * 1e6 for name, some in pids.items()}
+    out, into, model = predict(len(servers.servers), rate)
     p50, p99 = statistics.median(late), statistics.quantiles(late, n=100)[98]
     lost = sent - len(late)
     print(
-        f"| {rate:,} | {cost['out']:.2f} | {cost['in']:.2f} | {cost['server']:.2f} | {p50:.1f}, {p99:.1f} | {lost} |",
+        f"| {rate:,} | {cost['out']:.2f}, {out:.2f} | {cost['in']:.2f}, {into:.2f} "
+        f"| {cost['server']:.2f}, {model:.2f} | {p50:.1f}, {p99:.1f} | {lost} |",
         flush=True,
     )
 
@@ -96,25 +102,38 @@ def cpu_seconds(pid: int) -> float:
     return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
 
 
-def drain(b: Site, port: int, count: int) -> None:
-    """Print what a datagram costs an uplink that takes those that have waited in JetStream, at full speed."""
+def received(b: Site) -> int:
+    """Return the datagrams of other sites that a site's uplink has put on its bus."""
     with BusEnds(b.bus) as bus:
+        found = accounts_when(bus, "uplink.1", lambda accounts: "stream/flows" in accounts)
+    return found["stream/flows"]["received"]
 
-        def received() -> int:
-            return accounts_when(bus, "uplink.1", lambda accounts: "stream/flows" in accounts)["stream/flows"][
-                "received"
-            ]
 
-        had = received()
-        b.uplink.process.send_signal(signal.SIGSTOP)
-        command = [sys.executable, "-m", "tests.benchmarks.sites", "--send", f"{port},40000,{count / 40_000}"]
-        sent = int(subprocess.run(command, cwd=CHECKOUT, stdout=subprocess.PIPE, check=True).stdout)
-        time.sleep(1)
-        before = cpu_seconds(b.uplink.process.pid)
-        b.uplink.process.send_signal(signal.SIGCONT)
-        wait_until(lambda: received() == had + sent, "all has come")
-    cost = (cpu_seconds(b.uplink.process.pid) - before) / sent * 1e6
-    print(f"{sent:,} had waited in JetStream: {cost:.2f} µs CPU each")
+def pass_on(a: Site, b: Site, servers: NatsCluster, port: int, count: int) -> float:
+    """Print how fast datagrams get from relay to relay that have waited for the servers; return how many a second.
+
+    The servers stand still while they are sent, and both uplinks, so that nothing else needs the cores afterwards.
+    """
+    had, pids = received(b), {"out": [a.uplink.process.pid], "in": [b.uplink.process.pid], "servers": servers.pids}
+    for pid in (*servers.pids, b.uplink.process.pid):
+        os.kill(pid, signal.SIGSTOP)
+    command = [sys.executable, "-m", "tests.benchmarks.sites", "--send", f"{port},60000,{count / 60_000}"]
+    sent = int(subprocess.run(command, cwd=CHECKOUT, stdout=subprocess.PIPE, check=True).stdout)
+    with BusEnds(a.bus) as bus:
+        accounts_when(bus, "uplink.1", lambda accounts: accounts["sending/flows"]["held"] >= sent)
+    before, began = {name: sum(map(cpu_seconds, some)) for name, some in pids.items()}, time.monotonic()
+    for pid in (*servers.pids, b.uplink.process.pid):
+        os.kill(pid, signal.SIGCONT)
+    with BusEnds(b.bus) as bus:
+        accounts_when(bus, "uplink.1", lambda accounts: accounts["stream/flows"]["received"] >= had + sent)
+    took = time.monotonic() - began
+    cost = {name: (sum(map(cpu_seconds, some)) - before[name]) / sent * 1e6 for name, some in pids.items()}
+    found = predict(len(servers.servers), 500_000, waited=True)
+    told = ", ".join(
+        f"{name} {each:.2f} ({model:.2f})" for (name, each), model in zip(cost.items(), found, strict=True)
+    )
+    print(f"{sent:,} had waited: {sent / took:,.0f} a second from relay to relay; µs CPU each: {told}", flush=True)
+    return sent / took
 
 
 def main() -> None:
@@ -123,6 +142,7 @@ def main() -> None:
     parser.add_argument("--send", help=argparse.SUPPRESS)
     parser.add_argument("--drain", type=int, default=0, metavar="N")
     parser.add_argument("--rates", type=int, nargs="+", default=RATES)
+    parser.add_argument("--servers", type=int, default=1, choices=(1, 2, 3))
     parser.add_argument("--settings", default="", help="more lines of [uplink]")
     arguments = parser.parse_args()
     if arguments.send:
@@ -132,25 +152,24 @@ def main() -> None:
     assert not enter_lab()
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        server = stack.enter_context(NatsServer(directory))
+        server = stack.enter_context(NatsCluster(directory, arguments.servers))
+        more = f"replicas = {arguments.servers}\nmemory = {MEMORY}\n{arguments.settings}"
         port = free_port()
-        a = stack.enter_context(
-            Site(directory / "a", "a", server, home("flows", port), f'send = ["flows"]\n{arguments.settings}')
-        )
-        b = stack.enter_context(
-            Site(directory / "b", "b", server, away("flows"), f'receive = ["a/flows"]\n{arguments.settings}')
-        )
+        a = stack.enter_context(Site(directory / "a", "a", server, home("flows", port), f'send = ["flows"]\n{more}'))
+        b = stack.enter_context(Site(directory / "b", "b", server, away("flows"), f'receive = ["a/flows"]\n{more}'))
         a.begin("broker", "gateway", "ingest", "uplink")
         wait_until(lambda: "made the stream" in a.uplink.text, "there is a stream")
         b.begin()
         flows(b)
         collector = stack.enter_context(closing(b.sign_up("flows", 9514)))
-        print("| datagrams/s | out: µs CPU | in: µs CPU | server: µs CPU | late: p50, p99 ms | lost |")
+        print("µs CPU a datagram: measured, and as tests.benchmarks.site_model predicts it")
+        print("| datagrams/s | out | in | servers | late: p50, p99 ms | lost |")
         print("| --- | --- | --- | --- | --- | --- |")
         for rate in arguments.rates:
             measure(a, b, server, port, collector, rate)
+
         if arguments.drain:
-            drain(b, port, arguments.drain)
+            pass_on(a, b, server, port, arguments.drain)
 
 
 if __name__ == "__main__":
