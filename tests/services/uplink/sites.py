@@ -26,12 +26,13 @@ class Site(OpenStack):
         streams: str,
         uplink: str = "",
         more: str = "",
+        bus: str = "",
     ) -> None:
         directory.mkdir()
         self.name = name
         self.gateway = free_port()
         self.settings = (
-            f'[gateway]\nlisten = ["tcp://127.0.0.1:{self.gateway}"]\nserve_seconds = 10\n'
+            f'{bus}\n[gateway]\nlisten = ["tcp://127.0.0.1:{self.gateway}"]\nserve_seconds = 10\n'
             'destinations = ["10.0.0.0/8"]\n'
             f'[uplink]\nservers = {json.dumps(server.addresses)}\nsite = "{name}"\nkeep_bytes = {KEPT}\n'
             f"{uplink}\n{more}\n{streams}"

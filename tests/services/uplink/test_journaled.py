@@ -83,10 +83,11 @@ class Away:
 def between(tmp_path: Path) -> Iterator[Away]:
     """Two sites, one of them with a journal, and a server."""
     port = free_port()
-    journal = f'[journal]\ndirectory = "{tmp_path}/journal"\nbytes = 8589934592\n'
+    journal = f'[journal]\ndirectory = "{tmp_path}/journal"\nbytes = 8589934592\nmemory = 17179869184\n'
+    patient = "high_water_mark = 2048"  # for a journal that a busy machine holds up
     with (
         NatsServer(tmp_path) as server,
-        Site(tmp_path / "a", "a", server, kept("flows", port), MEMORY, journal) as a,
+        Site(tmp_path / "a", "a", server, kept("flows", port), MEMORY, journal, patient) as a,
         Site(tmp_path / "b", "b", server, away("flows"), 'receive = ["a/flows"]') as b,
         closing(Exporters(port)) as exporters,
     ):
