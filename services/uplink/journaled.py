@@ -7,7 +7,7 @@ while, and the journal is read from the place that was reached. Once that and th
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Final, NamedTuple
 
@@ -15,6 +15,7 @@ from services.uplink.batches import Taken
 from services.uplink.cursors import Cursors
 from shared.bus.continuity import Position
 from shared.bus.kept_counts import KeptCounts
+from shared.client import Place
 from shared.datagrams.limits import MAX_ROWS
 from shared.fanout.past.journal_questions import Pursued
 from shared.fanout.past.pursuit import Pursuit, PursuitState, Step
@@ -30,7 +31,7 @@ log = get_logger()
 
 
 class Owed(NamedTuple):
-    """Datagrams that are newly to be sent, and how many of them nobody has."""
+    """Datagrams that are newly to be sent, and beside them those that nobody has."""
 
     datagrams: int
     lost: int
@@ -70,7 +71,7 @@ class JournaledStream:
             self.cursors.begin(worker, each.reached, alive_ns)
             self._before[worker] = each.baseline, each.reached
         if self.cursors:
-            self.defer(max(1, alive_ns - LATE_NS))
+            self.defer(max(0, alive_ns - LATE_NS))
         else:
             self._joining_until = self._clock() + JOINING_SECONDS
         return sum(self.cursors.owed(worker, each.reached) for worker, each in positions.items())
@@ -85,15 +86,12 @@ class JournaledStream:
         if worker in self.cursors:
             return self.pursued is None and taken.missed > 0
         known = start if self._clock() < self._joining_until else 0
-        place = self.cursors.begin(worker, known, taken.batch.received_ns)
-        if self.pursued:
-            position = self._positions()[worker]
-            self.pursued.pursuit.begin([place], {worker: position}, {worker: position.baseline})
+        self.cursors.begin(worker, known, taken.batch.received_ns)
         return self.pursued is None and start > known
 
     def defer(self, since_ns: int = 0) -> None:
         """Read the journal from what was passed on; of workers that are not known, what came since a time."""
-        places, positions = list(self.cursors.places()), self._positions()
+        places, positions = self._places(), self._positions()
         waiting = {worker: each.baseline for worker, each in positions.items()}
         for place in places:
             worker = place.worker, place.boot
@@ -101,6 +99,18 @@ class JournaledStream:
         pursuit = Pursuit(self.stream, since_ns or time.time_ns() - LATE_NS, Counter(), self._clock)
         pursuit.begin(places, positions, waiting)
         self.pursued = Pursued("other sites", 0, pursuit)
+
+    def _places(self) -> list[Place]:
+        """Return the places from which to read, of a worker's starts in the order that a reader of the journal needs.
+
+        It reads a worker from its last place on, and from there all later starts: that is the oldest that is not done.
+        """
+        done: list[Place] = []
+        going_on: list[Place] = []
+        for place in self.cursors.places():
+            position = self._positions().get((place.worker, place.boot))
+            (going_on if position and place.total < position.reached else done).append(place)
+        return done + going_on[::-1]
 
     def keep(self, taken: Taken) -> None:
         """Keep a batch of the bus for later."""
@@ -121,7 +131,7 @@ class JournaledStream:
             self._before[worker] = each.baseline, each.reached
             ahead = self.pursued.pursuit.passed_before(worker, reached, each.reached) if self.pursued else 0
             nobody_has = max(0, min(baseline, self.cursors.begun(worker)) - each.baseline)
-            datagrams += each.reached - reached - ahead + nobody_has
+            datagrams += each.reached - reached - ahead
             lost += nobody_has
         return Owed(datagrams, lost)
 
@@ -150,12 +160,3 @@ class JournaledStream:
         self.cursors.begin(step.numbered.worker, start - step.missing, step.numbered.batch.received_ns)
         pursuit.advance(step)
         return step
-
-    def behind(self) -> int:
-        """Return how many datagrams are still to be read from the journal, as far as is known."""
-        return self.pursued.pursuit.behind(self._positions()) if self.pursued else 0
-
-
-def pursued_of(streams: Iterable[JournaledStream]) -> list[Pursued]:
-    """Return the ways through the journal that there are now."""
-    return [each.pursued for each in streams if each.pursued]

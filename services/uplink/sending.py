@@ -119,6 +119,7 @@ class Sending:
         for taken in self._batches.read(TURN_MESSAGES):
             stream = taken.batch.stream
             self._note_own(taken.batch)
+            self._close_earlier(taken.message.envelope, stream)
             journaled = self._journal.streams.get(stream)
             if journaled is None:
                 self.outbox.take(stream, len(taken.batch))
@@ -166,6 +167,15 @@ class Sending:
         if packer.full:
             self._close(key, packer, now)
 
+    def _close_earlier(self, envelope: Envelope, stream: str) -> None:
+        """Let messages of a worker's earlier starts go before the first of this one."""
+        worker, boot = envelope.sender, envelope.boot
+        if (worker, boot, stream) in self._packers:
+            return
+        for key, packer in list(self._packers.items()):
+            if packer.datagrams and (key[0], key[2]) == (worker, stream) and key[1] != boot:
+                self._close(key, packer, time.monotonic())
+
     def _has_room(self) -> bool:
         """Return whether there is room for a batch out of the journal, once what is being filled has gone."""
         filling = sum(packer.size for packer in self._packers.values())
@@ -185,6 +195,7 @@ class Sending:
         if batch is not None:
             total = step.stop - len(batch)
             envelope = Envelope(VERSION, "datagrams", name, boot, sequence, total)
+            self._close_earlier(envelope, stream)
             self._pack(Message(datagrams_topic(stream), envelope, Datagrams(stream, batch.received_ns), batch), batch)
 
     def _defer(self, journaled: JournaledStream) -> None:

@@ -103,7 +103,7 @@ def between(tmp_path: Path) -> Iterator[Away]:
 def test_an_outage_costs_nothing_that_the_journal_has(between: Away) -> None:
     """While no server can be reached more comes than may wait; afterwards all of it arrives, once and in order.
 
-    A SIGKILL of the uplink and a restart of it in the meantime change nothing.
+    A SIGKILL of the uplink, a restart of it, and one of ingest in the meantime change nothing.
     """
     send = between.exporters.send
     send(50)
@@ -118,6 +118,9 @@ def test_an_outage_costs_nothing_that_the_journal_has(between: Away) -> None:
     send(50)
     assert between.a.uplink.stop() == 0
     between.a.start("uplink")
+    assert between.a["ingest"].stop() == 0
+    between.a.start("ingest")
+    send(50)
     owed = between.sending(lambda account: account["held"] > 10_000)
     assert owed["acknowledged"] + owed["held"] == owed["taken"]
     between.server.start()

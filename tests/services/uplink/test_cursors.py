@@ -1,0 +1,69 @@
+from services.uplink.cursors import MAX_WORKERS, Cursors
+from services.uplink.packs import Pack
+from services.uplink.subjects import Origin
+from shared.bus.kept_counts import KeptCounts
+
+STREAM, WORKER = "flows", ("ingest.1", 7)
+
+
+def kept_counts() -> KeptCounts:
+    """Counters that no file keeps."""
+    return KeptCounts(lambda: None)
+
+
+def pack(first: int, stop: int) -> Pack:
+    """A message of a batch that ends at a count."""
+    return Pack(Origin("berlin", STREAM, WORKER[0]), WORKER[1], first, first, stop, b"", stop, 1000 + first)
+
+
+def begun(total: int = 100) -> Cursors:
+    """Cursors with one worker."""
+    cursors = Cursors(STREAM, kept_counts)
+    cursors.begin(WORKER, total, 1000)
+    return cursors
+
+
+def kept(cursors: Cursors) -> int:
+    """The place that a successor goes on from."""
+    left = Cursors(STREAM, kept_counts)
+    left.restore({name: dict(counts) for name, counts in cursors.tables().items()})
+    assert left.begun(WORKER) == cursors.begun(WORKER)
+    return left.passed(WORKER)
+
+
+def test_the_kept_place_goes_on_with_the_oldest_that_is_open() -> None:
+    """A message that is acknowledged before an earlier one moves the kept place only once that one is, too."""
+    cursors = begun()
+    one, two, three = pack(1, 110), pack(2, 125), pack(3, 130)
+    for each in (one, two, three):
+        cursors.put(each)
+    assert (cursors.passed(WORKER), kept(cursors), cursors.owed(WORKER, 140)) == (130, 100, 40)
+    cursors.settle(two)
+    assert kept(cursors) == 100
+    cursors.settle(one)
+    assert kept(cursors) == 125
+    cursors.settle(one)
+    cursors.settle(three)
+    assert (kept(cursors), cursors.owed(WORKER, 140)) == (130, 10)
+
+
+def test_what_can_not_be_had_is_passed_over_in_its_turn() -> None:
+    """A gap moves the kept place at once if nothing before it is open, and else with what is."""
+    cursors = begun()
+    cursors.skip(WORKER, 105)
+    assert (kept(cursors), cursors.passed(WORKER)) == (105, 105)
+    cursors.put(one := pack(1, 110))
+    cursors.skip(WORKER, 120)
+    assert (kept(cursors), cursors.passed(WORKER)) == (105, 120)
+    cursors.settle(one)
+    assert kept(cursors) == 120
+
+
+def test_workers_that_came_first_are_forgotten_first() -> None:
+    """The table is bounded; a worker that is known begins nowhere else."""
+    cursors = begun()
+    assert cursors.begin(WORKER, 500, 0).total == 100
+    for boot in range(MAX_WORKERS):
+        cursors.begin(("ingest.2", boot), 0, 0)
+    assert WORKER not in cursors
+    assert (cursors.begun(WORKER), cursors.owed(WORKER, 9), len(list(cursors.places()))) == (0, 0, MAX_WORKERS)
