@@ -121,7 +121,8 @@ class Client(CopyTerms, frozen=True, omit_defaults=True):
 
     `generation` never repeats, so a late `renew` or `leave` can't touch a successor of the same name. A collector that
     is `withheld` gets no copies until an admin releases it. One that has to `resume` gets the past first. One with
-    `catch_up` gets from the journal whatever it would otherwise miss.
+    `catch_up` gets from the journal whatever it would otherwise miss. With `node` only that node of a cluster reaches
+    it.
     """
 
     generation: Generation
@@ -130,6 +131,7 @@ class Client(CopyTerms, frozen=True, omit_defaults=True):
     withheld: Withheld | None = None
     catch_up: bool = False
     resume: Resume | None = None
+    node: str = ""
 
     def __post_init__(self) -> None:
         if self.streams:  # the senders of copies rely on it

@@ -7,6 +7,7 @@ from typing import Final
 
 from shared.bus.bodies.fields import REPLAY_PREFIX, REPLY_PREFIX
 from shared.bus.bodies.journal_messages import JOURNAL_TOPIC, catch_up_topic
+from shared.bus.bodies.nodes_message import NODES_TOPIC
 from shared.bus.bodies.offload_messages import PATHS_TOPIC
 from shared.bus.messages import (
     AGAIN_PREFIX,
@@ -30,7 +31,7 @@ TOPICS: Final[dict[str, frozenset[str]]] = {
     "journal": frozenset(),
     "offload": frozenset({offload_topic("relay"), offload_topic("original"), PATHS_TOPIC}),
     "console": frozenset(),
-    "uplink": frozenset({JOURNAL_TOPIC}),
+    "uplink": frozenset({JOURNAL_TOPIC, NODES_TOPIC}),
     "operator": frozenset({TRANSMIT_TOPIC}),
 }
 """Whole topics; every role but `operator` also has the topic of its own status."""

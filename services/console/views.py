@@ -36,7 +36,10 @@ class Wish:
 
 
 _RANKS: Final = {
-    word: rank for rank, word in enumerate(("unreachable", "refusing", "waiting", "slow", "withheld", "unknown", "ok"))
+    word: rank
+    for rank, word in enumerate(
+        ("unreachable", "refusing", "waiting", "slow", "withheld", "unknown", "elsewhere", "ok")
+    )
 }
 COLLECTOR_ORDERS: Final[Mapping[str, Callable[[Collector], Any]]] = {
     "trouble": lambda each: (_RANKS[each.health], -(each.recent or 0), each.client.name),

@@ -29,6 +29,8 @@ class EntryView(ListedClient, frozen=True, kw_only=True):
     """Only of one that gets from the journal what it misses; and of one that is being given it now."""
     host: str | UnsetType = UNSET
     """Its host name in the settings; only where it has one."""
+    node: str | UnsetType = UNSET
+    """The node that serves it, empty: none does; only in a cluster."""
 
 
 def show_client(registry: Registry, entry: Entry) -> EntryView:
@@ -37,6 +39,7 @@ def show_client(registry: Registry, entry: Entry) -> EntryView:
     shown = asdict(client)
     del shown["resume"]
     shown["catch_up"] = client.catch_up or UNSET
+    shown["node"] = registry.groups.owner(entry) if registry.groups.owners.nodes and client.streams else UNSET
     return EntryView(
         **shown,
         catching_up=registry.pasts.progress(entry) or UNSET,

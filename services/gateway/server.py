@@ -46,6 +46,7 @@ from shared.ledger.accounts import Accounts
 from shared.ledger.counters import FILES_RESTORED
 from shared.log import get_logger
 from shared.net.sockets import try_endpoint
+from shared.owners import Owners
 from shared.process.lifecycle import (
     FAILED,
     Lifecycle,
@@ -110,6 +111,7 @@ def run_gateway(settings: Settings, lifecycle: Lifecycle) -> None:
         shared = bool(settings.uplink.registry)
         keep = never_keep if shared else store.keep
         registry = Registry(_boot_time, first_generation, keep, preserve_seconds, store.group_secret, pasts)
+        registry.groups.owners = Owners.of(settings.uplink)
         if shared:
             member = _join(settings, registry, store, publisher.boot)
         registry.restore(store.entries, store.revision, store.withheld)

@@ -30,6 +30,7 @@ from shared.bus.pieces import Assembler, cut
 from shared.bus.zmq_sockets import Requests
 from shared.client import Source, Trouble
 from shared.fanout.registry_replica import RegistryReplica
+from shared.fanout.snapshot_request import SnapshotRequest
 from shared.ledger.accounts import Accounts
 from shared.ledger.counters import APPLIER, COLLECTORS_SERVED, COPIED, MARKED, PLANS_REFUSED, UNSEEN
 from shared.log import get_logger
@@ -91,7 +92,7 @@ class OffloadService:
         self._health = {source: Assembler[Health]() for source in SOURCES}
         self._dirty = True
         self._paths_told = self._plans_refused = 0
-        self._plan_at = self._tick_at = self._refused_at = self._asked_at = self._pending_since = 0.0
+        self._plan_at = self._tick_at = self._refused_at = self._pending_since = 0.0
         self._relayed: set[Place] = set()
         """Places of the collectors whose copies the forwarder would send."""
 
@@ -101,6 +102,7 @@ class OffloadService:
         self._reporter = self._bus.reporter
         self._reply = Requests(self.name, self._publisher.boot).topic
         self._replica = RegistryReplica()
+        self._snapshot = SnapshotRequest(self._subscriber)
         self._workers = Workers(time.monotonic, lambda source: self._publisher.wanted(offload_topic(source)))
         self._marks = MarkWatch(time.monotonic)
         self._handover = Handover(self.settings.offload.generations, lambda: time.clock_gettime(time.CLOCK_BOOTTIME))
@@ -156,10 +158,8 @@ class OffloadService:
         if isinstance(body, RegistrySnapshot | RegistryChange):
             if self._replica.apply_message(envelope, body):
                 self._note_registry()
-            if self._replica.stale and time.monotonic() >= self._asked_at + 1.0:
-                self._asked_at = time.monotonic()
-                self._subscriber.unsubscribe(REGISTRY_TOPIC)
-                self._subscriber.subscribe(REGISTRY_TOPIC)
+            if self._replica.stale:
+                self._snapshot.ask()
         elif isinstance(body, Health):
             pieces = self._health[body.source].add((envelope.boot, body.report), body)
             if pieces is not None:

@@ -32,7 +32,7 @@ COMMANDS: Final = {
     **{name: f"commands.{name}" for name in ("collect", "config")},
     **{name: f"commands.frames.{name}" for name in ("frame", "wake")},
     "import": "importing.command",
-    **{name: f"commands.{name}" for name in ("keys", "token", "streams", "ledger")},
+    **{name: f"commands.{name}" for name in ("keys", "token", "streams", "nodes", "ledger")},
     **{name: f"commands.running.{name}" for name in ("ready", "status")},
     "top": "top.command",
     "doctor": "doctor.command",

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from services.uplink.arrivals import Arrivals, keys_of
+from services.uplink.arrivals import Arrivals, Key, keys_of
 from services.uplink.feeds import Feeds
 from services.uplink.packs import Arrived
 from services.uplink.readers import LATE_NS, PATIENCE_SECONDS, Readers
@@ -31,8 +31,11 @@ class Delivery:
         readers: Readers,
         ask_readers: Callable[[], None],
         read_own: Callable[[], None],
+        crossed: Callable[[Key, range, range], None] | None = None,
     ) -> None:
         self._feeds = feeds
+        self._crossed = crossed
+        """Is told of each batch: its origin, and its place in the counts of that and of this bus."""
         self._kept = kept
         self._arrivals = Arrivals(time.monotonic)
         self._arrivals.restore(tables)
@@ -44,12 +47,19 @@ class Delivery:
         self._ask_readers = ask_readers
         """Lets them report at once."""
         self._positions: dict[str, KeptCounts] = {}
+        self._ending = False
 
     async def deliver(self, session: Session, arrived: Arrived) -> None:
-        """Publish what another site has sent, if it is its turn."""
+        """Publish what another site has sent, if it is its turn; not any more once this process ends."""
+        if self._ending:
+            return
         async with self._turns[arrived.origin.site]:
             await self._handle(session, self._arrivals.order(arrived))
         self._feeds.note_published()
+
+    def end(self) -> None:
+        """Take no more, so that the senders of copies need not wait for it: JetStream keeps it for the next start."""
+        self._ending = True
 
     async def release_overdue(self, session: Session) -> None:
         """Publish what has waited long enough for an earlier message, until the connection ends."""
@@ -70,7 +80,7 @@ class Delivery:
         feed = self._feeds[arrived.origin.stream]
         for message, (key, total, count) in zip(arrived.batches, keys_of(arrived), strict=True):
             assert message.batch is not None
-            had = self._arrivals.had(key, total, count)
+            had, here = self._arrivals.had(key, total, count), feed.published
             batch = message.batch.part(had, count)
             if had < count and feed.tells_doubles:
                 self._read_own()
@@ -81,6 +91,8 @@ class Delivery:
                 while not feed.publish(batch):
                     await asyncio.sleep(BUSY_SECONDS)
                 self._readers.note_published(feed.stream, feed.published)
+            if self._crossed and had < count:
+                self._crossed(key, range(total + had, total + count), range(here, feed.published))
             self._arrivals.note(key, total, count)
             self._keep_position(unparse_arriving(*key), self._arrivals.positions[key].account())
 

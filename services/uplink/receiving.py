@@ -98,6 +98,7 @@ class Receiver:
         try:
             try:
                 info = await manager.consumer_info(stream, name)
+                self._lag[WAITING_MESSAGES] = info.num_pending or 0
                 filters = info.config.filter_subjects or [info.config.filter_subject or ""]
                 if info.num_ack_pending and info.ack_floor:
                     # It was handed to a connection that has ended, and would come again after `ack_wait`, behind newer.

@@ -15,6 +15,7 @@ from services.uplink.cursors import CURSOR_COUNTERS
 from services.uplink.delivery import Delivery
 from services.uplink.feeds import Feeds
 from services.uplink.journal_reading import JournalReading
+from services.uplink.nodes.node import Node
 from services.uplink.readers import Readers
 from services.uplink.receiving import NEXT, Receiver
 from services.uplink.sending import Sending
@@ -27,7 +28,15 @@ from shared.bus.publishing.held_batches import HeldBatches
 from shared.bus.publishing.kept_totals import KeptTotals
 from shared.bus.zmq_sockets import check_directory
 from shared.ledger.accounts import Accounts
-from shared.ledger.counters import ACKNOWLEDGED, CONNECTED, FILES_RESTORED, HELD, SERVER_CONNECTIONS, TAKEN
+from shared.ledger.counters import (
+    ACKNOWLEDGED,
+    CONNECTED,
+    FILES_RESTORED,
+    HELD,
+    SERVER_CONNECTIONS,
+    TAKEN,
+    WAITING_MESSAGES,
+)
 from shared.log import get_logger
 from shared.nats.connection import rotated
 from shared.nats.troubles import Troubles
@@ -51,6 +60,8 @@ RECONNECT_SECONDS: Final = (0.1, 5.0)
 """Time between two attempts to connect, from the first to the longest."""
 QUIET_SECONDS: Final = 0.25
 INPUT_SECONDS: Final = 1.0
+SENDERS_SECONDS: Final = 3.0
+"""Time for the senders of copies to end, which then tell the other nodes how far they have got."""
 DRAIN_SECONDS: Final = 2.5
 """Time after SIGTERM for all of the drain: ZeroMQ may linger for one more, and honcho kills after five."""
 
@@ -97,9 +108,12 @@ class Service:
         self._batches = BusBatches(self.name, self._subscriber, bus.path, self._kept, self._note_other)
         parts = self._batches, journal, self._kept, self._memory, self._troubles
         self._sending = Sending(self._uplink, *parts, self._offered, self._feeds.note_own)
-        self._delivery = Delivery(
-            self._feeds, self._kept, left.tables, self._readers, self._ask_readers, self._sending.turn
-        )
+        self._node: Node | None = None
+        if self._uplink.nodes:
+            self._node = Node(self._uplink, self._publisher, self._subscriber, self._account, self._pending)
+        readers = self._readers, self._ask_readers
+        crossed = self._node.note_crossed if self._node else None
+        self._delivery = Delivery(self._feeds, self._kept, left.tables, *readers, self._sending.turn, crossed)
         self._resumed = {f"{RESUMED}{site}": self._kept.new_counts() for site in received}
         for name, counts in self._resumed.items():
             counts.update(left.tables.get(name, {}))
@@ -117,7 +131,13 @@ class Service:
         """Take a message that is none of a worker's: of the journal, or of a reader of the bus."""
         if isinstance(message.body, Status):
             self._readers.note_report(message.envelope.sender, message.body)
+            if self._node:
+                self._node.note_status(message.envelope, message.body)
         self._journal.handle(message)
+
+    def _pending(self) -> dict[str, int]:
+        """Return the messages that are still to come, by site."""
+        return {name.removeprefix(RECEIVING): lag[WAITING_MESSAGES] for name, lag in self._lags.items()}
 
     def _ask_readers(self) -> None:
         """Let readers of the bus say how far they are: a new subscription to their status makes them report."""
@@ -206,15 +226,18 @@ class Service:
         if self._publisher.readable():
             return 0.0
         due = min(self._upkeep_at, self._feeds.greet_at, self._held.due_at or math.inf, self._sending.due_at)
+        due = min(due, self._node.due_at if self._node else math.inf)
         return max(0.0, due - time.monotonic())
 
     def _keep_up(self) -> None:
         """Do what is due beside batches."""
-        now = time.monotonic()
+        now, prefixes = time.monotonic(), []
         if now >= self._feeds.greet_at or self._publisher.readable():
             prefixes = self._feeds.greet()
             if prefixes and self._reporter.asked_for(prefixes):
                 self._report()
+        if self._node and (prefixes or now >= self._node.due_at):
+            self._node.keep_up(prefixes)
         if self._held.due_at and now >= self._held.due_at:
             self._held.hand_on(short=self._memory.short)
         if self._kept.stale or self._kept.suspended:
@@ -247,7 +270,9 @@ class Service:
                 self._session = session
                 self._troubles.end("connection", "connected to a NATS server again")
                 log.info("connected to a NATS server", server=str(endpoint), site=self._uplink.site)
-                await session.run(self._delivery.release_overdue, *(receiver.run for receiver in self._receivers))
+                beats = [self._node.run] if self._node else []
+                receiving = [receiver.run for receiver in self._receivers]
+                await session.run(self._delivery.release_overdue, *receiving, *beats)
                 self._troubles.say("connection", f"the connection to {endpoint} has ended; trying again")
             except (SessionError, OperatorError) as error:
                 self._troubles.say("connection", f"{error}; trying again")
@@ -276,7 +301,9 @@ class Service:
         self._batches.hand_over()
         began = time.monotonic()
         quiet_at = began + QUIET_SECONDS
-        while (now := time.monotonic()) < min(quiet_at, began + INPUT_SECONDS):
+        while (now := time.monotonic()) < min(quiet_at, began + INPUT_SECONDS) or self._awaits_senders(began):
+            if now >= min(quiet_at, began + INPUT_SECONDS):  # what comes in here has got to the senders
+                self._delivery.end()
             before = self._sending.taken()
             self._sending.turn()
             self._keep_up()
@@ -287,6 +314,12 @@ class Service:
         outbox = self._sending.outbox
         while not outbox.empty and outbox.connected and time.monotonic() < began + DRAIN_SECONDS:
             await asyncio.sleep(0.01)
+        if self._node and self._node.senders_ended and self._session:
+            await self._node.beat(self._session, "left")
+
+    def _awaits_senders(self, began: float) -> bool:
+        """Return whether the senders of copies here are still to tell how far they have got."""
+        return bool(self._node and not self._node.senders_ended and time.monotonic() < began + SENDERS_SECONDS)
 
     def _finish(self) -> None:
         self._sending.finish()

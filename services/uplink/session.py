@@ -223,7 +223,7 @@ class Session:
     async def _find_stream(self) -> None:
         """Find this site's stream, or make it; say what is wrong with it."""
         manager, name = self.client.jsm(timeout=REQUEST_SECONDS), kept_stream(self.uplink.site)
-        while self.uplink.send:
+        while self.uplink.send or self.uplink.nodes:
             try:
                 try:
                     found = (await manager.stream_info(name)).config

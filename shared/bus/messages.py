@@ -23,6 +23,7 @@ from shared.bus.bodies.exporters_message import Exporters
 from shared.bus.bodies.fields import MAX_NUMBER, REPLAY_PREFIX, REPLY_PREFIX, Number, ReplyTopic, SenderName, StreamName
 from shared.bus.bodies.health_message import Health
 from shared.bus.bodies.journal_messages import CatchUpReport, JournalPortion, JournalRead, Replayed
+from shared.bus.bodies.nodes_message import Nodes
 from shared.bus.bodies.offload_messages import KernelCopies, MarkGeneration, OffloadPaths, OffloadReply
 from shared.bus.bodies.packing import pack, pack_values, unpack
 from shared.bus.bodies.template_messages import Renewals, Templates
@@ -172,6 +173,8 @@ class Status(msgspec.Struct, array_like=True, frozen=True):
     accounts: dict[str, dict[str, Annotated[int, Meta(le=MAX_NUMBER)]]]
     release: Annotated[str, Meta(max_length=64)] = ""
     """The version of its program; of one that does not tell it, nothing."""
+    ended: bool = False
+    """True in the last report of a sender of copies: it has sent all that it will."""
 
 
 Body = (
@@ -195,6 +198,7 @@ Body = (
     | Templates
     | Renewals
     | CatchUpReport
+    | Nodes
 )
 
 KINDS: Final[dict[str, type[Body]]] = {
@@ -218,6 +222,7 @@ KINDS: Final[dict[str, type[Body]]] = {
     "templates": Templates,
     "renewals": Renewals,
     "catchup": CatchUpReport,
+    "nodes": Nodes,
 }
 _NAMES: Final = {struct: kind for kind, struct in KINDS.items()}
 

@@ -49,7 +49,7 @@ class Reporter:
         """Return whether one of these new subscriptions is for our status."""
         return any(self._topic.startswith(prefix) for prefix in prefixes)
 
-    def report(self, accounts: Callable[[], Mapping[str, Mapping[str, int]]]) -> None:
+    def report(self, accounts: Callable[[], Mapping[str, Mapping[str, int]]], *, ended: bool = False) -> None:
         """Check the accounts as they are now, and publish them if anybody listens."""
         now = time.monotonic()
         self.due_at = next_tick(now, INTERVAL_SECONDS)
@@ -65,7 +65,7 @@ class Reporter:
         if wanted:
             own = self._publisher.sender.partition(".")[0]
             process = {DISCREPANCIES: self.found, **self._memory.account()}
-            self._publish({**kept, own: {**kept.get(own, {}), **process}})
+            self._publish({**kept, own: {**kept.get(own, {}), **process}}, ended)
 
     def _check(self, accounts: Mapping[str, Mapping[str, int]]) -> None:
         """Count the equations that do not hold, and log when that has changed."""
@@ -82,7 +82,7 @@ class Reporter:
                 discrepancies=self.found,
             )
 
-    def _publish(self, accounts: Mapping[str, Mapping[str, int]]) -> None:
+    def _publish(self, accounts: Mapping[str, Mapping[str, int]], ended: bool) -> None:
         pieces = cut(accounts.items(), _size_of)
         report = next(self._reports)
         for number, piece in enumerate(pieces):
@@ -98,6 +98,7 @@ class Reporter:
                 pieces=len(pieces),
                 accounts=bounded,
                 release=self._release,
+                ended=ended,
             )
             self._publisher.publish(self._topic, body)
 

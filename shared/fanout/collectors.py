@@ -82,6 +82,7 @@ class Collectors(Generic[D]):
         self._reach = reach
         self._served: dict[str, Served[D]] = {}
         self._departed: dict[str, _Departed[D]] = {}
+        self._elsewhere: dict[str, Client] = {}
         self._known: dict[str, tuple[Client, Counter[str]]] = {}
         """Collectors that the last process has served, and their accounts, until the first registry comes."""
         self.left = 0
@@ -124,6 +125,11 @@ class Collectors(Generic[D]):
             self._known[client.name] = client, account
 
     @property
+    def elsewhere(self) -> int:
+        """The number of collectors that other nodes serve."""
+        return len(self._elsewhere)
+
+    @property
     def clients(self) -> list[Client]:
         """The collectors that are served."""
         return [served.destination.client for served in self._served.values()]
@@ -135,8 +141,8 @@ class Collectors(Generic[D]):
             tables[f"collector/{name}"], tables[f"marks/{name}"] = served.account, served.marks
         return tables
 
-    def replace(self, clients: Iterable[Client]) -> None:
-        """Serve these collectors from now on.
+    def replace(self, clients: Iterable[Client], elsewhere: Iterable[Client] = ()) -> None:
+        """Serve these collectors from now on; other nodes of the cluster serve those `elsewhere`.
 
         One that has changed, but not its address and port, keeps its destination and its account. So does one that left
         a moment ago: its waiting copies stayed until now.
@@ -150,6 +156,7 @@ class Collectors(Generic[D]):
             served.destination.held.paused = True
             self._departed[name] = _Departed(served, until, dropped(served.account))
         self._close_departed()
+        self._elsewhere = {client.name: client for client in elsewhere}
         self._known = {}
         self._routed.update(dict.fromkeys(self.streams_wanted(), 0))
         self._router.replace(self.clients)
@@ -230,11 +237,11 @@ class Collectors(Generic[D]):
             account[FILTERED] += max(0, offered - marks.get(PASSED, 0))  # less is of a batch that was being routed
 
     def streams_wanted(self) -> set[str]:
-        """The streams that any collector wants.
+        """The streams that any collector wants, also one of another node: it may be ours in a moment.
 
         A stream that a collector names need not be known here: another service may have read of it before us.
         """
-        named = {stream for served in self._served.values() for stream in served.destination.client.streams}
+        named = {stream for client in (*self.clients, *self._elsewhere.values()) for stream in client.streams}
         return named.union(self._streams) - {ALL_STREAMS} if ALL_STREAMS in named else named
 
     def _of_streams(self, counts: Mapping[str, int], client: Client) -> int:

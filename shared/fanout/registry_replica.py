@@ -1,17 +1,21 @@
 """The copy of the registry that a subscriber keeps: a snapshot in pieces, then numbered changes."""
 
+from shared.bus.bodies.nodes_message import Nodes
 from shared.bus.messages import Envelope, RegistryChange, RegistrySnapshot
 from shared.bus.pieces import Assembler
 from shared.client import Client, Source
+from shared.owners import Owners
 
 
 class RegistryReplica:
     """Follows the gateway; `stale` says that a change is missing and a new snapshot has to be asked for.
 
-    `version` grows with every change from any gateway; `revision` is the present gateway's own.
+    `version` grows with every change from any gateway, and in a cluster of its nodes, from -1 while either is unknown;
+    `revision` is the present gateway's own.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, owners: Owners | None = None) -> None:
+        self._owners = owners or Owners()
         self.clients: dict[str, Client] = {}
         self.revision = self.version = -1
         self.stale = False
@@ -23,19 +27,36 @@ class RegistryReplica:
         """The boot id of the gateway that this registry is of; -1: of none yet."""
         return self._boot
 
-    def apply_message(self, envelope: Envelope, body: RegistrySnapshot | RegistryChange) -> bool:
-        """Apply a message; return whether it changed the registry."""
-        changed = self._change(envelope, body) if isinstance(body, RegistryChange) else self._snapshot(envelope, body)
-        self.version += changed
+    def apply_message(self, envelope: Envelope, body: RegistrySnapshot | RegistryChange | Nodes) -> bool:
+        """Apply a message; return whether it changed the registry, or who serves whom."""
+        if isinstance(body, Nodes):
+            changed = self._owners.note(body)
+        elif isinstance(body, RegistryChange):
+            changed = self._change(envelope, body)
+        else:
+            changed = self._snapshot(envelope, body)
+        self._note(changed)
         return changed
 
+    def check_nodes(self) -> None:
+        """Do what is due of nodes each second."""
+        self._note(self._owners.check())
+
+    def _note(self, changed: bool) -> None:
+        self.version += changed and self._owners.known and self._boot >= 0
+
     def collectors(self, source: Source) -> dict[str, Client]:
-        """Return the collectors that take copies of a source, by name."""
-        return {name: each for name, each in self.clients.items() if each.streams and each.source == source}
+        """Return the collectors that take copies of a source, by name, but for those that other nodes serve."""
+        return self.split(source)[0]
+
+    def split(self, source: Source) -> tuple[dict[str, Client], dict[str, Client]]:
+        """Return the collectors of a source that this node serves, and those of other nodes, by name."""
+        found = {name: each for name, each in self.clients.items() if each.streams and each.source == source}
+        return self._owners.split(found, source)
 
     def holds(self, boot: int, revision: int) -> bool:
         """Return whether this is at least `revision` of the gateway that started as `boot`."""
-        return self._boot == boot and not self.stale and self.revision >= revision
+        return self._boot == boot and not self.stale and self.revision >= revision and self.version >= 0
 
     def _snapshot(self, envelope: Envelope, body: RegistrySnapshot) -> bool:
         if envelope.boot == self._boot and not self.stale and body.revision <= self.revision:

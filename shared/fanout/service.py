@@ -10,13 +10,13 @@ from collections.abc import Collection, Iterable
 from types import TracebackType
 from typing import Final, Self
 
+from shared.bus.bodies.nodes_message import Nodes
 from shared.bus.bodies.offload_messages import KernelCopies
 from shared.bus.bodies.template_messages import Renewals, Templates
 from shared.bus.connection import BusConnection
 from shared.bus.kept_counts import KeptFile, Sheet
 from shared.bus.loans.borrower import Borrower
 from shared.bus.messages import (
-    REGISTRY_TOPIC,
     Body,
     Datagrams,
     Message,
@@ -39,12 +39,14 @@ from shared.fanout.resumption import Resumption
 from shared.fanout.sending.copy_sender import CopySender
 from shared.fanout.serve_requests import ServeRequests
 from shared.fanout.served import MARKS, D
+from shared.fanout.snapshot_request import SnapshotRequest
 from shared.fanout.streams import ORIGIN_COUNTERS, FollowedStreams
 from shared.fanout.templates import TemplateDelivery
 from shared.fanout.waiting_batches import WaitingBatches
 from shared.ledger.accounts import Accounts
-from shared.ledger.counters import BY_KERNEL_LATE, COLLECTOR_COUNTERS, FILES_RESTORED, LEFT, STOPPED
-from shared.log import WORKER_CAME, get_logger
+from shared.ledger.counters import BY_KERNEL_LATE, COLLECTOR_COUNTERS, ELSEWHERE, FILES_RESTORED, LEFT, STOPPED
+from shared.log import get_logger
+from shared.owners import Owners
 from shared.process.lifecycle import CANT_CREATE, Lifecycle, OperatorError, Readiness, pause_for
 from shared.process.reload import Reload
 from shared.settings.model import Settings
@@ -85,7 +87,8 @@ class CopyService(CopySender[D]):
         self._publisher, self._subscriber = self._bus.publisher, self._bus.subscriber
         self._reporter = self._bus.reporter
         self._health = HealthReporter(self._publisher, self.source)
-        self._replica = RegistryReplica()
+        self._replica = RegistryReplica(Owners.of(self.settings.uplink))
+        self._snapshot = SnapshotRequest(self._subscriber)
         self._keep_at = 0.0
         self._streams = FollowedStreams(self._subscriber, bus.path, self._kept)
         self._resumption = Resumption(self.name, self._subscriber, self._kept.new_counts)
@@ -103,7 +106,7 @@ class CopyService(CopySender[D]):
         self._awaited = AwaitedRules(rules, self._publisher, self._replica)
         self._requests = ServeRequests(self._publisher, self._replica)
         self._serving, self._restored = -1, 0
-        self._asked_at = self._apply_at = self._work_at = self._upkeep_at = 0.0
+        self._apply_at = self._work_at = self._upkeep_at = 0.0
         self._more = False
         """True if there may be messages that no descriptor tells of: ZeroMQ's signals once."""
         self._taken = 0
@@ -124,7 +127,13 @@ class CopyService(CopySender[D]):
         self._collectors.set_streams(stream.name for stream in settings.streams)
         self._templates.set_streams(settings.streams)
         self._catch_up.use(settings)
-        self._streams.subscribe_to(self._collectors.streams_wanted())
+        self._subscribe()
+
+    def _subscribe(self) -> None:
+        """Follow the streams that collectors want, also those of other nodes, which may be ours in a moment."""
+        wanted = self._collectors.streams_wanted()
+        self._streams.subscribe_to(wanted)
+        self._catch_up.rings.keep(wanted if self.settings.uplink.nodes else ())
 
     def run(self, lifecycle: Lifecycle) -> None:
         """Serve until told to drain, then until the workers are silent."""
@@ -239,16 +248,16 @@ class CopyService(CopySender[D]):
                 self._gather(message.batch, joining)
         elif isinstance(body, Templates | Renewals):
             self._templates.take(message)
-        elif isinstance(body, RegistrySnapshot | RegistryChange):
+        elif isinstance(body, RegistrySnapshot | RegistryChange | Nodes):
             if not self._replica.apply_message(envelope, body) and self._replica.stale:
-                self._ask_for_snapshot()
+                self._snapshot.ask()
         elif isinstance(body, ServeRequest):
             self._requests.add(envelope.boot, body)
         elif isinstance(body, KernelCopies):
             self._send_all()  # what has come before was copied by other rules of the same number
             self._take_all(self._awaited.note(envelope, body))
         elif isinstance(body, Status) and envelope.sender.startswith(JOURNAL):
-            self._catch_up.note_status(envelope, body)
+            self._catch_up.rings.confirm(envelope, body)
         elif isinstance(body, Status):
             for stream, missed in self._streams.reconcile(envelope, body).items():
                 self._collectors.count_missed(stream, missed)
@@ -295,10 +304,10 @@ class CopyService(CopySender[D]):
         if first := self._serving < 0:
             self._restore()
         self._serving = self._replica.version
-        clients = self._replica.collectors(self.source)
+        clients, elsewhere = self._replica.split(self.source)
         self._catch_up.note_leaving(clients)
-        self._collectors.replace(clients.values())
-        self._streams.subscribe_to(self._collectors.streams_wanted())
+        self._collectors.replace(clients.values(), elsewhere.values())
+        self._subscribe()
         self._catch_up.follow(clients, first=first)
         self._templates.follow_collectors()
         if first:
@@ -328,23 +337,13 @@ class CopyService(CopySender[D]):
         self._kept.keep(self._collectors.clients, tables, room)
         self._keep_at = time.monotonic() + APPLY_SHARE * (time.monotonic() - began)
 
-    def _ask_for_snapshot(self) -> None:
-        """Subscribe anew, once a second at most, since a change was lost: the gateway then sends the whole registry."""
-        if time.monotonic() - self._asked_at < 1.0:
-            return
-        self._asked_at = time.monotonic()
-        self._subscriber.unsubscribe(REGISTRY_TOPIC)
-        self._subscriber.subscribe(REGISTRY_TOPIC)
-
-    def _report(self) -> None:
+    def _report(self, *, ended: bool = False) -> None:
+        self._replica.check_nodes()
         self._restored += self._kept.renew()
         self._streams.sort_out_silent_workers()
         self._catch_up.report()
-        for event, worker in self._streams.came_and_gone:
-            if self.source == "relay":  # one of the two senders says it
-                (log.info if event == WORKER_CAME else log.warning)(event, of=worker)
-        self._streams.came_and_gone.clear()
-        self._reporter.report(self._accounts)
+        self._streams.tell_of_workers(silently=self.source != "relay")  # one of the two senders says it
+        self._reporter.report(self._accounts, ended=ended)
 
     def _accounts(self) -> Accounts:
         service = {
@@ -352,6 +351,7 @@ class CopyService(CopySender[D]):
             "bus_rejected": sum(self._subscriber.rejected.values()),
             "bus_repeated": self._streams.repeated,
             LEFT: self._collectors.left,
+            ELSEWHERE: self._collectors.elsewhere,
             BY_KERNEL_LATE: self._collectors.by_kernel_late,
             FILES_RESTORED: self._restored,
             **self.own_account(),
@@ -381,7 +381,7 @@ class CopyService(CopySender[D]):
             self._work_at = now + self.work()
             time.sleep(self._pause_ms(drained_by - now) / 1000)
         self.held.clear(STOPPED)
-        self._report()
+        self._report(ended=True)
         log.info("drained", service=self.name, accounts=self._collectors.accounts())
 
     def _pause_ms(self, most: float) -> int:

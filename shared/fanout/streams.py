@@ -348,6 +348,12 @@ class FollowedStreams:
         self._hanging = hanging
         self.came_and_gone += [(WORKER_GONE, name) for name, _ in silent if name not in hanging]
 
+    def tell_of_workers(self, *, silently: bool) -> None:
+        """Log which workers have come and gone since the last call, unless another service does."""
+        for event, worker in () if silently else self.came_and_gone:
+            (log.info if event == WORKER_CAME else log.warning)(event, of=worker)
+        self.came_and_gone.clear()
+
     def close(self) -> None:
         """Look after workers no more."""
         self._workers_here.close()

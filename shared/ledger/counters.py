@@ -248,6 +248,10 @@ EXPIRED_UNREAD: Final = DROPPED + "expired_unread"
 """The journal removed them before the collector had caught up that far (forwarder, transmitter)."""
 NOT_JOURNALED: Final = DROPPED + "not_journaled"
 """The collector was to have them from the journal, which never had them (forwarder, transmitter)."""
+PERHAPS_TWICE: Final = "perhaps_twice"
+"""Copies among `sent` that the collector's last node may have sent too, before it died (forwarder, transmitter)."""
+ELSEWHERE: Final = "elsewhere"
+"""Collectors that another node of the cluster serves: a gauge (forwarder, transmitter)."""
 LEFT: Final = DROPPED + "left"
 """Waited for a collector that left, or moved, whose own account has ended (account of forwarder or transmitter)."""
 
@@ -310,7 +314,7 @@ COLLECTOR_COUNTERS: Final = (
     *(MISSED, UNSERVED, UNSURE, STOPPED, BUFFER_FULL, NO_MEMORY, REFUSED, NOT_CONNECTED, REFUSALS, UNREACHABLES),
     *(PROHIBITED, QUEUE_FULL, NO_ROUTE, NO_NEIGHBOUR, INTERFACE_DOWN, OTHER_FAMILY, DESTINATION_REFUSED),
     *(SOURCE_REFUSED, RATE_LIMITED, OVER_SHARE, UNPLANNED, BY_KERNEL_UNSEEN, *TEMPLATE_COUNTERS),
-    *(LEFT_BEHIND, EXPIRED_UNREAD, NOT_JOURNALED),
+    *(LEFT_BEHIND, EXPIRED_UNREAD, NOT_JOURNALED, PERHAPS_TWICE),
 )
 """Counters that a collector's account may have, apart from drops that are named by an errno."""
 

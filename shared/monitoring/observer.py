@@ -11,6 +11,7 @@ from typing import Final
 
 from shared.bus.bodies.exporters_message import Exporters
 from shared.bus.bodies.health_message import Health
+from shared.bus.bodies.nodes_message import NODES_TOPIC, Nodes
 from shared.bus.messages import (
     EXPORTERS_PREFIX,
     HEALTH_PREFIX,
@@ -62,8 +63,9 @@ from shared.monitoring.picture import (
 )
 from shared.monitoring.shares import Shares
 from shared.monitoring.verdict import judge
+from shared.owners import Owners
 
-TOPICS: Final = ("status/", HEALTH_PREFIX, REGISTRY_TOPIC, EXPORTERS_PREFIX)
+TOPICS: Final = ("status/", HEALTH_PREFIX, REGISTRY_TOPIC, EXPORTERS_PREFIX, NODES_TOPIC)
 SILENT_SECONDS: Final = 3.5 * INTERVAL_SECONDS
 """A service that has reported nothing for this long is silent."""
 FORGET_SECONDS: Final = 120.0
@@ -119,6 +121,7 @@ class Observer:
         self._reports = Reports()
         self._told: dict[str, _Told] = {}
         self._replica = RegistryReplica()
+        self._owners = Owners()
         self._troubles: dict[str, dict[tuple[str, int], tuple[Trouble, float]]] = {}
         """By source: the collectors that have a trouble, and its start; {} once all are told to be well."""
         self._troubles_at: dict[str, float] = {}
@@ -165,6 +168,10 @@ class Observer:
                 self._note_report(report)
         elif isinstance(body, RegistrySnapshot | RegistryChange):
             self._replica.apply_message(envelope, body)
+        elif isinstance(body, Nodes):
+            if not self._owners.nodes:
+                self._owners = Owners(body.nodes[0].name, [node.name for node in body.nodes])
+            self._owners.note(body)
         elif isinstance(body, Health):
             pieces = self._assemblers[body.source].add((envelope.boot, body.report), body)
             if pieces is not None:
@@ -327,6 +334,8 @@ class Observer:
         heard_at = self._troubles_at.get(client.source)
         if client.withheld:
             return before if before and before[0] == "withheld" else ("withheld", now if before else None)
+        if self._owners.owner(client) not in (self._owners.own, ""):
+            return "elsewhere", None
         if heard_at is None or service is None or now - heard_at > SILENT_SECONDS:
             early = not self._told or now - self._began < SILENT_SECONDS
             word: Word = "unknown" if heard_at is None and early else "waiting"

@@ -14,9 +14,10 @@ from shared.losses import Loss
 from shared.monitoring.kept import KeptStream, Owed
 
 Level = Literal["ok", "warning", "error", "unknown"]
-Word = Literal["ok", "waiting", "unreachable", "refusing", "slow", "withheld", "unknown"]
-NO_TROUBLE: Final = frozenset({"ok", "withheld", "unknown"})
-"""Words of collectors for whom there is nothing to do; what is withheld is so on purpose."""
+Word = Literal["ok", "waiting", "unreachable", "refusing", "slow", "withheld", "elsewhere", "unknown"]
+NO_TROUBLE: Final = frozenset({"ok", "withheld", "elsewhere", "unknown"})
+"""Words of collectors for whom there is nothing to do here: what is withheld is so on purpose, and what is elsewhere
+another node serves."""
 RECENT_SECONDS: Final = 300.0
 """Time that `recent` counts cover."""
 

@@ -80,8 +80,13 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def _check_uplink(self, names: Sequence[str]) -> None:
         """Raise ValueError where `[uplink]` names none of these streams, or where one can come from nowhere."""
         taken = [text.partition("/")[2] for text in self.uplink.receive]
+        if self.uplink.nodes and not self.uplink.servers:
+            raise ValueError("[uplink] nodes: expected servers too, by which the nodes hear each other")
+        if self.uplink.nodes and self.offload.interfaces:
+            raise ValueError("[offload] interfaces: the kernel's rules can't follow [uplink] nodes; remove one of them")
         _check_streams("[uplink]", self.uplink.send, names, "send")
         _check_streams("[uplink]", taken, names, "receive")
+        taken += [ALL] if self.uplink.nodes else []
         for stream in self.streams:
             if not stream.listen and not (self.uplink.servers and {stream.name, ALL} & set(taken)):
                 raise ValueError(f'[[stream]] "{stream.name}" listen: expected a listener, unless [uplink] receives it')

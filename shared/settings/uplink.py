@@ -4,7 +4,7 @@ import os
 import re
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 from msgspec import Meta, Struct
 
@@ -31,6 +31,11 @@ class Uplink(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """SITE/STREAM: streams of other sites that appear here under the same name; SITE/*: all that this host has."""
     registry: str = ""
     """The registry that this node shares with others: all that name the same one have the same clients; "": its own."""
+    nodes: tuple[str, ...] = ()
+    """Sites that share one list of collectors, this one among them, so that each collector is served by one of them;
+    empty: this site serves all that it knows. Nodes send all their streams, and receive those of each other."""
+    minority: Literal["serve", "hold"] = "serve"
+    """The behaviour of a node that does not hear most of the nodes: it serves its collectors as before, or none."""
     credentials: str = ""
     """A file of NATS credentials (.creds), readable by its owner only; "": none."""
     nkey: str = ""
@@ -68,6 +73,9 @@ class Uplink(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             raise ValueError(f"registry: expected {SITE_FORM}")
         if self.registry and not self.servers:
             raise ValueError("registry: needs servers, which keep it")
+        check_each("nodes", _check_node, self.nodes)
+        if self.nodes and (self.site not in self.nodes or len(set(self.nodes)) < len(self.nodes)):
+            raise ValueError("nodes: expected each site once, and this one among them")
         if bool(self.certificate) != bool(self.key):
             raise ValueError("certificate: expected both a certificate and its key, or neither")
         if self.credentials and self.nkey:
@@ -94,15 +102,21 @@ class Uplink(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     def sent(self, streams: tuple[str, ...]) -> tuple[str, ...]:
         """Return those of this host's streams that it sends."""
-        return tuple(name for name in streams if ALL in self.send or name in self.send)
+        return tuple(name for name in streams if self.nodes or ALL in self.send or name in self.send)
 
     def received(self, streams: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
         """Return the streams that it receives, by site."""
         wanted = [text.partition("/")[::2] for text in self.receive]
+        wanted += [(node, ALL) for node in self.nodes if node != self.site]
         return {
             site: tuple(name for name in streams if (site, ALL) in wanted or (site, name) in wanted)
             for site, _ in dict(wanted).items()
         }
+
+
+def _check_node(text: str) -> None:
+    if not SITE.fullmatch(text):
+        raise ValueError(f"{text!r}: expected the name of a site")
 
 
 def _check_stream(text: str) -> None:

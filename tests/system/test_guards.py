@@ -24,7 +24,7 @@ LAYERS = (
     ("settings", "datagrams"),
     ("process", "capture"),
     ("bus", "nats"),
-    ("journal",),
+    ("journal", "owners"),
     ("fanout",),
     ("monitoring",),
 )

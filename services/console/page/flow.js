@@ -90,7 +90,7 @@ export class Flow {
     }
     for (const copy of flow.copies) {
       const end = outgoing.get(named(copy.to));
-      const bad = end && !["ok", "unknown", "slow", "withheld"].includes(end.health);
+      const bad = end && !["ok", "unknown", "slow", "withheld", "elsewhere"].includes(end.health);
       put(`out ${copy.from} ${named(copy.to)}`, streams.get(copy.from), end, at.middle + BAR, at.right, copy.rate || 0, bad ? "bad" : "");
     }
     this.drop(this.bands, used);
@@ -143,7 +143,7 @@ export class Flow {
     }
     for (const node of columns.outgoing) {
       const middle = node.y + node.height / 2;
-      const bad = !["ok", "unknown", "slow", "withheld"].includes(node.health);
+      const bad = !["ok", "unknown", "slow", "withheld", "elsewhere"].includes(node.health);
       bar(`bar out ${node.key}`, node, at.right, bad ? "bad" : node.value ? "" : "idle");
       const x = at.right + BAR + (node.losing > 0 ? 24 : 7);
       text(`name out ${node.key}`, x, middle - 1, node.name === null ? `${node.count} others` : node.name, "", "start");

@@ -16,6 +16,7 @@ from services.gateway.registry.changes import ignore
 from services.gateway.registry.registry import Registry
 from shared.bus.bodies.health_message import Health
 from shared.bus.bodies.journal_messages import CATCH_UP_PREFIX, CatchUpReport
+from shared.bus.bodies.nodes_message import NODES_TOPIC, Nodes
 from shared.bus.bodies.packing import pack
 from shared.bus.messages import (
     HEALTH_PREFIX,
@@ -65,6 +66,8 @@ class Announcer:
         self._subscriber.subscribe(requests.topic)
         self._subscriber.subscribe(HEALTH_PREFIX)
         self._subscriber.subscribe(CATCH_UP_PREFIX)
+        if registry.groups.owners.nodes:
+            self._subscriber.subscribe(NODES_TOPIC)
         self._reporter = Reporter(publisher, memory)
         self._waiting: deque[RegistrySnapshot | RegistryChange] = deque()
         self._owes_snapshot = False
@@ -103,6 +106,7 @@ class Announcer:
     def tick(self, accounts: Callable[[], Accounts]) -> None:
         """Do what is due: deadlines, messages that wait for the bus, questions without an answer, the status."""
         self.receive_messages()
+        self._registry.groups.owners.check()
         self._requests.expire()
         for query in self._queries.values():
             query.check()
@@ -122,6 +126,8 @@ class Announcer:
                 self._registry.note_health(message.envelope.boot, body)
             elif isinstance(body, CatchUpReport):
                 self._note_behind(body)
+            elif isinstance(body, Nodes):
+                self._registry.groups.owners.note(body)
 
     def _note_behind(self, body: CatchUpReport) -> None:
         with contextlib.suppress(OSError):  # it can't be stored now, which the store has logged; it is told again

@@ -7,9 +7,9 @@ from shared.bus.bodies.health_message import Health
 from shared.bus.pieces import Assembler
 from shared.client import Client, Trouble
 
-Word = Literal["fresh", "ok", "waiting", "withheld"] | Trouble
-"""State of a collector's copies: nobody was asked yet, they flow, no answer came in time, an admin withholds them, or
-the reported trouble."""
+Word = Literal["fresh", "ok", "waiting", "withheld", "elsewhere"] | Trouble
+"""State of a collector's copies: nobody was asked yet, they flow, no answer came in time, an admin withholds them,
+another node serves it, or the reported trouble."""
 
 
 @dataclass(frozen=True, slots=True)

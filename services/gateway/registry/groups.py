@@ -7,13 +7,14 @@ nobody can work out which member gets the datagrams of a source: the routers' ha
 import hashlib
 from collections import Counter
 from collections.abc import Iterable
-from typing import Final
+from typing import Final, Literal
 
 import msgspec
 
 from services.gateway.admission.peer import Peer
 from services.gateway.registry.entry import Entry, Origin
 from shared.client import Client, Source
+from shared.owners import Owners
 
 SECRET_BYTES: Final = 32
 IDENTIFIER_BYTES: Final = 16
@@ -23,6 +24,8 @@ class Groups:
     """The groups that there are, and how many members take copies of which source."""
 
     def __init__(self, secret: bytes) -> None:
+        self.owners = Owners()
+        """The nodes of the cluster that serve collectors; a group has one."""
         self.secret = secret
         self._members: Counter[tuple[str, Source]] = Counter()
 
@@ -33,10 +36,19 @@ class Groups:
 
     def for_bus(self, entry: Entry) -> Client:
         """Return the client as the bus has it."""
-        client = entry.client
-        if not client.group:
+        client, node = entry.client, self.owners.pin(entry.client.address, entry.node)
+        if not (client.group or node):
             return client
-        return msgspec.structs.replace(client, group=self.identify(client.group, entry.peer, entry.origin))
+        group = client.group and self.identify(client.group, entry.peer, entry.origin)
+        return msgspec.structs.replace(client, group=group, node=node)
+
+    def owner(self, entry: Entry) -> str:
+        """Return the node that serves a collector; empty: nobody does, or this host is no node."""
+        return self.owners.owner(self.for_bus(entry)) if entry.client.streams else ""
+
+    def word(self, entry: Entry) -> Literal["elsewhere"] | None:
+        """Return the word of a collector that another node serves."""
+        return "elsewhere" if self.owners.nodes and self.owner(entry) not in (self.owners.own, "") else None
 
     def change_secret(self, secret: bytes, members: Iterable[Entry]) -> None:
         """Make identifiers with another secret from now on, of these members too."""

@@ -263,7 +263,7 @@ class Registry:
         """Update an entry's condition; note a changed word, unless the entry's event has still to be sent."""
         client, told = entry.client, entry.condition
         serving = self.serving[client.source]
-        word = word_without_report(client) or serving.word(entry.revision)
+        word = word_without_report(client) or self.groups.word(entry) or serving.word(entry.revision)
         condition = serving.trouble(client.name, client.generation) if word == "ok" else None
         if condition is None:
             lost = serving.lost(client.name, client.generation)
@@ -297,7 +297,7 @@ class Registry:
     def version(self) -> tuple[int, ...]:
         """Return numbers that change with any entry or its health; the first is the revision."""
         told = [(serving.served, serving.unanswered, serving.reported) for serving in self.serving.values()]
-        return self.commit(), self._silent, *itertools.chain.from_iterable(told)
+        return self.commit(), self._silent, self.groups.owners.changes, *itertools.chain.from_iterable(told)
 
     def _enter(self, entry: Entry) -> None:
         client = entry.client

@@ -35,7 +35,8 @@ def check_copies(accounts: Mapping[str, Accounts], collectors: Sequence[Entry]) 
         if order := each.withheld:
             why = f"an admin withholds its copies{f': {order.reason}' if order.reason else ''}"
             yield warning("copies", why, f"`fanwire release {each.name}` lets them flow again", each.name)
-    troubled = {each.name: each.health for each in collectors if each.health not in (None, "ok", "withheld")}
+    well = (None, "ok", "withheld", "elsewhere")
+    troubled = {each.name: each.health for each in collectors if each.health not in well}
     waiting = [name for name, health in troubled.items() if health == "waiting"]
     for name in waiting:
         why = "its sender has not confirmed that copies flow, or is silent by now"

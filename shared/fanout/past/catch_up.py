@@ -7,13 +7,12 @@ keeps where each has got to, by the reports of this module, and tells it back wi
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
 from typing import Final, Generic
 
 from shared.bus.bodies.journal_messages import JOURNAL_TOPIC
 from shared.bus.bodies.template_messages import TemplateDatagram
 from shared.bus.continuity import Position
-from shared.bus.messages import Datagrams, Envelope, Message, Status, status_topic
+from shared.bus.messages import Datagrams, Envelope, Message, status_topic
 from shared.bus.zmq_sockets import Publisher, Subscriber
 from shared.client import Client, Place
 from shared.datagrams.batch import DatagramBatch
@@ -21,11 +20,12 @@ from shared.datagrams.gathered import Gathered
 from shared.datagrams.routing import Selection
 from shared.fanout.collectors import Collectors
 from shared.fanout.past.absences import Absences
-from shared.fanout.past.journal_questions import JournalQuestions, Pursued, reached_by_stream
+from shared.fanout.past.journal_questions import JournalQuestions, Pursued
 from shared.fanout.past.past_sender import STEP_ROWS, PastSender
 from shared.fanout.past.progress import Progress
 from shared.fanout.past.pursuit import GENERATION, Pursuit, PursuitState
-from shared.fanout.past.window import Numbered, Window, Worker
+from shared.fanout.past.rings import Rings
+from shared.fanout.past.window import Worker
 from shared.fanout.served import D
 from shared.fanout.streams import FollowedStreams
 from shared.fanout.templates import TemplateDelivery
@@ -82,7 +82,7 @@ class CatchUp(Generic[D]):
         self._pursued: dict[tuple[str, str], Pursued] = {}
         """By collector and stream."""
         self._tables: dict[tuple[str, str], Counter[str]] = {}
-        self._windows: dict[str, Window] = {}
+        self.rings = Rings(clock)
         self._progress = Progress(publisher, "relay" if publisher.sender.startswith("forwarder.") else "original")
         self._alive = new_counts()
         self._away_ns = 0
@@ -139,7 +139,7 @@ class CatchUp(Generic[D]):
         self._before = ()
 
     def _leave(self, client: Client) -> None:
-        streams = self._streams_of(client)
+        streams = self._journaled_of(client)
         if streams:
             places: list[Place] = []
             since_ns = time.time_ns()
@@ -148,7 +148,7 @@ class CatchUp(Generic[D]):
                 if pursued := self._pursued.get((client.name, stream)):
                     since_ns = min(since_ns, pursued.pursuit.since_ns or since_ns)
             self._progress.note_left(client, since_ns - STRAY_NS, places)
-        for stream in streams:
+        for stream in self._streams_of(client):
             if (client.name, stream) in self._pursued:
                 if client.name in self._collectors:
                     count = self._pursued[client.name, stream].pursuit.deferred(self._streams.positions(stream))
@@ -175,7 +175,7 @@ class CatchUp(Generic[D]):
                 self._collectors.past.set_behind(name, stream)
         for client in clients.values():
             returning = first and self._collectors[client.name].returning
-            for stream in self._streams_to_begin(client) if not returning else self._streams_of(client):
+            for stream in self._streams_to_begin(client) if not returning else self._journaled_of(client):
                 if (client.name, stream) not in self._pursued and self._begins(client, returning):
                     self._pursue(client, stream, returning=returning)
             if client.resume is None:
@@ -186,7 +186,7 @@ class CatchUp(Generic[D]):
     def _watch(self) -> None:
         self._absences.watch(
             self._collectors.clients,
-            lambda client: [each for each in self._streams_of(client) if (client.name, each) not in self._pursued],
+            lambda client: [each for each in self._journaled_of(client) if (client.name, each) not in self._pursued],
         )
 
     def _streams_to_begin(self, client: Client) -> set[str]:
@@ -213,17 +213,21 @@ class CatchUp(Generic[D]):
             resume = self._progress.resume(client.name, client.resume)
             pursued = self._begin(client.name, client.generation, stream, max(1, resume.since_ns), counts)
             pursued.pursuit.begin(resume.places, followed)
+            if stream in self.rings.kept:  # one that was taken over: it is level within some seconds, whatever comes
+                pursued.pace = pursued.pursuit.behind(followed)
+                pursued.twice_until_ns = resume.since_ns
         log.info("a collector begins to catch up", collector=client.name, stream=stream)
 
     def _begin(self, name: str, generation: int, stream: str, since_ns: int, counts: Counter[str]) -> Pursued:
         counts[GENERATION] = generation
         pursued = Pursued(name, generation, Pursuit(stream, since_ns, counts, self._clock))
+        pursued.pursuit.by_window = stream not in self._journaled
         if not self._pursued:
             self._subscriber.subscribe(self._questions.topic)
             self._subscriber.subscribe(JOURNAL_STATUS)
             self._journal_seen_at = self._stepped_at = self._clock()
         self._pursued[name, stream], self._tables[name, stream] = pursued, counts
-        self._windows.setdefault(stream, Window(self._clock))
+        self.rings.open(stream)
         if name in self._collectors:
             self._collectors.past.set_behind(name, stream)
         self._past.ask_templates(pursued)
@@ -237,21 +241,25 @@ class CatchUp(Generic[D]):
         self._new_counts()  # makes the file stale: it is to be kept without this table
         self._collectors.past.end_behind(name, stream)
         if not any(of == stream for _, of in self._pursued):
-            self._windows.pop(stream, None)
+            self.rings.close(stream)
         if not self._pursued:
             self._subscriber.unsubscribe(self._questions.topic)
             self._subscriber.unsubscribe(JOURNAL_STATUS)
             self.due_at = float("inf")
 
-    def _streams_of(self, client: Client) -> set[str]:
+    def _journaled_of(self, client: Client) -> set[str]:
         """Return the streams with a journal that a collector wants."""
         return {stream for stream in self._journaled if client.wants(stream)}
+
+    def _streams_of(self, client: Client) -> set[str]:
+        """Return the streams with a journal or a ring that a collector wants."""
+        return {stream for stream in self._journaled | self.rings.kept if client.wants(stream)}
 
     def counted(self) -> dict[str, dict[Worker, tuple[int, int]]]:
         """Return baseline and count reached of each worker of the streams on which a collector catches up."""
         return {
             stream: {worker: (each.baseline, each.reached) for worker, each in self._streams.positions(stream).items()}
-            for stream in self._windows
+            for stream in {stream for _, stream in self._pursued}
         }
 
     def note_counted(self, before: Mapping[str, Mapping[Worker, tuple[int, int]]]) -> None:
@@ -267,11 +275,8 @@ class CatchUp(Generic[D]):
 
     def note_live(self, envelope: Envelope, body: Datagrams, batch: DatagramBatch) -> None:
         """Keep a live batch for those that catch up on its stream."""
-        if (window := self._windows.get(batch.stream)) is not None:
-            if body.chunk is not None:  # its memory is the worker's
-                batch = replace(batch, payload=bytes(batch.payload))
-            numbered = Numbered((envelope.sender, envelope.boot), envelope.sequence, envelope.total, batch)
-            window.add(numbered)
+        numbered = self.rings.add(envelope, body, batch)
+        if numbered and self._pursued:
             self._past.note_copied(self._pursued.values(), numbered)
             self.due_at = min(self.due_at, self._clock())
         self._absences.note_live((envelope.sender, envelope.boot), batch.stream, envelope.total)
@@ -292,7 +297,7 @@ class CatchUp(Generic[D]):
         for name in names:
             client, owed_from = self._collectors[name].destination.client, self._absences.leave(name)
             log.info("a collector is away: what it misses comes later, from the journal", collector=name)
-            for stream in self._streams_of(client):
+            for stream in self._journaled_of(client):
                 if (name, stream) not in self._pursued:
                     since = max(time.time_ns() - STRAY_NS, self._streams.wanted_since(stream))
                     pursued = self._begin(name, client.generation, stream, since, self._new_counts())
@@ -306,12 +311,6 @@ class CatchUp(Generic[D]):
         if handled := self._questions.handle(message, self._pursued.values()):
             self.due_at = 0.0
         return handled
-
-    def note_status(self, envelope: Envelope, status: Status) -> None:
-        """Note what the journal has, as its status tells."""
-        reached = reached_by_stream(status)
-        for stream, window in self._windows.items():
-            window.confirm(envelope.boot, reached.get(stream, {}))
 
     def step(self) -> None:
         """Ask the journal, send what is due, and let those that are level have live copies."""
@@ -327,10 +326,11 @@ class CatchUp(Generic[D]):
         followed: dict[str, dict[Worker, Position]] = {}
         for key, pursued in list(self._pursued.items()):
             positions = followed.setdefault(key[1], self._streams.positions(key[1]))
-            pursued.allowance = min(pursued.allowance + elapsed * share, max(1.0, BURST_SECONDS * share))
+            pace = max(share, pursued.pace)
+            pursued.allowance = min(pursued.allowance + elapsed * pace, max(1.0, BURST_SECONDS * pace))
             pursued.pursuit.behind_live = bool(self._collectors.rules)
-            busy |= self._past.send_due(pursued, self._windows[key[1]], positions)
-            if here:
+            busy |= self._past.send_due(pursued, self.rings[key[1]], positions)
+            if here and key[1] in self._journaled:
                 self._questions.ask(pursued, now)
             self._settle(pursued, positions, gone=now >= self._journal_seen_at + ABSENT_SECONDS)
         self.due_at = now + (min(BURST_SECONDS / 2, max(0.001, STEP_ROWS / 2 / share)) if busy else IDLE_SECONDS)
@@ -341,7 +341,7 @@ class CatchUp(Generic[D]):
     def _settle(self, pursued: Pursued, followed: Mapping[Worker, Position], *, gone: bool) -> None:
         """Find out whether a collector is level now."""
         pursuit = pursued.pursuit
-        window = self._windows[pursuit.stream]
+        window, gone = self.rings[pursuit.stream], gone or pursuit.stream not in self._journaled
         for step in pursuit.give_up(window, followed, at_once=gone):
             self._past.perform(pursued, step)
         if self._collectors[pursued.name].destination.held:
@@ -356,7 +356,7 @@ class CatchUp(Generic[D]):
                 self._report_at = 0.0
 
     def _tidy(self, followed: Mapping[str, Mapping[Worker, Position]]) -> None:
-        for stream, window in self._windows.items():
+        for stream, window in self.rings.items():
             passed: dict[Worker, int] = {}
             pursuits = [each.pursuit for (_, of), each in self._pursued.items() if of == stream]
             for worker in followed.get(stream, {}):

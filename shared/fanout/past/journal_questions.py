@@ -53,6 +53,10 @@ class Pursued:
     question: _Question | None = None
     allowance: float = 0.0
     ask_at: float = 0.0
+    pace: float = 0.0
+    """Datagrams a second that it may have at least."""
+    twice_until_ns: int = 0
+    """Of what was received before, another node may have sent copies already."""
     away: bool = False
     """True while the collector is not known to get anything: it is tried again at `try_at`."""
     try_at: float = 0.0

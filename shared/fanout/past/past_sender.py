@@ -14,8 +14,9 @@ from shared.fanout.past.journal_questions import Pursued
 from shared.fanout.past.past_templates import PastTemplates
 from shared.fanout.past.pursuit import Step
 from shared.fanout.past.window import Numbered, Window, Worker
-from shared.fanout.served import D
+from shared.fanout.served import D, count_rows
 from shared.fanout.templates import TemplateDelivery
+from shared.ledger.counters import PERHAPS_TWICE
 
 STEP_ROWS: Final = 128
 """Datagrams that a collector gets in a row: half of what the smallest receive buffer holds."""
@@ -141,4 +142,7 @@ class PastSender(Generic[D]):
         batch, worker = Gathered([step.batch]), step.numbered.worker
         outcomes = pursued.copied.outcomes(worker, step.stop - len(step.batch), step.stop)
         if routed := self._collectors.past.route_past(pursued.name, batch, outcomes):
+            if step.batch.received_ns < pursued.twice_until_ns:
+                rows = count_rows(batch, routed[0][1])
+                self._collectors[pursued.name].account[PERHAPS_TWICE] += rows
             self._send(batch, routed)

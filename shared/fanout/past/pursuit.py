@@ -67,6 +67,9 @@ class Pursuit:
         self.stream = stream
         self.since_ns = since_ns
         self.state = PursuitState.READING
+        self.by_window = False
+        """True where there is no journal: the window has all that can be had. Then `_exhausted` once it has no more."""
+        self._exhausted = False
         self.reader: JournalPlace | None = None
         """The place in the journal's files at which its last portion ended."""
         self.newest_ns = since_ns
@@ -146,14 +149,9 @@ class Pursuit:
 
     def begin_here(self, followed: Mapping[Worker, Position]) -> None:
         """Begin at what has come: from here on the collector gets nothing live."""
-        now_ns = time.time_ns()
-        self.begin(
-            (
-                Place(self.stream, *worker, each.next_sequence, each.reached, now_ns)
-                for worker, each in followed.items()
-            ),
-            followed,
-        )
+        now_ns, here = time.time_ns(), followed.items()
+        places = (Place(self.stream, *worker, at.next_sequence, at.reached, now_ns) for worker, at in here)
+        self.begin(places, followed)
 
     def deferred(self, followed: Mapping[Worker, Position]) -> int:
         """Return how many of the datagrams that its account has as owed it has still to get."""
@@ -220,6 +218,8 @@ class Pursuit:
                 if numbered.total > at and self._awaits(numbered, followed):
                     return None
             return self._step(numbered, at, most, followed)
+        if self.by_window:
+            self._number = max(self._number, window.first)
         while self.state is PursuitState.WINDOW and self._number < window.stop:
             if self._number < window.first:
                 self._read_again()
@@ -228,7 +228,7 @@ class Pursuit:
             at = self._totals.get(numbered.worker, 0)
             if numbered.end <= at:
                 self._number += 1
-            elif numbered.total > at:  # it did not come to us, but perhaps to the journal
+            elif numbered.total > at and not self.by_window:  # it did not come to us, but perhaps to the journal
                 self._read_again()
             else:
                 return self._step(numbered, at, most, followed)
@@ -317,13 +317,14 @@ class Pursuit:
             return self.state
         if self.state is PursuitState.READING and (self._at_end or at_once):
             self._begin_at_ends(followed)
-            if all(self._covered(window, worker, each) for worker, each in followed.items()):
+            if self.by_window or all(self._covered(window, worker, each) for worker, each in followed.items()):
                 self.state, self._number, self._short_since = PursuitState.WINDOW, window.first, None
             elif self._short_since is None:
                 self._short_since = self._clock()
         if self.state is PursuitState.WINDOW and self._number == window.stop:
             ahead = [self._totals.get(worker, 0) - each.reached for worker, each in followed.items()]
             if any(each < 0 for each in ahead):
+                self._exhausted = True
                 self._read_again()
             elif not self._strays(followed):
                 self.state = PursuitState.LIVE
@@ -331,8 +332,9 @@ class Pursuit:
 
     def give_up(self, window: Window, followed: Mapping[Worker, Position], *, at_once: bool = False) -> list[Step]:
         """Return steps over what neither the journal nor the window has, if the journal was given time to have it."""
-        if self._queue or self.state is not PursuitState.READING:
+        if self._queue or self.state is not PursuitState.READING or (self.by_window and not self._exhausted):
             return []
+        self._exhausted = False
         waited = self._short_since is not None and self._clock() >= self._short_since + PATIENCE_SECONDS
         if not (at_once or waited):
             return []

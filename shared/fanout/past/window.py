@@ -57,16 +57,25 @@ class _Run:
 
 
 class Window:
-    """The kept batches of a stream: in the order in which they came, numbered from `first` up to `stop`."""
+    """The kept batches of a stream: in the order in which they came, numbered from `first` up to `stop`.
+
+    With `journaled` a batch stays until the journal is known to have it, else only until it is old.
+    """
 
     def __init__(
-        self, clock: Callable[[], float] = time.monotonic, seconds: float = SECONDS, most_bytes: int = MOST_BYTES
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        seconds: float = SECONDS,
+        most_bytes: int = MOST_BYTES,
+        *,
+        journaled: bool = True,
     ) -> None:
         self.first = self.stop = 0
         self.size = 0
         self._clock = clock
         self._seconds = seconds
         self._most_bytes = most_bytes
+        self._journaled = journaled
         self._order: deque[tuple[float, Numbered]] = deque()
         self._runs: dict[Worker, _Run] = {}
         self._journal_boot = -1
@@ -117,7 +126,7 @@ class Window:
         while self._order:
             since, numbered = self._order[0]
             run = self._runs[numbered.worker]
-            old = since + self._seconds <= now and numbered.end <= run.confirmed
+            old = since + self._seconds <= now and (numbered.end <= run.confirmed or not self._journaled)
             if not old and self.size <= self._most_bytes:
                 break
             self._order.popleft()

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import ClassVar, Generic
 
+from shared.bus.bodies.nodes_message import NODES_TOPIC
 from shared.bus.messages import REGISTRY_TOPIC, Message, offload_topic, serve_topic
 from shared.client import Client, Source
 from shared.datagrams.gathered import Gathered
@@ -45,7 +46,8 @@ class CopySender(ABC, Generic[D]):
 
     def topics(self) -> Iterable[str]:
         """Topics to subscribe to besides streams; the sender of a request sees by them what this service can do."""
-        return (REGISTRY_TOPIC, serve_topic(self.source), offload_topic(self.source))
+        nodes = (NODES_TOPIC,) if self.settings.uplink.nodes else ()
+        return (REGISTRY_TOPIC, serve_topic(self.source), offload_topic(self.source), *nodes)
 
     def descriptors(self) -> Iterable[int]:
         """Further descriptors that wake the loop when they become readable."""

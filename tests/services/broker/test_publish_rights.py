@@ -19,7 +19,7 @@ OWN = {
     "offload": r"offload/relay/|offload/original/|offload/paths/|status/offload\.1/",
     "journal": r"replay/[^/]+/|status/journal\.1/",
     "console": r"status/console\.1/",
-    "uplink": r"journal/|datagrams/[^/]+/|again/uplink\.1/[^/]+/|exporters/uplink\.1/|status/uplink\.1/",
+    "uplink": r"journal/|datagrams/[^/]+/|again/uplink\.1/[^/]+/|exporters/uplink\.1/|nodes/|status/uplink\.1/",
     "operator": r"transmit/",
 }
 """Written out once more, as whole topics."""
@@ -41,6 +41,7 @@ TOPICS = (
     "offload/relay/",
     "offload/original/",
     "offload/paths/",
+    "nodes/",
     *(f"exporters/{role}.1/" for role in ROLES),
     *(f"status/{role}.1/" for role in ROLES),
 )

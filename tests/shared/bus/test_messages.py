@@ -21,6 +21,7 @@ from shared.bus.bodies.journal_messages import (
     Replayed,
     WorkerPosition,
 )
+from shared.bus.bodies.nodes_message import Node, Nodes
 from shared.bus.bodies.offload_messages import CollectorPath, KernelCopies, KernelServed, OffloadPaths, OffloadReply
 from shared.bus.bodies.template_messages import Renewals, TemplateDatagram, Templates
 from shared.bus.messages import (
@@ -90,6 +91,14 @@ BODIES: dict[str, Body] = {
     "offload.paths": OffloadPaths(3, 0, 1, [CollectorPath("a", "kernel"), CollectorPath("b", "relay", "it is slow")]),
     "templates": Templates(
         "netflow", 1, 2, [TemplateDatagram(bytes(10) + b"\xff\xff\n\0\0\1", 2055, bytes(16), 2**32 - 1)]
+    ),
+    "nodes": Nodes(
+        True,
+        [
+            Node("berlin", "live", 0),
+            Node("bonn", "silent", 2500, 9, 3, {"relay": [Place("messages", "uplink.1", 2**62, 0, 33)]}),
+        ],
+        ("berlin",),
     ),
     "renewals": Renewals("netflow", [TemplateDatagram(bytes(16), 0, bytes(65507), 0)]),
 }

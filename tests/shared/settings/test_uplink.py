@@ -64,6 +64,13 @@ def test_stream_of_another_site_alone_has_no_listener(tmp_path: Path) -> None:
         ),
         ('[uplink]\ncertificate = "a.pem"\n', "[uplink] certificate: expected both a certificate and its key"),
         ('[uplink]\nnkey = "a"\ncredentials = "b"\n', "[uplink] nkey: expected this or credentials"),
+        (f'{ON}nodes = ["bonn"]\n', "nodes: expected each site once, and this one among them"),
+        (f'{ON}nodes = ["berlin", "a.b"]\n', "'a.b': expected the name of a site"),
+        ('[uplink]\nsite = "a"\nnodes = ["a", "b"]\n', "[uplink] nodes: expected servers too"),
+        (
+            f'{ON}nodes = ["berlin", "bonn"]\n[offload]\ninterfaces = ["eth0"]\n',
+            "[offload] interfaces: the kernel's rules can't follow [uplink] nodes",
+        ),
     ],
 )
 def test_bad_uplink_is_refused(tmp_path: Path, text: str, expected: str) -> None:
@@ -86,3 +93,17 @@ def test_settings_of_the_readme_fit_together(tmp_path: Path) -> None:
     bonn = read(tmp_path, block("services/uplink/README.md", "uplink-bonn"))
     assert berlin.uplink.sent(("netflow",)) == ("netflow",)
     assert bonn.uplink.received(("netflow",)) == {"berlin": ("netflow",)}
+
+
+def test_node_of_the_readme(tmp_path: Path) -> None:
+    """By the settings shown, three nodes share their collectors."""
+    node = read(tmp_path, block("services/uplink/nodes/README.md", "nodes")).uplink
+    assert set(node.received(("netflow",))) == {"b", "c"}
+    assert node.minority == "serve"
+
+
+def test_nodes_send_and_receive_all_streams(tmp_path: Path) -> None:
+    """A node sends all its streams and receives those of each other node, also such that have no listener here."""
+    uplink = read(tmp_path, f'{ON}nodes = ["bonn", "berlin"]\n{STREAMS}').uplink
+    assert uplink.sent(("flows", "far")) == ("flows", "far")
+    assert uplink.received(("flows", "far")) == {"bonn": ("flows", "far")}

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from shared.bus.bodies.journal_messages import WorkerPosition
 from shared.bus.continuity import Continuity, Position
+from shared.client import Place
 from shared.fanout.past.pursuit import PATIENCE_SECONDS, STRAY_SECONDS, Pursuit, PursuitState
 from shared.fanout.past.window import SECONDS, Numbered, Window, Worker
 from tests.builders import make_batch, make_envelope
@@ -231,3 +232,26 @@ def test_each_datagram_comes_once_and_in_order_whatever_happens(seed: int) -> No
         unexplained += len(owed - set(world.got) - world.lost)
     assert unexplained <= world.missing
     assert not unexplained or (killed and down), "one fault at a time loses nothing"
+
+
+def test_without_a_journal_the_window_has_all_that_can_be_had() -> None:
+    """Where the window has holes, what is on both sides of them is had in order, and the holes are counted."""
+    worker, now = ("ingest.1", 7), 0.0
+    window = Window(lambda: now, journaled=False)
+    for total in (0, 10, 30, 40):  # twenty were missed in between
+        window.add(
+            Numbered(worker, 0, total, make_batch([f"{number}".encode() for number in range(total, total + 10)]))
+        )
+    followed = {worker: Position(0, 0, 60)}  # and ten at the end
+    pursuit = Pursuit("messages", 1, Counter(), lambda: now)
+    pursuit.by_window = True
+    pursuit.begin([Place("messages", *worker, 0, 5)], followed)
+    got, missing = [], 0
+    while pursuit.check(window, followed, at_once=True) is not PursuitState.LIVE:
+        steps = pursuit.give_up(window, followed, at_once=True)
+        while step := steps.pop(0) if steps else pursuit.next_step(window, followed, 7):
+            pursuit.advance(step)
+            missing += step.missing
+            got += [int(payload) for *_, payload in step.batch.datagrams()] if step.batch else []
+        now += STRAY_SECONDS
+    assert (got, missing) == ([*range(5, 20), *range(30, 50)], 20)

@@ -1,0 +1,157 @@
+"""The cluster as a node tells of it: to the others by beats, and to the services here by a bus message. No I/O."""
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Final
+
+import msgspec
+
+from services.uplink.arrivals import Key
+from services.uplink.nodes.beats import MAX_ORIGINS, Beat, Reached, parse_beat
+from services.uplink.nodes.beats import State as BeatState
+from services.uplink.nodes.crossings import Crossings
+from services.uplink.nodes.membership import SILENT_SECONDS, Membership
+from shared.bus.bodies.nodes_message import MAX_NODE_PLACES, Node, Nodes, NodeState
+from shared.bus.messages import Envelope, Status
+from shared.bus.pieces import Assembler
+from shared.client import Place, Source
+from shared.ledger.accounts import is_origin, parse_origin
+from shared.ledger.counters import REACHED
+from shared.owners import Minority, nodes_serving
+
+SENDERS: Final[dict[str, Source]] = {"forwarder": "relay", "transmitter": "original"}
+HEARD_SECONDS: Final = 3.0
+"""A sender that has not reported for so long does not run."""
+TOLD_NS: Final = 1_000_000_000
+"""Time by which a node may have got further than it has told."""
+ALONE_NS: Final = 5_000_000_000
+"""A sender that was started this long before the uplink was not started with it."""
+
+
+class Cluster:
+    """A node among the others. `sender` and `boot` are those under which this uplink publishes."""
+
+    def __init__(
+        self,
+        own: str,
+        nodes: tuple[str, ...],
+        minority: Minority,
+        sender: str,
+        boot: int,
+        clock: Callable[[], float] = time.monotonic,
+        time_ns: Callable[[], int] = time.time_ns,
+    ) -> None:
+        self.members = Membership(own, nodes, clock)
+        self._minority = minority
+        self._serving: tuple[str, ...] | None = None
+        self._sender = sender
+        self._boot = boot
+        self._clock = clock
+        self._time_ns = time_ns
+        self._began, self._began_ns = clock(), time_ns()
+        self._numbers = itertools.count(1)
+        self._crossings: dict[str, Crossings] = {}
+        self._statuses: dict[Source, Assembler[Status]] = {source: Assembler() for source in SENDERS.values()}
+        self._reports = 0
+        self._reached: dict[Source, list[Reached]] = {}
+        self._reported_at: dict[Source, float] = {}
+        self._ended: set[Source] = set()
+        self._senders_began_ns: dict[Source, int] = {}
+        self._heard_ns: dict[str, int] = {}
+
+    def note_published(self, origin: Key, there: range, here: range) -> None:
+        """Note a batch of another site that was published here, see `Crossings.note`."""
+        crossings = self._crossings.get(origin.stream)
+        if crossings is None:
+            crossings = self._crossings[origin.stream] = Crossings(self._clock)
+        crossings.note(origin, there, here)
+
+    def note_status(self, envelope: Envelope, status: Status) -> bool:
+        """Note how far a sender of copies has got; return whether that is complete now."""
+        source = SENDERS[envelope.sender.partition(".")[0]]
+        pieces = self._statuses[source].add((envelope.boot, status.report), status)
+        if pieces is None:
+            return False
+        reached = [each for piece in pieces for each in self._reached_by(piece)]
+        self._reached[source] = reached[-MAX_ORIGINS:]
+        self._reports += 1
+        self._reported_at[source], self._senders_began_ns[source] = self._clock(), status.started_ns
+        (self._ended.add if status.ended else self._ended.discard)(source)
+        return True
+
+    def _reached_by(self, status: Status) -> Iterator[Reached]:
+        for name, account in status.accounts.items():
+            if not is_origin(name):
+                continue
+            worker, boot, stream = parse_origin(name)
+            if worker != self._sender:
+                yield Reached(self.members.own, worker, boot, stream, account[REACHED])
+            elif boot == self._boot and stream in self._crossings:
+                for origin, total in self._crossings[stream].origins_at(account[REACHED]).items():
+                    yield Reached(*origin, total)
+
+    @property
+    def senders_run(self) -> bool:
+        """True if any sender of copies has reported lately."""
+        return any(at > self._clock() - HEARD_SECONDS for at in self._reported_at.values())
+
+    @property
+    def senders_ended(self) -> bool:
+        """True if every sender of copies that was heard has sent its last copy."""
+        return set(self._reported_at) <= self._ended
+
+    @property
+    def serves_already(self) -> bool:
+        """True if the uplink alone was restarted: the senders run, and serve collectors still."""
+        return any(began < self._began_ns - ALONE_NS for began in self._senders_began_ns.values())
+
+    @property
+    def tells(self) -> bool:
+        """True if anybody is told of this node: while its uplink is restarted, it is not missed for a moment."""
+        if self.members.state == "live" or self._clock() >= self._began + SILENT_SECONDS:
+            return True
+        return self.senders_run and not self.serves_already and self.members.hears_most
+
+    def take(self, subject: str, payload: bytes) -> bool:
+        """Note a beat that has come; return whether the nodes have changed by it. ValueError when it is none."""
+        beat = parse_beat(subject, payload)
+        live, before = self.members.live, self.members.beat(beat.node)
+        if not self.members.note(beat):
+            return False
+        if before is None or (before.boot, before.reports) != (beat.boot, beat.reports):
+            self._heard_ns[beat.node] = self._time_ns()
+        return self.members.live != live
+
+    def beat(self, state: BeatState | None = None) -> Beat:
+        """Return the next beat of this node."""
+        own = self.members
+        return Beat(own.own, self._boot, next(self._numbers), state or own.state, self._reports, self._reached)
+
+    def nodes(self, state: NodeState, pending: Mapping[str, int]) -> Nodes:
+        """Return what the services here are told, this node first, in a state; `pending`: messages to come, by node."""
+        own = Node(self.members.own, state, 0)
+        others = (self._node(name, pending.get(name, 0)) for name in self.members.others)
+        told = Nodes(self.members.majority, [own, *others])
+        self._serving = nodes_serving(told, self._minority, self._serving)
+        return msgspec.structs.replace(told, serving=self._serving)
+
+    def _node(self, name: str, pending: int) -> Node:
+        state, since = self.members.state_of(name), self.members.seconds_since(name)
+        beat = self.members.beat(name)
+        if beat is None or since is None:
+            return Node(name, state, pending=pending)
+        places = {source: list(self._places(reached))[:MAX_NODE_PLACES] for source, reached in beat.reached.items()}
+        further_ns = 0 if state == "left" else TOLD_NS
+        return Node(name, state, int(since * 1000), pending, self._heard_ns[name] + further_ns, places)
+
+    def _places(self, reached: list[Reached]) -> Iterator[Place]:
+        """Yield where another node's sender is in what the workers of this bus have published."""
+        elsewhere: dict[str, dict[Key, int]] = {stream: {} for stream in self._crossings}
+        for each in reached:
+            if each.site == self.members.own:
+                yield Place(each.stream, each.worker, each.boot, 0, each.total)
+            elif each.stream in elsewhere:
+                elsewhere[each.stream][each.key] = each.total
+        for stream, totals in elsewhere.items():
+            yield Place(stream, self._sender, self._boot, 0, self._crossings[stream].here_at(totals))

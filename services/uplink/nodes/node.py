@@ -1,0 +1,157 @@
+"""A node as it lives: it sends beats, hears those of the others, and tells the services of its host who serves."""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from typing import Final
+
+import msgspec
+from nats.aio.msg import Msg
+from nats.errors import Error as NatsError
+
+from services.uplink.arrivals import Key
+from services.uplink.nodes.beats import ROOT, State, beat_subject, unparse_beat
+from services.uplink.nodes.cluster import SENDERS, Cluster
+from services.uplink.nodes.membership import BEAT_SECONDS
+from services.uplink.session import Ack, Session
+from services.uplink.subjects import Origin, unparse_subject
+from shared.bus.bodies.nodes_message import NODES_TOPIC, NodeState
+from shared.bus.messages import Envelope, Status, status_topic
+from shared.bus.zmq_sockets import Publisher, Subscriber
+from shared.ledger.counters import MESSAGES_UNREADABLE
+from shared.log import get_logger
+from shared.nats.connection import reason
+from shared.settings.uplink import Uplink
+
+LOOK_SECONDS: Final = 0.25
+"""Time by which the silence of a node may be noticed late."""
+TELL_SECONDS: Final = 1.0
+HEAR_SECONDS: Final = 1.0
+"""Time for which a new connection is in use, before this node may say that it has caught up."""
+RING_SECONDS: Final = 2.5
+"""Time for which senders here have kept what comes, before they may take over: others' last places are not older."""
+MOST_PENDING: Final = 64
+"""Messages of another node that may still be to come, once this one has caught up."""
+YIELD_SECONDS: Final = 0.25
+"""Time for the others to leave off serving what is this node's from now on: what both send comes twice."""
+PROBE: Final = "%nodes"
+"""In place of a stream: no stream is called so."""
+
+log = get_logger()
+_read_ack: Final = msgspec.json.Decoder(Ack).decode
+
+
+class Node:
+    """One node of a cluster. `pending` returns the messages of each other node that are still to come here."""
+
+    def __init__(
+        self,
+        uplink: Uplink,
+        publisher: Publisher,
+        subscriber: Subscriber,
+        account: dict[str, int],
+        pending: Callable[[], Mapping[str, int]],
+    ) -> None:
+        self.due_at = 0.0
+        self._cluster = Cluster(uplink.site, uplink.nodes, uplink.minority, publisher.sender, publisher.boot)
+        self._own = uplink.site
+        self._publisher = publisher
+        self._account = account
+        self._pending = pending
+        self._probe = unparse_subject(Origin(uplink.site, PROBE, publisher.sender))
+        self._beat_due = asyncio.Event()
+        self._connected_at = float("inf")
+        self._told: tuple[object, ...] = ()
+        self._yield_until = 0.0
+        self._joining_at = float("inf")
+        """The time at which the services here were told that this node joins."""
+        self._tell_at = 0.0
+        for service in SENDERS:
+            subscriber.subscribe(status_topic(service)[:-1])
+
+    def note_crossed(self, origin: Key, there: range, here: range) -> None:
+        """Note a batch of another site that was published here, see `Crossings.note`."""
+        self._cluster.note_published(origin, there, here)
+
+    def note_status(self, envelope: Envelope, status: Status) -> None:
+        """Note what a service reports, if it sends copies: the other nodes are to know at once."""
+        if envelope.sender.partition(".")[0] in SENDERS and self._cluster.note_status(envelope, status):
+            self._beat_due.set()
+
+    @property
+    def senders_ended(self) -> bool:
+        """True once every sender of copies of this host has sent its last copy."""
+        return self._cluster.senders_ended
+
+    def keep_up(self, fresh: Iterable[str] = ()) -> None:
+        """Do what is due; tell those who have just subscribed at once."""
+        now = time.monotonic()
+        self.due_at = now + LOOK_SECONDS
+        members = self._cluster.members
+        if members.state == "joining" and self._has_caught_up(now):
+            self._tell_at = 0.0
+            self._tell("joining", now)
+            members.state = "live"
+            self._yield_until = now if self._cluster.serves_already else now + YIELD_SECONDS
+            self._beat_due.set()
+            log.info("this node serves collectors from now on", node=self._own)
+        if any(NODES_TOPIC.startswith(prefix) for prefix in fresh):
+            self._tell_at = 0.0
+        if self._cluster.tells:
+            self._tell(members.state if now >= self._yield_until else "joining", now)
+
+    def _tell(self, state: NodeState, now: float) -> None:
+        """Tell the services here of the nodes, if there is news, or it is time to."""
+        told = self._cluster.nodes(state, self._pending())
+        known = told.live, told.majority
+        if (now < self._tell_at and known == self._told) or not self._publisher.publish(NODES_TOPIC, told):
+            return
+        if known != self._told:
+            (log.info if told.majority else log.warning)("nodes of the cluster", live=told.live, majority=told.majority)
+        self._told, self._tell_at = known, now + TELL_SECONDS
+        self._joining_at = min(self._joining_at, now)
+
+    def _has_caught_up(self, now: float) -> bool:
+        if now < self._connected_at + HEAR_SECONDS or not self._cluster.senders_run:
+            return False
+        if now < self._joining_at + RING_SECONDS and not self._cluster.serves_already:
+            return False
+        return all(pending <= MOST_PENDING for pending in self._pending().values())
+
+    async def run(self, session: Session) -> None:
+        """Send beats by this connection, and hear those of others, until it ends."""
+        await session.client.subscribe(f"{ROOT}.*", cb=self._take)
+        self._connected_at = time.monotonic()
+        try:
+            while True:
+                self._beat_due.clear()
+                if self._cluster.tells:
+                    await self.beat(session)
+                if not self._cluster.members.hears_most:
+                    await self._vote(session)
+                await session.wait(self._beat_due, BEAT_SECONDS)
+        finally:
+            self._connected_at = float("inf")
+
+    async def beat(self, session: Session, state: State | None = None) -> None:
+        """Send a beat now."""
+        with suppress(NatsError, OSError):
+            beat = self._cluster.beat(state)
+            await session.client.publish(beat_subject(self._own), unparse_beat(beat))
+            await session.client.flush()
+
+    async def _vote(self, session: Session) -> None:
+        """Ask JetStream to keep an empty message: only most of its servers together do."""
+        with suppress(NatsError, OSError, TimeoutError, msgspec.MsgspecError):
+            answer = await session.client.request(self._probe, b"", timeout=BEAT_SECONDS)
+            if answer.data and _read_ack(answer.data).error is None:
+                self._cluster.members.note_vote()
+
+    async def _take(self, message: Msg) -> None:
+        try:
+            if self._cluster.take(message.subject, message.data):
+                self.due_at = 0.0
+        except ValueError as error:
+            self._account[MESSAGES_UNREADABLE] += 1
+            log.warning("a beat of another node is dropped", subject=message.subject, reason=reason(error)[:200])

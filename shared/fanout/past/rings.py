@@ -1,0 +1,82 @@
+"""The windows of live batches, by stream: while collectors catch up, and in a cluster at any time.
+
+In a cluster each sender keeps a *ring*: the latest batches of every stream that collectors of any node want. One that
+is taken over from another node goes on from there.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import Final
+
+from shared.bus.messages import Datagrams, Envelope, Status
+from shared.datagrams.batch import DatagramBatch
+from shared.fanout.past.journal_questions import reached_by_stream
+from shared.fanout.past.window import SECONDS, Numbered, Window
+
+RING_SECONDS: Final = 12.0
+"""Time for which a ring keeps a batch: a node is missed after two seconds, and last told its place before."""
+
+
+class Rings:
+    """Windows, made where they are needed."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._windows: dict[str, Window] = {}
+        self._rings: frozenset[str] = frozenset()
+        """Streams whose window is kept at any time."""
+        self._open: set[str] = set()
+        """Streams on which somebody catches up."""
+
+    def __getitem__(self, stream: str) -> Window:
+        return self._windows[stream]
+
+    @property
+    def kept(self) -> frozenset[str]:
+        """The streams that have a ring."""
+        return self._rings
+
+    def keep(self, streams: Iterable[str]) -> None:
+        """Keep a ring of these streams from now on, and of no others."""
+        self._rings = frozenset(streams)
+        self._settle()
+
+    def open(self, stream: str) -> None:
+        """Keep what comes of a stream, as somebody catches up on it."""
+        self._open.add(stream)
+        self._settle()
+
+    def close(self, stream: str) -> None:
+        """Let go of a stream's batches that nobody needs to catch up, unless it has a ring."""
+        self._open.discard(stream)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Make the windows that are missing, and let go of those that nobody needs."""
+        wanted = self._rings | self._open
+        self._windows = {stream: window for stream, window in self._windows.items() if stream in wanted}
+        for stream in wanted - self._windows.keys():
+            ring = stream in self._rings
+            self._windows[stream] = Window(self._clock, RING_SECONDS if ring else SECONDS, journaled=not ring)
+
+    def add(self, envelope: Envelope, body: Datagrams, batch: DatagramBatch) -> Numbered | None:
+        """Keep a live batch, and return it with its numbers; None: there is no window for it."""
+        window = self._windows.get(batch.stream)
+        if window is None:
+            return None
+        if body.chunk is not None:  # its memory is the worker's
+            batch = replace(batch, payload=bytes(batch.payload))
+        numbered = Numbered((envelope.sender, envelope.boot), envelope.sequence, envelope.total, batch)
+        window.add(numbered)
+        return numbered
+
+    def confirm(self, envelope: Envelope, status: Status) -> None:
+        """Note what the journal has, as its status tells."""
+        reached = reached_by_stream(status)
+        for stream, window in self._windows.items():
+            window.confirm(envelope.boot, reached.get(stream, {}))
+
+    def items(self) -> Iterator[tuple[str, Window]]:
+        """Yield each stream's window."""
+        yield from self._windows.items()

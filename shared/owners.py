@@ -1,0 +1,156 @@
+"""The node of a cluster that serves each collector: one of those that live, by rendezvous hash.
+
+All nodes find the same without asking each other, as they know the same nodes and collectors. A node that comes or goes
+changes the owner of its own collectors alone. No I/O.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from ipaddress import ip_address
+from typing import Final, Literal, Self
+
+import msgspec
+
+from shared.bus.bodies.nodes_message import Node, Nodes
+from shared.client import MAX_PLACES, Client, Resume, Source
+from shared.settings.uplink import Uplink
+
+SILENT_SECONDS: Final = 3.0
+"""Time after which an uplink that says nothing of the nodes is taken for one that hears none of them."""
+Minority = Literal["serve", "hold"]
+RESUME_SECONDS: Final = 10.0
+"""Time within which a collector that was taken over goes on where its last node has stopped."""
+
+
+def owner_of(key: str, nodes: Iterable[str]) -> str:
+    """Return the node with the highest hash for a key; empty: there is no node.
+
+    >>> owner_of("siem", ["a", "b", "c"]), owner_of("siem", ["a", "b"]), owner_of("siem", [])
+    ('b', 'b', '')
+    """
+    return max(nodes, key=lambda node: (_hash(key, node), node), default="")
+
+
+def _hash(key: str, node: str) -> bytes:
+    return hashlib.blake2b(key.encode(), digest_size=8, key=node.encode()).digest()
+
+
+def nodes_serving(told: Nodes, minority: Minority, before: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the nodes that serve collectors: those that live, as far as this one hears most of them.
+
+    Otherwise it serves its own collectors as `before`, or at a start as if all lived; or it serves none.
+    """
+    if told.majority:
+        return told.live
+    every = sorted(node.name for node in told.nodes)
+    return () if minority == "hold" else tuple(every if before is None else before)
+
+
+class Owners:
+    """The owners of collectors as the node `own` knows them. Without `nodes` this host serves all."""
+
+    def __init__(
+        self,
+        own: str = "",
+        nodes: Iterable[str] = (),
+        minority: Minority = "serve",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.own = own
+        self.nodes = tuple(nodes)
+        self.majority = False
+        self.serving: tuple[str, ...] | None = None
+        """The nodes that serve collectors; None: that is not known yet."""
+        self.changes = 0
+        """Grows whenever others come to serve."""
+        self._minority = minority
+        self._clock = clock
+        self._heard_at = clock()
+        self._told: dict[str, Node] = {}
+        """The nodes as they were before others came to serve: a live one that tells of more may have left off then."""
+        self._settled = True
+        """False from when others come to serve until collectors are split anew."""
+        self._owners: dict[str, tuple[int, str]] = {}
+        """By name: the generation and owner of a collector as it was known last."""
+        self._resumes: dict[str, tuple[float, Resume]] = {}
+        """Collectors that were taken over, until when they resume, and where."""
+
+    @classmethod
+    def of(cls, uplink: Uplink) -> Self:
+        """Return those of a host with these settings."""
+        return cls(uplink.site, uplink.nodes, uplink.minority)
+
+    @property
+    def known(self) -> bool:
+        """True if it is known who serves."""
+        return self.serving is not None or not self.nodes
+
+    def note(self, body: Nodes) -> bool:
+        """Note what the uplink tells of the nodes; return whether others serve now."""
+        self._heard_at, self.majority = self._clock(), body.majority
+        changed = self._serve(body.serving)
+        for node in body.nodes:
+            if node.state != "live" or (self._settled and not changed) or node.name not in self._told:
+                self._told[node.name] = node
+        self._settled = self._settled and not changed
+        return changed
+
+    def check(self) -> bool:
+        """Return whether others serve now, as nothing was heard of the nodes for a while; or a take-over is over."""
+        if not self.nodes:
+            return False
+        now = self._clock()
+        over = [name for name, (until, _) in self._resumes.items() if until <= now]
+        for name in over:
+            del self._resumes[name]
+        if now < self._heard_at + SILENT_SECONDS:
+            return bool(over)
+        self.majority = False
+        every = tuple(sorted(self.nodes))
+        return self._serve(() if self._minority == "hold" else self.serving or every) or bool(over)
+
+    def _serve(self, serving: tuple[str, ...]) -> bool:
+        before, self.serving = self.serving, serving
+        self.changes += serving != before
+        return serving != before
+
+    def owner(self, client: Client) -> str:
+        """Return the node that serves a collector; members of a group have one. Empty: nobody does."""
+        if not self.nodes:
+            return self.own
+        return client.node or owner_of(client.group or client.name, self.serving or ())
+
+    def pin(self, address: str, node: str) -> str:
+        """Return the only node that reaches an address, which was named at `node`, empty: here; empty: all do."""
+        return (node or self.own) if self.nodes and ip_address(address).is_loopback else ""
+
+    def split(self, clients: Mapping[str, Client], source: Source) -> tuple[dict[str, Client], dict[str, Client]]:
+        """Return the collectors of a source that this node serves, and those that others serve.
+
+        One that it takes over has to resume where its last node has got to.
+        """
+        owners = {name: self.owner(client) for name, client in clients.items()}
+        for name, client in clients.items():
+            generation, before = self._owners.get(name, (-1, ""))
+            if owners[name] != self.own:
+                self._resumes.pop(name, None)
+            elif generation == client.generation and before != self.own:
+                self._take_over(client, before, source)
+        self._owners = {name: (client.generation, owners[name]) for name, client in clients.items()}
+        self._settled = True
+        own = {name: self._resumed(client) for name, client in clients.items() if owners[name] == self.own}
+        return own, {name: client for name, client in clients.items() if name not in own}
+
+    def _take_over(self, client: Client, before: str, source: Source) -> None:
+        """Let a collector resume; where this node served none for a while, another one has had it since."""
+        others = [node for node in self.serving or () if node != self.own]
+        node = self._told.get(before or owner_of(client.group or client.name, others))
+        if node and (places := node.places.get(source)):
+            wanted = [place for place in places if client.wants(place.stream)]
+            resume = Resume(node.since_ns, places=tuple(wanted[-MAX_PLACES:]))
+            self._resumes[client.name] = self._clock() + RESUME_SECONDS, resume
+
+    def _resumed(self, client: Client) -> Client:
+        _, resume = self._resumes.get(client.name, (0.0, client.resume))
+        return client if resume is client.resume else msgspec.structs.replace(client, resume=resume)

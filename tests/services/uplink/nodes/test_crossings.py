@@ -1,0 +1,69 @@
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.uplink.arrivals import Key
+from services.uplink.nodes.crossings import SECONDS, Crossings
+
+ORIGINS = [Key("bonn", f"ingest.{number}", 7, "flows") for number in range(3)]
+
+
+def crossed(batches: list[tuple[int, int]]) -> tuple[Crossings, list[tuple[Key, int]]]:
+    """Return crossings of batches, each of an origin and with a number of datagrams; and each datagram, in order."""
+    crossings, totals = Crossings(lambda: 0.0), dict.fromkeys(ORIGINS, 0)
+    datagrams: list[tuple[Key, int]] = []
+    for number, count in batches:
+        origin = ORIGINS[number]
+        start, here = totals[origin], len(datagrams)
+        crossings.note(origin, range(start, start + count), range(here, here + count))
+        datagrams += [(origin, totals[origin] + each) for each in range(count)]
+        totals[origin] += count
+    return crossings, datagrams
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 5)), max_size=30), st.data())
+def test_counts_of_origins_tell_the_place_here(batches: list[tuple[int, int]], data: st.DataObject) -> None:
+    """A count here, told as counts of origins, comes back as the same count; all before it is within these."""
+    crossings, datagrams = crossed(batches)
+    here = data.draw(st.integers(0, len(datagrams)))
+    reached = crossings.origins_at(here)
+    assert sum(reached.values()) == here
+    assert crossings.here_at(reached) == here
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 5)), max_size=30), st.tuples(*[st.integers(0, 40)] * 3))
+def test_nothing_that_another_node_lacks_is_before_the_place(
+    batches: list[tuple[int, int]], had: tuple[int, int, int]
+) -> None:
+    """A place stands before the first datagram that another node lacks, whatever it has had of each origin."""
+    crossings, datagrams = crossed(batches)
+    reached = dict(zip(ORIGINS, had, strict=True))
+    here = crossings.here_at(reached)
+    lacked = [place for place, (origin, number) in enumerate(datagrams) if number >= reached[origin]]
+    assert here == (lacked[0] if lacked else len(datagrams))
+
+
+def test_old_batches_are_known_by_their_end_alone() -> None:
+    """After some seconds only the count behind a batch is known: memory does not grow, and a place is never lost."""
+    now = 0.0
+    crossings = Crossings(lambda: now)
+    for number in range(1000):
+        now = float(number)
+        place = range(10 * number, 10 * number + 10)
+        crossings.note(ORIGINS[0], place, place)
+    assert len(crossings._latest) <= SECONDS + 1
+    assert crossings.origins_at(10_000) == {ORIGINS[0]: 10_000}
+    assert crossings.here_at({ORIGINS[0]: 9_995}) == 9_995
+
+
+def test_what_was_left_out_here_is_passed() -> None:
+    """Of a batch that did not come here whole, all that is lacking elsewhere is behind the place."""
+    crossings = Crossings(lambda: 0.0)
+    crossings.note(ORIGINS[0], range(10), range(10))
+    crossings.note(ORIGINS[0], range(10, 20), range(10, 13))
+    crossings.note(ORIGINS[1], range(50, 60), range(13, 13))
+    crossings.note(ORIGINS[1], range(60, 64), range(13, 17))
+    assert crossings.here_at({ORIGINS[0]: 15, ORIGINS[1]: 64}) == 10
+    assert crossings.here_at({ORIGINS[0]: 20, ORIGINS[1]: 50}) == 13
+    assert crossings.origins_at(12) == {ORIGINS[0]: 10}
+    assert crossings.origins_at(13) == {ORIGINS[0]: 20, ORIGINS[1]: 60}
+    assert crossings.origins_at(15) == {ORIGINS[0]: 20, ORIGINS[1]: 62}

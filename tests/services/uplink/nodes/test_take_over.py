@@ -1,0 +1,158 @@
+"""Collectors of a node that ends, by their own count: what the exporters sent against what the sockets got."""
+
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from shared.ledger.counters import PERHAPS_TWICE
+from tests.builders import BusEnds, accounts_when
+from tests.services.uplink.nodes.cluster import Cluster, Exporter
+from tests.stack import ask_json, wait_until
+
+pytestmark = pytest.mark.usefixtures("lab")
+PER_SECOND: Final = 300
+SECONDS: Final = 1.5
+"""Time that traffic lasts before a node ends: its senders have told where they are, and not just now."""
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    """Three nodes with six collectors, and an exporter at each node."""
+    with Cluster(tmp_path, "abc", 6) as cluster:
+        yield cluster
+
+
+def begin(cluster: Cluster) -> dict[str, Exporter]:
+    """Let an exporter send to each node."""
+    exporters = {name: Exporter(name, port, PER_SECOND) for name, port in cluster.ports.items()}
+    time.sleep(SECONDS)
+    return exporters
+
+
+def stop(cluster: Cluster, exporters: dict[str, Exporter]) -> dict[str, list[bytes]]:
+    """Return what each exporter has sent, once all has come that will."""
+    sent = {name: exporter.stop() for name, exporter in exporters.items()}
+    cluster.wait_quiet()
+    return sent
+
+
+def perhaps_twice(cluster: Cluster, name: str) -> dict[str, int]:
+    """Return how many of the copies that a node has sent to each collector may have been sent twice."""
+    with BusEnds(cluster.nodes[name].bus) as bus:
+        accounts = accounts_when(bus, "forwarder.1", lambda accounts: accounts)
+    return {
+        account.removeprefix("collector/"): counts[PERHAPS_TWICE]
+        for account, counts in accounts.items()
+        if counts.get(PERHAPS_TWICE)
+    }
+
+
+def doubles(cluster: Cluster) -> dict[str, int]:
+    """Return how many datagrams each collector has had more than once."""
+    counts = {collector.name: collector.count() for collector in cluster.collectors}
+    return {name: count.total() - len(count) for name, count in counts.items()}
+
+
+def test_each_collector_is_served_by_one_node(cluster: Cluster) -> None:
+    """Each collector gets every datagram of all nodes once, and all nodes tell the same of who serves whom."""
+    sent = stop(cluster, begin(cluster))
+    for collector in cluster.collectors:
+        assert collector.count() == dict.fromkeys([payload for each in sent.values() for payload in each], 1)
+    told = {name: cluster.told_by(name) for name in "abc"}
+    for name, each in told.items():
+        assert (each["node"], each["majority"], each["not_served"], each["code"]) == (name, True, [], 0)
+        assert each["nodes"][0]["name"] == name
+    serve = [{node["name"]: node["collectors"] for node in each["nodes"]} for each in told.values()]
+    assert serve[0] == serve[1] == serve[2]
+    named = sorted(name for names in serve[0].values() for name in names)
+    assert named == [collector.name for collector in cluster.collectors]
+    clients = ask_json({"op": "list"}, cluster.nodes["a"].gateway)["clients"].values()
+    assert all(client["health"] == ("ok" if client["node"] == "a" else "elsewhere") for client in clients)
+    cluster.speak_as("b", b"no beat of b")
+    cluster.nodes["a"].uplink.wait_for("a beat of another node is dropped")
+    code, text, _ = cluster.nodes["a"].run("nodes")
+    assert code == 0
+    assert [line.split()[0] for line in text.splitlines() if " live " in line] == ["a", "b", "c"], text
+
+
+def test_a_node_that_leaves_hands_over(cluster: Cluster) -> None:
+    """A node is ended in order: its collectors get each once. It gets them back without a gap."""
+    exporters = begin(cluster)
+    began = time.monotonic()
+    cluster.end("a", signal.SIGTERM)
+    cluster.wait_live("b", "c")
+    assert time.monotonic() - began < 6
+    exporters.pop("a").stop()
+    time.sleep(SECONDS)
+    again, took_over = doubles(cluster), perhaps_twice(cluster, "b") | perhaps_twice(cluster, "c")
+    cluster.nodes["a"].begin()
+    cluster.nodes["a"].uplink.wait_for("this node serves collectors from now on")
+    cluster.wait_live("a", "b", "c")
+    time.sleep(SECONDS)
+    sent = stop(cluster, exporters)
+    took_back = perhaps_twice(cluster, "a")
+    for collector in cluster.collectors:
+        count, name = collector.count(), collector.name
+        assert not [payload for each in sent.values() for payload in each if payload not in count]
+        assert again[name] <= took_over.get(name, 0)
+        assert again[name] < PER_SECOND
+        assert doubles(cluster)[name] - again[name] <= took_back.get(name, 0) < 3 * PER_SECOND
+
+
+def test_a_node_that_dies_is_replaced(cluster: Cluster) -> None:
+    """A node is killed: others serve its collectors within 3 s; nothing is missed, at most a second comes twice."""
+    exporters = begin(cluster)
+    its = [collector for collector in cluster.collectors if cluster.served_by(collector) == "a"]
+    assert its
+    cluster.end("a", signal.SIGKILL)
+    killed = time.monotonic()
+    cluster.wait_live("b", "c")
+    assert time.monotonic() - killed < 3
+    lost = exporters.pop("a").stop()
+    told = cluster.told_by("b")
+    assert {node["name"]: node["state"] for node in told["nodes"]} == {"b": "live", "a": "silent", "c": "live"}
+    assert (told["majority"], told["not_served"], told["code"]) == (True, [], 0)
+    time.sleep(SECONDS)
+    sent = stop(cluster, exporters)
+    twice = perhaps_twice(cluster, "b") | perhaps_twice(cluster, "c")
+    for collector in cluster.collectors:
+        count = collector.count()
+        for name, each in sent.items():
+            assert not [payload for payload in each if payload not in count], name
+        again = sum(times - 1 for times in count.values())
+        if collector not in its:
+            assert again == 0
+            continue
+        assert again <= twice[collector.name] <= 2 * PER_SECOND * len(cluster.ports)
+        assert all(times <= 2 for times in count.values())
+        # Of the dead node's own it has a beginning, and what never left that node is the end.
+        had = [payload for payload in lost if payload in count]
+        assert had == lost[: len(had)]
+
+
+@pytest.mark.parametrize("minority", ["serve", "hold"])
+def test_a_node_that_hears_nobody(tmp_path: Path, minority: str) -> None:
+    """Without a NATS server each node serves its own collectors as before, or none, and says so; healed, all are."""
+    with Cluster(tmp_path, "ab", 4, f'\nminority = "{minority}"') as cluster:
+        cluster.wait_served("a", "b")
+        its = {collector.name: cluster.served_by(collector) for collector in cluster.collectors}
+        cluster.server.stop()
+        for node in cluster.nodes.values():
+            wait_until(lambda: '"majority": false' in node.uplink.text, "it hears nobody")  # noqa: B023
+        time.sleep(0.5)
+        sent = stop(cluster, begin(cluster))
+        for collector in cluster.collectors:
+            expected = sent[its[collector.name]] if minority == "serve" else []
+            assert collector.got == expected
+        code, text, _ = cluster.nodes["a"].run("nodes")
+        assert code == 1
+        assert "a does not hear most of the nodes" in text
+        assert ("not served: " in text) == (minority == "hold")
+        cluster.server.start()
+        cluster.wait_live("a", "b")
+        cluster.wait_served("a", "b")
+        assert {collector.name: cluster.served_by(collector) for collector in cluster.collectors} == its

@@ -1,0 +1,166 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared.bus.bodies.nodes_message import Node, Nodes, NodeState
+from shared.client import Client, Place, Resume
+from shared.owners import RESUME_SECONDS, SILENT_SECONDS, Owners, nodes_serving, owner_of
+from tests.builders import make_client
+
+NAMES = [f"collector-{number}" for number in range(3000)]
+PLACES = [Place("messages", "uplink.1", 7, 0, 500), Place("other", "uplink.1", 7, 0, 9)]
+
+
+class Clock:
+    """A clock that a test sets."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def told(majority: bool = True, **states: NodeState) -> Nodes:
+    """The nodes as the uplink of `a` tells of them."""
+    all_states: dict[str, NodeState] = {"a": "live", **states}
+    nodes = [Node(name, state, 0, 0, 33, {"relay": PLACES}) for name, state in all_states.items()]
+    return Nodes(majority, nodes, tuple(name for name, state in all_states.items() if state == "live"))
+
+
+def owners(minority: str = "serve") -> tuple[Owners, Clock]:
+    """The node `a` of three."""
+    clock = Clock()
+    return Owners("a", ("a", "b", "c"), minority, clock), clock  # type: ignore[arg-type]
+
+
+def clients(count: int = 60) -> dict[str, Client]:
+    """Collectors of one stream."""
+    return {name: make_client(name, streams=("messages",)) for name in NAMES[:count]}
+
+
+@given(st.sets(st.sampled_from("abcdef"), min_size=2), st.data())
+def test_only_collectors_of_a_node_that_goes_move(nodes: set[str], data: st.DataObject) -> None:
+    """A node that goes leaves its collectors to the others; no collector of theirs moves. It gets the same back."""
+    gone = data.draw(st.sampled_from(sorted(nodes)))
+    for name in NAMES[:300]:
+        before, after = owner_of(name, nodes), owner_of(name, nodes - {gone})
+        assert after != gone
+        assert before == gone or after == before
+
+
+def test_each_node_gets_its_share() -> None:
+    """Collectors are spread evenly over the nodes, and so are those of one that goes."""
+    for nodes in ("abc", "abcdefgh"):
+        counts = [sum(owner_of(name, nodes) == node for name in NAMES) for node in nodes]
+        assert min(counts) > 0.8 * len(NAMES) / len(nodes)
+    left = [name for name in NAMES if owner_of(name, "abc") == "a"]
+    assert 0.35 < sum(owner_of(name, "bc") == "b" for name in left) / len(left) < 0.65
+
+
+def test_without_nodes_this_host_serves_all() -> None:
+    """A host that is no node has nothing to wait for."""
+    alone = Owners("", (), "serve", Clock())
+    assert alone.known
+    assert not alone.check()
+    assert alone.split(clients(), "relay") == (clients(), {})
+
+
+def test_exactly_one_node_serves_each_collector() -> None:
+    """Three nodes that know the same share all collectors without asking each other."""
+    shares = []
+    for own in "abc":
+        each = Owners(own, "abc", "serve", Clock())
+        assert not each.known
+        each.note(told(b="live", c="live"))
+        own_clients, others = each.split(clients(), "relay")
+        assert own_clients | others == clients()
+        shares.append(own_clients)
+    assert sorted(name for share in shares for name in share) == sorted(clients())
+
+
+def test_members_of_a_group_have_one_owner() -> None:
+    """A group's members share by a hash that has to know all of them: one node serves them all."""
+    found, _ = owners()
+    found.note(told(b="live", c="live"))
+    members = {name: make_client(name, streams=("messages",), group="g") for name in NAMES[:20]}
+    assert len({found.owner(client) for client in members.values()}) == 1
+
+
+def test_a_collector_that_one_node_reaches_stays_there() -> None:
+    """A collector at a loopback address is served by its node alone, whoever lives."""
+    found, _ = owners()
+    found.note(told(b="live", c="live"))
+    pinned = {node: make_client(f"at {node}", streams=("messages",), node=node) for node in "abc"}
+    assert set(found.split(pinned, "relay")[0]) == {"a"}
+    found.note(told(b="silent", c="silent"))
+    assert set(found.split(pinned, "relay")[0]) == {"a"}
+
+
+@pytest.mark.parametrize("state", ["silent", "left"])
+def test_collectors_of_a_node_that_is_gone_resume_where_it_was(state: NodeState) -> None:
+    """A collector that is taken over goes on where its last node has got to, of its streams; own ones go on as ever."""
+    found, clock = owners()
+    found.note(told(b="live", c="live"))
+    own, others = found.split(clients(), "relay")
+    assert found.note(told(b=state, c="live"))
+    after, _ = found.split(clients(), "relay")
+    taken = after.keys() - own
+    assert taken
+    assert taken == {name for name in others if owner_of(name, "abc") == "b" and owner_of(name, "ac") == "a"}
+    assert {after[name].resume for name in taken} == {Resume(33, places=(PLACES[0],))}
+    assert all(after[name].resume is None for name in own)
+    assert found.split(clients(), "relay")[0] == after
+    clock.now += RESUME_SECONDS
+    found.note(told(b=state, c="live"))
+    assert found.check()
+    assert all(client.resume is None for client in found.split(clients(), "relay")[0].values())
+
+
+def test_a_collector_that_has_just_come_resumes_nothing() -> None:
+    """A collector that signs up, or signs up anew, begins with what comes from then on."""
+    found, _ = owners()
+    found.note(told(b="live", c="live"))
+    found.split(clients(), "relay")
+    found.note(told(b="silent", c="live"))
+    anew = {
+        name: make_client(name, streams=("messages",), generation=client.generation + 1)
+        for name, client in clients(90).items()
+    }
+    assert all(client.resume is None for client in found.split(anew, "relay")[0].values())
+
+
+def test_nodes_that_serve() -> None:
+    """Those that live serve while most are heard; else those as before, at a start all; or none."""
+    silent = told(majority=False, b="silent", c="silent")
+    assert nodes_serving(told(b="live", c="joining"), "hold", ("a",)) == ("a", "b")
+    assert nodes_serving(silent, "serve", ("a", "b")) == ("a", "b")
+    assert nodes_serving(silent, "serve", None) == ("a", "b", "c")
+    assert nodes_serving(silent, "hold", ("a", "b")) == ()
+
+
+def test_a_node_without_majority_serves_its_own_as_before() -> None:
+    """A node whose uplink says nothing serves what it had, and from a start on what is its own when all live."""
+    found, clock = owners()
+    clock.now += SILENT_SECONDS
+    assert found.check()
+    assert found.serving == ("a", "b", "c")
+    found.note(told(b="live", c="silent"))
+    before = found.split(clients(), "relay")
+    clock.now += SILENT_SECONDS
+    assert not found.check()
+    assert found.split(clients(), "relay") == before
+    assert not found.majority
+
+
+def test_a_node_without_majority_can_hold() -> None:
+    """With `hold` a node whose uplink says nothing serves none; healed, it goes on where the others have got to."""
+    found, clock = owners("hold")
+    found.note(told(b="live", c="live"))
+    own, _ = found.split(clients(), "relay")
+    clock.now += SILENT_SECONDS
+    assert found.check()
+    assert found.split(clients(), "relay")[0] == {}
+    found.note(told(b="live", c="live"))
+    healed, _ = found.split(clients(), "relay")
+    assert healed.keys() == own.keys()
+    assert {client.resume for client in healed.values()} == {Resume(33, places=(PLACES[0],))}
