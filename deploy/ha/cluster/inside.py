@@ -58,7 +58,7 @@ def run(*command: str, text: str = "") -> None:
 
 def is_ready(host: Host) -> bool:
     """Return whether the check of deploy/ha says so of a node."""
-    return subprocess.run(host.there(str(HA / "fanwire-ready")), check=False).returncode == 0
+    return subprocess.run(host.there(str(HA / "fanwire-ready")), stdout=subprocess.DEVNULL, check=False).returncode == 0
 
 
 def main() -> int:
@@ -145,15 +145,18 @@ def begin_traffic(place: Place, collectors: Host, exporters: Host) -> list[subpr
 
 def tell(place: Place) -> None:
     """Print what can be tried."""
+    who = "the one node that owns it" if layout.ONE_LIST else "c"
+    nodes = "deploy/ha/on a fanwire nodes" + " " * 24 + "# who serves whom?\n  " if layout.ONE_LIST else ""
     print(
         f"""
 Three nodes run, each a relay and a NATS server. JetStream keeps each stream on all three.
   site 1   a {NODES["a"]}, b {NODES["b"]}: share the address {ADDRESS}, which {layout.EXPORTERS} exporters send to
-  site 2   c {NODES["c"]}: its collector {layout.COLLECTOR} gets what a and b take in
+  site 2   c {NODES["c"]}
+Collector {layout.COLLECTOR} gets what all nodes take in, from {who}.
 {RATE} datagrams/s are sent. Each {TELL_SECONDS:g} s this terminal tells how many have come.
 
 Try in another terminal, in this directory:
-  deploy/ha/on c fanwire top
+  {nodes}deploy/ha/on c fanwire top
   deploy/ha/on a fanwire ledger
   deploy/ha/on a ip -brief address                     # who has {ADDRESS}?
   deploy/ha/on exporters logger -d -n {ADDRESS} -P {layout.PORT} hello

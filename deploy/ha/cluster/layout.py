@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from shared.settings.model import Settings
+
 CHECKOUT: Final = Path(__file__).parent.parent.parent.parent
 HA: Final = CHECKOUT / "deploy" / "ha"
 NODES: Final = {"a": "10.99.0.11", "b": "10.99.0.12", "c": "10.99.0.13"}
@@ -23,6 +25,8 @@ HOSTS: Final = {
     "exporters": " ".join(f"10.99.1.{number + 1}" for number in range(EXPORTERS)),
 }
 """Their addresses, all in one network of 16 bits."""
+ONE_LIST: Final = hasattr(Settings().uplink, "nodes")
+"""Nodes have one list of collectors, each of which is served by one of them; else node c alone has one."""
 DIRECTORY: Final = "FANWIRE_CLUSTER"
 """Environment variable with the directory, for processes of the cluster."""
 PORT, COLLECTOR_PORT = 514, 9514
@@ -84,6 +88,8 @@ def relay(place: Place, node: str) -> str:
     servers = [NODES[node], *(address for name, address in NODES.items() if name != node)]
     named = ", ".join(f'"nats://{address}:4222"' for address in servers)
     others = ", ".join(f'"{name}/*"' for name in NODES if name != node)
+    sites = ", ".join(f'"{name}"' for name in NODES)
+    cluster = f'nodes = [{sites}]\nregistry = "try"' if ONE_LIST else f'send = ["*"]\nreceive = [{others}]'
     collector = f"""
 [[collector]]
 name = "siem"
@@ -100,14 +106,13 @@ database = "{place.of(node)}/registry.sqlite"
 servers = [{named}]
 plain_beyond_loopback = true
 site = "{node}"
-send = ["*"]
-receive = [{others}]
 replicas = {len(NODES)}
 keep_bytes = {1 << 28}
+{cluster}
 [[stream]]
 name = "syslog"
 listen = ["udp://0.0.0.0:{PORT}"]
-{collector if node not in SHARING else ""}"""
+{collector if ONE_LIST or node not in SHARING else ""}"""
 
 
 def nats(place: Place, node: str) -> str:
