@@ -26,7 +26,7 @@ def test_a_node_is_killed_ten_times(lab: None) -> None:
             print(f"{name} killed, {holder} had the address: {worst(told)}", flush=True)
             cluster.start(name)
             wait_until(cluster.is_whole, cluster.state, 120)
-        nothing_is_forgotten(cluster)
+        finish(cluster)
 
 
 def test_a_node_is_parted_from_the_others(lab: None) -> None:
@@ -36,7 +36,7 @@ def test_a_node_is_parted_from_the_others(lab: None) -> None:
             register_everywhere(cluster)
             told = cluster.suffer(partial(cluster.part, name, PARTED_SECONDS), cluster.is_whole)
             print(f"{name} parted: {worst(told)}", flush=True)
-        nothing_is_forgotten(cluster)
+        finish(cluster)
 
 
 def test_all_nodes_are_upgraded(lab: None) -> None:
@@ -46,7 +46,7 @@ def test_all_nodes_are_upgraded(lab: None) -> None:
             register_everywhere(cluster)
             told = cluster.suffer(partial(cluster.upgrade, name), cluster.is_whole)
             print(f"{name} upgraded: {worst(told)}", flush=True)
-        nothing_is_forgotten(cluster)
+        finish(cluster)
 
 
 def register_everywhere(cluster: Cluster) -> None:
@@ -54,7 +54,8 @@ def register_everywhere(cluster: Cluster) -> None:
     assert all(cluster.register(name) for name in cluster.nodes for _ in range(3))
 
 
-def nothing_is_forgotten(cluster: Cluster) -> None:
-    """Every client whose registration was answered is on the list."""
+def finish(cluster: Cluster) -> None:
+    """Print what was lost in all, when nothing comes late any more; all clients that were answered are on the list."""
+    print(f"in all, of {cluster.end()}: {worst(cluster.totals())}")
     listed = set[str]().union(*(cluster.listed(name) for name in cluster.nodes))
     assert cluster.answered <= listed

@@ -86,6 +86,19 @@ class Cluster:
         told = {port: figures(each, sent, self.rate, first) for port, each in self.counted.items()}
         return {port: each | {"doubled": each["doubled"] - before[port]} for port, each in told.items()}
 
+    def end(self) -> int:
+        """Send no more, and wait for what comes late; return the number of datagrams that were sent."""
+        self.sent.stop()
+        before = -1
+        while (now := sum(int(each.state[CAME]) for each in self.counted.values())) != before:
+            before = now
+            time.sleep(CALM_SECONDS)
+        return self.sent.count
+
+    def totals(self) -> dict[int, dict[str, float]]:
+        """Return each collector's figures of the whole run."""
+        return {port: figures(each, self.sent.count, self.rate) for port, each in self.counted.items()}
+
     def kill(self, name: str) -> None:
         """Kill relay and NATS server of a node, all at once."""
         mortal = [each for each in self.nodes[name].stack.running if each.name != "keepalived"]
