@@ -65,11 +65,11 @@ def unparse_beat(beat: Beat) -> bytes:
 def parse_beat(subject: str, payload: bytes) -> Beat:
     """Return the beat that has come on a subject. ValueError when it is none, or another node's than its subject's."""
     if len(payload) > MAX_BEAT:
-        raise ValueError(f"a beat of {len(payload)} bytes")
+        raise ValueError(f"no beat has so many bytes: {len(payload)}")
     try:
         beat = _decode(payload)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise ValueError(f"no beat: {error}") from None
     if subject != beat_subject(beat.node):
-        raise ValueError(f"a beat of {beat.node} on {subject}")
+        raise ValueError(f"the beat names another node than its subject: {beat.node} on {subject}")
     return beat

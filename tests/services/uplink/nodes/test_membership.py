@@ -94,8 +94,8 @@ def test_who_has_left_is_not_missed() -> None:
         (b"", "no beat"),
         (b"\xc1", "no beat"),
         (b"\x91" * 100_000, "no beat"),
-        (unparse_beat(beat("c", 1)), "a beat of c on fanwire-node.b"),
-        (b"x" * (1 << 19), "a beat of 524288 bytes"),
+        (unparse_beat(beat("c", 1)), "the beat names another node than its subject: c on fanwire-node.b"),
+        (b"x" * (1 << 19), "no beat has so many bytes: 524288"),
     ],
 )
 def test_what_is_no_beat_of_its_subject_is_refused(payload: bytes, told: str) -> None:
@@ -106,7 +106,7 @@ def test_what_is_no_beat_of_its_subject_is_refused(payload: bytes, told: str) ->
 
 @given(st.binary(max_size=200))
 def test_any_bytes_do_no_harm(payload: bytes) -> None:
-    """Whatever comes on a beat's subject is a beat, or refused."""
+    """Any bytes on the subject of a beat are a beat, or refused."""
     with suppress(ValueError):
         assert parse_beat(beat_subject("b"), payload).node == "b"
 

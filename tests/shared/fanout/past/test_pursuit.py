@@ -235,7 +235,7 @@ def test_each_datagram_comes_once_and_in_order_whatever_happens(seed: int) -> No
 
 
 def test_without_a_journal_the_window_has_all_that_can_be_had() -> None:
-    """Where the window has holes, what is on both sides of them is had in order, and the holes are counted."""
+    """Datagrams on both sides of a hole in the window are had in order, and the holes are counted."""
     worker, now = ("ingest.1", 7), 0.0
     window = Window(lambda: now, journaled=False)
     for total in (0, 10, 30, 40):  # twenty were missed in between
