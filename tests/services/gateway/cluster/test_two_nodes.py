@@ -170,9 +170,9 @@ def test_records_of_others_are_set_aside(servers: Servers, nodes: tuple[Node, No
     values = [b"", b"{}", b"\xff", b'{"kind": "gone"}', b"[" * 20_000]
 
     async def write(client: Client) -> None:
-        for value in values:
-            await client.request(subject_of(REGISTRY, f"list.client.{unparse_name('kept')}"), value, 5)
-        await client.request(subject_of(REGISTRY, "list.other"), b"x", 5)
+        for number, value in enumerate(values):  # each under a key of its own: one may be replaced before it is read
+            await client.request(subject_of(REGISTRY, f"list.client.{unparse_name(f'kept {number}')}"), value, 5)
+        await client.request(subject_of(REGISTRY, f"list.client.{unparse_name('kept')}"), b"x", 5)
 
     in_loop(servers, write)
     wait_until(
