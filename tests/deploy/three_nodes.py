@@ -43,6 +43,7 @@ class Cluster:
 
     def __init__(self, nodes: dict[str, Relay], sent: Sent, counted: dict[int, Counted], rate: int) -> None:
         self.nodes, self.sent, self.counted, self.rate = nodes, sent, counted, rate
+        self.began = 0
         self.answered: set[str] = set()
         """Names whose registration was answered with `ok`."""
 
@@ -96,8 +97,8 @@ class Cluster:
         return self.sent.count
 
     def totals(self) -> dict[int, dict[str, float]]:
-        """Return each collector's figures of the whole run."""
-        return {port: figures(each, self.sent.count, self.rate) for port, each in self.counted.items()}
+        """Return each collector's figures since `began`, the number from which on all collectors get copies."""
+        return {port: figures(each, self.sent.count, self.rate, self.began) for port, each in self.counted.items()}
 
     def kill(self, name: str) -> None:
         """Kill relay and NATS server of a node, all at once."""
@@ -177,6 +178,7 @@ def three_nodes(rate: int) -> Iterator[Cluster]:
         time.sleep(CALM_SECONDS)  # streams of JetStream and their consumers are made
         cluster.sent = opened.enter_context(exporters(sources, directory, FIRST, f"{ADDRESS}:514", rate))
         wait_until(lambda: all(each.state[CAME] for each in counted.values()), "all collectors get some", 120)
+        cluster.began = cluster.sent.count
         yield cluster
 
 

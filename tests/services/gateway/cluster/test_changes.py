@@ -174,7 +174,7 @@ def test_an_answer_that_was_lost_is_found() -> None:
 
 
 def test_without_a_quorum_all_is_refused_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What waits for too long is refused; once that is known, the next one at once. Renewals are too."""
+    """A change that waits for too long is refused, and the next ones are at once, renewals too."""
     monkeypatch.setattr(module, "PATIENCE_SECONDS", 0.2)
     node = Node(Log(), "a")
 
