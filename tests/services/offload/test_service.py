@@ -114,9 +114,9 @@ class Played:
 
 
 @contextmanager
-def played(open_stack: OpenStack, *arguments: str) -> Iterator[Played]:
+def played(open_stack: OpenStack, *arguments: str, more: str = "") -> Iterator[Played]:
     """Offload on a relay, with both senders."""
-    open_stack.configure(SETTINGS)
+    open_stack.configure(SETTINGS + more)
     open_stack.start("broker")
     with OffloadSite() as site, BusEnds(open_stack.bus) as bus:
         with site.relay.entered():
@@ -253,6 +253,41 @@ def test_killed_applier_takes_its_rules_along(open_stack: OpenStack, required: b
         wait_until(lambda: told_paths(paths) == ways, "the ways are told")
         assert around.marked(listener, socks[0]) == 0
         assert len(around.offload.events("the kernel makes no copies")) == 1
+
+
+def test_stream_goes_up_again_once_a_sender_serves_a_collector(open_stack: OpenStack) -> None:
+    """While the kernel serves all, its datagrams end there, counted; one that it does not serve has all go up."""
+    with played(open_stack, more='unseen = ["netflow"]\n') as around, ExitStack() as opened:
+        site = around.site
+        listener = opened.enter_context(Listening(site.relay, RELAY[4], PORT))
+        socks = opened.enter_context(exporters(site))
+        siem = opened.enter_context(Collector(site.siem, SIEMS[4][0], 9000))
+        around.report()
+        around.gateway.announce(1, original("first", 0))
+
+        def has_ended_in_the_kernel() -> bool:
+            around.report()
+            for sender in around.senders.values():
+                sender.turn()
+            socks[0].sendto(b"probe", (RELAY[4], PORT))
+            list(listener.take())
+            return bool(list(siem.take()))
+
+        wait_until(has_ended_in_the_kernel, "the kernel copies")
+        accounts = accounts_when(around.bus, "offload.1", lambda told: told.get("marks/netflow", {}).get("unseen"))
+        assert accounts["marks/netflow"]["marked"] == 0
+        listener.assert_quiet(0.1)
+        around.gateway.change(2, [original("second", 1, group="g")])
+
+        def goes_up() -> bool:
+            around.report()
+            for sender in around.senders.values():
+                sender.turn()
+            socks[0].sendto(b"probe", (RELAY[4], PORT))
+            return any(each.mark for each in listener.take())
+
+        wait_until(goes_up, "it goes up, with a mark")
+        assert siem.read(1)
 
 
 def test_killed_planner_leaves_no_rules(open_stack: OpenStack) -> None:
