@@ -98,7 +98,7 @@ class CopyService(CopySender[D]):
         self._templates = TemplateDelivery(self._subscriber, self._collectors, self.send, self._send_all)
         self._templates.set_streams(self.settings.streams)
         self._catch_up = CatchUp(
-            *(self._publisher, self._subscriber, self._streams, self._collectors, new_counts),
+            *(self._publisher, self._subscriber, self._streams, self._collectors, self._kept),
             self._send_past,
             self._templates,
         )
@@ -283,8 +283,8 @@ class CopyService(CopySender[D]):
             self._idle = False
             self._health.hasten()
             self._upkeep_at = min(self._upkeep_at, self._health.due_at)
-        self._resume_keeping()
         self._catch_up.before_sending(stream)
+        self._resume_keeping()
         gathered = self._gathered.gather(stream)
         self.send(gathered, self._collectors.route(gathered, joining))
         self._catch_up.after_sending(stream)
@@ -292,7 +292,8 @@ class CopyService(CopySender[D]):
     def _send_past(self, batch: Gathered, routed: list[tuple[D, Selection]]) -> None:
         """Send a collector datagrams out of the journal."""
         self._idle = False
-        self._resume_keeping()
+        if self._kept.stale:  # its place is behind them already, and would be lost with this process
+            self._keep()
         self.send(batch, routed)
 
     def _apply(self) -> None:

@@ -18,7 +18,7 @@ from tests.builders import BusEnds, accounts_when
 from tests.openly import OpenStack
 from tests.services.ingest.flows import exported
 from tests.services.ingest.flows.test_template_reader import a_template
-from tests.stack import PATIENT, ask_json, wait_until
+from tests.stack import PATIENT, sign_up, wait_until
 from tests.system.test_catch_up import entry, leave
 from tests.traffic import open_receiver, pause
 
@@ -145,14 +145,12 @@ def running(stack: OpenStack) -> Iterator[None]:
 
 
 def register(source: str, **more: Any) -> dict[str, Any]:
-    """Sign the collector up; return the answer."""
-    asked = {"op": "register", "name": "siem", "streams": ["netflow", "syslog"], "port": 9514, "source": source, **more}
-    answer = ask_json(asked)
-    assert answer["ok"], answer
-    return answer
+    """Sign the collector up; return its entry."""
+    return sign_up({"name": "siem", "streams": ["netflow", "syslog"], "port": 9514, "source": source, **more})
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("source", ["relay", "original"])
 @pytest.mark.parametrize(("seconds", "per_second"), [(3, 2_000), (60, 20_000)])
 def test_a_site_is_whole_after_a_minute_away(open_stack: OpenStack, source: str, seconds: int, per_second: int) -> None:

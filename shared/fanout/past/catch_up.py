@@ -12,6 +12,7 @@ from typing import Final, Generic
 from shared.bus.bodies.journal_messages import JOURNAL_TOPIC
 from shared.bus.bodies.template_messages import TemplateDatagram
 from shared.bus.continuity import Position
+from shared.bus.kept_counts import KeptFile
 from shared.bus.messages import Datagrams, Envelope, Message, status_topic
 from shared.bus.zmq_sockets import Publisher, Subscriber
 from shared.client import Client, Place
@@ -64,7 +65,7 @@ class CatchUp(Generic[D]):
         subscriber: Subscriber,
         streams: FollowedStreams,
         collectors: Collectors[D],
-        new_counts: Callable[[], Counter[str]],
+        kept: KeptFile,
         send: Callable[[Gathered, list[tuple[D, Selection]]], None],
         templates: TemplateDelivery[D],
         clock: Callable[[], float] = time.monotonic,
@@ -74,7 +75,7 @@ class CatchUp(Generic[D]):
         self._subscriber = subscriber
         self._streams = streams
         self._collectors = collectors
-        self._new_counts = new_counts
+        self._kept = kept
         self._past = PastSender(collectors, send, templates, clock)
         self._absences = Absences(collectors, streams.positions)
         self._clock = clock
@@ -84,7 +85,7 @@ class CatchUp(Generic[D]):
         self._tables: dict[tuple[str, str], Counter[str]] = {}
         self.rings = Rings(clock)
         self._progress = Progress(publisher, "relay" if publisher.sender.startswith("forwarder.") else "original")
-        self._alive = new_counts()
+        self._alive: Counter[str] = kept.new_counts()
         self._away_ns = 0
         """The time at which the last process ended, about; 0: there was none."""
         self._stepped_at = self._clock()
@@ -110,7 +111,7 @@ class CatchUp(Generic[D]):
             if table.startswith(TABLE):
                 _, stream, name = table.split("/", 2)
                 if kept.get(GENERATION) == generations.get(name, -1):
-                    counts = self._new_counts()
+                    counts = self._kept.new_counts()
                     counts.update(kept)
                     self._begin(name, kept[GENERATION], stream, 0, counts)
 
@@ -201,7 +202,7 @@ class CatchUp(Generic[D]):
 
     def _pursue(self, client: Client, stream: str, *, returning: bool) -> None:
         followed = self._streams.positions(stream)
-        counts = self._new_counts()
+        counts = self._kept.new_counts()
         if returning or client.resume is None:
             since = max(1, self._away_ns - STRAY_NS)
             pursued = self._begin(client.name, client.generation, stream, since, counts)
@@ -238,7 +239,7 @@ class CatchUp(Generic[D]):
         if self._pursued.pop((name, stream), None) is None:
             return
         del self._tables[name, stream]
-        self._new_counts()  # makes the file stale: it is to be kept without this table
+        self._kept.suspend()  # until that is kept without this table: what comes is sent live
         self._collectors.past.end_behind(name, stream)
         if not any(of == stream for _, of in self._pursued):
             self.rings.close(stream)
@@ -295,12 +296,13 @@ class CatchUp(Generic[D]):
 
     def _put_away(self, names: Iterable[str]) -> None:
         for name in names:
+            self._kept.suspend()  # until its place is kept, too
             client, owed_from = self._collectors[name].destination.client, self._absences.leave(name)
             log.info("a collector is away: what it misses comes later, from the journal", collector=name)
             for stream in self._journaled_of(client):
                 if (name, stream) not in self._pursued:
                     since = max(time.time_ns() - STRAY_NS, self._streams.wanted_since(stream))
-                    pursued = self._begin(name, client.generation, stream, since, self._new_counts())
+                    pursued = self._begin(name, client.generation, stream, since, self._kept.new_counts())
                     places = (Place(stream, *worker, 0, total, since) for worker, total in owed_from(stream).items())
                     pursued.pursuit.begin(places, self._streams.positions(stream), self._absences.unsent_from(stream))
                     self._past.note_away(pursued)
