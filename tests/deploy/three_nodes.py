@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from deploy.ha.cluster.traffic import CAME, SILENCE_NS, Counted, Sent
 from shared.settings.model import Settings
@@ -232,6 +232,9 @@ def shared_address(name: str) -> str:
     )
 
 
-def worst(told: dict[int, dict[str, float]]) -> dict[str, Any]:
-    """Return the most that any collector lost, had doubled, and so on."""
-    return {name: max(each[name] for each in told.values()) for name in next(iter(told.values()))}
+def ranges(told: dict[int, dict[str, float]]) -> dict[str, tuple[float, float]]:
+    """Return the least and the most that any collector lost, had doubled, and so on."""
+    return {
+        name: (min(each[name] for each in told.values()), max(each[name] for each in told.values()))
+        for name in next(iter(told.values()))
+    }
