@@ -7,7 +7,7 @@ from typing import Final
 
 import pytest
 
-from tests.deploy.three_nodes import Cluster, three_nodes, ranges
+from tests.deploy.three_nodes import Cluster, ranges, three_nodes
 from tests.stack import wait_until
 
 RATE: Final = int(os.environ.get("FANWIRE_CLUSTER_RATE", "30000"))
