@@ -1,7 +1,4 @@
-"""Three nodes of a cluster, each a relay and a NATS server, with an address that they share, and 12 collectors.
-
-Without `[uplink] nodes` in this version, each node serves four collectors of its own, of what all three take in.
-"""
+"""Three nodes of a cluster, each a relay and a NATS server, with an address that they share, and 12 collectors."""
 
 import random
 import re
@@ -13,7 +10,6 @@ from pathlib import Path
 from typing import Final
 
 from deploy.ha.cluster.traffic import CAME, SILENCE_NS, Counted, Sent
-from shared.settings.model import Settings
 from tests.deploy.failover import (
     HA,
     Relay,
@@ -32,7 +28,6 @@ NODES: Final = {"a": "10.20.0.11", "b": "10.20.0.12", "c": "10.20.0.13"}
 ADDRESS, SIEM, FIRST = "10.20.0.10", "10.20.0.20", "10.20.1.1"
 EXPORTERS: Final = " ".join(f"10.20.1.{number}/16" for number in range(1, 201))
 RELAYED, ORIGINAL = range(9500, 9506), range(9510, 9516)
-SHARED: Final = hasattr(Settings().uplink, "nodes")
 SERVICES: Final = ("broker", "gateway", "forwarder", "transmitter", "uplink", "ingest", "console")
 CALM_SECONDS: Final = 6.0
 """After an event, before figures are taken."""
@@ -187,8 +182,6 @@ def settings(name: str) -> str:
     servers = [NODES[name], *(at for other, at in NODES.items() if other != name)]
     named = ", ".join(f'"nats://{at}:4222"' for at in servers)
     sites = ", ".join(f'"{other}"' for other in NODES)
-    others = ", ".join(f'"{other}/*"' for other in NODES if other != name)
-    cluster = f'nodes = [{sites}]\nregistry = "try"' if SHARED else f'send = ["*"]\nreceive = [{others}]'
     text = f"""
 [uplink]
 servers = [{named}]
@@ -196,16 +189,16 @@ plain_beyond_loopback = true
 site = "{name}"
 replicas = 3
 keep_bytes = {1 << 30}
-{cluster}
+nodes = [{sites}]
+registry = "try"
 [[stream]]
 name = "syslog"
 listen = ["udp://0.0.0.0:514"]
 """
     for source, ports in (("relay", RELAYED), ("original", ORIGINAL)):
         for port in ports:
-            if SHARED or list(NODES)[port % len(NODES)] == name:
-                text += f'[[collector]]\nname = "at{port}"\nstreams = ["syslog"]\n'
-                text += f'address = "{SIEM}"\nport = {port}\nsource = "{source}"\n'
+            text += f'[[collector]]\nname = "at{port}"\nstreams = ["syslog"]\n'
+            text += f'address = "{SIEM}"\nport = {port}\nsource = "{source}"\n'
     return text
 
 

@@ -145,18 +145,17 @@ def begin_traffic(place: Place, collectors: Host, exporters: Host) -> list[subpr
 
 def tell(place: Place) -> None:
     """Print what can be tried."""
-    who = "the one node that owns it" if layout.ONE_LIST else "c"
-    nodes = "deploy/ha/on a fanwire nodes" + " " * 24 + "# who serves whom?\n  " if layout.ONE_LIST else ""
     print(
         f"""
 Three nodes run, each a relay and a NATS server. JetStream keeps each stream on all three.
   site 1   a {NODES["a"]}, b {NODES["b"]}: share the address {ADDRESS}, which {layout.EXPORTERS} exporters send to
   site 2   c {NODES["c"]}
-Collector {layout.COLLECTOR} gets what all nodes take in, from {who}.
+Collector {layout.COLLECTOR} gets what all nodes take in, from the one node that serves it.
 {RATE} datagrams/s are sent. Each {TELL_SECONDS:g} s this terminal tells how many have come.
 
 Try in another terminal, in this directory:
-  {nodes}deploy/ha/on c fanwire top
+  deploy/ha/on a fanwire nodes                         # who is there, and serves whom?
+  deploy/ha/on c fanwire top
   deploy/ha/on a fanwire ledger
   deploy/ha/on a ip -brief address                     # who has {ADDRESS}?
   deploy/ha/on exporters logger -d -n {ADDRESS} -P {layout.PORT} hello

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from shared.settings.model import Settings
-
 CHECKOUT: Final = Path(__file__).parent.parent.parent.parent
 HA: Final = CHECKOUT / "deploy" / "ha"
 NODES: Final = {"a": "10.99.0.11", "b": "10.99.0.12", "c": "10.99.0.13"}
@@ -25,8 +23,6 @@ HOSTS: Final = {
     "exporters": " ".join(f"10.99.1.{number + 1}" for number in range(EXPORTERS)),
 }
 """Their addresses, all in one network of 16 bits."""
-ONE_LIST: Final = hasattr(Settings().uplink, "nodes")
-"""Nodes have one list of collectors, each of which is served by one of them; else node c alone has one."""
 DIRECTORY: Final = "FANWIRE_CLUSTER"
 """Environment variable with the directory, for processes of the cluster."""
 PORT, COLLECTOR_PORT = 514, 9514
@@ -84,19 +80,10 @@ def write(place: Place, node: str) -> None:
 
 
 def relay(place: Place, node: str) -> str:
-    """Return the settings of a relay: each sends all streams to the others, and takes those of the others."""
+    """Return the settings of a relay: all have one list of collectors, and each other's streams."""
     servers = [NODES[node], *(address for name, address in NODES.items() if name != node)]
     named = ", ".join(f'"nats://{address}:4222"' for address in servers)
-    others = ", ".join(f'"{name}/*"' for name in NODES if name != node)
     sites = ", ".join(f'"{name}"' for name in NODES)
-    cluster = f'nodes = [{sites}]\nregistry = "try"' if ONE_LIST else f'send = ["*"]\nreceive = [{others}]'
-    collector = f"""
-[[collector]]
-name = "siem"
-streams = ["syslog"]
-address = "{COLLECTOR}"
-port = {COLLECTOR_PORT}
-"""
     return f"""
 [bus]
 directory = "{place.of(node)}/bus"
@@ -108,11 +95,17 @@ plain_beyond_loopback = true
 site = "{node}"
 replicas = {len(NODES)}
 keep_bytes = {1 << 28}
-{cluster}
+nodes = [{sites}]
+registry = "try"
 [[stream]]
 name = "syslog"
 listen = ["udp://0.0.0.0:{PORT}"]
-{collector if ONE_LIST or node not in SHARING else ""}"""
+[[collector]]
+name = "siem"
+streams = ["syslog"]
+address = "{COLLECTOR}"
+port = {COLLECTOR_PORT}
+"""
 
 
 def nats(place: Place, node: str) -> str:
