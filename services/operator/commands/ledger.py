@@ -24,6 +24,7 @@ from shared.ledger.counters import (
     EXPIRED,
     FILTERED,
     KERNEL_DROPPED,
+    LATE_MS,
     LEFT_BEHIND,
     MEMORY,
     MEMORY_CEILING,
@@ -37,6 +38,7 @@ from shared.ledger.counters import (
     SENT,
     SHARED_OUT,
     TAKEN,
+    WAITING_MESSAGES,
     WITHHELD,
     WITHHELD_BY_ADMIN,
     WRITTEN,
@@ -113,6 +115,7 @@ def _print(balance: Balance, found: list[str]) -> None:
         ("Listeners", LISTENER_COLUMNS, _listener_rows(balance), (RECEIVED, BYTES, "kernel dropped")),
         ("Origins", ORIGIN_COLUMNS, _origin_rows(balance), (TAKEN, MISSED)),
         *_past_tables(balance),
+        *_site_tables(balance),
         ("Collectors", COLLECTOR_COLUMNS, _collector_rows(balance), {*COLLECTOR_COLUMNS[2:]} - {"dropped"}),
         ("Losses", Loss._fields, balance.losses(), ()),  # of datagrams, flows and records
         ("Memory", MEMORY_COLUMNS, _memory_rows(balance), ("MB", "ceiling")),
@@ -179,6 +182,21 @@ def _past_tables(balance: Balance) -> Iterator[Table]:
         yield "Journal", JOURNAL_COLUMNS, kept, {*JOURNAL_COLUMNS[2:]} - {"dropped", "since", "until"}
     if rows := list(_owed_rows(balance)):
         yield "Owed", OWED_COLUMNS, rows, {"datagrams"}
+
+
+SITE_COLUMNS: Final = ("site", "messages waiting", "seconds late")
+
+
+def _site_tables(balance: Balance) -> Iterator[Table]:
+    """Yield the table of other sites that are received, if there are any."""
+    rows: list[Row] = []
+    for accounts in balance.accounts.values():
+        for name, account in sorted(accounts.items()):
+            if name.startswith("receiving/"):
+                late = f"{account.get(LATE_MS, 0) / 1000:.1f}"
+                rows.append((name.partition("/")[2], account.get(WAITING_MESSAGES, 0), late))
+    if rows:
+        yield "Sites", SITE_COLUMNS, rows, set()
 
 
 OWED_COLUMNS: Final = ("consumer", "collector", "stream", "datagrams", "since")

@@ -366,7 +366,7 @@ def test_what_a_dead_connection_had_got_comes_first(plain: NatsServer) -> None:
 
 def test_more_than_is_asked_for_at_once(plain: NatsServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Messages beyond the bytes, or the number, of one request come by the next one."""
-    monkeypatch.setattr(receiving, "PULLED_BYTES", 1000)
+    monkeypatch.setattr(receiving, "PULLED_BYTES", (1000, 1000))
     monkeypatch.setattr(receiving, "PULLED", 3)
     sender, reader = Tried(plain, "many"), Tried(plain, "reader", send=[])
     sender.run(sender.says("made the stream"))

@@ -54,9 +54,11 @@ def test_a_site_behind_a_slow_link_gets_what_it_carries(lab: None, tmp_path: Pat
             assert behind["receiving/a"]["waiting_messages"] > 0
             _, told, _ = b.run("doctor")
             assert "s late, and" in told, told
+            _, told, _ = b.run("ledger")
+            assert "messages waiting   seconds late" in told, told
             after = accounts_when(bus, "uplink.1", lambda found: found["stream/flows"]["received"] > had + sent // 4)
             carried = (after["stream/flows"]["received"] - had) * SIZE * 8 / (time.monotonic() - at)
-            assert carried > 0.6 * BITS_PER_SECOND, f"{carried / 1e6:.1f} Mbit/s"
+            assert carried > 0.5 * BITS_PER_SECOND, f"{carried / 1e6:.1f} Mbit/s"
             wait_until(lambda: received(bus) == sent, lambda: f"{received(bus)} of {sent}")
             found = accounts_when(bus, "uplink.1", lambda found: not found["receiving/a"]["waiting_messages"])
         (arrived,) = (account for name, account in found.items() if name.startswith("arriving/"))
