@@ -17,7 +17,7 @@ from tests.builders import BusEnds, accounts_when
 from tests.network import End, Host, veth
 from tests.openly import OpenStack
 from tests.services.gateway.test_watching import Conversation
-from tests.stack import PATIENT, Stack, ask_json, wait_until
+from tests.stack import PATIENT, Stack, ask_json, sign_up, wait_until
 
 SIEM: dict[str, Any] = {"op": "register", "name": "siem", "streams": ["messages"], "port": 9514}
 NAME = "collector/siem"
@@ -289,8 +289,8 @@ def test_a_service_that_hangs_makes_collectors_wait(open_stack: OpenStack, sourc
     stack.configure(PATIENT)
     stack.start_all(ingest=2)
     stack.start("transmitter")
-    ask_json(SIEM | {"source": source})
-    ask_json(SIEM | {"name": "other", "port": 9515, "source": "original" if source == "relay" else "relay"})
+    sign_up(SIEM | {"source": source})
+    sign_up(SIEM | {"name": "other", "port": 9515, "source": "original" if source == "relay" else "relay"})
     until("ok")
     until("ok", "other")
     with watching() as (watcher, _):
