@@ -170,7 +170,7 @@ Spread = Literal["flow", "source", "datagram"]
 class Ingest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The workers that take datagrams in."""
 
-    fill_ms: Annotated[float, Meta(ge=0, le=100)] = 3.8
+    fill_ms: Annotated[float, Meta(ge=0, le=100)] = 3.5
     """The longest that a datagram may wait for others under steady load, in milliseconds; 0: it never waits."""
     spread: Spread = "flow"
     """Basis on which a worker is chosen for a datagram; by `datagram`, those of an exporter may change order."""
