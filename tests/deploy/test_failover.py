@@ -36,7 +36,7 @@ SERVICES: Final = ("broker", "gateway", "forwarder", "ingest", "console")
 SETTINGS: Final = f"""
 [[stream]]
 name = "syslog"
-listen = ["udp://0.0.0.0:514"]
+listen = ["udp://0.0.0.0:5514"]
 [[collector]]
 name = "siem"
 streams = ["syslog"]
@@ -132,7 +132,7 @@ def keepalived(rate: int) -> Iterator[World]:
         directory = relays[0].stack.directory
         (siem,) = opened.enter_context(collectors(sink, directory, SIEM, [9514]))
         wait_until(lambda: len(holders(relays)) == 1, "one has the address")
-        sent = opened.enter_context(exporters(sources, directory, "10.20.1.1", f"{VIP}:514", rate))
+        sent = opened.enter_context(exporters(sources, directory, "10.20.1.1", f"{VIP}:5514", rate))
         world = World(relays, sent, rate, siem, lambda: holders(relays), 1)
         world.exporters = sources
         wait_until(world.is_whole, lambda: relays[0].stack["keepalived"].text)
@@ -227,7 +227,7 @@ def test_the_address_moves(lab: None) -> None:
 @contextmanager
 def anycast(rate: int) -> Iterator[World]:
     """Relays that announce the address to a router by BIRD, and exporters behind that."""
-    bird, birdc = need("bird"), need("birdc")
+    bird, birdc = need_root("bird"), need("birdc")
     need("curl")
     with ExitStack() as opened:
         segment = Segment(opened)
@@ -252,7 +252,7 @@ def anycast(rate: int) -> Iterator[World]:
             each.spawn("announce", "env", f"BIRDC={birdc} -s bird.ctl", str(HA / "fanwire-announce"))
         (siem,) = opened.enter_context(collectors(sink, directory, SIEM, [9514]))
         wait_until(lambda: len(announced(relays, router)) == 2, "the router has both")
-        sent = opened.enter_context(exporters(sources, directory, "10.30.1.1", f"{ANYCAST}:514", rate))
+        sent = opened.enter_context(exporters(sources, directory, "10.30.1.1", f"{ANYCAST}:5514", rate))
         world = World(relays, sent, rate, siem, lambda: announced(relays, router), 2)
         world.flows()
         yield world
@@ -296,7 +296,7 @@ def dual_feed(rate: int) -> Iterator[World]:
             each.start(*SERVICES)
         directory = relays[0].stack.directory
         (siem,) = opened.enter_context(collectors(sink, directory, SIEM, [9514]))
-        both = ",".join(f"{node}:514" for node in NODES)
+        both = ",".join(f"{node}:5514" for node in NODES)
         sent = opened.enter_context(exporters(sources, directory, "10.20.1.1", both, rate))
         world = World(relays, sent, rate, siem, lambda: relays, 2)
         world.flows()

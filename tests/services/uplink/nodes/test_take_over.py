@@ -2,6 +2,7 @@
 
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -40,15 +41,15 @@ def stop(cluster: Cluster, exporters: dict[str, Exporter]) -> dict[str, list[byt
     return sent
 
 
-def perhaps_twice(cluster: Cluster, name: str) -> dict[str, int]:
-    """Return how many of the copies that a node has sent to each collector may have been sent twice."""
-    with BusEnds(cluster.nodes[name].bus) as bus:
-        accounts = accounts_when(bus, "forwarder.1", lambda accounts: accounts)
-    return {
-        account.removeprefix("collector/"): counts[PERHAPS_TWICE]
-        for account, counts in accounts.items()
-        if counts.get(PERHAPS_TWICE)
-    }
+def perhaps_twice(cluster: Cluster, names: str) -> Counter[str]:
+    """Return how many of the copies that these nodes have sent to each collector may have been sent twice."""
+    found: Counter[str] = Counter()
+    for name in names:
+        with BusEnds(cluster.nodes[name].bus) as bus:
+            accounts = accounts_when(bus, "forwarder.1", lambda accounts: accounts)
+        for account, counts in accounts.items():
+            found[account.removeprefix("collector/")] += counts.get(PERHAPS_TWICE, 0)
+    return found
 
 
 def doubles(cluster: Cluster) -> dict[str, int]:
@@ -58,10 +59,15 @@ def doubles(cluster: Cluster) -> dict[str, int]:
 
 
 def test_each_collector_is_served_by_one_node(cluster: Cluster) -> None:
-    """Each collector gets every datagram of all nodes once, and all nodes tell the same of who serves whom."""
+    """Each collector gets every datagram of all nodes once, and all nodes tell the same of who serves whom.
+
+    On a busy machine a node may be silent for so long that another one takes over: then the accounts say so.
+    """
     sent = stop(cluster, begin(cluster))
+    twice = perhaps_twice(cluster, "abc")
     for collector in cluster.collectors:
-        assert collector.count() == dict.fromkeys([payload for each in sent.values() for payload in each], 1)
+        assert collector.count().keys() == {payload for each in sent.values() for payload in each}
+    assert all(count <= twice[name] for name, count in doubles(cluster).items())
     told = {name: cluster.told_by(name) for name in "abc"}
     for name, each in told.items():
         assert (each["node"], each["majority"], each["not_served"], each["code"]) == (name, True, [], 0)
@@ -88,7 +94,7 @@ def test_a_node_that_leaves_hands_over(cluster: Cluster) -> None:
     assert time.monotonic() - began < 6
     exporters.pop("a").stop()
     time.sleep(SECONDS)
-    again, took_over = doubles(cluster), perhaps_twice(cluster, "b") | perhaps_twice(cluster, "c")
+    again, took_over = doubles(cluster), perhaps_twice(cluster, "bc")
     cluster.nodes["a"].begin()
     cluster.nodes["a"].uplink.wait_for("this node serves collectors from now on")
     cluster.wait_live("a", "b", "c")
@@ -98,9 +104,9 @@ def test_a_node_that_leaves_hands_over(cluster: Cluster) -> None:
     for collector in cluster.collectors:
         count, name = collector.count(), collector.name
         assert not [payload for each in sent.values() for payload in each if payload not in count]
-        assert again[name] <= took_over.get(name, 0)
+        assert again[name] <= took_over[name]
         assert again[name] < PER_SECOND
-        assert doubles(cluster)[name] - again[name] <= took_back.get(name, 0) < 3 * PER_SECOND
+        assert doubles(cluster)[name] - again[name] <= took_back[name] < 3 * PER_SECOND
 
 
 def test_a_node_that_dies_is_replaced(cluster: Cluster) -> None:
@@ -118,16 +124,16 @@ def test_a_node_that_dies_is_replaced(cluster: Cluster) -> None:
     assert (told["majority"], told["not_served"], told["code"]) == (True, [], 0)
     time.sleep(SECONDS)
     sent = stop(cluster, exporters)
-    twice = perhaps_twice(cluster, "b") | perhaps_twice(cluster, "c")
+    twice = perhaps_twice(cluster, "bc")
     for collector in cluster.collectors:
         count = collector.count()
         for name, each in sent.items():
             assert not [payload for payload in each if payload not in count], name
         again = sum(times - 1 for times in count.values())
+        assert again <= twice[collector.name]
         if collector not in its:
-            assert again == 0
             continue
-        assert again <= twice[collector.name] <= 2 * PER_SECOND * len(cluster.ports)
+        assert twice[collector.name] <= 2 * PER_SECOND * len(cluster.ports)
         assert all(times <= 2 for times in count.values())
         # Of the dead node's own it has a beginning, and what never left that node is the end.
         had = [payload for payload in lost if payload in count]
