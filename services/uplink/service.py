@@ -9,16 +9,16 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Final, Self
 
-from services.uplink.arrivals import POSITION_COUNTERS
-from services.uplink.batches import BusBatches
-from services.uplink.cursors import CURSOR_COUNTERS
-from services.uplink.delivery import Delivery
-from services.uplink.feeds import Feeds
-from services.uplink.journal_reading import JournalReading
+from services.uplink.incoming.arrivals import POSITION_COUNTERS
+from services.uplink.incoming.delivery import Delivery
+from services.uplink.incoming.feeds import Feeds
+from services.uplink.incoming.readers import Readers
+from services.uplink.incoming.receiving import NEXT, Receiver
 from services.uplink.nodes.node import Node
-from services.uplink.readers import Readers
-from services.uplink.receiving import NEXT, Receiver
-from services.uplink.sending import Sending
+from services.uplink.outgoing.batches import BusBatches
+from services.uplink.outgoing.cursors import CURSOR_COUNTERS
+from services.uplink.outgoing.journal_reading import JournalReading
+from services.uplink.outgoing.sending import Sending
 from services.uplink.session import Session, SessionError
 from shared.bus.connection import BusConnection
 from shared.bus.kept_counts import KeptFile

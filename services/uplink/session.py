@@ -19,7 +19,7 @@ from nats.errors import Error as NatsError
 from nats.errors import MaxPayloadError
 from nats.js.errors import NotFoundError
 
-from services.uplink.outbox import Outbox
+from services.uplink.outgoing.outbox import Outbox
 from services.uplink.server_checks import check_server, check_stream, wanted_stream
 from services.uplink.subjects import kept_stream, site_subjects, unparse_subject
 from shared.ledger.counters import MESSAGES_REFUSED, SERVER_FAULTS, SERVER_LIMIT, SERVER_REFUSED

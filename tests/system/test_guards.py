@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -103,12 +104,12 @@ PURE = (
     "services/transmitter/plan.py",
     "services/transmitter/policy.py",
     "services/transmitter/sources.py",
-    "services/uplink/arrivals.py",
-    "services/uplink/cursors.py",
-    "services/uplink/doubles.py",
-    "services/uplink/outbox.py",
+    "services/uplink/incoming/arrivals.py",
+    "services/uplink/outgoing/cursors.py",
+    "services/uplink/incoming/doubles.py",
+    "services/uplink/outgoing/outbox.py",
     "services/uplink/packs.py",
-    "services/uplink/readers.py",
+    "services/uplink/incoming/readers.py",
     "services/uplink/server_checks.py",
     "services/uplink/subjects.py",
     "shared/bus/continuity.py",
@@ -193,6 +194,14 @@ def test_every_module_of_shared_has_a_layer() -> None:
     """Each file in `shared/` belongs to one of the layers, so that no folder grows beside them."""
     found = {path.stem for path in SHARED.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
     assert found - {"__init__"} == set(RANKS)
+
+
+def test_folders_and_modules_are_small() -> None:
+    """No folder has more than 15 modules, and no module more than 400 lines: beyond that it is two."""
+    modules = [path for folder in ("services", "shared", "deploy") for path in (CHECKOUT / folder).rglob("*.py")]
+    folders = Counter(path.parent for path in modules)
+    assert [str(folder) for folder, count in folders.items() if count > 15] == []
+    assert [str(path) for path in modules if len(path.read_text().splitlines()) > 400] == []
 
 
 @pytest.mark.parametrize("path", PURE)

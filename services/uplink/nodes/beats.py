@@ -5,7 +5,7 @@ from typing import Annotated, Final, Literal
 import msgspec
 from msgspec import Meta
 
-from services.uplink.arrivals import Key
+from services.uplink.incoming.arrivals import Key
 from shared.bus.bodies.fields import Number, SenderName, StreamName
 from shared.client import Source
 

@@ -7,7 +7,7 @@ from typing import Final
 
 import msgspec
 
-from services.uplink.arrivals import Key
+from services.uplink.incoming.arrivals import Key
 from services.uplink.nodes.beats import MAX_ORIGINS, Beat, Reached, parse_beat
 from services.uplink.nodes.beats import State as BeatState
 from services.uplink.nodes.crossings import Crossings

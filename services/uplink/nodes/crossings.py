@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Final, NamedTuple
 
-from services.uplink.arrivals import Key
+from services.uplink.incoming.arrivals import Key
 
 SECONDS: Final = 15.0
 """Time for which a crossing is known: longer than a node's last place is of use to the one that follows it."""

@@ -10,7 +10,7 @@ import msgspec
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 
-from services.uplink.arrivals import Key
+from services.uplink.incoming.arrivals import Key
 from services.uplink.nodes.beats import ROOT, State, beat_subject, unparse_beat
 from services.uplink.nodes.cluster import SENDERS, Cluster
 from services.uplink.nodes.membership import BEAT_SECONDS

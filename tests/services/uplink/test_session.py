@@ -15,11 +15,11 @@ from nats.aio.client import Client
 from nats.js.api import DiscardPolicy, StorageType, StreamConfig
 from structlog.testing import capture_logs
 
-from services.uplink import receiving
 from services.uplink import session as module
-from services.uplink.outbox import Outbox
+from services.uplink.incoming import receiving
+from services.uplink.incoming.receiving import Receiver
+from services.uplink.outgoing.outbox import Outbox
 from services.uplink.packs import Arrived, Pack, Packer
-from services.uplink.receiving import Receiver
 from services.uplink.server_checks import check_server, check_stream, wanted_stream
 from services.uplink.session import Session, SessionError
 from services.uplink.subjects import Origin

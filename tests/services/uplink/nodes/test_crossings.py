@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.uplink.arrivals import Key
+from services.uplink.incoming.arrivals import Key
 from services.uplink.nodes.crossings import SECONDS, Crossings
 
 ORIGINS = [Key("bonn", f"ingest.{number}", 7, "flows") for number in range(3)]

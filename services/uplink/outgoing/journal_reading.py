@@ -4,8 +4,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Final
 
-from services.uplink.batches import BusBatches
-from services.uplink.journaled import JournaledStream
+from services.uplink.outgoing.batches import BusBatches
+from services.uplink.outgoing.journaled import JournaledStream
 from services.uplink.packs import Pack
 from shared.bus.bodies.journal_messages import JOURNAL_TOPIC
 from shared.bus.kept_counts import KeptCounts

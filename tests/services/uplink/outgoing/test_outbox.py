@@ -2,7 +2,7 @@ from collections import Counter
 
 import pytest
 
-from services.uplink.outbox import LONGEST_PAUSE_SECONDS, Outbox
+from services.uplink.outgoing.outbox import LONGEST_PAUSE_SECONDS, Outbox
 from services.uplink.packs import Pack
 from services.uplink.subjects import Origin, unparse_subject
 from shared.ledger.counters import ACKNOWLEDGED, HELD, SERVER_AWAY, SERVER_REFUSED, SERVER_SLOW, STOPPED

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.uplink import arrivals as module
-from services.uplink.arrivals import HOLD_SECONDS, MAX_ORIGINS, Arrivals, Key, keys_of
+from services.uplink.incoming import arrivals as module
+from services.uplink.incoming.arrivals import HOLD_SECONDS, MAX_ORIGINS, Arrivals, Key, keys_of
 from services.uplink.packs import UNKNOWN, Arrived
 from services.uplink.subjects import Origin
 from shared.bus.continuity import MAX_GAP

@@ -1,4 +1,4 @@
-from services.uplink.readers import AHEAD, Readers
+from services.uplink.incoming.readers import AHEAD, Readers
 from shared.bus.messages import Status
 from shared.ledger.accounts import unparse_origin
 

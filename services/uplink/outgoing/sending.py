@@ -10,10 +10,10 @@ from collections import defaultdict
 from collections.abc import Callable, Container, Mapping
 from typing import Final
 
-from services.uplink.batches import BusBatches
-from services.uplink.journal_reading import JournalReading
-from services.uplink.journaled import JournaledStream
-from services.uplink.outbox import Outbox
+from services.uplink.outgoing.batches import BusBatches
+from services.uplink.outgoing.journal_reading import JournalReading
+from services.uplink.outgoing.journaled import JournaledStream
+from services.uplink.outgoing.outbox import Outbox
 from services.uplink.packs import FULL, LARGEST_BATCH, UNKNOWN, Packer
 from services.uplink.subjects import Origin
 from shared.bus.kept_counts import KeptCounts, KeptFile

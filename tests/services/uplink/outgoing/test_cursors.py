@@ -1,4 +1,4 @@
-from services.uplink.cursors import MAX_WORKERS, Cursors
+from services.uplink.outgoing.cursors import MAX_WORKERS, Cursors
 from services.uplink.packs import Pack
 from services.uplink.subjects import Origin
 from shared.bus.kept_counts import KeptCounts

@@ -6,10 +6,10 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from services.uplink.arrivals import Arrivals, Key, keys_of
-from services.uplink.feeds import Feeds
+from services.uplink.incoming.arrivals import Arrivals, Key, keys_of
+from services.uplink.incoming.feeds import Feeds
+from services.uplink.incoming.readers import LATE_NS, PATIENCE_SECONDS, Readers
 from services.uplink.packs import Arrived
-from services.uplink.readers import LATE_NS, PATIENCE_SECONDS, Readers
 from services.uplink.session import Session
 from shared.bus.kept_counts import KeptCounts, KeptFile
 from shared.ledger.accounts import Accounts, unparse_arriving

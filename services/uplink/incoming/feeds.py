@@ -8,7 +8,7 @@ from typing import Final
 
 import numpy as np
 
-from services.uplink.doubles import OWN, Doubles, without
+from services.uplink.incoming.doubles import OWN, Doubles, without
 from shared.bus.kept_counts import KeptCounts
 from shared.bus.messages import Datagrams, datagrams_topic, exporters_topic
 from shared.bus.publishing.exporter_shares import ExporterShares

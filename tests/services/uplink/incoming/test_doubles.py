@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.uplink.doubles import Doubles, without
+from services.uplink.incoming.doubles import Doubles, without
 from shared.datagrams.batch import DatagramBatch, make_rows
 from shared.net.addresses import pack_address
 from tests.services.ingest.flows.exported import a_set, ipfix, netflow_v5, netflow_v9, sflow

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Final, NamedTuple
 
-from services.uplink.batches import Taken
-from services.uplink.cursors import Cursors
+from services.uplink.outgoing.batches import Taken
+from services.uplink.outgoing.cursors import Cursors
 from shared.bus.continuity import Position
 from shared.bus.kept_counts import KeptCounts
 from shared.client import Place
