@@ -2,8 +2,8 @@
 # it needs in .venv first. `make dist` and `make deb` make packages of it.
 PYTHON ?= python3
 VENV := .venv
-# Tests wait more than they work: six times as many as a small machine has cores.
-TEST_WORKERS ?= 12
+# Tests wait more than they work: four times as many as a small machine has cores.
+TEST_WORKERS ?= 8
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 # Without it every process that a test starts would compile all modules again.

@@ -202,6 +202,7 @@ def is_preferred(each: Relay) -> bool:
     return all(changes and changes[-1] == "succeeded" for changes in told)
 
 
+@pytest.mark.soak
 def test_the_address_moves(lab: None) -> None:
     """A switch that was asked for loses next to nothing, the death of a relay a second; who returns takes nothing."""
     with keepalived(3000) as world:
@@ -264,6 +265,7 @@ def announced(relays: list[Relay], router: Host, network: str = f"{ANYCAST}/32")
     return [each for each, node in zip(relays, NODES, strict=True) if node in via]
 
 
+@pytest.mark.soak
 def test_the_address_is_announced_while_ready(lab: None) -> None:
     """A relay withdraws the address before it stops, which loses nothing; one that dies is withdrawn in a second."""
     with anycast(3000) as world:

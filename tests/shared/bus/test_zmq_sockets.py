@@ -545,8 +545,10 @@ def test_who_has_unsubscribed_holds_nothing_up(stack: Stack, pool_clock: PoolClo
     """After one of two subscribers has taken its subscription back the other is lent to as before."""
     stack.start("broker")
     with BusEnds(stack.bus) as bus, LendingWorker(bus, pool_clock) as worker:
-        leaving, staying = bus.subscriber(TOPIC), bus.subscriber("datagrams/")
-        wait_wanted(worker.publisher, TOPIC)
+        staying = bus.subscriber("datagrams/")
+        wait_wanted(worker.publisher, datagrams_topic("others"))
+        leaving = bus.subscriber(TOPIC)
+        wait_until(lambda: TOPIC in worker.publisher.new_subscriptions(), "the other one has subscribed")
         worker.greet()
         take_mark(leaving)
         take_mark(staying)
