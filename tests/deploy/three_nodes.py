@@ -6,9 +6,9 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Final
 
+from deploy.ha.cluster.layout import nats
 from deploy.ha.cluster.traffic import CAME, SILENCE_NS, Counted, Sent
 from tests.deploy.failover import (
     HA,
@@ -156,7 +156,7 @@ def three_nodes(rate: int) -> Iterator[Cluster]:
         sink = opened.enter_context(host_at(segment, f"{SIEM}/16"))
         nodes = {name: opened.enter_context(relay(segment, f"{at}/16", settings(name))) for name, at in NODES.items()}
         for name, node in nodes.items():
-            (node.stack.directory / "nats.conf").write_text(nats(name, node.stack.directory))
+            (node.stack.directory / "nats.conf").write_text(nats(name, NODES, node.stack.directory))
             (node.stack.directory / "keepalived.conf").write_text(shared_address(name))
         directory = nodes["a"].stack.directory
         counted = dict(zip(RELAYED, opened.enter_context(collectors(sink, directory, SIEM, RELAYED)), strict=True))
@@ -200,18 +200,6 @@ listen = ["udp://0.0.0.0:514"]
             text += f'[[collector]]\nname = "at{port}"\nstreams = ["syslog"]\n'
             text += f'address = "{SIEM}"\nport = {port}\nsource = "{source}"\n'
     return text
-
-
-def nats(name: str, directory: Path) -> str:
-    """Return the settings of a NATS server."""
-    routes = ", ".join(f'"nats://{at}:6222"' for other, at in NODES.items() if other != name)
-    return f"""
-server_name: "{name}"
-listen: "{NODES[name]}:4222"
-log_file: "{directory}/nats.log"
-jetstream {{ store_dir: "{directory}/jetstream", sync_interval: always }}
-cluster {{ name: "fanwire", listen: "{NODES[name]}:6222", routes: [{routes}] }}
-"""
 
 
 def shared_address(name: str) -> str:

@@ -4,6 +4,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -75,8 +76,12 @@ def first_child(pid: int) -> str:
 def write(place: Place, node: str) -> None:
     """Write the settings of a node's programs."""
     place.of(node).mkdir()
-    for name, text in (("fanwire.toml", relay), ("nats.conf", nats), ("keepalived.conf", keepalived)):
-        (place.of(node) / name).write_text(text(place, node))
+    for name, text in (
+        ("fanwire.toml", relay(place, node)),
+        ("nats.conf", nats(node, NODES, place.of(node))),
+        ("keepalived.conf", keepalived(place, node)),
+    ):
+        (place.of(node) / name).write_text(text)
 
 
 def relay(place: Place, node: str) -> str:
@@ -108,15 +113,15 @@ port = {COLLECTOR_PORT}
 """
 
 
-def nats(place: Place, node: str) -> str:
-    """Return the settings of a NATS server of the cluster."""
-    routes = ", ".join(f'"nats://{address}:6222"' for name, address in NODES.items() if name != node)
+def nats(node: str, nodes: Mapping[str, str], directory: Path) -> str:
+    """Return the settings of a NATS server of a cluster; `nodes` has the address of each, by name."""
+    routes = ", ".join(f'"nats://{address}:6222"' for name, address in nodes.items() if name != node)
     return f"""
 server_name: "{node}"
-listen: "{NODES[node]}:4222"
-log_file: "{place.of(node)}/nats.log"
-jetstream {{ store_dir: "{place.of(node)}/jetstream", sync_interval: always }}
-cluster {{ name: "fanwire", listen: "{NODES[node]}:6222", routes: [{routes}] }}
+listen: "{nodes[node]}:4222"
+log_file: "{directory}/nats.log"
+jetstream {{ store_dir: "{directory}/jetstream", sync_interval: always }}
+cluster {{ name: "fanwire", listen: "{nodes[node]}:6222", routes: [{routes}] }}
 """
 
 

@@ -47,7 +47,7 @@ class Sent:
 
 
 class Counted:
-    """What one collector's socket got; `state` has a number for each of the names above."""
+    """The datagrams that one collector's socket got; `state` has a number for each of the names above."""
 
     def __init__(self, path: Path, *, new: bool = False) -> None:
         self.path = path
