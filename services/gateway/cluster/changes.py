@@ -218,7 +218,7 @@ class ClusterChanges:
         self._written += whole
         if not await self.reach(position, 2.0):
             self.lose()
-        # What is tried until it succeeds may have more to change than one batch holds.
+        # A change that is tried until it succeeds may be larger than one batch.
         again = [asked for asked in self._written if asked.failed is None]
         self._written = [asked for asked in self._written if asked.failed is not None]
         self._queue.extend(again)

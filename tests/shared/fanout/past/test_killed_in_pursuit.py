@@ -154,7 +154,7 @@ def check(moment: Moment, sender: Pursued) -> None:
         missing = sender.published - len(sender.arrived)
         assert missing <= lost <= 2 * ROWS, (missing, lost)
         assert 0 <= len(sender.arrived) - account["sent"] <= unsure
-        # What was found to be owed, and had not left, is found once more: then it is among both.
+        # Datagrams that were found to be owed, and had not left, are found once more: then they are among both.
         assert 0 <= account["expected"] - sender.published <= unsure
 
 
