@@ -344,8 +344,7 @@ class CatchUp(Generic[D]):
         """Find out whether a collector is level now."""
         pursuit = pursued.pursuit
         window, gone = self.rings[pursuit.stream], gone or pursuit.stream not in self._journaled
-        for step in pursuit.give_up(window, followed, at_once=gone):
-            self._past.perform(pursued, step)
+        self._past.perform(pursued, pursuit.give_up(window, followed, at_once=gone))
         if self._collectors[pursued.name].destination.held:
             return  # it may still be found to be away
         if pursuit.check(window, followed, at_once=gone) is PursuitState.LIVE:

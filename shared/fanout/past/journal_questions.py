@@ -60,11 +60,11 @@ class Pursued:
     away: bool = False
     """True while the collector is not known to get anything: it is tried again at `try_at`."""
     try_at: float = 0.0
-    last: Place | None = None
-    """The place at which the last step began, which may still be found not to have arrived."""
+    last: list[Place] = field(default_factory=list)
+    """The places at which the last steps began, which may still be found not to have arrived."""
     signs: int = 0
     unsent: Counter[str] = field(default_factory=Counter)
-    """Counts of the collector's account before that step (`shared.fanout.past.absences`)."""
+    """Counts of the collector's account before those steps (`shared.fanout.past.absences`)."""
     templates: PastTemplates = field(default_factory=PastTemplates)
 
 

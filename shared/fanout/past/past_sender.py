@@ -2,19 +2,25 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Final, Generic
 
+import numpy as np
+
 from shared.bus.continuity import Position
+from shared.client import Place
+from shared.datagrams.batch import DatagramBatch
 from shared.datagrams.gathered import Gathered
 from shared.datagrams.routing import Selection
 from shared.fanout.collectors import Collectors
 from shared.fanout.past.absences import put_off, signs, unsent
+from shared.fanout.past.copied_meanwhile import CopiedMeanwhile, Outcomes
 from shared.fanout.past.journal_questions import Pursued
 from shared.fanout.past.past_templates import PastTemplates
 from shared.fanout.past.pursuit import Step
 from shared.fanout.past.window import Numbered, Window, Worker
-from shared.fanout.served import D, count_rows
+from shared.fanout.served import D
 from shared.fanout.templates import TemplateDelivery
 from shared.ledger.counters import PERHAPS_TWICE
 
@@ -27,7 +33,10 @@ AGAIN_SECONDS: Final = 0.5
 
 
 class PastSender(Generic[D]):
-    """Takes the steps of pursuits. `paces` counts by name the datagrams of the past that were sent since a report."""
+    """Takes the steps of pursuits, several in one send: batches may be small, and each send has its cost.
+
+    `paces` counts by name the datagrams of the past that were sent since a report.
+    """
 
     def __init__(
         self,
@@ -55,7 +64,7 @@ class PastSender(Generic[D]):
             pursued.templates.put_back()
         else:
             self.ask_templates(pursued)
-        pursued.away, pursued.last = True, None
+        pursued.away, pursued.last = True, []
         pursued.try_at = self._clock() + AGAIN_SECONDS
 
     def ask_templates(self, pursued: Pursued) -> None:
@@ -76,13 +85,22 @@ class PastSender(Generic[D]):
             if destination.held:
                 return self._stays(pursued, followed)
             most = 1 if pursued.away else min(STEP_ROWS, int(pursued.allowance))
-            step = pursued.pursuit.next_step(window, followed, most)
+            steps = self._next_steps(pursued, window, followed, most)
+            step = next(steps, None)
             if step is None:
                 self._stays(pursued, followed)
                 return False
-            if not self._try(pursued, step, followed) or pursued.away:
+            if not self._try(pursued, chain((step,), steps), followed) or pursued.away:
                 return False
         return True
+
+    def _next_steps(
+        self, pursued: Pursued, window: Window, followed: Mapping[Worker, Position], most: int
+    ) -> Iterator[Step]:
+        """Yield steps over `most` datagrams in all; each is to be advanced by before the next one is asked for."""
+        while most > 0 and (step := pursued.pursuit.next_step(window, followed, most)):
+            most -= len(step.batch or ())
+            yield step
 
     def _is_back(self, pursued: Pursued, followed: Mapping[Worker, Position]) -> bool:
         """Return whether one that was away may be sent to: a first datagram, and more once that was not refused."""
@@ -93,56 +111,81 @@ class PastSender(Generic[D]):
         if not self._stays(pursued, followed) or destination.unreachable:
             pursued.try_at = self._clock() + AGAIN_SECONDS
             return False
-        pursued.away = pursued.last is None  # else its first datagram has arrived
+        pursued.away = not pursued.last  # else its first datagram has arrived
         return True
 
-    def _try(self, pursued: Pursued, step: Step, followed: Mapping[Worker, Position]) -> bool:
-        """Take a step, and take it back if the collector is found to be away; return whether it is not."""
+    def _try(self, pursued: Pursued, steps: Iterable[Step], followed: Mapping[Worker, Position]) -> bool:
+        """Take steps, and take them back if the collector is found to be away; return whether it is not."""
         served = self._collectors[pursued.name]
         if served.destination.client.catch_up and pursued.last:
             served.destination.read_errors()
             if not self._stays(pursued, followed):
                 return False
         pursued.signs, pursued.unsent = signs(served.account), unsent(served.account)
-        place = pursued.pursuit.place(step)
-        self.perform(pursued, step)
-        pursued.last = place
+        pursued.last = self.perform(pursued, steps)
         pursued.try_at = self._clock() + ANSWER_SECONDS
         return self._stays(pursued, followed)
 
     def _stays(self, pursued: Pursued, followed: Mapping[Worker, Position]) -> bool:
-        """Take the last step back if its datagrams did not arrive; return whether they have, as far as is known."""
+        """Take the last steps back if their datagrams did not arrive; return whether they have, as far as is known."""
         served = self._collectors[pursued.name]
-        if pursued.last is None or not served.destination.client.catch_up:
+        if not pursued.last or not served.destination.client.catch_up:
             return True
         waits_in_vain = bool(served.destination.held) and served.destination.unreachable
         if signs(served.account) <= pursued.signs and not waits_in_vain:
             return True
         put_off(served, pursued.unsent)
-        owed_again = pursued.pursuit.rewind(pursued.last, followed)
+        owed_again = sum(pursued.pursuit.rewind(place, followed) for place in reversed(pursued.last))
         pursued.question = None  # its answer is what comes behind the place that was left
         if owed_again:
             self._collectors.past.count_discovered(pursued.name, owed_again)
         self.note_away(pursued)
         return False
 
-    def perform(self, pursued: Pursued, step: Step) -> None:
-        """Send a step's datagrams. A process that is killed in between leaves at most these unsure."""
-        if step.discovered:
-            self._collectors.past.count_discovered(pursued.name, step.discovered)
-        pursued.pursuit.advance(step)
-        if step.missing:
-            self._collectors.past.count_unread(pursued.name, step.missing, step.expired)
-        if step.batch is None or not len(step.batch):
-            return
-        templates = pursued.templates.pop_for(step.batch)
-        self._templates.send(pursued.pursuit.stream, templates, pursued.name)
-        pursued.allowance -= len(step.batch) + len(templates)
-        self.paces[pursued.name] += len(step.batch)
-        batch, worker = Gathered([step.batch]), step.numbered.worker
-        outcomes = pursued.copied.outcomes(worker, step.stop - len(step.batch), step.stop)
-        if routed := self._collectors.past.route_past(pursued.name, batch, outcomes):
-            if step.batch.received_ns < pursued.twice_until_ns:
-                rows = count_rows(batch, routed[0][1])
-                self._collectors[pursued.name].account[PERHAPS_TWICE] += rows
-            self._send(batch, routed)
+    def perform(self, pursued: Pursued, steps: Iterable[Step]) -> list[Place]:
+        """Send the datagrams of steps together; return the places at which the steps began.
+
+        A process that is killed in between leaves at most these unsure.
+        """
+        past, places, taken, templates = self._collectors.past, [], [], []
+        for step in steps:
+            places.append(pursued.pursuit.place(step))
+            if step.discovered:
+                past.count_discovered(pursued.name, step.discovered)
+            pursued.pursuit.advance(step)
+            if step.missing:
+                past.count_unread(pursued.name, step.missing, step.expired)
+            if step.batch is not None and len(step.batch):
+                templates += pursued.templates.pop_for(step.batch)
+                taken.append((step, step.batch))
+        if taken:
+            self._templates.send(pursued.pursuit.stream, templates, pursued.name)
+            batch = Gathered([each for _, each in taken])
+            pursued.allowance -= len(batch) + len(templates)
+            self.paces[pursued.name] += len(batch)
+            if routed := past.route_past(pursued.name, batch, _outcomes(pursued.copied, taken)):
+                if pursued.twice_until_ns:
+                    self._collectors[pursued.name].account[PERHAPS_TWICE] += _received_before(
+                        pursued.twice_until_ns, batch, routed[0][1]
+                    )
+                self._send(batch, routed)
+        return places
+
+
+def _outcomes(copied: CopiedMeanwhile, taken: Sequence[tuple[Step, DatagramBatch]]) -> Outcomes | None:
+    """Return what rules have made already of the rows of steps; None: all are owed."""
+    found = [copied.outcomes(step.numbered.worker, step.stop - len(batch), step.stop) for step, batch in taken]
+    if all(each is None for each in found):
+        return None
+    return np.concatenate(
+        [
+            np.zeros(len(batch), np.uint8) if each is None else each
+            for each, (_, batch) in zip(found, taken, strict=True)
+        ]
+    )
+
+
+def _received_before(time_ns: int, batch: Gathered, selection: Selection) -> int:
+    """Return how many of the selected rows were received before a time."""
+    rows = np.repeat([each.received_ns < time_ns for each in batch.batches], [len(each) for each in batch.batches])
+    return int(np.count_nonzero(rows if selection.indices is None else rows[selection.indices]))
