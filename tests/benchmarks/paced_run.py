@@ -8,7 +8,7 @@ from itertools import product
 from pathlib import Path
 from typing import Final
 
-from tests.benchmarks import bare, kernel_copies, kernel_path, paced, paced_record, paced_report
+from tests.benchmarks import bare, beside_journal, kernel_copies, kernel_path, paced, paced_record, paced_report
 from tests.benchmarks.paced import BUFFER, SPACINGS, Load, Measured, Reading
 from tests.benchmarks.paced_report import Cell
 from tests.benchmarks.programs import Task, available
@@ -32,6 +32,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--settings", default="", help="more settings for fanwire, as in a settings file")
     group.add_argument(
         "--kernel", action="store_true", help="measure offload beside samplicator instead, with the kernel's CPU"
+    )
+    group.add_argument(
+        "--journal", action="store_true", help="measure the live path beside the journal, and while others catch up"
     )
     group.add_argument("--markdown", action="store_true", help="also print a table to paste")
     group.add_argument(
@@ -58,8 +61,8 @@ def run(options: argparse.Namespace) -> int:
             sys.exit("needs a C compiler: on Debian, apt-get install gcc libc6-dev")
         if refused := enter_lab():
             sys.exit(f"needs a network namespace of its own, and {refused}")
-        if options.kernel:
-            beyond = kernel_path.run(options, tool)
+        if options.kernel or options.journal:
+            beyond = (kernel_path if options.kernel else beside_journal).run(options, tool)
             print("".join(f"beyond: {sentence}\n" for sentence in beyond))
             return int(bool(beyond))
         for workload, fan_out, way in product(

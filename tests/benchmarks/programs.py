@@ -39,6 +39,8 @@ class Task:
     """True if everything that `make run` starts is there, and counts."""
     settings: str = ""
     """More settings for fanwire."""
+    journal: bool = False
+    """True if fanwire keeps the streams."""
 
     @property
     def collectors(self) -> list[str]:
@@ -155,8 +157,8 @@ def nfcapd(task: Task, directory: Path) -> Sequence[str] | None:
     return ["nfcapd", "-b", RELAY, "-p", str(PORT), "-B", str(task.buffer), "-w", str(directory), *repeaters]
 
 
-FANWIRE: Final = ("fanwire", "offload", "unseen")
-"""fanwire as it is, and with what the settings of its task add."""
+FANWIRE: Final = ("fanwire", "offload", "unseen", "journaled")
+"""fanwire as it is, and with what its task adds."""
 PEERS: Final[dict[str, Command]] = {
     "samplicate": samplicate,
     "nfacctd": nfacctd,
@@ -191,6 +193,7 @@ def _fanwire(stack: OpenStack, task: Task) -> Program:
     streams = "".join(
         f'[[stream]]\nname = "bench{number}"\nlisten = ["udp://{RELAY}:{PORT + number}"]\n'
         f"receive_buffer = {task.buffer}\ntrains = {str(BY_NAME[task.workload].trains).lower()}\n"
+        f"journal = {str(task.journal).lower()}\n"
         for number in range(task.streams)
     )
     collectors = "".join(
@@ -198,7 +201,8 @@ def _fanwire(stack: OpenStack, task: Task) -> Program:
         f'source = "{task.way}"\nstreams = ["*"]\nfrom = {json.dumps(_share(task, number))}\n'
         for number in range(task.fan_out)
     )
-    stack.configure(task.settings + streams + collectors)
+    kept = f'[journal]\ndirectory = "{stack.directory / "journal"}"\n'
+    stack.configure(task.settings + (kept if task.journal else "") + streams + collectors)
     sender = "transmitter" if task.way == "original" else "forwarder"
     workers = [f"ingest.{number + 1}" for number in range(task.workers)]
     others = ["gateway", *(["forwarder" if sender == "transmitter" else "transmitter"] if task.whole else [])]

@@ -204,11 +204,11 @@ class Site:
         return Offer(workload, self._sender, index, ethernet)
 
     @contextmanager
-    def sinks(self, fan_out: int, whole: int = 0) -> Iterator[list[Sink]]:
-        """Start a number of collectors; see `Sink` for `whole`."""
+    def sinks(self, fan_out: int, whole: int = 0, first: int = 0) -> Iterator[list[Sink]]:
+        """Start a number of collectors, from number `first` on; see `Sink` for `whole`."""
         with ExitStack() as opened:
             found = []
-            for number in range(fan_out):
+            for number in range(first, first + fan_out):
                 sock = opened.enter_context(self.collectors.socket(socket.AF_INET, socket.SOCK_DGRAM))
                 enlarge_receive_buffer(sock, SINK_BUFFER)
                 sock.bind((collector_address(number), collector_port(number)))
