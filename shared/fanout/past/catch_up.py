@@ -22,7 +22,7 @@ from shared.datagrams.routing import Selection
 from shared.fanout.collectors import Collectors
 from shared.fanout.past.absences import Absences
 from shared.fanout.past.journal_questions import JournalQuestions, Pursued
-from shared.fanout.past.past_sender import STEP_ROWS, PastSender
+from shared.fanout.past.past_sender import BURST_SECONDS, STEP_ROWS, PastSender
 from shared.fanout.past.progress import Progress
 from shared.fanout.past.pursuit import GENERATION, Pursuit, PursuitState
 from shared.fanout.past.rings import Rings
@@ -37,8 +37,8 @@ from shared.settings.model import Settings
 
 JOURNAL: Final = "journal."
 JOURNAL_STATUS: Final = status_topic(JOURNAL)[:-1]
-BURST_SECONDS: Final = 0.02
-"""A sender that was busy for so long makes up for it."""
+TURN_SECONDS: Final = 0.002
+"""Live copies wait for those of the past no longer than this, and the time that sending to one collector takes."""
 IDLE_SECONDS: Final = 0.05
 """Time after which one is looked at again that gets nothing now."""
 ABSENT_SECONDS: Final = 30.0
@@ -88,7 +88,6 @@ class CatchUp(Generic[D]):
         self._alive: Counter[str] = kept.new_counts()
         self._away_ns = 0
         """The time at which the last process ended, about; 0: there was none."""
-        self._stepped_at = self._clock()
         self._journal_seen_at = self._clock()
         self._report_at = 0.0
         self._begun: Mapping[str, int] = {}
@@ -226,7 +225,7 @@ class CatchUp(Generic[D]):
         if not self._pursued:
             self._subscriber.subscribe(self._questions.topic)
             self._subscriber.subscribe(JOURNAL_STATUS)
-            self._journal_seen_at = self._stepped_at = self._clock()
+            self._journal_seen_at = self._clock()
         self._pursued[name, stream], self._tables[name, stream] = pursued, counts
         self.rings.open(stream)
         if name in self._collectors:
@@ -320,25 +319,29 @@ class CatchUp(Generic[D]):
         if not self._pursued:
             self.due_at = float("inf")
             return
-        elapsed, self._stepped_at = now - self._stepped_at, now
         share = self._per_second / len(self._pursued)
+        self._past.allow(self._pursued.values(), share, now)
         if here := self._publisher.wanted(JOURNAL_TOPIC):
             self._journal_seen_at = now
-        busy = False
+        most = -1.0
         followed: dict[str, dict[Worker, Position]] = {}
-        for key, pursued in list(self._pursued.items()):
+        for key in list(self._pursued):
+            pursued = self._pursued[key] = self._pursued.pop(key)  # next time the others come first
             positions = followed.setdefault(key[1], self._streams.positions(key[1]))
-            pace = max(share, pursued.pace)
-            pursued.allowance = min(pursued.allowance + elapsed * pace, max(1.0, BURST_SECONDS * pace))
             pursued.pursuit.behind_live = bool(self._collectors.rules)
-            busy |= self._past.send_due(pursued, self.rings[key[1]], positions)
+            if self._past.send_due(pursued, self.rings[key[1]], positions):
+                most = max(most, pursued.allowance, 0.0)
             if here and key[1] in self._journaled:
                 self._questions.ask(pursued, now)
             self._settle(pursued, positions, gone=now >= self._journal_seen_at + ABSENT_SECONDS)
-        self.due_at = now + (min(BURST_SECONDS / 2, max(0.001, STEP_ROWS / 2 / share)) if busy else IDLE_SECONDS)
+            if self._clock() >= now + TURN_SECONDS:
+                most = STEP_ROWS
+                break
+        pause = min(BURST_SECONDS / 2, (STEP_ROWS / 2 - most) / share) if most >= 0 else IDLE_SECONDS
+        self.due_at = now + max(0.001, pause)
         if now >= self._report_at:
             self._report_at = now + REPORT_SECONDS
-            self._tidy(followed)
+            self._tidy()
 
     def _settle(self, pursued: Pursued, followed: Mapping[Worker, Position], *, gone: bool) -> None:
         """Find out whether a collector is level now."""
@@ -356,13 +359,11 @@ class CatchUp(Generic[D]):
                 self._progress.note_level(pursued.name, pursued.generation)
                 self._report_at = 0.0
 
-    def _tidy(self, followed: Mapping[str, Mapping[Worker, Position]]) -> None:
+    def _tidy(self) -> None:
         for stream, window in self.rings.items():
-            passed: dict[Worker, int] = {}
-            pursuits = [each.pursuit for (_, of), each in self._pursued.items() if of == stream]
-            for worker in followed.get(stream, {}):
-                passed[worker] = min((each.totals.get(worker, 0) for each in pursuits), default=0)
-            window.forget(passed)
+            totals = [each.pursuit.totals for (_, of), each in self._pursued.items() if of == stream]
+            workers = self._streams.positions(stream)
+            window.forget({worker: min((each.get(worker, 0) for each in totals), default=0) for worker in workers})
 
     def keep_templates(self, name: str, stream: str, datagrams: Iterable[TemplateDatagram]) -> bool:
         """Keep templates of a stream for a collector that catches up on it; return whether it does."""

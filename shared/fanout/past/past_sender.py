@@ -26,6 +26,8 @@ from shared.ledger.counters import PERHAPS_TWICE
 
 STEP_ROWS: Final = 128
 """Datagrams that a collector gets in a row: half of what the smallest receive buffer holds."""
+BURST_SECONDS: Final = 0.02
+"""A sender that was busy for so long makes up for it."""
 ANSWER_SECONDS: Final = 0.5
 """A datagram that was not refused for so long has arrived."""
 AGAIN_SECONDS: Final = 0.5
@@ -50,6 +52,7 @@ class PastSender(Generic[D]):
         self._send = send
         self._templates = templates
         self._clock = clock
+        self._allowed_at = clock()
 
     def note_copied(self, catching_up: Iterable[Pursued], live: Numbered) -> None:
         """Note what rules have copied of a live batch to those that catch up: they served them a moment ago."""
@@ -76,23 +79,28 @@ class PastSender(Generic[D]):
         """Send one that is level the templates of exporters that were not in the past."""
         self._templates.send(pursued.pursuit.stream, pursued.templates.pop_rest(), pursued.name)
 
+    def allow(self, pursued: Iterable[Pursued], per_second: float, now: float) -> None:
+        """Let collectors have as many datagrams as `per_second`, or a pace of their own, gives them until now."""
+        elapsed, self._allowed_at = now - self._allowed_at, now
+        for each in pursued:
+            pace = max(per_second, each.pace)
+            each.allowance = min(each.allowance + elapsed * pace, max(1.0, BURST_SECONDS * pace))
+
     def send_due(self, pursued: Pursued, window: Window, followed: Mapping[Worker, Position]) -> bool:
-        """Send a collector what it may have now; return whether there is more."""
+        """Send a collector what comes next, `STEP_ROWS` at most; return whether there is more."""
         destination = self._collectors[pursued.name].destination
         if pursued.away and not self._is_back(pursued, followed):
             return False
-        while pursued.allowance >= 1:
-            if destination.held:
-                return self._stays(pursued, followed)
-            most = 1 if pursued.away else min(STEP_ROWS, int(pursued.allowance))
-            steps = self._next_steps(pursued, window, followed, most)
-            step = next(steps, None)
-            if step is None:
-                self._stays(pursued, followed)
-                return False
-            if not self._try(pursued, chain((step,), steps), followed) or pursued.away:
-                return False
-        return True
+        if destination.held:
+            return self._stays(pursued, followed)
+        if pursued.allowance < 1:
+            return True
+        most = 1 if pursued.away else min(STEP_ROWS, int(pursued.allowance))
+        steps = self._next_steps(pursued, window, followed, most)
+        if step := next(steps, None):
+            return self._try(pursued, chain((step,), steps), followed) and not pursued.away
+        self._stays(pursued, followed)
+        return False
 
     def _next_steps(
         self, pursued: Pursued, window: Window, followed: Mapping[Worker, Position], most: int
