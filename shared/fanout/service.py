@@ -228,10 +228,10 @@ class CopyService(CopySender[D]):
     def _take(self, message: Message) -> None:
         if self._catch_up.handle(message):
             return
-        counted = self._catch_up.counted()
+        counted = self._catch_up.owed.counted()
         self._handle(message)
         if counted:
-            self._catch_up.note_counted(counted)
+            self._catch_up.owed.note_counted(counted)
 
     def _handle(self, message: Message) -> None:
         body, envelope = message.body, message.envelope
@@ -357,7 +357,7 @@ class CopyService(CopySender[D]):
             FILES_RESTORED: self._restored,
             **self.own_account(),
         }
-        streams, collectors, past = (each.accounts() for each in (self._streams, self._collectors, self._catch_up))
+        streams, collectors, past = (each.accounts() for each in (self._streams, self._collectors, self._catch_up.owed))
         return {self.name.partition(".")[0]: service, **streams, **collectors, **past}
 
     def _drain(self) -> None:

@@ -46,7 +46,7 @@ def put_off(served: Served[D], before: Counter[str]) -> None:
     """Count what was not sent since `before`, and what waits, as left behind: it is not lost."""
     account = served.account
     for cause, count in unsent(account).items():
-        if grown := count - before[cause]:
+        if (grown := count - before[cause]) > 0:
             account[cause] -= grown
             account[LEFT_BEHIND] += grown
     served.destination.held.drop(LEFT_BEHIND)
@@ -133,6 +133,10 @@ class Absences(Generic[D]):
             if guard.held
             and (self._collectors[name].destination.unreachable or signs(self._collectors[name].account) > guard.signs)
         ]
+
+    def watches(self, name: str) -> bool:
+        """Return whether a collector is watched."""
+        return name in self._guards
 
     def leave(self, name: str) -> Callable[[str], dict[Worker, int]]:
         """Put off what did not leave; return what tells, by stream, from which counts on it is owed."""

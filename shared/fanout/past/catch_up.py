@@ -7,6 +7,7 @@ keeps where each has got to, by the reports of this module, and tells it back wi
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from math import inf
 from typing import Final, Generic
 
 from shared.bus.bodies.journal_messages import JOURNAL_TOPIC
@@ -22,6 +23,7 @@ from shared.datagrams.routing import Selection
 from shared.fanout.collectors import Collectors
 from shared.fanout.past.absences import Absences
 from shared.fanout.past.journal_questions import JournalQuestions, Pursued
+from shared.fanout.past.owed import Owed
 from shared.fanout.past.past_sender import BURST_SECONDS, STEP_ROWS, PastSender
 from shared.fanout.past.progress import Progress
 from shared.fanout.past.pursuit import GENERATION, Pursuit, PursuitState
@@ -30,8 +32,6 @@ from shared.fanout.past.window import Worker
 from shared.fanout.served import D
 from shared.fanout.streams import FollowedStreams
 from shared.fanout.templates import TemplateDelivery
-from shared.ledger.accounts import Accounts, unparse_owed
-from shared.ledger.counters import OWED, OWED_FROM
 from shared.log import get_logger
 from shared.settings.model import Settings
 
@@ -70,18 +70,21 @@ class CatchUp(Generic[D]):
         templates: TemplateDelivery[D],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.due_at = float("inf")
+        self.due_at = inf
         self._publisher = publisher
         self._subscriber = subscriber
         self._streams = streams
         self._collectors = collectors
         self._kept = kept
-        self._past = PastSender(collectors, send, templates, clock)
         self._absences = Absences(collectors, streams.positions)
         self._clock = clock
         self._questions = JournalQuestions(publisher, clock)
         self._pursued: dict[tuple[str, str], Pursued] = {}
         """By collector and stream."""
+        self.owed = Owed(self._pursued, streams.positions, collectors.past)
+        self._past = PastSender(
+            *(collectors, send, templates, streams.positions, self._pursued.values(), self._put_away, clock)
+        )
         self._tables: dict[tuple[str, str], Counter[str]] = {}
         self.rings = Rings(clock)
         self._progress = Progress(publisher, "relay" if publisher.sender.startswith("forwarder.") else "original")
@@ -94,7 +97,7 @@ class CatchUp(Generic[D]):
         """The collectors that are served, by generation."""
         self._before: tuple[Client, ...] = ()
         """The collectors that the last process served, until the first registry comes."""
-        collectors.defer_by(self.deferred)
+        collectors.defer_by(self.owed.deferred)
         templates.keep_by(self.keep_templates)
 
     def use(self, settings: Settings) -> None:
@@ -119,14 +122,6 @@ class CatchUp(Generic[D]):
         past = {f"{TABLE}{stream}/{name}": counts for (name, stream), counts in self._tables.items()}
         return {ALIVE: self._alive, **past}
 
-    def deferred(self, name: str) -> int:
-        """Return how many of the datagrams that a collector is owed wait in the journal."""
-        return sum(
-            each.pursuit.deferred(self._streams.positions(stream))
-            for (of, stream), each in self._pursued.items()
-            if of == name
-        )
-
     def note_leaving(self, clients: Mapping[str, Client]) -> None:
         """Note where collectors have got to that `clients`, the new ones, have no more, or under a new generation."""
         for client in (*self._collectors.clients, *self._before):
@@ -147,6 +142,8 @@ class CatchUp(Generic[D]):
                 places += self._places(client.name, stream, since_ns)
                 if pursued := self._pursued.get((client.name, stream)):
                     since_ns = min(since_ns, pursued.pursuit.since_ns or since_ns)
+            living = self._streams.workers
+            places.sort(key=lambda place: (place.worker, place.boot) in living)  # of too many the last are kept
             self._progress.note_left(client, since_ns - STRAY_NS, places)
         for stream in self._streams_of(client):
             if (client.name, stream) in self._pursued:
@@ -245,7 +242,7 @@ class CatchUp(Generic[D]):
         if not self._pursued:
             self._subscriber.unsubscribe(self._questions.topic)
             self._subscriber.unsubscribe(JOURNAL_STATUS)
-            self.due_at = float("inf")
+            self.due_at = inf
 
     def _journaled_of(self, client: Client) -> set[str]:
         """Return the streams with a journal that a collector wants."""
@@ -254,24 +251,6 @@ class CatchUp(Generic[D]):
     def _streams_of(self, client: Client) -> set[str]:
         """Return the streams with a journal or a ring that a collector wants."""
         return {stream for stream in self._journaled | self.rings.kept if client.wants(stream)}
-
-    def counted(self) -> dict[str, dict[Worker, tuple[int, int]]]:
-        """Return baseline and count reached of each worker of the streams on which a collector catches up."""
-        return {
-            stream: {worker: (each.baseline, each.reached) for worker, each in self._streams.positions(stream).items()}
-            for stream in {stream for _, stream in self._pursued}
-        }
-
-    def note_counted(self, before: Mapping[str, Mapping[Worker, tuple[int, int]]]) -> None:
-        """Note that workers' counts have moved on from `before`: what a collector has had already is not owed twice."""
-        for (name, stream), pursued in self._pursued.items():
-            pursuit, had = pursued.pursuit, 0
-            for worker, position in self._streams.positions(stream).items():
-                baseline, reached = before[stream].get(worker, (position.baseline, position.baseline))
-                had += pursuit.passed_before(worker, position.baseline, baseline)
-                had += pursuit.passed_before(worker, reached, position.reached)
-            if had:
-                self._collectors.past.excuse(name, had)
 
     def note_live(self, envelope: Envelope, body: Datagrams, batch: DatagramBatch) -> None:
         """Keep a live batch for those that catch up on its stream."""
@@ -295,6 +274,9 @@ class CatchUp(Generic[D]):
 
     def _put_away(self, names: Iterable[str]) -> None:
         for name in names:
+            self._past.take_back(name)
+            if not self._absences.watches(name):
+                continue
             self._kept.suspend()  # until its place is kept, too
             client, owed_from = self._collectors[name].destination.client, self._absences.leave(name)
             log.info("a collector is away: what it misses comes later, from the journal", collector=name)
@@ -317,7 +299,7 @@ class CatchUp(Generic[D]):
         """Ask the journal, send what is due, and let those that are level have live copies."""
         now = self._clock()
         if not self._pursued:
-            self.due_at = float("inf")
+            self.due_at = inf
             return
         share = self._per_second / len(self._pursued)
         self._past.allow(self._pursued.values(), share, now)
@@ -334,7 +316,7 @@ class CatchUp(Generic[D]):
             if here and key[1] in self._journaled:
                 self._questions.ask(pursued, now)
             self._settle(pursued, positions, gone=now >= self._journal_seen_at + ABSENT_SECONDS)
-            if self._clock() >= now + TURN_SECONDS:
+            if most >= 0 and self._clock() >= now + TURN_SECONDS:
                 most = STEP_ROWS
                 break
         pause = min(BURST_SECONDS / 2, (STEP_ROWS / 2 - most) / share) if most >= 0 else IDLE_SECONDS
@@ -363,7 +345,7 @@ class CatchUp(Generic[D]):
         for stream, window in self.rings.items():
             totals = [each.pursuit.totals for (_, of), each in self._pursued.items() if of == stream]
             workers = self._streams.positions(stream)
-            window.forget({worker: min((each.get(worker, 0) for each in totals), default=0) for worker in workers})
+            window.forget({worker: min((each.get(worker, 0) for each in totals), default=inf) for worker in workers})
 
     def keep_templates(self, name: str, stream: str, datagrams: Iterable[TemplateDatagram]) -> bool:
         """Keep templates of a stream for a collector that catches up on it; return whether it does."""
@@ -383,16 +365,6 @@ class CatchUp(Generic[D]):
             pursued.setdefault(each.name, []).append(each)
         self._progress.report(pursued.values(), self._streams.positions, self._past.paces, self._resumes)
         self._past.paces.clear()
-
-    def accounts(self) -> Accounts:
-        """Return one account a collector that catches up and stream: what it has still to get, and from when on."""
-        return {
-            unparse_owed(stream, name): {
-                OWED: each.pursuit.behind(self._streams.positions(stream)),
-                OWED_FROM: each.pursuit.newest_ns,
-            }
-            for (name, stream), each in self._pursued.items()
-        }
 
     def _resumes(self, name: str) -> bool:
         """Return whether the registry still has something to resume for a collector."""

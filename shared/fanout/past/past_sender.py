@@ -37,7 +37,8 @@ AGAIN_SECONDS: Final = 0.5
 class PastSender(Generic[D]):
     """Takes the steps of pursuits, several in one send: batches may be small, and each send has its cost.
 
-    `paces` counts by name the datagrams of the past that were sent since a report.
+    `paces` counts by name the datagrams of the past that were sent since a report. `pursuits` are all that there are;
+    `put_away` is told of a collector that does not get what it is sent, and takes it back on all its streams.
     """
 
     def __init__(
@@ -45,12 +46,18 @@ class PastSender(Generic[D]):
         collectors: Collectors[D],
         send: Callable[[Gathered, list[tuple[D, Selection]]], None],
         templates: TemplateDelivery[D],
+        positions: Callable[[str], Mapping[Worker, Position]],
+        pursuits: Iterable[Pursued],
+        put_away: Callable[[Iterable[str]], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.paces: Counter[str] = Counter()
         self._collectors = collectors
         self._send = send
         self._templates = templates
+        self._positions = positions
+        self._pursuits = pursuits
+        self._put_away = put_away
         self._clock = clock
         self._allowed_at = clock()
 
@@ -89,66 +96,86 @@ class PastSender(Generic[D]):
     def send_due(self, pursued: Pursued, window: Window, followed: Mapping[Worker, Position]) -> bool:
         """Send a collector what comes next, `STEP_ROWS` at most; return whether there is more."""
         destination = self._collectors[pursued.name].destination
-        if pursued.away and not self._is_back(pursued, followed):
+        if pursued.away and not self._is_back(pursued):
             return False
         if destination.held:
-            return self._stays(pursued, followed)
+            return self._stays(pursued)
+        if pursued.last and not pursued.away and self._clock() >= pursued.try_at:
+            destination.read_errors()
+            if not self._stays(pursued):
+                return False
+            pursued.last = []
         if pursued.allowance < 1:
             return True
         most = 1 if pursued.away else min(STEP_ROWS, int(pursued.allowance))
         steps = self._next_steps(pursued, window, followed, most)
         if step := next(steps, None):
-            return self._try(pursued, chain((step,), steps), followed) and not pursued.away
-        self._stays(pursued, followed)
+            return self._try(pursued, chain((step,), steps)) and not pursued.away
+        self._stays(pursued)
         return False
 
     def _next_steps(
         self, pursued: Pursued, window: Window, followed: Mapping[Worker, Position], most: int
     ) -> Iterator[Step]:
-        """Yield steps over `most` datagrams in all; each is to be advanced by before the next one is asked for."""
-        while most > 0 and (step := pursued.pursuit.next_step(window, followed, most)):
-            most -= len(step.batch or ())
+        """Yield steps over `most` datagrams in all; each is to be advanced by before the next one is asked for.
+
+        Behind the first none has anything missing before it: taken back, that would be missing twice.
+        """
+        first = True
+        while most > 0 and (step := pursued.pursuit.next_step(window, followed, most)) and (first or not step.missing):
+            most, first = most - len(step.batch or ()), False
             yield step
 
-    def _is_back(self, pursued: Pursued, followed: Mapping[Worker, Position]) -> bool:
+    def _is_back(self, pursued: Pursued) -> bool:
         """Return whether one that was away may be sent to: a first datagram, and more once that was not refused."""
         if self._clock() < pursued.try_at:
             return False
         destination = self._collectors[pursued.name].destination
         destination.seek()
-        if not self._stays(pursued, followed) or destination.unreachable:
+        if not self._stays(pursued) or destination.unreachable:
             pursued.try_at = self._clock() + AGAIN_SECONDS
             return False
         pursued.away = not pursued.last  # else its first datagram has arrived
         return True
 
-    def _try(self, pursued: Pursued, steps: Iterable[Step], followed: Mapping[Worker, Position]) -> bool:
+    def _try(self, pursued: Pursued, steps: Iterable[Step]) -> bool:
         """Take steps, and take them back if the collector is found to be away; return whether it is not."""
         served = self._collectors[pursued.name]
         if served.destination.client.catch_up and pursued.last:
             served.destination.read_errors()
-            if not self._stays(pursued, followed):
+            if not self._stays(pursued):
                 return False
         pursued.signs, pursued.unsent = signs(served.account), unsent(served.account)
         pursued.last = self.perform(pursued, steps)
         pursued.try_at = self._clock() + ANSWER_SECONDS
-        return self._stays(pursued, followed)
+        return self._stays(pursued)
 
-    def _stays(self, pursued: Pursued, followed: Mapping[Worker, Position]) -> bool:
-        """Take the last steps back if their datagrams did not arrive; return whether they have, as far as is known."""
+    def _stays(self, pursued: Pursued) -> bool:
+        """Return whether the last steps' datagrams have arrived, as far as is known; else their collector is away."""
         served = self._collectors[pursued.name]
         if not pursued.last or not served.destination.client.catch_up:
             return True
         waits_in_vain = bool(served.destination.held) and served.destination.unreachable
         if signs(served.account) <= pursued.signs and not waits_in_vain:
             return True
-        put_off(served, pursued.unsent)
-        owed_again = sum(pursued.pursuit.rewind(place, followed) for place in reversed(pursued.last))
-        pursued.question = None  # its answer is what comes behind the place that was left
-        if owed_again:
-            self._collectors.past.count_discovered(pursued.name, owed_again)
-        self.note_away(pursued)
+        self._put_away([pursued.name])
         return False
+
+    def take_back(self, name: str) -> None:
+        """Take back the last steps on each stream of a collector that is away, since its streams share what waits."""
+        served, pursuits = self._collectors[name], [each for each in self._pursuits if each.name == name]
+        before = unsent(served.account)
+        for each in pursuits:
+            before &= each.unsent if each.last else before
+        put_off(served, before)
+        for each in pursuits:
+            followed = self._positions(each.pursuit.stream)
+            owed_again = sum(each.pursuit.rewind(place, followed) for place in reversed(each.last))
+            if each.last:
+                each.question = None  # its answer is what comes behind the place that was left
+            if owed_again:
+                self._collectors.past.count_discovered(name, owed_again)
+            self.note_away(each)
 
     def perform(self, pursued: Pursued, steps: Iterable[Step]) -> list[Place]:
         """Send the datagrams of steps together; return the places at which the steps began.

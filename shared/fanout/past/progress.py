@@ -73,7 +73,9 @@ class Progress:
         now_ns, told = time.time_ns(), []
         for pursued in behind:
             name, pursuits = pursued[0].name, [each.pursuit for each in pursued]
-            places = [place for each in pursuits for place in each.places()]
+            places = sorted(
+                (place for each in pursuits for place in each.places()), key=lambda place: place.received_ns
+            )
             rows = sum(each.behind(positions(each.stream)) for each in pursuits)
             since_ns, oldest_ns = min(each.since_ns for each in pursuits), min(each.newest_ns for each in pursuits)
             numbers = rows, max(0, now_ns - oldest_ns) // 1_000_000, paces[name]

@@ -5,6 +5,7 @@ is taken over from another node goes on from there.
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Final
@@ -13,6 +14,7 @@ from shared.bus.messages import Datagrams, Envelope, Status
 from shared.datagrams.batch import DatagramBatch
 from shared.fanout.past.journal_questions import reached_by_stream
 from shared.fanout.past.window import SECONDS, Numbered, Window
+from shared.ledger.counters import DISK_ERROR, DISK_FULL
 
 RING_SECONDS: Final = 12.0
 """Time for which a ring keeps a batch: a node is missed after two seconds, and last told its place before."""
@@ -28,6 +30,8 @@ class Rings:
         """Streams whose window is kept at any time."""
         self._open: set[str] = set()
         """Streams on which somebody catches up."""
+        self._unwritten: Counter[str] = Counter()
+        """By stream: the datagrams that the journal could not write."""
 
     def __getitem__(self, stream: str) -> Window:
         return self._windows[stream]
@@ -50,6 +54,7 @@ class Rings:
     def close(self, stream: str) -> None:
         """Let go of a stream's batches that nobody needs to catch up, unless it has a ring."""
         self._open.discard(stream)
+        self._windows[stream].forget({})
         self._settle()
 
     def _settle(self) -> None:
@@ -72,10 +77,12 @@ class Rings:
         return numbered
 
     def confirm(self, envelope: Envelope, status: Status) -> None:
-        """Note what the journal has, as its status tells."""
+        """Note what the journal has, as its status tells: it may lack some of a stream of which it has dropped more."""
         reached = reached_by_stream(status)
         for stream, window in self._windows.items():
-            window.confirm(envelope.boot, reached.get(stream, {}))
+            if account := status.accounts.get(f"journal/{stream}"):
+                self._unwritten[stream] = sum(account.get(cause, 0) for cause in (DISK_FULL, DISK_ERROR))
+            window.confirm((envelope.boot, self._unwritten[stream]), reached.get(stream, {}))
 
     def items(self) -> Iterator[tuple[str, Window]]:
         """Yield each stream's window."""

@@ -7,8 +7,9 @@ catch up have it. Pure: it decides and keeps, and reads nothing but its clock.
 import time
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
+from math import inf
 from typing import Final, NamedTuple
 
 from shared.datagrams.batch import DatagramBatch
@@ -78,7 +79,7 @@ class Window:
         self._journaled = journaled
         self._order: deque[tuple[float, Numbered]] = deque()
         self._runs: dict[Worker, _Run] = {}
-        self._journal_boot = -1
+        self._journal_boot: Hashable = None
         self._opening: dict[Worker, int] = {}
         """The counts that the journal told of first since it was started."""
         self._suspect: dict[Worker, tuple[int, int]] = {}
@@ -100,11 +101,11 @@ class Window:
         self.size += numbered.size
         self.trim()
 
-    def confirm(self, boot: int, reached: Mapping[Worker, int]) -> None:
-        """Note what the journal, started as `boot`, has reached of each worker.
+    def confirm(self, boot: Hashable, reached: Mapping[Worker, int]) -> None:
+        """Note what the journal has reached of each worker; `boot` is another one once it was started anew.
 
-        One that was restarted may lack what lies between its predecessor's last report and the first that it took: that
-        is at most what it reports first, or if that is its predecessor's, what it reports next.
+        One that was restarted, or could not write, may lack what lies between its last report before that and the first
+        that it took: that is at most what it reports first, or if that is what it had reached, what it reports next.
         """
         if boot != self._journal_boot:
             self._journal_boot, self._opening = boot, {}
@@ -139,10 +140,10 @@ class Window:
                 self.size -= numbered.size
             run.whole_from = max(run.whole_from, numbered.end)
 
-    def forget(self, passed: Mapping[Worker, int]) -> None:
+    def forget(self, passed: Mapping[Worker, float]) -> None:
         """Let go of what the journal may lack and all that catch up have passed; of others' workers, of all of it."""
         for worker, run in self._runs.items():
-            count = passed.get(worker, 0)
+            count = passed.get(worker, inf)
             kept = [each for each in run.patch if each.end > count]
             self.size -= sum(each.size for each in run.patch) - sum(each.size for each in kept)
             run.patch = kept

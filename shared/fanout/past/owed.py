@@ -1,0 +1,61 @@
+"""The accounts of what collectors that catch up have still to get, and of what they get twice on the bus. No I/O."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from shared.bus.continuity import Position
+from shared.fanout.past.journal_questions import Pursued
+from shared.fanout.past.past_routes import PastRoutes
+from shared.fanout.past.window import Worker
+from shared.ledger.accounts import Accounts, unparse_owed
+from shared.ledger.counters import OWED, OWED_FROM
+
+
+class Owed:
+    """Counts for the pursuits of one sender, `pursued`, by collector and stream; `positions` are those of a stream."""
+
+    def __init__(
+        self,
+        pursued: Mapping[tuple[str, str], Pursued],
+        positions: Callable[[str], Mapping[Worker, Position]],
+        routes: PastRoutes[Any],
+    ) -> None:
+        self._pursued = pursued
+        self._positions = positions
+        self._routes = routes
+
+    def deferred(self, name: str) -> int:
+        """Return how many of the datagrams that a collector is owed wait in the journal."""
+        return sum(
+            each.pursuit.deferred(self._positions(stream)) for (of, stream), each in self._pursued.items() if of == name
+        )
+
+    def counted(self) -> dict[str, dict[Worker, tuple[int, int]]]:
+        """Return baseline and count reached of each worker of the streams on which a collector catches up."""
+        return {
+            stream: {worker: (each.baseline, each.reached) for worker, each in self._positions(stream).items()}
+            for stream in {stream for _, stream in self._pursued}
+        }
+
+    def note_counted(self, before: Mapping[str, Mapping[Worker, tuple[int, int]]]) -> None:
+        """Note that workers' counts have moved on from `before`: what a collector has had already is not owed twice."""
+        for (name, stream), pursued in self._pursued.items():
+            pursuit, had = pursued.pursuit, 0
+            if stream not in before:  # begun meanwhile, at these counts
+                continue
+            for worker, position in self._positions(stream).items():
+                baseline, reached = before[stream].get(worker, (position.baseline, position.baseline))
+                had += pursuit.passed_before(worker, position.baseline, baseline)
+                had += pursuit.passed_before(worker, reached, position.reached)
+            if had:
+                self._routes.excuse(name, had)
+
+    def accounts(self) -> Accounts:
+        """Return one account a collector that catches up and stream: what it has still to get, and from when on."""
+        return {
+            unparse_owed(stream, name): {
+                OWED: each.pursuit.behind(self._positions(stream)),
+                OWED_FROM: each.pursuit.newest_ns,
+            }
+            for (name, stream), each in self._pursued.items()
+        }

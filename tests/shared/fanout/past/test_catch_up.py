@@ -1,0 +1,276 @@
+"""Collectors that are away on some streams and not on others, and what they are owed then: a forwarder, played to."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import zmq
+
+from services.forwarder.destination import Destination
+from services.forwarder.service import ForwarderService
+from shared.bus.bodies.journal_messages import JOURNAL_TOPIC, JournalPortion, Replayed, WorkerPosition
+from shared.bus.continuity import Position
+from shared.bus.messages import Body, Datagrams, Message, RegistrySnapshot, Status, datagrams_topic
+from shared.client import Place, Resume
+from shared.datagrams.batch import DatagramBatch
+from shared.datagrams.gathered import MAX_GATHERED
+from shared.fanout.past.past_sender import STEP_ROWS
+from shared.fanout.past.rings import Rings
+from shared.fanout.past.window import SECONDS
+from shared.fanout.sending.backlog import Backlog
+from shared.settings.entries import Stream
+from shared.settings.model import Settings
+from shared.settings.tables import Bus
+from tests.builders import make_batch, make_client, make_envelope
+from tests.stack import wait_until
+from tests.traffic import open_receiver
+
+A, B = "a", "b"
+STREAMS = tuple(Stream(name=name, listen=("udp://127.0.0.1:6667",), journal=True) for name in (A, B))
+
+
+class Sender:
+    """A forwarder with two journaled streams; the bus and the journal are played, and datagrams have numbers."""
+
+    def __init__(self, directory: Path) -> None:
+        self.service = ForwarderService("forwarder.1", Settings(bus=Bus(directory=str(directory)), streams=STREAMS))
+        self.published: Counter[str] = Counter()
+        self.journal: dict[str, list[tuple[int, DatagramBatch]]] = {A: [], B: []}
+        self.revision = 0
+
+    def __enter__(self) -> "Sender":
+        self.service.__enter__()
+        publisher, wanted = self.service._publisher, self.service._publisher.wanted
+        publisher.wanted = lambda topic: topic == JOURNAL_TOPIC or wanted(topic)  # type: ignore[method-assign]
+        publisher.socket.set(zmq.LINGER, 0)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.service.__exit__(None, None, None)
+        del self.service  # and what it has open of /proc
+
+    def serve(self, *clients: Any) -> None:
+        """Serve these collectors."""
+        self.revision += 1
+        self.take("else/", RegistrySnapshot(self.revision, 0, 1, list(clients)), "gateway.1")
+        while self.service._serving != self.service._replica.version:
+            self.service._keep_up()
+        for stream in (A, B):
+            self.publish(stream, 0)
+
+    def take(self, topic: str, body: Body, sender: str, total: int = 0, batch: Any = None) -> None:
+        """Let a message come."""
+        sequence = total + (batch is not None and len(batch) > 0)  # behind a mark
+        self.service._take(Message(topic, make_envelope(sequence, total, sender=sender), body, batch))
+
+    def publish(self, stream: str, rows: int) -> None:
+        """Let a batch come live, and to the journal; 0 rows: a mark."""
+        total = self.published[stream]
+        self.published[stream] += rows
+        batch = make_batch([b"%s%06d" % (stream.encode(), total + n) for n in range(rows)], stream=stream)
+        if rows:
+            self.journal[stream].append((total, batch))
+        self.take(datagrams_topic(stream), Datagrams(stream, 1), "ingest.1", total, batch)
+
+    def turn(self) -> None:
+        """Let it do what is due, and let the journal answer."""
+        catch_up = self.service._catch_up
+        catch_up.due_at = 0.0
+        self.service._turn()
+        self.service._keep_up()
+        for (_, stream), pursued in list(catch_up._pursued.items()):
+            if pursued.question:
+                self._answer(stream, pursued.question.id, pursued.pursuit.positions())
+
+    def _answer(self, stream: str, number: int, positions: list[WorkerPosition]) -> None:
+        at = positions[0].total if positions else 0
+        due = [(total, batch) for total, batch in self.journal[stream] if total + len(batch) > at]
+        for total, batch in due:
+            self.take("else/", Replayed(number, stream, total + 2, "ingest.1", 1, total, total), "journal.1", 0, batch)
+        end = self.published[stream]
+        reached = [WorkerPosition("ingest.1", 1, end, end, end)]
+        self.take("else/", JournalPortion(number, len(due), reached, None, at_end=True), "journal.1")
+
+    @property
+    def pursued(self) -> set[tuple[str, str]]:
+        """The collectors that catch up, each with its stream."""
+        return set(self.service._catch_up._pursued)
+
+    def account(self, name: str) -> Counter[str]:
+        """Return a collector's account."""
+        return self.service._collectors[name].account
+
+
+@pytest.fixture
+def sender(tmp_path: Path) -> Iterator[Sender]:
+    """A forwarder that serves nobody yet."""
+    with Sender(tmp_path) as here:
+        yield here
+
+
+def read_all(sock: Any) -> list[bytes]:
+    """Return what has arrived."""
+    found = []
+    while True:
+        try:
+            found.append(sock.recv(100))
+        except BlockingIOError:
+            return found
+
+
+def until(sender: Sender, done: Callable[[], object]) -> None:
+    """Let turns pass until something is true."""
+
+    def turned() -> bool:
+        if not done():
+            sender.turn()
+        return bool(done())
+
+    wait_until(turned, lambda: f"{sender.pursued}")
+
+
+def test_one_that_goes_away_while_another_catches_up_costs_nobody_anything(sender: Sender) -> None:
+    """It is found to be away within the handling of a message, on a stream on which nobody has caught up so far."""
+    sock, _ = open_receiver("127.0.0.1", 0)
+    gone, _ = open_receiver("127.0.0.1", 0)
+    with closing(sock), closing(gone):
+        sock.setblocking(False)
+        one = make_client("one", sock.getsockname()[1], streams=(A,), generation=5, resume=Resume(1, streams=(A,)))
+        two = make_client("two", gone.getsockname()[1], streams=(B,), generation=6, catch_up=True)
+        sender.serve(one, two)
+        assert sender.pursued == {("one", A)}
+        gone.close()
+        for _ in range(MAX_GATHERED // 50):  # more than wait together: some are sent while a message is handled
+            sender.publish(B, 100)
+        assert ("two", B) in sender.pursued
+        sender.publish(A, 3)
+        until(sender, lambda: ("one", A) not in sender.pursued)
+        assert read_all(sock) == [b"a%06d" % number for number in range(3)]
+
+
+def test_a_collector_is_away_on_all_its_streams(sender: Sender, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its host stops answering: what waited of one stream is let go with that of another, and all of it comes later."""
+    sock, _ = open_receiver("127.0.0.1", 0)
+    with closing(sock):
+        sock.setblocking(False)
+        past = Resume(1, streams=(A, B))
+        siem = make_client("siem", sock.getsockname()[1], streams=(A, B), generation=5, catch_up=True, resume=past)
+        sender.serve(siem)
+        for stream in (A, B):
+            sender.publish(stream, 3 * STEP_ROWS)
+        pursuits = sender.service._catch_up._pursued.values()
+        until(sender, lambda: all(each.last for each in pursuits))
+        read_all(sock)  # that of the first steps waits, as it were
+        waiting, drop = [True], Backlog.drop
+
+        def let_go(backlog: Backlog, cause: str = "") -> None:
+            waiting.clear()
+            drop(backlog, cause)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Backlog, "__bool__", lambda _: bool(waiting))
+            patch.setattr(Destination, "unreachable", property(lambda _: bool(waiting)))
+            patch.setattr(Backlog, "drop", let_go)
+            until(sender, lambda: not waiting)
+        assert all(each.away for each in pursuits)
+        until(sender, lambda: not sender.pursued)
+        came = read_all(sock)
+        for stream in (A, B):
+            of = [each for each in came if each.startswith(stream.encode())]
+            last = b"%s%06d" % (stream.encode(), 3 * STEP_ROWS - 1)
+            assert of == sorted(set(of)), stream
+            assert (of[0], of[-1]) == (b"%s%06d" % (stream.encode(), 0), last)
+
+
+def test_live_copies_that_wait_are_owed_when_the_past_is_refused(sender: Sender) -> None:
+    """One that is found to be away by what it gets of the past is so on the streams that were live until then, too."""
+    sock, _ = open_receiver("127.0.0.1", 0)
+    with closing(sock):
+        sock.setblocking(False)
+        siem = make_client(
+            "siem", sock.getsockname()[1], streams=(A, B), generation=5, catch_up=True, resume=Resume(1, streams=(A,))
+        )
+        sender.serve(siem)
+        sender.publish(A, 2 * STEP_ROWS)
+        assert sender.pursued == {("siem", A)}
+        until(sender, lambda: any(each.last for each in sender.service._catch_up._pursued.values()))
+        sender.account("siem")["refusals"] += 1
+        until(sender, lambda: ("siem", B) in sender.pursued)
+        sender.publish(B, 7)
+        until(sender, lambda: not sender.pursued)
+        assert [each for each in read_all(sock) if each.startswith(b"b")] == [b"b%06d" % number for number in range(7)]
+
+
+def test_steps_with_a_gap_between_them_are_not_sent_together(sender: Sender) -> None:
+    """Datagrams that are missing before a step are counted once, also when the steps before it are taken back."""
+    sock, _ = open_receiver("127.0.0.1", 0)
+    with closing(sock):
+        sock.setblocking(False)
+        past = Resume(1, streams=(A,))
+        siem = make_client("siem", sock.getsockname()[1], streams=(A,), generation=5, catch_up=True, resume=past)
+        sender.serve(siem)
+        for rows in (5, 6, 7):
+            sender.publish(A, rows)
+        del sender.journal[A][1]
+        pursued = sender.service._catch_up._pursued["siem", A]
+        window = sender.service._catch_up.rings[A]
+        window.forget, window.find = lambda _: None, lambda *_: None  # type: ignore[method-assign, assignment]
+        steps = sender.service._catch_up._past._next_steps(pursued, window, sender.service._streams.positions(A), 100)
+        until(sender, lambda: pursued.pursuit.queued)
+        taken = []
+        for step in steps:
+            pursued.pursuit.advance(step)
+            taken.append(step)
+        assert [(each.stop, each.missing) for each in taken] == [(5, 0)]
+
+
+def test_of_too_many_places_those_of_living_workers_are_kept(sender: Sender, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ingest was restarted often: a collector that leaves goes on exactly where it was with those that run now."""
+    sock, _ = open_receiver("127.0.0.1", 0)
+    with closing(sock):
+        siem = make_client("siem", sock.getsockname()[1], streams=(A, B), generation=5)
+        sender.serve(siem)
+        streams = sender.service._streams
+        living = ("ingest.1", 1)
+        positions = {("ingest.1", boot): Position(0, 0, boot) for boot in range(1, 100)}
+        told: list[Sequence[Place]] = []
+        catch_up = sender.service._catch_up
+        monkeypatch.setattr(catch_up._progress, "note_left", lambda *told_of: told.append(told_of[2]))
+        monkeypatch.setattr(streams, "positions", lambda _: positions)
+        sender.take("status/", Status("ingest.1", 1, 1, 1, 0, 1, {}), "ingest.1")
+        catch_up.note_leaving({})
+        assert {(each.stream, each.worker, each.boot) for each in told[0][-2:]} == {(A, *living), (B, *living)}
+
+
+def test_what_the_journal_could_not_write_stays(clock_at: SimpleNamespace) -> None:
+    """The disk is full: batches that the journal has passed over stay with the sender, as after its restart."""
+    rings = Rings(lambda: clock_at.now)
+    rings.open(A)
+
+    def tell(reached: int, unwritten: int) -> None:
+        accounts = {f"journal/{A}": {"dropped_disk_full": unwritten}, f"origin/ingest.1/1/{A}": {"reached": reached}}
+        rings.confirm(make_envelope(sender="journal.1"), Status("journal.1", 1, 1, 1, 0, 1, accounts))
+
+    def come(total: int, rows: int) -> None:
+        rings.add(make_envelope(total, total), Datagrams(A, 1), make_batch([b"x"] * rows, stream=A))
+
+    for total, unwritten in ((0, 0), (5, 0), (10, 0), (15, 5), (20, 5)):
+        come(total, 5)
+        tell(total + 5, unwritten)
+    clock_at.now += 2 * SECONDS
+    come(25, 5)
+    tell(30, unwritten=5)
+    assert rings[A].find(("ingest.1", 1), 15).total == 15  # type: ignore[union-attr]
+    before = rings[A].size
+    rings[A].forget({})
+    assert rings[A].size < before
+
+
+@pytest.fixture
+def clock_at() -> SimpleNamespace:
+    """A clock that stands."""
+    return SimpleNamespace(now=0.0)
