@@ -154,6 +154,8 @@ class JournalService:
             handled += 1
         for each in self._resumption.overdue():
             self._take(each)
+        for stream in self._streams.values():
+            stream.write()
         if self._readers:
             self._readers.answer()
         return handled

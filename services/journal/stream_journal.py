@@ -4,7 +4,7 @@ import contextlib
 import errno
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -13,7 +13,9 @@ from services.journal import disk_thread
 from services.journal.disk_thread import DiskThread
 from shared.capture.pcapng import Destination
 from shared.datagrams.batch import DatagramBatch
+from shared.datagrams.limits import MAX_PAYLOAD
 from shared.journal.directory import DIRECTORY_MODE, find_reached, recover, segments_in, set_aside
+from shared.journal.encoding import Numbered
 from shared.journal.records import Identity, Reached
 from shared.journal.retention import Kept
 from shared.journal.segment_writer import SegmentWriter
@@ -41,6 +43,8 @@ SEGMENT_SECONDS: Final = 60.0
 """A segment is sealed at this size or age: what retention removes at once, and the error of a search by time."""
 RETRY_SECONDS: Final = 1.0
 """After an error of the disk nothing is written for this long: a disk that fails would hold up the loop each time."""
+GATHERED_ROWS: Final = 1024
+"""Batches with as many datagrams are written without waiting for more: these would cost hardly less together."""
 NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 log = get_logger()
@@ -58,6 +62,9 @@ class StreamJournal:
         self.reached: dict[str, Reached] = {}
         """By worker: what it has reached with its last batch here."""
         self._segment_bytes = min(SEGMENT_BYTES, most_bytes // 8)
+        self._gathered_bytes = min(MAX_PAYLOAD, self._segment_bytes // 8)
+        self._waiting: list[Numbered] = []
+        self._waiting_rows = self._waiting_bytes = 0
         self._disk = disk
         self._kept: dict[int, Kept] = {}
         """Segments that are there, by number, without the one that is written now."""
@@ -98,23 +105,42 @@ class StreamJournal:
         log.error("nothing can be read in a segment: it is set aside", segment=segment.name, stream=self.stream)
 
     def append(self, identity: Identity, batch: DatagramBatch) -> None:
-        """Write a batch; where that fails, count it and go on."""
+        """Take a batch; it is written with those that come before the next `write`, or once these are many."""
         self.account[TAKEN] += len(batch)
+        self._waiting.append((identity, batch))
+        self._waiting_rows += len(batch)
+        self._waiting_bytes += len(batch.payload)
+        if self._waiting_rows >= GATHERED_ROWS or self._waiting_bytes >= self._gathered_bytes:
+            self.write()
+
+    def write(self) -> None:
+        """Write what waits; where that fails, count it and go on."""
+        if self._waiting:
+            waiting, self._waiting, self._waiting_rows, self._waiting_bytes = self._waiting, [], 0, 0
+            self._write(waiting)
+
+    def _write(self, some: Sequence[Numbered]) -> None:
+        rows = sum([len(batch) for _, batch in some])
         if self._failing and time.monotonic() < self._retry_at:
-            self._drop(self._failing, len(batch))
+            self._drop(self._failing, rows)
             return
         try:
-            writer = self._writer or self._begin(batch.received_ns)
-            writer.append(identity, batch)
+            writer = self._writer or self._begin(some[0][1].received_ns)
+            writer.append(some)
         except OSError as error:
+            if len(some) > 1:  # there may be room for some of them
+                for each in some:
+                    self._write([each])
+                return
             self._fail(error)
-            self._drop(self._failing or DISK_ERROR, len(batch))
+            self._drop(self._failing or DISK_ERROR, rows)
             return
         if self._failing:
             self._recovered()
-        self.account[WRITTEN] += len(batch)
-        self.reached[identity.worker] = Reached(identity.boot, identity.total + len(batch))
-        self._written_ns, self._newest_ns, self.unsynced = time.time_ns(), batch.received_ns, True
+        self.account[WRITTEN] += rows
+        for identity, batch in some:
+            self.reached[identity.worker] = Reached(identity.boot, identity.total + len(batch))
+        self._written_ns, self._newest_ns, self.unsynced = time.time_ns(), some[-1][1].received_ns, True
         if writer.size >= self._segment_bytes:
             self.seal()
 

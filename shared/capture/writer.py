@@ -3,16 +3,19 @@
 import ctypes
 import errno
 import os
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-from shared.capture.pcapng import PAD, Destination, interface_block, packet_heads, section_block
+from shared.capture.pcapng import Destination, First, Packets, interface_block, packet_heads, section_block
 from shared.datagrams.batch import DatagramBatch, Indices
+from shared.datagrams.gathered import Gathered
 from shared.datagrams.mmsg import IOVEC
 
 MAX_PIECES: Final = os.sysconf("SC_IOV_MAX")
+MASK: Final = (1 << 64) - 1
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 _libc.writev.argtypes, _libc.writev.restype = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int], ctypes.c_ssize_t
 
@@ -25,48 +28,46 @@ class CaptureWriter:
 
     def __init__(self, descriptor: int, interface: str, destination: Destination) -> None:
         self._descriptor, self._destination = descriptor, destination
-        left = memoryview(section_block("fanwire") + interface_block(interface))
-        while left:
-            left = left[os.write(descriptor, left) :]
+        write_all(descriptor, section_block("fanwire") + interface_block(interface))
 
     def write(self, batch: DatagramBatch, rows: Indices | None = None, destination: Destination | None = None) -> None:
         """Write these rows of a batch in their order, by default all, at a destination other than the usual one."""
         if len(batch) and (rows is None or len(rows)):
-            PacketPieces(batch, rows, destination or self._destination).append_to(self._descriptor)
+            PacketPieces(Packets(Gathered([batch]), rows), destination or self._destination).append_to(self._descriptor)
+
+
+def write_all(descriptor: int, data: bytes) -> None:
+    """Write data to their end. OSError of the kernel, after part of it perhaps."""
+    left = memoryview(data)
+    while left:
+        left = left[os.write(descriptor, left) :]
 
 
 class PacketPieces:
-    """The memory that rows of a batch are written from: headers made for them, and their payloads where they are.
+    """The memory that packets are written from: headers made for them, and their payloads where they are."""
 
-    `options` go into the block of the first packet. The batch has to live as long as this object.
-    """
-
-    def __init__(
-        self, batch: DatagramBatch, rows: Indices | None, destination: Destination, options: bytes = b""
-    ) -> None:
-        lines, begins, ends = packet_heads(batch, rows, destination, len(options))
-        payload = np.frombuffer(batch.payload, np.uint8) if len(batch.payload) else np.empty(0, np.uint8)
-        option = np.frombuffer(options, np.uint8) if options else None
-        self._kept_alive = lines, payload, options
-        ahead = 2 if option is not None else 0
-        # Pairs of address and size; with options two more, behind the first payload and its padding.
-        self._pieces = np.empty((2 * len(lines) - 1 + ahead, 2), np.uint64)
-        pieces, offsets, lengths = self._pieces[ahead:], batch.offsets[:-1], batch.lengths
-        if rows is not None:
-            offsets, lengths = offsets[rows], lengths[rows]
-        pieces[::2, 0] = np.arange(len(lines)) * lines.strides[0] + lines.ctypes.data + begins
+    def __init__(self, packets: Packets, destination: Destination, firsts: Sequence[First] = ()) -> None:
+        lines, begins, ends = packet_heads(packets, destination, firsts)
+        self._pieces = pieces = np.empty((2 * len(lines) - 1, 2), np.int64)  # pairs of address and size
+        pieces[::2, 0] = np.arange(_address(lines), _address(lines) + lines.nbytes, lines.strides[0])
+        pieces[::2, 0] += begins
         pieces[::2, 1] = ends - begins
-        pieces[1::2, 0], pieces[1::2, 1] = offsets + payload.ctypes.data, lengths
-        if option is not None:
-            padding = PAD - int(begins[1])
-            self._pieces[:2] = pieces[:2]
-            self._pieces[2] = pieces[2, 0], padding
-            self._pieces[3] = option.ctypes.data, len(option)
-            self._pieces[4] = pieces[2, 0] + np.uint64(padding), pieces[2, 1] - np.uint64(padding)
+        pieces[1::2, 0], pieces[1::2, 1] = packets.payloads, packets.lengths
+        joined = b"".join([first.start for first in firsts])
+        at = _address(np.frombuffer(joined, np.uint8)) if joined else 0
+        for row, start, _ in firsts:
+            pieces[2 * row + 1, 0], pieces[2 * row + 1, 1] = at, len(start)
+            at += len(start)
+        self._kept_alive = packets, lines, joined
 
     def append_to(self, descriptor: int) -> None:
         """Write all. OSError of the kernel, after part of it perhaps."""
         _write_pieces(descriptor, self._pieces.view(IOVEC)[:, 0])
+
+
+def _address(array: npt.NDArray[np.generic]) -> int:
+    address: int = array.__array_interface__["data"][0]
+    return address
 
 
 def _write_pieces(descriptor: int, pieces: npt.NDArray[np.void]) -> None:

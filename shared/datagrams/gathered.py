@@ -7,6 +7,7 @@ Only the 20 bytes a row are copied: payloads stay where ZeroMQ received them.
 import ctypes
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import accumulate
 from typing import Final, TypeVar
 
 import numpy as np
@@ -116,16 +117,24 @@ class Gathered:
     @cached_property
     def pointers(self) -> npt.NDArray[np.int64]:
         """Memory address of each payload, int64, shape (n,): valid as long as this object lives."""
+        if any(batch.stride for batch in self.batches):
+            return np.concatenate([batch.offsets[:-1] + _start(batch) for batch in self.batches])
+        lengths = self.words[:, 0] & 0xFFFF
+        offsets = np.cumsum(lengths, dtype=np.int64)
+        offsets -= lengths
         if len(self.batches) == 1:
-            return _pointers(self.batches[0])
-        return np.concatenate([_pointers(batch) for batch in self.batches])
+            return offsets + _start(self.batches[0])
+        counts = [len(batch) for batch in self.batches]
+        starts = np.array([_start(batch) for batch in self.batches])
+        starts -= offsets[[0, *accumulate(counts[:-1])]]
+        return np.repeat(starts, counts) + offsets
 
     @property
     def places(self) -> list[int]:
         """The pointers as plain numbers: where rows are few these are quicker."""
         places: list[int] = []
         for each in self.batches:
-            at = np.frombuffer(each.payload, np.uint8).__array_interface__["data"][0] if len(each.payload) else 0
+            at = _start(each)
             if each.stride:
                 places += range(at, at + each.stride * len(each), each.stride)
                 continue
@@ -140,7 +149,6 @@ class Gathered:
             yield ctypes.string_at(pointer, length)
 
 
-def _pointers(batch: DatagramBatch) -> npt.NDArray[np.int64]:
+def _start(batch: DatagramBatch) -> int:
     # numpy gives the address of a buffer, but not of an empty one
-    start = np.frombuffer(batch.payload, np.uint8).ctypes.data if len(batch.payload) else 0
-    return batch.offsets[:-1] + start
+    return np.frombuffer(batch.payload, np.uint8).__array_interface__["data"][0] if len(batch.payload) else 0

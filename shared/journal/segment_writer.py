@@ -2,15 +2,15 @@
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
 from shared.capture.pcapng import Destination, interface_block, section_block
-from shared.datagrams.batch import DatagramBatch
+from shared.journal.encoding import Numbered, Records
 from shared.journal.reached import reached_option
-from shared.journal.records import Identity, Reached, Record
+from shared.journal.records import Reached
 from shared.journal.segments import Segment
 
 MODE: Final = 0o640
@@ -59,17 +59,16 @@ class SegmentWriter:
         """Return whether there is no record in it."""
         return self.size == self._empty_size
 
-    def append(self, identity: Identity, batch: DatagramBatch) -> int:
-        """Append a batch; return the bytes that it takes. OSError: nothing was appended."""
-        record = Record(identity, batch, self.segment.began_ns, self._destination)
+    def append(self, some: Sequence[Numbered]) -> None:
+        """Append batches, in one go. OSError: nothing was appended."""
+        records = Records(some, self.segment.began_ns, self._destination)
         try:
-            record.append_to(self._descriptor)
+            records.append_to(self._descriptor)
         except OSError:
             self._take_back()
             raise
-        self.size += record.size
-        self.rows += len(batch)
-        return record.size
+        self.size += sum(records.sizes)
+        self.rows += sum(len(batch) for _, batch in some)
 
     def _take_back(self) -> None:
         """Remove the part of a record that was written; where that fails, readers find no whole record in it."""

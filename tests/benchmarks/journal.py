@@ -55,7 +55,7 @@ def write(directory: Path, number: int, batch: DatagramBatch, count: int) -> tup
     writer = SegmentWriter(directory, segment, Destination())
     began = time.process_time()
     for at in range(count):
-        writer.append(Identity("ingest.1", BOOT, at, at * len(batch)), again(batch, batch.received_ns))
+        writer.append([(Identity("ingest.1", BOOT, at, at * len(batch)), again(batch, batch.received_ns))])
     took = time.process_time() - began
     return took / count / len(batch) * 1e6, writer.seal()
 
@@ -135,7 +135,9 @@ def measure_start(stack: Stack, directory: Path) -> None:
         writer = SegmentWriter(directory / "messages", segment, Destination())
         for at in range(SEGMENT_ROWS // BATCH_ROWS):
             total = number * SEGMENT_ROWS + at * BATCH_ROWS
-            writer.append(Identity("ingest.1", BOOT, total // BATCH_ROWS, total), again(batch, began_ns + at * step))
+            writer.append(
+                [(Identity("ingest.1", BOOT, total // BATCH_ROWS, total), again(batch, began_ns + at * step))]
+            )
         size += writer.size
         if number + 1 < SEGMENTS:
             writer.seal()  # the last one is left open, as by a kill

@@ -1,6 +1,6 @@
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,9 +15,10 @@ from shared.bus.messages import Body
 from shared.datagrams.batch import DatagramBatch
 from shared.journal import reached
 from shared.journal.directory import segments_in
+from shared.journal.encoding import Numbered
 from shared.journal.records import Identity, Reached
 from shared.journal.segment_writer import SegmentWriter
-from shared.ledger.counters import DISK_ERROR, SEGMENTS, TAKEN, WRITE_ERRNO, WRITTEN
+from shared.ledger.counters import DISK_ERROR, DISK_FULL, SEGMENTS, TAKEN, WRITE_ERRNO, WRITTEN
 from tests.shared.journal.filled import batch_of, identities
 from tests.stack import wait_until
 
@@ -40,6 +41,7 @@ def test_an_error_of_the_disk_is_counted_and_passes(
     three = identities(rows=[2, 2, 2])
     batch = batch_of([("192.0.2.1", 1, b"one"), ("192.0.2.1", 1, b"two")])
     journal.append(three[0], batch)
+    journal.write()
 
     def fail(*_: object) -> int:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -47,13 +49,41 @@ def test_an_error_of_the_disk_is_counted_and_passes(
     with monkeypatch.context() as failing:
         failing.setattr(SegmentWriter, "append", fail)
         journal.append(three[1], batch)
+        journal.write()
     failed = journal.report()
     assert (failed[TAKEN], failed[WRITTEN], failed[DISK_ERROR], failed[WRITE_ERRNO]) == (4, 2, 2, errno.EIO)
     assert "look at the disk" in capsys.readouterr().out
     journal.append(three[2], batch)
+    journal.write()
     assert (journal.report()[WRITTEN], journal.report()[WRITE_ERRNO]) == (4, 0)
     journal.note_disk_error(OSError(errno.EIO, "Input/output error"))
     assert "the journal's disk fails" in capsys.readouterr().out
+    journal.seal()
+
+
+def test_what_there_is_room_for_is_written(
+    tmp_path: Path, disk: DiskThread, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A disk that becomes full in the middle of batches that wait together keeps those before."""
+    journal = StreamJournal("flows", tmp_path, 1 << 30, disk)
+    journal.open()
+    append, room = SegmentWriter.append, [3]
+
+    def append_some(self: SegmentWriter, some: Sequence[Numbered]) -> None:
+        if len(some) > room[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        room[0] -= len(some)
+        append(self, some)
+
+    monkeypatch.setattr(SegmentWriter, "append", append_some)
+    for identity in identities(rows=[2] * 5):
+        journal.append(identity, batch_of([("192.0.2.1", 1, b"one"), ("192.0.2.1", 1, b"two")]))
+    assert (journal.report()[TAKEN], journal.report().get(WRITTEN)) == (10, None)
+    journal.write()
+    said = journal.report()
+    assert (said[TAKEN], said[WRITTEN], said[DISK_FULL], said[WRITE_ERRNO]) == (10, 6, 4, errno.ENOSPC)
+    assert journal.reached == {"ingest.1": Reached(9, 6)}
+    assert "free some of the disk" in capsys.readouterr().out
     journal.seal()
 
 
@@ -65,6 +95,7 @@ def test_segments_are_sealed_by_size_and_age(tmp_path: Path, disk: DiskThread, m
         journal.open()
         for identity in identities(rows=[1] * 4):
             journal.append(identity, batch_of([("192.0.2.1", 1, bytes(1500))]))
+            journal.write()
         assert len(journal.segments()) == 2 * start + 2
         journal.keep_up()
         wait_until(partial(_sealed, journal, disk), "all are sealed")
@@ -80,8 +111,10 @@ def write_two_workers(directory: Path, disk: DiskThread, monkeypatch: pytest.Mon
     journal = StreamJournal("flows", directory, 1 << 30, disk)
     journal.open()
     journal.append(Identity("ingest.2", 7, 0, 40), batch_of([("192.0.2.1", 1, b"once")]))
+    journal.write()
     for identity in identities(rows=[1] * 5):
         journal.append(identity, batch_of([("192.0.2.1", 1, b"one")]))
+        journal.write()
     wait_until(partial(_sealed, journal, disk), "all are sealed")
 
 

@@ -50,8 +50,8 @@ def write_segment(
     some = list(batches)
     began_ns = some[0][1].received_ns if some else NOW
     writer = SegmentWriter(directory, Segment("flows", number, began_ns, is_open=True), AT)
-    for identity, batch in some:
-        writer.append(identity, batch)
+    for each in some:
+        writer.append([each])
     segment = writer.seal()
     if sealed:
         return segment

@@ -1,5 +1,4 @@
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -107,6 +106,6 @@ def test_damage_is_refused_with_its_reason(tmp_path: Path) -> None:
     refused("the identity is cut short", parse_option, option[:-12], head.option_at, head.offset, began_ns)
     refused("the identity is damaged", parse_head, block.replace(b"ingest", b"\xff" * 6), head.offset, began_ns)
     refused("the record is cut short", read_batch, head, record[:-1])
-    refused("lengths do not add up", read_batch, replace(head, size=head.size + 4), record + bytes(4))
+    refused("lengths do not add up", read_batch, head._replace(size=head.size + 4), record + bytes(4))
     refused("its checksum is wrong", read_batch, head, record.replace(b"three", b"threE"))
-    refused("its checksum is wrong", read_batch, replace(head, option=head.option.replace(b"1", b"2")), record)
+    refused("its checksum is wrong", read_batch, head._replace(option=head.option.replace(b"1", b"2")), record)

@@ -162,7 +162,7 @@ def _bounds(directory: Path, batches: Batches, began_ns: int) -> list[tuple[int,
     bounds = []
     for identity, batch in batches:
         start = writer.size
-        writer.append(identity, batch)
+        writer.append([(identity, batch)])
         bounds.append((start, writer.size))
     (directory / writer.seal().name).unlink()
     return bounds
