@@ -9,6 +9,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from shared.capture.few_packets import FEW_PACKETS, packet_parts
 from shared.capture.pcapng import Destination, First, Packets, interface_block, packet_heads, section_block
 from shared.datagrams.batch import DatagramBatch, Indices
 from shared.datagrams.gathered import Gathered
@@ -32,8 +33,12 @@ class CaptureWriter:
 
     def write(self, batch: DatagramBatch, rows: Indices | None = None, destination: Destination | None = None) -> None:
         """Write these rows of a batch in their order, by default all, at a destination other than the usual one."""
-        if len(batch) and (rows is None or len(rows)):
-            PacketPieces(Packets(Gathered([batch]), rows), destination or self._destination).append_to(self._descriptor)
+        destination = destination or self._destination
+        if (len(batch) if rows is None else len(rows)) > FEW_PACKETS:
+            PacketPieces(Packets(Gathered([batch]), rows), destination).append_to(self._descriptor)
+            return
+        columns = (batch.rows if rows is None else batch.rows[rows]).tobytes()
+        write_all(self._descriptor, b"".join(packet_parts(columns, batch.packed(rows), batch.received_ns, destination)))
 
 
 def write_all(descriptor: int, data: bytes) -> None:

@@ -82,12 +82,16 @@ class DatagramBatch:
         words = self.words
         return bool(((words[:, 3] == MAPPED) & ((words[:, 1] | words[:, 2]) == 0)).all())
 
-    def packed(self) -> bytes:
-        """Return a copy of the payloads, end to end."""
-        if not self.stride:
+    def packed(self, rows: Indices | None = None) -> bytes:
+        """Return a copy of the payloads of these rows, by default of all, end to end."""
+        if rows is None and not self.stride:
             return bytes(self.payload)
-        payload, starts = memoryview(self.payload), range(0, len(self.rows) * self.stride, self.stride)
-        return b"".join([payload[at : at + length] for at, length in zip(starts, self.length_list, strict=True)])
+        if rows is None:
+            starts, lengths = [*range(0, len(self) * self.stride, self.stride)], self.length_list
+        else:
+            starts, lengths = self.offsets[:-1][rows].tolist(), self.lengths[rows].tolist()
+        payload = memoryview(self.payload)
+        return b"".join([payload[at : at + size] for at, size in zip(starts, lengths, strict=True)])
 
     def part(self, first: int, stop: int) -> "DatagramBatch":
         """Return the rows from `first` up to `stop`, as views of these."""

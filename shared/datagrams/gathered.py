@@ -86,8 +86,7 @@ class Gathered:
     @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
         """Payload lengths, int64, shape (n,)."""
-        lengths = [batch.lengths for batch in self.batches]
-        return lengths[0] if len(lengths) == 1 else np.concatenate(lengths)
+        return self.batches[0].lengths if len(self.batches) == 1 else self.rows["length"].astype(np.int64)
 
     @cached_property
     def longest(self) -> int:
@@ -119,15 +118,12 @@ class Gathered:
         """Memory address of each payload, int64, shape (n,): valid as long as this object lives."""
         if any(batch.stride for batch in self.batches):
             return np.concatenate([batch.offsets[:-1] + _start(batch) for batch in self.batches])
-        lengths = self.words[:, 0] & 0xFFFF
-        offsets = np.cumsum(lengths, dtype=np.int64)
-        offsets -= lengths
+        offsets = np.cumsum(self.lengths) - self.lengths
         if len(self.batches) == 1:
             return offsets + _start(self.batches[0])
-        counts = [len(batch) for batch in self.batches]
-        starts = np.array([_start(batch) for batch in self.batches])
-        starts -= offsets[[0, *accumulate(counts[:-1])]]
-        return np.repeat(starts, counts) + offsets
+        before = accumulate([len(batch.payload) for batch in self.batches], initial=0)
+        starts = [_start(batch) - size for batch, size in zip(self.batches, before, strict=False)]
+        return np.repeat(np.array(starts), [len(batch) for batch in self.batches]) + offsets
 
     @property
     def places(self) -> list[int]:

@@ -10,7 +10,7 @@ from typing import Final
 
 import numpy as np
 
-from shared.capture.few_packets import captured_lengths, packet_parts
+from shared.capture.few_packets import FEW_PACKETS, captured_lengths, packet_parts
 from shared.capture.pcapng import (
     BLOCK_HEAD,
     CUSTOM_BYTES,
@@ -39,8 +39,6 @@ from shared.journal.records import (
     checksum,
 )
 
-FEW_ROWS: Final = 64
-"""Rows, of all batches together, that are sooner encoded one by one than set up as arrays: these take as long as 80."""
 Numbered = tuple[Identity, DatagramBatch]
 
 
@@ -50,7 +48,7 @@ class Records:
     def __init__(self, some: Sequence[Numbered], began_ns: int, destination: Destination) -> None:
         packed = [(identity, pack_payload(batch)) for identity, batch in some]
         self.sizes: list[int] = []
-        if sum([len(batch) for _, batch in some]) <= FEW_ROWS:
+        if sum([len(batch) for _, batch in some]) <= FEW_PACKETS:
             self._data: bytes | PacketPieces = self._encode_few(packed, began_ns, destination)
         else:
             self._data = self._encode_many(packed, began_ns, destination)

@@ -80,17 +80,21 @@ class _PortionReader:
 
     def _read_segment(self, reader: SegmentReader, offset: int) -> bool:
         """Read on in a segment; return whether the portion is full."""
-        segment = reader.segment.number
+        segment, end = reader.segment.number, 0
         for head in reader.heads(offset):
-            self.portion.place = JournalPlace(segment, head.offset)
             if self._passed >= MAX_PASSED and not self.portion.batches:
-                return True
-            if not self._is_wanted(head):
+                full = True
+            elif full := self._is_wanted(head):
+                full = not self._read_batch(reader, head)
+            else:
                 self._passed += 1
                 self._met.add(head.identity.worker)
-            elif not self._read_batch(reader, head):
+            if full:
+                self.portion.place = JournalPlace(segment, head.offset)
                 return True
-            self.portion.place = JournalPlace(segment, head.end)
+            end = head.end
+        if end:
+            self.portion.place = JournalPlace(segment, end)
         return False
 
     def _is_wanted(self, head: Head) -> bool:

@@ -34,7 +34,9 @@ LENGTHS: Final[dict[str, Callable[[], int]]] = {
     "1,464 bytes": lambda: 1464,
 }
 RUNS: Final = 5
-STEADY_RATE, STEADY_ROWS = 200_000, 2_000_000
+RATES: Final = [(200_000, 256), (50_000, 64), (20_000, 16), (5_000, 4), (1_000, 4)]
+"""Datagrams a second, and in each batch."""
+SECONDS: Final = 10
 SEGMENTS, SEGMENT_ROWS, BATCH_ROWS = 100, 10_000, 100
 MINUTE: Final = 60 * SECOND
 
@@ -97,27 +99,31 @@ def settings(directory: Path) -> str:
     )
 
 
-def measure_service(stack: Stack, rows: int = 256) -> None:
-    """Print what a journal takes of a steady rate, and its CPU a datagram, for datagrams of 400 bytes."""
+def measure_service(stack: Stack) -> None:
+    """Print the CPU that a journal takes a datagram of 400 bytes, at some rates and with some rows in a batch."""
     stack.start("broker")
     journal = stack.start("journal")
-    topic, body = datagrams_topic("messages"), Datagrams("messages", time.time_ns())
-    batch, count = make_batch([random.randbytes(400) for _ in range(rows)], SOURCES), STEADY_ROWS // rows
-    with BusEnds(stack.bus) as bus:
-        publisher = bus.publisher()
-        wait_wanted(publisher, topic)
-        cpu, began = journal.cpu_seconds(), time.monotonic()
-        for number in range(count):
-            time.sleep(max(0.0, began + number * rows / STEADY_RATE - time.monotonic()))
-            publisher.publish(topic, body, batch)
-        took = time.monotonic() - began
-        time.sleep(2)  # what is on its way
-        cpu = journal.cpu_seconds() - cpu
-        written = accounts_when(bus, "journal.1", bool)["journal/messages"][WRITTEN]
-    print(
-        f"service: of {count * rows / took:,.0f} datagrams of 400 bytes a second {written / count / rows:.1%} written, "
-        f"{cpu / written * 1e6:.2f} µs of CPU each, {journal.resident_mb('VmHWM'):.0f} MB at most"
-    )
+    print(f"{'service: datagrams/s':>21}{'rows':>6}{'µs of CPU each':>16}")
+    for rate, rows in RATES:
+        body, topic = Datagrams("messages", time.time_ns()), datagrams_topic("messages")
+        batch, count = make_batch([random.randbytes(400) for _ in range(rows)], SOURCES), int(rate * SECONDS / rows)
+        with BusEnds(stack.bus) as bus:
+            publisher = bus.publisher()
+            wait_wanted(publisher, topic)
+            before = accounts_when(bus, "journal.1", bool)["journal/messages"]
+            cpu, began, refused = journal.cpu_seconds(), time.monotonic(), 0
+            for number in range(count):
+                time.sleep(max(0.0, began + number * rows / rate - time.monotonic()))
+                refused += not publisher.publish(topic, body, batch)
+            took = time.monotonic() - began
+            time.sleep(2)  # what is on its way
+            cpu = journal.cpu_seconds() - cpu
+            after = accounts_when(bus, "journal.1", bool)["journal/messages"]
+        written = after[WRITTEN] - before.get(WRITTEN, 0)
+        print(f"{count * rows / took:21,.0f}{rows:6}{cpu / written * 1e6:16.2f}", end="")
+        lost = count * rows - refused * rows - written
+        print(f"  {refused * rows} not taken by the bus, {lost} lost behind it" if refused or lost else "")
+    print(f"  {journal.resident_mb('VmHWM'):.0f} MB at most")
     journal.stop()
 
 

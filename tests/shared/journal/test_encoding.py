@@ -29,11 +29,11 @@ def batches(draw: st.DrawFn) -> list[Numbered]:
     return list(zip(identities(rows=[len(each) for each in made]), made, strict=True))
 
 
-def write(directory: Path, groups: list[list[Numbered]], few_rows: int) -> bytes:
+def write(directory: Path, groups: list[list[Numbered]], few: int) -> bytes:
     """Return the bytes of a segment into which batches are written, some at a time."""
     writer = SegmentWriter(directory, Segment("flows", 1, NOW, is_open=True), AT)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encoding, "FEW_ROWS", few_rows)
+        patch.setattr(encoding, "FEW_PACKETS", few)
         for group in groups:
             writer.append(group)
     path = directory / writer.seal().name
@@ -51,7 +51,7 @@ def test_together_or_one_by_one_the_bytes_are_the_same(
     directory = tmp_path_factory.getbasetemp()
     bounds = [0, *sorted(cut for cut in cuts if cut < len(some)), len(some)]
     groups = [some[start:stop] for start, stop in pairwise(bounds)]
-    alone = write(directory, [[each] for each in some], few_rows=1 << 20)
-    assert write(directory, groups, few_rows=1 << 20) == alone
-    assert write(directory, [[each] for each in some], few_rows=0) == alone
-    assert write(directory, groups, few_rows=0) == alone
+    alone = write(directory, [[each] for each in some], few=1 << 20)
+    assert write(directory, groups, few=1 << 20) == alone
+    assert write(directory, [[each] for each in some], few=0) == alone
+    assert write(directory, groups, few=0) == alone
