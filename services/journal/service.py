@@ -34,8 +34,10 @@ from shared.settings.model import Settings
 TURN_MESSAGES: Final = 256
 """Bus messages handled in a row before a reader and housekeeping get their turn."""
 FILL_SECONDS: Final = 0.01
+FILL_MESSAGES: Final = 16
 BUSY_SECONDS: Final = 0.02
-"""Time for which messages gather, while some came as lately as this: a queue of the bus holds many times that."""
+"""Messages gather for the first time, while some came as lately as the last; or for less, so that about as many come.
+Where more came, on a busy host, none are waited for: a queue of the bus fills while this process has not the CPU."""
 QUIET_SECONDS: Final = 0.25
 INPUT_SECONDS: Final = 1.0
 """After SIGTERM the workers may still flush: input ends when nothing has come for a while, or after this."""
@@ -116,7 +118,7 @@ class JournalService:
         """Serve until told to drain, then until the workers are silent."""
         readiness = Readiness(self.name, self._settings.bus, lambda: self._publisher.ready)
         reload = Reload(self.name, lifecycle, self._settings, self._apply_settings)
-        signals, busy_until, handled = lifecycle.fileno(), 0.0, TURN_MESSAGES
+        signals, busy_until, handled, period, turned_at = lifecycle.fileno(), 0.0, TURN_MESSAGES, 0.0, 0.0
         with select.epoll() as waking, select.epoll() as filling:
             for descriptor in (self._publisher.fileno(), signals):
                 waking.register(descriptor, select.EPOLLIN)
@@ -126,13 +128,17 @@ class JournalService:
                 now = time.monotonic()
                 if handled == TURN_MESSAGES or self._readers:
                     woken = waking.poll(0)
-                elif handled and now < busy_until:  # to wake for each message costs as much as to write it
-                    woken = filling.poll(FILL_SECONDS)
+                elif (
+                    0 < handled < FILL_MESSAGES and now < busy_until
+                ):  # to wake for each message costs as much as to write it
+                    woken = filling.poll(fill_seconds(handled, period))
                 else:
                     woken = waking.poll(max(0.0, self._due_at - now))
                 busy_until = now + BUSY_SECONDS if handled else busy_until
                 if any(descriptor == signals for descriptor, _ in woken):
                     lifecycle.heed()
+                now = time.monotonic()
+                period, turned_at = now - turned_at, now
                 handled = self._turn()
                 self._keep_up()
                 reload.check()
@@ -256,6 +262,11 @@ class JournalService:
         self._followed.close()
         self._bus.close()
         self._lock.close()
+
+
+def fill_seconds(handled: int, period: float) -> float:
+    """Return for how long messages may gather, after so many have come in a period of seconds."""
+    return min(FILL_SECONDS, FILL_MESSAGES * period / handled)
 
 
 CURE: Final = "set [journal] directory to one of this user's"

@@ -86,7 +86,8 @@ class Gathered:
     @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
         """Payload lengths, int64, shape (n,)."""
-        return self.batches[0].lengths if len(self.batches) == 1 else self.rows["length"].astype(np.int64)
+        lengths: npt.NDArray[np.int64] = self.rows["length"].astype(np.int64)
+        return lengths
 
     @cached_property
     def longest(self) -> int:
@@ -123,7 +124,8 @@ class Gathered:
             return offsets + _start(self.batches[0])
         before = accumulate([len(batch.payload) for batch in self.batches], initial=0)
         starts = [_start(batch) - size for batch, size in zip(self.batches, before, strict=False)]
-        return np.repeat(np.array(starts), [len(batch) for batch in self.batches]) + offsets
+        offsets += np.repeat(np.array(starts, np.int64), [len(batch) for batch in self.batches])
+        return offsets
 
     @property
     def places(self) -> list[int]:

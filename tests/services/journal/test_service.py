@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from services.journal.service import FILL_SECONDS, fill_seconds
 from shared.bus.bodies.journal_messages import WorkerPosition
+from shared.bus.endpoint import queue_limit
 from shared.capture.reader import CaptureReader
 from shared.journal.directory import segments_in
 from shared.ledger.counters import EXPIRED, KEPT_BYTES, SEGMENTS, SET_ASIDE, TAKEN, UNSERVED, WRITE_ERRNO, WRITTEN
 from shared.process.lifecycle import CANT_CREATE
 from shared.settings.file import load
+from shared.settings.model import Settings
 from tests.builders import SOURCES, BusEnds, PlayedWorker, accounts_when, make_batch, wait_unwanted, wait_wanted
 from tests.documents import block
 from tests.services.journal.asking import PlayedReader
@@ -47,6 +50,15 @@ def keep(stack: Stack, more: str = "", directory: Path | None = None) -> Path:
     directory = directory or stack.directory / "journal"
     stack.configure(KEPT.format(directory=directory, more=more))
     return directory
+
+
+def test_what_gathers_is_a_small_part_of_a_queue() -> None:
+    """Messages gather for a short time, and at high rates for less: the queue has room for when the journal is late."""
+    settings = Settings()
+    queue = queue_limit(settings.bus.high_water_mark, settings.journal.memory)
+    for rate in (1, 100, 1000, 10_000, 100_000):
+        assert rate * fill_seconds(rate, 1.0) <= queue / 8
+    assert fill_seconds(1, 1.0) == fill_seconds(3, 0.1) == FILL_SECONDS
 
 
 def datagrams(payloads: list[bytes]) -> list[tuple[str, int, bytes]]:
