@@ -17,6 +17,7 @@ import pytest
 from tests.capabilities import NET_ADMIN, NET_RAW, ambient
 from tests.once import made_once
 from tests.stack import CHECKOUT, FORKED, Running, Stack
+from tests.warm_start import OPENED
 
 NOBODY: Final = 65534
 PACKAGES: Final = ("msgpack", "msgspec", "numpy", "pyroute2", "structlog", "zmq")
@@ -51,7 +52,7 @@ def program_for_all() -> tuple[str, Path]:
         wanted = ".".join(map(str, sys.version_info[:2]))
         pytest.skip(f"needs a Python {wanted} that user nobody can read, and neither {sys.executable} nor Debian's is")
     program = made_once("program", partial(_copy_program, interpreter))
-    FORKED[interpreter, str(program)] = ("services.transmitter",)
+    FORKED[interpreter, str(program)] = OPENED
     return interpreter, program
 
 

@@ -68,7 +68,7 @@ def test_a_service_is_on_the_host_where_it_is_started(stack: Stack) -> None:
     assert Path(f"/proc/{broker.process.pid}/ns/net").readlink() == here != NAMESPACE.readlink()
 
 
-@pytest.mark.parametrize("name", ["broker", "transmitter"])
+@pytest.mark.parametrize("name", ["broker", "offload", "transmitter"])
 def test_a_service_has_the_rights_that_an_exec_leaves_it(open_stack: OpenStack, name: str) -> None:
     """User, capabilities, signals, directory and descriptors are the same either way, also after the opener's exec."""
     forked, executed = (rights(started) for started in either_way(open_stack, name))

@@ -29,10 +29,12 @@ from typing import Any, Final, NoReturn, Protocol
 from tests.capabilities import ambient, keep_only
 from tests.lab import enter_network
 
+OPENED: Final = ("services.offload", "services.transmitter")
+"""Services that begin with an opener."""
 PROGRAMS: Final = (
-    *(f"services.{name}" for name in ("broker", "console", "forwarder", "gateway", "ingest", "operator")),
-    "services.transmitter",
+    *(f"services.{name}" for name in ("broker", "console", "forwarder", "gateway", "ingest", "journal", "operator")),
     "services.uplink",
+    *OPENED,
     "tests.refusing",
     "tests.services.gateway.clocked",
     "tests.services.gateway.crowd",
@@ -41,6 +43,12 @@ PROGRAMS: Final = (
 IMPORTED_LATER: Final = {
     "services.console": ("services.console.server",),
     "services.uplink": ("services.uplink.service",),
+    "services.journal": ("services.journal.service",),
+    "services.offload": (
+        "services.offload.opener",
+        "services.offload.applying.applier",
+        "services.offload.unprivileged",
+    ),
     "services.transmitter": ("services.transmitter.opener", "services.transmitter.unprivileged"),
 }
 """Modules that a program imports when it has begun; for the operator, each command has its own."""
@@ -249,12 +257,12 @@ def _import(programs: Sequence[str]) -> None:
 
 
 class _Replaced(BaseException):
-    """The transmitter's opener has ended, and the transmitter begins in its place: arguments and environment."""
+    """An opener has ended, and its service begins in its place: arguments and environment."""
 
 
 _fork_exec: Final = vars(subprocess)["_fork_exec"]
 _ended: Final[list[_Replaced]] = []
-"""Keeps what the opener referred to: sockets, which are now the transmitter's, would be closed otherwise."""
+"""Keeps what the opener referred to: sockets, which are now the service's, would be closed otherwise."""
 
 
 def _replace(path: str, command: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
@@ -264,13 +272,18 @@ def _replace(path: str, command: Sequence[str], environment: Mapping[str, str]) 
     raise _Replaced(arguments, environment)
 
 
+def _spawn(path: str, command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Do in the place of the opener's posix_spawn(3)."""
+    return os.fork() or _replace(path, command, environment)
+
+
 def _run(program: Program) -> None:
     """Become the program, until it ends."""
     if program.capabilities is not None:
         keep_only(program.capabilities)
     os.chdir(program.directory)
-    if program.module == "services.transmitter":
-        vars(os)["execve"] = _replace
+    if program.module in OPENED:
+        vars(os).update(execve=_replace, posix_spawn=_spawn)
     try:
         _execute(program.module, program.arguments, program.environment)
     except _Replaced as replaced:
