@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -64,15 +65,22 @@ def values(unit: str, key: str) -> list[str]:
     return words
 
 
+@cache
+def call_sets() -> dict[str, list[str]]:
+    """Return the sets of system calls such as `@system-service`: calls, and other sets."""
+    said = subprocess.run(["systemd-analyze", "syscall-filter"], capture_output=True, text=True, check=True).stdout
+    found: dict[str, list[str]] = {}
+    for line in said.splitlines():
+        if line.startswith("@"):
+            members = found.setdefault(line, [])
+        elif line.startswith(" ") and "#" not in line:
+            members.append(line.strip())
+    return found
+
+
 def expand(name: str) -> set[str]:
-    """The system calls of a set such as `@system-service`, or the one call."""
-    if not name.startswith("@"):
-        return {name}
-    said = subprocess.run(
-        ["systemd-analyze", "syscall-filter", name], capture_output=True, text=True, check=True
-    ).stdout
-    members = [line.strip() for line in said.splitlines()[1:] if line.strip() and "#" not in line]
-    return set().union(*map(expand, members))
+    """Return the system calls of a set, or the one call."""
+    return set().union(*map(expand, call_sets()[name])) if name.startswith("@") else {name}
 
 
 def allowed_calls(words: Iterable[str]) -> set[str]:
