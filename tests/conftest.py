@@ -92,6 +92,16 @@ def stack(lab: None, tmp_path: Path) -> Iterator[Stack]:
 
 
 @pytest.fixture
+def small_buffers(lab: None) -> Iterator[None]:
+    """Give TCP connections 64 KiB at most in the kernel: what is not read soon waits in the program."""
+    limits = Path("/proc/sys/net/ipv4/tcp_wmem")
+    before = limits.read_text()
+    limits.write_text("4096 16384 65536")
+    yield
+    limits.write_text(before)
+
+
+@pytest.fixture
 def open_stack(lab: None) -> Iterator[OpenStack]:
     """Real processes, a transmitter with its raw sockets among them."""
     with openly.open_stack() as running:
