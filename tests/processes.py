@@ -51,19 +51,16 @@ class _Graph:
 
     def starts(self, found: object) -> bool:
         """Return whether `found`, or anything of tests/ that its names lead to, refers to what starts processes."""
-        if id(found) not in self._starts:
-            self._starts[id(found)] = self._finds_starter(found)
-        return self._starts[id(found)]
-
-    def _finds_starter(self, found: object) -> bool:
         seen, waiting = set[int](), [found]
         while waiting:
             each = waiting.pop()
-            if any(each is starter for starter in STARTERS):
+            if self._starts.get(id(each)) or any(each is starter for starter in STARTERS):
+                self._starts[id(found)] = True
                 return True
-            if id(each) not in seen:
+            if id(each) not in seen and id(each) not in self._starts:
                 seen.add(id(each))
                 waiting += self._refers_to(each)
+        self._starts |= dict.fromkeys(seen, False)  # nor does any of those that it leads to
         return False
 
     def _refers_to(self, found: object) -> list[object]:

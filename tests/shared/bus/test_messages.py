@@ -403,11 +403,11 @@ def test_ten_megabytes_of_empty_maps_take_no_memory(kind: str) -> None:
     assert peak_mb(parts) < 10
 
 
-@pytest.mark.parametrize(("kind", "body"), heavy_bodies())
-def test_longest_messages_take_bounded_memory(kind: str, body: bytes) -> None:
+def test_longest_messages_take_bounded_memory() -> None:
     """A part of the longest size takes well under 100 MB to decode, whatever fills it and however small its items."""
-    assert MAX_MESSAGE * 0.6 < len(body) <= MAX_MESSAGE
-    assert peak_mb([b"t/", msgpack.packb([VERSION, kind, "ingest.9", *ENVELOPE[3:]]), body]) < 60
+    for kind, body in heavy_bodies():
+        assert MAX_MESSAGE * 0.6 < len(body) <= MAX_MESSAGE
+        assert peak_mb([b"t/", msgpack.packb([VERSION, kind, "ingest.9", *ENVELOPE[3:]]), body]) < 60, kind
 
 
 @settings(max_examples=100)
