@@ -38,7 +38,13 @@ systemd-sysusers() { :; }
 sysctl() { :; }
 chown() { :; }
 sudo() { shift 2; env "$@"; }
+python3() {
+    command python3 "$@" --without-pip
+    printf '#!/bin/sh\nexec pip --python "${0%%pip}python" "$@"\n' >"$3/bin/pip"
+    chmod +x "$3/bin/pip"
+}
 """
+"""The last one makes an environment with the pip of this one: to install another takes longer than all the rest."""
 OFFLINE: Final = {"PIP_NO_DEPS": "1", "PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0", "PIP_QUIET": "1"}
 """`pip install .` without a network; the last one, set to 0, switches isolation off."""
 
