@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryFile
 from types import TracebackType
-from typing import IO, Any, Final, Self
+from typing import Any, Final, Self
 
 from tests.warm_start import PROGRAMS, Process, WarmStart
 
@@ -57,14 +57,14 @@ def find_warm_start(command: Sequence[str], environment: Mapping[str, str]) -> W
 
 def start(
     command: Sequence[str],
-    streams: Sequence[IO[bytes]],
+    streams: Sequence[int],
     environment: Mapping[str, str],
     directory: Path,
     by_exec: bool = False,
 ) -> Process:
-    """Start a command with these files as standard input, output and error; by a fork where that is as good."""
+    """Start a command with these descriptors as standard input, output and error; by a fork where that is as good."""
     if not by_exec and (found := find_warm_start(command, environment)):
-        return found.start(command, environment, directory, [stream.fileno() for stream in streams])
+        return found.start(command, environment, directory, streams)
     stdin, stdout, stderr = streams
     return subprocess.Popen(command, stdin=stdin, stdout=stdout, stderr=stderr, env=environment, cwd=directory)
 
@@ -171,9 +171,8 @@ class Stack:
         """Start any command."""
         output = self.directory / f"{name}.{len(self.running)}.log"
         with output.open("wb") as file, Path(os.devnull).open("rb") as nothing:
-            process = start(
-                command, (nothing, file, file), self.environment | environment, self.directory, self.by_exec
-            )
+            streams = nothing.fileno(), file.fileno(), file.fileno()
+            process = start(command, streams, self.environment | environment, self.directory, self.by_exec)
         running = Running(name, process, output)
         self.running.append(running)
         return running
@@ -204,9 +203,8 @@ class Stack:
         """Run an operator command to its end; return its exit code, standard output and standard error."""
         command = [sys.executable, "-m", "services.operator", *arguments]
         with TemporaryFile() as out, TemporaryFile() as err, Path(os.devnull).open("rb") as nothing:
-            code = start(command, (nothing, out, err), self.environment, self.directory, self.by_exec).wait(
-                PATIENCE_SECONDS
-            )
+            streams = nothing.fileno(), out.fileno(), err.fileno()
+            code = start(command, streams, self.environment, self.directory, self.by_exec).wait(PATIENCE_SECONDS)
             out.seek(0)
             err.seek(0)
             return code, out.read().decode(), err.read().decode()

@@ -38,6 +38,7 @@ PROGRAMS: Final = (
     "tests.refusing",
     "tests.services.gateway.clocked",
     "tests.services.gateway.crowd",
+    "tests.system.checked_sink",
     "tests.traffic",
 )
 IMPORTED_LATER: Final = {

@@ -34,8 +34,8 @@ from shared.net.addresses import pack_address
 from shared.net.sockets import enlarge_receive_buffer, enlarge_send_buffer
 from tests.benchmarks.backlog import settle
 from tests.benchmarks.programs import Program, Task, running
-from tests.benchmarks.site import COLLECTOR_PORT, PORT, RELAY, Offer, Site, collector_address, exporter_address
-from tests.benchmarks.workloads import Workload
+from tests.benchmarks.site import COLLECTOR_PORT, PORT, RELAY, Offer, Site, collector_address
+from tests.benchmarks.workloads import Workload, exporter_address
 
 STAGE_SECONDS: Final = 0.4
 STAGE_DATAGRAMS: Final = 24 * MAX_ROWS

@@ -31,8 +31,8 @@ import numpy.typing as npt
 from shared.net.sockets import enlarge_send_buffer
 from tests.benchmarks.backlog import settle
 from tests.benchmarks.programs import Program, Task, running
-from tests.benchmarks.site import PORT, RELAY, Sink, Site, exporter_address
-from tests.benchmarks.workloads import BY_NAME, Workload
+from tests.benchmarks.site import PORT, RELAY, Sink, Site
+from tests.benchmarks.workloads import BY_NAME, Workload, exporter_address
 from tests.stack import wait_until
 
 SOURCE: Final = Path(__file__).with_name("paced.c")

@@ -12,8 +12,8 @@ from ipaddress import summarize_address_range
 from pathlib import Path
 from typing import Final, Literal
 
-from tests.benchmarks.site import COLLECTOR_PORT, PORT, RELAY, Site, collector_address, collector_port, exporter_address
-from tests.benchmarks.workloads import BY_NAME
+from tests.benchmarks.site import COLLECTOR_PORT, PORT, RELAY, Site, collector_address, collector_port
+from tests.benchmarks.workloads import BY_NAME, exporter_address
 from tests.openly import OpenStack, open_stack
 from tests.stack import Running
 

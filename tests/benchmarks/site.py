@@ -10,7 +10,6 @@ import socket
 import struct
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from ipaddress import IPv4Address
 from typing import Final
 
 import numpy as np
@@ -19,7 +18,7 @@ from services.transmitter.packet_socket import PACKET_VNET_HDR, SOCKADDR_LL, SOL
 from services.transmitter.packets.headers import ETHERTYPE_IPV4, GSO_UDP_L4, HEADERS4, LINK_SIZE, NEEDS_CSUM, UDP, fold
 from shared.datagrams.mmsg import IOVEC, MMSGHDR, UDP_GRO, addresses_of, send
 from shared.net.sockets import MEMINFO, SO_MEMINFO, enlarge_receive_buffer, enlarge_send_buffer
-from tests.benchmarks.workloads import MARK_SIZE, PROBE, Workload
+from tests.benchmarks.workloads import MARK_SIZE, PROBE, Workload, exporter_address
 from tests.network import End, Host, veth
 
 RELAY: Final = "10.81.255.254"
@@ -51,11 +50,6 @@ def collector_address(number: int) -> str:
 def collector_port(number: int) -> int:
     """The port of a collector."""
     return COLLECTOR_PORT + number // COLLECTOR_HOSTS
-
-
-def exporter_address(number: int) -> IPv4Address:
-    """The address of an exporter."""
-    return IPv4Address(f"10.81.{1 + number // 250}.{1 + number % 250}")
 
 
 class Offer:

@@ -8,6 +8,7 @@ import random
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from ipaddress import IPv4Address
 from typing import Final
 
 MARK_SIZE: Final = 13
@@ -45,6 +46,11 @@ class Workload:
 
     def _mark(self, number: int) -> bytes:
         return b"%04x%08x%c" % (self.exporter(number), number, PROBE if number % PROBE_EVERY == 0 else ord("."))
+
+
+def exporter_address(number: int) -> IPv4Address:
+    """The address of an exporter."""
+    return IPv4Address(f"10.81.{1 + number // 250}.{1 + number % 250}")
 
 
 def read_mark(payload: bytes) -> tuple[int, int]:

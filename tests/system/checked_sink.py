@@ -1,33 +1,45 @@
 """A collector of the soak in a process of its own: each datagram's bytes, source and order are compared as it comes."""
 
+import os
+import random
 import select
-import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from shared.datagrams.mmsg import ReceiveArena
-from tests.benchmarks.site import Sink, exporter_address
-from tests.benchmarks.workloads import MARK_SIZE, Workload, read_mark
-from tests.stack import CHECKOUT, wait_until
+from tests.benchmarks.workloads import MARK_SIZE, SYSLOG, Workload, exporter_address, read_mark
+from tests.stack import CHECKOUT, start, wait_until
+
+if TYPE_CHECKING:  # what it imports is not for the sink's process
+    from tests.benchmarks.site import Sink
 
 RECEIVED, WRONG_BYTES, WRONG_SOURCE, OUT_OF_ORDER, READY = range(5)
+
+
+def mixed_size(draw: random.Random) -> int:
+    """Mostly short, some of a full frame, some longer than most networks carry."""
+    kind = draw.random()
+    if kind < 0.6:
+        return draw.randint(60, 400)
+    return 1464 if kind < 0.92 else draw.randint(1465, 8000)
+
+
+MIXED: Final = Workload("mixed", 20_000, 200, 3, mixed_size, SYSLOG, mtu=9000)
 
 
 class CheckedSink:
     """A sink whose process compares what comes; datagrams are numbered from 0, and never twice the same."""
 
-    def __init__(self, sink: Sink, directory: Path, number: int, *, original: bool) -> None:
+    def __init__(self, sink: "Sink", directory: Path, number: int, *, original: bool) -> None:
         path = directory / f"sink.{number}"
         self._sink = sink
         self.counters = np.memmap(path, np.int64, "w+", shape=(5,))
-        descriptor = sink.socket.fileno()
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.system.checked_sink", str(descriptor), str(path), str(int(original))],
-            cwd=CHECKOUT,
-            pass_fds=(descriptor,),
-        )
+        command = [sys.executable, "-m", "tests.system.checked_sink", str(path), str(int(original))]
+        environment = os.environ | {"PYTHONPATH": str(CHECKOUT)}
+        self._process = start(command, (sink.socket.fileno(), 1, 2), environment, CHECKOUT)
         wait_until(lambda: self.counters[READY], "the sink is ready")
 
     @property
@@ -45,8 +57,8 @@ class CheckedSink:
         self._process.wait()
 
 
-def check(descriptor: int, path: Path, workload: Workload, *, original: bool) -> None:
-    """Receive for ever, and count."""
+def check(path: Path, workload: Workload, *, original: bool) -> None:
+    """Receive for ever by standard input, and count."""
     counters = np.memmap(path, np.int64, "r+", shape=(5,))
     payloads = [payload[: -MARK_SIZE + 4] for payload in workload.payloads()]
     addresses = [exporter_address(number).packed for number in range(workload.exporters)]
@@ -54,8 +66,8 @@ def check(descriptor: int, path: Path, workload: Workload, *, original: bool) ->
     arena = ReceiveArena()
     counters[READY] = 1
     while True:
-        select.select([descriptor], [], [])
-        count = arena.receive(descriptor)
+        select.select([0], [], [])
+        count = arena.receive(0)
         sources = arena.names.view(np.uint8).reshape(len(arena.names), -1)[:count, 4:8].tobytes()
         for index in range(count):
             payload = bytes(arena.payload(index, index + 1))
@@ -70,6 +82,4 @@ def check(descriptor: int, path: Path, workload: Workload, *, original: bool) ->
 
 
 if __name__ == "__main__":
-    from tests.system.test_soak import MIXED
-
-    check(int(sys.argv[1]), Path(sys.argv[2]), MIXED, original=bool(int(sys.argv[3])))
+    check(Path(sys.argv[1]), MIXED, original=bool(int(sys.argv[2])))

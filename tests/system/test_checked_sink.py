@@ -6,8 +6,7 @@ import numpy as np
 
 from tests.benchmarks.site import Sink
 from tests.stack import wait_until
-from tests.system.checked_sink import CheckedSink
-from tests.system.test_soak import MIXED
+from tests.system.checked_sink import MIXED, CheckedSink
 
 
 def test_what_is_not_right_is_found(lab: None, tmp_path: Path) -> None:

@@ -28,13 +28,13 @@ from shared.ledger.equations import dropped
 from shared.net.sockets import kernel_drops
 from shared.settings.model import Settings
 from shared.settings.tables import Bus
-from tests.benchmarks.site import PORT, RELAY, Site, collector_address, collector_port, exporter_address, site
-from tests.benchmarks.workloads import SYSLOG, Workload, read_mark
+from tests.benchmarks.site import PORT, RELAY, Site, collector_address, collector_port, site
+from tests.benchmarks.workloads import exporter_address, read_mark
 from tests.builders import BusEnds
 from tests.openly import OpenStack
 from tests.services.ingest.test_activation import activate
 from tests.stack import ask_json, wait_until
-from tests.system.checked_sink import CheckedSink
+from tests.system.checked_sink import MIXED, CheckedSink
 
 STREAM = "mixed"
 WORKERS = ("ingest.1", "ingest.2")
@@ -55,17 +55,8 @@ LENT_MB = Bus().pool / 2**20
 """And a worker, which keeps the memory that payloads were ever lent in."""
 
 
-def mixed_size(draw: random.Random) -> int:
-    """Mostly short, some of a full frame, some longer than most networks carry."""
-    kind = draw.random()
-    if kind < 0.6:
-        return draw.randint(60, 400)
-    return 1464 if kind < 0.92 else draw.randint(1465, 8000)
-
-
 SOAK_SECONDS = float(os.environ.get("FANWIRE_SOAK_SECONDS", "600"))
 SOAK_RATE = float(os.environ.get("FANWIRE_SOAK_RATE", "50000"))
-MIXED = Workload("mixed", 20_000, 200, 3, mixed_size, SYSLOG, mtu=9000)
 
 
 class Traffic(threading.Thread):
