@@ -14,7 +14,7 @@ from tests.traffic import CheckingCollector, payload
 
 pytestmark = pytest.mark.usefixtures("lab")
 
-EXPORTERS, LARGEST, OUTAGE_SECONDS = 16, 9000, 300
+EXPORTERS, OUTAGE_SECONDS = 16, 300
 MEMORY = 'memory = 150000000\nsend = ["*"]'
 
 
@@ -26,8 +26,9 @@ def kept(stream: str, port: int) -> str:
 class Exporters:
     """Exporters whose datagrams a checking collector knows; each send goes on where the one before has ended."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, largest: int) -> None:
         self.sent = 0
+        self.largest = largest
         self._port = port
         self._socks = [exporter(f"127.0.0.{each + 2}") for each in range(EXPORTERS)]
 
@@ -36,7 +37,7 @@ class Exporters:
         for _ in range(rounds):
             number = self.sent // EXPORTERS
             for each, sock in enumerate(self._socks):
-                sock.sendto(payload(each, number, LARGEST), ("127.0.0.1", self._port))
+                sock.sendto(payload(each, number, self.largest), ("127.0.0.1", self._port))
             self.sent += EXPORTERS
             time.sleep(pause)
 
@@ -51,7 +52,7 @@ class Away:
 
     def __init__(self, server: NatsServer, a: Site, b: Site, exporters: Exporters) -> None:
         self.server, self.a, self.b, self.exporters = server, a, b, exporters
-        self.collector = CheckingCollector(b, "127.0.0.1", 9541, LARGEST)
+        self.collector = CheckingCollector(b, "127.0.0.1", 9541, exporters.largest)
         answer = ask_json({"op": "register", "name": "c", "streams": ["flows"], "port": 9541}, b.gateway)
         assert answer["ok"], answer
 
@@ -80,7 +81,7 @@ class Away:
 
 
 @pytest.fixture
-def between(tmp_path: Path) -> Iterator[Away]:
+def between(tmp_path: Path, largest: int) -> Iterator[Away]:
     """Two sites, one of them with a journal, and a server."""
     port = free_port()
     journal = f'[journal]\ndirectory = "{tmp_path}/journal"\nbytes = 8589934592\nmemory = 17179869184\n'
@@ -89,7 +90,7 @@ def between(tmp_path: Path) -> Iterator[Away]:
         NatsServer(tmp_path) as server,
         Site(tmp_path / "a", "a", server, kept("flows", port), MEMORY, journal, patient) as a,
         Site(tmp_path / "b", "b", server, away("flows"), 'receive = ["a/flows"]') as b,
-        closing(Exporters(port)) as exporters,
+        closing(Exporters(port, largest)) as exporters,
     ):
         a.begin("broker", "gateway", "journal", "ingest", "forwarder", "uplink")
         wait_until(lambda: "made the stream" in a.uplink.text, "there is a stream")
@@ -100,6 +101,7 @@ def between(tmp_path: Path) -> Iterator[Away]:
         del made.collector  # its counters are a file that is mapped
 
 
+@pytest.mark.parametrize("largest", [60_000])
 def test_an_outage_costs_nothing_that_the_journal_has(between: Away) -> None:
     """While no server can be reached more comes than may wait; afterwards all of it arrives, once and in order.
 
@@ -111,7 +113,7 @@ def test_an_outage_costs_nothing_that_the_journal_has(between: Away) -> None:
     between.server.stop(signal.SIGKILL)
     while "wait in the journal" not in between.a.uplink.text:
         send(50)
-    send(500)
+    send(100)
     between.a.uplink.stop(signal.SIGKILL)
     send(50)
     between.a.start("uplink")
@@ -121,7 +123,7 @@ def test_an_outage_costs_nothing_that_the_journal_has(between: Away) -> None:
     assert between.a["ingest"].stop() == 0
     between.a.start("ingest")
     send(50)
-    owed = between.sending(lambda account: account["held"] > 10_000)
+    owed = between.sending(lambda account: account["held"] > 100 * EXPORTERS)
     assert owed["acknowledged"] + owed["held"] == owed["taken"]
     between.server.start()
     send(100)
@@ -133,6 +135,7 @@ def test_an_outage_costs_nothing_that_the_journal_has(between: Away) -> None:
 
 @pytest.mark.soak
 @pytest.mark.timeout(3 * OUTAGE_SECONDS)
+@pytest.mark.parametrize("largest", [9_000])
 def test_an_outage_of_minutes_costs_nothing(between: Away) -> None:
     """After five minutes without a server all that came meanwhile arrives, once and in order; memory stays bounded."""
     send = between.exporters.send
