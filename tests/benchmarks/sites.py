@@ -86,7 +86,7 @@ def measure(a: Site, b: Site, servers: NatsCluster, port: int, collector: socket
         assert sender.stdout is not None
         sent = int(sender.stdout.read())
     cost = {name: (sum(map(cpu_seconds, some)) - before[name]) / len(late) * 1e6 for name, some in pids.items()}
-    out, into, model = predict(len(servers.servers), rate)
+    out, into, model = predict(len(servers.each), rate)
     p50, p99 = statistics.median(late), statistics.quantiles(late, n=100)[98]
     lost = sent - len(late)
     print(
@@ -128,7 +128,7 @@ def pass_on(a: Site, b: Site, servers: NatsCluster, port: int, count: int) -> fl
         accounts_when(bus, "uplink.1", lambda accounts: accounts["stream/flows"]["received"] >= had + sent)
     took = time.monotonic() - began
     cost = {name: (sum(map(cpu_seconds, some)) - before[name]) / sent * 1e6 for name, some in pids.items()}
-    found = predict(len(servers.servers), 500_000, waited=True)
+    found = predict(len(servers.each), 500_000, waited=True)
     told = ", ".join(
         f"{name} {each:.2f} ({model:.2f})" for (name, each), model in zip(cost.items(), found, strict=True)
     )

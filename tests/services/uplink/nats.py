@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from types import TracebackType
@@ -97,38 +98,42 @@ class NatsServer:
 class NatsCluster:
     """Servers that keep copies of each other's streams; each may be stopped and started alone."""
 
-    def __init__(self, directory: Path, count: int = 3) -> None:
-        ports = [free_port() for _ in range(count)]
-        routes = ", ".join(f'"nats://127.0.0.1:{port}"' for port in ports)
-        self.servers = []
-        for number, port in enumerate(ports):
+    def __init__(self, directory: Path, count: int = 3, hosts: Sequence[str] = ()) -> None:
+        places = [(hosts[number] if hosts else "127.0.0.1", free_port()) for number in range(count)]
+        routes = ", ".join(f'"nats://{host}:{port}"' for host, port in places)
+        self.each: list[NatsServer] = []
+        for number, (host, port) in enumerate(places):
             own = directory / f"nats{number}"
-            own.mkdir()
-            cluster = "" if count == 1 else f'cluster {{ name: c, listen: "127.0.0.1:{port}", routes: [{routes}] }}'
-            self.servers.append(NatsServer(own, f'server_name: "n{number}"\n{cluster}\n'))
+            own.mkdir(parents=True)
+            cluster = "" if count == 1 else f'cluster {{ name: c, listen: "{host}:{port}", routes: [{routes}] }}'
+            self.each.append(NatsServer(own, f'server_name: "n{number}"\n{cluster}\n', host=host))
 
     @property
     def addresses(self) -> list[str]:
         """The addresses for `[uplink] servers`."""
-        return [server.address for server in self.servers]
+        return [server.address for server in self.each]
 
     def _has_leader(self) -> bool:
-        return any("cluster new metadata leader" in server.log.read_text() for server in self.servers)
+        return any("cluster new metadata leader" in server.log.read_text() for server in self.each)
 
     @property
     def pids(self) -> list[int]:
         """The processes that run."""
-        return [server.process.pid for server in self.servers if server.process]
+        return [server.process.pid for server in self.each if server.process]
+
+    def start(self, server: NatsServer) -> None:
+        """Start one of them, where it is."""
+        server.start()
 
     def __enter__(self) -> Self:
-        for server in self.servers:
-            server.start()
-        if len(self.servers) > 1:
+        for server in self.each:
+            self.start(server)
+        if len(self.each) > 1:
             wait_until(self._has_leader, "the cluster has a leader")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for server in self.servers:
+        for server in self.each:
             server.stop()

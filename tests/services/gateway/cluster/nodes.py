@@ -2,8 +2,7 @@
 
 import asyncio
 import json
-import signal
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -16,50 +15,14 @@ from nats.errors import Error as NatsError
 from services.gateway.cluster.keys import stream_name
 from tests.network import HERE, End, Host, veth
 from tests.services.gateway.test_server import counters
-from tests.services.uplink.nats import NatsServer, free_port
+from tests.services.uplink.nats import NatsCluster, NatsServer, free_port
 from tests.stack import Stack, ask_json, wait_until
 
 T = TypeVar("T")
 REGISTRY: Final = "of-test"
 
 
-class Servers:
-    """NATS servers that are one cluster, with a replica of everything at each."""
-
-    def __init__(self, directory: Path, number: int, hosts: Sequence[str] = ()) -> None:
-        self.each: list[NatsServer] = []
-        directory.mkdir(exist_ok=True)
-        places = [(hosts[index] if hosts else "127.0.0.1", free_port()) for index in range(number)]
-        routes = ", ".join(f'"nats://{host}:{port}"' for host, port in places)
-        for index, (host, port) in enumerate(places):
-            (directory / f"nats{index}").mkdir()
-            own = f'server_name: "s{index}"\ncluster {{ name: c, listen: "{host}:{port}", routes: [{routes}] }}\n'
-            self.each.append(NatsServer(directory / f"nats{index}", own if number > 1 else "", host=host))
-
-    @property
-    def addresses(self) -> list[str]:
-        """The addresses for `[uplink] servers`."""
-        return [server.address for server in self.each]
-
-    def __enter__(self) -> Self:
-        for server in self.each:
-            self.start(server)
-        return self
-
-    def start(self, server: NatsServer) -> None:
-        """Start one of them, where it is."""
-        server.start()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for server in self.each:
-            if server.process is not None:
-                server.process.send_signal(signal.SIGCONT)
-                server.stop()
-
-
-class ServersApart(Servers):
+class ServersApart(NatsCluster):
     """Three servers, each on a host of its own, that can be cut off from the others; nodes are where the test is."""
 
     def __init__(self, directory: Path) -> None:
@@ -104,7 +67,13 @@ class Node(Stack):
     """A broker and a gateway; its database is its own."""
 
     def __init__(
-        self, directory: Path, name: str, servers: Servers, uplink: str = "", more: str = "", only: int | None = None
+        self,
+        directory: Path,
+        name: str,
+        servers: NatsCluster,
+        uplink: str = "",
+        more: str = "",
+        only: int | None = None,
     ) -> None:
         directory.mkdir()
         self.name = name
@@ -163,7 +132,7 @@ def agree(*nodes: Node) -> None:
     wait_until(lambda: all(each == lists()[0] for each in lists()), lambda: str(lists()))
 
 
-def leader_of(servers: Servers) -> NatsServer:
+def leader_of(servers: NatsCluster) -> NatsServer:
     """Return the server that leads the bucket, once there is one."""
     found: list[str] = []
 
@@ -184,7 +153,7 @@ def accounts_of(node: Node) -> dict[str, int]:
     return counters(node)
 
 
-def in_loop(servers: Servers, work: Callable[[Client], Coroutine[Any, Any, T]]) -> T:
+def in_loop(servers: NatsCluster, work: Callable[[Client], Coroutine[Any, Any, T]]) -> T:
     """Do some work with a connection to a server, as somebody who is no gateway."""
 
     async def run() -> T:

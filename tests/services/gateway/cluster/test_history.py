@@ -12,7 +12,8 @@ from typing import Final
 import pytest
 
 from tests.services.gateway.cluster.history import Call, Client, History, faults
-from tests.services.gateway.cluster.nodes import Node, Servers, ServersApart, agree, leader_of
+from tests.services.gateway.cluster.nodes import Node, ServersApart, agree, leader_of
+from tests.services.uplink.nats import NatsCluster
 from tests.stack import wait_until
 
 pytestmark = pytest.mark.usefixtures("lab")
@@ -23,7 +24,7 @@ def run(directory: Path, nodes: int, rounds: int, seed: int, *, apart: bool = Fa
     """Run clients while this number of troubles comes and goes; check the history and return it."""
     history, stop, chance = History(), Event(), random.Random(seed)
     with ExitStack() as all_ends:
-        found_servers = ServersApart(directory / "servers") if apart else Servers(directory / "servers", 3)
+        found_servers = ServersApart(directory / "servers") if apart else NatsCluster(directory / "servers", 3)
         servers = all_ends.enter_context(found_servers)
         found = [all_ends.enter_context(Node(directory / name, name, servers)) for name in "abc"[:nodes]]
         for node in found:
@@ -46,7 +47,7 @@ def run(directory: Path, nodes: int, rounds: int, seed: int, *, apart: bool = Fa
     return history
 
 
-def _trouble(number: int, chance: random.Random, servers: Servers, nodes: list[Node]) -> None:
+def _trouble(number: int, chance: random.Random, servers: NatsCluster, nodes: list[Node]) -> None:
     """Cause a trouble and end it: a server killed, the leader frozen or cut off, a gateway killed."""
     leader = leader_of(servers)
     kind = number % (5 if isinstance(servers, ServersApart) else 4)

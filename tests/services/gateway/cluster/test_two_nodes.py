@@ -16,8 +16,9 @@ from nats.aio.client import Client
 
 from services.gateway.cluster.keys import stream_name, subject_of, unparse_name
 from tests.builders import freeze_process
-from tests.services.gateway.cluster.nodes import REGISTRY, Node, Servers, accounts_of, agree, in_loop
+from tests.services.gateway.cluster.nodes import REGISTRY, Node, accounts_of, agree, in_loop
 from tests.services.gateway.test_watching import Conversation
+from tests.services.uplink.nats import NatsCluster
 from tests.stack import CHECKOUT, wait_until
 from tests.traffic import open_receiver
 
@@ -25,14 +26,14 @@ pytestmark = pytest.mark.usefixtures("lab")
 
 
 @pytest.fixture(scope="module")
-def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NatsCluster]:
     """One NATS server."""
-    with Servers(tmp_path_factory.mktemp("servers"), 1) as servers:
+    with NatsCluster(tmp_path_factory.mktemp("servers"), 1) as servers:
         yield servers
 
 
 @pytest.fixture(scope="module")
-def both(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Node, Node]]:
+def both(servers: NatsCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Node, Node]]:
     """Two nodes that share a registry: `b` has a forwarder too."""
     directory = tmp_path_factory.mktemp("nodes")
     with Node(directory / "a", "a", servers) as a, Node(directory / "b", "b", servers) as b:
@@ -161,7 +162,7 @@ def test_the_names_protocol_is_of_all_nodes(nodes: tuple[Node, Node]) -> None:
     a.lists("by-json", "by-name")
 
 
-def test_records_of_others_are_set_aside(servers: Servers, nodes: tuple[Node, Node]) -> None:
+def test_records_of_others_are_set_aside(servers: NatsCluster, nodes: tuple[Node, Node]) -> None:
     """Records that no gateway wrote are counted, and neither change the list nor stop it."""
     a, b = nodes
     assert a.register("kept")["ok"]
@@ -186,7 +187,7 @@ def test_records_of_others_are_set_aside(servers: Servers, nodes: tuple[Node, No
     agree(a, b)
 
 
-def test_a_killed_gateway_comes_back(servers: Servers, tmp_path: Path) -> None:
+def test_a_killed_gateway_comes_back(servers: NatsCluster, tmp_path: Path) -> None:
     """A gateway that is killed has its entries when it is back; what its connections held is free for their clients."""
     with Node(tmp_path / "c", "c", servers) as c, Node(tmp_path / "d", "d", servers) as d:
         c.begin()
@@ -208,7 +209,7 @@ def test_a_killed_gateway_comes_back(servers: Servers, tmp_path: Path) -> None:
 
 
 @pytest.mark.soak
-def test_a_home_that_slept_expires_nothing_renewed_since(servers: Servers, tmp_path: Path) -> None:
+def test_a_home_that_slept_expires_nothing_renewed_since(servers: NatsCluster, tmp_path: Path) -> None:
     """A gateway that stands still beyond its session and a lease, and goes on, leaves what was renewed elsewhere."""
     with Node(tmp_path / "i", "i", servers) as i, Node(tmp_path / "j", "j", servers) as j:
         i.begin()
@@ -228,7 +229,7 @@ def test_a_home_that_slept_expires_nothing_renewed_since(servers: Servers, tmp_p
         assert i.ask("leave", name="renewed", generation=client["generation"])["ok"]
 
 
-def test_a_lost_bucket_is_made_anew(servers: Servers, nodes: tuple[Node, Node]) -> None:
+def test_a_lost_bucket_is_made_anew(servers: NatsCluster, nodes: tuple[Node, Node]) -> None:
     """After the bucket was deleted, the nodes that run write it anew: no entry and no order is lost."""
     a, b = nodes
     generation = a.register("kept", streams=["messages"], port=9603)["client"]["generation"]
@@ -255,7 +256,7 @@ def test_a_lost_bucket_is_made_anew(servers: Servers, nodes: tuple[Node, Node]) 
 
 def test_without_the_servers_nothing_is_promised(tmp_path: Path) -> None:
     """With no server the list stays, also over a restart, and changes are refused; later all goes on as it was."""
-    with Servers(tmp_path / "servers", 1) as servers, Node(tmp_path / "a", "a", servers) as a:
+    with NatsCluster(tmp_path / "servers", 1) as servers, Node(tmp_path / "a", "a", servers) as a:
         a.begin()
         client = a.register("kept", ttl=2)["client"]
         (server,) = servers.each
@@ -279,7 +280,7 @@ def test_without_the_servers_nothing_is_promised(tmp_path: Path) -> None:
         assert a.register("again")["ok"]
 
 
-def test_settings_of_all_nodes_make_one_entry(servers: Servers, tmp_path: Path) -> None:
+def test_settings_of_all_nodes_make_one_entry(servers: NatsCluster, tmp_path: Path) -> None:
     """A collector that several nodes have in their settings is one entry; its maker can remove it by a reload."""
     collector = '[[collector]]\nname = "fixed"\nstreams = ["messages"]\naddress = "127.0.0.9"\nport = 9700\n'
     with (
@@ -309,7 +310,7 @@ def test_a_host_of_its_own_loads_nothing_of_it() -> None:
     } == set()
 
 
-def test_two_gateways_of_one_name_do_not_both_take_part(servers: Servers, tmp_path: Path) -> None:
+def test_two_gateways_of_one_name_do_not_both_take_part(servers: NatsCluster, tmp_path: Path) -> None:
     """The gateway that was started last has the name; the other one says so, and promises nothing."""
     with Node(tmp_path / "g", "g", servers) as first, Node(tmp_path / "h", "g", servers) as second:
         first.begin()
