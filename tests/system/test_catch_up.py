@@ -72,15 +72,15 @@ class Exporters(threading.Thread):
 
 
 class Counted(threading.Thread):
-    """A collector's socket: `numbers` are those that came, in order, by exporter."""
+    """A collector's socket: `numbers` are those that came, in order, by exporter; `sources` are their addresses."""
 
     def __init__(self, port: int) -> None:
         super().__init__(daemon=True)
         self.socket, _ = open_receiver(OURS, port)
-        enlarge_receive_buffer(self.socket, 1 << 25)
+        enlarge_receive_buffer(self.socket, 1 << 26)
         self.socket.settimeout(0.1)
         self.numbers: defaultdict[int, list[int]] = defaultdict(list)
-        self.sources: set[str] = set()
+        self.sources: defaultdict[int, set[str]] = defaultdict(set)
         self.count = 0
         self._ending = False
 
@@ -89,9 +89,15 @@ class Counted(threading.Thread):
         while not self._ending:
             with suppress(TimeoutError):
                 payload, (source, _) = self.socket.recvfrom(2000)
-                self.numbers[payload[0]].append(int.from_bytes(payload[1:5]))
-                self.sources.add(source)
-                self.count += 1
+                if found := self.read(payload):
+                    exporter, number = found
+                    self.numbers[exporter].append(number)
+                    self.sources[exporter].add(source)
+                    self.count += 1
+
+    def read(self, payload: bytes) -> tuple[int, int] | None:
+        """Return exporter and number of a datagram that counts."""
+        return payload[0], int.from_bytes(payload[1:5])
 
     def assert_whole(self, sent: list[int], first: list[int] | None = None) -> None:
         """Assert that each number came once and in order, from the first of each exporter on."""
@@ -166,7 +172,7 @@ def test_a_collector_that_was_away_misses_nothing(open_stack: OpenStack, source:
         away.assert_whole(load.sent)
         live.assert_whole(load.sent)
         if source == "original":
-            assert away.sources == set(EXPORTERS)
+            assert away.sources == {number: {address} for number, address in enumerate(EXPORTERS)}
 
         def settled(accounts: Accounts) -> bool:
             account = accounts.get("collector/away", {})
@@ -199,7 +205,7 @@ def test_since_brings_the_past_from_a_time_on(open_stack: OpenStack) -> None:
         sinks["new"].assert_whole(load.sent)
         wait_until(lambda: sinks["some"].count == load.sent[3], lambda: f"{sinks['some'].count} of {load.sent[3]}")
         assert sinks["some"].numbers == {3: list(range(load.sent[3]))}
-        assert sinks["some"].sources == {wanted}
+        assert sinks["some"].sources == {3: {wanted}}
 
 
 def test_a_collector_whose_port_is_closed_for_a_while_misses_nothing(open_stack: OpenStack) -> None:

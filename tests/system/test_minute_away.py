@@ -4,23 +4,22 @@ import socket
 import struct
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
 import pytest
 
 from shared.ledger.accounts import Accounts
 from shared.ledger.equations import dropped
-from shared.net.sockets import enlarge_receive_buffer, kernel_drops
+from shared.net.sockets import kernel_drops
 from tests.builders import BusEnds, accounts_when
 from tests.openly import OpenStack
 from tests.services.ingest.flows import exported
 from tests.services.ingest.flows.test_template_reader import a_template
 from tests.stack import PATIENT, sign_up, wait_until
-from tests.system.test_catch_up import entry, leave
-from tests.traffic import open_receiver, pause
+from tests.system.test_catch_up import Counted, entry, leave
+from tests.traffic import pause
 
 FLOW_EXPORTERS, SYSLOG_EXPORTERS = 16, 500
 FLOWS_EACH = 30
@@ -96,40 +95,20 @@ class SiteTraffic(threading.Thread):
         return sum(self.sent)
 
 
-class SiteCollector(threading.Thread):
-    """The collector's socket: `numbers` are those that came, in order, by exporter; `templates` counts the others."""
+class SiteCollector(Counted):
+    """The collector's socket; `templates` counts datagrams with nothing but templates."""
 
-    def __init__(self, port: int) -> None:
-        super().__init__(daemon=True)
-        self.socket, _ = open_receiver("127.0.0.1", port)
-        enlarge_receive_buffer(self.socket, 1 << 26)
-        self.socket.settimeout(0.1)
-        self.numbers: defaultdict[int, list[int]] = defaultdict(list)
-        self.sources: defaultdict[int, set[str]] = defaultdict(set)
-        self.templates = self.count = 0
-        self._ending = False
+    templates = 0
 
-    def run(self) -> None:
-        """Read until told to end."""
-        while not self._ending:
-            with suppress(TimeoutError):
-                payload, (source, _) = self.socket.recvfrom(2000)
-                if payload.startswith(b"<38>"):
-                    number, told = int(payload[4:10]), int(payload[11:21])
-                elif payload[20:22] == b"\0\0":
-                    self.templates += 1
-                    continue
-                else:
-                    told, number = struct.unpack_from(">II", payload, 12)
-                self.numbers[number].append(told)
-                self.sources[number].add(source)
-                self.count += 1
-
-    def close(self) -> None:
-        """End."""
-        self._ending = True
-        self.join()
-        self.socket.close()
+    def read(self, payload: bytes) -> tuple[int, int] | None:
+        """Return exporter and number of a datagram that counts."""
+        if payload.startswith(b"<38>"):
+            return int(payload[4:10]), int(payload[11:21])
+        if payload[20:22] == b"\0\0":
+            self.templates += 1
+            return None
+        number, exporter = struct.unpack_from(">II", payload, 12)
+        return exporter, number
 
 
 @contextmanager
