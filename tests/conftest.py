@@ -11,6 +11,7 @@ import signal  # noqa: E402
 from collections.abc import Generator, Iterator  # noqa: E402
 from contextlib import nullcontext  # noqa: E402
 from pathlib import Path  # noqa: E402
+from typing import Final  # noqa: E402
 
 import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
@@ -25,6 +26,9 @@ from tests.warm_start import lasting  # noqa: E402
 # bytes from outside is fuzzed as well (`make fuzz`): half of hypothesis's hundred are enough for one run.
 settings.register_profile("fanwire", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=50)
 settings.load_profile("fanwire")
+
+LONGEST: Final = ("tests/services/gateway/cluster/", "tests/services/uplink/", "tests/system/")
+"""Folders of tests that take tens of seconds."""
 
 
 # Programs under test heed signals, also when this run was started in the background or by nohup(1), which have them
@@ -62,7 +66,7 @@ def pytest_collection(session: pytest.Session) -> Generator[None, object, object
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what starts processes, before `-m` asks; begin with what takes longest, so that workers end together."""
     processes.mark(items)
-    items.sort(key=lambda item: (not item.get_closest_marker(processes.MARKER), "tests/system/" not in item.nodeid))
+    items.sort(key=lambda item: (not item.get_closest_marker(processes.MARKER), not item.nodeid.startswith(LONGEST)))
 
 
 def pytest_collection_finish() -> None:
