@@ -83,7 +83,9 @@ def test_counted_and_paced_frames_all_leave(open_stack: OpenStack) -> None:
         paced = fanwire(open_stack, relay, *DOCUMENTED_ARGUMENTS, "--count", "20", "--per-second", "100")
         assert paced == (0, "20 frames sent on wire\n")
         assert fanwire(open_stack, relay, *DOCUMENTED_ARGUMENTS, "--count", "5000")[0] == 0
-        assert sum(protocol == 0x0801 for protocol, *_ in wire.frames()) == 5020
+        # On a busy machine the far end's processor may have no room (net.core.netdev_max_backlog): the wire counts it.
+        lost = int(relay.link("wire")["stats64"]["tx"]["dropped"])
+        assert sum(protocol == 0x0801 for protocol, *_ in wire.frames()) == 5020 - lost
 
 
 def test_wake_on_lan_frame(open_stack: OpenStack) -> None:

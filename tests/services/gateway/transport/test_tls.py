@@ -76,8 +76,12 @@ class Talk:
 
     def ask(self, op: str, **fields: object) -> dict[str, Any]:
         """The answer to a request."""
-        self.connection.sendall(json.dumps({"op": op, **fields}).encode() + b"\n")
+        self.tell(op, **fields)
         return self.line()
+
+    def tell(self, op: str, **fields: object) -> None:
+        """Send a request; its answer is a line that comes."""
+        self.connection.sendall(json.dumps({"op": op, **fields}).encode() + b"\n")
 
     def line(self) -> dict[str, Any]:
         """The next line that comes."""
