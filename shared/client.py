@@ -107,13 +107,15 @@ class Resume(msgspec.Struct, frozen=True, omit_defaults=True):
     """The past that a collector is to have of these streams before live copies of them; without any, of all.
 
     Of a worker in `places` it gets what comes behind; of others what was received at `since_ns` or later. If the sender
-    of its copies has served the name under `generation`, it knows better where it has left.
+    of its copies has served the name under `generation`, it knows better where it has left. What was received before
+    `twice_until_ns` another node may have sent already.
     """
 
     since_ns: Generation
     generation: Generation = 0
     places: Places = ()
     streams: Streams = ()
+    twice_until_ns: Generation = 0
 
 
 class Client(CopyTerms, frozen=True, omit_defaults=True):

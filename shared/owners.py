@@ -21,6 +21,8 @@ SILENT_SECONDS: Final = 3.0
 Minority = Literal["serve", "hold"]
 RESUME_SECONDS: Final = 10.0
 """Time within which a collector that was taken over goes on where its last node has stopped."""
+LATE_NS: Final = 10_000_000_000
+"""Time by which a node may have had datagrams late, as far as it tells no place of the worker that they are of."""
 
 
 def owner_of(key: str, nodes: Iterable[str]) -> str:
@@ -146,9 +148,10 @@ class Owners:
         """Let a collector resume; where this node served none for a while, another one has had it since."""
         others = [node for node in self.serving or () if node != self.own]
         node = self._told.get(before or owner_of(client.group or client.name, others))
-        if node and (places := node.places.get(source)):
-            wanted = [place for place in places if client.wants(place.stream)]
-            resume = Resume(node.since_ns, places=tuple(wanted[-MAX_PLACES:]))
+        if node and (places := node.places.get(source)) is not None:
+            wanted = tuple([place for place in places if client.wants(place.stream)][-MAX_PLACES:])
+            since_ns = max(0, node.since_ns - LATE_NS)
+            resume = Resume(since_ns, places=wanted, twice_until_ns=node.since_ns)
             self._resumes[client.name] = self._clock() + RESUME_SECONDS, resume
 
     def _resumed(self, client: Client) -> Client:

@@ -107,7 +107,7 @@ def test_collectors_of_a_node_that_is_gone_resume_where_it_was(state: NodeState)
     taken = after.keys() - own
     assert taken
     assert taken == {name for name in others if owner_of(name, "abc") == "b" and owner_of(name, "ac") == "a"}
-    assert {after[name].resume for name in taken} == {Resume(33, places=(PLACES[0],))}
+    assert {after[name].resume for name in taken} == {Resume(0, places=(PLACES[0],), twice_until_ns=33)}
     assert all(after[name].resume is None for name in own)
     assert found.split(clients(), "relay")[0] == after
     clock.now += RESUME_SECONDS
@@ -163,4 +163,4 @@ def test_a_node_without_majority_can_hold() -> None:
     found.note(told(b="live", c="live"))
     healed, _ = found.split(clients(), "relay")
     assert healed.keys() == own.keys()
-    assert {client.resume for client in healed.values()} == {Resume(33, places=(PLACES[0],))}
+    assert {client.resume for client in healed.values()} == {Resume(0, places=(PLACES[0],), twice_until_ns=33)}

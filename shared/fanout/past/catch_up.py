@@ -212,7 +212,7 @@ class CatchUp(Generic[D]):
             pursued.pursuit.begin(resume.places, followed)
             if stream in self.rings.kept:  # one that was taken over: it is level within some seconds, whatever comes
                 pursued.pace = pursued.pursuit.behind(followed)
-                pursued.twice_until_ns = resume.since_ns
+                pursued.twice_until_ns = resume.twice_until_ns
         log.info("a collector begins to catch up", collector=client.name, stream=stream)
 
     def _begin(self, name: str, generation: int, stream: str, since_ns: int, counts: Counter[str]) -> Pursued:

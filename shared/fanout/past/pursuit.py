@@ -147,12 +147,6 @@ class Pursuit:
             self._counted[worker] = counted
             self._counts[_name(worker) + COUNTED] = counted + 1
 
-    def begin_here(self, followed: Mapping[Worker, Position]) -> None:
-        """Begin at what has come: from here on the collector gets nothing live."""
-        now_ns, here = time.time_ns(), followed.items()
-        places = (Place(self.stream, *worker, at.next_sequence, at.reached, now_ns) for worker, at in here)
-        self.begin(places, followed)
-
     def deferred(self, followed: Mapping[Worker, Position]) -> int:
         """Return how many of the datagrams that its account has as owed it has still to get."""
         return sum(
@@ -316,7 +310,7 @@ class Pursuit:
         if self._queue:
             return self.state
         if self.state is PursuitState.READING and (self._at_end or at_once):
-            self._begin_at_ends(followed)
+            self._begin_at_ends(window, followed)
             if self.by_window or all(self._covered(window, worker, each) for worker, each in followed.items()):
                 self.state, self._number, self._short_since = PursuitState.WINDOW, window.first, None
             elif self._short_since is None:
@@ -338,7 +332,7 @@ class Pursuit:
         waited = self._short_since is not None and self._clock() >= self._short_since + PATIENCE_SECONDS
         if not (at_once or waited):
             return []
-        self._begin_at_ends(followed)
+        self._begin_at_ends(window, followed)
         steps = []
         for worker, each in followed.items():
             at = self._totals.get(worker, 0)
@@ -349,12 +343,17 @@ class Pursuit:
         self._short_since = None
         return steps
 
-    def _begin_at_ends(self, followed: Mapping[Worker, Position]) -> None:
-        """Give each worker of which the journal had nothing a place: its end in the journal, or what is owed of it."""
+    def _begin_at_ends(self, window: Window, followed: Mapping[Worker, Position]) -> None:
+        """Give each worker of which the journal had nothing a place: its end in the journal, or what is owed of it.
+
+        Without a journal that is all that the window has: whoever told the places has had nothing of this worker.
+        """
         for worker, each in followed.items():
             if worker not in self._totals:
                 known = self._fetched.get(worker)
                 owed_from = self._counted.get(worker, each.baseline)
+                if self.by_window and (first := window.find(worker, 0)):
+                    owed_from = min(owed_from, first.total)
                 self._move(worker, min(owed_from, known.total) if known else owed_from)
                 sequence, received = (known.sequence, known.received_ns) if known else (0, self.since_ns)
                 self._pass_batch(worker, sequence, received)

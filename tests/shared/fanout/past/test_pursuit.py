@@ -176,7 +176,8 @@ def test_each_datagram_comes_once_and_in_order_whatever_happens(seed: int) -> No
         world.counts.clear()
         world.pursuit = Pursuit("messages", 1, world.counts, lambda: world.now)
         world.window = Window(lambda: world.now)
-        world.pursuit.begin_here(world.followed)
+        here = [Place("messages", *worker, 0, each.reached) for worker, each in world.followed.items()]
+        world.pursuit.begin(here, world.followed)
         world.owed_from = {worker: each.reached for worker, each in world.followed.items()}
     killed = down = 0
     for _ in range(world.random.randint(20, 150)):
@@ -255,3 +256,21 @@ def test_without_a_journal_the_window_has_all_that_can_be_had() -> None:
             got += [int(payload) for *_, payload in step.batch.datagrams()] if step.batch else []
         now += STRAY_SECONDS
     assert (got, missing) == ([*range(5, 20), *range(30, 50)], 20)
+
+
+def test_a_worker_of_which_a_dead_node_told_nothing_is_owed_from_its_first_datagram() -> None:
+    """A collector was taken over: of a worker whose place its last node did not tell it gets all that is there."""
+    told, untold = ("ingest.1", 7), ("ingest.2", 8)
+    window = Window(lambda: 0.0, journaled=False)
+    for worker in (told, untold):
+        window.add(Numbered(worker, 0, 0, make_batch([b"datagram"] * 10)))
+    followed = {told: Position(0, 0, 10), untold: Position(0, 0, 10)}
+    pursuit = Pursuit("messages", 1, Counter(), lambda: 0.0)
+    pursuit.by_window = True
+    pursuit.begin([Place("messages", *told, 0, 4)], followed)
+    pursuit.check(window, followed, at_once=True)
+    discovered = Counter[Worker]()
+    while step := pursuit.next_step(window, followed, 7):
+        pursuit.advance(step)
+        discovered[step.numbered.worker] += step.discovered
+    assert discovered == {told: 6, untold: 10}
