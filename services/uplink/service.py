@@ -5,7 +5,6 @@ import logging
 import math
 import time
 from collections import Counter
-from contextlib import suppress
 from types import TracebackType
 from typing import Final, Self
 
@@ -39,6 +38,7 @@ from shared.ledger.counters import (
 )
 from shared.log import get_logger
 from shared.nats.connection import rotated
+from shared.nats.tasks import CLOSING_SECONDS, end_tasks
 from shared.nats.troubles import Troubles
 from shared.process.lifecycle import CANT_CREATE, Lifecycle, OperatorError, Readiness
 from shared.process.memory import Memory
@@ -136,8 +136,9 @@ class Service:
         self._journal.handle(message)
 
     def _pending(self) -> dict[str, int]:
-        """Return the messages that are still to come, by site."""
-        return {name.removeprefix(RECEIVING): lag[WAITING_MESSAGES] for name, lag in self._lags.items()}
+        """Return the messages that are still to come, by site, as far as this connection has told."""
+        told = self._lags.items()
+        return {name.removeprefix(RECEIVING): lag[WAITING_MESSAGES] for name, lag in told if WAITING_MESSAGES in lag}
 
     def _ask_readers(self) -> None:
         """Let readers of the bus say how far they are: a new subscription to their status makes them report."""
@@ -184,9 +185,9 @@ class Service:
         finally:
             for descriptor in (self._batches.fileno(), self._publisher.fileno(), lifecycle.fileno()):
                 loop.remove_reader(descriptor)
-            exchange.cancel()
-            with suppress(asyncio.CancelledError):
-                await exchange
+            await end_tasks([exchange], CLOSING_SECONDS)
+            if not exchange.cancelled():
+                exchange.result()
         self._finish()
 
     def _wake(self) -> None:

@@ -25,6 +25,7 @@ from services.uplink.subjects import kept_stream, site_subjects, unparse_subject
 from shared.ledger.counters import MESSAGES_REFUSED, SERVER_FAULTS, SERVER_LIMIT, SERVER_REFUSED
 from shared.log import get_logger
 from shared.nats.connection import ConnectError, close_connection, open_connection, reason
+from shared.nats.tasks import end_tasks
 from shared.nats.troubles import Troubles
 from shared.net.addresses import Endpoint
 from shared.settings.uplink import Uplink
@@ -117,9 +118,7 @@ class Session:
                     task.result()  # a fault of ours shows
         finally:
             self._outbox.disconnect()
-            for task in (*tasks, end):
-                task.cancel()
-            await asyncio.gather(*tasks, end, return_exceptions=True)
+            await end_tasks([*tasks, end])
             await self.close()
 
     async def close(self) -> None:

@@ -16,7 +16,7 @@ from shared.fanout.health import Checkup, Symptom
 from shared.fanout.kernel_copies import KernelRules
 from shared.fanout.past.past_routes import PastRoutes
 from shared.fanout.sending.fair_shares import FairShares
-from shared.fanout.served import PASSED, UNSEEN, D, Served, count_rows
+from shared.fanout.served import PASSED, UNSEEN, D, Served, count_received_before, count_rows
 from shared.ledger.accounts import Accounts
 from shared.ledger.counters import (
     BASELINE,
@@ -30,6 +30,7 @@ from shared.ledger.counters import (
     MISSED,
     OFFERED,
     OVER_SHARE,
+    PERHAPS_TWICE,
     SAMPLED_OUT,
     SENT,
     SHARED_OUT,
@@ -304,6 +305,8 @@ class Collectors(Generic[D]):
                 served.account[WITHHELD_BY_ADMIN] += count_rows(batch, selection)
             elif selection.indices is None or len(selection.indices):
                 routed.append((served.destination, selection))
+                if client.resume and (until_ns := client.resume.twice_until_ns):
+                    served.account[PERHAPS_TWICE] += count_received_before(until_ns, batch, selection)
         for name in behind:
             self._served[name].marks[PASSED] += len(batch)
         self.by_kernel_late += copied.late if copied else 0

@@ -4,6 +4,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Final, Generic, Protocol, TypeVar
 
+import numpy as np
+
 from shared.client import Client
 from shared.datagrams.gathered import Gathered
 from shared.datagrams.routing import Selection
@@ -59,6 +61,12 @@ class Served(Generic[D]):
     marks: Counter[str]
     checkup: Checkup = field(default_factory=Checkup)
     returning: bool = False
+
+
+def count_received_before(time_ns: int, batch: Gathered, selection: Selection) -> int:
+    """Return how many of the selected rows were received before a time, in ns since 1970."""
+    rows = np.repeat([each.received_ns < time_ns for each in batch.batches], [len(each) for each in batch.batches])
+    return int(np.count_nonzero(rows if selection.indices is None else rows[selection.indices]))
 
 
 def count_rows(batch: Gathered, selection: Selection) -> int:

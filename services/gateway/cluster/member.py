@@ -28,6 +28,7 @@ from services.gateway.registry.registry import Registry
 from services.gateway.registry.store import Store
 from shared.log import get_logger
 from shared.nats.connection import ConnectError, close_connection, open_connection, reason, rotated
+from shared.nats.tasks import CLOSING_SECONDS, end_tasks
 from shared.nats.troubles import Troubles
 from shared.process.lifecycle import OperatorError
 from shared.settings.model import Settings
@@ -93,9 +94,7 @@ class Member:
                 while bucket is not None and self.changes.available.is_set() and self.sessions.member:
                     with suppress(OvertakenError):  # by the last record of the session itself
                         await self._write_session(bucket, self._session(live=False), self.sessions.position)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end_tasks(self._tasks, CLOSING_SECONDS)
 
     def accounts(self) -> dict[str, int]:
         """Return the counters of the cluster's registry."""
@@ -172,9 +171,7 @@ class Member:
             for task in done:
                 task.result()
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await end_tasks(tasks)
 
     async def _write(self, bucket: BucketLog, caught_up: asyncio.Event) -> None:
         await caught_up.wait()

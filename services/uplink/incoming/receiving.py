@@ -73,6 +73,7 @@ class Receiver:
 
     async def run(self, session: Session) -> None:
         """Receive by this connection until it ends."""
+        self._lag.pop(WAITING_MESSAGES, None)
         self._asked_anew = asyncio.Event()
         inbox = f"{session.inboxes}.from.{self.site}"
         await session.client.subscribe(f"{inbox}.*", cb=partial(self._take, session))
@@ -119,6 +120,7 @@ class Receiver:
                 self._resumed[NEXT] = 0
                 log.info("made the consumer by which this site receives", stream=stream, consumer=name)
         except NotFoundError:
+            self._lag[WAITING_MESSAGES] = 0
             session.troubles.say(what, f"site {self.site} has no stream in JetStream yet: nothing comes from there")
             return False
         except (NatsError, OSError, TimeoutError) as error:

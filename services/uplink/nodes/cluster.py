@@ -17,7 +17,7 @@ from shared.bus.messages import Envelope, Status
 from shared.bus.pieces import Assembler
 from shared.client import Place, Source
 from shared.ledger.accounts import is_origin, parse_origin
-from shared.ledger.counters import REACHED
+from shared.ledger.counters import BASELINE, REACHED, UNSERVED
 from shared.owners import Minority, nodes_serving
 
 SENDERS: Final[dict[str, Source]] = {"forwarder": "relay", "transmitter": "original"}
@@ -55,6 +55,8 @@ class Cluster:
         self._statuses: dict[Source, Assembler[Status]] = {source: Assembler() for source in SENDERS.values()}
         self._reports = 0
         self._reached: dict[Source, list[Reached]] = {}
+        self._begun: dict[Source, dict[tuple[str, int, str], int]] = {}
+        """By worker, boot and stream: the count on this bus from which on a sender here has had all."""
         self._reported_at: dict[Source, float] = {}
         self._ended: set[Source] = set()
         self._senders_began_ns: dict[Source, int] = {}
@@ -75,6 +77,12 @@ class Cluster:
             return False
         reached = [each for piece in pieces for each in self._reached_by(piece)]
         self._reached[source] = reached[-MAX_ORIGINS:]
+        self._begun[source] = {
+            parse_origin(name): account.get(BASELINE, 0) + account.get(UNSERVED, 0)
+            for piece in pieces
+            for name, account in piece.accounts.items()
+            if is_origin(name)
+        }
         self._reports += 1
         self._reported_at[source], self._senders_began_ns[source] = self._clock(), status.started_ns
         (self._ended.add if status.ended else self._ended.discard)(source)
@@ -113,14 +121,26 @@ class Cluster:
             return True
         return self.senders_run and not self.serves_already and self.members.hears_most
 
+    @property
+    def follows(self) -> bool:
+        """True if all that senders of other live nodes have had came here too, and senders here have all behind it."""
+        beats = [self.members.beat(name) for name in self.members.live]
+        return all(self._follows(source, each) for beat in beats if beat for source, each in beat.reached.items())
+
+    def _follows(self, source: Source, reached: list[Reached]) -> bool:
+        known = [each for each in reached if each.site != self.members.own and each.stream in self._crossings]
+        begun = self._begun.get(source, {})
+        return all(self._crossings[each.stream].has(each.key, each.total) for each in known) and all(
+            place.total >= begun.get((place.worker, place.boot, place.stream), 0) for place in self._places(reached)
+        )
+
     def take(self, subject: str, payload: bytes) -> bool:
         """Note a beat that has come; return whether the nodes have changed by it. ValueError when it is none."""
         beat = parse_beat(subject, payload)
-        live, before = self.members.live, self.members.beat(beat.node)
+        live = self.members.live
         if not self.members.note(beat):
             return False
-        if before is None or (before.boot, before.reports) != (beat.boot, beat.reports):
-            self._heard_ns[beat.node] = self._time_ns()
+        self._heard_ns[beat.node] = self._time_ns()
         return self.members.live != live
 
     def beat(self, state: BeatState | None = None) -> Beat:

@@ -49,6 +49,8 @@ class Crossings:
         self._latest: deque[_Crossing] = deque()
         self._older: dict[Key, int] = {}
         """The counts of origins behind what is not known singly any more."""
+        self._ends: dict[Key, int] = {}
+        """By origin: its count behind the last batch that came here."""
 
     def note(self, origin: Key, there: range, here: range) -> None:
         """Note a batch by its place in the count of its origin, and in that of this bus.
@@ -57,7 +59,7 @@ class Crossings:
         """
         now = self._clock()
         self._latest.append(_Crossing(now, origin, there, here))
-        self.end = here.stop
+        self.end, self._ends[origin] = here.stop, there.stop
         while self._latest[0].at < now - SECONDS:
             old = self._latest.popleft()
             self._older[old.origin] = old.there.stop
@@ -70,6 +72,10 @@ class Crossings:
                 break
             found[each.origin] = each.there_at(here)
         return found
+
+    def has(self, origin: Key, total: int) -> bool:
+        """Return whether all within a count of an origin has come here, if anything of it has."""
+        return self._ends.get(origin, total) >= total
 
     def here_at(self, reached: Mapping[Key, int]) -> int:
         """Return the count of this bus up to which all is within these counts of the origins.

@@ -33,6 +33,8 @@ RING_SECONDS: Final = 2.5
 """Time for which senders here have kept what comes, before they may take over: others' last places are not older."""
 MOST_PENDING: Final = 64
 """Messages of another node that may still be to come, once this one has caught up."""
+PATIENCE_SECONDS: Final = 15.0
+"""Time after which a node serves that does not learn what is still to come, or senders elsewhere do not come along."""
 YIELD_SECONDS: Final = 0.25
 """Time for the others to leave off serving what is this node's from now on: what both send comes twice."""
 PROBE: Final = "%nodes"
@@ -43,7 +45,7 @@ _read_ack: Final = msgspec.json.Decoder(Ack).decode
 
 
 class Node:
-    """One node of a cluster. `pending` returns the messages of each other node that are still to come here."""
+    """One node of a cluster. `pending` returns the messages of other nodes that are still to come, as far as known."""
 
     def __init__(
         self,
@@ -117,7 +119,11 @@ class Node:
             return False
         if now < self._joining_at + RING_SECONDS and not self._cluster.serves_already:
             return False
-        return all(pending <= MOST_PENDING for pending in self._pending().values())
+        pending = self._pending()
+        if any(messages > MOST_PENDING for messages in pending.values()):
+            return False
+        level = pending.keys() >= set(self._cluster.members.others) and self._cluster.follows
+        return level or now >= self._connected_at + PATIENCE_SECONDS
 
     async def run(self, session: Session) -> None:
         """Send beats by this connection, and hear those of others, until it ends."""

@@ -20,7 +20,7 @@ from shared.fanout.past.journal_questions import Pursued
 from shared.fanout.past.past_templates import PastTemplates
 from shared.fanout.past.pursuit import Step
 from shared.fanout.past.window import Numbered, Window, Worker
-from shared.fanout.served import D
+from shared.fanout.served import D, count_received_before
 from shared.fanout.templates import TemplateDelivery
 from shared.ledger.counters import PERHAPS_TWICE
 
@@ -200,7 +200,7 @@ class PastSender(Generic[D]):
             self.paces[pursued.name] += len(batch)
             if routed := past.route_past(pursued.name, batch, _outcomes(pursued.copied, taken)):
                 if pursued.twice_until_ns:
-                    self._collectors[pursued.name].account[PERHAPS_TWICE] += _received_before(
+                    self._collectors[pursued.name].account[PERHAPS_TWICE] += count_received_before(
                         pursued.twice_until_ns, batch, routed[0][1]
                     )
                 self._send(batch, routed)
@@ -218,9 +218,3 @@ def _outcomes(copied: CopiedMeanwhile, taken: Sequence[tuple[Step, DatagramBatch
             for each, (_, batch) in zip(found, taken, strict=True)
         ]
     )
-
-
-def _received_before(time_ns: int, batch: Gathered, selection: Selection) -> int:
-    """Return how many of the selected rows were received before a time."""
-    rows = np.repeat([each.received_ns < time_ns for each in batch.batches], [len(each) for each in batch.batches])
-    return int(np.count_nonzero(rows if selection.indices is None else rows[selection.indices]))

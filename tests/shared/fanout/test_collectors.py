@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from shared.bus.kept_counts import KeptFile
-from shared.client import Client, Withheld
+from shared.client import Client, Resume, Withheld
 from shared.datagrams.gathered import Gathered
 from shared.fanout.collectors import Collectors
 from shared.fanout.kernel_copies import KernelRules
@@ -70,6 +70,16 @@ class Life:
         accounts = self.collectors.accounts()
         assert list(discrepancies(accounts)) == []
         return {counter: count for counter, count in accounts[f"collector/{name}"].items() if count}
+
+
+def test_copies_that_another_node_may_have_sent_are_counted(tmp_path: Path) -> None:
+    """A collector that was taken over: of its live copies those count that were received before its last node ended."""
+    received_ns = make_batch([]).received_ns
+    for until_ns, twice in ((received_ns, 0), (received_ns + 1, 10)):
+        life = Life(tmp_path / f"{until_ns}", make_client("a", resume=Resume(1, twice_until_ns=until_ns)))
+        life.collectors.route(Gathered([make_batch([b""] * 10)]))
+        assert life.sent["a"]["perhaps_twice"] == twice
+        life.end()
 
 
 def test_a_killed_process_leaves_nothing_without_a_cause(tmp_path: Path) -> None:

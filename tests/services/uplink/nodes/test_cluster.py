@@ -1,0 +1,67 @@
+import pytest
+
+from services.uplink.incoming.arrivals import Key
+from services.uplink.nodes.beats import Beat, Reached, beat_subject, unparse_beat
+from services.uplink.nodes.cluster import TOLD_NS, Cluster
+from shared.bus.messages import Status
+from shared.client import Source
+from shared.ledger.accounts import unparse_origin
+from tests.builders import make_envelope
+
+BOOT = 5
+INGEST = Key("b", "ingest.1", 7, "flows")
+
+
+class Nodes:
+    """The node `a` of two, and the other one as it tells of itself; `now_ns` is the time."""
+
+    def __init__(self) -> None:
+        self.now_ns = 0
+        self.cluster = Cluster("a", ("a", "b"), "serve", "uplink.1", BOOT, lambda: 0.0, lambda: self.now_ns)
+        self._beats = 0
+
+    def beat(self, reached: int, reports: int = 1) -> None:
+        """Let `b` tell that its forwarder has had so many datagrams of its own ingest."""
+        self._beats += 1
+        places: dict[Source, list[Reached]] = {"relay": [Reached(*INGEST, reached)]}
+        self.cluster.take(beat_subject("b"), unparse_beat(Beat("b", 1, self._beats, "live", reports, places)))
+
+    def report(self, **account: int) -> None:
+        """Let the forwarder of `a` tell how far it is in what came from `b`."""
+        accounts = {unparse_origin("uplink.1", BOOT, "flows"): {"reached": 0, **account}}
+        self.cluster.note_status(make_envelope(sender="forwarder.1"), Status("forwarder.1", 1, 0, 1, 0, 1, accounts))
+
+    def publish(self, start: int, stop: int, here: int) -> None:
+        """Note datagrams of `b` that came here, behind `here` others."""
+        self.cluster.note_published(INGEST, range(start, stop), range(here, here + stop - start))
+
+
+def test_a_node_follows_once_it_has_what_others_have_sent() -> None:
+    """What a sender elsewhere has had and did not come here would be sent again: the node does not serve before."""
+    nodes = Nodes()
+    nodes.publish(0, 10, 0)
+    nodes.beat(20)
+    assert not nodes.cluster.follows
+    nodes.publish(10, 20, 10)
+    assert nodes.cluster.follows
+
+
+@pytest.mark.parametrize("late", [{"baseline": 10}, {"baseline": 4, "dropped_unserved": 6}])
+def test_a_node_follows_once_others_have_sent_what_its_senders_lack(late: dict[str, int]) -> None:
+    """What came before a sender here began nobody would send, as long as the one elsewhere has not had it."""
+    nodes = Nodes()
+    nodes.publish(0, 20, 0)
+    nodes.report(**late)
+    nodes.beat(9)
+    assert not nodes.cluster.follows
+    nodes.beat(10)
+    assert nodes.cluster.follows
+
+
+def test_a_node_may_have_got_further_until_a_while_after_its_last_beat() -> None:
+    """A sender whose report is late may have sent more than a second brings; it has sent nothing after its end."""
+    nodes = Nodes()
+    nodes.beat(20)
+    nodes.now_ns = 3 * 10**9
+    nodes.beat(20)
+    assert nodes.cluster.nodes("live", {}).nodes[1].since_ns == nodes.now_ns + TOLD_NS
