@@ -71,7 +71,7 @@ class Owners:
         self._heard_at = clock()
         self._told: dict[str, Node] = {}
         """The nodes as they were before others came to serve: a live one that tells of more may have left off then."""
-        self._settled = True
+        self.settled = True
         """False from when others come to serve until collectors are split anew."""
         self._owners: dict[str, tuple[int, str]] = {}
         """By name: the generation and owner of a collector as it was known last."""
@@ -93,9 +93,9 @@ class Owners:
         self._heard_at, self.majority = self._clock(), body.majority
         changed = self._serve(body.serving)
         for node in body.nodes:
-            if node.state != "live" or (self._settled and not changed) or node.name not in self._told:
+            if node.state != "live" or (self.settled and not changed) or node.name not in self._told:
                 self._told[node.name] = node
-        self._settled = self._settled and not changed
+        self.settled = self.settled and not changed
         return changed
 
     def check(self) -> bool:
@@ -140,7 +140,7 @@ class Owners:
             elif generation == client.generation and before != self.own:
                 self._take_over(client, before, source)
         self._owners = {name: (client.generation, owners[name]) for name, client in clients.items()}
-        self._settled = True
+        self.settled = True
         own = {name: self._resumed(client) for name, client in clients.items() if owners[name] == self.own}
         return own, {name: client for name, client in clients.items() if name not in own}
 

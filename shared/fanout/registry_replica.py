@@ -27,6 +27,11 @@ class RegistryReplica:
         """The boot id of the gateway that this registry is of; -1: of none yet."""
         return self._boot
 
+    @property
+    def handing_over(self) -> bool:
+        """True from when other nodes come to serve until collectors are split anew: they wait for that."""
+        return not self._owners.settled
+
     def apply_message(self, envelope: Envelope, body: RegistrySnapshot | RegistryChange | Nodes) -> bool:
         """Apply a message; return whether it changed the registry, or who serves whom."""
         if isinstance(body, Nodes):

@@ -297,9 +297,9 @@ class CopyService(CopySender[D]):
         self.send(batch, routed)
 
     def _apply(self) -> None:
-        """Serve the registry as it is now, unless that was done a moment ago: then wait for further changes."""
+        """Serve the registry as it is now; if that was done a moment ago, wait for changes, unless nodes hand over."""
         began = time.monotonic()
-        if self._serving == self._replica.version or began < self._apply_at:
+        if self._serving == self._replica.version or (began < self._apply_at and not self._replica.handing_over):
             return
         self._kept.suspend()
         if first := self._serving < 0:

@@ -3,9 +3,11 @@ from dataclasses import dataclass, field
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shared.bus.bodies.nodes_message import Node, Nodes
 from shared.bus.messages import RegistryChange, RegistrySnapshot
 from shared.client import Client
 from shared.fanout.registry_replica import RegistryReplica
+from shared.owners import Owners
 from tests.builders import make_client, make_envelope
 
 A, B, C = (make_client(name) for name in "abc")
@@ -51,6 +53,19 @@ def test_pieces_of_two_revisions_are_not_mixed() -> None:
     replica = RegistryReplica()
     assert take(replica, snapshot(4, A, B, pieces=2)[0], snapshot(5, A, C, pieces=2)[1]) == [False, False]
     assert replica.clients == {}
+
+
+def test_collectors_are_handed_over_until_they_are_split() -> None:
+    """Once other nodes come to serve, collectors are to be split anew at once; nothing else is so urgent."""
+    replica = RegistryReplica(Owners("a", ("a", "b")))
+    take(replica, *snapshot(1, A, B))
+    for serving in (("a", "b"), ("a",)):
+        told, seen = Nodes(True, [Node("a", "live"), Node("b", "silent")], serving), [replica.handing_over]
+        for _ in range(2):
+            replica.apply_message(make_envelope(kind="nodes"), told)
+            seen.append(replica.handing_over)
+            replica.split("relay")
+        assert seen == [False, True, False]
 
 
 def test_changes_are_applied_in_order() -> None:

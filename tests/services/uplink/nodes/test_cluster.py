@@ -37,7 +37,7 @@ class Nodes:
 
 
 def test_a_node_follows_once_it_has_what_others_have_sent() -> None:
-    """What a sender elsewhere has had and did not come here would be sent again: the node does not serve before."""
+    """A node does not serve before it has what a sender elsewhere has had: it would send that again."""
     nodes = Nodes()
     nodes.publish(0, 10, 0)
     nodes.beat(20)
@@ -48,7 +48,7 @@ def test_a_node_follows_once_it_has_what_others_have_sent() -> None:
 
 @pytest.mark.parametrize("late", [{"baseline": 10}, {"baseline": 4, "dropped_unserved": 6}])
 def test_a_node_follows_once_others_have_sent_what_its_senders_lack(late: dict[str, int]) -> None:
-    """What came before a sender here began nobody would send, as long as the one elsewhere has not had it."""
+    """Datagrams from before a sender here began are sent elsewhere first: nobody else could send them."""
     nodes = Nodes()
     nodes.publish(0, 20, 0)
     nodes.report(**late)
