@@ -8,7 +8,6 @@ from typing import Final
 import pytest
 
 from tests.deploy.three_nodes import Cluster, ranges, three_nodes
-from tests.stack import wait_until
 
 RATE: Final = int(os.environ.get("FANWIRE_CLUSTER_RATE", "30000"))
 PARTED_SECONDS: Final = 30.0
@@ -22,10 +21,12 @@ def test_a_node_is_killed_ten_times(lab: None) -> None:
         for _ in range(10):
             register_everywhere(cluster)
             holder, name = cluster.holder(), random.choice(list(cluster.nodes))
-            told = cluster.suffer(partial(cluster.kill, name), cluster.holder)
+            told = cluster.suffer(name, partial(cluster.kill, name), partial(cluster.moved_from, name))
             print(f"{name} killed, {holder} had the address: {ranges(told)}", flush=True)
-            cluster.start(name)
-            wait_until(cluster.is_whole, cluster.state, 120)
+            assert ranges(told)["living"][1] == 0
+            told = cluster.suffer(name, partial(cluster.start, name), cluster.is_whole)
+            print(f"{name} started again: {ranges(told)}", flush=True)
+            assert ranges(told)["lost"][1] == 0
         finish(cluster)
 
 
@@ -34,7 +35,7 @@ def test_a_node_is_parted_from_the_others(lab: None) -> None:
     with three_nodes(RATE) as cluster:
         for name in (cluster.holder(), *cluster.nodes):
             register_everywhere(cluster)
-            told = cluster.suffer(partial(cluster.part, name, PARTED_SECONDS), cluster.is_whole)
+            told = cluster.suffer(name, partial(cluster.part, name, PARTED_SECONDS), cluster.is_whole)
             print(f"{name} parted: {ranges(told)}", flush=True)
         finish(cluster)
 
@@ -44,8 +45,9 @@ def test_all_nodes_are_upgraded(lab: None) -> None:
     with three_nodes(RATE) as cluster:
         for name in cluster.nodes:
             register_everywhere(cluster)
-            told = cluster.suffer(partial(cluster.upgrade, name), cluster.is_whole)
+            told = cluster.suffer(name, partial(cluster.upgrade, name), cluster.is_whole)
             print(f"{name} upgraded: {ranges(told)}", flush=True)
+            assert ranges(told)["held"][1] == ranges(told)["living"][1] == 0
             assert ranges(told)["lost"][1] <= RATE // 100  # 10 ms, in which the address moves
         finish(cluster)
 

@@ -4,12 +4,18 @@ import random
 import re
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial, reduce
 from typing import Final
 
+import numpy as np
+
 from deploy.ha.cluster.layout import nats
-from deploy.ha.cluster.traffic import CAME, SILENCE_NS, Counted, Sent
+from deploy.ha.cluster.traffic import CAME, SILENCE_NS, Counted, Numbers, Sent
+from shared.ledger.counters import PERHAPS_TWICE
+from tests.builders import BusEnds, accounts_when
 from tests.deploy.failover import (
     HA,
     Relay,
@@ -22,6 +28,7 @@ from tests.deploy.failover import (
     need_root,
     relay,
 )
+from tests.deploy.taps import Taps, taps
 from tests.stack import ask_json, wait_until
 
 NODES: Final = {"a": "10.20.0.11", "b": "10.20.0.12", "c": "10.20.0.13"}
@@ -36,9 +43,13 @@ CALM_SECONDS: Final = 6.0
 class Cluster:
     """The nodes, what was sent, and what each collector got."""
 
-    def __init__(self, nodes: dict[str, Relay], sent: Sent, counted: dict[int, Counted], rate: int) -> None:
-        self.nodes, self.sent, self.counted, self.rate = nodes, sent, counted, rate
+    def __init__(
+        self, nodes: dict[str, Relay], sent: Sent, counted: dict[int, Counted], rate: int, arrived: Taps
+    ) -> None:
+        self.nodes, self.sent, self.counted, self.rate, self.arrived = nodes, sent, counted, rate, arrived
         self.began = 0
+        self._twice: dict[tuple[str, int], int] = {}
+        """What each node has counted of a collector's copies as `perhaps_twice`, as it told last."""
         self.answered: set[str] = set()
         """Names whose registration was answered with `ok`."""
 
@@ -50,6 +61,10 @@ class Cluster:
             if f" {ADDRESS}/" in node.host.run("ip", "-4", "address", "show", "dev", "eth0")
         ]
         return found[0] if len(found) == 1 else ""
+
+    def moved_from(self, name: str) -> bool:
+        """Return whether another node has the address."""
+        return self.holder() not in ("", name)
 
     def register(self, node: str) -> bool:
         """Sign a client up at a node; return whether that was answered with `ok`."""
@@ -68,10 +83,12 @@ class Cluster:
         with self.nodes[node].host.entered():
             return set(ask_json({"op": "list"})["clients"])
 
-    def suffer(self, event: Callable[[], object], over: Callable[[], object]) -> dict[int, dict[str, float]]:
-        """Do something; return each collector's figures, by its port, from then until a while after it is over."""
-        first = self.sent.count - self.rate // 10
+    def suffer(self, name: str, event: Callable[[], object], over: Callable[[], object]) -> dict[int, dict[str, float]]:
+        """Do something to a node; return each collector's figures, by its port, until a while after it is over."""
+        began = self.sent.count
+        first = began - self.rate
         before = {port: each.doubled() for port, each in self.counted.items()}
+        twice = self.perhaps_twice()
         for each in self.counted.values():
             each.state[SILENCE_NS] = 0
         event()
@@ -80,7 +97,40 @@ class Cluster:
         sent = self.sent.count
         time.sleep(CALM_SECONDS)
         told = {port: figures(each, sent, self.rate, first) for port, each in self.counted.items()}
-        return {port: each | {"doubled": each["doubled"] - before[port]} for port, each in told.items()}
+        lost = {port: each.lost(sent, first) for port, each in self.counted.items()}
+        by_all = reduce(np.intersect1d, lost.values())
+        now_twice = self.perhaps_twice()
+        return {
+            port: told[port]
+            | {"doubled": told[port]["doubled"] - before[port], "perhaps twice": now_twice[port] - twice[port]}
+            | self.fates(lost[port], by_all, name, began)
+            for port in told
+        }
+
+    def fates(self, lost: Numbers, by_all: Numbers, name: str, began: int) -> dict[str, float]:
+        """Tell lost datagrams apart by the link that they got to, at which time.
+
+        `held`: the node had them when it began. `astray`: nobody took them in, as they were sent while the address
+        moved. `living`: another node took them in, and this collector alone has not got them, which is a fault.
+        """
+        held = self.arrived.at(name, lost[lost < began])
+        living = np.unique(np.concatenate([self.arrived.at(other, lost) for other in self.nodes if other != name]))
+        living = np.setdiff1d(living, by_all)
+        return {"held": len(held), "living": len(living), "astray": len(lost) - len(held) - len(living)}
+
+    def perhaps_twice(self) -> Counter[int]:
+        """Return what nodes have counted of each collector's copies as `perhaps_twice`, by its port."""
+        for name, node in self.nodes.items():
+            if node.stack["broker"].process.poll() is None:
+                with BusEnds(node.stack.bus) as bus:
+                    for service in ("forwarder.1", "transmitter.1"):
+                        for account, counts in accounts_when(bus, service, bool).items():
+                            if account.startswith("collector/at"):
+                                self._twice[name, int(account[-4:])] = counts.get(PERHAPS_TWICE, 0)
+        found: Counter[int] = Counter()
+        for (_, port), count in self._twice.items():
+            found[port] += count
+        return found
 
     def end(self) -> int:
         """Send no more, and wait for what comes late; return the number of datagrams that were sent."""
@@ -114,9 +164,13 @@ class Cluster:
         """Let a node hand over, then end relay and NATS server, as for an upgrade."""
         node = self.nodes[name]
         node.standby.touch()
-        wait_until(lambda: self.holder() not in ("", name), "another node has the address")
-        for service in ("ingest", "uplink", "forwarder", "transmitter", "gateway", "console", "broker", "nats"):
-            node.stack[service].stop(signal.SIGTERM)
+        wait_until(partial(self.moved_from, name), "another node has the address")
+        services = [node.stack[service] for service in SERVICES]
+        for each in services:
+            each.process.send_signal(signal.SIGTERM)
+        for each in services:
+            each.process.wait(30)
+        node.stack["nats"].stop(signal.SIGTERM)
 
     def upgrade(self, name: str) -> None:
         """Stop a node and start it again, perhaps as another version."""
@@ -163,7 +217,8 @@ def three_nodes(rate: int) -> Iterator[Cluster]:
         original = opened.enter_context(collectors(sink, directory, SIEM, ORIGINAL, FIRST))
         counted |= dict(zip(ORIGINAL, original, strict=True))
         sent = Sent(directory / "sent", new=True)
-        cluster = Cluster(nodes, sent, counted, rate)
+        arrived = opened.enter_context(taps(directory / "taps", {name: node.host for name, node in nodes.items()}))
+        cluster = Cluster(nodes, sent, counted, rate, arrived)
         for name in nodes:
             cluster.start(name)
         for node in nodes.values():
