@@ -6,18 +6,20 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import nkeys
 import pytest
 from nats.aio.client import Client
+from nats.aio.msg import Msg
 from nats.js.api import DiscardPolicy, StorageType, StreamConfig
 from structlog.testing import capture_logs
 
 from services.uplink import session as module
 from services.uplink.incoming import receiving
 from services.uplink.incoming.receiving import Receiver
+from services.uplink.nodes.beats import ROOT, beat_subject
 from services.uplink.outgoing.outbox import Outbox
 from services.uplink.packs import Arrived, Pack, Packer
 from services.uplink.server_checks import check_server, check_stream, wanted_stream
@@ -175,6 +177,39 @@ def test_each_site_has_its_own_subjects(secured: Secured) -> None:
     assert imposter.said.count(told) == 1
     assert imposter.account[MESSAGES_REFUSED] == 3
     assert (imposter.counted[ACKNOWLEDGED], imposter.counted[HELD]) == (0, 0)
+
+
+class Beats:
+    """Sends beats as each of these nodes, and notes what `by` hears of them."""
+
+    def __init__(self, by: Tried, *nodes: str) -> None:
+        self.heard: list[str] = []
+        self._by, self._nodes = by, nodes
+
+    async def run(self, session: Session) -> None:
+        """Hear and send, until the connection ends."""
+        hearing = Session(self._by.uplink, self._by.outbox, self._by.account, self._by.troubles)
+        await hearing.open(self._by.uplink.endpoints[0])
+        await hearing.client.subscribe(f"{ROOT}.*", cb=self._note)
+        await hearing.client.flush()
+        try:
+            for node in self._nodes:
+                await session.client.publish(beat_subject(node), b"beat")
+            await session.ended.wait()
+        finally:
+            await hearing.close()
+
+    async def _note(self, message: Msg) -> None:
+        self.heard.append(message.subject)
+
+
+def test_each_node_sends_beats_as_itself_alone(secured: Secured) -> None:
+    """By the settings of the README a node hears the beats of all, and can't send any in another one's name."""
+    berlin, bonn = (Tried(secured.server, site, **secured.access(site), send=[]) for site in ("berlin", "bonn"))
+    beats = Beats(berlin, "berlin", "bonn")
+    bonn.receivers = [cast(Any, beats)]
+    bonn.run(lambda: beats.heard and bonn.says("does not let site bonn publish to fanwire-node.berlin")())
+    assert beats.heard == ["fanwire-node.bonn"]
 
 
 def test_a_reader_reads_by_its_own_consumer_alone(secured: Secured, monkeypatch: pytest.MonkeyPatch) -> None:
