@@ -280,12 +280,16 @@ def test_without_the_servers_nothing_is_promised(tmp_path: Path) -> None:
         assert a.register("again")["ok"]
 
 
-def test_settings_of_all_nodes_make_one_entry(servers: NatsCluster, tmp_path: Path) -> None:
-    """A collector that several nodes have in their settings is one entry; its maker can remove it by a reload."""
+@pytest.mark.parametrize("nodes", ["", 'nodes = ["e", "f"]'])
+def test_settings_of_all_nodes_make_one_entry(servers: NatsCluster, tmp_path: Path, nodes: str) -> None:
+    """A collector that several nodes have in their settings is one entry; its maker can remove it by a reload.
+
+    That holds also at a loopback address, which only one node of a cluster can reach: it is the maker's.
+    """
     collector = '[[collector]]\nname = "fixed"\nstreams = ["messages"]\naddress = "127.0.0.9"\nport = 9700\n'
     with (
-        Node(tmp_path / "e", "e", servers, more=collector) as e,
-        Node(tmp_path / "f", "f", servers, more=collector) as f,
+        Node(tmp_path / "e", "e", servers, nodes, collector) as e,
+        Node(tmp_path / "f", "f", servers, nodes, collector) as f,
     ):
         e.begin()
         e.lists("fixed")
