@@ -49,7 +49,7 @@ class Cluster:
         self.nodes, self.sent, self.counted, self.rate, self.arrived = nodes, sent, counted, rate, arrived
         self.began = 0
         self._twice: dict[tuple[str, int], int] = {}
-        """What each node has counted of a collector's copies as `perhaps_twice`, as it told last."""
+        """The copies to a collector that each node has counted as `perhaps_twice`, as it told last."""
         self.answered: set[str] = set()
         """Names whose registration was answered with `ok`."""
 
