@@ -148,7 +148,7 @@ class JournalService:
     @property
     def _due_at(self) -> float:
         """Return the time at which something is due that no message brings."""
-        unsynced = any(stream.unsynced for stream in self._streams.values())
+        unsynced = any(stream.unsynced for stream in self._streams.values()) and not self._syncing
         return min(self._upkeep_at, self._reporter.due_at, self._sync_at if unsynced else self._upkeep_at)
 
     def _turn(self) -> int:
@@ -222,6 +222,7 @@ class JournalService:
         except OSError:  # the directory is gone: writing says so
             return
         kept = [each for stream in self._streams.values() for each in stream.kept()]
+        free += sum(stream.going for stream in self._streams.values())
         for going in expired(kept, self._limits, time.time_ns(), free):
             self._streams[going.segment.stream].remove(going)
 

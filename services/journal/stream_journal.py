@@ -78,6 +78,8 @@ class StreamJournal:
         """Datagrams dropped since writing began to fail."""
         self._next_number = 1
         self.unsynced = False
+        self.going = 0
+        """Bytes of segments that the disk's thread has still to remove."""
 
     def open(self) -> None:
         """Seal what the last journal has left open, and learn what is there, and what workers have reached."""
@@ -225,10 +227,12 @@ class StreamJournal:
         """Let the disk's thread remove a segment, and count what was in it."""
         number = going.segment.number
         del self._kept[number]
+        self.going += going.size
         known = self._rows.pop(number, None)
 
         def apply(result: tuple[int, OSError | None]) -> None:
             rows, error = result
+            self.going -= going.size
             if error is None:
                 self.account[EXPIRED] += rows
             else:

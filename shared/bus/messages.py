@@ -83,7 +83,7 @@ class Datagrams(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """
 
     stream: StreamName
-    received_ns: int
+    received_ns: Number
     loan: Number = 0
     chunk: Number | None = None
     stride: Annotated[int, Meta(ge=0, le=MAX_DATAGRAM)] = 0

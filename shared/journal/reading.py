@@ -15,6 +15,8 @@ from shared.journal.segments import LATE_NS, Segment, first_for
 MAX_PASSED: Final = 4096
 """Records that a portion passes over in search of the first one: some 20 ms. A further portion goes on from there."""
 
+Worker = tuple[str, int]
+"""Name and boot id of a worker."""
 Segments = Callable[[], Sequence[Segment]]
 """Returns the segments that a stream has now, in their order."""
 
@@ -24,7 +26,7 @@ class Portion:
     """Batches with their identities, and how to go on; fields as in `JournalPortion`."""
 
     batches: list[tuple[Identity, DatagramBatch]] = field(default_factory=list)
-    positions: dict[str, WorkerPosition] = field(default_factory=dict)
+    positions: dict[Worker, WorkerPosition] = field(default_factory=dict)
     place: JournalPlace | None = None
     at_end: bool = False
     expired: int = 0
@@ -40,7 +42,12 @@ class _PortionReader:
 
     def __init__(self, wanted: JournalRead, most_batches: int) -> None:
         self._wanted, self._most_batches = wanted, most_batches
-        self.portion = Portion(positions={each.worker: each for each in wanted.positions}, place=wanted.place)
+        positions = {(each.worker, each.boot): each for each in wanted.positions}
+        self.portion = Portion(positions=positions, place=wanted.place)
+        self._newest: dict[str, int] = {}
+        """By worker: the time of the last batch before its positions, of whatever boot."""
+        for each in wanted.positions:
+            self._newest[each.worker] = max(each.received_ns, self._newest.get(each.worker, 0))
         self._rows, self._payload, self._passed = wanted.rows, wanted.payload, 0
         self._met: set[str] = set()
         """Workers of which a batch was met."""
@@ -98,12 +105,12 @@ class _PortionReader:
         return False
 
     def _is_wanted(self, head: Head) -> bool:
-        position, identity = self.portion.positions.get(head.identity.worker), head.identity
-        if position is None:
-            return head.received_ns >= self._wanted.since_ns
-        if position.boot == identity.boot:
+        identity = head.identity
+        if position := self.portion.positions.get((identity.worker, identity.boot)):
             return identity.total + head.rows > position.total
-        return head.received_ns > position.received_ns
+        if (newest := self._newest.get(identity.worker)) is not None:
+            return head.received_ns > newest
+        return head.received_ns >= self._wanted.since_ns
 
     def _read_batch(self, reader: SegmentReader, head: Head) -> bool:
         """Add a batch to the portion, if it is not damaged; return False when there is no room for it."""
@@ -120,18 +127,19 @@ class _PortionReader:
         identity, worker = head.identity, head.identity.worker
         self._note_gap(identity)
         self._met.add(worker)
-        self.portion.positions[worker] = WorkerPosition(
+        self.portion.positions[worker, identity.boot] = WorkerPosition(
             worker, identity.boot, identity.sequence + 1, identity.total + head.rows, head.received_ns
         )
+        self._newest[worker] = max(head.received_ns, self._newest.get(worker, 0))
         self._rows, self._payload = self._rows - head.rows, self._payload - len(batch.payload)
         self.portion.batches.append((identity, batch))
         return True
 
     def _note_gap(self, identity: Identity) -> None:
-        position = self.portion.positions.get(identity.worker)
-        if position is None:
+        if identity.worker not in self._newest:
             return
-        gap = max(0, identity.total - (position.total if position.boot == identity.boot else 0))
+        position = self.portion.positions.get((identity.worker, identity.boot))
+        gap = max(0, identity.total - (position.total if position else 0))
         if self._from_the_first and identity.worker not in self._met:
             self.portion.expired += gap
         else:
@@ -155,6 +163,8 @@ class PastBatches:
     until_ns: int
     damaged: int = 0
     """Bytes passed over so far."""
+    gone: int = 0
+    """Segments that retention removed before they were read."""
     place: JournalPlace | None = None
     """Place of the batch that was yielded last; None before the first."""
 
@@ -169,6 +179,7 @@ class PastBatches:
             try:
                 reader = open_segment(self.directory, segment)
             except FileNotFoundError:  # retention was quicker
+                self.gone += 1
                 continue
             with reader:
                 yield from self._batches_of(reader, offset)

@@ -110,8 +110,10 @@ def shown(at_ns: int) -> str:
     return f"{datetime.fromtimestamp(at_ns / SECOND):%F %T}"
 
 
-def tell_damage(wanted: Wanted) -> bool:
+def tell_losses(wanted: Wanted) -> bool:
     """Say what could not be read; return whether there was such a thing."""
     if wanted.past.damaged:
         say(f"{wanted.past.damaged} bytes of the journal are damaged: what was in them is left out")
-    return wanted.past.damaged > 0
+    if wanted.past.gone:
+        say(f"segments that the journal removed before they were read: {wanted.past.gone}; they are left out")
+    return wanted.past.damaged + wanted.past.gone > 0

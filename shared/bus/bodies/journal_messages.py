@@ -73,7 +73,7 @@ class Replayed(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
     read: Number
     stream: StreamName
-    received_ns: int
+    received_ns: Number
     worker: SenderName
     boot: Number
     sequence: Number

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from shared.bus.bodies.fields import REPLAY_PREFIX
-from shared.bus.bodies.journal_messages import JOURNAL_TOPIC, JournalPortion, JournalRead, Replayed
+from shared.bus.bodies.journal_messages import JOURNAL_TOPIC, MAX_WORKERS, JournalPortion, JournalRead, Replayed
 from shared.bus.messages import Message, Status
 from shared.bus.zmq_sockets import Publisher
 from shared.client import Place
@@ -88,9 +88,8 @@ class JournalQuestions:
             return
         number, since_ns = next(self._ids), max(1, pursuit.since_ns)
         most = PORTION_ROWS, PORTION_PAYLOAD
-        request = JournalRead(
-            number, self.topic, pursuit.stream, since_ns, pursuit.positions(), *most, place=pursuit.reader
-        )
+        positions = sorted(pursuit.positions(), key=lambda each: each.received_ns)[-MAX_WORKERS:]
+        request = JournalRead(number, self.topic, pursuit.stream, since_ns, positions, *most, place=pursuit.reader)
         if self._publisher.publish(JOURNAL_TOPIC, request):
             pursued.question = _Question(number, now + ANSWER_SECONDS)
 

@@ -191,9 +191,7 @@ class Pursuit:
         self._expired += expired
         for each in positions:
             worker = each.worker, each.boot
-            known = self._fetched.get(worker)
-            if known is None or each.total > known.total:
-                self._fetched[worker] = each
+            self._fetched[worker] = max(self._fetched.get(worker, each), each, key=lambda at: at.total)
 
     def next_step(self, window: Window, followed: Mapping[Worker, Position], most: int) -> Step | None:
         """Return what the collector gets next, at most `most` datagrams; None: there is nothing now."""
@@ -350,13 +348,14 @@ class Pursuit:
         """
         for worker, each in followed.items():
             if worker not in self._totals:
-                known = self._fetched.get(worker)
                 owed_from = self._counted.get(worker, each.baseline)
                 if self.by_window and (first := window.find(worker, 0)):
                     owed_from = min(owed_from, first.total)
-                self._move(worker, min(owed_from, known.total) if known else owed_from)
-                sequence, received = (known.sequence, known.received_ns) if known else (0, self.since_ns)
-                self._pass_batch(worker, sequence, received)
+                known = self._fetched.get(worker, WorkerPosition(*worker, 0, owed_from, self.since_ns))
+                self._move(worker, min(owed_from, known.total))
+                self._pass_batch(worker, known.sequence, known.received_ns)
+                if worker not in self._fetched and owed_from < each.reached:  # passed over, as older by its clock?
+                    self.reader, self._at_end = None, False
 
     def _covered(self, window: Window, worker: Worker, position: Position) -> bool:
         return window.covers(worker, self._totals.get(worker, 0), position.reached)

@@ -8,15 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from services.journal.service import FILL_SECONDS, fill_seconds
+from services.journal.service import FILL_SECONDS, JournalService, fill_seconds
 from shared.bus.bodies.journal_messages import WorkerPosition
 from shared.bus.endpoint import queue_limit
 from shared.capture.reader import CaptureReader
 from shared.journal.directory import segments_in
 from shared.ledger.counters import EXPIRED, KEPT_BYTES, SEGMENTS, SET_ASIDE, TAKEN, UNSERVED, WRITE_ERRNO, WRITTEN
 from shared.process.lifecycle import CANT_CREATE
+from shared.settings.entries import Stream
 from shared.settings.file import load
 from shared.settings.model import Settings
+from shared.settings.tables import Bus, Journal
 from tests.builders import SOURCES, BusEnds, PlayedWorker, accounts_when, make_batch, wait_unwanted, wait_wanted
 from tests.documents import block
 from tests.services.journal.asking import PlayedReader
@@ -173,6 +175,20 @@ def test_a_reload_begins_and_ends_to_keep_a_stream(stack: Stack) -> None:
         accounts_when(bus, "journal.1", lambda now: now[ACCOUNT][SEGMENTS] == 1)
         batches, _ = PlayedReader(bus).ask()
         assert [rows for _, rows in batches] == [datagrams([b"one"])]
+
+
+def test_a_slow_disk_is_waited_for_asleep(tmp_path: Path) -> None:
+    """While the disk syncs nothing is due for that, though more has come since: the loop would spin."""
+    kept = Stream(name="messages", listen=("udp://127.0.0.1:6667",), journal=True)
+    own = Journal(directory=str(tmp_path / "journal"))
+    settings = Settings(bus=Bus(directory=str(tmp_path)), journal=own, streams=(kept,))
+    with JournalService("journal.1", settings) as journal:
+        journal._upkeep_at = journal._reporter.due_at = 100.0
+        stream = journal._streams["messages"]
+        stream.unsynced, journal._sync_at = True, 7.0
+        assert journal._due_at == 7.0
+        journal._syncing = True
+        assert journal._due_at == 100.0
 
 
 def test_a_directory_that_cannot_be_made(stack: Stack) -> None:

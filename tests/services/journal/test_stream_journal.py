@@ -118,6 +118,21 @@ def write_two_workers(directory: Path, disk: DiskThread, monkeypatch: pytest.Mon
     wait_until(partial(_sealed, journal, disk), "all are sealed")
 
 
+def test_what_is_still_to_be_removed_is_known(
+    tmp_path: Path, disk: DiskThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is slow: until it has removed a segment, its bytes count as going, so that no others go for them."""
+    write_two_workers(tmp_path, disk, monkeypatch)
+    journal = StreamJournal("flows", tmp_path, 1 << 30, disk)
+    journal.open()
+    first, second, *rest = journal.kept()
+    journal.remove(first)
+    journal.remove(second)
+    assert journal.going == first.size + second.size
+    wait_until(lambda: disk.collect() or not journal.going, "they are removed")  # type: ignore[func-returns-value]
+    assert journal.kept() == rest
+
+
 @pytest.mark.parametrize("damaged", [0, 1, 3])
 def test_a_start_knows_workers_of_older_segments(
     tmp_path: Path, disk: DiskThread, monkeypatch: pytest.MonkeyPatch, damaged: int

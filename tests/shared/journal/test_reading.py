@@ -5,7 +5,7 @@ import pytest
 from shared.bus.bodies.journal_messages import JournalPlace, JournalRead, WorkerPosition
 from shared.datagrams.batch import DatagramBatch
 from shared.journal.directory import segments_in
-from shared.journal.reading import read_portion
+from shared.journal.reading import PastBatches, read_portion
 from shared.journal.records import Identity
 from shared.journal.segments import SECOND
 from tests.shared.journal.filled import NOW, as_written, batch_of, identities, read_all, times, write_segment
@@ -55,7 +55,7 @@ def test_every_worker_goes_on_from_its_own_position(
             found, portion = read_all(directory, *start, rows=rows, use_places=use_places)
             assert found == expected
             assert (portion.missing, portion.expired, portion.damaged) == (0, 0, 0)
-            assert portion.positions["ingest.1"].boot == 3
+            assert portion.positions["ingest.1", 3].boot == 3
 
 
 def test_a_position_within_a_batch_brings_it_again(two_workers: tuple[Path, Batches]) -> None:
@@ -94,3 +94,29 @@ def test_a_segment_that_is_sealed_or_removed_meanwhile(two_workers: tuple[Path, 
     portion = read_portion(directory, lambda: stale, wanted)
     assert [as_written(*each) for each in portion.batches] == [as_written(*each) for each in order[8:]]
     assert portion.at_end
+
+
+def test_a_worker_that_was_started_anew_while_the_clock_was_set_back(tmp_path: Path) -> None:
+    """Its new datagrams are older by their time; they are read once its boot is known, from there on."""
+    before, since = batches_of("ingest.1", 5, 3), batches_of("ingest.1", 3, 4, NOW - 3600 * SECOND)
+    write_segment(tmp_path / "flows", [*before, *since], 1)
+    had = WorkerPosition("ingest.1", 5, 3, 6, NOW + 2 * SECOND)
+    assert read_all(tmp_path / "flows", had)[0] == []
+    for places in ([had, WorkerPosition("ingest.1", 3, 0, 2)], [WorkerPosition("ingest.1", 3, 0, 2), had]):
+        found, portion = read_all(tmp_path / "flows", *places)
+        assert found == [as_written(*each) for each in since[1:]]
+        assert (portion.missing, portion.expired) == (0, 0)
+
+
+def test_segments_that_retention_removes_before_an_export_reads_them_are_counted(
+    two_workers: tuple[Path, Batches],
+) -> None:
+    """The rest is read, and the count tells that it is not all."""
+    directory, order = two_workers
+    segments = segments_in(directory.parent, "flows")
+    past = PastBatches(directory, segments, 0, 1 << 62)
+    reading = past.batches()
+    next(reading)
+    (directory / segments[1].name).unlink()
+    assert len(list(reading)) == len(order) - 8 - 1
+    assert past.gone == 1

@@ -8,7 +8,7 @@ from services.operator.cli.arguments import Subparsers, add_command
 from services.operator.cli.numbers import counted
 from services.operator.cli.output import NO_ROOM, STANDARD_OUTPUT, open_capture, say
 from services.operator.cli.progress import Progress
-from services.operator.client.journal_past import Wanted, add_past_arguments, find_past, shown, tell_damage
+from services.operator.client.journal_past import Wanted, add_past_arguments, find_past, shown, tell_losses
 from shared.capture.pcapng import Destination
 from shared.capture.writer import CaptureWriter
 from shared.process.lifecycle import FAILED, OK, Lifecycle, OperatorError
@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
     else:
         exporters = f" from {arguments.source}" if arguments.source else ""
         say(f"warning: there is no datagram of {arguments.stream}{exporters} in this time")
-    return FAILED if tell_damage(wanted) else OK
+    return FAILED if tell_losses(wanted) else OK
 
 
 def _write(

@@ -17,7 +17,7 @@ from services.operator.cli.numbers import counted
 from services.operator.cli.output import cant_write, say
 from services.operator.cli.progress import Bar
 from services.operator.client.gateway_options import add_gateway_arguments, open_registry
-from services.operator.client.journal_past import Wanted, add_past_arguments, find_past, shown, tell_damage
+from services.operator.client.journal_past import Wanted, add_past_arguments, find_past, shown, tell_losses
 from services.operator.client.running_streams import streams_of
 from shared.bus.bodies.journal_messages import JournalPlace
 from shared.net.addresses import pack_address, parse_endpoint
@@ -254,4 +254,4 @@ def _tell(arguments: argparse.Namespace, wanted: Wanted, sender: ReplaySender, p
         say("the same command goes on from here")
     if whole and not place.sent:
         say(f"warning: there is no datagram of {arguments.stream} in this time")
-    return FAILED if tell_damage(wanted) or sender.refused else OK
+    return FAILED if tell_losses(wanted) or sender.refused else OK

@@ -7,7 +7,7 @@ from random import Random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.bus.bodies.journal_messages import WorkerPosition
+from shared.bus.bodies.journal_messages import JournalPlace, WorkerPosition
 from shared.bus.continuity import Continuity, Position
 from shared.client import Place
 from shared.fanout.past.pursuit import PATIENCE_SECONDS, STRAY_SECONDS, Pursuit, PursuitState
@@ -274,3 +274,16 @@ def test_a_worker_of_which_a_dead_node_told_nothing_is_owed_from_its_first_datag
         pursuit.advance(step)
         discovered[step.numbered.worker] += step.discovered
     assert discovered == {told: 6, untold: 10}
+
+
+def test_a_worker_that_the_journal_did_not_tell_of_is_asked_for() -> None:
+    """The journal took it for an older one, as its clock was set back: it is named, and all is searched, once."""
+    pursuit, window = Pursuit("messages", 7, Counter()), Window()
+    pursuit.note_portion(JournalPlace(9, 100), [WorkerPosition("ingest.1", 1, 3, 30, 99)], 0, at_end=True)
+    came = {("ingest.1", 2): Position(1, 10, 50)}
+    assert pursuit.check(window, came) is PursuitState.READING
+    assert pursuit.reader is None
+    assert WorkerPosition("ingest.1", 2, 0, 10, 7) in pursuit.positions()
+    pursuit.note_portion(JournalPlace(9, 100), pursuit.positions(), 0, at_end=True)
+    pursuit.check(window, came)
+    assert pursuit.reader == JournalPlace(9, 100)

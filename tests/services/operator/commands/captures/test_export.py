@@ -4,12 +4,17 @@ import pty
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from datetime import UTC, datetime
 from pathlib import Path
 
+import pytest
+
+from services.operator.client.journal_past import find_past, tell_losses
 from shared.capture.reader import CapturedDatagram, CaptureReader
 from shared.journal.segments import SECOND
 from shared.net.addresses import pack_address
+from shared.settings.model import Settings
 from tests.shared.journal.filled import AT, batch_of, identities, write_segment
 from tests.stack import CHECKOUT, Stack
 
@@ -112,6 +117,17 @@ def test_what_is_damaged_is_left_out_and_said(stack: Stack) -> None:
     code, found, said = export(stack, "--stream", "flows", "--directory", str(directory))
     assert (code, len(found)) == (1, 36)
     assert "bytes of the journal are damaged: what was in them is left out" in said
+
+
+def test_what_retention_takes_meanwhile_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Segments that are removed before they are read are left out; the exit code is 1, and a line says so."""
+    fill(tmp_path, 1)
+    (path,) = (tmp_path / "flows").iterdir()
+    wanted = find_past(Namespace(stream="flows", since="", until="now", source=None, directory=tmp_path), Settings())
+    path.unlink()
+    assert list(wanted.batches()) == []
+    assert tell_losses(wanted)
+    assert "segments that the journal removed before they were read: 1; they are left out" in capsys.readouterr().err
 
 
 def test_a_capture_is_not_for_a_terminal(stack: Stack) -> None:
