@@ -13,6 +13,7 @@ from services.uplink.incoming.delivery import Delivery
 from services.uplink.incoming.feeds import Feeds
 from services.uplink.incoming.readers import Readers
 from services.uplink.incoming.receiving import NEXT, Receiver
+from services.uplink.nodes.leaders import keep_leaders, return_home
 from services.uplink.nodes.node import Node
 from services.uplink.outgoing.batches import BusBatches
 from services.uplink.outgoing.cursors import CURSOR_COUNTERS
@@ -261,7 +262,7 @@ class Service:
         """Connect to one server after the other; use each as long as it lasts."""
         shortest, longest = RECONNECT_SECONDS
         pause = shortest
-        for endpoint in rotated(self._uplink.endpoints):
+        for endpoint in rotated(self._uplink):
             began = time.monotonic()
             session = Session(self._uplink, self._sending.outbox, self._account, self._troubles)
             try:
@@ -271,7 +272,8 @@ class Service:
                 self._session = session
                 self._troubles.end("connection", "connected to a NATS server again")
                 log.info("connected to a NATS server", server=str(endpoint), site=self._uplink.site)
-                beats = [self._node.run] if self._node else []
+                own = endpoint == self._uplink.endpoints[0]
+                beats = [self._node.run, keep_leaders if own else return_home] if self._node else []
                 receiving = [receiver.run for receiver in self._receivers]
                 await session.run(self._delivery.release_overdue, *receiving, *beats)
                 self._troubles.say("connection", f"the connection to {endpoint} has ended; trying again")

@@ -15,6 +15,8 @@ from shared.net.addresses import Endpoint
 from shared.settings.uplink import Uplink
 
 CONNECT_SECONDS: Final = 5
+OWN_TRIES: Final = 3
+"""Attempts, of which none takes long: a server that has just been started is there soon."""
 CLOSE_SECONDS: Final = 1.0
 """Time for a farewell: a server that is gone does not answer one by TLS."""
 
@@ -84,7 +86,12 @@ def reason(error: BaseException) -> str:
     return str(error).removeprefix("nats: ") or type(error).__name__
 
 
-def rotated(endpoints: tuple[Endpoint, ...]) -> Iterator[Endpoint]:
-    """Yield the servers in turn, for ever, from one that was drawn: so that not all sites use the same."""
-    first = secrets.randbelow(len(endpoints))
-    return itertools.islice(itertools.cycle(endpoints), first, None)
+def rotated(uplink: Uplink) -> Iterator[Endpoint]:
+    """Yield the servers in turn, for ever, from one that was drawn: so that not all sites use the same.
+
+    A node tries its own, the first, several times before another one, which may go with its node.
+    """
+    own, *others = uplink.endpoints
+    if uplink.nodes and others:
+        return itertools.cycle([each for other in others for each in (*[own] * OWN_TRIES, other)])
+    return itertools.islice(itertools.cycle(uplink.endpoints), secrets.randbelow(len(uplink.endpoints)), None)

@@ -121,7 +121,7 @@ class Member:
         """Connect to one server after the other; use each as long as it lasts."""
         shortest, longest = RECONNECT_SECONDS
         pause = shortest
-        for endpoint in rotated(self._uplink.endpoints):
+        for endpoint in rotated(self._uplink):
             began, self._client, ended = time.monotonic(), Client(), asyncio.Event()
             try:
                 await open_connection(
