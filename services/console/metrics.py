@@ -12,6 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector as Source
 
+from shared.bus.bodies.nodes_message import Nodes, NodeState
 from shared.client import MOST_WAITING
 from shared.ledger import counters
 from shared.losses import cause_of
@@ -89,6 +90,8 @@ def stack_metrics(picture: Picture, clock: float, version: str) -> Iterator[Metr
     yield from _services(picture.services, picture.verdict.missing)
     yield from _journal(picture.kept)
     yield from _verdict(picture)
+    if picture.nodes:
+        yield from _nodes(picture.nodes)
 
 
 def _streams(streams: Iterable[Stream]) -> Iterator[Metric]:
@@ -274,6 +277,22 @@ def _verdict(picture: Picture) -> Iterator[Metric]:
         yield GaugeMetricFamily("fanwire_exporters", "Exporters of the last seconds.", len(picture.exporters))
         untaken = sum(exporter.takers == 0 for exporter in picture.exporters)
         yield GaugeMetricFamily("fanwire_exporters_untaken", "Exporters whose datagrams nobody gets.", untaken)
+
+
+def _nodes(nodes: Nodes) -> Iterator[Metric]:
+    state = GaugeMetricFamily("fanwire_node_state", "1 for the node's present state.", labels=["node", "state"])
+    silent = GaugeMetricFamily("fanwire_node_silent_seconds", "Time since the node was heard.", labels=["node"])
+    waiting = GaugeMetricFamily(
+        "fanwire_node_waiting_messages", "Messages of the node that are still to come.", labels=["node"]
+    )
+    for node in nodes.nodes:
+        for word in get_args(NodeState):
+            state.add_metric([node.name, word], word == node.state)
+        if node.age_ms >= 0:
+            silent.add_metric([node.name], node.age_ms / 1000)
+        waiting.add_metric([node.name], node.pending)
+    yield from (state, silent, waiting)
+    yield GaugeMetricFamily("fanwire_nodes_majority", "1 if this node is of the majority.", nodes.majority)
 
 
 def exporter_metrics(picture: Picture, top: int) -> Iterator[Metric]:

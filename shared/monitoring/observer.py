@@ -122,6 +122,7 @@ class Observer:
         self._told: dict[str, _Told] = {}
         self._replica = RegistryReplica()
         self._owners = Owners()
+        self._nodes: Nodes | None = None
         self._troubles: dict[str, dict[tuple[str, int], tuple[Trouble, float]]] = {}
         """By source: the collectors that have a trouble, and its start; {} once all are told to be well."""
         self._troubles_at: dict[str, float] = {}
@@ -171,6 +172,7 @@ class Observer:
         elif isinstance(body, Nodes):
             if not self._owners.nodes:
                 self._owners = Owners(body.nodes[0].name, [node.name for node in body.nodes])
+            self._nodes = body
             self._owners.note(body)
         elif isinstance(body, Health):
             pieces = self._assemblers[body.source].add((envelope.boot, body.report), body)
@@ -203,10 +205,10 @@ class Observer:
         found = tuple(self._losses(now))
         seconds = min(RECENT_SECONDS, max(0.0, now - self._began))
         verdict = judge(services, collectors, found, self._found, seconds)
+        kept, nodes = tuple(kept_streams(accounts)), self._nodes if "uplink.1" in accounts else None
         return Picture(
             *(now, verdict, self._balanced, self._found, streams, collectors, exporters, services, found),
-            kept=tuple(kept_streams(accounts)),
-            recent_seconds=seconds,
+            *(kept, seconds, nodes),
         )
 
     def _forget(self, now: float) -> None:

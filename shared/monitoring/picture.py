@@ -9,6 +9,7 @@ from typing import Final, Literal
 
 import msgspec
 
+from shared.bus.bodies.nodes_message import Nodes
 from shared.client import Client
 from shared.losses import Loss
 from shared.monitoring.kept import KeptStream, Owed
@@ -168,3 +169,5 @@ class Picture:
     """Streams that a journal which reports keeps, or has kept."""
     recent_seconds: float = RECENT_SECONDS
     """Time that `recent` counts cover: less, where the observer has not been there for so long."""
+    nodes: Nodes | None = None
+    """The nodes of the cluster; None: this host is none, or its uplink does not report."""

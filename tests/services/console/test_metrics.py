@@ -6,8 +6,11 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from services.console.metrics import MAX_COLLECTORS, exporter_metrics, render, stack_metrics
+from shared.bus.bodies.nodes_message import Node, Nodes
+from shared.bus.messages import Message
 from shared.client import MOST_WAITING
 from shared.losses import causes
+from tests.builders import make_envelope
 from tests.services.console.told import HOSTILE, busy, client, observe
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
@@ -85,6 +88,19 @@ def test_what_does_not_report_has_a_series_for_as_long() -> None:
     assert (up["ingest.1",], up["forwarder",], "ingest" in {name for (name,) in up}) == (1, 0, False)
     text = render(stack_metrics(observe([], {}).picture(0.0), 0.0, "1"), "")[0].decode()
     assert ("ingest",) in samples(text, "fanwire_service_up")
+
+
+def test_nodes_have_series_while_the_uplink_tells_of_them() -> None:
+    """Each node of a cluster has its state, how long it is silent and what is still to come; a host of its own none."""
+    nodes = Nodes(True, [Node("a", "live", 0), Node("b", "silent", 2500, 7), Node("c", "silent")], ("a",))
+    for tells in (True, False):
+        observer = observe([], {"uplink.1": {}} if tells else {})
+        observer.note(Message("", make_envelope(sender="uplink.1"), nodes), 0.0)
+        text = render(stack_metrics(observer.picture(0.0), 0.0, "1"), "")[0].decode()
+        assert samples(text, "fanwire_node_silent_seconds") == ({("b",): 2.5, ("a",): 0.0} if tells else {})
+        assert samples(text, "fanwire_node_waiting_messages").get(("b",)) == (7 if tells else None)
+        assert samples(text, "fanwire_node_state").get(("b", "silent")) == (1 if tells else None)
+        assert samples(text, "fanwire_nodes_majority") == ({(): 1.0} if tells else {})
 
 
 def test_series_are_bounded_and_it_is_told() -> None:
