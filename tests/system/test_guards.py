@@ -8,6 +8,7 @@ import time
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -152,6 +153,7 @@ CLAUSE: Final = re.compile(
 """Beginnings of clauses that stand for a noun, and of orders to others."""
 
 
+@cache
 def imports(path: Path) -> set[str]:
     """Modules that a file imports, dotted."""
     found = set()

@@ -501,7 +501,6 @@ class TestSeveralProcesses:
         account = observed_in_calls(sent, most)
         assert account == {"exporters": 1 if port == 2055 else 2}
 
-    @settings(max_examples=100)
     @given(
         seed=st.integers(0, 1 << 32),
         processes=st.integers(1, 4),
@@ -545,7 +544,6 @@ class TestSeveralProcesses:
             account = observed_in_calls(sent, most)
             assert account == {"exporters": 1, "exporter_missed": len(range(10, 300, 10))}
 
-    @settings(max_examples=100)
     @given(
         st.lists(st.integers(0, 2), min_size=30, max_size=120),
         st.sets(st.integers(0, 119)),
