@@ -118,6 +118,7 @@ class JournalService:
         """Serve until told to drain, then until the workers are silent."""
         readiness = Readiness(self.name, self._settings.bus, lambda: self._publisher.ready)
         reload = Reload(self.name, lifecycle, self._settings, self._apply_settings)
+        directory = str(self._settings.journal.path)
         signals, busy_until, handled, period, turned_at = lifecycle.fileno(), 0.0, TURN_MESSAGES, 0.0, 0.0
         with select.epoll() as waking, select.epoll() as filling:
             for descriptor in (self._publisher.fileno(), signals):
@@ -142,7 +143,7 @@ class JournalService:
                 handled = self._turn()
                 self._keep_up()
                 reload.check()
-                readiness.check(directory=str(self._settings.journal.path), streams=sorted(self._journaled))
+                readiness.check(directory=directory, streams=sorted(self._journaled))
         self._drain()
 
     @property

@@ -1,7 +1,7 @@
 """Measures the journal: `python -m tests.benchmarks.journal [DIRECTORY]`; by default its files are in memory.
 
-It prints CPU a datagram for writing and reading back, what a journal takes that is fed as fast as it can, and the time
-of a start and of an export with a million datagrams in 100 segments. No network is used.
+It prints CPU a datagram for writing and reading back, that of the service at some rates, and the time of a start and of
+an export with a million datagrams in 100 segments. No network is used.
 """
 
 import random
@@ -51,13 +51,15 @@ def again(batch: DatagramBatch, at_ns: int) -> DatagramBatch:
     return DatagramBatch(batch.stream, at_ns, batch.rows, batch.payload)
 
 
-def write(directory: Path, number: int, batch: DatagramBatch, count: int) -> tuple[float, Segment]:
-    """Write a segment of this many batches; return the µs of CPU a datagram, and the segment."""
+def write(directory: Path, number: int, batch: DatagramBatch, count: int, together: int) -> tuple[float, Segment]:
+    """Write a segment of this many batches, some at a time; return the µs of CPU a datagram, and the segment."""
     segment = Segment("messages", number, batch.received_ns, is_open=True)
     writer = SegmentWriter(directory, segment, Destination())
     began = time.process_time()
-    for at in range(count):
-        writer.append([(Identity("ingest.1", BOOT, at, at * len(batch)), again(batch, batch.received_ns))])
+    for start in range(0, count, together):
+        numbers = range(start, min(count, start + together))
+        identities = [Identity("ingest.1", BOOT, at, at * len(batch)) for at in numbers]
+        writer.append([(identity, again(batch, batch.received_ns)) for identity in identities])
     took = time.process_time() - began
     return took / count / len(batch) * 1e6, writer.seal()
 
@@ -72,23 +74,28 @@ def read(path: Path, segment: Segment) -> float:
 
 
 def measure_files(directory: Path) -> None:
-    """Print what writing and reading cost, by length and rows of a batch."""
-    print(f"{'datagrams':26}{'rows':>6}{'write µs':>10}{'read µs':>9}{'bytes more':>12}")
+    """Print what writing and reading cost, by length and rows of a batch: of one, of 5, of 1,024 rows together."""
+    print(f"{'':32}{'write, µs':>10}{'':20}{'read,':>8}{'bytes':>7}")
+    print(f"{'datagrams':26}{'rows':>6}{'alone':>10}{'by 5':>10}{'by 1,024':>10}{'µs':>8}{'more':>7}")
     for name, length in LENGTHS.items():
-        for rows in (1024, 256, 64, 16):
+        for rows in (1024, 256, 64, 16, 4):
             if rows * length() > 1 << 19:
                 continue
             batch = batch_of(rows, length)
-            count = max(1, min(60_000 // rows, (64 << 20) // len(batch.payload)))
-            writes, reads, more = [], [], 0.0
+            count = max(5, min(20_000 // rows, (64 << 20) // len(batch.payload), 2000))
+            writes, reads, more = list[list[float]](), list[float](), 0.0
             for number in range(RUNS):
-                took, segment = write(directory, number, batch, count)
-                path = directory / segment.name
-                writes.append(took)
-                reads.append(read(path, segment))
-                more = path.stat().st_size / count / rows - len(batch.payload) / rows
-                path.unlink()
-            print(f"{name:26}{rows:6}{min(writes):10.2f}{min(reads):9.2f}{more:12.0f}")
+                writes.append([])
+                for together in (1, 5, max(1, 1024 // rows)):
+                    took, segment = write(directory, number, batch, count, together)
+                    writes[-1].append(took)
+                    path = directory / segment.name
+                    more = path.stat().st_size / count / rows - len(batch.payload) / rows
+                    if together == 1:
+                        reads.append(read(path, segment))
+                    path.unlink()
+            alone, by_5, by_rows = map(min, zip(*writes, strict=True))
+            print(f"{name:26}{rows:6}{alone:10.2f}{by_5:10.2f}{by_rows:10.2f}{min(reads):8.2f}{more:7.0f}")
 
 
 def settings(directory: Path) -> str:
