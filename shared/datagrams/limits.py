@@ -11,3 +11,5 @@ ROW_SIZE: Final = 20
 """Bytes of one datagram's columns."""
 MAX_PAYLOAD: Final = 512 * 1024
 """Bytes in a bus message: below its limit of 1 MiB, with room for one more datagram and the headers."""
+BUCKETS: Final = 1024
+"""Parts of all sources, by hash. Members of a group take some each: one of eight 8 % more or less than an eighth."""

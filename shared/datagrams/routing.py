@@ -5,7 +5,7 @@ when the collector is the one of its group that the source's hash picks, and las
 """
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -16,7 +16,7 @@ from shared.datagrams.batch import Indices
 from shared.datagrams.gathered import Mask
 from shared.datagrams.prefix_index import Network, PrefixIndex, disjoint
 from shared.datagrams.prefix_set import Datagrams, Prefixes, halves_of
-from shared.datagrams.sampling import hash_sources, sample_rows, share_rows
+from shared.datagrams.sampling import find_buckets, sample_rows, share_buckets, share_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,9 @@ class Selection:
 
 LeaveOut = Callable[[Client, Mask], tuple[Mask, Selection]]
 """Returns which of the rows that a collector wants are left to us, and what became of the others."""
+GiveBack = Callable[[Sequence[Client], Mapping[str, Mask], dict[str, Mask]], None]
+"""Gives rows of a group to the member that has a copy of them: it has the members, the rows that each wants, and those
+that it takes, which it changes."""
 
 
 @dataclass(slots=True)
@@ -87,12 +90,14 @@ class Router:
             self._by_stream[stream] = found
         return found
 
-    def route(self, batch: Datagrams, leave_out: LeaveOut | None = None) -> list[tuple[Client, Selection]]:
+    def route(
+        self, batch: Datagrams, leave_out: LeaveOut | None = None, give_back: GiveBack | None = None
+    ) -> list[tuple[Client, Selection]]:
         """Return the selection of each collector that wants the batch's stream and has a prefix that matches a source.
 
         Collectors with the same prefixes share a selection. Samples are taken of what `leave_out` leaves to us.
         """
-        return self._routes_of(batch.stream).route(batch, leave_out)
+        return self._routes_of(batch.stream).route(batch, leave_out, give_back)
 
     def takers(self, batch: Datagrams, names: Collection[str]) -> list[tuple[Client, Mask, Mask]]:
         """Return, for those of these collectors that want the batch's stream, the rows that their prefixes let pass.
@@ -127,7 +132,9 @@ class _StreamRoutes:
         ]
         self._picking = [route for route in routes if _picks(route.client)]
 
-    def route(self, batch: Datagrams, leave_out: LeaveOut | None) -> list[tuple[Client, Selection]]:
+    def route(
+        self, batch: Datagrams, leave_out: LeaveOut | None, give_back: GiveBack | None
+    ) -> list[tuple[Client, Selection]]:
         """Do as `Router.route` says."""
         if not len(batch) or not (self._sets or self._picking):
             return self._everything
@@ -138,7 +145,8 @@ class _StreamRoutes:
             routed += [(client, selection) for client in self._filtered[number]]
         if self._picking:
             sets = list(self._sets)
-            routed += _pick(batch, self._picking, {sets[number]: rows for number, rows in matched}, leave_out)
+            rows_of = {sets[number]: rows for number, rows in matched}
+            routed += _pick(batch, self._picking, rows_of, leave_out, give_back)
         return routed
 
 
@@ -166,6 +174,7 @@ def _pick(
     routes: list[CollectorRoute],
     rows_of: dict[tuple[Network, ...], Indices],
     leave_out: LeaveOut | None,
+    give_back: GiveBack | None,
 ) -> list[tuple[Client, Selection]]:
     """Return selections of collectors that sample or share; `rows_of` has, by set of networks, the rows that pass."""
     wanted = {}
@@ -174,14 +183,16 @@ def _pick(
         if route.client.prefixes and route.networks in rows_of:
             passing[rows_of[route.networks]] = True
         wanted[route.client.name] = passing
-    picked = _pick_members(batch, routes, wanted)
+    picked = _pick_members(batch, routes, wanted, give_back)
     return [
         (route.client, _select(route, wanted[route.client.name], picked.get(route.client.name), leave_out))
         for route in routes
     ]
 
 
-def _pick_members(batch: Datagrams, routes: list[CollectorRoute], wanted: dict[str, Mask]) -> dict[str, Mask]:
+def _pick_members(
+    batch: Datagrams, routes: list[CollectorRoute], wanted: dict[str, Mask], give_back: GiveBack | None = None
+) -> dict[str, Mask]:
     """Return, for each member of a group, the rows that it takes."""
     groups: dict[str, list[CollectorRoute]] = {}
     for route in routes:
@@ -189,13 +200,22 @@ def _pick_members(batch: Datagrams, routes: list[CollectorRoute], wanted: dict[s
             groups.setdefault(route.client.group, []).append(route)
     if not groups:
         return {}
-    sources = hash_sources(batch)
+    buckets = find_buckets(batch)
     picked: dict[str, Mask] = {}
     for members in groups.values():
         names = [route.client.name for route in members]
-        shares = share_rows(sources, [route.seed for route in members], [wanted[name] for name in names])
-        picked.update(zip(names, shares, strict=True))
+        shares = share_rows(buckets, [route.seed for route in members], [wanted[name] for name in names])
+        taken = dict(zip(names, shares, strict=True))
+        if give_back:
+            give_back([route.client for route in members], wanted, taken)
+        picked |= taken
     return picked
+
+
+def shares_of(members: Sequence[Client]) -> dict[str, bytes]:
+    """Return, by name, the buckets of sources that members of one group take, if all of them want the same."""
+    shares = share_buckets([CollectorRoute(each).seed for each in members])
+    return {member.name: share for member, share in zip(members, shares, strict=True)}
 
 
 def _select(route: CollectorRoute, wanted: Mask, picked: Mask | None, leave_out: LeaveOut | None) -> Selection:

@@ -284,7 +284,8 @@ class Collectors(Generic[D]):
         routed = []
         behind = self.past.behind(batch.stream)
         copied = self.rules.copied(batch)
-        for client, selected in self._router.route(batch, copied.leave_out if copied else None):
+        left = (copied.leave_out, copied.give_back) if copied else ()
+        for client, selected in self._router.route(batch, *left):
             served, selection = self._served[client.name], selected
             if copied:
                 selection = copied.divide(client, selected)

@@ -6,7 +6,7 @@ gets from us what it wants and the kernel has not copied.
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple
 
@@ -20,11 +20,13 @@ from shared.client import Client, Source
 from shared.datagrams.batch import DatagramBatch, Generations, Indices
 from shared.datagrams.gathered import Gathered, Mask
 from shared.datagrams.routing import Router, Selection
+from shared.datagrams.sampling import find_buckets, find_share
 
 MAX_ENTRIES: Final = 500_000
 """Of all generations together, some 100 bytes each; beyond it the generation that was used longest ago is forgotten."""
 
 NOTHING_LEFT_OUT: Final = Selection(None)
+NOBODY: Final = -1
 Entries = dict[str, Client]
 """Entries of rules, by name."""
 
@@ -39,6 +41,8 @@ class _Rules:
     boot: int
     serial: int
     streams: dict[str, Entries]
+    shares: dict[str, bytes]
+    """By name, of members of groups."""
     matched: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     @property
@@ -58,6 +62,7 @@ class _Standing:
     same: Entries
     changed: Entries
     router: Router
+    shares: Mapping[str, bytes]
     matched: Counter[tuple[str, str]]
 
     def copies(self, entry: Client, rows: int) -> int:
@@ -103,9 +108,11 @@ class KernelRules:
             return True
         self._forget(body.generation)
         streams: dict[str, Entries] = {}
-        for served in (served for piece in pieces for served in piece.served):
+        all_served = [served for piece in pieces for served in piece.served]
+        for served in all_served:
             self._enter(served, streams)
-        rules = self._rules[body.generation] = _Rules(envelope.boot, body.serial, streams)
+        shares = {served.client.name: served.share for served in all_served if served.share}
+        rules = self._rules[body.generation] = _Rules(envelope.boot, body.serial, streams, shares)
         self._given_up.discard(body.generation)
         self._entries += rules.size
         while self._entries > MAX_ENTRIES and len(self._rules) > 1:
@@ -146,17 +153,19 @@ class KernelRules:
         self._given_up.update(unknown)
         return unknown
 
-    def entries_for(self, client: Client, batch: DatagramBatch) -> dict[int, Client | None]:
+    def entries_for(self, client: Client, batch: DatagramBatch) -> dict[int, KernelServed | None]:
         """Return, by generation of a batch, the entry by which rules copy to a collector's address and port.
 
         A generation that nobody has told of has None, one that does not copy to it is left out.
         """
-        found: dict[int, Client | None] = {}
+        found: dict[int, KernelServed | None] = {}
         for generation in _distinct(batch.generations) if batch.generations is not None else ():
             rules = self._rules.get(generation)
             entry = rules.streams.get(batch.stream, {}).get(client.name) if rules else None
-            if rules is None or (entry and _place(entry) == _place(client)):
-                found[generation] = entry
+            if rules is None:
+                found[generation] = None
+            elif entry and _place(entry) == _place(client):
+                found[generation] = KernelServed(entry, (batch.stream,), rules.shares.get(entry.name, b""))
         return found
 
     def __bool__(self) -> bool:
@@ -194,7 +203,7 @@ class KernelRules:
             elif entry.source == self._source or (today and _place(today) == _place(entry)):
                 changed[name] = entry
         router.replace(msgspec.structs.replace(entry, sample=1, group="") for entry in changed.values())
-        return _Standing(stream, same, changed, router, rules.matched)
+        return _Standing(stream, same, changed, router, rules.shares, rules.matched)
 
 
 class CopiedRows:
@@ -212,6 +221,7 @@ class CopiedRows:
         self._standings = standings
         unknown = [mask for each, mask in self._masks.items() if each not in standings]
         self._source = source
+        self._buckets = find_buckets(batch) if any(each.shares for each in standings.values()) else None
         self._unknown = np.logical_or.reduce(unknown) if unknown else None
         self._all = np.ones(len(batch), np.bool_)
         self._divided: dict[tuple[int, tuple[int, ...]], tuple[Selection, Selection]] = {}
@@ -220,7 +230,7 @@ class CopiedRows:
         self.late = 0
         for generation, standing in standings.items():
             for client, selection in standing.router.route(batch) if standing.changed else ():
-                rows = self._masks[generation]
+                rows = self._reached(generation, client.name)
                 if selection.indices is not None:
                     rows = rows & _mask(selection.indices, len(batch))
                 entry, count = standing.changed[client.name], int(np.count_nonzero(rows))
@@ -229,13 +239,37 @@ class CopiedRows:
                 if entry.source == source:
                     self.late += made
 
+    def _reached(self, generation: int, name: str) -> Mask:
+        """Return the rows of a generation that have come to a collector's copies, as far as its prefixes let them."""
+        share = self._standings[generation].shares.get(name)
+        if share is None or self._buckets is None:
+            return self._masks[generation]
+        return self._masks[generation] & find_share(share, self._buckets)
+
+    def give_back(self, members: Sequence[Client], wanted: Mapping[str, Mask], taken: dict[str, Mask]) -> None:
+        """Give each row of a group to the member that has a copy of it already, if there is one that still wants it.
+
+        It may be another one than today's choice, where the group was another one when the rules were made.
+        """
+        holders = np.full(len(self._all), NOBODY)
+        for generation, standing in self._standings.items():
+            for number, client in enumerate(members):
+                planned = self._changed.get((generation, client.name))
+                if client.name in standing.same:
+                    holders[wanted[client.name] & self._reached(generation, client.name)] = number
+                elif planned is not None and _place(client) == _place(standing.changed[client.name]):
+                    holders[wanted[client.name] & planned.rows] = number
+        held = holders != NOBODY
+        for number, client in enumerate(members) if held.any() else ():
+            taken[client.name] = np.where(held, holders == number, taken[client.name])
+
     def leave_out(self, client: Client, rows: Mask) -> tuple[Mask, Selection]:
         """Return which of the rows that a collector wants are left to us, and what became of the others."""
         by_kernel = passed_over = unplanned = 0
         for generation, standing in self._standings.items():
             entry, planned = standing.same.get(client.name), self._changed.get((generation, client.name))
             if entry is not None:
-                hit = rows & self._masks[generation]
+                hit = rows & self._reached(generation, client.name)
                 count = int(np.count_nonzero(hit))
                 made = standing.copies(entry, count)
             elif planned is not None and _place(client) == _place(standing.changed[client.name]):

@@ -19,6 +19,7 @@ from tests.builders import BusEnds, accounts_when
 from tests.openly import OpenStack
 from tests.services.offload.site import EXPORTERS, OUT, PORT, RELAY, SIEMS, OffloadSite
 from tests.stack import wait_until
+from tests.traffic import pause
 
 SETTINGS: Final = f"""
 [gateway]
@@ -40,6 +41,7 @@ TERMS: Final[tuple[dict[str, Any], ...]] = (
     {"from": ["10.1.0.0/24", "fd01::10/128"], "hop_limit": 9},
     {"dscp": 8},
 )
+GROUPED: Final[tuple[dict[str, Any], ...]] = ({}, {"hop_limit": 7})
 KINDS: Final = ("relay", "original")
 FAR: Final = 2 * AT_ONCE
 LARGE: Final = 3000
@@ -56,6 +58,7 @@ class Entry:
     source: str
     prefixes: tuple[str, ...]
     generation: int
+    group: str = ""
 
     def wants(self, exporter: str) -> bool:
         """Return whether it gets copies of an exporter's datagrams."""
@@ -76,14 +79,18 @@ class Owed:
 
     exporter: str
     must: dict[str, tuple[str, int]] = field(default_factory=dict)
+    shared: dict[str, set[tuple[str, int]]] = field(default_factory=dict)
+    """By group: the places of its members, of which one has to get it."""
     may: set[tuple[str, int]] = field(default_factory=set)
 
 
 class Around:
     """All services on a relay, its collectors, and what each of them has got."""
 
-    def __init__(self, stack: OpenStack, site: OffloadSite, opened: ExitStack, draw: random.Random) -> None:
-        self.stack, self.site, self.draw = stack, site, draw
+    def __init__(
+        self, stack: OpenStack, site: OffloadSite, opened: ExitStack, draw: random.Random, grouped: float
+    ) -> None:
+        self.stack, self.site, self.draw, self.grouped = stack, site, draw, grouped
         self.entries: dict[str, Entry] = {}
         self._past: dict[str, list[Entry]] = defaultdict(list)
         """Entries of before, whose copies the kernel may still make."""
@@ -106,6 +113,9 @@ class Around:
             self._connections[name] = gateway, self._opened.enter_context(gateway.makefile("rb"))
         return self._connections[name]
 
+    def _send(self, request: dict[str, Any]) -> None:
+        self._connect(request["name"])[0].sendall(json.dumps(request).encode() + b"\n")
+
     def _sink(self, version: int, address: str, port: int) -> None:
         if (address, port) not in self._sinks:
             family = socket.AF_INET6 if version == 6 else socket.AF_INET
@@ -117,15 +127,21 @@ class Around:
             sock.setblocking(False)
 
     def draw_entry(self) -> tuple[int, int, str, dict[str, Any]]:
-        """Draw a collector's version, number of its address, kind, and terms."""
+        """Draw a collector's version, number of its address, kind, and terms; members of groups are of IPv4."""
+        if self.draw.random() < self.grouped:
+            source = self.draw.choice(KINDS)
+            terms = {"group": f"{source}s", **self.draw.choice(GROUPED)}
+            return 4, self.draw.randint(0, 1), source, terms
         return self.draw.choice((4, 6)), self.draw.randint(0, 1), self.draw.choice(KINDS), self.draw.choice(TERMS)
 
     def change(self, wanted: dict[str, tuple[int, int, str, dict[str, Any]] | None]) -> None:
         """Let collectors join, change, move or, where nothing is wanted for them, leave, all at the same time."""
+        requests: dict[str, dict[str, Any]] = {}
         for name, drawn in wanted.items():
-            request: dict[str, Any] = {"name": name}
+            request = requests[name] = {"name": name}
             if name in self.entries:
                 self._past[name].append(self.entries[name])
+                self._owe_anew_of(self.entries[name].group)
             if drawn is None:
                 request |= {"op": "leave", "generation": self.entries.pop(name).generation}
             else:
@@ -133,14 +149,20 @@ class Around:
                 address, port = SIEMS[version][number], 9000 + (NAMES.index(name) if name in NAMES else 50)
                 # One that changes the kind at one place may get both for a moment, of two senders.
                 port += 100 * KINDS.index(source)
+                group = terms.get("group", "")
+                port += 200 * bool(group)  # and who joins a group may still get what others of it get
                 self._sink(version, address, port)
                 request |= {"op": "register", "streams": ["netflow"], "address": address, "port": port, **terms}
                 request |= {"source": source, "take_over": True}
                 prefixes = tuple(terms.get("from", ()))
-                self.entries[name] = Entry(version, address, port, source, prefixes, 0)
-            self._connect(name)[0].sendall(json.dumps(request).encode() + b"\n")
-        for name in wanted:
+                self.entries[name] = Entry(version, address, port, source, prefixes, 0, group)
+            self._send(request)
+        for name, request in requests.items():
             answer: dict[str, Any] = json.loads(self._connect(name)[1].readline())
+            while answer.get("error") == "no_transmitter":  # the gateway has yet to see that it is back
+                pause(0.1)
+                self._send(request)
+                answer = json.loads(self._connect(name)[1].readline())
             assert answer["ok"], answer
             if name in self.entries:
                 self.entries[name] = replace(self.entries[name], generation=answer["client"]["generation"])
@@ -156,6 +178,8 @@ class Around:
     def _owe_anew(self, name: str) -> None:
         """Note that a collector wants other datagrams, or elsewhere, from now on: those under way may come or not."""
         entry = self.entries.get(name)
+        if entry:
+            self._owe_anew_of(entry.group)
         for owed in self._owed.values():
             wanted = entry is not None and entry.wants(owed.exporter)
             if wanted and entry:
@@ -163,15 +187,24 @@ class Around:
             if not wanted or not entry or owed.must.get(name) != entry.place:
                 owed.must.pop(name, None)
 
+    def _owe_anew_of(self, group: str) -> None:
+        """Note that a group has other members from now on."""
+        for owed in self._owed.values():
+            owed.shared.pop(group, None)
+
     def export(self) -> None:
         """Let a datagram arrive."""
         exporter, large = self.draw.choice(list(self._exporters)), self.draw.random() < 0.2
         version = 6 if ":" in exporter else 4
         self.number += 1
         owed = self._owed[self.number] = Owed(exporter)
-        owed.must = {name: each.place for name, each in self.entries.items() if each.wants(exporter)}
+        wanting = {name: each for name, each in self.entries.items() if each.wants(exporter)}
+        owed.must = {name: each.place for name, each in wanting.items() if not each.group}
+        for each in wanting.values():
+            if each.group:
+                owed.shared.setdefault(each.group, set()).add(each.place)
         past = (each for entries in self._past.values() for each in entries if each.wants(exporter))
-        owed.may = {*owed.must.values(), *(each.place for each in past)}
+        owed.may = {*(each.place for each in wanting.values()), *(each.place for each in past)}
         payload = self.number.to_bytes(4) + bytes(LARGE if large else 100 + self.number % 900)
         self._exporters[exporter].sendto(payload, (RELAY[version], PORT))
 
@@ -188,13 +221,28 @@ class Around:
     def look(self) -> None:
         """Wait until all that is owed has come; nothing has come twice, or to whom did not want it."""
         owing = [(place, number) for number, owed in self._owed.items() for place in owed.must.values()]
-        wait_until(lambda: self._read() and all(self._came[place][number] for place, number in owing), self._missing)
+        wait_until(
+            lambda: (
+                self._read()
+                and all(self._came[place][number] for place, number in owing)
+                and all(got for _, _, got in self._shared())
+            ),
+            self._missing,
+        )
+        several = [each for each in self._shared() if each[2] > 1]
+        assert not several, f"groups got datagrams more than once: {several[:9]}"
         for place, came in self._came.items():
             twice = [number for number, count in came.items() if count > 1]
             assert not twice, f"datagrams {twice[:9]} came to {place} twice"
             unwanted = [number for number in came if number in self._owed and place not in self._owed[number].may]
             assert not unwanted, f"datagrams {unwanted[:9]} came to {place}, where nobody wanted them"
         self._owed = {}
+
+    def _shared(self) -> Iterator[tuple[str, int, int]]:
+        """Yield group, datagram, and how many members have got it."""
+        for number, owed in self._owed.items():
+            for group, places in owed.shared.items():
+                yield group, number, sum(self._came[place][number] for place in places)
 
     def _read(self) -> bool:
         for place, sock in self._sinks.items():
@@ -216,6 +264,7 @@ class Around:
             for name, place in owed.must.items()
             if not self._came[place][number]
         ]
+        missing += [(group, number, self._owed[number].exporter) for group, number, got in self._shared() if not got]
         return f"all comes; {len(missing)} datagrams do not: {missing[:9]}"
 
     def came(self, name: str) -> int:
@@ -232,22 +281,24 @@ class Around:
 
 
 @contextmanager
-def around(stack: OpenStack, draw: random.Random) -> Iterator[Around]:
-    """Everything runs on the relay."""
+def around(stack: OpenStack, draw: random.Random, grouped: float) -> Iterator[Around]:
+    """Everything runs on the relay; so many of the collectors that change are members of groups."""
     stack.configure(SETTINGS)
     with OffloadSite() as site, ExitStack() as opened:
         with site.relay.entered():
             for name in ("broker", "gateway", "forwarder", "ingest", "transmitter", "offload"):
                 stack.start(name)
-        yield Around(stack, site, opened, draw)
+        yield Around(stack, site, opened, draw, grouped)
         stack["offload"].stop()
 
 
-@pytest.mark.parametrize("changes", [40, pytest.param(10_000, marks=pytest.mark.soak)])
-def test_each_datagram_comes_once_by_the_kernel_or_by_us(open_stack: OpenStack, changes: int) -> None:
+@pytest.mark.parametrize(
+    ("changes", "grouped"), [(40, 0.1), (40, 0.9), pytest.param(10_000, 0.3, marks=pytest.mark.soak)]
+)
+def test_each_datagram_comes_once_by_the_kernel_or_by_us(open_stack: OpenStack, changes: int, grouped: float) -> None:
     """IPv4, IPv6 and fragments, relayed and with the exporter's address, while collectors join, leave and change."""
     draw = random.Random(changes)
-    with around(open_stack, draw) as site, BusEnds(open_stack.bus) as bus:
+    with around(open_stack, draw, grouped) as site, BusEnds(open_stack.bus) as bus:
         site.change({"steady": (4, 3, "original", {})})
         site.wait_for_rules(bus)
         for number in range(0, changes, AT_ONCE):

@@ -6,7 +6,7 @@ from contextlib import suppress
 from typing import Final
 
 from services.offload.applying.rules import Sources
-from services.offload.kernel_plan import Copy, KernelPlan, Prefix, StreamCopies
+from services.offload.kernel_plan import MAX_SHARED, Copy, KernelPlan, Prefix, StreamCopies, count_shared
 from services.offload.source_classes import divide
 from shared.net.addresses import V4_MAPPED, is_inside, pack_network
 from shared.settings.model import Settings
@@ -84,8 +84,11 @@ class Policy:
         if any(place >= len(plan.copies) or len(plan.copies[place].address) != length for place in stream.copies):
             raise RefusedError("copies that the plan has not")
         filtered = {place: plan.copies[place].prefixes for place in stream.copies if plan.copies[place].prefixes}
-        if sum(map(len, {places for _, places in divide(filtered, 8 * length)})) > MAX_RENDERED:
+        chains = {frozenset(stream.copies) - {*filtered}, *(places for _, places in divide(filtered, 8 * length))}
+        if sum(map(len, chains)) > MAX_RENDERED:
             raise RefusedError(f"more than {MAX_RENDERED} copies in chains")
+        if count_shared([plan.copies[place] for place in sorted(places)] for places in chains) > MAX_SHARED:
+            raise RefusedError(f"more than {MAX_SHARED} buckets of groups")
 
 
 def is_own_address(packed: bytes) -> bool:

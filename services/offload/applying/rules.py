@@ -12,7 +12,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from services.offload.applying.copy_rules import make_copies, most_in_a_rule
+import msgspec
+
+from services.offload.applying.copy_rules import REGISTER, make_copies, most_in_a_rule
 from services.offload.applying.nftables.expressions import (
     R0,
     Base,
@@ -23,14 +25,18 @@ from services.offload.applying.nftables.expressions import (
     compare,
     count,
     decide,
+    hash_values,
+    immediate,
     load,
     load_meta,
     look_up,
     store_meta,
 )
 from services.offload.applying.nftables.messages import Batch, Element
-from services.offload.kernel_plan import Copy, KernelPlan, Prefix, StreamCopies
+from services.offload.kernel_plan import Copy, KernelPlan, Prefix, StreamCopies, buckets_of, teams_of
 from services.offload.source_classes import divide
+from shared.datagrams.limits import BUCKETS
+from shared.net.addresses import V4_MAPPED
 
 PRIORITY: Final = 0
 ADDRESS_OFFSET: Final = {4: (12, 16, 4), 6: (8, 24, 16)}
@@ -139,9 +145,11 @@ class Renderer:
             source, _, length = ADDRESS_OFFSET[version]
             sources = self._batch.add_ranges(length, classes)
             self._batch.add_rule(chain, load(Base.NETWORK, source, length, R0), look_up(R0, sources))
-        for copy in (copy for copy in copies.values() if not copy.prefixes and copy.sample > 1):
-            self._batch.add_rule(chain, decide(Verdict.JUMP, self._chain_of([copy], version)))
-        self._add_copies(chain, [copy for copy in copies.values() if not copy.prefixes and copy.sample == 1], version)
+        general = [copy for copy in copies.values() if not copy.prefixes]
+        kept = [[copy] for copy in general if copy.sample > 1 and not copy.share]
+        for some in (*kept, *teams_of(general)):  # in chains of their own, which later plans need not make anew
+            self._batch.add_rule(chain, decide(Verdict.JUMP, self._chain_of(some, version)))
+        self._add_copies(chain, [copy for copy in general if copy.sample == 1 and not copy.share], version)
         end = decide(Verdict.DROP) if stream.unseen else b""
         self._batch.add_rule(chain, self._marks.set_to(stream.generation), count(self._counters[stream.counter]), end)
         return chain
@@ -172,6 +180,8 @@ class Renderer:
     def _chain_of(self, copies: Sequence[Copy], version: int) -> str:
         """Return the chain that makes these copies; add it unless it is there."""
         key = tuple(copies)
+        for inner in _inner_chains(copies):
+            self._chain_of(inner, version)  # first: a chain is there before those that lead to it
         chain = self.used.get(key) or self._known.get(key)
         if chain is None:
             chain = f"copies-{self._serial}.{len(self.used)}"
@@ -181,6 +191,20 @@ class Renderer:
         return chain
 
     def _add_copies(self, chain: str, copies: Sequence[Copy], version: int) -> None:
+        teams = teams_of(copies)
+        if teams == [[*copies]]:
+            chains = {copy: self._chain_of([_without_share(copy)], version) for copy in copies}
+            shares = [
+                (struct.pack("=I", bucket), Verdict.JUMP, chains[copy])
+                for copy in copies
+                for bucket in buckets_of(copy.share)
+            ]
+            members = self._batch.add_map(REGISTER, shares)
+            self._batch.add_rule(chain, _find_bucket(version), look_up(R0, members))
+            return
+        for team in teams:
+            self._batch.add_rule(chain, decide(Verdict.JUMP, self._chain_of(team, version)))
+        copies = [copy for copy in copies if not copy.share]
         for group in _groups(copies, most_in_a_rule(version)):
             phase = random.randrange(group[0].sample)  # so no datagram is favoured, however often a chain is made anew
             made = make_copies(group, self._counters, phase)
@@ -189,6 +213,24 @@ class Renderer:
 
 def _version(stream: StreamCopies) -> int:
     return 4 if len(stream.listeners[0].address) == 4 else 6
+
+
+def _inner_chains(copies: Sequence[Copy]) -> list[list[Copy]]:
+    """Return the copies of each chain that the chain of these leads to."""
+    teams = teams_of(copies)
+    return [[_without_share(copy)] for copy in copies] if teams == [[*copies]] else teams
+
+
+def _without_share(copy: Copy) -> Copy:
+    return msgspec.structs.replace(copy, share=b"")
+
+
+def _find_bucket(version: int) -> bytes:
+    """Find the bucket of the source, as the senders do: of 16 bytes, for IPv4 of the address mapped into IPv6."""
+    source, _, length = ADDRESS_OFFSET[version]
+    mapped = immediate(R0, V4_MAPPED) if version == 4 else b""
+    address = load(Base.NETWORK, source, length, R0 + (16 - length) // REGISTER)
+    return mapped + address + hash_values(R0, 16, R0, BUCKETS)
 
 
 def _pad(address: bytes, port: int) -> bytes:

@@ -81,7 +81,8 @@ class Table:
     def _delete_former(self, batch: Batch, used: set[str], counters: set[str]) -> None:
         for name in self._streams:
             batch.flush_chain(name)
-        for name in (*self._streams, *(name for name in self._chains.values() if name not in used)):
+        former = [name for name in self._chains.values() if name not in used]
+        for name in (*self._streams, *reversed(former)):  # before those that they lead to
             batch.delete_chain(name)
         for name in sorted(self._unused - counters):
             batch.delete_counter(name)

@@ -81,7 +81,7 @@ class Handover:
             self._retire(self.pending)
         told = {}
         for version in planned.versions:
-            served = tuple(KernelServed(each.client, each.streams) for each in planned.served[version])
+            served = tuple(KernelServed(each.client, each.streams, each.copy.share) for each in planned.served[version])
             self._generation += 1
             told[version] = Told(1 + self._generation % self._most, self._next_serial(), served, registry)
         self.pending = Pending(planned, told, self._clock())

@@ -11,15 +11,28 @@ from typing import Final
 
 import msgspec
 
-from services.offload.kernel_plan import MAX_INTERFACES, NO_COPIES, Copy, KernelPlan, Listener, Prefix, StreamCopies
+from services.offload.kernel_plan import (
+    MAX_INTERFACES,
+    MAX_SHARED,
+    NO_COPIES,
+    Copy,
+    KernelPlan,
+    Listener,
+    Prefix,
+    StreamCopies,
+    count_shared,
+)
 from services.offload.source_classes import divide
 from shared.client import Client, Trouble
+from shared.datagrams.routing import shares_of
 from shared.net.addresses import V4_MAPPED, is_inside, pack_network
 
 MAX_RENDERED: Final = 20_000
 """Copies that the chains of one plan may hold: overlapping prefixes have a chain for each set of collectors."""
 
 OVERLAPPING: Final = "the prefixes of too many collectors overlap"
+UNLIKE: Final = "members of its group differ in streams or prefixes"
+GROUPS: Final = "there are too many groups"
 
 Place = tuple[str, int]
 """An address and a port."""
@@ -102,18 +115,19 @@ def make_plan(clients: Iterable[Client], facts: Facts, limits: Limits, counter_o
     clients = list(clients)
     reasons: dict[str, str] = {}
     found: dict[int, list[Served]] = {4: [], 6: []}
+    shares = _shares(clients)
     for client in clients:
         if not client.streams:
             continue
-        served = _serve(client, facts, limits, counter_of)
+        share = shares.get(client.name) if client.group else b""
+        served = UNLIKE if share is None else _serve(client, share, facts, limits, counter_of)
         if isinstance(served, str):
             reasons[client.name] = served
         else:
             found[_version(client.address)].append(served)
     for version, served_all in found.items():
-        kept, dropped = _within_bounds(served_all, version)
-        found[version] = kept
-        reasons |= dict.fromkeys((each.client.name for each in dropped), OVERLAPPING)
+        found[version], dropped = _within_bounds(served_all, version)
+        reasons |= dropped
     left = [client for client in clients if client.name in reasons]
     streams = {
         version: _streams(served, version, facts, counter_of, {*limits.unseen} - _seen(left, found, version, facts))
@@ -137,7 +151,22 @@ def _version(address: str) -> int:
     return 6 if ":" in address else 4
 
 
-def _serve(client: Client, facts: Facts, limits: Limits, counter_of: Callable[[str], int]) -> Served | str:
+def _shares(clients: Iterable[Client]) -> dict[str, bytes]:
+    """Return the buckets of each member of a group whose members all want the same, as the senders find them."""
+    groups: dict[tuple[str, str], list[Client]] = {}
+    for client in clients:
+        if client.group and client.streams:
+            groups.setdefault((client.group, client.source), []).append(client)
+    shares: dict[str, bytes] = {}
+    for members in groups.values():
+        if len({(frozenset(member.streams), frozenset(member.prefixes)) for member in members}) == 1:
+            shares |= shares_of(members)
+    return shares
+
+
+def _serve(
+    client: Client, share: bytes, facts: Facts, limits: Limits, counter_of: Callable[[str], int]
+) -> Served | str:
     """Return how a collector is served, or the reason why it is not."""
     reason = _reason_without_way(client, facts, limits)
     if reason:
@@ -175,6 +204,7 @@ def _serve(client: Client, facts: Facts, limits: Limits, counter_of: Callable[[s
         client.dscp,
         prefixes,
         client.sample,
+        share,
     )
     return Served(client, streams, copy, way.mtu)
 
@@ -185,8 +215,6 @@ def _reason_without_way(client: Client, facts: Facts, limits: Limits) -> str:
         return "its copies are withheld"
     if client.resume or client.catch_up:
         return "it catches up from the journal: the kernel does not know where it has got to"
-    if client.group:
-        return "it shares its streams with a group, by a hash that the kernel has not"
     if trouble := facts.troubled.get((client.name, client.generation)):
         return f"it is {trouble}"
     if not is_inside(client.address, limits.destinations):
@@ -225,13 +253,22 @@ def kernel_plan(planned: Planned, generations: Mapping[int, int]) -> KernelPlan:
     return KernelPlan(planned.interfaces, tuple(copies), tuple(streams)) if copies else NO_COPIES
 
 
-def _within_bounds(served: list[Served], version: int) -> tuple[list[Served], list[Served]]:
-    """Return who can be served within the bounds of a plan, and who can't."""
-    filtered = {place: each.copy.prefixes for place, each in enumerate(served) if each.copy.prefixes}
-    sets = {places for _, places in divide(filtered, 32 if version == 4 else 128)}
-    if sum(map(len, sets)) <= MAX_RENDERED:
-        return served, []
-    return [each for each in served if not each.copy.prefixes], [each for each in served if each.copy.prefixes]
+def _within_bounds(served: list[Served], version: int) -> tuple[list[Served], dict[str, str]]:
+    """Return who can be served within the bounds of a plan, and the reasons of those who can't, by name."""
+    prefixes = {place: each.copy.prefixes for place, each in enumerate(served) if each.copy.prefixes}
+    sets = {places for _, places in divide(prefixes, 32 if version == 4 else 128)}
+    if sum(map(len, sets)) > MAX_RENDERED:
+        dropped = {each.client.name: OVERLAPPING for each in served if each.copy.prefixes}
+    elif _count_shared(served, sets) > MAX_SHARED // 2:
+        dropped = {each.client.name: GROUPS for each in served if each.copy.share}
+    else:
+        return served, {}
+    return [each for each in served if each.client.name not in dropped], dropped
+
+
+def _count_shared(served: list[Served], sets: Iterable[frozenset[int]]) -> int:
+    general = [each.copy for each in served if not each.copy.prefixes]
+    return count_shared([general, *([served[place].copy for place in sorted(places)] for places in sets)])
 
 
 def _seen(left: Iterable[Client], served: Mapping[int, list[Served]], version: int, facts: Facts) -> set[str]:

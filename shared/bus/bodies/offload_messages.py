@@ -12,10 +12,13 @@ from msgspec import Meta
 
 from shared.bus.bodies.fields import Number, ReplyTopic
 from shared.client import Client, Streams
+from shared.datagrams.limits import BUCKETS
 
 MAX_GENERATION: Final = 0xFFFF
 """The most that a mask of marks can have room for: sixteen bits."""
 PATHS_TOPIC: Final = "offload/paths/"
+Share = Annotated[bytes, Meta(max_length=BUCKETS // 8)]
+"""The buckets of sources that a member of a group takes, a bit for each (`shared.datagrams.sampling`); empty: all."""
 MarkGeneration = Annotated[int, Meta(ge=0, le=MAX_GENERATION)]
 """A generation; 0: the datagram has no mark of offload's, and the kernel has copied it for nobody."""
 
@@ -23,12 +26,13 @@ MarkGeneration = Annotated[int, Meta(ge=0, le=MAX_GENERATION)]
 class KernelServed(msgspec.Struct, array_like=True, frozen=True):
     """An entry of the registry as rules serve it, for those of its streams that they copy.
 
-    The kernel has made each copy that `client` asks for of a marked datagram of `streams`: those by its prefixes, and
-    of these one in `sample`, which the kernel counts itself.
+    The kernel has made each copy that `client` asks for of a marked datagram of `streams`: those by its prefixes, of
+    these by its `share` if it is in a group, and of these one in `sample`, which the kernel counts itself.
     """
 
     client: Client
     streams: Streams
+    share: Share = b""
 
 
 class KernelCopies(msgspec.Struct, array_like=True, frozen=True):

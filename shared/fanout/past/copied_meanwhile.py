@@ -10,17 +10,17 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from shared.client import Client
+from shared.bus.bodies.offload_messages import KernelServed
 from shared.datagrams.batch import DatagramBatch
 from shared.datagrams.gathered import Mask
 from shared.datagrams.routing import Router, Selection
-from shared.datagrams.sampling import sample_rows
+from shared.datagrams.sampling import find_buckets, find_share, sample_rows
 from shared.fanout.past.window import Numbered, Worker
 
 OWED, COPIED, PASSED_OVER, UNPLANNED_ROW = range(4)
 """The outcome of a row: it is left to us; or rules have copied it, passed it over in a sample, or nobody knows."""
 Outcomes = npt.NDArray[np.uint8]
-Entries = Mapping[int, Client | None]
+Entries = Mapping[int, KernelServed | None]
 """By generation: the entry by which the rules copy to a collector; None: nobody has told of the generation."""
 
 
@@ -44,7 +44,7 @@ class CopiedMeanwhile:
                 continue
             matched = np.flatnonzero(rows & _passing(entry, batch))
             outcomes[matched] = PASSED_OVER
-            outcomes[sample_rows(matched, entry.sample, self._matched[generation])] = COPIED
+            outcomes[sample_rows(matched, entry.client.sample, self._matched[generation])] = COPIED
             self._matched[generation] += len(matched)
         if outcomes.any():
             self._noted.setdefault(live.worker, []).append((live.total, outcomes))
@@ -60,11 +60,11 @@ class CopiedMeanwhile:
         return found
 
 
-def _passing(entry: Client, batch: DatagramBatch) -> Mask:
+def _passing(entry: KernelServed, batch: DatagramBatch) -> Mask:
     router = Router()
-    router.replace([entry])
-    ((_, rows, _),) = router.takers(batch, [entry.name])
-    return rows
+    router.replace([entry.client])
+    ((_, rows, _),) = router.takers(batch, [entry.client.name])
+    return rows & find_share(entry.share, find_buckets(batch)) if entry.share else rows
 
 
 def leave_out(outcomes: Outcomes, rows: Mask) -> tuple[Mask, Selection]:

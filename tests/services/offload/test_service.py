@@ -277,7 +277,7 @@ def test_stream_goes_up_again_once_a_sender_serves_a_collector(open_stack: OpenS
         accounts = accounts_when(around.bus, "offload.1", lambda told: told.get("marks/netflow", {}).get("unseen"))
         assert accounts["marks/netflow"]["marked"] == 0
         listener.assert_quiet(0.1)
-        around.gateway.change(2, [original("second", 1, group="g")])
+        around.gateway.change(2, [original("second", 1, catch_up=True)])
 
         def goes_up() -> bool:
             around.report()

@@ -1,5 +1,6 @@
 import ipaddress
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,8 @@ from shared.bus.messages import Envelope
 from shared.client import Client, Withheld
 from shared.datagrams.gathered import Gathered
 from shared.datagrams.limits import MAX_ROWS
+from shared.datagrams.routing import shares_of
+from shared.datagrams.sampling import find_buckets, find_share
 from shared.fanout import kernel_copies
 from shared.fanout.collectors import Collectors
 from shared.fanout.kernel_copies import KernelRules
@@ -30,17 +33,25 @@ TERMS: tuple[dict[str, Any], ...] = (
     {"streams": ("other",)},
     {"source": "original"},
     {"withheld": Withheld("", 0.0)},
+    {"group": "g"},
+    {"group": "g", "port": 10},
     {"sample": 2},
     {"sample": 3, "prefixes": ("192.0.2.0/30",)},
 )
 SOURCES = [*(f"192.0.2.{number}" for number in range(6)), "2001:db8::1", "2001:db8::2"]
 EXACT = len(TERMS) - 2
 """Terms from here on take samples."""
+NO_SHARES: Mapping[str, bytes] = {}
 
 
-def told(generation: int, serial: int, clients: list[Client], boot: int = 1) -> tuple[Envelope, KernelCopies]:
+def told(
+    generation: int, serial: int, clients: list[Client], boot: int = 1, shares: Mapping[str, bytes] = NO_SHARES
+) -> tuple[Envelope, KernelCopies]:
     """A generation that serves clients, in one piece."""
-    served = [KernelServed(client, tuple(set(client.streams) & {"messages", "other"})) for client in clients]
+    served = [
+        KernelServed(client, tuple(set(client.streams) & {"messages", "other"}), shares.get(client.name, b""))
+        for client in clients
+    ]
     body = KernelCopies(generation, serial, "reply/offload.1.a/", 0, 1, served)
     return make_envelope(boot=boot, sender="offload.1", kind="offload.copies"), body
 
@@ -51,6 +62,11 @@ def matches(client: Client, source: str) -> bool:
         ipaddress.ip_address(source) in ipaddress.ip_network(prefix) for prefix in client.prefixes
     )
     return client.wants("messages") and wanted
+
+
+def is_in_share(source: str, share: bytes) -> bool:
+    """Return whether a source is in a bucket of a member's share."""
+    return bool(find_share(share, find_buckets(make_batch([b""], [source])))[0])
 
 
 def place(client: Client) -> tuple[str, str, int]:
@@ -83,6 +99,8 @@ class Site:
         self.planned: tuple[int, int, dict[str, Client]] | None = None
         """A generation that is told, the revision of the registry that it was made of, and its entries."""
         self.in_force: tuple[int, dict[str, Client]] = (0, {})
+        self.shares: dict[int, dict[str, bytes]] = {}
+        """By generation, of members of the group."""
         self.numbers: Counter[tuple[int, str]] = Counter()
         """Datagrams that a rule with sampling has matched."""
         self.queue: list[Datagram] = []
@@ -118,7 +136,10 @@ class Site:
         names = [name for number, name in enumerate(sorted(self.registry)) if number != left_to_us]
         entries = {name: self.registry[name] for name in names if not self.registry[name].withheld}
         self.planned = self.generation, self.revision, entries
-        assert self.rules.note(*told(self.generation, self.serial, list(entries.values())))
+        members = [client for client in self.registry.values() if client.group]
+        shares = shares_of(members) if members else {}
+        self.shares[self.generation] = shares
+        assert self.rules.note(*told(self.generation, self.serial, list(entries.values()), shares=shares))
 
     def swap(self) -> None:
         """Put the rules in, if they are told and the sender serves the registry they were made of, or a later one."""
@@ -130,7 +151,8 @@ class Site:
         generation, entries = self.in_force
         datagram = Datagram(source, generation if marked else 0)
         for name, entry in entries.items() if marked else ():
-            if matches(entry, source):
+            share = self.shares[generation].get(name)
+            if matches(entry, source) and (share is None or is_in_share(source, share)):
                 self.numbers[generation, name] += 1
                 if self.numbers[generation, name] % entry.sample == 1 % entry.sample:
                     datagram.copied.append(entry)
@@ -156,8 +178,12 @@ class Site:
                 wanted = matches(client, datagram.source)
                 assert by_kernel + sent[name, row] <= 1, f"{name} has got a datagram twice"
                 assert wanted or not sent[name, row], f"{name} has got what it does not want"
+                if client.group:
+                    continue
                 if wanted and not (client.sample > 1 or client.withheld or self.samples(name, datagram.mark)):
                     assert by_kernel + sent[name, row] == 1, f"{name} has not got a datagram"
+        for row, datagram in enumerate(taken):
+            self._check_group(datagram, {name: sent[name, row] for name in self.today})
         if not any(self.samples(name, mark) for name in NAMES for mark in set(marks.tolist())):
             made = sum(
                 entry.source == "relay" or self.wants(entry, datagram.source)
@@ -165,6 +191,14 @@ class Site:
                 for entry in datagram.copied
             )
             assert self.counted - before == made, "the counters of the rules tell another number"
+
+    def _check_group(self, datagram: Datagram, sent: Mapping[str, int]) -> None:
+        """One member of the group has got it; more only if they were in none when the rules were made."""
+        members = {name: client for name, client in self.today.items() if client.group}
+        by_kernel = [entry for entry in datagram.copied if place(entry) in map(place, members.values())]
+        if members and not any(self.samples(name, datagram.mark) for name in members):
+            got = len(by_kernel) + sum(sent[name] for name in members)
+            assert got == 1 or (got and not all(entry.group for entry in by_kernel)), f"{got} of a group have got it"
 
     def wants(self, entry: Client, source: str) -> bool:
         """Return whether today's collector at the place of an entry wants a datagram from this source."""
@@ -297,7 +331,7 @@ def test_copies_withheld_by_an_admin_are_told_from_those_of_the_kernel() -> None
     assert counts(site, "a") == {"by_kernel": 2, "withheld_by_admin": 1}
 
 
-@pytest.mark.parametrize("terms", [7, 8])
+@pytest.mark.parametrize("terms", [EXACT, EXACT + 1])
 def test_samples_are_taken_of_each_path_by_itself(terms: int) -> None:
     """Of what the kernel samples we count as many as its rule takes; of the rest each n-th one is sent by us.
 
@@ -319,7 +353,7 @@ def test_samples_are_taken_of_each_path_by_itself(terms: int) -> None:
 
 def test_entry_of_rules_that_sampled_leaves_nothing_to_us() -> None:
     """Nobody can tell which of its datagrams the kernel has copied: what it passed over counts as sampled out."""
-    site = site_of(7)
+    site = site_of(EXACT)
     site.register("a", 0)
     site.tell()
     assert routed(site, [1, 1, 1, 1, 0, 1]) == {"a": [4]}
@@ -361,7 +395,7 @@ def test_collectors_with_the_same_rows_left_share_them() -> None:
 
 def test_rules_that_nobody_has_told_of_cost_their_datagrams() -> None:
     """Once they are given up nothing of them is sent, which is counted; the rest of a batch is sent as ever."""
-    site = site_of(0, 7, in_rules=False)
+    site = site_of(0, EXACT, in_rules=False)
     marks = np.array([0, 5, 0, 6], np.uint16)
     assert not site.rules.know(marks)
     assert site.rules.give_up(marks) == [5, 6]

@@ -140,6 +140,13 @@ def take_one_in(modulus: int, phase: int, register: int) -> bytes:
     return counted + compare(register, struct.pack("=I", phase))
 
 
+def hash_values(source: int, length: int, target: int, modulus: int) -> bytes:
+    """Set a register to a number below `modulus`, by `jhash` with initval 0 (linux/jhash.h) of bytes in others."""
+    return _expression(
+        "hash", number(1, source), number(2, target), number(3, length), number(4, modulus), number(5, 0), number(7, 0)
+    )
+
+
 def look_up(register: int, identity: int) -> bytes:
     """Do what a map says of the registers' value; end the rule where it says nothing."""
     return _expression("lookup", number(2, register), number(3, VERDICT), text(1, MAP_NAME), number(4, identity))

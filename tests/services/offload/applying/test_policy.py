@@ -7,6 +7,7 @@ import pytest
 
 from services.offload.applying.policy import Policy, RefusedError, is_own_address, sources_of
 from services.offload.kernel_plan import Copy, KernelPlan, Listener, StreamCopies
+from shared.datagrams.limits import BUCKETS
 from shared.settings.entries import Stream
 from shared.settings.model import Settings
 from shared.settings.tables import Offload, Transmitter
@@ -109,6 +110,15 @@ def test_plan_that_grows_in_the_kernel_is_refused() -> None:
     stream = msgspec.structs.replace(STREAM, copies=tuple(range(400)))
     with pytest.raises(RefusedError, match="more than 40000 copies in chains"):
         check(KernelPlan(("eth0",), copies, (stream,)))
+
+
+def test_groups_beyond_the_bound_are_refused() -> None:
+    """Each group has a map, however many streams and sets of prefixes lead to it; their size is bounded."""
+    share = msgspec.structs.replace(COPY, share=bytes([255] * (BUCKETS // 8)))
+    copies = tuple(msgspec.structs.replace(share, port=9000 + number) for number in range(257))
+    check(KernelPlan(("eth0",), copies[:256], (msgspec.structs.replace(STREAM, copies=tuple(range(256))),)))
+    with pytest.raises(RefusedError, match="more than 262144 buckets of groups"):
+        check(KernelPlan(("eth0",), copies, (msgspec.structs.replace(STREAM, copies=tuple(range(257))),)))
 
 
 def test_own_addresses_are_known_by_the_kernel(lab: None) -> None:

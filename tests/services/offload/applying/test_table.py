@@ -12,6 +12,9 @@ from services.offload.applying.nftables.connection import Nftables
 from services.offload.applying.rules import Marks, Sources
 from services.offload.applying.table import Table
 from services.offload.kernel_plan import Listener
+from shared.datagrams.routing import shares_of
+from shared.datagrams.sampling import find_buckets, find_share
+from tests.builders import make_batch, make_client
 from tests.capture import Capture, Collector
 from tests.documents import block
 from tests.network import End
@@ -33,6 +36,7 @@ from tests.services.offload.site import (
 pytestmark = pytest.mark.usefixtures("lab")
 needs_nft = pytest.mark.skipif(shutil.which("nft") is None, reason="nft, of nftables, is not installed")
 COUNT = 40
+FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
 MARKED_BEFORE = """table netdev before {
     chain in {
         type filter hook ingress device in priority -1
@@ -171,6 +175,43 @@ def test_each_source_reaches_those_whose_prefixes_cover_it(version: int) -> None
             )
             assert sorted((each.port, each.payload) for each in wire.read(len(wanted))) == wanted
         wire.assert_quiet()
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_members_of_a_group_get_what_the_senders_would_give_them(version: int) -> None:
+    """Of many sources each one's datagrams come to the member that has its bucket, under every plan in turn."""
+    draw, there = random.Random(version), f"{EXPORTERS[version][0]}/{24 if version == 4 else 64}"
+    addresses = [str(ipaddress.ip_network(there, strict=False)[number]) for number in draw.sample(range(20, 250), 60)]
+    with (
+        OffloadSite() as site,
+        Capture(site.siem, "eth") as wire,
+        Listening(site.relay, RELAY[version], PORT) as listener,
+    ):
+        for address in addresses:
+            site.exporter_end.host.run("ip", "address", "add", address, "dev", "eth", "noprefixroute")
+        buckets = find_buckets(make_batch([b""] * len(addresses), addresses))
+        for names, served in (("abc", "abc"), ("abcd", "abcd"), ("abcd", "acd"), ("ad", "ad")):
+            shares = shares_of([make_client(name, group="g") for name in names])
+            some = (prefix(there),) if "d" in names else ()
+            copies = [
+                site.copy("abcd".index(name), 9000 + "abcd".index(name), version, share=shares[name], prefixes=some)
+                for name in served
+            ]
+            site.table.replace(site.plan([*copies, site.copy(4, 9004, version)], 7, version))
+            for address in addresses:
+                with site.exporter.socket(FAMILY[version], socket.SOCK_DGRAM) as sock:
+                    sock.bind((address, 2000))
+                    sock.sendto(address.encode(), (RELAY[version], PORT))
+            assert {each.mark >> 20 for each in listener.read(len(addresses))} == {7}
+            wanted = {
+                (9000 + "abcd".index(name), address)
+                for name in served
+                for address, mine in zip(addresses, find_share(shares[name], buckets), strict=True)
+                if mine
+            } | {(9004, address) for address in addresses}
+            came = [(each.port, each.payload.decode()) for each in wire.read(len(wanted))]
+            wire.assert_quiet()
+            assert sorted(came) == sorted(wanted)
 
 
 def test_what_the_kernel_is_not_to_copy_goes_up_unmarked() -> None:

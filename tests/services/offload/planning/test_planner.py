@@ -9,10 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.offload.applying.policy import Policy
-from services.offload.kernel_plan import NO_COPIES, Copy, Listener
+from services.offload.kernel_plan import NO_COPIES, Copy, Listener, buckets_of
 from services.offload.planning.planner import Facts, Limits, Planned, Way, kernel_plan, make_plan
 from services.offload.source_classes import divide
 from shared.client import Client, Resume, Withheld
+from shared.datagrams.limits import BUCKETS
+from shared.datagrams.routing import shares_of
 from shared.settings.entries import Stream
 from shared.settings.model import Settings
 from shared.settings.tables import Offload
@@ -94,9 +96,9 @@ def test_stream_ends_in_the_kernel_where_all_are_served() -> None:
     relayed = client("siem", "fd02::1", source="relay", port=9)
     assert unseen(four, six) == [("netflow", 4), ("netflow", 6)]
     assert unseen(four, client("all", "10.2.0.2", streams=("*",))) == [("netflow", 4), ("syslog", 4)]
-    assert unseen(four, client("g", "10.2.0.2", group="g")) == []
-    assert unseen(four, six, client("g", "fd02::2", group="g")) == [("netflow", 4)]
-    assert unseen(four, client("g", "10.2.0.2", group="g", streams=("syslog",))) == [("netflow", 4)]
+    assert unseen(four, client("g", "10.2.0.2", catch_up=True)) == []
+    assert unseen(four, six, client("g", "fd02::2", catch_up=True)) == [("netflow", 4)]
+    assert unseen(four, client("g", "10.2.0.2", catch_up=True, streams=("syslog",))) == [("netflow", 4)]
     assert plan(relayed).served[6]
     assert unseen(four, relayed) == [("netflow", 6)]
     assert not plan(four, six).streams[4][0].unseen
@@ -108,7 +110,6 @@ def test_stream_ends_in_the_kernel_where_all_are_served() -> None:
         ({"withheld": Withheld("", 0.0)}, "its copies are withheld"),
         ({"resume": Resume(1)}, "it catches up from the journal: the kernel does not know where it has got to"),
         ({"catch_up": True}, "it catches up from the journal: the kernel does not know where it has got to"),
-        ({"group": "g"}, "it shares its streams with a group, by a hash that the kernel has not"),
         ({"address": "192.0.2.1"}, "its address is not in [offload] destinations"),
         ({"address": "10.3.0.1"}, "its address is not in [transmitter] destinations"),
         ({"streams": ("messages",)}, WITHOUT_LISTENER.format(4)),
@@ -150,6 +151,29 @@ def test_overlapping_prefixes_are_bounded() -> None:
     planned = plan(client("all"), *many)
     assert [each.client.name for each in planned.served[4]] == ["all"]
     assert planned.reasons == {each.name: "the prefixes of too many collectors overlap" for each in many}
+
+
+def test_members_of_a_group_have_the_shares_that_senders_find() -> None:
+    """Each bucket is one member's, though another is not served; where members want different things, none is."""
+    members = [client(name, f"10.2.0.{number}", group="g") for number, name in enumerate("abc", 1)]
+    planned = plan(*members, client("other"), client("far", "192.0.2.1", group="g"))
+    shares = shares_of([*members, client("far", group="g")])
+    assert {each.client.name: each.copy.share for each in planned.served[4]} == {
+        **{name: shares[name] for name in "abc"},
+        "other": b"",
+    }
+    assert sorted(bucket for share in shares.values() for bucket in buckets_of(share)) == [*range(BUCKETS)]
+    unlike = dict.fromkeys("abcd", "members of its group differ in streams or prefixes")
+    assert plan(*members, client("d", group="g", prefixes=("10.1.0.0/24",))).reasons == unlike
+    assert plan(*members, client("d", group="g", streams=("*",))).reasons == unlike
+
+
+def test_groups_are_bounded() -> None:
+    """Each group has a map in the kernel: many are left to the senders."""
+    many = [client(f"c{number}", group=f"g{number}") for number in range(129)]
+    planned = plan(client("all"), *many)
+    assert planned.reasons == {each.name: "there are too many groups" for each in many}
+    assert not plan(client("all"), *many[1:]).reasons
 
 
 addresses = st.sampled_from(["10.2.0.1", "10.2.0.2", "10.3.0.1", "192.0.2.1", "fd02::1", "fd03::1", "127.0.0.1"])

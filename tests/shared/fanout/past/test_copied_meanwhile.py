@@ -4,6 +4,9 @@ from typing import Any
 
 import numpy as np
 
+from shared.bus.bodies.offload_messages import KernelServed
+from shared.datagrams.limits import BUCKETS
+from shared.datagrams.sampling import find_buckets
 from shared.fanout.past.copied_meanwhile import COPIED, OWED, PASSED_OVER, UNPLANNED_ROW, CopiedMeanwhile, leave_out
 from shared.fanout.past.window import Numbered
 from tests.builders import make_batch, make_client
@@ -12,13 +15,13 @@ WORKER = ("ingest.1", 7)
 SOURCES = ("10.0.0.1", "10.0.0.2")
 
 
-def noted(*batches: tuple[int, list[int]], **fields: Any) -> CopiedMeanwhile:
+def noted(*batches: tuple[int, list[int]], share: bytes = b"", **fields: Any) -> CopiedMeanwhile:
     """Batches behind a running count, each row with its generation: 1 is known, 2 is not."""
     found = CopiedMeanwhile()
     for total, generations in batches:
         batch = make_batch([b"x"] * len(generations), SOURCES)
         batch.generations = np.array(generations, np.uint16)
-        entries = {1: make_client("siem", **fields), 2: None}
+        entries = {1: KernelServed(make_client("siem", **fields), ("messages",), share), 2: None}
         live = Numbered(WORKER, 0, total, batch)
         found.note(live, {each: entries[each] for each in set(generations) - {0, 3}})
     return found
@@ -44,3 +47,13 @@ def test_entry_of_the_rules_decides() -> None:
     rest, left = leave_out(outcomes, np.array([True] * 5 + [False] * 3))
     assert rest.tolist() == [False, True, False, True, False, False, False, False]
     assert (left.by_kernel, left.sampled_out, left.unplanned) == (2, 1, 0)
+
+
+def test_member_of_a_group_has_had_its_share() -> None:
+    """The kernel has copied the sources of its buckets alone."""
+    (bucket, other) = find_buckets(make_batch([b"x"] * 2, SOURCES)).tolist()
+    assert bucket != other
+    share = (1 << BUCKETS - 1 - bucket).to_bytes(BUCKETS // 8)
+    outcomes = noted((0, [1] * 5), group="g", share=share).outcomes(WORKER, 0, 5)
+    assert outcomes is not None
+    assert outcomes.tolist() == [COPIED, OWED, COPIED, OWED, COPIED]
