@@ -4,7 +4,7 @@ Labels come from the settings and the registry: stream, worker, collector, cause
 since addresses are what there may be any number of.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Final, get_args
 
 from prometheus_client import CollectorRegistry
@@ -89,6 +89,7 @@ def stack_metrics(picture: Picture, clock: float, version: str) -> Iterator[Metr
     yield from _collectors(picture.collectors, clock)
     yield from _services(picture.services, picture.verdict.missing)
     yield from _journal(picture.kept)
+    yield _egress(picture.egress)
     yield from _verdict(picture)
     if picture.nodes:
         yield from _nodes(picture.nodes)
@@ -226,6 +227,18 @@ def _services(services: Sequence[Service], missing: Iterable[str]) -> Iterator[M
     for name in {*missing} - {each.name for each in services}:
         up.add_metric([name], 0.0)
     yield from (up, started, memory, ceiling, wrong, missed)
+
+
+def _egress(egress: Mapping[str, Mapping[str, int]]) -> Metric:
+    dropped = CounterMetricFamily(
+        "fanwire_egress_drops",
+        "Packets of any traffic dropped on the way out, where and since the kernel's copies leave.",
+        labels=["interface", "place"],
+    )
+    for name, account in egress.items():
+        for place, counter in (("queue", counters.QUEUE_DROPS), ("link", counters.LINK_DROPS)):
+            dropped.add_metric([name, place], account.get(counter, 0))
+    return dropped
 
 
 def _journal(kept: Iterable[KeptStream]) -> Iterator[Metric]:

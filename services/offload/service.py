@@ -8,9 +8,10 @@ from types import TracebackType
 from typing import Final, Self, get_args
 
 from services.offload.planning.applier_link import ApplierLink
+from services.offload.planning.egress_drops import EgressDrops
 from services.offload.planning.handover import Handover
 from services.offload.planning.mark_watch import MarkWatch
-from services.offload.planning.planner import Limits, Place, Planned, kernel_plan, make_plan
+from services.offload.planning.planner import Limits, Place, Planned, Served, kernel_plan, make_plan
 from services.offload.planning.surroundings import Surroundings
 from services.offload.planning.workers import Workers
 from shared.bus.bodies.health_message import Health
@@ -107,8 +108,10 @@ class OffloadService:
         self._marks = MarkWatch(time.monotonic)
         self._handover = Handover(self.settings.offload.generations, lambda: time.clock_gettime(time.CLOCK_BOOTTIME))
         self._surroundings: Surroundings | None = None
+        self._egress = EgressDrops(dict)
         if self._applier.channel is not None:
             self._surroundings = Surroundings(self.settings)
+            self._egress = EgressDrops(self._surroundings.dropped)
             for topic in (REGISTRY_TOPIC, HEALTH_PREFIX, *REPORTS, self._reply):
                 self._subscriber.subscribe(topic)
         return self
@@ -310,6 +313,8 @@ class OffloadService:
 
     def _count(self) -> None:
         """Read the kernel's counters."""
+        if self._surroundings:
+            self._egress.note(self._surroundings.links_of(self._sending))
         if self._handover.live is None:
             return
         answer = self._applier.ask("count")
@@ -337,13 +342,18 @@ class OffloadService:
             else:
                 marked = counted.setdefault(f"marks/{name.rpartition('/')[0]}", {MARKED: 0, UNSEEN: 0})
                 marked[MARKED if kind == "stream" else UNSEEN] += count
-        return {"offload": own, **counted}
+        return {"offload": own, **counted, **self._egress.accounts()}
+
+    @property
+    def _sending(self) -> list[Served]:
+        """The collectors that the kernel serves now."""
+        served = self._handover.live.planned.served if self._handover.live else {}
+        return [each for some in served.values() for each in some]
 
     @property
     def _served(self) -> set[str]:
-        """The names of the collectors that the kernel serves now."""
-        served = self._handover.live.planned.served if self._handover.live else {}
-        return {each.client.name for some in served.values() for each in some}
+        """Their names."""
+        return {each.client.name for each in self._sending}
 
     def _apply_settings(self, settings: Settings) -> None:
         if self._surroundings is not None:

@@ -2,12 +2,14 @@
 
 import re
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from typing import Final
 
 Accounts = dict[str, dict[str, int]]
 """By account, by counter."""
 
 ENDED: Final = "ended/"
+EGRESS: Final = "egress/"
 ENDED_NAME: Final = re.compile(r"ended/([0-9a-f]{1,16})/([^/]+)")
 ARRIVING: Final = re.compile(r"arriving/([^/]+)/([^/]+)/([0-9a-f]{1,16})/([^/]+)")
 OWED_NAME: Final = re.compile(r"owed/([^/]+)/(.+)", re.DOTALL)
@@ -22,6 +24,12 @@ def new_accounts() -> defaultdict[str, Counter[str]]:
 def listener_account(stream: str, endpoint: str) -> str:
     """Return the name of the account of one listener of a stream."""
     return f"listener/{stream}/{endpoint}"
+
+
+def egress_accounts(services: Iterable[Accounts]) -> Accounts:
+    """Return the accounts of links by which the kernel's copies leave, by the link's name."""
+    named = [(name, account) for kept in services for name, account in kept.items()]
+    return {name.removeprefix(EGRESS): account for name, account in named if name.startswith(EGRESS)}
 
 
 def is_origin(name: str) -> bool:

@@ -272,13 +272,17 @@ SOURCE_REFUSED: Final = DROPPED + "source_refused"
 RATE_LIMITED: Final = DROPPED + "rate_limited"
 """Datagrams above `frames_per_second` (transmitter)."""
 
-# offload, account `rules/NAME` of a collector, `marks/STREAM` of a stream, and its own
+# offload, account `rules/NAME` of a collector, `marks/STREAM` of a stream, `egress/LINK`, and its own
 COPIED: Final = "copied"
 """Copies that the kernel's rules have counted. A train of datagrams (UDP_GRO, GSO) counts once."""
 MARKED: Final = "marked"
 """Datagrams that the rules have marked: those that went on to ingest and that had been copied for all served."""
 UNSEEN: Final = "unseen"
 """Datagrams that the rules have copied for all who want them, and that ended there (`[offload] unseen`)."""
+QUEUE_DROPS: Final = "queue_drops"
+"""Packets of any traffic that the queues of a link have dropped while rules sent copies by it."""
+LINK_DROPS: Final = "link_drops"
+"""The same, of the link behind its queues."""
 APPLIER: Final = "applier"
 """1 while the process with CAP_NET_ADMIN is there: a gauge."""
 COLLECTORS_SERVED: Final = "collectors_served"

@@ -25,7 +25,7 @@ from shared.bus.pieces import Assembler
 from shared.bus.status import INTERVAL_SECONDS, Report, Reports
 from shared.client import Client, Trouble
 from shared.fanout.registry_replica import RegistryReplica
-from shared.ledger.accounts import Accounts, is_origin
+from shared.ledger.accounts import Accounts, egress_accounts, is_origin
 from shared.ledger.counters import (
     BY_KERNEL,
     BYTES,
@@ -205,10 +205,10 @@ class Observer:
         found = tuple(self._losses(now))
         seconds = min(RECENT_SECONDS, max(0.0, now - self._began))
         verdict = judge(services, collectors, found, self._found, seconds)
-        kept, nodes = tuple(kept_streams(accounts)), self._nodes if "uplink.1" in accounts else None
         return Picture(
             *(now, verdict, self._balanced, self._found, streams, collectors, exporters, services, found),
-            *(kept, seconds, nodes),
+            *(tuple(kept_streams(accounts)), egress_accounts(accounts.values()), seconds),
+            self._nodes if "uplink.1" in accounts else None,
         )
 
     def _forget(self, now: float) -> None:

@@ -4,6 +4,7 @@
 Rates are per second. Counts are since the service was started, or since the collector signed up.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
@@ -167,6 +168,8 @@ class Picture:
     losses: tuple[RecentLoss, ...] = field(default=())
     kept: tuple[KeptStream, ...] = ()
     """Streams that a journal which reports keeps, or has kept."""
+    egress: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """By interface by which the kernel's copies leave: what was dropped there, of any traffic."""
     recent_seconds: float = RECENT_SECONDS
     """Time that `recent` counts cover: less, where the observer has not been there for so long."""
     nodes: Nodes | None = None

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from shared.net.netlink_format import (
     ATTRIBUTE,
@@ -38,7 +38,10 @@ IFINFOMSG: Final = struct.Struct("=BxHiII")
 RTMSG: Final = struct.Struct("=8BI")
 """struct rtmsg: family, lengths of destination and source in bits, and fields that are zero in a question."""
 TCA_KIND, TCA_OPTIONS, TCA_STATS2, TCA_STATS_QUEUE = 1, 2, 7, 3
-IFLA_LINKINFO, IFLA_INFO_KIND = 18, 1
+IFLA_LINKINFO, IFLA_INFO_KIND, IFLA_STATS64 = 18, 1, 23
+TC_H_ROOT: Final = 0xFFFFFFFF
+TX_DROPPED: Final = struct.Struct("=56xQ")
+"""struct rtnl_link_stats64 (linux/if_link.h): seven other counters first."""
 RTA_DST, RTA_OIF = 1, 4
 TCA_TBF_PARMS, TCA_TBF_RATE64 = 1, 4
 TBF: Final = struct.Struct("=8xI8xIIII")
@@ -59,6 +62,13 @@ class Queue:
     kind: str
     dropped: int
     takes_runs: bool
+
+
+class Drops(NamedTuple):
+    """Packets that were dropped on their way out: by the queues of a link, and by the link itself."""
+
+    queue: int
+    link: int
 
 
 class Queues:
@@ -99,6 +109,23 @@ class Queues:
             with suppress(LookupError, ValueError, struct.error):
                 found.append(_queue(body))
         return found
+
+    def dropped(self) -> dict[int, Drops]:
+        """Return, by link, the packets that its queues and the link itself have dropped on their way out, ever.
+
+        The queue at the root of a link also counts what those within it drop.
+        """
+        queues, links = {}, {}
+        for body in self._ask(RTM_GETQDISC, TCMSG.pack(0, 0, 0, 0, 0)):
+            with suppress(LookupError, ValueError, struct.error):
+                if TCMSG.unpack_from(body)[3] == TC_H_ROOT:
+                    queue = _queue(body)
+                    queues[queue.link_index] = queue.dropped
+        for body in self._ask(RTM_GETLINK, IFINFOMSG.pack(0, 0, 0, 0, 0)):
+            with suppress(LookupError, ValueError, struct.error):
+                counted = attributes(body[IFINFOMSG.size :])[IFLA_STATS64]
+                links[IFINFOMSG.unpack_from(body)[2]] = TX_DROPPED.unpack_from(counted)[0]
+        return {index: Drops(queues.get(index, 0), dropped) for index, dropped in links.items()}
 
     def _stacked_links(self) -> set[int]:
         """Return the links that may have others below."""

@@ -3,16 +3,17 @@
 import ipaddress
 import socket
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from typing import Final
 
-from services.offload.planning.planner import Facts, Place, Way
+from services.offload.planning.planner import Facts, Place, Served, Way
 from shared.client import Trouble
 from shared.fanout.sending.next_hops import Egress, EgressKind, NextHops
 from shared.ledger.counters import INTERFACE_DOWN
 from shared.net.addresses import resolve
 from shared.net.multicast import is_multicast
+from shared.net.queues import Drops, Queues
 from shared.net.udp_sockets import udp_sockets
 from shared.settings.model import Settings
 
@@ -26,6 +27,7 @@ class Surroundings:
 
     def __init__(self, settings: Settings) -> None:
         self.next_hops = NextHops()
+        self._queues = Queues()
         self._ways: dict[str, Egress] = {}
         self._found_at = -1
         self._own: list[str] = []
@@ -107,6 +109,15 @@ class Surroundings:
         """Return whether copies to an address leave as packets: without Ethernet, or on this host."""
         return self._egress(address).kind is EgressKind.PACKETS
 
+    def dropped(self) -> Mapping[int, Drops]:
+        """Return what each link has dropped on the way out."""
+        return self._queues.dropped()
+
+    def links_of(self, served: Iterable[Served]) -> dict[int, str]:
+        """Return the links, with their names, that copies leave by."""
+        used = {each.copy.link_index for each in served}
+        return {link.index: link.name for link in self.next_hops.links if link.index in used}
+
     def _way_to(self, address: str) -> Way | str:
         egress = self._egress(address)
         if egress.kind is EgressKind.NONE:
@@ -122,3 +133,4 @@ class Surroundings:
     def close(self) -> None:
         """Follow nothing more."""
         self.next_hops.close()
+        self._queues.close()

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 
 from shared.bus.bodies.offload_messages import CollectorPath
-from shared.ledger.accounts import Accounts
+from shared.ledger.accounts import Accounts, egress_accounts
 from shared.ledger.counters import APPLIER
 from shared.monitoring.finding import Finding, ok, some, warning
 from shared.settings.model import Settings
@@ -28,6 +28,19 @@ def check_kernel_copies(
         return
     served = [path.name for path in paths.values() if path.way == "kernel"]
     yield ok(NAME, f"the kernel makes the copies of {some(served)}" if served else "the kernel makes no copies now")
+    for name, dropped in _dropped(accounts).items():
+        yield warning(
+            NAME,
+            f"{name} and its queues have dropped {dropped} packets since the kernel's copies leave by it: at most that "
+            "many copies are lost there, and no collector's account has them",
+            f"raise the limit of its queue, or send less by it; see `tc -s qdisc show dev {name}`",
+        )
     for path in paths.values():
         if path.way != "kernel":
             yield ok(NAME, f"by {path.way}, not by the kernel: {path.reason}", path.name)
+
+
+def _dropped(accounts: Mapping[str, Accounts]) -> dict[str, int]:
+    """Return what was dropped where the kernel's copies leave, by link, where anything was."""
+    counted = {name: sum(account.values()) for name, account in egress_accounts(accounts.values()).items()}
+    return {name: count for name, count in counted.items() if count}

@@ -1,5 +1,6 @@
 import shutil
 import subprocess
+from dataclasses import replace
 
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
@@ -69,6 +70,13 @@ def test_the_past_that_is_owed_has_series_while_it_is() -> None:
     assert told["fanwire_collector_behind_datagrams"] == [(labels, 5)]
     assert told["fanwire_collector_reached_timestamp_seconds"] == [(labels, 7.0)]
     assert told["fanwire_journal_limit_bytes"] == [({}, 99)]
+
+
+def test_drops_where_copies_of_the_kernel_leave_are_told_by_interface() -> None:
+    """The queues of an interface and the interface itself each have a series."""
+    picture = replace(busy(), egress={"eth1": {"queue_drops": 7, "link_drops": 2}})
+    text = render(stack_metrics(picture, 0.0, "1"), "")[0].decode()
+    assert samples(text, "fanwire_egress_drops_total") == {("eth1", "queue"): 7, ("eth1", "link"): 2}
 
 
 def test_nothing_is_told_of_what_is_not_known() -> None:

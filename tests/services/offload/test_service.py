@@ -14,6 +14,7 @@ from shared.bus.bodies.offload_messages import PATHS_TOPIC, CollectorPath, Kerne
 from shared.bus.messages import Status, offload_topic, status_topic
 from shared.bus.zmq_sockets import Subscriber
 from shared.client import Client, Source
+from shared.ledger.accounts import Accounts
 from shared.process.lifecycle import UNAVAILABLE
 from tests.builders import BusEnds, PlayedGateway, accounts_when, make_client, take, wait_wanted
 from tests.capture import Capture, Collector
@@ -199,6 +200,36 @@ def test_collectors_are_served_once_senders_know_it(open_stack: OpenStack) -> No
         list(first.take())
         around.offload.stop()
         assert around.marked(listener, socks[0]) == 0
+
+
+def test_copies_that_a_queue_drops_are_counted_by_link(open_stack: OpenStack) -> None:
+    """The rules count each copy; how many of them did not come is what the queue says that it has dropped."""
+    with played(open_stack) as around, ExitStack() as opened:
+        site = around.site
+        listener = opened.enter_context(Listening(site.relay, RELAY[4], PORT))
+        socks = opened.enter_context(exporters(site))
+        siem = opened.enter_context(Collector(site.siem, SIEMS[4][0], 9000))
+        around.report()
+        around.gateway.announce(1, original("first", 0))
+        around.wait_marked(listener, socks[0], {"first"})
+        accounts_when(around.bus, "offload.1", lambda found: "egress/out" in found)
+        try:
+            shape = ("root", "tbf", "rate", "1mbit", "burst", "2000", "limit", "4000")
+            site.relay.run("tc", "qdisc", "replace", "dev", "out", *shape)
+        except (AssertionError, FileNotFoundError) as error:
+            pytest.skip(f"no traffic shaping here: {error}")
+        came = len(list(siem.take()))
+        for _ in range(100):
+            socks[0].sendto(bytes(500), (RELAY[4], PORT))
+
+        def is_settled(found: Accounts) -> bool:
+            nonlocal came
+            came += len(list(siem.take()))
+            return found["rules/first"]["copied"] - came == found["egress/out"]["queue_drops"] > 0
+
+        accounts = accounts_when(around.bus, "offload.1", is_settled)
+        assert accounts["rules/first"]["copied"] > 100
+        assert accounts["egress/out"]["link_drops"] == 0
 
 
 def test_next_hop_that_moves_is_followed(open_stack: OpenStack) -> None:

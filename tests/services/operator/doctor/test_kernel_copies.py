@@ -43,3 +43,16 @@ def test_offload_that_does_nothing_is_told_where_it_is_asked_for() -> None:
     assert told(SETTINGS, {"offload.1": {"offload": {"applier": 0}}}, PATHS) == [
         ("warning", "", "offload has no process with CAP_NET_ADMIN: the kernel makes no copies")
     ]
+
+
+def test_drops_where_copies_leave_are_told() -> None:
+    """Nobody knows whose they were, so they are told by interface, as the most that may be lost."""
+    egress = {"egress/eth1": {"queue_drops": 7, "link_drops": 2}, "egress/eth2": {"queue_drops": 0, "link_drops": 0}}
+    accounts: dict[str, Accounts] = {"offload.1": {"offload": {"applier": 1}, **egress}}
+    _, dropped = check_kernel_copies(SETTINGS, accounts, {})
+    assert (dropped.level, dropped.why, dropped.cure) == (
+        "warning",
+        "eth1 and its queues have dropped 9 packets since the kernel's copies leave by it: at most that many copies "
+        "are lost there, and no collector's account has them",
+        "raise the limit of its queue, or send less by it; see `tc -s qdisc show dev eth1`",
+    )
