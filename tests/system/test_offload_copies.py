@@ -92,11 +92,11 @@ class Around:
     ) -> None:
         self.stack, self.site, self.draw, self.grouped = stack, site, draw, grouped
         self.entries: dict[str, Entry] = {}
-        self._past: dict[str, list[Entry]] = defaultdict(list)
-        """Entries of before, whose copies the kernel may still make."""
+        self._past: defaultdict[str, set[tuple[str, int]]] = defaultdict(set)
+        """By exporter: the places of entries of before that wanted its datagrams: the kernel may still make copies."""
         self._owed: dict[int, Owed] = {}
         self._came: defaultdict[tuple[str, int], Counter[int]] = defaultdict(Counter)
-        self.number = 0
+        self.number = self._barrier = 0
         self._exporters = {}
         for version in (4, 6):
             for number, address in enumerate(EXPORTERS[version]):
@@ -112,6 +112,31 @@ class Around:
                 gateway = self._opened.enter_context(socket.create_connection(("127.0.0.1", 5000), timeout=60))
             self._connections[name] = gateway, self._opened.enter_context(gateway.makefile("rb"))
         return self._connections[name]
+
+    def _wait_for_both_senders(self) -> None:
+        """Wait until both serve the present registry: who has left a group, or its sender, gets nothing more of it."""
+        self._barrier += 1
+        terms = {"streams": ["netflow"], "from": ["192.0.2.1/32"], "dscp": self._barrier % 2, "address": SIEMS[4][4]}
+        for number, kind in enumerate(KINDS):
+            request = {
+                "op": "register",
+                "name": kind,
+                "source": kind,
+                "port": 8000 + number,
+                "take_over": True,
+                **terms,
+            }
+            self._send(request)
+            self._answer(request)
+
+    def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        answer: dict[str, Any] = json.loads(self._connect(request["name"])[1].readline())
+        while answer.get("error") == "no_transmitter":  # the gateway has yet to see that it is back
+            pause(0.1)
+            self._send(request)
+            answer = json.loads(self._connect(request["name"])[1].readline())
+        assert answer["ok"], answer
+        return answer
 
     def _send(self, request: dict[str, Any]) -> None:
         self._connect(request["name"])[0].sendall(json.dumps(request).encode() + b"\n")
@@ -140,7 +165,8 @@ class Around:
         for name, drawn in wanted.items():
             request = requests[name] = {"name": name}
             if name in self.entries:
-                self._past[name].append(self.entries[name])
+                for exporter in filter(self.entries[name].wants, self._exporters):
+                    self._past[exporter].add(self.entries[name].place)
                 self._owe_anew_of(self.entries[name].group)
             if drawn is None:
                 request |= {"op": "leave", "generation": self.entries.pop(name).generation}
@@ -158,15 +184,11 @@ class Around:
                 self.entries[name] = Entry(version, address, port, source, prefixes, 0, group)
             self._send(request)
         for name, request in requests.items():
-            answer: dict[str, Any] = json.loads(self._connect(name)[1].readline())
-            while answer.get("error") == "no_transmitter":  # the gateway has yet to see that it is back
-                pause(0.1)
-                self._send(request)
-                answer = json.loads(self._connect(name)[1].readline())
-            assert answer["ok"], answer
+            answer = self._answer(request)
             if name in self.entries:
                 self.entries[name] = replace(self.entries[name], generation=answer["client"]["generation"])
             self._owe_anew(name)
+        self._wait_for_both_senders()
 
     def change_some(self) -> None:
         """Draw some collectors, and what becomes of them."""
@@ -203,8 +225,7 @@ class Around:
         for each in wanting.values():
             if each.group:
                 owed.shared.setdefault(each.group, set()).add(each.place)
-        past = (each for entries in self._past.values() for each in entries if each.wants(exporter))
-        owed.may = {*(each.place for each in wanting.values()), *(each.place for each in past)}
+        owed.may = {*(each.place for each in wanting.values()), *self._past[exporter]}
         payload = self.number.to_bytes(4) + bytes(LARGE if large else 100 + self.number % 900)
         self._exporters[exporter].sendto(payload, (RELAY[version], PORT))
 
