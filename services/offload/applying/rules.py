@@ -98,10 +98,11 @@ def counter_names(plan: KernelPlan) -> dict[int, str]:
 
 
 class Renderer:
-    """Puts the rules of one plan into a transaction.
+    """Puts the rules of one plan into two transactions.
 
     `known` are chains of the plan before, by the copies that they make: those that this plan needs too stay as they
-    are, and count on in their samples. `used` are those of this plan, `streams` the other chains of it.
+    are, and count on in their samples. `used` are those of this plan, `streams` the other chains of it, `counters` the
+    names of its counters.
     """
 
     def __init__(
@@ -109,6 +110,8 @@ class Renderer:
     ) -> None:
         self.used: Chains = {}
         self.streams: list[str] = []
+        self._goals: dict[int, list[Element]] = {}
+        """By IP version: the listeners, and the chains of their streams."""
         self._batch = batch
         self._plan = plan
         self._serial = serial
@@ -116,22 +119,23 @@ class Renderer:
         self._sources = sources
         self._known = known or {}
         self._counters = counter_names(plan)
+        self.counters = frozenset(self._counters.values())
 
-    def add(self, base_chains: Iterable[str]) -> None:
-        """Add everything; each of the base chains is empty, and leads to it."""
-        base_chains = list(base_chains)
+    def add_streams(self) -> None:
+        """Add everything to which `lead` leads."""
+        for stream in self._plan.streams:
+            version = _version(stream)
+            chain = self._add_stream(stream, version)
+            found = self._goals.setdefault(version, [])
+            found += [(_pad(each.address, each.port), Verdict.GOTO, chain) for each in stream.listeners]
+
+    def lead(self, batch: Batch, base_chains: Iterable[str]) -> None:
+        """Let base chains, which are empty, lead to it, in a transaction after the one that has added it."""
         for chain in base_chains:
-            self._batch.add_rule(chain, self._marks.clear())
-        for version in ADDRESS_OFFSET:
-            streams = [stream for stream in self._plan.streams if _version(stream) == version]
-            goals: list[Element] = []
-            for stream in streams:
-                chain = self._add_stream(stream, version)
-                goals += [(_pad(each.address, each.port), Verdict.GOTO, chain) for each in stream.listeners]
-            if goals:
-                for chain in base_chains:
-                    listeners = self._batch.add_map(len(goals[0][0]), goals)
-                    self._batch.add_rule(chain, _find_listener(version, listeners))
+            batch.add_rule(chain, self._marks.clear())
+            for version, goals in self._goals.items():
+                listeners = batch.add_map(len(goals[0][0]), goals)
+                batch.add_rule(chain, _find_listener(version, listeners))
 
     def _add_stream(self, stream: StreamCopies, version: int) -> str:
         copies = {place: self._plan.copies[place] for place in stream.copies}

@@ -1,15 +1,21 @@
-"""The table in the kernel: the first plan makes it, and each later one replaces what is in it, at one moment."""
+"""The table in the kernel: the first plan makes it, and each later one replaces what is in it, at one moment.
+
+A packet may find nothing in a map in the first moment after the transaction that makes it, and after the one that
+deletes it (nf_tables_commit, nft_map_deactivate: net/netfilter/nf_tables_api.c). It would be marked without the copies
+that the map leads to. So one transaction adds chains and maps, a second lets the chains of the interfaces lead to them,
+and what was replaced is deleted later. Where a packet finds no listener in the map of such a chain itself, it goes up
+unmarked, and the senders make its copies.
+"""
 
 import errno
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
 from services.offload.applying.nftables.connection import Counters, Nftables
 from services.offload.applying.nftables.messages import Batch
-from services.offload.applying.rules import PRIORITY, Chains, Marks, Renderer, Sources, counter_names
+from services.offload.applying.rules import PRIORITY, Chains, Marks, Renderer, Sources
 from services.offload.kernel_plan import NO_COPIES, KernelPlan
 
 TABLE: Final = "fanwire"
@@ -21,11 +27,7 @@ SETTLED_SECONDS: Final = 0.25
 
 @dataclass(frozen=True, slots=True)
 class _Replaced:
-    """The chains that a plan has left behind, each before those that it leads to, and all counters of that plan.
-
-    They stay for a moment. A packet that is on its way finds nothing in a map that was just deleted
-    (nft_map_deactivate, net/netfilter/nf_tables_api.c): it would be marked without the copies that the map leads to.
-    """
+    """The chains that a plan has left behind, and all counters of that plan."""
 
     at: float
     chains: tuple[str, ...]
@@ -51,7 +53,7 @@ class Table:
         """Let the kernel make exactly the copies of a plan from now on. OSError: it goes on as before."""
         if self._there and plan.interfaces == self._plan.interfaces:
             try:
-                self._commit(plan, self._renew)
+                self._renew(plan)
                 return
             except OSError as error:
                 if error.errno not in GONE:
@@ -59,10 +61,11 @@ class Table:
         if self._there:
             self._let_all_go_up()
         try:
-            self._commit(plan, self._make_anew)
+            self._make_anew(plan)
         except OSError:
-            with suppress(OSError):
-                self._commit(self._plan, self._renew)
+            if self._there:
+                with suppress(OSError):
+                    self._make_anew(self._plan)
             raise
 
     def counters(self) -> Counters:
@@ -78,43 +81,57 @@ class Table:
                 self._connection.commit(batch)
         time.sleep(SETTLED_SECONDS)
 
-    def _commit(self, plan: KernelPlan, begin: Callable[[Batch, KernelPlan], None]) -> None:
-        self._serial += 1
-        batch = Batch(TABLE)
-        begin(batch, plan)
-        counters = frozenset(counter_names(plan).values())
-        for name in sorted(counters):
-            batch.add_counter(name)
-        renewed = begin == self._renew
-        known = self._chains if renewed else {}
-        renderer = Renderer(batch, plan, self._serial, self._marks, self._sources, known)
-        renderer.add(_base_chain(place) for place in range(len(plan.interfaces)))
-        replaced = self._delete_replaced(batch, counters) if renewed else []
-        self._connection.commit(batch)
-        if renewed:
-            used = {*renderer.used.values()}
-            former = [name for name in self._chains.values() if name not in used]
-            chains = (*self._streams, *reversed(former))
-            self._replaced = [*replaced, _Replaced(time.monotonic(), chains, self._counters)]
-        else:
-            self._replaced = []
-        self._there, self._plan = True, plan
-        self._streams, self._chains = renderer.streams, renderer.used
-        self._counters = counters
-
-    def _make_anew(self, batch: Batch, plan: KernelPlan) -> None:
+    def _make_anew(self, plan: KernelPlan) -> None:
         """Begin with an empty table."""
+        batch, lead = Batch(TABLE), Batch(TABLE)
+        batch.add_table()  # so that there is one to delete, whatever has become of it
         if self._there:
-            batch.add_table()  # so that there is one to delete, whatever has become of it
             batch.delete_table()
-        batch.add_table()
+            batch.add_table()
         for place, interface in enumerate(plan.interfaces):
-            batch.add_base_chain(_base_chain(place), interface, PRIORITY)
+            lead.add_base_chain(_base_chain(place), interface, PRIORITY)
+        renderer = self._render(batch, plan, {})
+        self._connection.commit(batch)
+        self._replaced = []
+        self._lead(lead, renderer, plan)
 
-    def _renew(self, batch: Batch, plan: KernelPlan) -> None:
-        """Begin with the chains of the interfaces alone."""
+    def _renew(self, plan: KernelPlan) -> None:
+        """Replace all but the chains of the interfaces."""
+        batch, lead = Batch(TABLE), Batch(TABLE)
         for place in range(len(plan.interfaces)):
-            batch.flush_chain(_base_chain(place))
+            lead.flush_chain(_base_chain(place))
+        renderer = self._render(batch, plan, self._chains)
+        staying = self._delete_replaced(batch, renderer.counters)
+        self._connection.commit(batch)
+        self._replaced = staying
+        before = self._streams, self._chains, self._counters
+        try:
+            self._lead(lead, renderer, plan)
+        except OSError:
+            self._leave_behind(renderer.streams, renderer.used, self._chains, renderer.counters)
+            raise
+        streams, chains, counters = before
+        self._leave_behind(streams, chains, renderer.used, counters)
+
+    def _render(self, batch: Batch, plan: KernelPlan, known: Chains) -> Renderer:
+        self._serial += 1
+        renderer = Renderer(batch, plan, self._serial, self._marks, self._sources, known)
+        for name in sorted(renderer.counters):
+            batch.add_counter(name)
+        renderer.add_streams()
+        return renderer
+
+    def _lead(self, lead: Batch, renderer: Renderer, plan: KernelPlan) -> None:
+        renderer.lead(lead, [_base_chain(place) for place in range(len(plan.interfaces))])
+        if plan.interfaces:
+            self._connection.commit(lead)
+        self._there, self._plan = True, plan
+        self._streams, self._chains, self._counters = renderer.streams, renderer.used, renderer.counters
+
+    def _leave_behind(self, streams: list[str], chains: Chains, kept: Chains, counters: frozenset[str]) -> None:
+        """Note the chains that nothing leads to any more, but for those that are `kept`."""
+        names = (*streams, *({*chains.values()} - {*kept.values()}))
+        self._replaced.append(_Replaced(time.monotonic(), names, counters))
 
     def _delete_replaced(self, batch: Batch, counters: frozenset[str]) -> list[_Replaced]:
         """Delete what plans have left behind that were replaced long ago; return what stays."""

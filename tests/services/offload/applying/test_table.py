@@ -4,6 +4,9 @@ import ipaddress
 import random
 import shutil
 import socket
+import threading
+from collections import Counter
+from contextlib import ExitStack
 
 import msgspec
 import pytest
@@ -298,6 +301,33 @@ def test_plans_replace_each_other_at_one_moment_and_counters_go_on() -> None:
         assert [each.payload for each in siem.read(100)] == [str(number).encode() for number in range(100)]
         siem.assert_quiet()
         assert {packets for packets, _ in site.table.counters().values()} == {100}
+
+
+def test_map_leads_to_its_copies_from_the_first_moment_to_the_last() -> None:
+    """While plans follow one another under traffic, whoever has prefixes gets what those without have got."""
+    with OffloadSite() as site, exporters(site) as socks, ExitStack() as opened:
+        every, some = (opened.enter_context(Collector(site.siem, SIEMS[4][place], 9000 + place)) for place in (0, 1))
+        copies = [site.copy(0, 9000), site.copy(1, 9001, prefixes=(prefix(f"{EXPORTERS[4][0]}/32"),))]
+        site.table.replace(site.plan(copies, 1))
+        stopping = threading.Event()
+
+        def export() -> None:
+            while not stopping.is_set():
+                socks[0].sendto(b"", (RELAY[4], PORT))
+
+        exporting = threading.Thread(target=export)
+        exporting.start()
+        opened.callback(exporting.join)
+        opened.callback(stopping.set)
+        came: Counter[str] = Counter()
+        for number in range(400):
+            site.table.replace(site.plan(copies, number % 100 + 1))
+            came += Counter(every=len(list(every.take())), some=len(list(some.take())))
+        stopping.set()
+        exporting.join()
+        came += Counter(every=len(list(every.take())), some=len(list(some.take())))
+        assert came["every"] == came["some"] > 400
+        assert {packets for packets, _ in site.table.counters().values()} == {came["every"]}
 
 
 def test_what_nobody_else_sees_ends_in_the_kernel() -> None:
