@@ -126,16 +126,17 @@ class ClusterChanges:
             return
         self.make(lambda: self._registry.move(find()), lambda _: done(find()), failed)
 
-    def take_waiting(self) -> list[_Waiting]:
+    def waiting(self) -> set[_Waiting]:
         """Return what is to be called once the next record of this node's session has come back."""
         self.wanted.clear()
-        waiting, self._waiting = self._waiting, []
-        return waiting
+        return {*self._waiting}
 
-    def put_back(self, waiting: list[_Waiting]) -> None:
-        """Let these wait for a later record."""
-        self._waiting = waiting + self._waiting
-        self.wake.set()
+    def call(self, sure: set[_Waiting]) -> None:
+        """Call these, as far as they still wait."""
+        called = [each for each in self._waiting if each in sure]
+        self._waiting = [each for each in self._waiting if each not in sure]
+        for each in called:
+            each.act()
 
     def lose(self) -> None:
         """Note that records can't be written now."""

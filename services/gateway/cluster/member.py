@@ -196,11 +196,10 @@ class Member:
                 await asyncio.sleep(BEAT_SECONDS)
                 continue
             self._troubles.end("node", "no other gateway has the name of this node any more")
-            waiting = self.changes.take_waiting()
+            waiting = self.changes.waiting()
             try:
                 await self._write_session(bucket, self._session(live=True), self.sessions.position)
             except (OvertakenError, LogError) as error:
-                self.changes.put_back(waiting)
                 failures += 1
                 if isinstance(error, LogError):
                     self.changes.lose()
@@ -211,8 +210,7 @@ class Member:
                 continue
             failures = 0
             self._note_available()
-            for each in waiting:
-                each.act()
+            self.changes.call(waiting)
             await self._end_overdue(bucket)
             await asyncio.sleep(SURE_SECONDS)
             with suppress(TimeoutError):

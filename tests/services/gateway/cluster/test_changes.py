@@ -90,8 +90,7 @@ def run(node: Node, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
 async def until(condition: Callable[[], object], node: Node) -> None:
     """Wait for a condition; who waits for what others have written gets it."""
     while not condition():
-        for each in node.changes.take_waiting():
-            each.act()
+        node.changes.call(node.changes.waiting())
         await asyncio.sleep(0.005)
 
 
