@@ -337,18 +337,13 @@ class _Server:
             self.store.keep_file()
             with contextlib.suppress(OSError):
                 self.registry.pasts.prune()
-            with contextlib.suppress(OSError):  # the kernel can't tell just now
-                self._make_once("loops", lambda: expel_loops(self.destinations, self.registry))
+            self._make_once("loops", lambda: expel_loops(self.destinations, self.registry))
 
     def _make_once(self, what: str, act: Callable[[], None]) -> None:
         """Make a change that is due, unless it waits already."""
         if what not in self._making:
             self._making.add(what)
-            try:
-                self.registry.changes.make(act, lambda _: self._making.discard(what))
-            except OSError:
-                self._making.discard(what)
-                raise
+            self.registry.changes.make(act, lambda _: self._making.discard(what))
 
     def _accounts(self) -> Accounts:
         account = {

@@ -11,9 +11,16 @@ log = get_logger()
 
 
 def expel_loops(destinations: Destinations, registry: Registry) -> None:
-    """Remove collectors whose copies would come back: a listener or an address may be newer than the entry."""
+    """Remove collectors whose copies would come back: a listener or an address may be newer than the entry.
+
+    While the kernel can't tell this host's addresses, none is removed.
+    """
     mine = (entry for entry in registry.entries() if not is_reached_elsewhere(entry, registry.node))
-    if loops := [entry for entry in mine if destinations.find_loop(entry.client)]:
+    try:
+        loops = [entry for entry in mine if destinations.find_loop(entry.client)]
+    except OSError:
+        return
+    if loops:
         log.warning(
             "collector removed: its address is one of fanwire's own listeners (loop)",
             clients=[entry.client.name for entry in loops[:10]],

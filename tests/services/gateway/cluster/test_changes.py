@@ -1,12 +1,17 @@
 """Changes of a shared registry, on a log in memory: written together, decided anew, unsure, refused, released."""
 
 import asyncio
+import errno
 from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
+from services.gateway.admission.destinations import Destinations
 from services.gateway.admission.peer import Peer
+from services.gateway.admission.upkeep import expel_loops
 from services.gateway.cluster import changes as module
 from services.gateway.cluster.changes import ClusterChanges
 from services.gateway.cluster.log import LogError, OvertakenError, Write
@@ -209,3 +214,21 @@ def test_a_connection_that_ended_meanwhile_holds_nothing() -> None:
 
     run(node, work)
     assert node.registry.revision == 2
+
+
+def test_a_look_for_loops_that_the_kernel_refuses_is_over() -> None:
+    """A look for loops ends though the kernel can't tell this host's addresses; the next one finds what loops."""
+    node, kernel = Node(Log(), "a"), Mock(return_value=True, side_effect=OSError(errno.EMFILE, "no descriptor"))
+    destinations = Destinations(["messages"], [("0.0.0.0", 514)], kernel, lambda _: False)
+    over: list[object] = []
+
+    async def work() -> None:
+        node.register("mine", 514)
+        await until(lambda: node.answers, node)
+        for left in (1, 0):
+            node.changes.make(partial(expel_loops, destinations, node.registry), over.append)
+            await until(lambda: over and len(node.registry) == left, node)  # noqa: B023
+            over.clear()
+            kernel.side_effect = None
+
+    run(node, work)
