@@ -249,6 +249,8 @@ class Member:
     def _note_available(self) -> None:
         self._troubles.end("registry", "the cluster's registry can be written again")
         if not self.changes.available.is_set():
+            for entry in self.replica.registry.entries():  # nobody could renew one
+                self.replica.registry.leases.begin(entry)
             log.info("takes part in the cluster's registry", node=self.sessions.own, live=self.sessions.live())
             self.changes.available.set()
             self.changes.wake.set()

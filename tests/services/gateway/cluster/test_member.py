@@ -1,7 +1,7 @@
 """A member of the cluster, on a log in memory: what waits for its session's next record, and leases meanwhile."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import pytest
@@ -46,6 +46,16 @@ class Node:
         self.member.changes.log = bucket
         return asyncio.create_task(self.member._keep_session(bucket))
 
+    async def enter(self) -> asyncio.Task[None]:
+        """Connect, and enter `mine` with a lease of 9 s."""
+        self.answers.set()
+        session = self.connect()
+        await self.member.changes.available.wait()
+        client, peer = Client("mine", 0, "192.0.2.1", 9, streams=("messages",)), Peer(5, "192.0.2.1", 9)
+        self.member.changes.make(lambda: self.registry.grant(client, peer, Origin.JSON, ttl=9.0), ignore, ignore)
+        await until(lambda: self.registry.find("mine"))
+        return session
+
     def find(self) -> Entry:
         """Return the entry `mine`."""
         found = self.registry.find("mine")
@@ -53,40 +63,69 @@ class Node:
         return found
 
 
+def run(work: Callable[[Node], Coroutine[Any, Any, None]]) -> None:
+    """Do some work with a node that makes its changes meanwhile."""
+
+    async def both() -> None:
+        node = Node()
+        making = asyncio.create_task(node.member.changes.run())
+        await work(node)
+        making.cancel()
+        await asyncio.gather(making, return_exceptions=True)
+
+    asyncio.run(both())
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait until a condition holds."""
+    async with asyncio.timeout(30):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def end(session: asyncio.Task[None]) -> None:
+    """End a session as its connection ends."""
+    session.cancel()
+    await asyncio.gather(session, return_exceptions=True)
+
+
 def test_a_renewal_outlives_the_connection_that_it_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that renews when the connection ends gets its answer: by the next one, or `unavailable` in time."""
     monkeypatch.setattr(module, "PATIENCE_SECONDS", 0.4)
 
-    async def work() -> None:
-        node = Node()
-        changes = node.member.changes
-        making = asyncio.create_task(changes.run())
-        node.answers.set()
-        session = node.connect()
-        await changes.available.wait()
-        client, peer = Client("mine", 0, "192.0.2.1", 9, streams=("messages",)), Peer(5, "192.0.2.1", 9)
-        changes.make(lambda: node.registry.grant(client, peer, Origin.JSON, ttl=9.0), ignore, ignore)
-        await until(lambda: node.registry.find("mine"))
+    async def work(node: Node) -> None:
+        session, changes = await node.enter(), node.member.changes
         for healed in (True, False):
             node.answers.clear()
             said: list[object] = []
             changes.renew(node.find, said.append, said.append)
             await until(lambda: not changes.wanted.is_set())
-            session.cancel()
-            await asyncio.gather(session, return_exceptions=True)
+            await end(session)
             if healed:
                 node.answers.set()
                 session = node.connect()
             await until(lambda: said)  # noqa: B023
             assert isinstance(said[0], Entry if healed else OSError)
-        making.cancel()
-        await asyncio.gather(making, return_exceptions=True)
 
-    asyncio.run(work())
+    run(work)
 
 
-async def until(condition: Any) -> None:
-    """Wait until a condition holds."""
-    async with asyncio.timeout(30):
-        while not condition():
-            await asyncio.sleep(0.005)
+def test_leases_begin_anew_once_they_can_be_renewed() -> None:
+    """A lease that ran out while nobody could renew it lasts its whole time from when the registry can be written."""
+
+    async def work(node: Node) -> None:
+        session, changes = await node.enter(), node.member.changes
+        for away, left in ((True, 1), (False, 0)):
+            if away:
+                await end(session)
+                changes.lose()
+            node.now += 9.0
+            looked: list[object] = []
+            changes.make(node.registry.expire, looked.append)
+            if away:
+                session = node.connect()
+            await until(lambda: looked)  # noqa: B023
+            assert len(node.registry) == left
+        await end(session)
+
+    run(work)
