@@ -246,7 +246,8 @@ class Replica:
 
     def _disown(self, entry: Entry) -> bool:
         """Note that no connection holds an entry any more, if its gateway has ended; return whether that is new."""
-        if not entry.held or entry.peer.id != AWAY or self.sessions.is_live(entry.node, entry.boot):
+        reading = self._seen is not None  # sessions stand behind the entries
+        if reading or not entry.held or entry.peer.id != AWAY or self.sessions.is_live(entry.node, entry.boot):
             return False
         entry.peer = replace(entry.peer, id=0)
         entry.ttl = entry.ttl or RETURN_SECONDS
@@ -286,6 +287,7 @@ class Replica:
                 by = Identity(*self.identity, 0)
                 self._make(self._ordered(Ordered(by=by, revision=0, name=name), registry.revision))
             self._changed()
+        self.measure_anew()
         self._flush_cache()
 
     def restore(self) -> None:

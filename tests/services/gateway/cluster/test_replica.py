@@ -253,6 +253,23 @@ def test_a_start_with_what_was_known_last() -> None:
     assert _one(again).expires_at < float("inf"), "nobody else measures it"
 
 
+def test_a_log_that_is_read_anew_tells_who_holds_an_entry() -> None:
+    """A start knows from the sessions behind the entries which connections hold these still, and which do not."""
+    log = Log()
+    a, b, gone = (Member(log, node) for node in ("a", "b", "gone"))
+    for member, name in ((b, "one"), (gone, "two")):
+        member.live()
+        member.follow()
+        member.change("grant", name, hold=True)
+    b.live()  # as each second
+    b.end(gone)
+    a.live()
+    a.follow()
+    peers = {entry.client.name: (entry.peer.id, entry.ttl) for entry in a.registry.entries()}
+    assert peers == {"one": (-1, 0), "two": (0, RETURN_SECONDS)}
+    assert [entry.expires_at < float("inf") for entry in a.registry.entries()] == [False, True]
+
+
 def test_a_silent_session_is_overdue() -> None:
     """A session is overdue once it was not written for long; after a time without the log all begin anew."""
     sessions = Sessions("a", 1)
