@@ -73,8 +73,8 @@ class Owners:
         """The nodes as they were before others came to serve: a live one that tells of more may have left off then."""
         self.settled = True
         """False from when others come to serve until collectors are split anew."""
-        self._owners: dict[str, tuple[int, str]] = {}
-        """By name: the generation and owner of a collector as it was known last."""
+        self._owners: dict[tuple[str, int], str] = {}
+        """By name and generation: the owner of a collector as it was known last; empty: one of the others."""
         self._resumes: dict[str, tuple[float, Resume]] = {}
         """Collectors that were taken over, until when they resume, and where."""
 
@@ -133,13 +133,14 @@ class Owners:
         One that it takes over has to resume where its last node has got to.
         """
         owners = {name: self.owner(client) for name, client in clients.items()}
+        before, self._owners = self._owners, {}
         for name, client in clients.items():
-            generation, before = self._owners.get(name, (-1, ""))
+            last = before.get((name, client.generation), self.own)
             if owners[name] != self.own:
                 self._resumes.pop(name, None)
-            elif generation == client.generation and before != self.own:
-                self._take_over(client, before, source)
-        self._owners = {name: (client.generation, owners[name]) for name, client in clients.items()}
+            elif last != self.own:
+                self._take_over(client, last, source)
+            self._owners[name, client.generation] = owners[name] or (last if last != self.own else "")
         self.settled = True
         own = {name: self._resumed(client) for name, client in clients.items() if owners[name] == self.own}
         return own, {name: client for name, client in clients.items() if name not in own}

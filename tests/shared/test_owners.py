@@ -1,3 +1,4 @@
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -164,3 +165,18 @@ def test_a_node_without_majority_can_hold() -> None:
     healed, _ = found.split(clients(), "relay")
     assert healed.keys() == own.keys()
     assert {client.resume for client in healed.values()} == {Resume(0, places=(PLACES[0],), twice_until_ns=33)}
+
+
+def test_a_node_that_holds_until_it_has_the_majority_takes_over_where_the_dead_node_was() -> None:
+    """A moment in which nobody serves does not hide where collectors of the node that has died have got to."""
+    found, _ = owners("hold")
+    found.note(told(b="live", c="left"))
+    own, others = found.split(clients(), "relay")
+    silent = told(majority=False, b="silent", c="left")
+    found.note(msgspec.structs.replace(silent, serving=()))
+    assert found.split(clients(), "relay")[0] == {}
+    found.note(told(b="silent", c="left"))
+    after, _ = found.split(clients(), "relay")
+    assert after.keys() == clients().keys()
+    assert {after[name].resume for name in others} == {Resume(0, places=(PLACES[0],), twice_until_ns=33)}
+    assert {after[name].resume for name in own} == {None}

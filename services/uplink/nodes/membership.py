@@ -11,6 +11,8 @@ BEAT_SECONDS: Final = 0.5
 """Time between two beats of a node."""
 SILENT_SECONDS: Final = 2.0
 """A node that is not heard for so long has died, or can't be reached: three beats may be lost."""
+DOUBT_SECONDS: Final = 1.0
+"""JetStream is asked after so long: whether this node is in the majority is known when others are missed."""
 VOTE_SECONDS: Final = 1.0
 """Time for which an acknowledgement of JetStream stands for nodes that are not heard; over before they are missed."""
 
@@ -66,9 +68,12 @@ class Membership:
         if node == self.own:
             return self.state
         heard = self._heard.get(node)
-        if heard is None or heard.at <= self._clock() - SILENT_SECONDS:
-            return "left" if heard and heard.beat.state == "left" else "silent"
-        return heard.beat.state
+        return "silent" if heard is None or self._is_missed(node, SILENT_SECONDS) else heard.beat.state
+
+    def _is_missed(self, node: str, seconds: float) -> bool:
+        """Return whether another node was not heard for so long. One that has said that it leaves is not missed."""
+        heard = self._heard.get(node)
+        return heard is None or (heard.at <= self._clock() - seconds and heard.beat.state != "left")
 
     @property
     def live(self) -> list[str]:
@@ -77,9 +82,16 @@ class Membership:
 
     @property
     def hears_most(self) -> bool:
-        """True if most nodes are heard, this one among them. One that has said that it leaves is not missed."""
-        missed = sum(self.state_of(node) == "silent" for node in self.others)
-        return 2 * missed < 1 + len(self.others)
+        """True if most nodes are heard, this one among them."""
+        return self._hears_most(SILENT_SECONDS)
+
+    @property
+    def in_doubt(self) -> bool:
+        """True if JetStream is to be asked for a majority: most nodes may not be heard any more."""
+        return not self._hears_most(DOUBT_SECONDS)
+
+    def _hears_most(self, seconds: float) -> bool:
+        return 2 * sum(self._is_missed(node, seconds) for node in self.others) < 1 + len(self.others)
 
     @property
     def majority(self) -> bool:

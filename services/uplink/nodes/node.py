@@ -134,7 +134,7 @@ class Node:
                 self._beat_due.clear()
                 if self._cluster.tells:
                     await self.beat(session)
-                if not self._cluster.members.hears_most:
+                if self._cluster.members.in_doubt:
                     await self._vote(session)
                 await session.wait(self._beat_due, BEAT_SECONDS)
         finally:
