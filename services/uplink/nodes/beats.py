@@ -10,9 +10,9 @@ from shared.bus.bodies.fields import Number, SenderName, StreamName
 from shared.client import Source
 
 ROOT: Final = "fanwire-node"
-MAX_BEAT: Final = 1 << 18
-"""Bytes of a beat: an origin takes some sixty."""
-MAX_ORIGINS: Final = 4096
+MAX_BEAT: Final = 1 << 19
+"""Bytes of a beat: an origin takes some sixty, and 128 with long names."""
+MAX_ORIGINS: Final = 2048
 State = Literal["joining", "live", "left"]
 """A node that is joining still gets what came before; one that has left sends no copies any more."""
 Site = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,31}$")]

@@ -13,6 +13,8 @@ from services.uplink.incoming.arrivals import Key
 
 SECONDS: Final = 15.0
 """Time for which a crossing is known: longer than a node's last place is of use to the one that follows it."""
+STARTS: Final = 2
+"""Starts of a worker whose last count is known: a node that comes back may still be handing on the one before."""
 
 
 class _Crossing(NamedTuple):
@@ -47,8 +49,8 @@ class Crossings:
         """The count of this bus behind the last one."""
         self._clock = clock
         self._latest: deque[_Crossing] = deque()
-        self._older: dict[Key, int] = {}
-        """The counts of origins behind what is not known singly any more."""
+        self._older: dict[tuple[str, str], dict[Key, int]] = {}
+        """By site and worker: the counts of its last starts behind what is not known singly any more."""
         self._ends: dict[Key, int] = {}
         """By origin: its count behind the last batch that came here."""
 
@@ -62,11 +64,17 @@ class Crossings:
         self.end, self._ends[origin] = here.stop, there.stop
         while self._latest[0].at < now - SECONDS:
             old = self._latest.popleft()
-            self._older[old.origin] = old.there.stop
+            starts = self._older.setdefault((old.origin.site, old.origin.worker), {})
+            starts.pop(old.origin, None)
+            starts[old.origin] = old.there.stop
+            if len(starts) > STARTS:
+                earliest = next(iter(starts))
+                del starts[earliest]
+                self._ends.pop(earliest, None)
 
     def origins_at(self, here: int) -> dict[Key, int]:
         """Return the count of each origin behind a count of this bus."""
-        found = dict(self._older)
+        found = {origin: count for starts in self._older.values() for origin, count in starts.items()}
         for each in self._latest:
             if each.here.start > here or (each.here.start == here and each.here):
                 break

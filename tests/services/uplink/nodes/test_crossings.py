@@ -67,3 +67,16 @@ def test_what_was_left_out_here_is_passed() -> None:
     assert crossings.origins_at(12) == {ORIGINS[0]: 10}
     assert crossings.origins_at(13) == {ORIGINS[0]: 20, ORIGINS[1]: 60}
     assert crossings.origins_at(15) == {ORIGINS[0]: 20, ORIGINS[1]: 62}
+
+
+def test_a_worker_that_starts_again_and_again_does_not_fill_the_memory() -> None:
+    """Of each worker the counts of its last two starts are known, however often others were started since."""
+    now = 0.0
+    crossings = Crossings(lambda: now)
+    crossings.note(ORIGINS[0], range(10), range(10))
+    for boot in range(1000):
+        now += SECONDS
+        crossings.note(ORIGINS[1]._replace(boot=boot), range(5), range(10 + 5 * boot, 15 + 5 * boot))
+    latest = [ORIGINS[1]._replace(boot=boot) for boot in range(996, 1000)]
+    assert crossings.origins_at(5010) == {ORIGINS[0]: 10, **dict.fromkeys(latest, 5)}
+    assert crossings._ends == crossings.origins_at(5010)

@@ -4,7 +4,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.uplink.nodes.beats import Beat, State, beat_subject, parse_beat, unparse_beat
+from services.uplink.nodes.beats import (
+    MAX_BEAT,
+    MAX_ORIGINS,
+    Beat,
+    Reached,
+    State,
+    beat_subject,
+    parse_beat,
+    unparse_beat,
+)
 from services.uplink.nodes.membership import SILENT_SECONDS, VOTE_SECONDS, Membership
 
 
@@ -95,7 +104,7 @@ def test_who_has_left_is_not_missed() -> None:
         (b"\xc1", "no beat"),
         (b"\x91" * 100_000, "no beat"),
         (unparse_beat(beat("c", 1)), "the beat names another node than its subject: c on fanwire-node.b"),
-        (b"x" * (1 << 19), "no beat has so many bytes: 524288"),
+        (b"x" * (MAX_BEAT + 1), "no beat has so many bytes: 524289"),
     ],
 )
 def test_what_is_no_beat_of_its_subject_is_refused(payload: bytes, told: str) -> None:
@@ -109,6 +118,16 @@ def test_any_bytes_do_no_harm(payload: bytes) -> None:
     """Any bytes on the subject of a beat are a beat, or refused."""
     with suppress(ValueError):
         assert parse_beat(beat_subject("b"), payload).node == "b"
+
+
+def test_the_largest_beat_is_taken() -> None:
+    """A beat with as many origins as a node tells of is read, also with long names."""
+    reached = [
+        Reached("berlin-west", "ingest.16", 1 << 61, f"flows.of.customer.{index}", 1 << 50)
+        for index in range(MAX_ORIGINS)
+    ]
+    sent = Beat("b", 1 << 61, 1, "live", 1, {"relay": reached, "original": reached})
+    assert parse_beat(beat_subject("b"), unparse_beat(sent)) == sent
 
 
 def test_a_beat_comes_as_it_was_sent() -> None:
