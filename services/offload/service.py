@@ -331,7 +331,7 @@ class OffloadService:
             APPLIER: int(self._applier.channel is not None),
             COLLECTORS_SERVED: len(self._served),
             PLANS_REFUSED: self._plans_refused,
-            "revision": max(0, self._replica.revision),
+            **self._replica.account(),
             "bus_rejected": sum(self._subscriber.rejected.values()),
         }
         counted: Accounts = {}

@@ -4,6 +4,7 @@ from shared.bus.bodies.nodes_message import Nodes
 from shared.bus.messages import Envelope, RegistryChange, RegistrySnapshot
 from shared.bus.pieces import Assembler
 from shared.client import Client, Source
+from shared.ledger.counters import REVISION
 from shared.owners import Owners
 
 
@@ -62,6 +63,10 @@ class RegistryReplica:
     def holds(self, boot: int, revision: int) -> bool:
         """Return whether this is at least `revision` of the gateway that started as `boot`."""
         return self._boot == boot and not self.stale and self.revision >= revision and self.version >= 0
+
+    def account(self) -> dict[str, int]:
+        """Return the counter that tells of the registry; nothing without one."""
+        return {REVISION: self.revision} if self.revision >= 0 else {}
 
     def _snapshot(self, envelope: Envelope, body: RegistrySnapshot) -> bool:
         if envelope.boot == self._boot and not self.stale and body.revision <= self.revision:

@@ -348,7 +348,7 @@ class CopyService(CopySender[D]):
 
     def _accounts(self) -> Accounts:
         service = {
-            "revision": max(0, self._replica.revision),
+            **self._replica.account(),
             "bus_rejected": sum(self._subscriber.rejected.values()),
             "bus_repeated": self._streams.repeated,
             LEFT: self._collectors.left,

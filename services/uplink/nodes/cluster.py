@@ -17,12 +17,12 @@ from shared.bus.messages import Envelope, Status
 from shared.bus.pieces import Assembler
 from shared.client import Place, Source
 from shared.ledger.accounts import is_origin, parse_origin
-from shared.ledger.counters import BASELINE, REACHED, UNSERVED
+from shared.ledger.counters import BASELINE, REACHED, REVISION, UNSERVED
 from shared.owners import Minority, nodes_serving
 
 SENDERS: Final[dict[str, Source]] = {"forwarder": "relay", "transmitter": "original"}
 HEARD_SECONDS: Final = 3.0
-"""A sender that has not reported for so long does not run."""
+"""A sender that has not reported for so long does not run; nor does one without a registry."""
 TOLD_NS: Final = 1_000_000_000
 """Time by which a node may have got further than it has told."""
 ALONE_NS: Final = 5_000_000_000
@@ -70,10 +70,11 @@ class Cluster:
         crossings.note(origin, there, here)
 
     def note_status(self, envelope: Envelope, status: Status) -> bool:
-        """Note how far a sender of copies has got; return whether that is complete now."""
-        source = SENDERS[envelope.sender.partition(".")[0]]
+        """Note how far a sender of copies with a registry has got; return whether that is complete now."""
+        service = envelope.sender.partition(".")[0]
+        source = SENDERS[service]
         pieces = self._statuses[source].add((envelope.boot, status.report), status)
-        if pieces is None:
+        if pieces is None or not any(REVISION in piece.accounts.get(service, {}) for piece in pieces):
             return False
         reached = [each for piece in pieces for each in self._reached_by(piece)]
         self._reached[source] = reached[-MAX_ORIGINS:]

@@ -67,7 +67,7 @@ class Node:
         self._told: tuple[object, ...] = ()
         self._yield_until = 0.0
         self._joining_at = float("inf")
-        """The time at which the services here were told that this node joins."""
+        """The time at which the senders here were told that this node joins."""
         self._tell_at = 0.0
         for service in SENDERS:
             subscriber.subscribe(status_topic(service)[:-1])
@@ -112,7 +112,8 @@ class Node:
         if known != self._told:
             (log.info if told.majority else log.warning)("nodes of the cluster", live=told.live, majority=told.majority)
         self._told, self._tell_at = known, now + TELL_SECONDS
-        self._joining_at = min(self._joining_at, now)
+        if self._cluster.senders_run:
+            self._joining_at = min(self._joining_at, now)
 
     def _has_caught_up(self, now: float) -> bool:
         if now < self._connected_at + HEAR_SECONDS or not self._cluster.senders_run:

@@ -26,9 +26,10 @@ def take(replica: RegistryReplica, *bodies: RegistrySnapshot | RegistryChange, b
 def test_empty_snapshot_is_a_registry() -> None:
     """A gateway without clients is known to have none, which is not the same as not being known."""
     replica = RegistryReplica()
-    assert replica.revision == -1
+    assert (replica.revision, replica.account()) == (-1, {})
     assert take(replica, *snapshot(0)) == [True]
     assert (replica.revision, replica.clients, replica.stale) == (0, {}, False)
+    assert replica.account() == {"revision": 0}
 
 
 def test_snapshot_comes_together_from_pieces() -> None:

@@ -26,9 +26,10 @@ class Nodes:
         places: dict[Source, list[Reached]] = {"relay": [Reached(*INGEST, reached)]}
         self.cluster.take(beat_subject("b"), unparse_beat(Beat("b", 1, self._beats, "live", reports, places)))
 
-    def report(self, **account: int) -> None:
-        """Let the forwarder of `a` tell how far it is in what came from `b`."""
+    def report(self, account: dict[str, int], *, registry: bool = True) -> None:
+        """Let the forwarder of `a` tell how far it is in what came from `b`, and that it has a registry."""
         accounts = {unparse_origin("uplink.1", BOOT, "flows"): {"reached": 0, **account}}
+        accounts["forwarder"] = {"revision": 0} if registry else {}
         self.cluster.note_status(make_envelope(sender="forwarder.1"), Status("forwarder.1", 1, 0, 1, 0, 1, accounts))
 
     def publish(self, start: int, stop: int, here: int) -> None:
@@ -51,11 +52,20 @@ def test_a_node_follows_once_others_have_sent_what_its_senders_lack(late: dict[s
     """Datagrams from before a sender here began are sent elsewhere first: nobody else could send them."""
     nodes = Nodes()
     nodes.publish(0, 20, 0)
-    nodes.report(**late)
+    nodes.report(late)
     nodes.beat(9)
     assert not nodes.cluster.follows
     nodes.beat(10)
     assert nodes.cluster.follows
+
+
+def test_a_sender_without_a_registry_does_not_run() -> None:
+    """A node may not say that it serves before a sender of copies knows whom: its gateway may come later, or never."""
+    nodes = Nodes()
+    nodes.report({}, registry=False)
+    assert not nodes.cluster.senders_run
+    nodes.report({})
+    assert nodes.cluster.senders_run
 
 
 def test_a_node_may_have_got_further_until_a_while_after_its_last_beat() -> None:
