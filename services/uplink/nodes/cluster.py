@@ -116,6 +116,11 @@ class Cluster:
         return any(began < self._began_ns - ALONE_NS for began in self._senders_began_ns.values())
 
     @property
+    def holds(self) -> bool:
+        """True if this node may serve none, as it is not in the majority."""
+        return self._minority == "hold" and not self.members.majority
+
+    @property
     def tells(self) -> bool:
         """True if anybody is told of this node: while its uplink is restarted, it is not missed for a moment."""
         if self.members.state == "live" or self._clock() >= self._began + SILENT_SECONDS:

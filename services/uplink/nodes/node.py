@@ -64,6 +64,7 @@ class Node:
         self._probe = unparse_subject(Origin(uplink.site, PROBE, publisher.sender))
         self._beat_due = asyncio.Event()
         self._connected_at = float("inf")
+        """The time from which this connection is in use, and this node may serve."""
         self._told: tuple[object, ...] = ()
         self._yield_until = 0.0
         self._joining_at = float("inf")
@@ -91,7 +92,9 @@ class Node:
         now = time.monotonic()
         self.due_at = now + LOOK_SECONDS
         members = self._cluster.members
-        if members.state == "joining" and self._has_caught_up(now):
+        if self._cluster.holds:
+            self._connected_at, members.state = max(self._connected_at, now), "joining"
+        elif members.state == "joining" and self._has_caught_up(now):
             self._tell_at = 0.0
             self._tell("joining", now)
             members.state = "live"
