@@ -37,6 +37,7 @@ class BusBatches:
         """Takes messages that are none of a worker's."""
         self._streams = FollowedStreams(subscriber, directory, kept, OWN_WORKERS)
         self._resumption = Resumption(name, subscriber, kept.new_counts)
+        self._gaps: set[str] = set()
         self.more = False
         """True if the last `read` has left some."""
 
@@ -64,18 +65,25 @@ class BusBatches:
     def _take(self, message: Message) -> Iterator[Taken]:
         body = message.body
         if isinstance(body, Status) and message.envelope.sender.startswith(OWN_WORKERS):
-            self._streams.reconcile(message.envelope, body)
+            self._gaps |= self._streams.reconcile(message.envelope, body).keys()
         elif isinstance(body, Datagrams) and message.batch is not None:
             count = len(message.batch)
             missed = self._streams.note_batch(message.topic, message.envelope, count)
             if missed is not None and count:
                 yield Taken(message, message.batch, missed)
+            elif missed:
+                self._gaps.add(body.stream)
         else:
             self._others(message)
 
     def unserved(self) -> list[Unserved]:
         """Return what was there while no uplink was, or before it was heard, as found since the last call."""
         return self._streams.pop_unserved()
+
+    def pop_gaps(self) -> set[str]:
+        """Return the streams of which a mark or a status has told a gap since the last call: no batch tells of it."""
+        found, self._gaps = self._gaps, set()
+        return found
 
     def positions(self, stream: str) -> dict[Worker, Position]:
         """Return the places in a stream that workers' counts have reached, as far as they came by the bus."""

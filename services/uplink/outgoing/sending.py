@@ -117,6 +117,7 @@ class Sending:
     def turn(self) -> None:
         """Take what has come by the bus, read on in the journal, and let full messages go."""
         for taken in self._batches.read(TURN_MESSAGES):
+            self._leave_gaps_to_the_journal()
             stream = taken.batch.stream
             self._note_own(taken.batch)
             self._close_earlier(taken.message.envelope, stream)
@@ -129,6 +130,7 @@ class Sending:
                 journaled.keep(taken)
             else:
                 self._pack(taken.message, taken.batch)
+        self._leave_gaps_to_the_journal()
         self._note_unserved()
         for journaled, step in self._journal.steps(self._has_room):
             self._take_past(journaled, step)
@@ -136,6 +138,11 @@ class Sending:
         for key, packer in list(self._packers.items()):
             if packer.datagrams and now >= self._due_at(packer):
                 self._close(key, packer, now)
+
+    def _leave_gaps_to_the_journal(self) -> None:
+        for stream in self._batches.pop_gaps():
+            if (journaled := self._journal.streams.get(stream)) and journaled.pursued is None:
+                self._defer(journaled)
 
     def _note_unserved(self) -> None:
         for each in self._batches.unserved():

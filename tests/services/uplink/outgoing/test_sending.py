@@ -1,0 +1,175 @@
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final, cast
+
+import pytest
+
+from services.uplink.outgoing.batches import BusBatches
+from services.uplink.outgoing.journal_reading import JournalReading
+from services.uplink.outgoing.sending import Sending
+from services.uplink.packs import Pack, read_pack
+from shared.bus.bodies.journal_messages import JournalPortion, JournalRead, Replayed
+from shared.bus.kept_counts import KeptFile
+from shared.bus.messages import Datagrams, Message, Status, datagrams_topic, status_topic
+from shared.bus.zmq_sockets import Publisher, Subscriber
+from shared.datagrams.batch import DatagramBatch
+from shared.ledger.equations import discrepancies
+from shared.nats.troubles import Troubles
+from shared.process.memory import Memory
+from shared.settings.uplink import Uplink
+from tests.builders import make_batch, make_envelope
+from tests.stack import wait_until
+
+STREAM, TOPIC = "flows", datagrams_topic("flows")
+MEMORY: Final = 6 << 20
+ROOM: Final = MEMORY // 3
+Batch = tuple[int, int, DatagramBatch]
+"""Sequence number, count before it, and its datagrams."""
+
+
+class PlayedBus:
+    """A bus and its journal, which has each batch that a worker published, whether that came to the uplink or not."""
+
+    sender, boot = "uplink.1", 9
+
+    def __init__(self) -> None:
+        self.came: deque[Message] = deque()
+        self.journal: dict[str, list[Batch]] = {}
+        self._sequences: Counter[str] = Counter()
+
+    def subscribe(self, prefix: str) -> None:
+        """Everything comes anyway."""
+
+    unsubscribe = subscribe
+
+    def wanted(self, _: str) -> bool:
+        """The journal is there."""
+        return True
+
+    def receive(self) -> Message | None:
+        """The next message."""
+        return self.came.popleft() if self.came else None
+
+    def publish(self, _: str, read: JournalRead) -> bool:
+        """Let the journal answer, with all that it has."""
+        ends = {each.worker: each.total for each in read.positions}
+        replayed = 0
+        for worker, batches in self.journal.items():
+            for sequence, total, batch in batches:
+                if total + len(batch) > ends.get(worker, 0):
+                    body = Replayed(read.id, STREAM, batch.received_ns, worker, 1, sequence, total)
+                    self._let_come(read.reply, worker, 0, 0, body, batch)
+                    replayed += 1
+        portion = JournalPortion(read.id, replayed, [], None, at_end=True)
+        self._let_come(read.reply, "journal.1", 0, 0, portion)
+        return True
+
+    def let_batch_come(self, worker: str, payloads: int, size: int = 10, *, lost: bool = False) -> None:
+        """Let a worker publish a batch, which is lost on its way here or comes."""
+        batches = self.journal.setdefault(worker, [])
+        sequence, total = self._sequences[worker], self.published(worker)
+        self._sequences[worker] += 1
+        batch = make_batch([bytes(size)] * payloads, stream=STREAM)
+        batches.append((sequence, total, batch))
+        if not lost:
+            self._let_come(TOPIC, worker, sequence, total, Datagrams(STREAM, batch.received_ns), batch)
+
+    def published(self, worker: str) -> int:
+        """The count of a worker's datagrams."""
+        return sum(len(batch) for _, _, batch in self.journal[worker])
+
+    def let_mark_come(self, worker: str) -> None:
+        """Let a worker publish a mark."""
+        sequence, empty = self._sequences[worker], make_batch([], stream=STREAM)
+        self._sequences[worker] += 1
+        self._let_come(TOPIC, worker, sequence, self.published(worker), Datagrams(STREAM, 0), empty)
+
+    def let_status_come(self, worker: str) -> None:
+        """Let a worker report."""
+        status = Status(worker, 1, 0, 1, 0, 1, {f"stream/{STREAM}": {"published": self.published(worker)}})
+        self._let_come(status_topic(worker), worker, 0, 0, status)
+
+    def _let_come(
+        self, topic: str, worker: str, sequence: int, total: int, body: Any, batch: DatagramBatch | None = None
+    ) -> None:
+        envelope = make_envelope(sequence, total, sender=worker, boot=1)
+        self.came.append(Message(topic, envelope, body, batch))
+
+
+class Sent:
+    """The sending side of an uplink, with a journal behind it, and a JetStream that acknowledges when the test says."""
+
+    def __init__(self, directory: Path) -> None:
+        self.bus = bus = PlayedBus()
+        kept = KeptFile(None)
+        subscriber, publisher = cast(Subscriber, bus), cast(Publisher, bus)
+        ignore: Callable[[Any], None] = lambda _: None  # noqa: E731 - a signature for mypy
+        self.journal = JournalReading(publisher, subscriber, kept.new_counts, MEMORY)
+        self.batches = BusBatches("uplink.1", subscriber, directory, kept, self.journal.handle)
+        uplink = Uplink(site="berlin", memory=MEMORY, fill_ms=5)
+        rest = Memory(), Troubles(), lambda: None, ignore
+        self.sending = Sending(uplink, self.batches, self.journal, kept, *rest)
+        self.sending.begin((STREAM,), (STREAM,), {})
+        self.sending.outbox.connect()
+        self.arrived: list[tuple[str, int]] = []
+        """Each datagram that JetStream has acknowledged: its worker, and its place in that one's count."""
+
+    def acknowledge(self) -> None:
+        """Let JetStream take all that is sent."""
+        while pack := self.sending.outbox.next():
+            self._note(pack)
+            self.sending.outbox.acknowledge(pack.number)
+
+    def _note(self, pack: Pack) -> None:
+        for message in read_pack(pack.origin, pack.payload).batches:
+            assert message.batch is not None
+            start = message.envelope.total
+            self.arrived += [(pack.origin.worker, at) for at in range(start, start + len(message.batch))]
+
+    @property
+    def account(self) -> Mapping[str, int]:
+        """The account of the stream, which adds up."""
+        found = self.sending.accounts[f"sending/{STREAM}"]
+        assert not list(discrepancies({f"sending/{STREAM}": found}))
+        return found
+
+    def settle(self) -> None:
+        """Take turns until all that workers published has arrived, once and in order."""
+        published = {worker: self.bus.published(worker) for worker in self.bus.journal}
+
+        def settled() -> bool:
+            self.sending.turn()
+            self.acknowledge()
+            return len(self.arrived) >= sum(published.values()) and not self.journal.behind
+
+        wait_until(settled, lambda: f"{len(self.arrived)} of {published}, {self.account}")
+        for worker, count in published.items():
+            assert [at for name, at in self.arrived if name == worker] == [*range(count)]
+        account = self.account
+        assert account["taken"] == account["acknowledged"] == sum(published.values())
+        assert account["held"] == 0
+
+
+@pytest.fixture
+def sent(tmp_path: Path) -> Iterator[Sent]:
+    """A site that sends one journaled stream."""
+    made = Sent(tmp_path)
+    yield made
+    made.batches.close()
+    del made.sending  # its memory is measured by a descriptor
+
+
+@pytest.mark.parametrize("tell", [PlayedBus.let_mark_come, PlayedBus.let_status_come])
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_a_gap_that_no_batch_tells_of_is_read_from_the_journal(
+    sent: Sent, tell: Callable[[PlayedBus, str], None], goes_on: bool
+) -> None:
+    """A mark or a status tells that batches did not come by the bus: other sites get them, also if nothing follows."""
+    sent.bus.let_batch_come("ingest.1", 3)
+    sent.settle()
+    sent.bus.let_batch_come("ingest.1", 5, lost=True)
+    tell(sent.bus, "ingest.1")
+    if goes_on:
+        sent.bus.let_batch_come("ingest.1", 2)
+    sent.settle()
