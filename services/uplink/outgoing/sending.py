@@ -7,7 +7,7 @@ later (`journaled`). Of other streams they are dropped and counted.
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Final
 
 from services.uplink.outgoing.batches import BusBatches
@@ -135,9 +135,15 @@ class Sending:
         for journaled, step in self._journal.steps(self._has_room):
             self._take_past(journaled, step)
         now = time.monotonic()
-        for key, packer in list(self._packers.items()):
-            if packer.datagrams and now >= self._due_at(packer):
+        for key, packer in self._filling():
+            if now >= self._due_at(packer):
                 self._close(key, packer, now)
+
+    def _filling(self) -> Iterator[tuple[_Key, Packer]]:
+        """Yield the messages that are being filled: to close one may leave others to the journal."""
+        for key, packer in list(self._packers.items()):
+            if packer.datagrams and self._packers.get(key) is packer:
+                yield key, packer
 
     def _leave_gaps_to_the_journal(self) -> None:
         for stream in self._batches.pop_gaps():
@@ -179,8 +185,8 @@ class Sending:
         worker, boot = envelope.sender, envelope.boot
         if (worker, boot, stream) in self._packers:
             return
-        for key, packer in list(self._packers.items()):
-            if packer.datagrams and (key[0], key[2]) == (worker, stream) and key[1] != boot:
+        for key, packer in self._filling():
+            if (key[0], key[2]) == (worker, stream) and key[1] != boot:
                 self._close(key, packer, time.monotonic())
 
     def _has_room(self) -> bool:
@@ -236,9 +242,8 @@ class Sending:
     def close_all(self) -> None:
         """Let all messages go that are being filled."""
         now = time.monotonic()
-        for key, packer in self._packers.items():
-            if packer.datagrams:
-                self._close(key, packer, now)
+        for key, packer in self._filling():
+            self._close(key, packer, now)
 
     def keep_up(self) -> None:
         """Do what is due each second."""

@@ -22,8 +22,8 @@ from tests.builders import make_batch, make_envelope
 from tests.stack import wait_until
 
 STREAM, TOPIC = "flows", datagrams_topic("flows")
-MEMORY: Final = 6 << 20
-ROOM: Final = MEMORY // 3
+MEMORY: Final = 12 << 20
+"""A third of it may wait, and half of that where a journal is behind it."""
 Batch = tuple[int, int, DatagramBatch]
 """Sequence number, count before it, and its datagrams."""
 
@@ -107,7 +107,7 @@ class Sent:
         ignore: Callable[[Any], None] = lambda _: None  # noqa: E731 - a signature for mypy
         self.journal = JournalReading(publisher, subscriber, kept.new_counts, MEMORY)
         self.batches = BusBatches("uplink.1", subscriber, directory, kept, self.journal.handle)
-        uplink = Uplink(site="berlin", memory=MEMORY, fill_ms=5)
+        uplink = Uplink(site="berlin", memory=MEMORY, fill_ms=60_000)
         rest = Memory(), Troubles(), lambda: None, ignore
         self.sending = Sending(uplink, self.batches, self.journal, kept, *rest)
         self.sending.begin((STREAM,), (STREAM,), {})
@@ -140,6 +140,7 @@ class Sent:
 
         def settled() -> bool:
             self.sending.turn()
+            self.sending.close_all()
             self.acknowledge()
             return len(self.arrived) >= sum(published.values()) and not self.journal.behind
 
@@ -173,3 +174,26 @@ def test_a_gap_that_no_batch_tells_of_is_read_from_the_journal(
     if goes_on:
         sent.bus.let_batch_come("ingest.1", 2)
     sent.settle()
+
+
+@pytest.mark.parametrize("at_drain", [False, True])
+def test_messages_that_find_no_room_leave_all_of_the_stream_to_the_journal(sent: Sent, at_drain: bool) -> None:
+    """What several workers have sent goes once, where the first of their messages finds no room, at a drain too."""
+    workers = ["ingest.2", "ingest.3", "ingest.4"]
+    for worker in workers:
+        sent.bus.let_batch_come(worker, 1)
+    for _ in range(4):
+        sent.bus.let_batch_come("ingest.1", 15, 30_000)
+    sent.sending.turn()
+    for worker, count in zip(workers, (10, 2, 2), strict=True):
+        sent.bus.let_batch_come(worker, count, 30_000)
+    sent.sending.turn()
+    assert not sent.journal.behind
+    if at_drain:
+        sent.sending.close_all()
+    else:
+        sent.sending._fill = 0.0
+        sent.sending.turn()
+    assert sent.journal.behind
+    sent.settle()
+    assert sent.sending.outbox.size == 0
