@@ -14,7 +14,7 @@ CURSOR: Final = "cursor/"
 TOTAL, SEQUENCE, RECEIVED, BEGUN = "total", "sequence", "received_ns", "begun"
 CURSOR_COUNTERS: Final = (TOTAL, SEQUENCE, RECEIVED, BEGUN)
 MAX_WORKERS: Final = 64
-"""Starts of workers that are known; of one that ended long ago all is acknowledged, and the oldest goes first."""
+"""Starts of workers that are known. The oldest that was followed by another start goes first: all of it is sent."""
 
 
 @dataclass(slots=True)
@@ -74,10 +74,16 @@ class Cursors:
 
     def _begin(self, place: Place, begun: int) -> None:
         if len(self._cursors) >= MAX_WORKERS:
-            del self._cursors[next(iter(self._cursors))]
+            self._forget_one()
         cursor = self._cursors[place.worker, place.boot] = _Cursor(begun, place, self._new_counts())
         cursor.counts[BEGUN] = begun
         cursor.keep(place)
+
+    def _forget_one(self) -> None:
+        """Forget the oldest start that is not the last one of its worker: what still lives goes on where it is."""
+        last = dict(self._cursors.keys())
+        ended = (worker for worker in self._cursors if last[worker[0]] != worker[1])
+        del self._cursors[next(ended, next(iter(self._cursors)))]
 
     def __contains__(self, worker: Worker) -> bool:
         return worker in self._cursors

@@ -59,11 +59,22 @@ def test_what_can_not_be_had_is_passed_over_in_its_turn() -> None:
     assert kept(cursors) == 120
 
 
-def test_workers_that_came_first_are_forgotten_first() -> None:
-    """The table is bounded; a worker that is known begins nowhere else."""
+def test_starts_that_were_followed_by_others_are_forgotten_first() -> None:
+    """The table is bounded: a worker that starts again and again drives out its own starts, and no other worker."""
     cursors = begun()
     assert cursors.begin(WORKER, 500, 0).total == 100
-    for boot in range(MAX_WORKERS):
+    for boot in range(2 * MAX_WORKERS):
         cursors.begin(("ingest.2", boot), 0, 0)
+    assert ("ingest.2", 0) not in cursors
+    assert ("ingest.2", 2 * MAX_WORKERS - 1) in cursors
+    cursors.put(pack(1, 110))
+    assert (cursors.passed(WORKER), len(list(cursors.places()))) == (110, MAX_WORKERS)
+
+
+def test_workers_that_came_first_are_forgotten_first() -> None:
+    """Of more workers than the table has room for, the first goes."""
+    cursors = begun()
+    for number in range(MAX_WORKERS):
+        cursors.begin((f"ingest.{number + 2}", 7), 0, 0)
     assert WORKER not in cursors
     assert (cursors.begun(WORKER), cursors.owed(WORKER, 9), len(list(cursors.places()))) == (0, 0, MAX_WORKERS)
