@@ -47,6 +47,8 @@ class Delivery:
         self._ask_readers = ask_readers
         """Lets them report at once."""
         self._positions: dict[str, KeptCounts] = {}
+        for name, counts in self._arrivals.accounts().items():
+            self._keep_position(name, counts)
         self._ending = False
 
     async def deliver(self, session: Session, arrived: Arrived) -> None:
