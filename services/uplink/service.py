@@ -11,6 +11,7 @@ from typing import Final, Self
 from services.uplink.incoming.arrivals import POSITION_COUNTERS
 from services.uplink.incoming.delivery import Delivery
 from services.uplink.incoming.feeds import Feeds
+from services.uplink.incoming.opening import Opening
 from services.uplink.incoming.readers import Readers
 from services.uplink.incoming.receiving import NEXT, Receiver
 from services.uplink.nodes.leaders import keep_leaders, return_home
@@ -105,6 +106,7 @@ class Service:
         self._feeds = Feeds(protocols, self._publisher, self._held, self._totals, doubles)
         window = self._uplink.memory // WINDOW_SHARE
         self._readers = Readers(self.name, self._publisher.boot)
+        self._opening = Opening()
         self._journal = journal = JournalReading(self._publisher, self._subscriber, self._kept.new_counts, window)
         self._batches = BusBatches(self.name, self._subscriber, bus.path, self._kept, self._note_other)
         parts = self._batches, journal, self._kept, self._memory, self._troubles
@@ -120,7 +122,7 @@ class Service:
             counts.update(left.tables.get(name, {}))
         self._lags: dict[str, Counter[str]] = {f"{RECEIVING}{site}": Counter() for site in received}
         self._receivers = [
-            Receiver(site, names, self._account, self._delivery.deliver, resumed, lag)
+            Receiver(site, names, self._account, self._opening.event, self._delivery.deliver, resumed, lag)
             for (site, names), resumed, lag in zip(
                 received.items(), self._resumed.values(), self._lags.values(), strict=True
             )
@@ -132,6 +134,7 @@ class Service:
         """Take a message that is none of a worker's: of the journal, or of a reader of the bus."""
         if isinstance(message.body, Status):
             self._readers.note_report(message.envelope.sender, message.body)
+            self._opening.note_report(message.envelope.sender, message.body)
             if self._node:
                 self._node.note_status(message.envelope, message.body)
         self._journal.handle(message)
@@ -171,6 +174,7 @@ class Service:
         for descriptor in (self._batches.fileno(), self._publisher.fileno(), lifecycle.fileno()):
             loop.add_reader(descriptor, self._wake)
         exchange = asyncio.create_task(self._stay_connected())
+        self._ask_readers()
         try:
             while not lifecycle.draining:
                 self._sending.turn()
@@ -228,12 +232,14 @@ class Service:
         if self._publisher.readable():
             return 0.0
         due = min(self._upkeep_at, self._feeds.greet_at, self._held.due_at or math.inf, self._sending.due_at)
-        due = min(due, self._node.due_at if self._node else math.inf)
+        due = min(due, self._opening.due_at, self._node.due_at if self._node else math.inf)
         return max(0.0, due - time.monotonic())
 
     def _keep_up(self) -> None:
         """Do what is due beside batches."""
         now, prefixes = time.monotonic(), []
+        if not self._opening.event.is_set():
+            self._opening.check(ready=self._publisher.ready)
         if now >= self._feeds.greet_at or self._publisher.readable():
             prefixes = self._feeds.greet()
             if prefixes and self._reporter.asked_for(prefixes):
@@ -247,7 +253,8 @@ class Service:
         if now >= self._upkeep_at:
             self._memory.measure()
             self._feeds.keep_up()
-            self._forget_readers(READERS_SECONDS)
+            if self._opening.event.is_set():
+                self._forget_readers(READERS_SECONDS)
             self._sending.keep_up()
             self._account[FILES_RESTORED] += self._kept.renew()
             self._report()
@@ -302,11 +309,10 @@ class Service:
     async def _drain(self) -> None:
         """Take what still comes by the bus, and give JetStream time to acknowledge what waits."""
         self._batches.hand_over()
+        self._delivery.end()
         began = time.monotonic()
         quiet_at = began + QUIET_SECONDS
         while (now := time.monotonic()) < min(quiet_at, began + INPUT_SECONDS) or self._awaits_senders(began):
-            if now >= min(quiet_at, began + INPUT_SECONDS):  # what comes in here has got to the senders
-                self._delivery.end()
             before = self._sending.taken()
             self._sending.turn()
             self._keep_up()

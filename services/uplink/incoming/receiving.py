@@ -55,6 +55,7 @@ class Receiver:
         site: str,
         streams: Sequence[str],
         account: Counter[str],
+        opened: asyncio.Event,
         deliver: Callable[[Session, Arrived], Awaitable[None]],
         resumed: Counter[str],
         lag: Counter[str],
@@ -62,6 +63,8 @@ class Receiver:
         self.site = site
         self.streams = streams
         self._account = account
+        self._opened = opened
+        """Set once what comes may be handed on."""
         self._deliver = deliver
         self._resumed = resumed
         """Kept also over a kill: the place in the stream from which a consumer that is just being made anew begins."""
@@ -79,6 +82,7 @@ class Receiver:
         await session.client.subscribe(f"{inbox}.*", cb=partial(self._take, session))
         while True:
             if await self._has_consumer(session):
+                await self._opened.wait()
                 await self._pull(session, inbox)
             await asyncio.sleep(RETRY_SECONDS)
 

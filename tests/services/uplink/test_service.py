@@ -24,6 +24,7 @@ from tests.services.ingest.flows.exported import netflow_v9
 from tests.services.uplink.nats import NatsServer, free_port
 from tests.services.uplink.sites import Site, away, exporter, flows, home, receive
 from tests.stack import CHECKOUT, Stack, wait_until
+from tests.traffic import open_receiver
 
 pytestmark = pytest.mark.usefixtures("lab")
 
@@ -307,3 +308,30 @@ def overfill(stack: Stack, bus: BusEnds, cause: str, told: str) -> None:
     assert not list(discrepancies(found))
     assert found["sending/messages"]["held"] * 60_000 < 120_000_000 / 3
     assert stack["uplink"].text.count(told) == 1
+
+
+def test_a_backlog_waits_for_those_who_want_it(tmp_path: Path) -> None:
+    """What waits in JetStream at the start of a host is for its collectors, also if its services start one by one."""
+    port, payloads = free_port(), numbered(300)
+    collector = '[[collector]]\nname = "c"\nstreams = ["flows"]\naddress = "127.0.0.1"\nport = 9526\n'
+    receiver, _ = open_receiver("127.0.0.1", 9526)
+    with (
+        NatsServer(tmp_path) as server,
+        Site(tmp_path / "a", "a", server, home("flows", port), 'send = ["*"]') as a,
+        Site(tmp_path / "b", "b", server, away("flows"), 'receive = ["a/flows"]', collector) as b,
+        closing(receiver),
+        closing(exporter("127.0.0.7")) as sock,
+        BusEnds(a.bus) as bus,
+    ):
+        a.begin("broker", "ingest", "uplink")
+        wait_until(lambda: "made the stream" in a.uplink.text, "there is a stream")
+        b.begin("broker", "uplink")
+        flows(b)
+        assert b.uplink.stop() == 0
+        for payload in payloads:
+            sock.sendto(payload, ("127.0.0.1", port))
+        accounts_when(bus, "uplink.1", lambda found: found["sending/flows"]["acknowledged"] == len(payloads))
+        b.begin("uplink")
+        b.uplink.wait_for("connected to a NATS server")
+        b.begin("gateway", "forwarder")
+        assert receive(receiver, len(payloads)) == payloads

@@ -57,7 +57,9 @@ class Tried:
 
     def receive_from(self, site: str) -> None:
         """Receive `flows` of a site from now on."""
-        self.receivers = [Receiver(site, ["flows"], self.account, self._deliver, Counter(), Counter())]
+        opened = asyncio.Event()
+        opened.set()
+        self.receivers = [Receiver(site, ["flows"], self.account, opened, self._deliver, Counter(), Counter())]
 
     async def _deliver(self, session: Session, arrived: Arrived) -> None:
         for message in arrived.batches:
