@@ -312,7 +312,7 @@ class Service:
         self._delivery.end()
         began = time.monotonic()
         quiet_at = began + QUIET_SECONDS
-        while (now := time.monotonic()) < min(quiet_at, began + INPUT_SECONDS) or self._awaits_senders(began):
+        while (now := time.monotonic()) < min(quiet_at, began + INPUT_SECONDS):
             before = self._sending.taken()
             self._sending.turn()
             self._keep_up()
@@ -320,11 +320,17 @@ class Service:
                 quiet_at = now + QUIET_SECONDS
             await self._pause(0.01)
         self._sending.close_all()
-        outbox = self._sending.outbox
-        while not outbox.empty and outbox.connected and time.monotonic() < began + DRAIN_SECONDS:
+        while self._awaits_acknowledgements(began) or self._awaits_senders(began):
+            self._batches.read_others()
+            self._keep_up()
             await asyncio.sleep(0.01)
         if self._node and self._node.senders_ended and self._session:
             await self._node.beat(self._session, "left")
+
+    def _awaits_acknowledgements(self, began: float) -> bool:
+        """Return whether JetStream may still acknowledge some of what was sent."""
+        outbox = self._sending.outbox
+        return not outbox.empty and outbox.connected and time.monotonic() < began + DRAIN_SECONDS
 
     def _awaits_senders(self, began: float) -> bool:
         """Return whether the senders of copies here are still to tell how far they have got."""

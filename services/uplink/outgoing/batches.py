@@ -62,6 +62,12 @@ class BusBatches:
             yield from self._take(each)
         self.more = handled == most
 
+    def read_others(self) -> None:
+        """Take what others than workers say; what these publish now they hold for the next process."""
+        while message := self._subscriber.receive():
+            if not message.envelope.sender.startswith(OWN_WORKERS):
+                self._others(message)
+
     def _take(self, message: Message) -> Iterator[Taken]:
         body = message.body
         if isinstance(body, Status) and message.envelope.sender.startswith(OWN_WORKERS):
