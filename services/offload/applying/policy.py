@@ -7,7 +7,7 @@ from typing import Final
 
 from services.offload.applying.rules import Sources
 from services.offload.kernel_plan import MAX_SHARED, Copy, KernelPlan, Prefix, StreamCopies, count_shared
-from services.offload.source_classes import divide
+from services.offload.source_classes import MAX_RENDERED, TooManyError, divide
 from shared.net.addresses import V4_MAPPED, is_inside, pack_network
 from shared.settings.model import Settings
 
@@ -15,8 +15,6 @@ NOBODYS: Final = ("0.0.0.0/8", "127.0.0.0/8", "224.0.0.0/3", "::/127", "ff00::/8
 """Networks that no copy comes from or goes to: this network, loopback, multicast, reserved (RFC 6890)."""
 LOCAL: Final = ("169.254.0.0/16", "fe80::/10")
 """Sources that are true on their own link only: their copies are the transmitter's affair."""
-MAX_RENDERED: Final = 40_000
-"""Copies in all chains: twice what a planner asks for."""
 GROUP_BIT: Final = 1
 """In the first byte of a MAC address: for many."""
 
@@ -84,9 +82,12 @@ class Policy:
         if any(place >= len(plan.copies) or len(plan.copies[place].address) != length for place in stream.copies):
             raise RefusedError("copies that the plan has not")
         filtered = {place: plan.copies[place].prefixes for place in stream.copies if plan.copies[place].prefixes}
-        chains = {frozenset(stream.copies) - {*filtered}, *(places for _, places in divide(filtered, 8 * length))}
-        if sum(map(len, chains)) > MAX_RENDERED:
-            raise RefusedError(f"more than {MAX_RENDERED} copies in chains")
+        general = frozenset(stream.copies) - {*filtered}
+        try:
+            ranges = divide(filtered, 8 * length, MAX_RENDERED - len(general))
+        except TooManyError:
+            raise RefusedError(f"more than {MAX_RENDERED} copies in chains") from None
+        chains = {general, *(places for _, places in ranges)}
         if count_shared([plan.copies[place] for place in sorted(places)] for places in chains) > MAX_SHARED:
             raise RefusedError(f"more than {MAX_SHARED} buckets of groups")
 

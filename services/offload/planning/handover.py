@@ -82,8 +82,7 @@ class Handover:
         told = {}
         for version in planned.versions:
             served = tuple(KernelServed(each.client, each.streams, each.copy.share) for each in planned.served[version])
-            self._generation += 1
-            told[version] = Told(1 + self._generation % self._most, self._next_serial(), served, registry)
+            told[version] = Told(self._next_generation(), self._next_serial(), served, registry)
         self.pending = Pending(planned, told, self._clock())
         self.fresh += told.values()
 
@@ -125,6 +124,13 @@ class Handover:
 
     def _retire(self, plan: Pending) -> None:
         self._retiring += [(self._clock() + RETIRE_SECONDS, told) for told in plan.told.values()]
+
+    def _next_generation(self) -> int:
+        """Return a number that none has that is still told, if there is one: it would be forgotten with that."""
+        used = {each.generation for each in self.told()}
+        after = [self._generation + step for step in range(1, self._most + 1)]
+        self._generation = next((each for each in after if 1 + each % self._most not in used), after[0])
+        return 1 + self._generation % self._most
 
     def _next_serial(self) -> int:
         self._serial = max(self._serial + 1, int(self._clock() * 1000))

@@ -22,13 +22,10 @@ from services.offload.kernel_plan import (
     StreamCopies,
     count_shared,
 )
-from services.offload.source_classes import divide
+from services.offload.source_classes import MAX_RENDERED, TooManyError, divide
 from shared.client import Client, Trouble
 from shared.datagrams.routing import shares_of
 from shared.net.addresses import V4_MAPPED, is_inside, pack_network
-
-MAX_RENDERED: Final = 20_000
-"""Copies that the chains of one plan may hold: overlapping prefixes have a chain for each set of collectors."""
 
 OVERLAPPING: Final = "the prefixes of too many collectors overlap"
 UNLIKE: Final = "members of its group differ in streams or prefixes"
@@ -256,13 +253,14 @@ def kernel_plan(planned: Planned, generations: Mapping[int, int]) -> KernelPlan:
 def _within_bounds(served: list[Served], version: int) -> tuple[list[Served], dict[str, str]]:
     """Return who can be served within the bounds of a plan, and the reasons of those who can't, by name."""
     prefixes = {place: each.copy.prefixes for place, each in enumerate(served) if each.copy.prefixes}
-    sets = {places for _, places in divide(prefixes, 32 if version == 4 else 128)}
-    if sum(map(len, sets)) > MAX_RENDERED:
+    try:
+        sets = {places for _, places in divide(prefixes, 32 if version == 4 else 128, MAX_RENDERED // 2)}
+    except TooManyError:
         dropped = {each.client.name: OVERLAPPING for each in served if each.copy.prefixes}
-    elif _count_shared(served, sets) > MAX_SHARED // 2:
-        dropped = {each.client.name: GROUPS for each in served if each.copy.share}
     else:
-        return served, {}
+        if _count_shared(served, sets) <= MAX_SHARED // 2:
+            return served, {}
+        dropped = {each.client.name: GROUPS for each in served if each.copy.share}
     return [each for each in served if each.client.name not in dropped], dropped
 
 

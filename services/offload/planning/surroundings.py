@@ -71,6 +71,9 @@ class Surroundings:
         # A socket that is being connected has no address of its own yet.
         ready = [each for each in reversed(connected) if int(ipaddress.ip_address(each.address)) and each.port]
         found = {(each.peer, each.peer_port): (each.address, each.port) for each in ready}
+        # Other programs may send there, too: a source that is still connected stays.
+        there = {((each.peer, each.peer_port), (each.address, each.port)) for each in ready}
+        found |= {place: own for place, own in before.items() if (place, own) in there}
         # While the forwarder is restarted, the kernel goes on with the sources of before.
         kept = {place: own for place, own in before.items() if place in collectors and own[0] in self._own}
         self._relays = kept | found

@@ -311,7 +311,7 @@ def overfill(stack: Stack, bus: BusEnds, cause: str, told: str) -> None:
 
 
 def test_a_backlog_waits_for_those_who_want_it(tmp_path: Path) -> None:
-    """What waits in JetStream at the start of a host is for its collectors, also if its services start one by one."""
+    """A backlog in JetStream at the start of a host is for its collectors, also if its services start one by one."""
     port, payloads = free_port(), numbered(300)
     collector = '[[collector]]\nname = "c"\nstreams = ["flows"]\naddress = "127.0.0.1"\nport = 9526\n'
     receiver, _ = open_receiver("127.0.0.1", 9526)

@@ -113,3 +113,19 @@ def test_retired_generation_is_told_once_more_as_serving_nobody() -> None:
     assert (last.generation, last.served) == (first.generation, ())
     assert last.serial > first.serial
     assert not handover.told()
+
+
+def test_numbers_that_are_still_told_are_passed_over() -> None:
+    """With few numbers one may return within a minute: what it served before must not be forgotten with the new one."""
+    now = [100.0]
+    handover = Handover(5, lambda: now[0])
+    handover.begin(plan(client("a")), (7, 1))
+    handover.complete()
+    (live,) = handover.told()
+    for revision in range(2, 9):
+        handover.begin(plan(client("b")), (7, revision))
+        handover.give_up()
+        now[0] += RETIRE_SECONDS / 3
+        handover.expire()
+    assert len(handover.fresh) > 8
+    assert [each.generation for each in handover.fresh].count(live.generation) == 1

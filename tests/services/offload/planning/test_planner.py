@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from services.offload.applying.policy import Policy
 from services.offload.kernel_plan import NO_COPIES, Copy, Listener, buckets_of
 from services.offload.planning.planner import Facts, Limits, Planned, Way, kernel_plan, make_plan
-from services.offload.source_classes import divide
+from services.offload.source_classes import TooManyError, divide
 from shared.client import Client, Resume, Withheld
 from shared.datagrams.limits import BUCKETS
 from shared.datagrams.routing import shares_of
@@ -228,3 +228,14 @@ def test_ranges_tell_of_each_source_whose_it_is(copies: dict[int, list[Any]], so
     assert found == expected
     starts = [start for start, _ in divide(copies, 32)]
     assert starts == sorted(set(starts))
+
+
+def test_ranges_of_many_prefixes_that_overlap_take_little() -> None:
+    """Ranges that have the same copies share one set, and the bound ends the division early."""
+    wide = {place: [prefix("10.0.0.0/8")] for place in range(140)}
+    cut = {200 + place: [prefix(f"10.{net}.{place}.0/24") for net in range(200)] for place in range(100)}
+    found = divide(wide | cut, 32)
+    assert len(found) > 20_000
+    assert len({id(places) for _, places in found}) == len({places for _, places in found}) < 200
+    with pytest.raises(TooManyError):
+        divide(wide | cut, 32, 1000)

@@ -1,7 +1,11 @@
+from contextlib import closing
+
 import pytest
 
+from services.offload.planning import surroundings as module
 from services.offload.planning.planner import Way
 from services.offload.planning.surroundings import Surroundings
+from shared.net.udp_sockets import UdpSocket
 from shared.settings.entries import Stream
 from shared.settings.model import Settings
 from shared.settings.tables import Offload
@@ -71,3 +75,17 @@ def test_facts_of_a_host_are_found_and_followed() -> None:
                 "the link is seen to be down",
             )
         surroundings.close()
+
+
+def test_the_source_of_a_relay_stays_where_another_program_sends_to_the_same_collector(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`logger -d` and `fanwire replay` connect sockets to it, too; the forwarder's goes on until it is closed."""
+    siem, found = ("127.0.0.9", 514), list[UdpSocket]()
+    monkeypatch.setattr(module, "udp_sockets", lambda: found)
+    monkeypatch.setattr(module, "SOCKETS_SECONDS", 0.0)
+    with closing(Surroundings(SETTINGS)) as surroundings:
+        for ports, source in (([7000], 7000), ([8000, 7000], 7000), ([7000, 8000], 7000), ([8000], 8000)):
+            found[:] = [UdpSocket("127.0.0.1", port, *siem, 0, 0) for port in ports]
+            surroundings.sockets_changed([siem])
+            assert surroundings.gather({}).relays[siem] == ("127.0.0.1", source)

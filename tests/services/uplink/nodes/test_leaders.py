@@ -84,11 +84,11 @@ def test_a_node_returns_to_its_own_server(tmp_path: Path, monkeypatch: pytest.Mo
         returning = asyncio.create_task(leaders.return_home(session))
         await asyncio.sleep(0.5)
         assert not session.ended.is_set()
-        servers.servers[0].start()
+        servers.each[0].start()
         await asyncio.wait_for(returning, PATIENCE_SECONDS)
         assert session.ended.is_set()
         await session.close()
 
     with NatsCluster(tmp_path) as servers:
-        servers.servers[0].stop()
+        servers.each[0].stop()
         asyncio.run(go_home(servers))
