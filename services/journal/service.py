@@ -34,10 +34,12 @@ from shared.settings.model import Settings
 TURN_MESSAGES: Final = 256
 """Bus messages handled in a row before a reader and housekeeping get their turn."""
 FILL_SECONDS: Final = 0.01
+"""The longest time for which messages gather: to wake for each one costs as much as to write it."""
 FILL_MESSAGES: Final = 16
+"""About as many gather, a small part of a queue of the bus. Behind a turn that found more, none are waited for: either
+they are enough, or this process had to wait for the CPU."""
 BUSY_SECONDS: Final = 0.02
-"""Messages gather for the first time, while some came as lately as the last; or for less, so that about as many come.
-Where more came, on a busy host, none are waited for: a queue of the bus fills while this process has not the CPU."""
+"""Messages gather while some have come as lately as this."""
 QUIET_SECONDS: Final = 0.25
 INPUT_SECONDS: Final = 1.0
 """After SIGTERM the workers may still flush: input ends when nothing has come for a while, or after this."""
@@ -129,9 +131,7 @@ class JournalService:
                 now = time.monotonic()
                 if handled == TURN_MESSAGES or self._readers:
                     woken = waking.poll(0)
-                elif (
-                    0 < handled < FILL_MESSAGES and now < busy_until
-                ):  # to wake for each message costs as much as to write it
+                elif 0 < handled < FILL_MESSAGES and now < busy_until:
                     woken = filling.poll(fill_seconds(handled, period))
                 else:
                     woken = waking.poll(max(0.0, self._due_at - now))
