@@ -22,7 +22,7 @@ from shared.settings.tables import Bus, Journal
 from tests.builders import SOURCES, BusEnds, PlayedWorker, accounts_when, make_batch, wait_unwanted, wait_wanted
 from tests.documents import block
 from tests.services.journal.asking import PlayedReader
-from tests.stack import DRAIN_SECONDS, Stack, wait_until
+from tests.stack import CHECKOUT, DRAIN_SECONDS, Stack, wait_until
 
 KEPT = """
 [journal]
@@ -58,6 +58,7 @@ def test_what_gathers_is_a_small_part_of_a_queue() -> None:
     """Messages gather for a short time, and at high rates for less: the queue has room for when the journal is late."""
     settings = Settings()
     queue = queue_limit(settings.bus.high_water_mark, settings.journal.memory)
+    assert f"holds {queue} batches" in (CHECKOUT / "services/journal/README.md").read_text()
     for rate in (1, 100, 1000, 10_000, 100_000):
         assert rate * fill_seconds(rate, 1.0) <= queue / 8
     assert fill_seconds(1, 1.0) == fill_seconds(3, 0.1) == FILL_SECONDS
