@@ -94,6 +94,10 @@ class Relay:
             lambda: f"it is level: {self.ask(op='list')}",
         )
 
+    def received(self) -> int:
+        """Datagrams that ingest has received: the first ones."""
+        return accounts_when(self._bus, "ingest.1", lambda _: True)["stream/netflow"]["received"]
+
     def copied(self) -> int:
         """Copies that the kernel has counted, of a collector that it serves."""
         return accounts_when(self._bus, "offload.1", lambda _: True).get("rules/siem", {}).get("copied", 0)

@@ -5,9 +5,11 @@ import pytest
 from shared.ledger.equations import dropped
 from tests.openly import OpenStack
 from tests.stack import wait_until
-from tests.system.offload_relay import PER_SECOND, relay
+from tests.system.offload_relay import relay
+from tests.traffic import pause
 
 pytestmark = pytest.mark.usefixtures("lab")
+SINCE_SECONDS = 0.5
 
 
 @pytest.mark.parametrize("source", ["relay", "original"])
@@ -17,12 +19,13 @@ def test_what_rules_have_copied_does_not_come_from_the_journal_again(open_stack:
         site.register()
         exporting.start()
         again: list[range] = []
-        for since in (0.5, 0.5, 0.5, "left"):
+        for since in (SINCE_SECONDS, SINCE_SECONDS, SINCE_SECONDS, "left"):
             site.wait_for_rules()
-            asked_at = exporting.sent
+            earlier = site.received()
+            pause(SINCE_SECONDS)
             site.register(since=since)
             if since != "left":
-                again.append(range(max(0, asked_at - PER_SECOND), exporting.sent))
+                again.append(range(earlier, exporting.sent))
             site.wait_level()
         sent = exporting.stop()
         wait_until(lambda: len(came.came) == sent, lambda: f"{sent} come, not {len(came.came)}")
