@@ -17,6 +17,7 @@ from services.operator.__main__ import COMMANDS
 from services.operator.client.lease import PASSING
 from services.operator.commands.running.ready import OPT_IN, OPTIONAL, SERVICES
 from services.transmitter import raw_frames
+from shared.bus.bodies.nodes_message import Node, Nodes
 from shared.ledger import accounts, counters
 from shared.log import EVENTS
 from shared.settings.entries import Collector, Token
@@ -161,7 +162,8 @@ def test_events_are_defined_once() -> None:
 def test_metrics_are_defined_once() -> None:
     """The table of metrics has every metric of the console, once, and no other."""
     picture = busy()
-    families = [*stack_metrics(replace(picture, balanced=True), 0.0, "1"), *exporter_metrics(picture, 2)]
+    picture = replace(picture, balanced=True, nodes=Nodes(True, [Node("a", "live")]))
+    families = [*stack_metrics(picture, 0.0, "1"), *exporter_metrics(picture, 2)]
     suffixes = {"counter": "_total", "info": "_info"}
     assert defined("metric").keys() == {f"{each.name}{suffixes.get(each.type, '')}" for each in families}
 
