@@ -42,6 +42,8 @@ ANSWERS_AWAITED: Final = 4
 """Answers that are known, for each message that may be under way: one that was sent again may have several to come."""
 TOO_LARGE: Final = 10054
 """JetStream's error of a message above its stream's `max_msg_size` (nats-server, server/errors.json)."""
+CONNECTION_ERRORS: Final = (NatsError, OSError, TimeoutError)
+"""Errors of a connection; what nats-py tells beside these is from what it has called."""
 NO_RESPONDERS: Final = "503"
 FORBIDDEN: Final = re.compile(r"permissions violation for (publish|subscription) to \"?([^\"\s]+)", re.IGNORECASE)
 
@@ -106,8 +108,6 @@ class Session:
 
     async def run(self, *others: Callable[[Self], Coroutine[Any, Any, None]]) -> None:
         """Send, and do what the others do with this connection, until it ends."""
-        await self.client.subscribe(f"{self.inboxes}.ack.*", cb=self._note_ack)
-        self._outbox.connect()
         work = [self._send(), self._look_after(), self._find_stream(), *(other(self) for other in others)]
         tasks = [asyncio.create_task(each) for each in work]
         end = asyncio.create_task(self._until_end())
@@ -116,6 +116,8 @@ class Session:
             for task in tasks:
                 if task.done() and not task.cancelled() and not self.ended.is_set():
                     task.result()  # a fault of ours shows
+        except CONNECTION_ERRORS as error:
+            raise SessionError(_fails(error)) from error
         finally:
             self._outbox.disconnect()
             await end_tasks([*tasks, end])
@@ -150,11 +152,15 @@ class Session:
                 f"permission {subject}",
                 f"the NATS server does not let site {self.uplink.site} {_VERBS[what]} {subject}: check its permissions",
             )
+        elif not isinstance(error, CONNECTION_ERRORS):
+            log.error("the uplink has failed to handle a message; please report this fault", exc_info=error)
         elif not self.ended.is_set():
-            self.troubles.say("connection", f"the connection to the NATS server fails: {reason(error)}")
+            self.troubles.say("connection", _fails(error))
 
     async def _send(self) -> None:
         """Send what waits, as far as it may be under way."""
+        await self.client.subscribe(f"{self.inboxes}.ack.*", cb=self._note_ack)
+        self._outbox.connect()
         while True:
             while pack := self._outbox.next():
                 token = f"{next(self._tokens):x}"
@@ -182,9 +188,11 @@ class Session:
                 await self.wake.wait()
 
     async def _look_after(self) -> None:
-        """Send again what is not acknowledged in time."""
+        """Send again what is not acknowledged in time; note that the connection is closed before nats-py tells."""
         while True:
             await asyncio.sleep(LOOK_SECONDS)
+            if self.client.is_closed:  # it tells after its farewell, which by TLS takes 30 s where nobody answers
+                self.ended.set()
             self.wake.set()
             if self._outbox.overdue(ACKNOWLEDGE_SECONDS):
                 told = f"JetStream has not acknowledged a message within {ACKNOWLEDGE_SECONDS:g} s; is its disk full?"
@@ -243,6 +251,10 @@ class Session:
 
     async def _until_end(self) -> None:
         await self.ended.wait()
+
+
+def _fails(error: Exception) -> str:
+    return f"the connection to the NATS server fails: {reason(error)}"
 
 
 _VERBS: Final = {"publish": "publish to", "subscription": "subscribe to"}

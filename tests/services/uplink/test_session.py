@@ -13,6 +13,7 @@ import nkeys
 import pytest
 from nats.aio.client import Client
 from nats.aio.msg import Msg
+from nats.errors import ConnectionClosedError
 from nats.js.api import DiscardPolicy, StorageType, StreamConfig
 from structlog.testing import capture_logs
 
@@ -71,13 +72,17 @@ class Tried:
     def offer(self, *payloads: bytes) -> None:
         """Let messages of a datagram wait."""
         for payload in payloads:
-            number = self.counted["taken"]
-            self.outbox.take("flows", 1)
-            packer = Packer(Origin(self.uplink.site, "flows", "ingest.1"), 5)
-            batch = make_batch([payload], stream="flows")
-            body = Datagrams("flows", batch.received_ns)
-            packer.add(Message("datagrams/flows/", make_envelope(number, number, boot=5), body, batch), batch)
-            self.outbox.put(packer.close())
+            self.outbox.put(self.pack(payload))
+
+    def pack(self, payload: bytes) -> Pack:
+        """Return the next message, of one datagram."""
+        number = self.counted["taken"]
+        self.outbox.take("flows", 1)
+        packer = Packer(Origin(self.uplink.site, "flows", "ingest.1"), 5)
+        batch = make_batch([payload], stream="flows")
+        body = Datagrams("flows", batch.received_ns)
+        packer.add(Message("datagrams/flows/", make_envelope(number, number, boot=5), body, batch), batch)
+        return packer.close()
 
     def run(self, until: Callable[[], object], act: Callable[[], object] = lambda: None) -> None:
         """Connect, then act, and be connected until it is so; note the log."""
@@ -356,6 +361,77 @@ def test_a_server_that_does_not_answer(plain: NatsServer, monkeypatch: pytest.Mo
 
     with_manager(plain, count)
     assert found == [2]
+
+
+def test_a_server_by_tls_that_falls_silent(secured: Secured, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The connection ends when its questions have no answer, whatever is published by it meanwhile."""
+    monkeypatch.setattr(module, "PING_SECONDS", 1)
+    monkeypatch.setattr(receiving, "HEARTBEAT_SECONDS", 1)
+    berlin = Tried(secured.server, **secured.access("berlin"))
+    berlin.offer(b"one")
+    berlin.run(lambda: berlin.counted[ACKNOWLEDGED] == 1)
+    bonn = Tried(secured.server, "bonn", **secured.access("bonn"), send=[])
+    bonn.receive_from("berlin")
+
+    assert secured.server.process is not None
+
+    async def until_the_end() -> float:
+        assert secured.server.process is not None
+        session = Session(bonn.uplink, bonn.outbox, bonn.account, bonn.troubles)
+        await session.open(bonn.uplink.endpoints[0])
+        running = asyncio.create_task(session.run(bonn.receivers[0].run))
+        while not bonn.receivers[0]._asked:
+            await asyncio.sleep(0.01)
+        secured.server.freeze()
+        while not session.client.is_closed:
+            await asyncio.sleep(0.01)
+        closed_at = time.monotonic()
+        await running
+        took = time.monotonic() - closed_at
+        secured.server.process.send_signal(signal.SIGCONT)
+        await asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()}, return_exceptions=True)
+        return took
+
+    try:
+        took = asyncio.run(until_the_end())
+    finally:
+        secured.server.process.send_signal(signal.SIGCONT)
+    assert took < 10  # TLS waits 30 s for an answer to its farewell
+
+
+def test_a_task_that_finds_the_connection_closed_ends_it(plain: NatsServer) -> None:
+    """An error of the connection in any task ends it with a reason; another error is a fault of ours, and shows."""
+
+    async def connected(error: Exception) -> None:
+        async def fail(_: Session) -> None:
+            raise error
+
+        tried = Tried(plain, "failing")
+        session = Session(tried.uplink, tried.outbox, tried.account, tried.troubles)
+        await session.open(tried.uplink.endpoints[0])
+        await session.run(fail)
+
+    with pytest.raises(SessionError, match="the connection to the NATS server fails: connection closed"):
+        asyncio.run(connected(ConnectionClosedError()))
+    with pytest.raises(KeyError):
+        asyncio.run(connected(KeyError("ours")))
+
+
+def test_an_error_in_our_own_hands_is_told_as_ours(plain: NatsServer) -> None:
+    """A message whose handling fails is no trouble with the connection: the log has the error itself."""
+    sender, reader = Tried(plain, "faulty"), Tried(plain, "reader", send=[])
+    sender.run(sender.says("made the stream"))
+    reader.receive_from("faulty")
+    reader.run(reader.says("made the consumer"))
+    sender.offer(b"one")
+    sender.run(lambda: sender.counted[ACKNOWLEDGED] == 1)
+
+    async def fail(*_: object) -> None:
+        raise KeyError("ours")
+
+    reader.receivers[0]._deliver = fail
+    reader.run(reader.says("the uplink has failed to handle a message; please report this fault"))
+    assert not reader.says("the connection to the NATS server fails")()
 
 
 def test_a_site_without_a_stream_is_waited_for(plain: NatsServer) -> None:
