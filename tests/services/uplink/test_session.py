@@ -5,7 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any, cast
 
 import msgspec
@@ -25,7 +25,7 @@ from services.uplink.outgoing.outbox import Outbox
 from services.uplink.packs import Arrived, Pack, Packer
 from services.uplink.server_checks import check_server, check_stream, wanted_stream
 from services.uplink.session import Session, SessionError
-from services.uplink.subjects import Origin
+from services.uplink.subjects import Origin, unparse_subject
 from shared.bus.messages import Datagrams, Message
 from shared.ledger.counters import ACKNOWLEDGED, HELD, MESSAGES_REFUSED, SERVER_FAULTS, SERVER_LIMIT, SERVER_REFUSED
 from shared.nats.access import check_access
@@ -475,6 +475,44 @@ def test_what_a_dead_connection_had_got_comes_first(plain: NatsServer) -> None:
     reader.acknowledging = True
     reader.run(lambda: len(reader.came) == 6)
     assert reader.came == [b"one", b"two", b"three", b"two", b"three", b"four"]
+
+
+def test_an_earlier_connection_that_lingers_gets_nothing(plain: NatsServer) -> None:
+    """The server has not seen the end of an earlier connection, which waits for messages: all come by the new one."""
+    sender, reader = Tried(plain, "lingering"), Tried(plain, "reader", send=[])
+    sender.run(sender.says("made the stream"))
+    sender.offer(b"before anybody received")
+    sender.run(lambda: sender.counted[ACKNOWLEDGED] == 1)
+    reader.receive_from("lingering")
+    reader.run(reader.says("made the consumer"))
+    reader.receive_from("lingering")
+    payloads = [b"%d" % number for number in range(20)]
+    lingers, taken = Event(), list[Msg]()
+
+    async def linger() -> None:
+        async def note(message: Msg) -> None:
+            taken.append(message)
+
+        client = Client()
+        await client.connect(plain.address)
+        await client.subscribe("earlier", cb=note)
+        request = b'{"batch": 256, "expires": 60000000000}'
+        await client.publish("$JS.API.CONSUMER.MSG.NEXT.fanwire-lingering.to-reader", request, "earlier")
+        await client.flush()
+        lingers.set()
+        while not reader.receivers[0]._asked:
+            await asyncio.sleep(0.01)
+        for pack in map(sender.pack, payloads):
+            await client.jetstream().publish(unparse_subject(pack.origin), pack.payload)
+        await client.close()
+
+    earlier = Thread(target=asyncio.run, args=(linger(),))
+    earlier.start()
+    lingers.wait()
+    reader.run(lambda: len(reader.came) == len(payloads))
+    earlier.join()
+    assert reader.came == payloads
+    assert [message.data for message in taken if message.data] == []
 
 
 def test_more_than_is_asked_for_at_once(plain: NatsServer, monkeypatch: pytest.MonkeyPatch) -> None:
