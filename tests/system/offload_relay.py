@@ -2,6 +2,7 @@
 
 import socket
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -31,8 +32,9 @@ class Exporting(threading.Thread):
         """Send evenly."""
         while not self._stopping.is_set():
             sock = self._sockets[self.sent % len(self._sockets)]
-            sock.sendto(self.sent.to_bytes(4) + bytes(3000 if self.sent % 50 == 0 else 200), (RELAY[4], PORT))
-            self.sent += 1
+            with suppress(OSError):  # while the cable is away
+                sock.sendto(self.sent.to_bytes(4) + bytes(3000 if self.sent % 50 == 0 else 200), (RELAY[4], PORT))
+                self.sent += 1
             pause(1 / PER_SECOND)
 
     def stop(self) -> int:
@@ -49,6 +51,8 @@ class Counted(threading.Thread):
     def __init__(self, site: OffloadSite, address: str, port: int) -> None:
         super().__init__(daemon=True)
         self.came: Counter[int] = Counter()
+        self.times: list[float] = []
+        """Times at which copies came (time.monotonic)."""
         self._socket = site.siem.socket(socket.AF_INET, socket.SOCK_DGRAM)
         enlarge_receive_buffer(self._socket, 1 << 25)
         self._socket.bind((address, port))
@@ -60,6 +64,7 @@ class Counted(threading.Thread):
         while not self._ending:
             with suppress(TimeoutError):
                 self.came[int.from_bytes(self._socket.recv(4096)[:4])] += 1
+                self.times.append(time.monotonic())
 
     def close(self) -> None:
         """End."""
