@@ -38,13 +38,19 @@ def write_capture(path: Path, network: int = 9) -> None:
             file.write(struct.pack("<IIII", 1_700_000_000 + number // 50, number, len(frame), len(frame)) + frame)
 
 
+def listens(port: int) -> bool:
+    """Return whether a socket of this host has the port; one that sends to it has not (proc_net_udp(5))."""
+    lines = Path("/proc/thread-self/net/udp").read_text().splitlines()[1:]
+    return any(line.split()[1].endswith(f":{port:04X}") for line in lines)
+
+
 def start_nfcapd(stack: Stack, port: int) -> tuple[Running, Path]:
     """A flow collector on a port, and the directory it files flows in."""
     directory = stack.directory / f"flows{port}"
     directory.mkdir()
     command = [need("nfcapd"), "-b", "127.0.0.1", "-p", str(port), "-l", str(directory), "-t", "3600"]
     running = stack.spawn(f"nfcapd{port}", command)
-    wait_until(lambda: f":{port:04X} " in Path("/proc/self/net/udp").read_text(), f"nfcapd listens on {port}")
+    wait_until(lambda: listens(port), lambda: f"nfcapd listens on {port}: {running.text}")
     return running, directory
 
 
@@ -55,7 +61,7 @@ def start_sorting_nfcapd(open_stack: OpenStack, host: Host, port: int) -> tuple[
     with host.entered():
         command = [need("nfcapd"), "-p", str(port), "-M", str(directory), "-t", "3600", "-B", "4000000"]
         running = open_stack.spawn(f"nfcapd{port}", command)
-        wait_until(lambda: f":{port:04X} " in Path("/proc/thread-self/net/udp").read_text(), "nfcapd listens")
+        wait_until(lambda: listens(port), lambda: f"nfcapd listens on {port}: {running.text}")
     return running, directory
 
 
@@ -306,7 +312,7 @@ def test_a_collector_that_catches_up_files_the_first_flow(stack: Stack, version:
         assert answer["ok"], answer
         has("collector/late", "sent", 3)
         siem, again = start_nfcapd(stack, 9995)
-        wait_until(lambda: not ask_json({"op": "list"})["clients"]["siem"].get("catching_up"), "it is level")
+        wait_until(lambda: not ask_json({"op": "list"})["clients"]["siem"].get("catching_up"), lambda: siem.text)
         for running, directory, first in ((late, filed, 4), (siem, again, 1)):
             running.stop()
             sources = [line.split()[0] for line in flows(directory)]
