@@ -109,5 +109,6 @@ def rights(service: Running) -> dict[str, Any]:
     return {
         "descriptors": seen[-1:],
         "owner": of.stat().st_uid,  # root's if it is not dumpable
-        **{name: status[name] for name in (*INHERITED, "CapInh", "CapAmb", "SigCgt")},
+        **{name: status[name] for name in (*INHERITED, "CapInh", "CapAmb")},
+        "caught": int(status["SigCgt"], 16) & ~(3 << 31),  # 32 and 33 are the C library's, for threads: nptl(7)
     }
