@@ -58,7 +58,7 @@ class JournaledStream:
         self._window = self._new_window()
         self._joining_until = -1.0
         self._before: dict[Worker, tuple[int, int]] = {}
-        """Baseline and count reached of each worker, as far as `newly_owed` has told."""
+        """The counts of each worker from which on, and up to which, `newly_owed` has told what is owed."""
 
     def _new_window(self) -> Window:
         return Window(self._clock, most_bytes=self._window_bytes)
@@ -92,7 +92,7 @@ class JournaledStream:
     def defer(self, since_ns: int = 0) -> None:
         """Read the journal from what was passed on; of workers that are not known, what came since a time."""
         places, positions = self._places(), self._positions()
-        waiting = {worker: each.baseline for worker, each in positions.items()}
+        waiting = {worker: self._before.get(worker, (each.baseline, 0))[0] for worker, each in positions.items()}
         for place in places:
             worker = place.worker, place.boot
             waiting[worker] = max(place.total, waiting.get(worker, 0))
@@ -128,9 +128,9 @@ class JournaledStream:
         datagrams = lost = 0
         for worker, each in self._positions().items():
             baseline, reached = self._before.get(worker, (each.baseline, each.baseline))
-            self._before[worker] = each.baseline, each.reached
             ahead = self.pursued.pursuit.passed_before(worker, reached, each.reached) if self.pursued else 0
             nobody_has = max(0, min(baseline, self.cursors.begun(worker)) - each.baseline)
+            self._before[worker] = each.baseline if nobody_has else baseline, each.reached
             datagrams += each.reached - reached - ahead
             lost += nobody_has
         return Owed(datagrams, lost)

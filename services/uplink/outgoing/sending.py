@@ -117,7 +117,7 @@ class Sending:
     def turn(self) -> None:
         """Take what has come by the bus, read on in the journal, and let full messages go."""
         for taken in self._batches.read(TURN_MESSAGES):
-            self._leave_gaps_to_the_journal()
+            self._note_gaps()
             stream = taken.batch.stream
             self._note_own(taken.batch)
             self._close_earlier(taken.message.envelope, stream)
@@ -130,8 +130,8 @@ class Sending:
                 journaled.keep(taken)
             else:
                 self._pack(taken.message, taken.batch)
-        self._leave_gaps_to_the_journal()
-        self._note_unserved()
+        self._note_gaps()
+        self._note_owed()
         for journaled, step in self._journal.steps(self._has_room):
             self._take_past(journaled, step)
         now = time.monotonic()
@@ -145,15 +145,19 @@ class Sending:
             if packer.datagrams and self._packers.get(key) is packer:
                 yield key, packer
 
-    def _leave_gaps_to_the_journal(self) -> None:
-        for stream in self._batches.pop_gaps():
+    def _note_gaps(self) -> None:
+        """Leave what is missing, and no batch tells of, to the journal; count what that can't have."""
+        gaps = self._batches.pop_gaps()
+        for each in self._batches.unserved():
+            if each.published and each.stream in self._journal.streams:
+                gaps.add(each.stream)
+            else:
+                self._take_lost(each.stream, each.datagrams)
+        for stream in gaps:
             if (journaled := self._journal.streams.get(stream)) and journaled.pursued is None:
                 self._defer(journaled)
 
-    def _note_unserved(self) -> None:
-        for each in self._batches.unserved():
-            if not each.published or each.stream not in self._journal.streams:
-                self._take_lost(each.stream, each.datagrams)
+    def _note_owed(self) -> None:
         for stream, journaled in self._journal.streams.items():
             owed = journaled.newly_owed()
             self.outbox.take(stream, owed.datagrams)

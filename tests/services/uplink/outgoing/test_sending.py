@@ -1,3 +1,4 @@
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -87,7 +88,7 @@ class PlayedBus:
 
     def let_status_come(self, worker: str) -> None:
         """Let a worker report."""
-        status = Status(worker, 1, 0, 1, 0, 1, {f"stream/{STREAM}": {"published": self.published(worker)}})
+        status = Status(worker, 1, time.time_ns(), 1, 0, 1, {f"stream/{STREAM}": {"published": self.published(worker)}})
         self._let_come(status_topic(worker), worker, 0, 0, status)
 
     def _let_come(
@@ -173,6 +174,25 @@ def test_a_gap_that_no_batch_tells_of_is_read_from_the_journal(
     tell(sent.bus, "ingest.1")
     if goes_on:
         sent.bus.let_batch_come("ingest.1", 2)
+    sent.settle()
+
+
+@pytest.mark.parametrize("in_one_turn", [True, False])
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_a_new_worker_that_publishes_before_it_hears_of_the_uplink(
+    sent: Sent, in_one_turn: bool, goes_on: bool
+) -> None:
+    """The journal has what comes before the first mark: other sites get it, and it is in the account once."""
+    sent.bus.let_batch_come("ingest.1", 3)
+    sent.settle()
+    sent.journal.streams[STREAM]._joining_until = 0.0
+    sent.bus.let_batch_come("ingest.2", 4, lost=True)
+    sent.bus.let_mark_come("ingest.2")
+    if not in_one_turn:
+        sent.sending.turn()
+    sent.bus.let_status_come("ingest.2")
+    if goes_on:
+        sent.bus.let_batch_come("ingest.2", 2)
     sent.settle()
 
 
