@@ -10,12 +10,13 @@ from collections.abc import Callable
 from typing import Final
 
 from shared.bus.messages import Status
+from shared.ledger.counters import REVISION
 
 SENDERS: Final = ("forwarder", "transmitter")
 SUBSCRIBE_SECONDS: Final = 1.0
 """Time for subscriptions to come here, and for another sender to get the registry, after a report that tells of it."""
 PATIENCE_SECONDS: Final = 30.0
-"""Time after which a bus without senders of copies, or with nobody signed up, is taken for one that has no more."""
+"""Time after which a bus is taken for one without senders of copies."""
 
 
 class Opening:
@@ -30,7 +31,7 @@ class Opening:
     def note_report(self, service: str, status: Status) -> None:
         """Note what a service reports: a sender of copies tells which revision of the registry it has."""
         name = service.partition(".")[0]
-        if name in SENDERS and status.accounts.get(name, {}).get("revision", 0) and not self.event.is_set():
+        if name in SENDERS and REVISION in status.accounts.get(name, {}) and not self.event.is_set():
             self.due_at = min(self.due_at, self._clock() + SUBSCRIBE_SECONDS)
 
     def check(self, *, ready: bool) -> None:

@@ -13,9 +13,9 @@ class Clock:
         return self.now
 
 
-def report(sender: str, revision: int) -> Status:
+def report(sender: str, **account: int) -> Status:
     """The report of a sender of copies, or of another service."""
-    return Status(sender, 1, 0, 0, 0, 1, {sender.partition(".")[0]: {"revision": revision}})
+    return Status(sender, 1, 0, 0, 0, 1, {sender.partition(".")[0]: account})
 
 
 @pytest.fixture
@@ -34,18 +34,18 @@ def opens(opening: Opening, *, ready: bool = True) -> bool:
 def test_it_opens_once_a_sender_of_copies_has_the_registry(clock: Clock, sender: str) -> None:
     """A sender without a registry, and any other service, open nothing; one that has it does, a little later."""
     opening = Opening(clock)
-    opening.note_report(sender, report(sender, 0))
-    opening.note_report("journal.1", report("journal.1", 7))
+    opening.note_report(sender, report(sender))
+    opening.note_report("journal.1", report("journal.1", revision=7))
     clock.now += 2 * SUBSCRIBE_SECONDS
     assert not opens(opening)
-    opening.note_report(sender, report(sender, 7))
+    opening.note_report(sender, report(sender, revision=0))
     assert not opens(opening)
     clock.now += SUBSCRIBE_SECONDS / 2
-    opening.note_report(sender, report(sender, 8))
+    opening.note_report(sender, report(sender, revision=8))
     clock.now += SUBSCRIBE_SECONDS / 2
     assert clock.now == opening.due_at
     assert opens(opening)
-    opening.note_report(sender, report(sender, 9))
+    opening.note_report(sender, report(sender, revision=9))
     assert opening.due_at == float("inf")
 
 
