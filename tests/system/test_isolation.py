@@ -77,6 +77,7 @@ def test_trouble_of_others_costs_a_live_collector_nothing(open_stack: OpenStack,
     """Beside dead, refusing and deaf collectors a live one gets all of 10,000/s in order; theirs are all counted."""
     with ExitStack() as opened:
         field, relay, siem = opened.enter_context(small_site(open_stack))
+        siem.run("sysctl", "-q", "-w", "net.ipv4.icmp_ratemask=0")  # it tells of each that it refuses, icmp(7)
         live = opened.enter_context(Collector(siem, "10.2.0.2", LIVE))
         opened.enter_context(deaf(siem))
         open_stack.configure(troubled(source))
@@ -93,7 +94,6 @@ def test_trouble_of_others_costs_a_live_collector_nothing(open_stack: OpenStack,
 
         def all_counted(found: Accounts) -> bool:
             accounts = by_collector(found)
-            # The kernel of who refuses tells once a second (icmp_ratelimit, icmp(7)).
             told = source == "original" or accounts["refusing"].get("refusals", 0) > 0
             return told and all(each["offered"] == count and not each.get("held") for each in accounts.values())
 

@@ -18,6 +18,7 @@ from shared.bus.messages import Body, Datagrams, Message, RegistrySnapshot, Stat
 from shared.client import Place, Resume
 from shared.datagrams.batch import DatagramBatch
 from shared.datagrams.gathered import MAX_GATHERED
+from shared.fanout.past import past_sender
 from shared.fanout.past.past_sender import STEP_ROWS
 from shared.fanout.past.rings import Rings
 from shared.fanout.past.window import SECONDS
@@ -163,15 +164,17 @@ def test_a_collector_is_away_on_all_its_streams(sender: Sender, monkeypatch: pyt
         for stream in (A, B):
             sender.publish(stream, 3 * STEP_ROWS)
         pursuits = sender.service._catch_up._pursued.values()
-        until(sender, lambda: all(each.last for each in pursuits))
-        read_all(sock)  # that of the first steps waits, as it were
-        waiting, drop = [True], Backlog.drop
+        waiting, drop = list[bool](), Backlog.drop
 
         def let_go(backlog: Backlog, cause: str = "") -> None:
             waiting.clear()
             drop(backlog, cause)
 
         with monkeypatch.context() as patch:
+            patch.setattr(past_sender, "ANSWER_SECONDS", 60.0)
+            until(sender, lambda: all(each.last for each in pursuits))
+            read_all(sock)  # that of the first steps waits, as it were
+            waiting.append(True)
             patch.setattr(Backlog, "__bool__", lambda _: bool(waiting))
             patch.setattr(Destination, "unreachable", property(lambda _: bool(waiting)))
             patch.setattr(Backlog, "drop", let_go)
