@@ -20,8 +20,8 @@ from shared.ledger.accounts import is_origin, parse_origin
 from shared.ledger.counters import REACHED
 from shared.log import get_logger
 
-PORTION_ROWS: Final = 4096
-PORTION_PAYLOAD: Final = 1 << 20
+PORTION_ROWS: Final = 1024
+PORTION_PAYLOAD: Final = 1 << 18
 """The most asked of the journal at once; the next is asked for when half of it is left."""
 ANSWER_SECONDS: Final = 5.0
 """A question without an answer for so long is asked again."""
