@@ -77,9 +77,6 @@ def _served(here: Site) -> int:
 
 def run(options: argparse.Namespace, tool: Path) -> list[str]:
     """Measure, and print a table; return a sentence for each bound that was not kept."""
-    print(
-        "| datagrams/s | way | collectors | offload: CPU % | p50, p99 ms | samplicator: CPU % | p50, p99 ms | ratio |"
-    )
     heads = " | ".join(f"{name}: CPU % | p50, p99 ms" for name in PROGRAMS)
     print(f"| datagrams/s | way | collectors | {heads} | unseen beside samplicate |")
     print("|" + " --- |" * (4 + 2 * len(PROGRAMS)))
