@@ -106,8 +106,8 @@ class Receiver:
                 self._lag[WAITING_MESSAGES] = info.num_pending or 0
                 filters = info.config.filter_subjects or [info.config.filter_subject or ""]
                 if (info.num_ack_pending or info.num_waiting) and info.ack_floor:
-                    # What was handed to an earlier connection comes again after `ack_wait`, behind newer; and one whose
-                    # end the server has not seen is handed more.
+                    # Messages that an earlier connection was handed come again after `ack_wait`, behind newer; and one
+                    # whose end the server has not seen is handed more.
                     self._resumed[NEXT] = info.ack_floor.stream_seq + 1
                     await manager.delete_consumer(stream, name)
                     await manager.add_consumer(stream, self._from_start(config))

@@ -136,6 +136,17 @@ def told_paths(subscriber: Subscriber) -> list[CollectorPath]:
     return message.body.paths
 
 
+def serve_first(around: Played, opened: ExitStack) -> tuple[Listening, list[socket.socket], Collector]:
+    """Let the kernel serve collector `first`; return it behind the listener and the exporters."""
+    listener = opened.enter_context(Listening(around.site.relay, RELAY[4], PORT))
+    socks = opened.enter_context(exporters(around.site))
+    first = opened.enter_context(Collector(around.site.siem, SIEMS[4][0], 9000))
+    around.report()
+    around.gateway.announce(1, original("first", 0))
+    around.wait_marked(listener, socks[0], {"first"})
+    return listener, socks, first
+
+
 def original(name: str, number: int, version: int = 4, **more: object) -> Client:
     """A collector of copies with the exporter's address."""
     return make_client(
@@ -205,17 +216,11 @@ def test_collectors_are_served_once_senders_know_it(open_stack: OpenStack) -> No
 def test_copies_that_a_queue_drops_are_counted_by_link(open_stack: OpenStack) -> None:
     """The rules count each copy; how many of them did not come is what the queue says that it has dropped."""
     with played(open_stack) as around, ExitStack() as opened:
-        site = around.site
-        listener = opened.enter_context(Listening(site.relay, RELAY[4], PORT))
-        socks = opened.enter_context(exporters(site))
-        siem = opened.enter_context(Collector(site.siem, SIEMS[4][0], 9000))
-        around.report()
-        around.gateway.announce(1, original("first", 0))
-        around.wait_marked(listener, socks[0], {"first"})
+        _, socks, siem = serve_first(around, opened)
         accounts_when(around.bus, "offload.1", lambda found: "egress/out" in found)
         try:
             shape = ("root", "tbf", "rate", "1mbit", "burst", "2000", "limit", "4000")
-            site.relay.run("tc", "qdisc", "replace", "dev", "out", *shape)
+            around.site.relay.run("tc", "qdisc", "replace", "dev", "out", *shape)
         except (AssertionError, FileNotFoundError) as error:
             pytest.skip(f"no traffic shaping here: {error}")
         came = len(list(siem.take()))
@@ -257,13 +262,7 @@ def test_killed_applier_takes_its_rules_along(open_stack: OpenStack, required: b
     """The planner goes on without it and says so; where an applier is required it ends, for a supervisor's sake."""
     arguments = ("--require-privilege",) if required else ()
     with played(open_stack, *arguments) as around, ExitStack() as opened:
-        site = around.site
-        listener = opened.enter_context(Listening(site.relay, RELAY[4], PORT))
-        socks = opened.enter_context(exporters(site))
-        siem = opened.enter_context(Collector(site.siem, SIEMS[4][0], 9000))
-        around.report()
-        around.gateway.announce(1, original("first", 0))
-        around.wait_marked(listener, socks[0], {"first"})
+        listener, socks, siem = serve_first(around, opened)
         pid = around.offload.process.pid
         (applier,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         os.kill(int(applier), signal.SIGKILL)

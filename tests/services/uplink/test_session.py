@@ -417,12 +417,18 @@ def test_a_task_that_finds_the_connection_closed_ends_it(plain: NatsServer) -> N
         asyncio.run(connected(KeyError("ours")))
 
 
+def sending_and_receiving(server: NatsServer, site: str) -> tuple[Tried, Tried]:
+    """Return a site with a stream, and another one that is ready to receive it."""
+    sender, reader = Tried(server, site), Tried(server, "reader", send=[])
+    sender.run(sender.says("made the stream"))
+    reader.receive_from(site)
+    reader.run(reader.says("made the consumer"))
+    return sender, reader
+
+
 def test_an_error_in_our_own_hands_is_told_as_ours(plain: NatsServer) -> None:
     """A message whose handling fails is no trouble with the connection: the log has the error itself."""
-    sender, reader = Tried(plain, "faulty"), Tried(plain, "reader", send=[])
-    sender.run(sender.says("made the stream"))
-    reader.receive_from("faulty")
-    reader.run(reader.says("made the consumer"))
+    sender, reader = sending_and_receiving(plain, "faulty")
     sender.offer(b"one")
     sender.run(lambda: sender.counted[ACKNOWLEDGED] == 1)
 
@@ -459,10 +465,7 @@ def test_a_site_without_a_stream_is_waited_for(plain: NatsServer) -> None:
 
 def test_what_a_dead_connection_had_got_comes_first(plain: NatsServer) -> None:
     """Messages that came and were not acknowledged come again with the next connection, at once and before newer."""
-    sender, reader = Tried(plain, "lasting"), Tried(plain, "reader", send=[])
-    sender.run(sender.says("made the stream"))
-    reader.receive_from("lasting")
-    reader.run(reader.says("made the consumer"))
+    sender, reader = sending_and_receiving(plain, "lasting")
     sender.offer(b"one")
     sender.run(lambda: sender.counted[ACKNOWLEDGED] == 1)
     reader.run(lambda: reader.came == [b"one"])
@@ -519,10 +522,7 @@ def test_more_than_is_asked_for_at_once(plain: NatsServer, monkeypatch: pytest.M
     """Messages beyond the bytes, or the number, of one request come by the next one."""
     monkeypatch.setattr(receiving, "PULLED_BYTES", (1000, 1000))
     monkeypatch.setattr(receiving, "PULLED", 3)
-    sender, reader = Tried(plain, "many"), Tried(plain, "reader", send=[])
-    sender.run(sender.says("made the stream"))
-    reader.receive_from("many")
-    reader.run(reader.says("made the consumer"))
+    sender, reader = sending_and_receiving(plain, "many")
     payloads = [bytes([number]) * 300 for number in range(5)] + [b"%d" % number for number in range(20)]
     sender.offer(*payloads)
     sender.run(lambda: sender.counted[ACKNOWLEDGED] == len(payloads))
