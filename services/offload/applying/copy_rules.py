@@ -12,6 +12,7 @@ from services.offload.applying.nftables.expressions import (
     bitwise,
     count,
     duplicate,
+    forward,
     immediate,
     load,
     store,
@@ -106,10 +107,11 @@ def most_in_a_rule(version: int) -> int:
     return LAYOUTS[version].most
 
 
-def make_copies(copies: Sequence[Copy], counter_of: dict[int, str], phase: int = 0) -> bytes:
+def make_copies(copies: Sequence[Copy], counter_of: dict[int, str], phase: int = 0, *, use_up: bool = False) -> bytes:
     """Return the instructions for copies of one IP version; one that samples, at `phase`, is alone.
 
-    Those of the exporter's own address come first: a relay's address is taken back only behind the last.
+    Those of the exporter's own address come first: a relay's address is taken back only behind the last. With `use_up`
+    nobody wants the datagram afterwards: it becomes the last copy itself.
     """
     layout = LAYOUTS[version_of(copies[0])]
     made = [take_one_in(copies[0].sample, phase, R0)] if copies[0].sample > 1 else []
@@ -120,7 +122,10 @@ def make_copies(copies: Sequence[Copy], counter_of: dict[int, str], phase: int =
         made.append(count(counter_of[copy.counter]))
         made.append(duplicate(copy.link_index, R0 + layout.spare))
         before = copy
-    made.append(_restore(version_of(copies[0])))
+    if use_up and before:
+        made[-1] = forward(before.link_index, R0 + layout.spare)
+    else:
+        made.append(_restore(version_of(copies[0])))
     return b"".join(made)
 
 

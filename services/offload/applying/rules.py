@@ -3,7 +3,8 @@
 A chain on each interface finds whole UDP datagrams for our listeners, by one look at a map of addresses and ports, and
 goes to the chain of their stream. There what the kernel is not to copy goes on unmarked. The copies of all others are
 made: a rule writes the headers of a copy, counts it and sends it, several times over, and at last writes the datagram's
-own headers back. The datagram goes on to its listener with the mark of the generation.
+own headers back. The datagram goes on to its listener with the mark of the generation; one of an unseen stream becomes
+the last copy itself.
 """
 
 import random
@@ -153,9 +154,15 @@ class Renderer:
         kept = [[copy] for copy in general if copy.sample > 1 and not copy.share]
         for some in (*kept, *teams_of(general)):  # in chains of their own, which later plans need not make anew
             self._batch.add_rule(chain, decide(Verdict.JUMP, self._chain_of(some, version)))
-        self._add_copies(chain, [copy for copy in general if copy.sample == 1 and not copy.share], version)
-        end = decide(Verdict.DROP) if stream.unseen else b""
-        self._batch.add_rule(chain, self._marks.set_to(stream.generation), count(self._counters[stream.counter]), end)
+        plain = [copy for copy in general if copy.sample == 1 and not copy.share]
+        counted = count(self._counters[stream.counter])
+        if stream.unseen:
+            self._batch.add_rule(chain, counted)
+            self._add_copies(chain, plain, version, use_up=True)
+            self._batch.add_rule(chain, decide(Verdict.DROP))
+        else:
+            self._add_copies(chain, plain, version)
+            self._batch.add_rule(chain, self._marks.set_to(stream.generation), counted)
         return chain
 
     def _add_classes(self, copies: dict[int, Copy], version: int) -> list[tuple[int, Element | None]]:
@@ -194,7 +201,7 @@ class Renderer:
         self.used[key] = chain
         return chain
 
-    def _add_copies(self, chain: str, copies: Sequence[Copy], version: int) -> None:
+    def _add_copies(self, chain: str, copies: Sequence[Copy], version: int, *, use_up: bool = False) -> None:
         teams = teams_of(copies)
         if teams == [[*copies]]:
             chains = {copy: self._chain_of([_without_share(copy)], version) for copy in copies}
@@ -209,9 +216,10 @@ class Renderer:
         for team in teams:
             self._batch.add_rule(chain, decide(Verdict.JUMP, self._chain_of(team, version)))
         copies = [copy for copy in copies if not copy.share]
-        for group in _groups(copies, most_in_a_rule(version)):
+        groups = list(_groups(copies, most_in_a_rule(version)))
+        for group in groups:
             phase = random.randrange(group[0].sample)  # so no datagram is favoured, however often a chain is made anew
-            made = make_copies(group, self._counters, phase)
+            made = make_copies(group, self._counters, phase, use_up=use_up and group is groups[-1])
             self._batch.add_rule(chain, made, comment=" ".join(copy.name for copy in group))
 
 

@@ -163,6 +163,12 @@ def duplicate(link_index: int, register: int) -> bytes:
     return immediate(register, struct.pack("=I", link_index)) + _expression("dup", number(2, register))
 
 
+@lru_cache(maxsize=KEPT)
+def forward(link_index: int, register: int) -> bytes:
+    """Send the frame itself by a link: for the chains it is gone."""
+    return immediate(register, struct.pack("=I", link_index)) + _expression("fwd", number(1, register))
+
+
 def decide(verdict: Verdict, chain: str = "") -> bytes:
     """Go on as a verdict says."""
     return _expression("immediate", number(1, VERDICT), nested(2, verdict_data(verdict, chain)))

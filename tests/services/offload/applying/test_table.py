@@ -330,20 +330,42 @@ def test_map_leads_to_its_copies_from_the_first_moment_to_the_last() -> None:
         assert {packets for packets, _ in site.table.counters().values()} == {came["every"]}
 
 
-def test_what_nobody_else_sees_ends_in_the_kernel() -> None:
-    """A stream that is unseen goes up no more, but for what the kernel does not copy."""
-    with OffloadSite() as site, Collector(site.siem, SIEMS[4][0], 9000) as siem, exporters(site) as socks:
-        plan = site.plan([site.copy(0, 9000)])
-        streams = tuple(msgspec.structs.replace(each, unseen=True) for each in plan.streams)
-        site.table.replace(msgspec.structs.replace(plan, streams=streams))
-        with Listening(site.relay, RELAY[4], PORT) as listener:
-            for payload in (b"one", bytes(3000), b"two"):
-                socks[0].sendto(payload, (RELAY[4], PORT))
-            assert [each.payload for each in siem.read(2)] == [b"one", b"two"]
-            (up,) = listener.read(1)
-            assert (len(up.payload), up.mark) == (3000, 0)
-            listener.assert_quiet(0.1)
-        assert {packets for packets, _ in site.table.counters().values()} == {2}
+@pytest.mark.parametrize("version", [4, 6])
+def test_what_nobody_else_sees_ends_in_the_kernel(version: int) -> None:
+    """A stream that is unseen goes up no more, but for what the kernel does not copy; its copies are as ever."""
+    some = f"{EXPORTERS[version][0]}/{32 if version == 4 else 128}"
+    relay = {"source": packed(OUT[version]), "source_port": 4000}
+    with OffloadSite() as site, Capture(site.siem, "eth") as wire, exporters(site, version) as socks:
+        few = [site.copy(0, 9020, version, counter=220, prefixes=(prefix(some),))]
+        many = [site.copy(place % 5, 9000 + place, version, counter=200 + place) for place in range(10)]
+        many += [site.copy(1, 9021, version, counter=221, sample=3), site.copy(2, 9022, version, counter=222, **relay)]
+        for generation, copies in enumerate((few, few + many, many), 1):
+            plan = site.plan(copies, generation, version)
+            streams = tuple(msgspec.structs.replace(each, unseen=True) for each in plan.streams)
+            site.table.replace(msgspec.structs.replace(plan, streams=streams))
+            with Listening(site.relay, RELAY[version], PORT) as listener:
+                for payload in (b"one", bytes(3000), b"two", b"of another"):
+                    socks[payload == b"of another"].sendto(payload, (RELAY[version], PORT))
+                ours = {each.port for each in copies if each.source}
+                wanted = Counter(
+                    (
+                        OUT[version] if copy.port in ours else EXPORTERS[version][payload == b"of another"],
+                        copy.port,
+                        payload,
+                    )
+                    for copy in copies
+                    if copy.sample == 1
+                    for payload in (b"one", b"two", b"of another")
+                    if not copy.prefixes or payload != b"of another"
+                )
+                came = wire.read(wanted.total() + sum(copy.sample > 1 for copy in copies))
+                assert Counter((each.source, each.port, each.payload) for each in came if each.port != 9021) == wanted
+                (up,) = listener.read(1)
+                assert (len(up.payload), up.mark) == (3000, 0)
+                listener.assert_quiet(0.1)
+            counted = {name: packets for name, (packets, _) in site.table.counters().items()}
+            assert counted[f"c{version}"] == 3 * generation
+        wire.assert_quiet()
 
 
 @needs_nft
