@@ -8,7 +8,6 @@ latter two take where the interface drops all that comes. Steady rates are those
 import argparse
 import statistics
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
@@ -16,23 +15,23 @@ from itertools import product
 from pathlib import Path
 from typing import Final
 
+from tests.benchmarks import kernel_copies, paced
 from tests.benchmarks.backlog import settle
-from tests.benchmarks.kernel_copies import ETHTOOL_STXCSUM, put_rule
-from tests.benchmarks.paced import BUFFER, Load, Measured, Reading
+from tests.benchmarks.kernel_copies import ETHTOOL_STXCSUM, copies, put_rule
+from tests.benchmarks.paced import BUFFER, TRAINS, Load, Measured, Reading
 from tests.benchmarks.programs import Program, Task, running
 from tests.benchmarks.site import Site, site
 from tests.benchmarks.workloads import BY_NAME
 from tests.stack import wait_until
 
-RATES: Final = (1_000, 10_000, 50_000)
 PROGRAMS: Final = ("unseen", "offload", "samplicate")
 """`unseen` is offload too, where ingest does not see what the kernel has copied for all."""
 SETTINGS: Final = {
     "offload": '[offload]\ninterfaces = ["in"]\n',
     "unseen": '[offload]\ninterfaces = ["in"]\nunseen = ["bench0"]\n',
 }
-ALLOWED: Final = 0.3
-"""CPU beside samplicator's, at most."""
+ALLOWED: Final = {"samplicate": 0.3, kernel_copies.NAME: 1.2}
+"""CPU of `unseen` beside that of others, at most."""
 ALLOWED_MS: Final = 0.2
 """Lateness, p99."""
 
@@ -51,13 +50,14 @@ def _kernel_threads() -> dict[str, int]:
 
 
 @contextmanager
-def _measured(name: str, task: Task, here: Site, tool: Path) -> Iterator[WholeMachine]:
-    """A program at work; `drop`: none, and a rule that drops everything."""
+def _measured(name: str, task: Task, here: Site, tool: Path, whole: int) -> Iterator[WholeMachine]:
+    """A program at work, or rules: `drop` of everything, `nft` that copies. Collectors take trains of `whole` bytes."""
     with ExitStack() as opened:
-        sinks = opened.enter_context(here.sinks(task.fan_out))
-        here.exporters_end.ethtool(ETHTOOL_STXCSUM, 0)  # complete checksums, as they come by a wire
-        if name == "drop":
-            put_rule(here, "drop")
+        sinks = opened.enter_context(here.sinks(task.fan_out, whole))
+        # complete checksums, as they come by a wire; those of a train are left to the card
+        here.exporters_end.ethtool(ETHTOOL_STXCSUM, int(bool(whole)))
+        if name in ("drop", kernel_copies.NAME):
+            put_rule(here, "drop" if name == "drop" else copies(here, task.fan_out))
             opened.callback(here.relay.run, "nft", "flush", "ruleset")
             program = Program(name, {})
         else:
@@ -77,33 +77,50 @@ def _served(here: Site) -> int:
 
 def run(options: argparse.Namespace, tool: Path) -> list[str]:
     """Measure, and print a table; return a sentence for each bound that was not kept."""
-    heads = " | ".join(f"{name}: CPU % | p50, p99 ms" for name in PROGRAMS)
-    print(f"| datagrams/s | way | collectors | {heads} | unseen beside samplicate |")
-    print("|" + " --- |" * (4 + 2 * len(PROGRAMS)))
     beyond: list[str] = []
-    for fan_out, way in product(options.fan_out or [1, 4], options.way or ["relay", "original"]):
-        found: dict[tuple[str, int], list[Reading]] = {}
-        with site(BY_NAME["small"].mtu) as here:
-            for _, name in product(range(options.rounds), ("drop", *PROGRAMS)):
-                task = Task("small", fan_out, way, BUFFER, whole=True, settings=SETTINGS.get(name, ""))
-                with _measured(name, task, here, tool) as program:
-                    for rate in options.rate:
-                        found.setdefault((name, rate), []).append(program.run(Load(rate), options.seconds))
-        for rate in options.rate:
-            least = _cpu(found["drop", rate])
-            cpu = {name: _cpu(found[name, rate]) - least for name in PROGRAMS}
-            late = {name: _late_ms(found[name, rate]) for name in PROGRAMS}
-            ratio = cpu["unseen"] / cpu["samplicate"]
-            cells = " | ".join(f"{cpu[name]:.2f} | {late[name][0]:.2f}, {late[name][1]:.2f}" for name in PROGRAMS)
-            print(f"| {rate:,} | {way} | {fan_out} | {cells} | {ratio:.2f} |", flush=True)
-            parts = found["unseen", rate][-1].cpu.items()
-            print("unseen:", " + ".join(f"{name} {cpu:.2f}" for name, cpu in parts), file=sys.stderr, flush=True)
-            lost = sum(each.expected - each.arrived for name in SETTINGS for each in found[name, rate])
-            where = f"{rate:,}/s, {way}, {fan_out} collectors"
-            beyond += [f"{where}: {lost} copies lost"] * bool(lost)
-            beyond += [f"{where}: CPU {ratio:.2f} times samplicator's"] * (ratio > ALLOWED)
-            beyond += [f"{where}: p99 {late['unseen'][1]:.2f} ms"] * (late["unseen"][1] > ALLOWED_MS)
+    for spacing, workload, fan_out, way in product(
+        options.spacing, options.workload or ["small"], options.fan_out or [1, 4], options.way or ["relay", "original"]
+    ):
+        task = Task(workload, fan_out, way, BUFFER, whole=True)
+        whole = len(BY_NAME[workload].payloads()[0]) if spacing == TRAINS else 0
+        names = [name for name in PROGRAMS if name != "samplicate" or not whole]  # its copies are no trains
+        names += [kernel_copies.NAME] * kernel_copies.available(task)
+        loads = [each for each in paced.loads(options, workload) if each.rate and each.spacing == spacing]
+        found: dict[tuple[str, Load], list[Reading]] = {}
+        with site(BY_NAME[workload].mtu) as here:
+            for _, name in product(range(options.rounds), ("drop", *names)):
+                with _measured(name, replace(task, settings=SETTINGS.get(name, "")), here, tool, whole) as program:
+                    for load in loads:
+                        found.setdefault((name, load), []).append(program.run(load, options.seconds))
+        for load in loads:
+            row = {name: found[name, load] for name in ("drop", *names)}
+            beyond += _tell(f"{load.rate:,}/s {workload} {spacing}, {way}, {fan_out} collectors", row)
     return beyond
+
+
+def _tell(where: str, row: dict[str, list[Reading]]) -> list[str]:
+    """Print the figures of one load; return a sentence for each bound that was not kept."""
+    least = _cpu(row.pop("drop"))
+    cpu = {name: _cpu(readings) - least for name, readings in row.items()}
+    print(f"{where} (dropping it: {least:.2f} %)")
+    for name, readings in row.items():
+        p50, p99 = _late_ms(readings)
+        lost = sum(each.expected - each.arrived for each in readings)
+        offered = statistics.median(each.offered for each in readings)
+        print(
+            f"  {name:10} CPU {cpu[name]:7.2f} %  p50 {p50:.2f} p99 {p99:.2f} ms  offered {offered:,.0f}/s  lost {lost}"
+        )
+    parts = row["unseen"][-1].cpu.items()
+    print("  unseen:", " + ".join(f"{name} {cpu:.2f}" for name, cpu in parts), flush=True)
+    lost = sum(each.expected - each.arrived for name in SETTINGS for each in row[name])
+    late = _late_ms(row["unseen"])[1]
+    beyond = [f"{where}: {lost} copies lost"] * bool(lost)
+    for name, allowed in ALLOWED.items():
+        if name in cpu:
+            ratio = cpu["unseen"] / cpu[name]
+            print(f"  unseen takes {ratio:.2f} times the CPU of {name}", flush=True)
+            beyond += [f"{where}: CPU {ratio:.2f} times that of {name}"] * (ratio > allowed)
+    return beyond + [f"{where}: p99 {late:.2f} ms"] * (late > ALLOWED_MS)
 
 
 def _cpu(readings: list[Reading]) -> float:

@@ -15,6 +15,7 @@ with `dup to`: its cost is what the sending takes longer than with a rule that d
 round, on one machine; figures are medians of the rounds, the loss is that of all of them.
 """
 
+import argparse
 import socket
 import struct
 import subprocess
@@ -22,6 +23,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Final
 
@@ -49,7 +51,8 @@ REST_SECONDS: Final = 0.3
 """Pause after which the last copies have come, also on a busy machine."""
 PROBES: Final = 4000
 """Datagrams a second, of all collectors together, whose lateness is looked at."""
-SPACINGS: Final = {"even": (1, 1, 0), "bursts": (20, 30, 0), "trains": (16, 16, 1)}
+TRAINS: Final = "trains"
+SPACINGS: Final = {"even": (1, 1, 0), "bursts": (20, 30, 0), TRAINS: (16, 16, 1)}
 """Fewest and most datagrams that one exporter sends at once, and whether by one UDP_SEGMENT send."""
 RECORD: Final = np.dtype(
     [("stamp", "u8"), ("received", "u8"), ("collector", "u4"), ("exporter", "u4"), ("number", "u4"), ("_", "u4")]
@@ -67,6 +70,15 @@ class Load:
     workload: str = "small"
     sources: int = 16
     spacing: str = "even"
+
+
+def loads(options: argparse.Namespace, workload: str) -> Iterator[Load]:
+    """Yield the loads in turn; idleness has no sources and no spacing, and trains no different sizes."""
+    if 0 in options.rate:
+        yield Load(0, workload, options.sources[0], options.spacing[0])
+    for sources, spacing, rate in product(options.sources, options.spacing, filter(None, options.rate)):
+        if spacing != TRAINS or workload != "syslog":
+            yield Load(rate, workload, sources, spacing)
 
 
 @dataclass(frozen=True)
@@ -125,6 +137,8 @@ class Measured:
             records = np.frombuffer(receiver.communicate()[0], RECORD)
         assert not receiver.returncode, "the collectors failed"
         arrived = len(records) + sum(sink.dropped - at for sink, at in zip(self.sinks, dropped, strict=True))
+        if self.sinks[0].whole:
+            arrived *= SPACINGS[load.spacing][0]  # a train comes, or is dropped, as one
         timed = records[(records["stamp"] >= begin) & (records["stamp"] < end)]
         late = (timed["received"] - timed["stamp"]).astype(np.int64) / 1000
         quantiles = {name: float(np.percentile(late, at)) if len(late) else np.inf for name, at in QUANTILES.items()}

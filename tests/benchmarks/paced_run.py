@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from collections.abc import Iterator
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -40,15 +39,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--record", action="store_true", help="keep the run as what later ones are checked against, and in the READMEs"
     )
-
-
-def loads(options: argparse.Namespace, workload: str) -> Iterator[Load]:
-    """Yield the loads in turn; idleness has no sources and no spacing, and trains no different sizes."""
-    if 0 in options.rate:
-        yield Load(0, workload, options.sources[0], options.spacing[0])
-    for sources, spacing, rate in product(options.sources, options.spacing, filter(None, options.rate)):
-        if spacing != "trains" or workload != "syslog":
-            yield Load(rate, workload, sources, spacing)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -93,10 +83,10 @@ def run_group(task: Task, here: Site, tool: Path, options: argparse.Namespace) -
         for name in names:
             begin = kernel_copies.copying if name == kernel_copies.NAME else partial(paced.measured, name)
             with begin(task, here, tool) as program:
-                for load in loads(options, task.workload):
+                for load in paced.loads(options, task.workload):
                     found.setdefault((load, name), []).append(measure(program, load, options.seconds))
     cells = []
-    for load in loads(options, task.workload):
+    for load in paced.loads(options, task.workload):
         for name in [name for each, name in found if each == load]:
             cells.append(paced_report.summarize(name, task.way, task.fan_out, load, found[load, name]))
             print(cells[-1].line(), flush=True)
