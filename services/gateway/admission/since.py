@@ -47,10 +47,11 @@ def parse_since(since: float | str, now: float) -> float:
     if not isinstance(since, str):
         return max(0.0, now - since)
     try:
-        parsed = datetime.fromisoformat(since)
-    except ValueError:
-        raise RequestError("bad_request", f"since: expected {EXPECTED['since']}") from None
-    at = parsed.timestamp()
-    if not 0 <= at <= now:
+        at = datetime.fromisoformat(since).timestamp()
+    except (ValueError, OverflowError):  # it is no time, or none that the C library can tell in this time zone
+        at = -1.0
+    if at < 0:
+        raise RequestError("bad_request", f"since: expected {EXPECTED['since']}")
+    if at > now:
         raise RequestError("bad_request", "since: that time is still to come; expected one that has passed")
     return at

@@ -1,12 +1,16 @@
 """The past that a collector asks for: from when on, of which streams, and whose it is."""
 
+import contextlib
+from datetime import datetime
 from typing import Any
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from services.gateway.admission.peer import Peer
 from services.gateway.admission.rights import Rights
-from services.gateway.admission.since import PastGrant, grant_past
+from services.gateway.admission.since import PastGrant, grant_past, parse_since
 from services.gateway.protocol.requests import Register, RequestError
 from services.gateway.registry.entry import Origin
 from services.gateway.registry.pasts import Pasts
@@ -68,6 +72,8 @@ def test_since_is_seconds_ago_or_a_time(site: Site) -> None:
     ("since", "streams", "said"),
     [
         ("yesterday", ("flows",), 'expected seconds ago, a time such as "2026-11-30T03:12:00Z", or "left"'),
+        ("0001-01-01T00:00:00", ("flows",), "expected seconds ago"),
+        ("1969-12-31T00:00:00Z", ("flows",), "expected seconds ago"),
         ("2100-01-01T00:00:00Z", ("flows",), "that time is still to come; expected one that has passed"),
         (60, ("traps",), "none of the streams has a journal; leave it out, or set journal = true in [[stream]]"),
     ],
@@ -80,6 +86,14 @@ def test_a_past_that_can_not_be_had_is_refused(site: Site, since: float | str, s
     asked = Register(name="siem", since=since)
     with pytest.raises(RequestError, match="since: a client without streams has no past"):
         grant_past(asked, None, "", site.table.pasts)
+
+
+@example("0001-01-01T00:00:00")
+@given(st.text(max_size=64) | st.datetimes(timezones=st.none() | st.timezones()).map(datetime.isoformat))
+def test_any_text_is_a_time_that_has_passed_or_refused(since: str) -> None:
+    """Whatever the text, and the time that it means, it is used or refused."""
+    with contextlib.suppress(RequestError):
+        assert 0 <= parse_since(since, NOW) <= NOW
 
 
 def test_left_is_where_its_sender_saw_it_leave(site: Site) -> None:
