@@ -21,6 +21,7 @@ from services.gateway.cluster.replica import Replica
 from services.gateway.protocol.requests import ErrorWord, RequestError
 from services.gateway.registry.changes import Change, ignore
 from services.gateway.registry.entry import Entry
+from shared.log import get_logger
 
 PATIENCE_SECONDS: Final = 6.0
 """Time for a request: as long as JetStream mostly needs to choose a new leader."""
@@ -35,7 +36,10 @@ DOUBTED: Final[frozenset[ErrorWord]] = frozenset({
 """Refusals for a reason that may have gone: they are given once all that others have changed before is known."""
 AWAY: Final = "the cluster has no quorum, or can't be reached from this node"
 LATE: Final = "the cluster did not answer in time: the request may have been granted, or may be granted yet"
+FAULT: Final = "the gateway failed at this request, as its log says"
 T = TypeVar("T")
+
+log = get_logger()
 
 
 @dataclass(slots=True, eq=False)
@@ -261,6 +265,13 @@ class ClusterChanges:
                 asked.finished = True
                 if asked.failed is not None:
                     asked.failed(refused)
+            return None
+        except Exception as error:
+            if asked.failed is None:
+                raise  # of the gateway itself
+            asked.finished = True
+            log.error("error while a change was decided", reason=repr(error), exc_info=error)
+            asked.failed(OSError(errno.EIO, FAULT))
             return None
         changes = [change for change in changes if change.events or change.orders]
         if not changes:

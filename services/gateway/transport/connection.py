@@ -23,9 +23,12 @@ from services.gateway.transport.conversation import (
     WriteLastWords,
 )
 from services.gateway.transport.deadlines import Deadlines
+from shared.log import get_logger
 
 if TYPE_CHECKING:
     from services.gateway.transport.open_connections import OpenConnections
+
+log = get_logger()
 
 
 class ClientConnection(asyncio.BufferedProtocol):
@@ -203,6 +206,9 @@ class ClientConnection(asyncio.BufferedProtocol):
             self._handler.handle(request, self._peer, self._reply)
         except RequestError as refused:
             self._refuse(refused, None if isinstance(request, SignUp) else request.id)
+        except Exception as error:  # a fault of ours: it ends this connection, and no other
+            log.error("error while handling a request", peer=str(self._peer), reason=repr(error), exc_info=error)
+            self.drop()
 
     def _reply(self, answer: Answer) -> None:
         self.conversation.answer(answer)

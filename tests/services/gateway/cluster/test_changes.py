@@ -8,6 +8,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+from structlog.testing import capture_logs
 
 from services.gateway.admission.destinations import Destinations
 from services.gateway.admission.peer import Peer
@@ -232,3 +233,21 @@ def test_a_look_for_loops_that_the_kernel_refuses_is_over() -> None:
             kernel.side_effect = None
 
     run(node, work)
+
+
+def test_a_fault_of_ours_fails_its_change_only() -> None:
+    """An error that nobody expected is logged and answered, and the next change is made."""
+    node = Node(Log(), "a")
+
+    def fail() -> None:
+        raise KeyError("since")
+
+    async def work() -> None:
+        node.changes.make(fail, node.answers.append, node.answers.append)
+        node.register("mine", 1)
+        await until(lambda: len(node.answers) == 2, node)
+
+    with capture_logs() as logs:
+        run(node, work)
+    assert node.words == ["[Errno 5] the gateway failed at this request, as its log says", "mine"]
+    assert [each["event"] for each in logs] == ["error while a change was decided"]

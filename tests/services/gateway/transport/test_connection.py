@@ -1,0 +1,44 @@
+"""A connection in asyncio's loop: what its handler does is the test's."""
+
+import asyncio
+import socket
+from unittest.mock import patch
+
+from structlog.testing import capture_logs
+
+from services.gateway.handler import Handler
+from services.gateway.transport.connection import ClientConnection
+from services.gateway.transport.open_connections import OpenConnections
+from shared.process.memory import Memory
+from shared.settings.tables import Gateway
+from tests.services.gateway.test_handler import Handling
+
+
+def test_fault_of_ours_ends_its_connection_only() -> None:
+    """An error that nobody expected is logged, its client's connection is cut, and the next client is answered."""
+
+    async def run() -> list[bytes]:
+        connections = OpenConnections(Handling().handler, Gateway(), 10, Memory())
+        answers = []
+        for line in (b'{"op":"streams"}\n', b'{"op":"list"}\n'):
+            ours, theirs = socket.socketpair()
+            await connections.loop.connect_accepted_socket(lambda: ClientConnection(connections), ours)
+            reader, writer = await asyncio.open_connection(sock=theirs)
+            writer.write(b'{"op":"nonsense"}\n' + line)
+            answers.append(await reader.readline() + await reader.readline())
+            writer.close()
+        return answers
+
+    inform = Handler._inform
+
+    def fail(handler: Handler, request: object, *rest: object) -> object:
+        if "Streams" in type(request).__name__:
+            raise KeyError("streams")
+        return inform(handler, request, *rest)  # type: ignore[arg-type]
+
+    with patch.object(Handler, "_inform", fail), capture_logs() as logs:
+        first, second = asyncio.run(asyncio.wait_for(run(), 30))
+    assert [(each["event"], each["reason"]) for each in logs] == [
+        ("error while handling a request", "KeyError('streams')")
+    ]
+    assert (first.count(b"\n"), second.count(b"\n"), b'"clients"' in second) == (1, 2, True)
