@@ -246,7 +246,7 @@ def _starts() -> Iterator[Provocation]:
     yield partial(bind_listener, Stream(name="s", listen=("udp://a..b:9",)), Endpoint("udp", "a..b", 9), [])
     yield partial(Store, Path("/proc/registry"), lambda: 0.0)
     kept = _Kept(Client("a", 1, "192.0.2.1", 1), Origin.JSON, "192.0.2.1", 1, 0.0, False)
-    yield partial(_parse, "b", msgspec.json.encode(kept).decode(), 0.0)
+    yield partial(_parse, "b", msgspec.json.encode(kept), 0.0)
     with new_context() as context, context.socket(zmq.XPUB) as sock:
         yield partial(bind_tcp, sock, [Endpoint("tcp", "a..b", 9)], "publish")
     yield partial(new_pools, ["s"], 1 << 62, Room(1))

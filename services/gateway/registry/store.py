@@ -11,8 +11,9 @@ import secrets
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Final, Self
+from typing import Final, Self, TypeVar
 
 import msgspec
 from msgspec.structs import asdict
@@ -94,6 +95,9 @@ _State = tuple[Number, Number, str]
 """Revision, generation, and the host's boot id."""
 _History = tuple[str, str, bytes]
 """Epoch, the file that it is kept in, secret of groups."""
+_Damaged = tuple[str, int, str]
+"""Table, number of the row, and the reason."""
+T = TypeVar("T")
 
 
 class Store:
@@ -158,15 +162,12 @@ class Store:
                 database.execute(f"PRAGMA user_version = {len(SCHEMA)}")
         if (found := database.execute("PRAGMA integrity_check(1)").fetchone()[0]) != "ok":
             raise ValueError(found)
-        rows = database.execute("SELECT name, entry FROM client ORDER BY rowid").fetchall()
-        self.entries = [_parse(name, text, clock()) for name, text in msgspec.convert(rows, list[tuple[str, str]])]
-        orders = msgspec.convert(
-            database.execute("SELECT name, withheld FROM withheld").fetchall(), list[tuple[str, str]]
-        )
-        self.withheld = {name: msgspec.json.decode(text, type=Withheld) for name, text in orders}
-        rows = database.execute("SELECT name, past FROM past ORDER BY rowid").fetchall()
-        pasts = msgspec.convert(rows, list[tuple[str, str]])
-        self.pasts = {name: msgspec.json.decode(text, type=Past) for name, text in pasts}
+        damaged: list[_Damaged] = []
+        self.entries = [*self._read("client", "entry", partial(_parse, now=clock()), damaged).values()]
+        self.withheld = self._read("withheld", "withheld", partial(_decode, Withheld), damaged)
+        self.pasts = self._read("past", "past", partial(_decode, Past), damaged)
+        if damaged:
+            self._leave_out(damaged)
         state = database.execute("SELECT revision, generation, boot_id FROM state").fetchall()
         ((self.revision, self.generation, former),) = msgspec.convert(state, tuple[_State])
         if former not in ("", boot_id):
@@ -178,9 +179,37 @@ class Store:
         ((self.epoch, kept_in, self.group_secret),) = msgspec.convert(history, tuple[_History])
         file = self._path.stat() if self._path else None
         identity = f"{file.st_dev} {file.st_ino}" if file else ""
-        if not self.epoch or kept_in != identity or former != boot_id:  # else it may be a copy, of an earlier state
+        # It may be a copy, of an earlier state.
+        if not self.epoch or kept_in != identity or former != boot_id or damaged:
             self.epoch = secrets.token_urlsafe(12)
             database.execute("UPDATE history SET epoch = ?, file = ?", (self.epoch, identity))
+
+    def _read(self, table: str, column: str, parse: Callable[[str, bytes], T], damaged: list[_Damaged]) -> dict[str, T]:
+        """Return what is kept in a table, by name; note rows that can't be read in `damaged`."""
+        found = {}
+        rows = f"SELECT rowid, CAST(name AS BLOB), CAST({column} AS BLOB) FROM {table} ORDER BY rowid"
+        for number, *content in self._database.execute(rows).fetchall():
+            try:
+                name, text = msgspec.convert(content, tuple[bytes, bytes])
+                found[name.decode()] = parse(name.decode(), text)
+            except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+                damaged.append((table, number, str(error)))
+        return found
+
+    def _leave_out(self, damaged: Sequence[_Damaged]) -> None:
+        """Go on without these rows, and keep a copy of the file that has them."""
+        assert self._path is not None
+        aside = _name_aside(self._path)
+        with contextlib.closing(sqlite3.connect(aside)) as copy:
+            self._database.backup(copy)
+        for table, number, _ in damaged:
+            self._database.execute(f"DELETE FROM {table} WHERE rowid = ?", (number,))
+        log.error(
+            "rows of the registry's file are damaged: `file` is a copy with them, and the registry starts without them",
+            file=str(aside),
+            rows=len(damaged),
+            reason=damaged[0],
+        )
 
     def _is_damage(self, error: sqlite3.DatabaseError) -> bool:
         code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)  # text that is no UTF-8 comes without a code
@@ -301,7 +330,11 @@ class _DamagedError(Exception):
     """The content of the file can't be read."""
 
 
-def _parse(name: str, text: str, now: float) -> Entry:
+def _decode(kind: type[T], _name: str, text: bytes) -> T:
+    return msgspec.json.decode(text, type=kind)
+
+
+def _parse(name: str, text: bytes, now: float) -> Entry:
     kept = msgspec.json.decode(text, type=_KeptOfCluster)
     if kept.client.name != name:
         raise ValueError(f"{kept.client.name!r} is kept as {name!r}")
@@ -311,8 +344,12 @@ def _parse(name: str, text: str, now: float) -> Entry:
     return entry
 
 
+def _name_aside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.damaged-{time.time_ns()}")
+
+
 def _set_aside(path: Path) -> Path:
-    aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
+    aside = _name_aside(path)
     path.rename(aside)
     for ending in ("-wal", "-shm"):
         with contextlib.suppress(FileNotFoundError):

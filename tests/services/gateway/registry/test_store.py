@@ -1,10 +1,12 @@
 import contextlib
+import json
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from services.gateway.admission.peer import Peer
 from services.gateway.admission.rights import Rights
@@ -165,9 +167,12 @@ def write_rubbish(path: Path) -> None:
 
 
 def write_bad_row(path: Path) -> None:
-    """Write a row that is no entry."""
+    """Write a row that is no entry, as those of orders and places."""
     with contextlib.closing(sqlite3.connect(path)) as database, database:
-        database.execute("UPDATE client SET entry = '{}'")
+        database.execute("UPDATE client SET entry = '{}' WHERE name = 'n7'")
+        database.execute("INSERT INTO withheld VALUES ('n7', '{}')")
+        many = json.dumps({"holder": "", "generation": 1, "since_ns": 1, "streams": [str(each) for each in range(65)]})
+        database.execute("INSERT INTO past VALUES ('n7', ?)", (many,))
 
 
 def drop_state(path: Path) -> None:
@@ -196,7 +201,9 @@ def write_another_name(path: Path) -> None:
 def write_huge_generation(path: Path) -> None:
     """Write a number that no message on the bus can carry."""
     with contextlib.closing(sqlite3.connect(path)) as database, database:
-        database.execute("UPDATE client SET entry = json_set(entry, '$.client.generation', ?)", (1 << 62 | 1,))
+        database.execute(
+            "UPDATE client SET entry = json_set(entry, '$.client.generation', ?) WHERE name = 'n7'", (1 << 62 | 1,)
+        )
 
 
 def write_wrong_state(path: Path) -> None:
@@ -216,10 +223,8 @@ def claim_a_later_format(path: Path) -> None:
     path.write_bytes(data[:18] + b"\x28" + data[19:])
 
 
-DAMAGES = (
-    *(garble_middle, write_rubbish, write_bad_row, drop_state, write_no_utf8, write_another_name),
-    *(write_huge_generation, write_wrong_state, rename_column, claim_a_later_format),
-)
+DAMAGES = (garble_middle, write_rubbish, drop_state, write_wrong_state, rename_column, claim_a_later_format)
+DAMAGED_ROWS = (write_bad_row, write_no_utf8, write_another_name, write_huge_generation)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -236,6 +241,25 @@ def test_damaged_file_is_set_aside(path: Path, damage: object) -> None:
     assert [each.name for each in path.parent.glob("registry.sqlite.damaged-*")]
     with opened(path) as store:
         assert [entry.client.name for entry in store.entries] == ["one"]
+
+
+@pytest.mark.parametrize("damage", DAMAGED_ROWS)
+def test_damaged_row_costs_itself_alone(path: Path, damage: Callable[[Path], None]) -> None:
+    """Its client has to sign up again, all others are there; a copy of the file has the row, and the list an epoch."""
+    with opened(path) as store:
+        registry, epoch = registry_on(store), store.epoch
+        for number in range(9):
+            join(registry, f"n{number}")
+    damage(path)
+    with capture_logs() as logs, opened(path) as store:
+        assert (len(store.entries), store.revision, store.withheld, store.pasts) == (8, 9, {}, {})
+        assert store.epoch != epoch
+    (aside,) = path.parent.glob("registry.sqlite.damaged-*")
+    with contextlib.closing(sqlite3.connect(aside)) as database:
+        assert database.execute("SELECT count(*) FROM client").fetchone() == (9,)
+    assert [("starts without them" in each["event"], each["file"]) for each in logs] == [(True, str(aside))]
+    with capture_logs() as logs, opened(path) as store:
+        assert (len(store.entries), logs) == (8, [])
 
 
 def fill(registry: Registry) -> None:
