@@ -80,8 +80,8 @@ class Token(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     certificate: Annotated[str, Meta(min_length=1, max_length=64)] | None = None
     """The subject's common name in its certificate, which stays when the certificate is renewed."""
     scopes: Annotated[tuple[Scope, ...], Meta(min_length=1)]
-    streams: Annotated[tuple[str, ...], Meta(min_length=1)] = (ALL_STREAMS,)
-    """Streams that it may sign up for."""
+    streams: Annotated[tuple[str, ...], Meta(min_length=1, max_length=64)] = (ALL_STREAMS,)
+    """Streams that it may sign up for: no more than an entry has, which is narrowed to them."""
     destinations: tuple[str, ...] = ()
     """Networks to which it may have copies sent without proof."""
 

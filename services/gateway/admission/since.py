@@ -30,8 +30,9 @@ def grant_past(asked: Register, present: Entry | None, holder: str, pasts: Pasts
     lacking = sorted(set(asked.streams) - {ALL_STREAMS, *streams})
     note = f"there is no journal of {', '.join(lacking)}: only live copies of it" if lacking else ""
     if asked.since != LEFT:
-        return PastGrant(Resume(int(parse_since(asked.since, pasts.unix_time()) * 1e9), streams=streams), note=note)
-    resume = pasts.left(asked.name, streams, holder, present)
+        since_ns = int(parse_since(asked.since, pasts.unix_time()) * 1e9)
+        return PastGrant(Resume(since_ns, streams=() if ALL_STREAMS in asked.streams else streams), note=note)
+    resume = pasts.left(asked.name, asked.streams, holder, present)
     if resume is None:
         unknown = f"it is not known where {asked.name!r} has left: live copies only, from now on"
         return PastGrant(None, catch_up=True, note=note or unknown)

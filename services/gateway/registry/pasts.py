@@ -4,7 +4,7 @@ They outlast the entry, for a name that comes back and asks for what it has miss
 another's. No I/O; the store is handed in.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 from typing import Final
 
@@ -77,7 +77,7 @@ class Pasts:
         """Go on with what an earlier start has kept."""
         self._pasts = dict(pasts)
 
-    def left(self, name: str, streams: Iterable[str], holder: str, present: Entry | None) -> Resume | None:
+    def left(self, name: str, streams: Collection[str], holder: str, present: Entry | None) -> Resume | None:
         """Return where a name has left these streams, under this holder; None: that is not known.
 
         `present` is the entry of that name, if there is one: it is to be replaced.
@@ -85,8 +85,10 @@ class Pasts:
         past = self._pasts.get(name) if present is None else self.left_by(present)
         if past is None or past.holder != holder:
             return None
-        both = tuple(stream for stream in self.journaled_of(streams) if stream in past.streams)
-        return Resume(past.since_ns, past.generation, past.places, both) if both else None
+        had = self.journaled_of(past.streams)
+        both = tuple(stream for stream in self.journaled_of(streams) if stream in had)
+        named = () if ALL_STREAMS in past.streams and ALL_STREAMS in streams else both
+        return Resume(past.since_ns, past.generation, past.places, named) if both else None
 
     def progress(self, entry: Entry) -> Progress | None:
         """Return how far an entry is behind, while it catches up."""
@@ -95,20 +97,18 @@ class Pasts:
             return progress
         return Progress(0, 0.0, 0, None) if entry.client.resume else None
 
-    def journaled_of(self, streams: Iterable[str]) -> tuple[str, ...]:
-        """Return those of some streams that have a journal."""
-        wanted = set(streams)
-        return tuple(sorted(self.journaled if ALL_STREAMS in wanted else self.journaled & wanted))
+    def journaled_of(self, streams: Collection[str]) -> tuple[str, ...]:
+        """Return those of some streams that have a journal: of all streams more than an entry may name."""
+        return tuple(sorted(self.journaled if ALL_STREAMS in streams else self.journaled.intersection(streams)))
 
     def left_by(self, entry: Entry) -> Past | None:
         """Return the place that is to be kept of an entry that goes, or is replaced by another; None: of none."""
         client = entry.client
-        streams = self.journaled_of(client.streams)
-        if not streams:
+        if not self.journaled_of(client.streams):
             return None
         known = self._pasts.get(client.name)
         places = known.places if known and known.generation == client.generation else ()
-        past = Past(entry.peer.rights.holder, client.generation, self._now_ns(), streams, places)
+        past = Past(entry.peer.rights.holder, client.generation, self._now_ns(), client.streams, places)
         if client.resume and not places:  # it had not begun to catch up
             past = msgspec.structs.replace(past, since_ns=client.resume.since_ns, places=client.resume.places)
         return past
@@ -134,8 +134,7 @@ class Pasts:
             self._note_progress(told)
             if self.unix_time() >= self._kept_at.get(told.name, 0.0) + STORE_SECONDS:
                 self._kept_at[told.name] = self.unix_time()
-                streams = self.journaled_of(present.client.streams)
-                holder = present.peer.rights.holder
+                holder, streams = present.peer.rights.holder, present.client.streams
                 self._put({told.name: Past(holder, told.generation, told.since_ns, streams, places)})
 
     def _note_progress(self, told: Behind) -> None:

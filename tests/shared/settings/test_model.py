@@ -227,6 +227,10 @@ def test_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
             "[offload]\nmark_mask = 0xffffff\n",
             "[offload] mark_mask: 0x00ffffff is not 8 to 16 bits side by side, as 0xfff00000 is",
         ),
+        (
+            f'[[token]]\nname = "a"\ncertificate = "a"\nscopes = ["collect"]\nstreams = {["messages"] * 65}\n',
+            '[[token]] "a" streams: expected a list in brackets with 1 to 64 entries',
+        ),
         ("[gateway]\nmax_clients = 100000\n", "[gateway] max_clients: may take 409600000 bytes, over half of memory"),
         ("[ingest]\ntcp_connections = 5000\n", "[ingest] tcp_connections: may take 491520000 bytes, over half"),
         (COLLECTOR + COLLECTOR, 'line 7: [[collector]] "a" name: another one has it; give each its own'),

@@ -4,6 +4,7 @@ import contextlib
 from datetime import datetime
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -13,7 +14,7 @@ from services.gateway.admission.rights import Rights
 from services.gateway.admission.since import PastGrant, grant_past, parse_since
 from services.gateway.protocol.requests import Register, RequestError
 from services.gateway.registry.entry import Origin
-from services.gateway.registry.pasts import Pasts
+from services.gateway.registry.pasts import Past, Pasts
 from shared.bus.bodies.journal_messages import Behind, CatchUpReport
 from shared.client import Client, Place, Resume
 from tests.services.gateway.table import Table
@@ -64,7 +65,7 @@ def test_since_is_seconds_ago_or_a_time(site: Site) -> None:
     """Both become the time that the sender goes by, of the streams that have a journal; what lacks one is said."""
     assert site.ask(None) == PastGrant()
     assert site.ask(60) == PastGrant(Resume(999_940 * 10**9, streams=("flows",)))
-    assert site.ask("1970-01-02T00:00:00Z", "*").resume == Resume(86_400 * 10**9, streams=("flows", "logs"))
+    assert site.ask("1970-01-02T00:00:00Z", "*").resume == Resume(86_400 * 10**9)
     assert site.ask(60, "flows", "traps").note == "there is no journal of traps: only live copies of it"
 
 
@@ -111,6 +112,22 @@ def test_left_is_where_its_sender_saw_it_leave(site: Site) -> None:
     site.tell(generation, "left")
     assert site.ask("left", "*").resume == Resume(5, generation, PLACES, ("flows",))
     assert site.stored["siem"].places == PLACES
+
+
+def test_all_streams_may_be_more_than_an_entry_names(site: Site) -> None:
+    """Where a client wants all streams none is named in what is kept and sent, however many have a journal."""
+    site.table.pasts.journaled = frozenset(f"s{number}" for number in range(65))
+    for had, wants, granted in (("*", "*", ()), ("*", "s7", ("s7",)), ("s7", "*", ("s7",))):
+        site.join(had, resume=site.ask(60, had).resume)
+        entry = site.table.find("siem")
+        assert entry
+        past = site.table.pasts.left_by(entry)
+        assert msgspec.json.decode(msgspec.json.encode(past), type=Past) == past
+        site.leave()
+        resume = site.ask("left", wants).resume
+        assert resume
+        assert resume.streams == granted
+    assert site.ask("left", "s8").resume is None
 
 
 def test_the_past_of_another_holder_is_not_had(site: Site) -> None:
