@@ -176,14 +176,12 @@ class ClientConnection(asyncio.BufferedProtocol):
     def _perform(self, action: Action) -> None:
         if isinstance(action, Write):
             self._transport.write(action.data)
-        elif isinstance(action, Handle):
+        elif isinstance(action, Handle | Refuse):
             if action.wait_seconds:
                 self._handler.counters[REQUESTS_DELAYED] += 1
-                self._open.loop.call_later(action.wait_seconds, self._handle, action.request)
+                self._open.loop.call_later(action.wait_seconds, self._answer, action)
             else:
-                self._handle(action.request)
-        elif isinstance(action, Refuse):
-            self._refuse(action.refused)
+                self._answer(action)
         elif isinstance(action, WriteLastWords):
             self._transport.write(b"".join(self._handler.refuse(action.refused)))
         elif action is Step.GIVE_WAY:
@@ -196,13 +194,19 @@ class ClientConnection(asyncio.BufferedProtocol):
             self._handler.counters[TOO_SLOW] += action is Step.ABORT_SLOW
             self._transport.abort()
 
-    def _handle(self, request: Request) -> None:
+    def _answer(self, action: Handle | Refuse) -> None:
         if self.conversation.state is not ConversationState.ANSWERING or self._transport.is_closing():
             return  # the client has gone while its request waited
+        if isinstance(action, Refuse):
+            self._refuse(action.refused)
+        else:
+            self._handle(action.request)
+
+    def _handle(self, request: Request) -> None:
         try:
             if isinstance(request, Auth):
                 self._peer = self._handler.authenticate(request, self._peer)
-                self.conversation.deadlines.introduced = True
+                self.conversation.deadlines.introduce()
             self._handler.handle(request, self._peer, self._reply)
         except RequestError as refused:
             self._refuse(refused, None if isinstance(request, SignUp) else request.id)

@@ -68,9 +68,10 @@ class Handle(Struct, frozen=True):
 
 
 class Refuse(Struct, frozen=True):
-    """Count this refusal, and give `answer` its bytes."""
+    """Count this refusal after `wait_seconds`, and give `answer` its bytes."""
 
     refused: RequestError
+    wait_seconds: float = 0.0
 
 
 class WriteLastWords(Struct, frozen=True):
@@ -256,7 +257,10 @@ class Conversation:
         try:
             request = self._decoder.next_request()
         except RequestError as refused:
-            self.refuse(refused)
+            if refused.closes:
+                self.refuse(refused)
+            else:
+                self._begin(refused)
             return
         finally:
             self.reading = self._decoder.buffered <= MAX_LINE
@@ -267,7 +271,8 @@ class Conversation:
         else:
             self._await_request()
 
-    def _begin(self, request: Request) -> None:
+    def _begin(self, request: Request | RequestError) -> None:
+        """Begin to answer a request, or one that the decoder has refused: it costs its sender as much."""
         wait_seconds = self._delay()
         if wait_seconds and not (self._delay_told or isinstance(request, SignUp)):  # a name gets one answer only
             self._delay_told = True
@@ -278,7 +283,9 @@ class Conversation:
         self.deadlines.suspend()
         if isinstance(request, SignUp):
             self._finish_after()
-        self._due.append(Handle(request, wait_seconds))
+        self._due.append(
+            Refuse(request, wait_seconds) if isinstance(request, RequestError) else Handle(request, wait_seconds)
+        )
 
     def _await_request(self) -> None:
         if not self._decoder.buffered:
@@ -316,7 +323,7 @@ class Conversation:
 
     def _cut(self, step: Step) -> None:
         self.state = CLOSED
-        self.deadlines.suspend()
+        self.deadlines.end()
         self._outgoing = None
         self._pushed.clear()
         self._due.clear()

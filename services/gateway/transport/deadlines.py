@@ -14,7 +14,8 @@ SILENT_SECONDS: Final = 0.2
 class Deadlines:
     """The time that a client has for its present step; `passes_at` is the end of it.
 
-    Until the client is `introduced`, by its address, certificate or token, it has `request_seconds` in all.
+    Until the client is `introduced`, by its address, certificate or token, it has `request_seconds` in all, whatever it
+    does meanwhile and whoever waits for whom.
     """
 
     __slots__ = ("_clock", "_closed_by", "_introduced_by", "_settings", "introduced", "passes_at")
@@ -35,14 +36,23 @@ class Deadlines:
         """Give the client the time that a request may take, from its first byte on."""
         self._limit(self._settings.request_seconds)
 
-    def _limit(self, seconds: float) -> None:
-        self.passes_at = self._clock() + seconds
-        if not self.introduced:  # whatever it sends meanwhile
-            self.passes_at = min(self.passes_at, self._introduced_by)
-
     def await_reader(self) -> None:
         """Give the client the time to read what was written."""
-        self.passes_at = self._clock() + self._settings.request_seconds
+        self._limit(self._settings.request_seconds)
+
+    def suspend(self) -> None:
+        """Give the client any time: it waits for the gateway."""
+        self._limit(math.inf)
+
+    def _limit(self, seconds: float) -> None:
+        self.passes_at = self._clock() + seconds
+        if not self.introduced:
+            self.passes_at = min(self.passes_at, self._introduced_by)
+
+    def introduce(self) -> None:
+        """Note that the client, whose request is under way, is introduced."""
+        self.introduced = True
+        self.suspend()
 
     def await_close(self) -> None:
         """Give the client the time to read the last words, and to close as well."""
@@ -52,8 +62,8 @@ class Deadlines:
         """Shorten the time after `await_close`: the client need only be silent for a moment."""
         self.passes_at = min(self._closed_by, self._clock() + SILENT_SECONDS)
 
-    def suspend(self) -> None:
-        """Give the client any time: it waits for the gateway, or asyncio has a limit of its own."""
+    def end(self) -> None:
+        """Limit nothing more: the connection is cut, or asyncio has a limit of its own."""
         self.passes_at = math.inf
 
     def too_slow(self, *, receiving: bool) -> RequestError:

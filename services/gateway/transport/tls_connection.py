@@ -46,7 +46,7 @@ class TlsConnection(ClientConnection):
         """Close once the client is silent; else act on the deadline."""
         if self._awaits_silence and not self._transport.is_closing():
             self._transport.close()
-            self.conversation.deadlines.suspend()  # asyncio gives it ssl_shutdown_timeout
+            self.conversation.deadlines.end()  # asyncio gives it ssl_shutdown_timeout
         else:
             super().expire()
 

@@ -232,11 +232,34 @@ def test_client_that_is_not_introduced_has_little_time() -> None:
     (refused,) = [action.refused for action in played.performed if isinstance(action, Refuse)]
     assert (refused.error, str(refused)) == ("too_slow", "no `auth` received within 5 s")
     played = Played(introduced=False)
-    played.told.deadlines.introduced = True
     played.receive(LINE)
+    played.told.deadlines.introduce()
+    assert played.deadline == math.inf
     played.told.answer([b"yes\n"])
     played.act()
     assert played.deadline == 100.0
+
+
+@pytest.mark.parametrize("awaited", ["answer", "turn", "reader"])
+def test_client_that_keeps_the_gateway_busy_has_to_introduce_itself(awaited: str) -> None:
+    """Lines without end, and answers that are not read, do not put off the time by which a client says who it is."""
+    played = Played(introduced=False)
+    played.receive(b"{}\n" * 1000)
+    if awaited == "turn":
+        played.told.answer([b"no\n"])
+        assert played.act() == ["Write", "give way"]
+    elif awaited == "reader":
+        played.now = 4.0
+        played.told.pause_writing()
+    assert played.deadline == 5.0
+    played.told.expire(needed=False)
+    if awaited == "reader":
+        assert played.act() == ["abort slow"]
+    else:
+        assert played.act() == ["Refuse"]
+        played.told.answer([b"too slow\n"], closes=True)
+        played.told.take_turn()
+        assert (played.act(), played.state) == (["Write", "half-close"], LINGERING)
 
 
 def test_idle_connection_that_is_needed_stays() -> None:
@@ -406,6 +429,19 @@ def test_requests_over_the_rate_wait_and_are_told_once() -> None:
     assert named.receive(b"name") == ["Handle"]
 
 
+def test_line_that_is_refused_costs_as_much_as_a_request() -> None:
+    """What is no request waits for its turn as one does, unless it ends the connection."""
+    played = Played()
+    played.wait_seconds = 1.5
+    assert played.receive(b'{"op":"nonsense"}\n[]\n') == ["Write", "Refuse"]
+    played.told.answer([b"no\n"])
+    played.act()
+    played.told.take_turn()
+    assert played.act() == ["Refuse"]
+    waits = [action.wait_seconds for action in played.performed if isinstance(action, Refuse)]
+    assert waits == [1.5, 0.0]
+
+
 def test_client_that_sends_faster_than_it_reads_is_not_read() -> None:
     """Beyond one line's worth of requests that wait, reading pauses; when all is said it goes on, to throw away."""
     played = reach(ANSWERING)
@@ -463,14 +499,16 @@ def give(played: Played, event: str) -> list[str]:
     return played.act()
 
 
-@given(st.lists(st.sampled_from([*INPUTS, "resume", "stall", "request", "answer", "push"]), max_size=40))
-def test_whatever_happens_the_rules_hold(events: list[str]) -> None:
+@given(st.lists(st.sampled_from([*INPUTS, "resume", "stall", "request", "answer", "push"]), max_size=40), st.booleans())
+def test_whatever_happens_the_rules_hold(events: list[str], introduced: bool) -> None:
     """Of any inputs: nothing is said after the end, no request begins before the last answer, nobody waits for ever."""
-    played = Played()
+    played = Played(introduced=introduced)
     handled = answered = 0
     over = False
     for event in events:
-        answered += played.state is ANSWERING and event in ("answer", "last answer")
+        waits = played.state is ANSWERING
+        refused = not introduced and event.startswith("expire")
+        answered += waits and (refused or event in ("answer", "last answer"))
         for action in give(played, event):
             assert not over or action.startswith("abort")
             over |= action in ("half-close", "close") or action.startswith("abort")
@@ -478,4 +516,6 @@ def test_whatever_happens_the_rules_hold(events: list[str]) -> None:
         over |= event == "abandon"
         assert handled - answered <= 1
         assert over == played.told.over
-        assert played.state in (ANSWERING, TURN, CLOSED) or played.deadline < math.inf
+        assert (
+            played.state is CLOSED or (introduced and played.state in (ANSWERING, TURN)) or played.deadline < math.inf
+        )
