@@ -76,8 +76,6 @@ class Decoder:
         """Return the next request, None when more bytes are needed; `RequestError` when it is invalid."""
         try:
             data = self._next_data()
-            while data is not None and not self._names and not data.strip(b"\r"):
-                data = self._next_data()  # a blank line is no request
             if data is None:
                 return None
             return SignUp(parse_name(data)) if self._names else parse_request(data)
@@ -88,6 +86,8 @@ class Decoder:
             raise
 
     def _next_data(self) -> bytes | None:
+        if not self._names and self._buffer.startswith((b"\r", b"\n")):
+            self._buffer = self._buffer.lstrip(b"\r\n")  # blank lines are no requests, and there may be 64 Ki of them
         if not self._buffer:
             return None
         size = len(self._buffer)

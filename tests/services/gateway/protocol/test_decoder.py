@@ -1,6 +1,7 @@
 import itertools
 import json
 from collections.abc import Iterable
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given
@@ -77,6 +78,8 @@ lines = st.one_of(
             b'{"op":"nope","id":"a"}',
             b"{",
             b'{"op":"list"',
+            b"\r",
+            b"\n\r\n\n",
         ]
     ),
     st.dictionaries(
@@ -110,6 +113,15 @@ def test_first_byte_decides() -> None:
 def test_last_line_needs_no_newline() -> None:
     """The bytes that are left when the client sends no more are a line."""
     assert take([b'{"op":"list",', b'"id":7}']) == [(ListClients(id=7),)]
+
+
+def test_blank_lines_are_skipped_in_one_step() -> None:
+    """A read of nothing but line ends costs no more than one request."""
+    decoder = Decoder()
+    decoder.feed(b'{"op":"list"}\n' + b"\r\n\n" * 20_000 + b'{"op":"streams"}\n')
+    with patch.object(Decoder, "_next_data", autospec=True, side_effect=Decoder._next_data) as steps:
+        assert drain(decoder) == [(ListClients(),), (ListStreams(),)]
+    assert steps.call_count == 3
 
 
 @pytest.mark.parametrize("size", [1, 255])
