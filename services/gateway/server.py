@@ -105,7 +105,8 @@ def run_gateway(settings: Settings, lifecycle: Lifecycle) -> None:
         def keep_pasts(changed: Gone) -> None:
             (store if member is None else member).keep_pasts(changed)
 
-        pasts = Pasts(time.time, keep_pasts, settings.gateway.max_clients)
+        limits = settings.gateway.max_clients, settings.gateway.max_clients_per_holder
+        pasts = Pasts(time.time, _boot_time, keep_pasts, *limits)
         pasts.journaled = frozenset(settings.journaled)
         pasts.restore(store.pasts)
         shared = bool(settings.uplink.registry)

@@ -4,7 +4,9 @@ They outlast the entry, for a name that comes back and asks for what it has miss
 another's. No I/O; the store is handed in.
 """
 
+import math
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
 
@@ -50,28 +52,40 @@ class Progress(msgspec.Struct, frozen=True):
     level_in: float | None
 
 
+@dataclass(slots=True)
+class _Told:
+    """What the sender of a collector that catches up told last, and when a place of it was stored last."""
+
+    generation: int
+    rows: int
+    at: float
+    kept_at: float
+    progress: Progress | None = None
+
+
 class Pasts:
-    """Places by name, at most `most` of them and none older than `age_seconds`."""
+    """Places by name: at most `most` of them, and `most_of_holder` of one holder.
+
+    Their times are of `unix_time`, as those in a journal; how old they are here goes by `clock`, which is not set.
+    """
 
     def __init__(
         self,
         unix_time: Callable[[], float],
+        clock: Callable[[], float],
         keep: Keep = lambda _changed: None,
         most: int = 10_000,
-        age_seconds: float = 604_800.0,
+        most_of_holder: int = 10_000,
     ) -> None:
         self.journaled: frozenset[str] = frozenset()
         """The streams that have a journal."""
         self.unix_time = unix_time
+        self._clock = clock
         self._keep = keep
         self._most = most
-        self._age_seconds = age_seconds
+        self._most_of_holder = most_of_holder
         self._pasts: dict[str, Past] = {}
-        self._progress: dict[str, tuple[int, Progress]] = {}
-        """By name: the generation that catches up, and what its sender told of it last."""
-        self._rows: dict[str, tuple[float, int]] = {}
-        """By name: the time of the report before the last one, and the datagrams that were to come then."""
-        self._kept_at: dict[str, float] = {}
+        self._told: dict[str, _Told] = {}
 
     def restore(self, pasts: Mapping[str, Past]) -> None:
         """Go on with what an earlier start has kept."""
@@ -92,9 +106,9 @@ class Pasts:
 
     def progress(self, entry: Entry) -> Progress | None:
         """Return how far an entry is behind, while it catches up."""
-        generation, progress = self._progress.get(entry.client.name, (-1, None))
-        if generation == entry.client.generation:
-            return progress
+        told = self._told.get(entry.client.name)
+        if told and told.generation == entry.client.generation:
+            return told.progress
         return Progress(0, 0.0, 0, None) if entry.client.resume else None
 
     def journaled_of(self, streams: Collection[str]) -> tuple[str, ...]:
@@ -129,22 +143,26 @@ class Pasts:
                 self._put({told.name: past})
         elif present is not None and present.client.generation == told.generation:
             if told.state == "level":
-                self._progress.pop(told.name, None)
-                return
-            self._note_progress(told)
-            if self.unix_time() >= self._kept_at.get(told.name, 0.0) + STORE_SECONDS:
-                self._kept_at[told.name] = self.unix_time()
-                holder, streams = present.peer.rights.holder, present.client.streams
-                self._put({told.name: Past(holder, told.generation, told.since_ns, streams, places)})
+                self.forget_progress(told.name)
+            else:
+                self._note_progress(told, present, places)
 
-    def _note_progress(self, told: Behind) -> None:
-        now = self.unix_time()
-        before_at, before = self._rows.get(told.name, (0.0, told.rows))
-        gains = (before - told.rows) / (now - before_at) if now > before_at else 0.0
+    def forget_progress(self, name: str) -> None:
+        """Note that a name is level, or has gone."""
+        self._told.pop(name, None)
+
+    def _note_progress(self, told: Behind, entry: Entry, places: Places) -> None:
+        now, before = self._clock(), self._told.get(told.name)
+        if before is None or before.generation != told.generation:
+            before = _Told(told.generation, told.rows, now, -math.inf)
+        gains = (before.rows - told.rows) / (now - before.at) if now > before.at else 0.0
         level_in = round(told.rows / gains, 1) if gains > 0 else (0.0 if not told.rows else None)
-        self._rows[told.name] = now, told.rows
         progress = Progress(told.rows, told.age_ms / 1000, told.per_second, level_in)
-        self._progress[told.name] = told.generation, progress
+        self._told[told.name] = last = _Told(told.generation, told.rows, now, before.kept_at, progress)
+        if now >= before.kept_at + STORE_SECONDS:
+            holder, streams = entry.peer.rights.holder, entry.client.streams
+            self._put({told.name: Past(holder, told.generation, told.since_ns, streams, places)})
+            last.kept_at = now
 
     def resumed(self, entry: Entry) -> Resume | None:
         """Return where an entry that an earlier start has left catching up goes on, as far as its sender told."""
@@ -154,10 +172,19 @@ class Pasts:
         return msgspec.structs.replace(resume, since_ns=past.since_ns, places=past.places)
 
     def prune(self) -> None:
-        """Forget what is too old, and the first of what is too much."""
-        after = self._now_ns() - int(self._age_seconds * 1e9)
-        gone = [name for name, past in self._pasts.items() if past.since_ns < after]
-        gone += list(self._pasts)[: max(0, len(self._pasts) - len(gone) - self._most)]
+        """Forget the oldest places of each holder that has too many; where all are too many, of those with most."""
+        if len(self._pasts) <= min(self._most, self._most_of_holder):
+            return
+        of_holder: dict[str, list[str]] = {}
+        for name, past in self._pasts.items():
+            of_holder.setdefault(past.holder, []).append(name)
+        left, gone = self._most, list[str]()
+        for number, (holder, names) in enumerate(sorted(of_holder.items(), key=lambda each: len(each[1]))):
+            most = left // (len(of_holder) - number)  # an equal part of what those with fewer have left
+            if holder:
+                most = min(most, self._most_of_holder)
+            gone += names[: max(0, len(names) - most)]
+            left -= min(len(names), most)
         if gone:
             self._put(dict.fromkeys(gone))
 

@@ -48,7 +48,7 @@ class Registry:
         self.groups = Groups(group_secret or secrets.token_bytes(SECRET_BYTES))
         self.names = NamesList()
         self.serving: dict[Source, Serving] = {source: Serving() for source in get_args(Source)}
-        self.pasts = pasts or Pasts(clock)
+        self.pasts = pasts or Pasts(clock, clock)
         self.leases = Leases(clock, preserve_seconds)
         self.withheld: dict[str, Withheld] = {}
         """Orders by name: they outlast the entry, so that a collector does not end one by signing up anew."""
@@ -328,6 +328,7 @@ class Registry:
     def _drop(self, entry: Entry) -> None:
         self._forget(self._entries.pop(entry.client.name))
         self.names.remove(entry.client.name)
+        self.pasts.forget_progress(entry.client.name)
 
     def _remove_or_retry(self, entries: Sequence[Entry], kind: EventKind) -> None:
         """Remove entries without a request; what can't be stored now is tried again by `expire`."""

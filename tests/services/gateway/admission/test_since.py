@@ -2,6 +2,7 @@
 
 import contextlib
 from datetime import datetime
+from string import ascii_letters
 from typing import Any
 
 import msgspec
@@ -14,10 +15,10 @@ from services.gateway.admission.rights import Rights
 from services.gateway.admission.since import PastGrant, grant_past, parse_since
 from services.gateway.protocol.requests import Register, RequestError
 from services.gateway.registry.entry import Origin
-from services.gateway.registry.pasts import Past, Pasts
+from services.gateway.registry.pasts import STORE_SECONDS, Past, Pasts
 from shared.bus.bodies.journal_messages import Behind, CatchUpReport
 from shared.client import Client, Place, Resume
-from tests.services.gateway.table import Table
+from tests.services.gateway.table import HERE, Table
 
 NOW = 1_000_000.0
 OURS, THEIRS = Peer(1, "192.0.2.1", 4000, Rights("ours")), Peer(2, "192.0.2.2", 4000, Rights("theirs"))
@@ -28,9 +29,10 @@ class Site:
     """A registry whose streams `flows` and `logs` have a journal, and what it has stored of places."""
 
     def __init__(self) -> None:
+        self.now, self.clock = NOW, 0.0
         self.stored: dict[str, Any] = {}
         self.table = Table()
-        self.table.pasts = Pasts(lambda: NOW, self.stored.update, most=3)
+        self.table.pasts = Pasts(lambda: self.now, lambda: self.clock, self.stored.update, most=4, most_of_holder=3)
         self.table.pasts.journaled = frozenset({"flows", "logs"})
 
     def ask(self, since: float | str | None, *streams: str, peer: Peer = OURS) -> PastGrant:
@@ -171,13 +173,53 @@ def replace_resume(resume: Resume, since_ns: int) -> Resume:
 
 
 def test_places_are_bounded(site: Site) -> None:
-    """Only so many names are kept, the first of them go first, and none that is too old."""
-    for name in "abcde":
-        client = Client(name, generation=0, address="192.0.2.1", port=9, streams=("flows",))
-        site.table.release(site.table.grant(client, OURS, Origin.JSON))
-    site.table.pasts.prune()
-    kept = [name for name in "abcde" if site.table.pasts.left(name, ["flows"], "ours", None)]
-    assert (kept, site.stored) == (["c", "d", "e"], {"a": None, "b": None})
-    site.table.pasts.unix_time = lambda: NOW + 700_000
-    site.table.pasts.prune()
+    """Of each holder the oldest go first; one that leaves under many names costs others nothing."""
+
+    def leave_as(peer: Peer, names: str) -> None:
+        for name in names:
+            client = Client(name, generation=0, address="192.0.2.1", port=9, streams=("flows",))
+            site.table.release(site.table.grant(client, peer, Origin.JSON))
+        site.table.pasts.prune()
+
+    def kept(peer: Peer) -> str:
+        holder = peer.rights.holder
+        return "".join(name for name in ascii_letters if site.table.pasts.left(name, ["flows"], holder, None))
+
+    leave_as(OURS, "a")
+    leave_as(THEIRS, "mnopq")
+    assert (kept(OURS), kept(THEIRS)) == ("a", "opq")
+    leave_as(OURS, "bcde")
+    assert (kept(OURS), kept(THEIRS)) == ("de", "pq")
+    leave_as(HERE, "vwxyz")
+    assert (kept(OURS), kept(THEIRS), kept(HERE)) == ("e", "q", "yz")
     assert set(site.stored.values()) == {None}
+
+
+def test_a_step_of_the_clock_costs_no_place(site: Site) -> None:
+    """A week forth forgets nothing; a year back, the places that a sender tells are stored as before."""
+    generation = site.join(resume=Resume(1, 0, (), ("flows",)))
+    for hours in (0, 200, -8760):
+        site.now, site.clock = NOW + 3600 * hours, site.clock + STORE_SECONDS
+        site.stored.clear()
+        site.tell(generation, "catching_up")
+        site.table.pasts.prune()
+        assert site.stored["siem"].places == PLACES
+        site.tell(generation, "catching_up")
+
+
+@pytest.mark.parametrize("end", ["level", "left"])
+def test_progress_is_known_until_its_end(site: Site, end: str) -> None:
+    """Nothing is left of what was told of a collector that is level, or has gone."""
+    generation = site.join(resume=Resume(1, 0, (), ("flows",)))
+    site.tell(generation, "catching_up", rows=500)
+    site.clock = 10.0
+    site.tell(generation, "catching_up", rows=400)
+    entry = site.table.find("siem")
+    assert entry
+    progress = site.table.pasts.progress(entry)
+    assert progress
+    assert (progress.rows, progress.level_in) == (400, 40.0)
+    if end == "left":
+        site.leave()
+    site.tell(generation, end)
+    assert site.table.pasts._told == {}
