@@ -6,6 +6,7 @@ another's. No I/O; the store is handed in.
 
 import math
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
@@ -137,15 +138,16 @@ class Pasts:
     def note_behind(self, told: Behind, present: Entry | None) -> None:
         """Note the report of a collector that catches up, or has left; `present` is the entry of its name."""
         known, places = self._pasts.get(told.name), tuple(told.places[-MAX_PLACES:])
-        if told.state == "left":
-            if known and known.generation == told.generation:
-                past = msgspec.structs.replace(known, since_ns=told.since_ns, places=places)
-                self._put({told.name: past})
-        elif present is not None and present.client.generation == told.generation:
-            if told.state == "level":
-                self.forget_progress(told.name)
-            else:
-                self._note_progress(told, present, places)
+        with suppress(OSError):  # the store has logged it; its sender knows the place, and tells again
+            if told.state == "left":
+                if known and known.generation == told.generation:
+                    past = msgspec.structs.replace(known, since_ns=told.since_ns, places=places)
+                    self._put({told.name: past})
+            elif present is not None and present.client.generation == told.generation:
+                if told.state == "level":
+                    self.forget_progress(told.name)
+                else:
+                    self._note_progress(told, present, places)
 
     def forget_progress(self, name: str) -> None:
         """Note that a name is level, or has gone."""

@@ -258,13 +258,8 @@ class Store:
                 self._database.execute("UPDATE history SET epoch = ?, group_secret = ?", (epoch, group_secret))
 
     def keep_pasts(self, changed: Gone) -> None:
-        """Write the places that these names have reached, all or none; OSError when they can't be written."""
-        try:
-            with self._transaction():
-                for name, past in changed.items():
-                    self._write_past(name, past)
-        except sqlite3.Error:
-            raise OSError(errno.EIO, "the registry can't be written to disk just now") from None
+        """Write the places that these names have reached; as `keep`."""
+        self.keep((), 0, pasts=changed)
 
     def _write_past(self, name: str, past: Past | None) -> None:
         self._database.execute("DELETE FROM past WHERE name = ?", (name,))

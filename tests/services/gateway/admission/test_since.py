@@ -1,6 +1,7 @@
 """The past that a collector asks for: from when on, of which streams, and whose it is."""
 
 import contextlib
+import errno
 from datetime import datetime
 from string import ascii_letters
 from typing import Any
@@ -15,7 +16,7 @@ from services.gateway.admission.rights import Rights
 from services.gateway.admission.since import PastGrant, grant_past, parse_since
 from services.gateway.protocol.requests import Register, RequestError
 from services.gateway.registry.entry import Origin
-from services.gateway.registry.pasts import STORE_SECONDS, Past, Pasts
+from services.gateway.registry.pasts import STORE_SECONDS, Gone, Past, Pasts
 from shared.bus.bodies.journal_messages import Behind, CatchUpReport
 from shared.client import Client, Place, Resume
 from tests.services.gateway.table import HERE, Table
@@ -29,11 +30,16 @@ class Site:
     """A registry whose streams `flows` and `logs` have a journal, and what it has stored of places."""
 
     def __init__(self) -> None:
-        self.now, self.clock = NOW, 0.0
+        self.now, self.clock, self.full = NOW, 0.0, False
         self.stored: dict[str, Any] = {}
         self.table = Table()
-        self.table.pasts = Pasts(lambda: self.now, lambda: self.clock, self.stored.update, most=4, most_of_holder=3)
+        self.table.pasts = Pasts(lambda: self.now, lambda: self.clock, self._store, most=4, most_of_holder=3)
         self.table.pasts.journaled = frozenset({"flows", "logs"})
+
+    def _store(self, changed: Gone) -> None:
+        if self.full:
+            raise OSError(errno.EIO, "the registry can't be written to disk just now")
+        self.stored.update(changed)
 
     def ask(self, since: float | str | None, *streams: str, peer: Peer = OURS) -> PastGrant:
         """Ask for the past as `siem`."""
@@ -223,3 +229,18 @@ def test_progress_is_known_until_its_end(site: Site, end: str) -> None:
         site.leave()
     site.tell(generation, end)
     assert site.table.pasts._told == {}
+
+
+def test_a_full_disk_keeps_back_no_other_report(site: Site) -> None:
+    """Where a place can't be stored, the progress is known all the same, and the place is stored at the next report."""
+    generation = site.join(resume=Resume(1, 0, (), ("flows",)))
+    site.full = True
+    site.tell(generation, "catching_up", rows=500)
+    entry = site.table.find("siem")
+    assert entry
+    progress = site.table.pasts.progress(entry)
+    assert progress
+    assert (progress.rows, site.stored) == (500, {})
+    site.full = False
+    site.tell(generation, "catching_up")
+    assert site.stored["siem"].places == PLACES

@@ -12,6 +12,7 @@ from services.gateway.admission.peer import Peer
 from services.gateway.admission.rights import Rights
 from services.gateway.registry import store as store_module
 from services.gateway.registry.entry import Entry, Event, Origin
+from services.gateway.registry.pasts import Past
 from services.gateway.registry.registry import Registry
 from services.gateway.registry.store import SKIPPED, Store
 from shared.client import Client, Withheld
@@ -274,8 +275,11 @@ def test_change_that_cannot_be_written(path: Path) -> None:
         registry = registry_on(store)
         join(registry, "one")
         store._database.execute("PRAGMA max_page_count = 1")
+        with capture_logs() as logs, pytest.raises(OSError, match="can't be written to disk"):
+            store.keep_pasts({f"n{number}": Past("", 1, 1, ("a" * 64,) * 64) for number in range(9)})
         with pytest.raises(OSError, match="can't be written to disk"):
             fill(registry)
+        assert ["changes are refused until it can" in each["event"] for each in logs] == [True]
         before = shown(registry)
         store._database.execute("PRAGMA max_page_count = 100000")
         join(registry, "last")
