@@ -30,7 +30,7 @@ from services.gateway.protocol.requests import (
     WatchClients,
     Withhold,
 )
-from services.gateway.registry.changes import ignore
+from services.gateway.registry.changes import T, ignore
 from services.gateway.registry.entry import Entry, Origin
 from services.gateway.registry.registry import Registry
 from services.gateway.render import json_line, show_client
@@ -130,10 +130,12 @@ class Handler:
                     self._refusing(request, reply),
                 )
             case Leave():
-                self._registry.changes.make(
+                self._make(
                     lambda: self._registry.release(self._admission.decide_change(request, peer)),
                     lambda _: reply(_succeed(request.id)),
-                    self._refusing(request, reply),
+                    request,
+                    peer,
+                    reply,
                 )
             case Withhold() | Release():
                 self._order(request, peer, reply)
@@ -187,6 +189,19 @@ class Handler:
         """Return whether a peer's connection is open."""
         return peer.id in self._pushes
 
+    def _make(
+        self, act: Callable[[], T], done: Callable[[T], None], request: Request, peer: Peer, reply: Reply
+    ) -> None:
+        """Make a change by the rights that the peer has then: where it waits for a cluster, tokens may have changed."""
+
+        def act_by_right() -> T:
+            holder = peer.rights.holder
+            if holder and self.tokens.rights_of_holder(holder) != peer.rights:
+                raise RequestError("not_permitted", f"the [[token]] of {holder!r} has changed meanwhile; connect again")
+            return act()
+
+        self._registry.changes.make(act_by_right, done, self._refusing(request, reply))
+
     def _refusing(self, request: Request, reply: Reply) -> Callable[[Exception], None]:
         """Return a function that answers a request with a refusal which came later."""
 
@@ -214,7 +229,7 @@ class Handler:
             else:
                 self._answer_registered(request, *granted, reply)
 
-        self._registry.changes.make(grant, done, self._refusing(request, reply))
+        self._make(grant, done, request, peer, reply)
 
     def _answer_registered(self, request: Register | Confirm, granted: Grant, entry: Entry, reply: Reply) -> None:
         def finished() -> None:
@@ -260,7 +275,7 @@ class Handler:
             else:
                 finished()
 
-        registry.changes.make(order, done, self._refusing(request, reply))
+        self._make(order, done, request, peer, reply)
 
     def _note_granted(self, granted: Grant, entry: Entry, peer: Peer) -> None:
         replaced = granted.replaced

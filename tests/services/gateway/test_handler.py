@@ -3,8 +3,10 @@
 import errno
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, get_args
+from unittest.mock import patch
 
 import pytest
 
@@ -40,8 +42,10 @@ from services.gateway.registry.pasts import NO_PASTS, Gone
 from services.gateway.render import event_line, health_line
 from shared.bus.messages import TransmitReply
 from shared.client import Source
+from shared.settings.entries import Token
 from shared.settings.model import Settings
 from shared.settings.tables import Gateway
+from shared.settings.values import Scope
 from tests.services.gateway.table import HERE, Table
 
 REQUESTS: list[Request] = [
@@ -153,6 +157,36 @@ def test_what_the_disk_can_not_keep_is_unavailable(handling: Handling) -> None:
         assert refused.value.error == "unavailable"
         assert str(refused.value) == "the registry can't be written to disk just now; try again"
     assert (handling.table.present, handling.bus.announced, len(handling.answers)) == (["there"], announced, 1)
+
+
+@pytest.mark.parametrize(("scopes", "granted"), [(("collect",), True), (("list",), False), ((), False)])
+def test_change_that_waits_goes_by_the_rights_of_its_moment(
+    handling: Handling, scopes: tuple[Scope, ...], granted: bool
+) -> None:
+    """A reload that takes a token's rights while its request waits for the cluster is heeded, any other is not felt."""
+
+    def tokens(*scopes: Scope) -> Tokens:
+        return Tokens([Token(name="siem", certificate="siem", scopes=scopes)] if scopes else ())
+
+    asked: list[Callable[[], None]] = []
+
+    def make(act: Callable[[], Any], done: Callable[[Any], None], failed: Callable[[Exception], None]) -> None:
+        def decide() -> None:
+            try:
+                done(act())
+            except RequestError as refused:
+                failed(refused)
+
+        asked.append(decide)
+
+    with patch.object(handling.table.changes, "make", make):
+        handling.handler.tokens = tokens("collect")
+        handling.handle(Register("c"), replace(HERE, rights=handling.handler.tokens.rights_of_holder("siem")))
+        handling.handler.tokens = tokens(*scopes)
+        asked[0]()
+    answer = handling.last()
+    assert (answer["ok"], handling.table.present) == (granted, ["c"] if granted else [])
+    assert granted or answer["message"] == "the [[token]] of 'siem' has changed meanwhile; connect again"
 
 
 def test_frames_that_the_bus_does_not_take_are_unavailable(handling: Handling) -> None:
