@@ -14,7 +14,7 @@ from services.gateway.admission.address_proof import AddressProofs
 from services.gateway.admission.decision import Admission
 from services.gateway.admission.destinations import Destinations
 from services.gateway.admission.tokens import Tokens
-from services.gateway.admission.upkeep import expel_loops, readmit
+from services.gateway.admission.upkeep import Readmission, expel_loops
 from services.gateway.bus.announcer import Announcer
 from services.gateway.bus.transmissions import Transmissions
 from services.gateway.configured import Configured, check_configured
@@ -119,7 +119,8 @@ def run_gateway(settings: Settings, lifecycle: Lifecycle) -> None:
         destinations = destinations_of(settings)
         configured = Configured(settings, destinations, registry)
         registry.changes.make(partial(expel_loops, destinations, registry), ignore)
-        registry.changes.make(partial(readmit, registry, tokens, destinations), ignore)
+        readmission = Readmission(registry)
+        readmission.begin(tokens, destinations)
         server = _Server(
             settings,
             lifecycle,
@@ -128,6 +129,7 @@ def run_gateway(settings: Settings, lifecycle: Lifecycle) -> None:
             configured,
             destinations,
             tokens,
+            readmission,
             store.epoch,
             publisher,
             subscriber,
@@ -172,6 +174,7 @@ class _Server:
     configured: Configured
     destinations: Destinations
     tokens: Tokens
+    readmission: Readmission
     epoch: str
     publisher: Publisher
     subscriber: Subscriber
@@ -297,10 +300,11 @@ class _Server:
         tls, tokens = tls_context(settings, declared), tokens_of(settings, declared, self._listeners)
         try:
             self.configured.apply(settings, destinations)
-            self.registry.changes.make(partial(expel_loops, destinations, self.registry), ignore)
-            self.registry.changes.make(partial(readmit, self.registry, tokens, destinations), ignore)
         except OSError as error:
             raise OperatorError(FAILED, str(error.strerror)) from None
+        # From here on nothing fails: the new settings hold.
+        self.registry.changes.make(partial(expel_loops, destinations, self.registry), ignore)
+        self.readmission.begin(tokens, destinations)
         self.registry.pasts.journaled = frozenset(settings.journaled)
         self.destinations = self._admission.destinations = destinations
         self.tokens = self._handler.tokens = tokens
@@ -338,6 +342,7 @@ class _Server:
             self.store.keep_file()
             with contextlib.suppress(OSError):
                 self.registry.pasts.prune()
+            self.readmission.check()
             self._make_once("loops", lambda: expel_loops(self.destinations, self.registry))
 
     def _make_once(self, what: str, act: Callable[[], None]) -> None:
