@@ -2,7 +2,8 @@
 
 import time
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -15,7 +16,16 @@ from shared.bus.publishing.exporter_shares import ExporterShares
 from shared.bus.publishing.held_batches import HeldBatches
 from shared.bus.zmq_sockets import Publisher
 from shared.datagrams.batch import ROW, DatagramBatch, Generations, Rows
-from shared.ledger.counters import BUS_FULL, BYTES, NO_MEMORY, NO_SUBSCRIBER, OVERSIZED, PUBLISHED, RECEIVED
+from shared.ledger.counters import (
+    BUS_FULL,
+    BYTES,
+    EXPORTER_UNREAD,
+    NO_MEMORY,
+    NO_SUBSCRIBER,
+    OVERSIZED,
+    PUBLISHED,
+    RECEIVED,
+)
 from shared.log import get_logger
 from shared.process.memory import Memory
 from shared.settings.entries import Protocol
@@ -59,16 +69,42 @@ class StreamFeed:
     def look_for(self, protocol: Protocol | None) -> None:
         """Follow exporters' numbers of a protocol from now on; if it has not changed, keep those that are known."""
         if protocol != self._protocol:
-            if self.exporters:
-                self.exporters.settle(at_once=True)
-            self.exporters = ExporterTracker(protocol, self.account) if protocol else None
+            self.settle(at_once=True)
             self._protocol = protocol
+            self._follow_anew()
+
+    def _follow_anew(self) -> None:
+        self.exporters = ExporterTracker(self._protocol, self.account) if self._protocol else None
 
     def observe(self, batch: DatagramBatch) -> None:
         """Follow the exporters of datagrams of one receive call, before these are published."""
         if self.exporters:
-            self.exporters.observe(batch)
-            self._templates.observe(self.exporters)
+            with self._contained(len(batch)):
+                self.exporters.observe(batch)
+                self._templates.observe(self.exporters)
+
+    def settle(self, *, at_once: bool = False) -> None:
+        """Count what exporters have sent and has not come. Due every second; at the end `at_once`."""
+        if self.exporters:
+            with self._contained():
+                self.exporters.settle(at_once=at_once)
+
+    @contextmanager
+    def _contained(self, count: int = 0) -> Iterator[None]:
+        """Follow exporters anew after a fault in what reads their datagrams: copies go on, whatever a stranger sends.
+
+        `count` datagrams are not read because of it.
+        """
+        try:
+            yield
+        except Exception as error:
+            self.account[EXPORTER_UNREAD] += count
+            self._follow_anew()
+            log.error(
+                "can't follow exporters: they are followed anew; please report this fault",
+                stream=self.stream,
+                exc_info=error,
+            )
 
     @property
     def wanted(self) -> bool:
@@ -161,7 +197,8 @@ class StreamFeed:
         """Tell new subscribers the place in the sequence, or the templates, as they ask for; and what is owed."""
         if self._owes_mark or any(self.topic.startswith(prefix) for prefix in prefixes):
             self.mark(time.time_ns())
-        self._templates.greet(prefixes, self.exporters)
+        with self._contained():
+            self._templates.greet(prefixes, self.exporters)
 
     @property
     def owing(self) -> bool:

@@ -348,8 +348,7 @@ class Worker:
 
     def _settle(self, *, at_once: bool = False) -> None:
         for feed in self._feeds.values():
-            if feed.exporters:
-                feed.exporters.settle(at_once=at_once)
+            feed.settle(at_once=at_once)
 
     def _report(self) -> None:
         for receiver in self._receivers.values():

@@ -48,6 +48,10 @@ EXPORTERS: Final = "exporters"
 NOT_FLOW: Final = "not_flow"
 """Datagrams that are not of the stream's protocol; they go on like all others."""
 
+EXPORTER_UNREAD: Final = "exporter_unread"
+"""Datagrams of receive calls that a fault of fanwire's own kept from being read: the stream's exporters were forgotten.
+They go on like all others."""
+
 # ingest, account `ended/BOOT/STREAM`: what a start of the worker had published and dropped when it ended
 STARTED: Final = "started_ns"
 """The time at which it was started, in ns since 1970."""

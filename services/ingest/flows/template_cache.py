@@ -258,7 +258,7 @@ class TemplateCache:
         return piece
 
     def learn(self, slot: int, arrived: DefiningDatagram) -> Definitions | None:
-        """Keep what a datagram defines; return it, None when there is nothing."""
+        """Keep what a datagram defines; return it, None when there is nothing, or too much for a domain."""
         known = self._domains.get(slot)
         since_ns = arrived.received_ns if slot in self._forgotten else 0
         domain = known or Domain(
@@ -273,7 +273,7 @@ class TemplateCache:
             self.forget(slot)
         while self.size > MAX_BYTES:
             self.forget(next(iter(self._domains)))
-        return piece
+        return piece if slot in self._domains else None
 
     @property
     def options(self) -> list[int]:

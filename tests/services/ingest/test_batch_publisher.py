@@ -1,9 +1,17 @@
 import signal
 from collections import Counter
+from typing import cast
+
+import pytest
+from structlog.testing import capture_logs
 
 from services.ingest.batch_publisher import StreamFeed
+from services.ingest.flows.exporters import ExporterTracker
+from shared.bus.zmq_sockets import Publisher
 from shared.process.memory import Memory
 from tests.builders import BusEnds, freeze, take_mark, wait_wanted
+from tests.services.ingest.flows.exported import netflow_v9
+from tests.services.ingest.flows.test_sequence_gaps import batch_of
 from tests.stack import Stack, wait_until
 
 
@@ -41,3 +49,43 @@ def test_mark_that_the_bus_refuses_is_owed(stack: Stack) -> None:
         broker.process.send_signal(signal.SIGCONT)
         wait_until(lambda: not owed(), "the bus takes it")
         take_mark(subscriber)
+
+
+class NoBus:
+    """A bus on which nobody listens."""
+
+    sender = "ingest.1"
+
+    def wanted(self, _topic: str) -> bool:
+        """Return False."""
+        return False
+
+    def publish(self, *_: object) -> bool:
+        """Take what nobody wants."""
+        return True
+
+
+@pytest.mark.parametrize("when", ["observe", "settle", "kept_templates"])
+def test_a_fault_in_following_exporters_costs_no_copies(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A datagram that brings out a fault of ours ends nothing: it is counted, told, and exporters are followed anew."""
+    account: Counter[str] = Counter()
+    feed = StreamFeed("flows", cast(Publisher, NoBus()), account)
+    feed.look_for("netflow")
+    known = feed.exporters
+
+    def fail(*_: object, **__: object) -> None:
+        raise KeyError(7)
+
+    with monkeypatch.context() as patch, capture_logs() as lines:
+        patch.setattr(ExporterTracker, when, fail)
+        feed.observe(batch_of([("192.0.2.1", netflow_v9(1))] * 3))
+        feed.settle()
+        feed.greet(("templates/flows/",))
+    assert [line["event"] for line in lines] == [
+        "can't follow exporters: they are followed anew; please report this fault"
+    ]
+    assert account["exporter_unread"] == (3 if when == "observe" else 0)
+    assert feed.exporters is not known
+    feed.observe(batch_of([("192.0.2.1", netflow_v9(number)) for number in (1, 3)]))
+    feed.settle(at_once=True)
+    assert account["exporter_missed"] == 1

@@ -320,3 +320,72 @@ def test_renewals_bear_their_own_numbers_and_those_of_who_gets_nothing_else() ->
     assert [(read(each.payload).number, each.aside) for each in reader.renewals] == [(7, 7), (27, 8)]
     (kept,) = exporters.kept_templates(0)
     assert (read(kept.payload).number, kept.aside) == (28, 8)
+
+
+def numbered_records(start: int, count: int) -> bytes:
+    """Records of three bytes, each about something else: a scope of two bytes, and a value."""
+    return b"".join(struct.pack(">HB", number, 0) for number in range(start, start + count))
+
+
+@pytest.mark.parametrize("version", [9, 10])
+def test_who_tells_more_than_is_kept_of_an_exporter_is_forgotten(version: int) -> None:
+    """Options data about more than a domain has room for are not kept, nor sent as a renewal; the next datagram is."""
+    exporters = ExporterTracker(PROTOCOLS[version], Counter())
+    exporters.templates.renewing = True
+    template = an_options_template(version, 256, [2, 1])
+    data = [exported.a_set(256, numbered_records(start, 350)) for start in (0, 350)]
+    exporters.observe(batch_of([(SOURCE, datagram(version, 1, template, *data))]))
+    assert (exporters.kept_templates(0), exporters.templates.renewals) == ([], [])
+    exporters.observe(batch_of([(SOURCE, datagram(version, 2, template))]))
+    assert len(exporters.kept_templates(0)) == len(exporters.templates.renewals) == 1
+
+
+lengths = st.lists(st.sampled_from([0, 1, 2, 2, 4, 65535]), max_size=4)
+ids = st.sampled_from([0, 255, 256, 257])
+
+
+def defining_sets(version: int) -> st.SearchStrategy[bytes]:
+    """Sets that define templates, hold options data about a few things or about many, or are broken."""
+    return st.one_of(
+        st.builds(a_template, st.just(version), ids, lengths),
+        st.builds(an_options_template, st.just(version), ids, lengths.filter(bool)),
+        st.just(an_options_template(version, 256, [2, 1])),
+        st.builds(
+            exported.a_set,
+            st.just(256),
+            st.builds(numbered_records, st.sampled_from([0, 1, 300]), st.sampled_from([1, 3, 350, 512])),
+        ),
+        st.builds(exported.a_set, ids, st.binary(max_size=24)),
+        st.binary(max_size=9),
+    )
+
+
+@pytest.mark.parametrize("version", [9, 10])
+@given(
+    data=st.data(),
+    numbers=st.lists(st.sampled_from([0, 1, 2, 3, 4, 2**32 - 1]), min_size=1, max_size=16),
+    cuts=st.lists(st.integers(0, 16), max_size=6),
+    hours=st.lists(st.sampled_from([0, 0, 2]), min_size=7, max_size=7),
+)
+@settings(max_examples=60, deadline=None)
+def test_whatever_is_defined_is_bounded_and_can_be_sent(
+    version: int, data: st.DataObject, numbers: list[int], cuts: list[int], hours: list[int]
+) -> None:
+    """Whatever strangers define, at whatever times: what is kept and renewed can be read, and takes what is counted."""
+    sets = st.lists(defining_sets(version), max_size=4)
+    sent: list[Sent] = [
+        (SOURCE, datagram(version, number, *data.draw(sets), uptime=1000 * (number % 3)), 2055 + number % 2)
+        for number in numbers
+    ]
+    exporters = ExporterTracker(PROTOCOLS[version], Counter(), 16)
+    exporters.templates.renewing = True
+    cache, now_ns = exporters.templates.cache, 0
+    edges = [0, *sorted({cut % (len(sent) + 1) for cut in cuts}), len(sent)]
+    for (start, stop), passed in zip(pairwise(edges), hours, strict=False):
+        now_ns += passed * 3600 * 10**9
+        if start < stop:
+            exporters.observe(replace(batch_of(sent[start:stop]), received_ns=now_ns))
+        assert all(domain.size <= MAX_DOMAIN_BYTES for domain in cache._domains.values())
+        for ready in (*exporters.templates.renewals, *exporters.kept_templates(now_ns)):
+            assert read(ready.payload).sets
+        assert cache.size == sum(domain.size for domain in cache._domains.values())
