@@ -17,8 +17,9 @@ import numpy.typing as npt
 
 from services.ingest.flows.ipfix_numbering import Numbering
 from services.ingest.flows.ipfix_templates import TemplateTable
-from services.ingest.flows.sequence_gaps import WINDOW, Hole, Mask, SequenceTracker, nearest
+from services.ingest.flows.sequence_gaps import MAX_STEPS, WINDOW, Mask, SequenceTracker, nearest
 from services.ingest.flows.sets import walk_sets
+from services.ingest.flows.stretches import Hole
 from services.ingest.flows.template_cache import Ready
 from services.ingest.flows.template_reader import TemplateReader
 from shared.datagrams.batch import DatagramBatch
@@ -239,7 +240,12 @@ class ExporterTracker:
     def _explain(self, tracker: SequenceTracker, slot: int, holes: list[Hole]) -> list[Hole]:
         """Return the gaps that are missing for sure; where another port has filled some, both are joined soon."""
         for other in self._families[self._identities[slot]].last():
-            left = tracker.unfilled(slot, other, holes) if other != slot else holes
+            if other == slot:
+                continue
+            if tracker.steps >= MAX_STEPS:
+                self._account[EXPORTER_UNSURE] += len(holes)
+                return []
+            left = tracker.unfilled(slot, other, holes)
             if left != holes and self._lengths is None:
                 self._to_join.append((tracker, slot, other))
             elif left != holes:

@@ -14,13 +14,14 @@ been silent for `PARKED_SECONDS` does the jump count as a gap, or as an exporter
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
+from services.ingest.flows.stretches import Hole, moved, overlap, without
 from shared.datagrams.export_headers import Integers
 from shared.ledger.counters import EXPORTER_REORDERED, EXPORTER_RESTARTS, EXPORTER_UNSURE
 
@@ -34,21 +35,14 @@ MAX_PARKED: Final = 4
 """Series kept besides the present one."""
 PARKED_SECONDS: Final = 60
 """Calls of `settle` for which a series may be silent before the jump away from it counts."""
+MAX_STEPS: Final = 1 << 17
+"""Steps that comparing exporters' gaps may take between two calls of `settle`: about 50 ms. Numbers can be forged."""
 UPTIME_SLACK_MS: Final = 10_000
 """An exporter whose uptime falls by this much was restarted; by less, its datagram was overtaken."""
 
 NEW, EXACT, AT_LEAST = range(3)
 """Knowledge of the number that an exporter's next datagram has to bear."""
 Mask = npt.NDArray[np.bool_]
-
-
-@dataclass(slots=True)
-class Hole:
-    """Numbers from `start` to before `stop` that have not come; `old` once a `settle` has seen it."""
-
-    start: int
-    stop: int
-    old: bool = False
 
 
 @dataclass(slots=True)
@@ -92,6 +86,10 @@ class SequenceTracker:
         """Slots whose gaps that were just given up are counted already."""
         self._as_one: set[tuple[int, int]] = set()
         """Pairs of slots of which one was found to fill gaps of the other, meanwhile."""
+        self._had: dict[int, list[tuple[int, int]]] = {}
+        """By slot: the stretches that it has had, in its own count, as far as they were asked for meanwhile."""
+        self.steps = 0
+        """Steps that were taken to compare gaps since the last `settle`."""
         self._next = np.zeros(capacity, np.int64)
         self._known = np.zeros(capacity, np.int8)
         self._uptime = np.zeros(capacity, np.int64)
@@ -238,7 +236,7 @@ class SequenceTracker:
 
     def _fill(self, slot: int, start: int, stop: int) -> None:
         """Remove numbers that have come late from the gaps."""
-        self._keep(slot, _without(self._holes.get(slot, []), [(start, stop)] if start < stop else []))
+        self._keep(slot, without(self._holes.get(slot, []), [(start, stop)] if start < stop else []))
 
     def _miss(self, slot: int, holes: list[Hole]) -> None:
         if holes:
@@ -249,10 +247,11 @@ class SequenceTracker:
             missing = self._explain(slot, self._given_up[slot])
             self._count(slot, sum(hole.stop - hole.start for hole in missing))
             self._counted.add(slot)
-        self._given_up, self._counted, self._as_one = {}, set(), set()
+        self._given_up, self._counted, self._as_one, self._had = {}, set(), set(), {}
 
     def settle(self, *, at_once: bool = False) -> None:
         """Count as missed what has not come since the last call but one, or all that has not come."""
+        self.steps = 0
         for slot, holes in list(self._holes.items()):
             self._miss(slot, [hole for hole in holes if hole.old or at_once])
             self._keep(slot, [Hole(hole.start, hole.stop, True) for hole in holes if not (hole.old or at_once)])
@@ -298,26 +297,37 @@ class SequenceTracker:
 
         Two slots that have had the same number do not. A number that neither has had counts once.
         """
-        due = int(self._next[slot])
-        theirs = self._received(other, due)
-        apart = NEW in (self._known[slot], self._known[other]) or _overlap(self._received(slot, due), theirs)
-        left = holes if apart else _without(holes, theirs)
+        shift = self._shift(other, int(self._next[slot]))
+        low, high = int(self._begun[other]) + shift, int(self._next[other]) + shift
+        left = holes
+        self.steps += 1 + len(holes)
+        if any(hole.start < high and low < hole.stop for hole in holes):
+            mine, theirs = self._had_by(slot), moved(self._had_by(other), shift)
+            apart = NEW in (self._known[slot], self._known[other]) or overlap(mine, theirs)
+            left = holes if apart else without(holes, theirs)
+            self.steps += len(mine) + len(theirs) + len(left)
         if left != holes:
             self._as_one |= {(slot, other), (other, slot)}
         if (slot, other) in self._as_one and other in self._counted:
-            shift = self._shift(other, due)
-            left = _without(left, [(hole.start + shift, hole.stop + shift) for hole in self._given_up[other]])
+            self.steps += len(self._given_up[other])
+            left = without(left, [(hole.start + shift, hole.stop + shift) for hole in self._given_up[other]])
         return left
+
+    def _had_by(self, slot: int) -> list[tuple[int, int]]:
+        if slot not in self._had:
+            self._had[slot] = self._received(slot)
+            self.steps += len(self._had[slot])
+        return self._had[slot]
 
     def merge(self, slot: int, other: int) -> None:
         """Follow both slots' exporters, which number as one, by the first from now on."""
         due = int(self._next[slot])
         shift = self._shift(other, due)
-        mine, theirs = self._received(slot, due), self._received(other, due)
-        moved = [Hole(hole.start + shift, hole.stop + shift, hole.old) for hole in self._holes.pop(other, [])]
-        own = _without(self._holes.get(slot, []), theirs)
+        mine, theirs = self._received(slot), moved(self._received(other), shift)
+        lacked = [Hole(hole.start + shift, hole.stop + shift, hole.old) for hole in self._holes.pop(other, [])]
+        own = without(self._holes.get(slot, []), theirs)
         # A number that both lack is in both lists.
-        rest = _without(_without(moved, mine), [(hole.start, hole.stop) for hole in own])
+        rest = without(without(lacked, mine), [(hole.start, hole.stop) for hole in own])
         if int(self._next[other]) + shift > due:
             self._next[slot], self._known[slot] = self._next[other] + shift, self._known[other]
             self._uptime[slot] = self._uptime[other]
@@ -329,35 +339,17 @@ class SequenceTracker:
         """Return the offset that brings a slot's numbers to the count in which `near` stands."""
         return near + nearest(self._next[slot] - near) - int(self._next[slot])
 
-    def _received(self, slot: int, near: int) -> list[tuple[int, int]]:
-        """Return the stretches of numbers that a slot has had, in the count in which `near` stands."""
-        shift = self._shift(slot, near)
+    def _received(self, slot: int) -> list[tuple[int, int]]:
+        """Return the stretches of numbers that a slot has had, in order."""
         had = [Hole(int(self._begun[slot]), int(self._next[slot]))]
         gaps = [(hole.start, hole.stop) for held in (self._holes, self._given_up) for hole in held.get(slot, ())]
-        return [(piece.start + shift, piece.stop + shift) for piece in _without(had, gaps)]
+        return [(piece.start, piece.stop) for piece in without(had, gaps)]
 
 
 def _goes_on(series: Parked, number: int, uptime: int) -> bool:
     """Return whether a number is of a series: near to what is due, by an exporter that was not restarted."""
     near = -WINDOW <= nearest(number - series.next) <= (WINDOW if series.known == EXACT else MAX_GAP)
     return near and nearest(uptime - series.uptime) >= -UPTIME_SLACK_MS
-
-
-def _overlap(one: Iterable[tuple[int, int]], other: Sequence[tuple[int, int]]) -> bool:
-    return any(max(start, low) < min(stop, high) for start, stop in one for low, high in other)
-
-
-def _without(holes: Sequence[Hole], stretches: Iterable[tuple[int, int]]) -> list[Hole]:
-    """Return gaps less some stretches of numbers."""
-    left = list(holes)
-    for low, high in stretches:
-        left = [
-            Hole(start, stop, hole.old)
-            for hole in left
-            for start, stop in ((hole.start, min(hole.stop, low)), (max(hole.start, high), hole.stop))
-            if start < stop
-        ]
-    return left
 
 
 def _signed(numbers: Integers) -> Integers:

@@ -8,16 +8,19 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from services.ingest.flows import stretches
 from services.ingest.flows.exporters import MAX_PORTS, ExporterTracker
 from services.ingest.flows.sequence_gaps import (
     MAX_GAP,
     MAX_HOLES,
     MAX_PARKED,
+    MAX_STEPS,
     PARKED_SECONDS,
     UPTIME_SLACK_MS,
     WINDOW,
     SequenceTracker,
 )
+from services.ingest.flows.stretches import Hole
 from shared.datagrams.batch import DatagramBatch, make_rows
 from shared.net.addresses import pack_address
 from shared.settings.entries import Protocol
@@ -607,3 +610,55 @@ class TestSeveralProcesses:
         exporters.observe(batch_of([("192.0.2.9", exported.netflow_v9(7))]))
         exporters.settle(at_once=True)
         assert +account == {"exporters": 2, "exporter_missed": 1}
+
+
+def test_forged_gaps_cost_as_many_steps_as_datagrams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ports of one exporter that skip every other number, all at once, are compared in linear time."""
+    made: list[Hole] = []
+
+    class Counted(Hole):
+        def __init__(self, start: int, stop: int, old: bool = False) -> None:
+            super().__init__(start, stop, old)
+            made.append(self)
+
+    monkeypatch.setattr(stretches, "Hole", Counted)
+    account: Counter[str] = Counter()
+    exporters = ExporterTracker("netflow", account)
+    for turn in range(2):
+        exporters.observe(
+            batch_of(
+                [
+                    ("192.0.2.1", exported.netflow_v9(1_000_000 * port + 2 * (number + 100 * turn)), port)
+                    for number in range(100)
+                    for port in (1, 2, 3, 4)
+                ]
+            )
+        )
+    assert len(made) < 10 * 800
+    assert account["exporter_missed"] == 2 * 4 * 99 + 4 - 4 * MAX_HOLES
+
+
+def test_forged_gaps_take_a_bounded_time() -> None:
+    """What ports may fill of each other's gaps costs so much a second; beyond that it is unsure. A lone one misses."""
+    account: Counter[str] = Counter()
+    exporters = ExporterTracker("netflow", account)
+    (*_, (_, tracker)) = exporters._kinds
+
+    def forge(turn: int) -> None:
+        numbers = [(1200 * turn + 17 * number + port, port) for number in range(59) for port in range(17)]
+        numbers += [(1200 * turn + 1100, port) for port in range(17)]  # a number that all have had parts them
+        exporters.observe(batch_of([("192.0.2.1", exported.netflow_v9(number), port) for number, port in numbers]))
+
+    turns = 0
+    while not account["exporter_unsure"]:
+        forge(turns)
+        turns += 1
+    taken, missed = tracker.steps, account["exporter_missed"]
+    assert MAX_STEPS <= taken < 1.1 * MAX_STEPS
+    lone = [exported.netflow_v9(2 * number, source_id=7) for number in range(MAX_HOLES + 6)]
+    exporters.observe(batch_of(from_one(*lone)))
+    forge(turns)
+    assert (tracker.steps, account["exporter_missed"]) == (taken, missed + 5)
+    exporters.settle()
+    forge(turns + 1)
+    assert account["exporter_missed"] > missed + 5
