@@ -21,6 +21,10 @@ from shared.process.lifecycle import descriptor_limit
 from shared.settings.tables import Ingest
 
 READ_SIZE: Final = 16_384
+SHORT: Final = 16
+"""Bytes: a connection whose messages are shorter, on average, is read in pieces of `SHORT_READ_SIZE`, since each
+message costs about as much as a long one."""
+SHORT_READ_SIZE: Final = 2_048
 TURN_SECONDS: Final = 0.002
 """Time that TCP may take of a turn before datagrams, which nobody sends again, are read."""
 LEAVE_SECONDS: Final = 1.0
@@ -62,6 +66,7 @@ class ExporterConnection:
         self.heard_at = time.monotonic()
         self.ended = False
         self._framing = Framing()
+        self._read_size = READ_SIZE
         self._source, self._port = pack_address(peer[0].partition("%")[0]), peer[1]
         self.origin = origin_of(peer[0])
         self._peer = f"{peer[0]} port {peer[1]}"
@@ -69,7 +74,7 @@ class ExporterConnection:
     def read(self) -> bool:
         """Publish the messages that have come; return whether there may be more. Sets `ended` when there will not."""
         try:
-            data = self.socket.recv(READ_SIZE)
+            data = self.socket.recv(self._read_size)
         except BlockingIOError:
             return False
         except OSError as error:  # reset: an unfinished message stays unfinished
@@ -83,7 +88,9 @@ class ExporterConnection:
                 )
             return False
         self.heard_at = time.monotonic()
-        self._publish(self._framing.feed(data))
+        messages = self._framing.feed(data)
+        self._read_size = READ_SIZE if len(data) >= SHORT * len(messages) else SHORT_READ_SIZE
+        self._publish(messages)
         if not data:  # the end of the connection is the end of its last message
             self._publish(self._framing.finish())
         self.ended = not data or self._framing.overlong

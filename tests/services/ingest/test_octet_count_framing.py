@@ -1,9 +1,11 @@
+import re
 from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from services.ingest import octet_count_framing
 from services.ingest.octet_count_framing import MAX_PENDING, Framing
 from shared.datagrams.limits import MAX_DATAGRAM
 
@@ -139,6 +141,52 @@ def test_what_waits_for_its_end_is_bounded() -> None:
         assert framing.feed(b"x" * 1000) == []
         fed += 1000
     assert fed <= MAX_PENDING + 1000
+
+
+class Looked:
+    """A pattern that notes the bytes that it is given to look at."""
+
+    def __init__(self, pattern: re.Pattern[bytes]) -> None:
+        self.pattern = pattern
+        self.bytes = 0
+
+    def search(self, data: bytes, at: int = 0) -> re.Match[bytes] | None:
+        """Look for it from a place on."""
+        found = self.pattern.search(data, at)
+        self.bytes += (found.end() if found else len(data)) - at
+        return found
+
+    def match(self, data: bytes, at: int = 0) -> re.Match[bytes] | None:
+        """Look for it at a place: it has at most eleven bytes, or as many as it finds."""
+        found = self.pattern.match(data, at)
+        self.bytes += max(11, len(found[0]) if found else 0)
+        return found
+
+    fullmatch = match
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        b"1" + b"a" * 20_000,
+        b"20000 <" + b"a\n" * 9_999 + b"b",
+        b"1 <" + b"\n" * 20_000,
+        b"1 <" + b"\r\n" * 10_000,
+        b"a\n" * 10_000,
+        b"1 <\n" + b"a\n" * 10_000,
+        b"a\n1 <" * 4_000,
+    ],
+)
+@pytest.mark.parametrize("size", [1, 700, 20_100])
+def test_no_byte_is_looked_at_often(stream: bytes, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long a message is, and in however many pieces it comes, each piece costs what it has of new bytes."""
+    patterns = []
+    for name in ("OCTET_COUNT", "PERHAPS_COUNT", "NEXT_COUNT", "END", "EMPTY"):
+        patterns.append(Looked(getattr(octet_count_framing, name)))
+        monkeypatch.setattr(octet_count_framing, name, patterns[-1])
+    pieces = [stream[at : at + size] for at in range(0, len(stream), size)]
+    messages_of(*pieces)
+    assert sum(each.bytes for each in patterns) < 50 * (len(stream) + len(pieces))
 
 
 lines = st.binary(min_size=1, max_size=30).filter(lambda line: not {10, 0} & {*line} and line[-1:] != b"\r")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from services.ingest.batch_publisher import StreamFeed
-from services.ingest.tcp_connections import ExporterConnections
+from services.ingest.tcp_connections import READ_SIZE, SHORT_READ_SIZE, ExporterConnection, ExporterConnections
 from shared.ledger.counters import RECEIVED
 from shared.settings.tables import Ingest
 from tests.builders import BusEnds
@@ -54,3 +54,24 @@ def test_a_turn_reads_some_and_the_next_the_others(opened: ExitStack, tmp_path: 
         assert not again or all(counts), "one was read again before another was read at all"
     while min(counts) < len(LINES) // 2:
         counts = turn()
+
+
+def test_short_messages_are_read_in_small_pieces(opened: ExitStack, tmp_path: Path) -> None:
+    """A connection whose messages are a byte long is read in small pieces, as each costs; with long ones in large."""
+    account: Counter[str] = Counter()
+    feed = StreamFeed("s", opened.enter_context(BusEnds(tmp_path)).publisher("ingest.1"), Counter())
+    ours, sender = (opened.enter_context(each) for each in socket.socketpair())
+    connection = ExporterConnection(ours, ("127.0.0.1", 1), feed, account, ours)
+
+    def read() -> int:
+        before = account[RECEIVED]
+        assert connection.read()
+        return account[RECEIVED] - before
+
+    sender.sendall(b"x\n" * READ_SIZE)
+    assert [read() for _ in range(3)] == [READ_SIZE // 2, SHORT_READ_SIZE // 2, SHORT_READ_SIZE // 2]
+    while account[RECEIVED] < READ_SIZE:
+        read()
+    long = b"x" * 127 + b"\n"
+    sender.sendall(long * 200)
+    assert [read() for _ in range(2)] == [SHORT_READ_SIZE // 128, READ_SIZE // 128]
