@@ -249,6 +249,10 @@ class TemplateCache:
         """Slots of which something else was known before."""
         self.size = 0
 
+    def __contains__(self, slot: int) -> bool:
+        """Return whether anything is kept of an exporter."""
+        return slot in self._domains
+
     def recognize(self, slot: int, arrived: DefiningDatagram) -> Definitions | None:
         """Return what is kept of a datagram if it defines the same as before, else None."""
         domain = self._domains.get(slot)

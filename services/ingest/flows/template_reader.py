@@ -19,6 +19,8 @@ MAX_READ: Final = 1 << 20
 READ_PER_SECOND: Final = 512 << 10
 """Bytes that may be read at once, and on average: they cost 60 µs a KiB. An exporter that sends more is forgotten. What
 comes again is only recognized. Hundreds of exporters may begin at the same time."""
+DATAGRAM_COST: Final = 2 << 10
+"""Bytes of that for each datagram, however short it is."""
 KEY_COST: Final = 32
 """Bytes of that for each key."""
 MAX_RENEWALS: Final = 4096
@@ -67,10 +69,15 @@ class TemplateReader:
         defining = (sets.id == plain) | (sets.id == options) | self._are_options(keys)
         if not defining.any():
             return
+        self._refill(batch.received_ns)
+        if self._budget <= 0:
+            strangers = [slot for slot in {*slots[sets.owner[defining]].tolist()} if slot not in self.cache]
+            for slot in strangers:
+                self.forget(slot)
+            defining &= ~np.isin(slots, strangers)[sets.owner]
         call = _Call(batch, words, rows, sets, version)
         waiting = call.pick(defining)  # in order, which a heap may be
         queued, skipped = {each.owner for each in waiting}, set[int]()
-        self._refill(batch.received_ns)
         while waiting:
             picked = heapq.heappop(waiting)
             slot = int(slots[picked.owner])
@@ -84,7 +91,7 @@ class TemplateReader:
             if piece is None:
                 known = self.cache.options_of(slot)
                 piece = self.cache.learn(slot, call.with_all_sets(picked))
-                self._budget -= sum(map(len, picked.arrived.sets))
+                self._budget -= DATAGRAM_COST + sum(map(len, picked.arrived.sets))
                 self._budget -= len(piece.body) + KEY_COST * piece.keys if piece else 0
                 if self.cache.options_of(slot) != known:
                     self._options = None

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from services.ingest.flows import template_cache
 from services.ingest.flows.exporters import ExporterTracker
 from services.ingest.flows.sets import read_templates
-from services.ingest.flows.template_cache import MAX_DOMAIN_BYTES
+from services.ingest.flows.template_cache import MAX_DOMAIN_BYTES, DefiningDatagram, Definitions
+from services.ingest.flows.template_reader import DATAGRAM_COST, MAX_READ
 from shared.net.addresses import unpack_address
 from shared.settings.entries import Protocol
 from tests.services.ingest.flows import exported
@@ -267,7 +268,8 @@ def test_memory_is_bounded(version: int, monkeypatch: pytest.MonkeyPatch) -> Non
     exporters.observe(batch_of([(SOURCE, datagram(version, 0, options))]))
     for number in range(400):
         record = exported.a_set(300, number.to_bytes(2) + bytes(400))
-        exporters.observe(batch_of([(SOURCE, datagram(version, 1 + number, record))]))
+        sent = batch_of([(SOURCE, datagram(version, 1 + number, record))])
+        exporters.observe(replace(sent, received_ns=number * 10**7))
     assert cache.size <= MAX_DOMAIN_BYTES
     last = read(exporters.kept_templates(0)[-1].payload)
     assert last.sets[0][1][:2] == (399).to_bytes(2)
@@ -296,6 +298,36 @@ def test_a_flood_of_new_templates_costs_no_more_than_its_budget() -> None:
     later = replace(batch_of([(SOURCE, changed)]), received_ns=10**9)
     exporters.observe(later)
     assert SOURCE in {unpack_address(ready.address) for ready in exporters.kept_templates(0)}
+
+
+def test_short_new_templates_cost_their_budget_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However short they are, only so many datagrams are read; of strangers the rest is not even picked."""
+    picked: list[bytes] = []
+    recognize = template_cache.TemplateCache.recognize
+
+    def noted(cache: template_cache.TemplateCache, slot: int, arrived: DefiningDatagram) -> Definitions | None:
+        picked.append(arrived.address)
+        return recognize(cache, slot, arrived)
+
+    monkeypatch.setattr(template_cache.TemplateCache, "recognize", noted)
+    exporters = ExporterTracker("netflow", Counter())
+    template = exported.a_set(0, exported.template(256, [4]))
+    exporters.observe(batch_of([(SOURCE, datagram(9, 1, template))]))
+    for net in range(2):
+        exporters.observe(
+            batch_of([(f"10.0.{net}.{n}", datagram(9, 1, template, domain=d)) for n in range(250) for d in (1, 2)])
+        )
+    exporters.observe(batch_of([(f"10.1.0.{n}", datagram(9, 1, template)) for n in range(250)]))
+    known = len(exporters.kept_templates(0))
+    assert MAX_READ // (2 * DATAGRAM_COST) < known < MAX_READ // DATAGRAM_COST
+    picked.clear()
+    exporters.observe(batch_of([("10.1.0.1", datagram(9, 2, template)), (SOURCE, datagram(9, 2, template))]))
+    assert list(map(unpack_address, picked)) == [SOURCE]
+    assert len(exporters.kept_templates(0)) == known
+    again = batch_of([("10.1.0.1", datagram(9, 3, template))])
+    exporters.observe(replace(again, received_ns=10**9))
+    (*_, last) = exporters.kept_templates(10**9)
+    assert (unpack_address(last.address), last.since_ns) == ("10.1.0.1", 10**9)
 
 
 def test_ipfix_counts_on_where_its_exporter_will() -> None:
