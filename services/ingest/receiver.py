@@ -70,18 +70,20 @@ class DatagramReceiver:
                 self._kernel_dropped = kernel_drops(sock)
         self._stride = 0
         """Distance of the next datagrams in lent memory; 0: there may be too little to lend."""
-        self._trains = MAX_ROWS if takes_trains(sock, wanted=trains and not reply) else 0
-        """Pieces that the next call may bring where each may be a train; 0: none is."""
         self._marks = marks if marks and marks.begin(sock) else None
-        self.assign_stream(feed, account, reply)
+        self.assign_stream(feed, account, reply, trains=trains)
 
-    def assign_stream(self, feed: StreamFeed, account: Counter[str], reply: bytes | None) -> None:
-        """Count and publish for this stream from the next datagram on, and send this reply."""
+    def assign_stream(
+        self, feed: StreamFeed, account: Counter[str], reply: bytes | None, *, trains: bool = False
+    ) -> None:
+        """Count and publish for this stream from the next datagram on, send this reply, and take trains if it wants."""
         if self._feed is not feed:
             self.count_kernel_drops()  # up to now they belong to the other stream
             self._feed, self._account = feed, account
         self._numbered = feed.exporters if self._family != socket.AF_UNIX else None
         self._account[TRUNCATED] += 0
+        self._trains = MAX_ROWS if takes_trains(self._socket, wanted=trains and not reply) else 0
+        """Pieces that the next call may bring where each may be a train; 0: none is."""
         self._replier = Replier(self._socket, reply, feed.account) if reply and self._family != socket.AF_UNIX else None
         self._plain = self._numbered is None and self._replier is None and self._family != socket.AF_UNIX
 
@@ -181,6 +183,8 @@ class DatagramReceiver:
             self._feed.publish(received_ns, rows, payload, loan, copied=copied)
         elif wanted:
             self._publish_stretches(received_ns, rows, payload, copied)
+        if self._replier:  # since a reload: a stream with a reply takes no trains from the start
+            self._replier.refuse(datagrams)
         arena.restore(count)
         self._stride, self._trains = (piece, MAX_ROWS // per_piece) if alike else (0, MAX_TRAINS)
         return datagrams, size

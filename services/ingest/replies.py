@@ -28,6 +28,8 @@ class Replier:
         chosen = self._answerable(arena, count)
         headers = arena.headers[:count][chosen]
         headers["iov"], headers["iovlen"] = self._iovec.ctypes.data, 1
+        for told in ("control", "controllen", "flags"):  # the mark of what came would be set on the reply, if allowed
+            headers[told] = 0
         at = sent = 0
         for _ in range(MAX_ATTEMPTS):
             if at == len(headers):
@@ -37,6 +39,10 @@ class Replier:
             at += taken + (error != 0)
         self._account[REPLIED] += sent
         self._account[REPLY_FAILED] += count - sent
+
+    def refuse(self, count: int) -> None:
+        """Count replies that are not sent."""
+        self._account[REPLY_FAILED] += count
 
     def _answerable(self, arena: ReceiveArena, count: int) -> npt.NDArray[np.bool_]:
         """Return the senders that get an answer: not port 0, nor one that sent this same reply: that has no end."""

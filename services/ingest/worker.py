@@ -198,7 +198,7 @@ class Worker:
     def _receive_from(self, sock: socket.socket, feed: StreamFeed, account: Counter[str], stream: Stream) -> None:
         answer = stream.reply.encode() if stream.reply else None
         if receiver := self._receivers.get(sock):
-            receiver.assign_stream(feed, account, answer)
+            receiver.assign_stream(feed, account, answer, trains=stream.trains)
             return
         receiver = self._receivers[sock] = DatagramReceiver(
             sock, feed, account, self._arena, answer, trains=stream.trains, marks=self._marks

@@ -174,6 +174,25 @@ def test_socket_that_was_passed_tells_marks_alone(lab: None) -> None:
     assert account == {"marks_unread": 1}
 
 
+def test_replies_leave_without_the_mark_of_what_they_answer(lab: None) -> None:
+    """Where marks are read, datagrams are answered all the same: a reply bears none, which would need a privilege."""
+    with ExitStack() as opened:
+        sock, sender = (opened.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) for _ in range(2))
+        sock.bind(("127.0.0.1", 0))
+        sender.connect(sock.getsockname())
+        sender.settimeout(10)
+        sender.setsockopt(socket.SOL_SOCKET, SO_RCVMARK, 1)
+        feed = StreamFeed("messages", cast(Publisher, Bus()), Counter())
+        reader = MarkReader(Offload(interfaces=("lo",)), Counter())
+        receiver = DatagramReceiver(sock, feed, Counter(), ReceiveArena(), b"Got it", marks=reader)
+        assert receiver.reads_marks
+        send_marked(sender, 7, b"a")
+        assert receiver.receive() == (1, 1)
+        reply, told, *_ = sender.recvmsg(16, 64)
+    assert (reply, feed.account["replied"], feed.account["reply_failed"]) == (b"Got it", 1, 0)
+    assert told == [(socket.SOL_SOCKET, SO_MARK, bytes(4))]
+
+
 def test_kernel_that_tells_no_marks_is_said(
     lab: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

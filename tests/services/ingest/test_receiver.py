@@ -25,7 +25,7 @@ from shared.bus.loans.lender import CHUNK, Loan, Pool
 from shared.bus.zmq_sockets import Publisher
 from shared.datagrams.batch import ROW, DatagramBatch
 from shared.datagrams.limits import MAX_DATAGRAM, MAX_PAYLOAD, MAX_ROWS
-from shared.datagrams.mmsg import SLOT, ReceiveArena
+from shared.datagrams.mmsg import SLOT, UDP_GRO, ReceiveArena
 from shared.net.sockets import enlarge_receive_buffer
 from tests.builders import BusEnds
 
@@ -244,3 +244,28 @@ def test_a_train_comes_as_one_piece_where_it_is_taken(lab: None) -> None:
         receiver.count_kernel_drops()
     assert 0 < account["received"] < 320
     assert account["received"] + 16 * account["kernel_dropped"] == 320
+
+
+def test_trains_follow_the_stream_that_a_listener_serves(lab: None) -> None:
+    """A listener takes trains from the reload on that asks for them, and goes on with it; it answers none of them."""
+    with ExitStack() as opened:
+        sock, sender = (opened.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) for _ in range(2))
+        sock.bind(("127.0.0.1", 0))
+        sender.connect(sock.getsockname())
+        sender.settimeout(10)
+        bus, account = Bus(), Counter[str]()
+        feed = StreamFeed("messages", cast(Publisher, bus), Counter())
+        receiver = DatagramReceiver(sock, feed, account, ReceiveArena(), None)
+        assert not sock.getsockopt(socket.IPPROTO_UDP, UDP_GRO)
+        receiver.assign_stream(feed, account, None, trains=True)
+        assert sock.getsockopt(socket.IPPROTO_UDP, UDP_GRO)
+        receiver.assign_stream(feed, account, b"Got it")
+        sender.setsockopt(socket.IPPROTO_UDP, UDP_SEGMENT, 100)
+        sender.send(bytes(1000))
+        sender.setsockopt(socket.IPPROTO_UDP, UDP_SEGMENT, 0)
+        assert receiver.receive() == (10, 1000)
+        sender.send(b"alone")
+        assert receiver.receive() == (1, 5)
+        assert sender.recv(16) == b"Got it"
+    assert [len(payload) for _, payload in bus.taken] == [1000, 5]
+    assert (feed.account["replied"], feed.account["reply_failed"]) == (1, 10)
