@@ -198,7 +198,12 @@ class ExporterConnections:
             connection = ExporterConnection(sock, peer, feed, account, listener)
             self._open.add(connection)
             self._by_origin[origin] += 1
-            self._selector.register(sock, selectors.EVENT_READ, lambda it=connection: self._readable.setdefault(it))
+            self._selector.register(sock, selectors.EVENT_READ, lambda it=connection: self._note(it))
+
+    def _note(self, connection: ExporterConnection) -> None:
+        """Read a connection in its turn, unless it has ended since the kernel said that it has input."""
+        if connection in self._open:
+            self._readable.setdefault(connection)
 
     def _has_room(self, origin: str) -> bool:
         """Return whether one more may come from there: the last ones are for addresses that have none."""
@@ -245,8 +250,10 @@ class ExporterConnections:
         """End the connections that have sent nothing for too long, and accept again where that was paused."""
         before = time.monotonic() - self._idle_seconds
         for connection in [each for each in self._open if each.heard_at < before]:
-            connection.feed.account[CONNECTIONS_EXPIRED] += 1
-            self._end(connection)
+            connection.read()  # what has just come
+            if connection.ended or connection.heard_at < before:
+                connection.feed.account[CONNECTIONS_EXPIRED] += not connection.ended
+                self._end(connection)
         paused, self._paused = self._paused, {}
         for listener, (feed, account) in paused.items():
             self.listen(listener, feed, account)

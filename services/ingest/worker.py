@@ -305,6 +305,7 @@ class Worker:
             self._renew_listeners()
             self._renew_lender()
             self._spreader.renew()
+            self._connections.expire()
             self._settle()
             for feed in self._feeds.values():
                 feed.tell_exporters()
@@ -353,7 +354,6 @@ class Worker:
     def _report(self) -> None:
         for receiver in self._receivers.values():
             receiver.count_kernel_drops()
-        self._connections.expire()
         self._marks.count_sockets(each.reads_marks for each in self._receivers.values())
         self._totals.keep()
         self._accounts["host"][CHECKSUM_ERRORS] = self._checksum_errors.count()

@@ -1,5 +1,6 @@
 import selectors
 import socket
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -75,3 +76,34 @@ def test_short_messages_are_read_in_small_pieces(opened: ExitStack, tmp_path: Pa
     long = b"x" * 127 + b"\n"
     sender.sendall(long * 200)
     assert [read() for _ in range(2)] == [SHORT_READ_SIZE // 128, READ_SIZE // 128]
+
+
+def test_silent_connection_that_speaks_as_it_expires(opened: ExitStack, tmp_path: Path) -> None:
+    """A message that comes as its connection would expire counts; one that closes then ends once, and is no expiry."""
+    publisher = opened.enter_context(BusEnds(tmp_path)).publisher("ingest.1")
+    selector = opened.enter_context(selectors.DefaultSelector())
+    connections = ExporterConnections(selector, Ingest(tcp_idle_seconds=0.1))
+    opened.callback(lambda: connections.close(0))
+    feed, listener = StreamFeed("s", publisher, Counter()), socket.create_server(("127.0.0.1", 0))
+    listener.setblocking(False)
+    connections.listen(listener, feed, Counter())
+    speaker, closer, silent = (opened.enter_context(socket.create_connection(listener.getsockname())) for _ in range(3))
+    for key, _ in selector.select(10):
+        key.data()
+    time.sleep(0.2)
+    speaker.send(b"one\n")
+    closer.close()
+    keys = {key for key, _ in selector.select(10)}
+    while len(keys) < 2:
+        keys |= {key for key, _ in selector.select(10)}
+    connections.expire()
+    assert silent.recv(1) == b""
+    for key in keys:
+        key.data()
+    connections.read_due()
+    speaker.send(b"two\n")
+    while feed.account[RECEIVED] < 2:
+        for key, _ in selector.select(10):
+            key.data()
+        connections.read_due()
+    assert feed.account["connections_expired"] == 1
