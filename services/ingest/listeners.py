@@ -53,6 +53,20 @@ def refuse_left_over(held: Iterable[socket.socket]) -> None:
         )
 
 
+def listeners_of(worker: str, streams: Iterable[Stream], settings: Settings) -> dict[StreamEndpoint, Stream]:
+    """Return the listeners that a worker serves: those that can't be shared are the first worker's of its host.
+
+    That is number 1 beside the broker. A host whose workers connect to the broker of another one has no number 1.
+    """
+    every = {(stream.name, endpoint): stream for stream in streams for endpoint in stream.endpoints}
+    if worker.endswith("1" if settings.bus.connect else ".1"):
+        return every
+    served = {listener: stream for listener, stream in every.items() if is_shareable(listener[1])}
+    if left := [str(endpoint) for _, endpoint in every.keys() - served.keys()]:
+        log.info("listeners that can't be shared are left to the first worker of this host", listen=sorted(left))
+    return served
+
+
 def reopen(
     wanted: Mapping[StreamEndpoint, Stream],
     before: Mapping[StreamEndpoint, list[socket.socket]],

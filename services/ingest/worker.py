@@ -12,9 +12,11 @@ from types import TracebackType
 from typing import Final, Self
 
 from services.ingest.batch_publisher import StreamFeed, new_pools
+from services.ingest.fill_wait import FillWait
 from services.ingest.listeners import (
     StreamEndpoint,
     Upkeep,
+    listeners_of,
     reopen,
     take_inherited,
     warn_of_small_buffers,
@@ -29,7 +31,6 @@ from shared.bus.publishing.held_batches import HeldBatches
 from shared.bus.publishing.kept_totals import KeptTotals
 from shared.bus.status import Reporter
 from shared.bus.zmq_sockets import Publisher, new_context
-from shared.datagrams.limits import MAX_ROWS
 from shared.datagrams.mmsg import ReceiveArena
 from shared.ledger.accounts import listener_account, new_accounts
 from shared.ledger.counters import CHECKSUM_ERRORS, FILES_RESTORED
@@ -55,12 +56,8 @@ GREET_SECONDS: Final = 0.02
 a datagram."""
 UNMEASURED: Final = 1 << 20
 """Bytes that may be received before the process's memory is measured again."""
-FIRST_WAIT_SECONDS: Final = 0.0003
-"""Time that datagrams wait for others that come right behind them, after a pause."""
 OWN_MEMORY: Final = 128 << 20
 """Bytes that a worker takes for itself: its code, and room for the largest datagrams."""
-RECORD_SIZE: Final = 1024
-"""Bytes the kernel charges a datagram beyond its payload, about (struct sk_buff and rounding)."""
 
 log = get_logger()
 
@@ -93,8 +90,7 @@ class Worker:
         self._spreader = Spreader(settings.ingest.spread)
         self._checksum_errors = ChecksumErrors()
         self._marks = MarkReader(settings.offload, self._accounts["ingest"])
-        self._fill_seconds = settings.ingest.fill_ms / 1000
-        self._received_at = self._wait_seconds = 0.0
+        self._fill = FillWait(settings.ingest.fill_ms / 1000)
         self._count = self._size = self._unmeasured = 0
         self._upkeep_at, self._greet_at = 0.0, math.inf
 
@@ -125,12 +121,7 @@ class Worker:
 
     def _listen(self, streams: Sequence[Stream], held: Sequence[socket.socket]) -> None:
         """Open exactly the listeners of these streams; leave unchanged ones alone."""
-        wanted = {
-            (stream.name, endpoint): stream
-            for stream in streams
-            for endpoint in stream.endpoints
-            if is_shareable(endpoint) or self._name.endswith(".1")
-        }
+        wanted = listeners_of(self._name, streams, self._settings)
         listening, gone = reopen(wanted, self._listening, held, self._settings)
         for sock in gone:
             self._see_off(sock)
@@ -143,7 +134,7 @@ class Worker:
         self._listening, self._streams = listening, {stream.name: stream for stream in streams}
         warn_of_small_buffers(granted)
         self._spreader.renew()
-        self._smallest_buffer = min(map(receive_buffer, self._receivers), default=0)
+        self._fill.smallest_buffer = min(map(receive_buffer, self._receivers), default=0)
 
     def _start(self, stream: Stream, endpoint: Endpoint, sock: socket.socket, granted: dict[int, int]) -> None:
         """Make a socket serve a stream's listener; note its receive buffer in `granted`, {asked: granted} in bytes."""
@@ -255,7 +246,7 @@ class Worker:
             if time.monotonic() >= self._upkeep_at:
                 self._keep_up()
                 reload.check()
-                readiness.check(listen=[text for stream in self._settings.streams for text in stream.listen])
+                readiness.check(listen=[str(endpoint) for _, endpoint in self._listening])
         self._drain()
 
     def _begin(self) -> None:
@@ -288,7 +279,7 @@ class Worker:
         if self._held.due_at and now >= self._held.due_at:
             self._held.hand_on(short=self._memory.short)
         if self._count:
-            self._let_fill(now)
+            self._fill.wait(now, self._count, self._size)
 
     def _measure(self) -> None:
         self._unmeasured = 0
@@ -312,23 +303,6 @@ class Worker:
             self._report()
         self._greet()  # what was published may have swallowed the signal by which the next turn would hear of one
         self._upkeep_at = 0.0 if self._leaving else self._reporter.due_at
-
-    def _let_fill(self, now: float) -> None:
-        """Wait a moment while datagrams keep coming: waking for each costs more than handling it.
-
-        After a pause nothing waits, so that a lone datagram and a burst leave at once. Then each wait is twice as long
-        as the one before it, up to `fill_ms`. There is no wait for datagrams that might not fit the receive buffer
-        meanwhile.
-        """
-        idle = now - self._received_at >= self._fill_seconds
-        load = self._size + self._count * RECORD_SIZE
-        if idle or self._count >= MAX_ROWS // 2 or load >= self._smallest_buffer // 8:
-            self._wait_seconds = 0.0
-        else:
-            self._wait_seconds = min(self._fill_seconds, 2 * self._wait_seconds or FIRST_WAIT_SECONDS)
-            time.sleep(self._wait_seconds)
-            now += self._wait_seconds
-        self._received_at = now
 
     def _greet(self) -> None:
         """Answer new subscribers of a stream or of its templates, and send new subscribers of our status a report.

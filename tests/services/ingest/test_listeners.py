@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from services.ingest import listeners
-from services.ingest.listeners import bind_listener, reopen
+from services.ingest.listeners import bind_listener, listeners_of, reopen
 from services.ingest.reuseport_sharing import share_port
 from shared.process.lifecycle import OperatorError
 from shared.settings.entries import Stream
@@ -22,6 +22,25 @@ def opened() -> Iterator[ExitStack]:
     """Hold what another bus's worker has open."""
     with ExitStack() as stack:
         yield stack
+
+
+@pytest.mark.parametrize(
+    ("worker", "connect", "all_of_them"),
+    [
+        ("ingest.1", "", True),
+        ("ingest.2", "", False),
+        ("ingest.11", "", False),
+        ("ingest.11", "tcp://192.0.2.10:5800", True),
+        ("ingest.12", "tcp://192.0.2.10:5800", False),
+    ],
+)
+def test_one_worker_of_a_host_has_what_cannot_be_shared(worker: str, connect: str, all_of_them: bool) -> None:
+    """Paths and multicast groups are number 1's, and on a host without a broker theirs whose number ends in 1."""
+    listen = ("udp://127.0.0.1:6671", "unixgram:///run/a", "udp://239.1.1.1%eth0:5514", "tcp://127.0.0.1:6671")
+    stream = Stream(name="a", listen=listen)
+    settings = Settings(bus=Bus(connect=connect, keys="/etc/fanwire/keys"), streams=(stream,))
+    served = [str(endpoint) for _, endpoint in listeners_of(worker, settings.streams, settings)]
+    assert served == [*(listen if all_of_them else (listen[0], listen[3]))]
 
 
 @pytest.mark.usefixtures("lab")

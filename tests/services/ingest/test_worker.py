@@ -373,10 +373,15 @@ def test_idle_connection_expires(stack: Stack, bus: BusEnds) -> None:
     assert (accounts["stream/messages"]["received"], accounts["stream/messages"]["dropped_cut_off"]) == (2, 1)
 
 
-def test_workers_share_the_port(stack: Stack, bus: BusEnds) -> None:
-    """Two workers on one port each get some of the senders, and every datagram arrives once."""
-    for name in ("ingest.1", "ingest.2"):
-        stack.start(name)
+def test_workers_share_the_port(stack: Stack, bus: BusEnds, tmp_path: Path) -> None:
+    """Two workers on one port each get some of the senders, and every datagram arrives once. A path is the first's."""
+    at_path, others = f"unixgram://{tmp_path}/in.sock", LISTEN.replace('"', "").split(", ")
+    stack.configure(STREAM.replace("listen = [", f'listen = ["{at_path}", '))
+    one, other = (stack.start(name) for name in ("ingest.1", "ingest.2"))
+    assert [each.events("ready")[0]["listen"] for each in (one, other)] == [[at_path, *others], others]
+    left = "listeners that can't be shared are left to the first worker of this host"
+    assert [line["listen"] for line in other.events(left)] == [[at_path]]
+    assert not one.events(left)
     subscriber = bus.subscriber(ALL)
     assert {take(subscriber).envelope.sender for _ in range(2)} == {"ingest.1", "ingest.2"}
     expected = set()
