@@ -95,6 +95,8 @@ def test_it_ends_in_time_however_many_pages_are_open(stack: Stack) -> None:
         stack["forwarder"].process.send_signal(signal.SIGCONT)
         wait_until(lambda: status_of("/readyz") == 200, "copies flow again")
         assert waiting.result() == (200, '{"error":"no such datagram came within 5 s"}')
+    unusable = "/api/datagram?stream=messages&exporter=nope"
+    assert fetch(unusable) == (200, '{"error":"the exporter is not an IP address"}')
     with ExitStack() as pages:
         for _ in range(PAGES):
             pages.enter_context(open_page())
