@@ -5,8 +5,7 @@ import contextlib
 import os
 import socket
 import ssl
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -15,14 +14,21 @@ import uvicorn
 
 from services.console.admin import Admin
 from services.console.app import Console
+from services.console.connections import OpenConnections, Server
 from services.console.guard import LOOPBACK, Guard
 from services.console.one_datagram import Sampler
-from services.console.watch import Watch, next_look
+from services.console.watch import Watch
 from shared.bus.endpoint import open_link, queue_limit
 from shared.bus.zmq_sockets import Publisher, Subscriber, broker_is_up, new_context
-from shared.log import get_logger
 from shared.net.addresses import Endpoint
-from shared.net.sockets import Bind, bind_endpoint, close_listener, explain_bind, try_endpoint
+from shared.net.sockets import (
+    Bind,
+    bind_endpoint,
+    close_listener,
+    explain_bind,
+    prepare_listener,
+    try_endpoint,
+)
 from shared.process.installed_version import release
 from shared.process.lifecycle import BAD_SETTINGS, FAILED, Lifecycle, OperatorError, Readiness, worker_name
 from shared.process.memory import Memory
@@ -32,32 +38,6 @@ from shared.settings.model import Settings
 
 GRACE_SECONDS: Final = 1
 """Time for answers under way at the end; the streams of pages end at once."""
-
-log = get_logger()
-
-
-class _Server(uvicorn.Server):
-    """A server whose signals are ours, and which wakes once a second instead of ten times."""
-
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self._ended = asyncio.Event()
-
-    async def main_loop(self) -> None:
-        """Renew the date that answers carry, with the watch's own tick, until the end."""
-        while not await self.on_tick(0):
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._ended.wait(), next_look(time.monotonic(), 1.0) - time.monotonic())
-
-    def end(self) -> None:
-        """Take no more connections, and let `serve` return."""
-        self.should_exit = True
-        self._ended.set()
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Leave signals alone."""
-        yield
 
 
 def run_console(settings: Settings, lifecycle: Lifecycle) -> None:
@@ -86,7 +66,7 @@ def check_console(settings: Settings) -> None:
     read_tokens(settings)
     port_too = not broker_is_up(settings.bus.path, open_link(settings.bus, "console"))
     for endpoint in settings.console.endpoints:
-        _server(Guard(_refuse, None, list, remote=False), settings, endpoint)
+        _config(Guard(_refuse, None, list, remote=False), settings, endpoint)
         for sock in _bind(endpoint, partial(try_endpoint, made=settings.bus.path, port_too=port_too)):
             sock.close()
 
@@ -121,12 +101,12 @@ async def _serve(
 
     loop.add_reader(lifecycle.fileno(), heed)
     loop.add_reader(watch.fileno(), watch.take)
-    app = console.application()
-    servers: list[tuple[_Server, socket.socket]] = []
+    app, connections = console.application(), OpenConnections(watch.counters)
+    servers: list[tuple[Server, socket.socket]] = []
     for endpoint, sock in listeners:
         remote = endpoint.scheme == "https"
         guard = Guard(app, _hosts(settings, endpoint, sock), lambda: tokens["now"], remote=remote)
-        servers.append((_server(guard, settings, endpoint), sock))
+        servers.append((Server(_config(guard, settings, endpoint), connections), sock))
     running = [asyncio.create_task(server.serve([sock])) for server, sock in servers]
     readiness = Readiness(
         "console.1", settings.bus, lambda: watch.is_ready() and all(server.started for server, _ in servers)
@@ -141,7 +121,7 @@ async def _serve(
         await asyncio.gather(*running)
 
 
-def _server(app: Guard, settings: Settings, endpoint: Endpoint) -> _Server:
+def _config(app: Guard, settings: Settings, endpoint: Endpoint) -> uvicorn.Config:
     secure: dict[str, Any] = {}
     if endpoint.scheme == "https":
         secure = dict(zip(("ssl_certfile", "ssl_keyfile"), _certificate(settings), strict=True))
@@ -158,15 +138,13 @@ def _server(app: Guard, settings: Settings, endpoint: Endpoint) -> _Server:
         proxy_headers=False,
         timeout_graceful_shutdown=GRACE_SECONDS,
         timeout_keep_alive=30,
-        limit_concurrency=512,
-        backlog=128,
         **secure,
     )
     try:
         config.load()
     except OSError as error:
         raise _unusable(error) from None
-    return _Server(config)
+    return config
 
 
 def _certificate(settings: Settings) -> tuple[Path, Path]:
@@ -198,14 +176,9 @@ def _bind(endpoint: Endpoint, bind: Bind = bind_endpoint) -> list[socket.socket]
             f"[console] listen: {endpoint} is not loopback; use https://, with the gateway's certificate and tokens",
         )
     try:
-        return bind(endpoint, _prepare, path_mode=0o660)
+        return bind(endpoint, prepare_listener, path_mode=0o660)
     except OSError as error:
         raise OperatorError(FAILED, f"{endpoint}: {explain_bind(error, '[console] listen')}") from None
-
-
-def _prepare(listener: socket.socket) -> None:
-    if listener.family != socket.AF_UNIX:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
 
 
 def _hosts(settings: Settings, endpoint: Endpoint, sock: socket.socket) -> list[str] | None:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import time
+from collections import Counter
 from typing import Final
 
 from services.console.history import History
@@ -10,6 +11,7 @@ from shared.bus.messages import REGISTRY_TOPIC
 from shared.bus.status import Reporter
 from shared.bus.zmq_sockets import Publisher, Subscriber
 from shared.ledger.accounts import Accounts
+from shared.ledger.counters import CONNECTIONS_EXPIRED, CONNECTIONS_REFUSED
 from shared.monitoring.observer import TOPICS, Observer
 from shared.monitoring.picture import Picture, Verdict
 from shared.process.lifecycle import Readiness, next_tick
@@ -46,6 +48,7 @@ class Watch:
         """Grows with each picture."""
         self.pages = 0
         """Pages open now."""
+        self.counters = Counter({CONNECTIONS_REFUSED: 0, CONNECTIONS_EXPIRED: 0})
         self.closing = False
         self._subscriber = subscriber
         self._publisher = publisher
@@ -63,7 +66,8 @@ class Watch:
 
     def accounts(self) -> Accounts:
         """Return the console's own account."""
-        return {"console": {"pages": self.pages, "bus_rejected": sum(self._subscriber.rejected.values())}}
+        rejected = sum(self._subscriber.rejected.values())
+        return {"console": {"pages": self.pages, "bus_rejected": rejected, **self.counters}}
 
     def take(self) -> None:
         """Take every message that has come."""

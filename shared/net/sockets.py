@@ -29,6 +29,15 @@ CHECKSUM_SECONDS: Final = 4.5
 NOT_HERE: Final = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 """Errors of a host without IPv6 for one of several addresses of a name; the others serve."""
 
+KEEPALIVE: Final = (
+    (socket.TCP_KEEPIDLE, 30),
+    (socket.TCP_KEEPINTVL, 10),
+    (socket.TCP_KEEPCNT, 3),
+    (socket.TCP_USER_TIMEOUT, 60_000),
+)
+"""A peer that has vanished is noticed after a minute. Seconds; and milliseconds for unacknowledged bytes, during which
+there are no probes (tcp(7))."""
+
 LISTEN_FDS_START: Final = 3
 """The first descriptor that a service manager passes (sd_listen_fds(3))."""
 
@@ -192,6 +201,16 @@ def _bind_path(path: str, kind: socket.SocketKind, prepare: Prepare, mode: int) 
         return sock
     finally:
         os.umask(before)
+
+
+def prepare_listener(listener: socket.socket) -> None:
+    """Set options that accepted connections inherit, and SO_REUSEADDR: a restart need not wait for TIME_WAIT."""
+    if listener.family == socket.AF_UNIX:
+        return
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in KEEPALIVE:
+        listener.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def close_listener(sock: socket.socket) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from shared.net.addresses import Endpoint
-from shared.net.sockets import Bind, bind_endpoint, close_listener, explain_bind
+from shared.net.sockets import Bind, bind_endpoint, close_listener, explain_bind, prepare_listener
 from shared.process.lifecycle import FAILED, OperatorError
 
 BACKLOG: Final = 1024
@@ -17,14 +17,6 @@ SEND_BUFFER: Final = 128 * 1024
 read holds there, and shows the progress of one that reads slowly."""
 DISCARD_PORT: Final = 9
 """Port for sockets that ask the kernel about an address: nothing is sent."""
-KEEPALIVE: Final = (
-    (socket.TCP_KEEPIDLE, 30),
-    (socket.TCP_KEEPINTVL, 10),
-    (socket.TCP_KEEPCNT, 3),
-    (socket.TCP_USER_TIMEOUT, 60_000),
-)
-"""A peer that has vanished is noticed after a minute. Seconds; and milliseconds for unacknowledged bytes, during which
-there are no probes (tcp(7))."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +56,9 @@ def listening(endpoints: Iterable[Endpoint], bind: Bind = bind_endpoint) -> Iter
 
 
 def _prepare(listener: socket.socket) -> None:
-    """Set options that accepted connections inherit, and SO_REUSEADDR: a restart need not wait for TIME_WAIT."""
+    """Bound the send buffer of accepted connections, besides what every listener has."""
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-    if listener.family == socket.AF_UNIX:
-        return
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in KEEPALIVE:
-        listener.setsockopt(socket.IPPROTO_TCP, option, value)
+    prepare_listener(listener)
 
 
 def is_broadcast(address: str) -> bool:

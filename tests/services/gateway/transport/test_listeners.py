@@ -3,9 +3,10 @@ import socket
 
 import pytest
 
-from services.gateway.transport import listeners
-from services.gateway.transport.listeners import KEEPALIVE, is_local, listening
+from services.gateway.transport.listeners import is_local, listening
+from shared.net import sockets
 from shared.net.addresses import parse_endpoint
+from shared.net.sockets import KEEPALIVE
 from tests.network import End, Host, veth
 
 NOBODY = "02:00:00:00:00:99"
@@ -15,7 +16,7 @@ NOBODY = "02:00:00:00:00:99"
 def test_peer_that_has_vanished(lab: None, monkeypatch: pytest.MonkeyPatch, unacknowledged: bool) -> None:
     """A connection ends when its peer has gone without a word, be it idle or with something still on its way there."""
     quick = {socket.TCP_USER_TIMEOUT: 2000}
-    monkeypatch.setattr(listeners, "KEEPALIVE", [(option, quick.get(option, 1)) for option, _ in KEEPALIVE])
+    monkeypatch.setattr(sockets, "KEEPALIVE", [(option, quick.get(option, 1)) for option, _ in KEEPALIVE])
     with (
         Host() as relay,
         Host() as siem,
