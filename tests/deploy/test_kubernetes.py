@@ -98,6 +98,13 @@ def test_ports_are_those_of_the_settings() -> None:
     assert services[0]["spec"]["externalTrafficPolicy"] == "Local"
 
 
+def test_trouble_of_one_service_cuts_nobody_off() -> None:
+    """The Services send to the one Pod that there is, be it ready or not; readiness is for people and alerts."""
+    assert read("base/relay.yaml")[0]["spec"]["replicas"] == 1
+    for service in read("base/services.yaml"):
+        assert service["spec"]["publishNotReadyAddresses"] is True
+
+
 @pytest.mark.parametrize("folder", ["base", "original", "monitoring"])
 def test_kustomize_puts_them_together(folder: str) -> None:
     """Kubectl finds all that a folder names; with `original` the namespace allows what its transmitter needs."""
