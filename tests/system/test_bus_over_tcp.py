@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from services.operator.doctor.facts import listen
 from shared.bus.curve_keys import ROLES, write_keys
 from shared.bus.endpoint import open_link
+from shared.settings.model import Settings
 from shared.settings.tables import Bus
 from tests.builders import BusEnds, accounts_when, kill_all
 from tests.openly import NOBODY, OpenStack
@@ -67,6 +69,10 @@ def test_whole_stack_delivers_over_tcp(stack: Stack, local: tuple[str, ...]) -> 
     assert code == 0, text
     code, text = run(stack, "ledger")
     assert (code, text.splitlines()[-1]) == (0, "balanced")
+    reached = Settings(
+        bus=Bus(directory=str(stack.bus), connect="tcp://127.0.0.1:5800", keys=f"{stack.directory}/keys")
+    )
+    assert {"broker.1", "gateway.1", "ingest.1", "forwarder.1"} == {each.service for each in listen(reached)}
     assert "refused" not in broker.text
     assert not [running for running in stack.running if "Traceback" in running.text]
     kill_all(stack)

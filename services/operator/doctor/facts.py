@@ -19,6 +19,7 @@ from services.operator.client.bus_reader import subscribed
 from services.operator.doctor.host import BACKLOG_NAME, BUDGET_NAME, HostFacts, ListeningSocket, Softnet
 from services.operator.doctor.network_paths import NetworkFacts, NetworkPath
 from services.operator.doctor.services import RawSocketFacts, ServiceFacts
+from shared.bus.endpoint import open_link
 from shared.bus.living_workers import living_workers
 from shared.bus.messages import Status
 from shared.bus.status import INTERVAL_SECONDS, Report, Reports
@@ -166,15 +167,18 @@ def _network_path(
 
 
 def service_facts(settings: Settings, reports: list[Report], gateway: str) -> ServiceFacts:
-    """Return the visible facts of the services; `reports` are theirs, `gateway` is the reason of its silence."""
-    directory = settings.bus.path
-    bus = _bus_trouble(directory)
-    broker = None if bus else broker_is_up(directory)
-    limits = {report.service: limit for report in reports if (limit := _descriptors_of(report.pid))}
+    """Return the visible facts of the services; `reports` are theirs, `gateway` is the reason of its silence.
+
+    Of a bus on another host, neither the files nor the processes are looked for here.
+    """
+    directory, here = settings.bus.path, not settings.bus.connect
+    bus = _bus_trouble(settings.bus.path)
+    broker = None if bus else broker_is_up(directory, open_link(settings.bus, "operator"))
+    limits = {report.service: limit for report in reports if here and (limit := _descriptors_of(report.pid))}
     return ServiceFacts(
         bus=bus,
-        removed=[] if bus else list(_removed(settings, broker=bool(broker), gateway=not gateway)),
-        cleaned=not bus and _is_cleaned(directory),
+        removed=list(_removed(settings, gateway=not gateway)) if here and broker else [],
+        cleaned=here and not bus and _is_cleaned(directory),
         broker=broker,
         gateway=gateway,
         accounts=by_service(reports),
@@ -186,7 +190,7 @@ def service_facts(settings: Settings, reports: list[Report], gateway: str) -> Se
 
 def listen(settings: Settings, seconds: float = LISTEN_SECONDS) -> list[Report]:
     """Return the last report of every service that reports; none where this user can use no bus."""
-    if _bus_trouble(settings.bus.path) or not broker_is_up(settings.bus.path):
+    if _bus_trouble(settings.bus.path) or not broker_is_up(settings.bus.path, open_link(settings.bus, "operator")):
         return []
     reports, deadline = Reports(), time.monotonic() + seconds
     with subscribed(settings, "status/") as subscriber:
@@ -219,12 +223,12 @@ def _bus_trouble(directory: Path) -> str:
     return ""
 
 
-def _removed(settings: Settings, *, broker: bool, gateway: bool) -> Iterator[str]:
-    """Yield files that are gone though a running service has them open."""
+def _removed(settings: Settings, *, gateway: bool) -> Iterator[str]:
+    """Yield files that are gone though the broker, or the gateway if it runs, has them open."""
     lock = settings.bus.path / "lock"
-    if broker and not settings.bus.connect and not lock.exists():
+    if not lock.exists():
         yield str(lock)
-    if broker and gateway and settings.database is not None and not settings.database.exists():
+    if gateway and settings.database is not None and not settings.database.exists():
         yield str(settings.database)
 
 

@@ -65,10 +65,12 @@ def check_services(facts: ServiceFacts, settings: Settings, collectors: Sequence
         yield warning(
             "bus", f"{directory}: {facts.bus}", "run it as the services' user, `sudo -u fanwire fanwire doctor`"
         )
+    elif settings.bus.connect:
+        yield ok("bus", f"it is that of the broker at {settings.bus.connect}")
     else:
         yield ok("bus", f"{directory} is open to this user, or does not exist yet")
     yield _kept(facts, str(directory))
-    yield _services(facts)
+    yield _services(facts, settings.bus.connect)
     yield from _alone(facts)
     yield _gateway(facts)
     yield from check_copies(facts.accounts, collectors)
@@ -101,11 +103,14 @@ def _kept(facts: ServiceFacts, directory: str) -> Finding:
     return ok(name, f"no program is known to clean {directory}")
 
 
-def _services(facts: ServiceFacts) -> Finding:
+def _services(facts: ServiceFacts, elsewhere: str) -> Finding:
+    """Return whether all services report; `elsewhere` is the address of a broker on another host."""
     if facts.broker is None:
         return warning("services", "the bus can't be used from here, so no service can be heard", "see bus")
     if not facts.broker:
         why, cure = "no broker runs in the bus directory", START
+        if elsewhere:
+            why, cure = f"no broker answers at {elsewhere}", "start it there, and see [bus] listen of its settings"
         if facts.gateway:
             return warning("services", f"{why}, nor does the gateway answer", cure)
         return error("services", f"{why}, but a gateway answers: nothing is copied", f"{cure}; with the same settings?")

@@ -10,11 +10,12 @@ import pytest
 from services.operator.doctor.facts import by_service, host_facts, listen, network_facts, service_facts
 from services.operator.doctor.host import HostFacts, ListeningSocket
 from services.operator.doctor.network_paths import NUD_FAILED, NUD_INCOMPLETE, NetworkFacts
+from shared.bus.curve_keys import ROLES, write_keys
 from shared.bus.status import Report
 from shared.net.netlink import Netlink
 from shared.settings.entries import Stream
 from shared.settings.model import Settings
-from shared.settings.tables import Bus
+from shared.settings.tables import Bus, Gateway
 from tests.network import End, Host, tunnel, veth
 from tests.stack import Stack, wait_until
 
@@ -120,6 +121,19 @@ def test_a_bus_that_is_not_ours(lab: None, tmp_path: Path) -> None:
     found = service_facts(settings, listen(settings), "")
     assert found.broker is None
     assert "owned by another user" in found.bus
+
+
+def test_a_bus_on_another_host(lab: None, tmp_path: Path) -> None:
+    """With `[bus] connect` the broker is looked for there; the directory of this host, and its files, say nothing."""
+    list(write_keys(tmp_path, ROLES))
+    with socket.create_server(("127.0.0.1", 0)) as subscribers:
+        port = subscribers.getsockname()[1]
+        bus = Bus(directory=str(tmp_path), connect=f"tcp://127.0.0.1:{port - 1}", keys=str(tmp_path))
+        settings = Settings(bus=bus, gateway=Gateway(database=str(tmp_path / "nothing")))
+        found = service_facts(settings, [Report("ingest.1", 1, os.getpid(), 0, 1, 0.0, {})], "")
+    assert (found.bus, found.broker, found.removed, found.cleaned) == ("", True, [], False)
+    assert found.descriptors.keys() == {""}
+    assert service_facts(settings, [], "").broker is False
 
 
 def test_services_are_heard_and_looked_at(stack: Stack) -> None:

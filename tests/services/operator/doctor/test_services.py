@@ -9,6 +9,7 @@ from shared.ledger.accounts import Accounts
 from shared.monitoring.finding import Finding, some
 from shared.process.registry_client import Entry
 from shared.settings.model import Settings
+from shared.settings.tables import Bus
 
 RAW: Accounts = {"transmitter": {"raw_sockets": 24}}
 HEARD: dict[str, Accounts] = {"broker.1": {}, "gateway.1": {}, "ingest.1": {}, "forwarder.1": {}, "transmitter.1": RAW}
@@ -18,9 +19,13 @@ RELAY = Entry("siem", "10.2.0.2", 9514, streams=("messages",), source="relay", h
 DENIED = RawSocketFacts(errno.EPERM)
 
 
-def check(facts: ServiceFacts, *collectors: Entry) -> list[Finding]:
+HERE = Settings()
+ELSEWHERE = Settings(bus=Bus(connect="tcp://192.0.2.10:5800", keys="/etc/fanwire/keys"))
+
+
+def check(facts: ServiceFacts, *collectors: Entry, settings: Settings = HERE) -> list[Finding]:
     """Return the findings."""
-    return list(check_services(facts, Settings(), collectors))
+    return list(check_services(facts, settings, collectors))
 
 
 def heard(**changes: Accounts | None) -> dict[str, Accounts]:
@@ -114,3 +119,15 @@ def test_why_there_are_no_raw_sockets(raw: RawSocketFacts, why: str, cure: str) 
 def test_many_names_are_cut() -> None:
     """A thousand collectors don't make a cell of the table a page."""
     assert some(f"c{number}" for number in range(1000)) == "c0, c1, c2, c3, c4 and 995 more"
+
+
+def test_a_broker_on_another_host() -> None:
+    """With `[bus] connect` the findings name that broker, and where to start it, instead of a directory."""
+    found = {each.name: each for each in check(FINE, RELAY, settings=ELSEWHERE)}
+    assert (found["bus"].level, found["bus"].why) == ("ok", "it is that of the broker at tcp://192.0.2.10:5800")
+    silent = replace(FINE, broker=False, accounts={})
+    found = {each.name: each for each in check(silent, RELAY, settings=ELSEWHERE)}
+    assert (
+        found["services"].why == "no broker answers at tcp://192.0.2.10:5800, but a gateway answers: nothing is copied"
+    )
+    assert found["services"].cure.startswith("start it there, and see [bus] listen of its settings")
