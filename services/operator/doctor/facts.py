@@ -172,7 +172,7 @@ def service_facts(settings: Settings, reports: list[Report], gateway: str) -> Se
     Of a bus on another host, neither the files nor the processes are looked for here.
     """
     directory, here = settings.bus.path, not settings.bus.connect
-    bus = _bus_trouble(settings.bus.path)
+    bus = _bus_trouble(directory)
     broker = None if bus else broker_is_up(directory, open_link(settings.bus, "operator"))
     limits = {report.service: limit for report in reports if here and (limit := _descriptors_of(report.pid))}
     return ServiceFacts(

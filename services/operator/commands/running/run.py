@@ -8,7 +8,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -165,7 +166,7 @@ def _hinting(config: Path | None) -> Iterator[None]:
 def stop(_arguments: argparse.Namespace, settings: Settings) -> int:
     """End what runs; OperatorError (69, 77) if nothing does, if it is not ours to end, or if something remains.
 
-    SIGTERM goes to `fanwire run`. Services that were started by hand end in the order of the datagrams' way.
+    They end in the order of the datagrams' way; those of a `fanwire run` together, as the first of them has its turn.
     """
     if settings.bus.connect:
         raise OperatorError(UNAVAILABLE, f"the bus is on another host, {settings.bus.connect}: stop it there")
@@ -174,51 +175,91 @@ def stop(_arguments: argparse.Namespace, settings: Settings) -> int:
         raise OperatorError(
             UNAVAILABLE, f"nothing runs on {settings.bus.path}; name the settings of what runs by --config"
         )
-    managers = {_manager_of(report) for report in found} - {0}
     with ExitStack() as opened:
-        services = [(report, os.pidfd_open(report.pid)) for report in found]
-        for _, process in services:
-            opened.callback(os.close, process)
-        _end(services, managers)
+        services = [each for report in found if (each := _open(report, opened))]
+        if len(services) < len(found):
+            _check_ended(found, services, _running(settings))
+        _end(services)
     print(f"stopped: {_list(found)}")
     return OK
 
 
-def _end(services: list[tuple[Report, int]], managers: set[int]) -> None:
-    """Send SIGTERM, and wait until all have ended; services come with descriptors of their processes."""
+@dataclass
+class _Process:
+    """A service that was heard: the descriptor of its process, and the pid of the `fanwire run` that it belongs to.
+
+    That is 0 for a service that was started by itself, and None for one that does not tell: the transmitter.
+    """
+
+    report: Report
+    descriptor: int
+    manager: int | None
+
+
+def _open(report: Report, opened: ExitStack) -> _Process | None:
+    """Return a service's process; None: there is no such process here, or no more."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        descriptor = os.pidfd_open(report.pid)
+        opened.callback(os.close, descriptor)
+        if report.service.partition(".")[0] in Path(f"/proc/{report.pid}/cmdline").read_text(errors="replace"):
+            return _Process(report, descriptor, _manager_of(report))
+    return None
+
+
+def _check_ended(found: list[Report], services: list[_Process], heard: list[Report]) -> None:
+    """Raise OperatorError when one that is not among these processes is heard still: it runs in another container."""
+    here = {each.report.boot for each in services}
+    for report in found:
+        if report.boot not in here and report.boot in {each.boot for each in heard}:
+            name = f"{report.service} (pid {report.pid})"
+            raise OperatorError(UNAVAILABLE, f"{name} is no process here; stop it in its own container")
+
+
+def _end(services: list[_Process]) -> None:
+    """Send SIGTERM, each in its turn or, with all others of its, to its `fanwire run`; wait until all have ended."""
     deadline = time.monotonic() + STOP_SECONDS
-    for pid in managers:
-        os.kill(pid, signal.SIGTERM)
+    managers = {each.manager for each in services if each.manager}
+    asked: set[int] = set()
     for name in STOP_ORDER:
-        same = [(report, process) for report, process in services if report.service.partition(".")[0] == name]
-        for _, process in () if managers else same:
-            signal.pidfd_send_signal(process, signal.SIGTERM)
-        for report, process in same:
-            if not select.select([process], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                raise OperatorError(UNAVAILABLE, f"{report.service} (pid {report.pid}) does not end; see its log")
+        same = [each for each in services if each.report.service.partition(".")[0] == name]
+        for each in same:
+            manager = each.manager
+            if manager is None:
+                manager = next((pid for pid in _ancestors(each.report.pid) if pid in managers), 0)
+            with suppress(ProcessLookupError):  # it has ended meanwhile
+                if not manager:
+                    signal.pidfd_send_signal(each.descriptor, signal.SIGTERM)
+                elif manager not in asked:
+                    asked.add(manager)
+                    os.kill(manager, signal.SIGTERM)
+        for each in same:
+            if not select.select([each.descriptor], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                named = f"{each.report.service} (pid {each.report.pid})"
+                raise OperatorError(UNAVAILABLE, f"{named} does not end; see its log")
 
 
-def _manager_of(report: Report) -> int:
-    """Return the pid of the `fanwire run` that a service belongs to; 0: it was started by itself, or does not tell.
+def _ancestors(pid: int) -> Iterator[int]:
+    """Yield the pids of a process's parent, of the parent's parent, and so on (proc_pid_stat(5))."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        while pid > 1:
+            pid = int(Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[1])
+            yield pid
 
-    OperatorError: the process is another one here, another user's, or one that systemd would start again.
+
+def _manager_of(report: Report) -> int | None:
+    """Return the pid of the `fanwire run` that a service belongs to, as `_Process` has it.
+
+    OperatorError: the process is another user's, or one that systemd would start again.
     """
     name, process = f"{report.service} (pid {report.pid})", Path("/proc", str(report.pid))
-    try:
-        ours = report.service.partition(".")[0] in (process / "cmdline").read_text(errors="replace")
-        group = (process / "cgroup").read_text()
-    except FileNotFoundError:
-        ours, group = False, ""
-    if not ours:
-        raise OperatorError(UNAVAILABLE, f"{name} is no process here; stop it in its own container")
-    if "/fanwire-" in group:
+    if "/fanwire-" in (process / "cgroup").read_text():
         raise OperatorError(UNAVAILABLE, f"systemd looks after {name}: systemctl stop fanwire.target")
     try:
         os.kill(report.pid, 0)
         told = (process / "environ").read_text(errors="replace").split("\0")
     except PermissionError as error:
         if error.filename:  # the transmitter's environment is nobody's to read
-            return 0
+            return None
         owner = process.stat().st_uid
         raise OperatorError(
             NOT_PERMITTED, f"{name} belongs to the user with id {owner}; stop it as that user"

@@ -21,7 +21,7 @@ import pytest
 
 from services.operator.commands.running import run
 from shared.bus.status import Report
-from shared.process.lifecycle import OperatorError
+from shared.process.lifecycle import MANAGER_PID, OperatorError
 from shared.settings.model import Settings
 from shared.settings.tables import Bus
 from tests.stack import CHECKOUT, PATIENCE_SECONDS, Running, Stack, wait_until
@@ -246,6 +246,75 @@ def test_stop_names_what_it_cannot_end(stack: Stack, played: Running, monkeypatc
         assert refusal() == f"{name} belongs to the user with id {os.geteuid()}; stop it as that user"
     assert played.process.poll() is None
     played.process.kill()
+
+
+SLEEPING = "import time; time.sleep(600)"
+MANAGER = f"""
+import os, signal, subprocess, sys
+os.environ["{MANAGER_PID}"] = str(os.getpid())
+started = [subprocess.Popen([sys.executable, "-c", "{SLEEPING}", name]) for name in sys.argv[1:]]
+signal.signal(signal.SIGTERM, lambda *_: [each.terminate() for each in started])
+print(*(each.pid for each in started), flush=True)
+codes = [each.wait() for each in started]
+"""
+
+
+def report_of(service: str, pid: int) -> Report:
+    """A report of a process."""
+    return Report(f"{service}.1", pid, pid, time.time_ns(), 1, 0.0, {})
+
+
+def hear(monkeypatch: pytest.MonkeyPatch, *reports: list[Report]) -> None:
+    """Let these be heard on the bus, one list after the other."""
+    heard = iter(reports)
+    monkeypatch.setattr(run, "_running", lambda _: next(heard))
+
+
+def test_stop_ends_what_was_started_by_hand_beside_a_run(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each `fanwire run` gets one SIGTERM, and so does each service that belongs to none; others get none.
+
+    Of the transmitter nobody may read to which run it belongs, but whose child it is.
+    """
+    read_text = Path.read_text
+    by_hand = subprocess.Popen([sys.executable, "-c", SLEEPING, "ingest"])
+    with subprocess.Popen([sys.executable, "-c", MANAGER, "gateway", "transmitter"], stdout=subprocess.PIPE) as manager:
+        assert manager.stdout
+        gateway, transmitter = map(int, manager.stdout.readline().split())
+
+        def unreadable(path: Path, **how: str) -> str:
+            if path == Path(f"/proc/{transmitter}/environ"):
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return read_text(path, **how)
+
+        monkeypatch.setattr(Path, "read_text", unreadable)
+        named = {"gateway": gateway, "ingest": by_hand.pid, "transmitter": transmitter}
+        wait_until(
+            lambda: all(name in Path(f"/proc/{pid}/cmdline").read_text() for name, pid in named.items()), "all run"
+        )
+        hear(monkeypatch, [report_of(name, pid) for name, pid in named.items()])
+        asked = Mock(side_effect=os.kill)
+        monkeypatch.setattr(os, "kill", asked)
+        assert run.stop(Namespace(), Settings()) == 0
+        assert [each.args for each in asked.call_args_list if each.args[1]] == [(manager.pid, signal.SIGTERM)]
+        assert manager.wait(PATIENCE_SECONDS) == 0
+        assert by_hand.wait(PATIENCE_SECONDS) == -signal.SIGTERM
+
+
+@pytest.mark.parametrize("waited_for", [True, False])
+def test_what_has_ended_by_itself_needs_no_stop(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], waited_for: bool
+) -> None:
+    """A service that ends after its last report, be it gone or still a zombie, is one that has ended."""
+    ended = subprocess.Popen([sys.executable, "-c", "", "console"])
+    os.waitid(os.P_PID, ended.pid, os.WEXITED | (0 if waited_for else os.WNOWAIT))
+    live = subprocess.Popen([sys.executable, "-c", SLEEPING, "ingest"])
+    wait_until(lambda: "ingest" in Path(f"/proc/{live.pid}/cmdline").read_text(), "it runs")
+    heard = [report_of("console", ended.pid), report_of("ingest", live.pid)]
+    hear(monkeypatch, heard, heard[1:])
+    assert run.stop(Namespace(), Settings()) == 0
+    assert f"stopped: console.1 (pid {ended.pid}" in capsys.readouterr().out
+    assert live.wait(PATIENCE_SECONDS) == -signal.SIGTERM
+    ended.wait()
 
 
 def test_stop_needs_services_on_this_host(stack: Stack) -> None:
