@@ -40,6 +40,16 @@ def test_upgrade_restarts_every_service_and_no_socket() -> None:
     assert text.count("fanwire-ingest") == text.count("fanwire-ingest@*.service")
 
 
+def test_upgrade_has_the_order_that_two_releases_on_one_bus_need() -> None:
+    """The steps are those of deploy/README.md: what reads what others send comes before them, the broker last."""
+    steps = re.findall(r"'((?:fanwire-\S+ ?){2,})'", (PACKAGE / "postinst").read_text())
+    told = (CHECKOUT / "deploy" / "README.md").read_text().partition("## Upgrade and the way back")[2]
+    written = re.findall(r"^\d\. (.+)", told, re.MULTILINE)
+    names = r"fanwire-(\w+)"
+    assert [re.findall(names, step) for step in steps] == [re.findall(names, step) for step in written]
+    assert len(steps) == 3
+
+
 def test_every_command_and_service_has_a_man_page(tmp_path: Path) -> None:
     """The pages come from the parsers: each tells the command's own options, and man formats it without a warning."""
     from deploy.debian import man_pages
