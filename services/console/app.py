@@ -6,7 +6,7 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
@@ -205,7 +205,7 @@ class Console:
 
     async def _exporter_metrics(self, request: Request) -> Response:
         top = request.query_params.get("top", "50")
-        if not (top.isascii() and top.isdigit() and 1 <= int(top[:9]) <= MAX_TOP):
+        if not (top.isascii() and top.isdigit() and len(top) <= len(str(MAX_TOP)) and 1 <= int(top) <= MAX_TOP):
             return PlainTextResponse(f"top: expected a number from 1 to {MAX_TOP}", 400)
         return _exposition(request, exporter_metrics(self._watch.current(), int(top)))
 
@@ -231,15 +231,15 @@ def _exposition(request: Request, metrics: Any) -> Response:
 
 
 async def _read(request: Request, kind: type[T]) -> T | None:
-    """Return the body of a request; None when it is something else, or too long."""
+    """Return the body of a request; None when it is something else, too long, or its sender has gone."""
     body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > MAX_BODY:
-            return None
     try:
+        async for piece in request.stream():
+            body += piece
+            if len(body) > MAX_BODY:
+                return None
         return msgspec.json.decode(body, type=kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ClientDisconnect):
         return None
 
 

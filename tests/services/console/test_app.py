@@ -1,0 +1,58 @@
+"""Answers of the application by itself, to requests as a server hands them on."""
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any, cast
+from urllib.parse import urlencode
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from services.console.admin import Admin
+from services.console.app import MAX_TOP, Console
+from services.console.guard import ADMIN, CHANGES, Holder
+from services.console.one_datagram import Sampler
+from services.console.watch import Watch
+from tests.services.console.told import busy
+
+PICTURE = busy()
+WATCH = cast(Watch, SimpleNamespace(current=lambda: PICTURE))
+APPLICATION = Console(WATCH, cast(Sampler, None), cast(Admin, None), "1").application()
+
+
+def ask(path: str, query: str = "", method: str = "GET", body: list[dict[str, Any]] | None = None) -> tuple[int, str]:
+    """The status and the text of an answer; `body` are the messages by which that of the request comes."""
+    said: list[Any] = []
+    coming = iter(body or [{"type": "http.request", "body": b""}])
+
+    async def receive() -> dict[str, Any]:
+        return next(coming)
+
+    async def send(message: Any) -> None:
+        said.append(message)
+
+    scope = {"type": "http", "method": method, "path": path, "query_string": query.encode(), "headers": []}
+    asyncio.run(APPLICATION({**scope, ADMIN: Holder("boss", "secret")}, receive, send))
+    return said[0]["status"], b"".join(each.get("body", b"") for each in said).decode()
+
+
+@given(st.text() | st.from_regex(r"0{0,9}[0-9]{1,5}", fullmatch=True))
+@example("000000001" + "0" * 4400)
+@example("²")
+def test_any_number_of_exporters_may_be_asked_for(top: str) -> None:
+    """A number in its range is answered; any other text is refused with what was expected."""
+    fits = top.isascii() and top.isdigit() and len(top) <= 4 and 1 <= int(top) <= MAX_TOP
+    status, text = ask("/metrics/exporters", urlencode({"top": top}))
+    assert status == (200 if fits else 400)
+    assert fits or text == "top: expected a number from 1 to 1000"
+
+
+@pytest.mark.parametrize("change", ["remove", "withhold", "release", "probe"])
+def test_a_request_whose_sender_has_gone_changes_nothing(change: str) -> None:
+    """A body that does not come whole is no error of the console's, whatever was asked for."""
+    gone: list[dict[str, Any]] = [
+        {"type": "http.request", "body": b"{", "more_body": True},
+        {"type": "http.disconnect"},
+    ]
+    assert ask(CHANGES + change, method="POST", body=gone)[0] == 400
