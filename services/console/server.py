@@ -15,7 +15,7 @@ import uvicorn
 from services.console.admin import Admin
 from services.console.app import Console
 from services.console.connections import OpenConnections, Server
-from services.console.guard import LOOPBACK, Guard
+from services.console.guard import LOOPBACK, Guard, by_digest
 from services.console.one_datagram import Sampler
 from services.console.watch import Watch
 from shared.bus.endpoint import open_link, queue_limit
@@ -66,7 +66,7 @@ def check_console(settings: Settings) -> None:
     read_tokens(settings)
     port_too = not broker_is_up(settings.bus.path, open_link(settings.bus, "console"))
     for endpoint in settings.console.endpoints:
-        _config(Guard(_refuse, None, list, remote=False), settings, endpoint)
+        _config(Guard(_refuse, None, dict, remote=False), settings, endpoint)
         for sock in _bind(endpoint, partial(try_endpoint, made=settings.bus.path, port_too=port_too)):
             sock.close()
 
@@ -83,10 +83,10 @@ async def _serve(
     console: Console,
 ) -> None:
     loop, stopped = asyncio.get_running_loop(), asyncio.Event()
-    tokens = {"now": read_tokens(settings)}
+    tokens = {"now": by_digest(read_tokens(settings))}
 
     def apply_settings(fresh: Settings) -> None:
-        declared = read_tokens(fresh)
+        declared = by_digest(read_tokens(fresh))
         _renew_certificate(settings, [server.config.ssl for server, _ in servers if server.config.ssl])
         tokens["now"] = declared
         console.admin.settings = fresh

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from services.console.guard import ADMIN, CHANGES, HEADERS, LINGER_BYTES, METHODS, Guard
+from services.console.guard import ADMIN, CHANGES, HEADERS, LINGER_BYTES, METHODS, Guard, by_digest
 from shared.settings.entries import Token
 
 SECRET = "x" * 40
@@ -15,6 +15,7 @@ OTHER = Token(name="box", hash=f"sha256:{hashlib.sha256(b'y').hexdigest()}", sco
 
 ADMIN_SECRET = "a" * 40
 ADMIN_TOKEN = Token(name="boss", hash=f"sha256:{hashlib.sha256(ADMIN_SECRET.encode()).hexdigest()}", scopes=("admin",))
+TOKENS = by_digest([TOKEN, OTHER, ADMIN_TOKEN, Token(name="pem", certificate="pem", scopes=("list",))])
 SAID = {
     405: ("this address only shows; use GET", "this changes something; use POST"),
     421: ("the console does not know the host name in this address; add it to [console] hosts",),
@@ -67,7 +68,7 @@ def ask_whole(
         assert not body_sent or (method in METHODS and message.get("status", 200) == 200)
         said.append(message)
 
-    guard = Guard(_app, hosts, lambda: [TOKEN, OTHER, ADMIN_TOKEN], remote=remote)
+    guard = Guard(_app, hosts, lambda: TOKENS, remote=remote)
     raw = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
     scope = {"type": "http", "method": method, "path": path, "headers": raw}
     asyncio.run(guard(scope, receive, send))  # type: ignore[arg-type]
@@ -194,7 +195,7 @@ def test_no_more_is_read_of_a_refused_request_than_needed(monkeypatch: pytest.Mo
     async def send(message: dict[str, object]) -> None:
         said.append(message.get("status"))
 
-    guard = Guard(_app, None, list, remote=False)
+    guard = Guard(_app, None, dict, remote=False)
     scope = {"type": "http", "method": "POST", "path": f"{CHANGES}remove", "headers": []}
     asyncio.run(guard(scope, receive, send))  # type: ignore[arg-type]
     assert said == [403, None]
@@ -206,3 +207,46 @@ def test_who_may_change_something_is_told_to_the_page() -> None:
     for secret, sentence in ((ADMIN_SECRET, "ok, boss"), (SECRET, "ok"), ("unknown", "ok")):
         headers = {"host": "relay", "authorization": f"Bearer {secret}"}
         assert ask_whole("GET", "/api/rights", False, ("relay",), headers) == (200, sentence)
+
+
+class Counted(dict[str, Token]):
+    """Tokens that count how often they are looked at."""
+
+    looks = 0
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Look one up."""
+        self.looks += 1
+        return super().get(key, default)
+
+    def __iter__(self) -> Any:
+        raise AssertionError("it looks at all of them")
+
+
+def test_a_request_costs_no_more_where_there_are_many_tokens() -> None:
+    """A token is looked up once, and only for a request that may be answered; nothing is no token."""
+    empty = Token(name="empty", hash=f"sha256:{hashlib.sha256(b'').hexdigest()}", scopes=("list",))
+    tokens = Counted({**TOKENS, **by_digest([empty])})
+    guard = Guard(_app, ("relay",), lambda: tokens, remote=True)
+
+    def status(method: str, host: str, *authorization: bytes) -> tuple[object, int]:
+        said: list[Any] = []
+
+        async def receive() -> dict[str, object]:
+            return {"type": "http.request"}
+
+        async def send(message: Any) -> None:
+            said.append(message)
+
+        raw = [(b"host", host.encode()), *((b"authorization", each) for each in authorization)]
+        scope = {"type": "http", "method": method, "path": "/", "headers": raw}
+        tokens.looks = 0
+        asyncio.run(guard(scope, receive, send))
+        return said[0]["status"], tokens.looks
+
+    shown = f"Bearer {SECRET}".encode()
+    assert status("POST", "relay", shown) == (405, 0)
+    assert status("GET", "evil.example", shown) == (421, 0)
+    assert status("GET", "relay", shown) == (200, 1)
+    assert status("GET", "relay", b"Bearer nonsense") == (401, 1)
+    assert status("GET", "relay", b"Bearer ") == status("GET", "relay") == (401, 0)
