@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from services.operator.cli.numbers import parse_whole
 from shared.bus.messages import MAX_INTERFACE
@@ -15,6 +15,8 @@ if TYPE_CHECKING:  # not subscriptable when the program runs
     Subparsers = argparse._SubParsersAction[Parser]
 else:
     Subparsers = argparse._SubParsersAction
+
+MAX_NUMBER: Final = 1e9
 
 T = TypeVar("T")
 Run = Callable[[argparse.Namespace, Settings], int]
@@ -48,13 +50,13 @@ def positive(text: str) -> int:
 
 
 def positive_number(text: str) -> float:
-    """Parse a finite number above 0: the type of an argument."""
+    """Parse a number above 0: the type of an argument. Nobody has a use for larger ones, which overflow timers."""
     try:
         number = float(text)
     except ValueError:
         number = 0.0
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number above 0, not {text!r}")
+    if not 0 < number <= MAX_NUMBER:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, up to {MAX_NUMBER:g}, not {text!r}")
     return number
 
 

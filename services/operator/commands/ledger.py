@@ -8,7 +8,7 @@ from typing import Final
 
 import msgspec
 
-from services.operator.cli.arguments import Subparsers, add_command
+from services.operator.cli.arguments import Subparsers, add_command, positive_number
 from services.operator.cli.text_tables import print_table
 from services.operator.client.bus_reader import subscribed
 from shared.bus.living_workers import living_workers
@@ -63,7 +63,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--json", action="store_true", help="print them as JSON")
     parser.add_argument(
         "--seconds",
-        type=float,
+        type=positive_number,
         default=3.5,
         metavar="N",
         help="time for services to catch up with each other, in seconds; default: %(default)g",

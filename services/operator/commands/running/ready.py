@@ -10,13 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from services.operator.cli.arguments import Subparsers, add_command
+from services.operator.cli.arguments import Subparsers, add_command, positive_number
 from services.operator.client.bus_reader import subscribed
 from shared.bus.endpoint import open_link
 from shared.bus.messages import Status
 from shared.bus.zmq_sockets import broker_is_up
 from shared.net.addresses import Endpoint
 from shared.process.lifecycle import OK, UNAVAILABLE, OperatorError
+from shared.settings.explain import did_you_mean
 from shared.settings.model import Settings
 
 SERVICES: Final = ("broker", "gateway", "ingest", "forwarder", "transmitter")
@@ -37,9 +38,19 @@ ANY_ADDRESS: Final = {"localhost": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": ":
 def add_parser(subparsers: Subparsers) -> None:
     """Add the command."""
     parser = add_command(subparsers, "ready", run, "wait until services are ready")
-    parser.add_argument("services", nargs="*", metavar="SERVICE", help=f"default: {' '.join(SERVICES)}")
-    parser.add_argument("--timeout", type=float, default=30.0, metavar="SECONDS", help="default: %(default)g")
+    parser.add_argument("services", nargs="*", type=_service, metavar="SERVICE", help=f"default: {' '.join(SERVICES)}")
+    parser.add_argument("--timeout", type=positive_number, default=30.0, metavar="SECONDS", help="default: %(default)g")
     parser.add_argument("--hint", action="store_true", help="print what to try next")
+
+
+def _service(text: str) -> str:
+    """Check that there is such a service: the type of an argument, as `choices` would ask for one."""
+    known = (*SERVICES, *OPT_IN, *OPTIONAL)
+    if text not in known:
+        raise argparse.ArgumentTypeError(
+            f"no service {text!r}{did_you_mean(text, known)}; the services are: {', '.join(known)}"
+        )
+    return text
 
 
 def run(arguments: argparse.Namespace, settings: Settings) -> int:

@@ -1,3 +1,6 @@
+import pytest
+
+from services.operator.__main__ import make_parser
 from services.operator.commands.running.ready import hints
 from shared.settings.entries import Stream
 from shared.settings.model import Settings
@@ -25,6 +28,27 @@ def test_names_who_is_missing_at_the_timeout(stack: Stack) -> None:
     code, text = run(stack, "ready", "--timeout", "2")
     missing = "gateway ingest forwarder transmitter"
     assert (code, text) == (69, f"fanwire ready: not ready after 2 s, see their logs: {missing}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["ready", "ingset"],
+            "no service 'ingset' (did you mean 'ingest'?); the services are: broker, gateway, ingest, forwarder, "
+            "transmitter, journal, offload, uplink, console",
+        ),
+        (["ready", "ingest", "ingest.2"], "no service 'ingest.2'"),
+        *(([command, option, text], f"expected a number above 0, up to 1e+09, not {text!r}")
+          for command, option in (("ready", "--timeout"), ("ledger", "--seconds"))
+          for text in ("nan", "inf", "1e300", "0", "-1", "soon")),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_waited_for(capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
+    """A word that is no service, and a time that none can wait, are wrong usage, told at once with what is known."""
+    with pytest.raises(SystemExit, match="64"):
+        make_parser(arguments[0]).parse_args(arguments)
+    assert said in " ".join(capsys.readouterr().err.split())
 
 
 def test_hints_follow_the_settings() -> None:
