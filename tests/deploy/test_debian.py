@@ -9,7 +9,7 @@ import pytest
 
 from services.operator.__main__ import COMMANDS
 from services.operator.commands.running.ready import OPT_IN, OPTIONAL, SERVICES
-from tests.deploy.test_units import UNITS, service_of
+from tests.deploy.test_units import UNITS, lines, service_of
 from tests.documents import block
 from tests.stack import CHECKOUT
 
@@ -48,6 +48,13 @@ def test_upgrade_has_the_order_that_two_releases_on_one_bus_need() -> None:
     names = r"fanwire-(\w+)"
     assert [re.findall(names, step) for step in steps] == [re.findall(names, step) for step in written]
     assert len(steps) == 3
+
+
+def test_purge_forgets_which_units_were_enabled() -> None:
+    """Links of all units that can be enabled are where a purge removes them, those of a second worker too."""
+    (removed,) = re.findall(r"rm -rf (.+)", (PACKAGE / "postrm").read_text())
+    wanted_by = {target for unit in UNITS.glob("*.service") for target in lines(unit, "WantedBy")}
+    assert {f"/etc/systemd/system/{target}.wants" for target in wanted_by} <= {*removed.split()}
 
 
 def test_every_command_and_service_has_a_man_page(tmp_path: Path) -> None:

@@ -129,6 +129,7 @@ def test_package_installs_upgrades_and_goes(machine: Machine, packages: tuple[Pa
 
     drop_in.unlink()
     drop_in.parent.rmdir()
+    machine.run("systemctl", "enable", "fanwire-ingest@2.service", "fanwire-journal.service")
     machine.run("dpkg", "--purge", "fanwire")
     places = ("/etc", "/run", "/usr", "/var")
     assert machine.run("find", *places, "-name", "*fanwire*", "-not", "-path", "/var/log/*") == ""
