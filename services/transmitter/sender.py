@@ -39,6 +39,9 @@ log = get_logger()
 Key = tuple[int, int, EgressKind, bool, PacketSocket]
 """The key of copies that can share a plan: IP version, MTU, kind of way and whether it takes runs, and socket."""
 
+Framed = tuple[Indices | None, list[Frame] | None]
+"""Rows, kept so that no others get their id, and their frames; None: they are too many."""
+
 
 @dataclass(frozen=True, slots=True)
 class Share:
@@ -84,7 +87,7 @@ class Sender:
         """Give each collector its rows. Collectors that are reached in the same way share a plan."""
         verdicts = Verdicts(self.policy, batch)
         by_key: dict[Key, list[Share]] = {}
-        framed: dict[tuple[int, int, bool], list[Frame] | None] = {}
+        framed: dict[tuple[int, int, bool], Framed] = {}
         # A limit of frames a second favours the first: so each collector is first equally often, in the long run.
         first = random.randrange(len(routed)) if routed and self.policy.limited else 0
         for destination, selection in routed[first:] + routed[:first]:
@@ -117,14 +120,14 @@ class Sender:
         batch: Gathered,
         packet_socket: PacketSocket,
         share: Share,
-        framed: dict[tuple[int, int, bool], list[Frame] | None],
+        framed: dict[tuple[int, int, bool], Framed],
     ) -> Share | None:
         """Send a collector its few rows; return what is left to be sent. `framed` has what was planned of the batch."""
         segmentation, mtu = self._cuts_runs(share.egress.takes_runs, packet_socket), share.egress.mtu
         key = id(share.rows), mtu, segmentation
         if key not in framed:
-            framed[key] = frames_of(batch, share.rows, mtu, segmentation=segmentation)
-        frames = framed[key]
+            framed[key] = share.rows, frames_of(batch, share.rows, mtu, segmentation=segmentation)
+        _, frames = framed[key]
         if frames is None:
             return share
         to, destination = share.destination.addressing(share.egress), share.destination

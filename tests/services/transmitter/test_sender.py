@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import itertools
 import socket
 import time
 from collections import Counter
@@ -18,9 +19,11 @@ from services.transmitter.policy import Policy
 from services.transmitter.sender import Sender
 from shared.datagrams.gathered import Gathered
 from shared.datagrams.mmsg import MMSGHDR
-from shared.datagrams.routing import ALL_ROWS
+from shared.datagrams.routing import ALL_ROWS, Router
 from shared.fanout.sending.backlog import BacklogMemory
 from shared.fanout.sending.reach import Reach
+from shared.ledger.counters import EXPECTED, OFFERED
+from shared.ledger.equations import discrepancies
 from shared.settings.model import Settings
 from shared.settings.tables import Transmitter
 from tests.builders import make_batch, make_client
@@ -282,6 +285,34 @@ def test_collectors_share_the_frames_per_second(opened: ExitStack) -> None:
         now += 0.11
     assert sum(account["sent"] for account in accounts) == 3000
     assert all(account["sent"] > 500 for account in accounts)
+
+
+def test_collectors_get_their_own_datagrams_under_a_limit_of_frames(opened: ExitStack) -> None:
+    """With `frames_per_second` exceeded, each collector gets datagrams of its prefixes alone, as many as are counted.
+
+    Rows that the limit cuts short are arrays of a moment, whose place in memory the next collector's may have.
+    """
+    site = Site(opened)
+    site.until_delivered()
+    ticks = itertools.count(1000.0, 0.03)
+    site.sender.policy = Policy(Transmitter(frames_per_second=100), lambda: next(ticks))
+    prefixes = [f"198.51.100.{n}/32" for n in range(4)]
+    clients = [make_client(f"c{n}", 9600 + n, address=SIEM4, prefixes=(each,)) for n, each in enumerate(prefixes)]
+    collectors = [opened.enter_context(Collector(site.siem, SIEM4, client.port)) for client in clients]
+    accounts = {client.name: Counter[str]() for client in clients}
+    reached = {client.name: site.sender.reach(client, accounts[client.name]) for client in clients}
+    router = Router()
+    router.replace(clients)
+    sources = [each.removesuffix("/32") for each in prefixes]
+    for _ in range(20):
+        batch = Gathered([make_batch([source.encode() for source in sources] * 8, sources)])
+        site.sender.send(batch, [(reached[client.name], selection) for client, selection in router.route(batch)])
+    for client, collector, source in zip(clients, collectors, sources, strict=True):
+        account = accounts[client.name]
+        arrived = payloads(collector.read(account["sent"]))
+        assert (set(arrived), collector.read(0)) == ({source.encode()}, [])
+        assert list(discrepancies({f"collector/{client.name}": {**account, OFFERED: 160, EXPECTED: 160}})) == []
+        assert account["dropped_rate_limited"] > 0
 
 
 @pytest.mark.parametrize(("address", "source"), [("10.2.0.2", "192.0.2.1"), ("fd00:2::2", "2001:db8::1")])
