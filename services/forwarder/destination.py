@@ -239,8 +239,8 @@ class Destination:
             return error.errno != errno.EINVAL and RELAY_CAUSES.get(error.errno or 0) != NOT_CONNECTED
 
     def _note(self, error: int) -> None:
-        """Note an ICMP error, whichever datagram it answers."""
-        if error:
+        """Note an ICMP error, whichever datagram it answers; a lack of room here is none of the collector's."""
+        if error and error not in NO_ROOM:
             self._said.say("copies to a collector fail; check its host, its port and the route", error)
         cause = RELAY_CAUSES.get(error)
         if cause == REFUSED:

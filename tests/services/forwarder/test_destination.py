@@ -12,11 +12,13 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 import pytest
+from structlog.testing import capture_logs
 
 import services.forwarder.destination
 import services.forwarder.service
 import shared.datagrams.mmsg
 from services.forwarder.destination import ANSWER_SECONDS, Destination
+from services.forwarder.few_rows import Few
 from services.forwarder.plan import SendPlan
 from shared.datagrams.gathered import Gathered
 from shared.fanout.sending.backlog import BacklogMemory
@@ -459,6 +461,19 @@ def test_what_finds_no_room_waits(opened: ExitStack, kernel: Kernel, error: int,
     assert (account["sent"], account["held"]) == (150, 0)
     sent.send(make_batch(numbered(150, 10)))
     assert received(collector, 160) == numbered(0, 160)
+
+
+@pytest.mark.parametrize("error", [errno.EAGAIN, errno.ENOBUFS])
+def test_no_room_is_not_logged_as_a_fault_of_the_collector(
+    opened: ExitStack, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    """A few datagrams that the kernel has no room for wait, and the log has nothing to check at the collector."""
+    sent = Sent(opened, make_client("a", listen(opened).getsockname()[1]))
+    monkeypatch.setattr(Few, "send", lambda *_: (0, error))
+    monkeypatch.setattr(services.forwarder.destination, "send", lambda *_: (0, error))
+    with capture_logs() as said:
+        assert sent.send(make_batch([b"x"]))["collector/a"]["held"] == 1
+    assert said == []
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.2])
