@@ -188,12 +188,13 @@ def _bind_path(path: str, kind: socket.SocketKind, prepare: Prepare, mode: int) 
     """Bind an AF_UNIX path. Remove the file of a process that is gone, never that of a live one."""
     if Path(path).is_socket():
         with socket.socket(socket.AF_UNIX, kind) as probe:
+            probe.setblocking(False)
             try:
-                probe.connect(path)
+                with contextlib.suppress(BlockingIOError):  # its queue is full: it stands still, but lives
+                    probe.connect(path)
+                raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
             except ConnectionRefusedError:
                 Path(path).unlink()
-            else:
-                raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
     before = os.umask(0o777 & ~mode)
     try:
         sock = PathSocket(socket.AF_UNIX, kind)

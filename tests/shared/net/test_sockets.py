@@ -98,6 +98,21 @@ def test_path_is_taken_over_from_the_dead_alone(tmp_path: Path, scheme: str) -> 
     assert path.read_text() == "mine"
 
 
+def test_path_of_a_listener_that_stands_still_is_in_use(tmp_path: Path) -> None:
+    """A listener that accepts nothing, and whose queue is full, is a live one: nobody waits for it."""
+    path = str(tmp_path / "x.sock")
+    with ExitStack() as opened:
+        standing, waiting = (opened.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(2))
+        standing.bind(path)
+        standing.listen(0)
+        waiting.connect(path)
+        before = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(60)
+        opened.callback(socket.setdefaulttimeout, before)
+        with pytest.raises(OSError, match="in use"):
+            bind_endpoint(Endpoint("unix", path=path), leave)
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 def test_kernel_drops_are_counted(lab: None, host: str) -> None:
     """Datagrams are dropped and counted exactly once input is refused; queued ones stay."""
