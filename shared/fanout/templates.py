@@ -59,7 +59,8 @@ class _Round:
 
     joining: set[str] = field(default_factory=set)
     served: set[str] = field(default_factory=set)
-    begun: set[Worker] = field(default_factory=set)
+    due: dict[Worker, int] = field(default_factory=dict)
+    """The piece that comes next of a worker that has begun to answer."""
     answered: set[Worker] = field(default_factory=set)
     asked_at: float = 0.0
 
@@ -192,14 +193,23 @@ class TemplateDelivery(Generic[D]):
                 came += body.datagrams
                 del came[:-MAX_CAME]
         elif isinstance(body, Templates) and (asked := self._rounds.get(body.stream)):
-            if body.piece == 0:
-                asked.begun.add(worker)
-            if worker in asked.begun and worker not in asked.answered:
-                names = asked.joining | asked.served
-                now = {name for name in names if not self._keep(name, body.stream, body.datagrams)}
-                self._deliver(body.stream, body.datagrams, now, came=False)
-                if body.piece + 1 >= body.pieces:
-                    asked.answered.add(worker)
+            self._take_piece(asked, worker, body)
+
+    def _take_piece(self, asked: _Round, worker: Worker, body: Templates) -> None:
+        """Send a piece of a worker's answer to those who wait for it; ask again where the bus has dropped one."""
+        if worker in asked.answered:
+            return
+        due = asked.due.pop(worker, None) if body.piece else 0
+        if body.piece == due:
+            names = asked.joining | asked.served
+            now = {name for name in names if not self._keep(name, body.stream, body.datagrams)}
+            self._deliver(body.stream, body.datagrams, now, came=False)
+            asked.due[worker] = due + 1
+            if body.piece + 1 >= body.pieces:
+                asked.answered.add(worker)
+        elif due is not None:
+            self._subscriber.unsubscribe(templates_topic(body.stream))
+            self._subscriber.subscribe(templates_topic(body.stream))
 
     def send(self, stream: str, datagrams: Sequence[TemplateDatagram], name: str) -> None:
         """Send a collector templates of exporters that it gets."""

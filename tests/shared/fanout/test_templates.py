@@ -178,6 +178,24 @@ def test_an_answer_of_which_the_beginning_was_for_others_is_none() -> None:
     assert texts(sender.got("a")) == ["one", "first"]
 
 
+def test_an_answer_that_lacks_a_piece_is_asked_for_again() -> None:
+    """A piece that the bus has dropped makes the answer none: all of it comes again, and only then copies begin."""
+    sender = Sender()
+    sender.serve(make_client("a"))
+    sender.answer(TWO)
+    for piece in (0, 2, 3):
+        sender.answer(ONE, told(str(piece)), piece=piece, pieces=4)
+    sender.live(ONE, b"early")
+    assert texts(sender.got("a")) == ["0"]
+    assert sender.asked == ["templates/netflow/"] * 2
+    for piece in range(4):
+        sender.answer(ONE, told(str(piece)), piece=piece, pieces=4)
+    sender.live(ONE, b"first")
+    assert texts(sender.got("a")) == ["0", "1", "2", "3", "first"]
+    sender.pass_time(0)
+    assert +sender.subscriptions == Counter()
+
+
 def test_others_lose_nothing_while_one_joins_or_signs_up_anew() -> None:
     """A collector that is served gets all copies; signed up anew it gets the templates beside them, at most once."""
     sender = Sender()
