@@ -276,6 +276,12 @@ class PlayedGateway:
         """Publish a change."""
         self.publisher.publish(REGISTRY_TOPIC, RegistryChange(revision - 1, revision, list(joined), list(left)))
 
+    def report(self, revision: int) -> None:
+        """Tell the revision of the registry in the gateway's own status."""
+        name = self.publisher.sender
+        wait_wanted(self.publisher, status_topic(name))
+        self.publisher.publish(status_topic(name), Status(name, 1, 0, 1, 0, 1, {"gateway": {"revision": revision}}))
+
     def ask(self, revision: int) -> int:
         """Ask whether a revision is served; return the id under which the answer comes."""
         wait_wanted(self.publisher, self._serve)
@@ -286,15 +292,13 @@ class PlayedGateway:
     def wait_served(self, revision: int, meanwhile: Callable[[], object] = lambda: None) -> None:
         """Wait until it is said that a revision is served; call `meanwhile` again and again until then."""
         number = self.ask(revision)
-        answers: list[Message] = []
 
         def answered() -> bool:
             meanwhile()
-            answers.extend(filter(None, [self.replies.receive()]))
-            return bool(answers)
+            reply = self.replies.receive()
+            return reply is not None and reply.body == ServeReply(number, revision)
 
         wait_until(answered, f"revision {revision} is served")
-        assert answers[0].body == ServeReply(number, revision)
 
 
 class PlayedOffload:

@@ -7,9 +7,9 @@ from collections import Counter
 from typing import Final
 
 from services.console.history import History
-from shared.bus.messages import REGISTRY_TOPIC
 from shared.bus.status import Reporter
 from shared.bus.zmq_sockets import Publisher, Subscriber
+from shared.fanout.snapshot_request import SnapshotRequest
 from shared.ledger.accounts import Accounts
 from shared.ledger.counters import CONNECTIONS_EXPIRED, CONNECTIONS_REFUSED
 from shared.monitoring.observer import TOPICS, Observer
@@ -54,7 +54,8 @@ class Watch:
         self._publisher = publisher
         self._memory = memory
         self._reporter = Reporter(publisher, memory)
-        self._asked_at = self._took = 0.0
+        self._snapshot = SnapshotRequest(subscriber)
+        self._took = 0.0
         self._made = asyncio.Condition()
         for topic in TOPICS:
             subscriber.subscribe(topic)
@@ -74,10 +75,8 @@ class Watch:
         while message := self._subscriber.receive():
             self.observer.note(message, time.monotonic())
         now = time.monotonic()
-        if self.observer.stale and now - self._asked_at >= 1.0:
-            self._asked_at = now
-            self._subscriber.unsubscribe(REGISTRY_TOPIC)
-            self._subscriber.subscribe(REGISTRY_TOPIC)
+        if self.observer.stale:
+            self._snapshot.ask()
         if self._reporter.asked_for(self._publisher.new_subscriptions()) or now >= self._reporter.due_at:
             self._reporter.report(self.accounts)
 

@@ -43,7 +43,7 @@ from services.gateway.transport.tls_handshakes import TlsAcceptor
 from shared.bus.endpoint import open_link, queue_limit
 from shared.bus.zmq_sockets import Publisher, Requests, Subscriber, broker_is_up, new_context
 from shared.ledger.accounts import Accounts
-from shared.ledger.counters import FILES_RESTORED
+from shared.ledger.counters import FILES_RESTORED, REVISION
 from shared.log import get_logger
 from shared.net.sockets import try_endpoint
 from shared.owners import Owners
@@ -355,6 +355,7 @@ class _Server:
         account = {
             **self._handler.counters,
             CLIENTS: len(self.registry),
+            REVISION: self.registry.commit(),
             COLLECTORS: self.registry.collectors,
             WATCHERS: len(self._feed),
             PRESERVING: int(self.registry.leases.preserving),

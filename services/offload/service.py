@@ -41,7 +41,7 @@ from shared.process.reload import Reload
 from shared.settings.model import Settings
 
 SOURCES: Final[tuple[Source, ...]] = get_args(Source)
-REPORTS: Final = tuple(f"status/{service}." for service in ("ingest", "forwarder", "transmitter"))
+REPORTS: Final = tuple(f"status/{service}." for service in ("gateway", "ingest", "forwarder", "transmitter"))
 DRAIN_SECONDS: Final = 2.0
 """Time for the applier to answer after SIGTERM: honcho kills after five."""
 PLAN_SECONDS: Final = 0.2
@@ -143,6 +143,8 @@ class OffloadService:
     def _turn(self) -> None:
         while message := self._subscriber.receive():
             self._note(message)
+        if self._replica.stale:
+            self._snapshot.ask()
         self._note_subscriptions()
         if self._surroundings is not None:
             if self._applier.ended and not self._without_applier:
@@ -161,8 +163,6 @@ class OffloadService:
         if isinstance(body, RegistrySnapshot | RegistryChange):
             if self._replica.apply_message(envelope, body):
                 self._note_registry()
-            if self._replica.stale:
-                self._snapshot.ask()
         elif isinstance(body, Health):
             pieces = self._health[body.source].add((envelope.boot, body.report), body)
             if pieces is not None:
@@ -170,6 +170,7 @@ class OffloadService:
                 self._dirty |= told != self._troubles.get(body.source)
                 self._troubles[body.source] = told
         elif isinstance(body, Status):
+            self._replica.note_status(envelope, body)
             self._dirty |= self._workers.note(envelope, body)
         elif isinstance(body, OffloadReply):
             source: Source = "relay" if envelope.sender.startswith("forwarder.") else "original"

@@ -1,11 +1,16 @@
 """The copy of the registry that a subscriber keeps: a snapshot in pieces, then numbered changes."""
 
+from typing import Final
+
 from shared.bus.bodies.nodes_message import Nodes
-from shared.bus.messages import Envelope, RegistryChange, RegistrySnapshot
+from shared.bus.messages import Envelope, RegistryChange, RegistrySnapshot, Status
 from shared.bus.pieces import Assembler
 from shared.client import Client, Source
 from shared.ledger.counters import REVISION
 from shared.owners import Owners
+
+GATEWAY: Final = "gateway"
+"""The gateway's own account, and the beginning of its name."""
 
 
 class RegistryReplica:
@@ -43,6 +48,16 @@ class RegistryReplica:
             changed = self._snapshot(envelope, body)
         self._note(changed)
         return changed
+
+    def expect(self, boot: int, revision: int) -> None:
+        """Note that the gateway that started as `boot` has published a revision: if it is not here, it was lost."""
+        self.stale |= boot != self._boot or revision > self.revision
+
+    def note_status(self, envelope: Envelope, body: Status) -> None:
+        """Note a piece of a service's status: the gateway's tells its revision, for those whom it asks nothing."""
+        revision = body.accounts.get(GATEWAY, {}).get(REVISION)
+        if revision is not None and envelope.sender.startswith(f"{GATEWAY}."):
+            self.expect(envelope.boot, revision)
 
     def check_nodes(self) -> None:
         """Do what is due of nodes each second."""

@@ -30,6 +30,7 @@ class ServeRequests:
 
     def add(self, boot: int, request: ServeRequest) -> None:
         """Let a request of the gateway that was started as `boot` wait; one too many is dropped."""
+        self._replica.expect(boot, request.revision)
         if len(self._waiting) < MAX_WAITING:
             self._waiting.append((self._clock() + REQUEST_SECONDS, boot, request))
 

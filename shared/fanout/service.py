@@ -195,6 +195,8 @@ class CopyService(CopySender[D]):
             self.held.halve()
         self._resume_keeping()
         self._work_at = time.monotonic() + self.work()
+        if self._replica.stale:
+            self._snapshot.ask()
         if self._serving != self._replica.version:
             self._apply()
         self._templates.settle(self._streams)
@@ -249,8 +251,7 @@ class CopyService(CopySender[D]):
         elif isinstance(body, Templates | Renewals):
             self._templates.take(message)
         elif isinstance(body, RegistrySnapshot | RegistryChange | Nodes):
-            if not self._replica.apply_message(envelope, body) and self._replica.stale:
-                self._snapshot.ask()
+            self._replica.apply_message(envelope, body)
         elif isinstance(body, ServeRequest):
             self._requests.add(envelope.boot, body)
         elif isinstance(body, KernelCopies):

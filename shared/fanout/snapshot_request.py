@@ -7,11 +7,11 @@ from shared.bus.zmq_sockets import Subscriber
 
 
 class SnapshotRequest:
-    """Asks for the whole registry, once a second at most, since a change was lost."""
+    """Asks for the whole registry, since a change was lost; once a second at most, and a second after the start."""
 
     def __init__(self, subscriber: Subscriber) -> None:
         self._subscriber = subscriber
-        self._asked_at = 0.0
+        self._asked_at = time.monotonic()
 
     def ask(self) -> None:
         """Subscribe anew, unless that was done a moment ago."""

@@ -141,7 +141,7 @@ class Observer:
 
     @property
     def stale(self) -> bool:
-        """Return whether a change of the registry is missing: subscribe to its topic anew, once a second at most."""
+        """Return whether a change of the registry is missing: use a `SnapshotRequest`."""
         return self._replica.stale
 
     @property
@@ -164,6 +164,7 @@ class Observer:
         body, envelope = message.body, message.envelope
         self._began = min(self._began, now)
         if isinstance(body, Status):
+            self._replica.note_status(envelope, body)
             if report := self._reports.add(envelope, body):
                 self._reports.latest.clear()  # kept here, by name
                 self._note_report(report)
@@ -291,8 +292,7 @@ class Observer:
             self._words[key] = health, since
             name = f"collector/{client.name}"
             if service is None:
-                unknown = (None,) * 12
-                yield Collector(client, health, since, None, *unknown, {}, None)
+                yield Collector(client, health, since, None, *(None,) * 12, {}, None)
                 continue
             told, account = self._told[service], accounts[service][name]
             count, past = lost(account), self._past_of.get(client.name)

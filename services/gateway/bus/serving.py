@@ -74,7 +74,10 @@ class ServingQuery:
         self._heard_at = time.monotonic()
 
     def check(self) -> None:
-        """Ask again, unless copies are known to flow to every collector; count on no service that is silent."""
+        """Ask again, unless the last revision is known to be served; count on no service that is silent.
+
+        Nobody waits for those who leave. But a change that the bus has lost is noticed by a question behind it.
+        """
         now = time.monotonic()
         if now >= self._checked_at + ASK_AGAIN_SECONDS:
             self._heard_at = now  # it was this process that stood still, or nobody was there
@@ -82,7 +85,8 @@ class ServingQuery:
         silent_seconds = now - self._heard_at
         if silent_seconds >= SILENT_SECONDS and self._serving.served >= 0:
             self._serving.forget()
-        content = self._serving.newest < 0 or (self._serving.complete and silent_seconds < QUIET_SECONDS)
+        known = self._serving.served >= self._registry.commit()
+        content = self._serving.newest < 0 or (known and silent_seconds < QUIET_SECONDS)
         if not content and now >= self._asked_at + ASK_AGAIN_SECONDS:
             self.ask()
 

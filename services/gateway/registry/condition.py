@@ -39,11 +39,6 @@ class Serving:
     """Likewise, for collectors that have lost datagrams."""
     _assembler: Assembler[Health] = field(default_factory=Assembler)
 
-    @property
-    def complete(self) -> bool:
-        """Return whether copies flow to every collector."""
-        return self.newest <= self.served
-
     def note_served(self, revision: int) -> None:
         """Note that copies flow to every collector of `revision`."""
         self.served = max(self.served, revision)

@@ -6,16 +6,14 @@ from contextlib import contextmanager
 from typing import Final
 
 from services.operator.client.bus_reader import subscribed
-from shared.bus.messages import REGISTRY_TOPIC
 from shared.bus.zmq_sockets import Subscriber
+from shared.fanout.snapshot_request import SnapshotRequest
 from shared.monitoring.observer import TOPICS, Observer
 from shared.monitoring.picture import Picture
 from shared.settings.model import Settings
 
 RATES_SECONDS: Final = 2.5
 """Each service reports at once, and then each second: in this time at least twice, and rates are known."""
-ASK_SECONDS: Final = 1.0
-"""The least time between two requests for the whole registry."""
 
 
 class Watched:
@@ -23,7 +21,7 @@ class Watched:
 
     def __init__(self, subscriber: Subscriber) -> None:
         self._subscriber, self._observer = subscriber, Observer()
-        self._ask_at = 0.0
+        self._snapshot = SnapshotRequest(subscriber)
         self.socket = subscriber.socket
         """Readable when there is something to read."""
 
@@ -31,10 +29,8 @@ class Watched:
         """Take in what has come."""
         while message := self._subscriber.receive():
             self._observer.note(message, time.monotonic())
-        if self._observer.stale and time.monotonic() >= self._ask_at:
-            self._ask_at = time.monotonic() + ASK_SECONDS
-            self._subscriber.unsubscribe(REGISTRY_TOPIC)
-            self._subscriber.subscribe(REGISTRY_TOPIC)  # the gateway answers with the whole registry
+        if self._observer.stale:
+            self._snapshot.ask()
 
     def picture(self) -> Picture:
         """Return the picture as of now."""

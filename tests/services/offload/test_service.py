@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from shared.bus.bodies.offload_messages import PATHS_TOPIC, CollectorPath, KernelCopies, OffloadPaths, OffloadReply
-from shared.bus.messages import Status, offload_topic, status_topic
+from shared.bus.messages import REGISTRY_TOPIC, Status, offload_topic, status_topic
 from shared.bus.zmq_sockets import Subscriber
 from shared.client import Client, Source
 from shared.ledger.accounts import Accounts
@@ -204,7 +204,10 @@ def test_collectors_are_served_once_senders_know_it(open_stack: OpenStack) -> No
         accounts_when(around.bus, "offload.1", lambda found: found["rules/second"]["copied"] > copied)
         around.wait_marked(listener, socks[0], {"first", "second"})
 
-        around.gateway.change(3, left=["first"])
+        around.gateway.publisher.new_subscriptions()
+        around.gateway.report(3)  # the change was lost
+        wait_until(lambda: REGISTRY_TOPIC in around.gateway.publisher.new_subscriptions(), "the registry is asked for")
+        around.gateway.announce(3, relayed)
         around.wait_marked(listener, socks[0], {"second"})
         first.read(1)
         first.assert_quiet(0.1)

@@ -1,12 +1,15 @@
 from dataclasses import dataclass, field
+from typing import cast
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.bus.bodies.nodes_message import Node, Nodes
-from shared.bus.messages import RegistryChange, RegistrySnapshot
+from shared.bus.messages import RegistryChange, RegistrySnapshot, ServeRequest, Status
+from shared.bus.zmq_sockets import Publisher
 from shared.client import Client
 from shared.fanout.registry_replica import RegistryReplica
+from shared.fanout.serve_requests import ServeRequests
 from shared.owners import Owners
 from tests.builders import make_client, make_envelope
 
@@ -100,6 +103,30 @@ def test_lost_change_makes_it_stale_until_a_snapshot_heals_it() -> None:
     assert (replica.stale, replica.revision) == (False, 3)
     assert take(replica, RegistryChange(3, 4, [], ["b"])) == [True]
     assert replica.clients == {"a": A, "c": C}
+
+
+def test_a_lost_change_is_noticed_without_another_one() -> None:
+    """What the gateway asks, or tells of itself, shows that a change is missing, however long no other one comes."""
+    replica = RegistryReplica()
+    take(replica, *snapshot(1, A))
+    requests = ServeRequests(cast(Publisher, None), replica)
+
+    def ask(revision: int, boot: int) -> None:
+        requests.add(boot, ServeRequest(1, "reply/x/", revision))
+
+    def tell(revision: int, boot: int) -> None:
+        status = Status("gateway.1", 1, 0, 1, 0, 1, {"gateway": {"revision": revision}})
+        replica.note_status(make_envelope(boot=boot, sender="gateway.1", kind="status"), status)
+
+    for say in (ask, tell):
+        for revision, boot in ((2, 1), (1, 2)):
+            say(1, 1)
+            assert not replica.stale
+            say(revision, boot)
+            assert replica.stale
+            take(replica, *snapshot(1, A))
+    replica.note_status(make_envelope(kind="status"), Status("ingest.1", 1, 0, 1, 0, 1, {"gateway": {"revision": 9}}))
+    assert not replica.stale
 
 
 def test_change_before_any_snapshot_asks_for_one() -> None:

@@ -76,6 +76,15 @@ def test_nothing_reported_is_unknown() -> None:
     assert (stream.name, stream.received, stream.takers) == ("syslog", None, ("siem",))
 
 
+def test_a_lost_change_of_the_registry_shows_by_the_gateways_revision() -> None:
+    """The registry is asked for anew where the gateway is further than what has come of it, though all is quiet."""
+    told = Told()
+    told.tell("gateway.1", RegistrySnapshot(1, 0, 1, [SIEM]))
+    for revision, stale in ((1, False), (2, True)):
+        told.status("gateway.1", {"gateway": {"revision": revision}})
+        assert told.observer.stale == stale
+
+
 def test_rates_losses_and_health() -> None:
     """Two reports make a rate; losses have causes and what of them is recent; a trouble has its start."""
     told = Told()

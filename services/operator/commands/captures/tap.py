@@ -25,6 +25,7 @@ from shared.datagrams.batch import DatagramBatch, Indices
 from shared.datagrams.prefix_set import Prefixes, halves_of
 from shared.datagrams.routing import Router
 from shared.fanout.registry_replica import RegistryReplica
+from shared.fanout.snapshot_request import SnapshotRequest
 from shared.process.lifecycle import FAILED, OK, UNAVAILABLE, USAGE, Lifecycle, OperatorError
 from shared.settings.entries import Stream
 from shared.settings.explain import did_you_mean
@@ -92,7 +93,8 @@ class CollectorTap:
     """
 
     def __init__(self, client: Client, registry: RegistryReplica, subscriber: Subscriber) -> None:
-        self._name, self._source, self._registry, self._subscriber = client.name, client.source, registry, subscriber
+        self._name, self._source, self._registry = client.name, client.source, registry
+        self._snapshot = SnapshotRequest(subscriber)
         self._router = Router()
         self._route()
         topics = map(datagrams_topic, client.streams)
@@ -107,10 +109,10 @@ class CollectorTap:
     def heed(self, message: Message) -> None:
         """Apply a change of the registry."""
         if isinstance(message.body, RegistrySnapshot | RegistryChange):
-            if not self._registry.apply_message(message.envelope, message.body) and self._registry.stale:
-                self._subscriber.unsubscribe(REGISTRY_TOPIC)
-                self._subscriber.subscribe(REGISTRY_TOPIC)  # the gateway answers with the whole registry
+            self._registry.apply_message(message.envelope, message.body)
             self._route()
+        if self._registry.stale:
+            self._snapshot.ask()
 
     def rows(self, batch: DatagramBatch) -> Indices | None:
         """Return the rows to be written; None for all."""

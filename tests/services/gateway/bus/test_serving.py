@@ -56,6 +56,38 @@ def test_a_transmitter_that_went_and_came_at_once_has_said_nothing_yet() -> None
         assert word() == "ok"
 
 
+def test_who_has_left_is_asked_about_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a change that nobody waits for the sender is asked until it serves that too, and then no more."""
+    now = 100.0
+    monkeypatch.setattr("services.gateway.bus.serving.time.monotonic", lambda: now)
+    registry, bus = Registry(lambda: 0.0, 1), Bus()
+    requests = Requests("gateway", 1, lambda: now)
+    query = ServingQuery("original", bus, requests, registry, 0.5, lambda _seconds, _call: None)  # type: ignore[arg-type]
+    client = make_client("siem", streams=("messages",), source="original")
+    entry = registry.grant(client, Peer(1, "127.0.0.1", 4000), Origin.JSON)
+    registry.serving["original"].note_served(registry.commit())
+
+    def asked() -> list[Body]:
+        nonlocal now
+        now += 1.0
+        query.note_heard()
+        requests.expire()
+        query.check()
+        query.publish()
+        published, bus.published = bus.published, []
+        return published
+
+    assert asked() == []
+    registry.release(entry)
+    for _ in range(3):
+        (question,) = asked()
+        assert isinstance(question, ServeRequest)
+        assert question.revision == registry.commit()
+    reply = ServeReply(question.id, question.revision)
+    requests.answer(question.id, Message(question.reply, make_envelope(kind="serve.reply"), reply))
+    assert [asked() for _ in range(3)] == [[], [], []]
+
+
 def test_a_silent_transmitter_is_asked_and_then_not_counted_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that says nothing is asked before its collectors wait, and is not blamed while the gateway itself stood."""
     now = 100.0
