@@ -28,7 +28,7 @@ from shared.fanout.sending.send_threads import MEMBERS, SendThreads
 from shared.ledger.counters import DESTINATION_REFUSED, NO_ROUTE, OTHER_FAMILY, RATE_LIMITED, SOURCE_REFUSED
 from shared.log import get_logger
 from shared.settings.model import Settings
-from shared.settings.own_listeners import OwnListeners, udp_listeners
+from shared.settings.own_listeners import FollowedListeners
 
 REFRESH_SECONDS: Final = 1.0
 HOLDING_SECONDS: Final = 0.05
@@ -63,7 +63,7 @@ class Sender:
         self.policy = Policy(settings.transmitter, time.monotonic)
         self.audit = Audit(log.warning, time.monotonic)
         self._segmentation = settings.transmitter.segmentation
-        self.apply_settings(settings)
+        self._own_listeners = FollowedListeners(settings.streams)
         self._packet_sockets = PacketSockets(sockets.packet, sockets.ip4, sockets.ip6)
         self._threads = SendThreads()
         self._few = FewFrames()
@@ -75,7 +75,7 @@ class Sender:
 
     def apply_settings(self, settings: Settings) -> None:
         """Read our own listeners from these settings."""
-        self._own_listeners = OwnListeners(udp_listeners(settings))
+        self._own_listeners.use(settings.streams)
 
     def reach(self, client: Client, account: Counter[str]) -> Destination:
         """Find out whether a collector may be sent copies; the way there is found with the first of them."""
@@ -158,7 +158,7 @@ class Sender:
         client, cause = destination.client, egress.cause
         if not cause and not self._packet_sockets.have_one_for(egress, destination.version):
             cause = NO_ROUTE
-        loops = self._own_listeners.receive(client.address, client.port, lambda _: egress.local)
+        loops = self._own_listeners.now.receive(client.address, client.port, lambda _: egress.local)
         if not destination.permitted or loops:
             cause = DESTINATION_REFUSED
             self.audit.refuse(cause, wanted, collector=client.name, address=client.address, port=client.port)
@@ -243,6 +243,7 @@ class Sender:
             self._refresh_at = now + REFRESH_SECONDS
             self.next_hops.refresh()
             self._packet_sockets.refresh()
+        self._own_listeners.tick()
         for destination in [destination for destination in self._holding if destination.held]:
             egress = destination.egress
             if egress.kind is EgressKind.NONE:
@@ -253,8 +254,9 @@ class Sender:
                 self._release(destination, egress)
         self._holding = {destination for destination in self._holding if destination.held}
         paced = [destination.held.paced_until - now for destination in self._holding]
+        waiting = self._holding or self.next_hops.stale or not self._own_listeners.settled
         return min(
-            HOLDING_SECONDS if self._holding or self.next_hops.stale else REFRESH_SECONDS,
+            HOLDING_SECONDS if waiting else REFRESH_SECONDS,
             max([seconds for seconds in paced if seconds > 0], default=REFRESH_SECONDS),
         )
 

@@ -40,7 +40,7 @@ _Answer = tuple[str, tuple[str, ...], str] | None
 
 
 class HostLookups:
-    """Addresses of names, each looked up every `seconds`; nothing here waits for an answer."""
+    """Addresses of names, each looked up every `seconds`; nothing but `wait` waits for an answer."""
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._seconds = seconds
@@ -58,6 +58,13 @@ class HostLookups:
     def follow(self, names: Iterable[str]) -> None:
         """Look up exactly these from now on; known ones keep their addresses."""
         self._hosts = {name: self._hosts.get(name) or Host() for name in names}
+
+    def wait(self, patience_seconds: float) -> None:
+        """Wait until `settled`, or for so long."""
+        deadline = time.monotonic() + patience_seconds
+        while not self.settled and time.monotonic() < deadline:
+            self.tick()
+            time.sleep(LOOK_SECONDS)
 
     def __getitem__(self, name: str) -> Host:
         return self._hosts.get(name) or Host()
@@ -108,10 +115,7 @@ def look_up(names: Iterable[str], patience_seconds: float) -> dict[str, Host]:
     """Look up each name once; what is not `settled` after that time in seconds has got no answer yet."""
     lookups, asked = HostLookups(math.inf), set(names)
     lookups.follow(asked)
-    deadline = time.monotonic() + patience_seconds
-    while not lookups.settled and time.monotonic() < deadline:
-        lookups.tick()
-        time.sleep(LOOK_SECONDS)
+    lookups.wait(patience_seconds)
     return {name: lookups[name] for name in asked}
 
 

@@ -2,12 +2,18 @@
 
 import contextlib
 import ipaddress
+import math
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Final
 
-from shared.net.addresses import resolve
+from shared.net.addresses import Endpoint, resolve
+from shared.net.host_lookups import HostLookups
 from shared.settings.entries import Stream
 from shared.settings.model import Settings
+
+START_SECONDS: Final = 5.0
+"""Time for the names of listeners to be looked up at a start."""
 
 
 def udp_listeners(settings: Settings) -> list[tuple[str, int]]:
@@ -17,14 +23,24 @@ def udp_listeners(settings: Settings) -> list[tuple[str, int]]:
 
 def listening_addresses(streams: Iterable[Stream]) -> list[tuple[str, int]]:
     """Return address and port of every UDP listener of these streams; an unknown host name has none."""
-    found: list[tuple[str, int]] = []
-    for endpoint in (endpoint for stream in streams for endpoint in stream.endpoints):
-        if endpoint.scheme == "udp":
-            with contextlib.suppress(OSError):
-                found += [
-                    (str(at[0]), endpoint.port) for _, at in resolve(endpoint.host, endpoint.port, socket.SOCK_DGRAM)
-                ]
-    return found
+    return [(address, endpoint.port) for endpoint in _udp(streams) for address in _addresses_of(endpoint.host)]
+
+
+def _udp(streams: Iterable[Stream]) -> Iterator[Endpoint]:
+    return (endpoint for stream in streams for endpoint in stream.endpoints if endpoint.scheme == "udp")
+
+
+def _addresses_of(host: str) -> tuple[str, ...]:
+    with contextlib.suppress(OSError):
+        return tuple(str(at[0]) for _, at in resolve(host, 0, socket.SOCK_DGRAM))
+    return ()
+
+
+def _is_name(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        ipaddress.ip_address(host.partition("%")[0])
+        return False
+    return True
 
 
 class OwnListeners:
@@ -43,3 +59,41 @@ class OwnListeners:
             if where == listener or (covers and is_local(address)):
                 return True
         return False
+
+
+class FollowedListeners:
+    """The listeners of streams, for a loop that can't wait for a resolver: names are looked up in threads.
+
+    A name without an answer keeps its former addresses, and is looked up again.
+    """
+
+    def __init__(self, streams: Iterable[Stream]) -> None:
+        self._addresses: dict[str, tuple[str, ...]] = {}
+        self.use(streams)
+        self._lookups.wait(START_SECONDS)
+        self._put_together()
+
+    @property
+    def settled(self) -> bool:
+        """True once each name has been looked up, or is late: until then call `tick` soon again."""
+        return self._lookups.settled
+
+    def use(self, streams: Iterable[Stream]) -> None:
+        """Look up the listeners of these streams."""
+        self._places = {(endpoint.host, endpoint.port) for endpoint in _udp(streams)}
+        self._lookups = HostLookups(math.inf)
+        self._lookups.follow(host for host, _ in self._places if _is_name(host))
+        self._lookups.tick()
+        self._put_together()
+
+    def tick(self) -> None:
+        """Take the answers that have come, and ask again where none has; due each second."""
+        if self._lookups.tick():
+            self._put_together()
+
+    def _put_together(self) -> None:
+        before, self._addresses = self._addresses, {}
+        for host in {host for host, _ in self._places}:
+            found = self._lookups[host].addresses or before.get(host, ())
+            self._addresses[host] = found if _is_name(host) else _addresses_of(host)
+        self.now = OwnListeners((address, port) for host, port in self._places for address in self._addresses[host])

@@ -1,10 +1,13 @@
+import socket
 from collections.abc import Iterable
+from threading import Event
 
 import pytest
 
 from shared.settings.entries import Stream
 from shared.settings.model import Settings
-from shared.settings.own_listeners import OwnListeners, udp_listeners
+from shared.settings.own_listeners import FollowedListeners, OwnListeners, udp_listeners
+from tests.stack import wait_until
 
 LOCAL = {"127.0.0.1", "127.0.0.9", "10.2.0.1", "::1", "fd00:2::1"}
 
@@ -82,3 +85,37 @@ def test_a_host_name_stands_for_all_its_addresses() -> None:
     assert ("127.0.0.1", 6667) in found
     assert {address for address, port in found if port == 6667} <= {"127.0.0.1", "::1"}
     assert not [port for _, port in found if port == 6668]
+
+
+def test_names_are_looked_up_beside_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New settings wait for no resolver: a name that has an answer later is a listener then, each asked for once.
+
+    One that has no answer now keeps the addresses of before.
+    """
+    asked: list[str] = []
+    answers, may_answer = {"relay.test": "192.0.2.7"}, Event()
+    may_answer.set()
+
+    def resolver(host: str, port: int, kind: socket.SocketKind) -> object:
+        asked.append(host)
+        may_answer.wait(60)
+        if host not in answers:
+            raise socket.gaierror(socket.EAI_AGAIN, "try again")
+        return [(socket.AF_INET, (answers[host], port))]
+
+    def loops(*places: tuple[str, int]) -> list[bool]:
+        return [followed.now.receive(address, port, LOCAL.__contains__) for address, port in places]
+
+    monkeypatch.setattr("shared.net.host_lookups.resolve", resolver)
+    followed = FollowedListeners(settings("udp://relay.test:514", "udp://relay.test:515").streams)
+    assert (asked, followed.settled) == (["relay.test"], True)
+    assert loops(("192.0.2.7", 514), ("192.0.2.7", 515), ("192.0.2.1", 514)) == [True, True, True]
+    answers.clear()
+    answers["new.test"] = "192.0.2.8"
+    may_answer.clear()
+    followed.use(settings("udp://relay.test:514", "udp://new.test:516", "udp://192.0.2.9:517").streams)
+    assert not followed.settled
+    assert loops(("192.0.2.7", 514), ("192.0.2.8", 516), ("192.0.2.9", 517)) == [True, False, True]
+    may_answer.set()
+    wait_until(lambda: (followed.tick(), followed.settled)[1], "both names are looked up")
+    assert loops(("192.0.2.7", 514), ("192.0.2.8", 516), ("192.0.2.7", 515)) == [True, True, False]
