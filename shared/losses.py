@@ -27,6 +27,7 @@ from shared.ledger.counters import (
     SERVER_REFUSED,
     SERVER_SLOW,
     SOURCE_REFUSED,
+    TOO_MANY_WORKERS,
     WITHHELD,
 )
 from shared.ledger.equations import is_loss
@@ -44,7 +45,7 @@ _OVERFLOW: Final = frozenset(
     name.removeprefix(DROPPED)
     for name in (
         *(KERNEL_DROPPED, MISSED, BUS_FULL, BUFFER_FULL, QUEUE_FULL, NO_MEMORY, OVER_SHARE),
-        *(DISK_FULL, DISK_ERROR, SERVER_SLOW),
+        *(DISK_FULL, DISK_ERROR, SERVER_SLOW, TOO_MANY_WORKERS),
     )
 )
 _POLICY: Final = frozenset(

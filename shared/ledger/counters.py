@@ -303,6 +303,8 @@ SERVER_SLOW: Final = DROPPED + "server_slow"
 """More than may wait had to, while JetStream acknowledged too slowly (uplink)."""
 SERVER_REFUSED: Final = DROPPED + "server_refused"
 """The NATS server does not let this site publish there (uplink)."""
+TOO_MANY_WORKERS: Final = DROPPED + "too_many_workers"
+"""Of a worker of a journaled stream beyond those whose places are kept (uplink)."""
 SERVER_LIMIT: Final = DROPPED + "server_limit"
 """A batch was larger than the NATS server's `max_payload`, or than its stream's `max_msg_size` (uplink)."""
 

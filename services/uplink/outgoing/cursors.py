@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from services.uplink.packs import Pack
+from services.uplink.packs import UNKNOWN, Pack
 from shared.bus.kept_counts import KeptCounts
 from shared.client import Place
 from shared.fanout.past.window import Worker
@@ -13,8 +13,9 @@ from shared.fanout.past.window import Worker
 CURSOR: Final = "cursor/"
 TOTAL, SEQUENCE, RECEIVED, BEGUN = "total", "sequence", "received_ns", "begun"
 CURSOR_COUNTERS: Final = (TOTAL, SEQUENCE, RECEIVED, BEGUN)
-MAX_WORKERS: Final = 64
-"""Starts of workers that are known. The oldest that was followed by another start goes first: all of it is sent."""
+MAX_WORKERS: Final = 256
+"""Starts of workers that are known: as many as the journal tells of. The oldest that was followed by another start goes
+first, as all of it is sent. A worker beyond that many others is not taken."""
 
 
 @dataclass(slots=True)
@@ -73,17 +74,21 @@ class Cursors:
         return self._cursors[worker].passed
 
     def _begin(self, place: Place, begun: int) -> None:
-        if len(self._cursors) >= MAX_WORKERS:
-            self._forget_one()
+        if len(self._cursors) >= MAX_WORKERS and (ended := self._ended_before((place.worker, place.boot))):
+            del self._cursors[ended]
         cursor = self._cursors[place.worker, place.boot] = _Cursor(begun, place, self._new_counts())
         cursor.counts[BEGUN] = begun
         cursor.keep(place)
 
-    def _forget_one(self) -> None:
-        """Forget the oldest start that is not the last one of its worker: what still lives goes on where it is."""
-        last = dict(self._cursors.keys())
-        ended = (worker for worker in self._cursors if last[worker[0]] != worker[1])
-        del self._cursors[next(ended, next(iter(self._cursors)))]
+    def takes(self, worker: Worker) -> bool:
+        """Return whether a worker is known, or there is room for it."""
+        known = worker in self._cursors
+        return known or len(self._cursors) < MAX_WORKERS or self._ended_before(worker) is not None
+
+    def _ended_before(self, new: Worker) -> Worker | None:
+        """Return the oldest start that is not the last one of its worker once there is a `new` one."""
+        last = dict([*self._cursors.keys(), new])
+        return next((worker for worker in self._cursors if last[worker[0]] != worker[1]), None)
 
     def __contains__(self, worker: Worker) -> bool:
         return worker in self._cursors
@@ -96,8 +101,8 @@ class Cursors:
         return self._cursors[worker].begun if worker in self._cursors else 0
 
     def passed(self, worker: Worker) -> int:
-        """Return the worker's count behind what is in the outbox, or further."""
-        return self._cursors[worker].passed.total
+        """Return the worker's count behind what is in the outbox, or further; UNKNOWN: it has no place here."""
+        return self._cursors[worker].passed.total if worker in self._cursors else UNKNOWN
 
     def places(self) -> Iterator[Place]:
         """Yield the places from which on nothing is in the outbox, nor was."""
@@ -117,15 +122,15 @@ class Cursors:
 
     def skip(self, worker: Worker, total: int) -> None:
         """Note that nothing up to this count can be had."""
-        passed = self._cursors[worker].passed
-        end = Place(self.stream, *worker, passed.sequence, total, passed.received_ns)
-        self._add(worker, _Stretch("", end, settled=True))
-        self._cursors[worker].settle("")
+        if cursor := self._cursors.get(worker):
+            end = Place(self.stream, *worker, cursor.passed.sequence, total, cursor.passed.received_ns)
+            self._add(worker, _Stretch("", end, settled=True))
+            cursor.settle("")
 
     def _add(self, worker: Worker, stretch: _Stretch) -> None:
-        cursor = self._cursors[worker]
-        cursor.stretches.append(stretch)
-        cursor.passed = stretch.end
+        if cursor := self._cursors.get(worker):
+            cursor.stretches.append(stretch)
+            cursor.passed = stretch.end
 
     def settle(self, pack: Pack) -> None:
         """Note that a message needs not be sent any more."""

@@ -31,10 +31,11 @@ log = get_logger()
 
 
 class Owed(NamedTuple):
-    """Datagrams that are newly to be sent, and beside them those that nobody has."""
+    """Datagrams that are newly to be sent, and beside them those that nobody has, and those of workers too many."""
 
     datagrams: int
     lost: int
+    refused: int
 
 
 class JournaledStream:
@@ -59,6 +60,7 @@ class JournaledStream:
         self._joining_until = -1.0
         self._before: dict[Worker, tuple[int, int]] = {}
         """The counts of each worker from which on, and up to which, `newly_owed` has told what is owed."""
+        self._refused: set[Worker] = set()
 
     def _new_window(self) -> Window:
         return Window(self._clock, most_bytes=self._window_bytes)
@@ -68,13 +70,20 @@ class JournaledStream:
         self.cursors.restore(tables)
         positions = self._positions()
         for worker, each in positions.items():
-            self.cursors.begin(worker, each.reached, alive_ns)
+            if not self.refuses(worker):
+                self.cursors.begin(worker, each.reached, alive_ns)
             self._before[worker] = each.baseline, each.reached
         if self.cursors:
             self.defer(max(0, alive_ns - LATE_NS))
         else:
             self._joining_until = self._clock() + JOINING_SECONDS
         return sum(self.cursors.owed(worker, each.reached) for worker, each in positions.items())
+
+    def refuses(self, worker: Worker) -> bool:
+        """Return whether a worker is one too many: nothing of it is sent, from its first datagram to its last."""
+        if worker not in self._refused and not self.cursors.takes(worker):
+            self._refused.add(worker)
+        return worker in self._refused
 
     def is_broken_by(self, taken: Taken) -> bool:
         """Return whether something is missing before a batch of the bus: then the journal is to be read, if it is not.
@@ -85,6 +94,8 @@ class JournaledStream:
         worker, start = (envelope.sender, envelope.boot), envelope.total - taken.missed
         if worker in self.cursors:
             return self.pursued is None and taken.missed > 0
+        if self.refuses(worker):
+            return False
         known = start if self._clock() < self._joining_until else 0
         self.cursors.begin(worker, known, taken.batch.received_ns)
         return self.pursued is None and start > known
@@ -125,15 +136,20 @@ class JournaledStream:
 
     def newly_owed(self) -> Owed:
         """Return what has become owed since the last call; what was read from the journal before it came is not."""
-        datagrams = lost = 0
+        datagrams = lost = refused = 0
+        told, self._before = self._before, {}
         for worker, each in self._positions().items():
-            baseline, reached = self._before.get(worker, (each.baseline, each.baseline))
+            baseline, reached = told.get(worker, (each.baseline, each.baseline))
+            if self.refuses(worker):
+                self._before[worker] = each.baseline, each.reached
+                refused += each.reached - reached + baseline - each.baseline
+                continue
             ahead = self.pursued.pursuit.passed_before(worker, reached, each.reached) if self.pursued else 0
             nobody_has = max(0, min(baseline, self.cursors.begun(worker)) - each.baseline)
             self._before[worker] = each.baseline if nobody_has else baseline, each.reached
             datagrams += each.reached - reached - ahead
             lost += nobody_has
-        return Owed(datagrams, lost)
+        return Owed(datagrams, lost, refused)
 
     def steps(self, room: Callable[[], bool]) -> Iterator[Step]:
         """Yield what goes next, out of the journal and the window, while there is room."""
@@ -142,7 +158,7 @@ class JournaledStream:
             step = pursued.pursuit.next_step(self._window, positions, MAX_ROWS)
             if step is None:
                 return
-            yield self._advance(pursued.pursuit, step)
+            yield from self._advance(pursued.pursuit, step)
 
     def settle(self, *, gone: bool) -> Iterator[Step]:
         """Yield what can't be had, `gone` if there is no journal; be live again if nothing is left."""
@@ -150,13 +166,15 @@ class JournaledStream:
             return
         pursuit, positions = self.pursued.pursuit, self._positions()
         for step in pursuit.give_up(self._window, positions, at_once=gone):
-            yield self._advance(pursuit, step)
+            yield from self._advance(pursuit, step)
         if pursuit.check(self._window, positions, at_once=gone) is PursuitState.LIVE:
             self.pursued, self._window = None, self._new_window()
             log.info("what other sites are to have has been read from the journal", stream=self.stream)
 
-    def _advance(self, pursuit: Pursuit, step: Step) -> Step:
-        start = step.stop - (len(step.batch) if step.batch is not None else 0)
-        self.cursors.begin(step.numbered.worker, start - step.missing, step.numbered.batch.received_ns)
+    def _advance(self, pursuit: Pursuit, step: Step) -> Iterator[Step]:
+        """Move on by a step, and yield it, if it is of a worker that is sent."""
+        start, worker = step.stop - (len(step.batch) if step.batch is not None else 0), step.numbered.worker
         pursuit.advance(step)
-        return step
+        if not self.refuses(worker):
+            self.cursors.begin(worker, start - step.missing, step.numbered.batch.received_ns)
+            yield step

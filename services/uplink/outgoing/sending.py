@@ -11,6 +11,7 @@ from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Final
 
 from services.uplink.outgoing.batches import BusBatches
+from services.uplink.outgoing.cursors import MAX_WORKERS
 from services.uplink.outgoing.journal_reading import JournalReading
 from services.uplink.outgoing.journaled import JournaledStream
 from services.uplink.outgoing.outbox import Outbox
@@ -30,6 +31,7 @@ from shared.ledger.counters import (
     SERVER_SLOW,
     STOPPED,
     TAKEN,
+    TOO_MANY_WORKERS,
     UNSERVED,
     UNSURE,
 )
@@ -118,9 +120,9 @@ class Sending:
         """Take what has come by the bus, read on in the journal, and let full messages go."""
         for taken in self._batches.read(TURN_MESSAGES):
             self._note_gaps()
-            stream = taken.batch.stream
+            stream, envelope = taken.batch.stream, taken.message.envelope
             self._note_own(taken.batch)
-            self._close_earlier(taken.message.envelope, stream)
+            self._close_earlier(envelope, stream)
             journaled = self._journal.streams.get(stream)
             if journaled is None:
                 self.outbox.take(stream, len(taken.batch))
@@ -128,7 +130,7 @@ class Sending:
                 self._defer(journaled)
             if journaled and journaled.pursued:
                 journaled.keep(taken)
-            else:
+            elif journaled is None or not journaled.refuses((envelope.sender, envelope.boot)):
                 self._pack(taken.message, taken.batch)
         self._note_gaps()
         self._note_owed()
@@ -152,7 +154,7 @@ class Sending:
             if each.published and each.stream in self._journal.streams:
                 gaps.add(each.stream)
             else:
-                self._take_lost(each.stream, each.datagrams)
+                self._take_lost(each.stream, each.datagrams, UNSERVED)
         for stream in gaps:
             if (journaled := self._journal.streams.get(stream)) and journaled.pursued is None:
                 self._defer(journaled)
@@ -161,11 +163,17 @@ class Sending:
         for stream, journaled in self._journal.streams.items():
             owed = journaled.newly_owed()
             self.outbox.take(stream, owed.datagrams)
-            self._take_lost(stream, owed.lost)
+            self._take_lost(stream, owed.lost, UNSERVED)
+            if owed.refused:
+                self._take_lost(stream, owed.refused, TOO_MANY_WORKERS)
+                told = (
+                    f"stream {stream} has more than {MAX_WORKERS} workers: others' datagrams do not go to other sites"
+                )
+                self._troubles.say(f"workers of {stream}", told)
 
-    def _take_lost(self, stream: str, datagrams: int) -> None:
+    def _take_lost(self, stream: str, datagrams: int, cause: str) -> None:
         self.outbox.take(stream, datagrams)
-        self.outbox.settle(stream, datagrams, UNSERVED)
+        self.outbox.settle(stream, datagrams, cause)
 
     def _pack(self, message: Message, batch: DatagramBatch) -> None:
         envelope = message.envelope

@@ -71,10 +71,21 @@ def test_starts_that_were_followed_by_others_are_forgotten_first() -> None:
     assert (cursors.passed(WORKER), len(list(cursors.places()))) == (110, MAX_WORKERS)
 
 
-def test_workers_that_came_first_are_forgotten_first() -> None:
-    """Of more workers than the table has room for, the first goes."""
+def test_a_worker_beyond_the_bound_is_not_taken() -> None:
+    """Of more workers than the table has room for the last gets no place; a new start of one that has gets one."""
     cursors = begun()
-    for number in range(MAX_WORKERS):
+    for number in range(MAX_WORKERS - 1):
         cursors.begin((f"ingest.{number + 2}", 7), 0, 0)
-    assert WORKER not in cursors
-    assert (cursors.begun(WORKER), cursors.owed(WORKER, 9), len(list(cursors.places()))) == (0, 0, MAX_WORKERS)
+    new, again = ("ingest.9999", 7), (WORKER[0], 8)
+    assert (cursors.takes(WORKER), cursors.takes(new), cursors.takes(again)) == (True, False, True)
+    cursors.begin(again, 0, 0)
+    assert (WORKER in cursors, again in cursors, len(list(cursors.places()))) == (False, True, MAX_WORKERS)
+
+
+def test_what_is_forgotten_has_no_place() -> None:
+    """A start that was forgotten while messages of it are under way ends nothing: it is owed nothing, and kept not."""
+    cursors = Cursors(STREAM, kept_counts)
+    cursors.put(pack(1, 110))
+    cursors.skip(WORKER, 120)
+    cursors.settle(pack(1, 110))
+    assert (cursors.passed(WORKER), cursors.begun(WORKER), cursors.owed(WORKER, 9), cursors.tables()) == (-1, 0, 0, {})

@@ -6,6 +6,7 @@ from typing import Any, Final, cast
 
 import pytest
 
+from services.uplink.outgoing import cursors
 from services.uplink.outgoing.batches import BusBatches
 from services.uplink.outgoing.journal_reading import JournalReading
 from services.uplink.outgoing.sending import Sending
@@ -15,6 +16,7 @@ from shared.bus.kept_counts import KeptFile
 from shared.bus.messages import Datagrams, Message, Status, datagrams_topic, status_topic
 from shared.bus.zmq_sockets import Publisher, Subscriber
 from shared.datagrams.batch import DatagramBatch
+from shared.ledger.counters import TOO_MANY_WORKERS
 from shared.ledger.equations import discrepancies
 from shared.nats.troubles import Troubles
 from shared.process.memory import Memory
@@ -109,7 +111,8 @@ class Sent:
         self.journal = JournalReading(publisher, subscriber, kept.new_counts, MEMORY)
         self.batches = BusBatches("uplink.1", subscriber, directory, kept, self.journal.handle)
         uplink = Uplink(site="berlin", memory=MEMORY, fill_ms=60_000)
-        rest = Memory(), Troubles(), lambda: None, ignore
+        self.troubles = Troubles()
+        rest = Memory(), self.troubles, lambda: None, ignore
         self.sending = Sending(uplink, self.batches, self.journal, kept, *rest)
         self.sending.begin((STREAM,), (STREAM,), {})
         self.sending.outbox.connect()
@@ -217,3 +220,39 @@ def test_messages_that_find_no_room_leave_all_of_the_stream_to_the_journal(sent:
     assert (before, sent.journal.behind) == (False, True)
     sent.settle()
     assert sent.sending.outbox.size == 0
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_workers_beyond_the_bound_are_counted(sent: Sent, monkeypatch: pytest.MonkeyPatch, later: bool) -> None:
+    """More workers of a journaled stream than have a place: all of the last ones is dropped, counted and said.
+
+    The others' datagrams come as ever, also what they lose on the bus.
+    """
+    monkeypatch.setattr(cursors, "MAX_WORKERS", 2)
+    if later:
+        sent.sending.turn()
+        sent.journal.streams[STREAM]._joining_until = 0.0
+    for worker in ("ingest.1", "ingest.2", "ingest.3"):
+        sent.bus.let_batch_come(worker, 3)
+    sent.bus.let_batch_come("ingest.4", 5, lost=True)
+    sent.bus.let_mark_come("ingest.4")
+    if later:
+        sent.sending.turn()
+    sent.bus.let_batch_come("ingest.4", 4, lost=True)
+    sent.bus.let_status_come("ingest.4")
+    sent.sending.turn()
+    for worker in ("ingest.1", "ingest.3"):
+        sent.bus.let_batch_come(worker, 2, lost=True)
+        sent.bus.let_batch_come(worker, 1)
+
+    def settled() -> bool:
+        sent.sending.turn()
+        sent.sending.close_all()
+        sent.acknowledge()
+        return len(sent.arrived) >= 9 and not sent.journal.behind
+
+    wait_until(settled, lambda: f"{sent.arrived}, {sent.account}")
+    assert sorted(sent.arrived) == [*(("ingest.1", at) for at in range(6)), *(("ingest.2", at) for at in range(3))]
+    account, refused = sent.account, sum(sent.bus.published(worker) for worker in ("ingest.3", "ingest.4"))
+    assert (account["acknowledged"], account[TOO_MANY_WORKERS], account["held"]) == (9, refused, 0)
+    assert "stream flows has more than 256 workers" in sent.troubles.now["workers of flows"]
