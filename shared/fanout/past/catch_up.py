@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import inf
 from typing import Final, Generic
 
+import msgspec
+
 from shared.bus.bodies.journal_messages import JOURNAL_TOPIC
 from shared.bus.bodies.template_messages import TemplateDatagram
 from shared.bus.continuity import Position
@@ -209,11 +211,27 @@ class CatchUp(Generic[D]):
         else:
             resume = self._progress.resume(client.name, client.resume)
             pursued = self._begin(client.name, client.generation, stream, max(1, resume.since_ns), counts)
-            pursued.pursuit.begin(resume.places, followed)
+            by_window = pursued.pursuit.by_window
+            places = self._possible(stream, resume.places, followed) if by_window else resume.places
+            pursued.pursuit.begin(places, followed)
             if stream in self.rings.kept:  # one that was taken over: it is level within some seconds, whatever comes
                 pursued.pace = pursued.pursuit.behind(followed)
                 pursued.twice_until_ns = resume.twice_until_ns
         log.info("a collector begins to catch up", collector=client.name, stream=stream)
+
+    def _possible(self, stream: str, places: Iterable[Place], followed: Mapping[Worker, Position]) -> Iterator[Place]:
+        """Yield the places that another node has told of a stream without a journal, as far as anything is behind them.
+
+        A start that has ended, and of which nothing is here, the last process has followed: it has sent what it had.
+        """
+        living, window = self._streams.workers, self.rings[stream]
+        for place in places:
+            worker = place.worker, place.boot
+            if worker in living or window.find(worker, place.total):
+                yield place
+            elif position := followed.get(worker):
+                had = position.reached - position.unserved
+                yield msgspec.structs.replace(place, total=max(place.total, had))
 
     def _begin(self, name: str, generation: int, stream: str, since_ns: int, counts: Counter[str]) -> Pursued:
         counts[GENERATION] = generation

@@ -217,7 +217,7 @@ class Pursuit:
                 self._read_again()
                 return None
             numbered = window.at(self._number)
-            at = self._totals.get(numbered.worker, 0)
+            at = self._place(numbered, followed) if self.by_window else self._totals.get(numbered.worker, 0)
             if numbered.end <= at:
                 self._number += 1
             elif numbered.total > at and not self.by_window:  # it did not come to us, but perhaps to the journal

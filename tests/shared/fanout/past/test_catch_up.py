@@ -8,10 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import zmq
 
 from services.forwarder.destination import Destination
 from services.forwarder.service import ForwarderService
+from shared.bus import zmq_sockets
 from shared.bus.bodies.journal_messages import JOURNAL_TOPIC, JournalPortion, Replayed, WorkerPosition
 from shared.bus.continuity import Position
 from shared.bus.messages import Body, Datagrams, Message, RegistrySnapshot, Status, datagrams_topic
@@ -47,7 +47,6 @@ class Sender:
         self.service.__enter__()
         publisher, wanted = self.service._publisher, self.service._publisher.wanted
         publisher.wanted = lambda topic: topic == JOURNAL_TOPIC or wanted(topic)  # type: ignore[method-assign]
-        publisher.socket.set(zmq.LINGER, 0)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -107,8 +106,9 @@ class Sender:
 
 
 @pytest.fixture
-def sender(tmp_path: Path) -> Iterator[Sender]:
+def sender(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sender]:
     """A forwarder that serves nobody yet."""
+    monkeypatch.setattr(zmq_sockets, "LINGER_MS", 0)  # there is no broker to wait for
     with Sender(tmp_path) as here:
         yield here
 

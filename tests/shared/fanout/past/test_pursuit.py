@@ -287,3 +287,25 @@ def test_a_worker_that_the_journal_did_not_tell_of_is_asked_for() -> None:
     pursuit.note_portion(JournalPlace(9, 100), pursuit.positions(), 0, at_end=True)
     pursuit.check(window, came)
     assert pursuit.reader == JournalPlace(9, 100)
+
+
+def test_a_worker_that_comes_while_the_window_is_read_owes_nothing_of_before() -> None:
+    """Without a journal: a worker is heard for the first time when it has published already, which others have sent."""
+    first, later = ("ingest.1", 7), ("ingest.2", 8)
+    window = Window(lambda: 0.0, journaled=False)
+    window.add(Numbered(first, 0, 0, make_batch([b"datagram"] * 10)))
+    followed = {first: Position(0, 0, 10)}
+    pursuit = Pursuit("messages", 1, Counter(), lambda: 0.0)
+    pursuit.by_window = True
+    pursuit.begin([Place("messages", *first, 0, 4)], followed)
+    assert pursuit.check(window, followed, at_once=True) is PursuitState.WINDOW
+    followed[later] = Position(0, 5000, 5000)
+    window.add(Numbered(later, 0, 5000, make_batch([b"datagram"] * 10)))
+    followed[later].reached += 10
+    sent = missing = discovered = 0
+    while step := pursuit.next_step(window, followed, 100):
+        pursuit.advance(step)
+        sent, missing = sent + len(step.batch or ()), missing + step.missing
+        discovered += step.discovered
+    assert (sent, missing, discovered) == (16, 0, 6)
+    assert pursuit.check(window, followed, at_once=True) is PursuitState.LIVE

@@ -1,0 +1,117 @@
+"""A forwarder of a node of two, played to: what collectors are owed when they come back to it from the other node."""
+
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+
+from services.forwarder.service import ForwarderService
+from shared.bus import zmq_sockets
+from shared.bus.bodies.nodes_message import NODES_TOPIC, Node, Nodes, NodeState
+from shared.bus.messages import Body, Datagrams, Message, RegistrySnapshot, Status, datagrams_topic, status_topic
+from shared.client import Client, Place
+from shared.datagrams.batch import DatagramBatch
+from shared.ledger.accounts import ENDED
+from shared.ledger.counters import NOT_JOURNALED
+from shared.owners import owner_of
+from shared.settings.entries import Stream
+from shared.settings.model import Settings
+from shared.settings.tables import Bus
+from shared.settings.uplink import Uplink
+from tests.builders import make_batch, make_client, make_envelope
+from tests.stack import wait_until
+from tests.traffic import open_receiver
+
+STREAM, INGEST = "flows", "ingest.1"
+UPLINK = Uplink(servers=("nats://127.0.0.1:4222",), site="a", nodes=("a", "b"))
+NAME = next(name for name in map(str, range(100)) if owner_of(name, UPLINK.nodes) == "a")
+
+
+class Played:
+    """The forwarder of the node `a`, the other services of its host, and the uplink that tells of `b`."""
+
+    def __init__(self, service: ForwarderService, client: Client) -> None:
+        self.service = service
+        self._take("registry/", RegistrySnapshot(1, 0, 1, [client]), "gateway.1")
+        self.tell("joining")
+        self.pass_time()
+
+    def _take(self, topic: str, body: Body, sender: str, boot: int = 1, batch: DatagramBatch | None = None) -> None:
+        sequence, total = self._at if batch is not None else (0, 0)
+        self.service._take(Message(topic, make_envelope(sequence, total, sender=sender, boot=boot), body, batch))
+
+    def publish(self, boot: int, total: int, count: int) -> None:
+        """Let a batch of a start of ingest come, behind `total` datagrams; 0: a mark."""
+        self._at = total + (count > 0), total
+        batch = make_batch([b"%d/%d" % (boot, total + number) for number in range(count)], stream=STREAM)
+        self._take(datagrams_topic(STREAM), Datagrams(STREAM, time.time_ns()), INGEST, boot, batch)
+
+    def report(self, boot: int, published: int, **ended: int) -> None:
+        """Let a start of ingest report, also with how many datagrams earlier ones have ended."""
+        accounts = {f"{ENDED}{name[1:]}/{STREAM}": {"published": count} for name, count in ended.items()}
+        accounts[f"stream/{STREAM}"] = {"published": published}
+        status = Status("ingest", 1, time.time_ns(), 1, 0, 1, accounts)
+        self._take(status_topic(INGEST), status, INGEST, boot)
+
+    def tell(self, state: NodeState, *places: Place) -> None:
+        """Let the uplink tell how this node is, and how far the forwarder of the other one is."""
+        nodes = [Node("a", state), Node("b", "live", 0, 0, 1, {"relay": list(places)})]
+        live = Nodes(True, nodes).live
+        self._take(NODES_TOPIC, Nodes(True, nodes, live), "uplink.1")
+
+    def pass_time(self) -> None:
+        """Let it do what is due."""
+        self.service._catch_up.due_at = 0.0
+        self.service._turn()
+        self.service._upkeep_at = 0.0
+        self.service._keep_up()
+
+    def is_level(self) -> bool:
+        """Let it do what is due; return whether its collector gets live copies."""
+        self.pass_time()
+        return NAME in self.service._collectors and not self.service._catch_up._pursued
+
+
+@pytest.fixture(autouse=True)
+def no_linger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no broker to wait for."""
+    monkeypatch.setattr(zmq_sockets, "LINGER_MS", 0)
+
+
+@contextmanager
+def forwarder(directory: Path, port: int) -> Iterator[Played]:
+    """One start of the forwarder."""
+    settings = Settings(
+        bus=Bus(directory=str(directory)), streams=(Stream(name=STREAM, listen=("udp://[::1]:9",)),), uplink=UPLINK
+    )
+    with ForwarderService("forwarder.1", settings) as service:
+        played = Played(service, make_client(NAME, port, streams=(STREAM,)))
+        yield played
+    del service, played.service  # and what it has open of /proc
+
+
+def test_what_a_node_had_before_it_was_killed_is_not_missed_when_it_returns(tmp_path: Path) -> None:
+    """A node is killed before all that its forwarder had sent got to the other one: that did not get lost.
+
+    Only what it had published, and neither forwarder had, is counted.
+    """
+    sock, _ = open_receiver("127.0.0.1", 0)
+    with closing(sock):
+        port = sock.getsockname()[1]
+        with forwarder(tmp_path, port) as before:
+            before.publish(1, 0, 0)
+            before.publish(1, 0, 100)
+            before.tell("live")
+            wait_until(before.is_level, "it serves")
+        with forwarder(tmp_path, port) as after:
+            after.publish(2, 0, 0)
+            after.report(2, 0, _1=103)
+            after.publish(2, 0, 10)
+            places = Place(STREAM, INGEST, 1, 0, 90), Place(STREAM, INGEST, 2, 0, 4)
+            after.tell("joining", *places)
+            after.tell("live", *places)
+            wait_until(after.is_level, "it serves")
+            account = after.service._collectors.accounts()[f"collector/{NAME}"]
+            assert (account["sent"], account[NOT_JOURNALED]) == (6, 3)
