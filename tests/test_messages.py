@@ -12,8 +12,8 @@ from tests.stack import CHECKOUT
 WORDS: Final = re.compile(r"[A-Za-z,;:.()'`-]+ [A-Za-z,;:.()'`-]+ [A-Za-z]+")
 """Three words in a row make a sentence, or the piece of one between two values."""
 CODE: Final = re.compile(
-    r"CREATE TABLE|ALTER TABLE|INSERT INTO|\(\.\*\)|^Object contains|^Expected `|^Cannot over|^Max open files"
-    r"|^print |^function |^Message Size|^permissions violation"
+    r"CREATE TABLE|ALTER TABLE|INSERT INTO|^SELECT rowid|\(\.\*\)|^Object contains|^Expected `|^Cannot over"
+    r"|^Max open files|^print |^function |^Message Size|^permissions violation"
 )
 """SQL, a script of a shell, and sentences of others that are searched for."""
 HELP: Final = frozenset({"help", "description", "epilog", "service_parser", "Parser", "add_command", "execute"}) | {

@@ -41,6 +41,8 @@ class Configured:
         """By collector: what was said of its host name."""
         self._seen: dict[str, frozenset[str]] = {}
         self._pending = False
+        self.expelled: set[str] = set()
+        """Names that were removed since their copies would have come back; each returns once they would not."""
         self._patient_until = time.monotonic() + PATIENCE_SECONDS
         self.apply(settings, destinations)
 
@@ -59,6 +61,7 @@ class Configured:
         self._lookups.follow(collector.host for collector in self._named)
         names = {collector.name for collector in self._named}
         self._refused = {name: why for name, why in self._refused.items() if name in names}
+        self.expelled.clear()  # whose copies would come back still, is refused above
 
     def tick(self) -> bool:
         """Follow what was answered since the last call; return whether an address may have changed."""
@@ -68,13 +71,32 @@ class Configured:
             addresses = frozenset(self._lookups[host].addresses)
             self._pending |= host in refused or addresses != self._seen.get(host)
             self._seen[host] = addresses
-        if not self._pending:
+        back = [*self._returning()] if self.expelled else []
+        if not self._pending and not back:
             return False
         present = [each for each in self._registry.entries() if each.origin is Origin.SETTINGS and not each.host]
         with contextlib.suppress(OSError):  # it can't be stored now, which the store has logged: at the next call
-            self._enter([entry.client for entry in present], self._settings, self._destinations)
+            unnamed = [client for collector, client in back if not collector.host]
+            self._enter([*(entry.client for entry in present), *unnamed], self._settings, self._destinations)
             self._pending = False
+            if back:
+                names = [collector.name for collector, _ in back]
+                self.expelled.difference_update(names)
+                log.info(
+                    "collector is back: its address is none of fanwire's own listeners any more", clients=names[:10]
+                )
         return True
+
+    def _returning(self) -> Iterator[tuple[Collector, Client]]:
+        """Yield the collectors that were removed, and would be admitted now."""
+        for collector in self._settings.collectors:
+            if collector.name in self.expelled:
+                found = self._lookups[collector.host].addresses
+                with contextlib.suppress(ValueError, RequestError, OSError):
+                    address = (
+                        choose_address(collector, found, "", self._settings) if collector.host else collector.address
+                    )
+                    yield collector, _at(collector, address, self._destinations)
 
     def _enter(self, clients: list[Client], settings: Settings, destinations: Destinations) -> None:
         """Make exactly these, and those named by host, the collectors of the settings."""

@@ -118,7 +118,7 @@ def run_gateway(settings: Settings, lifecycle: Lifecycle) -> None:
         registry.restore(store.entries, store.revision, store.withheld)
         destinations = destinations_of(settings)
         configured = Configured(settings, destinations, registry)
-        registry.changes.make(partial(expel_loops, destinations, registry), ignore)
+        registry.changes.make(partial(expel_loops, destinations, registry, configured.expelled), ignore)
         readmission = Readmission(registry)
         readmission.begin(tokens, destinations)
         server = _Server(
@@ -303,7 +303,7 @@ class _Server:
         except OSError as error:
             raise OperatorError(FAILED, str(error.strerror)) from None
         # From here on nothing fails: the new settings hold.
-        self.registry.changes.make(partial(expel_loops, destinations, self.registry), ignore)
+        self.registry.changes.make(partial(expel_loops, destinations, self.registry, self.configured.expelled), ignore)
         self.readmission.begin(tokens, destinations)
         self.registry.pasts.journaled = frozenset(settings.journaled)
         self.destinations = self._admission.destinations = destinations
@@ -343,7 +343,7 @@ class _Server:
             with contextlib.suppress(OSError):
                 self.registry.pasts.prune()
             self.readmission.check()
-            self._make_once("loops", lambda: expel_loops(self.destinations, self.registry))
+            self._make_once("loops", lambda: expel_loops(self.destinations, self.registry, self.configured.expelled))
 
     def _make_once(self, what: str, act: Callable[[], None]) -> None:
         """Make a change that is due, unless it waits already."""

@@ -9,17 +9,18 @@ from services.gateway.admission.ownership import is_reached_elsewhere
 from services.gateway.admission.readmission import find_excess
 from services.gateway.admission.tokens import Tokens
 from services.gateway.registry.changes import ignore
-from services.gateway.registry.entry import Entry
+from services.gateway.registry.entry import Entry, Origin
 from services.gateway.registry.registry import Registry
 from shared.log import get_logger
 
 log = get_logger()
 
 
-def expel_loops(destinations: Destinations, registry: Registry) -> None:
+def expel_loops(destinations: Destinations, registry: Registry, expelled: set[str]) -> None:
     """Remove collectors whose copies would come back: a listener or an address may be newer than the entry.
 
-    While the kernel can't tell this host's addresses, none is removed.
+    Those of the settings are noted in `expelled`, by name: nobody signs them up again. While the kernel can't tell this
+    host's addresses, none is removed.
     """
     mine = (entry for entry in registry.entries() if not is_reached_elsewhere(entry, registry.node))
     try:
@@ -32,6 +33,7 @@ def expel_loops(destinations: Destinations, registry: Registry) -> None:
             clients=[entry.client.name for entry in loops[:10]],
             count=len(loops),
         )
+        expelled.update(entry.client.name for entry in loops if entry.origin is Origin.SETTINGS)
         registry.expel(loops)
 
 

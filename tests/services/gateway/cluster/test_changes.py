@@ -227,7 +227,7 @@ def test_a_look_for_loops_that_the_kernel_refuses_is_over() -> None:
         node.register("mine", 514)
         await until(lambda: node.answers, node)
         for left in (1, 0):
-            node.changes.make(partial(expel_loops, destinations, node.registry), over.append)
+            node.changes.make(partial(expel_loops, destinations, node.registry, set()), over.append)
             await until(lambda: over and len(node.registry) == left, node)  # noqa: B023
             over.clear()
             kernel.side_effect = None
