@@ -31,7 +31,8 @@ class OpenConnections:
         self.handler = handler
         self.settings = settings
         self.loop = asyncio.get_running_loop()
-        self.rate_limit = RateLimit(settings.requests_per_second, self.loop.time)
+        most_waiting = settings.max_connections_per_address
+        self.rate_limit = RateLimit(settings.requests_per_second, most_waiting, self.loop.time)
         self.receive_buffer = memoryview(bytearray(READ_SIZE))  # the loop fills it and hands it over in one step
         self.numbers = itertools.count(1)
         self._memory = memory

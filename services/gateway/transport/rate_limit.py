@@ -11,10 +11,13 @@ class RateLimit:
     """Lets `per_second` requests of each origin pass; remembers an origin only while it is faster.
 
     The generic cell rate algorithm: for each origin it keeps the time at which its requests would be done at that rate.
+    At most `most_waiting` of an origin wait at a time, one for each connection: what is owed beyond these was asked by
+    connections that have gone, and nobody else has to wait for that.
     """
 
-    def __init__(self, per_second: float, clock: Callable[[], float]) -> None:
+    def __init__(self, per_second: float, most_waiting: int, clock: Callable[[], float]) -> None:
         self._interval = 1 / per_second
+        self._most = BURST_SECONDS + most_waiting * self._interval
         self._clock = clock
         self._over_at: dict[str, float] = {}
 
@@ -24,7 +27,7 @@ class RateLimit:
     def note_request(self, origin: str) -> float:
         """Note a request, and return the seconds that it has to wait."""
         now = self._clock()
-        over_at = max(now, self._over_at.get(origin, now)) + self._interval
+        over_at = min(max(now, self._over_at.get(origin, now)) + self._interval, now + self._most)
         self._over_at[origin] = over_at
         return max(0.0, over_at - now - BURST_SECONDS)
 
