@@ -113,6 +113,8 @@ class Store:
         self._path = path
         self._clock = clock
         self._failed = False
+        self._closed = False
+        """The file was made anew, and could not be opened yet: changes are refused meanwhile."""
         self._kept = KeptDirectory(path.parent) if path else None
         self.restored = 0
         """Number of times that others have removed the file and it was made anew."""
@@ -177,8 +179,7 @@ class Store:
         database.execute("UPDATE state SET revision = ?, boot_id = ? WHERE boot_id <> ?", now)
         history = database.execute("SELECT epoch, file, group_secret FROM history").fetchall()
         ((self.epoch, kept_in, self.group_secret),) = msgspec.convert(history, tuple[_History])
-        file = self._path.stat() if self._path else None
-        identity = f"{file.st_dev} {file.st_ino}" if file else ""
+        identity = _identity(self._path) if self._path else ""
         # It may be a copy, of an earlier state.
         if not self.epoch or kept_in != identity or former != boot_id or damaged:
             self.epoch = secrets.token_urlsafe(12)
@@ -271,22 +272,34 @@ class Store:
         if self._path is None or self._kept is None:
             return
         self._kept.hold()
-        if self._path.exists():
+        if self._path.exists() and not self._closed:
             return
-        aside = self._path.with_name(f"{self._path.name}.anew")
         try:
-            aside.unlink(missing_ok=True)
-            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with contextlib.closing(sqlite3.connect(aside)) as copy:
-                self._database.backup(copy)  # what was removed is there as long as it is open
-            aside.rename(self._path)
-            self._database.close()  # takes a journal of that name away, so the new one is opened after it
+            if not self._closed:
+                self._write_anew(self._path)
             self._open(self._clock)
-        except (OSError, sqlite3.Error) as error:
+        except (OSError, sqlite3.Error, OperatorError, _DamagedError) as error:
             log.error("the registry's file was removed and can't be made anew", file=str(self._path), reason=str(error))
         else:
+            self._closed = False
             self.restored += 1
             log.warning("another program has removed the registry's file: it was made anew", file=str(self._path))
+
+    def _write_anew(self, path: Path) -> None:
+        """Write the file anew from the one that was removed, which is there as long as it is open; close that one."""
+        aside = path.with_name(f"{path.name}.anew")
+        aside.unlink(missing_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with contextlib.closing(sqlite3.connect(aside)) as copy:
+            self._database.backup(copy)
+            with copy:  # it is the same list, not a copy of an earlier state
+                copy.execute("UPDATE history SET file = ?", (_identity(aside),))
+        path.with_name(f"{path.name}-wal").unlink(
+            missing_ok=True
+        )  # it would be taken for that of the copy, which has it
+        aside.rename(path)
+        self._database.close()
+        self._closed = True
 
     def _write(self, event: Event) -> None:
         entry = event.entry
@@ -337,6 +350,11 @@ def _parse(name: str, text: bytes, now: float) -> Entry:
     entry = Entry(kept.client, kept.origin, peer, kept.ttl, float("inf"), 0, kept.held, now, kept.proven)
     entry.host, entry.home, entry.node, entry.boot = kept.host, kept.home, kept.node, kept.boot
     return entry
+
+
+def _identity(path: Path) -> str:
+    file = path.stat()
+    return f"{file.st_dev} {file.st_ino}"
 
 
 def _name_aside(path: Path) -> Path:

@@ -4,6 +4,7 @@ import sqlite3
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from structlog.testing import capture_logs
@@ -315,6 +316,37 @@ def test_boot_id_comes_from_systemd_where_the_file_is_hidden(
     monkeypatch.setenv("BOOT_ID", known.replace("-", ""))
     with opened(path) as store:
         assert store.revision == 1
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_file_that_others_have_removed_is_made_anew(path: Path, busy: bool) -> None:
+    """It has the same list under the same epoch; where it can't be opened at once, changes are refused until it can."""
+    with opened(path) as store, contextlib.closing(sqlite3.connect(path.with_name("other"))) as other:
+        registry = registry_on(store)
+        join(registry, "one")
+        epoch, secret, rename = store.epoch, store.group_secret, Path.rename
+
+        def rename_and_lock(aside: Path, target: Path) -> Path:
+            """Let another program have the file as soon as it is there."""
+            other.execute("ATTACH ? AS it", (str(rename(aside, target)),))
+            other.execute("BEGIN EXCLUSIVE")
+            other.execute("DELETE FROM it.past")
+            return target
+
+        path.unlink()
+        with capture_logs() as logs, patch.object(Path, "rename", rename_and_lock if busy else rename):
+            store.keep_file()
+        if busy:
+            assert "in use by another gateway" in logs[0]["reason"]
+            with pytest.raises(OSError, match="can't be written to disk"):
+                join(registry, "two")
+            other.close()
+            store.keep_file()
+        assert (store.epoch, store.group_secret, store.restored) == (epoch, secret, 1)
+        join(registry, "two")
+    with opened(path) as store:
+        assert [entry.client.name for entry in store.entries] == ["one", "two"]
+        assert (store.epoch, store.group_secret) == (epoch, secret)
 
 
 def test_keep_is_all_or_nothing(path: Path) -> None:
