@@ -2,6 +2,7 @@
 
 import socket
 import ssl
+import struct
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
@@ -202,11 +203,17 @@ def _connect(access: Access) -> socket.socket:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     else:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        # The kernel waits while the listener's queue is full; with Python's timeout connect(2) says EAGAIN at once.
+        seconds, part = divmod(CONNECT_SECONDS, 1)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(seconds), int(part * 1e6)))
     try:
         if endpoint.path:
             connection.connect(endpoint.path)
         # It takes the socket over, and closes it when the handshake fails.
         return access.tls.wrap_socket(connection, server_hostname=endpoint.host) if access.tls else connection
+    except BlockingIOError:
+        connection.close()
+        raise TimeoutError("timed out") from None
     except OSError:
         connection.close()
         raise
