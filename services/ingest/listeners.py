@@ -61,10 +61,7 @@ def listeners_of(worker: str, streams: Iterable[Stream], settings: Settings) -> 
     every = {(stream.name, endpoint): stream for stream in streams for endpoint in stream.endpoints}
     if worker.endswith("1" if settings.bus.connect else ".1"):
         return every
-    served = {listener: stream for listener, stream in every.items() if is_shareable(listener[1])}
-    if left := [str(endpoint) for _, endpoint in every.keys() - served.keys()]:
-        log.info("listeners that can't be shared are left to the first worker of this host", listen=sorted(left))
-    return served
+    return {listener: stream for listener, stream in every.items() if is_shareable(listener[1])}
 
 
 def reopen(

@@ -133,6 +133,9 @@ class Worker:
                 self._start(wanted[name, endpoint], endpoint, sock, granted)
         self._listening, self._streams = listening, {stream.name: stream for stream in streams}
         warn_of_small_buffers(granted)
+        every = [(stream.name, endpoint) for stream in streams for endpoint in stream.endpoints]
+        if left := [str(listener[1]) for listener in every if listener not in wanted]:
+            log.info("listeners that can't be shared are left to the first worker of this host", listen=left)
         self._spreader.renew()
         self._fill.smallest_buffer = min(map(receive_buffer, self._receivers), default=0)
 

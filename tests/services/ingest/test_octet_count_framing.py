@@ -179,7 +179,7 @@ class Looked:
 )
 @pytest.mark.parametrize("size", [1, 700, 20_100])
 def test_no_byte_is_looked_at_often(stream: bytes, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However long a message is, and in however many pieces it comes, each piece costs what it has of new bytes."""
+    """A long message, in many pieces or with many messages behind, costs in each piece what that has of new bytes."""
     patterns = []
     for name in ("OCTET_COUNT", "PERHAPS_COUNT", "NEXT_COUNT", "END", "EMPTY"):
         patterns.append(Looked(getattr(octet_count_framing, name)))

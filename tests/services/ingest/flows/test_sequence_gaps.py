@@ -639,7 +639,7 @@ def test_forged_gaps_cost_as_many_steps_as_datagrams(monkeypatch: pytest.MonkeyP
 
 
 def test_forged_gaps_take_a_bounded_time() -> None:
-    """What ports may fill of each other's gaps costs so much a second; beyond that it is unsure. A lone one misses."""
+    """Ports that may fill each other's gaps cost so much a second; beyond that these are unsure. A lone one misses."""
     account: Counter[str] = Counter()
     exporters = ExporterTracker("netflow", account)
     (*_, (_, tracker)) = exporters._kinds
