@@ -175,7 +175,7 @@ def test_socket_that_was_passed_tells_marks_alone(lab: None) -> None:
 
 
 def test_replies_leave_without_the_mark_of_what_they_answer(lab: None) -> None:
-    """Where marks are read, datagrams are answered all the same: a reply bears none, which would need a privilege."""
+    """A datagram whose mark is read is answered all the same: a reply bears none, which would need a privilege."""
     with ExitStack() as opened:
         sock, sender = (opened.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) for _ in range(2))
         sock.bind(("127.0.0.1", 0))

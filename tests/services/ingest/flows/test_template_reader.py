@@ -301,7 +301,7 @@ def test_a_flood_of_new_templates_costs_no_more_than_its_budget() -> None:
 
 
 def test_short_new_templates_cost_their_budget_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However short they are, only so many datagrams are read; of strangers the rest is not even picked."""
+    """Short datagrams are read no more than long ones would be; of strangers the rest is not even picked."""
     picked: list[bytes] = []
     recognize = template_cache.TemplateCache.recognize
 
@@ -403,7 +403,7 @@ def defining_sets(version: int) -> st.SearchStrategy[bytes]:
 def test_whatever_is_defined_is_bounded_and_can_be_sent(
     version: int, data: st.DataObject, numbers: list[int], cuts: list[int], hours: list[int]
 ) -> None:
-    """Whatever strangers define, at whatever times: what is kept and renewed can be read, and takes what is counted."""
+    """Strangers define anything, at any time: what is kept and renewed can be read, and its size is what is counted."""
     sets = st.lists(defining_sets(version), max_size=4)
     sent: list[Sent] = [
         (SOURCE, datagram(version, number, *data.draw(sets), uptime=1000 * (number % 3)), 2055 + number % 2)
