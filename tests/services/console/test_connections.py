@@ -46,7 +46,7 @@ class Site:
         return await asyncio.open_connection("127.0.0.1", self.port, local_addr=(source, 0), **secure)
 
     async def answers(self, source: str = "127.0.0.1") -> bool:
-        """Whether a request on a connection of its own is answered."""
+        """Return whether a request on a connection of its own is answered."""
         try:
             reader, writer = await self.connect(source, **({"ssl": self._context} if self._context else {}))
         except ConnectionError:
@@ -172,7 +172,7 @@ def test_one_address_leaves_room_for_others(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 def test_all_addresses_leave_room_for_one_that_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many addresses have connections, there is a limit of all; the log names whom it refuses."""
+    """Connections of all addresses together have a limit; the log names the address that is refused."""
     monkeypatch.setattr(connections, "MAX_OPEN", 4)
 
     async def test(site: Site) -> None:
