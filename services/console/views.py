@@ -132,6 +132,7 @@ def show(picture: Picture, history: History, wish: Wish, clock: float, *, whole:
         ],
         "all_losses": len(picture.losses),
         "journal": [show_kept(each, collectors or ()) for each in picture.kept],
+        "nodes": show_nodes(picture),
         "flow": flow(picture),
     }
 
@@ -169,6 +170,25 @@ def show_kept(kept: KeptStream, collectors: Iterable[Collector]) -> View:
         "failing": bool(kept.account.get(WRITE_ERRNO)),
         "owed": owed[:MAX_OWED],
         "all_owed": len(owed),
+    }
+
+
+def show_nodes(picture: Picture) -> View | None:
+    """Return the rows of a cluster's nodes; None: this host is none."""
+    if picture.nodes is None:
+        return None
+    return {
+        "majority": picture.nodes.majority,
+        "rows": [
+            {
+                "name": each.name,
+                "state": each.state,
+                "silent": None if each.age_ms < 0 else each.age_ms / 1000,
+                "behind": each.pending,
+                "collectors": picture.served.get(each.name, 0),
+            }
+            for each in picture.nodes.nodes
+        ],
     }
 
 

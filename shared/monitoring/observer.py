@@ -50,6 +50,7 @@ from shared.ledger.counters import (
 from shared.ledger.equations import lost
 from shared.losses import causes, losses
 from shared.monitoring.balance import Balance
+from shared.monitoring.cluster import Cluster
 from shared.monitoring.kept import Owed, kept_streams, owed
 from shared.monitoring.picture import (
     RECENT_SECONDS,
@@ -63,7 +64,6 @@ from shared.monitoring.picture import (
 )
 from shared.monitoring.shares import Shares
 from shared.monitoring.verdict import judge
-from shared.owners import Owners
 
 TOPICS: Final = ("status/", HEALTH_PREFIX, REGISTRY_TOPIC, EXPORTERS_PREFIX, NODES_TOPIC)
 SILENT_SECONDS: Final = 3.5 * INTERVAL_SECONDS
@@ -121,8 +121,7 @@ class Observer:
         self._reports = Reports()
         self._told: dict[str, _Told] = {}
         self._replica = RegistryReplica()
-        self._owners = Owners()
-        self._nodes: Nodes | None = None
+        self._cluster = Cluster()
         self._troubles: dict[str, dict[tuple[str, int], tuple[Trouble, float]]] = {}
         """By source: the collectors that have a trouble, and its start; {} once all are told to be well."""
         self._troubles_at: dict[str, float] = {}
@@ -171,10 +170,7 @@ class Observer:
         elif isinstance(body, RegistrySnapshot | RegistryChange):
             self._replica.apply_message(envelope, body)
         elif isinstance(body, Nodes):
-            if not self._owners.nodes:
-                self._owners = Owners(body.nodes[0].name, [node.name for node in body.nodes])
-            self._nodes = body
-            self._owners.note(body)
+            self._cluster.note(body)
         elif isinstance(body, Health):
             pieces = self._assemblers[body.source].add((envelope.boot, body.report), body)
             if pieces is not None:
@@ -209,7 +205,8 @@ class Observer:
         return Picture(
             *(now, verdict, self._balanced, self._found, streams, collectors, exporters, services, found),
             *(tuple(kept_streams(accounts)), egress_accounts(accounts.values()), seconds),
-            self._nodes if "uplink.1" in accounts else None,
+            self._cluster.nodes if "uplink.1" in accounts else None,
+            self._cluster.served(each.client for each in collectors or ()),
         )
 
     def _forget(self, now: float) -> None:
@@ -336,7 +333,7 @@ class Observer:
         heard_at = self._troubles_at.get(client.source)
         if client.withheld:
             return before if before and before[0] == "withheld" else ("withheld", now if before else None)
-        if self._owners.owner(client) not in (self._owners.own, ""):
+        if self._cluster.is_elsewhere(client):
             return "elsewhere", None
         if heard_at is None or service is None or now - heard_at > SILENT_SECONDS:
             early = not self._told or now - self._began < SILENT_SECONDS

@@ -174,3 +174,5 @@ class Picture:
     """Time that `recent` counts cover: less, where the observer has not been there for so long."""
     nodes: Nodes | None = None
     """The nodes of the cluster; None: this host is none, or its uplink does not report."""
+    served: Mapping[str, int] = field(default_factory=dict)
+    """Collectors by the node that serves them; "": nobody does."""

@@ -70,6 +70,13 @@ const tables = {
     { title: "state", text: (row) => (row.failing ? "can't write" : "writes"), tone: (row) => (row.failing ? "bad" : "") },
     { title: "owed to", text: (row) => row.owed.map((each) => `${each.collector} ${short(each.datagrams)}`).join(", ") + (row.all_owed > row.owed.length ? ` and ${row.all_owed - row.owed.length} more` : "") || "nobody" },
   ], { empty: "no stream is kept" }),
+  nodes: new Table(find("nodes"), "Nodes", [
+    { title: "node", text: (row) => row.name },
+    { title: "state", ...word },
+    { title: "heard", class: number, text: (row) => (row.silent === null ? "never" : row.silent ? `${row.silent.toFixed(1)} s ago` : "here") },
+    { title: "behind", class: `${number} medium`, text: (row) => whole(row.behind), hint: () => "messages of it that are still to come" },
+    { title: "collectors", class: number, text: (row) => whole(row.collectors) },
+  ], { empty: "no node" }),
   services: new Table(find("services"), "Services", [
     { title: "service", text: (row) => row.name },
     { title: "state", ...word },
@@ -156,6 +163,8 @@ function show(view) {
   find("journal").hidden = view.journal.length === 0;
   view.journal.forEach((row) => (row.key = row.stream));
   tables.journal.show(view.journal);
+  find("nodes").hidden = view.nodes === null;
+  if (view.nodes) showNodes(view.nodes);
   view.services.forEach((row) => {
     row.key = row.name;
     row.health = row.silent ? "silent" : "ok";
@@ -163,6 +172,18 @@ function show(view) {
   });
   tables.services.show(view.services);
   flow.draw(view.flow);
+}
+
+const NODE_WORDS = { live: "ok", joining: "slow", silent: "silent" };
+
+function showNodes(nodes) {
+  for (const row of nodes.rows) {
+    row.key = row.name;
+    row.health = NODE_WORDS[row.state] || UNKNOWN;
+    row.healthText = row.state;
+  }
+  tables.nodes.show(nodes.rows);
+  say(tables.nodes.title, nodes.majority ? "they share out the collectors" : "this one hears neither most of them nor JetStream");
 }
 
 function counted(table) {

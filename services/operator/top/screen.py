@@ -68,6 +68,8 @@ def _table(state: ScreenState, picture: Picture, width: int, height: int) -> lis
     tabs = Text()
     for number, each in enumerate(VIEWS, 1):
         rows = each.rows(picture)
+        if each.name == "nodes" and rows is None and each is not view:
+            continue  # this host is no node, and the others need the room
         name = f"{number} {each.name} {UNKNOWN if rows is None else len(rows)}"
         tabs.append(f" {name} ", "reverse" if each is view else "").append(" ")
     found = select(view.rows(picture) or [], state.filter, sorting.by, descending=sorting.descending)
@@ -137,4 +139,4 @@ def _foot(state: ScreenState) -> Text:
     if state.typing:
         return Text(f"filter: {state.filter}_", "reverse")
     other = "rates" if state.mode == "totals" else "totals"
-    return Text(f"1-3 view  s sort  r turn  / filter  t {other}  p pause  ? help  q end", "dim")
+    return Text(f"1-5 view  s sort  r turn  / filter  t {other}  p pause  ? help  q end", "dim")

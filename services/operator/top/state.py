@@ -6,7 +6,7 @@ from typing import Final
 from services.operator.top.views import VIEWS, Mode, TableView
 
 KEYS: Final = (
-    ("1 2 3 4, Tab", "streams, exporters, collectors, journal; the next of them"),
+    ("1 to 5, Tab", "streams, exporters, collectors, journal, nodes; the next of them"),
     ("s S", "sort by the next column, by the one before"),
     ("r", "turn the order round"),
     ("/", "filter: type some text, then Enter; Esc shows all again"),
@@ -65,7 +65,7 @@ class ScreenState:
         elif self.helping:
             self.helping = False
             self.ended = key == "q"
-        elif key in ("1", "2", "3", "4", "\t"):
+        elif key in ("1", "2", "3", "4", "5", "\t"):
             self.view_number = (self.view_number + 1) % len(VIEWS) if key == "\t" else int(key) - 1
             self.top = 0
         elif key in ("s", "S"):

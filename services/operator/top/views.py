@@ -1,4 +1,4 @@
-"""Views of a picture as rows of values: streams, exporters, collectors, the journal. No I/O."""
+"""Views of a picture as rows of values: streams, exporters, collectors, the journal, nodes. No I/O."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -154,6 +154,18 @@ def _journal(picture: Picture) -> list[Row]:
     ]
 
 
+def _nodes(picture: Picture) -> list[Row] | None:
+    if picture.nodes is None:
+        return None
+    return [
+        (
+            *(each.name, each.state, None if each.age_ms < 0 else each.age_ms / 1000),
+            *(each.pending, picture.served.get(each.name, 0)),
+        )
+        for each in picture.nodes.nodes
+    ]
+
+
 def _time(at: float | None) -> str:
     return "" if at is None else f"{datetime.fromtimestamp(at):%F %T}"
 
@@ -228,8 +240,20 @@ VIEWS: Final = (
         _journal,
         by=3,
     ),
+    TableView(
+        "nodes",
+        (
+            Column("node", 10),
+            Column("state", 9),
+            Column("silent for", 7, lasting),
+            Column("behind", 6, show_count),
+            Column("collectors", 8, show_count),
+        ),
+        _nodes,
+        by=4,
+    ),
 )
-"""In the order of their keys, 1 to 4."""
+"""In the order of their keys, 1 to 5."""
 
 
 def select(rows: Sequence[Row], text: str, by: int, *, descending: bool) -> list[Row]:

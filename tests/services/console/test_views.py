@@ -4,6 +4,7 @@ import msgspec
 
 from services.console.history import STEP_SECONDS, STEPS, History
 from services.console.views import FLOW_COLLECTORS, MAX_ROWS, Wish, flow, show
+from shared.bus.bodies.nodes_message import Node, Nodes
 from tests.services.console.told import HOSTILE, busy, client, observe
 
 
@@ -37,6 +38,19 @@ def test_the_journal_and_whom_it_owes() -> None:
     assert kept["owed"] == [{"collector": HOSTILE, "datagrams": 5}]
     owed = {row["name"]: row["owed"] for row in view["collectors"]["rows"]}
     assert owed == {"siem": [], HOSTILE: [{"stream": "syslog", "datagrams": 5, "since": 7.0, "level_in": None}]}
+
+
+def test_the_nodes_of_a_cluster() -> None:
+    """A node's page has each node's state, when it was heard, how far it is behind, and how many it serves."""
+    assert show(busy(), History(), Wish(), 0.0, whole=False)["nodes"] is None
+    nodes = Nodes(False, [Node("a", "live", 0), Node("b", "silent", 2500, 7), Node("c", "silent")], ("a",))
+    view = show(replace(busy(), nodes=nodes, served={"a": 2}), History(), Wish(), 0.0, whole=False)["nodes"]
+    assert view["majority"] is False
+    assert [tuple(row.values()) for row in view["rows"]] == [
+        ("a", "live", 0.0, 0, 2),
+        ("b", "silent", 2.5, 7, 0),
+        ("c", "silent", None, 0, 0),
+    ]
 
 
 def test_many_collectors_are_a_few_rows_and_nodes() -> None:

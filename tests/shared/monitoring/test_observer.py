@@ -1,3 +1,4 @@
+from collections import Counter
 from typing import Any
 
 import msgspec
@@ -5,6 +6,7 @@ import pytest
 
 from shared.bus.bodies.exporters_message import Exporters
 from shared.bus.bodies.health_message import Health, Troubled
+from shared.bus.bodies.nodes_message import Node, Nodes
 from shared.bus.messages import Body, Message, RegistrySnapshot, Status
 from shared.client import Client, Withheld
 from shared.ledger.accounts import Accounts, unparse_origin
@@ -12,6 +14,7 @@ from shared.losses import PLACES, kind_of
 from shared.monitoring.observer import FORGET_SECONDS, SILENT_SECONDS, Observer
 from shared.monitoring.picture import RECENT_SECONDS, Collector, Picture
 from shared.net.addresses import pack_address
+from shared.owners import owner_of
 from tests.builders import make_envelope
 
 SIEM = Client("siem", streams=("syslog",), generation=7, address="192.0.2.1", port=514, prefixes=("10.0.0.0/8",))
@@ -227,3 +230,25 @@ def test_withheld_collector_is_no_trouble() -> None:
         assert (siem.health, siem.withheld, siem.lost) == ("withheld" if withheld else "refusing", 9, 0)
         reasons = ("withheld by an admin: siem",) if withheld else ("refusing: siem",)
         assert (found.verdict.level, found.verdict.reasons) == ("ok" if withheld else "error", reasons)
+
+
+def test_nodes_and_how_many_each_serves() -> None:
+    """While an uplink reports, a node's picture has the nodes that it tells of, and whom each serves; others' none."""
+    told = Told()
+    told.everyone(expected=0)
+    clients = [msgspec.structs.replace(SIEM, name=f"c{number}", generation=number + 1) for number in range(20)]
+    told.tell(
+        "gateway.1",
+        RegistrySnapshot(1, 0, 1, [*clients, msgspec.structs.replace(SIEM, name="no collector", streams=())]),
+    )
+    assert (told.picture().nodes, told.picture().served) == (None, {})
+    nodes = Nodes(True, [Node("a", "live", 0), Node("b", "live", 300), Node("c", "silent")], ("a", "b"))
+    told.tell("uplink.1", nodes)
+    assert told.picture().nodes is None
+    told.status("uplink.1", {})
+    found = told.picture()
+    assert found.nodes == nodes
+    assert found.served == Counter(owner_of(each.name, ["a", "b"]) for each in clients)
+    assert sum(each.health == "elsewhere" for each in found.collectors or ()) == found.served["b"] > 0
+    told.tell("uplink.1", msgspec.structs.replace(nodes, majority=False, serving=()))
+    assert told.picture().served == {"": 20}

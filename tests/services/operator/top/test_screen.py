@@ -12,6 +12,7 @@ from services.operator.top.screen import draw
 from services.operator.top.state import KEYS, ScreenState
 from services.operator.top.terminal import split_keys
 from services.operator.top.views import VIEWS, lines, select
+from shared.bus.bodies.nodes_message import Node, Nodes
 from shared.client import Client
 from shared.losses import Loss
 from shared.monitoring.kept import KeptStream, Owed
@@ -85,7 +86,7 @@ def test_examples_in_the_docstrings_hold(module: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("width", [40, 80, 200])
-@pytest.mark.parametrize("key", ["1", "2", "3", "4"])
+@pytest.mark.parametrize("key", ["1", "2", "3", "4", "5"])
 @pytest.mark.parametrize("mode", ["", "t"])
 def test_a_frame_fits(width: int, key: str, mode: str) -> None:
     """At any width no line is wider and no frame is higher; the first column and the one of the order are there."""
@@ -110,6 +111,23 @@ def test_wide_and_narrow() -> None:
     assert {"collector", "health", "s▼", "lost/s"} <= {*narrow[4].split()}
     assert wide[:3][1:] == ["slow: c1", "1 service, 12 datagrams/s in, 3 copies/s out, 2 lost in 5 min"]
     assert wide[3].split() == ["1", "streams", "1", "2", "exporters", "1", "3", "collectors", "3", "4", "journal", "1"]
+
+
+def test_nodes_of_a_cluster() -> None:
+    """A node of a cluster has a view of them all; elsewhere it is not named, and empty."""
+    nodes = Nodes(True, [Node("a", "live", 0), Node("b", "silent", 2500, 7), Node("c", "silent")], ("a",))
+    told = picture(nodes=nodes, served={"a": 2, "c": 1})
+    frame = shown(draw(press("5"), told, 100, 24))
+    assert frame[3].endswith("5 nodes 3")
+    assert [line.split() for line in frame[4:8]] == [
+        ["node", "state", "silent", "for", "behind", "collectors▼"],
+        ["a", "live", "0", "s", "0", "2"],
+        ["c", "silent", "?", "0", "1"],
+        ["b", "silent", "2", "s", "7", "0"],
+    ]
+    assert "node\tb\tstate=silent\tsilent_for=2.5\tbehind=7\tcollectors=0" in lines(told)
+    assert shown(draw(press("5"), picture(), 100, 24))[3].endswith("5 nodes ?")
+    assert "nodes" not in shown(draw(press("1"), picture(), 100, 24))[3]
 
 
 def test_names_are_text() -> None:
@@ -173,8 +191,8 @@ def test_filter() -> None:
 
 def test_keys() -> None:
     """Views follow each other, the order goes from column to column that the mode has, help and pause are seen."""
-    assert [press(*["\t"] * count).view.name for count in range(5)] == [
-        *("streams", "exporters", "collectors", "journal", "streams")
+    assert [press(*["\t"] * count).view.name for count in range(6)] == [
+        *("streams", "exporters", "collectors", "journal", "nodes", "streams")
     ]
     chosen = press("s", "s")
     assert chosen.view.columns[chosen.sorting.by].name == "exporters"
