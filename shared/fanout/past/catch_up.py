@@ -211,9 +211,10 @@ class CatchUp(Generic[D]):
         else:
             resume = self._progress.resume(client.name, client.resume)
             pursued = self._begin(client.name, client.generation, stream, max(1, resume.since_ns), counts)
-            by_window = pursued.pursuit.by_window
-            places = self._possible(stream, resume.places, followed) if by_window else resume.places
-            pursued.pursuit.begin(places, followed)
+            without_journal = pursued.pursuit.by_window
+            pursued.pursuit.begin(
+                self._possible(stream, resume.places, followed) if without_journal else resume.places, followed
+            )
             if stream in self.rings.kept:  # one that was taken over: it is level within some seconds, whatever comes
                 pursued.pace = pursued.pursuit.behind(followed)
                 pursued.twice_until_ns = resume.twice_until_ns
