@@ -177,8 +177,6 @@ class CatchUp(Generic[D]):
             for stream in self._streams_to_begin(client) if not returning else self._journaled_of(client):
                 if (client.name, stream) not in self._pursued and self._begins(client, returning):
                     self._pursue(client, stream, returning=returning)
-            if client.resume is None:
-                self._progress.forget_level(client.name)
         self._begun = {client.name: client.generation for client in clients.values()}
         self._watch()
 

@@ -50,7 +50,7 @@ class Progress:
         self._level[name] = generation
 
     def forget_level(self, name: str) -> None:
-        """Note that a collector has nothing to resume, or is gone."""
+        """Note that a collector is gone."""
         self._level.pop(name, None)
 
     def tell_again(self, fresh: Iterable[str]) -> None:

@@ -12,7 +12,7 @@ import pytest
 from services.forwarder.destination import Destination
 from services.forwarder.service import ForwarderService
 from shared.bus import zmq_sockets
-from shared.bus.bodies.journal_messages import JOURNAL_TOPIC, JournalPortion, Replayed, WorkerPosition
+from shared.bus.bodies.journal_messages import JOURNAL_TOPIC, Behind, JournalPortion, Replayed, WorkerPosition
 from shared.bus.continuity import Position
 from shared.bus.messages import Body, Datagrams, Message, RegistrySnapshot, Status, datagrams_topic
 from shared.client import Place, Resume
@@ -151,6 +151,30 @@ def test_one_that_goes_away_while_another_catches_up_costs_nobody_anything(sende
         sender.publish(A, 3)
         until(sender, lambda: ("one", A) not in sender.pursued)
         assert read_all(sock) == [b"a%06d" % number for number in range(3)]
+
+
+def test_one_that_is_level_is_told_of_though_the_registry_changes_first(
+    sender: Sender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gateway hears that one which was away is level, also if another one signs up before the next report."""
+    sock, _ = open_receiver("127.0.0.1", 0)
+    port = sock.getsockname()[1]
+    siem = make_client("siem", port, streams=(A,), generation=5, catch_up=True)
+    sender.serve(siem)
+    sock.close()
+    catch_up, told = sender.service._catch_up, list[Behind]()
+    while not sender.pursued:  # the answer to a copy is read when the next one leaves
+        sender.publish(A, 1)
+        sender.turn()
+    with closing(open_receiver("127.0.0.1", port)[0]):
+        with monkeypatch.context() as patch:
+            patch.setattr(catch_up, "report", lambda: None)  # a second has not passed
+            until(sender, lambda: not sender.pursued)
+            sender.serve(siem, make_client("other", 9, generation=6))
+        monkeypatch.setattr(catch_up._progress, "_publish", told.extend)
+        catch_up.report()
+        catch_up.report()
+    assert [(each.name, each.generation, each.state) for each in told] == [("siem", 5, "level")]
 
 
 def test_a_collector_is_away_on_all_its_streams(sender: Sender, monkeypatch: pytest.MonkeyPatch) -> None:
