@@ -34,12 +34,13 @@ class ServeRequests:
         if len(self._waiting) < MAX_WAITING:
             self._waiting.append((self._clock() + REQUEST_SECONDS, boot, request))
 
-    def answer(self) -> None:
-        """Answer those whose revision is served: the replica's is, and its streams flow."""
+    def answer(self, joining_since: float) -> None:
+        """Answer those whose revision is served: the replica's is, its streams flow, and nobody of it is joining."""
         now, still_waiting = self._clock(), []
         for expires_at, boot, request in self._waiting:
-            if self._replica.holds(boot, request.revision):
-                self._publisher.publish(request.reply, ServeReply(request.id, self._replica.revision))
+            if self._replica.holds(boot, request.revision) and request.revision < joining_since:
+                served = int(min(self._replica.revision, joining_since - 1))
+                self._publisher.publish(request.reply, ServeReply(request.id, served))
             elif expires_at > now:
                 still_waiting.append((expires_at, boot, request))
         self._waiting = still_waiting

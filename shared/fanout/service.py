@@ -176,7 +176,7 @@ class CopyService(CopySender[D]):
     def _send_owed(self) -> None:
         """Go on with collectors that catch up, if that is due; live copies and templates go first."""
         late = time.monotonic() - self._catch_up.due_at
-        if late >= (BUSY_SECONDS if self._more else 0.0) and not self._templates:
+        if late >= (BUSY_SECONDS if self._more else 0.0):
             if self._kept.stale:
                 self._keep()  # a place that is not kept would be lost with this process
             self._catch_up.step()
@@ -200,8 +200,8 @@ class CopyService(CopySender[D]):
         if self._serving != self._replica.version:
             self._apply()
         self._templates.settle(self._streams)
-        if self._requests and self._serving == self._replica.version and self._streams.flowing and not self._templates:
-            self._requests.answer()
+        if self._requests and self._serving == self._replica.version and self._streams.flowing:
+            self._requests.answer(self._templates.joining_since)
         if self._awaited and self._serving == self._replica.version and not self._templates:
             self._awaited.answer()
         fresh, now = self._publisher.new_subscriptions(), time.monotonic()
@@ -311,7 +311,7 @@ class CopyService(CopySender[D]):
         self._collectors.replace(clients.values(), elsewhere.values())
         self._subscribe()
         self._catch_up.follow(clients, first=first)
-        self._templates.follow_collectors()
+        self._templates.follow_collectors(self._replica.revision)
         if first:
             self._resumption.begin(self._streams.workers_left, self._left.tables)
             self._left = Sheet()

@@ -7,6 +7,7 @@ is not for collectors that are *joining*. One that was served already gets the t
 Collectors of a group, and those that get one datagram in N, are sent all templates that come besides.
 """
 
+import math
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -57,6 +58,8 @@ class _Round:
     Collectors that are `joining` get nothing else of a worker before that.
     """
 
+    since: int = 0
+    """The first revision of the registry in which any of them may have joined."""
     joining: set[str] = field(default_factory=set)
     served: set[str] = field(default_factory=set)
     due: dict[Worker, int] = field(default_factory=dict)
@@ -90,6 +93,8 @@ class TemplateDelivery(Generic[D]):
         """Renewals, until the batch that has their datagrams comes: shares are the same for both then."""
         self._clock = clock
         self._streams: tuple[str, ...] = ()
+        self._followed = 0
+        """The revision of the registry whose collectors are known here."""
         self._renewed: dict[str, dict[str, str]] = {}
         """Streams whose renewals are subscribed to, and for whom: collectors, and their groups."""
         self._rounds: dict[str, _Round] = {}
@@ -114,16 +119,26 @@ class TemplateDelivery(Generic[D]):
     def ask(self, name: str, stream: str) -> None:
         """Ask for the templates of a stream for a collector that is served already."""
         if stream in self._streams:
-            self._next.setdefault(stream, _Round()).add(name, joining=False)
+            self._next.setdefault(stream, _Round(self._followed)).add(name, joining=False)
 
-    def follow_collectors(self) -> None:
-        """Ask for the templates that collectors need that have joined; follow what comes if any has a share."""
+    @property
+    def joining_since(self) -> float:
+        """The first revision of the registry of which a collector gets no copies yet; infinite: there is none."""
+        rounds = (*self._rounds.values(), *self._next.values())
+        return min((each.since for each in rounds if each.joining), default=math.inf)
+
+    def follow_collectors(self, revision: int) -> None:
+        """Ask for the templates that collectors need that have joined by a revision of the registry.
+
+        Follow what comes if any has a share.
+        """
+        since, self._followed = min(self._followed + 1, revision), revision
         joined, self._collectors.joined = self._collectors.joined, []
         for stream in self._streams:
             for client, before in joined:
                 if client.wants(stream):
                     joining = before is None or not before.wants(stream)
-                    self._next.setdefault(stream, _Round()).add(client.name, joining=joining)
+                    self._next.setdefault(stream, _Round(since)).add(client.name, joining=joining)
         for stream in {*self._streams, *self._renewed}:
             self._follow_renewals(stream, self._collectors.picking(stream) if stream in self._streams else {})
         self._ask()

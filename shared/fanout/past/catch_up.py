@@ -58,7 +58,7 @@ log = get_logger()
 class CatchUp(Generic[D]):
     """Brings the collectors of one sender back to live copies.
 
-    `send` gives collectors their rows, as of live batches. `due_at` is the time at which there is more to do.
+    `send` gives collectors their rows, as of live batches.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class CatchUp(Generic[D]):
         templates: TemplateDelivery[D],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.due_at = inf
+        self._due_at = inf
         self._publisher = publisher
         self._subscriber = subscriber
         self._streams = streams
@@ -99,8 +99,14 @@ class CatchUp(Generic[D]):
         """The collectors that are served, by generation."""
         self._before: tuple[Client, ...] = ()
         """The collectors that the last process served, until the first registry comes."""
+        self._templates = templates
         collectors.defer_by(self.owed.deferred)
         templates.keep_by(self.keep_templates)
+
+    @property
+    def due_at(self) -> float:
+        """The time at which there is more to do; there is nothing while templates are awaited, which go first."""
+        return inf if self._templates else self._due_at
 
     def use(self, settings: Settings) -> None:
         """Use the journaled streams of these settings, and their pace."""
@@ -245,7 +251,7 @@ class CatchUp(Generic[D]):
         if name in self._collectors:
             self._collectors.past.set_behind(name, stream)
         self._past.ask_templates(pursued)
-        self.due_at = 0.0
+        self._due_at = 0.0
         return pursued
 
     def _end(self, name: str, stream: str) -> None:
@@ -259,7 +265,7 @@ class CatchUp(Generic[D]):
         if not self._pursued:
             self._subscriber.unsubscribe(self._questions.topic)
             self._subscriber.unsubscribe(JOURNAL_STATUS)
-            self.due_at = inf
+            self._due_at = inf
 
     def _journaled_of(self, client: Client) -> set[str]:
         """Return the streams with a journal that a collector wants."""
@@ -274,7 +280,7 @@ class CatchUp(Generic[D]):
         numbered = self.rings.add(envelope, body, batch)
         if numbered and self._pursued:
             self._past.note_copied(self._pursued.values(), numbered)
-            self.due_at = min(self.due_at, self._clock())
+            self._due_at = min(self._due_at, self._clock())
         self._absences.note_live((envelope.sender, envelope.boot), batch.stream, envelope.total)
 
     def before_sending(self, stream: str) -> None:
@@ -309,14 +315,14 @@ class CatchUp(Generic[D]):
     def handle(self, message: Message) -> bool:
         """Handle a message of the journal; return whether it is one."""
         if handled := self._questions.handle(message, self._pursued.values()):
-            self.due_at = 0.0
+            self._due_at = 0.0
         return handled
 
     def step(self) -> None:
         """Ask the journal, send what is due, and let those that are level have live copies."""
         now = self._clock()
         if not self._pursued:
-            self.due_at = inf
+            self._due_at = inf
             return
         share = self._per_second / len(self._pursued)
         self._past.allow(self._pursued.values(), share, now)
@@ -337,7 +343,7 @@ class CatchUp(Generic[D]):
                 most = STEP_ROWS
                 break
         pause = min(BURST_SECONDS / 2, (STEP_ROWS / 2 - most) / share) if most >= 0 else IDLE_SECONDS
-        self.due_at = now + max(0.001, pause)
+        self._due_at = now + max(0.001, pause)
         if now >= self._report_at:
             self._report_at = now + REPORT_SECONDS
             self._tidy()

@@ -1,3 +1,4 @@
+import math
 from collections import Counter
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -58,7 +59,7 @@ class Sender:
     """A sender of copies without sockets: its subscriptions, its clock, and the payloads that its collectors get."""
 
     def __init__(self) -> None:
-        self.now = 10.0
+        self.now, self.revision = 10.0, 0
         self.subscriptions: Counter[str] = Counter()
         self.asked: list[str] = []
         self.published: Counter[str] = Counter()
@@ -94,8 +95,9 @@ class Sender:
 
     def serve(self, *clients: Client) -> None:
         """Apply a registry with these collectors."""
+        self.revision += 1
         self.collectors.replace(clients)
-        self.templates.follow_collectors()
+        self.templates.follow_collectors(self.revision)
 
     def hear(self, worker: tuple[str, int], body: Templates | Renewals) -> None:
         """Let a message come."""
@@ -230,6 +232,25 @@ def test_who_joins_during_a_round_waits_for_the_next() -> None:
     sender.answer(ONE, told("one"))
     sender.live(ONE, b"2")
     assert [texts(sender.got(name)) for name in "abc"] == [["one", "1", "2"], ["one", "2"], ["one", "2"]]
+
+
+def test_nobody_waits_for_those_who_join_later_or_are_served() -> None:
+    """The revisions before that of the first collector that still joins are served, whoever asks for templates."""
+    sender = Sender()
+    sender.serve(make_client("a"))
+    since = [sender.templates.joining_since]
+    sender.serve(make_client("a"), make_client("b", 10))
+    since.append(sender.templates.joining_since)
+    for worker in WORKERS:
+        sender.answer(worker)
+    sender.pass_time()
+    since.append(sender.templates.joining_since)
+    for worker in WORKERS:
+        sender.answer(worker)
+    sender.pass_time()
+    sender.serve(make_client("a", generation=2), make_client("b", 10))
+    assert [*since, sender.templates.joining_since] == [1, 1, 2, math.inf]
+    assert sender.templates
 
 
 def test_a_worker_that_does_not_answer_is_not_waited_for() -> None:

@@ -117,5 +117,10 @@ def test_names_are_looked_up_beside_the_loop(monkeypatch: pytest.MonkeyPatch) ->
     assert not followed.settled
     assert loops(("192.0.2.7", 514), ("192.0.2.8", 516), ("192.0.2.9", 517)) == [True, False, True]
     may_answer.set()
-    wait_until(lambda: (followed.tick(), followed.settled)[1], "both names are looked up")
+
+    def settled() -> bool:
+        followed.tick()
+        return followed.settled
+
+    wait_until(settled, "both names are looked up")
     assert loops(("192.0.2.7", 514), ("192.0.2.8", 516), ("192.0.2.7", 515)) == [True, True, False]

@@ -1,5 +1,6 @@
 """Collectors that are away on some streams and not on others, and what they are owed then: a forwarder, played to."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -23,6 +24,7 @@ from shared.fanout.past.past_sender import STEP_ROWS
 from shared.fanout.past.rings import Rings
 from shared.fanout.past.window import SECONDS
 from shared.fanout.sending.backlog import Backlog
+from shared.fanout.templates import TemplateDelivery
 from shared.settings.entries import Stream
 from shared.settings.model import Settings
 from shared.settings.tables import Bus
@@ -79,7 +81,7 @@ class Sender:
     def turn(self) -> None:
         """Let it do what is due, and let the journal answer."""
         catch_up = self.service._catch_up
-        catch_up.due_at = 0.0
+        catch_up._due_at = 0.0
         self.service._turn()
         self.service._keep_up()
         for (_, stream), pursued in list(catch_up._pursued.items()):
@@ -132,6 +134,15 @@ def until(sender: Sender, done: Callable[[], object]) -> None:
         return bool(done())
 
     wait_until(turned, lambda: f"{sender.pursued}")
+
+
+def test_nothing_is_due_while_templates_are_awaited(sender: Sender, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Templates go before the past: what is due only after them does not keep the loop awake."""
+    catch_up = sender.service._catch_up
+    catch_up._due_at = 1.0
+    assert catch_up.due_at == 1.0
+    monkeypatch.setattr(TemplateDelivery, "__bool__", lambda _: True)
+    assert catch_up.due_at == math.inf
 
 
 def test_one_that_goes_away_while_another_catches_up_costs_nobody_anything(sender: Sender) -> None:
