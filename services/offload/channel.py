@@ -9,12 +9,10 @@ from typing import Annotated, Final, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
-from services.offload.kernel_plan import KernelPlan
+from services.offload.kernel_plan import MAX_REQUEST, KernelPlan
 from shared.bus.bodies.packing import pack, unpack
 
 LENGTH: Final = struct.Struct(">I")
-MAX_REQUEST: Final = 16 << 20
-"""Bytes: 10,000 copies with 20 prefixes each."""
 CREDENTIALS: Final = struct.Struct("=iII")
 """struct ucred: process, user, group (unix(7)); the kernel fills it in."""
 ANCILLARY: Final = socket.CMSG_SPACE(CREDENTIALS.size)

@@ -11,6 +11,8 @@ from msgspec import Meta
 
 from shared.datagrams.limits import BUCKETS
 
+MAX_REQUEST: Final = 16 << 20
+"""Bytes of a plan, packed, as the applier takes it: 10,000 copies with 20 prefixes each."""
 MAX_COPIES: Final = 10_000
 """As many as the registry may have clients."""
 MAX_STREAMS: Final = 1024

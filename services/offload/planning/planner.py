@@ -12,8 +12,12 @@ from typing import Final
 import msgspec
 
 from services.offload.kernel_plan import (
+    MAX_COPIES,
     MAX_INTERFACES,
+    MAX_LISTENERS,
+    MAX_REQUEST,
     MAX_SHARED,
+    MAX_STREAMS,
     NO_COPIES,
     Copy,
     KernelPlan,
@@ -30,9 +34,26 @@ from shared.net.addresses import V4_MAPPED, is_inside, pack_network
 OVERLAPPING: Final = "the prefixes of too many collectors overlap"
 UNLIKE: Final = "members of its group differ in streams or prefixes"
 GROUPS: Final = "there are too many groups"
+MANY_PLACES: Final = "its streams have too many addresses and ports together"
+LARGE: Final = "there are too many collectors, with their prefixes, for one plan"
+
+COPIES_BYTES: Final = MAX_REQUEST * 3 // 4
+STREAMS_BYTES: Final = MAX_REQUEST // 4 - 4096
+"""Room in a plan for copies, and for streams beside the places of their copies."""
+COPY_BYTES: Final = 360
+PREFIX_BYTES: Final = 24
+INDEX_BYTES: Final = 3
+STREAM_BYTES: Final = 100
+LISTENER_BYTES: Final = 24
+"""The most that they take in a packed plan: a copy without prefixes and share, a copy's place in a stream."""
+
+MAX_LENGTH: Final = 65_535
+"""Bytes of an IP packet."""
 
 Place = tuple[str, int]
 """An address and a port."""
+Listeners = dict[int, dict[str, tuple[Listener, ...]]]
+"""By IP version and stream."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,12 +133,13 @@ def make_plan(clients: Iterable[Client], facts: Facts, limits: Limits, counter_o
     clients = list(clients)
     reasons: dict[str, str] = {}
     found: dict[int, list[Served]] = {4: [], 6: []}
+    listeners = _listeners(facts)
     shares = _shares(clients)
     for client in clients:
         if not client.streams:
             continue
         share = shares.get(client.name) if client.group else b""
-        served = UNLIKE if share is None else _serve(client, share, facts, limits, counter_of)
+        served = UNLIKE if share is None else _serve(client, share, facts, listeners, limits, counter_of)
         if isinstance(served, str):
             reasons[client.name] = served
         else:
@@ -125,9 +147,11 @@ def make_plan(clients: Iterable[Client], facts: Facts, limits: Limits, counter_o
     for version, served_all in found.items():
         found[version], dropped = _within_bounds(served_all, version)
         reasons |= dropped
+    reasons |= _drop_beyond_size(found)
     left = [client for client in clients if client.name in reasons]
+    unseen = {version: {*limits.unseen} - _seen(left, found, version, facts) for version in found}
     streams = {
-        version: _streams(served, version, facts, counter_of, {*limits.unseen} - _seen(left, found, version, facts))
+        version: _streams(served, version, listeners[version], facts, counter_of, unseen[version])
         for version, served in found.items()
     }
     return Planned(
@@ -161,22 +185,40 @@ def _shares(clients: Iterable[Client]) -> dict[str, bytes]:
     return shares
 
 
+def _listeners(facts: Facts) -> Listeners:
+    """Return the listeners that a plan has room for; a stream that has too many in a version has none there."""
+    found: Listeners = {4: {}, 6: {}}
+    left = STREAMS_BYTES
+    for name, places in facts.listeners.items():
+        for version, streams in found.items():
+            some = [place for place in sorted(places) if _version(place[0]) == version]
+            size = STREAM_BYTES + LISTENER_BYTES * len(some)
+            if 0 < len(some) <= MAX_LISTENERS and size <= left and len(streams) < MAX_STREAMS // 2:
+                streams[name] = tuple(Listener(_packed(address), port) for address, port in some)
+                left -= size
+    return found
+
+
 def _serve(
-    client: Client, share: bytes, facts: Facts, limits: Limits, counter_of: Callable[[str], int]
+    client: Client,
+    share: bytes,
+    facts: Facts,
+    listeners: Listeners,
+    limits: Limits,
+    counter_of: Callable[[str], int],
 ) -> Served | str:
     """Return how a collector is served, or the reason why it is not."""
     reason = _reason_without_way(client, facts, limits)
     if reason:
         return reason
     version = _version(client.address)
-    streams = tuple(
-        name
-        for name, places in facts.listeners.items()
-        if client.wants(name) and any(_version(address) == version for address, _ in places)
-    )
+    streams = tuple(name for name in listeners[version] if client.wants(name))
     if not facts.interfaces:
         return "no interface of [offload] interfaces is there"
     if not streams:
+        wanted = [places for name, places in facts.listeners.items() if client.wants(name)]
+        if any(_version(address) == version for places in wanted for address, _ in places):
+            return MANY_PLACES
         return f"its streams have no udp:// listener for other hosts over IPv{version}, or offload = false"
     prefixes = tuple(_prefixes(client, version))
     if client.prefixes and not prefixes:
@@ -264,6 +306,23 @@ def _within_bounds(served: list[Served], version: int) -> tuple[list[Served], di
     return [each for each in served if each.client.name not in dropped], dropped
 
 
+def _drop_beyond_size(found: dict[int, list[Served]]) -> dict[str, str]:
+    """Keep who fits into a plan, in order; return the reasons of the others, by name."""
+    dropped: dict[str, str] = {}
+    room, left = MAX_COPIES, COPIES_BYTES
+    for version, served in found.items():
+        found[version] = []
+        for each in served:
+            size = COPY_BYTES + len(each.copy.share) + PREFIX_BYTES * len(each.copy.prefixes)
+            size += INDEX_BYTES * len(each.streams)
+            if room and size <= left:
+                room, left = room - 1, left - size
+                found[version].append(each)
+            else:
+                dropped[each.client.name] = LARGE
+    return dropped
+
+
 def _count_shared(served: list[Served], sets: Iterable[frozenset[int]]) -> int:
     general = [each.copy for each in served if not each.copy.prefixes]
     return count_shared([general, *([served[place].copy for place in sorted(places)] for places in sets)])
@@ -280,19 +339,21 @@ def _seen(left: Iterable[Client], served: Mapping[int, list[Served]], version: i
 
 
 def _streams(
-    served: list[Served], version: int, facts: Facts, counter_of: Callable[[str], int], unseen: Collection[str]
+    served: list[Served],
+    version: int,
+    listeners: Mapping[str, tuple[Listener, ...]],
+    facts: Facts,
+    counter_of: Callable[[str], int],
+    unseen: Collection[str],
 ) -> tuple[StreamCopies, ...]:
     """Return the copies of each stream that has any, of collectors of one IP version."""
-    arriving = max(facts.interfaces.values(), default=0)
+    arriving = min(MAX_LENGTH, max(facts.interfaces.values(), default=0))
     found = []
-    for name, places in facts.listeners.items():
+    for name, places in listeners.items():
         copies = tuple(place for place, each in enumerate(served) if name in each.streams)
-        listeners = tuple(
-            Listener(_packed(address), port) for address, port in sorted(places) if _version(address) == version
-        )
         if copies:
             leaving = min(served[place].mtu for place in copies)
             longest = leaving if leaving < arriving else 0
             counter = counter_of(f"{'unseen' if name in unseen else 'stream'}/{name}/{version}")
-            found.append(StreamCopies(name, 1, counter, listeners, copies, longest, name in unseen))
+            found.append(StreamCopies(name, 1, counter, places, copies, longest, name in unseen))
     return tuple(found)

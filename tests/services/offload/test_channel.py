@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from services.offload.channel import (
     LENGTH,
-    MAX_REQUEST,
     Answer,
     ClosedError,
     Request,
@@ -22,6 +21,7 @@ from services.offload.channel import (
     receive,
     send,
 )
+from services.offload.kernel_plan import MAX_REQUEST
 from tests.services.offload.applying.test_policy import PLAN
 
 

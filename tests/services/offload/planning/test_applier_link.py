@@ -7,7 +7,8 @@ from contextlib import closing
 
 import pytest
 
-from services.offload.channel import LENGTH, MAX_REQUEST, Answer, Request, receive, send
+from services.offload.channel import LENGTH, Answer, Request, receive, send
+from services.offload.kernel_plan import MAX_REQUEST
 from services.offload.planning.applier_link import ApplierLink
 
 GONE = "the applier has ended, and its rules with it"

@@ -9,9 +9,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.offload.applying.policy import Policy
-from services.offload.kernel_plan import NO_COPIES, Copy, Listener, buckets_of
-from services.offload.planning.planner import Facts, Limits, Planned, Way, kernel_plan, make_plan
+from services.offload.channel import Request
+from services.offload.kernel_plan import (
+    MAX_LISTENERS,
+    MAX_STREAMS,
+    NO_COPIES,
+    Copy,
+    KernelPlan,
+    Listener,
+    buckets_of,
+)
+from services.offload.planning import planner
+from services.offload.planning.planner import (
+    COPY_BYTES,
+    LARGE,
+    MANY_PLACES,
+    Facts,
+    Limits,
+    Planned,
+    Way,
+    kernel_plan,
+    make_plan,
+)
 from services.offload.source_classes import TooManyError, divide
+from shared.bus.bodies.packing import pack, unpack
 from shared.client import Client, Resume, Withheld
 from shared.datagrams.limits import BUCKETS
 from shared.datagrams.routing import shares_of
@@ -176,6 +197,43 @@ def test_groups_are_bounded() -> None:
     assert not plan(client("all"), *many[1:]).reasons
 
 
+def packed_size(made: KernelPlan) -> int:
+    """The bytes of a plan's request, which the applier must be able to read."""
+    data = pack(Request("apply", 1 << 62, made))
+    assert unpack(data, Request).plan == made
+    return len(data)
+
+
+def test_who_does_not_fit_into_a_plan_is_left_to_the_senders(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The size of the whole decides, and the number: those who come first are served by a plan that can be read."""
+    nets = tuple(f"2001:db8:{number:x}::/48" for number in range(256))
+    many = [client(f"{number:0>255}", "fd02::1", prefixes=nets, source="relay") for number in range(9)]
+    few = [client(f"c{number}") for number in range(9)]
+    monkeypatch.setattr(planner, "COPIES_BYTES", 30_000)
+    planned = plan(*many, *few)
+    assert len(planned.served[6]) == 4
+    assert planned.reasons == {each.name: LARGE for each in many[4:]}
+    assert packed_size(kernel_plan(planned, {4: 1, 6: 2})) <= 30_000 + 4096
+    monkeypatch.setattr(planner, "MAX_COPIES", 6)
+    assert plan(*few, *many).reasons == {each.name: LARGE for each in (*few[6:], *many)}
+
+
+def test_streams_with_too_many_listeners_are_left_to_the_senders(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Addresses and ports of a stream are bounded, those of all streams, and the streams; each IP version by itself."""
+    places = {(f"10.1.{number >> 8}.{number & 255}", 2055) for number in range(MAX_LISTENERS + 1)}
+    listeners = {"many": {*places, ("fd01::1", 2055)}, "most": {*list(places)[1:]}, **FACTS.listeners}
+    more = {f"s{number}": {("fd01::1", number + 1)} for number in range(MAX_STREAMS)}
+    four, six = client("four", streams=("many",)), client("six", "fd02::1", streams=("*",))
+    assert len(plan(six, facts=replace(FACTS, listeners=more)).streams[6]) == MAX_STREAMS // 2
+    monkeypatch.setattr(planner, "STREAMS_BYTES", 50_000)
+    facts = replace(FACTS, listeners=listeners | more)
+    planned = plan(four, client("some", streams=("many", "most")), six, facts=facts)
+    assert planned.reasons == {"four": MANY_PLACES}
+    assert [each.name for each in planned.streams[4]] == ["most"]
+    assert [each.name for each in planned.streams[6]][:3] == ["many", "netflow", "s0"]
+    assert packed_size(kernel_plan(planned, {4: 1, 6: 2})) <= 60_000
+
+
 addresses = st.sampled_from(["10.2.0.1", "10.2.0.2", "10.3.0.1", "192.0.2.1", "fd02::1", "fd03::1", "127.0.0.1"])
 prefixes = st.lists(st.sampled_from(["10.1.0.0/24", "10.1.0.0/16", "fd01::/64", "0.0.0.0/0", "::/0"]), max_size=3)
 clients = st.builds(
@@ -198,6 +256,7 @@ def test_every_collector_is_served_or_has_a_reason_and_the_policy_agrees(some: l
     served = [each.client.name for version in planned.served.values() for each in version]
     assert sorted([*served, *planned.reasons]) == sorted(each.name for each in some if each.streams)
     made = kernel_plan(planned, {4: 1, 6: 2})
+    assert packed_size(made) <= COPY_BYTES * len(made.copies) + 4096
     for stream in made.streams:
         length = len(stream.listeners[0].address)
         assert {len(made.copies[place].address) for place in stream.copies} == {length}
