@@ -1,7 +1,7 @@
 """The applier: the one process with CAP_NET_ADMIN. It takes plans from its planner, and makes rules of what is allowed.
 
-It reads the socket pair and its settings, and nothing else. It ends when the planner does, or sends what no planner
-sends, and the table ends with it.
+It reads the socket pair, its settings, and the kernel's answers. It ends when the planner does, or sends what no
+planner sends, and the table ends with it.
 """
 
 import os
@@ -14,6 +14,7 @@ from typing import Final
 import msgspec
 
 from services.offload.applying.nftables.connection import Nftables
+from services.offload.applying.own_addresses import OwnAddresses
 from services.offload.applying.policy import Policy, RefusedError, sources_of
 from services.offload.applying.rules import Marks
 from services.offload.applying.table import Table
@@ -44,7 +45,8 @@ class Applier:
         self._connection = Nftables()
         offload = settings.offload
         self._table = Table(self._connection, Marks(offload.mark_mask, offload.mark_shift), sources_of(settings))
-        self._policy = Policy(settings)
+        self._own_addresses = OwnAddresses()
+        self._policy = Policy(settings, self._own_addresses.among)
 
     def serve(self) -> int:
         """Answer requests until the planner ends; return the exit code."""
@@ -59,8 +61,9 @@ class Applier:
             return UNFIT
 
     def close(self) -> None:
-        """Close the connection to the kernel: the rules are gone."""
+        """Close the connections to the kernel: the rules are gone."""
         self._connection.close()
+        self._own_addresses.close()
 
     def _answer(self, request: Request) -> Answer:
         try:
@@ -93,7 +96,7 @@ class Applier:
         except SettingsError as error:
             raise RefusedError(str(error)) from None
         self._settings = msgspec.structs.replace(self._settings, streams=fresh.streams)
-        self._policy = Policy(self._settings)
+        self._policy = Policy(self._settings, self._own_addresses.among)
 
 
 def main(arguments: Sequence[str]) -> int:

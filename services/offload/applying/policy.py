@@ -1,8 +1,7 @@
 """The applier's own check of a plan against the settings: what the planner may not ask for, whoever it is by now."""
 
 import socket
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable
 from typing import Final
 
 from services.offload.applying.rules import Sources
@@ -24,9 +23,9 @@ class RefusedError(ValueError):
 
 
 class Policy:
-    """The bounds of the settings. `is_ours` tells whether an address is this host's."""
+    """The bounds of the settings. `ours_among` returns those of some addresses that are this host's."""
 
-    def __init__(self, settings: Settings, is_ours: Callable[[bytes], bool] | None = None) -> None:
+    def __init__(self, settings: Settings, ours_among: Callable[[Iterable[bytes]], Collection[bytes]]) -> None:
         self._interfaces = frozenset(settings.offload.interfaces)
         self._destinations = settings.offload.destinations
         self._original = settings.transmitter.destinations
@@ -37,7 +36,7 @@ class Policy:
         self._streams = frozenset(stream.name for stream in streams)
         self._generations = settings.offload.generations
         self._unseen = frozenset(settings.offload.unseen)
-        self._is_ours = is_ours or is_own_address
+        self._ours_among = ours_among
 
     def check(self, plan: KernelPlan) -> None:
         """Raise RefusedError unless every part of the plan is allowed."""
@@ -46,9 +45,13 @@ class Policy:
                 raise RefusedError(f"interface {interface} is not in [offload] interfaces")
         for copy in plan.copies:
             self._check_copy(copy)
-        for source in {copy.source for copy in plan.copies if copy.source}:
-            if not self._is_ours(source):
-                raise RefusedError(f"source {_text(source)} is not an address of this host")
+        sources = {copy.source for copy in plan.copies if copy.source}
+        ours = self._ours_among(sources | {copy.address for copy in plan.copies})
+        for source in sources.difference(ours):
+            raise RefusedError(f"source {_text(source)} is not an address of this host")
+        for copy in plan.copies:
+            if copy.address in ours:
+                raise RefusedError(f"destination {_text(copy.address)} is an address of this host")
         for stream in plan.streams:
             self._check_stream(stream, plan)
 
@@ -90,17 +93,6 @@ class Policy:
         chains = {general, *(places for _, places in ranges)}
         if count_shared([plan.copies[place] for place in sorted(places)] for places in chains) > MAX_SHARED:
             raise RefusedError(f"more than {MAX_SHARED} buckets of groups")
-
-
-def is_own_address(packed: bytes) -> bool:
-    """Return whether an address is this host's: only then a socket can have it. 0.0.0.0 and :: are nobody's."""
-    if not any(packed):
-        return False
-    with suppress(OSError):
-        with socket.socket(socket.AF_INET if len(packed) == 4 else socket.AF_INET6, socket.SOCK_DGRAM) as probe:
-            probe.bind((_text(packed), 0))
-        return True
-    return False
 
 
 def _text(packed: bytes) -> str:
