@@ -7,7 +7,8 @@ from collections import Counter
 from types import TracebackType
 from typing import Final, Self, get_args
 
-from services.offload.planning.applier_link import ApplierLink
+from services.offload.kernel_plan import NO_COPIES
+from services.offload.planning.applier_link import ANSWER_SECONDS, ApplierLink
 from services.offload.planning.egress_drops import EgressDrops
 from services.offload.planning.handover import Handover
 from services.offload.planning.mark_watch import MarkWatch
@@ -265,11 +266,17 @@ class OffloadService:
         answer = self._applier.ask("apply", kernel_plan(planned, self._handover.pending.generations))
         if answer.error and not self._applier.ended:
             self._plans_refused += 1
-            log.error("the kernel's rules stay as they were: a plan was refused", reason=answer.error)
+            log.error("a plan of the kernel's rules was refused", reason=answer.error)
             self._refused, self._refused_at = planned, time.monotonic()
-            self._handover.give_up()
+            if not self._handover.give_up():
+                self._withdraw()
         elif not answer.error:
             self._handover.complete()
+
+    def _withdraw(self, seconds: float = ANSWER_SECONDS) -> None:
+        """Take the rules away: the senders make all copies. The generations that were told of stay known to them."""
+        if not self._applier.ask("apply", NO_COPIES, seconds).error:
+            self._handover.forget_live()
 
     def _tell(self) -> None:
         """Publish the generations that are new, to the senders that subscribe."""
@@ -365,9 +372,8 @@ class OffloadService:
             self._dirty = True
 
     def _drain(self) -> None:
-        """Take the rules away; the generations that were told of stay known to the senders."""
         if self._handover.live is not None:
-            self._applier.ask("apply", kernel_plan(Planned({}, {}), {}), DRAIN_SECONDS)
+            self._withdraw(DRAIN_SECONDS)
             self._handover.forget_live()
         self._reporter.report(self._accounts)
         log.info("drained", service=self.name)

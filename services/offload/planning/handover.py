@@ -97,11 +97,18 @@ class Handover:
             self._retire(self.live)
         self.live, self.pending = self.pending, None
 
-    def give_up(self) -> None:
-        """Note that the pending plan's rules are not in the kernel; those before are."""
-        if self.pending:
-            self._retire(self.pending)
-        self.pending = None
+    def give_up(self) -> bool:
+        """Note that the pending plan's rules are not in the kernel, but those before; return whether they may stay.
+
+        They may as long as they serve nobody otherwise than the pending plan: who has left would go on getting copies.
+        """
+        given_up, self.pending = self.pending, None
+        if given_up:
+            self._retire(given_up)
+        if not (self.live and given_up):
+            return True
+        wanted = {each.client.name: each for some in given_up.planned.served.values() for each in some}
+        return all(wanted.get(each.client.name) == each for some in self.live.planned.served.values() for each in some)
 
     def forget_live(self) -> None:
         """Note that no rules are in the kernel any more."""

@@ -10,15 +10,22 @@ from pathlib import Path
 
 import pytest
 
+from services.offload.channel import Answer, RequestKind
+from services.offload.kernel_plan import NO_COPIES, KernelPlan
+from services.offload.planning.applier_link import ApplierLink
+from services.offload.service import OffloadService
 from shared.bus.bodies.offload_messages import PATHS_TOPIC, CollectorPath, KernelCopies, OffloadPaths, OffloadReply
 from shared.bus.messages import REGISTRY_TOPIC, Status, offload_topic, status_topic
 from shared.bus.zmq_sockets import Subscriber
 from shared.client import Client, Source
 from shared.ledger.accounts import Accounts
 from shared.process.lifecycle import UNAVAILABLE
+from shared.settings.model import Settings
+from shared.settings.tables import Bus
 from tests.builders import BusEnds, PlayedGateway, accounts_when, make_client, take, wait_wanted
 from tests.capture import Capture, Collector
 from tests.openly import OpenStack
+from tests.services.offload.planning.test_planner import client, plan
 from tests.services.offload.site import EXPORTERS, OUT, PORT, RELAY, SIEMS, Listening, OffloadSite, exporters
 from tests.stack import Running, wait_until
 
@@ -99,7 +106,7 @@ class Played:
         """Let the senders answer; return whether the kernel has refused a plan."""
         for sender in self.senders.values():
             sender.turn()
-        return bool(self.offload.events("the kernel's rules stay as they were: a plan was refused"))
+        return bool(self.offload.events("a plan of the kernel's rules was refused"))
 
     def wait_marked(self, listener: Listening, sock: socket.socket, names: set[str], version: int = 4) -> int:
         """Wait until the kernel serves these collectors; return the generation."""
@@ -347,3 +354,45 @@ def test_killed_planner_leaves_no_rules(open_stack: OpenStack) -> None:
         site.connection.close()
         assert around.wait_marked(listener, socks[0], {"first"}, 6) != before
         assert siem.read(1)
+
+
+class PlayedApplier(ApplierLink):
+    """An applier that takes plans, or refuses those with copies."""
+
+    def __init__(self) -> None:
+        super().__init__(None, "")
+        self.refusing = False
+        self.plan: KernelPlan | None = None
+
+    @property
+    def ended(self) -> bool:
+        """It goes on."""
+        return False
+
+    def ask(self, kind: RequestKind, plan: KernelPlan | None = None, _seconds: float = 0.0) -> Answer:
+        """Take a plan, or refuse it."""
+        if kind == "apply" and self.refusing and plan != NO_COPIES:
+            return Answer(1, "refused")
+        self.plan = plan if kind == "apply" else self.plan
+        return Answer(1)
+
+
+def test_who_has_left_is_served_no_more_though_the_plan_without_it_is_refused(tmp_path: Path) -> None:
+    """Rules go where a refused plan would have changed whom they serve; else they stay."""
+    applier = PlayedApplier()
+    settings = Settings(bus=Bus(directory=str(tmp_path)))
+    with OffloadService("offload.1", settings, applier, applier_required=False) as service:
+
+        def hand_over(*names: str) -> set[str]:
+            planned = plan(*(client(name) for name in names))
+            service._handover.begin(planned, (1, 1))
+            service._apply(planned)
+            return {copy.name for copy in applier.plan.copies} if applier.plan else set()
+
+        assert hand_over("a", "b") == {"a", "b"}
+        applier.refusing = True
+        assert hand_over("a", "b", "c") == {"a", "b"}
+        assert hand_over("b", "c") == set()
+        assert service._served == set()
+        applier.refusing = False
+        assert hand_over("b", "c") == {"b", "c"}

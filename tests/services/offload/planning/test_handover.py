@@ -115,6 +115,25 @@ def test_retired_generation_is_told_once_more_as_serving_nobody() -> None:
     assert not handover.told()
 
 
+def test_rules_of_before_stay_for_those_whom_a_refused_plan_serves_just_so() -> None:
+    """They may serve fewer than the plan that was refused, but nobody who has left, or has another entry or way."""
+    handover = Handover(4095, lambda: 100.0)
+    assert handover.give_up()
+    handover.begin(plan(client("a"), client("b", "fd02::1")), (7, 9))
+    handover.complete()
+    same = [client("a"), client("b", "fd02::1")]
+    for clients, may_stay in (
+        ([*same, client("c")], True),
+        (same[:1], False),
+        ([client("a", generation=2), same[1]], False),
+        ([client("a", streams=("*",)), same[1]], False),
+        ([], False),
+    ):
+        handover.begin(plan(*clients), (7, 10))
+        assert handover.give_up() == may_stay
+    assert handover.live
+
+
 def test_numbers_that_are_still_told_are_passed_over() -> None:
     """With few numbers one may return within a minute: what it served before must not be forgotten with the new one."""
     now = [100.0]
