@@ -11,11 +11,12 @@ from services.ingest.flows.exporters import ExporterTracker
 from services.ingest.template_feed import TemplateFeed
 from shared.bus.kept_counts import KeptCounts, KeptFile
 from shared.bus.loans.lender import CHUNK, LENT_SIZE, Loan, Pool, Room
-from shared.bus.messages import Datagrams, datagrams_topic, exporters_topic, inline_topic
+from shared.bus.messages import MAX_MESSAGE, Datagrams, datagrams_topic, exporters_topic, inline_topic
 from shared.bus.publishing.exporter_shares import ExporterShares
 from shared.bus.publishing.held_batches import HeldBatches
 from shared.bus.zmq_sockets import Publisher
 from shared.datagrams.batch import ROW, DatagramBatch, Generations, Rows
+from shared.datagrams.limits import MAX_PAYLOAD
 from shared.ledger.counters import (
     BUS_FULL,
     BYTES,
@@ -147,6 +148,11 @@ class StreamFeed:
         `copied` tells the generation by which the kernel has copied each, None: it has copied none.
         """
         batch = DatagramBatch(self.stream, received_ns, rows, payload, stride)
+        if loan and len(payload) > MAX_MESSAGE and self._held.wants(self.stream):
+            packed = DatagramBatch(self.stream, received_ns, rows, batch.packed(), generations=copied)
+            if len(packed.payload) > MAX_MESSAGE:
+                self._publish_parts(packed)
+                return
         number, chunk = (loan.number, loan.chunk) if loan else (self._lent, None)
         body = self._body(received_ns, number, chunk, stride, copied)
         sent = self._publisher.publish(self.topic, body, batch)
@@ -158,6 +164,15 @@ class StreamFeed:
             self._held.add(body, len(rows), rows.tobytes(), batch.packed())
         if sent and loan and self._pool:
             self._pool.lent(loan)
+
+    def _publish_parts(self, batch: DatagramBatch) -> None:
+        """Put datagrams on the bus as several messages, none of them lent: each is held as one that the bus takes."""
+        start = 0
+        while start < len(batch):
+            stop = int(np.searchsorted(batch.offsets, batch.offsets[start] + MAX_PAYLOAD, "right")) - 1
+            part = batch.part(start, stop)
+            self.publish(part.received_ns, part.rows, part.payload, copied=part.generations)
+            start = stop
 
     def publish_few(
         self, received_ns: int, count: int, rows: bytes, payload: bytes, copied: Generations | None = None

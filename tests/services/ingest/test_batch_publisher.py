@@ -1,15 +1,21 @@
 import signal
 from collections import Counter
+from collections.abc import Sequence
 from typing import cast
 
+import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
 from services.ingest.batch_publisher import StreamFeed
 from services.ingest.flows.exporters import ExporterTracker
+from shared.bus.loans.lender import Loan
+from shared.bus.messages import MAX_MESSAGE, Datagrams, Part
+from shared.bus.publishing.held_batches import HeldBatches
 from shared.bus.zmq_sockets import Publisher
+from shared.datagrams.batch import DatagramBatch
 from shared.process.memory import Memory
-from tests.builders import BusEnds, freeze, take_mark, wait_wanted
+from tests.builders import BusEnds, freeze, make_batch, take_mark, wait_wanted
 from tests.services.ingest.flows.exported import netflow_v9
 from tests.services.ingest.flows.test_sequence_gaps import batch_of
 from tests.stack import Stack, wait_until
@@ -89,3 +95,61 @@ def test_a_fault_in_following_exporters_costs_no_copies(when: str, monkeypatch: 
     feed.observe(batch_of([("192.0.2.1", netflow_v9(number)) for number in (1, 3)]))
     feed.settle(at_once=True)
     assert account["exporter_missed"] == 1
+
+
+class Bus:
+    """A publisher that remembers the payloads of what it was given, and of what was handed on, with their totals."""
+
+    sender = "ingest.1"
+
+    def __init__(self) -> None:
+        self.published: list[tuple[int, bytes]] = []
+        self.handed_on: list[tuple[int, bytes]] = []
+        self.lent = self.total = 0
+
+    def publish(self, _topic: str, body: Datagrams, batch: DatagramBatch) -> bool:
+        """Take a batch; what is lent takes no room."""
+        self.published.append((self.total, batch.packed()))
+        self.lent += body.chunk is not None
+        self.total += len(batch)
+        return True
+
+    def repeat(self, _topic: str, _body: Datagrams, _sequence: int, total: int, arrays: Sequence[Part]) -> bool:
+        """Take what was held."""
+        self.handed_on.append((total, bytes(arrays[1])))
+        return True
+
+    def position(self, _topic: str) -> tuple[int, int]:
+        """Return the numbers of what was published."""
+        return len(self.published), self.total
+
+    def wanted(self, topic: str) -> bool:
+        """Return whether somebody subscribes."""
+        return not topic.startswith("inline/")
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "stride", "parts"), [(1024, 1400, 0, 3), (1024, 1400, 2048, 3), (512, 200, 2048, 0)]
+)
+def test_what_is_held_for_a_journal_fits_into_messages(count: int, size: int, stride: int, parts: int) -> None:
+    """Datagrams of one receive call that are more than a message of the bus are published, and held, in several."""
+    bus = Bus()
+    held = HeldBatches(cast(Publisher, bus), 256)
+    feed = StreamFeed("flows", cast(Publisher, bus), Counter(), held=held)
+    held.journaled = frozenset({"flows"})
+    held.heed(["hold/journal.1/"], ["flows"])
+    payloads = [b"%d" % number + bytes(size - len(b"%d" % number)) for number in range(count)]
+    memory = b"".join(payload.ljust(stride or size, b"?") for payload in payloads)
+    rows, generations = make_batch(payloads).rows, np.arange(count, dtype=np.uint16)
+    feed.publish(1, rows, memory, Loan(1, 0, memoryview(bytearray(1))), stride, generations)
+    held.heed(["again/ingest.1/journal.1/"], [])
+    held.hand_on(short=False)
+    *batches, _ = bus.handed_on
+    assert b"".join(payload for _, payload in batches) == b"".join(payloads)
+    assert batches == bus.published
+    assert [total for total, _ in batches] == [
+        sum(len(each) // size for _, each in batches[:n]) for n in range(len(batches))
+    ]
+    assert (len(batches), bus.lent) == ((parts, 0) if parts else (1, 1))
+    assert max(len(payload) for _, payload in batches) <= MAX_MESSAGE
+    assert feed.account["published"] == count
