@@ -55,7 +55,7 @@ class Progress(msgspec.Struct, frozen=True):
 
 @dataclass(slots=True)
 class _Told:
-    """What the sender of a collector that catches up told last, and when a place of it was stored last."""
+    """The last report of a collector that catches up, and the time at which a place of it was stored last."""
 
     generation: int
     rows: int

@@ -9,7 +9,7 @@ from shared.process.registry_client import Access, RegistryClient, UnreachableEr
 
 
 def test_gateway_that_accepts_nobody_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the queue of an AF_UNIX listener is full, a client waits as long as by TCP, and then says so."""
+    """A client waits for an AF_UNIX listener whose queue is full as long as for one by TCP, and then says so."""
     monkeypatch.setattr(registry_client, "CONNECT_SECONDS", 0.02)
     endpoint = parse_endpoint(f"unix://{tmp_path}/gateway", ("unix",))
     with socket.socket(socket.AF_UNIX) as listener:

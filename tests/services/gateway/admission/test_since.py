@@ -100,7 +100,7 @@ def test_a_past_that_can_not_be_had_is_refused(site: Site, since: float | str, s
 @example("0001-01-01T00:00:00")
 @given(st.text(max_size=64) | st.datetimes(timezones=st.none() | st.timezones()).map(datetime.isoformat))
 def test_any_text_is_a_time_that_has_passed_or_refused(since: str) -> None:
-    """Whatever the text, and the time that it means, it is used or refused."""
+    """A text is used or refused, whatever it is and whatever time it means."""
     with contextlib.suppress(RequestError):
         assert 0 <= parse_since(since, NOW) <= NOW
 
@@ -123,7 +123,7 @@ def test_left_is_where_its_sender_saw_it_leave(site: Site) -> None:
 
 
 def test_all_streams_may_be_more_than_an_entry_names(site: Site) -> None:
-    """Where a client wants all streams none is named in what is kept and sent, however many have a journal."""
+    """Nothing that is kept or sent for a client of all streams names one of them, however many have a journal."""
     site.table.pasts.journaled = frozenset(f"s{number}" for number in range(65))
     for had, wants, granted in (("*", "*", ()), ("*", "s7", ("s7",)), ("s7", "*", ("s7",))):
         site.join(had, resume=site.ask(60, had).resume)
@@ -232,7 +232,7 @@ def test_progress_is_known_until_its_end(site: Site, end: str) -> None:
 
 
 def test_a_full_disk_keeps_back_no_other_report(site: Site) -> None:
-    """Where a place can't be stored, the progress is known all the same, and the place is stored at the next report."""
+    """The progress is known though its place can't be stored, and the place is stored at the next report."""
     generation = site.join(resume=Resume(1, 0, (), ("flows",)))
     site.full = True
     site.tell(generation, "catching_up", rows=500)

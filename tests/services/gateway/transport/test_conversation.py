@@ -430,7 +430,7 @@ def test_requests_over_the_rate_wait_and_are_told_once() -> None:
 
 
 def test_line_that_is_refused_costs_as_much_as_a_request() -> None:
-    """What is no request waits for its turn as one does, unless it ends the connection."""
+    """A line that is no request waits for its turn as one that is, unless it ends the connection."""
     played = Played()
     played.wait_seconds = 1.5
     assert played.receive(b'{"op":"nonsense"}\n[]\n') == ["Write", "Refuse"]
