@@ -2,12 +2,13 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Generic
 
 import msgspec
 
+from shared.bus.bodies.nodes_message import Node
 from shared.bus.kept_counts import Sheet
 from shared.client import ALL_STREAMS, Client
 from shared.datagrams.gathered import Gathered, Mask
@@ -16,7 +17,7 @@ from shared.fanout.health import Checkup, Symptom
 from shared.fanout.kernel_copies import KernelRules
 from shared.fanout.past.past_routes import PastRoutes
 from shared.fanout.sending.fair_shares import FairShares
-from shared.fanout.served import PASSED, UNSEEN, D, Served, count_received_before, count_rows
+from shared.fanout.served import PASSED, UNSEEN, D, Overlaps, Served, count_received_before, count_rows
 from shared.ledger.accounts import Accounts
 from shared.ledger.counters import (
     BASELINE,
@@ -97,6 +98,7 @@ class Collectors(Generic[D]):
         self.joined: list[tuple[Client, Client | None]] = []
         """Collectors that need templates anew, and as what each was served until now, for the caller to clear."""
         self.shares = FairShares[tuple[D, Selection]]()
+        self._overlaps = Overlaps()
 
     def set_streams(self, streams: Iterable[str]) -> None:
         """Set the streams that exist, for collectors that want all of them."""
@@ -105,6 +107,10 @@ class Collectors(Generic[D]):
     def defer_by(self, deferred: Callable[[str], int]) -> None:
         """Use `deferred` to find how many of the datagrams that are owed to a collector wait in the journal."""
         self._deferred = deferred
+
+    def note_nodes(self, others: Sequence[Node]) -> None:
+        """Note what the uplink tells of the other nodes of a cluster."""
+        self._overlaps.note(others, {name: served.account for name, served in self._served.items()})
 
     def restore(self, sheet: Sheet) -> None:
         """Go on from what the last process has left, before the first registry comes."""

@@ -251,6 +251,8 @@ class CopyService(CopySender[D]):
         elif isinstance(body, Templates | Renewals):
             self._templates.take(message)
         elif isinstance(body, RegistrySnapshot | RegistryChange | Nodes):
+            if isinstance(body, Nodes):
+                self._collectors.note_nodes(body.nodes[1:])
             self._replica.apply_message(envelope, body)
         elif isinstance(body, ServeRequest):
             self._requests.add(envelope.boot, body)

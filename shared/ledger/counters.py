@@ -254,7 +254,8 @@ EXPIRED_UNREAD: Final = DROPPED + "expired_unread"
 NOT_JOURNALED: Final = DROPPED + "not_journaled"
 """The collector was to have them from the journal, which never had them (forwarder, transmitter)."""
 PERHAPS_TWICE: Final = "perhaps_twice"
-"""Copies among `sent` that the collector's last node may have sent too, before it died (forwarder, transmitter)."""
+"""Copies among `sent` that another node may have sent too, before it died or while it missed this one (forwarder,
+transmitter)."""
 REVISION: Final = "revision"
 """The revision of the registry, as the bus is told of it (gateway), or as it is served, once there is one (forwarder,
 transmitter, offload): a gauge."""

@@ -7,6 +7,7 @@ from msgspec import Meta
 
 from services.uplink.incoming.arrivals import Key
 from shared.bus.bodies.fields import Number, SenderName, StreamName
+from shared.bus.bodies.nodes_message import MAX_NODES
 from shared.client import Source
 
 ROOT: Final = "fanwire-node"
@@ -37,7 +38,7 @@ class Beat(msgspec.Struct, array_like=True, frozen=True):
     """A node tells that it lives: `number` grows with each beat of its start `boot`.
 
     `reached` has, for each source of copies that it sends, the place of its sender; `reports` grows with each report of
-    a sender on that.
+    a sender on that. `missed` has a count for each other node: it grows while this one serves without it.
     """
 
     node: Site
@@ -46,6 +47,7 @@ class Beat(msgspec.Struct, array_like=True, frozen=True):
     state: State
     reports: Number
     reached: dict[Source, Annotated[list[Reached], Meta(max_length=MAX_ORIGINS)]]
+    missed: Annotated[dict[Site, Number], Meta(max_length=MAX_NODES)] = {}
 
 
 _encode: Final = msgspec.msgpack.Encoder().encode

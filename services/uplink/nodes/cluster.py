@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
@@ -61,6 +62,13 @@ class Cluster:
         self._ended: set[Source] = set()
         self._senders_began_ns: dict[Source, int] = {}
         self._heard_ns: dict[str, int] = {}
+        self._missing: Counter[str] = Counter()
+        """By node: grows while this one serves without it. It may live, and serve too."""
+        self._missing_until: dict[str, float] = {}
+        self._missed_by: dict[str, tuple[int, int]] = {}
+        """By node: its start, and the same count of this node, as it told last."""
+        self._missed: Counter[str] = Counter()
+        """By node: grows whenever it tells of a larger one."""
 
     def note_published(self, origin: Key, there: range, here: range) -> None:
         """Note a batch of another site that was published here, see `Crossings.note`."""
@@ -147,12 +155,17 @@ class Cluster:
         if not self.members.note(beat):
             return False
         self._heard_ns[beat.node] = self._time_ns()
+        boot, missed = self._missed_by.get(beat.node, (0, 0))
+        told = beat.missed.get(self.members.own, 0)
+        self._missed[beat.node] += boot == beat.boot and told > missed
+        self._missed_by[beat.node] = beat.boot, told
         return self.members.live != live
 
     def beat(self, state: BeatState | None = None) -> Beat:
         """Return the next beat of this node."""
         own = self.members
-        return Beat(own.own, self._boot, next(self._numbers), state or own.state, self._reports, self._reached)
+        number = next(self._numbers)
+        return Beat(own.own, self._boot, number, state or own.state, self._reports, self._reached, {**self._missing})
 
     def nodes(self, state: NodeState, pending: Mapping[str, int]) -> Nodes:
         """Return what the services here are told, this node first, in a state; `pending`: messages to come, by node."""
@@ -160,7 +173,17 @@ class Cluster:
         others = (self._node(name, pending.get(name, 0)) for name in self.members.others)
         told = Nodes(self.members.majority, [own, *others])
         self._serving = nodes_serving(told, self._minority, self._serving)
+        if state == "live" and self.members.own in self._serving:
+            self._note_missing(self._serving)
         return msgspec.structs.replace(told, serving=self._serving)
+
+    def _note_missing(self, serving: tuple[str, ...]) -> None:
+        """Note the nodes that this one serves without, also for a moment after: until its senders leave off."""
+        now = self._clock()
+        for name in self.members.others:
+            if name not in serving and self.members.state_of(name) != "left":
+                self._missing_until[name] = now + TOLD_NS / 1e9
+            self._missing[name] += now < self._missing_until.get(name, 0.0)
 
     def _node(self, name: str, pending: int) -> Node:
         state, since = self.members.state_of(name), self.members.seconds_since(name)
@@ -169,7 +192,8 @@ class Cluster:
             return Node(name, state, pending=pending)
         places = {source: list(self._places(reached))[:MAX_NODE_PLACES] for source, reached in beat.reached.items()}
         further_ns = 0 if state == "left" else TOLD_NS
-        return Node(name, state, int(since * 1000), pending, self._heard_ns[name] + further_ns, places)
+        until_ns, missed = self._heard_ns[name] + further_ns, self._missed[name]
+        return Node(name, state, int(since * 1000), pending, until_ns, places, missed)
 
     def _places(self, reached: list[Reached]) -> Iterator[Place]:
         """Yield where another node's sender is in what the workers of this bus have published."""

@@ -22,6 +22,7 @@ class Node(msgspec.Struct, array_like=True, frozen=True):
 
     Of its datagrams `pending` messages are still to come here. Its `places` are those of its senders, by source,
     in what the workers of this bus have published. At `since_ns`, in ns since 1970, it has got no further for certain.
+    `missed` grows whenever it tells that it has served without the node of this host.
     """
 
     name: NodeName
@@ -30,6 +31,7 @@ class Node(msgspec.Struct, array_like=True, frozen=True):
     pending: Number = 0
     since_ns: Number = 0
     places: dict[Source, Annotated[list[Place], Meta(max_length=MAX_NODE_PLACES)]] = {}
+    missed: Number = 0
 
 
 class Nodes(msgspec.Struct, array_like=True, frozen=True):
