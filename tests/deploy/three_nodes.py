@@ -261,7 +261,8 @@ def shared_address(name: str) -> str:
     """Return deploy/ha/keepalived.conf for one of three nodes."""
     text = (HA / "keepalived.conf").read_text()
     peers = "\n    ".join(at for other, at in NODES.items() if other != name)
-    for variable, value in {"THIS": NODES[name], "ADDRESS": f"{ADDRESS}/16"}.items():
+    missed = str(3 + 2 * list(NODES).index(name))
+    for variable, value in {"THIS": NODES[name], "ADDRESS": f"{ADDRESS}/16", "MISSED": missed}.items():
         text = re.sub(rf"^\${variable}=.*$", f"${variable}={value}", text, flags=re.MULTILINE)
     return text.replace("    $PEER\n", f"    {peers}\n").replace(
         "/usr/local/bin/fanwire-ready", str(HA / "fanwire-ready")
