@@ -9,7 +9,7 @@ from shared.owners import Owners
 
 
 class Cluster:
-    """What was told last; `nodes` is None until then, as on a host that is no node."""
+    """The nodes as they were told last; None until then, as on a host that is no node."""
 
     def __init__(self) -> None:
         self.nodes: Nodes | None = None

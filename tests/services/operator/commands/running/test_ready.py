@@ -39,8 +39,8 @@ def test_names_who_is_missing_at_the_timeout(stack: Stack) -> None:
             "transmitter, journal, offload, uplink, console",
         ),
         (["ready", "ingest", "ingest.2"], "no service 'ingest.2'"),
-        *(([command, option, text], f"expected a number above 0, up to 1e+09, not {text!r}")
-          for command, option in (("ready", "--timeout"), ("ledger", "--seconds"))
+        *(([*command.split(), text], f"expected a number above 0, up to 1e+09, not {text!r}")
+          for command in ("ready --timeout", "ledger --seconds", "tap messages --write x.pcapng --seconds")
           for text in ("nan", "inf", "1e300", "0", "-1", "soon")),
     ],
 )  # fmt: skip
