@@ -10,7 +10,6 @@ from typing import Any, Final, Self
 
 import msgpack
 import numpy as np
-import zmq
 
 from shared.bus.bodies.offload_messages import KernelCopies, KernelServed, OffloadReply
 from shared.bus.bodies.packing import MAX_ITEMS
@@ -104,13 +103,13 @@ class BusEnds:
         self.directory = directory
         self._link = link
         self.context = new_context()
-        self._sockets: list[zmq.Socket[bytes]] = []
+        self._publishers: list[Publisher] = []
         self._subscribers: list[Subscriber] = []
 
     def publisher(self, sender: str = "ingest.1", high_water_mark: int = 256) -> Publisher:
         """A publisher connected to the broker's side for publishers."""
         publisher = Publisher(self.context, self.directory, sender, high_water_mark, self._link)
-        self._sockets.append(publisher.socket)
+        self._publishers.append(publisher)
         return publisher
 
     def subscriber(self, *prefixes: str, high_water_mark: int = 4096) -> Subscriber:
@@ -129,9 +128,8 @@ class BusEnds:
     ) -> None:
         for subscriber in self._subscribers:
             subscriber.close()
-        for sock in self._sockets:
-            if not sock.closed:
-                sock.close(linger=0)
+        for publisher in self._publishers:
+            publisher.close(linger_ms=0)
         self.context.term()
 
 

@@ -34,6 +34,7 @@ from shared.bus.messages import (
     decode,
     encode,
 )
+from shared.bus.publishing.subscriptions import Subscriptions
 from shared.log import get_logger
 from shared.process.lifecycle import CANT_CREATE, OperatorError
 
@@ -115,8 +116,7 @@ class Publisher:
         self.sender = sender
         self.boot = secrets.randbits(62)
         self._numbering: dict[str, _Numbering] = {}
-        self._subscriptions: set[bytes] = set()
-        self._wanted: dict[str, bool] = {}
+        self._subscriptions = Subscriptions(HELLO_TOPIC, SUBSCRIPTIONS_MAX)
         check_directory(directory)
         self._socket = configure(context.socket(zmq.XPUB), high_water_mark)
         # Verbose: it sees every late subscriber, not only the first, so that each gets the last value. No drop: at the
@@ -125,6 +125,7 @@ class Publisher:
         self._socket.set(zmq.XPUB_NODROP, 1)
         self._send = super(zmq.Socket, self._socket).send
         """Without pyzmq's options of other socket types, which take longer than the call."""
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         link.connect(self._socket, directory, "publish")
 
     @property
@@ -141,24 +142,30 @@ class Publisher:
 
     @property
     def ready(self) -> bool:
-        """Return whether a broker has been observed."""
-        return HELLO_TOPIC.encode() in self._subscriptions
+        """Return whether a broker has been observed, and not been lost by the last call of `new_subscriptions`."""
+        return self._subscriptions.connected
 
     def new_subscriptions(self) -> list[str]:
-        """Read what subscribers sent since the last call; return the prefixes newly subscribed to, each once."""
-        if not self.readable():
+        """Read what subscribers sent since the last call; return the prefixes newly subscribed to, each once.
+
+        Called at least once a second, it notices a broker that is gone.
+        """
+        if not (self.readable() or self._subscriptions.due):
             return []
+        self._subscriptions.check(disconnected=self._was_disconnected())
         fresh: dict[str, None] = {}
         while self.readable():
-            said = self._socket.recv(zmq.NOBLOCK)
-            self._wanted.clear()
-            prefix = said[1:]
-            if said[:1] == b"\x01" and len(self._subscriptions) < SUBSCRIPTIONS_MAX:
-                self._subscriptions.add(prefix)
-                fresh[prefix.decode("utf-8", "replace")] = None
-            elif said[:1] == b"\x00":
-                self._subscriptions.discard(prefix)
+            prefix = self._subscriptions.note(self._socket.recv(zmq.NOBLOCK))
+            if prefix is not None:
+                fresh[prefix] = None
         return list(fresh)
+
+    def _was_disconnected(self) -> bool:
+        found = False
+        while int(self._monitor.get(EVENTS)) & POLLIN:
+            self._monitor.recv_multipart(zmq.NOBLOCK)
+            found = True
+        return found
 
     def readable(self) -> bool:
         """Return whether subscribers have sent something since `new_subscriptions`."""
@@ -166,11 +173,7 @@ class Publisher:
 
     def wanted(self, topic: str) -> bool:
         """Return whether anyone subscribes to `topic`: a message that nobody wants need not be encoded."""
-        known = self._wanted.get(topic)
-        if known is None:
-            known = any(topic.encode().startswith(prefix) for prefix in self._subscriptions)
-            self._wanted[topic] = known
-        return known
+        return self._subscriptions.wanted(topic)
 
     def publish(
         self,
@@ -224,9 +227,12 @@ class Publisher:
         parts = encode(topic, body, sender=self.sender, boot=self.boot, sequence=sequence, total=total)
         return self._put([*parts, *arrays])
 
-    def close(self) -> None:
-        """Stop publishing; what is queued is still sent while the context lingers."""
-        self._socket.close()
+    def close(self, linger_ms: int | None = None) -> None:
+        """Stop publishing; what is queued is still sent while the context lingers, or for so long."""
+        if not self._socket.closed:
+            self._socket.disable_monitor()  # first: an event that nobody can take would stop ZeroMQ's thread
+            self._monitor.close()
+            self._socket.close(linger_ms)
 
 
 class Subscriber:

@@ -4,7 +4,8 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import msgpack
@@ -22,7 +23,9 @@ from shared.bus.messages import (
     datagrams_topic,
     inline_topic,
 )
+from shared.bus.publishing import subscriptions
 from shared.bus.zmq_sockets import (
+    HELLO_TOPIC,
     MAX_SUBSCRIPTION,
     SUBSCRIPTIONS_MAX,
     Publisher,
@@ -272,6 +275,29 @@ def test_killed_broker_is_found_again_and_the_gap_is_exact(stack: Stack) -> None
         assert position.baseline == 0
         assert position.taken == came
         assert 10 <= position.missed == sent - came
+
+
+def test_a_broker_that_is_gone_wants_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A publisher without a broker is not ready; what the next one does not ask for is wanted no more."""
+    monkeypatch.setattr(subscriptions, "CHECK_SECONDS", 0.0)
+    monkeypatch.setattr(subscriptions, "RENEW_SECONDS", 0.2)
+    with BusEnds(tmp_path) as bus:
+        publisher = bus.publisher()
+
+        def until(met: Callable[[], bool], what: str) -> None:
+            wait_until(lambda: (played_broker.poll(0), publisher.new_subscriptions(), met())[2], what)
+
+        for prefixes in (("datagrams/a/", "inline/a/"), ("datagrams/a/",)):
+            with bus.context.socket(zmq.XSUB) as played_broker:
+                played_broker.bind(publish_endpoint(tmp_path))
+                for prefix in (*prefixes, HELLO_TOPIC):
+                    played_broker.send(b"\x01" + prefix.encode())
+                until(lambda: publisher.ready, "a broker is observed")
+                lends = "inline/a/" not in prefixes
+                until(partial(lambda lends: publisher.wanted("inline/a/") != lends, lends), "that alone is wanted")
+                assert publisher.wanted("datagrams/a/")
+            wait_until(lambda: (publisher.new_subscriptions(), not publisher.ready)[1], "it is gone")
+            assert publisher.wanted("datagrams/a/")
 
 
 def test_hostile_subscriptions_are_bounded(tmp_path: Path) -> None:
