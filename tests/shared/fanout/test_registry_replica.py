@@ -106,7 +106,7 @@ def test_lost_change_makes_it_stale_until_a_snapshot_heals_it() -> None:
 
 
 def test_a_lost_change_is_noticed_without_another_one() -> None:
-    """What the gateway asks, or tells of itself, shows that a change is missing, however long no other one comes."""
+    """A question of the gateway, or its status, shows that a change is missing, however long no other one comes."""
     replica = RegistryReplica()
     take(replica, *snapshot(1, A))
     requests = ServeRequests(cast(Publisher, None), replica)

@@ -22,8 +22,6 @@ from services.offload.kernel_plan import (
 from services.offload.planning import planner
 from services.offload.planning.planner import (
     COPY_BYTES,
-    LARGE,
-    MANY_PLACES,
     Facts,
     Limits,
     Planned,
@@ -212,10 +210,11 @@ def test_who_does_not_fit_into_a_plan_is_left_to_the_senders(monkeypatch: pytest
     monkeypatch.setattr(planner, "COPIES_BYTES", 30_000)
     planned = plan(*many, *few)
     assert len(planned.served[6]) == 4
-    assert planned.reasons == {each.name: LARGE for each in many[4:]}
+    too_many = "there are too many collectors, with their prefixes, for one plan"
+    assert planned.reasons == {each.name: too_many for each in many[4:]}
     assert packed_size(kernel_plan(planned, {4: 1, 6: 2})) <= 30_000 + 4096
     monkeypatch.setattr(planner, "MAX_COPIES", 6)
-    assert plan(*few, *many).reasons == {each.name: LARGE for each in (*few[6:], *many)}
+    assert plan(*few, *many).reasons == {each.name: too_many for each in (*few[6:], *many)}
 
 
 def test_streams_with_too_many_listeners_are_left_to_the_senders(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,7 +227,7 @@ def test_streams_with_too_many_listeners_are_left_to_the_senders(monkeypatch: py
     monkeypatch.setattr(planner, "STREAMS_BYTES", 50_000)
     facts = replace(FACTS, listeners=listeners | more)
     planned = plan(four, client("some", streams=("many", "most")), six, facts=facts)
-    assert planned.reasons == {"four": MANY_PLACES}
+    assert planned.reasons == {"four": "its streams have too many addresses and ports together"}
     assert [each.name for each in planned.streams[4]] == ["most"]
     assert [each.name for each in planned.streams[6]][:3] == ["many", "netflow", "s0"]
     assert packed_size(kernel_plan(planned, {4: 1, 6: 2})) <= 60_000

@@ -41,7 +41,7 @@ def test_what_is_not_asked_for_anew_after_a_reconnection_is_dropped() -> None:
 
 
 def test_what_came_with_the_next_connection_stays_though_the_loss_is_heard_of_later() -> None:
-    """Where a connection is lost and made again between two checks, nothing that it brought is dropped."""
+    """Nothing that a connection has brought is dropped, if it was made between two checks, as another one was lost."""
     played = Played()
     played.say(f"+{HELLO}", "+a/", "+b/")
     played.say()
