@@ -19,6 +19,8 @@ from shared.settings.uplink import Uplink
 SILENT_SECONDS: Final = 3.0
 """Time after which an uplink that says nothing of the nodes is taken for one that hears none of them."""
 Minority = Literal["serve", "hold"]
+LEFT_OFF: Final = "/"
+"""In place of an owner: this node was that, and nobody is. No node is called so."""
 RESUME_SECONDS: Final = 10.0
 """Time within which a collector that was taken over goes on where its last node has stopped."""
 LATE_NS: Final = 10_000_000_000
@@ -74,7 +76,7 @@ class Owners:
         self.settled = True
         """False from when others come to serve until collectors are split anew."""
         self._owners: dict[tuple[str, int], str] = {}
-        """By name and generation: the owner of a collector as it was known last; empty: one of the others."""
+        """By name and generation: the owner of a collector as it was known last, or LEFT_OFF; empty: another one."""
         self._resumes: dict[str, tuple[float, Resume]] = {}
         """Collectors that were taken over, until when they resume, and where."""
 
@@ -140,7 +142,8 @@ class Owners:
                 self._resumes.pop(name, None)
             elif last != self.own:
                 self._take_over(client, last, source)
-            self._owners[name, client.generation] = owners[name] or (last if last != self.own else "")
+            nobody = LEFT_OFF if (name, client.generation) in before else ""
+            self._owners[name, client.generation] = owners[name] or (last if last != self.own else nobody)
         self.settled = True
         own = {name: self._resumed(client) for name, client in clients.items() if owners[name] == self.own}
         return own, {name: client for name, client in clients.items() if name not in own}
@@ -148,11 +151,16 @@ class Owners:
     def _take_over(self, client: Client, before: str, source: Source) -> None:
         """Let a collector resume; where this node served none for a while, another one has had it since."""
         others = [node for node in self.serving or () if node != self.own]
-        node = self._told.get(before or owner_of(client.group or client.name, others))
+        known = before if before != LEFT_OFF else ""
+        node = self._told.get(known or owner_of(client.group or client.name, others))
         if node and (places := node.places.get(source)) is not None:
             wanted = tuple([place for place in places if client.wants(place.stream)][-MAX_PLACES:])
             since_ns = max(0, node.since_ns - LATE_NS)
             resume = Resume(since_ns, places=wanted, twice_until_ns=node.since_ns)
+            self._resumes[client.name] = self._clock() + RESUME_SECONDS, resume
+        elif before == LEFT_OFF and not others:  # as far as is known, nobody has served it since this node has
+            now_ns = time.time_ns()
+            resume = Resume(now_ns, client.generation, twice_until_ns=now_ns)
             self._resumes[client.name] = self._clock() + RESUME_SECONDS, resume
 
     def _resumed(self, client: Client) -> Client:

@@ -136,6 +136,10 @@ class Collectors(Generic[D]):
         """The number of collectors that other nodes serve."""
         return len(self._elsewhere)
 
+    def is_elsewhere(self, name: str) -> bool:
+        """Return whether another node serves a collector, or none."""
+        return name in self._elsewhere
+
     @property
     def clients(self) -> list[Client]:
         """The collectors that are served."""

@@ -97,6 +97,8 @@ class CatchUp(Generic[D]):
         self._report_at = 0.0
         self._begun: Mapping[str, int] = {}
         """The collectors that are served, by generation."""
+        self._stopped: dict[str, tuple[int, list[Place]]] = {}
+        """By collector that this node serves no more: its generation, and where it was in streams without a journal."""
         self._before: tuple[Client, ...] = ()
         """The collectors that the last process served, until the first registry comes."""
         self._templates = templates
@@ -153,6 +155,9 @@ class CatchUp(Generic[D]):
             living = self._streams.workers
             places.sort(key=lambda place: (place.worker, place.boot) in living)  # of too many the last are kept
             self._progress.note_left(client, since_ns - STRAY_NS, places)
+        unjournaled = self._streams_of(client) - self._journaled
+        stopped = [place for stream in unjournaled for place in self._places(client.name, stream, 0)]
+        self._stopped[client.name] = client.generation, stopped
         for stream in self._streams_of(client):
             if (client.name, stream) in self._pursued:
                 if client.name in self._collectors:
@@ -184,6 +189,7 @@ class CatchUp(Generic[D]):
                 if (client.name, stream) not in self._pursued and self._begins(client, returning):
                     self._pursue(client, stream, returning=returning)
         self._begun = {client.name: client.generation for client in clients.values()}
+        self._stopped = {name: each for name, each in self._stopped.items() if self._collectors.is_elsewhere(name)}
         self._watch()
 
     def _watch(self) -> None:
@@ -215,10 +221,12 @@ class CatchUp(Generic[D]):
         else:
             resume = self._progress.resume(client.name, client.resume)
             pursued = self._begin(client.name, client.generation, stream, max(1, resume.since_ns), counts)
-            without_journal = pursued.pursuit.by_window
-            pursued.pursuit.begin(
-                self._possible(stream, resume.places, followed) if without_journal else resume.places, followed
-            )
+            places: Iterable[Place] = resume.places
+            generation, stopped = self._stopped.get(client.name, (0, []))
+            if pursued.pursuit.by_window:
+                here = generation == resume.generation > 0
+                places = stopped if here else self._possible(stream, places, followed)
+            pursued.pursuit.begin(places, followed)
             if stream in self.rings.kept:  # one that was taken over: it is level within some seconds, whatever comes
                 pursued.pace = pursued.pursuit.behind(followed)
                 pursued.twice_until_ns = resume.twice_until_ns

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from shared.bus.messages import Body, Datagrams, Message, RegistrySnapshot, Stat
 from shared.client import Client, Place
 from shared.datagrams.batch import DatagramBatch
 from shared.ledger.accounts import ENDED
-from shared.ledger.counters import NOT_JOURNALED
+from shared.ledger.counters import NOT_JOURNALED, PERHAPS_TWICE
 from shared.owners import owner_of
 from shared.settings.entries import Stream
 from shared.settings.model import Settings
@@ -25,7 +26,7 @@ from tests.stack import wait_until
 from tests.traffic import open_receiver
 
 STREAM, INGEST = "flows", "ingest.1"
-UPLINK = Uplink(servers=("nats://127.0.0.1:4222",), site="a", nodes=("a", "b"))
+UPLINK = Uplink(servers=("nats://127.0.0.1:4222",), site="a", nodes=("a", "b"), minority="hold")
 NAME = next(name for name in map(str, range(100)) if owner_of(name, UPLINK.nodes) == "a")
 
 
@@ -45,8 +46,9 @@ class Played:
     def publish(self, boot: int, total: int, count: int) -> None:
         """Let a batch of a start of ingest come, behind `total` datagrams; 0: a mark."""
         self._at = total + (count > 0), total
-        batch = make_batch([b"%d/%d" % (boot, total + number) for number in range(count)], stream=STREAM)
-        self._take(datagrams_topic(STREAM), Datagrams(STREAM, time.time_ns()), INGEST, boot, batch)
+        payloads = [b"%d/%d" % (boot, total + number) for number in range(count)]
+        batch = replace(make_batch(payloads, stream=STREAM), received_ns=time.time_ns())
+        self._take(datagrams_topic(STREAM), Datagrams(STREAM, batch.received_ns), INGEST, boot, batch)
 
     def report(self, boot: int, published: int, **ended: int) -> None:
         """Let a start of ingest report, also with how many datagrams earlier ones have ended."""
@@ -55,11 +57,11 @@ class Played:
         status = Status("ingest", 1, time.time_ns(), 1, 0, 1, accounts)
         self._take(status_topic(INGEST), status, INGEST, boot)
 
-    def tell(self, state: NodeState, *places: Place) -> None:
-        """Let the uplink tell how this node is, and how far the forwarder of the other one is."""
-        nodes = [Node("a", state), Node("b", "live", 0, 0, 1, {"relay": list(places)})]
-        live = Nodes(True, nodes).live
-        self._take(NODES_TOPIC, Nodes(True, nodes, live), "uplink.1")
+    def tell(self, state: NodeState, *places: Place, other: NodeState = "live", majority: bool = True) -> None:
+        """Let the uplink tell how this node is, and the other one, and how far that one's forwarder is."""
+        nodes = [Node("a", state), Node("b", other, 0, 0, 1, {"relay": list(places)})]
+        live = Nodes(True, nodes).live if majority else ()
+        self._take(NODES_TOPIC, Nodes(majority, nodes, live), "uplink.1")
 
     def pass_time(self) -> None:
         """Let it do what is due."""
@@ -115,3 +117,30 @@ def test_what_a_node_had_before_it_was_killed_is_not_missed_when_it_returns(tmp_
             wait_until(after.is_level, "it serves")
             account = after.service._collectors.accounts()[f"collector/{NAME}"]
             assert (account["sent"], account[NOT_JOURNALED]) == (6, 3)
+
+
+def test_a_node_that_nobody_stood_in_for_goes_on_where_it_has_left_off(tmp_path: Path) -> None:
+    """A node serves nobody while it is not in the majority: its own collectors get what came then, once it serves.
+
+    Another node may have sent that. Of what is no more there, all is counted.
+    """
+    sock, _ = open_receiver("127.0.0.1", 0)
+    with closing(sock), forwarder(tmp_path, sock.getsockname()[1]) as node:
+        node.publish(1, 0, 0)
+        node.tell("live")
+        wait_until(node.is_level, "it serves")
+        node.publish(1, 0, 100)
+        node.pass_time()
+        node.tell("joining", other="silent", majority=False)
+        node.pass_time()
+        node.publish(1, 100, 30)
+        node.pass_time()
+        node.tell("joining", other="silent")
+        node.pass_time()
+        node.publish(1, 130, 5)
+        node.tell("live", other="silent")
+        wait_until(node.is_level, "it serves")
+        node.publish(1, 135, 5)
+        node.pass_time()
+        account = node.service._collectors.accounts()[f"collector/{NAME}"]
+        assert (account["expected"], account["sent"], account[PERHAPS_TWICE]) == (140, 140, 35)
