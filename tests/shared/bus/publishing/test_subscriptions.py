@@ -64,7 +64,7 @@ def test_only_so_many_are_kept_and_those_may_be_renewed() -> None:
 
 @given(st.lists(st.tuples(st.sampled_from(["+a/", "+b/", "-a/", "-b/", ""]), st.booleans(), st.floats(0, 3))))
 def test_what_the_present_broker_wants_is_wanted(events: list[tuple[str, bool, float]]) -> None:
-    """Whatever comes in whatever order, no subscription of the present connection is ever dropped."""
+    """No subscription of the present connection is ever dropped, whatever comes in whatever order."""
     played, present = Played(), set[str]()
     played.say(f"+{HELLO}")
     for said, lost, seconds in events:
