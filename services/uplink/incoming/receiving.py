@@ -103,17 +103,16 @@ class Receiver:
         try:
             try:
                 info = await manager.consumer_info(stream, name)
-                self._lag[WAITING_MESSAGES] = info.num_pending or 0
                 filters = info.config.filter_subjects or [info.config.filter_subject or ""]
                 if (info.num_ack_pending or info.num_waiting) and info.ack_floor:
                     # Messages that an earlier connection was handed come again after `ack_wait`, behind newer; and one
                     # whose end the server has not seen is handed more.
                     self._resumed[NEXT] = info.ack_floor.stream_seq + 1
                     await manager.delete_consumer(stream, name)
-                    await manager.add_consumer(stream, self._from_start(config))
+                    info = await manager.add_consumer(stream, self._from_start(config))
                     self._resumed[NEXT] = 0
                 elif sorted(filters) != wanted:
-                    await manager.add_consumer(
+                    info = await manager.add_consumer(
                         stream,
                         config.evolve(
                             deliver_policy=info.config.deliver_policy, opt_start_seq=info.config.opt_start_seq
@@ -121,9 +120,10 @@ class Receiver:
                     )
             except NotFoundError:
                 await manager.stream_info(stream)
-                await manager.add_consumer(stream, self._from_start(config))
+                info = await manager.add_consumer(stream, self._from_start(config))
                 self._resumed[NEXT] = 0
                 log.info("made the consumer by which this site receives", stream=stream, consumer=name)
+            self._lag[WAITING_MESSAGES] = info.num_pending or 0
         except NotFoundError:
             self._lag[WAITING_MESSAGES] = 0
             session.troubles.say(what, f"site {self.site} has no stream in JetStream yet: nothing comes from there")

@@ -27,7 +27,15 @@ from services.uplink.server_checks import check_server, check_stream, wanted_str
 from services.uplink.session import Session, SessionError
 from services.uplink.subjects import Origin, unparse_subject
 from shared.bus.messages import Datagrams, Message
-from shared.ledger.counters import ACKNOWLEDGED, HELD, MESSAGES_REFUSED, SERVER_FAULTS, SERVER_LIMIT, SERVER_REFUSED
+from shared.ledger.counters import (
+    ACKNOWLEDGED,
+    HELD,
+    MESSAGES_REFUSED,
+    SERVER_FAULTS,
+    SERVER_LIMIT,
+    SERVER_REFUSED,
+    WAITING_MESSAGES,
+)
 from shared.nats.access import check_access
 from shared.nats.troubles import Troubles
 from shared.process.lifecycle import OperatorError
@@ -51,6 +59,7 @@ class Tried:
         self.account: Counter[str] = Counter()
         self.troubles = Troubles()
         self.receivers: list[Receiver] = []
+        self.lag: Counter[str] = Counter()
         self.came: list[bytes] = []
         self.acknowledging = True
         self.said: list[str] = []
@@ -60,7 +69,7 @@ class Tried:
         """Receive `flows` of a site from now on."""
         opened = asyncio.Event()
         opened.set()
-        self.receivers = [Receiver(site, ["flows"], self.account, opened, self._deliver, Counter(), Counter())]
+        self.receivers = [Receiver(site, ["flows"], self.account, opened, self._deliver, Counter(), self.lag)]
 
     async def _deliver(self, session: Session, arrived: Arrived) -> None:
         for message in arrived.batches:
@@ -461,6 +470,12 @@ def test_a_site_without_a_stream_is_waited_for(plain: NatsServer) -> None:
     reader.run(reader.says("JetStream hands on nothing of site late: Consumer Deleted"), admin.start)
     admin.join()
     reader.run(reader.says("made the consumer"))
+
+
+def test_a_consumer_that_was_just_made_tells_what_is_to_come(plain: NatsServer) -> None:
+    """A site that is received for the first time has nothing to come, which a node has to know before it serves."""
+    _, reader = sending_and_receiving(plain, "new")
+    assert dict(reader.lag) == {WAITING_MESSAGES: 0}
 
 
 def test_what_a_dead_connection_had_got_comes_first(plain: NatsServer) -> None:
