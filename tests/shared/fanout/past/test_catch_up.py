@@ -19,7 +19,7 @@ from shared.bus.messages import Body, Datagrams, Message, RegistrySnapshot, Stat
 from shared.client import Place, Resume
 from shared.datagrams.batch import DatagramBatch
 from shared.datagrams.gathered import MAX_GATHERED
-from shared.fanout.past import past_sender
+from shared.fanout.past import catch_up, past_sender
 from shared.fanout.past.past_sender import STEP_ROWS
 from shared.fanout.past.rings import Rings
 from shared.fanout.past.window import SECONDS
@@ -207,6 +207,7 @@ def test_a_collector_is_away_on_all_its_streams(sender: Sender, monkeypatch: pyt
 
         with monkeypatch.context() as patch:
             patch.setattr(past_sender, "ANSWER_SECONDS", 60.0)
+            patch.setattr(catch_up, "TURN_SECONDS", 60.0)  # each stream makes a step a turn, however slow it is
             until(sender, lambda: all(each.last for each in pursuits))
             read_all(sock)  # that of the first steps waits, as it were
             waiting.append(True)
