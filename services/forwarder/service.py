@@ -5,7 +5,6 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
-from types import TracebackType
 from typing import ClassVar, Final
 
 import numpy as np
@@ -151,10 +150,8 @@ class ForwarderService(CopyService[Destination]):
                 del self._stalled[destination]
         return max(0.0, min((due_at for _, due_at in self._stalled.values()), default=math.inf) - now)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        super().__exit__(kind, error, trace)
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
         self.close()
 
     def close(self) -> None:

@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import ClassVar, Final, Self
 
 from services.transmitter.destination import Destination
@@ -83,10 +82,8 @@ class TransmitterService(CopyService[Destination]):
         """Rights of the process, and the fate of frames and requests."""
         return {**self._facts, **self._frames.counters, **self._sender.audit.counters}
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._frames.close()
-        super().__exit__(kind, error, trace)
+        super().__exit__(*error)
         self._sender.close()
         self._sockets.close()

@@ -7,7 +7,6 @@ registry whose `source` is theirs.
 import select
 import time
 from collections.abc import Collection, Iterable
-from types import TracebackType
 from typing import Final, Self
 
 from shared.bus.bodies.nodes_message import Nodes
@@ -392,9 +391,7 @@ class CopyService(CopySender[D]):
         """Milliseconds until there is work to do, `most` seconds at most."""
         return int(max(0.0, min(most, self._work_at - time.monotonic())) * 1000) + 1
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._collectors.close()
         self._streams.close()
         self._kept.close()

@@ -211,17 +211,16 @@ class CatchUp(Generic[D]):
     def _pursue(self, client: Client, stream: str, *, returning: bool) -> None:
         followed = self._streams.positions(stream)
         counts = self._kept.new_counts()
+        places: Iterable[Place]
         if returning or client.resume is None:
             since = max(1, self._away_ns - STRAY_NS)
             pursued = self._begin(client.name, client.generation, stream, since, counts)
-            places = (
-                Place(stream, *worker, each.next_sequence, each.reached, since) for worker, each in followed.items()
-            )
+            places = (Place(stream, *each, at.next_sequence, at.reached, since) for each, at in followed.items())
             pursued.pursuit.begin(places, followed)
         else:
             resume = self._progress.resume(client.name, client.resume)
             pursued = self._begin(client.name, client.generation, stream, max(1, resume.since_ns), counts)
-            places: Iterable[Place] = resume.places
+            places = resume.places
             generation, stopped = self._stopped.get(client.name, (0, []))
             if pursued.pursuit.by_window:
                 here = generation == resume.generation > 0
@@ -243,8 +242,7 @@ class CatchUp(Generic[D]):
             if worker in living or window.find(worker, place.total):
                 yield place
             elif position := followed.get(worker):
-                had = position.reached - position.unserved
-                yield msgspec.structs.replace(place, total=max(place.total, had))
+                yield msgspec.structs.replace(place, total=max(place.total, position.reached - position.unserved))
 
     def _begin(self, name: str, generation: int, stream: str, since_ns: int, counts: Counter[str]) -> Pursued:
         counts[GENERATION] = generation
