@@ -89,6 +89,9 @@ class Session:
         self._numbers: dict[str, str] = {}
         """The number of each message under way, by the token of its answer."""
         self._tokens = itertools.count()
+        self._unheard = asyncio.Event()
+        """Set when no stream takes what this site sends: it may have been deleted."""
+        self._faults: set[str] = set()
 
     async def open(self, endpoint: Endpoint) -> Self:
         """Connect to a server. SessionError says why that failed."""
@@ -103,7 +106,8 @@ class Session:
         return self
 
     def _note_fault(self, fault: str) -> None:
-        self._account[SERVER_FAULTS] += 1
+        self._faults.add(fault)
+        self._account[SERVER_FAULTS] = len(self._faults)
         self.troubles.say(f"fault {fault}", fault)
 
     async def run(self, *others: Callable[[Self], Coroutine[Any, Any, None]]) -> None:
@@ -204,6 +208,7 @@ class Session:
             return
         if (message.headers or {}).get("Status") == NO_RESPONDERS:
             subjects = site_subjects(self.uplink.site)
+            self._unheard.set()
             self._fail(f"no stream of JetStream takes {subjects}: it is missing, has no leader, or JetStream is off")
             return
         try:
@@ -228,7 +233,7 @@ class Session:
             self.troubles.say("JetStream", told)
 
     async def _find_stream(self) -> None:
-        """Find this site's stream, or make it; say what is wrong with it."""
+        """Find this site's stream, or make it, also again where it was deleted; say what is wrong with it."""
         manager, name = self.client.jsm(timeout=REQUEST_SECONDS), kept_stream(self.uplink.site)
         while self.uplink.send or self.uplink.nodes:
             try:
@@ -242,10 +247,12 @@ class Session:
                 self.troubles.end("stream", "the stream of this site is there")
                 for fault in check_stream(found, self.uplink):
                     self._note_fault(fault)
-                break
             except (NatsError, OSError, TimeoutError, SessionError) as error:
                 told = str(error) if isinstance(error, SessionError) else f"can't find or make {name}: {reason(error)}"
                 self.troubles.say("stream", told)
+            else:
+                self._unheard.clear()
+                await self._unheard.wait()
             await asyncio.sleep(STREAM_SECONDS)
         await self._until_end()
 

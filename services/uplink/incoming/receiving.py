@@ -70,6 +70,8 @@ class Receiver:
         """Kept also over a kill: the place in the stream from which a consumer that is just being made anew begins."""
         self._lag = lag
         self._left = self._came = 0
+        self._read_up_to = 0
+        """The number, in the stream, of the last message that was handled."""
         self._heard_at = 0.0
         self._lost = False
         self._asked = 0
@@ -119,7 +121,11 @@ class Receiver:
                         ),
                     )
             except NotFoundError:
-                await manager.stream_info(stream)
+                last = (await manager.stream_info(stream)).state.last_seq
+                if not self._resumed[NEXT] and self._read_up_to:
+                    self._resumed[NEXT] = self._read_up_to + 1
+                if self._resumed[NEXT] > last + 1:
+                    self._resumed[NEXT] = 1  # the stream was made anew, too
                 info = await manager.add_consumer(stream, self._from_start(config))
                 self._resumed[NEXT] = 0
                 log.info("made the consumer by which this site receives", stream=stream, consumer=name)
@@ -180,6 +186,7 @@ class Receiver:
         self._lag[WAITING_MESSAGES] = message.metadata.num_pending
         self._came += len(message.data)
         await self._read(session, message)
+        self._read_up_to = message.metadata.sequence.stream
         self._heard_at = asyncio.get_running_loop().time()
         self._left -= 1
         if self._left <= 0:

@@ -478,6 +478,47 @@ def test_a_consumer_that_was_just_made_tells_what_is_to_come(plain: NatsServer) 
     assert dict(reader.lag) == {WAITING_MESSAGES: 0}
 
 
+@pytest.mark.parametrize("deleted", ["consumer", "stream"])
+def test_what_an_admin_deletes_is_made_anew(plain: NatsServer, monkeypatch: pytest.MonkeyPatch, deleted: str) -> None:
+    """A consumer that is made anew begins where the one before was, and in a new stream with its first message."""
+    monkeypatch.setattr(module, "STREAM_SECONDS", 0.1)
+    sender, reader = sending_and_receiving(plain, f"deleted-{deleted}")
+    stream = sender.uplink.site
+    for payload in (b"one", b"two"):
+        sender.offer(payload)
+        sender.run(lambda: sender.counted[HELD] == 0)
+    reader.run(lambda: reader.came == [b"one", b"two"])
+
+    async def delete_and_send(manager: Any) -> None:
+        if deleted == "stream":
+            await manager.delete_stream(f"fanwire-{stream}")
+            await manager.add_stream(name=f"fanwire-{stream}", subjects=[f"fanwire.{stream}.>"])
+        else:
+            await manager.delete_consumer(f"fanwire-{stream}", "to-reader")
+        pack = sender.pack(b"three")
+        await manager._nc.jetstream().publish(unparse_subject(pack.origin), pack.payload)
+
+    admin = Thread(target=with_manager, args=(plain, delete_and_send))
+    reader.run(lambda: reader.came == [b"one", b"two", b"three"], admin.start)
+    admin.join()
+
+
+def test_a_stream_that_is_deleted_is_made_anew(plain: NatsServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An admin deletes the stream of a site that is connected: it is made anew, and what was sent meanwhile is kept."""
+    monkeypatch.setattr(module, "STREAM_SECONDS", 0.1)
+    tried = Tried(plain, "deleted")
+    tried.run(tried.says("made the stream"))
+
+    def delete() -> None:
+        with_manager(plain, lambda manager: manager.delete_stream("fanwire-deleted"))
+        tried.offer(b"one")
+
+    admin = Thread(target=delete)
+    tried.run(lambda: tried.counted[ACKNOWLEDGED] == 1, admin.start)
+    admin.join()
+    assert tried.says("made the stream")()
+
+
 def test_what_a_dead_connection_had_got_comes_first(plain: NatsServer) -> None:
     """Messages that came and were not acknowledged come again with the next connection, at once and before newer."""
     sender, reader = sending_and_receiving(plain, "lasting")
