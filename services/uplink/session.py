@@ -16,7 +16,6 @@ import msgspec
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
-from nats.errors import MaxPayloadError
 from nats.js.errors import NotFoundError
 
 from services.uplink.outgoing.outbox import Outbox
@@ -40,6 +39,8 @@ STREAM_SECONDS: Final = 5.0
 """Between two attempts to find or to make this site's stream."""
 ANSWERS_AWAITED: Final = 4
 """Answers that are known, for each message that may be under way: one that was sent again may have several to come."""
+HEADERS: Final = 1024
+"""Bytes that a server counts in a message beyond its content, at most. Above its limit it ends the connection."""
 TOO_LARGE: Final = 10054
 """JetStream's error of a message above its stream's `max_msg_size` (nats-server, server/errors.json)."""
 CONNECTION_ERRORS: Final = (NatsError, OSError, TimeoutError)
@@ -99,6 +100,7 @@ class Session:
             await open_connection(self.client, self.uplink, endpoint, self._note_end, self._note_error, PING_SECONDS)
         except ConnectError as error:
             raise SessionError(str(error)) from None
+        self._outbox.largest = self.client.max_payload - HEADERS
         version = self.client.connected_server_version
         self._account[SERVER_FAULTS] = 0
         for fault in check_server((version.major, version.minor, version.patch), self.client.max_payload):
@@ -167,6 +169,11 @@ class Session:
         self._outbox.connect()
         while True:
             while pack := self._outbox.next():
+                if len(pack.payload) > self._outbox.largest:
+                    self._outbox.drop(pack.number, SERVER_LIMIT)
+                    told = f"a message of {len(pack.payload)} bytes is above the NATS server's max_payload: dropped"
+                    self.troubles.say("max_payload", f"{told}; set max_payload: 1MB")
+                    continue
                 token = f"{next(self._tokens):x}"
                 self._numbers[token] = pack.number
                 if len(self._numbers) > ANSWERS_AWAITED * self.uplink.in_flight:
@@ -178,10 +185,6 @@ class Session:
                         f"{self.inboxes}.ack.{token}",
                         {"Nats-Msg-Id": pack.number},
                     )
-                except MaxPayloadError:
-                    self._outbox.drop(self._numbers.pop(token), SERVER_LIMIT)
-                    told = f"a message of {len(pack.payload)} bytes is above the NATS server's max_payload: dropped"
-                    self.troubles.say("max_payload", f"{told}; set max_payload: 1MB")
                 except (NatsError, OSError):
                     self.ended.set()
                     return

@@ -13,6 +13,8 @@ from services.uplink.packs import Pack
 from services.uplink.subjects import unparse_subject
 from shared.ledger.counters import ACKNOWLEDGED, HELD, SERVER_AWAY, SERVER_SLOW, TAKEN
 
+LARGEST_MESSAGE: Final = 1 << 20
+"""Bytes of a message that a server takes by its default."""
 FIRST_PAUSE_SECONDS: Final = 0.1
 LONGEST_PAUSE_SECONDS: Final = 5.0
 """Time between a failure and the next attempt: twice as long after each one that follows another."""
@@ -43,6 +45,8 @@ class Outbox:
         """Called with each message that needs not be sent any more."""
         self.size = 0
         """Bytes that wait or are under way."""
+        self.largest = LARGEST_MESSAGE
+        """Bytes of a message that the server takes which was connected last."""
         self._most = most
         self._in_flight = in_flight
         self._window = 1

@@ -20,6 +20,7 @@ from services.uplink.subjects import Origin
 from shared.bus.kept_counts import KeptCounts, KeptFile
 from shared.bus.messages import VERSION, Datagrams, Envelope, Message, datagrams_topic
 from shared.datagrams.batch import DatagramBatch
+from shared.datagrams.limits import ROW_SIZE
 from shared.fanout.past.pursuit import Step
 from shared.ledger.accounts import Accounts
 from shared.ledger.counters import (
@@ -184,6 +185,12 @@ class Sending:
             journaled = self._journal.streams.get(batch.stream)
             after = journaled.cursors.passed(key[:2]) if journaled else UNKNOWN
             packer = self._packers[key] = Packer(origin, envelope.boot, after)
+        if packer.datagrams and packer.size + LARGEST_BATCH > self.outbox.largest:  # else any batch finds room
+            size = ROW_SIZE * len(batch) + int(batch.lengths.sum())
+            if packer.size + size > self.outbox.largest:
+                self._close(key, packer, now)
+                if self._packers.get(key) is not packer:
+                    return  # it is left to the journal, with what comes behind it
         if not packer.datagrams:
             packer.since = now
             if now - self._packed_at[key] > 4 * self._fill:  # a lone batch goes at once

@@ -296,17 +296,20 @@ def test_credentials_sign_what_the_server_asks(secured: Secured, tmp_path: Path)
         tried.run(lambda: False)
 
 
-def test_messages_that_are_too_large(plain: NatsServer) -> None:
-    """A message above the server's limit, or the stream's, is dropped and counted; what comes behind it goes on."""
-    tried = Tried(plain, "large")
+@pytest.mark.parametrize("size", [99_999, 100_001])
+def test_messages_that_are_too_large(plain: NatsServer, size: int) -> None:
+    """A message above the server's limit, or the stream's, is dropped and counted; what comes behind it goes on.
+
+    So is one that is above it with its headers: for that the server would end the connection.
+    """
+    tried = Tried(plain, f"large-{size}")
     tried.offer(b"x" * 60_000, b"small")
-    packs = Tried(plain, "large")
     tried.outbox.take("flows", 1)
-    tried.outbox.put(Pack(Origin("large", "flows", "ingest.1"), 5, 99, 99, 1, bytes(100_001)))
+    tried.outbox.put(Pack(Origin(f"large-{size}", "flows", "ingest.1"), 5, 99, 99, 1, bytes(size)))
     tried.run(lambda: tried.counted[HELD] == 0)
     assert (tried.counted[ACKNOWLEDGED], tried.counted[SERVER_LIMIT]) == (2, 1)
     assert tried.says(
-        "a message of 100001 bytes is above the NATS server's max_payload: dropped; set max_payload: 1MB"
+        f"a message of {size} bytes is above the NATS server's max_payload: dropped; set max_payload: 1MB"
     )()
     assert tried.says("the NATS server takes messages of up to 100000 bytes; set max_payload: 1MB, its default")()
     assert tried.account[SERVER_FAULTS] == 1

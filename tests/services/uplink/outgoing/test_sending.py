@@ -256,3 +256,19 @@ def test_workers_beyond_the_bound_are_counted(sent: Sent, monkeypatch: pytest.Mo
     account, refused = sent.account, sum(sent.bus.published(worker) for worker in ("ingest.3", "ingest.4"))
     assert (account["acknowledged"], account[TOO_MANY_WORKERS], account["held"]) == (9, refused, 0)
     assert "stream flows has more than 256 workers" in sent.troubles.now["workers of flows"]
+
+
+def test_messages_are_as_large_as_the_server_takes(sent: Sent) -> None:
+    """Where a server takes smaller messages than others do, a message ends before the batch that would be too much."""
+    sent.sending.outbox.largest = 100_000
+    sizes, add = list[int](), sent.sending.outbox.add
+
+    def note(pack: Pack) -> None:
+        sizes.append(len(pack.payload))
+        add(pack)
+
+    sent.sending.outbox.add = note  # type: ignore[method-assign]
+    for _ in range(10):
+        sent.bus.let_batch_come("ingest.1", 10, 3000)
+    sent.settle()
+    assert (len(sizes), max(sizes) <= 100_000) == (4, True)
