@@ -249,11 +249,12 @@ class CopiedRows:
     def give_back(self, members: Sequence[Client], wanted: Mapping[str, Mask], taken: dict[str, Mask]) -> None:
         """Give each row of a group to the member that has a copy of it already, if there is one that still wants it.
 
-        It may be another one than today's choice, where the group was another one when the rules were made.
+        It may be another one than today's choice, where the group was another one when the rules were made. If several
+        have one, it is the one whose entry is today's: copies by other entries are counted as late.
         """
         holders = np.full(len(self._all), NOBODY)
         for generation, standing in self._standings.items():
-            for number, client in enumerate(members):
+            for number, client in sorted(enumerate(members), key=lambda each: each[1].name in standing.same):
                 planned = self._changed.get((generation, client.name))
                 if client.name in standing.same:
                     holders[wanted[client.name] & self._reached(generation, client.name)] = number

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from shared.bus.bodies.offload_messages import KernelCopies, KernelServed
@@ -235,8 +235,15 @@ together = st.one_of(
 stories = st.lists(together, min_size=4, max_size=16)
 
 
+one_joins_a_group_when_both_have_got_a_copy = [
+    [("register", "b", 7), ("plan", 2), *tell, *swap, ("arrive", "192.0.2.0", True)],
+    [("leave", "a"), ("register", "a", 7), *tell, ("process", 1)],
+]
+
+
 @settings(max_examples=80)
 @given(stories)
+@example(one_joins_a_group_when_both_have_got_a_copy)
 def test_each_collector_gets_each_datagram_once(found: list[Any]) -> None:
     """By the kernel or by us, whatever joins, leaves, changes and moves meanwhile, and however late rules follow."""
     site = Site()
