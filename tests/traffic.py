@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
@@ -21,10 +22,10 @@ _block = random.Random(11).randbytes(2 * MAX_DATAGRAM)
 
 def payload(exporter: int, number: int, largest: int = MAX_DATAGRAM) -> bytes:
     """The datagram `number` of an exporter: its size and bytes follow from both; sizes are spread over magnitudes."""
-    draw = random.Random(exporter << 32 | number)
-    size = max(1, min(largest, int(largest ** draw.random() * 1.2)))
     head = exporter.to_bytes(1) + number.to_bytes(4)
-    return (head + _block[number % MAX_DATAGRAM :][:size])[:size]
+    size = max(1, min(largest, int(largest ** (crc32(head) / 2**32) * 1.2)))
+    at = number % MAX_DATAGRAM
+    return (head + _block[at : at + size])[:size]
 
 
 def open_receiver(address: str, port: int, wanted: int = 1 << 26) -> tuple[socket.socket, int]:

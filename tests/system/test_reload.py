@@ -77,7 +77,7 @@ class Load(threading.Thread):
             for exporter, sock in enumerate(self._sources):
                 sock.send(b"a" + exporter.to_bytes(1) + self.sent.to_bytes(4))
             self.sent += 1
-            pause(0.01)
+            pause(0.03)
 
 
 @contextmanager

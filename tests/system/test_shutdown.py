@@ -15,7 +15,7 @@ from tests.traffic import exporters, open_receiver, pause
 
 
 class Load(threading.Thread):
-    """Sends datagrams without pause for breath until told to stop."""
+    """Sends datagrams in bursts, some ten thousand a second, until told to stop."""
 
     def __init__(self, sources: list[socket.socket]) -> None:
         super().__init__(daemon=True)
@@ -31,7 +31,7 @@ class Load(threading.Thread):
                     for _ in range(16):
                         sock.send(b"x" * 300)
                         self.sent += 1
-            pause()
+            pause(0.002)
 
 
 class Arrived(threading.Thread):

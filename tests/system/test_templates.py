@@ -307,7 +307,7 @@ def test_joining_under_load(open_stack: OpenStack, source: str, count: int) -> N
             while not stop.is_set():
                 for exporter in many:
                     exporter.flow()
-                    time.sleep(0.0002)
+                    time.sleep(0.001)
                 while select.select([steady.sock], [], [], 0)[0] or on_their_way() > MOST_ON_THEIR_WAY:
                     payload, source = steady.sock.recvfrom(65_535)
                     before[source].append(payload)

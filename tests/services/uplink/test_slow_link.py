@@ -10,7 +10,7 @@ from tests.slow_link import slow_link
 from tests.stack import wait_until
 
 BITS_PER_SECOND, DELAY = 10e6, 0.04
-SIZE, SECONDS = 550, 6
+SIZE, SECONDS = 1200, 4
 SERVER, FAR = "10.8.0.1", "10.8.0.2"
 
 
