@@ -67,24 +67,30 @@ def sentences(folder: str) -> Iterator[str]:
 
 
 def _texts(path: Path) -> Iterator[str]:
-    nodes = [*ast.walk(ast.parse(path.read_text()))]
-    skipped: set[int] = set()
-    for node in nodes:
-        if isinstance(node, ast.Expr):
-            skipped.add(id(node.value))
-        elif isinstance(node, ast.keyword) and node.arg in HELP:
-            skipped |= {id(each) for each in ast.walk(node.value)}
-        elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in HELP:
-            skipped |= {id(each) for argument in node.args for each in ast.walk(argument)}
+    waiting: list[ast.AST] = [ast.parse(path.read_text())]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Constant):
+            if isinstance(node.value, str):
+                yield node.value
         elif isinstance(node, ast.JoinedStr):
-            skipped |= {id(value) for value in node.values}
-    yield from (text for node in nodes if id(node) not in skipped and (text := _text(node)))
+            yield "".join(str(value.value) if isinstance(value, ast.Constant) else "{}" for value in node.values)
+            waiting += (value for value in node.values if not isinstance(value, ast.Constant))
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in HELP:
+            waiting += (node.func, *node.keywords)
+        elif not _is_help(node):
+            for part in vars(node).values():  # a third of the time of ast.walk
+                if isinstance(part, list):
+                    waiting += (each for each in part if isinstance(each, ast.AST))
+                elif isinstance(part, ast.AST):
+                    waiting.append(part)
 
 
-def _text(node: ast.AST) -> str:
-    if isinstance(node, ast.JoinedStr):
-        return "".join(str(value.value) if isinstance(value, ast.Constant) else "{}" for value in node.values)
-    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+def _is_help(node: ast.AST) -> bool:
+    """Return whether a node is a docstring, or a text for `--help`."""
+    if isinstance(node, ast.keyword):
+        return node.arg in HELP
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
 def pieces(text: str) -> list[str]:
@@ -111,6 +117,6 @@ def test_every_sentence_is_provoked() -> None:
     def is_provoked(text: str) -> bool:
         pattern = ".*".join(map(re.escape, filter(None, map(str.strip, text.split("{}")))))
         known = (own in other or other in own for own in pieces(text) for other in expected)
-        return bool(re.search(pattern, heard) or word_runs(text) & expected_runs) or any(known)
+        return bool(word_runs(text) & expected_runs) or any(known) or bool(re.search(pattern, heard))
 
     assert sorted(text for text in found if not is_provoked(text)) == sorted(ELSEWHERE)
