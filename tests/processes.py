@@ -21,10 +21,14 @@ started: Final[list[str]] = []
 
 def mark(items: Iterable[pytest.Item]) -> None:
     """Mark every test that can start a process."""
-    graph = _Graph()
+    graph, known = _Graph(), dict[object, bool]()
     for item in items:
-        if isinstance(item, pytest.Function) and any(map(graph.starts, _parts(item))):
-            item.add_marker(MARKER)
+        if isinstance(item, pytest.Function):
+            place = item.parent, item.function  # a class may have it, and fixtures, from another one
+            if place not in known:
+                known[place] = any(map(graph.starts, _parts(item)))
+            if known[place] or any(map(graph.starts, _parameters(item))):
+                item.add_marker(MARKER)
 
 
 def watch() -> None:
@@ -33,12 +37,16 @@ def watch() -> None:
 
 
 def _parts(item: pytest.Function) -> Iterator[object]:
-    """Yield a test's function, its parameters, and the functions of its fixtures, also of those others ask for."""
+    """Yield a test's function, and the functions of its fixtures, also of those others ask for."""
     yield item.function
-    if hasattr(item, "callspec"):
-        yield from item.callspec.params.values()
     for fixtures in item._fixtureinfo.name2fixturedefs.values():
         yield from (fixture.func for fixture in fixtures)
+
+
+def _parameters(item: pytest.Function) -> Iterator[object]:
+    """Yield a test's parameters, but for those that refer to nothing."""
+    if hasattr(item, "callspec"):
+        yield from (each for each in item.callspec.params.values() if not isinstance(each, str | bytes | int | float))
 
 
 class _Graph:

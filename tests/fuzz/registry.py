@@ -37,7 +37,7 @@ _destinations: Final = Destinations(["messages"], [("127.0.0.1", 6667)], lambda 
 _peer: Final = Peer(1, "192.0.2.1", 40_000)
 ORDERS: Final = ("withhold siem --reason slow", "release siem")
 _commands: Final = [
-    make_parser().parse_args(command.split())
+    make_parser(command.partition(" ")[0]).parse_args(command.split())
     for command in ("clients", "clients --json", "register siem --stream messages", "leave siem", "leave a", *ORDERS)
 ]
 _silent: Final = structlog.wrap_logger(structlog.ReturnLogger(), processors=[])
