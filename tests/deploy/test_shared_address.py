@@ -43,17 +43,17 @@ class Played:
 
     @property
     def holds(self) -> bool:
-        """Whether it has the address."""
+        """True if it has the address."""
         return f" {ADDRESS}/" in self.host.run("ip", "-4", "address", "show", "dev", "eth0")
 
     @property
     def claims(self) -> int:
-        """How often it has taken the address."""
+        """The number of times that it has taken the address."""
         return self.keepalived.text.count("Entering MASTER STATE")
 
     @property
     def preferred(self) -> bool:
-        """Whether keepalived has last found it ready."""
+        """True if keepalived has last found it ready."""
         told = self.keepalived.text
         return told.rfind("Script(ready) succeeded") > told.rfind("Script(ready) failed")
 

@@ -259,7 +259,7 @@ def test_workers_beyond_the_bound_are_counted(sent: Sent, monkeypatch: pytest.Mo
 
 
 def test_messages_are_as_large_as_the_server_takes(sent: Sent) -> None:
-    """Where a server takes smaller messages than others do, a message ends before the batch that would be too much."""
+    """A message ends before the batch with which it would be larger than the server takes."""
     sent.sending.outbox.largest = 100_000
     sizes, add = list[int](), sent.sending.outbox.add
 
