@@ -111,7 +111,8 @@ class Collectors(Generic[D]):
 
     def note_nodes(self, others: Sequence[Node]) -> None:
         """Note what the uplink tells of the other nodes of a cluster."""
-        self._overlaps.note(others, {name: served.account for name, served in self._served.items()})
+        shared = {name: each.account for name, each in self._served.items() if not each.destination.client.node}
+        self._overlaps.note(others, shared)
 
     def restore(self, sheet: Sheet) -> None:
         """Go on from what the last process has left, before the first registry comes."""

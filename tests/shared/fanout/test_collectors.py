@@ -6,6 +6,7 @@ from typing import Any, cast
 import msgspec
 import pytest
 
+from shared.bus.bodies.nodes_message import Node
 from shared.bus.kept_counts import KeptFile
 from shared.client import Client, Resume, Withheld
 from shared.datagrams.gathered import Gathered
@@ -70,6 +71,18 @@ class Life:
         accounts = self.collectors.accounts()
         assert list(discrepancies(accounts)) == []
         return {counter: count for counter, count in accounts[f"collector/{name}"].items() if count}
+
+
+def test_only_collectors_that_others_reach_may_have_got_copies_of_theirs(tmp_path: Path) -> None:
+    """Another node has served without this one: what was sent is counted, but for a collector that only we reach."""
+    life = Life(tmp_path / "kept", make_client("a"), make_client("b", node="here"))
+    for missed in (0, 1):
+        life.collectors.note_nodes([Node("there", "live", 0, missed=missed)])
+        for account in life.sent.values():
+            account["sent"] += 5
+    life.collectors.note_nodes([Node("there", "live", 0, missed=2)])
+    assert {name: account["perhaps_twice"] for name, account in life.sent.items()} == {"a": 10, "b": 0}
+    life.end()
 
 
 def test_copies_that_another_node_may_have_sent_are_counted(tmp_path: Path) -> None:
