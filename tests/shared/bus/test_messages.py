@@ -96,7 +96,7 @@ BODIES: dict[str, Body] = {
         True,
         [
             Node("berlin", "live", 0),
-            Node("bonn", "silent", 2500, 9, 3, {"relay": [Place("messages", "uplink.1", 2**62, 0, 33)]}),
+            Node("bonn", "silent", 2500, 9, 3, {"relay": [Place("messages", "uplink.1", 2**62, 0, 33)]}, 7),
         ],
         ("berlin",),
     ),

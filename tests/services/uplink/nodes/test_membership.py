@@ -1,5 +1,6 @@
 from contextlib import suppress
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -132,5 +133,12 @@ def test_the_largest_beat_is_taken() -> None:
 
 def test_a_beat_comes_as_it_was_sent() -> None:
     """A beat is read as it was."""
-    sent = beat("b", 7, "joining")
+    sent = msgspec.structs.replace(beat("b", 7, "joining"), missed={"a": 3})
     assert parse_beat(beat_subject("b"), unparse_beat(sent)) == sent
+
+
+def test_a_beat_of_an_earlier_release_is_taken() -> None:
+    """Nodes are upgraded one by one: a beat that tells of no missed nodes is read."""
+    sent = beat("b", 7)
+    before = msgspec.msgpack.encode(msgspec.msgpack.decode(unparse_beat(sent))[:-1])
+    assert parse_beat(beat_subject("b"), before) == sent
