@@ -16,7 +16,7 @@ from tests.services.offload.site import EXPORTERS, PORT, RELAY, SIEMS, OffloadSi
 from tests.stack import ask_json, wait_until
 from tests.traffic import pause
 
-PER_SECOND: Final = 500
+PER_SECOND: Final = 200
 
 
 class Exporting(threading.Thread):
