@@ -15,7 +15,7 @@ from tests.traffic import CheckingCollector, payload
 pytestmark = pytest.mark.usefixtures("lab")
 
 EXPORTERS, OUTAGE_SECONDS = 16, 300
-MEMORY = 'memory = 150000000\nsend = ["*"]'
+MEMORY = 'memory = 100000000\nsend = ["*"]'
 
 
 def kept(stream: str, port: int) -> str:
