@@ -82,6 +82,16 @@ class EventFeed:
         self._remember(events, lines)
         self._push(lines)
 
+    def pop_waiting(self, peer: int) -> list[bytes]:
+        """Push the events since the last call; return those for this peer, which gets them before an answer."""
+        push, waiting = self._watchers.get(peer), list[bytes]()
+        if push:
+            self._watchers[peer] = waiting.append
+        self.push_events()
+        if push:
+            self._watchers[peer] = push
+        return waiting
+
     def push_health(self) -> None:
         """Push the words of collectors that have changed since the last call; they are not kept."""
         self._registry.refresh_conditions()

@@ -304,7 +304,7 @@ class Handler:
                 rights, scopes = peer.rights, sorted(peer.rights.scopes)
                 return _succeed(request.id, holder=rights.holder, scopes=scopes, streams=rights.streams)
             case ListClients():
-                return [_head(request.id), b',"clients":', *self._list()]
+                return [*self._feed.pop_waiting(peer.id), _head(request.id), b',"clients":', *self._list()]
             case ListStreams():
                 return _succeed(request.id, streams=self._streams)
             case WatchClients():

@@ -152,6 +152,20 @@ def test_list_behind_what_a_watcher_has_not_read(stack: Stack, talk: Any, small_
     assert line["revision"] == seen
 
 
+def test_list_behind_events_of_the_same_moment(gateway: object, talk: Any) -> None:
+    """No event follows a list that shows its result already, though events of a moment are gathered."""
+    watcher = talk()
+    watcher.ask("watch")
+    asked = b"".join(b'{"op":"register","name":"%s"}\n{"op":"list"}\n' % name for name in (b"a", b"b", b"c"))
+    watcher.connection.sendall(asked)
+    told: list[dict[str, Any]] = []
+    while len(lists := [line for line in told if "clients" in line]) < 3:
+        told.append(watcher.read())
+    events = [told.index(line) for line in told if "event" in line]
+    assert [line["revision"] for line in lists] == [told[at]["revision"] for at in events]
+    assert all(at < told.index(line) for at, line in zip(events, lists, strict=True))
+
+
 def test_answer_is_whole_before_too_slow(stack: Stack, talk: Any, small_buffers: None) -> None:
     """A watcher that is cut off while it reads a long answer gets all of that answer, then `too_slow` as a line."""
     stack.configure("[gateway]\noutput_buffer = 65536\nrequest_seconds = 60\n")
