@@ -73,8 +73,8 @@ def test_leases_and_copies_do_not_go_by_the_time_of_day(jumping: JumpingStack) -
                 sender.sendto(b"%d" % number, ("127.0.0.1", 6667))
                 assert receiver.recv(100) == b"%d" % number
             time.sleep(0.6)  # more than a tick of the gateway: what would expire does
-            assert 0 < ask_json({"op": "list"})["clients"]["kept"]["expires_in"] < 60
-            assert ask_json(renewal)["expires_in"] == 60
+            left = ask_json({"op": "list"})["clients"]["kept"]["expires_in"]
+            assert 0 < left < ask_json(renewal)["expires_in"] <= 60
         sign_up(collector | {"name": "short", "port": 9101, "ttl": 1})
         jumping.jump(-YEAR)
         wait_until(lambda: "short" not in ask_json({"op": "list"})["clients"], "its second is over")
