@@ -79,10 +79,10 @@ def _texts(path: Path) -> Iterator[str]:
         elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in HELP:
             waiting += (node.func, *node.keywords)
         elif not _is_help(node):
-            for part in vars(node).values():  # a third of the time of ast.walk
+            for part in map(vars(node).get, node._fields):  # half of the time of ast.walk
                 if isinstance(part, list):
-                    waiting += (each for each in part if isinstance(each, ast.AST))
-                elif isinstance(part, ast.AST):
+                    waiting += [each for each in part if isinstance(each, ast.AST)]
+                elif isinstance(part, ast.AST) and part._fields:  # not Load and Store, which are half of all
                     waiting.append(part)
 
 
