@@ -323,7 +323,7 @@ class Pursuit:
         return self.state
 
     def give_up(self, window: Window, followed: Mapping[Worker, Position], *, at_once: bool = False) -> list[Step]:
-        """Return steps over what neither the journal nor the window has, if the journal was given time to have it."""
+        """Queue what the window alone has, and return steps over what nobody has, once the journal was given time."""
         if self._queue or self.state is not PursuitState.READING or (self.by_window and not self._exhausted):
             return []
         self._exhausted = False
@@ -336,6 +336,9 @@ class Pursuit:
             at = self._totals.get(worker, 0)
             if not self._covered(window, worker, each):
                 stop = max(at, window.whole_from(worker, each.reached))
+                if kept := window.kept_before(worker, at, stop):  # the journal has missed it, and the bus what follows
+                    self.queue(kept)
+                    continue
                 nothing = Numbered(worker, self._sequences.get(worker, 0), stop, _NOTHING)
                 steps.append(Step(nothing, None, stop, stop - at, 0, self._discovered(worker, at, stop, followed)))
         self._short_since = None
@@ -363,11 +366,8 @@ class Pursuit:
     def _strays(self, followed: Mapping[Worker, Position]) -> bool:
         """Return whether a worker's datagrams may still come live that the collector has had from the journal."""
         now = self._clock()
-        ahead = {
-            worker
-            for worker, total in self._totals.items()
-            if worker not in followed or followed[worker].reached < total
-        }
+        reached = {worker: each.reached for worker, each in followed.items()}
+        ahead = {worker for worker, total in self._totals.items() if reached.get(worker, -1) < total}
         self._stray_at = {worker: self._stray_at.get(worker, now) for worker in ahead}
         return any(at > now - STRAY_SECONDS for at in self._stray_at.values())
 

@@ -162,6 +162,12 @@ class Window:
         run = self._runs.get(worker)
         return run.whole_from if run is not None and run.end == reached else reached
 
+    def kept_before(self, worker: Worker, position: int, stop: int) -> list[Numbered]:
+        """Return the kept batches of a worker that end behind `position` and begin before `stop`."""
+        run = self._runs.get(worker)
+        kept = (*run.patch, *run.batches) if run else ()
+        return [each for each in kept if each.end > position and each.total < stop]
+
     def at(self, number: int) -> Numbered:
         """Return a batch by its number."""
         return self._order[number - self.first][1]
