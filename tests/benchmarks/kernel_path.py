@@ -72,7 +72,8 @@ def _measured(name: str, task: Task, here: Site, tool: Path, whole: int) -> Iter
 
 def _served(here: Site) -> int:
     """Return the number of collectors that offload's rules copy to."""
-    return here.relay.run("nft", "list", "ruleset").count(" dup to ")
+    ruleset = here.relay.run("nft", "list", "ruleset")
+    return ruleset.count(" dup to ") + ruleset.count(" fwd to ")
 
 
 def run(options: argparse.Namespace, tool: Path) -> list[str]:
