@@ -196,7 +196,7 @@ def test_each_site_has_its_own_subjects(secured: Secured) -> None:
 
 
 class Beats:
-    """Sends beats as each of these nodes, and notes what `by` hears of them."""
+    """Sends beats as each of these nodes, again and again, and notes what `by` hears of them."""
 
     def __init__(self, by: Tried, *nodes: str) -> None:
         self.heard: list[str] = []
@@ -209,9 +209,10 @@ class Beats:
         await hearing.client.subscribe(f"{ROOT}.*", cb=self._note)
         await hearing.client.flush()
         try:
-            for node in self._nodes:
-                await session.client.publish(beat_subject(node), b"beat")
-            await session.ended.wait()
+            while not session.ended.is_set():
+                for node in self._nodes:
+                    await session.client.publish(beat_subject(node), b"beat")
+                await session.wait(session.ended, 0.1)
         finally:
             await hearing.close()
 
@@ -225,7 +226,7 @@ def test_each_node_sends_beats_as_itself_alone(secured: Secured) -> None:
     beats = Beats(berlin, "berlin", "bonn")
     bonn.receivers = [cast(Any, beats)]
     bonn.run(lambda: beats.heard and bonn.says("does not let site bonn publish to fanwire-node.berlin")())
-    assert beats.heard == ["fanwire-node.bonn"]
+    assert {*beats.heard} == {"fanwire-node.bonn"}
 
 
 def test_a_reader_reads_by_its_own_consumer_alone(secured: Secured, monkeypatch: pytest.MonkeyPatch) -> None:
