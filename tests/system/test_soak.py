@@ -562,7 +562,8 @@ def test_twice_what_can_be_taken(new_world: Callable[..., World], seconds: float
     arrived = [grown[f"{number} arrived"] for number in after.collectors]
     print(f"a second: offered {grown['sent'] / seconds:.0f}, arrived {min(arrived) / seconds:.0f} each at least")
     print(f"MB at most: {dict(most)}")
-    assert grown["sent"] > max(arrived) * (2 if long else 1)  # at first queues and buffers take a good part
+    # Of the two senders the one with 32 collectors is flooded; at first queues and buffers take a good part.
+    assert grown["sent"] > (2 * min(arrived) if long else max(arrived))
     for name, size in most.items():
         assert size << 20 < getattr(Settings(), name.partition(".")[0]).memory, name
     world.traffic.go(CALM if long else CALM / 4)
