@@ -5,7 +5,7 @@ import contextlib
 import socket
 import time
 from collections import Counter
-from collections.abc import Coroutine, Iterator
+from collections.abc import Iterator
 from typing import Any, Final
 
 import h11
@@ -15,7 +15,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from services.console.watch import next_look
 from shared.ledger.counters import CONNECTIONS_EXPIRED, CONNECTIONS_REFUSED
 from shared.log import get_logger
-from shared.net.connection_shares import limit_of, origin_of
+from shared.net.acceptor import Acceptor, Work
+from shared.net.connection_shares import limit_of
 
 MAX_OPEN: Final = 512
 """Connections of all listeners. One eighth is kept for this host, another for addresses that have none."""
@@ -23,8 +24,6 @@ MAX_OF_ORIGIN: Final = 256
 """Those of one address, or one /64 of IPv6: as many as 200 pages behind a proxy need."""
 REQUEST_SECONDS: Final = 10.0
 """Time for a handshake; and for a request, from the connection's begin or the request's first byte."""
-RETRY_SECONDS: Final = 1.0
-"""Wait after a failed accept, for example without a descriptor to spare."""
 BACKLOG: Final = 128
 
 log = get_logger()
@@ -107,15 +106,15 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self.connections = connections
         self._ended = asyncio.Event()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._acceptor = Acceptor("connections can't be accepted for now")
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Accept on these sockets. asyncio's own server would not count handshakes, nor tell whose they are."""
+        """Accept on these sockets."""
         await super().startup(sockets=[])
         for sock in sockets or ():
             sock.setblocking(False)
             sock.listen(BACKLOG)
-            self._start(self._accept(sock))
+            self._acceptor.accept_on(sock, self._admit)
 
     async def main_loop(self) -> None:
         """Renew the date that answers carry, with the watch's own tick, until the end."""
@@ -125,9 +124,7 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept no more, cut the handshakes under way, and end the rest."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._acceptor.stop()
         await super().shutdown(sockets)
 
     def end(self) -> None:
@@ -140,27 +137,8 @@ class Server(uvicorn.Server):
         """Leave signals alone."""
         yield
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _accept(self, listener: socket.socket) -> None:
-        while True:
-            try:
-                sock, address = await asyncio.get_running_loop().sock_accept(listener)
-            except ConnectionAbortedError:  # the client has gone before it was accepted
-                continue
-            except OSError as error:
-                log.warning("connections can't be accepted for now", reason=error.strerror)
-                await asyncio.sleep(RETRY_SECONDS)
-                continue
-            origin = origin_of(address[0] if address else "")
-            if self.connections.begin(origin):
-                self._start(self._begin(sock, origin))
-            else:
-                sock.close()
-            await asyncio.sleep(0)  # give others a turn, however many clients connect
+    def _admit(self, sock: socket.socket, origin: str) -> Work | None:
+        return self._begin(sock, origin) if self.connections.begin(origin) else None
 
     async def _begin(self, sock: socket.socket, origin: str) -> None:
         connection = Connection(self, origin)

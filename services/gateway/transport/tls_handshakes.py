@@ -6,18 +6,13 @@ asyncio's own server has no limit of handshakes under way, and does not report t
 import asyncio
 import socket
 import ssl
-from collections.abc import Coroutine
-from typing import Any, Final
 
 from services.gateway.counters import CONNECTIONS_REFUSED, HANDSHAKES_FAILED
 from services.gateway.transport.listeners import BACKLOG, Listener
 from services.gateway.transport.open_connections import OpenConnections
 from services.gateway.transport.tls_connection import TlsConnection, limit_buffers
 from shared.log import get_logger
-from shared.net.connection_shares import origin_of
-
-RETRY_SECONDS: Final = 1.0
-"""Wait after a failed accept, for example without a descriptor to spare; asyncio waits as long too."""
+from shared.net.acceptor import Acceptor, Work
 
 log = get_logger()
 
@@ -32,41 +27,23 @@ class TlsAcceptor:
         limit_buffers()
         self._open = connections
         self.context = context
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._acceptor = Acceptor("TLS connections can't be accepted for now")
 
     def accept_on(self, listener: Listener) -> None:
         """Accept from now on."""
+
+        def begin(sock: socket.socket, origin: str) -> Work | None:
+            if self._open.begin(origin):
+                return self._shake_hands(sock, origin, remote=listener.remote)
+            self._open.handler.counters[CONNECTIONS_REFUSED] += 1
+            return None
+
         listener.sock.listen(BACKLOG)
-        self._start(self._accept(listener))
+        self._acceptor.accept_on(listener.sock, begin)
 
     async def stop(self) -> None:
         """Accept no more, and cut the handshakes under way."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _accept(self, listener: Listener) -> None:
-        while True:
-            try:
-                sock, address = await asyncio.get_running_loop().sock_accept(listener.sock)
-            except ConnectionAbortedError:  # the client has gone before it was accepted
-                continue
-            except OSError as error:
-                log.warning("TLS connections can't be accepted for now", reason=error.strerror)
-                await asyncio.sleep(RETRY_SECONDS)
-                continue
-            origin = origin_of(address[0])
-            if self._open.begin(origin):
-                self._start(self._shake_hands(sock, origin, remote=listener.remote))
-            else:
-                self._open.handler.counters[CONNECTIONS_REFUSED] += 1
-                sock.close()
-            await asyncio.sleep(0)  # give others a turn, however many clients connect
+        await self._acceptor.stop()
 
     async def _shake_hands(self, sock: socket.socket, origin: str, *, remote: bool) -> None:
         seconds = self._open.settings.request_seconds
