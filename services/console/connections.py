@@ -15,8 +15,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from services.console.watch import next_look
 from shared.ledger.counters import CONNECTIONS_EXPIRED, CONNECTIONS_REFUSED
 from shared.log import get_logger
-from shared.net.acceptor import Acceptor, Work
 from shared.net.connection_shares import limit_of
+from shared.process.acceptor import Acceptor, Work
 
 MAX_OPEN: Final = 512
 """Connections of all listeners. One eighth is kept for this host, another for addresses that have none."""

@@ -12,7 +12,7 @@ from services.gateway.transport.listeners import BACKLOG, Listener
 from services.gateway.transport.open_connections import OpenConnections
 from services.gateway.transport.tls_connection import TlsConnection, limit_buffers
 from shared.log import get_logger
-from shared.net.acceptor import Acceptor, Work
+from shared.process.acceptor import Acceptor, Work
 
 log = get_logger()
 

@@ -14,6 +14,7 @@ from structlog.testing import capture_logs
 
 from services.console import connections
 from services.console.connections import OpenConnections, Server
+from shared.process import acceptor
 from tests.certificates import Authority
 
 REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -192,7 +193,7 @@ def test_all_addresses_leave_room_for_one_that_has_none(monkeypatch: pytest.Monk
 
 def test_without_a_descriptor_to_spare_it_tries_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """A failed accept is a line in the log, and clients that came meanwhile are answered."""
-    monkeypatch.setattr(connections, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(acceptor, "RETRY_SECONDS", 0.01)
     failing = [OSError(errno.EMFILE, "Too many open files"), ConnectionAbortedError()]
 
     async def test(site: Site) -> None:
