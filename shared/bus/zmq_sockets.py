@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Final
 import zmq
 
 from shared.bus.bodies.fields import REPLAY_PREFIX, REPLY_PREFIX
-from shared.bus.endpoint import DIRECT, BusLink, ipc_endpoint
+from shared.bus.endpoint import DIRECT, BusLink
 from shared.bus.messages import (
     MAX_MESSAGE,
     MAX_TOPIC,
@@ -61,16 +61,6 @@ MORE: Final = int(zmq.NOBLOCK | zmq.SNDMORE)
 """Numbers, for what is done with every message: `|` and `&` of enums take longer than the call that they are for."""
 
 log = get_logger()
-
-
-def publish_endpoint(directory: Path) -> str:
-    """The endpoint that publishers connect to: the broker's XSUB."""
-    return ipc_endpoint(directory, "publish")
-
-
-def subscribe_endpoint(directory: Path) -> str:
-    """The endpoint that subscribers connect to: the broker's XPUB."""
-    return ipc_endpoint(directory, "subscribe")
 
 
 def broker_is_up(directory: Path, link: BusLink = DIRECT) -> bool:

@@ -12,8 +12,8 @@ import msgpack
 import pytest
 import zmq
 
+from shared.bus.endpoint import ipc_endpoint
 from shared.bus.messages import REGISTRY_TOPIC, TRANSMIT_TOPIC, VERSION, datagrams_topic, serve_topic, status_topic
-from shared.bus.zmq_sockets import publish_endpoint
 from tests.builders import heavy_bodies
 from tests.openly import OpenStack
 from tests.stack import Stack, sign_up
@@ -47,7 +47,7 @@ def test_garbage_on_every_topic_disturbs_nobody(open_stack: OpenStack) -> None:
     before = {running.name: running.forget_peak() for running in stack.running}
     with zmq.Context() as context, context.socket(zmq.PUB) as stranger:
         stranger.setsockopt(zmq.LINGER, 0)
-        stranger.connect(publish_endpoint(stack.bus))
+        stranger.connect(ipc_endpoint(stack.bus, "publish"))
         sinks = [open_receiver("127.0.0.1", port)[0] for port in (9100, 9101)]
         with closing(sinks[0]), closing(sinks[1]), closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as sender:
             for port, source in ((9100, "relay"), (9101, "original")):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import zmq
 
-from shared.bus.zmq_sockets import publish_endpoint, subscribe_endpoint
+from shared.bus.endpoint import ipc_endpoint
 from shared.process.log_limit import LINES_AT_ONCE
 from tests.stack import Stack, ask, sign_up, wait_until
 from tests.system.test_bad_input import garbage
@@ -79,8 +79,8 @@ def publish_garbage(stack: Stack, draw: random.Random) -> None:
         for sock in (mouth, ears):
             sock.setsockopt(zmq.LINGER, 0)
         ears.subscribe(draw.randbytes(300))
-        ears.connect(subscribe_endpoint(stack.bus))
-        mouth.connect(publish_endpoint(stack.bus))
+        ears.connect(ipc_endpoint(stack.bus, "subscribe"))
+        mouth.connect(ipc_endpoint(stack.bus, "publish"))
         mouth.recv()
         for _ in range(50):
             mouth.send_multipart(garbage(draw))

@@ -25,8 +25,8 @@ NAMES: Final = {
 }
 """Names of keys; those that are not here stand for themselves."""
 KEY: Final = re.compile(r"\x1b(?:\[[0-9;]*[A-Za-z~]|O[A-Z])?|.", re.DOTALL)
-LOCAL_MODES, CONTROL_CHARACTERS = 3, 6
-"""Places in what tcgetattr(3) returns."""
+CONTROL_CHARACTERS: Final = 6
+"""Their place in what `termios.tcgetattr` returns."""
 
 
 def split_keys(text: str) -> list[str]:

@@ -8,7 +8,7 @@ import zmq
 
 from services.broker.filtering_proxy import KEPT_BACK
 from shared.bus.curve_keys import ROLES, write_keys
-from shared.bus.endpoint import open_link
+from shared.bus.endpoint import ipc_endpoint, open_link
 from shared.bus.messages import (
     REGISTRY_TOPIC,
     TRANSMIT_TOPIC,
@@ -22,7 +22,6 @@ from shared.bus.messages import (
     encode,
     status_topic,
 )
-from shared.bus.zmq_sockets import publish_endpoint, subscribe_endpoint
 from shared.client import Client
 from shared.ledger.accounts import Accounts
 from shared.ledger.counters import BUS_REFUSED, REFUSED_MALFORMED, REFUSED_SENDER, REFUSED_TOPIC
@@ -155,8 +154,8 @@ def test_strangers_neither_hear_nor_speak(stack: Stack, keys: Path, stranger: st
         def refused_twice(accounts: Accounts) -> bool:
             # a stranger that is the first to close is not counted, and it does not try again
             with (
-                connected(context, zmq.SUB, subscribe_endpoint(stack.bus)) as ears,
-                connected(context, zmq.PUB, publish_endpoint(stack.bus)) as mouth,
+                connected(context, zmq.SUB, ipc_endpoint(stack.bus, "subscribe")) as ears,
+                connected(context, zmq.PUB, ipc_endpoint(stack.bus, "publish")) as mouth,
             ):
                 deadline = time.monotonic() + 0.2
                 while time.monotonic() < deadline:

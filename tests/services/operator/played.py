@@ -13,6 +13,7 @@ from typing import Any, Self
 import numpy as np
 import zmq
 
+from shared.bus.endpoint import ipc_endpoint
 from shared.bus.messages import (
     TRANSMIT_TOPIC,
     Body,
@@ -24,7 +25,7 @@ from shared.bus.messages import (
     encode,
     status_topic,
 )
-from shared.bus.zmq_sockets import configure, new_context, publish_endpoint
+from shared.bus.zmq_sockets import configure, new_context
 from shared.datagrams.batch import DatagramBatch, make_rows
 from shared.net.addresses import pack_address
 from tests.builders import BusEnds, take
@@ -107,7 +108,7 @@ class PlayedService:
         self.boot = boot
         self._context = new_context()
         self._socket = configure(self._context.socket(zmq.XPUB), 100)
-        self._socket.connect(publish_endpoint(directory))
+        self._socket.connect(ipc_endpoint(directory, "publish"))
         self._subscriptions: set[bytes] = set()
         self._sequence = 0
 

@@ -13,6 +13,7 @@ import pytest
 import zmq
 
 from shared.bus.continuity import Continuity
+from shared.bus.endpoint import ipc_endpoint
 from shared.bus.messages import (
     MAX_MESSAGE,
     MAX_TOPIC,
@@ -34,8 +35,6 @@ from shared.bus.zmq_sockets import (
     broker_is_up,
     check_directory,
     prepare_directory,
-    publish_endpoint,
-    subscribe_endpoint,
 )
 from shared.process.lifecycle import OperatorError
 from tests.builders import (
@@ -188,7 +187,7 @@ def test_garbage_costs_itself_and_nothing_else(stack: Stack) -> None:
     with BusEnds(stack.bus) as bus:
         publisher, subscriber = bus.publisher(), bus.subscriber("")
         with bus.context.socket(zmq.XPUB) as vandal:
-            vandal.connect(publish_endpoint(stack.bus))
+            vandal.connect(ipc_endpoint(stack.bus, "publish"))
             vandal.recv()
             wait_wanted(publisher, TOPIC)
             for topic in topics:
@@ -214,7 +213,7 @@ def test_overlong_part_costs_its_sender_alone(stack: Stack) -> None:
     with BusEnds(stack.bus) as bus:
         publisher, subscriber = bus.publisher(), bus.subscriber(TOPIC)
         with bus.context.socket(zmq.XPUB) as vandal:
-            vandal.connect(publish_endpoint(stack.bus))
+            vandal.connect(ipc_endpoint(stack.bus, "publish"))
             wait_wanted(publisher, TOPIC)
             vandal.recv()
             vandal.send_multipart([TOPIC.encode(), bytes(MAX_MESSAGE + 1)], zmq.NOBLOCK)
@@ -289,7 +288,7 @@ def test_a_broker_that_is_gone_wants_nothing(tmp_path: Path, monkeypatch: pytest
 
         for prefixes in (("datagrams/a/", "inline/a/"), ("datagrams/a/",)):
             with bus.context.socket(zmq.XSUB) as played_broker:
-                played_broker.bind(publish_endpoint(tmp_path))
+                played_broker.bind(ipc_endpoint(tmp_path, "publish"))
                 for prefix in (*prefixes, HELLO_TOPIC):
                     played_broker.send(b"\x01" + prefix.encode())
                 until(lambda: publisher.ready, "a broker is observed")
@@ -304,7 +303,7 @@ def test_hostile_subscriptions_are_bounded(tmp_path: Path) -> None:
     """A subscriber to thousands of topics takes a bounded place, and what was wanted before stays wanted."""
     with BusEnds(tmp_path) as bus, bus.context.socket(zmq.XSUB) as played_broker:
         played_broker.set(zmq.SNDHWM, 0)
-        played_broker.bind(publish_endpoint(tmp_path))
+        played_broker.bind(ipc_endpoint(tmp_path, "publish"))
         publisher = bus.publisher()
         played_broker.send(b"\x01" + TOPIC.encode())
         wait_until(
@@ -370,7 +369,7 @@ def test_endless_subscription_costs_its_sender_alone(stack: Stack, size: int) ->
         publisher, subscriber = bus.publisher(), bus.subscriber(TOPIC)
         wait_wanted(publisher, TOPIC)
         before = broker.forget_peak()
-        vandal = stack.spawn("vandal", [sys.executable, "-c", HOSTILE, subscribe_endpoint(stack.bus), str(size)])
+        vandal = stack.spawn("vandal", [sys.executable, "-c", HOSTILE, ipc_endpoint(stack.bus, "subscribe"), str(size)])
         vandal.wait_for("cut off")
         vandal.stop(signal.SIGKILL)
         assert publish(publisher, b"good")
