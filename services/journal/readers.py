@@ -1,13 +1,16 @@
 """Those who read in the journal by the bus: their requests wait in turn, and each gets one portion."""
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Final, Protocol
+
+import numpy as np
 
 from services.journal.stream_journal import StreamJournal
 from shared.bus.bodies.journal_messages import JournalPortion, JournalRead, Replayed
 from shared.bus.messages import Body
-from shared.datagrams.batch import DatagramBatch
+from shared.datagrams.batch import ROW, DatagramBatch
+from shared.journal.encoding import Numbered
 from shared.journal.reading import Portion, read_portion
 from shared.log import get_logger
 
@@ -15,6 +18,10 @@ MAX_WAITING: Final = 64
 """Requests that may wait; each reader has one under way."""
 MAX_BATCHES: Final = 64
 """Batches in a portion, whatever their size: fewer than a queue of the bus holds."""
+JOINED_ROWS: Final = 256
+JOINED_NS: Final = 100_000_000
+"""The most that batches have together that are joined, and the time within which they were received: each message has
+its cost, and the first one's time stands for all of them."""
 
 log = get_logger()
 
@@ -66,7 +73,8 @@ class Readers:
 
     def _send(self, request: JournalRead, portion: Portion) -> bool:
         """Send a portion; return False when the bus takes no more: the reader, which gets no end, asks anew."""
-        for identity, batch in portion.batches:
+        batches = [*join(portion.batches)] if request.joined else portion.batches
+        for identity, batch in batches:
             numbers = identity.worker, identity.boot, identity.sequence, identity.total
             body = Replayed(request.id, batch.stream, batch.received_ns, *numbers)
             if not self._publish(request.reply, body, batch):
@@ -75,7 +83,7 @@ class Readers:
             request.reply,
             JournalPortion(
                 id=request.id,
-                batches=len(portion.batches),
+                batches=len(batches),
                 positions=list(portion.positions.values()),
                 place=portion.place,
                 at_end=portion.at_end,
@@ -89,3 +97,30 @@ class Readers:
         positions, place = request.positions, request.place
         body = JournalPortion(request.id, 0, positions, place, at_end=False, error=error, message=message)
         self._publish(request.reply, body)
+
+
+def join(some: Iterable[Numbered]) -> Iterator[Numbered]:
+    """Yield batches, as one where small ones of a worker follow each other: see `Replayed` for its numbers."""
+    waiting: list[Numbered] = []
+    rows = 0
+    for identity, batch in some:
+        if waiting:
+            (first, oldest), (last, newest) = waiting[0], waiting[-1]
+            follows = identity[:2] == first[:2] and identity.total == last.total + len(newest)
+            recent = batch.received_ns - oldest.received_ns <= JOINED_NS
+            if not (follows and recent and rows + len(batch) <= JOINED_ROWS):
+                yield _as_one(waiting)
+                waiting, rows = [], 0
+        waiting.append((identity, batch))
+        rows += len(batch)
+    if waiting:
+        yield _as_one(waiting)
+
+
+def _as_one(some: Sequence[Numbered]) -> Numbered:
+    (first, batch), (last, _) = some[0], some[-1]
+    if len(some) == 1:
+        return first, batch
+    rows = np.frombuffer(b"".join([each.rows.data for _, each in some]), ROW)
+    payload = b"".join([each.payload for _, each in some])
+    return first._replace(sequence=last.sequence), DatagramBatch(batch.stream, batch.received_ns, rows, payload)

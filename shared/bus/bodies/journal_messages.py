@@ -52,7 +52,8 @@ class JournalRead(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
     Of a worker in `positions` the batches from there on, of any other those that were received at `since_ns` or later.
     `place` is that of the portion before, and spares a search; a place that is gone does no harm. The portion holds
-    at least one batch, if there is one, and ends before it has over `rows` datagrams or `payload` bytes.
+    at least one batch, if there is one, and ends before it has over `rows` datagrams or `payload` bytes. With `joined`
+    small batches of a worker that follow each other come as one, under the numbers that `Replayed` tells.
     """
 
     id: Number
@@ -63,12 +64,14 @@ class JournalRead(msgspec.Struct, array_like=True, frozen=True, gc=False):
     rows: Annotated[int, Meta(ge=1, le=MAX_PORTION_ROWS)] = 8192
     payload: Annotated[int, Meta(ge=1, le=MAX_PORTION_PAYLOAD)] = 2 * 1024 * 1024
     place: JournalPlace | None = None
+    joined: bool = False
 
 
 class Replayed(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """A batch out of the journal, with the numbers of the message by which its worker had published it.
 
-    `read` is the id of the `JournalRead` that it answers. The batch's arrays follow, its payloads end to end.
+    `read` is the id of the `JournalRead` that it answers. Where several were joined, `sequence` is that of the last,
+    `total` and `received_ns` are those of the first. The batch's arrays follow, its payloads end to end.
     """
 
     read: Number

@@ -80,7 +80,7 @@ class CatchUp(Generic[D]):
         self._kept = kept
         self._absences = Absences(collectors, streams.positions)
         self._clock = clock
-        self._questions = JournalQuestions(publisher, clock)
+        self._questions = JournalQuestions(publisher, clock, joined=True)
         self._pursued: dict[tuple[str, str], Pursued] = {}
         """By collector and stream."""
         self.owed = Owed(self._pursued, streams.positions, collectors.past)

@@ -69,12 +69,15 @@ class Pursued:
 
 
 class JournalQuestions:
-    """Asks on the bus; answers come on `topic`, which is this process's alone."""
+    """Asks on the bus; answers come on `topic`, which is this process's alone. `joined` as in `JournalRead`."""
 
-    def __init__(self, publisher: Publisher, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, publisher: Publisher, clock: Callable[[], float] = time.monotonic, *, joined: bool = False
+    ) -> None:
         self.topic = f"{REPLAY_PREFIX}{publisher.sender}.{publisher.boot:x}/"
         self._publisher = publisher
         self._clock = clock
+        self._joined = joined
         self._ids = itertools.count(1)
 
     def ask(self, pursued: Pursued, now: float) -> None:
@@ -89,7 +92,9 @@ class JournalQuestions:
         number, since_ns = next(self._ids), max(1, pursuit.since_ns)
         most = PORTION_ROWS, PORTION_PAYLOAD
         positions = sorted(pursuit.positions(), key=lambda each: each.received_ns)[-MAX_WORKERS:]
-        request = JournalRead(number, self.topic, pursuit.stream, since_ns, positions, *most, place=pursuit.reader)
+        request = JournalRead(
+            *(number, self.topic, pursuit.stream, since_ns, positions, *most), place=pursuit.reader, joined=self._joined
+        )
         if self._publisher.publish(JOURNAL_TOPIC, request):
             pursued.question = _Question(number, now + ANSWER_SECONDS)
 
