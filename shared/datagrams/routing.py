@@ -91,15 +91,22 @@ class Router:
         return found
 
     def route(
-        self, batch: Datagrams, leave_out: LeaveOut | None = None, give_back: GiveBack | None = None
+        self,
+        batch: Datagrams,
+        leave_out: LeaveOut | None = None,
+        give_back: GiveBack | None = None,
+        joining: Collection[str] = (),
     ) -> list[tuple[Client, Selection]]:
         """Return the selection of each collector that wants the batch's stream and has a prefix that matches a source.
 
-        Collectors with the same prefixes share a selection. Samples are taken of what `leave_out` leaves to us.
+        Collectors with the same prefixes share a selection. Samples are taken of what `leave_out` leaves to us. Members
+        of a group that are `joining` take only what no other member wants.
         """
-        return self._routes_of(batch.stream).route(batch, leave_out, give_back)
+        return self._routes_of(batch.stream).route(batch, leave_out, give_back, joining)
 
-    def takers(self, batch: Datagrams, names: Collection[str]) -> list[tuple[Client, Mask, Mask]]:
+    def takers(
+        self, batch: Datagrams, names: Collection[str], joining: Collection[str] = ()
+    ) -> list[tuple[Client, Mask, Mask]]:
         """Return, for those of these collectors that want the batch's stream, the rows that their prefixes let pass.
 
         The second mask has those among them that go to no other member of their group. Sampling counts none.
@@ -108,7 +115,7 @@ class Router:
         members = [route for route in routes if route.client.group]
         asked = [route for route in routes if route.client.name in names]
         passing = {route.client.name: _passing(batch, route.client) for route in (*members, *asked)}
-        own = passing | _pick_members(batch, members, passing)
+        own = passing | _pick_members(batch, members, passing, joining=joining)
         return [(route.client, passing[route.client.name], own[route.client.name]) for route in asked]
 
     def picking(self, stream: str) -> dict[str, str]:
@@ -133,7 +140,7 @@ class _StreamRoutes:
         self._picking = [route for route in routes if _picks(route.client)]
 
     def route(
-        self, batch: Datagrams, leave_out: LeaveOut | None, give_back: GiveBack | None
+        self, batch: Datagrams, leave_out: LeaveOut | None, give_back: GiveBack | None, joining: Collection[str]
     ) -> list[tuple[Client, Selection]]:
         """Do as `Router.route` says."""
         if not len(batch) or not (self._sets or self._picking):
@@ -146,7 +153,7 @@ class _StreamRoutes:
         if self._picking:
             sets = list(self._sets)
             rows_of = {sets[number]: rows for number, rows in matched}
-            routed += _pick(batch, self._picking, rows_of, leave_out, give_back)
+            routed += _pick(batch, self._picking, rows_of, leave_out, give_back, joining)
         return routed
 
 
@@ -175,6 +182,7 @@ def _pick(
     rows_of: dict[tuple[Network, ...], Indices],
     leave_out: LeaveOut | None,
     give_back: GiveBack | None,
+    joining: Collection[str],
 ) -> list[tuple[Client, Selection]]:
     """Return selections of collectors that sample or share; `rows_of` has, by set of networks, the rows that pass."""
     wanted = {}
@@ -183,7 +191,7 @@ def _pick(
         if route.client.prefixes and route.networks in rows_of:
             passing[rows_of[route.networks]] = True
         wanted[route.client.name] = passing
-    picked = _pick_members(batch, routes, wanted, give_back)
+    picked = _pick_members(batch, routes, wanted, give_back, joining)
     return [
         (route.client, _select(route, wanted[route.client.name], picked.get(route.client.name), leave_out))
         for route in routes
@@ -191,7 +199,11 @@ def _pick(
 
 
 def _pick_members(
-    batch: Datagrams, routes: list[CollectorRoute], wanted: dict[str, Mask], give_back: GiveBack | None = None
+    batch: Datagrams,
+    routes: list[CollectorRoute],
+    wanted: dict[str, Mask],
+    give_back: GiveBack | None = None,
+    joining: Collection[str] = (),
 ) -> dict[str, Mask]:
     """Return, for each member of a group, the rows that it takes."""
     groups: dict[str, list[CollectorRoute]] = {}
@@ -204,12 +216,19 @@ def _pick_members(
     picked: dict[str, Mask] = {}
     for members in groups.values():
         names = [route.client.name for route in members]
-        shares = share_rows(buckets, [route.seed for route in members], [wanted[name] for name in names])
+        contended = _contended(names, wanted, joining) if joining else [wanted[name] for name in names]
+        shares = share_rows(buckets, [route.seed for route in members], contended)
         taken = dict(zip(names, shares, strict=True))
         if give_back:
             give_back([route.client for route in members], wanted, taken)
         picked |= taken
     return picked
+
+
+def _contended(names: Sequence[str], wanted: Mapping[str, Mask], joining: Collection[str]) -> list[Mask]:
+    """Return the rows that each member of a group may take: one that is joining, those that no other member wants."""
+    others = np.any([wanted[name] for name in names if name not in joining], axis=0)
+    return [wanted[name] & ~others if name in joining else wanted[name] for name in names]
 
 
 def shares_of(members: Sequence[Client]) -> dict[str, bytes]:

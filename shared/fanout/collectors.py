@@ -230,10 +230,8 @@ class Collectors(Generic[D]):
     def _begin(self, served: Served[D]) -> None:
         """Let what comes from now on be counted for a collector."""
         client, marks = served.destination.client, served.marks
-        marks[BASELINE], marks[UNSEEN] = (
-            self._of_streams(self._published, client),
-            self._of_streams(self._routed, client),
-        )
+        marks[BASELINE] = self._of_streams(self._published, client)
+        marks[UNSEEN] = self._of_streams(self._routed, client)
         marks[PASSED] = 0
 
     def _settle(self, served: Served[D]) -> None:
@@ -296,8 +294,9 @@ class Collectors(Generic[D]):
         routed = []
         behind = self.past.behind(batch.stream)
         copied = self.rules.copied(batch)
-        left = (copied.leave_out, copied.give_back) if copied else ()
-        for client, selected in self._router.route(batch, *left):
+        leave_out, give_back = (copied.leave_out, copied.give_back) if copied else (None, None)
+        yielding = self.past.yielding(batch.stream, joining)
+        for client, selected in self._router.route(batch, leave_out, give_back, yielding):
             served, selection = self._served[client.name], selected
             if copied:
                 selection = copied.divide(client, selected)
@@ -351,9 +350,11 @@ class Collectors(Generic[D]):
         if selection is not ALL_ROWS:
             served.marks[PASSED] -= count
 
-    def route_templates(self, batch: Gathered, names: Collection[str]) -> list[tuple[D, Mask, Mask]]:
+    def route_templates(
+        self, batch: Gathered, names: Collection[str], joining: Collection[str]
+    ) -> list[tuple[D, Mask, Mask]]:
         """Return the destinations of some collectors, unless withheld, and what `Router.takers` says of each."""
-        taken = self._router.takers(batch, names)
+        taken = self._router.takers(batch, names, self.past.yielding(batch.stream, joining))
         return [(self._served[each.name].destination, rows, own) for each, rows, own in taken if not each.withheld]
 
     def picking(self, stream: str) -> dict[str, str]:

@@ -4,7 +4,8 @@ A collector that joins is sent all templates that the workers have kept, and fro
 in one order with its batches. So what comes of a worker after its answer continues the templates, and what comes before
 is not for collectors that are *joining*. One that was served already gets the templates beside its copies.
 
-Collectors of a group, and those that get one datagram in N, are sent all templates that come besides.
+Collectors of a group, and those that get one datagram in N, are sent all templates that come besides. The share of a
+member that is joining stays with the others.
 """
 
 import math
@@ -178,6 +179,9 @@ class TemplateDelivery(Generic[D]):
                 names = sorted(name for name, _ in workers - asked.answered)
                 log.warning("no templates of flow exporters came from some workers", stream=stream, workers=names)
             self._subscriber.unsubscribe(templates_topic(stream))
+            if any(self._renewed.get(stream, {}).get(name) for name in asked.joining):
+                self._subscriber.unsubscribe(renewals_topic(stream))
+                self._subscriber.subscribe(renewals_topic(stream))  # anew: its exporters have changed hands
             shortest, longest = PAUSE_SECONDS
             self._due_at[stream] = now + min(longest, max(shortest, PAUSE_SHARE * (now - asked.asked_at)))
             del self._rounds[stream]
@@ -188,7 +192,7 @@ class TemplateDelivery(Generic[D]):
         """Send what is to be sent before a batch of a worker; return the collectors that get no copies of it yet."""
         waiting = self._joining(stream, worker) if self and worker[0].startswith(ANSWERING) else ()
         if self._came and (came := self._came.pop((stream, worker), None)):
-            self._deliver(stream, came, self._renewed.get(stream, {}).keys() - waiting, came=True)
+            self._deliver(stream, came, self._renewed.get(stream, {}).keys() - waiting, waiting, came=True)
         return waiting
 
     def _joining(self, stream: str, worker: Worker) -> set[str]:
@@ -218,7 +222,8 @@ class TemplateDelivery(Generic[D]):
         if body.piece == due:
             names = asked.joining | asked.served
             now = {name for name in names if not self._keep(name, body.stream, body.datagrams)}
-            self._deliver(body.stream, body.datagrams, now, came=False)
+            following = self._next.get(body.stream)
+            self._deliver(body.stream, body.datagrams, now, following.joining if following else (), came=False)
             asked.due[worker] = due + 1
             if body.piece + 1 >= body.pieces:
                 asked.answered.add(worker)
@@ -228,10 +233,16 @@ class TemplateDelivery(Generic[D]):
 
     def send(self, stream: str, datagrams: Sequence[TemplateDatagram], name: str) -> None:
         """Send a collector templates of exporters that it gets."""
-        self._deliver(stream, datagrams, {name}, came=False)
+        self._deliver(stream, datagrams, {name}, (), came=False)
 
     def _deliver(
-        self, stream: str, datagrams: Sequence[TemplateDatagram], names: Collection[str], *, came: bool
+        self,
+        stream: str,
+        datagrams: Sequence[TemplateDatagram],
+        names: Collection[str],
+        joining: Collection[str],
+        *,
+        came: bool,
     ) -> None:
         """Send datagrams to some collectors; those that just `came` go as copies to who has their exporter's."""
         if not (datagrams and names):
@@ -242,7 +253,7 @@ class TemplateDelivery(Generic[D]):
             burst = _Burst(stream, datagrams[start : start + size])
             routed: list[tuple[D, Selection]] = []
             aside: list[tuple[D, Selection]] = []
-            for destination, passing, own in self._collectors.route_templates(burst.numbered, names):
+            for destination, passing, own in self._collectors.route_templates(burst.numbered, names, joining):
                 copied = came and destination.client.sample == 1
                 for rows, to in ((own & ~np.bool_(copied), routed), (passing & ~own, aside)):
                     if rows.any():

@@ -240,19 +240,18 @@ def test_shares_filters_and_orders_of_an_admin(stack: Stack, exporters: list[Exp
         before = withheld.waiting()
         for exporter in exporters:
             exporter.flow()
-
-        def routed(accounts: dict[str, dict[str, int]]) -> bool:
-            count = sum(len(exporter.sent[2:]) for exporter in exporters)  # before that nobody wanted any
-            came = [each["baseline"] + each["taken"] for name, each in accounts.items() if name.startswith("origin/")]
-            waits = [each.get("held", 0) + each.get("templates_held", 0) for each in accounts.values()]
-            return sum(came) == count and not any(waits)
-
-        accounts_when(bus, "forwarder.1", routed)
         members.append(join("member3", group="shared"))
         for exporter in exporters:
             exporter.template = a_template(exporter.version, 256, [2, 2, 4])
             exporter.send(exporter.template, records=0)
             exporter.flow(100)
+        count = sum(len(exporter.sent[2:]) for exporter in exporters)  # before that nobody wanted any
+
+        def routed(accounts: dict[str, dict[str, int]]) -> bool:
+            came = [each["baseline"] + each["taken"] for name, each in accounts.items() if name.startswith("origin/")]
+            waits = [each.get("held", 0) + each.get("templates_held", 0) for each in accounts.values()]
+            return sum(came) == count and not any(waits)
+
         accounts_when(bus, "forwarder.1", routed)
         came = {each.name: each.waiting() for each in (filtered, sampling, *members)}
         for exporter in exporters:

@@ -50,6 +50,10 @@ class PastRoutes(Generic[D]):
         """Return the names of those that get no live copies of a stream."""
         return self._behind.get(stream, ())
 
+    def yielding(self, stream: str, joining: Collection[str]) -> Collection[str]:
+        """Return those of some that are joining whose share of a group the others get: who is behind gets it later."""
+        return [name for name in joining if name not in self.behind(stream)]
+
     def refresh(self) -> None:
         """Use the present entries, since collectors have changed."""
         for behind in self._behind.values():

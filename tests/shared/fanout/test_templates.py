@@ -330,6 +330,91 @@ def test_a_change_in_a_group_begins_renewals_anew() -> None:
     assert sender.asked.count("renewals/netflow/") == 2
 
 
+def shared_by(sender: Sender, worker: tuple[str, int], names: str) -> dict[str, list[str]]:
+    """Let a batch of 64 exporters come, and return which of them each member of a group has got."""
+    sources = [f"192.0.2.{number}" for number in range(64)]
+    sender.live(worker, *[each.encode() for each in sources], sources=sources)
+    return {name: texts(sender.got(name)) for name in names}
+
+
+def test_the_share_of_a_member_stays_with_the_others_until_it_has_templates() -> None:
+    """Of each worker that has not answered the others get all, and only then lose what is the new member's."""
+    sender = Sender()
+    members = [make_client(name, 10 + number, group="g") for number, name in enumerate("abcd")]
+    sender.serve(*members[:2])
+    for worker in WORKERS:
+        sender.answer(worker)
+    sender.pass_time()
+    before = shared_by(sender, ONE, "ab")
+    sender.serve(*members[:3])
+    sender.serve(*members)
+    assert shared_by(sender, ONE, "abcd") == before | {"c": [], "d": []}
+    sender.answer(ONE)
+    of_three = shared_by(sender, ONE, "abcd")
+    assert of_three["c"]
+    assert not of_three["d"]
+    assert all({*of_three[name]} == {*before[name]} - {*of_three["c"]} for name in "ab")
+    assert shared_by(sender, TWO, "abcd") == before | {"c": [], "d": []}
+    sender.answer(TWO)
+    sender.pass_time()
+    assert shared_by(sender, TWO, "abcd") == of_three
+    for worker in WORKERS:
+        sender.answer(worker)
+    of_four = shared_by(sender, TWO, "abcd")
+    assert all({*of_four[name]} == {*of_three[name]} - {*of_four["d"]} for name in "abc")
+    assert sum(map(len, of_four.values())) == 64
+
+
+def test_a_member_without_others_gets_nothing_before_its_templates() -> None:
+    """Rows that no other member wants came before it joined: its account has none of these, and all of later ones."""
+    sender = Sender()
+    sender.serve(make_client("a", group="g"), make_client("b", 10, group="g", prefixes=(f"{THEIRS}/32",)))
+    assert shared_by(sender, ONE, "ab") == {"a": [], "b": []}
+    sender.answer(ONE)
+    assert len(shared_by(sender, ONE, "ab")["a"]) == 64
+    account = sender.collectors.accounts()["collector/a"]
+    assert account["expected"] == account["offered"] == 64
+
+
+def test_a_member_that_catches_up_keeps_its_share() -> None:
+    """It gets that from the journal, also what comes before it has templates, so nobody else does."""
+    sender = Sender()
+    members = [make_client(name, 10 + number, group="g") for number, name in enumerate("abc")]
+    sender.serve(*members)
+    for worker in WORKERS:
+        sender.answer(worker)
+    sender.pass_time()
+    of_three = shared_by(sender, ONE, "abc")
+    sender.serve(*members[:2])
+    sender.serve(*members)
+    sender.collectors.past.set_behind("c", "netflow")
+    sender.collectors.defer_by({"a": 0, "b": 0, "c": 64}.__getitem__)
+    assert shared_by(sender, ONE, "abc") == of_three | {"c": []}
+
+
+def test_templates_go_with_the_shares_of_the_moment() -> None:
+    """A member gets renewals as copies while it has their exporter; once another one has it, numbers begin anew."""
+    sender = Sender()
+    members = [make_client(name, 10 + number, group="g") for number, name in enumerate("abc")]
+    sender.serve(*members[:1])
+    for worker in WORKERS:
+        sender.answer(worker)
+    sender.pass_time()
+    sender.serve(*members)
+    sources = [f"192.0.2.{number}" for number in range(64)]
+    renewals = [told(source, source) for source in sources]
+    sender.hear(ONE, Renewals("netflow", renewals))
+    sender.live(ONE, *[each.payload for each in renewals], sources=sources)
+    assert sender.got("a") == [each.payload for each in renewals]
+    asked = sender.asked.count("renewals/netflow/")
+    sender.answer(ONE, *renewals)
+    sender.answer(TWO)
+    sender.pass_time(0)
+    assert sender.asked.count("renewals/netflow/") == asked + 1
+    own = {name: texts([each for each in sender.got(name) if each[12:16] == b"real"]) for name in "abc"}
+    assert own == shared_by(sender, ONE, "abc") | {"a": []}
+
+
 @pytest.mark.parametrize("count", [BURST, 3 * BURST, 100 * BURST])
 def test_templates_leave_at_a_pace(count: int) -> None:
     """Few templates leave at once, many in bursts, and never in more than some; copies wait behind."""
