@@ -145,7 +145,7 @@ class Node:
             self._connected_at = float("inf")
 
     async def beat(self, session: Session, state: State | None = None) -> None:
-        """Send a beat now."""
+        """Send a beat now, and return once it has left. It may not have arrived: nats-py writes its PING before it."""
         with suppress(NatsError, OSError):
             beat = self._cluster.beat(state)
             await session.client.publish(beat_subject(self._own), unparse_beat(beat))

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Self
 
 import pytest
+from nats.aio.client import Client
 
 from tests.builders import freeze_process
 from tests.lab import assert_entered
@@ -23,6 +24,15 @@ def free_port() -> int:
     with closing(socket.socket()) as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
+
+
+async def handled(client: Client) -> None:
+    """Return once the server has handled what a client has sent, such as its subscriptions.
+
+    nats-py writes the PING of `flush` before what waits to be sent, so only the second answer tells that.
+    """
+    await client.flush()
+    await client.flush()
 
 
 class NatsServer:

@@ -22,7 +22,7 @@ from shared.settings.model import Settings
 from shared.settings.uplink import Uplink
 from tests.builders import BusEnds, accounts_when, take_datagrams
 from tests.services.ingest.flows.exported import netflow_v9
-from tests.services.uplink.nats import NatsServer, free_port
+from tests.services.uplink.nats import NatsServer, free_port, handled
 from tests.services.uplink.sites import Site, away, exporter, flows, home, receive
 from tests.stack import CHECKOUT, Stack, wait_until
 from tests.traffic import open_receiver
@@ -220,7 +220,7 @@ def test_doubles_and_strangers_are_dropped_and_counted(pair: Pair, collectors: d
 
     async def listen_and_repeat(client: Client) -> None:
         subscription = await client.subscribe("fanwire.bonn.flows.*")
-        await client.flush()
+        await handled(client)
         pair.send("bonn", *numbered(50, b"again"))
         while sum(b"again 49 " in each.data for each in kept) == 0:
             kept.append(await subscription.next_msg(timeout=30))
