@@ -245,7 +245,7 @@ class CopyService(CopySender[D]):
                 self._collectors.count_missed(message.batch.stream, missed, joining)
             if missed is not None and len(message.batch):
                 if isinstance(body, Datagrams):
-                    self._catch_up.note_live(envelope, body, message.batch)
+                    self._catch_up.note_live(envelope, body, message.batch, joining)
                 self._gather(message.batch, joining)
         elif isinstance(body, Templates | Renewals):
             self._templates.take(message)

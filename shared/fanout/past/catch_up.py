@@ -6,7 +6,7 @@ keeps where each has got to, by the reports of this module, and tells it back wi
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from math import inf
 from typing import Final, Generic
 
@@ -281,11 +281,11 @@ class CatchUp(Generic[D]):
         """Return the streams with a journal or a ring that a collector wants."""
         return {stream for stream in self._journaled | self.rings.kept if client.wants(stream)}
 
-    def note_live(self, envelope: Envelope, body: Datagrams, batch: DatagramBatch) -> None:
+    def note_live(self, envelope: Envelope, body: Datagrams, batch: DatagramBatch, joining: Collection[str]) -> None:
         """Keep a live batch for those that catch up on its stream."""
         numbered = self.rings.add(envelope, body, batch)
         if numbered and self._pursued:
-            self._past.note_copied(self._pursued.values(), numbered)
+            self._past.note_live(self._pursued.values(), numbered, joining)
             self._due_at = min(self._due_at, self._clock())
         self._absences.note_live((envelope.sender, envelope.boot), batch.stream, envelope.total)
 

@@ -9,8 +9,10 @@ import numpy as np
 
 from shared.client import Client
 from shared.datagrams.gathered import Gathered, Mask
-from shared.datagrams.routing import Router, Selection
+from shared.datagrams.routing import Selection
 from shared.fanout.past.copied_meanwhile import Outcomes, leave_out
+from shared.fanout.past.shares_meanwhile import SharesMeanwhile, Sharing
+from shared.fanout.past.window import Numbered, Worker
 from shared.fanout.served import PASSED, UNSEEN, D, Served, count_rows
 from shared.ledger.counters import (
     BASELINE,
@@ -44,7 +46,7 @@ class PastRoutes(Generic[D]):
 
     def __init__(self, collectors: ServedByName[D]) -> None:
         self._collectors = collectors
-        self._behind: dict[str, dict[str, Router]] = {}
+        self._behind: dict[str, dict[str, SharesMeanwhile]] = {}
 
     def behind(self, stream: str) -> Collection[str]:
         """Return the names of those that get no live copies of a stream."""
@@ -57,12 +59,12 @@ class PastRoutes(Generic[D]):
     def refresh(self) -> None:
         """Use the present entries, since collectors have changed."""
         for behind in self._behind.values():
-            for name in behind:
-                behind[name] = self._new_router(name)
+            for name, shares in behind.items():
+                shares.replace(self._sharers(name))
 
     def set_behind(self, name: str, stream: str) -> None:
         """Give a collector no live copies of a stream from now on."""
-        self._behind.setdefault(stream, {})[name] = self._new_router(name)
+        self._behind.setdefault(stream, {})[name] = SharesMeanwhile(self._sharers(name))
 
     def end_behind(self, name: str, stream: str) -> None:
         """Give a collector live copies of a stream again."""
@@ -71,12 +73,20 @@ class PastRoutes(Generic[D]):
             if not behind:
                 del self._behind[stream]
 
-    def _new_router(self, name: str) -> Router:
-        """Return routes for one collector, and those with whom it shares."""
+    def _sharers(self, name: str) -> list[Client]:
+        """Return the entries of one collector, and of those with whom it shares."""
         clients, own = self._collectors.clients, self._collectors[name].destination.client
-        router = Router()
-        router.replace(each for each in clients if each.name == name or (own.group and each.group == own.group))
-        return router
+        return [each for each in clients if each.name == name or (own.group and each.group == own.group)]
+
+    def note_live(self, live: Numbered, joining: Collection[str]) -> None:
+        """Note who shares a live batch, for those that get their rows of it later."""
+        yielding = self.yielding(live.batch.stream, joining)
+        for shares in self._behind.get(live.batch.stream, {}).values():
+            shares.note(live, yielding)
+
+    def sharing(self, name: str, stream: str, worker: Worker, total: int) -> Sharing:
+        """Return who shares a worker's row of this running count with a collector that is behind."""
+        return self._behind[stream][name].at(worker, total)
 
     def count_discovered(self, name: str, count: int) -> None:
         """Count datagrams of the past that are owed to a collector, and that its account did not have so far."""
@@ -103,12 +113,15 @@ class PastRoutes(Generic[D]):
         marks[UNSEEN] += count
         marks[PASSED] -= count
 
-    def route_past(self, name: str, batch: Gathered, outcomes: Outcomes | None = None) -> list[tuple[D, Selection]]:
+    def route_past(
+        self, name: str, batch: Gathered, sharing: Sharing, outcomes: Outcomes | None = None
+    ) -> list[tuple[D, Selection]]:
         """Return the rows of a batch of the past that its collector gets, and count those that it does not get."""
-        served, router = self._collectors[name], self._behind[batch.stream][name]
+        served, router = self._collectors[name], sharing.router
         account, client = served.account, served.destination.client
         copied = partial(_leave_out, name, outcomes) if outcomes is not None else None
-        selection = next((rows for each, rows in router.route(batch, copied) if each.name == name), None)
+        routed = router.route(batch, copied, joining=sharing.joining)
+        selection = next((rows for each, rows in routed if each.name == name), None)
         if selection is None:
             account[FILTERED] += len(batch)
             return []

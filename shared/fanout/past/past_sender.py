@@ -2,8 +2,8 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import chain
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, groupby
 from typing import Final, Generic
 
 import numpy as np
@@ -19,6 +19,7 @@ from shared.fanout.past.copied_meanwhile import CopiedMeanwhile, Outcomes
 from shared.fanout.past.journal_questions import Pursued
 from shared.fanout.past.past_templates import PastTemplates
 from shared.fanout.past.pursuit import Step
+from shared.fanout.past.shares_meanwhile import Sharing
 from shared.fanout.past.window import Numbered, Window, Worker
 from shared.fanout.served import D, count_received_before
 from shared.fanout.templates import TemplateDelivery
@@ -61,8 +62,12 @@ class PastSender(Generic[D]):
         self._clock = clock
         self._allowed_at = clock()
 
-    def note_copied(self, catching_up: Iterable[Pursued], live: Numbered) -> None:
-        """Note what rules have copied of a live batch to those that catch up: they served them a moment ago."""
+    def note_live(self, catching_up: Iterable[Pursued], live: Numbered, joining: Collection[str]) -> None:
+        """Note who shares a live batch with those that catch up, and what rules have copied to these.
+
+        The rules served them a moment ago.
+        """
+        self._collectors.past.note_live(live, joining)
         for pursued in catching_up if live.batch.generations is not None else ():
             if pursued.pursuit.stream == live.batch.stream and pursued.name in self._collectors:
                 client = self._collectors[pursued.name].destination.client
@@ -195,16 +200,26 @@ class PastSender(Generic[D]):
                 taken.append((step, step.batch))
         if taken:
             self._templates.send(pursued.pursuit.stream, templates, pursued.name)
-            batch = Gathered([each for _, each in taken])
-            pursued.allowance -= len(batch) + len(templates)
-            self.paces[pursued.name] += len(batch)
-            if routed := past.route_past(pursued.name, batch, _outcomes(pursued.copied, taken)):
-                if pursued.twice_until_ns:
-                    self._collectors[pursued.name].account[PERHAPS_TWICE] += count_received_before(
-                        pursued.twice_until_ns, batch, routed[0][1]
-                    )
-                self._send(batch, routed)
+            pursued.allowance -= len(templates)
+            for sharing, together in groupby(taken, lambda each: self._sharing(pursued, *each)):
+                self._send_together(pursued, sharing, list(together))
         return places
+
+    def _sharing(self, pursued: Pursued, step: Step, batch: DatagramBatch) -> Sharing:
+        worker, total = step.numbered.worker, step.stop - len(batch)
+        return self._collectors.past.sharing(pursued.name, batch.stream, worker, total)
+
+    def _send_together(self, pursued: Pursued, sharing: Sharing, taken: Sequence[tuple[Step, DatagramBatch]]) -> None:
+        batch = Gathered([each for _, each in taken])
+        pursued.allowance -= len(batch)
+        self.paces[pursued.name] += len(batch)
+        outcomes = _outcomes(pursued.copied, taken)
+        if routed := self._collectors.past.route_past(pursued.name, batch, sharing, outcomes):
+            if pursued.twice_until_ns:
+                self._collectors[pursued.name].account[PERHAPS_TWICE] += count_received_before(
+                    pursued.twice_until_ns, batch, routed[0][1]
+                )
+            self._send(batch, routed)
 
 
 def _outcomes(copied: CopiedMeanwhile, taken: Sequence[tuple[Step, DatagramBatch]]) -> Outcomes | None:

@@ -69,11 +69,11 @@ class Sender:
         sequence = total + (batch is not None and len(batch) > 0)  # behind a mark
         self.service._take(Message(topic, make_envelope(sequence, total, sender=sender), body, batch))
 
-    def publish(self, stream: str, rows: int) -> None:
+    def publish(self, stream: str, rows: int, sources: Sequence[str] = ("192.0.2.1",)) -> None:
         """Let a batch come live, and to the journal; 0 rows: a mark."""
         total = self.published[stream]
         self.published[stream] += rows
-        batch = make_batch([b"%s%06d" % (stream.encode(), total + n) for n in range(rows)], stream=stream)
+        batch = make_batch([b"%s%06d" % (stream.encode(), total + n) for n in range(rows)], sources, stream)
         if rows:
             self.journal[stream].append((total, batch))
         self.take(datagrams_topic(stream), Datagrams(stream, 1), "ingest.1", total, batch)
@@ -162,6 +162,28 @@ def test_one_that_goes_away_while_another_catches_up_costs_nobody_anything(sende
         sender.publish(A, 3)
         until(sender, lambda: ("one", A) not in sender.pursued)
         assert read_all(sock) == [b"a%06d" % number for number in range(3)]
+
+
+def test_the_past_is_shared_as_it_was_live(sender: Sender) -> None:
+    """Members that come and go while another one catches up change its share of what comes then, not of the past."""
+    one, _ = open_receiver("127.0.0.1", 0)
+    two, _ = open_receiver("127.0.0.1", 0)
+    with closing(one), closing(two):
+        one.setblocking(False)
+        two.setblocking(False)
+        late = make_client("one", one.getsockname()[1], streams=(A,), resume=Resume(1, streams=(A,)), group="g")
+        other = make_client("two", two.getsockname()[1], streams=(A,), group="g")
+        for members in ([late], [late, other], [late]):
+            sender.serve(*members)
+            sender.publish(A, 64, [f"192.0.2.{number}" for number in range(64)])
+            sender.service._send_all()
+        assert sender.pursued == {("one", A)}
+        until(sender, lambda: not sender.pursued)
+        copies, others = read_all(one), read_all(two)
+        assert copies == sorted(copies)
+        assert sorted(copies + others) == [b"a%06d" % number for number in range(3 * 64)]
+        assert {*others} < {b"a%06d" % number for number in range(64, 128)}
+        assert sender.account("one")["shared_out"] == len(others) > 0
 
 
 def test_one_that_is_level_is_told_of_though_the_registry_changes_first(

@@ -1,0 +1,54 @@
+"""The members of a group as rows came live, for one of them that catches up: the past is shared as it was live. No I/O.
+
+If others come or go meanwhile, the shares of today would give some of its rows to nobody, and some to two.
+"""
+
+from bisect import bisect_right
+from collections.abc import Collection, Sequence
+from operator import itemgetter
+from typing import Final, NamedTuple
+
+from shared.client import Client
+from shared.datagrams.routing import Router
+from shared.fanout.past.window import Numbered, Worker
+
+MOST_CHANGES: Final = 1024
+"""Changes that are known of a worker's rows; what came between older ones is shared as before the next."""
+
+
+class Sharing(NamedTuple):
+    """The routes of the members, and those of them that were joining: the others had their share."""
+
+    router: Router
+    joining: frozenset[str]
+
+
+class SharesMeanwhile:
+    """The sharing of one collector's rows, by worker and running count; what came before is shared as at the begin."""
+
+    def __init__(self, members: Sequence[Client]) -> None:
+        self._members: Sequence[Client] = ()
+        self.replace(members)
+        self._first = Sharing(self._router, frozenset())
+        self._noted: dict[Worker, list[tuple[int, Sharing]]] = {}
+
+    def replace(self, members: Sequence[Client]) -> None:
+        """Share with these from now on."""
+        if members != self._members:
+            self._members, self._router = members, Router()
+            self._router.replace(members)
+
+    def note(self, live: Numbered, joining: Collection[str]) -> None:
+        """Note a live batch, and those that were joining."""
+        if not (self._noted or joining) and self._router is self._first.router:
+            return  # nothing has changed since the begin
+        sharing = Sharing(self._router, frozenset(each.name for each in self._members if each.name in joining))
+        noted = self._noted.setdefault(live.worker, [(0, self._first)])
+        if noted[-1][1] != sharing:
+            noted.append((live.total, sharing))
+            del noted[1:-MOST_CHANGES]
+
+    def at(self, worker: Worker, total: int) -> Sharing:
+        """Return the sharing of a worker's row of this running count."""
+        noted = self._noted.get(worker, [(0, self._first)])
+        return noted[bisect_right(noted, total, key=itemgetter(0)) - 1][1]
