@@ -22,7 +22,7 @@ IN_FILES_OF_OURS = (
 
 
 class NameServer(threading.Thread):
-    """Answers by `addresses`; while `silent` it takes questions and says nothing."""
+    """Answers by `addresses`; while `silent` it takes questions and says nothing, until told to answer after all."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -31,6 +31,7 @@ class NameServer(threading.Thread):
         self.addresses: dict[str, list[str]] = {}
         self.silent = False
         self.asked = 0
+        self.unanswered: list[tuple[bytes, tuple[str, int]]] = []
         self.socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self.socket.bind(("127.0.0.1", 53))
 
@@ -41,8 +42,16 @@ class NameServer(threading.Thread):
             if not question:
                 return
             self.asked += 1
-            if not self.silent:
+            if self.silent:
+                self.unanswered.append((question, peer))
+            else:
                 self.socket.sendto(self.answer(question), peer)
+
+    def answer_late(self) -> None:
+        """Be silent no more, and answer what was asked meanwhile."""
+        self.silent = False
+        for question, peer in self.unanswered:
+            self.socket.sendto(self.answer(question), peer)
 
     def answer(self, question: bytes) -> bytes:
         """Return the answer to one question (RFC 1035, 4.1)."""
@@ -70,13 +79,13 @@ class NameServer(threading.Thread):
         self.socket.close()
 
 
-def start_asking(stack: Stack, name: str) -> Running:
-    """Start a service that asks the server above, in a mount namespace of its own."""
+def start_asking(stack: Stack, name: str, patience_seconds: int = 1) -> Running:
+    """Start a service that asks the server above, in a mount namespace of its own, and waits for so long."""
     apart = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--mount", "--map-root-user"]
     if subprocess.run([*apart, "true"], capture_output=True, check=False).returncode:
         pytest.skip("needs a mount namespace of its own")
     at = stack.directory
-    (at / "resolv.conf").write_text("nameserver 127.0.0.1\noptions timeout:1 attempts:1\n")
+    (at / "resolv.conf").write_text(f"nameserver 127.0.0.1\noptions timeout:{patience_seconds} attempts:1\n")
     (at / "hosts").write_text("127.0.0.1 localhost\n")
     (at / "nsswitch.conf").write_text("hosts: files dns\n")
     missing = [path for path in ("/etc/nsswitch.conf", "/etc/resolv.conf", "/etc/hosts") if not Path(path).exists()]

@@ -88,6 +88,7 @@ from shared.process.registry_client import (
 from shared.settings.entries import Stream, Token
 from shared.settings.file import load
 from shared.settings.model import Settings
+from shared.settings.own_listeners import OwnListeners
 from shared.settings.tables import Bus, Gateway, Transmitter
 from shared.settings.values import leave_room
 from tests.services.gateway.table import ELSEWHERE, HERE, Table
@@ -177,7 +178,8 @@ def _protocol() -> Iterator[Provocation]:
 
 def _admission() -> Iterator[Provocation]:
     there = Peer(2, "192.0.2.7", 4001)
-    destinations = Destinations(["s"], [("127.0.0.1", 5514)], lambda _: True, lambda address: address == "10.0.0.255")
+    own, network = OwnListeners([("127.0.0.1", 5514)]), "10.0.0.255".__eq__
+    destinations = Destinations(["s"], own, lambda _: True, network)
     for asked in (
         Register(name="a", streams=("x",)), Register(name="a", streams=("s",)),
         *(Register(name="a", address=address, port=9) for address in ("224.0.0.1", "10.0.0.255", "fe80::1%e", "name")),

@@ -12,7 +12,7 @@ from shared.bus.zmq_sockets import prepare_directory
 from shared.nats.installed import check_installed
 from shared.settings.entries import Token
 from shared.settings.model import Settings
-from shared.settings.own_listeners import udp_listeners
+from shared.settings.own_listeners import FollowedListeners
 
 
 def check_cluster(settings: Settings) -> None:
@@ -47,11 +47,11 @@ def opened_store(settings: Settings, clock: Callable[[], float]) -> Store:
     return Store(path, clock)
 
 
-def destinations_of(settings: Settings) -> Destinations:
+def destinations_of(settings: Settings, listeners: FollowedListeners) -> Destinations:
     """Return the addresses that copies may go to."""
     return Destinations(
         [stream.name for stream in settings.streams],
-        udp_listeners(settings),
+        listeners,
         is_local,
         is_broadcast,
         settings.gateway.destinations,

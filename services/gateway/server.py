@@ -61,6 +61,7 @@ from shared.process.memory import Memory
 from shared.process.reload import Reload
 from shared.process.tokens_file import read_tokens
 from shared.settings.model import Settings
+from shared.settings.own_listeners import FollowedListeners
 
 if TYPE_CHECKING:
     from services.gateway.cluster.member import Member
@@ -116,7 +117,8 @@ def run_gateway(settings: Settings, lifecycle: Lifecycle) -> None:
         if shared:
             member = _join(settings, registry, store, publisher.boot)
         registry.restore(store.entries, store.revision, store.withheld)
-        destinations = destinations_of(settings)
+        own_listeners = FollowedListeners(settings.streams)
+        destinations = destinations_of(settings, own_listeners)
         configured = Configured(settings, destinations, registry)
         registry.changes.make(partial(expel_loops, destinations, registry, configured.expelled), ignore)
         readmission = Readmission(registry)
@@ -127,6 +129,7 @@ def run_gateway(settings: Settings, lifecycle: Lifecycle) -> None:
             store,
             registry,
             configured,
+            own_listeners,
             destinations,
             tokens,
             readmission,
@@ -150,7 +153,7 @@ def check_gateway(settings: Settings) -> None:
     bind = partial(try_endpoint, made=settings.bus.path, port_too=not broker_is_up(settings.bus.path, link))
     with listening(settings.gateway.endpoints, bind) as listeners:
         tokens_of(settings, declared, listeners)
-    check_configured(settings, destinations_of(settings))
+    check_configured(settings, destinations_of(settings, FollowedListeners(settings.streams)))
 
 
 def _join(settings: Settings, registry: Registry, store: Store, boot: int) -> "Member":
@@ -172,6 +175,7 @@ class _Server:
     store: Store
     registry: Registry
     configured: Configured
+    own_listeners: FollowedListeners
     destinations: Destinations
     tokens: Tokens
     readmission: Readmission
@@ -296,7 +300,8 @@ class _Server:
 
     def _apply_settings(self, settings: Settings) -> None:
         """Use the streams, collectors and tokens of these settings; OperatorError when they can't be used."""
-        destinations, declared, before = destinations_of(settings), read_tokens(settings), self.tokens
+        own_listeners = FollowedListeners(settings.streams, self.own_listeners)
+        destinations, declared, before = destinations_of(settings, own_listeners), read_tokens(settings), self.tokens
         tls, tokens = tls_context(settings, declared), tokens_of(settings, declared, self._listeners)
         try:
             self.configured.apply(settings, destinations)
@@ -306,7 +311,8 @@ class _Server:
         self.registry.changes.make(partial(expel_loops, destinations, self.registry, self.configured.expelled), ignore)
         self.readmission.begin(tokens, destinations)
         self.registry.pasts.journaled = frozenset(settings.journaled)
-        self.destinations = self._admission.destinations = destinations
+        self.own_listeners, self.destinations = own_listeners, destinations
+        self._admission.destinations = destinations
         self.tokens = self._handler.tokens = tokens
         self._handler.apply_settings(settings)
         self._connections.cut_changed(before)
@@ -343,6 +349,7 @@ class _Server:
             with contextlib.suppress(OSError):
                 self.registry.pasts.prune()
             self.readmission.check()
+            self.own_listeners.tick()
             self._make_once("loops", lambda: expel_loops(self.destinations, self.registry, self.configured.expelled))
 
     def _make_once(self, what: str, act: Callable[[], None]) -> None:

@@ -15,8 +15,9 @@ from shared.bus.endpoint import open_link
 from shared.bus.port_sharers import workers_of_other_buses
 from shared.bus.zmq_sockets import broker_is_up
 from shared.log import get_logger
-from shared.net.addresses import Endpoint, resolve
+from shared.net.addresses import Endpoint
 from shared.net.bpf import refuse_mapped_sources
+from shared.net.host_lookups import HostLookups
 from shared.net.multicast import is_multicast, join_group
 from shared.net.sockets import InheritedSocket, PathSocket, bind_endpoint, close_listener, inherited, try_endpoint
 from shared.process.lifecycle import BAD_SETTINGS, FAILED, OperatorError
@@ -64,6 +65,18 @@ def listeners_of(worker: str, streams: Iterable[Stream], settings: Settings) -> 
     return {listener: stream for listener, stream in every.items() if is_shareable(listener[1])}
 
 
+def with_addresses(wanted: Mapping[StreamEndpoint, Stream], lookups: HostLookups) -> dict[StreamEndpoint, Stream]:
+    """Return the listeners with the addresses of hosts that were looked up. OperatorError when a host has none."""
+    for (_, endpoint), stream in wanted.items():
+        host = lookups[endpoint.host]
+        if host.trouble:
+            raise _unresolved(stream, endpoint, host.trouble)
+    return {
+        (name, replace(endpoint, known=lookups[endpoint.host].addresses)): stream
+        for (name, endpoint), stream in wanted.items()
+    }
+
+
 def reopen(
     wanted: Mapping[StreamEndpoint, Stream],
     before: Mapping[StreamEndpoint, list[socket.socket]],
@@ -83,8 +96,8 @@ def reopen(
     listening: dict[StreamEndpoint, list[socket.socket]] = {}
     try:
         for listener, stream in wanted.items():
-            check_reply(stream, listener[1])
             listening[listener] = before.get(listener) or bind_listener(stream, listener[1], spare)
+            check_reply(stream, listener[1], listening[listener])
         refuse_doubles(listening)
         refuse_left_over(spare)
         for listener in new:  # again: another one may have begun at the same time
@@ -125,10 +138,10 @@ def check_listeners(settings: Settings) -> None:
             for endpoint in stream.endpoints:
                 port_too = not running and endpoint.port >= UNPRIVILEGED_PORT
                 bind = partial(try_endpoint, made=settings.bus.path, port_too=port_too)
-                check_reply(stream, endpoint)
                 refuse_shared(stream, endpoint, settings)
                 with _explained(stream, endpoint):
                     listening[stream.name, endpoint] = bind(endpoint, partial(_prepare, endpoint))
+                check_reply(stream, endpoint, listening[stream.name, endpoint])
         refuse_doubles(listening)
     finally:
         for sock in (sock for sockets in listening.values() for sock in sockets):
@@ -215,11 +228,17 @@ def refuse_shared(stream: Stream, endpoint: Endpoint, settings: Settings, own: I
         )
 
 
-def check_reply(stream: Stream, endpoint: Endpoint) -> None:
-    """Raise OperatorError when a listener may not have the stream's reply."""
-    if stream.reply and endpoint.scheme == "udp" and not stream.reply_beyond_loopback:
-        with _explained(stream, endpoint):
-            _refuse_reply(stream, endpoint)
+def check_reply(stream: Stream, endpoint: Endpoint, sockets: Iterable[socket.socket]) -> None:
+    """Raise OperatorError when a listener, with these sockets, may not have the stream's reply."""
+    if not stream.reply or endpoint.scheme != "udp" or stream.reply_beyond_loopback:
+        return
+    hosts = (str(sock.getsockname()[0]).partition("%")[0] for sock in sockets)
+    if not all(ipaddress.ip_address(host).is_loopback for host in hosts):
+        raise OperatorError(
+            BAD_SETTINGS,
+            f"{_title(stream.name)}: a reply on {endpoint} would let forged sources aim it at others; "
+            "remove reply, listen on loopback, or set reply_beyond_loopback = true",
+        )
 
 
 @contextmanager
@@ -227,23 +246,15 @@ def _explained(stream: Stream, endpoint: Endpoint) -> Iterator[None]:
     try:
         yield
     except socket.gaierror as error:
-        raise OperatorError(
-            BAD_SETTINGS, f"{_title(stream.name)}: {endpoint}: {error.strerror}; name a host that resolves"
-        ) from None
+        raise _unresolved(stream, endpoint, str(error.strerror)) from None
     except OSError as error:
         raise OperatorError(
             FAILED, f"{_title(stream.name)}: {endpoint}: {error.strerror or error}{_cure(endpoint, error)}"
         ) from None
 
 
-def _refuse_reply(stream: Stream, endpoint: Endpoint) -> None:
-    addresses = resolve(endpoint.host, endpoint.port, socket.SOCK_DGRAM)
-    if not all(ipaddress.ip_address(address[0].partition("%")[0]).is_loopback for _, address in addresses):
-        raise OperatorError(
-            BAD_SETTINGS,
-            f"{_title(stream.name)}: a reply on {endpoint} would let forged sources aim it at others; "
-            "remove reply, listen on loopback, or set reply_beyond_loopback = true",
-        )
+def _unresolved(stream: Stream, endpoint: Endpoint, reason: str) -> OperatorError:
+    return OperatorError(BAD_SETTINGS, f"{_title(stream.name)}: {endpoint}: {reason}; name a host that resolves")
 
 
 def _title(stream: str) -> str:

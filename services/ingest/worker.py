@@ -20,6 +20,7 @@ from services.ingest.listeners import (
     reopen,
     take_inherited,
     warn_of_small_buffers,
+    with_addresses,
 )
 from services.ingest.marks import MarkReader
 from services.ingest.receiver import DatagramReceiver
@@ -35,7 +36,8 @@ from shared.datagrams.mmsg import ReceiveArena
 from shared.ledger.accounts import listener_account, new_accounts
 from shared.ledger.counters import CHECKSUM_ERRORS, FILES_RESTORED
 from shared.log import get_logger
-from shared.net.addresses import Endpoint
+from shared.net.addresses import Endpoint, is_name
+from shared.net.host_lookups import HostLookups
 from shared.net.sockets import (
     ChecksumErrors,
     InheritedSocket,
@@ -54,6 +56,8 @@ DRAIN_SECONDS: Final = 2.0
 GREET_SECONDS: Final = 0.02
 """Time after publishing until new subscriptions are looked for: their signal may be gone, and a look costs as much as
 a datagram."""
+NAMES_SECONDS: Final = 0.05
+"""Time by which the last answer that a reload waits for is noticed late."""
 UNMEASURED: Final = 1 << 20
 """Bytes that may be received before the process's memory is measured again."""
 OWN_MEMORY: Final = 128 << 20
@@ -76,6 +80,8 @@ class Worker:
         """Receivers whose listener is gone, until the datagrams that the kernel has queued are taken."""
         self._listening: dict[StreamEndpoint, list[socket.socket]] = {}
         self._streams: dict[str, Stream] = {}
+        self._lookups = HostLookups(math.inf)
+        """Of the names of new listeners, while a reload waits for them."""
         self._feeds: dict[str, StreamFeed] = {}
         """By stream. A stream that is gone keeps its feed, account and pool, and uses them again if it comes back."""
         self._pools: dict[str, Pool] = {}
@@ -115,13 +121,23 @@ class Worker:
 
     def apply_settings(self, settings: Settings) -> None:
         """Listen as these settings say. OperatorError, with nothing changed, when a listener can't be had."""
-        self._listen(settings.streams, [])
+        try:
+            self._listen(settings.streams, [])
+        finally:
+            self._lookups.follow(())
         self._report()  # at once: services that wait for streams to flow learn from it which there are
         self._upkeep_at = 0.0
 
+    def _names_known(self, settings: Settings) -> bool:
+        """Look up the names of new listeners beside the loop; return whether that has ended."""
+        new = listeners_of(self._name, settings.streams, self._settings).keys() - self._listening.keys()
+        self._lookups.follow({endpoint.host for _, endpoint in new if endpoint.host and is_name(endpoint.host)})
+        self._lookups.tick()
+        return self._lookups.settled
+
     def _listen(self, streams: Sequence[Stream], held: Sequence[socket.socket]) -> None:
         """Open exactly the listeners of these streams; leave unchanged ones alone."""
-        wanted = listeners_of(self._name, streams, self._settings)
+        wanted = with_addresses(listeners_of(self._name, streams, self._settings), self._lookups)
         listening, gone = reopen(wanted, self._listening, held, self._settings)
         for sock in gone:
             self._see_off(sock)
@@ -241,7 +257,7 @@ class Worker:
     def run(self, lifecycle: Lifecycle) -> None:
         """Move datagrams until told to drain; ready once bound and once a broker has been seen."""
         readiness = Readiness(self._name, self._settings.bus, lambda: self._publisher.ready)
-        reload = Reload(self._name, lifecycle, self._settings, self.apply_settings)
+        reload = Reload(self._name, lifecycle, self._settings, self.apply_settings, self._names_known)
         self._selector.register(lifecycle, selectors.EVENT_READ, lifecycle.heed)
         self._selector.register(self._publisher, selectors.EVENT_READ, self._greet)
         while not lifecycle.draining:
@@ -249,6 +265,8 @@ class Worker:
             if time.monotonic() >= self._upkeep_at:
                 self._keep_up()
                 reload.check()
+                if reload.preparing:
+                    self._upkeep_at = min(self._upkeep_at, time.monotonic() + NAMES_SECONDS)
                 readiness.check(listen=[str(endpoint) for _, endpoint in self._listening])
         self._drain()
 

@@ -17,7 +17,7 @@ from shared.bus.kept_counts import KeptFile
 from shared.bus.loans.borrower import Borrower
 from shared.bus.messages import Datagrams, Message, Status
 from shared.bus.zmq_sockets import check_directory
-from shared.capture.destination import destination_of
+from shared.capture.destination import destination_at
 from shared.fanout.resumption import Resumption
 from shared.fanout.streams import FollowedStreams
 from shared.journal.directory import Lock, segments_in, streams_in
@@ -30,6 +30,7 @@ from shared.process.lifecycle import CANT_CREATE, Lifecycle, OperatorError, Read
 from shared.process.memory import Memory
 from shared.process.reload import Reload
 from shared.settings.model import Settings
+from shared.settings.own_listeners import FollowedListeners
 
 TURN_MESSAGES: Final = 256
 """Bus messages handled in a row before a reader and housekeeping get their turn."""
@@ -63,6 +64,7 @@ class JournalService:
         """Those of them that are kept now."""
         self._positions: dict[str, dict[str, int]] = {}
         """Places that the last journal had reached, by the name of the origin's account."""
+        self._listeners: FollowedListeners | None = None
 
     def __enter__(self) -> Self:
         bus, own = self._settings.bus, self._settings.journal
@@ -95,7 +97,7 @@ class JournalService:
 
         What there is of streams that were kept once can be read, until retention has removed it.
         """
-        own, places = settings.journal, {each.name: each.endpoints for each in settings.streams}
+        own = settings.journal
         fresh: dict[str, StreamJournal] = {}
         for name in {*settings.journaled, *_once_kept(own.path)} - self._streams.keys():
             fresh[name] = StreamJournal(name, own.path, own.bytes, self._disk)
@@ -109,8 +111,13 @@ class JournalService:
         for name in self._journaled - {*settings.journaled}:
             self._streams[name].seal()
         self._journaled = {*settings.journaled}
-        for name in self._journaled:
-            self._streams[name].destination = destination_of(places[name])
+        journaled = [stream for stream in settings.streams if stream.journal]
+        self._listeners = FollowedListeners(journaled, self._listeners)
+        self._set_destinations(self._listeners)
+
+    def _set_destinations(self, listeners: FollowedListeners) -> None:
+        for name, places in listeners.places.items():
+            self._streams[name].destination = destination_at(*places)
 
     def _apply_settings(self, settings: Settings) -> None:
         self._open_streams(settings)
@@ -191,6 +198,8 @@ class JournalService:
             self._upkeep_at = now + UPKEEP_SECONDS
             for stream in self._streams.values():
                 stream.keep_up()
+            if self._listeners and self._listeners.tick():
+                self._set_destinations(self._listeners)
             self._retain()
         fresh = self._publisher.new_subscriptions()
         if now >= self._reporter.due_at or (fresh and self._reporter.asked_for(fresh)):

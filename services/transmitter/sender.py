@@ -75,7 +75,7 @@ class Sender:
 
     def apply_settings(self, settings: Settings) -> None:
         """Read our own listeners from these settings."""
-        self._own_listeners.use(settings.streams)
+        self._own_listeners = FollowedListeners(settings.streams, self._own_listeners)
 
     def reach(self, client: Client, account: Counter[str]) -> Destination:
         """Find out whether a collector may be sent copies; the way there is found with the first of them."""
@@ -158,7 +158,7 @@ class Sender:
         client, cause = destination.client, egress.cause
         if not cause and not self._packet_sockets.have_one_for(egress, destination.version):
             cause = NO_ROUTE
-        loops = self._own_listeners.now.receive(client.address, client.port, lambda _: egress.local)
+        loops = self._own_listeners.receive(client.address, client.port, lambda _: egress.local)
         if not destination.permitted or loops:
             cause = DESTINATION_REFUSED
             self.audit.refuse(cause, wanted, collector=client.name, address=client.address, port=client.port)

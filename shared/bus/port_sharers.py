@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from shared.net.addresses import Endpoint, resolve
+from shared.net.addresses import Endpoint
 from shared.net.sockets import KINDS
 
 TABLES: Final = {"udp": (("udp", "udp6"), "07"), "tcp": (("tcp", "tcp6"), "0A")}
@@ -46,7 +46,7 @@ def _listening(endpoint: Endpoint) -> Iterator[str]:
     """Yield the sockets, as in `socket:[4026]`, that listen where the endpoint does."""
     wanted: set[Address] = set()
     with suppress(OSError):
-        found = resolve(endpoint.host, endpoint.port, KINDS[endpoint.scheme])
+        found = endpoint.addresses(KINDS[endpoint.scheme])
         wanted = {ipaddress.ip_address(str(at[0]).partition("%")[0]) for _, at in found}
     names, state = TABLES[endpoint.scheme]
     for path in (Path("/proc/self/net", name) for name in names):

@@ -1,10 +1,11 @@
 """Addresses as the bus carries them (16 bytes, IPv4 mapped into IPv6) and as people write them."""
 
+import contextlib
 import ipaddress
 import re
 import socket
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Final, cast
 
@@ -52,6 +53,18 @@ def is_host_name(text: str) -> bool:
     """
     *_, last = labels = text.removesuffix(".").split(".")
     return len(text) <= MAX_NAME and all(map(_LABEL.fullmatch, labels)) and not _NUMBER.fullmatch(last)
+
+
+def is_name(host: str) -> bool:
+    """Return whether a resolver is asked for a listener's host: it is no address, with or without an interface.
+
+    >>> [is_name(host) for host in ("relay.example.net", "192.0.2.1", "239.1.1.1%eth0")]
+    [True, False, False]
+    """
+    with contextlib.suppress(ValueError):
+        ipaddress.ip_address(host.partition("%")[0])
+        return False
+    return True
 
 
 def check_host(text: str) -> None:
@@ -108,6 +121,12 @@ class Endpoint:
     host: str = ""
     port: int = 0
     path: str = ""
+    known: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    """Addresses of the host, where it was looked up already."""
+
+    def addresses(self, kind: socket.SocketKind) -> "list[tuple[socket.AddressFamily, SocketAddress]]":
+        """Return every address of its host and port, as `resolve` does."""
+        return [at for host in self.known or (self.host,) for at in resolve(host, self.port, kind)]
 
     @property
     def is_loopback(self) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from shared.net.addresses import Endpoint, SocketAddress, resolve
+from shared.net.addresses import Endpoint, SocketAddress
 
 UCRED: Final = struct.Struct("=iII")
 """struct ucred."""
@@ -117,7 +117,7 @@ def bind_endpoint(
         return [_take(held, kind, endpoint.path) or _bind_path(endpoint.path, kind, prepare, path_mode)]
     bound: list[socket.socket] = []
     lacking: OSError | None = None
-    for family, address in resolve(endpoint.host, endpoint.port, kind):
+    for family, address in endpoint.addresses(kind):
         try:
             bound.append(_take(held, kind, address) or _bind(socket.socket(family, kind), address, prepare))
         except OSError as error:

@@ -25,6 +25,8 @@ class Reload:
     """Hands a service the settings that it is to follow from now on.
 
     `follow` raises OperatorError when it can't, and then has changed nothing. None: the service uses none of them.
+    `prepared` begins what takes long, such as lookups of names, and returns whether it has ended; it is asked at each
+    `check` until then.
     """
 
     def __init__(
@@ -33,19 +35,31 @@ class Reload:
         lifecycle: Lifecycle,
         settings: Settings,
         follow: Callable[[Settings], None] | None = None,
+        prepared: Callable[[Settings], bool] = lambda _: True,
     ) -> None:
         self._service = service
         self._lifecycle = lifecycle
         self._settings = settings
         self._follow = follow
+        self._prepared = prepared
+        self._fresh: Settings | None = None
+
+    @property
+    def preparing(self) -> bool:
+        """Return whether settings wait until they can be followed: call `check` soon again."""
+        return self._fresh is not None
 
     def check(self) -> None:
         """Reload if SIGHUP has come; call it after each turn of the service's loop."""
-        if not self._lifecycle.reload_wanted or self._lifecycle.read is None:
-            return
-        self._lifecycle.reload_wanted = False  # before reading: a later SIGHUP asks for a newer state of the file
         try:
-            self._adopt(self._lifecycle.read())
+            if self._fresh is None and self._lifecycle.reload_wanted and self._lifecycle.read is not None:
+                self._lifecycle.reload_wanted = (
+                    False  # before reading: a later SIGHUP asks for a newer state of the file
+                )
+                self._fresh = self._lifecycle.read()
+            if self._fresh is not None and self._prepared(self._fresh):
+                fresh, self._fresh = self._fresh, None
+                self._adopt(fresh)
         except (SettingsError, OperatorError) as error:
             log.error(f"not reloaded, the old settings stay: {error}", service=self._service, answer=True)
 

@@ -5,9 +5,9 @@ import ipaddress
 import math
 import socket
 from collections.abc import Callable, Iterable, Iterator
-from typing import Final
+from typing import Final, Self
 
-from shared.net.addresses import Endpoint, resolve
+from shared.net.addresses import Endpoint, is_name, resolve
 from shared.net.host_lookups import HostLookups
 from shared.settings.entries import Stream
 from shared.settings.model import Settings
@@ -36,13 +36,6 @@ def _addresses_of(host: str) -> tuple[str, ...]:
     return ()
 
 
-def _is_name(host: str) -> bool:
-    with contextlib.suppress(ValueError):
-        ipaddress.ip_address(host.partition("%")[0])
-        return False
-    return True
-
-
 class OwnListeners:
     """Listeners by address and port, which tell whether they receive what is sent to an address. No I/O."""
 
@@ -61,16 +54,26 @@ class OwnListeners:
         return False
 
 
-class FollowedListeners:
+class FollowedListeners(OwnListeners):
     """The listeners of streams, for a loop that can't wait for a resolver: names are looked up in threads.
 
-    A name without an answer keeps its former addresses, and is looked up again.
+    A name without an answer has the addresses that it had `before`, and is looked up again. A start, which has no
+    `before`, waits a while for answers.
     """
 
-    def __init__(self, streams: Iterable[Stream]) -> None:
-        self._addresses: dict[str, tuple[str, ...]] = {}
-        self.use(streams)
-        self._lookups.wait(START_SECONDS)
+    _addresses: dict[str, tuple[str, ...]]
+    """By host."""
+
+    def __init__(self, streams: Iterable[Stream], before: Self | None = None) -> None:
+        self._endpoints = {stream.name: tuple(_udp([stream])) for stream in streams}
+        hosts = {endpoint.host for endpoints in self._endpoints.values() for endpoint in endpoints}
+        known = before._addresses if before else {}
+        self._addresses = {host: known.get(host, ()) if is_name(host) else _addresses_of(host) for host in hosts}
+        self._lookups = HostLookups(math.inf)
+        self._lookups.follow(host for host in hosts if is_name(host))
+        if before is None:
+            self._lookups.wait(START_SECONDS)
+        self.tick()
         self._put_together()
 
     @property
@@ -78,22 +81,21 @@ class FollowedListeners:
         """True once each name has been looked up, or is late: until then call `tick` soon again."""
         return self._lookups.settled
 
-    def use(self, streams: Iterable[Stream]) -> None:
-        """Look up the listeners of these streams."""
-        self._places = {(endpoint.host, endpoint.port) for endpoint in _udp(streams)}
-        self._lookups = HostLookups(math.inf)
-        self._lookups.follow(host for host, _ in self._places if _is_name(host))
-        self._lookups.tick()
-        self._put_together()
+    def tick(self) -> bool:
+        """Take the answers that have come, and ask again where none has; return whether addresses are others now.
 
-    def tick(self) -> None:
-        """Take the answers that have come, and ask again where none has; due each second."""
-        if self._lookups.tick():
-            self._put_together()
+        Due each second.
+        """
+        return bool(self._lookups.tick()) and self._put_together()
 
-    def _put_together(self) -> None:
-        before, self._addresses = self._addresses, {}
-        for host in {host for host, _ in self._places}:
-            found = self._lookups[host].addresses or before.get(host, ())
-            self._addresses[host] = found if _is_name(host) else _addresses_of(host)
-        self.now = OwnListeners((address, port) for host, port in self._places for address in self._addresses[host])
+    def _put_together(self) -> bool:
+        before = dict(self._addresses)
+        for host in before:
+            self._addresses[host] = self._lookups[host].addresses or before[host]
+        self.places = {
+            stream: [(address, endpoint.port) for endpoint in endpoints for address in self._addresses[endpoint.host]]
+            for stream, endpoints in self._endpoints.items()
+        }
+        """Address and port of every UDP listener, by stream."""
+        super().__init__(place for places in self.places.values() for place in places)
+        return before != self._addresses

@@ -29,11 +29,12 @@ from shared.process import registry_client
 from shared.process.lifecycle import OperatorError
 from shared.process.registry_client import Access, RegistryClient
 from shared.settings.model import Settings
+from shared.settings.own_listeners import OwnListeners
 from shared.settings.tables import Transmitter
 from tests.fuzz.corpus import split_parts
 from tests.fuzz.printing import check_line, printed
 
-_destinations: Final = Destinations(["messages"], [("127.0.0.1", 6667)], lambda _: False, lambda _: False)
+_destinations: Final = Destinations(["messages"], OwnListeners([("127.0.0.1", 6667)]), lambda _: False, lambda _: False)
 _peer: Final = Peer(1, "192.0.2.1", 40_000)
 ORDERS: Final = ("withhold siem --reason slow", "release siem")
 _commands: Final = [

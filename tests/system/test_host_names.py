@@ -1,12 +1,13 @@
 """Collectors that the settings name by host: copies follow the name, and a resolver that is silent costs nothing."""
 
 import os
+import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from tests.name_server import NameServer, start_asking
-from tests.stack import PATIENT, Stack, ask_json, wait_until
+from tests.stack import PATIENT, Stack, ask_json, sign_up, wait_until
 from tests.traffic import pause
 
 PORT, LISTEN = 9514, 7000
@@ -125,3 +126,34 @@ def test_copies_follow_the_name(stack: Stack) -> None:
         entry = ask_json({"op": "list"})["clients"]["siem"]
         assert entry["generation"] > generation
         assert (entry["address"], entry["host"]) == (SECOND, "siem.example.net")
+
+
+def test_silent_resolver_holds_up_no_reload_and_nothing_else(stack: Stack) -> None:
+    """A stream is new, its listener has a name, and nobody answers: the gateway answers, and copies go on.
+
+    The answer comes while they still wait for it. The listener is opened then, and a collector there is removed.
+    """
+    before = f'{PATIENT}[[stream]]\nname = "syslog"\nlisten = ["udp://127.0.0.1:{LISTEN}"]\n'
+    fresh = '[[stream]]\nname = "fresh"\nlisten = ["udp://fresh.example.net:7001"]\n'
+    stack.configure(before)
+    with NameServer() as server, receiving("127.0.0.1") as siem:
+        server.addresses = {"fresh.example.net": ["127.0.0.5"]}
+        stack.start("broker")
+        for name in ("gateway", "ingest"):
+            start_asking(stack, name, patience_seconds=30)
+        stack.start("forwarder")
+        sign_up({"name": "siem", "streams": ["syslog"], "port": PORT})
+        sign_up({"name": "loop", "streams": ["syslog"], "address": "127.0.0.5", "port": 7001})
+        server.silent = True
+        stack.configure(before + fresh)
+        for name in ("gateway", "ingest"):
+            asked = server.asked
+            stack[name].process.send_signal(signal.SIGHUP)
+            wait_until(lambda asked=asked: server.asked > asked, f"{name} asks")  # type: ignore[misc]
+        assert set(ask_json({"op": "list"})["clients"]) == {"siem", "loop"}
+        wait_for(siem)
+        assert not stack["ingest"].reloads
+        server.answer_late()
+        wait_until(lambda: stack["ingest"].reloads, "the worker has the answer")
+        assert stack["ingest"].reloads[0]["event"] == "reloaded"
+        wait_until(lambda: set(ask_json({"op": "list"})["clients"]) == {"siem"}, "the gateway has the answer")

@@ -17,21 +17,20 @@ NOBODYS_V4 = (ipaddress.IPv4Network("0.0.0.0/8"), ipaddress.IPv4Network("240.0.0
 class Destinations:
     """Rules for the streams and the destination of a client.
 
-    `listeners` are the address and port of each UDP listener of fanwire. `is_local` says whether an address is this
-    host's, `is_broadcast` whether it is that of a whole network; both may raise OSError. Copies may go to networks of
-    `allowed` without proof.
+    `listeners` are fanwire's own. `is_local` says whether an address is this host's, `is_broadcast` whether it is that
+    of a whole network; both may raise OSError. Copies may go to networks of `allowed` without proof.
     """
 
     def __init__(
         self,
         streams: Iterable[str],
-        listeners: Iterable[tuple[str, int]],
+        listeners: OwnListeners,
         is_local: Callable[[str], bool],
         is_broadcast: Callable[[str], bool],
         allowed: Iterable[str] = (),
     ) -> None:
         self._streams = frozenset(streams)
-        self._own_listeners = OwnListeners(listeners)
+        self._own_listeners = listeners
         self._is_local = is_local
         self._is_broadcast = is_broadcast
         self._allowed = tuple(map(ipaddress.ip_network, allowed))

@@ -1,21 +1,20 @@
 """The facts of this host that a plan is made of: listeners, addresses, links, next hops, the forwarder's sockets."""
 
 import ipaddress
-import socket
 import time
 from collections.abc import Collection, Iterable, Mapping
-from contextlib import suppress
 from typing import Final
 
 from services.offload.planning.planner import Facts, Place, Served, Way
 from shared.client import Trouble
 from shared.fanout.sending.next_hops import Egress, EgressKind, NextHops
 from shared.ledger.counters import INTERFACE_DOWN
-from shared.net.addresses import resolve
 from shared.net.multicast import is_multicast
 from shared.net.queues import Drops, Queues
 from shared.net.udp_sockets import udp_sockets
+from shared.settings.entries import Stream
 from shared.settings.model import Settings
+from shared.settings.own_listeners import FollowedListeners
 
 SOCKETS_SECONDS: Final = 0.25
 WITHOUT: Final = {INTERFACE_DOWN: "the link to it is down"}
@@ -34,22 +33,16 @@ class Surroundings:
         self._relays: dict[Place, Place] = {}
         self._look_at = 0.0
         self._wanted = settings.offload.interfaces
-        self.apply_settings(settings)
+        self._listeners = FollowedListeners(_offloaded(settings))
 
     def apply_settings(self, settings: Settings) -> None:
         """Use the streams of these settings from now on."""
-        self._endpoints: dict[str, list[Place]] = {}
-        for stream in (stream for stream in settings.streams if stream.offload):
-            places = self._endpoints[stream.name] = []
-            for endpoint in stream.endpoints:
-                if endpoint.scheme == "udp":
-                    with suppress(OSError):  # ingest says that there is no such name
-                        found = resolve(endpoint.host, endpoint.port, socket.SOCK_DGRAM)
-                        places += [(str(at[0]).partition("%")[0], endpoint.port) for _, at in found]
+        self._listeners = FollowedListeners(_offloaded(settings), self._listeners)
 
     def apply_events(self) -> bool:
-        """Apply the changes that the kernel reports; return whether there were any."""
-        return self.next_hops.apply_events() > 0 or self._found_at != self.next_hops.version
+        """Apply the changes that the kernel and resolvers report; return whether there were any."""
+        told = self.next_hops.apply_events() > 0
+        return self._listeners.tick() or told or self._found_at != self.next_hops.version
 
     def refresh(self) -> None:
         """Get next hops confirmed, as the kernel does for its own traffic: copies by rules do not. Due every second."""
@@ -88,13 +81,14 @@ class Surroundings:
             self._own = [address for address in own if not ipaddress.ip_address(address).is_loopback]
         ethernet = [link for link in self.next_hops.links if link.ethernet]
         interfaces = {link.name: link.mtu for link in ethernet if link.name in self._wanted}
-        listeners = {name: self._expanded(places) for name, places in self._endpoints.items()}
+        listeners = {name: self._expanded(places) for name, places in self._listeners.places.items()}
         return Facts(listeners, interfaces, self._way_to, self._relays, troubled)
 
     def _expanded(self, places: list[Place]) -> set[Place]:
         """Return the places with all of this host's addresses in the place of 0.0.0.0 and ::, which is dual-stack."""
         found: set[Place] = set()
-        for address, port in places:
+        for scoped, port in places:
+            address = scoped.partition("%")[0]
             ip = ipaddress.ip_address(address)
             if not int(ip):
                 found |= {(own, port) for own in self._own if ip.version == 6 or ":" not in own}
@@ -137,3 +131,7 @@ class Surroundings:
         """Follow nothing more."""
         self.next_hops.close()
         self._queues.close()
+
+
+def _offloaded(settings: Settings) -> list[Stream]:
+    return [stream for stream in settings.streams if stream.offload]

@@ -7,6 +7,7 @@ from services.gateway.admission.upkeep import expel_loops
 from services.gateway.configured import Configured
 from services.gateway.registry.entry import Origin
 from shared.settings.model import Settings
+from shared.settings.own_listeners import OwnListeners
 from tests.services.gateway.table import Table
 from tests.stack import wait_until
 
@@ -17,7 +18,7 @@ def test_collector_returns_when_its_loop_is_over(host: bool) -> None:
     own: list[str] = []
     collector = {"name": "siem", "streams": ["messages"], "address": "localhost" if host else "127.0.0.1", "port": 514}
     settings = msgspec.convert({"collector": [collector, collector | {"name": "other", "port": 9}]}, Settings)
-    destinations = Destinations(["messages"], [("::", 514)], lambda _: bool(own), lambda _: False)
+    destinations = Destinations(["messages"], OwnListeners([("::", 514)]), lambda _: bool(own), lambda _: False)
     table = Table()
     configured = Configured(settings, destinations, table)
 

@@ -44,6 +44,7 @@ from shared.bus.messages import TransmitReply
 from shared.client import Source
 from shared.settings.entries import Token
 from shared.settings.model import Settings
+from shared.settings.own_listeners import OwnListeners
 from shared.settings.tables import Gateway
 from shared.settings.values import Scope
 from tests.services.gateway.table import HERE, Table
@@ -91,7 +92,7 @@ class Handling:
         self.disk_full = False
         self.bus = Bus()
         self.table = Table(keep=lambda *kept: self._keep(*kept))
-        destinations = Destinations(["messages"], [], lambda _: False, lambda _: False)
+        destinations = Destinations(["messages"], OwnListeners(()), lambda _: False, lambda _: False)
         settings = Settings(gateway=Gateway(allow_transmit=True))
         proofs = AddressProofs(lambda *_: None, lambda: 0.0)
         admission = Admission(settings.gateway, self.table, destinations, proofs, lambda _: True, lambda: True)

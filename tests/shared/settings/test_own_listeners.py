@@ -104,7 +104,7 @@ def test_names_are_looked_up_beside_the_loop(monkeypatch: pytest.MonkeyPatch) ->
         return [(socket.AF_INET, (answers[host], port))]
 
     def loops(*places: tuple[str, int]) -> list[bool]:
-        return [followed.now.receive(address, port, LOCAL.__contains__) for address, port in places]
+        return [followed.receive(address, port, LOCAL.__contains__) for address, port in places]
 
     monkeypatch.setattr("shared.net.host_lookups.resolve", resolver)
     followed = FollowedListeners(settings("udp://relay.test:514", "udp://relay.test:515").streams)
@@ -113,7 +113,8 @@ def test_names_are_looked_up_beside_the_loop(monkeypatch: pytest.MonkeyPatch) ->
     answers.clear()
     answers["new.test"] = "192.0.2.8"
     may_answer.clear()
-    followed.use(settings("udp://relay.test:514", "udp://new.test:516", "udp://192.0.2.9:517").streams)
+    streams = settings("udp://relay.test:514", "udp://new.test:516", "udp://192.0.2.9:517").streams
+    followed = FollowedListeners(streams, followed)
     assert not followed.settled
     assert loops(("192.0.2.7", 514), ("192.0.2.8", 516), ("192.0.2.9", 517)) == [True, False, True]
     may_answer.set()

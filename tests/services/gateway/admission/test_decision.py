@@ -25,6 +25,7 @@ from services.gateway.protocol.requests import (
 from services.gateway.registry.entry import Origin
 from shared.client import CHALLENGE_PREFIX, Source, Withheld
 from shared.settings.entries import Collector
+from shared.settings.own_listeners import OwnListeners
 from shared.settings.tables import Gateway
 from tests.services.gateway.table import Table
 
@@ -40,7 +41,7 @@ class Site:
         self.challenges: list[tuple[bytes, str, int]] = []
         self.transmitter = False
         self.destinations = Destinations(
-            ["syslog", "netflow"], [("192.0.2.1", 514)], lambda _: False, {"192.0.2.255"}.__contains__
+            ["syslog", "netflow"], OwnListeners([("192.0.2.1", 514)]), lambda _: False, {"192.0.2.255"}.__contains__
         )
         self.admission = self.admit(max_clients=1, **settings)
 
@@ -198,7 +199,7 @@ def test_kernel_that_can_not_tell_is_no_refusal() -> None:
         raise OSError(errno.EMFILE, "Too many open files")
 
     site = Site()
-    site.destinations = site.admission.destinations = Destinations(["syslog"], [], fail, fail)
+    site.destinations = site.admission.destinations = Destinations(["syslog"], OwnListeners(()), fail, fail)
     with pytest.raises(OSError, match="Too many"):
         site.admission.decide(Register("c", streams=("syslog",), port=9), THERE)
     with pytest.raises(ValueError, match=r'"a": Too many open files'):

@@ -7,10 +7,11 @@ from services.gateway.admission.peer import Peer
 from services.gateway.admission.rights import Rights
 from services.gateway.protocol.requests import Register, RequestError
 from shared.settings.entries import Collector
+from shared.settings.own_listeners import OwnListeners
 
 LOCAL = {"127.0.0.1", "127.9.9.9", "::1", "192.0.2.1"}
 LISTENERS = [("127.0.0.1", 6667), ("::1", 6667), ("0.0.0.0", 514), ("::", 2055)]
-rules = Destinations(["messages", "netflow"], LISTENERS, LOCAL.__contains__, {"192.0.2.255"}.__contains__)
+rules = Destinations(["messages", "netflow"], OwnListeners(LISTENERS), LOCAL.__contains__, {"192.0.2.255"}.__contains__)
 
 
 def destination(
@@ -73,7 +74,7 @@ def test_address_of_somebody_else(address: str | None, peer: str, proven: bool) 
 def test_address_that_the_operator_allows(address: str, proven: bool) -> None:
     """To networks of the settings and of the peer's token copies go without proof."""
     destinations = ["10.2.0.0/24", "fd00::/8"]
-    listed = Destinations(["messages"], LISTENERS, LOCAL.__contains__, LOCAL.__contains__, destinations)
+    listed = Destinations(["messages"], OwnListeners(LISTENERS), LOCAL.__contains__, LOCAL.__contains__, destinations)
     rights = Rights("siem", frozenset({"collect"}), destinations=(ip_network("10.9.0.0/16"),))
     request = Register(name="c", streams=("*",), address=address, port=9000)
     assert listed.need_proof(request, Peer(1, "192.0.2.9", 40_000, rights)) is not proven

@@ -11,6 +11,7 @@ from services.gateway.admission.tokens import Tokens
 from services.gateway.registry.entry import Origin
 from shared.client import Client
 from shared.settings.entries import Token
+from shared.settings.own_listeners import OwnListeners
 from tests.services.gateway.table import HERE, Table
 
 RED = Peer(0, "192.0.2.7", 4000, Rights("red"))
@@ -34,7 +35,7 @@ def excess(
     """Return whether an entry is removed, and the streams that it keeps."""
     table = Table()
     table.grant(Client("c", 0, address, 9, streams=streams), peer, origin, ttl=5, proven=proven)
-    destinations = Destinations(["a", "b"], [], _no, _no, allowed)
+    destinations = Destinations(["a", "b"], OwnListeners(()), _no, _no, allowed)
     found = find_excess(table.entries(), Tokens(tokens), destinations)
     before = next(iter(table.entries())).client
     table.expel(found.removed)

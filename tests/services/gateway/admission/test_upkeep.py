@@ -10,6 +10,7 @@ from services.gateway.admission.upkeep import Readmission
 from services.gateway.registry.entry import Origin
 from shared.client import Client
 from shared.settings.entries import Token
+from shared.settings.own_listeners import OwnListeners
 from tests.services.gateway.table import Table
 
 RED = Peer(0, "192.0.2.7", 4000, Rights("red"))
@@ -32,7 +33,7 @@ def test_what_can_not_be_taken_away_now_is_taken_later() -> None:
     def keeps() -> dict[str, tuple[str, ...]]:
         return {entry.client.name: entry.client.streams for entry in table.entries()}
 
-    readmission.begin(tokens, Destinations(["a", "b"], [], lambda _: False, lambda _: False))
+    readmission.begin(tokens, Destinations(["a", "b"], OwnListeners(()), lambda _: False, lambda _: False))
     readmission.check()
     assert keeps() == {"both": ("a", "b"), "other": ("b",)}
     full[0] = False

@@ -19,6 +19,7 @@ from services.gateway.cluster.log import LogError, OvertakenError, Write
 from services.gateway.protocol.requests import RequestError
 from services.gateway.registry.entry import Entry, Origin
 from shared.client import Client
+from shared.settings.own_listeners import OwnListeners
 from tests.services.gateway.cluster.test_replica import Log, Member
 
 MOST = 200
@@ -220,7 +221,7 @@ def test_a_connection_that_ended_meanwhile_holds_nothing() -> None:
 def test_a_look_for_loops_that_the_kernel_refuses_is_over() -> None:
     """A look for loops ends though the kernel can't tell this host's addresses; the next one finds what loops."""
     node, kernel = Node(Log(), "a"), Mock(return_value=True, side_effect=OSError(errno.EMFILE, "no descriptor"))
-    destinations = Destinations(["messages"], [("0.0.0.0", 514)], kernel, lambda _: False)
+    destinations = Destinations(["messages"], OwnListeners([("0.0.0.0", 514)]), kernel, lambda _: False)
     over: list[object] = []
 
     async def work() -> None:

@@ -14,6 +14,7 @@ from services.gateway.registry.revisions import MAX_CHANGE
 from shared.bus.messages import MAX_MESSAGE, RegistryChange
 from shared.client import MAX_REASON, Client, Withheld
 from shared.settings.entries import Collector
+from shared.settings.own_listeners import OwnListeners
 from tests.services.gateway.protocol.test_names_answer import listed
 from tests.services.gateway.table import ELSEWHERE, HERE, Table
 
@@ -78,7 +79,7 @@ def test_largest_change_fits_a_message() -> None:
         prefixes=tuple(f"2001:db8:ffff:ffff:ffff:ffff:ffff:{number:x}/128" for number in range(0xF000, 0xF100)),
         group="g" * 64,
     )
-    everywhere = Destinations(largest.streams, (), lambda _: False, lambda _: False)
+    everywhere = Destinations(largest.streams, OwnListeners(()), lambda _: False, lambda _: False)
     order = Withheld("\U0001f4e6" * 255, 1.0, "\U0001f4e6" * MAX_REASON)
     client = msgspec.structs.replace(everywhere.resolve_configured(largest), withheld=order)
     change = RegistryChange(1, 2, [client] * MAX_CHANGE, [])

@@ -1,4 +1,6 @@
+import socket
 from contextlib import closing
+from threading import Event
 
 import pytest
 
@@ -89,3 +91,21 @@ def test_the_source_of_a_relay_stays_where_another_program_sends_to_the_same_col
             found[:] = [UdpSocket("127.0.0.1", port, *siem, 0, 0) for port in ports]
             surroundings.sockets_changed([siem])
             assert surroundings.gather({}).relays[siem] == ("127.0.0.1", source)
+
+
+def test_names_of_listeners_are_looked_up_beside_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reload waits for no resolver; the answer is a change of the facts, and the listener is among them then."""
+    may_answer = Event()
+
+    def resolver(_host: str, port: int, _kind: socket.SocketKind) -> object:
+        may_answer.wait(60)
+        return [(socket.AF_INET, ("10.1.0.7", port))]
+
+    with closing(Surroundings(Settings(streams=()))) as surroundings:
+        monkeypatch.setattr("shared.net.host_lookups.resolve", resolver)
+        surroundings.apply_settings(Settings(streams=(Stream(name="a", listen=("udp://a.test:514",)),)))
+        surroundings.apply_events()
+        assert surroundings.gather({}).listeners == {"a": set()}
+        may_answer.set()
+        wait_until(surroundings.apply_events, "the answer is a change")
+        assert surroundings.gather({}).listeners == {"a": {("10.1.0.7", 514)}}
