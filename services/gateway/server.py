@@ -47,6 +47,7 @@ from shared.ledger.counters import FILES_RESTORED, REVISION
 from shared.log import get_logger
 from shared.net.sockets import try_endpoint
 from shared.owners import Owners
+from shared.process.event_loop import run_loop
 from shared.process.lifecycle import (
     FAILED,
     Lifecycle,
@@ -139,7 +140,7 @@ def run_gateway(settings: Settings, lifecycle: Lifecycle) -> None:
             memory,
             member,
         )
-        asyncio.run(server.run(listeners, tls))
+        run_loop(server.run(listeners, tls))
 
 
 def check_gateway(settings: Settings) -> None:

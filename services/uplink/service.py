@@ -42,6 +42,7 @@ from shared.log import get_logger
 from shared.nats.connection import rotated
 from shared.nats.tasks import CLOSING_SECONDS, end_tasks
 from shared.nats.troubles import Troubles
+from shared.process.event_loop import run_loop
 from shared.process.lifecycle import CANT_CREATE, Lifecycle, OperatorError, Readiness
 from shared.process.memory import Memory
 from shared.process.reload import Reload
@@ -164,7 +165,7 @@ class Service:
 
     def run(self, lifecycle: Lifecycle) -> None:
         """Exchange streams until told to drain; ready once a broker has been seen, whether NATS is there or not."""
-        asyncio.run(self._run(lifecycle))
+        run_loop(self._run(lifecycle))
 
     async def _run(self, lifecycle: Lifecycle) -> None:
         logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns at the end of each connection by TLS

@@ -6,16 +6,16 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import pytest
+
 from tests.name_server import NameServer, start_asking
 from tests.stack import PATIENT, Stack, ask_json, sign_up, wait_until
 from tests.traffic import pause
 
 PORT, LISTEN = 9514, 7000
-SETTINGS = f"""{PATIENT}resolve_seconds = 1
-[[stream]]
-name = "syslog"
-listen = ["udp://127.0.0.1:{LISTEN}"]
-""" + "".join(
+STREAM = f'[[stream]]\nname = "syslog"\nlisten = ["udp://127.0.0.1:{LISTEN}"]\n'
+LISTENING = PATIENT + STREAM
+SETTINGS = f"{PATIENT}resolve_seconds = 1\n{STREAM}" + "".join(
     f'[[collector]]\nname = "{name}"\nstreams = ["syslog"]\naddress = "{name}.example.net"\nport = {port}\n'
     for name, port in (("siem", PORT), ("loop", LISTEN), ("group", 9), ("nowhere", 9))
 )
@@ -133,9 +133,8 @@ def test_silent_resolver_holds_up_no_reload_and_nothing_else(stack: Stack) -> No
 
     The answer comes while they still wait for it. The listener is opened then, and a collector there is removed.
     """
-    before = f'{PATIENT}[[stream]]\nname = "syslog"\nlisten = ["udp://127.0.0.1:{LISTEN}"]\n'
     fresh = '[[stream]]\nname = "fresh"\nlisten = ["udp://fresh.example.net:7001"]\n'
-    stack.configure(before)
+    stack.configure(LISTENING)
     with NameServer() as server, receiving("127.0.0.1") as siem:
         server.addresses = {"fresh.example.net": ["127.0.0.5"]}
         stack.start("broker")
@@ -145,7 +144,7 @@ def test_silent_resolver_holds_up_no_reload_and_nothing_else(stack: Stack) -> No
         sign_up({"name": "siem", "streams": ["syslog"], "port": PORT})
         sign_up({"name": "loop", "streams": ["syslog"], "address": "127.0.0.5", "port": 7001})
         server.silent = True
-        stack.configure(before + fresh)
+        stack.configure(LISTENING + fresh)
         for name in ("gateway", "ingest"):
             asked = server.asked
             stack[name].process.send_signal(signal.SIGHUP)
@@ -157,3 +156,18 @@ def test_silent_resolver_holds_up_no_reload_and_nothing_else(stack: Stack) -> No
         wait_until(lambda: stack["ingest"].reloads, "the worker has the answer")
         assert stack["ingest"].reloads[0]["event"] == "reloaded"
         wait_until(lambda: set(ask_json({"op": "list"})["clients"]) == {"siem"}, "the gateway has the answer")
+
+
+@pytest.mark.parametrize("name", ["uplink", "gateway"])
+def test_silent_resolver_holds_up_no_end(stack: Stack, name: str) -> None:
+    """A service that looks for its NATS server ends at SIGTERM, before the resolver has given up."""
+    stack.configure(
+        f'{LISTENING}[uplink]\nsite = "a"\nsend = ["syslog"]\nregistry = "shared"\nplain_beyond_loopback = true\n'
+        'servers = ["nats://nats.example.net:4222"]\n'
+    )
+    with NameServer() as server:
+        server.silent = True
+        stack.start("broker")
+        start_asking(stack, name, patience_seconds=30)
+        wait_until(lambda: server.asked, "it asks")
+        assert stack[name].stop(seconds=15) == 0
