@@ -1,6 +1,7 @@
 """The way to the broker: by the bus directory or by TCP, with a key or by the directory's mode alone."""
 
 import socket
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -43,14 +44,19 @@ class BusLink:
             sock.connect(str(tcp_endpoint(self.broker, side)))
 
     def is_up(self, directory: Path) -> bool:
-        """Return whether anything accepts subscribers' connections. ZeroMQ itself would wait in silence."""
+        """Return whether anything accepts subscribers' connections. ZeroMQ itself would wait in silence.
+
+        A broker that stands still, with a full queue of connections, is up.
+        """
         try:
             if self.broker is not None:
                 at = tcp_endpoint(self.broker, "subscribe")
                 socket.create_connection((at.host, at.port), PROBE_SECONDS).close()
                 return True
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-                probe.connect(f"{directory}/subscribe")
+                probe.setblocking(False)
+                with suppress(BlockingIOError):
+                    probe.connect(f"{directory}/subscribe")
         except OSError:
             return False
         return True
