@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -167,6 +167,7 @@ def stop(_arguments: argparse.Namespace, settings: Settings) -> int:
     """End what runs; OperatorError (69, 77) if nothing does, if it is not ours to end, or if something remains.
 
     They end in the order of the datagrams' way; those of a `fanwire run` together, as the first of them has its turn.
+    A `fanwire run` ends last, also behind services that are not heard: then its ports are free.
     """
     if settings.bus.connect:
         raise OperatorError(UNAVAILABLE, f"the bus is on another host, {settings.bus.connect}: stop it there")
@@ -218,7 +219,18 @@ def _check_ended(found: list[Report], services: list[_Process], heard: list[Repo
 def _end(services: list[_Process]) -> None:
     """Send SIGTERM, each in its turn or, with all others of its, to its `fanwire run`; wait until all have ended."""
     deadline = time.monotonic() + STOP_SECONDS
-    managers = {each.manager for each in services if each.manager}
+    with ExitStack() as opened:
+        managers: dict[int, int] = {}
+        for pid in {each.manager for each in services if each.manager}:
+            with suppress(ProcessLookupError):  # it has ended, and its services end by themselves
+                managers[pid] = os.pidfd_open(pid)
+                opened.callback(os.close, managers[pid])
+        _end_in_order(services, managers, deadline)
+        for pid, descriptor in managers.items():
+            _wait_for(f"fanwire run (pid {pid})", descriptor, deadline)
+
+
+def _end_in_order(services: list[_Process], managers: Mapping[int, int], deadline: float) -> None:
     asked: set[int] = set()
     for name in STOP_ORDER:
         same = [each for each in services if each.report.service.partition(".")[0] == name]
@@ -233,9 +245,13 @@ def _end(services: list[_Process]) -> None:
                     asked.add(manager)
                     os.kill(manager, signal.SIGTERM)
         for each in same:
-            if not select.select([each.descriptor], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                named = f"{each.report.service} (pid {each.report.pid})"
-                raise OperatorError(UNAVAILABLE, f"{named} does not end; see its log")
+            _wait_for(f"{each.report.service} (pid {each.report.pid})", each.descriptor, deadline)
+
+
+def _wait_for(named: str, descriptor: int, deadline: float) -> None:
+    """Wait until a process has ended. OperatorError when it has not by then."""
+    if not select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        raise OperatorError(UNAVAILABLE, f"{named} does not end; see its log")
 
 
 def _ancestors(pid: int) -> Iterator[int]:

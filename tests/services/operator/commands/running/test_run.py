@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import signal
+import socket
 import subprocess
 import sys
 import termios
@@ -159,6 +160,20 @@ def test_nothing_is_left(stack: Stack, end: Callable[[Run], None], codes: set[in
         assert run.process.wait(PATIENCE_SECONDS) in codes, run.read()
         wait_until(lambda: not processes(stack), lambda: f"all have ended: {processes(stack)}")
     assert not [path for path in stack.bus.iterdir() if path.is_socket()]
+
+
+def test_stop_waits_for_what_is_not_heard(stack: Stack) -> None:
+    """A service of the run stands still, with its port: `fanwire stop` returns once it is gone, and the run."""
+    with running(stack, [*RUN, "--only", "broker", "gateway"]) as run:
+        run.wait_until_ready("broker", "gateway")
+        (pid,) = [pid for pid, command in processes(stack).items() if "services.gateway" in command]
+        os.kill(pid, signal.SIGSTOP)
+        by_stop(run)
+        with socket.socket() as successor:
+            successor.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            successor.bind(("127.0.0.1", 5000))
+            successor.listen()
+        assert run.process.poll() is not None
 
 
 @pytest.mark.parametrize("pressed", [True, False])
