@@ -10,6 +10,7 @@ import msgspec
 
 from services.operator.cli.arguments import Subparsers, add_command
 from services.operator.cli.text_tables import print_table
+from services.operator.client.cluster import KnownNodes, heard_nodes
 from services.operator.client.gateway_options import access, add_gateway_arguments
 from services.operator.client.offload_paths import heard_paths
 from services.operator.client.programs import refusals
@@ -22,6 +23,7 @@ from services.operator.doctor.kernel_copies import check_kernel_copies
 from services.operator.doctor.listening import check_listening
 from services.operator.doctor.listening_facts import listening_facts
 from services.operator.doctor.network_paths import check_network_paths
+from services.operator.doctor.nodes import check_nodes
 from services.operator.doctor.services import check_services, senders_of_original
 from services.operator.doctor.uplink import check_uplink
 from shared.client import ALL_STREAMS
@@ -91,6 +93,8 @@ def _examine(settings: Settings, gateway: Access, probed: Stream | None, config:
     yield from check_services(facts, settings, collectors)
     yield from check_kernel_copies(settings, facts.accounts, heard_paths(settings))
     yield from check_uplink(facts.accounts, settings)
+    if settings.uplink.nodes and facts.broker:
+        yield from check_nodes(_nodes(settings))
     if (running := running_streams(settings)) is not None and (found := difference(running, settings)):
         yield warning("streams", found, CURE)
     yield from check_host_names(settings, hosts, None if silent else collectors)
@@ -109,6 +113,14 @@ def _examine(settings: Settings, gateway: Access, probed: Stream | None, config:
         yield probe(open_registry, probed, "relay", read_ledger, neighbours)
         if senders_of_original(facts.accounts):
             yield probe(open_registry, probed, "original", read_ledger, neighbours)
+
+
+def _nodes(settings: Settings) -> KnownNodes | str:
+    """Return the nodes of the cluster, or the reason for which they are not known."""
+    try:
+        return heard_nodes(settings)
+    except OperatorError as silent:
+        return str(silent).partition(";")[0]
 
 
 def _examine_network(

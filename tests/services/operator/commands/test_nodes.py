@@ -23,11 +23,11 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         yield stack
 
 
-def answer(stack: Stack, told: Nodes, *arguments: str) -> tuple[int, str]:
+def answer(stack: Stack, told: Nodes, *arguments: str, command: str = "nodes") -> tuple[int, str]:
     """Return the exit code and output of the command while an uplink and a gateway tell this."""
     with BusEnds(stack.bus) as bus, ThreadPoolExecutor(1) as executor:
         uplink, gateway = bus.publisher("uplink.1"), PlayedGateway(bus)
-        running = executor.submit(stack.run, "nodes", *arguments)
+        running = executor.submit(stack.run, command, *arguments)
         wait_wanted(uplink, NODES_TOPIC)
         uplink.publish(NODES_TOPIC, told)
         gateway.announce(3, *CLIENTS, make_client("a name", streams=()))
@@ -66,3 +66,16 @@ def test_nobody_tells(stack: Stack, tmp_path: Path) -> None:
     code, _, error = Stack(tmp_path).run("nodes")
     assert code == UNAVAILABLE
     assert "this host is no node of a cluster: [uplink] nodes is empty" in error
+
+
+def test_doctor_tells_of_nodes(stack: Stack) -> None:
+    """`fanwire doctor` finds what this command shows; where nobody tells, it says so."""
+
+    def found(text: str) -> list[tuple[str, str]]:
+        every = msgspec.json.decode(text)["findings"]
+        return [(each["level"], each["why"]) for each in every if each["name"] == "nodes"]
+
+    _, text = answer(stack, Nodes(True, STATES, ("a",)), "--json", command="doctor")
+    assert [level for level, _ in found(text)] == ["ok", "warning", "warning"]
+    _, text, _ = stack.run("doctor", "--json")
+    assert found(text) == [("error", "it is not known which nodes live: the uplink did not tell within 3 s")]
