@@ -13,7 +13,6 @@ from contextlib import suppress
 from typing import Any, Final, Self
 
 import msgspec
-from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 from nats.js.errors import NotFoundError
@@ -23,7 +22,7 @@ from services.uplink.server_checks import check_server, check_stream, wanted_str
 from services.uplink.subjects import kept_stream, site_subjects, unparse_subject
 from shared.ledger.counters import MESSAGES_REFUSED, SERVER_FAULTS, SERVER_LIMIT, SERVER_REFUSED
 from shared.log import get_logger
-from shared.nats.connection import ConnectError, close_connection, open_connection, reason
+from shared.nats.connection import CarefulClient, ConnectError, close_connection, open_connection, reason
 from shared.nats.tasks import end_tasks
 from shared.nats.troubles import Troubles
 from shared.net.addresses import Endpoint
@@ -77,7 +76,7 @@ class Session:
     """A connection: it sends what the outbox has, and tells it what JetStream says."""
 
     def __init__(self, uplink: Uplink, outbox: Outbox, account: Counter[str], troubles: Troubles) -> None:
-        self.client = Client()
+        self.client = CarefulClient()
         self.ended = asyncio.Event()
         self.wake = asyncio.Event()
         """Set it when the outbox may have something to send."""

@@ -5,7 +5,7 @@ import itertools
 import secrets
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
-from typing import Final
+from typing import Any, Final
 
 from nats.aio.client import Client
 from nats.errors import Error as NatsError
@@ -23,6 +23,23 @@ CLOSE_SECONDS: Final = 1.0
 
 class ConnectError(Exception):
     """A connection can't be made."""
+
+
+class CarefulClient(Client):
+    """nats-py's client; it goes on reading whatever is in a message.
+
+    nats-py reads nothing more by a connection behind a subject or a header that it can't decode. A server passes both
+    on. So one message of one site would cost all others, with each connection again, as nobody acknowledges it.
+    """
+
+    async def _process_headers(self, headers: bytes) -> dict[str, str] | None:
+        try:
+            return await super()._process_headers(headers)
+        except (UnicodeDecodeError, IndexError):
+            return None
+
+    def _build_message(self, sid: int, subject: bytes, *rest: Any) -> Any:
+        return super()._build_message(sid, subject.decode(errors="replace").encode(), *rest)
 
 
 class _OpeningError(Exception):

@@ -27,7 +27,7 @@ from services.gateway.registry.pasts import Gone as Places
 from services.gateway.registry.registry import Registry
 from services.gateway.registry.store import Store
 from shared.log import get_logger
-from shared.nats.connection import ConnectError, close_connection, open_connection, reason, rotated
+from shared.nats.connection import CarefulClient, ConnectError, close_connection, open_connection, reason, rotated
 from shared.nats.tasks import CLOSING_SECONDS, end_tasks
 from shared.nats.troubles import Troubles
 from shared.process.lifecycle import OperatorError
@@ -122,7 +122,7 @@ class Member:
         shortest, longest = RECONNECT_SECONDS
         pause = shortest
         for endpoint in rotated(self._uplink):
-            began, self._client, ended = time.monotonic(), Client(), asyncio.Event()
+            began, self._client, ended = time.monotonic(), CarefulClient(), asyncio.Event()
             try:
                 await open_connection(
                     self._client, self._uplink, endpoint, _setting(ended), self._note_error, PING_SECONDS

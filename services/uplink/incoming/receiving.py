@@ -172,8 +172,9 @@ class Receiver:
 
     async def _take(self, session: Session, message: Msg) -> None:
         self._heard_at = asyncio.get_running_loop().time()
-        headers = message.headers or {}
-        if status := headers.get("Status") if not message.data else None:
+        if not message.reply:  # JetStream says something itself: what others say it hands on to be acknowledged
+            headers = message.headers or {}
+            status = headers.get("Status")
             # A status comes on the inbox of its request: that of an earlier one tells nothing any more.
             if status == HEARTBEAT or message.subject.rpartition(".")[2] != str(self._asked):
                 return

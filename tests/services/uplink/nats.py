@@ -147,3 +147,11 @@ class NatsCluster:
     ) -> None:
         for server in self.each:
             server.stop()
+
+
+def publish(server: NatsServer, *published: bytes) -> None:
+    """Publish as a client that checks nothing does."""
+    with closing(socket.create_connection((server.host, server.port))) as sock, sock.makefile("rb") as said:
+        sock.sendall(b'CONNECT {"verbose":false,"headers":true}\r\n' + b"".join(published) + b"PING\r\n")
+        while (line := said.readline()) != b"PONG\r\n":
+            assert line.startswith(b"INFO"), line
