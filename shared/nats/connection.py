@@ -26,11 +26,21 @@ class ConnectError(Exception):
 
 
 class CarefulClient(Client):
-    """nats-py's client; it goes on reading whatever is in a message.
+    """nats-py's client; it goes on reading whatever is in a message, and proves itself by TLS alone where that is due.
 
     nats-py reads nothing more by a connection behind a subject or a header that it can't decode. A server passes both
     on. So one message of one site would cost all others, with each connection again, as nobody acknowledges it.
     """
+
+    def _connect_command(self) -> bytes:
+        """Return what proves this site; NatsError where others would see it, who could pass it on to the server."""
+        assert self._current_server is not None
+        # A server, or who stands before it, may say that it has no TLS: nats-py then goes on without.
+        if self._current_server.uri.scheme == "tls" and not self._server_info.get("tls_required"):
+            raise NatsError("it does not ask for TLS; set tls in the server's settings")
+        if not isinstance(self.max_payload, int):
+            raise NatsError("it tells no max_payload")
+        return super()._connect_command()
 
     async def _process_headers(self, headers: bytes) -> dict[str, str] | None:
         try:
@@ -47,7 +57,7 @@ class _OpeningError(Exception):
 
 
 async def open_connection(
-    client: Client,
+    client: CarefulClient,
     uplink: Uplink,
     endpoint: Endpoint,
     ended: Callable[[], Awaitable[None]],
@@ -59,6 +69,8 @@ async def open_connection(
     nats-py could connect again by itself. But then it first sends what it had not yet sent, and so changes the order.
     """
     opening = asyncio.current_task()
+    tls = tls_context(uplink) if endpoint.scheme == "tls" else None
+    access = credentials(uplink)
 
     async def note_error(error: Exception) -> None:
         if asyncio.current_task() is opening:
@@ -77,18 +89,15 @@ async def open_connection(
             error_cb=note_error,
             disconnected_cb=ended,
             closed_cb=ended,
-            tls=tls_context(uplink) if endpoint.scheme == "tls" else None,
-            **credentials(uplink),
+            tls=tls,
+            **access,
         )
-    except (NatsError, OSError, TimeoutError, _OpeningError) as error:
+        _ = client.connected_server_version.major  # raises where it can't be read
+    except Exception as error:  # nats-py checks nothing of what a server says of itself
         opening = None  # the farewell may fail too
         await close_connection(client)
         raise ConnectError(f"can't connect to {endpoint}: {reason(error)}") from None
     opening = None
-    # A server, or who stands before it, may say that it has no TLS: nats-py then goes on without.
-    if endpoint.scheme == "tls" and not client._server_info.get("tls_required"):
-        await close_connection(client)
-        raise ConnectError(f"can't connect to {endpoint}: it does not ask for TLS; set tls in the server's settings")
 
 
 async def close_connection(client: Client) -> None:

@@ -12,7 +12,7 @@ import pytest
 from nats.aio.client import Client
 
 from services.gateway.cluster.log import BucketLog, LogError, OvertakenError, Write
-from shared.nats.connection import open_connection
+from shared.nats.connection import CarefulClient, open_connection
 from shared.settings.uplink import Uplink
 from tests.certificates import Authority
 from tests.documents import block
@@ -36,7 +36,7 @@ def with_log(
     said: list[str] = []
 
     async def run() -> None:
-        client = Client()
+        client = CarefulClient()
         settings = {"servers": [server.address], "site": "berlin-1", "registry": registry, **more}
         uplink = msgspec.convert(settings, Uplink)
 
