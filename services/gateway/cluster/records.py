@@ -138,6 +138,7 @@ def decode(key: str, data: bytes) -> Record:
         case Entered():
             _check_name(record.client.name)
             pack_address(record.address)
+            pack_address(record.client.address)  # a client that gets no copies may have any on the bus
         case Gone() | Ordered() | Left():
             _check_name(record.name)
         case ListIdentity() if record.version > VERSION:

@@ -1,6 +1,7 @@
 """Records of the bucket: each comes back as it was written; whatever else stands there is refused without a crash."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -85,9 +86,11 @@ def test_an_entry_comes_back_without_its_connection() -> None:
 
 def test_refusals_say_why() -> None:
     """A record is refused with a reason that the log can show."""
+    nowhere = record_of(replace(ENTRY, client=Client("siem", 12, "nowhere", 0)), BY, 5)
     gone = RECORDS[1]
     for key, data, said in (
         (key_of(gone), encode(RECORDS[0]) + b" " * 65_536, "bytes: too long for a record"),
+        (key_of(nowhere), encode(nowhere), "'nowhere' does not appear to be an IPv4 or IPv6 address"),
         ("list.client.other", encode(gone), "it stands under the key of another one"),
         (
             "list.client.a=0A",
