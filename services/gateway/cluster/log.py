@@ -8,6 +8,7 @@ import asyncio
 import json
 import secrets
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -61,6 +62,10 @@ class _Config(msgspec.Struct, frozen=True):
     allow_msg_ttl: bool = False
     allow_atomic: bool = False
     storage: str = "file"
+    discard: str = "old"
+    max_age: int = 0
+    max_msgs: int = -1
+    max_bytes: int = -1
 
 
 class _Answer(msgspec.Struct, frozen=True):
@@ -136,15 +141,17 @@ class BucketLog:
         """
         inbox = f"{self._inboxes}.log.{secrets.token_hex(6)}"
         queue: asyncio.Queue[Msg] = asyncio.Queue()
-        subscription = await self._client.subscribe(inbox, cb=queue.put)
+        try:
+            subscription = await self._client.subscribe(inbox, cb=queue.put)
+        except NatsError as error:
+            raise LogError(f"{self.stream} can't be followed: {reason(error)}") from None
         try:
             made = await self._ask(f"CONSUMER.CREATE.{self.stream}", self._consumer(inbox, after))
             if made.error is not None:
                 raise LogError(f"can't follow {self.stream}: {made.error.description}")
-            pending = made.num_pending
+            pending, delivered = made.num_pending, 0
             if not pending:
                 caught_up()
-            delivered = 0
             prefix = len(subject_of(self._registry, ""))
             while True:
                 try:
@@ -156,6 +163,9 @@ class BucketLog:
                     last = (message.headers or {}).get("Nats-Last-Consumer")
                     if last is not None and int(last) != delivered:
                         raise LogError(f"a record of {self.stream} was lost on the way; it is read again")
+                    if delivered < pending:  # some have ended meanwhile: it sends this only when it has no more
+                        pending = delivered
+                        caught_up()
                     continue
                 about = message.metadata
                 if about.sequence.consumer != delivered + 1:
@@ -165,7 +175,7 @@ class BucketLog:
                 if delivered == pending:
                     caught_up()
         finally:
-            if not self._client.is_closed:
+            with suppress(NatsError):
                 await subscription.unsubscribe()
 
     def _consumer(self, inbox: str, after: int) -> dict[str, object]:
@@ -249,4 +259,6 @@ def _check(found: _Config, stream: str, replicas: int) -> list[str]:
         faults.append(f"bucket {stream} is kept in memory alone: it is lost when its servers restart")
     if found.max_msgs_per_subject != 1 or not found.allow_msg_ttl or not found.allow_atomic:
         faults.append(f"bucket {stream} needs history 1, allow_msg_ttl and allow_atomic; make it anew")
+    if found.max_age > 0 or (found.discard == "old" and max(found.max_msgs, found.max_bytes) > 0):
+        faults.append(f"bucket {stream} drops entries that are old: let it have no max_age, and discard: new")
     return faults

@@ -113,6 +113,36 @@ def test_a_record_may_end_by_itself(server: NatsServer) -> None:
     with_log(server, work, "ending")
 
 
+def test_what_ends_while_it_is_read_is_not_waited_for(server: NatsServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A follower has caught up once the server has no more, though there were more when it began."""
+
+    async def work(log: BucketLog) -> None:
+        await log.open(1, create=True)
+        await log.write([Write("list.client.a", b"1")], 0)
+        ask = log._ask
+
+        async def told_one_more(what: str, body: dict[str, object] | None = None) -> Any:
+            answer = await ask(what, body)
+            return msgspec.structs.replace(answer, num_pending=answer.num_pending + 1)
+
+        monkeypatch.setattr(log, "_ask", told_one_more)
+        assert await follow(log) == [(1, "list.client.a", b"1")]
+
+    with_log(server, work, "shrinking")
+
+
+def test_a_closed_connection_is_told_as_trouble(server: NatsServer) -> None:
+    """A connection that ends just before the log is followed is a trouble like any other, and no fault of ours."""
+
+    async def work(log: BucketLog) -> None:
+        await log.open(1, create=True)
+        await log._client.close()
+        with pytest.raises(LogError, match="can't be followed: connection closed"):
+            await log.follow(0, lambda *_: None, lambda: None)
+
+    with_log(server, work)
+
+
 def test_a_bucket_is_looked_at(server: NatsServer) -> None:
     """A bucket that is missing is made only where that is wanted; what is wrong with one that is there is told."""
 
@@ -125,7 +155,12 @@ def test_a_bucket_is_looked_at(server: NatsServer) -> None:
     async def make() -> None:
         client = Client()
         await client.connect(server.address)
-        config = {"name": "KV_fanwire-wrong", "subjects": ["$KV.fanwire-wrong.>"], "storage": "memory"}
+        config = {
+            "name": "KV_fanwire-wrong",
+            "subjects": ["$KV.fanwire-wrong.>"],
+            "storage": "memory",
+            "max_age": 86_400_000_000_000,
+        }
         answer = await client.request("$JS.API.STREAM.CREATE.KV_fanwire-wrong", json.dumps(config).encode(), 5)
         assert "error" not in json.loads(answer.data)
         await client.close()
@@ -138,6 +173,7 @@ def test_a_bucket_is_looked_at(server: NatsServer) -> None:
             "bucket KV_fanwire-wrong has 1 replicas, and [uplink] replicas says 3",
             "bucket KV_fanwire-wrong is kept in memory alone: it is lost when its servers restart",
             "bucket KV_fanwire-wrong needs history 1, allow_msg_ttl and allow_atomic; make it anew",
+            "bucket KV_fanwire-wrong drops entries that are old: let it have no max_age, and discard: new",
         ]
         with pytest.raises(LogError, match=r"KV_fanwire-wrong can't be written: .*TTL"):
             await log.write([Write("list.client.a", b"1", 1)], 0)
