@@ -43,7 +43,7 @@ from shared.nats.connection import rotated
 from shared.nats.tasks import CLOSING_SECONDS, end_tasks
 from shared.nats.troubles import Troubles
 from shared.process.event_loop import run_loop
-from shared.process.lifecycle import CANT_CREATE, Lifecycle, OperatorError, Readiness
+from shared.process.lifecycle import CANT_CREATE, FAILED, Lifecycle, OperatorError, Readiness
 from shared.process.memory import Memory
 from shared.process.reload import Reload
 from shared.settings.model import Settings
@@ -171,7 +171,7 @@ class Service:
         logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns at the end of each connection by TLS
         loop = asyncio.get_running_loop()
         readiness = Readiness(self.name, self._settings.bus, lambda: self._publisher.ready)
-        reload = Reload(self.name, lifecycle, self._settings)
+        reload = Reload(self.name, lifecycle, self._settings, self._check_streams)
         for descriptor in (self._batches.fileno(), self._publisher.fileno(), lifecycle.fileno()):
             loop.add_reader(descriptor, self._wake)
         exchange = asyncio.create_task(self._stay_connected())
@@ -195,6 +195,26 @@ class Service:
             if not exchange.cancelled():
                 exchange.result()
         self._finish()
+
+    def _check_streams(self, settings: Settings) -> None:
+        """Raise OperatorError where other streams go to other sites, or come from there, than since the start."""
+        if self._exchanged(settings) != self._exchanged(self._settings):
+            raise OperatorError(
+                FAILED, "what goes to other sites, or comes from there, has changed; restart the uplink"
+            )
+
+    def _exchanged(self, settings: Settings) -> object:
+        """Return all of the streams that has to do with other sites."""
+        names = tuple(stream.name for stream in settings.streams)
+        sent, received = self._uplink.sent(names), self._uplink.received(names)
+        into = {stream for streams in received.values() for stream in streams}
+        protocols = {each.name: each.protocol for each in settings.streams if each.name in into}
+        return (
+            {*sent},
+            {site: {*streams} for site, streams in received.items()},
+            {*sent} & {*settings.journaled},
+            protocols,
+        )
 
     def _wake(self) -> None:
         if self._woken is not None and not self._woken.done():

@@ -243,6 +243,22 @@ def test_doubles_and_strangers_are_dropped_and_counted(pair: Pair, collectors: d
     assert "a message of another site is dropped" in pair.berlin.uplink.text
 
 
+def test_a_reload_that_needs_a_restart_is_refused(pair: Pair) -> None:
+    """SIGHUP tells that the uplink has to be restarted where a stream that it exchanges has changed, and only there."""
+    site, before = pair.berlin, pair.berlin.settings
+    for settings, expected in (
+        (before + '[[collector]]\nname = "c"\nstreams = ["flows"]\naddress = "10.0.0.9"\nport = 9\n', "reloaded"),
+        (
+            before.replace('"netflow"', '"ipfix"'),
+            "not reloaded, the old settings stay: what goes to other sites, or comes from there, has changed; "
+            "restart the uplink",
+        ),
+        (before, "reloaded"),
+    ):
+        site.configure(settings)
+        assert site.uplink.reload()["event"] == expected
+
+
 def test_a_bus_has_one_uplink(pair: Pair) -> None:
     """A second uplink on a bus ends with one line: other sites would get everything twice."""
     second = pair.bonn.start("uplink.2", ready=False)
