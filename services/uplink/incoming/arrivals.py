@@ -5,6 +5,7 @@ what lies between is missed. A message that says that another one was sent befor
 one for a while: JetStream may keep two messages in another order where a server failed between them.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
@@ -20,7 +21,7 @@ MAX_HELD: Final = 48 << 20
 """Bytes that may wait so, of all origins together; beyond that nothing is waited for."""
 POSITION_COUNTERS: Final = (REACHED, BASELINE, TAKEN, MISSED, REPEATED)
 MAX_ORIGINS: Final = 1024
-"""Bounds the table; the origin that sent nothing for longest goes first."""
+"""Bounds the table; of the site with most origins the one goes first that sent nothing for longest."""
 
 
 class Key(NamedTuple):
@@ -124,7 +125,7 @@ class Arrivals:
         position = self.positions.pop(key, None)
         if position is None:
             if len(self.positions) >= MAX_ORIGINS:
-                self._forget(next(iter(self.positions)))
+                self._forget_one()
             position = Position(total, total)
         self.positions[key] = position  # the last of the table: it has sent last
         position.repeated += had
@@ -137,7 +138,10 @@ class Arrivals:
         position.taken += count - had
         position.reached = total + count
 
-    def _forget(self, key: Key) -> None:
+    def _forget_one(self) -> None:
+        """Make room at the cost of the site that takes most of it."""
+        of_sites = Counter(key.site for key in self.positions)
+        key = next(key for key in self.positions if of_sites[key.site] == max(of_sites.values()))
         self._held -= sum(each.size for each in self.positions.pop(key).held)
 
     def accounts(self) -> Accounts:

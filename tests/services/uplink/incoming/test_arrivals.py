@@ -149,3 +149,14 @@ def test_the_table_is_bounded() -> None:
     found.note(last, MAX_GAP + 7, 1)
     assert found.positions[last].missed == 0
     assert balanced(found)
+
+
+def test_a_site_with_many_origins_takes_room_of_its_own_alone() -> None:
+    """A site whose workers start again and again costs no other site its place, however quiet that one is."""
+    found = Arrivals(Clock())
+    quiet = KEY._replace(site="quiet")
+    found.note(quiet, 0, 5)
+    for boot in range(2 * MAX_ORIGINS):
+        found.note(KEY._replace(boot=boot), 0, 1)
+    assert len(found.positions) == MAX_ORIGINS
+    assert found.had(quiet, 0, 5) == 5
