@@ -17,6 +17,10 @@ STARTS: Final = 2
 """Starts of a worker whose last count is known: a node that comes back may still be handing on the one before."""
 
 
+MAX_WORKERS: Final = 1024
+"""Workers that are known so; the one that has sent nothing for longest goes first."""
+
+
 class _Crossing(NamedTuple):
     """A batch: its place in the count of its origin, and in that of this bus; it may have fewer datagrams here."""
 
@@ -64,13 +68,17 @@ class Crossings:
         self.end, self._ends[origin] = here.stop, there.stop
         while self._latest[0].at < now - SECONDS:
             old = self._latest.popleft()
-            starts = self._older.setdefault((old.origin.site, old.origin.worker), {})
+            worker = old.origin.site, old.origin.worker
+            self._older[worker] = starts = self._older.pop(worker, {})
             starts.pop(old.origin, None)
             starts[old.origin] = old.there.stop
             if len(starts) > STARTS:
                 earliest = next(iter(starts))
                 del starts[earliest]
                 self._ends.pop(earliest, None)
+            if len(self._older) > MAX_WORKERS:
+                for each in self._older.pop(next(iter(self._older))):
+                    self._ends.pop(each, None)
 
     def origins_at(self, here: int) -> dict[Key, int]:
         """Return the count of each origin behind a count of this bus."""

@@ -2,7 +2,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.uplink.incoming.arrivals import Key
-from services.uplink.nodes.crossings import SECONDS, Crossings
+from services.uplink.nodes.crossings import MAX_WORKERS, SECONDS, Crossings
 
 ORIGINS = [Key("bonn", f"ingest.{number}", 7, "flows") for number in range(3)]
 
@@ -80,3 +80,15 @@ def test_a_worker_that_starts_again_and_again_does_not_fill_the_memory() -> None
     latest = [ORIGINS[1]._replace(boot=boot) for boot in range(996, 1000)]
     assert crossings.origins_at(5010) == {ORIGINS[0]: 10, **dict.fromkeys(latest, 5)}
     assert crossings._ends == crossings.origins_at(5010)
+
+
+def test_workers_without_end_do_not_fill_the_memory() -> None:
+    """Of any number of workers of another node those are known that sent last, one that sends on among them."""
+    now = 0.0
+    crossings = Crossings(lambda: now)
+    for number in range(2 * MAX_WORKERS):
+        now += SECONDS
+        for origin in (ORIGINS[0], Key("bonn", f"ingest.{number + 9}", 7, "flows")):
+            crossings.note(origin, range(5), range(5))
+    assert len(crossings._older) == MAX_WORKERS
+    assert crossings._ends.keys() == crossings.origins_at(5).keys() >= {ORIGINS[0]}
