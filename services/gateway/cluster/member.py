@@ -70,6 +70,8 @@ class Member:
         self._past_wanted = asyncio.Event()
         self._client: Client | None = None
         self._created = ""
+        self._older = False
+        """True if the log had lost what this node had read, when it was written last."""
         self._left_at = -ANEW_SECONDS
         self._count = 0
         self._ending = False
@@ -151,12 +153,13 @@ class Member:
         for fault in bucket.faults:
             self._troubles.say(f"fault {fault}", fault)
         long_away = time.monotonic() > self._left_at + ANEW_SECONDS
-        anew = long_away or bucket.created != self._created or last < self.replica.position
-        lost = self._created not in ("", bucket.created)
+        older = self._older or last < self.replica.position
+        lost = self._created not in ("", bucket.created) or (self._created != "" and older)
         if lost:
-            log.error("the bucket of the cluster's registry was lost: it is made anew of what this node has")
+            log.error("the bucket of the cluster's registry was lost, or is an older one: this node adds what it has")
             self.replica.epoch = ""
-        self._created = bucket.created
+        anew = lost or long_away or not self._created
+        self._created, self._older = bucket.created, False
         self.replica.begin(anew=anew, restoring=lost)
         if lost:
             self.changes.make(self.replica.restore, ignore)
@@ -204,7 +207,7 @@ class Member:
                 if isinstance(error, LogError):
                     self.changes.lose()
                     self._troubles.say("registry", f"{error}; nothing can be registered here meanwhile")
-                    if failures >= FAILURES:
+                    if failures >= FAILURES or self._older:
                         raise
                 await asyncio.sleep(SURE_SECONDS)
                 continue
@@ -238,6 +241,9 @@ class Member:
         try:
             position = await bucket.write([Write(key, encode(record), ttl)], expected, key)
         except OvertakenError as error:
+            if record.boot == self.sessions.boot and 0 <= error.position < expected and self._wrote_lately():
+                self._older = True
+                raise LogError("the registry of the cluster has lost what it had") from None
             if error.position == 0:
                 self.sessions.forget(record.node)
             else:
@@ -245,6 +251,11 @@ class Member:
             raise
         if not await self.changes.reach(position, REACH_SECONDS):
             raise LogError("the registry of the cluster does not come back from the NATS server")
+
+    def _wrote_lately(self) -> bool:
+        """Return whether the last record of this node's session can't have ended by itself."""
+        known = self.sessions.known.get(self.sessions.own)
+        return known is not None and time.monotonic() < known.heard_at + SESSION_TTL_SECONDS / 2
 
     def _note_available(self) -> None:
         self._troubles.end("registry", "the cluster's registry can be written again")

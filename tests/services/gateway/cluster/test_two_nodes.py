@@ -1,6 +1,7 @@
 """The registry that two nodes share: whatever one of them has answered holds at the other."""
 
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -254,6 +255,44 @@ def test_a_lost_bucket_is_made_anew(servers: NatsCluster, nodes: tuple[Node, Nod
     assert a.clients()["kept"]["withheld"] is not None
     assert a.ask("release", name="kept")["ok"]
     agree(a, b)
+
+
+def test_a_bucket_of_a_backup_gets_what_the_nodes_have(tmp_path: Path) -> None:
+    """Servers come back with an older bucket, as of a backup: what was answered since is written again, by all nodes.
+
+    So it is where a node learns of it only once others have written more than the bucket had.
+    """
+    with (
+        NatsCluster(tmp_path / "servers", 1) as servers,
+        Node(tmp_path / "a", "a", servers) as a,
+        Node(tmp_path / "b", "b", servers) as b,
+    ):
+        (server,) = servers.each
+        a.begin()
+        assert a.register("old")["ok"]
+        server.stop(signal.SIGTERM)
+        shutil.copytree(server.directory / "jetstream", tmp_path / "backup")
+        server.start()
+        a.takes_part()
+        b.begin()
+        generation = b.register("new", streams=["messages"], port=9604)["client"]["generation"]
+        agree(a, b)
+        server.stop()
+        shutil.rmtree(server.directory / "jetstream")
+        shutil.copytree(tmp_path / "backup", server.directory / "jetstream")
+        freeze_process(b["gateway"].process, "the gateway")
+        server.start()
+        a["gateway"].wait_for("the bucket of the cluster's registry was lost, or is an older one")
+        for number in range(40):
+            wait_until(lambda: a.register(f"more {number}")["ok"], "the registry can be written")  # noqa: B023
+        b["gateway"].process.send_signal(signal.SIGCONT)
+        b["gateway"].wait_for("the bucket of the cluster's registry was lost, or is an older one")
+        agree(a, b)
+        with Node(tmp_path / "c", "c", servers) as c:
+            c.begin()
+            agree(a, b, c)
+            assert len(c.clients()) == 42
+            assert c.clients()["new"]["generation"] == generation
 
 
 def test_without_the_servers_nothing_is_promised(tmp_path: Path) -> None:
