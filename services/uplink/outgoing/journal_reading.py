@@ -11,7 +11,7 @@ from shared.bus.bodies.journal_messages import JOURNAL_TOPIC
 from shared.bus.kept_counts import KeptCounts
 from shared.bus.messages import Message, Status, status_topic
 from shared.bus.zmq_sockets import Publisher, Subscriber
-from shared.fanout.past.journal_questions import JournalQuestions, reached_by_stream
+from shared.fanout.past.journal_questions import JournalQuestions, JournalReports
 from shared.fanout.past.pursuit import Step
 
 JOURNAL: Final = "journal."
@@ -40,7 +40,7 @@ class JournalReading:
         self._new_counts = new_counts
         self._window_bytes = window_bytes
         self._clock = clock
-        self._questions = JournalQuestions(publisher, clock)
+        self._questions, self._reports = JournalQuestions(publisher, clock), JournalReports()
         self._alive = new_counts()
         self._seen_at = clock()
 
@@ -69,9 +69,9 @@ class JournalReading:
         if isinstance(message.body, Status):
             if not message.envelope.sender.startswith(JOURNAL):
                 return
-            reached = reached_by_stream(message.body)
+            told = self._reports.read(message.envelope, message.body)
             for stream, journaled in self.streams.items():
-                journaled.confirm(message.envelope.boot, reached.get(stream, {}))
+                journaled.confirm(*told(stream))
         else:
             self._questions.handle(message, [each.pursued for each in self.streams.values() if each.pursued])
 

@@ -7,7 +7,7 @@ while, and the journal is read from the place that was reached. Once that and th
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import replace
 from typing import Final, NamedTuple
 
@@ -130,7 +130,7 @@ class JournaledStream:
             batch = replace(batch, payload=bytes(batch.payload))
         self._window.add(Numbered((envelope.sender, envelope.boot), envelope.sequence, envelope.total, batch))
 
-    def confirm(self, boot: int, reached: Mapping[Worker, int]) -> None:
+    def confirm(self, boot: Hashable, reached: Mapping[Worker, int]) -> None:
         """Note what the journal has, as its status tells."""
         self._window.confirm(boot, reached)
 

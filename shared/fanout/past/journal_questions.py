@@ -1,15 +1,15 @@
-"""Questions to the journal: a portion at a time for each collector that catches up."""
+"""Questions to the journal, a portion at a time for each collector that catches up; and what its status tells."""
 
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
 from shared.bus.bodies.fields import REPLAY_PREFIX
 from shared.bus.bodies.journal_messages import JOURNAL_TOPIC, MAX_WORKERS, JournalPortion, JournalRead, Replayed
-from shared.bus.messages import Message, Status
+from shared.bus.messages import Envelope, Message, Status
 from shared.bus.zmq_sockets import Publisher
 from shared.client import Place
 from shared.fanout.past.copied_meanwhile import CopiedMeanwhile
@@ -17,7 +17,7 @@ from shared.fanout.past.past_templates import PastTemplates
 from shared.fanout.past.pursuit import Pursuit, PursuitState
 from shared.fanout.past.window import Numbered, Worker
 from shared.ledger.accounts import is_origin, parse_origin
-from shared.ledger.counters import REACHED
+from shared.ledger.counters import DISK_ERROR, DISK_FULL, MISSED, REACHED
 from shared.log import get_logger
 
 PORTION_ROWS: Final = 1024
@@ -29,6 +29,10 @@ AGAIN_SECONDS: Final = 0.05
 """Time after which a journal that was at its end is asked again."""
 REFUSED_SECONDS: Final = 1.0
 """Likewise after a refusal."""
+ACCOUNT: Final = "journal/"
+"""Beginning of the name of a stream's account."""
+LOSSES: Final = (DISK_FULL, DISK_ERROR, MISSED)
+"""Counters of what the journal lacks, though it has reached what comes behind."""
 
 log = get_logger()
 
@@ -133,11 +137,24 @@ def _asked_by(number: int, asking: Iterable[Pursued]) -> Pursued | None:
     return next((each for each in asking if each.question and each.question.id == number), None)
 
 
-def reached_by_stream(status: Status) -> dict[str, dict[Worker, int]]:
-    """Return, by stream and worker, the count that the journal has reached, as its status tells."""
-    reached: dict[str, dict[Worker, int]] = {}
-    for name, account in status.accounts.items():
-        if is_origin(name):
-            worker, boot, stream = parse_origin(name)
-            reached.setdefault(stream, {})[worker, boot] = account.get(REACHED, 0)
-    return reached
+class JournalReports:
+    """The journal's word on each stream: what it has reached of each worker, and how much it has lost."""
+
+    def __init__(self) -> None:
+        self._lost: dict[str, Counter[str]] = {}
+        """By stream and account: the datagrams that it could not write, or that the bus has lost on the way to it."""
+
+    def read(self, envelope: Envelope, status: Status) -> Callable[[str], tuple[Hashable, dict[Worker, int]]]:
+        """Return what tells by stream what `Window.confirm` wants: with more lost it is as if started anew."""
+        reached: dict[str, dict[Worker, int]] = {}
+        for name, account in status.accounts.items():
+            if is_origin(name):
+                worker, boot, stream = parse_origin(name)
+                reached.setdefault(stream, {})[worker, boot] = account.get(REACHED, 0)
+            else:
+                stream = name.removeprefix(ACCOUNT)
+            self._lost.setdefault(stream, Counter())[name] = sum(account.get(cause, 0) for cause in LOSSES)
+        return lambda stream: ((envelope.boot, self._lost.get(stream, _NONE).total()), reached.get(stream, {}))
+
+
+_NONE: Final = Counter[str]()

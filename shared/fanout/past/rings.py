@@ -5,16 +5,14 @@ is taken over from another node goes on from there.
 """
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Final
 
 from shared.bus.messages import Datagrams, Envelope, Status
 from shared.datagrams.batch import DatagramBatch
-from shared.fanout.past.journal_questions import reached_by_stream
+from shared.fanout.past.journal_questions import JournalReports
 from shared.fanout.past.window import SECONDS, Numbered, Window
-from shared.ledger.counters import DISK_ERROR, DISK_FULL
 
 RING_SECONDS: Final = 12.0
 """Time for which a ring keeps a batch: a node is missed after two seconds, and last told its place before."""
@@ -30,8 +28,7 @@ class Rings:
         """Streams whose window is kept at any time."""
         self._open: set[str] = set()
         """Streams on which somebody catches up."""
-        self._unwritten: Counter[str] = Counter()
-        """By stream: the datagrams that the journal could not write."""
+        self._reports = JournalReports()
 
     def __getitem__(self, stream: str) -> Window:
         return self._windows[stream]
@@ -77,12 +74,10 @@ class Rings:
         return numbered
 
     def confirm(self, envelope: Envelope, status: Status) -> None:
-        """Note what the journal has, as its status tells: it may lack some of a stream of which it has dropped more."""
-        reached = reached_by_stream(status)
+        """Note what the journal has, as its status tells."""
+        told = self._reports.read(envelope, status)
         for stream, window in self._windows.items():
-            if account := status.accounts.get(f"journal/{stream}"):
-                self._unwritten[stream] = sum(account.get(cause, 0) for cause in (DISK_FULL, DISK_ERROR))
-            window.confirm((envelope.boot, self._unwritten[stream]), reached.get(stream, {}))
+            window.confirm(*told(stream))
 
     def items(self) -> Iterator[tuple[str, Window]]:
         """Yield each stream's window."""

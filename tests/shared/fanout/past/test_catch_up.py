@@ -307,24 +307,27 @@ def test_of_too_many_places_those_of_living_workers_are_kept(sender: Sender, mon
         assert {(each.stream, each.worker, each.boot) for each in told[0][-2:]} == {(A, *living), (B, *living)}
 
 
-def test_what_the_journal_could_not_write_stays(clock_at: SimpleNamespace) -> None:
-    """The disk is full: batches that the journal has passed over stay with the sender, as after its restart."""
+@pytest.mark.parametrize("lost", [f"journal/{A} dropped_disk_full", f"origin/ingest.1/1/{A} missed"])
+def test_what_the_journal_has_lost_stays(clock_at: SimpleNamespace, lost: str) -> None:
+    """The disk is full, or the queue of the bus: what the journal has passed over stays, as after its restart."""
     rings = Rings(lambda: clock_at.now)
     rings.open(A)
+    name, counter = lost.split()
 
-    def tell(reached: int, unwritten: int) -> None:
-        accounts = {f"journal/{A}": {"dropped_disk_full": unwritten}, f"origin/ingest.1/1/{A}": {"reached": reached}}
-        rings.confirm(make_envelope(sender="journal.1"), Status("journal.1", 1, 1, 1, 0, 1, accounts))
+    def tell(reached: int, count: int) -> None:
+        accounts = {f"journal/{A}": Counter[str](), f"origin/ingest.1/1/{A}": Counter(reached=reached)}
+        accounts[name][counter] = count
+        rings.confirm(make_envelope(sender="journal.1"), Status("journal.1", 1, 1, 1, 0, 1, {**accounts}))
 
     def come(total: int, rows: int) -> None:
         rings.add(make_envelope(total, total), Datagrams(A, 1), make_batch([b"x"] * rows, stream=A))
 
-    for total, unwritten in ((0, 0), (5, 0), (10, 0), (15, 5), (20, 5)):
+    for total, count in ((0, 0), (5, 0), (10, 0), (15, 5), (20, 5)):
         come(total, 5)
-        tell(total + 5, unwritten)
+        tell(total + 5, count)
     clock_at.now += 2 * SECONDS
     come(25, 5)
-    tell(30, unwritten=5)
+    tell(30, 5)
     assert rings[A].find(("ingest.1", 1), 15).total == 15  # type: ignore[union-attr]
     before = rings[A].size
     rings[A].forget({})
