@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from shared.journal.records import Reached, RecordError
-from shared.journal.segment_reader import SegmentReader
+from shared.journal.segment_reader import UNREADABLE, SegmentReader
 from shared.journal.segment_writer import seal_segment, sync_directory
 from shared.journal.segments import Segment, parse_name
 
@@ -91,7 +91,12 @@ def recover(directory: Path, stream: str) -> Iterator[Recovered]:
     """
     for segment in segments_in(directory, stream):
         if segment.is_open:
-            yield _recover(directory / stream, segment)
+            try:
+                yield _recover(directory / stream, segment)
+            except OSError as error:
+                if error.errno not in UNREADABLE:
+                    raise
+                yield Recovered(segment, set_aside(directory / stream, segment), 0, {})
 
 
 def _recover(directory: Path, segment: Segment) -> Recovered:

@@ -1,5 +1,6 @@
 """Reads a stream's past out of its segments: from positions on, a portion at a time, or between two times."""
 
+import errno
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,7 @@ from shared.bus.bodies.journal_messages import MAX_PORTION_ROWS, JournalPlace, J
 from shared.capture.pcapng import Destination
 from shared.datagrams.batch import DatagramBatch
 from shared.journal.records import Head, Identity, RecordError
-from shared.journal.segment_reader import SegmentReader, open_segment
+from shared.journal.segment_reader import UNREADABLE, SegmentReader, open_segment
 from shared.journal.segments import LATE_NS, Segment, first_for
 
 MAX_PASSED: Final = 4096
@@ -34,7 +35,7 @@ class Portion:
     damaged: int = 0
     """Bytes in which there is no whole record."""
     unreadable: list[Segment] = field(default_factory=list)
-    """Sealed segments in which there is none at all."""
+    """Sealed segments in which there is none at all, and those that can't be opened."""
 
 
 class _PortionReader:
@@ -60,7 +61,11 @@ class _PortionReader:
         for segment in some[index:]:
             try:
                 reader = open_segment(directory, segment)
-            except FileNotFoundError:  # retention was quicker
+            except OSError as error:
+                if error.errno in UNREADABLE and not segment.is_open:
+                    self.portion.unreadable.append(segment)
+                elif error.errno != errno.ENOENT:  # else retention was quicker
+                    raise
                 offset = 0
                 continue
             with reader:

@@ -5,6 +5,7 @@ is believed; its checksum is looked at when the record is read. Where none stand
 magic, and must be whole.
 """
 
+import errno
 import os
 import struct
 from collections.abc import Iterator
@@ -35,6 +36,12 @@ SEARCHED: Final = 1 << 20
 """Bytes read at a time in search of a record."""
 MAX_HEADER: Final = WINDOW
 """Bytes that the blocks before the first record take at most."""
+DAMAGED: Final = frozenset({errno.EIO, errno.EBADMSG, errno.EUCLEAN})
+"""Errors of a file that is damaged, in part or as a whole."""
+UNREADABLE: Final = DAMAGED | {errno.EACCES, errno.EPERM}
+"""Errors by which a file can't be opened, and others can."""
+BLOCK: Final = 4096
+"""Bytes that the kernel reads as one, or not at all."""
 
 
 def open_segment(directory: Path, segment: Segment) -> "SegmentReader":
@@ -89,7 +96,7 @@ class SegmentReader:
 
     def read(self, head: Head) -> tuple[DatagramBatch, Destination]:
         """Return a record's batch and its destination. RecordError when it is damaged: count it as `damaged`."""
-        return read_batch(head, os.pread(self._descriptor, head.size, head.offset))
+        return read_batch(head, self._read(head.size, head.offset))
 
     def _is_whole(self, head: Head) -> bool:
         try:
@@ -100,7 +107,7 @@ class SegmentReader:
 
     def header_size(self) -> int:
         """Return the bytes of the blocks before the first packet; 0 when they are damaged."""
-        start, at = os.pread(self._descriptor, MAX_HEADER, 0), 0
+        start, at = self._read(MAX_HEADER, 0), 0
         while at + 8 <= len(start):
             kind, size = struct.unpack_from("<II", start, at)
             if kind not in (SECTION, INTERFACE):
@@ -112,7 +119,7 @@ class SegmentReader:
 
     def reached_before(self) -> dict[str, Reached] | None:
         """Return what each worker had reached when the segment began; None: its beginning does not tell."""
-        start = os.pread(self._descriptor, MAX_HEADER, 0)
+        start = self._read(MAX_HEADER, 0)
         return parse_reached(start[: int.from_bytes(start[4:8], "little")])
 
     def _head_at(self, offset: int, size: int) -> Head | None:
@@ -127,12 +134,12 @@ class SegmentReader:
         """Return the first whole record whose identity stands behind an offset."""
         at = offset
         while at < size:
-            chunk = os.pread(self._descriptor, SEARCHED, at)
+            chunk = self._read(SEARCHED, at)
             found = chunk.find(MAGIC)
             if found < 0:
                 at += max(1, len(chunk) - len(MAGIC) + 1)
                 continue
-            option = os.pread(self._descriptor, MAX_OPTION, at + found)
+            option = self._read(MAX_OPTION, at + found)
             try:
                 option_at = told_offset(option)
                 head = parse_option(option, option_at, at + found - option_at, self.segment.began_ns)
@@ -147,9 +154,28 @@ class SegmentReader:
         """Return the bytes there, fewer at the end of the file."""
         at = offset - self._window_at
         if not 0 <= at <= at + size <= len(self._window):
-            self._window, self._window_at = os.pread(self._descriptor, max(size, WINDOW), offset), offset
+            self._window, self._window_at = self._read(max(size, WINDOW), offset), offset
             at = 0
         return self._window[at : at + size]
+
+    def _read(self, size: int, offset: int) -> bytes:
+        """Return the bytes there; zeros in place of each block that the disk can't read: damaged ones."""
+        try:
+            return os.pread(self._descriptor, size, offset)
+        except OSError as error:
+            if error.errno not in DAMAGED:
+                raise
+        end = min(offset + size, self.size)
+        starts = [offset, *range(offset + BLOCK - offset % BLOCK, end, BLOCK)]
+        return b"".join(map(self._read_block, starts, [*starts[1:], end]))
+
+    def _read_block(self, start: int, end: int) -> bytes:
+        try:
+            return os.pread(self._descriptor, end - start, start)
+        except OSError as error:
+            if error.errno not in DAMAGED:
+                raise
+            return bytes(end - start)
 
     def close(self) -> None:
         """Close the file."""

@@ -1,5 +1,6 @@
 """A power cut, by simulation: a file that ends anywhere, bytes that have changed, segments that are gone."""
 
+import errno
 import os
 import random
 from pathlib import Path
@@ -13,6 +14,7 @@ from shared.capture.pcapng import make_option
 from shared.capture.reader import CaptureReader
 from shared.datagrams.batch import DatagramBatch
 from shared.journal.directory import Lock, Recovered, recover, segments_in, streams_in
+from shared.journal.reading import PastBatches
 from shared.journal.records import MAGIC, Identity, Reached
 from shared.journal.segment_writer import SegmentWriter, header
 from shared.journal.segments import Segment
@@ -248,3 +250,56 @@ def test_what_holds_no_record_is_set_aside(tmp_path: Path) -> None:
     assert [each.name for each in directory.iterdir()] == [segment.name + ".bad"]
     assert segments_in(tmp_path, "flows") == []
     assert [each.is_bad for each in segments_in(tmp_path, "flows", bad=True)] == [True]
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+def test_a_bad_sector_costs_what_is_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sealed: bool) -> None:
+    """The disk can't read a part of a segment: the batches in it are left out as damaged, and all others are read."""
+    directory, batches = tmp_path / "flows", some_batches(100, rows=9)
+    segment = write_segment(directory, batches, sealed=sealed)
+    bad, pread = range(20_000, 20_512), os.pread
+
+    def read_but_there(descriptor: int, size: int, offset: int) -> bytes:
+        if offset < bad.stop and bad.start < offset + size:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return pread(descriptor, size, offset)
+
+    whole = written(batches)
+    monkeypatch.setattr(os, "pread", read_but_there)
+    if not sealed:
+        assert [(each.left, each.cut) for each in recovered(directory)] == [(segment, 0)]
+    found, portion = read_all(directory)
+    lost = [each for each in whole if each not in found]
+    assert found == [each for each in whole if each not in lost]
+    assert 0 < len(lost) < 20
+    assert portion.damaged > 0
+    past = PastBatches(directory, segments_in(tmp_path, "flows"), 0, 1 << 62)
+    assert len(list(past.batches())) == len(found)
+    assert past.damaged > 0
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+def test_a_segment_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sealed: bool) -> None:
+    """One that can't be opened, as root has put it there, is passed over, or set aside by a start; others are read."""
+    directory, batches = tmp_path / "flows", some_batches(20)
+    first = write_segment(directory, batches[:10], 1, sealed=sealed)
+    write_segment(directory, batches[10:], 2)
+    opened = os.open
+
+    def refuse(path: Path, flags: int, mode: int = 0o777) -> int:
+        if str(path).endswith(first.name):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return opened(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", refuse)
+    if sealed:
+        found, portion = read_all(directory)
+        assert found == written(batches[10:])
+        assert portion.unreadable == [first]
+    else:
+        with pytest.raises(PermissionError):
+            read_all(directory)
+        (aside,) = recovered(directory)
+        assert aside.now is not None
+        assert aside.now.is_bad
+        assert read_all(directory)[0] == written(batches[10:])
