@@ -330,7 +330,7 @@ class CatchUp(Generic[D]):
         if not self._pursued:
             self._due_at = inf
             return
-        share = self._per_second / len(self._pursued)
+        share = self._per_second / max(1, sum(not each.away for each in self._pursued.values()))
         self._past.allow(self._pursued.values(), share, now)
         if here := self._publisher.wanted(JOURNAL_TOPIC):
             self._journal_seen_at = now

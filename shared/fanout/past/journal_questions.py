@@ -22,7 +22,8 @@ from shared.log import get_logger
 
 PORTION_ROWS: Final = 1024
 PORTION_PAYLOAD: Final = 1 << 18
-"""The most asked of the journal at once; the next is asked for when half of it is left."""
+"""The most asked of the journal at once; the next is asked for when half of it is left,
+by one that is away when nothing is."""
 ANSWER_SECONDS: Final = 5.0
 """A question without an answer for so long is asked again."""
 AGAIN_SECONDS: Final = 0.05
@@ -91,7 +92,8 @@ class JournalQuestions:
             if now < pursued.question.until:
                 return
             pursued.question = None
-        if pursuit.state is not PursuitState.READING or now < pursued.ask_at or pursuit.queued > PORTION_ROWS // 2:
+        enough = 0 if pursued.away else PORTION_ROWS // 2
+        if pursuit.state is not PursuitState.READING or now < pursued.ask_at or pursuit.queued > enough:
             return
         number, since_ns = next(self._ids), max(1, pursuit.since_ns)
         most = PORTION_ROWS, PORTION_PAYLOAD

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +20,7 @@ from shared.client import Place, Resume
 from shared.datagrams.batch import DatagramBatch
 from shared.datagrams.gathered import MAX_GATHERED
 from shared.fanout.past import catch_up, past_sender
+from shared.fanout.past.journal_questions import JournalQuestions, Pursued
 from shared.fanout.past.past_sender import STEP_ROWS
 from shared.fanout.past.rings import Rings
 from shared.fanout.past.window import SECONDS
@@ -27,7 +28,7 @@ from shared.fanout.sending.backlog import Backlog
 from shared.fanout.templates import TemplateDelivery
 from shared.settings.entries import Stream
 from shared.settings.model import Settings
-from shared.settings.tables import Bus
+from shared.settings.tables import Bus, Journal
 from tests.builders import make_batch, make_client, make_envelope
 from tests.stack import wait_until
 from tests.traffic import open_receiver
@@ -305,6 +306,44 @@ def test_of_too_many_places_those_of_living_workers_are_kept(sender: Sender, mon
         sender.take("status/", Status("ingest.1", 1, 1, 1, 0, 1, {}), "ingest.1")
         catch_up.note_leaving({})
         assert {(each.stream, each.worker, each.boot) for each in told[0][-2:]} == {(A, *living), (B, *living)}
+
+
+def test_those_that_are_away_cost_others_nothing(sender: Sender, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is away has no share of the pace, and asks the journal for no more than it is tried with."""
+    catch_up, here = sender.service._catch_up, open_receiver("127.0.0.1", 0)[0]
+    closed = [open_receiver("127.0.0.1", 0)[0] for _ in range(9)]
+    ports = [sock.getsockname()[1] for sock in closed]
+    for sock in closed:
+        sock.close()
+    away = [
+        make_client(f"away{n}", port, streams=(A,), generation=5 + n, catch_up=True) for n, port in enumerate(ports)
+    ]
+    with closing(here):
+        siem = make_client("siem", here.getsockname()[1], streams=(B,), generation=99, resume=Resume(1, streams=(B,)))
+        sender.serve(*away)
+        while len(sender.pursued) < len(away):
+            sender.publish(A, 1)
+            sender.turn()
+        pursuits = list(catch_up._pursued.values())
+        until(sender, lambda: all(each.away and each.pursuit.queued for each in pursuits))
+        shares, asked, ask, allow = set[float](), set[str](), JournalQuestions.ask, catch_up._past.allow
+
+        def note_question(self: JournalQuestions, pursued: Pursued, now: float) -> None:
+            ask(self, pursued, now)
+            asked.update([pursued.name] if pursued.question else [])
+
+        def note_share(pursued: Iterable[Pursued], share: float, now: float) -> None:
+            shares.add(share)
+            allow(pursued, share, now)
+
+        monkeypatch.setattr(JournalQuestions, "ask", note_question)
+        monkeypatch.setattr(catch_up._past, "allow", note_share)
+        monkeypatch.setattr(past_sender, "AGAIN_SECONDS", 60.0)
+        sender.serve(*away, siem)
+        for _ in range(20):
+            sender.turn()
+        assert shares == {Journal().catch_up_per_second}
+        assert asked == {"siem"}
 
 
 @pytest.mark.parametrize("lost", [f"journal/{A} dropped_disk_full", f"origin/ingest.1/1/{A} missed"])
