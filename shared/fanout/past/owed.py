@@ -39,16 +39,20 @@ class Owed:
 
     def note_counted(self, before: Mapping[str, Mapping[Worker, tuple[int, int]]]) -> None:
         """Note that workers' counts have moved on from `before`: what a collector has had already is not owed twice."""
-        for (name, stream), pursued in self._pursued.items():
-            pursuit, had = pursued.pursuit, 0
-            if stream not in before:  # begun meanwhile, at these counts
-                continue
-            for worker, position in self._positions(stream).items():
-                baseline, reached = before[stream].get(worker, (position.baseline, position.baseline))
-                had += pursuit.passed_before(worker, position.baseline, baseline)
-                had += pursuit.passed_before(worker, reached, position.reached)
-            if had:
-                self._routes.excuse(name, had)
+        moved = {stream: spans for stream, counts in before.items() if (spans := self._moved(stream, counts))}
+        for (name, stream), pursued in self._pursued.items() if moved else ():
+            for worker, start, stop in moved.get(stream, ()):  # nothing for those begun meanwhile, at these counts
+                if had := pursued.pursuit.passed_before(worker, start, stop):
+                    self._routes.excuse(name, had)
+
+    def _moved(self, stream: str, before: Mapping[Worker, tuple[int, int]]) -> list[tuple[Worker, int, int]]:
+        """Return by how much counts of workers have grown at their beginning, and at their end: mostly one of them."""
+        moved = []
+        for worker, position in self._positions(stream).items():
+            baseline, reached = before.get(worker, (position.baseline, position.baseline))
+            spans = (position.baseline, baseline), (reached, position.reached)
+            moved += [(worker, start, stop) for start, stop in spans if start < stop]
+        return moved
 
     def accounts(self) -> Accounts:
         """Return one account a collector that catches up and stream: what it has still to get, and from when on."""

@@ -1,0 +1,39 @@
+from collections import Counter
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any, cast
+
+from shared.bus.continuity import Position
+from shared.client import Place
+from shared.fanout.past.journal_questions import Pursued
+from shared.fanout.past.owed import Owed
+from shared.fanout.past.past_routes import PastRoutes
+from shared.fanout.past.pursuit import Pursuit
+from shared.fanout.past.window import Worker
+
+WORKER = "ingest.1", 1
+
+
+def test_a_message_costs_hardly_more_however_many_catch_up() -> None:
+    """A worker's count moves on: the positions of its stream are found once for all, and who has had it is excused."""
+    at, asked, excused = (
+        {WORKER: Position(1, 0, 100), ("ingest.2", 1): Position(1, 0, 50)},
+        list[str](),
+        Counter[tuple[str, int]](),
+    )
+
+    def positions(stream: str) -> Mapping[Worker, Position]:
+        asked.append(stream)
+        return at
+
+    pursued = {}
+    for name in map(str, range(100)):
+        pursuit = Pursuit("flows", 1, Counter())
+        pursuit.begin([Place("flows", *WORKER, 1, 104 if name == "7" else 3)], at)
+        pursued[name, "flows"] = Pursued(name, 1, pursuit)
+    owed = Owed(pursued, positions, cast(PastRoutes[Any], SimpleNamespace(excuse=lambda *had: excused.update([had]))))
+    before = owed.counted()
+    at[WORKER].reached = 110
+    owed.note_counted(before)
+    assert asked == ["flows", "flows"]
+    assert excused == {("7", 4): 1}
