@@ -126,6 +126,10 @@ class JournalQuestions:
             why = portion.message or portion.error
             log.warning("the journal can't be read", collector=pursued.name, stream=pursued.pursuit.stream, reason=why)
             pursued.ask_at = now + REFUSED_SECONDS
+            if (
+                portion.error == "unknown_stream"
+            ):  # it could not follow a reload: what the bus brings is all that there is
+                pursued.pursuit.note_portion(None, (), 0, at_end=True)
             return
         if question is None or portion.batches != len(question.batches):
             pursued.ask_at = now + AGAIN_SECONDS  # the rest was lost on the way

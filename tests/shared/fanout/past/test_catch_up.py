@@ -346,6 +346,26 @@ def test_those_that_are_away_cost_others_nothing(sender: Sender, monkeypatch: py
         assert asked == {"siem"}
 
 
+def test_a_journal_that_does_not_keep_the_stream_is_not_waited_for(sender: Sender) -> None:
+    """The journal could not follow a reload that names a stream: collectors get live copies all the same."""
+    sock, _ = open_receiver("127.0.0.1", 0)
+    with closing(sock):
+        sock.setblocking(False)
+        siem = make_client("siem", sock.getsockname()[1], streams=(A,), generation=5, resume=Resume(1, streams=(A,)))
+
+        def refuse(_stream: str, number: int, _positions: object) -> None:
+            answer = JournalPortion(number, 0, [], None, at_end=False, error="unknown_stream", message="not kept")
+            sender.take("else/", answer, "journal.1")
+
+        sender._answer = refuse  # type: ignore[method-assign, assignment]
+        sender.serve(siem)
+        sender.publish(A, 3)
+        until(sender, lambda: not sender.pursued)
+        sender.publish(A, 1)
+        sender.turn()
+        assert read_all(sock) == [b"a%06d" % number for number in range(4)]
+
+
 @pytest.mark.parametrize("lost", [f"journal/{A} dropped_disk_full", f"origin/ingest.1/1/{A} missed"])
 def test_what_the_journal_has_lost_stays(clock_at: SimpleNamespace, lost: str) -> None:
     """The disk is full, or the queue of the bus: what the journal has passed over stays, as after its restart."""
