@@ -76,8 +76,10 @@ def remove(directory: Path, segment: Segment, rows: int | None) -> tuple[int, OS
     if rows is None:
         rows = _count_rows(path, segment)
     try:
-        path.unlink(missing_ok=True)
+        path.unlink()
         sync_directory(directory)
+    except FileNotFoundError:  # another program was quicker
+        return rows, None
     except OSError as error:
         return rows, error
     return rows, None

@@ -195,8 +195,9 @@ class StreamJournal:
         self._rows[number] = writer.rows
 
         def apply(result: Segment | OSError) -> None:
-            if writer.empty or number not in self._kept:
-                self._kept.pop(number, None)
+            if writer.empty or isinstance(result, FileNotFoundError):
+                del self._kept[number]
+                self.account[EXPIRED] += writer.rows  # another program has removed it
             elif isinstance(result, Segment):
                 self._kept[number] = replace(self._kept[number], segment=result)
             else:
@@ -236,7 +237,7 @@ class StreamJournal:
             if error is None:
                 self.account[EXPIRED] += rows
             else:
-                self._kept[number] = going
+                self._kept[number] = replace(going, stuck=True)
                 self.note_disk_error(error)
 
         self._in_thread(lambda: disk_thread.remove(self.directory, going.segment, known), apply)

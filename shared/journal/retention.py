@@ -8,11 +8,15 @@ from shared.journal.segments import SECOND, Segment
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """A segment that is there, the bytes that it takes, and the time since which nothing was added to it."""
+    """A segment that is there, the bytes that it takes, and the time since which nothing was added to it.
+
+    One that is `stuck` could not be removed. That is tried again, and nothing is expected of it.
+    """
 
     segment: Segment
     size: int
     ended_ns: int
+    stuck: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +40,9 @@ def expired(kept: Iterable[Kept], limits: Bounds, now_ns: int, free: int) -> lis
     [1]
     >>> [each.segment.number for each in expired([two, one], Bounds(0, 0, 500), 9 * SECOND, 350)]
     [1, 2]
+    >>> stuck = Kept(one.segment, 100, one.ended_ns, stuck=True)
+    >>> [each.segment.number for each in expired([two, stuck], Bounds(150, 0, 0), 9 * SECOND, 0)]
+    [1, 2]
     """
     kept = sorted(kept, key=lambda each: (each.ended_ns, each.segment.stream, each.segment.number))
     over = sum(each.size for each in kept) - limits.size if limits.size else 0
@@ -46,5 +53,6 @@ def expired(kept: Iterable[Kept], limits: Bounds, now_ns: int, free: int) -> lis
         if each.segment.is_open or not (over > 0 or short > 0 or too_old):
             continue
         going.append(each)
-        over, short = over - each.size, short - each.size
+        if not each.stuck:
+            over, short = over - each.size, short - each.size
     return going

@@ -1,5 +1,6 @@
 import errno
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,8 +18,9 @@ from shared.journal import reached
 from shared.journal.directory import segments_in
 from shared.journal.encoding import Numbered
 from shared.journal.records import Identity, Reached
+from shared.journal.retention import Bounds, expired
 from shared.journal.segment_writer import SegmentWriter
-from shared.ledger.counters import DISK_ERROR, DISK_FULL, SEGMENTS, TAKEN, WRITE_ERRNO, WRITTEN
+from shared.ledger.counters import DISK_ERROR, DISK_FULL, EXPIRED, SEGMENTS, TAKEN, WRITE_ERRNO, WRITTEN
 from tests.shared.journal.filled import batch_of, identities
 from tests.stack import wait_until
 
@@ -131,6 +133,50 @@ def test_what_is_still_to_be_removed_is_known(
     assert journal.going == first.size + second.size
     wait_until(lambda: disk.collect() or not journal.going, "they are removed")  # type: ignore[func-returns-value]
     assert journal.kept() == rest
+
+
+def test_what_others_have_removed_is_not_there(
+    tmp_path: Path, disk: DiskThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another program removes the directory: sealed segments are gone, and the present one once it is to be sealed."""
+    write_two_workers(tmp_path, disk, monkeypatch)
+    monkeypatch.setattr(stream_journal, "SEGMENT_BYTES", 1 << 20)
+    journal = StreamJournal("flows", tmp_path, 1 << 30, disk)
+    journal.open()
+    journal.append(identities(rows=[1])[0], batch_of([("192.0.2.1", 1, b"one")]))
+    journal.write()
+    shutil.rmtree(tmp_path / "flows")
+    for each in journal.kept():
+        if not each.segment.is_open:
+            journal.remove(each)
+    journal.seal()
+    wait_until(lambda: disk.collect() or not (journal.going or journal.kept()), "all are known to be gone")  # type: ignore[func-returns-value]
+    assert journal.report()[EXPIRED] == 1
+
+
+def test_what_can_not_be_removed_does_not_keep_others(
+    tmp_path: Path, disk: DiskThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A segment that can't be removed frees nothing: it is tried again, and others go for it."""
+    write_two_workers(tmp_path, disk, monkeypatch)
+    journal = StreamJournal("flows", tmp_path, 1 << 30, disk)
+    journal.open()
+    first, second, *rest = journal.kept()
+    bounds, unlink = Bounds(sum(each.size for each in journal.kept()) - 1, 0, 0), Path.unlink
+
+    def refuse(path: Path) -> None:
+        if path.name == first.segment.name:
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+        unlink(path)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    for expected in ([first.segment], [first.segment, second.segment]):
+        going = expired(journal.kept(), bounds, 0, 0)
+        assert [each.segment for each in going] == expected
+        for each in going:
+            journal.remove(each)
+        wait_until(lambda: disk.collect() or not journal.going, "it was tried")  # type: ignore[func-returns-value]
+    assert journal.segments() == [first.segment, *(each.segment for each in rest)]
 
 
 @pytest.mark.parametrize("damaged", [0, 1, 3])
