@@ -19,7 +19,7 @@ from shared.journal.encoding import Numbered
 from shared.journal.records import Identity, Reached
 from shared.journal.retention import Kept
 from shared.journal.segment_writer import SegmentWriter
-from shared.journal.segments import Segment
+from shared.journal.segments import LASTING_NS, SECOND, Segment
 from shared.ledger.counters import (
     CUT_BYTES,
     DAMAGED_BYTES,
@@ -39,7 +39,7 @@ from shared.ledger.counters import (
 from shared.log import get_logger
 
 SEGMENT_BYTES: Final = 128 * 1024 * 1024
-SEGMENT_SECONDS: Final = 60.0
+SEGMENT_SECONDS: Final = LASTING_NS / SECOND
 """A segment is sealed at this size or age: what retention removes at once, and the error of a search by time."""
 RETRY_SECONDS: Final = 1.0
 """After an error of the disk nothing is written for this long: a disk that fails would hold up the loop each time."""

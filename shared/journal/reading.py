@@ -3,6 +3,7 @@
 import errno
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Final
 
@@ -175,9 +176,11 @@ class PastBatches:
 
     def batches(self, start: JournalPlace | None = None) -> Iterator[tuple[DatagramBatch, Destination]]:
         """Yield batches with where they were sent to; from a place on, if one is given. OSError of the kernel."""
-        for segment in self.segments[first_for(self.segments, self.since_ns) :]:
-            if segment.began_ns > self.until_ns + LATE_NS:
-                return
+        some = self.segments[first_for(self.segments, self.since_ns) :]
+        for segment, following in zip_longest(some, some[1:]):
+            later = segment.began_ns > self.until_ns + LATE_NS
+            if later and following and following.began_ns >= segment.began_ns:  # else a clock was set back within it
+                continue
             if start is not None and segment.number < start.segment:
                 continue
             offset = start.offset if start is not None and segment.number == start.segment else 0

@@ -8,12 +8,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import pairwise
 from typing import Final
 
 SECOND: Final = 1_000_000_000
 BAD: Final = ".bad"
 LATE_NS: Final = 20 * SECOND
 """The most by which a batch may be older than one that was written before it: workers differ, and hold some back."""
+LASTING_NS: Final = 60 * SECOND
+"""The longest that a segment is written, about."""
 _NAME: Final = re.compile(r"(\d{8}T\d{6})\.(\d{9})Z-(\d{1,18})(\.open)?\.pcapng(\.bad)?", re.ASCII)
 
 
@@ -56,13 +59,16 @@ def parse_name(stream: str, name: str) -> Segment | None:
 def first_for(segments: Sequence[Segment], since_ns: int) -> int:
     """Return the index of the first of these segments, in their order, that may have batches received since then.
 
-    Its last batches are about as old as the next segment, give or take `LATE_NS`. Where a clock was set back, segments
-    may be looked at in vain, but none is passed over.
+    Its last batches are about as old as the next segment, give or take `LATE_NS`; where a clock was set back meanwhile,
+    they are no later than it lasts. So some segments may be looked at in vain, but none is passed over.
 
     >>> [first_for([Segment("s", n, n * 60 * SECOND) for n in range(4)], t * SECOND) for t in (0, 61, 100, 500)]
     [0, 0, 1, 3]
+    >>> set_back = [Segment("s", n, t * SECOND) for n, t in enumerate((0, 9000, 60, 120, 180))]
+    >>> [first_for(set_back, t * SECOND) for t in (70, 9050, 9100)]
+    [0, 1, 4]
     """
-    for index in range(len(segments) - 1):
-        if segments[index + 1].began_ns + LATE_NS >= since_ns:
+    for index, (segment, following) in enumerate(pairwise(segments)):
+        if max(following.began_ns, segment.began_ns + LASTING_NS) + LATE_NS >= since_ns:
             return index
     return max(0, len(segments) - 1)

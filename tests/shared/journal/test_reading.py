@@ -1,3 +1,4 @@
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,23 @@ def test_a_worker_that_was_started_anew_while_the_clock_was_set_back(tmp_path: P
         found, portion = read_all(tmp_path / "flows", *places)
         assert found == [as_written(*each) for each in since[1:]]
         assert (portion.missing, portion.expired) == (0, 0)
+
+
+def test_a_clock_that_was_wrong_for_a_while_hides_nothing(tmp_path: Path) -> None:
+    """It was an hour ahead: an export has all of the time that it is asked for, and a reader all behind its place."""
+    ahead = NOW + 3600 * SECOND
+    at = [NOW, ahead, NOW + 60 * SECOND, NOW + 120 * SECOND]
+    batches = [each for at_ns in at for _, each in batches_of("ingest.1", 5, 2, at_ns)]
+    order = list(zip(identities("ingest.1", 5, rows=[2] * len(batches)), batches, strict=True))
+    for number, (start, stop) in enumerate(pairwise((0, 2, 5, 6, 8)), 1):  # it was set back within the second one
+        write_segment(tmp_path / "flows", order[start:stop], number)
+    past = PastBatches(tmp_path / "flows", segments_in(tmp_path, "flows"), NOW, NOW + 600 * SECOND)
+    assert [batch.received_ns for batch, _ in past.batches()] == [
+        batch.received_ns for _, batch in order if batch.received_ns < ahead
+    ]
+    found, portion = read_all(tmp_path / "flows", WorkerPosition("ingest.1", 5, 3, 6, ahead))
+    assert found == [as_written(*each) for each in order[3:]]
+    assert (portion.missing, portion.expired) == (0, 0)
 
 
 def test_segments_that_retention_removes_before_an_export_reads_them_are_counted(
