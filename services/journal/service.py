@@ -3,6 +3,7 @@
 import select
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -22,7 +23,7 @@ from shared.fanout.resumption import Resumption
 from shared.fanout.streams import FollowedStreams
 from shared.journal.directory import Lock, segments_in, streams_in
 from shared.journal.records import Identity
-from shared.journal.retention import Bounds, expired
+from shared.journal.retention import Bounds, KnownAge, expired
 from shared.ledger.accounts import Accounts, unparse_origin
 from shared.ledger.counters import BASELINE, KEPT_LIMIT, REACHED, READERS_REFUSED
 from shared.log import get_logger
@@ -59,6 +60,7 @@ class JournalService:
         self._memory = Memory(settings.journal.memory, "[journal] memory", borrows=True)
         own = settings.journal
         self._limits = Bounds(own.bytes, own.age_seconds, own.min_free)
+        self._known_age = KnownAge(own.age_seconds, time.monotonic(), time.time())
         self._streams: dict[str, StreamJournal] = {}
         self._journaled: set[str] = set()
         """Those of them that are kept now."""
@@ -227,13 +229,15 @@ class JournalService:
 
     def _retain(self) -> None:
         """Remove what is too much, too old, or in the way of others on the disk."""
+        aged = self._known_age.at(time.monotonic(), time.time())
         try:
             free = free_on(self._settings.journal.path)
         except OSError:  # the directory is gone: writing says so
             return
         kept = [each for stream in self._streams.values() for each in stream.kept()]
         free += sum(stream.going for stream in self._streams.values())
-        for going in expired(kept, self._limits, time.time_ns(), free):
+        limits = self._limits if aged else replace(self._limits, age_seconds=0)
+        for going in expired(kept, limits, time.time_ns(), free):
             self._streams[going.segment.stream].remove(going)
 
     def _report(self) -> None:

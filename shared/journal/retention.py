@@ -2,8 +2,14 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Final
 
 from shared.journal.segments import SECOND, Segment
+
+UNTRUSTED_SECONDS: Final = 3600.0
+"""Time for which nothing is removed for its age: by then the clock is synchronized, or somebody has seen it."""
+SET_SECONDS: Final = 10.0
+"""A clock that is set ahead by less costs nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +32,28 @@ class Bounds:
     size: int
     age_seconds: float
     free: int
+
+
+class KnownAge:
+    """Tells whether segments are as old as the clock makes them: not soon after a start, or after it was set ahead.
+
+    A clock that is a month ahead for a minute, as before it is synchronized, would otherwise cost all that there is.
+
+    >>> known = KnownAge(7 * 86400, 0.0, 1000.0)
+    >>> [known.at(now, time) for now, time in ((1, 1001), (3600, 4600), (3601, 99999), (7200, 103598), (7201, 103599))]
+    [False, True, False, False, True]
+    """
+
+    def __init__(self, age_seconds: float, now: float, unix_time: float) -> None:
+        self._seconds = min(UNTRUSTED_SECONDS, age_seconds)
+        self._ahead, self._since = unix_time - now, now + self._seconds
+
+    def at(self, now: float, unix_time: float) -> bool:
+        """Return it, at a time of the clock that is not set, and of the one that may be."""
+        before, self._ahead = self._ahead, unix_time - now
+        if self._ahead > before + SET_SECONDS:
+            self._since = now + self._seconds
+        return now >= self._since
 
 
 def expired(kept: Iterable[Kept], limits: Bounds, now_ns: int, free: int) -> list[Kept]:

@@ -1,13 +1,15 @@
 import errno
 import os
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from services.journal import stream_journal
+from services.journal import service, stream_journal
 from services.journal.disk_thread import DiskThread
 from services.journal.readers import MAX_WAITING, Readers
 from services.journal.stream_journal import StreamJournal
@@ -21,6 +23,8 @@ from shared.journal.records import Identity, Reached
 from shared.journal.retention import Bounds, expired
 from shared.journal.segment_writer import SegmentWriter
 from shared.ledger.counters import DISK_ERROR, DISK_FULL, EXPIRED, SEGMENTS, TAKEN, WRITE_ERRNO, WRITTEN
+from shared.settings.model import Settings
+from shared.settings.tables import Journal
 from tests.shared.journal.filled import batch_of, identities
 from tests.stack import wait_until
 
@@ -177,6 +181,32 @@ def test_what_can_not_be_removed_does_not_keep_others(
             journal.remove(each)
         wait_until(lambda: disk.collect() or not journal.going, "it was tried")  # type: ignore[func-returns-value]
     assert journal.segments() == [first.segment, *(each.segment for each in rest)]
+
+
+def test_a_clock_that_is_ahead_for_a_while_costs_no_past(
+    tmp_path: Path, disk: DiskThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Segments older than the limit go, but not while the clock may be wrong: after a start, or once set ahead."""
+    write_two_workers(tmp_path, disk, monkeypatch)
+    now, wall = [0.0], [time.time()]
+    monkeypatch.setattr(service, "time", SimpleNamespace(
+        monotonic=lambda: now[0], time=lambda: wall[0], time_ns=lambda: int(wall[0] * 1e9)))  # fmt: skip
+    own = Journal(directory=str(tmp_path), age_seconds=86_400.0, min_free=0)
+    keeping, journal = (
+        service.JournalService("journal.1", Settings(journal=own)),
+        StreamJournal("flows", tmp_path, 1 << 30, disk),
+    )
+    journal.open()
+    keeping._streams["flows"] = journal
+
+    def left_after(seconds: float, ahead: float = 0.0) -> int:
+        now[0], wall[0] = now[0] + seconds, wall[0] + seconds + ahead
+        keeping._retain()
+        wait_until(lambda: disk.collect() or not journal.going, "it is removed")  # type: ignore[func-returns-value]
+        return len(journal.kept())
+
+    assert [left_after(1, 1e7), left_after(60), left_after(1, -1e7), left_after(4000)] == [6, 6, 6, 6]
+    assert [left_after(1, 1e7), left_after(3598), left_after(2)] == [6, 6, 0]
 
 
 @pytest.mark.parametrize("damaged", [0, 1, 3])
