@@ -113,6 +113,7 @@ class CatchUp(Generic[D]):
     def use(self, settings: Settings) -> None:
         """Use the journaled streams of these settings, and their pace."""
         self._journaled, self._per_second = frozenset(settings.journaled), settings.journal.catch_up_per_second
+        self._watch()
 
     def restore(self, clients: Iterable[Client], tables: Mapping[str, Mapping[str, int]]) -> None:
         """Go on with the pursuits that the last process has left, before the collectors' accounts are restored."""
@@ -334,8 +335,7 @@ class CatchUp(Generic[D]):
         self._past.allow(self._pursued.values(), share, now)
         if here := self._publisher.wanted(JOURNAL_TOPIC):
             self._journal_seen_at = now
-        most = -1.0
-        followed: dict[str, dict[Worker, Position]] = {}
+        most, followed = -1.0, dict[str, dict[Worker, Position]]()
         for key in list(self._pursued):
             pursued = self._pursued[key] = self._pursued.pop(key)  # next time the others come first
             positions = followed.setdefault(key[1], self._streams.positions(key[1]))

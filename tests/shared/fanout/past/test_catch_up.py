@@ -366,6 +366,22 @@ def test_a_journal_that_does_not_keep_the_stream_is_not_waited_for(sender: Sende
         assert read_all(sock) == [b"a%06d" % number for number in range(4)]
 
 
+def test_a_reload_begins_to_keep_a_stream(sender: Sender) -> None:
+    """From then on a collector that goes away is owed what it misses of the stream, whoever signs up meanwhile."""
+    gone, _ = open_receiver("127.0.0.1", 0)
+    siem = make_client("siem", gone.getsockname()[1], streams=(A,), generation=5, catch_up=True)
+    sender.service.apply_settings(Settings(streams=STREAMS[1:]))
+    sender.serve(siem)
+    sender.service.apply_settings(Settings(streams=STREAMS))
+    sender.publish(A, 1)
+    sender.turn()
+    gone.close()
+    for _ in range(3):
+        sender.publish(A, 1)
+        sender.turn()
+    assert sender.pursued == {("siem", A)}
+
+
 @pytest.mark.parametrize("lost", [f"journal/{A} dropped_disk_full", f"origin/ingest.1/1/{A} missed"])
 def test_what_the_journal_has_lost_stays(clock_at: SimpleNamespace, lost: str) -> None:
     """The disk is full, or the queue of the bus: what the journal has passed over stays, as after its restart."""
