@@ -177,11 +177,12 @@ class PastBatches:
     def batches(self, start: JournalPlace | None = None) -> Iterator[tuple[DatagramBatch, Destination]]:
         """Yield batches with where they were sent to; from a place on, if one is given. OSError of the kernel."""
         some = self.segments[first_for(self.segments, self.since_ns) :]
+        if start is not None:
+            some = [segment for segment in some if segment.number >= start.segment]
+            self.gone += some[0].number - start.segment if some else 0
         for segment, following in zip_longest(some, some[1:]):
             later = segment.began_ns > self.until_ns + LATE_NS
             if later and following and following.began_ns >= segment.began_ns:  # else a clock was set back within it
-                continue
-            if start is not None and segment.number < start.segment:
                 continue
             offset = start.offset if start is not None and segment.number == start.segment else 0
             try:

@@ -138,3 +138,15 @@ def test_segments_that_retention_removes_before_an_export_reads_them_are_counted
     (directory / segments[1].name).unlink()
     assert len(list(reading)) == len(order) - 8 - 1
     assert past.gone == 1
+
+
+def test_segments_that_retention_removes_before_a_replay_goes_on_are_counted(
+    two_workers: tuple[Path, Batches],
+) -> None:
+    """It goes on from a place in a segment that is not there any more, with what is behind it."""
+    directory, order = two_workers
+    for gone in segments_in(directory.parent, "flows")[:2]:
+        (directory / gone.name).unlink()
+    past = PastBatches(directory, segments_in(directory.parent, "flows"), 0, 1 << 62)
+    assert len(list(past.batches(JournalPlace(1, 0)))) == len(order) - 16
+    assert past.gone == 2

@@ -186,14 +186,14 @@ def _replay(
                 place.rows = number
                 return False
             sender.send(payload[offsets[row] : offsets[row] + lengths[row]])
-            place.sent += 1
+            place.sent, place.rows = place.sent + 1, number + 1
             if wait > 0:
                 bar.show(place.sent, wanted.share_done(batch.received_ns))
-        place.rows, passed = len(rows), 0
+            if arguments.resume and time.monotonic() >= keep_at:
+                keep_at = time.monotonic() + KEEP_SECONDS
+                _keep(arguments.resume, place, whole=False)
+        passed = 0
         bar.show(place.sent, wanted.share_done(batch.received_ns))
-        if arguments.resume and time.monotonic() >= keep_at:
-            keep_at = time.monotonic() + KEEP_SECONDS
-            _keep(arguments.resume, place, whole=False)
     return True
 
 

@@ -3,9 +3,17 @@ import pty
 import signal
 import socket
 import sys
+from argparse import Namespace
+from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
+import pytest
 
+from services.operator.cli.progress import Bar
+from services.operator.client.journal_past import find_past
+from services.operator.commands.captures import replay
+from shared.settings.model import Settings
 from tests.services.operator.commands.captures.test_export import fill
 from tests.stack import PATIENT, Stack, ask_json
 
@@ -86,10 +94,10 @@ def test_a_replay_goes_on_where_it_was_interrupted(stack: Stack) -> None:
         to = f"127.0.0.1:{sock.getsockname()[1]}"
         flags = ("--stream", "flows", "--to", to, "--resume", str(place), "--rate")
         for _ in range(2):
-            replay = stack.operator("replay", *flags, "40")
+            running = stack.operator("replay", *flags, "40")
             found += [sock.recv(1 << 16) for _ in range(10)]
-            assert replay.stop(signal.SIGINT) == 0
-            assert "the same command goes on from here" in replay.text
+            assert running.stop(signal.SIGINT) == 0
+            assert "the same command goes on from here" in running.text
             found += waiting(sock)
             sock.settimeout(60)
             assert msgspec.json.decode(place.read_bytes())["sent"] == len(found)
@@ -104,6 +112,32 @@ def test_a_replay_goes_on_where_it_was_interrupted(stack: Stack) -> None:
         place.write_text("{}")
         code, _, said = stack.run("replay", *flags, "100000")
         assert (code, "it is no file of `fanwire replay`; remove it" in said) == (64, True)
+
+
+def test_its_place_is_kept_within_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch may take minutes to send: by the second the file tells how far it was sent, also after a kill."""
+    fill(tmp_path, 1, 2)
+    asked = Namespace(stream="flows", since="", until="now", source=None, directory=tmp_path)
+    wanted, place = find_past(asked, Settings()), tmp_path / "place"
+    sent, kept = list[bytes](), list[tuple[int, int]]()
+
+    class Sender:
+        """Takes datagrams, and reads each time what the file says."""
+
+        def send(self, payload: memoryview) -> None:
+            """Take one."""
+            sent.append(bytes(payload))
+            if place.exists():
+                at = msgspec.json.decode(place.read_bytes(), type=replay.Bookmark)
+                kept.append((at.sent, at.rows))
+
+    monkeypatch.setattr(replay, "KEEP_SECONDS", 0.0)
+    bookmark = replay.Bookmark(stream="flows", to="siem", source=None, since_ns=0, until_ns=0)
+    options = Namespace(rate=1e9, speed=1.0, resume=place)
+    with Bar("datagrams sent") as bar:
+        assert replay._replay(SimpleNamespace(draining=False), wanted, Sender(), bookmark, bar, options)  # type: ignore[arg-type]
+    assert len(sent) == 8
+    assert kept == [(1, 1), (2, 2), (3, 3), (4, 4), (5, 1), (6, 2), (7, 3)]
 
 
 def test_nobody_listens(stack: Stack) -> None:
