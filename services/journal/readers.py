@@ -1,7 +1,8 @@
 """Those who read in the journal by the bus: their requests wait in turn, and each gets one portion."""
 
+import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final, Protocol
 
 import numpy as np
@@ -16,6 +17,8 @@ from shared.log import get_logger
 
 MAX_WAITING: Final = 64
 """Requests that may wait; each reader has one under way."""
+WAITING_SECONDS: Final = 4.0
+"""A request that has waited for so long is refused: its reader asks anew a second later, and takes no answer to it."""
 MAX_BATCHES: Final = 64
 """Batches in a portion, whatever their size: fewer than a queue of the bus holds."""
 JOINED_ROWS: Final = 256
@@ -36,9 +39,11 @@ class Publish(Protocol):
 class Readers:
     """Answers requests, one when its turn comes."""
 
-    def __init__(self, publish: Publish, streams: Mapping[str, StreamJournal]) -> None:
-        self._publish, self._streams = publish, streams
-        self._waiting: deque[JournalRead] = deque()
+    def __init__(
+        self, publish: Publish, streams: Mapping[str, StreamJournal], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._publish, self._streams, self._clock = publish, streams, clock
+        self._waiting: deque[tuple[float, JournalRead]] = deque()
         self.refused = 0
         """Requests that were answered with an error."""
 
@@ -51,11 +56,14 @@ class Readers:
             why = "the journal's memory is short" if memory_short else f"{MAX_WAITING} requests wait already"
             self._refuse(request, "unavailable", f"{why}; ask again in a second")
         else:
-            self._waiting.append(request)
+            self._waiting.append((self._clock(), request))
 
     def answer(self) -> None:
         """Answer the request that has waited longest."""
-        request = self._waiting.popleft()
+        asked_at, request = self._waiting.popleft()
+        if self._clock() >= asked_at + WAITING_SECONDS:
+            self._refuse(request, "unavailable", "the journal is slow, and others were first; ask again in a second")
+            return
         stream = self._streams.get(request.stream)
         if stream is None:
             self._refuse(request, "unknown_stream", f"the journal does not keep stream {request.stream}")

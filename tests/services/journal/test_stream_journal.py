@@ -253,3 +253,20 @@ def test_readers_wait_in_turn_up_to_a_limit(tmp_path: Path, disk: DiskThread) ->
     while readers:
         readers.answer()
     assert [(each.error, each.at_end) for each in said[2:]] == [("", True)] * MAX_WAITING
+
+
+def test_requests_that_have_waited_too_long_are_not_answered(tmp_path: Path, disk: DiskThread) -> None:
+    """The disk is slow: nobody waits for the answers to old requests any more, and those to new ones come in time."""
+    said: list[JournalPortion] = []
+    journal = StreamJournal("flows", tmp_path, 1 << 30, disk)
+    journal.open()
+    now = [0.0]
+    readers = Readers(lambda _topic, body, _batch=None: said.append(body) or True, {"flows": journal}, lambda: now[0])  # type: ignore[func-returns-value]
+    for number in range(4):
+        now[0] = 2.0 * number
+        readers.add(JournalRead(number, "replay/forwarder.1.a/", "flows", 0, []), memory_short=False)
+    while readers:
+        readers.answer()
+    assert [(each.id, each.error) for each in said] == [(0, "unavailable"), (1, "unavailable"), (2, ""), (3, "")]
+    assert said[0].message == "the journal is slow, and others were first; ask again in a second"
+    assert readers.refused == 2
