@@ -15,6 +15,7 @@ from prometheus_client.registry import Collector as Source
 from shared.bus.bodies.nodes_message import Nodes, NodeState
 from shared.client import MOST_WAITING
 from shared.ledger import counters
+from shared.ledger.equations import is_loss
 from shared.losses import cause_of
 from shared.monitoring.kept import KeptStream
 from shared.monitoring.picture import Collector, Picture, Service, Stream, Word
@@ -23,27 +24,7 @@ MAX_COLLECTORS: Final = 2000
 """Collectors that have series; `fanwire_collectors_not_shown` tells of more."""
 HEALTHS: Final = tuple(word for word in get_args(Word) if word != "unknown")
 COLLECTOR_CAUSES: Final = tuple(
-    dict.fromkeys(
-        cause_of(counter)
-        for counter in (
-            *(
-                counters.REFUSALS,
-                counters.UNREACHABLES,
-                counters.MISSED,
-                counters.WITHHELD,
-                counters.BUFFER_FULL,
-                counters.NO_MEMORY,
-            ),
-            *(
-                counters.NOT_CONNECTED,
-                counters.QUEUE_FULL,
-                counters.NO_ROUTE,
-                counters.NO_NEIGHBOUR,
-                counters.INTERFACE_DOWN,
-            ),
-            *(counters.OTHER_FAMILY, counters.DESTINATION_REFUSED, counters.SOURCE_REFUSED, counters.RATE_LIMITED),
-        )
-    )
+    dict.fromkeys(cause_of(counter) for counter in counters.COLLECTOR_COUNTERS if is_loss(counter))
 )
 """Causes that are told as 0 from the beginning: a rate would miss the first loss of a series that appears with it."""
 STREAM_CAUSES: Final = tuple(

@@ -10,7 +10,9 @@ from services.console.metrics import MAX_COLLECTORS, exporter_metrics, render, s
 from shared.bus.bodies.nodes_message import Node, Nodes
 from shared.bus.messages import Message
 from shared.client import MOST_WAITING
-from shared.losses import causes
+from shared.ledger.counters import COLLECTOR_COUNTERS
+from shared.ledger.equations import is_loss
+from shared.losses import cause_of, causes
 from tests.builders import make_envelope
 from tests.services.console.told import HOSTILE, busy, client, observe
 
@@ -33,7 +35,9 @@ def test_losses_are_those_of_the_account() -> None:
     lost = samples(text, "fanwire_copies_lost_total")
     assert lost["refused", "siem"] == sum(causes({"refusals": 7}).values())
     assert lost["refused", HOSTILE] == 10
-    assert lost["no_route", "siem"] == 0
+    named = {cause_of(counter) for counter in COLLECTOR_COUNTERS if is_loss(counter)}
+    assert {cause for cause, collector in lost if collector == "siem"} == named
+    assert lost["unserved", "siem"] == lost["no_route", "siem"] == 0  # what a restart of a sender costs comes at once
     assert samples(text, "fanwire_datagrams_lost_total")["bus_full", "syslog", "ingest.1"] == 10
     assert samples(text, "fanwire_collector_health")["siem", "refusing"] == 1
     assert samples(text, "fanwire_collector_health")["siem", "ok"] == 0
