@@ -1,5 +1,6 @@
 """Losses: each at the place on the datagrams' way where it happened, under its cause. No I/O."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Final, Literal, NamedTuple
 
@@ -32,7 +33,9 @@ from shared.ledger.counters import (
 )
 from shared.ledger.equations import is_loss
 
-PLACES: Final = ("upstream", "kernel", "ingest", "bus", "uplink", "way out", "network", "journal")
+UPSTREAM: Final = "upstream"
+"""The place whose counts fall now and then: what the kernel has dropped is taken off, once it is found there."""
+PLACES: Final = (UPSTREAM, "kernel", "ingest", "bus", "uplink", "way out", "network", "journal")
 """Places on its way at which a datagram may be lost. `uplink` is between sites; `network` is all behind this host, as
 far as ICMP tells.
 
@@ -71,15 +74,23 @@ class Loss(NamedTuple):
 
 
 def losses(accounts: Mapping[str, Mapping[str, Mapping[str, int]]]) -> list[Loss]:
-    """Return the losses that services report, in the order of the way. `accounts` are those of each service."""
-    found = [
-        loss
-        for service, kept in sorted(accounts.items())
-        for name, account in sorted(kept.items())
-        for loss in _losses(service, name, account)
-        if loss.lost > 0
-    ]
-    return sorted(found, key=lambda loss: PLACES.index(loss.place))
+    """Return the losses that services report, in the order of the way. `accounts` are those of each service.
+
+    What was lost from each start of a worker is one loss: they differ in nothing that is told.
+    """
+    lost = Counter[Loss]()
+    for _, loss in losses_by_account(accounts):
+        lost[loss._replace(lost=0)] += loss.lost
+    return sorted(
+        (loss._replace(lost=count) for loss, count in lost.items()), key=lambda loss: PLACES.index(loss.place)
+    )
+
+
+def losses_by_account(accounts: Mapping[str, Mapping[str, Mapping[str, int]]]) -> Iterator[tuple[str, Loss]]:
+    """Yield the losses that services report, each with the name of its account."""
+    for service, kept in sorted(accounts.items()):
+        for name, account in sorted(kept.items()):
+            yield from ((name, loss) for loss in _losses(service, name, account) if loss.lost > 0)
 
 
 def _losses(service: str, name: str, account: Mapping[str, int]) -> Iterator[Loss]:
@@ -87,12 +98,12 @@ def _losses(service: str, name: str, account: Mapping[str, int]) -> Iterator[Los
     kind, _, of = name.partition("/")
     if kind == "stream":
         by_kernel = account.get(KERNEL_DROPPED, 0)
-        # Datagrams that the kernel dropped are missing from the exporters' numbers too, which need not count datagrams.
+        # Datagrams that the kernel dropped are missing from the exporters' numbers too. Of flows and records it is not
+        # known how many those are.
         upstream = {"datagrams": max(0, account.get(EXPORTER_MISSED, 0) - by_kernel)}
         upstream |= {"flows": account.get(EXPORTER_MISSED_FLOWS, 0), "records": account.get(EXPORTER_MISSED_RECORDS, 0)}
         for unit, lost in upstream.items():
-            among = ", the kernel's among them" if by_kernel and unit != "datagrams" else ""
-            yield Loss("upstream", service, of, lost, unit + among)
+            yield Loss(UPSTREAM, service, of, lost, unit)
         yield Loss("kernel", service, of, by_kernel, "datagrams")
         for cause, lost in causes(account).items():
             if cause != KERNEL_DROPPED:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from shared.log import LOSS_BEGAN, LOSS_ENDED, get_logger, suppressed
-from shared.losses import Loss, losses
+from shared.losses import UPSTREAM, Loss, losses
 from shared.process.log_limit import LogBudget
 
 QUIET_SECONDS: Final = 5.0
@@ -39,6 +39,9 @@ class LossLog:
         before, self._counts = self._counts, counts
         if before is None:
             return
+        counts.update(
+            {loss: max(known, counts.get(loss, 0)) for loss, known in before.items() if loss.place == UPSTREAM}
+        )
         for loss, count in counts.items():
             known = before.get(loss, 0)
             if count != known:

@@ -4,9 +4,9 @@ A view subscribes to `TOPICS`, hands every message in, and asks for a picture wh
 """
 
 import math
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 from shared.bus.bodies.exporters_message import Exporters
@@ -48,7 +48,7 @@ from shared.ledger.counters import (
     WITHHELD_BY_ADMIN,
 )
 from shared.ledger.equations import lost
-from shared.losses import causes, losses
+from shared.losses import causes
 from shared.monitoring.balance import Balance
 from shared.monitoring.cluster import Cluster
 from shared.monitoring.kept import Owed, kept_streams, owed
@@ -62,6 +62,7 @@ from shared.monitoring.picture import (
     Word,
     WorkerShare,
 )
+from shared.monitoring.recent_losses import Past, RecentLosses
 from shared.monitoring.shares import Shares
 from shared.monitoring.verdict import judge
 
@@ -72,8 +73,6 @@ FORGET_SECONDS: Final = 120.0
 """A silent service is shown for this long."""
 ROUND_SECONDS: Final = 4.0
 """Time of a comparison of all accounts: each service reports several times in it."""
-STEP_SECONDS: Final = 5.0
-"""The times between which `recent` losses are told apart."""
 
 
 @dataclass(slots=True)
@@ -93,27 +92,6 @@ class _Told:
         yield from owed(self.report.accounts, before.accounts, self.report.received_at - before.received_at)
 
 
-@dataclass(slots=True)
-class _Past:
-    """The counts of a loss at the beginnings of the last steps."""
-
-    counts: deque[tuple[float, int]] = field(default_factory=deque)
-
-    def note(self, now: float, count: int, *, began: int) -> None:
-        """Note a count; the first one grew from `began`."""
-        if not self.counts:
-            self.counts.append((now - STEP_SECONDS, began))
-        if now - self.counts[-1][0] >= STEP_SECONDS:
-            self.counts.append((now, count))
-        while len(self.counts) > 1 and self.counts[1][0] <= now - RECENT_SECONDS:
-            self.counts.popleft()
-
-    def recent(self, count: int) -> int:
-        """Return how much has come since the oldest count; all of it where counts began anew."""
-        oldest = self.counts[0][1] if self.counts else count
-        return count - oldest if count >= oldest else count
-
-
 class Observer:
     """Takes messages in, and makes pictures of them."""
 
@@ -128,12 +106,12 @@ class Observer:
         self._assemblers: defaultdict[str, Assembler[Health]] = defaultdict(Assembler)
         self._words: dict[tuple[str, int], tuple[Word, float | None]] = {}
         self._shares = Shares()
-        self._past: dict[tuple[str, str, str, str], _Past] = {}
+        self._recent = RecentLosses()
         self._began = math.inf
         """The time of the first message."""
         self._seen: set[str] = set()
         """Services in the last picture: a loss that they did not have then began at 0."""
-        self._past_of: dict[str, _Past] = {}
+        self._past_of: dict[str, Past] = {}
         self._round, self._round_began = Balance(), 0.0
         self._balanced: bool | None = None
         self._found: tuple[str, ...] = ()
@@ -296,9 +274,9 @@ class Observer:
             if past is None and count == 0:
                 recent = 0
             else:
-                past = self._past_of.setdefault(client.name, _Past())
+                past = self._past_of.setdefault(client.name, Past())
                 past.note(now, count, began=0 if service in self._seen else count)
-                recent = past.recent(count)
+                recent = past.recent
             yield Collector(
                 client,
                 health,
@@ -363,14 +341,9 @@ class Observer:
             )
 
     def _losses(self, now: float) -> Iterator[RecentLoss]:
-        present = losses({name: told.report.accounts for name, told in self._told.items()})
-        kept: dict[tuple[str, str, str, str], _Past] = {}
-        for loss in present:
-            key = (loss.place, loss.service, loss.of, loss.what)
-            past = kept[key] = self._past.get(key) or _Past()
-            past.note(now, loss.lost, began=0 if loss.service in self._seen else loss.lost)
-            yield RecentLoss(loss, past.recent(loss.lost))
-        self._past, self._seen = kept, set(self._told)
+        boots = {name: told.report.boot for name, told in self._told.items()}
+        yield from self._recent.note(self.accounts, boots, self._seen, now)
+        self._seen = set(self._told)
 
 
 def _missed(accounts: Accounts) -> Iterator[int]:

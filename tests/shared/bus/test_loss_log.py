@@ -66,3 +66,14 @@ def test_an_account_that_begins_anew_or_goes(monkeypatch: pytest.MonkeyPatch) ->
         ("loss began", 3),
         ("loss ended", None),
     ]
+
+
+def test_starts_of_a_worker_and_gaps_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each start of a worker that loses has its line; a gap that was the kernel's is no loss upstream anew."""
+    lines = said(monkeypatch)
+    senders, worker = LossLog("forwarder.1"), LossLog("ingest.1")
+    for number, lost in enumerate((0, 4)):
+        senders.note({"origin/ingest.1/1/syslog": {"missed": lost}, "origin/ingest.1/2/syslog": {"missed": 9}}, number)
+    for number, (missed, dropped) in enumerate(((500, 0), (500, 10), (510, 10))):
+        worker.note({"stream/flows": {"exporter_missed": missed, "kernel_dropped": dropped}}, number)
+    assert [(line["place"], line["lost"], line["total"]) for line in lines] == [("bus", 4, 13), ("kernel", 10, 10)]

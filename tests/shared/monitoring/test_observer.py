@@ -131,6 +131,56 @@ def test_a_row_and_the_losses_agree_on_what_is_recent() -> None:
     assert "lost in the last five minutes: 90 (network)" in picture.verdict.reasons
 
 
+def recent(picture: Picture) -> dict[tuple[str, str], tuple[int, int]]:
+    """Losses, and what of them is recent, by place and unit or cause."""
+    found = {(each.loss.place, each.loss.what): (each.loss.lost, each.recent) for each in picture.losses}
+    assert len(found) == len(picture.losses)
+    return found
+
+
+def test_starts_of_a_worker_are_one_loss_and_only_what_grew_is_recent() -> None:
+    """Losses on the bus from two starts of a worker are one row; a start that is forgotten makes nothing recent."""
+    told, bus = Told(), ("bus", "datagrams of ingest.1")
+    for boots, expected in (
+        ({1: 10, 2: 900}, (910, 0)),
+        ({1: 10, 2: 905}, (915, 5)),
+        ({2: 905}, (905, 5)),
+        ({2: 905, 3: 7}, (912, 12)),
+    ):
+        accounts = {unparse_origin("ingest.1", boot, "syslog"): {"missed": missed} for boot, missed in boots.items()}
+        told.status("forwarder.1", accounts)
+        assert recent(told.picture(1.0))[bus] == expected
+    for _ in range(62):
+        told.status("forwarder.1", accounts)
+        found = recent(told.picture(5.0))
+    assert found[bus] == (912, 0)
+
+
+def test_what_the_kernel_had_dropped_is_not_lost_upstream_anew() -> None:
+    """Gaps that turn out to be the kernel's are taken off, whatever came before; a worker's new start begins anew."""
+    told, upstream = Told(), ("upstream", "datagrams")
+    for boot, missed, dropped, lost, new in (
+        (1, 500, 0, 500, 0),
+        (1, 500, 10, 490, 0),
+        (1, 510, 10, 500, 0),
+        (1, 512, 10, 502, 2),
+        (1, 512, 999, 0, 0),
+        (1, 1503, 999, 504, 4),
+        (2, 3, 0, 3, 3),
+    ):
+        told.status("ingest.1", {"stream/flows": {"exporter_missed": missed, "kernel_dropped": dropped}}, boot)
+        assert recent(told.picture(1.0)).get(upstream, (0, 0)) == (lost, new)
+
+
+def test_units_of_gaps_keep_what_was_recent() -> None:
+    """Flows that are missing are no new loss when the kernel drops the first datagram."""
+    told = Told()
+    for dropped in (0, 1):
+        told.status("ingest.1", {"stream/flows": {"exporter_missed_flows": 500, "kernel_dropped": dropped}})
+        found = recent(told.picture(1.0))
+    assert found == {("upstream", "flows"): (500, 0), ("kernel", "datagrams"): (1, 1)}
+
+
 def test_a_service_that_goes_silent_and_comes_back() -> None:
     """A service that stops to report is silent and its numbers unknown; a new start of it has no rate at first."""
     told = Told()
