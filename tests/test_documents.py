@@ -15,7 +15,7 @@ from services.gateway.registry.condition import Word
 from services.gateway.render import EntryView
 from services.operator.__main__ import COMMANDS
 from services.operator.client.lease import PASSING
-from services.operator.commands.running.ready import OPT_IN, OPTIONAL, SERVICES
+from services.operator.commands.running.ready import OPTIONAL, SERVICES
 from services.transmitter import raw_frames
 from shared.bus.bodies.nodes_message import Node, Nodes
 from shared.ledger import accounts, counters
@@ -23,6 +23,7 @@ from shared.log import EVENTS
 from shared.settings.entries import Collector, Token
 from shared.settings.file import render
 from shared.settings.model import DEFAULT_STREAM, Settings
+from shared.settings.opt_in import OPT_IN
 from shared.settings.values import SCOPES
 from tests.documents import FRONT, SHOWN, blocks, defined, exists, pages, prose, sentences, tables, text, words
 from tests.services.console.told import busy

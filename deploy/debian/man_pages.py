@@ -15,10 +15,11 @@ from argparse_manpage.manpage import Manpage
 sys.path.insert(0, fanwire.__path__[0])  # as the installed program does
 
 from services.operator.commands.completion import whole_parser
-from services.operator.commands.running.ready import OPT_IN, OPTIONAL, SERVICES
+from services.operator.commands.running.ready import OPTIONAL, SERVICES
 from shared.process.installed_version import release
 from shared.process.lifecycle import Parser
 from shared.settings.location import SYSTEM, VARIABLE
+from shared.settings.opt_in import OPT_IN
 
 COMMAND, SERVICE = 1, 8
 """Sections of the manual."""

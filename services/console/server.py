@@ -35,6 +35,7 @@ from shared.process.memory import Memory
 from shared.process.reload import Reload
 from shared.process.tokens_file import read_tokens
 from shared.settings.model import Settings
+from shared.settings.opt_in import asked_for
 
 GRACE_SECONDS: Final = 1
 """Time for answers under way at the end; the streams of pages end at once."""
@@ -53,7 +54,7 @@ def run_console(settings: Settings, lifecycle: Lifecycle) -> None:
         context = closing.enter_context(new_context())
         publisher = closing.enter_context(contextlib.closing(Publisher(context, bus.path, name, mark, link)))
         subscriber = closing.enter_context(contextlib.closing(Subscriber(context, bus.path, mark, link)))
-        watch = Watch(subscriber, publisher, memory)
+        watch = Watch(subscriber, publisher, memory, asked_for(settings))
         console = Console(watch, Sampler(context, bus, link), Admin(watch, settings), release())
         asyncio.run(_serve(settings, lifecycle, listeners, watch, console))
 
@@ -90,6 +91,7 @@ async def _serve(
         _renew_certificate(settings, [server.config.ssl for server, _ in servers if server.config.ssl])
         tokens["now"] = declared
         console.admin.settings = fresh
+        watch.observer.asked_for = tuple(asked_for(fresh))
 
     reload = Reload("console.1", lifecycle, settings, apply_settings)
 

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
+from collections.abc import Iterable
 from typing import Final
 
 from services.console.history import History
@@ -40,8 +41,10 @@ def next_look(now: float, seconds: float) -> float:
 class Watch:
     """Follows the bus; `picture` is the last one, and `next_picture` waits for another."""
 
-    def __init__(self, subscriber: Subscriber, publisher: Publisher, memory: Memory) -> None:
-        self.observer = Observer()
+    def __init__(
+        self, subscriber: Subscriber, publisher: Publisher, memory: Memory, asked_for: Iterable[str] = ()
+    ) -> None:
+        self.observer = Observer(asked_for)
         self.history = History()
         self.picture = Picture(time.monotonic(), Verdict("unknown", ("no service has reported yet",)), None, ())
         self.number = 0

@@ -38,6 +38,8 @@ class Balance:
     """The last report of each service."""
     workers: Sequence[str] = ()
     """Workers that live, whether they report or not."""
+    asked_for: Sequence[str] = ()
+    """Kinds of service that the settings ask for, beside those that are always needed."""
     _due: dict[Origin, int] = field(default_factory=dict)
     _consumers: dict[str, _Consumer] = field(default_factory=dict)
     _compared: set[tuple[str, Origin]] = field(default_factory=set)
@@ -72,7 +74,7 @@ class Balance:
     def silent(self) -> list[str]:
         """Kinds of service, and workers, that do not report though they have to, or are known to be there."""
         there = any(kept.get("gateway", {}).get(ORIGINAL_SENDERS) for kept in self.accounts.values())
-        wanted = (*NEEDED, "transmitter") if there else NEEDED
+        wanted = (*NEEDED, *["transmitter"] * there, *self.asked_for)
         kinds = [kind for kind in wanted if not self.reports(kind)]
         return kinds + [name for name in self.workers if name not in self.accounts and self.reports(_kind(name))]
 

@@ -95,7 +95,9 @@ class _Told:
 class Observer:
     """Takes messages in, and makes pictures of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, asked_for: Iterable[str] = ()) -> None:
+        self.asked_for = tuple(asked_for)
+        """Kinds of service that have to report since the settings ask for them."""
         self._reports = Reports()
         self._told: dict[str, _Told] = {}
         self._replica = RegistryReplica()
@@ -112,7 +114,7 @@ class Observer:
         self._seen: set[str] = set()
         """Services in the last picture: a loss that they did not have then began at 0."""
         self._past_of: dict[str, Past] = {}
-        self._round, self._round_began = Balance(), 0.0
+        self._round, self._round_began = Balance(asked_for=self.asked_for), 0.0
         self._balanced: bool | None = None
         self._found: tuple[str, ...] = ()
 
@@ -179,7 +181,7 @@ class Observer:
         services = tuple(self._services(now))
         found = tuple(self._losses(now))
         seconds = min(RECENT_SECONDS, max(0.0, now - self._began))
-        verdict = judge(services, collectors, found, self._found, seconds)
+        verdict = judge(services, collectors, found, self._found, seconds, self.asked_for)
         return Picture(
             *(now, verdict, self._balanced, self._found, streams, collectors, exporters, services, found),
             *(tuple(kept_streams(accounts)), egress_accounts(accounts.values()), seconds),
@@ -205,7 +207,7 @@ class Observer:
             if found and not self._round.settled and not late:
                 return  # they may still catch up with each other
             self._balanced, self._found = not found, found
-        self._round, self._round_began = Balance(), now
+        self._round, self._round_began = Balance(asked_for=self.asked_for), now
 
     def _streams(self, accounts: Mapping[str, Accounts]) -> Iterator[Stream]:
         parts: defaultdict[str, dict[str, dict[str, int]]] = defaultdict(dict)

@@ -22,18 +22,20 @@ def judge(
     losses: Iterable[RecentLoss],
     discrepancies: Sequence[str],
     recent_seconds: float,
+    asked_for: Sequence[str] = (),
 ) -> Verdict:
     """Return the verdict; `discrepancies` are those of the last comparison of all accounts.
 
-    `recent_seconds` are what the losses' `recent` covers.
+    `recent_seconds` are what the losses' `recent` covers, `asked_for` the kinds of service that the settings ask for.
     """
     services, collectors = list(services), list(collectors or ())
     if not services:
-        return Verdict("unknown", ("no service has reported yet",), tuple(Balance().silent()))
+        return Verdict("unknown", ("no service has reported yet",), tuple(Balance(asked_for=asked_for).silent()))
     reasons: list[tuple[Level, str]] = []
     heard = {each.name: {each.name.partition(".")[0]: each.account} for each in services if not each.silent}
     named = [each.name for each in services if each.silent]
-    missing = [kind for kind in Balance(heard).silent() if not any(name.startswith(f"{kind}.") for name in named)]
+    silent = Balance(heard, asked_for=asked_for).silent()
+    missing = [kind for kind in silent if not any(name.startswith(f"{kind}.") for name in named)]
     if missing or named:
         reasons.append(("error", f"not heard on the bus: {', '.join(missing + named)}"))
     if discrepancies:

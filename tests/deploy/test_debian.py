@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from services.operator.__main__ import COMMANDS
-from services.operator.commands.running.ready import OPT_IN, OPTIONAL, SERVICES
+from services.operator.commands.running.ready import OPTIONAL, SERVICES
+from shared.settings.opt_in import OPT_IN
 from tests.deploy.test_units import UNITS, lines, service_of
 from tests.documents import block
 from tests.stack import CHECKOUT

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from services.operator.commands.running.ready import OPT_IN
 from services.transmitter.opener import SEND_BUFFER, SOCKETS
 from shared.net.addresses import resolve
 from shared.net.sockets import KINDS
 from shared.process.lifecycle import BAD_SETTINGS, NOT_PERMITTED, USAGE
 from shared.settings.entries import Stream
 from shared.settings.model import DEFAULT_STREAM, Settings
+from shared.settings.opt_in import OPT_IN
 from shared.settings.tables import Forwarder
 from tests.documents import block
 from tests.stack import CHECKOUT

@@ -2,8 +2,8 @@
 
 import pytest
 
-from services.operator.commands.running.ready import OPT_IN
 from shared.bus.curve_keys import ROLES, write_keys
+from shared.settings.opt_in import OPT_IN
 from tests.stack import Stack
 
 

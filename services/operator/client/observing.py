@@ -11,6 +11,7 @@ from shared.fanout.snapshot_request import SnapshotRequest
 from shared.monitoring.observer import TOPICS, Observer
 from shared.monitoring.picture import Picture
 from shared.settings.model import Settings
+from shared.settings.opt_in import asked_for
 
 RATES_SECONDS: Final = 2.5
 """Each service reports at once, and then each second: in this time at least twice, and rates are known."""
@@ -19,8 +20,8 @@ RATES_SECONDS: Final = 2.5
 class Watched:
     """The bus, observed for as long as `read` is called."""
 
-    def __init__(self, subscriber: Subscriber) -> None:
-        self._subscriber, self._observer = subscriber, Observer()
+    def __init__(self, subscriber: Subscriber, settings: Settings) -> None:
+        self._subscriber, self._observer = subscriber, Observer(asked_for(settings))
         self._snapshot = SnapshotRequest(subscriber)
         self.socket = subscriber.socket
         """Readable when there is something to read."""
@@ -44,7 +45,7 @@ def watched(settings: Settings) -> Iterator[Watched]:
     with subscribed(settings, first) as subscriber:
         for topic in others:
             subscriber.subscribe(topic)
-        yield Watched(subscriber)
+        yield Watched(subscriber, settings)
 
 
 def picture_with_rates(settings: Settings) -> Picture:

@@ -14,11 +14,12 @@ from typing import Any, Final
 
 from services.operator.cli.arguments import Subparsers, add_command
 from services.operator.client.gateway_options import access, add_gateway_arguments
-from services.operator.commands.running.ready import OPT_IN, OPTIONAL, SERVICES
+from services.operator.commands.running.ready import OPTIONAL, SERVICES
 from shared.process.lifecycle import OK, UNAVAILABLE, OperatorError, Parser, add_config_argument, add_service_arguments
 from shared.process.registry_client import RegistryClient
 from shared.settings.file import load
 from shared.settings.model import Settings
+from shared.settings.opt_in import OPT_IN
 
 SHELLS: Final = ("bash", "zsh", "fish")
 NAMED: Final = {"STREAM": "streams", "CLIENT": "clients", "STREAM|COLLECTOR": "sources", "IFACE": "interfaces"}

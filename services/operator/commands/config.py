@@ -6,12 +6,13 @@ from pathlib import Path
 
 from services.operator.cli.arguments import Subparsers, add_command
 from services.operator.client.programs import refusals
-from services.operator.commands.running.ready import OPT_IN, OPTIONAL, SERVICES
+from services.operator.commands.running.ready import OPTIONAL, SERVICES
 from shared.net.printable import printable
 from shared.process.lifecycle import BAD_SETTINGS, OK
 from shared.settings.file import NOT_SETTINGS, render
 from shared.settings.location import settings_file
 from shared.settings.model import Settings
+from shared.settings.opt_in import OPT_IN
 
 
 def add_parser(subparsers: Subparsers) -> None:

@@ -50,6 +50,7 @@ from shared.monitoring.kept import kept_streams, owed
 from shared.net.printable import printable
 from shared.process.lifecycle import FAILED, OK, UNAVAILABLE, OperatorError
 from shared.settings.model import Settings
+from shared.settings.opt_in import asked_for
 
 ROUND_SECONDS: Final = 2 * INTERVAL_SECONDS + 0.1
 """Every service reports at once, and then each second: in this time at least twice."""
@@ -96,7 +97,8 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
 
 def _listen(settings: Settings, seconds: float) -> Balance:
     """Take reports for a full round, and for as long as they disagree, up to `seconds`."""
-    balance, reports = Balance(workers=living_workers(settings.bus.path)), Reports()
+    living, reports = living_workers(settings.bus.path), Reports()
+    balance = Balance(workers=living, asked_for=[*asked_for(settings)])
     start = time.monotonic()
     with subscribed(settings, "status/") as subscriber:
         while (passed := time.monotonic() - start) < seconds:

@@ -15,7 +15,7 @@ from services.operator.client.gateway_options import access, add_gateway_argumen
 from services.operator.client.offload_paths import heard_paths
 from services.operator.client.programs import refusals
 from services.operator.client.running_streams import CURE, difference, running_streams, stream_named
-from services.operator.commands.running.ready import OPT_IN, OPTIONAL, SERVICES
+from services.operator.commands.running.ready import OPTIONAL, SERVICES
 from services.operator.doctor.facts import by_service, host_facts, listen, network_facts, service_facts
 from services.operator.doctor.host import check_host
 from services.operator.doctor.host_names import check_host_names, look_up
@@ -36,6 +36,7 @@ from shared.process.lifecycle import FAILED, OK, OperatorError
 from shared.process.registry_client import Access, Entry, RegistryClient
 from shared.settings.entries import Collector, Stream
 from shared.settings.model import Settings
+from shared.settings.opt_in import OPT_IN
 
 COLUMNS: Final = ("check", "level", "of", "why", "cure")
 LEVELS: Final = ("error", "warning", "ok")

@@ -24,8 +24,8 @@ OTHER = Client("other", streams=("*",), generation=8, address="192.0.2.2", port=
 class Told:
     """An observer, and what is told to it in time."""
 
-    def __init__(self) -> None:
-        self.observer = Observer()
+    def __init__(self, *asked_for: str) -> None:
+        self.observer = Observer(asked_for)
         self.now = 1000.0
         self._reports = 0
 
@@ -196,6 +196,23 @@ def test_a_service_that_goes_silent_and_comes_back() -> None:
     siem = collector(told.picture())
     assert (siem.sent, siem.rate) == (1, None)
     assert [each.name for each in told.picture(FORGET_SECONDS - 1).services] == ["forwarder.1"]
+
+
+def test_a_service_that_settings_ask_for_is_missed_for_as_long_as_it_is_away() -> None:
+    """Its silence is an error, also when it has been forgotten, and nothing is said of the balance meanwhile."""
+    told = Told("journal")
+    told.everyone()
+    told.status("journal.1", {})
+    assert told.picture().verdict.level == "ok"
+    for passed in range(int(FORGET_SECONDS) + 2):
+        told.everyone()
+        picture = told.picture(1.0)
+        if passed > SILENT_SECONDS:
+            assert "not heard on the bus: journal" in picture.verdict.reasons[0]
+    assert (picture.verdict.missing, picture.balanced) == (("journal",), None)
+    assert "journal.1" not in [each.name for each in picture.services]
+    told.status("journal.1", {})
+    assert told.picture().verdict.level == "ok"
 
 
 def test_the_accounts_are_compared_in_rounds() -> None:

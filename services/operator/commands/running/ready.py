@@ -5,7 +5,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -19,16 +19,11 @@ from shared.net.addresses import Endpoint
 from shared.process.lifecycle import OK, UNAVAILABLE, OperatorError
 from shared.settings.explain import did_you_mean
 from shared.settings.model import Settings
+from shared.settings.opt_in import OPT_IN, asked_for
 
 SERVICES: Final = ("broker", "gateway", "ingest", "forwarder", "transmitter")
 OPTIONAL: Final = ("console",)
 """Services that copies flow without; waited for where they are named."""
-OPT_IN: Final[dict[str, Callable[[Settings], object]]] = {
-    "journal": lambda settings: any(stream.journal for stream in settings.streams),
-    "offload": lambda settings: settings.offload.interfaces,
-    "uplink": lambda settings: settings.uplink.servers,
-}
-"""Services that run where the settings ask for them, and what asks."""
 LOOK_SECONDS: Final = 0.05
 HINT_PORT: Final = 9514
 ANY_ADDRESS: Final = {"localhost": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
@@ -38,7 +33,13 @@ ANY_ADDRESS: Final = {"localhost": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": ":
 def add_parser(subparsers: Subparsers) -> None:
     """Add the command."""
     parser = add_command(subparsers, "ready", run, "wait until services are ready")
-    parser.add_argument("services", nargs="*", type=_service, metavar="SERVICE", help=f"default: {' '.join(SERVICES)}")
+    parser.add_argument(
+        "services",
+        nargs="*",
+        type=_service,
+        metavar="SERVICE",
+        help=f"default: {' '.join(SERVICES)}, and those that the settings ask for",
+    )
     parser.add_argument("--timeout", type=positive_number, default=30.0, metavar="SECONDS", help="default: %(default)g")
     parser.add_argument("--hint", action="store_true", help="print what to try next")
 
@@ -55,7 +56,7 @@ def _service(text: str) -> str:
 
 def run(arguments: argparse.Namespace, settings: Settings) -> int:
     """Wait for the services; OperatorError (69) names those that were not heard in time."""
-    wanted = arguments.services or SERVICES
+    wanted = arguments.services or (*SERVICES, *asked_for(settings))
     if missing := set(wanted) - _heard(settings, set(wanted), time.monotonic() + arguments.timeout):
         names = " ".join(name for name in wanted if name in missing)
         raise OperatorError(UNAVAILABLE, f"not ready after {arguments.timeout:g} s, see their logs: {names}")

@@ -24,12 +24,13 @@ from services.operator.cli.output import discard_output
 from services.operator.client.bus_reader import subscribed
 from services.operator.client.programs import command, environment
 from services.operator.client.status_reader import heard_reports
-from services.operator.commands.running.ready import OPT_IN, OPTIONAL, SERVICES
+from services.operator.commands.running.ready import OPTIONAL, SERVICES
 from shared.bus.endpoint import open_link
 from shared.bus.status import INTERVAL_SECONDS, Report
 from shared.bus.zmq_sockets import broker_is_up
 from shared.process.lifecycle import CANT_CREATE, MANAGER_PID, NOT_PERMITTED, OK, UNAVAILABLE, OperatorError
 from shared.settings.model import Settings
+from shared.settings.opt_in import OPT_IN, asked_for
 
 ALL: Final = (*SERVICES, *OPT_IN, *OPTIONAL)
 STOP_SECONDS: Final = 10.0
@@ -60,8 +61,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(arguments: argparse.Namespace, settings: Settings) -> int:
     """Run services until a signal, or until one of them ends; return the exit code of the first that failed."""
-    asked_for = (service for service, asks in OPT_IN.items() if asks(settings))
-    services = arguments.only or (*SERVICES, *asked_for, *OPTIONAL)
+    services = arguments.only or (*SERVICES, *asked_for(settings), *OPTIONAL)
     if "broker" in services and (found := _running(settings)):
         raise OperatorError(
             CANT_CREATE,

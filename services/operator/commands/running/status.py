@@ -20,6 +20,7 @@ from shared.ledger.counters import MEMORY, MEMORY_CEILING
 from shared.monitoring.balance import Balance
 from shared.process.lifecycle import OK, UNAVAILABLE
 from shared.settings.model import Settings
+from shared.settings.opt_in import asked_for
 
 COLUMNS: Final = ("service", "pid", "up for", "version", "user", "capabilities", "MB", "ceiling")
 LISTEN_SECONDS: Final = INTERVAL_SECONDS + 0.2
@@ -42,8 +43,8 @@ def run(_arguments: argparse.Namespace, settings: Settings) -> int:
     """Print the services; return 69 when one that has to report does not."""
     with subscribed(settings, "status/") as subscriber:
         reports = {report.service: report for report in heard_reports(subscriber, LISTEN_SECONDS)}
-    balance = Balance({name: report.accounts for name, report in reports.items()}, living_workers(settings.bus.path))
-    missing = balance.silent()
+    accounts = {name: report.accounts for name, report in reports.items()}
+    missing = Balance(accounts, living_workers(settings.bus.path), [*asked_for(settings)]).silent()
     rows = [
         *map(_row, sorted(reports.values(), key=lambda report: report.service)),
         *((name, None, "does not report", *[None] * 5) for name in missing),

@@ -8,6 +8,7 @@ import pytest
 
 from shared.ledger.accounts import Accounts, unparse_origin
 from tests.openly import OpenStack
+from tests.services.operator.commands.running.test_status import JOURNALED
 from tests.services.operator.played import PlayedService, finish, run
 from tests.stack import Running, Stack
 
@@ -135,11 +136,15 @@ def test_falsified_account_is_found(stack: Stack) -> None:
 
 
 def test_names_the_service_that_does_not_report(stack: Stack) -> None:
-    """With a broker and nobody else it ends with 69 and says who was not heard."""
+    """It ends with 69 and says who was not heard, with a broker and nobody else, or of what the settings ask for."""
     stack.start("broker")
     code, text = run(stack, "ledger", "--seconds", "0.5")
     assert (code, text.count("\n")) == (69, 1)
     assert "ingest and forwarder did not report" in text
+    stack.configure(JOURNALED)
+    code, text = play(stack, stack.operator("ledger", "--seconds", "2.5"), ingest=WORKER, forwarder=FORWARDER)
+    assert (code, text.count("\n")) == (69, 1)
+    assert text.startswith("fanwire ledger: journal did not report")
 
 
 def test_names_a_transmitter_that_is_on_the_bus_and_silent(stack: Stack) -> None:

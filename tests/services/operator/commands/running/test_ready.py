@@ -5,6 +5,7 @@ from services.operator.commands.running.ready import hints
 from shared.settings.entries import Stream
 from shared.settings.model import Settings
 from shared.settings.tables import Console, Gateway
+from tests.services.operator.commands.running.test_status import JOURNALED
 from tests.services.operator.played import PlayedService, finish, run
 from tests.stack import Stack
 
@@ -28,6 +29,8 @@ def test_names_who_is_missing_at_the_timeout(stack: Stack) -> None:
     code, text = run(stack, "ready", "--timeout", "2")
     missing = "gateway ingest forwarder transmitter"
     assert (code, text) == (69, f"fanwire ready: not ready after 2 s, see their logs: {missing}\n")
+    stack.configure(JOURNALED)
+    assert run(stack, "ready", "--timeout", "2")[1].endswith(f"{missing} journal\n")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,12 @@ from tests.stack import Stack
 
 MEMORY = {"broker": {"memory": 31 << 20, "memory_ceiling": 768 << 20}}
 
+JOURNALED = """[[stream]]
+name = "messages"
+listen = ["udp://127.0.0.1:6667"]
+journal = true
+"""
+
 
 def report(pid: int, started: float, release: str = "1.2.3") -> Report:
     """Make a broker's report."""
@@ -28,7 +34,8 @@ def test_a_process_and_its_privilege() -> None:
 
 
 def test_a_service_that_is_missing(stack: Stack) -> None:
-    """A service that has to report and does not is named, and the command ends with 69."""
+    """A service that has to report and does not is named, those that settings ask for too; the command ends with 69."""
+    stack.configure(JOURNALED)
     stack.start("broker")
     with PlayedService(stack.bus, "ingest.1") as ingest:
         status = stack.operator("status")
@@ -40,4 +47,6 @@ def test_a_service_that_is_missing(stack: Stack) -> None:
     assert code == 69
     assert ["gateway", "does", "not", "report"] in rows
     assert ["forwarder", "does", "not", "report"] in rows
+    assert ["journal", "does", "not", "report"] in rows
+    assert not [row for row in rows if row[:1] in (["uplink"], ["offload"])]
     assert [row[0] for row in rows if len(row) > 7 and row[0] != "service"] == ["broker.1", "ingest.1"]
