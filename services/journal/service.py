@@ -248,7 +248,7 @@ class JournalService:
     def _accounts(self) -> Accounts:
         own = {
             "bus_rejected": sum(self._subscriber.rejected.values()),
-            "bus_repeated": self._followed.repeated,
+            **self._followed.counters,
             READERS_REFUSED: self._readers.refused,
             KEPT_LIMIT: self._limits.size,
         }

@@ -317,7 +317,8 @@ class Service:
         self._reporter.report(self._accounts)
 
     def _accounts(self) -> Accounts:
-        own = {**self._account, "bus_rejected": sum(self._subscriber.rejected.values())}
+        rejected = sum(self._subscriber.rejected.values())
+        own = {**self._account, "bus_rejected": rejected, **self._batches.counters}
         return {
             "uplink": own,
             **self._ended,

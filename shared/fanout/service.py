@@ -352,7 +352,7 @@ class CopyService(CopySender[D]):
         service = {
             **self._replica.account(),
             "bus_rejected": sum(self._subscriber.rejected.values()),
-            "bus_repeated": self._streams.repeated,
+            **self._streams.counters,
             LEFT: self._collectors.left,
             ELSEWHERE: self._collectors.elsewhere,
             BY_KERNEL_LATE: self._collectors.by_kernel_late,

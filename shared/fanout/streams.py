@@ -13,7 +13,17 @@ from shared.bus.living_workers import LivingWorkers
 from shared.bus.messages import Envelope, Status, datagrams_topic, status_topic
 from shared.bus.zmq_sockets import Subscriber
 from shared.ledger.accounts import ENDED_NAME, Accounts, is_origin, parse_origin, unparse_origin
-from shared.ledger.counters import BASELINE, MISSED, NO_SUBSCRIBER, PUBLISHED, REACHED, STARTED, TAKEN, UNSERVED
+from shared.ledger.counters import (
+    BASELINE,
+    BUS_MISSED,
+    MISSED,
+    NO_SUBSCRIBER,
+    PUBLISHED,
+    REACHED,
+    STARTED,
+    TAKEN,
+    UNSERVED,
+)
 from shared.log import WORKER_CAME, WORKER_GONE, get_logger
 
 WORKERS: Final = ("ingest.", "uplink.")
@@ -64,6 +74,7 @@ class FollowedStreams:
     def __init__(
         self, subscriber: Subscriber, directory: Path, kept: KeptFile, kinds: tuple[str, ...] = WORKERS
     ) -> None:
+        self._missed = 0
         self.published: Counter[str] = Counter()
         """By stream: datagrams that workers had while it was subscribed to, whether they came or not."""
         self._since = kept.new_counts()
@@ -191,9 +202,9 @@ class FollowedStreams:
         )
 
     @property
-    def repeated(self) -> int:
-        """Bus messages that came twice and were dropped."""
-        return self._continuity.repeated
+    def counters(self) -> dict[str, int]:
+        """Messages that came twice and were dropped, and datagrams that never came, since this process was started."""
+        return {"bus_repeated": self._continuity.repeated, BUS_MISSED: self._missed}
 
     def note_batch(self, topic: str, envelope: Envelope, count: int) -> int | None:
         """Note a batch; return datagrams missed before it, None when it is a repeat or no longer wanted."""
@@ -210,6 +221,7 @@ class FollowedStreams:
         if left and missed:
             self._count_unserved(stream, missed, before=True)
             position.unserved, position.missed, missed = position.unserved + missed, position.missed - missed, 0
+        self._missed += missed
         self.published[stream] += missed + count
         self._keep(origin, position)
         return missed
@@ -241,7 +253,7 @@ class FollowedStreams:
         found, self._unserved = self._unserved, []
         return found
 
-    def reconcile(self, envelope: Envelope, status: Status) -> dict[str, int]:
+    def reconcile(self, envelope: Envelope, status: Status) -> Counter[str]:
         """Compare a worker's own count with what came from it; return datagrams missed at the end, by stream."""
         key = envelope.sender, envelope.boot
         worker = self._workers.get(key)
@@ -267,6 +279,7 @@ class FollowedStreams:
             unwanted = account.get(NO_SUBSCRIBER, 0)
             if self._note_unwanted(origin, position, unwanted, self._started(origin, worker)) or lost:
                 self._keep(origin, position)
+        self._missed += missed.total()
         return missed
 
     def _started(self, origin: Origin, worker: _Worker) -> int:

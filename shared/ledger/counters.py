@@ -98,6 +98,10 @@ MISSED: Final = "missed"
 REACHED: Final = "reached"
 """The worker's running count as of the last message."""
 
+# own account of forwarder, transmitter, journal and uplink
+BUS_MISSED: Final = "bus_missed"
+"""Datagrams counted as `missed` since this process was started. A sum over origins falls when one is forgotten."""
+
 # forwarder, account `collector/NAME`
 EXPECTED: Final = "expected"
 """Datagrams published on the collector's streams since it signed up, whether they came or not."""

@@ -25,8 +25,9 @@ from shared.bus.pieces import Assembler
 from shared.bus.status import INTERVAL_SECONDS, Report, Reports
 from shared.client import Client, Trouble
 from shared.fanout.registry_replica import RegistryReplica
-from shared.ledger.accounts import Accounts, egress_accounts, is_origin
+from shared.ledger.accounts import Accounts, egress_accounts
 from shared.ledger.counters import (
+    BUS_MISSED,
     BY_KERNEL,
     BYTES,
     DISCREPANCIES,
@@ -37,7 +38,6 @@ from shared.ledger.counters import (
     MEMORY,
     MEMORY_CEILING,
     MEMORY_MOST,
-    MISSED,
     NO_SUBSCRIBER,
     PUBLISHED,
     RECEIVED,
@@ -337,7 +337,7 @@ class Observer:
                 own.get(MEMORY_MOST),
                 own.get(MEMORY_CEILING),
                 own.get(DISCREPANCIES, 0),
-                sum(origins) if (origins := list(_missed(report.accounts))) else None,
+                own.get(BUS_MISSED),
                 dict(own),
                 report.release,
             )
@@ -346,10 +346,6 @@ class Observer:
         boots = {name: told.report.boot for name, told in self._told.items()}
         yield from self._recent.note(self.accounts, boots, self._seen, now)
         self._seen = set(self._told)
-
-
-def _missed(accounts: Accounts) -> Iterator[int]:
-    yield from (account.get(MISSED, 0) for name, account in accounts.items() if is_origin(name))
 
 
 def _silent(told: _Told, now: float) -> bool:

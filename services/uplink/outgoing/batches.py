@@ -82,6 +82,11 @@ class BusBatches:
         else:
             self._others(message)
 
+    @property
+    def counters(self) -> dict[str, int]:
+        """Messages that came twice, and datagrams that never came, since this process was started."""
+        return self._streams.counters
+
     def unserved(self) -> list[Unserved]:
         """Return what was there while no uplink was, or before it was heard, as found since the last call."""
         return self._streams.pop_unserved()

@@ -46,6 +46,12 @@ def test_losses_are_those_of_the_account() -> None:
     assert samples(text, "fanwire_exporters")[()] == 3
 
 
+def test_what_the_bus_lost_is_the_services_own_count() -> None:
+    """Services that take datagrams tell it from 0 on, and others have no series."""
+    text = render(stack_metrics(busy(), 0.0, "1"), "")[0].decode()
+    assert samples(text, "fanwire_bus_missed_datagrams_total") == {("forwarder.1",): 4}
+
+
 def test_both_formats_are_read_back() -> None:
     """OpenMetrics is for those that ask for it, text for others; both are read whole, hostile names too."""
     picture = busy()

@@ -39,6 +39,7 @@ def busy(now: float | None = None) -> Picture:
         {
             "ingest.1": {"stream/syslog": {"received": 900, "published": 890, "bytes": 9000, "dropped_bus_full": 10}},
             "forwarder.1": {
+                "forwarder": {"bus_missed": 4},
                 "collector/siem": {
                     "expected": 890,
                     "offered": 890,

@@ -76,6 +76,19 @@ def test_restarted_worker_is_no_other_one(workers: Workers) -> None:
     assert all(workers.pass_time(1, FIRST, ("ingest.2", 3)) for _ in range(2 * PATIENCE))
 
 
+def test_what_was_missed_never_falls(workers: Workers) -> None:
+    """Datagrams that a process has missed are counted for as long as it runs, though it forgets their stream."""
+    followed = workers.followed
+    for stream, missed in (("s", 30), ("t", 5)):
+        followed.subscribe_to([stream])  # and the one before is wanted no more
+        for sequence, total in ((0, 0), (1, missed - 2)):
+            followed.note_batch(datagrams_topic(stream), Envelope(1, "", "ingest.1", 1, sequence, total), 0)
+        account = {f"stream/{stream}": {"published": missed}}
+        followed.reconcile(Envelope(1, "status", "ingest.1", 1, 0, 0), Status("ingest.1", 1, 1, 1, 0, 1, account))
+    assert [account["missed"] for account in followed.accounts().values()] == [5]
+    assert followed.counters["bus_missed"] == 35
+
+
 def test_a_clock_that_was_set_back_hides_no_loss(workers: Workers) -> None:
     """Datagrams that a new worker had published before it heard of us are owed, whatever its clock says."""
     followed, topic = workers.followed, datagrams_topic("s")
