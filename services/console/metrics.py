@@ -4,7 +4,7 @@ Labels come from the settings and the registry: stream, worker, collector, cause
 since addresses are what there may be any number of.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, get_args
 
 from prometheus_client import CollectorRegistry
@@ -12,12 +12,11 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector as Source
 
-from shared.bus.bodies.nodes_message import Nodes, NodeState
+from services.console.opt_in_metrics import opt_in_metrics
 from shared.client import MOST_WAITING
 from shared.ledger import counters
 from shared.ledger.equations import is_loss
 from shared.losses import cause_of
-from shared.monitoring.kept import KeptStream
 from shared.monitoring.picture import Collector, Picture, Service, Stream, Word
 
 MAX_COLLECTORS: Final = 2000
@@ -37,6 +36,13 @@ STREAM_CAUSES: Final = tuple(
         counters.CUT_OFF,
     )
 )
+
+UNITS: Final = {
+    "datagrams": counters.EXPORTER_MISSED,
+    "flows": counters.EXPORTER_MISSED_FLOWS,
+    "records": counters.EXPORTER_MISSED_RECORDS,
+}
+"""Units of what exporters number."""
 
 
 def render(metrics: Iterable[Metric], accept: str) -> tuple[bytes, str]:
@@ -69,11 +75,8 @@ def stack_metrics(picture: Picture, clock: float, version: str) -> Iterator[Metr
     yield from _streams(picture.streams)
     yield from _collectors(picture.collectors, clock)
     yield from _services(picture.services, picture.verdict.missing)
-    yield from _journal(picture.kept)
-    yield _egress(picture.egress)
     yield from _verdict(picture)
-    if picture.nodes:
-        yield from _nodes(picture.nodes)
+    yield from opt_in_metrics(picture)
 
 
 def _streams(streams: Iterable[Stream]) -> Iterator[Metric]:
@@ -94,6 +97,11 @@ def _streams(streams: Iterable[Stream]) -> Iterator[Metric]:
         "Datagrams lost before or in ingest, by cause; kernel_dropped ones were never received.",
         labels=["stream", "worker", "cause"],
     )
+    upstream = CounterMetricFamily(
+        "fanwire_exporter_missed",
+        "Gaps in exporters' own numbers, in their unit; of datagrams also those that the kernel dropped.",
+        labels=["stream", "worker", "unit"],
+    )
     takers = GaugeMetricFamily("fanwire_stream_collectors", "Collectors that want the stream.", labels=["stream"])
     for stream in streams:
         takers.add_metric([stream.name], len(stream.takers))
@@ -105,7 +113,9 @@ def _streams(streams: Iterable[Stream]) -> Iterator[Metric]:
             untaken.add_metric(labels, worker.account.get(counters.NO_SUBSCRIBER, 0))
             for cause, count in ({**dict.fromkeys(STREAM_CAUSES, 0), **worker.causes}).items():
                 lost.add_metric([*labels, cause], count)
-    yield from (received, size, published, untaken, lost, takers)
+            for unit, counter in UNITS.items() if counters.EXPORTERS in worker.account else ():
+                upstream.add_metric([*labels, unit], worker.account.get(counter, 0))
+    yield from (received, size, published, untaken, lost, upstream, takers)
 
 
 def _collectors(collectors: tuple[Collector, ...] | None, clock: float) -> Iterator[Metric]:
@@ -210,58 +220,6 @@ def _services(services: Sequence[Service], missing: Iterable[str]) -> Iterator[M
     yield from (up, started, memory, ceiling, wrong, missed)
 
 
-def _egress(egress: Mapping[str, Mapping[str, int]]) -> Metric:
-    dropped = CounterMetricFamily(
-        "fanwire_egress_drops",
-        "Packets of any traffic dropped on the way out, where and since the kernel's copies leave.",
-        labels=["interface", "place"],
-    )
-    for name, account in egress.items():
-        for place, counter in (("queue", counters.QUEUE_DROPS), ("link", counters.LINK_DROPS)):
-            dropped.add_metric([name, place], account.get(counter, 0))
-    return dropped
-
-
-def _journal(kept: Iterable[KeptStream]) -> Iterator[Metric]:
-    label = ["stream"]
-    written = CounterMetricFamily(
-        "fanwire_journal_datagrams_written", "Datagrams written to the journal.", labels=label
-    )
-    dropped = CounterMetricFamily(
-        "fanwire_journal_datagrams_dropped",
-        "Datagrams that the journal could not write, by cause; their copies are not affected.",
-        labels=["stream", "cause"],
-    )
-    expired = CounterMetricFamily(
-        "fanwire_journal_datagrams_expired", "Datagrams that retention has removed.", labels=label
-    )
-    read = CounterMetricFamily("fanwire_journal_datagrams_read", "Datagrams read again.", labels=label)
-    size = GaugeMetricFamily("fanwire_journal_bytes", "Bytes that the journal's segments take.", labels=label)
-    oldest = GaugeMetricFamily(
-        "fanwire_journal_oldest_timestamp_seconds", "The time since which there is something.", labels=label
-    )
-    newest = GaugeMetricFamily(
-        "fanwire_journal_newest_timestamp_seconds", "The time of the last datagram written.", labels=label
-    )
-    limit = GaugeMetricFamily("fanwire_journal_limit_bytes", "Bytes that all streams may take together.", labels=[])
-    failing = GaugeMetricFamily("fanwire_journal_failing", "1 if the last write has failed.", labels=label)
-    for each in kept:
-        account = each.account
-        written.add_metric([each.stream], account.get(counters.WRITTEN, 0))
-        for cause in (counters.DISK_FULL, counters.DISK_ERROR):
-            dropped.add_metric([each.stream, cause_of(cause)], account.get(cause, 0))
-        expired.add_metric([each.stream], account.get(counters.EXPIRED, 0))
-        read.add_metric([each.stream], account.get(counters.READ, 0))
-        size.add_metric([each.stream], each.size)
-        for metric, at in ((oldest, each.since), (newest, each.until)):
-            if at is not None:
-                metric.add_metric([each.stream], at)
-        if each.limit and not limit.samples:
-            limit.add_metric([], each.limit)
-        failing.add_metric([each.stream], float(account.get(counters.WRITE_ERRNO, 0) > 0))
-    yield from (written, dropped, expired, read, size, limit, oldest, newest, failing)
-
-
 def _verdict(picture: Picture) -> Iterator[Metric]:
     if picture.balanced is not None:
         yield GaugeMetricFamily(
@@ -271,22 +229,6 @@ def _verdict(picture: Picture) -> Iterator[Metric]:
         yield GaugeMetricFamily("fanwire_exporters", "Exporters of the last seconds.", len(picture.exporters))
         untaken = sum(exporter.takers == 0 for exporter in picture.exporters)
         yield GaugeMetricFamily("fanwire_exporters_untaken", "Exporters whose datagrams nobody gets.", untaken)
-
-
-def _nodes(nodes: Nodes) -> Iterator[Metric]:
-    state = GaugeMetricFamily("fanwire_node_state", "1 for the node's present state.", labels=["node", "state"])
-    silent = GaugeMetricFamily("fanwire_node_silent_seconds", "Time since the node was heard.", labels=["node"])
-    waiting = GaugeMetricFamily(
-        "fanwire_node_waiting_messages", "Messages of the node that are still to come.", labels=["node"]
-    )
-    for node in nodes.nodes:
-        for word in get_args(NodeState):
-            state.add_metric([node.name, word], word == node.state)
-        if node.age_ms >= 0:
-            silent.add_metric([node.name], node.age_ms / 1000)
-        waiting.add_metric([node.name], node.pending)
-    yield from (state, silent, waiting)
-    yield GaugeMetricFamily("fanwire_nodes_majority", "1 if this node is of the majority.", nodes.majority)
 
 
 def exporter_metrics(picture: Picture, top: int) -> Iterator[Metric]:

@@ -187,6 +187,8 @@ class Observer:
             *(tuple(kept_streams(accounts)), egress_accounts(accounts.values()), seconds),
             self._cluster.nodes if "uplink.1" in accounts else None,
             self._cluster.served(each.client for each in collectors or ()),
+            accounts.get("offload.1", {}),
+            accounts.get("uplink.1", {}),
         )
 
     def _forget(self, now: float) -> None:

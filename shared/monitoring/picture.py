@@ -12,6 +12,7 @@ import msgspec
 
 from shared.bus.bodies.nodes_message import Nodes
 from shared.client import Client
+from shared.ledger.accounts import Accounts
 from shared.losses import Loss
 from shared.monitoring.kept import KeptStream, Owed
 
@@ -176,3 +177,7 @@ class Picture:
     """The nodes of the cluster; None: this host is none, or its uplink does not report."""
     served: Mapping[str, int] = field(default_factory=dict)
     """Collectors by the node that serves them; "": nobody does."""
+    offload: Accounts = field(default_factory=dict)
+    """The accounts of offload; none: it does not report."""
+    uplink: Accounts = field(default_factory=dict)
+    """The accounts of the uplink; likewise."""

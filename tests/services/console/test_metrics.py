@@ -89,6 +89,37 @@ def test_drops_where_copies_of_the_kernel_leave_are_told_by_interface() -> None:
     assert samples(text, "fanwire_egress_drops_total") == {("eth1", "queue"): 7, ("eth1", "link"): 2}
 
 
+def test_the_uplink_and_what_waits_for_it() -> None:
+    """Its connection, what JetStream has, what waits, losses by cause, and how late other sites come, have series."""
+    sending = {"taken": 9, "acknowledged": 4, "held": 3, "dropped_server_away": 2}
+    receiving = {"waiting_messages": 8, "late_ms": 1500}
+    uplink = {"uplink": {"connected": 0}, "sending/flows": sending, "receiving/bonn": receiving}
+    text = render(stack_metrics(observe([], {"uplink.1": uplink}).picture(0.0), 0.0, "1"), "")[0].decode()
+    assert samples(text, "fanwire_uplink_connected") == {(): 0}
+    assert samples(text, "fanwire_uplink_datagrams_acknowledged_total") == {("flows",): 4}
+    assert samples(text, "fanwire_uplink_queue_datagrams") == {("flows",): 3}
+    lost = samples(text, "fanwire_uplink_datagrams_lost_total")
+    assert (lost["server_away", "flows"], lost["server_slow", "flows"], sum(lost.values())) == (2, 0, 2)
+    assert samples(text, "fanwire_site_waiting_messages") == {("bonn",): 8}
+    assert samples(text, "fanwire_site_late_seconds") == {("bonn",): 1.5}
+
+
+def test_what_only_the_kernel_has_seen() -> None:
+    """Copies by rules, and datagrams that ended in the kernel, are counted though ingest and senders know nothing."""
+    offload = {"rules/siem": {"copied": 70}, "marks/netflow": {"marked": 1, "unseen": 35}}
+    text = render(stack_metrics(observe([], {"offload.1": offload}).picture(0.0), 0.0, "1"), "")[0].decode()
+    assert samples(text, "fanwire_kernel_copies_total") == {("siem",): 70}
+    assert samples(text, "fanwire_kernel_datagrams_unseen_total") == {("netflow",): 35}
+
+
+def test_gaps_of_exporters_by_unit() -> None:
+    """A stream with a protocol has each unit, from 0 on; others have none."""
+    streams = {"stream/syslog": {"received": 1}, "stream/flows": {"exporters": 1, "exporter_missed_records": 6}}
+    text = render(stack_metrics(observe([], {"ingest.1": streams}).picture(0.0), 0.0, "1"), "")[0].decode()
+    gaps = samples(text, "fanwire_exporter_missed_total")
+    assert gaps == {("flows", unit, "ingest.1"): 6 * (unit == "records") for unit in ("datagrams", "flows", "records")}
+
+
 def test_nothing_is_told_of_what_is_not_known() -> None:
     """There are no series, rather than zeros, where nobody has reported."""
     text = render(stack_metrics(observe([client("siem")], {}).picture(0.0), 0.0, "1"), "")[0].decode()
