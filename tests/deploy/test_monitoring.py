@@ -11,6 +11,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families as parse
 
 from services.console.metrics import render, stack_metrics
+from shared.bus.bodies.nodes_message import Node, Nodes
 from tests.documents import defined
 from tests.services.console.told import busy
 from tests.stack import CHECKOUT
@@ -44,7 +45,8 @@ def test_each_alert_is_tested_with_series_of_the_console() -> None:
     assert set(re.findall("alert: (.*)", RULES.read_text())) == set(re.findall("name: (.*)", tested))
     picture = busy()
     services = tuple(replace(each, missed=0, memory=1, memory_ceiling=2) for each in picture.services)
-    metrics = stack_metrics(replace(picture, balanced=True, services=services), 0.0, "1")
+    nodes = Nodes(True, [Node("a", "live")])
+    metrics = stack_metrics(replace(picture, balanced=True, services=services, nodes=nodes), 0.0, "1")
     text = render(metrics, "")[0].decode()
     printed = {(sample.name, frozenset(sample.labels)) for family in parse(text) for sample in family.samples}
     for name, labels in re.findall(r"series: '(\w+){(.*?)}'", tested):

@@ -17,7 +17,10 @@ from typing import Any, Final
 
 import pytest
 
-from shared.bus.messages import Status, status_topic
+from shared.bus.bodies.nodes_message import NODES_TOPIC, Node, Nodes
+from shared.bus.messages import Body, Status, status_topic
+from shared.ledger.accounts import Accounts
+from shared.ledger.counters import DROPPED
 from tests.builders import BusEnds
 from tests.deploy.test_monitoring import CONFIG, DASHBOARD, RULES
 from tests.network import End, Host, veth
@@ -214,19 +217,33 @@ def memory_high(site: Site) -> Iterator[Act]:
     restart(PATIENCE)
 
 
-def discrepancy(site: Site) -> Iterator[Act]:
-    """A sender's account has less than it says that it got."""
-    with BusEnds(site.stack.bus) as bus:
-        publisher, report = bus.publisher("forwarder.9"), 0
+def told(service: str, accounts: Accounts, *more: tuple[str, Body]) -> Fault:
+    """A fault that a service tells of, which the test plays: each report says one more of each loss."""
 
-        def act() -> None:
-            nonlocal report
-            report += 1
-            accounts = {"forwarder": {}, "collector/x": {"expected": 5, "offered": 5, "sent": 4}}
-            topic = status_topic("forwarder.9")
-            publisher.publish(topic, Status("forwarder.9", 1, 1, report, 0, 1, accounts))
+    def make(site: Site) -> Iterator[Act]:
+        with BusEnds(site.stack.bus) as bus:
+            publisher, report = bus.publisher(service), 0
 
-        yield act
+            def act() -> None:
+                nonlocal report
+                report += 1
+                grown = {
+                    name: {counter: report if counter.startswith(DROPPED) else count for counter, count in each.items()}
+                    for name, each in accounts.items()
+                }
+                publisher.publish(status_topic(service), Status(service, 1, 1, report, 0, 1, grown))
+                for topic, body in more:
+                    publisher.publish(topic, body)
+
+            yield act
+
+    return make
+
+
+NOT_KEPT: Final[Accounts] = {"journal": {}, "journal/messages": {"taken": 0, "dropped_disk_full": 0}}
+NOT_SENT: Final[Accounts] = {"uplink": {"connected": 1}, "sending/messages": {"taken": 0, "dropped_server_away": 0}}
+PARTED: Final = NODES_TOPIC, Nodes(False, [Node("a", "live", 0), Node("b", "silent", 9000)])
+TOO_LITTLE: Final[Accounts] = {"forwarder": {}, "collector/x": {"expected": 5, "offered": 5, "sent": 4}}
 
 
 def nobody_takes(site: Site) -> Iterator[Act]:
@@ -259,7 +276,13 @@ FAULTS: Final[dict[str, Fault]] = {
     "FanwireMemoryHigh": memory_high,
     "FanwireNobodyTakes": nobody_takes,
     "FanwireClockApart": clock_apart,
-    "FanwireDiscrepancy": discrepancy,  # last: who made it is missed for two minutes
+    # Last, those that are played: who has told of them is missed for two minutes.
+    "FanwireJournalLoss": told("journal.1", NOT_KEPT),
+    "FanwireUplinkDown": told("uplink.1", {"uplink": {"connected": 0}}),
+    "FanwireUplinkLoss": told("uplink.1", NOT_SENT),
+    "FanwireNodeSilent": told("uplink.1", {"uplink": {"connected": 1}}, PARTED),
+    "FanwireMinority": told("uplink.1", {"uplink": {"connected": 1}}, PARTED),
+    "FanwireDiscrepancy": told("forwarder.9", TOO_LITTLE),
 }
 
 

@@ -56,6 +56,7 @@ def busy(now: float | None = None) -> Picture:
                 "journal": {"kept_limit_bytes": 99},
                 "journal/syslog": {"taken": 890, "written": 880, "dropped_disk_full": 10, "oldest_ns": 10**18},
             },
+            "uplink.1": {"uplink": {"connected": 1}, "sending/flows": {"taken": 3, "acknowledged": 3}},
             "broker.1": {},
             "gateway.1": {"gateway": {"memory": 5, "memory_most": 6, "memory_ceiling": 7}},
         },
