@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 
 from services.console.metrics import render, stack_metrics
 from shared.bus.bodies.nodes_message import Node, Nodes
+from shared.monitoring.picture import NO_TROUBLE
 from tests.documents import defined
 from tests.services.console.told import busy
 from tests.stack import CHECKOUT
@@ -67,6 +68,16 @@ def test_the_dashboard_is_whole() -> None:
     assert len({panel["id"] for panel in panels}) == len(panels)
     assert len({(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in panels}) == len(panels)
     assert "Troubleshooting, hop by hop" in [panel["title"] for panel in panels]
+
+
+def test_the_dashboard_tells_of_collectors_as_the_page_does() -> None:
+    """Words of health that are no trouble on the page are none there, and the kernel's copies are among those sent."""
+    panels = json.loads(DASHBOARD.read_text())["panels"]
+    queries = [each["expr"] for panel in panels for each in panel.get("targets", [])]
+    words = [found.split("|") for query in queries for found in re.findall(r'health[=!]~"([^"]+)"', query)]
+    assert [{*each} for each in words] == 2 * [NO_TROUBLE - {"unknown"}]
+    sent = [query for query in queries if "fanwire_copies_sent_total" in query]
+    assert len([query for query in sent if "fanwire_copies_by_kernel_total" in query]) == len(sent) == 2
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="Debian's package prometheus is not installed")
