@@ -23,6 +23,7 @@ from shared.ledger.counters import (
     EXPECTED,
     EXPIRED,
     FILTERED,
+    HELD,
     KERNEL_DROPPED,
     LATE_MS,
     LEFT_BEHIND,
@@ -38,6 +39,7 @@ from shared.ledger.counters import (
     SENT,
     SHARED_OUT,
     TAKEN,
+    UNSERVED,
     WAITING_MESSAGES,
     WITHHELD,
     WITHHELD_BY_ADMIN,
@@ -115,7 +117,7 @@ def _print(balance: Balance, found: list[str]) -> None:
     for title, columns, rows, totals in (
         ("Workers", WORKER_COLUMNS, _worker_rows(balance), (RECEIVED, BYTES, PUBLISHED, "kernel dropped")),
         ("Listeners", LISTENER_COLUMNS, _listener_rows(balance), (RECEIVED, BYTES, "kernel dropped")),
-        ("Origins", ORIGIN_COLUMNS, _origin_rows(balance), (TAKEN, MISSED)),
+        ("Origins", ORIGIN_COLUMNS, _origin_rows(balance), (TAKEN, MISSED, "unserved")),
         *_past_tables(balance),
         *_site_tables(balance),
         ("Collectors", COLLECTOR_COLUMNS, _collector_rows(balance), {*COLLECTOR_COLUMNS[2:]} - {"dropped"}),
@@ -146,19 +148,19 @@ def _listener_rows(balance: Balance) -> Iterator[Row]:
         yield service, stream, endpoint, *counts
 
 
-ORIGIN_COLUMNS: Final = ("consumer", "worker", "boot", "stream", "taken", "missed")
+ORIGIN_COLUMNS: Final = ("consumer", "worker", "boot", "stream", "taken", "missed", "unserved")
 
 
 def _origin_rows(balance: Balance) -> Iterator[Row]:
     for service, name, account in _accounts(balance, "origin/"):
         if is_origin(origin := f"origin/{name}"):
             worker, boot, stream = parse_origin(origin)
-            yield service, worker, f"{boot:x}", stream, account.get(TAKEN, 0), account.get(MISSED, 0)
+            yield service, worker, f"{boot:x}", stream, *(account.get(each, 0) for each in (TAKEN, MISSED, UNSERVED))
 
 
 OUTCOMES: Final = (
     *(EXPECTED, SENT, BY_KERNEL, FILTERED, SAMPLED_OUT, SHARED_OUT, MISSED, WITHHELD, WITHHELD_BY_ADMIN),
-    *(DEFERRED, LEFT_BEHIND),
+    *(HELD, DEFERRED, LEFT_BEHIND),
 )
 COLLECTOR_COLUMNS: Final = (
     "consumer",
