@@ -69,6 +69,8 @@ from shared.monitoring.verdict import judge
 TOPICS: Final = ("status/", HEALTH_PREFIX, REGISTRY_TOPIC, EXPORTERS_PREFIX, NODES_TOPIC)
 SILENT_SECONDS: Final = 3.5 * INTERVAL_SECONDS
 """A service that has reported nothing for this long is silent."""
+SOON_SECONDS: Final = INTERVAL_SECONDS / 2
+"""A report that comes sooner, since somebody else has just subscribed, begins no rate of its own."""
 FORGET_SECONDS: Final = 120.0
 """A silent service is shown for this long."""
 ROUND_SECONDS: Final = 4.0
@@ -77,7 +79,7 @@ ROUND_SECONDS: Final = 4.0
 
 @dataclass(slots=True)
 class _Told:
-    """A service's last report and the one before."""
+    """A service's last report, and one about a second before."""
 
     report: Report
     before: Report | None = None
@@ -146,7 +148,7 @@ class Observer:
             self._replica.note_status(envelope, body)
             if report := self._reports.add(envelope, body):
                 self._reports.latest.clear()  # kept here, by name
-                self._note_report(report)
+                self._note_report(report, now)
         elif isinstance(body, RegistrySnapshot | RegistryChange):
             self._replica.apply_message(envelope, body)
         elif isinstance(body, Nodes):
@@ -164,10 +166,12 @@ class Observer:
         elif isinstance(body, Exporters):
             self._shares.note(envelope.sender, body, now)
 
-    def _note_report(self, report: Report) -> None:
-        known = self._told.get(report.service)
-        same = known is not None and known.report.boot == report.boot
-        self._told[report.service] = _Told(report, known.report if known and same else None)
+    def _note_report(self, report: Report, now: float) -> None:
+        known, before = self._told.get(report.service), None
+        if known is not None and known.report.boot == report.boot:
+            soon = now - known.report.received_at < SOON_SECONDS
+            before = known.before if soon else known.report
+        self._told[report.service] = _Told(report, before)
         self._round.add_report(report.service, report.boot, report.received_at, report.accounts)
 
     def picture(self, now: float) -> Picture:

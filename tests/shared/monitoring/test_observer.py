@@ -115,6 +115,18 @@ def test_rates_losses_and_health() -> None:
     assert (stream.rate, stream.byte_rate, stream.workers[0].name) == (100.0, 10_000.0, "ingest.1")
 
 
+def test_a_report_for_somebody_else_hides_no_rate() -> None:
+    """A service also reports when another command subscribes: rates are then those since the second before."""
+    told = Told()
+    told.tell("gateway.1", RegistrySnapshot(1, 0, 1, [SIEM]))
+    rates = []
+    for seconds, sent in ((0.0, 0), (1.0, 100), (0.02, 102), (0.23, 125), (0.75, 200)):
+        told.now += seconds
+        told.everyone(sent=sent)
+        rates.append(told.picture().streams[0].rate)
+    assert rates == [None, *(pytest.approx(100.0) for _ in range(4))]
+
+
 def test_a_row_and_the_losses_agree_on_what_is_recent() -> None:
     """A loss of a collector that signs up while all is watched is recent, in its row and by cause."""
     told = Told()
