@@ -24,7 +24,6 @@ MAX_OF_ORIGIN: Final = 256
 """Those of one address, or one /64 of IPv6: as many as 200 pages behind a proxy need."""
 REQUEST_SECONDS: Final = 10.0
 """Time for a handshake; and for a request, from the connection's begin or the request's first byte."""
-BACKLOG: Final = 128
 
 log = get_logger()
 
@@ -113,7 +112,6 @@ class Server(uvicorn.Server):
         await super().startup(sockets=[])
         for sock in sockets or ():
             sock.setblocking(False)
-            sock.listen(BACKLOG)
             self._acceptor.accept_on(sock, self._admit)
 
     async def main_loop(self) -> None:

@@ -39,6 +39,7 @@ from shared.settings.opt_in import asked_for
 
 GRACE_SECONDS: Final = 1
 """Time for answers under way at the end; the streams of pages end at once."""
+BACKLOG: Final = 128
 
 
 def run_console(settings: Settings, lifecycle: Lifecycle) -> None:
@@ -66,10 +67,11 @@ def check_console(settings: Settings) -> None:
     """
     read_tokens(settings)
     port_too = not broker_is_up(settings.bus.path, open_link(settings.bus, "console"))
-    for endpoint in settings.console.endpoints:
-        _config(Guard(_refuse, None, dict, remote=False), settings, endpoint)
-        for sock in _bind(endpoint, partial(try_endpoint, made=settings.bus.path, port_too=port_too)):
-            sock.close()
+    with contextlib.ExitStack() as closing:
+        for endpoint in settings.console.endpoints:
+            _config(Guard(_refuse, None, dict, remote=False), settings, endpoint)
+            for sock in _bind(endpoint, partial(try_endpoint, made=settings.bus.path, port_too=port_too)):
+                closing.enter_context(sock)
 
 
 async def _refuse(*_: object) -> None:
@@ -178,9 +180,12 @@ def _bind(endpoint: Endpoint, bind: Bind = bind_endpoint) -> list[socket.socket]
             f"[console] listen: {endpoint} is not loopback; use https://, with the gateway's certificate and tokens",
         )
     try:
-        return bind(endpoint, prepare_listener, path_mode=0o660)
+        sockets = bind(endpoint, prepare_listener, path_mode=0o660)
+        for sock in sockets:
+            sock.listen(BACKLOG)  # before the next is bound: by SO_REUSEADDR two can bind one port, not listen
     except OSError as error:
         raise OperatorError(FAILED, f"{endpoint}: {explain_bind(error, '[console] listen')}") from None
+    return sockets
 
 
 def _hosts(settings: Settings, endpoint: Endpoint, sock: socket.socket) -> list[str] | None:

@@ -270,6 +270,8 @@ def _cure(endpoint: Endpoint, error: OSError) -> str:
         return f"; name an interface of this host (`ip link`), as in {replace(endpoint, host=f'{group}%eth0')}"
     if error.errno == errno.EADDRNOTAVAIL:
         return "; no interface of this host has that address; listen on one that `ip address` shows"
+    if error.errno == errno.EEXIST:
+        return "; remove it, or choose another path"
     if error.errno == errno.ENOENT and endpoint.path:
         return "; make its directory"
     if error.errno in (errno.EACCES, errno.EPERM) and endpoint.path:

@@ -137,7 +137,8 @@ def bind_endpoint(
 def explain_bind(error: OSError, setting: str) -> str:
     """Return the reason why a stream socket can't be bound, and the cure; `setting` names the address."""
     if error.errno == errno.EADDRINUSE:
-        return f"in use; see by which process with `ss -ltnp` (`ss -lxp` for a path), or set another {setting}"
+        cure = f"see by which process with `ss -ltnp` (`ss -lxp` for a path), or set another {setting}"
+        return f"in use, or named twice; {cure}"
     return f"{error.strerror}; set another {setting}"
 
 
@@ -152,7 +153,7 @@ def try_endpoint(
     """Bind every address of an endpoint as `bind_endpoint` does, in vain: a running service loses nothing by it.
 
     The port is another one, unless it is wanted too. A path is not bound; its directory is looked at, unless it is
-    `made` at the start. OSError as from `bind_endpoint`.
+    `made` at the start, and so is a file there. OSError as from `bind_endpoint`.
     """
     if not endpoint.path:
         return bind_endpoint(endpoint if port_too else replace(endpoint, port=0), prepare)
@@ -160,6 +161,8 @@ def try_endpoint(
     if parent != made and not os.access(parent, os.W_OK | os.X_OK):
         number = errno.EACCES if parent.is_dir() else errno.ENOENT
         raise OSError(number, os.strerror(number))
+    if port_too or not Path(endpoint.path).is_socket():
+        _is_left_over(endpoint.path, KINDS[endpoint.scheme])
     return []
 
 
@@ -186,15 +189,8 @@ def _bind(sock: socket.socket, address: SocketAddress | str, prepare: Prepare) -
 
 def _bind_path(path: str, kind: socket.SocketKind, prepare: Prepare, mode: int) -> socket.socket:
     """Bind an AF_UNIX path. Remove the file of a process that is gone, never that of a live one."""
-    if Path(path).is_socket():
-        with socket.socket(socket.AF_UNIX, kind) as probe:
-            probe.setblocking(False)
-            try:
-                with contextlib.suppress(BlockingIOError):  # its queue is full: it stands still, but lives
-                    probe.connect(path)
-                raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
-            except ConnectionRefusedError:
-                Path(path).unlink()
+    if _is_left_over(path, kind):
+        Path(path).unlink()
     before = os.umask(0o777 & ~mode)
     try:
         sock = PathSocket(socket.AF_UNIX, kind)
@@ -202,6 +198,22 @@ def _bind_path(path: str, kind: socket.SocketKind, prepare: Prepare, mode: int) 
         return sock
     finally:
         os.umask(before)
+
+
+def _is_left_over(path: str, kind: socket.SocketKind) -> bool:
+    """Return whether a process that is gone has left a socket there. OSError where something else is."""
+    if not os.path.lexists(path):
+        return False
+    if not Path(path).is_socket():
+        raise OSError(errno.EEXIST, "a file that is no socket is there")
+    with socket.socket(socket.AF_UNIX, kind) as probe:
+        probe.setblocking(False)
+        try:
+            with contextlib.suppress(BlockingIOError):  # its queue is full: it stands still, but lives
+                probe.connect(path)
+        except ConnectionRefusedError:
+            return True
+    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
 
 
 def prepare_listener(listener: socket.socket) -> None:

@@ -47,10 +47,11 @@ def listening(endpoints: Iterable[Endpoint], bind: Bind = bind_endpoint) -> Iter
         for endpoint in endpoints:
             try:
                 opened = bind(endpoint, _prepare, path_mode=0o600)
+                for sock in opened:
+                    stack.callback(close_listener, sock)
+                    sock.listen(BACKLOG)  # before the next is bound: by SO_REUSEADDR two can bind one port, not listen
             except OSError as error:
                 raise OperatorError(FAILED, f"{endpoint}: {explain_bind(error, '[gateway] listen')}") from None
-            for sock in opened:
-                stack.callback(close_listener, sock)
             listeners += (Listener(endpoint, sock) for sock in opened)
         yield listeners
 

@@ -8,7 +8,7 @@ import socket
 import ssl
 
 from services.gateway.counters import CONNECTIONS_REFUSED, HANDSHAKES_FAILED
-from services.gateway.transport.listeners import BACKLOG, Listener
+from services.gateway.transport.listeners import Listener
 from services.gateway.transport.open_connections import OpenConnections
 from services.gateway.transport.tls_connection import TlsConnection, limit_buffers
 from shared.log import get_logger
@@ -38,7 +38,6 @@ class TlsAcceptor:
             self._open.handler.counters[CONNECTIONS_REFUSED] += 1
             return None
 
-        listener.sock.listen(BACKLOG)
         self._acceptor.accept_on(listener.sock, begin)
 
     async def stop(self) -> None:

@@ -77,7 +77,7 @@ def test_it_ends_in_time_however_many_pages_are_open(stack: Stack) -> None:
     assert fetch("/api/datagram?collector=nope") == (200, '{"error":"no such collector is signed up"}')
     second = stack.start("console", ready=False)
     assert second.process.wait(60) == 1
-    assert "in use; see by which process" in second.text
+    assert "in use, or named twice; see by which process" in second.text
     stack.running.remove(second)
     assert (status_of("/../__main__.py"), status_of("/nothing"), status_of("/metrics/exporters?top=0")) == (
         404,

@@ -22,6 +22,9 @@ def test_what_a_service_would_refuse_is_said_before_it_starts(stack: Stack, lab:
     tokens = f'[gateway]\ntokens = "{stack.directory}/none"\n'
     elsewhere = '[gateway]\nlisten = ["tcp://192.0.2.1:5000"]\n'
     no_path = '[console]\nlisten = ["unix:///nowhere/x"]\n'
+    other = stack.directory / "fanwire.toml"
+    twice = '[gateway]\nlisten = ["tcp://127.0.0.1:5000", "tcp://localhost:5000"]\n'
+    twice += '[console]\nlisten = ["http://127.0.0.1:8080", "http://127.0.0.1:8080"]\n'
     for settings, refusals in (
         (A.format('"udp://localhost:7000"') + TLS, {
             "ingest": '[[stream]] "a" listen: udp://localhost:7000 is the address of',
@@ -40,6 +43,14 @@ def test_what_a_service_would_refuse_is_said_before_it_starts(stack: Stack, lab:
             "ingest": "No such file or directory; make its directory",
             "gateway": '[[collector]] "siem": ',
         }),
+        (A.format("") + twice, {
+            "gateway": "tcp://localhost:5000: in use, or named twice; see by which process",
+            "console": "http://127.0.0.1:8080: in use, or named twice; see by which process",
+        }),
+        (A.format(f'"unixgram://{other}"') + f'[gateway]\nlisten = ["unix://{other}"]\n', {
+            "ingest": "a file that is no socket is there; remove it, or choose another path",
+            "gateway": "a file that is no socket is there; set another [gateway] listen",
+        }),
         (A.format('"udp://0.0.0.0:7001"') + 'reply = "x"\n', {"ingest": "a reply on udp://0.0.0.0:7001 would let"}),
     ):  # fmt: skip
         refused = check(stack, settings)
@@ -57,7 +68,7 @@ def test_ports_that_others_have_are_refused_only_before_the_start(stack: Stack, 
     with socket.create_server(("127.0.0.1", 5000)), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as taken:
         taken.bind(("127.0.0.1", 7000))
         refused = check(stack, A.format(""))
-        assert "in use; see by which process" in refused["gateway"]
+        assert "in use, or named twice; see by which process" in refused["gateway"]
         assert "Address already in use; see what holds it with `ss -ulnp`" in refused["ingest"]
     assert check(stack, A.format("")) == {}
     stack.start_all()
