@@ -19,7 +19,13 @@ Streams = Annotated[tuple[str, ...], Meta(max_length=64)]
 """Streams of one client; with 64 prefixes beside them, 56 of the largest clients that sign up fit a bus message."""
 Prefixes = Annotated[tuple[str, ...], Meta(max_length=256)]
 """Prefixes of one client, limited since readers check each: 56 of the largest clients fit a bus message."""
-Group = Annotated[str, Meta(max_length=64)]
+PLAIN: Final = r"^[^\x00-\x1f\x7f-\x9f]*\Z"
+"""Text without control characters: terminals, logs and pages show it."""
+MAX_GROUP: Final = 64
+Group = Annotated[
+    str,
+    Meta(max_length=MAX_GROUP, pattern=PLAIN, description=f"up to {MAX_GROUP} characters, without control characters"),
+]
 ALL_STREAMS = "*"
 MAX_PLACES: Final = 64
 """Workers, each at each stream, whose place is known of one collector; the rest begin by time."""
@@ -93,7 +99,7 @@ class Place(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """
 
     stream: str
-    worker: Annotated[str, Meta(pattern=r"^[a-z]+\.[0-9]{1,9}$")]
+    worker: Annotated[str, Meta(pattern=r"^[a-z]+\.[0-9]{1,9}\Z")]
     boot: Generation
     sequence: Generation
     total: Generation

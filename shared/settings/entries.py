@@ -5,10 +5,12 @@ from typing import Annotated, Final, Literal
 
 from msgspec import Meta, Struct
 
-from shared.client import ALL_STREAMS, WrittenTerms
+from shared.client import ALL_STREAMS, PLAIN, WrittenTerms
 from shared.net.addresses import Endpoint, check_host, is_host_name, pack_network, parse_endpoint
 from shared.settings.values import Bytes, Name, Port, Scope, check_each
 
+MAX_NAME: Final = 255
+"""Bytes of a client's name."""
 STREAM_SCHEMES: Final = ("udp", "tcp", "unixgram")
 
 Protocol = Literal["netflow", "ipfix", "sflow"]
@@ -50,7 +52,9 @@ class Stream(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class Collector(WrittenTerms, frozen=True, forbid_unknown_fields=True):
     """A collector that can't sign itself up; the fields of `register`."""
 
-    name: Annotated[str, Meta(min_length=1, max_length=255)]
+    name: Annotated[
+        str, Meta(min_length=1, pattern=PLAIN, description=f"1 to {MAX_NAME} bytes, without control characters")
+    ]
     streams: Annotated[tuple[str, ...], Meta(min_length=1, max_length=64)]
     address: str
     """An address, or a host name, which the gateway looks up every `[gateway] resolve_seconds`."""
@@ -59,6 +63,8 @@ class Collector(WrittenTerms, frozen=True, forbid_unknown_fields=True):
     """Gets later, from the journal, what it misses of streams that have one."""
 
     def __post_init__(self) -> None:
+        if len(self.name.encode()) > MAX_NAME:
+            raise ValueError(f"name: expected 1 to {MAX_NAME} bytes of UTF-8")
         check_each("address", check_host, [self.address])
         check_each("from", pack_network, self.prefixes)
 
@@ -73,7 +79,7 @@ class Token(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     name: Name
     """The holder: entries belong to it, from whichever connection they were made."""
-    hash: Annotated[str, Meta(pattern=r"^sha256:[0-9a-f]{64}$", description="as `fanwire token` prints it")] | None = (
+    hash: Annotated[str, Meta(pattern=r"^sha256:[0-9a-f]{64}\Z", description="as `fanwire token` prints it")] | None = (
         None
     )
     """SHA-256 of its token, as `fanwire token` prints it."""

@@ -14,6 +14,7 @@ from shared.settings.values import (
     Ceiling,
     Count,
     Ethertype,
+    FullPath,
     Seconds,
     check_each,
     leave_room,
@@ -35,7 +36,7 @@ CONNECTION_BYTES: Final = 98_304
 class Bus(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The bus, at which the processes meet."""
 
-    directory: str = "$XDG_RUNTIME_DIR/fanwire"
+    directory: FullPath = "$XDG_RUNTIME_DIR/fanwire"
     """Holds the ipc sockets; without XDG_RUNTIME_DIR a directory of this user under /tmp."""
     high_water_mark: Annotated[int, Meta(ge=1, le=65_536)] = 256
     """Messages a queue of the bus holds before it drops, each up to 256 datagrams or 512 KiB."""
@@ -285,7 +286,7 @@ class Offload(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class Journal(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The journal, which keeps what comes in streams with `journal = true`."""
 
-    directory: str = "$STATE_DIRECTORY/journal"
+    directory: FullPath = "$STATE_DIRECTORY/journal"
     """Directory of the segments; without STATE_DIRECTORY (systemd) one of this user's under XDG_STATE_HOME."""
     bytes: Annotated[int, Meta(ge=1 << 20, le=1 << 50)] = 10_737_418_240
     """The most that segments take; the oldest go first."""

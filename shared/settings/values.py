@@ -11,10 +11,12 @@ MAX_PORT: Final = 65_535
 Name = Annotated[
     str,
     Meta(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z",
         description="up to 64 letters, digits, and behind the first also . _ and -",
     ),
 ]
+FullPath = Annotated[str, Meta(pattern="^[/$]", description="an absolute path, or one that begins with a variable")]
+"""A path that is the same one for all services, wherever each was started."""
 Count = Annotated[int, Meta(ge=1, le=1_000_000)]
 Port = Annotated[int, Meta(ge=1, le=MAX_PORT)]
 Seconds = Annotated[float, Meta(gt=0, le=86_400)]

@@ -21,7 +21,7 @@ LARGEST: Final = 65_536
 AWAY: Final = -1
 """The number of a peer whose connection is at another node."""
 Text = Annotated[str, Meta(max_length=255)]
-Node = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,31}$")]
+Node = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,31}\Z")]
 Number = Annotated[int, Meta(ge=0, le=1 << 62)]
 
 

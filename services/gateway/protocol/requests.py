@@ -8,7 +8,7 @@ from msgspec import Meta, Struct, field
 from shared.bus.bodies.fields import Number
 from shared.bus.frame_requests import check_frame, make_frame, parse_hex, parse_mac, sending_seconds
 from shared.bus.messages import MAX_FRAMES, MAX_INTERFACE
-from shared.client import MAX_REASON, WrittenTerms
+from shared.client import MAX_GROUP, MAX_REASON, PLAIN, WrittenTerms
 from shared.settings.values import Ethertype, Port, parse_ethertype
 
 MAX_ITEMS: Final = 64
@@ -96,7 +96,7 @@ class Withhold(_Request, frozen=True, tag="withhold"):
     """Stops the copies to a collector, and to any later one of its name. The entry stays."""
 
     name: str
-    reason: Annotated[str, Meta(max_length=MAX_REASON)] = ""
+    reason: Annotated[str, Meta(max_length=MAX_REASON, pattern=PLAIN)] = ""
 
 
 class Release(_Request, frozen=True, tag="release"):
@@ -204,7 +204,7 @@ EXPECTED: Final = {
     "generation": "the whole number that `register` answered",
     "revision": "the whole number that `list`, `watch` or an event showed",
     "epoch": "the text that `list` or `watch` showed with the revision",
-    "reason": f"a string of at most {MAX_REASON} characters",
+    "reason": f"a string of at most {MAX_REASON} characters, without control characters",
     "nonce": "the text after `fanwire-challenge ` in the datagram",
     "streams": f"a list of at most {MAX_ITEMS} stream names",
     "port": "a whole number from 1 to 65535",
@@ -212,7 +212,7 @@ EXPECTED: Final = {
     "source": '"relay" or "original"',
     "from": f'a list of at most {MAX_ITEMS} prefixes such as "192.0.2.0/24"',
     "sample": "a whole number from 1 to 1000000",
-    "group": "a string of at most 64 characters",
+    "group": f"a string of at most {MAX_GROUP} characters, without control characters",
     "hop_limit": "a whole number from 1 to 255",
     "dscp": "a whole number from 0 to 63",
     "ttl": f"seconds from 0 to {YEAR_SECONDS}",

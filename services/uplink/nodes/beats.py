@@ -16,7 +16,7 @@ MAX_BEAT: Final = 1 << 19
 MAX_ORIGINS: Final = 2048
 State = Literal["joining", "live", "left"]
 """A node that is joining still gets what came before; one that has left sends no copies any more."""
-Site = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,31}$")]
+Site = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,31}\Z")]
 
 
 class Reached(msgspec.Struct, array_like=True, frozen=True, gc=False):

@@ -11,9 +11,9 @@ SENDER: Final = r"^[a-z]+\.[0-9]{1,9}$"
 REPLY_PREFIX: Final = "reply/"
 REPLAY_PREFIX: Final = "replay/"
 """Topics of what the journal sends to those who have asked it: one a reader, who chooses its name."""
-ReplyTopic = Annotated[str, Meta(max_length=128, pattern=f"^{REPLY_PREFIX}.*/$")]
-ReplayTopic = Annotated[str, Meta(max_length=128, pattern=f"^{REPLAY_PREFIX}[^/]+/$")]
-StreamName = Annotated[str, Meta(pattern="^[^/]{1,64}$")]
+ReplyTopic = Annotated[str, Meta(max_length=128, pattern=f"^{REPLY_PREFIX}.*/\\Z")]
+ReplayTopic = Annotated[str, Meta(max_length=128, pattern=f"^{REPLAY_PREFIX}[^/]+/\\Z")]
+StreamName = Annotated[str, Meta(pattern=r"^[^/]{1,64}\Z")]
 """A name without `/`, so that a subscription to a stream brings no other, such as `messages/more`."""
 Number = Annotated[int, Meta(ge=0, le=MAX_NUMBER)]
 SenderName = Annotated[str, Meta(pattern=SENDER)]

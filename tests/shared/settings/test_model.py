@@ -1,5 +1,6 @@
 import math
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +249,24 @@ def test_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
         (COLLECTOR + 'from = ["10.0.0.1/8"]\n', "from: 10.0.0.1/8 has host bits set; expected 10.0.0.0/8"),
         (COLLECTOR + 'from = ["ten"]\n', "from: 'ten' does not appear to be an IPv4 or IPv6 network"),
         (COLLECTOR.replace("= 9", "= 0"), '[[collector]] "a" port: expected a whole number from 1 to 65535'),
+        (
+            COLLECTOR.replace('"a"', '"a\\n"'),
+            '" name: expected a text in quotes: 1 to 255 bytes, without control characters',
+        ),
+        (COLLECTOR.replace('"a"', f'"{"é" * 128}"'), '" name: expected 1 to 255 bytes of UTF-8'),
+        (
+            COLLECTOR + 'group = "a\\u001b[31m"\n',
+            "group: expected a text in quotes: up to 64 characters, without control",
+        ),
+        (
+            '[[stream]]\nname = "a\\n"\nlisten = ["udp://localhost:1"]\n',
+            '" name: expected a text in quotes: up to 64 letters',
+        ),
+        (
+            '[bus]\ndirectory = "run"\n',
+            "line 2: [bus] directory: expected a text in quotes: an absolute path, or one that",
+        ),
+        ('[journal]\ndirectory = "~/j"\n', "line 2: [journal] directory: expected a text in quotes: an absolute path"),
         (COLLECTOR.replace("= 9", "= 65536"), '[[collector]] "a" port: expected a whole number from 1 to 65535'),
         (COLLECTOR + "sample = 0\n", '[[collector]] "a" sample: expected a whole number from 1 to 1000000'),
         (COLLECTOR + 'source = "forged"\n', "source: 'forged' is not allowed; expected one of relay, original"),
@@ -301,6 +320,11 @@ def test_lists_are_for_the_file() -> None:
         ("FANWIRE_BUS__HIGH_WATER_MARK", "many", "expected a whole number from 1 to 65536"),
         ("FANWIRE_BUS__HIGH_WATER_MARK", "0", "expected a whole number from 1 to 65536"),
         ("FANWIRE_BUS__HIGH_WATER_MARK", "", "expected a whole number from 1"),
+        (
+            "FANWIRE_BUS__DIRECTORY",
+            "",
+            "expected a text in quotes: an absolute path, or one that begins with a variable",
+        ),
         ("FANWIRE_FORWARDER__SEGMENTATION", "perhaps", "expected true or false"),
         ("FANWIRE_INGEST__TCP_IDLE_SECONDS", "nan", "expected a number from above 0"),
         (
@@ -366,14 +390,15 @@ streams = st.builds(
     receive_buffer=st.integers(4096, 1 << 30),
     protocol=st.sampled_from([None, "netflow", "ipfix", "sflow"]),
 )
+plain = partial(st.text, st.characters(exclude_categories=("Cc", "Cs")))
 collectors = st.builds(
     Collector,
-    name=st.text(min_size=1, max_size=20),
+    name=plain(min_size=1, max_size=20),
     streams=st.just(("*",)),
     address=st.ip_addresses().map(str),
     port=st.integers(1, 65535),
     sample=st.integers(1, 1_000_000),
-    group=st.text(max_size=20),
+    group=plain(max_size=20),
 )
 
 
@@ -390,7 +415,7 @@ def test_any_settings_are_rendered_so_that_they_read_the_same(
     """Settings with any text and number in them are read back to the same."""
     builtins = msgspec.to_builtins(Settings(streams=tuple(some), collectors=tuple(others)))
     builtins["ingest"]["fill_ms"] = fill_ms
-    builtins["bus"]["directory"] = directory
+    builtins["bus"]["directory"] = f"/{directory}"
     found = msgspec.convert(builtins, Settings)
     assert read(tmp_path, render(found)) == found
     assert read(tmp_path, render(found, defaults=False)) == found
