@@ -11,22 +11,29 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from tests.stack import CHECKOUT
-
+CHECKOUT: Final = Path(__file__).parent.parent
 VARIABLE: Final = "FANWIRE_TESTS_MADE_ONCE"
 """Tells the workers, which inherit it, in which directory of the run's own these things lie."""
+RUN: Final = "pid"
+"""The file there with the process that started the run."""
 
 
 def begin() -> None:
     """Make the directory, into which every user can look. For the process that starts the run."""
     directory = tempfile.mkdtemp(prefix="fanwire-tests-")
     Path(directory).chmod(0o755)
+    Path(directory, RUN).write_text(str(os.getpid()))
     os.environ[VARIABLE] = directory
 
 
 def end() -> None:
     """Remove the directory, with all that is in it. For the process that started the run."""
     shutil.rmtree(os.environ.pop(VARIABLE))
+
+
+def run() -> int:
+    """Return the process that started the run, and ends it."""
+    return int(Path(os.environ[VARIABLE], RUN).read_text())
 
 
 @contextmanager

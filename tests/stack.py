@@ -15,9 +15,9 @@ from tempfile import TemporaryFile
 from types import TracebackType
 from typing import Any, Final, Self
 
+from tests.once import CHECKOUT as CHECKOUT
 from tests.warm_start import PROGRAMS, Process, WarmStart
 
-CHECKOUT = Path(__file__).parent.parent
 DRAIN_SECONDS = 4.0
 """Within which every process has to end when told to: honcho kills after five."""
 PATIENCE_SECONDS = 60.0

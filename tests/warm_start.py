@@ -22,14 +22,17 @@ import threading
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final, NoReturn, Protocol
+from zlib import crc32
 
 import msgspec
 
 from tests.capabilities import ambient, keep_only
 from tests.lab import enter_network
+from tests.once import made_once, run
 
 OPENED: Final = ("services.offload", "services.transmitter")
 """Services that begin with an opener."""
@@ -62,10 +65,16 @@ INHERITED: Final = ("Uid", "Gid", "Groups", "Umask", "CapPrm", "CapEff", "CapBnd
 """Attributes that a process has from the one that starts it, as proc(5) names them."""
 COMMAND: Final = "import sys; sys.path.append(sys.argv[1]); from tests.warm_start import main; sys.path.pop(); main()"
 """Runs `main` with the checkout's tests/, and with programs from elsewhere if PYTHONPATH says so."""
+PROGRAMS_VARIABLE: Final = "FANWIRE_TESTS_PROGRAMS"
+"""Names the programs to import; on its command line others would take them for services."""
+SOCKET, INHERITED_BY_IT = "socket", "inherited"
+"""Files of the process that forks: tests ask there, and read what it has from the one that started it."""
 
 
 lasting: Final[list[int]] = []
 """Descriptors that stay open as long as this process: those by which others are told to fork."""
+_begun: Final[list[subprocess.Popen[bytes]]] = []
+"""Processes that fork, begun here; they outlast this one if other workers of the run still use them."""
 
 
 class Process(Protocol):
@@ -146,19 +155,19 @@ class _Forked:
 
 
 class WarmStart:
-    """The process that forks, as seen by tests: an interpreter that has imported programs from a directory."""
+    """The process that forks, as seen by tests: an interpreter that has imported programs from a directory.
+
+    All workers of a run share it; the first that asks for it starts it, and it ends with the run.
+    """
 
     def __init__(self, interpreter: str, checkout: str, programs: Sequence[str]) -> None:
-        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs, ambient() if os.geteuid() else nullcontext():  # to enter other network namespaces
-            command = [interpreter, "-P", "-c", COMMAND, str(Path(__file__).parent.parent), str(theirs.fileno())]
-            environment = os.environ | {"PYTHONPATH": checkout, "OPENBLAS_NUM_THREADS": "1"}  # threads don't fork
-            self._process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()])
-        self._control.send(json.dumps(programs).encode())  # on its command line others would take them for services
-        assert self._control.recv(16) == b"ready"
+        name = f"warm-start-{crc32(f'{interpreter} {checkout}'.encode()):x}"
+        made = made_once(name, partial(_start, interpreter, checkout, programs))
+        self._control = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._control.connect(str(made / SOCKET))
         lasting.append(self._control.fileno())
-        self._programs, self._has = programs, _inherited()
-        atexit.register(self._end)
+        self._programs, self._has = programs, (made / INHERITED_BY_IT).read_text()
+        atexit.register(self._control.close)
 
     def serves(self, command: Sequence[str], environment: Mapping[str, str]) -> bool:
         """Return whether this command of its interpreter, started from here and now, finds what it would by exec."""
@@ -188,9 +197,17 @@ class WarmStart:
             os.close(theirs)
             os.close(network)
 
-    def _end(self) -> None:
-        self._control.close()
-        self._process.wait()
+
+def _start(interpreter: str, checkout: str, programs: Sequence[str], directory: Path) -> None:
+    command = [interpreter, "-P", "-c", COMMAND, str(Path(__file__).parent.parent), str(run())]
+    environment = os.environ | {"PYTHONPATH": checkout, "OPENBLAS_NUM_THREADS": "1"}  # threads don't fork
+    environment[PROGRAMS_VARIABLE] = " ".join(programs)
+    (directory / INHERITED_BY_IT).write_text(_inherited())
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(directory / SOCKET))
+        listener.listen()
+        with ambient() if os.geteuid() else nullcontext():  # to enter other network namespaces
+            _begun.append(subprocess.Popen(command, env=environment, stdin=listener.fileno()))
 
 
 def _status() -> dict[str, str]:
@@ -198,27 +215,35 @@ def _status() -> dict[str, str]:
     return dict(line.split(":", 1) for line in lines)
 
 
-def _inherited() -> dict[str, Any]:
+def _inherited() -> str:
     """Return the attributes that a program started now would have from this thread, apart from what it is told."""
     status = _status()
-    return {
+    has = {
         **{name: status[name] for name in (*INHERITED, *(() if os.geteuid() else ("CapInh", "CapAmb")))},
         **{name: resource.getrlimit(getattr(resource, name)) for name in dir(resource) if name.startswith("RLIMIT_")},
     }
+    return json.dumps(has)
 
 
 def _capabilities_after_exec() -> int | None:
     return int(_status()["CapAmb"], 16) if os.geteuid() else None
 
 
-def _serve(control: socket.socket) -> Program | None:
-    """Fork for each request; return what to run in what was forked, and None here when no more is asked for."""
-    poll, running = select.poll(), dict[int, tuple[int, int]]()
-    poll.register(control, select.POLLIN)
-    control.send(b"ready")
+def _serve(listener: socket.socket, run: int) -> Program | None:
+    """Fork for each request; return what to run in what was forked, and None here when the run has ended."""
+    poll, running, controls = select.poll(), dict[int, tuple[int, int]](), dict[int, socket.socket]()
+    for each in (listener.fileno(), run):
+        poll.register(each, select.POLLIN)
     while True:
         for ready, _ in poll.poll():
-            if ready != control.fileno():
+            if ready == run:
+                return None
+            if ready == listener.fileno():
+                control, _ = listener.accept()
+                controls[control.fileno()] = control
+                poll.register(control, select.POLLIN)
+                continue
+            if ready in running:
                 pid, status = running.pop(ready)
                 poll.unregister(ready)
                 os.close(ready)
@@ -226,18 +251,22 @@ def _serve(control: socket.socket) -> Program | None:
                     os.write(status, os.waitpid(pid, 0)[1].to_bytes(8))
                 os.close(status)
                 continue
+            control = controls[ready]
             request, descriptors, _, _ = socket.recv_fds(control, 1 << 17, 5)
-            if not request:
-                return None
+            if not request:  # this worker has ended
+                poll.unregister(ready)
+                controls.pop(ready).close()
+                continue
             *streams, status, network = descriptors
             pid = os.fork()
             if pid == 0:
-                control.close()
+                for ours in (listener, *controls.values()):
+                    ours.close()
                 if os.fstat(network).st_ino != Path("/proc/self/ns/net").stat().st_ino:
                     enter_network(network)
                 for number, descriptor in enumerate(streams):
                     os.dup2(descriptor, number)
-                os.closerange(3, max([*descriptors, *running, *(status for _, status in running.values())]) + 1)
+                os.closerange(3, max([run, *descriptors, *running, *(status for _, status in running.values())]) + 1)
                 return Program(**json.loads(request))
             control.send(b"%d" % pid)
             for descriptor in (*streams, network):
@@ -369,12 +398,12 @@ def _fork_program(
 
 def main() -> None:
     """Import the programs that are named first, then run one of them in each fork that is asked for."""
-    control = socket.socket(fileno=int(sys.argv[2]))
-    programs = json.loads(control.recv(1 << 12))
+    listener = socket.socket(fileno=0)
+    programs = os.environ.pop(PROGRAMS_VARIABLE).split()
     _import(programs)
     gc.collect()
     gc.freeze()
     if "services.operator" in programs:
         vars(subprocess)["_fork_exec"] = _fork_program
-    if program := _serve(control):
+    if program := _serve(listener, os.pidfd_open(int(sys.argv[2]))):
         _run_to_the_end(program)
