@@ -73,16 +73,17 @@ def _overlap(one: Address, other: Address) -> bool:
 
 
 def _workers(sockets: set[str]) -> Iterator[Sharer]:
-    """Yield the workers that have one of these sockets open."""
+    """Yield the workers that have one of these sockets open. Processes of other network namespaces have none."""
+    network = Path("/proc/self/ns/net").stat().st_ino
     for entry in Path("/proc").iterdir():
-        opened = set(_opened(entry)) if entry.name.isdigit() else set()
+        opened = set(_opened(entry, network)) if entry.name.isdigit() else set()
         if opened & sockets:
             yield from (Sharer(int(entry.name), lock[1]) for each in opened if (lock := LOCK.fullmatch(each)))
 
 
-def _opened(process: Path) -> Iterator[str]:
-    """Yield what a process has open; nothing where it has ended, or is another user's."""
+def _opened(process: Path, network: int) -> Iterator[str]:
+    """Yield what a process in this network namespace has open; nothing where it has ended, or is another user's."""
     with suppress(OSError):
-        for each in (process / "fd").iterdir():
+        for each in (process / "fd").iterdir() if (process / "ns" / "net").stat().st_ino == network else ():
             with suppress(OSError):
                 yield str(each.readlink())
