@@ -47,9 +47,11 @@ PROGRAMS: Final = (
     "tests.traffic",
 )
 IMPORTED_LATER: Final = {
-    "services.console": ("services.console.server",),
+    "services.broker": ("encodings.idna", "encodings.utf_8_sig"),
+    "services.console": ("services.console.server", "uvicorn.lifespan.off"),
     "services.uplink": ("services.uplink.service",),
     "services.journal": ("services.journal.service",),
+    "services.operator": ("rich.table",),
     "services.offload": (
         "services.offload.opener",
         "services.offload.applying.applier",

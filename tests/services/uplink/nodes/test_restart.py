@@ -8,7 +8,7 @@ from tests.services.uplink.nodes.cluster import Cluster, Exporter
 from tests.stack import wait_until
 
 pytestmark = pytest.mark.usefixtures("lab")
-PER_SECOND: Final = 100
+PER_SECOND: Final = 50
 
 
 def test_a_restart_of_the_uplink_alone_costs_nothing(tmp_path: Path) -> None:

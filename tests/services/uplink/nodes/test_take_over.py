@@ -15,7 +15,7 @@ from tests.services.uplink.nodes.cluster import Cluster, Exporter
 from tests.stack import ask_json, wait_until
 
 pytestmark = pytest.mark.usefixtures("lab")
-PER_SECOND: Final = 100
+PER_SECOND: Final = 50
 SECONDS: Final = 1.5
 """Time that traffic lasts before a node ends: its senders have told where they are, and not just now."""
 
