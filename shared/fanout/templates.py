@@ -163,7 +163,14 @@ class TemplateDelivery(Generic[D]):
             if now >= self._due_at.get(stream, 0.0):
                 self._rounds[stream] = asked = self._next.pop(stream)
                 asked.asked_at = now
-                self._subscriber.subscribe(templates_topic(stream))
+                self._question(stream, asked)
+
+    def _question(self, stream: str, asked: _Round) -> None:
+        """Ask for the templates of a stream; where exporters change hands with the answers, renewals begin anew too."""
+        if any(self._renewed.get(stream, {}).get(name) for name in asked.joining):
+            self._subscriber.unsubscribe(renewals_topic(stream))
+            self._subscriber.subscribe(renewals_topic(stream))
+        self._subscriber.subscribe(templates_topic(stream))
 
     def settle(self, streams: FollowedStreams) -> None:
         """End the rounds that all living workers have answered, or for which there was time enough; begin others."""
@@ -179,9 +186,6 @@ class TemplateDelivery(Generic[D]):
                 names = sorted(name for name, _ in workers - asked.answered)
                 log.warning("no templates of flow exporters came from some workers", stream=stream, workers=names)
             self._subscriber.unsubscribe(templates_topic(stream))
-            if any(self._renewed.get(stream, {}).get(name) for name in asked.joining):
-                self._subscriber.unsubscribe(renewals_topic(stream))
-                self._subscriber.subscribe(renewals_topic(stream))  # anew: its exporters have changed hands
             shortest, longest = PAUSE_SECONDS
             self._due_at[stream] = now + min(longest, max(shortest, PAUSE_SHARE * (now - asked.asked_at)))
             del self._rounds[stream]
@@ -229,7 +233,7 @@ class TemplateDelivery(Generic[D]):
                 asked.answered.add(worker)
         elif due is not None:
             self._subscriber.unsubscribe(templates_topic(body.stream))
-            self._subscriber.subscribe(templates_topic(body.stream))
+            self._question(body.stream, asked)
 
     def send(self, stream: str, datagrams: Sequence[TemplateDatagram], name: str) -> None:
         """Send a collector templates of exporters that it gets."""

@@ -320,16 +320,6 @@ def test_shares_and_samples_get_what_comes_besides() -> None:
     assert +sender.subscriptions == Counter()
 
 
-def test_a_change_in_a_group_begins_renewals_anew() -> None:
-    """Ingest is told where exporters may have changed hands, so that no member's numbers fall."""
-    sender = Sender()
-    members = [make_client(name, 10 + number, group="g") for number, name in enumerate("abc")]
-    sender.serve(*members[:2])
-    sender.serve(*members)
-    sender.serve(*members)
-    assert sender.asked.count("renewals/netflow/") == 2
-
-
 def shared_by(sender: Sender, worker: tuple[str, int], names: str) -> dict[str, list[str]]:
     """Let a batch of 64 exporters come, and return which of them each member of a group has got."""
     sources = [f"192.0.2.{number}" for number in range(64)]
@@ -393,7 +383,7 @@ def test_a_member_that_catches_up_keeps_its_share() -> None:
 
 
 def test_templates_go_with_the_shares_of_the_moment() -> None:
-    """A member gets renewals as copies while it has their exporter; once another one has it, numbers begin anew."""
+    """A member gets renewals as copies while it has their exporter, and templates as its own once it has."""
     sender = Sender()
     members = [make_client(name, 10 + number, group="g") for number, name in enumerate("abc")]
     sender.serve(*members[:1])
@@ -406,13 +396,29 @@ def test_templates_go_with_the_shares_of_the_moment() -> None:
     sender.hear(ONE, Renewals("netflow", renewals))
     sender.live(ONE, *[each.payload for each in renewals], sources=sources)
     assert sender.got("a") == [each.payload for each in renewals]
-    asked = sender.asked.count("renewals/netflow/")
     sender.answer(ONE, *renewals)
-    sender.answer(TWO)
-    sender.pass_time(0)
-    assert sender.asked.count("renewals/netflow/") == asked + 1
     own = {name: texts([each for each in sender.got(name) if each[12:16] == b"real"]) for name in "abc"}
     assert own == shared_by(sender, ONE, "abc") | {"a": []}
+
+
+def test_renewals_begin_anew_where_exporters_change_hands() -> None:
+    """So it is when a group changes, and with each question for a member, whose share is its own with the answers."""
+    sender = Sender()
+    members = [make_client(name, 10 + number, group="g") for number, name in enumerate("ab")]
+    renewals, question = "renewals/netflow/", "templates/netflow/"
+    sender.serve(*members[:1])
+    assert sender.asked == [renewals, renewals, question]
+    sender.serve(*members)
+    sender.serve(*members)
+    assert sender.asked[3:] == [renewals]
+    for worker in WORKERS:
+        sender.answer(worker)
+    sender.pass_time()
+    assert sender.asked[4:] == [renewals, question]
+    sender.answer(ONE, piece=0, pieces=3)
+    sender.answer(ONE, piece=2, pieces=3)
+    assert sender.asked[6:] == [renewals, question]
+    assert +sender.subscriptions == Counter([renewals, question])
 
 
 @pytest.mark.parametrize("count", [BURST, 3 * BURST, 100 * BURST])
