@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Final, Protocol, get_args
+from typing import Final, ParamSpec, Protocol, get_args
 
 import msgspec
 
@@ -30,7 +30,7 @@ from services.gateway.protocol.requests import (
     WatchClients,
     Withhold,
 )
-from services.gateway.registry.changes import T, ignore
+from services.gateway.registry.changes import FAULT, T, ignore
 from services.gateway.registry.entry import Entry, Origin
 from services.gateway.registry.registry import Registry
 from services.gateway.render import json_line, show_client
@@ -54,6 +54,8 @@ COPIES_WITHHELD: Final = "on the list, but an admin withholds the copies; `withh
 MAX_WRONG_TOKENS: Final = 3
 """Wrong tokens of one connection; then it is closed, and a further try costs another handshake."""
 WORDS: Final[tuple[ErrorWord, ...]] = get_args(ErrorWord)
+
+P = ParamSpec("P")
 
 log = get_logger()
 _encode: Final = msgspec.json.Encoder().encode
@@ -124,10 +126,11 @@ class Handler:
             case Register() | Confirm():
                 self._register(request, peer, reply)
             case Renew():
+                refuse = self._refusing(request, peer, reply)
                 self._registry.changes.renew(
                     lambda: self._admission.decide_change(request, peer),
-                    lambda entry: reply(_succeed(request.id, expires_in=self._registry.leases.expires_in(entry))),
-                    self._refusing(request, reply),
+                    _caught(lambda entry: reply(self._renewed(request, entry)), refuse),
+                    refuse,
                 )
             case Leave():
                 self._make(
@@ -142,7 +145,9 @@ class Handler:
             case Transmit():
                 self._admission.decide_transmit(request, peer)
                 holder = peer.rights.holder
-                self._send_frames(request, holder, lambda outcome: reply(self._report_frames(request, outcome)))
+                refuse = self._refusing(request, peer, reply)
+                report = _caught(lambda outcome: reply(self._report_frames(request, outcome)), refuse)
+                self._send_frames(request, holder, report)
             case _:
                 peer.rights.check(request)
                 reply(self._inform(request, peer))
@@ -200,16 +205,18 @@ class Handler:
                 raise RequestError("not_permitted", f"the [[token]] of {holder!r} has changed meanwhile; connect again")
             return act()
 
-        self._registry.changes.make(act_by_right, done, self._refusing(request, reply))
+        refuse = self._refusing(request, peer, reply)
+        self._registry.changes.make(act_by_right, _caught(done, refuse), refuse)
 
-    def _refusing(self, request: Request, reply: Reply) -> Callable[[Exception], None]:
-        """Return a function that answers a request with a refusal which came later."""
+    def _refusing(self, request: Request, peer: Peer, reply: Reply) -> Callable[[Exception], None]:
+        """Return a function that answers a request with a refusal which came later, be it for a fault of ours."""
 
         def refuse(error: Exception) -> None:
             if isinstance(error, OSError):
                 error = unavailable(error)
             if not isinstance(error, RequestError):
-                raise error
+                log.error("error while handling a request", peer=str(peer), reason=repr(error), exc_info=error)
+                error = RequestError("unavailable", FAULT)
             reply(self.refuse(error, None if isinstance(request, SignUp) else request.id))
 
         return refuse
@@ -227,11 +234,13 @@ class Handler:
             if isinstance(request, SignUp):
                 reply(self._registry.names.render())
             else:
-                self._answer_registered(request, *granted, reply)
+                self._answer_registered(request, *granted, peer, reply)
 
         self._make(grant, done, request, peer, reply)
 
-    def _answer_registered(self, request: Register | Confirm, granted: Grant, entry: Entry, reply: Reply) -> None:
+    def _answer_registered(
+        self, request: Register | Confirm, granted: Grant, entry: Entry, peer: Peer, reply: Reply
+    ) -> None:
         def finished() -> None:
             self._registry.refresh_condition(entry)
             receives = bool(entry.client.streams) and not entry.client.withheld
@@ -241,7 +250,7 @@ class Handler:
             reply(_succeed(request.id, client=show_client(self._registry, entry), receives=receives, **note))
 
         if entry.client.streams:
-            self._announcer.ask_served(entry.client.source, finished)
+            self._announcer.ask_served(entry.client.source, _caught(finished, self._refusing(request, peer, reply)))
         else:
             finished()
 
@@ -271,7 +280,8 @@ class Handler:
                 log.info(RELEASED_BY_ADMIN, client=name, by=str(peer))
             present = registry.find(name)
             if present and present.client.streams:
-                self._announcer.ask_served(present.client.source, finished)
+                answer = _caught(finished, self._refusing(request, peer, reply))
+                self._announcer.ask_served(present.client.source, answer)
             else:
                 finished()
 
@@ -287,6 +297,9 @@ class Handler:
             client = replaced.client
             why = f"{client.name!r} was taken over from {peer}"
             push(json_line(event="taken_over", name=client.name, generation=client.generation, message=why))
+
+    def _renewed(self, request: Renew, entry: Entry) -> Answer:
+        return _succeed(request.id, expires_in=self._registry.leases.expires_in(entry))
 
     def _report_frames(self, request: Transmit, reply: TransmitReply | None) -> Answer:
         """Return the answer for the transmitter's reply; a word that clients do not know becomes another."""
@@ -341,6 +354,18 @@ class Handler:
 def unavailable(error: OSError) -> RequestError:
     """Return the refusal for an error of the kernel, the disk or the cluster."""
     return RequestError("unavailable", f"{error.strerror}; try again")
+
+
+def _caught(callback: Callable[P, None], failed: Callable[[Exception], None]) -> Callable[P, None]:
+    """Return a callback which hands to `failed` what `callback` raises: others wait for the same event."""
+
+    def call(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            callback(*args, **kwargs)
+        except Exception as error:
+            failed(error)
+
+    return call
 
 
 def _identity(id: Id | None) -> dict[str, object]:

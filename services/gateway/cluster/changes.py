@@ -19,7 +19,7 @@ from services.gateway.cluster.log import LARGEST_BATCH, BucketLog, LogError, Ove
 from services.gateway.cluster.records import Gone, Left, Ordered, Record, encode, key_of
 from services.gateway.cluster.replica import Replica
 from services.gateway.protocol.requests import ErrorWord, RequestError
-from services.gateway.registry.changes import Change, ignore
+from services.gateway.registry.changes import FAULT, Change, ignore
 from services.gateway.registry.entry import Entry
 from shared.log import get_logger
 
@@ -36,7 +36,6 @@ DOUBTED: Final[frozenset[ErrorWord]] = frozenset({
 """Refusals for a reason that may have gone: they are given once all that others have changed before is known."""
 AWAY: Final = "the cluster has no quorum, or can't be reached from this node"
 LATE: Final = "the cluster did not answer in time: the request may have been granted, or may be granted yet"
-FAULT: Final = "the gateway failed at this request, as its log says"
 T = TypeVar("T")
 
 log = get_logger()

@@ -6,10 +6,13 @@ a cluster (`services/gateway/cluster`) a change may have to wait, and to be plan
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Final, Protocol, TypeVar
 
 from services.gateway.registry.entry import NO_ORDERS, Entry, Event, Orders
 from services.gateway.registry.pasts import NO_PASTS, Gone
+
+FAULT: Final = "the gateway failed at this request, as its log says"
+"""The refusal of a request at which a fault of ours came to light."""
 
 
 class Keep(Protocol):

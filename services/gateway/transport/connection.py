@@ -151,7 +151,10 @@ class ClientConnection(asyncio.BufferedProtocol):
         self._transport.abort()
 
     def act(self) -> None:
-        """Perform the conversation's actions, until it waits for something."""
+        """Perform the conversation's actions, until it waits for something.
+
+        A fault of ours ends this connection alone: others may have led here.
+        """
         if self._acting:
             return  # an action led here: the loop below goes on
         self._acting = True
@@ -160,6 +163,8 @@ class ClientConnection(asyncio.BufferedProtocol):
                 if self._transport.is_closing() and action not in (Step.ABORT, Step.ABORT_SLOW):
                     break  # nothing arrives any more, but a transport may wait for ever for its buffer to empty
                 self._perform(action)
+        except Exception as error:
+            self._end_for(error)
         finally:
             self._acting = False
         if self.conversation.reading is not self._reading and not self.conversation.ended:
@@ -210,9 +215,14 @@ class ClientConnection(asyncio.BufferedProtocol):
             self._handler.handle(request, self._peer, self._reply)
         except RequestError as refused:
             self._refuse(refused, None if isinstance(request, SignUp) else request.id)
-        except Exception as error:  # a fault of ours: it ends this connection, and no other
-            log.error("error while handling a request", peer=str(self._peer), reason=repr(error), exc_info=error)
-            self.drop()
+        except Exception as error:
+            self._end_for(error)
+
+    def _end_for(self, error: Exception) -> None:
+        """Cut the connection for a fault of ours, which no other one is to pay for."""
+        log.error("error while handling a request", peer=str(self._peer), reason=repr(error), exc_info=error)
+        self.conversation.drop()
+        self._transport.abort()
 
     def _reply(self, answer: Answer) -> None:
         self.conversation.answer(answer)

@@ -9,7 +9,9 @@ from typing import Any, get_args
 from unittest.mock import patch
 
 import pytest
+from structlog.testing import capture_logs
 
+from services.gateway import handler
 from services.gateway.admission.address_proof import AddressProofs
 from services.gateway.admission.decision import Admission
 from services.gateway.admission.destinations import Destinations
@@ -72,12 +74,17 @@ class Bus:
         self.full = False
         self.announced = 0
         self.waiting: list[Callable[[TransmitReply | None], None]] = []
+        self.asked: list[Callable[[], None]] | None = None
+        """Callbacks for when copies flow, where that takes time."""
 
     def announce_soon(self) -> None:
         self.announced += 1
 
     def ask_served(self, _source: Source, finished: Callable[[], None]) -> None:
-        finished()
+        if self.asked is None:
+            finished()
+        else:
+            self.asked.append(finished)
 
     def send_frames(self, _request: Transmit, _holder: str, finished: Callable[[TransmitReply | None], None]) -> None:
         if self.full:
@@ -273,3 +280,26 @@ def test_name_that_has_gone_is_released(handling: Handling) -> None:
         with pytest.raises(RequestError) as refused:
             handling.handle(request)
         assert refused.value.error == "bad_name"
+
+
+def test_a_fault_that_comes_to_light_later_costs_its_request_alone(handling: Handling) -> None:
+    """An answer fails once copies flow, or frames have left: that is logged and answered; others are not touched."""
+    handling.bus.asked = []
+    for name in ("a", "b"):
+        handling.handle(Register(name=name, streams=("messages",), port=514 + ord(name)))
+    handling.handle(Withhold(name="a", reason="noisy"))
+    with patch.object(handler, "show_client", side_effect=KeyError("since")), capture_logs() as logs:
+        for finished in handling.bus.asked[1:]:
+            finished()
+    handling.bus.asked[0]()
+    handling.handle(Transmit(interface="eth0", frame=Octets(bytes(14))))
+    with patch.object(Handler, "_report_frames", side_effect=KeyError("sent")), capture_logs() as more:
+        handling.bus.waiting[0](TransmitReply(1, 1, ""))
+    failed = {"ok": False, "error": "unavailable", "message": "the gateway failed at this request, as its log says"}
+    answers = [json.loads(answer) for answer in handling.answers]
+    assert [answer["ok"] for answer in answers] == [False, False, True, False]
+    assert [answer for answer in answers if not answer["ok"]] == [failed] * 3
+    assert [each["reason"] for each in [*logs, *more] if each["log_level"] == "error"] == [
+        *["KeyError('since')"] * 2,
+        "KeyError('sent')",
+    ]

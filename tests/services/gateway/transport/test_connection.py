@@ -42,3 +42,27 @@ def test_fault_of_ours_ends_its_connection_only() -> None:
         ("error while handling a request", "KeyError('streams')")
     ]
     assert (first.count(b"\n"), second.count(b"\n"), b'"clients"' in second) == (1, 2, True)
+
+
+def test_fault_while_others_are_told_ends_its_connection_only() -> None:
+    """A line that is pushed to a client fails: its connection is cut, and whoever pushes goes on."""
+
+    async def run() -> bytes:
+        handling = Handling()
+        connections = OpenConnections(handling.handler, Gateway(), 10, Memory())
+        ours, theirs = socket.socketpair()
+        await connections.loop.connect_accepted_socket(lambda: ClientConnection(connections), ours)
+        reader, writer = await asyncio.open_connection(sock=theirs)
+        (push,) = handling.handler._pushes.values()
+        with patch.object(ClientConnection, "_perform", side_effect=KeyError("push")):
+            push(b"{}\n")
+        try:
+            return await reader.read()
+        except ConnectionResetError:
+            return b""
+        finally:
+            writer.close()
+
+    with capture_logs() as logs:
+        assert asyncio.run(asyncio.wait_for(run(), 30)) == b""
+    assert [each["reason"] for each in logs] == ["KeyError('push')"]
