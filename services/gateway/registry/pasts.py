@@ -19,6 +19,8 @@ from shared.client import ALL_STREAMS, MAX_PLACES, Generation, Places, Resume, S
 
 STORE_SECONDS: Final = 5.0
 """Time by which the place that is kept of a collector that catches up may be old; its sender keeps a newer one."""
+TOLD_SECONDS: Final = 10.0
+"""Time for which a report of one counts. Its sender tells each second, and once that it is level, which may be lost."""
 
 
 class Past(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -108,7 +110,7 @@ class Pasts:
     def progress(self, entry: Entry) -> Progress | None:
         """Return how far an entry is behind, while it catches up."""
         told = self._told.get(entry.client.name)
-        if told and told.generation == entry.client.generation:
+        if told and told.generation == entry.client.generation and self._clock() < told.at + TOLD_SECONDS:
             return told.progress
         return Progress(0, 0.0, 0, None) if entry.client.resume else None
 

@@ -16,7 +16,7 @@ from services.gateway.admission.rights import Rights
 from services.gateway.admission.since import PastGrant, grant_past, parse_since
 from services.gateway.protocol.requests import Register, RequestError
 from services.gateway.registry.entry import Origin
-from services.gateway.registry.pasts import STORE_SECONDS, Gone, Past, Pasts
+from services.gateway.registry.pasts import STORE_SECONDS, TOLD_SECONDS, Gone, Past, Pasts
 from shared.bus.bodies.journal_messages import Behind, CatchUpReport
 from shared.client import Client, Place, Resume
 from tests.services.gateway.table import HERE, Table
@@ -211,6 +211,19 @@ def test_a_step_of_the_clock_costs_no_place(site: Site) -> None:
         site.table.pasts.prune()
         assert site.stored["siem"].places == PLACES
         site.tell(generation, "catching_up")
+
+
+def test_progress_that_is_told_no_more_is_shown_no_more(site: Site) -> None:
+    """The bus may drop the one report that a collector is level, which the registry had nothing to resume for."""
+    generation = site.join()
+    site.tell(generation, "catching_up", rows=500)
+    entry = site.table.find("siem")
+    assert entry
+    assert site.table.pasts.progress(entry)
+    site.clock += TOLD_SECONDS
+    assert site.table.pasts.progress(entry) is None
+    site.tell(generation, "catching_up", rows=400)
+    assert site.table.pasts.progress(entry)
 
 
 @pytest.mark.parametrize("end", ["level", "left"])
