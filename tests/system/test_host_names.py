@@ -129,28 +129,30 @@ def test_copies_follow_the_name(stack: Stack) -> None:
 
 
 def test_silent_resolver_holds_up_no_reload_and_nothing_else(stack: Stack) -> None:
-    """A stream is new, its listener has a name, and nobody answers: the gateway answers, and copies go on.
+    """A stream is new, its listener has a name, and nobody answers: gateway and journal do their work, copies go on.
 
     The answer comes while they still wait for it. The listener is opened then, and a collector there is removed.
     """
-    fresh = '[[stream]]\nname = "fresh"\nlisten = ["udp://fresh.example.net:7001"]\n'
-    stack.configure(LISTENING)
+    before = f'{LISTENING}journal = true\n[journal]\ndirectory = "{stack.directory}/journal"\n'
+    fresh = '[[stream]]\nname = "fresh"\nlisten = ["udp://fresh.example.net:7001"]\njournal = true\n'
+    stack.configure(before)
     with NameServer() as server, receiving("127.0.0.1") as siem:
         server.addresses = {"fresh.example.net": ["127.0.0.5"]}
         stack.start("broker")
-        for name in ("gateway", "ingest"):
+        for name in ("gateway", "ingest", "journal"):
             start_asking(stack, name, patience_seconds=30)
         stack.start("forwarder")
         sign_up({"name": "siem", "streams": ["syslog"], "port": PORT})
         sign_up({"name": "loop", "streams": ["syslog"], "address": "127.0.0.5", "port": 7001})
         server.silent = True
-        stack.configure(LISTENING + fresh)
-        for name in ("gateway", "ingest"):
+        stack.configure(before + fresh)
+        for name in ("gateway", "journal", "ingest"):
             asked = server.asked
             stack[name].process.send_signal(signal.SIGHUP)
             wait_until(lambda asked=asked: server.asked > asked, f"{name} asks")  # type: ignore[misc]
-        assert set(ask_json({"op": "list"})["clients"]) == {"siem", "loop"}
         wait_for(siem)
+        assert set(ask_json({"op": "list"})["clients"]) == {"siem", "loop"}
+        wait_until(lambda: stack["journal"].reloads, "the journal has read the settings")
         assert not stack["ingest"].reloads
         server.answer_late()
         wait_until(lambda: stack["ingest"].reloads, "the worker has the answer")
