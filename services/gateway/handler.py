@@ -99,6 +99,7 @@ class Handler:
         self._clock = clock
         self._unix_time = unix_time
         self._pushes: dict[int, Push] = {}
+        self._cuts: dict[int, Callable[[], None]] = {}
         self._wrong_tokens: Counter[int] = Counter()
         self._listing = b""
         self._listing_version: tuple[int, ...] = ()
@@ -177,18 +178,26 @@ class Handler:
         """Return whether an idle connection of the peer is still of use: it holds an entry, or watches."""
         return self._registry.holds_any(peer) or self._feed.has_watcher(peer.id)
 
-    def add_connection(self, peer: Peer, push: Push) -> None:
-        """Note a new connection, and the function that sends its client unrequested lines."""
-        self._pushes[peer.id] = push
+    def add_connection(self, peer: Peer, push: Push, cut: Callable[[], None]) -> None:
+        """Note a new connection, and the functions that send its client unrequested lines, and cut it."""
+        self._pushes[peer.id], self._cuts[peer.id] = push, cut
 
     def remove_connection(self, peer: Peer, *, by_us: bool) -> None:
         """Forget a closed connection; the entries that it held go too, unless the gateway itself is ending."""
         self._pushes.pop(peer.id, None)
+        self._cuts.pop(peer.id, None)
         self._wrong_tokens.pop(peer.id, None)
         self._feed.remove_watcher(peer.id)
         if not by_us and self._registry.holds_any(peer):
             self._registry.changes.make(lambda: self._registry.release_held(peer), ignore)
         self._announcer.announce_soon()
+
+    def note_lost(self, entry: Entry, successor: Entry | None) -> None:
+        """Tell a connection that another node has ended its entry; one that held it is cut, as by a restart here."""
+        if successor is None and entry.held and entry.peer.id in self._cuts:
+            self._cuts[entry.peer.id]()
+        elif successor is not None and entry.origin is successor.origin is Origin.JSON:
+            self._push_taken_over(entry, successor.peer)
 
     def is_connected(self, peer: Peer) -> bool:
         """Return whether a peer's connection is open."""

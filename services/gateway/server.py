@@ -202,6 +202,7 @@ class _Server:
         if self.member:
             self.member.changed = self._follow_cluster
             self.member.changes.connected = self._handler.is_connected
+            self.member.replica.lost = self._handler.note_lost
             self.member.begin()
         for source, act in (
             (self.lifecycle, self._heed_signal),

@@ -87,6 +87,8 @@ class Replica:
         """The position of the last record of the list."""
         self.damaged = 0
         self.epoch = ""
+        self.lost: Callable[[Entry, Entry | None], None] = lambda _entry, _successor: None
+        """Is told of an entry made by a connection here that another node has replaced, or has let expire."""
         self._cache = cache
         self._clock = clock
         self._changed = changed
@@ -210,6 +212,8 @@ class Replica:
                 if present is not None:
                     kind: EventKind = "expired" if record.expired else "left"
                     self._make(Change([Event(kind, revision, present)], NO_ORDERS, NO_PASTS, record.generation))
+                    if record.expired and present.peer.id > 0:
+                        self.lost(present, None)
                 self._note_last(revision, record.generation)
             case Ordered():
                 self._make(self._ordered(record, revision))
@@ -243,6 +247,8 @@ class Replica:
             return
         kind: EventKind = "joined" if present is None else "changed"
         self._make(Change([Event(kind, revision, entry)], NO_ORDERS, NO_PASTS, generation))
+        if present is not None and present.peer.id > 0 and present.client.generation != generation:
+            self.lost(present, entry)
 
     def _disown(self, entry: Entry) -> bool:
         """Note that no connection holds an entry any more, if its gateway has ended; return whether that is new."""

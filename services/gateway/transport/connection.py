@@ -68,7 +68,7 @@ class ClientConnection(asyncio.BufferedProtocol):
         deadlines = Deadlines(settings, loop.time, introduced=bool(self._peer.rights.scopes))
         delay = partial(self._open.rate_limit.note_request, self.origin)
         self.conversation = Conversation(settings, deadlines, self.origin, delay)
-        self._handler.add_connection(self._peer, self._push)
+        self._handler.add_connection(self._peer, self._push, self.drop)
         self._open.add(self)
         self.act()
 

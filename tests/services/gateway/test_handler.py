@@ -109,7 +109,7 @@ class Handling:
             settings, self.table, admission, self.bus, feed, self.bus.send_frames, clock, tokens, "e", lambda: 1700.0
         )
         self.answers: list[bytes] = []
-        self.handler.add_connection(HERE, lambda _: None)
+        self.handler.add_connection(HERE, lambda _: None, lambda: None)
 
     def _keep(
         self, _events: Sequence[Event], _generation: int, _withheld: Orders = NO_ORDERS, _pasts: Gone = NO_PASTS

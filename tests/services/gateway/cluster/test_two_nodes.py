@@ -16,6 +16,7 @@ import pytest
 from nats.aio.client import Client
 
 from services.gateway.cluster.keys import stream_name, subject_of, unparse_name
+from services.gateway.cluster.records import Gone, Identity, encode, key_of
 from tests.builders import freeze_process
 from tests.services.gateway.cluster.nodes import REGISTRY, Node, accounts_of, agree, in_loop
 from tests.services.gateway.test_watching import Conversation
@@ -118,6 +119,28 @@ def test_what_a_connection_holds_ends_with_it(nodes: tuple[Node, Node]) -> None:
         assert b.register("held")["error"] == "name_taken"
     b.lists()
     a.lists()
+
+
+def test_a_connection_learns_that_another_node_has_ended_its_entry(
+    servers: NatsCluster, nodes: tuple[Node, Node]
+) -> None:
+    """A take-over at another node is told as at the same one; where one lets what a connection holds expire, it is cut.
+
+    That is what nodes do which have not heard of the connection's own for a while.
+    """
+    a, b = nodes
+    with closing(Conversation(a.gateway)) as held:
+        first = held.ask("register", name="held", hold=True)["client"]
+        assert b.register("held", take_over=True)["ok"]
+        told = held.read()
+        assert (told["event"], told["name"], told["generation"]) == ("taken_over", "held", first["generation"])
+        assert "'held' was taken over from 127.0.0.1 port" in told["message"]
+        generation = held.ask("register", name="held", hold=True, take_over=True)["client"]["generation"]
+        gone = Gone(by=Identity("gone", 1, 1), revision=1, name="held", generation=generation, expired=True)
+        in_loop(servers, lambda client: client.request(subject_of(REGISTRY, key_of(gone)), encode(gone), 5))
+        assert held.connection.recv(100) == b""
+    a.lists()
+    agree(a, b)
 
 
 def test_watchers_go_on_at_another_node(nodes: tuple[Node, Node]) -> None:
