@@ -14,9 +14,12 @@ from nats.errors import Error as NatsError
 
 from services.uplink.session import REQUEST_SECONDS, Session
 from services.uplink.subjects import kept_stream
+from shared.net.addresses import Endpoint
 
 LOOK_SECONDS: Final = 10.0
 """Time between two looks at who leads; a server that has just started follows for a while first."""
+
+FIRST_WORD: Final = b"INFO"
 
 
 class Peer(msgspec.Struct):
@@ -60,13 +63,21 @@ async def keep_leaders(session: Session) -> None:
 
 
 async def return_home(session: Session) -> None:
-    """End the connection, which is to another node's server, once this node's own can be reached."""
+    """End the connection, which is to another node's server, once this node's own answers."""
     home = session.uplink.endpoints[0]
     while not session.ended.is_set():
         await session.wait(session.ended, LOOK_SECONDS)
-        with suppress(OSError, TimeoutError):
-            async with asyncio.timeout(REQUEST_SECONDS):
-                _, writer = await asyncio.open_connection(home.host, home.port)
+        if await _answers(home):
             session.ended.set()
-            writer.close()
-            await writer.wait_closed()
+
+
+async def _answers(server: Endpoint) -> bool:
+    """Return whether a server says its first word; one that stands still lets others connect."""
+    with suppress(OSError, TimeoutError):
+        async with asyncio.timeout(REQUEST_SECONDS):
+            reader, writer = await asyncio.open_connection(server.host, server.port)
+            try:
+                return await reader.read(len(FIRST_WORD)) == FIRST_WORD
+            finally:
+                writer.close()
+    return False

@@ -1,4 +1,5 @@
 import asyncio
+import signal
 import time
 from collections import Counter
 from contextlib import suppress
@@ -76,19 +77,21 @@ def test_a_nodes_own_server_leads(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_node_returns_to_its_own_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A node that uses another one's server leaves it once its own is there again."""
+    """A node that uses another one's server leaves it once its own, which stood still, answers again."""
     monkeypatch.setattr(leaders, "LOOK_SECONDS", 0.1)
 
     async def go_home(servers: NatsCluster) -> None:
+        own = servers.each[0]
         session = await open_session(servers.addresses, 1)
+        own.freeze()
+        assert own.process is not None
         returning = asyncio.create_task(leaders.return_home(session))
         await asyncio.sleep(0.5)
+        own.process.send_signal(signal.SIGCONT)
         assert not session.ended.is_set()
-        servers.each[0].start()
         await asyncio.wait_for(returning, PATIENCE_SECONDS)
         assert session.ended.is_set()
         await session.close()
 
     with NatsCluster(tmp_path) as servers:
-        servers.each[0].stop()
         asyncio.run(go_home(servers))
