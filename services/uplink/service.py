@@ -304,9 +304,9 @@ class Service:
                 beats = [self._node.run, keep_leaders if own else return_home] if self._node else []
                 receiving = [receiver.run for receiver in self._receivers]
                 await session.run(self._delivery.release_overdue, *receiving, *beats)
-                self._troubles.say("connection", f"the connection to {endpoint} has ended; trying again")
+                self._troubles.say(f"connection {endpoint}", f"the connection to {endpoint} has ended; trying again")
             except (SessionError, OperatorError) as error:
-                self._troubles.say("connection", f"{error}; trying again")
+                self._troubles.say(f"connection {endpoint}", f"{error}; trying again")
             finally:
                 self._account[CONNECTED] = 0
                 self._session = None

@@ -6,7 +6,7 @@ log = get_logger()
 
 
 class Troubles:
-    """Troubles that there are now, by what they are with."""
+    """Troubles that there are now, by what they are with, in one word or with more behind it, as a server."""
 
     def __init__(self) -> None:
         self.now: dict[str, str] = {}
@@ -18,6 +18,9 @@ class Troubles:
             log.warning(told, uplink=what)
 
     def end(self, what: str, told: str) -> None:
-        """Log that a trouble is over, if there was one."""
-        if self.now.pop(what, None) is not None:
+        """Log that a trouble is over, if there was one, also with something in particular."""
+        over = [each for each in self.now if each == what or each.startswith(f"{what} ")]
+        for each in over:
+            del self.now[each]
+        if over:
             log.info(told, uplink=what)

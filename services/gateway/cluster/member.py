@@ -68,7 +68,6 @@ class Member:
         self._troubles = Troubles()
         self._pasts: dict[str, Write] = {}
         self._past_wanted = asyncio.Event()
-        self._client: Client | None = None
         self._created = ""
         self._older = False
         """True if the log had lost what this node had read, when it was written last."""
@@ -124,24 +123,27 @@ class Member:
         shortest, longest = RECONNECT_SECONDS
         pause = shortest
         for endpoint in rotated(self._uplink):
-            began, self._client, ended = time.monotonic(), CarefulClient(), asyncio.Event()
+            began, client, ended = time.monotonic(), CarefulClient(), asyncio.Event()
             try:
-                await open_connection(
-                    self._client, self._uplink, endpoint, _setting(ended), self._note_error, PING_SECONDS
-                )
-                await self._take_part(self._client, ended)
-                self._troubles.say("registry", f"the connection to {endpoint} has ended; trying again")
+                await open_connection(client, self._uplink, endpoint, _setting(ended), self._note_error, PING_SECONDS)
+                try:
+                    await self._take_part(client, ended)
+                finally:
+                    self._leave()
+                    await close_connection(client)
+                self._troubles.say(f"registry {endpoint}", f"the connection to {endpoint} has ended; trying again")
             except (ConnectError, OperatorError, LogError) as error:
-                self._troubles.say("registry", f"{error}; trying again")
-            finally:
-                if self.synced:
-                    self._left_at = time.monotonic()
-                self.synced = False
-                self.changes.log = None
-                self.changes.lose()
-                await close_connection(self._client)
+                self._troubles.say(f"registry {endpoint}", f"{error}; trying again")
             pause = shortest if time.monotonic() - began > longest else min(longest, 2 * pause)
             await asyncio.sleep(pause)
+
+    def _leave(self) -> None:
+        """Note that nothing is heard any more."""
+        if self.synced:
+            self._left_at = time.monotonic()
+        self.synced = False
+        self.changes.log = None
+        self.changes.lose()
 
     async def _note_error(self, error: Exception) -> None:
         self._troubles.say("registry", f"the connection to the NATS server fails: {reason(error)}")

@@ -2,18 +2,22 @@
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from services.gateway.admission.peer import Peer
 from services.gateway.cluster import changes as module
+from services.gateway.cluster import member as member_module
 from services.gateway.cluster.log import Write
 from services.gateway.cluster.member import Member
 from services.gateway.registry.changes import ignore, never_keep
 from services.gateway.registry.entry import Entry, Origin
 from services.gateway.registry.registry import Registry
 from shared.client import Client
+from shared.nats.connection import ConnectError
 from shared.settings.model import Settings
 from shared.settings.uplink import Uplink
 from tests.services.gateway.cluster.test_replica import Log, NoCache
@@ -129,3 +133,43 @@ def test_leases_begin_anew_once_they_can_be_renewed() -> None:
         await end(session)
 
     run(work)
+
+
+def test_servers_that_are_away_are_told_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While no server can be reached, the log has one line for each, however often all are tried in turn."""
+    monkeypatch.setattr(member_module, "RECONNECT_SECONDS", (0.0, 0.0))
+    tried = 0
+
+    async def refuse(_client: object, _uplink: object, endpoint: object, *_: object) -> None:
+        nonlocal tried
+        tried += 1
+        raise ConnectError(f"can't connect to {endpoint}: refused")
+
+    monkeypatch.setattr(member_module, "open_connection", refuse)
+
+    async def work(node: Node) -> None:
+        node.member._uplink = Uplink(servers=("nats://127.0.0.1:1", "nats://127.0.0.1:2"), site="a", registry="r")
+        connecting = asyncio.create_task(node.member._stay_connected())
+        await until(lambda: tried > 9)
+        await end(connecting)
+
+    with capture_logs() as lines:
+        run(work)
+    told = sorted(line["event"] for line in lines if "can't connect" in line["event"])
+    assert told == [f"can't connect to nats://127.0.0.1:{port}: refused; trying again" for port in (1, 2)]
+
+
+def test_a_secret_that_can_not_be_read_is_a_trouble(tmp_path: Path) -> None:
+    """A file of credentials that is missing at a reconnection is told of; the gateway tries again and goes on."""
+
+    async def work(node: Node) -> None:
+        servers, missing = ("nats://127.0.0.1:1",), str(tmp_path / "none")
+        node.member._uplink = Uplink(servers=servers, site="a", registry="r", nkey=missing)
+        connecting = asyncio.create_task(node.member._stay_connected())
+        await until(lambda: lines or connecting.done())
+        assert not connecting.done()
+        await end(connecting)
+
+    with capture_logs() as lines:
+        run(work)
+    assert "No such file" in lines[0]["event"]
