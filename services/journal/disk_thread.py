@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
@@ -72,13 +73,13 @@ def seal(writer: SegmentWriter) -> Segment | OSError:
 
 def remove(directory: Path, segment: Segment, rows: int | None) -> tuple[int, OSError | None]:
     """Remove a segment of the stream in `directory`; return the datagrams in it: counted here where `rows` is None."""
-    path = directory / segment.name
     if rows is None:
-        rows = _count_rows(path, segment)
+        rows = _count_rows(directory / segment.name, segment)
     try:
-        path.unlink()
+        for name in {segment.name, replace(segment, is_open=False).name}:  # it may have got that name, and no more
+            (directory / name).unlink(missing_ok=True)
         sync_directory(directory)
-    except FileNotFoundError:  # another program was quicker
+    except FileNotFoundError:  # another program has removed the directory
         return rows, None
     except OSError as error:
         return rows, error

@@ -191,7 +191,7 @@ class StreamJournal:
         if writer is None:
             return
         number = writer.segment.number
-        self._kept[number] = Kept(writer.segment, writer.size, self._written_ns)
+        self._kept[number] = Kept(writer.segment, writer.size, self._written_ns, busy=True)
         self._rows[number] = writer.rows
 
         def apply(result: Segment | OSError) -> None:
@@ -199,8 +199,9 @@ class StreamJournal:
                 del self._kept[number]
                 self.account[EXPIRED] += writer.rows  # another program has removed it
             elif isinstance(result, Segment):
-                self._kept[number] = replace(self._kept[number], segment=result)
+                self._kept[number] = replace(self._kept[number], segment=result, busy=False)
             else:
+                self._kept[number] = replace(self._kept[number], busy=False)
                 self.note_disk_error(result)
 
         self._in_thread(lambda: disk_thread.seal(writer), apply)
@@ -217,7 +218,10 @@ class StreamJournal:
     def kept(self) -> list[Kept]:
         """Return the segments that are there, the one that is written among them."""
         writer = self._writer
-        return [*self._kept.values(), *([Kept(writer.segment, writer.size, self._written_ns)] if writer else [])]
+        return [
+            *self._kept.values(),
+            *([Kept(writer.segment, writer.size, self._written_ns, busy=True)] if writer else []),
+        ]
 
     def segments(self) -> list[Segment]:
         """Return the segments that can be read, in their order."""

@@ -16,12 +16,14 @@ SET_SECONDS: Final = 10.0
 class Kept:
     """A segment that is there, the bytes that it takes, and the time since which nothing was added to it.
 
-    One that is `stuck` could not be removed. That is tried again, and nothing is expected of it.
+    One that is `busy` is being written or sealed, and stays. One that is `stuck` could not be removed: that is tried
+    again, and nothing is expected of it.
     """
 
     segment: Segment
     size: int
     ended_ns: int
+    busy: bool = False
     stuck: bool = False
 
 
@@ -59,7 +61,7 @@ class KnownAge:
 def expired(kept: Iterable[Kept], limits: Bounds, now_ns: int, free: int) -> list[Kept]:
     """Return what has to go for the limits to be met, oldest first; `free` bytes are free on the disk now.
 
-    Segments that are being written are counted, and stay.
+    Segments that are busy are counted.
 
     >>> one, two = (Kept(Segment("s", n, n * SECOND), 100, (n + 1) * SECOND) for n in (1, 2))
     >>> [each.segment.number for each in expired([two, one], Bounds(150, 0, 0), 9 * SECOND, 0)]
@@ -78,7 +80,7 @@ def expired(kept: Iterable[Kept], limits: Bounds, now_ns: int, free: int) -> lis
     going = []
     for each in kept:
         too_old = limits.age_seconds and each.ended_ns < now_ns - limits.age_seconds * SECOND
-        if each.segment.is_open or not (over > 0 or short > 0 or too_old):
+        if each.busy or not (over > 0 or short > 0 or too_old):
             continue
         going.append(each)
         if not each.stuck:

@@ -168,10 +168,10 @@ def test_what_can_not_be_removed_does_not_keep_others(
     first, second, *rest = journal.kept()
     bounds, unlink = Bounds(sum(each.size for each in journal.kept()) - 1, 0, 0), Path.unlink
 
-    def refuse(path: Path) -> None:
+    def refuse(path: Path, missing_ok: bool = False) -> None:
         if path.name == first.segment.name:
             raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
-        unlink(path)
+        unlink(path, missing_ok)
 
     monkeypatch.setattr(Path, "unlink", refuse)
     for expected in ([first.segment], [first.segment, second.segment]):
@@ -181,6 +181,30 @@ def test_what_can_not_be_removed_does_not_keep_others(
             journal.remove(each)
         wait_until(lambda: disk.collect() or not journal.going, "it was tried")  # type: ignore[func-returns-value]
     assert journal.segments() == [first.segment, *(each.segment for each in rest)]
+
+
+@pytest.mark.parametrize("failing", ["fdatasync", "fsync"])
+def test_what_can_not_be_sealed_goes_in_its_turn(
+    tmp_path: Path, disk: DiskThread, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    """The disk is full when a segment is sealed: under whichever of its names it is there, retention removes it."""
+    journal = StreamJournal("flows", tmp_path, 1 << 30, disk)
+    journal.open()
+    journal.append(identities(rows=[1])[0], batch_of([("192.0.2.1", 1, b"one")]))
+    journal.write()
+    assert expired(journal.kept(), Bounds(1, 0, 0), 0, 0) == []
+
+    def refuse(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, failing, refuse)
+        journal.seal()
+        assert expired(journal.kept(), Bounds(1, 0, 0), 0, 0) == []
+        wait_until(lambda: disk.collect() or expired(journal.kept(), Bounds(1, 0, 0), 0, 0), "it may go")  # type: ignore[func-returns-value]
+    journal.remove(*journal.kept())
+    wait_until(lambda: disk.collect() or not journal.going, "it is removed")  # type: ignore[func-returns-value]
+    assert list((tmp_path / "flows").iterdir()) == []
 
 
 def test_a_clock_that_is_ahead_for_a_while_costs_no_past(
