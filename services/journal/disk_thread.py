@@ -93,7 +93,7 @@ def _count_rows(path: Path, segment: Segment) -> int:
     return 0
 
 
-def free_on(directory: Path) -> int:
-    """Return the bytes that this user can still write on the directory's disk. OSError of the kernel."""
+def room_on(directory: Path) -> tuple[int, int]:
+    """Return the bytes that this user can still write on the directory's disk, and those that it has. OSError."""
     found = os.statvfs(directory)
-    return found.f_bavail * found.f_frsize
+    return found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize

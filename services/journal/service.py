@@ -3,13 +3,12 @@
 import select
 import time
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
 from services.journal import disk_thread
-from services.journal.disk_thread import DiskThread, free_on
+from services.journal.disk_thread import DiskThread, room_on
 from services.journal.readers import Readers
 from services.journal.stream_journal import StreamJournal
 from shared.bus.bodies.journal_messages import JOURNAL_TOPIC, JournalRead
@@ -231,12 +230,13 @@ class JournalService:
         """Remove what is too much, too old, or in the way of others on the disk."""
         aged = self._known_age.at(time.monotonic(), time.time())
         try:
-            free = free_on(self._settings.journal.path)
+            free, whole = room_on(self._settings.journal.path)
         except OSError:  # the directory is gone: writing says so
             return
         kept = [each for stream in self._streams.values() for each in stream.kept()]
         free += sum(stream.going for stream in self._streams.values())
-        limits = self._limits if aged else replace(self._limits, age_seconds=0)
+        own = self._limits  # of a small disk not all is to stay free
+        limits = Bounds(own.size, own.age_seconds if aged else 0, min(own.free, whole // 2))
         for going in expired(kept, limits, time.time_ns(), free):
             self._streams[going.segment.stream].remove(going)
 

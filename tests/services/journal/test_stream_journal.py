@@ -207,6 +207,19 @@ def test_what_can_not_be_sealed_goes_in_its_turn(
     assert list((tmp_path / "flows").iterdir()) == []
 
 
+def test_a_small_disk_keeps_something(tmp_path: Path, disk: DiskThread, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a disk smaller than `min_free` half of it stays free, and the rest is for segments."""
+    write_two_workers(tmp_path, disk, monkeypatch)
+    own = Settings(journal=Journal(directory=str(tmp_path)))
+    keeping, journal = service.JournalService("journal.1", own), StreamJournal("flows", tmp_path, 1 << 30, disk)
+    journal.open()
+    keeping._streams["flows"] = journal
+    for free, left in ((500_000, 6), (499_999, 5)):
+        monkeypatch.setattr(service, "room_on", lambda _, free=free: (free, 1_000_000))
+        keeping._retain()
+        assert len(journal.kept()) == left
+
+
 def test_a_clock_that_is_ahead_for_a_while_costs_no_past(
     tmp_path: Path, disk: DiskThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:
