@@ -343,7 +343,7 @@ class CatchUp(Generic[D]):
             if self._past.send_due(pursued, self.rings[key[1]], positions):
                 most = max(most, pursued.allowance, 0.0)
             if here and key[1] in self._journaled:
-                self._questions.ask(pursued, now)
+                self._questions.ask(pursued, now, len(self._pursued))
             self._settle(pursued, positions, gone=now >= self._journal_seen_at + ABSENT_SECONDS)
             if most >= 0 and self._clock() >= now + TURN_SECONDS:
                 most = STEP_ROWS

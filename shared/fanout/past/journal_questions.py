@@ -24,6 +24,8 @@ PORTION_ROWS: Final = 1024
 PORTION_PAYLOAD: Final = 1 << 18
 """The most asked of the journal at once; the next is asked for when half of it is left,
 by one that is away when nothing is."""
+ALL_ROWS, ALL_PAYLOAD = 256 * PORTION_ROWS, 256 * PORTION_PAYLOAD
+"""The most asked for all that catch up: it waits in this process's memory, at most one and a half times as much."""
 ANSWER_SECONDS: Final = 5.0
 """A question without an answer for so long is asked again."""
 AGAIN_SECONDS: Final = 0.05
@@ -85,18 +87,18 @@ class JournalQuestions:
         self._joined = joined
         self._ids = itertools.count(1)
 
-    def ask(self, pursued: Pursued, now: float) -> None:
-        """Ask for more, if it is time to."""
+    def ask(self, pursued: Pursued, now: float, of: int = 1) -> None:
+        """Ask for more, if it is time to, for one of some that catch up."""
         pursuit = pursued.pursuit
         if pursued.question:
             if now < pursued.question.until:
                 return
             pursued.question = None
-        enough = 0 if pursued.away else PORTION_ROWS // 2
+        most = max(1, min(PORTION_ROWS, ALL_ROWS // of)), max(1, min(PORTION_PAYLOAD, ALL_PAYLOAD // of))
+        enough = 0 if pursued.away else most[0] // 2
         if pursuit.state is not PursuitState.READING or now < pursued.ask_at or pursuit.queued > enough:
             return
         number, since_ns = next(self._ids), max(1, pursuit.since_ns)
-        most = PORTION_ROWS, PORTION_PAYLOAD
         positions = sorted(pursuit.positions(), key=lambda each: each.received_ns)[-MAX_WORKERS:]
         request = JournalRead(
             *(number, self.topic, pursuit.stream, since_ns, positions, *most), place=pursuit.reader, joined=self._joined

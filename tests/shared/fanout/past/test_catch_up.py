@@ -328,8 +328,8 @@ def test_those_that_are_away_cost_others_nothing(sender: Sender, monkeypatch: py
         until(sender, lambda: all(each.away and each.pursuit.queued for each in pursuits))
         shares, asked, ask, allow = set[float](), set[str](), JournalQuestions.ask, catch_up._past.allow
 
-        def note_question(self: JournalQuestions, pursued: Pursued, now: float) -> None:
-            ask(self, pursued, now)
+        def note_question(self: JournalQuestions, pursued: Pursued, now: float, of: int = 1) -> None:
+            ask(self, pursued, now, of)
             asked.update([pursued.name] if pursued.question else [])
 
         def note_share(pursued: Iterable[Pursued], share: float, now: float) -> None:
