@@ -56,8 +56,12 @@ def _span(text: str) -> timedelta:
 
 def _last(day: str | None, clock: time, now: datetime) -> datetime:
     """Return when a clock showed this: on that day, or else the last time."""
-    at = _at(now.date() - timedelta(days=_DAYS[day or "today"]), clock, now)
-    return _at(now.date() - timedelta(days=1), clock, now) if day is None and at > now else at
+    if day is not None:
+        return _at(now.date() - timedelta(days=_DAYS[day]), clock, now)
+    # Where summer time ends a clock shows it twice, and where it begins perhaps not at all.
+    days = [now.date() - timedelta(days=back) for back in range(3)]
+    some = [_at(each, clock.replace(fold=fold), now) for each in days for fold in (0, 1)]
+    return max(at for at in some if at <= now and at.time() == clock)
 
 
 def _at(day: date, clock: time, now: datetime) -> datetime:

@@ -71,13 +71,20 @@ def test_no_text_does_any_harm(text: str) -> None:
 
 
 def test_local_times_have_the_offset_of_their_day(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A date before the end of summer time has the offset of summer."""
+    """A date before the end of summer time has the offset of summer; a time of day is the last one that was shown."""
     monkeypatch.setenv("TZ", "Europe/Berlin")
     time.tzset()
     try:
         now = datetime(2026, 11, 28, 12, 0, tzinfo=UTC).astimezone()
         assert parse_time("2026-07-01 12:00", now).isoformat() == "2026-07-01T12:00:00+02:00"
         assert parse_time("12:00", now).isoformat() == "2026-11-28T12:00:00+01:00"
+        for at, text, expected in (
+            ("2026-10-25T02:50:00+01:00", "02:30", "2026-10-25T02:30:00+01:00"),  # shown twice
+            ("2026-10-25T02:10:00+01:00", "02:30", "2026-10-25T02:30:00+02:00"),
+            ("2026-10-25T12:00:00+01:00", "01:30", "2026-10-25T01:30:00+02:00"),
+            ("2026-03-29T12:00:00+02:00", "02:30", "2026-03-28T02:30:00+01:00"),  # not shown that day
+        ):
+            assert parse_time(text, datetime.fromisoformat(at).astimezone()).isoformat() == expected
     finally:
         monkeypatch.undo()
         time.tzset()
