@@ -24,14 +24,14 @@ class Progress:
         self._source = source
         self._topic = catch_up_topic(source)
         self._left: dict[str, tuple[int, int, tuple[Place, ...]]] = {}
-        """Collectors that have left, each with the generation and the places that it had."""
+        """Collectors that have left, each with the generation and all places that it had."""
         self._level: dict[str, int] = {}
         """Collectors that are level, with their generation, until the registry has nothing to resume for them."""
 
     def note_left(self, client: Client, since_ns: int, places: Sequence[Place]) -> None:
         """Tell that a collector has left: it has had what was received before `since_ns`, or is before its places."""
         self._left.pop(client.name, None)
-        self._left[client.name] = client.generation, since_ns, tuple(places[-MAX_PLACES:])
+        self._left[client.name] = client.generation, since_ns, tuple(places)
         while len(self._left) > MAX_LEFT:
             del self._left[next(iter(self._left))]
         self._publish([self._report_left(client.name)])
@@ -43,7 +43,7 @@ class Progress:
 
     def _report_left(self, name: str) -> Behind:
         generation, since_ns, places = self._left[name]
-        return Behind(name, generation, "left", max(1, since_ns), list(places))
+        return Behind(name, generation, "left", max(1, since_ns), list(places[-MAX_PLACES:]))
 
     def note_level(self, name: str, generation: int) -> None:
         """Note that a collector is level: the next report says so."""

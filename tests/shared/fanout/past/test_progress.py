@@ -1,0 +1,20 @@
+from types import SimpleNamespace
+from typing import cast
+
+from shared.bus.bodies.journal_messages import CatchUpReport
+from shared.bus.zmq_sockets import Publisher
+from shared.client import MAX_PLACES, Place, Resume
+from shared.fanout.past.progress import Progress
+from tests.builders import make_client
+
+
+def test_all_places_are_known_where_a_collector_has_left() -> None:
+    """The gateway is told of the last of many streams' places; who comes back here goes on at all of them."""
+    told: list[CatchUpReport] = []
+    played = SimpleNamespace(wanted=lambda _: True, publish=lambda _, report: told.append(report))
+    progress = Progress(cast(Publisher, played), "relay")
+    places = [Place(f"s{stream}", f"ingest.{worker}", 1, 7, 70, 1) for stream in range(30) for worker in range(4)]
+    progress.note_left(make_client("siem", 9, generation=5), 1000, places)
+    known = Resume(1000, 5, tuple(places[-MAX_PLACES:]))
+    assert told[0].behind[0].places == list(known.places)
+    assert progress.resume("siem", known) == Resume(1000, 5, tuple(places))
