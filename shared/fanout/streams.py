@@ -177,10 +177,10 @@ class FollowedStreams:
         return {origin[:2] for origin in self._left}
 
     @property
-    def workers(self) -> set[tuple[str, int]]:
-        """Names and boot ids of the workers that have reported lately."""
+    def workers(self) -> dict[tuple[str, int], int]:
+        """Names and boot ids of the workers that have reported lately, with the time of their start, by their clock."""
         after = time.monotonic() - WORKER_SECONDS
-        return {origin for origin, worker in self._workers.items() if worker.heard_at > after}
+        return {origin: worker.started_ns for origin, worker in self._workers.items() if worker.heard_at > after}
 
     @property
     def flowing(self) -> bool:

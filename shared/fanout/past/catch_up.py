@@ -27,7 +27,7 @@ from shared.fanout.past.absences import Absences
 from shared.fanout.past.journal_questions import JournalQuestions, Pursued
 from shared.fanout.past.owed import Owed
 from shared.fanout.past.past_sender import BURST_SECONDS, STEP_ROWS, PastSender
-from shared.fanout.past.progress import Progress
+from shared.fanout.past.progress import Progress, with_successors
 from shared.fanout.past.pursuit import GENERATION, Pursuit, PursuitState
 from shared.fanout.past.rings import Rings
 from shared.fanout.past.window import Worker
@@ -221,11 +221,11 @@ class CatchUp(Generic[D]):
         else:
             resume = self._progress.resume(client.name, client.resume)
             pursued = self._begin(client.name, client.generation, stream, max(1, resume.since_ns), counts)
-            places = resume.places
+            places = with_successors(stream, resume.places, self._streams.workers)
             generation, stopped = self._stopped.get(client.name, (0, []))
             if pursued.pursuit.by_window:
                 here = generation == resume.generation > 0
-                places = stopped if here else self._possible(stream, places, followed)
+                places = stopped if here else self._possible(stream, resume.places, followed)
             pursued.pursuit.begin(places, followed)
             if stream in self.rings.kept:  # one that was taken over: it is level within some seconds, whatever comes
                 pursued.pace = pursued.pursuit.behind(followed)

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
 from shared.bus.bodies.journal_messages import MAX_BEHIND, Behind, CatchUpReport, catch_up_topic
@@ -87,3 +87,20 @@ class Progress:
         for first in range(0, len(told) if self._publisher.wanted(self._topic) else 0, MAX_BEHIND):
             report = CatchUpReport(self._source, list(told[first : first + MAX_BEHIND]))
             self._publisher.publish(self._topic, report)
+
+
+def with_successors(stream: str, places: Iterable[Place], living: Mapping[Worker, int]) -> Iterator[Place]:
+    """Yield places in a stream, and the beginning of each living worker of which they have only earlier starts.
+
+    All that it has published came behind these, whatever its clock said: `living` has the times of starts by it.
+    """
+    last: dict[str, Place] = {}
+    known: set[Worker] = set()
+    for place in places:
+        if place.stream == stream:
+            yield place
+            known.add((place.worker, place.boot))
+            last[place.worker] = max(place, last.get(place.worker, place), key=lambda each: each.received_ns)
+    for worker in living.keys() - known:
+        if before := last.get(worker[0]):
+            yield Place(stream, *worker, 0, 0, min(living[worker], before.received_ns))

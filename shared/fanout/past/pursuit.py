@@ -367,7 +367,7 @@ class Pursuit:
         """Return whether a worker's datagrams may still come live that the collector has had from the journal."""
         now = self._clock()
         reached = {worker: each.reached for worker, each in followed.items()}
-        ahead = {worker for worker, total in self._totals.items() if reached.get(worker, -1) < total}
+        ahead = {worker for worker, total in self._totals.items() if reached.get(worker, 0) < total}
         self._stray_at = {worker: self._stray_at.get(worker, now) for worker in ahead}
         return any(at > now - STRAY_SECONDS for at in self._stray_at.values())
 

@@ -366,6 +366,22 @@ def test_a_journal_that_does_not_keep_the_stream_is_not_waited_for(sender: Sende
         assert read_all(sock) == [b"a%06d" % number for number in range(4)]
 
 
+def test_a_worker_that_is_started_anew_is_owed_whole_whatever_its_clock_says(sender: Sender) -> None:
+    """The clock was set back while a collector was away: by time its datagrams would be older than what it has had."""
+    sock, _ = open_receiver("127.0.0.1", 0)
+    with closing(sock):
+        siem = make_client("siem", sock.getsockname()[1], streams=(A,), generation=5)
+        sender.serve(siem)
+        sender.publish(A, 4)
+        sender.serve()
+        told = Status("ingest.1", 1, 99, 1, 0, 1, {})
+        sender.service._take(Message("status/ingest.1/", make_envelope(boot=2, sender="ingest.1"), told, None))
+        sender.serve(make_client("siem", sock.getsockname()[1], streams=(A,), generation=6, resume=Resume(1, 5)))
+        positions = sender.service._catch_up._pursued["siem", A].pursuit.positions()
+        assert [(each.boot, each.total) for each in positions] == [(1, 4), (2, 0)]
+        assert positions[1].received_ns == 99
+
+
 def test_a_reload_begins_to_keep_a_stream(sender: Sender) -> None:
     """From then on a collector that goes away is owed what it misses of the stream, whoever signs up meanwhile."""
     gone, _ = open_receiver("127.0.0.1", 0)
