@@ -1,5 +1,7 @@
 """The routes: the page and its parts, events, details, one datagram, changes, metrics, and health for programs."""
 
+import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -35,6 +37,9 @@ MAX_TOP: Final = 1000
 MAX_TEXT: Final = 256
 MAX_BODY: Final = 4096
 """Bytes of a request that changes something: a name, and little else."""
+START_SECONDS: Final = 1.5
+"""Time that a request for `/readyz` waits for: less than deploy/ha and probes give an answer."""
+LOOK_SECONDS: Final = 0.2
 UNCACHED: Final = {"cache-control": "no-store"}
 T = TypeVar("T")
 
@@ -213,16 +218,26 @@ class Console:
         return PlainTextResponse("the console runs\n", headers=UNCACHED)
 
     async def _readyz(self, _request: Request) -> Response:
-        """Answer 200 only while copies flow: every service reports, and every collector is served."""
-        picture = self._watch.current()
+        """Answer 200 only while copies flow: every service reports, and every collector is served.
+
+        A console that has just been started waits until it has heard that: its restart is no trouble of the relay.
+        """
+        deadline = time.monotonic() + START_SECONDS
+        while (reasons := self._unready()) and self._watch.is_new and time.monotonic() < deadline:
+            await asyncio.sleep(LOOK_SECONDS)
+        text = "\n".join(reasons) if reasons else "copies flow"
+        return PlainTextResponse(text + "\n", 503 if reasons else 200, headers=UNCACHED)
+
+    def _unready(self) -> list[str]:
+        """Return why copies do not flow, or may not."""
+        picture = self._watch.current(LOOK_SECONDS)
         waiting = [each.client.name for each in picture.collectors or () if each.health in ("waiting", "unknown")]
         silent = [reason for reason in picture.verdict.reasons if reason.startswith(("not heard", "no service"))]
         if picture.collectors is None:
             silent.append("the registry is not known yet")
         if waiting:
             silent.append(f"copies do not flow to: {', '.join(waiting[:10])}")
-        text = "\n".join(silent) if silent else "copies flow"
-        return PlainTextResponse(text + "\n", 503 if silent else 200, headers=UNCACHED)
+        return silent
 
 
 def _exposition(request: Request, metrics: Any) -> Response:

@@ -13,7 +13,7 @@ from shared.bus.zmq_sockets import Publisher, Subscriber
 from shared.fanout.snapshot_request import SnapshotRequest
 from shared.ledger.accounts import Accounts
 from shared.ledger.counters import CONNECTIONS_EXPIRED, CONNECTIONS_REFUSED
-from shared.monitoring.observer import TOPICS, Observer
+from shared.monitoring.observer import SILENT_SECONDS, TOPICS, Observer
 from shared.monitoring.picture import Picture, Verdict
 from shared.process.lifecycle import Readiness, next_tick
 from shared.process.memory import Memory
@@ -58,6 +58,7 @@ class Watch:
         self._memory = memory
         self._reporter = Reporter(publisher, memory)
         self._snapshot = SnapshotRequest(subscriber)
+        self._settled_at = time.monotonic() + SILENT_SECONDS
         self._took = 0.0
         self._made = asyncio.Condition()
         for topic in TOPICS:
@@ -122,9 +123,14 @@ class Watch:
             self.number += 1
             self._made.notify_all()
 
-    def current(self) -> Picture:
-        """Return a picture that is at most a second old."""
-        if (now := time.monotonic()) - self.picture.at > PICTURE_SECONDS:
+    @property
+    def is_new(self) -> bool:
+        """Return whether it may not have heard everybody yet, since the console has just been started."""
+        return time.monotonic() < self._settled_at
+
+    def current(self, seconds: float = PICTURE_SECONDS) -> Picture:
+        """Return a picture that is at most so old."""
+        if (now := time.monotonic()) - self.picture.at > seconds:
             self.take()
             self.picture = self.observer.picture(now)
         return self.picture

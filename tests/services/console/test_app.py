@@ -1,6 +1,8 @@
 """Answers of the application by itself, to requests as a server hands them on."""
 
 import asyncio
+from dataclasses import replace
+from itertools import repeat
 from types import SimpleNamespace
 from typing import Any, cast
 from urllib.parse import urlencode
@@ -9,11 +11,13 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from services.console import app
 from services.console.admin import Admin
 from services.console.app import MAX_TOP, Console
 from services.console.guard import ADMIN, CHANGES, Holder
 from services.console.one_datagram import Sampler
 from services.console.watch import Watch
+from shared.monitoring.picture import Verdict
 from tests.services.console.told import busy
 
 PICTURE = busy()
@@ -46,6 +50,19 @@ def test_any_number_of_exporters_may_be_asked_for(top: str) -> None:
     status, text = ask("/metrics/exporters", urlencode({"top": top}))
     assert status == (200 if fits else 400)
     assert fits or text == "top: expected a number from 1 to 1000"
+
+
+@pytest.mark.parametrize(("is_new", "answer"), [(True, (200, "copies flow\n")), (False, (503, "not heard\n"))])
+def test_a_console_that_was_just_started_waits_until_it_has_heard(
+    monkeypatch: pytest.MonkeyPatch, is_new: bool, answer: tuple[int, str]
+) -> None:
+    """It answers once everybody was heard; later it says at once why copies do not flow."""
+    deaf = replace(PICTURE, verdict=Verdict("error", ("not heard",)))
+    pictures = iter([deaf, deaf, *repeat(PICTURE, 9)])
+    monkeypatch.setattr(WATCH, "current", lambda _: next(pictures))
+    monkeypatch.setattr(WATCH, "is_new", is_new, raising=False)
+    monkeypatch.setattr(app, "LOOK_SECONDS", 0.0)
+    assert ask("/readyz") == answer
 
 
 @pytest.mark.parametrize("change", ["remove", "withhold", "release", "probe"])
