@@ -87,13 +87,13 @@ def probe(
             name, f"the probe could not be sent to {target[0]}: {failed.strerror}", "see `ip address`", subject
         )
     if came_from is None:
-        return error(name, f"no copy came within {COPY_SECONDS:g} s: {lost}", "fanwire ledger", subject)
+        return error(name, f"no copy came within {COPY_SECONDS:g} s: {lost}", "`fanwire ledger`", subject)
     if again:
         why = "the probe came back again: a collector of the stream sends its copies to the stream, in an endless loop"
-        return error(name, why, "remove that collector: fanwire leave NAME; fanwire clients lists them", subject)
+        return error(name, why, "remove that collector: `fanwire leave NAME`; `fanwire clients` lists them", subject)
     if source == "original" and came_from != (own, own_port):
         why = f"sent from {own} port {own_port}, its copy came from {came_from[0]} port {came_from[1]}"
-        return error(name, why, "look for NAT on loopback: nft list ruleset", subject)
+        return error(name, why, "look for NAT on loopback: `nft list ruleset`", subject)
     why = f"sent from {own} to {target[0]} port {target[1]}, its copy came from {came_from[0]}"
     return ok(name, why, subject)
 

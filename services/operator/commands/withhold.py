@@ -2,6 +2,7 @@
 
 import argparse
 import time
+from shlex import quote
 
 from services.operator.cli.arguments import Subparsers, add_command
 from services.operator.cli.numbers import lasting
@@ -31,7 +32,8 @@ def run_withhold(arguments: argparse.Namespace, settings: Settings) -> int:
     with open_registry(arguments, settings) as registry:
         registry.ask("withhold", name=arguments.name, reason=arguments.reason)
     name = arguments.name
-    print(printable(f"{name}: its copies are withheld, also when it signs up anew; `fanwire release {name}` ends that"))
+    ends = f"`fanwire release {quote(name)}` ends that"
+    print(printable(f"{name}: its copies are withheld, also when it signs up anew; {ends}"))
     return OK
 
 

@@ -89,7 +89,7 @@ def _examine(settings: Settings, gateway: Access, probed: Stream | None, config:
 
     hosts = look_up(settings)
     collectors, silent = _collectors(settings, open_registry, hosts)
-    facts = service_facts(settings, listen(settings), silent)
+    facts = service_facts(settings, listen(settings), silent, config)
     yield from _check_settings(config, runs=facts.broker is not False)
     yield from check_services(facts, settings, collectors)
     yield from check_kernel_copies(settings, facts.accounts, heard_paths(settings))

@@ -1,6 +1,7 @@
 """Flow of copies to each collector, by the senders' counts and the registry's word. No I/O."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from shlex import quote
 from typing import Final
 
 from shared.ledger.accounts import Accounts
@@ -13,7 +14,7 @@ NOT_LET_OUT: Final = DROPPED + "eperm"
 DENIED: Final = {
     NOT_LET_OUT: (
         "this host does not let copies out",
-        "nft list ruleset: an OUTPUT or cgroup rule drops them; or a seccomp or BPF filter of the service does",
+        "`nft list ruleset`: an OUTPUT or cgroup rule drops them; or a seccomp or BPF filter of the service does",
     ),
     PROHIBITED: (
         "a firewall rejects copies",
@@ -21,7 +22,7 @@ DENIED: Final = {
     ),
     UNREACHABLES: (
         "copies are answered by ICMP errors: nobody has the address, a router has no route, or a firewall rejects them",
-        "ping the collector; on its host and the routers: nft list ruleset, ip route get ADDRESS",
+        "ping the collector; on its host and the routers: `nft list ruleset`, `ip route get ADDRESS`",
     ),
     **dict.fromkeys((REFUSALS, REFUSED), ("its port is closed", "start the collector, or correct the port")),
 }
@@ -34,7 +35,7 @@ def check_copies(accounts: Mapping[str, Accounts], collectors: Sequence[Entry]) 
     for each in collectors:
         if order := each.withheld:
             why = f"an admin withholds its copies{f': {order.reason}' if order.reason else ''}"
-            yield warning("copies", why, f"`fanwire release {each.name}` lets them flow again", each.name)
+            yield warning("copies", why, f"`fanwire release {quote(each.name)}` lets them flow again", each.name)
     well = (None, "ok", "withheld", "elsewhere")
     troubled = {each.name: each.health for each in collectors if each.health not in well}
     waiting = [name for name, health in troubled.items() if health == "waiting"]

@@ -6,6 +6,7 @@ import fcntl
 import os
 import pwd
 import resource
+import shlex
 import socket
 import sys
 import time
@@ -30,6 +31,7 @@ from shared.net.netlink import RTN_LOCAL, Link, Netlink
 from shared.net.queues import Queue, Queues
 from shared.net.udp_sockets import UdpSocket, udp_sockets
 from shared.settings.entries import Stream
+from shared.settings.location import VARIABLE
 from shared.settings.model import Settings
 from shared.settings.own_listeners import udp_listeners
 
@@ -166,7 +168,7 @@ def _network_path(
     )
 
 
-def service_facts(settings: Settings, reports: list[Report], gateway: str) -> ServiceFacts:
+def service_facts(settings: Settings, reports: list[Report], gateway: str, config: Path | None = None) -> ServiceFacts:
     """Return the visible facts of the services; `reports` are theirs, `gateway` is the reason of its silence.
 
     Of a bus on another host, neither the files nor the processes are looked for here.
@@ -177,6 +179,7 @@ def service_facts(settings: Settings, reports: list[Report], gateway: str) -> Se
     limits = {report.service: limit for report in reports if here and (limit := _descriptors_of(report.pid))}
     return ServiceFacts(
         bus=bus,
+        as_owner=_as_owner(directory, config),
         removed=list(_removed(settings, gateway=not gateway)) if here and broker else [],
         cleaned=here and not bus and _is_cleaned(directory),
         broker=broker,
@@ -221,6 +224,18 @@ def _bus_trouble(directory: Path) -> str:
     except OSError as error:
         return error.strerror or str(error)
     return ""
+
+
+def _as_owner(directory: Path, config: Path | None) -> str:
+    """Return the command that does the same as the owner of the bus directory, of whose PATH nothing is known."""
+    try:
+        owner = directory.owner()
+    except (OSError, KeyError):
+        owner = "fanwire"
+    program = Path(sys.prefix, "bin", "fanwire")
+    named = config or os.environ.get(VARIABLE)
+    options = ["--config", str(Path(named).absolute())] if named else []
+    return shlex.join(["sudo", "-u", owner, str(program) if program.exists() else "fanwire", "doctor", *options])
 
 
 def _removed(settings: Settings, *, gateway: bool) -> Iterator[str]:

@@ -70,8 +70,13 @@ def check_host(facts: HostFacts, settings: Settings) -> Iterator[Finding]:
     yield _clock(facts)
 
 
+def _sysctl(assignments: str) -> str:
+    """Return the command that sets these, and where they have to stand for the next start."""
+    return f"`sysctl -w {assignments}`, and the same in /etc/sysctl.d"
+
+
 def _receive_buffer(facts: HostFacts, stream: str, asked: int, listeners: list[ListeningSocket]) -> Finding:
-    name, cure = "receive_buffer", f"sysctl -w net.core.rmem_max={asked}, and restart ingest"
+    name, cure = "receive_buffer", f"{_sysctl(f'net.core.rmem_max={asked}')}; then restart ingest"
     if listeners:
         has = min(listener.receive_buffer for listener in listeners)
         if has < asked:
@@ -104,7 +109,7 @@ def _send_buffer(facts: HostFacts, asked: int) -> Finding:
     if most < asked:
         why = f"net.core.wmem_max allows {most} of {asked} bytes, unless the senders have CAP_NET_ADMIN"
         return warning(
-            "send_buffer", why, f"sysctl -w net.core.wmem_max={asked}, and restart forwarder and transmitter"
+            "send_buffer", why, f"{_sysctl(f'net.core.wmem_max={asked}')}; then restart forwarder and transmitter"
         )
     return ok("send_buffer", f"net.core.wmem_max allows the {asked} bytes asked for")
 
@@ -116,7 +121,7 @@ def _backlog(facts: HostFacts) -> Finding:
     dropped = facts.softnet.dropped
     if dropped or size < BACKLOG:
         why = f"{BACKLOG_NAME} is {size}, and {dropped} packets were dropped there since boot"
-        return warning("backlog", why, f"sysctl -w {BACKLOG_NAME}={max(BACKLOG, 2 * size if dropped else size)}")
+        return warning("backlog", why, _sysctl(f"{BACKLOG_NAME}={max(BACKLOG, 2 * size if dropped else size)}"))
     return ok("backlog", f"{BACKLOG_NAME} is {size}, and nothing was dropped there since boot")
 
 
@@ -126,7 +131,7 @@ def _budget(facts: HostFacts) -> Finding:
         return unseen("budget", BUDGET_NAME)
     why = f"{BUDGET_NAME} is {budget}; it ran out {facts.softnet.squeezed} times in {facts.softnet.processed} packets"
     if facts.softnet.squeezed > facts.softnet.processed * SQUEEZED_SHARE:
-        return warning("budget", why, f"sysctl -w {BUDGET_NAME}={2 * budget} net.core.netdev_budget_usecs=8000")
+        return warning("budget", why, _sysctl(f"{BUDGET_NAME}={2 * budget} net.core.netdev_budget_usecs=8000"))
     return ok("budget", why)
 
 
@@ -163,7 +168,7 @@ def _reverse_path(facts: HostFacts) -> Iterator[Finding]:
     for interface in strict:
         why = f"rp_filter is strict: exporters whose answers would leave by another interface are dropped{said}"
         name = interface.replace(".", "/")  # in the spelling of sysctl(8)
-        yield warning("reverse_path", why, f"sysctl -w net.ipv4.conf.{name}.rp_filter=2", interface)
+        yield warning("reverse_path", why, _sysctl(f"net.ipv4.conf.{name}.rp_filter=2"), interface)
 
 
 def _conntrack(facts: HostFacts) -> Finding:
@@ -173,13 +178,13 @@ def _conntrack(facts: HostFacts) -> Finding:
         return ok("conntrack", "connection tracking is not in use")
     why = f"connection tracking has {count} of {most} entries; beyond that datagrams are dropped"
     if count > most * CONNTRACK_SHARE:
-        return warning("conntrack", why, f"sysctl -w {names[1]}={2 * most}, or `notrack` for telemetry in nftables")
+        return warning("conntrack", why, f"{_sysctl(f'{names[1]}={2 * most}')}, or `notrack` for telemetry in nftables")
     return ok("conntrack", why)
 
 
 def _clock(facts: HostFacts) -> Finding:
     if facts.time < RELEASED:
-        return warning("clock", "the clock was never set: times of receipt are wrong", "timedatectl set-ntp true")
+        return warning("clock", "the clock was never set: times of receipt are wrong", "`timedatectl set-ntp true`")
     if facts.synchronised is None:
         return unseen("clock", "whether the clock is synchronised")
     if not facts.synchronised:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping
 from datetime import datetime
+from shlex import quote
 
 from shared.ledger.accounts import Accounts
 from shared.ledger.counters import DAMAGED_BYTES, KEPT_BYTES, OLDEST, SET_ASIDE, WRITE_ERRNO
@@ -34,12 +35,12 @@ def check_journal(accounts: Mapping[str, Accounts], settings: Settings) -> Itera
 def _check_stream(stream: str, account: Mapping[str, int], settings: Settings) -> Finding:
     directory = settings.journal.path
     if number := account.get(WRITE_ERRNO, 0):
-        cure = f"df {directory}; lower [journal] bytes, or raise min_free; the journal goes on by itself"
+        cure = f"see `df {quote(str(directory))}`; lower [journal] bytes, or raise min_free; it goes on by itself"
         return error("journal", f"nothing is kept: {os.strerror(number)}", cure, stream)
     damaged, aside = account.get(DAMAGED_BYTES, 0), account.get(SET_ASIDE, 0)
     if damaged or aside:
         why = f"readers found {damaged} bytes damaged, and {aside} segments that can't be read"
-        return warning("journal", why, "check the disk: smartctl, dmesg; remove the files that end in .bad", stream)
+        return warning("journal", why, "check the disk: `smartctl`, `dmesg`; remove the files that end in .bad", stream)
     size, oldest_ns = account.get(KEPT_BYTES, 0), account.get(OLDEST, 0)
     if not oldest_ns:
         return ok("journal", "nothing has come yet", stream)

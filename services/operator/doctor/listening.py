@@ -4,6 +4,7 @@ import errno
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from shlex import quote
 from typing import Final
 
 from shared.ledger.accounts import Accounts
@@ -60,10 +61,10 @@ def _listener(facts: ListeningFacts, stream: str, listen: str, group: bool) -> I
     name = "listeners"
     if group and not facts.groups.get(listen, True):
         why = f"{listen}: this host has not joined the group on that interface: nothing arrives"
-        yield error(name, why, "ip maddress show; is the interface there? " + RESTART, stream)
+        yield error(name, why, "`ip maddress show`; is the interface there? " + RESTART, stream)
     if address := facts.unassigned.get(listen):
         why = f"{listen}: no interface of this host has {address}: nothing arrives"
-        yield error(name, why, "ip address show; add it, or listen elsewhere", stream)
+        yield error(name, why, "`ip address show`; add it, or listen elsewhere", stream)
     if worker := facts.shared.get(listen):
         why = f"{listen}: {worker} listens there too: each gets a part of the datagrams"
         yield error(name, why, "stop that one, or give one of them another port", stream)
@@ -74,10 +75,10 @@ def _listener(facts: ListeningFacts, stream: str, listen: str, group: bool) -> I
         yield error(name, f"{listen}: there is no socket: another program has removed or replaced it", RESTART, stream)
     elif path.closed_at:
         why = f"{listen}: other users may not enter {path.closed_at}: their datagrams are refused"
-        yield warning(name, why, f"chmod o+x {path.closed_at}, or put the path elsewhere, as in /run", stream)
+        yield warning(name, why, f"`chmod o+x {quote(path.closed_at)}`, or put the path elsewhere, as in /run", stream)
     elif not path.mode & EVERYBODY_WRITES:
         why = f"{listen}: its mode is {path.mode & 0o777:04o}: datagrams of other users are refused"
-        yield warning(name, why, f"chmod 0666 {listen.partition('://')[2]}; or {RESTART}", stream)
+        yield warning(name, why, f"`chmod 0666 {quote(listen.partition('://')[2])}`; or {RESTART}", stream)
 
 
 def _receiving(service: str, accounts: Accounts) -> Iterator[Finding]:
@@ -92,4 +93,4 @@ def _receiving(service: str, accounts: Accounts) -> Iterator[Finding]:
             yield error("receiving", why, "check its seccomp or AppArmor profile and SELinux; see its log", stream)
         elif failed > 1:
             why = f"{failed} receive calls of {service} at {listen} have failed; the last one succeeded"
-            yield warning("receiving", why, "see why in its log: journalctl -u 'fanwire-ingest@*'", stream)
+            yield warning("receiving", why, "see why in its log: `journalctl -u 'fanwire-ingest@*'`", stream)

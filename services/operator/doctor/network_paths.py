@@ -22,10 +22,11 @@ NUD_INCOMPLETE: Final = 0x01
 NUD_FAILED: Final = 0x20
 """linux/neighbour.h"""
 CLOUDS: Final = {
-    "Amazon EC2": "aws ec2 modify-instance-attribute --instance-id ID --no-source-dest-check",
-    "Google": "gcloud compute instances export NAME, set canIpForward: true, gcloud compute instances update-from-file",
-    "Microsoft": "az network nic update --resource-group GROUP --name NIC --ip-forwarding true",
-    "OpenStack": "openstack port set --allowed-address ip-address=EXPORTERS/LENGTH PORT",
+    "Amazon EC2": "`aws ec2 modify-instance-attribute --instance-id ID --no-source-dest-check`",
+    "Google": "`gcloud compute instances export NAME --destination FILE`, set canIpForward: true in it, "
+    "`gcloud compute instances update-from-file NAME --source FILE`",
+    "Microsoft": "`az network nic update --resource-group GROUP --name NIC --ip-forwarding true`",
+    "OpenStack": "`openstack port set --allowed-address ip-address=EXPORTERS/LENGTH PORT`",
 }
 """By /sys/class/dmi/id/sys_vendor: the command that lets a machine send from addresses that are not its own."""
 
@@ -95,7 +96,7 @@ def check_network_paths(
     def route(collector: Entry) -> Finding | None:
         if way(collector) is not None:
             return None
-        cure = f"ip route get {collector.address}; add one by `ip route add`"
+        cure = f"see `ip route get {collector.address}`; add one by `ip route add`"
         return error("route", f"there is no route to {collector.address}", cure, collector.name)
 
     def interface(collector: Entry) -> Finding | None:
@@ -103,14 +104,14 @@ def check_network_paths(
         if found is None or found.up:
             return None
         why = f"{found.interface}, by which {collector.address} is reached, is down or has no carrier"
-        return error("interface", why, f"ip link set {found.interface} up; look at the cable", collector.name)
+        return error("interface", why, f"`ip link set {found.interface} up`; look at the cable", collector.name)
 
     def next_hop(collector: Entry) -> Finding | None:
         found = way(collector)
         if found is None or found.local or not found.neighbour & (NUD_INCOMPLETE | NUD_FAILED):
             return None
         why = f"{found.next_hop} on {found.interface} does not tell its link address (ARP, neighbour discovery)"
-        cure = f"is it up, and on this network? ip neigh show {found.next_hop} dev {found.interface}"
+        cure = f"is it up, and on this network? `ip neigh show {found.next_hop} dev {found.interface}`"
         return error("next_hop", why, cure, collector.name)
 
     def mtu(collector: Entry) -> Finding | None:
@@ -138,7 +139,7 @@ def check_network_paths(
 
 
 def _leave(collector: Entry) -> str:
-    return f"fanwire leave {quote(collector.name)}"
+    return f"`fanwire leave {quote(collector.name)}`"
 
 
 def _at(collector: Entry) -> str:
@@ -179,8 +180,8 @@ def _mtu(collector: Entry, way: NetworkPath, longest: int) -> Finding | None:
         why = f"the MTU of the way behind {way.next_hop} is not known: no router cuts IPv6, so copies that are longer "
         why += "than a link there takes are lost, and where ICMPv6 is filtered nobody hears of it"
         at = f"{collector.address}/128 via {way.next_hop} dev {way.interface}"
-        cure = f"let ICMPv6 pass, or set the MTU: ip -6 route replace {at} mtu {least}; see `tracepath -6 "
-        return warning("mtu", why, f"{cure}{collector.address}`", collector.name)
+        cure = f"let ICMPv6 pass, or set the MTU: `ip -6 route replace {at} mtu {least}`; see "
+        return warning("mtu", why, f"{cure}`tracepath -6 {collector.address}`", collector.name)
     cure = f"raise the MTU on the way, or keep datagrams under {room} bytes; see `ip route get {collector.address}`"
     if way.mtu < way.link_mtu:
         late = "; routers don't cut IPv6: longer packets are lost where that MTU is not known" if six else ""

@@ -41,6 +41,8 @@ class ServiceFacts:
 
     bus: str = ""
     """The fault of the bus directory, if any."""
+    as_owner: str = ""
+    """The command that runs this as the owner of the bus directory."""
     removed: Sequence[str] = ()
     """Files that running services hold open, and others have removed."""
     cleaned: bool = False
@@ -62,9 +64,7 @@ def check_services(facts: ServiceFacts, settings: Settings, collectors: Sequence
     """Yield every finding about the services."""
     directory = settings.bus.path
     if facts.bus:
-        yield warning(
-            "bus", f"{directory}: {facts.bus}", "run it as the services' user, `sudo -u fanwire fanwire doctor`"
-        )
+        yield warning("bus", f"{directory}: {facts.bus}", f"run it as the services' user: `{facts.as_owner}`")
     elif settings.bus.connect:
         yield ok("bus", f"it is that of the broker at {settings.bus.connect}")
     else:
@@ -147,7 +147,7 @@ def _raw_sockets(facts: ServiceFacts, originals: list[str]) -> Finding:
     why, cure = why_not_raw(facts.raw)
     if originals and facts.broker:
         without = "the transmitter runs without raw sockets" if lacking else "no transmitter reports"
-        start = f"systemctl restart fanwire-transmitter; or {cure or '`fanwire transmitter`'}"
+        start = f"`systemctl restart fanwire-transmitter`; or {cure or '`fanwire transmitter`'}"
         return error(name, f"{without}: they get no copies", start, subject)
     if why:
         return warning(name, f'{why}: no `source = "original"`, no raw frames', cure, subject)
@@ -157,15 +157,20 @@ def _raw_sockets(facts: ServiceFacts, originals: list[str]) -> Finding:
 def why_not_raw(raw: RawSocketFacts) -> tuple[str, str]:
     """Return the reason why a transmitter started from here would have no raw sockets, and the cure; else nothing."""
     if raw.failed == errno.EACCES:
-        return "a security module forbids raw sockets", "aa-status (AppArmor); ausearch -m avc (SELinux)"
+        return "a security module forbids raw sockets", "`aa-status` (AppArmor); `ausearch -m avc` (SELinux)"
     if raw.failed == errno.EAFNOSUPPORT:
-        return "the kernel has no AF_PACKET, or a unit's RestrictAddressFamilies= leaves it out", "systemctl cat UNIT"
+        return (
+            "the kernel has no AF_PACKET, or a unit's RestrictAddressFamilies= leaves it out",
+            "`systemctl cat UNIT`",
+        )
     if raw.failed and not raw.in_bounds:
         cure = "in a container: NET_RAW for it, and the image's python-net-raw, as in deploy/container/compose.yaml"
         return "CAP_NET_RAW is not in the bounding set of programs started from here", cure
     if raw.failed:
-        cure = "as root: setpriv --reuid USER --regid GROUP --init-groups --inh-caps +net_raw "
-        cure += "--ambient-caps +net_raw fanwire transmitter"
+        cure = (
+            "as root: `setpriv --reuid USER --regid GROUP --init-groups --inh-caps +net_raw --ambient-caps +net_raw "
+            "fanwire transmitter`"
+        )
         if raw.no_new_privileges:
             return (
                 "this user lacks CAP_NET_RAW, and no_new_privs keeps sudo and setcap from giving it",
@@ -182,6 +187,7 @@ def _descriptors(facts: ServiceFacts, service: str, wanted: int, by: str) -> Fin
     limit = min(limits, default=facts.descriptors.get("", 0))
     why = f"it may open {limit} files, and needs {wanted} for {by}"
     if limit < wanted + SPARE_DESCRIPTORS:
-        cure = f"ulimit -Hn {wanted + SPARE_DESCRIPTORS}, or LimitNOFILE={wanted + SPARE_DESCRIPTORS} in its unit"
+        enough = wanted + SPARE_DESCRIPTORS
+        cure = f"`ulimit -Hn {enough}` as root, or LimitNOFILE={enough} in its unit"
         return warning("descriptors", f"{why}, and some more", cure, service)
     return ok("descriptors", why, service)

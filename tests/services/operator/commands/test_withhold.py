@@ -12,11 +12,11 @@ def test_withhold_and_release_say_what_they_did(stack: Stack) -> None:
     with PlayedGateway(
         withhold=lambda _: {"ok": True}, release=lambda _: {"ok": True, "client": next(answers)}
     ) as gateway:
-        code, text = run(stack, "withhold", "siem", "--reason", "too slow", "--gateway", gateway.endpoint)
-        assert (code, "also when it signs up anew; `fanwire release siem` ends that" in text) == (0, True)
+        code, text = run(stack, "withhold", "a siem", "--reason", "too slow", "--gateway", gateway.endpoint)
+        assert (code, "also when it signs up anew; `fanwire release 'a siem'` ends that" in text) == (0, True)
         said = [run(stack, "release", "siem", "--gateway", gateway.endpoint) for _ in range(2)]
         assert said == [(0, "siem: its copies flow again\n"), (0, "siem: released; it is not signed up now\n")]
-        assert gateway.requests[0] == {"op": "withhold", "name": "siem", "reason": "too slow"}
+        assert gateway.requests[0] == {"op": "withhold", "name": "a siem", "reason": "too slow"}
 
 
 def test_order_in_a_line() -> None:

@@ -1,5 +1,6 @@
 import json
 import os
+import shlex
 import socket
 import threading
 from collections import Counter
@@ -255,7 +256,12 @@ def test_a_plain_user(open_stack: OpenStack) -> None:
     assert {finding["name"] for finding in found} == CHECKS
     (bus,) = [finding for finding in found if finding["name"] == "bus"]
     assert bus["level"] == "warning"
-    assert "sudo -u fanwire" in bus["cure"]
+    become, owner, _program, *arguments = shlex.split(bus["cure"].split("`")[1])[1:]
+    assert (become, owner, arguments[0]) == ("-u", open_stack.bus.owner(), "doctor")
+    open_stack.configure("")
+    _, text = finish(open_stack.operator(*arguments, "--json"))
+    found = json.loads(text)["findings"]
+    assert [finding["level"] for finding in found if finding["name"] in ("bus", "services")] == ["ok", "ok"]
 
 
 def test_an_unknown_stream_is_wrong_usage(stack: Stack) -> None:

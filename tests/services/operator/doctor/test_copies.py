@@ -113,7 +113,7 @@ def test_a_firewall_and_an_mtu_that_is_not_known_are_found(stack: Stack) -> None
             assert (found.level, "a firewall rejects copies" in found.why) == ("error", True)
             (mtu,) = found_of(stack, "mtu")
             assert (mtu.level, mtu.subject) == ("warning", "siem")
-            command = mtu.cure.partition("set the MTU: ")[2].partition(";")[0]
+            command = mtu.cure.partition("set the MTU: `")[2].partition("`")[0]
             relay.run(*command.split())
             (mtu,) = found_of(stack, "mtu")
             assert "the MTU of the way behind" not in mtu.why

@@ -17,8 +17,8 @@ def heard(**account: int) -> dict[str, Accounts]:
 
 
 START = "`systemctl start fanwire-journal`, or `fanwire journal`"
-ROOM = "lower [journal] bytes, or raise min_free; the journal goes on by itself"
-DISK = "check the disk: smartctl, dmesg; remove the files that end in .bad"
+ROOM = "lower [journal] bytes, or raise min_free; it goes on by itself"
+DISK = "check the disk: `smartctl`, `dmesg`; remove the files that end in .bad"
 
 
 @pytest.mark.parametrize(
