@@ -33,6 +33,14 @@ def test_build_takes_files_that_there_are() -> None:
     assert block("deploy/debian/README.md", "deb-build").split()[0] == str((PACKAGE / "build").relative_to(CHECKOUT))
 
 
+def test_build_takes_all_that_the_page_on_several_relays_tells_to_install() -> None:
+    """Each file that the page tells of is in the package, for those that have no checkout."""
+    (built,) = re.findall(r'for file in (.+); do\n  put "\$checkout/deploy/ha/', (PACKAGE / "build").read_text())
+    page = (CHECKOUT / "deploy" / "ha" / "README.md").read_text()
+    told = {path.name for path in (CHECKOUT / "deploy" / "ha").iterdir() if path.is_file() and f"`{path.name}`" in page}
+    assert {*built.split()} == told | {name.rpartition("/")[2] for name in re.findall(r"deploy/ha/fan\S+", page)}
+
+
 def test_upgrade_restarts_every_service_and_no_socket() -> None:
     """The steps of an upgrade name each service's unit, and of ingest never the socket, which holds what is queued."""
     text = (PACKAGE / "postinst").read_text()
