@@ -9,6 +9,8 @@ from services.gateway.protocol.requests import RequestError
 MAX_NAME: Final = 255
 """Bytes of UTF-8."""
 
+_BEFORE_JSON: Final = b"\xef\xbb\xbf \t\r\n"
+"""A byte order mark in UTF-8, and white space."""
 _HTTP: Final = re.compile(rb"[A-Z]{3,20} [^\r\n]* HTTP/\d")
 
 
@@ -22,6 +24,8 @@ def parse_name(data: bytes) -> str:
         if _HTTP.match(data):
             message = "this is no HTTP server; send a name, or one JSON object a line"
             raise RequestError("bad_request", message, cross_protocol=True)
+        if data.lstrip(_BEFORE_JSON).startswith(b"{"):
+            raise RequestError("bad_request", "a JSON line begins with `{` as its first byte; send nothing before it")
         return check_name(data[: MAX_NAME + 3].rstrip(b"\r\n"))
     except RequestError as refused:
         refused.closes = True

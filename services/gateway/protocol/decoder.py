@@ -3,6 +3,7 @@
 The first byte decides: `{` begins JSON lines, anything else is a name, as in the documented protocol.
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -112,6 +113,8 @@ def parse_request(line: bytes) -> Operation:
         request: Operation = _operations.decode(line)
         json.loads(line, object_pairs_hook=_check_names)
     except msgspec.ValidationError as error:
+        with contextlib.suppress(ValueError, RecursionError):  # as for a number with thousands of digits
+            json.loads(line, object_pairs_hook=_check_names)
         raise _explain(line, str(error)) from None
     except (msgspec.DecodeError, ValueError, RecursionError):
         raise _not_an_object() from None

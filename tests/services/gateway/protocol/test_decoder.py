@@ -151,6 +151,14 @@ def test_http_is_no_name(data: bytes) -> None:
     assert len(take([data, b'{"op":"list"}\n'])) == 1
 
 
+@pytest.mark.parametrize("before", [b" ", b"\r\n", "\N{ZERO WIDTH NO-BREAK SPACE}".encode()])
+def test_json_behind_something_else_is_no_name(before: bytes) -> None:
+    """A JSON line behind white space or a byte order mark signs nobody up under it."""
+    (outcome,) = take([before + b'{"op":"list"}\n'])
+    assert outcome[0] == "bad_request"
+    assert outcome[1] == "a JSON line begins with `{` as its first byte; send nothing before it"
+
+
 def test_too_long_a_line() -> None:
     """A line of 64 KiB is read; a byte more is `too_long` and the end, with or without its newline."""
     line = b'{"op":"list"' + b" " * (MAX_LINE - 13) + b"}"
@@ -180,6 +188,8 @@ def test_too_long_a_line() -> None:
         b'{"op":' + b"[" * 60_000,
         b'{"op":"leave","name":"a","name":"b","generation":1}',
         b'{"op":"list","id":1,"\\u0069d":1}',
+        b'{"op":"list","op":"streams"}',
+        b'{"op":"list","x":1,"x":2}',
     ],
 )
 def test_what_is_no_object_closes(line: bytes) -> None:
