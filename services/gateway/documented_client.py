@@ -18,6 +18,8 @@ def sign_up(name: str, endpoints: Iterable[Endpoint]) -> str:
     if not name:
         # The gateway would wait for a first byte.
         raise OperatorError(USAGE, "the name is empty; --name takes at least one byte")
+    if name.startswith("{"):
+        raise OperatorError(USAGE, "the gateway would read this name as JSON; --name takes one that begins without {")
     endpoint = next((endpoint for endpoint in endpoints if endpoint.scheme == "tcp"), DEFAULT)
     try:
         with socket.create_connection((endpoint.host, endpoint.port), TIMEOUT_SECONDS) as connection:

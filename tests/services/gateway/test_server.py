@@ -93,12 +93,18 @@ def test_documented_client_twice(stack: Stack, gateway: Running) -> None:
 def test_documented_client_says_what_is_wrong(stack: Stack) -> None:
     """Without a server the client ends with 69, refused with 1, and one line says why."""
     alone = client(stack)
-    assert (alone.process.returncode, len(alone.text.splitlines())) == (69, 1)
+    assert alone.process.returncode == 69
+    sentence = "Connection refused; start the gateway with `python -m services.gateway`"
+    assert alone.text == f"fanwire gateway: tcp://127.0.0.1:5000: {sentence}\n"
+    json_there = client(stack, "-n", "{a")
+    assert (json_there.process.returncode, "would read this name as JSON" in json_there.text) == (64, True)
     stack.start("broker")
     stack.start("gateway")
     refused = client(stack, "-n", "a\tb")
     assert refused.process.returncode == 1
-    assert "bad_name" in refused.text
+    assert "fanwire gateway: bad_name: the name has control characters" in refused.text
+    stack.configure("[gateway]\nlisten = 5\n")
+    assert client(stack).process.returncode == 78
 
 
 def test_names_answer_is_to_the_byte(gateway: Running) -> None:
