@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import Final
 
 from services.operator.cli.output import NO_ROOM, discard_output, escape_what_cannot_be_encoded, say
-from services.operator.commands.running.ready import SERVICES
+from services.operator.commands.running.ready import OPT_IN, OPTIONAL, SERVICES
 from shared.process.lifecycle import (
     BAD_SETTINGS,
     FAILED,
@@ -24,6 +24,7 @@ from shared.settings.model import Settings
 
 INTERRUPTED: Final = 130
 """Exit code that a shell expects of a command that Ctrl-C cut short; those that run until Ctrl-C end with 0."""
+EVERY_SERVICE: Final = (*SERVICES, *OPT_IN, *OPTIONAL)
 COMMANDS: Final = {
     **dict.fromkeys(("clients", "register", "leave"), "commands.clients"),
     **dict.fromkeys(("withhold", "release"), "commands.withhold"),
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     command = next(iter(arguments), "--help")
     if command not in COMMANDS and not command.startswith("-"):
-        say(f"fanwire: no command {command!r}{did_you_mean(command, (*COMMANDS, *SERVICES))}; `fanwire` lists all")
+        say(f"fanwire: no command {command!r}{did_you_mean(command, (*COMMANDS, *EVERY_SERVICE))}; `fanwire` lists all")
         return USAGE
     options = make_parser(command).parse_args(arguments or [command])
     configure_logging()
@@ -97,7 +98,7 @@ def make_parser(command: str = "") -> Parser:
     parser = Parser(
         "fanwire",
         "UDP telemetry in; a copy to every collector that signed up.",
-        epilog=f"services: fanwire {'|'.join(SERVICES)} runs one (--help, --config); `fanwire run` runs all",
+        epilog=f"services: fanwire {'|'.join(EVERY_SERVICE)} runs one (--help, --config); `fanwire run` runs all",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)

@@ -12,7 +12,7 @@ from services.operator.commands import config
 from shared.settings.file import load, render
 from shared.settings.model import Settings
 from tests.services.operator.played import PlayedGateway, finish, run
-from tests.stack import Stack
+from tests.stack import CHECKOUT, Stack
 
 ASCII = {"PYTHONIOENCODING": "ascii"}
 POSIX = {"LC_ALL": "POSIX", "PYTHONUTF8": "0"}
@@ -27,7 +27,24 @@ def test_help_lists_commands_and_services(stack: Stack) -> None:
         *("config", "import", "keys", "token", "status", "streams", "ledger", "top", "doctor", "ready"),
     ):
         assert f"    {command} " in text
-    assert "fanwire broker|gateway|ingest|forwarder|transmitter" in text
+    assert "fanwire broker|gateway|ingest|forwarder|transmitter|journal|offload|uplink|console runs one" in text
+
+
+def test_interrupted_while_it_loads() -> None:
+    """Ctrl-C before a command has begun ends it with 130 and without a word."""
+    script = """if True:
+        import signal, sys
+        from services.__main__ import main
+        class Interrupt:
+            def find_spec(self, name, *_):
+                if name == "services.operator.__main__":
+                    signal.raise_signal(signal.SIGINT)
+        sys.meta_path.insert(0, Interrupt())
+        sys.argv[1:] = ["watch"]
+        sys.exit(main())
+    """
+    ended = subprocess.run([sys.executable, "-c", script], cwd=CHECKOUT, capture_output=True, check=False)
+    assert (ended.returncode, ended.stderr) == (130, b"")
 
 
 def test_each_command_loads_what_it_needs(stack: Stack) -> None:
