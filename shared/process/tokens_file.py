@@ -31,7 +31,7 @@ def read_tokens(settings: Settings) -> tuple[Token, ...]:
     written, text = None, ""
     try:
         text = read_private(path, SETTING, MAX_TOKENS_FILE).decode()
-        written = tomllib.loads(text)
+        written = tomllib.loads(f"{text}\n")  # the last line has a number only if it ends
         found = msgspec.convert(written, _TokensFile).tokens
         settings.check_tokens(tokens := settings.tokens + found)
     except OSError as error:

@@ -57,11 +57,14 @@ def explain_toml(error: Exception) -> str:
     >>> explain_toml(ValueError("Invalid value (at line 2, column 18)"))
     'line 2: not TOML: invalid value; a text needs quotes, a switch is true or false'
     """
+    if isinstance(error, UnicodeDecodeError):
+        line = error.object.count(b"\n", 0, error.start) + 1
+        return f"line {line}: not UTF-8; save the file in that encoding"
     reason, at, place = str(error).rpartition(" (at ")
     reason = reason if at else str(error)
     better = next((words for begin, words in TOML.items() if reason.startswith(begin)), reason)
-    line = re.match(r"line \d+", place)
-    return f"{line[0]}: not TOML: {better}" if line else f"not TOML: {better}"
+    known = re.match(r"line \d+", place)
+    return f"{known[0]}: not TOML: {better}" if known else f"not TOML: {better}"
 
 
 def explain(error: msgspec.ValidationError, whole: type[Struct], found: Any, text: str = "") -> str:

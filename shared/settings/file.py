@@ -44,7 +44,7 @@ def _parsed(path: Path) -> tuple[str, dict[str, Any]]:
     """Return the text of a file, and its values."""
     try:
         text = path.read_text("utf-8-sig")  # some editors begin a file with a mark
-        return text, tomllib.loads(text)
+        return text, tomllib.loads(f"{text}\n")  # the last line has a number only if it ends
     except OSError as error:
         raise SettingsError(f"{path}: {error.strerror}; name the file by --config or FANWIRE_CONFIG") from None
     except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, a number of thousands of digits

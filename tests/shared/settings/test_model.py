@@ -189,7 +189,7 @@ def test_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
             "line 1: listen: this key is in no table (it belongs to [bus] or [gateway]",
         ),
         ("[[stream]]\n[bus]\nlisten = ['tcp://127.0.0.1:1']\n[bus]\n", "line 4: not TOML: this table is there already"),
-        ("[bus]\npool = 1\npool = 2\n", "line 3: not TOML: this key is there already"),
+        ("[bus]\npool = 1\npool = 2", "line 3: not TOML: this key is there already"),
         ("[gateway]\nallow_transmit = yes\n", "line 2: not TOML: invalid value; a text needs quotes, a switch is true"),
         ('[bus]\ndirectory = "/run\n', "line 2: not TOML: the quotes are not closed on this line"),
         ("[transmitter]\nuser = 'x'\nethertypes = ['ip']\n", "line 3: [transmitter] ethertypes: 'ip' is not"),
@@ -281,10 +281,10 @@ def test_bad_setting_is_one_line_with_file_key_and_what_was_expected(tmp_path: P
 
 
 def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
-    """A file that is not UTF-8 is not TOML."""
+    """A file that is not UTF-8 is refused with the line where it is not."""
     path = tmp_path / "fanwire.toml"
-    path.write_bytes(b"\xff\xfe[\0b\0")
-    with pytest.raises(SettingsError, match="not TOML: "):
+    path.write_bytes(b"[bus]\n# caf\xe9\n")
+    with pytest.raises(SettingsError, match="line 2: not UTF-8; save the file in that encoding"):
         load(path, {})
 
 

@@ -118,7 +118,7 @@ def test_it_follows_the_streams_of_its_own_settings(tmp_path: Path) -> None:
         plan = msgspec.structs.replace(plan, streams=(msgspec.structs.replace(stream, listeners=other),))
         assert applier.ask("apply", plan).error == f"refused: port {PORT + 1} is not one of a udp:// listener"
         config.write_text("[offload")
-        assert applier.ask("reload").error.startswith(f"refused: {config}: not TOML")
+        assert applier.ask("reload").error.startswith(f"refused: {config}: line 1: not TOML")
         config.write_text(SETTINGS.replace(f":{PORT}", f":{PORT + 1}"))
         assert applier.ask("reload").error == ""
         assert applier.ask("apply", plan).error == ""
