@@ -109,7 +109,7 @@ class EventFeed:
         if word == "fresh" or (word == "waiting" and before is None):
             return  # it is not served yet
         self._words[name] = word, since
-        if word == "ok" and before is None:
+        if word == before or (word == "ok" and before is None):
             return
         expected = word in ("ok", "withheld") or (word == "waiting" and since < began + SETTLE_SECONDS)
         if count := self._budget.admit():

@@ -128,7 +128,9 @@ class Admission:
         peer.rights.check(request)
         entry = self._registry.find(request.name)
         if entry is None or not entry.client.streams:
-            raise RequestError("bad_name", f"no collector is signed up as {request.name!r}; op list shows all")
+            raise RequestError(
+                "bad_name", f"no collector is signed up as {request.name!r}; op list (`fanwire clients`) shows all"
+            )
         withheld = self._registry.withheld
         if request.name not in withheld and len(withheld) >= self._settings.max_clients:
             raise RequestError("registry_full", f"{len(withheld)} names are withheld already; release some first")

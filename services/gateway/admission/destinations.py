@@ -88,7 +88,8 @@ class Destinations:
         nobodys = address.version == 4 and any(address in network for network in NOBODYS_V4)
         if nobodys or address.is_unspecified or address.is_multicast or address.is_link_local:
             raise RequestError(
-                "bad_request", f"address: {address} is not the address of one host; expected a unicast address"
+                "bad_request",
+                f"address: {address} is not the address of one host; expected a unicast address, and no link-local one",
             )
         if self._is_broadcast(str(address)):
             raise RequestError(

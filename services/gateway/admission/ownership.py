@@ -33,10 +33,11 @@ def check_replaceable(present: Entry, peer: Peer, origin: Origin, *, take_over: 
     if present.origin is Origin.SETTINGS:
         raise RequestError("name_taken", f"{name!r} is a [[collector]] in the gateway's settings; choose another name")
     holder = present.peer.rights.holder
+    how = f" as its owner, {holder!r}" if holder else " from the address of its owner, without a token"
     raise RequestError(
         "name_taken",
-        f"{name!r} belongs to another client; choose another name, or register with take_over "
-        + (f"as its owner, {holder!r}" if holder else "from the address of its owner, without a token"),
+        f"{name!r} belongs to another client; choose another name, or register with take_over (`--take-over` of the "
+        f"commands){'' if peer.rights.everything else how}",
     )
 
 

@@ -4,6 +4,7 @@ from functools import partial
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 from services.gateway import event_feed as feed_module
 from services.gateway.admission.peer import Peer
@@ -59,6 +60,22 @@ def test_watcher_gets_what_happens_from_then_on() -> None:
     feed.push_events()
     assert (reader.events, other.events) == ([("joined", 2)], [("joined", 2), ("joined", 3)])
     assert (len(feed), feed.has_watcher(1)) == (1, False)
+
+
+def test_log_tells_changes_alone() -> None:
+    """A collector that is `ok` as before, once its sender has been asked about its new entry, has no line."""
+    registry, feed = make()
+    with capture_logs() as log:
+        for _ in range(2):
+            registry.grant(Client("siem", 0, "127.0.0.1", 9, streams=("a",)), HERE, Origin.JSON)
+            feed.push_health()
+            registry.serving["relay"].note_served(registry.commit())
+            feed.push_health()
+            registry.serving["relay"].forget()
+            feed.push_health()
+            registry.serving["relay"].note_served(registry.commit())
+            feed.push_health()
+    assert [(each["before"], each["health"]) for each in log] == [("ok", "waiting"), ("waiting", "ok")] * 2
 
 
 @given(st.lists(st.sampled_from(["join", "flush"]), max_size=30), st.integers(0, 30))

@@ -261,3 +261,5 @@ def test_no_more_names_are_withheld_than_there_may_be_clients(site: Site) -> Non
     assert refused.value.error == "registry_full"
     site.table.withheld = {"siem": Withheld("", 1.0)}
     assert site.admission.decide_withhold(Withhold(name="siem"), boss).client.name == "siem"
+    with pytest.raises(RequestError, match=r"signed up as 'other'; op list \(`fanwire clients`\) shows all"):
+        site.admission.decide_withhold(Withhold(name="other"), boss)

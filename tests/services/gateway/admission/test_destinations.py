@@ -93,6 +93,12 @@ def test_address_that_is_no_hosts(address: str) -> None:
     assert error_of(address) == "bad_request"
 
 
+def test_link_local_address_is_named() -> None:
+    """A link-local address is one of a host, so the refusal says what else is wrong with it."""
+    with pytest.raises(RequestError, match="expected a unicast address, and no link-local one"):
+        destination("169.254.1.1")
+
+
 @pytest.mark.parametrize(
     ("address", "port", "peer"),
     [

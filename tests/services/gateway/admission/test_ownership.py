@@ -5,6 +5,7 @@ import pytest
 
 from services.gateway.admission.peer import Peer
 from services.gateway.admission.rights import Rights
+from services.gateway.protocol.requests import RequestError
 from services.gateway.registry.entry import Origin
 from tests.services.gateway.table import ELSEWHERE, HERE, Table, error_of
 
@@ -19,8 +20,11 @@ def test_name_taken(registry: Table) -> None:
     """A name belongs to the connection that signed it up; from the same address it may be taken over."""
     registry.join("a")
     neighbour = Peer(3, HERE.address, 5000)
-    assert error_of(registry.join, "a", neighbour) == "name_taken"
-    assert error_of(registry.join, "a", ELSEWHERE, take_over=True) == "name_taken"
+    refused = r"'a' belongs to another client; choose another name, or register with take_over \(`--take-over` of the "
+    with pytest.raises(RequestError, match=refused + r"commands\)$"):
+        registry.join("a", neighbour)
+    with pytest.raises(RequestError, match=refused + r"commands\) from the address of its owner, without a token$"):
+        registry.join("a", ELSEWHERE, take_over=True)
     registry.join("a", HERE)
     assert registry.join("a", neighbour, take_over=True).peer == neighbour
 
@@ -32,7 +36,8 @@ def test_entry_is_its_holders(registry: Table) -> None:
     other = Peer(5, ELSEWHERE.address, 4003, Rights("other", frozenset({"collect"})))
     for act in (registry.renew_as, registry.release_as):
         assert error_of(act, "a", entry.client.generation, other) == "not_permitted"
-    assert error_of(registry.join, "a", other, take_over=True) == "name_taken"
+    with pytest.raises(RequestError, match=r" as its owner, 'siem'$"):
+        registry.join("a", other, take_over=True)
     registry.renew_as("a", entry.client.generation, again)
     assert error_of(registry.join, "a", again) == "name_taken"
     taken = registry.join("a", again, take_over=True)
