@@ -56,6 +56,7 @@ class TlsAcceptor:
             )
         except OSError as error:  # errors of ssl are OSErrors too
             self._open.handler.counters[HANDSHAKES_FAILED] += 1
-            log.warning("a TLS handshake failed", reason=error.strerror or str(error) or type(error).__name__)
+            reason = error.strerror or str(error) or type(error).__name__
+            log.warning("a TLS handshake failed", origin=origin, reason=reason)
         finally:
             self._open.end_beginning(origin)

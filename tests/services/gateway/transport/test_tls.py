@@ -239,7 +239,8 @@ def test_client_certificates(site: Site) -> None:
             assert not talk.connection.recv(1)
             raise ConnectionResetError
     wait_until(lambda: counters(site.stack).get("handshakes_failed") == 3, "three handshakes failed")
-    assert "certificate" in gateway.events("a TLS handshake failed")[0]["reason"]
+    failed = gateway.events("a TLS handshake failed")[0]
+    assert ("certificate" in failed["reason"], failed["origin"]) == (True, "127.0.0.1")
 
 
 def test_certificate_or_token(site: Site) -> None:
