@@ -49,6 +49,7 @@ PROGRAMS: Final = (
 IMPORTED_LATER: Final = {
     "services.broker": ("encodings.idna", "encodings.utf_8_sig"),
     "services.console": ("services.console.server", "uvicorn.lifespan.off"),
+    "services.gateway": ("services.gateway.cluster.member",),
     "services.uplink": ("services.uplink.service",),
     "services.journal": ("services.journal.service",),
     "services.operator": ("rich.table",),
