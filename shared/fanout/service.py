@@ -6,7 +6,7 @@ registry whose `source` is theirs.
 
 import select
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from typing import Final, Self
 
 from shared.bus.bodies.nodes_message import Nodes
@@ -40,7 +40,7 @@ from shared.fanout.serve_requests import ServeRequests
 from shared.fanout.served import MARKS, D
 from shared.fanout.snapshot_request import SnapshotRequest
 from shared.fanout.streams import ORIGIN_COUNTERS, FollowedStreams
-from shared.fanout.templates import TemplateDelivery
+from shared.fanout.templates import NOBODY, TemplateDelivery
 from shared.fanout.waiting_batches import WaitingBatches
 from shared.ledger.accounts import Accounts
 from shared.ledger.counters import BY_KERNEL_LATE, COLLECTOR_COUNTERS, ELSEWHERE, FILES_RESTORED, LEFT, STOPPED
@@ -113,6 +113,7 @@ class CopyService(CopySender[D]):
         self._idle = True
         """True if no copies were sent since the collectors were examined."""
         self._gathered = WaitingBatches()
+        self._joining = NOBODY  # gets nothing of the batches that wait
         for topic in self.topics():
             self._subscriber.subscribe(topic)
         return self
@@ -268,19 +269,20 @@ class CopyService(CopySender[D]):
         for stream, count, before, published in self._streams.pop_unserved() if self._streams.unserved else ():
             self._collectors.count_unserved(stream, count, before=before, published=published)
 
-    def _gather(self, batch: DatagramBatch, joining: Collection[str]) -> None:
-        """Let a batch wait for others of its stream that have come too, up to the limits."""
-        if joining or not self._gathered.has_room(batch):
+    def _gather(self, batch: DatagramBatch, joining: frozenset[str]) -> None:
+        """Let a batch wait for others of its stream that have come too, up to the limits; all for the same."""
+        if joining != self._joining or not self._gathered.has_room(batch):
             self._send_all()
+        self._joining = joining
         self._taken += len(batch.payload)
-        if not self._gathered.add(batch) or joining:
-            self._send_gathered(batch.stream, joining)
+        if not self._gathered.add(batch):
+            self._send_gathered(batch.stream)
 
     def _send_all(self) -> None:
         for stream in self._gathered.streams:
             self._send_gathered(stream)
 
-    def _send_gathered(self, stream: str, joining: Collection[str] = ()) -> None:
+    def _send_gathered(self, stream: str) -> None:
         if self._idle:
             self._idle = False
             self._health.hasten()
@@ -288,7 +290,7 @@ class CopyService(CopySender[D]):
         self._catch_up.before_sending(stream)
         self._resume_keeping()
         gathered = self._gathered.gather(stream)
-        self.send(gathered, self._collectors.route(gathered, joining))
+        self.send(gathered, self._collectors.route(gathered, self._joining))
         self._catch_up.after_sending(stream)
 
     def _send_past(self, batch: Gathered, routed: list[tuple[D, Selection]]) -> None:

@@ -46,6 +46,8 @@ MAX_CAME: Final = 4096
 NUMBER_AT: Final = {9: 12, 10: 8}
 """Place of the number in the header of NetFlow v9 and IPFIX."""
 
+NOBODY: Final = frozenset[str]()
+
 Worker = tuple[str, int]
 """Name and boot id."""
 
@@ -192,19 +194,17 @@ class TemplateDelivery(Generic[D]):
         if self._next:
             self._ask()
 
-    def before_batch(self, stream: str, worker: Worker) -> Collection[str]:
+    def before_batch(self, stream: str, worker: Worker) -> frozenset[str]:
         """Send what is to be sent before a batch of a worker; return the collectors that get no copies of it yet."""
-        waiting = self._joining(stream, worker) if self and worker[0].startswith(ANSWERING) else ()
+        waiting = self._joining(stream, worker) if self and worker[0].startswith(ANSWERING) else NOBODY
         if self._came and (came := self._came.pop((stream, worker), None)):
             self._deliver(stream, came, self._renewed.get(stream, {}).keys() - waiting, waiting, came=True)
         return waiting
 
-    def _joining(self, stream: str, worker: Worker) -> set[str]:
+    def _joining(self, stream: str, worker: Worker) -> frozenset[str]:
         """Return the collectors that get no copies yet of what comes from a worker now."""
         asked, following = self._rounds.get(stream), self._next.get(stream)
-        names: set[str] = set()
-        if asked and worker not in asked.answered:
-            names |= asked.joining
+        names = NOBODY.union(asked.joining) if asked and worker not in asked.answered else NOBODY
         return names | following.joining if following else names
 
     def take(self, message: Message) -> None:

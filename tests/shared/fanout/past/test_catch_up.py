@@ -40,8 +40,9 @@ STREAMS = tuple(Stream(name=name, listen=("udp://127.0.0.1:6667",), journal=True
 class Sender:
     """A forwarder with two journaled streams; the bus and the journal are played, and datagrams have numbers."""
 
-    def __init__(self, directory: Path) -> None:
-        self.service = ForwarderService("forwarder.1", Settings(bus=Bus(directory=str(directory)), streams=STREAMS))
+    def __init__(self, directory: Path, streams: Sequence[Stream] = STREAMS) -> None:
+        settings = Settings(bus=Bus(directory=str(directory)), streams=tuple(streams))
+        self.service = ForwarderService("forwarder.1", settings)
         self.published: Counter[str] = Counter()
         self.journal: dict[str, list[tuple[int, DatagramBatch]]] = {A: [], B: []}
         self.revision = 0
