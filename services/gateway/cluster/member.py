@@ -71,7 +71,7 @@ class Member:
         self._created = ""
         self._older = False
         """True if the log had lost what this node had read, when it was written last."""
-        self._left_at = -ANEW_SECONDS
+        self._left_at = self._wrote_at = -ANEW_SECONDS
         self._count = 0
         self._ending = False
         self._tasks: list[asyncio.Task[None]] = []
@@ -214,6 +214,7 @@ class Member:
                 await asyncio.sleep(SURE_SECONDS)
                 continue
             failures = 0
+            self._wrote_at = time.monotonic()
             self._note_available()
             self.changes.call(waiting)
             await self._end_overdue(bucket)
@@ -243,7 +244,8 @@ class Member:
         try:
             position = await bucket.write([Write(key, encode(record), ttl)], expected, key)
         except OvertakenError as error:
-            if record.boot == self.sessions.boot and 0 <= error.position < expected and self._wrote_lately():
+            own, ends_at = record.boot == self.sessions.boot, self._wrote_at + SESSION_TTL_SECONDS / 2
+            if own and 0 <= error.position < expected and time.monotonic() < ends_at:  # it can't have ended by itself
                 self._older = True
                 raise LogError("the registry of the cluster has lost what it had") from None
             if error.position == 0:
@@ -253,11 +255,6 @@ class Member:
             raise
         if not await self.changes.reach(position, REACH_SECONDS):
             raise LogError("the registry of the cluster does not come back from the NATS server")
-
-    def _wrote_lately(self) -> bool:
-        """Return whether the last record of this node's session can't have ended by itself."""
-        known = self.sessions.known.get(self.sessions.own)
-        return known is not None and time.monotonic() < known.heard_at + SESSION_TTL_SECONDS / 2
 
     def _note_available(self) -> None:
         self._troubles.end("registry", "the cluster's registry can be written again")

@@ -11,8 +11,9 @@ from structlog.testing import capture_logs
 from services.gateway.admission.peer import Peer
 from services.gateway.cluster import changes as module
 from services.gateway.cluster import member as member_module
-from services.gateway.cluster.log import Write
-from services.gateway.cluster.member import Member
+from services.gateway.cluster.keys import SESSION
+from services.gateway.cluster.log import LogError, OvertakenError, Write
+from services.gateway.cluster.member import SESSION_TTL_SECONDS, Member
 from services.gateway.registry.changes import ignore, never_keep
 from services.gateway.registry.entry import Entry, Origin
 from services.gateway.registry.registry import Registry
@@ -173,3 +174,30 @@ def test_a_secret_that_can_not_be_read_is_a_trouble(tmp_path: Path) -> None:
     with capture_logs() as lines:
         run(work)
     assert "No such file" in lines[0]["event"]
+
+
+@pytest.mark.parametrize("away", [0.0, float(SESSION_TTL_SECONDS)])
+def test_a_session_that_is_gone_too_soon_tells_of_an_older_bucket(away: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A session's record that is not there ends by itself after its time; before that, the bucket has lost it."""
+
+    async def work(node: Node) -> None:
+        await end(await node.enter())
+        node.member._wrote_at -= away
+        write, missing = node.write, [OvertakenError(0)]
+
+        async def miss_once(writes: Sequence[Write], expected: int, keys: str = "") -> int:
+            if missing and keys.startswith(SESSION):
+                raise missing.pop()
+            return await write(writes, expected, keys)
+
+        monkeypatch.setattr(node, "write", miss_once)
+        count = node.member._count
+        session = node.connect()
+        await until(lambda: session.done() or node.member._count > count + 1)
+        assert session.done() == (not away)
+        if session.done():
+            with pytest.raises(LogError, match="the registry of the cluster has lost what it had"):
+                await session
+        await end(session)
+
+    run(work)
