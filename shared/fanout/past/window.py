@@ -125,6 +125,7 @@ class Window:
         """Let go of what is old, if the journal has it, and of what is too much."""
         now = self._clock()
         while self._order:
+            self._trim_patches()
             since, numbered = self._order[0]
             run = self._runs[numbered.worker]
             old = since + self._seconds <= now and (numbered.end <= run.confirmed or not self._journaled)
@@ -139,6 +140,12 @@ class Window:
             else:
                 self.size -= numbered.size
             run.whole_from = max(run.whole_from, numbered.end)
+
+    def _trim_patches(self) -> None:
+        """Of too much, let go of the oldest that the journal may lack first: nobody gets level without the latest."""
+        while self.size > self._most_bytes and (some := [run for run in self._runs.values() if run.patch]):
+            oldest = min(some, key=lambda run: run.patch[0].batch.received_ns)
+            self.size -= oldest.patch.pop(0).size
 
     def forget(self, passed: Mapping[Worker, float]) -> None:
         """Let go of what the journal may lack and all that catch up have passed; of others' workers, of all of it."""

@@ -1,0 +1,21 @@
+from types import SimpleNamespace
+
+from shared.fanout.past.window import SECONDS, Numbered, Window
+from tests.builders import make_batch
+
+WORKER = "ingest.1", 1
+
+
+def test_what_the_journal_may_lack_leaves_room_for_what_comes_live() -> None:
+    """The disk is full while a collector is away: of what is too much the oldest go, and others can still get level."""
+    at = SimpleNamespace(now=0.0)
+    window = Window(lambda: at.now, most_bytes=100_000)
+    for number in range(500):
+        window.add(Numbered(WORKER, number, number, make_batch([bytes(200)])))
+        window.confirm(number, {WORKER: number + 1})  # each time it has lost more
+        at.now += SECONDS / 5
+    assert 90_000 < window.size <= 100_000
+    assert window.covers(WORKER, 496, 500)
+    first = window.find(WORKER, 0)
+    assert first is not None
+    assert 400 < first.total < 440
