@@ -83,12 +83,12 @@ class CatchUp(Generic[D]):
         self._questions = JournalQuestions(publisher, clock, joined=True)
         self._pursued: dict[tuple[str, str], Pursued] = {}
         """By collector and stream."""
-        self.owed = Owed(self._pursued, streams.positions, collectors.past)
+        self.rings = Rings(clock)
+        self.owed = Owed(self._pursued, self.rings, streams.positions, collectors.past)
         self._past = PastSender(
             *(collectors, send, templates, streams.positions, self._pursued.values(), self._put_away, clock)
         )
         self._tables: dict[tuple[str, str], Counter[str]] = {}
-        self.rings = Rings(clock)
         self._progress = Progress(publisher, "relay" if publisher.sender.startswith("forwarder.") else "original")
         self._alive: Counter[str] = kept.new_counts()
         self._away_ns = 0
@@ -336,7 +336,7 @@ class CatchUp(Generic[D]):
         if here := self._publisher.wanted(JOURNAL_TOPIC):
             self._journal_seen_at = now
         most, followed = -1.0, dict[str, dict[Worker, Position]]()
-        for key in list(self._pursued):
+        for key in [key for key, each in self._pursued.items() if not each.away or now >= each.try_at]:
             pursued = self._pursued[key] = self._pursued.pop(key)  # next time the others come first
             positions = followed.setdefault(key[1], self._streams.positions(key[1]))
             pursued.pursuit.behind_live = bool(self._collectors.rules)

@@ -1,33 +1,42 @@
 """The accounts of what collectors that catch up have still to get, and of what they get twice on the bus. No I/O."""
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 from shared.bus.continuity import Position
 from shared.fanout.past.journal_questions import Pursued
 from shared.fanout.past.past_routes import PastRoutes
+from shared.fanout.past.rings import Rings
 from shared.fanout.past.window import Worker
 from shared.ledger.accounts import Accounts, unparse_owed
 from shared.ledger.counters import OWED, OWED_FROM
 
 
 class Owed:
-    """Counts for the pursuits of one sender, `pursued`, by collector and stream; `positions` are those of a stream."""
+    """Counts for the pursuits of one sender, `pursued`, by collector and stream; each stream has a window in `rings`.
+
+    `positions` are those of a stream.
+    """
 
     def __init__(
         self,
         pursued: Mapping[tuple[str, str], Pursued],
+        rings: Rings,
         positions: Callable[[str], Mapping[Worker, Position]],
         routes: PastRoutes[Any],
     ) -> None:
         self._pursued = pursued
+        self._rings = rings
         self._positions = positions
         self._routes = routes
 
     def deferred(self, name: str) -> int:
         """Return how many of the datagrams that a collector is owed wait in the journal."""
         return sum(
-            each.pursuit.deferred(self._positions(stream)) for (of, stream), each in self._pursued.items() if of == name
+            self._pursued[name, stream].pursuit.deferred(self._positions(stream))
+            for stream, _ in self._rings.items()
+            if (name, stream) in self._pursued
         )
 
     def counted(self) -> dict[str, dict[Worker, tuple[int, int]]]:
@@ -56,9 +65,10 @@ class Owed:
 
     def accounts(self) -> Accounts:
         """Return one account a collector that catches up and stream: what it has still to get, and from when on."""
+        positions = cache(self._positions)
         return {
             unparse_owed(stream, name): {
-                OWED: each.pursuit.behind(self._positions(stream)),
+                OWED: each.pursuit.behind(positions(stream)),
                 OWED_FROM: each.pursuit.newest_ns,
             }
             for (name, stream), each in self._pursued.items()

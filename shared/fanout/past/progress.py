@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import Final
 
 from shared.bus.bodies.journal_messages import MAX_BEHIND, Behind, CatchUpReport, catch_up_topic
@@ -70,7 +71,7 @@ class Progress:
         `behind` has the pursuits of each collector. `positions` are those of a stream's workers, and `paces` the
         datagrams of the past that collectors got in the last second.
         """
-        now_ns, told = time.time_ns(), []
+        now_ns, told, positions = time.time_ns(), [], cache(positions)
         for pursued in behind:
             name, pursuits = pursued[0].name, [each.pursuit for each in pursued]
             places = sorted(
