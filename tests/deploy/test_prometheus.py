@@ -293,6 +293,7 @@ def site_with_prometheus(stack: OpenStack, directory: Path) -> Iterator[Site]:
     rules.write_text(re.sub(r"\[\d+m\]", "[8s]", re.sub(r"for: \w+", "for: 2s", RULES.read_text())))
     config.write_text(re.sub(r"interval: \d+s", "interval: 1s", CONFIG.read_text()))
     stack.configure(SETTINGS)
+    stack.by_exec = True  # their memory is looked at, and a fork has that of all programs
     with ExitStack() as opened:
         relay, siem = opened.enter_context(Host()), opened.enter_context(Host())
         opened.enter_context(veth(End(relay, "siem", f"{RELAY}/24"), End(siem, "eth", f"{SIEM}/24")))
