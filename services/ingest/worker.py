@@ -346,13 +346,13 @@ class Worker:
         for feed in self._feeds.values():
             feed.settle(at_once=at_once)
 
-    def _report(self) -> None:
+    def _report(self, *, ended: bool = False) -> None:
         for receiver in self._receivers.values():
             receiver.count_kernel_drops()
         self._marks.count_sockets(each.reads_marks for each in self._receivers.values())
         self._totals.keep()
         self._accounts["host"][CHECKSUM_ERRORS] = self._checksum_errors.count()
-        self._reporter.report(lambda: self._accounts)
+        self._reporter.report(lambda: self._accounts, ended=ended)
 
     def _drain(self) -> None:
         """Take no new datagrams, but all that the kernel has queued; then send the last report.
@@ -373,7 +373,7 @@ class Worker:
         self._receivers, self._leaving = {}, []
         self._connections.close(deadline)
         self._settle(at_once=True)
-        self._report()
+        self._report(ended=True)
         log.info("drained", service=self._name, **{name: dict(each) for name, each in self._accounts.items()})
 
     def __exit__(

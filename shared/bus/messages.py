@@ -174,7 +174,7 @@ class Status(msgspec.Struct, array_like=True, frozen=True):
     release: Annotated[str, Meta(max_length=64)] = ""
     """The version of its program; of one that does not tell it, nothing."""
     ended: bool = False
-    """True in the last report of a sender of copies: it has sent all that it will."""
+    """True in the last report of a sender of copies, which has sent all that it will, and of an ingest worker."""
 
 
 Body = (

@@ -121,6 +121,7 @@ class Report:
     received_at: float
     accounts: Accounts
     release: str = ""
+    ended: bool = False
 
 
 class Reports:
@@ -139,8 +140,7 @@ class Reports:
             return None
         accounts = {name: account for piece in pieces for name, account in piece.accounts.items()}
         began_at = assembler.began_at
-        report = Report(
-            status.service, key[1], status.pid, status.started_ns, status.report, began_at, accounts, status.release
-        )
+        told = status.service, key[1], status.pid, status.started_ns, status.report
+        report = Report(*told, began_at, accounts, status.release, status.ended)
         self.latest[key] = report
         return report

@@ -72,7 +72,9 @@ SILENT_SECONDS: Final = 3.5 * INTERVAL_SECONDS
 SOON_SECONDS: Final = INTERVAL_SECONDS / 2
 """A report that comes sooner, since somebody else has just subscribed, begins no rate of its own."""
 FORGET_SECONDS: Final = 120.0
-"""A silent service is shown for this long."""
+"""A silent service is shown for this long, and one that tells its end, and has not, until it reports again."""
+TELL_THEIR_END: Final = ("ingest.", "forwarder.", "transmitter.")
+"""Beginnings of the names of those that say in their last report that it is the last."""
 ROUND_SECONDS: Final = 4.0
 """Time of a comparison of all accounts: each service reports several times in it."""
 
@@ -197,7 +199,8 @@ class Observer:
 
     def _forget(self, now: float) -> None:
         for name, told in list(self._told.items()):
-            if now - told.report.received_at > FORGET_SECONDS:
+            missed = name.startswith(TELL_THEIR_END) and not told.report.ended
+            if now - told.report.received_at > FORGET_SECONDS and not missed:
                 del self._told[name]
         self._shares.forget(now - SILENT_SECONDS)
 

@@ -23,7 +23,7 @@ from services.ingest.tcp_connections import SPARE_DESCRIPTORS
 from services.operator.doctor.listening_facts import listening_facts
 from shared.bus.continuity import Continuity
 from shared.bus.loans.lender import CHUNK, GRACE_SECONDS, Room
-from shared.bus.messages import Datagrams
+from shared.bus.messages import Datagrams, Status, status_topic
 from shared.bus.zmq_sockets import Subscriber
 from shared.datagrams.limits import MAX_DATAGRAM
 from shared.ledger.accounts import Accounts
@@ -789,6 +789,19 @@ def test_queue_of_the_kernel_is_drained(stack: Stack, bus: BusEnds) -> None:
     payloads = [payload for _, _, payload in take_datagrams(subscriber, 1000)]
     assert payloads == [b"%d" % number for number in range(1000)]
     assert worker.process.wait(6) == 0
+
+
+def test_its_last_report_says_so(stack: Stack, bus: BusEnds) -> None:
+    """A worker that is told to end says that this report is its last; whoever misses killed ones misses it not."""
+    subscriber = bus.subscriber(status_topic("ingest.1"))
+    worker, said = stack.start("ingest"), list[bool]()
+    worker.process.send_signal(signal.SIGTERM)
+    while not (said and said[-1]):
+        body = take(subscriber).body
+        assert isinstance(body, Status)
+        said.append(body.ended)
+    assert worker.process.wait(60) == 0
+    assert subscriber.receive() is None
 
 
 def test_open_connection_is_drained(stack: Stack, bus: BusEnds) -> None:

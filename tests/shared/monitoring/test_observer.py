@@ -33,10 +33,10 @@ class Told:
         """Hand a message in."""
         self.observer.note(Message("", make_envelope(sender=sender, boot=boot), body), self.now)
 
-    def status(self, service: str, accounts: Accounts, boot: int = 1) -> None:
+    def status(self, service: str, accounts: Accounts, boot: int = 1, *, ended: bool = False) -> None:
         """Hand a report in, as if it had just come."""
         self._reports += 1
-        self.tell(service, Status(service, 42, 10**18, self._reports, 0, 1, accounts), boot)
+        self.tell(service, Status(service, 42, 10**18, self._reports, 0, 1, accounts, ended=ended), boot)
         self.observer._told[service].report = _at(self.observer._told[service].report, self.now)
 
     def picture(self, seconds: float = 0.0) -> Picture:
@@ -207,7 +207,18 @@ def test_a_service_that_goes_silent_and_comes_back() -> None:
     told.status("forwarder.1", {"collector/siem": {"sent": 1}}, boot=2)
     siem = collector(told.picture())
     assert (siem.sent, siem.rate) == (1, None)
-    assert [each.name for each in told.picture(FORGET_SECONDS - 1).services] == ["forwarder.1"]
+    assert [each.name for each in told.picture(FORGET_SECONDS - 1).services] == ["forwarder.1", "ingest.1"]
+
+
+def test_a_worker_or_sender_that_was_killed_is_missed_until_it_is_back() -> None:
+    """One of several workers is not forgotten, however long it is away, unless it has said that it ends."""
+    told = Told()
+    for ended in (False, True, False):
+        told.status("ingest.2", {}, ended=ended)
+        told.now += 2 * FORGET_SECONDS
+        told.everyone()
+        assert [each.name for each in told.picture().services if each.silent] == ["ingest.2"] * (not ended)
+        assert ("not heard on the bus: ingest.2" in told.picture().verdict.reasons) == (not ended)
 
 
 def test_a_service_that_settings_ask_for_is_missed_for_as_long_as_it_is_away() -> None:
