@@ -72,8 +72,8 @@ from shared.fanout.sending.next_hops import NextHops
 from shared.monitoring.probe import probe, where_lost
 from shared.net.addresses import Endpoint, pack_address, parse_endpoint, resolve
 from shared.net.netlink import Link
+from shared.net.port_holders import explain_bind
 from shared.net.queues import Queue
-from shared.net.sockets import explain_bind
 from shared.process.lifecycle import OperatorError, Readiness
 from shared.process.memory import Memory
 from shared.process.privileges import _prctl
@@ -241,7 +241,7 @@ def _starts() -> Iterator[Provocation]:
     for gateway in (Gateway(), missing):
         yield partial(make_context, gateway, [])
     for number in (errno.EADDRINUSE, errno.EACCES):
-        yield partial(explain_bind, OSError(number, "why"), "[gateway] listen")
+        yield partial(explain_bind, OSError(number, "why"), Endpoint("tcp", "127.0.0.1", 1), "[gateway] listen")
     for endpoint in (Endpoint("udp", "192.0.2.1", 514), Endpoint("unixgram", path="/run/x")):
         for number in (errno.EADDRINUSE, errno.ENODEV, errno.EADDRNOTAVAIL, errno.ENOENT, errno.EACCES):
             yield partial(ingest_listeners._cure, endpoint, OSError(number, "why"))

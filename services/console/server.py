@@ -21,11 +21,11 @@ from services.console.watch import Watch
 from shared.bus.endpoint import open_link, queue_limit
 from shared.bus.zmq_sockets import Publisher, Subscriber, broker_is_up, new_context
 from shared.net.addresses import Endpoint
+from shared.net.port_holders import explain_bind
 from shared.net.sockets import (
     Bind,
     bind_endpoint,
     close_listener,
-    explain_bind,
     prepare_listener,
     try_endpoint,
 )
@@ -184,7 +184,7 @@ def _bind(endpoint: Endpoint, bind: Bind = bind_endpoint) -> list[socket.socket]
         for sock in sockets:
             sock.listen(BACKLOG)  # before the next is bound: by SO_REUSEADDR two can bind one port, not listen
     except OSError as error:
-        raise OperatorError(FAILED, f"{endpoint}: {explain_bind(error, '[console] listen')}") from None
+        raise OperatorError(FAILED, f"{endpoint}: {explain_bind(error, endpoint, '[console] listen')}") from None
     return sockets
 
 

@@ -134,14 +134,6 @@ def bind_endpoint(
     return bound
 
 
-def explain_bind(error: OSError, setting: str) -> str:
-    """Return the reason why a stream socket can't be bound, and the cure; `setting` names the address."""
-    if error.errno == errno.EADDRINUSE:
-        cure = f"see by which process with `ss -ltnp` (`ss -lxp` for a path), or set another {setting}"
-        return f"in use, or named twice; {cure}"
-    return f"{error.strerror}; set another {setting}"
-
-
 def try_endpoint(
     endpoint: Endpoint,
     prepare: Prepare,

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from shared.net.addresses import Endpoint
-from shared.net.sockets import Bind, bind_endpoint, close_listener, explain_bind, prepare_listener
+from shared.net.port_holders import explain_bind
+from shared.net.sockets import Bind, bind_endpoint, close_listener, prepare_listener
 from shared.process.lifecycle import FAILED, OperatorError
 
 BACKLOG: Final = 1024
@@ -51,7 +52,9 @@ def listening(endpoints: Iterable[Endpoint], bind: Bind = bind_endpoint) -> Iter
                     stack.callback(close_listener, sock)
                     sock.listen(BACKLOG)  # before the next is bound: by SO_REUSEADDR two can bind one port, not listen
             except OSError as error:
-                raise OperatorError(FAILED, f"{endpoint}: {explain_bind(error, '[gateway] listen')}") from None
+                raise OperatorError(
+                    FAILED, f"{endpoint}: {explain_bind(error, endpoint, '[gateway] listen')}"
+                ) from None
             listeners += (Listener(endpoint, sock) for sock in opened)
         yield listeners
 

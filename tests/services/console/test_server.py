@@ -67,7 +67,7 @@ def test_it_ends_in_time_however_many_pages_are_open(stack: Stack) -> None:
     """SIGTERM ends it within two seconds and with 0 while 50 pages are open; ready is said while copies flow only."""
     stack.configure(PATIENT)
     stack.start("broker")
-    stack.start("console")
+    first = stack.start("console")
     assert fetch("/healthz") == (200, "the console runs\n")
     status, text = fetch("/readyz")
     assert (status, "the registry is not known yet" in text) == (503, True)
@@ -77,7 +77,7 @@ def test_it_ends_in_time_however_many_pages_are_open(stack: Stack) -> None:
     assert fetch("/api/datagram?collector=nope") == (200, '{"error":"no such collector is signed up"}')
     second = stack.start("console", ready=False)
     assert second.process.wait(60) == 1
-    assert "in use, or named twice; see by which process" in second.text
+    assert f"in use by process {first.process.pid} (" in second.text
     stack.running.remove(second)
     assert (status_of("/../__main__.py"), status_of("/nothing"), status_of("/metrics/exporters?top=0")) == (
         404,

@@ -1,3 +1,4 @@
+import os
 import socket
 
 from tests.stack import Stack
@@ -44,8 +45,8 @@ def test_what_a_service_would_refuse_is_said_before_it_starts(stack: Stack, lab:
             "gateway": '[[collector]] "siem": ',
         }),
         (A.format("") + twice, {
-            "gateway": "tcp://localhost:5000: in use, or named twice; see by which process",
-            "console": "http://127.0.0.1:8080: in use, or named twice; see by which process",
+            "gateway": "tcp://localhost:5000: [gateway] listen has this address twice; remove one",
+            "console": "http://127.0.0.1:8080: [console] listen has this address twice; remove one",
         }),
         (A.format(f'"unixgram://{other}"') + f'[gateway]\nlisten = ["unix://{other}"]\n', {
             "ingest": "a file that is no socket is there; remove it, or choose another path",
@@ -68,7 +69,7 @@ def test_ports_that_others_have_are_refused_only_before_the_start(stack: Stack, 
     with socket.create_server(("127.0.0.1", 5000)), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as taken:
         taken.bind(("127.0.0.1", 7000))
         refused = check(stack, A.format(""))
-        assert "in use, or named twice; see by which process" in refused["gateway"]
+        assert f"in use by process {os.getpid()} (" in refused["gateway"]
         assert "Address already in use; see what holds it with `ss -ulnp`" in refused["ingest"]
     assert check(stack, A.format("")) == {}
     stack.start_all()
