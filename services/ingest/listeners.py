@@ -19,6 +19,7 @@ from shared.net.addresses import Endpoint
 from shared.net.bpf import refuse_mapped_sources
 from shared.net.host_lookups import HostLookups
 from shared.net.multicast import is_multicast, join_group
+from shared.net.port_holders import holder
 from shared.net.sockets import InheritedSocket, PathSocket, bind_endpoint, close_listener, inherited, try_endpoint
 from shared.process.lifecycle import BAD_SETTINGS, FAILED, OperatorError
 from shared.settings.entries import Stream
@@ -263,6 +264,9 @@ def _title(stream: str) -> str:
 
 def _cure(endpoint: Endpoint, error: OSError) -> str:
     if error.errno == errno.EADDRINUSE:
+        pid, name = holder(endpoint)
+        if pid:
+            return f" by process {pid} ({name}); stop that, or listen elsewhere"
         tool = "ss -xlp" if endpoint.path else f"ss -{endpoint.scheme[0]}lnp"
         return f"; see what holds it with `{tool}`, stop that or listen elsewhere"
     if error.errno == errno.ENODEV or (error.errno is None and is_multicast(endpoint.host)):

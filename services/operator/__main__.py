@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import Final
 
 from services.operator.cli.output import NO_ROOM, discard_output, escape_what_cannot_be_encoded, say
-from services.operator.commands.running.ready import OPT_IN, OPTIONAL, SERVICES
+from services.operator.commands.running.ready import OPTIONAL, SERVICES
 from shared.process.lifecycle import (
     BAD_SETTINGS,
     FAILED,
@@ -21,6 +21,7 @@ from shared.process.lifecycle import (
 from shared.settings.explain import SettingsError, did_you_mean
 from shared.settings.file import load, load_listeners
 from shared.settings.model import Settings
+from shared.settings.opt_in import OPT_IN
 
 INTERRUPTED: Final = 130
 """Exit code that a shell expects of a command that Ctrl-C cut short; those that run until Ctrl-C end with 0."""

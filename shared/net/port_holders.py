@@ -22,13 +22,19 @@ def explain_bind(error: OSError, endpoint: Endpoint, setting: str) -> str:
     """Return the reason why a stream socket can't be bound, and the cure; `setting` names the address."""
     if error.errno != errno.EADDRINUSE:
         return f"{error.strerror}; set another {setting}"
-    found = set() if endpoint.path else set(listening_sockets(endpoint))
-    for pid, opened in processes():
-        if found & opened:
-            if pid == os.getpid():
-                return f"{setting} has this address twice; remove one of them"
-            return f"in use by process {pid} ({_name(pid)}); stop that, or set another {setting}"
+    pid, name = holder(endpoint)
+    if pid == os.getpid():
+        return f"{setting} has this address twice; remove one of them"
+    if pid:
+        return f"in use by process {pid} ({name}); stop that, or set another {setting}"
     return f"in use; see by which process with `ss -ltnp` (`ss -lxp` for a path), or set another {setting}"
+
+
+def holder(endpoint: Endpoint) -> tuple[int, str]:
+    """Return number and name of a process that listens where the endpoint does; 0 where none is seen."""
+    found = set() if endpoint.path else set(listening_sockets(endpoint))
+    pid = next((pid for pid, opened in processes() if found & opened), 0) if found else 0
+    return pid, _name(pid)
 
 
 def listening_sockets(endpoint: Endpoint) -> Iterator[str]:
@@ -50,7 +56,7 @@ def listening_sockets(endpoint: Endpoint) -> Iterator[str]:
 
 
 def processes() -> Iterator[tuple[int, set[str]]]:
-    """Yield each process of this network namespace with what it has open; others can't have our sockets.
+    """Yield each process of this network namespace with what it has open; others have none of its sockets.
 
     Nothing is seen of one that has ended, or is another user's.
     """
