@@ -39,8 +39,8 @@ from shared.settings.model import Settings
 
 JOURNAL: Final = "journal."
 JOURNAL_STATUS: Final = status_topic(JOURNAL)[:-1]
-TURN_SECONDS: Final = 0.002
-"""Live copies wait for those of the past no longer than this, and the time that sending to one collector takes."""
+TURN_SECONDS: Final = 0.0005
+"""Live copies wait so long for those of the past, and for the last to be sent, then have as much to themselves."""
 IDLE_SECONDS: Final = 0.05
 """Time after which one is looked at again that gets nothing now."""
 ABSENT_SECONDS: Final = 30.0
@@ -349,7 +349,7 @@ class CatchUp(Generic[D]):
                 most = STEP_ROWS
                 break
         pause = min(BURST_SECONDS / 2, (STEP_ROWS / 2 - most) / share) if most >= 0 else IDLE_SECONDS
-        self._due_at = now + max(0.001, pause)
+        self._due_at = max(now + max(0.001, pause), 2 * self._clock() - now)
         if now >= self._report_at:
             self._report_at = now + REPORT_SECONDS
             self._tidy()

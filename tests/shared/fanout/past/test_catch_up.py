@@ -1,6 +1,7 @@
 """Collectors that are away on some streams and not on others, and what they are owed then: a forwarder, played to."""
 
 import math
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -397,6 +398,28 @@ def test_a_reload_begins_to_keep_a_stream(sender: Sender) -> None:
         sender.publish(A, 1)
         sender.turn()
     assert sender.pursued == {("siem", A)}
+
+
+def test_the_past_takes_half_of_the_time_at_most(sender: Sender, clock_at: SimpleNamespace) -> None:
+    """A step of the past that took long is followed by as much time for live copies alone."""
+    catch_up = sender.service._catch_up
+    sock, _ = open_receiver("127.0.0.1", 0)
+    with closing(sock):
+        sender.serve(make_client("siem", sock.getsockname()[1], streams=(A,), generation=5, resume=Resume(1)))
+        for _ in range(4):
+            sender.publish(A, STEP_ROWS)
+        until(sender, lambda: catch_up._pursued["siem", A].pursuit.queued)
+        send, catch_up._clock = sender.service.send, lambda: clock_at.now
+        clock_at.now = time.monotonic() + 1.0
+
+        def send_slowly(*what: Any) -> None:
+            clock_at.now += 0.25
+            send(*what)
+
+        sender.service.send = send_slowly  # type: ignore[assignment, method-assign]
+        began = clock_at.now
+        catch_up.step()
+        assert (clock_at.now, catch_up.due_at) == (began + 0.25, began + 0.5)
 
 
 @pytest.mark.parametrize("lost", [f"journal/{A} dropped_disk_full", f"origin/ingest.1/1/{A} missed"])
