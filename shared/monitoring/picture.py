@@ -55,7 +55,7 @@ class Stream:
     """Names of the collectors that want it."""
     workers: tuple[WorkerShare, ...]
     exporters: int | None
-    """Exporters that sent to it in the last seconds; at least so many, where only a sample is looked at."""
+    """Exporters that sent to it in one of the last seconds; at least so many, where only a sample is looked at."""
 
 
 class Collector(msgspec.Struct, frozen=True, gc=False):

@@ -43,8 +43,8 @@ class Shares:
                 del self._told[key]
 
     def count_of(self, stream: str) -> int | None:
-        """Return how many exporters the stream has; an exporter of two workers counts twice."""
-        found = [told[-1][1].exporters for (_, of), told in self._told.items() if of == stream]
+        """Return how many exporters the stream has had in a second lately; an exporter of two workers counts twice."""
+        found = [max(body.exporters for _, body in told) for (_, of), told in self._told.items() if of == stream]
         return sum(found) if found else None
 
     def exporters(self, clients: Iterable[Client], version: int) -> tuple[Exporter, ...] | None:

@@ -287,6 +287,8 @@ def test_kinds_of_causes(cause: str, kind: str) -> None:
     assert kind_of(cause) == kind
     assert PLACES[0] == "upstream"
 
+    told.tell("ingest.1", Exporters("syslog", 1.0, 0, 1, 0, []))  # they send every other second
+    assert told.picture().streams[0].exporters == 2
 
 def test_a_collector_that_catches_up_is_owed_some_of_the_past() -> None:
     """Its row has what it is owed by stream, and how long that takes at the pace since the last report."""
