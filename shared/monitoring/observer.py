@@ -23,7 +23,7 @@ from shared.bus.messages import (
 )
 from shared.bus.pieces import Assembler
 from shared.bus.status import INTERVAL_SECONDS, Report, Reports
-from shared.client import Client, Trouble
+from shared.client import Client, Source, Trouble
 from shared.fanout.registry_replica import RegistryReplica
 from shared.ledger.accounts import Accounts, egress_accounts
 from shared.ledger.counters import (
@@ -73,6 +73,8 @@ SOON_SECONDS: Final = INTERVAL_SECONDS / 2
 """A report that comes sooner, since somebody else has just subscribed, begins no rate of its own."""
 FORGET_SECONDS: Final = 120.0
 """A silent service is shown for this long, and one that tells its end, and has not, until it reports again."""
+SENDERS: Final[Mapping[Source, str]] = {"relay": "forwarder.", "original": "transmitter."}
+"""Beginnings of the names of those that serve collectors, by the `source` of these."""
 TELL_THEIR_END: Final = ("ingest.", "forwarder.", "transmitter.")
 """Beginnings of the names of those that say in their last report that it is the last."""
 ROUND_SECONDS: Final = 4.0
@@ -259,8 +261,10 @@ class Observer:
 
     def _collectors(self, accounts: Mapping[str, Accounts], now: float) -> Iterator[Collector]:
         senders = {
-            name.removeprefix("collector/"): service
+            (source, name.removeprefix("collector/")): service
+            for source, kind in SENDERS.items()
             for service, kept in accounts.items()
+            if service.startswith(kind)
             for name in kept
             if name.startswith("collector/")
         }
@@ -273,7 +277,7 @@ class Observer:
         for client in self.clients.values():
             if not client.streams:
                 continue
-            key, service = (client.name, client.generation), senders.get(client.name)
+            key, service = (client.name, client.generation), senders.get((client.source, client.name))
             health, since = self._health(key, client, service, words.get(key), now)
             self._words[key] = health, since
             name = f"collector/{client.name}"

@@ -238,6 +238,17 @@ def test_a_service_that_settings_ask_for_is_missed_for_as_long_as_it_is_away() -
     assert told.picture().verdict.level == "ok"
 
 
+def test_the_row_of_a_collector_has_the_account_of_its_present_sender() -> None:
+    """The account that its former sender still has for some seconds is not taken for it."""
+    told = Told()
+    for revision, source, sent in ((1, "original", 900), (2, "relay", 5)):
+        told.tell("gateway.1", RegistrySnapshot(revision, 0, 1, [msgspec.structs.replace(SIEM, source=source)]))
+        told.everyone(sent=5)
+        told.status("transmitter.1", {"collector/siem": {"sent": 900}})
+        siem = collector(told.picture())
+        assert (siem.sender, siem.sent) == ("transmitter.1" if source == "original" else "forwarder.1", sent)
+
+
 def test_the_accounts_are_compared_in_rounds() -> None:
     """A comparison that comes out even says so; an equation that does not hold is told, until it does."""
     told = Told()
@@ -276,6 +287,8 @@ def test_exporters_with_share_and_takers() -> None:
     assert (first.missed, second.missed) == (6, 0)
     assert (second.address, second.takers, second.workers) == ("192.0.2.9", 0, ("ingest.1",))
     assert told.picture().streams[0].exporters == 2
+    told.tell("ingest.1", Exporters("syslog", 1.0, 0, 1, 0, []))  # they send every other second
+    assert told.picture().streams[0].exporters == 2
     assert told.picture(SILENT_SECONDS + 1).exporters is None
 
 
@@ -287,8 +300,6 @@ def test_kinds_of_causes(cause: str, kind: str) -> None:
     assert kind_of(cause) == kind
     assert PLACES[0] == "upstream"
 
-    told.tell("ingest.1", Exporters("syslog", 1.0, 0, 1, 0, []))  # they send every other second
-    assert told.picture().streams[0].exporters == 2
 
 def test_a_collector_that_catches_up_is_owed_some_of_the_past() -> None:
     """Its row has what it is owed by stream, and how long that takes at the pace since the last report."""
