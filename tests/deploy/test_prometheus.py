@@ -276,7 +276,7 @@ FAULTS: Final[dict[str, Fault]] = {
     "FanwireMemoryHigh": memory_high,
     "FanwireNobodyTakes": nobody_takes,
     "FanwireClockApart": clock_apart,
-    # Last, those that are played: who has told of them is missed for two minutes.
+    # Last, those that are played: whoever has told of them is missed afterwards.
     "FanwireJournalLoss": told("journal.1", NOT_KEPT),
     "FanwireUplinkDown": told("uplink.1", {"uplink": {"connected": 0}}),
     "FanwireUplinkLoss": told("uplink.1", NOT_SENT),
