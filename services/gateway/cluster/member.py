@@ -146,7 +146,7 @@ class Member:
         self.changes.lose()
 
     async def _note_error(self, error: Exception) -> None:
-        self._troubles.say("registry", f"the connection to the NATS server fails: {reason(error)}")
+        self._troubles.say("registry connection", f"the connection to the NATS server fails: {reason(error)}")
 
     async def _take_part(self, client: Client, ended: asyncio.Event) -> None:
         """Follow the log and write to it, until the connection ends or fails. LogError."""
@@ -208,7 +208,7 @@ class Member:
                 failures += 1
                 if isinstance(error, LogError):
                     self.changes.lose()
-                    self._troubles.say("registry", f"{error}; nothing can be registered here meanwhile")
+                    self._troubles.say("registry session", f"{error}; nothing can be registered here meanwhile")
                     if failures >= FAILURES or self._older:
                         raise
                 await asyncio.sleep(SURE_SECONDS)

@@ -201,3 +201,23 @@ def test_a_session_that_is_gone_too_soon_tells_of_an_older_bucket(away: float, m
         await end(session)
 
     run(work)
+
+
+def test_a_server_that_refuses_is_told_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refusal that a server tells of, and the record that is not there, are a line each, however often it is tried."""
+
+    async def work(node: Node) -> None:
+        async def refuse(*_: object) -> int:
+            await node.member._note_error(OSError("permissions violation"))
+            raise LogError("the bucket can't be written")
+
+        monkeypatch.setattr(node, "write", refuse)
+        with pytest.raises(LogError):
+            await node.connect()
+
+    with capture_logs() as lines:
+        run(work)
+    assert [line["event"] for line in lines] == [
+        "the connection to the NATS server fails: permissions violation",
+        "the bucket can't be written; nothing can be registered here meanwhile",
+    ]
