@@ -32,14 +32,17 @@ class CarefulClient(Client):
     on. So one message of one site would cost all others, with each connection again, as nobody acknowledges it.
     """
 
-    def _connect_command(self) -> bytes:
-        """Return what proves this site; NatsError where others would see it, who could pass it on to the server."""
+    def check_server(self) -> None:
+        """Raise NatsError where what proves this site would be seen by others, who could pass it on to the server."""
         assert self._current_server is not None
         # A server, or who stands before it, may say that it has no TLS: nats-py then goes on without.
         if self._current_server.uri.scheme == "tls" and not self._server_info.get("tls_required"):
             raise NatsError("it does not ask for TLS; set tls in the server's settings")
         if not isinstance(self.max_payload, int):
             raise NatsError("it tells no max_payload")
+
+    def _connect_command(self) -> bytes:
+        self.check_server()
         return super()._connect_command()
 
     async def _process_headers(self, headers: bytes) -> dict[str, str] | None:
@@ -92,6 +95,7 @@ async def open_connection(
             tls=tls,
             **access,
         )
+        client.check_server()  # here too: another release of nats-py may not ask before
         _ = client.connected_server_version.major  # raises where it can't be read
     except Exception as error:  # nats-py checks nothing of what a server says of itself
         opening = None  # the farewell may fail too
