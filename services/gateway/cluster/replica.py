@@ -148,14 +148,16 @@ class Replica:
             record = decode(key, data)
         except ValueError as error:
             self.damaged += 1
-            self._set_aside(key)
+            self._set_aside(key, position)
             log.warning("a record of the cluster's registry can't be read: it is set aside", key=key, reason=str(error))
             return
         self._apply(record, position)
         self._changed()
 
-    def _set_aside(self, key: str) -> None:
+    def _set_aside(self, key: str, position: int) -> None:
         """Keep what is known under a key that has something else now."""
+        if key.startswith(keys.SESSION):
+            self.sessions.move(key.removeprefix(keys.SESSION), position)
         if self._seen is not None:
             for prefix, names in ((keys.CLIENT, self._seen.clients), (keys.WITHHELD, self._seen.orders)):
                 if key.startswith(prefix):

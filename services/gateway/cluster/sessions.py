@@ -33,6 +33,11 @@ class Sessions:
         self.known[record.node] = Known(record, position, now)
         return before is None or (before.record.boot, before.record.live) != (record.boot, record.live)
 
+    def move(self, node: str, position: int) -> None:
+        """Note that something else stands at a position in place of a node's record; the next one replaces that."""
+        known = self.known.setdefault(node, Known(Session(node=node, boot=0, count=0, live=False), position, 0.0))
+        known.position = position
+
     def forget(self, node: str) -> None:
         """Forget a node whose record the bucket has no longer."""
         self.known.pop(node, None)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from nats.aio.client import Client
 
-from services.gateway.cluster.keys import stream_name, subject_of, unparse_name
+from services.gateway.cluster.keys import SESSION, stream_name, subject_of, unparse_name
 from services.gateway.cluster.records import Gone, Identity, encode, key_of
 from tests.builders import freeze_process
 from tests.services.gateway.cluster.nodes import REGISTRY, Node, accounts_of, agree, in_loop
@@ -189,7 +189,7 @@ def test_the_names_protocol_is_of_all_nodes(nodes: tuple[Node, Node]) -> None:
 def test_records_of_others_are_set_aside(servers: NatsCluster, nodes: tuple[Node, Node]) -> None:
     """Records that no gateway wrote are counted, and neither change the list nor stop it."""
     a, b = nodes
-    assert a.register("kept")["ok"]
+    kept = a.register("kept", ttl=600)["client"]
     agree(a, b)
     before = [accounts_of(node)["registry_damaged"] for node in nodes]
     values = [b"", b"{}", b"\xff", b'{"kind": "gone"}', b"[" * 20_000]
@@ -198,16 +198,18 @@ def test_records_of_others_are_set_aside(servers: NatsCluster, nodes: tuple[Node
         for number, value in enumerate(values):  # each under a key of its own: one may be replaced before it is read
             await client.request(subject_of(REGISTRY, f"list.client.{unparse_name(f'kept {number}')}"), value, 5)
         await client.request(subject_of(REGISTRY, f"list.client.{unparse_name('kept')}"), b"x", 5)
+        await client.request(subject_of(REGISTRY, f"{SESSION}a"), b"x", 5)
 
     in_loop(servers, write)
     publish(servers.each[0], b"PUB %s\xff 1\r\nx\r\n" % subject_of(REGISTRY, "list.client.").encode())
     wait_until(
-        lambda: [accounts_of(node)["registry_damaged"] for node in nodes] == [count + 7 for count in before],
+        lambda: [accounts_of(node)["registry_damaged"] for node in nodes] == [count + 8 for count in before],
         lambda: str([accounts_of(node) for node in nodes]),
     )
     for node in nodes:
         node.lists("kept")
         assert "a record of the cluster's registry can't be read" in node["gateway"].text
+    assert a.ask("renew", name="kept", generation=kept["generation"])["ok"], "a writes its session again"
     assert b.register("next")["ok"]
     agree(a, b)
 
