@@ -113,6 +113,7 @@ class CatchUp(Generic[D]):
     def use(self, settings: Settings) -> None:
         """Use the journaled streams of these settings, and their pace."""
         self._journaled, self._per_second = frozenset(settings.journaled), settings.journal.catch_up_per_second
+        self.rings.use(self._journaled)
         self._watch()
 
     def restore(self, clients: Iterable[Client], tables: Mapping[str, Mapping[str, int]]) -> None:
@@ -147,8 +148,7 @@ class CatchUp(Generic[D]):
     def _leave(self, client: Client) -> None:
         streams = self._journaled_of(client)
         if streams:
-            places: list[Place] = []
-            since_ns = time.time_ns()
+            places, since_ns = list[Place](), time.time_ns()
             for stream in sorted(streams):
                 places += self._places(client.name, stream, since_ns)
                 if pursued := self._pursued.get((client.name, stream)):

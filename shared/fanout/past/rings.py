@@ -28,6 +28,7 @@ class Rings:
         """Streams whose window is kept at any time."""
         self._open: set[str] = set()
         """Streams on which somebody catches up."""
+        self._journaled: frozenset[str] = frozenset()
         self._reports = JournalReports()
 
     def __getitem__(self, stream: str) -> Window:
@@ -43,6 +44,11 @@ class Rings:
         self._rings = frozenset(streams)
         self._settle()
 
+    def use(self, journaled: Iterable[str]) -> None:
+        """Note which streams have a journal."""
+        self._journaled = frozenset(journaled)
+        self._settle()
+
     def open(self, stream: str) -> None:
         """Keep what comes of a stream, as somebody catches up on it."""
         self._open.add(stream)
@@ -55,12 +61,12 @@ class Rings:
         self._settle()
 
     def _settle(self) -> None:
-        """Make the windows that are missing, and let go of those that nobody needs."""
+        """Make and let go of windows as they are needed, and say how long they keep a batch."""
         wanted = self._rings | self._open
-        self._windows = {stream: window for stream, window in self._windows.items() if stream in wanted}
-        for stream in wanted - self._windows.keys():
-            ring = stream in self._rings
-            self._windows[stream] = Window(self._clock, RING_SECONDS if ring else SECONDS, journaled=not ring)
+        self._windows = {stream: self._windows.get(stream) or Window(self._clock) for stream in wanted}
+        for stream, window in self._windows.items():
+            window.seconds = RING_SECONDS if stream in self._rings else SECONDS
+            window.journaled = stream in self._journaled & self._open
 
     def add(self, envelope: Envelope, body: Datagrams, batch: DatagramBatch) -> Numbered | None:
         """Keep a live batch, and return it with its numbers; None: there is no window for it."""

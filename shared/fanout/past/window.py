@@ -74,9 +74,9 @@ class Window:
         self.first = self.stop = 0
         self.size = 0
         self._clock = clock
-        self._seconds = seconds
+        self.seconds = seconds
         self._most_bytes = most_bytes
-        self._journaled = journaled
+        self.journaled = journaled
         self._order: deque[tuple[float, Numbered]] = deque()
         self._runs: dict[Worker, _Run] = {}
         self._journal_boot: Hashable = None
@@ -128,7 +128,7 @@ class Window:
             self._trim_patches()
             since, numbered = self._order[0]
             run = self._runs[numbered.worker]
-            old = since + self._seconds <= now and (numbered.end <= run.confirmed or not self._journaled)
+            old = since + self.seconds <= now and (numbered.end <= run.confirmed or not self.journaled)
             if not old and self.size <= self._most_bytes:
                 break
             self._order.popleft()
