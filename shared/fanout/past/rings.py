@@ -16,6 +16,8 @@ from shared.fanout.past.window import SECONDS, Numbered, Window
 
 RING_SECONDS: Final = 12.0
 """Time for which a ring keeps a batch: a node is missed after two seconds, and last told its place before."""
+ALL_BYTES: Final = 192 << 20
+"""Bytes that the windows of all streams take at most; the largest is the first to let go."""
 
 
 class Rings:
@@ -77,6 +79,9 @@ class Rings:
             batch = replace(batch, payload=bytes(batch.payload))
         numbered = Numbered((envelope.sender, envelope.boot), envelope.sequence, envelope.total, batch)
         window.add(numbered)
+        if (over := sum(each.size for each in self._windows.values()) - ALL_BYTES) > 0:
+            largest = max(self._windows.values(), key=lambda each: each.size)
+            largest.trim(largest.size - over)
         return numbered
 
     def confirm(self, envelope: Envelope, status: Status) -> None:

@@ -121,15 +121,15 @@ class Window:
                 run.confirmed = max(confirmed, count)
         self.trim()
 
-    def trim(self) -> None:
+    def trim(self, most_bytes: int = MOST_BYTES) -> None:
         """Let go of what is old, if the journal has it, and of what is too much."""
-        now = self._clock()
+        now, most = self._clock(), min(most_bytes, self._most_bytes)
         while self._order:
-            self._trim_patches()
+            self._trim_patches(most)
             since, numbered = self._order[0]
             run = self._runs[numbered.worker]
             old = since + self.seconds <= now and (numbered.end <= run.confirmed or not self.journaled)
-            if not old and self.size <= self._most_bytes:
+            if not old and self.size <= most:
                 break
             self._order.popleft()
             self.first += 1
@@ -140,10 +140,11 @@ class Window:
             else:
                 self.size -= numbered.size
             run.whole_from = max(run.whole_from, numbered.end)
+        self._trim_patches(most)
 
-    def _trim_patches(self) -> None:
+    def _trim_patches(self, most: int) -> None:
         """Of too much, let go of the oldest that the journal may lack first: nobody gets level without the latest."""
-        while self.size > self._most_bytes and (some := [run for run in self._runs.values() if run.patch]):
+        while self.size > most and (some := [run for run in self._runs.values() if run.patch]):
             oldest = min(some, key=lambda run: run.patch[0].batch.received_ns)
             self.size -= oldest.patch.pop(0).size
 
