@@ -148,6 +148,8 @@ class Pasts:
             elif present is not None and present.client.generation == told.generation:
                 if told.state == "level":
                     self.forget_progress(told.name)
+                    if known and known.generation == told.generation:  # it gets far beyond that place now
+                        self._put({told.name: None})
                 else:
                     self._note_progress(told, present, places)
 

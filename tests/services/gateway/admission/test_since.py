@@ -173,6 +173,17 @@ def test_a_collector_is_level_when_its_sender_says_so(site: Site) -> None:
     assert (level.client.resume, level.client.generation, site.table.pasts.progress(level)) == (None, generation, None)
 
 
+def test_one_that_was_level_goes_on_from_now_where_its_sender_knows_no_place(site: Site) -> None:
+    """The host was restarted weeks later: the place that it had reached while it caught up brings none of it again."""
+    generation = site.join(resume=Resume(1, 0, (), ("flows",)))
+    site.tell(generation, "catching_up")
+    assert site.stored["siem"].places == PLACES
+    site.tell(generation, "level")
+    assert site.stored == {"siem": None}
+    site.now += 10 * 86_400
+    assert site.ask("left").resume == Resume(int(site.now * 1e9), generation, (), ("flows",))
+
+
 def replace_resume(resume: Resume, since_ns: int) -> Resume:
     """Return it with the time and the places that the sender has told."""
     return Resume(since_ns, resume.generation, PLACES, resume.streams)
