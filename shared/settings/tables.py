@@ -137,7 +137,7 @@ class Gateway(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     database: str = "$STATE_DIRECTORY/registry.sqlite"
     """File that keeps the registry over a restart; without STATE_DIRECTORY (systemd) in the bus directory; "": none."""
     preserve_seconds: Annotated[float, Meta(ge=0, le=86_400)] = 900.0
-    """The longest time in which nothing expires while over 15 % of the renewals due within a minute are missing; 0:
+    """The longest time in which no client of another host expires while over 15 % of their renewals are missing; 0:
     none."""
     resolve_seconds: Annotated[float, Meta(ge=1, le=86_400)] = 60.0
     """Time after which the host name of a [[collector]] is looked up again."""

@@ -24,7 +24,7 @@ class Leases:
 
     @property
     def preserving(self) -> bool:
-        """Return whether too many renewals are missing to blame the clients: nothing expires meanwhile."""
+        """Return whether too many renewals are missing to blame the clients: none of other hosts expires meanwhile."""
         return self._preservation.holds
 
     def begin(self, entry: Entry) -> None:
@@ -48,7 +48,7 @@ class Leases:
 
     def note_expired(self, entry: Entry) -> None:
         """Note that an entry has expired, wherever its lease was measured."""
-        self._preservation.note_expired([entry], self._clock())
+        self._preservation.note_expired(filter(_is_remote, [entry]), self._clock())
 
     def expire(self, entries: Collection[Entry], remove: Callable[[list[Entry]], None]) -> None:
         """Remove the entries whose time is up, by `remove`; those that are still there are tried again."""
@@ -56,7 +56,14 @@ class Leases:
         if now < self._next_expiry:
             return
         overdue = [entry for entry in entries if entry.expires_at <= now]
-        self._preservation.judge(entries, overdue, now)
-        if overdue and not self.preserving:
+        self._preservation.judge(filter(_is_remote, entries), list(filter(_is_remote, overdue)), now)
+        if self.preserving:
+            overdue = [entry for entry in overdue if not _is_remote(entry)]
+        if overdue:
             remove(overdue)
         self._next_expiry = min((entry.expires_at for entry in entries), default=math.inf)
+
+
+def _is_remote(entry: Entry) -> bool:
+    """Return whether a network may be what keeps its renewals away: clients of this host have no holder."""
+    return bool(entry.peer.rights.holder)

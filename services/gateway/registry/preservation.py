@@ -1,4 +1,4 @@
-"""Stops expiry when too many renewals are missing at once: the clients are hardly at fault. No I/O.
+"""Stops expiry when too many renewals from other hosts are missing: the clients are hardly at fault. No I/O.
 
 After Eureka's self-preservation: https://github.com/Netflix/eureka/wiki/Server-Self-Preservation-Mode
 """
@@ -56,7 +56,9 @@ class Preservation:
         too_many = bool(overdue) and due >= MIN_CLIENTS and renewed < BELOW * due
         if too_many and not self.holds and self._seconds:
             self._since = now
-            event = "too many renewals are missing at once: no lease expires for now; check the network to the clients"
+            event = (
+                "too many renewals are missing at once: no other host's lease expires for now; check the network there"
+            )
             log.warning(event, missing=missing, due=due, for_seconds=self._seconds)
         elif self.holds and not (too_many and now < self._since + self._seconds):
             self._since = math.inf
@@ -64,16 +66,9 @@ class Preservation:
 
 
 def _weigh(there: Mapping[str, int], lacking: Mapping[str, int]) -> tuple[int, float]:
-    """Return of how many clients renewals were due, and of how many they came, by each holder's numbers of leases.
+    """Return of how many holders renewals were due, and of how many they came, by each one's numbers of leases.
 
-    A holder counts as one, whatever its number of leases: it can't stop the others' expiry by itself. An entry of this
-    host counts for itself, since it may do anything here.
+    A holder counts as one, whatever its number of leases: it can't stop the others' expiry by itself.
     """
-    due, renewed = 0, 0.0
-    for holder in {*there, *lacking}:
-        came = there.get(holder, 0)
-        leases = came + lacking.get(holder, 0)
-        weight = 1 if holder else leases
-        due += weight
-        renewed += weight * came / leases
-    return due, renewed
+    holders = {*there, *lacking}
+    return len(holders), sum(there.get(each, 0) / (there.get(each, 0) + lacking.get(each, 0)) for each in holders)

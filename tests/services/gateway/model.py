@@ -146,9 +146,9 @@ class Model:
         for entry in self.clients.values():
             entry.deadlines = entry.deadlines[-1:]
         overdue = [name for name, entry in self.clients.items() if entry.over(self.now)]
-        holders = [self.clients[name].caller.holder for name in overdue]
+        holders = [holder for name in overdue if (holder := self.clients[name].caller.holder)]
         if self._preserves(holders):
-            return
+            overdue, holders = [name for name in overdue if not self.clients[name].caller.holder], []
         self._expired_at += [(self.now, holder) for holder in holders]
         self.remove(overdue, "expired")
 
@@ -157,14 +157,13 @@ class Model:
         came = Counter(
             entry.caller.holder
             for entry in self.clients.values()
-            if entry.deadlines and not entry.over(self.now) and entry.renewed_at > begin
+            if entry.caller.holder and entry.deadlines and not entry.over(self.now) and entry.renewed_at > begin
         )
         lacking = Counter([*overdue, *(holder for at, holder in self._expired_at if at > begin)])
         due, renewed = 0, 0.0
-        for holder in {*came, *lacking}:  # a holder counts as one client, each without a holder for itself
-            leases = came[holder] + lacking[holder]
-            due += 1 if holder else leases
-            renewed += came[holder] / leases if holder else came[holder]
+        for holder in {*came, *lacking}:  # a holder counts as one client
+            due += 1
+            renewed += came[holder] / (came[holder] + lacking[holder])
         if not overdue or due < PRESERVE_LEAST or renewed >= PRESERVE_BELOW * due:
             self._preserving_since = None
         elif self._preserving_since is None:

@@ -61,8 +61,9 @@ def test_expiry_that_is_not_kept_comes_later() -> None:
 
 
 def lease(registry: Table, count: int, ttl: float = 10) -> list[Entry]:
-    """Make a number of entries with a lease."""
-    return [registry.join(f"n{number}", ttl=ttl) for number in range(count)]
+    """Make a number of entries with a lease, each of another holder."""
+    peers = [Peer(number, "192.0.2.7", 4000, Rights(f"h{number}")) for number in range(count)]
+    return [registry.join(f"n{number}", peer, ttl=ttl) for number, peer in enumerate(peers)]
 
 
 def test_many_missing_renewals_stop_expiry() -> None:
@@ -71,12 +72,12 @@ def test_many_missing_renewals_stop_expiry() -> None:
     entries = lease(registry, 20)
     registry.now = 9
     for entry in entries[:16]:
-        registry.renew_as(entry.client.name, entry.client.generation, HERE)
+        registry.renew(entry)
     registry.now = 10
     registry.expire()
     assert (registry.leases.preserving, len(registry)) == (True, 20)
     for entry in entries:
-        registry.renew_as(entry.client.name, entry.client.generation, HERE)
+        registry.renew(entry)
     registry.now = 11
     registry.expire()
     assert (registry.leases.preserving, len(registry)) == (False, 20)
@@ -98,7 +99,7 @@ def test_few_missing_renewals_expire(count: int, renewing: int) -> None:
     entries = lease(registry, count)
     registry.now = 9
     for entry in entries[:renewing]:
-        registry.renew_as(entry.client.name, entry.client.generation, HERE)
+        registry.renew(entry)
     registry.now = 10
     registry.expire()
     assert (registry.leases.preserving, len(registry)) == (False, renewing)
@@ -126,6 +127,24 @@ def test_holder_does_not_stop_the_others_expiry() -> None:
         registry.renew(entry)
     registry.expire()
     assert (registry.leases.preserving, len(registry)) == (True, 17)
+
+
+def test_leases_of_this_host_expire_however_many_lapse() -> None:
+    """No network is between a client here and the gateway: its lease ends in time, even while others are preserved."""
+    registry = Table(preserve_seconds=100)
+    for number in range(30):
+        registry.join(f"here{number}", ttl=5)
+    registry.now = 5
+    registry.expire()
+    assert (registry.leases.preserving, len(registry)) == (False, 0)
+    lease(registry, 20)
+    registry.join("here", ttl=12)
+    registry.now = 15
+    registry.expire()
+    assert (registry.leases.preserving, len(registry)) == (True, 21)
+    registry.now = 17
+    registry.expire()
+    assert (registry.leases.preserving, len(registry)) == (True, 20)
 
 
 def test_leases_begin_anew_after_a_restart(registry: Table) -> None:
