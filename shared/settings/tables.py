@@ -3,6 +3,7 @@
 import os
 from functools import partial
 from pathlib import Path
+from string import Template
 from typing import Annotated, Final, Literal
 
 from msgspec import Meta, Struct
@@ -89,7 +90,8 @@ class Bus(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         """The directory with variables filled in: systemd's RUNTIME_DIRECTORY, XDG_RUNTIME_DIR, or /tmp."""
         if self.directory == Bus().directory and (runtime := os.environ.get("RUNTIME_DIRECTORY")):
             return Path(runtime.partition(":")[0])
-        text = os.path.expandvars(self.directory)
+        given = {name: value for name, value in os.environ.items() if value}  # an empty one is none (XDG)
+        text = Template(self.directory).safe_substitute(given)
         return Path(f"/tmp/fanwire-{os.geteuid()}") if "$" in text else Path(text)
 
 

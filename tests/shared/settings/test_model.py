@@ -1,4 +1,5 @@
 import math
+import os
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -470,6 +471,7 @@ def test_arbitrary_variable_raises_nothing_else(tmp_path: Path, prefix: str, nam
     ("directory", "environment", "expected"),
     [
         ("$XDG_RUNTIME_DIR/fanwire", {"XDG_RUNTIME_DIR": "/run/user/7"}, "/run/user/7/fanwire"),
+        ("$XDG_RUNTIME_DIR/fanwire", {"XDG_RUNTIME_DIR": ""}, f"/tmp/fanwire-{os.geteuid()}"),
         ("$XDG_RUNTIME_DIR/fanwire", {"RUNTIME_DIRECTORY": "/run/fanwire:/run/other"}, "/run/fanwire"),
         ("/srv/bus", {"RUNTIME_DIRECTORY": "/run/fanwire"}, "/srv/bus"),
     ],
