@@ -204,7 +204,7 @@ def test_a_session_that_is_gone_too_soon_tells_of_an_older_bucket(away: float, m
 
 
 def test_a_server_that_refuses_is_told_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A refusal that a server tells of, and the record that is not there, are a line each, however often it is tried."""
+    """A refusal of the server, and the record that is not there, are a line each, however often it is tried."""
 
     async def work(node: Node) -> None:
         async def refuse(*_: object) -> int:
