@@ -46,7 +46,9 @@ def _parsed(path: Path) -> tuple[str, dict[str, Any]]:
         text = path.read_text("utf-8-sig")  # some editors begin a file with a mark
         return text, tomllib.loads(f"{text}\n")  # the last line has a number only if it ends
     except OSError as error:
-        raise SettingsError(f"{path}: {error.strerror}; name the file by --config or FANWIRE_CONFIG") from None
+        other = "name the file by --config or FANWIRE_CONFIG"
+        cure = "let this user read it, or run as one who may" if isinstance(error, PermissionError) else other
+        raise SettingsError(f"{path}: {error.strerror}; {cure}") from None
     except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, a number of thousands of digits
         raise SettingsError(f"{path}: {explain_toml(error)}") from None
 

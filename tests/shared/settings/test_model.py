@@ -1,9 +1,11 @@
+import errno
 import math
 import os
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import msgspec
 import pytest
@@ -128,6 +130,17 @@ def test_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     for path, reason in ((tmp_path / "missing.toml", "No such file"), (tmp_path, "Is a directory")):
         with pytest.raises(SettingsError, match=f"^{path}: {reason}.*; name the file by --config or FANWIRE_CONFIG$"):
             load(path, {})
+
+
+def test_file_of_another_user_is_told_with_what_helps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is there, and that this user may not read, does not have to be named otherwise."""
+    path = tmp_path / "fanwire.toml"
+    error = PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    monkeypatch.setattr(Path, "read_text", Mock(side_effect=error))
+    with pytest.raises(
+        SettingsError, match=f"^{path}: Permission denied; let this user read it, or run as one who may$"
+    ):
+        load(path, {})
 
 
 @pytest.mark.parametrize(
