@@ -13,8 +13,8 @@ import pytest
 
 from tests.network import Host
 from tests.openly import OpenStack
-from tests.stack import Running, Stack, find_warm_start, wait_until
-from tests.warm_start import INHERITED
+from tests.stack import CHECKOUT, Running, Stack, find_warm_start, wait_until
+from tests.warm_start import INHERITED, PROGRAMS, WarmStart
 
 NAMESPACE = Path("/proc/thread-self/ns/net")
 CONFIG = [sys.executable, "-m", "services.operator", "config"]
@@ -57,6 +57,20 @@ def test_other_surroundings_are_left_to_exec(stack: Stack) -> None:
     finally:
         os.umask(before)
     assert find_warm_start(CONFIG, environment)
+
+
+def test_all_workers_of_a_run_ask_one_process(stack: Stack) -> None:
+    """Another worker finds the process that forks, and begins no second one."""
+    command = [sys.executable, "-c", "import sys; sys.stdin.read()"]
+    first, another = find_warm_start(command, stack.environment), WarmStart(sys.executable, str(CHECKOUT), PROGRAMS)
+    assert first
+    waiting, end = os.pipe()
+    started = [each.start(command, stack.environment, stack.directory, [waiting] * 3) for each in (first, another)]
+    parents = {Path(f"/proc/{each.pid}/stat").read_text().rpartition(")")[2].split()[1] for each in started}
+    os.close(waiting)
+    os.close(end)
+    assert [each.wait(60) for each in started] == [0, 0]
+    assert len(parents) == 1
 
 
 def test_a_service_is_on_the_host_where_it_is_started(stack: Stack) -> None:
