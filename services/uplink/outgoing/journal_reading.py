@@ -73,7 +73,7 @@ class JournalReading:
             for stream, journaled in self.streams.items():
                 journaled.confirm(*told(stream))
         else:
-            self._questions.handle(message, [each.pursued for each in self.streams.values() if each.pursued])
+            self._questions.handle(message)
 
     @property
     def awaits(self) -> bool:

@@ -321,7 +321,7 @@ class CatchUp(Generic[D]):
 
     def handle(self, message: Message) -> bool:
         """Handle a message of the journal; return whether it is one."""
-        if handled := self._questions.handle(message, self._pursued.values()):
+        if handled := self._questions.handle(message):
             self._due_at = 0.0
         return handled
 

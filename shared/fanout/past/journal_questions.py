@@ -3,9 +3,10 @@
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Final
+from weakref import WeakValueDictionary
 
 from shared.bus.bodies.fields import REPLAY_PREFIX
 from shared.bus.bodies.journal_messages import JOURNAL_TOPIC, MAX_WORKERS, JournalPortion, JournalRead, Replayed
@@ -49,7 +50,7 @@ class _Question:
     batches: list[Numbered] = field(default_factory=list)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True)
 class Pursued:
     """A pursuit under way: its question, its allowance in datagrams, and the time before which it asks nothing."""
 
@@ -86,6 +87,8 @@ class JournalQuestions:
         self._clock = clock
         self._joined = joined
         self._ids = itertools.count(1)
+        self._asked: WeakValueDictionary[int, Pursued] = WeakValueDictionary()
+        """By question: the pursuit that awaits the answer."""
 
     def ask(self, pursued: Pursued, now: float, of: int = 1) -> None:
         """Ask for more, if it is time to, for one of some that catch up."""
@@ -105,21 +108,28 @@ class JournalQuestions:
         )
         if self._publisher.publish(JOURNAL_TOPIC, request):
             pursued.question = _Question(number, now + ANSWER_SECONDS)
+            self._asked[number] = pursued
 
-    def handle(self, message: Message, asking: Iterable[Pursued]) -> bool:
-        """Take what has come for those that are `asking`; return whether it is of the journal."""
+    def handle(self, message: Message) -> bool:
+        """Take what has come for those that have asked; return whether it is of the journal."""
         body = message.body
         if isinstance(body, Replayed):
-            pursued = _asked_by(body.read, asking)
+            pursued = self._asked_by(body.read)
             if pursued and pursued.question and message.batch is not None:
                 numbered = Numbered((body.worker, body.boot), body.sequence, body.total, message.batch)
                 pursued.question.batches.append(numbered)
             return True
         if isinstance(body, JournalPortion):
-            if pursued := _asked_by(body.id, asking):
+            if pursued := self._asked_by(body.id):
                 self._take_portion(pursued, body)
+            self._asked.pop(body.id, None)
             return True
         return False
+
+    def _asked_by(self, number: int) -> Pursued | None:
+        """Return who awaits the answer to a question; None: nobody does any more."""
+        pursued = self._asked.get(number)
+        return pursued if pursued and pursued.question and pursued.question.id == number else None
 
     def _take_portion(self, pursued: Pursued, portion: JournalPortion) -> None:
         question, pursued.question = pursued.question, None
@@ -139,10 +149,6 @@ class JournalQuestions:
         pursued.pursuit.queue(question.batches)
         pursued.pursuit.note_portion(portion.place, portion.positions, portion.expired, at_end=portion.at_end)
         pursued.ask_at = now + AGAIN_SECONDS if portion.at_end else 0.0
-
-
-def _asked_by(number: int, asking: Iterable[Pursued]) -> Pursued | None:
-    return next((each for each in asking if each.question and each.question.id == number), None)
 
 
 class JournalReports:

@@ -4,10 +4,12 @@ from typing import cast
 
 import pytest
 
-from shared.bus.bodies.journal_messages import JournalRead
+from shared.bus.bodies.journal_messages import JournalPortion, JournalRead, Replayed
+from shared.bus.messages import Message
 from shared.bus.zmq_sockets import Publisher
-from shared.fanout.past.journal_questions import ALL_PAYLOAD, ALL_ROWS, JournalQuestions, Pursued
+from shared.fanout.past.journal_questions import ALL_PAYLOAD, ALL_ROWS, ANSWER_SECONDS, JournalQuestions, Pursued
 from shared.fanout.past.pursuit import Pursuit
+from tests.builders import make_batch, make_envelope
 
 
 @pytest.mark.parametrize(("count", "rows", "payload"), [(1, 1024, 1 << 18), (100, 1024, 1 << 18), (4096, 64, 1 << 14)])
@@ -22,3 +24,25 @@ def test_however_many_catch_up_what_waits_for_them_is_bounded(count: int, rows: 
     assert len(asked) == count
     assert sum(each.rows for each in asked) <= ALL_ROWS
     assert sum(each.payload for each in asked) <= ALL_PAYLOAD
+
+
+def test_an_answer_comes_to_the_one_that_has_asked_and_waits_for_it() -> None:
+    """Of thousands that have asked nobody else is looked at; an answer to a question that was given up is dropped."""
+    asked: list[JournalRead] = []
+    played = SimpleNamespace(sender="forwarder.1", boot=1, publish=lambda _, request: asked.append(request) or True)  # type: ignore[func-returns-value]
+    questions = JournalQuestions(cast(Publisher, played), lambda: 1.0)
+    first, second, gone = (Pursued(name, 1, Pursuit("flows", 1, Counter())) for name in ("first", "second", "gone"))
+    for each in (first, second, gone):
+        questions.ask(each, 1.0)
+    del each, gone
+    questions.ask(first, 1.0 + ANSWER_SECONDS)
+    for request in asked:
+        batch = make_batch([b"%d" % request.id], stream="flows")
+        for body, came in (
+            (Replayed(request.id, "flows", 5, "ingest.1", 1, 0, 0), batch),
+            (JournalPortion(request.id, 1, [], None, at_end=True), None),
+        ):
+            assert questions.handle(Message("else/", make_envelope(), body, came))
+    assert [request.id for request in asked] == [1, 2, 3, 4]
+    assert [[bytes(each.batch.payload) for each in of.pursuit._queue] for of in (first, second)] == [[b"4"], [b"2"]]
+    assert not questions._asked
