@@ -1,6 +1,6 @@
 """Collectors that get no live copies of a stream, since they catch up: their rows of the past, and their accounts."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Generic, Protocol
@@ -12,7 +12,7 @@ from shared.datagrams.gathered import Gathered, Mask
 from shared.datagrams.routing import Selection
 from shared.fanout.past.copied_meanwhile import Outcomes, leave_out
 from shared.fanout.past.shares_meanwhile import SharesMeanwhile, Sharing
-from shared.fanout.past.window import Numbered, Worker
+from shared.fanout.past.window import Numbered
 from shared.fanout.served import PASSED, UNSEEN, D, Served, count_rows
 from shared.ledger.counters import (
     BASELINE,
@@ -84,9 +84,9 @@ class PastRoutes(Generic[D]):
         for shares in self._behind.get(live.batch.stream, {}).values():
             shares.note(live, yielding)
 
-    def sharing(self, name: str, stream: str, worker: Worker, total: int) -> Sharing:
-        """Return who shares a worker's row of this running count with a collector that is behind."""
-        return self._behind[stream][name].at(worker, total)
+    def shared(self, name: str, rows: Numbered) -> Iterator[tuple[Sharing, Numbered]]:
+        """Yield a batch in parts, each with those who share it with a collector that is behind."""
+        return self._behind[rows.batch.stream][name].parts(rows)
 
     def count_discovered(self, name: str, count: int) -> None:
         """Count datagrams of the past that are owed to a collector, and that its account did not have so far."""

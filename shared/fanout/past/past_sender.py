@@ -4,13 +4,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, groupby
+from operator import itemgetter
 from typing import Final, Generic
 
 import numpy as np
 
 from shared.bus.continuity import Position
 from shared.client import Place
-from shared.datagrams.batch import DatagramBatch
 from shared.datagrams.gathered import Gathered
 from shared.datagrams.routing import Selection
 from shared.fanout.collectors import Collectors
@@ -187,7 +187,8 @@ class PastSender(Generic[D]):
 
         A process that is killed in between leaves at most these unsure.
         """
-        past, places, taken, templates = self._collectors.past, [], [], []
+        past, places, templates = self._collectors.past, [], []
+        taken: list[tuple[Sharing, Numbered]] = []
         for step in steps:
             places.append(pursued.pursuit.place(step))
             if step.discovered:
@@ -197,20 +198,17 @@ class PastSender(Generic[D]):
                 past.count_unread(pursued.name, step.missing, step.expired)
             if step.batch is not None and len(step.batch):
                 templates += pursued.templates.pop_for(step.batch)
-                taken.append((step, step.batch))
+                rows = step.numbered._replace(total=step.stop - len(step.batch), batch=step.batch)
+                taken += past.shared(pursued.name, rows)
         if taken:
             self._templates.send(pursued.pursuit.stream, templates, pursued.name)
             pursued.allowance -= len(templates)
-            for sharing, together in groupby(taken, lambda each: self._sharing(pursued, *each)):
-                self._send_together(pursued, sharing, list(together))
+            for sharing, together in groupby(taken, itemgetter(0)):
+                self._send_together(pursued, sharing, [rows for _, rows in together])
         return places
 
-    def _sharing(self, pursued: Pursued, step: Step, batch: DatagramBatch) -> Sharing:
-        worker, total = step.numbered.worker, step.stop - len(batch)
-        return self._collectors.past.sharing(pursued.name, batch.stream, worker, total)
-
-    def _send_together(self, pursued: Pursued, sharing: Sharing, taken: Sequence[tuple[Step, DatagramBatch]]) -> None:
-        batch = Gathered([each for _, each in taken])
+    def _send_together(self, pursued: Pursued, sharing: Sharing, taken: Sequence[Numbered]) -> None:
+        batch = Gathered([each.batch for each in taken])
         pursued.allowance -= len(batch)
         self.paces[pursued.name] += len(batch)
         outcomes = _outcomes(pursued.copied, taken)
@@ -222,14 +220,11 @@ class PastSender(Generic[D]):
             self._send(batch, routed)
 
 
-def _outcomes(copied: CopiedMeanwhile, taken: Sequence[tuple[Step, DatagramBatch]]) -> Outcomes | None:
-    """Return what rules have made already of the rows of steps; None: all are owed."""
-    found = [copied.outcomes(step.numbered.worker, step.stop - len(batch), step.stop) for step, batch in taken]
+def _outcomes(copied: CopiedMeanwhile, taken: Sequence[Numbered]) -> Outcomes | None:
+    """Return what rules have made already of rows; None: all are owed."""
+    found = [copied.outcomes(each.worker, each.total, each.end) for each in taken]
     if all(each is None for each in found):
         return None
     return np.concatenate(
-        [
-            np.zeros(len(batch), np.uint8) if each is None else each
-            for each, (_, batch) in zip(found, taken, strict=True)
-        ]
+        [np.zeros(len(rows.batch), np.uint8) if each is None else each for each, rows in zip(found, taken, strict=True)]
     )

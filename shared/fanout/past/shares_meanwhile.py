@@ -4,7 +4,7 @@ If others come or go meanwhile, the shares of today would give some of its rows 
 """
 
 from bisect import bisect_right
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from operator import itemgetter
 from typing import Final, NamedTuple
 
@@ -13,7 +13,7 @@ from shared.datagrams.routing import Router
 from shared.fanout.past.window import Numbered, Worker
 
 MOST_CHANGES: Final = 1024
-"""Changes that are known of a worker's rows; what came between older ones is shared as before the next."""
+"""Changes that are known of a worker's rows; what came between older ones is shared as at the begin."""
 
 
 class Sharing(NamedTuple):
@@ -48,7 +48,12 @@ class SharesMeanwhile:
             noted.append((live.total, sharing))
             del noted[1:-MOST_CHANGES]
 
-    def at(self, worker: Worker, total: int) -> Sharing:
-        """Return the sharing of a worker's row of this running count."""
-        noted = self._noted.get(worker, [(0, self._first)])
-        return noted[bisect_right(noted, total, key=itemgetter(0)) - 1][1]
+    def parts(self, rows: Numbered) -> Iterator[tuple[Sharing, Numbered]]:
+        """Yield a batch with its sharing, in parts where that changes within: the journal joins small batches."""
+        noted = self._noted.get(rows.worker, [(0, self._first)])
+        index = bisect_right(noted, rows.total, key=itemgetter(0)) - 1
+        while index + 1 < len(noted) and noted[index + 1][0] < rows.end:
+            first, rows = rows.cut(noted[index + 1][0])
+            yield noted[index][1], first
+            index += 1
+        yield noted[index][1], rows

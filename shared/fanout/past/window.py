@@ -43,6 +43,12 @@ class Numbered(NamedTuple):
         """Bytes that it takes, about."""
         return OVERHEAD + 20 * len(self.batch) + len(self.batch.payload)
 
+    def cut(self, count: int) -> tuple["Numbered", "Numbered"]:
+        """Return what is before a count of its worker, and what is behind."""
+        row = count - self.total
+        before, behind = self.batch.part(0, row), self.batch.part(row, len(self.batch))
+        return self._replace(batch=before), self._replace(total=count, batch=behind)
+
 
 @dataclass(slots=True)
 class _Run:

@@ -13,6 +13,7 @@ import pytest
 
 from services.forwarder.destination import Destination
 from services.forwarder.service import ForwarderService
+from services.journal.readers import join
 from shared.bus import zmq_sockets
 from shared.bus.bodies.journal_messages import JOURNAL_TOPIC, Behind, JournalPortion, Replayed, WorkerPosition
 from shared.bus.continuity import Position
@@ -27,6 +28,7 @@ from shared.fanout.past.rings import Rings
 from shared.fanout.past.window import SECONDS
 from shared.fanout.sending.backlog import Backlog
 from shared.fanout.templates import TemplateDelivery
+from shared.journal.records import Identity
 from shared.settings.entries import Stream
 from shared.settings.model import Settings
 from shared.settings.tables import Bus, Journal
@@ -93,9 +95,10 @@ class Sender:
 
     def _answer(self, stream: str, number: int, positions: list[WorkerPosition]) -> None:
         at = positions[0].total if positions else 0
-        due = [(total, batch) for total, batch in self.journal[stream] if total + len(batch) > at]
-        for total, batch in due:
-            self.take("else/", Replayed(number, stream, total + 2, "ingest.1", 1, total, total), "journal.1", 0, batch)
+        kept = [(total, batch) for total, batch in self.journal[stream] if total + len(batch) > at]
+        due = [*join((Identity("ingest.1", 1, total, total), batch) for total, batch in kept)]
+        for identity, batch in due:
+            self.take("else/", Replayed(number, stream, identity.total + 2, *identity), "journal.1", 0, batch)
         end = self.published[stream]
         reached = [WorkerPosition("ingest.1", 1, end, end, end)]
         self.take("else/", JournalPortion(number, len(due), reached, None, at_end=True), "journal.1")

@@ -19,7 +19,7 @@ def live(total: int, worker: tuple[str, int] = ONE) -> Numbered:
 
 def names(shares: SharesMeanwhile, total: int, worker: tuple[str, int] = ONE) -> str:
     """Return the members that share a row, those that are joining in capitals."""
-    router, joining = shares.at(worker, total)
+    (((router, joining), _),) = shares.parts(Numbered(worker, total, total, make_batch([b"x"])))
     return "".join(each.name.upper() if each.name in joining else each.name for each in router.clients("messages"))
 
 
@@ -40,6 +40,24 @@ def test_rows_are_shared_by_those_who_were_there_as_they_came() -> None:
     ]
     assert [names(shares, total, TWO) for total in (49, 50, 999)] == ["ab", "abC", "abC"]
     assert names(shares, 0, ("ingest.3", 1)) == "ab"
+
+
+def test_a_batch_of_the_past_is_cut_where_members_have_come_or_gone() -> None:
+    """The journal joins batches that came before and after a change: each part has the members of its moment."""
+    shares = SharesMeanwhile([member("a")])
+    for total in (0, 10, 20, 30):
+        shares.note(live(total), ("a",) if total in (10, 30) else ())
+    joined = Numbered(ONE, 9, 5, make_batch([b"%d" % number for number in range(5, 35)]))
+    parts = [
+        ([*sharing.joining], rows.total, [int(payload) for *_, payload in rows.batch.datagrams()])
+        for sharing, rows in shares.parts(joined)
+    ]
+    assert parts == [
+        ([], 5, [*range(5, 10)]),
+        (["a"], 10, [*range(10, 20)]),
+        ([], 20, [*range(20, 30)]),
+        (["a"], 30, [*range(30, 35)]),
+    ]
 
 
 def test_not_every_change_is_known_for_ever() -> None:
