@@ -10,6 +10,7 @@ from weakref import WeakValueDictionary
 
 from shared.bus.bodies.fields import REPLAY_PREFIX
 from shared.bus.bodies.journal_messages import JOURNAL_TOPIC, MAX_WORKERS, JournalPortion, JournalRead, Replayed
+from shared.bus.continuity import MAX_POSITIONS
 from shared.bus.messages import Envelope, Message, Status
 from shared.bus.zmq_sockets import Publisher
 from shared.client import Place
@@ -37,6 +38,8 @@ ACCOUNT: Final = "journal/"
 """Beginning of the name of a stream's account."""
 LOSSES: Final = (DISK_FULL, DISK_ERROR, MISSED)
 """Counters of what the journal lacks, though it has reached what comes behind."""
+MAX_ACCOUNTS: Final = MAX_POSITIONS + 1
+"""Accounts of a stream that are known, as many as a journal tells at once: each start of a worker has one."""
 
 log = get_logger()
 
@@ -138,9 +141,8 @@ class JournalQuestions:
             why = portion.message or portion.error
             log.warning("the journal can't be read", collector=pursued.name, stream=pursued.pursuit.stream, reason=why)
             pursued.ask_at = now + REFUSED_SECONDS
-            if (
-                portion.error == "unknown_stream"
-            ):  # it could not follow a reload: what the bus brings is all that there is
+            # Of a stream that it could not follow at a reload, what the bus brings is all that there is.
+            if portion.error == "unknown_stream":
                 pursued.pursuit.note_portion(None, (), 0, at_end=True)
             return
         if question is None or portion.batches != len(question.batches):
@@ -167,7 +169,10 @@ class JournalReports:
                 reached.setdefault(stream, {})[worker, boot] = account.get(REACHED, 0)
             else:
                 stream = name.removeprefix(ACCOUNT)
-            self._lost.setdefault(stream, Counter())[name] = sum(account.get(cause, 0) for cause in LOSSES)
+            lost = self._lost.setdefault(stream, Counter())
+            lost[name] = sum(account.get(cause, 0) for cause in LOSSES)
+            if len(lost) > MAX_ACCOUNTS:
+                del lost[next(iter(lost))]
         return lambda stream: ((envelope.boot, self._lost.get(stream, _NONE).total()), reached.get(stream, {}))
 
 

@@ -5,9 +5,17 @@ from typing import cast
 import pytest
 
 from shared.bus.bodies.journal_messages import JournalPortion, JournalRead, Replayed
-from shared.bus.messages import Message
+from shared.bus.messages import Message, Status
 from shared.bus.zmq_sockets import Publisher
-from shared.fanout.past.journal_questions import ALL_PAYLOAD, ALL_ROWS, ANSWER_SECONDS, JournalQuestions, Pursued
+from shared.fanout.past.journal_questions import (
+    ALL_PAYLOAD,
+    ALL_ROWS,
+    ANSWER_SECONDS,
+    MAX_ACCOUNTS,
+    JournalQuestions,
+    JournalReports,
+    Pursued,
+)
 from shared.fanout.past.pursuit import Pursuit
 from tests.builders import make_batch, make_envelope
 
@@ -46,3 +54,15 @@ def test_an_answer_comes_to_the_one_that_has_asked_and_waits_for_it() -> None:
     assert [request.id for request in asked] == [1, 2, 3, 4]
     assert [[bytes(each.batch.payload) for each in of.pursuit._queue] for of in (first, second)] == [[b"4"], [b"2"]]
     assert not questions._asked
+
+
+def test_however_often_workers_start_what_is_known_of_losses_is_bounded() -> None:
+    """Of many starts, of which the journal tells in turn, the latest are known, and their losses count."""
+    reports, seen = JournalReports(), set()
+    for start in range(MAX_ACCOUNTS + 2):
+        accounts = {f"origin/ingest.1/{start:x}/flows": {"missed": 1, "reached": 5}}
+        told = reports.read(make_envelope(sender="journal.1"), Status("journal.1", 1, 1, 1, 0, 1, accounts))
+        lost, reached = told("flows")
+        seen.add(lost)
+        assert reached == {("ingest.1", start): 5}
+    assert len(seen) == len(reports._lost["flows"]) == MAX_ACCOUNTS
