@@ -53,9 +53,8 @@ class Reload:
         """Reload if SIGHUP has come; call it after each turn of the service's loop."""
         try:
             if self._fresh is None and self._lifecycle.reload_wanted and self._lifecycle.read is not None:
-                self._lifecycle.reload_wanted = (
-                    False  # before reading: a later SIGHUP asks for a newer state of the file
-                )
+                # Before reading: a later SIGHUP asks for a newer state of the file.
+                self._lifecycle.reload_wanted = False
                 self._fresh = self._lifecycle.read()
             if self._fresh is not None and self._prepared(self._fresh):
                 fresh, self._fresh = self._fresh, None

@@ -140,8 +140,8 @@ class Arrivals:
 
     def _forget_one(self) -> None:
         """Make room at the cost of the site that takes most of it."""
-        of_sites = Counter(key.site for key in self.positions)
-        key = next(key for key in self.positions if of_sites[key.site] == max(of_sites.values()))
+        ((site, _),) = Counter(key.site for key in self.positions).most_common(1)
+        key = next(key for key in self.positions if key.site == site)
         self._held -= sum(each.size for each in self.positions.pop(key).held)
 
     def accounts(self) -> Accounts:

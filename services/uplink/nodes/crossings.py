@@ -15,8 +15,6 @@ SECONDS: Final = 15.0
 """Time for which a crossing is known: longer than a node's last place is of use to the one that follows it."""
 STARTS: Final = 2
 """Starts of a worker whose last count is known: a node that comes back may still be handing on the one before."""
-
-
 MAX_WORKERS: Final = 1024
 """Workers that are known so; the one that has sent nothing for longest goes first."""
 
