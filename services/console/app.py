@@ -17,7 +17,7 @@ from services.console.guard import ADMIN, CHANGES, MAY_SEE
 from services.console.metrics import exporter_metrics, render, stack_metrics
 from services.console.one_datagram import Sampler
 from services.console.views import Wish, show, show_collector, show_exporter, show_stream
-from services.console.watch import Watch
+from services.console.watch import PICTURE_SECONDS, Watch
 
 PAGE: Final = Path(__file__).parent / "page"
 PARTS: Final = {
@@ -230,7 +230,7 @@ class Console:
 
     def _unready(self) -> list[str]:
         """Return why copies do not flow, or may not."""
-        picture = self._watch.current(LOOK_SECONDS)
+        picture = self._watch.current(LOOK_SECONDS if self._watch.is_new else PICTURE_SECONDS)
         waiting = [each.client.name for each in picture.collectors or () if each.health in ("waiting", "unknown")]
         silent = [reason for reason in picture.verdict.reasons if reason.startswith(("not heard", "no service"))]
         if picture.collectors is None:

@@ -16,8 +16,8 @@ from services.console.admin import Admin
 from services.console.app import MAX_TOP, Console
 from services.console.guard import ADMIN, CHANGES, Holder
 from services.console.one_datagram import Sampler
-from services.console.watch import Watch
-from shared.monitoring.picture import Verdict
+from services.console.watch import PICTURE_SECONDS, Watch
+from shared.monitoring.picture import Picture, Verdict
 from tests.services.console.told import busy
 
 PICTURE = busy()
@@ -56,13 +56,19 @@ def test_any_number_of_exporters_may_be_asked_for(top: str) -> None:
 def test_a_console_that_was_just_started_waits_until_it_has_heard(
     monkeypatch: pytest.MonkeyPatch, is_new: bool, answer: tuple[int, str]
 ) -> None:
-    """It answers once everybody was heard; later it says at once why copies do not flow."""
+    """It answers once everybody was heard; later it says at once why copies do not flow, and looks no more often."""
     deaf = replace(PICTURE, verdict=Verdict("error", ("not heard",)))
-    pictures = iter([deaf, deaf, *repeat(PICTURE, 9)])
-    monkeypatch.setattr(WATCH, "current", lambda _: next(pictures))
+    pictures, ages = iter([deaf, deaf, *repeat(PICTURE, 9)]), set()
+
+    def current(seconds: float) -> Picture:
+        ages.add(seconds)
+        return next(pictures)
+
+    monkeypatch.setattr(WATCH, "current", current)
     monkeypatch.setattr(WATCH, "is_new", is_new, raising=False)
     monkeypatch.setattr(app, "LOOK_SECONDS", 0.0)
     assert ask("/readyz") == answer
+    assert ages == {0.0 if is_new else PICTURE_SECONDS}
 
 
 @pytest.mark.parametrize("change", ["remove", "withhold", "release", "probe"])
