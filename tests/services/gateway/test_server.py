@@ -538,11 +538,10 @@ def test_ipv6_listener(stack: Stack) -> None:
 
 
 def test_port_in_use(stack: Stack, gateway: Running) -> None:
-    """A second gateway ends with 1 and one line that names the endpoint and who has it."""
+    """A second gateway ends with 1 and one line that names the endpoint and the process that has it."""
     second = stack.start("gateway", ready=False)
     assert second.process.wait(60) == 1
-    assert "tcp://127.0.0.1:5000" in second.text
-    assert f"in use by process {gateway.process.pid} (" in second.text
+    assert f"tcp://127.0.0.1:5000: in use by process {gateway.process.pid} (" in second.text
 
 
 def test_configured_collectors(stack: Stack) -> None:
