@@ -197,7 +197,7 @@ class StreamJournal:
         def apply(result: Segment | OSError) -> None:
             if writer.empty or isinstance(result, FileNotFoundError):
                 del self._kept[number]
-                self.account[EXPIRED] += writer.rows  # another program has removed it
+                self.account[EXPIRED] += self._rows.pop(number)  # another program has removed it
             elif isinstance(result, Segment):
                 self._kept[number] = replace(self._kept[number], segment=result, busy=False)
             else:
