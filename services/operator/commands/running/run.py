@@ -241,9 +241,9 @@ def _end_in_order(services: list[_Process], managers: Mapping[int, int], deadlin
             with suppress(ProcessLookupError):  # it has ended meanwhile
                 if not manager:
                     signal.pidfd_send_signal(each.descriptor, signal.SIGTERM)
-                elif manager not in asked:
+                elif manager in managers.keys() - asked:
                     asked.add(manager)
-                    os.kill(manager, signal.SIGTERM)
+                    signal.pidfd_send_signal(managers[manager], signal.SIGTERM)
         for each in same:
             _wait_for(f"{each.report.service} (pid {each.report.pid})", each.descriptor, deadline)
 

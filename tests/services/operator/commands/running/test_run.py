@@ -307,10 +307,16 @@ def test_stop_ends_what_was_started_by_hand_beside_a_run(stack: Stack, monkeypat
             lambda: all(name in Path(f"/proc/{pid}/cmdline").read_text() for name, pid in named.items()), "all run"
         )
         hear(monkeypatch, [report_of(name, pid) for name, pid in named.items()])
-        asked = Mock(side_effect=os.kill)
-        monkeypatch.setattr(os, "kill", asked)
+        asked, send = [], signal.pidfd_send_signal
+
+        def note(descriptor: int, number: signal.Signals) -> None:
+            facts = dict(line.split(":") for line in Path(f"/proc/self/fdinfo/{descriptor}").read_text().splitlines())
+            asked.append((int(facts["Pid"]), number))
+            send(descriptor, number)
+
+        monkeypatch.setattr(signal, "pidfd_send_signal", note)
         assert run.stop(Namespace(), Settings()) == 0
-        assert [each.args for each in asked.call_args_list if each.args[1]] == [(manager.pid, signal.SIGTERM)]
+        assert sorted(asked) == sorted((pid, signal.SIGTERM) for pid in (manager.pid, by_hand.pid))
         assert manager.wait(PATIENCE_SECONDS) == 0
         assert by_hand.wait(PATIENCE_SECONDS) == -signal.SIGTERM
 
