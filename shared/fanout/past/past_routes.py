@@ -75,8 +75,8 @@ class PastRoutes(Generic[D]):
 
     def _sharers(self, name: str) -> list[Client]:
         """Return the entries of one collector, and of those with whom it shares."""
-        clients, own = self._collectors.clients, self._collectors[name].destination.client
-        return [each for each in clients if each.name == name or (own.group and each.group == own.group)]
+        own = self._collectors[name].destination.client
+        return [each for each in self._collectors.clients if each.group == own.group] if own.group else [own]
 
     def note_live(self, live: Numbered, joining: Collection[str]) -> None:
         """Note who shares a live batch, for those that get their rows of it later."""
