@@ -40,11 +40,13 @@ class SharesMeanwhile:
 
     def note(self, live: Numbered, joining: Collection[str]) -> None:
         """Note a live batch, and those that were joining."""
-        if not (self._noted or joining) and self._router is self._first.router:
-            return  # nothing has changed since the begin
+        noted = self._noted.get(live.worker, [(0, self._first)])
+        last = noted[-1][1]
+        if self._router is last.router and not (joining or last.joining):
+            return
         sharing = Sharing(self._router, frozenset(each.name for each in self._members if each.name in joining))
-        noted = self._noted.setdefault(live.worker, [(0, self._first)])
-        if noted[-1][1] != sharing:
+        if sharing != last:
+            self._noted[live.worker] = noted
             noted.append((live.total, sharing))
             del noted[1:-MOST_CHANGES]
 
