@@ -73,6 +73,11 @@ class WrittenTerms(CopyTerms, frozen=True, kw_only=True):
     """The same, as JSON and settings spell them: there `prefixes` is called `from`."""
 
     prefixes: Prefixes = msgspec.field(default=(), name="from")
+
+
+class AskedTerms(WrittenTerms, frozen=True, kw_only=True):
+    """The same, as a request or the settings may have them: a list may have groups of a release that took any."""
+
     group: Group = ""
 
 

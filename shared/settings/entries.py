@@ -5,7 +5,7 @@ from typing import Annotated, Final, Literal
 
 from msgspec import Meta, Struct
 
-from shared.client import ALL_STREAMS, PLAIN, WrittenTerms
+from shared.client import ALL_STREAMS, PLAIN, AskedTerms
 from shared.net.addresses import Endpoint, check_host, is_host_name, pack_network, parse_endpoint
 from shared.settings.values import Bytes, Name, Port, Scope, check_each
 
@@ -49,7 +49,7 @@ class Stream(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return tuple(parse_endpoint(text, STREAM_SCHEMES) for text in self.listen)
 
 
-class Collector(WrittenTerms, frozen=True, forbid_unknown_fields=True):
+class Collector(AskedTerms, frozen=True, forbid_unknown_fields=True):
     """A collector that can't sign itself up; the fields of `register`."""
 
     name: Annotated[

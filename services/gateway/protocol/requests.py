@@ -8,7 +8,7 @@ from msgspec import Meta, Struct, field
 from shared.bus.bodies.fields import Number
 from shared.bus.frame_requests import check_frame, make_frame, parse_hex, parse_mac, sending_seconds
 from shared.bus.messages import MAX_FRAMES, MAX_INTERFACE
-from shared.client import MAX_GROUP, MAX_REASON, PLAIN, WrittenTerms
+from shared.client import MAX_GROUP, MAX_REASON, PLAIN, AskedTerms
 from shared.settings.values import Ethertype, Port, parse_ethertype
 
 MAX_ITEMS: Final = 64
@@ -63,7 +63,7 @@ class _Request(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, ta
     id: Id | None = None
 
 
-class Register(WrittenTerms, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="op", tag="register"):
+class Register(AskedTerms, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="op", tag="register"):
     """Signs up under a name; with `streams` as a collector. Without `address`, copies go to the client's own."""
 
     prefixes: Annotated[tuple[Annotated[str, Meta(max_length=64)], ...], Meta(max_length=MAX_ITEMS)] = field(
