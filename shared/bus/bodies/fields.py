@@ -6,7 +6,7 @@ from msgspec import Meta
 
 MAX_NUMBER: Final = 1 << 62
 """Far enough below 2**64, the end of msgpack's integers, that a receiver can add to a number and send the sum."""
-SENDER: Final = r"^[a-z]+\.[0-9]{1,9}$"
+SENDER: Final = r"^[a-z]+\.[0-9]{1,9}\Z"
 """A service and its number, as in `ingest.2`."""
 REPLY_PREFIX: Final = "reply/"
 REPLAY_PREFIX: Final = "replay/"

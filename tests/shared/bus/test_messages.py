@@ -233,6 +233,7 @@ def packed(**changes: Any) -> list[Part]:
         ({"total": 2**64 - 1}, "malformed"),
         ({"sequence": "4"}, "malformed"),
         ({"sender": b"ingest.1"}, "malformed"),
+        ({"sender": "ingest.1\n"}, "malformed"),
         ({"sender": None}, "malformed"),
         ({"total": msgpack.ExtType(1, b"")}, "malformed"),
         ({"total": msgpack.Timestamp(1)}, "malformed"),
