@@ -429,8 +429,10 @@ def test_who_meets_a_mark_borrows(stack: Stack, pool_clock: PoolClock) -> None:
     """Subscribers that met a worker's mark get large payloads lent, intact, as long as they hold them, and in turn."""
     stack.start("broker")
     with BusEnds(stack.bus) as bus, LendingWorker(bus, pool_clock) as worker:
-        subscribers = [bus.subscriber(TOPIC), bus.subscriber("datagrams/")]
+        subscribers = [bus.subscriber(TOPIC)]
         wait_wanted(worker.publisher, TOPIC)
+        subscribers.append(bus.subscriber("datagrams/"))
+        wait_wanted(worker.publisher, "datagrams/others/")
         assert not worker.publish(large(0)), "lent although nobody has borrowed"
         assert [payloads_of([take(subscriber)]) for subscriber in subscribers] == [large(0)] * 2
         worker.greet()
@@ -618,9 +620,11 @@ def test_loans_of_a_replaced_worker_are_not_read_from_its_successor(stack: Stack
     """
     stack.start("broker")
     with BusEnds(stack.bus) as bus:
-        prompt, behind, found = bus.subscriber(TOPIC), bus.subscriber("datagrams/"), []
+        prompt, found = bus.subscriber(TOPIC), []
         with LendingWorker(bus, pool_clock) as worker:
             wait_wanted(worker.publisher, TOPIC)
+            behind = bus.subscriber("datagrams/")
+            wait_wanted(worker.publisher, "datagrams/others/")
             worker.greet()
             take_mark(prompt)
             worker.turn()
