@@ -4,6 +4,7 @@ import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
@@ -26,21 +27,24 @@ class DiskThread:
     """Does jobs in their order; what they have found is applied when the loop calls `collect`."""
 
     def __init__(self) -> None:
-        self._jobs: SimpleQueue[Job | None] = SimpleQueue()
+        self._jobs: SimpleQueue[Callable[[], Job] | None] = SimpleQueue()
         self._done: SimpleQueue[Job] = SimpleQueue()
         self._thread = Thread(target=self._run, name="disk", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
-            job()
+            try:
+                self._done.put(job())
+            except Exception as error:  # the loop raises it: this thread alone would end unseen
+                self._done.put(partial(_raise, error))
 
     def submit(self, job: Callable[[], Job]) -> None:
         """Do a job when its turn comes; the function that it returns is for the loop to call."""
-        self._jobs.put(lambda: self._done.put(job()))
+        self._jobs.put(job)
 
     def collect(self) -> None:
-        """Apply what has been done since the last call."""
+        """Apply what has been done since the last call; raise what a job has raised."""
         while not self._done.empty():
             self._done.get()()
 
@@ -50,6 +54,10 @@ class DiskThread:
         self._thread.join(JOIN_SECONDS)
         self.collect()
         return not self._thread.is_alive()
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 def sync(writers: list[SegmentWriter]) -> OSError | None:
