@@ -3,14 +3,14 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Final, Protocol
-
-import numpy as np
 
 from services.journal.stream_journal import StreamJournal
 from shared.bus.bodies.journal_messages import JournalPortion, JournalRead, Replayed
 from shared.bus.messages import Body
-from shared.datagrams.batch import ROW, DatagramBatch
+from shared.datagrams.batch import DatagramBatch
+from shared.datagrams.gathered import Gathered
 from shared.journal.encoding import Numbered
 from shared.journal.reading import Portion, read_portion
 from shared.log import get_logger
@@ -129,6 +129,6 @@ def _as_one(some: Sequence[Numbered]) -> Numbered:
     (first, batch), (last, _) = some[0], some[-1]
     if len(some) == 1:
         return first, batch
-    rows = np.frombuffer(b"".join([each.rows.data for _, each in some]), ROW)
-    payload = b"".join([each.payload for _, each in some])
-    return first._replace(sequence=last.sequence), DatagramBatch(batch.stream, batch.received_ns, rows, payload)
+    gathered = Gathered([each for _, each in some])
+    payload = b"".join([each.payload for each in gathered.batches])
+    return first._replace(sequence=last.sequence), replace(batch, rows=gathered.rows, payload=payload)

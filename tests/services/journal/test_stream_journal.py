@@ -124,13 +124,19 @@ def write_two_workers(directory: Path, disk: DiskThread, monkeypatch: pytest.Mon
     wait_until(partial(_sealed, journal, disk), "all are sealed")
 
 
+def left_by_two_workers(directory: Path, disk: DiskThread, monkeypatch: pytest.MonkeyPatch) -> StreamJournal:
+    """Return the journal of the next process, which has opened these segments."""
+    write_two_workers(directory, disk, monkeypatch)
+    journal = StreamJournal("flows", directory, 1 << 30, disk)
+    journal.open()
+    return journal
+
+
 def test_what_is_still_to_be_removed_is_known(
     tmp_path: Path, disk: DiskThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The disk is slow: until it has removed a segment, its bytes count as going, so that no others go for them."""
-    write_two_workers(tmp_path, disk, monkeypatch)
-    journal = StreamJournal("flows", tmp_path, 1 << 30, disk)
-    journal.open()
+    journal = left_by_two_workers(tmp_path, disk, monkeypatch)
     first, second, *rest = journal.kept()
     journal.remove(first)
     journal.remove(second)
@@ -162,9 +168,7 @@ def test_what_can_not_be_removed_does_not_keep_others(
     tmp_path: Path, disk: DiskThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A segment that can't be removed frees nothing: it is tried again, and others go for it."""
-    write_two_workers(tmp_path, disk, monkeypatch)
-    journal = StreamJournal("flows", tmp_path, 1 << 30, disk)
-    journal.open()
+    journal = left_by_two_workers(tmp_path, disk, monkeypatch)
     first, second, *rest = journal.kept()
     bounds, unlink = Bounds(sum(each.size for each in journal.kept()) - 1, 0, 0), Path.unlink
 

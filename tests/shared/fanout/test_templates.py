@@ -320,6 +320,16 @@ def test_shares_and_samples_get_what_comes_besides() -> None:
     assert +sender.subscriptions == Counter()
 
 
+def settled(*clients: Client) -> Sender:
+    """Return a sender of which these have got the templates of all workers."""
+    sender = Sender()
+    sender.serve(*clients)
+    for worker in WORKERS:
+        sender.answer(worker)
+    sender.pass_time()
+    return sender
+
+
 def shared_by(sender: Sender, worker: tuple[str, int], names: str) -> dict[str, list[str]]:
     """Let a batch of 64 exporters come, and return which of them each member of a group has got."""
     sources = [f"192.0.2.{number}" for number in range(64)]
@@ -329,12 +339,8 @@ def shared_by(sender: Sender, worker: tuple[str, int], names: str) -> dict[str, 
 
 def test_the_share_of_a_member_stays_with_the_others_until_it_has_templates() -> None:
     """Of each worker that has not answered the others get all, and only then lose what is the new member's."""
-    sender = Sender()
     members = [make_client(name, 10 + number, group="g") for number, name in enumerate("abcd")]
-    sender.serve(*members[:2])
-    for worker in WORKERS:
-        sender.answer(worker)
-    sender.pass_time()
+    sender = settled(*members[:2])
     before = shared_by(sender, ONE, "ab")
     sender.serve(*members[:3])
     sender.serve(*members)
@@ -368,12 +374,8 @@ def test_a_member_without_others_gets_nothing_before_its_templates() -> None:
 
 def test_a_member_that_catches_up_keeps_its_share() -> None:
     """It gets that from the journal, also what comes before it has templates, so nobody else does."""
-    sender = Sender()
     members = [make_client(name, 10 + number, group="g") for number, name in enumerate("abc")]
-    sender.serve(*members)
-    for worker in WORKERS:
-        sender.answer(worker)
-    sender.pass_time()
+    sender = settled(*members)
     of_three = shared_by(sender, ONE, "abc")
     sender.serve(*members[:2])
     sender.serve(*members)
@@ -384,12 +386,8 @@ def test_a_member_that_catches_up_keeps_its_share() -> None:
 
 def test_templates_go_with_the_shares_of_the_moment() -> None:
     """A member gets renewals as copies while it has their exporter, and templates as its own once it has."""
-    sender = Sender()
     members = [make_client(name, 10 + number, group="g") for number, name in enumerate("abc")]
-    sender.serve(*members[:1])
-    for worker in WORKERS:
-        sender.answer(worker)
-    sender.pass_time()
+    sender = settled(*members[:1])
     sender.serve(*members)
     sources = [f"192.0.2.{number}" for number in range(64)]
     renewals = [told(source, source) for source in sources]
