@@ -2,11 +2,12 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import msgspec
+from prometheus_client.core import Metric
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, PlainTextResponse, Response, StreamingResponse
@@ -18,6 +19,7 @@ from services.console.metrics import exporter_metrics, render, stack_metrics
 from services.console.one_datagram import Sampler
 from services.console.views import Wish, show, show_collector, show_exporter, show_stream
 from services.console.watch import PICTURE_SECONDS, Watch
+from shared.monitoring.picture import Picture
 
 PAGE: Final = Path(__file__).parent / "page"
 PARTS: Final = {
@@ -72,6 +74,8 @@ class Console:
         self._version = version
         self._shown: dict[tuple[Wish, bool], tuple[int, bytes]] = {}
         """The last event of each kind, which pages that see the same share, with the number of its picture."""
+        self._rendered: tuple[Picture | None, dict[str, bytes]] = (None, {})
+        """The last picture whose metrics were asked for, and its texts: scrapes of one second share them."""
 
     def application(self) -> Starlette:
         """Return the application."""
@@ -205,14 +209,16 @@ class Console:
         return _said(await self.admin.probe(request.scope[ADMIN], asked.stream))
 
     async def _metrics(self, request: Request) -> Response:
-        metrics = stack_metrics(self._watch.current(), self._watch.clock_offset, self._version)
-        return _exposition(request, metrics)
+        picture = self._watch.current()
+        if picture is not self._rendered[0]:
+            self._rendered = picture, {}
+        return _exposition(request, stack_metrics(picture, self._watch.clock_offset, self._version), self._rendered[1])
 
     async def _exporter_metrics(self, request: Request) -> Response:
         top = request.query_params.get("top", "50")
         if not (top.isascii() and top.isdigit() and len(top) <= len(str(MAX_TOP)) and 1 <= int(top) <= MAX_TOP):
             return PlainTextResponse(f"top: expected a number from 1 to {MAX_TOP}", 400)
-        return _exposition(request, exporter_metrics(self._watch.current(), int(top)))
+        return _exposition(request, exporter_metrics(self._watch.current(), int(top)), {})
 
     async def _healthz(self, _request: Request) -> Response:
         return PlainTextResponse("the console runs\n", headers=UNCACHED)
@@ -240,8 +246,8 @@ class Console:
         return silent
 
 
-def _exposition(request: Request, metrics: Any) -> Response:
-    body, content_type = render(metrics, request.headers.get("accept", ""))
+def _exposition(request: Request, metrics: Iterable[Metric], rendered: dict[str, bytes]) -> Response:
+    body, content_type = render(metrics, request.headers.get("accept", ""), rendered)
     return Response(body, media_type=None, headers={"content-type": content_type, **UNCACHED})
 
 

@@ -1,6 +1,7 @@
 """Answers of the application by itself, to requests as a server hands them on."""
 
 import asyncio
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import repeat
 from types import SimpleNamespace
@@ -10,11 +11,13 @@ from urllib.parse import urlencode
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from prometheus_client.core import Metric
 
 from services.console import app
 from services.console.admin import Admin
 from services.console.app import MAX_TOP, Console
 from services.console.guard import ADMIN, CHANGES, Holder
+from services.console.metrics import stack_metrics
 from services.console.one_datagram import Sampler
 from services.console.watch import PICTURE_SECONDS, Watch
 from shared.monitoring.picture import Picture, Verdict
@@ -50,6 +53,27 @@ def test_any_number_of_exporters_may_be_asked_for(top: str) -> None:
     status, text = ask("/metrics/exporters", urlencode({"top": top}))
     assert status == (200 if fits else 400)
     assert fits or text == "top: expected a number from 1 to 1000"
+
+
+def test_scrapes_of_one_picture_share_its_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Metrics are made once for each picture and format, however often they are asked for."""
+    made: list[Picture] = []
+
+    def note(picture: Picture, clock: float, version: str) -> Iterator[Metric]:
+        made.append(picture)
+        yield from stack_metrics(picture, clock, version)
+
+    pictures = repeat(PICTURE)
+    monkeypatch.setattr(WATCH, "current", lambda: next(pictures))
+    monkeypatch.setattr(WATCH, "clock_offset", 0.0, raising=False)
+    monkeypatch.setattr(app, "stack_metrics", note)
+    first = ask("/metrics")
+    assert first[0] == 200
+    assert ask("/metrics") == first
+    assert made == [PICTURE]
+    pictures = repeat(later := busy())
+    assert ask("/metrics")[0] == 200
+    assert made == [PICTURE, later]
 
 
 @pytest.mark.parametrize(("is_new", "answer"), [(True, (200, "copies flow\n")), (False, (503, "not heard\n"))])

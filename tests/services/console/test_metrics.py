@@ -1,10 +1,15 @@
 import shutil
 import subprocess
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import pytest
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import Metric
+from prometheus_client.exposition import choose_encoder
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
+from prometheus_client.registry import Collector
 
 from services.console.metrics import MAX_COLLECTORS, exporter_metrics, render, stack_metrics
 from shared.bus.bodies.nodes_message import Node, Nodes
@@ -17,6 +22,17 @@ from tests.builders import make_envelope
 from tests.services.console.told import HOSTILE, busy, client, observe
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
+
+
+class Given(Collector):
+    """Metrics that are made already."""
+
+    def __init__(self, metrics: list[Metric]) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> list[Metric]:
+        """Return them."""
+        return self._metrics
 
 
 def samples(text: str, name: str) -> dict[tuple[str, ...], float]:
@@ -67,6 +83,30 @@ def test_both_formats_are_read_back() -> None:
     }
     assert named == {"siem", HOSTILE}
     assert (HOSTILE,) in samples(text.decode(), "fanwire_copies_sent_total")
+
+
+@pytest.mark.parametrize("accept", ["", OPENMETRICS])
+def test_the_text_says_what_the_library_would_say(accept: str) -> None:
+    """Read back, it has the families and the samples, in order, that prometheus_client itself writes of the metrics."""
+    picture = replace(busy(), balanced=True, nodes=Nodes(True, [Node("a", "live", 1500)]))
+    metrics = [*stack_metrics(picture, 0.5, "1"), *exporter_metrics(picture, 2)]
+    registry = CollectorRegistry()
+    registry.register(Given(metrics))
+    encoder, content_type = choose_encoder(accept)
+    text, kind = render(metrics, accept)
+    parse: Callable[[str], Iterable[Metric]] = parse_openmetrics if accept else parse_text
+    assert [*parse(text.decode())] == [*parse(encoder(registry).decode())]
+    assert kind == content_type
+
+
+def test_what_was_rendered_is_not_rendered_again() -> None:
+    """A second scrape of the same metrics in the same format makes none of them; each format has its own."""
+    rendered: dict[str, bytes] = {}
+    first = render(stack_metrics(busy(), 0.0, "1"), "", rendered)
+    assert render(iter(()), "", rendered) == first
+    assert render(stack_metrics(busy(), 0.0, "1"), OPENMETRICS, rendered)[0].endswith(b"# EOF\n")
+    assert render(iter(()), "", rendered) == first
+    assert len(rendered) == 2
 
 
 def test_the_past_that_is_owed_has_series_while_it_is() -> None:
