@@ -14,10 +14,11 @@ from services.operator.client.bus_reader import subscribed
 from shared.bus.living_workers import living_workers
 from shared.bus.messages import Status
 from shared.bus.status import INTERVAL_SECONDS, Reports
-from shared.ledger.accounts import is_origin, parse_origin
+from shared.ledger.accounts import EGRESS, is_origin, parse_origin
 from shared.ledger.counters import (
     BY_KERNEL,
     BYTES,
+    COPIED,
     DEFERRED,
     DROPPED,
     EXPECTED,
@@ -27,11 +28,14 @@ from shared.ledger.counters import (
     KERNEL_DROPPED,
     LATE_MS,
     LEFT_BEHIND,
+    LINK_DROPS,
+    MARKED,
     MEMORY,
     MEMORY_CEILING,
     MEMORY_MOST,
     MISSED,
     PUBLISHED,
+    QUEUE_DROPS,
     READ,
     RECEIVED,
     SAMPLED_OUT,
@@ -39,6 +43,7 @@ from shared.ledger.counters import (
     SENT,
     SHARED_OUT,
     TAKEN,
+    UNSEEN,
     UNSERVED,
     WAITING_MESSAGES,
     WITHHELD,
@@ -121,6 +126,7 @@ def _print(balance: Balance, found: list[str]) -> None:
         *_past_tables(balance),
         *_site_tables(balance),
         ("Collectors", COLLECTOR_COLUMNS, _collector_rows(balance), {*COLLECTOR_COLUMNS[2:]} - {"dropped"}),
+        *_kernel_tables(balance),
         ("Losses", Loss._fields, balance.losses(), ()),  # of datagrams, flows and records
         ("Memory", MEMORY_COLUMNS, _memory_rows(balance), ("MB", "ceiling")),
     ):
@@ -201,6 +207,26 @@ def _site_tables(balance: Balance) -> Iterator[Table]:
                 rows.append((name.partition("/")[2], account.get(WAITING_MESSAGES, 0), late))
     if rows:
         yield "Sites", SITE_COLUMNS, rows, set()
+
+
+KERNEL_TABLES: Final = (
+    ("Kernel copies", "rules/", "collector", (COPIED,)),
+    ("Kernel marks", "marks/", "stream", (MARKED, UNSEEN)),
+    ("Egress", EGRESS, "interface", (QUEUE_DROPS, LINK_DROPS)),
+)
+"""Title, accounts of offload, what has one, and its counters."""
+
+
+def _kernel_tables(balance: Balance) -> Iterator[Table]:
+    """Yield the tables of the rules that the kernel copies by, if there are any."""
+    for title, prefix, of, counters in KERNEL_TABLES:
+        columns = tuple(counter.replace("_", " ") for counter in counters)
+        rows: list[Row] = [
+            (service, name, *(account.get(counter, 0) for counter in counters))
+            for service, name, account in _accounts(balance, prefix)
+        ]
+        if rows:
+            yield title, ("service", of, *columns), rows, {*columns}
 
 
 OWED_COLUMNS: Final = ("consumer", "collector", "stream", "datagrams", "since")
