@@ -23,6 +23,8 @@ from tests.stack import CHECKOUT
 
 UNITS = CHECKOUT / "deploy" / "systemd"
 SERVICES = sorted(UNITS.glob("*.service"))
+ANNOUNCER = CHECKOUT / "deploy" / "ha" / "fanwire-announce.service"
+"""The unit of a script of deploy/ha: no service of fanwire, and as closed in."""
 COMMON = "# From here on the same in every unit of fanwire"
 INSTALLED = "/opt/fanwire/bin/python"
 MAX_EXPOSURE = 2.0
@@ -49,9 +51,10 @@ def lines(unit: Path, key: str) -> list[str]:
 def verify(directory: Path, drop_in: str = "", unit: str = "") -> None:
     """Assert that `systemd-analyze verify` has nothing to say of the units, with a drop-in for one of them."""
     need("systemd-analyze")
-    for path in UNITS.iterdir():
+    for path in (*UNITS.iterdir(), ANNOUNCER):
         # Not installed here: an interpreter that is takes its place, and systemd checks that it can be run.
-        (directory / path.name).write_text(path.read_text().replace(INSTALLED, sys.executable))
+        text = path.read_text().replace(INSTALLED, sys.executable)
+        (directory / path.name).write_text(text.replace("/usr/local/bin", str(ANNOUNCER.parent)))
     if unit:
         (directory / f"{unit}.d").mkdir()
         (directory / f"{unit}.d" / "override.conf").write_text(drop_in)
@@ -87,7 +90,7 @@ def test_drop_in_with_a_mistake_is_found(tmp_path: Path) -> None:
         verify(tmp_path, "[Service]\nLoadCredentials=key.pem\n", "fanwire-gateway.service")
 
 
-@pytest.mark.parametrize("unit", SERVICES, ids=service_of)
+@pytest.mark.parametrize("unit", [*SERVICES, ANNOUNCER], ids=service_of)
 def test_exposure_is_low(unit: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`systemd-analyze security` rates each service at most 2.0, on its scale from 0 to 10."""
     need("systemd-analyze")
@@ -122,6 +125,20 @@ def test_the_installed_program_runs(unit: Path) -> None:
 def test_what_is_common_is_the_same() -> None:
     """Each unit ends in the same settings, so what is said of one holds for all."""
     assert len({unit.read_text().partition(COMMON)[2] for unit in SERVICES}) == 1
+
+
+def test_the_announcer_is_closed_in_as_the_services_are() -> None:
+    """It has the sandbox of every service, a user of its own, and the group that BIRD's socket is open to."""
+    text = ANNOUNCER.read_text()
+    common = SERVICES[0].read_text().partition(COMMON)[2].partition("[Install]")[0]
+    sandbox = common[common.index("NoNewPrivileges=") :].split()
+    assert len(sandbox) > 20
+    assert [line for line in sandbox if line not in text.split()] == []
+    (console,) = (unit for unit in SERVICES if service_of(unit) == "console")
+    for key in ("CapabilityBoundingSet", "PrivateUsers", "RestrictAddressFamilies", "Restart", "StartLimitIntervalSec"):
+        assert lines(ANNOUNCER, key) == lines(console, key)
+    assert lines(ANNOUNCER, "DynamicUser") == ["yes"]
+    assert lines(ANNOUNCER, "SupplementaryGroups") == ["bird"]
 
 
 def test_killed_is_started_again_without_a_limit() -> None:
