@@ -10,6 +10,7 @@ import msgspec
 from services.gateway.admission.decision import decide_configured
 from services.gateway.admission.destinations import Destinations
 from services.gateway.admission.host_addresses import choose_address
+from services.gateway.admission.ownership import find_doubles
 from services.gateway.protocol.requests import RequestError
 from services.gateway.registry.entry import Origin
 from services.gateway.registry.registry import Registry
@@ -40,6 +41,7 @@ class Configured:
         self._refused: dict[str, str] = {}
         """By collector: what was said of its host name."""
         self._seen: dict[str, frozenset[str]] = {}
+        self._doubles: set[tuple[str, str]] = set()
         self._pending = False
         self.expelled: set[str] = set()
         """Names that were removed since their copies would have come back; each returns once they would not."""
@@ -111,8 +113,21 @@ class Configured:
                 if client.address != before.get(client.name, client.address):
                     was = before[client.name] or None
                     log.info(HOST_MOVED, of=client.name, host=hosts[client.name], address=client.address, before=was)
+            self._warn_of_doubles()
 
         self._registry.changes.make(lambda: self._registry.configure(clients, hosts), done)
+
+    def _warn_of_doubles(self) -> None:
+        """Log the pairs that have come to get the same at one place: that is legal, and hardly meant."""
+        doubles = find_doubles(self._registry)
+        if fresh := sorted(doubles - self._doubles):
+            log.warning(
+                "collectors get the same datagrams at one address and port, where these arrive twice",
+                pairs=fresh[:10],
+                count=len(fresh),
+                cure="give one of each pair another port, other streams or other exporters, or both of them one group",
+            )
+        self._doubles = doubles
 
     def _present(self, collector: Collector) -> str:
         """Return the address that the collector has by this host name."""

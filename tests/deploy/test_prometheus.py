@@ -201,6 +201,7 @@ def slow_link(site: Site) -> Iterator[Act]:
 
 def memory_high(site: Site) -> Iterator[Act]:
     """Copies that wait for a collector fill most of the room that the forwarder has."""
+    ceiling, began = 1 << 26, 0.0
 
     def restart(forwarder: str) -> None:
         site.stack["forwarder"].stop()
@@ -214,7 +215,6 @@ def memory_high(site: Site) -> Iterator[Act]:
         found = site.query("query", query=f'fanwire_service_memory_bytes{{service="forwarder.1"}} and {new}')["result"]
         return int(found[0]["value"][1]) if found else ceiling
 
-    ceiling, began = 1 << 26, 0.0
     restart(PATIENCE)  # it still has what the faults before have made it take
     wait_until(lambda: taken() < 0.75 * ceiling, lambda: f"it takes little: {taken()}")
     # What waits takes a little less than it counts. At 7 / 8 of the ceiling half of it goes, and is back soon.

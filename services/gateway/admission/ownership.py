@@ -1,5 +1,6 @@
 """Ownership of entries: which peers may replace or change one, and how many a holder may have. No I/O."""
 
+from itertools import islice
 from typing import Final
 
 from services.gateway.admission.destinations import parse_address
@@ -104,6 +105,21 @@ def _get_the_same(one: Client, group: str, other: Client) -> bool:
         return False
     streams = {*one.streams} & {*other.streams} or ALL_STREAMS in (*one.streams, *other.streams)
     return bool(streams) and not (one.prefixes and other.prefixes and are_apart(one.prefixes, other.prefixes))
+
+
+def find_doubles(registry: Registry) -> set[tuple[str, str]]:
+    """Return the names of pairs at one address and port that get the same datagrams; one of each is of the settings."""
+    found = set()
+    for entry in registry.entries():
+        if entry.origin is not Origin.SETTINGS or not entry.client.streams:
+            continue
+        client, there = registry.groups.for_bus(entry), registry.at(entry.client.address, entry.client.port)
+        for other in islice(there, MOST_AT_A_PLACE):
+            apart = other is entry or is_reached_elsewhere(other, registry.node)
+            if not apart and _get_the_same(client, client.group, registry.groups.for_bus(other)):
+                one, two = sorted((entry.client.name, other.client.name))
+                found.add((one, two))
+    return found
 
 
 def check_same_source(client: CopyTerms, source: Source) -> None:
