@@ -1,6 +1,7 @@
 """Reads a stream's past out of its segments: from positions on, a portion at a time, or between two times."""
 
 import errno
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -171,11 +172,13 @@ class PastBatches:
     """Bytes passed over so far."""
     gone: int = 0
     """Segments that retention removed before they were read."""
+    unread: Counter[str] = field(default_factory=Counter)
+    """Segments that could not be read, or not to their end, by the error."""
     place: JournalPlace | None = None
     """Place of the batch that was yielded last; None before the first."""
 
     def batches(self, start: JournalPlace | None = None) -> Iterator[tuple[DatagramBatch, Destination]]:
-        """Yield batches with where they were sent to; from a place on, if one is given. OSError of the kernel."""
+        """Yield batches with where they were sent to; from a place on, if one is given."""
         some = self.segments[first_for(self.segments, self.since_ns) :]
         if start is not None:
             some = [segment for segment in some if segment.number >= start.segment]
@@ -186,13 +189,13 @@ class PastBatches:
                 continue
             offset = start.offset if start is not None and segment.number == start.segment else 0
             try:
-                reader = open_segment(self.directory, segment)
+                with open_segment(self.directory, segment) as reader:
+                    yield from self._batches_of(reader, offset)
+                    self.damaged += reader.damaged + (0 if segment.is_open else reader.size - reader.end)
             except FileNotFoundError:  # retention was quicker
                 self.gone += 1
-                continue
-            with reader:
-                yield from self._batches_of(reader, offset)
-                self.damaged += reader.damaged + (0 if segment.is_open else reader.size - reader.end)
+            except OSError as error:
+                self.unread[error.strerror or str(error)] += 1
 
     def _batches_of(self, reader: SegmentReader, offset: int) -> Iterator[tuple[DatagramBatch, Destination]]:
         for head in reader.heads(offset):

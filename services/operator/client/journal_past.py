@@ -116,4 +116,6 @@ def tell_losses(wanted: Wanted) -> bool:
         say(f"{wanted.past.damaged} bytes of the journal are damaged: what was in them is left out")
     if wanted.past.gone:
         say(f"segments that the journal removed before they were read: {wanted.past.gone}; they are left out")
-    return wanted.past.damaged + wanted.past.gone > 0
+    for error, number in wanted.past.unread.items():
+        say(f"segments that can't be read: {number} ({error}); they are left out")
+    return wanted.past.damaged + wanted.past.gone + wanted.past.unread.total() > 0

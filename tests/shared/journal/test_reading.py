@@ -140,6 +140,20 @@ def test_segments_that_retention_removes_before_an_export_reads_them_are_counted
     assert past.gone == 1
 
 
+def test_segments_that_can_not_be_read_are_counted_and_the_rest_is_read(two_workers: tuple[Path, Batches]) -> None:
+    """One can't be opened, and of another nothing can be read: the error is kept, and what comes behind is read."""
+    directory, order = two_workers
+    segments = segments_in(directory.parent, "flows")
+    for segment in segments[:2]:
+        (directory / segment.name).unlink()
+    (directory / segments[0].name).symlink_to(segments[0].name)
+    (directory / segments[1].name).mkdir()
+    past = PastBatches(directory, segments, 0, 1 << 62)
+    assert len(list(past.batches())) == len(order) - 16
+    assert past.unread == {"Too many levels of symbolic links": 1, "Is a directory": 1}
+    assert (past.gone, past.damaged) == (0, 0)
+
+
 def test_segments_that_retention_removes_before_a_replay_goes_on_are_counted(
     two_workers: tuple[Path, Batches],
 ) -> None:

@@ -119,6 +119,18 @@ def test_what_is_damaged_is_left_out_and_said(stack: Stack) -> None:
     assert "bytes of the journal are damaged: what was in them is left out" in said
 
 
+def test_segments_that_can_not_be_opened_are_left_out_and_said(stack: Stack) -> None:
+    """All others are written; the exit code is 1, and a line says how many are missing and why."""
+    directory = stack.directory / "journal"
+    put = fill(directory)
+    second = sorted((directory / "flows").iterdir())[1]
+    second.unlink()
+    second.symlink_to(second.name)
+    code, found, said = export(stack, "--stream", "flows", "--directory", str(directory))
+    assert (code, [each.payload for each in found]) == (1, [payload for *_, payload in put[:40] + put[80:]])
+    assert "segments that can't be read: 1 (Too many levels of symbolic links); they are left out" in said
+
+
 def test_what_retention_takes_meanwhile_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Segments that are removed before they are read are left out; the exit code is 1, and a line says so."""
     fill(tmp_path, 1)

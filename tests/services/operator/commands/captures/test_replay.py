@@ -56,6 +56,19 @@ def waiting(sock: socket.socket) -> list[bytes]:
         return found
 
 
+def test_a_segment_that_can_not_be_read_ends_no_replay(stack: Stack) -> None:
+    """All that is behind it is sent, too; the exit code is 1, and a line says what is missing."""
+    payloads = journaled(stack)
+    first = min((stack.directory / "journal" / "flows").iterdir())
+    first.unlink()
+    first.mkdir()
+    with receiver() as sock:
+        to = f"127.0.0.1:{sock.getsockname()[1]}"
+        code, _, said = stack.run("replay", "--stream", "flows", "--to", to, "--rate", "100000")
+        assert (code, waiting(sock)) == (1, payloads[40:])
+    assert "segments that can't be read: 1 (Is a directory); they are left out" in said
+
+
 def test_the_past_comes_again_to_a_collector(stack: Stack) -> None:
     """A collector by name, or an address, gets the past in its order; never a listener of fanwire."""
     payloads = journaled(stack)
