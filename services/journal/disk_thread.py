@@ -3,7 +3,6 @@
 import contextlib
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -11,7 +10,7 @@ from threading import Thread
 from typing import Final, TypeVar
 
 from shared.journal.segment_reader import SegmentReader
-from shared.journal.segment_writer import SegmentWriter, sync_directory
+from shared.journal.segment_writer import SegmentWriter, seal_left, sync_directory
 from shared.journal.segments import Segment
 from shared.log import get_logger
 
@@ -72,9 +71,17 @@ def sync(writers: list[SegmentWriter]) -> OSError | None:
 
 
 def seal(writer: SegmentWriter) -> Segment | OSError:
-    """Seal a segment; return it as it is then, or the error. With an error the next start seals it."""
+    """Seal a segment; return it as it is then, or the error: then `seal_again` is to be called."""
     try:
         return writer.seal()
+    except OSError as error:
+        return error
+
+
+def seal_again(directory: Path, segment: Segment) -> Segment | OSError:
+    """Seal a segment of the stream in `directory` for which `seal` has failed; likewise."""
+    try:
+        return seal_left(directory, segment)
     except OSError as error:
         return error
 
@@ -84,7 +91,7 @@ def remove(directory: Path, segment: Segment, rows: int | None) -> tuple[int, OS
     if rows is None:
         rows = _count_rows(directory / segment.name, segment)
     try:
-        for name in {segment.name, replace(segment, is_open=False).name}:  # it may have got that name, and no more
+        for name in segment.names:
             (directory / name).unlink(missing_ok=True)
         sync_directory(directory)
     except FileNotFoundError:  # another program has removed the directory

@@ -302,5 +302,5 @@ def _once_kept(directory: Path) -> list[str]:
     found = []
     for name in streams_in(directory):
         with suppress(OSError):
-            found += [name] if segments_in(directory, name, bad=True) else []
+            found += [name] if segments_in(directory, name, unreadable=True) else []
     return found

@@ -2,10 +2,12 @@
 
 import contextlib
 import errno
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -68,6 +70,8 @@ class StreamJournal:
         self._disk = disk
         self._kept: dict[int, Kept] = {}
         """Segments that are there, by number, without the one that is written now."""
+        self._sealing: set[int] = set()
+        """Those of them that are just being sealed once more."""
         self._rows: dict[int, int] = {}
         """Datagrams of those that this process has written."""
         self._writer: SegmentWriter | None = None
@@ -95,10 +99,12 @@ class StreamJournal:
                     "a segment was not whole: its end was cut off", segment=each.left.name, stream=self.stream,
                     cut_bytes=each.cut,
                 )  # fmt: skip
-        for segment in segments_in(self.directory.parent, self.stream, bad=True):
+        there = {each.name: each for each in os.scandir(self.directory)}
+        for segment in segments_in(self.directory.parent, self.stream, unreadable=True):
             with contextlib.suppress(FileNotFoundError):
-                found = (self.directory / segment.name).stat()
-                self._kept[segment.number] = Kept(segment, found.st_size, found.st_mtime_ns)
+                found = [there[name].stat() for name in there.keys() & segment.names]  # two: compressed, and left there
+                size, ended_ns = sum(each.st_size for each in found), max(each.st_mtime_ns for each in found)
+                self._kept[segment.number] = Kept(segment, size, ended_ns)
         self._next_number = max(self._kept, default=0) + 1
         self.reached = find_reached(self.directory.parent, self.stream, known)
 
@@ -181,7 +187,11 @@ class StreamJournal:
         self._unwritten = 0
 
     def keep_up(self) -> None:
-        """Seal the segment that is written once it is old enough. Due each second."""
+        """Seal the segment that is written once it is old enough, and what could not be sealed. Due each second."""
+        for number, each in self._kept.items():
+            left_open = each.segment.is_open and each.segment.is_readable and not each.busy
+            if left_open and number not in self._sealing:
+                self._seal_again(number, each.segment)
         if self._writer and time.monotonic() >= self._seal_at:
             self.seal()
 
@@ -193,18 +203,28 @@ class StreamJournal:
         number = writer.segment.number
         self._kept[number] = Kept(writer.segment, writer.size, self._written_ns, busy=True)
         self._rows[number] = writer.rows
+        gone = FileNotFoundError()
+        self._in_thread(
+            lambda: disk_thread.seal(writer), lambda result: self._note_sealed(number, gone if writer.empty else result)
+        )
 
-        def apply(result: Segment | OSError) -> None:
-            if writer.empty or isinstance(result, FileNotFoundError):
-                del self._kept[number]
-                self.account[EXPIRED] += self._rows.pop(number)  # another program has removed it
-            elif isinstance(result, Segment):
-                self._kept[number] = replace(self._kept[number], segment=result, busy=False)
-            else:
-                self._kept[number] = replace(self._kept[number], busy=False)
-                self.note_disk_error(result)
+    def _seal_again(self, number: int, segment: Segment) -> None:
+        """Seal a segment for which that has failed; until then retention may remove it."""
+        self._sealing.add(number)
+        self._in_thread(lambda: disk_thread.seal_again(self.directory, segment), partial(self._note_sealed, number))
 
-        self._in_thread(lambda: disk_thread.seal(writer), apply)
+    def _note_sealed(self, number: int, result: Segment | OSError) -> None:
+        self._sealing.discard(number)
+        if number not in self._kept:  # retention has removed it
+            return
+        if isinstance(result, FileNotFoundError):
+            del self._kept[number]
+            self.account[EXPIRED] += self._rows.pop(number)  # another program has removed it
+        elif isinstance(result, Segment):
+            self._kept[number] = replace(self._kept[number], segment=result, busy=False)
+        else:
+            self._kept[number] = replace(self._kept[number], busy=False)
+            self.note_disk_error(result)
 
     def writers(self) -> list[SegmentWriter]:
         """Return what is to be synced, and consider it done."""
@@ -225,7 +245,7 @@ class StreamJournal:
 
     def segments(self) -> list[Segment]:
         """Return the segments that can be read, in their order."""
-        readable = [each.segment for each in self.kept() if not each.segment.is_bad]
+        readable = [each.segment for each in self.kept() if each.segment.is_readable]
         return sorted(readable, key=lambda segment: segment.number)
 
     def remove(self, going: Kept) -> None:
@@ -266,7 +286,7 @@ class StreamJournal:
     def report(self) -> Mapping[str, int]:
         """Return the account, with gauges of what is there."""
         kept = self.kept()
-        oldest = min((each.segment.began_ns for each in kept if not each.segment.is_bad), default=0)
+        oldest = min((each.segment.began_ns for each in kept if each.segment.is_readable), default=0)
         size = sum(each.size for each in kept)
         gauges = {SEGMENTS: len(kept), KEPT_BYTES: size, OLDEST: oldest, NEWEST: self._newest_ns}
         return {**self.account, **gauges}

@@ -13,7 +13,7 @@ from typing import Final
 
 from shared.journal.records import Reached, RecordError
 from shared.journal.segment_reader import UNREADABLE, SegmentReader
-from shared.journal.segment_writer import seal_segment, sync_directory
+from shared.journal.segment_writer import seal_left, seal_segment, sync_directory
 from shared.journal.segments import Segment, parse_name
 
 DIRECTORY_MODE: Final = 0o750
@@ -58,14 +58,18 @@ def streams_in(directory: Path) -> list[str]:
     return sorted(each.name for each in os.scandir(directory) if each.is_dir(follow_symlinks=False))
 
 
-def segments_in(directory: Path, stream: str, *, bad: bool = False) -> list[Segment]:
-    """Return the segments of a stream in their order, those set aside only if wanted. OSError of the kernel."""
+def segments_in(directory: Path, stream: str, *, unreadable: bool = False) -> list[Segment]:
+    """Return the segments of a stream in their order; those set aside or compressed only if wanted.
+
+    OSError of the kernel.
+    """
     try:
         names = [each.name for each in (directory / stream).iterdir()]
     except FileNotFoundError:
         return []
-    found = [segment for name in names if (segment := parse_name(stream, name)) and (bad or not segment.is_bad)]
-    return sorted(found, key=lambda segment: segment.number)
+    found = [segment for name in names if (segment := parse_name(stream, name)) and (unreadable or segment.is_readable)]
+    found.sort(key=lambda segment: (segment.number, segment.is_readable))
+    return list({(each.number, each.began_ns): each for each in found}.values())  # one that is there compressed, too
 
 
 def find_reached(directory: Path, stream: str, known: Mapping[int, Mapping[str, Reached]]) -> dict[str, Reached]:
@@ -118,12 +122,7 @@ def _recover(directory: Path, segment: Segment) -> Recovered:
         return Recovered(segment, set_aside(directory, segment), size, reached)
     if end < size:
         os.truncate(path, end)
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    return Recovered(segment, seal_segment(directory, segment, empty=False), size - end, reached)
+    return Recovered(segment, seal_left(directory, segment), size - end, reached)
 
 
 def set_aside(directory: Path, segment: Segment) -> Segment:

@@ -188,6 +188,9 @@ class PastBatches:
             if later and following and following.began_ns >= segment.began_ns:  # else a clock was set back within it
                 continue
             offset = start.offset if start is not None and segment.number == start.segment else 0
+            if not segment.is_readable:
+                self.unread["set aside" if segment.is_bad else "compressed"] += 1
+                continue
             try:
                 with open_segment(self.directory, segment) as reader:
                     yield from self._batches_of(reader, offset)

@@ -110,6 +110,21 @@ def seal_segment(directory: Path, segment: Segment, *, empty: bool) -> Segment:
     return sealed
 
 
+def seal_left(directory: Path, segment: Segment) -> Segment:
+    """Seal a segment that was left open and has records; it may have its last name already. OSError of the kernel."""
+    sealed = Segment(segment.stream, segment.number, segment.began_ns)
+    path = directory / segment.name
+    descriptor = os.open(path if path.exists() else directory / sealed.name, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    if path.exists():
+        return seal_segment(directory, segment, empty=False)
+    sync_directory(directory)
+    return sealed
+
+
 def sync_directory(directory: Path) -> None:
     """Bring names of files to the disk. OSError of the kernel."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

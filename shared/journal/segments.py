@@ -1,23 +1,26 @@
 """The names of segments, which tell all that is known without opening one: STREAM/TIME-NUMBER.pcapng. No I/O.
 
 The time is that of the first batch's receipt; the number grows from one segment of a stream to the next, whatever the
-clock does. One that is being written has `.open` in its name, and one that can't be read ends in `.bad`.
+clock does. One that is being written has `.open` in its name, and one that can't be read ends in `.bad`. Of one that
+another program has compressed only the name is known here.
 """
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import pairwise
 from typing import Final
 
 SECOND: Final = 1_000_000_000
 BAD: Final = ".bad"
+PACKED: Final = ("", ".zst", ".gz", ".lz4")
+"""Endings of segments that another program has compressed, such that Wireshark opens them."""
 LATE_NS: Final = 20 * SECOND
 """The most by which a batch may be older than one that was written before it: workers differ, and hold some back."""
 LASTING_NS: Final = 60 * SECOND
 """The longest that a segment is written, about."""
-_NAME: Final = re.compile(r"(\d{8}T\d{6})\.(\d{9})Z-(\d{1,18})(\.open)?\.pcapng(\.bad)?", re.ASCII)
+_NAME: Final = re.compile(r"(\d{8}T\d{6})\.(\d{9})Z-(\d{1,18})(\.open)?\.pcapng(\.bad)?(\.[a-z\d]+)?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,12 @@ class Segment:
     began_ns: int
     is_open: bool = False
     is_bad: bool = False
+    packed: str = ""
+
+    @property
+    def is_readable(self) -> bool:
+        """Return whether its records can be read here, as far as its name tells."""
+        return not (self.is_bad or self.packed)
 
     @property
     def name(self) -> str:
@@ -39,21 +48,27 @@ class Segment:
         """
         seconds, rest = divmod(self.began_ns, SECOND)
         at = datetime.fromtimestamp(seconds, UTC)
-        state = f"{'.open' if self.is_open else ''}.pcapng{BAD if self.is_bad else ''}"
+        state = f"{'.open' if self.is_open else ''}.pcapng{BAD if self.is_bad else ''}{self.packed}"
         return f"{at:%Y%m%dT%H%M%S}.{rest:09}Z-{self.number:06}{state}"
+
+    @property
+    def names(self) -> set[str]:
+        """Return the names under which it may be by now: it may be sealed, or compressed by another program."""
+        sealed = replace(self, is_open=False)
+        return {self.name, sealed.name, *(replace(sealed, packed=each).name for each in PACKED)}
 
 
 def parse_name(stream: str, name: str) -> Segment | None:
     """Return the segment that a file's name tells of; None when it is another's file."""
     found = _NAME.fullmatch(name)
-    if found is None:
+    if found is None or (found[6] or "") not in PACKED:
         return None
     try:
         at = datetime.strptime(f"{found[1]} +0000", "%Y%m%dT%H%M%S %z")
     except ValueError:
         return None
     began_ns = int(at.timestamp()) * SECOND + int(found[2])
-    return Segment(stream, int(found[3]), began_ns, bool(found[4]), bool(found[5]))
+    return Segment(stream, int(found[3]), began_ns, bool(found[4]), bool(found[5]), found[6] or "")
 
 
 def first_for(segments: Sequence[Segment], since_ns: int) -> int:

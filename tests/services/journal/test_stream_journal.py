@@ -22,7 +22,7 @@ from shared.journal.encoding import Numbered
 from shared.journal.records import Identity, Reached
 from shared.journal.retention import Bounds, expired
 from shared.journal.segment_writer import SegmentWriter
-from shared.ledger.counters import DISK_ERROR, DISK_FULL, EXPIRED, SEGMENTS, TAKEN, WRITE_ERRNO, WRITTEN
+from shared.ledger.counters import DISK_ERROR, DISK_FULL, EXPIRED, KEPT_BYTES, SEGMENTS, TAKEN, WRITE_ERRNO, WRITTEN
 from shared.settings.model import Settings
 from shared.settings.tables import Journal
 from tests.shared.journal.filled import batch_of, identities
@@ -164,6 +164,39 @@ def test_what_others_have_removed_is_not_there(
     assert journal.report()[EXPIRED] == 1
 
 
+@pytest.mark.parametrize("kept_too", [True, False])
+def test_compressed_segments_count_and_go_in_their_turn(
+    tmp_path: Path, disk: DiskThread, monkeypatch: pytest.MonkeyPatch, kept_too: bool
+) -> None:
+    """Another program compresses segments, before a start or behind it: they take room, and the oldest goes first."""
+    journal = left_by_two_workers(tmp_path, disk, monkeypatch)
+    one, *_, six = sorted((tmp_path / "flows").iterdir())
+
+    def compress(path: Path) -> None:
+        path.with_name(f"{path.name}.zst").write_bytes(bytes(1000))
+        if not kept_too:
+            path.unlink()
+
+    compress(one)
+    journal.remove(journal.kept()[0])
+    compress(six)
+    wait_until(lambda: disk.collect() or not journal.going, "it is removed")  # type: ignore[func-returns-value]
+    assert not one.with_name(f"{one.name}.zst").exists()
+    size = sum(each.stat().st_size for each in (tmp_path / "flows").iterdir())
+    journal = StreamJournal("flows", tmp_path, 1 << 30, disk)
+    journal.open()
+    assert [each.number for each in journal.segments()] == [2, 3, 4, 5, *([6] if kept_too else [])]
+    assert (journal.report()[SEGMENTS], journal.report()[KEPT_BYTES]) == (5, size)
+    journal.append(identities(rows=[1])[0], batch_of([("192.0.2.1", 1, b"one")]))
+    journal.write()
+    assert journal.segments()[-1].number == 7
+    wait_until(partial(_sealed, journal, disk), "it is sealed")
+    for each in journal.kept():
+        journal.remove(each)
+    wait_until(lambda: disk.collect() or not journal.going, "they are removed")  # type: ignore[func-returns-value]
+    assert list((tmp_path / "flows").iterdir()) == []
+
+
 def test_what_can_not_be_removed_does_not_keep_others(
     tmp_path: Path, disk: DiskThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,6 +242,38 @@ def test_what_can_not_be_sealed_goes_in_its_turn(
     journal.remove(*journal.kept())
     wait_until(lambda: disk.collect() or not journal.going, "it is removed")  # type: ignore[func-returns-value]
     assert list((tmp_path / "flows").iterdir()) == []
+
+
+@pytest.mark.parametrize("failing", ["fdatasync", "fsync"])
+def test_what_could_not_be_sealed_is_sealed_once_the_disk_is_well(
+    tmp_path: Path, disk: DiskThread, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    """A segment that the disk has refused to seal gets its last name without a restart, and is kept until then."""
+    journal = StreamJournal("flows", tmp_path, 1 << 30, disk)
+    journal.open()
+    journal.append(identities(rows=[1])[0], batch_of([("192.0.2.1", 1, b"one")]))
+    journal.write()
+    refused = list[int]()
+
+    def refuse(descriptor: int) -> None:
+        refused.append(descriptor)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def keep_up() -> bool:
+        disk.collect()
+        journal.keep_up()
+        return len(refused) >= 3
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, failing, refuse)
+        patch.setattr(os, "fsync", refuse)
+        journal.seal()
+        wait_until(keep_up, "it is tried again")
+        assert len(journal.kept()) == 1
+
+    wait_until(lambda: keep_up() and _sealed(journal, disk), "it is sealed")
+    assert [each.is_open for each in segments_in(tmp_path, "flows")] == [False]
+    assert journal.segments() == segments_in(tmp_path, "flows")
 
 
 def test_a_small_disk_keeps_something(tmp_path: Path, disk: DiskThread, monkeypatch: pytest.MonkeyPatch) -> None:

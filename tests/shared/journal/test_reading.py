@@ -5,7 +5,7 @@ import pytest
 
 from shared.bus.bodies.journal_messages import JournalPlace, JournalRead, WorkerPosition
 from shared.datagrams.batch import DatagramBatch
-from shared.journal.directory import segments_in
+from shared.journal.directory import segments_in, set_aside
 from shared.journal.reading import PastBatches, read_portion
 from shared.journal.records import Identity
 from shared.journal.segments import SECOND
@@ -148,10 +148,22 @@ def test_segments_that_can_not_be_read_are_counted_and_the_rest_is_read(two_work
         (directory / segment.name).unlink()
     (directory / segments[0].name).symlink_to(segments[0].name)
     (directory / segments[1].name).mkdir()
-    past = PastBatches(directory, segments, 0, 1 << 62)
+    (directory / f"{segments[2].name}.zst").write_bytes(b"other bytes")
+    past = PastBatches(directory, segments_in(directory.parent, "flows", unreadable=True), 0, 1 << 62)
     assert len(list(past.batches())) == len(order) - 16
     assert past.unread == {"Too many levels of symbolic links": 1, "Is a directory": 1}
     assert (past.gone, past.damaged) == (0, 0)
+
+
+def test_segments_that_are_set_aside_or_compressed_are_counted(two_workers: tuple[Path, Batches]) -> None:
+    """Segments that were set aside, or that another program has compressed, can't be read here: their count tells it."""
+    directory, order = two_workers
+    first, second, _ = segments_in(directory.parent, "flows")
+    set_aside(directory, first)
+    (directory / second.name).rename(directory / f"{second.name}.zst")
+    past = PastBatches(directory, segments_in(directory.parent, "flows", unreadable=True), 0, 1 << 62)
+    assert len(list(past.batches())) == len(order) - 16
+    assert past.unread == {"set aside": 1, "compressed": 1}
 
 
 def test_segments_that_retention_removes_before_a_replay_goes_on_are_counted(

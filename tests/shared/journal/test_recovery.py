@@ -249,7 +249,7 @@ def test_what_holds_no_record_is_set_aside(tmp_path: Path) -> None:
     assert [(each.left.number, each.cut) for each in found] == [(1, 9000), (2, 0)]
     assert [each.name for each in directory.iterdir()] == [segment.name + ".bad"]
     assert segments_in(tmp_path, "flows") == []
-    assert [each.is_bad for each in segments_in(tmp_path, "flows", bad=True)] == [True]
+    assert [each.is_bad for each in segments_in(tmp_path, "flows", unreadable=True)] == [True]
 
 
 @pytest.mark.parametrize("sealed", [True, False])
