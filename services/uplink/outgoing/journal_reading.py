@@ -7,7 +7,6 @@ from typing import Final
 from services.uplink.outgoing.batches import BusBatches
 from services.uplink.outgoing.journaled import JournaledStream
 from services.uplink.packs import Pack
-from shared.bus.bodies.journal_messages import JOURNAL_TOPIC
 from shared.bus.kept_counts import KeptCounts
 from shared.bus.messages import Message, Status, status_topic
 from shared.bus.zmq_sockets import Publisher, Subscriber
@@ -15,8 +14,6 @@ from shared.fanout.past.journal_questions import JournalQuestions, JournalReport
 from shared.fanout.past.pursuit import Step
 
 JOURNAL: Final = "journal."
-ABSENT_SECONDS: Final = 30.0
-"""A journal that is gone for so long is not waited for: what it has and nobody else is counted as lost."""
 LOOK_SECONDS: Final = 0.05
 """Between two looks at a stream that is not live."""
 ALIVE: Final = "alive/"
@@ -35,14 +32,12 @@ class JournalReading:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.streams: dict[str, JournaledStream] = {}
-        self._publisher = publisher
         self._subscriber = subscriber
         self._new_counts = new_counts
         self._window_bytes = window_bytes
         self._clock = clock
         self._questions, self._reports = JournalQuestions(publisher, clock), JournalReports()
         self._alive = new_counts()
-        self._seen_at = clock()
 
     def begin(
         self, streams: Iterable[str], batches: BusBatches, tables: Mapping[str, Mapping[str, int]]
@@ -93,16 +88,14 @@ class JournalReading:
     def steps(self, room: Callable[[], bool]) -> Iterator[tuple[JournaledStream, Step]]:
         """Ask the journal, and yield what goes next, as long as there is room."""
         now = self._clock()
-        here = self._publisher.wanted(JOURNAL_TOPIC)
-        if here or not self.streams:
-            self._seen_at = now
+        here = self._questions.look(now)
         for journaled in self.streams.values():
             for step in journaled.steps(room):
                 yield journaled, step
             if journaled.pursued and room():
                 if here:
                     self._questions.ask(journaled.pursued, now)
-                for step in journaled.settle(gone=now >= self._seen_at + ABSENT_SECONDS):
+                for step in journaled.settle(gone=self._questions.are_vain(journaled.pursued, now)):
                     yield journaled, step
 
     def note_settled(self, pack: Pack) -> None:

@@ -12,7 +12,6 @@ from typing import Final, Generic
 
 import msgspec
 
-from shared.bus.bodies.journal_messages import JOURNAL_TOPIC
 from shared.bus.bodies.template_messages import TemplateDatagram
 from shared.bus.continuity import Position
 from shared.bus.kept_counts import KeptFile
@@ -43,8 +42,6 @@ TURN_SECONDS: Final = 0.0005
 """Live copies wait so long for those of the past, and for the last to be sent, then have as much to themselves."""
 IDLE_SECONDS: Final = 0.05
 """Time after which one is looked at again that gets nothing now."""
-ABSENT_SECONDS: Final = 30.0
-"""A journal that is gone for so long is not waited for: its collectors go on with live copies."""
 REPORT_SECONDS: Final = 1.0
 STRAY_NS: Final = 10_000_000_000
 """A worker that has begun this long before a collector left, and is not known, is none of which it had anything."""
@@ -73,7 +70,6 @@ class CatchUp(Generic[D]):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._due_at = inf
-        self._publisher = publisher
         self._subscriber = subscriber
         self._streams = streams
         self._collectors = collectors
@@ -93,7 +89,6 @@ class CatchUp(Generic[D]):
         self._alive: Counter[str] = kept.new_counts()
         self._away_ns = 0
         """The time at which the last process ended, about; 0: there was none."""
-        self._journal_seen_at = self._clock()
         self._report_at = 0.0
         self._begun: Mapping[str, int] = {}
         """The collectors that are served, by generation."""
@@ -252,7 +247,7 @@ class CatchUp(Generic[D]):
         if not self._pursued:
             self._subscriber.subscribe(self._questions.topic)
             self._subscriber.subscribe(JOURNAL_STATUS)
-            self._journal_seen_at = self._clock()
+            self._questions.begin()
         self._pursued[name, stream], self._tables[name, stream] = pursued, counts
         self.rings.open(stream)
         if name in self._collectors:
@@ -333,8 +328,7 @@ class CatchUp(Generic[D]):
             return
         share = self._per_second / max(1, sum(not each.away for each in self._pursued.values()))
         self._past.allow(self._pursued.values(), share, now)
-        if here := self._publisher.wanted(JOURNAL_TOPIC):
-            self._journal_seen_at = now
+        here = self._questions.look(now)
         most, followed = -1.0, dict[str, dict[Worker, Position]]()
         for key in [key for key, each in self._pursued.items() if not each.away or now >= each.try_at]:
             pursued = self._pursued[key] = self._pursued.pop(key)  # next time the others come first
@@ -344,7 +338,7 @@ class CatchUp(Generic[D]):
                 most = max(most, pursued.allowance, 0.0)
             if here and key[1] in self._journaled:
                 self._questions.ask(pursued, now, len(self._pursued))
-            self._settle(pursued, positions, gone=now >= self._journal_seen_at + ABSENT_SECONDS)
+            self._settle(pursued, positions, vain=self._questions.are_vain(pursued, now, len(self._pursued)))
             if most >= 0 and self._clock() >= now + TURN_SECONDS:
                 most = STEP_ROWS
                 break
@@ -354,11 +348,15 @@ class CatchUp(Generic[D]):
             self._report_at = now + REPORT_SECONDS
             self._tidy()
 
-    def _settle(self, pursued: Pursued, followed: Mapping[Worker, Position], *, gone: bool) -> None:
-        """Find out whether a collector is level now."""
+    def _settle(self, pursued: Pursued, followed: Mapping[Worker, Position], *, vain: bool) -> None:
+        """Find out whether a collector is level now; `vain`: no more is to be awaited of the journal."""
         pursuit = pursued.pursuit
-        window, gone = self.rings[pursuit.stream], gone or pursuit.stream not in self._journaled
-        self._past.perform(pursued, pursuit.give_up(window, followed, at_once=gone))
+        window, gone = self.rings[pursuit.stream], vain or pursuit.stream not in self._journaled
+        steps = pursuit.give_up(window, followed, at_once=gone)
+        if vain and (missing := sum(each.missing for each in steps)):
+            told = "the journal gives nothing: a collector goes on without what it may have"
+            log.warning(told, collector=pursued.name, stream=pursuit.stream, datagrams=missing)
+        self._past.perform(pursued, steps)
         if self._collectors[pursued.name].destination.held:
             return  # it may still be found to be away
         if pursuit.check(window, followed, at_once=gone) is PursuitState.LIVE:

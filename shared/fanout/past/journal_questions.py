@@ -34,6 +34,10 @@ AGAIN_SECONDS: Final = 0.05
 """Time after which a journal that was at its end is asked again."""
 REFUSED_SECONDS: Final = 1.0
 """Likewise after a refusal."""
+SILENT_SECONDS: Final = 30.0
+"""A journal that has given nothing for so long is not waited for: it is gone, or hangs, or refuses each question."""
+ANSWERED_AT_ONCE: Final = 64
+"""Questions that a journal lets wait: with more that catch up, each is given more time."""
 ACCOUNT: Final = "journal/"
 """Beginning of the name of a stream's account."""
 LOSSES: Final = (DISK_FULL, DISK_ERROR, MISSED)
@@ -64,6 +68,8 @@ class Pursued:
     question: _Question | None = None
     allowance: float = 0.0
     ask_at: float = 0.0
+    waited: float = 0.0
+    """Seconds that questions have taken to which the journal gave nothing, since it has given something."""
     pace: float = 0.0
     """Datagrams a second that it may have at least."""
     twice_until_ns: int = 0
@@ -92,6 +98,22 @@ class JournalQuestions:
         self._ids = itertools.count(1)
         self._asked: WeakValueDictionary[int, Pursued] = WeakValueDictionary()
         """By question: the pursuit that awaits the answer."""
+        self.begin()
+
+    def begin(self) -> None:
+        """Consider the journal to be there now, as nobody has looked for it until now."""
+        self._seen_at = self._clock()
+
+    def look(self, now: float) -> bool:
+        """Return whether a journal is there that can be asked."""
+        if here := self._publisher.wanted(JOURNAL_TOPIC):
+            self._seen_at = now
+        return here
+
+    def are_vain(self, pursued: Pursued, now: float, of: int = 1) -> bool:
+        """Return whether nothing is to be awaited of the journal for one of some that catch up."""
+        patience = SILENT_SECONDS * max(1.0, of / ANSWERED_AT_ONCE)
+        return now >= self._seen_at + SILENT_SECONDS or pursued.waited >= patience
 
     def ask(self, pursued: Pursued, now: float, of: int = 1) -> None:
         """Ask for more, if it is time to, for one of some that catch up."""
@@ -100,6 +122,7 @@ class JournalQuestions:
             if now < pursued.question.until:
                 return
             pursued.question = None
+            pursued.waited += ANSWER_SECONDS
         most = max(1, min(PORTION_ROWS, ALL_ROWS // of)), max(1, min(PORTION_PAYLOAD, ALL_PAYLOAD // of))
         enough = 0 if pursued.away else most[0] // 2
         if pursuit.state is not PursuitState.READING or now < pursued.ask_at or pursuit.queued > enough:
@@ -141,10 +164,12 @@ class JournalQuestions:
             why = portion.message or portion.error
             log.warning("the journal can't be read", collector=pursued.name, stream=pursued.pursuit.stream, reason=why)
             pursued.ask_at = now + REFUSED_SECONDS
+            pursued.waited += REFUSED_SECONDS
             # Of a stream that it could not follow at a reload, what the bus brings is all that there is.
             if portion.error == "unknown_stream":
                 pursued.pursuit.note_portion(None, (), 0, at_end=True)
             return
+        pursued.waited = 0.0
         if question is None or portion.batches != len(question.batches):
             pursued.ask_at = now + AGAIN_SECONDS  # the rest was lost on the way
             return

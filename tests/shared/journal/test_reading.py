@@ -156,7 +156,7 @@ def test_segments_that_can_not_be_read_are_counted_and_the_rest_is_read(two_work
 
 
 def test_segments_that_are_set_aside_or_compressed_are_counted(two_workers: tuple[Path, Batches]) -> None:
-    """Segments that were set aside, or that another program has compressed, can't be read here: their count tells it."""
+    """Segments that were set aside, or that another program has compressed, can't be read here: the count tells."""
     directory, order = two_workers
     first, second, _ = segments_in(directory.parent, "flows")
     set_aside(directory, first)

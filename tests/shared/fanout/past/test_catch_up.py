@@ -22,7 +22,7 @@ from shared.client import Place, Resume
 from shared.datagrams.batch import DatagramBatch
 from shared.datagrams.gathered import MAX_GATHERED
 from shared.fanout.past import catch_up, past_sender
-from shared.fanout.past.journal_questions import JournalQuestions, Pursued
+from shared.fanout.past.journal_questions import SILENT_SECONDS, JournalQuestions, Pursued
 from shared.fanout.past.past_sender import STEP_ROWS
 from shared.fanout.past.rings import Rings
 from shared.fanout.past.window import SECONDS
@@ -371,6 +371,48 @@ def test_a_journal_that_does_not_keep_the_stream_is_not_waited_for(sender: Sende
         sender.publish(A, 1)
         sender.turn()
         assert read_all(sock) == [b"a%06d" % number for number in range(4)]
+
+
+@pytest.mark.parametrize("refuses", [True, False])
+def test_a_journal_that_gives_nothing_is_not_waited_for_without_end(
+    sender: Sender, clock_at: SimpleNamespace, capsys: pytest.CaptureFixture[str], refuses: bool
+) -> None:
+    """It refuses each question, or hangs: in the end collectors get live copies, and what they lack has a cause."""
+    catch_up, asked = sender.service._catch_up, list[float]()
+
+    def answer(_stream: str, number: int, _positions: object) -> None:
+        asked.append(clock_at.now)
+        if refuses:
+            portion = JournalPortion(number, 0, [], None, at_end=False, error="unavailable", message="it can't be read")
+            sender.take("else/", portion, "journal.1")
+
+    sender._answer = answer  # type: ignore[method-assign, assignment]
+    sock, _ = open_receiver("127.0.0.1", 0)
+    with closing(sock):
+        sock.setblocking(False)
+        sender.publish(A, 0)
+        siem = make_client("siem", sock.getsockname()[1], streams=(A,), generation=5)
+        sender.serve(siem)
+        sender.publish(A, 3)
+        sender.turn()
+        sender.serve()
+        sender.publish(A, 4)
+        sender.serve(make_client("siem", siem.port, streams=(A,), generation=6, resume=Resume(1, 5, streams=(A,))))
+        catch_up._clock = catch_up._questions._clock = lambda: clock_at.now
+        catch_up._questions.begin()
+        pursued = catch_up._pursued["siem", A]
+        pursued.pursuit._clock = lambda: clock_at.now
+        pursued.ask_at = 0.0
+        while sender.pursued:
+            sender.turn()
+            clock_at.now += 0.5
+            assert clock_at.now < 60
+        sender.publish(A, 1)
+        sender.turn()
+        assert read_all(sock) == [b"a%06d" % number for number in (0, 1, 2, 7)]
+        assert sender.account("siem")["dropped_not_journaled"] == 4
+        assert asked[0] < 1.0 <= SILENT_SECONDS <= asked[-1] + 6
+    assert "the journal gives nothing: a collector goes on without what it may have" in capsys.readouterr().out
 
 
 def test_a_worker_that_is_started_anew_is_owed_whole_whatever_its_clock_says(sender: Sender) -> None:
