@@ -104,8 +104,10 @@ class JournalReading:
             journaled.cursors.settle(pack)
 
     def keep_up(self) -> None:
-        """Note the time, for the next process. Due each second."""
+        """Note the time, for the next process, and let go of what is not needed any more. Due each second."""
         self._alive[ALIVE_NS] = time.time_ns()
+        for journaled in self.streams.values():
+            journaled.tidy()
 
     def tables(self) -> dict[str, KeptCounts]:
         """Return what is to be kept for the next process."""

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import replace
+from math import inf
 from typing import Final, NamedTuple
 
 from services.uplink.outgoing.batches import Taken
@@ -133,6 +134,11 @@ class JournaledStream:
     def confirm(self, boot: Hashable, reached: Mapping[Worker, int]) -> None:
         """Note what the journal has, as its status tells."""
         self._window.confirm(boot, reached)
+
+    def tidy(self) -> None:
+        """Let go of what is not needed in the window, and of what is known of workers that have ended."""
+        totals = self.pursued.pursuit.totals if self.pursued else None
+        self._window.forget({worker: inf if totals is None else totals.get(worker, 0) for worker in self._positions()})
 
     def newly_owed(self) -> Owed:
         """Return what has become owed since the last call; what was read from the journal before it came is not."""

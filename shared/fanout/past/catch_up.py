@@ -42,7 +42,6 @@ TURN_SECONDS: Final = 0.0005
 """Live copies wait so long for those of the past, and for the last to be sent, then have as much to themselves."""
 IDLE_SECONDS: Final = 0.05
 """Time after which one is looked at again that gets nothing now."""
-REPORT_SECONDS: Final = 1.0
 STRAY_NS: Final = 10_000_000_000
 """A worker that has begun this long before a collector left, and is not known, is none of which it had anything."""
 TABLE: Final = "past/"
@@ -89,7 +88,6 @@ class CatchUp(Generic[D]):
         self._alive: Counter[str] = kept.new_counts()
         self._away_ns = 0
         """The time at which the last process ended, about; 0: there was none."""
-        self._report_at = 0.0
         self._begun: Mapping[str, int] = {}
         """The collectors that are served, by generation."""
         self._stopped: dict[str, tuple[int, list[Place]]] = {}
@@ -344,9 +342,6 @@ class CatchUp(Generic[D]):
                 break
         pause = min(BURST_SECONDS / 2, (STEP_ROWS / 2 - most) / share) if most >= 0 else IDLE_SECONDS
         self._due_at = max(now + max(0.001, pause), 2 * self._clock() - now)
-        if now >= self._report_at:
-            self._report_at = now + REPORT_SECONDS
-            self._tidy()
 
     def _settle(self, pursued: Pursued, followed: Mapping[Worker, Position], *, vain: bool) -> None:
         """Find out whether a collector is level now; `vain`: no more is to be awaited of the journal."""
@@ -366,7 +361,6 @@ class CatchUp(Generic[D]):
             self._watch()
             if not any(name == pursued.name for name, _ in self._pursued):
                 self._progress.note_level(pursued.name, pursued.generation)
-                self._report_at = 0.0
 
     def _tidy(self) -> None:
         for stream, window in self.rings.items():
@@ -387,6 +381,7 @@ class CatchUp(Generic[D]):
     def report(self) -> None:
         """Tell the gateway which collectors are behind, or level again. Due every second."""
         self._alive[ALIVE_NS] = time.time_ns()
+        self._tidy()
         pursued: dict[str, list[Pursued]] = {}
         for each in self._pursued.values():
             pursued.setdefault(each.name, []).append(each)

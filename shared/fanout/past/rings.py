@@ -19,6 +19,9 @@ RING_SECONDS: Final = 12.0
 ALL_BYTES: Final = 192 << 20
 """Bytes that the windows of all streams take at most; the largest is the first to let go."""
 
+LITTLE_BYTES: Final = 4 << 20
+"""With windows that take less, something else takes the memory."""
+
 
 class Rings:
     """Windows, made where they are needed."""
@@ -79,10 +82,22 @@ class Rings:
             batch = replace(batch, payload=bytes(batch.payload))
         numbered = Numbered((envelope.sender, envelope.boot), envelope.sequence, envelope.total, batch)
         window.add(numbered)
-        if (over := sum(each.size for each in self._windows.values()) - ALL_BYTES) > 0:
+        if (over := self.size - ALL_BYTES) > 0:
             largest = max(self._windows.values(), key=lambda each: each.size)
             largest.trim(largest.size - over)
         return numbered
+
+    @property
+    def size(self) -> int:
+        """Bytes that all windows take, about."""
+        return sum(each.size for each in self._windows.values())
+
+    def halve(self) -> bool:
+        """Let go of the oldest, as the process is short of memory; return False where that would hardly help."""
+        if helps := self.size >= LITTLE_BYTES:
+            for window in self._windows.values():
+                window.trim(window.size // 2)
+        return helps
 
     def confirm(self, envelope: Envelope, status: Status) -> None:
         """Note what the journal has, as its status tells."""

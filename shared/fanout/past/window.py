@@ -155,14 +155,21 @@ class Window:
             self.size -= oldest.patch.pop(0).size
 
     def forget(self, passed: Mapping[Worker, float]) -> None:
-        """Let go of what the journal may lack and all that catch up have passed; of others' workers, of all of it."""
-        for worker, run in self._runs.items():
+        """Let go of what the journal may lack and all that catch up have passed; of others' workers, of all of it.
+
+        Nothing is known any more of workers that are not in `passed`, once nothing of them is kept. Due each second.
+        """
+        for worker, run in list(self._runs.items()):
             count = passed.get(worker, inf)
             kept = [each for each in run.patch if each.end > count]
             self.size -= sum(each.size for each in run.patch) - sum(each.size for each in kept)
             run.patch = kept
-            if worker in self._suspect and self._suspect[worker][1] <= count:
-                del self._suspect[worker]
+            if worker not in passed and not (kept or run.batches):
+                del self._runs[worker]
+        self._suspect = {worker: span for worker, span in self._suspect.items() if span[1] > passed.get(worker, inf)}
+        known = passed.keys() | self._runs.keys()
+        self._opening = {worker: count for worker, count in self._opening.items() if worker in known}
+        self._open &= known
 
     def covers(self, worker: Worker, position: int, reached: int) -> bool:
         """Return whether all of a worker's count from `position` up to `reached` is here."""

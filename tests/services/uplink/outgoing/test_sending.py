@@ -9,6 +9,7 @@ import pytest
 from services.uplink.outgoing import cursors
 from services.uplink.outgoing.batches import BusBatches
 from services.uplink.outgoing.journal_reading import JournalReading
+from services.uplink.outgoing.journaled import JournaledStream
 from services.uplink.outgoing.sending import Sending
 from services.uplink.packs import Pack, read_pack
 from shared.bus.bodies.journal_messages import JournalPortion, JournalRead, Replayed
@@ -272,3 +273,15 @@ def test_messages_are_as_large_as_the_server_takes(sent: Sent) -> None:
         sent.bus.let_batch_come("ingest.1", 10, 3000)
     sent.settle()
     assert (len(sizes), max(sizes) <= 100_000) == (4, True)
+
+
+def test_workers_that_have_ended_are_forgotten() -> None:
+    """The journal tells of each start of a worker: the window keeps nothing of those that have ended."""
+    reading = JournalReading(cast(Publisher, PlayedBus()), cast(Subscriber, PlayedBus()), KeptFile(None).new_counts, 9)
+    journaled = JournaledStream(STREAM, dict, KeptFile(None).new_counts, 9)
+    reading.streams[STREAM] = journaled
+    for boot in range(5):
+        journaled.confirm(boot, {("ingest.1", boot): 7})
+    assert journaled._window._suspect
+    reading.keep_up()
+    assert (journaled._window._suspect, journaled._window._opening) == ({}, {})

@@ -431,6 +431,33 @@ def test_a_worker_that_is_started_anew_is_owed_whole_whatever_its_clock_says(sen
         assert positions[1].received_ns == 99
 
 
+def test_in_a_cluster_workers_that_have_ended_are_forgotten(sender: Sender) -> None:
+    """Nobody catches up for a long time, and the rings are kept: what is known of their workers does not grow."""
+    sender.serve(make_client("siem", 9, streams=(A,), generation=5))
+    catch_up = sender.service._catch_up
+    catch_up.rings.keep([A])
+    told = [{f"origin/ingest.2/{boot:x}/{A}": Counter(reached=5)} for boot in range(5)]
+    for accounts in told:
+        catch_up.rings.confirm(make_envelope(sender="journal.1"), Status("journal.1", 1, 1, 1, 0, 1, {**accounts}))
+    assert len(catch_up.rings[A]._opening) == 5
+    catch_up.report()
+    assert not catch_up.rings[A]._opening
+
+
+def test_short_memory_costs_kept_batches_before_copies_that_wait(
+    sender: Sender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Live batches that are kept go first, since the journal has them; then what waits for collectors."""
+    halved = list[str]()
+    service, helps = sender.service, [True, True, False]
+    monkeypatch.setattr(service.memory, "measure", lambda: True)
+    monkeypatch.setattr(service._catch_up.rings, "halve", lambda: halved.append("rings") or helps[len(halved) - 1])  # type: ignore[func-returns-value]
+    monkeypatch.setattr(service.held, "halve", lambda: halved.append("held"))
+    for _ in range(3):
+        service._keep_up()
+    assert halved == ["rings", "rings", "rings", "held"]
+
+
 def test_a_reload_begins_to_keep_a_stream(sender: Sender) -> None:
     """From then on a collector that goes away is owed what it misses of the stream, whoever signs up meanwhile."""
     gone, _ = open_receiver("127.0.0.1", 0)

@@ -48,6 +48,23 @@ def test_all_streams_together_have_a_bound(monkeypatch: pytest.MonkeyPatch) -> N
     assert kept["large"].first > 100
 
 
+def test_when_memory_is_short_the_older_half_goes() -> None:
+    """All windows let go of their oldest batches, until they take so little that it would hardly help."""
+    kept = Rings(lambda: 0.0)
+    kept.use([KEPT, OTHER])
+    kept.keep([KEPT, OTHER])
+    assert not kept.halve()
+    for total in range(4096):
+        for stream in (KEPT, OTHER):
+            come(kept, stream, total)
+    assert kept.halve()
+    assert [2000 < kept[stream].first < 2100 for stream in (KEPT, OTHER)] == [True, True]
+    assert kept[KEPT].covers(("ingest.1", 1), 2100, 4096)
+    while kept.halve():
+        pass
+    assert 0 < kept.size < rings.LITTLE_BYTES
+
+
 def test_in_a_cluster_what_the_journal_has_not_stays_while_somebody_catches_up() -> None:
     """The journal is killed: who catches up gets what it has missed from the ring, however long that takes."""
     at = SimpleNamespace(now=0.0)

@@ -1,6 +1,6 @@
 from types import SimpleNamespace
 
-from shared.fanout.past.window import SECONDS, Numbered, Window
+from shared.fanout.past.window import SECONDS, Numbered, Window, Worker
 from tests.builders import make_batch
 
 WORKER = "ingest.1", 1
@@ -19,3 +19,22 @@ def test_what_the_journal_may_lack_leaves_room_for_what_comes_live() -> None:
     first = window.find(WORKER, 0)
     assert first is not None
     assert 400 < first.total < 440
+
+
+def test_workers_that_have_ended_are_forgotten() -> None:
+    """Workers are started anew again and again: once nothing of one is kept, nothing is known of it."""
+    at = SimpleNamespace(now=0.0)
+    window = Window(lambda: at.now)
+    reached: dict[Worker, int] = {}
+    for boot in range(20):
+        worker = "ingest.1", boot
+        window.add(Numbered(worker, 1, 0, make_batch([b"x"])))
+        reached[worker] = 1
+        window.confirm(boot // 10, reached)
+        window.confirm(boot // 10, {**reached, ("ingest.2", boot): 5})
+        at.now += SECONDS
+        window.trim()
+        window.forget({worker: 1})
+        known = window._runs.keys(), window._suspect.keys(), window._opening.keys(), window._open
+        assert all(each <= {worker} for each in known), known
+    assert (window.size, window.first, window.stop) == (0, 20, 20)
