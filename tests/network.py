@@ -35,6 +35,7 @@ from tests.stack import wait_until
 SIOCETHTOOL, ETHTOOL_GTXCSUM, ETHTOOL_STXCSUM = 0x8946, 0x16, 0x17
 RTM_NEWLINK, RTM_GETLINK, NLM_F_REQUEST, IFLA_IFNAME, IFLA_OPERSTATE, IF_OPER_UP = 16, 18, 1, 3, 16, 6
 AF_NETLINK, NLMSG_DONE, RTM_NEWROUTE, RTM_GETROUTE, NLM_F_REQUEST_DUMP, RTN_UNICAST = 16, 3, 24, 26, 0x301, 1
+RTF_LOCAL: Final = 1 << 31  # linux/ipv6_route.h
 IFREQ: Final = struct.Struct("16sQ16x")
 OUTER, OUTER_HEADERS = ("192.0.2.1", "192.0.2.2"), 36  # of a tunnel: IPv4, UDP, VXLAN
 
@@ -143,6 +144,28 @@ class Host:
         self.run("ip", "route", "add", network, "via", via)
         self.assert_no_default_route()
 
+    def add_address(self, address: str, interface: str) -> None:
+        """Add an address, with its prefix length; it is usable when this returns."""
+        self.run("ip", "address", "add", address, "dev", interface, *(["nodad"] if ":" in address else []))
+        self.wait_for_own(address)
+
+    def wait_for_own(self, address: str) -> None:
+        """Wait until what comes to an address is taken in.
+
+        The kernel makes the local route of an IPv6 address later, in a work queue, while sockets can be bound to the
+        address at once: a busy machine loses what comes in between.
+        """
+        route = ipaddress.ip_interface(address).ip.packed.hex() + " 80 "  # with its prefix length, 128
+        flags = 8  # of the fields in /proc/net/ipv6_route
+
+        def is_local() -> bool:
+            lines = Path("/proc/thread-self/net/ipv6_route").read_text().splitlines()
+            return any(line.startswith(route) and int(line.split()[flags], 16) & RTF_LOCAL for line in lines)
+
+        if ":" in address:
+            with self.entered():
+                wait_until(is_local, f"{address} has a local route")
+
     def neighbour(self, address: str, mac: str, interface: str) -> None:
         """Know a neighbour's MAC address for ever, whether it is there or not."""
         self.run("ip", "neigh", "replace", address, "lladdr", mac, "dev", interface, "nud", "permanent")
@@ -236,6 +259,8 @@ class End:
         for address in self.addresses.split():
             lines += [f"addr add {address} dev {self.name} {flags} {'nodad' if ':' in address else ''}"]
         self.host.run("ip", "-batch", "-", text="\n".join([*lines, *more]))
+        for address in self.addresses.split():
+            self.host.wait_for_own(address)
         self.host.assert_no_default_route()
 
 

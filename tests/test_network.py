@@ -84,6 +84,18 @@ def test_datagrams_cross_a_link_both_ways(siem: Host, link: Link, version: int) 
 
 
 @both_versions
+def test_addresses_take_datagrams_in_at_once(siem: Host, version: int) -> None:
+    """A datagram to an address that a host has just got arrives, however late the kernel makes the route to it."""
+    with veth(near(HERE), far(siem)):
+        for number in range(10, 30):
+            address = f"10.1.0.{number}" if version == 4 else f"fd01::{number}"
+            siem.add_address(f"{address}/{24 if version == 4 else 64}", "far")
+            with Collector(siem, address) as collector:
+                send(siem, address, collector.port, b"at once")
+                collector.read(1)
+
+
+@both_versions
 def test_checksums_are_computed_without_offload(relay: Host, siem: Host, version: int) -> None:
     """By default the sender's kernel computes checksums and cuts GSO sends, so that frames are those of a real wire."""
     a, b = near(relay), far(siem)

@@ -81,13 +81,13 @@ def test_sources_that_nobody_has_are_claimed_towards_nobody(open_stack: OpenStac
     What the kernel lets in of them is relayed, and refused for copies with the exporter's address: all is counted.
     """
     with small_site(open_stack) as (field, relay, siem), ExitStack() as opened:
-        field.run("ip", "address", "add", "fd00:1::2/64", "dev", "eth", "nodad")
+        field.add_address("fd00:1::2/64", "eth")
         for host, interface, address in (
             (relay, "field", "fd00:1::1/64"),
             (relay, "siem", "fd00:2::1/64"),
             (siem, "eth", "fd00:2::2/64"),
         ):
-            host.run("ip", "address", "add", address, "dev", interface, "nodad")
+            host.add_address(address, interface)
         relayed, original = sign_up(open_stack, relay, opened, siem)
         original6 = opened.enter_context(Collector(siem, "fd00:2::2", 9502))
         register(relay, "fd00:2::2", 9502, "original6")

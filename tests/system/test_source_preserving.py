@@ -167,9 +167,7 @@ def test_each_collector_gets_every_datagram_from_its_exporter(open_stack: OpenSt
         far.route(f"{at(3, 0)}/{24 if four else 64}", via=at(4, 9))
         sources = [(at(1, 100 + number), 1000 + number % 3) for number in range(6)]
         for address in sorted({address for address, _ in sources}):
-            field.run(
-                "ip", "address", "add", f"{address}/{24 if four else 64}", "dev", "eth", *(() if four else ("nodad",))
-            )
+            field.add_address(f"{address}/{24 if four else 64}", "eth")
         with relay.entered():
             open_stack.start_all()
             open_stack.start("transmitter")

@@ -165,14 +165,14 @@ def test_the_answer_that_tells_of_a_smaller_mtu_costs_no_datagram(site: Site, ba
 
 def replace_prefix(site: Site) -> str:
     """The relay's IPv6 prefix is replaced."""
-    site.relay.run(*["ip", "addr", "add", "fd00:22::1/64", "dev", "up", "nodad"])
+    site.relay.add_address("fd00:22::1/64", "up")
     site.relay.run(*["ip", "addr", "del", "fd00:2::1/64", "dev", "up"])
     return "fd00:22::1"
 
 
 def deprecate_address(site: Site) -> str:
     """The relay's temporary address ends, and another one begins."""
-    site.relay.run(*["ip", "addr", "add", "fd00:2::77/64", "dev", "up", "nodad"])
+    site.relay.add_address("fd00:2::77/64", "up")
     site.relay.run(*["ip", "addr", "change", "fd00:2::1/64", "dev", "up", "preferred_lft", "0"])
     return "fd00:2::77"
 

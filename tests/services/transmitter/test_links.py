@@ -58,12 +58,9 @@ class Ends:
     def raise_ends(self) -> None:
         """Set both ends up, with their addresses."""
         for end in (self.near, self.far):
-            lines = [f"link set dev {end.name} up"]
-            lines += [
-                f"addr add {address} dev {end.name} {'nodad' if ':' in address else ''}"
-                for address in end.addresses.split()
-            ]
-            end.host.run("ip", "-batch", "-", text="\n".join(lines))
+            end.host.run("ip", "link", "set", "dev", end.name, "up")
+            for address in end.addresses.split():
+                end.host.add_address(address, end.name)
             end.host.assert_no_default_route()
 
     def begin(self) -> None:

@@ -223,7 +223,7 @@ def test_link_local_sources_stay_on_their_link(
     A route that becomes one by a router, or no longer is, changes that.
     """
     site, bits = Site(opened), "128" if ":" in near else "32"
-    site.siem.run("ip", "addr", "add", f"{beyond}/{bits}", "dev", "eth", *(["nodad"] if ":" in beyond else []))
+    site.siem.add_address(f"{beyond}/{bits}", "eth")
     for address in (near, beyond):
         site.relay.run("ip", "route", "replace", f"{address}/{bits}", "dev", "up")
     near_collector, far_collector = (opened.enter_context(Collector(site.siem, each, 9514)) for each in (near, beyond))

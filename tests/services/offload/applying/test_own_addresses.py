@@ -11,7 +11,7 @@ def test_own_addresses_are_those_that_the_kernel_takes_in(lab: None) -> None:
     others = ["0.0.0.0", "::", "10.2.0.2", "fd00:2::2", "192.0.2.1", *(f"10.3.0.{n}" for n in range(2 * AT_ONCE))]
     with Host() as host, host.entered():
         for address in ("10.2.0.1/32", "fd00:2::1/128"):
-            host.run("ip", "address", "add", address, "dev", "lo", "nodad")
+            host.add_address(address, "lo")
         host.run("ip", "route", "add", "blackhole", "192.0.2.0/24")
         for version in (4, 6):
             host.sysctl(f"net.ipv{version}.ip_nonlocal_bind", 1)
