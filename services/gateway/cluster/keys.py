@@ -4,6 +4,7 @@ Bytes of a name that a key may not have are written as `=` and two hex digits.
 """
 
 import re
+from contextlib import suppress
 from typing import Final
 
 CLIENT: Final = "list.client."
@@ -40,6 +41,19 @@ def unparse_name(name: str) -> str:
     'siem=201=2Em=C3=BCnchen'
     """
     return _OTHER.sub(lambda found: b"=%02X" % found[0][0], name.encode()).decode()
+
+
+def name_in(key: str) -> str:
+    """Return the name in a key of the list; empty: it has none.
+
+    >>> name_in("list.withheld.siem=201"), name_in("session.berlin")
+    ('siem 1', '')
+    """
+    for prefix in (CLIENT, WITHHELD):
+        if key.startswith(prefix):
+            with suppress(ValueError):
+                return parse_name(key.removeprefix(prefix))
+    return ""
 
 
 def parse_name(token: str) -> str:

@@ -134,10 +134,13 @@ class BucketLog:
             "duplicate_window": 2 * 60 * NANO,
         }
 
-    async def follow(self, after: int, take: Callable[[int, str, bytes], None], caught_up: Callable[[], None]) -> None:
+    async def follow(
+        self, after: int, take: Callable[[int, str, bytes, float], None], caught_up: Callable[[], None]
+    ) -> None:
         """Hand each record behind a position to `take`, in order; LogError once they do not come any more.
 
-        `caught_up` is called once those that there are now have come.
+        `take` gets its position, key, content, and the Unix time at which it was stored. `caught_up` is called once
+        those that there are now have come.
         """
         inbox = f"{self._inboxes}.log.{secrets.token_hex(6)}"
         queue: asyncio.Queue[Msg] = asyncio.Queue()
@@ -171,7 +174,7 @@ class BucketLog:
                 if about.sequence.consumer != delivered + 1:
                     raise LogError(f"a record of {self.stream} was lost on the way; it is read again")
                 delivered += 1
-                take(about.sequence.stream, message.subject[prefix:], message.data)
+                take(about.sequence.stream, message.subject[prefix:], message.data, about.timestamp.timestamp())
                 if delivered == pending:
                     caught_up()
         finally:

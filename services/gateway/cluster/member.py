@@ -22,7 +22,6 @@ from services.gateway.counters import (
     REGISTRY_UNAVAILABLE,
     SESSIONS_LIVE,
 )
-from services.gateway.registry.changes import ignore
 from services.gateway.registry.pasts import Gone as Places
 from services.gateway.registry.registry import Registry
 from services.gateway.registry.store import Store
@@ -62,6 +61,8 @@ class Member:
         self.changed: Callable[[], None] = lambda: None
         registry.node, registry.boot = uplink.site, boot
         self.replica = Replica(registry, self.sessions, store, time.monotonic, self._note_record)
+        self.replica.overwritten = self._restore_soon
+        self._restoring = False
         limits = settings.gateway.max_clients, settings.gateway.max_clients_per_holder
         self.changes = ClusterChanges(self.replica, *limits)
         registry.changes = self.changes
@@ -159,12 +160,12 @@ class Member:
         lost = self._created not in ("", bucket.created) or (self._created != "" and older)
         if lost:
             log.error("the bucket of the cluster's registry was lost, or is an older one: this node adds what it has")
-            self.replica.epoch = ""
+            self.replica.epoch = ""  # or the list would seem to be the one that watchers know
         anew = lost or long_away or not self._created
         self._created, self._older = bucket.created, False
         self.replica.begin(anew=anew, restoring=lost)
         if lost:
-            self.changes.make(self.replica.restore, ignore)
+            self._restore_soon()
         caught_up = asyncio.Event()
         follow = bucket.follow(self.replica.position, self.replica.receive, caught_up.set)
         tasks = [
@@ -182,13 +183,28 @@ class Member:
         await caught_up.wait()
         self.replica.caught_up()
         self.sessions.hear_anew(time.monotonic())
-        if not self.replica.epoch:
-            identity = ListIdentity(epoch=secrets.token_urlsafe(12), group_secret=self.replica.registry.groups.secret)
-            with suppress(OvertakenError):
-                await bucket.write([Write(META, encode(identity))], 0, META)
+        await self._identify(bucket)
         self.synced = True
         self.changes.log = bucket
         await self._keep_session(bucket)
+
+    async def _identify(self, bucket: BucketLog) -> None:
+        """Write the identity of the list, if something else stands in its place, or nothing."""
+        if (position := self.replica.identity_due) is not None:
+            epoch, secret = self.replica.epoch or secrets.token_urlsafe(12), self.replica.registry.groups.secret
+            with suppress(OvertakenError):
+                await bucket.write(
+                    [Write(META, encode(ListIdentity(epoch=epoch, group_secret=secret)))], position, META
+                )
+
+    def _restore_soon(self) -> None:
+        """Write anew what the log has not, unless that waits already."""
+        if not self._restoring:
+            self._restoring = True
+            self.changes.make(self.replica.restore, self._note_restored)
+
+    def _note_restored(self, _: None) -> None:
+        self._restoring = False
 
     async def _keep_session(self, bucket: BucketLog) -> None:
         """Write this node's session each second, and at once where somebody waits for that."""
@@ -218,6 +234,7 @@ class Member:
             self._note_available()
             self.changes.call(waiting)
             await self._end_overdue(bucket)
+            await self._identify(bucket)
             await asyncio.sleep(SURE_SECONDS)
             with suppress(TimeoutError):
                 async with asyncio.timeout(max(0.0, began + BEAT_SECONDS - time.monotonic())):

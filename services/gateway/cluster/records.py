@@ -1,5 +1,6 @@
 """Records of the bucket: JSON under a key. Whatever others write there is refused here, and never taken in. No I/O."""
 
+from collections.abc import Iterator
 from typing import Annotated, Final
 
 import msgspec
@@ -12,6 +13,7 @@ from services.gateway.protocol.client_names import check_name
 from services.gateway.protocol.requests import RequestError
 from services.gateway.registry.entry import Entry, Origin
 from services.gateway.registry.pasts import Past
+from services.gateway.registry.revisions import largest_number
 from shared.client import Client, Generation, Withheld
 from shared.net.addresses import pack_address
 
@@ -103,6 +105,12 @@ class ListIdentity(msgspec.Struct, frozen=True, tag="meta", tag_field="kind", kw
 
 
 Record = Entered | Gone | Ordered | Left | Session | ListIdentity
+
+
+class LaterError(ValueError):
+    """A record of a later release; such a release tells of itself by the version in the list's identity."""
+
+
 _decode: Final = msgspec.json.Decoder(Record).decode
 encode: Final = msgspec.json.Encoder().encode
 
@@ -124,8 +132,11 @@ def key_of(record: Record) -> str:
             return keys.META
 
 
-def decode(key: str, data: bytes) -> Record:
-    """Return the record under a key. ValueError: it is none of ours, or damaged."""
+def decode(key: str, data: bytes, stored_at: float) -> Record:
+    """Return the record under a key, which JetStream has stored at this Unix time. ValueError: it is none, or damaged.
+
+    All gateways are told the same time, so all refuse the same records.
+    """
     if len(data) > LARGEST:
         raise ValueError(f"{len(data)} bytes: too long for a record")
     try:
@@ -142,8 +153,21 @@ def decode(key: str, data: bytes) -> Record:
         case Gone() | Ordered() | Left():
             _check_name(record.name)
         case ListIdentity() if record.version > VERSION:
-            raise ValueError(f"of version {record.version}; this release knows {VERSION}")
+            raise LaterError(f"of version {record.version}; this release knows {VERSION}")
+    if max(_numbers_given(record), default=0) > largest_number(stored_at):
+        raise ValueError("a revision or generation that can't have been given yet")
     return record
+
+
+def _numbers_given(record: Record) -> Iterator[int]:
+    """Yield the numbers of a record that all nodes count on from."""
+    match record:
+        case Entered():
+            yield from (record.revision, record.client.generation)
+        case Gone() | Session():
+            yield from (record.revision, record.generation)
+        case Ordered():
+            yield record.revision
 
 
 def _check_name(name: str) -> None:

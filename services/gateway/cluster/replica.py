@@ -16,6 +16,7 @@ from services.gateway.cluster.records import (
     Entered,
     Gone,
     Identity,
+    LaterError,
     Left,
     ListIdentity,
     Ordered,
@@ -23,6 +24,7 @@ from services.gateway.cluster.records import (
     Session,
     decode,
     entry_of,
+    key_of,
     record_of,
 )
 from services.gateway.cluster.sessions import Sessions
@@ -87,6 +89,10 @@ class Replica:
         """The position of the last record of the list."""
         self.damaged = 0
         self.epoch = ""
+        self.identity_due: int | None = None
+        """The position of what stands in place of the list's identity, 0: nothing; None: the identity is there."""
+        self.overwritten: Callable[[], None] = lambda: None
+        """Is told that `restore` is due, as something else has come in place of what this node knows."""
         self.lost: Callable[[Entry, Entry | None], None] = lambda _entry, _successor: None
         """Is told of an entry made by a connection here that another node has replaced, or has let expire."""
         self._cache = cache
@@ -97,6 +103,8 @@ class Replica:
         self._seen: _Seen | None = None
         self._unlisted: set[str] = set()
         self._unlisted_orders: set[str] = set()
+        self._later = False
+        """A later release writes records that this one may not be able to read: none is damaged for certain."""
         self._uncached: list[Change] = []
         registry.leases.measures = sessions.measures
 
@@ -135,34 +143,49 @@ class Replica:
         What is not among these has gone then; `restoring`: it is in `unlisted` instead.
         """
         if anew:
-            self.position = self.list_position = 0
+            self.position = self.list_position = self.identity_due = 0
             self._seen = _Seen(restoring)
             self.sessions.known.clear()
 
-    def receive(self, position: int, key: str, data: bytes) -> None:
-        """Apply the record at a position; one that can't be read is counted, and changes nothing."""
+    def receive(self, position: int, key: str, data: bytes, stored_at: float) -> None:
+        """Apply the record at a position; one that can't be read is counted, and what was there is written again."""
         self.position = position
         if key.startswith(keys.LISTED.removesuffix(">")):
             self.list_position = position
         try:
-            record = decode(key, data)
+            record = decode(key, data, stored_at)
         except ValueError as error:
             self.damaged += 1
+            self._later |= isinstance(error, LaterError)
             self._set_aside(key, position)
             log.warning("a record of the cluster's registry can't be read: it is set aside", key=key, reason=str(error))
-            return
-        self._apply(record, position)
+        else:
+            self._apply_guarded(record, position)
         self._changed()
 
+    def _apply_guarded(self, record: Record, position: int) -> None:
+        """Apply a record; a fault of ours costs that one, or it would end each gateway that reads it, at each start."""
+        try:
+            self._apply(record, position)
+        except Exception as error:
+            self.damaged += 1
+            told = {"key": key_of(record), "reason": repr(error)}
+            log.error("error while a record of the cluster's registry was applied", **told, exc_info=error)
+
     def _set_aside(self, key: str, position: int) -> None:
-        """Keep what is known under a key that has something else now."""
+        """Keep what is known under a key that has something else now, and have it written there again.
+
+        What came before this node began to read is left to nodes that know it: here it may be old.
+        """
         if key.startswith(keys.SESSION):
             self.sessions.move(key.removeprefix(keys.SESSION), position)
-        if self._seen is not None:
-            for prefix, names in ((keys.CLIENT, self._seen.clients), (keys.WITHHELD, self._seen.orders)):
-                if key.startswith(prefix):
-                    with contextlib.suppress(ValueError):
-                        names.add(keys.parse_name(key.removeprefix(prefix)))
+        elif self._later:
+            self.identity_due = None
+        elif key == keys.META:
+            self.identity_due = position
+        elif self._seen is None and (name := keys.name_in(key)):
+            (self._unlisted_orders if key.startswith(keys.WITHHELD) else self._unlisted).add(name)
+            self.overwritten()
 
     def _apply(self, record: Record, position: int) -> None:
         match record:
@@ -272,7 +295,7 @@ class Replica:
                 registry.leases.begin(entry)
 
     def _identify(self, record: ListIdentity) -> None:
-        self.epoch = record.epoch
+        self.epoch, self.identity_due = record.epoch, None
         self._cache.keep_identity(record.epoch, record.group_secret)
         registry = self.registry
         if registry.groups.secret != record.group_secret:
@@ -291,6 +314,8 @@ class Replica:
         elif seen is not None:
             for entry in [each for each in registry.entries() if each.client.name not in seen.clients]:
                 self._make(Change([Event("left", registry.revision, entry)], NO_ORDERS, NO_PASTS, 0))
+                if entry.peer.id > 0:
+                    self.lost(entry, None)
             for name in [name for name in registry.withheld if name not in seen.orders]:
                 by = Identity(*self.identity, 0)
                 self._make(self._ordered(Ordered(by=by, revision=0, name=name), registry.revision))
@@ -299,9 +324,9 @@ class Replica:
         self._flush_cache()
 
     def restore(self) -> None:
-        """Write anew what a log that has begun anew has not; to be planned."""
+        """Write anew what this node knows and the log has not, or not any more; to be planned."""
         registry = self.registry
-        for name in self._unlisted_orders:
+        for name in self._unlisted_orders & {*registry.withheld}:
             registry.order(name, registry.withheld[name])
         registry.narrow(
             [(entry, entry.client.streams) for entry in registry.entries() if entry.client.name in self._unlisted]

@@ -1,4 +1,8 @@
-"""The number of each event of the registry, and the events that wait for watchers and for the bus. No I/O."""
+"""The number of each event of the registry, and the events that wait for watchers and for the bus. No I/O.
+
+Generations begin with the microseconds since 1970, revisions with 1, and each grows by one a change. So neither is ever
+far ahead of the clock.
+"""
 
 from typing import Final
 
@@ -8,6 +12,18 @@ from shared.client import Client
 
 MAX_CHANGE: Final = 56
 """Clients in one change: the largest entry has under 18 KB, and a bus message at most 1 MiB."""
+
+
+CLOCK_ERROR_SECONDS: Final = 100 * 31_557_600
+"""A century: the clock that a generation began with was not wrong by more. Clients may rely on 2**53 until then."""
+
+
+def largest_number(unix_seconds: float) -> int:
+    """Return the largest revision or generation that can have been given at a time; there is room for more behind it.
+
+    A larger one is damage. Counting on from it would soon end where numbers end.
+    """
+    return int((unix_seconds + CLOCK_ERROR_SECONDS) * 1_000_000)
 
 
 class Revisions:

@@ -22,6 +22,7 @@ from services.gateway.admission.peer import Peer
 from services.gateway.admission.rights import Rights
 from services.gateway.registry.entry import NO_ORDERS, Entry, Event, Orders, Origin
 from services.gateway.registry.pasts import NO_PASTS, Gone, Past
+from services.gateway.registry.revisions import largest_number
 from shared.bus.bodies.fields import Number
 from shared.client import Client, Withheld
 from shared.log import get_logger
@@ -172,6 +173,7 @@ class Store:
             self._leave_out(damaged)
         state = database.execute("SELECT revision, generation, boot_id FROM state").fetchall()
         ((self.revision, self.generation, former),) = msgspec.convert(state, tuple[_State])
+        _check_given(self.revision, self.generation)
         if former not in ("", boot_id):
             self.revision += SKIPPED
         # Write in any case: a file that can't be written must be noticed now, even where there is nothing to write.
@@ -346,10 +348,16 @@ def _parse(name: str, text: bytes, now: float) -> Entry:
     kept = msgspec.json.decode(text, type=_KeptOfCluster)
     if kept.client.name != name:
         raise ValueError(f"{kept.client.name!r} is kept as {name!r}")
+    _check_given(kept.client.generation)
     peer = Peer(0, kept.address, kept.port, Rights(kept.holder))
     entry = Entry(kept.client, kept.origin, peer, kept.ttl, float("inf"), 0, kept.held, now, kept.proven)
     entry.host, entry.home, entry.node, entry.boot = kept.host, kept.home, kept.node, kept.boot
     return entry
+
+
+def _check_given(*numbers: int) -> None:
+    if max(numbers) > largest_number(time.time()):
+        raise ValueError(f"a revision or generation that can't have been given yet: {max(numbers)}")
 
 
 def _identity(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 import tomllib
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
@@ -60,7 +61,7 @@ async def follow(log: BucketLog, after: int = 0) -> list[tuple[int, str, bytes]]
     """Return what there is behind a position."""
     came: list[tuple[int, str, bytes]] = []
     caught_up = asyncio.Event()
-    task = asyncio.create_task(log.follow(after, lambda *each: came.append(each), caught_up.set))
+    task = asyncio.create_task(log.follow(after, lambda *each: came.append(each[:3]), caught_up.set))
     async with asyncio.timeout(30):
         await caught_up.wait()
     task.cancel()
@@ -95,6 +96,25 @@ def test_a_log_is_written_on_a_condition(server: NatsServer) -> None:
         assert await follow(log, 7) == []
 
     assert with_log(server, work) == []
+
+
+def test_records_tell_when_they_were_stored(server: NatsServer) -> None:
+    """Each record comes with the time at which the server has stored it, however late it is read."""
+
+    async def work(log: BucketLog) -> None:
+        await log.open(1, create=True)
+        before = time.time()
+        await log.write([Write("past.a", b"1")], 0, "past.a")
+        after = time.time()
+        for _ in range(2):
+            at = asyncio.get_running_loop().create_future()
+            task = asyncio.create_task(log.follow(0, lambda *each: at.set_result(each[3]), lambda: None))  # noqa: B023
+            async with asyncio.timeout(30):
+                assert before <= await at <= after
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    assert with_log(server, work, "timed") == []
 
 
 def test_a_record_may_end_by_itself(server: NatsServer) -> None:

@@ -2,12 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Final
 
+import msgspec
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 from services.gateway.admission.peer import Peer
-from services.gateway.cluster.records import Session, decode, encode, key_of
+from services.gateway.cluster.records import Entered, ListIdentity, Session, decode, encode, key_of
 from services.gateway.cluster.replica import Replica
 from services.gateway.cluster.sessions import SESSION_SECONDS, Sessions
 from services.gateway.registry.changes import never_keep
@@ -15,6 +19,9 @@ from services.gateway.registry.entry import Event, Orders, Origin
 from services.gateway.registry.pasts import Gone
 from services.gateway.registry.registry import RETURN_SECONDS, Registry
 from shared.client import Client, Withheld
+
+STORED_AT: Final = 1_800_000_000.0
+"""The Unix time at which every record is stored."""
 
 
 class NoCache:
@@ -39,9 +46,9 @@ class Log:
         self.last += 1
         self.kept[key] = self.last, data
 
-    def since(self, position: int) -> list[tuple[int, str, bytes]]:
+    def since(self, position: int) -> list[tuple[int, str, bytes, float]]:
         """Return what there is behind a position, in order."""
-        return sorted((at, key, data) for key, (at, data) in self.kept.items() if at > position)
+        return sorted((at, key, data, STORED_AT) for key, (at, data) in self.kept.items() if at > position)
 
 
 class Member:
@@ -59,8 +66,8 @@ class Member:
 
     def follow(self) -> None:
         """Apply all that there is, and note that it was all."""
-        for position, key, data in self.log.since(self.replica.position):
-            self.replica.receive(position, key, data)
+        for record in self.log.since(self.replica.position):
+            self.replica.receive(*record)
         self.replica.caught_up()
 
     def live(self, *, live: bool = True) -> None:
@@ -270,6 +277,88 @@ def test_a_log_that_is_read_anew_tells_who_holds_an_entry() -> None:
     assert [entry.expires_at < float("inf") for entry in a.registry.entries()] == [False, True]
 
 
+@pytest.mark.parametrize("later", [False, True])
+def test_what_is_overwritten_stays(*, later: bool) -> None:
+    """A record that somebody overwrites stays at nodes that know it, and they are to write it anew; a start has it not.
+
+    While a later release may have written it, nothing is due.
+    """
+    log = Log()
+    a, b = Member(log, "a"), Member(log, "b")
+    told: list[None] = []
+    for member in (a, b):
+        member.replica.overwritten = lambda: told.append(None)
+    identity = ListIdentity(epoch="e", group_secret=b"x" * 32)
+    log.write("meta", encode(identity))
+    for act in ("grant", "withhold"):
+        a.follow()
+        a.change(act, "one")
+    for member in (a, b):
+        member.follow()
+    before = a.content
+    log.write("meta", encode(msgspec.structs.replace(identity, version=2)) if later else b"")
+    log.write("list.client.one", b"")
+    log.write("list.withheld.one", b"x")
+    for member in (a, b):
+        member.follow()
+        assert (member.content, member.replica.damaged) == (before, 3)
+        assert member.replica.identity_due == (None if later else 4)
+    assert len(told) == (0 if later else 4)
+    fresh = Member(log, "fresh")
+    fresh.follow()
+    assert len(fresh.registry) == 0
+    if not later:
+        while (changes := b.registry.plan(b.replica.restore)[1]) and (
+            records := b.replica.propose(changes[:1], lambda: None)
+        ):
+            for record in records:
+                log.write(key_of(record), encode(record))
+            b.follow()
+        for member in (a, fresh):
+            member.follow()
+        assert a.registry.plan(a.replica.restore)[1] == []
+        assert a.content == b.content == fresh.content
+        assert _one(fresh).client == _one(a).client
+
+
+def test_a_fault_of_ours_costs_one_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record at which a fault of ours comes to light is logged and counted; those behind it are applied."""
+    log = Log()
+    a, b = Member(log, "a"), Member(log, "b")
+    for name in ("one", "two"):
+        a.follow()
+        a.change("grant", name)
+    enter = b.replica._enter
+
+    def fail(record: Entered, revision: int) -> None:
+        if record.client.name == "one":
+            raise KeyError("one")
+        enter(record, revision)
+
+    monkeypatch.setattr(b.replica, "_enter", fail)
+    with capture_logs() as logs:
+        b.follow()
+    assert [entry.client.name for entry in b.registry.entries()] == ["two"]
+    assert b.replica.damaged == 1
+    assert [each["event"] for each in logs] == ["error while a record of the cluster's registry was applied"]
+
+
+def test_who_held_what_has_gone_meanwhile_is_told() -> None:
+    """A connection that held an entry which is not among all records any more is told, as if it had expired."""
+    log = Log()
+    a = Member(log, "a")
+    a.live()
+    a.follow()
+    a.change("grant", "one", hold=True)
+    a.follow()
+    lost: list[str] = []
+    a.replica.lost = lambda entry, _: lost.append(entry.client.name)
+    del log.kept["list.client.one"]
+    a.replica.begin(anew=True)
+    a.follow()
+    assert (lost, len(a.registry)) == (["one"], 0)
+
+
 def test_a_silent_session_is_overdue() -> None:
     """A session is overdue once it was not written for long; after a time without the log all begin anew."""
     sessions = Sessions("a", 1)
@@ -290,8 +379,8 @@ def test_records_of_an_own_change_are_applied_with_its_connection() -> None:
     a.live()
     a.follow()
     a.change("grant", "one", hold=True)
-    ((_, key, data),) = log.since(1)
-    assert key_of(decode(key, data)) == key
+    ((_, key, data, stored_at),) = log.since(1)
+    assert key_of(decode(key, data, stored_at)) == key
     for member in (a, b):
         member.follow()
     assert (_one(a).peer.id, _one(b).peer.id) == (5, -1)

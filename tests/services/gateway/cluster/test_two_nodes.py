@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from nats.aio.client import Client
 
-from services.gateway.cluster.keys import SESSION, stream_name, subject_of, unparse_name
-from services.gateway.cluster.records import Gone, Identity, encode, key_of
+from services.gateway.cluster.keys import META, SESSION, stream_name, subject_of, unparse_name
+from services.gateway.cluster.records import Gone, Identity, Record, Session, encode, key_of
 from tests.builders import freeze_process
 from tests.services.gateway.cluster.nodes import REGISTRY, Node, accounts_of, agree, in_loop
 from tests.services.gateway.test_watching import Conversation
@@ -187,31 +187,75 @@ def test_the_names_protocol_is_of_all_nodes(nodes: tuple[Node, Node]) -> None:
 
 
 def test_records_of_others_are_set_aside(servers: NatsCluster, nodes: tuple[Node, Node]) -> None:
-    """Records that no gateway wrote are counted, and neither change the list nor stop it."""
+    """Records that no gateway wrote are counted, and neither change the list nor stop it, by whatever number."""
     a, b = nodes
     kept = a.register("kept", ttl=600)["client"]
     agree(a, b)
     before = [accounts_of(node)["registry_damaged"] for node in nodes]
     values = [b"", b"{}", b"\xff", b'{"kind": "gone"}', b"[" * 20_000]
+    by = Identity("x", 1, 1)
+    bad: list[Record] = [
+        Gone(by=by, revision=(1 << 62) - 1, name="none", generation=1),
+        Gone(by=by, revision=1, name="nobody", generation=1 << 62),
+        Session(node="x", boot=1, count=1, live=False, revision=1 << 62, generation=1 << 62),
+    ]
 
     async def write(client: Client) -> None:
         for number, value in enumerate(values):  # each under a key of its own: one may be replaced before it is read
             await client.request(subject_of(REGISTRY, f"list.client.{unparse_name(f'kept {number}')}"), value, 5)
-        await client.request(subject_of(REGISTRY, f"list.client.{unparse_name('kept')}"), b"x", 5)
-        await client.request(subject_of(REGISTRY, f"{SESSION}a"), b"x", 5)
+        for record in bad:
+            await client.request(subject_of(REGISTRY, key_of(record)), encode(record), 5)
 
     in_loop(servers, write)
     publish(servers.each[0], b"PUB %s\xff 1\r\nx\r\n" % subject_of(REGISTRY, "list.client.").encode())
     wait_until(
-        lambda: [accounts_of(node)["registry_damaged"] for node in nodes] == [count + 8 for count in before],
+        lambda: [accounts_of(node)["registry_damaged"] for node in nodes] == [count + 9 for count in before],
         lambda: str([accounts_of(node) for node in nodes]),
     )
     for node in nodes:
         node.lists("kept")
         assert "a record of the cluster's registry can't be read" in node["gateway"].text
-    assert a.ask("renew", name="kept", generation=kept["generation"])["ok"], "a writes its session again"
+    assert a.ask("renew", name="kept", generation=kept["generation"])["ok"]
     assert b.register("next")["ok"]
     agree(a, b)
+
+
+@pytest.mark.parametrize("content", [b"", b"x"], ids=["deleted", "garbage"])
+def test_what_is_overwritten_is_written_again(
+    servers: NatsCluster, nodes: tuple[Node, Node], tmp_path: Path, content: bytes
+) -> None:
+    """Nodes write again what somebody deletes or replaces of theirs, and a node that starts has it.
+
+    So do entries, orders, sessions, and the list's identity.
+    """
+    a, b = nodes
+    kept = a.register("kept", ttl=600, streams=["messages"], port=9600, address="192.0.2.1")["client"]
+    assert a.ask("withhold", name="kept")["ok"]
+    before, keys = a.ask("list"), ["list.client.kept", "list.withheld.kept", f"{SESSION}a", META]
+
+    async def overwrite(client: Client) -> None:
+        headers = {} if content else {"KV-Operation": "DEL"}  # as `nats kv del` does
+        for key in keys:
+            await client.request(subject_of(REGISTRY, key), content, 5, headers=headers)
+
+    in_loop(servers, overwrite)
+
+    async def restored(client: Client) -> bool:
+        found = [
+            await client.jetstream().get_last_msg(stream_name(REGISTRY), subject_of(REGISTRY, key)) for key in keys
+        ]
+        return all(each.data not in (None, content) for each in found)
+
+    wait_until(lambda: in_loop(servers, restored), "all is written again")
+    agree(a, b)
+    with Node(tmp_path / "c", "c", servers) as c:
+        c.begin()
+        agree(a, b, c)
+        after = c.ask("list")
+        assert (after["epoch"], after["withheld"]) == (before["epoch"], before["withheld"])
+        assert c.clients()["kept"]["generation"] == kept["generation"]
+        assert c.ask("renew", name="kept", generation=kept["generation"])["ok"]
+    assert a.ask("release", name="kept")["ok"]
 
 
 def test_a_killed_gateway_comes_back(servers: NatsCluster, tmp_path: Path) -> None:

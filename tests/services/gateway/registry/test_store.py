@@ -201,10 +201,10 @@ def write_another_name(path: Path) -> None:
 
 
 def write_huge_generation(path: Path) -> None:
-    """Write a number that no message on the bus can carry."""
+    """Write a number that can't have been given yet: the next one would be more than the bus can carry."""
     with contextlib.closing(sqlite3.connect(path)) as database, database:
         database.execute(
-            "UPDATE client SET entry = json_set(entry, '$.client.generation', ?) WHERE name = 'n7'", (1 << 62 | 1,)
+            "UPDATE client SET entry = json_set(entry, '$.client.generation', ?) WHERE name = 'n7'", (1 << 62,)
         )
 
 
@@ -212,6 +212,12 @@ def write_wrong_state(path: Path) -> None:
     """Write a revision that is no number."""
     with contextlib.closing(sqlite3.connect(path)) as database, database:
         database.execute("UPDATE state SET revision = 'x'")
+
+
+def write_huge_state(path: Path) -> None:
+    """Write a number of the last generation behind which there is no room."""
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        database.execute("UPDATE state SET generation = ?", (1 << 62,))
 
 
 def rename_column(path: Path) -> None:
@@ -225,7 +231,15 @@ def claim_a_later_format(path: Path) -> None:
     path.write_bytes(data[:18] + b"\x28" + data[19:])
 
 
-DAMAGES = (garble_middle, write_rubbish, drop_state, write_wrong_state, rename_column, claim_a_later_format)
+DAMAGES = (
+    garble_middle,
+    write_rubbish,
+    drop_state,
+    write_wrong_state,
+    write_huge_state,
+    rename_column,
+    claim_a_later_format,
+)
 DAMAGED_ROWS = (write_bad_row, write_no_utf8, write_another_name, write_huge_generation)
 
 
@@ -238,7 +252,7 @@ def test_damaged_file_is_set_aside(path: Path, damage: object) -> None:
             join(registry, f"n{number}")
     damage(path)  # type: ignore[operator]
     with opened(path) as store:
-        assert (store.entries, store.revision) == ([], 0)
+        assert (store.entries, store.revision, store.generation) == ([], 0, 0)
         join(registry_on(store), "one")
     assert [each.name for each in path.parent.glob("registry.sqlite.damaged-*")]
     with opened(path) as store:
