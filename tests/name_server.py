@@ -79,8 +79,11 @@ class NameServer(threading.Thread):
         self.socket.close()
 
 
-def start_asking(stack: Stack, name: str, patience_seconds: int = 1) -> Running:
-    """Start a service that asks the server above, in a mount namespace of its own, and waits for so long."""
+def start_asking(stack: Stack, name: str, patience_seconds: int = 1, *, ready: bool = True) -> Running:
+    """Start a service that asks the server above, in a mount namespace of its own, and waits for so long.
+
+    `name` may have arguments behind it.
+    """
     apart = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--mount", "--map-root-user"]
     if subprocess.run([*apart, "true"], capture_output=True, check=False).returncode:
         pytest.skip("needs a mount namespace of its own")
@@ -93,5 +96,6 @@ def start_asking(stack: Stack, name: str, patience_seconds: int = 1) -> Running:
         pytest.skip(f"{missing[0]}: nothing to mount over")
     command = IN_FILES_OF_OURS.format(at=at, python=sys.executable, name=name)
     running = stack.spawn(name, [*apart, "sh", "-c", command], HONCHO_PROCESS_NAME=f"{name}.1")
-    running.wait_for('"event": "ready"')
+    if ready:
+        running.wait_for('"event": "ready"')
     return running

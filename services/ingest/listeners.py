@@ -247,15 +247,16 @@ def _explained(stream: Stream, endpoint: Endpoint) -> Iterator[None]:
     try:
         yield
     except socket.gaierror as error:
-        raise _unresolved(stream, endpoint, str(error.strerror)) from None
+        code = FAILED if error.errno == socket.EAI_AGAIN else BAD_SETTINGS  # the next start may have an answer
+        raise _unresolved(stream, endpoint, str(error.strerror), code) from None
     except OSError as error:
         raise OperatorError(
             FAILED, f"{_title(stream.name)}: {endpoint}: {error.strerror or error}{_cure(endpoint, error)}"
         ) from None
 
 
-def _unresolved(stream: Stream, endpoint: Endpoint, reason: str) -> OperatorError:
-    return OperatorError(BAD_SETTINGS, f"{_title(stream.name)}: {endpoint}: {reason}; name a host that resolves")
+def _unresolved(stream: Stream, endpoint: Endpoint, reason: str, code: int = BAD_SETTINGS) -> OperatorError:
+    return OperatorError(code, f"{_title(stream.name)}: {endpoint}: {reason}; name a host that resolves")
 
 
 def _title(stream: str) -> str:

@@ -10,7 +10,7 @@ import zmq
 
 from shared.bus.curve_keys import Keys, load_keys
 from shared.datagrams.limits import MAX_PAYLOAD, MAX_ROWS, ROW_SIZE
-from shared.net.addresses import Endpoint
+from shared.net.addresses import Endpoint, SocketAddress, resolve
 from shared.settings.explain import SettingsError
 from shared.settings.tables import Bus
 
@@ -51,8 +51,8 @@ class BusLink:
         try:
             if self.broker is not None:
                 at = tcp_endpoint(self.broker, "subscribe")
-                socket.create_connection((at.host, at.port), PROBE_SECONDS).close()
-                return True
+                found = resolve(at.host, at.port, socket.SOCK_STREAM, PROBE_SECONDS)
+                return any(_accepts(family, address) for family, address in found)
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
                 probe.setblocking(False)
                 with suppress(BlockingIOError):
@@ -60,6 +60,14 @@ class BusLink:
         except OSError:
             return False
         return True
+
+
+def _accepts(family: socket.AddressFamily, address: SocketAddress) -> bool:
+    with socket.socket(family, socket.SOCK_STREAM) as probe, suppress(OSError):
+        probe.settimeout(PROBE_SECONDS)
+        probe.connect(address)
+        return True
+    return False
 
 
 DIRECT: Final = BusLink()

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Final
 
 import zmq
@@ -46,6 +47,8 @@ HELLO_TOPIC: Final = "broker/"
 """The broker subscribes to it itself, so a publisher that has seen this subscription is connected to a broker."""
 LINGER_MS: Final = 1000
 """Time that unsent messages may hold up an exit: a drain must end within 4 s, and ZeroMQ's default has no limit."""
+TERM_SECONDS: Final = 2.0
+"""Time after which an exit waits no longer for libzmq: getaddrinfo(3) may take a minute, in libzmq's own thread."""
 HANDED_ON: Final = Path("/proc/self/fd")
 """Directory of descriptors: a process that may open the bus directory hands it on this way to one that may not."""
 MAX_SUBSCRIPTION: Final = 2 * MAX_TOPIC
@@ -68,9 +71,17 @@ def broker_is_up(directory: Path, link: BusLink = DIRECT) -> bool:
     return link.is_up(directory)
 
 
+class _Context(zmq.Context[zmq.Socket[bytes]]):
+    def term(self) -> None:
+        """Wait until sockets have lingered; not for the resolver, which libzmq's thread asks for `[bus] connect`."""
+        ending = Thread(target=super().term, name="bus end", daemon=True)
+        ending.start()
+        ending.join(TERM_SECONDS)
+
+
 def new_context() -> zmq.Context[zmq.Socket[bytes]]:
     """A ZeroMQ context with one I/O thread; never shared across fork."""
-    return zmq.Context(io_threads=1)
+    return _Context(io_threads=1)
 
 
 def configure(sock: zmq.Socket[bytes], high_water_mark: int) -> zmq.Socket[bytes]:

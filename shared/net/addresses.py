@@ -4,14 +4,18 @@ import contextlib
 import ipaddress
 import re
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Final, cast
+from queue import Empty, SimpleQueue
+from threading import Thread
+from typing import Any, Final, cast
 
 V4_MAPPED: Final = bytes(10) + b"\xff\xff"
 """The first 12 bytes of an IPv4 address mapped into IPv6 (RFC 4291, 2.5.5.2)."""
 
+PATIENCE_SECONDS: Final = 10.0
+"""Time that a start or a command waits for the resolver, which may take a minute to give up."""
 MAX_NAME: Final = 253
 _LABEL: Final = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
 """An underscore is in no host name, but in many zones of sites."""
@@ -196,10 +200,13 @@ def _has_link_scope(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> b
 
 SocketAddress = tuple[str, int] | tuple[str, int, int, int]
 """An address for bind(2) of an IP socket: host and port, for IPv6 with flow label and scope."""
+_Found = Sequence[tuple[socket.AddressFamily, socket.SocketKind, int, str, Any]]
 
 
-def resolve(host: str, port: int, kind: socket.SocketKind) -> list[tuple[socket.AddressFamily, SocketAddress]]:
-    """Return every address of `host`, IPv4 and IPv6, each once. OSError when the name is not known.
+def resolve(
+    host: str, port: int, kind: socket.SocketKind, patience_seconds: float | None = PATIENCE_SECONDS
+) -> list[tuple[socket.AddressFamily, SocketAddress]]:
+    """Return every address of `host`, IPv4 and IPv6, each once. OSError when the name is not known, or not in time.
 
     An interface behind `%` is part of the address where it has link scope; otherwise it only says where a group is
     joined.
@@ -208,10 +215,35 @@ def resolve(host: str, port: int, kind: socket.SocketKind) -> list[tuple[socket.
     try:
         if percent and not _has_link_scope(ipaddress.ip_address(address)):
             host = address
-        found = socket.getaddrinfo(host, port, type=kind, flags=socket.AI_PASSIVE)
+        waits = patience_seconds is not None and is_name(host) and host != "localhost"
+        found = _ask_for(patience_seconds, host, port, kind) if waits else _ask(host, port, kind)
     except (UnicodeError, ValueError):  # an empty label, or one too long to look up
         raise socket.gaierror(socket.EAI_NONAME, "not a host name") from None
     return list(dict.fromkeys((family, cast(SocketAddress, at)) for family, _, _, _, at in found))
+
+
+def _ask(host: str, port: int, kind: socket.SocketKind) -> _Found:
+    return socket.getaddrinfo(host, port, type=kind, flags=socket.AI_PASSIVE)
+
+
+def _ask_for(seconds: float | None, host: str, port: int, kind: socket.SocketKind) -> _Found:
+    """Ask in a thread, as getaddrinfo(3) can't be told how long to wait."""
+    answer: SimpleQueue[_Found | Exception] = SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answer.put(_ask(host, port, kind))
+        except (OSError, ValueError) as error:
+            answer.put(error)
+
+    Thread(target=ask, name="host lookup", daemon=True).start()  # not waited for at the end
+    try:
+        found = answer.get(timeout=seconds)
+    except Empty:
+        raise socket.gaierror(socket.EAI_AGAIN, f"no answer within {seconds:g} s") from None
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
 def are_apart(some: Iterable[str], others: Iterable[str]) -> bool:

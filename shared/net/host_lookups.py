@@ -103,7 +103,7 @@ class HostLookups:
     def _look_up(self) -> None:
         for name in _emptied(self._due):
             try:
-                found = resolve(name, 0, socket.SOCK_DGRAM)
+                found = resolve(name, 0, socket.SOCK_DGRAM, None)
             except OSError as error:
                 self._answers.put((name, (), error.strerror or str(error)))
             else:

@@ -283,7 +283,7 @@ class Readiness:
             self._warn_at = float("inf")
             where = {"connect": self._bus.connect} if self._bus.connect else {"directory": str(self._bus.path)}
             hint = "; if it runs, its log says whether it refuses this key" if self._bus.keys else ""
-            event = f"waiting for the broker; start it with `fanwire broker`{hint}"
+            event = f"waiting for the broker; start it with `fanwire broker`{hint}{self._bus.name_hint}"
             log.warning(event, service=self._service, **where)
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Final, Literal
 
 from msgspec import Meta, Struct
 
-from shared.net.addresses import Endpoint, pack_network, parse_endpoint
+from shared.net.addresses import Endpoint, is_name, pack_network, parse_endpoint
 from shared.settings.values import (
     MAX_PORT,
     Bytes,
@@ -74,6 +74,13 @@ class Bus(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def broker(self) -> Endpoint | None:
         """`connect`, parsed."""
         return parse_endpoint(self.connect, BUS_SCHEMES) if self.connect else None
+
+    @property
+    def name_hint(self) -> str:
+        """Advice for a broker that does not answer, where `connect` has a host name; else empty."""
+        if self.broker is None or not is_name(self.broker.host):
+            return ""
+        return f"; `getent hosts {self.broker.host}` says whether its name has an address here"
 
     @property
     def key_directory(self) -> Path | None:

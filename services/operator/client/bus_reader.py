@@ -22,7 +22,7 @@ def connected(settings: Settings) -> Iterator[tuple[zmq.Context[zmq.Socket[bytes
     if not broker_is_up(settings.bus.path, link):
         where = settings.bus.connect or settings.bus.path
         cure = "start it with `fanwire run`, or name the settings of the one that runs by --config or FANWIRE_CONFIG"
-        raise OperatorError(UNAVAILABLE, f"no broker at {where}; {cure}")
+        raise OperatorError(UNAVAILABLE, f"no broker at {where}; {cure}{settings.bus.name_hint}")
     context = new_context()
     try:
         yield context, link

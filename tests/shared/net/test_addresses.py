@@ -1,6 +1,7 @@
 import doctest
 import ipaddress
 import socket
+from threading import Event
 
 import pytest
 from hypothesis import given
@@ -126,6 +127,20 @@ def test_host_that_is_not_known_is_an_os_error(lab: None, host: str) -> None:
     """OSError for a name that nobody knows, and for one that can't be a name at all."""
     with pytest.raises(OSError, match=r"."):
         resolve(host, 9, socket.SOCK_DGRAM)
+
+
+def test_a_resolver_is_not_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name without an answer in time is an OSError that says so."""
+    let_go = Event()
+
+    def getaddrinfo(*_: object, **__: object) -> list[object]:
+        let_go.wait()
+        return []
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    with pytest.raises(socket.gaierror, match="no answer within"):
+        resolve("slow.example", 9, socket.SOCK_DGRAM, 0.01)
+    let_go.set()
 
 
 @pytest.mark.parametrize("text", ["fe80::1%eth0", "fe80::1%1"])
