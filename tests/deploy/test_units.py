@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from shared.settings.entries import Stream
 from shared.settings.model import DEFAULT_STREAM, Settings
 from shared.settings.opt_in import OPT_IN
 from shared.settings.tables import Forwarder
-from tests.documents import block
+from tests.documents import block, tables
 from tests.stack import CHECKOUT
 
 UNITS = CHECKOUT / "deploy" / "systemd"
@@ -173,6 +174,20 @@ def test_no_unit_holds_a_secret() -> None:
 def test_reload_is_a_hangup(unit: Path) -> None:
     """`systemctl reload` of each unit sends SIGHUP to its process."""
     assert lines(unit, "ExecReload") == ["kill -HUP $MAINPID"]
+
+
+def test_reload_by_pattern_reaches_units_that_can_reload() -> None:
+    """Each unit that the pattern of deploy/README.md names can reload: for one that can't, systemctl fails."""
+    (pattern,) = re.findall(r"`systemctl reload '(\S+)'`", (CHECKOUT / "deploy" / "README.md").read_text())
+    named = [path for path in (*SERVICES, ANNOUNCER) if fnmatch(path.name, pattern)]
+    assert len(named) == len(SERVICES) + 1
+    assert [path.name for path in named if not lines(path, "ExecReload")] == []
+
+
+def test_production_says_what_the_kill_of_each_service_costs() -> None:
+    """The table of kills has a row for each service that a unit starts."""
+    (killed,) = (table for table in tables("deploy/README.md") if table[0][0] == "killed")
+    assert sorted(row[0] for row in killed[1:] if row[0].isalpha()) == sorted(service_of(unit) for unit in SERVICES)
 
 
 CAPABILITIES = {"transmitter": "CAP_NET_RAW", "offload": "CAP_NET_ADMIN"}
