@@ -43,13 +43,18 @@ class TemplateFeed:
         )
 
     def observe(self, exporters: ExporterTracker) -> None:
-        """Publish renewals that the last datagrams have brought, before these; keep none while nobody subscribes."""
+        """Publish renewals that the last datagrams have brought, before these; what the bus refuses is owed.
+
+        None are kept while nobody subscribes.
+        """
         reader = exporters.templates
-        if reader.renewals:
-            for piece in _pieces(reader.renewals):
-                self._publisher.publish(self._renewals_topic, Renewals(self._stream, piece))
-            reader.renewals.clear()
         reader.renewing = self._publisher.wanted(self._renewals_topic)
+        if reader.renewals and not reader.renewing:
+            reader.renewals.clear()
+        for piece in _pieces(reader.renewals) if reader.renewals else ():
+            if not self._publisher.publish(self._renewals_topic, Renewals(self._stream, piece)):
+                break
+            del reader.renewals[: len(piece)]
 
 
 def _pieces(ready: Sequence[Ready]) -> Iterator[list[TemplateDatagram]]:
