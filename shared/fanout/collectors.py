@@ -1,10 +1,8 @@
 """The collectors that one service sends copies to: their destinations, the routes to them, and the account of each."""
 
-import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Final, Generic
+from typing import Generic
 
 import msgspec
 
@@ -18,7 +16,8 @@ from shared.fanout.kernel_copies import KernelRules
 from shared.fanout.past.overlaps import Overlaps
 from shared.fanout.past.past_routes import PastRoutes
 from shared.fanout.sending.fair_shares import FairShares
-from shared.fanout.served import PASSED, UNSEEN, D, Served, count_received_before, count_rows
+from shared.fanout.served import PASSED, UNSEEN, D, Departed, Served, count_received_before, count_rows
+from shared.fanout.streams import Unserved
 from shared.ledger.accounts import Accounts
 from shared.ledger.counters import (
     BASELINE,
@@ -47,20 +46,6 @@ from shared.ledger.counters import (
 )
 from shared.ledger.equations import dropped
 
-RETURN_SECONDS: Final = 10.0
-"""Time for which a collector that has left may come back to its socket, queue and account: its connection was lost."""
-MAX_DEPARTED: Final = 256
-"""Collectors kept for that; the first to leave go first."""
-
-
-@dataclass(slots=True)
-class _Departed(Generic[D]):
-    """A collector that has left, until when it may come back, and the drops that its account ended with."""
-
-    served: Served[D]
-    until: float
-    dropped: int
-
 
 class Collectors(Generic[D]):
     """Every collector whose copies this process sends.
@@ -84,12 +69,10 @@ class Collectors(Generic[D]):
         """Datagrams that came, by stream, whether anybody got them or not."""
         self._reach = reach
         self._served: dict[str, Served[D]] = {}
-        self._departed: dict[str, _Departed[D]] = {}
+        self.departed = Departed[D]()
         self._elsewhere: dict[str, Client] = {}
         self._known: dict[str, tuple[Client, Counter[str]]] = {}
         """Collectors that the last process has served, and their accounts, until the first registry comes."""
-        self.left = 0
-        """Datagrams that waited for collectors that left, or moved."""
         self.rules = rules
         self.by_kernel_late = 0
         """Copies that the kernel sent after its rules should have changed."""
@@ -163,12 +146,10 @@ class Collectors(Generic[D]):
         before, self._served = self._served, {}
         for client in clients:
             self._served[client.name] = self._serve(client, before.pop(client.name, None))
-        until = time.monotonic() + RETURN_SECONDS
         for name, served in before.items():
             self._settle(served)
-            served.destination.held.paused = True
-            self._departed[name] = _Departed(served, until, dropped(served.account))
-        self._close_departed()
+            self.departed.add(name, served)
+        self.departed.close_old()
         self._elsewhere = {client.name: client for client in elsewhere}
         self._known = {}
         self._routed.update(dict.fromkeys(self.streams_wanted(), 0))
@@ -184,8 +165,8 @@ class Collectors(Generic[D]):
             fresh = False  # it is level now
         if known:
             self._settle(known)
-        elif departed := self._departed.pop(client.name, None):
-            known = departed.served
+        else:
+            known = self.departed.pop(client.name)
         if known and _place(known.destination.client) == _place(client):
             known.destination.adopt(client)
             known.destination.held.paused = False
@@ -193,7 +174,7 @@ class Collectors(Generic[D]):
                 known.destination.held.drop(WITHHELD_BY_ADMIN)
         else:
             if known:
-                self._close(known, dropped(known.account))
+                self.departed.close(known, dropped(known.account))
             known, before = self._new(client), None
             fresh = not known.returning
         if fresh and not client.withheld:
@@ -207,25 +188,6 @@ class Collectors(Generic[D]):
             before, account = None, self._new_counts()
         returning = before is not None and before.generation == client.generation
         return Served(self._reach(client, account), account, self._new_counts(), Checkup(account), returning)
-
-    def _close(self, served: Served[D], dropped_before: int) -> None:
-        """Close a destination whose account has ended with `dropped_before`; count what waited for it."""
-        served.destination.close()
-        self.left += dropped(served.account) - dropped_before
-
-    def _close_departed(self) -> None:
-        """Close those that have been away for too long, and the first ones beyond a number."""
-        now = time.monotonic()
-        for name, departed in list(self._departed.items()):
-            if departed.until <= now or len(self._departed) > MAX_DEPARTED:
-                self._close(departed.served, departed.dropped)
-                del self._departed[name]
-
-    def forget_departed(self) -> None:
-        """Wait no longer for collectors that have left."""
-        for departed in self._departed.values():
-            self._close(departed.served, departed.dropped)
-        self._departed = {}
 
     def _begin(self, served: Served[D]) -> None:
         """Let what comes from now on be counted for a collector."""
@@ -272,14 +234,15 @@ class Collectors(Generic[D]):
                 served.account[MISSED] += missed
                 self._count_unseen(client, stream, missed)
 
-    def count_unserved(self, stream: str, count: int, *, before: bool, published: bool = True) -> None:
-        """Count datagrams of a stream that no process served: with `before`, for those that the last one served."""
+    def count_unserved(self, unserved: Unserved, joining: Collection[str] = ()) -> None:
+        """Count datagrams that no process served; those that came before this one, for whom the last one served."""
+        stream, count, before, published = unserved
         behind = self.past.behind(stream) if published else ()
         for client in self._router.clients(stream):
             served = self._served[client.name]
             if client.name in behind:
                 served.account[OFFERED] += count
-            elif served.returning or not before:
+            elif served.returning or not (before or client.name in joining):
                 served.account[UNSERVED] += count
                 self._count_unseen(client, stream, count)
             else:
@@ -366,7 +329,7 @@ class Collectors(Generic[D]):
         for served in self._served.values():
             served.destination.refresh()
             served.destination.held.count_templates()
-        self._close_departed()
+        self.departed.close_old()
 
     def examine(self, now: float) -> Iterator[tuple[Client, Symptom | None, int]]:
         """Examine each collector; yield those that have a trouble, or have lost datagrams, with how many."""
@@ -393,7 +356,7 @@ class Collectors(Generic[D]):
         for served in self._served.values():
             served.destination.close()
         self._served = {}
-        self.forget_departed()
+        self.departed.close_all()
 
 
 def _place(client: Client) -> tuple[str, int]:

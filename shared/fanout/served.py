@@ -1,5 +1,9 @@
-"""A collector that is served: its destination, and its account, which is complete up to a moment."""
+"""A collector that is served: its destination, and its account, which is complete up to a moment.
 
+One that has left stays for a while, since it may come back to them.
+"""
+
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Final, Generic, Protocol, TypeVar
@@ -12,7 +16,12 @@ from shared.datagrams.routing import Selection
 from shared.fanout.health import Checkup
 from shared.fanout.sending.backlog import Backlog
 from shared.ledger.counters import BASELINE
+from shared.ledger.equations import dropped
 
+RETURN_SECONDS: Final = 10.0
+"""Time for which a collector that has left may come back to its socket, queue and account: its connection was lost."""
+MAX_DEPARTED: Final = 256
+"""Collectors kept for that; the first to leave go first."""
 UNSEEN: Final = "unseen"
 PASSED: Final = "passed"
 MARKS: Final = (BASELINE, UNSEEN, PASSED)
@@ -61,6 +70,52 @@ class Served(Generic[D]):
     marks: Counter[str]
     checkup: Checkup = field(default_factory=Checkup)
     returning: bool = False
+
+
+@dataclass(slots=True)
+class _Departed(Generic[D]):
+    """A collector that has left, until when it may come back, and the drops that its account ended with."""
+
+    served: Served[D]
+    until: float
+    dropped: int
+
+
+class Departed(Generic[D]):
+    """Collectors that have left, and may come back; `lost` counts the datagrams that waited for those that did not."""
+
+    def __init__(self) -> None:
+        self.lost = 0
+        self._departed: dict[str, _Departed[D]] = {}
+
+    def add(self, name: str, served: Served[D]) -> None:
+        """Keep a collector that has just left, whose account has ended; its copies wait."""
+        served.destination.held.paused = True
+        self._departed[name] = _Departed(served, time.monotonic() + RETURN_SECONDS, dropped(served.account))
+
+    def pop(self, name: str) -> Served[D] | None:
+        """Return one that comes back; None: it is not here."""
+        departed = self._departed.pop(name, None)
+        return departed.served if departed else None
+
+    def close(self, served: Served[D], dropped_before: int) -> None:
+        """Close a destination whose account has ended with `dropped_before`; count what waited for it."""
+        served.destination.close()
+        self.lost += dropped(served.account) - dropped_before
+
+    def close_old(self) -> None:
+        """Close those that have been away for too long, and the first ones beyond a number."""
+        now = time.monotonic()
+        for name, departed in list(self._departed.items()):
+            if departed.until <= now or len(self._departed) > MAX_DEPARTED:
+                self.close(departed.served, departed.dropped)
+                del self._departed[name]
+
+    def close_all(self) -> None:
+        """Wait no longer for any of them."""
+        for departed in self._departed.values():
+            self.close(departed.served, departed.dropped)
+        self._departed = {}
 
 
 def count_received_before(time_ns: int, batch: Gathered, selection: Selection) -> int:

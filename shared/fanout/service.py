@@ -237,12 +237,12 @@ class CopyService(CopySender[D]):
 
     def _handle(self, message: Message) -> None:
         body, envelope = message.body, message.envelope
+        worker = envelope.sender, envelope.boot
         if not (message.batch or isinstance(body, Status)) or self._requests:
             self._upkeep_at = 0.0  # for what becomes due by it, such as an answer
         if message.batch is not None:
-            joining = self._templates.before_batch(message.batch.stream, (envelope.sender, envelope.boot))
-            missed = self._streams.note_batch(message.topic, envelope, len(message.batch))
-            if missed:
+            joining = self._templates.before_batch(message.batch.stream, worker)
+            if missed := self._streams.note_batch(message.topic, envelope, len(message.batch)):
                 self._collectors.count_missed(message.batch.stream, missed, joining)
             if missed is not None and len(message.batch):
                 if isinstance(body, Datagrams):
@@ -263,11 +263,11 @@ class CopyService(CopySender[D]):
             self._catch_up.rings.confirm(envelope, body)
         elif isinstance(body, Status):
             for stream, missed in self._streams.reconcile(envelope, body).items():
-                self._collectors.count_missed(stream, missed)
+                self._collectors.count_missed(stream, missed, self._templates.joining(stream, worker))
         else:
             self.handle_message(message)
-        for stream, count, before, published in self._streams.pop_unserved() if self._streams.unserved else ():
-            self._collectors.count_unserved(stream, count, before=before, published=published)
+        for unserved in self._streams.pop_unserved() if self._streams.unserved else ():
+            self._collectors.count_unserved(unserved, self._templates.joining(unserved.stream, worker))
 
     def _gather(self, batch: DatagramBatch, joining: frozenset[str]) -> None:
         """Let a batch wait for others of its stream that have come too, up to the limits; all for the same."""
@@ -355,7 +355,7 @@ class CopyService(CopySender[D]):
             **self._replica.account(),
             "bus_rejected": sum(self._subscriber.rejected.values()),
             **self._streams.counters,
-            LEFT: self._collectors.left,
+            LEFT: self._collectors.departed.lost,
             ELSEWHERE: self._collectors.elsewhere,
             BY_KERNEL_LATE: self._collectors.by_kernel_late,
             FILES_RESTORED: self._restored,
@@ -381,7 +381,7 @@ class CopyService(CopySender[D]):
                 self._collectors.shares.end_wait()
         self._take_all(self._awaited.give_up())
         self._send_all()
-        self._collectors.forget_departed()
+        self._collectors.departed.close_all()
         while self.held and (now := time.monotonic()) < drained_by:
             self._work_at = now + self.work()
             time.sleep(self._pause_ms(drained_by - now) / 1000)

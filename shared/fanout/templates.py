@@ -41,6 +41,8 @@ BURST: Final = 64
 BURSTS: Final = 20
 """Datagrams that leave at once, and the bursts in which all leave unless these are too short: `Backlog.pace` is between
 them, and copies wait behind."""
+MAX_WORKERS: Final = 256
+"""Workers and streams of which renewals wait."""
 MAX_CAME: Final = 4096
 """Renewals of a worker and stream that wait for their datagrams: none come while the worker is short of memory."""
 NUMBER_AT: Final = {9: 12, 10: 8}
@@ -104,6 +106,8 @@ class TemplateDelivery(Generic[D]):
         self._next: dict[str, _Round] = {}
         """Collectors for which the workers are not asked yet, by stream."""
         self._keep: Callable[[str, str, Sequence[TemplateDatagram]], bool] = lambda _name, _stream, _datagrams: False
+        self._withheld: set[tuple[str, str]] = set()
+        """Collectors that catch up, with the stream, which were not sent renewals that came meanwhile."""
         self._due_at: dict[str, float] = {}
         """The time before which the workers are not asked again, by stream."""
 
@@ -124,6 +128,12 @@ class TemplateDelivery(Generic[D]):
         if stream in self._streams:
             self._next.setdefault(stream, _Round(self._followed)).add(name, joining=False)
 
+    def end_past(self, name: str, stream: str) -> None:
+        """Ask for templates that came while a collector caught up: what it got meanwhile was of the time before."""
+        if (name, stream) in self._withheld:
+            self._withheld.discard((name, stream))
+            self.ask(name, stream)
+
     @property
     def joining_since(self) -> float:
         """The first revision of the registry of which a collector gets no copies yet; infinite: there is none."""
@@ -137,6 +147,7 @@ class TemplateDelivery(Generic[D]):
         """
         since, self._followed = min(self._followed + 1, revision), revision
         joined, self._collectors.joined = self._collectors.joined, []
+        self._withheld = {each for each in self._withheld if each[0] in self._collectors}
         for stream in self._streams:
             for client, before in joined:
                 if client.wants(stream):
@@ -196,13 +207,18 @@ class TemplateDelivery(Generic[D]):
 
     def before_batch(self, stream: str, worker: Worker) -> frozenset[str]:
         """Send what is to be sent before a batch of a worker; return the collectors that get no copies of it yet."""
-        waiting = self._joining(stream, worker) if self and worker[0].startswith(ANSWERING) else NOBODY
+        waiting = self.joining(stream, worker)
         if self._came and (came := self._came.pop((stream, worker), None)):
-            self._deliver(stream, came, self._renewed.get(stream, {}).keys() - waiting, waiting, came=True)
+            names = self._renewed.get(stream, {}).keys() - waiting
+            behind = names.intersection(self._collectors.past.behind(stream))
+            self._withheld |= {(name, stream) for name in behind}
+            self._deliver(stream, came, names - behind, waiting, came=True)
         return waiting
 
-    def _joining(self, stream: str, worker: Worker) -> frozenset[str]:
+    def joining(self, stream: str, worker: Worker) -> frozenset[str]:
         """Return the collectors that get no copies yet of what comes from a worker now."""
+        if not (self and worker[0].startswith(ANSWERING)):
+            return NOBODY
         asked, following = self._rounds.get(stream), self._next.get(stream)
         names = NOBODY.union(asked.joining) if asked and worker not in asked.answered else NOBODY
         return names | following.joining if following else names
@@ -215,6 +231,8 @@ class TemplateDelivery(Generic[D]):
                 came = self._came.setdefault((body.stream, worker), [])
                 came += body.datagrams
                 del came[:-MAX_CAME]
+                if len(self._came) > MAX_WORKERS:  # a worker that was killed right behind them has sent nothing else
+                    del self._came[next(iter(self._came))]
         elif isinstance(body, Templates) and (asked := self._rounds.get(body.stream)):
             self._take_piece(asked, worker, body)
 

@@ -88,8 +88,9 @@ class PastSender(Generic[D]):
         self._templates.ask(pursued.name, pursued.pursuit.stream)
 
     def send_rest(self, pursued: Pursued) -> None:
-        """Send one that is level the templates of exporters that were not in the past."""
+        """Send one that is level the templates that it lacks: of exporters not in the past, and those of late."""
         self._templates.send(pursued.pursuit.stream, pursued.templates.pop_rest(), pursued.name)
+        self._templates.end_past(pursued.name, pursued.pursuit.stream)
 
     def allow(self, pursued: Iterable[Pursued], per_second: float, now: float) -> None:
         """Let collectors have as many datagrams as `per_second`, or a pace of their own, gives them until now."""
@@ -106,8 +107,7 @@ class PastSender(Generic[D]):
         if destination.held:
             return self._stays(pursued)
         if pursued.last and not pursued.away and self._clock() >= pursued.try_at:
-            destination.read_errors()
-            if not self._stays(pursued):
+            if not self._hears_nothing(pursued):
                 return False
             pursued.last = []
         if pursued.allowance < 1:
@@ -146,13 +146,16 @@ class PastSender(Generic[D]):
     def _try(self, pursued: Pursued, steps: Iterable[Step]) -> bool:
         """Take steps, and take them back if the collector is found to be away; return whether it is not."""
         served = self._collectors[pursued.name]
-        if served.destination.client.catch_up and pursued.last:
-            served.destination.read_errors()
-            if not self._stays(pursued):
-                return False
+        if not self._hears_nothing(pursued):
+            return False
         pursued.signs, pursued.unsent = signs(served.account), unsent(served.account)
         pursued.last = self.perform(pursued, steps)
         pursued.try_at = self._clock() + ANSWER_SECONDS
+        return self._stays(pursued)
+
+    def _hears_nothing(self, pursued: Pursued) -> bool:
+        """Return whether the network tells nothing against the last steps' datagrams; else their collector is away."""
+        self._collectors[pursued.name].destination.read_errors()
         return self._stays(pursued)
 
     def _stays(self, pursued: Pursued) -> bool:

@@ -517,6 +517,6 @@ def test_collector_that_leaves_takes_what_waits_along(opened: ExitStack, kernel:
     sent.send(make_batch(numbered(0, 10)))
     sent.collectors.replace([])
     wait_until(lambda: (sent.work(), sent.memory_used == 0)[1], "their memory is given back")
-    sent.collectors.forget_departed()
-    assert sent.collectors.left == 10
+    sent.collectors.departed.close_all()
+    assert sent.collectors.departed.lost == 10
     assert received(collector, 0) == []

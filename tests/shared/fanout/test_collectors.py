@@ -13,6 +13,7 @@ from shared.datagrams.gathered import Gathered
 from shared.fanout.collectors import Collectors
 from shared.fanout.kernel_copies import KernelRules
 from shared.fanout.served import MARKS
+from shared.fanout.streams import Unserved
 from shared.ledger.counters import COLLECTOR_COUNTERS
 from shared.ledger.equations import discrepancies
 from tests.builders import make_batch, make_client
@@ -163,9 +164,9 @@ def test_what_nobody_served_is_owed_to_those_that_were_served(
     life.end()
     life = Life(tmp_path / "accounts", make_client("a", **({"port": 9} | fields)))
     life.published["messages"] += 7
-    life.collectors.count_unserved("messages", 7, before=True)
+    life.collectors.count_unserved(Unserved("messages", 7, before=True))
     assert life.account() == ({"expected": 7, "dropped_unserved": 7} if charged else {})
     life.published["messages"] += 2
-    life.collectors.count_unserved("messages", 2, before=False)
+    life.collectors.count_unserved(Unserved("messages", 2, before=False))
     assert life.account()["dropped_unserved"] == (9 if charged else 2)
     life.end()

@@ -21,6 +21,7 @@ from shared.datagrams.sampling import find_buckets, find_share
 from shared.fanout import kernel_copies
 from shared.fanout.collectors import Collectors
 from shared.fanout.kernel_copies import KernelRules
+from shared.fanout.streams import Unserved
 from shared.ledger.equations import discrepancies
 from tests.builders import make_batch, make_client, make_envelope
 
@@ -392,7 +393,7 @@ def test_datagrams_that_never_came_may_have_been_copied() -> None:
     routed(site, [0, 3, 0])
     site.published["messages"] += 6
     site.collectors.count_missed("messages", 3)
-    site.collectors.count_unserved("messages", 3, before=False)
+    site.collectors.count_unserved(Unserved("messages", 3, before=False))
     assert counts(site, "a") == {"by_kernel": 1, "missed": 5, "dropped_unserved": 3, "by_kernel_unseen": 7}
     assert counts(site, "b") == {"missed": 5, "dropped_unserved": 3}
     for marks in ([4], [0]):

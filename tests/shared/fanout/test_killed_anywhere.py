@@ -231,7 +231,7 @@ def succeed(moment: Moment, path: Path) -> Accounts:
                 destination.account[WITHHELD] += 3 if selection.indices is None else len(selection.indices)
             followed.reconcile(envelope, status_of(worker._replace(published=worker.published + 8)))
         for unserved in followed.pop_unserved():
-            served.count_unserved(unserved.stream, unserved.datagrams, before=unserved.before)
+            served.count_unserved(unserved)
         return {**served.accounts(), **followed.accounts()}
     finally:
         followed.close()

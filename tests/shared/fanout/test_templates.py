@@ -168,6 +168,27 @@ def test_who_joins_gets_templates_of_each_worker_before_its_copies() -> None:
     assert sender.collectors.accounts()["collector/a"]["expected"] == 2
 
 
+def test_one_that_catches_up_gets_what_just_came_once_it_is_level() -> None:
+    """A template that changes meanwhile is not for the past: a collector with a share asks for all when it is level."""
+    sender = Sender()
+    sender.serve(make_client("a", sample=2), make_client("b", 10, sample=2))
+    for worker in WORKERS:
+        sender.answer(worker)
+    sender.pass_time()
+    sender.collectors.past.set_behind("a", "netflow")
+    sender.hear(ONE, Renewals("netflow", [told("new")]))
+    sender.live(ONE, b"1", b"2")
+    assert [texts(sender.reached[name].got) for name in "ab"] == [[], ["new", "1"]]
+    sender.collectors.past.end_behind("a", "netflow")
+    for _ in range(2):
+        sender.templates.end_past("a", "netflow")
+        sender.pass_time()
+    sender.answer(ONE, told("new"))
+    assert [texts(sender.reached[name].got) for name in "ab"] == [["new"], ["new", "1"]]
+    sender.templates.end_past("a", "netflow")
+    assert sender.asked.count("templates/netflow/") == 2
+
+
 def test_an_answer_of_which_the_beginning_was_for_others_is_none() -> None:
     """Only what a worker says from its first piece on counts: pieces may be on the way as a collector joins."""
     sender = Sender()
