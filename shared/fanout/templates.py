@@ -128,6 +128,11 @@ class TemplateDelivery(Generic[D]):
         if stream in self._streams:
             self._next.setdefault(stream, _Round(self._followed)).add(name, joining=False)
 
+    def awaits(self, name: str, stream: str) -> bool:
+        """Return whether a collector waits for templates of a stream that were asked for, or are to be."""
+        rounds = self._rounds.get(stream), self._next.get(stream)
+        return any(each is not None and (name in each.joining or name in each.served) for each in rounds)
+
     def end_past(self, name: str, stream: str) -> None:
         """Ask for templates that came while a collector caught up: what it got meanwhile was of the time before."""
         if (name, stream) in self._withheld:

@@ -68,7 +68,8 @@ class CatchUp(Generic[D]):
         templates: TemplateDelivery[D],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._due_at = inf
+        self.due_at = inf
+        """The time at which there is more to do."""
         self._subscriber = subscriber
         self._streams = streams
         self._collectors = collectors
@@ -97,11 +98,6 @@ class CatchUp(Generic[D]):
         self._templates = templates
         collectors.defer_by(self.owed.deferred)
         templates.keep_by(self.keep_templates)
-
-    @property
-    def due_at(self) -> float:
-        """The time at which there is more to do; there is nothing while templates are awaited, which go first."""
-        return inf if self._templates else self._due_at
 
     def use(self, settings: Settings) -> None:
         """Use the journaled streams of these settings, and their pace."""
@@ -251,7 +247,7 @@ class CatchUp(Generic[D]):
         if name in self._collectors:
             self._collectors.past.set_behind(name, stream)
         self._past.ask_templates(pursued)
-        self._due_at = 0.0
+        self.due_at = 0.0
         return pursued
 
     def _end(self, name: str, stream: str) -> None:
@@ -265,7 +261,7 @@ class CatchUp(Generic[D]):
         if not self._pursued:
             self._subscriber.unsubscribe(self._questions.topic)
             self._subscriber.unsubscribe(JOURNAL_STATUS)
-            self._due_at = inf
+            self.due_at = inf
 
     def _journaled_of(self, client: Client) -> set[str]:
         """Return the streams with a journal that a collector wants."""
@@ -280,7 +276,7 @@ class CatchUp(Generic[D]):
         numbered = self.rings.add(envelope, body, batch)
         if numbered and self._pursued:
             self._past.note_live(self._pursued.values(), numbered, joining)
-            self._due_at = min(self._due_at, self._clock())
+            self.due_at = min(self.due_at, self._clock())
         self._absences.note_live((envelope.sender, envelope.boot), batch.stream, envelope.total)
 
     def before_sending(self, stream: str) -> None:
@@ -315,20 +311,22 @@ class CatchUp(Generic[D]):
     def handle(self, message: Message) -> bool:
         """Handle a message of the journal; return whether it is one."""
         if handled := self._questions.handle(message):
-            self._due_at = 0.0
+            self.due_at = 0.0
         return handled
 
     def step(self) -> None:
         """Ask the journal, send what is due, and let those that are level have live copies."""
         now = self._clock()
         if not self._pursued:
-            self._due_at = inf
+            self.due_at = inf
             return
         share = self._per_second / max(1, sum(not each.away for each in self._pursued.values()))
         self._past.allow(self._pursued.values(), share, now)
         here = self._questions.look(now)
         most, followed = -1.0, dict[str, dict[Worker, Position]]()
         for key in [key for key, each in self._pursued.items() if not each.away or now >= each.try_at]:
+            if self._templates.awaits(*key):  # they go first
+                continue
             pursued = self._pursued[key] = self._pursued.pop(key)  # next time the others come first
             positions = followed.setdefault(key[1], self._streams.positions(key[1]))
             pursued.pursuit.behind_live = bool(self._collectors.rules)
@@ -341,7 +339,7 @@ class CatchUp(Generic[D]):
                 most = STEP_ROWS
                 break
         pause = min(BURST_SECONDS / 2, (STEP_ROWS / 2 - most) / share) if most >= 0 else IDLE_SECONDS
-        self._due_at = max(now + max(0.001, pause), 2 * self._clock() - now)
+        self.due_at = max(now + max(0.001, pause), 2 * self._clock() - now)
 
     def _settle(self, pursued: Pursued, followed: Mapping[Worker, Position], *, vain: bool) -> None:
         """Find out whether a collector is level now; `vain`: no more is to be awaited of the journal."""

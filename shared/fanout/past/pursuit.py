@@ -373,6 +373,7 @@ class Pursuit:
 
     def _read_again(self) -> None:
         self.state, self._at_end, self._short_since = PursuitState.READING, False, None
+        self._expired = 0  # the journal tells of it again
         self._fetched.clear()
 
     def _move(self, worker: Worker, total: int) -> None:

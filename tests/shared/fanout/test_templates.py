@@ -201,6 +201,23 @@ def test_an_answer_of_which_the_beginning_was_for_others_is_none() -> None:
     assert texts(sender.got("a")) == ["one", "first"]
 
 
+def test_who_awaits_templates_is_known() -> None:
+    """From the time at which they are to be asked for until all workers have answered, or were given time."""
+    sender = Sender()
+    sender.serve(make_client("a"))
+    sender.serve(make_client("a"), make_client("b", 10))
+    sender.templates.ask("c", "netflow")
+    sender.templates.ask("c", "other")
+    awaits = sender.templates.awaits
+    assert [awaits(name, "netflow") for name in "abc"] == [True] * 3
+    assert not awaits("c", "other")
+    for expected in ([False, True, True], [False] * 3):
+        for worker in WORKERS:
+            sender.answer(worker)
+        sender.pass_time()
+        assert [awaits(name, "netflow") for name in "abc"] == expected
+
+
 def test_an_answer_that_lacks_a_piece_is_asked_for_again() -> None:
     """A piece that the bus has dropped makes the answer none: all of it comes again, and only then copies begin."""
     sender = Sender()

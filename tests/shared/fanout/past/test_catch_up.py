@@ -1,6 +1,5 @@
 """Collectors that are away on some streams and not on others, and what they are owed then: a forwarder, played to."""
 
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -86,7 +85,7 @@ class Sender:
     def turn(self) -> None:
         """Let it do what is due, and let the journal answer."""
         catch_up = self.service._catch_up
-        catch_up._due_at = 0.0
+        catch_up.due_at = 0.0
         self.service._turn()
         self.service._keep_up()
         for (_, stream), pursued in list(catch_up._pursued.items()):
@@ -142,13 +141,23 @@ def until(sender: Sender, done: Callable[[], object]) -> None:
     wait_until(turned, lambda: f"{sender.pursued}")
 
 
-def test_nothing_is_due_while_templates_are_awaited(sender: Sender, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Templates go before the past: what is due only after them does not keep the loop awake."""
-    catch_up = sender.service._catch_up
-    catch_up._due_at = 1.0
-    assert catch_up.due_at == 1.0
-    monkeypatch.setattr(TemplateDelivery, "__bool__", lambda _: True)
-    assert catch_up.due_at == math.inf
+def test_only_those_that_await_templates_wait_for_them(sender: Sender, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Templates go before the past of their collector; others get theirs, however many ask for templates meanwhile."""
+    one, two = (open_receiver("127.0.0.1", 0)[0] for _ in range(2))
+    with closing(one), closing(two):
+        ports = [sock.getsockname()[1] for sock in (one, two)]
+        some = [
+            make_client(name, port, streams=(A,), generation=5, resume=Resume(1, streams=(A,)))
+            for name, port in zip(("one", "two"), ports, strict=True)
+        ]
+        sender.serve(*some)
+        sender.publish(A, 3)
+        with monkeypatch.context() as patch:
+            patch.setattr(TemplateDelivery, "__bool__", lambda _: True)
+            patch.setattr(TemplateDelivery, "awaits", lambda _, name, stream: (name, stream) == ("two", A))
+            until(sender, lambda: ("one", A) not in sender.pursued)
+            assert sender.pursued == {("two", A)}
+        until(sender, lambda: not sender.pursued)
 
 
 def test_one_that_goes_away_while_another_catches_up_costs_nobody_anything(sender: Sender) -> None:

@@ -87,7 +87,7 @@ class Pursued:
 
     def turn(self) -> None:
         """Let it do what is due, and let the journal answer with two batches at most."""
-        self.service._catch_up._due_at = 0.0
+        self.service._catch_up.due_at = 0.0
         self.service._turn()
         self.service._keep_up()
         for pursued in list(self.service._catch_up._pursued.values()):

@@ -310,3 +310,24 @@ def test_a_worker_that_comes_while_the_window_is_read_owes_nothing_of_before() -
         discovered += step.discovered
     assert (sent, missing, discovered) == (16, 0, 6)
     assert pursuit.check(window, followed, at_once=True) is PursuitState.LIVE
+
+
+def test_what_is_read_again_is_not_taken_for_expired_twice() -> None:
+    """A portion told of removed datagrams, and is taken back: what is missing later has its own cause."""
+    pursuit, worker, window = Pursuit("messages", 1, Counter()), ("ingest.1", 1), Window()
+    pursuit.begin([Place("messages", *worker, 0, 0, 1)], {})
+    first, last = (Numbered(worker, total, total, make_batch([b"x"])) for total in (5, 9))
+    for _ in range(2):
+        pursuit.queue([first])
+        pursuit.note_portion(None, (), 5, at_end=True)
+        step = pursuit.next_step(window, {}, 9)
+        assert step is not None
+        assert (step.missing, step.expired) == (5, 5)
+        pursuit.rewind(Place("messages", *worker, 0, 0, 1), {})
+    pursuit.queue([first, last])
+    pursuit.note_portion(None, (), 5, at_end=True)
+    for missing, expired in ((5, 5), (3, 0)):
+        step = pursuit.next_step(window, {}, 9)
+        assert step is not None
+        assert (step.missing, step.expired) == (missing, expired)
+        pursuit.advance(step)

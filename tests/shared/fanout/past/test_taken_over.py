@@ -65,7 +65,7 @@ class Played:
 
     def pass_time(self) -> None:
         """Let it do what is due."""
-        self.service._catch_up._due_at = 0.0
+        self.service._catch_up.due_at = 0.0
         self.service._turn()
         self.service._upkeep_at = 0.0
         self.service._keep_up()
