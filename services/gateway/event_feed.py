@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Final
+from typing import Final, TypeVar
 
 from services.gateway.registry.condition import Word
 from services.gateway.registry.entry import Entry, Event
@@ -24,6 +24,7 @@ PUSHED_AT_ONCE: Final = 32 * 1024
 
 log = get_logger()
 
+T = TypeVar("T")
 Push = Callable[[bytes], None]
 """Takes whole lines that answer no request."""
 
@@ -44,8 +45,8 @@ class EventFeed:
         """The last word of each collector that has been served, for the log."""
         self._past: deque[tuple[int, bytes]] = deque()
         self._past_bytes = 0
-        self._begin = registry.revision
-        """The revision before the first of the past events."""
+        self._begin = self._shown = registry.revision
+        """The revision before the first of the past events, and the last one that anybody was shown."""
 
     def __len__(self) -> int:
         return len(self._watchers)
@@ -73,13 +74,12 @@ class EventFeed:
     def push_events(self) -> None:
         """Push the events since the last call."""
         events = self._registry.pop_events()
-        if not events:
-            return
         for event in events:
             if event.kind in ("left", "expired"):
                 self._words.pop(event.entry.client.name, None)
-        lines = [self._render(event) for event in events]
+        lines = [self._line(self._render, event) for event in events]
         self._remember(events, lines)
+        self._shown = self._registry.revision
         self._push(lines)
 
     def pop_waiting(self, peer: int) -> list[bytes]:
@@ -100,7 +100,7 @@ class EventFeed:
         for entry in changed:
             self._log(entry)
         if changed and self._watchers:
-            self._push([self._render_health(entry) for entry in changed])
+            self._push([self._line(self._render_health, entry) for entry in changed])
 
     def _log(self, entry: Entry) -> None:
         """Log a word that is a trouble, or the end of one."""
@@ -120,7 +120,16 @@ class EventFeed:
     def health_lines(self) -> bytes:
         """Return a line for every collector that is not well now."""
         entries = self._registry.entries()
-        return b"".join(self._render_health(entry) for entry in entries if entry.condition.word != "ok")
+        unwell = [entry for entry in entries if entry.condition.word != "ok"]
+        return b"".join(self._line(self._render_health, entry) for entry in unwell)
+
+    def _line(self, render: Callable[[T], bytes], shown: T) -> bytes:
+        """Return the line of an event or a word; empty: it can't be shown, which no other one is to pay for."""
+        try:
+            return render(shown)
+        except Exception as error:
+            log.error("error while an event was rendered", reason=repr(error), exc_info=error)
+            return b""
 
     def _push(self, lines: Sequence[bytes]) -> None:
         for batch in _batches(lines):
@@ -129,8 +138,14 @@ class EventFeed:
 
     def _remember(self, events: Sequence[Event], lines: Sequence[bytes]) -> None:
         for event, line in zip(events, lines, strict=True):
+            if not line or event.revision <= self._shown:
+                # Some that have its revision may lack the event: only the whole list helps those that come back.
+                self._past.clear()
+                self._past_bytes, self._begin = 0, event.revision + 1
+                continue
             self._past.append((event.revision, line))
             self._past_bytes += len(line)
+            self._shown = event.revision
         while self._past_bytes > KEPT_BYTES:
             self._begin, line = self._past.popleft()
             self._past_bytes -= len(line)

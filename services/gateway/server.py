@@ -36,6 +36,7 @@ from services.gateway.registry.pasts import Gone, Pasts
 from services.gateway.registry.registry import Registry
 from services.gateway.registry.store import Store
 from services.gateway.render import event_line, health_line
+from services.gateway.survival import surviving
 from services.gateway.transport.connection import ClientConnection
 from services.gateway.transport.listeners import BACKLOG, Listener, listening, send_datagram
 from services.gateway.transport.open_connections import AT_ONCE, OpenConnections
@@ -328,9 +329,11 @@ class _Server:
             self._make_once("expire", self.registry.expire)
             if self.member:
                 self.member.check()
-            if self.configured.tick():
-                self._announcer.announce_soon()
-            self._look_after_registry()
+            with surviving("collectors of the settings"):
+                if self.configured.tick():
+                    self._announcer.announce_soon()
+            with surviving("registry"):
+                self._look_after_registry()
             await self._connections.sweep()
             self._announcer.tick(self._accounts)
             readiness.check(listen=self.settings.gateway.listen)
@@ -355,10 +358,15 @@ class _Server:
             self._make_once("loops", lambda: expel_loops(self.destinations, self.registry, self.configured.expelled))
 
     def _make_once(self, what: str, act: Callable[[], None]) -> None:
-        """Make a change that is due, unless it waits already."""
+        """Make a change that is due, unless it waits already; after a fault of ours it is tried again."""
         if what not in self._making:
             self._making.add(what)
-            self.registry.changes.make(act, lambda _: self._making.discard(what))
+            with surviving(what):
+                try:
+                    self.registry.changes.make(act, lambda _: self._making.discard(what))
+                except Exception:
+                    self._making.discard(what)
+                    raise
 
     def _accounts(self) -> Accounts:
         account = {

@@ -25,6 +25,7 @@ from shared.log import get_logger
 
 PATIENCE_SECONDS: Final = 6.0
 """Time for a request: as long as JetStream mostly needs to choose a new leader."""
+AGAIN_SECONDS: Final = 1.0
 TOGETHER: Final = 64
 """Changes that are written together."""
 GONE_SECONDS: Final = 86_400
@@ -52,6 +53,8 @@ class _Asked:
     sure: bool = False
     """All that others have changed before it was asked for is known."""
     written: bool = False
+    landed: bool = False
+    """All that was written last has come back."""
     finished: bool = False
 
 
@@ -96,8 +99,7 @@ class ClusterChanges:
             self._refuse(failed, AWAY)
             return
         deadline = math.inf if failed is None else self._now() + PATIENCE_SECONDS
-        self._queue.append(_Asked(act, done, failed, deadline))
-        self.wake.set()
+        self._append(_Asked(act, done, failed, deadline))
 
     def renew(
         self, find: Callable[[], Entry], done: Callable[[Entry], None], failed: Callable[[Exception], None]
@@ -139,7 +141,10 @@ class ClusterChanges:
         called = [each for each in self._waiting if each in sure]
         self._waiting = [each for each in self._waiting if each not in sure]
         for each in called:
-            each.act()
+            try:
+                each.act()
+            except Exception as error:
+                _call(each.failed or ignore, _as_told(error))
 
     def lose(self) -> None:
         """Note that records can't be written now."""
@@ -199,7 +204,7 @@ class ClusterChanges:
             return
         writes, whole = [], []
         for asked, records in batch:
-            asked.written = True
+            asked.written, asked.landed = True, False
             writes += [_write_of(record) for record in records]
             whole.append(asked)
         writes.sort(key=lambda write: not write.key.startswith("list."))  # the condition stands on the first one
@@ -222,10 +227,10 @@ class ClusterChanges:
         self._written += whole
         if not await self.reach(position, 2.0):
             self.lose()
-        # A change that is tried until it succeeds may be larger than one batch.
-        again = [asked for asked in self._written if asked.failed is None]
-        self._written = [asked for asked in self._written if asked.failed is not None]
-        self._queue.extend(again)
+        # A change that is tried until it succeeds may be larger than one batch; or no node has accepted its records.
+        for asked in [asked for asked in self._written if asked.failed is None]:
+            self._written.remove(asked)
+            asyncio.get_running_loop().call_later(0.0 if asked.landed else AGAIN_SECONDS, self._append, asked)
 
     def _plan_batch(self) -> Iterator[tuple[_Asked, list[Record]]]:
         """Take from the queue what may be written together, decided; answer what is refused or changes nothing."""
@@ -257,40 +262,29 @@ class ClusterChanges:
             return None
         try:
             result, changes = self._registry.plan(asked.act, ahead)
-        except (RequestError, OSError) as refused:
-            if isinstance(refused, RequestError) and refused.error in DOUBTED and not asked.sure:
+        except Exception as error:
+            if isinstance(error, RequestError) and error.error in DOUBTED and not asked.sure:
                 self._doubt(asked)
             else:
-                asked.finished = True
-                if asked.failed is not None:
-                    asked.failed(refused)
-            return None
-        except Exception as error:
-            if asked.failed is None:
-                raise  # of the gateway itself
-            asked.finished = True
-            log.error("error while a change was decided", reason=repr(error), exc_info=error)
-            asked.failed(OSError(errno.EIO, FAULT))
+                _fail(asked, _as_told(error))
             return None
         changes = [change for change in changes if change.events or change.orders]
         if not changes:
             asked.finished = True
-            asked.done(result)
+            _call(asked.done, result)
             return None
         return result, changes if asked.failed is not None else _shortened(changes)
+
+    def _append(self, asked: _Asked) -> None:
+        self._queue.append(asked)
+        self.wake.set()
 
     def _doubt(self, asked: _Asked) -> None:
         def again() -> None:
             asked.sure = True
-            self._queue.append(asked)
-            self.wake.set()
+            self._append(asked)
 
-        def failed(error: Exception) -> None:
-            asked.finished = True
-            if asked.failed is not None:
-                asked.failed(error)
-
-        self.when_sure(again, failed)
+        self.when_sure(again, partial(_fail, asked))
 
     def _landed(self, asked: _Asked, changes: list[Change], result: Any) -> None:
         """Note that changes have been made."""
@@ -300,9 +294,10 @@ class ClusterChanges:
                 held = entry.held and entry.peer.id > 0 and event.kind in ("joined", "changed")
                 if held and not self.connected(entry.peer):
                     self.make(partial(self._registry.release_held, entry.peer), ignore)
+        asked.landed = True
         if not asked.finished and asked.failed is not None:
             asked.finished = True
-            asked.done(result)
+            _call(asked.done, result)
 
     def _touched_by(self, change: Change) -> Iterator[object]:
         for event in change.events:
@@ -326,11 +321,36 @@ class ClusterChanges:
 
     def _refuse(self, failed: Callable[[Exception], None], why: str) -> None:
         self.refused += 1
-        failed(OSError(errno.EAGAIN, why))
+        _call(failed, OSError(errno.EAGAIN, why))
 
     @staticmethod
     def _now() -> float:
         return asyncio.get_running_loop().time()
+
+
+def _as_told(error: Exception) -> Exception:
+    """Return an error as who has asked is told of it; a fault of ours is logged."""
+    if isinstance(error, RequestError | OSError):
+        return error
+    log.error("error while a change was decided", reason=repr(error), exc_info=error)
+    return OSError(errno.EIO, FAULT)
+
+
+def _fail(asked: _Asked, error: Exception) -> None:
+    """Give up a change; the gateway itself is told that it is over."""
+    asked.finished = True
+    if asked.failed is None:
+        _call(asked.done, None)
+    else:
+        _call(asked.failed, error)
+
+
+def _call(callback: Callable[[Any], None], outcome: Any) -> None:
+    """Tell who has asked; a fault of ours there costs nobody else, who all wait for the same task."""
+    try:
+        callback(outcome)
+    except Exception as error:
+        log.error("error while a change was answered", reason=repr(error), exc_info=error)
 
 
 def _shortened(changes: list[Change]) -> list[Change]:

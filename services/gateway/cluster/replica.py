@@ -129,7 +129,8 @@ class Replica:
     def _record(self, part: Change, by: Identity) -> Record:
         if part.orders:
             ((name, order),) = part.orders.items()
-            return Ordered(by=by, revision=self.registry.revision + len(part.events), name=name, order=order)
+            revision = part.events[-1].revision if part.events else self.registry.revision
+            return Ordered(by=by, revision=revision, name=name, order=order)
         (event,) = part.events
         client = event.entry.client
         if event.kind in ("left", "expired"):

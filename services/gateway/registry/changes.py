@@ -72,7 +72,8 @@ class Changes(Protocol):
         """Decide and change by `act`, a call of the registry's methods, and call `done` with what it returns.
 
         `done` is called once the change is stored and made, now or later. Where it is not made: RequestError or
-        OSError, raised or handed to `failed`. In a cluster `act` may be called several times.
+        OSError, raised or handed to `failed`. In a cluster `act` may be called several times, and without `failed` its
+        error is `done` with None.
         """
 
     def renew(

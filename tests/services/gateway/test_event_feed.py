@@ -9,7 +9,9 @@ from structlog.testing import capture_logs
 from services.gateway import event_feed as feed_module
 from services.gateway.admission.peer import Peer
 from services.gateway.event_feed import EventFeed
-from services.gateway.registry.entry import Origin
+from services.gateway.registry.changes import Change
+from services.gateway.registry.entry import NO_ORDERS, Event, Origin
+from services.gateway.registry.pasts import NO_PASTS
 from services.gateway.registry.registry import Registry
 from services.gateway.render import event_line, health_line
 from shared.client import Client
@@ -96,6 +98,46 @@ def test_resuming_leaves_no_gap(actions: list[str], at: int) -> None:
         reader = Reader()
         reader.push(missed)
         assert reader.events == [("joined", revision) for revision in range(at + 1, last + 1)]
+
+
+def test_an_event_of_a_revision_that_was_shown_is_left_out_for_nobody() -> None:
+    """A watcher that has the revision of an event already, and may lack it, gets the whole list when it comes back.
+
+    So it is in a cluster, where a node finds what has gone without a record of that.
+    """
+    registry, feed = make()
+    join(registry, "a")
+    join(registry, "b")
+    feed.push_events()
+    (gone, _) = registry.entries()
+    registry.apply(Change([Event("left", registry.revision, gone)], NO_ORDERS, NO_PASTS, 0))
+    assert [feed.lines_since(revision) for revision in range(3)] == [None, None, None]
+    join(registry, "c")
+    assert feed.lines_since(2) is None
+    join(registry, "d")
+    reader = Reader()
+    reader.push(feed.lines_since(3) or b"")
+    assert reader.events == [("joined", 4)]
+
+
+def test_an_event_that_can_not_be_shown_costs_itself() -> None:
+    """An event at which a fault of ours comes to light is logged; watchers get all others, and later the whole list."""
+
+    def fail(event: Event) -> bytes:
+        if event.entry.client.name == "odd":
+            raise KeyError("odd")
+        return event_line(registry, event)
+
+    registry = Registry(lambda: 0.0, 1)
+    feed, reader = EventFeed(registry, fail, partial(health_line, registry)), Reader()
+    feed.add_watcher(1, reader.push)
+    with capture_logs() as logs:
+        for name in ("a", "odd", "b"):
+            join(registry, name)
+        feed.push_events()
+    assert reader.events == [("joined", 1), ("joined", 3)]
+    assert [each["event"] for each in logs] == ["error while an event was rendered"]
+    assert [feed.lines_since(revision) is None for revision in range(4)] == [True, True, True, False]
 
 
 def words(reader: Reader) -> list[str]:

@@ -17,8 +17,9 @@ from services.gateway.cluster import changes as module
 from services.gateway.cluster.changes import ClusterChanges
 from services.gateway.cluster.log import LogError, OvertakenError, Write
 from services.gateway.protocol.requests import RequestError
+from services.gateway.registry.changes import ignore
 from services.gateway.registry.entry import Entry, Origin
-from shared.client import Client
+from shared.client import Client, Withheld
 from shared.settings.own_listeners import OwnListeners
 from tests.services.gateway.cluster.test_replica import Log, Member
 
@@ -237,18 +238,79 @@ def test_a_look_for_loops_that_the_kernel_refuses_is_over() -> None:
 
 
 def test_a_fault_of_ours_fails_its_change_only() -> None:
-    """An error that nobody expected is logged and answered, and the next change is made."""
-    node = Node(Log(), "a")
+    """An error that nobody expected is logged and answered, and the next change is made; the gateway's own one is over.
 
-    def fail() -> None:
+    So it is with an error in the answer: the request was granted, and others get theirs.
+    """
+    node = Node(Log(), "a")
+    over: list[None] = []
+
+    def fail(*_: object) -> Any:
         raise KeyError("since")
 
     async def work() -> None:
         node.changes.make(fail, node.answers.append, node.answers.append)
+        node.changes.make(fail, over.append)
+        node.changes.make(lambda: None, fail, fail)
+        node.changes.renew(fail, node.answers.append, node.answers.append)
+        node.changes.when_sure(fail, fail)
+        node.register("granted", 2)
+        node.changes._queue[-1].done = fail
         node.register("mine", 1)
-        await until(lambda: len(node.answers) == 2, node)
+        await until(lambda: len(node.answers) == 3, node)
 
     with capture_logs() as logs:
         run(node, work)
-    assert node.words == ["[Errno 5] the gateway failed at this request, as its log says", "mine"]
-    assert [each["event"] for each in logs] == ["error while a change was decided"]
+    fault = "[Errno 5] the gateway failed at this request, as its log says"
+    assert sorted(node.words) == [fault, fault, "mine"]
+    assert over == [None]
+    assert {entry.client.name for entry in node.registry.entries()} == {"granted", "mine"}
+    decided, answered = "error while a change was decided", "error while a change was answered"
+    assert sorted(each["event"] for each in logs) == [*[answered] * 3, *[decided] * 4]
+
+
+@pytest.mark.parametrize("again", [0.0, 3600.0])
+def test_a_change_of_ours_that_no_node_accepts_is_tried_seldom(again: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change of the gateway itself whose records no node accepts is written again after a while, and not before."""
+    monkeypatch.setattr(module, "AGAIN_SECONDS", again)
+    node = Node(Log(), "a")
+    monkeypatch.setattr(node.replica, "_apply_listed", lambda _: None)
+    client, peer, write = Client("mine", 0, "192.0.2.1", 9), Peer(5, "192.0.2.1", 9), node.write
+    written: list[str] = []
+
+    async def note(writes: Sequence[Write], expected: int) -> int:
+        written.extend(each.key.removeprefix("list.client.") for each in writes)
+        return await write(writes, expected)
+
+    monkeypatch.setattr(node, "write", note)
+
+    async def work() -> None:
+        node.changes.make(lambda: node.registry.grant(client, peer, Origin.JSON), ignore)
+        for number in range(4):
+            node.register(f"other-{number}", number)
+            await until(lambda: f"other-{number}" in written, node)  # noqa: B023
+        if not again:
+            await until(lambda: written.count("mine") > 1, node)
+
+    run(node, work)
+    assert (written.count("mine") == 1) == bool(again)
+
+
+def test_an_order_that_is_written_with_others_has_one_revision() -> None:
+    """All nodes have the same revision after an order that stands behind other changes of one write."""
+    log = Log()
+    node, other = Node(log, "a"), Member(log, "b")
+
+    async def work() -> None:
+        node.register("mine", 1)
+        await until(lambda: node.answers, node)
+        node.register("one", 2)
+        node.register("two", 3)
+        order = Withheld("admin", 1.0)
+        node.changes.make(lambda: node.registry.order("mine", order), node.answers.append, node.answers.append)
+        await until(lambda: len(node.answers) == 4, node)
+
+    run(node, work)
+    other.follow()
+    assert node.writes == 2
+    assert node.content == other.content
