@@ -18,7 +18,7 @@ from shared.ledger.counters import BASELINE, MISSED, REACHED, REPEATED, TAKEN
 HOLD_SECONDS: Final = 10.0
 """Time that messages wait for an earlier one: longer than its sender waits for an acknowledgement, see `sending`."""
 MAX_HELD: Final = 48 << 20
-"""Bytes that may wait so, of all origins together; beyond that nothing is waited for."""
+"""Bytes that may wait so, of all sites together. Beyond that, sites with more than an equal part wait for nothing."""
 POSITION_COUNTERS: Final = (REACHED, BASELINE, TAKEN, MISSED, REPEATED)
 MAX_ORIGINS: Final = 1024
 """Bounds the table; of the site with most origins the one goes first that sent nothing for longest."""
@@ -62,7 +62,8 @@ class Arrivals:
     def __init__(self, clock: Callable[[], float]) -> None:
         self.positions: dict[Key, Position] = {}
         self._clock = clock
-        self._held = 0
+        self._held: Counter[str] = Counter()
+        """By site: the bytes that wait."""
 
     def restore(self, tables: Mapping[str, Mapping[str, int]]) -> None:
         """Go on from what the last process has left."""
@@ -84,8 +85,19 @@ class Arrivals:
         if not position.held:
             position.held_until = self._clock() + HOLD_SECONDS
         position.held.append(arrived)
-        self._held += arrived.size
-        return self._release(position) if self._held > MAX_HELD else []
+        self._held[key.site] += arrived.size
+        return self._release(key.site, position) if self._has_too_much(key.site) else []
+
+    def _has_too_much(self, site: str) -> bool:
+        """Return whether a site takes more than its part of a room that is full; who takes most is overdue then."""
+        if self._held.total() <= MAX_HELD:
+            return False
+        ((fullest, _),) = self._held.most_common(1)
+        if fullest != site:
+            for key, position in self.positions.items():
+                if key.site == fullest:
+                    position.held_until = 0.0
+        return self._held[site] * len(+self._held) > MAX_HELD
 
     def follow(self, arrived: Arrived) -> list[Arrived]:
         """Return a message that has waited for one that was handled just now, if there is one."""
@@ -94,7 +106,7 @@ class Arrivals:
             assert position is not None
             if each.after <= position.reached:
                 position.held.remove(each)
-                self._held -= each.size
+                self._held[arrived.origin.site] -= each.size
                 return [each]
         return []
 
@@ -102,16 +114,16 @@ class Arrivals:
         """Return the messages of a site that have waited long enough."""
         now, some = self._clock(), self.positions.items()
         due = [each for key, each in some if key.site == site and each.held and each.held_until <= now]
-        return [arrived for position in due for arrived in self._release(position)]
+        return [arrived for position in due for arrived in self._release(site, position)]
 
     @property
     def holding(self) -> bool:
         """Return whether any message waits for an earlier one."""
-        return self._held > 0
+        return self._held.total() > 0
 
-    def _release(self, position: Position) -> list[Arrived]:
+    def _release(self, site: str, position: Position) -> list[Arrived]:
         held, position.held = sorted(position.held, key=lambda each: each.after), []
-        self._held -= sum(each.size for each in held)
+        self._held[site] -= sum(each.size for each in held)
         return held
 
     def had(self, key: Key, total: int, count: int) -> int:
@@ -142,7 +154,7 @@ class Arrivals:
         """Make room at the cost of the site that takes most of it."""
         ((site, _),) = Counter(key.site for key in self.positions).most_common(1)
         key = next(key for key in self.positions if key.site == site)
-        self._held -= sum(each.size for each in self.positions.pop(key).held)
+        self._held[site] -= sum(each.size for each in self.positions.pop(key).held)
 
     def accounts(self) -> Accounts:
         """Return an account an origin."""

@@ -27,14 +27,14 @@ class Clock:
         return self.now
 
 
-def arrived(after: int, *counts: tuple[int, int], size: int = 100) -> Arrived:
+def arrived(after: int, *counts: tuple[int, int], size: int = 100, site: str = "bonn") -> Arrived:
     """A message with batches: the count before each, and its datagrams."""
     batches = []
     for sequence, (total, count) in enumerate(counts):
         envelope = make_envelope(sender="ingest.1", kind="datagrams", boot=7, sequence=sequence, total=total)
         batch = make_batch([b"x"] * count)
         batches.append(Message(datagrams_topic("messages"), envelope, Datagrams("messages", 0), batch))
-    return Arrived(ORIGIN, 7, after, batches, size)
+    return Arrived(ORIGIN._replace(site=site), 7, after, batches, size)
 
 
 def handle(found: Arrivals, ready: list[Arrived]) -> Iterator[range]:
@@ -116,6 +116,25 @@ def test_little_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.order(arrived(20, (20, 5))) == []
     assert found.order(arrived(25, (25, 5))) == []
     assert flat(handle(found, found.order(arrived(30, (30, 5))))) == list(range(20, 35))
+
+
+def test_a_site_that_takes_all_the_room_leaves_others_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one site takes all the room, messages of another one still wait for earlier ones, and that one's go on."""
+    monkeypatch.setattr(module, "MAX_HELD", 400)
+    clock = Clock()
+    clock.now = 1.0
+    found = Arrivals(clock)
+    for site in ("bonn", "cologne"):
+        flat(handle(found, found.order(arrived(UNKNOWN, (0, 10), site=site))))
+    for after in (20, 25, 30, 35):
+        assert found.order(arrived(after, (after, 5))) == []
+    assert found.order(arrived(20, (20, 5), site="cologne")) == []
+    assert found.order(arrived(25, (25, 5), site="cologne")) == []
+    assert flat(handle(found, found.overdue("bonn"))) == list(range(20, 40))
+    assert found.overdue("cologne") == []
+    assert flat(handle(found, found.order(arrived(10, (10, 10), site="cologne")))) == list(range(10, 30))
+    assert not found.holding
+    assert balanced(found)
 
 
 def test_a_batch_that_was_had_in_part_is_taken_in_part() -> None:
