@@ -155,7 +155,7 @@ class BucketLog:
             pending, delivered = made.num_pending, 0
             if not pending:
                 caught_up()
-            prefix = len(subject_of(self._registry, ""))
+            prefix = subject_of(self._registry, "")
             while True:
                 try:
                     async with asyncio.timeout(SILENT_SECONDS):
@@ -174,7 +174,8 @@ class BucketLog:
                 if about.sequence.consumer != delivered + 1:
                     raise LogError(f"a record of {self.stream} was lost on the way; it is read again")
                 delivered += 1
-                take(about.sequence.stream, message.subject[prefix:], message.data, about.timestamp.timestamp())
+                key = message.subject.removeprefix(prefix)  # what a consumer has handed on here has another subject
+                take(about.sequence.stream, key, message.data, about.timestamp.timestamp())
                 if delivered == pending:
                     caught_up()
         finally:

@@ -99,7 +99,9 @@ class Receiver:
             ack_policy=AckPolicy.EXPLICIT,
             ack_wait=ACK_WAIT_SECONDS,
             max_ack_pending=MAX_ACK_PENDING,
-            filter_subjects=wanted,
+            # One alone is named in the subject of the request, so that permissions can keep a site to that stream.
+            filter_subject=wanted[0] if len(wanted) == 1 else None,
+            filter_subjects=wanted if len(wanted) > 1 else None,
         )
         what = f"site {self.site}"
         try:

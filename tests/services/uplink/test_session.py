@@ -131,7 +131,9 @@ class Secured:
         certificate, key = authority.sign("nats")
         self.authority, self.files = authority.certificate, {}
         text = block("services/uplink/README.md", "uplink-server")
-        for site in ("berlin", "bonn", "stranger"):
+        text = text.replace("fanwire.berlin.netflow.", "fanwire.berlin.flows.")
+        text = text.replace("users: [", 'users: [ { nkey: "ADMIN" }')
+        for site in ("berlin", "bonn", "stranger", "admin"):
             seed, public = seed_and_key()
             self.files[site] = directory / f"{site}.nk"
             self.files[site].write_text(f"{seed}\n")

@@ -12,6 +12,7 @@ import msgspec
 import pytest
 from nats.aio.client import Client
 
+from services.gateway.cluster.keys import subject_of
 from services.gateway.cluster.log import BucketLog, LogError, OvertakenError, Write
 from shared.nats.connection import CarefulClient, open_connection
 from shared.settings.uplink import Uplink
@@ -96,6 +97,19 @@ def test_a_log_is_written_on_a_condition(server: NatsServer) -> None:
         assert await follow(log, 7) == []
 
     assert with_log(server, work) == []
+
+
+def test_a_message_of_another_subject_has_no_key_of_ours(server: NatsServer) -> None:
+    """A message in the bucket that has another subject, as a consumer can hand on there, does not pass for a record."""
+
+    async def work(log: BucketLog) -> None:
+        config = {"name": log.stream, "subjects": [subject_of("odd", ">"), "other.>"]}
+        await log._client.request(f"$JS.API.STREAM.CREATE.{log.stream}", json.dumps(config).encode())
+        subject = "other.".ljust(len(subject_of("odd", "")), "x") + "list.client.a"
+        await log._client.request(subject, b"1")
+        assert [key for _, key, _ in await follow(log)] == [subject]
+
+    assert with_log(server, work, "odd") == []
 
 
 def test_records_tell_when_they_were_stored(server: NatsServer) -> None:
