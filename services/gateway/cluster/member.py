@@ -135,6 +135,8 @@ class Member:
                 self._troubles.say(f"registry {endpoint}", f"the connection to {endpoint} has ended; trying again")
             except (ConnectError, OperatorError, LogError) as error:
                 self._troubles.say(f"registry {endpoint}", f"{error}; trying again")
+            except Exception as error:  # whatever a message has led to: without the cluster the last list still serves
+                log.error("a fault has ended this node's part in the cluster", reason=repr(error), exc_info=error)
             pause = shortest if time.monotonic() - began > longest else min(longest, 2 * pause)
             await asyncio.sleep(pause)
 

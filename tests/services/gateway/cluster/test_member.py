@@ -160,6 +160,29 @@ def test_servers_that_are_away_are_told_once_each(monkeypatch: pytest.MonkeyPatc
     assert told == [f"can't connect to nats://127.0.0.1:{port}: refused; trying again" for port in (1, 2)]
 
 
+def test_a_fault_of_ours_ends_a_connection_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error that nobody expected while a node takes part is logged, and the node connects again."""
+    monkeypatch.setattr(member_module, "RECONNECT_SECONDS", (0.0, 0.0))
+    tried = 0
+
+    async def fail(*_: object) -> None:
+        nonlocal tried
+        tried += 1
+        raise KeyError("odd")
+
+    monkeypatch.setattr(member_module, "open_connection", fail)
+
+    async def work(node: Node) -> None:
+        connecting = asyncio.create_task(node.member._stay_connected())
+        await until(lambda: tried > 2 or connecting.done())
+        assert not connecting.done()
+        await end(connecting)
+
+    with capture_logs() as lines:
+        run(work)
+    assert {line["event"] for line in lines} == {"a fault has ended this node's part in the cluster"}
+
+
 def test_a_secret_that_can_not_be_read_is_a_trouble(tmp_path: Path) -> None:
     """A file of credentials that is missing at a reconnection is told of; the gateway tries again and goes on."""
 
