@@ -45,8 +45,9 @@ SEGMENT_SECONDS: Final = LASTING_NS / SECOND
 """A segment is sealed at this size or age: what retention removes at once, and the error of a search by time."""
 RETRY_SECONDS: Final = 1.0
 """After an error of the disk nothing is written for this long: a disk that fails would hold up the loop each time."""
-GATHERED_ROWS: Final = 1024
-"""Batches with as many datagrams are written without waiting for more: these would cost hardly less together."""
+GATHERED_ROWS: Final = 4096
+GATHERED_BYTES: Final = 4 * MAX_PAYLOAD
+"""Batches with as much are written without waiting for more: these would cost hardly less together."""
 NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 log = get_logger()
@@ -64,7 +65,7 @@ class StreamJournal:
         self.reached: dict[str, Reached] = {}
         """By worker: what it has reached with its last batch here."""
         self._segment_bytes = min(SEGMENT_BYTES, most_bytes // 8)
-        self._gathered_bytes = min(MAX_PAYLOAD, self._segment_bytes // 8)
+        self._gathered_bytes = min(GATHERED_BYTES, self._segment_bytes // 8)
         self._waiting: list[Numbered] = []
         self._waiting_rows = self._waiting_bytes = 0
         self._disk = disk
