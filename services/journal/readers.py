@@ -4,6 +4,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from math import inf
 from typing import Final, Protocol
 
 from services.journal.stream_journal import StreamJournal
@@ -26,6 +27,9 @@ JOINED_NS: Final = 100_000_000
 """The most that batches have together that are joined, and the time within which they were received: each message has
 its cost, and the first one's time stands for all of them."""
 
+LATELY_SECONDS: Final = 1.0
+"""For so long after a request the next one is likely to come."""
+
 log = get_logger()
 
 
@@ -44,14 +48,21 @@ class Readers:
     ) -> None:
         self._publish, self._streams, self._clock = publish, streams, clock
         self._waiting: deque[tuple[float, JournalRead]] = deque()
+        self._asked_at = -inf
         self.refused = 0
         """Requests that were answered with an error."""
 
     def __bool__(self) -> bool:
         return bool(self._waiting)
 
+    @property
+    def asked_lately(self) -> bool:
+        """Return whether somebody reads: the next request may come at any time."""
+        return self._clock() < self._asked_at + LATELY_SECONDS
+
     def add(self, request: JournalRead, *, memory_short: bool) -> None:
         """Let a request wait for its turn, or refuse it."""
+        self._asked_at = self._clock()
         if len(self._waiting) >= MAX_WAITING or memory_short:
             why = "the journal's memory is short" if memory_short else f"{MAX_WAITING} requests wait already"
             self._refuse(request, "unavailable", f"{why}; ask again in a second")

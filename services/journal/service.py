@@ -34,13 +34,13 @@ from shared.settings.own_listeners import FollowedListeners
 
 TURN_MESSAGES: Final = 256
 """Bus messages handled in a row before a reader and housekeeping get their turn."""
-FILL_SECONDS: Final = 0.01
+FILL_SECONDS: Final = 0.03
 """The longest time for which messages gather: to wake for each one costs as much as to write it."""
-FILL_MESSAGES: Final = 16
-"""About as many gather, a small part of a queue of the bus. Behind a turn that found more, none are waited for: either
-they are enough, or this process had to wait for the CPU."""
-BUSY_SECONDS: Final = 0.02
-"""Messages gather while some have come as lately as this."""
+READING_SECONDS: Final = 0.01
+"""Likewise while somebody reads: a request waits as long."""
+FILL_MESSAGES, FILL_ROWS = 16, 2048
+"""About as many gather, a small part of a queue of the bus, and of what a worker can lend. Behind a turn that found
+twice as many messages none are waited for: this process had to wait for the CPU."""
 QUIET_SECONDS: Final = 0.25
 INPUT_SECONDS: Final = 1.0
 """After SIGTERM the workers may still flush: input ends when nothing has come for a while, or after this."""
@@ -129,26 +129,25 @@ class JournalService:
         readiness = Readiness(self.name, self._settings.bus, lambda: self._publisher.ready)
         reload = Reload(self.name, lifecycle, self._settings, self._apply_settings)
         directory = str(self._settings.journal.path)
-        signals, busy_until, handled, period, turned_at = lifecycle.fileno(), 0.0, TURN_MESSAGES, 0.0, 0.0
+        signals, handled, rows, period, turned_at = lifecycle.fileno(), TURN_MESSAGES, 0, 0.0, 0.0
         with select.epoll() as waking, select.epoll() as filling:
             for descriptor in (self._publisher.fileno(), signals):
                 waking.register(descriptor, select.EPOLLIN)
                 filling.register(descriptor, select.EPOLLIN)
             waking.register(self._subscriber.fileno(), select.EPOLLIN)
             while not lifecycle.draining:
-                now = time.monotonic()
+                most = READING_SECONDS if self._readers.asked_lately else FILL_SECONDS
                 if handled == TURN_MESSAGES or self._readers:
                     woken = waking.poll(0)
-                elif 0 < handled < FILL_MESSAGES and now < busy_until:
-                    woken = filling.poll(fill_seconds(handled, period))
+                elif fill := fill_seconds(handled, rows, period, most):
+                    woken = filling.poll(fill)
                 else:
-                    woken = waking.poll(max(0.0, self._due_at - now))
-                busy_until = now + BUSY_SECONDS if handled else busy_until
+                    woken = waking.poll(max(0.0, self._due_at - time.monotonic()))
                 if any(descriptor == signals for descriptor, _ in woken):
                     lifecycle.heed()
                 now = time.monotonic()
                 period, turned_at = now - turned_at, now
-                handled = self._turn()
+                handled, rows = self._turn()
                 self._keep_up()
                 reload.check()
                 readiness.check(directory=directory, streams=sorted(self._journaled))
@@ -160,20 +159,21 @@ class JournalService:
         unsynced = any(stream.unsynced for stream in self._streams.values()) and not self._syncing
         return min(self._upkeep_at, self._reporter.due_at, self._sync_at if unsynced else self._upkeep_at)
 
-    def _turn(self) -> int:
-        """Handle the messages that have come, up to a limit, and one reader; return the number of messages."""
-        handled = 0
+    def _turn(self) -> tuple[int, int]:
+        """Handle the messages that have come, up to a limit, and one reader; return numbers of messages and rows."""
+        handled = rows = 0
         while handled < TURN_MESSAGES and (message := self._subscriber.receive()):
             for each in self._resumption.order(message):
                 self._take(each)
             handled += 1
+            rows += len(message.batch) if message.batch else 0
         for each in self._resumption.overdue():
             self._take(each)
         for stream in self._streams.values():
             stream.write()
         if self._readers:
             self._readers.answer()
-        return handled
+        return handled, rows
 
     def _take(self, message: Message) -> None:
         body, envelope, batch = message.body, message.envelope, message.batch
@@ -260,7 +260,7 @@ class JournalService:
         began = time.monotonic()
         quiet_at = began + QUIET_SECONDS
         while (now := time.monotonic()) < min(quiet_at, began + INPUT_SECONDS):
-            if self._turn():
+            if any(self._turn()):
                 quiet_at = time.monotonic() + QUIET_SECONDS
             else:
                 self._subscriber.socket.poll(int((quiet_at - now) * 1000) + 1)
@@ -279,9 +279,12 @@ class JournalService:
         self._lock.close()
 
 
-def fill_seconds(handled: int, period: float) -> float:
-    """Return for how long messages may gather, after so many have come in a period of seconds."""
-    return min(FILL_SECONDS, FILL_MESSAGES * period / handled)
+def fill_seconds(messages: int, rows: int, period: float, most: float = FILL_SECONDS) -> float:
+    """Return for how long messages may gather, after as many have come in a period of seconds; 0: none would gather."""
+    if not 0 < messages < 2 * FILL_MESSAGES:
+        return 0.0
+    fill = min(most, period * FILL_MESSAGES / messages, period * FILL_ROWS / max(1, rows))
+    return fill if fill * messages > period else 0.0
 
 
 CURE: Final = "set [journal] directory to one of this user's"

@@ -4,11 +4,12 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
 
 import pytest
 
-from services.journal.service import FILL_SECONDS, JournalService, fill_seconds
+from services.journal.service import FILL_ROWS, FILL_SECONDS, JournalService, fill_seconds
 from shared.bus.bodies.journal_messages import WorkerPosition
 from shared.bus.endpoint import queue_limit
 from shared.capture.reader import CaptureReader
@@ -59,9 +60,20 @@ def test_what_gathers_is_a_small_part_of_a_queue() -> None:
     settings = Settings()
     queue = queue_limit(settings.bus.high_water_mark, settings.journal.memory)
     assert f"holds {queue} batches" in (CHECKOUT / "services/journal/README.md").read_text()
-    for rate in (1, 100, 1000, 10_000, 100_000):
-        assert rate * fill_seconds(rate, 1.0) <= queue / 8
-    assert fill_seconds(1, 1.0) == fill_seconds(3, 0.1) == FILL_SECONDS
+    for rate, rows in product((100, 300, 1000, 10_000, 100_000), (1, 100, 700)):
+        came = 8
+        filled = fill_seconds(came, came * rows, came / rate)
+        assert 1 < rate * filled <= queue / 8
+        assert filled <= FILL_SECONDS
+        assert rate * rows * filled <= max(FILL_ROWS, rows) * 1.001
+    assert fill_seconds(1, 1, 0.01) == FILL_SECONDS
+    assert fill_seconds(1, 1, 0.002, 0.01) == 0.01
+
+
+@pytest.mark.parametrize(("came", "period"), [(0, 0.03), (1, 0.04), (2, 1.0), (32, 0.01), (256, 0.01)])
+def test_no_messages_gather_that_would_not(came: int, period: float) -> None:
+    """The next message wakes the journal where hardly another one comes in time, and where it has been late."""
+    assert fill_seconds(came, came, period) == 0
 
 
 def datagrams(payloads: list[bytes]) -> list[tuple[str, int, bytes]]:
