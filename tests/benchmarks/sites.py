@@ -23,6 +23,7 @@ from typing import Final
 from tests.benchmarks.site_model import predict
 from tests.builders import BusEnds, accounts_when
 from tests.lab import enter_lab
+from tests.once import made_for_run
 from tests.services.uplink.nats import NatsCluster, free_port
 from tests.services.uplink.sites import Site, away, exporter, flows, home
 from tests.stack import CHECKOUT, wait_until
@@ -150,7 +151,7 @@ def main() -> None:
         print(send(int(port), int(rate), float(seconds)))
         return
     assert not enter_lab()
-    with ExitStack() as stack:
+    with made_for_run(), ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         server = stack.enter_context(NatsCluster(directory, arguments.servers))
         more = f"replicas = {arguments.servers}\nmemory = {MEMORY}\n{arguments.settings}"
