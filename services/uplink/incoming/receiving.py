@@ -74,7 +74,8 @@ class Receiver:
         """The number, in the stream, of the last message that was handled."""
         self._heard_at = 0.0
         self._lost = False
-        self._asked = 0
+        self._asked = self._next = 0
+        """The number of the last request; the consumer's number of what it hands on next, 0: any."""
 
     async def run(self, session: Session) -> None:
         """Receive by this connection until it ends."""
@@ -153,7 +154,7 @@ class Receiver:
         loop, name = asyncio.get_running_loop(), f"to-{session.uplink.site}"
         size, most = PULLED_BYTES
         subject = f"$JS.API.CONSUMER.MSG.NEXT.{kept_stream(self.site)}.{name}"
-        self._lost = False
+        self._lost, self._next = False, 0
         while not self._lost:
             self._left, self._heard_at = PULLED, loop.time()
             self._asked_anew.clear()
@@ -182,18 +183,28 @@ class Receiver:
                 return
             told = headers.get("Description", "")
             if status not in OVER and told not in USED_UP:
-                self._lost = True
-                session.troubles.say(f"site {self.site}", f"JetStream hands on nothing of site {self.site}: {told}")
+                self._lose(session, f"JetStream hands on nothing of site {self.site}: {told}")
             self._asked_anew.set()
             return
-        self._lag[WAITING_MESSAGES] = message.metadata.num_pending
+        about = message.metadata
+        if self._next not in (0, about.sequence.consumer):  # what is missing would come after `ack_wait`, behind newer
+            self._lose(session, f"messages of site {self.site} were lost on the way here: they are fetched again")
+            self._asked_anew.set()
+            return
+        self._next = about.sequence.consumer + 1
+        self._lag[WAITING_MESSAGES] = about.num_pending
         self._came += len(message.data)
         await self._read(session, message)
-        self._read_up_to = message.metadata.sequence.stream
+        self._read_up_to = about.sequence.stream
         self._heard_at = asyncio.get_running_loop().time()
         self._left -= 1
         if self._left <= 0:
             self._asked_anew.set()
+
+    def _lose(self, session: Session, told: str) -> None:
+        """Look after the consumer before more is asked for."""
+        self._lost = True
+        session.troubles.say(f"site {self.site}", told)
 
     async def _read(self, session: Session, message: Msg) -> None:
         try:

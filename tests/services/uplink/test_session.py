@@ -107,7 +107,7 @@ class Tried:
                 self.said = before + [line["event"] for line in lines]
             session.ended.set()
             await running
-            assert until(), (self.said, self.counted)
+            assert until(), (self.said, self.counted, self.came)
 
         with capture_logs() as lines:
             asyncio.run(connected())
@@ -539,6 +539,38 @@ def test_what_a_dead_connection_had_got_comes_first(plain: NatsServer) -> None:
     reader.acknowledging = True
     reader.run(lambda: len(reader.came) == 6)
     assert reader.came == [b"one", b"two", b"three", b"two", b"three", b"four"]
+
+
+def test_what_was_lost_on_the_way_comes_before_newer(plain: NatsServer) -> None:
+    """A message that the consumer has handed on, and that did not come, is fetched again at once, with what follows.
+
+    That happens where a link fails, or the server that leads the consumer. Here somebody else has got it.
+    """
+    sender, reader = sending_and_receiving(plain, "losing")
+
+    async def publish(client: Client, *payloads: bytes) -> None:
+        for pack in map(sender.pack, payloads):
+            await client.jetstream().publish(unparse_subject(pack.origin), pack.payload)
+
+    async def interfere() -> None:
+        client = Client()
+        await client.connect(plain.address)
+        while not reader.receivers[0]._asked:
+            await asyncio.sleep(0.01)
+        await publish(client, b"one")
+        while reader.came != [b"one"]:
+            await asyncio.sleep(0.01)
+        await client.subscribe("elsewhere")
+        await client.publish("$JS.API.CONSUMER.MSG.NEXT.fanwire-losing.to-reader", b'{"batch": 1}', "elsewhere")
+        await handled(client)
+        await publish(client, b"two", b"three", b"four", b"five")
+        await client.close()
+
+    other = Thread(target=asyncio.run, args=(interfere(),))
+    reader.run(lambda: len(reader.came) == 5, other.start)
+    other.join()
+    assert reader.came == [b"one", b"two", b"three", b"four", b"five"]
+    assert reader.says("messages of site losing were lost on the way here: they are fetched again")()
 
 
 def test_an_earlier_connection_that_lingers_gets_nothing(plain: NatsServer) -> None:
