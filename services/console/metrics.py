@@ -4,13 +4,14 @@ Labels come from the settings and the registry: stream, worker, collector, cause
 since addresses are what there may be any number of.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Final, get_args
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric, Sample
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector as Source
+from prometheus_client.utils import floatToGoString
 
 from services.console.opt_in_metrics import opt_in_metrics
 from shared.client import MOST_WAITING
@@ -51,7 +52,7 @@ def render(metrics: Iterable[Metric], accept: str, rendered: dict[str, bytes] | 
     `rendered` has the texts of these metrics that are known already, by format, and keeps this one.
 
     The library writes what differs between the formats. The lines of samples are the same in both. They are written
-    here, in a sixth of its time, since there may be a hundred thousand.
+    here as the library would, in a quarter of its time, since there may be a hundred thousand.
     """
     encoder, content_type = choose_encoder(accept)
     kind, known = content_type.partition(";")[0], {} if rendered is None else rendered
@@ -66,11 +67,13 @@ def render(metrics: Iterable[Metric], accept: str, rendered: dict[str, bytes] | 
 
 
 def _line(sample: Sample) -> str:
-    value = sample.value if type(sample.value) is int else float(sample.value)
     if not sample.labels:
-        return f"{sample.name} {value}\n"
-    labels = ",".join([f'{name}="{_escaped(text)}"' for name, text in sample.labels.items()])
-    return f"{sample.name}{{{labels}}} {value}\n"
+        return f"{sample.name} {_number(sample.value)}\n"
+    labels = ",".join([f'{name}="{_escaped(text)}"' for name, text in sorted(sample.labels.items())])
+    return f"{sample.name}{{{labels}}} {_number(sample.value)}\n"
+
+
+_number: Final[Callable[[float], str]] = lru_cache(maxsize=1024)(floatToGoString)
 
 
 @lru_cache(maxsize=2 * MAX_COLLECTORS)

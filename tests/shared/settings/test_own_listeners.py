@@ -96,7 +96,7 @@ def test_names_are_looked_up_beside_the_loop(monkeypatch: pytest.MonkeyPatch) ->
     answers, may_answer = {"relay.test": "192.0.2.7"}, Event()
     may_answer.set()
 
-    def resolver(host: str, port: int, kind: socket.SocketKind) -> object:
+    def resolver(host: str, port: int, *_: object) -> object:
         asked.append(host)
         may_answer.wait(60)
         if host not in answers:

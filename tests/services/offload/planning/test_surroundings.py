@@ -97,7 +97,7 @@ def test_names_of_listeners_are_looked_up_beside_the_loop(monkeypatch: pytest.Mo
     """A reload waits for no resolver; the answer is a change of the facts, and the listener is among them then."""
     may_answer = Event()
 
-    def resolver(_host: str, port: int, _kind: socket.SocketKind) -> object:
+    def resolver(_host: str, port: int, *_: object) -> object:
         may_answer.wait(60)
         return [(socket.AF_INET, ("10.1.0.7", port))]
 
