@@ -6,7 +6,6 @@ datagrams may be to send them twice.
 """
 
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -15,18 +14,13 @@ from shared.bus.messages import Envelope, Message
 from shared.bus.zmq_sockets import Publisher
 from shared.fanout.kernel_copies import KernelRules
 from shared.fanout.registry_replica import RegistryReplica
+from shared.fanout.resumption import WaitingMessages
 from shared.log import get_logger
 
 PATIENCE_SECONDS: Final = 2.0
 """Time to be told of a generation: offload answers a subscription at once, unless it is just being restarted."""
 REGISTRY_SECONDS: Final = 5.0
 """A generation whose registry has not come by then is of a gateway that is gone: offload makes another one."""
-MAX_WAITING: Final = 2048
-MAX_WAITING_BYTES: Final = 64 << 20
-"""Messages that wait, and their payload: beyond that nothing is waited for any more."""
-
-Worker = tuple[str, int]
-"""Name and boot id."""
 
 log = get_logger()
 
@@ -45,9 +39,8 @@ class AwaitedRules:
         self._publisher = publisher
         self._replica = replica
         self._clock = clock
-        self._waiting: defaultdict[Worker, list[Message]] = defaultdict(list)
+        self._waiting = WaitingMessages()
         self._deadline = 0.0
-        self._bytes = 0
         self._unanswered: dict[int, tuple[float, KernelCopies]] = {}
         """By generation: what is known of those whose registry is not served yet, and until when to wait for that."""
 
@@ -63,10 +56,8 @@ class AwaitedRules:
                 return (message,)
             if not self._waiting:
                 self._deadline = self._clock() + PATIENCE_SECONDS
-        self._waiting[worker].append(message)
-        self._bytes += len(message.batch.payload) if message.batch else 0
-        full = self._bytes > MAX_WAITING_BYTES or sum(map(len, self._waiting.values())) > MAX_WAITING
-        return self.give_up() if full else ()
+        self._waiting.add(worker, message)
+        return self.give_up() if self._waiting.full else ()
 
     def _is_known(self, message: Message) -> bool:
         batch = message.batch
@@ -77,15 +68,7 @@ class AwaitedRules:
         if not self._rules.note(envelope, body):
             return ()
         self._unanswered[body.generation] = self._clock() + REGISTRY_SECONDS, body
-        released = []
-        for worker, messages in list(self._waiting.items()):
-            stop = next((at for at, each in enumerate(messages) if not self._is_known(each)), len(messages))
-            released += messages[:stop]
-            self._waiting[worker] = messages[stop:]
-            if not self._waiting[worker]:
-                del self._waiting[worker]
-        self._bytes -= sum(len(each.batch.payload) for each in released if each.batch)
-        return released
+        return self._waiting.pop_all(lambda each: not self._is_known(each))
 
     def answer(self) -> None:
         """Tell offload of which generations this process knows, now that it serves the registry that it has."""
@@ -102,9 +85,7 @@ class AwaitedRules:
 
     def give_up(self) -> Sequence[Message]:
         """Return all messages that wait: datagrams of rules that nobody has told of will be dropped, and counted."""
-        released = [each for messages in self._waiting.values() for each in messages]
-        self._waiting.clear()
-        self._bytes = 0
+        released = self._waiting.pop_all()
         unknown = {
             generation
             for each in released

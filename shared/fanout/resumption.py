@@ -8,7 +8,6 @@ messages wait. So nothing is lost, and copies are in order. What comes both ways
 
 import secrets
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Final
@@ -33,6 +32,47 @@ Worker = tuple[str, int]
 log = get_logger()
 
 
+class WaitingMessages:
+    """Messages that wait, by worker, each one's in order; `full` once there are too many."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[Worker, list[Message]] = {}
+        self._count = self._bytes = 0
+
+    def __contains__(self, worker: Worker) -> bool:
+        return worker in self._waiting
+
+    def __bool__(self) -> bool:
+        return bool(self._waiting)
+
+    @property
+    def full(self) -> bool:
+        """Return whether no more may wait."""
+        return self._count > MAX_WAITING or self._bytes > MAX_WAITING_BYTES
+
+    def add(self, worker: Worker, message: Message) -> None:
+        """Let a message of a worker wait."""
+        self._waiting.setdefault(worker, []).append(message)
+        self._note([message], 1)
+
+    def pop(self, worker: Worker, until: Callable[[Message], bool] = lambda _: False) -> list[Message]:
+        """Return the messages of a worker that need not wait any more: those before the first one of a kind, or all."""
+        messages = self._waiting.pop(worker, [])
+        stop = next((at for at, each in enumerate(messages) if until(each)), len(messages))
+        if rest := messages[stop:]:
+            self._waiting[worker] = rest
+        self._note(messages[:stop], -1)
+        return messages[:stop]
+
+    def pop_all(self, until: Callable[[Message], bool] = lambda _: False) -> list[Message]:
+        """Return likewise those of all workers."""
+        return [message for worker in list(self._waiting) for message in self.pop(worker, until)]
+
+    def _note(self, some: Sequence[Message], sign: int) -> None:
+        self._count += sign * len(some)
+        self._bytes += sign * sum(len(each.batch.payload) for each in some if each.batch is not None)
+
+
 class Resumption:
     """Asks for what was held, and puts the messages of each worker in order."""
 
@@ -53,8 +93,8 @@ class Resumption:
         self._clock = clock
         self._awaited: set[Worker] = set()
         """Workers that still have to hand on what they have held."""
-        self._waiting: defaultdict[Worker, list[Message]] = defaultdict(list)
-        self._messages = self._bytes = self._resumed = 0
+        self._waiting = WaitingMessages()
+        self._resumed = 0
         self._deadline = 0.0
 
     def hand_over(self) -> None:
@@ -99,11 +139,8 @@ class Resumption:
         return self._release(list(self._awaited)) if self._awaited and self._clock() >= self._deadline else ()
 
     def _defer(self, worker: Worker, message: Message) -> Sequence[Message]:
-        self._waiting[worker].append(message)
-        self._messages += 1
-        self._bytes += len(message.batch.payload) if message.batch else 0
-        full = self._messages > MAX_WAITING or self._bytes > MAX_WAITING_BYTES
-        return self._release(list(self._awaited)) if full else ()
+        self._waiting.add(worker, message)
+        return self._release(list(self._awaited)) if self._waiting.full else ()
 
     def _release(self, workers: Sequence[Worker]) -> Sequence[Message]:
         """Wait for these workers no more; return their messages that waited."""
@@ -112,4 +149,4 @@ class Resumption:
             self._subscriber.unsubscribe(again_topic(worker[0], self._held_for))
         if not self._awaited and self._resumed:
             log.info("copies go on where the last process has stopped", service=self._name, datagrams=self._resumed)
-        return [message for worker in workers for message in self._waiting.pop(worker, ())]
+        return [message for worker in workers for message in self._waiting.pop(worker)]

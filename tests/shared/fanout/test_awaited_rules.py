@@ -10,14 +10,13 @@ from shared.bus.messages import Body, Datagrams, Message, Status
 from shared.bus.zmq_sockets import Publisher
 from shared.datagrams.batch import DatagramBatch
 from shared.fanout.awaited_rules import (
-    MAX_WAITING,
-    MAX_WAITING_BYTES,
     PATIENCE_SECONDS,
     REGISTRY_SECONDS,
     AwaitedRules,
 )
 from shared.fanout.kernel_copies import KernelRules
 from shared.fanout.registry_replica import RegistryReplica
+from shared.fanout.resumption import MAX_WAITING, MAX_WAITING_BYTES
 from tests.builders import make_batch, make_envelope
 
 STATUS = Status("ingest.1", 1, 0, 1, 0, 1, {})

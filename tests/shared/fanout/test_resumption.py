@@ -87,3 +87,15 @@ def test_end_of_a_sender_asks_for_its_successor() -> None:
     (kept,) = successor.resumption.tables().values()
     assert hold_topic(f"forwarder.1.{kept['key']:x}") in successor.subscriptions
     assert kept != Successor().resumption.tables()["resumption/"]
+
+
+def test_one_that_has_handed_on_all_leaves_room_for_others() -> None:
+    """The messages of a worker that need not wait any more count no longer: another one is waited for all the same."""
+    successor = Successor()
+    for worker in (FIRST, SECOND):
+        assert [successor.hear(worker, LIVE, b"new") for _ in range(MAX_WAITING // 2)] == [[]] * (MAX_WAITING // 2)
+        if worker == FIRST:
+            assert len(successor.hear(FIRST, END)) == MAX_WAITING // 2
+    assert [successor.hear(SECOND, LIVE, b"new") for _ in range(9)] == [[]] * 9
+    assert successor.hear(SECOND, HELD, b"held") == ["held"]
+    assert len(successor.hear(SECOND, END)) == MAX_WAITING // 2 + 9
