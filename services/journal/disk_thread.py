@@ -103,8 +103,9 @@ def remove(directory: Path, segment: Segment, rows: int | None) -> tuple[int, OS
 
 def _count_rows(path: Path, segment: Segment) -> int:
     """Return the datagrams in a segment, as far as it can be read."""
-    with contextlib.suppress(OSError), SegmentReader(path, segment) as reader:
-        return sum(head.rows for head in reader.heads())
+    if segment.is_readable:
+        with contextlib.suppress(OSError), SegmentReader(path, segment) as reader:
+            return sum(head.rows for head in reader.heads())
     return 0
 
 

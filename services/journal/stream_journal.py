@@ -220,7 +220,7 @@ class StreamJournal:
             return
         if isinstance(result, FileNotFoundError):
             del self._kept[number]
-            self.account[EXPIRED] += self._rows.pop(number)  # another program has removed it
+            self.account[EXPIRED] += self._rows.pop(number, 0)  # another program has removed it
         elif isinstance(result, Segment):
             self._kept[number] = replace(self._kept[number], segment=result, busy=False)
         else:

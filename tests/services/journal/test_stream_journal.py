@@ -276,6 +276,31 @@ def test_what_could_not_be_sealed_is_sealed_once_the_disk_is_well(
     assert journal.segments() == segments_in(tmp_path, "flows")
 
 
+def test_what_can_neither_be_sealed_nor_removed_may_go(
+    tmp_path: Path, disk: DiskThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk refuses to seal a segment, and to remove it; then another program does, and it is known to be gone."""
+    journal = StreamJournal("flows", tmp_path, 1 << 30, disk)
+    journal.open()
+    journal.append(identities(rows=[1])[0], batch_of([("192.0.2.1", 1, b"one")]))
+    journal.write()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", refuse)
+        patch.setattr(os, "fsync", refuse)
+        patch.setattr(Path, "unlink", refuse)
+        journal.seal()
+        wait_until(lambda: disk.collect() or not journal.kept()[0].busy, "that was tried")  # type: ignore[func-returns-value]
+        journal.remove(*journal.kept())
+        wait_until(lambda: disk.collect() or not journal.going, "that was tried, too")  # type: ignore[func-returns-value]
+    shutil.rmtree(tmp_path / "flows")
+    journal.keep_up()
+    wait_until(lambda: disk.collect() or not journal.kept(), "it is known to be gone")  # type: ignore[func-returns-value]
+
+
 def test_a_small_disk_keeps_something(tmp_path: Path, disk: DiskThread, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a disk smaller than `min_free` half of it stays free, and the rest is for segments."""
     write_two_workers(tmp_path, disk, monkeypatch)
