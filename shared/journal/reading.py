@@ -180,6 +180,8 @@ class PastBatches:
     def batches(self, start: JournalPlace | None = None) -> Iterator[tuple[DatagramBatch, Destination]]:
         """Yield batches with where they were sent to; from a place on, if one is given."""
         some = self.segments[first_for(self.segments, self.since_ns) :]
+        if start is not None and self.segments and start.segment > self.segments[-1].number:
+            self.gone, start = self.gone + 1, None  # numbers have begun anew
         if start is not None:
             some = [segment for segment in some if segment.number >= start.segment]
             self.gone += some[0].number - start.segment if some else 0

@@ -176,3 +176,11 @@ def test_segments_that_retention_removes_before_a_replay_goes_on_are_counted(
     past = PastBatches(directory, segments_in(directory.parent, "flows"), 0, 1 << 62)
     assert len(list(past.batches(JournalPlace(1, 0)))) == len(order) - 16
     assert past.gone == 2
+
+
+def test_a_replay_goes_on_in_a_journal_whose_numbers_have_begun_anew(two_workers: tuple[Path, Batches]) -> None:
+    """Its place was in a segment of a directory that was emptied: all that is there now is behind it."""
+    directory, order = two_workers
+    past = PastBatches(directory, segments_in(directory.parent, "flows"), 0, 1 << 62)
+    assert len(list(past.batches(JournalPlace(4, 1000)))) == len(order)
+    assert past.gone == 1
