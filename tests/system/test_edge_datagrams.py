@@ -8,6 +8,7 @@ from tests.capture import Collector
 from tests.forging import forging
 from tests.network import Host
 from tests.openly import OpenStack
+from tests.stack import PATIENCE_SECONDS
 from tests.system.test_source_preserving import register, small_site
 from tests.system.test_workers import reports
 
@@ -70,7 +71,7 @@ def test_what_udp_can_carry_is_carried(open_stack: OpenStack) -> None:
         for running in open_stack.running:
             running.process.terminate()
         for running in open_stack.running:
-            assert running.process.wait(6) == 0
+            assert running.process.wait(PATIENCE_SECONDS) == 0
             assert MARK.decode() not in running.text, running.name
             assert all(line.startswith("{") for line in running.text.splitlines()[1:])
 

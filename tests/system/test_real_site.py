@@ -74,7 +74,7 @@ class Site:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
-                timeout=100,
+                timeout=250,  # a busy machine installs for a minute
                 check=False,
             )
         assert done.returncode == 0, done.stdout

@@ -15,7 +15,7 @@ from services.broker.proxy import Proxy
 from shared.ledger.accounts import Accounts
 from shared.net.sockets import kernel_drops
 from tests.builders import BusEnds, accounts_when, freeze, kill_all, take_datagrams, take_mark, wait_wanted
-from tests.stack import Running, Stack
+from tests.stack import PATIENCE_SECONDS, Running, Stack
 
 LISTEN = '"udp://127.0.0.1:6667", "udp://[::1]:6667", "tcp://127.0.0.1:6667", "tcp://[::1]:6667"'
 STREAM = f'[[stream]]\nname = "messages"\nlisten = [{LISTEN}]\n'
@@ -121,7 +121,7 @@ def test_drained_worker_leaves_the_rest_to_its_successor(stack: Stack, bus: BusE
         sent = numbered(sender, range(50))
         worker.process.send_signal(signal.SIGTERM)
         worker.process.send_signal(signal.SIGCONT)
-        assert worker.process.wait(6) == 0
+        assert worker.process.wait(PATIENCE_SECONDS) == 0
         sent += numbered(sender, range(50, 100))
     activate_ready(stack, udp)
     assert [payload for _, _, payload in take_datagrams(subscriber, 100)] == sent

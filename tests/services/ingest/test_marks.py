@@ -23,7 +23,7 @@ from shared.datagrams.mmsg import SO_MARK, ReceiveArena
 from shared.net.sockets import InheritedSocket, enlarge_receive_buffer
 from shared.settings.tables import Offload
 from tests.builders import BusEnds, accounts_when
-from tests.stack import Stack
+from tests.stack import PATIENCE_SECONDS, Stack
 
 OFFLOAD = Offload(interfaces=("eth0",), mark_mask=0x0FFF0000)
 OTHERS = 0xF000FFFF
@@ -180,7 +180,7 @@ def test_replies_leave_without_the_mark_of_what_they_answer(lab: None) -> None:
         sock, sender = (opened.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) for _ in range(2))
         sock.bind(("127.0.0.1", 0))
         sender.connect(sock.getsockname())
-        sender.settimeout(10)
+        sender.settimeout(PATIENCE_SECONDS)
         sender.setsockopt(socket.SOL_SOCKET, SO_RCVMARK, 1)
         feed = StreamFeed("messages", cast(Publisher, Bus()), Counter())
         reader = MarkReader(Offload(interfaces=("lo",)), Counter())

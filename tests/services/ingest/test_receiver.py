@@ -28,6 +28,7 @@ from shared.datagrams.limits import MAX_DATAGRAM, MAX_PAYLOAD, MAX_ROWS
 from shared.datagrams.mmsg import SLOT, UDP_GRO, ReceiveArena
 from shared.net.sockets import enlarge_receive_buffer
 from tests.builders import BusEnds
+from tests.stack import PATIENCE_SECONDS
 
 sizes = st.sampled_from([0, 0, 1, 1464, 32_768, MAX_DATAGRAM - 1, MAX_DATAGRAM, MAX_DATAGRAM + 1, SLOT])
 
@@ -252,7 +253,7 @@ def test_trains_follow_the_stream_that_a_listener_serves(lab: None) -> None:
         sock, sender = (opened.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) for _ in range(2))
         sock.bind(("127.0.0.1", 0))
         sender.connect(sock.getsockname())
-        sender.settimeout(10)
+        sender.settimeout(PATIENCE_SECONDS)
         bus, account = Bus(), Counter[str]()
         feed = StreamFeed("messages", cast(Publisher, bus), Counter())
         receiver = DatagramReceiver(sock, feed, account, ReceiveArena(), None)

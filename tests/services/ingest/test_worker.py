@@ -35,7 +35,7 @@ from tests.builders import BusEnds, Datagram, accounts_when, freeze, kill_all, t
 from tests.forging import forging
 from tests.services.ingest.flows.exported import netflow_v9
 from tests.services.transmitter.started import IS_ROOT, as_nobody, readable_interpreter
-from tests.stack import Stack, wait_until
+from tests.stack import PATIENCE_SECONDS, Stack, wait_until
 
 PORT = 6667
 REPLY = b"Got your message!"
@@ -787,7 +787,7 @@ def test_queue_of_the_kernel_is_drained(stack: Stack, bus: BusEnds) -> None:
     worker.process.send_signal(signal.SIGCONT)
     payloads = [payload for _, _, payload in take_datagrams(subscriber, 1000)]
     assert payloads == [b"%d" % number for number in range(1000)]
-    assert worker.process.wait(6) == 0
+    assert worker.process.wait(PATIENCE_SECONDS) == 0
 
 
 def test_its_last_report_says_so(stack: Stack, bus: BusEnds) -> None:

@@ -23,6 +23,7 @@ from services.offload.channel import (
 )
 from services.offload.kernel_plan import MAX_REQUEST
 from tests.services.offload.applying.test_policy import PLAN
+from tests.stack import PATIENCE_SECONDS
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
     one, other = socket.socketpair()
     other.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
     for end in (one, other):
-        end.settimeout(10)
+        end.settimeout(PATIENCE_SECONDS)
     with one, other:
         yield one, other
 

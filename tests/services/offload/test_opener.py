@@ -15,7 +15,7 @@ from tests.network import Host
 from tests.openly import OpenStack
 from tests.services.offload.test_service import SETTINGS
 from tests.services.transmitter.test_opener import imported, modules_loaded_by
-from tests.stack import CHECKOUT, Running, wait_until
+from tests.stack import CHECKOUT, PATIENCE_SECONDS, Running, wait_until
 
 PACKAGE = CHECKOUT / "services/offload"
 PRIVILEGED = {f"shared.process.{name}" for name in ("opener", "privileges")}
@@ -76,7 +76,7 @@ def test_without_privilege_it_says_what_is_missing(open_stack: OpenStack) -> Non
         "the kernel makes no copies, everything else works; CAP_NET_ADMIN is missing: let root start it"
     )
     asked = open_stack.start_without_privilege("offload", "--require-privilege", ready=False)
-    assert asked.process.wait(20) == NOT_PERMITTED
+    assert asked.process.wait(PATIENCE_SECONDS) == NOT_PERMITTED
 
 
 @pytest.mark.parametrize("text", ["", "x", "-1", "1048577", "9" * 30])

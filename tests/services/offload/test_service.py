@@ -27,7 +27,7 @@ from tests.capture import Capture, Collector
 from tests.openly import OpenStack
 from tests.services.offload.planning.test_planner import client, plan
 from tests.services.offload.site import EXPORTERS, OUT, PORT, RELAY, SIEMS, Listening, OffloadSite, exporters
-from tests.stack import Running, wait_until
+from tests.stack import PATIENCE_SECONDS, Running, wait_until
 
 pytestmark = pytest.mark.usefixtures("lab")
 SETTINGS = f"""
@@ -281,7 +281,7 @@ def test_killed_applier_takes_its_rules_along(open_stack: OpenStack, required: b
         siem.assert_quiet()
         around.offload.wait_for("the applier has ended, and its rules with it (ClosedError); start offload again")
         if required:
-            assert around.offload.process.wait(20) == UNAVAILABLE
+            assert around.offload.process.wait(PATIENCE_SECONDS) == UNAVAILABLE
             return
         assert not around.offload.reload()["event"].startswith("not")
         accounts = accounts_when(around.bus, "offload.1", lambda told: not told["offload"]["applier"])

@@ -18,6 +18,7 @@ from shared.settings.file import load
 from tests.capture import Collector
 from tests.services.offload.applying.test_table import needs_nft
 from tests.services.offload.site import PORT, RELAY, SIEMS, Listening, OffloadSite, exporters
+from tests.stack import PATIENCE_SECONDS
 
 pytestmark = pytest.mark.usefixtures("lab")
 SETTINGS = f"""
@@ -35,7 +36,7 @@ class Served:
     def __init__(self, site: OffloadSite, config: Path) -> None:
         self.planner, channel = socket.socketpair()
         channel.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-        self.planner.settimeout(20)
+        self.planner.settimeout(PATIENCE_SECONDS)
         self.codes: list[int] = []
         with site.relay.entered():
             applier = Applier(channel, os.getpid(), load(config), config)

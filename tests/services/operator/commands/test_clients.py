@@ -5,7 +5,7 @@ import pytest
 from shared.bus.bodies.offload_messages import PATHS_TOPIC, CollectorPath, OffloadPaths
 from tests.builders import BusEnds, wait_unwanted, wait_wanted
 from tests.services.operator.played import PlayedGateway, run
-from tests.stack import Stack
+from tests.stack import PATIENCE_SECONDS, Stack
 
 SIEM = {"--stream": "messages", "--port": "9514", "--from": "10.0.0.0/8", "--sample": "4", "--group": "g"}
 COPIES = {"--source": "original", "--hop-limit": "3", "--dscp": "46", "--since": "60"}
@@ -156,7 +156,7 @@ def test_ways_of_copies_are_told_where_offload_is_asked_for(stack: Stack) -> Non
                 asking = stack.operator("clients", *options)
                 wait_wanted(publisher, PATHS_TOPIC)
                 publisher.publish(PATHS_TOPIC, OffloadPaths(1, 0, 1, told))
-                assert asking.process.wait(20) == 0
+                assert asking.process.wait(PATIENCE_SECONDS) == 0
                 wait_unwanted(publisher, PATHS_TOPIC)
                 text = asking.text
                 if options:
