@@ -1,6 +1,5 @@
 """Records of the bucket: JSON under a key. Whatever others write there is refused here, and never taken in. No I/O."""
 
-from collections.abc import Iterator
 from typing import Annotated, Final
 
 import msgspec
@@ -154,20 +153,25 @@ def decode(key: str, data: bytes, stored_at: float) -> Record:
             _check_name(record.name)
         case ListIdentity() if record.version > VERSION:
             raise LaterError(f"of version {record.version}; this release knows {VERSION}")
-    if max(_numbers_given(record), default=0) > largest_number(stored_at):
-        raise ValueError("a revision or generation that can't have been given yet")
+    _check_numbers(record, largest_number(stored_at))
     return record
 
 
-def _numbers_given(record: Record) -> Iterator[int]:
-    """Yield the numbers of a record that all nodes count on from."""
+def _check_numbers(record: Record, most: int) -> None:
+    """Raise ValueError where a number that all nodes count on from is too large."""
     match record:
         case Entered():
-            yield from (record.revision, record.client.generation)
-        case Gone() | Session():
-            yield from (record.revision, record.generation)
+            node, numbers = record.by.node, (record.revision, record.client.generation)
+        case Gone():
+            node, numbers = record.by.node, (record.revision, record.generation)
         case Ordered():
-            yield record.revision
+            node, numbers = record.by.node, (record.revision, 0)
+        case Session():
+            node, numbers = record.node, (record.revision, record.generation)
+        case _:
+            return
+    if max(numbers) > most:
+        raise ValueError(f"a revision or generation that can't have been given yet, by node {node}")
 
 
 def _check_name(name: str) -> None:

@@ -184,9 +184,11 @@ class Replica:
             self.identity_due = None
         elif key == keys.META:
             self.identity_due = position
-        elif self._seen is None and (name := keys.name_in(key)):
-            (self._unlisted_orders if key.startswith(keys.WITHHELD) else self._unlisted).add(name)
-            self.overwritten()
+        elif self._seen is None:
+            name, is_order = keys.name_in(key), key.startswith(keys.WITHHELD)
+            if name in self.registry.withheld if is_order else self.registry.find(name):
+                (self._unlisted_orders if is_order else self._unlisted).add(name)
+                self.overwritten()
 
     def _apply(self, record: Record, position: int) -> None:
         match record:

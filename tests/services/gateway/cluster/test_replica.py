@@ -299,9 +299,10 @@ def test_what_is_overwritten_stays(*, later: bool) -> None:
     log.write("meta", encode(msgspec.structs.replace(identity, version=2)) if later else b"")
     log.write("list.client.one", b"")
     log.write("list.withheld.one", b"x")
+    log.write("list.client.nobody", b"x")
     for member in (a, b):
         member.follow()
-        assert (member.content, member.replica.damaged) == (before, 3)
+        assert (member.content, member.replica.damaged) == (before, 4)
         assert member.replica.identity_due == (None if later else 4)
     assert len(told) == (0 if later else 4)
     fresh = Member(log, "fresh")
