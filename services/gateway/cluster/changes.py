@@ -197,7 +197,7 @@ class ClusterChanges:
                 self._refuse(each.failed, AWAY)
         self._waiting = [each for each in self._waiting if each.deadline > now or each.failed is None]
 
-    async def _write_some(self, log: BucketLog) -> None:
+    async def _write_some(self, bucket: BucketLog) -> None:
         """Write a batch of what waits, and wait until it has come back."""
         batch = list(self._plan_batch())
         if not batch:
@@ -210,7 +210,7 @@ class ClusterChanges:
         writes.sort(key=lambda write: not write.key.startswith("list."))  # the condition stands on the first one
         expected = self._replica.list_position
         try:
-            position = await log.write(writes, expected)
+            position = await bucket.write(writes, expected)
         except OvertakenError as error:
             self.overtaken += 1
             self._queue.extendleft(asked for asked in reversed(whole) if not asked.finished)
@@ -220,7 +220,9 @@ class ClusterChanges:
                 await self.reach(error.position, 1.0)
             await asyncio.sleep(random.uniform(0, 0.005))
             return
-        except LogError:
+        except Exception as error:
+            if not isinstance(error, LogError):
+                log.error("a fault has kept changes from being written", reason=repr(error), exc_info=error)
             self.lose()
             self._queue.extendleft(asked for asked in reversed(whole) if not asked.finished)
             return

@@ -296,6 +296,30 @@ def test_a_change_of_ours_that_no_node_accepts_is_tried_seldom(again: float, mon
     assert (written.count("mine") == 1) == bool(again)
 
 
+def test_a_fault_in_writing_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error that nobody expected in a write is logged; once records can be written again, the change is made."""
+    node = Node(Log(), "a")
+    write, faults = node.write, [KeyError("odd")]
+
+    async def fail_once(writes: Sequence[Write], expected: int) -> int:
+        if faults:
+            raise faults.pop()
+        return await write(writes, expected)
+
+    monkeypatch.setattr(node, "write", fail_once)
+
+    async def work() -> None:
+        node.register("mine", 1)
+        await until(lambda: not node.changes.available.is_set(), node)
+        node.changes.available.set()
+        await until(lambda: node.answers, node)
+
+    with capture_logs() as logs:
+        run(node, work)
+    assert node.words == ["mine"]
+    assert [each["event"] for each in logs] == ["a fault has kept changes from being written"]
+
+
 def test_an_order_that_is_written_with_others_has_one_revision() -> None:
     """All nodes have the same revision after an order that stands behind other changes of one write."""
     log = Log()
