@@ -29,6 +29,8 @@ ALLOWED_CPU: Final = 1.05
 ALLOWED_LATE: Final = 2.0
 """Lateness, p99, while others catch up, beside that before, at most."""
 LEVEL_SECONDS: Final = 300.0
+HELD_RATE, HELD_SECONDS = 60_000, 3.0
+"""Loads a worker with as much as it holds for a journal, before each run: that memory is new only once."""
 LIVE_PATH: Final = ("ingest.1", "broker", "forwarder", "transmitter")
 SETTINGS: Final = '[gateway]\ndestinations = ["10.82.0.0/24"]\n'
 
@@ -41,6 +43,7 @@ def _measured(task: Task, here: Site, tool: Path) -> Iterator[Measured]:
         program = settle(program, here.offer(replace(BY_NAME[task.workload], count=64)), sinks)
         found = opened.enter_context(closing(Measured(program, here, sinks, tool)))
         found.begin()
+        found.run(Load(HELD_RATE), HELD_SECONDS)
         yield found
 
 
