@@ -1,11 +1,13 @@
-"""Small batches of the past are joined on their way to a reader that wants that."""
+"""Those who read in the journal: when they ask, and how small batches are joined for them."""
 
 from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.journal.readers import JOINED_NS, JOINED_ROWS, join
+from services.journal.readers import JOINED_NS, JOINED_ROWS, LATELY_SECONDS, Readers, join
+from shared.bus.bodies.fields import REPLAY_PREFIX
+from shared.bus.bodies.journal_messages import JournalRead
 from shared.journal.encoding import Numbered
 from shared.journal.records import Identity
 from tests.builders import make_batch
@@ -49,3 +51,15 @@ def test_many_small_batches_are_few_messages() -> None:
     """Batches of one datagram that follow each other go as many together as may."""
     batches = [(Identity("ingest.1", 7, number, number), make_batch([b"%d" % number])) for number in range(600)]
     assert [len(batch) for _, batch in join(batches)] == [JOINED_ROWS, JOINED_ROWS, 600 - 2 * JOINED_ROWS]
+
+
+def test_after_a_request_another_is_expected() -> None:
+    """For a while after each request the journal expects the next one."""
+    now = 100.0
+    readers = Readers(lambda *_: True, {}, lambda: now)
+    asked = [readers.asked_lately]
+    readers.add(JournalRead(1, f"{REPLAY_PREFIX}forwarder.1.7/", "flows", 1, [], 1, 1), memory_short=False)
+    for _ in range(2):
+        now += LATELY_SECONDS / 2
+        asked.append(readers.asked_lately)
+    assert asked == [False, True, False]
