@@ -26,6 +26,8 @@ HEARD_SECONDS: Final = 3.0
 """A sender that has not reported for so long does not run; nor does one without a registry."""
 TOLD_NS: Final = 1_000_000_000
 """Time by which a node may have got further than it has told."""
+SETTLE_SECONDS: Final = 1.0
+"""Time for the others to tell whether they are in the majority too, once this node is again."""
 ALONE_NS: Final = 5_000_000_000
 """A sender that was started this long before the uplink was not started with it."""
 
@@ -46,6 +48,9 @@ class Cluster:
         self.members = Membership(own, nodes, clock)
         self._minority = minority
         self._serving: tuple[str, ...] | None = None
+        self._settled_at = -SETTLE_SECONDS
+        self._missed_before: int | None = None
+        """The times that others had told that they miss this node, when it lost the majority; None: it has it."""
         self._sender = sender
         self._boot = boot
         self._clock = clock
@@ -62,6 +67,8 @@ class Cluster:
         self._ended: set[Source] = set()
         self._senders_began_ns: dict[Source, int] = {}
         self._heard_ns: dict[str, int] = {}
+        self._awaited: set[Key] = set()
+        """Origins of which senders elsewhere have had more since their last report, and nothing has come here."""
         self._missing: Counter[str] = Counter()
         """By node: grows while this one serves without it. It may live, and serve too."""
         self._missing_until: dict[str, float] = {}
@@ -76,6 +83,7 @@ class Cluster:
         if crossings is None:
             crossings = self._crossings[origin.stream] = Crossings(self._clock)
         crossings.note(origin, there, here)
+        self._awaited.discard(origin)
 
     def note_status(self, envelope: Envelope, status: Status) -> bool:
         """Note how far a sender of copies with a registry has got; return whether that is complete now."""
@@ -128,6 +136,16 @@ class Cluster:
         """True if this node may serve none, as it is not in the majority."""
         return self._minority == "hold" and not self.members.majority
 
+    def regains(self) -> bool:
+        """Return whether this node has just come back to a majority that has served without it meanwhile."""
+        if not self.members.majority:
+            if self._missed_before is None:
+                self._missed_before = self._missed.total()
+                self._awaited.clear()
+            return False
+        before, self._missed_before = self._missed_before, None
+        return before is not None and self._missed.total() > before
+
     @property
     def tells(self) -> bool:
         """True if anybody is told of this node: while its uplink is restarted, it is not missed for a moment."""
@@ -139,7 +157,13 @@ class Cluster:
     def follows(self) -> bool:
         """True if all that senders of other live nodes have had came here too, and senders here have all behind it."""
         beats = [self.members.beat(name) for name in self.members.live]
-        return all(self._follows(source, each) for beat in beats if beat for source, each in beat.reached.items())
+        return not self._awaited and all(
+            self._follows(source, each) for beat in beats if beat for source, each in beat.reached.items()
+        )
+
+    def _has_any(self, reached: Reached) -> bool:
+        crossings = self._crossings.get(reached.stream)
+        return reached.site == self.members.own or (crossings is not None and crossings.knows(reached.key))
 
     def _follows(self, source: Source, reached: list[Reached]) -> bool:
         known = [each for each in reached if each.site != self.members.own and each.stream in self._crossings]
@@ -151,9 +175,16 @@ class Cluster:
     def take(self, subject: str, payload: bytes) -> bool:
         """Note a beat that has come; return whether the nodes have changed by it. ValueError when it is none."""
         beat = parse_beat(subject, payload)
-        live = self.members.live
+        live, before = self.members.live, self.members.beat(beat.node)
         if not self.members.note(beat):
             return False
+        if before and before.boot == beat.boot:
+            grown = {
+                each for source, some in beat.reached.items() for each in {*some} - {*before.reached.get(source, ())}
+            }
+            self._awaited |= {each.key for each in grown if not self._has_any(each)}
+            if len(self._awaited) > MAX_ORIGINS:
+                self._awaited.clear()
         self._heard_ns[beat.node] = self._time_ns()
         boot, missed = self._missed_by.get(beat.node, (0, 0))
         told = beat.missed.get(self.members.own, 0)
@@ -162,20 +193,27 @@ class Cluster:
         return self.members.live != live
 
     def beat(self, state: BeatState | None = None) -> Beat:
-        """Return the next beat of this node."""
-        own = self.members
-        number = next(self._numbers)
-        return Beat(own.own, self._boot, number, state or own.state, self._reports, self._reached, {**self._missing})
+        """Return the next beat of this node. In the minority it is joining: others are to hand nothing over to it.
+
+        So it is until `regains` has found out whether they have served without it.
+        """
+        own, number = self.members, next(self._numbers)
+        state = state or (own.state if self._missed_before is None else "joining")
+        return Beat(own.own, self._boot, number, state, self._reports, self._reached, {**self._missing})
 
     def nodes(self, state: NodeState, pending: Mapping[str, int]) -> Nodes:
         """Return what the services here are told, this node first, in a state; `pending`: messages to come, by node."""
         own = Node(self.members.own, state, 0)
         others = (self._node(name, pending.get(name, 0)) for name in self.members.others)
         told = Nodes(self.members.majority, [own, *others])
-        self._serving = nodes_serving(told, self._minority, self._serving)
-        if state == "live" and self.members.own in self._serving:
-            self._note_missing(self._serving)
-        return msgspec.structs.replace(told, serving=self._serving)
+        if not told.majority:
+            self._settled_at = self._clock() + SETTLE_SECONDS
+        serving = self._serving
+        if serving is None or not told.majority or state != "live" or self._clock() >= self._settled_at:
+            self._serving = serving = nodes_serving(told, self._minority, self._serving)
+        if state == "live" and self.members.own in serving:
+            self._note_missing(serving)
+        return msgspec.structs.replace(told, serving=serving)
 
     def _note_missing(self, serving: tuple[str, ...]) -> None:
         """Note the nodes that this one serves without, also for a moment after: until its senders leave off."""

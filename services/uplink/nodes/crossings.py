@@ -87,6 +87,10 @@ class Crossings:
             found[each.origin] = each.there_at(here)
         return found
 
+    def knows(self, origin: Key) -> bool:
+        """Return whether anything of an origin has come here."""
+        return origin in self._ends
+
     def has(self, origin: Key, total: int) -> bool:
         """Return whether all within a count of an origin has come here, if anything of it has."""
         return self._ends.get(origin, total) >= total

@@ -92,7 +92,7 @@ class Node:
         now = time.monotonic()
         self.due_at = now + LOOK_SECONDS
         members = self._cluster.members
-        if self._cluster.holds:
+        if self._cluster.holds or self._cluster.regains():
             self._connected_at, members.state = max(self._connected_at, now), "joining"
         elif members.state == "joining" and self._has_caught_up(now):
             self._tell_at = 0.0

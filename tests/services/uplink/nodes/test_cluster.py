@@ -47,6 +47,23 @@ def test_a_node_follows_once_it_has_what_others_have_sent() -> None:
     assert nodes.cluster.follows
 
 
+def test_a_node_does_not_follow_while_it_has_nothing_of_what_others_go_on_to_send() -> None:
+    """An exporter may have moved while a node was parted: of its new worker all is still to come.
+
+    Of one that has ended before, nothing will ever come.
+    """
+    nodes = Nodes()
+    nodes.beat(20)
+    followed = nodes.cluster.follows
+    nodes.beat(40, reports=2)
+    assert followed
+    assert not nodes.cluster.follows
+    nodes.publish(0, 20, 0)
+    assert not nodes.cluster.follows
+    nodes.publish(20, 40, 20)
+    assert nodes.cluster.follows
+
+
 @pytest.mark.parametrize("late", [{"baseline": 10}, {"baseline": 4, "dropped_unserved": 6}])
 def test_a_node_follows_once_others_have_sent_what_its_senders_lack(late: dict[str, int]) -> None:
     """Datagrams from before a sender here began are sent elsewhere first: nobody else could send them."""

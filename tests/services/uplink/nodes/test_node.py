@@ -9,24 +9,27 @@ import pytest
 from services.uplink.incoming.arrivals import Key
 from services.uplink.nodes import node as module
 from services.uplink.nodes.beats import Beat, Reached, State, beat_subject, unparse_beat
-from services.uplink.nodes.cluster import Cluster
-from services.uplink.nodes.membership import SILENT_SECONDS
+from services.uplink.nodes.cluster import SETTLE_SECONDS, Cluster
+from services.uplink.nodes.membership import BEAT_SECONDS, SILENT_SECONDS
 from services.uplink.nodes.node import HEAR_SECONDS, LOOK_SECONDS, Node
 from shared.bus.messages import Envelope, Status
+from shared.client import Source
+from shared.owners import Minority
 from shared.settings.uplink import Uplink
 
 INGEST = Key("b", "ingest.1", 7, "flows")
-SETTINGS = Uplink(servers=("nats://127.0.0.1:4222",), site="a", nodes=("a", "b", "c"), minority="hold")
+NODES = ("a", "b", "c")
 
 
 class World:
-    """The node `a`, which lives and is to hold, and a clock."""
+    """The node `a`, which lives, and a clock."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, minority: Minority) -> None:
         self.now = 100.0
+        settings = Uplink(servers=("nats://127.0.0.1:4222",), site="a", nodes=NODES, minority=minority)
         publisher = Mock(sender="uplink.1", boot=1)
-        self.node = Node(SETTINGS, publisher, Mock(), Counter(), lambda: {"b": 0, "c": 0})
-        self.cluster = Cluster("a", SETTINGS.nodes, "hold", "uplink.1", 1, lambda: self.now, lambda: 33)
+        self.node = Node(settings, publisher, Mock(), Counter(), lambda: {"b": 0, "c": 0})
+        self.cluster = Cluster("a", NODES, minority, "uplink.1", 1, lambda: self.now, lambda: 33)
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: self.now))
         monkeypatch.setattr(self.node, "_cluster", self.cluster)
         self.cluster.members.state = "live"
@@ -38,11 +41,17 @@ class World:
         self.node.note_crossed(INGEST, range(start, stop), range(start, stop))
 
     def pass_time(
-        self, seconds: float, *heard: str, reached: int = 10, state: State = "live", votes: bool = False
+        self,
+        seconds: float,
+        *heard: str,
+        reached: int = 10,
+        state: State = "live",
+        votes: bool = False,
+        missed: int = 0,
     ) -> str:
         """Let some time pass, while these nodes are heard, which have sent so much of `b`, or JetStream votes.
 
-        Return the state of this node then.
+        `missed`: how often these have served without this node. Return the state of this node then.
         """
         until = self.now + seconds
         while self.now < until:
@@ -51,7 +60,8 @@ class World:
             status = Status("forwarder", 1, 1, self._number, 0, 1, {"forwarder": {"revision": 3}})
             self.node.note_status(Envelope(1, "status", "forwarder.1", 7, self._number, 0), status)
             for each in heard:
-                beat = Beat(each, 1, self._number, state, self._number, {"relay": [Reached(*INGEST, reached)]})
+                places: dict[Source, list[Reached]] = {"relay": [Reached(*INGEST, reached)]}
+                beat = Beat(each, 1, self._number, state, self._number, places, {"a": missed})
                 self.cluster.take(beat_subject(each), unparse_beat(beat))
             if votes:
                 self.cluster.members.note_vote()
@@ -61,8 +71,8 @@ class World:
 
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> World:
-    """A node that was live, and does not hear the others any more."""
-    world = World(monkeypatch)
+    """A node that was live and is to hold, and does not hear the others any more."""
+    world = World(monkeypatch, "hold")
     world.publish(0, 10)
     assert world.pass_time(5, "b", "c") == "live"
     assert world.pass_time(SILENT_SECONDS + LOOK_SECONDS) == "joining"
@@ -83,3 +93,42 @@ def test_a_node_that_held_serves_at_once_if_nobody_else_does(world: World) -> No
     assert world.pass_time(2 * LOOK_SECONDS, "b", "c", state="joining") == "live"
     assert world.pass_time(SILENT_SECONDS + LOOK_SECONDS) == "joining"
     assert world.pass_time(HEAR_SECONDS + LOOK_SECONDS, votes=True) == "live"
+
+
+@pytest.fixture
+def parted(monkeypatch: pytest.MonkeyPatch) -> World:
+    """A node that serves on, and does not hear the others any more."""
+    world = World(monkeypatch, "serve")
+    world.publish(0, 10)
+    assert world.pass_time(5, "b", "c") == "live"
+    assert world.cluster.beat().state == "live"
+    assert world.pass_time(60) == "live"
+    return world
+
+
+def test_a_node_that_was_replaced_serves_once_it_has_what_others_have_served(parted: World) -> None:
+    """Others serve the collectors of a node that was parted until it has caught up: they miss nothing meanwhile.
+
+    It never tells the others that it lives before: they would leave off, and begin anew at its old places.
+    """
+    assert parted.cluster.beat().state == "joining"
+    for node in "bc":
+        parted.cluster.take(beat_subject(node), unparse_beat(Beat(node, 1, parted._number, "live", 1, {}, {"a": 60})))
+    assert parted.cluster.beat().state == "joining"
+    assert parted.pass_time(10, "b", "c", reached=5000, missed=60) == "joining"
+    assert parted.cluster.nodes("joining", {}).serving == ("b", "c")
+    parted.publish(4990, 5000)
+    assert parted.pass_time(LOOK_SECONDS, "b", "c", reached=5000, missed=60) == "live"
+    assert parted.cluster.beat().state == "live"
+
+
+def test_nodes_that_were_all_parted_serve_on(parted: World) -> None:
+    """Each goes on with its own collectors where no node was in the majority: nobody else has served them."""
+    assert parted.pass_time(LOOK_SECONDS, "b", "c", state="joining") == "live"
+    assert parted.cluster.beat().state == "live"
+    assert parted.cluster.nodes("live", {}).serving == NODES
+    assert parted.pass_time(BEAT_SECONDS, "b", "c") == "live"
+    assert parted.cluster.nodes("live", {}).serving == NODES
+    assert parted.pass_time(SETTLE_SECONDS, "b", "c") == "live"
+    assert parted.pass_time(SILENT_SECONDS + LOOK_SECONDS, "b") == "live"
+    assert parted.cluster.nodes("live", {}).serving == ("a", "b")

@@ -26,6 +26,7 @@ class World:
         }
         for cluster in self.clusters.values():
             cluster.members.state = "live"
+            cluster.nodes("live", {})  # nobody is heard yet: each goes on as if all lived
         self.account: Counter[str] = Counter()
         self._overlaps = Overlaps(lambda: self.now)
 
