@@ -36,7 +36,7 @@ from shared.fanout.snapshot_request import SnapshotRequest
 from shared.ledger.accounts import Accounts
 from shared.ledger.counters import APPLIER, COLLECTORS_SERVED, COPIED, MARKED, PLANS_REFUSED, UNSEEN
 from shared.log import get_logger
-from shared.process.lifecycle import UNAVAILABLE, Lifecycle, OperatorError, Readiness
+from shared.process.lifecycle import UNAVAILABLE, Lifecycle, OperatorError, Readiness, next_tick, pause_for
 from shared.process.memory import Memory
 from shared.process.reload import Reload
 from shared.settings.model import Settings
@@ -50,7 +50,7 @@ PLAN_SECONDS: Final = 0.2
 PLAN_SHARE: Final = 10
 """Planning takes at most one part in this many of the time."""
 LOOK_SECONDS: Final = 0.25
-"""Time by which what no descriptor tells of is noticed late: the forwarder's sockets, an answer that did not come."""
+"""Time by which what no descriptor tells of is noticed late, while something is awaited: sockets, answers."""
 TICK_SECONDS: Final = 1.0
 KNOWN_SECONDS: Final = 5.0
 """A sender that does not answer for so long is told again, of a new plan."""
@@ -129,17 +129,24 @@ class OffloadService:
             if self._applier.channel is not None:
                 waking.register(self._applier.channel.fileno(), select.EPOLLIN)
             while not lifecycle.draining:
-                waking.poll(max(0.0, self._wake_at() - time.monotonic()))
+                waking.poll(self._pause())
                 lifecycle.heed()
                 self._turn()
                 reload.check()
                 readiness.check()
         self._drain()
 
-    def _wake_at(self) -> float:
-        if self._surroundings is None:
-            return self._reporter.due_at
-        return min(self._reporter.due_at, time.monotonic() + LOOK_SECONDS)
+    def _pause(self) -> float:
+        """Return how long to wait for messages and events before something else is due."""
+        left = pause_for(self._reporter.due_at - time.monotonic())
+        if self._publisher.readable():  # the signal of its descriptor was swallowed by what was published
+            return 0.0
+        return min(left, LOOK_SECONDS) if self._surroundings and self._awaits(self._surroundings) else left
+
+    def _awaits(self, surroundings: Surroundings) -> bool:
+        """Return whether anything may be due that no descriptor tells of."""
+        undone = self._dirty or self._handover.pending is not None or self._refused is not None
+        return undone or self._replica.stale or not surroundings.is_settled(self._relayed)
 
     def _turn(self) -> None:
         while message := self._subscriber.receive():
@@ -203,7 +210,7 @@ class OffloadService:
         now = time.monotonic()
         self._dirty |= surroundings.apply_events()
         if now >= self._tick_at:
-            self._tick_at = now + TICK_SECONDS
+            self._tick_at = next_tick(now, TICK_SECONDS)
             surroundings.refresh()
             self._handover.expire()
             self._memory.measure()
@@ -321,10 +328,14 @@ class OffloadService:
 
     def _count(self) -> None:
         """Read the kernel's counters."""
+        before = self._last
+        if self._handover.live is not None:
+            self._read_counters()
         if self._surroundings:
-            self._egress.note(self._surroundings.links_of(self._sending))
-        if self._handover.live is None:
-            return
+            links = self._surroundings.links_of(self._sending)
+            self._egress.note(links, copied=self._last != before)
+
+    def _read_counters(self) -> None:
         answer = self._applier.ask("count")
         names = {number: what for what, number in self._numbers.items()}
         for number, packets, _ in answer.counters:

@@ -19,9 +19,17 @@ class EgressDrops:
         self._before: dict[int, Drops] = {}
         """The last reading of the links that copies have left by since then."""
         self._counted: dict[str, Counter[str]] = {}
+        self._quiet = False
 
-    def note(self, links: Mapping[int, str]) -> None:
-        """Count what was dropped since the last reading; from now on copies leave by these links, with their names."""
+    def note(self, links: Mapping[int, str], *, copied: bool = True) -> None:
+        """Count what was dropped since the last reading; from now on copies leave by these links, with their names.
+
+        Nothing is read where no copies have left since the reading before the last one: what they leave behind in a
+        queue may be dropped a moment after they were counted.
+        """
+        unread, self._quiet = not copied and self._quiet, not copied
+        if unread and links.keys() == self._before.keys():
+            return
         found = self._read() if links else {}
         for index in links.keys() & found.keys():
             if index in self._before:

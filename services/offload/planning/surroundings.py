@@ -16,7 +16,9 @@ from shared.settings.entries import Stream
 from shared.settings.model import Settings
 from shared.settings.own_listeners import FollowedListeners
 
-SOCKETS_SECONDS: Final = 0.25
+SOON_SECONDS: Final = 0.25
+SETTLED_SECONDS: Final = 1.0
+"""Between looks at the forwarder's sockets, of which nothing tells: while something is not settled, and else."""
 WITHOUT: Final = {INTERFACE_DOWN: "the link to it is down"}
 """Reasons by the cause for which there is no way; by any other there is no route."""
 
@@ -31,7 +33,9 @@ class Surroundings:
         self._found_at = -1
         self._own: list[str] = []
         self._relays: dict[Place, Place] = {}
-        self._look_at = 0.0
+        self._looked_at = 0.0
+        self._connected: set[Place] = set()
+        """Collectors to which a socket is connected now."""
         self._wanted = settings.offload.interfaces
         self._listeners = FollowedListeners(_offloaded(settings))
 
@@ -54,16 +58,18 @@ class Surroundings:
     def sockets_changed(self, collectors: Collection[Place]) -> bool:
         """Return whether the forwarder's sockets are others than before, for collectors at these places.
 
-        It looks a few times a second.
+        It looks once a second, and a few times while anything is not settled.
         """
-        if time.monotonic() < self._look_at:
+        now = time.monotonic()
+        if now < self._looked_at + (SETTLED_SECONDS if self.is_settled(collectors) else SOON_SECONDS):
             return False
-        self._look_at = time.monotonic() + SOCKETS_SECONDS
+        self._looked_at = now
         before = self._relays
         connected = [each for each in udp_sockets() if (each.peer, each.peer_port) in collectors] if collectors else []
         # A socket that is being connected has no address of its own yet.
         ready = [each for each in reversed(connected) if int(ipaddress.ip_address(each.address)) and each.port]
         found = {(each.peer, each.peer_port): (each.address, each.port) for each in ready}
+        self._connected = {*found}
         # Other programs may send there, too: a source that is still connected stays.
         there = {((each.peer, each.peer_port), (each.address, each.port)) for each in ready}
         found |= {place: own for place, own in before.items() if (place, own) in there}
@@ -71,6 +77,10 @@ class Surroundings:
         kept = {place: own for place, own in before.items() if place in collectors and own[0] in self._own}
         self._relays = kept | found
         return before != self._relays
+
+    def is_settled(self, collectors: Collection[Place]) -> bool:
+        """Return whether the forwarder had a socket for each of these at the last look, and all else is looked up."""
+        return self._connected == {*collectors} and not self.next_hops.stale and self._listeners.settled
 
     def gather(self, troubled: Mapping[tuple[str, int], Trouble | None]) -> Facts:
         """Return the facts as they are now, with the collectors that are in trouble."""

@@ -1,6 +1,7 @@
 import socket
 from contextlib import closing
 from threading import Event
+from types import SimpleNamespace
 
 import pytest
 
@@ -85,12 +86,43 @@ def test_the_source_of_a_relay_stays_where_another_program_sends_to_the_same_col
     """`logger -d` and `fanwire replay` connect sockets to it, too; the forwarder's goes on until it is closed."""
     siem, found = ("127.0.0.9", 514), list[UdpSocket]()
     monkeypatch.setattr(module, "udp_sockets", lambda: found)
-    monkeypatch.setattr(module, "SOCKETS_SECONDS", 0.0)
+    for pause in ("SOON_SECONDS", "SETTLED_SECONDS"):
+        monkeypatch.setattr(module, pause, 0.0)
     with closing(Surroundings(SETTINGS)) as surroundings:
         for ports, source in (([7000], 7000), ([8000, 7000], 7000), ([7000, 8000], 7000), ([8000], 8000)):
             found[:] = [UdpSocket("127.0.0.1", port, *siem, 0, 0) for port in ports]
             surroundings.sockets_changed([siem])
             assert surroundings.gather({}).relays[siem] == ("127.0.0.1", source)
+
+
+def test_sockets_are_looked_at_often_until_all_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing tells of them: a look each second is enough then, and four a second where a collector has none."""
+    siem, found, looks, now = ("127.0.0.9", 514), list[UdpSocket](), list[float](), [100.0]
+
+    def look() -> list[UdpSocket]:
+        looks.append(now[0])
+        return found
+
+    monkeypatch.setattr(module, "udp_sockets", look)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    with closing(Surroundings(SETTINGS)) as surroundings:
+
+        def look_for(seconds: float) -> int:
+            before = len(looks)
+            for _ in range(int(seconds * 16)):
+                now[0] += 1 / 16
+                surroundings.sockets_changed([siem])
+            return len(looks) - before
+
+        assert not surroundings.is_settled([siem])
+        assert look_for(4) == 16
+        found.append(UdpSocket("127.0.0.1", 7000, *siem, 0, 0))
+        look_for(1)
+        assert surroundings.is_settled([siem])
+        assert look_for(4) == 4
+        found.clear()  # a forwarder that is killed
+        look_for(1)
+        assert look_for(4) == 16
 
 
 def test_names_of_listeners_are_looked_up_beside_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
