@@ -118,7 +118,8 @@ class Server(uvicorn.Server):
         """Renew the date that answers carry, with the watch's own tick, until the end."""
         while not await self.on_tick(0):
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._ended.wait(), next_look(time.monotonic(), 1.0) - time.monotonic())
+                async with asyncio.timeout(next_look(time.monotonic(), 1.0) - time.monotonic()):
+                    await self._ended.wait()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept no more, cut the handshakes under way, and end the rest."""

@@ -107,7 +107,8 @@ class Watch:
             readiness.check(**facts)
             look_at = min(due_at, next_look(now, PICTURE_SECONDS)) if self.is_ready() else now + START_SECONDS
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(stopped.wait(), max(0.01, look_at - time.monotonic()))
+                async with asyncio.timeout(max(0.01, look_at - time.monotonic())):
+                    await stopped.wait()
         self.closing = True
         async with self._made:
             self._made.notify_all()
