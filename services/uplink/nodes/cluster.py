@@ -156,9 +156,9 @@ class Cluster:
     @property
     def follows(self) -> bool:
         """True if all that senders of other live nodes have had came here too, and senders here have all behind it."""
-        beats = [self.members.beat(name) for name in self.members.live]
-        return not self._awaited and all(
-            self._follows(source, each) for beat in beats if beat for source, each in beat.reached.items()
+        beats = [beat for beat in map(self.members.beat, self.members.live) if beat]
+        return not (beats and self._awaited) and all(
+            self._follows(source, each) for beat in beats for source, each in beat.reached.items()
         )
 
     def _has_any(self, reached: Reached) -> bool:

@@ -1,7 +1,7 @@
 import pytest
 
 from services.uplink.incoming.arrivals import Key
-from services.uplink.nodes.beats import Beat, Reached, beat_subject, unparse_beat
+from services.uplink.nodes.beats import Beat, Reached, State, beat_subject, unparse_beat
 from services.uplink.nodes.cluster import TOLD_NS, Cluster
 from shared.bus.messages import Status
 from shared.client import Source
@@ -20,11 +20,11 @@ class Nodes:
         self.cluster = Cluster("a", ("a", "b"), "serve", "uplink.1", BOOT, lambda: 0.0, lambda: self.now_ns)
         self._beats = 0
 
-    def beat(self, reached: int, reports: int = 1) -> None:
+    def beat(self, reached: int, reports: int = 1, state: State = "live") -> None:
         """Let `b` tell that its forwarder has had so many datagrams of its own ingest."""
         self._beats += 1
         places: dict[Source, list[Reached]] = {"relay": [Reached(*INGEST, reached)]}
-        self.cluster.take(beat_subject("b"), unparse_beat(Beat("b", 1, self._beats, "live", reports, places)))
+        self.cluster.take(beat_subject("b"), unparse_beat(Beat("b", 1, self._beats, state, reports, places)))
 
     def report(self, account: dict[str, int], *, registry: bool = True) -> None:
         """Let the forwarder of `a` tell how far it is in what came from `b`, and that it has a registry."""
@@ -61,6 +61,14 @@ def test_a_node_does_not_follow_while_it_has_nothing_of_what_others_go_on_to_sen
     nodes.publish(0, 20, 0)
     assert not nodes.cluster.follows
     nodes.publish(20, 40, 20)
+    assert nodes.cluster.follows
+
+
+def test_a_node_follows_where_no_other_one_serves() -> None:
+    """Datagrams that are still to come are sent from here alone: there is nobody to get level with."""
+    nodes = Nodes()
+    nodes.beat(20)
+    nodes.beat(40, reports=2, state="joining")
     assert nodes.cluster.follows
 
 
