@@ -42,6 +42,7 @@ def test_each_datagram_comes_once_under_traffic(open_stack: OpenStack, changes: 
             site.look()
             pause(draw.choice((0, 0, 0.1, 0.4)))
         site.finish()
+        print(f"{site.traffic.sent.sum()} datagrams; {site.owed} copies had to come, and have")
         read = accounts_when(
             bus, "ingest.1", lambda told: told["stream/netflow"]["received"] >= site.traffic.sent.sum()
         )
