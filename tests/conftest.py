@@ -10,6 +10,7 @@ import resource  # noqa: E402
 import signal  # noqa: E402
 from collections.abc import Generator, Iterator  # noqa: E402
 from contextlib import nullcontext  # noqa: E402
+from importlib.util import cache_from_source  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Final  # noqa: E402
 
@@ -29,6 +30,13 @@ settings.load_profile("fanwire")
 
 LONGEST: Final = ("tests/services/gateway/cluster/", "tests/services/uplink/", "tests/system/")
 """Folders of tests that take tens of seconds."""
+
+
+COMPILED_LAST: Final = Path(
+    cache_from_source(str(Path(__file__).with_name("test_warm_start.py"))).removesuffix(".pyc")
+    + f"-pytest-{pytest.__version__}.pyc"
+)
+"""The last test module, as pytest has compiled it if all have been imported once."""
 
 
 # Programs under test heed signals, also when this run was started in the background or by nohup(1), which have them
@@ -57,13 +65,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection(session: pytest.Session) -> Generator[None, object, object]:
-    """Let one worker import all tests before the others: in a fresh clone each would compile all of them.
+    """Let one worker import all tests before the others in a fresh clone, where each would compile all of them.
 
     Garbage collection would pass over all that is imported and collected again and again: a tenth of the time.
     """
+    in_turn = hasattr(session.config, "workerinput") and not COMPILED_LAST.exists()
     gc.disable()
     try:
-        with once.first_alone("collected") if hasattr(session.config, "workerinput") else nullcontext():
+        with once.first_alone("collected") if in_turn else nullcontext():
             return (yield)
     finally:
         gc.enable()
