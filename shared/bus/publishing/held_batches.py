@@ -34,19 +34,15 @@ END: Final = "end"
 
 
 class _Batch(NamedTuple):
-    """A batch as it was published: `sequence` and `total` are those of its message."""
+    """A batch as it was published: `sequence` and `total` are those of its message, `size` the bytes that it takes."""
 
-    body: Again
+    body: Datagrams
     sequence: int
     total: int
     rows: bytes
     payload: bytes
     held_at: float
-
-    @property
-    def size(self) -> int:
-        """Bytes that it takes."""
-        return BATCH_OVERHEAD + len(self.rows) + len(self.payload)
+    size: int
 
 
 @dataclass(slots=True)
@@ -79,15 +75,15 @@ class HeldBatches:
 
     def wants(self, stream: str) -> bool:
         """Return whether batches of a stream are held."""
-        return any(stream in self._streams_of(held) for held in self._held.values())
+        for held in self._held.values():  # noqa: SIM110 - with each batch: a generator costs more than the rest
+            if stream in (self.journaled if held.standing else held.streams):
+                return True
+        return False
 
     @property
     def whole(self) -> bool:
         """Return whether everything is held, whatever its size: no payload is to be lent."""
         return any(not held.standing for held in self._held.values())
-
-    def _streams_of(self, held: _Held) -> frozenset[str]:
-        return self.journaled if held.standing else held.streams
 
     def heed(self, prefixes: Iterable[str], streams: Iterable[str]) -> None:
         """Heed new subscriptions: those that ask to hold these streams, and those that ask for what is held."""
@@ -111,13 +107,14 @@ class HeldBatches:
 
     def add(self, body: Datagrams, count: int, rows: bytes, payload: bytes) -> None:
         """Hold a batch that has just been published, unless nobody wants it held."""
-        sequence, total = self._publisher.position(datagrams_topic(body.stream))
-        again = Again(body.stream, body.received_ns, generation=body.generation, generations=body.generations)
-        batch = _Batch(again, sequence - 1, total - count, rows, payload, self._clock())
+        stream = body.stream
+        sequence, total = self._publisher.position(datagrams_topic(stream))
+        size = BATCH_OVERHEAD + len(rows) + len(payload)
+        batch = _Batch(body, sequence - 1, total - count, rows, payload, self._clock(), size)
         for held in self._held.values():
-            if body.stream in self._streams_of(held):
+            if stream in (self.journaled if held.standing else held.streams):
                 held.batches.append(batch)
-                held.size += batch.size
+                held.size += size
                 while held.size > MAX_HELD:
                     _drop_oldest(held)
 
@@ -155,7 +152,9 @@ class HeldBatches:
         topic = again_topic(self._publisher.sender, name)
         for _ in range(min(self._portion, len(held.batches) - held.handed_on)):
             batch = held.batches[held.handed_on]
-            if not self._publisher.repeat(topic, batch.body, batch.sequence, batch.total, (batch.rows, batch.payload)):
+            body = batch.body
+            again = Again(body.stream, body.received_ns, generation=body.generation, generations=body.generations)
+            if not self._publisher.repeat(topic, again, batch.sequence, batch.total, (batch.rows, batch.payload)):
                 return False
             if held.standing:
                 held.handed_on += 1
@@ -170,7 +169,8 @@ class HeldBatches:
 
 def _drop_oldest(held: _Held) -> None:
     held.size -= held.batches.popleft().size
-    held.handed_on = max(0, held.handed_on - 1)
+    if held.handed_on:
+        held.handed_on -= 1
 
 
 def _name_behind(beginning: str, prefix: str) -> str:
