@@ -1,4 +1,4 @@
-"""A resolver that says nothing: no service waits for it without a word or at its end, and no command for long."""
+"""A resolver that is silent holds up no service at its start or end, and no command for long."""
 
 import pytest
 
@@ -72,3 +72,12 @@ def test_start_waits_a_while_for_the_name_of_a_listener(stack: Stack, name: str,
         assert server.unanswered
         assert "relay.example.net" in running.text
         assert "no answer within 10 s" in running.text.splitlines()[-1]
+
+
+def test_start_ends_at_once_where_the_resolver_knows_no_such_listener(stack: Stack) -> None:
+    """An answer that there is no such host ends it with the status of bad settings, and systemd tries no more."""
+    stack.configure('[[stream]]\nname = "x"\nlisten = ["udp://relay.example.net:7000"]\n')
+    with NameServer():
+        running = start_asking(stack, "ingest", LONG, ready=False)
+        assert running.process.wait(LONG) == 78
+        assert "udp://relay.example.net:7000" in running.text.splitlines()[-1]

@@ -462,10 +462,10 @@ def test_port_in_use_is_one_line(stack: Stack, lab: None, scheme: str) -> None:
 
 @pytest.mark.parametrize(
     ("endpoint", "code"),
-    [("udp://no-such-host.invalid:6667", 78), (f"udp://{'a' * 64}:6667", 78), ("udp://192.0.2.1:6667", 1)],
+    [(f"udp://{'a' * 64}:6667", 78), ("udp://192.0.2.1:6667", 1)],
 )
 def test_address_that_cannot_be_had_is_one_line(stack: Stack, lab: None, endpoint: str, code: int) -> None:
-    """A host nobody knows, a name that is none, and an address that is not ours end the start with one line."""
+    """A name that no host can have, and an address that is not ours, end the start with one line."""
     exit_code, line = refusal(stack, f'[[stream]]\nname = "a"\nlisten = ["{endpoint}"]\n')
     assert exit_code == code
     assert f'a\\" listen: {endpoint}: ' in line
