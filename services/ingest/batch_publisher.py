@@ -167,12 +167,8 @@ class StreamFeed:
 
     def _publish_parts(self, batch: DatagramBatch) -> None:
         """Put datagrams on the bus as several messages, none of them lent: each is held as one that the bus takes."""
-        start = 0
-        while start < len(batch):
-            stop = int(np.searchsorted(batch.offsets, batch.offsets[start] + MAX_PAYLOAD, "right")) - 1
-            part = batch.part(start, stop)
+        for part in batch.parts(MAX_PAYLOAD):
             self.publish(part.received_ns, part.rows, part.payload, copied=part.generations)
-            start = stop
 
     def publish_few(
         self, received_ns: int, count: int, rows: bytes, payload: bytes, copied: Generations | None = None

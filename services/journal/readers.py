@@ -12,7 +12,8 @@ from shared.bus.bodies.journal_messages import JournalPortion, JournalRead, Repl
 from shared.bus.messages import Body
 from shared.datagrams.batch import DatagramBatch
 from shared.datagrams.gathered import Gathered
-from shared.journal.encoding import Numbered
+from shared.datagrams.limits import MAX_PAYLOAD
+from shared.journal.encoding import Numbered, cut
 from shared.journal.reading import Portion, read_portion
 from shared.log import get_logger
 
@@ -92,7 +93,9 @@ class Readers:
 
     def _send(self, request: JournalRead, portion: Portion) -> bool:
         """Send a portion; return False when the bus takes no more: the reader, which gets no end, asks anew."""
-        batches = [*join(portion.batches)] if request.joined else portion.batches
+        batches = [part for each in portion.batches for part in cut(*each)]
+        if request.joined:
+            batches = [*join(batches)]
         for identity, batch in batches:
             numbers = identity.worker, identity.boot, identity.sequence, identity.total
             body = Replayed(request.id, batch.stream, batch.received_ns, *numbers)
@@ -121,17 +124,19 @@ class Readers:
 def join(some: Iterable[Numbered]) -> Iterator[Numbered]:
     """Yield batches, as one where small ones of a worker follow each other: see `Replayed` for its numbers."""
     waiting: list[Numbered] = []
-    rows = 0
+    rows = size = 0
     for identity, batch in some:
         if waiting:
             (first, oldest), (last, newest) = waiting[0], waiting[-1]
             follows = identity[:2] == first[:2] and identity.total == last.total + len(newest)
             recent = batch.received_ns - oldest.received_ns <= JOINED_NS
-            if not (follows and recent and rows + len(batch) <= JOINED_ROWS):
+            fits = rows + len(batch) <= JOINED_ROWS and size + len(batch.payload) <= MAX_PAYLOAD
+            if not (follows and recent and fits):
                 yield _as_one(waiting)
-                waiting, rows = [], 0
+                waiting, rows, size = [], 0, 0
         waiting.append((identity, batch))
         rows += len(batch)
+        size += len(batch.payload)
     if waiting:
         yield _as_one(waiting)
 

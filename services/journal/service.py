@@ -21,6 +21,7 @@ from shared.capture.destination import destination_at
 from shared.fanout.resumption import Resumption
 from shared.fanout.streams import FollowedStreams
 from shared.journal.directory import Lock, segments_in, streams_in
+from shared.journal.encoding import cut
 from shared.journal.records import Identity
 from shared.journal.retention import Bounds, KnownAge, expired
 from shared.ledger.accounts import Accounts, unparse_origin
@@ -180,7 +181,8 @@ class JournalService:
         if batch is not None and isinstance(body, Datagrams):
             if self._followed.note_batch(message.topic, envelope, len(batch)) is not None and len(batch):
                 identity = Identity(envelope.sender, envelope.boot, envelope.sequence, envelope.total)
-                self._streams[batch.stream].append(identity, batch)
+                for part in cut(identity, batch):
+                    self._streams[batch.stream].append(*part)
         elif isinstance(body, JournalRead):
             self._readers.add(body, memory_short=self._memory.short)
         elif isinstance(body, Status):

@@ -35,13 +35,13 @@ LARGEST_BATCH: Final = MAX_PAYLOAD + (1 << 16)
 class Pack:
     """A message that is to be sent: its origin, and what it has of it.
 
-    `first` and `last` are sequence numbers of batches. `stop` is the worker's running count behind it, `received_ns`
-    the time of its last batch.
+    `start` and `stop` are the worker's running counts before it and behind it, `last` is the sequence number of its
+    last batch, `received_ns` the time of that.
     """
 
     origin: Origin
     boot: int
-    first: int
+    start: int
     last: int
     datagrams: int
     payload: bytes
@@ -50,12 +50,12 @@ class Pack:
 
     @property
     def number(self) -> str:
-        """Return what tells it from all others (Nats-Msg-Id): the worker's boot id, its name, and sequence numbers.
+        """Return what tells it from all others (Nats-Msg-Id): the worker's boot id, its name, and running counts.
 
         Another choice of batches is another message: a reader tells by each batch whether it has had it.
         """
         worker, stream = self.origin.worker, self.origin.stream
-        return f"{self.boot:x}/{worker}/{stream}/{self.first}-{self.last}"
+        return f"{self.boot:x}/{worker}/{stream}/{self.start}-{self.stop}"
 
 
 class _Joined:
@@ -109,8 +109,7 @@ class Packer:
         """The time of the first batch that waits here, as the caller notes it."""
         self.datagrams = 0
         self._after = after
-        self._reached = self._received_ns = 0
-        self._first = self._last = 0
+        self._start = self._reached = self._last = self._received_ns = 0
         self._lengths: list[bytes] = []
         self._parts: list[Part] = []
         self._joined: _Joined | None = None
@@ -121,7 +120,7 @@ class Packer:
         assert isinstance(body, Datagrams)
         payload = batch.packed() if batch.stride or body.chunk is not None else batch.payload
         if not self.datagrams:
-            self._first = envelope.sequence
+            self._start = envelope.total
         if self._joined is None or not self._joined.takes(envelope, batch):
             self._end_batch()
             self._joined = _Joined(envelope, body.received_ns)
@@ -149,7 +148,7 @@ class Packer:
         self._end_batch()
         head = HEAD.pack(MARK, len(self._lengths), self._after)
         payload = b"".join((head, *self._lengths, *self._parts))
-        numbers = self._first, self._last, self.datagrams
+        numbers = self._start, self._last, self.datagrams
         pack = Pack(self.origin, self.boot, *numbers, payload, self._reached, self._received_ns)
         self._after = self._reached
         self._lengths, self._parts = [], []

@@ -101,6 +101,18 @@ class DatagramBatch:
         marks = None if self.generations is None else self.generations[first:stop]
         return DatagramBatch(self.stream, self.received_ns, self.rows[first:stop], payload, self.stride, marks)
 
+    def parts(self, most: int) -> Iterator["DatagramBatch"]:
+        """Yield the rows in order, as batches of at most `most` bytes of payload each; a longer datagram goes alone."""
+        if len(self.payload) <= most:
+            yield self
+            return
+        ends = np.cumsum(self.lengths)
+        start = before = 0
+        while start < len(self):
+            stop = max(start + 1, int(np.searchsorted(ends, before + most, "right")))
+            yield self.part(start, stop)
+            start, before = stop, int(ends[stop - 1])
+
     def check(self) -> None:
         """Raise ValueError when an invariant does not hold."""
         count = len(self.rows)

@@ -4,7 +4,7 @@ The bytes are the same as one by one.
 """
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Final
 
@@ -25,7 +25,7 @@ from shared.capture.pcapng import (
 from shared.capture.writer import PacketPieces, write_all
 from shared.datagrams.batch import DatagramBatch
 from shared.datagrams.gathered import Gathered, Mask
-from shared.datagrams.limits import ROW_SIZE
+from shared.datagrams.limits import MAX_PAYLOAD, ROW_SIZE
 from shared.journal.records import (
     ALL_FOUR,
     ALL_SIX,
@@ -40,6 +40,14 @@ from shared.journal.records import (
 )
 
 Numbered = tuple[Identity, DatagramBatch]
+
+
+def cut(identity: Identity, batch: DatagramBatch) -> Iterator[Numbered]:
+    """Yield a batch as one or more that a record and a bus message may have: what is lent whole may be larger."""
+    total = identity.total
+    for part in batch.parts(MAX_PAYLOAD):
+        yield identity._replace(total=total), part
+        total += len(part)
 
 
 class Records:

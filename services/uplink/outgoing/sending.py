@@ -8,7 +8,10 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterator, Mapping
+from dataclasses import replace
 from typing import Final
+
+from msgspec import structs
 
 from services.uplink.outgoing.batches import BusBatches
 from services.uplink.outgoing.cursors import MAX_WORKERS
@@ -20,7 +23,7 @@ from services.uplink.subjects import Origin
 from shared.bus.kept_counts import KeptCounts, KeptFile
 from shared.bus.messages import VERSION, Datagrams, Envelope, Message, datagrams_topic
 from shared.datagrams.batch import DatagramBatch
-from shared.datagrams.limits import ROW_SIZE
+from shared.datagrams.limits import MAX_PAYLOAD, ROW_SIZE
 from shared.fanout.past.pursuit import Step
 from shared.ledger.accounts import Accounts
 from shared.ledger.counters import (
@@ -177,6 +180,17 @@ class Sending:
         self.outbox.settle(stream, datagrams, cause)
 
     def _pack(self, message: Message, batch: DatagramBatch) -> None:
+        """Let a batch into messages: into several where it was lent whole, and is larger than a server takes."""
+        total = message.envelope.total
+        for part in batch.parts(MAX_PAYLOAD):
+            if part is not batch:
+                message = replace(message, envelope=structs.replace(message.envelope, total=total))
+            if not self._pack_part(message, part):
+                return
+            total += len(part)
+
+    def _pack_part(self, message: Message, batch: DatagramBatch) -> bool:
+        """Let a batch into the message that is being filled; return False if what comes is left to the journal."""
         envelope = message.envelope
         key = (envelope.sender, envelope.boot, batch.stream)
         packer, now = self._packers.get(key), time.monotonic()
@@ -190,7 +204,7 @@ class Sending:
             if packer.size + size > self.outbox.largest:
                 self._close(key, packer, now)
                 if self._packers.get(key) is not packer:
-                    return  # it is left to the journal, with what comes behind it
+                    return False
         if not packer.datagrams:
             packer.since = now
             if now - self._packed_at[key] > 4 * self._fill:  # a lone batch goes at once
@@ -198,6 +212,7 @@ class Sending:
         packer.add(message, batch)
         if packer.full:
             self._close(key, packer, now)
+        return self._packers.get(key) is packer
 
     def _close_earlier(self, envelope: Envelope, stream: str) -> None:
         """Let messages of a worker's earlier starts go before the first of this one."""

@@ -1,6 +1,7 @@
 """Those who read in the journal: when they ask, and how small batches are joined for them."""
 
 from dataclasses import replace
+from itertools import chain
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,7 +9,8 @@ from hypothesis import strategies as st
 from services.journal.readers import JOINED_NS, JOINED_ROWS, LATELY_SECONDS, Readers, join
 from shared.bus.bodies.fields import REPLAY_PREFIX
 from shared.bus.bodies.journal_messages import JournalRead
-from shared.journal.encoding import Numbered
+from shared.datagrams.limits import MAX_PAYLOAD, MAX_ROWS
+from shared.journal.encoding import Numbered, cut
 from shared.journal.records import Identity
 from tests.builders import make_batch
 
@@ -51,6 +53,20 @@ def test_many_small_batches_are_few_messages() -> None:
     """Batches of one datagram that follow each other go as many together as may."""
     batches = [(Identity("ingest.1", 7, number, number), make_batch([b"%d" % number])) for number in range(600)]
     assert [len(batch) for _, batch in join(batches)] == [JOINED_ROWS, JOINED_ROWS, 600 - 2 * JOINED_ROWS]
+
+
+def test_large_batches_are_messages_that_the_bus_takes() -> None:
+    """Batches are joined up to a message's size, and one that was written whole from lent memory goes in parts."""
+    worker = "ingest.1", 7
+    some = [(Identity(*worker, number, 16 * number), make_batch([bytes(30_000)] * 16)) for number in range(4)]
+    assert [len(batch) for _, batch in join(some)] == [16] * 4
+    batch = make_batch([b"%d" % at * 300 for at in range(MAX_ROWS)])
+    parts = [*cut(Identity(*worker, 1, 5000), batch)]
+    assert len(parts) > 1
+    assert all(len(part.payload) <= MAX_PAYLOAD for _, part in parts)
+    totals = [5000 + sum(len(part) for _, part in parts[:at]) for at in range(len(parts))]
+    assert [identity for identity, _ in parts] == [Identity(*worker, 1, total) for total in totals]
+    assert [*chain.from_iterable(part.datagrams() for _, part in parts)] == [*batch.datagrams()]
 
 
 def test_after_a_request_another_is_expected() -> None:

@@ -44,7 +44,7 @@ def test_batches_arrive_as_they_were_on_the_bus(sent: list[tuple[list[bytes], in
         total += len(payloads)
     found = pack(*messages)
     arrived = read_pack(ORIGIN, found.payload)
-    assert (found.first, found.last, found.datagrams) == (0, len(sent) - 1, total)
+    assert (found.start, found.last, found.datagrams) == (0, len(sent) - 1, total)
     assert (arrived.boot, arrived.after) == (7, UNKNOWN)
     rows = [row for each in messages if each.batch for row in each.batch.datagrams()]
     assert [row for each in arrived.batches if each.batch for row in each.batch.datagrams()] == rows
@@ -68,14 +68,14 @@ def test_batches_that_came_together_become_one() -> None:
 
 
 def test_each_message_tells_what_was_sent_before_it() -> None:
-    """`after` is the worker's count at the end of the message before; the number names the batches in it."""
+    """`after` is the worker's count at the end of the message before; the number names what is in it."""
     packer = Packer(ORIGIN, 7)
     for sequence, total in ((4, 100), (9, 300)):
         each = message([b"a", b"b"], sequence, total)
         assert each.batch is not None
         packer.add(each, each.batch)
         found = packer.close()
-        assert found.number == f"7/ingest.2/messages/{sequence}-{sequence}"
+        assert found.number == f"7/ingest.2/messages/{total}-{total + 2}"
         assert read_pack(ORIGIN, found.payload).after == (UNKNOWN if total == 100 else 102)
 
 

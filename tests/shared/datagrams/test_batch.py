@@ -115,3 +115,15 @@ def test_parts_and_payloads_of_a_batch_in_place() -> None:
     for batch in (close, apart):
         assert [payload for _, _, payload in batch.part(1, 3).datagrams()] == [b"", b"three"]
         assert batch.part(0, 4) is batch
+
+
+@given(st.lists(st.integers(0, 300), max_size=40), st.sampled_from((0, 300)), st.integers(1, 900))
+def test_parts_are_the_batch_in_pieces_that_fit(lengths: list[int], stride: int, most: int) -> None:
+    """All rows come in order; each part has at most so many bytes of payloads, or one datagram."""
+    size = stride * len(lengths) or sum(lengths)
+    batch = batch_of(lengths, size, stride)
+    parts = [*batch.parts(most)]
+    assert [each for part in parts for each in part.datagrams()] == [*batch.datagrams()]
+    for part in parts:
+        part.check()
+        assert len(part) <= 1 or sum(part.length_list) <= most

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.capture.reader import CaptureReader
-from shared.datagrams.limits import MAX_DATAGRAM, MAX_ROWS
+from shared.datagrams.limits import MAX_DATAGRAM, MAX_PAYLOAD, MAX_ROWS
 from shared.journal.records import (
     Identity,
     RecordError,
@@ -67,7 +67,16 @@ def test_what_was_written_is_read(
     ]
 
 
-@pytest.mark.parametrize("lengths", [[MAX_DATAGRAM] * 8, [0] * MAX_ROWS, [400] * MAX_ROWS, [*range(MAX_ROWS)]])
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        [MAX_DATAGRAM] * 8,
+        [4 * MAX_PAYLOAD // MAX_ROWS] * MAX_ROWS,
+        [0] * MAX_ROWS,
+        [400] * MAX_ROWS,
+        [*range(MAX_ROWS)],
+    ],
+)
 @pytest.mark.parametrize("sources", [["192.0.2.1"], ["2001:db8::1"], ["192.0.2.1", "2001:db8::1", "::ffff:0:1"]])
 def test_the_largest_batches(tmp_path: Path, lengths: list[int], sources: list[str]) -> None:
     """Batches as large as they can be, of equal lengths or of none alike, come back as they were."""

@@ -38,7 +38,7 @@ def offer(box: Outbox, *numbers: int, size: int = 100, origin: Origin = ORIGIN) 
     found = []
     for number in numbers:
         box.take(origin.stream, 2)
-        found.append(box.put(Pack(origin, 1, number, number, 2, bytes(size))))
+        found.append(box.put(Pack(origin, 1, number, number, 2, bytes(size), number + 2)))
     return found
 
 
@@ -46,13 +46,13 @@ def sent(box: Outbox) -> list[int]:
     """Send what may be sent; return the numbers."""
     found = []
     while pack := box.next():
-        found.append(pack.first)
+        found.append(pack.start)
     return found
 
 
 def number(first: int) -> str:
     """The number of a message that `offer` has made."""
-    return f"1/ingest.1/flows/{first}-{first}"
+    return f"1/ingest.1/flows/{first}-{first + 2}"
 
 
 def balanced(box: Outbox) -> bool:

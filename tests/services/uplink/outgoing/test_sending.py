@@ -17,6 +17,7 @@ from shared.bus.kept_counts import KeptFile
 from shared.bus.messages import Datagrams, Message, Status, datagrams_topic, status_topic
 from shared.bus.zmq_sockets import Publisher, Subscriber
 from shared.datagrams.batch import DatagramBatch
+from shared.datagrams.limits import MAX_ROWS
 from shared.ledger.counters import TOO_MANY_WORKERS
 from shared.ledger.equations import discrepancies
 from shared.nats.troubles import Troubles
@@ -119,6 +120,8 @@ class Sent:
         self.sending.outbox.connect()
         self.arrived: list[tuple[str, int]] = []
         """Each datagram that JetStream has acknowledged: its worker, and its place in that one's count."""
+        self.sizes: dict[str, int] = {}
+        """Bytes of each message, by its number: JetStream keeps the first of each."""
 
     def acknowledge(self) -> None:
         """Let JetStream take all that is sent."""
@@ -127,6 +130,8 @@ class Sent:
             self.sending.outbox.acknowledge(pack.number)
 
     def _note(self, pack: Pack) -> None:
+        assert pack.number not in self.sizes
+        self.sizes[pack.number] = len(pack.payload)
         for message in read_pack(pack.origin, pack.payload).batches:
             assert message.batch is not None
             start = message.envelope.total
@@ -198,6 +203,19 @@ def test_a_new_worker_that_publishes_before_it_hears_of_the_uplink(
     if goes_on:
         sent.bus.let_batch_come("ingest.2", 2)
     sent.settle()
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_batch_that_was_lent_whole_goes_in_messages_that_a_server_takes(sent: Sent, lost: bool) -> None:
+    """A full batch of 1,200 bytes each is above `max_payload`: it goes in parts, each under a number of its own."""
+    sent.bus.let_batch_come("ingest.1", 3)
+    sent.settle()
+    sent.bus.let_batch_come("ingest.1", MAX_ROWS, 1200, lost=lost)
+    if lost:
+        sent.bus.let_mark_come("ingest.1")
+    sent.settle()
+    assert len(sent.sizes) > 3
+    assert max(sent.sizes.values()) <= sent.sending.outbox.largest
 
 
 @pytest.mark.parametrize("at_drain", [False, True])
