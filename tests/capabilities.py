@@ -2,6 +2,8 @@
 
 import ctypes
 import os
+import socket
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -74,3 +76,18 @@ def ambient(kept: int = EVERYTHING) -> Iterator[None]:
         yield
     finally:
         raise_ambient(before)
+
+
+@contextmanager
+def held_by_a_program(*sockets: socket.socket) -> Iterator[int]:
+    """Let a program that is not privileged have these sockets, and nobody else; return its number.
+
+    What a user's own services have open, another process of that user sees, unless it holds more capabilities.
+    """
+    with subprocess.Popen(["sleep", "infinity"], pass_fds=[sock.fileno() for sock in sockets]) as program:
+        for sock in sockets:
+            sock.close()
+        try:
+            yield program.pid
+        finally:
+            program.kill()

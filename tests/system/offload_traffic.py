@@ -5,7 +5,7 @@ import socket
 import threading
 import time
 from collections import defaultdict
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -160,7 +160,8 @@ class Frames(threading.Thread):
         self._socks = {}
         for version, ethertype in ETHERTYPES.items():
             sock = opened.enter_context(site.siem.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ethertype)))
-            sock.setsockopt(socket.SOL_SOCKET, 33, 1 << 28)  # SO_RCVBUFFORCE
+            with suppress(PermissionError):  # only root of the machine may
+                sock.setsockopt(socket.SOL_SOCKET, 33, 1 << 28)  # SO_RCVBUFFORCE
             sock.setblocking(False)
             self._socks[version] = sock
         self._ending = False

@@ -15,6 +15,7 @@ import zmq
 from shared.bus.endpoint import ipc_endpoint
 from shared.bus.messages import REGISTRY_TOPIC, TRANSMIT_TOPIC, VERSION, datagrams_topic, serve_topic, status_topic
 from tests.builders import heavy_bodies
+from tests.capabilities import held_by_a_program
 from tests.openly import OpenStack
 from tests.stack import Stack, sign_up
 from tests.traffic import open_receiver
@@ -127,12 +128,13 @@ def test_ports_in_use_are_named(stack: Stack) -> None:
         tcp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # others of this run have used it
         tcp.bind(("127.0.0.1", 5000))
         tcp.listen()
-        for name, endpoint in (("ingest", "udp://localhost:6667"), ("gateway", "127.0.0.1:5000")):
-            running = stack.start(name, ready=False)
-            assert running.process.wait(60) == 1
-            assert endpoint in running.text
-            assert f"in use by process {os.getpid()} (" in running.text
-            assert "Traceback" not in running.text
+        with held_by_a_program(udp, tcp) as pid:
+            for name, endpoint in (("ingest", "udp://localhost:6667"), ("gateway", "127.0.0.1:5000")):
+                running = stack.start(name, ready=False)
+                assert running.process.wait(60) == 1
+                assert endpoint in running.text
+                assert f"in use by process {pid} (sleep)" in running.text
+                assert "Traceback" not in running.text
 
 
 def test_operator_commands_without_a_broker_say_so(stack: Stack) -> None:

@@ -32,6 +32,7 @@ from shared.net.addresses import LOCAL_SENDER, unpack_address
 from shared.net.sockets import checksum_errors, receive_buffer
 from shared.settings.file import load
 from tests.builders import BusEnds, Datagram, accounts_when, freeze, kill_all, take, take_datagrams, take_mark
+from tests.capabilities import held_by_a_program
 from tests.forging import forging
 from tests.services.ingest.flows.exported import netflow_v9
 from tests.services.transmitter.started import IS_ROOT, as_nobody, readable_interpreter
@@ -455,9 +456,10 @@ def test_port_in_use_is_one_line(stack: Stack, lab: None, scheme: str) -> None:
         if scheme == "tcp":
             holder.listen()
         endpoint = f"{scheme}://127.0.0.1:{holder.getsockname()[1]}"
-        code, line = refusal(stack, f'[[stream]]\nname = "a"\nlisten = ["{endpoint}"]\n')
+        with held_by_a_program(holder) as pid:
+            code, line = refusal(stack, f'[[stream]]\nname = "a"\nlisten = ["{endpoint}"]\n')
     assert code == 1
-    assert f"{endpoint}: Address already in use by process {os.getpid()} (" in line
+    assert f"{endpoint}: Address already in use by process {pid} (" in line
 
 
 @pytest.mark.parametrize(

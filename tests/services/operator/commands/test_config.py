@@ -1,6 +1,6 @@
-import os
 import socket
 
+from tests.capabilities import held_by_a_program
 from tests.stack import Stack
 
 A = '[[stream]]\nname = "a"\nlisten = ["udp://127.0.0.1:7000", {}]\n'
@@ -66,11 +66,15 @@ def test_what_a_service_would_refuse_is_said_before_it_starts(stack: Stack, lab:
 
 def test_ports_that_others_have_are_refused_only_before_the_start(stack: Stack, lab: None) -> None:
     """A port of another program is refused; one that the running services have is not, and they lose nothing."""
-    with socket.create_server(("127.0.0.1", 5000)), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as taken:
+    with (
+        socket.create_server(("127.0.0.1", 5000)) as listener,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as taken,
+    ):
         taken.bind(("127.0.0.1", 7000))
-        refused = check(stack, A.format(""))
-        assert f"in use by process {os.getpid()} (" in refused["gateway"]
-        assert f"Address already in use by process {os.getpid()} (" in refused["ingest"]
+        with held_by_a_program(listener, taken) as pid:
+            refused = check(stack, A.format(""))
+        assert f"in use by process {pid} (" in refused["gateway"]
+        assert f"Address already in use by process {pid} (" in refused["ingest"]
         assert refused["ingest"].endswith("); stop that, or listen elsewhere")
     assert check(stack, A.format("")) == {}
     stack.start_all()
