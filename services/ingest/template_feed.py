@@ -51,7 +51,7 @@ class TemplateFeed:
         reader.renewing = self._publisher.wanted(self._renewals_topic)
         if reader.renewals and not reader.renewing:
             reader.renewals.clear()
-        for piece in _pieces(reader.renewals) if reader.renewals else ():
+        for piece in list(_pieces(reader.renewals)) if reader.renewals else ():
             if not self._publisher.publish(self._renewals_topic, Renewals(self._stream, piece)):
                 break
             del reader.renewals[: len(piece)]

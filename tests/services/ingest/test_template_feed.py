@@ -32,9 +32,11 @@ def test_renewals_that_the_bus_refuses_are_owed() -> None:
     assert observe(3, 0) == 0
     assert observe(MAX_DATAGRAMS, 1) == MAX_DATAGRAMS
     assert observe(0, 1) == MAX_DATAGRAMS + 3
-    assert came == sorted(came)
+    assert observe(3 * MAX_DATAGRAMS, 2) == 3 * MAX_DATAGRAMS + 3
+    assert observe(0, 1) == 4 * MAX_DATAGRAMS + 3
+    assert came == [b"%016d" % number for number in range(len(came))]
     observe(3, 0)
     wanted[0] = False
-    assert (observe(0, 0), reader.renewing) == (MAX_DATAGRAMS + 3, False)
+    assert (observe(0, 0), reader.renewing) == (4 * MAX_DATAGRAMS + 3, False)
     wanted[0] = True
-    assert (observe(0, 1), reader.renewing) == (MAX_DATAGRAMS + 3, True)
+    assert (observe(0, 1), reader.renewing) == (4 * MAX_DATAGRAMS + 3, True)
