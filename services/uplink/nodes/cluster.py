@@ -26,8 +26,8 @@ HEARD_SECONDS: Final = 3.0
 """A sender that has not reported for so long does not run; nor does one without a registry."""
 TOLD_NS: Final = 1_000_000_000
 """Time by which a node may have got further than it has told."""
-SETTLE_SECONDS: Final = 1.0
-"""Time for the others to tell whether they are in the majority too, once this node is again."""
+SETTLE_SECONDS: Final = 1.5
+"""Time for the others to tell whether they are in the majority too, once this node is again: a beat or two of each."""
 ALONE_NS: Final = 5_000_000_000
 """A sender that was started this long before the uplink was not started with it."""
 
@@ -137,14 +137,21 @@ class Cluster:
         return self._minority == "hold" and not self.members.majority
 
     def regains(self) -> bool:
-        """Return whether this node has just come back to a majority that has served without it meanwhile."""
+        """Return whether this node has just come back to a majority that has served without it meanwhile.
+
+        Beats tell that: while JetStream alone stands for the majority, they are awaited for a moment.
+        """
         if not self.members.majority:
             if self._missed_before is None:
                 self._missed_before = self._missed.total()
                 self._awaited.clear()
             return False
-        before, self._missed_before = self._missed_before, None
-        return before is not None and self._missed.total() > before
+        if self._missed_before is None:
+            return False
+        replaced = self._missed.total() > self._missed_before
+        if replaced or self.members.hears_most or self._clock() >= self._settled_at:
+            self._missed_before = None
+        return replaced
 
     @property
     def tells(self) -> bool:

@@ -122,6 +122,21 @@ def test_a_node_that_was_replaced_serves_once_it_has_what_others_have_served(par
     assert parted.cluster.beat().state == "live"
 
 
+def test_a_node_that_was_replaced_learns_so_after_jetstream_has_answered(parted: World) -> None:
+    """JetStream may acknowledge before the first beat comes: this node is in the majority, and does not know yet."""
+    assert parted.pass_time(LOOK_SECONDS, votes=True) == "live"
+    assert parted.cluster.beat().state == "joining"
+    assert parted.pass_time(LOOK_SECONDS, "b", "c", reached=5000, missed=60) == "joining"
+    assert parted.pass_time(10, "b", "c", reached=5000, missed=120) == "joining"
+
+
+def test_a_node_that_jetstream_alone_vouches_for_serves_on(parted: World) -> None:
+    """No other node is heard that could have served without it."""
+    assert parted.pass_time(SETTLE_SECONDS + LOOK_SECONDS, votes=True) == "live"
+    assert parted.cluster.beat().state == "live"
+    assert parted.cluster.nodes("live", {}).serving == ("a",)
+
+
 def test_nodes_that_were_all_parted_serve_on(parted: World) -> None:
     """Each goes on with its own collectors where no node was in the majority: nobody else has served them."""
     assert parted.pass_time(LOOK_SECONDS, "b", "c", state="joining") == "live"
