@@ -75,7 +75,7 @@ class Receiver:
         self._heard_at = 0.0
         self._lost = False
         self._asked = self._next = 0
-        """The number of the last request; the consumer's number of what it hands on next, 0: any."""
+        """The number of the last request; the consumer's number of what it hands on next."""
 
     async def run(self, session: Session) -> None:
         """Receive by this connection until it ends."""
@@ -132,6 +132,7 @@ class Receiver:
                 info = await manager.add_consumer(stream, self._from_start(config))
                 self._resumed[NEXT] = 0
                 log.info("made the consumer by which this site receives", stream=stream, consumer=name)
+            self._next = (info.delivered.consumer_seq if info.delivered else 0) + 1
             self._lag[WAITING_MESSAGES] = info.num_pending or 0
         except NotFoundError:
             self._lag[WAITING_MESSAGES] = 0
@@ -154,7 +155,7 @@ class Receiver:
         loop, name = asyncio.get_running_loop(), f"to-{session.uplink.site}"
         size, most = PULLED_BYTES
         subject = f"$JS.API.CONSUMER.MSG.NEXT.{kept_stream(self.site)}.{name}"
-        self._lost, self._next = False, 0
+        self._lost = False
         while not self._lost:
             self._left, self._heard_at = PULLED, loop.time()
             self._asked_anew.clear()
@@ -187,7 +188,7 @@ class Receiver:
             self._asked_anew.set()
             return
         about = message.metadata
-        if self._next not in (0, about.sequence.consumer):  # what is missing would come after `ack_wait`, behind newer
+        if about.sequence.consumer != self._next:  # what is missing would come after `ack_wait`, behind newer
             self._lose(session, f"messages of site {self.site} were lost on the way here: they are fetched again")
             self._asked_anew.set()
             return

@@ -573,6 +573,30 @@ def test_what_was_lost_on_the_way_comes_before_newer(plain: NatsServer) -> None:
     assert reader.says("messages of site losing were lost on the way here: they are fetched again")()
 
 
+def test_the_first_message_that_was_lost_on_the_way_comes_before_newer(plain: NatsServer) -> None:
+    """The consumer tells what it has handed on before anything comes by this connection."""
+    sender, reader = sending_and_receiving(plain, "losing-first")
+    sender.offer(b"one", b"two", b"three")
+    sender.run(lambda: sender.counted[ACKNOWLEDGED] == 3)
+    reader.lag.clear()
+    opened = reader.receivers[0]._opened = asyncio.Event()
+
+    async def interfere() -> None:
+        client = Client()
+        await client.connect(plain.address)
+        while WAITING_MESSAGES not in reader.lag:
+            await asyncio.sleep(0.01)
+        elsewhere = await client.subscribe("elsewhere")
+        await client.publish("$JS.API.CONSUMER.MSG.NEXT.fanwire-losing-first.to-reader", b'{"batch": 1}', "elsewhere")
+        await elsewhere.next_msg(30)
+        await client.close()
+        opened.set()
+
+    running = list[asyncio.Task[None]]()
+    reader.run(lambda: len(reader.came) == 3, lambda: running.append(asyncio.create_task(interfere())))
+    assert reader.came == [b"one", b"two", b"three"]
+
+
 def test_an_earlier_connection_that_lingers_gets_nothing(plain: NatsServer) -> None:
     """The server has not seen the end of an earlier connection, which waits for messages: all come by the new one."""
     sender, reader = Tried(plain, "lingering"), Tried(plain, "reader", send=[])
