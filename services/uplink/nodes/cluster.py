@@ -216,8 +216,10 @@ class Cluster:
         if not told.majority:
             self._settled_at = self._clock() + SETTLE_SECONDS
         serving = self._serving
+        if state == "live" and self.members.own not in (serving or ()):
+            serving = None  # it has caught up; or was parted meanwhile, and serves as at a start
         if serving is None or not told.majority or state != "live" or self._clock() >= self._settled_at:
-            self._serving = serving = nodes_serving(told, self._minority, self._serving)
+            self._serving = serving = nodes_serving(told, self._minority, serving)
         if state == "live" and self.members.own in serving:
             self._note_missing(serving)
         return msgspec.structs.replace(told, serving=serving)

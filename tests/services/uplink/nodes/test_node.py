@@ -122,6 +122,18 @@ def test_a_node_that_was_replaced_serves_once_it_has_what_others_have_served(par
     assert parted.cluster.beat().state == "live"
 
 
+def test_a_node_that_is_parted_again_before_it_has_caught_up_serves_on(parted: World) -> None:
+    """All others may have died: it serves its collectors, as in the minority at any time."""
+    assert parted.pass_time(10, "b", "c", reached=5000, missed=60) == "joining"
+    assert parted.pass_time(SILENT_SECONDS - LOOK_SECONDS) == "joining"
+    assert parted.cluster.nodes("joining", {}).serving == ("b", "c")
+    assert parted.pass_time(2 * LOOK_SECONDS) == "live"
+    assert parted.cluster.nodes("live", {}).serving == NODES
+    assert parted.cluster.beat().state == "joining"
+    assert parted.pass_time(10, "b", "c", reached=5000, missed=120) == "joining"
+    assert parted.cluster.nodes("joining", {}).serving == ("b", "c")
+
+
 def test_a_node_that_was_replaced_learns_so_after_jetstream_has_answered(parted: World) -> None:
     """JetStream may acknowledge before the first beat comes: this node is in the majority, and does not know yet."""
     assert parted.pass_time(LOOK_SECONDS, votes=True) == "live"
