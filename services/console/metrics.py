@@ -54,7 +54,8 @@ def render(metrics: Iterable[Metric], accept: str, rendered: dict[str, bytes] | 
     The library writes what differs between the formats. The lines of samples are the same in both. They are written
     here as the library would, in a quarter of its time, since there may be a hundred thousand.
     """
-    encoder, content_type = choose_encoder(accept)
+    # Names are written as they are: by `dots` the library would double each underscore in its own lines.
+    encoder, content_type = choose_encoder(accept.replace("escaping=dots", "escaping=underscores"))
     kind, known = content_type.partition(";")[0], {} if rendered is None else rendered
     if kind not in known:
         lines, end = [], encoder(_Given([])).decode()

@@ -95,6 +95,14 @@ def test_the_text_says_what_the_library_would_say(accept: str) -> None:
     assert render(metrics, accept) == (encoder(registry), content_type)
 
 
+@pytest.mark.parametrize("kind", ["application/openmetrics-text", "text/plain"])
+def test_names_are_the_same_whatever_escaping_is_asked_for(kind: str) -> None:
+    """Names need no escaping: with `dots` no underscore is doubled, and what is shared with other scrapes is theirs."""
+    metrics = [*stack_metrics(busy(), 0.0, "1")]
+    plain = render(metrics, f"{kind};version=1.0.0")
+    assert render(metrics, f"{kind};version=1.0.0;escaping=dots;q=0.5") == plain
+
+
 def test_what_was_rendered_is_not_rendered_again() -> None:
     """A second scrape of the same metrics in the same format makes none of them; each format has its own."""
     rendered: dict[str, bytes] = {}
