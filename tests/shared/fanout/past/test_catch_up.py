@@ -23,6 +23,7 @@ from shared.datagrams.gathered import MAX_GATHERED
 from shared.fanout.past import catch_up, past_sender
 from shared.fanout.past.journal_questions import SILENT_SECONDS, JournalQuestions, Pursued
 from shared.fanout.past.past_sender import STEP_ROWS
+from shared.fanout.past.pursuit import PursuitState
 from shared.fanout.past.rings import Rings
 from shared.fanout.past.window import SECONDS
 from shared.fanout.sending.backlog import Backlog
@@ -422,6 +423,40 @@ def test_a_journal_that_gives_nothing_is_not_waited_for_without_end(
         assert sender.account("siem")["dropped_not_journaled"] == 4
         assert asked[0] < 1.0 <= SILENT_SECONDS <= asked[-1] + 6
     assert "the journal gives nothing: a collector goes on without what it may have" in capsys.readouterr().out
+
+
+def test_a_journal_that_is_back_is_asked_by_one_that_did_not_wait_for_it_before(
+    sender: Sender, clock_at: SimpleNamespace
+) -> None:
+    """It hung for half a minute; what a collector has to read in it again afterwards is waited for once more."""
+    catch_up, answer = sender.service._catch_up, sender._answer
+    sender._answer = lambda *_: None  # type: ignore[method-assign]
+    sock, _ = open_receiver("127.0.0.1", 0)
+    with closing(sock):
+        sock.setblocking(False)
+        sender.publish(A, 0)
+        siem = make_client("siem", sock.getsockname()[1], streams=(A,), generation=5, resume=Resume(1, streams=(A,)))
+        sender.serve(siem)
+        sender.publish(A, 1)
+        catch_up._clock = catch_up._questions._clock = lambda: clock_at.now
+        catch_up._questions.begin()
+        catch_up._past._allowed_at = 0.0
+        pursued, window = catch_up._pursued["siem", A], catch_up.rings[A]
+        pursued.pursuit._clock = lambda: clock_at.now
+        pursued.ask_at = 0.0
+        while pursued.pursuit.state is PursuitState.READING:
+            sender.turn()
+            clock_at.now += 0.5
+            assert clock_at.now < 60
+        sender.publish(A, 3)
+        window.trim(0)  # as memory is short
+        sender._answer = answer  # type: ignore[method-assign]
+        while sender.pursued:
+            sender.turn()
+            clock_at.now += 0.5
+            assert clock_at.now < 90
+        assert read_all(sock) == [b"a%06d" % number for number in range(4)]
+        assert not sender.account("siem")["dropped_not_journaled"]
 
 
 def test_a_worker_that_is_started_anew_is_owed_whole_whatever_its_clock_says(sender: Sender) -> None:
