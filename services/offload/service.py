@@ -256,16 +256,17 @@ class OffloadService:
             return
         if self._refused is not None and now >= self._refused_at + FAILED_SECONDS:
             self._refused = None
-        waiting = handover.pending
-        if waiting is None or now >= self._pending_since + KNOWN_SECONDS:
-            live = handover.live.planned if handover.live else Planned({}, {})
-            if self._planned.rules == live.rules or self._planned == self._refused:
-                return
-            handover.begin(self._planned, (max(0, self._replica.boot), max(0, self._replica.revision)))
-            self._pending_since = now
-            self._tell()
-        elif waiting.known_to([source for source in SOURCES if self._publisher.wanted(offload_topic(source))]):
-            self._apply(waiting.planned)
+        senders = [source for source in SOURCES if self._publisher.wanted(offload_topic(source))]
+        if handover.pending and handover.pending.known_to(senders):
+            self._apply(handover.pending.planned)
+        if handover.pending and now < self._pending_since + KNOWN_SECONDS:
+            return
+        live = handover.live.planned if handover.live else Planned({}, {})
+        if self._planned.rules == live.rules or self._planned == self._refused:
+            return
+        handover.begin(self._planned, (max(0, self._replica.boot), max(0, self._replica.revision)))
+        self._pending_since = time.monotonic()
+        self._tell()
 
     def _apply(self, planned: Planned) -> None:
         assert self._handover.pending is not None

@@ -396,3 +396,15 @@ def test_who_has_left_is_served_no_more_though_the_plan_without_it_is_refused(tm
         assert service._served == set()
         applier.refusing = False
         assert hand_over("b", "c") == {"b", "c"}
+
+
+def test_a_plan_made_meanwhile_is_told_of_as_soon_as_the_one_before_is_in_the_kernel(tmp_path: Path) -> None:
+    """No message and no other event has to come for that."""
+    settings = Settings(bus=Bus(directory=str(tmp_path)))
+    with OffloadService("offload.1", settings, PlayedApplier(), applier_required=False) as service:
+        service._planned = before = plan(client("a"))
+        service._hand_over()
+        service._planned = after = plan(client("a"), client("b"))
+        service._hand_over()
+        live, pending = service._handover.live, service._handover.pending
+        assert (live and live.planned, pending and pending.planned) == (before, after)
