@@ -191,7 +191,7 @@ class CopyService(CopySender[D]):
     def _keep_up(self) -> None:
         """Do what is due beside sending copies, and set the time at which something will be."""
         self._taken = 0
-        if self.memory.measure() and not self._catch_up.rings.halve():
+        if self.memory.measure() and not self._catch_up.rings.halve(self.memory):
             self.held.halve()
         self._resume_keeping()
         self._work_at = time.monotonic() + self.work()

@@ -71,6 +71,10 @@ class Memory:
             )
         return self.short
 
+    def note_freed(self) -> None:
+        """Let the next measurement return freed memory to the kernel first: much was let go."""
+        self._trim_at = 0.0
+
     @property
     def _over(self) -> bool:
         return bool(self.ceiling) and self.used > self._full

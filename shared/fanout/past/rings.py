@@ -13,6 +13,7 @@ from shared.bus.messages import Datagrams, Envelope, Status
 from shared.datagrams.batch import DatagramBatch
 from shared.fanout.past.journal_questions import JournalReports
 from shared.fanout.past.window import SECONDS, Numbered, Window
+from shared.process.memory import Memory
 
 RING_SECONDS: Final = 12.0
 """Time for which a ring keeps a batch: a node is missed after two seconds, and last told its place before."""
@@ -92,11 +93,12 @@ class Rings:
         """Bytes that all windows take, about."""
         return sum(each.size for each in self._windows.values())
 
-    def halve(self) -> bool:
+    def halve(self, memory: Memory) -> bool:
         """Let go of the oldest, as the process is short of memory; return False where that would hardly help."""
         if helps := self.size >= LITTLE_BYTES:
             for window in self._windows.values():
                 window.trim(window.size // 2)
+            memory.note_freed()
         return helps
 
     def confirm(self, envelope: Envelope, status: Status) -> None:

@@ -6,6 +6,7 @@ from shared.bus.messages import Datagrams, Status
 from shared.fanout.past import rings
 from shared.fanout.past.rings import RING_SECONDS, Rings
 from shared.fanout.past.window import SECONDS
+from shared.process.memory import Memory
 from tests.builders import make_batch, make_envelope
 
 KEPT, OTHER = "kept", "other"
@@ -53,14 +54,14 @@ def test_when_memory_is_short_the_older_half_goes() -> None:
     kept = Rings(lambda: 0.0)
     kept.use([KEPT, OTHER])
     kept.keep([KEPT, OTHER])
-    assert not kept.halve()
+    assert not kept.halve(Memory())
     for total in range(4096):
         for stream in (KEPT, OTHER):
             come(kept, stream, total)
-    assert kept.halve()
+    assert kept.halve(Memory())
     assert [2000 < kept[stream].first < 2100 for stream in (KEPT, OTHER)] == [True, True]
     assert kept[KEPT].covers(("ingest.1", 1), 2100, 4096)
-    while kept.halve():
+    while kept.halve(Memory()):
         pass
     assert 0 < kept.size < rings.LITTLE_BYTES
 
