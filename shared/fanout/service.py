@@ -192,7 +192,7 @@ class CopyService(CopySender[D]):
         """Do what is due beside sending copies, and set the time at which something will be."""
         self._taken = 0
         if self.memory.measure() and not self._catch_up.rings.halve(self.memory):
-            self.held.halve()
+            self.held.halve(self.memory)
         self._resume_keeping()
         self._work_at = time.monotonic() + self.work()
         if self._replica.stale:

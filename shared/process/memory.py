@@ -20,6 +20,8 @@ LOOK_SECONDS: Final = 0.01
 RESERVE: Final = 8
 """One part in this many of the ceiling is kept for what comes between two measurements; a service may ask for more."""
 TRIM_SECONDS: Final = 0.5
+MUCH: Final = 4 << 20
+"""Bytes that are worth returning to the kernel at once when they are let go: that takes a millisecond or more."""
 SAID_SECONDS: Final = 10.0
 _PAGE: Final = os.sysconf("SC_PAGESIZE")
 _trim: Final[Callable[[int], int] | None] = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -72,7 +74,7 @@ class Memory:
         return self.short
 
     def note_freed(self) -> None:
-        """Let the next measurement return freed memory to the kernel first: much was let go."""
+        """Let the next measurement return freed memory to the kernel first: `MUCH` or more was let go."""
         self._trim_at = 0.0
 
     @property

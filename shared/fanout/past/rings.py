@@ -13,15 +13,12 @@ from shared.bus.messages import Datagrams, Envelope, Status
 from shared.datagrams.batch import DatagramBatch
 from shared.fanout.past.journal_questions import JournalReports
 from shared.fanout.past.window import SECONDS, Numbered, Window
-from shared.process.memory import Memory
+from shared.process.memory import MUCH, Memory
 
 RING_SECONDS: Final = 12.0
 """Time for which a ring keeps a batch: a node is missed after two seconds, and last told its place before."""
 ALL_BYTES: Final = 192 << 20
 """Bytes that the windows of all streams take at most; the largest is the first to let go."""
-
-LITTLE_BYTES: Final = 4 << 20
-"""With windows that take less, something else takes the memory."""
 
 
 class Rings:
@@ -95,7 +92,7 @@ class Rings:
 
     def halve(self, memory: Memory) -> bool:
         """Let go of the oldest, as the process is short of memory; return False where that would hardly help."""
-        if helps := self.size >= LITTLE_BYTES:
+        if helps := self.size >= MUCH:
             for window in self._windows.values():
                 window.trim(window.size // 2)
             memory.note_freed()

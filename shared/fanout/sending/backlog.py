@@ -23,6 +23,7 @@ from shared.ledger.counters import (
     WITHHELD,
 )
 from shared.ledger.equations import dropped
+from shared.process.memory import MUCH, Memory
 
 PACE_SECONDS: Final = 0.005
 """Pause behind each batch of templates: who joins has a small receive buffer, perhaps."""
@@ -183,8 +184,10 @@ class BacklogMemory:
         """Drop the oldest batches until what is left fits."""
         self._shrink(self.limit)
 
-    def halve(self) -> None:
+    def halve(self, memory: Memory) -> None:
         """Drop the oldest half: the process is short of memory."""
+        if self.used >= MUCH:
+            memory.note_freed()
         self._shrink(self.used // 2, NO_MEMORY)
 
     def clear(self, cause: str) -> None:

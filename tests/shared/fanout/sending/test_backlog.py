@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 import shared.fanout.sending.backlog
 from shared.datagrams.gathered import Gathered
 from shared.fanout.sending.backlog import Backlog, BacklogMemory
+from shared.process.memory import Memory
 from tests.builders import make_batch
 
 ROWS = 4
@@ -75,7 +76,7 @@ def test_half_goes_when_memory_is_short() -> None:
     for batch in batches:
         for queue in queues:
             queue.hold(batch, None)
-    memory.halve()
+    memory.halve(Memory())
     for queue, account in zip(queues, accounts, strict=True):
         assert (account["dropped_memory"], account["held"], account["dropped_x"]) == (3 * ROWS, 3 * ROWS, 0)
         assert queue.pop_oldest().batch is batches[3]
