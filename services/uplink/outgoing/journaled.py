@@ -173,7 +173,7 @@ class JournaledStream:
         pursuit, positions = self.pursued.pursuit, self._positions()
         for step in pursuit.give_up(self._window, positions, at_once=gone):
             yield from self._advance(pursuit, step)
-        if pursuit.check(self._window, positions, at_once=gone) is PursuitState.LIVE:
+        if self.pursued.check(self._window, positions, at_once=gone) is PursuitState.LIVE:
             self.pursued, self._window = None, self._new_window()
             log.info("what other sites are to have has been read from the journal", stream=self.stream)
 

@@ -352,9 +352,7 @@ class CatchUp(Generic[D]):
         self._past.perform(pursued, steps)
         if self._collectors[pursued.name].destination.held:
             return  # it may still be found to be away
-        if (state := pursuit.check(window, followed, at_once=gone)) is not PursuitState.READING:
-            pursued.waited = 0.0  # what it may have to read again is awaited again
-        if state is PursuitState.LIVE:
+        if pursued.check(window, followed, at_once=gone) is PursuitState.LIVE:
             log.info("a collector has caught up", collector=pursued.name, stream=pursuit.stream)
             self._end(pursued.name, pursuit.stream)
             self._past.send_rest(pursued)

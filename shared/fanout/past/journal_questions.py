@@ -3,21 +3,21 @@
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 from weakref import WeakValueDictionary
 
 from shared.bus.bodies.fields import REPLAY_PREFIX
 from shared.bus.bodies.journal_messages import JOURNAL_TOPIC, MAX_WORKERS, JournalPortion, JournalRead, Replayed
-from shared.bus.continuity import MAX_POSITIONS
+from shared.bus.continuity import MAX_POSITIONS, Position
 from shared.bus.messages import Envelope, Message, Status
 from shared.bus.zmq_sockets import Publisher
 from shared.client import Place
 from shared.fanout.past.copied_meanwhile import CopiedMeanwhile
 from shared.fanout.past.past_templates import PastTemplates
 from shared.fanout.past.pursuit import Pursuit, PursuitState
-from shared.fanout.past.window import Numbered, Worker
+from shared.fanout.past.window import Numbered, Window, Worker
 from shared.ledger.accounts import is_origin, parse_origin
 from shared.ledger.counters import DISK_ERROR, DISK_FULL, MISSED, REACHED
 from shared.log import get_logger
@@ -83,6 +83,12 @@ class Pursued:
     unsent: Counter[str] = field(default_factory=Counter)
     """Counts of the collector's account before those steps (`shared.fanout.past.absences`)."""
     templates: PastTemplates = field(default_factory=PastTemplates)
+
+    def check(self, window: Window, followed: Mapping[Worker, Position], *, at_once: bool) -> PursuitState:
+        """Return the state of the pursuit, as its own `check`; what it has to read again later is awaited again."""
+        if (state := self.pursuit.check(window, followed, at_once=at_once)) is not PursuitState.READING:
+            self.waited = 0.0
+        return state
 
 
 class JournalQuestions:

@@ -18,6 +18,8 @@ from shared.bus.messages import Datagrams, Message, Status, datagrams_topic, sta
 from shared.bus.zmq_sockets import Publisher, Subscriber
 from shared.datagrams.batch import DatagramBatch
 from shared.datagrams.limits import MAX_ROWS
+from shared.fanout.past.journal_questions import SILENT_SECONDS
+from shared.fanout.past.pursuit import PursuitState
 from shared.ledger.counters import TOO_MANY_WORKERS
 from shared.ledger.equations import discrepancies
 from shared.nats.troubles import Troubles
@@ -291,6 +293,21 @@ def test_messages_are_as_large_as_the_server_takes(sent: Sent) -> None:
         sent.bus.let_batch_come("ingest.1", 10, 3000)
     sent.settle()
     assert (len(sizes), max(sizes) <= 100_000) == (4, True)
+
+
+def test_a_journal_that_was_given_up_is_waited_for_again(sent: Sent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It hung for half a minute, and other sites go without what it alone has; what is to be read later is awaited."""
+    sent.bus.let_batch_come("ingest.1", 3)
+    sent.settle()
+    monkeypatch.setattr(sent.bus, "publish", lambda *_: True)
+    sent.bus.let_batch_come("ingest.1", 5, lost=True)
+    sent.bus.let_batch_come("ingest.1", 2)
+    sent.sending.turn()
+    journaled = sent.journal.streams[STREAM]
+    assert journaled.pursued is not None
+    journaled.pursued.waited = SILENT_SECONDS
+    assert [step.missing for step in journaled.settle(gone=True)] == [5]
+    assert (journaled.pursued.pursuit.state, journaled.pursued.waited) == (PursuitState.WINDOW, 0.0)
 
 
 def test_workers_that_have_ended_are_forgotten() -> None:
