@@ -18,6 +18,9 @@ from shared.journal.segments import LATE_NS, Segment, first_for
 MAX_PASSED: Final = 4096
 """Records that a portion passes over in search of the first one: some 20 ms. A further portion goes on from there."""
 
+COMPRESSED: Final = "compressed"
+"""The reason for which a segment can't be read that another program has compressed."""
+
 Worker = tuple[str, int]
 """Name and boot id of a worker."""
 Segments = Callable[[], Sequence[Segment]]
@@ -191,7 +194,7 @@ class PastBatches:
                 continue
             offset = start.offset if start is not None and segment.number == start.segment else 0
             if not segment.is_readable:
-                self.unread["set aside" if segment.is_bad else "compressed"] += 1
+                self.unread["set aside" if segment.is_bad else COMPRESSED] += 1
                 continue
             try:
                 with open_segment(self.directory, segment) as reader:

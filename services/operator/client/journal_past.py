@@ -17,7 +17,7 @@ from shared.capture.pcapng import Destination
 from shared.datagrams.batch import DatagramBatch, Indices
 from shared.datagrams.prefix_set import Prefixes, halves_of
 from shared.journal.directory import segments_in, streams_in
-from shared.journal.reading import PastBatches
+from shared.journal.reading import COMPRESSED, PastBatches
 from shared.journal.segments import SECOND
 from shared.process.lifecycle import CANT_CREATE, USAGE, OperatorError, Parser
 from shared.settings.explain import did_you_mean
@@ -26,6 +26,8 @@ from shared.settings.tables import Journal
 
 INSTALLED: Final = Path("/var/lib/fanwire/journal")
 """The directory of a journal that systemd runs, which alone has STATE_DIRECTORY."""
+CURES: Final = {COMPRESSED: "; decompress them first, such as by `zstd -d`"}
+"""Advice about segments that can't be read, by the reason."""
 
 
 def add_past_arguments(parser: Parser) -> None:
@@ -117,5 +119,5 @@ def tell_losses(wanted: Wanted) -> bool:
     if wanted.past.gone:
         say(f"segments that the journal removed before they were read: {wanted.past.gone}; they are left out")
     for error, number in wanted.past.unread.items():
-        say(f"segments that can't be read: {number} ({error}); they are left out")
+        say(f"segments that can't be read: {number} ({error}); they are left out{CURES.get(error, '')}")
     return wanted.past.damaged + wanted.past.gone + wanted.past.unread.total() > 0

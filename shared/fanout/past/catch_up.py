@@ -348,7 +348,8 @@ class CatchUp(Generic[D]):
         steps = pursuit.give_up(window, followed, at_once=gone)
         if vain and (missing := sum(each.missing for each in steps)):
             told = "the journal gives nothing: a collector goes on without what it may have"
-            log.warning(told, collector=pursued.name, stream=pursuit.stream, datagrams=missing)
+            cure = "look at the journal's log, and at its disk"
+            log.warning(told, collector=pursued.name, stream=pursuit.stream, datagrams=missing, cure=cure)
         self._past.perform(pursued, steps)
         if self._collectors[pursued.name].destination.held:
             return  # it may still be found to be away

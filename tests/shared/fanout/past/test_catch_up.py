@@ -424,7 +424,9 @@ def test_a_journal_that_gives_nothing_is_not_waited_for_without_end(
         assert read_all(sock) == [b"a%06d" % number for number in (0, 1, 2, 7)]
         assert sender.account("siem")["dropped_not_journaled"] == 4
         assert asked[0] < 1.0 <= SILENT_SECONDS <= asked[-1] + 6
-    assert "the journal gives nothing: a collector goes on without what it may have" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "the journal gives nothing: a collector goes on without what it may have" in said
+    assert 'cure="look at the journal\'s log, and at its disk"' in said
 
 
 def test_a_journal_that_is_back_is_asked_by_one_that_did_not_wait_for_it_before(

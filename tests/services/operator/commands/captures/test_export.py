@@ -131,6 +131,17 @@ def test_segments_that_can_not_be_opened_are_left_out_and_said(stack: Stack) -> 
     assert "segments that can't be read: 1 (Too many levels of symbolic links); they are left out" in said
 
 
+def test_compressed_segments_are_left_out_and_said(stack: Stack) -> None:
+    """All others are written; the exit code is 1, and a line says what to do about them."""
+    directory = stack.directory / "journal"
+    put = fill(directory)
+    second = sorted((directory / "flows").iterdir())[1]
+    second.rename(f"{second}.zst")
+    code, found, said = export(stack, "--stream", "flows", "--directory", str(directory))
+    assert (code, [each.payload for each in found]) == (1, [payload for *_, payload in put[:40] + put[80:]])
+    assert "can't be read: 1 (compressed); they are left out; decompress them first, such as by `zstd -d`" in said
+
+
 def test_what_retention_takes_meanwhile_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Segments that are removed before they are read are left out; the exit code is 1, and a line says so."""
     fill(tmp_path, 1)
