@@ -100,10 +100,12 @@ class StreamJournal:
                     "a segment was not whole: its end was cut off", segment=each.left.name, stream=self.stream,
                     cut_bytes=each.cut,
                 )  # fmt: skip
-        there = {each.name: each for each in os.scandir(self.directory)}
-        for segment in segments_in(self.directory.parent, self.stream, unreadable=True):
+        there: dict[str, os.stat_result] = {}
+        for file in os.scandir(self.directory):
             with contextlib.suppress(FileNotFoundError):
-                found = [there[name].stat() for name in there.keys() & segment.names]  # two: compressed, and left there
+                there[file.name] = file.stat()
+        for segment in segments_in(self.directory.parent, self.stream, unreadable=True):
+            if found := [there[name] for name in there.keys() & segment.names]:  # two: compressed, and left there
                 size, ended_ns = sum(each.st_size for each in found), max(each.st_mtime_ns for each in found)
                 self._kept[segment.number] = Kept(segment, size, ended_ns)
         self._next_number = max(self._kept, default=0) + 1

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -22,6 +23,7 @@ from shared.journal.encoding import Numbered
 from shared.journal.records import Identity, Reached
 from shared.journal.retention import Bounds, expired
 from shared.journal.segment_writer import SegmentWriter
+from shared.journal.segments import Segment
 from shared.ledger.counters import DISK_ERROR, DISK_FULL, EXPIRED, KEPT_BYTES, SEGMENTS, TAKEN, WRITE_ERRNO, WRITTEN
 from shared.settings.model import Settings
 from shared.settings.tables import Journal
@@ -242,6 +244,26 @@ def test_what_can_not_be_sealed_goes_in_its_turn(
     journal.remove(*journal.kept())
     wait_until(lambda: disk.collect() or not journal.going, "it is removed")  # type: ignore[func-returns-value]
     assert list((tmp_path / "flows").iterdir()) == []
+
+
+def test_other_programs_may_compress_segments_during_a_start(
+    tmp_path: Path, disk: DiskThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A segment whose second form they remove is kept, and one that they have just put there is no fault."""
+    left_by_two_workers(tmp_path, disk, monkeypatch)
+    one, two, *_ = sorted((tmp_path / "flows").iterdir())
+    one.with_name(f"{one.name}.zst").write_bytes(bytes(1000))
+
+    def change(*arguments: Any, **options: Any) -> list[Segment]:
+        if options:
+            one.unlink(missing_ok=True)
+            two.rename(two.with_name(two.name.replace("-000002", "-000099")))
+        return segments_in(*arguments, **options)
+
+    monkeypatch.setattr(stream_journal, "segments_in", change)
+    journal = StreamJournal("flows", tmp_path, 1 << 30, disk)
+    journal.open()
+    assert [each.segment.number for each in journal.kept()] == [1, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("failing", ["fdatasync", "fsync"])
