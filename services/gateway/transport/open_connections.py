@@ -12,7 +12,7 @@ from services.gateway.protocol.requests import RequestError
 from services.gateway.transport.connection import ClientConnection
 from services.gateway.transport.rate_limit import RateLimit
 from shared.net.connection_shares import limit_of
-from shared.process.memory import Memory
+from shared.process.memory import MUCH, Memory
 from shared.settings.tables import Gateway
 
 READ_SIZE: Final = 64 * 1024
@@ -114,7 +114,10 @@ class OpenConnections:
             waiting = sorted(
                 (each for each in self._open if each.buffered), key=lambda each: each.buffered, reverse=True
             )
-            for connection in waiting[: (len(waiting) + 1) // 2]:
+            cut = waiting[: (len(waiting) + 1) // 2]
+            if sum(connection.buffered for connection in cut) >= MUCH:
+                self._memory.note_freed()
+            for connection in cut:
                 self.handler.counters[CUT_FOR_MEMORY] += 1
                 connection.drop()
 

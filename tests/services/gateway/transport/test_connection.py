@@ -4,11 +4,13 @@ import asyncio
 import socket
 from unittest.mock import patch
 
+import pytest
 from structlog.testing import capture_logs
 
 from services.gateway.handler import Handler
 from services.gateway.transport.connection import ClientConnection
 from services.gateway.transport.open_connections import OpenConnections
+from shared.process import memory
 from shared.process.memory import Memory
 from shared.settings.tables import Gateway
 from tests.services.gateway.test_handler import Handling
@@ -66,3 +68,39 @@ def test_fault_while_others_are_told_ends_its_connection_only() -> None:
     with capture_logs() as logs:
         assert asyncio.run(asyncio.wait_for(run(), 30)) == b""
     assert [each["reason"] for each in logs] == ["KeyError('push')"]
+
+
+class Waiting:
+    """A connection for which something waits."""
+
+    def __init__(self, connections: OpenConnections) -> None:
+        self._of, self._bytes = connections._open, b"x" * 60_000
+
+    @property
+    def buffered(self) -> int:
+        """All of it."""
+        return len(self._bytes)
+
+    def drop(self) -> None:
+        """Release it."""
+        self._bytes = b""
+        self._of.discard(self)
+
+
+@pytest.mark.skipif(memory._trim is None, reason="this C library returns freed memory by itself")
+def test_those_that_are_cut_for_memory_are_no_more_than_half_if_that_is_enough() -> None:
+    """The memory that they had counts as free before any others are cut."""
+
+    async def run() -> int:
+        measured = Memory()
+        connections = OpenConnections(Handling().handler, Gateway(), 10, measured)
+        connections._open |= {Waiting(connections) for _ in range(1000)}  # type: ignore[misc]
+        measured.account()
+        measured._full = measured.used - (16 << 20)
+        measured.ceiling = measured.used
+        for _ in range(10):
+            measured._look_at = 0.0  # as 10 ms later
+            connections.save_memory()
+        return len(connections._open)
+
+    assert asyncio.run(run()) == 500
