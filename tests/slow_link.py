@@ -11,7 +11,7 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final
@@ -71,8 +71,11 @@ def _open(end: End) -> int:
 
 
 @contextmanager
-def slow_link(a: End, b: End, bits_per_second: float, delay: float) -> Iterator[None]:
-    """A link that takes `delay` seconds each way; the addresses of an end are its own and its peer's."""
+def slow_link(a: End, b: End, bits_per_second: float, delay: float) -> Iterator[Callable[[], int]]:
+    """A link that takes `delay` seconds each way; the addresses of an end are its own and its peer's.
+
+    It yields what returns the bytes that have arrived at `b`.
+    """
     one, other = _open(a), _open(b)
     ways = _Direction(one, other), _Direction(other, one)
     ended = threading.Event()
@@ -86,7 +89,7 @@ def slow_link(a: End, b: End, bits_per_second: float, delay: float) -> Iterator[
     thread = threading.Thread(target=carry)
     thread.start()
     try:
-        yield
+        yield lambda: ways[0].carried
     finally:
         ended.set()
         thread.join()

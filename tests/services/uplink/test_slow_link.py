@@ -10,6 +10,8 @@ from tests.slow_link import slow_link
 from tests.stack import wait_until
 
 BITS_PER_SECOND, DELAY = 10e6, 0.04
+WASTE = 1.2
+"""Bytes that the link carries for each of a payload, at most: headers, and what JetStream tells."""
 SIZE, SECONDS = 1200, 4
 SERVER, FAR = "10.8.0.1", "10.8.0.2"
 
@@ -29,14 +31,15 @@ def overload(port: int) -> int:
 def test_a_site_behind_a_slow_link_gets_what_it_carries(lab: None, tmp_path: Path) -> None:
     """Behind 10 Mbit/s and 80 ms a site falls behind while twice as much is sent, and says so; then it gets the rest.
 
-    The link is used well, memory stays below its ceiling on both sides, and nothing is lost or comes twice.
+    The link carries hardly more than the payloads, though they are late: nothing is asked for twice. Memory stays below
+    its ceiling on both sides, and nothing is lost or comes twice.
     """
     port, more = free_port(), "plain_beyond_loopback = true"
     with (
         Host() as far,
         slow_link(
             End(HERE, "slow", f"{SERVER} 10.8.0.2"), End(far, "slow", f"10.8.0.2 {SERVER}"), BITS_PER_SECOND, DELAY
-        ),
+        ) as carried,
         NatsServer(tmp_path, host=SERVER) as server,
         Site(tmp_path / "a", "a", server, home("flows", port), f'send = ["flows"]\n{more}') as a,
         Site(tmp_path / "b", "b", server, away("flows"), f'receive = ["a/flows"]\nmemory = 100000000\n{more}') as b,
@@ -50,17 +53,14 @@ def test_a_site_behind_a_slow_link_gets_what_it_carries(lab: None, tmp_path: Pat
         with closing(collector), BusEnds(b.bus) as bus:
             sent = overload(port)
             behind = accounts_when(bus, "uplink.1", lambda found: found["receiving/a"].get("late_ms", 0) > 1000)
-            had, at = behind["stream/flows"]["received"], time.monotonic()
             assert behind["receiving/a"]["waiting_messages"] > 0
             _, told, _ = b.run("doctor")
             assert "s late, and" in told, told
             _, told, _ = b.run("ledger")
             assert "messages waiting   seconds late" in told, told
-            after = accounts_when(bus, "uplink.1", lambda found: found["stream/flows"]["received"] > had + sent // 4)
-            carried = (after["stream/flows"]["received"] - had) * SIZE * 8 / (time.monotonic() - at)
-            assert carried > 0.5 * BITS_PER_SECOND, f"{carried / 1e6:.1f} Mbit/s"
             wait_until(lambda: received(bus) == sent, lambda: f"{received(bus)} of {sent}")
             found = accounts_when(bus, "uplink.1", lambda found: not found["receiving/a"]["waiting_messages"])
+            assert carried() < WASTE * sent * SIZE, f"{carried() / (sent * SIZE):.2f} times"
         (arrived,) = (account for name, account in found.items() if name.startswith("arriving/"))
         assert (arrived["taken"], arrived["missed"], arrived["repeated"]) == (sent, 0, 0)
         for site, ceiling in ((a, 403), (b, 100)):
