@@ -45,9 +45,15 @@ class Reader(threading.Thread):
             with suppress(TimeoutError):
                 self.came.append(self.socket.recv(100))
 
-    def wait_for(self, datagram: bytes) -> None:
-        """Wait until a datagram has come."""
-        wait_until(lambda: datagram in self.came, f"{datagram!r} arrives")
+    def wait_for(self, datagram: bytes, sock: socket.socket) -> None:
+        """Send a datagram until it comes: the subscription to a new stream is on its way when the reload is said."""
+
+        def came() -> bool:
+            sock.send(datagram)
+            pause(0.02)
+            return datagram in self.came
+
+        wait_until(came, f"{datagram!r} arrives")
 
     def wait_for_all(self, exporters: int, sent: int) -> None:
         """Wait until as many datagrams of stream a have come as were sent."""
@@ -129,10 +135,8 @@ def check_others(stack: Stack, settings: str, everything: Reader, mark: bytes) -
     """Streams b and c work where they are in the settings, and their ports are free where they are not."""
     for port, there in ((7001, B in settings), (7002, C in settings)):
         if there:
-            sent = mark + b"%d" % port
             with exporters(1, port) as (sock,):
-                sock.send(sent)
-                everything.wait_for(sent)
+                everything.wait_for(mark + b"%d" % port, sock)
         else:
             wait_free(port)
 
@@ -292,8 +296,7 @@ def test_client_of_a_stream_that_is_gone_stays(stack: Stack) -> None:
             assert ask_json({"op": "renew", "name": "one", "generation": signed["generation"]})["ok"]
             other = {"op": "register", "name": "two", "streams": ["b"], "port": 9105}
             assert ask_json(other).get("error") == (None if B in settings else "unknown_stream")
-        sock.send(b"back")
-        reader.wait_for(b"back")
+        reader.wait_for(b"back", sock)
 
 
 def test_transmitter_follows_streams_and_listeners(open_stack: OpenStack) -> None:
