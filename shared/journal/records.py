@@ -38,7 +38,7 @@ OPTION_HEAD: Final = 8
 MAX_OPTION: Final = OPTION_HEAD + FIXED.size + 64 + 64 + 2 * MAX_ROWS + MAX_ROWS // 8 + 4 + 4
 MAX_BLOCK: Final = BLOCK_HEAD + HEADERS6 + MAX_DATAGRAM + 4 + MAX_OPTION + TRAILER
 MAX_RECORD: Final = 4 * MAX_PAYLOAD + MAX_ROWS * (BLOCK_HEAD + HEADERS6 + 4 + TRAILER) + MAX_OPTION
-"""Earlier releases let a batch that was lent whole into one record. It is cut now (`shared.journal.encoding.cut`)."""
+"""Journals may have batches that were lent whole, from before `shared.journal.encoding.cut` was there."""
 _ROW: Final = struct.Struct("<HH16s")
 _FROM4, _FROM6 = struct.Struct(">12x4s4xH"), struct.Struct(">8x16s16xH")
 _TO4, _TO6 = struct.Struct(">16x4s2xH"), struct.Struct(">24x16s2xH")

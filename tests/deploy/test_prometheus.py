@@ -217,7 +217,7 @@ def memory_high(site: Site) -> Iterator[Act]:
 
     restart(PATIENCE)  # it still has what the faults before have made it take
     wait_until(lambda: taken() < 0.75 * ceiling, lambda: f"it takes little: {taken()}")
-    # What waits takes a little less than it counts. At 7 / 8 of the ceiling half of it goes, and is back soon.
+    # Copies that wait take a little less than they count. At 7 / 8 of the ceiling half of them goes, and is back soon.
     waiting = int(0.87 * ceiling) - taken()
     restart(f"queue_seconds = 60\nmemory = {ceiling}\nheld_memory = {waiting}\nqueue_bytes = {waiting}")
     with contextmanager(slow_link)(site):

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tests.openly import OpenStack
-from tests.services.offload.site import EXPORTERS, PORT, SIEMS, OffloadSite
+from tests.services.offload.site import EXPORTERS, KINDS, PORT, SIEMS, TERMS, OffloadSite
 from tests.stack import wait_until
 from tests.system.offload_traffic import ADDRESSES, Frames, Place, Traffic, key_of
 
@@ -34,14 +34,9 @@ COLLECTORS: Final = 16
 AT_ONCE: Final = 8
 """Collectors that change at the same time."""
 LOST: Final = re.compile("dropped|missed|rejected|unsure|late|unserved")
-KINDS: Final = ("relay", "original")
-TERMS: Final[tuple[dict[str, Any], ...]] = (
-    {},
-    {"from": ["10.1.0.10/31"]},
-    {"from": ["10.1.0.12/32", "fd01::/64"]},
-    {"from": ["10.1.0.0/24", "fd01::10/128"], "hop_limit": 9},
+CHANGED_TERMS: Final[tuple[dict[str, Any], ...]] = (
+    *TERMS,
     {"from": ["10.1.0.0/16", "fd01::/48"], "dscp": 8},
-    {"dscp": 8},
     {"sample": 3},
     {"sample": 2, "from": ["10.1.0.10/31", "fd01::/64"]},
 )
@@ -170,7 +165,7 @@ class Churn:
             terms = {"group": f"{source}s", **self._draw.choice(({}, {"hop_limit": 7}))}
             return Entry(name, (SIEMS[4][number % 2], port + 200), source, terms)
         version = self._draw.choice((4, 6))
-        return Entry(name, (SIEMS[version][number % 2], port), source, self._draw.choice(TERMS))
+        return Entry(name, (SIEMS[version][number % 2], port), source, self._draw.choice(CHANGED_TERMS))
 
     def change(self) -> None:
         """Let some collectors join, leave, move or change at the same time."""

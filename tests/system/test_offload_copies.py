@@ -17,7 +17,7 @@ from shared.ledger.accounts import Accounts
 from shared.net.sockets import enlarge_receive_buffer
 from tests.builders import BusEnds, accounts_when
 from tests.openly import OpenStack
-from tests.services.offload.site import EXPORTERS, OUT, PORT, RELAY, SIEMS, OffloadSite
+from tests.services.offload.site import EXPORTERS, KINDS, OUT, PORT, RELAY, SIEMS, TERMS, OffloadSite
 from tests.stack import wait_until
 from tests.traffic import pause
 
@@ -34,15 +34,7 @@ interfaces = ["in"]
 NAMES: Final = tuple("abcdefghijkl")
 AT_ONCE: Final = 8
 """Collectors that change at the same time."""
-TERMS: Final[tuple[dict[str, Any], ...]] = (
-    {},
-    {"from": ["10.1.0.10/31"]},
-    {"from": ["10.1.0.12/32", "fd01::/64"]},
-    {"from": ["10.1.0.0/24", "fd01::10/128"], "hop_limit": 9},
-    {"dscp": 8},
-)
 GROUPED: Final[tuple[dict[str, Any], ...]] = ({}, {"hop_limit": 7})
-KINDS: Final = ("relay", "original")
 FAR: Final = 2 * AT_ONCE
 LARGE: Final = 3000
 """Bytes of a datagram that comes in fragments."""

@@ -153,10 +153,7 @@ def test_what_others_have_removed_is_not_there(
     """Another program removes the directory: sealed segments are gone, and the present one once it is to be sealed."""
     write_two_workers(tmp_path, disk, monkeypatch)
     monkeypatch.setattr(stream_journal, "SEGMENT_BYTES", 1 << 20)
-    journal = StreamJournal("flows", tmp_path, 1 << 30, disk)
-    journal.open()
-    journal.append(identities(rows=[1])[0], batch_of([("192.0.2.1", 1, b"one")]))
-    journal.write()
+    journal = with_one_datagram(tmp_path, disk)
     shutil.rmtree(tmp_path / "flows")
     for each in journal.kept():
         if not each.segment.is_open:
@@ -222,15 +219,21 @@ def test_what_can_not_be_removed_does_not_keep_others(
     assert journal.segments() == [first.segment, *(each.segment for each in rest)]
 
 
+def with_one_datagram(directory: Path, disk: DiskThread) -> StreamJournal:
+    """A journal that has written a datagram."""
+    journal = StreamJournal("flows", directory, 1 << 30, disk)
+    journal.open()
+    journal.append(identities(rows=[1])[0], batch_of([("192.0.2.1", 1, b"one")]))
+    journal.write()
+    return journal
+
+
 @pytest.mark.parametrize("failing", ["fdatasync", "fsync"])
 def test_what_can_not_be_sealed_goes_in_its_turn(
     tmp_path: Path, disk: DiskThread, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
     """The disk is full when a segment is sealed: under whichever of its names it is there, retention removes it."""
-    journal = StreamJournal("flows", tmp_path, 1 << 30, disk)
-    journal.open()
-    journal.append(identities(rows=[1])[0], batch_of([("192.0.2.1", 1, b"one")]))
-    journal.write()
+    journal = with_one_datagram(tmp_path, disk)
     assert expired(journal.kept(), Bounds(1, 0, 0), 0, 0) == []
 
     def refuse(_: int) -> None:
@@ -271,10 +274,7 @@ def test_what_could_not_be_sealed_is_sealed_once_the_disk_is_well(
     tmp_path: Path, disk: DiskThread, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
     """A segment that the disk has refused to seal gets its last name without a restart, and is kept until then."""
-    journal = StreamJournal("flows", tmp_path, 1 << 30, disk)
-    journal.open()
-    journal.append(identities(rows=[1])[0], batch_of([("192.0.2.1", 1, b"one")]))
-    journal.write()
+    journal = with_one_datagram(tmp_path, disk)
     refused = list[int]()
 
     def refuse(descriptor: int) -> None:
@@ -302,10 +302,7 @@ def test_what_can_neither_be_sealed_nor_removed_may_go(
     tmp_path: Path, disk: DiskThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The disk refuses to seal a segment, and to remove it; then another program does, and it is known to be gone."""
-    journal = StreamJournal("flows", tmp_path, 1 << 30, disk)
-    journal.open()
-    journal.append(identities(rows=[1])[0], batch_of([("192.0.2.1", 1, b"one")]))
-    journal.write()
+    journal = with_one_datagram(tmp_path, disk)
 
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))

@@ -26,6 +26,15 @@ EXPORTERS: Final = {
 }
 OUT: Final = {4: "10.2.0.1", 6: "fd02::1"}
 SIEMS: Final = {4: [f"10.2.0.{number}" for number in range(11, 16)], 6: [f"fd02::{number}" for number in range(11, 16)]}
+KINDS: Final = ("relay", "original")
+TERMS: Final[tuple[dict[str, Any], ...]] = (
+    {},
+    {"from": ["10.1.0.10/31"]},
+    {"from": ["10.1.0.12/32", "fd01::/64"]},
+    {"from": ["10.1.0.0/24", "fd01::10/128"], "hop_limit": 9},
+    {"dscp": 8},
+)
+"""Terms that a collector may ask for."""
 
 
 def packed(address: str) -> bytes:
