@@ -30,7 +30,8 @@ settings.load_profile("fanwire")
 
 LONGEST: Final = ("tests/services/gateway/cluster/", "tests/services/uplink/", "tests/system/")
 """Folders of tests that take tens of seconds."""
-
+CHUNK: Final = 4
+"""Tests that a worker is handed at a time, see `--maxschedchunk` in the Makefile."""
 
 COMPILED_LAST: Final = Path(
     cache_from_source(str(Path(__file__).with_name("test_warm_start.py"))).removesuffix(".pyc")
@@ -79,10 +80,27 @@ def pytest_collection(session: pytest.Session) -> Generator[None, object, object
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark what starts processes, before `-m` asks; begin with what takes longest, so that workers end together."""
     processes.mark(items)
-    items.sort(key=lambda item: (not item.get_closest_marker(processes.MARKER), not item.nodeid.startswith(LONGEST)))
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
+    waiting = [item for item in items if item.get_closest_marker(processes.MARKER)]
+    working = [item for item in items if not item.get_closest_marker(processes.MARKER)]
+    items[:] = _interleaved(waiting, working) if hasattr(config, "workerinput") else waiting + working
+
+
+def _interleaved(waiting: list[pytest.Item], working: list[pytest.Item]) -> Iterator[pytest.Item]:
+    """Yield tests that mostly wait and, spread evenly among them, those that compute: both cores always have work.
+
+    A worker is handed `CHUNK` tests at a time: so many stay together, and with them what is made once for a module.
+    """
+    given = 0
+    for start in range(0, len(waiting), CHUNK):
+        yield from waiting[start : start + CHUNK]
+        due = len(working) * (start + CHUNK) // len(waiting) // CHUNK * CHUNK
+        yield from working[given:due]
+        given = due
+    yield from working[given:]
 
 
 def pytest_collection_finish() -> None:
