@@ -148,7 +148,7 @@ class DatagramReceiver:
             if loan and size >= LENT_SIZE and longest <= self._stride:
                 self._feed.publish(received_ns, rows, loan.memory[: count * self._stride], loan, self._stride, copied)
             else:
-                self._compact(received_ns, rows, lengths, size, longest, copied)
+                self._compact(received_ns, rows, lengths, copied)
         if self._replier:
             self._replier.reply(arena, count)
         arena.restore(count)
@@ -174,36 +174,33 @@ class DatagramReceiver:
         piece, per_piece = int(arena.lengths(count)[0]), int(counts[0])
         alike = bool((arena.lengths(count) == piece).all() and (counts == per_piece).all())
         if loan and alike and piece == self._stride and size >= LENT_SIZE and datagrams <= MAX_ROWS:
-            payload = loan.memory[:size]
+            payload: bytes | memoryview = loan.memory[:size]
         else:
-            payload, loan = memoryview(arena.payload(0, count)), None
+            payload, loan = arena.payload(0, count), None
+        batch = DatagramBatch(self._feed.stream, received_ns, rows, payload, generations=copied)
         if self._numbered:
-            self._feed.observe(DatagramBatch(self._feed.stream, received_ns, rows, payload))
+            self._feed.observe(batch)
         if wanted and loan:
             self._feed.publish(received_ns, rows, payload, loan, copied=copied)
         elif wanted:
-            self._publish_stretches(received_ns, rows, payload, copied)
+            self._publish_parts(batch)
         if self._replier:  # since a reload: a stream with a reply takes no trains from the start
             self._replier.refuse(datagrams)
         arena.restore(count)
         self._stride, self._trains = (piece, MAX_ROWS // per_piece) if alike else (0, MAX_TRAINS)
         return datagrams, size
 
-    def _publish_stretches(self, received_ns: int, rows: Rows, payload: memoryview, copied: Generations | None) -> None:
-        """Put datagrams that stand end to end on the bus, in as many batches as needed."""
-        ends = np.append(0, np.cumsum(rows["length"], dtype=np.int64))
-        start = 0
-        while start < len(rows):
-            loan = self._feed.lend(int(ends[-1] - ends[start]))
-            fits = np.searchsorted(ends, ends[start] + (CHUNK if loan else MAX_PAYLOAD), "right") - 1
-            stop = min(start + MAX_ROWS, int(fits))
-            part = payload[ends[start] : ends[stop]]
+    def _publish_parts(self, batch: DatagramBatch) -> None:
+        """Put datagrams that stand end to end on the bus, in as many messages as needed, and lend what may be lent."""
+        for part in batch.parts(CHUNK):
+            loan = self._feed.lend(len(part.payload))
             if loan:
-                loan.memory[: len(part)] = part
-                part = loan.memory[: len(part)]
-            some = None if copied is None else copied[start:stop]
-            self._feed.publish(received_ns, rows[start:stop], part, loan, copied=some)
-            start = stop
+                lent = loan.memory[: len(part.payload)]
+                lent[:] = part.payload
+                self._feed.publish(part.received_ns, part.rows, lent, loan, copied=part.generations)
+            else:
+                for each in part.parts(MAX_PAYLOAD):
+                    self._feed.publish(each.received_ns, each.rows, each.payload, copied=each.generations)
 
     def _take_few(self, lengths: list[int], copied: Generations | None) -> tuple[int, int]:
         """Take what has come without arrays, which cost more than a few datagrams do."""
@@ -219,28 +216,17 @@ class DatagramReceiver:
         self._stride = 0
         return count, size
 
-    def _compact(
-        self,
-        received_ns: int,
-        rows: Rows,
-        lengths: Lengths,
-        size: int,
-        longest: int,
-        copied: Generations | None,
-    ) -> None:
-        """Put datagrams that did not come to their place on the bus, end to end and in as many batches as needed."""
-        start = 0
-        if size <= MAX_PAYLOAD and longest <= MAX_DATAGRAM and self._feed.lend(size) is None:
-            self._feed.publish(received_ns, rows, self._arena.payload(0, len(lengths)), copied=copied)
-            return
-        while start < len(lengths):
-            loan = self._feed.lend(size)
-            start, stop = next_stretch(lengths, start, CHUNK if loan else MAX_PAYLOAD)
-            if start < stop:
-                payload = self._arena.payload(start, stop, loan.memory if loan else None)
-                some = None if copied is None else copied[start:stop]
-                self._feed.publish(received_ns, rows[start:stop], payload, loan, copied=some)
-            start = stop
+    def _compact(self, received_ns: int, rows: Rows, lengths: Lengths, copied: Generations | None) -> None:
+        """Put datagrams that did not come to their place on the bus, without those that are too long."""
+        payload = self._arena.payload(0, len(lengths))
+        fits = lengths <= MAX_DATAGRAM
+        if not fits.all():
+            ends = np.cumsum(lengths, dtype=np.int64)
+            places = zip((ends - lengths)[fits].tolist(), ends[fits].tolist(), strict=True)
+            view = memoryview(payload)
+            payload, rows = b"".join([view[start:end] for start, end in places]), rows[fits]
+            copied = None if copied is None else copied[fits]
+        self._publish_parts(DatagramBatch(self._feed.stream, received_ns, rows, payload, generations=copied))
 
     def _fail(self, error: OSError) -> None:
         """Count a failed call; where none succeeds any more the loop must not spin."""
@@ -307,16 +293,3 @@ def stride_for(longest: int, *, equal: bool) -> int:
     Equal ones stand end to end, so that they can leave as one piece.
     """
     return min(MAX_DATAGRAM, longest if equal else max(SMALLEST_STRIDE, 1 << (longest - 1).bit_length()))
-
-
-def next_stretch(lengths: Lengths, start: int, most: int) -> tuple[int, int]:
-    """Return (start, stop) of the next stretch of at most `most` bytes without an oversized datagram.
-
-    `most` is at least the size of one datagram. The stretch is empty where only oversized ones are left.
-    """
-    ends = np.cumsum(lengths[start:], dtype=np.int64)
-    oversized = np.append(lengths[start:] > MAX_DATAGRAM, True)
-    skipped = int(np.append(~oversized[:-1], True).argmax())
-    before = int(ends[skipped - 1]) if skipped else 0
-    full = int(np.searchsorted(ends, before + most, "right"))
-    return start + skipped, start + min(full, skipped + int(oversized[skipped:].argmax()))

@@ -102,14 +102,17 @@ class DatagramBatch:
         return DatagramBatch(self.stream, self.received_ns, self.rows[first:stop], payload, self.stride, marks)
 
     def parts(self, most: int) -> Iterator["DatagramBatch"]:
-        """Yield the rows in order, as batches of at most `most` bytes of payload each; a longer datagram goes alone."""
-        if len(self.payload) <= most:
+        """Yield the rows in order, as batches of at most `MAX_ROWS` rows and `most` bytes of payload each.
+
+        A longer datagram goes alone.
+        """
+        if len(self.payload) <= most and len(self) <= MAX_ROWS:
             yield self
             return
         ends = np.cumsum(self.lengths)
         start = before = 0
         while start < len(self):
-            stop = max(start + 1, int(np.searchsorted(ends, before + most, "right")))
+            stop = min(start + MAX_ROWS, max(start + 1, int(np.searchsorted(ends, before + most, "right"))))
             yield self.part(start, stop)
             start, before = stop, int(ends[stop - 1])
 

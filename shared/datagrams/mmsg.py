@@ -245,24 +245,15 @@ class ReceiveArena:
             rows["address"] = self.names["v6"][:count]
         return rows
 
-    def payload(self, start: int, stop: int, into: memoryview | None = None) -> bytes | memoryview:
-        """The payloads of datagrams `start` to `stop`, end to end: a copy, at the beginning of `into` if given."""
+    def payload(self, start: int, stop: int) -> bytes | memoryview:
+        """The payloads of datagrams `start` to `stop`, end to end: a copy."""
         lengths = self.headers["len"][start:stop]
-        first, count = int(lengths[0]), stop - start
-        if self._place is None and (lengths == first).all():
-            rows = self._slots[start:stop, :first]
-            if into is None:
-                return rows.tobytes()
-            np.frombuffer(into, np.uint8)[: count * first].reshape(count, first)[:] = rows
-            return into[: count * first]
+        if self._place is None and (lengths == lengths[0]).all():
+            return self._slots[start:stop, : lengths[0]].tobytes()
         if self._joined is None:
             self._joined = b"".join(self._parts())
         before = int(self.headers["len"][:start].sum())
-        payload = memoryview(self._joined)[before : before + int(lengths.sum())]
-        if into is None:
-            return payload
-        into[: len(payload)] = payload
-        return into[: len(payload)]
+        return memoryview(self._joined)[before : before + int(lengths.sum())]
 
     def located(self, count: int) -> tuple[bytes | memoryview, int]:
         """Return the buffer with the payloads of all `count` datagrams, and their distance in it, 0 for end to end.

@@ -1,10 +1,13 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shared.bus.loans.lender import CHUNK
 from shared.datagrams.batch import ROW, DatagramBatch, make_rows
-from shared.datagrams.limits import MAX_DATAGRAM, MAX_ROWS
+from shared.datagrams.limits import MAX_DATAGRAM, MAX_PAYLOAD, MAX_ROWS
 from tests.builders import make_batch
 
 ADDRESS = bytes(16)
@@ -127,3 +130,32 @@ def test_parts_are_the_batch_in_pieces_that_fit(lengths: list[int], stride: int,
     for part in parts:
         part.check()
         assert len(part) <= 1 or sum(part.length_list) <= most
+
+
+sizes = st.sampled_from([0, 0, 1, 1464, 32_768, MAX_DATAGRAM - 1, MAX_DATAGRAM])
+
+
+@given(
+    st.lists(st.tuples(sizes | st.integers(0, MAX_DATAGRAM), st.integers(1, 600)), min_size=1, max_size=5),
+    st.sampled_from([MAX_DATAGRAM, MAX_PAYLOAD, CHUNK]),
+)
+def test_parts_could_not_be_longer(runs: list[tuple[int, int]], most: int) -> None:
+    """The parts hold all datagrams in order, once; each fits its place, and a row more would not."""
+    lengths = [length for length, count in runs for _ in range(count)]
+    parts = [part.length_list for part in batch_of(lengths, sum(lengths)).parts(most)]
+    assert [length for part in parts for length in part] == lengths
+    for part, following in pairwise(parts):
+        assert sum(part) <= most
+        assert len(part) == MAX_ROWS or sum(part) + following[0] > most
+    assert sum(parts[-1]) <= most
+    assert max(map(len, parts)) <= MAX_ROWS
+
+
+@pytest.mark.parametrize("most", [MAX_PAYLOAD, CHUNK])
+def test_ordinary_batch_is_not_cut(most: int) -> None:
+    """A batch that fits a message, or a chunk, is one part; what is a byte too much begins the next."""
+    each = most // MAX_ROWS
+    ordinary = batch_of([each] * MAX_ROWS, most)
+    assert [*ordinary.parts(most)] == [ordinary]
+    longer = batch_of([each] * (MAX_ROWS - 1) + [each + 1], most + 1)
+    assert [len(part) for part in longer.parts(most)] == [MAX_ROWS - 1, 1]
