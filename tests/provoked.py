@@ -36,8 +36,8 @@ from services.gateway.protocol.decoder import MAX_LINE, Decoder, parse_request
 from services.gateway.protocol.requests import EXPECTED, Auth, ListClients, Register, RequestError, SignUp
 from services.gateway.registry.entry import Origin
 from services.gateway.registry.store import Store, _Kept, _parse
+from services.gateway.transport.deadlines import too_slow_reader
 from services.gateway.transport.listeners import Listener
-from services.gateway.transport.slow_readers import too_slow_reader
 from services.gateway.transport.tls import check_listener, make_context
 from services.ingest import listeners as ingest_listeners
 from services.ingest.batch_publisher import new_pools

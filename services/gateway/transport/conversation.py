@@ -15,8 +15,8 @@ from msgspec import Struct
 from services.gateway.protocol.decoder import MAX_LINE, Decoder
 from services.gateway.protocol.requests import Request, RequestError, SignUp
 from services.gateway.render import json_line
-from services.gateway.transport.deadlines import Deadlines
-from services.gateway.transport.slow_readers import PushedLines, too_slow_reader
+from services.gateway.transport.deadlines import Deadlines, too_slow_reader
+from services.gateway.transport.pushed_lines import PushedLines
 from shared.settings.tables import Gateway
 
 WRITE_SIZE: Final = 64 * 1024

@@ -1,4 +1,4 @@
-"""Deadlines of a connection, and the refusal `too_slow` once one has passed. No I/O; the clock is handed in."""
+"""Deadlines of a connection, and the refusals `too_slow`. No I/O; the clock is handed in."""
 
 import math
 from collections.abc import Callable
@@ -76,3 +76,12 @@ class Deadlines:
         else:
             why = f"no request received within {settings.idle_seconds:g} s"
         return RequestError("too_slow", why, closes=True)
+
+
+def too_slow_reader() -> RequestError:
+    """Return the refusal of a client that reads events too slowly: it may go on from its last revision."""
+    return RequestError(
+        "too_slow",
+        "events came faster than you read them; watch again from the last revision that you have",
+        closes=True,
+    )

@@ -2,8 +2,7 @@ import math
 
 import pytest
 
-from services.gateway.transport.deadlines import SILENT_SECONDS, Deadlines
-from services.gateway.transport.slow_readers import too_slow_reader
+from services.gateway.transport.deadlines import SILENT_SECONDS, Deadlines, too_slow_reader
 from shared.settings.tables import Gateway
 
 SETTINGS = Gateway(idle_seconds=100, request_seconds=5)

@@ -1,8 +1,6 @@
-"""Lines pushed to a client, and the refusal `too_slow` of one that does not read them in time. No I/O."""
+"""Lines pushed to a client, such as events of `watch`: they wait to be written, up to a limit. No I/O."""
 
 from collections import deque
-
-from services.gateway.protocol.requests import RequestError
 
 
 class PushedLines:
@@ -35,12 +33,3 @@ class PushedLines:
         """Drop all that waits."""
         self._lines.clear()
         self.size = 0
-
-
-def too_slow_reader() -> RequestError:
-    """Return the refusal of a client that reads events too slowly: it may go on from its last revision."""
-    return RequestError(
-        "too_slow",
-        "events came faster than you read them; watch again from the last revision that you have",
-        closes=True,
-    )
