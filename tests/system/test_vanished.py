@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from services.gateway.registry.preservation import MIN_CLIENTS
+from services.gateway.registry.expiry_pause import MIN_CLIENTS
 from tests.network import End, Host, veth
 from tests.openly import OpenStack
 from tests.services.gateway.test_server import counters

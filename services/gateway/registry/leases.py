@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Collection, Iterable
 
 from services.gateway.registry.entry import Entry
-from services.gateway.registry.preservation import Preservation
+from services.gateway.registry.expiry_pause import ExpiryPause
 
 
 class Leases:
@@ -14,7 +14,7 @@ class Leases:
         self.measures: Callable[[Entry], bool] = lambda _entry: True
         """Says whether this gateway measures an entry's lease; in a cluster its home does."""
         self._clock = clock
-        self._preservation = Preservation(preserve_seconds)
+        self._pause = ExpiryPause(preserve_seconds)
         self._next_expiry = math.inf
 
     @property
@@ -25,7 +25,7 @@ class Leases:
     @property
     def preserving(self) -> bool:
         """Return whether too many renewals are missing to blame the clients: none of other hosts expires meanwhile."""
-        return self._preservation.holds
+        return self._pause.holds
 
     def begin(self, entry: Entry) -> None:
         """Give an entry its whole lease, from now on, if it is measured here."""
@@ -48,7 +48,7 @@ class Leases:
 
     def note_expired(self, entry: Entry) -> None:
         """Note that an entry has expired, wherever its lease was measured."""
-        self._preservation.note_expired(filter(_is_remote, [entry]), self._clock())
+        self._pause.note_expired(filter(_is_remote, [entry]), self._clock())
 
     def expire(self, entries: Collection[Entry], remove: Callable[[list[Entry]], None]) -> None:
         """Remove the entries whose time is up, by `remove`; those that are still there are tried again."""
@@ -56,7 +56,7 @@ class Leases:
         if now < self._next_expiry:
             return
         overdue = [entry for entry in entries if entry.expires_at <= now]
-        self._preservation.judge(filter(_is_remote, entries), list(filter(_is_remote, overdue)), now)
+        self._pause.judge(filter(_is_remote, entries), list(filter(_is_remote, overdue)), now)
         if self.preserving:
             overdue = [entry for entry in overdue if not _is_remote(entry)]
         if overdue:

@@ -7,8 +7,8 @@ import pytest
 from services.gateway.admission.peer import Peer
 from services.gateway.admission.rights import Rights
 from services.gateway.registry.entry import NO_ORDERS, Entry, Event, Orders, Origin
+from services.gateway.registry.expiry_pause import WINDOW_SECONDS
 from services.gateway.registry.pasts import NO_PASTS, Gone
-from services.gateway.registry.preservation import WINDOW_SECONDS
 from services.gateway.registry.registry import RETURN_SECONDS
 from shared.client import Client
 from tests.services.gateway.table import ELSEWHERE, HERE, Table, error_of

@@ -21,8 +21,11 @@ MIN_CLIENTS: Final = 10
 log = get_logger()
 
 
-class Preservation:
-    """Stops or resumes expiry, by the leases that were due lately; for at most `seconds`, 0: never."""
+class ExpiryPause:
+    """Stops or resumes expiry, by the leases that were due lately.
+
+    It stops for at most `seconds`, which is `[gateway] preserve_seconds`; 0: never.
+    """
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
