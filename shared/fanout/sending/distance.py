@@ -3,7 +3,7 @@
 from enum import IntEnum, auto
 
 
-class Reach(IntEnum):
+class Distance(IntEnum):
     """The distance of a collector: on this host, on a link of it, or behind a router."""
 
     HOST = auto()
