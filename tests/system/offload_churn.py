@@ -1,35 +1,23 @@
 """A relay under steady traffic, of which the kernel copies what it can, and collectors that join, leave and change."""
 
-import ipaddress
 import json
 import random
 import re
-import socket
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from tests.openly import OpenStack
-from tests.services.offload.site import EXPORTERS, KINDS, PORT, SIEMS, TERMS, OffloadSite
+from tests.services.offload.site import EXPORTERS, KINDS, SIEMS, TERMS, OffloadSite
 from tests.stack import wait_until
-from tests.system.offload_traffic import ADDRESSES, Frames, Place, Traffic, key_of
+from tests.system.offload_collectors import Connections, Entry, Place, open_relay, settings
+from tests.system.offload_traffic import ADDRESSES, Frames, Traffic, key_of
 
-SETTINGS: Final = f"""
-[gateway]
-destinations = ["10.2.0.0/24", "fd02::/64"]
-serve_seconds = 30
-[[stream]]
-name = "netflow"
-listen = ["udp://0.0.0.0:{PORT}", "udp://[::]:{PORT}"]
-[offload]
-interfaces = ["in"]
-"""
-SERVICES: Final = ("broker", "gateway", "forwarder", "ingest", "transmitter", "offload")
 COLLECTORS: Final = 16
 AT_ONCE: Final = 8
 """Collectors that change at the same time."""
@@ -50,33 +38,6 @@ MARGIN: Final = 64
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A collector as it has signed up."""
-
-    name: str
-    place: Place
-    source: str
-    terms: dict[str, Any]
-    generation: int = 0
-
-    @property
-    def group(self) -> str:
-        """The group that it is a member of."""
-        return str(self.terms.get("group", ""))
-
-    def wanted(self) -> npt.NDArray[np.bool_]:
-        """Return which exporters it gets copies of."""
-        return np.array([self._wants(exporter) for exporter in ADDRESSES])
-
-    def _wants(self, exporter: str) -> bool:
-        if self.source == "original" and (":" in exporter) != (":" in self.place[0]):
-            return False
-        networks = [ipaddress.ip_network(prefix) for prefix in self.terms.get("from", ())]
-        address = ipaddress.ip_address(exporter)
-        return not networks or any(address in network for network in networks)
-
-
-@dataclass(frozen=True)
 class Due:
     """Numbers of an exporter's datagrams that have to come to one of these places, once."""
 
@@ -86,13 +47,18 @@ class Due:
     stop: int
 
 
+def wanted_by(entry: Entry) -> npt.NDArray[np.bool_]:
+    """Return which exporters a collector gets copies of."""
+    return np.array([entry.wants(exporter) for exporter in ADDRESSES])
+
+
 class Churn:
     """The registry's collectors, and which datagrams have to come to whom."""
 
     def __init__(
         self, stack: OpenStack, site: OffloadSite, opened: ExitStack, draw: random.Random, rate: float
     ) -> None:
-        self._stack, self.site, self._opened, self._draw = stack, site, opened, draw
+        self._stack, self.site, self._draw = stack, site, draw
         self.frames = Frames(site, opened)
         self.traffic = Traffic(site, opened, rate, np.random.default_rng(draw.randrange(1 << 32)))
         self.entries: dict[str, Entry] = {}
@@ -102,7 +68,7 @@ class Churn:
         """Members of groups by places, and the number from which on one of them has to get each datagram."""
         self._unsure: set[str] = set()
         """Collectors that have a sample no more."""
-        self._connections: dict[str, tuple[socket.socket, BinaryIO]] = {}
+        self._connections = Connections(site, opened)
         self._due: list[Due] = []
         self.owed = 0
         """Copies that had to come, and have."""
@@ -119,36 +85,27 @@ class Churn:
         self.traffic.start()
 
     def _ask_all(self, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Send all requests at the same time, each on its own connection; return the answers."""
+        """Send all requests at the same time; return the answers."""
         for request in requests:
-            name = request["name"]
-            if name not in self._connections:
-                with self.site.relay.entered():
-                    gateway = self._opened.enter_context(socket.create_connection(("127.0.0.1", 5000), timeout=60))
-                self._connections[name] = gateway, self._opened.enter_context(gateway.makefile("rb"))
-            self._connections[name][0].sendall(json.dumps(request).encode() + b"\n")
-        answers = [json.loads(self._connections[request["name"]][1].readline()) for request in requests]
+            self._connections.send(request)
+        answers = [self._connections.answer(request["name"]) for request in requests]
         assert all(answer["ok"] for answer in answers), answers
         return answers
 
     def _register(self, wanted: dict[str, Entry]) -> None:
-        requests = [
-            {"op": "register", "name": name, "streams": ["netflow"], "take_over": True, "source": each.source}
-            | {"address": each.place[0], "port": each.place[1], **each.terms}
-            for name, each in wanted.items()
-        ]
+        requests = [each.registration() for each in wanted.values()]
         for each in wanted.values():
             version = 6 if ":" in each.place[0] else 4
             self.frames.expect(version, each.place, relayed=each.source == "relay")
         for (name, each), answer in zip(wanted.items(), self._ask_all(requests), strict=True):
-            self.entries[name] = Entry(name, each.place, each.source, each.terms, answer["client"]["generation"])
+            self.entries[name] = replace(each, generation=answer["client"]["generation"])
 
     def _owe(self, now: npt.NDArray[np.int64]) -> None:
         """Note that all that is sent from now on has to come to whom it is for, unless it had to before."""
         for each in self.entries.values():
             if not each.group and "sample" not in each.terms and each.name not in self._unsure:
                 begun = self._from.setdefault(each.place, np.full(len(ADDRESSES), -1))
-                begun[(begun < 0) & each.wanted()] = now[(begun < 0) & each.wanted()]
+                begun[(begun < 0) & wanted_by(each)] = now[(begun < 0) & wanted_by(each)]
         members: defaultdict[str, list[Place]] = defaultdict(list)
         for each in self.entries.values():
             if each.group:
@@ -200,7 +157,7 @@ class Churn:
             return
         goes_on = np.zeros(len(ADDRESSES), bool)
         if wanted and wanted.place == before.place and "sample" not in wanted.terms:
-            goes_on = wanted.wanted()
+            goes_on = wanted_by(wanted)
         self._check_place(before.place, ~goes_on)
 
     def _check_place(self, place: Place, ending: npt.NDArray[np.bool_]) -> None:
@@ -254,7 +211,7 @@ class Churn:
         return all(
             self.frames.came[key_of(self.entries[name].place, int(exporter))].foremost > sent[exporter]
             for name in STEADY
-            for exporter in np.flatnonzero(self.entries[name].wanted())
+            for exporter in np.flatnonzero(wanted_by(self.entries[name]))
         )
 
     def look(self) -> None:
@@ -278,7 +235,7 @@ class Churn:
             if any(count and LOST.search(name) for name, count in counters.items())
         }
         steady = {
-            name: int(self.traffic.sent[self.entries[name].wanted()].sum())
+            name: int(self.traffic.sent[wanted_by(self.entries[name])].sum())
             - self.frames.total(self.entries[name].place)
             for name in STEADY
         }
@@ -301,14 +258,10 @@ class Churn:
 @contextmanager
 def churn(stack: OpenStack, rate: float, draw: random.Random) -> Iterator[Churn]:
     """Everything runs on the relay; the traffic of exporters flows, and copies to collectors that stay."""
-    stack.configure(SETTINGS)
-    with OffloadSite() as site, ExitStack() as opened:
-        with site.relay.entered():
-            for name in SERVICES:
-                stack.start(name)
+    stack.configure(settings(serve_seconds=30))
+    with open_relay(stack) as (site, opened):
         found = Churn(stack, site, opened, draw, rate)
         opened.callback(found.frames.stop)
         opened.callback(found.traffic.stop)
         found.begin()
         yield found
-        stack["offload"].stop()

@@ -14,6 +14,7 @@ from tests.builders import BusEnds, accounts_when
 from tests.openly import OpenStack
 from tests.services.offload.site import EXPORTERS, PORT, RELAY, SIEMS, OffloadSite
 from tests.stack import ask_json, wait_until
+from tests.system.offload_collectors import SERVICES, open_relay
 from tests.traffic import pause
 
 PER_SECOND: Final = 200
@@ -143,14 +144,10 @@ min_free = 0
 interfaces = ["in"]
 """
     )
-    with OffloadSite() as site, ExitStack() as opened:
-        with site.relay.entered():
-            for name in ("broker", "gateway", "forwarder", "ingest", "transmitter", "journal", "offload"):
-                stack.start(name)
+    with open_relay(stack, (*SERVICES[:-1], "journal", "offload")) as (site, opened):
         bus = opened.enter_context(BusEnds(stack.bus))
         came = opened.enter_context(closing(Counted(site, SIEMS[4][0], 9000)))
         exporting = Exporting(site, opened)
         came.start()
         opened.callback(exporting.stop)
         yield Relay(stack, site, bus, source), exporting, came
-        stack["offload"].stop()

@@ -17,6 +17,7 @@ from shared.datagrams.limits import MAX_ROWS
 from shared.datagrams.mmsg import IOVEC, MMSGHDR, ReceiveArena, addresses_of, send
 from tests.benchmarks.site import Sink
 from tests.services.offload.site import EXPORTERS, PORT, RELAY, OffloadSite, packed
+from tests.system.offload_collectors import Place
 
 ADDRESSES: Final = (*EXPORTERS[4], *EXPORTERS[6])
 VECTOR: Final = 64
@@ -34,7 +35,6 @@ DISCARD: Final = 9
 PACKET_STATISTICS: Final = 6
 SOL_PACKET: Final = 263
 
-Place = tuple[str, int]
 COPY: Final = np.dtype([("key", "u4"), ("number", "i8"), ("large", "?"), ("source", "u1")])
 """A copy: the key of its place, with the exporter in the lowest bits; its number, and the last byte of its source."""
 

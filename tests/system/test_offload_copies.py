@@ -1,7 +1,5 @@
 """Copies by the kernel and copies by us on a relay with every service: whatever changes, each datagram comes once."""
 
-import ipaddress
-import json
 import random
 import signal
 import socket
@@ -9,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
 import pytest
 
@@ -19,18 +17,9 @@ from tests.builders import BusEnds, accounts_when
 from tests.openly import OpenStack
 from tests.services.offload.site import EXPORTERS, KINDS, OUT, PORT, RELAY, SIEMS, TERMS, OffloadSite
 from tests.stack import wait_until
+from tests.system.offload_collectors import Connections, Entry, Place, open_relay, settings
 from tests.traffic import pause
 
-SETTINGS: Final = f"""
-[gateway]
-destinations = ["10.2.0.0/24", "fd02::/64"]
-serve_seconds = 10
-[[stream]]
-name = "netflow"
-listen = ["udp://0.0.0.0:{PORT}", "udp://[::]:{PORT}"]
-[offload]
-interfaces = ["in"]
-"""
 NAMES: Final = tuple("abcdefghijkl")
 AT_ONCE: Final = 8
 """Collectors that change at the same time."""
@@ -40,40 +29,15 @@ LARGE: Final = 3000
 """Bytes of a datagram that comes in fragments."""
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A collector as it has signed up."""
-
-    version: int
-    address: str
-    port: int
-    source: str
-    prefixes: tuple[str, ...]
-    generation: int
-    group: str = ""
-
-    def wants(self, exporter: str) -> bool:
-        """Return whether it gets copies of an exporter's datagrams."""
-        address = ipaddress.ip_address(exporter)
-        if self.source == "original" and address.version != self.version:
-            return False
-        return not self.prefixes or any(address in ipaddress.ip_network(prefix) for prefix in self.prefixes)
-
-    @property
-    def place(self) -> tuple[str, int]:
-        """Its address and port."""
-        return self.address, self.port
-
-
 @dataclass
 class Owed:
     """A datagram, and where a copy of it has to come, or may."""
 
     exporter: str
-    must: dict[str, tuple[str, int]] = field(default_factory=dict)
-    shared: dict[str, set[tuple[str, int]]] = field(default_factory=dict)
+    must: dict[str, Place] = field(default_factory=dict)
+    shared: dict[str, set[Place]] = field(default_factory=dict)
     """By group: the places of its members, of which one has to get it."""
-    may: set[tuple[str, int]] = field(default_factory=set)
+    may: set[Place] = field(default_factory=set)
 
 
 class Around:
@@ -84,54 +48,36 @@ class Around:
     ) -> None:
         self.stack, self.site, self.draw, self.grouped = stack, site, draw, grouped
         self.entries: dict[str, Entry] = {}
-        self._past: defaultdict[str, set[tuple[str, int]]] = defaultdict(set)
+        self._past: defaultdict[str, set[Place]] = defaultdict(set)
         """By exporter: the places of entries of before that wanted its datagrams: the kernel may still make copies."""
         self._owed: dict[int, Owed] = {}
-        self._came: defaultdict[tuple[str, int], Counter[int]] = defaultdict(Counter)
+        self._came: defaultdict[Place, Counter[int]] = defaultdict(Counter)
         self.number = self._barrier = 0
         self._exporters = {}
         for version in (4, 6):
             for number, address in enumerate(EXPORTERS[version]):
                 self._exporters[address] = opened.enter_context(site.exporting(number, version))
-        self._sinks: dict[tuple[str, int], socket.socket] = {}
-        self._connections: dict[str, tuple[socket.socket, BinaryIO]] = {}
+        self._sinks: dict[Place, socket.socket] = {}
+        self._connections = Connections(site, opened)
         self._opened = opened
-
-    def _connect(self, name: str) -> tuple[socket.socket, BinaryIO]:
-        """A connection to the gateway for a collector: those of several are asked for at the same time."""
-        if name not in self._connections:
-            with self.site.relay.entered():
-                gateway = self._opened.enter_context(socket.create_connection(("127.0.0.1", 5000), timeout=60))
-            self._connections[name] = gateway, self._opened.enter_context(gateway.makefile("rb"))
-        return self._connections[name]
 
     def _wait_for_both_senders(self) -> None:
         """Wait until both serve the present registry: who has left a group, or its sender, gets nothing more of it."""
         self._barrier += 1
-        terms = {"streams": ["netflow"], "from": ["192.0.2.1/32"], "dscp": self._barrier % 2, "address": SIEMS[4][4]}
+        terms = {"from": ["192.0.2.1/32"], "dscp": self._barrier % 2}
         for number, kind in enumerate(KINDS):
-            request = {
-                "op": "register",
-                "name": kind,
-                "source": kind,
-                "port": 8000 + number,
-                "take_over": True,
-                **terms,
-            }
-            self._send(request)
+            request = Entry(kind, (SIEMS[4][4], 8000 + number), kind, terms).registration()
+            self._connections.send(request)
             self._answer(request)
 
     def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        answer: dict[str, Any] = json.loads(self._connect(request["name"])[1].readline())
+        answer = self._connections.answer(request["name"])
         while answer.get("error") == "no_transmitter":  # the gateway has yet to see that it is back
             pause(0.1)
-            self._send(request)
-            answer = json.loads(self._connect(request["name"])[1].readline())
+            self._connections.send(request)
+            answer = self._connections.answer(request["name"])
         assert answer["ok"], answer
         return answer
-
-    def _send(self, request: dict[str, Any]) -> None:
-        self._connect(request["name"])[0].sendall(json.dumps(request).encode() + b"\n")
 
     def _sink(self, version: int, address: str, port: int) -> None:
         if (address, port) not in self._sinks:
@@ -155,26 +101,22 @@ class Around:
         """Let collectors join, change, move or, where nothing is wanted for them, leave, all at the same time."""
         requests: dict[str, dict[str, Any]] = {}
         for name, drawn in wanted.items():
-            request = requests[name] = {"name": name}
             if name in self.entries:
                 for exporter in filter(self.entries[name].wants, self._exporters):
                     self._past[exporter].add(self.entries[name].place)
                 self._owe_anew_of(self.entries[name].group)
             if drawn is None:
-                request |= {"op": "leave", "generation": self.entries.pop(name).generation}
+                requests[name] = {"op": "leave", "name": name, "generation": self.entries.pop(name).generation}
             else:
                 version, number, source, terms = drawn
                 address, port = SIEMS[version][number], 9000 + (NAMES.index(name) if name in NAMES else 50)
                 # One that changes the kind at one place may get both for a moment, of two senders.
                 port += 100 * KINDS.index(source)
-                group = terms.get("group", "")
-                port += 200 * bool(group)  # and who joins a group may still get what others of it get
+                port += 200 * ("group" in terms)  # and who joins a group may still get what others of it get
                 self._sink(version, address, port)
-                request |= {"op": "register", "streams": ["netflow"], "address": address, "port": port, **terms}
-                request |= {"source": source, "take_over": True}
-                prefixes = tuple(terms.get("from", ()))
-                self.entries[name] = Entry(version, address, port, source, prefixes, 0, group)
-            self._send(request)
+                self.entries[name] = Entry(name, (address, port), source, terms)
+                requests[name] = self.entries[name].registration()
+            self._connections.send(requests[name])
         for name, request in requests.items():
             answer = self._answer(request)
             if name in self.entries:
@@ -296,13 +238,9 @@ class Around:
 @contextmanager
 def around(stack: OpenStack, draw: random.Random, grouped: float) -> Iterator[Around]:
     """Everything runs on the relay; so many of the collectors that change are members of groups."""
-    stack.configure(SETTINGS)
-    with OffloadSite() as site, ExitStack() as opened:
-        with site.relay.entered():
-            for name in ("broker", "gateway", "forwarder", "ingest", "transmitter", "offload"):
-                stack.start(name)
+    stack.configure(settings(serve_seconds=10))
+    with open_relay(stack) as (site, opened):
         yield Around(stack, site, opened, draw, grouped)
-        stack["offload"].stop()
 
 
 @pytest.mark.parametrize(
