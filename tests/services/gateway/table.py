@@ -1,5 +1,7 @@
 """A registry with a clock that the test sets, asked as clients ask: what they may not do is refused."""
 
+import errno
+from collections.abc import Sequence
 from typing import Final
 
 import pytest
@@ -9,13 +11,27 @@ from services.gateway.admission.peer import Peer
 from services.gateway.admission.rights import Rights
 from services.gateway.protocol.requests import RequestError
 from services.gateway.registry.changes import Keep, keep_nothing
-from services.gateway.registry.entry import Entry, Origin
+from services.gateway.registry.entry import Entry, Event, Origin
 from services.gateway.registry.registry import Registry
 from shared.client import Client, Source
 from shared.settings.tables import Gateway
 
 HERE: Final = Peer(1, "127.0.0.1", 4000)
 ELSEWHERE: Final = Peer(2, "192.0.2.7", 4001, Rights("siem", frozenset({"collect"})))
+
+
+class Disk:
+    """Keeps the kinds of the events of each change; while it is full it can't write, and tells so."""
+
+    def __init__(self) -> None:
+        self.full = False
+        self.kept: list[list[str]] = []
+
+    def keep(self, events: Sequence[Event], *_: object, **__: object) -> None:
+        """Write a change, or fail to."""
+        self.kept.append([event.kind for event in events])
+        if self.full:
+            raise OSError(errno.ENOSPC, "no space")
 
 
 class Table(Registry):

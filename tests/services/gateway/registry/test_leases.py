@@ -1,17 +1,14 @@
-import errno
 import math
-from collections.abc import Sequence
 
 import pytest
 
 from services.gateway.admission.peer import Peer
 from services.gateway.admission.rights import Rights
-from services.gateway.registry.entry import NO_ORDERS, Entry, Event, Orders, Origin
+from services.gateway.registry.entry import Entry, Origin
 from services.gateway.registry.expiry_pause import WINDOW_SECONDS
-from services.gateway.registry.pasts import NO_PASTS, Gone
 from services.gateway.registry.registry import RETURN_SECONDS
 from shared.client import Client
-from tests.services.gateway.table import ELSEWHERE, HERE, Table, error_of
+from tests.services.gateway.table import ELSEWHERE, HERE, Disk, Table, error_of
 
 
 @pytest.fixture
@@ -38,24 +35,15 @@ def test_lease_expires_unless_renewed(registry: Table) -> None:
 
 def test_expiry_that_is_not_kept_comes_later() -> None:
     """An entry whose time is up, or whose connection is gone, stays while that can't be written; then it goes."""
-
-    def fail(
-        events: Sequence[Event],
-        generation: int,
-        withheld: Orders = NO_ORDERS,
-        pasts: Gone = NO_PASTS,
-    ) -> None:
-        if broken:
-            raise OSError(errno.ENOSPC, "no space")
-
-    registry, broken = Table(keep=fail), False
+    disk = Disk()
+    registry = Table(keep=disk.keep)
     registry.join("a", ttl=1)
     registry.join("b", hold=True)
-    broken, registry.now = True, 2
+    disk.full, registry.now = True, 2
     registry.expire()
     registry.release_held(HERE)
     assert registry.present == ["a", "b"]
-    broken, registry.now = False, 3
+    disk.full, registry.now = False, 3
     registry.expire()
     assert registry.present == []
 

@@ -1,6 +1,3 @@
-import errno
-from collections.abc import Sequence
-
 import msgspec
 import pytest
 from hypothesis import given
@@ -8,15 +5,13 @@ from hypothesis import strategies as st
 
 from services.gateway.admission.destinations import Destinations
 from services.gateway.admission.peer import Peer
-from services.gateway.registry.entry import NO_ORDERS, Event, Orders
-from services.gateway.registry.pasts import NO_PASTS, Gone
 from services.gateway.registry.revisions import MAX_CHANGE
 from shared.bus.messages import MAX_MESSAGE, RegistryChange
 from shared.client import MAX_REASON, Client, Withheld
 from shared.settings.entries import Collector
 from shared.settings.own_listeners import OwnListeners
 from tests.services.gateway.protocol.test_names_answer import listed
-from tests.services.gateway.table import ELSEWHERE, HERE, Table
+from tests.services.gateway.table import ELSEWHERE, HERE, Disk, Table
 
 
 @pytest.fixture
@@ -102,19 +97,10 @@ def test_every_change_is_an_event(registry: Table) -> None:
 
 def test_change_that_is_not_kept_is_not_made() -> None:
     """A change that can't be written is refused, and everything is as before."""
-
-    def fail(
-        events: Sequence[Event],
-        generation: int,
-        withheld: Orders = NO_ORDERS,
-        pasts: Gone = NO_PASTS,
-    ) -> None:
-        if broken:
-            raise OSError(errno.ENOSPC, "no space")
-
-    registry, broken = Table(keep=fail), False
+    disk = Disk()
+    registry = Table(keep=disk.keep)
     entry = registry.join("a", ttl=1)
-    broken = True
+    disk.full = True
     for name in ("a", "b"):
         with pytest.raises(OSError, match="no space"):
             registry.join(name)
@@ -122,33 +108,22 @@ def test_change_that_is_not_kept_is_not_made() -> None:
         registry.release(entry)
     assert registry.present == ["a"]
     assert registry.commit() == 1
-    broken = False
+    disk.full = False
     assert registry.join("b").revision == 2
 
 
 def test_settings_that_can_not_be_kept_change_nothing() -> None:
     """No collector of the settings comes, goes or changes where one of them could not be written."""
-    kept: list[list[str]] = []
-
-    def keep(
-        events: Sequence[Event],
-        generation: int,
-        withheld: Orders = NO_ORDERS,
-        pasts: Gone = NO_PASTS,
-    ) -> None:
-        kept.append([event.kind for event in events])
-        if broken:
-            raise OSError(errno.ENOSPC, "no space")
-
-    registry, broken = Table(keep=keep), False
+    disk = Disk()
+    registry = Table(keep=disk.keep)
     a, b, c = (Client(name, 0, "10.0.0.1", 9, streams=("messages",)) for name in "abc")
     registry.configure([a, b])
-    before, broken = registry.commit(), True
+    before, disk.full = registry.commit(), True
     with pytest.raises(OSError, match="no space"):
         registry.configure([msgspec.structs.replace(a, port=10), c])
     assert (registry.present, registry.commit()) == (["a", "b"], before)
-    assert kept == [["joined", "joined"], ["left", "changed", "joined"]]
-    broken = False
+    assert disk.kept == [["joined", "joined"], ["left", "changed", "joined"]]
+    disk.full = False
     registry.configure([msgspec.structs.replace(a, port=10), c])
     assert registry.present == ["a", "c"]
     generations = [entry.client.generation for entry in registry.entries()]
