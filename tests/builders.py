@@ -166,6 +166,24 @@ def take_datagrams(subscriber: Subscriber, count: int) -> list[Datagram]:
     return found
 
 
+def drain(subscriber: Subscriber, seconds: float = 0.3) -> list[Message]:
+    """Everything that comes until nothing has come for a while."""
+    found: list[Message] = []
+    quiet_at = time.monotonic() + seconds
+    while time.monotonic() < quiet_at:
+        if message := subscriber.receive():
+            found.append(message)
+            quiet_at = time.monotonic() + seconds
+        else:
+            subscriber.socket.poll(20)
+    return found
+
+
+def payloads_of(messages: list[Message]) -> list[bytes]:
+    """The payloads of every batch, in order."""
+    return [payload for message in messages if message.batch for _, _, payload in message.batch.datagrams()]
+
+
 def take_mark(subscriber: Subscriber, stream: str = "messages") -> None:
     """Wait for the mark that says that the stream flows to this subscriber."""
     message = take(subscriber)

@@ -13,8 +13,9 @@ import pytest
 import shared.bus.loans.lender
 from services.ingest.batch_publisher import StreamFeed
 from shared.bus.loans.lender import CHUNK, GRACE_SECONDS, Lender, Pool, pool_path
+from shared.bus.zmq_sockets import Subscriber
 from shared.datagrams.batch import DatagramBatch
-from tests.builders import BusEnds, make_batch
+from tests.builders import BusEnds, make_batch, take_mark
 
 
 class Lending:
@@ -85,6 +86,13 @@ class LendingWorker(Lending):
         """Send a mark when somebody has subscribed, then let the time pass for which nothing is lent."""
         self.feed.mark(0)
         self._clock.pass_grace()
+
+    def admit(self, *subscribers: Subscriber) -> None:
+        """Let these subscribers meet a mark, and borrow from now on."""
+        self.greet()
+        for subscriber in subscribers:
+            take_mark(subscriber)
+        self.turn()
 
     def publish(self, payloads: Sequence[bytes], stride: int = 0) -> bool:
         """Publish a batch as a receiver would; return whether it was lent."""
