@@ -8,6 +8,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from ipaddress import ip_address
+from math import inf
 from typing import Final, Literal, Self
 
 import msgspec
@@ -23,6 +24,10 @@ LEFT_OFF: Final = "/"
 """In place of an owner: this node was that, and nobody is. No node is called so."""
 RESUME_SECONDS: Final = 10.0
 """Time within which a collector that was taken over goes on where its last node has stopped."""
+TOGETHER_SECONDS: Final = 20.0
+"""Time within which the first of nodes that start together joins."""
+BRING_SECONDS: Final = 3.0
+"""Time that it may take then to bring collectors what came before."""
 LATE_NS: Final = 10_000_000_000
 """Time by which a node may have had datagrams late, as far as it tells no place of the worker that they are of."""
 
@@ -76,7 +81,9 @@ class Owners:
         self.settled = True
         """False from when others come to serve until collectors are split anew."""
         self._owners: dict[tuple[str, int], str] = {}
-        """By name and generation: the owner of a collector as it was known last, or LEFT_OFF; empty: another one."""
+        """By name and generation: the owner of a collector as it was known last, or LEFT_OFF; empty: nobody yet."""
+        self._unserved: dict[tuple[str, int], tuple[float, float]] = {}
+        """Likewise the time at which a collector was heard of that nobody served, and until when that is of account."""
         self._resumes: dict[str, tuple[float, Resume]] = {}
         """Collectors that were taken over, until when they resume, and where."""
 
@@ -135,33 +142,44 @@ class Owners:
         One that it takes over has to resume where its last node has got to.
         """
         owners = {name: self.owner(client) for name, client in clients.items()}
+        self._note_unserved({(name, client.generation): owners[name] for name, client in clients.items()})
         before, self._owners = self._owners, {}
         for name, client in clients.items():
             last = before.get((name, client.generation), self.own)
             if owners[name] != self.own:
                 self._resumes.pop(name, None)
             elif last != self.own:
-                self._take_over(client, last, source)
+                self._resumes[name] = self._clock() + RESUME_SECONDS, self._take_over(client, last, source)
             nobody = LEFT_OFF if (name, client.generation) in before else ""
             self._owners[name, client.generation] = owners[name] or (last if last != self.own else nobody)
         self.settled = True
         own = {name: self._resumed(client) for name, client in clients.items() if owners[name] == self.own}
         return own, {name: client for name, client in clients.items() if name not in own}
 
-    def _take_over(self, client: Client, before: str, source: Source) -> None:
-        """Let a collector resume; where this node served none for a while, another one has had it since."""
+    def _note_unserved(self, owners: Mapping[tuple[str, int], str]) -> None:
+        """Note which collectors nobody serves since they were heard of, or somebody only since a moment ago."""
+        now, before, self._unserved = self._clock(), self._unserved, {}
+        for key, owner in owners.items():
+            since, until = before.get(key, (now, now if owner or key in self._owners else inf))
+            if owner:
+                until = min(until, now + BRING_SECONDS, since + TOGETHER_SECONDS)
+            if now < until:
+                self._unserved[key] = since, until
+
+    def _take_over(self, client: Client, before: str, source: Source) -> Resume:
+        """Return where a collector resumes; where this node served none for a while, another one has had it since."""
+        now, now_ns, key = self._clock(), time.time_ns(), (client.name, client.generation)
         others = [node for node in self.serving or () if node != self.own]
         known = before if before != LEFT_OFF else ""
+        since, _ = self._unserved.get(key, (now, now))
+        if key in self._unserved or not (known or others):  # as far as is known, nobody has served it since
+            since_ns = now_ns - int((now - since) * 1e9)
+            return Resume(since_ns, client.generation, twice_until_ns=now_ns)
         node = self._told.get(known or owner_of(client.group or client.name, others))
-        if node and (places := node.places.get(source)) is not None:
-            wanted = tuple([place for place in places if client.wants(place.stream)][-MAX_PLACES:])
-            since_ns = max(0, node.since_ns - LATE_NS)
-            resume = Resume(since_ns, places=wanted, twice_until_ns=node.since_ns)
-            self._resumes[client.name] = self._clock() + RESUME_SECONDS, resume
-        elif before == LEFT_OFF and not others:  # as far as is known, nobody has served it since this node has
-            now_ns = time.time_ns()
-            resume = Resume(now_ns, client.generation, twice_until_ns=now_ns)
-            self._resumes[client.name] = self._clock() + RESUME_SECONDS, resume
+        if node is None or (places := node.places.get(source)) is None:  # it may have sent some of what is kept here
+            return Resume(max(0, now_ns - LATE_NS), twice_until_ns=now_ns)
+        wanted = tuple([place for place in places if client.wants(place.stream)][-MAX_PLACES:])
+        return Resume(max(0, node.since_ns - LATE_NS), places=wanted, twice_until_ns=node.since_ns)
 
     def _resumed(self, client: Client) -> Client:
         _, resume = self._resumes.get(client.name, (0.0, client.resume))

@@ -117,13 +117,9 @@ class Collectors(Generic[D]):
             self._known[client.name] = client, account
 
     @property
-    def elsewhere(self) -> int:
-        """The number of collectors that other nodes serve."""
-        return len(self._elsewhere)
-
-    def is_elsewhere(self, name: str) -> bool:
-        """Return whether another node serves a collector, or none."""
-        return name in self._elsewhere
+    def elsewhere(self) -> Collection[Client]:
+        """The collectors that other nodes serve, or none."""
+        return self._elsewhere.values()
 
     @property
     def clients(self) -> list[Client]:

@@ -356,7 +356,7 @@ class CopyService(CopySender[D]):
             "bus_rejected": sum(self._subscriber.rejected.values()),
             **self._streams.counters,
             LEFT: self._collectors.departed.lost,
-            ELSEWHERE: self._collectors.elsewhere,
+            ELSEWHERE: len(self._collectors.elsewhere),
             BY_KERNEL_LATE: self._collectors.by_kernel_late,
             FILES_RESTORED: self._restored,
             **self.own_account(),

@@ -5,7 +5,15 @@ from hypothesis import strategies as st
 
 from shared.bus.bodies.nodes_message import Node, Nodes, NodeState
 from shared.client import Client, Place, Resume
-from shared.owners import RESUME_SECONDS, SILENT_SECONDS, Owners, nodes_serving, owner_of
+from shared.owners import (
+    BRING_SECONDS,
+    RESUME_SECONDS,
+    SILENT_SECONDS,
+    TOGETHER_SECONDS,
+    Owners,
+    nodes_serving,
+    owner_of,
+)
 from tests.builders import make_client
 
 NAMES = [f"collector-{number}" for number in range(3000)]
@@ -184,4 +192,37 @@ def test_a_node_that_holds_until_it_has_the_majority_takes_over_where_the_dead_n
     assert {after[name].resume for name in others} == {Resume(0, places=(PLACES[0],), twice_until_ns=33)}
     resumes = [after[name].resume for name in own]
     assert {(resume.generation, resume.places) for resume in resumes if resume} == {(1, ())}
+    assert None not in resumes
+
+
+def test_what_nobody_served_is_owed_by_whoever_serves_it_soon() -> None:
+    """Of nodes that start together one joins first: what came before it did is not known to be sent by it yet.
+
+    So the next one does not go on at that one's place at once, but where it has itself begun to keep what came.
+    """
+    later = (PLACES[0],)
+    for before, seconds, places in (1.0, 1.0, ()), (1.0, BRING_SECONDS, later), (TOGETHER_SECONDS, 0.0, later):
+        found, clock = owners()
+        found.note(told(a="joining", b="joining", c="joining"))
+        found.split(clients(), "relay")
+        clock.now += before
+        found.note(told(a="joining", b="live", c="joining"))
+        found.split(clients(), "relay")
+        clock.now += seconds
+        found.note(told(b="live", c="joining"))
+        resumes = [client.resume for client in found.split(clients(), "relay")[0].values()]
+        assert {(each.generation, each.places) for each in resumes if each} == {(not places, places)}
+        assert None not in resumes
+
+
+def test_a_collector_of_a_node_that_has_told_no_place_begins_with_all_that_is_kept() -> None:
+    """A node that is not heard, or runs no sender, tells no place: what it may not have sent is sent, and counted."""
+    found, _ = owners()
+    silent = [Node("a", "live"), Node("b", "silent"), Node("c", "silent")]
+    found.note(Nodes(False, silent, ("a", "b", "c")))
+    own, _ = found.split(clients(), "relay")
+    found.note(Nodes(True, silent, ("a",)))
+    after, _ = found.split(clients(), "relay")
+    resumes = [after[name].resume for name in after.keys() - own]
+    assert {(resume.generation, resume.places) for resume in resumes if resume} == {(0, ())}
     assert None not in resumes

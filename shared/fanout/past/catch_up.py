@@ -26,7 +26,7 @@ from shared.fanout.past.absences import Absences
 from shared.fanout.past.journal_questions import JournalQuestions, Pursued
 from shared.fanout.past.owed import Owed
 from shared.fanout.past.past_sender import BURST_SECONDS, STEP_ROWS, PastSender
-from shared.fanout.past.progress import Progress, with_successors
+from shared.fanout.past.progress import LeftOff, Progress, with_beginnings, with_successors
 from shared.fanout.past.pursuit import GENERATION, Pursuit, PursuitState
 from shared.fanout.past.rings import Rings
 from shared.fanout.past.window import Worker
@@ -91,8 +91,7 @@ class CatchUp(Generic[D]):
         """The time at which the last process ended, about; 0: there was none."""
         self._begun: Mapping[str, int] = {}
         """The collectors that are served, by generation."""
-        self._stopped: dict[str, tuple[int, list[Place]]] = {}
-        """By collector that this node serves no more: its generation, and where it was in streams without a journal."""
+        self._left_off = LeftOff()
         self._before: tuple[Client, ...] = ()
         """The collectors that the last process served, until the first registry comes."""
         self._templates = templates
@@ -145,9 +144,7 @@ class CatchUp(Generic[D]):
             living = self._streams.workers
             places.sort(key=lambda place: (place.worker, place.boot) in living)  # of too many the last are kept
             self._progress.note_left(client, since_ns - STRAY_NS, places)
-        unjournaled = self._streams_of(client) - self._journaled
-        stopped = [place for stream in unjournaled for place in self._places(client.name, stream, 0)]
-        self._stopped[client.name] = client.generation, stopped
+        self._left_off.note(client, self._unjournaled_places(client))
         for stream in self._streams_of(client):
             if (client.name, stream) in self._pursued:
                 if client.name in self._collectors:
@@ -155,6 +152,11 @@ class CatchUp(Generic[D]):
                     self._collectors.past.count_left_behind(client.name, count)
                 self._end(client.name, stream)
         self._progress.forget_level(client.name)
+
+    def _unjournaled_places(self, client: Client) -> Iterator[Place]:
+        """Yield likewise those in streams without a journal."""
+        for stream in self._streams_of(client) - self._journaled:
+            yield from self._places(client.name, stream, 0)
 
     def _places(self, name: str, stream: str, now_ns: int) -> Iterator[Place]:
         """Yield the places that a collector has reached in a stream: behind live copies, unless it catches up."""
@@ -179,7 +181,7 @@ class CatchUp(Generic[D]):
                 if (client.name, stream) not in self._pursued and self._begins(client, returning):
                     self._pursue(client, stream, returning=returning)
         self._begun = {client.name: client.generation for client in clients.values()}
-        self._stopped = {name: each for name, each in self._stopped.items() if self._collectors.is_elsewhere(name)}
+        self._left_off.follow(self._collectors.elsewhere, self._unjournaled_places)
         self._watch()
 
     def _watch(self) -> None:
@@ -211,10 +213,10 @@ class CatchUp(Generic[D]):
             resume = self._progress.resume(client.name, client.resume)
             pursued = self._begin(client.name, client.generation, stream, max(1, resume.since_ns), counts)
             places = with_successors(stream, resume.places, self._streams.workers)
-            generation, stopped = self._stopped.get(client.name, (0, []))
             if pursued.pursuit.by_window:
-                here = generation == resume.generation > 0
-                places = stopped if here else self._possible(stream, resume.places, followed)
+                here = self._left_off.places(client.name, resume.generation)
+                told = self._possible(stream, resume.places, followed)
+                places = told if here is None else with_beginnings(stream, here, followed)
             pursued.pursuit.begin(places, followed)
             if stream in self.rings.kept:  # one that was taken over: it is level within some seconds, whatever comes
                 pursued.pace = pursued.pursuit.behind(followed)

@@ -105,3 +105,47 @@ def with_successors(stream: str, places: Iterable[Place], living: Mapping[Worker
     for worker in living.keys() - known:
         if before := last.get(worker[0]):
             yield Place(stream, *worker, 0, 0, min(living[worker], before.received_ns))
+
+
+def with_beginnings(stream: str, places: Iterable[Place], followed: Mapping[Worker, Position]) -> Iterator[Place]:
+    """Yield places in a stream, and of each ingest worker that has none where it began to come here.
+
+    Of other sites nobody knows how much of what waits in JetStream is owed: what is kept of that.
+    """
+    known = set[Worker]()
+    for place in places:
+        if place.stream == stream:
+            yield place
+            known.add((place.worker, place.boot))
+    for worker, position in followed.items():
+        if worker not in known and worker[0].startswith("ingest."):
+            yield Place(stream, *worker, 0, position.baseline + position.unserved)
+
+
+class LeftOff:
+    """The places at which this node left off serving collectors, in streams without a journal.
+
+    Of a collector that it has never served, those at which it heard of it.
+    """
+
+    def __init__(self) -> None:
+        self._places: dict[str, tuple[int, list[Place]]] = {}
+
+    def note(self, client: Client, places: Iterable[Place]) -> None:
+        """Note where a collector is left off."""
+        self._places[client.name] = client.generation, list(places)
+
+    def follow(self, clients: Iterable[Client], places: Callable[[Client], Iterable[Place]]) -> None:
+        """Keep what is noted of these collectors alone, and note the `places` of those that are new."""
+        before, self._places = self._places, {}
+        for client in clients:
+            known = before.get(client.name)
+            if known and known[0] == client.generation:
+                self._places[client.name] = known
+            else:
+                self.note(client, places(client))
+
+    def places(self, name: str, generation: int) -> list[Place] | None:
+        """Return those of a collector under a generation; None: there are none."""
+        known = self._places.get(name)
+        return known[1] if known and known[0] == generation else None

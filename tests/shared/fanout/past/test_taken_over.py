@@ -33,10 +33,10 @@ NAME = next(name for name in map(str, range(100)) if owner_of(name, UPLINK.nodes
 class Played:
     """The forwarder of the node `a`, the other services of its host, and the uplink that tells of `b`."""
 
-    def __init__(self, service: ForwarderService, client: Client) -> None:
+    def __init__(self, service: ForwarderService, client: Client, other: NodeState) -> None:
         self.service = service
         self._take("registry/", RegistrySnapshot(1, 0, 1, [client]), "gateway.1")
-        self.tell("joining")
+        self.tell("joining", other=other)
         self.pass_time()
 
     def _take(self, topic: str, body: Body, sender: str, boot: int = 1, batch: DatagramBatch | None = None) -> None:
@@ -83,13 +83,13 @@ def no_linger(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def forwarder(directory: Path, port: int) -> Iterator[Played]:
-    """One start of the forwarder."""
+def forwarder(directory: Path, port: int, other: NodeState = "live") -> Iterator[Played]:
+    """One start of the forwarder, while the other node is in a state."""
     settings = Settings(
         bus=Bus(directory=str(directory)), streams=(Stream(name=STREAM, listen=("udp://[::1]:9",)),), uplink=UPLINK
     )
     with ForwarderService("forwarder.1", settings) as service:
-        played = Played(service, make_client(NAME, port, streams=(STREAM,)))
+        played = Played(service, make_client(NAME, port, streams=(STREAM,)), other)
         yield played
     del service, played.service  # and what it has open of /proc
 
@@ -144,3 +144,25 @@ def test_a_node_that_nobody_stood_in_for_goes_on_where_it_has_left_off(tmp_path:
         node.pass_time()
         account = node.service._collectors.accounts()[f"collector/{NAME}"]
         assert (account["expected"], account["sent"], account[PERHAPS_TWICE]) == (140, 140, 35)
+
+
+def test_what_came_before_the_first_node_joins_is_delivered_or_counted(tmp_path: Path) -> None:
+    """A node that joins while no other one lives sends its collectors what came meanwhile, and counts what it let go.
+
+    Another node may have sent it, which was not heard.
+    """
+    sock, _ = open_receiver("127.0.0.1", 0)
+    with closing(sock), forwarder(tmp_path, sock.getsockname()[1], "silent") as node:
+        node.publish(1, 0, 0)
+        node.publish(1, 0, 100)
+        node.publish(1, 100, 30)
+        node.pass_time()
+        window = node.service._catch_up.rings[STREAM]
+        window.trim(window.size - 1)
+        node.tell("live", other="silent")
+        wait_until(node.is_level, "it serves")
+        node.publish(1, 130, 5)
+        node.pass_time()
+        account = node.service._collectors.accounts()[f"collector/{NAME}"]
+        told = account["expected"], account["sent"], account[NOT_JOURNALED], account[PERHAPS_TWICE]
+        assert told == (135, 35, 100, 30)
