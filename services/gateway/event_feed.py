@@ -1,12 +1,13 @@
 """Events for watchers: every change of the registry as a line, in order, none left out and none twice. No I/O."""
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final, TypeVar
 
 from services.gateway.registry.condition import Word
 from services.gateway.registry.entry import Entry, Event
 from services.gateway.registry.registry import Registry
+from services.gateway.survival import surviving
 from shared.log import COLLECTOR_HEALTH, get_logger, suppressed
 from shared.process.log_limit import LogBudget
 
@@ -77,7 +78,7 @@ class EventFeed:
         for event in events:
             if event.kind in ("left", "expired"):
                 self._words.pop(event.entry.client.name, None)
-        lines = [self._line(self._render, event) for event in events]
+        lines = self._lines(self._render, events)
         self._remember(events, lines)
         self._shown = self._registry.revision
         self._push(lines)
@@ -100,7 +101,7 @@ class EventFeed:
         for entry in changed:
             self._log(entry)
         if changed and self._watchers:
-            self._push([self._line(self._render_health, entry) for entry in changed])
+            self._push(self._lines(self._render_health, changed))
 
     def _log(self, entry: Entry) -> None:
         """Log a word that is a trouble, or the end of one."""
@@ -121,15 +122,16 @@ class EventFeed:
         """Return a line for every collector that is not well now."""
         entries = self._registry.entries()
         unwell = [entry for entry in entries if entry.condition.word != "ok"]
-        return b"".join(self._line(self._render_health, entry) for entry in unwell)
+        return b"".join(self._lines(self._render_health, unwell))
 
-    def _line(self, render: Callable[[T], bytes], shown: T) -> bytes:
-        """Return the line of an event or a word; empty: it can't be shown, which no other one is to pay for."""
-        try:
-            return render(shown)
-        except Exception as error:
-            log.error("error while an event was rendered", reason=repr(error), exc_info=error)
-            return b""
+    def _lines(self, render: Callable[[T], bytes], shown: Iterable[T]) -> list[bytes]:
+        """Return a line for each event or word; empty: it can't be shown, which no other one is to pay for."""
+        lines = []
+        for each in shown:
+            lines.append(b"")
+            with surviving("error while an event was rendered"):
+                lines[-1] = render(each)
+        return lines
 
     def _push(self, lines: Sequence[bytes]) -> None:
         for batch in _batches(lines):

@@ -78,6 +78,7 @@ DRAIN_SECONDS: Final = 1.5
 """Time for the answers under way at SIGTERM; the bus lingers for another second."""
 CLUSTER_SECONDS: Final = 2.0
 """Time that a start waits for the registry of a cluster; then it goes on with what it has known last."""
+TICK_FAILED: Final = "what is due each second has failed, and is tried again"
 SPARE_DESCRIPTORS: Final = 64
 """Descriptors kept for listeners, the bus, and connections being refused."""
 
@@ -329,10 +330,10 @@ class _Server:
             self._make_once("expire", self.registry.expire)
             if self.member:
                 self.member.check()
-            with surviving("collectors of the settings"):
+            with surviving(TICK_FAILED, what="collectors of the settings"):
                 if self.configured.tick():
                     self._announcer.announce_soon()
-            with surviving("registry"):
+            with surviving(TICK_FAILED, what="registry"):
                 self._look_after_registry()
             await self._connections.sweep()
             self._announcer.tick(self._accounts)
@@ -361,7 +362,7 @@ class _Server:
         """Make a change that is due, unless it waits already; after a fault of ours it is tried again."""
         if what not in self._making:
             self._making.add(what)
-            with surviving(what):
+            with surviving(TICK_FAILED, what=what):
                 try:
                     self.registry.changes.make(act, lambda _: self._making.discard(what))
                 except Exception:

@@ -1,4 +1,4 @@
-"""Parts of the loop that end alone, where a fault of ours comes to light in them."""
+"""Parts of the gateway that end alone, where a fault of ours comes to light in them."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,11 +9,9 @@ log = get_logger()
 
 
 @contextlib.contextmanager
-def surviving(what: str) -> Iterator[None]:
-    """Log a fault in what is done for all entries in turn, and go on: one entry must not end the service for others."""
+def surviving(event: str, **told: object) -> Iterator[None]:
+    """Log a fault of ours as this event, and go on: one entry, or one peer, must not end the service for others."""
     try:
         yield
     except Exception as error:
-        log.error(
-            "what is due each second has failed, and is tried again", what=what, reason=repr(error), exc_info=error
-        )
+        log.error(event, **told, reason=repr(error), exc_info=error)

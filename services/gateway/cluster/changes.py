@@ -21,6 +21,7 @@ from services.gateway.cluster.replica import Replica
 from services.gateway.protocol.requests import ErrorWord, RequestError
 from services.gateway.registry.changes import FAULT, Change, ignore
 from services.gateway.registry.entry import Entry
+from services.gateway.survival import surviving
 from shared.log import get_logger
 
 PATIENCE_SECONDS: Final = 6.0
@@ -349,10 +350,8 @@ def _fail(asked: _Asked, error: Exception) -> None:
 
 def _call(callback: Callable[[Any], None], outcome: Any) -> None:
     """Tell who has asked; a fault of ours there costs nobody else, who all wait for the same task."""
-    try:
+    with surviving("error while a change was answered"):
         callback(outcome)
-    except Exception as error:
-        log.error("error while a change was answered", reason=repr(error), exc_info=error)
 
 
 def _shortened(changes: list[Change]) -> list[Change]:

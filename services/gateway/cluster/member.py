@@ -25,10 +25,12 @@ from services.gateway.counters import (
 from services.gateway.registry.pasts import Gone as Places
 from services.gateway.registry.registry import Registry
 from services.gateway.registry.store import Store
+from services.gateway.survival import surviving
 from shared.log import get_logger
 from shared.nats.connection import CarefulClient, ConnectError, close_connection, open_connection, reason, rotated
 from shared.nats.tasks import CLOSING_SECONDS, end_tasks
 from shared.nats.troubles import Troubles
+from shared.net.addresses import Endpoint
 from shared.process.lifecycle import OperatorError
 from shared.settings.model import Settings
 
@@ -124,21 +126,25 @@ class Member:
         shortest, longest = RECONNECT_SECONDS
         pause = shortest
         for endpoint in rotated(self._uplink):
-            began, client, ended = time.monotonic(), CarefulClient(), asyncio.Event()
-            try:
-                await open_connection(client, self._uplink, endpoint, _setting(ended), self._note_error, PING_SECONDS)
-                try:
-                    await self._take_part(client, ended)
-                finally:
-                    self._leave()
-                    await close_connection(client)
-                self._troubles.say(f"registry {endpoint}", f"the connection to {endpoint} has ended; trying again")
-            except (ConnectError, OperatorError, LogError) as error:
-                self._troubles.say(f"registry {endpoint}", f"{error}; trying again")
-            except Exception as error:  # whatever a message has led to: without the cluster the last list still serves
-                log.error("a fault has ended this node's part in the cluster", reason=repr(error), exc_info=error)
+            began = time.monotonic()
+            with surviving("a fault has ended this node's part in the cluster"):  # the last list still serves
+                await self._use(endpoint)
             pause = shortest if time.monotonic() - began > longest else min(longest, 2 * pause)
             await asyncio.sleep(pause)
+
+    async def _use(self, endpoint: Endpoint) -> None:
+        """Take part by one server, as long as the connection lasts."""
+        client, ended = CarefulClient(), asyncio.Event()
+        try:
+            await open_connection(client, self._uplink, endpoint, _setting(ended), self._note_error, PING_SECONDS)
+            try:
+                await self._take_part(client, ended)
+            finally:
+                self._leave()
+                await close_connection(client)
+            self._troubles.say(f"registry {endpoint}", f"the connection to {endpoint} has ended; trying again")
+        except (ConnectError, OperatorError, LogError) as error:
+            self._troubles.say(f"registry {endpoint}", f"{error}; trying again")
 
     def _leave(self) -> None:
         """Note that nothing is heard any more."""

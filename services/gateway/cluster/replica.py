@@ -24,7 +24,6 @@ from services.gateway.cluster.records import (
     Session,
     decode,
     entry_of,
-    key_of,
     record_of,
 )
 from services.gateway.cluster.sessions import Sessions
@@ -33,6 +32,7 @@ from services.gateway.registry.entry import NO_ORDERS, Entry, Event, EventKind, 
 from services.gateway.registry.pasts import NO_PASTS
 from services.gateway.registry.pasts import Gone as Places
 from services.gateway.registry.registry import RETURN_SECONDS, Registry
+from services.gateway.survival import surviving
 from shared.log import get_logger
 
 PROPOSALS_MAX: Final = 4096
@@ -161,17 +161,12 @@ class Replica:
             self._set_aside(key, position)
             log.warning("a record of the cluster's registry can't be read: it is set aside", key=key, reason=str(error))
         else:
-            self._apply_guarded(record, position)
+            applied = False  # a fault of ours costs this record alone, or it would end each gateway at each start
+            with surviving("error while a record of the cluster's registry was applied", key=key):
+                self._apply(record, position)
+                applied = True
+            self.damaged += not applied
         self._changed()
-
-    def _apply_guarded(self, record: Record, position: int) -> None:
-        """Apply a record; a fault of ours costs that one, or it would end each gateway that reads it, at each start."""
-        try:
-            self._apply(record, position)
-        except Exception as error:
-            self.damaged += 1
-            told = {"key": key_of(record), "reason": repr(error)}
-            log.error("error while a record of the cluster's registry was applied", **told, exc_info=error)
 
     def _set_aside(self, key: str, position: int) -> None:
         """Keep what is known under a key that has something else now, and have it written there again.
