@@ -27,6 +27,8 @@ from shared.log import get_logger
 PATIENCE_SECONDS: Final = 6.0
 """Time for a request: as long as JetStream mostly needs to choose a new leader."""
 AGAIN_SECONDS: Final = 1.0
+"""Time after which a change of ours is tried again that was not made; twice as long after each failure to write it."""
+MOST_FAILURES: Final = 5
 TOGETHER: Final = 64
 """Changes that are written together."""
 GONE_SECONDS: Final = 86_400
@@ -57,6 +59,8 @@ class _Asked:
     landed: bool = False
     """All that was written last has come back."""
     finished: bool = False
+    failures: int = 0
+    """Failures to write it: since then it is written alone, as the others may have been the cause, or it theirs."""
 
 
 @dataclass(slots=True, eq=False)
@@ -203,11 +207,9 @@ class ClusterChanges:
         batch = list(self._plan_batch())
         if not batch:
             return
-        writes, whole = [], []
-        for asked, records in batch:
+        whole, writes = [asked for asked, _ in batch], [write for _, some in batch for write in some]
+        for asked in whole:
             asked.written, asked.landed = True, False
-            writes += [_write_of(record) for record in records]
-            whole.append(asked)
         writes.sort(key=lambda write: not write.key.startswith("list."))  # the condition stands on the first one
         expected = self._replica.list_position
         try:
@@ -225,7 +227,7 @@ class ClusterChanges:
             if not isinstance(error, LogError):
                 log.error("a fault has kept changes from being written", reason=repr(error), exc_info=error)
             self.lose()
-            self._queue.extendleft(asked for asked in reversed(whole) if not asked.finished)
+            self._put_back(whole)
             return
         self._written += whole
         if not await self.reach(position, 2.0):
@@ -233,50 +235,70 @@ class ClusterChanges:
         # A change that is tried until it succeeds may be larger than one batch; or no node has accepted its records.
         for asked in [asked for asked in self._written if asked.failed is None]:
             self._written.remove(asked)
-            asyncio.get_running_loop().call_later(0.0 if asked.landed else AGAIN_SECONDS, self._append, asked)
+            asked.failures = 0
+            self._append_in(0.0 if asked.landed else AGAIN_SECONDS, asked)
 
-    def _plan_batch(self) -> Iterator[tuple[_Asked, list[Record]]]:
+    def _put_back(self, whole: list[_Asked]) -> None:
+        """Let changes that were not written wait behind the others: one of them may fail each time."""
+        for asked in whole:
+            self._append_in(0.0 if asked.failed else AGAIN_SECONDS * 2**asked.failures, asked)
+            asked.failures = min(MOST_FAILURES, asked.failures + 1)
+
+    def _plan_batch(self) -> Iterator[tuple[_Asked, list[Write]]]:
         """Take from the queue what may be written together, decided; answer what is refused or changes nothing."""
         touched: set[object] = set()
         joined: Counter[str] = Counter()
         ahead = asks = 0
         while self._queue and max(ahead, asks) < TOGETHER:
             asked = self._queue[0]
+            if asks and asked.failures:
+                return
             planned = self._plan(asked, ahead)
             if planned is None:
                 self._queue.popleft()
                 continue
-            result, changes = planned
-            keys = {key for change in changes for key in self._touched_by(change)}
+            result, changes, keys = planned
             if touched and (keys & touched or self._is_near_limit(joined)):
                 return
             self._queue.popleft()
+            try:
+                records = self._replica.propose(changes, partial(self._landed, asked, changes, result))
+                writes = [_write_of(record) for record in records]
+            except Exception as error:
+                _fail(asked, _as_told(error))
+                continue
             touched |= keys
             for change in changes:
                 for event in change.events:
                     joined[event.entry.peer.rights.holder] += event.kind == "joined"
             ahead += sum(len(change.events) for change in changes)
-            asks += 1
-            yield asked, self._replica.propose(changes, partial(self._landed, asked, changes, result))
+            asks += TOGETHER if asked.failures else 1
+            yield asked, writes
 
-    def _plan(self, asked: _Asked, ahead: int) -> tuple[Any, list[Change]] | None:
-        """Return the changes that are asked for, behind the result; None: there are none, or not now, or never."""
+    def _plan(self, asked: _Asked, ahead: int) -> tuple[Any, list[Change], set[object]] | None:
+        """Return a result, the changes that are asked for, and what they touch; None: there are none, or not now."""
         if asked.finished:
             return None
         try:
             result, changes = self._registry.plan(asked.act, ahead)
+            changes = [change for change in changes if change.events or change.orders]
+            if asked.failed is None and changes:
+                changes = _shortened(changes)
+            keys = {key for change in changes for key in self._touched_by(change)}
         except Exception as error:
             if isinstance(error, RequestError) and error.error in DOUBTED and not asked.sure:
                 self._doubt(asked)
             else:
                 _fail(asked, _as_told(error))
             return None
-        changes = [change for change in changes if change.events or change.orders]
-        if not changes:
-            asked.finished = True
-            _call(asked.done, result)
-            return None
-        return result, changes if asked.failed is not None else _shortened(changes)
+        if changes:
+            return result, changes, keys
+        asked.finished = True
+        _call(asked.done, result)
+        return None
+
+    def _append_in(self, seconds: float, asked: _Asked) -> None:
+        asyncio.get_running_loop().call_later(seconds, self._append, asked)
 
     def _append(self, asked: _Asked) -> None:
         self._queue.append(asked)

@@ -16,8 +16,10 @@ from services.gateway.admission.upkeep import expel_loops
 from services.gateway.cluster import changes as module
 from services.gateway.cluster.changes import ClusterChanges
 from services.gateway.cluster.log import LogError, OvertakenError, Write
+from services.gateway.cluster.records import Record
+from services.gateway.cluster.replica import Replica
 from services.gateway.protocol.requests import RequestError
-from services.gateway.registry.changes import ignore
+from services.gateway.registry.changes import Change, ignore
 from services.gateway.registry.entry import Entry, Origin
 from shared.client import Client, Withheld
 from shared.settings.own_listeners import OwnListeners
@@ -318,6 +320,65 @@ def test_a_fault_in_writing_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> N
         run(node, work)
     assert node.words == ["mine"]
     assert [each["event"] for each in logs] == ["a fault has kept changes from being written"]
+
+
+@pytest.mark.parametrize("error", [KeyError("odd"), LogError("message size exceeds maximum allowed")])
+def test_a_change_of_ours_that_is_never_written_blocks_no_other(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A change of the gateway itself that can't be written is tried again alone, and more and more seldom.
+
+    Others that were written together with it are made as soon as records can be written again.
+    """
+    monkeypatch.setattr(module, "AGAIN_SECONDS", 0.02)
+    node, tried = Node(Log(), "a"), list[float]()
+    client, peer, write = Client("mine", 0, "192.0.2.1", 9), Peer(5, "192.0.2.1", 9), node.write
+
+    async def refuse(writes: Sequence[Write], expected: int) -> int:
+        if any("mine" in each.key for each in writes):
+            tried.append(asyncio.get_running_loop().time())
+            raise error
+        return await write(writes, expected)
+
+    monkeypatch.setattr(node, "write", refuse)
+
+    def is_over(condition: Callable[[], object]) -> bool:
+        node.changes.available.set()
+        return bool(condition())
+
+    async def work() -> None:
+        node.changes.make(lambda: node.registry.grant(client, peer, Origin.JSON), ignore)
+        for number in range(3):
+            node.register(f"other-{number}", number + 10)
+        await until(partial(is_over, lambda: len(node.answers) == 3), node)
+        await until(partial(is_over, lambda: len(tried) == 5), node)
+
+    with capture_logs():
+        run(node, work)
+    assert sorted(node.words) == ["other-0", "other-1", "other-2"]
+    assert tried[4] - tried[3] > 2 * (tried[2] - tried[1])
+
+
+def test_a_change_whose_record_can_not_be_made_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error that nobody expected in the record of a change is logged and answered, and others are made."""
+    node, propose = Node(Log(), "a"), Replica.propose
+
+    def fail(replica: Replica, changes: Sequence[Change], landed: Callable[[], None]) -> list[Record]:
+        if any(event.entry.client.name == "odd" for change in changes for event in change.events):
+            raise KeyError("odd")
+        return propose(replica, changes, landed)
+
+    monkeypatch.setattr(Replica, "propose", fail)
+
+    async def work() -> None:
+        for number, name in enumerate(("one", "odd", "two")):
+            node.register(name, number + 1)
+        await until(lambda: len(node.answers) == 3, node)
+
+    with capture_logs() as logs:
+        run(node, work)
+    assert sorted(node.words) == ["[Errno 5] the gateway failed at this request, as its log says", "one", "two"]
+    assert [each["event"] for each in logs] == ["error while a change was decided"]
 
 
 def test_an_order_that_is_written_with_others_has_one_revision() -> None:
